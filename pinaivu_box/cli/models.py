@@ -1,0 +1,63 @@
+"""`pinaivu ls` (models on disk) and `pinaivu ps` (engines of the running box)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from pinaivu_box.cli.home import (
+    ask_running,
+    home_option,
+    json_option,
+    load_config,
+    print_json,
+    print_table,
+)
+
+
+@click.command()
+@home_option
+@json_option
+@click.option("--config", "config_path", type=click.Path(path_type=Path, dir_okay=False))
+def ls(home: Path, as_json: bool, config_path: Path | None) -> None:
+    """List the models that a box on this home serves."""
+    from pinaivu_box.models import catalog
+
+    found = catalog.load(load_config(home, config_path), home)
+    if as_json:
+        print_json(
+            [
+                {"id": m.id, "size": m.size, "owner": m.owner, "path": str(m.path)}
+                for m in found.models
+            ]
+        )
+        return
+    rows = [(m.id, f"{m.size / 1e6:,.0f} MB", m.owner, str(m.path)) for m in found.models]
+    print_table(("MODEL", "SIZE", "OWNER", "FILE"), rows)
+    for path, why in found.broken.items():
+        click.echo(f"not served: {path}: {why}", err=True)
+
+
+@click.command()
+@home_option
+@json_option
+def ps(home: Path, as_json: bool) -> None:
+    """List the engines of the box that runs on this home, with memory and load."""
+    engines = ask_running(home, "/v1/engines")["data"]
+    if as_json:
+        print_json(engines)
+        return
+    rows = [
+        (
+            engine["model"],
+            engine["state"],
+            str(engine["pid"] or ""),
+            f"{(engine['memory'] or 0) / 1e6:,.0f} MB",
+            f"{engine['running']} running, {engine['waiting']} waiting",
+            f"{engine['kv_used']:,}/{engine['kv_tokens']:,} tokens",
+            engine["device"] or "",
+        )
+        for engine in engines
+    ]
+    print_table(("MODEL", "STATE", "PID", "MEMORY", "LOAD", "KV CACHE", "DEVICE"), rows)

@@ -1,0 +1,148 @@
+"""`pinaivu serve`."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pinaivu_box import __version__
+from pinaivu_box.cli.home import Running, home_option, load_config, write_running
+from pinaivu_box.config import LOG_FORMATS, LOG_LEVELS, Config, ModelConfig
+from pinaivu_box.errors import UsageError
+
+
+@click.command()
+@home_option
+@click.option("--host", help="Address to listen on; 0.0.0.0 serves the LAN.  [env: PINAIVU_HOST]")
+@click.option("--port", type=int, help="Port to listen on, 4001 if not set.  [env: PINAIVU_PORT]")
+@click.option(
+    "--config",
+    "config_path",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Configuration file; HOME/config.toml if it exists.",
+)
+@click.option("--model", "models", multiple=True, metavar="NAME=PATH", help="Serve this GGUF too.")
+@click.option("--log-level", type=click.Choice(LOG_LEVELS))
+@click.option("--log-format", type=click.Choice(LOG_FORMATS))
+def serve(
+    home: Path,
+    host: str | None,
+    port: int | None,
+    config_path: Path | None,
+    models: tuple[str, ...],
+    log_level: str | None,
+    log_format: str | None,
+) -> None:
+    """Serve the API until Ctrl-C or SIGTERM."""
+    config = load_config(
+        home,
+        config_path,
+        overrides={
+            ("server", "host"): host,
+            ("server", "port"): port,
+            ("log", "level"): log_level,
+            ("log", "format"): log_format,
+        },
+        extra_models=[_model(text) for text in models],
+    )
+    asyncio.run(_serve(config, home.expanduser().absolute()))
+
+
+def _model(text: str) -> ModelConfig:
+    name, separator, path = text.partition("=")
+    if not (name and separator and path):
+        raise UsageError(f"--model {text} is not NAME=PATH, for example tiny:1b=/models/tiny.gguf.")
+    return ModelConfig(name=name, path=path)
+
+
+async def _serve(config: Config, home: Path) -> None:
+    from pinaivu_box import logs
+    from pinaivu_box.box import open_box
+    from pinaivu_box.server.serve import bind
+    from pinaivu_box.server.serve import serve as serve_box
+
+    logs.configure(config.log)
+    # Before the home is touched: an address in use must not leave a key that nobody has seen.
+    listener = bind(config.server.host, config.server.port)
+    try:
+        async with open_box(config, home) as box:
+            port = listener.getsockname()[1]
+            secret = await _first_key(box.database)
+
+            def started() -> None:
+                local = _url(config.server.host, port, to_print=False)
+                write_running(home, Running(os.getpid(), local, box.control_token))
+                for path, why in box.catalog.broken.items():
+                    click.echo(f"pinaivu: {path} is not served: {why}.", err=True)
+                names = [model.id for model in box.catalog.models]
+                click.echo(banner(config.server.host, port, home, names, secret))
+
+            try:
+                await serve_box(box, listener, started)
+            finally:
+                (home / "run.json").unlink(missing_ok=True)
+    finally:
+        listener.close()
+
+
+async def _first_key(database: Any) -> str | None:
+    from pinaivu_box.store import keys
+
+    if await keys.ls(database):
+        return None
+    _, secret = await keys.create(database, name="first key", admin=True, expires_at=None)
+    return secret
+
+
+def _url(host: str, port: int, *, to_print: bool = True) -> str:
+    if host in ("0.0.0.0", "::"):  # noqa: S104 - compared, not bound
+        host = (_lan_address() if to_print else None) or "localhost"
+    elif host == "127.0.0.1" and to_print:
+        host = "localhost"
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def _lan_address() -> str | None:
+    """This machine's address towards the network; connecting a UDP socket sends nothing."""
+    import socket
+
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))
+        except OSError:
+            return None
+        return str(probe.getsockname()[0])
+
+
+def banner(host: str, port: int, home: Path, models: list[str], secret: str | None) -> str:
+    base = _url(host, port) + "/v1"
+    key = secret or "$PINAIVU_API_KEY"
+    key_line = f"\n  API key   {secret}   (shown only now: store it)" if secret else ""
+    python_key = f'"{secret}"' if secret else 'os.environ["PINAIVU_API_KEY"]'
+    imports = "" if secret else "    import os\n"
+    model = models[0] if models else "MODEL"
+    return f"""Pinaivu Box {__version__}
+
+  Base URL  {base}{key_line}
+  Models    {", ".join(models) or f"none: put a GGUF file into {home / 'models'}"}
+  Home      {home}
+
+Try it with curl:
+
+    curl {base}/chat/completions \\
+      -H "Authorization: Bearer {key}" -H "Content-Type: application/json" \\
+      -d '{{"model": "{model}", "messages": [{{"role": "user", "content": "Hello!"}}]}}'
+
+or with Python (pip install openai):
+
+{imports}    from openai import OpenAI
+    client = OpenAI(base_url="{base}", api_key={python_key})
+    answer = client.chat.completions.create(
+        model="{model}", messages=[{{"role": "user", "content": "Hello!"}}]
+    )
+    print(answer.choices[0].message.content)
+"""

@@ -1,0 +1,191 @@
+"""Configuration: TOML file, then `PINAIVU_*` environment, then command line; frozen structs.
+
+`sample.toml` documents every key with its default, and a test proves that it does.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from decimal import Decimal, InvalidOperation
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import platformdirs
+from msgspec import Meta, Struct
+
+from pinaivu_box.errors import CliError
+
+PositiveInt = Annotated[int, Meta(ge=1)]
+Port = Annotated[int, Meta(ge=0, le=65535)]
+
+
+class Section(Struct, frozen=True, forbid_unknown_fields=True):
+    """A table of the file; a key that is not in it is an error, not a silence."""
+
+
+class ServerConfig(Section, frozen=True):
+    host: str = "127.0.0.1"
+    port: Port = 4001
+    max_body_bytes: PositiveInt = 10 * 1024 * 1024
+    cors_origins: tuple[str, ...] = ("*",)
+    drain_seconds: Annotated[float, Meta(ge=0)] = 60.0
+    # How long a stream's status may wait for its first token, so that a failure keeps its own
+    # status; after that the 200 goes out and comments keep the connection alive.
+    stream_grace_seconds: Annotated[float, Meta(ge=0)] = 10.0
+
+
+class EngineConfig(Section, frozen=True):
+    context: Annotated[int, Meta(ge=0)] = 0
+    max_sequences: Annotated[int, Meta(ge=1, le=256)] = 64
+    kv_tokens: Annotated[int, Meta(ge=0)] = 0
+    token_budget: Annotated[int, Meta(ge=32)] = 512
+    threads: Annotated[int, Meta(ge=0)] = 0
+    max_queue: Annotated[int, Meta(ge=0)] = 256
+    keep_alive: str = "5m"
+    start_seconds: Annotated[float, Meta(gt=0)] = 300.0
+
+
+class SamplingConfig(Section, frozen=True):
+    """Overrides of what the model's file says; unset keys leave the file's or llama.cpp's."""
+
+    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Meta(ge=0)] | None = None
+    min_p: Annotated[float, Meta(ge=0, lt=1)] | None = None
+
+
+class PricingConfig(Section, frozen=True):
+    currency: str = "credits"
+    per_1k_tokens: str = "0"
+    models: dict[str, str] = {}
+
+
+class LogConfig(Section, frozen=True):
+    level: str = "info"
+    format: str = "text"
+
+
+class ModelConfig(Section, frozen=True):
+    name: str
+    path: str
+    context: Annotated[int, Meta(ge=0)] = 0
+    sampling: SamplingConfig = SamplingConfig()
+
+
+class Config(Section, frozen=True):
+    models_dir: str = ""
+    server: ServerConfig = ServerConfig()
+    engine: EngineConfig = EngineConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    pricing: PricingConfig = PricingConfig()
+    log: LogConfig = LogConfig()
+    model: list[ModelConfig] = []
+
+
+# Environment variable -> where it goes in the file's tree.
+ENVIRONMENT: dict[str, tuple[str, ...]] = {
+    "PINAIVU_HOST": ("server", "host"),
+    "PINAIVU_PORT": ("server", "port"),
+    "PINAIVU_MODELS": ("models_dir",),
+    "PINAIVU_KEEP_ALIVE": ("engine", "keep_alive"),
+    "PINAIVU_MAX_QUEUE": ("engine", "max_queue"),
+    "PINAIVU_LOG_LEVEL": ("log", "level"),
+    "PINAIVU_LOG_FORMAT": ("log", "format"),
+}
+
+LOG_LEVELS = ("debug", "info", "warning", "error")
+LOG_FORMATS = ("text", "json")
+_DURATION = re.compile(r"(-?\d+(?:\.\d+)?)\s*(ms|s|m|h|d)?")
+_UNIT_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+# Prices are kept to 10^-9 per 1,000 tokens, so that one token's price is a whole number of
+# 10^-12 units and sums are exact integers.
+_PRICE_DECIMALS = 9
+
+
+def default_home(environ: Mapping[str, str] = os.environ) -> Path:
+    """`PINAIVU_HOME`, or the platform's data directory (XDG on Linux)."""
+    chosen = environ.get("PINAIVU_HOME")
+    return Path(chosen) if chosen else Path(platformdirs.user_data_dir("pinaivu", appauthor=False))
+
+
+def parse_duration(text: str) -> float:
+    """`"5m"`, `"30d"`, `"90"` (seconds) -> seconds.  Negative values pass (they mean "never").
+
+    Raises ValueError.
+    """
+    match = _DURATION.fullmatch(text.strip())
+    if not match:
+        raise ValueError(f"'{text}' is not a duration: write for example 90s, 5m, 12h or 30d")
+    return float(match[1]) * _UNIT_SECONDS[match[2] or "s"]
+
+
+def load(
+    path: Path | None,
+    *,
+    environ: Mapping[str, str] = os.environ,
+    overrides: Mapping[tuple[str, ...], Any] | None = None,
+    extra_models: list[ModelConfig] | None = None,
+) -> Config:
+    """Read, merge and check the configuration; raises CliError in one sentence."""
+    tree = _read(path) if path else {}
+    for variable, keys in ENVIRONMENT.items():
+        if variable in environ:
+            _put(tree, keys, environ[variable])
+    for keys, value in (overrides or {}).items():
+        if value is not None:
+            _put(tree, keys, value)
+    where = f"The configuration {path}" if path else "The configuration"
+    try:
+        # strict=False: values from the environment arrive as text.
+        config = msgspec.convert(tree, Config, strict=False)
+        config = msgspec.structs.replace(config, model=[*config.model, *(extra_models or [])])
+        _check(config)
+    except (msgspec.ValidationError, ValueError) as error:
+        raise CliError(f"{where} is not valid: {error}.") from error
+    return config
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return msgspec.toml.decode(path.read_bytes(), type=dict[str, Any])
+    except OSError as error:
+        reason = error.strerror or error
+        raise CliError(f"The configuration {path} cannot be read: {reason}.") from error
+    except (msgspec.DecodeError, ValueError) as error:
+        raise CliError(f"The configuration {path} is not valid TOML: {error}.") from error
+
+
+def _put(tree: dict[str, Any], keys: tuple[str, ...], value: Any) -> None:
+    for key in keys[:-1]:
+        inner: Any = tree.setdefault(key, {})
+        if not isinstance(inner, dict):
+            return  # the file has something else there; the type check will say so
+        tree = inner
+    tree[keys[-1]] = value
+
+
+def _check(config: Config) -> None:
+    parse_duration(config.engine.keep_alive)
+    if config.log.level not in LOG_LEVELS:
+        raise ValueError(f"log.level is '{config.log.level}', not one of {', '.join(LOG_LEVELS)}")
+    if config.log.format not in LOG_FORMATS:
+        raise ValueError(f"log.format is '{config.log.format}', not one of text, json")
+    for name, price in [("per_1k_tokens", config.pricing.per_1k_tokens)] + [
+        (f'models."{model}"', price) for model, price in config.pricing.models.items()
+    ]:
+        _check_price(name, price)
+    names = [model.name for model in config.model]
+    if doubled := {name for name in names if names.count(name) > 1}:
+        raise ValueError(f"the model name {sorted(doubled)[0]} is given twice")
+
+
+def _check_price(name: str, price: str) -> None:
+    try:
+        value = Decimal(price)
+    except InvalidOperation:
+        raise ValueError(f"pricing.{name} is '{price}', not a decimal number") from None
+    if not value.is_finite() or value < 0 or round(value, _PRICE_DECIMALS) != value:
+        raise ValueError(f"pricing.{name} is {price}: it must be ≥ 0 with at most 9 decimals")

@@ -1,0 +1,54 @@
+"""Tokens to text for one sequence, as a stream: whole characters only, never a stop string."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Callable
+
+
+class Detokenizer:
+    """`push` tokens one by one; it returns the text that is now certain.
+
+    Bytes of an unfinished UTF-8 character wait for the next token, and text that may be the
+    beginning of a stop string waits until it is known not to be one.
+    """
+
+    def __init__(self, piece: Callable[[int], bytes], stop: list[str]) -> None:
+        self._piece = piece
+        self._stop = stop
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._held = ""
+        self.stopped = False
+
+    def push(self, token: int) -> str:
+        """Text that may be sent.  Once `stopped` is True, all before the stop string was given."""
+        return self._take(self._decoder.decode(self._piece(token)))
+
+    def flush(self) -> str:
+        """The sequence has ended otherwise: all that was held back."""
+        text = self._take(self._decoder.decode(b"", final=True))
+        if self.stopped:
+            return text
+        held, self._held = self._held, ""
+        return text + held
+
+    def _take(self, text: str) -> str:
+        if not self._stop or self.stopped:
+            return "" if self.stopped else text
+        held = self._held + text
+        found = [at for stop in self._stop if (at := held.find(stop)) >= 0]
+        if found:
+            self.stopped = True
+            self._held = ""
+            return held[: min(found)]
+        keep = max(_overlap(held, stop) for stop in self._stop)
+        self._held = held[len(held) - keep :]
+        return held[: len(held) - keep]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` with which `stop` begins."""
+    for length in range(min(len(text), len(stop) - 1), 0, -1):
+        if text.endswith(stop[:length]):
+            return length
+    return 0

@@ -1,0 +1,58 @@
+"""A runner without a model: for tests of everything around it and for measuring overhead.
+
+A model whose path is `fake:MS` is served by it: each step takes MS milliseconds outside the GIL.
+It speaks bytes (token n is byte n) and answers with a fixed sentence, over and over, so that any
+position's token is known beforehand.
+"""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+
+from pinaivu_box.engine.messages import Load
+from pinaivu_box.engine.runner import Batch, Float32, ModelFacts
+
+SCHEME = "fake:"
+SENTENCE = b"The quick brown fox jumps over the lazy dog. "
+END = 256
+N_VOCAB = 257
+
+
+class FakeRunner:
+    def __init__(self, load: Load) -> None:
+        self._step_seconds = float(load.path.removeprefix(SCHEME) or 0) / 1000
+        self.facts = ModelFacts(
+            build="fake",
+            device="none",
+            context=load.context,
+            kv_tokens=load.kv_tokens,
+            max_sequences=load.max_sequences,
+            n_vocab=N_VOCAB,
+            chat_template=None,
+            bos="",
+            eos="",
+            end_tokens=frozenset({END}),
+        )
+
+    def tokenize(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def piece(self, token: int) -> bytes:
+        return bytes([token]) if token < END else b""
+
+    def decode(self, batch: Batch) -> Float32:
+        if self._step_seconds:
+            time.sleep(self._step_seconds)
+        positions = batch.positions[batch.outputs != 0]
+        logits = np.full((len(positions), N_VOCAB), -30.0, np.float32)
+        for row, position in enumerate(positions):
+            logits[row, SENTENCE[int(position) % len(SENTENCE)]] = 0.0
+        return logits
+
+    def remove(self, sequence_id: int) -> None:
+        return None
+
+    def close(self) -> None:
+        return None

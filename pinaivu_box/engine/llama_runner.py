@@ -1,0 +1,292 @@
+"""llama.cpp behind the runner protocol: the only module that imports llama_cpp.
+
+Low-level API only: multi-sequence `llama_decode` over a unified KV cache.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from pathlib import Path
+from typing import Any
+
+import llama_cpp.llama_cpp as llama
+import numpy as np
+import numpy.typing as npt
+
+from pinaivu_box.engine.messages import Load, SamplingDefaults
+from pinaivu_box.engine.runner import (
+    Batch,
+    Float32,
+    ModelFacts,
+    NoSlot,
+    ProgressCallback,
+)
+from pinaivu_box.errors import BoxError
+
+_LOG_LEVELS = {3: "warning", 4: "error"}  # ggml_log_level; lower ones are chatter
+_NO_SLOT = 1  # llama_decode: could not find a KV slot for the batch
+
+
+class LoadError(BoxError):
+    """The file cannot be served; the message says why."""
+
+
+class LlamaRunner:
+    """One model and one context.  Not thread-safe: one thread drives it."""
+
+    def __init__(self, load: Load, progress: ProgressCallback) -> None:
+        _load_backends()
+        self._log = _capture_log()
+        self._model = self._load_model(load, progress)
+        self._vocab = llama.llama_model_get_vocab(self._model)
+        self._context = self._make_context(load)
+        self._memory = llama.llama_get_memory(self._context)
+        self._n_vocab = llama.llama_vocab_n_tokens(self._vocab)
+        self._batch = _BatchBuffer(llama.llama_n_batch(self._context))
+        self._pieces: dict[int, bytes] = {}
+        self.facts = self._read_facts(load)
+
+    # -- loading -------------------------------------------------------------------------------
+
+    def _load_model(self, load: Load, progress: ProgressCallback) -> llama.llama_model_p:
+        params = llama.llama_model_default_params()
+
+        def report(fraction: float, _user_data: object) -> bool:
+            progress(fraction)
+            return True  # go on loading
+
+        callback = llama.llama_progress_callback(report)
+        params.progress_callback = callback
+        if load.offset:
+            model = _load_from_offset(load.path, load.offset, params)
+        else:
+            model = llama.llama_model_load_from_file(os.fsencode(load.path), params)
+        if not model:
+            raise LoadError(
+                f"llama.cpp cannot load {Path(load.path).name}: {self._log.last or 'no reason given'}"
+            )
+        return model
+
+    def _make_context(self, load: Load) -> llama.llama_context_p:
+        params = llama.llama_context_default_params()
+        params.n_ctx = load.kv_tokens
+        params.n_batch = max(load.token_budget, load.max_sequences)
+        params.n_ubatch = min(params.n_batch, 512)
+        params.n_seq_max = load.max_sequences
+        params.n_threads = params.n_threads_batch = load.threads or physical_cores()
+        params.kv_unified = True
+        params.no_perf = True
+        made = llama.llama_init_from_model(self._model, params)
+        if not made:
+            raise LoadError(
+                f"llama.cpp cannot make a context of {params.n_ctx} tokens: "
+                f"{self._log.last or 'no reason given'}; lower engine.kv_tokens"
+            )
+        self._max_length = min(load.context, llama.llama_n_ctx(made))
+        return made
+
+    def _read_facts(self, load: Load) -> ModelFacts:
+        vocab = self._vocab
+        template = llama.llama_model_chat_template(self._model, None)
+        ends = [t for t in range(self._n_vocab) if llama.llama_vocab_is_eog(vocab, t)]
+        return ModelFacts(
+            build=f"llama.cpp {llama.llama_version().decode()}",
+            device=_device_name(),
+            context=self._max_length,
+            kv_tokens=llama.llama_n_ctx(self._context),
+            max_sequences=load.max_sequences,
+            n_vocab=self._n_vocab,
+            chat_template=template.decode() if template else None,
+            bos=self._token_text(llama.llama_vocab_bos(vocab)),
+            eos=self._token_text(llama.llama_vocab_eos(vocab)),
+            end_tokens=frozenset(ends),
+            defaults=self._sampling_defaults(),
+        )
+
+    def _sampling_defaults(self) -> SamplingDefaults:
+        def value(key: str) -> float | None:
+            buffer = ctypes.create_string_buffer(64)
+            name = f"general.sampling.{key}".encode()
+            length = llama.llama_model_meta_val_str(self._model, name, buffer, len(buffer))
+            return float(buffer.value) if length > 0 else None
+
+        top_k = value("top_k")
+        return SamplingDefaults(
+            temperature=value("temp"),
+            top_p=value("top_p"),
+            top_k=None if top_k is None else int(top_k),
+            min_p=value("min_p"),
+        )
+
+    def _token_text(self, token: int) -> str:
+        if token < 0:  # LLAMA_TOKEN_NULL
+            return ""
+        return str(llama.llama_vocab_get_text(self._vocab, token).decode(errors="replace"))
+
+    # -- the protocol --------------------------------------------------------------------------
+
+    def tokenize(self, text: str) -> list[int]:
+        data = text.encode()
+        # Many templates write the BOS token themselves; a second one would harm the model.
+        bos = self.facts.bos
+        add_special = not (bos and text.startswith(bos))
+        room = len(data) + 8
+        while True:
+            buffer = (llama.llama_token * room)()
+            count = llama.llama_tokenize(
+                self._vocab, data, len(data), buffer, room, add_special, True
+            )
+            if count >= 0:
+                return list(buffer[:count])
+            room = -count
+
+    def piece(self, token: int) -> bytes:
+        piece = self._pieces.get(token)
+        if piece is None:
+            piece = self._pieces[token] = self._read_piece(token)
+        return piece
+
+    def _read_piece(self, token: int) -> bytes:
+        room = 32
+        while True:
+            buffer = ctypes.create_string_buffer(room)
+            length = llama.llama_token_to_piece(self._vocab, token, buffer, room, 0, False)
+            if length >= 0:
+                return buffer.raw[:length]
+            room = -length
+
+    def decode(self, batch: Batch) -> Float32:
+        result = llama.llama_decode(self._context, self._batch.fill(batch))
+        if result == _NO_SLOT:
+            raise NoSlot
+        if result != 0:
+            raise BoxError(f"llama_decode failed with {result}: {self._log.last}")
+        rows = int(np.count_nonzero(batch.outputs))
+        if rows == 0:
+            return np.empty((0, self._n_vocab), np.float32)
+        logits = llama.llama_get_logits(self._context)
+        return np.ctypeslib.as_array(logits, shape=(rows, self._n_vocab))
+
+    def remove(self, sequence_id: int) -> None:
+        llama.llama_memory_seq_rm(self._memory, sequence_id, -1, -1)
+
+    def close(self) -> None:
+        llama.llama_free(self._context)
+        llama.llama_model_free(self._model)
+
+
+class _BatchBuffer:
+    """A `llama_batch` whose arrays are numpy's, so that filling it is a few copies."""
+
+    def __init__(self, size: int) -> None:
+        self._tokens = np.zeros(size, np.int32)
+        self._positions = np.zeros(size, np.int32)
+        self._counts = np.ones(size, np.int32)
+        self._sequence_ids = np.zeros(size, np.int32)
+        self._outputs = np.zeros(size, np.int8)
+        # seq_id is an array of pointers, one to each token's (single) sequence id.
+        self._pointers = (
+            self._sequence_ids.ctypes.data + np.arange(size, dtype=np.uint64) * 4
+        ).astype(np.uint64)
+        self._batch = llama.llama_batch()
+        self._batch.token = _pointer(self._tokens, llama.llama_token)
+        self._batch.embd = None
+        self._batch.pos = _pointer(self._positions, llama.llama_pos)
+        self._batch.n_seq_id = _pointer(self._counts, ctypes.c_int32)
+        self._batch.seq_id = _pointer(self._pointers, ctypes.POINTER(llama.llama_seq_id))
+        self._batch.logits = _pointer(self._outputs, ctypes.c_int8)
+
+    def fill(self, batch: Batch) -> llama.llama_batch:
+        count = len(batch.tokens)
+        self._tokens[:count] = batch.tokens
+        self._positions[:count] = batch.positions
+        self._sequence_ids[:count] = batch.sequence_ids
+        self._outputs[:count] = batch.outputs
+        self._batch.n_tokens = count
+        return self._batch
+
+
+def _pointer(array: npt.NDArray[Any], kind: type) -> Any:
+    return ctypes.cast(array.ctypes.data, ctypes.POINTER(kind))
+
+
+def _load_backends() -> None:
+    # With GGML_BACKEND_DL the CPU variants are libraries of their own; ggml picks the best one
+    # that this machine can run.  A build with a fixed backend has nothing to load here.
+    directory = Path(llama.__file__).parent / "lib"
+    llama._lib.ggml_backend_load_all_from_path(os.fsencode(directory))
+    llama.llama_backend_init()
+
+
+def _load_from_offset(
+    path: str, offset: int, params: llama.llama_model_params
+) -> llama.llama_model_p | None:
+    """Map a GGUF that lies inside another file, such as our own executable."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.fopen.restype = ctypes.c_void_p
+    libc.fseeko.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int)
+    libc.fclose.argtypes = (ctypes.c_void_p,)
+    file = libc.fopen(os.fsencode(path), b"rb")
+    if not file:
+        raise LoadError(f"{path} cannot be opened: {os.strerror(ctypes.get_errno())}")
+    try:
+        if libc.fseeko(file, offset, os.SEEK_SET) != 0:
+            raise LoadError(f"{path} is shorter than {offset} bytes")
+        return llama.llama_model_load_from_file_ptr(file, params)
+    finally:
+        libc.fclose(file)
+
+
+class _Log:
+    """Keeps llama.cpp's last error for our messages, and forwards warnings to stderr."""
+
+    def __init__(self) -> None:
+        self.last = ""
+        self._level = 0
+
+    def __call__(self, level: int, text: bytes, _user_data: object) -> None:
+        # Level 5 (GGML_LOG_LEVEL_CONT) goes on with the line before.
+        self._level = self._level if level == 5 else level
+        if self._level in _LOG_LEVELS:
+            line = text.decode(errors="replace").strip()
+            if self._level == 4 and line:
+                self.last = line
+            os.write(2, text)
+
+
+_kept_alive: list[object] = []  # C holds the callback for the life of the process
+
+
+def _capture_log() -> _Log:
+    log = _Log()
+    callback = llama.llama_log_callback(log)
+    _kept_alive.append(callback)
+    llama.llama_log_set(callback, None)
+    return log
+
+
+def _device_name() -> str:
+    lib = llama._lib
+    for name in ("ggml_backend_dev_get", "ggml_backend_dev_description"):
+        getattr(lib, name).restype = ctypes.c_void_p if name.endswith("get") else ctypes.c_char_p
+    lib.ggml_backend_dev_get.argtypes = (ctypes.c_size_t,)
+    lib.ggml_backend_dev_description.argtypes = (ctypes.c_void_p,)
+    lib.ggml_backend_dev_count.restype = ctypes.c_size_t
+    names = [
+        lib.ggml_backend_dev_description(lib.ggml_backend_dev_get(index)).decode()
+        for index in range(lib.ggml_backend_dev_count())
+    ]
+    return ", ".join(names)
+
+
+def physical_cores() -> int:
+    """Cores that this process may use, hyper-threads counted once (they do not help matmuls)."""
+    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
+    if allowed is None:
+        return os.cpu_count() or 1
+    cores = set()
+    for cpu in allowed:
+        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        cores.add(siblings.read_text().strip() if siblings.exists() else str(cpu))
+    return len(cores)

@@ -1,0 +1,82 @@
+"""The seam between the scheduler and whatever computes: one protocol, no policy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from pinaivu_box.engine.messages import SamplingDefaults
+
+Int32 = npt.NDArray[np.int32]
+Float32 = npt.NDArray[np.float32]
+
+
+class NoSlot(Exception):
+    """The KV cache has no room for this batch (`llama_decode` returned 1); nothing changed."""
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What the scheduler and the prompt need to know of a loaded model.
+
+    `context` is the most tokens one sequence may have, `kv_tokens` the cells of the whole cache.
+    """
+
+    build: str
+    device: str
+    context: int
+    kv_tokens: int
+    max_sequences: int
+    n_vocab: int
+    chat_template: str | None
+    bos: str
+    eos: str
+    end_tokens: frozenset[int]
+    defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step's input: parallel arrays of n tokens.
+
+    `outputs` is 1 where the logits of that position are wanted; sequence ids are below
+    `ModelFacts.max_sequences`.
+    """
+
+    tokens: Int32
+    positions: Int32
+    sequence_ids: Int32
+    outputs: npt.NDArray[np.int8]
+
+
+class Runner(Protocol):
+    @property
+    def facts(self) -> ModelFacts: ...
+
+    def tokenize(self, text: str) -> list[int]:
+        """Tokens of a rendered prompt; special tokens in it are recognised."""
+        ...
+
+    def piece(self, token: int) -> bytes:
+        """Bytes of a token as text; empty for control tokens."""
+        ...
+
+    def decode(self, batch: Batch) -> Float32:
+        """Compute the batch; returns logits, shape (number of outputs, n_vocab), in batch order.
+
+        The array is valid until the next call.  Raises NoSlot.
+        """
+        ...
+
+    def remove(self, sequence_id: int) -> None:
+        """Free every cell of a sequence."""
+        ...
+
+    def close(self) -> None: ...
+
+
+ProgressCallback = Callable[[float], None]

@@ -1,0 +1,211 @@
+"""An engine child seen from the parent: start it, talk frames with it, notice when it dies."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import sys
+import time
+from collections import deque
+
+from pinaivu_box.engine.messages import (
+    LENGTH_BYTES,
+    Add,
+    Admitted,
+    Cancel,
+    Delta,
+    EngineLoad,
+    FromEngine,
+    Load,
+    LoadFailed,
+    Progress,
+    Ready,
+    Refused,
+    StepFrame,
+    ToEngine,
+    body_length,
+    decode_from_engine,
+    encode,
+)
+from pinaivu_box.errors import BoxError, EngineLost
+from pinaivu_box.models.memory import resident
+
+log = logging.getLogger("pinaivu.engine")
+
+# What a request's queue carries; None says that the engine is gone.
+Item = Admitted | Refused | Delta | None
+_STOP_SECONDS = 5.0
+
+
+class StartFailed(BoxError):
+    """The engine did not come up; the message says why."""
+
+
+class EngineProcess:
+    """One child.  `queues` has one queue per request that it holds."""
+
+    def __init__(self, model_id: str, model_digest: str, load: Load) -> None:
+        self.model_id = model_id
+        self.model_digest = model_digest
+        self.load = EngineLoad()
+        self.ready: Ready
+        self.users = 0  # requests that hold it, also before they are sent
+        self.idle_since = time.monotonic()
+        self.started_at = time.time()
+        self.progress = 0.0
+        self.closed = asyncio.Event()
+        self._load_frame = load
+        self._queues: dict[str, asyncio.Queue[Item]] = {}
+        self._last_words: deque[str] = deque(maxlen=20)
+        self._process: asyncio.subprocess.Process
+        self._tasks: list[asyncio.Task[None]] = []
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def alive(self) -> bool:
+        return not self.closed.is_set()
+
+    @property
+    def memory(self) -> int:
+        """Resident bytes, the mapped model included."""
+        return resident(self.pid)
+
+    async def start(self, seconds: float) -> None:
+        """Returns when the model is loaded.  Raises StartFailed."""
+        self._process = await asyncio.create_subprocess_exec(
+            *_command(),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            env=_environment(),
+        )
+        loaded: asyncio.Future[Ready] = asyncio.get_running_loop().create_future()
+        self._tasks = [
+            asyncio.create_task(self._read_frames(loaded)),
+            asyncio.create_task(self._read_stderr()),
+        ]
+        self._send(self._load_frame)
+        try:
+            self.ready = await asyncio.wait_for(loaded, seconds)
+        except TimeoutError:
+            await self.stop()
+            raise StartFailed(f"it was not ready after {seconds:g} seconds") from None
+        except BaseException:
+            await self.stop()
+            raise
+
+    def submit(self, add: Add) -> asyncio.Queue[Item]:
+        """Hand over a request; EngineLost if the child is gone."""
+        if not self.alive:
+            raise EngineLost("The engine stopped before it could take the request; try again.")
+        queue: asyncio.Queue[Item] = asyncio.Queue()
+        self._queues[add.id] = queue
+        self._send(add)
+        return queue
+
+    def cancel(self, request_id: str) -> None:
+        if self.alive and request_id in self._queues:
+            self._send(Cancel(request_id))
+
+    def forget(self, request_id: str) -> None:
+        self._queues.pop(request_id, None)
+
+    async def stop(self) -> None:
+        """Close its stdin, which ends it; kill it if it does not go."""
+        if self._process.stdin:
+            self._process.stdin.close()
+        try:
+            await asyncio.wait_for(self._process.wait(), _STOP_SECONDS)
+        except TimeoutError:
+            self._process.kill()
+            await self._process.wait()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    # -- frames --------------------------------------------------------------------------------
+
+    def _send(self, message: ToEngine) -> None:
+        if self._process.stdin and not self._process.stdin.is_closing():
+            with contextlib.suppress(ConnectionError):  # its end is noticed when reading
+                self._process.stdin.write(encode(message))
+
+    async def _read_frames(self, loaded: asyncio.Future[Ready]) -> None:
+        stream = self._process.stdout
+        if stream is None:
+            raise RuntimeError("the engine was started without a pipe")
+        try:
+            while True:
+                header = await stream.readexactly(LENGTH_BYTES)
+                self._handle(
+                    decode_from_engine(await stream.readexactly(body_length(header))), loaded
+                )
+        except asyncio.IncompleteReadError:
+            pass  # the child has ended
+        except Exception:
+            log.exception("unreadable frame from the engine of %s; stopping it", self.model_id)
+            self._process.kill()
+        await self._process.wait()
+        self._bury(loaded)
+
+    def _handle(self, frame: FromEngine, loaded: asyncio.Future[Ready]) -> None:
+        match frame:
+            case StepFrame():
+                self.load = frame.load
+                items: list[Admitted | Refused | Delta] = [
+                    *frame.admitted,
+                    *frame.refused,
+                    *frame.deltas,
+                ]
+                for item in items:
+                    queue = self._queues.get(item.id)
+                    if queue is not None:
+                        queue.put_nowait(item)
+            case Progress():
+                self.progress = frame.fraction
+            case Ready() if not loaded.done():
+                loaded.set_result(frame)
+            case LoadFailed() if not loaded.done():
+                loaded.set_exception(StartFailed(frame.message))
+
+    def _bury(self, loaded: asyncio.Future[Ready]) -> None:
+        self.closed.set()
+        if not loaded.done():
+            words = self._last_words[-1] if self._last_words else "it said nothing"
+            code = self._process.returncode
+            loaded.set_exception(StartFailed(f"it ended with status {code}: {words}"))
+        for queue in self._queues.values():
+            queue.put_nowait(None)
+        self._queues.clear()
+
+    async def _read_stderr(self) -> None:
+        stream = self._process.stderr
+        while stream is not None and (line := await _line(stream)):
+            text = line.decode(errors="replace").rstrip()
+            if text:
+                self._last_words.append(text)
+                log.debug("%s: %s", self.model_id, text)
+
+    @property
+    def last_words(self) -> str:
+        return "\n".join(self._last_words)
+
+
+async def _line(stream: asyncio.StreamReader) -> bytes:
+    try:
+        return await stream.readline()
+    except ValueError:  # longer than the reader's limit: the reader has dropped it
+        return b"(a line too long to keep)\n"
+
+
+def _command() -> list[str]:
+    if getattr(sys, "frozen", False):
+        return [sys.executable, "engine"]
+    return [sys.executable, "-m", "pinaivu_box", "engine"]
+
+
+def _environment() -> dict[str, str]:
+    return dict(os.environ)

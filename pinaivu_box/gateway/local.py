@@ -1,0 +1,90 @@
+"""The backend that serves with an engine on this machine."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+
+import msgspec
+
+from pinaivu_box.config import SamplingConfig
+from pinaivu_box.engine.messages import Add, Admitted, Delta, Refused, Sampling, SamplingDefaults
+from pinaivu_box.errors import EngineLost, by_code
+from pinaivu_box.gateway.backend import Event, Job, Output, Prompt, Started
+from pinaivu_box.gateway.engine_process import EngineProcess
+from pinaivu_box.gateway.placement import Placement
+from pinaivu_box.receipts.receipt import EngineInfo
+
+# Where neither request, configuration nor file says anything: llama.cpp's own defaults.
+FALLBACK = {"temperature": 0.8, "top_p": 0.95, "top_k": 40, "min_p": 0.05}
+
+
+class LocalBackend:
+    def __init__(self, placement: Placement, node_id: str, sampling: SamplingConfig) -> None:
+        self._placement = placement
+        self._node_id = node_id
+        self._sampling = sampling
+        self._serving: dict[str, EngineProcess] = {}
+
+    async def serve(self, job: Job, made: list[int]) -> AsyncGenerator[Event]:
+        engine = await self._placement.acquire(job.model)
+        try:
+            sampling = resolve(job, self._sampling, engine.ready.defaults)
+            info = EngineInfo(engine.ready.build, engine.ready.device)
+            queue = engine.submit(
+                Add(
+                    id=job.request_id,
+                    messages=job.messages,
+                    sampling=sampling,
+                    max_tokens=job.max_tokens,
+                    stop=job.stop,
+                    tenant=job.tenant,
+                    output=made,
+                )
+            )
+            self._serving[job.request_id] = engine
+            yield Started(self._node_id, engine.model_digest, info, sampling)
+            while True:
+                match await queue.get():
+                    case Admitted() as admitted:
+                        yield Prompt(admitted.prompt_tokens)
+                    case Refused() as refused:
+                        raise by_code(refused.code, refused.message)
+                    case Delta() as delta:
+                        yield Output(delta.text, delta.tokens, delta.finish_reason, delta.queue_ms)
+                        if delta.finish_reason:
+                            return
+                    case None:
+                        raise EngineLost(
+                            "The engine died while it worked on this request; try again.",
+                        )
+        finally:
+            self._serving.pop(job.request_id, None)
+            engine.forget(job.request_id)
+            self._placement.release(engine)
+
+    def cancel(self, request_id: str) -> None:
+        engine = self._serving.get(request_id)
+        if engine:
+            engine.cancel(request_id)
+
+
+def resolve(job: Job, box: SamplingConfig, file: SamplingDefaults) -> Sampling:
+    """The request's word counts most, then the model's and the box's configuration, the file's.
+
+    A client that sets `top_p` truncates as OpenAI's API does, by top-p alone: the top-k and min-p
+    defaults, which it does not know of, are off then.
+    """
+    chosen = dict(FALLBACK)
+    for layer in (file, box, job.model.sampling, job.asked):
+        values = msgspec.structs.asdict(layer)
+        chosen.update({name: value for name, value in values.items() if value is not None})
+    if job.asked.top_p is not None:
+        chosen["top_k"] = job.asked.top_k or 0
+        chosen["min_p"] = job.asked.min_p or 0.0
+    return Sampling(
+        temperature=float(chosen["temperature"]),
+        top_p=float(chosen["top_p"]),
+        top_k=int(chosen["top_k"]),
+        min_p=float(chosen["min_p"]),
+        seed=job.seed,
+    )

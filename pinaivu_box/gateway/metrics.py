@@ -1,0 +1,78 @@
+"""Prometheus metrics of requests and engines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.core import GaugeMetricFamily, Metric
+
+from pinaivu_box.gateway.metering import Account
+from pinaivu_box.gateway.placement import Placement
+
+_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+
+
+class Metrics:
+    """One registry per box, so that several boxes in one process do not collide."""
+
+    def __init__(self, placement: Placement) -> None:
+        self.registry = CollectorRegistry()
+        self._requests = Counter(
+            "pinaivu_requests",
+            "Inference requests by model and HTTP status.",
+            ["model", "status"],
+            registry=self.registry,
+        )
+        self._tokens = Counter(
+            "pinaivu_tokens",
+            "Tokens by model and kind.",
+            ["model", "kind"],
+            registry=self.registry,
+        )
+        self._ttft = Histogram(
+            "pinaivu_time_to_first_token_seconds",
+            "From the request's arrival to its first token.",
+            ["model"],
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
+        self._duration = Histogram(
+            "pinaivu_request_seconds",
+            "From the request's arrival to its receipt.",
+            ["model"],
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
+        self.registry.register(_Engines(placement))
+
+    def observe(self, account: Account, status: int) -> None:
+        model = account.job.model.id
+        self._requests.labels(model, status).inc()
+        self._tokens.labels(model, "prompt").inc(account.prompt_tokens)
+        self._tokens.labels(model, "completion").inc(account.completion_tokens)
+        self._duration.labels(model).observe(account.elapsed_ms() / 1000)
+        if account.ttft_ms is not None:
+            self._ttft.labels(model).observe(account.ttft_ms / 1000)
+
+
+class _Engines:
+    """Read when scraped: what each engine said of itself after its last step."""
+
+    def __init__(self, placement: Placement) -> None:
+        self._placement = placement
+
+    def collect(self) -> Iterator[Metric]:
+        families = {
+            "running": "Sequences that are running.",
+            "waiting": "Sequences that wait.",
+            "kv_used": "Tokens in the KV cache.",
+            "steps": "Steps since the engine started.",
+            "tokens_computed": "Tokens computed since the engine started.",
+            "preemptions": "Sequences preempted since the engine started.",
+        }
+        for name, text in families.items():
+            family = GaugeMetricFamily(f"pinaivu_engine_{name}", text, labels=["model"])
+            for engine in self._placement.engines:
+                family.add_metric([engine.model_id], getattr(engine.load, name))
+            yield family

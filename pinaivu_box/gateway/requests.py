@@ -1,0 +1,184 @@
+"""The life of a request after it was admitted, in a task of its own.
+
+The HTTP handler only listens.  When the client goes away the handler says so and leaves; this task
+goes on until the engine has stopped and the receipt is on disk.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections import Counter
+from dataclasses import dataclass
+
+from pinaivu_box.errors import ApiError, EngineLost, InternalError
+from pinaivu_box.gateway.backend import Backend, Job, Output, Prompt, Started
+from pinaivu_box.gateway.metering import Account, Meter
+from pinaivu_box.gateway.metrics import Metrics
+
+log = logging.getLogger("pinaivu.request")
+
+MAX_LEGS = 3
+_CANCEL_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The receipt is on disk; the last thing that a request says if all went well."""
+
+    finish_reason: str
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+
+
+@dataclass(frozen=True)
+class Failed:
+    error: ApiError
+
+
+RequestEvent = Output | Finished | Failed
+
+
+class Request:
+    """One running request.  `events` ends with Finished or Failed."""
+
+    def __init__(self, account: Account, backend: Backend, meter: Meter) -> None:
+        self.account = account
+        self.events: asyncio.Queue[RequestEvent] = asyncio.Queue()
+        self.cancelled = False
+        self.status = 500  # set when it ends
+        self._backend = backend
+        self._meter = meter
+
+    def cancel(self) -> None:
+        """The client is gone: stop within a step, and write the receipt of what was made."""
+        self.cancelled = True
+        self._backend.cancel(self.account.job.request_id)
+
+    async def run(self) -> RequestEvent:
+        """Returns the last event, which has also been put into `events`."""
+        try:
+            last = await self._serve_and_settle()
+        except ApiError as error:
+            await self._settle_failure()
+            last = Failed(error)
+        except Exception:
+            log.exception("request %s failed", self.account.job.request_id)
+            last = Failed(InternalError("The box failed on this request; its log says why."))
+        self.status = _status(last)
+        self.events.put_nowait(last)
+        _log(self.account, self.status)
+        return last
+
+    async def _serve_and_settle(self) -> RequestEvent:
+        finish_reason = await self._serve_legs()
+        await self._meter.settle(self.account, finish_reason)
+        return Finished(
+            finish_reason, self.account.prompt_tokens, self.account.completion_tokens, 0
+        )
+
+    async def _serve_legs(self) -> str:
+        for legs in range(1, MAX_LEGS + 1):
+            try:
+                return await self._serve()
+            except EngineLost:
+                # What was said stays said: the next leg goes on after it with the same seed.
+                if legs == MAX_LEGS or self.cancelled:
+                    raise
+        raise AssertionError("unreachable")
+
+    async def _serve(self) -> str:
+        job = self.account.job
+        async with contextlib.aclosing(self._backend.serve(job, self.account.made)) as events:  # type: ignore[type-var]
+            async for event in events:
+                if isinstance(event, Started):
+                    self.account.start_leg(event)
+                    if self.cancelled:  # while the engine was starting
+                        self._backend.cancel(job.request_id)
+                    continue
+                self.account.take(event)
+                if isinstance(event, Prompt):
+                    continue
+                self.events.put_nowait(event)
+                if event.finish_reason:
+                    return event.finish_reason
+        raise EngineLost("The engine ended this request without a word; try again.")
+
+    async def _settle_failure(self) -> None:
+        """Tokens that were made and sent are accounted for, even if the rest never came."""
+        if self.account.completion_tokens:
+            try:
+                await self._meter.settle(self.account, "cancelled" if self.cancelled else "error")
+            except Exception:
+                log.exception("request %s: receipt not written", self.account.job.request_id)
+
+
+def _status(last: RequestEvent) -> int:
+    if isinstance(last, Failed):
+        return last.error.status
+    return 499 if isinstance(last, Finished) and last.finish_reason == "cancelled" else 200
+
+
+def _log(account: Account, status: int) -> None:
+    log.info(
+        "request",
+        extra={
+            "fields": {
+                "request_id": account.job.request_id,
+                "key": account.key_id,
+                "model": account.job.model.id,
+                "status": status,
+                "prompt_tokens": account.prompt_tokens,
+                "completion_tokens": account.completion_tokens,
+                "legs": len(account.served),
+                "queue_ms": account.queue_ms,
+                "ttft_ms": account.ttft_ms,
+                "total_ms": account.elapsed_ms(),
+            }
+        },
+    )
+
+
+class Requests:
+    """All requests of this box that are not finished."""
+
+    def __init__(self, backend: Backend, meter: Meter, metrics: Metrics) -> None:
+        self._backend = backend
+        self._meter = meter
+        self._metrics = metrics
+        self._running: dict[asyncio.Task[RequestEvent], Request] = {}
+        self._by_model: Counter[str] = Counter()
+
+    @property
+    def count(self) -> int:
+        return len(self._running)
+
+    def in_flight(self, model_id: str) -> int:
+        return self._by_model[model_id]
+
+    def start(self, job: Job, key_id: str) -> Request:
+        request = Request(Account(job, key_id), self._backend, self._meter)
+        task = asyncio.create_task(request.run())
+        self._running[task] = request
+        self._by_model[job.model.id] += 1
+        task.add_done_callback(lambda done: self._end(done, job.model.id))
+        return request
+
+    def _end(self, task: asyncio.Task[RequestEvent], model_id: str) -> None:
+        request = self._running.pop(task)
+        self._by_model[model_id] -= 1
+        self._metrics.observe(request.account, request.status)
+
+    async def drained(self) -> None:
+        """Wait until none is left."""
+        while self._running:
+            await asyncio.wait(self._running)
+
+    async def cancel_all(self) -> None:
+        """Stop what is left and wait until its receipts are written."""
+        for request in self._running.values():
+            request.cancel()
+        if self._running:
+            await asyncio.wait(self._running, timeout=_CANCEL_SECONDS)

@@ -1,0 +1,71 @@
+"""The box's Ed25519 key pair: who it is to peers and who signs its receipts."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from nacl.exceptions import BadSignatureError
+from nacl.signing import SigningKey, VerifyKey
+
+from pinaivu_box.errors import CliError
+
+NODE_PREFIX = "node_"
+
+
+@dataclass(frozen=True)
+class Identity:
+    signing_key: SigningKey
+
+    @property
+    def node_id(self) -> str:
+        """`node_` and the public key's 64 hex digits."""
+        return NODE_PREFIX + self.signing_key.verify_key.encode().hex()
+
+    def sign(self, domain: str, message: bytes) -> bytes:
+        """64-byte Ed25519 signature (RFC 8032) over `domain`, a newline and `message`.
+
+        The domain keeps a signature made for one purpose from being replayed for another.
+        """
+        return self.signing_key.sign(domain.encode() + b"\n" + message).signature
+
+
+def verify(node_id: str, domain: str, message: bytes, signature: bytes) -> bool:
+    """Whether `signature` is the one that the holder of `node_id`'s key made."""
+    try:
+        key = VerifyKey(bytes.fromhex(node_id.removeprefix(NODE_PREFIX)))
+        key.verify(domain.encode() + b"\n" + message, signature)
+    except (BadSignatureError, ValueError, TypeError):
+        return False
+    return True
+
+
+def load_or_create(path: Path) -> Identity:
+    """Read the 32-byte seed at `path` (hex), or make one there with mode 0600."""
+    if not path.exists():
+        _create(path)
+    try:
+        return Identity(SigningKey(bytes.fromhex(path.read_text().strip())))
+    except (ValueError, TypeError) as error:
+        raise CliError(
+            f"The identity file {path} is damaged: restore it from a backup, or move it away "
+            "to let the box make a new identity."
+        ) from error
+
+
+def _create(path: Path) -> None:
+    # Written aside and linked into place: a crash leaves no half key, and of two processes that
+    # start at once the first wins and both read the same key.
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.new")
+    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(handle, "w") as file:
+        file.write(SigningKey.generate().encode().hex() + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        pass  # the other process won
+    finally:
+        temporary.unlink()

@@ -1,0 +1,53 @@
+"""How much memory an engine will need, and how much there is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pinaivu_box.models.catalog import Model
+
+# The Python child with numpy and llama.cpp, and the compute buffers of a small model.
+ENGINE_OVERHEAD = 200 * 1024 * 1024
+DEFAULT_CONTEXT = 8192
+DEFAULT_KV_TOKENS = 16384
+
+
+def context_of(model: Model, configured: int) -> int:
+    """Most tokens of one sequence: configured for the model, for the box, or from the file."""
+    if model.is_fake:
+        return model.context or configured or DEFAULT_CONTEXT
+    return model.context or configured or min(model.header.context_length, DEFAULT_CONTEXT)
+
+
+def kv_tokens_of(context: int, configured: int) -> int:
+    """Cells of an engine's KV cache, shared by all its sequences."""
+    return max(context, configured or DEFAULT_KV_TOKENS)
+
+
+def estimate(model: Model, kv_tokens: int) -> int:
+    """Bytes that an engine for `model` will take, an upper bound for common architectures."""
+    if model.is_fake:
+        return ENGINE_OVERHEAD
+    return model.size + model.header.kv_bytes_per_token * kv_tokens + ENGINE_OVERHEAD
+
+
+def available() -> int | None:
+    """Bytes that can be had without swapping (Linux `MemAvailable`); None where unknown."""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        return None
+    return None
+
+
+def resident(pid: int) -> int:
+    """Bytes of physical memory that a process holds, 0 where unknown."""
+    try:
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("VmRSS:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        return 0
+    return 0

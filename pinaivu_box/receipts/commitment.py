@@ -1,0 +1,53 @@
+"""Commitments to a prompt and an output: they bind without revealing.
+
+commitment = SHA-256("pinaivu/commitment/v1\\n" + nonce + SHA-256(text) + SHA-256(token ids)), where
+the nonce is 32 random bytes, the text is UTF-8 and the token ids are little-endian u32.  A receipt
+may be public: without the nonce even a short prompt cannot be guessed from it.  With the opening,
+the owner proves the text alone, and an auditor who has the tokens proves those too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+import struct
+from collections.abc import Sequence
+from typing import Any
+
+import rfc8785
+from msgspec import Struct
+
+_DOMAIN = b"pinaivu/commitment/v1\n"
+
+
+class Opening(Struct, frozen=True):
+    """What the owner of the key gets to open a commitment; hex."""
+
+    nonce: str
+    tokens_sha256: str
+
+
+def commit(text: str, tokens: Sequence[int]) -> tuple[str, Opening]:
+    """The commitment in hex, and its opening."""
+    opening = Opening(secrets.token_hex(32), tokens_sha256(tokens))
+    return recompute(text, opening), opening
+
+
+def recompute(text: str, opening: Opening) -> str:
+    """The commitment in hex that `text` and `opening` lead to."""
+    message = (
+        _DOMAIN
+        + bytes.fromhex(opening.nonce)
+        + hashlib.sha256(text.encode()).digest()
+        + bytes.fromhex(opening.tokens_sha256)
+    )
+    return hashlib.sha256(message).hexdigest()
+
+
+def tokens_sha256(tokens: Sequence[int]) -> str:
+    return hashlib.sha256(struct.pack(f"<{len(tokens)}I", *tokens)).hexdigest()
+
+
+def prompt_text(messages: list[dict[str, Any]], stop: list[str]) -> str:
+    """The text that a prompt's commitment covers: RFC 8785 JSON of what the client asked."""
+    return rfc8785.dumps({"messages": messages, "stop": stop}).decode()

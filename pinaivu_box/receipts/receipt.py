@@ -1,0 +1,157 @@
+"""Proofs of inference and receipts: what is signed, by whom, over which bytes.
+
+Both are canonical JSON (RFC 8785) signed with Ed25519 over a domain, a newline and the bytes.  The
+bytes are kept and served as they were signed; nobody re-serialises them before verifying.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import msgspec
+import rfc8785
+from msgspec import Struct
+
+from pinaivu_box.engine.messages import Sampling
+from pinaivu_box.identity import Identity
+
+PROOF_DOMAIN = "pinaivu/proof/v1"
+RECEIPT_DOMAIN = "pinaivu/receipt/v1"
+VERSION = 1
+
+
+class EngineInfo(Struct, frozen=True):
+    build: str
+    device: str
+
+
+class Price(Struct, frozen=True):
+    currency: str
+    per_1k_tokens: str
+
+
+class Proof(Struct, frozen=True):
+    """What the serving node says of one leg.  Milliseconds; commitments and digest in hex.
+
+    `sampling` holds every parameter that decided the draws; its seed is text, because JSON numbers
+    do not carry 64 bits.
+    """
+
+    request_id: str
+    leg: int
+    node_id: str
+    model: str
+    model_digest: str
+    engine: EngineInfo
+    sampling: dict[str, Any]
+    prompt_commitment: str
+    output_commitment: str
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+    finish_reason: str
+    started_at: str
+    ttft_ms: int | None
+    duration_ms: int
+    price: Price
+    v: int = VERSION
+
+
+class SignedProof(Struct, frozen=True):
+    """`signed` is the text that the signature (hex) covers."""
+
+    signed: str
+    signature: str
+
+
+class Usage(Struct, frozen=True):
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+
+
+class Receipt(Struct, frozen=True):
+    """What the coordinator says of the whole request; `node_id` served (the last leg of) it."""
+
+    request_id: str
+    timestamp: str
+    coordinator_id: str
+    node_id: str
+    model: str
+    model_digest: str
+    payment_amount: str
+    currency: str
+    finish_reason: str
+    routing: dict[str, Any]
+    proofs: list[SignedProof]
+    prompt_commitment: str
+    output_commitment: str
+    usage: Usage
+    v: int = VERSION
+
+
+class ReceiptView(Struct, frozen=True, omit_defaults=True):
+    """The API's view: the documented fields, and the bytes that were signed.
+
+    `opening` (see `receipts.commitment`) is there for the owner of the key only.
+    """
+
+    request_id: str
+    node_id: str
+    model: str
+    timestamp: str
+    payment_amount: str
+    coordinator_signature: str
+    signed_receipt: str
+    object: str = "receipt"
+    opening: dict[str, Any] | None = None
+
+
+def sampling_record(sampling: Sampling, max_tokens: int | None) -> dict[str, Any]:
+    record: dict[str, Any] = msgspec.to_builtins(sampling)
+    return {**record, "seed": str(sampling.seed), "max_tokens": max_tokens}
+
+
+def canonical(value: Struct) -> bytes:
+    """RFC 8785 JSON of a struct."""
+    return rfc8785.dumps(msgspec.to_builtins(value))
+
+
+def sign_proof(identity: Identity, proof: Proof) -> SignedProof:
+    signed = canonical(proof)
+    return SignedProof(signed.decode(), identity.sign(PROOF_DOMAIN, signed).hex())
+
+
+def sign_receipt(identity: Identity, receipt: Receipt) -> tuple[bytes, bytes]:
+    """The signed bytes and the 64-byte signature."""
+    signed = canonical(receipt)
+    return signed, identity.sign(RECEIPT_DOMAIN, signed)
+
+
+def view(signed: bytes, signature: bytes, opening: bytes | None) -> ReceiptView:
+    receipt = msgspec.json.decode(signed, type=Receipt)
+    return ReceiptView(
+        request_id=receipt.request_id,
+        node_id=receipt.node_id,
+        model=receipt.model,
+        timestamp=receipt.timestamp,
+        payment_amount=receipt.payment_amount,
+        coordinator_signature=signature.hex(),
+        signed_receipt=signed.decode(),
+        opening=None if opening is None else msgspec.json.decode(opening),
+    )
+
+
+def total_tokens(proofs: Sequence[Proof]) -> int:
+    """Tokens that are paid for: the prompt once, and what every leg made."""
+    if not proofs:
+        return 0
+    return proofs[0].prompt_tokens + sum(proof.completion_tokens for proof in proofs)
+
+
+def utc_text(seconds: float) -> str:
+    """RFC 3339 with milliseconds."""
+    moment = datetime.fromtimestamp(seconds, UTC)
+    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")

@@ -1,0 +1,197 @@
+"""Offline verification of a receipt: numbered checks, each saying what it proves.
+
+Pure: no server, no database, no clock.  A signature says who claimed what; it does not say that
+the claim is true.  Whether a node ran the model it names is a matter for an audit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+
+from pinaivu_box.identity import NODE_PREFIX, verify
+from pinaivu_box.receipts import amount, commitment
+from pinaivu_box.receipts.receipt import (
+    PROOF_DOMAIN,
+    RECEIPT_DOMAIN,
+    VERSION,
+    Proof,
+    Receipt,
+    ReceiptView,
+    SignedProof,
+    total_tokens,
+)
+
+
+class Check(Struct, frozen=True):
+    """One check: its name, whether it holds, and what that means (or what is wrong)."""
+
+    name: str
+    ok: bool
+    meaning: str
+
+
+class Transcript(Struct, frozen=True):
+    """What the owner may add, to check that the receipt is about this very exchange."""
+
+    messages: list[dict[str, Any]] | None = None
+    stop: list[str] = []
+    output: str | None = None
+
+
+def verify_receipt(
+    document: bytes, *, node_key: str | None = None, transcript: Transcript | None = None
+) -> list[Check]:
+    """Check a receipt as `GET /v1/receipts/{id}` serves it.
+
+    `node_key`: the public key (64 hex digits, with or without `node_`) that the verifier trusts as
+    the coordinator's.  Stops after the first check without which the rest mean nothing.
+    """
+    checks: list[Check] = []
+    try:
+        view = msgspec.json.decode(document, type=ReceiptView)
+        receipt = msgspec.json.decode(view.signed_receipt, type=Receipt)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        return [Check("format", False, f"this is not a receipt: {error}")]
+    checks.append(_format(receipt))
+    checks.append(_coordinator(view, receipt))
+    if not all(check.ok for check in checks):
+        return checks
+    checks.append(_shown_fields(view, receipt))
+    proofs: list[Proof] = []
+    for number, signed in enumerate(receipt.proofs):
+        check, proof = _proof(number, signed, receipt)
+        checks.append(check)
+        proofs += [proof] if proof else []
+    if len(proofs) == len(receipt.proofs):
+        checks.append(_usage(receipt, proofs))
+        checks.append(_payment(receipt, proofs))
+    if node_key is not None:
+        checks.append(_trusted(receipt, node_key))
+    if transcript is not None:
+        checks.extend(_transcript(view, receipt, transcript))
+    return checks
+
+
+def _format(receipt: Receipt) -> Check:
+    known = receipt.v == VERSION
+    meaning = f"a receipt of version {receipt.v}" + ("" if known else f"; {VERSION} is known")
+    return Check("format", known, meaning)
+
+
+def _coordinator(view: ReceiptView, receipt: Receipt) -> Check:
+    signature = _hex(view.coordinator_signature)
+    ok = verify(receipt.coordinator_id, RECEIPT_DOMAIN, view.signed_receipt.encode(), signature)
+    return Check(
+        "coordinator signature",
+        ok,
+        f"{receipt.coordinator_id} signed every byte of this receipt"
+        if ok
+        else f"the signature is not {receipt.coordinator_id}'s: the receipt was altered or forged",
+    )
+
+
+def _shown_fields(view: ReceiptView, receipt: Receipt) -> Check:
+    names = ("request_id", "node_id", "model", "timestamp", "payment_amount")
+    different = [name for name in names if getattr(view, name) != getattr(receipt, name)]
+    return Check(
+        "shown fields",
+        not different,
+        f"{', '.join(different)} beside the signed receipt say something else than it does"
+        if different
+        else "the fields beside the signed receipt are the ones that were signed",
+    )
+
+
+def _proof(number: int, signed: SignedProof, receipt: Receipt) -> tuple[Check, Proof | None]:
+    name = f"proof of leg {number}"
+    try:
+        proof = msgspec.json.decode(signed.signed, type=Proof)
+    except msgspec.DecodeError as error:
+        return Check(name, False, f"this is not a proof: {error}"), None
+    if not verify(proof.node_id, PROOF_DOMAIN, signed.signed.encode(), _hex(signed.signature)):
+        return Check(name, False, f"the signature is not {proof.node_id}'s"), None
+    expected = {
+        "request_id": receipt.request_id,
+        "leg": number,
+        "model": receipt.model,
+        "model_digest": receipt.model_digest,
+    }
+    for field, value in expected.items():
+        if getattr(proof, field) != value:
+            return Check(name, False, f"it is about another {field}: {getattr(proof, field)}"), None
+    meaning = (
+        f"{proof.node_id} signed that it ran {proof.model} (file sha256 {proof.model_digest}) and "
+        f"made {proof.completion_tokens} tokens"
+    )
+    return Check(name, True, meaning), proof
+
+
+def _usage(receipt: Receipt, proofs: list[Proof]) -> Check:
+    usage = receipt.usage
+    same = (
+        bool(proofs)
+        and usage.prompt_tokens == proofs[0].prompt_tokens
+        and usage.prompt_tokens + usage.completion_tokens == total_tokens(proofs)
+        and receipt.node_id == proofs[-1].node_id
+    )
+    return Check(
+        "usage",
+        same,
+        f"the tokens that were billed ({usage.prompt_tokens} prompt, {usage.completion_tokens} "
+        "completion) are the ones that the serving nodes signed for"
+        if same
+        else "the receipt counts other tokens or names another node than its proofs do",
+    )
+
+
+def _payment(receipt: Receipt, proofs: list[Proof]) -> Check:
+    price = proofs[0].price
+    due = amount.to_text(amount.cost(total_tokens(proofs), price.per_1k_tokens))
+    ok = due == receipt.payment_amount and price.currency == receipt.currency
+    sum_text = f"{total_tokens(proofs)} tokens at {price.per_1k_tokens} per 1,000"
+    return Check(
+        "payment",
+        ok,
+        f"{receipt.payment_amount} {receipt.currency} is the price of {sum_text}"
+        if ok
+        else f"{sum_text} cost {due} {price.currency}, the receipt says {receipt.payment_amount}",
+    )
+
+
+def _trusted(receipt: Receipt, node_key: str) -> Check:
+    expected = NODE_PREFIX + node_key.removeprefix(NODE_PREFIX).lower()
+    ok = receipt.coordinator_id == expected
+    return Check(
+        "trusted key",
+        ok,
+        "the signer is the box that you named"
+        if ok
+        else f"signed by {receipt.coordinator_id}, not by {expected}",
+    )
+
+
+def _transcript(view: ReceiptView, receipt: Receipt, transcript: Transcript) -> Iterator[Check]:
+    given = {"output": transcript.output}
+    if transcript.messages is not None:
+        given["prompt"] = commitment.prompt_text(transcript.messages, transcript.stop)
+    for what, text in given.items():
+        if text is None:
+            continue
+        try:
+            opening = msgspec.convert((view.opening or {})[what], commitment.Opening)
+            ok = commitment.recompute(text, opening) == getattr(receipt, f"{what}_commitment")
+            meaning = f"the {what} you gave is {'' if ok else 'not '}the one committed to"
+        except (KeyError, ValueError):
+            ok, meaning = False, f"the receipt has no opening for its {what}: ask the key's owner"
+        yield Check(f"{what} commitment", ok, meaning)
+
+
+def _hex(text: str) -> bytes:
+    try:
+        return bytes.fromhex(text)
+    except ValueError:
+        return b""

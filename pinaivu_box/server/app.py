@@ -1,0 +1,52 @@
+"""The ASGI application: routes, and what stands before them."""
+
+from __future__ import annotations
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.routing import Route
+
+from pinaivu_box.box import Box
+from pinaivu_box.errors import ApiError
+from pinaivu_box.server import chat, envelope, health, models, receipts, usage
+from pinaivu_box.server.auth import Authenticate
+from pinaivu_box.server.edge import Edge
+
+EXPOSED = ["x-request-id", "openai-processing-ms", "Retry-After"]
+
+
+def create_app(box: Box) -> Starlette:
+    app = Starlette(
+        routes=[
+            Route("/v1/chat/completions", chat.chat_completions, methods=["POST"]),
+            Route("/v1/models", models.models),
+            Route("/v1/models/{model:path}", models.model),
+            Route("/v1/engines", models.engines),
+            Route("/v1/receipts/{request_id}", receipts.receipt),
+            Route("/v1/usage", usage.usage),
+            Route("/health", health.health),
+            Route("/readyz", health.readyz),
+            Route("/metrics", health.metrics),
+        ],
+        middleware=[
+            Middleware(Edge),
+            Middleware(
+                CORSMiddleware,
+                allow_origins=box.config.server.cors_origins,
+                allow_methods=["*"],
+                allow_headers=["*"],
+                expose_headers=EXPOSED,
+            ),
+            Middleware(Authenticate, box=box),
+        ],
+        exception_handlers={
+            ApiError: envelope.on_api_error,
+            HTTPException: envelope.on_http_error,
+            Exception: envelope.on_crash,
+        },
+    )
+    app.state.box = box
+    app.router.redirect_slashes = False  # Edge has already dealt with slashes
+    return app

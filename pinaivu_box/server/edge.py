@@ -1,0 +1,72 @@
+"""Pure ASGI around the whole app: paths as people write them, request ids, the access log."""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from ulid import ULID
+
+log = logging.getLogger("pinaivu.http")
+
+_DOUBLED = re.compile(r"^(?:/v1)+(?=/v1(?:/|$))")
+QUIET = {"/health", "/readyz", "/metrics"}  # polled every few seconds
+
+
+def new_request_id() -> str:
+    return f"req_{ULID()}".lower()
+
+
+def normalise(path: str) -> str:
+    """`/v1/v1/models/` and `//v1/models` are `/v1/models`: base URLs get pasted in every way."""
+    path = re.sub(r"/{2,}", "/", path)
+    return _DOUBLED.sub("", path).rstrip("/") or "/"
+
+
+class Edge:
+    """Gives each request an id (`scope["state"]["request_id"]`), and logs it when it ends.
+
+    An inference request logs itself when its receipt is written: it sets `state["logged"]`.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        path = normalise(scope["path"])
+        request_id = new_request_id()
+        state = {**scope.get("state", {}), "request_id": request_id}
+        scope = {**scope, "path": path, "raw_path": path.encode(), "state": state}
+        began = time.monotonic()
+        status = 500
+
+        async def send_with_headers(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = MutableHeaders(scope=message)
+                headers["x-request-id"] = request_id
+                headers["openai-processing-ms"] = str(round((time.monotonic() - began) * 1000))
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_headers)
+        finally:
+            if not state.get("logged"):
+                key = state.get("key")
+                fields = {
+                    "request_id": request_id,
+                    "key": key.id if key else None,
+                    "method": scope["method"],
+                    "path": path,
+                    "status": status,
+                    "total_ms": round((time.monotonic() - began) * 1000),
+                }
+                level = logging.DEBUG if path in QUIET else logging.INFO
+                log.log(level, "http", extra={"fields": fields})

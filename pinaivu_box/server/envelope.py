@@ -1,0 +1,99 @@
+"""Errors as HTTP answers: OpenAI's `error` object and FastAPI's `detail`, always both."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import msgspec
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from pinaivu_box.errors import (
+    ApiError,
+    BadRequest,
+    InternalError,
+    InvalidBody,
+    MethodNotAllowed,
+    NotFound,
+)
+
+
+class JSON(Response):
+    """A JSON response of anything that msgspec encodes."""
+
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        return msgspec.json.encode(content)
+
+
+def body(error: ApiError) -> dict[str, Any]:
+    detail: Any = error.message
+    if isinstance(error, InvalidBody):
+        detail = [{"loc": list(error.loc), "msg": error.message, "type": error.kind}]
+    return {
+        "error": {
+            "message": error.message,
+            "type": error.type,
+            "param": error.param,
+            "code": error.code,
+        },
+        "detail": detail,
+    }
+
+
+def response(error: ApiError) -> Response:
+    headers = {}
+    if error.retry_after is not None:
+        headers["Retry-After"] = str(error.retry_after)
+    if error.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return JSON(body(error), status_code=error.status, headers=headers)
+
+
+async def on_api_error(_request: Request, error: Exception) -> Response:
+    return response(error if isinstance(error, ApiError) else InternalError(str(error)))
+
+
+async def on_http_error(request: Request, error: Exception) -> Response:
+    """Starlette's own refusals: no such route, wrong method."""
+    status = error.status_code if isinstance(error, HTTPException) else 500
+    path, method = request.url.path, request.method
+    if status == 404:
+        return response(NotFound(f"There is no {path} here: the API is under /v1."))
+    if status == 405:
+        return response(MethodNotAllowed(f"{path} does not take {method}."))
+    return response(BadRequest(f"{method} {path} could not be understood."))
+
+
+async def on_crash(_request: Request, _error: Exception) -> Response:
+    return response(InternalError("The box failed on this request; its log says why."))
+
+
+# -- msgspec's validation errors -----------------------------------------------------------------
+
+_AT = re.compile(r"(?P<message>.*?)(?: - at `(?:key in )?\$(?P<path>.*)`)?$", re.DOTALL)
+_PART = re.compile(r"\.([A-Za-z_]\w*)|\[(\d+|\.\.\.)\]")
+_MISSING = re.compile(r"Object missing required field `(\w+)`")
+_UNKNOWN = re.compile(r"Object contains unknown field `(.*)`")
+
+
+def from_validation(error: msgspec.ValidationError, *, root: str = "body") -> InvalidBody:
+    """msgspec says "Expected `str`, got `int` - at `$.messages[0].role`": make `loc` of it."""
+    match = _AT.match(str(error))
+    message, path = (match["message"], match["path"] or "") if match else (str(error), "")
+    loc: list[str | int] = [root]
+    for name, index in _PART.findall(path):
+        loc.append(name or (int(index) if index.isdigit() else index))
+    if missing := _MISSING.fullmatch(message):
+        return InvalidBody("field required", loc=(*loc, missing[1]), kind="value_error.missing")
+    if unknown := _UNKNOWN.fullmatch(message):
+        return InvalidBody(
+            f"'{unknown[1]}' is not a field here: remove it or correct its name",
+            loc=(*loc, unknown[1]),
+            kind="value_error.extra",
+        )
+    kind = "value_error" if any(mark in message for mark in ("<", ">", "length")) else "type_error"
+    return InvalidBody(message[0].lower() + message[1:], loc=tuple(loc), kind=kind)

@@ -1,0 +1,37 @@
+"""`/health` (alive), `/readyz` (a model can be served), `/metrics` (Prometheus)."""
+
+from __future__ import annotations
+
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.requests import Request
+from starlette.responses import Response
+
+from pinaivu_box.box import Box
+from pinaivu_box.server.envelope import JSON
+
+
+async def health(_request: Request) -> Response:
+    return JSON({"status": "ok"})
+
+
+async def readyz(request: Request) -> Response:
+    box: Box = request.app.state.box
+    reason = not_ready(box)
+    if reason is None:
+        return JSON({"status": "ready"})
+    return JSON({"status": "not ready", "reason": reason}, 503, headers={"Retry-After": "5"})
+
+
+def not_ready(box: Box) -> str | None:
+    """Why no model can be served, None if one can."""
+    if box.admission.draining:
+        return "shutting down"
+    if not box.catalog.models:
+        return "no model is installed"
+    failures = [box.placement.failing(model) for model in box.catalog.models]
+    return failures[0] if all(failures) else None
+
+
+async def metrics(request: Request) -> Response:
+    box: Box = request.app.state.box
+    return Response(generate_latest(box.metrics.registry), media_type=CONTENT_TYPE_LATEST)

@@ -1,0 +1,78 @@
+"""Hypercorn around the app: the socket, the signals, the way down."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import signal
+import socket
+from collections.abc import Callable
+
+from hypercorn.asyncio import serve as hypercorn_serve
+from hypercorn.config import Config as HypercornConfig
+
+from pinaivu_box.box import Box
+from pinaivu_box.errors import CliError
+from pinaivu_box.server.app import create_app
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket; CliError in one sentence if it cannot be had."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+        listener.listen(1024)
+    except (OSError, OverflowError) as error:
+        listener.close()
+        raise CliError(_why_not(host, port, error)) from error
+    return listener
+
+
+def _why_not(host: str, port: int, error: OSError | OverflowError) -> str:
+    code = getattr(error, "errno", None)
+    if code == errno.EADDRINUSE:
+        return f"The address {host}:{port} is in use: stop what is there, or choose another --port."
+    if code == errno.EACCES:
+        return f"Port {port} needs privileges that this user has not: choose one above 1023."
+    reason = getattr(error, "strerror", None) or error
+    return f"The address {host}:{port} cannot be listened on: {reason}."
+
+
+async def serve(box: Box, listener: socket.socket, started: Callable[[], None]) -> None:
+    """Serve until SIGTERM or SIGINT, then drain.  A second signal ends the process at once."""
+    stopping = asyncio.Event()
+    _on_signals(stopping)
+    config = HypercornConfig()
+    config.bind = [f"fd://{listener.fileno()}"]
+    config.accesslog = None
+    config.errorlog = None
+    config.include_server_header = False
+    config.graceful_timeout = 3.0
+    config.keep_alive_timeout = 75.0
+    drained = asyncio.Event()
+    server = asyncio.create_task(
+        hypercorn_serve(create_app(box), config, shutdown_trigger=drained.wait)  # type: ignore[arg-type]
+    )
+    stop = asyncio.create_task(stopping.wait())
+    started()
+    await asyncio.wait({server, stop}, return_when=asyncio.FIRST_COMPLETED)
+    if stop.done():
+        # Still listening, so that new requests get a 503 and not a refused connection.
+        await box.drain()
+        drained.set()
+    stop.cancel()
+    await server
+
+
+def _on_signals(stopping: asyncio.Event) -> None:
+    def stop(number: int) -> None:
+        if stopping.is_set():
+            os._exit(128 + number)
+        stopping.set()
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop, number)

@@ -1,0 +1,157 @@
+"""The box's SQLite file: one writer with group commit, one reader, WAL, `synchronous=FULL`.
+
+A write is acknowledged after its transaction is on disk.  Writes that arrive while a commit is
+under way share the next one, so 64 endings at once cost a few fsyncs and not 64.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sqlite3
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import aiosqlite
+
+from pinaivu_box.errors import CliError
+from pinaivu_box.store.migrations import APPLICATION_ID, MIGRATIONS, SCHEMA_VERSION
+
+Statement = tuple[str, Sequence[Any]]
+Row = sqlite3.Row
+_Pending = tuple[Sequence[Statement], "asyncio.Future[list[int]]"]
+
+_BUSY_SECONDS = 15.0
+_MOST_PER_COMMIT = 256
+
+
+class Database:
+    """Use as an async context manager, or `open` and `close`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._writer: aiosqlite.Connection
+        self._reader: aiosqlite.Connection
+        self._queue: asyncio.Queue[_Pending | None] = asyncio.Queue()
+        self._committer: asyncio.Task[None]
+
+    async def open(self) -> None:
+        # Made before SQLite does, for the mode; the WAL files take theirs from it.
+        os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
+        self._writer = await _connect(self.path)
+        try:
+            await _migrate(self._writer, self.path)
+            self._reader = await _connect(self.path)
+        except BaseException:
+            await self._writer.close()
+            raise
+        self._committer = asyncio.create_task(self._commit_forever())
+
+    async def close(self) -> None:
+        """Write what is queued, then close."""
+        await self._queue.put(None)
+        await self._committer
+        await self._reader.close()
+        await self._writer.close()
+
+    async def __aenter__(self) -> Database:
+        await self.open()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def read(self, sql: str, parameters: Iterable[Any] = ()) -> list[Row]:
+        return list(await self._reader.execute_fetchall(sql, parameters))
+
+    async def write(self, *statements: Statement) -> list[int]:
+        """Run the statements in one transaction; returns their row counts once it is on disk.
+
+        Cancelling the caller does not cancel the write.
+        """
+        future: asyncio.Future[list[int]] = asyncio.get_running_loop().create_future()
+        await self._queue.put((statements, future))
+        return await asyncio.shield(future)
+
+    async def _commit_forever(self) -> None:
+        closing = False
+        while not closing:
+            batch = [await self._queue.get()]
+            while len(batch) < _MOST_PER_COMMIT and not self._queue.empty():
+                batch.append(self._queue.get_nowait())
+            closing = None in batch
+            writes = [pending for pending in batch if pending is not None]
+            try:
+                await self._commit(writes)
+            except sqlite3.Error:
+                # One of them is at fault (or the disk is): alone, each gets its own answer.
+                for pending in writes:
+                    await self._commit_alone(pending)
+
+    async def _commit_alone(self, pending: _Pending) -> None:
+        try:
+            await self._commit([pending])
+        except sqlite3.Error as error:
+            pending[1].set_exception(error)
+
+    async def _commit(self, writes: list[_Pending]) -> None:
+        if not writes:
+            return
+        counts: list[list[int]] = []
+        await self._writer.execute("BEGIN IMMEDIATE")
+        try:
+            for statements, _ in writes:
+                counts.append(
+                    [(await self._writer.execute(*statement)).rowcount for statement in statements]
+                )
+            await self._writer.execute("COMMIT")
+        except BaseException:
+            if self._writer.in_transaction:
+                await self._writer.execute("ROLLBACK")
+            raise
+        for (_, future), count in zip(writes, counts, strict=True):
+            future.set_result(count)
+
+
+async def _connect(path: Path) -> aiosqlite.Connection:
+    connection = await aiosqlite.connect(path, timeout=_BUSY_SECONDS, isolation_level=None)
+    connection.row_factory = sqlite3.Row
+    try:
+        await connection.execute("PRAGMA journal_mode = WAL")
+        await connection.execute("PRAGMA synchronous = FULL")
+        await connection.execute("PRAGMA foreign_keys = ON")
+    except sqlite3.DatabaseError as error:
+        await connection.close()
+        raise CliError(f"The database {path} cannot be opened: {error}.") from error
+    return connection
+
+
+async def _migrate(connection: aiosqlite.Connection, path: Path) -> None:
+    # IMMEDIATE: of two processes that open a new file at once, the second waits and finds it done.
+    await connection.execute("BEGIN IMMEDIATE")
+    try:
+        version = await _pragma(connection, "user_version")
+        application = await _pragma(connection, "application_id")
+        if application not in (0, APPLICATION_ID):
+            raise CliError(f"{path} is a database of another program.")
+        if version > SCHEMA_VERSION:
+            raise CliError(
+                f"{path} was written by a newer Pinaivu Box (schema {version}, this program knows "
+                f"{SCHEMA_VERSION}): update the program or choose another --home."
+            )
+        for number, statements in enumerate(MIGRATIONS[version:], start=version + 1):
+            for statement in statements:
+                await connection.execute(statement)
+            await connection.execute(f"PRAGMA user_version = {number}")
+        await connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+        await connection.execute("COMMIT")
+    except BaseException:
+        await connection.execute("ROLLBACK")
+        raise
+
+
+async def _pragma(connection: aiosqlite.Connection, name: str) -> int:
+    async with connection.execute(f"PRAGMA {name}") as cursor:
+        row = await cursor.fetchone()
+    return int(row[0]) if row else 0

@@ -1,0 +1,150 @@
+"""A real box in its own process and home, driven as its users drive it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+
+MODEL = "smollm2:135m"
+START_SECONDS = 60.0
+# What `pinaivu` is here: the source tree, or the executable that build/binary made.
+PINAIVU = (
+    [os.environ["PINAIVU_BINARY"]]
+    if "PINAIVU_BINARY" in os.environ
+    else [sys.executable, "-m", "pinaivu_box"]
+)
+
+
+def environment(**more: str) -> dict[str, str]:
+    """Ours without PINAIVU_*, which would change what is tested."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("PINAIVU_")}
+    return {**kept, **more}
+
+
+def pinaivu(*args: str, home: Path, check: bool = True, **more: Any) -> subprocess.CompletedProcess:
+    """Run one command on a home; its output as text."""
+    done = subprocess.run(
+        [*PINAIVU, *args, "--home", str(home)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=environment(),
+        **more,
+    )
+    if check and done.returncode != 0:
+        raise AssertionError(f"pinaivu {args} exited {done.returncode}: {done.stderr}")
+    return done
+
+
+def pinaivu_json(*args: str, home: Path) -> Any:
+    return json.loads(pinaivu(*args, "--json", home=home).stdout)
+
+
+class Box:
+    """`Box(home).start()`; `stop()` asks nicely, `kill()` is SIGKILL.  Start again as you like."""
+
+    def __init__(self, home: Path, *args: str, env: dict[str, str] | None = None) -> None:
+        self.home = home
+        self.args = args
+        self.env = env or {}
+        self.key = ""
+        self.process: subprocess.Popen[str]
+        self._output = home.with_name(home.name + ".out")
+        self._errors = home.with_name(home.name + ".err")
+
+    def start(self) -> Box:
+        # run.json appears when the server listens; a killed server leaves its old one behind.
+        (self.home / "run.json").unlink(missing_ok=True)
+        with self._output.open("w") as out, self._errors.open("a") as err:
+            self.process = subprocess.Popen(
+                [*PINAIVU, "serve", "--home", str(self.home), "--port", "0", *self.args],
+                stdout=out,
+                stderr=err,
+                text=True,
+                env=environment(**self.env),
+            )
+        deadline = time.monotonic() + START_SECONDS
+        while not (self.home / "run.json").exists() or "Try it" not in self.output:
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                raise AssertionError(f"the box did not start: {self.errors}")
+            time.sleep(0.02)
+        run = json.loads((self.home / "run.json").read_text())
+        self.url = run["url"]
+        self.key = self.key or self._printed_key()
+        return self
+
+    def _printed_key(self) -> str:
+        words = self.output.split()
+        return next((word for word in words if word.startswith("sk-pnv-")), "")
+
+    @property
+    def output(self) -> str:
+        return self._output.read_text()
+
+    @property
+    def errors(self) -> str:
+        return self._errors.read_text()
+
+    def stop(self, seconds: float = 30) -> int:
+        """SIGTERM; the exit status."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(seconds)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def end(self) -> None:
+        if self.process.poll() is None:
+            self.kill()
+
+    @property
+    def client(self) -> openai.OpenAI:
+        return self.client_with(self.key)
+
+    def client_with(self, key: str) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=120)
+
+    def http(self, method: str, path: str, *, key: str | None = None, **more: Any) -> httpx.Response:
+        """A plain request with this box's first key (or another, or none if empty)."""
+        secret = self.key if key is None else key
+        headers = {"Authorization": f"Bearer {secret}"} if secret else {}
+        headers |= more.pop("headers", {})
+        return httpx.request(
+            method, self.url + path, headers=headers, timeout=120, trust_env=False, **more
+        )
+
+    def chat(self, text: str = "Say hello.", **more: Any) -> httpx.Response:
+        body = {"model": MODEL, "messages": [{"role": "user", "content": text}], **more}
+        return self.http("POST", "/v1/chat/completions", json=body)
+
+    def engines(self) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = self.http("GET", "/v1/engines").json()["data"]
+        return found
+
+
+def wait_until(condition: Any, what: str, seconds: float = 60) -> Any:
+    """Poll until `condition()` is true; a deadline against hanging, not a claim about speed."""
+    deadline = time.monotonic() + seconds
+    while not (result := condition()):
+        if time.monotonic() > deadline:
+            raise AssertionError(f"still waiting for: {what}")
+        time.sleep(0.02)
+    return result
+
+
+def alive(pid: int) -> bool:
+    """Whether a process exists and is not a zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False

@@ -1,0 +1,32 @@
+"""Fixtures: one box shared by the tests that leave it as they found it, and fresh ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.box import Box
+
+
+@pytest.fixture(scope="session")
+def box(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Box]:
+    """A running box with the real model.  Do not stop it, kill it or revoke its key."""
+    started = Box(tmp_path_factory.mktemp("shared") / "home").start()
+    yield started
+    started.end()
+
+
+@pytest.fixture
+def new_box(tmp_path: Path) -> Iterator[Callable[..., Box]]:
+    """`new_box(*serve_args, env={...})`: a box of the test's own, ended with it."""
+    made: list[Box] = []
+
+    def make(*args: str, env: dict[str, str] | None = None) -> Box:
+        made.append(Box(tmp_path / f"home{len(made)}", *args, env=env))
+        return made[-1].start()
+
+    yield make
+    for one in made:
+        one.end()
