@@ -64,7 +64,8 @@ class LlamaRunner:
             model = llama.llama_model_load_from_file(os.fsencode(load.path), params)
         if not model:
             raise LoadError(
-                f"llama.cpp cannot load {Path(load.path).name}: {self._log.last or 'no reason given'}"
+                f"llama.cpp cannot load {Path(load.path).name}: "
+                f"{self._log.last or 'no reason given'}"
             )
         return model
 

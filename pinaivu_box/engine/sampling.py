@@ -1,9 +1,9 @@
 """Drawing tokens: greedy, or Gumbel-max with noise keyed by (seed, position, token id).
 
 The Gumbel-max trick (Gumbel 1954; Maddison et al., "A* Sampling", 2014): the argmax of
-logit / temperature + Gumbel noise is distributed as the softmax.  The noise of a token at a position
-depends on the seed, the position and the token's id alone, so a sequence can be preempted, moved
-or audited in the middle and draws the same tokens.
+logit / temperature + Gumbel noise is distributed as the softmax.  The noise of a token at a
+position depends on the seed, the position and the token's id alone, so a sequence can be
+preempted, moved or audited in the middle and draws the same tokens.
 
 The order of truncation is llama.cpp's: top-k, top-p, min-p, then temperature.
 """

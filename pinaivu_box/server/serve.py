@@ -46,7 +46,7 @@ async def serve(box: Box, listener: socket.socket, started: Callable[[], None]) 
     stopping = asyncio.Event()
     _on_signals(stopping)
     config = HypercornConfig()
-    config.bind = [f"fd://{listener.fileno()}"]
+    config.bind = [f"fd://{listener.detach()}"]  # Hypercorn closes it
     config.accesslog = None
     config.errorlog = None
     config.include_server_header = False

@@ -1,0 +1,93 @@
+"""What build/test and build/binary do once .venv is set up."""
+
+import mmap
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from common import MODEL, ROOT, VENV, Stop, say
+from environment import PYTHON, need_space, run_quietly
+
+# PyInstaller's mark at the end of its archive: magic, the length from the archive's start up to
+# here, then the place of the table of contents in it and Python's version and library.
+COOKIE = struct.Struct("!8sI76s")
+COOKIE_MAGIC = b"MEI\014\013\012\013\016"
+MODEL_FOOTER = 64  # pinaivu_box.models.bundled ends the file with this many bytes of its own
+
+CHECKS = [
+    ["ruff", "format", "--check"],
+    ["ruff", "check"],
+    ["mypy", "pinaivu_box"],
+    ["pytest"],
+]
+
+
+def test(arguments: list[str]) -> None:
+    """All checks, even after one failed; with arguments only pytest, which gets them."""
+    checks = [["pytest", *arguments]] if arguments else CHECKS
+    failed = []
+    for check in checks:
+        say(" ".join(check))
+        if subprocess.run([PYTHON, "-m", *check], cwd=ROOT, check=False).returncode:
+            failed.append(" ".join(check))
+    if failed:
+        raise Stop(f"failed: {', '.join(failed)}")
+    say("all passed")
+
+
+def binary(arguments: list[str]) -> None:
+    if arguments:
+        raise Stop("build/binary takes no arguments: run it without")
+    need_space(ROOT, 600)
+    work = VENV / "pyinstaller"
+    say("freezing pinaivu (about a minute)")
+    folders = ["--distpath", str(work / "dist"), "--workpath", str(work)]
+    options = ["--noconfirm", "--log-level", "WARN", *folders, str(ROOT / "pinaivu.spec")]
+    run_quietly([str(PYTHON), "-m", "PyInstaller", *options], "PyInstaller")
+
+    say("appending the default model")
+    made, target = work / "dist/pinaivu", ROOT / "dist/pinaivu"
+    append = [str(PYTHON), "-m", "pinaivu_box.models.bundled", str(made), str(MODEL)]
+    run_quietly(append, "appending the model")
+    repeat_cookie(made)
+    seconds = start_up_time(made)
+    target.parent.mkdir(exist_ok=True)
+    shutil.move(made, target)
+    size = target.stat().st_size / 1e6
+    say(f"made dist/pinaivu: {size:.0f} MB, `--version` in {seconds:.1f} s")
+
+
+def repeat_cookie(executable: Path) -> None:
+    """Puts PyInstaller's cookie behind the model as well.
+
+    Its loader looks for it from the end of the file on: each start would read through the model,
+    which takes 0.4 s.
+    """
+    with executable.open("r+b") as file:
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            first = content.rfind(COOKIE_MAGIC)
+            magic, length, rest = COOKIE.unpack_from(content, first)
+            second = len(content) - MODEL_FOOTER
+            footer = content[second:]
+        file.seek(second)
+        file.write(COOKIE.pack(magic, length + second - first, rest) + footer)
+
+
+def start_up_time(executable: Path) -> float:
+    """Runs it in an empty folder without any environment: it must not need this clone."""
+    with tempfile.TemporaryDirectory() as empty:
+        started = time.monotonic()
+        run_alone = [str(executable), "--version"]
+        done = subprocess.run(run_alone, cwd=empty, env={}, check=False, capture_output=True)
+        seconds = time.monotonic() - started
+    if done.returncode:
+        sys.stderr.buffer.write(done.stderr)
+        raise Stop("the executable does not start (see above): add what it misses to pinaivu.spec")
+    return seconds
+
+
+RUN = {"test": test, "binary": binary}
