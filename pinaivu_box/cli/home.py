@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -56,8 +57,7 @@ def print_table(
         table.add_column(column, justify="right" if column in numbers else "left", no_wrap=True)
     for row in rows:
         table.add_row(*row)
-    terminal = click.get_text_stream("stdout").isatty()
-    Console(width=None if terminal else 1000).print(table)
+    Console(width=None if sys.stdout.isatty() else 1000).print(table)
 
 
 def with_database(home: Path, work: Callable[[Any], Awaitable[T]]) -> T:

@@ -21,6 +21,7 @@ log = logging.getLogger("pinaivu.placement")
 Digest = Callable[[Model], Awaitable[str]]
 _RESERVE_BYTES = 256 * 1024 * 1024  # left to the rest of the machine
 _LONGEST_BACKOFF = 60.0
+_WORTH_WAITING = 5.0  # seconds of backoff that a request waits out instead of being refused
 _FORGIVEN_AFTER = 300.0  # seconds that an engine must have lived for its end to be no pattern
 
 
@@ -83,7 +84,9 @@ class Placement:
     async def _start(self, model: Model) -> EngineProcess:
         failures = self._failures.setdefault(model.id, _Failures())
         wait = failures.until - time.monotonic()
-        if wait > 0:
+        if 0 < wait <= _WORTH_WAITING:
+            await asyncio.sleep(wait)
+        elif wait > 0:
             raise NoNodesAvailable(
                 f"The engine of {model.id} failed ({failures.reason}); it is tried again in "
                 f"{math.ceil(wait)} s.",

@@ -78,8 +78,9 @@ def load(config: Config, home: Path) -> Catalog:
         try:
             models[entry.name] = _configured(entry)
         except (BadGguf, OSError) as error:
+            reason = getattr(error, "strerror", None) or error
             raise CliError(
-                f"The model {entry.name} ({entry.path}) cannot be served: {error}."
+                f"The model {entry.name} ({entry.path}) cannot be served: {reason}."
             ) from error
     folder = Path(config.models_dir).expanduser() if config.models_dir else home / "models"
     for path in sorted(folder.glob("*.gguf")) if folder.is_dir() else []:
