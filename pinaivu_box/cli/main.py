@@ -19,6 +19,7 @@ COMMANDS = {
     "receipts": ("pinaivu_box.cli.receipts:receipts", "Show and verify receipts."),
     "ls": ("pinaivu_box.cli.models:ls", "List the models that this box can serve."),
     "ps": ("pinaivu_box.cli.models:ps", "List the engines of the running box."),
+    "bench": ("pinaivu_box.cli.bench:bench", "Measure a server, or two against each other."),
     "engine": ("pinaivu_box.cli.engine:engine", ""),
 }
 HIDDEN = {"engine"}

@@ -37,6 +37,7 @@ class Engine:
             max_sequences=facts.max_sequences,
             token_budget=token_budget,
         )
+        self._end_ids = sorted(facts.end_tokens)
         self._arrivals = 0
         self._steps = 0
         self._tokens_computed = 0
@@ -128,6 +129,8 @@ class Engine:
     def _sample(self, chunks: list[Chunk], logits: Float32) -> None:
         ready = [chunk.sequence for chunk in chunks if chunk.wants_logits]
         for sequence, row in zip(ready, logits, strict=True):
+            if sequence.sampling.ignore_eos:
+                row[self._end_ids] = -np.inf
             token = draw(row, sequence.sampling, len(sequence.tokens))
             self._take(sequence, token)
 

@@ -20,7 +20,7 @@ class Sampling(Struct, frozen=True):
     """How tokens are drawn; recorded in the proof, so that the draw can be repeated.
 
     `temperature` 0 is greedy.  `top_k` 0, `top_p` 1 and `min_p` 0 switch that truncation off.
-    `seed` is a 64-bit signed integer.
+    `seed` is a 64-bit signed integer.  With `ignore_eos` end tokens are never drawn.
     """
 
     temperature: float
@@ -28,6 +28,7 @@ class Sampling(Struct, frozen=True):
     top_k: int
     min_p: float
     seed: int
+    ignore_eos: bool = False
 
 
 class SamplingDefaults(Struct, frozen=True):

@@ -24,6 +24,7 @@ class Job:
     max_tokens: int | None
     stop: list[str]
     tenant: str
+    ignore_eos: bool = False
 
 
 @dataclass(frozen=True)

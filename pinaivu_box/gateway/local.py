@@ -87,4 +87,5 @@ def resolve(job: Job, box: SamplingConfig, file: SamplingDefaults) -> Sampling:
         top_k=int(chosen["top_k"]),
         min_p=float(chosen["min_p"]),
         seed=job.seed,
+        ignore_eos=job.ignore_eos,
     )

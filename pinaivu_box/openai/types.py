@@ -43,6 +43,8 @@ class ChatRequest(Struct, frozen=True, forbid_unknown_fields=True):
     stop: StopString | Annotated[list[StopString], Meta(max_length=4)] | None = None
     seed: Seed | None = None
     user: str | None = None
+    # Not OpenAI's but llama.cpp's: go on to max_tokens, for measurements.
+    ignore_eos: bool | None = None
 
 
 class PromptTokensDetails(Struct, frozen=True):

@@ -116,6 +116,7 @@ def make_job(body: ChatRequest, model: Model, request_id: str, tenant: str) -> J
         max_tokens=min(limits) if limits else None,
         stop=stop,
         tenant=tenant,
+        ignore_eos=bool(body.ignore_eos),
     )
 
 

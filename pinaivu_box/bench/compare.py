@@ -1,0 +1,121 @@
+"""One server measured alone, or two run by run in turn, and their ratios."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from statistics import median
+
+import msgspec
+
+from pinaivu_box.bench.run import Plan, measure
+from pinaivu_box.bench.statistics import (
+    Quantiles,
+    Summary,
+    gaps,
+    succeeded,
+    summarise,
+    ttft,
+)
+from pinaivu_box.bench.target import Target
+
+
+class Run(msgspec.Struct):
+    """One run against target number `target`; `ttfts` and `gaps` are all its values in seconds."""
+
+    target: int
+    pair: int
+    summary: Summary
+    ttfts: list[float]
+    gaps: list[float]
+
+
+class Ratio(msgspec.Struct, frozen=True):
+    """A figure of the first server divided by that of the second, pair by pair."""
+
+    median: float
+    min: float
+    max: float
+    pairs: list[float]
+
+
+def turns(targets: int, pairs: int) -> Iterator[tuple[int, int]]:
+    """(pair, target) in the order in which they run: A B, B A, A B, …"""
+    for pair in range(pairs):
+        order = range(targets) if pair % 2 == 0 else reversed(range(targets))
+        yield from ((pair, target) for target in order)
+
+
+async def run_all(
+    targets: list[Target],
+    plan: Plan,
+    pairs: int,
+    progress: Callable[[Run], None] = lambda run: None,
+) -> list[Run]:
+    """Both runs of a pair send the same requests, every pair others (nothing is in a cache)."""
+    runs = []
+    for pair, target in turns(len(targets), pairs):
+        plan_now = plan.seeded(f"{plan.workload.seed}/{pair}")
+        measured = await measure(targets[target], plan_now)
+        good = succeeded(measured)
+        run = Run(
+            target=target,
+            pair=pair,
+            summary=summarise(measured, plan_now),
+            ttfts=[ttft(one) for one in good if one.arrivals],
+            gaps=[gap for one in good for gap in gaps(one)],
+        )
+        runs.append(run)
+        progress(run)
+    return runs
+
+
+def figures(summary: Summary) -> dict[str, float]:
+    """Everything that was measured, flat: `ttft_ms.p50`, `tenants.light.tokens`, …"""
+    found: dict[str, float] = {}
+    for name in ("tokens_per_s", "requests_per_s"):
+        found[name] = getattr(summary, name)
+    for name in ("ttft_ms", "gap_ms", "per_token_ms", "latency_ms"):
+        found |= _flat(name, getattr(summary, name))
+    if summary.intruder:
+        if summary.intruder.ttft_ms is not None:
+            found["intruder.ttft_ms"] = summary.intruder.ttft_ms
+        found |= _flat("intruder.gap_ms", summary.intruder.gap_ms)
+    for tenant in summary.tenants:
+        found[f"tenants.{tenant.name}.tokens_per_client"] = tenant.tokens_per_client
+        found |= _flat(f"tenants.{tenant.name}.ttft_ms", tenant.ttft_ms)
+    for name in ("jain_per_client", "jain_per_tenant", "tokens_per_arrival"):
+        if (value := getattr(summary, name)) is not None:
+            found[name] = value
+    found["client_load"] = summary.client_load
+    return found
+
+
+def _flat(name: str, quantiles: Quantiles | None) -> dict[str, float]:
+    if quantiles is None:
+        return {}
+    return {f"{name}.{part}": getattr(quantiles, part) for part in ("p50", "p95", "p99", "max")}
+
+
+def medians(runs: list[Run], target: int) -> dict[str, float]:
+    """The median over a server's runs of every figure."""
+    found: dict[str, list[float]] = {}
+    for run in runs:
+        if run.target == target:
+            for name, value in figures(run.summary).items():
+                found.setdefault(name, []).append(value)
+    return {name: median(values) for name, values in found.items()}
+
+
+def ratios(runs: list[Run]) -> dict[str, Ratio]:
+    """First server / second server; only of figures that both have and that are not 0."""
+    by_turn = {(run.pair, run.target): figures(run.summary) for run in runs}
+    found: dict[str, list[float]] = {}
+    for pair in sorted({run.pair for run in runs}):
+        first, second = by_turn.get((pair, 0), {}), by_turn.get((pair, 1), {})
+        for name, value in first.items():
+            if second.get(name):
+                found.setdefault(name, []).append(value / second[name])
+    return {
+        name: Ratio(median(values), min(values), max(values), values)
+        for name, values in found.items()
+    }

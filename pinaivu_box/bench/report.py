@@ -1,0 +1,133 @@
+"""Runs as a JSON document and as table rows."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+
+from pinaivu_box.bench.compare import Run, medians, ratios
+from pinaivu_box.bench.run import Plan
+from pinaivu_box.bench.target import Target
+
+_NAMES = {
+    "tokens_per_s": "tokens/s",
+    "requests_per_s": "requests/s",
+    "ttft_ms": "first token",
+    "gap_ms": "gap between tokens",
+    "per_token_ms": "time per token",
+    "latency_ms": "whole request",
+    "jain_per_client": "Jain's index, tokens per client",
+    "jain_per_tenant": "Jain's index, tokens per tenant",
+    "tokens_per_arrival": "tokens per arrival",
+    "intruder.ttft_ms": "intruder: first token",
+    "intruder.gap_ms": "others' gap meanwhile",
+    "client_load": "load of this client",
+}
+_SHOWN_PARTS = {
+    "ttft_ms": ("p50", "p95", "p99"),
+    "gap_ms": ("p50", "p95", "p99"),
+    "intruder.gap_ms": ("p50", "p99", "max"),
+}
+_BUSY = 0.8  # of a core: above, the client may be what is measured
+
+
+def document(targets: list[Target], plan: Plan, runs: list[Run], started_at: str) -> dict[str, Any]:
+    """For `--json`; without keys.  Times are milliseconds where the name says so, else seconds."""
+    settings = msgspec.to_builtins(plan)
+    for tenant in settings["tenants"]:
+        del tenant["key"]
+    return {
+        "version": 1,
+        "started_at": started_at,
+        "targets": [
+            {"url": target.url, "model": target.model, "fields": target.fields}
+            for target in targets
+        ],
+        "settings": settings,
+        "runs": [
+            {"target": run.target, "pair": run.pair, **msgspec.to_builtins(run.summary)}
+            for run in runs
+        ],
+        "ratios": {name: msgspec.to_builtins(ratio) for name, ratio in ratios(runs).items()},
+    }
+
+
+def rows(targets: list[Target], runs: list[Run]) -> list[list[str]]:
+    """Name, one median for each server, and with two servers `ratio (min to max)`."""
+    per_target = [medians(runs, number) for number in range(len(targets))]
+    compared = ratios(runs)
+    found = []
+    for name in dict.fromkeys(name for each in per_target for name in each):
+        if (label := _label(name)) is None:
+            continue
+        row = [label, *(_value(name, each.get(name)) for each in per_target)]
+        if len(targets) > 1:
+            ratio = compared.get(name)
+            row.append(
+                f"{ratio.median:.2f} ({ratio.min:.2f} to {ratio.max:.2f})"
+                if ratio and name != "client_load"
+                else ""
+            )
+        found.append(row)
+    return [*_counts(len(targets), runs), *found]
+
+
+def notes(targets: list[Target], runs: list[Run]) -> Iterator[str]:
+    """What a reader should know before believing the figures; one sentence each."""
+    for number, target in enumerate(targets):
+        own = [run.summary for run in runs if run.target == number]
+        if example := next((one.error_example for one in own if one.error_example), ""):
+            yield f"{target.url}: first error: {example.rstrip('.')}."
+        for one in own:
+            if one.intruder and one.intruder.error:
+                yield f"{target.url}: the intruder failed: {one.intruder.error.rstrip('.')}."
+        if any("deltas" in one.tokens_from for one in own):
+            yield f"{target.url} reports no usage: its tokens are counted as pieces of text."
+    if any(run.summary.client_load > _BUSY for run in runs):
+        yield "This client used nearly a whole core: it may be the limit, not the server."
+
+
+def _counts(targets: int, runs: list[Run]) -> Iterator[list[str]]:
+    empty = [""] if targets > 1 else []
+    own = [[run.summary for run in runs if run.target == number] for number in range(targets)]
+    yield ["requests", *(f"{sum(one.requests for one in each):,}" for each in own), *empty]
+    kinds: list[Counter[str]] = [Counter() for _ in own]
+    for counter, each in zip(kinds, own, strict=True):
+        for one in each:
+            counter.update(one.errors)
+    for kind in dict.fromkeys(kind for counter in kinds for kind in counter):
+        yield [f"errors: {kind}", *(f"{counter[kind]:,}" for counter in kinds), *empty]
+    yield ["prompt tokens, mean", *(_mean(each, "prompt_tokens") for each in own), *empty]
+    yield ["of these cached", *(_mean(each, "cached_tokens") for each in own), *empty]
+    yield ["completion tokens, mean", *(_mean(each, "completion_tokens") for each in own), *empty]
+
+
+def _mean(summaries: list[Any], name: str) -> str:
+    requests = sum(one.requests for one in summaries)
+    return f"{sum(getattr(one, name) for one in summaries) / requests:,.1f}" if requests else "-"
+
+
+def _label(name: str) -> str | None:
+    """None if it is only in the JSON."""
+    if name in _NAMES:
+        return _NAMES[name]
+    group, _, part = name.rpartition(".")
+    if group in _NAMES:
+        return f"{_NAMES[group]}, {part}" if part in _SHOWN_PARTS.get(group, ("p50",)) else None
+    _, tenant, *rest = name.split(".")
+    if rest == ["ttft_ms", "p50"]:
+        return f"{tenant}: first token, p50"
+    return f"{tenant}: tokens per client" if rest == ["tokens_per_client"] else None
+
+
+def _value(name: str, value: float | None) -> str:
+    if value is None:
+        return "-"
+    if name == "client_load":
+        return f"{100 * value:.0f} %"
+    if "_ms" in name:
+        return f"{value:,.1f} ms" if value < 100 else f"{value:,.0f} ms"
+    return f"{value:,.3f}" if name.startswith("jain") else f"{value:,.2f}"

@@ -1,0 +1,130 @@
+"""One URL with its key, model and extra fields, and what is asked of it before a run."""
+
+from __future__ import annotations
+
+import random
+import ssl
+from typing import Any
+from urllib.parse import urlsplit
+
+import msgspec
+
+from pinaivu_box.bench.client import Outcome, stream
+from pinaivu_box.bench.workload import Request, Scale, Workload
+from pinaivu_box.errors import CliError, UsageError
+
+CHAT = "/chat/completions"
+_PROBES = (8, 136)  # units of the two prompts from which a scale is found
+_PROBE_SECONDS = 600.0  # the server may have to load the model first
+
+
+class Target(msgspec.Struct, frozen=True):
+    """Where requests go.  `url` is as given; `fields` go into every body as they are."""
+
+    url: str
+    host: str
+    port: int
+    tls: ssl.SSLContext | None
+    path: str
+    key: str
+    model: str
+    fields: dict[str, Any]
+
+    @classmethod
+    def parse(
+        cls, url: str, *, key: str = "", model: str = "", fields: dict[str, Any] | None = None
+    ) -> Target:
+        """`http://host:port`, its `/v1`, or the whole address of its chat completions."""
+        try:
+            parts = urlsplit(url)
+            port = parts.port or (443 if parts.scheme == "https" else 80)
+        except ValueError:
+            parts, port = urlsplit(""), 0
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise UsageError(f"'{url}' is not a URL such as http://localhost:4001/v1.")
+        path = parts.path.rstrip("/") or "/v1"
+        return cls(
+            url=url,
+            host=parts.hostname,
+            port=port,
+            tls=ssl.create_default_context() if parts.scheme == "https" else None,
+            path=path if path.endswith(CHAT) else path + CHAT,
+            key=key,
+            model=model,
+            fields=fields or {},
+        )
+
+    def message(self, request: Request, key: str | None = None) -> bytes:
+        """The whole HTTP request, as it goes out.  `key` instead of the target's own."""
+        body = msgspec.json.encode(
+            {
+                "model": self.model,
+                "messages": request.messages,
+                "max_tokens": request.max_tokens,
+                "stream": True,
+                "stream_options": {"include_usage": True},
+                **self.fields,
+            }
+        )
+        secret = self.key if key is None else key
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        head = [
+            f"POST {self.path} HTTP/1.1",
+            f"Host: {host}:{self.port}",
+            "Content-Type: application/json",
+            "Accept: text/event-stream",
+            "Connection: close",
+            f"Content-Length: {len(body)}",
+            *([f"Authorization: Bearer {secret}"] if secret else []),
+        ]
+        return "\r\n".join([*head, "", ""]).encode() + body
+
+
+async def named(target: Target) -> Target:
+    """The target with a model: the first that the server lists, if none was given."""
+    if target.model:
+        return target
+    import httpx
+
+    models = _address(target, target.path.removesuffix(CHAT) + "/models")
+    headers = {"Authorization": f"Bearer {target.key}"} if target.key else {}
+    try:
+        verify = target.tls or False  # False: there is nothing to verify without TLS
+        async with httpx.AsyncClient(verify=verify, trust_env=False, timeout=30) as client:
+            answer = (await client.get(models, headers=headers)).raise_for_status()
+        model = answer.json()["data"][0]["id"]
+    except httpx.HTTPStatusError as error:
+        status = error.response.status_code
+        raise CliError(f"{models} answered {status}: give a valid --key, or a --model.") from error
+    except (httpx.HTTPError, ssl.SSLError) as error:
+        raise CliError(f"{target.url} cannot be reached: {error or 'no answer'}.") from error
+    except (ValueError, LookupError, TypeError):
+        raise CliError(f"{models} lists no model: name one with --model.") from None
+    return msgspec.structs.replace(target, model=str(model))
+
+
+def _address(target: Target, path: str) -> str:
+    host = f"[{target.host}]" if ":" in target.host else target.host
+    return f"{'https' if target.tls else 'http'}://{host}:{target.port}{path}"
+
+
+async def measure_scale(target: Target, workload: Workload) -> Scale:
+    """Two short requests: they load the model, show that it answers and how it counts tokens.
+
+    A server that reports no usage is taken to make one token of a unit.
+    """
+    counts = []
+    for units in _PROBES:
+        text = workload.text(units, random.Random(f"scale/{units}"))  # noqa: S311
+        request = Request([{"role": "user", "content": text}], 1)
+        outcome = Outcome()
+        await stream(target, target.message(request), outcome, _PROBE_SECONDS)
+        if outcome.error:
+            why = outcome.detail or outcome.error
+            raise CliError(f"{target.url} does not answer a chat request: {why.rstrip('.')}.")
+        counts.append(outcome.prompt_tokens)
+    first, second = counts
+    if not first or not second or second <= first:
+        return Scale()
+    slope = (second - first) / (_PROBES[1] - _PROBES[0])
+    return Scale(slope, max(0.0, first - slope * _PROBES[0]))

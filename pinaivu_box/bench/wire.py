@@ -1,0 +1,163 @@
+"""HTTP/1.1 answers and server-sent events, out of whatever bytes arrive.
+
+Incremental and small: what a client spends per chunk is what it cannot spend on more streams.
+"""
+
+from __future__ import annotations
+
+from enum import Enum, auto
+
+_MAX_HEAD = 64 * 1024  # bytes of a status line and headers
+
+
+class WireError(ValueError):
+    """The bytes are not an HTTP/1.1 answer."""
+
+
+class _Part(Enum):
+    HEAD = auto()
+    SIZE = auto()  # the line before a chunk
+    CHUNK = auto()
+    AFTER = auto()  # the line end after a chunk
+    TRAILER = auto()
+    LENGTH = auto()  # a body with a content-length
+    TO_END = auto()  # a body that ends with the connection
+    DONE = auto()
+
+
+class ResponseParser:
+    """One answer.  `feed` gives the bytes of the body that came; `status` is 0 before the head."""
+
+    def __init__(self) -> None:
+        self.status = 0
+        self.headers: dict[str, str] = {}
+        self._part = _Part.HEAD
+        self._rest = b""
+        self._left = 0
+
+    @property
+    def done(self) -> bool:
+        return self._part is _Part.DONE
+
+    def end(self) -> bool:
+        """The connection has ended; whether the answer is complete."""
+        if self._part is _Part.TO_END:
+            self._part = _Part.DONE
+        return self.done
+
+    def feed(self, data: bytes) -> bytes:
+        """Raises WireError."""
+        if self._part is _Part.HEAD:
+            data = self._head(data)
+        if self._part is _Part.TO_END:
+            return data
+        if self._part is _Part.LENGTH:
+            return self._counted(data)
+        if self._part in (_Part.HEAD, _Part.DONE):
+            return b""
+        return self._chunked(data)
+
+    def _head(self, data: bytes) -> bytes:
+        """Reads the head; what came after it."""
+        data = self._rest + data
+        head, end, after = data.partition(b"\r\n\r\n")
+        if not end:
+            if len(data) > _MAX_HEAD or not data.startswith(b"HTTP/1."[: len(data)]):
+                raise WireError("no HTTP/1.1 answer")
+            self._rest = data
+            return b""
+        self._rest = b""
+        first, *lines = head.decode("latin-1").split("\r\n")
+        version, _, status = first.partition(" ")
+        if not version.startswith("HTTP/1.") or not status[:3].isdecimal():
+            raise WireError("no HTTP/1.1 status line")
+        if status.startswith("1"):  # 100 Continue and its like: the answer is yet to come
+            return self._head(after)
+        pairs = (line.partition(":") for line in lines)
+        self.headers = {name.strip().lower(): value.strip() for name, _, value in pairs}
+        self.status = int(status[:3])
+        self._begin_body()
+        return after
+
+    def _begin_body(self) -> None:
+        length = self.headers.get("content-length", "")
+        if "chunked" in self.headers.get("transfer-encoding", "").lower():
+            self._part = _Part.SIZE
+        elif self.status in (204, 304) or length == "0":
+            self._part = _Part.DONE
+        elif length:
+            if not length.isdecimal():
+                raise WireError(f"a content-length of '{length}'")
+            self._part, self._left = _Part.LENGTH, int(length)
+        else:
+            self._part = _Part.TO_END
+
+    def _counted(self, data: bytes) -> bytes:
+        data = data[: self._left]
+        self._left -= len(data)
+        if not self._left:
+            self._part = _Part.DONE
+        return data
+
+    def _chunked(self, data: bytes) -> bytes:
+        if self._rest:
+            data, self._rest = self._rest + data, b""
+        found: list[bytes] = []
+        at = 0
+        while self._part is not _Part.DONE and at < len(data):
+            if self._part is _Part.CHUNK:
+                piece = data[at : at + self._left]
+                found.append(piece)
+                at += len(piece)
+                self._left -= len(piece)
+                if not self._left:
+                    self._part = _Part.AFTER
+                continue
+            end = data.find(b"\n", at)
+            if end < 0:
+                self._rest = data[at:]
+                if len(self._rest) > _MAX_HEAD:
+                    raise WireError("a chunk without a size")
+                break
+            self._line(data[at:end].rstrip(b"\r"))
+            at = end + 1
+        return found[0] if len(found) == 1 else b"".join(found)
+
+    def _line(self, line: bytes) -> None:
+        """A line between chunks: a size, the end of a chunk, or a trailer."""
+        if self._part is _Part.AFTER:
+            if line:
+                raise WireError("a chunk longer than its size")
+            self._part = _Part.SIZE
+        elif self._part is _Part.TRAILER:
+            self._part = _Part.TRAILER if line else _Part.DONE
+        else:
+            try:
+                self._left = int(line.partition(b";")[0], 16)
+            except ValueError:
+                raise WireError(f"a chunk size of '{line[:20].decode('latin-1')}'") from None
+            self._part = _Part.CHUNK if self._left else _Part.TRAILER
+
+
+class EventParser:
+    """Server-sent events; `feed` gives the data of those that are complete.
+
+    Comments, ids and event names are dropped.  Lines end with LF or CRLF (a lone CR, which the
+    standard also allows, is used by no server that we know).
+    """
+
+    def __init__(self) -> None:
+        self._rest = b""
+        self._data: list[bytes] = []
+
+    def feed(self, body: bytes) -> list[bytes]:
+        lines = (self._rest + body).split(b"\n") if self._rest else body.split(b"\n")
+        self._rest = lines.pop()
+        events = []
+        for line in lines:
+            if line.startswith(b"data:"):
+                self._data.append(line[5:].strip())
+            elif self._data and line in (b"", b"\r"):
+                events.append(b"\n".join(self._data))
+                self._data = []
+        return events

@@ -1,0 +1,145 @@
+"""What is sent: lengths, prompts and arrivals.  Pure: the same seed gives the same requests."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator
+from typing import Literal
+
+import msgspec
+
+from pinaivu_box.errors import UsageError
+
+# Common words: nearly every tokenizer has each of them, with its space, as one token.
+_WORDS = (
+    "the of and to in is you that it he was for on are as with his they at be this have from or"
+    " one had by word but not what all were we when your can said there use an each which she do"
+    " how their if will up other about out many then them these so some her would make like him"
+    " into time has look two more write go see number no way could people my than first water been"
+    " call who oil its now find long down day did get come made may part"
+)
+WORDS = tuple(_WORDS.split())
+_NAMES = ("alpha", "beta", "gamma", "delta", "omega", "total", "count", "index", "value", "price")
+_EDIT = "Here is a Python file. Rename the function main to run and print the whole file again."
+INTRUDER_OUTPUT = 8  # tokens that an intruder asks for: its answer is not what is measured
+
+
+class Lengths(msgspec.Struct, frozen=True):
+    """How many tokens: `128`, `uniform:64-256` or `lognormal:MEDIAN,SIGMA`."""
+
+    kind: Literal["fixed", "uniform", "lognormal"]
+    first: float
+    second: float = 0.0
+
+    @classmethod
+    def parse(cls, text: str, option: str = "A length") -> Lengths:
+        kind, _, rest = text.rpartition(":")
+        separator = {"": None, "uniform": "-", "lognormal": ","}.get(kind, "?")
+        try:
+            numbers = [float(number) for number in rest.split(separator)]
+            if kind == "":
+                lengths = cls("fixed", *numbers)
+            else:
+                lengths = cls("uniform" if kind == "uniform" else "lognormal", *numbers)
+            lengths._check(len(numbers))
+        except (ValueError, TypeError):
+            raise UsageError(
+                f"{option} cannot be '{text}': write 128, uniform:64-256 or lognormal:128,0.6."
+            ) from None
+        return lengths
+
+    def _check(self, given: int) -> None:
+        finite = math.isfinite(self.first) and math.isfinite(self.second)
+        ordered = self.kind != "uniform" or self.first <= self.second
+        if given != 1 + (self.kind != "fixed") or not finite or not ordered:
+            raise ValueError
+        if self.first < 1 or self.second < 0:
+            raise ValueError
+
+    def draw(self, random: random.Random) -> int:
+        """At least 1."""
+        if self.kind == "uniform":
+            return random.randint(int(self.first), int(self.second))
+        if self.kind == "lognormal":
+            return max(1, round(random.lognormvariate(math.log(self.first), self.second)))
+        return int(self.first)
+
+    @property
+    def mean(self) -> float:
+        if self.kind == "uniform":
+            return (self.first + self.second) / 2
+        if self.kind == "lognormal":
+            return self.first * math.exp(self.second**2 / 2)
+        return self.first
+
+
+class Scale(msgspec.Struct, frozen=True):
+    """How prompts become tokens on a server: tokens per unit (a word; a line of code), and what
+    the chat template adds to each prompt."""
+
+    tokens_per_unit: float = 1.0
+    overhead: float = 0.0
+
+    def units(self, tokens: int, *, with_overhead: bool = True) -> int:
+        """How many units make a prompt of so many tokens; at least 1."""
+        own = tokens - (self.overhead if with_overhead else 0.0)
+        return max(1, round(own / self.tokens_per_unit))
+
+
+class Request(msgspec.Struct, frozen=True):
+    messages: list[dict[str, str]]
+    max_tokens: int
+
+
+class Workload(msgspec.Struct, frozen=True):
+    """Endless numbered requests; number n depends on the fields and n only.
+
+    `shared_prefix` is the length in tokens of the system prompt with which all begin (0: none),
+    beside the `prompt` tokens of their own.
+    """
+
+    prompt: Lengths
+    output: Lengths
+    seed: str = "0"
+    shared_prefix: int = 0
+    repetitive: bool = False
+    scale: Scale = Scale()
+
+    def request(self, number: int) -> Request:
+        rng = random.Random(f"{self.seed}/{number}")  # noqa: S311 - reproducible, not secret
+        prompt, output = self.prompt.draw(rng), self.output.draw(rng)
+        units = self.scale.units(prompt, with_overhead=not self.shared_prefix)
+        messages = [{"role": "user", "content": self.text(units, rng)}]
+        if self.shared_prefix:
+            messages.insert(0, {"role": "system", "content": self._system()})
+        return Request(messages, output)
+
+    def intruder(self, tokens: int) -> Request:
+        rng = random.Random(f"{self.seed}/intruder")  # noqa: S311
+        content = self.text(self.scale.units(tokens), rng)
+        return Request([{"role": "user", "content": content}], INTRUDER_OUTPUT)
+
+    def text(self, units: int, rng: random.Random) -> str:
+        """Random words; or, if repetitive, an order to repeat so many lines of code."""
+        if not self.repetitive:
+            return " ".join(rng.choices(WORDS, k=units))
+        return "\n".join([_EDIT, "", *(_line(rng) for _ in range(units))])
+
+    def _system(self) -> str:
+        rng = random.Random(f"{self.seed}/system")  # noqa: S311
+        return " ".join(rng.choices(WORDS, k=self.scale.units(self.shared_prefix)))
+
+
+def _line(rng: random.Random) -> str:
+    one, two = rng.choices(_NAMES, k=2)
+    return f"    {one}_{rng.randrange(100)} = compute({two}, {rng.randrange(10)})"
+
+
+def arrivals(rate: float, seed: str) -> Iterator[float]:
+    """Seconds since the start of each request of a Poisson stream with `rate` a second."""
+    rng = random.Random(f"{seed}/arrivals")  # noqa: S311
+    now = 0.0
+    while True:
+        now += rng.expovariate(rate)
+        yield now

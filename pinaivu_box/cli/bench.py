@@ -1,0 +1,203 @@
+"""`pinaivu bench`: measure any OpenAI-compatible server, or two against each other."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+import msgspec
+
+from pinaivu_box.cli.home import json_option, print_json, print_table
+from pinaivu_box.errors import CliError, UsageError
+
+if TYPE_CHECKING:
+    from pinaivu_box.bench.compare import Run
+    from pinaivu_box.bench.run import Plan, Tenant
+    from pinaivu_box.bench.target import Target
+
+_ONE = click.IntRange(min=1)
+_ZERO = click.IntRange(min=0)
+_POSITIVE = click.FloatRange(min=0, min_open=True)
+_PER_CLIENT = 4  # requests, where neither --requests nor --seconds says how many
+_PER_RATE = 100  # the same in an open loop
+_PAIRS = 5
+
+
+@click.command()
+@click.argument("urls", nargs=-1, required=True, metavar="URL [URL]")
+@json_option
+@click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Write an SVG too.")
+@click.option("--clients", type=_ONE, help="Closed loop: so many at a time.  [default: 1]")
+@click.option("--rate", type=_POSITIVE, help="Open loop: so many requests a second, Poisson.")
+@click.option("--requests", type=_ONE, help="End after so many.  [default: 4 per client]")
+@click.option("--seconds", type=_POSITIVE, help="End after so long.")
+@click.option("--warmup", type=_ZERO, default=1, show_default=True, help="Requests not measured.")
+@click.option("--prompt-tokens", default="128", show_default=True, metavar="LENGTH")
+@click.option("--output-tokens", default="64", show_default=True, metavar="LENGTH")
+@click.option(
+    "--ignore-eos", is_flag=True, help="Send ignore_eos, so that answers have full length."
+)
+@click.option("--shared-prefix", type=_ZERO, default=0, help="All share a system prompt so long.")
+@click.option("--intruder", type=_ZERO, default=0, help="One prompt so long amid the streams.")
+@click.option("--tenants", metavar="NAME:CLIENTS[:KEY],…", help="Clients with keys of their own.")
+@click.option("--repetitive", is_flag=True, help="Prompts with much repetition, such as code.")
+@click.option("--temperature", type=click.FloatRange(min=0))
+@click.option("--top-p", type=click.FloatRange(0, 1))
+@click.option("--model", help="The first one that the server lists, if not set.")
+@click.option("--key", help="API key.  [env: PINAIVU_API_KEY]")
+@click.option("--body", default="{}", metavar="JSON", help="More fields for every request.")
+@click.option("--model2", help="The second server's, as --model.")
+@click.option("--key2", help="The second server's, as --key; --key if not set.")
+@click.option("--body2", metavar="JSON", help="The second server's, as --body; --body if not set.")
+@click.option("--pairs", type=_ONE, help=f"Runs of each of two servers.  [default: {_PAIRS}]")
+@click.option("--seed", default="0", show_default=True, help="Other seed, other prompts.")
+@click.option("--timeout", type=_POSITIVE, default=600.0, show_default=True, help="Seconds.")
+def bench(urls: tuple[str, ...], as_json: bool, plot: Path | None, **options: Any) -> None:
+    """Measure any OpenAI-compatible server by streamed chat requests; or two, in turn.
+
+    URL is http://host:port or its /v1.  A LENGTH is 128, uniform:64-256 or lognormal:MEDIAN,SIGMA,
+    in tokens.  Both servers get the same requests.  With two, the runs go A B, B A, A B, …, and the
+    ratios are medians over the pairs, first / second.
+
+    What comes in one read is one arrival: a gap is the time between two arrivals.  Proxies are not
+    used.  Exits with 1 if no request succeeded.
+    """
+    if len(urls) > 2:
+        raise UsageError("bench takes one URL, or two to compare.")
+    if options["pairs"] and len(urls) == 1:
+        raise UsageError("--pairs needs two URLs.")
+    started_at = datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+    plan = _plan(options)
+    targets, plan, runs = asyncio.run(_measure(_targets(urls, options), plan, options))
+    if plot:
+        _write_plot(plot, targets, runs)
+    _print(targets, plan, runs, started_at if as_json else None)
+    if not any(run.summary.requests for run in runs):
+        raise CliError("No request succeeded.")
+
+
+async def _measure(
+    targets: list[Target], plan: Plan, options: dict[str, Any]
+) -> tuple[list[Target], Plan, list[Run]]:
+    from pinaivu_box.bench.compare import run_all
+    from pinaivu_box.bench.target import measure_scale, named
+
+    targets = [await named(target) for target in targets]
+    # Every server is asked, so that it has loaded its model; the first one's tokenizer counts.
+    scale, *_ = [await measure_scale(target, plan.workload) for target in targets]
+    plan = msgspec.structs.replace(
+        plan, workload=msgspec.structs.replace(plan.workload, scale=scale)
+    )
+    pairs = (options["pairs"] or _PAIRS) if len(targets) > 1 else 1
+    return targets, plan, await run_all(targets, plan, pairs, _progress(targets))
+
+
+def _progress(targets: list[Target]) -> Any:
+    def tell(run: Run) -> None:
+        if len(targets) > 1 and sys.stderr.isatty():
+            url, speed = targets[run.target].url, run.summary.tokens_per_s
+            click.echo(f"pair {run.pair + 1}: {url}: {speed:,.1f} tokens/s", err=True)
+
+    return tell
+
+
+def _print(targets: list[Target], plan: Plan, runs: list[Run], started_at: str | None) -> None:
+    from pinaivu_box.bench.report import document, notes, rows
+
+    if started_at:
+        print_json(document(targets, plan, runs, started_at))
+    else:
+        urls = [target.url for target in targets]
+        columns = ("MEDIAN" if len(urls) > 1 else "", *urls, *(["RATIO"] if len(urls) > 1 else []))
+        print_table(columns, rows(targets, runs), numbers=columns[1:])
+    for note in notes(targets, runs):
+        click.echo(f"pinaivu: {note}", err=True)
+
+
+def _write_plot(path: Path, targets: list[Target], runs: list[Run]) -> None:
+    from pinaivu_box.bench.plot import svg
+
+    try:
+        path.write_text(svg(targets, runs))
+    except OSError as error:
+        raise CliError(f"The plot {path} cannot be written: {error.strerror}.") from error
+
+
+# -- options -------------------------------------------------------------------------------------
+
+
+def _plan(options: dict[str, Any]) -> Plan:
+    from pinaivu_box.bench.run import Plan, Tenant
+    from pinaivu_box.bench.workload import Lengths, Workload
+
+    closed = options["rate"] is None
+    if not closed and (options["clients"] or options["tenants"] or options["intruder"]):
+        raise UsageError("--rate is an open loop: it takes no --clients, --tenants or --intruder.")
+    if options["clients"] and options["tenants"]:
+        raise UsageError("--tenants says how many clients there are: leave --clients out.")
+    workload = Workload(
+        prompt=Lengths.parse(options["prompt_tokens"], "--prompt-tokens"),
+        output=Lengths.parse(options["output_tokens"], "--output-tokens"),
+        seed=options["seed"],
+        shared_prefix=options["shared_prefix"],
+        repetitive=options["repetitive"],
+    )
+    tenants: tuple[Tenant, ...] = (Tenant("", options["clients"] or 1),)
+    if options["tenants"]:
+        tenants = tuple(_tenant(text) for text in options["tenants"].split(","))
+    if len({tenant.name for tenant in tenants}) < len(tenants):
+        raise UsageError("--tenants names one of them twice.")
+    plan = Plan(workload, tenants, timeout=options["timeout"])
+    requests = options["requests"]
+    if requests is None and options["seconds"] is None:
+        requests = _PER_CLIENT * plan.clients if closed else _PER_RATE
+    return msgspec.structs.replace(
+        plan,
+        rate=options["rate"],
+        requests=requests,
+        seconds=options["seconds"],
+        warmup=options["warmup"],
+        intruder=options["intruder"],
+    )
+
+
+def _tenant(text: str) -> Tenant:
+    from pinaivu_box.bench.run import Tenant
+
+    name, _, rest = text.partition(":")
+    clients, _, key = rest.partition(":")
+    if not name or "." in name or not clients.isdecimal() or int(clients) < 1:
+        raise UsageError(f"--tenants: '{text}' is not NAME:CLIENTS:KEY, such as light:1:sk-pnv-….")
+    return Tenant(name, int(clients), key or None)
+
+
+def _targets(urls: tuple[str, ...], options: dict[str, Any]) -> list[Target]:
+    from pinaivu_box.bench.target import Target
+
+    key = options["key"] or os.environ.get("PINAIVU_API_KEY", "")
+    keys = (key, key if options["key2"] is None else options["key2"])
+    models = (options["model"], options["model2"])
+    second = options["body"] if options["body2"] is None else options["body2"]
+    bodies = (_fields(options["body"], "--body"), _fields(second, "--body2"))
+    asked = {
+        "temperature": options["temperature"],
+        "top_p": options["top_p"],
+        "ignore_eos": options["ignore_eos"] or None,
+    }
+    common = {name: value for name, value in asked.items() if value is not None}
+    return [
+        Target.parse(url, key=keys[n], model=models[n] or "", fields={**common, **bodies[n]})
+        for n, url in enumerate(urls)
+    ]
+
+
+def _fields(text: str, option: str) -> dict[str, Any]:
+    try:
+        return msgspec.json.decode(text, type=dict[str, Any])
+    except msgspec.DecodeError as error:
+        raise UsageError(f"{option} is not a JSON object: {error}.") from error

@@ -1,0 +1,505 @@
+"""What is killed, cut off or told to stop leaves a true account behind."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import signal
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from pinaivu_box.engine.fake_runner import SENTENCE
+from pinaivu_box.models import bundled
+from tests.box import MODEL, Box, alive, pinaivu, pinaivu_json, wait_until
+
+MakeBox = Callable[..., Box]
+FAKE = "fake:1"
+CLIENTS = 16
+ROUNDS = 20
+REAL_ROUNDS = {3, 9, 16}  # with the real model; its weights take longer to load
+URL = "/v1/chat/completions"
+
+
+def body(model: str, max_tokens: int, stream: bool = True, **more: Any) -> dict[str, Any]:
+    messages = [{"role": "user", "content": "Count to a hundred."}]
+    return {
+        "model": model,
+        "messages": messages,
+        "max_tokens": max_tokens,
+        "stream": stream,
+        **more,
+    }
+
+
+class Stream:
+    """A streamed request, read in a thread; what it has seen can be looked at meanwhile."""
+
+    def __init__(self, box: Box, model: str, max_tokens: int) -> None:
+        self.text = ""
+        self.request_id = ""
+        self.finish_reason: str | None = None
+        self.usage: dict[str, Any] = {}
+        self.done = False
+        self.error: Any = None
+        self._box = box
+        options = {"include_usage": True}
+        self._body = body(model, max_tokens, temperature=0, stream_options=options)
+        self._leave = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            with _client(self._box) as client, client.stream("POST", URL, json=self._body) as got:
+                if got.status_code != 200:
+                    self.error = f"{got.status_code}: {got.read().decode()}"
+                    return
+                for line in got.iter_lines():
+                    self._take(line)
+                    if self._leave.is_set():
+                        return
+        except httpx.HTTPError as error:
+            self.error = error
+
+    def _take(self, line: str) -> None:
+        if line == "data: [DONE]":
+            self.done = True
+        elif line.startswith("data: "):
+            chunk = json.loads(line.removeprefix("data: "))
+            if "error" in chunk:
+                self.error = chunk["error"]
+                return
+            self.request_id = chunk["request_id"]
+            self.usage = chunk.get("usage") or self.usage
+            for choice in chunk["choices"]:
+                self.text += choice["delta"].get("content", "")
+                self.finish_reason = choice["finish_reason"] or self.finish_reason
+
+    def leave(self) -> None:
+        """Close the connection in the middle."""
+        self._leave.set()
+        self.join()
+
+    def join(self) -> None:
+        self._thread.join(120)
+        assert not self._thread.is_alive()
+
+    def wait_for_text(self, characters: int = 1) -> None:
+        wait_until(lambda: len(self.text) >= characters or self.error, "text of the stream")
+        assert not self.error
+
+    def check_whole(self, max_tokens: int) -> None:
+        """It came to its end, and nothing is missing, doubled or out of order."""
+        self.join()
+        assert self.error is None and self.done
+        assert self.finish_reason == "length"
+        assert self.usage["completion_tokens"] == max_tokens
+        at = self.usage["prompt_tokens"]
+        expected = (SENTENCE * (max_tokens + at)).decode()[at - 1 : at - 1 + max_tokens]
+        assert self.text == expected
+
+
+def _client(box: Box, seconds: float = 120) -> httpx.Client:
+    return httpx.Client(
+        base_url=box.url,
+        headers={"Authorization": f"Bearer {box.key}"},
+        timeout=seconds,
+        trust_env=False,
+    )
+
+
+def rows(home: Path, sql: str) -> list[tuple[Any, ...]]:
+    with contextlib.closing(sqlite3.connect(home / "pinaivu.db", timeout=30)) as connection:
+        return connection.execute(sql).fetchall()
+
+
+def receipt_of(box: Box, request_id: str) -> dict[str, Any]:
+    shown: dict[str, Any] = json.loads(
+        pinaivu("receipts", "show", request_id, home=box.home).stdout
+    )
+    pinaivu("receipts", "verify", request_id, home=box.home)  # fails unless every check holds
+    return shown
+
+
+# -- the server is killed --------------------------------------------------------------------------
+
+
+class Swarm:
+    """Clients that ask again and again, half of them streaming, until the server is gone."""
+
+    def __init__(self, box: Box, model: str, tokens: tuple[int, int], seed: int) -> None:
+        self.completed: list[str] = []
+        self.cut_off = 0
+        self._box, self._model, self._tokens = box, model, tokens
+        self._lock = threading.Lock()
+        self._threads = [
+            threading.Thread(target=self._ask, args=(seed * 100 + n,), daemon=True)
+            for n in range(CLIENTS)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def _ask(self, number: int) -> None:
+        dice = random.Random(number)
+        try:
+            with _client(self._box) as client:
+                while True:
+                    wanted = body(self._model, dice.randint(*self._tokens), number % 4 != 0)
+                    request_id = self._one(client, wanted)
+                    with self._lock:
+                        self.completed.append(request_id)
+        except httpx.HTTPError:
+            with self._lock:
+                self.cut_off += 1
+
+    @staticmethod
+    def _one(client: httpx.Client, wanted: dict[str, Any]) -> str:
+        """The id of a request whose answer was seen whole."""
+        request_id = ""
+        if not wanted["stream"]:
+            answer = client.post(URL, json=wanted).raise_for_status().json()
+            assert answer["choices"][0]["finish_reason"]
+            return str(answer["request_id"])
+        with client.stream("POST", URL, json=wanted) as got:
+            got.raise_for_status()
+            for line in got.iter_lines():
+                if line == "data: [DONE]":
+                    return request_id
+                if line.startswith("data: "):
+                    request_id = json.loads(line.removeprefix("data: "))["request_id"]
+        raise httpx.ReadError("the stream ended without [DONE]")
+
+    def join(self) -> None:
+        for thread in self._threads:
+            thread.join(60)
+            assert not thread.is_alive()
+
+
+@pytest.mark.timeout(600)
+def test_every_answer_that_was_seen_whole_has_its_receipt_after_a_kill(tmp_path: Path) -> None:
+    """kill -9 of the server while 16 clients' answers end, 20 times on one home."""
+    dice = random.Random(2)
+    box = Box(tmp_path / "home", "--model", f"{FAKE}=fake:2")
+    completed: list[str] = []
+    cut_off = 0
+    try:
+        for number in range(ROUNDS):
+            box.start()
+            check_survivors(box.home, completed)
+            if number in REAL_ROUNDS:
+                swarm = Swarm(box, MODEL, (1, 4), number)
+            else:
+                swarm = Swarm(box, FAKE, (3, 40), number)
+            wait_until(lambda: swarm.completed, "a first answer", 120)  # noqa: B023
+            time.sleep(dice.uniform(0, 0.3))
+            box.kill()
+            swarm.join()
+            completed += swarm.completed
+            cut_off += swarm.cut_off
+        box.start()
+        check_survivors(box.home, completed)
+        assert len(set(completed)) == len(completed) >= 5 * ROUNDS
+        assert cut_off >= 10 * ROUNDS  # the kills met requests under way
+        for request_id in (completed[0], completed[-1]):
+            receipt_of(box, request_id)
+        shown = box.http("GET", f"/v1/receipts/{completed[-1]}").raise_for_status().json()
+        assert shown["request_id"] == completed[-1]
+    finally:
+        box.end()
+
+
+def check_survivors(home: Path, completed: list[str]) -> None:
+    """Every completed request is stored with its receipt, and the account is whole."""
+    assert rows(home, "PRAGMA integrity_check") == [("ok",)]
+    receipts = {request_id for (request_id,) in rows(home, "SELECT request_id FROM receipts")}
+    requests = {request_id for (request_id,) in rows(home, "SELECT request_id FROM requests")}
+    assert set(completed) <= receipts
+    # Receipt, usage row and the key's counters were one transaction each.
+    assert receipts == requests
+    assert rows(home, "SELECT sum(requests), sum(tokens) FROM keys") == rows(
+        home, "SELECT count(*), coalesce(sum(prompt_tokens + completion_tokens), 0) FROM requests"
+    )
+
+
+def test_no_engine_survives_a_killed_server(new_box: MakeBox) -> None:
+    box = new_box("--model", f"{FAKE}=fake:20")
+    streams = [Stream(box, FAKE, 5000), Stream(box, MODEL, 200)]
+    for stream in streams:
+        stream.wait_for_text()
+    pids = [engine["pid"] for engine in box.engines()]
+    assert len(pids) == 2 and all(alive(pid) for pid in pids)
+    box.kill()
+    for pid in pids:
+        wait_until(lambda: not alive(pid), f"the end of engine {pid}", 30)  # noqa: B023
+    for stream in streams:
+        stream.join()
+        assert not stream.done
+
+
+# -- an engine is killed ---------------------------------------------------------------------------
+
+
+def engine_of(box: Box, model: str) -> dict[str, Any]:
+    return next(engine for engine in box.engines() if engine["model"] == model)
+
+
+def kill(pid: int) -> None:
+    os.kill(pid, signal.SIGKILL)
+
+
+def test_a_stream_goes_on_when_its_engine_is_killed(new_box: MakeBox) -> None:
+    """Others are not disturbed, the receipt shows both legs, the engine is back."""
+    box = new_box("--model", f"{FAKE}=fake:20", "--model", "fake:2=fake:20")
+    struck, beside = Stream(box, FAKE, 150), Stream(box, "fake:2", 250)
+    for stream in (struck, beside):
+        stream.wait_for_text(10)
+    victim, other = engine_of(box, FAKE)["pid"], engine_of(box, "fake:2")["pid"]
+    kill(victim)
+    struck.check_whole(150)
+    beside.check_whole(250)
+    assert box.process.poll() is None
+
+    receipt = receipt_of(box, struck.request_id)
+    legs = receipt["proofs"]
+    assert [leg["finish_reason"] for leg in legs] == ["engine_lost", "length"]
+    assert [leg["leg"] for leg in legs] == [0, 1]
+    assert all(leg["completion_tokens"] > 0 for leg in legs)
+    assert sum(leg["completion_tokens"] for leg in legs) == 150
+    assert legs[0]["sampling"]["seed"] == legs[1]["sampling"]["seed"]
+    assert receipt["usage"] == {
+        "prompt_tokens": struck.usage["prompt_tokens"],
+        "completion_tokens": 150,
+        "cached_tokens": 0,
+    }
+    assert receipt["finish_reason"] == "length"
+    assert len(receipt_of(box, beside.request_id)["proofs"]) == 1
+
+    later = box.chat(model=FAKE, max_tokens=3)
+    assert later.status_code == 200
+    assert engine_of(box, FAKE)["pid"] != victim
+    assert engine_of(box, "fake:2")["pid"] == other
+    assert box.http("GET", "/readyz").status_code == 200
+
+
+def test_a_stream_of_the_real_model_goes_on_when_its_engine_is_killed(new_box: MakeBox) -> None:
+    box = new_box()
+    stream = Stream(box, MODEL, 60)
+    stream.wait_for_text(5)
+    before = stream.text
+    victim = engine_of(box, MODEL)["pid"]
+    kill(victim)
+    stream.join()
+    assert stream.error is None and stream.done
+    assert stream.finish_reason in ("length", "stop")
+    assert stream.text.startswith(before) and len(stream.text) > len(before)
+    receipt = receipt_of(box, stream.request_id)
+    assert len(receipt["proofs"]) == 2
+    assert receipt["usage"]["completion_tokens"] == stream.usage["completion_tokens"]
+    assert box.chat(max_tokens=2).status_code == 200
+    assert engine_of(box, MODEL)["pid"] != victim
+
+
+def test_all_streams_of_a_killed_engine_go_on(new_box: MakeBox) -> None:
+    """Many at once, and an answer that is not streamed among them."""
+    box = new_box("--model", f"{FAKE}=fake:20")
+    streams = [Stream(box, FAKE, 80 + n) for n in range(12)]
+    answers: list[httpx.Response] = []
+    plain = threading.Thread(
+        target=lambda: answers.append(box.chat(model=FAKE, max_tokens=90)), daemon=True
+    )
+    plain.start()
+    for stream in streams:
+        stream.wait_for_text(10)
+    wait_until(lambda: engine_of(box, FAKE)["running"] == 13, "all to run")
+    kill(engine_of(box, FAKE)["pid"])
+    for number, stream in enumerate(streams):
+        stream.check_whole(80 + number)
+    plain.join(60)
+    assert answers[0].status_code == 200
+    assert answers[0].json()["usage"]["completion_tokens"] == 90
+    assert len(receipt_of(box, answers[0].json()["request_id"])["proofs"]) == 2
+
+
+def test_an_engine_that_is_killed_again_and_again_does_not_take_the_server_along(
+    new_box: MakeBox,
+) -> None:
+    """After some deaths a request may be refused, with 503 and Retry-After; then it works again."""
+    box = new_box("--model", f"{FAKE}=fake:20")
+    statuses = []
+    for _ in range(4):
+        answer = box.chat(model=FAKE, max_tokens=2)
+        statuses.append(answer.status_code)
+        if answer.status_code == 503:
+            assert int(answer.headers["Retry-After"]) >= 1
+        for engine in box.engines():
+            if engine["pid"]:
+                kill(engine["pid"])
+    assert set(statuses) <= {200, 503} and statuses[0] == 200
+    wait_until(lambda: box.chat(model=FAKE, max_tokens=2).status_code == 200, "its return")
+
+
+# -- it is told to stop ----------------------------------------------------------------------------
+
+
+def draining(box: Box) -> bool:
+    return box.http("GET", "/readyz").status_code == 503
+
+
+def test_sigterm_lets_a_stream_finish_and_refuses_new_requests(new_box: MakeBox) -> None:
+    box = new_box("--model", f"{FAKE}=fake:20")
+    stream = Stream(box, FAKE, 250)
+    stream.wait_for_text(5)
+    pid = engine_of(box, FAKE)["pid"]
+    box.process.send_signal(signal.SIGTERM)
+    wait_until(lambda: draining(box), "/readyz to fail")
+    refused = box.chat(model=FAKE, max_tokens=2)
+    assert refused.status_code == 503
+    assert int(refused.headers["Retry-After"]) >= 1
+    assert refused.json()["error"]["code"] == "no_nodes_available"
+    assert box.http("GET", "/health").status_code == 200
+    assert not stream.done  # all this happened while it ran
+    stream.check_whole(250)
+    assert box.process.wait(60) == 0
+    assert not alive(pid)
+    assert receipt_of(box, stream.request_id)["finish_reason"] == "length"
+    assert not (box.home / "run.json").exists()
+
+
+def test_a_plain_answer_under_way_at_sigterm_arrives(new_box: MakeBox) -> None:
+    box = new_box("--model", f"{FAKE}=fake:20")
+    answers: list[httpx.Response] = []
+    plain = threading.Thread(
+        target=lambda: answers.append(box.chat(model=FAKE, max_tokens=100)), daemon=True
+    )
+    plain.start()
+    wait_until(lambda: box.engines() and box.engines()[0]["running"], "the request to run")
+    assert box.stop(60) == 0
+    plain.join(60)
+    assert answers[0].status_code == 200
+    assert answers[0].json()["usage"]["completion_tokens"] == 100
+
+
+def test_a_second_sigterm_ends_it_at_once(new_box: MakeBox) -> None:
+    """With a stream that would take many minutes; its engine goes too."""
+    box = new_box("--model", f"{FAKE}=fake:200")
+    stream = Stream(box, FAKE, 5000)
+    stream.wait_for_text()
+    pid = engine_of(box, FAKE)["pid"]
+    box.process.send_signal(signal.SIGTERM)
+    wait_until(lambda: draining(box), "/readyz to fail")
+    box.process.send_signal(signal.SIGTERM)
+    assert box.process.wait(30) != 0
+    stream.join()
+    assert not stream.done
+    wait_until(lambda: not alive(pid), "the end of the engine")
+
+
+def test_what_outlasts_the_drain_is_cancelled_with_its_receipt(
+    new_box: MakeBox, tmp_path: Path
+) -> None:
+    config = tmp_path / "box.toml"
+    config.write_text("[server]\ndrain_seconds = 0.5\n")
+    box = new_box("--config", str(config), "--model", f"{FAKE}=fake:50")
+    stream = Stream(box, FAKE, 5000)
+    stream.wait_for_text(3)
+    assert box.stop(60) == 0
+    stream.join()
+    receipt = receipt_of(box, stream.request_id)
+    assert receipt["finish_reason"] == "cancelled"
+    assert 0 < receipt["usage"]["completion_tokens"] < 5000
+
+
+def test_a_box_with_nothing_to_do_stops_at_once_with_0(new_box: MakeBox) -> None:
+    assert new_box().stop() == 0
+
+
+# -- the client goes away --------------------------------------------------------------------------
+
+
+def check_cancelled(box: Box, max_tokens: int) -> dict[str, Any]:
+    """The only request of this box was cancelled, says so, and its engine is empty."""
+    wait_until(lambda: rows(box.home, "SELECT request_id FROM requests"), "the receipt")
+    ((request_id,),) = rows(box.home, "SELECT request_id FROM requests")
+    receipt = receipt_of(box, request_id)
+    assert receipt["finish_reason"] == "cancelled"
+    assert [proof["finish_reason"] for proof in receipt["proofs"]] == ["cancelled"]
+    assert 0 < receipt["usage"]["completion_tokens"] < max_tokens
+
+    def empty() -> bool:
+        engine = engine_of(box, FAKE)
+        return not (engine["running"] or engine["waiting"] or engine["kv_used"])
+
+    wait_until(empty, "the engine to be empty")
+    (usage,) = pinaivu_json("usage", home=box.home)["by_model"]
+    assert usage["completion_tokens"] == receipt["usage"]["completion_tokens"]
+    return receipt
+
+
+def test_a_client_that_leaves_its_stream_stops_it(new_box: MakeBox) -> None:
+    box = new_box("--model", f"{FAKE}=fake:20")
+    stream = Stream(box, FAKE, 4000)
+    stream.wait_for_text(5)
+    stream.leave()
+    receipt = check_cancelled(box, 4000)
+    assert receipt["request_id"] == stream.request_id
+    assert receipt["usage"]["completion_tokens"] >= len(stream.text)
+
+
+def test_a_client_that_leaves_before_its_plain_answer_stops_it(new_box: MakeBox) -> None:
+    box = new_box("--model", f"{FAKE}=fake:20")
+    assert box.chat(model=FAKE, max_tokens=1).status_code == 200  # the engine is up
+    before = rows(box.home, "SELECT request_id FROM requests")
+    with _client(box, 0.7) as client, pytest.raises(httpx.ReadTimeout):
+        client.post(URL, json=body(FAKE, 4000, stream=False))
+    wait_until(
+        lambda: len(rows(box.home, "SELECT request_id FROM requests")) == 2, "the second receipt"
+    )
+    (request_id,) = set(rows(box.home, "SELECT request_id FROM requests")) - set(before)
+    receipt = receipt_of(box, request_id[0])
+    assert receipt["finish_reason"] == "cancelled"
+    assert 0 < receipt["usage"]["completion_tokens"] < 4000
+    wait_until(lambda: engine_of(box, FAKE)["kv_used"] == 0, "the engine to be empty")
+    engine = engine_of(box, FAKE)
+    assert engine["running"] == engine["waiting"] == 0
+
+
+# -- an engine that cannot be had ------------------------------------------------------------------
+
+
+@pytest.fixture
+def truncated(tmp_path: Path) -> Iterator[Path]:
+    """A GGUF with a good header whose tensors are cut off."""
+    location = bundled.find()
+    assert location
+    path = tmp_path / "truncated.gguf"
+    with location.path.open("rb") as source:
+        source.seek(location.offset)
+        path.write_bytes(source.read(location.size * 6 // 10))
+    yield path
+    path.unlink()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_model_that_cannot_be_loaded_is_503_and_the_server_lives(
+    new_box: MakeBox, truncated: Path, stream: bool
+) -> None:
+    box = new_box("--model", f"broken:1={truncated}", "--model", f"{FAKE}=fake:1")
+    for _ in range(2):  # tried, then in its pause
+        answer = box.chat(model="broken:1", max_tokens=2, stream=stream)
+        assert answer.status_code == 503
+        assert int(answer.headers["Retry-After"]) >= 1
+        assert answer.json()["error"]["code"] == "no_nodes_available"
+        assert "broken:1" in answer.json()["error"]["message"]
+    assert box.chat(model=FAKE, max_tokens=2).status_code == 200
+    assert box.http("GET", "/readyz").status_code == 200
+    assert [engine["model"] for engine in box.engines()] == [FAKE]
+    assert rows(box.home, "SELECT model FROM requests") == [(FAKE,)]

@@ -1,0 +1,527 @@
+"""Every error that a client can meet: status, code, `detail` and the SDK's exception."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from pinaivu_box.models import bundled
+from pinaivu_box.store.keys import generate
+from tests.box import MODEL, Box, pinaivu, pinaivu_json, wait_until
+
+CHAT = "/chat/completions"
+USER = {"role": "user", "content": "Say hello."}
+GOOD: dict[str, Any] = {"model": MODEL, "messages": [USER], "max_tokens": 1}
+MISSING = "value_error.missing"
+SERVED = {
+    "model", "messages", "stream", "stream_options", "temperature", "top_p", "max_tokens",
+    "max_completion_tokens", "stop", "seed", "user",
+}  # fmt: skip
+
+
+def failure(box: Box, path: str, body: Any, **headers: Any) -> openai.APIStatusError:
+    """What the SDK raises for a POST; `headers` are set as they are, `openai.Omit()` removes."""
+    options = {"headers": {name.replace("_", "-"): value for name, value in headers.items()}}
+    with pytest.raises(openai.APIStatusError) as caught:
+        box.client.post(path, body=body, cast_to=object, options=options)
+    return caught.value
+
+
+def check_envelope(response: httpx.Response, status: int, code: str) -> dict[str, Any]:
+    """The shape that every error has; returns the body."""
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/json"
+    body: dict[str, Any] = response.json()
+    assert set(body) == {"error", "detail"}
+    error = body["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["code"] == code
+    assert error["message"]
+    assert "request_id" not in response.text
+    assert response.headers["x-request-id"].startswith("req_")
+    if status == 422:
+        (detail,) = body["detail"]
+        assert set(detail) == {"loc", "msg", "type"}
+        assert detail["msg"]
+        assert detail["type"].startswith(("value_error", "type_error"))
+    else:
+        assert body["detail"] == error["message"]
+    return body
+
+
+# -- 401 and 403 ---------------------------------------------------------------------------------
+
+
+def changed(key: str) -> str:
+    """The key with one character mistyped."""
+    return key[:20] + ("a" if key[20] != "a" else "b") + key[21:]
+
+
+@pytest.mark.parametrize(
+    ("authorization", "word"),
+    [
+        (lambda key: openai.Omit(), "no API key"),
+        (lambda key: "", "no API key"),
+        (lambda key: "Basic dXNlcjpwYXNz", "malformed"),
+        (lambda key: key, "malformed"),
+        (lambda key: "Bearer", "malformed"),
+        (lambda key: f"Bearer  {key}", "malformed"),
+        (lambda key: f'Bearer "{key}"', "malformed"),
+        (lambda key: f"Bearer {key[:-1]}", "malformed"),
+        (lambda key: f"Bearer {key}x", "malformed"),
+        (lambda key: f"Bearer {changed(key)}", "mistyped"),
+        (lambda key: f"Bearer {key.swapcase()}", "malformed"),
+        (lambda key: "Bearer sk-proj-" + key[7:], "malformed"),
+        (lambda key: f"Bearer {generate()}", "unknown"),
+    ],
+    ids=[
+        "missing", "empty", "other scheme", "no scheme", "no key", "extra space", "quoted",
+        "cut off", "too long", "mistyped", "other case", "another service's", "unknown",
+    ],
+)  # fmt: skip
+def test_a_key_that_is_no_good_is_401_and_says_why(box: Box, authorization: Any, word: str) -> None:
+    error = failure(box, CHAT, GOOD, Authorization=authorization(box.key))
+    assert isinstance(error, openai.AuthenticationError)
+    body = check_envelope(error.response, 401, "invalid_api_key")
+    assert error.response.headers["www-authenticate"] == "Bearer"
+    assert word in body["error"]["message"]
+    assert box.key not in error.response.text
+
+
+def test_bytes_that_are_no_text_in_the_key_are_401(box: Box) -> None:
+    for secret in (b"sk-pnv-\xff\xfe", b"sk-pnv-" + b"\xe9" * 44):
+        headers = {"Authorization": b"Bearer " + secret}
+        check_envelope(
+            box.http("GET", "/v1/models", key="", headers=headers), 401, "invalid_api_key"
+        )
+
+
+def test_a_revoked_key_is_401(box: Box) -> None:
+    made = pinaivu_json("keys", "create", home=box.home)
+    assert box.http("GET", "/v1/models", key=made["key"]).status_code == 200
+    pinaivu("keys", "revoke", made["id"], home=box.home)
+    response = box.http("GET", "/v1/models", key=made["key"])
+    assert "revoked" in check_envelope(response, 401, "invalid_api_key")["error"]["message"]
+    assert response.headers["www-authenticate"] == "Bearer"
+
+
+def test_an_expired_key_is_401(box: Box) -> None:
+    made = pinaivu_json("keys", "create", "--expires", "1ms", home=box.home)
+    response = box.http("GET", "/v1/models", key=made["key"])
+    assert "expired" in check_envelope(response, 401, "invalid_api_key")["error"]["message"]
+    assert response.headers["www-authenticate"] == "Bearer"
+
+
+@pytest.mark.parametrize(
+    "path", ["/v1/models", "//v1/models", "/v1/v1/models", "/v1/nope", "/v1", "/%76%31/models"]
+)
+def test_no_way_of_writing_the_path_goes_around_the_key(box: Box, path: str) -> None:
+    check_envelope(box.http("GET", path, key=""), 401, "invalid_api_key")
+
+
+def test_the_scheme_may_be_written_in_any_case(box: Box) -> None:
+    headers = {"Authorization": f"bearer {box.key}"}
+    assert box.http("GET", "/v1/models", key="", headers=headers).status_code == 200
+
+
+def test_what_is_for_admins_is_403_for_others(box: Box) -> None:
+    plain = pinaivu_json("keys", "create", home=box.home)["key"]
+    admin = pinaivu_json("keys", "create", "--admin", home=box.home)["key"]
+    response = box.http("GET", "/v1/engines", key=plain)
+    check_envelope(response, 403, "permission_denied")
+    with pytest.raises(openai.PermissionDeniedError):
+        box.client_with(plain).get("/engines", cast_to=object)
+    assert box.http("GET", "/v1/engines", key=admin).status_code == 200
+
+
+# -- 404 and 405 ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", ["smollm2:136m", "llama3.2:3b", "llama-3.2-3b", "owner/name:x"])
+def test_an_unknown_model_is_404_that_names_what_is_served(box: Box, model: str) -> None:
+    for stream in (False, True):
+        error = failure(box, CHAT, {**GOOD, "model": model, "stream": stream})
+        assert isinstance(error, openai.NotFoundError)
+        body = check_envelope(error.response, 404, "model_not_found")
+        assert body["error"]["param"] == "model"
+        assert model in body["error"]["message"]
+        assert MODEL in body["error"]["message"]
+    with pytest.raises(openai.NotFoundError) as caught:
+        box.client.models.retrieve(model)
+    check_envelope(caught.value.response, 404, "model_not_found")
+
+
+@pytest.mark.parametrize("path", ["/nope", "/v1/nope", "/v1/chat", "/v2/models", "/v1/receipts"])
+def test_an_unknown_path_is_404(box: Box, path: str) -> None:
+    assert path in check_envelope(box.http("GET", path), 404, "not_found")["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allowed"),
+    [
+        ("GET", "/v1/chat/completions", "POST"),
+        ("PUT", "/v1/chat/completions", "POST"),
+        ("POST", "/v1/models", "GET"),
+        ("DELETE", "/v1/usage", "GET"),
+    ],
+)
+def test_a_wrong_method_is_405_that_says_which_is_right(
+    box: Box, method: str, path: str, allowed: str
+) -> None:
+    response = box.http(method, path)
+    check_envelope(response, 405, "method_not_allowed")
+    assert allowed in response.headers["allow"]  # RFC 9110, 15.5.6
+
+
+# -- 422: fields ---------------------------------------------------------------------------------
+
+
+def with_message(**message: Any) -> dict[str, Any]:
+    return {"messages": [USER, message]}
+
+
+def test_the_documented_example_of_a_missing_field(box: Box) -> None:
+    error = failure(box, CHAT, {"messages": [USER]})
+    assert isinstance(error, openai.UnprocessableEntityError)
+    assert error.response.json()["detail"] == [
+        {"loc": ["body", "model"], "msg": "field required", "type": "value_error.missing"}
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "loc", "kind"),
+    [
+        ({"model": ...}, ["model"], MISSING),
+        ({"messages": ...}, ["messages"], MISSING),
+        ({"messages": [{"content": "hi"}]}, ["messages", 0, "role"], MISSING),
+        ({"messages": [{"role": "user"}]}, ["messages", 0, "content"], MISSING),
+        (with_message(role="user"), ["messages", 1, "content"], MISSING),
+        ({"model": 5}, ["model"], "type_error"),
+        ({"model": None}, ["model"], "type_error"),
+        ({"model": ""}, ["model"], "value_error"),
+        ({"model": "not a model!"}, ["model"], "value_error"),
+        ({"messages": []}, ["messages"], "value_error"),
+        ({"messages": "hi"}, ["messages"], "type_error"),
+        ({"messages": ["hi"]}, ["messages", 0], "type_error"),
+        (with_message(role="robot", content="x"), ["messages", 1, "role"], None),
+        (with_message(role="tool", content="x"), ["messages", 1, "role"], None),
+        (with_message(role=1, content="x"), ["messages", 1, "role"], None),
+        (with_message(role="user", content=5), ["messages", 1, "content"], "type_error"),
+        (with_message(role="user", content=None), ["messages", 1, "content"], "type_error"),
+        (with_message(role="user", content=["x"]), ["messages", 1, "content", 0], "type_error"),
+        (
+            with_message(role="user", content=[{"type": "text"}]),
+            ["messages", 1, "content", 0, "text"],
+            MISSING,
+        ),
+        (
+            with_message(role="user", content=[{"type": "image_url", "image_url": {"url": "x"}}]),
+            ["messages", 1, "content", 0, "type"],
+            None,
+        ),
+        (
+            with_message(role="user", content="x", colour="red"),
+            ["messages", 1, "colour"],
+            "value_error.extra",
+        ),
+        ({"temperature": -0.1}, ["temperature"], "value_error"),
+        ({"temperature": 3}, ["temperature"], "value_error"),
+        ({"temperature": "hot"}, ["temperature"], "type_error"),
+        ({"temperature": True}, ["temperature"], "type_error"),
+        ({"top_p": 1.1}, ["top_p"], "value_error"),
+        ({"top_p": -1}, ["top_p"], "value_error"),
+        ({"max_tokens": 0}, ["max_tokens"], "value_error"),
+        ({"max_tokens": -5}, ["max_tokens"], "value_error"),
+        ({"max_tokens": 1.5}, ["max_tokens"], "type_error"),
+        ({"max_tokens": "ten"}, ["max_tokens"], "type_error"),
+        ({"max_completion_tokens": 0}, ["max_completion_tokens"], "value_error"),
+        ({"stop": list("abcde")}, ["stop"], "value_error"),
+        ({"stop": 5}, ["stop"], "type_error"),
+        ({"stop": [5]}, ["stop", 0], "type_error"),
+        ({"stop": ""}, ["stop"], "value_error"),
+        ({"stop": ["a", ""]}, ["stop", 1], "value_error"),
+        ({"seed": 1.5}, ["seed"], "type_error"),
+        ({"seed": 2**63}, ["seed"], None),
+        ({"seed": 2**70}, ["seed"], None),
+        ({"seed": "x"}, ["seed"], "type_error"),
+        ({"stream": "yes"}, ["stream"], "type_error"),
+        ({"stream_options": {"include_usage": True}}, ["stream_options"], None),
+        ({"stream": True, "stream_options": {"x": 1}}, ["stream_options", "x"], None),
+        ({"user": 5}, ["user"], "type_error"),
+        ({"temprature": 1}, ["temprature"], "value_error.extra"),
+    ],
+    ids=lambda value: json.dumps(value, default=str)[:70] if isinstance(value, dict) else "",
+)
+def test_a_field_that_is_wrong_is_422_and_named(
+    box: Box, change: dict[str, Any], loc: list[str | int], kind: str | None
+) -> None:
+    body = {name: value for name, value in {**GOOD, **change}.items() if value is not ...}
+    error = failure(box, CHAT, body)
+    assert isinstance(error, openai.UnprocessableEntityError)
+    answer = check_envelope(error.response, 422, "invalid_body")
+    (detail,) = answer["detail"]
+    assert detail["loc"] == ["body", *loc]
+    assert detail["type"] == (kind or detail["type"])
+    assert (detail["msg"] == "field required") == (kind == MISSING)
+    assert answer["error"]["param"] == ".".join(map(str, loc))
+
+
+def test_a_number_that_no_float_holds_is_refused(box: Box) -> None:
+    for raw in (b"1" + b"0" * 400, b"1e999"):
+        body = json.dumps(GOOD)[:-1].encode() + b', "temperature": ' + raw + b"}"
+        response = box.http("POST", "/v1/chat/completions", content=body)
+        assert response.status_code in (400, 422), response.text
+
+
+# -- 422: parameters that are not served ---------------------------------------------------------
+
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
+UNSERVED = {
+    "audio": {"voice": "alloy", "format": "wav"},
+    "frequency_penalty": 1,
+    "function_call": {"name": "f"},
+    "functions": [{"name": "f"}],
+    "logit_bias": {"50256": -100},
+    "logprobs": True,
+    "metadata": {"a": "b"},
+    "modalities": ["text", "audio"],
+    "n": 2,
+    "prediction": {"type": "content", "content": "x"},
+    "presence_penalty": -0.5,
+    "prompt_cache_key": "x",
+    "reasoning_effort": "low",
+    "response_format": {"type": "json_object"},
+    "safety_identifier": "x",
+    "service_tier": "flex",
+    "store": True,
+    "tool_choice": {"type": "function", "function": {"name": "f"}},
+    "tools": [TOOL],
+    "top_logprobs": 3,
+    "verbosity": "low",
+    "web_search_options": {},
+}
+NEUTRAL: dict[str, Any] = {
+    "frequency_penalty": 0,
+    "logit_bias": {},
+    "logprobs": False,
+    "metadata": {},
+    "modalities": ["text"],
+    "n": 1,
+    "parallel_tool_calls": True,
+    "presence_penalty": 0.0,
+    "response_format": {"type": "text"},
+    "service_tier": "auto",
+    "store": False,
+    "tool_choice": "none",
+    "tools": [],
+    "top_logprobs": 0,
+}
+
+
+@pytest.mark.parametrize("name", UNSERVED)
+def test_a_parameter_that_is_not_served_is_422_naming_it(box: Box, name: str) -> None:
+    error = failure(box, CHAT, {**GOOD, name: UNSERVED[name]})
+    assert isinstance(error, openai.UnprocessableEntityError)
+    body = check_envelope(error.response, 422, "unsupported_parameter")
+    assert body["detail"][0]["loc"] == ["body", name]
+    assert name in body["error"]["message"]
+    assert body["error"]["param"] == name
+
+
+def test_nothing_that_the_sdk_can_send_is_ignored(box: Box) -> None:
+    """Every parameter of the SDK's own method is served, or refused by its name."""
+    signature = inspect.signature(openai.OpenAI(api_key="x").chat.completions.create)
+    offered = {name for name in signature.parameters if not name.startswith("extra_")}
+    offered -= {"timeout"}
+    assert offered >= SERVED
+    for name in sorted(offered - SERVED):
+        error = failure(box, CHAT, {**GOOD, name: {"surprising": 1}})
+        assert error.status_code == 422, name
+        assert error.response.json()["detail"][0]["loc"] == ["body", name]
+        assert name in error.response.json()["error"]["message"]
+
+
+def test_a_parameter_that_asks_for_nothing_passes(box: Box) -> None:
+    response = box.http("POST", "/v1/chat/completions", json={**GOOD, **NEUTRAL})
+    assert response.status_code == 200, response.text
+    nulls = dict.fromkeys([*UNSERVED, *(SERVED - {"model", "messages", "max_tokens"})])
+    response = box.http("POST", "/v1/chat/completions", json={**nulls, **GOOD})
+    assert response.status_code == 200, response.text
+
+
+# -- bodies --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "code"),
+    [
+        (b"", 400, "invalid_json"),
+        (b'{"model": ', 400, "invalid_json"),
+        (b"{'model': 1}", 400, "invalid_json"),
+        (b"model=x&messages=y", 400, "invalid_json"),
+        (b'{"model": "x"} {}', 400, "invalid_json"),
+        (b'{"temperature": NaN}', 400, "invalid_json"),
+        (b'{"model": "\xff\xfe"}', 400, "invalid_json"),
+        (b'{"model": "\\ud800"}', 400, "invalid_json"),
+        (b"\x80", 400, "invalid_json"),
+        (b"[" * 100_000, 400, "invalid_json"),
+        (b'{"a":' * 100_000, 400, "invalid_json"),
+        (b"[" * 100_000 + b"]" * 100_000, 400, "invalid_json"),
+        (b"[]", 422, "invalid_body"),
+        (b'"hello"', 422, "invalid_body"),
+        (b"null", 422, "invalid_body"),
+        (b"{}", 422, "invalid_body"),
+    ],
+    ids=lambda value: repr(value[:24]) if isinstance(value, bytes) else "",
+)
+def test_a_body_that_is_no_request(box: Box, body: bytes, status: int, code: str) -> None:
+    headers = {"content-type": "application/json"}
+    response = box.http("POST", "/v1/chat/completions", content=body, headers=headers)
+    answer = check_envelope(response, status, code)
+    if status == 422:
+        assert answer["detail"][0]["loc"][0] == "body"
+    kind = openai.BadRequestError if status == 400 else openai.UnprocessableEntityError
+    with pytest.raises(kind):
+        box.client.post(CHAT, content=body, cast_to=object)
+
+
+@pytest.fixture(scope="module")
+def strict_box(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Box]:
+    """Bodies up to 2,000 bytes, one sequence, no queue; `slow:1` takes 50 ms a token."""
+    folder = tmp_path_factory.mktemp("strict")
+    config = folder / "strict.toml"
+    config.write_text(
+        "[server]\nmax_body_bytes = 2000\n[engine]\nmax_sequences = 1\nmax_queue = 0\n"
+    )
+    models = ("--model", "slow:1=fake:50", "--model", "fast:1=fake:0")
+    started = Box(folder / "home", "--config", str(config), *models).start()
+    yield started
+    started.end()
+
+
+def padded(size: int) -> bytes:
+    body = json.dumps({**GOOD, "model": "fast:1"}).encode()
+    return body + b" " * (size - len(body))
+
+
+def test_a_body_over_the_configured_size_is_413(strict_box: Box) -> None:
+    for body in (padded(2001), padded(3_000_000), b"x" * 2001):
+        response = strict_box.http("POST", "/v1/chat/completions", content=body)
+        assert "2000" in check_envelope(response, 413, "request_too_large")["error"]["message"]
+    with pytest.raises(openai.APIStatusError) as caught:
+        strict_box.client.post(CHAT, content=padded(2001), cast_to=object)
+    assert caught.value.status_code == 413
+    assert strict_box.http("POST", "/v1/chat/completions", content=padded(2000)).status_code == 200
+
+
+def test_a_body_of_no_announced_size_is_counted_too(strict_box: Box) -> None:
+    def parts(size: int) -> Iterator[bytes]:
+        body = padded(size)
+        for at in range(0, size, 100):
+            yield body[at : at + 100]
+
+    for size, status in ((2000, 200), (2001, 413), (50_000, 413)):
+        response = strict_box.http("POST", "/v1/chat/completions", content=parts(size))
+        assert response.status_code == status
+
+
+# -- 503 -----------------------------------------------------------------------------------------
+
+
+def check_unavailable(response: httpx.Response) -> str:
+    body = check_envelope(response, 503, "no_nodes_available")
+    assert int(response.headers["retry-after"]) >= 1
+    message: str = body["error"]["message"]
+    return message
+
+
+def test_a_full_queue_is_503_with_retry_after_until_there_is_room(strict_box: Box) -> None:
+    client = strict_box.client
+    ask = {"model": "slow:1", "messages": [USER]}
+    with client.chat.completions.create(**ask, stream=True, max_tokens=4000) as running:
+        next(iter(running))
+        for stream in (False, True):
+            with pytest.raises(openai.InternalServerError) as caught:
+                client.chat.completions.create(**ask, max_tokens=1, stream=stream)
+            assert "queue" in check_unavailable(caught.value.response)
+        # The queue of one model is not the queue of another.
+        assert client.chat.completions.create(**{**ask, "model": "fast:1"}, max_tokens=1).choices
+    body = {**ask, "max_tokens": 1}
+    wait_until(
+        lambda: strict_box.http("POST", "/v1/chat/completions", json=body).status_code == 200,
+        "room after the stream was closed",
+    )
+
+
+def test_a_model_whose_engine_cannot_start_is_503_and_others_are_served(
+    new_box: Any, tmp_path: Path
+) -> None:
+    source = bundled.find()
+    assert source
+    half = tmp_path / "half.gguf"
+    with source.path.open("rb") as file:
+        file.seek(source.offset)
+        half.write_bytes(file.read(source.size // 2))
+    box = new_box("--model", f"half:1={half}", "--model", "fast:1=fake:0")
+    for stream in (False, True):
+        error = failure(box, CHAT, {**GOOD, "model": "half:1", "stream": stream})
+        assert isinstance(error, openai.InternalServerError)
+        assert "half:1" in check_unavailable(error.response)
+    answer = box.http("POST", "/v1/chat/completions", json={**GOOD, "model": "fast:1"})
+    assert answer.status_code == 200
+    assert box.http("GET", "/readyz").status_code == 200
+
+
+# -- addresses as people write them --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("base", ["/v1", "/v1/", "/v1/v1", "//v1", "/v1/v1/v1/", "//v1//"])
+def test_the_base_url_works_in_every_way_that_it_is_pasted(box: Box, base: str) -> None:
+    client = openai.OpenAI(base_url=box.url + base, api_key=box.key, max_retries=0)
+    assert MODEL in [model.id for model in client.models.list().data]
+    answer = client.chat.completions.create(**GOOD)
+    assert answer.choices[0].finish_reason
+    for path in (f"{base}/models/", f"{base}/chat/completions/"):
+        assert box.http("GET", path).status_code in (200, 405)
+
+
+# -- browsers ------------------------------------------------------------------------------------
+
+
+def test_a_cors_preflight_needs_no_key(box: Box) -> None:
+    headers = {
+        "Origin": "https://app.example",
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "authorization,content-type,x-stainless-os",
+    }
+    for path in ("/v1/chat/completions", "/v1/v1/chat/completions"):
+        response = box.http("OPTIONS", path, key="", headers=headers)
+        assert response.status_code in (200, 204)
+        assert response.headers["access-control-allow-origin"] in ("*", "https://app.example")
+        assert "POST" in response.headers["access-control-allow-methods"]
+        allowed = response.headers["access-control-allow-headers"].lower()
+        for name in ("authorization", "content-type", "x-stainless-os"):
+            assert name in allowed
+
+
+def test_a_browser_may_read_answers_errors_and_their_headers(box: Box) -> None:
+    origin = {"Origin": "https://app.example"}
+    answers = [
+        box.http("GET", "/v1/models", headers=origin),
+        box.http("GET", "/v1/models", key="", headers=origin),
+        box.http("POST", "/v1/chat/completions", json={}, headers=origin),
+        box.http("GET", "/v1/nope", headers=origin),
+    ]
+    assert [answer.status_code for answer in answers] == [200, 401, 422, 404]
+    for answer in answers:
+        assert answer.headers["access-control-allow-origin"] in ("*", "https://app.example")
+        exposed = answer.headers["access-control-expose-headers"].lower()
+        for name in ("x-request-id", "retry-after", "openai-processing-ms"):
+            assert name in exposed

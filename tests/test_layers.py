@@ -1,0 +1,182 @@
+"""Imports go one way only, and what must stay light does."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = "pinaivu_box"
+# A module may import from its own room and from those before it.  The package itself (its version)
+# is everybody's; __main__ stands behind all.
+ROOMS = (
+    "errors",
+    "config",
+    "identity",
+    "logs",
+    "openai",
+    "engine.messages",
+    "models",
+    "receipts",
+    "store",
+    "gateway",
+    "box",
+    "server",
+    "bench",
+    "cli",
+    "__main__",
+)
+WORKER = "engine.worker"
+# Who starts the child may name its main; nobody else sees the engine but for its messages.
+STARTS_THE_WORKER = "cli.engine"
+USES_LLAMA_CPP = "engine.llama_runner"
+
+
+def modules() -> dict[str, Path]:
+    """Every module by its name inside the package; "" is the package itself."""
+    found = {}
+    for path in sorted((ROOT / PACKAGE).rglob("*.py")):
+        parts = path.relative_to(ROOT / PACKAGE).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+MODULES = modules()
+
+
+def imports(source: str, module: str) -> set[str]:
+    """Full names that a module imports, anywhere in it, also those it imports by a string."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                above = f"{PACKAGE}.{module}".split(".")[: -node.level]
+                base = ".".join([*above, base] if base else above)
+            found |= {f"{base}.{alias.name}" for alias in node.names}
+        elif (
+            isinstance(node, ast.Constant)
+            and isinstance(node.value, str)
+            and re.fullmatch(rf"{PACKAGE}(\.\w+)+(:\w+)?", node.value)
+        ):
+            found.add(node.value.partition(":")[0])
+    return found
+
+
+def own(name: str) -> str | None:
+    """The module of ours that a full name is in (`pinaivu_box.errors.CliError` -> `errors`)."""
+    parts = name.split(".")
+    if parts[0] != PACKAGE:
+        return None
+    for end in range(len(parts), 0, -1):
+        if (module := ".".join(parts[1:end])) in MODULES:
+            return module
+    raise AssertionError(f"{name} is no module of ours")
+
+
+def room_of(module: str) -> int:
+    """The number of a module's room; a module without a room is a mistake of this file."""
+    for number, room in enumerate(ROOMS):
+        if module == room or module.startswith(room + "."):
+            return number
+    raise AssertionError(f"{module} is in no room: give it one in ROOMS")
+
+
+def in_engine(module: str) -> bool:
+    """Whether it belongs to the child alone."""
+    return module.split(".")[0] == "engine" and module != "engine.messages"
+
+
+def violations(module: str, source: str) -> list[str]:
+    """What is wrong with a module's imports, in words."""
+    wrong = []
+    names = imports(source, module)
+    if module != USES_LLAMA_CPP and any(name.split(".")[0] == "llama_cpp" for name in names):
+        wrong.append(f"{module} imports llama_cpp")
+    for target in sorted({found for name in names if (found := own(name)) is not None}):
+        if target == "":
+            continue
+        if in_engine(module) or module == "engine.messages":
+            allowed = target == "errors" or target.split(".")[0] == "engine"
+        elif in_engine(target):
+            allowed = (module, target) == (STARTS_THE_WORKER, WORKER)
+        elif module == "":
+            allowed = False
+        else:
+            allowed = target == "engine" or room_of(target) <= room_of(module)
+        if not allowed:
+            wrong.append(f"{module or PACKAGE} imports {target}")
+    return wrong
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda name: name or PACKAGE)
+def test_a_module_imports_only_from_its_room_and_those_above(module: str) -> None:
+    assert violations(module, MODULES[module].read_text()) == []
+
+
+def test_every_module_has_a_room_and_every_room_a_module() -> None:
+    parents = [name for name in MODULES if name.split(".")[0] not in ("", "engine")]
+    used = {room_of(module) for module in [*parents, "engine.messages"]}
+    assert used == set(range(len(ROOMS)))
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("store.keys", "from pinaivu_box.gateway.metering import Meter"),
+        ("config", "def f():\n    from pinaivu_box import box"),
+        ("gateway.local", "import pinaivu_box.engine.scheduler"),
+        ("gateway.local", "from pinaivu_box.engine import scheduler"),
+        ("gateway.local", "import importlib\nimportlib.import_module('pinaivu_box.cli.serve')"),
+        ("cli.serve", "from pinaivu_box.engine.worker import main"),
+        ("cli.engine", "from pinaivu_box.engine.engine import Engine"),
+        ("engine.worker", "from pinaivu_box.config import Config"),
+        ("engine.engine", "import llama_cpp.llama_cpp as llama"),
+        ("server.chat", "def f():\n    import llama_cpp"),
+        ("server.chat", "from ..cli import main"),
+        ("errors", "from . import config"),
+    ],
+)
+def test_the_check_sees_a_forbidden_import(module: str, source: str) -> None:
+    assert violations(module, source)
+
+
+def test_the_parent_never_loads_llama_cpp_or_numpy() -> None:
+    """Importing every module of the parent's side leaves both out of sys.modules."""
+    names = [f"{PACKAGE}.{name}" for name in MODULES if name and not in_engine(name)]
+    names = [name for name in names if name != f"{PACKAGE}.__main__"]  # it would run the command
+    assert {f"{PACKAGE}.box", f"{PACKAGE}.server.app", f"{PACKAGE}.cli.serve"} <= set(names)
+    code = f"""
+import importlib, sys
+for name in {names!r}:
+    importlib.import_module(name)
+print(*sorted(name for name in sys.modules if name.split(".")[0] in ("llama_cpp", "numpy")))
+print(*sorted(name for name in sys.modules if name.startswith("pinaivu_box.engine.")))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert done.stdout.splitlines() == ["", f"{PACKAGE}.engine.messages"]
+
+
+def test_version_loads_nothing_heavy() -> None:
+    """`pinaivu --version` feels instant: it imports no server, no wire types, no database."""
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", PACKAGE, "--version"],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+    )
+    loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if "|" in line}
+    assert f"{PACKAGE}.cli.main" in loaded and "click" in loaded
+    top = {name.split(".")[0] for name in loaded}
+    heavy = {"starlette", "msgspec", "aiosqlite", "httpx", "hypercorn", "rich", "nacl", "numpy"}
+    assert not top & heavy

@@ -1,0 +1,399 @@
+"""The database file: migrations, group commit, keys and money."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+import string
+import subprocess
+import sys
+import zlib
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pinaivu_box.errors import CliError
+from pinaivu_box.receipts import amount
+from pinaivu_box.store import keys
+from pinaivu_box.store.database import Database
+from pinaivu_box.store.migrations import APPLICATION_ID, MIGRATIONS, SCHEMA_VERSION
+
+ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.anyio
+INSERT = "INSERT INTO model_files VALUES (?, ?, ?, ?)"
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+def files(folder: Path) -> list[Path]:
+    return sorted(folder.iterdir())
+
+
+def contents_of(folder: Path) -> bytes:
+    """All that is stored there, whichever file SQLite keeps it in."""
+    return b"".join(file.read_bytes() for file in files(folder))
+
+
+# -- migrations ------------------------------------------------------------------------------------
+
+
+def tables(connection: sqlite3.Connection) -> list[str]:
+    rows = connection.execute(
+        "SELECT name FROM sqlite_schema WHERE type = 'table' AND name NOT LIKE 'sqlite%'"
+    )
+    return sorted(name for (name,) in rows)
+
+
+def columns(connection: sqlite3.Connection, table: str) -> list[tuple[str, str]]:
+    return [(row[1], row[2]) for row in connection.execute(f"PRAGMA table_info({table})")]
+
+
+def schema(connection: sqlite3.Connection) -> dict[str, Any]:
+    """Tables with their columns, indexes and references, without the text of their SQL."""
+    return {
+        table: {
+            kind: sorted(map(repr, connection.execute(f"PRAGMA {kind}({table})")))
+            for kind in ("table_xinfo", "index_list", "foreign_key_list")
+        }
+        for table in tables(connection)
+    }
+
+
+def fill(connection: sqlite3.Connection) -> dict[str, list[dict[str, Any]]]:
+    """Two rows in every table, whatever its columns; equal texts, so that references hold."""
+    for table in tables(connection):
+        for number in (1, 2):
+            value = {"TEXT": f"row{number}", "INTEGER": number, "BLOB": b"row%d" % number}
+            row = [value.get(kind, number) for _, kind in columns(connection, table)]
+            connection.execute(f"INSERT INTO {table} VALUES ({', '.join('?' * len(row))})", row)
+    return contents(connection)
+
+
+def contents(connection: sqlite3.Connection) -> dict[str, list[dict[str, Any]]]:
+    return {
+        table: [
+            dict(zip([name for name, _ in columns(connection, table)], row, strict=True))
+            for row in connection.execute(f"SELECT * FROM {table}")
+        ]
+        for table in tables(connection)
+    }
+
+
+def file_of_version(path: Path, version: int) -> dict[str, list[dict[str, Any]]]:
+    """A file as the program with that many migrations left it, with rows."""
+    path.touch()
+    if version == 0:
+        return {}
+    connection = sqlite3.connect(path, isolation_level=None)
+    for statements in MIGRATIONS[:version]:
+        for statement in statements:
+            connection.execute(statement)
+    rows = fill(connection)
+    connection.execute(f"PRAGMA user_version = {version}")
+    connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+    connection.close()
+    return rows
+
+
+@pytest.mark.parametrize("version", range(SCHEMA_VERSION + 1))
+async def test_a_file_of_any_earlier_version_is_brought_up_to_date(
+    tmp_path: Path, version: int
+) -> None:
+    """From an empty file and from each version, with rows: same schema as new, nothing lost."""
+    old, new = tmp_path / "old.db", tmp_path / "new.db"
+    before = file_of_version(old, version)
+    for path in (old, new):
+        async with Database(path):
+            pass
+    upgraded, fresh = sqlite3.connect(old), sqlite3.connect(new)
+    assert schema(upgraded) == schema(fresh) != {}
+    assert upgraded.execute("PRAGMA user_version").fetchone() == (SCHEMA_VERSION,)
+    assert upgraded.execute("PRAGMA application_id").fetchone() == (APPLICATION_ID,)
+    assert upgraded.execute("PRAGMA foreign_key_check").fetchall() == []
+    assert upgraded.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+    after = contents(upgraded)
+    assert version == 0 or all(len(rows) == 2 for rows in before.values())
+    for table in before.keys() & after.keys():
+        kept = [name for name in before[table][0] if name in after[table][0]]
+        assert kept
+        assert [[row[name] for name in kept] for row in before[table]] == [
+            [row[name] for name in kept] for row in after[table]
+        ]
+
+
+async def test_opening_again_changes_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "box.db"
+    async with Database(path) as database:
+        await keys.create(database, name="a", admin=False, expires_at=None)
+    async with Database(path) as database:
+        assert [key.name for key in await keys.ls(database)] == ["a"]
+
+
+async def test_a_new_file_is_nobody_elses_to_read(tmp_path: Path) -> None:
+    path = tmp_path / "box.db"
+    async with Database(path) as database:
+        await database.write((INSERT, ("a", 1, 1, "d")))
+        modes = [file.stat().st_mode & 0o777 for file in files(tmp_path)]
+        assert modes == [0o600] * 3  # with -wal and -shm
+
+
+async def test_two_that_open_a_new_file_at_once_both_find_it_ready(tmp_path: Path) -> None:
+    opened = [Database(tmp_path / "box.db") for _ in range(4)]
+    await asyncio.gather(*(database.open() for database in opened))
+    await asyncio.gather(
+        *(one.write((INSERT, (str(n), 1, 1, "d"))) for n, one in enumerate(opened))
+    )
+    assert len(await opened[0].read("SELECT * FROM model_files")) == 4
+    for database in opened:
+        await database.close()
+
+
+async def refused(path: Path) -> str:
+    """Opening is a one-sentence error and the file stays as it was."""
+    before = contents_of(path.parent)
+    with pytest.raises(CliError) as caught:
+        async with Database(path):
+            pass
+    assert str(path) in caught.value.message and "\n" not in caught.value.message
+    assert contents_of(path.parent) == before
+    return caught.value.message
+
+
+async def test_a_file_of_a_newer_box_is_refused_and_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "box.db"
+    async with Database(path):
+        pass
+    connection = sqlite3.connect(path)
+    connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION + 1}")
+    connection.close()
+    assert "newer" in await refused(path)
+
+
+@pytest.mark.parametrize("application_id", [0x12345678, 0])
+async def test_a_database_of_another_program_is_refused_and_left_alone(
+    tmp_path: Path, application_id: int
+) -> None:
+    """Also one that, like most programs' files, has no application id but has tables."""
+    path = tmp_path / "box.db"
+    connection = sqlite3.connect(path)
+    connection.execute("CREATE TABLE songs (title TEXT)")
+    connection.execute(f"PRAGMA application_id = {application_id}")
+    connection.commit()
+    connection.close()
+    assert "another program" in await refused(path)
+
+
+async def test_a_file_that_is_no_database_is_refused_and_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "box.db"
+    path.write_text("Dear diary, today I was mistaken for a database.\n" * 100)
+    await refused(path)
+
+
+# -- group commit ----------------------------------------------------------------------------------
+
+
+def commits(path: Path) -> int:
+    """Transactions in the write-ahead log: frames whose database size is set (SQLite's format)."""
+    data = path.with_name(path.name + "-wal").read_bytes()
+    page = int.from_bytes(data[8:12], "big")
+    frames = range(32, len(data), 24 + page)
+    return sum(data[at + 4 : at + 8] != bytes(4) for at in frames)
+
+
+async def test_64_concurrent_writes_share_a_few_commits(tmp_path: Path) -> None:
+    path = tmp_path / "box.db"
+    async with Database(path) as database:
+        before = commits(path)
+        counts = await asyncio.gather(
+            *(database.write((INSERT, (str(n), n, n, "d"))) for n in range(64))
+        )
+        assert counts == [[1]] * 64
+        assert len(await database.read("SELECT * FROM model_files")) == 64
+        assert 1 <= commits(path) - before <= 8
+
+
+def test_acknowledged_writes_survive_a_kill(tmp_path: Path) -> None:
+    """64 writes at once, the process killed as soon as the last is acknowledged."""
+    code = f"""
+import asyncio, os, pathlib, signal
+from pinaivu_box.store.database import Database
+async def main():
+    database = Database(pathlib.Path({str(tmp_path / "box.db")!r}))
+    await database.open()
+    async def write(n):
+        await database.write(({INSERT!r}, (str(n), n, n, "d")))
+        print(n, flush=True)
+    await asyncio.gather(*(write(n) for n in range(64)))
+    os.kill(os.getpid(), signal.SIGKILL)
+asyncio.run(main())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == -9, done.stderr
+    connection = sqlite3.connect(tmp_path / "box.db")
+    stored = {path for (path,) in connection.execute("SELECT path FROM model_files")}
+    assert stored == set(done.stdout.split()) == {str(n) for n in range(64)}
+    assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        (INSERT, ("first", 1, 1, "d")),  # the key is taken
+        (INSERT, ("bad", "not a number", 1, "d")),
+        (INSERT, ("bad", 1)),
+        (INSERT, ("bad", object(), 1, "d")),
+        (INSERT, ("bad", 2**63, 1, "d")),
+        ("INSERT INTO nothing VALUES (1)", ()),
+        ("this is not SQL", ()),
+        ("INSERT INTO receipts VALUES ('req_0', x'00', x'00', x'00')", ()),  # refers to nothing
+    ],
+    ids=[
+        "unique", "type", "count", "object", "overflow", "no table", "syntax", "reference",
+    ],
+)  # fmt: skip
+async def test_one_failing_write_among_32_fails_alone(
+    tmp_path: Path, bad: tuple[str, tuple[Any, ...]]
+) -> None:
+    """Its own transaction is undone whole, the others are written, and writing goes on."""
+    path = tmp_path / "box.db"
+    database = Database(path)
+    await database.open()
+    await database.write((INSERT, ("first", 1, 1, "d")))
+    writes = {str(n): [(INSERT, (str(n), n, n, "d"))] for n in range(32)}
+    writes["17"].append(bad)  # a good statement, then the bad one: neither may stay
+    try:
+        async with asyncio.timeout(20):
+            results = await asyncio.gather(
+                *(database.write(*statements) for statements in writes.values()),
+                return_exceptions=True,
+            )
+            await database.write((INSERT, ("after", 1, 1, "d")))
+            await database.close()
+    except TimeoutError:
+        # Its threads would keep this process from ending.
+        await database._reader.close()
+        await database._writer.close()
+        raise
+    assert isinstance(results.pop(17), Exception)
+    assert results == [[1]] * 31
+    connection = sqlite3.connect(path)
+    stored = {row[0] for row in connection.execute("SELECT path FROM model_files")}
+    assert stored == {str(n) for n in range(32) if n != 17} | {"first", "after"}
+
+
+async def test_a_cancelled_caller_does_not_cancel_its_write(tmp_path: Path) -> None:
+    async with Database(tmp_path / "box.db") as database:
+        task = asyncio.create_task(database.write((INSERT, ("a", 1, 1, "d"))))
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await database.write((INSERT, ("b", 1, 1, "d")))
+        assert len(await database.read("SELECT * FROM model_files")) == 2
+
+
+async def test_close_writes_what_is_queued(tmp_path: Path) -> None:
+    database = Database(tmp_path / "box.db")
+    await database.open()
+    tasks = [asyncio.create_task(database.write((INSERT, (str(n), 1, 1, "d")))) for n in range(20)]
+    await asyncio.sleep(0)
+    await database.close()
+    await asyncio.gather(*tasks)
+    connection = sqlite3.connect(tmp_path / "box.db")
+    assert connection.execute("SELECT count(*) FROM model_files").fetchone() == (20,)
+
+
+# -- keys ------------------------------------------------------------------------------------------
+
+BASE62 = string.digits + string.ascii_uppercase + string.ascii_lowercase
+
+
+def test_the_checksum_is_the_crc_32_of_the_random_part_in_base62() -> None:
+    for _ in range(50):
+        secret = keys.generate()
+        assert secret.startswith("sk-pnv-") and len(secret) >= len("sk-pnv-") + 40
+        body = secret.removeprefix("sk-pnv-")
+        assert set(body) <= set(BASE62)
+        value = 0
+        for letter in body[-6:]:
+            value = value * 62 + BASE62.index(letter)
+        assert value == zlib.crc32(body[:-6].encode())
+        assert keys.well_formed(secret)
+
+
+def test_any_single_changed_character_is_noticed() -> None:
+    """Every position, every other letter or digit."""
+    secret = keys.generate()
+    for at in range(len(secret)):
+        for letter in BASE62 + "-_ é":
+            if letter != secret[at]:
+                assert not keys.well_formed(secret[:at] + letter + secret[at + 1 :])
+
+
+def test_a_cut_lengthened_or_transposed_key_is_noticed() -> None:
+    secret = keys.generate()
+    wrong = [secret[:end] for end in range(len(secret))]
+    wrong += [secret + "A", " " + secret, secret + "\n", secret.upper(), secret[7:], ""]
+    for at in range(7, len(secret) - 1):
+        wrong.append(secret[:at] + secret[at + 1] + secret[at] + secret[at + 2 :])
+    assert not any(keys.well_formed(one) for one in wrong if one != secret)
+
+
+def test_generated_keys_are_unique_and_use_all_letters() -> None:
+    made = [keys.generate() for _ in range(2000)]
+    assert len(set(made)) == 2000
+    assert len({secret[:13] for secret in made}) > 1990  # also by what is shown of them
+    assert set("".join(secret[7:-6] for secret in made)) == set(BASE62)
+
+
+async def test_a_key_is_stored_as_its_hash_only_and_found_by_it(tmp_path: Path) -> None:
+    path = tmp_path / "box.db"
+    async with Database(path) as database:
+        key, secret = await keys.create(database, name="n", admin=True, expires_at=None)
+        _, other = await keys.create(database, name="m", admin=False, expires_at=5)
+        assert await keys.find(database, secret) == key
+        assert (await keys.find(database, other)) != key
+        assert await keys.find(database, keys.generate()) is None
+        await keys.revoke(database, key.id)
+        found = await keys.find(database, secret)
+        assert found is not None and found.revoked_at is not None
+    stored = contents_of(tmp_path)
+    assert secret.encode() not in stored and secret[13:-4].encode() not in stored
+
+
+# -- money -----------------------------------------------------------------------------------------
+
+PRICES = st.one_of(
+    st.decimals(0, 10**6, places=9, allow_nan=False).map(str),
+    st.decimals(0, 10**6, places=9, allow_nan=False).map(lambda price: format(price, "f")),
+    st.sampled_from(["0", "0.0", "1", "1.50", "1E-9", "1e3", "0.000000001", "123456789.123456789"]),
+)
+
+
+@given(st.integers(0, 10**12), PRICES)
+def test_a_cost_is_exact(tokens: int, price: str) -> None:
+    made = amount.cost(tokens, price)
+    assert isinstance(made, int)
+    assert Fraction(made, amount.UNITS) == Fraction(price) * tokens / 1000
+
+
+@given(st.lists(st.integers(0, 10**6), max_size=20), PRICES)
+def test_costs_add_up(parts: list[int], price: str) -> None:
+    """The sum of the requests is what their tokens cost together."""
+    assert sum(amount.cost(tokens, price) for tokens in parts) == amount.cost(sum(parts), price)
+
+
+@given(st.integers(0, 10**30))
+def test_an_amount_in_text_is_exact_and_plain(units: int) -> None:
+    text = amount.to_text(units)
+    assert Fraction(text) == Fraction(units, amount.UNITS)
+    assert set(text) <= set(string.digits + ".")
+    assert "." not in text or text[-1] not in "0."
+    assert text == "0" or not text.startswith("0") or text.startswith("0.")
