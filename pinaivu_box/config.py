@@ -100,9 +100,10 @@ LOG_LEVELS = ("debug", "info", "warning", "error")
 LOG_FORMATS = ("text", "json")
 _DURATION = re.compile(r"(-?\d+(?:\.\d+)?)\s*(ms|s|m|h|d)?")
 _UNIT_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-# Prices are kept to 10^-9 per 1,000 tokens, so that one token's price is a whole number of
-# 10^-12 units and sums are exact integers.
-_PRICE_DECIMALS = 9
+# Prices are kept to 10^-6 per 1,000 tokens, so that one token's price is a whole number of
+# 10^-9 units and sums are exact 64-bit integers, up to nine thousand million of the currency.
+_PRICE_DECIMALS = 6
+_PRICE_MOST = 1_000_000
 
 
 def default_home(environ: Mapping[str, str] = os.environ) -> Path:
@@ -187,5 +188,9 @@ def _check_price(name: str, price: str) -> None:
         value = Decimal(price)
     except InvalidOperation:
         raise ValueError(f"pricing.{name} is '{price}', not a decimal number") from None
-    if not value.is_finite() or value < 0 or round(value, _PRICE_DECIMALS) != value:
-        raise ValueError(f"pricing.{name} is {price}: it must be ≥ 0 with at most 9 decimals")
+    in_range = value.is_finite() and 0 <= value <= _PRICE_MOST
+    if not in_range or round(value, _PRICE_DECIMALS) != value:
+        raise ValueError(
+            f"pricing.{name} is {price}: it must be from 0 to {_PRICE_MOST} with at most "
+            f"{_PRICE_DECIMALS} decimals"
+        )

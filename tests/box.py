@@ -114,7 +114,9 @@ class Box:
     def client_with(self, key: str) -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=120)
 
-    def http(self, method: str, path: str, *, key: str | None = None, **more: Any) -> httpx.Response:
+    def http(
+        self, method: str, path: str, *, key: str | None = None, **more: Any
+    ) -> httpx.Response:
         """A plain request with this box's first key (or another, or none if empty)."""
         secret = self.key if key is None else key
         headers = {"Authorization": f"Bearer {secret}"} if secret else {}

@@ -251,14 +251,13 @@ def test_greedy_twice_is_the_same(box: Box) -> None:
 
 def test_a_seed_decides_the_text(box: Box) -> None:
     def say(**more: Any) -> str:
-        answer = ask(box, "Tell me of the sea.", temperature=1.5, max_tokens=12, **more)
+        answer = ask(box, "Tell me of the sea.", temperature=1.5, max_tokens=8, **more)
         content: str = answer.choices[0].message.content
         return content
 
     assert say(seed=7) == say(seed=7)
-    assert say(seed=-(2**63)) == say(seed=-(2**63))
-    assert len({say(seed=seed) for seed in range(1, 5)}) > 1
-    assert len({say() for _ in range(4)}) > 1
+    assert len({say(seed=seed) for seed in (1, 2, -(2**63))}) > 1
+    assert len({say() for _ in range(3)}) > 1
 
 
 def test_a_tiny_top_p_leaves_only_the_most_likely_token(box: Box) -> None:

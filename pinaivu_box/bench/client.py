@@ -202,7 +202,7 @@ async def stream(target: Target, message: bytes, outcome: Outcome, timeout: floa
     except TimeoutError:
         outcome.error, outcome.detail = "timeout", f"no end within {timeout:g} s"
     except ssl.SSLError as error:
-        outcome.error, outcome.detail = "tls", error.reason or str(error)
+        outcome.error, outcome.detail = "tls", f"TLS failed ({error})"
     except OSError as error:
         number = error.errno or 0
         reason = os.strerror(number) if number > 0 else error.strerror or str(error)

@@ -106,8 +106,12 @@ def _counts(targets: int, runs: list[Run]) -> Iterator[list[str]]:
 
 
 def _mean(summaries: list[Any], name: str) -> str:
+    """A mean per request; "-" for what the server does not tell."""
     requests = sum(one.requests for one in summaries)
-    return f"{sum(getattr(one, name) for one in summaries) / requests:,.1f}" if requests else "-"
+    told = name == "completion_tokens" or any(one.prompt_tokens for one in summaries)
+    if not requests or not told:
+        return "-"
+    return f"{sum(getattr(one, name) for one in summaries) / requests:,.1f}"
 
 
 def _label(name: str) -> str | None:

@@ -120,7 +120,7 @@ def _transcript(request_file: Path | None, answer: Path | None) -> Any:
     messages: list[dict[str, Any]] | None = None
     stop: list[str] = []
     if request_file:
-        from pinaivu_box.server.chat import decode, normalise
+        from pinaivu_box.openai.request import decode, normalise
 
         messages, stop = normalise(decode(request_file.read_bytes()))
     return Transcript(messages, stop, answer.read_text() if answer else None)

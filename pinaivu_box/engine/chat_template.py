@@ -9,13 +9,14 @@ from typing import Any
 from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from pinaivu_box.errors import BadRequest
+from pinaivu_box.errors import BadRequest, BoxError
 
 # For files without a template; the format that llama.cpp also falls back to.
 CHATML = (
     "{% for message in messages %}"
     "<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
-    "{% endfor %}<|im_start|>assistant\n"
+    # Jinja drops a template's last newline, so it is written as an expression.
+    "{% endfor %}<|im_start|>assistant{{ '\\n' }}"
 )
 
 
@@ -30,7 +31,10 @@ class ChatTemplate:
         environment.globals.update(
             raise_exception=_raise, strftime_now=lambda form: datetime.now(UTC).strftime(form)
         )
-        self._template = environment.from_string(source or CHATML)
+        try:
+            self._template = environment.from_string(source or CHATML)
+        except TemplateError as error:
+            raise BoxError(f"the file's chat template is not valid Jinja: {error}") from error
         self._tokens = {"bos_token": bos, "eos_token": eos}
 
     def render(self, messages: list[dict[str, Any]]) -> str:
@@ -39,14 +43,9 @@ class ChatTemplate:
         known = [{**m, "role": "system"} if m["role"] == "developer" else m for m in messages]
         try:
             return self._template.render(messages=known, add_generation_prompt=True, **self._tokens)
-        except TemplateError as error:
+        except Exception as error:  # a template is a program from the model's file
             raise BadRequest(
                 f"The model's chat template refused these messages: {error}.", param="messages"
-            ) from error
-        except (TypeError, ValueError, KeyError, AttributeError) as error:
-            raise BadRequest(
-                f"The model's chat template cannot take these messages ({error}).",
-                param="messages",
             ) from error
 
 

@@ -36,11 +36,12 @@ class Detokenizer:
         if not self._stop or self.stopped:
             return "" if self.stopped else text
         held = self._held + text
-        found = [at for stop in self._stop if (at := held.find(stop)) >= 0]
+        # The stop string that is complete first ends the text, however the tokens cut it.
+        found = [(at + len(stop), at) for stop in self._stop if (at := held.find(stop)) >= 0]
         if found:
             self.stopped = True
             self._held = ""
-            return held[: min(found)]
+            return held[: min(found)[1]]
         keep = max(_overlap(held, stop) for stop in self._stop)
         self._held = held[len(held) - keep :]
         return held[: len(held) - keep]

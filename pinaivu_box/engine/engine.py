@@ -107,7 +107,7 @@ class Engine:
     # -- a step --------------------------------------------------------------------------------
 
     def _compute(self) -> tuple[list[Chunk], Float32]:
-        while True:
+        while self.scheduler:
             chunks, freed = self.scheduler.plan()
             for sequence_id in freed:
                 self._runner.remove(sequence_id)
@@ -115,16 +115,31 @@ class Engine:
             try:
                 logits = self._runner.decode(_batch(chunks))
             except NoSlot:
-                # The cache counts otherwise than we do (padding, a window): make room.
-                preempted = self.scheduler.preempt_youngest()
-                if preempted is None:
-                    raise
-                self._runner.remove(preempted)
+                self._relieve(chunks)
                 continue
             self.scheduler.commit(chunks)
             self._steps += 1
             self._tokens_computed += sum(chunk.count for chunk in chunks)
             return chunks, logits
+        return [], np.empty((0, self._facts.n_vocab), np.float32)
+
+    def _relieve(self, chunks: list[Chunk]) -> None:
+        """The cache has fewer cells than it said (padding, a window): believe it, make room."""
+        self.scheduler.shrink(sum(chunk.count for chunk in chunks))
+        preempted = self.scheduler.preempt_youngest()
+        if preempted is not None:
+            self._runner.remove(preempted)
+            return
+        alone = chunks[0].sequence  # nothing else runs: this is all that it can have
+        self._end(alone)
+        if len(alone.tokens) > alone.prompt_length:
+            self._deltas.append(Delta(alone.id, alone.detokenizer.flush(), [], "length"))
+        else:
+            error = ContextOverflow(
+                f"The prompt's {alone.prompt_length} tokens (n_prompt_tokens) do not fit into the "
+                f"{self.scheduler.kv_tokens} cells of the KV cache: shorten the messages."
+            )
+            self._refused.append(Refused(alone.id, error.code, error.message))
 
     def _sample(self, chunks: list[Chunk], logits: Float32) -> None:
         ready = [chunk.sequence for chunk in chunks if chunk.wants_logits]

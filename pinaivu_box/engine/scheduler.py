@@ -38,6 +38,7 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in order of admission
         self.preemptions = 0
+        self._capacity = kv_tokens  # less while the cache has shown that it holds less
         self._free_ids = list(range(max_sequences - 1, -1, -1))
 
     @property
@@ -59,6 +60,7 @@ class Scheduler:
 
     def finish(self, sequence: Sequence) -> int:
         """Forget a sequence; returns its id in the KV cache, now free, or -1 if it had none."""
+        self._capacity = self.kv_tokens
         if sequence in self.waiting:
             self.waiting.remove(sequence)
             return -1
@@ -71,7 +73,9 @@ class Scheduler:
         Nothing is marked as computed before `commit`.
         """
         freed = self._make_room()
-        room = self.kv_tokens - self.kv_used
+        # A sequence that is alone may try for all there is: nobody else can make room for it.
+        capacity = self._capacity if len(self.running) > 1 else self.kv_tokens
+        room = capacity - self.kv_used
         budget = min(self.token_budget, room)
         chunks: list[Chunk] = []
         # Decoding sequences first (one token each), then prompts in order of admission.
@@ -95,6 +99,10 @@ class Scheduler:
         for chunk in chunks:
             chunk.sequence.computed += chunk.count
 
+    def shrink(self, planned: int) -> None:
+        """A step of `planned` tokens found no room: count on fewer cells until something ends."""
+        self._capacity = min(self._capacity, self.kv_used + planned - 1)
+
     def preempt_youngest(self) -> int | None:
         """Put the youngest running sequence back to the front; its id, or None if it is alone."""
         if len(self.running) < 2:
@@ -116,7 +124,7 @@ class Scheduler:
 
     def _make_room(self) -> list[int]:
         freed: list[int] = []
-        while self.kv_used + len(self.running) > self.kv_tokens:
+        while self.kv_used + len(self.running) > self._capacity:
             sequence_id = self.preempt_youngest()
             if sequence_id is None:
                 break
@@ -127,4 +135,4 @@ class Scheduler:
         # Admit only what can be computed whole beside the prompts already admitted, with one more
         # cell for each running sequence: else two half-computed prompts could starve each other.
         committed = sum(len(running.tokens) + 1 for running in self.running)
-        return not self.running or committed + len(sequence.tokens) + 1 <= self.kv_tokens
+        return not self.running or committed + len(sequence.tokens) + 1 <= self._capacity

@@ -50,6 +50,7 @@ def main() -> None:
     threading.Thread(target=_read_frames, args=(frames_in, inbox), daemon=True).start()
     try:
         runner = _make_runner(load, _report_progress(outbox))
+        engine = Engine(runner, token_budget=load.token_budget)
     except BoxError as error:
         frames_out.write(encode(LoadFailed(error.message)))
         return
@@ -64,7 +65,7 @@ def main() -> None:
             defaults=facts.defaults,
         )
     )
-    run(Engine(runner, token_budget=load.token_budget), inbox, outbox)
+    run(engine, inbox, outbox)
 
 
 def run(

@@ -7,7 +7,6 @@ import secrets
 import time
 from collections.abc import AsyncIterator
 
-import msgspec
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive
@@ -16,27 +15,24 @@ from pinaivu_box.box import Box
 from pinaivu_box.config import SamplingConfig
 from pinaivu_box.errors import (
     BodyTooLarge,
-    InvalidBody,
     InvalidJson,
-    UnsupportedParameter,
 )
 from pinaivu_box.gateway.backend import Job, Output
 from pinaivu_box.gateway.requests import Failed, Finished
 from pinaivu_box.gateway.requests import Request as Running
 from pinaivu_box.models.catalog import Model
 from pinaivu_box.openai.chunks import ChunkBuilder
-from pinaivu_box.openai.parameters import unsupported
+from pinaivu_box.openai.request import decode, normalise
 from pinaivu_box.openai.types import (
     AssistantMessage,
     ChatCompletion,
     ChatRequest,
     Choice,
-    Message,
     PromptTokensDetails,
     Usage,
 )
 from pinaivu_box.server.auth import key_of
-from pinaivu_box.server.envelope import JSON, from_validation
+from pinaivu_box.server.envelope import JSON
 from pinaivu_box.server.stream import EventStream
 
 _SEED_BITS = 53  # a seed that we choose also survives in JSON numbers
@@ -84,25 +80,6 @@ async def read_body(request: Request, limit: int) -> bytes:
     return b"".join(parts)
 
 
-def decode(data: bytes) -> ChatRequest:
-    """Raises InvalidJson, InvalidBody, UnsupportedParameter."""
-    try:
-        raw = msgspec.json.decode(data)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise InvalidJson(f"The body is not valid JSON: {error}.") from error
-    if not isinstance(raw, dict):
-        raise InvalidBody("the body must be a JSON object", kind="type_error")
-    for name, reason in unsupported(raw):
-        raise UnsupportedParameter(reason, loc=("body", name), kind="value_error.unsupported")
-    try:
-        body = msgspec.convert(raw, ChatRequest)
-    except msgspec.ValidationError as error:
-        raise from_validation(error) from error
-    if body.stream_options is not None and not body.stream:
-        raise InvalidBody("stream_options needs stream to be true", loc=("body", "stream_options"))
-    return body
-
-
 def make_job(body: ChatRequest, model: Model, request_id: str, tenant: str) -> Job:
     messages, stop = normalise(body)
     seed = secrets.randbits(_SEED_BITS) if body.seed is None else body.seed
@@ -118,21 +95,6 @@ def make_job(body: ChatRequest, model: Model, request_id: str, tenant: str) -> J
         tenant=tenant,
         ignore_eos=bool(body.ignore_eos),
     )
-
-
-def normalise(body: ChatRequest) -> tuple[list[dict[str, object]], list[str]]:
-    """Messages and stop strings in the one form that the engine sees and the receipt covers."""
-    stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
-    return [_message(message) for message in body.messages], list(stop)
-
-
-def _message(message: Message) -> dict[str, object]:
-    content = message.content
-    text = content if isinstance(content, str) else "".join(part.text for part in content)
-    made: dict[str, object] = {"role": message.role, "content": text}
-    if message.name is not None:
-        made["name"] = message.name
-    return made
 
 
 # -- the answer ----------------------------------------------------------------------------------

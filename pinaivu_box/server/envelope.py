@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import msgspec
@@ -70,30 +69,3 @@ async def on_http_error(request: Request, error: Exception) -> Response:
 
 async def on_crash(_request: Request, _error: Exception) -> Response:
     return response(InternalError("The box failed on this request; its log says why."))
-
-
-# -- msgspec's validation errors -----------------------------------------------------------------
-
-_AT = re.compile(r"(?P<message>.*?)(?: - at `(?:key in )?\$(?P<path>.*)`)?$", re.DOTALL)
-_PART = re.compile(r"\.([A-Za-z_]\w*)|\[(\d+|\.\.\.)\]")
-_MISSING = re.compile(r"Object missing required field `(\w+)`")
-_UNKNOWN = re.compile(r"Object contains unknown field `(.*)`")
-
-
-def from_validation(error: msgspec.ValidationError, *, root: str = "body") -> InvalidBody:
-    """msgspec says "Expected `str`, got `int` - at `$.messages[0].role`": make `loc` of it."""
-    match = _AT.match(str(error))
-    message, path = (match["message"], match["path"] or "") if match else (str(error), "")
-    loc: list[str | int] = [root]
-    for name, index in _PART.findall(path):
-        loc.append(name or (int(index) if index.isdigit() else index))
-    if missing := _MISSING.fullmatch(message):
-        return InvalidBody("field required", loc=(*loc, missing[1]), kind="value_error.missing")
-    if unknown := _UNKNOWN.fullmatch(message):
-        return InvalidBody(
-            f"'{unknown[1]}' is not a field here: remove it or correct its name",
-            loc=(*loc, unknown[1]),
-            kind="value_error.extra",
-        )
-    kind = "value_error" if any(mark in message for mark in ("<", ">", "length")) else "type_error"
-    return InvalidBody(message[0].lower() + message[1:], loc=tuple(loc), kind=kind)

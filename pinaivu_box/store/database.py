@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sqlite3
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,7 @@ class Database:
             writes = [pending for pending in batch if pending is not None]
             try:
                 await self._commit(writes)
-            except sqlite3.Error:
+            except Exception:
                 # One of them is at fault (or the disk is): alone, each gets its own answer.
                 for pending in writes:
                     await self._commit_alone(pending)
@@ -92,7 +93,7 @@ class Database:
     async def _commit_alone(self, pending: _Pending) -> None:
         try:
             await self._commit([pending])
-        except sqlite3.Error as error:
+        except Exception as error:  # whatever it is, it is the writer's to hear
             pending[1].set_exception(error)
 
     async def _commit(self, writes: list[_Pending]) -> None:
@@ -118,13 +119,41 @@ async def _connect(path: Path) -> aiosqlite.Connection:
     connection = await aiosqlite.connect(path, timeout=_BUSY_SECONDS, isolation_level=None)
     connection.row_factory = sqlite3.Row
     try:
-        await connection.execute("PRAGMA journal_mode = WAL")
+        await _refuse_foreign(connection, path)  # before anything is changed in the file
+        await _use_wal(connection)
         await connection.execute("PRAGMA synchronous = FULL")
         await connection.execute("PRAGMA foreign_keys = ON")
     except sqlite3.DatabaseError as error:
         await connection.close()
         raise CliError(f"The database {path} cannot be opened: {error}.") from error
+    except BaseException:
+        await connection.close()
+        raise
     return connection
+
+
+async def _use_wal(connection: aiosqlite.Connection) -> None:
+    # Only the first switch of a new file needs the lock that another opener may hold, and SQLite
+    # does not wait for that one by itself.
+    deadline = time.monotonic() + _BUSY_SECONDS
+    while True:
+        try:
+            await connection.execute("PRAGMA journal_mode = WAL")
+        except sqlite3.OperationalError:
+            if time.monotonic() > deadline:
+                raise
+            await asyncio.sleep(0.02)
+        else:
+            return
+
+
+async def _refuse_foreign(connection: aiosqlite.Connection, path: Path) -> None:
+    application = await _pragma(connection, "application_id")
+    async with connection.execute("SELECT count(*) FROM sqlite_schema") as cursor:
+        row = await cursor.fetchone()
+    # A file that nobody has written to has neither an id nor tables: it will be ours.
+    if application != APPLICATION_ID and (application or (row and row[0])):
+        raise CliError(f"{path} is a database of another program: choose another --home.")
 
 
 async def _migrate(connection: aiosqlite.Connection, path: Path) -> None:
@@ -132,9 +161,6 @@ async def _migrate(connection: aiosqlite.Connection, path: Path) -> None:
     await connection.execute("BEGIN IMMEDIATE")
     try:
         version = await _pragma(connection, "user_version")
-        application = await _pragma(connection, "application_id")
-        if application not in (0, APPLICATION_ID):
-            raise CliError(f"{path} is a database of another program.")
         if version > SCHEMA_VERSION:
             raise CliError(
                 f"{path} was written by a newer Pinaivu Box (schema {version}, this program knows "

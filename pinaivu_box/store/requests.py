@@ -9,7 +9,7 @@ from pinaivu_box.store.database import Database, Statement
 
 
 class RequestRow(msgspec.Struct, frozen=True):
-    """What one request used.  Times in milliseconds, `amount` in 10^-12 of the currency."""
+    """What one request used.  Times in milliseconds, `amount` in 10^-9 of the currency."""
 
     request_id: str
     key_id: str

@@ -72,70 +72,67 @@ def streams(count: int, requests: int, output: int, goals: tuple[Goal, ...]) -> 
     )
 
 
-def cases() -> list[Case]:
-    """In the order in which they run."""
-    return [
-        streams(1, 4, 128, (Goal("tokens_per_s", 1.0, 1.0),)),
-        streams(16, 48, 64, (Goal("tokens_per_s", 1.0, 1.3, 1.05),)),
-        streams(
-            64,
-            128,
-            64,
-            (Goal("tokens_per_s", 1.03, 2.0, 1.1), Goal("gap_ms.p99", 0.95, 0.6)),
-        ),
-        Case(
-            name="top-p",
-            title="16 streams, top_p=0.9 without top-k",
-            plan=plan(64, 64, 16, 48),
-            sequences=16,
-            context=4096,
-            goals=(Goal("tokens_per_s", 1.2, 2.0),),
-            ours={"temperature": 1.0, "top_p": 0.9},
-            theirs={"temperature": 1.0, "top_p": 0.9, "top_k": 0, "min_p": 0.0},
-        ),
-        Case(
-            name="shared-prefix",
-            title="16 clients share a 1,000-token system prompt, 20 own tokens",
-            plan=plan(20, 32, 16, 16, shared_prefix=1000),
-            sequences=16,
-            context=16 * 1280,
-            goals=(Goal("ttft_ms.p50", 0.25, 0.25),),
-            ours=GREEDY,
-            theirs=GREEDY,
-        ),
-        Case(
-            name="intruder",
-            title="8 streams while a 2,000-token prompt arrives",
-            plan=plan(32, 160, 8, 8, intruder=2000),
-            sequences=9,
-            context=9 * 2304,
-            goals=(Goal("intruder.gap_ms.p99", 0.08, 0.1), Goal("intruder.ttft_ms", 1.2, 1.2)),
-            ours=GREEDY,
-            theirs=GREEDY,
-        ),
-        Case(
-            name="tenants",
-            title="one light tenant beside a heavy one with 50 clients",
-            plan=plan(
-                64, 64, 51, 0, seconds=60.0, tenants=(Tenant("heavy", 50), Tenant("light", 1))
-            ),
-            sequences=16,
-            context=16 * 256,
-            goals=(Goal("tenants.light.ttft_ms.p50", 0.2, 0.2),),
-            ours=GREEDY,
-            theirs=GREEDY,
-        ),
-        Case(
-            name="repetitive",
-            title="repetitive text, 1 stream",
-            plan=plan(400, 256, 1, 3, repetitive=True),
-            sequences=1,
-            context=2048,
-            goals=(Goal("tokens_per_s", 1.5, 1.5),),
-            ours=GREEDY,
-            theirs=GREEDY,
-        ),
-    ]
+# In the order in which they run.
+CASES = (
+    streams(1, 4, 128, (Goal("tokens_per_s", 1.0, 1.0),)),
+    streams(16, 48, 64, (Goal("tokens_per_s", 1.0, 1.3, 1.05),)),
+    streams(
+        64,
+        128,
+        64,
+        (Goal("tokens_per_s", 1.03, 2.0, 1.1), Goal("gap_ms.p99", 0.95, 0.6)),
+    ),
+    Case(
+        name="top-p",
+        title="16 streams, top_p=0.9 without top-k",
+        plan=plan(64, 64, 16, 48),
+        sequences=16,
+        context=4096,
+        goals=(Goal("tokens_per_s", 1.2, 2.0),),
+        ours={"temperature": 1.0, "top_p": 0.9},
+        theirs={"temperature": 1.0, "top_p": 0.9, "top_k": 0, "min_p": 0.0},
+    ),
+    Case(
+        name="shared-prefix",
+        title="16 clients share a 1,000-token system prompt, 20 own tokens",
+        plan=plan(20, 32, 16, 16, shared_prefix=1000),
+        sequences=16,
+        context=16 * 1280,
+        goals=(Goal("ttft_ms.p50", 0.25, 0.25),),
+        ours=GREEDY,
+        theirs=GREEDY,
+    ),
+    Case(
+        name="intruder",
+        title="8 streams while a 2,000-token prompt arrives",
+        plan=plan(32, 160, 8, 8, intruder=2000),
+        sequences=9,
+        context=9 * 2304,
+        goals=(Goal("intruder.gap_ms.p99", 0.08, 0.1), Goal("intruder.ttft_ms", 1.2, 1.2)),
+        ours=GREEDY,
+        theirs=GREEDY,
+    ),
+    Case(
+        name="tenants",
+        title="one light tenant beside a heavy one with 50 clients",
+        plan=plan(64, 64, 51, 0, seconds=60.0, tenants=(Tenant("heavy", 50), Tenant("light", 1))),
+        sequences=16,
+        context=16 * 256,
+        goals=(Goal("tenants.light.ttft_ms.p50", 0.2, 0.2),),
+        ours=GREEDY,
+        theirs=GREEDY,
+    ),
+    Case(
+        name="repetitive",
+        title="repetitive text, 1 stream",
+        plan=plan(400, 256, 1, 3, repetitive=True),
+        sequences=1,
+        context=2048,
+        goals=(Goal("tokens_per_s", 1.5, 1.5),),
+        ours=GREEDY,
+        theirs=GREEDY,
+    ),
+)
 
 
 def quick(case: Case) -> Case:

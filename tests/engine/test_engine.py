@@ -245,12 +245,21 @@ def test_a_cache_with_fewer_cells_than_it_says_still_serves_all() -> None:
     assert runner.cells == {}
 
 
-def test_no_slot_for_a_sequence_that_is_alone_is_an_error() -> None:
+def test_no_slot_for_a_sequence_that_is_alone_refuses_it() -> None:
     """There is nobody to make room: the engine must not try for ever."""
     engine, _ = make(no_slot=lambda batch: True)
     engine.receive(add())
-    with pytest.raises(NoSlot):
-        engine.step()
+    frame = engine.step()
+    assert [refused.code for refused in frame.refused] == ["context_length_exceeded"]
+    assert not engine.busy
+
+
+def test_no_slot_in_the_middle_of_a_sequence_that_is_alone_ends_it_by_length() -> None:
+    """What was made stays made, and the client hears why there is no more."""
+    engine, _ = make(cells=60)
+    heard = run(engine, [add("r", "go", max_tokens=60)])
+    assert heard.ends["r"] == "length"
+    assert 0 < len(heard.tokens["r"]) < 60
 
 
 @pytest.mark.parametrize("stop", [[], ["e"], ["qqq"]])
