@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,6 +15,7 @@ import msgspec
 import platformdirs
 from msgspec import Meta, Struct
 
+from pinaivu_box import amount
 from pinaivu_box.errors import CliError
 
 PositiveInt = Annotated[int, Meta(ge=1)]
@@ -100,10 +100,6 @@ LOG_LEVELS = ("debug", "info", "warning", "error")
 LOG_FORMATS = ("text", "json")
 _DURATION = re.compile(r"(-?\d+(?:\.\d+)?)\s*(ms|s|m|h|d)?")
 _UNIT_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-# Prices are kept to 10^-6 per 1,000 tokens, so that one token's price is a whole number of
-# 10^-9 units and sums are exact 64-bit integers, up to nine thousand million of the currency.
-_PRICE_DECIMALS = 6
-_PRICE_MOST = 1_000_000
 
 
 def default_home(environ: Mapping[str, str] = os.environ) -> Path:
@@ -177,20 +173,10 @@ def _check(config: Config) -> None:
     for name, price in [("per_1k_tokens", config.pricing.per_1k_tokens)] + [
         (f'models."{model}"', price) for model, price in config.pricing.models.items()
     ]:
-        _check_price(name, price)
+        try:
+            amount.cost(0, price)
+        except ValueError as error:
+            raise ValueError(f"pricing.{name} is {error}") from error
     names = [model.name for model in config.model]
     if doubled := {name for name in names if names.count(name) > 1}:
         raise ValueError(f"the model name {sorted(doubled)[0]} is given twice")
-
-
-def _check_price(name: str, price: str) -> None:
-    try:
-        value = Decimal(price)
-    except InvalidOperation:
-        raise ValueError(f"pricing.{name} is '{price}', not a decimal number") from None
-    in_range = value.is_finite() and 0 <= value <= _PRICE_MOST
-    if not in_range or round(value, _PRICE_DECIMALS) != value:
-        raise ValueError(
-            f"pricing.{name} is {price}: it must be from 0 to {_PRICE_MOST} with at most "
-            f"{_PRICE_DECIMALS} decimals"
-        )

@@ -16,8 +16,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pinaivu_box import amount
 from pinaivu_box.errors import CliError
-from pinaivu_box.receipts import amount
 from pinaivu_box.store import keys
 from pinaivu_box.store.database import Database
 from pinaivu_box.store.migrations import APPLICATION_ID, MIGRATIONS, SCHEMA_VERSION

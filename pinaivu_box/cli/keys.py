@@ -13,6 +13,8 @@ from pinaivu_box.cli.home import home_option, json_option, print_json, print_tab
 from pinaivu_box.config import parse_duration
 from pinaivu_box.errors import CliError, UsageError
 
+_LONGEST_EXPIRY = 36500 * 86400.0  # seconds
+
 
 @click.group()
 def keys() -> None:
@@ -109,6 +111,8 @@ def _expiry(text: str) -> int:
         raise UsageError(f"--expires: {error}.") from error
     if seconds <= 0:
         raise UsageError("--expires must be longer than nothing.")
+    if seconds > _LONGEST_EXPIRY:
+        raise UsageError("--expires is at most 36500d, a hundred years.")
     return int((time.time() + seconds) * 1000)
 
 

@@ -123,4 +123,4 @@ def _transcript(request_file: Path | None, answer: Path | None) -> Any:
         from pinaivu_box.openai.request import decode, normalise
 
         messages, stop = normalise(decode(request_file.read_bytes()))
-    return Transcript(messages, stop, answer.read_text() if answer else None)
+    return Transcript(messages, stop, answer.read_bytes().decode() if answer else None)

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from pinaivu_box import __version__
-from pinaivu_box.cli.home import Running, home_option, load_config, write_running
+from pinaivu_box.cli.home import Running, config_option, home_option, load_config, write_running
 from pinaivu_box.config import LOG_FORMATS, LOG_LEVELS, Config, ModelConfig
 from pinaivu_box.errors import UsageError
 
@@ -19,12 +19,7 @@ from pinaivu_box.errors import UsageError
 @home_option
 @click.option("--host", help="Address to listen on; 0.0.0.0 serves the LAN.  [env: PINAIVU_HOST]")
 @click.option("--port", type=int, help="Port to listen on, 4001 if not set.  [env: PINAIVU_PORT]")
-@click.option(
-    "--config",
-    "config_path",
-    type=click.Path(path_type=Path, dir_okay=False),
-    help="Configuration file; HOME/config.toml if it exists.",
-)
+@config_option
 @click.option("--model", "models", multiple=True, metavar="NAME=PATH", help="Serve this GGUF too.")
 @click.option("--log-level", type=click.Choice(LOG_LEVELS))
 @click.option("--log-format", type=click.Choice(LOG_FORMATS))
@@ -32,15 +27,15 @@ def serve(
     home: Path,
     host: str | None,
     port: int | None,
-    config_path: Path | None,
+    config: Path | None,
     models: tuple[str, ...],
     log_level: str | None,
     log_format: str | None,
 ) -> None:
     """Serve the API until Ctrl-C or SIGTERM."""
-    config = load_config(
+    loaded = load_config(
         home,
-        config_path,
+        config,
         overrides={
             ("server", "host"): host,
             ("server", "port"): port,
@@ -49,7 +44,7 @@ def serve(
         },
         extra_models=[_model(text) for text in models],
     )
-    asyncio.run(_serve(config, home.expanduser().absolute()))
+    asyncio.run(_serve(loaded, home.expanduser().absolute()))
 
 
 def _model(text: str) -> ModelConfig:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import click
 
 from pinaivu_box.cli.home import (
+    config_option,
     home_option,
     json_option,
     load_config,
@@ -17,16 +17,20 @@ from pinaivu_box.cli.home import (
     with_database,
 )
 
+_DAY_MS = 86_400_000
 _DATE = click.DateTime(["%Y-%m-%d"])
 
 
 @click.command()
 @home_option
+@config_option
 @json_option
 @click.option("--since", type=_DATE, help="First day (UTC), for example 2026-11-01.")
 @click.option("--until", type=_DATE, help="Last day (UTC), included.")
 @click.option("--model", help="Only this model.")
-def usage(home: Path, as_json: bool, since: Any, until: Any, model: str | None) -> None:
+def usage(
+    home: Path, config: Path | None, as_json: bool, since: Any, until: Any, model: str | None
+) -> None:
     """Show requests, tokens and cost by model."""
     from pinaivu_box.store import requests
     from pinaivu_box.store.usage_report import report
@@ -35,12 +39,12 @@ def usage(home: Path, as_json: bool, since: Any, until: Any, model: str | None) 
         return await requests.usage(
             database,
             since=since and _to_ms(since),
-            until=until and _to_ms(until + timedelta(days=1)),
+            until=until and _to_ms(until) + _DAY_MS,
             model=model,
         )
 
     rows = with_database(home, work)
-    made = report(rows, None, load_config(home, None).pricing.currency)
+    made = report(rows, None, load_config(home, config).pricing.currency)
     if as_json:
         print_json(made)
         return

@@ -8,10 +8,11 @@ from typing import Any
 
 import msgspec
 
+from pinaivu_box import amount
 from pinaivu_box.config import PricingConfig
 from pinaivu_box.gateway.backend import Job, Output, Prompt, Started
 from pinaivu_box.identity import Identity
-from pinaivu_box.receipts import amount, commitment
+from pinaivu_box.receipts import commitment
 from pinaivu_box.receipts.receipt import (
     Price,
     Proof,

@@ -55,20 +55,27 @@ def read_header(path: Path, offset: int = 0) -> Header:
     """Raises BadGguf, OSError."""
     with path.open("rb") as file:
         file.seek(offset)
-        if file.read(4) != b"GGUF":
-            raise BadGguf("it does not begin with the letters GGUF")
-        version = _scalar(file, "<I")
-        if version not in (2, 3):
-            raise BadGguf(f"it is of GGUF version {version}; 2 and 3 are known")
-        file.seek(8, 1)  # tensor count
-        count = int(_scalar(file, "<Q"))
-        metadata: dict[str, Scalar] = {}
-        for _ in range(count):
-            key = _string(file)
-            value = _value(file, int(_scalar(file, "<I")))
-            if value is not None:
-                metadata[key] = value
-        return Header(metadata)
+        try:
+            return _read_header(file)
+        except (OverflowError, RecursionError, OSError) as error:
+            raise BadGguf(f"its header has impossible lengths ({error})") from error
+
+
+def _read_header(file: BinaryIO) -> Header:
+    if file.read(4) != b"GGUF":
+        raise BadGguf("it does not begin with the letters GGUF")
+    version = _scalar(file, "<I")
+    if version not in (2, 3):
+        raise BadGguf(f"it is of GGUF version {version}; 2 and 3 are known")
+    file.seek(8, 1)  # tensor count
+    count = int(_scalar(file, "<Q"))
+    metadata: dict[str, Scalar] = {}
+    for _ in range(count):
+        key = _string(file)
+        value = _value(file, int(_scalar(file, "<I")))
+        if value is not None:
+            metadata[key] = value
+    return Header(metadata)
 
 
 def _value(file: BinaryIO, kind: int) -> Scalar | None:

@@ -17,6 +17,8 @@ def decode(data: bytes) -> ChatRequest:
         raw = msgspec.json.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise InvalidJson(f"The body is not valid JSON: {error}.") from error
+    except RecursionError as error:
+        raise InvalidJson("The body is nested too deeply.") from error
     if not isinstance(raw, dict):
         raise InvalidBody("the body must be a JSON object", kind="type_error")
     for name, reason in unsupported(raw):

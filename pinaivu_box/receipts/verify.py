@@ -6,14 +6,16 @@ the claim is true.  Whether a node ran the model it names is a matter for an aud
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
 import msgspec
 from msgspec import Struct
 
+from pinaivu_box import amount
 from pinaivu_box.identity import NODE_PREFIX, verify
-from pinaivu_box.receipts import amount, commitment
+from pinaivu_box.receipts import commitment
 from pinaivu_box.receipts.receipt import (
     PROOF_DOMAIN,
     RECEIPT_DOMAIN,
@@ -54,7 +56,7 @@ def verify_receipt(
     try:
         view = msgspec.json.decode(document, type=ReceiptView)
         receipt = msgspec.json.decode(view.signed_receipt, type=Receipt)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         return [Check("format", False, f"this is not a receipt: {error}")]
     checks.append(_format(receipt))
     checks.append(_coordinator(view, receipt))
@@ -68,6 +70,7 @@ def verify_receipt(
         proofs += [proof] if proof else []
     if len(proofs) == len(receipt.proofs):
         checks.append(_usage(receipt, proofs))
+    if proofs and len(proofs) == len(receipt.proofs):
         checks.append(_payment(receipt, proofs))
     if node_key is not None:
         checks.append(_trusted(receipt, node_key))
@@ -110,7 +113,7 @@ def _proof(number: int, signed: SignedProof, receipt: Receipt) -> tuple[Check, P
     name = f"proof of leg {number}"
     try:
         proof = msgspec.json.decode(signed.signed, type=Proof)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, RecursionError) as error:
         return Check(name, False, f"this is not a proof: {error}"), None
     if not verify(proof.node_id, PROOF_DOMAIN, signed.signed.encode(), _hex(signed.signature)):
         return Check(name, False, f"the signature is not {proof.node_id}'s"), None
@@ -119,6 +122,7 @@ def _proof(number: int, signed: SignedProof, receipt: Receipt) -> tuple[Check, P
         "leg": number,
         "model": receipt.model,
         "model_digest": receipt.model_digest,
+        "prompt_commitment": receipt.prompt_commitment,
     }
     for field, value in expected.items():
         if getattr(proof, field) != value:
@@ -134,7 +138,9 @@ def _usage(receipt: Receipt, proofs: list[Proof]) -> Check:
     usage = receipt.usage
     same = (
         bool(proofs)
-        and usage.prompt_tokens == proofs[0].prompt_tokens
+        and all(proof.completion_tokens >= 0 for proof in proofs)
+        and usage.prompt_tokens == proofs[0].prompt_tokens >= usage.cached_tokens >= 0
+        and usage.cached_tokens == proofs[0].cached_tokens
         and usage.prompt_tokens + usage.completion_tokens == total_tokens(proofs)
         and receipt.node_id == proofs[-1].node_id
     )
@@ -150,7 +156,10 @@ def _usage(receipt: Receipt, proofs: list[Proof]) -> Check:
 
 def _payment(receipt: Receipt, proofs: list[Proof]) -> Check:
     price = proofs[0].price
-    due = amount.to_text(amount.cost(total_tokens(proofs), price.per_1k_tokens))
+    try:
+        due = amount.to_text(amount.cost(total_tokens(proofs), price.per_1k_tokens))
+    except ValueError as error:
+        return Check("payment", False, f"the proofs name a price that is none: {error}")
     ok = due == receipt.payment_amount and price.currency == receipt.currency
     sum_text = f"{total_tokens(proofs)} tokens at {price.per_1k_tokens} per 1,000"
     return Check(
@@ -191,7 +200,5 @@ def _transcript(view: ReceiptView, receipt: Receipt, transcript: Transcript) -> 
 
 
 def _hex(text: str) -> bytes:
-    try:
-        return bytes.fromhex(text)
-    except ValueError:
-        return b""
+    # One spelling only, or a receipt could be altered and still verify.
+    return bytes.fromhex(text) if re.fullmatch("[0-9a-f]{128}", text) else b""

@@ -31,7 +31,6 @@ def create_app(box: Box) -> Starlette:
             Route("/metrics", health.metrics),
         ],
         middleware=[
-            Middleware(Edge),
             Middleware(
                 CORSMiddleware,
                 allow_origins=box.config.server.cors_origins,
@@ -39,12 +38,12 @@ def create_app(box: Box) -> Starlette:
                 allow_headers=["*"],
                 expose_headers=EXPOSED,
             ),
+            Middleware(Edge),
             Middleware(Authenticate, box=box),
         ],
         exception_handlers={
             ApiError: envelope.on_api_error,
             HTTPException: envelope.on_http_error,
-            Exception: envelope.on_crash,
         },
     )
     app.state.box = box

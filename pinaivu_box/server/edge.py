@@ -10,6 +10,9 @@ from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ulid import ULID
 
+from pinaivu_box.errors import InternalError
+from pinaivu_box.server import envelope
+
 log = logging.getLogger("pinaivu.http")
 
 _DOUBLED = re.compile(r"^(?:/v1)+(?=/v1(?:/|$))")
@@ -45,11 +48,12 @@ class Edge:
         scope = {**scope, "path": path, "raw_path": path.encode(), "state": state}
         began = time.monotonic()
         status = 500
+        started = False
 
         async def send_with_headers(message: Message) -> None:
-            nonlocal status
+            nonlocal status, started
             if message["type"] == "http.response.start":
-                status = message["status"]
+                status, started = message["status"], True
                 headers = MutableHeaders(scope=message)
                 headers["x-request-id"] = request_id
                 headers["openai-processing-ms"] = str(round((time.monotonic() - began) * 1000))
@@ -57,6 +61,12 @@ class Edge:
 
         try:
             await self._app(scope, receive, send_with_headers)
+        except Exception:
+            log.exception("request %s failed", request_id)
+            if started:
+                raise  # too late for an answer: the connection breaks off
+            error = InternalError("The box failed on this request; its log says why.")
+            await envelope.response(error)(scope, receive, send_with_headers)
         finally:
             if not state.get("logged"):
                 key = state.get("key")

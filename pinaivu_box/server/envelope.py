@@ -63,9 +63,8 @@ async def on_http_error(request: Request, error: Exception) -> Response:
     if status == 404:
         return response(NotFound(f"There is no {path} here: the API is under /v1."))
     if status == 405:
-        return response(MethodNotAllowed(f"{path} does not take {method}."))
+        allowed = (error.headers or {}) if isinstance(error, HTTPException) else {}
+        refusal = response(MethodNotAllowed(f"{path} does not take {method}."))
+        refusal.headers.update(allowed)  # Allow
+        return refusal
     return response(BadRequest(f"{method} {path} could not be understood."))
-
-
-async def on_crash(_request: Request, _error: Exception) -> Response:
-    return response(InternalError("The box failed on this request; its log says why."))

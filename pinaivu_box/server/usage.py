@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -14,6 +14,7 @@ from pinaivu_box.server.envelope import JSON
 from pinaivu_box.store import requests
 from pinaivu_box.store.usage_report import report
 
+DAY_MS = 86_400_000
 PARAMETERS = ("start_date", "end_date", "model")
 
 
@@ -36,7 +37,7 @@ async def usage(request: Request) -> Response:
         box.database,
         key_id=None if key.admin else key.id,
         since=to_ms(start) if start else None,
-        until=to_ms(end + timedelta(days=1)) if end else None,  # the end date is included
+        until=to_ms(end) + DAY_MS if end else None,  # the end date is included
         model=given.get("model"),
     )
     return JSON(report(rows, request.scope["state"]["request_id"], box.config.pricing.currency))

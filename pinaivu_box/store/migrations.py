@@ -1,7 +1,7 @@
 """The schema, as numbered steps; `PRAGMA user_version` says how many a file has taken.
 
 A step is never changed once released: a later one mends it.  Times are Unix milliseconds, amounts
-are integers in 10^-9 of the currency (see `receipts.amount`).
+are integers in 10^-9 of the currency (see `amount`).
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from msgspec import Struct
 
-from pinaivu_box.receipts.amount import to_text
+from pinaivu_box.amount import to_text
 from pinaivu_box.store.requests import ModelUsage
 
 
