@@ -43,6 +43,8 @@ class EngineConfig(Section, frozen=True):
     kv_tokens: Annotated[int, Meta(ge=0)] = 0
     token_budget: Annotated[int, Meta(ge=32)] = 512
     threads: Annotated[int, Meta(ge=0)] = 0
+    drafting: bool = True
+    context_shift: bool = False
     max_queue: Annotated[int, Meta(ge=0)] = 256
     keep_alive: str = "5m"
     start_seconds: Annotated[float, Meta(gt=0)] = 300.0

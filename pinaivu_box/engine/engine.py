@@ -1,184 +1,188 @@
-"""The token loop: arrivals, one step, what it gave.  No I/O: a worker moves the frames."""
+"""The token loop: one step after another.  No I/O and no text: see `intake` and `output`."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from itertools import takewhile
 
 import numpy as np
 
-from pinaivu_box.engine.chat_template import ChatTemplate
-from pinaivu_box.engine.detokenizer import Detokenizer
-from pinaivu_box.engine.messages import (
-    Add,
-    Admitted,
-    Cancel,
-    Delta,
-    EngineLoad,
-    Refused,
-    StepFrame,
-)
+from pinaivu_box.engine.messages import EngineLoad, Refused
+from pinaivu_box.engine.output import Said, StepOutput
+from pinaivu_box.engine.pace import Pace
 from pinaivu_box.engine.runner import Batch, Float32, NoSlot, Runner
-from pinaivu_box.engine.sampling import draw
-from pinaivu_box.engine.scheduler import Chunk, Scheduler
+from pinaivu_box.engine.sampling import Draw, draw_rows
+from pinaivu_box.engine.scheduler import Chunk, Copy, Move, Remove, Scheduler
 from pinaivu_box.engine.sequence import Sequence
-from pinaivu_box.errors import ApiError, ContextOverflow
+from pinaivu_box.errors import ContextOverflow
+
+_KEPT_BY_A_SHIFT = 4  # a shift keeps at most a quarter of the context from the beginning
 
 
 class Engine:
-    """Drives a runner.  `receive` takes messages, `step` computes once and reports."""
+    """Drives a runner: `add` and `end` sequences, `step` computes once and reports."""
 
     def __init__(self, runner: Runner, *, token_budget: int) -> None:
         facts = runner.facts
         self._runner = runner
         self._facts = facts
-        self._template = ChatTemplate(facts.chat_template, bos=facts.bos, eos=facts.eos)
+        self.pace = Pace()
         self.scheduler = Scheduler(
             kv_tokens=facts.kv_tokens,
             max_sequences=facts.max_sequences,
             token_budget=token_budget,
+            policy=self.pace,
+            ids=facts.sequence_ids,
+            sharing=facts.sharing,
         )
-        self._end_ids = sorted(facts.end_tokens)
+        self._end_tokens = np.array(sorted(facts.end_tokens), np.intp)
         self._arrivals = 0
         self._steps = 0
         self._tokens_computed = 0
-        self._admitted: list[Admitted] = []
+        self._tokens_cached = 0
+        self._said: list[Said] = []
         self._refused: list[Refused] = []
-        self._deltas: list[Delta] = []
 
     @property
     def busy(self) -> bool:
         """Whether a call of `step` has something to do or to report."""
-        return bool(self.scheduler or self._admitted or self._refused or self._deltas)
+        return bool(self.scheduler or self._said or self._refused)
 
-    def receive(self, message: Add | Cancel) -> None:
-        if isinstance(message, Cancel):
-            self._cancel(message.id)
-            return
-        try:
-            self._add(message)
-        except ApiError as error:
-            self._refused.append(Refused(message.id, error.code, error.message))
-
-    def step(self) -> StepFrame:
-        """Compute one batch, if there is one, and return all that happened since the last."""
-        if self.scheduler:
-            chunks, logits = self._compute()
-            self._sample(chunks, logits)
-        frame = StepFrame(self._admitted, self._refused, self._deltas, self._load())
-        self._admitted, self._refused, self._deltas = [], [], []
-        return frame
-
-    # -- arrivals ------------------------------------------------------------------------------
-
-    def _add(self, add: Add) -> None:
-        prompt = self._runner.tokenize(self._template.render(add.messages))
-        context = self._facts.context
-        if len(prompt) >= context:
-            raise ContextOverflow(
-                f"The prompt has {len(prompt)} tokens (n_prompt_tokens) and the model's context "
-                f"here is {context} (n_ctx): shorten the messages."
-            )
-        room = context - len(prompt)
-        detokenizer = Detokenizer(self._runner.piece, add.stop)
-        for token in add.output:
-            detokenizer.push(token)  # said by an earlier leg
+    def add(self, sequence: Sequence) -> None:
         self._arrivals += 1
-        self.scheduler.add(
-            Sequence(
-                id=add.id,
-                tenant=add.tenant,
-                tokens=prompt + add.output,
-                prompt_length=len(prompt),
-                max_length=len(prompt) + min(add.max_tokens or room, room),
-                sampling=add.sampling,
-                detokenizer=detokenizer,
-                arrival=self._arrivals,
-                arrived_at=time.monotonic(),
-            )
-        )
-        self._admitted.append(Admitted(add.id, prompt))
+        sequence.arrival = self._arrivals
+        self.scheduler.add(sequence)
 
-    def _cancel(self, request_id: str) -> None:
+    def end(self, request_id: str, finish_reason: str) -> None:
+        """Stop a sequence (the client left, or a stop string came); free its cells."""
         sequence = self.scheduler.find(request_id)
         if sequence is not None:  # else it ended while the message was on its way
-            self._end(sequence)
-            self._deltas.append(Delta(request_id, finish_reason="cancelled"))
+            self.scheduler.finish(sequence)
+            self._said.append(Said(request_id, [], finish_reason))
+
+    def step(self) -> tuple[list[Refused], StepOutput]:
+        """Compute one batch, if there is one, and return all that happened since the last."""
+        if self.scheduler:
+            self._compute()
+        refused, self._refused = self._refused, []
+        said, self._said = self._said, []
+        return refused, StepOutput(said, self._load())
 
     # -- a step --------------------------------------------------------------------------------
 
-    def _compute(self) -> tuple[list[Chunk], Float32]:
+    def _compute(self) -> None:
         while self.scheduler:
-            chunks, freed = self.scheduler.plan()
-            for sequence_id in freed:
-                self._runner.remove(sequence_id)
-            _note_start(chunks)
+            plan = self.scheduler.plan()
+            for move in plan.moves:
+                self._move(move)
+            _note_start(plan.chunks)
+            began = time.perf_counter()
             try:
-                logits = self._runner.decode(_batch(chunks))
+                logits = self._runner.decode(_batch(plan.chunks))
             except NoSlot:
-                self._relieve(chunks)
+                self._relieve(plan.chunks)
                 continue
-            self.scheduler.commit(chunks)
-            self._steps += 1
-            self._tokens_computed += sum(chunk.count for chunk in chunks)
-            return chunks, logits
-        return [], np.empty((0, self._facts.n_vocab), np.float32)
+            self._observe(plan.chunks, time.perf_counter() - began)
+            self.scheduler.commit(plan.chunks)
+            self._sample([chunk for chunk in plan.chunks if chunk.rows], logits)
+            return
+
+    def _move(self, move: Move) -> None:
+        if isinstance(move, Remove):
+            self._runner.remove(move.sequence_id)
+        elif isinstance(move, Copy):
+            self._runner.copy(move.source, move.target, move.length)
+        else:
+            self._runner.truncate(move.sequence_id, move.length)
+
+    def _observe(self, chunks: list[Chunk], seconds: float) -> None:
+        rows = sum(chunk.rows for chunk in chunks if chunk.count == 1)
+        tokens = sum(chunk.count + len(chunk.draft) for chunk in chunks)
+        self.pace.observe(rows, tokens - rows, seconds)
+        self._steps += 1
+        self._tokens_computed += tokens
 
     def _relieve(self, chunks: list[Chunk]) -> None:
         """The cache has fewer cells than it said (padding, a window): believe it, make room."""
-        self.scheduler.shrink(sum(chunk.count for chunk in chunks))
-        preempted = self.scheduler.preempt_youngest()
-        if preempted is not None:
-            self._runner.remove(preempted)
+        self.scheduler.shrink(sum(chunk.count + len(chunk.draft) for chunk in chunks))
+        if self.scheduler.relieve():
             return
         alone = chunks[0].sequence  # nothing else runs: this is all that it can have
-        self._end(alone)
+        self.scheduler.finish(alone)
         if len(alone.tokens) > alone.prompt_length:
-            self._deltas.append(Delta(alone.id, alone.detokenizer.flush(), [], "length"))
-        else:
-            error = ContextOverflow(
-                f"The prompt's {alone.prompt_length} tokens (n_prompt_tokens) do not fit into the "
-                f"{self.scheduler.kv_tokens} cells of the KV cache: shorten the messages."
-            )
-            self._refused.append(Refused(alone.id, error.code, error.message))
+            self._said.append(Said(alone.id, [], "length"))
+            return
+        error = ContextOverflow(
+            f"The prompt's {alone.prompt_length} tokens (n_prompt_tokens) do not fit into the "
+            f"{self.scheduler.kv_tokens} cells of the KV cache: shorten the messages."
+        )
+        self._refused.append(Refused(alone.id, error.code, error.message))
 
     def _sample(self, chunks: list[Chunk], logits: Float32) -> None:
-        ready = [chunk.sequence for chunk in chunks if chunk.wants_logits]
-        for sequence, row in zip(ready, logits, strict=True):
-            if sequence.sampling.ignore_eos:
-                row[self._end_ids] = -np.inf
-            token = draw(row, sequence.sampling, len(sequence.tokens))
-            self._take(sequence, token)
+        drawn = iter(draw_rows(logits, list(_draws(chunks)), self._end_tokens))
+        for chunk in chunks:
+            tokens = [next(drawn) for _ in range(chunk.rows)]
+            # A drafted token is right exactly if it is the draw; the draw after it is right then.
+            accepted = 0
+            for drafted, token in zip(chunk.draft, tokens, strict=False):
+                if drafted != token or token in self._facts.end_tokens:
+                    break
+                accepted += 1
+            self._take(chunk, tokens[: accepted + 1], accepted)
 
-    def _take(self, sequence: Sequence, token: int) -> None:
-        sequence.tokens.append(token)
-        finish_reason = None
-        if token in self._facts.end_tokens:
-            text, finish_reason = sequence.detokenizer.flush(), "stop"
-        else:
-            text = sequence.detokenizer.push(token)
-            if sequence.detokenizer.stopped:
-                finish_reason = "stop"
-            elif len(sequence.tokens) >= sequence.max_length:
-                text, finish_reason = text + sequence.detokenizer.flush(), "length"
-        first = len(sequence.tokens) == sequence.prompt_length + 1
-        self._deltas.append(
-            Delta(sequence.id, text, [token], finish_reason, sequence.queue_ms if first else None)
+    def _take(self, chunk: Chunk, tokens: list[int], accepted: int) -> None:
+        sequence = chunk.sequence
+        first = len(sequence.tokens) == sequence.prompt_length and not sequence.shifted
+        sequence.tokens += tokens
+        self.scheduler.accept(chunk, accepted)
+        if chunk.draft and sequence.lookup is not None:
+            sequence.lookup.judge(len(chunk.draft), accepted)
+        end_token = tokens[-1] in self._facts.end_tokens
+        finish_reason = "stop" if end_token else None
+        if not end_token and self._full(sequence):
+            finish_reason = "length"
+        self._said.append(
+            Said(
+                sequence.id,
+                tokens,
+                finish_reason,
+                end_token,
+                sequence.queue_ms if first else None,
+                sequence.cached_tokens if first else None,
+                sequence.shifted,
+            )
         )
+        if first:
+            self._tokens_cached += sequence.cached_tokens
         if finish_reason:
-            self._end(sequence)
+            self.scheduler.finish(sequence)
 
-    def _end(self, sequence: Sequence) -> None:
-        sequence_id = self.scheduler.finish(sequence)
-        if sequence_id >= 0:
-            self._runner.remove(sequence_id)
+    def _full(self, sequence: Sequence) -> bool:
+        """Whether it may not go on.  Context shift, if it is on, makes room where the context is
+        full: it forgets half of what comes after the beginning, and the rest is computed anew."""
+        if len(sequence.tokens) + sequence.shifted >= sequence.max_length:
+            return True
+        context = self._facts.context
+        if len(sequence.tokens) < context:
+            return False
+        kept = min(sequence.prompt_length, context // _KEPT_BY_A_SHIFT)
+        dropped = (len(sequence.tokens) - kept) // 2
+        del sequence.tokens[kept : kept + dropped]
+        sequence.prompt_length = max(kept, sequence.prompt_length - dropped)
+        sequence.shifted += dropped
+        self.scheduler.restart(sequence)
+        return False
 
     def _load(self) -> EngineLoad:
         return EngineLoad(
             waiting=len(self.scheduler.waiting),
             running=len(self.scheduler.running),
             kv_used=self.scheduler.kv_used,
+            kv_cached=self.scheduler.kv_cached,
             steps=self._steps,
             tokens_computed=self._tokens_computed,
+            tokens_cached=self._tokens_cached,
             preemptions=self.scheduler.preemptions,
         )
 
@@ -190,18 +194,43 @@ def _note_start(chunks: list[Chunk]) -> None:
             sequence.queue_ms = (now - sequence.arrived_at) * 1000
 
 
-def _batch(chunks: list[Chunk]) -> Batch:
-    total = sum(chunk.count for chunk in chunks)
-    tokens = np.empty(total, np.int32)
-    positions = np.empty(total, np.int32)
-    sequence_ids = np.empty(total, np.int32)
-    outputs = np.zeros(total, np.int8)
-    at = 0
+def _draws(chunks: list[Chunk]) -> Iterator[Draw]:
+    """What decides each row's draw, in batch order."""
     for chunk in chunks:
-        end, stop = at + chunk.count, chunk.start + chunk.count
-        tokens[at:end] = chunk.sequence.tokens[chunk.start : stop]
-        positions[at:end] = np.arange(chunk.start, stop)
-        sequence_ids[at:end] = chunk.sequence.sequence_id
-        outputs[end - 1] = chunk.wants_logits
-        at = end
-    return Batch(tokens, positions, sequence_ids, outputs)
+        sequence = chunk.sequence
+        position = len(sequence.tokens) + sequence.shifted
+        output = sequence.output if sequence.sampling.looks_back else ()
+        for number in range(chunk.rows):
+            yield Draw(sequence.sampling, position + number, [*output, *chunk.draft[:number]])
+
+
+def _batch(chunks: list[Chunk]) -> Batch:
+    tokens: list[int] = []
+    positions: list[int] = []
+    ids: list[int] = []
+    outputs: list[int] = []
+    for chunk in chunks:
+        sequence, start, count = chunk.sequence, chunk.start, chunk.count
+        if count == 1 and not chunk.draft:
+            tokens.append(sequence.tokens[start])
+            positions.append(start)
+            ids.append(sequence.sequence_id)
+            outputs.append(chunk.rows)
+            continue
+        size = count + len(chunk.draft)
+        tokens += sequence.tokens[start : start + count]
+        tokens += chunk.draft
+        positions += range(start, start + size)
+        ids += [sequence.sequence_id] * size
+        outputs += [0] * (size - chunk.rows) + [1] * chunk.rows
+    return Batch(
+        np.array(tokens, np.int32),
+        np.array(positions, np.int32),
+        np.array(ids, np.int32),
+        np.array(outputs, np.int8),
+        sum(1 + len(chunk.draft) for chunk in takewhile(_decodes, chunks)),
+    )
+
+
+def _decodes(chunk: Chunk) -> bool:
+    return chunk.count == 1

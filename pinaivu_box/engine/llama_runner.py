@@ -1,12 +1,19 @@
 """llama.cpp behind the runner protocol: the only module that imports llama_cpp.
 
-Low-level API only: multi-sequence `llama_decode` over a unified KV cache.
+Low-level API only: multi-sequence `llama_decode`.
+
+The KV cache is *unified* (one pool of cells that all sequences share) unless every sequence can
+have its whole context at the same time: then each has a *stream* of its own.  In a stream,
+attention looks at the cells of its own sequence only; in the pool it passes over everybody's, which
+costs more the more sequences run.  The pool in turn lets a few long sequences have what many short
+ones do not need, and shares a prefix without copying it.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +32,8 @@ from pinaivu_box.engine.runner import (
 from pinaivu_box.errors import BoxError
 
 _LOG_LEVELS = {3: "warning", 4: "error"}  # ggml_log_level; lower ones are chatter
+_MOST_IDS = 256  # LLAMA_MAX_SEQ
+_TILE = 64  # GGML_FA_TILE_Q
 _NO_SLOT = 1  # llama_decode: could not find a KV slot for the batch
 
 
@@ -71,12 +80,14 @@ class LlamaRunner:
 
     def _make_context(self, load: Load) -> llama.llama_context_p:
         params = llama.llama_context_default_params()
-        params.n_ctx = load.kv_tokens
+        self._unified = load.max_sequences * load.context > load.kv_tokens
+        params.n_ctx = load.kv_tokens if self._unified else load.max_sequences * load.context
         params.n_batch = max(load.token_budget, load.max_sequences)
         params.n_ubatch = min(params.n_batch, 512)
-        params.n_seq_max = load.max_sequences
+        # In the pool an id costs nothing, and those that nobody runs under keep finished prefixes.
+        params.n_seq_max = _MOST_IDS if self._unified else load.max_sequences
         params.n_threads = params.n_threads_batch = load.threads or physical_cores()
-        params.kv_unified = True
+        params.kv_unified = self._unified
         params.no_perf = True
         made = llama.llama_init_from_model(self._model, params)
         if not made:
@@ -84,7 +95,8 @@ class LlamaRunner:
                 f"llama.cpp cannot make a context of {params.n_ctx} tokens: "
                 f"{self._log.last or 'no reason given'}; lower engine.kv_tokens"
             )
-        self._max_length = min(load.context, llama.llama_n_ctx(made))
+        self._ids = params.n_seq_max
+        self._max_length = min(load.context, llama.llama_n_ctx_seq(made))
         return made
 
     def _read_facts(self, load: Load) -> ModelFacts:
@@ -97,6 +109,12 @@ class LlamaRunner:
             context=self._max_length,
             kv_tokens=llama.llama_n_ctx(self._context),
             max_sequences=load.max_sequences,
+            sequence_ids=self._ids,
+            # Recurrent and hybrid models keep a state that cannot be cut: nothing to share there.
+            sharing=not (
+                llama.llama_model_is_recurrent(self._model)
+                or llama.llama_model_is_hybrid(self._model)
+            ),
             n_vocab=self._n_vocab,
             chat_template=template.decode() if template else None,
             bos=self._token_text(llama.llama_vocab_bos(vocab)),
@@ -158,6 +176,32 @@ class LlamaRunner:
             room = -length
 
     def decode(self, batch: Batch) -> Float32:
+        pieces = self._pieces_of(batch)
+        if len(pieces) == 1:
+            return self._decode(batch)
+        logits = []
+        for number, piece in enumerate(pieces):
+            try:
+                logits.append(self._decode(piece).copy())
+            except NoSlot:
+                for done in pieces[:number]:
+                    self._take_back(done)
+                raise
+        return np.concatenate(logits)
+
+    def _pieces_of(self, batch: Batch) -> list[Batch]:
+        """llama.cpp's CPU attention works in tiles from 64 tokens on.  That is fast for a prompt;
+        with the next tokens of many sequences in one pool it computes everybody's attention to
+        everybody's cells and throws nearly all of it away."""
+        size, single = len(batch.tokens), batch.single
+        if not self._unified or size < _TILE or single == 0:
+            return [batch]
+        cuts = [*range(0, single, _TILE - 1), single]
+        if size - single < _TILE - (single - cuts[-2]):
+            cuts.pop()  # the rest is so short that it goes with the last of them
+        return [batch.part(a, b) for a, b in pairwise([*cuts, size]) if a < b]
+
+    def _decode(self, batch: Batch) -> Float32:
         result = llama.llama_decode(self._context, self._batch.fill(batch))
         if result == _NO_SLOT:
             raise NoSlot
@@ -169,8 +213,25 @@ class LlamaRunner:
         logits = llama.llama_get_logits(self._context)
         return np.ctypeslib.as_array(logits, shape=(rows, self._n_vocab))
 
+    def _take_back(self, batch: Batch) -> None:
+        for sequence_id in np.unique(batch.sequence_ids):
+            self.truncate(
+                int(sequence_id), int(batch.positions[batch.sequence_ids == sequence_id].min())
+            )
+
     def remove(self, sequence_id: int) -> None:
         llama.llama_memory_seq_rm(self._memory, sequence_id, -1, -1)
+
+    def truncate(self, sequence_id: int, length: int) -> None:
+        if not llama.llama_memory_seq_rm(self._memory, sequence_id, length, -1):
+            raise BoxError(f"llama.cpp cannot cut sequence {sequence_id} to {length} tokens.")
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        if self._unified:  # only marks the cells
+            llama.llama_memory_seq_cp(self._memory, source, target, 0, length)
+            return
+        llama.llama_memory_seq_cp(self._memory, source, target, -1, -1)  # streams copy whole
+        self.truncate(target, length)
 
     def close(self) -> None:
         llama.llama_free(self._context)

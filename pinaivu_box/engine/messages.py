@@ -20,7 +20,9 @@ class Sampling(Struct, frozen=True):
     """How tokens are drawn; recorded in the proof, so that the draw can be repeated.
 
     `temperature` 0 is greedy.  `top_k` 0, `top_p` 1 and `min_p` 0 switch that truncation off.
-    `seed` is a 64-bit signed integer.  With `ignore_eos` end tokens are never drawn.
+    `seed` is a 64-bit signed integer.  With `ignore_eos` end tokens are never drawn.  The penalties
+    are OpenAI's, over the tokens of the output; `logit_bias` adds to the logits of token ids, which
+    are text because JSON's keys are.
     """
 
     temperature: float
@@ -29,6 +31,14 @@ class Sampling(Struct, frozen=True):
     min_p: float
     seed: int
     ignore_eos: bool = False
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: dict[str, float] = {}
+
+    @property
+    def looks_back(self) -> bool:
+        """Whether a draw depends on the output so far."""
+        return bool(self.frequency_penalty or self.presence_penalty)
 
 
 class SamplingDefaults(Struct, frozen=True):
@@ -46,7 +56,7 @@ class SamplingDefaults(Struct, frozen=True):
 class Load(Struct, frozen=True, tag=True):
     """The first frame: which file to load and how.
 
-    Sizes in tokens; `threads` 0 means all physical cores.
+    Sizes in tokens; `threads` 0 means all physical cores.  `drafting` allows prompt lookup.
     """
 
     path: str
@@ -56,13 +66,16 @@ class Load(Struct, frozen=True, tag=True):
     max_sequences: int
     token_budget: int
     threads: int
+    drafting: bool = True
+    context_shift: bool = False
 
 
 class Add(Struct, frozen=True, tag=True):
     """Start a sequence.
 
     `output` holds the tokens that another leg of this request has already made: the sequence
-    goes on after them and sends only what comes next.  `max_tokens` counts them too.
+    goes on after them and sends only what comes next.  `max_tokens` counts them too.  `weight` is
+    the tenant's share among tenants, `priority` orders the tenant's own (higher goes first).
     """
 
     id: str
@@ -72,6 +85,8 @@ class Add(Struct, frozen=True, tag=True):
     stop: list[str]
     tenant: str
     output: list[int] = []
+    weight: float = 1.0
+    priority: int = 0
 
 
 class Cancel(Struct, frozen=True, tag=True):
@@ -127,16 +142,21 @@ class Delta(Struct, frozen=True, omit_defaults=True):
     tokens: list[int] = []
     finish_reason: str | None = None  # "stop", "length", "cancelled"
     queue_ms: float | None = None  # waited before its first step; on the first delta only
+    cached_tokens: int | None = None  # of the prompt, found in the cache; on the first delta only
+    shifted_tokens: int = 0  # forgotten so far by context shifts
 
 
 class EngineLoad(Struct, frozen=True):
-    """How busy the engine is, after a step.  `kv_used` in tokens."""
+    """How busy the engine is, after a step.  `kv_used` (by running sequences) and `kv_cached` (left
+    by finished ones, had for the asking) in tokens."""
 
     waiting: int = 0
     running: int = 0
     kv_used: int = 0
+    kv_cached: int = 0
     steps: int = 0
     tokens_computed: int = 0
+    tokens_cached: int = 0
     preemptions: int = 0
 
 

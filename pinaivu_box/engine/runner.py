@@ -23,7 +23,9 @@ class NoSlot(Exception):
 class ModelFacts:
     """What the scheduler and the prompt need to know of a loaded model.
 
-    `context` is the most tokens one sequence may have, `kv_tokens` the cells of the whole cache.
+    `context` is the most tokens one sequence may have, `kv_tokens` the cells of the whole cache,
+    `sequence_ids` how many ids it knows.  Without `sharing` (recurrent models) cells can neither be
+    copied nor cut.
     """
 
     build: str
@@ -36,6 +38,8 @@ class ModelFacts:
     bos: str
     eos: str
     end_tokens: frozenset[int]
+    sequence_ids: int = 0  # 0: as many as max_sequences
+    sharing: bool = True
     defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
 
 
@@ -44,13 +48,25 @@ class Batch:
     """One step's input: parallel arrays of n tokens.
 
     `outputs` is 1 where the logits of that position are wanted; sequence ids are below
-    `ModelFacts.max_sequences`.
+    `ModelFacts.sequence_ids`.  The first `single` tokens are those of decoding sequences.
     """
 
     tokens: Int32
     positions: Int32
     sequence_ids: Int32
     outputs: npt.NDArray[np.int8]
+    single: int = 0
+
+    def part(self, start: int, stop: int) -> Batch:
+        """Its tokens from `start` to before `stop`."""
+        here = slice(start, stop)
+        return Batch(
+            self.tokens[here],
+            self.positions[here],
+            self.sequence_ids[here],
+            self.outputs[here],
+            max(0, min(self.single, stop) - start),
+        )
 
 
 class Runner(Protocol):
@@ -74,6 +90,14 @@ class Runner(Protocol):
 
     def remove(self, sequence_id: int) -> None:
         """Free every cell of a sequence."""
+        ...
+
+    def truncate(self, sequence_id: int, length: int) -> None:
+        """Free the cells of a sequence from position `length` on."""
+        ...
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Give the empty sequence `target` the first `length` cells of `source`."""
         ...
 
     def close(self) -> None: ...

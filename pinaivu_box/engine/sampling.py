@@ -6,11 +6,16 @@ position depends on the seed, the position and the token's id alone, so a sequen
 preempted, moved or audited in the middle and draws the same tokens.
 
 The order of truncation is llama.cpp's: top-k, top-p, min-p, then temperature.
+
+A vocabulary has up to 260,000 tokens and a step up to 256 rows, so nothing here sorts a vocabulary:
+what cannot be drawn is cut first, in ways that are exact, and rows of one kind are drawn together.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +25,15 @@ from pinaivu_box.engine.messages import Sampling
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
 Ids = npt.NDArray[np.intp]
+UInt64 = npt.NDArray[np.uint64]
+
+_NONE: Ids = np.empty(0, np.intp)
+_GREEDY = -1
+_MOST_TOGETHER = 256  # a larger top-k is worked off row by row
+# Tokens are looked at in columns of so many first: only columns whose best token is good enough are
+# looked into.  One pass over the vocabulary, then almost nothing.
+_COLUMN = 32
+_FIRST_DEPTH = 6.0  # in logits; e^-6 of the best one
 
 # SplitMix64 (Steele, Lea, Flood: "Fast Splittable Pseudorandom Number Generators", OOPSLA 2014).
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -49,9 +63,12 @@ def gumbel_noise(seed: int, position: int, ids: Ids) -> Float64:
     The uniform of token i is from the i-th output of SplitMix64 started at the position-th output
     of SplitMix64 started at the seed.
     """
-    key = splitmix64(seed & _MASK, position)
+    return _noise(np.uint64(splitmix64(seed & _MASK, position)), ids)
+
+
+def _noise(key: np.uint64 | UInt64, ids: Ids) -> Float64:
     with np.errstate(over="ignore"):
-        z = np.uint64(key) + np.uint64(_GOLDEN) * (ids.astype(np.uint64) + np.uint64(1))
+        z = key + np.uint64(_GOLDEN) * (ids.astype(np.uint64) + np.uint64(1))
         z = (z ^ (z >> np.uint64(30))) * np.uint64(_MIX_1)
         z = (z ^ (z >> np.uint64(27))) * np.uint64(_MIX_2)
         z ^= z >> np.uint64(31)
@@ -59,48 +76,167 @@ def gumbel_noise(seed: int, position: int, ids: Ids) -> Float64:
     return np.asarray(-np.log(-np.log(uniform)), dtype=np.float64)
 
 
+@dataclass(frozen=True)
+class Draw:
+    """What decides one row's draw.  `output`: the tokens made so far, where penalties need them."""
+
+    sampling: Sampling
+    position: int
+    output: Sequence[int] = ()
+
+
+def draw_rows(logits: Float32, draws: Sequence[Draw], end_tokens: Ids = _NONE) -> list[int]:
+    """One token for each row of `logits`, shape (rows, n_vocab), which may be changed.
+
+    A row's token does not depend on the other rows; those with the same kind of truncation are only
+    computed together.
+    """
+    groups: dict[int, list[int]] = {}
+    for row, one in enumerate(draws):
+        sampling = one.sampling
+        if sampling.ignore_eos or sampling.logit_bias or one.output:
+            _adjust(logits[row], one, end_tokens)
+        kind = _GREEDY if sampling.temperature == 0 else sampling.top_k
+        groups.setdefault(kind, []).append(row)
+    tokens = [0] * len(draws)
+    for kind, rows in groups.items():
+        # The logits of all rows are many megabytes: do not copy them without need.
+        part = logits if len(rows) == len(logits) else logits[rows]
+        drawn = _draw_kind(kind, part, [draws[row] for row in rows])
+        for row, token in zip(rows, drawn, strict=True):
+            tokens[row] = token
+    return tokens
+
+
 def draw(logits: Float32, sampling: Sampling, position: int) -> int:
     """The token at `position` given its logits, shape (n_vocab,)."""
-    if sampling.temperature == 0:
-        return int(np.argmax(logits))
-    ids = survivors(logits, sampling)
-    scores = logits[ids].astype(np.float64) / sampling.temperature
-    return int(ids[np.argmax(scores + gumbel_noise(sampling.seed, position, ids))])
+    return draw_rows(logits[np.newaxis].copy(), [Draw(sampling, position)])[0]
+
+
+def _draw_kind(kind: int, logits: Float32, draws: Sequence[Draw]) -> list[int]:
+    if kind == _GREEDY:
+        return [int(token) for token in logits.argmax(axis=1)]
+    if 0 < kind <= _MOST_TOGETHER:
+        return _draw_top_k(logits, draws, kind)
+    return [_draw_one(row, one) for row, one in zip(logits, draws, strict=True)]
+
+
+def _adjust(row: Float32, one: Draw, end_tokens: Ids) -> None:
+    """Penalties and biases touch only the tokens that they name."""
+    sampling = one.sampling
+    if one.output:
+        ids, counts = np.unique(np.array(one.output, np.intp), return_counts=True)
+        penalty = counts * sampling.frequency_penalty + sampling.presence_penalty
+        row[ids] -= penalty.astype(np.float32)
+    for token, bias in sampling.logit_bias.items():
+        row[int(token)] += bias
+    if sampling.ignore_eos:
+        row[end_tokens] = -np.inf
+
+
+# -- top-k: the candidates of all rows in one matrix ---------------------------------------------
+
+
+def _draw_top_k(logits: Float32, draws: Sequence[Draw], k: int) -> list[int]:
+    ids, values = _top_k(logits, k)
+    best = values[:, :1]
+    likely = np.exp(values.astype(np.float64) - best)
+    reached = np.cumsum(likely, axis=1)
+    top_p = np.array([[one.sampling.top_p] for one in draws])
+    min_p = np.array([[one.sampling.min_p] for one in draws])
+    dropped = likely < min_p
+    # The first token that reaches the mass is the last one kept.
+    dropped[:, 1:] |= (reached[:, :-1] >= reached[:, -1:] * top_p) & (top_p < 1)
+    temperature = np.array([[one.sampling.temperature] for one in draws])
+    keys = [splitmix64(one.sampling.seed & _MASK, one.position) for one in draws]
+    scores = values / temperature + _noise(np.array(keys, np.uint64)[:, np.newaxis], ids)
+    scores[dropped] = -np.inf
+    return [int(token) for token in ids[np.arange(len(ids)), scores.argmax(axis=1)]]
+
+
+def _top_k(logits: Float32, k: int) -> tuple[Ids, Float32]:
+    """Ids and logits of each row's k largest, best first; among equals the lower id.
+
+    Shapes (rows, min(k, n_vocab)).
+    """
+    rows, n_vocab = logits.shape
+    columns = n_vocab // _COLUMN
+    if columns <= 2 * k:
+        return _largest(logits, np.broadcast_to(np.arange(n_vocab), logits.shape), k)
+    # Column c holds the tokens c, c + columns, …: their maxima are one streaming pass.
+    whole = columns * _COLUMN
+    peaks = logits[:, :whole].reshape(rows, _COLUMN, columns).max(axis=1)
+    chosen = np.argpartition(peaks, columns - k, axis=1)[:, columns - k :]
+    inside = (chosen[:, np.newaxis] + np.arange(0, whole, columns)[:, np.newaxis]).reshape(rows, -1)
+    rest = np.broadcast_to(np.arange(whole, n_vocab), (rows, n_vocab - whole))
+    ids, values = _largest(logits, np.concatenate([inside, rest], axis=1), k)
+    # k columns have a token as good as the k-th: another column can only have its equal.
+    tied = np.flatnonzero((peaks >= values[:, -1:]).sum(axis=1) > k)
+    for row in tied:
+        ids[row] = np.argsort(-logits[row], kind="stable")[:k]
+        values[row] = logits[row, ids[row]]
+    return ids, values
+
+
+def _largest(logits: Float32, candidates: Ids, k: int) -> tuple[Ids, Float32]:
+    """The k largest of each row's candidates, as `_top_k` gives them."""
+    size = candidates.shape[1]
+    values = np.take_along_axis(logits, candidates, axis=1)
+    if size > 2 * k:
+        kth = np.partition(values, size - k, axis=1)[:, size - k, np.newaxis]
+        most = int((values >= kth).sum(axis=1).max())
+        best = np.argpartition(values, size - most, axis=1)[:, size - most :]
+        candidates = np.take_along_axis(candidates, best, axis=1)
+        values = np.take_along_axis(values, best, axis=1)
+    order = np.lexsort((candidates, -values), axis=1)[:, :k]
+    return np.take_along_axis(candidates, order, axis=1), np.take_along_axis(values, order, axis=1)
+
+
+# -- without top-k: one row's survivors -----------------------------------------------------------
+
+
+def _draw_one(logits: Float32, one: Draw) -> int:
+    ids = survivors(logits, one.sampling)
+    scores = logits[ids].astype(np.float64) / one.sampling.temperature
+    return int(ids[np.argmax(scores + gumbel_noise(one.sampling.seed, one.position, ids))])
 
 
 def survivors(logits: Float32, sampling: Sampling) -> Ids:
     """Ids that truncation leaves and that the noise can still make the winner."""
     best = float(logits.max())
     drawable = best - NOISE_SPAN * sampling.temperature
-    if sampling.top_k:
-        ids = _top_k(logits, best, sampling.top_k)
-        mass = float(np.exp(logits[ids].astype(np.float64) - best).sum())
-    elif sampling.top_p < 1:
-        ids = np.flatnonzero(logits >= drawable)
-        mass = float(np.exp(logits - np.float32(best)).sum(dtype=np.float64))
-    else:
-        ids = np.flatnonzero(logits >= drawable)
-        mass = 0.0  # not needed
-    if sampling.top_p < 1:
-        ids = _top_p(logits, ids, best, mass * sampling.top_p)
     floor = drawable
     if sampling.min_p > 0:
         floor = max(floor, best + math.log(sampling.min_p))
-    return ids[logits[ids] >= floor]
+    if sampling.top_k:
+        ids = _top_k(logits[np.newaxis], sampling.top_k)[0][0]
+        if sampling.top_p < 1:
+            ids = _top_p(logits, ids, best, sampling.top_p)
+        return np.asarray(ids[logits[ids] >= floor])
+    if sampling.top_p < 1:
+        ids = _most_likely(logits, best, sampling.top_p)
+        return np.asarray(ids[logits[ids] >= floor])
+    return np.flatnonzero(logits >= np.float32(floor))
 
 
-def _top_k(logits: Float32, best: float, k: int) -> Ids:
-    """The k largest, best first; among equals the lower id."""
-    ids = np.flatnonzero(logits >= best - 8)  # usually holds the k largest: saves a full sort
-    if len(ids) < k:
-        k = min(k, len(logits))
-        kth = np.partition(logits, len(logits) - k)[len(logits) - k]
-        ids = np.flatnonzero(logits >= kth)
-    return ids[np.argsort(-logits[ids], kind="stable")[:k]]
-
-
-def _top_p(logits: Float32, ids: Ids, best: float, mass: float) -> Ids:
-    """The fewest most likely of `ids` whose unnormalised probabilities reach `mass`."""
-    ids = ids[np.argsort(-logits[ids], kind="stable")]
+def _top_p(logits: Float32, ids: Ids, best: float, top_p: float) -> Ids:
     reached = np.cumsum(np.exp(logits[ids].astype(np.float64) - best))
-    return ids[: int(np.searchsorted(reached, mass)) + 1]
+    return ids[: int(np.searchsorted(reached, reached[-1] * top_p)) + 1]
+
+
+def _most_likely(logits: Float32, best: float, top_p: float) -> Ids:
+    """The fewest most likely ids whose probabilities reach `top_p`, best first.
+
+    Only the upper part of the vocabulary is sorted, as much of it as holds that mass.
+    """
+    mass = float(np.exp(logits - np.float32(best)).sum(dtype=np.float64)) * top_p
+    depth = _FIRST_DEPTH
+    while True:
+        ids = np.flatnonzero(logits >= np.float32(best - depth))
+        likely = np.exp(logits[ids].astype(np.float64) - best)
+        if likely.sum() >= mass or len(ids) == len(logits):
+            break
+        depth *= 2
+    order = np.argsort(-logits[ids], kind="stable")
+    reached = np.cumsum(likely[order])
+    return ids[order[: int(np.searchsorted(reached, mass)) + 1]]

@@ -1,138 +1,403 @@
 """The token scheduler: which tokens of which sequences are in the next step.  Pure, no I/O.
 
-A step holds every running sequence's next token and, up to the token budget, chunks of prompts
-still to be computed (chunked prefill: Agrawal et al., "Sarathi-Serve", OSDI 2024), so that a long
-prompt does not stop the running streams.  Waiting sequences are admitted first come first served.
-When the KV cache has no room for the next tokens, the youngest sequence is preempted and later
-recomputed from its tokens: position-keyed sampling makes it go on as if nothing had happened.
+A step holds every running sequence's next token and, up to a budget, chunks of prompts still to be
+computed (chunked prefill: Agrawal et al., "Sarathi-Serve", OSDI 2024), so that a long prompt does
+not stop the running streams.  Waiting sequences start in the order that `FairQueue` gives.  A
+sequence starts with the cells of the longest prefix that another one has computed (`PrefixCache`);
+one whose prefix is being computed right now waits for it.  When the KV cache has no room for the
+next tokens, cached sequences are evicted, then the youngest is preempted and later recomputed from
+its tokens: position-keyed sampling makes it go on as if nothing had happened.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from collections.abc import Sequence as Many
 from dataclasses import dataclass
+from typing import Protocol
 
+from pinaivu_box.engine.fairness import FairQueue
+from pinaivu_box.engine.prefix_cache import PrefixCache, common_prefix
 from pinaivu_box.engine.sequence import Sequence, State
+
+WORTH_WAITING = 32  # tokens of a prefix that is being computed
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """`count` tokens of `sequence` from its position `start`; the last gives logits if wanted."""
+    """`count` known tokens of `sequence` from its position `start`, then `draft`.
+
+    The last known one gives logits if nothing comes after it, and each drafted one does.
+    """
 
     sequence: Sequence
     start: int
     count: int
+    draft: Many[int] = ()
 
     @property
     def wants_logits(self) -> bool:
         return self.start + self.count == len(self.sequence.tokens)
 
+    @property
+    def rows(self) -> int:
+        return 1 + len(self.draft) if self.wants_logits else 0
+
+
+@dataclass(frozen=True)
+class Remove:
+    """Free every cell of a sequence id."""
+
+    sequence_id: int
+
+
+@dataclass(frozen=True)
+class Truncate:
+    """Keep the first `length` cells of a sequence id."""
+
+    sequence_id: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Copy:
+    """The sequence id `target`, which is empty, gets the first `length` cells of `source`."""
+
+    source: int
+    target: int
+    length: int
+
+
+Move = Remove | Truncate | Copy
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Make the moves, in order, then compute the chunks."""
+
+    chunks: list[Chunk]
+    moves: list[Move]
+
+
+class Policy(Protocol):
+    """How much to put into a step (see `pace.Pace`)."""
+
+    def prompt_budget(self, rows: int, most: int) -> int: ...
+
+    def draft_length(self, rows: int, expected: float, acceptance: float, most: int) -> int: ...
+
 
 class Scheduler:
-    """Sizes are in tokens.  `kv_tokens` cells are shared by at most `max_sequences` sequences."""
+    """Sizes are in tokens.  `kv_tokens` cells are shared by at most `max_sequences` sequences.
 
-    def __init__(self, *, kv_tokens: int, max_sequences: int, token_budget: int) -> None:
+    `ids` sequence ids are in the KV cache: those beyond `max_sequences` can keep finished ones.
+    Without `sharing`, as for recurrent models, no cells are ever shared, kept or cut.
+    """
+
+    def __init__(
+        self,
+        *,
+        kv_tokens: int,
+        max_sequences: int,
+        token_budget: int,
+        policy: Policy,
+        ids: int = 0,
+        sharing: bool = True,
+    ) -> None:
         self.kv_tokens = kv_tokens
+        self.max_sequences = max_sequences
         # Every running sequence must fit into one step with its next token.
         self.token_budget = max(token_budget, max_sequences)
-        self.waiting: deque[Sequence] = deque()
+        self.waiting = FairQueue()
         self.running: list[Sequence] = []  # in order of admission
+        self.prefixes = PrefixCache()
         self.preemptions = 0
+        self._policy = policy
+        self._sharing = sharing
         self._capacity = kv_tokens  # less while the cache has shown that it holds less
-        self._free_ids = list(range(max_sequences - 1, -1, -1))
+        self._free_ids = list(range(max(ids, max_sequences) - 1, -1, -1))
+        self._moves: list[Move] = []
+        self._awaited: dict[Sequence, tuple[Sequence, int]] = {}
 
     @property
     def kv_used(self) -> int:
-        return sum(sequence.computed for sequence in self.running)
+        """Cells of running sequences.  Others hold what finished ones left, until it is needed."""
+        return self.prefixes.live_cells()
+
+    @property
+    def kv_cached(self) -> int:
+        return self.prefixes.cells - self.kv_used
 
     def __bool__(self) -> bool:
         """Whether there is anything to do."""
         return bool(self.waiting or self.running)
 
     def add(self, sequence: Sequence) -> None:
-        self.waiting.append(sequence)
+        self.waiting.push(sequence)
 
     def find(self, request_id: str) -> Sequence | None:
-        for sequence in (*self.running, *self.waiting):
-            if sequence.id == request_id:
-                return sequence
-        return None
+        everybody: tuple[Sequence, ...] = (*self.running, *self.waiting)
+        return next((one for one in everybody if one.id == request_id), None)
 
-    def finish(self, sequence: Sequence) -> int:
-        """Forget a sequence; returns its id in the KV cache, now free, or -1 if it had none."""
+    def finish(self, sequence: Sequence) -> None:
+        """It has ended; its cells stay for others until they are needed."""
         self._capacity = self.kv_tokens
-        if sequence in self.waiting:
+        self._awaited.pop(sequence, None)
+        if sequence.state is not State.RUNNING:
             self.waiting.remove(sequence)
-            return -1
-        self.running.remove(sequence)
-        return self._release(sequence)
+            return
+        self._leave(sequence, keep=True)
 
-    def plan(self) -> tuple[list[Chunk], list[int]]:
-        """The next step's chunks, and the ids of preempted sequences whose cells must be freed.
-
-        Nothing is marked as computed before `commit`.
-        """
-        freed = self._make_room()
-        # A sequence that is alone may try for all there is: nobody else can make room for it.
-        capacity = self._capacity if len(self.running) > 1 else self.kv_tokens
-        room = capacity - self.kv_used
-        budget = min(self.token_budget, room)
-        chunks: list[Chunk] = []
-        # Decoding sequences first (one token each), then prompts in order of admission.
-        for sequence in sorted(self.running, key=lambda s: s.pending > 1):
-            count = min(sequence.pending, budget)
-            if count:
-                chunks.append(Chunk(sequence, sequence.computed, count))
-                budget -= count
-        while self.waiting and self._free_ids and budget and self._fits(self.waiting[0]):
-            sequence = self.waiting.popleft()
-            sequence.sequence_id = self._free_ids.pop()
-            sequence.state = State.RUNNING
-            self.running.append(sequence)
-            count = min(sequence.pending, budget)
-            chunks.append(Chunk(sequence, 0, count))
-            budget -= count
-        return chunks, freed
+    def plan(self) -> Plan:
+        """The next step.  Nothing of it counts as computed before `commit`."""
+        self._give_place()
+        self._make_room(len(self.running))
+        decoding = [s for s in self.running if s.pending == 1]
+        chunks = [Chunk(s, s.computed, 1) for s in decoding[: max(0, self._room())]]
+        most = min(self.token_budget, self._room()) - len(chunks)
+        budget = self._policy.prompt_budget(len(chunks), most) if most > 0 else 0
+        prompts = [s for s in self.running if s.pending > 1]
+        for sequence in sorted(prompts, key=self._turn):
+            budget -= self._add_chunk(chunks, sequence, budget)
+        for sequence in self._startable(budget):
+            self._start(sequence)
+            self._reserve(sequence)
+            budget -= self._add_chunk(chunks, sequence, min(budget, self._room_beside(chunks)))
+        if not any(chunk.sequence.pending > 1 for chunk in chunks):
+            chunks = self._with_drafts(chunks)
+        moves, self._moves = self._moves, []
+        return Plan(chunks, moves)
 
     def commit(self, chunks: list[Chunk]) -> None:
-        """The step was computed: its tokens are in the KV cache."""
+        """The step was computed: its known tokens are in the KV cache."""
         for chunk in chunks:
-            chunk.sequence.computed += chunk.count
+            sequence, end = chunk.sequence, chunk.start + chunk.count
+            self.prefixes.extend(sequence.sequence_id, sequence.tokens[chunk.start : end])
+            sequence.computed = end
+            prompt = max(0, min(end, sequence.prompt_length) - chunk.start)
+            self.waiting.charge(sequence.tenant, prompt, chunk.count - prompt)
+
+    def accept(self, chunk: Chunk, count: int) -> None:
+        """The first `count` of the chunk's draft were right; they are in `tokens` by now."""
+        sequence = chunk.sequence
+        if count:
+            end = sequence.computed + count
+            self.prefixes.extend(sequence.sequence_id, sequence.tokens[sequence.computed : end])
+            sequence.computed = end
+            self.waiting.charge(sequence.tenant, 0, count)
+        if count < len(chunk.draft):
+            self._moves.append(Truncate(sequence.sequence_id, sequence.computed))
 
     def shrink(self, planned: int) -> None:
         """A step of `planned` tokens found no room: count on fewer cells until something ends."""
-        self._capacity = min(self._capacity, self.kv_used + planned - 1)
+        self._capacity = min(self._capacity, self.prefixes.cells + planned - 1)
 
-    def preempt_youngest(self) -> int | None:
-        """Put the youngest running sequence back to the front; its id, or None if it is alone."""
+    def restart(self, sequence: Sequence) -> None:
+        """Its tokens were changed from within: compute them anew."""
+        self._leave(sequence, keep=False)
+        self._wait_again(sequence)
+
+    def relieve(self) -> bool:
+        """Free cells: evict what is kept, or preempt the youngest; False if one is alone."""
+        if (oldest := self.prefixes.oldest()) is not None:
+            self._evict(oldest)
+            return True
         if len(self.running) < 2:
-            return None
-        sequence = max(self.running, key=lambda s: s.arrival)
-        self.running.remove(sequence)
-        freed = self._release(sequence)
-        sequence.state = State.PREEMPTED
-        self.waiting.appendleft(sequence)
-        self.preemptions += 1
-        return freed
+            return False
+        self._preempt(max(self.running, key=lambda s: s.arrival), keep=False)
+        return True
 
-    def _release(self, sequence: Sequence) -> int:
-        freed = sequence.sequence_id
-        self._free_ids.append(freed)
-        sequence.sequence_id = -1
-        sequence.computed = 0
-        return freed
+    def check_integrity(self) -> None:
+        """Raises AssertionError if the books do not agree.  For idle times and tests."""
+        self.prefixes.check_integrity()
+        live = {s.sequence_id: s for s in self.running}
+        if len(live) != len(self.running) or len(self.running) > self.max_sequences:
+            raise AssertionError("running sequences and their ids disagree")
+        for sequence_id, sequence in live.items():
+            if self.prefixes.length(sequence_id) != sequence.computed or (
+                self.prefixes.is_cached(sequence_id)
+            ):
+                raise AssertionError(f"the cells of {sequence.id} are not what it has computed")
+        if set(self._free_ids) & set(live) or any(i in self.prefixes for i in self._free_ids):
+            raise AssertionError("a free id is in use")
 
-    def _make_room(self) -> list[int]:
-        freed: list[int] = []
-        while self.kv_used + len(self.running) > self._capacity:
-            sequence_id = self.preempt_youngest()
-            if sequence_id is None:
+    # -- what a step holds -----------------------------------------------------------------------
+
+    def _turn(self, sequence: Sequence) -> tuple[float, int]:
+        return (self.waiting.counter(sequence.tenant), sequence.arrival)
+
+    def _add_chunk(self, chunks: list[Chunk], sequence: Sequence, budget: int) -> int:
+        count = min(sequence.pending, budget)
+        if count > 0:
+            chunks.append(Chunk(sequence, sequence.computed, count))
+            return count
+        return 0
+
+    def _with_drafts(self, chunks: list[Chunk]) -> list[Chunk]:
+        rows, expected = len(chunks), float(len(chunks))
+        room = min(self.token_budget, self._room()) - rows
+        made = []
+        for chunk in chunks:
+            sequence, draft = chunk.sequence, []
+            if sequence.lookup is not None and self._sharing and room > 0:
+                acceptance = sequence.lookup.acceptance
+                left = sequence.max_length - len(sequence.tokens) - 1
+                most = min(room, left, self._policy.draft_length(rows, expected, acceptance, room))
+                draft = sequence.lookup.draft(sequence.tokens, most)
+                rows, room = rows + len(draft), room - len(draft)
+                expected += sum(acceptance**n for n in range(1, len(draft) + 1))
+            made.append(Chunk(sequence, chunk.start, 1, draft) if draft else chunk)
+        return made
+
+    # -- starting --------------------------------------------------------------------------------
+
+    def _startable(self, budget: int) -> list[Sequence]:
+        """What may start now, in order; stops at the first that has no place."""
+        if not self.waiting or budget <= 0 or len(self.running) >= self.max_sequences:
+            return []
+        free = self.max_sequences - len(self.running)
+        # Admit only what can be computed whole beside what runs, with one more cell for each: else
+        # two half-computed prompts could starve each other.
+        cells = self.prefixes.live_cells() + sum(s.pending + 1 for s in self.running)
+        found: list[Sequence] = []
+        for sequence in self.waiting.order():
+            if len(found) >= free or budget <= 0:
                 break
-            freed.append(sequence_id)
-        return freed
+            if self._waits_for_prefix(sequence, found):
+                continue
+            known, source = self._match(sequence)
+            shared = 0 if source < 0 or self.prefixes.is_cached(source) else known
+            need = sequence.pending + 1 - shared
+            if (self.running or found) and cells + need > self._capacity:
+                break
+            cells += need
+            budget -= sequence.pending - known
+            found.append(sequence)
+        return found
 
-    def _fits(self, sequence: Sequence) -> bool:
-        # Admit only what can be computed whole beside the prompts already admitted, with one more
-        # cell for each running sequence: else two half-computed prompts could starve each other.
-        committed = sum(len(running.tokens) + 1 for running in self.running)
-        return not self.running or committed + len(sequence.tokens) + 1 <= self._capacity
+    def _waits_for_prefix(self, sequence: Sequence, starting: list[Sequence]) -> bool:
+        """Whether somebody is computing a prefix of it that is worth waiting for."""
+        if not self._sharing:
+            return False
+        awaited = self._awaited.get(sequence)
+        if awaited is None:
+            have, _ = self.prefixes.match(sequence.tokens)
+            best, source = have + WORTH_WAITING, None
+            for other in (*self.running, *starting):
+                if other.pending > 1:
+                    common = common_prefix(other.tokens, sequence.tokens)
+                    if common > max(best, other.computed):
+                        best, source = common, other
+            if source is None:
+                return False
+            awaited = self._awaited[sequence] = (source, best)
+        source, length = awaited
+        # It is there, or whoever computed it has gone: the cache says what there is.
+        there = source.state is State.RUNNING or source in starting
+        if there and source.computed < min(length, len(source.tokens)):
+            return True
+        del self._awaited[sequence]
+        return False
+
+    def _match(self, sequence: Sequence) -> tuple[int, int]:
+        if not self._sharing:
+            return 0, -1
+        length, source = self.prefixes.match(sequence.tokens)
+        length = min(length, len(sequence.tokens) - 1)  # the last one has to give logits
+        return (length, source) if length > 0 else (0, -1)
+
+    def _start(self, sequence: Sequence) -> None:
+        self.waiting.start(sequence)
+        length, source = self._match(sequence)
+        self._take_id(sequence, length, source)
+        sequence.computed = length
+        if sequence.state is State.WAITING:
+            sequence.cached_tokens = min(length, sequence.prompt_length)
+        sequence.state = State.RUNNING
+        self.running.append(sequence)
+
+    def _take_id(self, sequence: Sequence, length: int, source: int) -> None:
+        """An id with the first `length` cells of `source`: `source` itself, if it is only kept and
+        that loses little, else a free one."""
+        if self._takes_over(source, length):
+            sequence.sequence_id = source
+            self.prefixes.reopen(source, length)
+            self._moves.append(Truncate(source, length))
+            return
+        if not self._free_ids:
+            oldest = self.prefixes.oldest(but=source)
+            if oldest is None:
+                raise AssertionError("more sequences run than there are ids")
+            self._evict(oldest)
+        sequence.sequence_id = self._free_ids.pop()
+        self.prefixes.open(sequence.sequence_id, source, length)
+        if length:
+            self._moves.append(Copy(source, sequence.sequence_id, length))
+
+    def _takes_over(self, source: int, length: int) -> bool:
+        if source < 0 or not self.prefixes.is_cached(source):
+            return False
+        whole = self.prefixes.length(source)
+        if self._free_ids:
+            return length == whole
+        return 2 * length >= whole or self.prefixes.oldest(but=source) is None
+
+    def _give_place(self) -> None:
+        """If who is next finds all places taken by a tenant that has more than its share, one of
+        those steps back; its cells are kept as long as there is room, so it loses little."""
+        if not self.waiting or len(self.running) < self.max_sequences:
+            return
+        first = next(self.waiting.order())
+        holder = self.waiting.over_share(first.tenant)
+        if holder is not None:
+            held = [s for s in self.running if s.tenant == holder]
+            self._preempt(max(held, key=lambda s: s.arrival), keep=True)
+
+    # -- cells -----------------------------------------------------------------------------------
+
+    def _room(self) -> int:
+        """Cells for the next step.  Who is alone may try for all there is: nobody else can make
+        room for it."""
+        capacity = self._capacity if len(self.running) > 1 else self.kv_tokens
+        return capacity - self.prefixes.cells
+
+    def _room_beside(self, chunks: list[Chunk]) -> int:
+        return self._room() - sum(chunk.count for chunk in chunks)
+
+    def _reserve(self, sequence: Sequence) -> None:
+        """Evict until what has just started finds room; its own source is the last to go."""
+        while self._room() < sequence.pending + len(self.running):
+            oldest = self.prefixes.oldest()
+            if oldest is None:
+                return
+            self._evict(oldest)
+
+    def _make_room(self, needed: int) -> None:
+        while self.prefixes.cells + needed > self._capacity:
+            if not self.relieve():
+                return
+            needed = len(self.running)
+
+    def _evict(self, sequence_id: int) -> None:
+        self.prefixes.release(sequence_id)
+        self._moves.append(Remove(sequence_id))
+        self._free_ids.append(sequence_id)
+
+    def _preempt(self, sequence: Sequence, *, keep: bool) -> None:
+        self._leave(sequence, keep=keep)
+        self._wait_again(sequence)
+        self.preemptions += 1
+
+    def _wait_again(self, sequence: Sequence) -> None:
+        sequence.state = State.PREEMPTED
+        self.waiting.push(sequence)
+
+    def _leave(self, sequence: Sequence, *, keep: bool) -> None:
+        self.running.remove(sequence)
+        sequence_id, sequence.sequence_id = sequence.sequence_id, -1
+        if keep and self._sharing and sequence.computed:
+            for superfluous in self.prefixes.keep(sequence_id):
+                self._evict(superfluous)
+        else:
+            self._evict(sequence_id)
+        sequence.computed = 0
+        self.waiting.stop(sequence)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 
-from pinaivu_box.engine.detokenizer import Detokenizer
+from pinaivu_box.engine.lookup import Lookup
 from pinaivu_box.engine.messages import Sampling
 
 
 class State(enum.Enum):
-    """WAITING → RUNNING → gone; RUNNING → PREEMPTED → RUNNING when the KV cache was full."""
+    """WAITING → RUNNING → gone; RUNNING → PREEMPTED → RUNNING when somebody needed its place."""
 
     WAITING = "waiting"
     RUNNING = "running"
@@ -19,7 +20,11 @@ class State(enum.Enum):
 
 @dataclass(eq=False)
 class Sequence:
-    """`tokens` is prompt then output; the first `computed` of them are in the KV cache."""
+    """`tokens` is prompt then output; the first `computed` of them are in the KV cache.
+
+    `shifted` is how many tokens a context shift has taken out of the middle: positions in the text,
+    which key the randomness and end at `max_length`, go on counting them.
+    """
 
     id: str
     tenant: str
@@ -27,15 +32,23 @@ class Sequence:
     prompt_length: int
     max_length: int
     sampling: Sampling
-    detokenizer: Detokenizer
-    arrival: int  # a counter: lower is older
-    arrived_at: float  # time.monotonic()
+    weight: float = 1.0  # the tenant's share
+    priority: int = 0  # among the tenant's own: higher goes first
+    lookup: Lookup | None = None
+    arrival: int = 0  # a counter: lower is older
+    arrived_at: float = field(default_factory=time.monotonic)
     queue_ms: float | None = None  # waited for its first step; None until then
+    cached_tokens: int = 0  # of the prompt, found in the prefix cache when it first ran
     state: State = State.WAITING
     sequence_id: int = -1  # in the KV cache; -1 while not running
     computed: int = 0
+    shifted: int = 0
 
     @property
     def pending(self) -> int:
         """Tokens that are known but not yet in the KV cache; 1 when decoding."""
         return len(self.tokens) - self.computed
+
+    @property
+    def output(self) -> list[int]:
+        return self.tokens[self.prompt_length :]

@@ -11,10 +11,14 @@ import queue
 import signal
 import sys
 import threading
+import traceback
+from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import BinaryIO
 
 from pinaivu_box.engine.engine import Engine
 from pinaivu_box.engine.fake_runner import SCHEME, FakeRunner
+from pinaivu_box.engine.intake import Arrival, Intake
 from pinaivu_box.engine.messages import (
     Add,
     Cancel,
@@ -23,17 +27,32 @@ from pinaivu_box.engine.messages import (
     LoadFailed,
     Progress,
     Ready,
+    Refused,
     decode_to_engine,
     encode,
     read_body,
 )
-from pinaivu_box.engine.runner import ProgressCallback, Runner
+from pinaivu_box.engine.output import Output, StepOutput
+from pinaivu_box.engine.runner import ModelFacts, ProgressCallback, Runner
+from pinaivu_box.engine.sequence import Sequence
 from pinaivu_box.errors import BoxError
+
+
+@dataclass(frozen=True)
+class _Stopped:
+    """A stop string has ended that sequence."""
+
+    id: str
+
+
+Inbox = queue.SimpleQueue[Sequence | Cancel | _Stopped]
+Outbox = queue.SimpleQueue[Arrival | Refused | StepOutput | Progress | Ready | LoadFailed | None]
 
 
 def main() -> None:
     # Ctrl-C reaches the whole process group; the parent decides when we stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.excepthook = _die
     # C libraries print; what they print must not land among the frames.
     frames_out = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)
@@ -44,42 +63,68 @@ def main() -> None:
     load = decode_to_engine(body)
     if not isinstance(load, Load):
         raise BoxError("The first frame of an engine must be Load.")
-    outbox: queue.SimpleQueue[FromEngine] = queue.SimpleQueue()
-    inbox: queue.SimpleQueue[Add | Cancel] = queue.SimpleQueue()
-    threading.Thread(target=_write_frames, args=(frames_out, outbox), daemon=True).start()
-    threading.Thread(target=_read_frames, args=(frames_in, inbox), daemon=True).start()
+    outbox: Outbox = queue.SimpleQueue()
+    inbox: Inbox = queue.SimpleQueue()
+    writer = threading.Thread(target=_write_frames, args=(frames_out, outbox, inbox), daemon=True)
+    writer.start()
+    intake: Future[Intake] = Future()
+    # From the beginning: the end of stdin must end us in the middle of loading as well.
+    threading.Thread(
+        target=_read_frames, args=(frames_in, intake, inbox, outbox), daemon=True
+    ).start()
     try:
         runner = _make_runner(load, _report_progress(outbox))
+        intake.set_result(Intake(runner, drafting=load.drafting, context_shift=load.context_shift))
         engine = Engine(runner, token_budget=load.token_budget)
     except BoxError as error:
-        frames_out.write(encode(LoadFailed(error.message)))
+        outbox.put(LoadFailed(error.message))
+        outbox.put(None)
+        writer.join()
         return
-    facts = runner.facts
-    outbox.put(
-        Ready(
-            build=facts.build,
-            device=facts.device,
-            context=facts.context,
-            kv_tokens=facts.kv_tokens,
-            max_sequences=facts.max_sequences,
-            defaults=facts.defaults,
-        )
-    )
+    outbox.put(_ready(runner.facts))
     run(engine, inbox, outbox)
 
 
-def run(
-    engine: Engine,
-    inbox: queue.SimpleQueue[Add | Cancel],
-    outbox: queue.SimpleQueue[FromEngine],
-) -> None:
-    """The loop: sleep when idle, else take what has arrived and compute one step."""
+def run(engine: Engine, inbox: Inbox, outbox: Outbox) -> None:
+    """The loop: sleep when idle, else take what has arrived and compute one step.
+
+    Reading, tokenizing, text and frames are other threads' work, done while C computes.
+    """
     while True:
         if not engine.busy:
-            engine.receive(inbox.get())
+            engine.scheduler.check_integrity()
+            _receive(engine, inbox.get())
         while not inbox.empty():
-            engine.receive(inbox.get())
-        outbox.put(engine.step())
+            _receive(engine, inbox.get())
+        refused, output = engine.step()
+        for one in refused:
+            outbox.put(one)
+        outbox.put(output)
+
+
+def _receive(engine: Engine, item: Sequence | Cancel | _Stopped) -> None:
+    if isinstance(item, Sequence):
+        engine.add(item)
+    else:
+        engine.end(item.id, "cancelled" if isinstance(item, Cancel) else "stop")
+
+
+def _die(failure: threading.ExceptHookArgs) -> None:
+    # An engine that has lost one of its threads would hang: the box starts a new one.
+    traceback.print_exception(failure.exc_value)
+    sys.stderr.flush()
+    os._exit(1)
+
+
+def _ready(facts: ModelFacts) -> Ready:
+    return Ready(
+        build=facts.build,
+        device=facts.device,
+        context=facts.context,
+        kv_tokens=facts.kv_tokens,
+        max_sequences=facts.max_sequences,
+        defaults=facts.defaults,
+    )
 
 
 def _make_runner(load: Load, progress: ProgressCallback) -> Runner:
@@ -90,7 +135,7 @@ def _make_runner(load: Load, progress: ProgressCallback) -> Runner:
     return LlamaRunner(load, progress)
 
 
-def _report_progress(outbox: queue.SimpleQueue[FromEngine]) -> ProgressCallback:
+def _report_progress(outbox: Outbox) -> ProgressCallback:
     last = -1.0
 
     def report(fraction: float) -> None:
@@ -102,20 +147,45 @@ def _report_progress(outbox: queue.SimpleQueue[FromEngine]) -> ProgressCallback:
     return report
 
 
-def _read_frames(stream: BinaryIO, inbox: queue.SimpleQueue[Add | Cancel]) -> None:
+def _read_frames(stream: BinaryIO, intake: Future[Intake], inbox: Inbox, outbox: Outbox) -> None:
     while (body := read_body(stream)) is not None:
         message = decode_to_engine(body)
-        if isinstance(message, Add | Cancel):
+        if isinstance(message, Cancel):
             inbox.put(message)
+        elif isinstance(message, Add):
+            prepared = intake.result().prepare(message)
+            outbox.put(prepared)  # before anything can be said of it
+            if isinstance(prepared, Arrival):
+                inbox.put(prepared.sequence)
     os._exit(0)
 
 
-def _write_frames(stream: BinaryIO, outbox: queue.SimpleQueue[FromEngine]) -> None:
-    # A thread of its own: a full pipe (a busy parent) must not hold up a step.
+def _write_frames(stream: BinaryIO, outbox: Outbox, inbox: Inbox) -> None:
+    # A full pipe (a busy parent) holds up this thread, not the steps: what they say meanwhile goes
+    # into one frame.
+    output = Output()
     try:
-        while True:
-            data = memoryview(encode(outbox.get()))
-            while data:
-                data = data[stream.write(data) :]
+        while (event := outbox.get()) is not None:
+            if isinstance(event, Progress | Ready | LoadFailed):
+                _write(stream, event)
+                continue
+            _take(output, event, inbox)
+            while not outbox.empty():
+                more = outbox.get()
+                if not isinstance(more, Arrival | Refused | StepOutput):
+                    break  # only while loading, when there are no steps
+                _take(output, more, inbox)
+            _write(stream, output.frame())
     except BrokenPipeError:
         os._exit(0)
+
+
+def _take(output: Output, event: Arrival | Refused | StepOutput, inbox: Inbox) -> None:
+    for request_id in output.take(event):
+        inbox.put(_Stopped(request_id))
+
+
+def _write(stream: BinaryIO, frame: FromEngine) -> None:
+    data = memoryview(encode(frame))
+    while data:
+        data = data[stream.write(data) :]

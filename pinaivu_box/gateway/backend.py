@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from pinaivu_box.config import SamplingConfig
@@ -25,6 +25,10 @@ class Job:
     stop: list[str]
     tenant: str
     ignore_eos: bool = False
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: dict[str, float] = field(default_factory=dict)
+    priority: int = 0
 
 
 @dataclass(frozen=True)
@@ -46,12 +50,15 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Output:
-    """New text and tokens; the last one has a finish reason.  `queue_ms` comes with the first."""
+    """New text and tokens; the last one has a finish reason.  `queue_ms` and `cached_tokens` (of
+    the prompt) come with the first.  `shifted_tokens` were forgotten so far (context shift)."""
 
     text: str
     tokens: list[int]
     finish_reason: str | None
     queue_ms: float | None
+    cached_tokens: int | None = None
+    shifted_tokens: int = 0
 
 
 Event = Started | Prompt | Output

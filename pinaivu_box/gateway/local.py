@@ -39,6 +39,7 @@ class LocalBackend:
                     stop=job.stop,
                     tenant=job.tenant,
                     output=made,
+                    priority=job.priority,
                 )
             )
             self._serving[job.request_id] = engine
@@ -50,7 +51,14 @@ class LocalBackend:
                     case Refused() as refused:
                         raise by_code(refused.code, refused.message)
                     case Delta() as delta:
-                        yield Output(delta.text, delta.tokens, delta.finish_reason, delta.queue_ms)
+                        yield Output(
+                            delta.text,
+                            delta.tokens,
+                            delta.finish_reason,
+                            delta.queue_ms,
+                            delta.cached_tokens,
+                            delta.shifted_tokens,
+                        )
                         if delta.finish_reason:
                             return
                     case None:
@@ -88,4 +96,7 @@ def resolve(job: Job, box: SamplingConfig, file: SamplingDefaults) -> Sampling:
         min_p=float(chosen["min_p"]),
         seed=job.seed,
         ignore_eos=job.ignore_eos,
+        frequency_penalty=job.frequency_penalty,
+        presence_penalty=job.presence_penalty,
+        logit_bias=job.logit_bias,
     )

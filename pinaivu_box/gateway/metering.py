@@ -43,6 +43,8 @@ class Leg:
     finish_reason: str = ENGINE_LOST
     ttft_ms: int | None = None
     duration_ms: int = 0
+    cached_tokens: int = 0
+    shifted_tokens: int = 0
 
     def take(self, event: Prompt | Output) -> None:
         if isinstance(event, Prompt):
@@ -54,6 +56,8 @@ class Leg:
         self.text.append(event.text)
         self.finish_reason = event.finish_reason or self.finish_reason
         self.duration_ms = self._elapsed_ms()
+        self.cached_tokens = event.cached_tokens or self.cached_tokens
+        self.shifted_tokens = event.shifted_tokens
 
     def _elapsed_ms(self) -> int:
         return round((time.monotonic() - self.began) * 1000)
@@ -92,6 +96,14 @@ class Account:
     @property
     def prompt_tokens(self) -> int:
         return len(self.served[0].prompt or []) if self.served else 0
+
+    @property
+    def cached_tokens(self) -> int:
+        return self.served[0].cached_tokens if self.served else 0
+
+    @property
+    def shifted_tokens(self) -> int:
+        return sum(leg.shifted_tokens for leg in self.legs)
 
     @property
     def completion_tokens(self) -> int:
@@ -139,7 +151,7 @@ class Meter:
             proofs=[sign_proof(self._identity, proof) for proof in proofs],
             prompt_commitment=prompt,
             output_commitment=output,
-            usage=Usage(account.prompt_tokens, account.completion_tokens, 0),
+            usage=Usage(account.prompt_tokens, account.completion_tokens, account.cached_tokens),
         )
         signed, signature = sign_receipt(self._identity, receipt)
         opening = {"prompt": prompt_opening, "output": output_opening, "legs": openings}
@@ -173,7 +185,8 @@ class Meter:
                     output_commitment=output,
                     prompt_tokens=len(leg.prompt or []),
                     completion_tokens=len(leg.tokens),
-                    cached_tokens=0,
+                    cached_tokens=leg.cached_tokens,
+                    shifted_tokens=leg.shifted_tokens,
                     finish_reason=leg.finish_reason,
                     started_at=utc_text(leg.started_at),
                     ttft_ms=leg.ttft_ms,

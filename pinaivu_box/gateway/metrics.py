@@ -66,9 +66,11 @@ class _Engines:
         families = {
             "running": "Sequences that are running.",
             "waiting": "Sequences that wait.",
-            "kv_used": "Tokens in the KV cache.",
+            "kv_used": "Tokens of running sequences in the KV cache.",
+            "kv_cached": "Tokens that finished sequences left in the KV cache.",
             "steps": "Steps since the engine started.",
             "tokens_computed": "Tokens computed since the engine started.",
+            "tokens_cached": "Prompt tokens found in the cache since the engine started.",
             "preemptions": "Sequences preempted since the engine started.",
         }
         for name, text in families.items():

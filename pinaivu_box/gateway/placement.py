@@ -139,6 +139,8 @@ class Placement:
             max_sequences=self._config.max_sequences,
             token_budget=self._config.token_budget,
             threads=self._config.threads,
+            drafting=self._config.drafting,
+            context_shift=self._config.context_shift,
         )
 
     # -- ending --------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ class Finished:
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int
+    shifted_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -75,8 +76,13 @@ class Request:
     async def _serve_and_settle(self) -> RequestEvent:
         finish_reason = await self._serve_legs()
         await self._meter.settle(self.account, finish_reason)
+        account = self.account
         return Finished(
-            finish_reason, self.account.prompt_tokens, self.account.completion_tokens, 0
+            finish_reason,
+            account.prompt_tokens,
+            account.completion_tokens,
+            account.cached_tokens,
+            account.shifted_tokens,
         )
 
     async def _serve_legs(self) -> str:
@@ -131,6 +137,7 @@ def _log(account: Account, status: int) -> None:
                 "model": account.job.model.id,
                 "status": status,
                 "prompt_tokens": account.prompt_tokens,
+                "cached_tokens": account.cached_tokens,
                 "completion_tokens": account.completion_tokens,
                 "legs": len(account.served),
                 "queue_ms": account.queue_ms,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from pinaivu_box.errors import ApiError
-from pinaivu_box.openai.types import Chunk, ChunkChoice, Delta, Usage
+from pinaivu_box.openai.types import Chunk, ChunkChoice, ContextShift, Delta, Usage
 
 DONE = b"data: [DONE]\n\n"
 _MARK = "\x00"  # encoded as \u0000, which nothing else in a chunk can contain
@@ -37,8 +37,11 @@ class ChunkBuilder:
     def text(self, text: str) -> bytes:
         return self._before + msgspec.json.encode(text) + self._after
 
-    def end(self, finish_reason: str, usage: Usage) -> bytes:
+    def end(self, finish_reason: str, usage: Usage, shifted_tokens: int = 0) -> bytes:
         """The last chunks: finish reason, usage if asked for, `[DONE]`."""
+        if shifted_tokens:
+            shift = ContextShift(shifted_tokens)
+            self._empty = msgspec.structs.replace(self._empty, context_shift=shift)
         events = self._event([ChunkChoice(Delta(), finish_reason)])
         if self._with_usage:
             events += self._event([], usage)

@@ -26,7 +26,24 @@ class StreamOptions(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 StopString = Annotated[str, Meta(min_length=1)]
+Penalty = Annotated[float, Meta(ge=-2, le=2)]
+TokenId = Annotated[str, Meta(pattern=r"^\d{1,9}$")]
 Seed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
+
+
+class Extension(Struct, frozen=True, forbid_unknown_fields=True):
+    """`pinaivu` in a request: what OpenAI's API has no word for.
+
+    `priority` orders the requests of one key among themselves: higher goes first.
+    """
+
+    priority: Annotated[int, Meta(ge=-100, le=100)] = 0
+
+
+class ContextShift(Struct, frozen=True):
+    """In an answer whose beginning was forgotten on the way (`engine.context_shift`)."""
+
+    dropped_tokens: int
 
 
 class ChatRequest(Struct, frozen=True, forbid_unknown_fields=True):
@@ -43,8 +60,12 @@ class ChatRequest(Struct, frozen=True, forbid_unknown_fields=True):
     stop: StopString | Annotated[list[StopString], Meta(max_length=4)] | None = None
     seed: Seed | None = None
     user: str | None = None
+    frequency_penalty: Penalty | None = None
+    presence_penalty: Penalty | None = None
+    logit_bias: dict[TokenId, Annotated[float, Meta(ge=-100, le=100)]] | None = None
     # Not OpenAI's but llama.cpp's: go on to max_tokens, for measurements.
     ignore_eos: bool | None = None
+    pinaivu: Extension | None = None
 
 
 class PromptTokensDetails(Struct, frozen=True):
@@ -80,6 +101,7 @@ class ChatCompletion(Struct, frozen=True):
     usage: Usage
     object: str = "chat.completion"
     system_fingerprint: str | None = None
+    context_shift: ContextShift | UnsetType = UNSET
 
 
 class ModelInfo(Struct, frozen=True):
@@ -116,3 +138,4 @@ class Chunk(Struct, frozen=True):
     usage: Usage | UnsetType | None = UNSET
     object: str = "chat.completion.chunk"
     system_fingerprint: str | None = None
+    context_shift: ContextShift | UnsetType = UNSET

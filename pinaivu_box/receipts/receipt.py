@@ -35,8 +35,9 @@ class Price(Struct, frozen=True):
 class Proof(Struct, frozen=True):
     """What the serving node says of one leg.  Milliseconds; commitments and digest in hex.
 
-    `sampling` holds every parameter that decided the draws; its seed is text, because JSON numbers
-    do not carry 64 bits.
+    `cached_tokens` of the prompt were not computed anew; `shifted_tokens` were forgotten on the way
+    (context shift).  `sampling` holds every parameter that decided the draws; its seed is text,
+    because JSON numbers do not carry 64 bits.
     """
 
     request_id: str
@@ -51,6 +52,7 @@ class Proof(Struct, frozen=True):
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int
+    shifted_tokens: int
     finish_reason: str
     started_at: str
     ttft_ms: int | None

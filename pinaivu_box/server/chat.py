@@ -7,16 +7,14 @@ import secrets
 import time
 from collections.abc import AsyncIterator
 
+from msgspec import UNSET
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive
 
 from pinaivu_box.box import Box
 from pinaivu_box.config import SamplingConfig
-from pinaivu_box.errors import (
-    BodyTooLarge,
-    InvalidJson,
-)
+from pinaivu_box.errors import BodyTooLarge, InvalidJson
 from pinaivu_box.gateway.backend import Job, Output
 from pinaivu_box.gateway.requests import Failed, Finished
 from pinaivu_box.gateway.requests import Request as Running
@@ -28,6 +26,7 @@ from pinaivu_box.openai.types import (
     ChatCompletion,
     ChatRequest,
     Choice,
+    ContextShift,
     PromptTokensDetails,
     Usage,
 )
@@ -94,6 +93,10 @@ def make_job(body: ChatRequest, model: Model, request_id: str, tenant: str) -> J
         stop=stop,
         tenant=tenant,
         ignore_eos=bool(body.ignore_eos),
+        frequency_penalty=body.frequency_penalty or 0.0,
+        presence_penalty=body.presence_penalty or 0.0,
+        logit_bias=body.logit_bias or {},
+        priority=body.pinaivu.priority if body.pinaivu else 0,
     )
 
 
@@ -126,6 +129,7 @@ def _completion(running: Running, text: str, end: Finished) -> ChatCompletion:
         model=job.model.id,
         choices=[Choice(AssistantMessage(text), end.finish_reason)],
         usage=_usage(end),
+        context_shift=ContextShift(end.shifted_tokens) if end.shifted_tokens else UNSET,
     )
 
 
@@ -172,7 +176,7 @@ async def _chunks(
             if isinstance(event, Output):
                 parts.append(chunks.text(event.text) if event.text else b"")
             elif isinstance(event, Finished):
-                parts.append(chunks.end(event.finish_reason, _usage(event)))
+                parts.append(chunks.end(event.finish_reason, _usage(event), event.shifted_tokens))
             else:
                 parts.append(chunks.error(event.error))
             if running.events.empty() or not isinstance(event, Output):

@@ -13,13 +13,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pinaivu_box.engine import engine as engines
 from pinaivu_box.engine import messages
 from pinaivu_box.engine.chat_template import ChatTemplate
-from pinaivu_box.engine.engine import Engine
 from pinaivu_box.engine.fake_runner import END, N_VOCAB, SENTENCE, FakeRunner
+from pinaivu_box.engine.intake import Arrival, Intake
 from pinaivu_box.engine.llama_runner import LlamaRunner
 from pinaivu_box.engine.messages import Add, Cancel, Load, Sampling, StepFrame
-from pinaivu_box.engine.runner import Batch, ModelFacts, NoSlot
+from pinaivu_box.engine.output import Output
+from pinaivu_box.engine.runner import Batch, ModelFacts, NoSlot, Runner
 from pinaivu_box.engine.sampling import draw
 from pinaivu_box.errors import BadRequest
 from pinaivu_box.models import bundled
@@ -31,6 +33,13 @@ MOST_STEPS = 20_000
 def load(path: str = "fake:0", **more: Any) -> Load:
     sizes = {"context": 200, "kv_tokens": 2000, "max_sequences": 16, "token_budget": BUDGET}
     return Load(path=path, offset=0, threads=0, **{**sizes, **more})
+
+
+class Cell:
+    """A cell of the KV cache; several sequences may share it."""
+
+    def __init__(self, token: int) -> None:
+        self.token = token
 
 
 class StrictRunner(FakeRunner):
@@ -51,7 +60,7 @@ class StrictRunner(FakeRunner):
         can_end: bool = False,
     ) -> None:
         super().__init__(given_load)
-        self.cells: dict[int, list[int]] = {}
+        self.cells: dict[int, list[Cell]] = {}
         self.calls = 0
         self._most_cells = given_load.kv_tokens if cells is None else cells
         self._most_tokens = max(given_load.token_budget, given_load.max_sequences)
@@ -60,7 +69,7 @@ class StrictRunner(FakeRunner):
 
     @property
     def used(self) -> int:
-        return sum(len(cells) for cells in self.cells.values())
+        return len({id(cell) for cells in self.cells.values() for cell in cells})
 
     def decode(self, batch: Batch) -> npt.NDArray[np.float32]:
         self.calls += 1
@@ -82,9 +91,9 @@ class StrictRunner(FakeRunner):
             assert 0 <= sequence_id < self.facts.max_sequences
             cells = self.cells.setdefault(sequence_id, [])
             assert position == len(cells), "a gap, or a cell that was not freed"
-            cells.append(token)
+            cells.append(Cell(token))
             if output:
-                rows.append(self._logits(cells))
+                rows.append(self._logits([cell.token for cell in cells]))
         return np.array(rows, np.float32).reshape(len(rows), N_VOCAB)
 
     def _logits(self, cells: list[int]) -> npt.NDArray[np.float32]:
@@ -96,6 +105,14 @@ class StrictRunner(FakeRunner):
 
     def remove(self, sequence_id: int) -> None:
         self.cells.pop(sequence_id, None)
+
+    def truncate(self, sequence_id: int, length: int) -> None:
+        del self.cells[sequence_id][length:]
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        assert not self.cells.get(target), "copied over a sequence that is there"
+        assert 0 < length <= len(self.cells[source])
+        self.cells[target] = self.cells[source][:length]
 
 
 def sampling(temperature: float = 0.8, seed: int = 1) -> Sampling:
@@ -114,6 +131,44 @@ def add(
         tenant="t",
         output=more.pop("output", []),
     )
+
+
+class Engine:
+    """Intake, engine and output as the worker joins them, without its threads."""
+
+    def __init__(
+        self, runner: Runner, *, token_budget: int, drafting: bool = True, shift: bool = False
+    ) -> None:
+        self._intake = Intake(runner, drafting=drafting, context_shift=shift)
+        self._engine = engines.Engine(runner, token_budget=token_budget)
+        self._output = Output()
+        self._unsaid = False
+        self.scheduler = self._engine.scheduler
+        self.pace = self._engine.pace
+
+    @property
+    def busy(self) -> bool:
+        return self._engine.busy or self._unsaid
+
+    def receive(self, message: Add | Cancel) -> None:
+        if isinstance(message, Cancel):
+            self._engine.end(message.id, "cancelled")
+            return
+        prepared = self._intake.prepare(message)
+        self._output.take(prepared)
+        self._unsaid = True
+        if isinstance(prepared, Arrival):
+            self._engine.add(prepared.sequence)
+
+    def step(self) -> StepFrame:
+        refused, output = self._engine.step()
+        self.scheduler.check_integrity()
+        for one in refused:
+            self._output.take(one)
+        for stopped in self._output.take(output):
+            self._engine.end(stopped, "stop")
+        self._unsaid = False
+        return self._output.frame()
 
 
 class Heard:
@@ -186,6 +241,14 @@ def alone(adds: list[Add], **more: Any) -> dict[str, tuple[str, list[int], str]]
     return {one.id: run(make(**more)[0], [one]).answer(one.id) for one in adds}
 
 
+def assert_only_kept(engine: Engine, runner: StrictRunner) -> None:
+    """Nothing runs, and what is in the cells is what the books say."""
+    assert engine.scheduler.kv_used == 0 and not engine.busy
+    assert runner.used == engine.scheduler.prefixes.cells
+    for sequence_id in list(runner.cells):
+        assert not runner.cells[sequence_id] or sequence_id in engine.scheduler.prefixes
+
+
 # -- batching --------------------------------------------------------------------------------------
 
 
@@ -196,7 +259,7 @@ def test_many_at_once_say_the_same_as_each_alone() -> None:
     assert {one.id: heard.answer(one.id) for one in adds} == alone(adds, can_end=True)
     assert {"stop", "length"} == set(heard.ends.values())
     assert runner.calls < sum(len(tokens) for tokens in heard.tokens.values())  # steps are shared
-    assert runner.used == 0 and runner.cells == {}
+    assert_only_kept(engine, runner)
 
 
 def test_late_arrivals_do_not_change_the_others() -> None:
@@ -219,7 +282,7 @@ def test_preempted_sequences_say_the_same_as_undisturbed_ones() -> None:
     heard = run(engine, adds)
     assert engine.scheduler.preemptions > 3
     assert {one.id: heard.answer(one.id) for one in adds} == alone(adds)
-    assert runner.cells == {}
+    assert_only_kept(engine, runner)
 
 
 def test_no_slot_at_random_changes_nothing_that_is_said() -> None:
@@ -233,7 +296,7 @@ def test_no_slot_at_random_changes_nothing_that_is_said() -> None:
     heard = run(engine, adds)
     assert engine.scheduler.preemptions > 3
     assert {one.id: heard.answer(one.id) for one in adds} == alone(adds)
-    assert runner.cells == {}
+    assert_only_kept(engine, runner)
 
 
 def test_a_cache_with_fewer_cells_than_it_says_still_serves_all() -> None:
@@ -242,7 +305,7 @@ def test_a_cache_with_fewer_cells_than_it_says_still_serves_all() -> None:
     engine, runner = make(kv_tokens=1000, cells=220)
     heard = run(engine, adds)
     assert {one.id: heard.answer(one.id) for one in adds} == alone(adds)
-    assert runner.cells == {}
+    assert_only_kept(engine, runner)
 
 
 def test_no_slot_for_a_sequence_that_is_alone_refuses_it() -> None:
@@ -283,7 +346,7 @@ def test_a_resumed_sequence_goes_on_with_new_text_only(stop: list[str]) -> None:
         assert resumed.tokens["r"] == tokens[cut:]
         assert sent + resumed.text["r"] == "".join(text for text, _ in said)
         assert resumed.ends["r"] == end
-        assert runner.cells == {}
+        assert_only_kept(engine, runner)
 
 
 def test_a_long_prompt_does_not_hold_up_the_others() -> None:
@@ -310,7 +373,8 @@ def test_cancel_frees_a_running_sequence_at_once() -> None:
         heard.take(engine.step())
     before = len(heard.tokens["gone"])
     engine.receive(Cancel("gone"))
-    assert runner.used == engine.scheduler.kv_used == len(runner.cells[1])
+    assert engine.scheduler.kv_used == len(runner.cells[1])
+    assert runner.used == engine.scheduler.prefixes.cells
     while engine.busy:
         heard.take(engine.step())
     assert heard.ends == {"gone": "cancelled", "stays": "length"}
@@ -363,6 +427,7 @@ def test_the_frame_after_the_last_one_ended_shows_an_empty_engine() -> None:
         shown.append(engine.step().load)
     assert shown[0].running == 1 and shown[0].kv_used > 0
     assert (shown[-1].running, shown[-1].waiting, shown[-1].kv_used) == (0, 0, 0)
+    assert shown[-1].kv_cached > 0
     assert shown[-1].tokens_computed > shown[-1].steps > 0
 
 
@@ -529,7 +594,8 @@ SAMPLINGS = st.builds(
 DEFAULTS = st.builds(messages.SamplingDefaults, temperature=st.none() | FLOATS)
 CHATS = st.lists(st.fixed_dictionaries({"role": TEXT, "content": TEXT}), max_size=3)
 SIZES = st.integers(0, 2**63)
-LOADS = {name: SIZES for name in Load.__struct_fields__ if name != "path"}
+SWITCHES = dict.fromkeys(("drafting", "context_shift"), st.booleans())
+LOADS = {name: SIZES for name in Load.__struct_fields__ if name != "path"} | SWITCHES
 READY = dict.fromkeys(("context", "kv_tokens", "max_sequences"), SIZES)
 TO_ENGINE = st.one_of(
     st.builds(Load, path=TEXT, **LOADS),
@@ -629,6 +695,12 @@ def real_adds(temperature: float) -> list[Add]:
     ]
 
 
+def clear(llama: LlamaRunner) -> None:
+    """An engine leaves what it has computed to itself, not to the next one on the same runner."""
+    for sequence_id in range(llama.facts.sequence_ids):
+        llama.remove(sequence_id)
+
+
 def check_agreement(llama: LlamaRunner, adds: list[Add], heard: Heard) -> None:
     """At 90 % of all positions at least, the token is the one that its sequence draws alone.
 
@@ -637,6 +709,7 @@ def check_agreement(llama: LlamaRunner, adds: list[Add], heard: Heard) -> None:
     many round differently, so a close call may go the other way (measured: 3 to 5 % of positions
     at temperature 0.8 to 1); a mixed-up sequence or a wrong position agrees at a few per cent.
     """
+    clear(llama)
     same = total = 0
     for one in adds:
         prompt, made = heard.prompts[one.id], heard.tokens[one.id]
@@ -649,7 +722,7 @@ def check_agreement(llama: LlamaRunner, adds: list[Add], heard: Heard) -> None:
         for number, token in enumerate(made):
             same += draw(logits[number], one.sampling, len(prompt) + number) == token
             total += 1
-        llama.remove(0)
+        clear(llama)
     assert total >= 8 * 4
     assert same >= 0.9 * total, f"{same} of {total} positions"
 
@@ -684,11 +757,13 @@ def test_real_sequences_on_a_tight_cache_are_preempted_and_go_on(llama: LlamaRun
 
 def test_a_real_sequence_goes_on_after_any_token(llama: LlamaRunner) -> None:
     """Resumed after each of its tokens, the next one is the same at 90 % of the places."""
+    clear(llama)
     whole = run(Engine(llama, token_budget=256), [add("r", "Count to ten.", 8)])
     tokens = whole.tokens["r"]
     nexts = []
     for cut in range(1, len(tokens)):
         one = add("r", "Count to ten.", max_tokens=cut + 1, output=tokens[:cut])
+        clear(llama)
         resumed = run(Engine(llama, token_budget=256), [one])
         assert resumed.prompts == whole.prompts
         nexts += resumed.tokens["r"]
@@ -698,6 +773,7 @@ def test_a_real_sequence_goes_on_after_any_token(llama: LlamaRunner) -> None:
 
 
 def test_real_text_is_that_of_its_tokens_and_the_prompt_has_one_bos(llama: LlamaRunner) -> None:
+    clear(llama)
     heard = run(Engine(llama, token_budget=256), [add("r", "Write 😀 twice.", max_tokens=8)])
     pieces = b"".join(llama.piece(token) for token in heard.tokens["r"])
     assert heard.text["r"] == pieces.decode(errors="replace")

@@ -1,0 +1,119 @@
+"""Who is next: virtual token counters (Sheng et al., "Fairness in Serving Large Language Models",
+OSDI 2024).
+
+Each tenant has a counter of the tokens that were computed for it, divided by its weight; whoever
+has the lowest is next.  A tenant that comes back after a pause starts at the lowest counter of
+those that are there: nobody saves up.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Iterator
+
+from pinaivu_box.engine.sequence import Sequence
+
+PROMPT_COST, OUTPUT_COST = 1.0, 2.0  # as in the paper
+
+
+class _Tenant:
+    __slots__ = ("counter", "running", "waiting", "weight")
+
+    def __init__(self, counter: float) -> None:
+        self.counter = counter
+        self.weight = 1.0
+        self.running = 0
+        self.waiting: list[Sequence] = []  # by priority, then age
+
+
+class FairQueue:
+    """The waiting sequences, and how much each tenant has had."""
+
+    def __init__(self) -> None:
+        self._tenants: dict[str, _Tenant] = {}  # those that have something waiting or running
+        self._left: dict[str, float] = {}  # counters of those that had
+        self._floor = 0.0  # where a newcomer starts when nobody is here
+        self._count = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[Sequence]:
+        for tenant in self._tenants.values():
+            yield from tenant.waiting
+
+    def push(self, sequence: Sequence) -> None:
+        tenant = self._tenant(sequence.tenant)
+        tenant.weight = sequence.weight
+        insort(tenant.waiting, sequence, key=_rank)
+        self._count += 1
+
+    def remove(self, sequence: Sequence) -> None:
+        self._tenants[sequence.tenant].waiting.remove(sequence)
+        self._count -= 1
+        self._forget_idle(sequence.tenant)
+
+    def start(self, sequence: Sequence) -> None:
+        """It leaves the queue and runs."""
+        tenant = self._tenants[sequence.tenant]
+        tenant.waiting.remove(sequence)
+        tenant.running += 1
+        self._count -= 1
+
+    def stop(self, sequence: Sequence) -> None:
+        """It no longer runs."""
+        self._tenants[sequence.tenant].running -= 1
+        self._forget_idle(sequence.tenant)
+
+    def charge(self, name: str, prompt_tokens: int, output_tokens: int) -> None:
+        tenant = self._tenants[name]
+        cost = PROMPT_COST * prompt_tokens + OUTPUT_COST * output_tokens
+        tenant.counter += cost / tenant.weight
+
+    def counter(self, name: str) -> float:
+        return self._tenants[name].counter
+
+    def order(self) -> Iterator[Sequence]:
+        """Waiting sequences in the order in which they should start; each tenant's own in turn.
+
+        As if each one that was taken had cost its tenant its prompt.
+        """
+        turns = {name: [t.counter, t.running, 0] for name, t in self._tenants.items() if t.waiting}
+        while turns:
+            name = min(turns, key=lambda n: (turns[n][0], turns[n][1]))
+            tenant, turn = self._tenants[name], turns[name]
+            sequence: Sequence = tenant.waiting[int(turn[2])]
+            yield sequence
+            turn[0] += PROMPT_COST * sequence.pending / tenant.weight
+            turn[1] += 1
+            turn[2] += 1
+            if turn[2] >= len(tenant.waiting):
+                del turns[name]
+
+    def over_share(self, name: str) -> str | None:
+        """The tenant that runs the most for its weight, if one of its places would be better with
+        tenant `name`: so that after the change it still has no less than `name`."""
+        asking = self._tenants[name]
+        most = max(self._tenants, key=lambda n: self._tenants[n].running / self._tenants[n].weight)
+        holder = self._tenants[most]
+        fair = (holder.running - 1) / holder.weight >= (asking.running + 1) / asking.weight
+        return most if most != name and fair else None
+
+    def _tenant(self, name: str) -> _Tenant:
+        if name not in self._tenants:
+            here = [tenant.counter for tenant in self._tenants.values()]
+            floor = min(here, default=self._floor)
+            # Neither credit for a pause nor pardon of what was had before it.
+            self._tenants[name] = _Tenant(max(floor, self._left.pop(name, 0.0)))
+            self._left = {who: had for who, had in self._left.items() if had > floor}
+        return self._tenants[name]
+
+    def _forget_idle(self, name: str) -> None:
+        tenant = self._tenants[name]
+        if not tenant.waiting and not tenant.running:
+            del self._tenants[name]
+            self._left[name] = self._floor = tenant.counter
+
+
+def _rank(sequence: Sequence) -> tuple[int, int]:
+    return (-sequence.priority, sequence.arrival)

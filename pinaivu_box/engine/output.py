@@ -1,0 +1,107 @@
+"""Tokens on their way out: text, stop strings, frames.  Runs beside the steps, in its own thread.
+
+A frame holds all that was said since the last one, so that a slow reader gets fewer and larger
+frames, and never slows a step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from pinaivu_box.engine.detokenizer import Detokenizer
+from pinaivu_box.engine.intake import Arrival
+from pinaivu_box.engine.messages import Delta, EngineLoad, Refused, StepFrame
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a step gave one sequence.  `queue_ms` and `cached_tokens` come with its first token."""
+
+    id: str
+    tokens: list[int]
+    finish_reason: str | None = None
+    end_token: bool = False  # the last of `tokens` is one: it has no text
+    queue_ms: float | None = None
+    cached_tokens: int | None = None
+    shifted_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    said: list[Said]
+    load: EngineLoad
+
+
+@dataclass
+class _Pending:
+    text: list[str] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+    queue_ms: float | None = None
+    cached_tokens: int | None = None
+    shifted_tokens: int = 0
+
+
+class Output:
+    """`take` what happened, then `frame` it."""
+
+    def __init__(self) -> None:
+        self._detokenizers: dict[str, Detokenizer] = {}
+        self._frame = StepFrame([], [], [], EngineLoad())
+        self._pending: dict[str, _Pending] = {}
+
+    def take(self, event: Arrival | Refused | StepOutput) -> list[str]:
+        """Returns the ids of sequences that a stop string has just ended."""
+        if isinstance(event, Refused):
+            self._frame.refused.append(event)
+            self._detokenizers.pop(event.id, None)
+            return []
+        if isinstance(event, Arrival):
+            self._frame.admitted.append(event.admitted)
+            self._detokenizers[event.admitted.id] = event.detokenizer
+            return []
+        self._frame = StepFrame(self._frame.admitted, self._frame.refused, [], event.load)
+        return [said.id for said in event.said if self._say(said)]
+
+    def frame(self) -> StepFrame:
+        """All that was taken since the last one."""
+        frame = self._frame
+        for request_id, pending in self._pending.items():
+            frame.deltas.append(
+                Delta(
+                    request_id,
+                    "".join(pending.text),
+                    pending.tokens,
+                    pending.finish_reason,
+                    pending.queue_ms,
+                    pending.cached_tokens,
+                    pending.shifted_tokens,
+                )
+            )
+        self._pending = {}
+        self._frame = StepFrame([], [], [], frame.load)
+        return frame
+
+    def _say(self, said: Said) -> bool:
+        """Returns whether a stop string has ended it."""
+        detokenizer = self._detokenizers.get(said.id)
+        if detokenizer is None:
+            return False  # a stop string had ended it before the engine knew
+        pending = self._pending.setdefault(said.id, _Pending())
+        finish_reason = said.finish_reason
+        text_tokens = len(said.tokens) - said.end_token
+        for number, token in enumerate(said.tokens):
+            pending.tokens.append(token)
+            if number < text_tokens:
+                pending.text.append(detokenizer.push(token))
+                if detokenizer.stopped:
+                    finish_reason = "stop"
+                    break
+        if finish_reason:
+            pending.text.append(detokenizer.flush())
+            pending.finish_reason = finish_reason
+            del self._detokenizers[said.id]
+        if said.queue_ms is not None:
+            pending.queue_ms, pending.cached_tokens = said.queue_ms, said.cached_tokens
+        pending.shifted_tokens = said.shifted_tokens
+        return detokenizer.stopped
