@@ -49,6 +49,11 @@ def llama_key() -> str:
     return digest(CMAKE_ARGS, LLAMA_LOCK.read_bytes(), sys.platform, os.uname().machine)
 
 
+def model_key() -> str:
+    """Names the default model's file: the package that it is from, and what is done with it."""
+    return digest(MODEL_LOCK.read_bytes(), (BUILD / "requantise.py").read_bytes())
+
+
 def expected_stamps(kind: str) -> dict[str, set[str]]:
     """Step -> the stamps that mean that it is done."""
     locks = ["dev"] if kind == "dev" else ["run", "dev"]  # the dev lock is a superset
@@ -58,7 +63,7 @@ def expected_stamps(kind: str) -> dict[str, set[str]]:
         "venv": {digest(str(ROOT), version)},
         "packages": {digest(LOCKS[lock].read_bytes()) for lock in locks},
         "llama": {llama_key()},
-        "model": {digest(MODEL_LOCK.read_bytes())},
+        "model": {model_key()},
         "package": {digest(str(ROOT), (BUILD / "environment.py").read_bytes())},
     }
 

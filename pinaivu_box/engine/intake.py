@@ -47,9 +47,9 @@ class Intake:
                 f"The prompt has {len(prompt)} tokens (n_prompt_tokens) and the model's context "
                 f"here is {self._context} (n_ctx): shorten the messages."
             )
-        for token in add.sampling.logit_bias:
-            if int(token) >= self._n_vocab:
-                raise InvalidBody(f"logit_bias names token {token}, but there are {self._n_vocab}")
+        for name in add.sampling.logit_bias:
+            if int(name) >= self._n_vocab:
+                raise InvalidBody(f"logit_bias names token {name}, but there are {self._n_vocab}")
         detokenizer = Detokenizer(self._runner.piece, add.stop)
         for token in add.output:
             detokenizer.push(token)  # said by an earlier leg
@@ -63,6 +63,7 @@ class Intake:
             tokens=prompt + add.output,
             prompt_length=len(prompt),
             max_length=len(prompt) + limit,
+            context=self._context,
             sampling=add.sampling,
             weight=add.weight,
             priority=add.priority,

@@ -28,8 +28,11 @@ class Said:
 
 @dataclass(frozen=True)
 class StepOutput:
+    """`plain`, in a steady step: the ids and one token each, which is no end."""
+
     said: list[Said]
     load: EngineLoad
+    plain: tuple[list[str], list[int]] = ([], [])
 
 
 @dataclass
@@ -61,7 +64,11 @@ class Output:
             self._detokenizers[event.admitted.id] = event.detokenizer
             return []
         self._frame = StepFrame(self._frame.admitted, self._frame.refused, [], event.load)
-        return [said.id for said in event.said if self._say(said)]
+        stopped = [said.id for said in event.said if self._say(said)]
+        for request_id, token in zip(*event.plain, strict=True):
+            if self._say_plain(request_id, token):
+                stopped.append(request_id)
+        return stopped
 
     def frame(self) -> StepFrame:
         """All that was taken since the last one."""
@@ -81,6 +88,20 @@ class Output:
         self._pending = {}
         self._frame = StepFrame([], [], [], frame.load)
         return frame
+
+    def _say_plain(self, request_id: str, token: int) -> bool:
+        detokenizer = self._detokenizers.get(request_id)
+        if detokenizer is None:
+            return False
+        pending = self._pending.get(request_id)
+        if pending is None:
+            pending = self._pending[request_id] = _Pending()
+        pending.tokens.append(token)
+        pending.text.append(detokenizer.push(token))
+        if detokenizer.stopped:
+            pending.finish_reason = "stop"
+            del self._detokenizers[request_id]
+        return detokenizer.stopped
 
     def _say(self, said: Said) -> bool:
         """Returns whether a stop string has ended it."""

@@ -26,6 +26,7 @@ Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
 Ids = npt.NDArray[np.intp]
 UInt64 = npt.NDArray[np.uint64]
+Positions = Sequence[int] | npt.NDArray[np.int32]
 
 _NONE: Ids = np.empty(0, np.intp)
 _GREEDY = -1
@@ -57,23 +58,32 @@ def splitmix64(seed: int, n: int) -> int:
     return z ^ (z >> 31)
 
 
+def _splitmix64(seeds: UInt64, n: UInt64) -> UInt64:
+    """The same of arrays, which are broadcast."""
+    z = seeds + np.uint64(_GOLDEN) * (n + np.uint64(1))  # array arithmetic wraps around
+    z ^= z >> np.uint64(30)
+    z *= np.uint64(_MIX_1)
+    z ^= z >> np.uint64(27)
+    z *= np.uint64(_MIX_2)
+    z ^= z >> np.uint64(31)
+    return z
+
+
 def gumbel_noise(seed: int, position: int, ids: Ids) -> Float64:
     """Standard Gumbel noise for token `ids` at `position`; shape of `ids`.
 
     The uniform of token i is from the i-th output of SplitMix64 started at the position-th output
     of SplitMix64 started at the seed.
     """
-    return _noise(np.uint64(splitmix64(seed & _MASK, position)), ids)
+    return _noise(np.array([splitmix64(seed & _MASK, position)], np.uint64), ids)
 
 
-def _noise(key: np.uint64 | UInt64, ids: Ids) -> Float64:
-    with np.errstate(over="ignore"):
-        z = key + np.uint64(_GOLDEN) * (ids.astype(np.uint64) + np.uint64(1))
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(_MIX_1)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(_MIX_2)
-        z ^= z >> np.uint64(31)
-    uniform = ((z >> np.uint64(32)).astype(np.float64) + 0.5) * 2.0**-32
-    return np.asarray(-np.log(-np.log(uniform)), dtype=np.float64)
+def _noise(keys: UInt64, ids: Ids) -> Float64:
+    uniform = (_splitmix64(keys, ids.astype(np.uint64)) >> np.uint64(32)).astype(np.float64)
+    uniform += 0.5
+    uniform *= 2.0**-32
+    noise = -np.log(-np.log(uniform))
+    return np.asarray(noise, dtype=np.float64)
 
 
 @dataclass(frozen=True)
@@ -86,26 +96,9 @@ class Draw:
 
 
 def draw_rows(logits: Float32, draws: Sequence[Draw], end_tokens: Ids = _NONE) -> list[int]:
-    """One token for each row of `logits`, shape (rows, n_vocab), which may be changed.
-
-    A row's token does not depend on the other rows; those with the same kind of truncation are only
-    computed together.
-    """
-    groups: dict[int, list[int]] = {}
-    for row, one in enumerate(draws):
-        sampling = one.sampling
-        if sampling.ignore_eos or sampling.logit_bias or one.output:
-            _adjust(logits[row], one, end_tokens)
-        kind = _GREEDY if sampling.temperature == 0 else sampling.top_k
-        groups.setdefault(kind, []).append(row)
-    tokens = [0] * len(draws)
-    for kind, rows in groups.items():
-        # The logits of all rows are many megabytes: do not copy them without need.
-        part = logits if len(rows) == len(logits) else logits[rows]
-        drawn = _draw_kind(kind, part, [draws[row] for row in rows])
-        for row, token in zip(rows, drawn, strict=True):
-            tokens[row] = token
-    return tokens
+    """One token for each row of `logits`, shape (rows, n_vocab), which may be changed."""
+    sampler = Sampler([one.sampling for one in draws], end_tokens)
+    return sampler.draw(logits, [one.position for one in draws], [one.output for one in draws])
 
 
 def draw(logits: Float32, sampling: Sampling, position: int) -> int:
@@ -113,19 +106,81 @@ def draw(logits: Float32, sampling: Sampling, position: int) -> int:
     return draw_rows(logits[np.newaxis].copy(), [Draw(sampling, position)])[0]
 
 
-def _draw_kind(kind: int, logits: Float32, draws: Sequence[Draw]) -> list[int]:
+class Sampler:
+    """Draws for rows with these parameters, step after step.
+
+    A row's token does not depend on the other rows; those with the same kind of truncation are only
+    computed together.
+    """
+
+    def __init__(self, samplings: Sequence[Sampling], end_tokens: Ids = _NONE) -> None:
+        self._size = len(samplings)
+        self._samplings = samplings
+        self._end_tokens = end_tokens
+        self._adjusted = [
+            row for row, one in enumerate(samplings)
+            if one.ignore_eos or one.logit_bias or one.looks_back
+        ]  # fmt: skip
+        kinds: dict[int, list[int]] = {}
+        for row, one in enumerate(samplings):
+            kinds.setdefault(_GREEDY if one.temperature == 0 else one.top_k, []).append(row)
+        self._groups = [(kind, _Group(rows, samplings)) for kind, rows in kinds.items()]
+
+    def draw(
+        self, logits: Float32, positions: Positions, outputs: Sequence[Sequence[int]] = ()
+    ) -> list[int]:
+        """Tokens of the rows of `logits`, which may be changed, at these positions."""
+        for row in self._adjusted:
+            output = outputs[row] if self._samplings[row].looks_back else ()
+            _adjust(logits[row], self._samplings[row], output, self._end_tokens)
+        if len(self._groups) == 1:
+            # The logits of all rows are many megabytes: do not copy them without need.
+            kind, group = self._groups[0]
+            return _draw_kind(kind, logits, group, positions)
+        tokens = [0] * self._size
+        positions = np.asarray(positions)
+        for kind, group in self._groups:
+            chosen = positions[group.rows]
+            drawn = _draw_kind(kind, logits[group.rows], group, chosen)
+            for row, token in zip(group.rows, drawn, strict=True):
+                tokens[row] = token
+        return tokens
+
+
+class _Group:
+    """Rows with the same kind of truncation, and their parameters in columns."""
+
+    def __init__(self, rows: list[int], samplings: Sequence[Sampling]) -> None:
+        mine = [samplings[row] for row in rows]
+        self.rows = rows
+        self.samplings = mine
+        self.temperature = np.array([[one.temperature] for one in mine])
+        self.top_p = np.array([[one.top_p] for one in mine])
+        self.min_p = np.array([[one.min_p] for one in mine])
+        self.seeds = np.array([one.seed & _MASK for one in mine], np.uint64)
+        self.truncates = bool((self.top_p < 1).any())
+
+    def keys(self, positions: Positions) -> UInt64:
+        """What keys each row's noise, shape (rows, 1)."""
+        return _splitmix64(self.seeds, np.array(positions, np.uint64))[:, np.newaxis]
+
+
+def _draw_kind(kind: int, logits: Float32, group: _Group, positions: Positions) -> list[int]:
     if kind == _GREEDY:
-        return [int(token) for token in logits.argmax(axis=1)]
+        greedy: list[int] = logits.argmax(axis=1).tolist()
+        return greedy
     if 0 < kind <= _MOST_TOGETHER:
-        return _draw_top_k(logits, draws, kind)
-    return [_draw_one(row, one) for row, one in zip(logits, draws, strict=True)]
+        return _draw_top_k(logits, group, positions, kind)
+    return [
+        _draw_one(row, sampling, int(position))
+        for row, sampling, position in zip(logits, group.samplings, positions, strict=True)
+    ]
 
 
-def _adjust(row: Float32, one: Draw, end_tokens: Ids) -> None:
+def _adjust(row: Float32, sampling: Sampling, output: Sequence[int], end_tokens: Ids) -> None:
     """Penalties and biases touch only the tokens that they name."""
-    sampling = one.sampling
-    if one.output:
-        ids, counts = np.unique(np.array(one.output, np.intp), return_counts=True)
+    if output:
+        ids, counts = np.unique(np.array(output, np.intp), return_counts=True)
         penalty = counts * sampling.frequency_penalty + sampling.presence_penalty
         row[ids] -= penalty.astype(np.float32)
     for token, bias in sampling.logit_bias.items():
@@ -137,21 +192,20 @@ def _adjust(row: Float32, one: Draw, end_tokens: Ids) -> None:
 # -- top-k: the candidates of all rows in one matrix ---------------------------------------------
 
 
-def _draw_top_k(logits: Float32, draws: Sequence[Draw], k: int) -> list[int]:
+def _draw_top_k(logits: Float32, group: _Group, positions: Positions, k: int) -> list[int]:
     ids, values = _top_k(logits, k)
-    best = values[:, :1]
-    likely = np.exp(values.astype(np.float64) - best)
-    reached = np.cumsum(likely, axis=1)
-    top_p = np.array([[one.sampling.top_p] for one in draws])
-    min_p = np.array([[one.sampling.min_p] for one in draws])
-    dropped = likely < min_p
-    # The first token that reaches the mass is the last one kept.
-    dropped[:, 1:] |= (reached[:, :-1] >= reached[:, -1:] * top_p) & (top_p < 1)
-    temperature = np.array([[one.sampling.temperature] for one in draws])
-    keys = [splitmix64(one.sampling.seed & _MASK, one.position) for one in draws]
-    scores = values / temperature + _noise(np.array(keys, np.uint64)[:, np.newaxis], ids)
+    likely = np.exp((values - values[:, :1]).astype(np.float64))
+    dropped = likely < group.min_p
+    if group.truncates:
+        reached = likely.cumsum(axis=1)
+        # The first token that reaches the mass is the last one kept.
+        beyond = reached[:, :-1] >= reached[:, -1:] * group.top_p
+        dropped[:, 1:] |= beyond & (group.top_p < 1)
+    scores = values / group.temperature
+    scores += _noise(group.keys(positions), ids)
     scores[dropped] = -np.inf
-    return [int(token) for token in ids[np.arange(len(ids)), scores.argmax(axis=1)]]
+    tokens: list[int] = ids[np.arange(len(ids)), scores.argmax(axis=1)].tolist()
+    return tokens
 
 
 def _top_k(logits: Float32, k: int) -> tuple[Ids, Float32]:
@@ -166,13 +220,15 @@ def _top_k(logits: Float32, k: int) -> tuple[Ids, Float32]:
     # Column c holds the tokens c, c + columns, …: their maxima are one streaming pass.
     whole = columns * _COLUMN
     peaks = logits[:, :whole].reshape(rows, _COLUMN, columns).max(axis=1)
-    chosen = np.argpartition(peaks, columns - k, axis=1)[:, columns - k :]
+    chosen = peaks.argpartition(columns - k, axis=1)[:, columns - k :]
     inside = (chosen[:, np.newaxis] + np.arange(0, whole, columns)[:, np.newaxis]).reshape(rows, -1)
-    rest = np.broadcast_to(np.arange(whole, n_vocab), (rows, n_vocab - whole))
-    ids, values = _largest(logits, np.concatenate([inside, rest], axis=1), k)
+    if whole < n_vocab:
+        rest = np.broadcast_to(np.arange(whole, n_vocab), (rows, n_vocab - whole))
+        inside = np.concatenate([inside, rest], axis=1)
+    ids, values = _largest(logits, inside, k)
     # k columns have a token as good as the k-th: another column can only have its equal.
-    tied = np.flatnonzero((peaks >= values[:, -1:]).sum(axis=1) > k)
-    for row in tied:
+    tied = (peaks >= values[:, -1:]).sum(axis=1) > k
+    for row in np.flatnonzero(tied):
         ids[row] = np.argsort(-logits[row], kind="stable")[:k]
         values[row] = logits[row, ids[row]]
     return ids, values
@@ -181,24 +237,26 @@ def _top_k(logits: Float32, k: int) -> tuple[Ids, Float32]:
 def _largest(logits: Float32, candidates: Ids, k: int) -> tuple[Ids, Float32]:
     """The k largest of each row's candidates, as `_top_k` gives them."""
     size = candidates.shape[1]
-    values = np.take_along_axis(logits, candidates, axis=1)
+    row = np.arange(len(logits))[:, np.newaxis]
+    values = logits[row, candidates]
     if size > 2 * k:
-        kth = np.partition(values, size - k, axis=1)[:, size - k, np.newaxis]
+        best = values.argpartition(size - k, axis=1)[:, size - k :]
+        kth = values[row, best[:, :1]]
         most = int((values >= kth).sum(axis=1).max())
-        best = np.argpartition(values, size - most, axis=1)[:, size - most :]
-        candidates = np.take_along_axis(candidates, best, axis=1)
-        values = np.take_along_axis(values, best, axis=1)
+        if most > k:  # equals of the k-th that were left out may have lower ids
+            best = values.argpartition(size - most, axis=1)[:, size - most :]
+        candidates, values = candidates[row, best], values[row, best]
     order = np.lexsort((candidates, -values), axis=1)[:, :k]
-    return np.take_along_axis(candidates, order, axis=1), np.take_along_axis(values, order, axis=1)
+    return candidates[row, order], values[row, order]
 
 
 # -- without top-k: one row's survivors -----------------------------------------------------------
 
 
-def _draw_one(logits: Float32, one: Draw) -> int:
-    ids = survivors(logits, one.sampling)
-    scores = logits[ids].astype(np.float64) / one.sampling.temperature
-    return int(ids[np.argmax(scores + gumbel_noise(one.sampling.seed, one.position, ids))])
+def _draw_one(logits: Float32, sampling: Sampling, position: int) -> int:
+    ids = survivors(logits, sampling)
+    scores = logits[ids].astype(np.float64) / sampling.temperature
+    return int(ids[np.argmax(scores + gumbel_noise(sampling.seed, position, ids))])
 
 
 def survivors(logits: Float32, sampling: Sampling) -> Ids:

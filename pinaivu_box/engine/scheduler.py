@@ -19,6 +19,7 @@ from pinaivu_box.engine.fairness import FairQueue
 from pinaivu_box.engine.prefix_cache import PrefixCache, common_prefix
 from pinaivu_box.engine.sequence import Sequence, State
 
+_MOST_STEADY = 64
 WORTH_WAITING = 32  # tokens of a prefix that is being computed
 
 
@@ -167,6 +168,30 @@ class Scheduler:
         moves, self._moves = self._moves, []
         return Plan(chunks, moves)
 
+    def steady_steps(self, chunks: list[Chunk]) -> int:
+        """How many steps may follow that are like these chunks' one, without another plan.
+
+        `settle` has to be called before anything else is.
+        """
+        if len(chunks) != len(self.running) or any(c.count > 1 or c.draft for c in chunks):
+            return 0
+        if self.waiting and len(self.running) < self.max_sequences:
+            return 0  # somebody may soon find a place
+        # Each gets one more token from this step, and none may reach its end in those that follow.
+        left = min(min(s.max_length - s.shifted, s.context) - len(s.tokens) for s in self.running)
+        rows = len(chunks)
+        drafting = [s.lookup.acceptance for s in self.running if s.lookup is not None]
+        if drafting and self._policy.draft_length(rows, rows, max(drafting), 1):
+            return 0
+        return max(0, min(left - 2, self._room() // rows, _MOST_STEADY))
+
+    def settle(self, sequences: list[Sequence], steps: int) -> None:
+        """After so many steady steps: each sequence has computed one token in each."""
+        for sequence in sequences:
+            end = sequence.computed
+            self.prefixes.extend(sequence.sequence_id, sequence.tokens[end - steps : end])
+            self.waiting.charge(sequence.tenant, 0, steps)
+
     def commit(self, chunks: list[Chunk]) -> None:
         """The step was computed: its known tokens are in the KV cache."""
         for chunk in chunks:
@@ -237,12 +262,13 @@ class Scheduler:
         room = min(self.token_budget, self._room()) - rows
         made = []
         for chunk in chunks:
-            sequence, draft = chunk.sequence, []
-            if sequence.lookup is not None and self._sharing and room > 0:
-                acceptance = sequence.lookup.acceptance
-                left = sequence.max_length - len(sequence.tokens) - 1
-                most = min(room, left, self._policy.draft_length(rows, expected, acceptance, room))
-                draft = sequence.lookup.draft(sequence.tokens, most)
+            sequence, lookup = chunk.sequence, chunk.sequence.lookup
+            left = min(room, sequence.max_length - len(sequence.tokens) - 1)
+            draft: list[int] = []
+            if lookup is not None and left > 0:
+                acceptance = lookup.acceptance
+                most = self._policy.draft_length(rows, expected, acceptance, left)
+                draft = lookup.draft(sequence.tokens, most) if most else []
                 rows, room = rows + len(draft), room - len(draft)
                 expected += sum(acceptance**n for n in range(1, len(draft) + 1))
             made.append(Chunk(sequence, chunk.start, 1, draft) if draft else chunk)

@@ -31,6 +31,7 @@ class Sequence:
     tokens: list[int]
     prompt_length: int
     max_length: int
+    context: int  # the most tokens that it may have at a time
     sampling: Sampling
     weight: float = 1.0  # the tenant's share
     priority: int = 0  # among the tenant's own: higher goes first

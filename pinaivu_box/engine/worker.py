@@ -92,7 +92,7 @@ def run(engine: Engine, inbox: Inbox, outbox: Outbox) -> None:
     """
     while True:
         if not engine.busy:
-            engine.scheduler.check_integrity()
+            engine.check_integrity()
             _receive(engine, inbox.get())
         while not inbox.empty():
             _receive(engine, inbox.get())

@@ -36,7 +36,8 @@ def box(size: Size, model: str) -> Iterator[Box]:
         home = Path(folder) / "home"
         home.mkdir()
         (home / "config.toml").write_text(
-            f"[engine]\ncontext = {size.context}\nkv_tokens = {size.context}\n"
+            # llama-server, too, gives each of its slots an equal part.
+            f"[engine]\ncontext = {size.context // size.sequences}\nkv_tokens = {size.context}\n"
             f"max_sequences = {size.sequences}\nthreads = {size.threads}\nkeep_alive = '-1'\n"
         )
         started = Box(home, "--model", f"m:1={model}")

@@ -1,0 +1,54 @@
+"""Steps that go on as the last one did: the same sequences, each with its next token.
+
+Most steps are like that, and on a fast device the Python of a whole plan would cost more than the
+step.  Here a step is: the drawn tokens in, positions plus one, decode, draw.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pinaivu_box.engine.runner import Batch, Float32
+from pinaivu_box.engine.sampling import Ids, Sampler
+from pinaivu_box.engine.sequence import Sequence
+
+
+class Steady:
+    """`left` is how many steps may still follow without a plan.
+
+    The sequences themselves are kept up to date; the scheduler's books are behind by `steps`.
+    """
+
+    def __init__(self, sequences: list[Sequence], left: int, end_tokens: Ids) -> None:
+        self.sequences = sequences
+        self.ids = [sequence.id for sequence in sequences]
+        self.left = left
+        self.steps = 0
+        self._lists = [sequence.tokens for sequence in sequences]
+        self._sampler = Sampler([sequence.sampling for sequence in sequences], end_tokens)
+        self._looks_back = any(sequence.sampling.looks_back for sequence in sequences)
+        self._shifted = np.array([sequence.shifted for sequence in sequences], np.int32)
+        self._batch = Batch(
+            np.array([tokens[-1] for tokens in self._lists], np.int32),
+            np.array([sequence.computed for sequence in sequences], np.int32),
+            np.array([sequence.sequence_id for sequence in sequences], np.int32),
+            np.ones(len(sequences), np.int8),
+            len(sequences),
+        )
+
+    def batch(self) -> Batch:
+        return self._batch
+
+    def draw(self, logits: Float32) -> list[int]:
+        """The step was computed: its tokens' successors, which are also appended."""
+        batch, sequences = self._batch, self.sequences
+        outputs = [sequence.output for sequence in sequences] if self._looks_back else ()
+        batch.positions[:] += 1
+        drawn = self._sampler.draw(logits, batch.positions + self._shifted, outputs)
+        batch.tokens[:] = drawn
+        for sequence, tokens, token in zip(sequences, self._lists, drawn, strict=True):
+            tokens.append(token)
+            sequence.computed += 1
+        self.steps += 1
+        self.left -= 1
+        return drawn

@@ -1,0 +1,342 @@
+"""What the engine's tests share: a runner that checks what it is given, and the engine around it.
+
+Nothing here depends on time: `Fixed` stands in for the pace that an engine learns.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pinaivu_box.engine import engine as engines
+from pinaivu_box.engine import messages
+from pinaivu_box.engine.fake_runner import END, N_VOCAB, FakeRunner
+from pinaivu_box.engine.intake import Arrival, Intake
+from pinaivu_box.engine.messages import Add, Cancel, Load, Sampling, StepFrame
+from pinaivu_box.engine.output import Output
+from pinaivu_box.engine.runner import Batch, NoSlot, Runner
+from pinaivu_box.engine.scheduler import Copy, Move, Remove
+
+BUDGET = 32
+MOST_STEPS = 20_000
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """A policy that depends on nothing: all that fits of prompts, drafts of one length."""
+
+    draft: int = 0
+
+    def prompt_budget(self, rows: int, most: int) -> int:
+        return most
+
+    def draft_length(self, rows: int, expected: float, acceptance: float, most: int) -> int:
+        return min(self.draft, most)
+
+
+class Cell:
+    """A cell of the KV cache; several sequences may share it."""
+
+    def __init__(self, token: int) -> None:
+        self.token = token
+
+
+class KVCells:
+    """The plainest model of a unified KV cache: a list of shared cells for each sequence id."""
+
+    def __init__(self) -> None:
+        self.of: dict[int, list[Cell]] = {}
+
+    @property
+    def used(self) -> int:
+        return self.distinct(self.of)
+
+    def distinct(self, ids: Iterable[int]) -> int:
+        return len({id(cell) for one in ids for cell in self.of.get(one, [])})
+
+    def tokens(self, sequence_id: int) -> list[int]:
+        return [cell.token for cell in self.of.get(sequence_id, [])]
+
+    def append(self, sequence_id: int, position: int, token: int) -> None:
+        cells = self.of.setdefault(sequence_id, [])
+        assert position == len(cells), "a gap, or a cell that was not freed"
+        cells.append(Cell(token))
+
+    def remove(self, sequence_id: int) -> None:
+        self.of.pop(sequence_id, None)
+
+    def truncate(self, sequence_id: int, length: int) -> None:
+        assert 0 < length <= len(self.of[sequence_id])
+        del self.of[sequence_id][length:]
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        assert not self.of.get(target), "copied over a sequence that is there"
+        assert 0 < length <= len(self.of[source])
+        self.of[target] = self.of[source][:length]
+
+    def make(self, move: Move) -> None:
+        if isinstance(move, Remove):
+            self.remove(move.sequence_id)
+        elif isinstance(move, Copy):
+            self.copy(move.source, move.target, move.length)
+        else:
+            self.truncate(move.sequence_id, move.length)
+
+
+class StrictRunner(FakeRunner):
+    """A model whose next token depends on everything before it in its own cells.
+
+    It keeps the cells as llama.cpp would and refuses a batch that no honest engine sends, so that
+    a wrong position, a stale cell or a mixed-up sequence changes the output or raises.
+    `cells` is how many tokens really fit (the engine may have been told more); `no_slot` may say
+    that there is no room although there is.  `ids` and `sharing` go to the facts.
+    """
+
+    def __init__(
+        self,
+        given_load: Load,
+        *,
+        cells: int | None = None,
+        no_slot: Callable[[Batch], bool] = lambda batch: False,
+        can_end: bool = False,
+        ids: int = 0,
+        sharing: bool = True,
+    ) -> None:
+        super().__init__(given_load)
+        self.facts = replace(self.facts, sequence_ids=ids, sharing=sharing)
+        self.kv = KVCells()
+        self.calls = 0
+        self.computed = 0
+        self._ids = max(ids, given_load.max_sequences)
+        self._most_cells = given_load.kv_tokens if cells is None else cells
+        self._most_tokens = max(given_load.token_budget, given_load.max_sequences)
+        self._no_slot = no_slot
+        self._can_end = can_end
+
+    @property
+    def cells(self) -> dict[int, list[Cell]]:
+        return self.kv.of
+
+    @property
+    def used(self) -> int:
+        return self.kv.used
+
+    def decode(self, batch: Batch) -> npt.NDArray[np.float32]:
+        self.calls += 1
+        if self.calls > MOST_STEPS:
+            raise AssertionError("the engine does not come to an end")
+        size = len(batch.tokens)
+        assert 1 <= size <= self._most_tokens
+        assert size == len(batch.positions) == len(batch.sequence_ids) == len(batch.outputs)
+        if self.used + size > self._most_cells or self._no_slot(batch):
+            raise NoSlot
+        rows = []
+        for token, position, sequence_id, output in zip(
+            batch.tokens.tolist(),
+            batch.positions.tolist(),
+            batch.sequence_ids.tolist(),
+            batch.outputs.tolist(),
+            strict=True,
+        ):
+            assert 0 <= sequence_id < self._ids
+            assert position < self.facts.context, "beyond the model's context"
+            self.kv.append(sequence_id, position, token)
+            if output:
+                rows.append(self.logits(self.kv.tokens(sequence_id)))
+        self.computed += size
+        return np.array(rows, np.float32).reshape(len(rows), N_VOCAB)
+
+    def logits(self, cells: list[int]) -> npt.NDArray[np.float32]:
+        """Of the token after `cells`."""
+        state = zlib.crc32(np.array(cells, np.int32).tobytes())
+        logits = np.random.default_rng(state).normal(0, 2, N_VOCAB).astype(np.float32)
+        logits[128:END] = -50  # ASCII only
+        logits[END] = logits[END] if self._can_end else -50
+        return logits
+
+    def remove(self, sequence_id: int) -> None:
+        self.kv.remove(sequence_id)
+
+    def truncate(self, sequence_id: int, length: int) -> None:
+        assert self.facts.sharing, "the state of a recurrent model cannot be cut"
+        self.kv.truncate(sequence_id, length)
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        assert self.facts.sharing, "the state of a recurrent model cannot be copied"
+        self.kv.copy(source, target, length)
+
+
+def load(path: str = "fake:0", **more: Any) -> Load:
+    sizes = {"context": 200, "kv_tokens": 2000, "max_sequences": 16, "token_budget": BUDGET}
+    return Load(path=path, offset=0, threads=0, **{**sizes, **more})
+
+
+def sampling(temperature: float = 0.8, seed: int = 1, **more: Any) -> Sampling:
+    cuts = {"top_p": 0.95, "top_k": 40, "min_p": 0.05, **more}
+    return Sampling(temperature=temperature, seed=seed, **cuts)
+
+
+def add(
+    name: str = "r", text: str = "hello", max_tokens: int | None = 12, seed: int = 1, **more: Any
+) -> Add:
+    return Add(
+        id=name,
+        messages=[*more.pop("before", []), {"role": "user", "content": text}],
+        sampling=more.pop("sampling", sampling(seed=seed)),
+        max_tokens=max_tokens,
+        stop=more.pop("stop", []),
+        tenant=more.pop("tenant", "t"),
+        **more,
+    )
+
+
+class Engine:
+    """Intake, engine and output as the worker joins them, without its threads.
+
+    `policy` None leaves the pace that the engine learns.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        *,
+        token_budget: int,
+        policy: Fixed | None = Fixed(),
+        shift: bool = False,
+    ) -> None:
+        drafting = policy is None or policy.draft > 0
+        self._intake = Intake(runner, drafting=drafting, context_shift=shift)
+        self._engine = engines.Engine(runner, token_budget=token_budget)
+        self._output = Output()
+        self._unsaid = False
+        self.scheduler = self._engine.scheduler
+        if policy is not None:
+            pace: Any = self._engine.pace
+            pace.prompt_budget, pace.draft_length = policy.prompt_budget, policy.draft_length
+
+    @property
+    def busy(self) -> bool:
+        return self._engine.busy or self._unsaid
+
+    def receive(self, message: Add | Cancel) -> None:
+        if isinstance(message, Cancel):
+            self._engine.end(message.id, "cancelled")
+            return
+        prepared = self._intake.prepare(message)
+        self._output.take(prepared)
+        self._unsaid = True
+        if isinstance(prepared, Arrival):
+            self._engine.add(prepared.sequence)
+
+    def step(self) -> StepFrame:
+        refused, output = self._engine.step()
+        self._engine.check_integrity()
+        for one in refused:
+            self._output.take(one)
+        for stopped in self._output.take(output):
+            self._engine.end(stopped, "stop")
+        self._unsaid = False
+        return self._output.frame()
+
+
+class Heard:
+    """What an engine said, by request."""
+
+    def __init__(self) -> None:
+        self.text: dict[str, str] = {}
+        self.tokens: dict[str, list[int]] = {}
+        self.ends: dict[str, str] = {}
+        self.prompts: dict[str, list[int]] = {}
+        self.refused: dict[str, messages.Refused] = {}
+        self.queue_ms: dict[str, list[float]] = {}
+        self.cached: dict[str, list[int]] = {}
+        self.shifted: dict[str, list[int]] = {}
+        self.load = messages.EngineLoad()
+
+    def take(self, frame: StepFrame) -> None:
+        for admitted in frame.admitted:
+            assert admitted.id not in self.prompts
+            self.prompts[admitted.id] = admitted.prompt_tokens
+        for refused in frame.refused:
+            self.refused[refused.id] = refused
+        for delta in frame.deltas:
+            assert delta.id in self.prompts, "a delta before its admission"
+            assert delta.id not in self.ends, "a delta after the end"
+            self.text[delta.id] = self.text.get(delta.id, "") + delta.text
+            self.tokens.setdefault(delta.id, []).extend(delta.tokens)
+            self.shifted.setdefault(delta.id, []).append(delta.shifted_tokens)
+            if delta.queue_ms is not None:
+                self.queue_ms.setdefault(delta.id, []).append(delta.queue_ms)
+            if delta.cached_tokens is not None:
+                self.cached.setdefault(delta.id, []).append(delta.cached_tokens)
+            if delta.finish_reason:
+                self.ends[delta.id] = delta.finish_reason
+        self.load = frame.load
+
+    def answer(self, name: str) -> tuple[str, list[int], str]:
+        return self.text[name], self.tokens[name], self.ends[name]
+
+
+def run(engine: Engine, received: Iterable[Add | Cancel]) -> Heard:
+    """All at once, to the end."""
+    for one in received:
+        engine.receive(one)
+    return finish(engine, Heard())
+
+
+def finish(engine: Engine, heard: Heard) -> Heard:
+    """Steps until nothing is left to do."""
+    for _ in range(MOST_STEPS):
+        if not engine.busy:
+            return heard
+        heard.take(engine.step())
+    raise AssertionError("the engine does not come to an end")
+
+
+def make(
+    kind: type[StrictRunner] = StrictRunner, *, draft: int = 0, shift: bool = False, **more: Any
+) -> tuple[Engine, StrictRunner]:
+    """An engine over a strict runner; sizes go to Load, the rest to the runner."""
+    ours = ("cells", "no_slot", "can_end", "ids", "sharing")
+    options = {name: more.pop(name) for name in ours if name in more}
+    given_load = load(**more)
+    runner = kind(given_load, **options)
+    budget = given_load.token_budget
+    return Engine(runner, token_budget=budget, policy=Fixed(draft), shift=shift), runner
+
+
+def alone(adds: Sequence[Add], **more: Any) -> dict[str, tuple[str, list[int], str]]:
+    """Each on an engine of its own with room for everything."""
+    return {one.id: run(make(**more)[0], [one]).answer(one.id) for one in adds}
+
+
+def assorted(count: int, least: int = 5) -> list[Add]:
+    """Requests of many lengths, seeds and temperatures, some with stop strings."""
+    return [
+        add(
+            f"r{n}",
+            "x" * (7 * n % 90) + str(n),
+            max_tokens=least + n % 20,
+            sampling=sampling(temperature=[0, 0.7, 1.0, 2.0][n % 4], seed=n * 31 - 5),
+            stop=["e", "Qz"] if n % 3 == 0 else [],
+        )
+        for n in range(count)
+    ]
+
+
+def engine_prompt(text: str) -> list[int]:
+    """The prompt that `add(text=text)` becomes."""
+    return run(make(context=1000)[0], [add("r", text, max_tokens=1)]).prompts["r"]
+
+
+def assert_only_kept(engine: Engine, runner: StrictRunner) -> None:
+    """Nothing runs, and what is in the cells is what the books say."""
+    assert engine.scheduler.kv_used == 0 and not engine.busy
+    assert runner.used == engine.scheduler.prefixes.cells
+    for sequence_id in list(runner.cells):
+        assert not runner.cells[sequence_id] or sequence_id in engine.scheduler.prefixes

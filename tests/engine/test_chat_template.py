@@ -1,0 +1,70 @@
+"""Messages to prompts: the template of the file, in its sandbox."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from pinaivu_box.engine.chat_template import ChatTemplate
+from pinaivu_box.engine.fake_runner import FakeRunner
+from pinaivu_box.engine.messages import Load
+from pinaivu_box.errors import BadRequest
+from tests.engine.harness import BUDGET, Engine, add, load, run
+
+ROLES = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+
+
+def template(source: str | None) -> ChatTemplate:
+    return ChatTemplate(source, bos="<s>", eos="</s>")
+
+
+def test_a_developer_message_is_a_system_message_to_the_template() -> None:
+    given_messages = [{"role": "developer", "content": "D"}, {"role": "user", "content": "U"}]
+    assert template(ROLES).render(given_messages) == "[system]D[user]U"
+    assert given_messages[0]["role"] == "developer"  # the caller's stay as they are
+
+
+def test_the_template_sees_its_tokens_and_the_generation_prompt() -> None:
+    source = "{{ bos_token }}{% if add_generation_prompt %}go{% endif %}{{ eos_token }}"
+    assert template(source).render([]) == "<s>go</s>"
+
+
+def test_a_file_without_a_template_gets_chatml() -> None:
+    assert template(None).render([{"role": "user", "content": "Hi"}]) == (
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ raise_exception('roles must alternate') }}",
+        "{{ messages[0].content + 1 }}",
+        "{{ messages[7].content.upper() }}",
+        "{{ nothing.at.all }}",
+        "{{ 1 // 0 }}",
+        "{{ messages.append(1) }}",
+        "{{ messages.__class__.__mro__[1].__subclasses__() }}",
+        "{{ range(10 ** 9) | list }}",
+    ],
+)
+def test_a_template_that_objects_is_a_bad_request(source: str) -> None:
+    with pytest.raises(BadRequest) as caught:
+        template(source).render([{"role": "user", "content": "Hi"}])
+    assert caught.value.status == 400 and caught.value.param == "messages"
+
+
+def test_a_refusing_template_refuses_its_request_and_no_other() -> None:
+    class Templated(FakeRunner):
+        def __init__(self, given_load: Load) -> None:
+            super().__init__(given_load)
+            refusing = "{% if messages[0].content == 'no' %}{{ raise_exception('not that') }}"
+            self.facts = replace(self.facts, chat_template=refusing + "{% endif %}" + ROLES)
+
+    engine = Engine(Templated(load()), token_budget=BUDGET)
+    heard = run(engine, [add("a", "no"), add("b", "yes")])
+    assert heard.refused["a"].code == "invalid_request"
+    assert "not that" in heard.refused["a"].message
+    assert heard.ends == {"b": "length"}
+    assert bytes(heard.prompts["b"]).decode() == "[user]yes"

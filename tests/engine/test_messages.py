@@ -1,0 +1,102 @@
+"""Frames between the box and its engine."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pinaivu_box.engine import messages
+from pinaivu_box.engine.messages import Add, Cancel, Load, Sampling, StepFrame
+
+TEXT = st.text(max_size=20)
+IDS = st.lists(st.integers(0, 2**31 - 1), max_size=5)
+FLOATS = st.floats(allow_nan=False, allow_infinity=False)
+IDS_AS_TEXT = st.integers(0, 2**31 - 1).map(str)
+SAMPLINGS = st.builds(
+    Sampling,
+    temperature=FLOATS,
+    top_p=FLOATS,
+    top_k=st.integers(0, 2**31),
+    min_p=FLOATS,
+    seed=st.integers(-(2**63), 2**63 - 1),
+    ignore_eos=st.booleans(),
+    frequency_penalty=FLOATS,
+    presence_penalty=FLOATS,
+    logit_bias=st.dictionaries(IDS_AS_TEXT, FLOATS, max_size=3),
+)
+DEFAULTS = st.builds(messages.SamplingDefaults, temperature=st.none() | FLOATS)
+CHATS = st.lists(st.fixed_dictionaries({"role": TEXT, "content": TEXT}), max_size=3)
+SIZES = st.integers(0, 2**63)
+SWITCHES = dict.fromkeys(("drafting", "context_shift"), st.booleans())
+LOADS = {name: SIZES for name in Load.__struct_fields__ if name != "path"} | SWITCHES
+READY = dict.fromkeys(("context", "kv_tokens", "max_sequences"), SIZES)
+TO_ENGINE = st.one_of(
+    st.builds(Load, path=TEXT, **LOADS),
+    st.builds(
+        Add,
+        id=TEXT,
+        messages=CHATS,
+        sampling=SAMPLINGS,
+        max_tokens=st.none() | st.integers(1, 2**31),
+        stop=st.lists(TEXT, max_size=3),
+        tenant=TEXT,
+        output=IDS,
+        weight=FLOATS,
+        priority=st.integers(-(2**31), 2**31),
+    ),
+    st.builds(Cancel, id=TEXT),
+)
+FROM_ENGINE = st.one_of(
+    st.builds(messages.Progress, fraction=FLOATS),
+    st.builds(messages.Ready, build=TEXT, device=TEXT, defaults=DEFAULTS, **READY),
+    st.builds(messages.LoadFailed, message=TEXT),
+    st.builds(
+        StepFrame,
+        admitted=st.lists(st.builds(messages.Admitted, id=TEXT, prompt_tokens=IDS), max_size=2),
+        refused=st.lists(st.builds(messages.Refused, id=TEXT, code=TEXT, message=TEXT), max_size=2),
+        deltas=st.lists(
+            st.builds(
+                messages.Delta,
+                id=TEXT,
+                text=TEXT,
+                tokens=IDS,
+                finish_reason=st.sampled_from([None, "stop", "length", "cancelled"]),
+                queue_ms=st.none() | FLOATS,
+                cached_tokens=st.none() | SIZES,
+                shifted_tokens=SIZES,
+            ),
+            max_size=3,
+        ),
+        load=st.builds(
+            messages.EngineLoad, **dict.fromkeys(messages.EngineLoad.__struct_fields__, SIZES)
+        ),
+    ),
+)
+
+
+@settings(max_examples=150)
+@given(st.lists(TO_ENGINE, max_size=4), st.lists(FROM_ENGINE, max_size=4))
+def test_frames_come_out_as_they_went_in(down: list[Any], up: list[Any]) -> None:
+    """Both directions, several frames in one stream, then its end."""
+    for sent, decode in ((down, messages.decode_to_engine), (up, messages.decode_from_engine)):
+        stream = io.BytesIO(b"".join(messages.encode(message) for message in sent))
+        for message in sent:
+            body = messages.read_body(stream)
+            assert body is not None and decode(body) == message
+        assert messages.read_body(stream) is None
+
+
+@given(TO_ENGINE, st.data())
+def test_a_frame_that_is_cut_off_is_the_end(message: Any, data: st.DataObject) -> None:
+    whole = messages.encode(message)
+    cut = data.draw(st.integers(0, len(whole) - 1))
+    assert messages.read_body(io.BytesIO(whole[:cut])) is None
+
+
+def test_a_frame_that_no_honest_side_sends_is_refused_before_it_is_read() -> None:
+    with pytest.raises(ValueError, match="larger"):
+        messages.body_length(b"\xff\xff\xff\xff")
