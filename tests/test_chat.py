@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -244,9 +245,16 @@ def test_the_limit_of_tokens_is_exact(
         check_usage(answer.usage)
 
 
-def test_greedy_twice_is_the_same(box: Box) -> None:
-    first, second = (ask(box, "Tell me of the sea.", max_tokens=16) for _ in range(2))
-    assert first.choices[0].message.content == second.choices[0].message.content
+def test_greedy_is_the_same_each_time_that_the_same_is_computed(
+    new_box: Any, tmp_path: Path
+) -> None:
+    """The first time computes the whole prompt, later ones its last token: kernels for one token
+    and for many round differently.  Drafts, too, change how many are computed at a time."""
+    config = tmp_path / "plain.toml"
+    config.write_text("[engine]\ndrafting = false\n")
+    box = new_box("--config", str(config))
+    _, *later = (ask(box, "Tell me of the sea.", max_tokens=32) for _ in range(3))
+    assert later[0].choices[0].message.content == later[1].choices[0].message.content
 
 
 def test_a_seed_decides_the_text(box: Box) -> None:
@@ -264,6 +272,76 @@ def test_a_tiny_top_p_leaves_only_the_most_likely_token(box: Box) -> None:
     greedy = ask(box, max_tokens=12).choices[0].message.content
     narrow = ask(box, max_tokens=12, temperature=2, top_p=1e-6).choices[0].message.content
     assert narrow == greedy
+
+
+def test_a_bias_of_100_forces_a_token_and_one_of_minus_100_bans_it(fake_box: Box) -> None:
+    """The fake model's tokens are bytes."""
+    forced = ask(fake_box, model=FAKE, logit_bias={str(ord("A")): 100})
+    assert forced.choices[0].message.content == "A" * 8
+    plain = ask(fake_box, model=FAKE).choices[0].message.content
+    banned = ask(fake_box, model=FAKE, logit_bias={str(ord(plain[0])): -100})
+    said = banned.choices[0].message.content
+    assert said[0] != plain[0] and plain[0] not in said
+
+
+def test_a_penalty_makes_the_real_model_repeat_itself_less(box: Box) -> None:
+    """Greedy, so that nothing but the penalty differs."""
+    text = "Write the word apple ten times."
+    plain = ask(box, text, max_tokens=48).choices[0].message.content.split()
+    penalised = ask(box, text, max_tokens=48, frequency_penalty=2, presence_penalty=2)
+    words = penalised.choices[0].message.content.split()
+    assert len(set(words)) / len(words) > len(set(plain)) / len(plain)
+
+
+@pytest.mark.parametrize(
+    ("more", "field"),
+    [
+        ({"frequency_penalty": 2.5}, "frequency_penalty"),
+        ({"presence_penalty": -3}, "presence_penalty"),
+        ({"logit_bias": {"1": 101}}, "logit_bias"),
+        ({"logit_bias": {"one": 1}}, "logit_bias"),
+        ({"logit_bias": {"999999": 1}}, "logit_bias"),
+        ({"extra_body": {"pinaivu": {"priority": "high"}}}, "priority"),
+        ({"extra_body": {"pinaivu": {"prioritee": 1}}}, "prioritee"),
+    ],
+)
+def test_what_is_out_of_range_is_refused_by_name(box: Box, more: Any, field: str) -> None:
+    with pytest.raises(openai.UnprocessableEntityError) as caught:
+        ask(box, **more)
+    assert field in caught.value.response.text
+
+
+def test_the_same_prompt_again_is_found_in_the_cache_and_the_receipt_says_so(box: Box) -> None:
+    text = "A question that no other test asks: how many legs has a spider, and why so many?"
+    first = ask(box, text)
+    again = ask(box, text)
+    assert again.usage.prompt_tokens == first.usage.prompt_tokens
+    assert again.usage.prompt_tokens_details.cached_tokens == first.usage.prompt_tokens - 1
+    document = box.http("GET", f"/v1/receipts/{again.request_id}")
+    signed = json.loads(document.json()["signed_receipt"])
+    proof = json.loads(signed["proofs"][0]["signed"])
+    assert signed["usage"]["cached_tokens"] == proof["cached_tokens"]
+    assert proof["cached_tokens"] == first.usage.prompt_tokens - 1
+    assert all(check.ok for check in verify_receipt(document.content))
+
+
+def test_an_answer_that_outgrows_its_context_says_so_if_shifting_is_on(
+    new_box: Any, tmp_path: Path
+) -> None:
+    config = tmp_path / "shift.toml"
+    config.write_text("[engine]\ncontext = 128\ncontext_shift = true\n")
+    box = new_box("--model", "fake:1=fake:0", "--config", str(config))
+    asked = {"model": "fake:1", "max_tokens": 200}
+    plain = ask(box, **asked)
+    assert plain.choices[0].finish_reason == "length"
+    assert plain.usage.completion_tokens == 200
+    assert plain.context_shift["dropped_tokens"] > 0
+    chunks = list(ask(box, **asked, stream=True))
+    assert chunks[-1].context_shift == plain.context_shift
+
+
+def test_a_priority_is_accepted(box: Box) -> None:
+    assert ask(box, extra_body={"pinaivu": {"priority": 5}}).choices
 
 
 def test_user_is_accepted(box: Box) -> None:

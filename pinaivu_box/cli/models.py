@@ -55,7 +55,7 @@ def ps(home: Path, as_json: bool) -> None:
             str(engine["pid"] or ""),
             f"{(engine['memory'] or 0) / 1e6:,.0f} MB",
             f"{engine['running']} running, {engine['waiting']} waiting",
-            f"{engine['kv_used']:,}/{engine['kv_tokens']:,} tokens",
+            f"{engine['kv_used']:,}/{engine['kv_tokens']:,} tokens, {engine['kv_cached']:,} kept",
             engine["device"] or "",
         )
         for engine in engines

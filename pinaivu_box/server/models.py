@@ -28,6 +28,7 @@ class EngineInfo(Struct, frozen=True):
     running: int = 0
     waiting: int = 0
     kv_used: int = 0
+    kv_cached: int = 0
     kv_tokens: int = 0
     idle_seconds: float | None = None
 
@@ -84,6 +85,7 @@ def _engine(engine: EngineProcess) -> EngineInfo:
         running=engine.load.running,
         waiting=engine.load.waiting,
         kv_used=engine.load.kv_used,
+        kv_cached=engine.load.kv_cached,
         kv_tokens=engine.ready.kv_tokens,
         idle_seconds=None if engine.users else round(time.monotonic() - engine.idle_since, 1),
     )

@@ -67,7 +67,7 @@ def loads(draw: st.DrawFn) -> Load:
     )
 
 
-@settings(max_examples=int(__import__("os").environ.get("EX","600")), deadline=None)
+@settings(max_examples=int(__import__("os").environ.get("EX", "600")), deadline=None)
 @given(loads())
 def test_every_sequence_finishes_within_bounds_whatever_comes(load: Load) -> None:
     """Random arrivals on a tight cache: all limits hold in each step and nobody starves."""
