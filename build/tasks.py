@@ -9,8 +9,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from common import MODEL, ROOT, VENV, Stop, say
-from environment import PYTHON, need_space, run_quietly
+from common import BUILD, MODEL, ROOT, VENV, Stop, say
+from environment import PYTHON, locked, need_space, run_quietly
 
 # PyInstaller's mark at the end of its archive: magic, the length from the archive's start up to
 # here, then the place of the table of contents in it and Python's version and library.
@@ -43,14 +43,18 @@ def binary(arguments: list[str]) -> None:
     if arguments:
         raise Stop("build/binary takes no arguments: run it without")
     need_space(ROOT, 600)
-    work = VENV / "pyinstaller"
+    with locked(BUILD):
+        make_executable(VENV / "pyinstaller", ROOT / "dist/pinaivu")
+
+
+def make_executable(work: Path, target: Path) -> None:
     say("freezing pinaivu (about a minute)")
     folders = ["--distpath", str(work / "dist"), "--workpath", str(work)]
     options = ["--noconfirm", "--log-level", "WARN", *folders, str(ROOT / "pinaivu.spec")]
     run_quietly([str(PYTHON), "-m", "PyInstaller", *options], "PyInstaller")
 
     say("appending the default model")
-    made, target = work / "dist/pinaivu", ROOT / "dist/pinaivu"
+    made = work / "dist/pinaivu"
     append = [str(PYTHON), "-m", "pinaivu_box.models.bundled", str(made), str(MODEL)]
     run_quietly(append, "appending the model")
     repeat_cookie(made)

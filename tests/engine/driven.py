@@ -36,6 +36,7 @@ def sequence(
         tokens=tokens,
         prompt_length=len(tokens),
         max_length=len(tokens) + output,
+        context=len(tokens) + output,
         sampling=GREEDY,
         weight=weight,
         priority=priority,
@@ -51,7 +52,10 @@ def own_words(one: Sequence, position: int) -> int:
 
 
 class Driven:
-    """`said` gives the token of a sequence at a position."""
+    """`said` gives the token of a sequence at a position.
+
+    With `steady` it takes the steps without a plan that the scheduler offers, as the engine does.
+    """
 
     def __init__(
         self,
@@ -62,6 +66,7 @@ class Driven:
         ids: int = 0,
         sharing: bool = True,
         draft: int = 0,
+        steady: bool = False,
         said: Callable[[Sequence, int], int] = own_words,
     ) -> None:
         self.scheduler = Scheduler(
@@ -80,6 +85,7 @@ class Driven:
         self.computed: dict[str, int] = {}  # tokens, by sequence
         self.started: list[Sequence] = []  # in order of the first chunk
         self.ended: list[Sequence] = []
+        self._steady = steady
         self._said = said
 
     def add(self, *sequences: Sequence) -> None:
@@ -126,9 +132,12 @@ class Driven:
                 self.cells.append(one.sequence_id, chunk.start + number, token)
             self.computed[one.id] = self.computed.get(one.id, 0) + len(tokens)
         self.scheduler.commit(plan.chunks)
+        steady = self.scheduler.steady_steps(plan.chunks)
         for chunk in plan.chunks:
             if chunk.wants_logits:
                 self._draw(chunk)
+        if self._steady and len(self.scheduler.running) == len(plan.chunks):
+            self._go_on(steady)
         self.scheduler.check_integrity()
 
     def no_slot(self, plan: Plan) -> bool:
@@ -142,6 +151,20 @@ class Driven:
         self.scheduler.finish(one)
         self.ended.append(one)
         self.scheduler.check_integrity()
+
+    def _go_on(self, steps: int) -> None:
+        running = self.scheduler.running
+        assert not steps or all(one.pending == 1 for one in running)
+        for _ in range(steps):
+            assert self.cells.used + len(running) <= self.scheduler.kv_tokens
+            for one in running:
+                self.cells.append(one.sequence_id, one.computed, one.tokens[-1])
+                one.computed += 1
+                one.tokens.append(self._said(one, len(one.tokens)))
+                self.computed[one.id] += 1
+                assert len(one.tokens) < one.max_length, "a steady step was the last one"
+        self.steps += steps
+        self.scheduler.settle(running, steps)
 
     # -- what a step must be ---------------------------------------------------------------------
 
