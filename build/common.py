@@ -44,9 +44,9 @@ def digest(*parts: str | bytes) -> str:
     return hashlib.sha256(joined).hexdigest()[:12]
 
 
-def llama_key() -> str:
+def llama_key(cmake_args: str = CMAKE_ARGS) -> str:
     """Names a build of llama.cpp: the same flags, source and kind of machine."""
-    return digest(CMAKE_ARGS, LLAMA_LOCK.read_bytes(), sys.platform, os.uname().machine)
+    return digest(cmake_args, LLAMA_LOCK.read_bytes(), sys.platform, os.uname().machine)
 
 
 def model_key() -> str:

@@ -19,16 +19,17 @@ BUILD_ERROR = re.compile(r"\bFAILED: |CMake Error|^ERROR: ")
 UNUSED = re.compile(r"include/|bin/|llama_cpp/lib/(cmake/|pkgconfig/|libllama-common\.)")
 
 
-def wheel(cache: Path) -> Path:
+def wheel(cache: Path, cmake_args: str = CMAKE_ARGS) -> Path:
     """The wheel's path in the cache; builds it first if it is not there."""
     version = LLAMA_LOCK.read_text().partition("==")[2].split()[0]
-    folder = cache / f"llama-cpp-python-{version}-{llama_key()}"
+    folder = cache / f"llama-cpp-python-{version}-{llama_key(cmake_args)}"
     with locked(cache):
         if not folder.exists():
             check_compiler()
             need_space(cache, 1500)
             work = scratch(cache)
-            slim(compile_wheel(work, cache / "llama-cpp-python.log"), work / "done")
+            made = compile_wheel(work, cache / "llama-cpp-python.log", cmake_args)
+            slim(made, work / "done")
             (work / "done").rename(folder)
             shutil.rmtree(work)
     return next(folder.glob("*.whl"))
@@ -47,7 +48,7 @@ def check_compiler() -> None:
         )
 
 
-def compile_wheel(work: Path, log: Path) -> Path:
+def compile_wheel(work: Path, log: Path, cmake_args: str) -> Path:
     say("fetching llama.cpp's source, 77 MB, and the tools to build it (20-90 seconds)")
     tools = work / "tools"
     python = str(tools / "bin/python")
@@ -63,7 +64,7 @@ def compile_wheel(work: Path, log: Path) -> Path:
         *["--wheel-dir", str(work), "-r", str(LLAMA_LOCK)],
     ]
     environment = clean_environment() | {
-        "CMAKE_ARGS": CMAKE_ARGS,
+        "CMAKE_ARGS": cmake_args,
         "NINJA_STATUS": "[%f/%t] ",
         "PATH": f"{tools / 'bin'}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
         "TMPDIR": str(work),

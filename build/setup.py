@@ -1,4 +1,4 @@
-"""Sets up what is missing, then starts what was asked for: `setup.py run|test|binary [ARGS]`.
+"""Sets up what is missing, then starts what was asked for: `setup.py run|test|binary|wheel [ARGS]`.
 
 Every `build/run` passes through here, so a finished setup must be recognised fast: each step leaves
 a stamp (a hash of what went into it) in .venv, and only if one differs is the rest imported.

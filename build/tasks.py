@@ -9,13 +9,16 @@ import tempfile
 import time
 from pathlib import Path
 
-from common import BUILD, MODEL, ROOT, VENV, Stop, say
-from environment import PYTHON, locked, need_space, run_quietly
+import llama
+from common import BUILD, CMAKE_ARGS, MODEL, ROOT, VENV, Stop, say
+from environment import PYTHON, cache, locked, need_space, run_quietly
 
 # PyInstaller's mark at the end of its archive: magic, the length from the archive's start up to
 # here, then the place of the table of contents in it and Python's version and library.
 COOKIE = struct.Struct("!8sI76s")
 COOKIE_MAGIC = b"MEI\014\013\012\013\016"
+# Turing to Hopper and Ada; code for newer ones is made from the last when the driver loads it.
+CUDA_ARCHITECTURES = "75-real;80-real;86-real;89-real;90"
 MODEL_FOOTER = 64  # pinaivu_box.models.bundled ends the file with this many bytes of its own
 
 CHECKS = [
@@ -65,6 +68,23 @@ def make_executable(work: Path, target: Path) -> None:
     say(f"made dist/pinaivu: {size:.0f} MB, `--version` in {seconds:.1f} s")
 
 
+def wheel(arguments: list[str]) -> None:
+    """llama-cpp-python's wheel in dist/; with --cuda also its CUDA backend, as its own library."""
+    if arguments[:1] not in ([], ["--cuda"]) or len(arguments) > 2:
+        raise Stop("it is build/wheel, or build/wheel --cuda [ARCHITECTURES], such as 80;86;90")
+    cmake_args = CMAKE_ARGS
+    if arguments:
+        if not shutil.which("nvcc"):
+            raise Stop("--cuda needs NVIDIA's CUDA toolkit with nvcc on the PATH: install it first")
+        architectures = arguments[1] if len(arguments) == 2 else CUDA_ARCHITECTURES
+        cmake_args += f" -DGGML_CUDA=ON -DCMAKE_CUDA_ARCHITECTURES={architectures}"
+    made = llama.wheel(cache(), cmake_args)
+    target = ROOT / "dist" / made.name
+    target.parent.mkdir(exist_ok=True)
+    shutil.copyfile(made, target)
+    say(f"made dist/{made.name}: install it with pip, with --force-reinstall over another build")
+
+
 def repeat_cookie(executable: Path) -> None:
     """Puts PyInstaller's cookie behind the model as well.
 
@@ -94,4 +114,4 @@ def start_up_time(executable: Path) -> float:
     return seconds
 
 
-RUN = {"test": test, "binary": binary}
+RUN = {"test": test, "binary": binary, "wheel": wheel}

@@ -96,6 +96,8 @@ class Engine:
     def _compute(self) -> None:
         while self.scheduler:
             plan = self.scheduler.plan()
+            if self._facts.streams:
+                plan.chunks.sort(key=lambda chunk: chunk.sequence.sequence_id)
             for move in plan.moves:
                 self._move(move)
             _note_start(plan.chunks)
@@ -110,7 +112,8 @@ class Engine:
             steady = self.scheduler.steady_steps(plan.chunks)
             self._sample([chunk for chunk in plan.chunks if chunk.rows], logits)
             if steady > 1 and len(self.scheduler.running) == len(plan.chunks):
-                self._steady = Steady(list(self.scheduler.running), steady, self._end_tokens)
+                by_id = sorted(self.scheduler.running, key=lambda one: one.sequence_id)
+                self._steady = Steady(by_id, steady, self._end_tokens)
             return
 
     def _step_steadily(self) -> bool:

@@ -110,6 +110,8 @@ class LlamaRunner:
             kv_tokens=llama.llama_n_ctx(self._context),
             max_sequences=load.max_sequences,
             sequence_ids=self._ids,
+            # split_equal puts ids into one graph only if each is the one before it plus 1.
+            streams=not self._unified,
             # Recurrent and hybrid models keep a state that cannot be cut: nothing to share there.
             sharing=not (
                 llama.llama_model_is_recurrent(self._model)

@@ -25,7 +25,7 @@ class ModelFacts:
 
     `context` is the most tokens one sequence may have, `kv_tokens` the cells of the whole cache,
     `sequence_ids` how many ids it knows.  Without `sharing` (recurrent models) cells can neither be
-    copied nor cut.
+    copied nor cut.  With `streams` (see `llama_runner`) a batch is best in order of sequence ids.
     """
 
     build: str
@@ -40,6 +40,7 @@ class ModelFacts:
     end_tokens: frozenset[int]
     sequence_ids: int = 0  # 0: as many as max_sequences
     sharing: bool = True
+    streams: bool = False
     defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
+from heapq import heappop, heappush
 from typing import Protocol
 
 from pinaivu_box.engine.fairness import FairQueue
@@ -115,7 +116,8 @@ class Scheduler:
         self._policy = policy
         self._sharing = sharing
         self._capacity = kv_tokens  # less while the cache has shown that it holds less
-        self._free_ids = list(range(max(ids, max_sequences) - 1, -1, -1))
+        # A heap: with streams, ids without gaps between them are computed together.
+        self._free_ids = list(range(max(ids, max_sequences)))
         self._moves: list[Move] = []
         self._awaited: dict[Sequence, tuple[Sequence, int]] = {}
 
@@ -354,7 +356,7 @@ class Scheduler:
             if oldest is None:
                 raise AssertionError("more sequences run than there are ids")
             self._evict(oldest)
-        sequence.sequence_id = self._free_ids.pop()
+        sequence.sequence_id = heappop(self._free_ids)
         self.prefixes.open(sequence.sequence_id, source, length)
         if length:
             self._moves.append(Copy(source, sequence.sequence_id, length))
@@ -406,7 +408,7 @@ class Scheduler:
     def _evict(self, sequence_id: int) -> None:
         self.prefixes.release(sequence_id)
         self._moves.append(Remove(sequence_id))
-        self._free_ids.append(sequence_id)
+        heappush(self._free_ids, sequence_id)
 
     def _preempt(self, sequence: Sequence, *, keep: bool) -> None:
         self._leave(sequence, keep=keep)

@@ -59,6 +59,16 @@ def test_preempted_sequences_say_the_same_as_undisturbed_ones() -> None:
     assert_only_kept(engine, runner)
 
 
+@pytest.mark.parametrize("budget", [1, 2, 3, 8])
+def test_a_budget_of_a_token_or_two_changes_nothing_that_is_said(budget: int) -> None:
+    """Prompts are read in chunks of one token then, which are no decoding steps."""
+    adds = assorted(8)
+    engine, runner = make(max_sequences=budget, token_budget=budget)
+    heard = run(engine, adds)
+    assert {one.id: heard.answer(one.id) for one in adds} == alone(adds)
+    assert_only_kept(engine, runner)
+
+
 def test_no_slot_at_random_changes_nothing_that_is_said() -> None:
     adds = assorted(16)
     random = np.random.default_rng(2)
@@ -263,6 +273,15 @@ def test_the_queue_time_is_said_once_with_the_first_token() -> None:
     heard = run(make(kv_tokens=230)[0], assorted(16))
     assert all(len(times) == 1 and times[0] >= 0 for times in heard.queue_ms.values())
     assert len(heard.queue_ms) == 16
+
+
+def test_a_resumed_request_says_its_times_with_its_first_token() -> None:
+    """Each leg has waited, and may have found its prompt in the cache."""
+    engine, _ = make()
+    prompt = run(engine, [add("first", max_tokens=5)]).prompts["first"]
+    heard = run(engine, [add("r", max_tokens=10, output=[65] * 7)])
+    assert len(heard.queue_ms.get("r", [])) == 1
+    assert heard.cached.get("r") == [len(prompt)]
 
 
 def test_the_fake_model_repeats_its_sentence_by_position() -> None:

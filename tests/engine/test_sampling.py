@@ -173,7 +173,7 @@ def whole_vocabulary(logits: Float32, kind: Sampling, position: int, allowed: li
     return max(allowed, key=lambda token: scores[token])
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(LOGITS, st.floats(0.05, 2), SEEDS, st.integers(0, 100_000))
 def test_the_cut_of_what_cannot_be_drawn_is_exact(
     logits: Float32, temperature: float, seed: int, position: int
@@ -196,7 +196,7 @@ def test_the_cut_is_exact_on_a_large_vocabulary(temperature: float) -> None:
     assert temperature > 1 or len(ids) < len(logits)  # something was cut
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.floats(-40, 40, width=32), st.floats(0.05, 2), st.floats(0.001, 5))
 def test_what_is_cut_lies_beyond_any_noise(best: float, temperature: float, margin: float) -> None:
     """At the edge: just inside the span survives, just outside does not."""
@@ -230,7 +230,7 @@ def reference(logits: Float32, kind: Sampling) -> list[int]:
     return order
 
 
-@settings(max_examples=800, deadline=None)
+@settings(max_examples=800)
 @given(
     LOGITS,
     st.sampled_from([0.2, 0.7, 1.0, 1.5, 2.0]),

@@ -45,8 +45,9 @@ def test_a_conversation_that_goes_on_takes_over_its_cells() -> None:
     driven = Driven(budget=300)
     first = sequence(0, 100, 10)
     driven.add(first)
+    driven.step()
+    its_id = first.sequence_id
     driven.run()
-    its_id = driven.moves[-1].sequence_id if driven.moves else 0
     second = sequence(1, [*first.tokens, 7, 8, 9], 5)
     driven.add(second)
     driven.step()
@@ -71,10 +72,9 @@ def test_a_part_of_what_is_kept_is_copied_while_there_are_ids() -> None:
     assert third.cached_tokens == 200
 
 
-@pytest.mark.parametrize(("shared", "moves"), [(150, [Truncate]), (20, [Remove])])
+@pytest.mark.parametrize(("shared", "moves"), [(150, [Truncate]), (20, [Remove, Copy])])
 def test_without_a_free_id_what_is_kept_is_cut_or_given_up(shared: int, moves: list[type]) -> None:
-    """It is cut if most of it is used; else the least recently used one goes, here its source or
-    the other one."""
+    """It is cut if half of it is used; else another one gives its id, and the part is copied."""
     driven = Driven(budget=300, sequences=2, ids=2)
     driven.add(sequence(0, 10, 5), sequence(1, [*LONG, 1001], 5))
     driven.run()
@@ -83,7 +83,7 @@ def test_without_a_free_id_what_is_kept_is_cut_or_given_up(shared: int, moves: l
     driven.add(second)
     driven.step()
     assert second.cached_tokens == shared
-    assert [type(move) for move in driven.moves][: len(moves)] == moves
+    assert [type(move) for move in driven.moves] == moves
     driven.run()
 
 
@@ -99,7 +99,7 @@ def test_the_last_token_of_a_prompt_is_computed_even_if_all_is_there() -> None:
 
 
 def test_cached_tokens_never_counts_what_the_sequence_said_itself() -> None:
-    """One that goes on after it was thrown out finds its own cells, also those of its output."""
+    """A later leg of a request finds the cells of the earlier one, also those of its output."""
     driven = Driven(sequences=1, ids=4)
     one = sequence(0, 20, 30, tenant="a")
     driven.add(one)
@@ -132,23 +132,6 @@ def test_the_same_long_prompt_is_computed_once(budget: int, own: int, output: in
     assert sum(driven.computed.values()) <= most
     if budget >= 250:  # the whole prompt in one step
         assert sum(driven.computed.values()) <= len(LONG) + 6 * (own + output)
-
-
-def test_who_waits_for_a_prefix_goes_on_when_its_source_is_cancelled() -> None:
-    """It computes what is missing itself."""
-    for cancelled_after in (1, 2, 3):
-        driven = Driven(kv=3000, budget=60)
-        # Leaves some of the budget to look at the others, which wait.
-        stream = sequence(9, 1, 300)
-        driven.add(stream)
-        driven.step()
-        first, second = sequence(0, LONG, 20), sequence(1, LONG, 20)
-        driven.add(first)
-        driven.add(second)
-        steps(driven, cancelled_after)
-        driven.end(first)
-        driven.run()
-        assert second in driven.ended
 
 
 @pytest.mark.parametrize("cancelled", [True, False])
@@ -197,8 +180,8 @@ def test_the_engine_computes_a_shared_prompt_once_and_says_so() -> None:
 
 
 def test_cancelling_who_computes_a_shared_prompt_leaves_the_others_going() -> None:
-    for taken in range(1, 8):
-        engine, _ = make(token_budget=40)
+    for taken in range(1, 5):
+        engine, _ = make(token_budget=100)
         heard = Heard()
         engine.receive(add("s", "s", max_tokens=100))
         heard.take(engine.step())
@@ -267,7 +250,7 @@ def families(draw: st.DrawFn) -> list[Sequence]:
     ]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(families(), st.integers(60, 200), st.integers(1, 5))
 def test_without_sharing_nothing_is_kept_copied_or_cut(
     family: list[Sequence], kv: int, places: int

@@ -1,0 +1,184 @@
+"""Frames: what was said since the last one, whole and once, however many steps that were."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pinaivu_box.engine.detokenizer import Detokenizer
+from pinaivu_box.engine.fake_runner import END
+from pinaivu_box.engine.intake import Arrival
+from pinaivu_box.engine.messages import Admitted, Delta, EngineLoad, Refused, StepFrame
+from pinaivu_box.engine.output import Output, Said, StepOutput
+from tests.engine.driven import sequence
+from tests.engine.harness import add, make
+
+
+def piece(token: int) -> bytes:
+    return bytes([token]) if token < END else b""
+
+
+def arrival(name: str, stop: list[str] | None = None) -> Arrival:
+    return Arrival(Admitted(name, [1, 2]), Detokenizer(piece, stop or []), sequence(0, 2, 9))
+
+
+def step(*said: Said, steps: int = 1) -> StepOutput:
+    return StepOutput(list(said), EngineLoad(steps=steps))
+
+
+def say(name: str, text: str, finish_reason: str | None = None) -> Said:
+    return Said(name, list(text.encode()), finish_reason)
+
+
+def plain(steps: int = 1, **tokens: str) -> StepOutput:
+    """A steady step: a token each."""
+    each = [ord(token) for token in tokens.values()]
+    return StepOutput([], EngineLoad(steps=steps), (list(tokens), each))
+
+
+def admitted(*names: str, stop: list[str] | None = None) -> Output:
+    output = Output()
+    for name in names:
+        output.take(arrival(name, stop))
+    output.frame()
+    return output
+
+
+def test_several_steps_make_one_delta_for_each_sequence() -> None:
+    output = admitted("a", "b")
+    first = Said("a", [ord("x")], queue_ms=5.0, cached_tokens=3)
+    assert output.take(step(first, say("b", "1"))) == []
+    assert output.take(step(say("a", "yz"), say("b", "2"), steps=2)) == []
+    assert output.take(plain(steps=3, a="!", b="3")) == []
+    assert output.take(step(say("b", "4", "length"), steps=4)) == []
+    frame = output.frame()
+    assert frame.deltas == [
+        Delta("a", "xyz!", list(b"xyz!"), None, 5.0, 3),
+        Delta("b", "1234", list(b"1234"), "length"),
+    ]
+    assert frame.load.steps == 4
+
+
+def test_a_frame_says_nothing_twice() -> None:
+    output = Output()
+    output.take(arrival("a"))
+    output.take(Refused("b", "code", "why"))
+    output.take(step(say("a", "x"), steps=7))
+    first, second = output.frame(), output.frame()
+    assert (len(first.admitted), len(first.refused), len(first.deltas)) == (1, 1, 1)
+    assert second == StepFrame([], [], [], EngineLoad(steps=7))  # the load is the last known
+    output.take(step(say("a", "y")))
+    assert output.frame().deltas == [Delta("a", "y", list(b"y"))]
+
+
+@settings(max_examples=200)
+@given(
+    st.lists(st.tuples(st.sampled_from("abc"), st.text("xyzä😀", min_size=1, max_size=4))),
+    st.lists(st.booleans(), min_size=1),
+    st.sampled_from([[], ["xy"], ["zz", "yx"], ["😀x"]]),
+)
+def test_frames_together_say_the_same_however_many_steps_each_holds(
+    spoken: list[tuple[str, str]], framed: list[bool], stop: list[str]
+) -> None:
+    """`framed` says after which steps there is a frame."""
+
+    def listen(often: list[bool]) -> tuple[dict[str, str], dict[str, list[int]], dict[str, str]]:
+        output = admitted("a", "b", "c", stop=stop)
+        text, tokens, ends = dict.fromkeys("abc", ""), {name: [] for name in "abc"}, {}
+        for number, (name, words) in enumerate(spoken):
+            output.take(step(say(name, words)))
+            if often[number % len(often)] or number == len(spoken) - 1:
+                for delta in output.frame().deltas:
+                    assert delta.id not in ends, "a delta after the end"
+                    text[delta.id] += delta.text
+                    tokens[delta.id] += delta.tokens
+                    if delta.finish_reason:
+                        ends[delta.id] = delta.finish_reason
+        return text, tokens, ends
+
+    assert listen(framed) == listen([True])
+
+
+@pytest.mark.parametrize("steady", [True, False])
+def test_a_stop_string_ends_a_sequence_before_the_engine_knows(steady: bool) -> None:
+    """It is reported once; what the engine says until it hears of it is nothing to anybody."""
+    output = admitted("a", "b", stop=["yz"])
+    first, second = (
+        (plain(a="y", b="y"), plain(a="z", b="w"))
+        if steady
+        else (step(say("a", "y"), say("b", "y")), step(say("a", "z"), say("b", "w")))
+    )
+    assert output.take(step(say("a", "x"), say("b", "x"))) == []
+    assert output.take(first) == []
+    assert output.take(second) == ["a"]
+    assert output.take(plain(a="!", b="!")) == []
+    assert output.take(step(say("a", "!", "length"), say("b", "?", "length"))) == []
+    assert output.frame().deltas == [
+        Delta("a", "x", list(b"xyz"), "stop"),
+        Delta("b", "xyw!?", list(b"xyw!?"), "length"),
+    ]
+    assert output.take(step(say("a", "!"))) == [] and output.frame().deltas == []
+
+
+def test_a_stop_string_inside_a_step_ends_it_there() -> None:
+    """A step with an accepted draft has several tokens: those after the stop were never said."""
+    output = admitted("a", stop=["yz"])
+    assert output.take(step(Said("a", list(b"xyzw"), "length"))) == ["a"]
+    assert output.frame().deltas == [Delta("a", "x", list(b"xyz"), "stop")]
+
+
+def test_an_end_token_has_no_text() -> None:
+    output = admitted("a")
+    output.take(step(Said("a", [*b"hi", END], "stop", end_token=True)))
+    assert output.frame().deltas == [Delta("a", "hi", [*b"hi", END], "stop")]
+
+
+def test_what_was_held_back_comes_with_the_end() -> None:
+    """The beginning of a stop string, and a character that was never finished."""
+    output = admitted("a", "b", stop=["yz!"])
+    output.take(step(say("a", "xyz"), Said("b", [ord("x"), 0xC3])))
+    assert [delta.text for delta in output.frame().deltas] == ["x", "x"]
+    output.take(step(Said("a", [], "cancelled"), Said("b", [], "length")))
+    assert output.frame().deltas == [
+        Delta("a", "yz", [], "cancelled"),
+        Delta("b", "\ufffd", [], "length"),
+    ]
+
+
+def test_a_request_may_be_refused_after_it_was_admitted() -> None:
+    """Its prompt did not fit into the cache after all: it says so, and no delta follows."""
+    output = Output()
+    output.take(arrival("a"))
+    output.take(Refused("a", "context_length_exceeded", "too long"))
+    output.take(step(say("a", "late")))
+    frame = output.frame()
+    assert [one.id for one in frame.admitted] == ["a"]
+    assert [one.code for one in frame.refused] == ["context_length_exceeded"]
+    assert frame.deltas == []
+
+
+def test_an_engine_refuses_an_admitted_request_that_does_not_fit() -> None:
+    """And serves the next one."""
+    engine, _ = make(cells=60)
+    engine.receive(add("large", "x" * 100))
+    frames = [engine.step()]
+    while engine.busy:
+        frames.append(engine.step())
+    assert [one.id for frame in frames for one in frame.admitted] == ["large"]
+    assert [one.code for frame in frames for one in frame.refused] == ["context_length_exceeded"]
+    assert [delta for frame in frames for delta in frame.deltas] == []
+    engine.receive(add("small", "x", 3))
+    while engine.busy:
+        frames.append(engine.step())
+    assert [delta.finish_reason for delta in frames[-1].deltas] == ["length"]
+
+
+def test_every_delta_says_how_many_tokens_were_forgotten() -> None:
+    """Also in steps that forget nothing more."""
+    output = admitted("a")
+    output.take(step(Said("a", [ord("x")], shifted_tokens=30)))
+    assert output.frame().deltas[0].shifted_tokens == 30
+    output.take(step(Said("a", [ord("y")], shifted_tokens=30)))
+    output.take(step(Said("a", [ord("z")], shifted_tokens=60)))
+    assert output.frame().deltas[0].shifted_tokens == 60

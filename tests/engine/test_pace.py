@@ -1,0 +1,151 @@
+"""The pace: prompts do not stop the streams, and drafts are made where they pay."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pinaivu_box.engine.pace import LEAST_PROMPT, LONGEST, PROMPT_STRETCH, SHORTEST, Pace
+
+TOLERANCE = 1.001
+
+
+class Machine:
+    """Steps take a fixed time, more for each row, and more for each prompt token."""
+
+    def __init__(self, step: float, row: float, prompt_token: float) -> None:
+        self.step, self.row, self.prompt_token = step, row, prompt_token
+
+    def seconds(self, rows: int, prompt: int = 0) -> float:
+        return self.step + rows * self.row + prompt * self.prompt_token
+
+    def teach(self, rows: list[int], prompts: list[int]) -> Pace:
+        pace = Pace()
+        for _ in range(3):
+            for count in rows:
+                pace.observe(count, 0, self.seconds(count))
+            for size in prompts:
+                pace.observe(rows[0], size, self.seconds(rows[0], size))
+        return pace
+
+
+MACHINES = st.builds(Machine, st.floats(1e-4, 0.3), st.floats(1e-6, 0.05), st.floats(1e-6, 0.05))
+MOST = st.integers(1, 4096)
+
+
+@given(MACHINES, st.sampled_from([1, 2, 5, 9, 16, 30]), MOST)
+def test_prompts_beside_streams_stretch_a_step_as_far_as_is_said(
+    machine: Machine, rows: int, most: int
+) -> None:
+    """Eightfold, or to what nobody minds; never to more than what anybody minds."""
+    pace = machine.teach([1, 4, 16], [8, 64, 512])
+    budget = pace.prompt_budget(rows, most)
+    assert min(most, LEAST_PROMPT) <= budget <= most
+    alone = machine.seconds(rows)
+    limit = min(LONGEST, max(SHORTEST, PROMPT_STRETCH * alone))
+    if budget > LEAST_PROMPT:
+        assert machine.seconds(rows, budget) <= TOLERANCE * limit
+
+
+@given(MACHINES, MOST)
+def test_prompts_alone_take_a_step_of_the_longest_time_at_most(machine: Machine, most: int) -> None:
+    """So long waits who comes in the middle of it."""
+    pace = machine.teach([1, 4, 16], [8, 64, 512])
+    budget = pace.prompt_budget(0, most)
+    assert min(most, LEAST_PROMPT) <= budget <= most
+    if budget > LEAST_PROMPT:
+        assert budget * machine.prompt_token <= TOLERANCE * LONGEST
+
+
+@given(MACHINES, st.sampled_from([0, 1, 5, 16]))
+def test_the_budget_is_used_where_there_is_time(machine: Machine, rows: int) -> None:
+    """Nothing is held back without need: twice as much would not have been allowed."""
+    pace = machine.teach([1, 4, 16], [512, 512, 512])
+    budget = pace.prompt_budget(rows, 10**9)
+    alone = machine.seconds(rows) if rows else 0.0
+    limit = LONGEST if not rows else min(LONGEST, max(SHORTEST, PROMPT_STRETCH * alone))
+    # A step's own time is at most a tenth of one with 512 prompt tokens, or it counts for them.
+    each = max(machine.prompt_token, machine.seconds(1, 512) / 512)
+    assert 2 * (budget + 1) * each + alone > limit / TOLERANCE
+
+
+def test_it_begins_carefully_and_learns() -> None:
+    pace = Pace()
+    assert pace.prompt_budget(0, 4096) == 4096  # nobody is held up
+    assert pace.prompt_budget(1, 4096) <= 256
+    slow = Machine(0.05, 0.001, 0.01).teach([1, 4], [64])
+    fast = Machine(0.05, 0.001, 0.0001).teach([1, 4], [64])
+    assert LEAST_PROMPT <= slow.prompt_budget(1, 4096) < fast.prompt_budget(1, 4096)
+
+
+def test_it_follows_a_machine_that_becomes_slower() -> None:
+    pace = Machine(0.01, 0.0, 0.001).teach([1], [64])
+    before = pace.prompt_budget(1, 4096)
+    slower = Machine(0.01, 0.0, 0.005)
+    for _ in range(30):
+        pace.observe(1, 64, slower.seconds(1, 64))
+    assert pace.prompt_budget(1, 4096) < before / 3
+
+
+def test_steps_of_a_number_of_rows_that_never_came_are_estimated() -> None:
+    machine = Machine(0.02, 0.003, 0.001)
+    pace = machine.teach([2, 4, 10], [])
+    for rows in (1, 3, 7, 20):
+        assert pace.seconds(rows) == pytest.approx(machine.seconds(rows))
+    assert pace.seconds(0) == 0
+
+
+@pytest.mark.parametrize("rows", [1, 2, 8, 32])
+@pytest.mark.parametrize("acceptance", [0.1, 0.5, 0.99])
+def test_no_draft_where_a_row_costs_as_much_as_a_step(rows: int, acceptance: float) -> None:
+    """A drafted token would take the time of a token that is sure."""
+    pace = Machine(0.0, 0.02, 0.02).teach([1, 2, 4, 8], [])
+    assert pace.draft_length(rows, float(rows), acceptance, 8) == 0
+
+
+def test_no_draft_before_anything_is_known() -> None:
+    assert Pace().draft_length(1, 1.0, 0.9, 8) == 0
+
+
+def test_the_cheaper_a_row_the_longer_the_draft() -> None:
+    lengths = [
+        Machine(0.02, row, 0.001).teach([1, 2, 4, 8], []).draft_length(1, 1.0, 0.6, 16)
+        for row in (0.02, 0.005, 0.001, 0.0001, 0.0)
+    ]
+    assert lengths == sorted(lengths)
+    assert lengths[0] <= 1 and lengths[2] >= 3 and lengths[-1] == 16
+
+
+@given(
+    MACHINES,
+    st.integers(1, 16),
+    st.floats(0.01, 0.99),
+    st.floats(0.01, 0.99),
+    st.integers(0, 16),
+)
+def test_a_better_chance_never_makes_a_draft_shorter(
+    machine: Machine, rows: int, one: float, other: float, most: int
+) -> None:
+    pace = machine.teach([1, 2, 4, 8, 16], [])
+    worse, better = sorted((one, other))
+    shorter = pace.draft_length(rows, float(rows), worse, most)
+    assert shorter <= pace.draft_length(rows, float(rows), better, most) <= most
+
+
+@given(MACHINES, st.integers(1, 16), st.floats(0.01, 0.99))
+def test_a_draft_gives_more_tokens_a_second(machine: Machine, rows: int, acceptance: float) -> None:
+    """Each drafted token pays for itself, and the next one would not."""
+    pace = machine.teach([1, 2, 4, 8, 16], [])
+    count = pace.draft_length(rows, float(rows), acceptance, 16)
+
+    def rate(drafted: int) -> float:
+        expected = rows + sum(acceptance**n for n in range(1, drafted + 1))
+        return expected / machine.seconds(rows + drafted)
+
+    rates = [rate(drafted) for drafted in range(count + 1)]
+    assert all(b >= a / TOLERANCE for a, b in pairwise(rates))
+    if count < 16:
+        assert rate(count + 1) <= TOLERANCE * rates[-1]
