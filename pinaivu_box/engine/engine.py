@@ -19,8 +19,6 @@ from pinaivu_box.engine.sequence import Sequence
 from pinaivu_box.engine.steady import Steady
 from pinaivu_box.errors import ContextOverflow
 
-_KEPT_BY_A_SHIFT = 4  # a shift keeps at most a quarter of the context from the beginning
-
 
 class Engine:
     """Drives a runner: `add` and `end` sequences, `step` computes once and reports."""
@@ -94,8 +92,9 @@ class Engine:
     # -- a step --------------------------------------------------------------------------------
 
     def _compute(self) -> None:
+        drafting = True
         while self.scheduler:
-            plan = self.scheduler.plan()
+            plan = self.scheduler.plan(drafting=drafting)
             if self._facts.streams:
                 plan.chunks.sort(key=lambda chunk: chunk.sequence.sequence_id)
             for move in plan.moves:
@@ -105,7 +104,10 @@ class Engine:
             try:
                 logits = self._runner.decode(_batch(plan.chunks))
             except NoSlot:
-                self._relieve(plan.chunks)
+                if drafting and any(chunk.draft for chunk in plan.chunks):
+                    drafting = False  # the draft was not worth anybody's cells
+                else:
+                    self._relieve(plan.chunks)
                 continue
             self._observe(plan.chunks, time.perf_counter() - began)
             self.scheduler.commit(plan.chunks)
@@ -191,7 +193,7 @@ class Engine:
 
     def _take(self, chunk: Chunk, tokens: list[int], accepted: int) -> None:
         sequence = chunk.sequence
-        first = len(sequence.tokens) == sequence.prompt_length and not sequence.shifted
+        first, sequence.spoken = not sequence.spoken, True
         sequence.tokens += tokens
         self.scheduler.accept(chunk, accepted)
         if chunk.draft and sequence.lookup is not None:
@@ -225,14 +227,9 @@ class Engine:
         full: it forgets half of what comes after the beginning, and the rest is computed anew."""
         if len(sequence.tokens) + sequence.shifted >= sequence.max_length:
             return True
-        context = sequence.context
-        if len(sequence.tokens) < context:
+        if len(sequence.tokens) < sequence.context:
             return False
-        kept = min(sequence.prompt_length, context // _KEPT_BY_A_SHIFT)
-        dropped = (len(sequence.tokens) - kept) // 2
-        del sequence.tokens[kept : kept + dropped]
-        sequence.prompt_length = max(kept, sequence.prompt_length - dropped)
-        sequence.shifted += dropped
+        sequence.shift()
         self.scheduler.restart(sequence)
         return False
 

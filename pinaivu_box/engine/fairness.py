@@ -2,8 +2,8 @@
 OSDI 2024).
 
 Each tenant has a counter of the tokens that were computed for it, divided by its weight; whoever
-has the lowest is next.  A tenant that comes back after a pause starts at the lowest counter of
-those that are there: nobody saves up.
+has the lowest is next.  A tenant that had nothing waiting starts at the lowest counter of those
+that have: nobody saves up.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from __future__ import annotations
 from bisect import insort
 from collections.abc import Iterator
 
-from pinaivu_box.engine.sequence import Sequence
+from pinaivu_box.engine.sequence import Sequence, State
 
+_MOST_LEFT = 1000  # tenants that are remembered, but for those that it would change nothing for
 PROMPT_COST, OUTPUT_COST = 1.0, 2.0  # as in the paper
 
 
@@ -32,7 +33,7 @@ class FairQueue:
     def __init__(self) -> None:
         self._tenants: dict[str, _Tenant] = {}  # those that have something waiting or running
         self._left: dict[str, float] = {}  # counters of those that had
-        self._floor = 0.0  # where a newcomer starts when nobody is here
+        self._floor = 0.0  # of whoever was the last to wait
         self._count = 0
 
     def __len__(self) -> int:
@@ -43,7 +44,15 @@ class FairQueue:
             yield from tenant.waiting
 
     def push(self, sequence: Sequence) -> None:
-        tenant = self._tenant(sequence.tenant)
+        tenant = self._tenants.get(sequence.tenant)
+        if tenant is None:
+            tenant = self._tenants[sequence.tenant] = _Tenant(self._left.pop(sequence.tenant, 0.0))
+        if not tenant.waiting and sequence.state is State.WAITING:
+            # It asked for nothing until now: neither credit for that nor pardon of what it had.
+            others = [other for other in self._tenants.values() if other is not tenant]
+            counters = [other.counter for other in others if other.waiting]
+            counters = counters or [other.counter for other in others]
+            tenant.counter = max(tenant.counter, min(counters, default=self._floor))
         tenant.weight = sequence.weight
         insort(tenant.waiting, sequence, key=_rank)
         self._count += 1
@@ -59,6 +68,8 @@ class FairQueue:
         tenant.waiting.remove(sequence)
         tenant.running += 1
         self._count -= 1
+        if not tenant.waiting:
+            self._floor = tenant.counter
 
     def stop(self, sequence: Sequence) -> None:
         """It no longer runs."""
@@ -99,20 +110,15 @@ class FairQueue:
         fair = (holder.running - 1) / holder.weight >= (asking.running + 1) / asking.weight
         return most if most != name and fair else None
 
-    def _tenant(self, name: str) -> _Tenant:
-        if name not in self._tenants:
-            here = [tenant.counter for tenant in self._tenants.values()]
-            floor = min(here, default=self._floor)
-            # Neither credit for a pause nor pardon of what was had before it.
-            self._tenants[name] = _Tenant(max(floor, self._left.pop(name, 0.0)))
-            self._left = {who: had for who, had in self._left.items() if had > floor}
-        return self._tenants[name]
-
     def _forget_idle(self, name: str) -> None:
         tenant = self._tenants[name]
-        if not tenant.waiting and not tenant.running:
-            del self._tenants[name]
-            self._left[name] = self._floor = tenant.counter
+        if not tenant.waiting:
+            self._floor = tenant.counter
+            if not tenant.running:
+                del self._tenants[name]
+                self._left[name] = tenant.counter
+                if len(self._left) > _MOST_LEFT:
+                    self._left = {who: had for who, had in self._left.items() if had > self._floor}
 
 
 def _rank(sequence: Sequence) -> tuple[int, int]:

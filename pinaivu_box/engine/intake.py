@@ -60,7 +60,7 @@ class Intake:
         sequence = Sequence(
             id=add.id,
             tenant=add.tenant,
-            tokens=prompt + add.output,
+            tokens=list(prompt),
             prompt_length=len(prompt),
             max_length=len(prompt) + limit,
             context=self._context,
@@ -69,4 +69,8 @@ class Intake:
             priority=add.priority,
             lookup=Lookup() if self._drafting and limit <= room else None,
         )
+        for token in add.output:  # it may have shifted, as it did in that leg
+            sequence.tokens.append(token)
+            if len(sequence.tokens) >= self._context:
+                sequence.shift()
         return Arrival(Admitted(add.id, prompt), detokenizer, sequence)

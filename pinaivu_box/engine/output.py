@@ -42,7 +42,6 @@ class _Pending:
     finish_reason: str | None = None
     queue_ms: float | None = None
     cached_tokens: int | None = None
-    shifted_tokens: int = 0
 
 
 class Output:
@@ -52,6 +51,7 @@ class Output:
         self._detokenizers: dict[str, Detokenizer] = {}
         self._frame = StepFrame([], [], [], EngineLoad())
         self._pending: dict[str, _Pending] = {}
+        self._shifted: dict[str, int] = {}  # tokens that a sequence has forgotten, if it has
 
     def take(self, event: Arrival | Refused | StepOutput) -> list[str]:
         """Returns the ids of sequences that a stop string has just ended."""
@@ -82,9 +82,11 @@ class Output:
                     pending.finish_reason,
                     pending.queue_ms,
                     pending.cached_tokens,
-                    pending.shifted_tokens,
+                    self._shifted.get(request_id, 0),
                 )
             )
+            if pending.finish_reason:
+                self._shifted.pop(request_id, None)
         self._pending = {}
         self._frame = StepFrame([], [], [], frame.load)
         return frame
@@ -124,5 +126,6 @@ class Output:
             del self._detokenizers[said.id]
         if said.queue_ms is not None:
             pending.queue_ms, pending.cached_tokens = said.queue_ms, said.cached_tokens
-        pending.shifted_tokens = said.shifted_tokens
+        if said.shifted_tokens:
+            self._shifted[said.id] = said.shifted_tokens
         return detokenizer.stopped

@@ -148,24 +148,26 @@ class Scheduler:
         if sequence.state is not State.RUNNING:
             self.waiting.remove(sequence)
             return
-        self._leave(sequence, keep=True)
+        self._free(sequence, keep=True)
+        self.waiting.stop(sequence)
 
-    def plan(self) -> Plan:
+    def plan(self, *, drafting: bool = True) -> Plan:
         """The next step.  Nothing of it counts as computed before `commit`."""
         self._give_place()
         self._make_room(len(self.running))
         decoding = [s for s in self.running if s.pending == 1]
         chunks = [Chunk(s, s.computed, 1) for s in decoding[: max(0, self._room())]]
-        most = min(self.token_budget, self._room()) - len(chunks)
-        budget = self._policy.prompt_budget(len(chunks), most) if most > 0 else 0
-        prompts = [s for s in self.running if s.pending > 1]
-        for sequence in sorted(prompts, key=self._turn):
-            budget -= self._add_chunk(chunks, sequence, budget)
+        planned = len(chunks)
+        budget = self._policy.prompt_budget(planned, self.token_budget - planned)
+        prompts = sorted((s for s in self.running if s.pending > 1), key=self._turn)
+        for sequence in prompts:
+            count = self._add_chunk(chunks, sequence, planned, budget)
+            planned, budget = planned + count, budget - count
         for sequence in self._startable(budget):
             self._start(sequence)
-            self._reserve(sequence)
-            budget -= self._add_chunk(chunks, sequence, min(budget, self._room_beside(chunks)))
-        if not any(chunk.sequence.pending > 1 for chunk in chunks):
+            count = self._add_chunk(chunks, sequence, planned, budget)
+            planned, budget = planned + count, budget - count
+        if drafting and all(chunk.wants_logits and chunk.count == 1 for chunk in chunks):
             chunks = self._with_drafts(chunks)
         moves, self._moves = self._moves, []
         return Plan(chunks, moves)
@@ -175,7 +177,8 @@ class Scheduler:
 
         `settle` has to be called before anything else is.
         """
-        if len(chunks) != len(self.running) or any(c.count > 1 or c.draft for c in chunks):
+        plain = all(c.count == 1 and c.wants_logits and not c.draft for c in chunks)
+        if not plain or len(chunks) != len(self.running):
             return 0
         if self.waiting and len(self.running) < self.max_sequences:
             return 0  # somebody may soon find a place
@@ -220,8 +223,7 @@ class Scheduler:
 
     def restart(self, sequence: Sequence) -> None:
         """Its tokens were changed from within: compute them anew."""
-        self._leave(sequence, keep=False)
-        self._wait_again(sequence)
+        self._step_back(sequence, keep=False)
 
     def relieve(self) -> bool:
         """Free cells: evict what is kept, or preempt the youngest; False if one is alone."""
@@ -252,12 +254,11 @@ class Scheduler:
     def _turn(self, sequence: Sequence) -> tuple[float, int]:
         return (self.waiting.counter(sequence.tenant), sequence.arrival)
 
-    def _add_chunk(self, chunks: list[Chunk], sequence: Sequence, budget: int) -> int:
-        count = min(sequence.pending, budget)
-        if count > 0:
+    def _add_chunk(self, chunks: list[Chunk], sequence: Sequence, planned: int, budget: int) -> int:
+        count = self._fit(planned, min(sequence.pending, budget))
+        if count:
             chunks.append(Chunk(sequence, sequence.computed, count))
-            return count
-        return 0
+        return count
 
     def _with_drafts(self, chunks: list[Chunk]) -> list[Chunk]:
         rows, expected = len(chunks), float(len(chunks))
@@ -320,7 +321,7 @@ class Scheduler:
             awaited = self._awaited[sequence] = (source, best)
         source, length = awaited
         # It is there, or whoever computed it has gone: the cache says what there is.
-        there = source.state is State.RUNNING or source in starting
+        there = source.sequence_id >= 0 or source in starting
         if there and source.computed < min(length, len(source.tokens)):
             return True
         del self._awaited[sequence]
@@ -376,9 +377,13 @@ class Scheduler:
             return
         first = next(self.waiting.order())
         holder = self.waiting.over_share(first.tenant)
-        if holder is not None:
-            held = [s for s in self.running if s.tenant == holder]
-            self._preempt(max(held, key=lambda s: s.arrival), keep=True)
+        if holder is None:
+            return
+        youngest = max((s for s in self.running if s.tenant == holder), key=lambda s: s.arrival)
+        # Only if it is of use: the one that is next has to find cells as well.
+        others = sum(len(s.tokens) + 1 for s in self.running if s is not youngest)
+        if others + len(first.tokens) + 1 <= self._capacity:
+            self._preempt(youngest, keep=True)
 
     # -- cells -----------------------------------------------------------------------------------
 
@@ -388,16 +393,14 @@ class Scheduler:
         capacity = self._capacity if len(self.running) > 1 else self.kv_tokens
         return capacity - self.prefixes.cells
 
-    def _room_beside(self, chunks: list[Chunk]) -> int:
-        return self._room() - sum(chunk.count for chunk in chunks)
-
-    def _reserve(self, sequence: Sequence) -> None:
-        """Evict until what has just started finds room; its own source is the last to go."""
-        while self._room() < sequence.pending + len(self.running):
+    def _fit(self, planned: int, wanted: int) -> int:
+        """How many of `wanted` tokens find cells beside `planned` ones; evicts what is kept."""
+        while self._room() - planned < wanted:
             oldest = self.prefixes.oldest()
             if oldest is None:
-                return
+                break
             self._evict(oldest)
+        return max(0, min(wanted, self._room() - planned))
 
     def _make_room(self, needed: int) -> None:
         while self.prefixes.cells + needed > self._capacity:
@@ -411,15 +414,17 @@ class Scheduler:
         heappush(self._free_ids, sequence_id)
 
     def _preempt(self, sequence: Sequence, *, keep: bool) -> None:
-        self._leave(sequence, keep=keep)
-        self._wait_again(sequence)
+        self._step_back(sequence, keep=keep)
         self.preemptions += 1
 
-    def _wait_again(self, sequence: Sequence) -> None:
+    def _step_back(self, sequence: Sequence, *, keep: bool) -> None:
+        """From running to waiting."""
+        self._free(sequence, keep=keep)
         sequence.state = State.PREEMPTED
-        self.waiting.push(sequence)
+        self.waiting.push(sequence)  # before it stops: its tenant was not away
+        self.waiting.stop(sequence)
 
-    def _leave(self, sequence: Sequence, *, keep: bool) -> None:
+    def _free(self, sequence: Sequence, *, keep: bool) -> None:
         self.running.remove(sequence)
         sequence_id, sequence.sequence_id = sequence.sequence_id, -1
         if keep and self._sharing and sequence.computed:
@@ -428,4 +433,3 @@ class Scheduler:
         else:
             self._evict(sequence_id)
         sequence.computed = 0
-        self.waiting.stop(sequence)

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pinaivu_box.engine.lookup import Lookup
 from pinaivu_box.engine.messages import Sampling
 
+_KEPT_BY_A_SHIFT = 4  # at most a quarter of the context stays from the beginning
+
 
 class State(enum.Enum):
     """WAITING → RUNNING → gone; RUNNING → PREEMPTED → RUNNING when somebody needed its place."""
@@ -44,11 +46,21 @@ class Sequence:
     sequence_id: int = -1  # in the KV cache; -1 while not running
     computed: int = 0
     shifted: int = 0
+    spoken: bool = False  # its first token here was said
 
     @property
     def pending(self) -> int:
         """Tokens that are known but not yet in the KV cache; 1 when decoding."""
         return len(self.tokens) - self.computed
+
+    def shift(self) -> None:
+        """Context shift: forget half of what comes after the beginning."""
+        kept = min(self.prompt_length, self.context // _KEPT_BY_A_SHIFT)
+        dropped = (len(self.tokens) - kept) // 2
+        del self.tokens[kept : kept + dropped]
+        self.prompt_length = max(kept, self.prompt_length - dropped)
+        self.shifted += dropped
+        self.lookup = None  # it knows places that are gone
 
     @property
     def output(self) -> list[int]:

@@ -80,7 +80,8 @@ def main() -> None:
         outbox.put(LoadFailed(error.message))
         outbox.put(None)
         writer.join()
-        return
+        # At a usual exit Python would wait for the thread that reads stdin.
+        os._exit(0)
     outbox.put(_ready(runner.facts))
     run(engine, inbox, outbox)
 

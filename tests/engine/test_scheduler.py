@@ -174,7 +174,7 @@ def test_a_prompt_that_gets_one_token_a_step_is_not_steady() -> None:
 def test_there_are_no_steady_steps_while_somebody_may_soon_start() -> None:
     """There is a place, and room for it may be found at any time."""
     driven = Driven(kv=60, sequences=4, steady=True)
-    stream, waits = sequence(0, 10, 40), sequence(1, 45, 5)
+    stream, waits = sequence(0, 20, 30), sequence(1, 45, 5)
     driven.add(stream, waits)
     while waits not in driven.started:
         before = driven.steps
