@@ -189,10 +189,6 @@ def test_a_start_leaves_alone_what_others_unpacked(
     ask(box)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="server/serve.py takes the signal that the loader passes on for a second one",
-)
 def test_a_signal_to_the_whole_group_drains(
     nothing: object, executable: Path, tmp_path: Path
 ) -> None:

@@ -557,7 +557,7 @@ def test_the_log_has_one_line_a_request_and_nothing_private(new_box: NewBox) -> 
     prompt = "zanzibar-7431 is my password"
     unknown = generate()
     plain = ask(box, text=prompt, tokens=60)
-    real = ask(box, MODEL, text=prompt, tokens=12)
+    real = ask(box, MODEL, text=prompt, tokens=48, ignore_eos=True)
     streamed = ask(box, text=prompt, tokens=60, stream=True)
     body = {"model": "fake:1", "messages": [{"role": "user", "content": prompt}], "user": "u-9911"}
     failures = [

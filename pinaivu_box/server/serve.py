@@ -16,6 +16,10 @@ from pinaivu_box.box import Box
 from pinaivu_box.errors import CliError
 from pinaivu_box.server.app import create_app
 
+# Seconds.  The executable's loader passes signals on to us: Ctrl-C, which reaches the whole process
+# group, then comes twice.
+_ONE_SIGNAL = 0.3
+
 
 def bind(host: str, port: int) -> socket.socket:
     """A listening socket; CliError in one sentence if it cannot be had."""
@@ -68,11 +72,16 @@ async def serve(box: Box, listener: socket.socket, started: Callable[[], None]) 
 
 
 def _on_signals(stopping: asyncio.Event) -> None:
-    def stop(number: int) -> None:
-        if stopping.is_set():
-            os._exit(128 + number)
-        stopping.set()
-
     loop = asyncio.get_running_loop()
+    first = 0.0
+
+    def stop(number: int) -> None:
+        nonlocal first
+        if not stopping.is_set():
+            first = loop.time()
+            stopping.set()
+        elif loop.time() - first > _ONE_SIGNAL:
+            os._exit(128 + number)
+
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop, number)

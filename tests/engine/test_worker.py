@@ -31,7 +31,7 @@ from pinaivu_box.engine.messages import (
 )
 from tests.engine.harness import Heard, add, load
 
-PATIENCE = 60  # seconds until a test gives up; nothing is measured
+PATIENCE = 120  # seconds until a test gives up; nothing is measured
 
 
 class Child:
