@@ -1,0 +1,153 @@
+"""README.md as a new user reads it: what it prints is run as printed, what it lists is so."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from pinaivu_box.openai.types import ChatRequest
+from tests.box import PINAIVU, Box, environment, pinaivu_json
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+ADDRESS = "http://localhost:4001"
+KEY = "sk-pnv-..."
+# So that answers are short.
+SHORT = "[engine]\ncontext = 64\n"
+
+
+@pytest.fixture(scope="module")
+def box(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Box]:
+    home = tmp_path_factory.mktemp("readme") / "home"
+    home.mkdir()
+    (home / "config.toml").write_text(SHORT)
+    started = Box(home).start()
+    yield started
+    started.end()
+
+
+def section(title: str) -> str:
+    return README.split(f"\n## {title}\n", 1)[1].split("\n## ", 1)[0]
+
+
+def fenced(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+def indented(title: str) -> str:
+    """The commands of a section."""
+    lines = section(title).splitlines()
+    return textwrap.dedent("\n".join(line for line in lines if line.startswith("    ")))
+
+
+def filled_in(text: str, box: Box, **more: str) -> str:
+    for printed, value in {ADDRESS: box.url, KEY: box.key, **more}.items():
+        text = text.replace(printed, value)
+    return text
+
+
+def run(commands: str, box: Box, folder: Path) -> str:
+    """In a shell that stops at the first failure, with a `pinaivu` to call; what it prints."""
+    command = folder / "pinaivu"
+    command.write_text("#!/bin/sh\nexec " + " ".join(PINAIVU) + ' "$@"\n')
+    command.chmod(0o755)
+    path = f"{folder}:{os.environ['PATH']}"
+    done = subprocess.run(
+        ["sh", "-ec", commands],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        env=environment(
+            PATH=path, PYTHONPATH=str(ROOT), PINAIVU_HOME=str(box.home), PINAIVU_API_KEY=box.key
+        ),
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def needs(*programs: str) -> None:
+    for program in programs:
+        if not shutil.which(program):
+            pytest.skip(f"{program} is not installed")
+
+
+def test_the_python_examples_print_an_answer(box: Box) -> None:
+    plain, streamed = fenced("python")
+    code = filled_in(plain + streamed, box)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment(), timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    answer, joke = re.split(r"^req_\w+$", done.stdout, maxsplit=1, flags=re.MULTILINE)
+    assert answer.strip()
+    assert joke.strip()
+
+
+def test_the_curl_example_prints_an_answer(box: Box, tmp_path: Path) -> None:
+    needs("curl")
+    (example,) = fenced("sh")
+    answer = msgspec.json.decode(run(filled_in(example, box), box, tmp_path))
+    assert answer["choices"][0]["message"]["content"].strip()
+
+
+def test_the_commands_of_keys(box: Box, tmp_path: Path) -> None:
+    needs("jq")
+    made = pinaivu_json("keys", "create", home=box.home)
+    printed = run(filled_in(indented("Keys"), box, **{"key_...": made["id"]}), box, tmp_path)
+    first, second, *table = printed.splitlines()
+    assert first.startswith("sk-pnv-")
+    assert second.startswith("sk-pnv-")
+    assert any("laptop" in line for line in table)
+    keys = pinaivu_json("keys", "ls", home=box.home)
+    assert next(key["state"] for key in keys if key["id"] == made["id"]) == "revoked"
+
+
+def test_the_commands_of_receipts(box: Box, tmp_path: Path) -> None:
+    needs("curl")
+    request_id = box.chat(max_tokens=4).json()["request_id"]
+    receipt = box.http("GET", f"/v1/receipts/{request_id}").json()
+    node_key = receipt["node_id"].removeprefix("node_")
+    names = {"req_...": request_id, "NODE_KEY": node_key}
+    printed = run(filled_in(indented("Verify a receipt"), box, **names), box, tmp_path)
+    assert "trusted key" in printed
+    assert request_id in printed
+    assert "smollm2:135m" in printed.split("MODEL")[1]
+
+
+def test_the_commands_of_measuring(box: Box, tmp_path: Path) -> None:
+    """Both compare the box with itself; on less than the README would."""
+    commands = filled_in(indented("Measure"), box, **{"http://localhost:8080": f"{box.url}/v1"})
+    quick = "--requests 1 --prompt-tokens 8 --output-tokens 4 --warmup 0"
+    commands = re.sub("--clients [0-9]+", quick, commands.replace(" --plot", " --pairs 1 --plot"))
+    assert "tokens/s" in run(commands, box, tmp_path)
+    assert (tmp_path / "gaps.svg").exists()
+
+
+def test_what_is_said_to_be_served_is_what_is_served() -> None:
+    listed = section("Call it").split("Served today: ")[1].split("Anything else")[0]
+    named = set(re.findall(r'[`"](\w+)[`".]', listed))
+    assert {field.name for field in msgspec.structs.fields(ChatRequest)} <= named
+
+
+@pytest.mark.parametrize("address", re.findall(r"`(?:GET )?(/[^`]+)`", section("Call it")))
+def test_the_addresses_are_there(box: Box, address: str) -> None:
+    request_id = box.chat(max_tokens=1).json()["request_id"]
+    path = address.replace("{id}", "smollm2:135m").replace("{request_id}", request_id)
+    assert box.http("GET", path).status_code == 200
+
+
+def test_the_files_that_it_names_are_there() -> None:
+    for path in re.findall(r"\]\(([^)]+)\)", README):
+        assert (ROOT / path).exists(), path
+    for script in set(re.findall(r"\bbuild/\w+", README)):
+        assert os.access(ROOT / script, os.X_OK), script
