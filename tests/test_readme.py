@@ -22,7 +22,7 @@ README = (ROOT / "README.md").read_text()
 ADDRESS = "http://localhost:4001"
 KEY = "sk-pnv-..."
 # So that answers are short.
-SHORT = "[engine]\ncontext = 64\n"
+SHORT = "[engine]\ncontext = 192\n"
 
 
 @pytest.fixture(scope="module")
