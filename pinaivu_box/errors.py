@@ -17,6 +17,7 @@ on stderr and an exit code.
         │   ├── ModelNotFound       404      model_not_found
         │   └── ReceiptNotFound     404      receipt_not_found
         ├── MethodNotAllowed        405      method_not_allowed
+        ├── RequestTimeout          408      request_timeout
         ├── BodyTooLarge            413      request_too_large
         ├── InvalidBody             422      invalid_body
         │   └── UnsupportedParameter 422     unsupported_parameter
@@ -98,6 +99,10 @@ class ReceiptNotFound(NotFound):
 
 class MethodNotAllowed(ApiError):
     status, type, code = 405, "invalid_request_error", "method_not_allowed"
+
+
+class RequestTimeout(ApiError):
+    status, type, code = 408, "invalid_request_error", "request_timeout"
 
 
 class BodyTooLarge(ApiError):

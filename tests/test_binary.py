@@ -37,7 +37,7 @@ SOURCE_TESTS = {
     "test_crash.py": "no_engine_survives or all_streams_of_a_killed or sigterm or nothing_to_do",
     "test_keys.py": "create or ls",
     "test_receipts.py": "verify or show",
-    "test_serve.py": "prints or stdout or version",
+    "test_serve.py": "first_start_prints or stdout or version",
 }
 
 
@@ -169,6 +169,34 @@ def test_a_kill_leaves_no_process_and_the_next_start_cleans_up(box: Box) -> None
     box.start()
     assert not folder.exists()
     ask(box)
+
+
+def test_an_executable_that_was_replaced_starts_no_engine_of_its_other_version(
+    executable: Path, tmp_path: Path, nothing: pytest.MonkeyPatch
+) -> None:
+    """The receipts would name the model of the old one."""
+    mine = tmp_path / "pinaivu"
+    shutil.copy2(executable, mine)
+    nothing.setattr(tests.box, "PINAIVU", ["env", "-i", str(mine)])
+    box = Box(tmp_path / "home").start()
+    try:
+        ask(box)
+        engine = engine_pid(box)
+        (tmp_path / "new").write_bytes(mine.read_bytes())
+        (tmp_path / "new").chmod(0o755)
+        (tmp_path / "new").replace(mine)
+        ask(box)  # by the engine that is there
+        os.kill(engine, signal.SIGKILL)
+        wait_until(lambda: not alive(engine), "the end of the engine")
+        answer = box.http("POST", "/v1/chat/completions", json=REQUEST)
+        assert answer.status_code == 503
+        assert "was replaced" in answer.json()["error"]["message"]
+        assert box.stop() == 0
+        box.start()
+        ask(box)
+    finally:
+        end(box)
+        mine.unlink()
 
 
 def test_a_start_leaves_alone_what_others_unpacked(

@@ -348,6 +348,17 @@ def test_an_engine_that_is_killed_again_and_again_does_not_take_the_server_along
     wait_until(lambda: box.chat(model=FAKE, max_tokens=2).status_code == 200, "its return")
 
 
+def test_a_stream_goes_on_when_its_engine_hangs(new_box: MakeBox) -> None:
+    box = new_box("--model", f"{FAKE}=fake:20")
+    stream = Stream(box, FAKE, 100)
+    stream.wait_for_text(10)
+    hung = engine_of(box, FAKE)["pid"]
+    os.kill(hung, signal.SIGSTOP)
+    stream.check_whole(100)
+    assert not alive(hung)
+    assert len(receipt_of(box, stream.request_id)["proofs"]) == 2
+
+
 # -- it is told to stop ----------------------------------------------------------------------------
 
 
@@ -373,6 +384,18 @@ def test_sigterm_lets_a_stream_finish_and_refuses_new_requests(new_box: MakeBox)
     assert not alive(pid)
     assert receipt_of(box, stream.request_id)["finish_reason"] == "length"
     assert not (box.home / "run.json").exists()
+
+
+def test_a_sigterm_that_reaches_the_engine_as_well_does_not_end_it_first(new_box: MakeBox) -> None:
+    """systemd sends it to every process of the unit."""
+    box = new_box("--model", f"{FAKE}=fake:20")
+    stream = Stream(box, FAKE, 60)
+    stream.wait_for_text(10)
+    os.kill(engine_of(box, FAKE)["pid"], signal.SIGTERM)
+    box.process.send_signal(signal.SIGTERM)
+    stream.check_whole(60)
+    assert box.process.wait(30) == 0
+    assert len(receipt_of(box, stream.request_id)["proofs"]) == 1
 
 
 def test_a_plain_answer_under_way_at_sigterm_arrives(new_box: MakeBox) -> None:

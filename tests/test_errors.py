@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -523,3 +524,76 @@ def test_a_browser_may_read_answers_errors_and_their_headers(box: Box) -> None:
         exposed = answer.headers["access-control-expose-headers"].lower()
         for name in ("x-request-id", "retry-after", "openai-processing-ms"):
             assert name in exposed
+
+
+# -- found by a hostile user ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("field", ["max_tokens", "max_completion_tokens"])
+@pytest.mark.parametrize("count", [2**31, 2**53, 2**63, 10**30])
+def test_a_limit_that_no_proof_can_hold_is_refused(box: Box, field: str, count: int) -> None:
+    error = failure(box, CHAT, {"model": MODEL, "messages": [USER], field: count})
+    assert error.status_code == 422
+    assert field in error.response.text
+
+
+def test_the_token_of_the_commands_cannot_ask_the_model(box: Box) -> None:
+    """It has no account that the receipt could go to."""
+    token = json.loads((box.home / "run.json").read_text())["token"]
+    response = box.http("POST", "/v1/chat/completions", key=token, json=GOOD)
+    check_envelope(response, 403, "permission_denied")
+
+
+def test_closed_connections_do_not_keep_their_sockets(new_box: Any) -> None:
+    """With or without a request; else a thousand of them would stop the server."""
+    started = new_box()
+    port = int(started.url.rsplit(":", 1)[1])
+    files = Path(f"/proc/{started.process.pid}/fd")
+    before = len(list(files.iterdir()))
+    for number in range(120):
+        with socket.create_connection(("127.0.0.1", port), timeout=10) as client:
+            if number % 2:
+                client.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+                assert client.recv(4096).startswith(b"HTTP/1.1 200")
+    wait_until(lambda: len(list(files.iterdir())) <= before + 10, "sockets to be closed", 30)
+
+
+def test_a_logit_bias_has_its_limit(box: Box) -> None:
+    """As OpenAI's: it is in every proof."""
+    biases = {str(token): 0.5 for token in range(301)}
+    error = failure(box, CHAT, {**GOOD, "logit_bias": biases})
+    assert error.status_code == 422 and "logit_bias" in error.response.text
+    del biases["300"]
+    assert box.chat(max_tokens=1, logit_bias=biases).status_code == 200
+
+
+def request_text(box: Box, line: str, *headers: str, body: str = "") -> bytes:
+    lines = [line, "Host: x", f"Authorization: Bearer {box.key}", *headers, "", body]
+    return "\r\n".join(lines).encode()
+
+
+def test_a_body_that_stops_coming_is_refused(new_box: Any) -> None:
+    """And the box can be stopped meanwhile without a word of complaint."""
+    box = new_box()
+    port = int(box.url.rsplit(":", 1)[1])
+    half = request_text(box, "POST /v1/chat/completions HTTP/1.1", "Content-Length: 99", body="{")
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as client:
+        client.sendall(half)
+        assert client.recv(4096).startswith(b"HTTP/1.1 408")
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as client:
+        client.sendall(half)
+        assert box.stop() == 0
+    assert "Traceback" not in box.errors
+
+
+def test_a_target_may_be_a_whole_url(box: Box) -> None:
+    port = int(box.url.rsplit(":", 1)[1])
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as client:
+        client.sendall(request_text(box, f"GET {box.url}/v1/models HTTP/1.1", "Connection: close"))
+        assert client.recv(4096).startswith(b"HTTP/1.1 200")
+
+
+def test_an_error_does_not_repeat_a_long_path(box: Box) -> None:
+    response = box.http("GET", f"/v1/{'x' * 50_000}")
+    check_envelope(response, 404, "not_found")
+    assert len(response.content) < 1000

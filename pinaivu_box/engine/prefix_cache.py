@@ -136,14 +136,15 @@ class PrefixCache:
             node = node.parent
         return length
 
-    def live_cells(self) -> int:
-        """Cells of live sequences; the others can be had by evicting."""
-        if not self._cached:
+    def live_cells(self, *, but: int = -1) -> int:
+        """Cells of live sequences (other than `but`); the others can be had by evicting."""
+        if not self._cached and but < 0:
             return self.cells
         seen: set[int] = set()
         cells = 0
         for sequence_id, leaf in self._leaf.items():
-            node: _Node | None = leaf if sequence_id not in self._cached else None
+            live = sequence_id not in self._cached and sequence_id != but
+            node: _Node | None = leaf if live else None
             while node is not None and id(node) not in seen:
                 seen.add(id(node))
                 cells += len(node.tokens)

@@ -294,8 +294,7 @@ class Scheduler:
             if self._waits_for_prefix(sequence, found):
                 continue
             known, source = self._match(sequence)
-            shared = 0 if source < 0 or self.prefixes.is_cached(source) else known
-            need = sequence.pending + 1 - shared
+            need = self._cells_for(sequence, known, source)
             if (self.running or found) and cells + need > self._capacity:
                 break
             cells += need
@@ -334,6 +333,11 @@ class Scheduler:
         length = min(length, len(sequence.tokens) - 1)  # the last one has to give logits
         return (length, source) if length > 0 else (0, -1)
 
+    def _cells_for(self, sequence: Sequence, known: int, source: int, leaves: int = -1) -> int:
+        """More live cells, with one for the next token.  The id `leaves` is about to be cached."""
+        live = source >= 0 and source != leaves and not self.prefixes.is_cached(source)
+        return sequence.pending + 1 - (known if live else 0)
+
     def _start(self, sequence: Sequence) -> None:
         self.waiting.start(sequence)
         length, source = self._match(sequence)
@@ -371,19 +375,23 @@ class Scheduler:
         return 2 * length >= whole or self.prefixes.oldest(but=source) is None
 
     def _give_place(self) -> None:
-        """If who is next finds all places taken by a tenant that has more than its share, one of
-        those steps back; its cells are kept as long as there is room, so it loses little."""
+        """If who is next finds all places taken by a tenant that has more than its share, it gets
+        one of those; the cells of who steps back are kept while there is room: it loses little."""
         if not self.waiting or len(self.running) < self.max_sequences:
             return
         first = next(self.waiting.order())
         holder = self.waiting.over_share(first.tenant)
-        if holder is None:
+        if holder is None or self._waits_for_prefix(first, []):
             return
         youngest = max((s for s in self.running if s.tenant == holder), key=lambda s: s.arrival)
         # Only if it is of use: the one that is next has to find cells as well.
-        others = sum(len(s.tokens) + 1 for s in self.running if s is not youngest)
-        if others + len(first.tokens) + 1 <= self._capacity:
+        leaves = youngest.sequence_id
+        cells = self.prefixes.live_cells(but=leaves)
+        cells += sum(s.pending + 1 for s in self.running if s is not youngest)
+        cells += self._cells_for(first, *self._match(first), leaves)
+        if cells <= self._capacity:
             self._preempt(youngest, keep=True)
+            self._start(first)  # now: who stepped back may be the next in order
 
     # -- cells -----------------------------------------------------------------------------------
 

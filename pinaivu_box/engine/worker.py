@@ -50,8 +50,9 @@ Outbox = queue.SimpleQueue[Arrival | Refused | StepOutput | Progress | Ready | L
 
 
 def main() -> None:
-    # Ctrl-C reaches the whole process group; the parent decides when we stop.
+    # Ctrl-C and systemd's SIGTERM reach the whole group; the parent decides when we stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     threading.excepthook = _die
     # C libraries print; what they print must not land among the frames.
     frames_out = os.fdopen(os.dup(1), "wb", buffering=0)

@@ -30,13 +30,14 @@ from pinaivu_box.engine.messages import (
     encode,
 )
 from pinaivu_box.errors import BoxError, EngineLost
-from pinaivu_box.models.memory import resident
+from pinaivu_box.models.memory import cpu_ticks, resident
 
 log = logging.getLogger("pinaivu.engine")
 
 # What a request's queue carries; None says that the engine is gone.
 Item = Admitted | Refused | Delta | None
 _STOP_SECONDS = 5.0
+_HUNG_SECONDS = 15.0  # with work, and neither a frame nor a tick of processor time
 
 
 class StartFailed(BoxError):
@@ -58,6 +59,7 @@ class EngineProcess:
         self.closed = asyncio.Event()
         self._load_frame = load
         self._queues: dict[str, asyncio.Queue[Item]] = {}
+        self._messages = 0  # sent and received
         self._last_words: deque[str] = deque(maxlen=20)
         self._process: asyncio.subprocess.Process
         self._tasks: list[asyncio.Task[None]] = []
@@ -77,6 +79,9 @@ class EngineProcess:
 
     async def start(self, seconds: float) -> None:
         """Returns when the model is loaded.  Raises StartFailed."""
+        if _FROZEN and _executable() != _EXECUTABLE:
+            # Another version's child need not understand us, nor have the model that we signed.
+            raise StartFailed("its executable was replaced since the box started; start it anew")
         self._process = await asyncio.create_subprocess_exec(
             *_command(),
             stdin=asyncio.subprocess.PIPE,
@@ -88,6 +93,7 @@ class EngineProcess:
         self._tasks = [
             asyncio.create_task(self._read_frames(loaded)),
             asyncio.create_task(self._read_stderr()),
+            asyncio.create_task(self._kill_if_hung()),
         ]
         self._send(self._load_frame)
         try:
@@ -129,6 +135,7 @@ class EngineProcess:
     # -- frames --------------------------------------------------------------------------------
 
     def _send(self, message: ToEngine) -> None:
+        self._messages += 1
         if self._process.stdin and not self._process.stdin.is_closing():
             with contextlib.suppress(ConnectionError):  # its end is noticed when reading
                 self._process.stdin.write(encode(message))
@@ -152,6 +159,7 @@ class EngineProcess:
         self._bury(loaded)
 
     def _handle(self, frame: FromEngine, loaded: asyncio.Future[Ready]) -> None:
+        self._messages += 1
         match frame:
             case StepFrame():
                 self.load = frame.load
@@ -181,6 +189,19 @@ class EngineProcess:
             queue.put_nowait(None)
         self._queues.clear()
 
+    async def _kill_if_hung(self) -> None:
+        """A step may take long on a slow machine; but then it computes."""
+        seen: tuple[int, int] | None = None
+        while self.alive:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.closed.wait(), _HUNG_SECONDS)
+            ticks = cpu_ticks(self.pid)
+            now = None if ticks is None or not self._queues else (self._messages, ticks)
+            if now is not None and now == seen:
+                log.error("the engine of %s hangs; ending it", self.model_id)
+                self._process.kill()
+            seen = now
+
     async def _read_stderr(self) -> None:
         stream = self._process.stderr
         while stream is not None and (line := await _line(stream)):
@@ -202,9 +223,22 @@ async def _line(stream: asyncio.StreamReader) -> bytes:
 
 
 def _command() -> list[str]:
-    if getattr(sys, "frozen", False):
+    if _FROZEN:
         return [sys.executable, "engine"]
     return [sys.executable, "-m", "pinaivu_box", "engine"]
+
+
+def _executable() -> tuple[int, int] | None:
+    """Which file it is that an engine would be started from, None if it is gone."""
+    try:
+        stat = Path(sys.executable).stat()
+    except OSError:
+        return None
+    return (stat.st_dev, stat.st_ino)
+
+
+_FROZEN = getattr(sys, "frozen", False)
+_EXECUTABLE = _executable()  # ours: it keeps its number while we run
 
 
 def _environment() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""How much memory an engine will need, and how much there is."""
+"""How much memory an engine will need, how much there is, and what a process has used."""
 
 from __future__ import annotations
 
@@ -51,3 +51,12 @@ def resident(pid: int) -> int:
     except OSError:
         return 0
     return 0
+
+
+def cpu_ticks(pid: int) -> int | None:
+    """Processor time that a process has used, in the kernel's ticks; None where unknown."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return int(fields[11]) + int(fields[12])  # utime and stime of proc_pid_stat(5)

@@ -26,8 +26,11 @@ class StreamOptions(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 StopString = Annotated[str, Meta(min_length=1)]
+# RFC 8785, in which proofs are written, carries integers below 2^53 only.
+TokenCount = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
 TokenId = Annotated[str, Meta(pattern=r"^\d{1,9}$")]
+Bias = Annotated[float, Meta(ge=-100, le=100)]
 Seed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 
 
@@ -55,14 +58,14 @@ class ChatRequest(Struct, frozen=True, forbid_unknown_fields=True):
     stream_options: StreamOptions | None = None
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
-    max_tokens: Annotated[int, Meta(ge=1)] | None = None
-    max_completion_tokens: Annotated[int, Meta(ge=1)] | None = None
+    max_tokens: TokenCount | None = None
+    max_completion_tokens: TokenCount | None = None
     stop: StopString | Annotated[list[StopString], Meta(max_length=4)] | None = None
     seed: Seed | None = None
     user: str | None = None
     frequency_penalty: Penalty | None = None
     presence_penalty: Penalty | None = None
-    logit_bias: dict[TokenId, Annotated[float, Meta(ge=-100, le=100)]] | None = None
+    logit_bias: Annotated[dict[TokenId, Bias], Meta(max_length=300)] | None = None  # as OpenAI's
     # Not OpenAI's but llama.cpp's: go on to max_tokens, for measurements.
     ignore_eos: bool | None = None
     pinaivu: Extension | None = None

@@ -66,6 +66,12 @@ def key_of(request: Request) -> Key:
     return key
 
 
+def require_account(request: Request) -> None:
+    """What is served is written to a key's account; the token in run.json has none."""
+    if key_of(request) is LOCAL:
+        raise Forbidden("The token in run.json is for commands: ask the model with an API key.")
+
+
 def require_admin(request: Request) -> None:
     if not key_of(request).admin:
         raise Forbidden("This key may not do that: it needs an admin key ('keys create --admin').")

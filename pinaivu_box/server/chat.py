@@ -14,7 +14,7 @@ from starlette.types import Receive
 
 from pinaivu_box.box import Box
 from pinaivu_box.config import SamplingConfig
-from pinaivu_box.errors import BodyTooLarge, InvalidJson
+from pinaivu_box.errors import BodyTooLarge, InvalidJson, RequestTimeout
 from pinaivu_box.gateway.backend import Job, Output
 from pinaivu_box.gateway.requests import Failed, Finished
 from pinaivu_box.gateway.requests import Request as Running
@@ -30,14 +30,16 @@ from pinaivu_box.openai.types import (
     PromptTokensDetails,
     Usage,
 )
-from pinaivu_box.server.auth import key_of
+from pinaivu_box.server.auth import key_of, require_account
 from pinaivu_box.server.envelope import JSON
 from pinaivu_box.server.stream import EventStream
 
+_BODY_SECONDS = 30.0  # of silence in the middle of a body
 _SEED_BITS = 53  # a seed that we choose also survives in JSON numbers
 
 
 async def chat_completions(request: Request) -> Response:
+    require_account(request)
     box: Box = request.app.state.box
     state = request.scope["state"]
     body = decode(await read_body(request, box.config.server.max_body_bytes))
@@ -67,11 +69,16 @@ async def read_body(request: Request, limit: int) -> bytes:
     try:
         if size <= limit:
             size = 0
-            async for part in request.stream():
+            stream = request.stream()
+            while part := await asyncio.wait_for(anext(stream, b""), _BODY_SECONDS):
                 size += len(part)
                 if size > limit:
                     break
                 parts.append(part)
+    except TimeoutError:
+        raise RequestTimeout(
+            f"The rest of the body did not come within {_BODY_SECONDS:g} seconds: send it again."
+        ) from None
     except ClientDisconnect:
         raise InvalidJson("The connection closed before the whole body had come.") from None
     if size > limit:

@@ -15,6 +15,7 @@ from pinaivu_box.server import envelope
 
 log = logging.getLogger("pinaivu.http")
 
+_ABSOLUTE = re.compile(r"^https?://[^/?#]*", re.IGNORECASE)  # RFC 9112, section 3.2.2
 _DOUBLED = re.compile(r"^(?:/v1)+(?=/v1(?:/|$))")
 QUIET = {"/health", "/readyz", "/metrics"}  # polled every few seconds
 
@@ -25,7 +26,7 @@ def new_request_id() -> str:
 
 def normalise(path: str) -> str:
     """`/v1/v1/models/` and `//v1/models` are `/v1/models`: base URLs get pasted in every way."""
-    path = re.sub(r"/{2,}", "/", path)
+    path = re.sub(r"/{2,}", "/", _ABSOLUTE.sub("", path))
     return _DOUBLED.sub("", path).rstrip("/") or "/"
 
 

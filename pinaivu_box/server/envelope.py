@@ -59,7 +59,7 @@ async def on_api_error(_request: Request, error: Exception) -> Response:
 async def on_http_error(request: Request, error: Exception) -> Response:
     """Starlette's own refusals: no such route, wrong method."""
     status = error.status_code if isinstance(error, HTTPException) else 500
-    path, method = request.url.path, request.method
+    path, method = _shortened(request.url.path), request.method
     if status == 404:
         return response(NotFound(f"There is no {path} here: the API is under /v1."))
     if status == 405:
@@ -68,3 +68,7 @@ async def on_http_error(request: Request, error: Exception) -> Response:
         refusal.headers.update(allowed)  # Allow
         return refusal
     return response(BadRequest(f"{method} {path} could not be understood."))
+
+
+def _shortened(path: str) -> str:
+    return path if len(path) <= 100 else f"{path[:100]}…"

@@ -145,6 +145,18 @@ def test_a_long_prompt_does_not_hold_up_the_others() -> None:
     assert "long" not in deltas  # it is still being read
 
 
+def test_an_arrival_is_in_the_very_next_step() -> None:
+    """Also if the steps before it went on without a plan."""
+    engine, _ = make(token_budget=64)
+    engine.receive(add("stream", max_tokens=100))
+    for number in range(20):
+        engine.step()
+        engine.receive(add(f"late{number}", str(number), max_tokens=1))
+        assert f"late{number}" in {delta.id for delta in engine.step().deltas}
+        for _ in range(number % 3):
+            engine.step()
+
+
 # -- arrivals and ends -----------------------------------------------------------------------------
 
 
