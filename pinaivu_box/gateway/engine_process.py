@@ -9,6 +9,7 @@ import os
 import sys
 import time
 from collections import deque
+from pathlib import Path
 
 from pinaivu_box.engine.messages import (
     LENGTH_BYTES,
