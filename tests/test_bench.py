@@ -198,10 +198,15 @@ def test_prompts_have_the_length_that_the_scale_says() -> None:
     assert len(intruder["content"].split()) == 500
 
 
-def test_repetitive_prompts_repeat() -> None:
-    workload = Workload(Lengths("fixed", 30), Lengths("fixed", 8), repetitive=True)
-    text = workload.request(0).messages[0]["content"]
-    assert text.count(" = compute(") == 30
+def test_repetitive_prompts_show_how_a_text_is_repeated_and_ask_for_another() -> None:
+    workload = Workload(Lengths("fixed", 300), Lengths("fixed", 8), repetitive=True)
+    asked, answered, again = workload.request(0).messages
+    order, example = asked["content"].split("\n\n")
+    assert answered == {"role": "assistant", "content": example}
+    other_order, text = again["content"].split("\n\n")
+    assert order == other_order
+    assert text != example
+    assert 2 * len(example.split()) + len(text.split()) == 300
 
 
 # -- the wire ------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from pinaivu_box.bench.workload import Request, Scale, Workload
 from pinaivu_box.errors import CliError, UsageError
 
 CHAT = "/chat/completions"
-_PROBES = (8, 136)  # units of the two prompts from which a scale is found
+_PROBES = (8, 136)  # words of the two prompts from which a scale is found
 _PROBE_SECONDS = 600.0  # the server may have to load the model first
 
 
@@ -111,12 +111,12 @@ def _address(target: Target, path: str) -> str:
 async def measure_scale(target: Target, workload: Workload) -> Scale:
     """Two short requests: they load the model, show that it answers and how it counts tokens.
 
-    A server that reports no usage is taken to make one token of a unit.
+    A server that reports no usage is taken to make one token of a word.
     """
     counts = []
-    for units in _PROBES:
-        text = workload.text(units, random.Random(f"scale/{units}"))  # noqa: S311
-        request = Request([{"role": "user", "content": text}], 1)
+    for words in _PROBES:
+        rng = random.Random(f"scale/{words}")  # noqa: S311
+        request = Request(workload.messages(words, rng), 1)
         outcome = Outcome()
         await stream(target, target.message(request), outcome, _PROBE_SECONDS)
         if outcome.error:

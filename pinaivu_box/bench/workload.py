@@ -20,8 +20,7 @@ _WORDS = (
     " call who oil its now find long down day did get come made may part"
 )
 WORDS = tuple(_WORDS.split())
-_NAMES = ("alpha", "beta", "gamma", "delta", "omega", "total", "count", "index", "value", "price")
-_EDIT = "Here is a Python file. Rename the function main to run and print the whole file again."
+_EDIT = "Correct the spelling and print the whole text again."
 INTRUDER_OUTPUT = 8  # tokens that an intruder asks for: its answer is not what is measured
 
 
@@ -75,16 +74,16 @@ class Lengths(msgspec.Struct, frozen=True):
 
 
 class Scale(msgspec.Struct, frozen=True):
-    """How prompts become tokens on a server: tokens per unit (a word; a line of code), and what
-    the chat template adds to each prompt."""
+    """How prompts become tokens on a server: tokens per word, and what the chat template adds to
+    each prompt."""
 
-    tokens_per_unit: float = 1.0
+    tokens_per_word: float = 1.0
     overhead: float = 0.0
 
-    def units(self, tokens: int, *, with_overhead: bool = True) -> int:
-        """How many units make a prompt of so many tokens; at least 1."""
+    def words(self, tokens: int, *, with_overhead: bool = True) -> int:
+        """How many words make a prompt of so many tokens; at least 1."""
         own = tokens - (self.overhead if with_overhead else 0.0)
-        return max(1, round(own / self.tokens_per_unit))
+        return max(1, round(own / self.tokens_per_word))
 
 
 class Request(msgspec.Struct, frozen=True):
@@ -109,31 +108,39 @@ class Workload(msgspec.Struct, frozen=True):
     def request(self, number: int) -> Request:
         rng = random.Random(f"{self.seed}/{number}")  # noqa: S311 - reproducible, not secret
         prompt, output = self.prompt.draw(rng), self.output.draw(rng)
-        units = self.scale.units(prompt, with_overhead=not self.shared_prefix)
-        messages = [{"role": "user", "content": self.text(units, rng)}]
+        words = self.scale.words(prompt, with_overhead=not self.shared_prefix)
+        messages = self.messages(words, rng)
         if self.shared_prefix:
             messages.insert(0, {"role": "system", "content": self._system()})
         return Request(messages, output)
 
     def intruder(self, tokens: int) -> Request:
         rng = random.Random(f"{self.seed}/intruder")  # noqa: S311
-        content = self.text(self.scale.units(tokens), rng)
-        return Request([{"role": "user", "content": content}], INTRUDER_OUTPUT)
+        return Request(self.messages(self.scale.words(tokens), rng), INTRUDER_OUTPUT)
 
-    def text(self, units: int, rng: random.Random) -> str:
-        """Random words; or, if repetitive, an order to repeat so many lines of code."""
+    def messages(self, words: int, rng: random.Random) -> list[dict[str, str]]:
+        """Random words; or, if repetitive, a text to be edited, after an example of how."""
         if not self.repetitive:
-            return " ".join(rng.choices(WORDS, k=units))
-        return "\n".join([_EDIT, "", *(_line(rng) for _ in range(units))])
+            return [{"role": "user", "content": " ".join(rng.choices(WORDS, k=words))}]
+        example, text = _sentences(words // 10, rng), _sentences(words - 2 * (words // 10), rng)
+        return [
+            {"role": "user", "content": f"{_EDIT}\n\n{example}"},
+            {"role": "assistant", "content": example},
+            {"role": "user", "content": f"{_EDIT}\n\n{text}"},
+        ]
 
     def _system(self) -> str:
         rng = random.Random(f"{self.seed}/system")  # noqa: S311
-        return " ".join(rng.choices(WORDS, k=self.scale.units(self.shared_prefix)))
+        return " ".join(rng.choices(WORDS, k=self.scale.words(self.shared_prefix)))
 
 
-def _line(rng: random.Random) -> str:
-    one, two = rng.choices(_NAMES, k=2)
-    return f"    {one}_{rng.randrange(100)} = compute({two}, {rng.randrange(10)})"
+def _sentences(words: int, rng: random.Random) -> str:
+    made = []
+    while words > 0:
+        size = min(words, rng.randint(6, 12))
+        made.append(" ".join(rng.sample(WORDS, size)).capitalize() + ".")
+        words -= size
+    return " ".join(made)
 
 
 def arrivals(rate: float, seed: str) -> Iterator[float]:

@@ -45,7 +45,7 @@ _PAIRS = 5
 @click.option("--shared-prefix", type=_ZERO, default=0, help="All share a system prompt so long.")
 @click.option("--intruder", type=_ZERO, default=0, help="One prompt so long amid the streams.")
 @click.option("--tenants", metavar="NAME:CLIENTS[:KEY],…", help="Clients with keys of their own.")
-@click.option("--repetitive", is_flag=True, help="Prompts with much repetition, such as code.")
+@click.option("--repetitive", is_flag=True, help="Texts to be edited: answers repeat them.")
 @click.option("--temperature", type=click.FloatRange(min=0))
 @click.option("--top-p", type=click.FloatRange(0, 1))
 @click.option("--model", help="The first one that the server lists, if not set.")

@@ -134,6 +134,8 @@ class Engine:
         self._tokens_computed += rows
         drawn = steady.draw(logits)
         if self._facts.end_tokens.isdisjoint(drawn):
+            if self.scheduler.wants_draft():
+                steady.left = 0
             self._plain = (steady.ids, drawn)
             before = self._last_load
             self._last_load = msgspec.structs.replace(
@@ -196,8 +198,6 @@ class Engine:
         first, sequence.spoken = not sequence.spoken, True
         sequence.tokens += tokens
         self.scheduler.accept(chunk, accepted)
-        if chunk.draft and sequence.lookup is not None:
-            sequence.lookup.judge(len(chunk.draft), accepted)
         self._conclude(sequence, tokens, first=first)
 
     def _conclude(self, sequence: Sequence, tokens: list[int], *, first: bool) -> None:

@@ -10,28 +10,61 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 NGRAM = 3
-_PRIOR = 0.5
-_FORGET = 0.2  # how fast the acceptance rate follows what happens
+# The more tokens agree, the likelier is the next one: for matches from so many tokens on, the
+# chance is learned apart, beginning with this.
+_PRIORS = {NGRAM: 0.4, 5: 0.7, 9: 0.9}
+_FORGET = 0.2  # how fast a chance follows what happens
 
 
 class Lookup:
-    """Of one sequence.  `acceptance` estimates the chance that a drafted token is right."""
+    """Of one sequence: `match`, then perhaps `draft`.
+
+    Whether a draft is checked or not: the next `match` sees what came, and learns from that.
+    """
 
     def __init__(self) -> None:
-        self.acceptance = _PRIOR
+        self._chances = dict(_PRIORS)  # by the least length of the match
         self._ends: dict[tuple[int, ...], int] = {}  # n-gram → where the text after it begins
         self._seen = NGRAM - 1
+        self._kind = NGRAM
+        self._start = 0  # what should come from `_last` on, if anything was matched
+        self._last = 0
 
-    def draft(self, tokens: Sequence[int], most: int) -> list[int]:
-        """At most `most` tokens that may come after `tokens`, none if nothing like it came."""
+    def match(self, tokens: Sequence[int]) -> float:
+        """The chance that a drafted token would be right; 0 if nothing like the end of `tokens`
+        came before."""
+        self._learn(tokens)
         last = len(tokens)
         for end in range(self._seen + 1, last):
             self._ends[tuple(tokens[end - NGRAM : end])] = end
         self._seen = max(self._seen, last - 1)
-        start = self._ends.get(tuple(tokens[last - NGRAM :])) if most > 0 else None
-        return [] if start is None else list(tokens[start : start + most])
+        start = self._ends.get(tuple(tokens[last - NGRAM :]))
+        if start is None:
+            self._last = 0
+            return 0.0
+        length, most = NGRAM, min(max(_PRIORS), start)
+        while length < most and tokens[start - length - 1] == tokens[last - length - 1]:
+            length += 1
+        self._start, self._last = start, last
+        self._kind = max(kind for kind in _PRIORS if kind <= length)
+        return self._chances[self._kind]
 
-    def judge(self, drafted: int, accepted: int) -> None:
-        """Of `drafted` tokens the first `accepted` were right."""
-        for right in [True] * accepted + [False] * (accepted < drafted):
-            self.acceptance += _FORGET * (right - self.acceptance)
+    def draft(self, tokens: Sequence[int], count: int) -> list[int]:
+        """`count` tokens that may come after `tokens`, which have just been matched."""
+        made = list(tokens[self._start : self._start + count])
+        # Beyond the end of the text, what was drafted is the text: so a loop goes on and on.
+        period = len(tokens) - self._start
+        while len(made) < count:
+            made.append(made[-period])
+        return made
+
+    def _learn(self, tokens: Sequence[int]) -> None:
+        if not self._last:
+            return
+        chance = self._chances[self._kind]
+        for at in range(self._last, len(tokens)):
+            right = tokens[at] == tokens[self._start + at - self._last]
+            chance += _FORGET * (right - chance)
+            if not right:
+                break  # what comes after it says nothing
+        self._chances[self._kind], self._last = chance, len(tokens)

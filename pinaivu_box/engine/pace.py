@@ -13,7 +13,12 @@ SHORTEST = 0.1  # seconds; a gap that nobody minds, however fast the model
 LONGEST = 0.8  # seconds; also without streams: so long waits who comes in the middle of a step
 LEAST_PROMPT = 16  # tokens; smaller chunks only waste
 _LEARN = 0.25
-_LARGEST_ROWS = 48  # the line for drafts is fitted to steps up to so many rows
+_REMEMBER = 512  # steps
+_LARGEST_ROWS = 64  # the line for numbers of rows that never came is fitted to those up to so many
+# Lengths of drafts: kernels work on fours and eights of tokens, and the fewer there are the sooner
+# it is known how long each takes.
+_DRAFTS = (3, 7, 15, 31, 63)
+_WORTH = 1.05  # times the tokens per second of a step without drafts; below is within the noise
 
 
 class Pace:
@@ -22,12 +27,15 @@ class Pace:
     def __init__(self) -> None:
         self._rows: dict[int, float] = {}  # rows → seconds of a step without prompt tokens
         self._prompt_token: float | None = None  # seconds
+        self._fresh: set[int] = set()
+        self._observed = 0
 
     def observe(self, rows: int, prompt_tokens: int, seconds: float) -> None:
         """A step took `seconds`; `rows` tokens of it were decoding."""
         if not prompt_tokens:
             before = self._rows.get(rows, seconds)
             self._rows[rows] = before + _LEARN * (seconds - before)
+            self._note(rows)
             return
         each = max(seconds - self.seconds(rows), 0.1 * seconds) / prompt_tokens
         before = each if self._prompt_token is None else self._prompt_token
@@ -39,7 +47,12 @@ class Pace:
             return 0.0
         if rows in self._rows:
             return self._rows[rows]
-        nearest = min(self._rows, key=lambda known: abs(known - rows))
+        below = max((known for known in self._rows if known < rows), default=None)
+        above = min((known for known in self._rows if known > rows), default=None)
+        if below is not None and above is not None:
+            part = (rows - below) / (above - below)
+            return self._rows[below] + part * (self._rows[above] - self._rows[below])
+        nearest = below or above or 0
         return max(0.0, self._rows[nearest] + (rows - nearest) * self._slope())
 
     def prompt_budget(self, rows: int, most: int) -> int:
@@ -53,20 +66,39 @@ class Pace:
         fits = int((target - decoding) / self._prompt_token)
         return max(min(LEAST_PROMPT, most), min(fits, most))
 
-    def draft_length(self, rows: int, expected: float, acceptance: float, most: int) -> int:
-        """How many tokens to draft for one of `rows` rows, which are `expected` tokens' worth.
+    def draft_length(self, rows: int, expected: float, chance: float, most: int) -> int:
+        """How many tokens to draft for one of `rows` rows, which are `expected` tokens' worth: as
+        many as give the most tokens per second.
 
-        A drafted token pays while its chance, per second that it adds, is better than what the step
-        gives anyway.
+        `chance` is that of each drafted token to be right if those before it are.
         """
-        step, each = self.seconds(rows), self._slope()
-        chance, count = acceptance, 0
-        while count < most and chance * step > expected * each:
-            step += each
-            expected += chance
-            chance *= acceptance
-            count += 1
-        return count
+        step = self.seconds(rows)
+        if not step or not chance:
+            return 0
+        best, rate = 0, _WORTH * expected / step
+        for count in _DRAFTS:
+            if count > most:
+                break
+            tokens = expected + sum(chance**n for n in range(1, count + 1))
+            seconds = self._at_best(rows + count)
+            if tokens > rate * seconds:
+                best, rate = count, tokens / seconds
+        return best
+
+    def _at_best(self, rows: int) -> float:
+        """As `seconds`; what was never tried is as good as a prompt's tokens, so that it is."""
+        largest = max(self._rows)
+        if rows <= largest or self._prompt_token is None:
+            return self.seconds(rows)
+        return self._rows[largest] + (rows - largest) * min(self._slope(), self._prompt_token)
+
+    def _note(self, rows: int) -> None:
+        """Forget what was not seen for long: it may have been an accident."""
+        self._fresh.add(rows)
+        self._observed += 1
+        if self._observed % _REMEMBER == 0:
+            self._rows = {n: s for n, s in self._rows.items() if n in self._fresh}
+            self._fresh.clear()
 
     def _slope(self) -> float:
         """Seconds that one more row adds: a line through what was seen (least squares)."""

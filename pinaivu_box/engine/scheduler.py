@@ -21,6 +21,7 @@ from pinaivu_box.engine.prefix_cache import PrefixCache, common_prefix
 from pinaivu_box.engine.sequence import Sequence, State
 
 _MOST_STEADY = 64
+MOST_DRAFTED = 63  # a step of 64 rows is as long as anybody should wait for one token
 WORTH_WAITING = 32  # tokens of a prefix that is being computed
 
 
@@ -85,7 +86,7 @@ class Policy(Protocol):
 
     def prompt_budget(self, rows: int, most: int) -> int: ...
 
-    def draft_length(self, rows: int, expected: float, acceptance: float, most: int) -> int: ...
+    def draft_length(self, rows: int, expected: float, chance: float, most: int) -> int: ...
 
 
 class Scheduler:
@@ -184,11 +185,18 @@ class Scheduler:
             return 0  # somebody may soon find a place
         # Each gets one more token from this step, and none may reach its end in those that follow.
         left = min(min(s.max_length - s.shifted, s.context) - len(s.tokens) for s in self.running)
-        rows = len(chunks)
-        drafting = [s.lookup.acceptance for s in self.running if s.lookup is not None]
-        if drafting and self._policy.draft_length(rows, rows, max(drafting), 1):
-            return 0
-        return max(0, min(left - 2, self._room() // rows, _MOST_STEADY))
+        return max(0, min(left - 2, self._room() // len(chunks), _MOST_STEADY))
+
+    def wants_draft(self) -> bool:
+        """Whether it pays to check a draft in the next step, if all that runs decodes."""
+        rows = len(self.running)
+        if not self._policy.draft_length(rows, float(rows), 1.0, MOST_DRAFTED):
+            return False  # however good it is
+        return any(
+            self._policy.draft_length(rows, float(rows), s.lookup.match(s.tokens), MOST_DRAFTED)
+            for s in self.running
+            if s.lookup is not None
+        )
 
     def settle(self, sequences: list[Sequence], steps: int) -> None:
         """After so many steady steps: each sequence has computed one token in each."""
@@ -269,11 +277,12 @@ class Scheduler:
             left = min(room, sequence.max_length - len(sequence.tokens) - 1)
             draft: list[int] = []
             if lookup is not None and left > 0:
-                acceptance = lookup.acceptance
-                most = self._policy.draft_length(rows, expected, acceptance, left)
-                draft = lookup.draft(sequence.tokens, most) if most else []
-                rows, room = rows + len(draft), room - len(draft)
-                expected += sum(acceptance**n for n in range(1, len(draft) + 1))
+                chance = lookup.match(sequence.tokens)
+                most = min(left, MOST_DRAFTED)
+                count = self._policy.draft_length(rows, expected, chance, most)
+                draft = lookup.draft(sequence.tokens, count)
+                rows, room = rows + count, room - count
+                expected += sum(chance**n for n in range(1, count + 1))
             made.append(Chunk(sequence, chunk.start, 1, draft) if draft else chunk)
         return made
 

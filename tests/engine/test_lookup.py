@@ -8,36 +8,42 @@ from hypothesis import strategies as st
 from pinaivu_box.engine.lookup import NGRAM, Lookup
 
 
+def draft(tokens: list[int], count: int) -> list[int]:
+    """Of one that has not seen the tokens before."""
+    lookup = Lookup()
+    return lookup.draft(tokens, count) if lookup.match(tokens) else []
+
+
 def test_what_followed_the_last_time_is_proposed() -> None:
-    assert Lookup().draft([1, 2, 3, 4, 5, 6, 9, 1, 2, 3], 2) == [4, 5]
-    assert Lookup().draft([1, 2, 3, 4, 5, 6, 9, 1, 2, 3], 100) == [4, 5, 6, 9, 1, 2, 3]
+    assert draft([1, 2, 3, 4, 5, 6, 9, 1, 2, 3], 2) == [4, 5]
+    assert draft([1, 2, 3, 4, 5, 6, 9, 1, 2, 3], 7) == [4, 5, 6, 9, 1, 2, 3]
 
 
 def test_of_two_times_the_later_one_counts() -> None:
     tokens = [1, 2, 3, 4, 4, 4, 1, 2, 3, 7, 7, 7, 1, 2, 3]
-    assert Lookup().draft(tokens, 3) == [7, 7, 7]
+    assert draft(tokens, 3) == [7, 7, 7]
+
+
+def test_what_goes_round_and_round_is_proposed_to_go_on() -> None:
+    """However short the loop is, a draft may be long."""
+    assert draft([9, 5, 5, 5, 5], 6) == [5] * 6
+    assert draft([9, 1, 2, 1, 2, 1], 5) == [2, 1, 2, 1, 2]
+    assert draft([1, 2, 3, 4, 1, 2, 3], 9) == [4, 1, 2, 3, 4, 1, 2, 3, 4]
 
 
 def test_what_has_not_come_before_proposes_nothing() -> None:
-    assert Lookup().draft([1, 2, 3, 4, 5, 6], 4) == []
-    assert Lookup().draft([1, 2, 9, 2, 1, 2], 4) == []  # two alike are too few
-    assert Lookup().draft([1, 2], 4) == []
-    assert Lookup().draft([], 4) == []
+    assert Lookup().match([1, 2, 3, 4, 5, 6]) == 0
+    assert Lookup().match([1, 2, 9, 2, 1, 2]) == 0  # two alike are too few
+    assert Lookup().match([1, 2]) == 0
+    assert Lookup().match([]) == 0
 
 
-def test_no_more_is_proposed_than_asked_for() -> None:
-    lookup = Lookup()
-    tokens = [1, 2, 3, 4, 5, 1, 2, 3]
-    assert lookup.draft(tokens, 0) == []
-    assert lookup.draft(tokens, 1) == [4]
-
-
-def plain(tokens: list[int], most: int) -> list[int]:
+def plain(tokens: list[int], count: int) -> list[int]:
     """The definition, read out."""
     end = tokens[len(tokens) - NGRAM :]
     for start in range(len(tokens) - 1, NGRAM - 1, -1):
         if len(end) == NGRAM and tokens[start - NGRAM : start] == end:
-            return tokens[start : start + most]
+            return [tokens[start + n % (len(tokens) - start)] for n in range(count)]
     return []
 
 
@@ -52,20 +58,42 @@ def test_one_that_follows_its_sequence_proposes_what_a_fresh_one_would(
     lookup, length = Lookup(), 0
     for more, most in asked:
         length = min(len(tokens), length + more)
-        assert lookup.draft(tokens[:length], most) == plain(tokens[:length], most)
+        so_far = tokens[:length]
+        made = lookup.draft(so_far, most) if lookup.match(so_far) else []
+        assert made == plain(so_far, most)
 
 
-def test_the_chance_follows_what_happens() -> None:
-    lookup = Lookup()
-    start = lookup.acceptance
-    lookup.judge(4, 4)
-    better = lookup.acceptance
-    assert start < better < 1
-    lookup.judge(4, 0)  # one was wrong; what came after it says nothing
-    assert start < lookup.acceptance < better
-    for _ in range(50):
-        lookup.judge(3, 0)
-    assert 0 < lookup.acceptance < 0.01
-    for _ in range(50):
-        lookup.judge(3, 3)
-    assert 0.99 < lookup.acceptance < 1
+def test_the_longer_the_match_the_better_the_chance() -> None:
+    again = [*range(20), 99]
+    chances = [Lookup().match([*again, *range(19 - length, 19)]) for length in range(3, 13)]
+    assert chances == sorted(chances)
+    assert 0 < chances[0] < chances[-1] < 1
+
+
+def test_the_chance_follows_what_happens_whether_it_was_drafted_or_not() -> None:
+    lookup, tokens = Lookup(), list(range(40))
+    tokens += [100, *range(12)]
+    before = lookup.match(tokens)
+    for token in (12, 13, 14):  # as in the text
+        tokens.append(token)
+        better = lookup.match(tokens)
+        assert before < better < 1
+        before = better
+    tokens += [15, 16, 17]  # several at once
+    best = lookup.match(tokens)
+    assert best > before
+    tokens += [18, 99, 20, 21, 22]  # one was wrong; what came after it says nothing
+    assert lookup.match(tokens) > 0  # a short match, of another kind
+    tokens += range(23, 33)
+    assert best - 0.3 < lookup.match(tokens) < best
+
+
+def test_what_never_comes_true_is_not_believed_for_long() -> None:
+    lookup, chance = Lookup(), 1.0
+    tokens = [1, 2, 3, 4]
+    for number in range(100, 120):
+        tokens += [1, 2, 3]
+        chance = lookup.match(tokens)
+        tokens.append(number)
+        lookup.match(tokens)
+    assert 0 < chance < 0.05
