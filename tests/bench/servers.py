@@ -22,11 +22,15 @@ READY_SECONDS = 300.0
 
 
 class Size(msgspec.Struct, frozen=True):
-    """What both servers get: total context in tokens, sequences at a time, threads (0: default)."""
+    """What both servers get: total context in tokens, sequences at a time, threads (0: default).
+
+    `drafting` is ours alone.
+    """
 
     context: int
     sequences: int
     threads: int = 0
+    drafting: bool = True
 
 
 @contextlib.contextmanager
@@ -39,6 +43,7 @@ def box(size: Size, model: str) -> Iterator[Box]:
             # llama-server, too, gives each of its slots an equal part.
             f"[engine]\ncontext = {size.context // size.sequences}\nkv_tokens = {size.context}\n"
             f"max_sequences = {size.sequences}\nthreads = {size.threads}\nkeep_alive = '-1'\n"
+            f"drafting = {str(size.drafting).lower()}\n"
         )
         started = Box(home, "--model", f"m:1={model}")
         try:
