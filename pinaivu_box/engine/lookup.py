@@ -16,6 +16,11 @@ _PRIORS = {NGRAM: 0.4, 5: 0.7, 9: 0.9}
 _FORGET = 0.2  # how fast a chance follows what happens
 
 
+def expected_right(chance: float, count: int) -> float:
+    """How many of `count` drafted tokens will be right, before the first that is not."""
+    return count if chance == 1 else chance * (1 - chance**count) / (1 - chance)
+
+
 class Lookup:
     """Of one sequence: `match`, then perhaps `draft`.
 

@@ -6,6 +6,8 @@ it, and whether it pays to check a draft.
 
 from __future__ import annotations
 
+from pinaivu_box.engine.lookup import expected_right
+
 # While streams run, prompts get at most 7/8 of the time: a stream's gap grows at most eightfold,
 # and a long prompt takes at most 8/7 of the time that it would take alone.
 PROMPT_STRETCH = 8.0
@@ -79,7 +81,7 @@ class Pace:
         for count in _DRAFTS:
             if count > most:
                 break
-            tokens = expected + sum(chance**n for n in range(1, count + 1))
+            tokens = expected + expected_right(chance, count)
             seconds = self._at_best(rows + count)
             if tokens > rate * seconds:
                 best, rate = count, tokens / seconds

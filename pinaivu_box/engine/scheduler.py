@@ -17,6 +17,7 @@ from heapq import heappop, heappush
 from typing import Protocol
 
 from pinaivu_box.engine.fairness import FairQueue
+from pinaivu_box.engine.lookup import expected_right
 from pinaivu_box.engine.prefix_cache import PrefixCache, common_prefix
 from pinaivu_box.engine.sequence import Sequence, State
 
@@ -190,12 +191,12 @@ class Scheduler:
     def wants_draft(self) -> bool:
         """Whether it pays to check a draft in the next step, if all that runs decodes."""
         rows = len(self.running)
-        if not self._policy.draft_length(rows, float(rows), 1.0, MOST_DRAFTED):
+        drafting = [(s.lookup, s.tokens) for s in self.running if s.lookup is not None]
+        if not drafting or not self._policy.draft_length(rows, float(rows), 1.0, MOST_DRAFTED):
             return False  # however good it is
         return any(
-            self._policy.draft_length(rows, float(rows), s.lookup.match(s.tokens), MOST_DRAFTED)
-            for s in self.running
-            if s.lookup is not None
+            self._policy.draft_length(rows, float(rows), lookup.match(tokens), MOST_DRAFTED)
+            for lookup, tokens in drafting
         )
 
     def settle(self, sequences: list[Sequence], steps: int) -> None:
@@ -282,7 +283,7 @@ class Scheduler:
                 count = self._policy.draft_length(rows, expected, chance, most)
                 draft = lookup.draft(sequence.tokens, count)
                 rows, room = rows + count, room - count
-                expected += sum(chance**n for n in range(1, count + 1))
+                expected += expected_right(chance, count)
             made.append(Chunk(sequence, chunk.start, 1, draft) if draft else chunk)
         return made
 

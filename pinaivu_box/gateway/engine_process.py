@@ -31,11 +31,12 @@ from pinaivu_box.engine.messages import (
     encode,
 )
 from pinaivu_box.errors import BoxError, EngineLost
+from pinaivu_box.gateway.mailbox import Mailbox
 from pinaivu_box.models.memory import cpu_ticks, resident
 
 log = logging.getLogger("pinaivu.engine")
 
-# What a request's queue carries; None says that the engine is gone.
+# What a request's mailbox carries; None says that the engine is gone.
 Item = Admitted | Refused | Delta | None
 _STOP_SECONDS = 5.0
 _HUNG_SECONDS = 15.0  # with work, and neither a frame nor a tick of processor time
@@ -59,7 +60,7 @@ class EngineProcess:
         self.progress = 0.0
         self.closed = asyncio.Event()
         self._load_frame = load
-        self._queues: dict[str, asyncio.Queue[Item]] = {}
+        self._boxes: dict[str, Mailbox[Item]] = {}
         self._messages = 0  # sent and received
         self._last_words: deque[str] = deque(maxlen=20)
         self._process: asyncio.subprocess.Process
@@ -106,21 +107,21 @@ class EngineProcess:
             await self.stop()
             raise
 
-    def submit(self, add: Add) -> asyncio.Queue[Item]:
+    def submit(self, add: Add) -> Mailbox[Item]:
         """Hand over a request; EngineLost if the child is gone."""
         if not self.alive:
             raise EngineLost("The engine stopped before it could take the request; try again.")
-        queue: asyncio.Queue[Item] = asyncio.Queue()
-        self._queues[add.id] = queue
+        box: Mailbox[Item] = Mailbox()
+        self._boxes[add.id] = box
         self._send(add)
-        return queue
+        return box
 
     def cancel(self, request_id: str) -> None:
-        if self.alive and request_id in self._queues:
+        if self.alive and request_id in self._boxes:
             self._send(Cancel(request_id))
 
     def forget(self, request_id: str) -> None:
-        self._queues.pop(request_id, None)
+        self._boxes.pop(request_id, None)
 
     async def stop(self) -> None:
         """Close its stdin, which ends it; kill it if it does not go."""
@@ -170,9 +171,9 @@ class EngineProcess:
                     *frame.deltas,
                 ]
                 for item in items:
-                    queue = self._queues.get(item.id)
-                    if queue is not None:
-                        queue.put_nowait(item)
+                    box = self._boxes.get(item.id)
+                    if box is not None:
+                        box.put(item)
             case Progress():
                 self.progress = frame.fraction
             case Ready() if not loaded.done():
@@ -186,9 +187,9 @@ class EngineProcess:
             words = self._last_words[-1] if self._last_words else "it said nothing"
             code = self._process.returncode
             loaded.set_exception(StartFailed(f"it ended with status {code}: {words}"))
-        for queue in self._queues.values():
-            queue.put_nowait(None)
-        self._queues.clear()
+        for box in self._boxes.values():
+            box.put(None)
+        self._boxes.clear()
 
     async def _kill_if_hung(self) -> None:
         """A step may take long on a slow machine; but then it computes."""
@@ -197,7 +198,7 @@ class EngineProcess:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.closed.wait(), _HUNG_SECONDS)
             ticks = cpu_ticks(self.pid)
-            now = None if ticks is None or not self._queues else (self._messages, ticks)
+            now = None if ticks is None or not self._boxes else (self._messages, ticks)
             if now is not None and now == seen:
                 log.error("the engine of %s hangs; ending it", self.model_id)
                 self._process.kill()

@@ -10,7 +10,7 @@ from pinaivu_box.config import SamplingConfig
 from pinaivu_box.engine.messages import Add, Admitted, Delta, Refused, Sampling, SamplingDefaults
 from pinaivu_box.errors import EngineLost, by_code
 from pinaivu_box.gateway.backend import Event, Job, Output, Prompt, Started
-from pinaivu_box.gateway.engine_process import EngineProcess
+from pinaivu_box.gateway.engine_process import EngineProcess, Item
 from pinaivu_box.gateway.placement import Placement
 from pinaivu_box.receipts.receipt import EngineInfo
 
@@ -30,7 +30,7 @@ class LocalBackend:
         try:
             sampling = resolve(job, self._sampling, engine.ready.defaults)
             info = EngineInfo(engine.ready.build, engine.ready.device)
-            queue = engine.submit(
+            box = engine.submit(
                 Add(
                     id=job.request_id,
                     messages=job.messages,
@@ -45,26 +45,10 @@ class LocalBackend:
             self._serving[job.request_id] = engine
             yield Started(self._node_id, engine.model_digest, info, sampling)
             while True:
-                match await queue.get():
-                    case Admitted() as admitted:
-                        yield Prompt(admitted.prompt_tokens)
-                    case Refused() as refused:
-                        raise by_code(refused.code, refused.message)
-                    case Delta() as delta:
-                        yield Output(
-                            delta.text,
-                            delta.tokens,
-                            delta.finish_reason,
-                            delta.queue_ms,
-                            delta.cached_tokens,
-                            delta.shifted_tokens,
-                        )
-                        if delta.finish_reason:
-                            return
-                    case None:
-                        raise EngineLost(
-                            "The engine died while it worked on this request; try again.",
-                        )
+                for item in await box.take():
+                    yield _event(item)
+                    if isinstance(item, Delta) and item.finish_reason:
+                        return
         finally:
             self._serving.pop(job.request_id, None)
             engine.forget(job.request_id)
@@ -74,6 +58,26 @@ class LocalBackend:
         engine = self._serving.get(request_id)
         if engine:
             engine.cancel(request_id)
+
+
+def _event(item: Item) -> Event:
+    """Raises what the engine refused with, EngineLost if it is gone."""
+    match item:
+        case Delta():
+            return Output(
+                item.text,
+                item.tokens,
+                item.finish_reason,
+                item.queue_ms,
+                item.cached_tokens,
+                item.shifted_tokens,
+            )
+        case Admitted():
+            return Prompt(item.prompt_tokens)
+        case Refused():
+            raise by_code(item.code, item.message)
+        case None:
+            raise EngineLost("The engine died while it worked on this request; try again.")
 
 
 def resolve(job: Job, box: SamplingConfig, file: SamplingDefaults) -> Sampling:

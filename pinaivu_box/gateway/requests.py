@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from pinaivu_box.errors import ApiError, EngineLost, InternalError
 from pinaivu_box.gateway.backend import Backend, Job, Output, Prompt, Started
+from pinaivu_box.gateway.mailbox import Mailbox
 from pinaivu_box.gateway.metering import Account, Meter
 from pinaivu_box.gateway.metrics import Metrics
 
@@ -47,7 +48,7 @@ class Request:
 
     def __init__(self, account: Account, backend: Backend, meter: Meter) -> None:
         self.account = account
-        self.events: asyncio.Queue[RequestEvent] = asyncio.Queue()
+        self.events: Mailbox[RequestEvent] = Mailbox()
         self.cancelled = False
         self.status = 500  # set when it ends
         self._backend = backend
@@ -69,7 +70,7 @@ class Request:
             log.exception("request %s failed", self.account.job.request_id)
             last = Failed(InternalError("The box failed on this request; its log says why."))
         self.status = _status(last)
-        self.events.put_nowait(last)
+        self.events.put(last)
         _log(self.account, self.status)
         return last
 
@@ -107,7 +108,7 @@ class Request:
                 self.account.take(event)
                 if isinstance(event, Prompt):
                     continue
-                self.events.put_nowait(event)
+                self.events.put(event)
                 if event.finish_reason:
                     return event.finish_reason
         raise EngineLost("The engine ended this request without a word; try again.")

@@ -16,7 +16,7 @@ from pinaivu_box.box import Box
 from pinaivu_box.config import SamplingConfig
 from pinaivu_box.errors import BodyTooLarge, InvalidJson, RequestTimeout
 from pinaivu_box.gateway.backend import Job, Output
-from pinaivu_box.gateway.requests import Failed, Finished
+from pinaivu_box.gateway.requests import Failed, Finished, RequestEvent
 from pinaivu_box.gateway.requests import Request as Running
 from pinaivu_box.models.catalog import Model
 from pinaivu_box.openai.chunks import ChunkBuilder
@@ -119,12 +119,12 @@ async def _cancel_on_disconnect(receive: Receive, running: Running) -> None:
 async def _collect(running: Running) -> ChatCompletion:
     text: list[str] = []
     while True:
-        event = await running.events.get()
-        if isinstance(event, Failed):
-            raise event.error
-        if isinstance(event, Finished):
-            return _completion(running, "".join(text), event)
-        text.append(event.text)
+        for event in await running.events.take():
+            if isinstance(event, Failed):
+                raise event.error
+            if isinstance(event, Finished):
+                return _completion(running, "".join(text), event)
+            text.append(event.text)
 
 
 def _completion(running: Running, text: str, end: Finished) -> ChatCompletion:
@@ -160,37 +160,32 @@ async def _stream(
         model=job.model.id,
         with_usage=body.stream_options is not None and body.stream_options.include_usage,
     )
-    first: asyncio.Task[Output | Finished | Failed] = asyncio.create_task(running.events.get())
+    first = asyncio.create_task(running.events.take())
     # A failure before the first token keeps its own status; a long wait (the engine is loading, or
     # the queue is long) is bridged with comments after the grace.
     await asyncio.wait({first}, timeout=grace)
-    if first.done() and isinstance(event := first.result(), Failed):
+    if first.done() and isinstance(event := first.result()[0], Failed):
         watcher.cancel()
         raise event.error
     return EventStream(_chunks(running, first, chunks), watcher)
 
 
 async def _chunks(
-    running: Running,
-    first: asyncio.Task[Output | Finished | Failed],
-    chunks: ChunkBuilder,
+    running: Running, first: asyncio.Task[list[RequestEvent]], chunks: ChunkBuilder
 ) -> AsyncIterator[bytes]:
     yield chunks.role()
-    event = await first
+    events = await first
     while True:
-        parts: list[bytes] = []
-        while True:  # what has piled up meanwhile goes out in one write
+        parts: list[bytes] = []  # what has piled up meanwhile goes out in one write
+        for event in events:
             if isinstance(event, Output):
                 parts.append(chunks.text(event.text) if event.text else b"")
             elif isinstance(event, Finished):
                 parts.append(chunks.end(event.finish_reason, _usage(event), event.shifted_tokens))
             else:
                 parts.append(chunks.error(event.error))
-            if running.events.empty() or not isinstance(event, Output):
-                break
-            event = running.events.get_nowait()
         if data := b"".join(parts):
             yield data
         if not isinstance(event, Output):
             return
-        event = await running.events.get()
+        events = await running.events.take()

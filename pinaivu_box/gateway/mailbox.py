@@ -1,0 +1,36 @@
+"""From one task to another, all that has come at once."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class Mailbox(Generic[T]):
+    """A queue with one reader.
+
+    asyncio.Queue hands out one item at a time, to any number of readers: of the path from a frame
+    to the socket that was a sixth.
+    """
+
+    def __init__(self) -> None:
+        self._items: list[T] = []
+        self._reader: asyncio.Future[None] | None = None
+
+    def put(self, item: T) -> None:
+        self._items.append(item)
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
+
+    async def take(self) -> list[T]:
+        """What there is, in order; waits until there is something."""
+        while not self._items:
+            self._reader = asyncio.get_running_loop().create_future()
+            try:
+                await self._reader
+            finally:
+                self._reader = None
+        items, self._items = self._items, []
+        return items
