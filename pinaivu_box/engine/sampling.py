@@ -14,8 +14,11 @@ what cannot be drawn is cut first, in ways that are exact, and rows of one kind 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +29,8 @@ Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
 Ids = npt.NDArray[np.intp]
 UInt64 = npt.NDArray[np.uint64]
-Positions = Sequence[int] | npt.NDArray[np.int32]
+Int32 = npt.NDArray[np.int32]
+Positions = Sequence[int] | Int32
 
 _NONE: Ids = np.empty(0, np.intp)
 _GREEDY = -1
@@ -35,6 +39,8 @@ _MOST_TOGETHER = 256  # a larger top-k is worked off row by row
 # looked into.  One pass over the vocabulary, then almost nothing.
 _COLUMN = 32
 _FIRST_DEPTH = 6.0  # in logits; e^-6 of the best one
+_WORTH_A_THREAD = 1 << 20  # logits; half a millisecond's work or more
+_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 # SplitMix64 (Steele, Lea, Flood: "Fast Splittable Pseudorandom Number Generators", OOPSLA 2014).
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -114,7 +120,6 @@ class Sampler:
     """
 
     def __init__(self, samplings: Sequence[Sampling], end_tokens: Ids = _NONE) -> None:
-        self._size = len(samplings)
         self._samplings = samplings
         self._end_tokens = end_tokens
         self._adjusted = [
@@ -124,7 +129,8 @@ class Sampler:
         kinds: dict[int, list[int]] = {}
         for row, one in enumerate(samplings):
             kinds.setdefault(_GREEDY if one.temperature == 0 else one.top_k, []).append(row)
-        self._groups = [(kind, _Group(rows, samplings)) for kind, rows in kinds.items()]
+        self._kinds = kinds
+        self._groups: list[_Group] = []
 
     def draw(
         self, logits: Float32, positions: Positions, outputs: Sequence[Sequence[int]] = ()
@@ -133,26 +139,46 @@ class Sampler:
         for row in self._adjusted:
             output = outputs[row] if self._samplings[row].looks_back else ()
             _adjust(logits[row], self._samplings[row], output, self._end_tokens)
-        if len(self._groups) == 1:
-            # The logits of all rows are many megabytes: do not copy them without need.
-            kind, group = self._groups[0]
-            return _draw_kind(kind, logits, group, positions)
-        tokens = [0] * self._size
+        if not self._groups:
+            self._groups = self._grouped(logits.shape[1])
         positions = np.asarray(positions)
-        for kind, group in self._groups:
-            chosen = positions[group.rows]
-            drawn = _draw_kind(kind, logits[group.rows], group, chosen)
-            for row, token in zip(group.rows, drawn, strict=True):
+        if len(self._groups) == 1:
+            return self._groups[0].draw(logits, positions)
+        # Most of it is done outside the interpreter's lock.
+        run = map if logits.size <= 2 * _WORTH_A_THREAD else _threads().map
+        tokens = [0] * len(self._samplings)
+        drawn = run(lambda group: group.draw(logits, positions), self._groups)
+        for group, found in zip(self._groups, drawn, strict=True):
+            for row, token in zip(group.rows, found, strict=True):
                 tokens[row] = token
         return tokens
+
+    def _grouped(self, n_vocab: int) -> list[_Group]:
+        """Rows of a kind, in parts that are worth a thread each."""
+        groups = []
+        for kind, rows in self._kinds.items():
+            parts = max(1, min(_CORES, len(rows) * n_vocab // _WORTH_A_THREAD))
+            size = -(-len(rows) // parts)
+            for start in range(0, len(rows), size):
+                groups.append(_Group(kind, rows[start : start + size], self._samplings))
+        return groups
+
+
+@cache
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(_CORES, "sampling")
 
 
 class _Group:
     """Rows with the same kind of truncation, and their parameters in columns."""
 
-    def __init__(self, rows: list[int], samplings: Sequence[Sampling]) -> None:
+    def __init__(self, kind: int, rows: list[int], samplings: Sequence[Sampling]) -> None:
         mine = [samplings[row] for row in rows]
         self.rows = rows
+        self._kind = kind
+        # The logits of all rows are many megabytes: do not copy them without need.
+        together = rows[-1] - rows[0] == len(rows) - 1
+        self._index = slice(rows[0], rows[-1] + 1) if together else np.array(rows)
         self.samplings = mine
         self.temperature = np.array([[one.temperature] for one in mine])
         self.top_p = np.array([[one.top_p] for one in mine])
@@ -160,21 +186,22 @@ class _Group:
         self.seeds = np.array([one.seed & _MASK for one in mine], np.uint64)
         self.truncates = bool((self.top_p < 1).any())
 
-    def keys(self, positions: Positions) -> UInt64:
+    def draw(self, logits: Float32, positions: Int32) -> list[int]:
+        """Tokens of its rows; the arguments are those of all rows."""
+        logits, positions = logits[self._index], positions[self._index]
+        if self._kind == _GREEDY:
+            greedy: list[int] = logits.argmax(axis=1).tolist()
+            return greedy
+        if 0 < self._kind <= _MOST_TOGETHER:
+            return _draw_top_k(logits, self, positions, self._kind)
+        return [
+            _draw_one(row, sampling, int(position))
+            for row, sampling, position in zip(logits, self.samplings, positions, strict=True)
+        ]
+
+    def keys(self, positions: Int32) -> UInt64:
         """What keys each row's noise, shape (rows, 1)."""
-        return _splitmix64(self.seeds, np.array(positions, np.uint64))[:, np.newaxis]
-
-
-def _draw_kind(kind: int, logits: Float32, group: _Group, positions: Positions) -> list[int]:
-    if kind == _GREEDY:
-        greedy: list[int] = logits.argmax(axis=1).tolist()
-        return greedy
-    if 0 < kind <= _MOST_TOGETHER:
-        return _draw_top_k(logits, group, positions, kind)
-    return [
-        _draw_one(row, sampling, int(position))
-        for row, sampling, position in zip(logits, group.samplings, positions, strict=True)
-    ]
+        return _splitmix64(self.seeds, positions.astype(np.uint64))[:, np.newaxis]
 
 
 def _adjust(row: Float32, sampling: Sampling, output: Sequence[int], end_tokens: Ids) -> None:
@@ -192,7 +219,7 @@ def _adjust(row: Float32, sampling: Sampling, output: Sequence[int], end_tokens:
 # -- top-k: the candidates of all rows in one matrix ---------------------------------------------
 
 
-def _draw_top_k(logits: Float32, group: _Group, positions: Positions, k: int) -> list[int]:
+def _draw_top_k(logits: Float32, group: _Group, positions: Int32, k: int) -> list[int]:
     ids, values = _top_k(logits, k)
     likely = np.exp((values - values[:, :1]).astype(np.float64))
     dropped = likely < group.min_p

@@ -13,7 +13,19 @@ import pytest
 from pinaivu_box.engine.fake_runner import END, N_VOCAB
 from pinaivu_box.engine.messages import Add, Cancel, Sampling
 from pinaivu_box.engine.runner import Batch
-from tests.engine.harness import Heard, StrictRunner, add, finish, make, run, sampling
+from tests.engine.harness import (
+    BUDGET,
+    Engine,
+    Fixed,
+    Heard,
+    StrictRunner,
+    add,
+    finish,
+    load,
+    make,
+    run,
+    sampling,
+)
 
 LETTERS = b"abcdef"
 
@@ -82,6 +94,33 @@ def test_answers_that_end_are_the_same_with_drafts(kind: str) -> None:
     plain, _, _ = answers(adds, 0, can_end=True)
     assert any(end == "stop" for _, _, end in plain.values())
     assert answers(adds, 5, can_end=True)[0] == plain
+
+
+def test_drafts_begin_where_the_text_begins_to_repeat_itself() -> None:
+    """Not only where the engine happens to make a plan: most of its steps have none."""
+
+    class Hopeful(Fixed):
+        def draft_length(self, rows: int, expected: float, chance: float, most: int) -> int:
+            return min(self.draft, most) if chance else 0
+
+    class Loops(Repeating):
+        """An alphabet, then for ever its end."""
+
+        def logits(self, cells: list[int]) -> npt.NDArray[np.float32]:
+            made = len(cells) - self.prompt
+            logits = np.full(N_VOCAB, -50, np.float32)
+            logits[ord("A") + (made if made < 30 else 25 + made % 5)] = 0
+            return logits
+
+        def tokenize(self, text: str) -> list[int]:
+            tokens = super().tokenize(text)
+            self.prompt = len(tokens)
+            return tokens
+
+    engine = Engine(Loops(load()), token_budget=BUDGET, policy=Hopeful(6))
+    heard = run(engine, [add("r", "", 90, sampling=sampling(0))])
+    assert len(heard.tokens["r"]) == 90
+    assert heard.load.steps < 60  # without drafts 90; the last 60 tokens could take 9
 
 
 def test_nothing_is_said_after_an_end_token_that_was_drafted() -> None:

@@ -54,6 +54,23 @@ def test_a_mixed_batch_draws_what_each_row_draws_alone(
     assert shuffled == [by_itself[n] for n in order]
 
 
+@pytest.mark.parametrize("mixed", [False, True])
+def test_rows_that_are_drawn_in_threads_draw_what_each_draws_alone(mixed: bool) -> None:
+    """64 rows of 70,000 tokens are worth four threads."""
+    random = np.random.default_rng(0)
+    logits = random.normal(0, 3, (64, 70_000)).astype(np.float32)
+    kinds = [Sampling(0.8, 0.95, 40, 0.05, seed) for seed in range(64)]
+    if mixed:
+        kinds[::3] = [Sampling(0.0, 1, 0, 0, 0)] * 22
+        kinds[1::3] = [Sampling(1.0, 0.9, 0, 0, seed) for seed in range(21)]
+    draws = [Draw(kind, 7 * n) for n, kind in enumerate(kinds)]
+    by_itself = [draw_rows(logits[n : n + 1].copy(), [one])[0] for n, one in enumerate(draws)]
+    assert len(set(by_itself)) > 32
+    sampler = Sampler(kinds)
+    for _ in range(3):
+        assert sampler.draw(logits.copy(), [7 * n for n in range(64)]) == by_itself
+
+
 @settings(max_examples=50)
 @given(st.lists(KINDS, min_size=1, max_size=5), st.data())
 def test_a_sampler_draws_the_same_step_after_step(
