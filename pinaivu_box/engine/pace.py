@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from pinaivu_box.engine.lookup import expected_right
 
-# While streams run, prompts get at most 4/5 of the time: a stream's gap grows at most fivefold, and
-# a long prompt takes at most 5/4 of the time that it would take alone.
-PROMPT_STRETCH = 5.0
+# While streams run, prompts get at most 6/7 of the time: a stream's gap grows at most sevenfold, and
+# a long prompt takes at most 7/6 of the time that it would take alone.
+PROMPT_STRETCH = 7.0
 SHORTEST = 0.1  # seconds; a gap that nobody minds, however fast the model
-EASED = 0.2  # seconds for prompts in a step; more only if many wait for their first token
+BEARABLE = 0.35  # seconds; a gap, or LEAST for prompts: more only if many wait for their first token
+LEAST = 0.2  # seconds; chunks that take less are inefficient, and the prompt would never end
 PRESSED = 2.0  # as many prompts as streams get so many times the streams' own time
 LONGEST = 0.8  # seconds; also without streams: so long waits who comes in the middle of a step
 LEAST_PROMPT = 16  # tokens; smaller chunks only waste
@@ -76,8 +77,8 @@ class Pace:
         # the more of those there are, the more they get.
         decoding = self.seconds(rows)
         pressed = min(LONGEST - decoding, PRESSED * decoding * prompts / rows)
-        bearable = min((PROMPT_STRETCH - 1) * decoding, max(EASED, pressed))
-        return max(SHORTEST - decoding, bearable)
+        bearable = max(BEARABLE - decoding, LEAST, pressed)
+        return max(SHORTEST - decoding, min((PROMPT_STRETCH - 1) * decoding, bearable))
 
     def draft_length(self, rows: int, expected: float, chance: float, most: int) -> int:
         """How many tokens to draft for one of `rows` rows, which are `expected` tokens' worth: as

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pinaivu_box.engine.pace import (
-    EASED,
+    BEARABLE,
+    LEAST,
     LEAST_PROMPT,
     LONGEST,
     PROMPT_STRETCH,
@@ -45,7 +46,7 @@ MOST = st.integers(1, 4096)
 def test_prompts_beside_streams_stretch_a_step_as_far_as_is_said(
     machine: Machine, rows: int, prompts: int, most: int
 ) -> None:
-    """Fivefold, or to what nobody minds; to more than a moment longer only if many wait."""
+    """Sevenfold, or to what nobody minds; to more than is bearable only if many wait."""
     pace = machine.teach([1, 4, 16], [8, 64, 512])
     budget = pace.prompt_budget(rows, prompts, most)
     assert min(most, LEAST_PROMPT) <= budget <= most
@@ -53,9 +54,9 @@ def test_prompts_beside_streams_stretch_a_step_as_far_as_is_said(
     if budget > LEAST_PROMPT:
         seconds = machine.seconds(rows, budget)
         assert seconds <= TOLERANCE * max(SHORTEST, PROMPT_STRETCH * alone)
-        assert seconds <= TOLERANCE * max(LONGEST, alone + EASED)
-        if 2 * prompts * alone <= EASED * rows:
-            assert seconds <= TOLERANCE * max(SHORTEST, alone + EASED)
+        assert seconds <= TOLERANCE * max(LONGEST, alone + LEAST)
+        if 2 * prompts * alone <= LEAST * rows:
+            assert seconds <= TOLERANCE * max(BEARABLE, alone + LEAST)
 
 
 def test_the_more_wait_for_their_first_token_the_more_they_get() -> None:
@@ -83,7 +84,7 @@ def test_the_budget_is_used_where_there_is_time(machine: Machine, rows: int) -> 
     alone = machine.seconds(rows) if rows else 0.0
     limit = LONGEST
     if rows:
-        limit = max(SHORTEST, min(PROMPT_STRETCH * alone, alone + EASED))
+        limit = max(SHORTEST, min(PROMPT_STRETCH * alone, max(BEARABLE, alone + LEAST)))
     # A step's own time is at most a tenth of one with 512 prompt tokens, or it counts for them.
     each = max(machine.prompt_token, machine.seconds(1, 512) / 512)
     assert 2 * (budget + 1) * each + alone > limit / TOLERANCE
