@@ -8,13 +8,11 @@ from __future__ import annotations
 
 from pinaivu_box.engine.lookup import expected_right
 
-# While streams run, prompts get at most 6/7 of the time: a stream's gap grows at most sevenfold, and
-# a long prompt takes at most 7/6 of the time that it would take alone.
+# While streams run, prompts get at most 6/7 of the time: a stream's gap grows at most sevenfold,
+# and a long prompt takes at most 7/6 of the time that it would take alone.  Smaller chunks would
+# cost more than they save: measured in tests/bench/results.
 PROMPT_STRETCH = 7.0
 SHORTEST = 0.1  # seconds; a gap that nobody minds, however fast the model
-BEARABLE = 0.35  # seconds; a gap, or LEAST for prompts: more only if many wait for their first token
-LEAST = 0.2  # seconds; chunks that take less are inefficient, and the prompt would never end
-PRESSED = 2.0  # as many prompts as streams get so many times the streams' own time
 LONGEST = 0.8  # seconds; also without streams: so long waits who comes in the middle of a step
 LEAST_PROMPT = 16  # tokens; smaller chunks only waste
 _LEARN = 0.25
@@ -60,25 +58,16 @@ class Pace:
         nearest = below or above or 0
         return max(0.0, self._rows[nearest] + (rows - nearest) * self._slope())
 
-    def prompt_budget(self, rows: int, prompts: int, most: int) -> int:
-        """Prompt tokens for a step beside `rows` decoding ones; at most `most`.
-
-        `prompts` sequences wait for their first token.
-        """
+    def prompt_budget(self, rows: int, most: int) -> int:
+        """Prompt tokens for a step beside `rows` decoding ones; at most `most`."""
         if self._prompt_token is None:
             return most if not rows else min(most, 8 * LEAST_PROMPT)
-        fits = int(self._prompt_seconds(rows, prompts) / self._prompt_token)
-        return max(min(LEAST_PROMPT, most), min(fits, most))
-
-    def _prompt_seconds(self, rows: int, prompts: int) -> float:
-        if not rows:
-            return LONGEST
-        # A step's time is one that `rows` wait for their next token and `prompts` for their first:
-        # the more of those there are, the more they get.
         decoding = self.seconds(rows)
-        pressed = min(LONGEST - decoding, PRESSED * decoding * prompts / rows)
-        bearable = max(BEARABLE - decoding, LEAST, pressed)
-        return max(SHORTEST - decoding, min((PROMPT_STRETCH - 1) * decoding, bearable))
+        target = LONGEST
+        if rows:
+            target = min(LONGEST, max(SHORTEST, PROMPT_STRETCH * decoding))
+        fits = int((target - decoding) / self._prompt_token)
+        return max(min(LEAST_PROMPT, most), min(fits, most))
 
     def draft_length(self, rows: int, expected: float, chance: float, most: int) -> int:
         """How many tokens to draft for one of `rows` rows, which are `expected` tokens' worth: as

@@ -85,7 +85,7 @@ class Plan:
 class Policy(Protocol):
     """How much to put into a step (see `pace.Pace`)."""
 
-    def prompt_budget(self, rows: int, prompts: int, most: int) -> int: ...
+    def prompt_budget(self, rows: int, most: int) -> int: ...
 
     def draft_length(self, rows: int, expected: float, chance: float, most: int) -> int: ...
 
@@ -160,10 +160,8 @@ class Scheduler:
         decoding = [s for s in self.running if s.pending == 1]
         chunks = [Chunk(s, s.computed, 1) for s in decoding[: max(0, self._room())]]
         planned = len(chunks)
+        budget = self._policy.prompt_budget(planned, self.token_budget - planned)
         prompts = sorted((s for s in self.running if s.pending > 1), key=self._turn)
-        starting = min(len(self.waiting), self.max_sequences - len(self.running))
-        left = self.token_budget - planned
-        budget = self._policy.prompt_budget(planned, len(prompts) + starting, left)
         for sequence in prompts:
             count = self._add_chunk(chunks, sequence, planned, budget)
             planned, budget = planned + count, budget - count

@@ -32,7 +32,7 @@ class Fixed:
 
     draft: int = 0
 
-    def prompt_budget(self, rows: int, prompts: int, most: int) -> int:
+    def prompt_budget(self, rows: int, most: int) -> int:
         return most
 
     def draft_length(self, rows: int, expected: float, acceptance: float, most: int) -> int:
