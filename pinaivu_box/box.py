@@ -39,6 +39,7 @@ class Box:
     catalog: Catalog
     placement: Placement
     admission: Admission
+    local: LocalBackend
     requests: Requests
     metrics: Metrics
     control_token: str
@@ -105,6 +106,7 @@ def _join(config: Config, home: Path, database: Database) -> Box:
         catalog=catalog,
         placement=placement,
         admission=Admission(catalog, config.engine),
+        local=backend,
         requests=Requests(backend, meter, metrics),
         metrics=metrics,
         control_token=secrets.token_hex(32),

@@ -153,9 +153,13 @@ def _descendants(root: type[ApiError]) -> list[type[ApiError]]:
     return found
 
 
-def by_code(code: str, message: str) -> ApiError:
+def by_code(code: str, message: str, param: str | None = None) -> ApiError:
     """Rebuild the error that an engine child named by its `code` (frames carry no classes)."""
     for kind in _descendants(ApiError):
         if kind.code == code:
-            return kind(message)
+            if issubclass(kind, InvalidBody):
+                return kind(message, loc=("body", *(param.split(".") if param else ())))
+            error = kind(message)
+            error.param = param
+            return error
     return InternalError(message)

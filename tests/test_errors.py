@@ -24,7 +24,9 @@ MISSING = "value_error.missing"
 SERVED = {
     "model", "messages", "stream", "stream_options", "temperature", "top_p", "max_tokens",
     "max_completion_tokens", "stop", "seed", "user", "frequency_penalty", "presence_penalty",
-    "logit_bias",
+    "logit_bias", "logprobs", "metadata", "n", "parallel_tool_calls", "prediction",
+    "prompt_cache_key", "reasoning_effort", "response_format", "safety_identifier",
+    "service_tier", "store", "tool_choice", "tools", "top_logprobs",
 }  # fmt: skip
 
 
@@ -213,7 +215,7 @@ def test_the_documented_example_of_a_missing_field(box: Box) -> None:
         ({"messages": "hi"}, ["messages"], "type_error"),
         ({"messages": ["hi"]}, ["messages", 0], "type_error"),
         (with_message(role="robot", content="x"), ["messages", 1, "role"], None),
-        (with_message(role="tool", content="x"), ["messages", 1, "role"], None),
+        (with_message(role="tool", content="x"), ["messages", 1, "tool_call_id"], MISSING),
         (with_message(role=1, content="x"), ["messages", 1, "role"], None),
         (with_message(role="user", content=5), ["messages", 1, "content"], "type_error"),
         (with_message(role="user", content=None), ["messages", 1, "content"], "type_error"),
@@ -285,29 +287,18 @@ def test_a_number_that_no_float_holds_is_refused(box: Box) -> None:
 # -- 422: parameters that are not served ---------------------------------------------------------
 
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
+SCHEMA = {"type": "json_schema", "json_schema": {"name": "s", "schema": {"not": {}}}}
 UNSERVED = {
     "audio": {"voice": "alloy", "format": "wav"},
     "function_call": {"name": "f"},
     "functions": [{"name": "f"}],
-    "logprobs": True,
-    "metadata": {"a": "b"},
     "modalities": ["text", "audio"],
-    "n": 2,
-    "prediction": {"type": "content", "content": "x"},
-    "prompt_cache_key": "x",
-    "reasoning_effort": "low",
-    "response_format": {"type": "json_object"},
-    "safety_identifier": "x",
-    "service_tier": "flex",
-    "store": True,
-    "tool_choice": {"type": "function", "function": {"name": "f"}},
-    "tools": [TOOL],
-    "top_logprobs": 3,
     "verbosity": "low",
     "web_search_options": {},
 }
 NEUTRAL: dict[str, Any] = {
     "frequency_penalty": 0,
+    "functions": [],
     "logit_bias": {},
     "logprobs": False,
     "metadata": {},
@@ -320,8 +311,104 @@ NEUTRAL: dict[str, Any] = {
     "store": False,
     "tool_choice": "none",
     "tools": [],
-    "top_logprobs": 0,
+    "verbosity": "medium",
 }
+
+
+@pytest.mark.parametrize(
+    ("change", "param", "words"),
+    [
+        ({"temprature": 1}, "temprature", "did you mean 'temperature'"),
+        ({"max_token": 1}, "max_token", "did you mean 'max_tokens'"),
+        ({"xyz": 1}, "xyz", "remove it"),
+        ({"top_logprobs": 3}, "top_logprobs", "logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "20"),
+        ({"n": 0}, "n", "1"),
+        ({"n": 129}, "n", "128"),
+        ({"tools": [TOOL, TOOL]}, "tools", "same name"),
+        ({"tools": [{"type": "custom", "custom": {}}]}, "tools.0.type", "custom"),
+        ({"tool_choice": "required"}, "tool_choice", "tools"),
+        (
+            {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "g"}}},
+            "tool_choice",
+            "'g'",
+        ),
+        ({"response_format": {"type": "xml"}}, "response_format.type", "xml"),
+        ({"response_format": SCHEMA}, "response_format", '"not"'),
+        ({"grammar": "root ::= nonsense"}, "grammar", "grammar"),
+        ({"grammar": "start: (", "seed": 1}, "grammar", "grammar"),
+        ({"grammar": 'root ::= "a"', "tools": [TOOL]}, "grammar", "tools"),
+        (
+            {"grammar": 'root ::= "a"', "response_format": {"type": "json_object"}},
+            "grammar",
+            "response_format",
+        ),
+        ({"reasoning_effort": "utmost"}, "reasoning_effort", "utmost"),
+        ({"metadata": {"a": 1}}, "metadata", "str"),
+        # Found by tests/fuzz/run: numbers that frames, proofs or SQLite do not carry.
+        ({"top_k": 2**54}, "top_k", "<="),
+        ({"top_k": 10**36}, "top_k", "64 bits"),
+        (
+            {
+                "tools": [
+                    TOOL,
+                    {
+                        "type": "function",
+                        "function": {
+                            "name": "g",
+                            "parameters": {"type": "object", "maximum": 10**30},
+                        },
+                    },
+                ]
+            },
+            "tools",
+            "64 bits",
+        ),
+        ({"logit_bias": {"99999999": 1}}, "logit_bias", "99999999"),
+    ],
+    ids=lambda value: json.dumps(value)[:60] if isinstance(value, dict) else "",
+)
+def test_what_cannot_be_asked_is_said_in_a_sentence(
+    box: Box, change: dict[str, Any], param: str, words: str
+) -> None:
+    error = failure(box, CHAT, {**GOOD, **change})
+    assert isinstance(error, openai.UnprocessableEntityError)
+    body = check_envelope(error.response, 422, "invalid_body")
+    assert words in body["error"]["message"]
+    assert (body["error"]["param"] or "").startswith(param.split(".")[0])
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/completions", {"prompt": [[1, -5]]}),
+        ("/completions", {"prompt": [[10**40]]}),
+        ("/completions", {"prompt": [2**40, 3]}),
+        ("/embeddings", {"input": [2**50]}),
+        ("/embeddings", {"input": ["x"], "dimensions": 2**40}),
+        ("/messages", {"messages": [USER], "max_tokens": 1, "top_k": 2**60}),
+        ("/responses", {"input": [{"role": "user", "content": "x", "mark": 10**40}]}),
+    ],
+)
+def test_numbers_that_are_too_large_are_422_everywhere(
+    box: Box, path: str, body: dict[str, Any]
+) -> None:
+    """Seeds of what tests/fuzz/run found."""
+    answer = box.http("POST", f"/v1{path}", json={"model": GOOD["model"], **body})
+    assert answer.status_code == 422, answer.text
+    assert answer.json()["error"]["code"] == "invalid_body"
+
+
+def test_who_asks_for_leniency_is_told_what_was_ignored(box: Box) -> None:
+    change = {"colour": "red", "verbosity": "low"}
+    lenient = {"x-pinaivu-lenient": "1"}
+    url = "/v1/chat/completions"
+    answer = box.http("POST", url, json={**GOOD, **change}, headers=lenient)
+    assert answer.status_code == 200
+    assert sorted(answer.json()["ignored_parameters"]) == ["colour", "verbosity"]
+    assert "ignored_parameters" not in box.http("POST", url, json=GOOD, headers=lenient).json()
+    wrong = box.http("POST", url, json={**GOOD, "temperature": 9}, headers=lenient)
+    check_envelope(wrong, 422, "invalid_body")  # what is known has to be right
 
 
 @pytest.mark.parametrize("name", UNSERVED)

@@ -134,7 +134,7 @@ def test_the_commands_of_measuring(box: Box, tmp_path: Path) -> None:
 
 
 def test_what_is_said_to_be_served_is_what_is_served() -> None:
-    listed = section("Call it").split("Served today: ")[1].split("Anything else")[0]
+    listed = section("Call it").split("OpenAI's parameters: ")[1].split("Anything else")[0]
     named = set(re.findall(r'[`"](\w+)[`".]', listed))
     assert {field.name for field in msgspec.structs.fields(ChatRequest)} <= named
 

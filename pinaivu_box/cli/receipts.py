@@ -119,8 +119,12 @@ def _transcript(request_file: Path | None, answer: Path | None) -> Any:
         return None
     messages: list[dict[str, Any]] | None = None
     stop: list[str] = []
+    more: dict[str, Any] = {}
     if request_file:
-        from pinaivu_box.openai.request import decode, normalise
+        from pinaivu_box.openai.request import decode, normalise, stop_strings
+        from pinaivu_box.openai.types import ChatRequest
+        from pinaivu_box.server.jobs import asked
 
-        messages, stop = normalise(decode(request_file.read_bytes()))
-    return Transcript(messages, stop, answer.read_bytes().decode() if answer else None)
+        body, _ = decode(request_file.read_bytes(), ChatRequest, lenient=True)
+        messages, stop, more = normalise(body.messages), stop_strings(body.stop), asked(body)
+    return Transcript(messages, stop, answer.read_bytes().decode() if answer else None, more)

@@ -18,7 +18,17 @@ class Detokenizer:
         self._stop = stop
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._held = ""
-        self.stopped = False
+        self.stop_string: str | None = None
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string has ended the text."""
+        return self.stop_string is not None
+
+    @property
+    def holds(self) -> bool:
+        """Whether text or bytes wait for more."""
+        return bool(self._held or self._decoder.getstate()[0])
 
     def push(self, token: int) -> str:
         """Text that may be sent.  Once `stopped` is True, all before the stop string was given."""
@@ -37,11 +47,11 @@ class Detokenizer:
             return "" if self.stopped else text
         held = self._held + text
         # The stop string that is complete first ends the text, however the tokens cut it.
-        found = [(at + len(stop), at) for stop in self._stop if (at := held.find(stop)) >= 0]
+        found = [(at + len(stop), at, stop) for stop in self._stop if (at := held.find(stop)) >= 0]
         if found:
-            self.stopped = True
+            _, at, self.stop_string = min(found)
             self._held = ""
-            return held[: min(found)[1]]
+            return held[:at]
         keep = max(_overlap(held, stop) for stop in self._stop)
         self._held = held[len(held) - keep :]
         return held[: len(held) - keep]

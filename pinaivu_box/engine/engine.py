@@ -4,20 +4,33 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from collections.abc import Sequence as Sequences
 from itertools import takewhile
+from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
 
-from pinaivu_box.engine.messages import EngineLoad, Refused
+from pinaivu_box.engine.embeddings import Embeddings
+from pinaivu_box.engine.messages import EngineLoad, Refused, TokenLogprob
 from pinaivu_box.engine.output import Said, StepOutput
 from pinaivu_box.engine.pace import Pace
 from pinaivu_box.engine.runner import Batch, Float32, NoSlot, Runner
-from pinaivu_box.engine.sampling import Draw, draw_rows
+from pinaivu_box.engine.sampling import (
+    NO_PAST,
+    Draw,
+    Past,
+    draw_again,
+    draw_rows,
+    log_probabilities,
+)
 from pinaivu_box.engine.scheduler import Chunk, Copy, Move, Remove, Scheduler
 from pinaivu_box.engine.sequence import Sequence
 from pinaivu_box.engine.steady import Steady
-from pinaivu_box.errors import ContextOverflow
+from pinaivu_box.errors import BadRequest, ContextOverflow
+
+if TYPE_CHECKING:
+    from pinaivu_box.engine.grammar import Grammar
 
 
 class Engine:
@@ -44,13 +57,14 @@ class Engine:
         self._steady: Steady | None = None
         self._plain: tuple[list[str], list[int]] = ([], [])
         self._last_load = EngineLoad()
+        self.embeddings = Embeddings(runner.embed)
         self._said: list[Said] = []
         self._refused: list[Refused] = []
 
     @property
     def busy(self) -> bool:
         """Whether a call of `step` has something to do or to report."""
-        return bool(self.scheduler or self._said or self._refused)
+        return bool(self.scheduler or self.embeddings or self._said or self._refused)
 
     def add(self, sequence: Sequence) -> None:
         self.settle()
@@ -62,15 +76,19 @@ class Engine:
         """Stop a sequence (the client left, or a stop string came); free its cells."""
         self.settle()
         sequence = self.scheduler.find(request_id)
-        if sequence is not None:  # else it ended while the message was on its way
+        if self.embeddings.end(request_id):
+            self._said.append(Said(request_id, [], finish_reason))
+        elif sequence is not None:  # else it ended while the message was on its way
             self.scheduler.finish(sequence)
             self._said.append(Said(request_id, [], finish_reason))
 
     def step(self) -> tuple[list[Refused], StepOutput]:
         """Compute one batch, if there is one, and return all that happened since the last."""
-        if self._steady and self._steady.left and self._step_steadily():
+        if self._steady and self._steady.left and not self.embeddings and self._step_steadily():
             return [], StepOutput([], self._last_load, self._plain)
         self.settle()
+        if (done := self.embeddings.step()) is not None:
+            self._said.append(Said(done.id, [], "stop", queue_ms=0.0, vectors=done.vectors))
         if self.scheduler:
             self._compute()
         refused, self._refused = self._refused, []
@@ -175,36 +193,96 @@ class Engine:
         if len(alone.tokens) > alone.prompt_length:
             self._said.append(Said(alone.id, [], "length"))
             return
-        error = ContextOverflow(
-            f"The prompt's {alone.prompt_length} tokens (n_prompt_tokens) do not fit into the "
-            f"{self.scheduler.kv_tokens} cells of the KV cache: shorten the messages."
+        self._refused.append(
+            Refused(
+                alone.id,
+                ContextOverflow.code,
+                f"The prompt's {alone.prompt_length} tokens (n_prompt_tokens) do not fit into the "
+                f"{self.scheduler.kv_tokens} cells of the KV cache: shorten the messages.",
+            )
         )
-        self._refused.append(Refused(alone.id, error.code, error.message))
 
     def _sample(self, chunks: list[Chunk], logits: Float32) -> None:
-        drawn = iter(draw_rows(logits, list(_draws(chunks)), self._end_tokens))
+        draws = list(_draws(chunks))
+        # Log-probabilities are the model's own: of the logits before they are adjusted.
+        raw = {row: logits[row].copy() for row in _probed(chunks)}
+        drawn = draw_rows(logits, draws, self._end_tokens)
+        row = 0
         for chunk in chunks:
-            tokens = [next(drawn) for _ in range(chunk.rows)]
+            here = slice(row, row + chunk.rows)
+            tokens = drawn[here]
+            if chunk.sequence.grammar is not None:
+                tokens = self._follow(chunk, chunk.sequence.grammar, tokens, logits[here])
             # A drafted token is right exactly if it is the draw; the draw after it is right then.
             accepted = 0
             for drafted, token in zip(chunk.draft, tokens, strict=False):
                 if drafted != token or token in self._facts.end_tokens:
                     break
                 accepted += 1
-            self._take(chunk, tokens[: accepted + 1], accepted)
+            tokens = tokens[: accepted + 1]
+            probed = []
+            if chunk.sequence.logprobs is not None:
+                probed = [
+                    self._probe(raw[here.start + number], token, chunk.sequence.logprobs)
+                    for number, token in enumerate(tokens)
+                ]
+            row = here.stop  # before its tokens are appended: then the chunk wants no logits
+            self._take(chunk, tokens, accepted, probed)
 
-    def _take(self, chunk: Chunk, tokens: list[int], accepted: int) -> None:
+    def _follow(
+        self, chunk: Chunk, grammar: Grammar, drawn: list[int], logits: Float32
+    ) -> list[int]:
+        """The draws up to the first that shows the draft to be wrong, as the grammar has them."""
+        tokens: list[int] = []
+        for number, token in enumerate(drawn):
+            if not grammar.allows(token):
+                row = logits[number]
+                grammar.mask(row)
+                token = draw_again(row, chunk.sequence.sampling, _position(chunk, number))
+            tokens.append(token)
+            if token in self._facts.end_tokens:
+                break
+            grammar.take(token)
+            if grammar.done or [*chunk.draft, -1][number] != token:
+                break
+        return tokens
+
+    def _probe(self, row: Float32, token: int, count: int) -> TokenLogprob:
+        values, top = log_probabilities(row, [token], count)
+        likeliest = zip(top.tolist(), values[1:].tolist(), strict=True)
+        return TokenLogprob(
+            self._runner.piece(token),
+            float(values[0]),
+            [(self._runner.piece(one), logprob) for one, logprob in likeliest],
+        )
+
+    def _take(
+        self, chunk: Chunk, tokens: list[int], accepted: int, probed: list[TokenLogprob]
+    ) -> None:
         sequence = chunk.sequence
         first, sequence.spoken = not sequence.spoken, True
         sequence.tokens += tokens
         self.scheduler.accept(chunk, accepted)
-        self._conclude(sequence, tokens, first=first)
+        self._conclude(sequence, tokens, first=first, probed=probed)
 
-    def _conclude(self, sequence: Sequence, tokens: list[int], *, first: bool) -> None:
+    def _conclude(
+        self,
+        sequence: Sequence,
+        tokens: list[int],
+        *,
+        first: bool,
+        probed: Sequences[TokenLogprob] = (),
+    ) -> None:
         """Say its new tokens, and end it if they do."""
+        if sequence.grammar is not None and sequence.grammar.broken:
+            self.scheduler.finish(sequence)
+            why = "The schema or grammar became too complex to follow: simplify it."
+            self._refused.append(Refused(sequence.id, BadRequest.code, why))
+            return
         end_token = tokens[-1] in self._facts.end_tokens
-        finish_reason = "stop" if end_token else None
-        if not end_token and self._full(sequence):
+        complete = sequence.grammar is not None and sequence.grammar.done
+        finish_reason = "stop" if end_token or complete else None
+        if finish_reason is None and self._full(sequence):
             finish_reason = "length"
         self._said.append(
             Said(
@@ -215,6 +293,7 @@ class Engine:
                 sequence.queue_ms if first else None,
                 sequence.cached_tokens if first else None,
                 sequence.shifted,
+                probed,
             )
         )
         if first:
@@ -257,10 +336,25 @@ def _draws(chunks: list[Chunk]) -> Iterator[Draw]:
     """What decides each row's draw, in batch order."""
     for chunk in chunks:
         sequence = chunk.sequence
-        position = len(sequence.tokens) + sequence.shifted
-        output = sequence.output if sequence.sampling.looks_back else ()
         for number in range(chunk.rows):
-            yield Draw(sequence.sampling, position + number, [*output, *chunk.draft[:number]])
+            past = NO_PAST
+            if sequence.sampling.looks_back:
+                past = Past([*sequence.tokens, *chunk.draft[:number]], sequence.prompt_length)
+            yield Draw(sequence.sampling, _position(chunk, number), past)
+
+
+def _position(chunk: Chunk, number: int) -> int:
+    """Of the token that the chunk's row of that number gives."""
+    return len(chunk.sequence.tokens) + chunk.sequence.shifted + number
+
+
+def _probed(chunks: list[Chunk]) -> Iterator[int]:
+    """Rows whose log-probabilities are wanted."""
+    row = 0
+    for chunk in chunks:
+        if chunk.sequence.logprobs is not None:
+            yield from range(row, row + chunk.rows)
+        row += chunk.rows
 
 
 def _batch(chunks: list[Chunk]) -> Batch:

@@ -32,6 +32,7 @@ class FakeRunner:
             kv_tokens=load.kv_tokens,
             max_sequences=load.max_sequences,
             n_vocab=N_VOCAB,
+            n_embd=N_VOCAB,
             chat_template=None,
             bos="",
             eos="",
@@ -39,6 +40,9 @@ class FakeRunner:
         )
 
     def tokenize(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def tokenize_text(self, text: str) -> list[int]:
         return list(text.encode())
 
     def piece(self, token: int) -> bytes:
@@ -60,6 +64,10 @@ class FakeRunner:
 
     def copy(self, source: int, target: int, length: int) -> None:
         return None
+
+    def embed(self, tokens: list[int]) -> Float32:
+        counts = np.bincount(tokens, minlength=N_VOCAB).astype(np.float32)
+        return np.asarray(counts / max(float(np.linalg.norm(counts)), 1e-12))
 
     def close(self) -> None:
         return None

@@ -2,15 +2,34 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+import msgspec
+
+from pinaivu_box import chat_format
 from pinaivu_box.engine.chat_template import ChatTemplate
 from pinaivu_box.engine.detokenizer import Detokenizer
-from pinaivu_box.engine.lookup import Lookup
-from pinaivu_box.engine.messages import Add, Admitted, Refused
+from pinaivu_box.engine.embeddings import Embedding
+from pinaivu_box.engine.lookup import Experience, Lookup
+from pinaivu_box.engine.messages import (
+    Add,
+    Admitted,
+    Constraint,
+    Embed,
+    Refused,
+    Tokenize,
+    Tokenized,
+    Tools,
+)
 from pinaivu_box.engine.runner import Runner
 from pinaivu_box.engine.sequence import Sequence
 from pinaivu_box.errors import ApiError, ContextOverflow, InvalidBody
+
+if TYPE_CHECKING:
+    from pinaivu_box.engine.grammar import Grammar, Grammars
 
 
 @dataclass(frozen=True)
@@ -19,7 +38,7 @@ class Arrival:
 
     admitted: Admitted
     detokenizer: Detokenizer
-    sequence: Sequence
+    sequence: Sequence | Embedding
 
 
 class Intake:
@@ -32,16 +51,35 @@ class Intake:
         self._n_vocab = facts.n_vocab
         self._context_shift = context_shift
         self._drafting = drafting and facts.sharing
-        self._template = ChatTemplate(facts.chat_template, bos=facts.bos, eos=facts.eos)
+        self._grammars: Grammars | None = None
+        self._experience = Experience()
+        self.template = ChatTemplate(facts.chat_template, bos=facts.bos, eos=facts.eos)
 
-    def prepare(self, add: Add) -> Arrival | Refused:
+    def prepare(self, add: Add | Embed) -> Arrival | Refused:
         try:
-            return self._prepare(add)
+            return self._prepare_texts(add) if isinstance(add, Embed) else self._prepare(add)
         except ApiError as error:
-            return Refused(add.id, error.code, error.message)
+            return Refused(add.id, error.code, error.message, error.param)
+        except RecursionError:
+            return Refused(add.id, InvalidBody.code, "The body is nested too deeply.")
+
+    def tokenize(self, asked: Tokenize) -> Tokenized | Refused:
+        try:
+            if asked.plain and isinstance(asked.add.prompt, str):
+                return Tokenized(asked.add.id, self._runner.tokenize_text(asked.add.prompt))
+            if asked.tokens is None:
+                return Tokenized(asked.add.id, self._prompt(asked.add)[0])
+            given = msgspec.structs.replace(asked.add, prompt=asked.tokens)
+            detokenizer = Detokenizer(self._runner.piece, [])
+            text = [detokenizer.push(token) for token in self._prompt(given)[0]]
+            return Tokenized(given.id, asked.tokens, "".join([*text, detokenizer.flush()]))
+        except ApiError as error:
+            return Refused(asked.add.id, error.code, error.message, error.param)
+        except RecursionError:
+            return Refused(asked.add.id, InvalidBody.code, "The body is nested too deeply.")
 
     def _prepare(self, add: Add) -> Arrival:
-        prompt = self._runner.tokenize(self._template.render(add.messages))
+        prompt, thinking = self._prompt(add)
         if len(prompt) >= self._context:
             raise ContextOverflow(
                 f"The prompt has {len(prompt)} tokens (n_prompt_tokens) and the model's context "
@@ -49,8 +87,9 @@ class Intake:
             )
         for name in add.sampling.logit_bias:
             if int(name) >= self._n_vocab:
-                raise InvalidBody(f"logit_bias names token {name}, but there are {self._n_vocab}")
-        detokenizer = Detokenizer(self._runner.piece, add.stop)
+                why = f"logit_bias names token {name}, but there are {self._n_vocab}"
+                raise InvalidBody(why, loc=("body", "logit_bias"))
+        detokenizer = Detokenizer(self._piece_of(add), add.stop)
         for token in add.output:
             detokenizer.push(token)  # said by an earlier leg
         room = self._context - len(prompt)
@@ -67,10 +106,131 @@ class Intake:
             sampling=add.sampling,
             weight=add.weight,
             priority=add.priority,
-            lookup=Lookup() if self._drafting and limit <= room else None,
+            lookup=self._lookup(add) if self._drafting and limit <= room else None,
+            grammar=self._grammar(add, thinking),
+            logprobs=add.logprobs,
+            cache=add.cache,
         )
         for token in add.output:  # it may have shifted, as it did in that leg
             sequence.tokens.append(token)
             if len(sequence.tokens) >= self._context:
                 sequence.shift()
-        return Arrival(Admitted(add.id, prompt), detokenizer, sequence)
+            if sequence.grammar is not None:
+                sequence.grammar.take(token)
+        return Arrival(Admitted(add.id, prompt, thinking), detokenizer, sequence)
+
+    def _prepare_texts(self, embed: Embed) -> Arrival:
+        size = self._runner.facts.n_embd
+        if embed.dimensions is not None and embed.dimensions > size:
+            why = f"this model's vectors have {size} dimensions"
+            raise InvalidBody(why, loc=("body", "dimensions"))
+        inputs = [self._text_tokens(text) for text in embed.inputs]
+        longest = max(len(tokens) for tokens in inputs)
+        if longest > self._context:
+            raise ContextOverflow(
+                f"An input has {longest} tokens (n_prompt_tokens) and the model's context here is "
+                f"{self._context} (n_ctx): shorten it.",
+                param="input",
+            )
+        together = [token for tokens in inputs for token in tokens]
+        return Arrival(
+            Admitted(embed.id, together),
+            Detokenizer(self._runner.piece, []),
+            Embedding(embed.id, inputs),
+        )
+
+    def _text_tokens(self, text: str | list[int]) -> list[int]:
+        if isinstance(text, str):
+            return self._runner.tokenize(text)
+        self._check_tokens(text, "input")
+        return text
+
+    def _check_tokens(self, tokens: list[int], param: str) -> None:
+        if any(not 0 <= token < self._n_vocab for token in tokens):
+            raise InvalidBody(f"there are tokens 0 to {self._n_vocab - 1}", loc=("body", param))
+
+    def _prompt(self, add: Add) -> tuple[list[int], bool]:
+        """The tokens, and whether they end inside the model's thoughts."""
+        if isinstance(add.prompt, list):
+            self._check_tokens(add.prompt, "prompt")
+            return add.prompt, False
+        if add.suffix:
+            return self._infill(add.prompt or "", add.suffix), False
+        if add.prompt is not None:
+            tokens = self._runner.tokenize(add.prompt)
+            if not tokens:
+                raise InvalidBody("the prompt is empty", loc=("body", "prompt"))
+            return tokens, False
+        functions = json.loads(add.tools.functions) if add.tools else None
+        text = self.template.render(add.messages, functions, add.template)
+        thinking = self.template.thinks and text.rstrip().endswith(chat_format.THINK)
+        return self._runner.tokenize(text), thinking
+
+    def _infill(self, prefix: str, suffix: str) -> list[int]:
+        """In the order that models were trained with: prefix, suffix, then what is between."""
+        marks = self._runner.facts.infill
+        if marks is None:
+            why = "suffix needs a model with infill tokens, and this one has none"
+            raise InvalidBody(why, loc=("body", "suffix"))
+        tokenize = self._runner.tokenize_text
+        return [marks[0], *tokenize(prefix), marks[1], *tokenize(suffix), marks[2]]
+
+    def _lookup(self, add: Add) -> Lookup:
+        prediction = self._runner.tokenize_text(add.prediction) if add.prediction else ()
+        return Lookup(self._experience, prediction)
+
+    # -- what the output must be -------------------------------------------------------------------
+
+    def _grammar(self, add: Add, thinking: bool) -> Grammar | None:
+        constraint, param = add.constraint, "response_format"
+        if constraint is not None and constraint.kind != "json_schema":
+            param = "grammar"
+        if add.tools is not None:
+            constraint, param = self._of_calls(add.tools, constraint), "tools"
+        if constraint is None:
+            return None
+        if self._grammars is None:
+            from pinaivu_box.engine.grammar import Grammars  # 20 ms that most engines never need
+
+            self._grammars = Grammars(self._runner)
+        return self._grammars.make(constraint, param, thinking=thinking)
+
+    def _of_calls(self, tools: Tools, answer: Constraint | None) -> Constraint | None:
+        functions = json.loads(tools.functions)
+        free = tools.choice == "auto"
+        if not free and tools.choice != "required":
+            functions = [one for one in functions if one["name"] == tools.choice]
+        schema = None
+        if answer is not None:
+            options = {**json.loads(answer.text), "x-guidance": chat_format.ONE_LINE}
+            schema = json.dumps(options)
+        grammar = chat_format.call_grammar(
+            self.template.style,
+            functions,
+            several=tools.parallel,
+            free=free,
+            spell=self._spell,
+            schema=schema,
+        )
+        return None if grammar is None else Constraint("lark", grammar)
+
+    def _control(self, text: str) -> int | None:
+        """The control token that is written so, if there is one."""
+        tokens = self._runner.tokenize(text)
+        plain = self._runner.tokenize_text(text)
+        new = [token for token in tokens if token not in plain]
+        control = [token for token in new if not self._runner.piece(token)]
+        return control[-1] if control and tokens[-1] == control[-1] else None
+
+    def _spell(self, text: str) -> str:
+        token = self._control(text)
+        return json.dumps(text) if token is None else f"<[{token}]>"
+
+    def _piece_of(self, add: Add) -> Callable[[int], bytes]:
+        """A call's mark may be a control token, which otherwise has no text."""
+        piece = self._runner.piece
+        trigger = self.template.style.trigger
+        token = self._control(trigger) if add.tools is not None and trigger else None
+        if token is None:
+            return piece
+        return lambda one: trigger.encode() if one == token else piece(one)

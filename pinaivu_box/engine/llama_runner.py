@@ -15,12 +15,12 @@ import ctypes
 import os
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import llama_cpp.llama_cpp as llama
 import numpy as np
-import numpy.typing as npt
 
+from pinaivu_box.engine.llama_batch import BatchBuffer
+from pinaivu_box.engine.llama_embedder import Embedder
 from pinaivu_box.engine.messages import Load, SamplingDefaults
 from pinaivu_box.engine.runner import (
     Batch,
@@ -52,8 +52,10 @@ class LlamaRunner:
         self._context = self._make_context(load)
         self._memory = llama.llama_get_memory(self._context)
         self._n_vocab = llama.llama_vocab_n_tokens(self._vocab)
-        self._batch = _BatchBuffer(llama.llama_n_batch(self._context))
+        self._batch = BatchBuffer(llama.llama_n_batch(self._context))
         self._pieces: dict[int, bytes] = {}
+        self._threads = load.threads or physical_cores()
+        self._embedder: Embedder | None = None  # made when somebody asks for it
         self.facts = self._read_facts(load)
 
     # -- loading -------------------------------------------------------------------------------
@@ -118,12 +120,22 @@ class LlamaRunner:
                 or llama.llama_model_is_hybrid(self._model)
             ),
             n_vocab=self._n_vocab,
+            n_embd=llama.llama_model_n_embd(self._model),
             chat_template=template.decode() if template else None,
             bos=self._token_text(llama.llama_vocab_bos(vocab)),
             eos=self._token_text(llama.llama_vocab_eos(vocab)),
             end_tokens=frozenset(ends),
+            infill=self._infill(),
             defaults=self._sampling_defaults(),
         )
+
+    def _infill(self) -> tuple[int, int, int] | None:
+        tokens = (
+            llama.llama_vocab_fim_pre(self._vocab),
+            llama.llama_vocab_fim_suf(self._vocab),
+            llama.llama_vocab_fim_mid(self._vocab),
+        )
+        return None if min(tokens) < 0 else tokens
 
     def _sampling_defaults(self) -> SamplingDefaults:
         def value(key: str) -> float | None:
@@ -148,15 +160,20 @@ class LlamaRunner:
     # -- the protocol --------------------------------------------------------------------------
 
     def tokenize(self, text: str) -> list[int]:
-        data = text.encode()
         # Many templates write the BOS token themselves; a second one would harm the model.
         bos = self.facts.bos
-        add_special = not (bos and text.startswith(bos))
+        return self._tokenize(text, add_special=not (bos and text.startswith(bos)), special=True)
+
+    def tokenize_text(self, text: str) -> list[int]:
+        return self._tokenize(text, add_special=False, special=False)
+
+    def _tokenize(self, text: str, *, add_special: bool, special: bool) -> list[int]:
+        data = text.encode()
         room = len(data) + 8
         while True:
             buffer = (llama.llama_token * room)()
             count = llama.llama_tokenize(
-                self._vocab, data, len(data), buffer, room, add_special, True
+                self._vocab, data, len(data), buffer, room, add_special, special
             )
             if count >= 0:
                 return list(buffer[:count])
@@ -235,44 +252,16 @@ class LlamaRunner:
         llama.llama_memory_seq_cp(self._memory, source, target, -1, -1)  # streams copy whole
         self.truncate(target, length)
 
+    def embed(self, tokens: list[int]) -> Float32:
+        if self._embedder is None:
+            self._embedder = Embedder(self._model, self._max_length, self._threads)
+        return self._embedder.embed(tokens)
+
     def close(self) -> None:
+        if self._embedder is not None:
+            self._embedder.close()
         llama.llama_free(self._context)
         llama.llama_model_free(self._model)
-
-
-class _BatchBuffer:
-    """A `llama_batch` whose arrays are numpy's, so that filling it is a few copies."""
-
-    def __init__(self, size: int) -> None:
-        self._tokens = np.zeros(size, np.int32)
-        self._positions = np.zeros(size, np.int32)
-        self._counts = np.ones(size, np.int32)
-        self._sequence_ids = np.zeros(size, np.int32)
-        self._outputs = np.zeros(size, np.int8)
-        # seq_id is an array of pointers, one to each token's (single) sequence id.
-        self._pointers = (
-            self._sequence_ids.ctypes.data + np.arange(size, dtype=np.uint64) * 4
-        ).astype(np.uint64)
-        self._batch = llama.llama_batch()
-        self._batch.token = _pointer(self._tokens, llama.llama_token)
-        self._batch.embd = None
-        self._batch.pos = _pointer(self._positions, llama.llama_pos)
-        self._batch.n_seq_id = _pointer(self._counts, ctypes.c_int32)
-        self._batch.seq_id = _pointer(self._pointers, ctypes.POINTER(llama.llama_seq_id))
-        self._batch.logits = _pointer(self._outputs, ctypes.c_int8)
-
-    def fill(self, batch: Batch) -> llama.llama_batch:
-        count = len(batch.tokens)
-        self._tokens[:count] = batch.tokens
-        self._positions[:count] = batch.positions
-        self._sequence_ids[:count] = batch.sequence_ids
-        self._outputs[:count] = batch.outputs
-        self._batch.n_tokens = count
-        return self._batch
-
-
-def _pointer(array: npt.NDArray[Any], kind: type) -> Any:
-    return ctypes.cast(array.ctypes.data, ctypes.POINTER(kind))
 
 
 def _load_backends() -> None:

@@ -7,7 +7,7 @@ struct.  This is the only module of `engine` that the parent may import.
 from __future__ import annotations
 
 import struct
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import msgspec
 from msgspec import Struct
@@ -21,8 +21,9 @@ class Sampling(Struct, frozen=True):
 
     `temperature` 0 is greedy.  `top_k` 0, `top_p` 1 and `min_p` 0 switch that truncation off.
     `seed` is a 64-bit signed integer.  With `ignore_eos` end tokens are never drawn.  The penalties
-    are OpenAI's, over the tokens of the output; `logit_bias` adds to the logits of token ids, which
-    are text because JSON's keys are.
+    are OpenAI's, over the tokens of the output; `repeat_penalty` is llama.cpp's, over the last 64
+    tokens, the prompt's included.  `logit_bias` adds to the logits of token ids, which are text
+    because JSON's keys are.
     """
 
     temperature: float
@@ -34,11 +35,34 @@ class Sampling(Struct, frozen=True):
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
     logit_bias: dict[str, float] = {}
+    typical_p: float = 1.0
+    repeat_penalty: float = 1.0
 
     @property
     def looks_back(self) -> bool:
-        """Whether a draw depends on the output so far."""
-        return bool(self.frequency_penalty or self.presence_penalty)
+        """Whether a draw depends on the tokens before it."""
+        return bool(self.frequency_penalty or self.presence_penalty or self.repeat_penalty != 1)
+
+
+class Constraint(Struct, frozen=True):
+    """What the output must be: a JSON schema, a regular expression, a Lark grammar as llguidance
+    reads it, or llama.cpp's GBNF."""
+
+    kind: Literal["json_schema", "regex", "lark", "gbnf"]
+    text: str
+
+
+class Tools(Struct, frozen=True):
+    """The functions that the model may call: JSON text of a list of OpenAI's `function` objects
+    (frames do not carry every number that a schema may have), and their names.
+
+    `choice` is "auto", "required", or the name of one of them; with `parallel` it may call several.
+    """
+
+    functions: str
+    names: list[str]
+    choice: str = "auto"
+    parallel: bool = True
 
 
 class SamplingDefaults(Struct, frozen=True):
@@ -71,11 +95,15 @@ class Load(Struct, frozen=True, tag=True):
 
 
 class Add(Struct, frozen=True, tag=True):
-    """Start a sequence.
+    """Start a sequence: `messages` for the model's template, or a raw `prompt` (text or tokens).
 
     `output` holds the tokens that another leg of this request has already made: the sequence
     goes on after them and sends only what comes next.  `max_tokens` counts them too.  `weight` is
     the tenant's share among tenants, `priority` orders the tenant's own (higher goes first).
+    `template` holds more variables for the template.  With `logprobs` each token comes with its
+    log-probability and that many of the likeliest ones.  `prediction` is text that the output may
+    repeat: it feeds the drafts.  Without `cache` no prefix that others computed is used.  With a
+    `suffix` the output is what stands between `prompt` and it.
     """
 
     id: str
@@ -87,13 +115,38 @@ class Add(Struct, frozen=True, tag=True):
     output: list[int] = []
     weight: float = 1.0
     priority: int = 0
+    prompt: str | list[int] | None = None
+    tools: Tools | None = None
+    template: dict[str, Any] = {}
+    constraint: Constraint | None = None
+    logprobs: int | None = None
+    prediction: str = ""
+    cache: bool = True
+    suffix: str = ""
 
 
 class Cancel(Struct, frozen=True, tag=True):
     id: str
 
 
-ToEngine = Load | Add | Cancel
+class Embed(Struct, frozen=True, tag=True):
+    """Vectors of texts (or tokens); `dimensions` of them will be used."""
+
+    id: str
+    inputs: list[str | list[int]]
+    dimensions: int | None = None
+
+
+class Tokenize(Struct, frozen=True, tag=True):
+    """Tokens of a prompt that is not to be run, or the text of `tokens`.  With `plain` the prompt
+    is a piece of text in which nothing is special."""
+
+    add: Add
+    tokens: list[int] | None = None
+    plain: bool = False
+
+
+ToEngine = Load | Add | Cancel | Tokenize | Embed
 
 # -- child to parent ---------------------------------------------------------------------------
 
@@ -105,7 +158,10 @@ class Progress(Struct, frozen=True, tag=True):
 
 
 class Ready(Struct, frozen=True, tag=True):
-    """The model is loaded.  `build` names the llama.cpp version, `device` what computes."""
+    """The model is loaded.  `build` names the llama.cpp version, `device` what computes.
+
+    `tool_style` and `thinks` say how it writes (see `chat_format`).
+    """
 
     build: str
     device: str
@@ -113,29 +169,53 @@ class Ready(Struct, frozen=True, tag=True):
     kv_tokens: int
     max_sequences: int
     defaults: SamplingDefaults
+    tool_style: str = "tags"
+    thinks: bool = False
 
 
 class LoadFailed(Struct, frozen=True, tag=True):
     message: str
 
 
+class Tokenized(Struct, frozen=True, tag=True):
+    """The answer to Tokenize."""
+
+    id: str
+    tokens: list[int]
+    text: str = ""
+
+
 class Admitted(Struct, frozen=True):
-    """The prompt was rendered and tokenized; the sequence is waiting."""
+    """The prompt was rendered and tokenized; the sequence is waiting.  With `thinking` the prompt
+    ends inside the model's thoughts: the output begins there."""
 
     id: str
     prompt_tokens: list[int]
+    thinking: bool = False
 
 
 class Refused(Struct, frozen=True):
-    """The request cannot run here; `code` is that of a class in `pinaivu_box.errors`."""
+    """The request cannot run here; `code` is that of a class in `pinaivu_box.errors`, `param` the
+    field to blame."""
 
     id: str
     code: str
     message: str
+    param: str | None = None
+
+
+class TokenLogprob(Struct, frozen=True, array_like=True):
+    """A token's bytes, its natural log-probability before any truncation or bias, and the same of
+    the likeliest ones."""
+
+    token: bytes
+    logprob: float
+    top: list[tuple[bytes, float]]
 
 
 class Delta(Struct, frozen=True, omit_defaults=True):
-    """What one step gave one sequence.  `tokens` is every token drawn; `text` may lag behind."""
+    """What one step gave one sequence.  `tokens` is every token drawn; `text` may lag behind, and
+    `logprobs`, those of the text's tokens, with it."""
 
     id: str
     text: str = ""
@@ -144,6 +224,9 @@ class Delta(Struct, frozen=True, omit_defaults=True):
     queue_ms: float | None = None  # waited before its first step; on the first delta only
     cached_tokens: int | None = None  # of the prompt, found in the cache; on the first delta only
     shifted_tokens: int = 0  # forgotten so far by context shifts
+    logprobs: list[TokenLogprob] = []
+    stop_string: str | None = None  # what has ended it
+    vectors: list[bytes] = []  # little-endian float32; of an Embed, all at its end
 
 
 class EngineLoad(Struct, frozen=True):
@@ -169,7 +252,7 @@ class StepFrame(Struct, frozen=True, tag=True):
     load: EngineLoad
 
 
-FromEngine = Progress | Ready | LoadFailed | StepFrame
+FromEngine = Progress | Ready | LoadFailed | StepFrame | Tokenized
 
 _encoder = msgspec.msgpack.Encoder()
 _to_engine = msgspec.msgpack.Decoder(ToEngine)

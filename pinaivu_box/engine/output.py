@@ -6,11 +6,18 @@ frames, and never slows a step.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from pinaivu_box.engine.detokenizer import Detokenizer
 from pinaivu_box.engine.intake import Arrival
-from pinaivu_box.engine.messages import Delta, EngineLoad, Refused, StepFrame
+from pinaivu_box.engine.messages import (
+    Delta,
+    EngineLoad,
+    Refused,
+    StepFrame,
+    TokenLogprob,
+)
 
 
 @dataclass(frozen=True)
@@ -24,6 +31,8 @@ class Said:
     queue_ms: float | None = None
     cached_tokens: int | None = None
     shifted_tokens: int = 0
+    logprobs: Sequence[TokenLogprob] = ()
+    vectors: list[bytes] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -42,6 +51,9 @@ class _Pending:
     finish_reason: str | None = None
     queue_ms: float | None = None
     cached_tokens: int | None = None
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    stop_string: str | None = None
+    vectors: list[bytes] = field(default_factory=list)
 
 
 class Output:
@@ -52,12 +64,15 @@ class Output:
         self._frame = StepFrame([], [], [], EngineLoad())
         self._pending: dict[str, _Pending] = {}
         self._shifted: dict[str, int] = {}  # tokens that a sequence has forgotten, if it has
+        # Of tokens whose text is held back, as it may be the beginning of a stop string.
+        self._held: dict[str, list[TokenLogprob]] = {}
 
     def take(self, event: Arrival | Refused | StepOutput) -> list[str]:
         """Returns the ids of sequences that a stop string has just ended."""
         if isinstance(event, Refused):
             self._frame.refused.append(event)
             self._detokenizers.pop(event.id, None)
+            self._held.pop(event.id, None)
             return []
         if isinstance(event, Arrival):
             self._frame.admitted.append(event.admitted)
@@ -83,6 +98,9 @@ class Output:
                     pending.queue_ms,
                     pending.cached_tokens,
                     self._shifted.get(request_id, 0),
+                    pending.logprobs,
+                    pending.stop_string,
+                    pending.vectors,
                 )
             )
             if pending.finish_reason:
@@ -102,6 +120,7 @@ class Output:
         pending.text.append(detokenizer.push(token))
         if detokenizer.stopped:
             pending.finish_reason = "stop"
+            pending.stop_string = detokenizer.stop_string
             del self._detokenizers[request_id]
         return detokenizer.stopped
 
@@ -116,16 +135,41 @@ class Output:
         for number, token in enumerate(said.tokens):
             pending.tokens.append(token)
             if number < text_tokens:
-                pending.text.append(detokenizer.push(token))
+                text = detokenizer.push(token)
+                pending.text.append(text)
+                if said.logprobs:
+                    self._release(said.id, said.logprobs[number], text, detokenizer, pending)
                 if detokenizer.stopped:
                     finish_reason = "stop"
                     break
         if finish_reason:
             pending.text.append(detokenizer.flush())
+            pending.logprobs += self._held.pop(said.id, [])
             pending.finish_reason = finish_reason
+            pending.stop_string = detokenizer.stop_string
+            pending.vectors = said.vectors
             del self._detokenizers[said.id]
         if said.queue_ms is not None:
             pending.queue_ms, pending.cached_tokens = said.queue_ms, said.cached_tokens
         if said.shifted_tokens:
             self._shifted[said.id] = said.shifted_tokens
         return detokenizer.stopped
+
+    def _release(
+        self,
+        request_id: str,
+        logprob: TokenLogprob,
+        text: str,
+        detokenizer: Detokenizer,
+        pending: _Pending,
+    ) -> None:
+        """Log-probabilities come with their text, and those of a stop string never."""
+        held = self._held.setdefault(request_id, [])
+        held.append(logprob)
+        if detokenizer.stopped:
+            # The stop string's tokens are the last; one that also holds text before it counts.
+            pending.logprobs += held if text else []
+            held.clear()
+        elif not detokenizer.holds:
+            pending.logprobs += held
+            held.clear()

@@ -34,10 +34,12 @@ class ModelFacts:
     kv_tokens: int
     max_sequences: int
     n_vocab: int
+    n_embd: int
     chat_template: str | None
     bos: str
     eos: str
     end_tokens: frozenset[int]
+    infill: tuple[int, int, int] | None = None  # tokens before prefix, before suffix, before middle
     sequence_ids: int = 0  # 0: as many as max_sequences
     sharing: bool = True
     streams: bool = False
@@ -78,6 +80,10 @@ class Runner(Protocol):
         """Tokens of a rendered prompt; special tokens in it are recognised."""
         ...
 
+    def tokenize_text(self, text: str) -> list[int]:
+        """Tokens of a piece of text, in which nothing is special."""
+        ...
+
     def piece(self, token: int) -> bytes:
         """Bytes of a token as text; empty for control tokens."""
         ...
@@ -99,6 +105,10 @@ class Runner(Protocol):
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Give the empty sequence `target` the first `length` cells of `source`."""
+        ...
+
+    def embed(self, tokens: list[int]) -> Float32:
+        """The vector of a text, shape (any,), of length 1; leaves what `decode` computes alone."""
         ...
 
     def close(self) -> None: ...

@@ -5,7 +5,7 @@ logit / temperature + Gumbel noise is distributed as the softmax.  The noise of 
 position depends on the seed, the position and the token's id alone, so a sequence can be
 preempted, moved or audited in the middle and draws the same tokens.
 
-The order of truncation is llama.cpp's: top-k, top-p, min-p, then temperature.
+The order of truncation is llama.cpp's: top-k, typical-p, top-p, min-p, then temperature.
 
 A vocabulary has up to 260,000 tokens and a step up to 256 rows, so nothing here sorts a vocabulary:
 what cannot be drawn is cut first, in ways that are exact, and rows of one kind are drawn together.
@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -33,7 +34,8 @@ Int32 = npt.NDArray[np.int32]
 Positions = Sequence[int] | Int32
 
 _NONE: Ids = np.empty(0, np.intp)
-_GREEDY = -1
+_GREEDY, _TYPICAL = -1, -2  # kinds of rows beside their top-k
+_REPEAT_LAST = 64  # llama.cpp's default of penalty_last_n
 _MOST_TOGETHER = 256  # a larger top-k is worked off row by row
 # Tokens are looked at in columns of so many first: only columns whose best token is good enough are
 # looked into.  One pass over the vocabulary, then almost nothing.
@@ -93,23 +95,57 @@ def _noise(keys: UInt64, ids: Ids) -> Float64:
 
 
 @dataclass(frozen=True)
+class Past:
+    """The tokens before a position, where penalties need them; the first `prompt` were given."""
+
+    tokens: Sequence[int] = ()
+    prompt: int = 0
+
+
+NO_PAST = Past()
+
+
+@dataclass(frozen=True)
 class Draw:
-    """What decides one row's draw.  `output`: the tokens made so far, where penalties need them."""
+    """What decides one row's draw."""
 
     sampling: Sampling
     position: int
-    output: Sequence[int] = ()
+    past: Past = NO_PAST
 
 
 def draw_rows(logits: Float32, draws: Sequence[Draw], end_tokens: Ids = _NONE) -> list[int]:
     """One token for each row of `logits`, shape (rows, n_vocab), which may be changed."""
     sampler = Sampler([one.sampling for one in draws], end_tokens)
-    return sampler.draw(logits, [one.position for one in draws], [one.output for one in draws])
+    return sampler.draw(logits, [one.position for one in draws], [one.past for one in draws])
 
 
 def draw(logits: Float32, sampling: Sampling, position: int) -> int:
     """The token at `position` given its logits, shape (n_vocab,)."""
     return draw_rows(logits[np.newaxis].copy(), [Draw(sampling, position)])[0]
+
+
+def log_probabilities(row: Float32, tokens: Sequence[int], count: int) -> tuple[Float64, Ids]:
+    """Natural log-probabilities of `tokens` and then of the `count` likeliest ones, which are also
+    returned; of the whole vocabulary at temperature 1."""
+    best = float(row.max())
+    total = best + math.log(np.exp(row - np.float32(best)).sum(dtype=np.float64))
+    top = _top_k(row[np.newaxis], count)[0][0] if count else _NONE
+    ids = np.concatenate([np.array(tokens, np.intp), top])
+    return np.asarray(row[ids].astype(np.float64) - total), top
+
+
+def draw_again(row: Float32, sampling: Sampling, position: int) -> int:
+    """From a row that `draw_rows` has already drawn from, and so adjusted."""
+    adjusted = msgspec.structs.replace(
+        sampling,
+        frequency_penalty=0.0,
+        presence_penalty=0.0,
+        repeat_penalty=1.0,
+        logit_bias={},
+        ignore_eos=False,
+    )
+    return draw_rows(row[np.newaxis], [Draw(adjusted, position)])[0]
 
 
 class Sampler:
@@ -128,17 +164,15 @@ class Sampler:
         ]  # fmt: skip
         kinds: dict[int, list[int]] = {}
         for row, one in enumerate(samplings):
-            kinds.setdefault(_GREEDY if one.temperature == 0 else one.top_k, []).append(row)
+            kinds.setdefault(_kind(one), []).append(row)
         self._kinds = kinds
         self._groups: list[_Group] = []
 
-    def draw(
-        self, logits: Float32, positions: Positions, outputs: Sequence[Sequence[int]] = ()
-    ) -> list[int]:
+    def draw(self, logits: Float32, positions: Positions, pasts: Sequence[Past] = ()) -> list[int]:
         """Tokens of the rows of `logits`, which may be changed, at these positions."""
         for row in self._adjusted:
-            output = outputs[row] if self._samplings[row].looks_back else ()
-            _adjust(logits[row], self._samplings[row], output, self._end_tokens)
+            past = pasts[row] if self._samplings[row].looks_back else NO_PAST
+            _adjust(logits[row], self._samplings[row], past, self._end_tokens)
         if not self._groups:
             self._groups = self._grouped(logits.shape[1])
         positions = np.asarray(positions)
@@ -204,12 +238,23 @@ class _Group:
         return _splitmix64(self.seeds, positions.astype(np.uint64))[:, np.newaxis]
 
 
-def _adjust(row: Float32, sampling: Sampling, output: Sequence[int], end_tokens: Ids) -> None:
+def _kind(sampling: Sampling) -> int:
+    if sampling.temperature == 0:
+        return _GREEDY
+    return _TYPICAL if sampling.typical_p < 1 else sampling.top_k
+
+
+def _adjust(row: Float32, sampling: Sampling, past: Past, end_tokens: Ids) -> None:
     """Penalties and biases touch only the tokens that they name."""
-    if output:
-        ids, counts = np.unique(np.array(output, np.intp), return_counts=True)
-        penalty = counts * sampling.frequency_penalty + sampling.presence_penalty
-        row[ids] -= penalty.astype(np.float32)
+    if sampling.repeat_penalty != 1 and len(past.tokens):
+        ids = np.unique(np.array(past.tokens[-_REPEAT_LAST:], np.intp))
+        penalty = np.float32(sampling.repeat_penalty)
+        row[ids] = np.where(row[ids] > 0, row[ids] / penalty, row[ids] * penalty)
+    if len(past.tokens) > past.prompt:
+        output = np.array(past.tokens[past.prompt :], np.intp)
+        ids, counts = np.unique(output, return_counts=True)
+        subtracted = counts * sampling.frequency_penalty + sampling.presence_penalty
+        row[ids] -= subtracted.astype(np.float32)
     for token, bias in sampling.logit_bias.items():
         row[int(token)] += bias
     if sampling.ignore_eos:
@@ -293,6 +338,8 @@ def survivors(logits: Float32, sampling: Sampling) -> Ids:
     floor = drawable
     if sampling.min_p > 0:
         floor = max(floor, best + math.log(sampling.min_p))
+    if sampling.typical_p < 1:
+        return _typical(logits, sampling)
     if sampling.top_k:
         ids = _top_k(logits[np.newaxis], sampling.top_k)[0][0]
         if sampling.top_p < 1:
@@ -302,6 +349,34 @@ def survivors(logits: Float32, sampling: Sampling) -> Ids:
         ids = _most_likely(logits, best, sampling.top_p)
         return np.asarray(ids[logits[ids] >= floor])
     return np.flatnonzero(logits >= np.float32(floor))
+
+
+def _typical(logits: Float32, sampling: Sampling) -> Ids:
+    """Locally typical sampling (Meister et al., 2022) after top-k, then top-p and min-p.
+
+    Tokens whose surprise is closest to the expected one are kept until they reach `typical_p`.
+    """
+    k = sampling.top_k or len(logits)
+    ids = np.argsort(-logits, kind="stable")[:k]
+    ids = ids[logits[ids] > -np.inf]
+    surprise = -_log_softmax(logits[ids])
+    likely = np.exp(-surprise)
+    closest = np.argsort(np.abs(surprise - (likely * surprise).sum()), kind="stable")
+    reached = np.cumsum(likely[closest])
+    kept = closest[: int(np.searchsorted(reached, sampling.typical_p)) + 1]
+    ids = ids[np.sort(kept)]  # best first again
+    best = float(logits[ids[0]])
+    if sampling.top_p < 1:
+        ids = _top_p(logits, ids, best, sampling.top_p)
+    if sampling.min_p > 0:
+        ids = ids[logits[ids] >= best + math.log(sampling.min_p)]
+    return np.asarray(ids)
+
+
+def _log_softmax(values: Float32) -> Float64:
+    wide = values.astype(np.float64)
+    wide -= wide.max()
+    return np.asarray(wide - math.log(np.exp(wide).sum()))
 
 
 def _top_p(logits: Float32, ids: Ids, best: float, top_p: float) -> Ids:

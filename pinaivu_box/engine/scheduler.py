@@ -179,7 +179,9 @@ class Scheduler:
 
         `settle` has to be called before anything else is.
         """
-        plain = all(c.count == 1 and c.wants_logits and not c.draft for c in chunks)
+        plain = all(
+            c.count == 1 and c.wants_logits and not c.draft and c.sequence.plain for c in chunks
+        )
         if not plain or len(chunks) != len(self.running):
             return 0
         if self.waiting and len(self.running) < self.max_sequences:
@@ -277,7 +279,10 @@ class Scheduler:
             sequence, lookup = chunk.sequence, chunk.sequence.lookup
             left = min(room, sequence.max_length - len(sequence.tokens) - 1)
             draft: list[int] = []
-            if lookup is not None and left > 0:
+            if sequence.grammar is not None and left > 0:
+                draft = sequence.grammar.forced()[: min(left, MOST_DRAFTED)]
+                rows, room, expected = rows + len(draft), room - len(draft), expected + len(draft)
+            if lookup is not None and left > 0 and not draft:
                 chance = lookup.match(sequence.tokens)
                 most = min(left, MOST_DRAFTED)
                 count = self._policy.draft_length(rows, expected, chance, most)
@@ -314,7 +319,7 @@ class Scheduler:
 
     def _waits_for_prefix(self, sequence: Sequence, starting: list[Sequence]) -> bool:
         """Whether somebody is computing a prefix of it that is worth waiting for."""
-        if not self._sharing:
+        if not self._sharing or not sequence.cache:
             return False
         awaited = self._awaited.get(sequence)
         if awaited is None:
@@ -337,7 +342,7 @@ class Scheduler:
         return False
 
     def _match(self, sequence: Sequence) -> tuple[int, int]:
-        if not self._sharing:
+        if not self._sharing or not sequence.cache:
             return 0, -1
         length, source = self.prefixes.match(sequence.tokens)
         length = min(length, len(sequence.tokens) - 1)  # the last one has to give logits

@@ -5,9 +5,13 @@ from __future__ import annotations
 import enum
 import time
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from pinaivu_box.engine.lookup import Lookup
 from pinaivu_box.engine.messages import Sampling
+
+if TYPE_CHECKING:
+    from pinaivu_box.engine.grammar import Grammar  # llguidance is loaded when it is needed
 
 _KEPT_BY_A_SHIFT = 4  # at most a quarter of the context stays from the beginning
 
@@ -38,6 +42,9 @@ class Sequence:
     weight: float = 1.0  # the tenant's share
     priority: int = 0  # among the tenant's own: higher goes first
     lookup: Lookup | None = None
+    grammar: Grammar | None = None
+    logprobs: int | None = None  # with each token, of how many of the likeliest ones
+    cache: bool = True  # may begin with cells that others computed
     arrival: int = 0  # a counter: lower is older
     arrived_at: float = field(default_factory=time.monotonic)
     queue_ms: float | None = None  # waited for its first step; None until then
@@ -63,5 +70,6 @@ class Sequence:
         self.lookup = None  # it knows places that are gone
 
     @property
-    def output(self) -> list[int]:
-        return self.tokens[self.prompt_length :]
+    def plain(self) -> bool:
+        """Whether its steps are a draw and nothing else."""
+        return self.grammar is None and self.logprobs is None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from pinaivu_box.engine.runner import Batch, Float32
-from pinaivu_box.engine.sampling import Ids, Sampler
+from pinaivu_box.engine.sampling import Ids, Past, Sampler
 from pinaivu_box.engine.sequence import Sequence
 
 
@@ -42,9 +42,11 @@ class Steady:
     def draw(self, logits: Float32) -> list[int]:
         """The step was computed: its tokens' successors, which are also appended."""
         batch, sequences = self._batch, self.sequences
-        outputs = [sequence.output for sequence in sequences] if self._looks_back else ()
+        pasts: list[Past] = []
+        if self._looks_back:
+            pasts = [Past(one.tokens, one.prompt_length) for one in sequences]
         batch.positions[:] += 1
-        drawn = self._sampler.draw(logits, batch.positions + self._shifted, outputs)
+        drawn = self._sampler.draw(logits, batch.positions + self._shifted, pasts)
         batch.tokens[:] = drawn
         for sequence, tokens, token in zip(sequences, self._lists, drawn, strict=True):
             tokens.append(token)

@@ -16,18 +16,23 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import BinaryIO
 
+from pinaivu_box.engine.chat_template import ChatTemplate
+from pinaivu_box.engine.embeddings import Embedding
 from pinaivu_box.engine.engine import Engine
 from pinaivu_box.engine.fake_runner import SCHEME, FakeRunner
 from pinaivu_box.engine.intake import Arrival, Intake
 from pinaivu_box.engine.messages import (
     Add,
     Cancel,
+    Embed,
     FromEngine,
     Load,
     LoadFailed,
     Progress,
     Ready,
     Refused,
+    Tokenize,
+    Tokenized,
     decode_to_engine,
     encode,
     read_body,
@@ -45,8 +50,9 @@ class _Stopped:
     id: str
 
 
-Inbox = queue.SimpleQueue[Sequence | Cancel | _Stopped]
-Outbox = queue.SimpleQueue[Arrival | Refused | StepOutput | Progress | Ready | LoadFailed | None]
+Inbox = queue.SimpleQueue[Sequence | Embedding | Cancel | _Stopped]
+Happening = Arrival | Refused | StepOutput
+Outbox = queue.SimpleQueue[Happening | Tokenized | Progress | Ready | LoadFailed | None]
 
 
 def main() -> None:
@@ -75,7 +81,8 @@ def main() -> None:
     ).start()
     try:
         runner = _make_runner(load, _report_progress(outbox))
-        intake.set_result(Intake(runner, drafting=load.drafting, context_shift=load.context_shift))
+        prepared = Intake(runner, drafting=load.drafting, context_shift=load.context_shift)
+        intake.set_result(prepared)
         engine = Engine(runner, token_budget=load.token_budget)
     except BoxError as error:
         outbox.put(LoadFailed(error.message))
@@ -83,7 +90,7 @@ def main() -> None:
         writer.join()
         # At a usual exit Python would wait for the thread that reads stdin.
         os._exit(0)
-    outbox.put(_ready(runner.facts))
+    outbox.put(_ready(runner.facts, prepared.template))
     run(engine, inbox, outbox)
 
 
@@ -104,9 +111,11 @@ def run(engine: Engine, inbox: Inbox, outbox: Outbox) -> None:
         outbox.put(output)
 
 
-def _receive(engine: Engine, item: Sequence | Cancel | _Stopped) -> None:
+def _receive(engine: Engine, item: Sequence | Embedding | Cancel | _Stopped) -> None:
     if isinstance(item, Sequence):
         engine.add(item)
+    elif isinstance(item, Embedding):
+        engine.embeddings.add(item)
     else:
         engine.end(item.id, "cancelled" if isinstance(item, Cancel) else "stop")
 
@@ -118,7 +127,7 @@ def _die(failure: threading.ExceptHookArgs) -> None:
     os._exit(1)
 
 
-def _ready(facts: ModelFacts) -> Ready:
+def _ready(facts: ModelFacts, template: ChatTemplate) -> Ready:
     return Ready(
         build=facts.build,
         device=facts.device,
@@ -126,6 +135,8 @@ def _ready(facts: ModelFacts) -> Ready:
         kv_tokens=facts.kv_tokens,
         max_sequences=facts.max_sequences,
         defaults=facts.defaults,
+        tool_style=template.style.name,
+        thinks=template.thinks,
     )
 
 
@@ -154,11 +165,13 @@ def _read_frames(stream: BinaryIO, intake: Future[Intake], inbox: Inbox, outbox:
         message = decode_to_engine(body)
         if isinstance(message, Cancel):
             inbox.put(message)
-        elif isinstance(message, Add):
+        elif isinstance(message, Add | Embed):
             prepared = intake.result().prepare(message)
             outbox.put(prepared)  # before anything can be said of it
             if isinstance(prepared, Arrival):
                 inbox.put(prepared.sequence)
+        elif isinstance(message, Tokenize):
+            outbox.put(intake.result().tokenize(message))
     os._exit(0)
 
 
@@ -168,21 +181,24 @@ def _write_frames(stream: BinaryIO, outbox: Outbox, inbox: Inbox) -> None:
     output = Output()
     try:
         while (event := outbox.get()) is not None:
-            if isinstance(event, Progress | Ready | LoadFailed):
+            if not isinstance(event, Happening):
                 _write(stream, event)
                 continue
             _take(output, event, inbox)
-            while not outbox.empty():
-                more = outbox.get()
-                if not isinstance(more, Arrival | Refused | StepOutput):
-                    break  # only while loading, when there are no steps
-                _take(output, more, inbox)
+            others: list[FromEngine] = []
+            while not outbox.empty() and (more := outbox.get()) is not None:
+                if isinstance(more, Happening):
+                    _take(output, more, inbox)
+                else:
+                    others.append(more)
             _write(stream, output.frame())
+            for other in others:
+                _write(stream, other)
     except BrokenPipeError:
         os._exit(0)
 
 
-def _take(output: Output, event: Arrival | Refused | StepOutput, inbox: Inbox) -> None:
+def _take(output: Output, event: Happening, inbox: Inbox) -> None:
     for request_id in output.take(event):
         inbox.put(_Stopped(request_id))
 

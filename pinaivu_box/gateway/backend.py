@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from pinaivu_box.config import SamplingConfig
-from pinaivu_box.engine.messages import Sampling
+from pinaivu_box.engine.messages import Constraint, Sampling, TokenLogprob, Tools
 from pinaivu_box.models.catalog import Model
 from pinaivu_box.receipts.receipt import EngineInfo
 
 
 @dataclass(frozen=True)
 class Job:
-    """One request as a backend gets it.  `asked` is what the client said of sampling."""
+    """One answer to be made; a request has one for each of its choices.  `asked` is what the client
+    said of sampling.  `prompt_number` tells its prompt from others of the request.
+
+    The rest is as in `engine.messages.Add`.
+    """
 
     request_id: str
     model: Model
@@ -24,28 +28,61 @@ class Job:
     max_tokens: int | None
     stop: list[str]
     tenant: str
+    choice: int = 0
+    prompt_number: int = 0
     ignore_eos: bool = False
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
+    repeat_penalty: float = 1.0
+    typical_p: float = 1.0
     logit_bias: dict[str, float] = field(default_factory=dict)
     priority: int = 0
+    prompt: str | list[int] | None = None
+    tools: Tools | None = None
+    template: dict[str, Any] = field(default_factory=dict)
+    constraint: Constraint | None = None
+    logprobs: int | None = None
+    prediction: str = ""
+    cache: bool = True
+    suffix: str = ""
+    inputs: list[str | list[int]] | None = None  # texts whose vectors are wanted, no more
+    dimensions: int | None = None  # of the vectors
+
+    @property
+    def id(self) -> str:
+        """Of its sequence in an engine."""
+        return f"{self.request_id}.{self.choice}" if self.choice else self.request_id
+
+
+def committed(tools: Tools | None, constraint: Constraint | None) -> dict[str, Any]:
+    """What a chat's prompt commitment covers beside messages and stop strings."""
+    made: dict[str, Any] = {}
+    if tools is not None:
+        made["tools"] = tools.functions
+    if constraint is not None:
+        made["constraint"] = constraint.text
+    return made
 
 
 @dataclass(frozen=True)
 class Started:
-    """A backend has taken the job: who it is and what it will use."""
+    """A backend has taken the job: who it is and what it will use.  `tool_style` and `thinks` say
+    how the model writes (see `chat_format`)."""
 
     node_id: str
     model_digest: str
     engine: EngineInfo
     sampling: Sampling
+    tool_style: str
+    thinks: bool
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """The prompt was tokenized."""
+    """The prompt was tokenized.  With `thinking` the output begins inside the model's thoughts."""
 
     tokens: list[int]
+    thinking: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,6 +96,9 @@ class Output:
     queue_ms: float | None
     cached_tokens: int | None = None
     shifted_tokens: int = 0
+    logprobs: Sequence[TokenLogprob] = ()
+    stop_string: str | None = None
+    vectors: Sequence[bytes] = ()
 
 
 Event = Started | Prompt | Output
@@ -73,6 +113,6 @@ class Backend(Protocol):
         """
         ...
 
-    def cancel(self, request_id: str) -> None:
+    def cancel(self, job: Job) -> None:
         """Stop within a step; the last Output then says "cancelled"."""
         ...

@@ -17,6 +17,7 @@ from pinaivu_box.engine.messages import (
     Admitted,
     Cancel,
     Delta,
+    Embed,
     EngineLoad,
     FromEngine,
     Load,
@@ -26,6 +27,8 @@ from pinaivu_box.engine.messages import (
     Refused,
     StepFrame,
     ToEngine,
+    Tokenize,
+    Tokenized,
     body_length,
     decode_from_engine,
     encode,
@@ -37,7 +40,7 @@ from pinaivu_box.models.memory import cpu_ticks, resident
 log = logging.getLogger("pinaivu.engine")
 
 # What a request's mailbox carries; None says that the engine is gone.
-Item = Admitted | Refused | Delta | None
+Item = Admitted | Refused | Delta | Tokenized | None
 _STOP_SECONDS = 5.0
 _HUNG_SECONDS = 15.0  # with work, and neither a frame nor a tick of processor time
 
@@ -107,13 +110,20 @@ class EngineProcess:
             await self.stop()
             raise
 
-    def submit(self, add: Add) -> Mailbox[Item]:
+    def submit(self, add: Add | Embed) -> Mailbox[Item]:
         """Hand over a request; EngineLost if the child is gone."""
+        return self._hand_over(add, add.id)
+
+    def ask(self, question: Tokenize) -> Mailbox[Item]:
+        """As `submit`; the one answer is Tokenized or Refused."""
+        return self._hand_over(question, question.add.id)
+
+    def _hand_over(self, message: Add | Embed | Tokenize, name: str) -> Mailbox[Item]:
         if not self.alive:
             raise EngineLost("The engine stopped before it could take the request; try again.")
         box: Mailbox[Item] = Mailbox()
-        self._boxes[add.id] = box
-        self._send(add)
+        self._boxes[name] = box
+        self._send(message)
         return box
 
     def cancel(self, request_id: str) -> None:
@@ -171,15 +181,20 @@ class EngineProcess:
                     *frame.deltas,
                 ]
                 for item in items:
-                    box = self._boxes.get(item.id)
-                    if box is not None:
-                        box.put(item)
+                    self._deliver(item)
+            case Tokenized():
+                self._deliver(frame)
             case Progress():
                 self.progress = frame.fraction
             case Ready() if not loaded.done():
                 loaded.set_result(frame)
             case LoadFailed() if not loaded.done():
                 loaded.set_exception(StartFailed(frame.message))
+
+    def _deliver(self, item: Admitted | Refused | Delta | Tokenized) -> None:
+        box = self._boxes.get(item.id)
+        if box is not None:
+            box.put(item)
 
     def _bury(self, loaded: asyncio.Future[Ready]) -> None:
         self.closed.set()

@@ -7,7 +7,17 @@ from collections.abc import AsyncGenerator
 import msgspec
 
 from pinaivu_box.config import SamplingConfig
-from pinaivu_box.engine.messages import Add, Admitted, Delta, Refused, Sampling, SamplingDefaults
+from pinaivu_box.engine.messages import (
+    Add,
+    Admitted,
+    Delta,
+    Embed,
+    Refused,
+    Sampling,
+    SamplingDefaults,
+    Tokenize,
+    Tokenized,
+)
 from pinaivu_box.errors import EngineLost, by_code
 from pinaivu_box.gateway.backend import Event, Job, Output, Prompt, Started
 from pinaivu_box.gateway.engine_process import EngineProcess, Item
@@ -30,34 +40,68 @@ class LocalBackend:
         try:
             sampling = resolve(job, self._sampling, engine.ready.defaults)
             info = EngineInfo(engine.ready.build, engine.ready.device)
-            box = engine.submit(
-                Add(
-                    id=job.request_id,
-                    messages=job.messages,
-                    sampling=sampling,
-                    max_tokens=job.max_tokens,
-                    stop=job.stop,
-                    tenant=job.tenant,
-                    output=made,
-                    priority=job.priority,
-                )
+            if job.inputs is not None:
+                box = engine.submit(Embed(job.id, job.inputs, job.dimensions))
+            else:
+                box = engine.submit(to_add(job, sampling, made))
+            self._serving[job.id] = engine
+            ready = engine.ready
+            yield Started(
+                self._node_id, engine.model_digest, info, sampling, ready.tool_style, ready.thinks
             )
-            self._serving[job.request_id] = engine
-            yield Started(self._node_id, engine.model_digest, info, sampling)
             while True:
                 for item in await box.take():
                     yield _event(item)
                     if isinstance(item, Delta) and item.finish_reason:
                         return
         finally:
-            self._serving.pop(job.request_id, None)
-            engine.forget(job.request_id)
+            self._serving.pop(job.id, None)
+            engine.forget(job.id)
             self._placement.release(engine)
 
-    def cancel(self, request_id: str) -> None:
-        engine = self._serving.get(request_id)
+    def cancel(self, job: Job) -> None:
+        engine = self._serving.get(job.id)
         if engine:
-            engine.cancel(request_id)
+            engine.cancel(job.id)
+
+    async def tokenize(
+        self, job: Job, tokens: list[int] | None = None, *, plain: bool = False
+    ) -> Tokenized:
+        """The tokens of the job's prompt, or the text of `tokens`; see `engine.messages`."""
+        engine = await self._placement.acquire(job.model)
+        try:
+            sampling = resolve(job, self._sampling, engine.ready.defaults)
+            box = engine.ask(Tokenize(to_add(job, sampling, []), tokens, plain))
+            (item,) = await box.take()
+            if isinstance(item, Tokenized):
+                return item
+            if isinstance(item, Refused):
+                raise by_code(item.code, item.message, item.param)
+            raise EngineLost("The engine died while it worked on this request; try again.")
+        finally:
+            engine.forget(job.id)
+            self._placement.release(engine)
+
+
+def to_add(job: Job, sampling: Sampling, made: list[int]) -> Add:
+    return Add(
+        id=job.id,
+        messages=job.messages,
+        sampling=sampling,
+        max_tokens=job.max_tokens,
+        stop=job.stop,
+        tenant=job.tenant,
+        output=made,
+        priority=job.priority,
+        prompt=job.prompt,
+        tools=job.tools,
+        template=job.template,
+        constraint=job.constraint,
+        logprobs=job.logprobs,
+        prediction=job.prediction,
+        cache=job.cache,
+        suffix=job.suffix,
+    )
 
 
 def _event(item: Item) -> Event:
@@ -71,12 +115,15 @@ def _event(item: Item) -> Event:
                 item.queue_ms,
                 item.cached_tokens,
                 item.shifted_tokens,
+                item.logprobs,
+                item.stop_string,
+                item.vectors,
             )
         case Admitted():
-            return Prompt(item.prompt_tokens)
+            return Prompt(item.prompt_tokens, item.thinking)
         case Refused():
-            raise by_code(item.code, item.message)
-        case None:
+            raise by_code(item.code, item.message, item.param)
+        case _:
             raise EngineLost("The engine died while it worked on this request; try again.")
 
 
@@ -103,4 +150,6 @@ def resolve(job: Job, box: SamplingConfig, file: SamplingDefaults) -> Sampling:
         frequency_penalty=job.frequency_penalty,
         presence_penalty=job.presence_penalty,
         logit_bias=job.logit_bias,
+        typical_p=job.typical_p,
+        repeat_penalty=job.repeat_penalty,
     )

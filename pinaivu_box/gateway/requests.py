@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import logging
 from collections import Counter
 from dataclasses import dataclass
@@ -15,13 +16,33 @@ from dataclasses import dataclass
 from pinaivu_box.errors import ApiError, EngineLost, InternalError
 from pinaivu_box.gateway.backend import Backend, Job, Output, Prompt, Started
 from pinaivu_box.gateway.mailbox import Mailbox
-from pinaivu_box.gateway.metering import Account, Meter
+from pinaivu_box.gateway.metering import Account, Branch, Meter
 from pinaivu_box.gateway.metrics import Metrics
 
 log = logging.getLogger("pinaivu.request")
 
 MAX_LEGS = 3
 _CANCEL_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A choice's prompt was read, and this is how its text is to be understood.  `fingerprint`
+    stands for model file and engine build: the same seed may say something else with another."""
+
+    choice: int
+    fingerprint: str
+    tool_style: str
+    thinks: bool
+    thinking: bool
+
+
+@dataclass(frozen=True)
+class Said:
+    """Output of one choice; with a finish reason it is the choice's last."""
+
+    choice: int
+    output: Output
 
 
 @dataclass(frozen=True)
@@ -40,7 +61,7 @@ class Failed:
     error: ApiError
 
 
-RequestEvent = Output | Finished | Failed
+RequestEvent = Begun | Said | Finished | Failed
 
 
 class Request:
@@ -57,7 +78,8 @@ class Request:
     def cancel(self) -> None:
         """The client is gone: stop within a step, and write the receipt of what was made."""
         self.cancelled = True
-        self._backend.cancel(self.account.job.request_id)
+        for job in self.account.jobs:
+            self._backend.cancel(job)
 
     async def run(self) -> RequestEvent:
         """Returns the last event, which has also been put into `events`."""
@@ -75,9 +97,12 @@ class Request:
         return last
 
     async def _serve_and_settle(self) -> RequestEvent:
-        finish_reason = await self._serve_legs()
-        await self._meter.settle(self.account, finish_reason)
         account = self.account
+        if len(account.branches) == 1:
+            finish_reason = await self._serve_legs(account.branches[0])
+        else:
+            finish_reason = await self._serve_all()
+        await self._meter.settle(account, finish_reason)
         return Finished(
             finish_reason,
             account.prompt_tokens,
@@ -86,32 +111,53 @@ class Request:
             account.shifted_tokens,
         )
 
-    async def _serve_legs(self) -> str:
+    async def _serve_all(self) -> str:
+        """All choices side by side; if one fails, all do."""
+        tasks = [asyncio.create_task(self._serve_legs(branch)) for branch in self.account.branches]
+        try:
+            reasons = await asyncio.gather(*tasks)
+        except ApiError:
+            for job in self.account.jobs:
+                self._backend.cancel(job)
+            await asyncio.gather(*tasks, return_exceptions=True)
+            raise
+        return "cancelled" if "cancelled" in reasons else reasons[0]
+
+    async def _serve_legs(self, branch: Branch) -> str:
         for legs in range(1, MAX_LEGS + 1):
             try:
-                return await self._serve()
+                return await self._serve(branch)
             except EngineLost:
                 # What was said stays said: the next leg goes on after it with the same seed.
                 if legs == MAX_LEGS or self.cancelled:
                     raise
         raise AssertionError("unreachable")
 
-    async def _serve(self) -> str:
-        job = self.account.job
-        async with contextlib.aclosing(self._backend.serve(job, self.account.made)) as events:  # type: ignore[type-var]
+    async def _serve(self, branch: Branch) -> str:
+        job, account = branch.job, self.account
+        async with contextlib.aclosing(self._backend.serve(job, branch.made)) as events:  # type: ignore[type-var]
             async for event in events:
                 if isinstance(event, Started):
-                    self.account.start_leg(event)
+                    account.start_leg(branch, event)
                     if self.cancelled:  # while the engine was starting
-                        self._backend.cancel(job.request_id)
+                        self._backend.cancel(job)
                     continue
-                self.account.take(event)
+                account.take(branch, event)
                 if isinstance(event, Prompt):
+                    if len(branch.served) == 1:
+                        self._begin(branch, event)
                     continue
-                self.events.put(event)
+                self.events.put(Said(job.choice, event))
                 if event.finish_reason:
                     return event.finish_reason
         raise EngineLost("The engine ended this request without a word; try again.")
+
+    def _begin(self, branch: Branch, prompt: Prompt) -> None:
+        started = branch.legs[-1].started
+        system = f"{started.model_digest} {started.engine.build}".encode()
+        fingerprint = f"fp_{hashlib.sha256(system).hexdigest()[:12]}"
+        style, thinks = started.tool_style, started.thinks
+        self.events.put(Begun(branch.job.choice, fingerprint, style, thinks, prompt.thinking))
 
     async def _settle_failure(self) -> None:
         """Tokens that were made and sent are accounted for, even if the rest never came."""
@@ -166,17 +212,19 @@ class Requests:
     def in_flight(self, model_id: str) -> int:
         return self._by_model[model_id]
 
-    def start(self, job: Job, key_id: str) -> Request:
-        request = Request(Account(job, key_id), self._backend, self._meter)
+    def start(self, jobs: list[Job], key_id: str) -> Request:
+        """A request that is answered by these jobs, one for each of its choices."""
+        request = Request(Account(jobs, key_id), self._backend, self._meter)
         task = asyncio.create_task(request.run())
         self._running[task] = request
-        self._by_model[job.model.id] += 1
-        task.add_done_callback(lambda done: self._end(done, job.model.id))
+        self._by_model[jobs[0].model.id] += len(jobs)
+        task.add_done_callback(self._end)
         return request
 
-    def _end(self, task: asyncio.Task[RequestEvent], model_id: str) -> None:
+    def _end(self, task: asyncio.Task[RequestEvent]) -> None:
         request = self._running.pop(task)
-        self._by_model[model_id] -= 1
+        jobs = request.account.jobs
+        self._by_model[jobs[0].model.id] -= len(jobs)
         self._metrics.observe(request.account, request.status)
 
     async def drained(self) -> None:

@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import msgspec
+from msgspec import UNSET
 
 from pinaivu_box.errors import ApiError
-from pinaivu_box.openai.types import Chunk, ChunkChoice, ContextShift, Delta, Usage
+from pinaivu_box.openai import reader
+from pinaivu_box.openai.types import (
+    ChoiceLogprobs,
+    Chunk,
+    ChunkChoice,
+    ContextShift,
+    Delta,
+    FunctionDelta,
+    TokenLogprobs,
+    ToolCallDelta,
+    Usage,
+)
 
 DONE = b"data: [DONE]\n\n"
 _MARK = "\x00"  # encoded as \u0000, which nothing else in a chunk can contain
@@ -15,47 +29,78 @@ _ENCODED_MARK = b'"\\u0000"'
 class ChunkBuilder:
     """Builds one stream's `data:` events.  `with_usage` is `stream_options.include_usage`."""
 
-    def __init__(
-        self, *, completion_id: str, request_id: str, created: int, model: str, with_usage: bool
-    ) -> None:
+    def __init__(self, empty: Chunk, *, with_usage: bool) -> None:
         # With include_usage every chunk but the last says "usage": null, as OpenAI's does.
-        self._empty = Chunk(
-            id=completion_id,
-            request_id=request_id,
-            created=created,
-            model=model,
-            choices=[],
-            usage=None if with_usage else msgspec.UNSET,
-        )
+        self._empty = msgspec.structs.replace(empty, usage=None) if with_usage else empty
         self._with_usage = with_usage
-        marked = self._event([ChunkChoice(Delta(content=_MARK))])
-        self._before, self._after = marked.split(_ENCODED_MARK)
+        self._around: dict[int, tuple[bytes, bytes]] = {}
 
-    def role(self) -> bytes:
-        return self._event([ChunkChoice(Delta(role="assistant", content=""))])
+    def begin(self, choice: int, fingerprint: str, ignored: Sequence[str] = ()) -> bytes:
+        """The role; `fingerprint` is of the system that has begun, `ignored` what it ignores."""
+        before = self._empty.ignored_parameters or []
+        every = list(dict.fromkeys([*before, *ignored]))
+        self._empty = msgspec.structs.replace(
+            self._empty, system_fingerprint=fingerprint, ignored_parameters=every or UNSET
+        )
+        marked = self._event([ChunkChoice(Delta(content=_MARK), index=choice)])
+        start, end = marked.split(_ENCODED_MARK)
+        self._around[choice] = start, end
+        return self._event([ChunkChoice(Delta(role="assistant", content=""), index=choice)])
 
-    def text(self, text: str) -> bytes:
-        return self._before + msgspec.json.encode(text) + self._after
+    def pieces(
+        self, choice: int, pieces: Sequence[reader.Piece], logprobs: list[TokenLogprobs]
+    ) -> bytes:
+        """A chunk for each piece; the log-probabilities come with the first."""
+        parts = []
+        for piece in pieces:
+            if isinstance(piece, reader.Text) and not logprobs:
+                before, after = self._around[choice]
+                parts.append(before + msgspec.json.encode(piece.text) + after)
+                continue
+            held = ChoiceLogprobs(logprobs) if logprobs else None
+            parts.append(self._event([ChunkChoice(_delta(piece), index=choice, logprobs=held)]))
+            logprobs = []
+        if logprobs:
+            held = ChoiceLogprobs(logprobs)
+            empty = Delta(content="")
+            parts.append(self._event([ChunkChoice(empty, index=choice, logprobs=held)]))
+        return b"".join(parts)
 
-    def end(self, finish_reason: str, usage: Usage, shifted_tokens: int = 0) -> bytes:
-        """The last chunks: finish reason, usage if asked for, `[DONE]`."""
+    def finish(self, choice: int, finish_reason: str, shifted_tokens: int = 0) -> bytes:
+        """A choice's last chunk."""
         if shifted_tokens:
             shift = ContextShift(shifted_tokens)
             self._empty = msgspec.structs.replace(self._empty, context_shift=shift)
-        events = self._event([ChunkChoice(Delta(), finish_reason)])
-        if self._with_usage:
-            events += self._event([], usage)
-        return events + DONE
+        return self._event([ChunkChoice(Delta(), finish_reason, choice)])
 
-    def error(self, error: ApiError) -> bytes:
-        """An error after the stream began; SDKs raise it when they see `error`."""
-        body = {"message": error.message, "type": error.type, "param": None, "code": error.code}
-        return _event({"error": body})
+    def end(self, usage: Usage) -> bytes:
+        """The usage if asked for, and `[DONE]`."""
+        return (self._event([], usage) if self._with_usage else b"") + DONE
 
     def _event(self, choices: list[ChunkChoice], usage: Usage | None = None) -> bytes:
         chunk = msgspec.structs.replace(self._empty, choices=choices)
-        return _event(msgspec.structs.replace(chunk, usage=usage) if usage else chunk)
+        return event(msgspec.structs.replace(chunk, usage=usage) if usage else chunk)
 
 
-def _event(content: object) -> bytes:
+def _delta(piece: reader.Piece) -> Delta:
+    match piece:
+        case reader.Text():
+            return Delta(content=piece.text)
+        case reader.Thought():
+            return Delta(reasoning_content=piece.text)
+        case reader.Call():
+            function = FunctionDelta(piece.name, "")
+            return Delta(tool_calls=[ToolCallDelta(piece.index, function, piece.id, "function")])
+        case reader.Arguments():
+            function = FunctionDelta(UNSET, piece.text)
+            return Delta(tool_calls=[ToolCallDelta(piece.index, function)])
+
+
+def event(content: object) -> bytes:
     return b"data: " + msgspec.json.encode(content) + b"\n\n"
+
+
+def error_event(error: ApiError) -> bytes:
+    """An error after the stream began; SDKs raise it when they see `error`."""
+    body = {"message": error.message, "type": error.type, "param": None, "code": error.code}
+    return event({"error": body})

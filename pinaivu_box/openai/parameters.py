@@ -1,6 +1,6 @@
-"""Parameters of OpenAI's API that this box does not serve yet: refused by name, never ignored.
+"""Parameters of OpenAI's API that this box does not serve: refused by name, never ignored.
 
-A value that asks for nothing (`n: 1`, `tools: []`, null) is what is served anyway, and passes.
+A value that asks for nothing (`functions: []`, null) is what is served anyway, and passes.
 """
 
 from __future__ import annotations
@@ -13,23 +13,10 @@ NOT_SERVED: dict[str, tuple[Any, ...]] = {
     "audio": (),
     "function_call": ("none", "auto"),
     "functions": ([],),
-    "logprobs": (False,),
-    "metadata": ({},),
     "modalities": (["text"],),
-    "n": (1,),
-    "parallel_tool_calls": (True, False),
-    "prediction": (),
-    "prompt_cache_key": (),
-    "prompt_cache_retention": (),
-    "reasoning_effort": (),
-    "response_format": ({"type": "text"},),
-    "safety_identifier": (),
-    "service_tier": ("auto", "default"),
-    "store": (False,),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
-    "top_logprobs": (0,),
-    "verbosity": (),
+    "moderation": (),
+    "prompt_cache_retention": ("in_memory",),
+    "verbosity": ("medium",),
     "web_search_options": (),
 }
 
@@ -37,9 +24,11 @@ NOT_SERVED: dict[str, tuple[Any, ...]] = {
 def unsupported(body: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """(name, why) of each parameter that asks for what is not served; removes the others."""
     for name, neutral in NOT_SERVED.items():
-        value = body.pop(name, None)
-        if value is not None and not any(_same(value, passing) for passing in neutral):
-            yield name, f"'{name}' is part of OpenAI's API but not served by this box yet"
+        value = body.get(name)
+        if value is None or any(_same(value, passing) for passing in neutral):
+            body.pop(name, None)
+        else:
+            yield name, f"'{name}' is part of OpenAI's API but not served by this box"
 
 
 def _same(value: Any, other: Any) -> bool:

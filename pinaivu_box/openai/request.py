@@ -2,17 +2,36 @@
 
 from __future__ import annotations
 
+import difflib
 import re
+from typing import Any, TypeVar, cast
 
 import msgspec
 
 from pinaivu_box.errors import InvalidBody, InvalidJson, UnsupportedParameter
 from pinaivu_box.openai.parameters import unsupported
-from pinaivu_box.openai.types import ChatRequest, Message
+from pinaivu_box.openai.types import (
+    AssistantMessage,
+    ChatRequest,
+    Content,
+    JsonFormat,
+    Message,
+    NamedTool,
+    SchemaFormat,
+    StopStrings,
+    TextOrTokens,
+    ToolMessage,
+)
+
+Body = TypeVar("Body", bound=msgspec.Struct)
 
 
-def decode(data: bytes) -> ChatRequest:
-    """Raises InvalidJson, InvalidBody, UnsupportedParameter."""
+def decode(data: bytes, kind: type[Body], *, lenient: bool = False) -> tuple[Body, list[str]]:
+    """A body of that kind, and the names of what was ignored.
+
+    Raises InvalidJson, InvalidBody, UnsupportedParameter.  With `lenient`, top-level fields that
+    are unknown or not served are ignored.
+    """
     try:
         raw = msgspec.json.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
@@ -21,30 +40,126 @@ def decode(data: bytes) -> ChatRequest:
         raise InvalidJson("The body is nested too deeply.") from error
     if not isinstance(raw, dict):
         raise InvalidBody("the body must be a JSON object", kind="type_error")
-    for name, reason in unsupported(raw):
-        raise UnsupportedParameter(reason, loc=("body", name), kind="value_error.unsupported")
     try:
-        body = msgspec.convert(raw, ChatRequest)
+        path = _too_large(raw, ("body",)) if _MANY_DIGITS.search(data) else None
+    except RecursionError as error:
+        raise InvalidJson("The body is nested too deeply.") from error
+    if path is not None:
+        raise InvalidBody("the number has more than 64 bits", loc=path)
+    ignored = []
+    for name, reason in list(unsupported(raw)):
+        if not lenient:
+            raise UnsupportedParameter(reason, loc=("body", name), kind="value_error.unsupported")
+        ignored.append(name)
+    known = {field.encode_name for field in msgspec.structs.fields(kind)}
+    ignored += [name for name in raw if name not in known and name not in ignored]
+    if ignored and not lenient:
+        raise _unknown(ignored[0], known)
+    try:
+        body = msgspec.convert({k: v for k, v in raw.items() if k not in ignored}, kind)
     except msgspec.ValidationError as error:
         raise from_validation(error) from error
-    if body.stream_options is not None and not body.stream:
-        raise InvalidBody("stream_options needs stream to be true", loc=("body", "stream_options"))
-    return body
+    return body, ignored
 
 
-def normalise(body: ChatRequest) -> tuple[list[dict[str, object]], list[str]]:
-    """Messages and stop strings in the one form that the engine sees and the receipt covers."""
-    stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
-    return [_message(message) for message in body.messages], list(stop)
+_MANY_DIGITS = re.compile(rb"[0-9]{19}")
 
 
-def _message(message: Message) -> dict[str, object]:
-    content = message.content
-    text = content if isinstance(content, str) else "".join(part.text for part in content)
-    made: dict[str, object] = {"role": message.role, "content": text}
+def _too_large(value: Any, path: tuple[str | int, ...]) -> tuple[str | int, ...] | None:
+    """Where there is an integer that neither frames nor stored answers can carry."""
+    if isinstance(value, int) and not -(2**63) <= value < 2**64:
+        return path
+    items: Any = ()
+    if isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, list):
+        items = enumerate(value)
+    return next((found for key, one in items if (found := _too_large(one, (*path, key)))), None)
+
+
+def _unknown(name: str, known: set[str]) -> InvalidBody:
+    near = difflib.get_close_matches(name, known, 1)
+    hint = f"did you mean '{near[0]}'?" if near else "remove it or correct its name"
+    return InvalidBody(
+        f"'{name[:100]}' is not a field here: {hint}",
+        loc=("body", name),
+        kind="value_error.extra",
+    )
+
+
+def text_of(content: Content | None) -> str:
+    if content is None or isinstance(content, str):
+        return content or ""
+    return "".join(part.text for part in content)
+
+
+def texts_or_tokens(given: TextOrTokens, param: str, most: int) -> list[str | list[int]]:
+    """As a list of texts, or of lists of tokens, at most so many.  Raises InvalidBody."""
+    if isinstance(given, list) and given and all(isinstance(one, int) for one in given):
+        given = [cast("list[int]", given)]
+    items = [given] if isinstance(given, str) else given
+    kinds = {type(one) for one in items}
+    if len(kinds) > 1 or int in kinds:
+        raise InvalidBody("texts and tokens are mixed", loc=("body", param), kind="type_error")
+    if not items or not all(items):
+        raise InvalidBody(f"{param} is empty", loc=("body", param))
+    if len(items) > most:
+        raise InvalidBody(f"{param} has more than {most} entries", loc=("body", param))
+    return cast("list[str | list[int]]", items)
+
+
+def stop_strings(stop: StopStrings | None) -> list[str]:
+    return [stop] if isinstance(stop, str) else list(stop or [])
+
+
+def normalise(messages: list[Message]) -> list[dict[str, Any]]:
+    """Messages in the one form that the engine sees and the receipt covers."""
+    return [_message(message) for message in messages]
+
+
+def _message(message: Message) -> dict[str, Any]:
+    made: dict[str, Any] = {
+        "role": message.__struct_config__.tag,
+        "content": text_of(message.content),
+    }
     if message.name is not None:
         made["name"] = message.name
+    if isinstance(message, ToolMessage):
+        made["tool_call_id"] = message.tool_call_id
+    if isinstance(message, AssistantMessage):
+        if message.tool_calls:
+            made["tool_calls"] = [
+                {"id": one.id, "type": one.type, "function": msgspec.to_builtins(one.function)}
+                for one in message.tool_calls
+            ]
+        if message.reasoning_content is not None:
+            made["reasoning_content"] = message.reasoning_content
     return made
+
+
+def check_chat(body: ChatRequest) -> None:
+    """What one field cannot be without another.  Raises InvalidBody."""
+    if body.stream_options is not None and not body.stream:
+        raise _needs("stream_options", "stream to be true")
+    if body.top_logprobs is not None and not body.logprobs:
+        raise _needs("top_logprobs", "logprobs to be true")
+    names = [tool.function.name for tool in body.tools or ()]
+    if len(set(names)) < len(names):
+        raise InvalidBody("two functions have the same name", loc=("body", "tools"))
+    if not names and body.tool_choice not in (None, "none", "auto"):
+        raise _needs("tool_choice", "tools to choose from")
+    if isinstance(body.tool_choice, NamedTool) and body.tool_choice.function.name not in names:
+        wanted = body.tool_choice.function.name
+        raise InvalidBody(f"there is no '{wanted}' among the tools", loc=("body", "tool_choice"))
+    formats = body.grammar, isinstance(body.response_format, JsonFormat | SchemaFormat)
+    if all(formats):
+        raise InvalidBody("grammar and response_format exclude each other", loc=("body", "grammar"))
+    if body.grammar and names and body.tool_choice != "none":
+        raise InvalidBody("grammar and tools exclude each other", loc=("body", "grammar"))
+
+
+def _needs(name: str, what: str) -> InvalidBody:
+    return InvalidBody(f"{name} needs {what}", loc=("body", name))
 
 
 # -- msgspec's validation errors -----------------------------------------------------------------

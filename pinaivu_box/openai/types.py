@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from msgspec import UNSET, Meta, Struct, UnsetType
+
+Text = Annotated[str, Meta(min_length=1)]
 
 
 class TextPart(Struct, frozen=True, tag="text", tag_field="type"):
@@ -15,14 +17,114 @@ class TextPart(Struct, frozen=True, tag="text", tag_field="type"):
 Content = str | list[TextPart]
 
 
-class Message(Struct, frozen=True, forbid_unknown_fields=True):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Content
+class _Message(Struct, frozen=True, forbid_unknown_fields=True, tag_field="role", kw_only=True):
     name: str | None = None
+
+
+class SystemMessage(_Message, frozen=True, tag="system"):
+    content: Content
+
+
+class DeveloperMessage(_Message, frozen=True, tag="developer"):
+    content: Content
+
+
+class UserMessage(_Message, frozen=True, tag="user"):
+    content: Content
+
+
+class CalledFunction(Struct, frozen=True, forbid_unknown_fields=True):
+    """`arguments` is JSON text."""
+
+    name: Text
+    arguments: str
+
+
+class ToolCall(Struct, frozen=True, forbid_unknown_fields=True):
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+    index: int | UnsetType | None = UNSET  # clients that add up deltas send it back
+
+
+class AssistantMessage(_Message, frozen=True, tag="assistant", kw_only=True):
+    """Fields that are null in our answers may come back in the history."""
+
+    content: Content | None = None
+    tool_calls: list[ToolCall] | None = None
+    reasoning_content: str | None = None
+    refusal: None = None
+    audio: None = None
+    function_call: None = None
+    annotations: list[Any] | None = None
+
+
+class ToolMessage(_Message, frozen=True, tag="tool", kw_only=True):
+    content: Content
+    tool_call_id: str
+
+
+Message = SystemMessage | DeveloperMessage | UserMessage | AssistantMessage | ToolMessage
 
 
 class StreamOptions(Struct, frozen=True, forbid_unknown_fields=True):
     include_usage: bool = False
+    include_obfuscation: Literal[False] | None = None  # padding against eavesdroppers: none here
+
+
+FunctionName = Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_.:-]{1,128}$")]
+Schema = dict[str, Any]
+
+
+class Function(Struct, frozen=True, forbid_unknown_fields=True):
+    """`parameters` is a JSON schema; with `strict` the whole of it is kept to."""
+
+    name: FunctionName
+    description: str | None = None
+    parameters: Schema | None = None
+    strict: bool | None = None
+
+
+class Tool(Struct, frozen=True, forbid_unknown_fields=True, tag="function", tag_field="type"):
+    function: Function
+
+
+class FunctionOnly(Struct, frozen=True, forbid_unknown_fields=True):
+    name: FunctionName
+
+
+class NamedTool(Struct, frozen=True, forbid_unknown_fields=True, tag="function", tag_field="type"):
+    function: FunctionOnly
+
+
+ToolChoice = Literal["none", "auto", "required"] | NamedTool
+
+
+class TextFormat(Struct, frozen=True, forbid_unknown_fields=True, tag="text", tag_field="type"):
+    pass
+
+
+class JsonFormat(
+    Struct, frozen=True, forbid_unknown_fields=True, tag="json_object", tag_field="type"
+):
+    pass
+
+
+class NamedSchema(Struct, frozen=True, forbid_unknown_fields=True):
+    name: FunctionName
+    schema: Schema
+    description: str | None = None
+    strict: bool | None = None
+
+
+class SchemaFormat(
+    Struct, frozen=True, forbid_unknown_fields=True, tag="json_schema", tag_field="type"
+):
+    json_schema: NamedSchema
+
+
+class Prediction(Struct, frozen=True, forbid_unknown_fields=True, tag="content", tag_field="type"):
+    content: Content
 
 
 StopString = Annotated[str, Meta(min_length=1)]
@@ -49,26 +151,69 @@ class ContextShift(Struct, frozen=True):
     dropped_tokens: int
 
 
-class ChatRequest(Struct, frozen=True, forbid_unknown_fields=True):
-    """Body of `POST /v1/chat/completions`.  Every field that is not here is refused by name."""
+Choices = Annotated[int, Meta(ge=1, le=128)]
+Probability = Annotated[float, Meta(gt=0, le=1)]
+TopK = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+StopStrings = StopString | Annotated[list[StopString], Meta(max_length=4)]
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
+Tier = Literal["auto", "default", "flex", "priority", "scale"]
+# Accepted as OpenAI documents it: sixteen pairs of text.
+Metadata = Annotated[
+    dict[Annotated[str, Meta(max_length=64)], Annotated[str, Meta(max_length=512)]],
+    Meta(max_length=16),
+]
 
-    model: Annotated[str, Meta(min_length=1)]
-    messages: Annotated[list[Message], Meta(min_length=1)]
+
+class Sampled(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What a chat and a plain completion have in common."""
+
+    model: Text
+    n: Choices | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    top_p: Probability | None = None
     max_tokens: TokenCount | None = None
-    max_completion_tokens: TokenCount | None = None
-    stop: StopString | Annotated[list[StopString], Meta(max_length=4)] | None = None
+    stop: StopStrings | None = None
     seed: Seed | None = None
     user: str | None = None
     frequency_penalty: Penalty | None = None
     presence_penalty: Penalty | None = None
     logit_bias: Annotated[dict[TokenId, Bias], Meta(max_length=300)] | None = None  # as OpenAI's
-    # Not OpenAI's but llama.cpp's: go on to max_tokens, for measurements.
+    # Not OpenAI's but llama.cpp's.
+    top_k: TopK | None = None
+    min_p: Annotated[float, Meta(ge=0, lt=1)] | None = None
+    typical_p: Probability | None = None
+    repeat_penalty: Annotated[float, Meta(gt=0, le=10)] | None = None
+    grammar: Text | None = None  # GBNF, or Lark as llguidance reads it
     ignore_eos: bool | None = None
+    cache_prompt: bool | None = None
     pinaivu: Extension | None = None
+
+
+class ChatRequest(Sampled, frozen=True, kw_only=True):
+    """Body of `POST /v1/chat/completions`.  Every field that is not here is refused by name."""
+
+    messages: Annotated[list[Message], Meta(min_length=1)]
+    max_completion_tokens: TokenCount | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+    response_format: TextFormat | JsonFormat | SchemaFormat | None = None
+    tools: Annotated[list[Tool], Meta(max_length=128)] | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: Effort | None = None
+    prediction: Prediction | None = None
+    service_tier: Tier | None = None
+    metadata: Metadata | None = None
+    store: bool | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+
+
+# Text or tokens, or a list of such; msgspec knows one kind of list in a union.
+OneToken = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+TextOrTokens = str | list[str | OneToken | list[OneToken]]
 
 
 class PromptTokensDetails(Struct, frozen=True):
@@ -82,17 +227,38 @@ class Usage(Struct, frozen=True):
     prompt_tokens_details: PromptTokensDetails
 
 
-class AssistantMessage(Struct, frozen=True):
-    content: str
-    role: str = "assistant"
+class TopLogprob(Struct, frozen=True):
+    """`token` is the text of `bytes`, as far as they are text."""
+
+    token: str
+    bytes: list[int]
+    logprob: float
+
+
+class TokenLogprobs(TopLogprob, frozen=True):
+    top_logprobs: list[TopLogprob]
+
+
+class ChoiceLogprobs(Struct, frozen=True):
+    content: list[TokenLogprobs]
     refusal: None = None
 
 
+class Answer(Struct, frozen=True, omit_defaults=True):
+    """The message of a choice."""
+
+    content: str | None
+    role: str
+    refusal: None
+    tool_calls: list[ToolCall] | UnsetType = UNSET
+    reasoning_content: str | UnsetType = UNSET
+
+
 class Choice(Struct, frozen=True):
-    message: AssistantMessage
+    index: int
+    message: Answer
     finish_reason: str
-    index: int = 0
-    logprobs: None = None
+    logprobs: ChoiceLogprobs | None = None
 
 
 class ChatCompletion(Struct, frozen=True):
@@ -104,7 +270,9 @@ class ChatCompletion(Struct, frozen=True):
     usage: Usage
     object: str = "chat.completion"
     system_fingerprint: str | None = None
+    service_tier: str | UnsetType = UNSET
     context_shift: ContextShift | UnsetType = UNSET
+    ignored_parameters: list[str] | UnsetType = UNSET
 
 
 class ModelInfo(Struct, frozen=True):
@@ -120,16 +288,30 @@ class ModelList(Struct, frozen=True):
     object: str = "list"
 
 
+class FunctionDelta(Struct, frozen=True, omit_defaults=True):
+    name: str | UnsetType = UNSET
+    arguments: str | UnsetType = UNSET
+
+
+class ToolCallDelta(Struct, frozen=True, omit_defaults=True):
+    index: int
+    function: FunctionDelta
+    id: str | UnsetType = UNSET
+    type: str | UnsetType = UNSET
+
+
 class Delta(Struct, frozen=True, omit_defaults=True):
     role: str | UnsetType = UNSET
-    content: str | UnsetType = UNSET
+    content: str | UnsetType | None = UNSET
+    reasoning_content: str | UnsetType = UNSET
+    tool_calls: list[ToolCallDelta] | UnsetType = UNSET
 
 
 class ChunkChoice(Struct, frozen=True):
     delta: Delta
     finish_reason: str | None = None
     index: int = 0
-    logprobs: None = None
+    logprobs: ChoiceLogprobs | None = None
 
 
 class Chunk(Struct, frozen=True):
@@ -141,4 +323,6 @@ class Chunk(Struct, frozen=True):
     usage: Usage | UnsetType | None = UNSET
     object: str = "chat.completion.chunk"
     system_fingerprint: str | None = None
+    service_tier: str | UnsetType = UNSET
     context_shift: ContextShift | UnsetType = UNSET
+    ignored_parameters: list[str] | UnsetType = UNSET

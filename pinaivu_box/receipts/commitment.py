@@ -48,6 +48,11 @@ def tokens_sha256(tokens: Sequence[int]) -> str:
     return hashlib.sha256(struct.pack(f"<{len(tokens)}I", *tokens)).hexdigest()
 
 
-def prompt_text(messages: list[dict[str, Any]], stop: list[str]) -> str:
+def prompt_text(messages: list[dict[str, Any]], stop: list[str], **more: Any) -> str:
     """The text that a prompt's commitment covers: RFC 8785 JSON of what the client asked."""
-    return rfc8785.dumps({"messages": messages, "stop": stop}).decode()
+    return rfc8785.dumps({"messages": messages, "stop": stop, **more}).decode()
+
+
+def output_text(choices: list[str]) -> str:
+    """The text that an output's commitment covers: of several choices, RFC 8785 JSON."""
+    return choices[0] if len(choices) == 1 else rfc8785.dumps(choices).decode()

@@ -37,7 +37,8 @@ class Proof(Struct, frozen=True):
 
     `cached_tokens` of the prompt were not computed anew; `shifted_tokens` were forgotten on the way
     (context shift).  `sampling` holds every parameter that decided the draws; its seed is text,
-    because JSON numbers do not carry 64 bits.
+    because JSON numbers do not carry 64 bits.  `choice` says which of several answers it made, and
+    `prompt` which of several prompts it answered.
     """
 
     request_id: str
@@ -58,6 +59,8 @@ class Proof(Struct, frozen=True):
     ttft_ms: int | None
     duration_ms: int
     price: Price
+    choice: int = 0
+    prompt: int = 0
     v: int = VERSION
 
 
@@ -146,11 +149,18 @@ def view(signed: bytes, signature: bytes, opening: bytes | None) -> ReceiptView:
     )
 
 
+def prompts_of(proofs: Sequence[Proof]) -> list[Proof]:
+    """The first proof of each prompt: whoever made more of the same prompt is not paid for it."""
+    first: dict[int, Proof] = {}
+    for proof in proofs:
+        first.setdefault(proof.prompt, proof)
+    return list(first.values())
+
+
 def total_tokens(proofs: Sequence[Proof]) -> int:
-    """Tokens that are paid for: the prompt once, and what every leg made."""
-    if not proofs:
-        return 0
-    return proofs[0].prompt_tokens + sum(proof.completion_tokens for proof in proofs)
+    """Tokens that are paid for: each prompt once, and what every leg made."""
+    made = sum(proof.completion_tokens for proof in proofs)
+    return made + sum(proof.prompt_tokens for proof in prompts_of(proofs))
 
 
 def utc_text(seconds: float) -> str:

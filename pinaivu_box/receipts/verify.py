@@ -24,6 +24,7 @@ from pinaivu_box.receipts.receipt import (
     Receipt,
     ReceiptView,
     SignedProof,
+    prompts_of,
     total_tokens,
 )
 
@@ -42,6 +43,7 @@ class Transcript(Struct, frozen=True):
     messages: list[dict[str, Any]] | None = None
     stop: list[str] = []
     output: str | None = None
+    more: dict[str, Any] = {}  # tools and constraint, if the request had any
 
 
 def verify_receipt(
@@ -135,12 +137,13 @@ def _proof(number: int, signed: SignedProof, receipt: Receipt) -> tuple[Check, P
 
 
 def _usage(receipt: Receipt, proofs: list[Proof]) -> Check:
-    usage = receipt.usage
+    usage, prompts = receipt.usage, prompts_of(proofs)
     same = (
         bool(proofs)
         and all(proof.completion_tokens >= 0 for proof in proofs)
-        and usage.prompt_tokens == proofs[0].prompt_tokens >= usage.cached_tokens >= 0
-        and usage.cached_tokens == proofs[0].cached_tokens
+        and usage.prompt_tokens == sum(proof.prompt_tokens for proof in prompts)
+        and usage.cached_tokens == sum(proof.cached_tokens for proof in prompts)
+        and usage.prompt_tokens >= usage.cached_tokens >= 0
         and usage.prompt_tokens + usage.completion_tokens == total_tokens(proofs)
         and receipt.node_id == proofs[-1].node_id
     )
@@ -186,7 +189,9 @@ def _trusted(receipt: Receipt, node_key: str) -> Check:
 def _transcript(view: ReceiptView, receipt: Receipt, transcript: Transcript) -> Iterator[Check]:
     given = {"output": transcript.output}
     if transcript.messages is not None:
-        given["prompt"] = commitment.prompt_text(transcript.messages, transcript.stop)
+        given["prompt"] = commitment.prompt_text(
+            transcript.messages, transcript.stop, **transcript.more
+        )
     for what, text in given.items():
         if text is None:
             continue

@@ -29,21 +29,12 @@ class Authenticate:
             try:
                 scope["state"]["key"] = await self._find(Headers(scope=scope))
             except ApiError as error:
-                await envelope.response(error)(scope, receive, send)
+                await envelope.response(error, scope["path"])(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 
     async def _find(self, headers: Headers) -> Key:
-        value = headers.get("authorization")
-        if not value:
-            raise Unauthorized(
-                "There is no API key: send it as the header 'Authorization: Bearer sk-pnv-...'."
-            )
-        scheme, _, secret = value.partition(" ")
-        if scheme.lower() != "bearer" or not secret:
-            raise Unauthorized(
-                "The Authorization header is malformed: write it as 'Bearer sk-pnv-...'."
-            )
+        secret = _secret(headers)
         if hmac.compare_digest(secret.encode(), self._box.control_token.encode()):
             return LOCAL
         if not keys.well_formed(secret):
@@ -59,6 +50,23 @@ class Authenticate:
         if key.expired(time.time_ns() // 1_000_000):
             raise Unauthorized(f"The API key {key.prefix}... has expired.")
         return key
+
+
+def _secret(headers: Headers) -> str:
+    value = headers.get("authorization")
+    if not value:
+        # Anthropic's clients send it so.
+        if secret := headers.get("x-api-key"):
+            return secret
+        raise Unauthorized(
+            "There is no API key: send it as the header 'Authorization: Bearer sk-pnv-...'."
+        )
+    scheme, _, secret = value.partition(" ")
+    if scheme.lower() != "bearer" or not secret:
+        raise Unauthorized(
+            "The Authorization header is malformed: write it as 'Bearer sk-pnv-...'."
+        )
+    return secret
 
 
 def key_of(request: Request) -> Key:

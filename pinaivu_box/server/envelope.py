@@ -28,7 +28,10 @@ class JSON(Response):
         return msgspec.json.encode(content)
 
 
-def body(error: ApiError) -> dict[str, Any]:
+ANTHROPIC = "/v1/messages"  # its clients look for one field more
+
+
+def body(error: ApiError, path: str = "") -> dict[str, Any]:
     detail: Any = error.message
     if isinstance(error, InvalidBody):
         detail = [{"loc": list(error.loc), "msg": error.message, "type": error.kind}]
@@ -40,20 +43,22 @@ def body(error: ApiError) -> dict[str, Any]:
             "code": error.code,
         },
         "detail": detail,
+        **({"type": "error"} if path.startswith(ANTHROPIC) else {}),
     }
 
 
-def response(error: ApiError) -> Response:
+def response(error: ApiError, path: str = "") -> Response:
     headers = {}
     if error.retry_after is not None:
         headers["Retry-After"] = str(error.retry_after)
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
-    return JSON(body(error), status_code=error.status, headers=headers)
+    return JSON(body(error, path), status_code=error.status, headers=headers)
 
 
-async def on_api_error(_request: Request, error: Exception) -> Response:
-    return response(error if isinstance(error, ApiError) else InternalError(str(error)))
+async def on_api_error(request: Request, error: Exception) -> Response:
+    shown = error if isinstance(error, ApiError) else InternalError(str(error))
+    return response(shown, request.url.path)
 
 
 async def on_http_error(request: Request, error: Exception) -> Response:

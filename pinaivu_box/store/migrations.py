@@ -64,5 +64,18 @@ _V1 = (
     """,
 )
 
-MIGRATIONS: tuple[tuple[str, ...], ...] = (_V1,)
+_V2 = (
+    """
+    CREATE TABLE responses (
+        id           TEXT PRIMARY KEY,
+        key_id       TEXT NOT NULL REFERENCES keys (id),
+        previous_id  TEXT,            -- may be deleted: the conversation then begins after it
+        created_at   INTEGER NOT NULL,
+        input        BLOB NOT NULL,   -- JSON: the items that were asked
+        body         BLOB NOT NULL    -- JSON: the answer
+    ) STRICT
+    """,
+)
+
+MIGRATIONS: tuple[tuple[str, ...], ...] = (_V1, _V2)
 SCHEMA_VERSION = len(MIGRATIONS)

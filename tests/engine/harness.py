@@ -256,6 +256,7 @@ class Heard:
         self.queue_ms: dict[str, list[float]] = {}
         self.cached: dict[str, list[int]] = {}
         self.shifted: dict[str, list[int]] = {}
+        self.logprobs: dict[str, list[messages.TokenLogprob]] = {}
         self.load = messages.EngineLoad()
 
     def take(self, frame: StepFrame) -> None:
@@ -270,6 +271,7 @@ class Heard:
             self.text[delta.id] = self.text.get(delta.id, "") + delta.text
             self.tokens.setdefault(delta.id, []).extend(delta.tokens)
             self.shifted.setdefault(delta.id, []).append(delta.shifted_tokens)
+            self.logprobs.setdefault(delta.id, []).extend(delta.logprobs)
             if delta.queue_ms is not None:
                 self.queue_ms.setdefault(delta.id, []).append(delta.queue_ms)
             if delta.cached_tokens is not None:

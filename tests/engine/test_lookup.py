@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pinaivu_box.engine.lookup import NGRAM, Lookup
+from pinaivu_box.engine.lookup import NGRAM, Experience, Lookup
 
 
 def draft(tokens: list[int], count: int) -> list[int]:
@@ -97,3 +97,26 @@ def test_what_never_comes_true_is_not_believed_for_long() -> None:
         tokens.append(number)
         lookup.match(tokens)
     assert 0 < chance < 0.05
+
+
+def test_the_next_sequence_begins_with_what_others_learned() -> None:
+    """Where drafts are mostly wrong fewer are made, from the first token on; and the reverse."""
+    bad, good = Experience(), Experience()
+    for n in range(60):
+        wrong, right = Lookup(bad), Lookup(good)
+        start = [1, 2, 3, 4, 5, 6, 9, 1, 2, 3]
+        for lookup, after in ((wrong, 100 + n), (right, 4)):
+            lookup.match(start)
+            lookup.match([*start, after])
+    fresh = Lookup().match(start)
+    assert Lookup(bad).match(start) < fresh / 2
+    assert Lookup(good).match(start) > fresh
+    # Who gives a prediction is believed at first.
+    assert Lookup(bad, [7]).match(start) == fresh
+
+
+def test_a_prediction_is_text_that_may_come() -> None:
+    lookup = Lookup(None, [5, 6, 7, 8, 9, 10])
+    assert lookup.match([1, 2, 5, 6, 7]) > 0
+    assert lookup.draft([1, 2, 5, 6, 7], 3) == [8, 9, 10]
+    assert Lookup().match([1, 2, 5, 6, 7]) == 0

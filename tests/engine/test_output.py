@@ -115,7 +115,7 @@ def test_a_stop_string_ends_a_sequence_before_the_engine_knows(steady: bool) -> 
     assert output.take(plain(a="!", b="!")) == []
     assert output.take(step(say("a", "!", "length"), say("b", "?", "length"))) == []
     assert output.frame().deltas == [
-        Delta("a", "x", list(b"xyz"), "stop"),
+        Delta("a", "x", list(b"xyz"), "stop", stop_string="yz"),
         Delta("b", "xyw!?", list(b"xyw!?"), "length"),
     ]
     assert output.take(step(say("a", "!"))) == [] and output.frame().deltas == []
@@ -125,7 +125,7 @@ def test_a_stop_string_inside_a_step_ends_it_there() -> None:
     """A step with an accepted draft has several tokens: those after the stop were never said."""
     output = admitted("a", stop=["yz"])
     assert output.take(step(Said("a", list(b"xyzw"), "length"))) == ["a"]
-    assert output.frame().deltas == [Delta("a", "x", list(b"xyz"), "stop")]
+    assert output.frame().deltas == [Delta("a", "x", list(b"xyz"), "stop", stop_string="yz")]
 
 
 def test_an_end_token_has_no_text() -> None:

@@ -1,0 +1,244 @@
+"""Finds thoughts and tool calls in the text of an answer, as it comes.
+
+What may be the beginning of a mark waits until it is known; everything else goes out at once, also
+the arguments of a call, so that a stream of deltas is one.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+
+from pinaivu_box.chat_format import THINK, THOUGHT, Style
+
+
+@dataclass(frozen=True)
+class Text:
+    text: str
+
+
+@dataclass(frozen=True)
+class Thought:
+    text: str
+
+
+@dataclass(frozen=True)
+class Call:
+    """The beginning of a tool call; its arguments follow."""
+
+    index: int
+    id: str
+    name: str
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """More of the JSON text of call `index`'s arguments."""
+
+    index: int
+    text: str
+
+
+Piece = Text | Thought | Call | Arguments
+
+_HEAD = re.compile(
+    r'\s*\{\s*(?:"type"\s*:\s*"function"\s*,\s*)?"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,'
+    r'\s*"(?:arguments|parameters)"\s*:\s*(?=\{)'
+)
+
+
+class Reader:
+    """Of one answer.  Calls are looked for that `style` writes, of functions with these `names`;
+    with `thinks` also thoughts.  `thinking` says that the text begins in the middle of one."""
+
+    def __init__(
+        self,
+        style: Style | None,
+        names: Collection[str] = (),
+        *,
+        thinks: bool = False,
+        thinking: bool = False,
+    ) -> None:
+        self._style = style
+        self._names = names
+        self._buffer = ""
+        self._calls = 0
+        self._blank = True  # nothing but white space was said since the beginning, or the last call
+        self._depth, self._in_string, self._escaped = 0, False, False
+        self._state: Callable[[bool], list[Piece]] = self._text
+        if thinking:
+            self._state = self._thought
+        elif thinks:
+            self._state = self._before_thought
+
+    @property
+    def called(self) -> bool:
+        """Whether there was a call."""
+        return self._calls > 0
+
+    def push(self, text: str) -> list[Piece]:
+        if self._style is None and not self._buffer and self._state == self._text:
+            return [Text(text)]  # nothing to look for
+        self._buffer += text
+        return self._read(end=False)
+
+    def end(self) -> list[Piece]:
+        """The answer is complete: what waited goes out."""
+        return self._read(end=True)
+
+    def _read(self, *, end: bool) -> list[Piece]:
+        found: list[Piece] = []
+        while True:
+            state, size = self._state, len(self._buffer)
+            found += state(end)
+            if self._state == state and len(self._buffer) == size:
+                return found  # no more to be learned from it
+
+    # -- states: each takes what it can from the buffer --------------------------------------------
+
+    def _before_thought(self, end: bool) -> list[Piece]:
+        start = self._buffer.lstrip()
+        if start.startswith(THINK):
+            self._buffer = start.removeprefix(THINK)
+            self._state = self._thought
+        elif end or not THINK.startswith(start):
+            self._state = self._text
+        return []
+
+    def _thought(self, end: bool) -> list[Piece]:
+        said, found, rest = self._buffer.partition(THOUGHT)
+        if found:
+            self._buffer = rest
+            self._state = self._after_thought
+        else:
+            keep = 0 if end else _overlap(said, THOUGHT)
+            said, self._buffer = said[: len(said) - keep], said[len(said) - keep :]
+        return [Thought(said)] if said else []
+
+    def _after_thought(self, end: bool) -> list[Piece]:
+        self._buffer = self._buffer.lstrip("\n")
+        if self._buffer or end:
+            self._state = self._text
+        return []
+
+    def _text(self, end: bool) -> list[Piece]:
+        style = self._style
+        said, found, keep = self._buffer, "", 0
+        if style is not None and style.trigger:
+            said, found, rest = self._buffer.partition(style.trigger)
+            keep = 0 if end or found else _overlap(said, style.trigger)
+        elif style is not None and self._blank and said.lstrip().startswith("{"):
+            self._state = self._head
+            return []
+        said, kept = said[: len(said) - keep], said[len(said) - keep :]
+        if style is not None and self._blank and not said.strip():
+            # White space before a call, or between two, is nobody's; before text it belongs to it.
+            if not found and not end:
+                return []
+            said = "" if found or self._calls else said
+        self._buffer = rest if found else kept
+        if found:
+            self._state = self._head
+        if not said:
+            return []
+        self._blank = False
+        return [Text(said)]
+
+    def _head(self, end: bool) -> list[Piece]:
+        trigger = self._style.trigger if self._style else ""
+        opening = self._style.opening.removeprefix(trigger) if self._style else ""
+        rest = self._buffer.lstrip().removeprefix(opening)
+        head = _HEAD.match(rest)
+        whole = None if head else _object(rest)
+        if head is not None and (name := json.loads(head[1])) in self._names:
+            self._buffer = rest[head.end() :]
+            self._depth, self._in_string, self._escaped = 0, False, False
+            self._state = self._arguments
+            return [self._call(name)]
+        if whole is not None and (name := whole[0].get("name")) in self._names:
+            arguments = whole[0].get("arguments", whole[0].get("parameters", {}))
+            if not isinstance(arguments, str):
+                arguments = json.dumps(arguments, ensure_ascii=False)
+            self._buffer, self._state = rest[whole[1] :], self._tail
+            call = self._call(str(name))
+            return [call, Arguments(call.index, arguments)]
+        if head or whole or end or not (rest == "" or rest.startswith(("{", "["))):
+            # It is no call after all.
+            said, self._buffer = trigger + self._buffer, ""
+            self._blank, self._state = False, self._text
+            return [Text(said)]
+        return []
+
+    def _arguments(self, end: bool) -> list[Piece]:
+        size = self._value_ends()
+        if size is not None:
+            self._state = self._closing_brace
+        said, self._buffer = self._buffer[:size], self._buffer[size or len(self._buffer) :]
+        return [Arguments(self._calls - 1, said)] if said else []
+
+    def _value_ends(self) -> int | None:
+        """Where in the buffer the JSON value ends that it goes on with, if it does."""
+        for at, character in enumerate(self._buffer):
+            if self._escaped:
+                self._escaped = False
+            elif self._in_string:
+                self._escaped = character == "\\"
+                self._in_string = character != '"'
+            elif character == '"':
+                self._in_string = True
+            elif character in "{[":
+                self._depth += 1
+            elif character in "}]":
+                self._depth -= 1
+                if self._depth == 0:
+                    return at + 1
+        return None
+
+    def _closing_brace(self, end: bool) -> list[Piece]:
+        rest = self._buffer.lstrip()
+        if rest.startswith("}"):
+            self._buffer = rest[1:]
+        if rest or end:
+            self._state = self._tail
+        return []
+
+    def _tail(self, end: bool) -> list[Piece]:
+        """After a call: its end mark, the next of a list, or the end of the list."""
+        rest = self._buffer.lstrip()
+        after = self._style.after.strip() if self._style else ""
+        if after:
+            if after.startswith(rest) and rest != after and not end:
+                return []
+            self._buffer = rest.removeprefix(after)
+            self._state = self._text
+        elif rest.startswith((",", "]")):
+            self._buffer = rest[1:]
+            self._state = self._head if rest[0] == "," else self._text
+        elif rest or end:
+            self._state = self._text
+        return []
+
+    def _call(self, name: str) -> Call:
+        self._calls += 1
+        self._blank = bool(self._style and self._style.trigger)  # without one there is one call
+        return Call(self._calls - 1, f"call_{secrets.token_hex(12)}", name)
+
+
+def _object(text: str) -> tuple[dict[str, object], int] | None:
+    """The JSON object that `text` begins with, and its length; None if it is not complete."""
+    try:
+        value, end = json.JSONDecoder().raw_decode(text)
+    except (ValueError, RecursionError):
+        return None
+    return (value, end) if isinstance(value, dict) else None
+
+
+def _overlap(text: str, mark: str) -> int:
+    """Length of the longest end of `text` with which `mark` begins."""
+    for length in range(min(len(text), len(mark) - 1), 0, -1):
+        if text.endswith(mark[:length]):
+            return length
+    return 0

@@ -1,0 +1,108 @@
+"""The output of a response, item by item, with the events of its stream in OpenAI's order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from pinaivu_box.openai.reader import Arguments, Call, Piece, Text, Thought
+
+Event = dict[str, Any]
+_NO_LOGPROBS: dict[str, Any] = {"logprobs": []}
+
+
+class ResponseItems:
+    """`items` is the output so far; what is added gives the events that tell of it.
+
+    `suffix` makes the ids of the items unique to their response.
+    """
+
+    def __init__(self, suffix: str) -> None:
+        self.items: list[dict[str, Any]] = []
+        self._suffix = suffix
+        self._open: str = ""  # type of the last item, if it may still grow
+
+    def add(self, pieces: Sequence[Piece]) -> list[Event]:
+        events: list[Event] = []
+        for piece in pieces:
+            match piece:
+                case Text(text):
+                    events += self._grow("message", "output_text", text)
+                case Thought(text):
+                    events += self._grow("reasoning", "reasoning_text", text)
+                case Call(_, call_id, name):
+                    events += [*self.close(), self._begin_call(call_id, name)]
+                case Arguments(_, text):
+                    self.items[-1]["arguments"] += text
+                    delta = "response.function_call_arguments.delta"
+                    events.append(self._event(delta, delta=text))
+        return events
+
+    def settled(self, status: str) -> list[dict[str, Any]]:
+        """The items as they are once the last has been closed."""
+        items = [dict(item) for item in self.items]
+        if self._open:
+            items[-1]["status"] = status
+        return items
+
+    def close(self, status: str = "completed") -> list[Event]:
+        """The last item is complete."""
+        if not self._open:
+            return []
+        kind, self._open = self._open, ""
+        item = self.items[-1]
+        item["status"] = status
+        events: list[Event] = []
+        if kind == "function_call":
+            done = "response.function_call_arguments.done"
+            name, arguments = item["name"], item["arguments"]
+            events.append(self._event(done, name=name, arguments=arguments))
+        else:
+            part = item["content"][0]
+            done = f"response.{part['type']}.done"
+            more = _NO_LOGPROBS if part["type"] == "output_text" else {}
+            events.append(self._event(done, content_index=0, text=part["text"], **more))
+            events.append(self._event("response.content_part.done", content_index=0, part=part))
+        where = len(self.items) - 1
+        return [
+            *events,
+            {"type": "response.output_item.done", "output_index": where, "item": dict(item)},
+        ]
+
+    def _grow(self, kind: str, part_type: str, text: str) -> list[Event]:
+        events: list[Event] = []
+        if self._open != kind:
+            events = [*self.close(), *self._begin_text(kind, part_type)]
+        self.items[-1]["content"][0]["text"] += text
+        more = _NO_LOGPROBS if part_type == "output_text" else {}
+        event = self._event(f"response.{part_type}.delta", content_index=0, delta=text, **more)
+        return [*events, event]
+
+    def _begin_text(self, kind: str, part_type: str) -> list[Event]:
+        part: dict[str, Any] = {"type": part_type, "text": ""}
+        if kind == "message":
+            part |= {"annotations": [], "logprobs": []}
+            item = {"role": "assistant", "content": []}
+        else:
+            item = {"summary": [], "content": []}
+        added = self._append(kind, "msg" if kind == "message" else "rs", item)
+        self.items[-1]["content"] = [part]
+        begun = self._event("response.content_part.added", content_index=0, part=dict(part))
+        return [added, begun]
+
+    def _begin_call(self, call_id: str, name: str) -> Event:
+        return self._append(
+            "function_call", "fc", {"call_id": call_id, "name": name, "arguments": ""}
+        )
+
+    def _append(self, kind: str, prefix: str, item: dict[str, Any]) -> Event:
+        where = len(self.items)
+        made = {"id": f"{prefix}_{self._suffix}_{where}", "type": kind, **item}
+        self._open = kind
+        self.items.append(made | {"status": "in_progress"})
+        told = dict(self.items[-1])
+        return {"type": "response.output_item.added", "output_index": where, "item": told}
+
+    def _event(self, kind: str, **more: Any) -> Event:
+        where = len(self.items) - 1
+        return {"type": kind, "item_id": self.items[-1]["id"], "output_index": where, **more}

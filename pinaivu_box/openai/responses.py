@@ -1,0 +1,251 @@
+"""Wire types of `/v1/responses`: the request, and its items as messages of a chat."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta, Struct
+
+from pinaivu_box.errors import InvalidBody
+from pinaivu_box.openai.request import from_validation
+from pinaivu_box.openai.types import (
+    Effort,
+    FunctionName,
+    FunctionOnly,
+    JsonFormat,
+    Metadata,
+    NamedTool,
+    Probability,
+    Schema,
+    Text,
+    TextFormat,
+    Tier,
+    TokenCount,
+)
+
+
+class ResponseFunction(
+    Struct, frozen=True, forbid_unknown_fields=True, tag="function", tag_field="type"
+):
+    name: FunctionName
+    description: str | None = None
+    parameters: Schema | None = None
+    strict: bool | None = None
+
+
+class ChosenFunction(
+    Struct, frozen=True, forbid_unknown_fields=True, tag="function", tag_field="type"
+):
+    name: FunctionName
+
+
+class FlatSchemaFormat(
+    Struct, frozen=True, forbid_unknown_fields=True, tag="json_schema", tag_field="type"
+):
+    name: FunctionName
+    schema: Schema
+    description: str | None = None
+    strict: bool | None = None
+
+
+class TextOptions(Struct, frozen=True, forbid_unknown_fields=True):
+    format: TextFormat | JsonFormat | FlatSchemaFormat | None = None
+    verbosity: Literal["medium"] | None = None
+
+
+class ReasoningOptions(Struct, frozen=True, forbid_unknown_fields=True):
+    effort: Effort | None = None
+    summary: str | None = None
+    generate_summary: str | None = None
+
+
+class ResponseStreamOptions(Struct, frozen=True, forbid_unknown_fields=True):
+    include_obfuscation: bool | None = None
+
+
+class ResponseRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Body of `POST /v1/responses`.  The items of `input` are checked when they are read."""
+
+    model: Text
+    input: str | list[dict[str, Any]]
+    instructions: str | None = None
+    max_output_tokens: TokenCount | None = None
+    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
+    top_p: Probability | None = None
+    top_logprobs: Literal[0] | None = None
+    tools: Annotated[list[ResponseFunction], Meta(max_length=128)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | ChosenFunction | None = None
+    parallel_tool_calls: bool | None = None
+    previous_response_id: str | None = None
+    store: bool | None = None
+    stream: bool | None = None
+    stream_options: ResponseStreamOptions | None = None
+    text: TextOptions | None = None
+    reasoning: ReasoningOptions | None = None
+    metadata: Metadata | None = None
+    user: str | None = None
+    truncation: Literal["disabled"] | None = None
+    include: list[Literal["reasoning.encrypted_content"]] | None = None
+    service_tier: Tier | None = None
+    background: Literal[False] | None = None
+    conversation: None = None
+    max_tool_calls: None = None
+    prompt: None = None
+    prompt_cache_key: str | None = None
+    safety_identifier: str | None = None
+
+
+class InputDetails(Struct, frozen=True):
+    cached_tokens: int
+
+
+class OutputDetails(Struct, frozen=True):
+    reasoning_tokens: int = 0
+
+
+class ResponseUsage(Struct, frozen=True):
+    input_tokens: int
+    input_tokens_details: InputDetails
+    output_tokens: int
+    output_tokens_details: OutputDetails
+    total_tokens: int
+
+
+class ResponseObject(Struct, frozen=True, kw_only=True):
+    """The answer, also as it is stored.  `created_at` in Unix seconds."""
+
+    id: str
+    request_id: str
+    created_at: int
+    status: str
+    model: str
+    output: list[dict[str, Any]]
+    usage: ResponseUsage | None
+    error: dict[str, Any] | None = None
+    incomplete_details: dict[str, Any] | None = None
+    instructions: str | None = None
+    max_output_tokens: int | None = None
+    metadata: dict[str, str]
+    parallel_tool_calls: bool
+    previous_response_id: str | None = None
+    reasoning: dict[str, Any]
+    service_tier: str | None = None
+    store: bool
+    temperature: float | None
+    text: dict[str, Any]
+    tool_choice: Any
+    tools: list[dict[str, Any]]
+    top_p: float | None
+    truncation: str = "disabled"
+    user: str | None = None
+    background: bool = False
+    ignored_parameters: list[str] = []
+    object: str = "response"
+
+
+class DeletedResponse(Struct, frozen=True):
+    request_id: str
+    id: str
+    deleted: bool = True
+    object: str = "response"
+
+
+class ItemList(Struct, frozen=True):
+    request_id: str
+    data: list[dict[str, Any]]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+    object: str = "list"
+
+
+# -- items -----------------------------------------------------------------------------------------
+
+
+class _Part(Struct, frozen=True):
+    type: Literal["input_text", "output_text", "text", "refusal", "reasoning_text", "summary_text"]
+    text: str = ""
+    refusal: str = ""
+
+
+_Content = str | list[_Part]
+
+
+class _MessageItem(Struct, frozen=True):
+    role: Literal["user", "assistant", "system", "developer"]
+    content: _Content
+
+
+class _CallItem(Struct, frozen=True):
+    call_id: Text
+    name: Text
+    arguments: str
+
+
+class _OutputItem(Struct, frozen=True):
+    call_id: Text
+    output: _Content
+
+
+class _ReasoningItem(Struct, frozen=True):
+    content: list[_Part] | None = None
+
+
+_ITEMS: dict[str, type[Struct]] = {
+    "message": _MessageItem,
+    "function_call": _CallItem,
+    "function_call_output": _OutputItem,
+    "reasoning": _ReasoningItem,
+}
+
+
+def as_items(given: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """`input` as a list of items."""
+    if isinstance(given, str):
+        part = {"type": "input_text", "text": given}
+        return [{"type": "message", "role": "user", "content": [part]}]
+    return [{"type": "message", **item} if "role" in item else item for item in given]
+
+
+def as_messages(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Items as the messages of a chat.  Raises InvalidBody."""
+    messages: list[dict[str, Any]] = []
+    for number, item in enumerate(items):
+        kind = _ITEMS.get(item.get("type", ""))
+        if kind is None:
+            raise InvalidBody(
+                f"items of type '{item.get('type')}' are not served; {', '.join(_ITEMS)} are",
+                loc=("body", "input", number, "type"),
+            )
+        try:
+            read = msgspec.convert(item, kind)
+        except msgspec.ValidationError as error:
+            raise from_validation(error) from error
+        _append(messages, read)
+    return messages
+
+
+def _append(messages: list[dict[str, Any]], item: Struct) -> None:
+    match item:
+        case _MessageItem(role, content):
+            messages.append({"role": role, "content": _text(content)})
+        case _OutputItem(call_id, output):
+            messages.append({"role": "tool", "tool_call_id": call_id, "content": _text(output)})
+        case _CallItem(call_id, name, arguments):
+            function = {"name": name, "arguments": arguments}
+            call = {"id": call_id, "type": "function", "function": function}
+            # Calls of one turn are one message, also after what was said before them.
+            if not messages or messages[-1]["role"] != "assistant":
+                messages.append({"role": "assistant", "content": ""})
+            messages[-1].setdefault("tool_calls", []).append(call)
+
+
+def _text(content: _Content) -> str:
+    if isinstance(content, str):
+        return content
+    return "".join(part.text or part.refusal for part in content)
+
+
+def named_tool(chosen: ChosenFunction) -> NamedTool:
+    return NamedTool(FunctionOnly(chosen.name))

@@ -1,0 +1,109 @@
+"""The choices of an answer while they come: events in, pieces of text, thoughts and calls out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from msgspec import UNSET
+
+from pinaivu_box.chat_format import STYLES
+from pinaivu_box.engine.messages import TokenLogprob
+from pinaivu_box.gateway.backend import Job
+from pinaivu_box.gateway.requests import Begun, Said
+from pinaivu_box.openai import reader
+from pinaivu_box.openai.reader import Piece, Reader
+from pinaivu_box.openai.types import (
+    Answer,
+    CalledFunction,
+    Choice,
+    ChoiceLogprobs,
+    TokenLogprobs,
+    ToolCall,
+    TopLogprob,
+)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What came of one choice; with a finish reason it is complete."""
+
+    choice: int
+    pieces: list[Piece]
+    logprobs: list[TokenLogprobs]
+    finish_reason: str | None
+
+
+class Choices:
+    """Of one chat request."""
+
+    def __init__(self, jobs: Sequence[Job]) -> None:
+        self._jobs = jobs
+        self._readers: dict[int, Reader] = {}
+
+    def begin(self, event: Begun) -> None:
+        tools = self._jobs[event.choice].tools
+        self._readers[event.choice] = Reader(
+            STYLES[event.tool_style] if tools else None,
+            tools.names if tools else (),
+            thinks=event.thinks,
+            thinking=event.thinking,
+        )
+
+    def take(self, said: Said) -> Part:
+        output, its = said.output, self._readers[said.choice]
+        pieces = its.push(output.text) if output.text else []
+        reason = output.finish_reason
+        if reason:
+            pieces += its.end()
+            reason = "tool_calls" if its.called and reason == "stop" else reason
+        return Part(said.choice, pieces, [_logprobs(one) for one in output.logprobs], reason)
+
+
+@dataclass
+class Whole:
+    """One choice's message, from its parts."""
+
+    texts: list[str] = field(default_factory=list)
+    thoughts: list[str] = field(default_factory=list)
+    calls: list[tuple[reader.Call, list[str]]] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    finish_reason: str = ""
+
+    def add(self, part: Part) -> None:
+        for piece in part.pieces:
+            match piece:
+                case reader.Text():
+                    self.texts.append(piece.text)
+                case reader.Thought():
+                    self.thoughts.append(piece.text)
+                case reader.Call():
+                    self.calls.append((piece, []))
+                case reader.Arguments():
+                    self.calls[piece.index][1].append(piece.text)
+        self.logprobs += part.logprobs
+        self.finish_reason = part.finish_reason or self.finish_reason
+
+    def choice(self, index: int, *, logprobs: bool) -> Choice:
+        calls = [
+            ToolCall(call.id, "function", CalledFunction(call.name, "".join(arguments)))
+            for call, arguments in self.calls
+        ]
+        answer = Answer(
+            "".join(self.texts) if self.texts or not calls else None,
+            "assistant",
+            None,
+            calls or UNSET,
+            "".join(self.thoughts) if self.thoughts else UNSET,
+        )
+        held = ChoiceLogprobs(self.logprobs) if logprobs else None
+        return Choice(index, answer, self.finish_reason, held)
+
+
+def _logprobs(one: TokenLogprob) -> TokenLogprobs:
+    top = [TopLogprob(*_token(token), logprob) for token, logprob in one.top]
+    return TokenLogprobs(*_token(one.token), one.logprob, top)
+
+
+def _token(token: bytes) -> tuple[str, list[int]]:
+    return token.decode(errors="replace"), list(token)

@@ -1,0 +1,62 @@
+"""`POST /v1/embeddings`."""
+
+from __future__ import annotations
+
+import base64
+import math
+import struct
+from dataclasses import replace
+
+from msgspec import UNSET
+from starlette.requests import Request
+from starlette.responses import Response
+
+from pinaivu_box.gateway.requests import Finished, Said
+from pinaivu_box.openai.embeddings import (
+    EmbeddingList,
+    EmbeddingRequest,
+    EmbeddingUsage,
+    OneEmbedding,
+)
+from pinaivu_box.openai.request import texts_or_tokens
+from pinaivu_box.openai.types import Sampled
+from pinaivu_box.server.envelope import JSON
+from pinaivu_box.server.inference import Call
+from pinaivu_box.server.jobs import job_of
+
+_MOST_INPUTS = 2048  # OpenAI's limit
+
+
+async def embeddings(request: Request) -> Response:
+    call = Call(request)
+    body = await call.body(EmbeddingRequest)
+    inputs = texts_or_tokens(body.input, "input", _MOST_INPUTS)
+    model = call.admit(body.model)
+    job = job_of(Sampled(model=model.id), model, call.request_id, call.key_id)
+    running = call.start([replace(job, inputs=inputs, dimensions=body.dimensions)])
+    async for event in call.collect(running):
+        match event:
+            case Said():
+                vectors = event.output.vectors
+            case Finished():
+                end = event
+    data = [OneEmbedding(index, _encoded(vector, body)) for index, vector in enumerate(vectors)]
+    usage = EmbeddingUsage(end.prompt_tokens, end.prompt_tokens)
+    ignored = call.ignored or UNSET
+    return JSON(EmbeddingList(call.request_id, model.id, data, usage, ignored_parameters=ignored))
+
+
+def _encoded(vector: bytes, body: EmbeddingRequest) -> list[float] | str:
+    size = len(vector) // 4
+    if body.dimensions is not None and body.dimensions != size:
+        vector = _shortened(vector, body.dimensions)
+    if body.encoding_format == "base64":
+        return base64.b64encode(vector).decode()
+    return list(struct.unpack(f"<{len(vector) // 4}f", vector))
+
+
+def _shortened(vector: bytes, size: int) -> bytes:
+    """The first of its numbers, at length 1 again (Matryoshka embeddings, Kusupati et al. 2022)."""
+    kept = struct.unpack(f"<{size}f", vector[: 4 * size])
+    length = math.sqrt(sum(number * number for number in kept)) or 1.0
+    return struct.pack(f"<{size}f", *(number / length for number in kept))

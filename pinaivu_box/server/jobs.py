@@ -1,0 +1,119 @@
+"""From a checked body to the jobs that answer it: one for each choice."""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import replace
+from typing import Any
+
+import msgspec
+
+from pinaivu_box.config import SamplingConfig
+from pinaivu_box.engine.messages import Constraint, Tools
+from pinaivu_box.gateway.backend import Job, committed
+from pinaivu_box.models.catalog import Model
+from pinaivu_box.openai.request import normalise, stop_strings, text_of
+from pinaivu_box.openai.types import (
+    ChatRequest,
+    JsonFormat,
+    NamedTool,
+    Sampled,
+    SchemaFormat,
+)
+
+_SEED_BITS = 53  # a seed that we choose also survives in JSON numbers
+_SEEDS = 2**63
+
+
+def job_of(body: Sampled, model: Model, request_id: str, tenant: str) -> Job:
+    """What every kind of request says; without a prompt yet."""
+    return Job(
+        request_id=request_id,
+        model=model,
+        messages=[],
+        asked=SamplingConfig(
+            temperature=body.temperature, top_p=body.top_p, top_k=body.top_k, min_p=body.min_p
+        ),
+        seed=secrets.randbits(_SEED_BITS) if body.seed is None else body.seed,
+        max_tokens=body.max_tokens,
+        stop=stop_strings(body.stop),
+        tenant=tenant,
+        ignore_eos=bool(body.ignore_eos),
+        frequency_penalty=body.frequency_penalty or 0.0,
+        presence_penalty=body.presence_penalty or 0.0,
+        repeat_penalty=body.repeat_penalty or 1.0,
+        typical_p=body.typical_p or 1.0,
+        logit_bias=body.logit_bias or {},
+        priority=body.pinaivu.priority if body.pinaivu else 0,
+        constraint=grammar(body.grammar) if body.grammar else None,
+        cache=body.cache_prompt is not False,
+    )
+
+
+def chat_job(body: ChatRequest, model: Model, request_id: str, tenant: str) -> Job:
+    limits = [n for n in (body.max_tokens, body.max_completion_tokens) if n is not None]
+    job = job_of(body, model, request_id, tenant)
+    return replace(
+        job,
+        messages=normalise(body.messages),
+        max_tokens=min(limits) if limits else None,
+        tools=_tools(body),
+        template=_template(body),
+        constraint=job.constraint or _format(body),
+        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        prediction=text_of(body.prediction.content) if body.prediction else "",
+    )
+
+
+def asked(body: ChatRequest) -> dict[str, Any]:
+    """What a chat's prompt commitment covers beside messages and stop strings."""
+    return committed(_tools(body), grammar(body.grammar) if body.grammar else _format(body))
+
+
+def choices(job: Job, n: int) -> list[Job]:
+    """Further choices of a prompt have seeds of their own."""
+    return [
+        replace(job, choice=job.choice + k, seed=(job.seed + k + _SEEDS) % (2 * _SEEDS) - _SEEDS)
+        for k in range(n)
+    ]
+
+
+def grammar(text: str) -> Constraint:
+    return Constraint("gbnf" if "::=" in text else "lark", text)
+
+
+def _tools(body: ChatRequest) -> Tools | None:
+    if not body.tools or body.tool_choice == "none":
+        return None
+    chosen = body.tool_choice or "auto"
+    functions = [_function(tool.function) for tool in body.tools]
+    return Tools(
+        msgspec.json.encode(functions).decode(),
+        [tool.function.name for tool in body.tools],
+        chosen.function.name if isinstance(chosen, NamedTool) else chosen,
+        body.parallel_tool_calls is not False,
+    )
+
+
+def _function(function: msgspec.Struct) -> dict[str, Any]:
+    told: dict[str, Any] = msgspec.to_builtins(function)
+    return {name: value for name, value in told.items() if value is not None}
+
+
+def _template(body: ChatRequest) -> dict[str, Any]:
+    """Templates know `enable_thinking` (Qwen) or `reasoning_effort` (gpt-oss)."""
+    effort = body.reasoning_effort
+    if effort is None:
+        return {}
+    if effort in ("none", "minimal"):
+        return {"enable_thinking": False, "reasoning_effort": "low"}
+    return {"enable_thinking": True, "reasoning_effort": "high" if effort == "xhigh" else effort}
+
+
+def _format(body: ChatRequest) -> Constraint | None:
+    match body.response_format:
+        case JsonFormat():
+            return Constraint("json_schema", '{"type":"object"}')
+        case SchemaFormat(json_schema=named):
+            return Constraint("json_schema", msgspec.json.encode(named.schema).decode())
+    return None

@@ -1,0 +1,202 @@
+"""`/openapi.json`, made of the wire types, and `/docs`, which draws it."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import resources
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, Response
+
+from pinaivu_box import __version__
+from pinaivu_box.openai import anthropic, completions, embeddings, responses, types
+from pinaivu_box.receipts.receipt import ReceiptView
+from pinaivu_box.server.models import EngineList, OneModel
+from pinaivu_box.store.usage_report import UsageReport
+
+
+class OpenAIError(Struct, frozen=True):
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class ErrorBody(Struct, frozen=True):
+    """`detail` is a sentence, or on 422 a list of what is wrong where."""
+
+    error: OpenAIError
+    detail: str | list[dict[str, Any]]
+
+
+class Operation(Struct, frozen=True):
+    """`streams`: with `stream` the answer is a text/event-stream."""
+
+    method: str
+    path: str
+    summary: str
+    answer: type[Struct]
+    body: type[Struct] | None = None
+    streams: bool = False
+    query: tuple[str, ...] = ()
+
+
+_chat, _many = types.ChatRequest, completions
+OPERATIONS = (
+    Operation("post", "/v1/chat/completions", "Chat", types.ChatCompletion, _chat, True),
+    Operation(
+        "post",
+        "/v1/chat/completions/input_tokens",
+        "Count a chat's prompt tokens before paying for them",
+        _many.InputTokens,
+        _chat,
+    ),
+    Operation(
+        "post",
+        "/v1/completions",
+        "Complete text as it is",
+        _many.Completion,
+        _many.CompletionRequest,
+        True,
+    ),
+    Operation(
+        "post",
+        "/v1/responses",
+        "Chat with stored conversations",
+        responses.ResponseObject,
+        responses.ResponseRequest,
+        True,
+    ),
+    Operation("get", "/v1/responses/{response_id}", "A stored response", responses.ResponseObject),
+    Operation(
+        "delete", "/v1/responses/{response_id}", "Delete a response", responses.DeletedResponse
+    ),
+    Operation(
+        "get",
+        "/v1/responses/{response_id}/input_items",
+        "What a stored response was asked",
+        responses.ItemList,
+    ),
+    Operation(
+        "post",
+        "/v1/messages",
+        "Chat, in Anthropic's shape",
+        anthropic.AnthropicAnswer,
+        anthropic.MessagesRequest,
+        True,
+    ),
+    Operation(
+        "post",
+        "/v1/messages/count_tokens",
+        "Count the tokens of such a chat",
+        anthropic.TokenCountAnswer,
+        anthropic.CountTokensRequest,
+    ),
+    Operation(
+        "post",
+        "/v1/embeddings",
+        "Vectors of texts",
+        embeddings.EmbeddingList,
+        embeddings.EmbeddingRequest,
+    ),
+    Operation("post", "/v1/tokenize", "Text to tokens", _many.TokenList, _many.TokenizeRequest),
+    Operation(
+        "post",
+        "/v1/detokenize",
+        "Tokens to text",
+        _many.DetokenizedText,
+        _many.DetokenizeRequest,
+    ),
+    Operation("get", "/v1/models", "What this box serves", types.ModelList),
+    Operation("get", "/v1/models/{model}", "One model", OneModel),
+    Operation("get", "/v1/engines", "What runs (admin keys)", EngineList),
+    Operation("get", "/v1/receipts/{request_id}", "The receipt of a request", ReceiptView),
+    Operation(
+        "get",
+        "/v1/usage",
+        "What was used",
+        UsageReport,
+        query=("start_date", "end_date", "model"),
+    ),
+)
+
+_REFUSALS = {
+    "400": "The request cannot be served as it is.",
+    "401": "There is no valid API key.",
+    "403": "The key may not do this.",
+    "404": "There is no such thing.",
+    "413": "The body is too large.",
+    "422": "A field is wrong; detail says which.",
+    "503": "Nobody can serve this now; Retry-After says when to try again.",
+}
+
+
+@cache
+def specification() -> dict[str, Any]:
+    """The OpenAPI 3.1 document."""
+    kinds = {one.answer for one in OPERATIONS} | {one.body for one in OPERATIONS if one.body}
+    _, components = msgspec.json.schema_components(
+        sorted([*kinds, ErrorBody], key=lambda kind: kind.__name__),
+        ref_template="#/components/schemas/{name}",
+    )
+    paths: dict[str, dict[str, Any]] = {}
+    for operation in OPERATIONS:
+        paths.setdefault(operation.path, {})[operation.method] = _described(operation)
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "Pinaivu Box", "version": __version__},
+        "servers": [{"url": "/"}],
+        "security": [{"key": []}],
+        "paths": paths,
+        "components": {
+            "schemas": components,
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+        },
+    }
+
+
+def _described(operation: Operation) -> dict[str, Any]:
+    content: dict[str, Any] = {"application/json": {"schema": _ref(operation.answer)}}
+    if operation.streams:
+        content["text/event-stream"] = {"schema": {"type": "string"}}
+    names = [part[1:-1] for part in operation.path.split("/") if part.startswith("{")]
+    parameters = [_parameter(name, "path", required=True) for name in names]
+    parameters += [_parameter(name, "query", required=False) for name in operation.query]
+    made: dict[str, Any] = {
+        "summary": operation.summary,
+        "operationId": _operation_id(operation),
+        "parameters": parameters,
+        "responses": {"200": {"description": "As asked.", "content": content}},
+    }
+    refusal = {"application/json": {"schema": _ref(ErrorBody)}}
+    for status, text in _REFUSALS.items():
+        made["responses"][status] = {"description": text, "content": refusal}
+    if operation.body is not None:
+        body = {"application/json": {"schema": _ref(operation.body)}}
+        made["requestBody"] = {"required": True, "content": body}
+    return made
+
+
+def _operation_id(operation: Operation) -> str:
+    path = operation.path.replace("/v1/", "").replace("{", "").replace("}", "")
+    return f"{operation.method}_{path.replace('/', '_')}"
+
+
+def _parameter(name: str, where: str, *, required: bool) -> dict[str, Any]:
+    return {"name": name, "in": where, "required": required, "schema": {"type": "string"}}
+
+
+def _ref(kind: type[Struct]) -> dict[str, str]:
+    return {"$ref": f"#/components/schemas/{kind.__name__}"}
+
+
+async def document(_request: Request) -> Response:
+    return Response(msgspec.json.encode(specification()), media_type="application/json")
+
+
+async def docs(_request: Request) -> Response:
+    page = resources.files("pinaivu_box.server").joinpath("docs.html").read_text()
+    return HTMLResponse(page)

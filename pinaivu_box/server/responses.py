@@ -1,0 +1,269 @@
+"""`/v1/responses`: create, also as a stream of events, get, list its input, delete."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+
+from pinaivu_box.box import Box
+from pinaivu_box.errors import NotFound
+from pinaivu_box.gateway.requests import Begun, Failed, Finished, RequestEvent, Said
+from pinaivu_box.openai.request import check_chat
+from pinaivu_box.openai.response_items import Event, ResponseItems
+from pinaivu_box.openai.responses import (
+    ChosenFunction,
+    DeletedResponse,
+    FlatSchemaFormat,
+    InputDetails,
+    ItemList,
+    OutputDetails,
+    ResponseObject,
+    ResponseRequest,
+    ResponseUsage,
+    as_items,
+    as_messages,
+    named_tool,
+)
+from pinaivu_box.openai.types import (
+    ChatRequest,
+    Function,
+    NamedSchema,
+    SchemaFormat,
+    Tool,
+    UserMessage,
+)
+from pinaivu_box.server.auth import key_of, require_account
+from pinaivu_box.server.choices import Choices
+from pinaivu_box.server.envelope import JSON
+from pinaivu_box.server.inference import Call
+from pinaivu_box.server.jobs import chat_job
+from pinaivu_box.store import responses as stored
+from pinaivu_box.store.responses import StoredResponse
+
+# By finish reason; all others complete it.
+_STATUS = {"length": "incomplete", "cancelled": "cancelled"}
+
+
+async def create(request: Request) -> Response:
+    call = Call(request)
+    body = await call.body(ResponseRequest)
+    chat = _as_chat(body)
+    check_chat(chat)
+    items = as_items(body.input)
+    messages = as_messages([*await _history(call, body), *items])
+    if body.instructions is not None:
+        messages.insert(0, {"role": "system", "content": body.instructions})
+    model = call.admit(body.model)
+    job = replace(chat_job(chat, model, call.request_id, call.key_id), messages=messages)
+    running = call.start([job])
+    answer = _Answer(call, body, items, model.id, Choices([job]))
+    if body.stream:
+        return await call.stream(running, answer.encode, settle=answer.keep)
+    async for event in call.collect(running):
+        if isinstance(event, Finished):
+            await answer.keep(event)
+        answer.take(event)
+    return JSON(answer.response())
+
+
+async def get(request: Request) -> Response:
+    found = await _find(request)
+    return Response(found.body, media_type="application/json")
+
+
+async def input_items(request: Request) -> Response:
+    found = await _find(request)
+    items = msgspec.json.decode(found.input)
+    listed = [{"id": f"{found.id}_in_{n}", **item} for n, item in enumerate(items)][::-1]
+    ids = [item["id"] for item in listed]
+    return JSON(
+        ItemList(
+            request_id=request.scope["state"]["request_id"],
+            data=listed,
+            first_id=ids[0] if ids else None,
+            last_id=ids[-1] if ids else None,
+            has_more=False,
+        )
+    )
+
+
+async def delete(request: Request) -> Response:
+    found = await _find(request)
+    box: Box = request.app.state.box
+    await stored.delete(box.database, found.id, found.key_id)
+    return JSON(DeletedResponse(request.scope["state"]["request_id"], found.id))
+
+
+async def _find(request: Request) -> StoredResponse:
+    require_account(request)
+    box: Box = request.app.state.box
+    response_id = request.path_params["response_id"]
+    found = await stored.find(box.database, response_id, key_of(request).id)
+    if found is None:
+        raise _unknown(response_id)
+    return found
+
+
+def _unknown(response_id: str) -> NotFound:
+    return NotFound(f"This key has no stored response '{response_id[:100]}'.")
+
+
+async def _history(call: Call, body: ResponseRequest) -> list[dict[str, Any]]:
+    previous = body.previous_response_id
+    if previous is None:
+        return []
+    found = await stored.conversation(call.box.database, previous, call.key_id)
+    if not found:
+        raise _unknown(previous)
+    return found
+
+
+def _as_chat(body: ResponseRequest) -> ChatRequest:
+    """The same as a chat request, but for its messages."""
+    asked = body.text.format if body.text else None
+    form = (
+        SchemaFormat(NamedSchema(asked.name, asked.schema, asked.description, asked.strict))
+        if isinstance(asked, FlatSchemaFormat)
+        else asked
+    )
+    choice = body.tool_choice
+    return ChatRequest(
+        model=body.model,
+        messages=[UserMessage(content="")],
+        stream=body.stream,
+        temperature=body.temperature,
+        top_p=body.top_p,
+        max_tokens=body.max_output_tokens,
+        tools=[
+            Tool(Function(one.name, one.description, one.parameters, one.strict))
+            for one in body.tools or ()
+        ],
+        tool_choice=named_tool(choice) if isinstance(choice, ChosenFunction) else choice,
+        parallel_tool_calls=body.parallel_tool_calls,
+        response_format=form,
+        reasoning_effort=body.reasoning.effort if body.reasoning else None,
+    )
+
+
+class _Answer:
+    """One response while it is made: `take` events or `encode` them, then `keep` it."""
+
+    def __init__(
+        self,
+        call: Call,
+        body: ResponseRequest,
+        asked: list[dict[str, Any]],
+        model_id: str,
+        choices: Choices,
+    ) -> None:
+        self._call = call
+        self._body = body
+        self._asked = asked
+        self._model_id = model_id
+        self._choices = choices
+        self._suffix = call.request_id.removeprefix("req_")
+        self._items = ResponseItems(self._suffix)
+        self._finish_reason = ""
+        self._end: Finished | None = None
+        self._numbers = 0
+
+    def take(self, event: RequestEvent) -> list[Event]:
+        """What a stream tells of it."""
+        match event:
+            case Begun():
+                self._choices.begin(event)
+                begun = self._described("in_progress")
+                kinds = ("response.created", "response.in_progress")
+                return [{"type": kind, "response": begun} for kind in kinds]
+            case Said():
+                part = self._choices.take(event)
+                self._finish_reason = part.finish_reason or self._finish_reason
+                return self._items.add(part.pieces)
+            case Finished():
+                self._end = event
+                response = self.response()
+                closed = self._items.close(response.status)
+                return [*closed, {"type": f"response.{response.status}", "response": response}]
+            case Failed(error):
+                failed = {"code": error.code, "message": error.message}
+                return [{"type": "response.failed", "response": self._described("failed", failed)}]
+
+    def encode(self, events: Sequence[RequestEvent]) -> bytes:
+        told = [one for event in events for one in self.take(event)]
+        parts = []
+        for one in told:
+            whole = {**one, "sequence_number": self._numbers, "request_id": self._call.request_id}
+            self._numbers += 1
+            data = msgspec.json.encode(whole)
+            parts.append(b"event: " + one["type"].encode() + b"\ndata: " + data + b"\n\n")
+        return b"".join(parts)
+
+    async def keep(self, end: Finished) -> None:
+        """Store it, unless the client does not want that; returns once it is on disk."""
+        if self._body.store is False:
+            return
+        self._end = end
+        response = self.response()
+        await stored.insert(
+            self._call.box.database,
+            StoredResponse(
+                response.id,
+                self._call.key_id,
+                response.previous_response_id,
+                response.created_at * 1000,
+                msgspec.json.encode(self._asked),
+                msgspec.json.encode(response),
+            ),
+        )
+
+    def response(self) -> ResponseObject:
+        return self._described(_STATUS.get(self._finish_reason, "completed"))
+
+    def _described(self, status: str, error: dict[str, Any] | None = None) -> ResponseObject:
+        body = self._body
+        incomplete = status == "incomplete"
+        text = msgspec.to_builtins(body.text) if body.text else {}
+        reasoning = msgspec.to_builtins(body.reasoning) if body.reasoning else {}
+        return ResponseObject(
+            id=f"resp_{self._suffix}",
+            request_id=self._call.request_id,
+            created_at=self._call.created_at,
+            status=status,
+            model=self._model_id,
+            output=self._items.settled("in_progress" if status == "failed" else status),
+            usage=self._usage(),
+            error=error,
+            incomplete_details={"reason": "max_output_tokens"} if incomplete else None,
+            instructions=body.instructions,
+            max_output_tokens=body.max_output_tokens,
+            metadata=body.metadata or {},
+            parallel_tool_calls=body.parallel_tool_calls is not False,
+            previous_response_id=body.previous_response_id,
+            reasoning={"effort": None, "summary": None, **reasoning},
+            service_tier="default" if body.service_tier else None,
+            store=body.store is not False,
+            temperature=body.temperature,
+            text={**text, "format": text.get("format") or {"type": "text"}},
+            tool_choice=msgspec.to_builtins(body.tool_choice or "auto"),
+            tools=msgspec.to_builtins(body.tools or []),
+            top_p=body.top_p,
+            user=body.user,
+            ignored_parameters=self._call.ignored,
+        )
+
+    def _usage(self) -> ResponseUsage | None:
+        end = self._end
+        if end is None:
+            return None
+        return ResponseUsage(
+            end.prompt_tokens,
+            InputDetails(end.cached_tokens),
+            end.completion_tokens,
+            OutputDetails(),
+            end.prompt_tokens + end.completion_tokens,
+        )

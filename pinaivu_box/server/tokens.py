@@ -1,0 +1,55 @@
+"""Tokens without inference: `/v1/tokenize`, `/v1/detokenize`, and what a chat's prompt has."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from pinaivu_box.gateway.backend import Job
+from pinaivu_box.models.catalog import Model
+from pinaivu_box.openai.completions import (
+    DetokenizedText,
+    DetokenizeRequest,
+    InputTokens,
+    TokenizeRequest,
+    TokenList,
+)
+from pinaivu_box.openai.request import check_chat
+from pinaivu_box.openai.types import ChatRequest, Sampled
+from pinaivu_box.server.envelope import JSON
+from pinaivu_box.server.inference import Call
+from pinaivu_box.server.jobs import chat_job, job_of
+
+
+async def tokenize(request: Request) -> Response:
+    call = Call(request)
+    body = await call.body(TokenizeRequest)
+    model = call.admit(body.model)
+    job = replace(_job(model, call), prompt=body.text)
+    found = await call.box.local.tokenize(job, plain=not body.special)
+    return JSON(TokenList(call.request_id, model.id, found.tokens, len(found.tokens)))
+
+
+async def detokenize(request: Request) -> Response:
+    call = Call(request)
+    body = await call.body(DetokenizeRequest)
+    model = call.admit(body.model)
+    found = await call.box.local.tokenize(_job(model, call), body.tokens)
+    return JSON(DetokenizedText(call.request_id, model.id, found.text))
+
+
+async def input_tokens(request: Request) -> Response:
+    """Takes the body of a chat request, and counts only."""
+    call = Call(request)
+    body = await call.body(ChatRequest)
+    check_chat(body)
+    model = call.admit(body.model)
+    job = chat_job(body, model, call.request_id, call.key_id)
+    found = await call.box.local.tokenize(job)
+    return JSON(InputTokens(call.request_id, model.id, len(found.tokens)))
+
+
+def _job(model: Model, call: Call) -> Job:
+    return job_of(Sampled(model=model.id), model, call.request_id, call.key_id)

@@ -1,0 +1,139 @@
+"""Tools in prompts: as the model's template has them, or in words where it knows none."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+from pinaivu_box import chat_format
+from pinaivu_box.engine.chat_template import ChatTemplate
+from pinaivu_box.engine.intake import Arrival, Intake
+from pinaivu_box.engine.messages import Constraint, Refused, Tools
+from tests.engine.harness import StrictRunner, add, load
+
+FUNCTION = {"name": "f", "description": "It does.", "parameters": {"type": "object"}}
+CALL = {
+    "id": "call_1",
+    "type": "function",
+    "function": {"name": "f", "arguments": '{"x": "é"}'},
+}
+HISTORY: list[dict[str, Any]] = [
+    {"role": "user", "content": "Do it."},
+    {"role": "assistant", "content": "", "tool_calls": [CALL]},
+    {"role": "tool", "tool_call_id": "call_1", "content": "Done."},
+]
+OBJECTS = (
+    "{{ tools | tojson }}{% for m in messages %}[{{ m.role }}]{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}{{ c.function.arguments.x }}{% endfor %}{% endfor %}"
+)
+STRINGS = (
+    "{% for t in tools %}{{ t.function.name }}{% endfor %}"
+    "{% for m in messages %}{% for c in m.tool_calls or [] %}"
+    "{{ 'called with ' + c.function.arguments }}{% endfor %}{% endfor %}"
+)
+
+
+def template(source: str | None) -> ChatTemplate:
+    return ChatTemplate(source, bos="", eos="")
+
+
+def test_a_template_that_knows_tools_gets_them() -> None:
+    text = template(OBJECTS).render(HISTORY, [FUNCTION])
+    told, _, rest = text.partition("[user]")
+    assert json.loads(told) == [{"type": "function", "function": FUNCTION}]
+    assert rest == "Do it.[assistant]é[tool]Done."
+    assert template(STRINGS).render(HISTORY, [FUNCTION]) == 'fcalled with {"x": "é"}'
+
+
+def test_a_template_that_knows_none_is_told_in_words() -> None:
+    text = template(None).render([{"role": "system", "content": "Be kind."}, *HISTORY], [FUNCTION])
+    assert text.count("<|im_start|>system") == 1
+    assert "Be kind." in text and json.dumps(FUNCTION) in text
+    assert '<tool_call>\n{"name": "f", "arguments": {"x": "é"}}\n</tool_call>' in text
+    assert "<|im_start|>user\n<tool_response>\nDone.\n</tool_response>" in text
+    assert "tool_call>" not in template(None).render(HISTORY[:1])
+
+
+def test_variables_reach_the_template() -> None:
+    source = "{% if enable_thinking %}<think>{% else %}</think>{% endif %}"
+    assert template(source).thinks
+    assert template(source).render([], None, {"enable_thinking": True}) == "<think>"
+    assert template(source).render([], None, {"enable_thinking": False}) == "</think>"
+
+
+class Known(StrictRunner):
+    """A runner whose file has a template, infill tokens, and one control token, 255."""
+
+    TEMPLATE: str | None = None
+    INFILL: tuple[int, int, int] | None = None
+
+    def __init__(self) -> None:
+        super().__init__(load(context=4000))
+        self.facts = dataclasses.replace(
+            self.facts, chat_template=self.TEMPLATE, infill=self.INFILL
+        )
+
+    def tokenize(self, text: str) -> list[int]:
+        found: list[int] = []
+        for number, part in enumerate(text.split("[TOOL_CALLS]")):
+            found += ([255] if number else []) + list(part.encode())
+        return found
+
+    def piece(self, token: int) -> bytes:
+        return b"" if token == 255 else super().piece(token)
+
+
+def prepare(runner: StrictRunner, **more: Any) -> Arrival | Refused:
+    return Intake(runner, drafting=False, context_shift=False).prepare(add(**more))
+
+
+def test_a_mark_that_is_a_control_token_is_one_in_grammar_and_text() -> None:
+    class Mistral(Known):
+        TEMPLATE = "{{ tools }}[AVAILABLE_TOOLS][TOOL_CALLS]{{ messages }}"
+
+    runner = Mistral()
+    tools = Tools('[{"name": "f"}]', ["f"], "required", False)
+    arrival = prepare(runner, tools=tools)
+    assert isinstance(arrival, Arrival)
+    grammar = arrival.sequence.grammar  # type: ignore[union-attr]
+    said = []
+    for token in [255, *b'[{"name": "f", "arguments": {}}]']:
+        assert grammar is not None and grammar.allows(token), bytes(said)
+        grammar.take(token)
+        said.append(token)
+    assert grammar.done and not grammar.broken
+    text = "".join(arrival.detokenizer.push(token) for token in said)
+    assert text == '[TOOL_CALLS][{"name": "f", "arguments": {}}]'
+
+
+def test_after_thoughts_an_answer_keeps_to_its_schema() -> None:
+    class Thinker(Known):
+        TEMPLATE = "{{ messages }}</think>{{ '<think>' }}"
+
+    schema = Constraint("json_schema", '{"const": 7}')
+    arrival = prepare(Thinker(), constraint=schema)
+    assert isinstance(arrival, Arrival) and arrival.admitted.thinking
+    grammar = arrival.sequence.grammar  # type: ignore[union-attr]
+    assert grammar is not None
+    for token in b"well, 8?</think>\n\n":
+        assert grammar.allows(token)
+        grammar.take(token)
+    assert not grammar.allows(ord("8")) and grammar.allows(ord("7"))
+
+
+def test_infill_is_prefix_suffix_middle() -> None:
+    class Coder(Known):
+        INFILL = (252, 253, 254)
+
+    arrival = prepare(Coder(), prompt="def ", suffix="pass")
+    assert isinstance(arrival, Arrival)
+    assert arrival.admitted.prompt_tokens == [252, *b"def ", 253, *b"pass", 254]
+    refused = prepare(Known(), prompt="def ", suffix="pass")
+    assert isinstance(refused, Refused) and refused.param == "suffix"
+
+
+def test_styles_are_told_apart() -> None:
+    assert template(OBJECTS.replace("x", "parameters")).style is chat_format.TAGS
+    assert template(OBJECTS + "{{ '\"parameters\"' }}").style is chat_format.LLAMA
+    assert template("{{ messages }}[TOOL_CALLS]").style is chat_format.TAGS  # it has no tools

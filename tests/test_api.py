@@ -1,0 +1,576 @@
+"""The rest of the OpenAI API, through its own SDK: choices, log-probabilities, schemas, tools,
+completions, embeddings, responses, tokens; and Anthropic's messages."""
+
+from __future__ import annotations
+
+import base64
+import json
+import struct
+from collections.abc import Iterator
+from typing import Any
+
+import jsonschema
+import openai
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pinaivu_box.engine.fake_runner import SENTENCE
+from pinaivu_box.receipts.verify import Transcript, verify_receipt
+from tests.box import MODEL, Box, pinaivu
+
+FAKE = "fake:1"
+PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 20},
+        "age": {"type": "integer", "minimum": 0, "maximum": 130},
+    },
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "The weather of a city.",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string", "maxLength": 20}},
+            "required": ["city"],
+        },
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def fake_box(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Box]:
+    started = Box(tmp_path_factory.mktemp("api") / "home", "--model", f"{FAKE}=fake:1").start()
+    yield started
+    started.end()
+
+
+def user(text: str) -> list[Any]:
+    return [{"role": "user", "content": text}]
+
+
+def chat(box: Box, text: str = "Say hello.", **more: Any) -> Any:
+    options = {"model": MODEL, "max_tokens": 12, "messages": user(text), **more}
+    return box.client.chat.completions.create(**options)
+
+
+def receipt(box: Box, request_id: str) -> dict[str, Any]:
+    return box.http("GET", f"/v1/receipts/{request_id}").json()
+
+
+def check_receipt(box: Box, request_id: str, **transcript: Any) -> dict[str, Any]:
+    """It verifies; returns what was signed."""
+    document = box.http("GET", f"/v1/receipts/{request_id}").content
+    checks = verify_receipt(document, transcript=Transcript(**transcript) if transcript else None)
+    assert all(check.ok for check in checks), checks
+    return json.loads(json.loads(document)["signed_receipt"])
+
+
+# -- choices ---------------------------------------------------------------------------------------
+
+
+def test_choices_differ_and_share_their_prompt(box: Box) -> None:
+    answer = chat(box, "Tell me about the sea and the sky.", n=4, seed=7, temperature=1.0)
+    texts = [choice.message.content for choice in answer.choices]
+    assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
+    assert len(set(texts)) == 4
+    alone = chat(box, "Tell me about the sea and the sky.", seed=7, temperature=1.0)
+    assert answer.usage.prompt_tokens == alone.usage.prompt_tokens
+    assert answer.usage.completion_tokens == 4 * 12
+    signed = check_receipt(box, answer.request_id)
+    proofs = [json.loads(proof["signed"]) for proof in signed["proofs"]]
+    assert [proof["choice"] for proof in proofs] == [0, 1, 2, 3]
+    assert len({proof["sampling"]["seed"] for proof in proofs}) == 4
+    # The first one has computed the prompt, the others but its last token.
+    assert [proof["cached_tokens"] for proof in proofs[1:]] == [alone.usage.prompt_tokens - 1] * 3
+
+
+def test_choices_of_a_stream(fake_box: Box) -> None:
+    stream = chat(fake_box, model=FAKE, n=3, stream=True, stream_options={"include_usage": True})
+    chunks = list(stream)
+    texts = dict.fromkeys(range(3), "")
+    ends = {}
+    for chunk in chunks[:-1]:
+        (choice,) = chunk.choices
+        texts[choice.index] += choice.delta.content or ""
+        ends[choice.index] = choice.finish_reason or ends.get(choice.index)
+        assert chunk.system_fingerprint == chunks[0].system_fingerprint
+    assert len(set(texts.values())) == 1 and len(texts[0]) == 12
+    assert ends == {0: "length", 1: "length", 2: "length"}
+    assert chunks[-1].usage.completion_tokens == 36
+    assert chunks[0].system_fingerprint.startswith("fp_")
+
+
+def test_a_client_that_leaves_ends_all_choices(fake_box: Box) -> None:
+    stream = chat(fake_box, model=FAKE, n=5, stream=True, max_tokens=2000)
+    request_id = next(iter(stream)).request_id
+    stream.close()
+    deadline = 200
+    while fake_box.http("GET", f"/v1/receipts/{request_id}").status_code != 200:
+        deadline -= 1
+        assert deadline, "no receipt was written"
+    signed = check_receipt(fake_box, request_id)
+    assert signed["finish_reason"] == "cancelled"
+    assert len(signed["proofs"]) == 5
+
+
+# -- log-probabilities -----------------------------------------------------------------------------
+
+
+def test_log_probabilities_streamed_are_those_of_the_whole(box: Box) -> None:
+    options: dict[str, Any] = {"logprobs": True, "top_logprobs": 3, "temperature": 0}
+    whole = chat(box, **options).choices[0]
+    content = whole.logprobs.content
+    assert "".join(entry.token for entry in content) == whole.message.content
+    for entry in content:
+        assert bytes(entry.bytes).decode() == entry.token
+        assert len(entry.top_logprobs) == 3
+        assert entry.logprob == pytest.approx(entry.top_logprobs[0].logprob)  # greedy
+        assert entry.logprob <= 0
+    streamed = [
+        entry
+        for chunk in chat(box, stream=True, **options)
+        if chunk.choices and chunk.choices[0].logprobs
+        for entry in chunk.choices[0].logprobs.content
+    ]
+    assert [entry.token for entry in streamed] == [entry.token for entry in content]
+    assert chat(box).choices[0].logprobs is None
+
+
+# -- schemas and grammars --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_an_answer_keeps_to_its_schema(box: Box, temperature: float, stream: bool) -> None:
+    form = {"type": "json_schema", "json_schema": {"name": "person", "schema": PERSON}}
+    options = {"response_format": form, "temperature": temperature, "max_tokens": 100, "seed": 3}
+    if stream:
+        chunks = list(chat(box, "Who are you?", stream=True, **options))
+        text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+        assert chunks[-1].choices[0].finish_reason == "stop"
+    else:
+        answer = chat(box, "Who are you?", **options)
+        text = answer.choices[0].message.content
+        assert answer.choices[0].finish_reason == "stop"
+        more = {"constraint": json.dumps(PERSON, separators=(",", ":"))}
+        asked = [{"role": "user", "content": "Who are you?"}]
+        check_receipt(box, answer.request_id, messages=asked, output=text, more=more)
+    jsonschema.validate(json.loads(text), PERSON)
+
+
+def test_json_mode_gives_an_object(box: Box) -> None:
+    form = {"type": "json_object"}
+    answer = chat(box, "A colour in JSON.", response_format=form, max_tokens=200, seed=1)
+    if answer.choices[0].finish_reason == "stop":
+        assert isinstance(json.loads(answer.choices[0].message.content), dict)
+    else:
+        assert answer.choices[0].message.content.startswith("{")
+
+
+def test_a_grammar_holds(box: Box) -> None:
+    extra = {"grammar": 'root ::= "yes" | "no"'}
+    said = {chat(box, extra_body=extra, seed=n).choices[0].message.content for n in range(5)}
+    assert said <= {"yes", "no"}
+
+
+# -- stop strings ----------------------------------------------------------------------------------
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.lists(st.tuples(st.integers(0, 99), st.integers(1, 12)), min_size=1, max_size=4))
+def test_a_stream_stops_where_the_whole_answer_does(
+    fake_box: Box, cuts: list[tuple[int, int]]
+) -> None:
+    """At strings cut out of the answer anywhere, across the borders of tokens."""
+    options: dict[str, Any] = {"model": FAKE, "max_tokens": 120}
+    text = chat(fake_box, **options).choices[0].message.content
+    options["stop"] = [text[at : at + length] for at, length in cuts]
+    stopped = chat(fake_box, **options).choices[0].message.content
+    streamed = "".join(
+        chunk.choices[0].delta.content or "" for chunk in chat(fake_box, stream=True, **options)
+    )
+    assert streamed == stopped
+    assert not any(stop in streamed for stop in options["stop"])
+    assert text.startswith(stopped) and len(stopped) < len(text)
+
+
+# -- tools -----------------------------------------------------------------------------------------
+
+
+def test_a_required_tool_is_called_and_its_result_is_read(box: Box) -> None:
+    question = user("What is the weather in Paris?")
+    options: dict[str, Any] = {"tools": [WEATHER], "parallel_tool_calls": False, "seed": 1}
+    first = chat(box, messages=question, tool_choice="required", max_tokens=80, **options)
+    (choice,) = first.choices
+    assert choice.finish_reason == "tool_calls"
+    (call,) = choice.message.tool_calls
+    assert call.function.name == "weather"
+    jsonschema.validate(
+        json.loads(call.function.arguments),
+        WEATHER["function"]["parameters"],  # type: ignore[index]
+    )
+    result = {"role": "tool", "tool_call_id": call.id, "content": "Sunny, 20 degrees."}
+    history = [*question, choice.message.model_dump(exclude_none=True), result]
+    second = chat(box, messages=history, tools=[WEATHER], tool_choice="none")
+    assert second.choices[0].message.content
+    assert second.usage.prompt_tokens > chat(box, messages=question).usage.prompt_tokens
+
+
+def test_a_call_is_streamed_as_deltas(box: Box) -> None:
+    named = {"type": "function", "function": {"name": "weather"}}
+    chunks = list(
+        chat(
+            box,
+            "Rain in Oslo?",
+            stream=True,
+            tools=[WEATHER],
+            tool_choice=named,
+            parallel_tool_calls=False,
+            max_tokens=80,
+            seed=2,
+        )
+    )
+    deltas = [
+        delta
+        for chunk in chunks
+        if chunk.choices
+        for delta in chunk.choices[0].delta.tool_calls or ()
+    ]
+    assert deltas[0].id.startswith("call_") and deltas[0].function.name == "weather"
+    assert all(delta.id is None for delta in deltas[1:])
+    assert "city" in json.loads("".join(delta.function.arguments or "" for delta in deltas))
+    assert chunks[-1].choices[0].finish_reason == "tool_calls"
+    assert not any(c.choices[0].delta.content for c in chunks if c.choices)
+
+
+def test_several_calls_have_numbers_of_their_own(box: Box) -> None:
+    for seed in range(20):
+        answer = chat(
+            box, "x", tools=[WEATHER], tool_choice="required", max_tokens=200, seed=seed,
+            temperature=1.5,
+        )  # fmt: skip
+        calls = answer.choices[0].message.tool_calls
+        assert all(call.function.name == "weather" for call in calls)
+        if len(calls) > 1:
+            assert len({call.id for call in calls}) == len(calls)
+            return
+    raise AssertionError("the model never called twice")
+
+
+def test_with_a_schema_and_tools_an_answer_is_one_or_the_other(box: Box) -> None:
+    form = {"type": "json_schema", "json_schema": {"name": "person", "schema": PERSON}}
+    kinds = set()
+    for seed in range(6):
+        answer = chat(
+            box, "Who is in Rome?", tools=[WEATHER], response_format=form, max_tokens=120,
+            seed=seed, parallel_tool_calls=False,
+        ).choices[0]  # fmt: skip
+        kinds.add(answer.finish_reason)
+        if answer.finish_reason == "stop":
+            jsonschema.validate(json.loads(answer.message.content), PERSON)
+        else:
+            assert "city" in json.loads(answer.message.tool_calls[0].function.arguments)
+    assert kinds <= {"stop", "tool_calls"}
+
+
+def test_without_need_a_model_may_answer_in_words(fake_box: Box) -> None:
+    answer = chat(fake_box, model=FAKE, tools=[WEATHER])
+    assert answer.choices[0].message.content.strip()
+    assert answer.choices[0].message.tool_calls is None
+
+
+# -- what is accepted as documented ----------------------------------------------------------------
+
+
+def test_tier_store_and_metadata(fake_box: Box) -> None:
+    answer = chat(
+        fake_box, model=FAKE, service_tier="auto", store=True, metadata={"a": "b"}, user="u"
+    )
+    assert answer.service_tier == "default"
+    assert answer.ignored_parameters == ["store", "metadata"]
+    for stream in (False, True):
+        asked = chat(fake_box, model=FAKE, reasoning_effort="high", stream=stream)
+        told = next(iter(asked)) if stream else asked
+        assert told.ignored_parameters == ["reasoning_effort"]  # it has no thoughts
+
+
+def test_a_prediction_changes_nothing_but_the_time(fake_box: Box) -> None:
+    options: dict[str, Any] = {"model": FAKE, "max_tokens": 60}
+    text = chat(fake_box, **options).choices[0].message.content
+    for predicted in (text, text[20:] + "something else", "nothing like it"):
+        prediction = {"type": "content", "content": predicted}
+        again = chat(fake_box, prediction=prediction, **options)
+        assert again.choices[0].message.content == text
+
+
+def test_llama_cpp_s_parameters_are_recorded(box: Box) -> None:
+    extra = {"top_k": 5, "min_p": 0.1, "typical_p": 0.9, "repeat_penalty": 1.2}
+    answer = chat(box, extra_body={**extra, "cache_prompt": False})
+    assert answer.usage.prompt_tokens_details.cached_tokens == 0
+    signed = check_receipt(box, answer.request_id)
+    sampling = json.loads(signed["proofs"][0]["signed"])["sampling"]
+    assert {name: sampling[name] for name in extra} == extra
+
+
+# -- completions -----------------------------------------------------------------------------------
+
+
+def test_completions_of_several_prompts(fake_box: Box) -> None:
+    """The fake model goes on by position: prompts of three lengths are three texts."""
+    prompts = ["ab", "abcd", "abcdef"]
+    answer = fake_box.client.completions.create(model=FAKE, prompt=prompts, max_tokens=6, n=2)
+    said = SENTENCE.decode()
+    assert [choice.text for choice in answer.choices] == [
+        said[len(prompt) - 1 :][:6] for prompt in prompts for _ in range(2)
+    ]
+    assert [choice.index for choice in answer.choices] == list(range(6))
+    assert answer.usage.prompt_tokens == 2 + 4 + 6
+    assert answer.usage.completion_tokens == 36
+    signed = check_receipt(fake_box, answer.request_id)
+    assert signed["usage"]["prompt_tokens"] == 12
+
+
+def test_a_completion_of_tokens_is_that_of_their_text(box: Box) -> None:
+    text = "Once upon a time"
+    listed = box.http("POST", "/v1/tokenize", json={"model": MODEL, "text": text}).json()
+    assert listed["count"] == len(listed["tokens"])
+    back = box.http(
+        "POST", "/v1/detokenize", json={"model": MODEL, "tokens": listed["tokens"]}
+    ).json()
+    assert back["text"] == text
+    create = box.client.completions.create
+    options: dict[str, Any] = {"model": MODEL, "max_tokens": 8, "temperature": 0}
+    of_text = create(prompt=text, **options)
+    of_tokens = create(prompt=listed["tokens"], **options)
+    assert of_text.choices[0].text == of_tokens.choices[0].text
+    assert of_text.usage.prompt_tokens == len(listed["tokens"])
+    echoed = create(prompt=text, echo=True, **options)
+    assert echoed.choices[0].text == text + of_text.choices[0].text
+    chunks = list(create(prompt=text, echo=True, stream=True, **options))
+    assert "".join(c.choices[0].text for c in chunks if c.choices) == echoed.choices[0].text
+    probed = create(prompt=text, logprobs=2, **options).choices[0]
+    assert "".join(probed.logprobs.tokens) == probed.text
+    assert all(len(top) == 2 for top in probed.logprobs.top_logprobs)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"prompt": ""}, {"prompt": []}, {"prompt": ["a", 1]}, {"prompt": [10**9]}, {"suffix": "x"}],
+)
+def test_a_prompt_that_is_none_is_refused(fake_box: Box, change: dict[str, Any]) -> None:
+    with pytest.raises(openai.UnprocessableEntityError) as caught:
+        fake_box.client.completions.create(**{"model": FAKE, "prompt": "x", **change})
+    assert caught.value.param in ("prompt", "suffix")
+
+
+# -- embeddings ------------------------------------------------------------------------------------
+
+
+def cosine(one: list[float], other: list[float]) -> float:
+    return sum(a * b for a, b in zip(one, other, strict=True))
+
+
+def test_embeddings_tell_alike_from_different(box: Box) -> None:
+    texts = ["The cat sat on the mat.", "A cat is sitting on a mat.", "Interest rates rose 3%."]
+    answer = box.client.embeddings.create(model=MODEL, input=texts, encoding_format="float")
+    one, alike, other = (entry.embedding for entry in answer.data)
+    assert cosine(one, one) == pytest.approx(1, abs=1e-5)
+    assert cosine(one, alike) > cosine(one, other)
+    signed = check_receipt(box, answer.request_id)
+    assert signed["usage"]["prompt_tokens"] == answer.usage.prompt_tokens > 15
+    assert signed["usage"]["completion_tokens"] == 0
+
+
+def test_embeddings_in_base64_shortened_and_of_tokens(box: Box) -> None:
+    create = box.client.embeddings.create
+    whole = create(model=MODEL, input="the sea", encoding_format="float").data[0].embedding
+    raw = box.http(
+        "POST",
+        "/v1/embeddings",
+        json={"model": MODEL, "input": "the sea", "encoding_format": "base64"},
+    ).json()["data"][0]["embedding"]
+    assert struct.unpack(f"<{len(whole)}f", base64.b64decode(raw)) == pytest.approx(whole)
+    short = create(model=MODEL, input="the sea", dimensions=64, encoding_format="float")
+    assert len(short.data[0].embedding) == 64
+    assert cosine(short.data[0].embedding, short.data[0].embedding) == pytest.approx(1, abs=1e-5)
+    tokens = box.http("POST", "/v1/tokenize", json={"model": MODEL, "text": "the sea"}).json()
+    same = create(model=MODEL, input=tokens["tokens"], encoding_format="float")
+    assert same.data[0].embedding == pytest.approx(whole, abs=1e-5)
+    with pytest.raises(openai.UnprocessableEntityError) as caught:
+        create(model=MODEL, input="x", dimensions=100_000)
+    assert caught.value.param == "dimensions"
+
+
+def test_a_text_longer_than_a_batch_has_a_vector(box: Box) -> None:
+    long = "The sea is wide and deep and blue. " * 60
+    answer = box.client.embeddings.create(model=MODEL, input=[long, "short"])
+    assert answer.usage.prompt_tokens > 400
+    vector = answer.data[0].embedding
+    assert cosine(vector, vector) == pytest.approx(1, abs=1e-4)
+
+
+# -- responses -------------------------------------------------------------------------------------
+
+
+def respond(box: Box, **more: Any) -> Any:
+    options = {"model": MODEL, "max_output_tokens": 12, "temperature": 0, **more}
+    return box.client.responses.create(**options)
+
+
+def test_a_conversation_goes_on_where_it_was(box: Box) -> None:
+    first = respond(box, input="My name is Ada.", instructions="Be brief.")
+    assert first.output_text and first.status in ("completed", "incomplete")
+    second = respond(box, input="And now?", previous_response_id=first.id)
+    assert second.usage.input_tokens > first.usage.input_tokens
+    by_hand = chat(
+        box,
+        messages=[
+            *user("My name is Ada."),
+            {"role": "assistant", "content": first.output_text},
+            *user("And now?"),
+        ],
+        temperature=0,
+    )
+    assert by_hand.usage.prompt_tokens == second.usage.input_tokens
+    stored = box.client.responses.retrieve(second.id)
+    assert stored.output_text == second.output_text and stored.status == second.status
+    listed = box.client.responses.input_items.list(second.id).data
+    assert [item.content[0].text for item in listed] == ["And now?"]
+    check_receipt(box, second.request_id)
+
+
+def test_responses_are_deleted_unseen_by_others_and_kept_only_if_wanted(box: Box) -> None:
+    kept = respond(box, input="x", max_output_tokens=1)
+    other = json.loads(pinaivu("keys", "create", "--json", home=box.home).stdout)["key"]
+    with pytest.raises(openai.NotFoundError):
+        box.client_with(other).responses.retrieve(kept.id)
+    with pytest.raises(openai.NotFoundError):
+        box.client_with(other).responses.delete(kept.id)
+    box.client.responses.delete(kept.id)
+    for gone in (kept.id, respond(box, input="x", max_output_tokens=1, store=False).id):
+        with pytest.raises(openai.NotFoundError):
+            box.client.responses.retrieve(gone)
+        with pytest.raises(openai.NotFoundError):
+            respond(box, input="x", previous_response_id=gone)
+
+
+ORDER = [
+    "response.created",
+    "response.in_progress",
+    "response.output_item.added",
+    "response.content_part.added",
+    "response.output_text.delta",
+    "response.output_text.done",
+    "response.content_part.done",
+    "response.output_item.done",
+    "response.incomplete",
+]
+
+
+def test_the_events_of_a_response_are_in_openai_s_order(box: Box) -> None:
+    events = list(respond(box, input="Tell me of the sea.", stream=True))
+    kinds = [event.type for event in events]
+    assert list(dict.fromkeys(kinds)) == ORDER
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    deltas = "".join(e.delta for e in events if e.type == "response.output_text.delta")
+    last = events[-1].response
+    assert last.output_text == deltas == box.client.responses.retrieve(last.id).output_text
+    assert last.incomplete_details.reason == "max_output_tokens"
+
+
+def test_a_response_calls_a_tool_and_reads_its_output(box: Box) -> None:
+    tool = {"type": "function", **WEATHER["function"]}  # type: ignore[dict-item]
+    options = {"tools": [tool], "parallel_tool_calls": False, "max_output_tokens": 80}
+    events = list(
+        respond(box, input="Weather in Rome?", tool_choice="required", stream=True, **options)
+    )
+    response = events[-1].response
+    (call,) = response.output
+    assert call.type == "function_call" and call.name == "weather"
+    assert "city" in json.loads(call.arguments)
+    kinds = {event.type for event in events}
+    assert {
+        "response.function_call_arguments.delta",
+        "response.function_call_arguments.done",
+        "response.completed",
+    } <= kinds
+    result = {"type": "function_call_output", "call_id": call.call_id, "output": "Sunny."}
+    after = respond(box, input=[result], previous_response_id=response.id)
+    assert after.output_text
+
+
+def test_a_response_keeps_to_a_schema(box: Box) -> None:
+    form = {"type": "json_schema", "name": "person", "schema": PERSON, "strict": True}
+    answer = respond(box, input="Who?", text={"format": form}, max_output_tokens=100)
+    jsonschema.validate(json.loads(answer.output_text), PERSON)
+
+
+# -- Anthropic -------------------------------------------------------------------------------------
+
+
+def test_messages_count_and_stop(fake_box: Box) -> None:
+    headers = {"x-api-key": fake_box.key, "anthropic-version": "2023-06-01"}
+    body = {"model": FAKE, "system": "Be brief.", "messages": user("Hello"), "max_tokens": 90}
+    answer = fake_box.http(
+        "POST", "/v1/messages", json={**body, "stop_sequences": ["lazy"]}, key="", headers=headers
+    ).json()
+    assert answer["type"] == "message" and answer["stop_reason"] == "stop_sequence"
+    assert answer["stop_sequence"] == "lazy"
+    assert "lazy" not in answer["content"][0]["text"]
+    counted = fake_box.http(
+        "POST",
+        "/v1/messages/count_tokens",
+        json={name: body[name] for name in ("model", "system", "messages")},
+        key="",
+        headers=headers,
+    ).json()
+    usage = answer["usage"]
+    assert counted["input_tokens"] == usage["input_tokens"] + usage["cache_read_input_tokens"]
+    check_receipt(fake_box, answer["request_id"])
+
+
+def test_an_error_of_messages_is_in_anthropic_s_envelope(fake_box: Box) -> None:
+    for key, status in (("", 401), (fake_box.key, 422)):
+        answer = fake_box.http("POST", "/v1/messages", json={"model": FAKE}, key=key)
+        assert answer.status_code == status
+        assert answer.json()["type"] == "error" and answer.json()["error"]["message"]
+
+
+# -- the document ----------------------------------------------------------------------------------
+
+
+def test_the_openapi_document_has_every_route(fake_box: Box) -> None:
+    from pinaivu_box.server.app import create_app
+
+    document = fake_box.http("GET", "/openapi.json", key="").json()
+    described = {(path, method.upper()) for path, ms in document["paths"].items() for method in ms}
+
+    class Nothing:
+        def __getattr__(self, _name: str) -> Any:
+            return Nothing()
+
+        def __iter__(self) -> Iterator[str]:
+            return iter(())
+
+    routes = {
+        (route.path.replace(":path", ""), method)  # type: ignore[attr-defined]
+        for route in create_app(Nothing()).routes  # type: ignore[arg-type]
+        for method in route.methods - {"HEAD"}  # type: ignore[attr-defined]
+        if route.path.startswith("/v1")  # type: ignore[attr-defined]
+    }
+    assert described == routes
+    page = fake_box.http("GET", "/docs", key="").text
+    assert "openapi.json" in page and "http://" not in page and "https://" not in page
+
+
+def test_tokens_are_counted_before_they_are_paid(box: Box) -> None:
+    body = {"model": MODEL, "messages": user("How many tokens have I?"), "tools": [WEATHER]}
+    counted = box.http("POST", "/v1/chat/completions/input_tokens", json=body).json()
+    answer = chat(box, messages=body["messages"], tools=[WEATHER], max_tokens=1)
+    assert counted["input_tokens"] == answer.usage.prompt_tokens
