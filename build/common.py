@@ -10,7 +10,12 @@ ROOT = BUILD.parent
 VENV = ROOT / ".venv"
 STAMPS = VENV / "setup-stamps"
 MODEL = VENV / "share/pinaivu/models/smollm2-135m.gguf"
-LOCKS = {"run": BUILD / "requirements.txt", "dev": BUILD / "requirements-dev.txt"}
+CLIENTS = VENV / "clients"  # an environment of its own: see pyproject.toml
+LOCKS = {
+    "run": BUILD / "requirements.txt",
+    "dev": BUILD / "requirements-dev.txt",
+    "clients": BUILD / "requirements-clients.txt",
+}
 LLAMA_LOCK = BUILD / "llama-cpp-python.txt"
 MODEL_LOCK = BUILD / "model.txt"
 

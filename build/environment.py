@@ -13,6 +13,7 @@ from pathlib import Path
 
 from common import (
     BUILD,
+    CLIENTS,
     LOCKS,
     MODEL,
     MODEL_LOCK,
@@ -81,6 +82,21 @@ def install_packages(kind: str) -> None:
     lock = LOCKS[kind]
     say(f"installing the packages of {lock.relative_to(ROOT)} (10-60 seconds)")
     pip("install", "--require-hashes", "--no-deps", "-r", str(lock))
+
+
+def set_up_clients() -> None:
+    """The packages of other people that the tests call us with."""
+    stamp = digest(LOCKS["clients"].read_bytes())
+    if not outdated({"clients": {stamp}}):
+        return
+    need_space(ROOT, 700)
+    say("installing the clients that the tests use (30-90 seconds)")
+    python = getattr(sys, "_base_executable", sys.executable)
+    run_quietly([python, "-m", "venv", "--clear", str(CLIENTS)], "making .venv/clients")
+    lock = str(LOCKS["clients"])
+    packages = ["install", "--require-hashes", "--no-deps", "-r", lock]
+    pip(*packages, python=CLIENTS / "bin/python")
+    write_stamp("clients", stamp)
 
 
 def link_model() -> None:
@@ -174,9 +190,9 @@ def need_space(folder: Path, megabytes: int) -> None:
         raise Stop(f"{folder} has {free} MB free, and {megabytes} MB are needed: make room there")
 
 
-def pip(*arguments: str) -> None:
+def pip(*arguments: str, python: Path = PYTHON) -> None:
     common = ["--quiet", "--disable-pip-version-check", "--no-input"]
-    run_quietly([str(PYTHON), "-m", "pip", *common, *arguments], f"pip {arguments[0]}")
+    run_quietly([str(python), "-m", "pip", *common, *arguments], f"pip {arguments[0]}")
 
 
 def clean_environment() -> dict[str, str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import llama
 from common import BUILD, CMAKE_ARGS, MODEL, ROOT, VENV, Stop, say
-from environment import PYTHON, cache, locked, need_space, run_quietly
+from environment import PYTHON, cache, locked, need_space, run_quietly, set_up_clients
 
 # PyInstaller's mark at the end of its archive: magic, the length from the archive's start up to
 # here, then the place of the table of contents in it and Python's version and library.
@@ -31,6 +31,7 @@ CHECKS = [
 
 def test(arguments: list[str]) -> None:
     """All checks, even after one failed; with arguments only pytest, which gets them."""
+    set_up_clients()
     checks = [["pytest", *arguments]] if arguments else CHECKS
     failed = []
     for check in checks:

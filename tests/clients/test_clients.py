@@ -1,0 +1,136 @@
+"""The client zoo: what README.md in this folder prints is run as printed, with the real model."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.box import Box, environment
+
+PYTHON_OF_CLIENTS = Path(sys.prefix) / "clients/bin/python"  # build/test puts it there
+PAGE = (Path(__file__).parent / "README.md").read_text()
+ADDRESS = "http://localhost:4001"
+KEY = "sk-pnv-..."
+
+
+def fenced(title: str, language: str, box: Box) -> str:
+    """The block of a section, with this box's address and key."""
+    section = PAGE.split(f"\n## {title}\n", 1)[1].split("\n## ", 1)[0]
+    (block,) = re.findall(rf"^```{language}\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
+    return str(block).replace(ADDRESS, box.url).replace(KEY, box.key)
+
+
+def run(command: list[str], folder: Path, **more: str) -> str:
+    # Nobody phones home while we look, and nobody's own settings count.
+    quiet = {"HOME": str(folder), "LITELLM_LOCAL_MODEL_COST_MAP": "True", "NO_PROXY": "*"}
+    done = subprocess.run(
+        command,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=environment(**quiet, **more),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def lines(count: int) -> Callable[[str], bool]:
+    return lambda printed: len([line for line in printed.splitlines() if line.strip()]) >= count
+
+
+PYTHON: dict[str, tuple[str, Callable[[str], bool]]] = {
+    "OpenAI, Python": (
+        "a pydantic model is filled, a tool that is required is called, texts have vectors",
+        lambda printed: re.search(r"^red=-?\d+ .*\nweather\n2 vectors$", printed, re.M) is not None,
+    ),
+    "OpenAI, Python, asyncio": ("three questions at once have three answers", lines(3)),
+    "OpenAI, Python, Responses": (
+        "a conversation is remembered, and its events are in the order that the SDK wants",
+        lambda printed: printed.rstrip().endswith(("completed", "incomplete")),
+    ),
+    "LangChain": (
+        "chat, a bound tool, structured output and embeddings",
+        lambda printed: (
+            re.search(r"^add \['a', 'b'\]\nwidth=-?\d+ height=-?\d+\n\d+ numbers$", printed, re.M)
+            is not None
+        ),
+    ),
+    "LiteLLM": (
+        "its OpenAI provider answers, with usage",
+        lambda p: re.search(r"\d+$", p.strip()) is not None,
+    ),
+    "instructor": ("a validated object", lambda printed: printed.startswith("name=")),
+    "OpenAI Agents SDK": (
+        "an agent calls its tool through the Responses API and answers with the result",
+        lambda printed: "tool_call_output_item" in printed,
+    ),
+    "Anthropic": (
+        "a tool that is required is used, and a stream has text",
+        lambda printed: printed.startswith("tool_use weather ['city']\n") and lines(2)(printed),
+    ),
+}
+
+
+@pytest.mark.parametrize("title", PYTHON)
+def test_python(box: Box, tmp_path: Path, title: str) -> None:
+    proves, holds = PYTHON[title]
+    printed = run([str(PYTHON_OF_CLIENTS), "-c", fenced(title, "python", box)], tmp_path)
+    assert holds(printed), f"{title} ({proves}) printed: {printed}"
+
+
+def test_llm(box: Box, tmp_path: Path) -> None:
+    """A model that its user has entered answers on the command line."""
+    scripts = str(PYTHON_OF_CLIENTS.parent)
+    settings = {"PATH": f"{scripts}:{os.environ['PATH']}", "LLM_USER_PATH": str(tmp_path)}
+    (tmp_path / "extra-openai-models.yaml").write_text(fenced("llm", "yaml", box))
+    printed = run(["sh", "-ec", fenced("llm", "sh", box)], tmp_path, **settings)
+    assert printed.strip()
+
+
+def test_curl(box: Box, tmp_path: Path) -> None:
+    """A stream of events that ends as OpenAI's does."""
+    if not shutil.which("curl"):
+        pytest.skip("curl is not installed")
+    printed = run(["sh", "-ec", fenced("curl", "sh", box)], tmp_path)
+    assert printed.startswith('data: {"id":"chatcmpl-')
+    assert printed.rstrip().endswith("data: [DONE]")
+
+
+def test_node(box: Box, tmp_path: Path) -> None:
+    """It streams, and an error is of the class that the SDK's users catch."""
+    package = node_package(tmp_path)
+    script = tmp_path / "client.mjs"
+    script.write_text(fenced("OpenAI, Node", "js", box))
+    printed = run([package, str(script)], tmp_path)
+    assert lines(2)(printed)
+    assert printed.rstrip().endswith("UnprocessableEntityError 422")
+
+
+def node_package(folder: Path) -> str:
+    """Installs the package into `folder`; the path of node."""
+    node, npm = shutil.which("node"), shutil.which("npm")
+    if not node or not npm:
+        pytest.skip("node is not installed")
+    done = subprocess.run(
+        [npm, "install", "--no-audit", "--no-fund", "openai"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    if done.returncode != 0:
+        pytest.skip(f"npm cannot install openai here: {done.stderr[-200:]}")
+    return node
+
+
+def test_every_client_of_the_page_is_run() -> None:
+    titles = re.findall(r"^## (.+)$", PAGE, re.MULTILINE)
+    assert set(titles) == {*PYTHON, "llm", "curl", "OpenAI, Node"}
