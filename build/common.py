@@ -34,6 +34,14 @@ CMAKE_ARGS = " ".join(
     ]
 )
 
+# Of the wheel, what nothing needs at run time, and the variant for AMX: GCC 12 drops its tile
+# configuration (llama.cpp's pull request 26954), and it ends with an illegal instruction. Such
+# processors run the next best variant, AVX-512 with VNNI and BF16.
+LEFT_OUT = (
+    r"include/|bin/|llama_cpp/lib/"
+    r"(cmake/|pkgconfig/|libllama-common\.|libggml-cpu-sapphirerapids\.)"
+)
+
 
 class Stop(Exception):
     """Ends the setup with its message: one sentence that says what to do."""
@@ -50,8 +58,9 @@ def digest(*parts: str | bytes) -> str:
 
 
 def llama_key(cmake_args: str = CMAKE_ARGS) -> str:
-    """Names a build of llama.cpp: the same flags, source and kind of machine."""
-    return digest(cmake_args, LLAMA_LOCK.read_bytes(), sys.platform, os.uname().machine)
+    """Names a build of llama.cpp: the same flags, contents, source and kind of machine."""
+    parts = (cmake_args, LEFT_OUT, LLAMA_LOCK.read_bytes(), sys.platform, os.uname().machine)
+    return digest(*parts)
 
 
 def model_key() -> str:

@@ -10,13 +10,11 @@ import time
 import zipfile
 from pathlib import Path
 
-from common import BUILD, CMAKE_ARGS, LLAMA_LOCK, Stop, llama_key, say
+from common import BUILD, CMAKE_ARGS, LEFT_OUT, LLAMA_LOCK, Stop, llama_key, say
 from environment import clean_environment, locked, need_space, run_quietly, scratch
 
 NINJA_STEP = re.compile(r"\s*\[(\d+)/(\d+)\] ")
 BUILD_ERROR = re.compile(r"\bFAILED: |CMake Error|^ERROR: ")
-# Of the wheel, what nothing needs at run time.
-UNUSED = re.compile(r"include/|bin/|llama_cpp/lib/(cmake/|pkgconfig/|libllama-common\.)")
 
 
 def wheel(cache: Path, cmake_args: str = CMAKE_ARGS) -> Path:
@@ -137,17 +135,17 @@ class Progress:
 
 
 def slim(wheel: Path, folder: Path) -> None:
-    """Copies the wheel into the folder without what nothing needs at run time."""
+    """Copies the wheel into the folder without what is to be left out."""
     folder.mkdir()
     with (
         zipfile.ZipFile(wheel) as whole,
         zipfile.ZipFile(folder / wheel.name, "w", zipfile.ZIP_DEFLATED) as rest,
     ):
         for entry in whole.infolist():
-            if UNUSED.match(entry.filename):
+            if re.match(LEFT_OUT, entry.filename):
                 continue
             content = whole.read(entry)
             if entry.filename.endswith(".dist-info/RECORD"):
                 lines = content.decode().splitlines(keepends=True)
-                content = "".join(line for line in lines if not UNUSED.match(line)).encode()
+                content = "".join(line for line in lines if not re.match(LEFT_OUT, line)).encode()
             rest.writestr(entry, content)

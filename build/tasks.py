@@ -25,7 +25,8 @@ CHECKS = [
     ["ruff", "format", "--check"],
     ["ruff", "check"],
     ["mypy", "pinaivu_box"],
-    ["pytest"],
+    # Most tests wait for processes of their own; those of a file share them.
+    ["pytest", "-n", "logical", "--maxprocesses", "4", "--dist", "loadfile"],
 ]
 
 

@@ -3,31 +3,67 @@
 from __future__ import annotations
 
 from decimal import Decimal, InvalidOperation, localcontext
+from functools import lru_cache
+
+from msgspec import Struct
 
 UNITS = 10**9
 # Prices are kept to 10^-6 per 1,000 tokens, so that one token's price is a whole number of
 # 10^-9 units and sums are exact 64-bit integers, up to nine thousand million of the currency.
-PRICE_MOST = 1_000_000
+MOST = 1_000_000
 _PRICE_DECIMALS = 6
+_AMOUNT_DECIMALS = 9
 
 
-def cost(tokens: int, per_1k_tokens: str) -> int:
-    """Price of `tokens` at a price per 1,000 (at most 6 decimals), in 10^-9 of the currency.
+class Prices(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Prices of 1,000 tokens, decimal text.  `cached` is for prompt tokens that were found in the
+    cache; without it they cost what other prompt tokens cost."""
 
-    Raises ValueError if that is no price.
-    """
+    prompt: str
+    completion: str
+    cached: str | None = None
+
+    def cost(self, prompt: int, cached: int, completion: int) -> int:
+        """In 10^-9 of the currency; `cached` of the `prompt` tokens.  Raises ValueError if one of
+        them is no price."""
+        anew = per_token(self.prompt)
+        found = anew if self.cached is None else per_token(self.cached)
+        return (prompt - cached) * anew + cached * found + completion * per_token(self.completion)
+
+    def most(self, prompt: int, completion: int) -> int:
+        """What so many tokens can cost at most, however many of them are cached."""
+        return max(self.cost(prompt, 0, completion), self.cost(prompt, prompt, completion))
+
+
+def prices(given: str | Prices) -> Prices:
+    """One price is that of prompt and completion tokens alike.  Raises ValueError."""
+    made = Prices(given, given) if isinstance(given, str) else given
+    made.cost(1, 0, 1)
+    return made
+
+
+def per_token(per_1k_tokens: str) -> int:
+    """A price per 1,000 tokens (at most 6 decimals) as 10^-9 of the currency for one."""
+    return _scaled(per_1k_tokens, _PRICE_DECIMALS)
+
+
+def parse(text: str) -> int:
+    """`"0.0015"` -> `1500000`.  Raises ValueError if it is no amount."""
+    return _scaled(text, _AMOUNT_DECIMALS)
+
+
+@lru_cache(1024)  # the same few prices, several times a request
+def _scaled(text: str, decimals: int) -> int:
     with localcontext(prec=60):
         try:
-            price = Decimal(per_1k_tokens)
+            number = Decimal(text)
         except InvalidOperation:
-            raise ValueError(f"'{per_1k_tokens}', not a decimal number") from None
-        in_range = price.is_finite() and 0 <= price <= PRICE_MOST
-        if not in_range or round(price, _PRICE_DECIMALS) != price:
+            raise ValueError(f"'{text}', not a decimal number") from None
+        if not (number.is_finite() and 0 <= number <= MOST) or round(number, decimals) != number:
             raise ValueError(
-                f"{per_1k_tokens}: it must be from 0 to {PRICE_MOST} with at most "
-                f"{_PRICE_DECIMALS} decimals"
+                f"{text}: it must be from 0 to {MOST} with at most {decimals} decimals"
             )
-        return int(price.scaleb(_PRICE_DECIMALS) * tokens)
+        return int(number.scaleb(decimals))
 
 
 def to_text(amount: int) -> str:

@@ -6,33 +6,69 @@ import asyncio
 import fcntl
 import os
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from pinaivu_box import __version__, logs
+from pinaivu_box import config as configs
 from pinaivu_box import identity as identities
 from pinaivu_box.config import Config
 from pinaivu_box.errors import CliError
 from pinaivu_box.gateway.admission import Admission
+from pinaivu_box.gateway.books import Books
+from pinaivu_box.gateway.dispatch import Dispatch
+from pinaivu_box.gateway.load import Load
 from pinaivu_box.gateway.local import LocalBackend
 from pinaivu_box.gateway.metering import Meter
 from pinaivu_box.gateway.metrics import Metrics
+from pinaivu_box.gateway.offers import Offers
 from pinaivu_box.gateway.placement import Placement
+from pinaivu_box.gateway.pool import Pool
+from pinaivu_box.gateway.refusals import Refusals
 from pinaivu_box.gateway.requests import Requests
 from pinaivu_box.identity import Identity
 from pinaivu_box.models import catalog as catalogs
 from pinaivu_box.models.catalog import Catalog, Model
-from pinaivu_box.store import model_files
+from pinaivu_box.peering.gossip import Facts
+from pinaivu_box.peering.ledger import Ledger
+from pinaivu_box.peering.network import Network
+from pinaivu_box.peering.sharing import Sharing
+from pinaivu_box.policy import Policy
+from pinaivu_box.store import model_files, retention
 from pinaivu_box.store.database import Database
+
+# What is read at the start only: the sockets, and what stands before the routes.
+_AT_START = (
+    "server.host", "server.port", "server.cors_origins", "peering.enabled", "peering.host",
+    "peering.port", "peering.relay", "peering.name", "peering.announce",
+)  # fmt: skip
+# Of [engine], what the box itself uses; the rest an engine is told when it starts.
+_OF_THE_BOX = ("engine.max_queue", "engine.keep_alive", "engine.start_seconds")
 
 
 @dataclass(frozen=True)
+class Reloaded:
+    """What a new configuration has changed, by the settings' names: `applied` at once, `engines`
+    for engines that start from now on, `restart` not before the box is started anew.  `models` are
+    the ids that are served now."""
+
+    applied: list[str]
+    engines: list[str]
+    restart: list[str]
+    models: list[str]
+
+
+@dataclass
 class Box:
-    """`control_token` lets commands on this home speak to the running server as an admin."""
+    """`control_token` lets commands on this home speak to the running server as an admin.
+    `load` reads the configuration again, with the options that the box was started with."""
 
     config: Config
+    started: Config  # the one of the start
+    load: Callable[[], Config]
     home: Path
     identity: Identity
     database: Database
@@ -40,15 +76,76 @@ class Box:
     placement: Placement
     admission: Admission
     local: LocalBackend
+    meter: Meter
     requests: Requests
     metrics: Metrics
+    refusals: Refusals
+    traffic: Load
+    offers: Offers
+    ledger: Ledger
     control_token: str
+    network: Network | None = None  # both None without [peering]
+    pool: Pool | None = None
+
+    @property
+    def prompts(self) -> LocalBackend | Dispatch:
+        """Who reads prompts that are not to be run."""
+        return self.local if self.pool is None else self.pool.dispatch
+
+    def models(self, policy: Policy) -> list[Model]:
+        """What a key with that policy may use."""
+        found = self.catalog.models
+        if self.pool is not None and not policy.local_only:
+            found = [*found, *self.pool.candidates.remote_models()]
+        return [model for model in found if policy.serves(model.id)]
+
+    def model(self, model_id: str, policy: Policy) -> Model:
+        """Raises ModelNotFound."""
+        if self.pool is not None and not policy.local_only:
+            return self.pool.candidates.find(model_id)
+        return self.catalog.find(model_id)
+
+    def reload(self) -> Reloaded:
+        """Take over the configuration and the models as they are now; requests go on.
+
+        Raises CliError if they are not valid: then all stays as it was.
+        """
+        new = self.load()
+        catalog = catalogs.load(new, self.home)
+        logs.configure(new.log)
+        changed = configs.differences(self.config, new)
+        restart = [n for n in configs.differences(self.started, new) if n in _AT_START]
+        engines = [n for n in changed if n.startswith("engine.") and n not in _OF_THE_BOX]
+        self.config, self.catalog, self.admission.catalog = new, catalog, catalog
+        self.admission.engine, self.admission.pricing = new.engine, new.pricing
+        self.placement.configure(new.engine)
+        self.local.sampling = new.sampling
+        self.meter.currency = new.pricing.currency
+        self.requests.places = new.engine.max_sequences
+        self.traffic.config = new.engine
+        if self.pool is not None:
+            self.pool.configure(new)
+        if self.network is not None:
+            self.network.changed()
+        applied = [name for name in changed if name not in (*_AT_START, *engines)]
+        return Reloaded(applied, engines, restart, [model.id for model in catalog.models])
+
+    def look_for_models(self) -> None:
+        """Serve what has come into the models folder; nothing else changes.  Raises CliError."""
+        self.catalog = self.admission.catalog = catalogs.load(self.config, self.home)
 
     async def drain(self) -> None:
         """Refuse new work and finish the old, up to the configured time; then cancel the rest."""
-        self.admission.draining = True
+        self.admission.drain()
+        if self.pool is not None:
+            self.pool.serving.draining = True
+        if self.network is not None:
+            self.network.changed()
         try:
-            await asyncio.wait_for(self.requests.drained(), self.config.server.drain_seconds)
+            async with asyncio.timeout(self.config.server.drain_seconds):
+                await self.requests.drained()
+                if self.pool is not None:
+                    await self.pool.serving.drained()
         except TimeoutError:
             await self.requests.cancel_all()
 
@@ -73,21 +170,121 @@ def identity_of(home: Path) -> Identity:
 
 
 @asynccontextmanager
-async def open_box(config: Config, home: Path) -> AsyncIterator[Box]:
+async def open_box(load: Callable[[], Config], home: Path) -> AsyncIterator[Box]:
     """A box on that home, which no other server has at the same time."""
-    lock = _lock(prepare_home(home))
+    held = lock(prepare_home(home))
     try:
         async with database_of(home) as database:
-            box = _join(config, home, database)
+            box = _join(load, home, database)
+            tidying = asyncio.create_task(
+                retention.apply_hourly(database, lambda: box.config.retention)
+            )
             try:
-                yield box
+                async with _peering(box):
+                    yield box
             finally:
+                tidying.cancel()
+                await asyncio.wait([tidying])
                 await box.placement.close()
+                await box.refusals.flush()
     finally:
-        lock.close()
+        held.close()
 
 
-def _join(config: Config, home: Path, database: Database) -> Box:
+@asynccontextmanager
+async def network_of(
+    config: Config, identity: Identity, database: Database, describe: Callable[[], Facts]
+) -> AsyncIterator[Network]:
+    """A network on its transport, started but not yet running.  CliError if it cannot listen."""
+    try:
+        from pinaivu_box.peering.iroh_transport import IrohTransport
+    except (ImportError, OSError) as error:
+        raise CliError(
+            f"Peering is not possible on this machine, for iroh cannot be loaded: {error}."
+        ) from error
+    peering = config.peering
+    transport = await IrohTransport.bind(identity, peering.host, peering.port, peering.relay)
+    network = Network(identity, transport, database, peering, describe)
+    try:
+        await network.start()
+        yield network
+    finally:
+        await network.close()
+
+
+@asynccontextmanager
+async def _peering(box: Box) -> AsyncIterator[None]:
+    if not box.config.peering.enabled:
+        yield
+        return
+    async with network_of(box.config, box.identity, box.database, box.offers.describe) as network:
+        box.network = network
+        books = Books(box.database, box.identity.node_id, lambda: box.config)
+        pool = _pool(box, network, books)
+
+        async def shared(peer: str) -> Catalog | str:
+            if not box.config.peering.share_models:
+                return "this box does not share its models with yours"
+            terms = await books.terms(peer)
+            return terms.why_not() or box.catalog.only(terms.models)
+
+        def rate() -> float:
+            return box.config.peering.serve.copy_mb_per_s * 1e6
+
+        network.handlers["ledger"] = box.ledger.handle
+        network.handlers["model"] = Sharing(shared, box.database, rate).serve
+        running = [
+            asyncio.create_task(network.run()),
+            asyncio.create_task(box.offers.keep_learning(network.changed)),
+            asyncio.create_task(books.remember(pool.reputation)),
+        ]
+        if box.config.peering.announce:
+            running.append(asyncio.create_task(_announce(network)))
+        try:
+            yield
+        finally:
+            for task in running[1:]:
+                task.cancel()
+            await asyncio.wait(running[1:])
+            await network.close()
+            for task in running:
+                task.cancel()
+            await asyncio.wait(running)
+
+
+def _pool(box: Box, network: Network, books: Books) -> Pool:
+    """From now on requests may go to peers, and theirs are served."""
+
+    async def digest(model: Model) -> str:
+        return await model_files.digest(box.database, model)
+
+    pool = box.pool = Pool(
+        identity=box.identity,
+        config=box.config,
+        catalog=lambda: box.catalog,
+        placement=box.placement,
+        local=box.local,
+        load=box.traffic,
+        network=network,
+        digest=digest,
+        terms=books.terms,
+        owed=books.owed,
+        served=books.served,
+        keep=books.keep,
+    )
+    box.admission.share(pool.dispatch, pool.candidates)
+    box.requests.send(pool.dispatch, pool.candidates.offered)
+    return pool
+
+
+async def _announce(network: Network) -> None:
+    from pinaivu_box.peering.lan import announce  # loads zeroconf, which few want
+
+    await announce(network.node_id, network.name, __version__, network.own_addresses())
+
+
+def _join(load: Callable[[], Config], home: Path, database: Database) -> Box:
+    config = load()
     identity = identity_of(home)
     catalog = catalogs.load(config, home)
 
@@ -95,25 +292,35 @@ def _join(config: Config, home: Path, database: Database) -> Box:
         return await model_files.digest(database, model)
 
     placement = Placement(config.engine, digest)
-    backend = LocalBackend(placement, identity.node_id, config.sampling)
-    meter = Meter(identity, database, config.pricing)
+    local = LocalBackend(placement, identity.node_id, config.sampling)
+    meter = Meter(identity, database, config.pricing.currency)
     metrics = Metrics(placement)
+    admission = Admission(catalog, config.engine, config.pricing, local, database)
+    traffic = Load(placement, config.engine)
     return Box(
         config=config,
+        started=config,
+        load=load,
         home=home,
         identity=identity,
         database=database,
         catalog=catalog,
         placement=placement,
-        admission=Admission(catalog, config.engine),
-        local=backend,
-        requests=Requests(backend, meter, metrics),
+        admission=admission,
+        local=local,
+        meter=meter,
+        requests=Requests(local, meter, metrics, config.engine.max_sequences),
         metrics=metrics,
+        refusals=Refusals(database, metrics),
+        traffic=traffic,
+        offers=Offers(admission, traffic, digest),
+        ledger=Ledger(identity, database),
         control_token=secrets.token_hex(32),
     )
 
 
-def _lock(home: Path) -> IO[str]:
+def lock(home: Path) -> IO[str]:
+    """Keeps others off the home until it is closed; CliError if somebody else does."""
     handle = os.open(home / "lock", os.O_RDWR | os.O_CREAT, 0o600)
     file = os.fdopen(handle, "r+")
     try:

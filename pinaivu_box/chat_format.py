@@ -63,6 +63,14 @@ def thinks(template: str) -> bool:
     return THOUGHT in template
 
 
+def overlap(text: str, mark: str) -> int:
+    """Length of the longest end of `text` with which `mark` begins, but not the whole mark."""
+    for length in range(min(len(text), len(mark) - 1), 0, -1):
+        if text.endswith(mark[:length]):
+            return length
+    return 0
+
+
 def instructions(functions: list[dict[str, Any]]) -> str:
     """For the system message of a model whose template knows no tools."""
     listed = "\n".join(json.dumps(function, ensure_ascii=False) for function in functions)

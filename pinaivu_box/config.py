@@ -5,21 +5,25 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 import platformdirs
 from msgspec import Meta, Struct
 
 from pinaivu_box import amount
+from pinaivu_box.amount import Prices
 from pinaivu_box.errors import CliError
 
 PositiveInt = Annotated[int, Meta(ge=1)]
 Port = Annotated[int, Meta(ge=0, le=65535)]
+Weight = Annotated[float, Meta(ge=0)]
+RoutingPolicy = Literal["prefer-local", "never", "balance", "cheapest"]
 
 
 class Section(Struct, frozen=True, forbid_unknown_fields=True):
@@ -61,8 +65,45 @@ class SamplingConfig(Section, frozen=True):
 
 class PricingConfig(Section, frozen=True):
     currency: str = "credits"
-    per_1k_tokens: str = "0"
-    models: dict[str, str] = {}
+    per_1k_tokens: str | Prices = "0"
+    models: dict[str, str | Prices] = {}
+
+
+class RetentionConfig(Section, frozen=True):
+    """How long rows are kept; negative is for ever."""
+
+    requests: str = "90d"
+    receipts: str = "-1"
+    responses: str = "-1"
+
+
+class PeeringServeConfig(Section, frozen=True):
+    """What this box does for its peers; each of them may get other limits with `pinaivu peers`."""
+
+    max_parallel: PositiveInt = 8
+    tokens_per_minute: Annotated[int, Meta(ge=0)] = 0
+    credit_limit: str = ""
+    beyond: str = "idle"
+    models: tuple[str, ...] = ("*",)
+    hours: str = ""
+    copy_mb_per_s: Annotated[float, Meta(ge=0)] = 0.0
+
+
+class PeeringConfig(Section, frozen=True):
+    enabled: bool = False
+    host: str = "0.0.0.0"  # noqa: S104 - peers are elsewhere, and must prove who they are
+    port: Port = 4002
+    relay: str = "none"
+    name: Annotated[str, Meta(max_length=64, pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")] = ""
+    announce: bool = False
+    policy: RoutingPolicy = "prefer-local"
+    same_name: bool = False
+    share_models: bool = True
+    price_weight: Weight = 0.4
+    time_weight: Weight = 0.3
+    reputation_weight: Weight = 0.3
+    hedge_ms: Annotated[int, Meta(ge=0)] = 0
+    serve: PeeringServeConfig = PeeringServeConfig()
 
 
 class LogConfig(Section, frozen=True):
@@ -83,6 +124,8 @@ class Config(Section, frozen=True):
     engine: EngineConfig = EngineConfig()
     sampling: SamplingConfig = SamplingConfig()
     pricing: PricingConfig = PricingConfig()
+    retention: RetentionConfig = RetentionConfig()
+    peering: PeeringConfig = PeeringConfig()
     log: LogConfig = LogConfig()
     model: list[ModelConfig] = []
 
@@ -94,13 +137,19 @@ ENVIRONMENT: dict[str, tuple[str, ...]] = {
     "PINAIVU_MODELS": ("models_dir",),
     "PINAIVU_KEEP_ALIVE": ("engine", "keep_alive"),
     "PINAIVU_MAX_QUEUE": ("engine", "max_queue"),
+    "PINAIVU_PEERING_ENABLED": ("peering", "enabled"),
+    "PINAIVU_PEERING_PORT": ("peering", "port"),
     "PINAIVU_LOG_LEVEL": ("log", "level"),
     "PINAIVU_LOG_FORMAT": ("log", "format"),
 }
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
 LOG_FORMATS = ("text", "json")
+_BEYOND = ("idle", "refuse")
+HOURS = re.compile(r"([01]\d|2[0-3]):[0-5]\d-([01]\d|2[0-3]):[0-5]\d")
 _DURATION = re.compile(r"(-?\d+(?:\.\d+)?)\s*(ms|s|m|h|d)?")
+_SHORTEST_RETENTION = 7200.0  # seconds
+_SLOWEST_COPY = 0.1  # MB/s; at less a piece takes longer than a peer waits for it
 _UNIT_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
@@ -147,6 +196,18 @@ def load(
     return config
 
 
+def differences(old: Struct, new: Struct, path: str = "") -> list[str]:
+    """The dotted names of the settings that two configurations have different."""
+    found = []
+    for name in old.__struct_fields__:
+        before, after = getattr(old, name), getattr(new, name)
+        if isinstance(before, Section) and isinstance(after, Section):
+            found += differences(before, after, f"{path}{name}.")
+        elif before != after:
+            found.append(f"{path}{name}")
+    return found
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
         return msgspec.toml.decode(path.read_bytes(), type=dict[str, Any])
@@ -168,17 +229,52 @@ def _put(tree: dict[str, Any], keys: tuple[str, ...], value: Any) -> None:
 
 def _check(config: Config) -> None:
     parse_duration(config.engine.keep_alive)
+    for name, text in msgspec.structs.asdict(config.retention).items():
+        if 0 <= parse_duration(text) < _SHORTEST_RETENTION:
+            raise ValueError(f"retention.{name} is '{text}', less than 2h: limits look back so far")
     if config.log.level not in LOG_LEVELS:
         raise ValueError(f"log.level is '{config.log.level}', not one of {', '.join(LOG_LEVELS)}")
     if config.log.format not in LOG_FORMATS:
         raise ValueError(f"log.format is '{config.log.format}', not one of text, json")
+    _check_peering(config.peering)
     for name, price in [("per_1k_tokens", config.pricing.per_1k_tokens)] + [
         (f'models."{model}"', price) for model, price in config.pricing.models.items()
     ]:
         try:
-            amount.cost(0, price)
+            amount.prices(price)
         except ValueError as error:
             raise ValueError(f"pricing.{name} is {error}") from error
     names = [model.name for model in config.model]
     if doubled := {name for name in names if names.count(name) > 1}:
         raise ValueError(f"the model name {sorted(doubled)[0]} is given twice")
+
+
+def _check_peering(peering: PeeringConfig) -> None:
+    if peering.serve.beyond not in _BEYOND:
+        raise ValueError(
+            f"peering.serve.beyond is '{peering.serve.beyond}', not one of {', '.join(_BEYOND)}"
+        )
+    try:
+        ipaddress.ip_address(peering.host)
+    except ValueError:
+        raise ValueError(
+            f"peering.host is '{peering.host}', not an IP address of this machine"
+        ) from None
+    if peering.relay not in ("none", "n0") and not peering.relay.startswith(
+        ("https://", "http://")
+    ):
+        raise ValueError(f"peering.relay is '{peering.relay}', not none, n0 or a relay's URL")
+    if peering.serve.hours and not HOURS.fullmatch(peering.serve.hours):
+        raise ValueError(f"peering.serve.hours is '{peering.serve.hours}': write 18:00-08:00")
+    if 0 < peering.serve.copy_mb_per_s < _SLOWEST_COPY:
+        raise ValueError(
+            f"peering.serve.copy_mb_per_s is {peering.serve.copy_mb_per_s:g}: it is at least "
+            f"{_SLOWEST_COPY:g}, or 0 for no limit"
+        )
+    if not peering.price_weight + peering.time_weight + peering.reputation_weight > 0:
+        raise ValueError("peering.price_weight, time_weight and reputation_weight are all 0")
+    if peering.serve.credit_limit:
+        try:
+            amount.parse(peering.serve.credit_limit)
+        except ValueError as error:
+            raise ValueError(f"peering.serve.credit_limit is {error}") from error

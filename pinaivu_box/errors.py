@@ -6,24 +6,44 @@ on stderr and an exit code.
 
     BoxError
     ├── CliError                    exit 1   the command could not do it
-    │   └── UsageError              exit 2   the command was called wrongly
+    │   ├── UsageError              exit 2   the command was called wrongly
+    │   └── NotRunning              exit 1   it needs a running box
+    ├── PeeringError                exit 1   something between two boxes
+    │   ├── Unreachable             exit 1   nobody answered there
+    │   ├── WrongPeer               exit 1   somebody else answered there
+    │   ├── ProtocolError           exit 1   what came is not what boxes say
+    │   ├── LinkLost                exit 1   a link, or one stream of it, has ended
+    │   ├── PeerRefused             exit 1   the peer will not do what it was asked
+    │   ├── NotJoined               exit 1   this box is in no network, or cannot do that in it
+    │   ├── EntryRefused            exit 1   the ledger does not take it
+    │   └── CopyFailed              exit 1   a model could not be copied
     └── ApiError                    status   code
         ├── BadRequest              400      invalid_request
         │   ├── InvalidJson         400      invalid_json
-        │   └── ContextOverflow     400      context_length_exceeded
+        │   ├── ContextOverflow     400      context_length_exceeded
+        │   └── ExceedsKeyLimit     400      exceeds_key_limit
         ├── Unauthorized            401      invalid_api_key
+        ├── BudgetExceeded          402      budget_exceeded
         ├── Forbidden               403      permission_denied
+        │   ├── KeyBlocked          403      key_blocked
+        │   └── ModelNotAllowed     403      model_not_allowed
         ├── NotFound                404      not_found
         │   ├── ModelNotFound       404      model_not_found
-        │   └── ReceiptNotFound     404      receipt_not_found
+        │   ├── ReceiptNotFound     404      receipt_not_found
+        │   └── PeerNotFound        404      peer_not_found
         ├── MethodNotAllowed        405      method_not_allowed
         ├── RequestTimeout          408      request_timeout
+        ├── Conflict                409      conflict
         ├── BodyTooLarge            413      request_too_large
         ├── InvalidBody             422      invalid_body
         │   └── UnsupportedParameter 422     unsupported_parameter
+        ├── RateLimited             429      rate_limit_exceeded
         ├── InternalError           500      internal_error
         └── NoNodesAvailable        503      no_nodes_available
-            └── EngineLost          503      no_nodes_available
+            ├── EngineLost          503      no_nodes_available
+            │   └── PeerFaulty      503      no_nodes_available
+            ├── TooLate             503      deadline_exceeded
+            └── PeerUnreachable     503      peer_unreachable
 """
 
 from __future__ import annotations
@@ -32,7 +52,9 @@ from typing import ClassVar
 
 
 class BoxError(Exception):
-    """Base of every error that is meant for a user's eyes."""
+    """Base of every error that is meant for a user's eyes; `exit_code` is that of a command."""
+
+    exit_code: ClassVar[int] = 1
 
     def __init__(self, message: str) -> None:
         super().__init__(message)
@@ -40,11 +62,65 @@ class BoxError(Exception):
 
 
 class CliError(BoxError):
-    exit_code: ClassVar[int] = 1
+    """The command could not do it."""
 
 
 class UsageError(CliError):
     exit_code = 2
+
+
+class NotRunning(CliError):
+    """It needs a running box."""
+
+
+class PeeringError(BoxError):
+    """Something between two boxes; what a client gets for it is decided by who had asked."""
+
+
+class Unreachable(PeeringError):
+    """Nobody answered there; trying again later makes sense."""
+
+
+class WrongPeer(PeeringError):
+    """Somebody answered who has not that key; trying again makes none."""
+
+
+class ProtocolError(PeeringError):
+    """What the peer sent is not what boxes say to each other; its link is closed."""
+
+
+class LinkLost(PeeringError):
+    """A link, or one stream of it, has ended before all was said.
+
+    `code` (`peering.wire.Code`) and `reason`, a sentence, are what the side that ended it told the
+    other; None and "" if nobody told anything.
+    """
+
+    def __init__(self, message: str, *, code: int | None = None, reason: str = "") -> None:
+        super().__init__(message)
+        self.code = code
+        self.reason = reason
+
+
+class PeerRefused(PeeringError):
+    """The peer answered politely that it will not; `code` is a `peering.wire.Code`."""
+
+    def __init__(self, message: str, *, code: int) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class NotJoined(PeeringError):
+    """What was asked cannot be done in the network as it is; the sentence says what to do first."""
+
+
+class EntryRefused(PeeringError):
+    """The ledger does not take it: the signatures do not bear it out, or it says something else
+    than what is written there."""
+
+
+class CopyFailed(PeeringError):
+    """A model could not be copied; what has come of it is kept, and another try goes on there."""
 
 
 class ApiError(BoxError):
@@ -77,12 +153,30 @@ class ContextOverflow(BadRequest):
     code = "context_length_exceeded"
 
 
+class ExceedsKeyLimit(BadRequest):
+    """It could never be served with this key, however long one waits."""
+
+    code = "exceeds_key_limit"
+
+
 class Unauthorized(ApiError):
     status, type, code = 401, "authentication_error", "invalid_api_key"
 
 
+class BudgetExceeded(ApiError):
+    status, type, code = 402, "insufficient_quota", "budget_exceeded"
+
+
 class Forbidden(ApiError):
     status, type, code = 403, "permission_error", "permission_denied"
+
+
+class KeyBlocked(Forbidden):
+    code = "key_blocked"
+
+
+class ModelNotAllowed(Forbidden):
+    code = "model_not_allowed"
 
 
 class NotFound(ApiError):
@@ -97,12 +191,20 @@ class ReceiptNotFound(NotFound):
     code = "receipt_not_found"
 
 
+class PeerNotFound(NotFound):
+    code = "peer_not_found"
+
+
 class MethodNotAllowed(ApiError):
     status, type, code = 405, "invalid_request_error", "method_not_allowed"
 
 
 class RequestTimeout(ApiError):
     status, type, code = 408, "invalid_request_error", "request_timeout"
+
+
+class Conflict(ApiError):
+    status, type, code = 409, "invalid_request_error", "conflict"
 
 
 class BodyTooLarge(ApiError):
@@ -131,6 +233,15 @@ class UnsupportedParameter(InvalidBody):
     code = "unsupported_parameter"
 
 
+class RateLimited(ApiError):
+    """`retry_after` in whole seconds: by then it fits, if nobody else comes first."""
+
+    status, type, code = 429, "rate_limit_error", "rate_limit_exceeded"
+
+    def __init__(self, message: str, *, retry_after: int = 1) -> None:
+        super().__init__(message, retry_after=retry_after)
+
+
 class InternalError(ApiError):
     pass
 
@@ -143,7 +254,27 @@ class NoNodesAvailable(ApiError):
 
 
 class EngineLost(NoNodesAvailable):
-    """The engine died while it held the request; somebody else may still serve it."""
+    """Who held the request was lost, `node_id` if it was a peer; somebody may still serve it."""
+
+    def __init__(self, message: str, *, node_id: str = "", retry_after: int = 1) -> None:
+        super().__init__(message, retry_after=retry_after)
+        self.node_id = node_id
+
+
+class PeerFaulty(EngineLost):
+    """A peer broke the rules: what it sent is not what it signed, or not what was asked."""
+
+
+class TooLate(NoNodesAvailable):
+    """It cannot start by its deadline."""
+
+    code = "deadline_exceeded"
+
+
+class PeerUnreachable(NoNodesAvailable):
+    """A box that an operation needs does not answer."""
+
+    code = "peer_unreachable"
 
 
 def _descendants(root: type[ApiError]) -> list[type[ApiError]]:

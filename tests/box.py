@@ -56,6 +56,7 @@ class Box:
         self.home = home
         self.args = args
         self.env = env or {}
+        self.prefix: tuple[str, ...] = ()  # of its command: where it is to live
         self.key = ""
         self.process: subprocess.Popen[str]
         self._output = home.with_name(home.name + ".out")
@@ -66,7 +67,16 @@ class Box:
         (self.home / "run.json").unlink(missing_ok=True)
         with self._output.open("w") as out, self._errors.open("a") as err:
             self.process = subprocess.Popen(
-                [*PINAIVU, "serve", "--home", str(self.home), "--port", "0", *self.args],
+                [
+                    *self.prefix,
+                    *PINAIVU,
+                    "serve",
+                    "--home",
+                    str(self.home),
+                    "--port",
+                    "0",
+                    *self.args,
+                ],
                 stdout=out,
                 stderr=err,
                 text=True,

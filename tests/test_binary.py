@@ -33,9 +33,12 @@ AGES_AGO = time.time() - 86400
 # What an executable can break that the source tree cannot: what it holds, how it starts others of
 # itself, how signals reach it.
 SOURCE_TESTS = {
+    "peering/test_joining.py": "does_not_run_invites or is_discovered",
+    "test_backup.py": "under_load or terminal",
     "test_chat.py": "plain or stream or models or at_once",
     "test_crash.py": "no_engine_survives or all_streams_of_a_killed or sigterm or nothing_to_do",
-    "test_keys.py": "create or ls",
+    "test_doctor.py": "in_order",
+    "test_keys.py": "create_prints or create_without or ls_tells",
     "test_receipts.py": "verify or show",
     "test_serve.py": "first_start_prints or stdout or version",
 }

@@ -100,6 +100,8 @@ SAID: dict[str, tuple[Any, str, Any]] = {
     "PINAIVU_MODELS": ("/file", "/env", "/option"),
     "PINAIVU_KEEP_ALIVE": ("1m", "2m", "3m"),
     "PINAIVU_MAX_QUEUE": (1, "2", 3),
+    "PINAIVU_PEERING_ENABLED": (True, "false", True),
+    "PINAIVU_PEERING_PORT": (5001, "5002", 5003),
     "PINAIVU_LOG_LEVEL": ("debug", "warning", "error"),
     "PINAIVU_LOG_FORMAT": ("json", "text", "json"),
 }
@@ -125,9 +127,10 @@ def test_options_win_over_environment_over_file_over_default(tmp_path: Path, var
     environ = {variable: in_environment}
     assert seen() not in (in_file,)
     assert seen(path=path) == in_file
-    assert str(seen(path=path, environ=environ)) == in_environment
+    assert str(seen(path=path, environ=environ)).lower() == in_environment
     assert seen(path=path, environ=environ, overrides={keys: in_options}) == in_options
-    assert str(seen(path=path, environ=environ, overrides={keys: None})) == in_environment
+    environ_only = seen(path=path, environ=environ, overrides={keys: None})
+    assert str(environ_only).lower() == in_environment
 
 
 def test_a_running_server_obeys_the_same_order(tmp_path: Path, new_box: Callable[..., Box]) -> None:
@@ -187,3 +190,13 @@ def test_a_duration_is_number_times_unit(number: int, unit: tuple[str, int]) -> 
 def test_what_is_no_duration_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="not a duration"):
         parse_duration(text)
+
+
+@pytest.mark.parametrize("rate", ["0", "0.1", "2.5"])
+def test_copies_have_no_limit_or_one_that_a_piece_gets_through(tmp_path: Path, rate: str) -> None:
+    file = tmp_path / "config.toml"
+    file.write_text(f"[peering.serve]\ncopy_mb_per_s = {rate}\n")
+    assert load(file, environ={}).peering.serve.copy_mb_per_s == float(rate)
+    file.write_text("[peering.serve]\ncopy_mb_per_s = 0.05\n")
+    with pytest.raises(CliError, match=r"copy_mb_per_s is 0\.05"):
+        load(file, environ={})

@@ -43,16 +43,20 @@ def body(model: str, max_tokens: int, stream: bool = True, **more: Any) -> dict[
 class Stream:
     """A streamed request, read in a thread; what it has seen can be looked at meanwhile."""
 
-    def __init__(self, box: Box, model: str, max_tokens: int) -> None:
+    def __init__(
+        self, box: Box, model: str, max_tokens: int, *, key: str = "", **more: Any
+    ) -> None:
         self.text = ""
+        self.route = ""
         self.request_id = ""
         self.finish_reason: str | None = None
         self.usage: dict[str, Any] = {}
+        self.chunks: list[dict[str, Any]] = []
         self.done = False
         self.error: Any = None
-        self._box = box
+        self._box, self.key = box, key or box.key
         options = {"include_usage": True}
-        more = {"temperature": 0, "stream_options": options, "ignore_eos": True}
+        more = {"temperature": 0, "stream_options": options, "ignore_eos": True, **more}
         self._body = body(model, max_tokens, **more)
         self._leave = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -60,7 +64,11 @@ class Stream:
 
     def _run(self) -> None:
         try:
-            with _client(self._box) as client, client.stream("POST", URL, json=self._body) as got:
+            with (
+                _client(self._box, key=self.key) as client,
+                client.stream("POST", URL, json=self._body) as got,
+            ):
+                self.route = got.headers.get("x-pinaivu-route", "")
                 if got.status_code != 200:
                     self.error = f"{got.status_code}: {got.read().decode()}"
                     return
@@ -79,6 +87,7 @@ class Stream:
             if "error" in chunk:
                 self.error = chunk["error"]
                 return
+            self.chunks.append(chunk)
             self.request_id = chunk["request_id"]
             self.usage = chunk.get("usage") or self.usage
             for choice in chunk["choices"]:
@@ -109,10 +118,10 @@ class Stream:
         assert self.text == expected
 
 
-def _client(box: Box, seconds: float = 120) -> httpx.Client:
+def _client(box: Box, seconds: float = 120, key: str = "") -> httpx.Client:
     return httpx.Client(
         base_url=box.url,
-        headers={"Authorization": f"Bearer {box.key}"},
+        headers={"Authorization": f"Bearer {key or box.key}"},
         timeout=seconds,
         trust_env=False,
     )
@@ -231,9 +240,11 @@ def check_survivors(home: Path, completed: list[str]) -> None:
     )
 
 
-def test_no_engine_survives_a_killed_server(new_box: MakeBox) -> None:
-    box = new_box("--model", f"{FAKE}=fake:20")
-    streams = [Stream(box, FAKE, 5000), Stream(box, MODEL, 200)]
+def test_no_engine_survives_a_killed_server(new_box: MakeBox, tmp_path: Path) -> None:
+    config = tmp_path / "box.toml"
+    config.write_text("[engine]\ndrafting = false\n")  # with drafts 5,000 tokens take two seconds
+    box = new_box("--config", str(config), "--model", f"{FAKE}=fake:20")
+    streams = [Stream(box, FAKE, 5000), Stream(box, MODEL, 5000)]
     for stream in streams:
         stream.wait_for_text()
     pids = [engine["pid"] for engine in box.engines()]

@@ -343,7 +343,7 @@ NEUTRAL: dict[str, Any] = {
             "grammar",
             "response_format",
         ),
-        ({"reasoning_effort": "utmost"}, "reasoning_effort", "utmost"),
+        ({"reasoning_effort": "utmost"}, "reasoning_effort", "'utmost' is not a value"),
         ({"metadata": {"a": 1}}, "metadata", "str"),
         # Found by tests/fuzz/run: numbers that frames, proofs or SQLite do not carry.
         ({"top_k": 2**54}, "top_k", "<="),
@@ -409,6 +409,27 @@ def test_who_asks_for_leniency_is_told_what_was_ignored(box: Box) -> None:
     assert "ignored_parameters" not in box.http("POST", url, json=GOOD, headers=lenient).json()
     wrong = box.http("POST", url, json={**GOOD, "temperature": 9}, headers=lenient)
     check_envelope(wrong, 422, "invalid_body")  # what is known has to be right
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/completions", {"prompt": "x", "max_tokens": 1}),
+        ("/embeddings", {"input": "x"}),
+        ("/responses", {"input": "x", "max_output_tokens": 1}),
+        ("/messages", {"messages": [USER], "max_tokens": 1}),
+        ("/messages/count_tokens", {"messages": [USER]}),
+        ("/chat/completions/input_tokens", {"messages": [USER]}),
+        ("/tokenize", {"text": "x"}),
+        ("/detokenize", {"tokens": [5]}),
+    ],
+)
+def test_leniency_is_told_everywhere(box: Box, path: str, body: dict[str, Any]) -> None:
+    body = {"model": MODEL, "colour": "red", **body}
+    headers = {"x-pinaivu-lenient": "1"}
+    answer = box.http("POST", f"/v1{path}", json=body, headers=headers)
+    assert answer.status_code == 200 and answer.json()["ignored_parameters"] == ["colour"]
+    assert "colour" in box.http("POST", f"/v1{path}", json=body).json()["error"]["message"]
 
 
 @pytest.mark.parametrize("name", UNSERVED)

@@ -29,3 +29,10 @@ def test_answers_keep_to_random_schemas(box: Box) -> None:
     kept, refused, broken = keep(box, range(1000, 1020), [0])
     assert broken == []
     assert kept == 20 and refused == 0
+
+
+def test_numbers_come_to_an_end(box: Box) -> None:
+    """Seeds of answers that were cut off in the middle of a number's digits."""
+    kept, refused, broken = keep(box, [47, 61, 101], [0, 1])
+    assert broken == []
+    assert kept == 6 and refused == 0

@@ -5,14 +5,17 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import sqlite3
 import stat
+import subprocess
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.box import Box, pinaivu, pinaivu_json, wait_until
+from pinaivu_box.store.keys import LS, LS_OF_ACCOUNT
+from tests.box import PINAIVU, Box, environment, pinaivu, pinaivu_json, wait_until
 
 SECRET = re.compile(r"sk-pnv-[0-9A-Za-z]{40,}")
 FAKE = ("--model", "fake:1=fake:0")
@@ -222,3 +225,161 @@ def test_the_home_is_for_its_owner_alone(tmp_path: Path) -> None:
     finally:
         os.umask(umask)
         box.end()
+
+
+# -- settings, lists, rotation ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ("--rpm", "0"), ("--rpm", "x"), ("--tpm", "-1"), ("--max-parallel", "1.5"),
+        ("--max-queue", "3"), ("--budget", "ten"), ("--budget", "1 per week"), ("--weight", "0"),
+        ("--weight", "nan"), ("--scope", "king"), ("--network", "10.0.0.1/8"),
+        ("--policy", "dearest"),
+        ("--price", "0.1"), ("--price", "x=1/2/3/4"), ("--price", "x=-1"), ("--model", ""),
+        ("--admin", "--scope", "usage"), ("--name", "two\nlines"),
+    ],
+)  # fmt: skip
+def test_a_setting_that_is_none_is_a_wrong_call(tmp_path: Path, wrong: tuple[str, ...]) -> None:
+    home = tmp_path / "home"
+    done = pinaivu("keys", "create", *wrong, home=home, check=False)
+    assert done.returncode == 2
+    assert done.stdout == "" and "Traceback" not in done.stderr
+    assert states(home) == {}
+    assert pinaivu_json("accounts", "ls", home=home)[0]["name"] == "owner"  # none was made for it
+
+
+def test_edit_changes_what_is_given_and_none_clears_it(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    made = pinaivu_json(
+        "keys", "create", "--rpm", "60", "--model", "a:*", "--model", "b:*", "--budget", "5",
+        "--expires", "1d", "--price", "a:*=0.5", "--scope", "usage", "--policy", "balance",
+        home=home,
+    )  # fmt: skip
+    edit = lambda *options: pinaivu_json("keys", "edit", made["id"], *options, home=home)  # noqa: E731
+    edited = edit("--tpm", "100", "--model", "c:*", "--name", "new", "--lenient")
+    policy = {**made["policy"], "tpm": 100, "models": ["c:*"], "lenient": True}
+    assert edited["policy"] == policy
+    assert (edited["name"], edited["expires_at"]) == ("new", made["expires_at"])
+    cleared = edit(
+        "--rpm", "none", "--tpm", "none", "--model", "none", "--budget", "none", "--price", "none",
+        "--scope", "none", "--expires", "none", "--no-lenient", "--policy", "none",
+    )  # fmt: skip
+    plain = pinaivu_json("keys", "create", home=home)
+    assert cleared["policy"] == plain["policy"] and cleared["expires_at"] is None
+    assert cleared == pinaivu_json("keys", "show", made["prefix"], home=home)
+    for wrong in (("--block", " "), ("--block", "x", "--unblock"), ("--now",), ("--rpm", "0")):
+        done = pinaivu("keys", "edit", made["id"], *wrong, home=home, check=False)
+        assert done.returncode == 2
+    assert edit() == cleared
+
+
+def test_rotate_prints_a_new_secret_alone_and_only_of_a_key_that_works(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    made = pinaivu_json("keys", "create", home=home)
+    done = pinaivu("keys", "rotate", made["id"], home=home)
+    assert SECRET.fullmatch(done.stdout.strip()) and done.stdout.strip() != made["key"]
+    assert done.stdout.strip() not in done.stderr
+    assert "until" in done.stderr
+    for wrong in ("-1h", "soon", "99999999999d"):
+        done = pinaivu("keys", "rotate", made["id"], f"--overlap={wrong}", home=home, check=False)
+        assert done.returncode == 2 and "--overlap" in done.stderr
+    pinaivu("keys", "revoke", made["id"], "--now", home=home)
+    done = pinaivu("keys", "rotate", made["id"], home=home, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+
+
+def test_revoke_now_without_a_server_says_that_there_was_nothing_to_stop(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    made = pinaivu_json("keys", "create", home=home)
+    done = pinaivu("keys", "revoke", made["id"], "--now", home=home)
+    assert done.returncode == 0
+    assert "No box is running" in done.stderr
+    assert states(home)[made["id"]] == "revoked"
+
+
+def test_ls_shows_the_newest_100_of_many_and_their_limits(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    pinaivu("keys", "create", "--name", "old", home=home)
+    with sqlite3.connect(home / "pinaivu.db") as database:
+        database.execute(
+            "WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 100000)"
+            " INSERT INTO keys (id, account_id, hash, prefix, last_four, name, policy, created_at)"
+            " SELECT printf('key_0%08d', i), 'acct_owner', randomblob(32), 'sk-pnv-' || i, 'abcd',"
+            "        'many ' || i, '{}', i FROM n"
+        )
+    database.close()
+    limits = ("--rpm", "60", "--max-parallel", "2", "--budget", "10 per 30d")
+    newest = pinaivu_json("keys", "create", "--name", "newest", *limits, home=home)
+    listed = pinaivu_json("keys", "ls", home=home)
+    assert len(listed) == 100
+    assert [one["name"] for one in listed[-3:]] == ["many 100000", "old", "newest"]
+    table = pinaivu("keys", "ls", home=home)
+    (row,) = [line for line in table.stdout.splitlines() if newest["id"] in line]
+    assert "60 rpm, 2 parallel, 0 of 10 per 30d" in row
+    assert "--all" in table.stderr
+    whole = pinaivu_json("keys", "ls", "--all", home=home)
+    assert len(whole) == 100_002
+    (only,) = pinaivu_json("keys", "ls", "--account", "newest", home=home)
+    assert only["id"] == newest["id"]
+    assert pinaivu("keys", "ls", "--account", "nobody", home=home, check=False).returncode == 1
+
+
+def test_lists_of_keys_are_found_by_an_index(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    pinaivu("keys", "create", home=home)
+    with sqlite3.connect(home / "pinaivu.db") as database:
+        for statement, values in ((LS, ("l", 100)), (LS_OF_ACCOUNT, ("acct_owner", "l", 100))):
+            plan = [row[3] for row in database.execute(f"EXPLAIN QUERY PLAN {statement}", values)]
+            assert any(step.startswith("SEARCH keys USING INDEX") for step in plan), plan
+            assert not any(step.startswith("SCAN") for step in plan), plan
+            assert not any("ORDER BY" in step for step in plan), plan  # nothing is sorted
+    database.close()
+
+
+def test_a_name_is_printed_as_it_is(tmp_path: Path) -> None:
+    """Not as markup of whatever draws the table."""
+    home = tmp_path / "home"
+    pinaivu("keys", "create", "--name", "[/red] [bold]x[/]", home=home)
+    assert "[/red] [bold]x[/]" in pinaivu("keys", "ls", home=home).stdout
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        '{"scopes": ["inference", "fly"]}',
+        '{"rps": 3}',
+        '{"networks": ["everywhere"]}',
+        '{"budget": {"amount": "1", "period": "1 month"}}',
+        '{"prices": {"*": "free"}}',
+        "no JSON",
+        "",
+    ],
+)
+def test_settings_that_cannot_be_understood_block_their_key_alone(
+    new_box: Any, policy: str
+) -> None:
+    """A newer version may have written them: what cannot be read may be a limit."""
+    box = new_box("--model", "fake:1=fake:0")
+    made = pinaivu_json("keys", "create", home=box.home)
+    with sqlite3.connect(box.home / "pinaivu.db") as database:
+        database.execute("UPDATE keys SET policy = ? WHERE id = ?", (policy, made["id"]))
+    refused = box.http("GET", "/v1/models", key=made["key"])
+    assert refused.status_code == 403 and "newer version" in refused.json()["detail"]
+    listed = states(box.home)
+    assert listed.pop(made["id"]) == "blocked" and set(listed.values()) == {"active"}
+    edited = pinaivu("keys", "edit", made["id"], "--rpm", "3", home=box.home, check=False)
+    assert edited.returncode == 1 and "newer version" in edited.stderr
+    assert box.http("GET", "/v1/models").status_code == 200
+
+
+def test_the_audit_trail_names_who_ran_the_command_not_who_they_say_they_are(
+    tmp_path: Path,
+) -> None:
+    forged = environment(USER="mallory", LOGNAME="mallory")
+    home = tmp_path / "home"
+    command = [*PINAIVU, "keys", "create", "--home", str(home)]
+    subprocess.run(command, env=forged, check=True, capture_output=True)
+    actors = {entry["actor"] for entry in pinaivu_json("audit", home=home)}
+    assert len(actors) == 1 and actors != {"cli:mallory"}

@@ -19,6 +19,7 @@ ROOMS = (
     "chat_format",
     "amount",
     "config",
+    "policy",
     "identity",
     "logs",
     "openai",
@@ -26,9 +27,12 @@ ROOMS = (
     "models",
     "receipts",
     "store",
+    "peering",
     "gateway",
     "box",
+    "backup",
     "server",
+    "doctor",
     "bench",
     "cli",
     "__main__",
@@ -36,7 +40,8 @@ ROOMS = (
 WORKER = "engine.worker"
 # Who starts the child may name its main; nobody else sees the engine but for its messages.
 STARTS_THE_WORKER = "cli.engine"
-USES_LLAMA_CPP = "engine.llama_"  # what the names begin with of modules that may
+# Library -> what the names of modules begin with that may import it.
+ONLY_IN = {"llama_cpp": "engine.llama_", "iroh": "peering.iroh_", "zeroconf": "peering.lan"}
 
 
 def modules() -> dict[str, Path]:
@@ -100,10 +105,10 @@ def violations(module: str, source: str) -> list[str]:
     """What is wrong with a module's imports, in words."""
     wrong = []
     names = imports(source, module)
-    if not module.startswith(USES_LLAMA_CPP) and any(
-        name.split(".")[0] == "llama_cpp" for name in names
-    ):
-        wrong.append(f"{module} imports llama_cpp")
+    for library, allowed_in in ONLY_IN.items():
+        used = any(name.split(".")[0] == library for name in names)
+        if used and not module.startswith(allowed_in):
+            wrong.append(f"{module} imports {library}")
     for target in sorted({found for name in names if (found := own(name)) is not None}):
         if target == "":
             continue
@@ -144,6 +149,8 @@ def test_every_module_has_a_room_and_every_room_a_module() -> None:
         ("engine.worker", "from pinaivu_box.config import Config"),
         ("engine.engine", "import llama_cpp.llama_cpp as llama"),
         ("server.chat", "def f():\n    import llama_cpp"),
+        ("peering.link", "def f():\n    from iroh import Endpoint"),
+        ("peering.link", "from pinaivu_box.gateway import backend"),
         ("server.chat", "from ..cli import main"),
         ("errors", "from . import config"),
     ],
@@ -152,16 +159,20 @@ def test_the_check_sees_a_forbidden_import(module: str, source: str) -> None:
     assert violations(module, source)
 
 
-def test_the_parent_never_loads_llama_cpp_or_numpy() -> None:
-    """Importing every module of the parent's side leaves both out of sys.modules."""
+def test_the_parent_loads_neither_llama_cpp_nor_numpy_nor_what_peering_needs() -> None:
+    """Importing every module of the parent's side leaves them out of sys.modules, but for the
+    modules that are theirs: those are imported where links are made, and nowhere before."""
     names = [f"{PACKAGE}.{name}" for name in MODULES if name and not in_engine(name)]
     names = [name for name in names if name != f"{PACKAGE}.__main__"]  # it would run the command
+    theirs = tuple(f"{PACKAGE}.{ONLY_IN[library]}" for library in ("iroh", "zeroconf"))
+    names = [name for name in names if not name.startswith(theirs)]
     assert {f"{PACKAGE}.box", f"{PACKAGE}.server.app", f"{PACKAGE}.cli.serve"} <= set(names)
     code = f"""
 import importlib, sys
 for name in {names!r}:
     importlib.import_module(name)
-print(*sorted(name for name in sys.modules if name.split(".")[0] in ("llama_cpp", "numpy")))
+unwanted = {{"llama_cpp", "numpy", "iroh", "segno", "zeroconf"}}
+print(*sorted(unwanted & {{name.split(".")[0] for name in sys.modules}}))
 print(*sorted(name for name in sys.modules if name.startswith("pinaivu_box.engine.")))
 """
     done = subprocess.run(
@@ -183,4 +194,4 @@ def test_version_loads_nothing_heavy() -> None:
     assert f"{PACKAGE}.cli.main" in loaded and "click" in loaded
     top = {name.split(".")[0] for name in loaded}
     heavy = {"starlette", "msgspec", "aiosqlite", "httpx", "hypercorn", "rich", "nacl", "numpy"}
-    assert not top & heavy
+    assert not top & (heavy | {"iroh", "segno", "zeroconf"})

@@ -73,6 +73,7 @@ CASES: list[tuple[str, Style | None, dict[str, bool], Read]] = [
         {},
         [("call", "f", '{"x": "cut of')],
     ),
+    (f"<tool_call>{CALL_G}\n</tool", TAGS, {}, [G]),
     (
         '<tool_call>{"name": "unknown", "arguments": {}}</tool_call>',
         TAGS,

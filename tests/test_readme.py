@@ -104,12 +104,15 @@ def test_the_commands_of_keys(box: Box, tmp_path: Path) -> None:
     needs("jq")
     made = pinaivu_json("keys", "create", home=box.home)
     printed = run(filled_in(indented("Keys"), box, **{"key_...": made["id"]}), box, tmp_path)
-    first, second, *table = printed.splitlines()
-    assert first.startswith("sk-pnv-")
-    assert second.startswith("sk-pnv-")
+    first, second, third, *table = printed.splitlines()
+    assert all(line.startswith("sk-pnv-") for line in (first, second, third))
     assert any("laptop" in line for line in table)
-    keys = pinaivu_json("keys", "ls", home=box.home)
-    assert next(key["state"] for key in keys if key["id"] == made["id"]) == "revoked"
+    assert any("60 rpm" in line for line in table)
+    assert "key.rotate" in printed
+    key = pinaivu_json("keys", "show", made["id"], home=box.home)
+    assert (key["state"], key["blocked"], key["policy"]["rpm"]) == ("revoked", "ask Ann first", 120)
+    accounts = pinaivu_json("accounts", "ls", home=box.home)
+    assert ("ann", "admin") in {(one["name"], one["role"]) for one in accounts}
 
 
 def test_the_commands_of_receipts(box: Box, tmp_path: Path) -> None:

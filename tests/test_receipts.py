@@ -224,7 +224,7 @@ def test_verify_of_a_file_needs_no_box(case: Case, tmp_path: Path) -> None:
     done = run(case, tmp_path)
     assert done.returncode == 0, done.stdout
     lines = done.stdout.decode().splitlines()
-    for name in ("coordinator signature", "proof of leg 0", "usage", "payment"):
+    for name in ("coordinator signature", "proof 0", "usage", "payment"):
         assert any(name in line and " ok " in line for line in lines), name
     assert "FAILED" not in done.stdout.decode()
     checks = json.loads(run(case, tmp_path, "--json").stdout)
@@ -453,7 +453,7 @@ def test_a_proof_moved_from_another_receipt_is_refused(
     case: Case, forger: Forger, tmp_path: Path
 ) -> None:
     document = forger.document(case, proofs=another(case))
-    assert failed(document) == ["proof of leg 0"]
+    assert failed(document) == ["proof 0"]
     assert run(case, tmp_path, document=document).returncode == 1
 
 
@@ -466,7 +466,7 @@ def test_a_proof_whose_signature_is_of_another_is_refused(case: Case, forger: Fo
         SignedProof("{}", mine.signature),
         SignedProof("[" * 50_000, mine.signature),
     ):
-        assert failed(forger.document(case, proofs=[proof])) == ["proof of leg 0"]
+        assert failed(forger.document(case, proofs=[proof])) == ["proof 0"]
 
 
 def test_a_signature_over_the_receipt_is_none_over_the_proof(case: Case, forger: Forger) -> None:
@@ -481,7 +481,7 @@ def test_the_number_of_proofs_must_fit(case: Case, forger: Forger, tmp_path: Pat
     assert run(case, tmp_path, document=document).returncode == 1
     assert "usage" in failed(document)
     (proof,) = proofs_of(case)
-    assert "proof of leg 1" in failed(forger.document(case, proofs=[proof, proof]))
+    assert "legs" in failed(forger.document(case, proofs=[proof, proof]))
 
 
 @pytest.mark.parametrize(
@@ -491,9 +491,9 @@ def test_the_number_of_proofs_must_fit(case: Case, forger: Forger, tmp_path: Pat
         ({"payment_amount": "-1"}, "payment"),
         ({"currency": "USD"}, "payment"),
         ({"node_id": "node_" + "0" * 64}, "usage"),
-        ({"model": "other:1"}, "proof of leg 0"),
-        ({"model_digest": "0" * 64}, "proof of leg 0"),
-        ({"request_id": "req_other"}, "proof of leg 0"),
+        ({"model": "other:1"}, "proof 0"),
+        ({"model_digest": "0" * 64}, "proof 0"),
+        ({"request_id": "req_other"}, "proof 0"),
         ({"prompt_commitment": "0" * 64}, None),
         ({"output_commitment": "0" * 64}, None),
     ],
@@ -538,10 +538,13 @@ def test_tokens_moved_from_the_prompt_to_the_answer_are_found(case: Case, forger
 def test_a_price_that_is_none_fails_the_payment(
     case: Case, forger: Forger, tmp_path: Path, price: str
 ) -> None:
-    """A node may write anything into its proof: verifying it must end with a verdict."""
+    """A coordinator may write anything into its receipt, and a node into its proof, which counts
+    where a receipt of the first kind has no price: verifying it must end with a verdict."""
     real = msgspec.json.decode(case.signed["proofs"][0]["signed"], type=Proof)
-    bad = forger.proof(case, price=msgspec.structs.replace(real.price, per_1k_tokens=price))
-    document = forger.document(case, proofs=[bad], node_id=forger.identity.node_id)
+    none = msgspec.structs.replace(real.price, completion=price)
+    assert "payment" in failed(forger.document(case, price=none))
+    bad = forger.proof(case, price=none)
+    document = forger.document(case, proofs=[bad], node_id=forger.identity.node_id, price=None)
     done = run(case, tmp_path, document=document)
     assert done.returncode == 1
     assert b"FAILED payment" in done.stdout

@@ -97,6 +97,13 @@ def test_the_first_start_prints_base_url_and_key(started: tuple[Box, str, str]) 
     assert MODEL in first
 
 
+def test_without_peering_its_library_is_not_in_memory(started: tuple[Box, str, str]) -> None:
+    box, *_ = started
+    loaded = Path(f"/proc/{box.process.pid}/maps").read_text()
+    assert "nacl" in loaded
+    assert "iroh" not in loaded and "zeroconf" not in loaded
+
+
 def test_what_the_first_start_prints_works_when_pasted(tmp_path: Path, new_box: NewBox) -> None:
     config = tmp_path / "box.toml"
     config.write_text(SMALL_CONTEXT)
@@ -374,6 +381,7 @@ def test_metrics_count_requests_and_tokens(new_box: NewBox) -> None:
     assert found["pinaivu_time_to_first_token_seconds_count", "fake:1"] == 2
     assert found["pinaivu_engine_running", "fake:1"] == 0
     assert found["pinaivu_engine_steps", "fake:1"] >= 8
+    assert found["pinaivu_errors_total", "context_length_exceeded"] == 1
 
 
 # -- ps and ls -----------------------------------------------------------------------------------
@@ -566,6 +574,7 @@ def test_the_log_has_one_line_a_request_and_nothing_private(new_box: NewBox) -> 
         box.http("POST", "/v1/chat/completions", json={**body, prompt: prompt}),
         box.http("POST", "/v1/chat/completions", json=body, key=unknown),
         box.http("POST", "/v1/chat/completions", content=prompt.encode()),
+        box.http("GET", f"/v1/admin/keys/{box.key}"),
     ]
     assert box.stop() == 0
     lines = [json.loads(line) for line in box.errors.splitlines()]
@@ -584,7 +593,7 @@ def test_the_log_has_one_line_a_request_and_nothing_private(new_box: NewBox) -> 
         request_id = failure.headers["x-request-id"]
         (line,) = [line for line in lines if line.get("request_id") == request_id]
         assert line["status"] == failure.status_code
-    assert [failure.status_code for failure in failures] == [422, 404, 422, 401, 400]
+    assert [failure.status_code for failure in failures] == [422, 404, 422, 401, 400, 404]
     said = real["choices"][0]["message"]["content"]
     assert len(said) > 12
     for secret in (box.key, unknown, box.key[13:], prompt, "zanzibar", "quick brown", said[:12]):

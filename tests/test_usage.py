@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import sqlite3
 from collections.abc import Iterator
@@ -13,7 +15,8 @@ from typing import Any
 
 import pytest
 
-from tests.box import MODEL, Box, pinaivu, pinaivu_json
+from pinaivu_box.store.usage import Wanted, ranked, summed
+from tests.box import MODEL, Box, pinaivu, pinaivu_json, wait_until
 
 CHEAP, DEAR = "cheap:1", "dear:1"
 PRICES = {MODEL: Decimal("0.0123"), CHEAP: Decimal("0.000001"), DEAR: Decimal("1234.5")}
@@ -48,7 +51,7 @@ class Used:
     def of(self, **wanted: str) -> list[Answer]:
         return [a for a in self.answers if all(getattr(a, k) == v for k, v in wanted.items())]
 
-    def report(self, key: str, **parameters: str) -> Any:
+    def report(self, key: str, /, **parameters: str) -> Any:
         response = self.box.http("GET", "/v1/usage", key=key, params=parameters)
         assert response.status_code == 200, response.text
         return response.json()
@@ -133,7 +136,13 @@ def test_a_refused_request_costs_nothing(used: Used) -> None:
         response = used.box.http("POST", "/v1/chat/completions", key=used.alice, json=body)
         assert response.status_code >= 400
     after = used.report(used.alice)
-    assert {**after, "request_id": ""} == {**before, "request_id": ""}
+    same = {"request_id": "", "errors": {}}
+    assert {**after, **same} == {**before, **same}
+    found = wait_until(
+        lambda: (told := used.report(used.alice)["errors"]).get("model_not_found") and told,
+        "the errors to be counted",
+    )
+    assert set(found) == {"context_length_exceeded", "invalid_body", "model_not_found"}
 
 
 def test_the_model_parameter_narrows_it(used: Used) -> None:
@@ -170,6 +179,162 @@ def test_the_key_counts_what_the_report_says(used: Used) -> None:
     assert bob["tokens"] == report["total_tokens"]
 
 
+# -- groups --------------------------------------------------------------------------------------
+
+
+def key_of(used: Used, secret: str) -> dict[str, Any]:
+    """As it is listed."""
+    listed = pinaivu_json("keys", "ls", home=used.box.home)
+    (found,) = [key for key in listed if secret.startswith(key["prefix"])]
+    return dict(found)
+
+
+@pytest.mark.parametrize("by", ["day", "hour", "key", "model", "node", "key,model", "day,node"])
+def test_groups_add_up_to_the_whole(used: Used, by: str) -> None:
+    report = used.report(used.box.key, group_by=by)
+    check_report(report, used.answers)
+    names = by.split(",")
+    labels = [tuple(group[name] for name in names) for group in report["data"]]
+    assert labels == sorted(set(labels))
+    for field in ("prompt_tokens", "cached_tokens", "completion_tokens"):
+        assert sum(group[field] for group in report["data"]) == report[field]
+    assert sum(group["requests"] for group in report["data"]) == report["total_requests"]
+    assert sum(Decimal(group["cost"]) for group in report["data"]) == Decimal(report["cost"])
+    unasked = {"day", "hour", "key", "model", "node"} - set(names)
+    assert not any(unasked & set(group) for group in report["data"])
+
+
+def test_keys_are_told_apart_and_those_of_others_are_not_told(used: Used) -> None:
+    groups = used.report(used.box.key, group_by="key")["data"]
+    by_key = {group["key"]: group for group in groups if group["requests"]}
+    for secret in (used.alice, used.bob, used.box.key):
+        name = key_of(used, secret)["id"]
+        assert by_key.pop(name)["requests"] == len(used.of(key=secret))
+        check_report(used.report(used.box.key, key=name), used.of(key=secret))
+    assert not by_key
+    mine = used.report(used.alice, group_by="key")["data"]
+    assert {group["key"] for group in mine} == {key_of(used, used.alice)["id"]}
+    assert used.report(used.alice, key=key_of(used, used.bob)["id"])["total_requests"] == 0
+    refused = used.box.http("GET", "/v1/usage", key=used.alice, params={"account": "owner"})
+    assert refused.status_code == 403
+    assert used.box.http("GET", "/v1/usage", params={"account": "nobody"}).status_code == 404
+
+
+def test_an_account_sees_all_of_its_keys(used: Used) -> None:
+    home, alice = used.box.home, key_of(used, used.alice)
+    second = pinaivu_json("keys", "create", "--account", alice["account"], home=home)["key"]
+    check_report(used.report(second), used.of(key=used.alice))
+    check_report(used.report(used.box.key, account=alice["account"]), used.of(key=used.alice))
+    table = pinaivu("usage", "--account", alice["account"], "--by", "key", home=home).stdout
+    assert alice["id"] in table
+
+
+def test_waiting_times_are_those_of_the_rows(used: Used) -> None:
+    """By nearest rank, to within a tenth."""
+    with sqlite3.connect(f"file:{used.box.home / 'pinaivu.db'}?mode=ro", uri=True) as database:
+        rows = database.execute("SELECT total_ms, ttft_ms FROM requests").fetchall()
+    report = used.report(used.box.key)
+    for name, column in (("total_ms", 0), ("ttft_ms", 1)):
+        values = sorted(row[column] for row in rows)
+        for rank in (50, 90, 99):
+            exact = values[-(-rank * len(values) // 100) - 1]
+            assert exact <= report[name][f"p{rank}"] <= max(exact + 1, exact * 1.1)
+
+
+def test_csv_is_what_a_spreadsheet_reads(used: Used) -> None:
+    data = used.report(used.box.key, group_by="key,model")["data"]
+    response = used.box.http(
+        "GET", "/v1/usage", params={"group_by": "key,model"}, headers={"Accept": "text/csv"}
+    )
+    assert response.headers["content-type"].startswith("text/csv")
+    rows = list(csv.DictReader(io.StringIO(response.text)))
+    assert [(row["key"], row["model"], row["cost"]) for row in rows] == [
+        (group["key"], group["model"], group["cost"]) for group in data
+    ]
+    made = sum(answer.prompt + answer.completion for answer in used.answers)
+    assert sum(int(row["tokens"]) for row in rows) == made
+    printed = pinaivu("usage", "--csv", "--by", "key", "--by", "model", home=used.box.home).stdout
+    # What was refused meanwhile has rows of its own, without a model, and is written once a while.
+    both = [
+        [line for line in text.splitlines() if ",," not in line]
+        for text in (printed, response.text)
+    ]
+    assert both[0] == both[1]
+    plain = used.box.http("GET", "/v1/usage", headers={"Accept": "text/csv"}).text.splitlines()
+    assert len(plain) == 2 and plain[1].startswith(f"{len(used.answers)},")
+
+
+def test_reports_read_only_what_they_sum(used: Used) -> None:
+    """Rows of the time and the keys that were asked for are found by an index."""
+    with sqlite3.connect(f"file:{used.box.home / 'pinaivu.db'}?mode=ro", uri=True) as database:
+        for wanted in (
+            Wanted(since=1, until=2),
+            Wanted(since=1, until=2, key_id="key_1"),
+            Wanted(since=1, until=2, account_id="acct_owner", model="a"),
+        ):
+            for by in ((), ("day",), ("model",), ("key", "hour")):
+                keys = ["key_1"] if "key" in by else None
+                statements = [
+                    (table, *summed(table, wanted, by, keys))
+                    for table in ("usage", "latencies", "refusals")
+                ]
+                for table, sql, values in [*statements, ("usage", *ranked(wanted, 5))]:
+                    rows = database.execute(f"EXPLAIN QUERY PLAN {sql}", values).fetchall()
+                    plan = " | ".join(row[3] for row in rows)
+                    assert f"SEARCH {table} USING" in plan, plan
+                    assert "since>? AND since<?)" in plan, plan
+                    assert f"SCAN {table}" not in plan and "SCAN refusals" not in plan, plan
+                    narrow = wanted != Wanted(since=1, until=2) or table != "refusals"
+                    assert not narrow or "(key_id=? AND since>? AND since<?)" in plan, plan
+
+
+def test_no_cell_is_a_formula(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "config.toml").write_text('[pricing]\ncurrency = "=1+1"\n')
+    box = Box(home, "--model", "fake:1=fake:0").start()
+    try:
+        ask(box, box.key, "fake:1", 1, False)
+        assert ",'=1+1," in pinaivu("usage", "--csv", home=home).stdout
+    finally:
+        box.end()
+
+
+def test_of_very_many_keys_those_that_used_most_are_told_apart(tmp_path: Path) -> None:
+    home, count = tmp_path / "home", 1001
+    pinaivu("keys", "create", home=home)
+    with sqlite3.connect(home / "pinaivu.db") as database:
+        numbers = [(f"key_{n:04}", n) for n in range(1, count + 1)]
+        database.executemany(
+            "INSERT INTO keys (id, account_id, hash, prefix, last_four, name, policy, created_at)"
+            " VALUES (?1, 'acct_owner', CAST(?1 AS BLOB), '', '', '', '{}', ?2)",
+            numbers,
+        )
+        database.executemany(
+            "INSERT INTO requests VALUES"
+            " ('req_' || ?1, ?1, 0, 'fake:1', 'node_1', 'stop', ?2, 0, 1, ?2, 0, ?2, ?2)",
+            numbers,
+        )
+        database.execute("INSERT INTO refusals VALUES ('', 0, '', 'invalid_api_key', 3)")
+    database.close()
+    for one in ((), ("--account", "owner"), ("--until", "1970-01-01")):
+        report = pinaivu_json("usage", "--by", "key", *one, home=home)
+        assert report["more_keys"]
+        # Those that used least are not there, and none whose requests had no key.
+        assert [group["key"] for group in report["data"]] == [name for name, _ in numbers[1:]]
+        assert report["total_requests"] == count
+        assert report["prompt_tokens"] == sum(n for _, n in numbers)
+    assert "more_keys" not in pinaivu_json("usage", home=home)
+    assert "--account" in pinaivu("usage", "--by", "key", home=home).stdout.splitlines()[-2]
+
+
+@pytest.mark.parametrize("by", ["", "week", "day,day", "day,", "key_id"])
+def test_a_grouping_that_is_none_is_422(used: Used, by: str) -> None:
+    response = used.box.http("GET", "/v1/usage", params={"group_by": by})
+    assert response.status_code == 422
+    assert response.json()["detail"][0]["loc"] == ["query", "group_by"]
+
+
 # -- the command ---------------------------------------------------------------------------------
 
 
@@ -181,6 +346,29 @@ def test_the_command_reports_the_whole_box(used: Used) -> None:
     total = f"{sum(a.prompt + a.completion for a in used.answers):,}"
     for text in (MODEL, CHEAP, DEAR, total, "EUR", pinaivu_json("usage", home=home)["cost"]):
         assert text in table
+
+
+@pytest.mark.parametrize("width", [70, 80, 100, 120, 160])
+def test_a_terminal_shows_whole_numbers_or_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, width: int
+) -> None:
+    home = tmp_path / "home"
+    pinaivu("keys", "create", home=home)
+    with sqlite3.connect(home / "pinaivu.db") as database:
+        database.executemany(
+            "INSERT INTO requests SELECT ?, id, ?, 'fake:1', 'node_1', 'stop', 8167596803, 0, 1,"
+            " 566723721000001, 0, 99999, 1234567 FROM keys",
+            [(f"req_{n}", n * 86_400_000) for n in range(3)],
+        )
+    database.close()
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as into a terminal
+    monkeypatch.setenv("COLUMNS", str(width))
+    table = pinaivu("usage", "--by", "day", home=home).stdout
+    assert "…" not in table
+    for text in ("1970-01-01", "566723.721000001", "1700171.163000003", "8,167,596,804"):
+        assert text in table
+    assert ("TOTAL MS" in table) == (width >= 100)
+    assert ("CACHED" in table) == (width >= 160)
 
 
 # -- dates ---------------------------------------------------------------------------------------
@@ -202,11 +390,17 @@ def dated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Box]:
     made = [ask(box, box.key, CHEAP, 2, False) for _ in moments]
     assert box.stop() == 0
     with sqlite3.connect(home / "pinaivu.db") as database:
+        # Put in again, at the moments of the test: the sums follow the rows that come.
+        database.execute("CREATE TABLE old AS SELECT * FROM requests")
+        # (Hours that are deleted become days.)
+        for table in ("requests", "usage", "usage", "latencies"):
+            database.execute(f"DELETE FROM {table}")
         for answer, moment in zip(made, moments, strict=True):
             database.execute(
-                "UPDATE requests SET created_at = ? WHERE request_id = ?",
-                (moment, answer.request_id),
+                "UPDATE old SET created_at = ? WHERE request_id = ?", (moment, answer.request_id)
             )
+        database.execute("INSERT INTO requests SELECT * FROM old")
+        database.execute("DROP TABLE old")
     database.close()
     yield box.start()
     box.end()

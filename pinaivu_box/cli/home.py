@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,7 +12,7 @@ import click
 import msgspec
 
 from pinaivu_box import config as configs
-from pinaivu_box.errors import CliError
+from pinaivu_box.errors import CliError, InvalidBody, NotRunning, UsageError
 
 T = TypeVar("T")
 
@@ -25,11 +25,26 @@ class Running(msgspec.Struct, frozen=True):
     token: str
 
 
+def _whole(_context: click.Context, _parameter: click.Parameter, home: Path) -> Path:
+    """Finishes a restore that was cut off, before anything in the home is looked at."""
+    try:
+        cut_off = (home / "restore.ready").is_dir()
+    except OSError:  # the command will say what is wrong with it
+        return home
+    if cut_off:
+        from pinaivu_box.backup.restore import complete
+
+        if aside := complete(home):
+            click.echo(f"A restore was cut off and is now complete; before it: {aside}", err=True)
+    return home
+
+
 def home_option(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.option(
         "--home",
         type=click.Path(path_type=Path, file_okay=False),
         default=configs.default_home,
+        callback=_whole,
         help="The box's directory.  [env: PINAIVU_HOME]",
     )(command)
 
@@ -65,18 +80,39 @@ def print_table(
         table.add_column(column, justify="right" if column in numbers else "left", no_wrap=True)
     for row in rows:
         table.add_row(*row)
-    Console(width=None if sys.stdout.isatty() else 1000).print(table)
+    # Names are printed as they are: what looks like rich's markup is none.
+    Console(width=None if sys.stdout.isatty() else 100_000, markup=False).print(table)
 
 
 def with_database(home: Path, work: Callable[[Any], Awaitable[T]]) -> T:
-    """Run `work` on the home's database; the server may be running on it or not."""
+    """Run `work` on the home's database; the server may be running on it or not.
+
+    What the store does not take was given wrongly: UsageError.
+    """
     from pinaivu_box.box import database_of
 
     async def run() -> T:
         async with database_of(home) as database:
             return await work(database)
 
-    return asyncio.run(run())
+    try:
+        return asyncio.run(run())
+    except InvalidBody as error:
+        raise UsageError(f"{error.loc[-1]}: {error.message}.") from error
+
+
+def actor() -> Any:
+    """Who runs this command, for the audit trail: not what USER says, which anybody can set."""
+    import os
+    import pwd
+
+    from pinaivu_box.store.audit import Actor
+
+    try:
+        name = pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:  # in a container, for example
+        name = str(os.getuid())
+    return Actor(f"cli:{name}", "local")
 
 
 def load_config(home: Path, path: Path | None, **more: Any) -> configs.Config:
@@ -95,19 +131,47 @@ def write_running(home: Path, running: Running) -> None:
         file.write(msgspec.json.encode(running))
 
 
-def ask_running(home: Path, path: str) -> Any:
-    """GET from the server that runs on this home; CliError if there is none."""
+def ask_running(
+    home: Path, path: str, *, method: str = "GET", body: Any = None, seconds: float = 10
+) -> Any:
+    """Ask the server that runs on this home.  Raises NotRunning, CliError if it refuses."""
     import httpx
 
     try:
         running = msgspec.json.decode((home / "run.json").read_bytes(), type=Running)
-        answer = httpx.get(
+        answer = httpx.request(
+            method,
             running.url + path,
             headers={"Authorization": f"Bearer {running.token}"},
-            timeout=10,
+            json=body,
+            timeout=seconds,
             trust_env=False,  # it is on this machine: no proxy
         )
-        answer.raise_for_status()
     except (OSError, msgspec.DecodeError, httpx.HTTPError) as error:
-        raise CliError(f"No box is running on {home}: start one with 'pinaivu serve'.") from error
+        raise NotRunning(f"No box is running on {home}: start one with 'pinaivu serve'.") from error
+    if answer.is_error:
+        raise CliError(answer.json()["error"]["message"])
     return answer.json()
+
+
+def follow_running(home: Path, path: str, body: Any, seconds: float) -> Iterator[Any]:
+    """As `ask_running`, for an answer that comes line by line; `seconds` may pass without one."""
+    import httpx
+
+    try:
+        running = msgspec.json.decode((home / "run.json").read_bytes(), type=Running)
+        with httpx.stream(
+            "POST",
+            running.url + path,
+            headers={"Authorization": f"Bearer {running.token}"},
+            json=body,
+            timeout=httpx.Timeout(10, read=seconds),
+            trust_env=False,
+        ) as answer:
+            if answer.is_error:
+                raise CliError(msgspec.json.decode(answer.read())["error"]["message"])
+            yield from map(msgspec.json.decode, answer.iter_lines())
+    except (httpx.ReadError, httpx.ReadTimeout, httpx.RemoteProtocolError) as error:
+        raise CliError("The box has stopped, or is stuck: 'pinaivu doctor' may know.") from error
+    except (OSError, msgspec.DecodeError, httpx.HTTPError) as error:
+        raise NotRunning(f"No box is running on {home}: start one with 'pinaivu serve'.") from error

@@ -1,142 +1,281 @@
-"""`pinaivu keys create|ls|revoke`: on the home's database, whether a server runs on it or not."""
+"""`pinaivu keys`: on the home's database, whether a server runs on it or not."""
 
 from __future__ import annotations
 
-import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import click
 
-from pinaivu_box.cli.home import home_option, json_option, print_json, print_table, with_database
+from pinaivu_box.cli.home import (
+    actor,
+    ask_running,
+    home_option,
+    json_option,
+    print_json,
+    print_table,
+    with_database,
+)
+from pinaivu_box.cli.key_options import NONE, expiry, policy_options, with_options
 from pinaivu_box.config import parse_duration
-from pinaivu_box.errors import CliError, UsageError
+from pinaivu_box.errors import NotRunning, UsageError
+from pinaivu_box.policy import LONGEST_LIFE, SCOPES, Policy
 
-_LONGEST_EXPIRY = 36500 * 86400.0  # seconds
+_ALL = 2**62
 
 
 @click.group()
 def keys() -> None:
-    """Create, list and revoke API keys."""
+    """Create, list, change, rotate and revoke API keys.
+
+    A KEY is named by its id or by the beginning of the key.  Changes hold for the next request,
+    whether a server is running or not.
+    """
 
 
 @keys.command()
 @home_option
 @json_option
 @click.option("--name", default="", help="What the key is for.")
+@click.option("--account", metavar="NAME", help="Whose it is; it gets one of its own if not set.")
+@click.option("--admin", is_flag=True, help="All scopes; it is the owner's if no account is set.")
 @click.option("--expires", metavar="DURATION", help="For example 12h or 30d; never if not set.")
-@click.option("--admin", is_flag=True, help="May see every key's receipts and usage.")
-def create(home: Path, as_json: bool, name: str, expires: str | None, admin: bool) -> None:
+@policy_options
+def create(
+    home: Path,
+    as_json: bool,
+    name: str,
+    account: str | None,
+    admin: bool,
+    expires: str | None,
+    **settings: Any,
+) -> None:
     """Create a key and print it: this is the only time it is shown."""
     from pinaivu_box.store import keys as store
+    from pinaivu_box.store.views import new_key_view
 
-    expires_at = None if expires is None else _expiry(expires)
+    if admin and settings["scopes"]:
+        raise UsageError("--admin is all scopes: leave out one of --admin and --scope.")
+    policy = with_options(Policy(scopes=SCOPES) if admin else Policy(), settings)
+    expires_at = None if expires is None else expiry(expires)
 
     async def work(database: Any) -> tuple[store.Key, str]:
-        return await store.create(database, name=name, admin=admin, expires_at=expires_at)
+        whose = await store.account_for(database, account, name, policy, actor())
+        return await store.create(
+            database, account=whose, name=name, policy=policy, expires_at=expires_at, by=actor()
+        )
 
     key, secret = with_database(home, work)
     if as_json:
-        print_json(
-            {
-                "id": key.id,
-                "key": secret,
-                "name": key.name,
-                "prefix": key.prefix,
-                "admin": key.admin,
-                "expires_at": _iso(key.expires_at),
-            }
-        )
+        print_json(new_key_view(key, secret))
         return
     click.echo(secret)
-    click.echo(f"{key.id}: store the key now, it is not shown again.", err=True)
-
-
-@keys.command()
-@home_option
-@json_option
-def ls(home: Path, as_json: bool) -> None:
-    """List the keys (never the secrets)."""
-    from pinaivu_box.store import keys as store
-
-    found = with_database(home, store.ls)
-    if as_json:
-        print_json([_shown(key) for key in found])
-        return
-    print_table(
-        ("ID", "NAME", "KEY", "STATE", "REQUESTS", "TOKENS", "LAST USED"),
-        [
-            (
-                key.id,
-                key.name + (" (admin)" if key.admin else ""),
-                f"{key.prefix}…{key.last_four}",
-                shown["state"],
-                str(key.requests),
-                str(key.tokens),
-                shown["last_used_at"] or "never",
-            )
-            for key, shown in ((key, _shown(key)) for key in found)
-        ],
-        numbers=("REQUESTS", "TOKENS"),
+    click.echo(
+        f"{key.id} of account {key.account}: store the key now, it is not shown again.", err=True
     )
 
 
 @keys.command()
 @home_option
-@click.argument("id_or_prefix")
-def revoke(home: Path, id_or_prefix: str) -> None:
-    """Revoke a key by its id or by the beginning of the key; it holds for the next request."""
+@json_option
+@click.option("--account", metavar="NAME", help="Only this account's.")
+@click.option("--all", "all_", is_flag=True, help="All of them, not only the newest 100.")
+def ls(home: Path, as_json: bool, account: str | None, all_: bool) -> None:
+    """List the newest keys (never the secrets)."""
+    from pinaivu_box.store import accounts
+    from pinaivu_box.store import keys as store
+    from pinaivu_box.store.views import key_view
+
+    async def work(database: Any) -> list[store.Key]:
+        whose = None if account is None else (await accounts.find(database, account)).id
+        return await store.ls(database, whose, limit=_ALL if all_ else 101)
+
+    found = with_database(home, work)
+    more = not all_ and len(found) > 100
+    # The newest at the bottom, where one looks.
+    shown = [key_view(key) for key in reversed(found[: 100 if more else None])]
+    if as_json:
+        print_json(shown)
+    else:
+        columns = ("ID", "NAME", "ACCOUNT", "KEY", "STATE", "LIMITS", "REQUESTS", "TOKENS")
+        rows = [
+            (
+                key.id,
+                key.name + (" (admin)" if key.admin else ""),
+                key.account,
+                f"{key.prefix}…{key.last_four}",
+                key.state,
+                _limits(key),
+                str(key.requests),
+                str(key.tokens),
+                key.last_used_at or "never",
+            )
+            for key in shown
+        ]
+        print_table((*columns, "LAST USED"), rows, numbers=("REQUESTS", "TOKENS"))
+    if more:
+        click.echo("There are older keys: --all lists them too.", err=True)
+
+
+@keys.command()
+@home_option
+@json_option
+@click.argument("key")
+def show(home: Path, as_json: bool, key: str) -> None:
+    """Show a key with all its settings (never the secret)."""
+    from pinaivu_box.store import keys as store
+
+    _print_key(with_database(home, lambda database: store.named(database, key)), as_json)
+
+
+@keys.command()
+@home_option
+@json_option
+@click.argument("key")
+@click.option("--name", help="What the key is for.")
+@click.option("--expires", metavar="DURATION", help="From now, for example 30d.")
+@policy_options
+@click.option("--block", metavar="REASON", help="Refuse its requests until --unblock.")
+@click.option("--unblock", is_flag=True, help="Serve its requests again.")
+@click.option("--now", is_flag=True, help="With --block: stop its running requests too.")
+def edit(
+    home: Path,
+    as_json: bool,
+    key: str,
+    name: str | None,
+    expires: str | None,
+    block: str | None,
+    unblock: bool,
+    now: bool,
+    **settings: Any,
+) -> None:
+    """Change what is given of a key's settings.
+
+    The word 'none' puts one back to its default: --rpm none is no limit, --model none all models,
+    --expires none never.  Repeatable options replace the whole list.
+    """
+    from msgspec import UNSET
+
+    from pinaivu_box.store import keys as store
+
+    if block is not None and (unblock or not block.strip()):
+        raise UsageError("--block needs a reason, and excludes --unblock.")
+    if now and block is None:
+        raise UsageError("--now goes with --block (or 'keys revoke').")
+    changes: dict[str, Any] = {} if expires is None else {"expires_at": expiry(expires)}
+
+    async def work(database: Any) -> store.Key:
+        found = await store.named(database, key)
+        made = with_options(found.policy, settings)
+        blocked = None if unblock else UNSET if block is None else block
+        return await store.edit(
+            database, found, actor(), name=name, policy=made, blocked=blocked, **changes
+        )
+
+    edited = with_database(home, work)
+    if now:
+        _stop(home, "PATCH", f"{edited.id}?now=true", {"blocked": block})
+    _print_key(edited, as_json)
+
+
+@keys.command()
+@home_option
+@json_option
+@click.argument("key")
+@click.option(
+    "--overlap",
+    metavar="DURATION",
+    help="How long the secret of now still works; 24h if not set, 0 ends it at once.",
+)
+def rotate(home: Path, as_json: bool, key: str, overlap: str | None) -> None:
+    """Give a key a new secret and print it: this is the only time it is shown.
+
+    Settings, limits and usage stay.  If the key is being rotated already, the secret from before
+    that ends now.
+    """
+    from pinaivu_box.store import keys as store
+    from pinaivu_box.store.views import new_key_view
+
+    try:
+        seconds = parse_duration(store.OVERLAP if overlap is None else overlap)
+    except ValueError as error:
+        raise UsageError(f"--overlap: {error}.") from error
+    if not 0 <= seconds <= LONGEST_LIFE:
+        raise UsageError("--overlap is from 0 to 36500d.")
+
+    async def work(database: Any) -> tuple[store.Key, str]:
+        return await store.rotate(database, await store.named(database, key), seconds, actor())
+
+    rotated, secret = with_database(home, work)
+    view = new_key_view(rotated, secret)
+    if as_json:
+        print_json(view)
+        return
+    click.echo(secret)
+    old = f"the old one works until {view.old_until}" if seconds else "the old one has ended"
+    click.echo(f"{view.id}: store the new key now, it is not shown again; {old}.", err=True)
+
+
+@keys.command()
+@home_option
+@json_option
+@click.argument("key")
+@click.option("--now", is_flag=True, help="Stop its running requests too.")
+def revoke(home: Path, as_json: bool, key: str, now: bool) -> None:
+    """Revoke a key for good."""
     from pinaivu_box.store import keys as store
 
     async def work(database: Any) -> store.Key:
-        found = await store.named(database, id_or_prefix)
-        if not found:
-            raise CliError(f"No key is called {id_or_prefix}: 'pinaivu keys ls' lists them.")
-        if len(found) > 1:
-            names = ", ".join(key.id for key in found)
-            raise CliError(f"{id_or_prefix} fits {len(found)} keys ({names}): give more of it.")
-        if found[0].revoked_at is None:
-            await store.revoke(database, found[0].id)
-        return found[0]
+        return await store.revoke(database, await store.named(database, key), actor())
 
-    key = with_database(home, work)
-    click.echo(f"{key.id} is revoked.", err=True)
+    revoked = with_database(home, work)
+    click.echo(f"{revoked.id} is revoked.", err=True)
+    if now:
+        _stop(home, "POST", f"{revoked.id}/revoke?now=true")
+    if as_json:
+        _print_key(revoked, as_json)
 
 
-def _expiry(text: str) -> int:
+def _stop(home: Path, method: str, path: str, body: Any = None) -> None:
+    """What is in the database already, said to the server that runs the key's requests."""
     try:
-        seconds = parse_duration(text)
-    except ValueError as error:
-        raise UsageError(f"--expires: {error}.") from error
-    if seconds <= 0:
-        raise UsageError("--expires must be longer than nothing.")
-    if seconds > _LONGEST_EXPIRY:
-        raise UsageError("--expires is at most 36500d, a hundred years.")
-    return int((time.time() + seconds) * 1000)
+        stopped = ask_running(home, f"/v1/admin/keys/{path}", method=method, body=body)["stopped"]
+    except NotRunning:
+        click.echo("No box is running here: there was nothing to stop.", err=True)
+    else:
+        click.echo(f"{stopped} running requests were stopped.", err=True)
 
 
-def _shown(key: Any) -> dict[str, Any]:
-    now = time.time_ns() // 1_000_000
-    state = "revoked" if key.revoked_at else "expired" if key.expired(now) else "active"
-    return {
-        "id": key.id,
-        "name": key.name,
-        "prefix": key.prefix,
-        "last_four": key.last_four,
-        "admin": key.admin,
-        "state": state,
-        "created_at": _iso(key.created_at),
-        "expires_at": _iso(key.expires_at),
-        "revoked_at": _iso(key.revoked_at),
-        "last_used_at": _iso(key.last_used_at),
-        "requests": key.requests,
-        "tokens": key.tokens,
-    }
+def _print_key(key: Any, as_json: bool) -> None:
+    from msgspec import to_builtins
+
+    from pinaivu_box.store.views import key_view
+
+    view = key_view(key)
+    if as_json:
+        print_json(view)
+        return
+    shown: dict[str, Any] = to_builtins(view)
+    policy = shown.pop("policy")
+    for name, value in {**shown, **policy}.items():
+        text = ", ".join(value) if isinstance(value, tuple | list) else value
+        click.echo(f"{name:14}{NONE if text in (None, '', {}) else text}")
 
 
-def _iso(milliseconds: int | None) -> str | None:
-    if milliseconds is None:
-        return None
-    moment = datetime.fromtimestamp(milliseconds // 1000, UTC)
-    return moment.isoformat().replace("+00:00", "Z")
+def _limits(key: Any) -> str:
+    """What is set, in few words."""
+    policy = key.policy
+    said = [
+        f"{value} {name}"
+        for name, value in (
+            ("rpm", policy.rpm),
+            ("tpm", policy.tpm),
+            ("parallel", policy.max_parallel),
+        )
+        if value is not None
+    ]
+    if policy.budget is not None:
+        period = f" per {policy.budget.period}" if policy.budget.period else ""
+        said.append(f"{key.spent} of {policy.budget.amount}{period}")
+    said += ["models"] * bool(policy.models) + ["networks"] * bool(policy.networks)
+    return ", ".join(said)

@@ -9,17 +9,29 @@ from pathlib import Path
 import click
 
 from pinaivu_box import __version__
-from pinaivu_box.errors import CliError
+from pinaivu_box.errors import BoxError
 
 # Command -> where it is and what it does (the text of `--help`, without importing it).
 COMMANDS = {
     "serve": ("pinaivu_box.cli.serve:serve", "Serve the API (the default when run as build/run)."),
-    "keys": ("pinaivu_box.cli.keys:keys", "Create, list and revoke API keys."),
+    "keys": ("pinaivu_box.cli.keys:keys", "Create, list, change, rotate and revoke API keys."),
+    "accounts": ("pinaivu_box.cli.accounts:accounts", "Create, list and remove accounts."),
+    "audit": ("pinaivu_box.cli.audit:audit", "Show who changed what."),
+    "peers": ("pinaivu_box.cli.peers:peers", "Join boxes into one network."),
     "usage": ("pinaivu_box.cli.usage:usage", "Show what was used, by model."),
+    "ledger": ("pinaivu_box.cli.ledger:ledger", "Show and settle what peers owe each other."),
     "receipts": ("pinaivu_box.cli.receipts:receipts", "Show and verify receipts."),
     "ls": ("pinaivu_box.cli.models:ls", "List the models that this box can serve."),
+    "pull": ("pinaivu_box.cli.pull:pull", "Copy a model from another box."),
     "ps": ("pinaivu_box.cli.models:ps", "List the engines of the running box."),
+    "backup": ("pinaivu_box.cli.backup:backup", "Back up the box into one file."),
+    "restore": ("pinaivu_box.cli.backup:restore", "Put a backup back."),
+    "doctor": ("pinaivu_box.cli.doctor:doctor", "Check the box and its machine."),
     "bench": ("pinaivu_box.cli.bench:bench", "Measure a server, or two against each other."),
+    "reload": (
+        "pinaivu_box.cli.reload:reload",
+        "Let the running box read its settings again.",
+    ),
     "engine": ("pinaivu_box.cli.engine:engine", ""),
 }
 HIDDEN = {"engine"}
@@ -52,7 +64,7 @@ def main() -> None:
     """Run the command; a user's mistake is one line on stderr, never a traceback."""
     try:
         cli.main(prog_name="pinaivu", standalone_mode=False)
-    except CliError as error:
+    except BoxError as error:
         click.echo(f"pinaivu: {error.message}", err=True)
         sys.exit(error.exit_code)
     except click.ClickException as error:

@@ -104,7 +104,7 @@ def _from_database(home: Path, request_id: str) -> bytes:
         raise CliError(f"There is no box in {home}: choose another --home, or verify a file.")
 
     async def work(database: Any) -> StoredReceipt | None:
-        return await find_receipt(database, request_id, key_id=None)
+        return await find_receipt(database, request_id, account_id=None)
 
     found = with_database(home, work)
     if found is None:

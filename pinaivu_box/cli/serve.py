@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from pinaivu_box.errors import UsageError
 @click.option("--port", type=int, help="Port to listen on, 4001 if not set.  [env: PINAIVU_PORT]")
 @config_option
 @click.option("--model", "models", multiple=True, metavar="NAME=PATH", help="Serve this GGUF too.")
+@click.option("--peering", is_flag=True, default=None, help="Take part in a network of boxes.")
 @click.option("--log-level", type=click.Choice(LOG_LEVELS))
 @click.option("--log-format", type=click.Choice(LOG_FORMATS))
 def serve(
@@ -29,22 +31,26 @@ def serve(
     port: int | None,
     config: Path | None,
     models: tuple[str, ...],
+    peering: bool | None,
     log_level: str | None,
     log_format: str | None,
 ) -> None:
     """Serve the API until Ctrl-C or SIGTERM."""
-    loaded = load_config(
-        home,
-        config,
-        overrides={
-            ("server", "host"): host,
-            ("server", "port"): port,
-            ("log", "level"): log_level,
-            ("log", "format"): log_format,
-        },
-        extra_models=[_model(text) for text in models],
-    )
-    asyncio.run(_serve(loaded, home.expanduser().absolute()))
+    overrides = {
+        ("server", "host"): host,
+        ("server", "port"): port,
+        ("peering", "enabled"): peering,
+        ("log", "level"): log_level,
+        ("log", "format"): log_format,
+    }
+    extra = [_model(text) for text in models]
+    path = None if config is None else config.absolute()
+    home = home.expanduser().absolute()
+
+    def load() -> Config:
+        return load_config(home, path, overrides=overrides, extra_models=extra)
+
+    asyncio.run(_serve(load, home))
 
 
 def _model(text: str) -> ModelConfig:
@@ -54,17 +60,18 @@ def _model(text: str) -> ModelConfig:
     return ModelConfig(name=name, path=path)
 
 
-async def _serve(config: Config, home: Path) -> None:
+async def _serve(load: Callable[[], Config], home: Path) -> None:
     from pinaivu_box import logs
     from pinaivu_box.box import open_box
     from pinaivu_box.server.serve import bind
     from pinaivu_box.server.serve import serve as serve_box
 
+    config = load()
     logs.configure(config.log)
     # Before the home is touched: an address in use must not leave a key that nobody has seen.
     listener = bind(config.server.host, config.server.port)
     try:
-        async with open_box(config, home) as box:
+        async with open_box(load, home) as box:
             port = listener.getsockname()[1]
             secret = await _first_key(box.database)
 
@@ -85,11 +92,20 @@ async def _serve(config: Config, home: Path) -> None:
 
 
 async def _first_key(database: Any) -> str | None:
-    from pinaivu_box.store import keys
+    from pinaivu_box.policy import SCOPES, Policy
+    from pinaivu_box.store import accounts, keys
+    from pinaivu_box.store.audit import Actor
 
-    if await keys.ls(database):
+    if await keys.exist(database):
         return None
-    _, secret = await keys.create(database, name="first key", admin=True, expires_at=None)
+    _, secret = await keys.create(
+        database,
+        account=await accounts.find(database, accounts.OWNER),
+        name="first key",
+        policy=Policy(scopes=SCOPES),
+        expires_at=None,
+        by=Actor("first start", "local"),
+    )
     return secret
 
 

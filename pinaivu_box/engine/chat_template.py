@@ -70,6 +70,17 @@ class ChatTemplate:
 
     def _render(self, messages: list[dict[str, Any]], values: dict[str, Any]) -> str:
         try:
+            return self._try(messages, values)
+        except BadRequest:
+            if len(messages) < 2 or [one["role"] for one in messages[:2]] != ["system", "user"]:
+                raise
+        # Some templates know no system role (Gemma's): its words go before the user's.
+        system, user = messages[:2]
+        both = {**user, "content": f"{system['content']}\n\n{user['content']}"}
+        return self._try([both, *messages[2:]], values)
+
+    def _try(self, messages: list[dict[str, Any]], values: dict[str, Any]) -> str:
+        try:
             return self._template.render(messages=messages, **values)
         except Exception as error:  # a template is a program from the model's file
             raise BadRequest(
@@ -91,7 +102,14 @@ def _in_words(
     messages: list[dict[str, Any]], functions: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
     """Calls and their results as text, for a template that knows neither."""
-    said = [_one_in_words(message) for message in messages]
+    said: list[dict[str, Any]] = []
+    turn = ""
+    for message in messages:
+        words = _one_in_words(message)
+        if turn == "tool" and words["role"] == "user":  # one turn, which templates insist on
+            words["content"] = f"{said.pop()['content']}\n{words['content']}"
+        said.append(words)
+        turn = message["role"]
     if functions:
         told = chat_format.instructions(functions)
         if said and said[0]["role"] == "system":

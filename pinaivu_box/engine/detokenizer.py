@@ -5,6 +5,8 @@ from __future__ import annotations
 import codecs
 from collections.abc import Callable
 
+from pinaivu_box.chat_format import overlap
+
 
 class Detokenizer:
     """`push` tokens one by one; it returns the text that is now certain.
@@ -52,14 +54,6 @@ class Detokenizer:
             _, at, self.stop_string = min(found)
             self._held = ""
             return held[:at]
-        keep = max(_overlap(held, stop) for stop in self._stop)
+        keep = max(overlap(held, stop) for stop in self._stop)
         self._held = held[len(held) - keep :]
         return held[: len(held) - keep]
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` with which `stop` begins."""
-    for length in range(min(len(text), len(stop) - 1), 0, -1):
-        if text.endswith(stop[:length]):
-            return length
-    return 0

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pinaivu_box.engine.runner import Float32
 
 
-@dataclass
+@dataclass(eq=False)
 class Embedding:
     """A request's texts as tokens, and the vectors of the first of them."""
 
@@ -28,11 +28,12 @@ class Embeddings:
     def add(self, embedding: Embedding) -> None:
         self._waiting.append(embedding)
 
-    def end(self, request_id: str) -> bool:
-        """Forget a request; False if it is not here."""
-        before = len(self._waiting)
-        self._waiting = [one for one in self._waiting if one.id != request_id]
-        return len(self._waiting) < before
+    def end(self, request_id: str) -> Embedding | None:
+        """Forget a request; None if it is not here."""
+        found = next((one for one in self._waiting if one.id == request_id), None)
+        if found is not None:
+            self._waiting.remove(found)
+        return found
 
     def step(self) -> Embedding | None:
         """Read one text, which may complete a request; requests take turns."""

@@ -5,24 +5,24 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from collections.abc import Sequence as Sequences
-from itertools import takewhile
 from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
 
+from pinaivu_box.engine.batches import batch_of
 from pinaivu_box.engine.embeddings import Embeddings
+from pinaivu_box.engine.logprobs import probe
 from pinaivu_box.engine.messages import EngineLoad, Refused, TokenLogprob
 from pinaivu_box.engine.output import Said, StepOutput
 from pinaivu_box.engine.pace import Pace
-from pinaivu_box.engine.runner import Batch, Float32, NoSlot, Runner
+from pinaivu_box.engine.runner import Float32, NoSlot, Runner
 from pinaivu_box.engine.sampling import (
     NO_PAST,
     Draw,
     Past,
     draw_again,
     draw_rows,
-    log_probabilities,
 )
 from pinaivu_box.engine.scheduler import Chunk, Copy, Move, Remove, Scheduler
 from pinaivu_box.engine.sequence import Sequence
@@ -71,16 +71,22 @@ class Engine:
         self._arrivals += 1
         sequence.arrival = self._arrivals
         self.scheduler.add(sequence)
+        if sequence.scored == 0:
+            alone = TokenLogprob(self._runner.spelled(sequence.tokens[0]), 0.0, [])
+            self._said.append(Said(sequence.id, [], scored=[alone]))
+            sequence.scored = 1
 
     def end(self, request_id: str, finish_reason: str) -> None:
         """Stop a sequence (the client left, or a stop string came); free its cells."""
         self.settle()
-        sequence = self.scheduler.find(request_id)
-        if self.embeddings.end(request_id):
-            self._said.append(Said(request_id, [], finish_reason))
-        elif sequence is not None:  # else it ended while the message was on its way
+        sequence, embedding = self.scheduler.find(request_id), self.embeddings.end(request_id)
+        queue_ms, cached_tokens = 0.0 if embedding and embedding.vectors else None, None
+        if sequence is not None:
             self.scheduler.finish(sequence)
-            self._said.append(Said(request_id, [], finish_reason))
+            if not sequence.spoken:  # None unless its prompt has begun
+                queue_ms, cached_tokens = sequence.queue_ms, sequence.cached_tokens
+        # Also if it is not here: it had not come yet (see `arrivals`), or `output` knows its end.
+        self._said.append(Said(request_id, [], finish_reason, False, queue_ms, cached_tokens))
 
     def step(self) -> tuple[list[Refused], StepOutput]:
         """Compute one batch, if there is one, and return all that happened since the last."""
@@ -120,7 +126,7 @@ class Engine:
             _note_start(plan.chunks)
             began = time.perf_counter()
             try:
-                logits = self._runner.decode(_batch(plan.chunks))
+                logits = self._runner.decode(batch_of(plan.chunks))
             except NoSlot:
                 if drafting and any(chunk.draft for chunk in plan.chunks):
                     drafting = False  # the draft was not worth anybody's cells
@@ -130,6 +136,8 @@ class Engine:
             self._observe(plan.chunks, time.perf_counter() - began)
             self.scheduler.commit(plan.chunks)
             steady = self.scheduler.steady_steps(plan.chunks)
+            if any(chunk.sequence.scored is not None for chunk in plan.chunks):
+                logits = self._score(plan.chunks, logits)
             self._sample([chunk for chunk in plan.chunks if chunk.rows], logits)
             if steady > 1 and len(self.scheduler.running) == len(plan.chunks):
                 by_id = sorted(self.scheduler.running, key=lambda one: one.sequence_id)
@@ -202,6 +210,25 @@ class Engine:
             )
         )
 
+    def _score(self, chunks: list[Chunk], logits: Float32) -> Float32:
+        """Says the log-probabilities of prompts' tokens; returns the rows that are drawn from."""
+        row = 0
+        drawn: list[int] = []
+        spelled = self._runner.spelled
+        for chunk in chunks:
+            sequence, positions = chunk.sequence, chunk.scored
+            said = [
+                probe(logits[row + n], sequence.tokens[at + 1], sequence.logprobs or 0, spelled)
+                for n, at in enumerate(positions)
+            ]
+            row += len(said)
+            drawn += range(row, row + chunk.rows)
+            row += chunk.rows
+            if said:
+                self._said.append(Said(sequence.id, [], scored=said))
+                sequence.scored = positions.stop + 1
+        return logits[drawn]
+
     def _sample(self, chunks: list[Chunk], logits: Float32) -> None:
         draws = list(_draws(chunks))
         # Log-probabilities are the model's own: of the logits before they are adjusted.
@@ -211,6 +238,10 @@ class Engine:
         for chunk in chunks:
             here = slice(row, row + chunk.rows)
             tokens = drawn[here]
+            if not chunk.sequence.spoken and chunk.sequence.silent:
+                row = here.stop
+                self._conclude(chunk.sequence, [], first=True)
+                continue
             if chunk.sequence.grammar is not None:
                 tokens = self._follow(chunk, chunk.sequence.grammar, tokens, logits[here])
             # A drafted token is right exactly if it is the draw; the draw after it is right then.
@@ -223,7 +254,12 @@ class Engine:
             probed = []
             if chunk.sequence.logprobs is not None:
                 probed = [
-                    self._probe(raw[here.start + number], token, chunk.sequence.logprobs)
+                    probe(
+                        raw[here.start + number],
+                        token,
+                        chunk.sequence.logprobs,
+                        self._runner.piece,
+                    )
                     for number, token in enumerate(tokens)
                 ]
             row = here.stop  # before its tokens are appended: then the chunk wants no logits
@@ -247,15 +283,6 @@ class Engine:
                 break
         return tokens
 
-    def _probe(self, row: Float32, token: int, count: int) -> TokenLogprob:
-        values, top = log_probabilities(row, [token], count)
-        likeliest = zip(top.tolist(), values[1:].tolist(), strict=True)
-        return TokenLogprob(
-            self._runner.piece(token),
-            float(values[0]),
-            [(self._runner.piece(one), logprob) for one, logprob in likeliest],
-        )
-
     def _take(
         self, chunk: Chunk, tokens: list[int], accepted: int, probed: list[TokenLogprob]
     ) -> None:
@@ -273,13 +300,13 @@ class Engine:
         first: bool,
         probed: Sequences[TokenLogprob] = (),
     ) -> None:
-        """Say its new tokens, and end it if they do."""
+        """Say its new tokens (none, if it is silent), and end it if they do."""
         if sequence.grammar is not None and sequence.grammar.broken:
             self.scheduler.finish(sequence)
             why = "The schema or grammar became too complex to follow: simplify it."
             self._refused.append(Refused(sequence.id, BadRequest.code, why))
             return
-        end_token = tokens[-1] in self._facts.end_tokens
+        end_token = bool(tokens) and tokens[-1] in self._facts.end_tokens
         complete = sequence.grammar is not None and sequence.grammar.done
         finish_reason = "stop" if end_token or complete else None
         if finish_reason is None and self._full(sequence):
@@ -355,35 +382,3 @@ def _probed(chunks: list[Chunk]) -> Iterator[int]:
         if chunk.sequence.logprobs is not None:
             yield from range(row, row + chunk.rows)
         row += chunk.rows
-
-
-def _batch(chunks: list[Chunk]) -> Batch:
-    tokens: list[int] = []
-    positions: list[int] = []
-    ids: list[int] = []
-    outputs: list[int] = []
-    for chunk in chunks:
-        sequence, start, count = chunk.sequence, chunk.start, chunk.count
-        if count == 1 and not chunk.draft:
-            tokens.append(sequence.tokens[start])
-            positions.append(start)
-            ids.append(sequence.sequence_id)
-            outputs.append(chunk.rows)
-            continue
-        size = count + len(chunk.draft)
-        tokens += sequence.tokens[start : start + count]
-        tokens += chunk.draft
-        positions += range(start, start + size)
-        ids += [sequence.sequence_id] * size
-        outputs += [0] * (size - chunk.rows) + [1] * chunk.rows
-    return Batch(
-        np.array(tokens, np.int32),
-        np.array(positions, np.int32),
-        np.array(ids, np.int32),
-        np.array(outputs, np.int8),
-        sum(1 + len(chunk.draft) for chunk in takewhile(_decodes, chunks)),
-    )
-
-
-def _decodes(chunk: Chunk) -> bool:
-    return chunk.count == 1

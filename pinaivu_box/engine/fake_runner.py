@@ -48,6 +48,9 @@ class FakeRunner:
     def piece(self, token: int) -> bytes:
         return bytes([token]) if token < END else b""
 
+    def spelled(self, token: int) -> bytes:
+        return self.piece(token)
+
     def decode(self, batch: Batch) -> Float32:
         if self._step_seconds:
             time.sleep(self._step_seconds)

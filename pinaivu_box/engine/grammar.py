@@ -18,9 +18,11 @@ from llguidance.gbnf_to_lark import any_to_lark
 
 from pinaivu_box.chat_format import ONE_LINE, THOUGHT
 from pinaivu_box.engine.messages import Constraint
+from pinaivu_box.engine.number_bounds import with_an_end
 from pinaivu_box.engine.runner import Runner
 from pinaivu_box.errors import InvalidBody
 
+_LARK = "lark_grammar"
 _LIMITS = LLParserLimits(verbose_errors=False)  # an error must not quote what somebody asked
 
 
@@ -58,11 +60,16 @@ class Grammar:
 
 
 class Grammars:
-    """Makes grammars for one model's vocabulary.  Used by one thread."""
+    """Makes grammars for one model's vocabulary, in any thread: llguidance holds no lock of ours
+    meanwhile.  To be made once: for a large vocabulary that takes a second."""
 
     def __init__(self, runner: Runner) -> None:
-        self._runner = runner
-        self._tokenizer: LLTokenizer | None = None
+        ends = sorted(runner.facts.end_tokens)
+        self._tokenizer = LLTokenizer(
+            TokenizerWrapper(_Vocabulary(runner, ends)),
+            n_vocab=runner.facts.n_vocab,
+            eos_token=ends,
+        )
 
     def make(self, constraint: Constraint, param: str, *, thinking: bool = False) -> Grammar:
         """Raises InvalidBody, which blames `param`, for what is no grammar, or none that can be
@@ -72,23 +79,11 @@ class Grammars:
         except Exception as error:  # the converter of GBNF raises nothing more special
             raise _refusal(constraint, param, str(error)) from None
         if thinking:
-            text = _after_thoughts(text)
-        tokenizer = self._vocabulary()
-        reason = LLMatcher.validate_grammar(text, tokenizer, limits=_LIMITS)
+            text = _after_thoughts(constraint.kind, text)
+        reason = LLMatcher.validate_grammar(text, self._tokenizer, limits=_LIMITS)
         if reason and not reason.startswith("WARNING"):
             raise _refusal(constraint, param, reason)
-        return Grammar(LLMatcher(tokenizer, text, log_level=0, limits=_LIMITS))
-
-    def _vocabulary(self) -> LLTokenizer:
-        # Made when first needed: for a large vocabulary it takes a second.
-        if self._tokenizer is None:
-            facts = self._runner.facts
-            ends = sorted(facts.end_tokens)
-            vocabulary = _Vocabulary(self._runner, ends)
-            self._tokenizer = LLTokenizer(
-                TokenizerWrapper(vocabulary), n_vocab=facts.n_vocab, eos_token=ends
-            )
-        return self._tokenizer
+        return Grammar(LLMatcher(self._tokenizer, text, log_level=0, limits=_LIMITS))
 
 
 class _Vocabulary:
@@ -115,9 +110,8 @@ class _Vocabulary:
 def _compiled(constraint: Constraint) -> str:
     match constraint.kind:
         case "json_schema":
-            return LLMatcher.grammar_from_json_schema(
-                constraint.text, overrides=cast(Any, ONE_LINE)
-            )
+            text = json.dumps(with_an_end(json.loads(constraint.text)))
+            return LLMatcher.grammar_from_json_schema(text, overrides=cast(Any, ONE_LINE))
         case "regex":
             return LLMatcher.grammar_from_regex(constraint.text)
         case "gbnf":
@@ -126,10 +120,13 @@ def _compiled(constraint: Constraint) -> str:
             return LLMatcher.grammar_from_lark(constraint.text)
 
 
-def _after_thoughts(grammar: str) -> str:
-    answer = {**json.loads(grammar)["grammars"][0], "name": "answer"}
+def _after_thoughts(kind: str, grammar: str) -> str:
+    # llguidance leaves Lark as it is, and makes JSON of all else.
+    plain = kind in ("lark", "gbnf")
+    made = {_LARK: grammar} if plain else json.loads(grammar)["grammars"][0]
+    answer = {**made, "name": "answer"}
     free = f'start: thoughts /\\n{{0,2}}/ @answer\nthoughts[lazy]: /(.|\\n)*/ "{THOUGHT}"'
-    return json.dumps({"grammars": [{"lark_grammar": free}, answer]})
+    return json.dumps({"grammars": [{_LARK: free}, answer]})
 
 
 def _refusal(constraint: Constraint, param: str, reason: str) -> InvalidBody:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -24,9 +28,10 @@ from pinaivu_box.engine.messages import (
     Tokenized,
     Tools,
 )
+from pinaivu_box.engine.number_bounds import with_an_end
 from pinaivu_box.engine.runner import Runner
 from pinaivu_box.engine.sequence import Sequence
-from pinaivu_box.errors import ApiError, ContextOverflow, InvalidBody
+from pinaivu_box.errors import ApiError, ContextOverflow, InternalError, InvalidBody
 
 if TYPE_CHECKING:
     from pinaivu_box.engine.grammar import Grammar, Grammars
@@ -34,15 +39,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Arrival:
-    """What the output has to know (`admitted`, `detokenizer`), and what is to be scheduled."""
+    """What the output has to know (`admitted`, `detokenizer`), and what is to be scheduled: after
+    `compile`, if there is something to compile.  That may take seconds, and end in a refusal."""
 
     admitted: Admitted
     detokenizer: Detokenizer
     sequence: Sequence | Embedding
+    compile: Callable[[], Refused | None] | None = None
 
 
 class Intake:
-    """Uses only what is safe beside `decode`: the runner's tokenizer and its facts."""
+    """Uses only what is safe beside `decode`: the runner's tokenizer and its facts.
+
+    Used by one thread; but what an arrival compiles may be compiled by any.
+    """
 
     def __init__(self, runner: Runner, *, drafting: bool, context_shift: bool) -> None:
         facts = runner.facts
@@ -52,34 +62,38 @@ class Intake:
         self._context_shift = context_shift
         self._drafting = drafting and facts.sharing
         self._grammars: Grammars | None = None
+        self._first_grammar = Lock()
         self._experience = Experience()
         self.template = ChatTemplate(facts.chat_template, bos=facts.bos, eos=facts.eos)
 
     def prepare(self, add: Add | Embed) -> Arrival | Refused:
         try:
             return self._prepare_texts(add) if isinstance(add, Embed) else self._prepare(add)
-        except ApiError as error:
-            return Refused(add.id, error.code, error.message, error.param)
-        except RecursionError:
-            return Refused(add.id, InvalidBody.code, "The body is nested too deeply.")
+        except Exception as error:  # of one request; the others' engine goes on
+            return _refusal(add.id, error)
 
     def tokenize(self, asked: Tokenize) -> Tokenized | Refused:
         try:
             if asked.plain and isinstance(asked.add.prompt, str):
                 return Tokenized(asked.add.id, self._runner.tokenize_text(asked.add.prompt))
+            if asked.inputs is not None:
+                inputs = [self._text_tokens(text) for text in asked.inputs]
+                return Tokenized(asked.add.id, [token for tokens in inputs for token in tokens])
             if asked.tokens is None:
-                return Tokenized(asked.add.id, self._prompt(asked.add)[0])
-            given = msgspec.structs.replace(asked.add, prompt=asked.tokens)
+                tokens, thinking = self._prompt(asked.add)
+                return Tokenized(asked.add.id, tokens, thinking=thinking)
+            given = msgspec.structs.replace(asked.add, prompt=asked.tokens, read=None)
             detokenizer = Detokenizer(self._runner.piece, [])
             text = [detokenizer.push(token) for token in self._prompt(given)[0]]
             return Tokenized(given.id, asked.tokens, "".join([*text, detokenizer.flush()]))
-        except ApiError as error:
-            return Refused(asked.add.id, error.code, error.message, error.param)
-        except RecursionError:
-            return Refused(asked.add.id, InvalidBody.code, "The body is nested too deeply.")
+        except Exception as error:
+            return _refusal(asked.add.id, error)
 
     def _prepare(self, add: Add) -> Arrival:
         prompt, thinking = self._prompt(add)
+        self._check_tokens(add.output, "messages")
+        if not prompt:
+            raise InvalidBody("the prompt is empty", loc=("body", "prompt"))
         if len(prompt) >= self._context:
             raise ContextOverflow(
                 f"The prompt has {len(prompt)} tokens (n_prompt_tokens) and the model's context "
@@ -89,12 +103,15 @@ class Intake:
             if int(name) >= self._n_vocab:
                 why = f"logit_bias names token {name}, but there are {self._n_vocab}"
                 raise InvalidBody(why, loc=("body", "logit_bias"))
+        text = ""
+        if add.echo:
+            text = b"".join(map(self._runner.spelled, prompt)).decode(errors="replace")
         detokenizer = Detokenizer(self._piece_of(add), add.stop)
         for token in add.output:
             detokenizer.push(token)  # said by an earlier leg
         room = self._context - len(prompt)
         # Without a limit of its own a request never needs a context shift: it would never end.
-        asked = add.max_tokens or room
+        asked = room if add.max_tokens is None else add.max_tokens
         limit = asked if self._context_shift else min(asked, room)
         sequence = Sequence(
             id=add.id,
@@ -107,17 +124,24 @@ class Intake:
             weight=add.weight,
             priority=add.priority,
             lookup=self._lookup(add) if self._drafting and limit <= room else None,
-            grammar=self._grammar(add, thinking),
             logprobs=add.logprobs,
+            scored=add.scored if add.echo and add.logprobs is not None else None,
             cache=add.cache,
         )
         for token in add.output:  # it may have shifted, as it did in that leg
             sequence.tokens.append(token)
             if len(sequence.tokens) >= self._context:
                 sequence.shift()
-            if sequence.grammar is not None:
-                sequence.grammar.take(token)
-        return Arrival(Admitted(add.id, prompt, thinking), detokenizer, sequence)
+        if unsaid := min(add.unsaid, len(add.output)):
+            sequence.scored_to = len(sequence.tokens)
+            sequence.scored = sequence.scored_to - unsaid
+        free = add.constraint is None and add.tools is None
+        return Arrival(
+            Admitted(add.id, prompt, thinking, text),
+            detokenizer,
+            sequence,
+            None if free else partial(self._compile, add, sequence, thinking),
+        )
 
     def _prepare_texts(self, embed: Embed) -> Arrival:
         size = self._runner.facts.n_embd
@@ -140,27 +164,28 @@ class Intake:
         )
 
     def _text_tokens(self, text: str | list[int]) -> list[int]:
-        if isinstance(text, str):
-            return self._runner.tokenize(text)
-        self._check_tokens(text, "input")
-        return text
+        tokens = self._runner.tokenize(text) if isinstance(text, str) else text
+        self._check_tokens(tokens, "input")
+        if not tokens:
+            raise InvalidBody("the input is empty", loc=("body", "input"))
+        return tokens
 
     def _check_tokens(self, tokens: list[int], param: str) -> None:
-        if any(not 0 <= token < self._n_vocab for token in tokens):
+        if tokens and not (min(tokens) >= 0 and max(tokens) < self._n_vocab):
             raise InvalidBody(f"there are tokens 0 to {self._n_vocab - 1}", loc=("body", param))
 
     def _prompt(self, add: Add) -> tuple[list[int], bool]:
         """The tokens, and whether they end inside the model's thoughts."""
+        if add.read is not None:
+            self._check_tokens(add.read, "messages")
+            return add.read, add.thinking
         if isinstance(add.prompt, list):
             self._check_tokens(add.prompt, "prompt")
             return add.prompt, False
         if add.suffix:
             return self._infill(add.prompt or "", add.suffix), False
         if add.prompt is not None:
-            tokens = self._runner.tokenize(add.prompt)
-            if not tokens:
-                raise InvalidBody("the prompt is empty", loc=("body", "prompt"))
-            return tokens, False
+            return self._runner.tokenize(add.prompt), False
         functions = json.loads(add.tools.functions) if add.tools else None
         text = self.template.render(add.messages, functions, add.template)
         thinking = self.template.thinks and text.rstrip().endswith(chat_format.THINK)
@@ -181,6 +206,16 @@ class Intake:
 
     # -- what the output must be -------------------------------------------------------------------
 
+    def _compile(self, add: Add, sequence: Sequence, thinking: bool) -> Refused | None:
+        try:
+            sequence.grammar = grammar = self._grammar(add, thinking)
+            if grammar is not None:
+                for token in add.output:
+                    grammar.take(token)
+        except Exception as error:
+            return _refusal(add.id, error)
+        return None
+
     def _grammar(self, add: Add, thinking: bool) -> Grammar | None:
         constraint, param = add.constraint, "response_format"
         if constraint is not None and constraint.kind != "json_schema":
@@ -189,25 +224,30 @@ class Intake:
             constraint, param = self._of_calls(add.tools, constraint), "tools"
         if constraint is None:
             return None
-        if self._grammars is None:
-            from pinaivu_box.engine.grammar import Grammars  # 20 ms that most engines never need
+        with self._first_grammar:
+            if self._grammars is None:
+                from pinaivu_box.engine.grammar import Grammars  # which most engines never need
 
-            self._grammars = Grammars(self._runner)
+                self._grammars = Grammars(self._runner)
         return self._grammars.make(constraint, param, thinking=thinking)
 
     def _of_calls(self, tools: Tools, answer: Constraint | None) -> Constraint | None:
-        functions = json.loads(tools.functions)
+        functions = [
+            {**one, "parameters": with_an_end(one.get("parameters"))}
+            for one in json.loads(tools.functions)
+        ]
         free = tools.choice == "auto"
-        if not free and tools.choice != "required":
+        named = not free and tools.choice != "required"
+        if named:
             functions = [one for one in functions if one["name"] == tools.choice]
         schema = None
         if answer is not None:
-            options = {**json.loads(answer.text), "x-guidance": chat_format.ONE_LINE}
+            options = {**with_an_end(json.loads(answer.text)), "x-guidance": chat_format.ONE_LINE}
             schema = json.dumps(options)
         grammar = chat_format.call_grammar(
             self.template.style,
             functions,
-            several=tools.parallel,
+            several=tools.parallel and not named,
             free=free,
             spell=self._spell,
             schema=schema,
@@ -234,3 +274,15 @@ class Intake:
         if token is None:
             return piece
         return lambda one: trigger.encode() if one == token else piece(one)
+
+
+def _refusal(request_id: str, error: Exception) -> Refused:
+    if isinstance(error, ApiError):
+        return Refused(request_id, error.code, error.message, error.param)
+    if isinstance(error, RecursionError):
+        return Refused(request_id, InvalidBody.code, "The body is nested too deeply.")
+    # A request that our own API has checked does not get here, one of a peer may.  What the error
+    # says may quote the prompt.
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    why = f"{type(error).__name__} in {Path(where.filename).name}, line {where.lineno}"
+    return Refused(request_id, InternalError.code, f"The engine cannot read this request ({why}).")

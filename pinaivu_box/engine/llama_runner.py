@@ -42,10 +42,15 @@ class LoadError(BoxError):
 
 
 class LlamaRunner:
-    """One model and one context.  Not thread-safe: one thread drives it."""
+    """One model and one context.  Not thread-safe: one thread drives it.
 
-    def __init__(self, load: Load, progress: ProgressCallback) -> None:
+    If `exact` (for tests, with a file in F32) nothing is rounded to 16 bits: then a batch's shape
+    makes next to no difference.
+    """
+
+    def __init__(self, load: Load, progress: ProgressCallback, *, exact: bool = False) -> None:
         _load_backends()
+        self._exact = exact
         self._log = _capture_log()
         self._model = self._load_model(load, progress)
         self._vocab = llama.llama_model_get_vocab(self._model)
@@ -91,6 +96,9 @@ class LlamaRunner:
         params.n_threads = params.n_threads_batch = load.threads or physical_cores()
         params.kv_unified = self._unified
         params.no_perf = True
+        if self._exact:
+            params.type_k = params.type_v = llama.GGML_TYPE_F32
+            params.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
         made = llama.llama_init_from_model(self._model, params)
         if not made:
             raise LoadError(
@@ -185,11 +193,14 @@ class LlamaRunner:
             piece = self._pieces[token] = self._read_piece(token)
         return piece
 
-    def _read_piece(self, token: int) -> bytes:
+    def spelled(self, token: int) -> bytes:
+        return self.piece(token) or self._read_piece(token, special=True)
+
+    def _read_piece(self, token: int, *, special: bool = False) -> bytes:
         room = 32
         while True:
             buffer = ctypes.create_string_buffer(room)
-            length = llama.llama_token_to_piece(self._vocab, token, buffer, room, 0, False)
+            length = llama.llama_token_to_piece(self._vocab, token, buffer, room, 0, special)
             if length >= 0:
                 return buffer.raw[:length]
             room = -length

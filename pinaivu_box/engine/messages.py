@@ -56,7 +56,8 @@ class Tools(Struct, frozen=True):
     """The functions that the model may call: JSON text of a list of OpenAI's `function` objects
     (frames do not carry every number that a schema may have), and their names.
 
-    `choice` is "auto", "required", or the name of one of them; with `parallel` it may call several.
+    `choice` is "auto", "required", or the name of the one that is called, once; with `parallel` the
+    others may be several calls.
     """
 
     functions: str
@@ -103,7 +104,11 @@ class Add(Struct, frozen=True, tag=True):
     `template` holds more variables for the template.  With `logprobs` each token comes with its
     log-probability and that many of the likeliest ones.  `prediction` is text that the output may
     repeat: it feeds the drafts.  Without `cache` no prefix that others computed is used.  With a
-    `suffix` the output is what stands between `prompt` and it.
+    `suffix` the output is what stands between `prompt` and it.  With `echo` the prompt's text comes
+    back, and if there are `logprobs` then also those of the prompt's tokens, before the output's,
+    but for the first `scored` ones: another leg has said those.  Of the last `unsaid` tokens of
+    `output` it has not, as their text was held back.  `read`, if the prompt was counted
+    before, are its tokens, and `thinking` says how they end (see Admitted).
     """
 
     id: str
@@ -123,6 +128,11 @@ class Add(Struct, frozen=True, tag=True):
     prediction: str = ""
     cache: bool = True
     suffix: str = ""
+    read: list[int] | None = None
+    thinking: bool = False
+    echo: bool = False
+    scored: int = 0
+    unsaid: int = 0
 
 
 class Cancel(Struct, frozen=True, tag=True):
@@ -139,11 +149,12 @@ class Embed(Struct, frozen=True, tag=True):
 
 class Tokenize(Struct, frozen=True, tag=True):
     """Tokens of a prompt that is not to be run, or the text of `tokens`.  With `plain` the prompt
-    is a piece of text in which nothing is special."""
+    is a piece of text in which nothing is special.  `inputs` are those of an Embed."""
 
     add: Add
     tokens: list[int] | None = None
     plain: bool = False
+    inputs: list[str | list[int]] | None = None
 
 
 ToEngine = Load | Add | Cancel | Tokenize | Embed
@@ -178,20 +189,22 @@ class LoadFailed(Struct, frozen=True, tag=True):
 
 
 class Tokenized(Struct, frozen=True, tag=True):
-    """The answer to Tokenize."""
+    """The answer to Tokenize; `thinking` as in Admitted."""
 
     id: str
     tokens: list[int]
     text: str = ""
+    thinking: bool = False
 
 
 class Admitted(Struct, frozen=True):
     """The prompt was rendered and tokenized; the sequence is waiting.  With `thinking` the prompt
-    ends inside the model's thoughts: the output begins there."""
+    ends inside the model's thoughts: the output begins there.  `text` is of an `echo`."""
 
     id: str
     prompt_tokens: list[int]
     thinking: bool = False
+    text: str = ""
 
 
 class Refused(Struct, frozen=True):
@@ -206,7 +219,7 @@ class Refused(Struct, frozen=True):
 
 class TokenLogprob(Struct, frozen=True, array_like=True):
     """A token's bytes, its natural log-probability before any truncation or bias, and the same of
-    the likeliest ones."""
+    the likeliest ones.  The first of a prompt has none: 0, and no others."""
 
     token: bytes
     logprob: float
@@ -215,7 +228,7 @@ class TokenLogprob(Struct, frozen=True, array_like=True):
 
 class Delta(Struct, frozen=True, omit_defaults=True):
     """What one step gave one sequence.  `tokens` is every token drawn; `text` may lag behind, and
-    `logprobs`, those of the text's tokens, with it."""
+    `logprobs`, those of the text's tokens, with it.  A prompt's come before all others."""
 
     id: str
     text: str = ""

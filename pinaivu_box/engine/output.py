@@ -19,10 +19,13 @@ from pinaivu_box.engine.messages import (
     TokenLogprob,
 )
 
+_LARGE = 1 << 14  # log-probabilities
+
 
 @dataclass(frozen=True)
 class Said:
-    """What a step gave one sequence.  `queue_ms` and `cached_tokens` come with its first token."""
+    """What a step gave one sequence.  `queue_ms` and `cached_tokens` come with its first token, or
+    its end if it has begun and has none; `scored` are tokens of its prompt."""
 
     id: str
     tokens: list[int]
@@ -33,6 +36,7 @@ class Said:
     shifted_tokens: int = 0
     logprobs: Sequence[TokenLogprob] = ()
     vectors: list[bytes] = field(default_factory=list)
+    scored: Sequence[TokenLogprob] = ()
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,11 @@ class Output:
         self._shifted: dict[str, int] = {}  # tokens that a sequence has forgotten, if it has
         # Of tokens whose text is held back, as it may be the beginning of a stop string.
         self._held: dict[str, list[TokenLogprob]] = {}
+
+    @property
+    def large(self) -> bool:
+        """Whether the next frame should go out before more is taken (about 6 MB)."""
+        return sum(len(one.logprobs) for one in self._pending.values()) > _LARGE
 
     def take(self, event: Arrival | Refused | StepOutput) -> list[str]:
         """Returns the ids of sequences that a stop string has just ended."""
@@ -130,6 +139,9 @@ class Output:
         if detokenizer is None:
             return False  # a stop string had ended it before the engine knew
         pending = self._pending.setdefault(said.id, _Pending())
+        # Those of an earlier leg's tokens wait with their text, if they are no prompt's.
+        waiting = self._held.setdefault(said.id, []) if detokenizer.holds else pending.logprobs
+        waiting += said.scored
         finish_reason = said.finish_reason
         text_tokens = len(said.tokens) - said.end_token
         for number, token in enumerate(said.tokens):

@@ -88,6 +88,10 @@ class Runner(Protocol):
         """Bytes of a token as text; empty for control tokens."""
         ...
 
+    def spelled(self, token: int) -> bytes:
+        """The same, but control tokens as a prompt has them."""
+        ...
+
     def decode(self, batch: Batch) -> Float32:
         """Compute the batch; returns logits, shape (number of outputs, n_vocab), in batch order.
 

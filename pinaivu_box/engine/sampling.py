@@ -125,16 +125,6 @@ def draw(logits: Float32, sampling: Sampling, position: int) -> int:
     return draw_rows(logits[np.newaxis].copy(), [Draw(sampling, position)])[0]
 
 
-def log_probabilities(row: Float32, tokens: Sequence[int], count: int) -> tuple[Float64, Ids]:
-    """Natural log-probabilities of `tokens` and then of the `count` likeliest ones, which are also
-    returned; of the whole vocabulary at temperature 1."""
-    best = float(row.max())
-    total = best + math.log(np.exp(row - np.float32(best)).sum(dtype=np.float64))
-    top = _top_k(row[np.newaxis], count)[0][0] if count else _NONE
-    ids = np.concatenate([np.array(tokens, np.intp), top])
-    return np.asarray(row[ids].astype(np.float64) - total), top
-
-
 def draw_again(row: Float32, sampling: Sampling, position: int) -> int:
     """From a row that `draw_rows` has already drawn from, and so adjusted."""
     adjusted = msgspec.structs.replace(
@@ -265,7 +255,7 @@ def _adjust(row: Float32, sampling: Sampling, past: Past, end_tokens: Ids) -> No
 
 
 def _draw_top_k(logits: Float32, group: _Group, positions: Int32, k: int) -> list[int]:
-    ids, values = _top_k(logits, k)
+    ids, values = top_k(logits, k)
     likely = np.exp((values - values[:, :1]).astype(np.float64))
     dropped = likely < group.min_p
     if group.truncates:
@@ -280,7 +270,7 @@ def _draw_top_k(logits: Float32, group: _Group, positions: Int32, k: int) -> lis
     return tokens
 
 
-def _top_k(logits: Float32, k: int) -> tuple[Ids, Float32]:
+def top_k(logits: Float32, k: int) -> tuple[Ids, Float32]:
     """Ids and logits of each row's k largest, best first; among equals the lower id.
 
     Shapes (rows, min(k, n_vocab)).
@@ -307,7 +297,7 @@ def _top_k(logits: Float32, k: int) -> tuple[Ids, Float32]:
 
 
 def _largest(logits: Float32, candidates: Ids, k: int) -> tuple[Ids, Float32]:
-    """The k largest of each row's candidates, as `_top_k` gives them."""
+    """The k largest of each row's candidates, as `top_k` gives them."""
     size = candidates.shape[1]
     row = np.arange(len(logits))[:, np.newaxis]
     values = logits[row, candidates]
@@ -341,7 +331,7 @@ def survivors(logits: Float32, sampling: Sampling) -> Ids:
     if sampling.typical_p < 1:
         return _typical(logits, sampling)
     if sampling.top_k:
-        ids = _top_k(logits[np.newaxis], sampling.top_k)[0][0]
+        ids = top_k(logits[np.newaxis], sampling.top_k)[0][0]
         if sampling.top_p < 1:
             ids = _top_p(logits, ids, best, sampling.top_p)
         return np.asarray(ids[logits[ids] >= floor])

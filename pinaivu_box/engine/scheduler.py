@@ -24,13 +24,16 @@ from pinaivu_box.engine.sequence import Sequence, State
 _MOST_STEADY = 64
 MOST_DRAFTED = 63  # a step of 64 rows is as long as anybody should wait for one token
 WORTH_WAITING = 32  # tokens of a prefix that is being computed
+# Positions of prompts that give logits in one step: of a vocabulary of 260,000 that is 130 MB.
+MOST_SCORED = 128
 
 
 @dataclass(frozen=True)
 class Chunk:
     """`count` known tokens of `sequence` from its position `start`, then `draft`.
 
-    The last known one gives logits if nothing comes after it, and each drafted one does.
+    The last known one gives logits if nothing comes after it, and each drafted one does; and the
+    positions `scored`, for the log-probabilities of the prompt's tokens after them.
     """
 
     sequence: Sequence
@@ -44,7 +47,16 @@ class Chunk:
 
     @property
     def rows(self) -> int:
+        """That are drawn from."""
         return 1 + len(self.draft) if self.wants_logits else 0
+
+    @property
+    def scored(self) -> range:
+        wanted = self.sequence.unscored
+        if not wanted:
+            return wanted
+        start, end = self.start, self.start + self.count
+        return range(max(start, wanted.start), min(end, wanted.stop))
 
 
 @dataclass(frozen=True)
@@ -266,6 +278,8 @@ class Scheduler:
         return (self.waiting.counter(sequence.tenant), sequence.arrival)
 
     def _add_chunk(self, chunks: list[Chunk], sequence: Sequence, planned: int, budget: int) -> int:
+        if sequence.unscored:
+            budget = min(budget, MOST_SCORED - sum(len(chunk.scored) for chunk in chunks))
         count = self._fit(planned, min(sequence.pending, budget))
         if count:
             chunks.append(Chunk(sequence, sequence.computed, count))
@@ -319,7 +333,7 @@ class Scheduler:
 
     def _waits_for_prefix(self, sequence: Sequence, starting: list[Sequence]) -> bool:
         """Whether somebody is computing a prefix of it that is worth waiting for."""
-        if not self._sharing or not sequence.cache:
+        if not self._sharing or sequence.most_shared < WORTH_WAITING:
             return False
         awaited = self._awaited.get(sequence)
         if awaited is None:
@@ -342,10 +356,10 @@ class Scheduler:
         return False
 
     def _match(self, sequence: Sequence) -> tuple[int, int]:
-        if not self._sharing or not sequence.cache:
+        if not self._sharing or not sequence.most_shared:
             return 0, -1
         length, source = self.prefixes.match(sequence.tokens)
-        length = min(length, len(sequence.tokens) - 1)  # the last one has to give logits
+        length = min(length, sequence.most_shared)
         return (length, source) if length > 0 else (0, -1)
 
     def _cells_for(self, sequence: Sequence, known: int, source: int, leaves: int = -1) -> int:

@@ -44,6 +44,8 @@ class Sequence:
     lookup: Lookup | None = None
     grammar: Grammar | None = None
     logprobs: int | None = None  # with each token, of how many of the likeliest ones
+    scored: int | None = None  # tokens whose log-probabilities were said, if they are wanted of
+    scored_to: int | None = None  # tokens that are given: up to here; None: of the prompt
     cache: bool = True  # may begin with cells that others computed
     arrival: int = 0  # a counter: lower is older
     arrived_at: float = field(default_factory=time.monotonic)
@@ -60,6 +62,21 @@ class Sequence:
         """Tokens that are known but not yet in the KV cache; 1 when decoding."""
         return len(self.tokens) - self.computed
 
+    @property
+    def unscored(self) -> range:
+        """Positions before those given tokens whose log-probabilities are still to be said."""
+        if self.scored is None:
+            return range(0)
+        end = self.prompt_length if self.scored_to is None else self.scored_to
+        return range(self.scored - 1, end - 1)
+
+    @property
+    def most_shared(self) -> int:
+        """How many cells of others it may begin with: the positions after them give logits."""
+        if not self.cache:
+            return 0
+        return self.unscored.start if self.unscored else len(self.tokens) - 1
+
     def shift(self) -> None:
         """Context shift: forget half of what comes after the beginning."""
         kept = min(self.prompt_length, self.context // _KEPT_BY_A_SHIFT)
@@ -68,6 +85,11 @@ class Sequence:
         self.prompt_length = max(kept, self.prompt_length - dropped)
         self.shifted += dropped
         self.lookup = None  # it knows places that are gone
+
+    @property
+    def silent(self) -> bool:
+        """Whether it has no more to say: what was asked for is its prompt."""
+        return len(self.tokens) + self.shifted >= self.max_length
 
     @property
     def plain(self) -> bool:

@@ -16,22 +16,20 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import BinaryIO
 
+from pinaivu_box.engine.arrivals import Arrivals
 from pinaivu_box.engine.chat_template import ChatTemplate
 from pinaivu_box.engine.embeddings import Embedding
 from pinaivu_box.engine.engine import Engine
 from pinaivu_box.engine.fake_runner import SCHEME, FakeRunner
 from pinaivu_box.engine.intake import Arrival, Intake
 from pinaivu_box.engine.messages import (
-    Add,
     Cancel,
-    Embed,
     FromEngine,
     Load,
     LoadFailed,
     Progress,
     Ready,
     Refused,
-    Tokenize,
     Tokenized,
     decode_to_engine,
     encode,
@@ -74,15 +72,13 @@ def main() -> None:
     inbox: Inbox = queue.SimpleQueue()
     writer = threading.Thread(target=_write_frames, args=(frames_out, outbox, inbox), daemon=True)
     writer.start()
-    intake: Future[Intake] = Future()
+    arrivals: Future[Arrivals] = Future()
     # From the beginning: the end of stdin must end us in the middle of loading as well.
-    threading.Thread(
-        target=_read_frames, args=(frames_in, intake, inbox, outbox), daemon=True
-    ).start()
+    threading.Thread(target=_read_frames, args=(frames_in, arrivals), daemon=True).start()
     try:
         runner = _make_runner(load, _report_progress(outbox))
-        prepared = Intake(runner, drafting=load.drafting, context_shift=load.context_shift)
-        intake.set_result(prepared)
+        intake = Intake(runner, drafting=load.drafting, context_shift=load.context_shift)
+        arrivals.set_result(Arrivals(intake, outbox.put, inbox.put))
         engine = Engine(runner, token_budget=load.token_budget)
     except BoxError as error:
         outbox.put(LoadFailed(error.message))
@@ -90,7 +86,7 @@ def main() -> None:
         writer.join()
         # At a usual exit Python would wait for the thread that reads stdin.
         os._exit(0)
-    outbox.put(_ready(runner.facts, prepared.template))
+    outbox.put(_ready(runner.facts, intake.template))
     run(engine, inbox, outbox)
 
 
@@ -160,18 +156,11 @@ def _report_progress(outbox: Outbox) -> ProgressCallback:
     return report
 
 
-def _read_frames(stream: BinaryIO, intake: Future[Intake], inbox: Inbox, outbox: Outbox) -> None:
+def _read_frames(stream: BinaryIO, arrivals: Future[Arrivals]) -> None:
     while (body := read_body(stream)) is not None:
         message = decode_to_engine(body)
-        if isinstance(message, Cancel):
-            inbox.put(message)
-        elif isinstance(message, Add | Embed):
-            prepared = intake.result().prepare(message)
-            outbox.put(prepared)  # before anything can be said of it
-            if isinstance(prepared, Arrival):
-                inbox.put(prepared.sequence)
-        elif isinstance(message, Tokenize):
-            outbox.put(intake.result().tokenize(message))
+        if not isinstance(message, Load):
+            arrivals.result().take(message)
     os._exit(0)
 
 
@@ -186,7 +175,7 @@ def _write_frames(stream: BinaryIO, outbox: Outbox, inbox: Inbox) -> None:
                 continue
             _take(output, event, inbox)
             others: list[FromEngine] = []
-            while not outbox.empty() and (more := outbox.get()) is not None:
+            while not (output.large or outbox.empty()) and (more := outbox.get()) is not None:
                 if isinstance(more, Happening):
                     _take(output, more, inbox)
                 else:

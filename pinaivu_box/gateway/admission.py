@@ -1,37 +1,262 @@
-"""May this request run now?  Checked before anything is spent on it."""
+"""May this request run now, and how much may it use?  Decided before anything is spent on it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import asyncio
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
 
-from pinaivu_box.config import EngineConfig
-from pinaivu_box.errors import InvalidBody, NoNodesAvailable
+from pinaivu_box import amount
+from pinaivu_box.amount import Prices
+from pinaivu_box.config import EngineConfig, PricingConfig
+from pinaivu_box.errors import (
+    ApiError,
+    InvalidBody,
+    KeyBlocked,
+    ModelNotAllowed,
+    NoNodesAvailable,
+    Unauthorized,
+)
+from pinaivu_box.gateway.backend import Job
+from pinaivu_box.gateway.limits import MINUTE, Grant, KeyUse, Limits
 from pinaivu_box.models.catalog import WELL_FORMED, Catalog, Model
+from pinaivu_box.policy import Policy
+from pinaivu_box.store import keys
+from pinaivu_box.store.database import Database
+from pinaivu_box.store.keys import Key
+from pinaivu_box.store.requests import since_then
+
+_MOST_IDLE = 10_000  # keys whose use is remembered; others are read again
+
+
+@dataclass(frozen=True)
+class Admitted:
+    """A request that may run: as what, at which prices, and what to end it with."""
+
+    jobs: list[Job]
+    key: Key
+    prices: Prices
+    grant: Grant
+    end: Callable[[int, int], None]  # with the tokens that it used, and what they cost
+
+
+def refusal(key: Key) -> ApiError | None:
+    """Why nothing can be done with a key, if so."""
+    if key.revoked_at is not None:
+        return Unauthorized(f"The API key {key.prefix}... has been revoked.")
+    if key.expired(time.time_ns() // 1_000_000):
+        return Unauthorized(f"The API key {key.prefix}... has expired.")
+    if key.blocked is not None:
+        return KeyBlocked(f"The API key {key.prefix}... is blocked: {key.blocked}.")
+    return None
+
+
+def under(policy: Policy, job: Job) -> Job:
+    """As the settings of its key want it served."""
+    return replace(
+        job,
+        weight=policy.weight,
+        local_only=policy.local_only,
+        peers=policy.peers or None,
+        routing=policy.routing,
+    )
+
+
+class Reader(Protocol):
+    """Whoever can count a prompt: this box's engines, or the network of boxes."""
+
+    async def read(self, job: Job) -> tuple[Job, int]: ...
+
+
+class Offers(Protocol):
+    """Models beyond the catalog: those of peers."""
+
+    def find(self, model_id: str) -> Model: ...
+
+    def offered(self, model_id: str) -> bool: ...
 
 
 class Admission:
-    def __init__(self, catalog: Catalog, config: EngineConfig) -> None:
-        self._catalog = catalog
-        self._most = config.max_sequences + config.max_queue
-        self._max_queue = config.max_queue
-        self.draining = False
+    def __init__(
+        self,
+        catalog: Catalog,
+        engine: EngineConfig,
+        pricing: PricingConfig,
+        reader: Reader,
+        database: Database,
+    ) -> None:
+        self.catalog = catalog
+        self.engine = engine
+        self.pricing = pricing
+        self._drain = asyncio.get_running_loop().create_future()
+        self._reader = reader
+        self._offers: Offers | None = None
+        self._database = database
+        self._limits = Limits()
+        self._uses: dict[str, KeyUse] = {}
+        self._reading = asyncio.Lock()
 
-    def check(self, model_id: str, in_flight: Callable[[str], int]) -> Model:
+    def share(self, reader: Reader, offers: Offers) -> None:
+        """There are peers from now on, with models of their own."""
+        self._reader, self._offers = reader, offers
+
+    @property
+    def draining(self) -> bool:
+        return self._drain.done()
+
+    def drain(self) -> None:
+        """Refuse what comes from now on, and what is still being counted."""
+        if not self.draining:
+            self._drain.set_result(None)
+
+    def check(self, model_id: str, key: Key, in_flight: Callable[[str], int]) -> Model:
         """The model to serve with; `in_flight` counts a model's unfinished requests.
 
-        Raises InvalidBody, ModelNotFound, NoNodesAvailable.
+        Raises InvalidBody, ModelNotFound, ModelNotAllowed, NoNodesAvailable.
         """
-        if self.draining:
-            raise NoNodesAvailable("This box is shutting down: send it elsewhere.", retry_after=5)
         if not WELL_FORMED.fullmatch(model_id):
             raise InvalidBody(
                 f"'{model_id}' is not a model id: write it as name:tag.", loc=("body", "model")
             )
-        model = self._catalog.find(model_id)
-        if in_flight(model.id) >= self._most:
+        offers = None if key.policy.local_only else self._offers
+        model = (offers or self.catalog).find(model_id)
+        self._check(model, key, in_flight)
+        return model
+
+    def _check(self, model: Model, key: Key, in_flight: Callable[[str], int]) -> None:
+        if self.draining:
+            raise _draining()
+        if not key.policy.serves(model.id):
+            raise ModelNotAllowed(
+                f"The key {key.prefix}... may not use {model.id}, only what fits "
+                f"{', '.join(key.policy.models)}.",
+                param="model",
+            )
+        full = in_flight(model.id) >= self.engine.max_sequences + self.engine.max_queue
+        if full and not (self._offers is not None and self._offers.offered(model.id)):
             raise NoNodesAvailable(
-                f"The queue of {model.id} is full ({self._max_queue} requests wait): try again "
-                "later.",
+                f"The queue of {model.id} is full ({self.engine.max_queue} requests wait): try "
+                "again later.",
                 retry_after=2,
             )
-        return model
+
+    def prices(self, key: Key, model: Model) -> Prices:
+        """The key's own, or the model's, or those of all models."""
+        given = self.pricing.models.get(model.id, self.pricing.per_1k_tokens)
+        return key.policy.prices_of(model.id) or amount.prices(given)
+
+    async def admit(self, key: Key, jobs: list[Job], in_flight: Callable[[str], int]) -> Admitted:
+        """Takes what the request may use at most.  Raises what `check` and `Limits` do, and what
+        the engine says if it cannot read the prompt.  May be cancelled."""
+        use = await self._use_of(key)
+        use.arriving += 1  # so that it is not forgotten meanwhile
+        try:
+            jobs = [under(key.policy, job) for job in jobs]
+            model, context = jobs[0].model, 0
+            self._limits.check(key, use, self.prices(key, model).most(1, 0))
+            if key.policy.tpm is not None or key.policy.budget is not None:
+                jobs, context = await self._read(jobs)
+            # Body and prompt took their time: the key may be revoked now, the queue full.
+            key = await keys.get(self._database, key.id)
+            if (error := refusal(key)) is not None:
+                raise error
+            self._check(model, key, in_flight)
+            return self._take(key, use, [under(key.policy, job) for job in jobs], context)
+        finally:
+            use.arriving -= 1
+
+    def _take(self, key: Key, use: KeyUse, jobs: list[Job], context: int) -> Admitted:
+        """`context` is that of the model if the prompt was read, else 0."""
+        prices = self.prices(key, jobs[0].model)
+        explicit, tokens, cost = True, 0, 0
+        if context:
+            explicit = jobs[0].max_tokens is not None or jobs[0].inputs is not None
+            prompt = _prompt_tokens(jobs)
+            if not explicit:
+                jobs = self._capped(key, use, jobs, prompt, context, prices)
+            made = sum(self._most(job, context) for job in jobs)
+            tokens, cost = prompt + made, prices.most(prompt, made)
+        grant = self._limits.take(key, use, tokens=tokens, cost=cost, explicit=explicit)
+
+        def end(tokens: int, cost: int) -> None:
+            self._limits.end(key, use, grant, tokens=tokens, cost=cost)
+
+        return Admitted(jobs, key, prices, grant, end)
+
+    async def headers(self, key: Key) -> dict[str, str]:
+        """`x-ratelimit-*` for an answer to this key."""
+        return self._limits.headers(key, await self._use_of(key))
+
+    async def _read(self, jobs: list[Job]) -> tuple[list[Job], int]:
+        """The jobs with their prompts' tokens, and the context of the model.  Nobody who leaves, or
+        is sent away by a drain, stops the engine that starts for it: others wait for it too."""
+        reading = asyncio.create_task(self._read_on(jobs))
+        reading.add_done_callback(lambda done: done.cancelled() or done.exception())
+        await asyncio.wait({reading, self._drain}, return_when=asyncio.FIRST_COMPLETED)
+        if self.draining:
+            raise _draining()
+        return reading.result()
+
+    async def _read_on(self, jobs: list[Job]) -> tuple[list[Job], int]:
+        context, made = 0, []
+        prompts: dict[int, Job] = {}
+        for job in jobs:
+            if job.prompt_number not in prompts:
+                read, context = await self._reader.read(job)
+                prompts[job.prompt_number] = read
+            read = prompts[job.prompt_number]
+            made.append(replace(job, read=read.read, thinking=read.thinking))
+        return made, context
+
+    def _most(self, job: Job, context: int) -> int:
+        """Tokens that the answer can have."""
+        room = math.inf if self.engine.context_shift else context - len(job.read or ())
+        return int(max(0, min(job.max_tokens or 0, room)))
+
+    def _capped(
+        self, key: Key, use: KeyUse, jobs: list[Job], prompt: int, context: int, prices: Prices
+    ) -> list[Job]:
+        """With the limit that the client left to us: what context, tpm and budget have room for."""
+        rooms = [context - max(len(job.read or ()) for job in jobs)]
+        if key.policy.tpm is not None:
+            rooms.append((key.policy.tpm - prompt) // len(jobs))
+        spare = self._limits.spare(key, use)
+        price = prices.most(0, 1)
+        if spare is not None and price:
+            rooms.append((spare - prices.most(prompt, 0)) // (price * len(jobs)))
+        # At least one: what has no room for it is refused with the numbers.
+        return [replace(job, max_tokens=max(1, min(rooms))) for job in jobs]
+
+    # -- what keys use -----------------------------------------------------------------------------
+
+    async def _use_of(self, key: Key) -> KeyUse:
+        """From memory; the first time from the last minute's rows, so that limits outlive us."""
+        use = self._uses.get(key.id)
+        if use is not None:
+            return use
+        async with self._reading:
+            if key.id not in self._uses:
+                self._forget_idle()
+                wall, now = time.time(), time.monotonic()
+                rows = await since_then(self._database, key.id, int((wall - MINUTE) * 1000))
+                ended = [(now - (wall - at / 1000), tokens) for at, tokens in rows]
+                # As it is now: since the key was found, its last request may have ended.
+                key = await keys.get(self._database, key.id)
+                self._uses[key.id] = KeyUse(key, ended, now)
+        return self._uses[key.id]
+
+    def _forget_idle(self) -> None:
+        if len(self._uses) >= _MOST_IDLE:
+            self._uses = {name: use for name, use in self._uses.items() if not use.idle}
+
+
+def _draining() -> NoNodesAvailable:
+    return NoNodesAvailable("This box is shutting down: send it elsewhere.", retry_after=5)
+
+
+def _prompt_tokens(jobs: Sequence[Job]) -> int:
+    """Choices share their prompt, and it is paid once."""
+    return sum(len(read) for read in {job.prompt_number: job.read or [] for job in jobs}.values())

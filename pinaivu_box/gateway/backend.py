@@ -6,16 +6,22 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from pinaivu_box.config import SamplingConfig
+from pinaivu_box.config import RoutingPolicy, SamplingConfig
 from pinaivu_box.engine.messages import Constraint, Sampling, TokenLogprob, Tools
 from pinaivu_box.models.catalog import Model
-from pinaivu_box.receipts.receipt import EngineInfo
+from pinaivu_box.receipts.commitment import Opening, new_nonce
+from pinaivu_box.receipts.receipt import EngineInfo, Proof, SignedProof
 
 
 @dataclass(frozen=True)
 class Job:
     """One answer to be made; a request has one for each of its choices.  `asked` is what the client
-    said of sampling.  `prompt_number` tells its prompt from others of the request.
+    said of sampling.  `prompt_number` tells its prompt from others of the request, and `nonce` is
+    of the commitment to it, in hex.  `leg` is the number of this try, `tried` are nodes that failed
+    before, and `settled` is how an earlier leg drew, with the file of that `digest`: this one has
+    to draw likewise.  `local_only` jobs stay on this box, others go to `peers` (names or node ids;
+    None: any) at most, as `routing` says, or else the box's policy.  A peer's job has a `name` that
+    we gave it.
 
     The rest is as in `engine.messages.Add`.
     """
@@ -45,12 +51,29 @@ class Job:
     prediction: str = ""
     cache: bool = True
     suffix: str = ""
+    echo: bool = False
+    scored: int = 0
+    unsaid: int = 0
     inputs: list[str | list[int]] | None = None  # texts whose vectors are wanted, no more
     dimensions: int | None = None  # of the vectors
+    weight: float = 1.0
+    read: list[int] | None = None
+    thinking: bool = False
+    nonce: str = field(default_factory=new_nonce)
+    leg: int = 0
+    tried: tuple[str, ...] = ()
+    settled: Sampling | None = None
+    digest: str | None = None
+    local_only: bool = False
+    peers: tuple[str, ...] | None = None
+    routing: RoutingPolicy | None = None
+    name: str = ""
 
     @property
     def id(self) -> str:
-        """Of its sequence in an engine."""
+        """Of its sequence in an engine: its `name`, if it has one."""
+        if self.name:
+            return self.name
         return f"{self.request_id}.{self.choice}" if self.choice else self.request_id
 
 
@@ -67,7 +90,8 @@ def committed(tools: Tools | None, constraint: Constraint | None) -> dict[str, A
 @dataclass(frozen=True)
 class Started:
     """A backend has taken the job: who it is and what it will use.  `tool_style` and `thinks` say
-    how the model writes (see `chat_format`)."""
+    how the model writes (see `chat_format`).  `route` says why it was this one, for the receipt,
+    and `header` for the client.  Of a peer, `nonce` (hex) is of its commitment to the output."""
 
     node_id: str
     model_digest: str
@@ -75,20 +99,26 @@ class Started:
     sampling: Sampling
     tool_style: str
     thinks: bool
+    route: dict[str, Any] | None = None
+    header: str = ""
+    nonce: str | None = None
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """The prompt was tokenized.  With `thinking` the output begins inside the model's thoughts."""
+    """The prompt was tokenized.  With `thinking` the output begins inside the model's thoughts.
+    `text` is of an echo."""
 
     tokens: list[int]
     thinking: bool = False
+    text: str = ""
 
 
 @dataclass(frozen=True)
 class Output:
     """New text and tokens; the last one has a finish reason.  `queue_ms` and `cached_tokens` (of
-    the prompt) come with the first.  `shifted_tokens` were forgotten so far (context shift)."""
+    the prompt) come with the first.  `shifted_tokens` were forgotten so far (context shift).  An
+    echo's `logprobs` are first those of the prompt.  `mark` (hex): see `receipt.mark_text`."""
 
     text: str
     tokens: list[int]
@@ -99,17 +129,28 @@ class Output:
     logprobs: Sequence[TokenLogprob] = ()
     stop_string: str | None = None
     vectors: Sequence[bytes] = ()
+    mark: str | None = None
 
 
-Event = Started | Prompt | Output
+@dataclass(frozen=True)
+class Proved:
+    """A peer's proof, checked against what it sent and accepted."""
+
+    proof: Proof
+    signed: SignedProof
+    opening: Opening
+    acceptance: bytes
+
+
+Event = Started | Prompt | Output | Proved
 
 
 class Backend(Protocol):
     def serve(self, job: Job, made: list[int]) -> AsyncIterator[Event]:
         """Run the job, going on after the tokens `made` by earlier legs.
 
-        Yields one Started, one Prompt, then Outputs up to one with a finish reason.  Raises
-        ApiError; EngineLost means that another leg may go on.
+        Yields one Started, one Prompt, then Outputs up to one with a finish reason; a peer's Proved
+        comes before that.  Raises ApiError; EngineLost means that another leg may go on.
         """
         ...
 

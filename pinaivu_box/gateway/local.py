@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
+from dataclasses import replace
 
 import msgspec
 
@@ -32,13 +33,14 @@ class LocalBackend:
     def __init__(self, placement: Placement, node_id: str, sampling: SamplingConfig) -> None:
         self._placement = placement
         self._node_id = node_id
-        self._sampling = sampling
+        self.sampling = sampling
         self._serving: dict[str, EngineProcess] = {}
 
     async def serve(self, job: Job, made: list[int]) -> AsyncGenerator[Event]:
         engine = await self._placement.acquire(job.model)
+        ended = False
         try:
-            sampling = resolve(job, self._sampling, engine.ready.defaults)
+            sampling = job.settled or resolve(job, self.sampling, engine.ready.defaults)
             info = EngineInfo(engine.ready.build, engine.ready.device)
             if job.inputs is not None:
                 box = engine.submit(Embed(job.id, job.inputs, job.dimensions))
@@ -51,10 +53,13 @@ class LocalBackend:
             )
             while True:
                 for item in await box.take():
+                    ended = isinstance(item, Delta) and item.finish_reason is not None
                     yield _event(item)
-                    if isinstance(item, Delta) and item.finish_reason:
+                    if ended:
                         return
         finally:
+            if not ended:
+                engine.cancel(job.id)
             self._serving.pop(job.id, None)
             engine.forget(job.id)
             self._placement.release(engine)
@@ -68,13 +73,27 @@ class LocalBackend:
         self, job: Job, tokens: list[int] | None = None, *, plain: bool = False
     ) -> Tokenized:
         """The tokens of the job's prompt, or the text of `tokens`; see `engine.messages`."""
+        return (await self.ask(job, tokens, plain=plain))[0]
+
+    async def read(self, job: Job) -> tuple[Job, int]:
+        """The job with its prompt's tokens, and the context of its model."""
+        try:
+            found, context = await self.ask(job)
+        except EngineLost:  # another serves it, as it would a request that runs
+            found, context = await self.ask(job)
+        return replace(job, read=found.tokens, thinking=found.thinking), context
+
+    async def ask(
+        self, job: Job, tokens: list[int] | None = None, *, plain: bool = False
+    ) -> tuple[Tokenized, int]:
+        """As `tokenize`, and the context of the model."""
         engine = await self._placement.acquire(job.model)
         try:
-            sampling = resolve(job, self._sampling, engine.ready.defaults)
-            box = engine.ask(Tokenize(to_add(job, sampling, []), tokens, plain))
+            sampling = resolve(job, self.sampling, engine.ready.defaults)
+            box = engine.ask(Tokenize(to_add(job, sampling, []), tokens, plain, job.inputs))
             (item,) = await box.take()
             if isinstance(item, Tokenized):
-                return item
+                return item, engine.ready.context
             if isinstance(item, Refused):
                 raise by_code(item.code, item.message, item.param)
             raise EngineLost("The engine died while it worked on this request; try again.")
@@ -101,6 +120,12 @@ def to_add(job: Job, sampling: Sampling, made: list[int]) -> Add:
         prediction=job.prediction,
         cache=job.cache,
         suffix=job.suffix,
+        weight=job.weight,
+        read=job.read,
+        thinking=job.thinking,
+        echo=job.echo,
+        scored=job.scored,
+        unsaid=job.unsaid,
     )
 
 
@@ -120,7 +145,7 @@ def _event(item: Item) -> Event:
                 item.vectors,
             )
         case Admitted():
-            return Prompt(item.prompt_tokens, item.thinking)
+            return Prompt(item.prompt_tokens, item.thinking, item.text)
         case Refused():
             raise by_code(item.code, item.message, item.param)
         case _:

@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import msgspec
 
 from pinaivu_box import amount
-from pinaivu_box.config import PricingConfig
-from pinaivu_box.gateway.backend import Job, Output, Prompt, Started, committed
-from pinaivu_box.identity import Identity
+from pinaivu_box.amount import Prices
+from pinaivu_box.gateway.backend import Job, Output, Prompt, Proved, Started, committed
+from pinaivu_box.identity import Identity, verify
 from pinaivu_box.receipts import commitment
 from pinaivu_box.receipts.receipt import (
+    MARK_DOMAIN,
     Price,
     Proof,
     Receipt,
+    SignedProof,
     Usage,
+    mark_text,
     sampling_record,
     sign_proof,
     sign_receipt,
-    total_tokens,
+    total_cost,
     utc_text,
 )
 from pinaivu_box.store.database import Database
@@ -46,19 +48,38 @@ class Leg:
     duration_ms: int = 0
     cached_tokens: int = 0
     shifted_tokens: int = 0
+    logprobs: int = 0
+    begun: bool = False  # the engine has computed something of it
+    queue_ms: float = 0.0
+    mark: str | None = None
+    proved: Proved | None = None
 
-    def take(self, event: Prompt | Output) -> None:
+    def take(self, event: Prompt | Output | Proved) -> None:
+        if isinstance(event, Proved):
+            self.proved = event
+            return
         if isinstance(event, Prompt):
             self.prompt = event.tokens
             return
         if event.tokens and self.ttft_ms is None:
             self.ttft_ms = self._elapsed_ms()
+        if event.queue_ms is not None:
+            self.begun, self.queue_ms = True, event.queue_ms
         self.tokens += event.tokens
         self.text.append(event.text)
         self.finish_reason = event.finish_reason or self.finish_reason
         self.duration_ms = self._elapsed_ms()
         self.cached_tokens = event.cached_tokens or self.cached_tokens
         self.shifted_tokens = event.shifted_tokens
+        self.logprobs += len(event.logprobs)
+        self.mark = event.mark
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """After the first; None if there are too few to say."""
+        if self.ttft_ms is None or len(self.tokens) < 2 or self.duration_ms <= self.ttft_ms:
+            return None
+        return (len(self.tokens) - 1) * 1000 / (self.duration_ms - self.ttft_ms)
 
     def _elapsed_ms(self) -> int:
         return round((time.monotonic() - self.began) * 1000)
@@ -70,6 +91,28 @@ class Branch:
 
     job: Job
     legs: list[Leg] = field(default_factory=list)
+    tried: tuple[str, ...] = ()
+    thinking: bool = False  # whether its prompt ends in the model's thoughts
+
+    def failed(self, node_id: str) -> None:
+        """A leg was lost there; nodes that have not failed are asked first."""
+        self.tried = (*self.tried, node_id) if node_id else self.tried
+
+    def next_job(self) -> Job:
+        """The job of the next leg: it reads and draws as the first one did."""
+        job = replace(self.job, scored=self.scored, leg=len(self.served), tried=self.tried)
+        if not self.served:
+            return job
+        first = self.served[0]
+        read = job.read if job.inputs is not None else first.prompt
+        return replace(
+            job,
+            settled=first.started.sampling,
+            digest=first.started.model_digest,
+            read=read,
+            unsaid=self.unsaid,
+            thinking=self.thinking or job.thinking,
+        )
 
     @property
     def served(self) -> list[Leg]:
@@ -82,16 +125,37 @@ class Branch:
         return [token for leg in self.legs for token in leg.tokens]
 
     @property
+    def scored(self) -> int:
+        """Tokens of its echoed prompt whose log-probabilities have come."""
+        prompt = len(self.served[0].prompt or ()) if self.served else 0
+        return min(prompt, sum(leg.logprobs for leg in self.served))
+
+    @property
+    def unsaid(self) -> int:
+        """The last tokens of the output whose log-probabilities have not come: their text was held
+        back when the leg was lost."""
+        if self.job.logprobs is None:
+            return 0
+        said = sum(leg.logprobs for leg in self.served) - (self.scored if self.job.echo else 0)
+        return max(0, len(self.made) - said)
+
+    @property
     def text(self) -> str:
         return "".join(part for leg in self.served for part in leg.text)
 
 
 @dataclass
 class Account:
-    """Of one request, from its arrival to its receipt; `jobs` has one for each of its choices."""
+    """Of one request, from its arrival to its receipt; `jobs` has one for each of its choices.
+
+    `period`: when the period of the key's budget began (see `store.keys.charge`).
+    """
 
     jobs: list[Job]
     key_id: str
+    prices: Prices
+    period: int = 0
+    cost: int = 0  # 10^-9 of the currency, once it is settled
     created: float = field(default_factory=time.time)  # Unix seconds
     began: float = field(default_factory=time.monotonic)
     queue_ms: int | None = None
@@ -109,13 +173,18 @@ class Account:
     def start_leg(self, branch: Branch, started: Started) -> None:
         branch.legs = [*branch.served, Leg(started)]
 
-    def take(self, branch: Branch, event: Prompt | Output) -> None:
-        branch.legs[-1].take(event)
+    def take(self, branch: Branch, event: Prompt | Output | Proved) -> None:
+        leg = branch.legs[-1]
+        leg.take(event)
+        if isinstance(event, Prompt):
+            branch.thinking = event.thinking
         if isinstance(event, Output):
             if event.queue_ms is not None and self.queue_ms is None:
                 self.queue_ms = round(event.queue_ms)
             if event.tokens and self.ttft_ms is None:
                 self.ttft_ms = self.elapsed_ms()
+            if event.finish_reason == "cancelled" and not leg.begun:
+                branch.legs.pop()  # it only waited: there is nothing to pay for
 
     @property
     def served(self) -> list[tuple[Branch, Leg]]:
@@ -123,20 +192,29 @@ class Account:
         return [(branch, leg) for branch in self.branches for leg in branch.served]
 
     @property
-    def prompts(self) -> list[Leg]:
+    def numbered(self) -> list[tuple[Branch, int, Leg]]:
+        """The same, with their numbers within a choice."""
+        return [
+            (branch, number, leg)
+            for branch in self.branches
+            for number, leg in enumerate(branch.served)
+        ]
+
+    @property
+    def prompts(self) -> list[tuple[Branch, Leg]]:
         """The first leg of each prompt: choices share it, and pay for it once."""
-        first: dict[int, Leg] = {}
+        first: dict[int, tuple[Branch, Leg]] = {}
         for branch, leg in self.served:
-            first.setdefault(branch.job.prompt_number, leg)
-        return list(first.values())
+            first.setdefault(branch.job.prompt_number, (branch, leg))
+        return [first[number] for number in sorted(first)]
 
     @property
     def prompt_tokens(self) -> int:
-        return sum(len(leg.prompt or ()) for leg in self.prompts)
+        return sum(len(leg.prompt or ()) for _, leg in self.prompts)
 
     @property
     def cached_tokens(self) -> int:
-        return sum(leg.cached_tokens for leg in self.prompts)
+        return sum(leg.cached_tokens for _, leg in self.prompts)
 
     @property
     def shifted_tokens(self) -> int:
@@ -151,23 +229,22 @@ class Account:
 
 
 class Meter:
-    def __init__(self, identity: Identity, database: Database, pricing: PricingConfig) -> None:
+    def __init__(self, identity: Identity, database: Database, currency: str) -> None:
+        self.currency = currency
         self._identity = identity
         self._database = database
-        self._pricing = pricing
 
     async def settle(self, account: Account, finish_reason: str) -> None:
         """Sign and write; returns when usage, receipt and the key's counters are on disk."""
         account.total_ms = account.elapsed_ms()
         job, last = account.job, account.served[-1][1].started
-        price = self._price(job.model.id)
-        read = [token for leg in account.prompts for token in leg.prompt or ()]
-        prompt, prompt_opening = commitment.commit(asked_text(account.jobs), read)
-        proofs, openings = self._prove(account, price, prompt)
+        price = self._price(account.prices)
+        prompts = [_prompt(branch, leg) for branch, leg in account.prompts]
+        proofs, openings = self._prove(account, price)
         made = [token for branch in account.branches for token in branch.made]
         text = commitment.output_text([branch.text for branch in account.branches])
-        output, output_opening = commitment.commit(text, made)
-        cost = amount.cost(total_tokens(proofs), price.per_1k_tokens)
+        output, output_opening = commitment.commit(text, made, commitment.new_nonce())
+        account.cost = total_cost([proof for proof, _ in proofs], price)
         receipt = Receipt(
             request_id=job.request_id,
             timestamp=utc_text(account.created),
@@ -175,61 +252,50 @@ class Meter:
             node_id=last.node_id,
             model=job.model.id,
             model_digest=last.model_digest,
-            payment_amount=amount.to_text(cost),
+            payment_amount=amount.to_text(account.cost),
             currency=price.currency,
             finish_reason=finish_reason,
             routing=_routing(account),
-            proofs=[sign_proof(self._identity, proof) for proof in proofs],
-            prompt_commitment=prompt,
+            proofs=[signed for _, signed in proofs],
+            prompt_commitment=commitment.of_several([prompt for prompt, _ in prompts]),
             output_commitment=output,
             usage=Usage(account.prompt_tokens, account.completion_tokens, account.cached_tokens),
+            price=price,
         )
         signed, signature = sign_receipt(self._identity, receipt)
-        opening = {"prompt": prompt_opening, "output": output_opening, "legs": openings}
+        opening = {"prompt": prompts[0][1], "output": output_opening, "legs": openings}
+        if len(prompts) > 1:
+            opening["prompts"] = [one for _, one in prompts]
         await settle(
             self._database,
-            self._row(account, receipt, cost),
-            StoredReceipt(job.request_id, signed, signature, msgspec.json.encode(opening)),
+            self._row(account, receipt),
+            StoredReceipt(signed, signature, msgspec.json.encode(opening)),
+            account.period,
         )
 
-    def _price(self, model_id: str) -> Price:
-        per_1k = self._pricing.models.get(model_id, self._pricing.per_1k_tokens)
-        return Price(self._pricing.currency, per_1k)
+    def _price(self, prices: Prices) -> Price:
+        cached = prices.prompt if prices.cached is None else prices.cached
+        return Price(self.currency, prices.prompt, cached, prices.completion)
 
     def _prove(
-        self, account: Account, price: Price, prompt_commitment: str
-    ) -> tuple[list[Proof], list[commitment.Opening]]:
+        self, account: Account, price: Price
+    ) -> tuple[list[tuple[Proof, SignedProof]], list[commitment.Opening]]:
         proofs, openings = [], []
-        for number, (branch, leg) in enumerate(account.served):
-            output, opening = commitment.commit("".join(leg.text), leg.tokens)
+        for branch, number, leg in account.numbered:
+            if leg.proved is not None:
+                proofs.append((leg.proved.proof, leg.proved.signed))
+                openings.append(leg.proved.opening)
+                continue
+            # Of a peer that was lost: its price is not known to be owed, nor its word given.
+            proof, opening = prove(branch.job, number, leg, price)
+            if leg.started.node_id != self._identity.node_id:
+                mark = leg.mark if _is_mark(proof, leg.mark) else None
+                proof = msgspec.structs.replace(proof, witness=self._identity.node_id, mark=mark)
+            proofs.append((proof, sign_proof(self._identity, proof)))
             openings.append(opening)
-            proofs.append(
-                Proof(
-                    request_id=branch.job.request_id,
-                    leg=number,
-                    choice=branch.job.choice,
-                    prompt=branch.job.prompt_number,
-                    node_id=leg.started.node_id,
-                    model=account.job.model.id,
-                    model_digest=leg.started.model_digest,
-                    engine=leg.started.engine,
-                    sampling=sampling_record(leg.started.sampling, branch.job.max_tokens),
-                    prompt_commitment=prompt_commitment,
-                    output_commitment=output,
-                    prompt_tokens=len(leg.prompt or []),
-                    completion_tokens=len(leg.tokens),
-                    cached_tokens=leg.cached_tokens,
-                    shifted_tokens=leg.shifted_tokens,
-                    finish_reason=leg.finish_reason,
-                    started_at=utc_text(leg.started_at),
-                    ttft_ms=leg.ttft_ms,
-                    duration_ms=leg.duration_ms,
-                    price=price,
-                )
-            )
         return proofs, openings
 
-    def _row(self, account: Account, receipt: Receipt, cost: int) -> RequestRow:
+    def _row(self, account: Account, receipt: Receipt) -> RequestRow:
         return RequestRow(
             request_id=receipt.request_id,
             key_id=account.key_id,
@@ -240,27 +306,68 @@ class Meter:
             prompt_tokens=receipt.usage.prompt_tokens,
             cached_tokens=receipt.usage.cached_tokens,
             completion_tokens=receipt.usage.completion_tokens,
-            amount=cost,
+            amount=account.cost,
             queue_ms=account.queue_ms,
             ttft_ms=account.ttft_ms,
             total_ms=account.total_ms,
         )
 
 
+def prove(job: Job, number: int, leg: Leg, price: Price) -> tuple[Proof, commitment.Opening]:
+    """What there is to sign of leg `number` of a choice."""
+    prompt, _ = commitment.commit(asked_text(job), leg.prompt or [], job.nonce)
+    nonce = leg.started.nonce or commitment.new_nonce()
+    output, opening = commitment.commit("".join(leg.text), leg.tokens, nonce)
+    proof = Proof(
+        request_id=job.request_id,
+        leg=number,
+        choice=job.choice,
+        prompt=job.prompt_number,
+        node_id=leg.started.node_id,
+        model=job.model.id,
+        model_digest=leg.started.model_digest,
+        engine=leg.started.engine,
+        sampling=sampling_record(leg.started.sampling, job.max_tokens),
+        prompt_commitment=prompt,
+        output_commitment=output,
+        prompt_tokens=len(leg.prompt or []),
+        completion_tokens=len(leg.tokens),
+        cached_tokens=leg.cached_tokens,
+        shifted_tokens=leg.shifted_tokens,
+        finish_reason=leg.finish_reason,
+        started_at=utc_text(leg.started_at),
+        ttft_ms=leg.ttft_ms,
+        duration_ms=leg.duration_ms,
+        price=price,
+    )
+    return proof, opening
+
+
+def _is_mark(proof: Proof, mark: str | None) -> bool:
+    """Whether the node has signed that much."""
+    text = mark_text(
+        proof.request_id, proof.choice, proof.leg, proof.completion_tokens, proof.output_commitment
+    )
+    return mark is not None and verify(proof.node_id, MARK_DOMAIN, text, bytes.fromhex(mark))
+
+
+def _prompt(branch: Branch, leg: Leg) -> tuple[str, commitment.Opening]:
+    return commitment.commit(asked_text(branch.job), leg.prompt or [], branch.job.nonce)
+
+
 def _routing(account: Account) -> dict[str, Any]:
-    # Until peers and upstreams exist there is one candidate, and it wins.
-    chosen = account.served[-1][1].started.node_id
-    return {"policy": "local", "candidates": [{"node_id": chosen, "backend": "local"}]}
+    """How the first leg found its node; of the others, where they went and why."""
+    routes = [leg.started.route for _, leg in account.served]
+    first = routes[0] or {"policy": "local", "chosen": account.served[0][1].started.node_id}
+    return {**first, "legs": [one for one in routes[1:] if one]} if any(routes[1:]) else first
 
 
-def asked_text(jobs: Sequence[Job]) -> str:
+def asked_text(job: Job) -> str:
     """What the client asked, as the prompt's commitment covers it."""
-    job = jobs[0]
-    if job.prompt is None and job.inputs is None:
-        more = committed(job.tools, job.constraint)
-        return commitment.prompt_text(job.messages, job.stop, **more)
     if job.inputs is not None:
         return commitment.prompt_text([], job.stop, input=job.inputs)
-    prompts = {job.prompt_number: job.prompt for job in jobs}
+    if job.prompt is None:
+        more = committed(job.tools, job.constraint)
+        return commitment.prompt_text(job.messages, job.stop, **more)
     more = {"suffix": job.suffix} if job.suffix else {}
-    return commitment.prompt_text([], job.stop, prompt=list(prompts.values()), **more)
+    return commitment.prompt_text([], job.stop, prompt=[job.prompt], **more)

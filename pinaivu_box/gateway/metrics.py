@@ -24,6 +24,12 @@ class Metrics:
             ["model", "status"],
             registry=self.registry,
         )
+        self._refusals = Counter(
+            "pinaivu_errors",
+            "Requests that were answered with an error, by its code.",
+            ["code"],
+            registry=self.registry,
+        )
         self._tokens = Counter(
             "pinaivu_tokens",
             "Tokens by model and kind.",
@@ -54,6 +60,9 @@ class Metrics:
         self._duration.labels(model).observe(account.elapsed_ms() / 1000)
         if account.ttft_ms is not None:
             self._ttft.labels(model).observe(account.ttft_ms / 1000)
+
+    def refuse(self, code: str) -> None:
+        self._refusals.labels(code).inc()
 
 
 class _Engines:

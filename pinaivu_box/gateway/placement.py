@@ -36,14 +36,18 @@ class Placement:
     """`acquire` and `release` bracket every use of an engine."""
 
     def __init__(self, config: EngineConfig, digest: Digest) -> None:
-        self._config = config
+        self.configure(config)
         self._digest = digest
-        self._keep_alive = parse_duration(config.keep_alive)
         self._engines: dict[str, EngineProcess] = {}
         self._locks: dict[str, asyncio.Lock] = {}
         self._failures: dict[str, _Failures] = {}
         self._starting: set[str] = set()
         self._tasks: set[asyncio.Task[None]] = set()
+
+    def configure(self, config: EngineConfig) -> None:
+        """For engines that start from now on; the idle time is for all."""
+        self._config = config
+        self._keep_alive = parse_duration(config.keep_alive)
 
     @property
     def engines(self) -> list[EngineProcess]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import difflib
 import hashlib
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from pinaivu_box.config import Config, ModelConfig, SamplingConfig
@@ -22,7 +24,8 @@ FAKE = "fake:"  # a runner without a model, for tests and load measurements
 class Model:
     """`size` bytes at `offset` of `path`; `created` is the file's time in Unix seconds.
 
-    `recorded_digest` is set where the digest is known without reading the file.
+    `recorded_digest` is set where the digest is known without reading the file.  A `remote` one
+    is at peers only: it has neither file nor header here.
     """
 
     id: str
@@ -35,6 +38,7 @@ class Model:
     context: int
     sampling: SamplingConfig
     recorded_digest: str | None = None
+    remote: bool = False
 
     @property
     def is_fake(self) -> bool:
@@ -49,6 +53,15 @@ class Catalog:
     @property
     def models(self) -> list[Model]:
         return list(self._models.values())
+
+    def only(self, globs: Sequence[str]) -> Catalog:
+        """The models whose ids fit one of them."""
+        fits = {
+            model.id: model
+            for model in self.models
+            if any(fnmatchcase(model.id, glob) for glob in globs)
+        }
+        return Catalog(fits, {})
 
     def find(self, model_id: str) -> Model:
         """The model of that id; a name without a tag means `:latest`.  Raises ModelNotFound."""
@@ -82,8 +95,8 @@ def load(config: Config, home: Path) -> Catalog:
             raise CliError(
                 f"The model {entry.name} ({entry.path}) cannot be served: {reason}."
             ) from error
-    folder = Path(config.models_dir).expanduser() if config.models_dir else home / "models"
-    for path in sorted(folder.glob("*.gguf")) if folder.is_dir() else []:
+    directory = folder(config, home)
+    for path in sorted(directory.glob("*.gguf")) if directory.is_dir() else []:
         model_id = path.stem if ":" in path.stem else f"{path.stem}:latest"
         try:
             models.setdefault(model_id, _from_file(model_id, path))
@@ -100,6 +113,28 @@ def load(config: Config, home: Path) -> Catalog:
             owner="bundled",
         )
     return Catalog(models, broken)
+
+
+def remote(model_id: str, digest: str) -> Model:
+    """A model of that digest which only peers have."""
+    return Model(
+        id=model_id,
+        path=Path(),
+        offset=0,
+        size=0,
+        created=0,
+        owner="peers",
+        header=Header({}),
+        context=0,
+        sampling=SamplingConfig(),
+        recorded_digest=digest,
+        remote=True,
+    )
+
+
+def folder(config: Config, home: Path) -> Path:
+    """Where the files are that are served without being named in the configuration."""
+    return Path(config.models_dir).expanduser() if config.models_dir else home / "models"
 
 
 def digest_of(model: Model) -> str:

@@ -62,6 +62,28 @@ def read_header(path: Path, offset: int = 0) -> Header:
             raise BadGguf("it has arrays inside arrays without end") from None
 
 
+def ends_early(path: Path, offset: int, size: int) -> bool:
+    """Whether a GGUF of `size` bytes lacks the beginning of a tensor, as half a download does.
+
+    The end of the last tensor is left to llama.cpp, which knows how large each type is.  Raises
+    BadGguf, OSError.
+    """
+    with path.open("rb") as file:
+        file.seek(offset)
+        header = _read_header(file)
+        begins = file.tell() - offset
+        file.seek(offset + 8)
+        count, last = int(_scalar(file, "<Q")), 0
+        file.seek(offset + begins)
+        for _ in range(count):
+            _string(file)
+            _skip(file, 8 * int(_scalar(file, "<I")) + 4)  # dimensions and type
+            last = max(last, int(_scalar(file, "<Q")))
+        begins = file.tell() - offset
+    alignment = int(header.metadata.get("general.alignment", 32)) or 32
+    return -(-begins // alignment) * alignment + last >= size
+
+
 def _read_header(file: BinaryIO) -> Header:
     if file.read(4) != b"GGUF":
         raise BadGguf("it does not begin with the letters GGUF")

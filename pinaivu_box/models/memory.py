@@ -32,10 +32,19 @@ def estimate(model: Model, kv_tokens: int) -> int:
 
 
 def available() -> int | None:
-    """Bytes that can be had without swapping (Linux `MemAvailable`); None where unknown."""
+    """Bytes that can be had without swapping; None where unknown."""
+    return _meminfo("MemAvailable")
+
+
+def total() -> int | None:
+    """Bytes of this machine; None where unknown."""
+    return _meminfo("MemTotal")
+
+
+def _meminfo(field: str) -> int | None:
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
+            if line.startswith(f"{field}:"):
                 return int(line.split()[1]) * 1024
     except OSError:
         return None

@@ -113,6 +113,7 @@ class AnthropicAnswer(Struct, frozen=True):
 class TokenCountAnswer(Struct, frozen=True):
     request_id: str
     input_tokens: int
+    ignored_parameters: list[str] | UnsetType = UNSET
 
 
 # -- as messages of a chat ----------------------------------------------------------------------

@@ -12,21 +12,26 @@ Tokens = Annotated[list[Annotated[int, Meta(ge=0, lt=2**31)]], Meta(min_length=1
 
 
 class CompletionRequest(Sampled, frozen=True, kw_only=True):
-    """Body of `POST /v1/completions`: a prompt as text or tokens, or a list of such."""
+    """Body of `POST /v1/completions`: a prompt as text or tokens, or a list of such.
+
+    `max_tokens` 0 asks for the prompt alone, with `echo`.
+    """
 
     prompt: TextOrTokens
     echo: bool | None = None
     suffix: str | None = None
     logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     best_of: Literal[1] | None = None
+    max_tokens: Annotated[int, Meta(ge=0, le=2**31 - 1)] | None = None
 
 
 class CompletionLogprobs(Struct, frozen=True):
-    """`text_offset` in characters of the choice's text."""
+    """`text_offset` in characters of the choice's text.  An echoed prompt's first token has no
+    log-probability.  `top_logprobs` also has the token itself."""
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
 
 
@@ -71,12 +76,14 @@ class TokenList(Struct, frozen=True):
     model: str
     tokens: list[int]
     count: int
+    ignored_parameters: list[str] | UnsetType = UNSET
 
 
 class DetokenizedText(Struct, frozen=True):
     request_id: str
     model: str
     text: str
+    ignored_parameters: list[str] | UnsetType = UNSET
 
 
 class InputTokens(Struct, frozen=True):
@@ -86,3 +93,4 @@ class InputTokens(Struct, frozen=True):
     model: str
     input_tokens: int
     object: str = "chat.completion.input_tokens"
+    ignored_parameters: list[str] | UnsetType = UNSET

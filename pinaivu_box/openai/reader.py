@@ -12,7 +12,7 @@ import secrets
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
-from pinaivu_box.chat_format import THINK, THOUGHT, Style
+from pinaivu_box.chat_format import THINK, THOUGHT, Style, overlap
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class Reader:
             self._buffer = rest
             self._state = self._after_thought
         else:
-            keep = 0 if end else _overlap(said, THOUGHT)
+            keep = 0 if end else overlap(said, THOUGHT)
             said, self._buffer = said[: len(said) - keep], said[len(said) - keep :]
         return [Thought(said)] if said else []
 
@@ -129,7 +129,7 @@ class Reader:
         said, found, keep = self._buffer, "", 0
         if style is not None and style.trigger:
             said, found, rest = self._buffer.partition(style.trigger)
-            keep = 0 if end or found else _overlap(said, style.trigger)
+            keep = 0 if end or found else overlap(said, style.trigger)
         elif style is not None and self._blank and said.lstrip().startswith("{"):
             self._state = self._head
             return []
@@ -210,7 +210,9 @@ class Reader:
         rest = self._buffer.lstrip()
         after = self._style.after.strip() if self._style else ""
         if after:
-            if after.startswith(rest) and rest != after and not end:
+            if after.startswith(rest) and rest != after:
+                # At the end it is a mark that was cut off, which is nobody's text.
+                self._buffer = "" if end else self._buffer
                 return []
             self._buffer = rest.removeprefix(after)
             self._state = self._text
@@ -234,11 +236,3 @@ def _object(text: str) -> tuple[dict[str, object], int] | None:
     except (ValueError, RecursionError):
         return None
     return (value, end) if isinstance(value, dict) else None
-
-
-def _overlap(text: str, mark: str) -> int:
-    """Length of the longest end of `text` with which `mark` begins."""
-    for length in range(min(len(text), len(mark) - 1), 0, -1):
-        if text.endswith(mark[:length]):
-            return length
-    return 0

@@ -17,6 +17,7 @@ from pinaivu_box.openai.types import (
     JsonFormat,
     Message,
     NamedTool,
+    Sampled,
     SchemaFormat,
     StopStrings,
     TextOrTokens,
@@ -137,10 +138,15 @@ def _message(message: Message) -> dict[str, Any]:
     return made
 
 
-def check_chat(body: ChatRequest) -> None:
-    """What one field cannot be without another.  Raises InvalidBody."""
+def check_stream(body: Sampled) -> None:
+    """Raises InvalidBody."""
     if body.stream_options is not None and not body.stream:
         raise _needs("stream_options", "stream to be true")
+
+
+def check_chat(body: ChatRequest) -> None:
+    """What one field cannot be without another.  Raises InvalidBody."""
+    check_stream(body)
     if body.top_logprobs is not None and not body.logprobs:
         raise _needs("top_logprobs", "logprobs to be true")
     names = [tool.function.name for tool in body.tools or ()]
@@ -167,6 +173,8 @@ def _needs(name: str, what: str) -> InvalidBody:
 _AT = re.compile(r"(?P<message>.*?)(?: - at `(?:key in )?\$(?P<path>.*)`)?$", re.DOTALL)
 _PART = re.compile(r"\.([A-Za-z_]\w*)|\[(\d+|\.\.\.)\]")
 _MISSING = re.compile(r"Object missing required field `(\w+)`")
+_NOT_TAKEN = re.compile(r"Invalid (?:enum )?value (.*)", re.DOTALL)
+_JSON_OF = {"True": "true", "False": "false", "None": "null"}
 _UNKNOWN = re.compile(r"Object contains unknown field `(.*)`")
 
 
@@ -184,6 +192,11 @@ def from_validation(error: msgspec.ValidationError, *, root: str = "body") -> In
             f"'{unknown[1]}' is not a field here: remove it or correct its name",
             loc=(*loc, unknown[1]),
             kind="value_error.extra",
+        )
+    if taken := _NOT_TAKEN.fullmatch(message):
+        value = _JSON_OF.get(taken[1], taken[1])
+        return InvalidBody(
+            f"{value} is not a value that is taken here", loc=tuple(loc), kind="type_error"
         )
     kind = "value_error" if any(mark in message for mark in ("<", ">", "length")) else "type_error"
     return InvalidBody(message[0].lower() + message[1:], loc=tuple(loc), kind=kind)

@@ -139,10 +139,12 @@ Seed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 class Extension(Struct, frozen=True, forbid_unknown_fields=True):
     """`pinaivu` in a request: what OpenAI's API has no word for.
 
-    `priority` orders the requests of one key among themselves: higher goes first.
+    `priority` orders the requests of one key among themselves: higher goes first.  A request that
+    cannot start within `timeout` seconds is refused.
     """
 
     priority: Annotated[int, Meta(ge=-100, le=100)] = 0
+    timeout: Annotated[float, Meta(gt=0, le=86400)] | None = None
 
 
 class ContextShift(Struct, frozen=True):

@@ -4,6 +4,9 @@ commitment = SHA-256("pinaivu/commitment/v1\\n" + nonce + SHA-256(text) + SHA-25
 the nonce is 32 random bytes, the text is UTF-8 and the token ids are little-endian u32.  A receipt
 may be public: without the nonce even a short prompt cannot be guessed from it.  With the opening,
 the owner proves the text alone, and an auditor who has the tokens proves those too.
+
+Several prompts of one request have a commitment each; the request's is SHA-256 over
+"pinaivu/commitments/v1\\n" and theirs, in their order.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import rfc8785
 from msgspec import Struct
 
 _DOMAIN = b"pinaivu/commitment/v1\n"
+_LIST_DOMAIN = b"pinaivu/commitments/v1\n"
 
 
 class Opening(Struct, frozen=True):
@@ -27,10 +31,43 @@ class Opening(Struct, frozen=True):
     tokens_sha256: str
 
 
-def commit(text: str, tokens: Sequence[int]) -> tuple[str, Opening]:
+def new_nonce() -> str:
+    return secrets.token_hex(32)
+
+
+def commit(text: str, tokens: Sequence[int], nonce: str) -> tuple[str, Opening]:
     """The commitment in hex, and its opening."""
-    opening = Opening(secrets.token_hex(32), tokens_sha256(tokens))
+    opening = Opening(nonce, tokens_sha256(tokens))
     return recompute(text, opening), opening
+
+
+def of_several(commitments: Sequence[str]) -> str:
+    """One commitment stands for itself."""
+    if len(commitments) == 1:
+        return commitments[0]
+    joined = b"".join(bytes.fromhex(one) for one in commitments)
+    return hashlib.sha256(_LIST_DOMAIN + joined).hexdigest()
+
+
+class Running:
+    """The commitment to an output that is still growing."""
+
+    def __init__(self, nonce: str) -> None:
+        self.nonce = nonce
+        self._text, self._tokens = hashlib.sha256(), hashlib.sha256()
+
+    def add(self, text: str, tokens: Sequence[int]) -> None:
+        self._text.update(text.encode())
+        self._tokens.update(struct.pack(f"<{len(tokens)}I", *tokens))
+
+    @property
+    def opening(self) -> Opening:
+        return Opening(self.nonce, self._tokens.hexdigest())
+
+    @property
+    def commitment(self) -> str:
+        message = _DOMAIN + bytes.fromhex(self.nonce) + self._text.digest() + self._tokens.digest()
+        return hashlib.sha256(message).hexdigest()
 
 
 def recompute(text: str, opening: Opening) -> str:

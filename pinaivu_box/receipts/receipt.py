@@ -14,11 +14,15 @@ import msgspec
 import rfc8785
 from msgspec import Struct
 
+from pinaivu_box.amount import Prices
 from pinaivu_box.engine.messages import Sampling
 from pinaivu_box.identity import Identity
 
 PROOF_DOMAIN = "pinaivu/proof/v1"
+ACCEPTANCE_DOMAIN = "pinaivu/acceptance/v1"
+MARK_DOMAIN = "pinaivu/mark/v1"
 RECEIPT_DOMAIN = "pinaivu/receipt/v1"
+ACCEPTANCE_DOMAIN = "pinaivu/acceptance/v1"  # a coordinator's, over the bytes of a proof
 VERSION = 1
 
 
@@ -28,17 +32,28 @@ class EngineInfo(Struct, frozen=True):
 
 
 class Price(Struct, frozen=True):
+    """Of 1,000 tokens: prompt tokens anew, prompt tokens found in the cache, and those made."""
+
     currency: str
-    per_1k_tokens: str
+    prompt: str
+    cached: str
+    completion: str
+
+    @property
+    def prices(self) -> Prices:
+        return Prices(self.prompt, self.completion, self.cached)
 
 
 class Proof(Struct, frozen=True):
     """What the serving node says of one leg.  Milliseconds; commitments and digest in hex.
 
-    `cached_tokens` of the prompt were not computed anew; `shifted_tokens` were forgotten on the way
-    (context shift).  `sampling` holds every parameter that decided the draws; its seed is text,
-    because JSON numbers do not carry 64 bits.  `choice` says which of several answers it made, and
-    `prompt` which of several prompts it answered.
+    `leg` numbers those of one choice.  `cached_tokens` of the prompt were not computed anew;
+    `shifted_tokens` were forgotten on the way (context shift).  `sampling` holds every parameter
+    that decided the draws; its seed is text, because JSON numbers do not carry 64 bits.  `choice`
+    says which of several answers it made, and `prompt` which of several prompts it answered.
+
+    A node that was lost in the middle signs no proof: `witness`, the coordinator, then signs what
+    it has received, and `mark` is the node's own signature over that much of it (`mark_text`).
     """
 
     request_id: str
@@ -61,7 +76,13 @@ class Proof(Struct, frozen=True):
     price: Price
     choice: int = 0
     prompt: int = 0
+    witness: str | None = None
+    mark: str | None = None
     v: int = VERSION
+
+    @property
+    def signer(self) -> str:
+        return self.witness or self.node_id
 
 
 class SignedProof(Struct, frozen=True):
@@ -78,7 +99,10 @@ class Usage(Struct, frozen=True):
 
 
 class Receipt(Struct, frozen=True):
-    """What the coordinator says of the whole request; `node_id` served (the last leg of) it."""
+    """What the coordinator says of the whole request; `node_id` served (the last leg of) it.
+
+    `price` is what its client pays.  What a node that served for it is owed is in its proof.
+    """
 
     request_id: str
     timestamp: str
@@ -94,6 +118,7 @@ class Receipt(Struct, frozen=True):
     prompt_commitment: str
     output_commitment: str
     usage: Usage
+    price: Price | None = None
     v: int = VERSION
 
 
@@ -161,6 +186,28 @@ def total_tokens(proofs: Sequence[Proof]) -> int:
     """Tokens that are paid for: each prompt once, and what every leg made."""
     made = sum(proof.completion_tokens for proof in proofs)
     return made + sum(proof.prompt_tokens for proof in prompts_of(proofs))
+
+
+def total_cost(proofs: Sequence[Proof], price: Price | None = None) -> int:
+    """Of these tokens at that price, or each at the price of the leg that it is from, in 10^-9 of
+    the currency.
+
+    Raises ValueError if a price is none.
+    """
+    prompts = prompts_of(proofs)
+    return sum(cost(proof, proof in prompts, price) for proof in proofs)
+
+
+def cost(proof: Proof, pays_prompt: bool, price: Price | None = None) -> int:
+    """Of one leg, in 10^-9 of the currency.  Raises ValueError."""
+    prices = (price or proof.price).prices
+    prompt = (proof.prompt_tokens, proof.cached_tokens) if pays_prompt else (0, 0)
+    return prices.cost(*prompt, proof.completion_tokens)
+
+
+def mark_text(request_id: str, choice: int, leg: int, tokens: int, commitment: str) -> bytes:
+    """What a serving node signs with each piece of output: the commitment to all of the leg."""
+    return f"{request_id} {choice} {leg} {tokens} {commitment}".encode()
 
 
 def utc_text(seconds: float) -> str:

@@ -17,6 +17,7 @@ from pinaivu_box import amount
 from pinaivu_box.identity import NODE_PREFIX, verify
 from pinaivu_box.receipts import commitment
 from pinaivu_box.receipts.receipt import (
+    MARK_DOMAIN,
     PROOF_DOMAIN,
     RECEIPT_DOMAIN,
     VERSION,
@@ -24,7 +25,9 @@ from pinaivu_box.receipts.receipt import (
     Receipt,
     ReceiptView,
     SignedProof,
+    mark_text,
     prompts_of,
+    total_cost,
     total_tokens,
 )
 
@@ -71,6 +74,7 @@ def verify_receipt(
         checks.append(check)
         proofs += [proof] if proof else []
     if len(proofs) == len(receipt.proofs):
+        checks.append(_order(receipt, proofs))
         checks.append(_usage(receipt, proofs))
     if proofs and len(proofs) == len(receipt.proofs):
         checks.append(_payment(receipt, proofs))
@@ -112,28 +116,72 @@ def _shown_fields(view: ReceiptView, receipt: Receipt) -> Check:
 
 
 def _proof(number: int, signed: SignedProof, receipt: Receipt) -> tuple[Check, Proof | None]:
-    name = f"proof of leg {number}"
+    name = f"proof {number}"
     try:
         proof = msgspec.json.decode(signed.signed, type=Proof)
     except (msgspec.DecodeError, RecursionError) as error:
         return Check(name, False, f"this is not a proof: {error}"), None
-    if not verify(proof.node_id, PROOF_DOMAIN, signed.signed.encode(), _hex(signed.signature)):
-        return Check(name, False, f"the signature is not {proof.node_id}'s"), None
+    if not verify(proof.signer, PROOF_DOMAIN, signed.signed.encode(), _hex(signed.signature)):
+        return Check(name, False, f"the signature is not {proof.signer}'s"), None
     expected = {
         "request_id": receipt.request_id,
-        "leg": number,
         "model": receipt.model,
         "model_digest": receipt.model_digest,
-        "prompt_commitment": receipt.prompt_commitment,
     }
     for field, value in expected.items():
         if getattr(proof, field) != value:
             return Check(name, False, f"it is about another {field}: {getattr(proof, field)}"), None
-    meaning = (
-        f"{proof.node_id} signed that it ran {proof.model} (file sha256 {proof.model_digest}) and "
-        f"made {proof.completion_tokens} tokens"
+    what = (
+        f"it ran {proof.model} (file sha256 {proof.model_digest}) and made "
+        f"{proof.completion_tokens} tokens"
     )
-    return Check(name, True, meaning), proof
+    if proof.witness is not None:
+        return _witnessed(name, proof, receipt, what), proof
+    return Check(name, True, f"{proof.node_id} signed that {what}"), proof
+
+
+def _witnessed(name: str, proof: Proof, receipt: Receipt, what: str) -> Check:
+    """Of a node that was lost: what it had said by then."""
+    if proof.witness != receipt.coordinator_id:
+        return Check(name, False, f"its witness {proof.witness} did not coordinate this request")
+    lost = f"{proof.node_id} was lost before its proof ({proof.finish_reason})"
+    if proof.mark is None:
+        return Check(name, True, f"{lost}; the coordinator says that {what}")
+    text = mark_text(
+        proof.request_id,
+        proof.choice,
+        proof.leg,
+        proof.completion_tokens,
+        proof.output_commitment,
+    )
+    ok = verify(proof.node_id, MARK_DOMAIN, text, _hex(proof.mark))
+    said = "it had signed the output by then" if ok else "the mark on its output is not its own"
+    return Check(name, ok, f"{lost}; {said}; the coordinator says that {what}")
+
+
+def _order(receipt: Receipt, proofs: list[Proof]) -> Check:
+    """Every choice has legs 0, 1, 2, ..., and the prompts are those that were committed to."""
+    legs: dict[int, int] = {}
+    prompts: dict[int, str] = {}
+    whole = True
+    for proof in proofs:
+        whole &= proof.leg == legs.get(proof.choice, 0)
+        legs[proof.choice] = proof.leg + 1
+        whole &= prompts.setdefault(proof.prompt, proof.prompt_commitment) == (
+            proof.prompt_commitment
+        )
+    try:
+        together = commitment.of_several([prompts[n] for n in sorted(prompts)]) if prompts else ""
+    except ValueError:
+        together = ""
+    whole &= together == receipt.prompt_commitment
+    return Check(
+        "legs",
+        bool(whole),
+        "the proofs are about the prompt of this receipt, and no leg of an answer is missing"
+        if whole
+        else "the proofs are about another prompt, or a leg of an answer is missing or doubled",
+    )
 
 
 def _usage(receipt: Receipt, proofs: list[Proof]) -> Check:
@@ -158,13 +206,18 @@ def _usage(receipt: Receipt, proofs: list[Proof]) -> Check:
 
 
 def _payment(receipt: Receipt, proofs: list[Proof]) -> Check:
-    price = proofs[0].price
+    price = receipt.price or proofs[-1].price
     try:
-        due = amount.to_text(amount.cost(total_tokens(proofs), price.per_1k_tokens))
+        due = amount.to_text(total_cost(proofs, receipt.price))
     except ValueError as error:
-        return Check("payment", False, f"the proofs name a price that is none: {error}")
+        return Check("payment", False, f"the price is none: {error}")
     ok = due == receipt.payment_amount and price.currency == receipt.currency
-    sum_text = f"{total_tokens(proofs)} tokens at {price.per_1k_tokens} per 1,000"
+    usage = receipt.usage
+    sum_text = (
+        f"{usage.prompt_tokens - usage.cached_tokens} prompt tokens at {price.prompt}, "
+        f"{usage.cached_tokens} cached ones at {price.cached} and {usage.completion_tokens} "
+        f"completion tokens at {price.completion} per 1,000"
+    )
     return Check(
         "payment",
         ok,

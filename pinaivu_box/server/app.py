@@ -11,6 +11,12 @@ from starlette.routing import Route
 from pinaivu_box.box import Box
 from pinaivu_box.errors import ApiError
 from pinaivu_box.server import (
+    admin_accounts,
+    admin_audit,
+    admin_keys,
+    admin_ledger,
+    admin_models,
+    admin_peers,
     chat,
     completions,
     embeddings,
@@ -19,6 +25,7 @@ from pinaivu_box.server import (
     messages,
     models,
     openapi,
+    operations,
     receipts,
     responses,
     tokens,
@@ -27,35 +34,72 @@ from pinaivu_box.server import (
 from pinaivu_box.server.auth import Authenticate
 from pinaivu_box.server.edge import Edge
 
-EXPOSED = ["x-request-id", "openai-processing-ms", "Retry-After"]
+EXPOSED = [
+    *("x-request-id", "x-pinaivu-route", "openai-processing-ms", "Retry-After"),
+    *(
+        f"x-ratelimit-{w}-{of}"
+        for w in ("limit", "remaining", "reset")
+        for of in ("requests", "tokens")
+    ),
+]
+
+
+ROUTES = [
+    Route("/v1/chat/completions", chat.chat_completions, methods=["POST"]),
+    Route("/v1/chat/completions/input_tokens", tokens.input_tokens, methods=["POST"]),
+    Route("/v1/completions", completions.completions, methods=["POST"]),
+    Route("/v1/embeddings", embeddings.embeddings, methods=["POST"]),
+    Route("/v1/responses", responses.create, methods=["POST"]),
+    Route("/v1/responses/{response_id}", responses.get, methods=["GET"]),
+    Route("/v1/responses/{response_id}", responses.delete, methods=["DELETE"]),
+    Route("/v1/responses/{response_id}/input_items", responses.input_items),
+    Route("/v1/messages", messages.messages, methods=["POST"]),
+    Route("/v1/messages/count_tokens", messages.count_tokens, methods=["POST"]),
+    Route("/v1/tokenize", tokens.tokenize, methods=["POST"]),
+    Route("/v1/detokenize", tokens.detokenize, methods=["POST"]),
+    Route("/v1/models", models.models),
+    Route("/v1/models/{model:path}", models.model),
+    Route("/v1/engines", models.engines),
+    Route("/v1/receipts/{request_id}", receipts.receipt),
+    Route("/v1/admin/reload", operations.reload, methods=["POST"]),
+    Route("/v1/usage", usage.usage),
+    Route("/v1/admin/accounts", admin_accounts.ls, methods=["GET"]),
+    Route("/v1/admin/accounts", admin_accounts.create, methods=["POST"]),
+    Route("/v1/admin/accounts/{account}", admin_accounts.get, methods=["GET"]),
+    Route("/v1/admin/accounts/{account}", admin_accounts.change, methods=["PATCH"]),
+    Route("/v1/admin/accounts/{account}", admin_accounts.remove, methods=["DELETE"]),
+    Route("/v1/admin/keys", admin_keys.ls, methods=["GET"]),
+    Route("/v1/admin/keys", admin_keys.create, methods=["POST"]),
+    Route("/v1/admin/keys/{key_id}", admin_keys.get, methods=["GET"]),
+    Route("/v1/admin/keys/{key_id}", admin_keys.change, methods=["PATCH"]),
+    Route("/v1/admin/keys/{key_id}/rotate", admin_keys.rotate, methods=["POST"]),
+    Route("/v1/admin/keys/{key_id}/revoke", admin_keys.revoke, methods=["POST"]),
+    Route("/v1/admin/peers", admin_peers.ls, methods=["GET"]),
+    Route("/v1/admin/peers", admin_peers.join, methods=["POST"]),
+    Route("/v1/admin/peers/invitations", admin_peers.invite, methods=["POST"]),
+    Route("/v1/admin/peers/leave", admin_peers.leave, methods=["POST"]),
+    Route("/v1/admin/peers/{peer}", admin_peers.get, methods=["GET"]),
+    Route("/v1/admin/peers/{peer}", admin_peers.change, methods=["PATCH"]),
+    Route("/v1/admin/peers/{peer}", admin_peers.remove, methods=["DELETE"]),
+    Route("/v1/admin/models/pull", admin_models.pull, methods=["POST"]),
+    Route("/v1/admin/audit", admin_audit.ls),
+    Route("/v1/admin/ledger", admin_ledger.ls),
+    Route("/v1/admin/ledger/statements", admin_ledger.all_statements),
+    Route("/v1/admin/ledger/statements/{statement}/paid", admin_ledger.paid, methods=["POST"]),
+    Route("/v1/admin/ledger/{peer}/entries", admin_ledger.entries),
+    Route("/v1/admin/ledger/{peer}/settle", admin_ledger.settle, methods=["POST"]),
+    Route("/v1/admin/ledger/{peer}/forgive", admin_ledger.forgive, methods=["POST"]),
+    Route("/openapi.json", openapi.document),
+    Route("/docs", openapi.docs),
+    Route("/health", health.health),
+    Route("/readyz", health.readyz),
+    Route("/metrics", health.metrics),
+]
 
 
 def create_app(box: Box) -> Starlette:
     app = Starlette(
-        routes=[
-            Route("/v1/chat/completions", chat.chat_completions, methods=["POST"]),
-            Route("/v1/chat/completions/input_tokens", tokens.input_tokens, methods=["POST"]),
-            Route("/v1/completions", completions.completions, methods=["POST"]),
-            Route("/v1/embeddings", embeddings.embeddings, methods=["POST"]),
-            Route("/v1/responses", responses.create, methods=["POST"]),
-            Route("/v1/responses/{response_id}", responses.get, methods=["GET"]),
-            Route("/v1/responses/{response_id}", responses.delete, methods=["DELETE"]),
-            Route("/v1/responses/{response_id}/input_items", responses.input_items),
-            Route("/v1/messages", messages.messages, methods=["POST"]),
-            Route("/v1/messages/count_tokens", messages.count_tokens, methods=["POST"]),
-            Route("/v1/tokenize", tokens.tokenize, methods=["POST"]),
-            Route("/v1/detokenize", tokens.detokenize, methods=["POST"]),
-            Route("/v1/models", models.models),
-            Route("/v1/models/{model:path}", models.model),
-            Route("/v1/engines", models.engines),
-            Route("/v1/receipts/{request_id}", receipts.receipt),
-            Route("/v1/usage", usage.usage),
-            Route("/openapi.json", openapi.document),
-            Route("/docs", openapi.docs),
-            Route("/health", health.health),
-            Route("/readyz", health.readyz),
-            Route("/metrics", health.metrics),
-        ],
+        routes=ROUTES,
         middleware=[
             Middleware(
                 CORSMiddleware,

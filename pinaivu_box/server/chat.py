@@ -24,8 +24,8 @@ async def chat_completions(request: Request) -> Response:
     body = await call.body(ChatRequest)
     check_chat(body)
     model = call.admit(body.model)
-    jobs = choices(chat_job(body, model, call.request_id, call.key_id), body.n or 1)
-    running = call.start(jobs)
+    jobs = choices(chat_job(body, model, call.request_id, call.key.id), body.n or 1)
+    running = await call.start(jobs)
     # Kept by nobody here: said in the answer.
     ignored = [*call.ignored, *(name for name in ("store", "metadata") if getattr(body, name))]
     created = call.created_at

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -11,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from pinaivu_box.engine.messages import TokenLogprob
-from pinaivu_box.errors import InvalidBody, UnsupportedParameter
+from pinaivu_box.errors import InvalidBody
 from pinaivu_box.gateway.backend import Job
 from pinaivu_box.gateway.requests import Begun, Failed, Finished, RequestEvent, Said
 from pinaivu_box.models.catalog import Model
@@ -22,8 +23,9 @@ from pinaivu_box.openai.completions import (
     CompletionLogprobs,
     CompletionRequest,
 )
-from pinaivu_box.openai.request import texts_or_tokens
+from pinaivu_box.openai.request import check_stream, texts_or_tokens
 from pinaivu_box.openai.types import ContextShift
+from pinaivu_box.receipts.commitment import new_nonce
 from pinaivu_box.server.envelope import JSON
 from pinaivu_box.server.inference import Call, usage_of
 from pinaivu_box.server.jobs import choices, job_of
@@ -38,7 +40,7 @@ async def completions(request: Request) -> Response:
     prompts = _prompts(body)
     model = call.admit(body.model)
     jobs = _jobs(body, prompts, model, call)
-    running = call.start(jobs)
+    running = await call.start(jobs)
     answer = _Answer(body, jobs, Completion(
         id=call.request_id.replace("req_", "cmpl-"),
         request_id=call.request_id,
@@ -61,14 +63,15 @@ def _prompts(body: CompletionRequest) -> list[str | list[int]]:
         raise InvalidBody(
             f"prompts times n are more than {_MOST_CHOICES} choices", loc=("body", "prompt")
         )
-    if body.echo and (body.logprobs is not None or not isinstance(prompts[0], str)):
-        why = "echo is served for prompts of text, without logprobs"
-        raise UnsupportedParameter(why, loc=("body", "echo"))
+    if body.max_tokens == 0 and not body.echo:
+        raise InvalidBody("max_tokens 0 needs echo to be true", loc=("body", "max_tokens"))
+    if body.suffix and body.echo and body.logprobs is not None:
+        raise InvalidBody(
+            "suffix and echo with logprobs exclude each other", loc=("body", "suffix")
+        )
     if body.suffix and not isinstance(prompts[0], str):
         raise InvalidBody("suffix needs a prompt of text", loc=("body", "suffix"))
-    if body.stream_options is not None and not body.stream:
-        why = "stream_options needs stream to be true"
-        raise InvalidBody(why, loc=("body", "stream_options"))
+    check_stream(body)
     return prompts
 
 
@@ -76,29 +79,78 @@ def _jobs(
     body: CompletionRequest, prompts: list[str | list[int]], model: Model, call: Call
 ) -> list[Job]:
     common = replace(
-        job_of(body, model, call.request_id, call.key_id),
-        max_tokens=body.max_tokens or _DEFAULT_MAX_TOKENS,
+        job_of(body, model, call.request_id, call.key.id),
+        max_tokens=_DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens,
         logprobs=body.logprobs,
+        echo=bool(body.echo),
         suffix=body.suffix or "",
     )
     n = body.n or 1
     jobs = []
     for number, prompt in enumerate(prompts):
-        first = replace(common, prompt=prompt, prompt_number=number, choice=number * n)
+        first = replace(
+            common, prompt=prompt, prompt_number=number, choice=number * n, nonce=new_nonce()
+        )
         jobs += choices(first, n)
     return jobs
+
+
+class _Choice:
+    """One choice as it comes.  With echo it begins with its prompt."""
+
+    def __init__(self, job: Job) -> None:
+        self.texts: list[str] = []
+        self.logprobs: list[TokenLogprob] = []
+        self.finish_reason: str | None = None
+        self._job = job
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._offset = 0  # in the text, of the next token
+        self._first = job.echo  # the next token is a prompt's first
+
+    def begin(self, prompt: str) -> str:
+        """The beginning of its text; `prompt` is what the model has read."""
+        if not self._job.echo:
+            return ""
+        text = self._job.prompt if isinstance(self._job.prompt, str) else prompt
+        # What a tokenizer puts before a prompt has no place in the text.
+        self._offset = min(0, len(text) - len(prompt))
+        return text
+
+    def show(self, probed: Sequence[TokenLogprob]) -> CompletionLogprobs | None:
+        """The next tokens."""
+        if self._job.logprobs is None:
+            return None
+        shown = CompletionLogprobs([], [], [], [])
+        for one in probed:
+            shown.tokens.append(_text(one.token))
+            shown.token_logprobs.append(None if self._first else one.logprob)
+            shown.top_logprobs.append(None if self._first else _likeliest(one))
+            shown.text_offset.append(max(0, self._offset))
+            self._offset += len(self._decoder.decode(one.token))
+            self._first = False
+        return shown
+
+
+def _likeliest(one: TokenLogprob) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for token, logprob in [*one.top, (one.token, one.logprob)]:
+        found.setdefault(_text(token), logprob)
+    return found
+
+
+def _text(token: bytes) -> str:
+    """Parts of characters as OpenAI writes them here, so that each has a name of its own."""
+    try:
+        return token.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token)
 
 
 class _Answer:
     def __init__(self, body: CompletionRequest, jobs: list[Job], empty: Completion) -> None:
         self._body = body
         self._empty = empty
-        # With echo a choice begins with its prompt.
-        self._echo = [str(job.prompt) if body.echo else "" for job in jobs]
-        self._texts = [[echo] for echo in self._echo]
-        self._lengths = [len(echo) for echo in self._echo]
-        self._logprobs: list[list[TokenLogprob]] = [[] for _ in jobs]
-        self._reasons: list[str | None] = [None] * len(jobs)
+        self._choices = [_Choice(job) for job in jobs]
         self._end: Finished | None = None
 
     # -- a whole body ------------------------------------------------------------------------------
@@ -106,22 +158,26 @@ class _Answer:
     def take(self, happened: RequestEvent) -> None:
         match happened:
             case Begun():
-                self._empty = msgspec.structs.replace(
-                    self._empty, system_fingerprint=happened.fingerprint
-                )
-            case Said(choice, output):
-                self._texts[choice].append(output.text)
-                self._logprobs[choice] += output.logprobs
-                self._reasons[choice] = output.finish_reason
+                self._begin(happened)
+                choice = self._choices[happened.choice]
+                choice.texts.append(choice.begin(happened.prompt))
+            case Said(number, output):
+                choice = self._choices[number]
+                choice.texts.append(output.text)
+                choice.logprobs += output.logprobs
+                choice.finish_reason = output.finish_reason
             case Finished():
                 self._end = happened
 
     def whole(self) -> Completion:
-        found = []
-        for index, texts in enumerate(self._texts):
-            probed = self._shown(index, self._logprobs[index], 0)
-            found.append(CompletionChoice(index, "".join(texts), self._reasons[index], probed))
+        found = [
+            CompletionChoice(index, "".join(one.texts), one.finish_reason, one.show(one.logprobs))
+            for index, one in enumerate(self._choices)
+        ]
         return self._with_usage(msgspec.structs.replace(self._empty, choices=found))
+
+    def _begin(self, begun: Begun) -> None:
+        self._empty = msgspec.structs.replace(self._empty, system_fingerprint=begun.fingerprint)
 
     def _with_usage(self, answer: Completion) -> Completion:
         if self._end is None:
@@ -133,23 +189,6 @@ class _Answer:
             context_shift=ContextShift(shifted) if shifted else UNSET,
         )
 
-    def _shown(
-        self, _index: int, probed: Sequence[TokenLogprob], offset: int
-    ) -> CompletionLogprobs | None:
-        if self._body.logprobs is None:
-            return None
-        tokens = [one.token.decode(errors="replace") for one in probed]
-        offsets = []
-        for token in tokens:
-            offsets.append(offset)
-            offset += len(token)
-        return CompletionLogprobs(
-            tokens,
-            [one.logprob for one in probed],
-            [{t.decode(errors="replace"): value for t, value in one.top} for one in probed],
-            offsets,
-        )
-
     # -- a stream ----------------------------------------------------------------------------------
 
     def encode(self, events: Sequence[RequestEvent]) -> bytes:
@@ -157,31 +196,30 @@ class _Answer:
 
     def _chunk(self, happened: RequestEvent) -> bytes:
         match happened:
-            case Begun():
-                self.take(happened)
-                echo = self._echo[happened.choice]
-                return self._event(CompletionChoice(happened.choice, echo, None)) if echo else b""
+            case Begun(choice):
+                self._begin(happened)
+                echo = self._choices[choice].begin(happened.prompt)
+                return self._event(CompletionChoice(choice, echo, None)) if echo else b""
             case Said(choice, output):
-                self._reasons[choice] = output.finish_reason
+                self._choices[choice].finish_reason = output.finish_reason
                 if not output.text and not output.logprobs:
                     return b""
-                probed = self._shown(choice, output.logprobs, self._lengths[choice])
-                self._lengths[choice] += len(output.text)
+                probed = self._choices[choice].show(output.logprobs)
                 return self._event(CompletionChoice(choice, output.text, None, probed))
             case Finished():
                 self.take(happened)
-                return self._last(happened)
+                return self._last()
             case Failed():
                 return error_event(happened.error)
 
     def _event(self, choice: CompletionChoice) -> bytes:
         return event(msgspec.structs.replace(self._empty, choices=[choice]))
 
-    def _last(self, end: Finished) -> bytes:
+    def _last(self) -> bytes:
         options = self._body.stream_options
         parts = [
-            self._event(CompletionChoice(index, "", reason))
-            for index, reason in enumerate(self._reasons)
+            self._event(CompletionChoice(index, "", one.finish_reason))
+            for index, one in enumerate(self._choices)
         ]
         if options is not None and options.include_usage:
             parts.append(event(self._with_usage(self._empty)))

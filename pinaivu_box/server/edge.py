@@ -12,10 +12,12 @@ from ulid import ULID
 
 from pinaivu_box.errors import InternalError
 from pinaivu_box.server import envelope
+from pinaivu_box.store.keys import PREFIX
 
 log = logging.getLogger("pinaivu.http")
 
 _ABSOLUTE = re.compile(r"^https?://[^/?#]*", re.IGNORECASE)  # RFC 9112, section 3.2.2
+_SECRET = re.compile(rf"{PREFIX}\w+")  # has no place in a path, but ends up there
 _DOUBLED = re.compile(r"^(?:/v1)+(?=/v1(?:/|$))")
 QUIET = {"/health", "/readyz", "/metrics"}  # polled every few seconds
 
@@ -57,6 +59,8 @@ class Edge:
                 status, started = message["status"], True
                 headers = MutableHeaders(scope=message)
                 headers["x-request-id"] = request_id
+                if route := state.get("route"):
+                    headers["x-pinaivu-route"] = route
                 headers["openai-processing-ms"] = str(round((time.monotonic() - began) * 1000))
             await send(message)
 
@@ -75,7 +79,7 @@ class Edge:
                     "request_id": request_id,
                     "key": key.id if key else None,
                     "method": scope["method"],
-                    "path": path,
+                    "path": _SECRET.sub(f"{PREFIX}...", path),
                     "status": status,
                     "total_ms": round((time.monotonic() - began) * 1000),
                 }

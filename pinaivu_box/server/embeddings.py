@@ -32,8 +32,8 @@ async def embeddings(request: Request) -> Response:
     body = await call.body(EmbeddingRequest)
     inputs = texts_or_tokens(body.input, "input", _MOST_INPUTS)
     model = call.admit(body.model)
-    job = job_of(Sampled(model=model.id), model, call.request_id, call.key_id)
-    running = call.start([replace(job, inputs=inputs, dimensions=body.dimensions)])
+    job = job_of(Sampled(model=model.id), model, call.request_id, call.key.id)
+    running = await call.start([replace(job, inputs=inputs, dimensions=body.dimensions)])
     async for event in call.collect(running):
         match event:
             case Said():

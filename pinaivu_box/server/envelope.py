@@ -28,14 +28,23 @@ class JSON(Response):
         return msgspec.json.encode(content)
 
 
-ANTHROPIC = "/v1/messages"  # its clients look for one field more
+ANTHROPIC = "/v1/messages"
+# What Anthropic's clients know our errors by, by status.
+_ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
 
 
 def body(error: ApiError, path: str = "") -> dict[str, Any]:
     detail: Any = error.message
     if isinstance(error, InvalidBody):
         detail = [{"loc": list(error.loc), "msg": error.message, "type": error.kind}]
-    return {
+    made: dict[str, Any] = {
         "error": {
             "message": error.message,
             "type": error.type,
@@ -43,8 +52,19 @@ def body(error: ApiError, path: str = "") -> dict[str, Any]:
             "code": error.code,
         },
         "detail": detail,
-        **({"type": "error"} if path.startswith(ANTHROPIC) else {}),
     }
+    if path.startswith(ANTHROPIC):
+        kind = "invalid_request_error" if error.status < 500 else "api_error"
+        made["type"] = "error"
+        made["error"]["type"] = _ANTHROPIC_TYPES.get(error.status, kind)
+    return made
+
+
+def note(request: Request, error: ApiError) -> None:
+    """Count an error that somebody with a key has got."""
+    state = request.scope["state"]
+    if key := state.get("key"):
+        request.app.state.box.refusals.note(key.id, state.get("model", ""), error.code)
 
 
 def response(error: ApiError, path: str = "") -> Response:
@@ -58,6 +78,7 @@ def response(error: ApiError, path: str = "") -> Response:
 
 async def on_api_error(request: Request, error: Exception) -> Response:
     shown = error if isinstance(error, ApiError) else InternalError(str(error))
+    note(request, shown)
     return response(shown, request.url.path)
 
 

@@ -13,18 +13,24 @@ from starlette.responses import Response
 from starlette.types import Receive
 
 from pinaivu_box.box import Box
-from pinaivu_box.errors import BodyTooLarge, InvalidJson, RequestTimeout
+from pinaivu_box.config import parse_duration
+from pinaivu_box.engine.messages import Tokenized
+from pinaivu_box.errors import BodyTooLarge, InvalidBody, InvalidJson, RequestTimeout
+from pinaivu_box.gateway.admission import under
 from pinaivu_box.gateway.backend import Job
-from pinaivu_box.gateway.requests import Begun, Failed, Finished, RequestEvent
+from pinaivu_box.gateway.requests import Begun, Failed, Finished, RequestEvent, too_late
 from pinaivu_box.gateway.requests import Request as Running
 from pinaivu_box.models.catalog import Model
 from pinaivu_box.openai.request import decode
-from pinaivu_box.openai.types import PromptTokensDetails, Usage
+from pinaivu_box.openai.types import Extension, PromptTokensDetails, Usage
+from pinaivu_box.server import envelope
 from pinaivu_box.server.auth import key_of, require_account
 from pinaivu_box.server.stream import EventStream
 
 LENIENT = "x-pinaivu-lenient"
+TIMEOUT = "x-request-timeout"
 _BODY_SECONDS = 30.0  # of silence in the middle of a body
+_LONGEST_TIMEOUT = 86400.0  # seconds, as in the body
 
 Body = TypeVar("Body", bound=msgspec.Struct)
 
@@ -35,25 +41,45 @@ class Call:
     def __init__(self, request: Request) -> None:
         require_account(request)
         self.box: Box = request.app.state.box
-        self.key_id = key_of(request).id
+        self.key = key_of(request)
         self.request_id: str = request.scope["state"]["request_id"]
         self.created_at = int(time.time())
+        self._since = time.monotonic()
         self.ignored: list[str] = []
+        self._timeout: float | None = None
         self._request = request
         self._watcher: asyncio.Task[None]  # once it is started
 
     async def body(self, kind: type[Body]) -> Body:
         """The decoded body; `ignored` then names what the client agreed to have ignored."""
         data = await read_body(self._request, self.box.config.server.max_body_bytes)
-        lenient = self._request.headers.get(LENIENT) == "1"
+        lenient = self._request.headers.get(LENIENT) == "1" or self.key.policy.lenient
         body, self.ignored = decode(data, kind, lenient=lenient)
+        self._timeout = _timeout(self._request, getattr(body, "pinaivu", None))
         return body
 
     def admit(self, model_id: str) -> Model:
-        return self.box.admission.check(model_id, self.box.requests.in_flight)
+        model = self.box.admission.check(model_id, self.key, self.box.requests.in_flight)
+        self._request.scope["state"]["model"] = model.id
+        return model
 
-    def start(self, jobs: list[Job]) -> Running:
-        running = self.box.requests.start(jobs, self.key_id)
+    async def tokenize(
+        self, job: Job, tokens: list[int] | None = None, *, plain: bool = False
+    ) -> Tokenized:
+        """See `gateway.local.LocalBackend.tokenize`."""
+        return await self.box.prompts.tokenize(under(self.key.policy, job), tokens, plain=plain)
+
+    async def start(self, jobs: list[Job]) -> Running:
+        """Raises what admission does, TooLate."""
+        requests, began = self.box.requests, time.monotonic()
+        try:
+            async with asyncio.timeout(self._timeout):
+                admitted = await self.box.admission.admit(self.key, jobs, requests.in_flight)
+        except TimeoutError:
+            waited = time.monotonic() - began
+            raise too_late(waited, self._timeout or waited) from None
+        waited = time.monotonic() - began
+        running = requests.start(admitted, self._timeout, waited, self._since)
         self._request.scope["state"]["logged"] = True  # from here on the request logs itself
         self._watcher = asyncio.create_task(_cancel_on_disconnect(self._request.receive, running))
         return running
@@ -65,6 +91,7 @@ class Call:
                 for event in await running.events.take():
                     if isinstance(event, Failed):
                         raise event.error
+                    self._note_route(event)
                     yield event
                     if isinstance(event, Finished):
                         return
@@ -86,7 +113,36 @@ class Call:
         if first.done() and isinstance(event := first.result()[-1], Failed):
             self._watcher.cancel()
             raise event.error
-        return EventStream(_chunks(running, first, encode, settle), self._watcher)
+        if first.done():
+            self._note_route(first.result()[0])
+        return EventStream(self._chunks(running, first, encode, settle), self._watcher)
+
+    def _note_route(self, event: RequestEvent) -> None:
+        """For the header `x-pinaivu-route`."""
+        if isinstance(event, Begun) and event.route:
+            self._request.scope["state"]["route"] = event.route
+
+    async def _chunks(
+        self,
+        running: Running,
+        first: asyncio.Task[list[RequestEvent]],
+        encode: Callable[[Sequence[RequestEvent]], bytes],
+        settle: Callable[[Finished], Awaitable[None]] | None,
+    ) -> AsyncIterator[bytes]:
+        events = await first
+        while True:
+            if settle is not None and isinstance(end := events[-1], Finished):
+                if data := encode(events[:-1]):
+                    yield data
+                await settle(end)
+                events = [end]
+            if data := encode(events):
+                yield data
+            if isinstance(last := events[-1], Finished | Failed):
+                if isinstance(last, Failed):
+                    envelope.note(self._request, last.error)
+                return
+            events = await running.events.take()
 
 
 async def _first(running: Running) -> list[RequestEvent]:
@@ -97,24 +153,20 @@ async def _first(running: Running) -> list[RequestEvent]:
     return events
 
 
-async def _chunks(
-    running: Running,
-    first: asyncio.Task[list[RequestEvent]],
-    encode: Callable[[Sequence[RequestEvent]], bytes],
-    settle: Callable[[Finished], Awaitable[None]] | None,
-) -> AsyncIterator[bytes]:
-    events = await first
-    while True:
-        if settle is not None and isinstance(end := events[-1], Finished):
-            if data := encode(events[:-1]):
-                yield data
-            await settle(end)
-            events = [end]
-        if data := encode(events):
-            yield data
-        if isinstance(events[-1], Finished | Failed):
-            return
-        events = await running.events.take()
+def _timeout(request: Request, extension: Extension | None) -> float | None:
+    """Seconds in which the request wants to start; the body's word counts most."""
+    if extension is not None and extension.timeout is not None:
+        return extension.timeout
+    given = request.headers.get(TIMEOUT)
+    if given is None:
+        return None
+    try:
+        seconds = parse_duration(given)
+    except ValueError as error:
+        raise InvalidBody(str(error), loc=("header", TIMEOUT)) from None
+    if not 0 < seconds <= _LONGEST_TIMEOUT:
+        raise InvalidBody("it must be longer than nothing, and at most 1d", loc=("header", TIMEOUT))
+    return seconds
 
 
 async def _cancel_on_disconnect(receive: Receive, running: Running) -> None:

@@ -14,7 +14,7 @@ from starlette.responses import Response
 
 from pinaivu_box.config import SamplingConfig
 from pinaivu_box.engine.messages import Tools
-from pinaivu_box.errors import ApiError, InvalidBody
+from pinaivu_box.errors import InvalidBody
 from pinaivu_box.gateway.backend import Job
 from pinaivu_box.gateway.requests import Begun, Failed, Finished, RequestEvent, Said
 from pinaivu_box.models.catalog import Model
@@ -29,23 +29,13 @@ from pinaivu_box.openai.anthropic import (
 from pinaivu_box.openai.reader import Arguments, Piece, Text, Thought
 from pinaivu_box.openai.reader import Call as ToolCall
 from pinaivu_box.openai.types import Sampled
+from pinaivu_box.server import envelope
 from pinaivu_box.server.choices import Choices
 from pinaivu_box.server.envelope import JSON
 from pinaivu_box.server.inference import Call
 from pinaivu_box.server.jobs import job_of
 
 _REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
-# Anthropic's names of our errors, by status.
-_TYPES = {
-    400: "invalid_request_error",
-    401: "authentication_error",
-    403: "permission_error",
-    404: "not_found_error",
-    413: "request_too_large",
-    422: "invalid_request_error",
-    429: "rate_limit_error",
-    503: "overloaded_error",
-}
 
 
 async def messages(request: Request) -> Response:
@@ -58,7 +48,7 @@ async def messages(request: Request) -> Response:
         max_tokens=body.max_tokens,
         stop=list(body.stop_sequences or ()),
     )
-    running = call.start([job])
+    running = await call.start([job])
     answer = _Answer(call, model.id, Choices([job]))
     if body.stream:
         return await call.stream(running, answer.encode)
@@ -71,14 +61,14 @@ async def count_tokens(request: Request) -> Response:
     call = Call(request)
     body = await call.body(CountTokensRequest)
     model = call.admit(body.model)
-    found = await call.box.local.tokenize(_job(body, model, call))
-    return JSON(TokenCountAnswer(call.request_id, len(found.tokens)))
+    found = await call.tokenize(_job(body, model, call))
+    return JSON(TokenCountAnswer(call.request_id, len(found.tokens), call.ignored or UNSET))
 
 
 def _job(body: CountTokensRequest, model: Model, call: Call) -> Job:
     thinking = body.thinking
     return replace(
-        job_of(Sampled(model=body.model), model, call.request_id, call.key_id),
+        job_of(Sampled(model=body.model), model, call.request_id, call.key.id),
         messages=as_messages(body),
         tools=_tools(body),
         template={"enable_thinking": thinking.type != "disabled"} if thinking else {},
@@ -156,7 +146,7 @@ class _Answer:
                 delta = {"type": "message_delta", "delta": ended, "usage": self._usage}
                 return [*self._close(), delta, {"type": "message_stop"}]
             case Failed(error):
-                return [error_body(error)]
+                return [envelope.body(error, envelope.ANTHROPIC)]
 
     def _conclude(self, reason: str, stop_string: str | None) -> None:
         self._reason = "stop_sequence" if stop_string else _REASONS.get(reason, "end_turn")
@@ -210,9 +200,3 @@ def _parsed(text: str) -> Any:
         return json.loads(text)
     except ValueError:  # cut off by max_tokens
         return {}
-
-
-def error_body(error: ApiError) -> dict[str, Any]:
-    """Anthropic's envelope."""
-    kind = _TYPES.get(error.status, "api_error")
-    return {"type": "error", "error": {"type": kind, "message": error.message}}

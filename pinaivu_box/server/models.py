@@ -9,10 +9,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from pinaivu_box.box import Box
+from pinaivu_box.errors import ModelNotAllowed
 from pinaivu_box.gateway.engine_process import EngineProcess
 from pinaivu_box.models.catalog import Model
 from pinaivu_box.openai.types import ModelInfo, ModelList
-from pinaivu_box.server.auth import require_admin
+from pinaivu_box.server.auth import key_of
 from pinaivu_box.server.envelope import JSON
 
 
@@ -45,13 +46,17 @@ class OneModel(ModelInfo, frozen=True):
 
 async def models(request: Request) -> Response:
     box: Box = request.app.state.box
-    data = [_info(model) for model in box.catalog.models]
+    policy = key_of(request).policy
+    data = [_info(model) for model in box.models(policy)]
     return JSON(ModelList(request_id=request.scope["state"]["request_id"], data=data))
 
 
 async def model(request: Request) -> Response:
     box: Box = request.app.state.box
-    found = box.catalog.find(request.path_params["model"])
+    policy = key_of(request).policy
+    found = box.model(request.path_params["model"], policy)
+    if not policy.serves(found.id):
+        raise ModelNotAllowed(f"This key may not use {found.id}.", param="model")
     return JSON(
         OneModel(
             id=found.id,
@@ -63,7 +68,6 @@ async def model(request: Request) -> Response:
 
 
 async def engines(request: Request) -> Response:
-    require_admin(request)
     box: Box = request.app.state.box
     data = [_engine(engine) for engine in box.placement.engines]
     data += [EngineInfo(model, "loading") for model in box.placement.starting]

@@ -13,9 +13,23 @@ from starlette.responses import HTMLResponse, Response
 
 from pinaivu_box import __version__
 from pinaivu_box.openai import anthropic, completions, embeddings, responses, types
+from pinaivu_box.peering.ledger_views import SettledView, StatementView
+from pinaivu_box.peering.views import PeerView
 from pinaivu_box.receipts.receipt import ReceiptView
+from pinaivu_box.server import (
+    admin_accounts,
+    admin_audit,
+    admin_keys,
+    admin_ledger,
+    admin_models,
+    admin_peers,
+)
+from pinaivu_box.server.admin import Page
 from pinaivu_box.server.models import EngineList, OneModel
+from pinaivu_box.server.operations import ReloadAnswer
+from pinaivu_box.server.usage import UsageQuery
 from pinaivu_box.store.usage_report import UsageReport
+from pinaivu_box.store.views import AccountView, KeyView, NewKey
 
 
 class OpenAIError(Struct, frozen=True):
@@ -33,7 +47,7 @@ class ErrorBody(Struct, frozen=True):
 
 
 class Operation(Struct, frozen=True):
-    """`streams`: with `stream` the answer is a text/event-stream."""
+    """`streams`: with `stream` the answer is a text/event-stream.  `lines`: it is one a line."""
 
     method: str
     path: str
@@ -42,6 +56,7 @@ class Operation(Struct, frozen=True):
     body: type[Struct] | None = None
     streams: bool = False
     query: tuple[str, ...] = ()
+    lines: bool = False
 
 
 _chat, _many = types.ChatRequest, completions
@@ -113,13 +128,117 @@ OPERATIONS = (
     Operation("get", "/v1/models", "What this box serves", types.ModelList),
     Operation("get", "/v1/models/{model}", "One model", OneModel),
     Operation("get", "/v1/engines", "What runs (admin keys)", EngineList),
+    Operation("post", "/v1/admin/reload", "Read the configuration again", ReloadAnswer),
     Operation("get", "/v1/receipts/{request_id}", "The receipt of a request", ReceiptView),
     Operation(
         "get",
         "/v1/usage",
         "What was used",
         UsageReport,
-        query=("start_date", "end_date", "model"),
+        query=UsageQuery.__struct_fields__,
+    ),
+)
+
+_account, _key = "/v1/admin/accounts/{account}", "/v1/admin/keys/{key_id}"
+_peer = "/v1/admin/peers/{peer}"
+_ledger = "/v1/admin/ledger"
+_now = admin_keys.AtOnce.__struct_fields__
+ADMIN = (
+    Operation(
+        "get",
+        "/v1/admin/accounts",
+        "The accounts, by name",
+        admin_accounts.AccountList,
+        query=Page.__struct_fields__,
+    ),
+    Operation(
+        "post",
+        "/v1/admin/accounts",
+        "A new account",
+        AccountView,
+        admin_accounts.CreateAccount,
+    ),
+    Operation("get", _account, "One account, by name or id", AccountView),
+    Operation("patch", _account, "Other settings", AccountView, admin_accounts.ChangeAccount),
+    Operation(
+        "delete",
+        _account,
+        "Remove it and revoke its keys; what it used stays in the books",
+        admin_accounts.RemovedAccount,
+    ),
+    Operation(
+        "get",
+        "/v1/admin/keys",
+        "The keys, newest first",
+        admin_keys.KeyList,
+        query=admin_keys.KeyPage.__struct_fields__,
+    ),
+    Operation("post", "/v1/admin/keys", "A new key", NewKey, admin_keys.CreateKey),
+    Operation("get", _key, "One key", KeyView),
+    Operation("patch", _key, "Other settings", KeyView, admin_keys.ChangeKey, query=_now),
+    Operation("post", f"{_key}/rotate", "A new secret", NewKey, admin_keys.RotateKey),
+    Operation("post", f"{_key}/revoke", "Revoke it for good", KeyView, query=_now),
+    Operation("get", "/v1/admin/peers", "The other boxes of the network", admin_peers.PeerList),
+    Operation(
+        "post",
+        "/v1/admin/peers",
+        "Join the network that a ticket is for",
+        PeerView,
+        admin_peers.Join,
+    ),
+    Operation(
+        "post",
+        "/v1/admin/peers/invitations",
+        "A ticket for another box",
+        admin_peers.NewInvitation,
+        admin_peers.Invite,
+    ),
+    Operation("post", "/v1/admin/peers/leave", "Leave the network", admin_peers.Left),
+    Operation("get", _peer, "One peer, by name or id", PeerView),
+    Operation("patch", _peer, "Its name here and its limits", PeerView, admin_peers.ChangePeer),
+    Operation("delete", _peer, "Revoke it for good", PeerView, admin_peers.Remove),
+    Operation(
+        "post",
+        "/v1/admin/models/pull",
+        "Copy a model from other boxes; a line as it goes on",
+        admin_models.PullProgress,
+        admin_models.Pull,
+        lines=True,
+    ),
+    Operation(
+        "get",
+        "/v1/admin/audit",
+        "Who changed what, newest first",
+        admin_audit.AuditList,
+        query=admin_audit.AuditPage.__struct_fields__,
+    ),
+    Operation("get", _ledger, "What peers owe us, and we them", admin_ledger.BalanceList),
+    Operation(
+        "get",
+        f"{_ledger}/{{peer}}/entries",
+        "The entries with a peer, newest first",
+        admin_ledger.EntryList,
+        query=admin_ledger.EntryPage.__struct_fields__,
+    ),
+    Operation("post", f"{_ledger}/{{peer}}/settle", "Agree with a peer, and sign", SettledView),
+    Operation(
+        "post",
+        f"{_ledger}/{{peer}}/forgive",
+        "Write off what a peer has not accepted",
+        admin_ledger.ForgivenView,
+    ),
+    Operation(
+        "get",
+        f"{_ledger}/statements",
+        "What was settled, newest first",
+        admin_ledger.StatementList,
+        query=admin_ledger.StatementQuery.__struct_fields__,
+    ),
+    Operation(
+        "post",
+        f"{_ledger}/statements/{{statement}}/paid",
+        "Note that it was made good",
+        StatementView,
     ),
 )
 
@@ -128,6 +247,7 @@ _REFUSALS = {
     "401": "There is no valid API key.",
     "403": "The key may not do this.",
     "404": "There is no such thing.",
+    "409": "It is not in a state for this.",
     "413": "The body is too large.",
     "422": "A field is wrong; detail says which.",
     "503": "Nobody can serve this now; Retry-After says when to try again.",
@@ -137,13 +257,14 @@ _REFUSALS = {
 @cache
 def specification() -> dict[str, Any]:
     """The OpenAPI 3.1 document."""
-    kinds = {one.answer for one in OPERATIONS} | {one.body for one in OPERATIONS if one.body}
+    operations = (*OPERATIONS, *ADMIN)
+    kinds = {one.answer for one in operations} | {one.body for one in operations if one.body}
     _, components = msgspec.json.schema_components(
         sorted([*kinds, ErrorBody], key=lambda kind: kind.__name__),
         ref_template="#/components/schemas/{name}",
     )
     paths: dict[str, dict[str, Any]] = {}
-    for operation in OPERATIONS:
+    for operation in operations:
         paths.setdefault(operation.path, {})[operation.method] = _described(operation)
     return {
         "openapi": "3.1.0",
@@ -159,7 +280,8 @@ def specification() -> dict[str, Any]:
 
 
 def _described(operation: Operation) -> dict[str, Any]:
-    content: dict[str, Any] = {"application/json": {"schema": _ref(operation.answer)}}
+    kind = "application/x-ndjson" if operation.lines else "application/json"
+    content: dict[str, Any] = {kind: {"schema": _ref(operation.answer)}}
     if operation.streams:
         content["text/event-stream"] = {"schema": {"type": "string"}}
     names = [part[1:-1] for part in operation.path.split("/") if part.startswith("{")]

@@ -14,18 +14,18 @@ from pinaivu_box.store.requests import find_receipt
 
 
 async def receipt(request: Request) -> Response:
-    """A key sees the receipts of its own requests, an admin key all (without the openings of
-    others: those are for the owner)."""
+    """A key sees the receipts of its account, an admin key all (without the openings of others:
+    those are for the owner)."""
     box: Box = request.app.state.box
     key = key_of(request)
     request_id = request.path_params["request_id"]
-    mine = await find_receipt(box.database, request_id, key_id=key.id)
+    mine = await find_receipt(box.database, request_id, account_id=key.account_id)
     found = mine or (
-        await find_receipt(box.database, request_id, key_id=None) if key.admin else None
+        await find_receipt(box.database, request_id, account_id=None) if key.admin else None
     )
     if found is None:
         raise ReceiptNotFound(
             f"There is no receipt of {request_id} for this key: check the request_id, and ask "
-            "with the key that made the request."
+            "with a key of the account that made the request."
         )
     return JSON(view(found.signed, found.signature, mine.opening if mine else None))

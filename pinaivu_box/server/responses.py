@@ -59,8 +59,8 @@ async def create(request: Request) -> Response:
     if body.instructions is not None:
         messages.insert(0, {"role": "system", "content": body.instructions})
     model = call.admit(body.model)
-    job = replace(chat_job(chat, model, call.request_id, call.key_id), messages=messages)
-    running = call.start([job])
+    job = replace(chat_job(chat, model, call.request_id, call.key.id), messages=messages)
+    running = await call.start([job])
     answer = _Answer(call, body, items, model.id, Choices([job]))
     if body.stream:
         return await call.stream(running, answer.encode, settle=answer.keep)
@@ -95,7 +95,7 @@ async def input_items(request: Request) -> Response:
 async def delete(request: Request) -> Response:
     found = await _find(request)
     box: Box = request.app.state.box
-    await stored.delete(box.database, found.id, found.key_id)
+    await stored.delete(box.database, found.id, found.account_id)
     return JSON(DeletedResponse(request.scope["state"]["request_id"], found.id))
 
 
@@ -103,21 +103,21 @@ async def _find(request: Request) -> StoredResponse:
     require_account(request)
     box: Box = request.app.state.box
     response_id = request.path_params["response_id"]
-    found = await stored.find(box.database, response_id, key_of(request).id)
+    found = await stored.find(box.database, response_id, key_of(request).account_id)
     if found is None:
         raise _unknown(response_id)
     return found
 
 
 def _unknown(response_id: str) -> NotFound:
-    return NotFound(f"This key has no stored response '{response_id[:100]}'.")
+    return NotFound(f"This account has no stored response '{response_id[:100]}'.")
 
 
 async def _history(call: Call, body: ResponseRequest) -> list[dict[str, Any]]:
     previous = body.previous_response_id
     if previous is None:
         return []
-    found = await stored.conversation(call.box.database, previous, call.key_id)
+    found = await stored.conversation(call.box.database, previous, call.key.account_id)
     if not found:
         raise _unknown(previous)
     return found
@@ -213,7 +213,7 @@ class _Answer:
             self._call.box.database,
             StoredResponse(
                 response.id,
-                self._call.key_id,
+                self._call.key.account_id,
                 response.previous_response_id,
                 response.created_at * 1000,
                 msgspec.json.encode(self._asked),

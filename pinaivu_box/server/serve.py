@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import errno
+import logging
 import os
 import signal
 import socket
+import termios
 from collections.abc import Callable
 
 from hypercorn.asyncio import run as hypercorn_run
@@ -18,6 +21,8 @@ from hypercorn.config import Config as HypercornConfig
 from pinaivu_box.box import Box
 from pinaivu_box.errors import CliError
 from pinaivu_box.server.app import create_app
+
+log = logging.getLogger("pinaivu.serve")
 
 # Seconds.  The executable's loader passes signals on to us: Ctrl-C, which reaches the whole process
 # group, then comes twice.
@@ -68,7 +73,7 @@ def _why_not(host: str, port: int, error: OSError | OverflowError) -> str:
 async def serve(box: Box, listener: socket.socket, started: Callable[[], None]) -> None:
     """Serve until SIGTERM or SIGINT, then drain.  A second signal ends the process at once."""
     stopping = asyncio.Event()
-    _on_signals(stopping)
+    _on_signals(stopping, box)
     config = HypercornConfig()
     config.bind = [f"fd://{listener.detach()}"]  # Hypercorn closes it
     config.accesslog = None
@@ -91,7 +96,7 @@ async def serve(box: Box, listener: socket.socket, started: Callable[[], None]) 
     await server
 
 
-def _on_signals(stopping: asyncio.Event) -> None:
+def _on_signals(stopping: asyncio.Event, box: Box) -> None:
     loop = asyncio.get_running_loop()
     first = 0.0
 
@@ -103,5 +108,31 @@ def _on_signals(stopping: asyncio.Event) -> None:
         elif loop.time() - first > _ONE_SIGNAL:
             os._exit(128 + number)
 
+    def hang_up() -> None:
+        if terminal and not _has_terminal():
+            stop(signal.SIGHUP)  # its window was closed
+        else:
+            _reload(box)
+
+    terminal = _has_terminal()
+    loop.add_signal_handler(signal.SIGHUP, hang_up)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop, number)
+
+
+def _has_terminal() -> bool:
+    """Whether standard error is one that is still there."""
+    try:
+        termios.tcgetattr(2)
+    except termios.error:
+        return False
+    return True
+
+
+def _reload(box: Box) -> None:
+    try:
+        done = box.reload()
+    except CliError as error:
+        log.error("not reloaded: %s", error.message)
+    else:
+        log.info("reloaded", extra={"fields": dataclasses.asdict(done)})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from msgspec import UNSET
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -28,16 +29,18 @@ async def tokenize(request: Request) -> Response:
     body = await call.body(TokenizeRequest)
     model = call.admit(body.model)
     job = replace(_job(model, call), prompt=body.text)
-    found = await call.box.local.tokenize(job, plain=not body.special)
-    return JSON(TokenList(call.request_id, model.id, found.tokens, len(found.tokens)))
+    found = await call.tokenize(job, plain=not body.special)
+    return JSON(
+        TokenList(call.request_id, model.id, found.tokens, len(found.tokens), call.ignored or UNSET)
+    )
 
 
 async def detokenize(request: Request) -> Response:
     call = Call(request)
     body = await call.body(DetokenizeRequest)
     model = call.admit(body.model)
-    found = await call.box.local.tokenize(_job(model, call), body.tokens)
-    return JSON(DetokenizedText(call.request_id, model.id, found.text))
+    found = await call.tokenize(_job(model, call), body.tokens)
+    return JSON(DetokenizedText(call.request_id, model.id, found.text, call.ignored or UNSET))
 
 
 async def input_tokens(request: Request) -> Response:
@@ -46,10 +49,14 @@ async def input_tokens(request: Request) -> Response:
     body = await call.body(ChatRequest)
     check_chat(body)
     model = call.admit(body.model)
-    job = chat_job(body, model, call.request_id, call.key_id)
-    found = await call.box.local.tokenize(job)
-    return JSON(InputTokens(call.request_id, model.id, len(found.tokens)))
+    job = chat_job(body, model, call.request_id, call.key.id)
+    found = await call.tokenize(job)
+    return JSON(
+        InputTokens(
+            call.request_id, model.id, len(found.tokens), ignored_parameters=call.ignored or UNSET
+        )
+    )
 
 
 def _job(model: Model, call: Call) -> Job:
-    return job_of(Sampled(model=model.id), model, call.request_id, call.key_id)
+    return job_of(Sampled(model=model.id), model, call.request_id, call.key.id)

@@ -1,59 +1,71 @@
-"""`GET /v1/usage`: what a key (an admin key: everybody) has used."""
+"""`GET /v1/usage`: what an account (for an admin key: everybody) has used, as JSON or CSV."""
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
-
+import msgspec
+from msgspec import Struct
 from starlette.requests import Request
 from starlette.responses import Response
 
 from pinaivu_box.box import Box
-from pinaivu_box.errors import InvalidBody
+from pinaivu_box.errors import Forbidden, InvalidBody
 from pinaivu_box.server.auth import key_of
 from pinaivu_box.server.envelope import JSON
-from pinaivu_box.store import requests
-from pinaivu_box.store.usage_report import report
+from pinaivu_box.store import accounts
+from pinaivu_box.store.keys import Key
+from pinaivu_box.store.usage import Wanted
+from pinaivu_box.store.usage_report import DAY_MS, grouping, parse_day, report, to_csv
 
-DAY_MS = 86_400_000
-PARAMETERS = ("start_date", "end_date", "model")
+
+class UsageQuery(Struct, frozen=True):
+    """Days are UTC's, and the last is included.  `account` and `key` are for admins, `key` also for
+    those of the same account."""
+
+    start_date: str | None = None
+    end_date: str | None = None
+    model: str | None = None
+    group_by: str | None = None
+    account: str | None = None
+    key: str | None = None
 
 
 async def usage(request: Request) -> Response:
     box: Box = request.app.state.box
-    key = key_of(request)
-    given = request.query_params
+    asked, by = _query(request), grouping(request.query_params.get("group_by"))
+    start, end = parse_day("start_date", asked.start_date), parse_day("end_date", asked.end_date)
+    if start is not None and end is not None and end < start:
+        raise InvalidBody("end_date is before start_date", loc=("query", "end_date"))
+    wanted = Wanted(
+        account_id=await _account(box, key_of(request), asked.account),
+        key_id=asked.key,
+        model=asked.model,
+        since=start,
+        until=None if end is None else end + DAY_MS,
+    )
+    made = await report(box.database, wanted, by, box.config.pricing.currency)
+    if "text/csv" in request.headers.get("accept", ""):
+        return Response(to_csv(made, by), media_type="text/csv")
+    request_id = request.scope["state"]["request_id"]
+    return JSON(msgspec.structs.replace(made, request_id=request_id))
+
+
+async def _account(box: Box, key: Key, asked: str | None) -> str | None:
+    """Whose usage it is; None is everybody's.  Raises Forbidden, NotFound."""
+    if key.admin:
+        return None if asked is None else (await accounts.find(box.database, asked)).id
+    if asked not in (None, key.account, key.account_id):
+        raise Forbidden(f"This key sees the usage of its own account, {key.account}.")
+    return key.account_id
+
+
+def _query(request: Request) -> UsageQuery:
+    given = dict(request.query_params)
     for name in given:
-        if name not in PARAMETERS:
+        if name not in UsageQuery.__struct_fields__:
             raise InvalidBody(
-                f"'{name}' is not a parameter here: use {', '.join(PARAMETERS)}",
+                f"'{name[:50]}' is not a parameter here: use "
+                f"{', '.join(UsageQuery.__struct_fields__)}",
                 loc=("query", name),
                 kind="value_error.extra",
             )
-    start = parse_date("start_date", given.get("start_date"))
-    end = parse_date("end_date", given.get("end_date"))
-    if start and end and end < start:
-        raise InvalidBody("end_date is before start_date", loc=("query", "end_date"))
-    rows = await requests.usage(
-        box.database,
-        key_id=None if key.admin else key.id,
-        since=to_ms(start) if start else None,
-        until=to_ms(end) + DAY_MS if end else None,  # the end date is included
-        model=given.get("model"),
-    )
-    return JSON(report(rows, request.scope["state"]["request_id"], box.config.pricing.currency))
-
-
-def parse_date(name: str, text: str | None) -> datetime | None:
-    """`YYYY-MM-DD`, midnight UTC; None stays None.  Raises InvalidBody."""
-    if text is None:
-        return None
-    try:
-        return datetime.strptime(text, "%Y-%m-%d").replace(tzinfo=UTC)
-    except ValueError:
-        raise InvalidBody(
-            f"'{text}' is not a date: write it as YYYY-MM-DD", loc=("query", name)
-        ) from None
-
-
-def to_ms(moment: datetime) -> int:
-    return int(moment.timestamp() * 1000)
+    return msgspec.convert(given, UsageQuery)

@@ -1,4 +1,4 @@
-"""API keys: made, stored as SHA-256, found again, revoked."""
+"""API keys: made, stored as SHA-256, found again, changed, revoked."""
 
 from __future__ import annotations
 
@@ -7,10 +7,19 @@ import secrets
 import string
 import time
 import zlib
+from typing import Any
 
 import msgspec
+from msgspec import UNSET, UnsetType
 from ulid import ULID
 
+from pinaivu_box import policy as policies
+from pinaivu_box.errors import Conflict, InvalidBody, NotFound
+from pinaivu_box.policy import Policy
+from pinaivu_box.receipts.receipt import utc_text
+from pinaivu_box.store import accounts
+from pinaivu_box.store.accounts import Account
+from pinaivu_box.store.audit import Actor, record
 from pinaivu_box.store.database import Database, Row, Statement
 
 PREFIX = "sk-pnv-"
@@ -21,26 +30,60 @@ _SHOWN = len(PREFIX) + 6
 
 
 class Key(msgspec.Struct, frozen=True):
-    """A key as it is stored: not the key itself.  Times in Unix milliseconds."""
+    """A key as it is stored: not the key itself.  Times in Unix milliseconds, amounts in 10^-9 of
+    the currency.
+
+    `blocked` says why it is; `spent` is what it used of its budget in the period that began at
+    `spent_since`.  `old_until`: till then the secret before the last rotation is good too.
+    """
 
     id: str
+    account_id: str
+    account: str
     name: str
     prefix: str
     last_four: str
-    admin: bool
+    policy: Policy
     created_at: int
-    expires_at: int | None
-    revoked_at: int | None
-    last_used_at: int | None
-    requests: int
-    tokens: int
-    amount: int
+    expires_at: int | None = None
+    revoked_at: int | None = None
+    blocked: str | None = None
+    old_until: int | None = None
+    last_used_at: int | None = None
+    requests: int = 0
+    tokens: int = 0
+    amount: int = 0
+    spent: int = 0
+    spent_since: int = 0
+
+    @property
+    def admin(self) -> bool:
+        return "admin" in self.policy.scopes
 
     def expired(self, now: int) -> bool:
         return self.expires_at is not None and self.expires_at <= now
 
+    def state(self, now: int) -> str:
+        if self.revoked_at is not None:
+            return "revoked"
+        return "expired" if self.expired(now) else "blocked" if self.blocked else "active"
 
-_COLUMNS = ", ".join(Key.__struct_fields__)
+
+_COLUMNS = ", ".join(
+    "accounts.name AS account" if name == "account" else f"keys.{name}"
+    for name in Key.__struct_fields__
+)
+_FROM = "FROM keys JOIN accounts ON accounts.id = keys.account_id"
+FIND = f"SELECT {_COLUMNS}, keys.hash <> ?1 AS old {_FROM} WHERE keys.hash = ?1 OR old_hash = ?1"
+LS = f"SELECT {_COLUMNS} {_FROM} WHERE keys.id < ? ORDER BY keys.id DESC LIMIT ?"
+LS_OF_ACCOUNT = LS.replace("WHERE", "WHERE keys.account_id = ? AND")
+_NEWER_THAN_ALL = "l"  # ids begin with key_
+_MOST_TEXT = 200
+# By default a rotation is routine, and what still uses the old secret must have time to change: one
+# that has leaked is revoked, or rotated without overlap.
+OVERLAP = "24h"
+_UNREADABLE = "its settings were written by a newer version, update this program"
+_policies = msgspec.json.Decoder(Policy)
 
 
 def generate() -> str:
@@ -72,85 +115,265 @@ def hash_of(secret: str) -> bytes:
 
 
 def _key(row: Row) -> Key:
-    return msgspec.convert(dict(row), Key, strict=False)
+    fields = {name: row[name] for name in Key.__struct_fields__}
+    try:
+        fields["policy"] = _policies.decode(row["policy"])
+        policies.check(fields["policy"])
+    except (msgspec.DecodeError, ValueError):
+        # A setting that we do not know may well be a limit: this key waits, others do not.
+        fields |= {"policy": Policy(scopes=()), "blocked": _UNREADABLE}
+    return Key(**fields)
+
+
+async def account_for(
+    database: Database, given: str | None, name: str, policy: Policy, by: Actor
+) -> Account:
+    """Whose a new key is to be: the account that is given; else the owner's if it is an admin's
+    key; else one of its own, so that keys of different people do not see each other's receipts.
+
+    Raises InvalidBody, NotFound.
+    """
+    _check_text("name", name)
+    _check(policy)
+    if given is None and "admin" not in policy.scopes:
+        return await accounts.make_for_key(database, name, by)
+    return await accounts.find(database, given or accounts.OWNER)
 
 
 async def create(
-    database: Database, *, name: str, admin: bool, expires_at: int | None
+    database: Database,
+    *,
+    account: Account,
+    name: str,
+    policy: Policy,
+    expires_at: int | None,
+    by: Actor,
 ) -> tuple[Key, str]:
-    """Store a new key; returns it with its secret, which is nowhere else."""
+    """Store a new key; returns it with its secret, which is nowhere else.
+
+    Raises InvalidBody, NotFound if the account has just been removed.
+    """
+    _check_text("name", name)
+    _check(policy, account)
     secret = generate()
     key = Key(
         id=f"key_{ULID()}".lower(),
+        account_id=account.id,
+        account=account.name,
         name=name,
         prefix=secret[:_SHOWN],
         last_four=secret[-4:],
-        admin=admin,
-        created_at=time.time_ns() // 1_000_000,
+        policy=policy,
+        created_at=_now(),
         expires_at=expires_at,
-        revoked_at=None,
-        last_used_at=None,
-        requests=0,
-        tokens=0,
-        amount=0,
     )
-    await database.write(
+    row = {
+        "id": key.id,
+        "account_id": key.account_id,
+        "hash": hash_of(secret),
+        "prefix": key.prefix,
+        "last_four": key.last_four,
+        "name": name,
+        "policy": msgspec.json.encode(policy).decode(),
+        "created_at": key.created_at,
+        "expires_at": expires_at,
+    }
+    marks = ", ".join("?" * len(row))
+    detail = {"name": name, "account": account.name, "policy": policy}
+    (made, _) = await database.write(
         (
-            "INSERT INTO keys (id, hash, name, prefix, last_four, admin, created_at, expires_at)"
-            " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-            (
-                key.id,
-                hash_of(secret),
-                key.name,
-                key.prefix,
-                key.last_four,
-                int(key.admin),
-                key.created_at,
-                key.expires_at,
-            ),
-        )
+            f"INSERT INTO keys ({', '.join(row)}) SELECT {marks}"
+            " WHERE EXISTS (SELECT 1 FROM accounts WHERE id = ? AND removed_at IS NULL)",
+            (*row.values(), account.id),
+        ),
+        record(by, "key.create", key.id, **detail, expires_at=_text(expires_at)),
     )
+    if not made:
+        raise NotFound(f"The account {account.name} has just been removed: choose another.")
     return key, secret
 
 
-async def find(database: Database, secret: str) -> Key | None:
-    rows = await database.read(f"SELECT {_COLUMNS} FROM keys WHERE hash = ?", (hash_of(secret),))
-    return _key(rows[0]) if rows else None
+async def find(database: Database, secret: str) -> tuple[Key, bool] | None:
+    """The key of a secret, and whether that is its secret from before the last rotation."""
+    rows = await database.read(FIND, (hash_of(secret),))
+    return (_key(rows[0]), bool(rows[0]["old"])) if rows else None
 
 
-async def ls(database: Database) -> list[Key]:
-    return [_key(row) for row in await database.read(f"SELECT {_COLUMNS} FROM keys ORDER BY id")]
+async def exist(database: Database) -> bool:
+    return bool(await database.read("SELECT 1 FROM keys LIMIT 1"))
 
 
-async def named(database: Database, id_or_prefix: str) -> list[Key]:
-    """Keys with that id, or whose shown prefix begins so."""
-    keys = await ls(database)
-    exact = [key for key in keys if key.id == id_or_prefix]
-    if exact or not id_or_prefix:
-        return exact
-    # A whole secret may be pasted too: its beginning is the shown prefix.
-    return [
-        key
-        for key in keys
-        if key.prefix.startswith(id_or_prefix)
-        or (id_or_prefix.startswith(key.prefix) and id_or_prefix.endswith(key.last_four))
-    ]
+async def ls(
+    database: Database, account_id: str | None = None, *, after: str | None = None, limit: int = 100
+) -> list[Key]:
+    """The newest `limit` keys (of an account; older than the key `after`), newest first."""
+    page = (after or _NEWER_THAN_ALL, limit)
+    if account_id is None:
+        rows = await database.scan(LS, page)
+    else:
+        rows = await database.scan(LS_OF_ACCOUNT, (account_id, *page))
+    return [_key(row) for row in rows]
 
 
-async def revoke(database: Database, key_id: str) -> None:
-    """From its commit on, no request with that key passes."""
-    await database.write(
+async def get(database: Database, key_id: str) -> Key:
+    """Raises NotFound."""
+    rows = await database.read(f"SELECT {_COLUMNS} {_FROM} WHERE keys.id = ?", (key_id,))
+    if not rows:
+        raise NotFound("There is no key with this id: list the keys to see theirs.")
+    return _key(rows[0])
+
+
+async def named(database: Database, text: str) -> Key:
+    """The key with that id, or whose shown prefix begins so, or the secret itself.
+
+    Raises NotFound, also if it fits several.
+    """
+    last = text[-4:] if len(text) > _SHOWN else ""
+    rows = await database.read(
+        f"SELECT {_COLUMNS} {_FROM} WHERE keys.id = ?1"
+        " OR (?2 <> '' AND keys.prefix >= ?2 AND keys.prefix < ?2 || x'f48fbfbf'"
+        "     AND (?3 = '' OR keys.last_four = ?3)) LIMIT 21",
+        (text, text[:_SHOWN] if text.startswith(PREFIX) else "", last),
+    )
+    if not rows:
+        raise NotFound(f"No key is called {text[:_SHOWN]}: 'pinaivu keys ls' lists them.")
+    if len(rows) > 1:
+        names = ", ".join(row["id"] for row in rows[:3])
+        raise NotFound(f"{text[:_SHOWN]} fits several keys ({names}, ...): give more of it.")
+    return _key(rows[0])
+
+
+async def edit(
+    database: Database,
+    key: Key,
+    by: Actor,
+    *,
+    name: str | None = None,
+    policy: Policy | None = None,
+    expires_at: int | UnsetType | None = UNSET,
+    blocked: str | UnsetType | None = UNSET,
+) -> Key:
+    """Change what is given; it holds for the next request.  `policy` is made of the key's.
+
+    Raises InvalidBody, Conflict.
+    """
+    changes: dict[str, Any] = {}
+    if name is not None:
+        _check_text("name", name)
+        changes["name"] = name
+    if policy is not None:
+        _check(policy, await accounts.find(database, key.account_id))
+        changes["policy"] = policy
+    if expires_at is not UNSET:
+        changes["expires_at"] = expires_at
+    if blocked is not UNSET:
+        _check_text("blocked", blocked)
+        changes["blocked"] = blocked
+    changes = {field: new for field, new in changes.items() if getattr(key, field) != new}
+    if not changes:
+        return key
+    stored = {
+        field: msgspec.json.encode(new).decode() if isinstance(new, Policy) else new
+        for field, new in changes.items()
+    }
+    before = {field: getattr(key, field) for field in changes}
+    assignments = ", ".join(f"{field} = ?" for field in stored)
+    # Of two who change settings at once, the second must see the first one's.
+    old = msgspec.json.encode(key.policy).decode() if "policy" in changes else None
+    (changed, _) = await database.write(
         (
-            "UPDATE keys SET revoked_at = ? WHERE id = ? AND revoked_at IS NULL",
-            (time.time_ns() // 1_000_000, key_id),
+            f"UPDATE keys SET {assignments} WHERE id = ? AND policy = coalesce(?, policy)",
+            (*stored.values(), key.id, old),
+        ),
+        record(by, "key.edit", key.id, before=_told(before), after=_told(changes)),
+    )
+    if not changed:
+        raise Conflict(
+            f"The settings of {key.id} have changed meanwhile, or were written by a newer version: "
+            "look at them, and try again."
         )
+    return msgspec.structs.replace(key, **changes)
+
+
+async def rotate(database: Database, key: Key, overlap: float, by: Actor) -> tuple[Key, str]:
+    """A new secret for the same key; the one before it stays good for `overlap` seconds, one from
+    before that no longer.  Raises Conflict if no secret would be good."""
+    now = _now()
+    if key.revoked_at is not None or key.expired(now):
+        raise Conflict(f"{key.id} is {key.state(now)}: a new secret would not work either.")
+    secret = generate()
+    until = now + round(overlap * 1000)
+    (changed, _) = await database.write(
+        (
+            "UPDATE keys SET old_hash = hash, old_until = ?, hash = ?, prefix = ?, last_four = ?"
+            " WHERE id = ? AND revoked_at IS NULL",
+            (until, hash_of(secret), secret[:_SHOWN], secret[-4:], key.id),
+        ),
+        record(by, "key.rotate", key.id, old_until=_text(until)),
     )
+    if not changed:
+        raise Conflict(f"{key.id} has just been revoked: a new secret would not work either.")
+    shown = {"prefix": secret[:_SHOWN], "last_four": secret[-4:], "old_until": until}
+    return msgspec.structs.replace(key, **shown), secret
 
 
-def charge(key_id: str, *, tokens: int, amount: int, now: int) -> Statement:
-    """The key's counters for one request, for the transaction of its receipt."""
+async def revoke(database: Database, key: Key, by: Actor) -> Key:
+    """From its commit on, no request with that key passes."""
+    now = _now()
+    await database.write(
+        ("UPDATE keys SET revoked_at = ? WHERE id = ? AND revoked_at IS NULL", (now, key.id)),
+        record(by, "key.revoke", key.id),
+    )
+    return msgspec.structs.replace(key, revoked_at=key.revoked_at or now)
+
+
+def charge(key_id: str, *, tokens: int, amount: int, now: int, period: int) -> Statement:
+    """The key's counters for one request, for the transaction of its receipt.
+
+    `period`: when the period of its budget began that the request came in, Unix milliseconds; one
+    that has passed is not counted any more.
+    """
     return (
-        "UPDATE keys SET requests = requests + 1, tokens = tokens + ?, amount = amount + ?,"
-        " last_used_at = max(coalesce(last_used_at, 0), ?) WHERE id = ?",
-        (tokens, amount, now, key_id),
+        "UPDATE keys SET requests = requests + 1, tokens = tokens + ?1, amount = amount + ?2,"
+        " last_used_at = max(coalesce(last_used_at, 0), ?3),"
+        " spent = CASE WHEN ?4 > spent_since THEN ?2"
+        "              WHEN ?4 = spent_since THEN spent + ?2 ELSE spent END,"
+        " spent_since = max(spent_since, ?4) WHERE id = ?5",
+        (tokens, amount, now, period, key_id),
     )
+
+
+def _check_text(field: str, text: str | None) -> None:
+    """It is printed in lists and sentences."""
+    if text is not None and (len(text) > _MOST_TEXT or not text.isprintable()):
+        raise InvalidBody(
+            f"it must be at most {_MOST_TEXT} printable characters, in one line",
+            loc=("body", field),
+        )
+
+
+def _check(policy: Policy, account: Account | None = None) -> None:
+    try:
+        policies.check(policy)
+    except ValueError as error:
+        raise InvalidBody(str(error), loc=("body", "policy")) from error
+    if "admin" in policy.scopes and account is not None and account.role != "admin":
+        raise InvalidBody(
+            f"{account.name} is a member: only the keys of an admin's account may have the scope "
+            "'admin'",
+            loc=("body", "policy", "scopes"),
+        )
+
+
+def _told(changes: dict[str, Any]) -> dict[str, Any]:
+    """For the audit trail."""
+    times = {"expires_at": _text(changes["expires_at"])} if "expires_at" in changes else {}
+    return {**changes, **times}
+
+
+def _text(milliseconds: int | None) -> str | None:
+    return None if milliseconds is None else utc_text(milliseconds / 1000)
+
+
+def _now() -> int:
+    return time.time_ns() // 1_000_000

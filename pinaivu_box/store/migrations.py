@@ -6,6 +6,8 @@ are integers in 10^-9 of the currency (see `amount`).
 
 from __future__ import annotations
 
+from pinaivu_box.store.ledger_schema import LEDGER
+
 # "pnvB": tells our files from any other SQLite database.
 APPLICATION_ID = 0x706E7642
 
@@ -77,5 +79,315 @@ _V2 = (
     """,
 )
 
-MIGRATIONS: tuple[tuple[str, ...], ...] = (_V1, _V2)
+# Tables that change their references are made anew (foreign keys are off while a file migrates).
+_V3_KEYS = (
+    """
+    CREATE TABLE accounts (
+        id          TEXT PRIMARY KEY,
+        name        TEXT NOT NULL,
+        role        TEXT NOT NULL CHECK (role IN ('admin', 'member')),
+        password    TEXT,             -- Argon2id, as crypto_pwhash_str writes it
+        created_at  INTEGER NOT NULL,
+        removed_at  INTEGER           -- its keys, and what they used, stay in the books
+    ) STRICT
+    """,
+    "CREATE UNIQUE INDEX accounts_by_name ON accounts (name) WHERE removed_at IS NULL",
+    """
+    INSERT INTO accounts (id, name, role, created_at)
+    VALUES ('acct_owner', 'owner', 'admin', strftime('%s', 'now') * 1000)
+    """,
+    # A key that is no admin's had its requests for itself: so it stays.
+    """
+    INSERT INTO accounts (id, name, role, created_at)
+    SELECT 'acct_' || substr(id, 5), id, 'member', created_at FROM keys WHERE NOT admin
+    """,
+    """
+    CREATE TABLE new_keys (
+        id            TEXT PRIMARY KEY,
+        account_id    TEXT NOT NULL REFERENCES accounts (id),
+        hash          BLOB NOT NULL UNIQUE,
+        prefix        TEXT NOT NULL,
+        last_four     TEXT NOT NULL,
+        name          TEXT NOT NULL,
+        policy        TEXT NOT NULL,  -- JSON, see pinaivu_box.policy
+        created_at    INTEGER NOT NULL,
+        expires_at    INTEGER,
+        revoked_at    INTEGER,
+        blocked       TEXT,           -- why, if it is
+        old_hash      BLOB,           -- of the secret before the last rotation,
+        old_until     INTEGER,        -- which is good until then
+        last_used_at  INTEGER,
+        requests      INTEGER NOT NULL DEFAULT 0,
+        tokens        INTEGER NOT NULL DEFAULT 0,
+        amount        INTEGER NOT NULL DEFAULT 0,
+        spent         INTEGER NOT NULL DEFAULT 0,  -- of the budget, in the period that
+        spent_since   INTEGER NOT NULL DEFAULT 0   -- began then
+    ) STRICT
+    """,
+    """
+    INSERT INTO new_keys (id, account_id, hash, prefix, last_four, name, policy, created_at,
+                          expires_at, revoked_at, last_used_at, requests, tokens, amount)
+    SELECT id, CASE WHEN admin THEN 'acct_owner' ELSE 'acct_' || substr(id, 5) END,
+           hash, prefix, last_four, name,
+           CASE WHEN admin THEN '{"scopes":["inference","usage","receipts","admin"]}'
+                ELSE '{}' END,
+           created_at, expires_at, revoked_at, last_used_at, requests, tokens, amount
+    FROM keys
+    """,
+    "DROP TABLE keys",
+    "ALTER TABLE new_keys RENAME TO keys",
+    "CREATE INDEX keys_by_old_hash ON keys (old_hash) WHERE old_hash IS NOT NULL",
+    "CREATE INDEX keys_by_account ON keys (account_id, id)",
+    "CREATE INDEX keys_by_prefix ON keys (prefix)",
+)
+_V3_OWNERS = (
+    """
+    CREATE TABLE new_receipts (
+        request_id  TEXT PRIMARY KEY,
+        key_id      TEXT NOT NULL REFERENCES keys (id),
+        created_at  INTEGER NOT NULL,
+        signed      BLOB NOT NULL,  -- the exact bytes under the signature
+        signature   BLOB NOT NULL,
+        opening     BLOB NOT NULL   -- JSON: what opens the commitments, for the key's owner
+    ) STRICT
+    """,
+    """
+    INSERT INTO new_receipts
+    SELECT request_id, key_id, created_at, signed, signature, opening
+    FROM receipts JOIN requests USING (request_id)
+    """,
+    "DROP TABLE receipts",
+    "ALTER TABLE new_receipts RENAME TO receipts",
+    "CREATE INDEX receipts_by_time ON receipts (created_at)",
+    """
+    CREATE TABLE new_responses (
+        id           TEXT PRIMARY KEY,
+        account_id   TEXT NOT NULL REFERENCES accounts (id),
+        previous_id  TEXT,            -- may be deleted: the conversation then begins after it
+        created_at   INTEGER NOT NULL,
+        input        BLOB NOT NULL,   -- JSON: the items that were asked
+        body         BLOB NOT NULL    -- JSON: the answer
+    ) STRICT
+    """,
+    """
+    INSERT INTO new_responses
+    SELECT responses.id, account_id, previous_id, responses.created_at, input, body
+    FROM responses JOIN keys ON keys.id = key_id
+    """,
+    "DROP TABLE responses",
+    "ALTER TABLE new_responses RENAME TO responses",
+    "CREATE INDEX responses_by_time ON responses (created_at)",
+)
+_HOUR = "NEW.created_at - NEW.created_at % 3600000"
+_DAY = "NEW.created_at - NEW.created_at % 86400000"
+_SUMS = """
+    requests = requests + excluded.requests,
+    prompt_tokens = prompt_tokens + excluded.prompt_tokens,
+    cached_tokens = cached_tokens + excluded.cached_tokens,
+    completion_tokens = completion_tokens + excluded.completion_tokens,
+    amount = amount + excluded.amount
+"""
+
+
+def _usage_of(key: str) -> str:
+    """In the trigger below: adds a new request to the sums of a key, or of the box ('')."""
+    return f"""
+        INSERT INTO usage VALUES (
+            {key}, {_HOUR}, NEW.model, NEW.node_id, 1, NEW.prompt_tokens, NEW.cached_tokens,
+            NEW.completion_tokens, NEW.amount
+        ) ON CONFLICT DO UPDATE SET {_SUMS};
+    """
+
+
+def _latency_of(key: str, kind: str) -> str:
+    return f"""
+        INSERT INTO latencies
+        SELECT {key}, {_DAY}, NEW.model, NEW.node_id, '{kind}', coalesce(
+                   (SELECT min(ms) FROM latency_bounds WHERE ms >= NEW.{kind}_ms),
+                   (SELECT max(ms) FROM latency_bounds)
+               ), 1
+        WHERE NEW.{kind}_ms IS NOT NULL
+        ON CONFLICT DO UPDATE SET count = count + 1;
+    """
+
+
+def _into_days(table: str, columns: str, sums: str) -> str:
+    """Whoever deletes an hour has added it to its day: sums cannot get lost by rolling up."""
+    values = ", ".join(f"OLD.{column}" for column in columns.split(", "))
+    day = values.replace("OLD.since", "OLD.since - OLD.since % 86400000")
+    return f"""
+        CREATE TRIGGER {table}_go_into_days AFTER DELETE ON {table}
+        WHEN OLD.since % 86400000 <> 0 BEGIN
+            INSERT INTO {table} ({columns}) VALUES ({day}) ON CONFLICT DO UPDATE SET {sums};
+        END
+    """
+
+
+_WHOSE = ("NEW.key_id", "(SELECT account_id FROM keys WHERE id = NEW.key_id)", "''")
+_V3_USAGE = (
+    # Sums by hour, and by day once they are old (since = its midnight, UTC), of each key, each
+    # account (by its id) and ('') the whole box: whoever writes a request row has counted it.
+    """
+    CREATE TABLE usage (
+        key_id             TEXT NOT NULL,
+        since              INTEGER NOT NULL,
+        model              TEXT NOT NULL,
+        node_id            TEXT NOT NULL,
+        requests           INTEGER NOT NULL,
+        prompt_tokens      INTEGER NOT NULL,
+        cached_tokens      INTEGER NOT NULL,
+        completion_tokens  INTEGER NOT NULL,
+        amount             INTEGER NOT NULL,
+        PRIMARY KEY (key_id, since, model, node_id)
+    ) STRICT, WITHOUT ROWID
+    """,
+    # How many requests of a day took more than the bound before `ms`, and at most `ms`: by the hour
+    # a month of a busy box would be half a million rows.
+    """
+    CREATE TABLE latencies (
+        key_id   TEXT NOT NULL,
+        since    INTEGER NOT NULL,
+        model    TEXT NOT NULL,
+        node_id  TEXT NOT NULL,
+        kind     TEXT NOT NULL,   -- ttft, total
+        ms       INTEGER NOT NULL,
+        count    INTEGER NOT NULL,
+        PRIMARY KEY (key_id, since, model, node_id, kind, ms)
+    ) STRICT, WITHOUT ROWID
+    """,
+    # A tenth apart, up to an hour.
+    "CREATE TABLE latency_bounds (ms INTEGER PRIMARY KEY) STRICT",
+    """
+    INSERT INTO latency_bounds
+    WITH RECURSIVE bounds (ms) AS (
+        SELECT 1 UNION ALL SELECT max(ms + 1, ms * 11 / 10) FROM bounds WHERE ms < 3600000
+    )
+    SELECT ms FROM bounds
+    """,
+    # Requests that were answered with an error, by its code.
+    """
+    CREATE TABLE refusals (
+        key_id  TEXT NOT NULL,    -- '' if no key was found
+        since   INTEGER NOT NULL,
+        model   TEXT NOT NULL,    -- '' if none was found
+        code    TEXT NOT NULL,
+        count   INTEGER NOT NULL,
+        PRIMARY KEY (since, key_id, model, code)
+    ) STRICT, WITHOUT ROWID
+    """,
+    "CREATE INDEX refusals_by_key ON refusals (key_id, since)",
+    "CREATE TRIGGER requests_are_counted AFTER INSERT ON requests BEGIN"
+    + "".join(_usage_of(whose) for whose in _WHOSE)
+    + "".join(_latency_of(whose, kind) for whose in _WHOSE for kind in ("ttft", "total"))
+    + "END",
+    _into_days(
+        "usage",
+        "key_id, since, model, node_id, requests, prompt_tokens, cached_tokens,"
+        " completion_tokens, amount",
+        _SUMS,
+    ),
+    _into_days("refusals", "key_id, since, model, code, count", "count = count + excluded.count"),
+    # What there was before is counted as if it came now.
+    "CREATE TABLE old_requests AS SELECT * FROM requests",
+    "DELETE FROM requests",
+    "INSERT INTO requests SELECT * FROM old_requests",
+    "DROP TABLE old_requests",
+)
+_V3_AUDIT = (
+    """
+    CREATE TABLE audit (
+        id      INTEGER PRIMARY KEY AUTOINCREMENT,
+        at      INTEGER NOT NULL,
+        actor   TEXT NOT NULL,    -- a key's id, or cli:USER
+        source  TEXT NOT NULL,    -- an IP address, or local
+        action  TEXT NOT NULL,    -- such as key.create
+        target  TEXT NOT NULL,    -- an id
+        detail  TEXT NOT NULL     -- JSON: what was set, never a secret
+    ) STRICT
+    """,
+    "CREATE TRIGGER audit_is_not_changed BEFORE UPDATE ON audit"
+    " BEGIN SELECT RAISE(ABORT, 'the audit trail is append-only'); END",
+    "CREATE TRIGGER audit_is_not_deleted BEFORE DELETE ON audit"
+    " BEGIN SELECT RAISE(ABORT, 'the audit trail is append-only'); END",
+    # INSERT OR REPLACE asks no trigger of deletions.
+    "CREATE TRIGGER audit_is_not_replaced BEFORE INSERT ON audit"
+    " WHEN EXISTS (SELECT 1 FROM audit WHERE id = NEW.id)"
+    " BEGIN SELECT RAISE(ABORT, 'the audit trail is append-only'); END",
+)
+
+_V3_PEERS = (
+    # The network that this box belongs to, if any, and its roster's records as they were signed.
+    """
+    CREATE TABLE network (
+        id         INTEGER PRIMARY KEY CHECK (id = 1),
+        network    TEXT NOT NULL,     -- net_...
+        joined_at  INTEGER NOT NULL
+    ) STRICT
+    """,
+    """
+    CREATE TABLE roster (
+        id         BLOB PRIMARY KEY,
+        kind       TEXT NOT NULL,     -- member, revocation
+        body       BLOB NOT NULL,
+        signature  BLOB NOT NULL,
+        stored_at  INTEGER NOT NULL
+    ) STRICT, WITHOUT ROWID
+    """,
+    # Tickets that this box gave, by the hash of their secret, and who used them.
+    """
+    CREATE TABLE tickets (
+        secret_sha256  TEXT PRIMARY KEY,
+        name           TEXT,          -- of the newcomer; NULL: as it calls itself
+        created_at     INTEGER NOT NULL,
+        expires_at     INTEGER NOT NULL,
+        uses           INTEGER NOT NULL,
+        admin          INTEGER NOT NULL
+    ) STRICT, WITHOUT ROWID
+    """,
+    """
+    CREATE TABLE ticket_uses (
+        secret_sha256  TEXT NOT NULL REFERENCES tickets ON DELETE CASCADE,
+        node_id        TEXT NOT NULL,
+        used_at        INTEGER NOT NULL,
+        PRIMARY KEY (secret_sha256, node_id)
+    ) STRICT, WITHOUT ROWID
+    """,
+    # What this box alone knows of others, whatever network they were met in.
+    """
+    CREATE TABLE peers (
+        node_id     TEXT PRIMARY KEY,
+        name        TEXT NOT NULL DEFAULT '',    -- what we call it; '': as its certificate does
+        addresses   TEXT NOT NULL DEFAULT '[]',  -- JSON, where it answered last comes first
+        first_seen  INTEGER,
+        last_seen   INTEGER,
+        policy      TEXT NOT NULL DEFAULT '{}'   -- JSON: other limits than [peering.serve]
+    ) STRICT, WITHOUT ROWID
+    """,
+    # What it thinks of them: numbers as they were at `at` (Unix seconds), for they fade.
+    """
+    CREATE TABLE peer_opinions (
+        node_id   TEXT PRIMARY KEY,
+        served    REAL NOT NULL,
+        failed    REAL NOT NULL,
+        speed     REAL NOT NULL,
+        disputes  REAL NOT NULL,
+        at        REAL NOT NULL,
+        last      TEXT NOT NULL
+    ) STRICT, WITHOUT ROWID
+    """,
+)
+
+_V3_PIECES = (
+    # SHA-256 of each 4 MiB of a model file, for those who copy it.
+    """
+    CREATE TABLE model_pieces (
+        digest  TEXT PRIMARY KEY,  -- of the whole
+        hashes  BLOB NOT NULL
+    ) STRICT
+    """,
+)
+
+_V3 = (*_V3_KEYS, *_V3_OWNERS, *_V3_USAGE, *_V3_AUDIT, *_V3_PEERS, *_V3_PIECES, *LEDGER)
+
+MIGRATIONS: tuple[tuple[str, ...], ...] = (_V1, _V2, _V3)
 SCHEMA_VERSION = len(MIGRATIONS)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 
+from pinaivu_box.models import pieces
 from pinaivu_box.models.catalog import Model, digest_of
-from pinaivu_box.store.database import Database
+from pinaivu_box.store.database import Database, Statement
 
 
 async def digest(database: Database, model: Model) -> str:
@@ -24,3 +26,27 @@ async def digest(database: Database, model: Model) -> str:
         ("INSERT OR REPLACE INTO model_files VALUES (?, ?, ?, ?)", (*facts, found)),
     )
     return found
+
+
+async def hashes(database: Database, model: Model, digest: str) -> bytes:
+    """The SHA-256 of each of its pieces (`models.pieces`), reckoned once for that digest."""
+    rows = await database.read("SELECT hashes FROM model_pieces WHERE digest = ?", (digest,))
+    if rows:
+        return bytes(rows[0]["hashes"])
+    found = await asyncio.to_thread(pieces.hashes, model)
+    await database.write(_keep(digest, found))
+    return found
+
+
+def copied(path: Path, digest: str, hashes: bytes) -> tuple[Statement, Statement]:
+    """What is known of a file that was checked as it came: it need not be read again."""
+    stat = path.stat()
+    facts = (str(path), stat.st_size, stat.st_mtime_ns, digest)
+    return (
+        _keep(digest, hashes),
+        ("INSERT OR REPLACE INTO model_files VALUES (?, ?, ?, ?)", facts),
+    )
+
+
+def _keep(digest: str, hashes: bytes) -> Statement:
+    return ("INSERT OR REPLACE INTO model_pieces VALUES (?, ?)", (digest, hashes))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from pinaivu_box.store import keys
-from pinaivu_box.store.database import Database, Statement
+from pinaivu_box.store.database import Database
 
 
 class RequestRow(msgspec.Struct, frozen=True):
@@ -29,73 +29,54 @@ class RequestRow(msgspec.Struct, frozen=True):
 class StoredReceipt(msgspec.Struct, frozen=True):
     """The exact signed bytes, the 64-byte signature over them, and the JSON of the openings."""
 
-    request_id: str
     signed: bytes
     signature: bytes
     opening: bytes
 
 
-class ModelUsage(msgspec.Struct, frozen=True):
-    model: str
-    requests: int
-    prompt_tokens: int
-    completion_tokens: int
-    amount: int
+async def settle(
+    database: Database, row: RequestRow, receipt: StoredReceipt, period: int = 0
+) -> None:
+    """Usage row, receipt and key's counters in one transaction; returns once it is on disk.
 
-
-def _insert(table: str, row: msgspec.Struct) -> Statement:
-    fields = row.__struct_fields__
-    marks = ", ".join("?" * len(fields))
-    return (
-        f"INSERT INTO {table} ({', '.join(fields)}) VALUES ({marks})",
-        msgspec.structs.astuple(row),
-    )
-
-
-async def settle(database: Database, row: RequestRow, receipt: StoredReceipt) -> None:
-    """Usage row, receipt and key's counters in one transaction; returns once it is on disk."""
+    The sums of usage are the database's own work (migrations).  `period`: see `keys.charge`.
+    """
     tokens = row.prompt_tokens + row.completion_tokens
+    fields = row.__struct_fields__
     await database.write(
-        _insert("requests", row),
-        _insert("receipts", receipt),
-        keys.charge(row.key_id, tokens=tokens, amount=row.amount, now=row.created_at),
+        (
+            f"INSERT INTO requests ({', '.join(fields)}) VALUES ({', '.join('?' * len(fields))})",
+            msgspec.structs.astuple(row),
+        ),
+        (
+            "INSERT INTO receipts (request_id, key_id, created_at, signed, signature, opening)"
+            " VALUES (?, ?, ?, ?, ?, ?)",
+            (row.request_id, row.key_id, row.created_at, *msgspec.structs.astuple(receipt)),
+        ),
+        keys.charge(
+            row.key_id, tokens=tokens, amount=row.amount, now=row.created_at, period=period
+        ),
     )
 
 
 async def find_receipt(
-    database: Database, request_id: str, *, key_id: str | None
+    database: Database, request_id: str, *, account_id: str | None
 ) -> StoredReceipt | None:
-    """The receipt, if it belongs to that key (None: whoever's)."""
-    fields = ", ".join(f"receipts.{name}" for name in StoredReceipt.__struct_fields__)
+    """The receipt, if it belongs to that account (None: whoever's)."""
     rows = await database.read(
-        f"SELECT {fields} FROM receipts JOIN requests USING (request_id)"
-        " WHERE request_id = ? AND (? IS NULL OR key_id = ?)",
-        (request_id, key_id, key_id),
+        "SELECT signed, signature, opening FROM receipts JOIN keys ON keys.id = key_id"
+        " WHERE request_id = ? AND (? IS NULL OR account_id = ?)",
+        (request_id, account_id, account_id),
     )
-    return StoredReceipt(**dict(rows[0])) if rows else None
+    return StoredReceipt(*rows[0]) if rows else None
 
 
-async def usage(
-    database: Database,
-    *,
-    key_id: str | None = None,
-    since: int | None = None,
-    until: int | None = None,
-    model: str | None = None,
-) -> list[ModelUsage]:
-    """Sums by model of the rows in [since, until), Unix milliseconds."""
-    conditions = {
-        "key_id = ?": key_id,
-        "created_at >= ?": since,
-        "created_at < ?": until,
-        "model = ?": model,
-    }
-    given = {text: value for text, value in conditions.items() if value is not None}
-    where = f"WHERE {' AND '.join(given)}" if given else ""
-    rows = await database.read(
-        "SELECT model, count(*) AS requests, sum(prompt_tokens) AS prompt_tokens,"
-        " sum(completion_tokens) AS completion_tokens, sum(amount) AS amount"
-        f" FROM requests {where} GROUP BY model ORDER BY model",
-        tuple(given.values()),
-    )
-    return [ModelUsage(**dict(row)) for row in rows]
+SINCE = (
+    "SELECT created_at, prompt_tokens + completion_tokens FROM requests"
+    " WHERE key_id = ? AND created_at > ? ORDER BY created_at"
+)
+
+
+async def since_then(database: Database, key_id: str, then: int) -> list[tuple[int, int]]:
+    """When a key's requests came after that moment (Unix milliseconds), and their tokens."""
+    return [tuple(row) for row in await database.read(SINCE, (key_id, then))]

@@ -1,55 +1,203 @@
-"""The body of `GET /v1/usage`, also what `pinaivu usage --json` prints."""
+"""The body of `GET /v1/usage`, also what `pinaivu usage` prints: JSON or CSV."""
 
 from __future__ import annotations
 
-from msgspec import Struct
+import asyncio
+import csv
+import io
+from collections import Counter
+from datetime import UTC, datetime
+
+import msgspec
+from msgspec import UNSET, Struct, UnsetType
 
 from pinaivu_box.amount import to_text
-from pinaivu_box.store.requests import ModelUsage
+from pinaivu_box.errors import InvalidBody
+from pinaivu_box.store.database import Database
+from pinaivu_box.store.usage import BYS, By, Labels, Sums, Wanted, busiest, usage
+
+DAY_MS = 86_400_000
+MOST_KEYS = 1000  # that a report tells apart
 
 
-class UsageByModel(Struct, frozen=True):
-    """`cost` is a decimal number in text, in the report's currency."""
+class Percentiles(Struct, frozen=True):
+    """Milliseconds: so long, to within a tenth, took half, nine tenths, 99 hundredths at most."""
 
-    model: str
+    p50: int
+    p90: int
+    p99: int
+
+
+class UsageGroup(Struct, frozen=True, omit_defaults=True):
+    """`cost` is a decimal number in text, in the report's currency.  `ttft_ms` (to the first token)
+    and `total_ms` are of requests that were answered, but not told by the hour; `errors` counts by
+    code those that were not.
+
+    Of `day`, `hour`, `key`, `model` and `node` those are there that it was grouped by.
+    """
+
     requests: int
     tokens: int
     prompt_tokens: int
+    cached_tokens: int
     completion_tokens: int
     cost: str
+    ttft_ms: Percentiles | None
+    total_ms: Percentiles | None
+    errors: dict[str, int]
+    day: str | UnsetType = UNSET
+    hour: str | UnsetType = UNSET
+    key: str | UnsetType = UNSET
+    model: str | UnsetType = UNSET
+    node: str | UnsetType = UNSET
 
 
 class UsageReport(Struct, frozen=True, omit_defaults=True):
+    """`data` has the groups that were asked for with `group_by`.  With `more_keys` it is only about
+    the keys that used most; the sums beside it are of all."""
+
     total_requests: int
     total_tokens: int
     prompt_tokens: int
+    cached_tokens: int
     completion_tokens: int
     cost: str
     currency: str
-    by_model: list[UsageByModel]
+    ttft_ms: Percentiles | None
+    total_ms: Percentiles | None
+    errors: dict[str, int]
+    by_model: list[UsageGroup]
+    data: list[UsageGroup] | UnsetType = UNSET
+    more_keys: bool = False
     request_id: str | None = None
 
 
-def report(rows: list[ModelUsage], request_id: str | None, currency: str) -> UsageReport:
-    prompt = sum(row.prompt_tokens for row in rows)
-    completion = sum(row.completion_tokens for row in rows)
+async def report(
+    database: Database, wanted: Wanted, by: tuple[By, ...], currency: str
+) -> UsageReport:
+    groups = models = await usage(database, wanted, ("model",))
+    keys = None
+    if "key" in by and wanted.key_id is None:
+        keys = await busiest(database, wanted, MOST_KEYS + 1)
+    if by and by != ("model",):
+        groups = await usage(database, wanted, by, keys and keys[:MOST_KEYS])
+    more = len(keys or ()) > MOST_KEYS
+    return await asyncio.to_thread(_made, models, groups, by, more, currency)
+
+
+def _made(
+    models: dict[Labels, Sums],
+    groups: dict[Labels, Sums],
+    by: tuple[By, ...],
+    more_keys: bool,
+    currency: str,
+) -> UsageReport:
+    total = Sums()
+    for sums in models.values():
+        total.add(sums)
+    whole = _group(total, (), ())
     return UsageReport(
-        total_requests=sum(row.requests for row in rows),
-        total_tokens=prompt + completion,
-        prompt_tokens=prompt,
-        completion_tokens=completion,
-        cost=to_text(sum(row.amount for row in rows)),
+        total_requests=whole.requests,
+        total_tokens=whole.tokens,
+        prompt_tokens=whole.prompt_tokens,
+        cached_tokens=whole.cached_tokens,
+        completion_tokens=whole.completion_tokens,
+        cost=whole.cost,
         currency=currency,
-        by_model=[
-            UsageByModel(
-                model=row.model,
-                requests=row.requests,
-                tokens=row.prompt_tokens + row.completion_tokens,
-                prompt_tokens=row.prompt_tokens,
-                completion_tokens=row.completion_tokens,
-                cost=to_text(row.amount),
-            )
-            for row in rows
-        ],
-        request_id=request_id,
+        ttft_ms=whole.ttft_ms,
+        total_ms=whole.total_ms,
+        errors=whole.errors,
+        by_model=[_group(sums, ("model",), labels) for labels, sums in models.items() if labels[0]],
+        data=[_group(sums, by, labels) for labels, sums in groups.items()] if by else UNSET,
+        more_keys=more_keys,
     )
+
+
+def _group(sums: Sums, by: tuple[By, ...], labels: Labels) -> UsageGroup:
+    return UsageGroup(
+        requests=sums.requests,
+        tokens=sums.prompt_tokens + sums.completion_tokens,
+        prompt_tokens=sums.prompt_tokens,
+        cached_tokens=sums.cached_tokens,
+        completion_tokens=sums.completion_tokens,
+        cost=to_text(sums.amount),
+        ttft_ms=_percentiles(sums.ttft_ms),
+        total_ms=_percentiles(sums.total_ms),
+        errors=dict(sorted(sums.errors.items())),
+        **dict(zip(by, labels, strict=True)),
+    )
+
+
+def _percentiles(counts: Counter[int]) -> Percentiles | None:
+    """Nearest rank: the smallest bound that so many of a hundred stay within."""
+    total, below, found = counts.total(), 0, []
+    ranks = [50, 90, 99]
+    for bound, count in sorted(counts.items()):
+        below += count
+        while ranks and below * 100 >= ranks[0] * total:
+            found.append(bound)
+            ranks.pop(0)
+    return Percentiles(*found) if found else None
+
+
+def grouping(text: str | None) -> tuple[By, ...]:
+    """`"day,model"` -> `("day", "model")`.  Raises InvalidBody."""
+    asked = [] if text is None else [part.strip() for part in text.split(",")]
+    known = {name: name for name in BYS}
+    for name in asked:
+        if name not in known or asked.count(name) > 1:
+            raise InvalidBody(
+                f"'{name[:50]}' is not among {', '.join(BYS)}, or is there twice",
+                loc=("query", "group_by"),
+            )
+    return tuple(known[name] for name in asked)  # type: ignore[index]
+
+
+def parse_day(name: str, text: str | None) -> int | None:
+    """`YYYY-MM-DD`, midnight UTC, as Unix milliseconds; None stays None.  Raises InvalidBody."""
+    if text is None:
+        return None
+    try:
+        moment = datetime.strptime(text, "%Y-%m-%d").replace(tzinfo=UTC)
+    except ValueError:
+        raise InvalidBody(
+            f"'{text[:50]}' is not a date: write it as YYYY-MM-DD", loc=("query", name)
+        ) from None
+    return int(moment.timestamp() * 1000)
+
+
+def to_csv(made: UsageReport, by: tuple[By, ...]) -> str:
+    """RFC 4180: a line for each group, or one for all that was asked."""
+    file = io.StringIO()
+    writer = csv.writer(file)  # its lines end as the RFC wants
+    sums = ("requests", "tokens", "prompt_tokens", "cached_tokens", "completion_tokens", "cost")
+    kinds = ("ttft_ms", "total_ms")
+    percentiles = [f"{kind}_{p}" for kind in kinds for p in Percentiles.__struct_fields__]
+    writer.writerow([*by, *sums, "currency", *percentiles, "errors"])
+    for group in [_whole(made)] if made.data is UNSET else made.data:
+        waits: list[int | str] = []
+        for kind in kinds:
+            found = getattr(group, kind)
+            waits += ["", "", ""] if found is None else msgspec.structs.astuple(found)
+        writer.writerow(
+            [
+                *(_cell(getattr(group, name)) for name in by),
+                *(getattr(group, name) for name in sums),
+                _cell(made.currency),
+                *waits,
+                sum(group.errors.values()),
+            ]
+        )
+    return file.getvalue()
+
+
+def _whole(made: UsageReport) -> UsageGroup:
+    same = {
+        name: getattr(made, name) for name in UsageGroup.__struct_fields__ if hasattr(made, name)
+    }
+    return UsageGroup(**same, requests=made.total_requests, tokens=made.total_tokens)
+
+
+def _cell(text: str) -> str:
+    """What a spreadsheet would run as a formula stays text."""
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text

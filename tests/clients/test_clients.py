@@ -1,4 +1,4 @@
-"""The client zoo: what README.md in this folder prints is run as printed, with the real model."""
+"""The client zoo: what docs/clients.md prints is run as printed, with the real model."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 
 from tests.box import Box, environment
+from tests.clients.conftest import Node
 
 PYTHON_OF_CLIENTS = Path(sys.prefix) / "clients/bin/python"  # build/test puts it there
-PAGE = (Path(__file__).parent / "README.md").read_text()
+PAGE = (Path(__file__).parents[2] / "docs/clients.md").read_text()
 ADDRESS = "http://localhost:4001"
 KEY = "sk-pnv-..."
 
@@ -104,31 +105,13 @@ def test_curl(box: Box, tmp_path: Path) -> None:
     assert printed.rstrip().endswith("data: [DONE]")
 
 
-def test_node(box: Box, tmp_path: Path) -> None:
+def test_node(box: Box, node: Node) -> None:
     """It streams, and an error is of the class that the SDK's users catch."""
-    package = node_package(tmp_path)
-    script = tmp_path / "client.mjs"
+    script = node.folder / "client.mjs"
     script.write_text(fenced("OpenAI, Node", "js", box))
-    printed = run([package, str(script)], tmp_path)
+    printed = run([node.program, str(script)], node.folder)
     assert lines(2)(printed)
     assert printed.rstrip().endswith("UnprocessableEntityError 422")
-
-
-def node_package(folder: Path) -> str:
-    """Installs the package into `folder`; the path of node."""
-    node, npm = shutil.which("node"), shutil.which("npm")
-    if not node or not npm:
-        pytest.skip("node is not installed")
-    done = subprocess.run(
-        [npm, "install", "--no-audit", "--no-fund", "openai"],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    if done.returncode != 0:
-        pytest.skip(f"npm cannot install openai here: {done.stderr[-200:]}")
-    return node
 
 
 def test_every_client_of_the_page_is_run() -> None:

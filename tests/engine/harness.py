@@ -231,6 +231,9 @@ class Engine:
         self._output.take(prepared)
         self._unsaid = True
         if isinstance(prepared, Arrival):
+            if prepared.compile is not None and (refused := prepared.compile()):
+                self._output.take(refused)
+                return
             self._engine.add(prepared.sequence)
 
     def step(self) -> StepFrame:

@@ -178,6 +178,20 @@ def test_cancel_frees_a_running_sequence_at_once() -> None:
     assert heard.answer("stays") == alone([add("stays", max_tokens=5)])["stays"]
 
 
+@pytest.mark.parametrize("begun", [True, False])
+def test_a_cancelled_prompt_tells_whether_it_was_begun(begun: bool) -> None:
+    """What only waited costs nothing; what was computed in part does."""
+    engine, _ = make(kv_tokens=1000, context=1000)
+    engine.receive(add("r", "x" * (4 * BUDGET), max_tokens=5))
+    heard = Heard()
+    if begun:
+        heard.take(engine.step())
+    engine.receive(Cancel("r"))
+    heard.take(engine.step())
+    assert heard.ends == {"r": "cancelled"} and not heard.tokens["r"]
+    assert len(heard.queue_ms.get("r", [])) == begun
+
+
 def test_cancel_of_a_waiting_sequence_ends_it_without_a_token() -> None:
     engine, _ = make(max_sequences=1)
     heard = Heard()
@@ -199,11 +213,13 @@ def test_cancel_right_after_add_is_reported_with_the_prompt() -> None:
 
 
 def test_cancel_of_what_has_ended_or_never_was_is_ignored() -> None:
-    engine, _ = make()
+    engine, runner = make()
     run(engine, [add("r")])
+    calls = runner.calls
     engine.receive(Cancel("r"))
     engine.receive(Cancel("nobody"))
-    assert not engine.busy
+    assert engine.step().deltas == []
+    assert not engine.busy and runner.calls == calls
 
 
 def test_the_frame_after_the_last_one_ended_shows_an_empty_engine() -> None:

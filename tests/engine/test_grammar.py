@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 from typing import Any
 
 import jsonschema
@@ -142,6 +144,40 @@ def test_what_cannot_be_followed_is_refused(constraint: Constraint, words: str) 
     heard = said([constrained("r", constraint)])
     assert heard.refused["r"].code == "invalid_body"
     assert words in heard.refused["r"].message
+
+
+NOT_FOLLOWED: dict[str, Any] = {
+    "not": {"type": "string"},
+    "if": {},
+    "then": {},
+    "else": {},
+    "uniqueItems": True,
+    "contains": {},
+    "minContains": 1,
+    "maxContains": 1,
+    "propertyNames": {"pattern": "a"},
+    "dependencies": {"a": ["b"]},
+    "dependentRequired": {"a": ["b"]},
+    "dependentSchemas": {"a": {}},
+    "unevaluatedItems": False,
+    "unevaluatedProperties": False,
+    "$dynamicRef": "#a",
+    "$dynamicAnchor": "a",
+    "$recursiveRef": "#",
+    "minProperties": 1,
+    "maxProperties": 1,
+    "format": "colour",
+}
+
+
+@pytest.mark.parametrize("keyword", NOT_FOLLOWED)
+def test_each_keyword_that_cannot_be_followed_is_named_and_listed(keyword: str) -> None:
+    optional = {"type": "object", "properties": {"a": {}, "b": {}}}
+    base = optional if keyword.endswith("Properties") else {}
+    text = json.dumps({**base, keyword: NOT_FOLLOWED[keyword]})
+    refused = said([constrained("r", Constraint("json_schema", text))]).refused["r"]
+    assert re.sub("^(min|max)", "", keyword) in refused.message
+    assert f"`{keyword}`" in (Path(__file__).parents[2] / "README.md").read_text()
 
 
 def test_deeply_nested_schemas_are_refused_or_followed() -> None:

@@ -2,52 +2,73 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
+import llama_cpp
+import msgspec
 import numpy as np
 import pytest
 
 from pinaivu_box.engine.llama_runner import LlamaRunner
+from pinaivu_box.engine.messages import TokenLogprob
 from pinaivu_box.engine.runner import Batch
-from tests.engine.harness import Engine, Fixed, add, make, run, sampling
-from tests.engine.test_llama_runner import real_runner
+from pinaivu_box.models import bundled
+from tests.engine.harness import Engine, Fixed, add, load, make, run, sampling
 
 TOLERANCE = 1e-3
 
 
 @pytest.fixture(scope="module")
-def reference() -> Iterator[LlamaRunner]:
-    runner = real_runner(max_sequences=1)
-    yield runner
-    runner.close()
+def exact(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., LlamaRunner]]:
+    """`exact(**sizes)`: the real model in F32, with a cache in F32, so that neither says something
+    else in another shape.
 
-
-def forced(runner: LlamaRunner, prompt: list[int], made: list[int]) -> np.ndarray:
-    """Log-probabilities of each token that was made, shape (len(made), n_vocab).
-
-    The prompt in one batch, then one token after another, as it was generated: in one prefill of
-    both, llama.cpp's kernels for Q8_0 round differently (measured over 512 positions: 0.02 in the
-    median; with weights in F32 and a cache in F16 still 0.0005, at most 0.01).
+    With Q8_0 and F16 it does, as kernels round differently: over 512 positions 0.02 in the median;
+    with weights in F32 and a cache in F16 still 0.0005, at most 0.008.  In F32 at most 0.000006.
     """
+    location = bundled.find()
+    assert location and location.offset == 0
+    file = tmp_path_factory.mktemp("exact") / "f32.gguf"  # 540 MB, made in 2 seconds
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype = llama_cpp.LLAMA_FTYPE_ALL_F32
+    params.allow_requantize = True
+    assert llama_cpp.llama_model_quantize(bytes(location.path), bytes(file), params) == 0
+    made: list[LlamaRunner] = []
+
+    def runner(**sizes: int) -> LlamaRunner:
+        given = load(str(file), **{"context": 256, "kv_tokens": 2048, **sizes})
+        given = msgspec.structs.replace(given, threads=1)
+        made.append(LlamaRunner(given, lambda fraction: None, exact=True))
+        return made[-1]
+
+    yield runner
+    for one in made:
+        one.close()
+    file.unlink()
+
+
+def prefilled(runner: LlamaRunner, tokens: list[int]) -> np.ndarray:
+    """Log-probabilities after each token, shape (len(tokens), n_vocab), of one single batch."""
     runner.remove(0)
-    rows = [runner.decode(batch(prompt, 0))[0].copy()]
-    for number, token in enumerate(made[:-1]):
-        rows.append(runner.decode(batch([token], len(prompt) + number))[0].copy())
-    logits = np.array(rows, np.float64)
-    logits -= logits.max(axis=1, keepdims=True)
-    return logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    size = len(tokens)
+    positions = np.arange(size, dtype=np.int32)
+    ids, outputs = np.zeros(size, np.int32), np.ones(size, np.int8)
+    logits = runner.decode(Batch(np.array(tokens, np.int32), positions, ids, outputs))
+    wide = logits.astype(np.float64)
+    wide -= wide.max(axis=1, keepdims=True)
+    return np.asarray(wide - np.log(np.exp(wide).sum(axis=1, keepdims=True)))
 
 
-def batch(tokens: list[int], start: int) -> Batch:
-    count = len(tokens)
-    outputs = np.zeros(count, np.int8)
-    outputs[-1] = 1
-    positions = np.arange(start, start + count, dtype=np.int32)
-    return Batch(np.array(tokens, np.int32), positions, np.zeros(count, np.int32), outputs)
+def assert_alike(entries: list[TokenLogprob], tokens: list[int], rows: np.ndarray) -> None:
+    for token, row, got in zip(tokens, rows, entries, strict=True):
+        assert got.logprob == pytest.approx(row[token], abs=TOLERANCE)
+        best = np.sort(row)[::-1][: len(got.top)]
+        assert [value for _, value in got.top] == pytest.approx(list(best), abs=TOLERANCE)
 
 
-def test_they_agree_with_a_separate_computation(reference: LlamaRunner) -> None:
-    """500 positions; greedy, hot, biased and penalised, eight beside each other."""
+def test_they_agree_with_a_separate_prefill(exact: Callable[..., LlamaRunner]) -> None:
+    """Over 500 positions of outputs, and those of the prompts: greedy, hot, biased and penalised,
+    eight beside each other, in chunks and token by token; against all of it in one batch."""
     kinds = [
         sampling(0),
         sampling(0.8, seed=1),
@@ -58,26 +79,32 @@ def test_they_agree_with_a_separate_computation(reference: LlamaRunner) -> None:
         sampling(0.8, seed=6, ignore_eos=True),
         sampling(0, logit_bias={"28": -5.0}),
     ]
+    text = "Write about the sea, the sky and the number "
     adds = [
-        add(f"r{n}", f"Write about the number {n}.", 64, sampling=kind, logprobs=5)
+        add(f"r{n}", f"{text}{n}.", 70, sampling=kind, logprobs=5, echo=n % 2 == 0)
         for n, kind in enumerate(kinds)
     ]
-    runner = real_runner()
-    heard = run(Engine(runner, token_budget=256, policy=Fixed()), adds)
+    runner = exact(max_sequences=8, token_budget=64)
+    heard = run(Engine(runner, token_budget=64, policy=Fixed()), adds)
+    reference = exact(max_sequences=1, token_budget=256)
     compared = 0
     for one in adds:
         prompt, made = heard.prompts[one.id], heard.tokens[one.id]
-        expected = forced(reference, prompt, made)
-        probed = heard.logprobs[one.id]
+        rows = prefilled(reference, prompt + made[:-1])
         said = [token for token in made if token not in runner.facts.end_tokens]
-        assert len(probed) == len(said)
-        for token, row, got in zip(said, expected, probed, strict=False):
-            assert got.token == runner.piece(token)
-            assert got.logprob == pytest.approx(row[token], abs=TOLERANCE)
-            best = np.sort(row)[::-1][:5]
-            assert [value for _, value in got.top] == pytest.approx(list(best), abs=TOLERANCE)
-            compared += 1
-    runner.close()
+        entries = heard.logprobs[one.id]
+        assert len(entries) == len(said) + len(prompt) * one.echo
+        if one.echo:
+            first, *own = entries[: len(prompt)]
+            assert (first.logprob, first.top) == (0, [])
+            assert_alike(own, prompt[1:], rows[: len(prompt) - 1])
+            assert [entry.token for entry in entries[: len(prompt)]] == [
+                runner.spelled(token) for token in prompt
+            ]
+        output = entries[len(prompt) * one.echo :]
+        assert_alike(output, said, rows[len(prompt) - 1 :][: len(said)])
+        assert [entry.token for entry in output] == [runner.piece(token) for token in said]
+        compared += len(said)
     assert compared >= 500
 
 

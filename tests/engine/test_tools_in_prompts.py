@@ -6,10 +6,13 @@ import dataclasses
 import json
 from typing import Any
 
+import pytest
+
 from pinaivu_box import chat_format
 from pinaivu_box.engine.chat_template import ChatTemplate
 from pinaivu_box.engine.intake import Arrival, Intake
 from pinaivu_box.engine.messages import Constraint, Refused, Tools
+from pinaivu_box.errors import BadRequest
 from tests.engine.harness import StrictRunner, add, load
 
 FUNCTION = {"name": "f", "description": "It does.", "parameters": {"type": "object"}}
@@ -55,6 +58,29 @@ def test_a_template_that_knows_none_is_told_in_words() -> None:
     assert "tool_call>" not in template(None).render(HISTORY[:1])
 
 
+STRICT = (
+    "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('alternate') }}{% endif %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+)
+
+
+def test_a_template_without_a_system_role_has_its_words_before_the_user_s() -> None:
+    system = {"role": "system", "content": "Be kind."}
+    assert template(STRICT).render([system, HISTORY[0]]) == "[user]Be kind.\n\nDo it."
+    assert json.dumps(FUNCTION) in template(STRICT).render([HISTORY[0]], [FUNCTION])
+    with pytest.raises(BadRequest, match="no system"):
+        template(STRICT).render([system])
+
+
+def test_results_and_what_is_said_after_them_are_one_turn() -> None:
+    """Of a template that knows no tools, and may insist on turns."""
+    after = {"role": "user", "content": "And now?"}
+    text = template(STRICT).render([*HISTORY, HISTORY[2], after])
+    result = "<tool_response>\nDone.\n</tool_response>"
+    assert text.endswith(f"[user]{result}\n{result}\nAnd now?")
+
+
 def test_variables_reach_the_template() -> None:
     source = "{% if enable_thinking %}<think>{% else %}</think>{% endif %}"
     assert template(source).thinks
@@ -85,7 +111,10 @@ class Known(StrictRunner):
 
 
 def prepare(runner: StrictRunner, **more: Any) -> Arrival | Refused:
-    return Intake(runner, drafting=False, context_shift=False).prepare(add(**more))
+    arrival = Intake(runner, drafting=False, context_shift=False).prepare(add(**more))
+    if isinstance(arrival, Arrival) and arrival.compile is not None:
+        return arrival.compile() or arrival
+    return arrival
 
 
 def test_a_mark_that_is_a_control_token_is_one_in_grammar_and_text() -> None:
@@ -107,19 +136,36 @@ def test_a_mark_that_is_a_control_token_is_one_in_grammar_and_text() -> None:
     assert text == '[TOOL_CALLS][{"name": "f", "arguments": {}}]'
 
 
-def test_after_thoughts_an_answer_keeps_to_its_schema() -> None:
-    class Thinker(Known):
-        TEMPLATE = "{{ messages }}</think>{{ '<think>' }}"
+CALL_TEXT = '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'
 
-    schema = Constraint("json_schema", '{"const": 7}')
-    arrival = prepare(Thinker(), constraint=schema)
+
+@pytest.mark.parametrize(
+    ("asked", "wanted"),
+    [
+        ({"constraint": Constraint("json_schema", '{"const": 7}')}, "7"),
+        ({"constraint": Constraint("regex", "7+")}, "7"),
+        ({"constraint": Constraint("lark", 'start: "7"')}, "7"),
+        ({"constraint": Constraint("gbnf", 'root ::= "7"')}, "7"),
+        ({"tools": Tools('[{"name": "f"}]', ["f"], "required", False)}, CALL_TEXT),
+        ({"tools": Tools('[{"name": "f"}]', ["f"], "f", True)}, CALL_TEXT),
+    ],
+    ids=["schema", "regex", "lark", "gbnf", "required", "named"],
+)
+def test_after_thoughts_an_answer_keeps_to_what_it_must_be(asked: Any, wanted: str) -> None:
+    class Thinker(Known):
+        TEMPLATE = "{{ tools }}{{ messages }}</think><tool_call>{{ '<think>' }}"
+
+    arrival = prepare(Thinker(), **asked)
     assert isinstance(arrival, Arrival) and arrival.admitted.thinking
     grammar = arrival.sequence.grammar  # type: ignore[union-attr]
     assert grammar is not None
     for token in b"well, 8?</think>\n\n":
         assert grammar.allows(token)
         grammar.take(token)
-    assert not grammar.allows(ord("8")) and grammar.allows(ord("7"))
+    for token in wanted.encode():
+        assert not grammar.allows(ord("8")) and grammar.allows(token)
+        grammar.take(token)
+    assert not grammar.broken
 
 
 def test_infill_is_prefix_suffix_middle() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import signal
 import struct
@@ -19,6 +20,7 @@ import pytest
 from pinaivu_box.engine.fake_runner import SENTENCE
 from pinaivu_box.engine.messages import (
     Cancel,
+    Constraint,
     FromEngine,
     Load,
     LoadFailed,
@@ -213,6 +215,28 @@ def test_cancels_and_stop_strings_end_requests_of_a_child(children: list[Child])
     assert heard.ends == {"stops": "stop", "cancelled": "cancelled", "ends": "length"}
     assert heard.text["stops"].endswith("the ")
     assert frames[-1].load.running == 0 and frames[-1].load.waiting == 0
+
+
+def test_a_child_ends_what_is_cancelled_while_its_grammar_compiles(children: list[Child]) -> None:
+    """However far that is: what comes after is served, and both are heard of."""
+    child = start(children, fake())
+    child.ready()
+    pattern = {"type": "string", "pattern": "[a-z]{1,50}@[a-z]{1,200}"}
+    schema = {"type": "object", "properties": {f"p{n}": pattern for n in range(500)}}
+    large = Constraint("json_schema", json.dumps(schema))
+    child.send(
+        add("large", max_tokens=3000, constraint=large),
+        Cancel("large"),
+        add("plain", max_tokens=5),
+        add("refused", constraint=Constraint("json_schema", '{"not": {}}')),
+    )
+    heard, _ = child.listen(2)
+    assert heard.ends == {"large": "cancelled", "plain": "length"}
+    while "refused" not in heard.refused:
+        frame = child.read()
+        assert isinstance(frame, StepFrame)
+        heard.take(frame)
+    assert heard.refused["refused"].code == "invalid_body"
 
 
 # -- a slow reader ---------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from tests.fuzz.schemas import make_schema
 
 def keep(box: Box, schemas: Iterable[int], seeds: Iterable[int]) -> tuple[int, int, list[str]]:
     """How many answers validate, how many schemas are refused, and what does not validate."""
-    client = box.client
+    client = box.client.with_options(timeout=900)
     pairs = [(schema, seed) for schema in schemas for seed in seeds]
 
     def ask(pair: tuple[int, int]) -> str:

@@ -1,0 +1,155 @@
+"""Makes a backup: a snapshot inside the home, the archive beside its target, then one rename."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import io
+import os
+import shutil
+import sqlite3
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from pinaivu_box import __version__, identity
+from pinaivu_box.backup import archive
+from pinaivu_box.backup.archive import CONFIG, DATABASE, IDENTITY, Manifest, OpenFile
+from pinaivu_box.backup.sealed import BadBackup, Sealer, Unsealer
+from pinaivu_box.errors import CliError
+from pinaivu_box.receipts.receipt import utc_text
+from pinaivu_box.store import integrity
+
+WORKSPACE = "backup.new"
+
+
+def make(home: Path, file: Path, passphrase: str | None, *, force: bool) -> Manifest:
+    """Write the backup and check it by reading it again.  Raises CliError.
+
+    The snapshot is made in the home, where the same is in the clear anyway: beside an encrypted
+    backup nothing readable ever lies.
+    """
+    _refuse(home, file, force)
+    try:
+        with _workspace(home) as folder:
+            manifest, files = _collect(home, folder / DATABASE)
+            with contextlib.closing(files[DATABASE]), _written_beside(file) as out:
+                _write(out, manifest, files, passphrase)
+                _read_again(out, manifest, passphrase)
+    except sqlite3.Error as error:
+        raise CliError(f"The database of {home} cannot be copied: {error}.") from error
+    except BadBackup as error:
+        raise CliError(
+            f"{file} was not written as it should be ({error}): try another disk."
+        ) from error
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        raise CliError(f"The backup cannot be written: {error.strerror}{where}.") from error
+    return manifest
+
+
+def _refuse(home: Path, file: Path, force: bool) -> None:
+    if not (home / DATABASE).exists():
+        raise CliError(f"There is no box in {home}: choose another --home.")
+    if not (home / IDENTITY).exists():
+        raise CliError(
+            f"There is no {IDENTITY} in {home}, and without it a backup is of no use: put the old "
+            "one back, or let 'pinaivu serve' make one."
+        )
+    if file.exists() and not file.is_file():
+        raise CliError(f"{file} is no ordinary file: name another to write.")
+    if file.resolve() in [(home / name).resolve() for name in (DATABASE, IDENTITY, CONFIG)]:
+        raise CliError(f"{file} is what is to be backed up: name another file.")
+    if file.exists() and not force:
+        raise CliError(f"{file} exists already: choose another name, or pass --force.")
+
+
+@contextlib.contextmanager
+def _workspace(home: Path) -> Iterator[Path]:
+    """A folder of our own in the home; what a killed backup left in it is removed first."""
+    folder = home / WORKSPACE
+    folder.mkdir(mode=0o700, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for left in folder.iterdir():
+            left.unlink()
+        yield folder
+        shutil.rmtree(folder)
+    except BlockingIOError as error:
+        raise CliError(f"Another backup of {home} is being made: wait for it.") from error
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    finally:
+        os.close(handle)
+
+
+def _collect(home: Path, copy: Path) -> tuple[Manifest, dict[str, OpenFile]]:
+    """The manifest, and an open file for each of its parts."""
+    integrity.copy(home / DATABASE, copy)
+    schema = integrity.check(copy, f"The database of {home}", alone=True)
+    files: dict[str, OpenFile] = {IDENTITY: io.BytesIO((home / IDENTITY).read_bytes())}
+    if (home / CONFIG).exists():
+        files[CONFIG] = io.BytesIO((home / CONFIG).read_bytes())
+    files[DATABASE] = copy.open("rb")
+    manifest = Manifest(
+        version=__version__,
+        schema=schema,
+        node_id=identity.load_or_create(home / IDENTITY).node_id,
+        created=utc_text(time.time()),
+        parts=[archive.part_of(name, file) for name, file in files.items()],
+    )
+    return manifest, files
+
+
+@contextlib.contextmanager
+def _written_beside(file: Path) -> Iterator[BinaryIO]:
+    """A file (0600) that takes `file`'s name when it is complete and on disk."""
+    handle, name = tempfile.mkstemp(".part", f"{file.name}.", file.parent)
+    try:
+        with os.fdopen(handle, "w+b") as out:
+            yield out
+            out.flush()
+            os.fsync(out.fileno())
+        Path(name).replace(file)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+    sync_folder(file.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Put the names in a folder on disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _write(
+    out: BinaryIO, manifest: Manifest, files: dict[str, OpenFile], passphrase: str | None
+) -> None:
+    if passphrase is None:
+        archive.write(out, manifest, files)
+        return
+    sealer = Sealer(out, passphrase)
+    archive.write(sealer, manifest, files)
+    sealer.finish()
+
+
+def _read_again(out: BinaryIO, manifest: Manifest, passphrase: str | None) -> None:
+    """The database's checks were on the copy; that the file holds this copy, the digests say."""
+    out.flush()
+    out.seek(0)
+    source = out if passphrase is None else Unsealer(out, passphrase)
+    if archive.read_manifest(source) != manifest:
+        raise BadBackup("it reads otherwise than it was written")
+    archive.read_parts(source, manifest, _nowhere)
+
+
+def _nowhere(_part: str) -> BinaryIO:
+    return Path(os.devnull).open("wb")

@@ -1,0 +1,1 @@
+"""What `pinaivu doctor` looks at.  Nothing here changes a home, whatever state it is in."""

@@ -1,0 +1,28 @@
+"""What one look at the box found."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from msgspec import Struct
+
+State = Literal["ok", "warning", "failed"]
+
+
+class Check(Struct, frozen=True):
+    """`found` is a clause, `todo` what the operator can do about it (empty where all is well)."""
+
+    name: str
+    state: State
+    found: str
+    todo: str = ""
+
+
+def of_error(name: str, message: str) -> Check:
+    """Errors say what is wrong and, after a colon, what to do."""
+    found, _, todo = message.removesuffix(".").rpartition(": ")
+    return Check(name, "failed", found, todo) if found else Check(name, "failed", todo)
+
+
+def megabytes(size: float) -> str:
+    return f"{size / 1e6:,.0f} MB"

@@ -1,0 +1,69 @@
+"""The checks in their order; one that breaks is a check that failed, never a traceback."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from pathlib import Path
+
+from pinaivu_box.config import Config
+from pinaivu_box.doctor import home as homes
+from pinaivu_box.doctor import machine, models
+from pinaivu_box.doctor.check import Check, of_error
+from pinaivu_box.errors import BoxError, CliError
+
+Examiner = Callable[[], Iterable[Check]]
+
+
+def examine(
+    home: Path, load: Callable[[], Config], looking_at: Callable[[str], None]
+) -> Iterator[Check]:
+    """Look at everything.  `load` reads the configuration (it may raise CliError); `looking_at` is
+    told the name of each check before it begins."""
+    looking_at("configuration")
+    config, check = _configuration(load)
+    folder = Path(config.models_dir).expanduser() if config.models_dir else home / "models"
+    examiners: list[tuple[str, Examiner]] = [
+        ("home", partial(homes.permissions, home)),
+        ("disk", partial(machine.disk, home, folder)),
+        ("clock", partial(machine.clock, home, time.time())),
+        ("configuration", lambda: [check]),
+        ("port", partial(machine.port, home, config)),
+        ("identity", partial(homes.identity, home)),
+        ("database", partial(homes.database, home)),
+        ("models", partial(models.files, config, home)),
+        ("memory", partial(models.room, config, home)),
+        ("engine", partial(models.engine, config, home)),
+        ("peering", machine.links),
+        ("GPU", machine.gpu),
+    ]
+    for name, examiner in examiners:
+        looking_at(name)
+        yield from _guarded(name, examiner)
+
+
+def _configuration(load: Callable[[], Config]) -> tuple[Config, Check]:
+    """Where it is not valid, the defaults stand in for the other checks."""
+    name = "configuration"
+    try:
+        return load(), Check(name, "ok", "valid")
+    except CliError as error:
+        found = error.message.removesuffix(".")
+        return Config(), Check(name, "failed", found, "sample.toml documents every setting")
+    except OSError as error:
+        found = f"it cannot be read: {error.strerror}"
+        return Config(), Check(name, "failed", found, "check the permissions of the home")
+
+
+def _guarded(name: str, examiner: Examiner) -> Iterator[Check]:
+    try:
+        yield from examiner()
+    except BoxError as error:
+        yield of_error(name, error.message)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        yield Check(name, "failed", f"{where}{error.strerror}", "check permissions and owner")
+    except Exception as error:
+        found = f"this check broke: {type(error).__name__}: {error}"
+        yield Check(name, "failed", found, "please report it")

@@ -1,0 +1,136 @@
+"""The home: who may read it, whose it is, and whether its database is whole."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shlex
+import sqlite3
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+
+from pinaivu_box import identity as identities
+from pinaivu_box.doctor.check import Check, of_error
+from pinaivu_box.errors import CliError
+from pinaivu_box.receipts.receipt import RECEIPT_DOMAIN, Receipt
+from pinaivu_box.store import integrity
+from pinaivu_box.store.migrations import SCHEMA_VERSION
+
+_SECRETS = ("identity.key", "pinaivu.db", "pinaivu.db-wal", "pinaivu.db-shm", "run.json")
+_LEFT_BEHIND = ("backup.new", "restore.new")
+_RESTORE = "put a backup back: 'pinaivu restore FILE --force'"
+
+
+def is_served(home: Path) -> bool:
+    """Whether a server runs on it.  Raises OSError.
+
+    Trying the lock holds it for microseconds; a server that starts in just these is refused.
+    """
+    try:
+        handle = os.open(home / "lock", os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(handle)
+    return False
+
+
+def permissions(home: Path) -> Iterator[Check]:
+    if not home.exists():
+        yield Check("home", "warning", f"{home} is not there", "'pinaivu serve' makes it")
+        return
+    found = home.stat()
+    if not stat.S_ISDIR(found.st_mode):
+        yield Check("home", "failed", f"{home} is no directory", "choose another --home")
+        return
+    wrong = list(_wrong(home, found))
+    yield from wrong
+    for name in _LEFT_BEHIND:
+        if (home / name).exists():
+            yield Check(
+                "home",
+                "warning",
+                f"{home / name} was left by a {name.split('.')[0]} that was killed, or one is "
+                "under way",
+                f"if none is: rm -r {shlex.quote(str(home / name))}",
+            )
+    if not wrong:
+        yield Check("home", "ok", f"{home} is yours alone")
+
+
+def _wrong(home: Path, found: os.stat_result) -> Iterator[Check]:
+    if found.st_uid != os.geteuid():
+        todo = f"run as that user, or chown -R {os.geteuid()} {shlex.quote(str(home))}"
+        yield Check("home", "failed", f"{home} belongs to user {found.st_uid}", todo)
+    elif not os.access(home, os.R_OK | os.W_OK | os.X_OK):
+        todo = f"chmod 700 {shlex.quote(str(home))}"
+        yield Check("home", "failed", f"{home} cannot be written", todo)
+    forbidden = [(home, 0o077, "700", "others may enter")]
+    forbidden += [(home / name, 0o077, "600", "others may read") for name in _SECRETS]
+    forbidden += [(home / "config.toml", 0o022, "600", "others may change")]
+    for path, bits, mode, why in forbidden:
+        if path.exists() and path.stat().st_mode & bits:
+            todo = f"chmod {mode} {shlex.quote(str(path))}"
+            yield Check("home", "failed", f"{why} {path}", todo)
+
+
+def newest_receipt(home: Path) -> tuple[Receipt, bytes, bytes] | None:
+    """The receipt, its signed bytes and signature; None if there is none or it cannot be read."""
+    try:
+        with integrity.reading(home / "pinaivu.db") as connection:
+            # Request ids are ULIDs: their order is that of time.
+            row = connection.execute(
+                "SELECT signed, signature FROM receipts ORDER BY request_id DESC LIMIT 1"
+            ).fetchone()
+        return (msgspec.json.decode(row[0], type=Receipt), row[0], row[1]) if row else None
+    except (sqlite3.Error, msgspec.DecodeError):
+        return None
+
+
+def identity(home: Path) -> Iterator[Check]:
+    path, newest = home / "identity.key", newest_receipt(home)
+    if not path.exists():
+        if newest is None:
+            yield Check("identity", "ok", "not made yet: the first start does")
+            return
+        found = f"{path} is missing, and {newest[0].coordinator_id} has signed receipts"
+        yield Check("identity", "failed", found, f"put the file back from a backup, or {_RESTORE}")
+        return
+    node_id = identities.load_or_create(path).node_id
+    if newest is None:
+        yield Check("identity", "ok", node_id)
+        return
+    receipt, signed, signature = newest
+    if receipt.coordinator_id != node_id:
+        found = f"{path} is {node_id}, but receipts are signed by {receipt.coordinator_id}"
+        yield Check("identity", "failed", found, "put the box's own identity.key back")
+    elif not identities.verify(node_id, RECEIPT_DOMAIN, signed, signature):
+        found = f"the signature of the newest receipt ({receipt.request_id}) is not {node_id}'s"
+        yield Check("identity", "failed", found, f"the database was changed: {_RESTORE}")
+    else:
+        yield Check("identity", "ok", f"{node_id}, as in the newest receipt")
+
+
+def database(home: Path) -> Iterator[Check]:
+    path = home / "pinaivu.db"
+    if not path.exists():
+        yield Check("database", "ok", "not made yet: the first start does")
+        return
+    try:
+        version = integrity.check(path, str(path))
+    except CliError as error:
+        if error.message.endswith(": update the program."):
+            yield of_error("database", error.message)
+        else:
+            yield Check("database", "failed", error.message.removesuffix("."), _RESTORE)
+        return
+    older = "" if version == SCHEMA_VERSION else f"; the next start makes it {SCHEMA_VERSION}"
+    size = path.stat().st_size / 1e6
+    yield Check("database", "ok", f"{size:,.1f} MB, whole, schema {version}{older}")

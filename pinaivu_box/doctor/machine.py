@@ -1,0 +1,188 @@
+"""The machine: space, clock, port, links, graphics."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+
+import httpx
+import msgspec
+from nacl.signing import SigningKey
+
+from pinaivu_box.config import Config
+from pinaivu_box.doctor.check import Check, State, megabytes, of_error
+from pinaivu_box.doctor.home import is_served, newest_receipt
+from pinaivu_box.errors import CliError
+from pinaivu_box.identity import Identity
+from pinaivu_box.receipts.receipt import utc_text
+from pinaivu_box.server.serve import bind
+
+_UNPACKED = 100e6  # bytes that the executable unpacks in TMPDIR at each start
+_NVIDIA = "0x10de"
+_NTP_UNSYNCHRONISED = 0x40  # STA_UNSYNC of adjtimex(2)
+_CLOCK_SLACK = 5.0  # seconds
+
+
+def disk(home: Path, models: Path) -> Iterator[Check]:
+    frozen = getattr(sys, "frozen", False)
+    places = [
+        ("home", home, 100e6, 1e9),
+        ("models", models, 0, 1e9),
+        ("TMPDIR", Path(tempfile.gettempdir()), _UNPACKED if frozen else 0, 2 * _UNPACKED),
+    ]
+    for what, path, least, comfortable in places:
+        there = next(parent for parent in (path, *path.parents) if parent.exists())
+        yield space(what, path, shutil.disk_usage(there).free, least, comfortable)
+
+
+def space(what: str, path: Path, free: int, least: float, comfortable: float) -> Check:
+    """Sizes in bytes; below `least` nothing works."""
+    state: State = "failed" if free < least else "warning" if free < comfortable else "ok"
+    todo = "" if state == "ok" else f"free some space there, or put {what} on another disk"
+    return Check("disk", state, f"{megabytes(free)} free for {what} ({path})", todo)
+
+
+def clock(home: Path, now: float) -> Iterator[Check]:
+    """`now` in Unix seconds."""
+    newest = newest_receipt(home)
+    if newest:
+        last = datetime.fromisoformat(newest[0].timestamp).timestamp()
+        if last > now + _CLOCK_SLACK:
+            found = f"it is {utc_text(now)}, but the newest receipt is of {newest[0].timestamp}"
+            todo = "set the clock: receipts and the expiry of keys follow it ('timedatectl')"
+            yield Check("clock", "failed", found, todo)
+            return
+    if (known := synchronised()) is False:
+        found = f"{utc_text(now)}, and nothing is said to keep it right"
+        yield Check("clock", "warning", found, "switch on NTP: 'timedatectl set-ntp true'")
+    else:
+        how = "synchronised" if known else "whether it is synchronised cannot be known here"
+        yield Check("clock", "ok", f"{utc_text(now)}, {how}")
+
+
+class _Timex(ctypes.Structure):
+    """The beginning of struct timex, and room for the rest; no modes set: it only reads."""
+
+    _fields_ = (
+        ("modes", ctypes.c_uint),
+        ("offset", ctypes.c_long),
+        ("frequency", ctypes.c_long),
+        ("maxerror", ctypes.c_long),
+        ("esterror", ctypes.c_long),
+        ("status", ctypes.c_int),
+        ("rest", ctypes.c_byte * 256),
+    )
+
+
+def synchronised() -> bool | None:
+    """What the kernel was told about its clock; None if it does not say."""
+    timex = _Timex()
+    try:
+        answer = ctypes.CDLL(None).ntp_adjtime(ctypes.byref(timex))
+    except (AttributeError, OSError):
+        return None
+    return None if answer < 0 else not timex.status & _NTP_UNSYNCHRONISED
+
+
+def port(home: Path, config: Config) -> Iterator[Check]:
+    if is_served(home):
+        yield _server(home)
+        return
+    host, number = config.server.host, config.server.port
+    if number == 0:
+        yield Check("port", "ok", "any free one will be taken")
+        return
+    try:
+        bind(host, number).close()
+    except CliError as error:
+        yield of_error("port", error.message)
+    else:
+        yield Check("port", "ok", f"{host}:{number} is free")
+
+
+def _server(home: Path) -> Check:
+    """The server that holds the home's lock: does it answer?"""
+    try:
+        run = msgspec.json.decode((home / "run.json").read_bytes(), type=dict[str, str | int])
+        url = str(run["url"])
+        httpx.get(f"{url}/health", timeout=10, trust_env=False).raise_for_status()
+    except (OSError, KeyError, ValueError, httpx.HTTPError, msgspec.DecodeError) as error:
+        found = f"a server holds {home} and does not answer ({error or type(error).__name__})"
+        return Check("port", "failed", found, "wait if it is starting; otherwise stop and start it")
+    return Check("port", "ok", f"ours: the server on this home answers at {url}")
+
+
+def links() -> Iterator[Check]:
+    """Load the library that makes them, and let it have a socket for a moment."""
+    try:
+        asyncio.run(_bind_and_close())
+    except (ImportError, OSError) as error:  # its library does not fit the system's
+        found = f"links to other boxes are not possible here ({error})"
+        yield Check("peering", "warning", found, "update the system if this box is to have peers")
+    else:
+        yield Check("peering", "ok", "links to other boxes are possible")
+
+
+async def _bind_and_close() -> None:
+    from pinaivu_box.peering.iroh_transport import IrohTransport  # 18 MB, only if it is wanted
+
+    await (await IrohTransport.bind(Identity(SigningKey.generate()), "127.0.0.1", 0)).close()
+
+
+def gpu(root: Path = Path("/")) -> Iterator[Check]:
+    """Without NVML: what the kernel shows, and whether the driver's library is there."""
+    cards = [
+        device
+        for device in sorted((root / "sys/bus/pci/devices").glob("*"))
+        if _text(device / "vendor") == _NVIDIA and _text(device / "class").startswith("0x03")
+    ]
+    driver = _text(root / "proc/driver/nvidia/version").partition("\n")[0]
+    devices = sorted((root / "dev").glob("nvidia[0-9]*"))
+    if not (cards or driver or devices):
+        yield Check("GPU", "ok", "no NVIDIA GPU: models run on the CPU")
+    elif not driver:
+        found = "an NVIDIA GPU is there, but not its driver: models run on the CPU"
+        yield Check("GPU", "warning", found, "install NVIDIA's driver to use it")
+    elif not devices:
+        found = "NVIDIA's driver is there, but no /dev/nvidia*: models run on the CPU"
+        todo = "in a container: give it the GPU (--gpus all); otherwise run 'nvidia-modprobe'"
+        yield Check("GPU", "warning", found, todo)
+    elif not _has_libcuda(root):
+        found = "NVIDIA's driver is there, but libcuda.so.1 is not: models run on the CPU"
+        yield Check("GPU", "warning", found, "install the driver's CUDA library (libcuda1)")
+    else:
+        yield Check("GPU", "ok", f"{len(devices)} NVIDIA GPU, {_driver_version(driver)}")
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""
+
+
+def _driver_version(line: str) -> str:
+    words = line.split()
+    version = next((word for word in words if word[:1].isdigit() and "." in word), "unknown")
+    return f"driver {version}"
+
+
+def _has_libcuda(root: Path) -> bool:
+    """By the linker's list: to load it here would bring the driver's code into this process."""
+    try:
+        listed = subprocess.run(
+            [shutil.which("ldconfig") or "/sbin/ldconfig", "-r", str(root), "-p"],
+            capture_output=True,
+            text=True,
+            check=False,
+        ).stdout
+    except OSError:
+        return True  # it cannot be known; the engine will tell
+    return "libcuda.so.1 " in listed

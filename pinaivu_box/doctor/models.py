@@ -1,0 +1,184 @@
+"""The models: their files and digests, the memory they need, and an engine that really runs."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import hashlib
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+
+from pinaivu_box.config import Config, EngineConfig, SamplingConfig
+from pinaivu_box.doctor.check import Check, megabytes
+from pinaivu_box.errors import ApiError, CliError
+from pinaivu_box.gateway.backend import Job, Output, Started
+from pinaivu_box.gateway.local import LocalBackend
+from pinaivu_box.gateway.placement import Placement
+from pinaivu_box.models import catalog, gguf, memory
+from pinaivu_box.models.catalog import Catalog, Model
+from pinaivu_box.store import integrity
+
+_PIECE = 1 << 20
+# Enough for a word, so that the look costs little beside a running server.
+_TOKENS = 512
+_Remembered = dict[str, tuple[int, int, str]]  # path -> size, mtime_ns, digest
+
+
+def find(config: Config, home: Path) -> tuple[Catalog, str]:
+    """The catalog, and why the configured models are not in it (empty if they are)."""
+    try:
+        return catalog.load(config, home), ""
+    except CliError as error:
+        rest = msgspec.structs.replace(config, model=[])
+        return catalog.load(rest, home), error.message.removesuffix(".")
+
+
+def real(found: Catalog) -> list[Model]:
+    return [model for model in found.models if not model.is_fake]
+
+
+def files(config: Config, home: Path) -> Iterator[Check]:
+    """Reads every model file whole (about 1 GB/s)."""
+    found, missing = find(config, home)
+    if missing:
+        yield Check("models", "failed", missing, "mend its [[model]] entry, or the file")
+    for path, why in found.broken.items():
+        todo = "fetch the file again, or move it out of the folder"
+        yield Check("models", "failed", f"{path} is not served: {why}", todo)
+    remembered = _remembered(home)
+    for model in real(found):
+        yield _file(model, remembered)
+    if not real(found):
+        yield Check("models", "warning", "there is none", f"put a GGUF file into {home / 'models'}")
+
+
+def _remembered(home: Path) -> _Remembered:
+    try:
+        with integrity.reading(home / "pinaivu.db") as connection:
+            rows = connection.execute("SELECT path, size, mtime_ns, digest FROM model_files")
+            return {path: (size, time, digest) for path, size, time, digest in rows}
+    except sqlite3.Error:
+        return {}  # none yet; if it is damaged, the check of the database says so
+
+
+def _file(model: Model, remembered: _Remembered) -> Check:
+    name = f"{model.id} ({model.path})"
+    again = "fetch the file again"
+    try:
+        if gguf.ends_early(model.path, model.offset, model.size):
+            return Check("models", "failed", f"{name} is cut off before its last tensor", again)
+        digest = _digest(model)
+        stat = model.path.stat()
+    except (gguf.BadGguf, OSError) as error:
+        reason = getattr(error, "strerror", None) or error
+        return Check("models", "failed", f"{name} cannot be read: {reason}", again)
+    size, time, known = remembered.get(str(model.path), (0, 0, ""))
+    unchanged = (size, time) == (stat.st_size, stat.st_mtime_ns)
+    if model.recorded_digest:
+        known, unchanged = model.recorded_digest, True
+    if known and known != digest and unchanged:
+        found = f"{name} has other bytes than were served: {digest[:16]}…, not {known[:16]}…"
+        todo = (
+            f"{again}; if it is meant to be another one, 'touch' it: receipts then name it rightly"
+        )
+        return Check("models", "failed", found, todo)
+    if known and known != digest:
+        found = (
+            f"{name} was replaced since it was last served: {digest[:16]}…, before {known[:16]}…"
+        )
+        return Check("models", "warning", found, "nothing, if that was you")
+    how = "as remembered" if known else "not served yet"
+    return Check("models", "ok", f"{name}: {megabytes(model.size)}, sha256 {digest[:16]}…, {how}")
+
+
+def _digest(model: Model) -> str:
+    """Of the bytes themselves, also where a digest is recorded."""
+    digest, left = hashlib.sha256(), model.size
+    with model.path.open("rb") as file:
+        file.seek(model.offset)
+        while left and (piece := file.read(min(left, _PIECE))):
+            digest.update(piece)
+            left -= len(piece)
+    return digest.hexdigest()
+
+
+def room(config: Config, home: Path) -> Iterator[Check]:
+    total, available = memory.total(), memory.available()
+    if total is None or available is None:
+        yield Check("memory", "ok", "how much there is cannot be known here")
+        return
+    for model in real(find(config, home)[0]):
+        # The least that it is served with: the cache shrinks to one context before it is refused.
+        need = memory.estimate(model, memory.context_of(model, config.engine.context))
+        yield fits(model.id, need, total, available)
+
+
+def fits(model_id: str, need: int, total: int, available: int) -> Check:
+    """Bytes."""
+    found = f"{model_id} needs {megabytes(need)} of {megabytes(available)} that can be had"
+    if need > total:
+        found = f"{model_id} needs {megabytes(need)}, and the machine has {megabytes(total)}"
+        return Check("memory", "failed", found, "set a smaller context, or take a smaller model")
+    if need > available:
+        return Check("memory", "warning", found, "end other programs, or set a smaller context")
+    return Check("memory", "ok", found)
+
+
+def engine(config: Config, home: Path) -> Iterator[Check]:
+    """Load the smallest model as a server would and make one token."""
+    models = real(find(config, home)[0])
+    if not models:
+        found = "there is no model to start one with"
+        yield Check("engine", "warning", found, "see models, above")
+        return
+    smallest = min(models, key=lambda model: model.size)
+    small = msgspec.structs.replace(
+        config.engine, context=_TOKENS, kv_tokens=_TOKENS, max_sequences=1
+    )
+    try:
+        found = asyncio.run(_one_token(dataclasses.replace(smallest, context=_TOKENS), small))
+    except ApiError as error:
+        todo = "'pinaivu serve --log-level debug' shows the engine's own words"
+        yield Check("engine", "failed", error.message.removesuffix("."), todo)
+    except TimeoutError:
+        found = f"{smallest.id} made no token in {small.start_seconds:g} s"
+        yield Check("engine", "failed", found, "is the machine overloaded?")
+    else:
+        yield Check("engine", "ok", f"{smallest.id} {found}")
+
+
+async def _one_token(model: Model, config: EngineConfig) -> str:
+    """What happened.  Raises ApiError, TimeoutError."""
+
+    async def no_matter(_: Model) -> str:
+        return ""
+
+    placement = Placement(config, no_matter)
+    job = Job(
+        request_id="doctor",
+        model=model,
+        messages=[{"role": "user", "content": "Hello!"}],
+        asked=SamplingConfig(),
+        seed=0,
+        max_tokens=1,
+        stop=[],
+        tenant="doctor",
+    )
+    where = ""
+    try:
+        async with asyncio.timeout(config.start_seconds):
+            async for event in LocalBackend(placement, "", SamplingConfig()).serve(job, []):
+                if isinstance(event, Started):
+                    where = f"on {event.engine.device} ({event.engine.build})"
+                elif isinstance(event, Output) and event.tokens:
+                    return f"made a token {where}"
+    except ApiError as error:
+        if not where or error.status >= 500:
+            raise
+        return f"was loaded {where}; it makes no text"  # a model for embeddings
+    finally:
+        await placement.close()
+    return f"was loaded {where} and ended its answer at once"

@@ -1,0 +1,229 @@
+"""What `pinaivu peers doctor` looks at: this box as others find it, then each peer.
+
+All but the look at UDP ports and at this machine's clock is what the running box knows.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import time
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from pinaivu_box.amount import parse
+from pinaivu_box.config import Config
+from pinaivu_box.doctor import machine, udp
+from pinaivu_box.doctor.check import Check, State, of_error
+from pinaivu_box.peering.views import OwnView, PeerView, UseView
+from pinaivu_box.server.admin_peers import PeerList
+
+_UDP_SECONDS = 2.0
+_CLOCK_SLACK, _CLOCK_MOST = 5.0, 300.0  # seconds
+_LATELY = 3600.0  # seconds; what a peer refused before that may be otherwise now
+_UDP: dict[udp.Answer, tuple[State, str, str]] = {
+    "answers": ("ok", "a box answers there", ""),
+    "closed": (
+        "failed",
+        "the machine is there, but no program has that UDP port",
+        "start it there",
+    ),
+    "silent": (
+        "warning",
+        "nothing answers: a firewall or a router drops it, or the machine is off",
+        "let that UDP port through there, or set [peering] relay on both boxes",
+    ),
+    "no route": ("warning", "this machine has no way there", "join both to one network or VPN"),
+    "unknown name": ("warning", "no such address is known here", "look at its [peering] host"),
+}
+
+
+def examine(
+    home: Path, config: Config, found: PeerList | str, peers: list[PeerView]
+) -> Iterator[Check]:
+    """`found` is the running box's list, or the sentence why there is none; `peers` are those of it
+    that are asked about."""
+    if isinstance(found, str):
+        yield of_error("peering", found)
+        return
+    connected = sum(one.state == "connected" for one in found.data)
+    boxes = "box" if len(found.data) == 1 else "boxes"
+    network = found.own.network[:12] or "no network yet"
+    counted = f"{network}: {len(found.data)} other {boxes}, {connected} connected"
+    todo = "" if found.data else "'pinaivu peers invite' here, 'pinaivu peers join' there"
+    yield Check("peering", "ok", counted, todo)
+    yield from _here(found.own, config, all_well=connected == len(found.data))
+    yield from machine.clock(home, time.time())
+    for peer in peers:
+        for check in _peer(peer, found.own, config):
+            yield Check(f"{peer.name}: {check.name}", check.state, check.found, check.todo)
+
+
+def _here(own: OwnView, config: Config, *, all_well: bool) -> Iterator[Check]:
+    yield Check("key", "ok", f"{own.id}, called {own.name}")
+    direct = [address for address in own.addresses if not address.startswith("http")]
+    answers = {address: udp.ask(address, _UDP_SECONDS) for address in direct[:4]}
+    deaf = [address for address, answer in answers.items() if answer != "answers"]
+    if deaf:
+        todo = "let UDP through this machine's own firewall"
+        yield Check("port", "failed", f"nothing answers at {', '.join(deaf)}", todo)
+    else:
+        yield Check("port", "ok", f"it answers at {', '.join(direct) or 'no address'}")
+    if all(_reach(address) == "loopback" for address in direct) and own.relay == "none":
+        found, todo = "only boxes on this machine can reach it", 'set host = "0.0.0.0" in [peering]'
+        yield Check("NAT", "warning", found, todo)
+    elif own.relay != "none":
+        yield Check("relay", "ok", f"{own.relay}: boxes that find no direct way go by it")
+    elif any(_reach(address) == "public" for address in direct):
+        yield Check("NAT", "ok", "it has a public address; no relay is used")
+    else:
+        found = "its addresses are of its own LAN, and no relay is used"
+        todo = f"for boxes elsewhere: forward UDP port {config.peering.port} to it, or set a relay"
+        yield Check("NAT", "ok" if all_well else "warning", found, "" if all_well else todo)
+
+
+def _reach(address: str) -> str:
+    host = address.rpartition(":")[0].strip("[]").partition("%")[0]
+    try:
+        ip = ipaddress.ip_address(host)
+    except ValueError:
+        return "public"
+    return "loopback" if ip.is_loopback else "public" if ip.is_global else "private"
+
+
+def _peer(peer: PeerView, own: OwnView, config: Config) -> Iterator[Check]:
+    yield _membership(peer)
+    if peer.state == "revoked":
+        return
+    yield _link(peer)
+    if peer.link is None:
+        yield from _ways(peer)
+        return
+    yield Check("key", "ok", f"it has proven to be {peer.id}")
+    yield _version(peer, own)
+    yield _clock(peer)
+    yield from _models(peer, own, config)
+    limits = [*_serves_us(peer), *_is_served(peer, own)]
+    yield from limits or [Check("limits", "ok", "nothing stands in the way")]
+
+
+def _membership(peer: PeerView) -> Check:
+    if peer.state == "revoked":
+        todo = "only the founder of the network can let it in again, with a new ticket"
+        return Check("membership", "failed", peer.why or "it was revoked", todo)
+    since = f" since {peer.member_since}" if peer.member_since else ""
+    invited = f", invited by {peer.invited_by}" if peer.invited_by else ""
+    return Check("membership", "ok", f"a member{since}{invited}")
+
+
+def _link(peer: PeerView) -> Check:
+    if peer.link is not None:
+        way = "directly" if peer.link.direct else "by a relay"
+        rtt = "" if peer.link.rtt_ms is None else f", {peer.link.rtt_ms:.0f} ms there and back"
+        return Check("link", "ok", f"{way}, {peer.link.address}{rtt}")
+    if peer.state == "connecting" and not peer.why:
+        return Check("link", "warning", "there was no answer yet", "wait a few seconds")
+    name = "key" if peer.why.startswith("Another box") else "link"
+    found = of_error(name, peer.why or "there is none")
+    return found if found.todo else Check(name, "failed", found.found, "see its addresses below")
+
+
+def _ways(peer: PeerView) -> Iterator[Check]:
+    """Each address: a machine that answers at one of them is reachable, whatever the others say."""
+    if not peer.addresses:
+        found = "no address of it is known"
+        yield Check("address", "failed", found, "ask its operator for a ticket, and join again")
+    for address in peer.addresses:
+        if address.startswith("http"):
+            yield Check("relay", "ok", f"it can also be reached by {address}")
+            continue
+        answer = udp.ask(address, _UDP_SECONDS)
+        state, found, todo = _UDP[answer]
+        yield Check("address", state, f"{address}: {found}", todo)
+
+
+def _version(peer: PeerView, own: OwnView) -> Check:
+    if peer.software == own.software:
+        return Check("version", "ok", f"{peer.software}, as here")
+    todo = "if something does not work, update the older one"
+    return Check("version", "ok", f"{peer.software}, here {own.software}", todo)
+
+
+def _clock(peer: PeerView) -> Check:
+    ahead = peer.clock_ahead or 0.0
+    found = f"{abs(ahead):.1f} s {'ahead of' if ahead >= 0 else 'behind'} ours"
+    if abs(ahead) <= _CLOCK_SLACK:
+        return Check("clock", "ok", found)
+    state: State = "failed" if abs(ahead) > _CLOCK_MOST else "warning"
+    return Check("clock", state, found, "set the clock of the box that is wrong: 'timedatectl'")
+
+
+def _models(peer: PeerView, own: OwnView, config: Config) -> Iterator[Check]:
+    ours = {model.id: model.digest for model in own.models}
+    if peer.advert_age is None:
+        found = "it has not said lately what it offers"
+        yield Check("models", "warning", found, "wait half a minute; then look at the box itself")
+        return
+    if not peer.models:
+        yield Check("models", "warning", "it offers none", "look at 'pinaivu ls' there")
+    for model in peer.models:
+        here = ours.get(model.id)
+        if here is None or here == model.digest or config.peering.same_name:
+            same = "" if here is None else ", the same file as here" * (here == model.digest)
+            yield Check("models", "ok", f"{model.id}{same}")
+        else:
+            found = f"{model.id} is another file there ({model.digest[:8]}) than here ({here[:8]})"
+            todo = "copy one of them over, or set same_name = true in [peering]"
+            yield Check("models", "warning", found, todo)
+
+
+def _serves_us(peer: PeerView) -> Iterator[Check]:
+    """What is known to stand in the way of our requests there."""
+    if peer.draining:
+        yield Check("limits", "warning", "it is stopping", "wait until it runs again")
+    if peer.models and not any(model.sequences_free for model in peer.models):
+        yield Check("limits", "warning", "all its places are taken", "it serves in turn; wait")
+    if peer.refusal is not None and peer.refusal.age < _LATELY:
+        said = peer.refusal.message.partition(" refused it: ")[2] or peer.refusal.message
+        found = f"{peer.refusal.age:.0f} s ago it refused us: {said.rstrip('.')}"
+        todo = "its operator sets that: 'pinaivu peers edit' or [peering.serve] there"
+        yield Check("limits", "warning", found, todo)
+
+
+def _is_served(peer: PeerView, own: OwnView) -> Iterator[Check]:
+    """What stands in the way of its requests here."""
+    edit = f"pinaivu peers edit {peer.name}"
+    if peer.limits.blocked:
+        found = f"blocked here: {peer.limits.blocked}"
+        yield Check("limits", "warning", found, f"{edit} --unblock")
+    if (use := peer.use) is None:
+        return
+    if not use.open:
+        found = f"it is served from {use.hours} only, local time here, and not now"
+        yield Check("limits", "warning", found, f"wait, or {edit} --hours TIMES")
+    if own.models and not any(
+        fnmatchcase(one.id, glob) for one in own.models for glob in use.models
+    ):
+        found = (
+            f"it may use {', '.join(use.models) or 'no model'}, and this box has nothing that fits"
+        )
+        yield Check("limits", "warning", found, f"{edit} --model GLOB")
+    if use.running >= use.max_parallel:
+        found = f"it has {use.running} requests here, as many as it may"
+        yield Check("limits", "warning", found, f"wait, or {edit} --max-parallel N")
+    if use.tokens_per_minute is not None and use.tokens >= use.tokens_per_minute:
+        found = f"it has had {use.tokens} tokens in a minute, of {use.tokens_per_minute}"
+        yield Check("limits", "warning", found, f"wait, or {edit} --tokens-per-minute N")
+    yield from _credit(peer, use)
+
+
+def _credit(peer: PeerView, use: UseView) -> Iterator[Check]:
+    if use.credit_limit is None or parse(use.owes) < parse(use.credit_limit):
+        return
+    least = "served only while this box is idle" if use.beyond == "idle" else "not served"
+    found = f"it owes {use.owes} of at most {use.credit_limit}, and is {least}"
+    todo = (
+        f"'pinaivu ledger settle {peer.name}', and 'ledger paid' or 'ledger forgive'; or "
+        f"pinaivu peers edit {peer.name} --credit-limit AMOUNT"
+    )
+    yield Check("limits", "warning", found, todo)

@@ -1,0 +1,45 @@
+"""From the chunks of a step to the batch that is computed."""
+
+from __future__ import annotations
+
+from itertools import takewhile
+
+import numpy as np
+
+from pinaivu_box.engine.runner import Batch
+from pinaivu_box.engine.scheduler import Chunk
+
+
+def batch_of(chunks: list[Chunk]) -> Batch:
+    tokens: list[int] = []
+    positions: list[int] = []
+    ids: list[int] = []
+    outputs: list[int] = []
+    for chunk in chunks:
+        sequence, start, count = chunk.sequence, chunk.start, chunk.count
+        if count == 1 and not chunk.draft:
+            tokens.append(sequence.tokens[start])
+            positions.append(start)
+            ids.append(sequence.sequence_id)
+            outputs.append(chunk.rows or len(chunk.scored))
+            continue
+        size = count + len(chunk.draft)
+        tokens += sequence.tokens[start : start + count]
+        tokens += chunk.draft
+        positions += range(start, start + size)
+        ids += [sequence.sequence_id] * size
+        wanted = [0] * (size - chunk.rows) + [1] * chunk.rows
+        for position in chunk.scored:
+            wanted[position - start] = 1
+        outputs += wanted
+    return Batch(
+        np.array(tokens, np.int32),
+        np.array(positions, np.int32),
+        np.array(ids, np.int32),
+        np.array(outputs, np.int8),
+        sum(1 + len(chunk.draft) for chunk in takewhile(_decodes, chunks)),
+    )
+
+
+def _decodes(chunk: Chunk) -> bool:
+    return chunk.count == 1

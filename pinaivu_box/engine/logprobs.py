@@ -1,0 +1,35 @@
+"""Log-probabilities of tokens, from a position's logits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from pinaivu_box.engine.messages import TokenLogprob
+from pinaivu_box.engine.runner import Float32
+from pinaivu_box.engine.sampling import Float64, Ids, top_k
+
+_NONE: Ids = np.empty(0, np.intp)
+
+
+def probe(row: Float32, token: int, count: int, written: Callable[[int], bytes]) -> TokenLogprob:
+    """Of a token and of the `count` likeliest ones, which are `written` so."""
+    values, top = log_probabilities(row, [token], count)
+    likeliest = zip(top.tolist(), values[1:].tolist(), strict=True)
+    return TokenLogprob(
+        written(token),
+        float(values[0]),
+        [(written(one), logprob) for one, logprob in likeliest],
+    )
+
+
+def log_probabilities(row: Float32, tokens: Sequence[int], count: int) -> tuple[Float64, Ids]:
+    """Natural log-probabilities of `tokens` and then of the `count` likeliest ones, which are also
+    returned; of the whole vocabulary at temperature 1."""
+    best = float(row.max())
+    total = best + math.log(np.exp(row - np.float32(best)).sum(dtype=np.float64))
+    top = top_k(row[np.newaxis], count)[0][0] if count else _NONE
+    ids = np.concatenate([np.array(tokens, np.intp), top])
+    return np.asarray(row[ids].astype(np.float64) - total), top

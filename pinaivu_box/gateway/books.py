@@ -1,0 +1,103 @@
+"""What the store knows of peers when a leg begins or ends: terms, debts, the ledger, opinions."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sqlite3
+import time
+from collections.abc import Callable
+
+from pinaivu_box import amount
+from pinaivu_box.config import Config
+from pinaivu_box.errors import EntryRefused
+from pinaivu_box.gateway.guests import Terms
+from pinaivu_box.gateway.peer import Taken
+from pinaivu_box.gateway.reputation import Reputation
+from pinaivu_box.gateway.serving import Served
+from pinaivu_box.store import ledger, opinions, peer_settings
+from pinaivu_box.store.database import Database
+from pinaivu_box.store.ledger import Balance, Entry
+
+log = logging.getLogger("pinaivu.ledger")
+
+_REMEMBER_SECONDS = 60.0
+
+
+class Books:
+    def __init__(self, database: Database, us: str, config: Callable[[], Config]) -> None:
+        self._database, self._us, self._config = database, us, config
+
+    async def terms(self, peer: str) -> Terms:
+        """What is set for that peer, and else `[peering.serve]`."""
+        set_ = (await peer_settings.get(self._database, peer)).limits
+        serve = self._config().peering.serve
+        tokens = serve.tokens_per_minute
+        if set_.tokens_per_minute is not None:
+            tokens = set_.tokens_per_minute
+        credit = serve.credit_limit if set_.credit_limit is None else set_.credit_limit
+        return Terms(
+            max_parallel=set_.max_parallel or serve.max_parallel,
+            tokens_per_minute=tokens or None,
+            credit=amount.parse(credit) if credit else None,
+            idle_beyond=serve.beyond == "idle",
+            models=serve.models if set_.models is None else set_.models,
+            hours=serve.hours if set_.hours is None else set_.hours,
+            blocked=set_.blocked,
+        )
+
+    async def owed(self, peer: str, currency: str) -> int:
+        found = await ledger.balance(self._database, peer)
+        return found.get(currency, Balance()).credit_used
+
+    async def served(self, peer: str, request_id: str, leg: int, choice: int) -> bool:
+        """Whether that is in the ledger, accepted or not."""
+        return await ledger.has(self._database, peer, request_id, leg, choice)
+
+    async def keep(self, leg: Served | Taken) -> None:
+        """On disk when it returns.  What the ledger refuses is nobody's debt, and is logged."""
+        disputed = None
+        if isinstance(leg, Served):
+            proof, signed, acceptance = leg.proof, leg.signed, leg.acceptance
+            disputed = leg.disputed
+        else:
+            proof, signed = leg.proved.proof, leg.proved.signed
+            acceptance = leg.proved.acceptance
+        entry = Entry(
+            peer=leg.peer,
+            served_by_us=isinstance(leg, Served),
+            request_id=proof.request_id,
+            leg=proof.leg,
+            choice=proof.choice,
+            amount=leg.amount,
+            currency=proof.price.currency,
+            at=time.time_ns() // 1_000_000,
+            proof=signed.signed.encode(),
+            signature=bytes.fromhex(signed.signature),
+            acceptance=acceptance,
+            disputed=disputed,
+        )
+        try:
+            await ledger.record(self._database, entry, self._us)
+        except EntryRefused as error:
+            log.warning("a leg of %s is not in the ledger: %s", proof.request_id, error.message)
+
+    async def remember(self, reputation: Reputation) -> None:
+        """Until cancelled: what is thought of peers is on disk within a minute, and at the end."""
+        reputation.opinions = await opinions.load(self._database) | reputation.opinions
+        try:
+            while True:
+                await asyncio.sleep(_REMEMBER_SECONDS)
+                await self._keep_opinions(reputation)
+        finally:
+            await self._keep_opinions(reputation)
+
+    async def _keep_opinions(self, reputation: Reputation) -> None:
+        changed, reputation.changed = reputation.changed, set()
+        try:
+            if changed:
+                found = {node_id: reputation.opinions[node_id] for node_id in changed}
+                await opinions.keep(self._database, found)
+        except sqlite3.Error:
+            reputation.changed |= changed
+            log.exception("what is thought of peers could not be written, it is tried again")

@@ -1,0 +1,301 @@
+"""The backend that serves with another box; whatever it says is checked against what it sent."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from pinaivu_box.errors import (
+    ApiError,
+    BadRequest,
+    EngineLost,
+    InvalidBody,
+    NoNodesAvailable,
+    PeerFaulty,
+    PeeringError,
+    ProtocolError,
+    by_code,
+)
+from pinaivu_box.gateway.backend import Event, Job, Output, Prompt, Proved, Started
+from pinaivu_box.gateway.seen import Destination, Lie, Seen, counts
+from pinaivu_box.gateway.tasks import to_task
+from pinaivu_box.identity import Identity
+from pinaivu_box.peering import wire, work
+from pinaivu_box.peering.transport import Stream
+from pinaivu_box.receipts.receipt import ACCEPTANCE_DOMAIN, EngineInfo, SignedProof, cost
+
+OPEN_SECONDS = 5.0
+STALL_SECONDS = 4.0  # a serving box says at least every second that it is alive
+_GAPS = 10.0  # times its usual gap that a stream may be silent, if that is longer
+_LONGEST_GAP = 30.0  # but no longer: else who gets slower step by step is borne for ever
+ALIVE_SECONDS = 300.0  # that it may say no more than that: a model is loaded, or a queue long
+_IDLE_BURST, _IDLE_RATE = 20, 4.0  # messages that say nothing, and a second
+_LONGEST_WAIT = 60  # seconds that a refusal may ask a client to wait
+# What a peer may find wrong with a request itself.
+_FAULTS = (BadRequest, InvalidBody)
+
+
+class Opener(Protocol):
+    async def open(self, peer: str, purpose: str, timeout: float = ...) -> Stream: ...
+
+    async def look(self, model: str) -> None: ...
+
+
+@dataclass(frozen=True)
+class Taken:
+    """A leg that a peer has served for us, proven and accepted; `amount` in 10^-9."""
+
+    peer: str
+    proved: Proved
+    amount: int
+
+
+Keep = Callable[[Taken], Awaitable[None]]
+
+
+class PeerBackend:
+    """`keep` gets every leg that was accepted."""
+
+    def __init__(self, identity: Identity, network: Opener, keep: Keep) -> None:
+        self._identity, self._network, self._keep = identity, network, keep
+        self._legs: dict[str, list[_Leg]] = {}  # of a job: two if it was hedged
+        self._stops: set[asyncio.Task[None]] = set()
+        self.look = network.look
+
+    async def serve(self, job: Job, made: list[int], to: Destination) -> AsyncGenerator[Event]:
+        """As `Backend.serve`.  EngineLost names the peer; PeerFaulty says that it broke the rules.
+        Other errors are what the peer refused with."""
+        ask = work.Ask(to_task(job), to.digest, made, to.prices, to.currency, to.pays_prompt)
+        stream = await self._begin(to, ask)
+        leg = _Leg(self._identity, job, made, to, stream, self._keep)
+        self._legs.setdefault(job.id, []).append(leg)
+        ended = False
+        try:
+            async for event in leg.listen():
+                ended = isinstance(event, Output) and event.finish_reason is not None
+                yield event
+        except PeeringError as error:
+            raise _lost(to, error) from error
+        finally:
+            self._legs[job.id].remove(leg)
+            if not self._legs[job.id]:
+                del self._legs[job.id]
+            if not ended:
+                stream.abandon()
+
+    def cancel(self, job: Job) -> None:
+        for leg in self._legs.get(job.id, ()):
+            task = asyncio.create_task(leg.stop())
+            self._stops.add(task)
+            task.add_done_callback(self._stops.discard)
+
+    async def count(
+        self, job: Job, to: Destination, tokens: list[int] | None = None, *, plain: bool = False
+    ) -> work.Tokens:
+        """The prompt's tokens and the context there.  Raises as `serve`."""
+        stream = await self._begin(to, work.Count(to_task(job), to.digest, tokens, plain))
+        try:
+            async with asyncio.timeout(OPEN_SECONDS + STALL_SECONDS):
+                said = await work.receive(stream, work.to_coordinator)
+        except (PeeringError, TimeoutError) as error:
+            raise _lost(to, error) from error
+        finally:
+            stream.abandon()
+        if isinstance(said, work.Refused):
+            raise refusal(said, to)
+        if not isinstance(said, work.Tokens) or not counts(said, job, tokens):
+            raise PeerFaulty(f"{to.name} did not answer a count", node_id=to.node_id)
+        return said
+
+    async def _begin(self, to: Destination, message: work.Ask | work.Count) -> Stream:
+        try:
+            stream = await self._network.open(to.node_id, work.PURPOSE, OPEN_SECONDS)
+        except (PeeringError, TimeoutError) as error:
+            raise _lost(to, error) from error
+        try:
+            await work.send(stream, message)
+        except PeeringError as error:
+            raise _lost(to, error) from error
+        except ValueError as error:
+            stream.abandon()
+            raise NoNodesAvailable(f"The request is too large for a peer: {error}.") from error
+        return stream
+
+
+class _Leg:
+    """The conversation about a leg that a peer serves, while it does."""
+
+    def __init__(
+        self,
+        identity: Identity,
+        job: Job,
+        made: list[int],
+        to: Destination,
+        stream: Stream,
+        keep: Keep,
+    ) -> None:
+        self.stream = stream
+        self._identity, self._to, self._keep = identity, to, keep
+        self._job, self._seen = job, Seen(job, made, to)
+        self._began = self._read = self._spoke = False
+        self._proved: work.Proved | None = None
+        self._gap = 0.0
+        self._since = self._heard = asyncio.get_running_loop().time()
+        self._idle = 0  # messages that say nothing
+
+    async def listen(self) -> AsyncGenerator[Event]:
+        try:
+            async for event in self._listen():
+                yield event
+        except Lie as lie:
+            raise self._faulty(str(lie)) from None
+
+    async def stop(self) -> None:
+        self._seen.stopped = True
+        with contextlib.suppress(PeeringError, ValueError):  # it may have ended by now
+            await work.send(self.stream, work.Stop())
+
+    async def _listen(self) -> AsyncGenerator[Event]:
+        while True:
+            message = await self._receive()
+            match message:
+                case work.Alive():
+                    pass
+                case work.Refused() if not self._spoke:
+                    raise refusal(message, self._to)
+                case work.Refused():
+                    why = wire.printable(message.message)
+                    raise EngineLost(f"{self._to.name} gave up: {why}", node_id=self._to.node_id)
+                case work.Began() if not self._began:
+                    self._began = True
+                    yield self._begin(message)
+                case work.Read() if self._began and not self._read:
+                    self._read = True
+                    self._seen.read(message)
+                    yield Prompt(message.tokens, message.thinking, message.text)
+                case work.Proved() if self._read and self._proved is None:
+                    self._proved = message
+                case work.Outputs() if self._read and message.outputs:
+                    self._spoke = True
+                    for event in await self._take(message):
+                        yield event
+                    if message.outputs[-1].finish_reason is not None:
+                        return
+                case _:
+                    raise Lie("it spoke out of turn")
+
+    async def _receive(self) -> work.ToCoordinator:
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        try:
+            patience = max(STALL_SECONDS, min(_LONGEST_GAP, _GAPS * self._gap))
+            message = await work.receive(self.stream, work.to_coordinator, patience)
+        except TimeoutError:
+            raise self._stalled(f"nothing came for {loop.time() - began:.1f} s") from None
+        if message is None:
+            raise Lie("it ended the request without a word")
+        now = loop.time()
+        if isinstance(message, work.Outputs):
+            self._gap += 0.2 * (now - began - self._gap)
+        if _says_something(message):
+            self._heard, self._idle = now, 0
+            return message
+        self._idle += 1
+        if now - self._heard > ALIVE_SECONDS:
+            raise self._stalled(f"it said nothing but that it is alive for {ALIVE_SECONDS:g} s")
+        if self._idle > _IDLE_BURST + _IDLE_RATE * (now - self._since):
+            raise Lie("it talks without saying anything")
+        return message
+
+    def _begin(self, began: work.Began) -> Started:
+        self._seen.begin(began)
+        return Started(
+            self._to.node_id,
+            began.digest,
+            EngineInfo(began.build, began.device),
+            began.sampling,
+            began.tool_style,
+            began.thinks,
+            nonce=began.nonce,
+        )
+
+    async def _take(self, message: work.Outputs) -> list[Event]:
+        self._seen.take(message)
+        made = [_output(one, message.mark) for one in message.outputs]
+        reason = message.outputs[-1].finish_reason
+        if reason is None:
+            return list(made)
+        if not self._seen.end(message):
+            return list(made)
+        return [*made[:-1], await self._accept(reason), made[-1]]
+
+    async def _accept(self, reason: str) -> Proved:
+        """The proof, once it is known to say what has been seen."""
+        try:
+            proof = self._seen.prove(self._proved, reason)
+        except Lie as lie:
+            with contextlib.suppress(PeeringError):
+                await work.send(self.stream, work.Disputed(str(lie)[:500]))
+                await self.stream.finish()
+            raise
+        assert self._proved is not None  # or it would have been a lie
+        signed = self._proved.signed
+        acceptance = self._identity.sign(ACCEPTANCE_DOMAIN, signed.encode())
+        proved = Proved(
+            proof,
+            SignedProof(signed, self._proved.signature),
+            self._seen.output.opening,
+            acceptance,
+        )
+        due = cost(proof, self._to.pays_prompt)
+        await self._keep(Taken(self._to.node_id, proved, due))
+        with contextlib.suppress(PeeringError):  # if it is lost now, the ledger finds it again
+            await work.send(self.stream, work.Accepted(acceptance.hex()))
+            await self.stream.finish()
+        return proved
+
+    def _faulty(self, why: str) -> PeerFaulty:
+        return PeerFaulty(f"{self._to.name} broke the rules: {why}", node_id=self._to.node_id)
+
+    def _stalled(self, why: str) -> EngineLost:
+        return EngineLost(f"{self._to.name} stalled: {why}", node_id=self._to.node_id)
+
+
+def refusal(said: work.Refused, to: Destination) -> ApiError:
+    """Of the peer, if somebody else may serve the request; else of the request."""
+    message = wire.printable(said.message)
+    error = by_code(said.code, message, wire.printable(said.param) if said.param else None)
+    if said.other or not isinstance(error, _FAULTS):
+        wait = min(said.retry_after or 1, _LONGEST_WAIT)
+        return NoNodesAvailable(f"{to.name} refused it: {message}", retry_after=wait)
+    return error
+
+
+def _lost(to: Destination, error: BaseException) -> EngineLost:
+    why = error.message if isinstance(error, PeeringError) else "it did not answer in time"
+    kind = PeerFaulty if isinstance(error, ProtocolError) else EngineLost
+    return kind(f"{to.name} was lost: {wire.printable(why)}", node_id=to.node_id)
+
+
+def _says_something(message: work.ToCoordinator) -> bool:
+    if isinstance(message, work.Outputs):
+        return any(one.tokens or one.finish_reason or one.logprobs for one in message.outputs)
+    return not isinstance(message, work.Alive)
+
+
+def _output(one: work.Out, mark: str | None = None) -> Output:
+    return Output(
+        one.text,
+        one.tokens,
+        one.finish_reason,
+        one.queue_ms,
+        one.cached_tokens,
+        one.shifted_tokens,
+        one.logprobs,
+        one.stop_string,
+        one.vectors,
+        mark,
+    )

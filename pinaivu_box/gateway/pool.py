@@ -1,0 +1,90 @@
+"""What a box with peers has beside one without: whom to send requests to, and what to serve."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable
+from random import Random
+
+from pinaivu_box import amount
+from pinaivu_box.amount import Prices
+from pinaivu_box.config import Config
+from pinaivu_box.gateway.candidates import Candidates
+from pinaivu_box.gateway.dispatch import Dispatch, Routing
+from pinaivu_box.gateway.guests import Guests, Terms
+from pinaivu_box.gateway.load import Load
+from pinaivu_box.gateway.local import LocalBackend
+from pinaivu_box.gateway.peer import PeerBackend, Taken
+from pinaivu_box.gateway.placement import Placement
+from pinaivu_box.gateway.reputation import Reputation
+from pinaivu_box.gateway.resting import Resting
+from pinaivu_box.gateway.router import Weights
+from pinaivu_box.gateway.serving import Served, Serving
+from pinaivu_box.identity import Identity
+from pinaivu_box.models.catalog import Catalog, Model
+from pinaivu_box.peering import work
+from pinaivu_box.peering.network import Network
+
+
+class Pool:
+    """`keep` gets every leg that was served for a peer or by one, `owed` says what a peer owes us,
+    `served` whether a leg was served for it already, and `terms` what it may have here; `digest`
+    reads a model's file if it has to."""
+
+    def __init__(
+        self,
+        identity: Identity,
+        config: Config,
+        catalog: Callable[[], Catalog],
+        placement: Placement,
+        local: LocalBackend,
+        load: Load,
+        network: Network,
+        digest: Callable[[Model], Awaitable[str]],
+        terms: Callable[[str], Awaitable[Terms]],
+        owed: Callable[[str, str], Awaitable[int]],
+        served: Callable[[str, str, int, int], Awaitable[bool]],
+        keep: Callable[[Served | Taken], Awaitable[None]],
+    ) -> None:
+        self.reputation = Reputation(time.time)
+        self._config = config
+        resting = Resting(time.monotonic, Random())  # noqa: S311, it only spreads requests
+        self.candidates = Candidates(
+            identity.node_id, catalog, self._prices, self._currency, load, placement,
+            network.peers, resting, self.reputation,
+        )  # fmt: skip
+        self.dispatch = Dispatch(
+            self.candidates,
+            local,
+            PeerBackend(identity, network, keep),
+            load,
+            resting,
+            self.reputation,
+            digest,
+            self._currency,
+            _routing(config),
+        )
+        self.serving = Serving(
+            identity, local, load, lambda name: catalog().find(name), self._prices,
+            self._currency, Guests(terms, owed, served, load), keep, digest,
+        )  # fmt: skip
+        network.handlers[work.PURPOSE] = self.serving.handle
+        load.changed = network.changed
+
+    def configure(self, config: Config) -> None:
+        """After a reload."""
+        self._config = config
+        self.dispatch.routing = _routing(config)
+
+    def _prices(self, model: Model) -> Prices:
+        pricing = self._config.pricing
+        return amount.prices(pricing.models.get(model.id, pricing.per_1k_tokens))
+
+    def _currency(self) -> str:
+        return self._config.pricing.currency
+
+
+def _routing(config: Config) -> Routing:
+    peering = config.peering
+    weights = Weights(peering.price_weight, peering.time_weight, peering.reputation_weight)
+    return Routing(peering.policy, peering.same_name, weights, peering.hedge_ms / 1000)

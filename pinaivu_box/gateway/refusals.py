@@ -1,0 +1,50 @@
+"""Errors that were answered, counted by key, model and code."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+
+from pinaivu_box.gateway.metrics import Metrics
+from pinaivu_box.store.database import Database
+
+_HOUR_MS = 3_600_000
+_FLUSH_SECONDS = 1.0
+
+
+class Refusals:
+    """Written together, a second later: a flood of refusals must not become one of writes."""
+
+    def __init__(self, database: Database, metrics: Metrics) -> None:
+        self._database = database
+        self._metrics = metrics
+        self._counts: Counter[tuple[str, int, str, str]] = Counter()
+        self._flushing: asyncio.Task[None] | None = None
+
+    def note(self, key_id: str, model: str, code: str) -> None:
+        self._metrics.refuse(code)
+        now = time.time_ns() // 1_000_000
+        self._counts[(key_id, now - now % _HOUR_MS, model, code)] += 1
+        if self._flushing is None:
+            self._flushing = asyncio.create_task(self._flush_later())
+
+    async def flush(self) -> None:
+        counts, self._counts = self._counts, Counter()
+        if counts:
+            await self._database.write(
+                *(
+                    (
+                        "INSERT INTO refusals (key_id, since, model, code, count)"
+                        " VALUES (?, ?, ?, ?, ?)"
+                        " ON CONFLICT DO UPDATE SET count = count + excluded.count",
+                        (*what, count),
+                    )
+                    for what, count in counts.items()
+                )
+            )
+
+    async def _flush_later(self) -> None:
+        await asyncio.sleep(_FLUSH_SECONDS)
+        self._flushing = None
+        await self.flush()

@@ -1,0 +1,100 @@
+"""What we think of a peer: from what it did for us, never from what others say.  Pure.
+
+    reputation = reliability x speed x honesty, each from 0 to 1
+
+- reliability: the share of legs that it served to the end, of the latest `MEMORY` or so, with two
+  good ones given to everybody on the way.  A refusal is no failure: a busy box may say so.
+- speed: tokens a second that it made, of those that it had promised, on average; 1 if it kept it.
+- honesty: halved by every dispute (a proof or tokens that cannot be).
+
+All of it fades: of legs and speed half is forgotten in a week, of disputes in a day.  An audit that
+recomputes what a peer claims would be heard through `disputed` as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from msgspec.structs import replace
+
+from pinaivu_box.store.opinions import Opinion
+
+MEMORY = 50.0
+_GIVEN = 2.0
+_NEWEST = 0.1  # what the newest leg counts in the average of speeds
+_DAY = 86400.0
+_WEEK = 7 * _DAY
+
+
+class Reputation:
+    """`clock` in Unix seconds; node ids are known once something was heard of them.  `changed`:
+    those of whom we think otherwise than was kept."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self.opinions: dict[str, Opinion] = {}
+        self.changed: set[str] = set()
+
+    def served(self, node_id: str, promised: float, made: float | None) -> None:
+        """A leg came to its end; tokens a second, None if it was too short to say."""
+        opinion = self._leg(node_id)
+        speed = opinion.speed
+        if made is not None and promised > 0:
+            speed += _NEWEST * (min(1.0, made / promised) - speed)
+        self._think(node_id, replace(opinion, served=opinion.served + 1, speed=speed))
+
+    def failed(self, node_id: str, why: str) -> None:
+        opinion = self._leg(node_id)
+        self._think(node_id, replace(opinion, failed=opinion.failed + 1, last=why))
+
+    def disputed(self, node_id: str, why: str) -> None:
+        opinion = self._now(node_id)
+        self._think(node_id, replace(opinion, disputes=opinion.disputes + 1, last=why))
+
+    def score(self, node_id: str) -> float:
+        opinion = self._now(node_id)
+        return _reliability(opinion) * opinion.speed * _honesty(opinion)
+
+    def why(self, node_id: str) -> str:
+        """In one sentence, for an operator."""
+        if node_id not in self.opinions:
+            return "1.00: it has not served anything for us yet"
+        opinion = self._now(node_id)
+        said = (
+            f"{self.score(node_id):.2f}: reliability {_reliability(opinion):.2f} (of the latest, "
+            f"{opinion.served:.0f} served and {opinion.failed:.0f} failed), speed "
+            f"{opinion.speed:.2f} of what it promised, honesty {_honesty(opinion):.2f} "
+            f"({opinion.disputes:.1f} disputes)"
+        )
+        return f"{said}; last trouble: {opinion.last}" if opinion.last else said
+
+    def _think(self, node_id: str, opinion: Opinion) -> None:
+        self.opinions[node_id] = opinion
+        self.changed.add(node_id)
+
+    def _now(self, node_id: str) -> Opinion:
+        """With what was forgotten since."""
+        opinion, now = self.opinions.get(node_id, Opinion()), self._clock()
+        seconds = max(0.0, now - opinion.at)
+        left = 0.5 ** (seconds / _WEEK)
+        return replace(
+            opinion,
+            served=opinion.served * left,
+            failed=opinion.failed * left,
+            speed=1 - (1 - opinion.speed) * left,
+            disputes=opinion.disputes * 0.5 ** (seconds / _DAY),
+            at=now,
+        )
+
+    def _leg(self, node_id: str) -> Opinion:
+        """Before what another leg tells."""
+        opinion, left = self._now(node_id), 1 - 1 / MEMORY
+        return replace(opinion, served=opinion.served * left, failed=opinion.failed * left)
+
+
+def _reliability(opinion: Opinion) -> float:
+    return (opinion.served + _GIVEN) / (opinion.served + opinion.failed + _GIVEN)
+
+
+def _honesty(opinion: Opinion) -> float:
+    return float(0.5**opinion.disputes)

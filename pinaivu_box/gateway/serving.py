@@ -1,0 +1,390 @@
+"""Requests of other boxes, served here: as a tenant with limits of its own, never sent on.
+
+See `peering.work` for what is said, and `guests` for what a peer may have.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+
+from pinaivu_box import amount
+from pinaivu_box.amount import Prices
+from pinaivu_box.errors import (
+    ApiError,
+    Conflict,
+    EngineLost,
+    InternalError,
+    InvalidBody,
+    ModelNotAllowed,
+    ModelNotFound,
+    NoNodesAvailable,
+    PeeringError,
+    ProtocolError,
+    RateLimited,
+)
+from pinaivu_box.gateway.backend import Event, Job, Output, Prompt, Started
+from pinaivu_box.gateway.guests import Guests, Terms
+from pinaivu_box.gateway.load import Load
+from pinaivu_box.gateway.local import LocalBackend
+from pinaivu_box.gateway.mailbox import Mailbox
+from pinaivu_box.gateway.metering import Leg, prove
+from pinaivu_box.gateway.tasks import sampling_of, to_job
+from pinaivu_box.identity import Identity, verify
+from pinaivu_box.models.catalog import Model
+from pinaivu_box.peering import wire, work
+from pinaivu_box.peering.transport import Stream
+from pinaivu_box.receipts.commitment import Running, new_nonce
+from pinaivu_box.receipts.receipt import (
+    ACCEPTANCE_DOMAIN,
+    MARK_DOMAIN,
+    Price,
+    Proof,
+    SignedProof,
+    cost,
+    mark_text,
+    sign_proof,
+)
+
+log = logging.getLogger("pinaivu.serving")
+
+_ASK_SECONDS = 30.0  # for a task to come whole
+_ALIVE_SECONDS = 1.0
+_ACCEPT_SECONDS = 10.0
+_TYPICAL_TOKENS = 256  # of an answer without a limit, until it is known better
+_STOPS = 8  # that one leg is worth
+# Refusals that are of this box or of the peer here: somebody else may well serve the request.
+_OTHERS = (NoNodesAvailable, RateLimited, ModelNotAllowed, ModelNotFound, Conflict, InternalError)
+
+
+@dataclass(frozen=True)
+class Served:
+    """A leg that was served for a peer; `acceptance` is b"" if it has not been accepted, and
+    `disputed` why, if the peer said so."""
+
+    peer: str
+    proof: Proof
+    signed: SignedProof
+    amount: int
+    acceptance: bytes
+    disputed: str | None = None
+
+
+class Serving:
+    """`record` keeps each leg; `find` raises ModelNotFound."""
+
+    def __init__(
+        self,
+        identity: Identity,
+        local: LocalBackend,
+        load: Load,
+        find: Callable[[str], Model],
+        prices: Callable[[Model], Prices],
+        currency: Callable[[], str],
+        guests: Guests,
+        record: Callable[[Served], Awaitable[None]],
+        digest: Callable[[Model], Awaitable[str]],
+    ) -> None:
+        self._identity, self._local, self._load = identity, local, load
+        self._find, self._prices, self._currency = find, prices, currency
+        self._record, self._digest = record, digest
+        self.guests = guests
+        self._legs = 0
+        self.draining = False
+
+    async def drained(self) -> None:
+        """Wait until no leg is left."""
+        await self.guests.gone.wait()
+
+    async def handle(self, peer: str, stream: Stream) -> None:
+        """One stream of the purpose `work`.  Raises PeeringError if the peer broke off, or the
+        rules."""
+        async with asyncio.timeout(_ASK_SECONDS), self.guests.use(peer).asking:
+            asked = await work.receive(stream, work.to_serving)
+        try:
+            if isinstance(asked, work.Count):
+                await work.send(stream, await self._count(peer, asked))
+            elif isinstance(asked, work.Ask):
+                await self._serve(peer, stream, asked)
+            else:
+                raise ProtocolError("a request begins with Ask or Count")
+        except ApiError as error:
+            await work.send(stream, _refused(error))
+        except PeeringError:
+            raise
+        except Exception:
+            log.exception("a request of %s failed", peer)
+            await work.send(stream, _refused(InternalError("The box failed; its log says why.")))
+        async with asyncio.timeout(work.SEND_SECONDS):
+            await stream.finish()
+
+    async def _count(self, peer: str, asked: work.Count) -> work.Tokens:
+        terms = await self.guests.terms(peer)
+        job = await self._job(peer, asked.task, asked.digest, terms)
+        with self.guests.place(peer, terms):
+            found, context = await self._local.ask(job, asked.tokens, plain=asked.plain)
+        return work.Tokens(found.tokens, found.text, found.thinking, context)
+
+    async def _job(self, peer: str, task: work.Task, digest: str, terms: Terms) -> Job:
+        if self.draining:
+            raise NoNodesAvailable("This box is shutting down: send it elsewhere.", retry_after=5)
+        if (why := terms.why_not()) is not None:
+            raise ModelNotAllowed(why)
+        if not any(fnmatchcase(task.model, glob) for glob in terms.models):
+            raise ModelNotAllowed(f"This box does not serve {task.model} to yours.", param="model")
+        model = self._find(task.model)
+        if await self._digest(model) != digest:
+            raise ModelNotFound(f"{model.id} is another file here.", param="model")
+        # Whatever the peer calls it: a name of our own keeps its requests apart from others.
+        self._legs += 1
+        return replace(to_job(task, model, sampling_of(task), peer), name=f"peer.{self._legs}")
+
+    async def _serve(self, peer: str, stream: Stream, asked: work.Ask) -> None:
+        terms = await self.guests.terms(peer)
+        job = await self._job(peer, asked.task, asked.digest, terms)
+        price = self._price(job.model, asked)
+        most = _most_tokens(job, asked.made)
+        ceiling = price.prices.most(len(job.read or ()) or _TYPICAL_TOKENS, most)
+        await self.guests.check_credit(peer, terms, price.currency)
+        with self.guests.place(peer, terms, ceiling, most) as used:
+            async with self.guests.once(peer, job, pays=asked.pays_prompt) as proven:
+                served = await self._run(peer, stream, job, price, asked, proven)
+                if served is not None:
+                    used(served.proof.prompt_tokens + served.proof.completion_tokens)
+
+    async def _run(
+        self,
+        peer: str,
+        stream: Stream,
+        job: Job,
+        price: Price,
+        asked: work.Ask,
+        proven: Callable[[], None],
+    ) -> Served | None:
+        """None if nothing was computed."""
+        async with _Leg(self._identity, self._local, stream, job, price, asked) as leg:
+            with self._load.taken(job.model.id):
+                served = await leg.serve(peer)
+            if served is not None:
+                proven()
+                self._load.measured(job.model.id, leg.account)
+                await self._settle(served, leg.answer)
+            return served
+
+    def _price(self, model: Model, asked: work.Ask) -> Price:
+        """What we ask now, unless that is more than the peer was told."""
+        prices, currency = self._prices(model), self._currency()
+        cached = prices.prompt if prices.cached is None else prices.cached
+        ours = (prices.prompt, cached, prices.completion)
+        try:
+            told = [amount.per_token(price) for price in asked.prices]
+        except ValueError as error:
+            raise InvalidBody(f"a price is {error}") from None
+        if currency != asked.currency or any(
+            amount.per_token(own) > most for own, most in zip(ours, told, strict=True)
+        ):
+            raise Conflict(f"The price of {model.id} here is {' / '.join(ours)} {currency} now.")
+        return Price(currency, *ours)
+
+    async def _settle(
+        self, served: Served, answer: asyncio.Future[work.Accepted | work.Disputed | None]
+    ) -> None:
+        """Keep the proof, also if the peer does not accept it: then it is in dispute."""
+        acceptance, disputed = b"", None
+        try:
+            said = await asyncio.wait_for(asyncio.shield(answer), _ACCEPT_SECONDS)
+            if isinstance(said, work.Accepted):
+                signed = served.signed.signed.encode()
+                acceptance = bytes.fromhex(said.signature)
+                if not verify(served.peer, ACCEPTANCE_DOMAIN, signed, acceptance):
+                    acceptance = b""
+                    raise ProtocolError("it accepted a proof with a signature that is not its own")
+            elif said is not None:
+                disputed = wire.printable(said.why)
+                log.warning("%s disputes a leg of %s: %s", served.peer, served.proof.request_id,
+                            disputed)  # fmt: skip
+        except TimeoutError:
+            log.info("%s said nothing of a leg of %s", served.peer, served.proof.request_id)
+        finally:
+            await self._record(replace(served, acceptance=acceptance, disputed=disputed))
+
+
+class _Leg:
+    """One leg on its way: pumps what the local engine says into the stream."""
+
+    def __init__(
+        self,
+        identity: Identity,
+        local: LocalBackend,
+        stream: Stream,
+        job: Job,
+        price: Price,
+        asked: work.Ask,
+    ) -> None:
+        self._identity, self._local, self._stream = identity, local, stream
+        self._job, self._price, self._asked = job, price, asked
+        self._running = Running(new_nonce())
+        self._tokens = 0
+        self._leg: Leg | None = None
+        self._said: Mailbox[Event | ApiError] = Mailbox()
+        self.answer: asyncio.Future[work.Accepted | work.Disputed | None] = (
+            asyncio.get_running_loop().create_future()
+        )
+        self._tasks: list[asyncio.Task[None]] = []
+        self._stopped = False
+
+    @property
+    def account(self) -> Leg:
+        if self._leg is None:
+            raise EngineLost("The engine spoke before it had begun; try again.")
+        return self._leg
+
+    async def __aenter__(self) -> _Leg:
+        self._tasks.append(asyncio.create_task(self._listen()))
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Whatever has happened: the engine stops, and nobody reads the stream any more."""
+        self._stop()
+        self._tasks[0].cancel()
+        await asyncio.wait(self._tasks)
+
+    async def serve(self, peer: str) -> Served | None:
+        """None if nothing was computed.  Raises ApiError if that is to be told, LinkLost."""
+        self._tasks.append(asyncio.create_task(self._pump(self._asked.made)))
+        return await self._send_all(peer)
+
+    async def _pump(self, made: list[int]) -> None:
+        try:
+            async with contextlib.aclosing(self._local.serve(self._job, made)) as events:
+                async for event in events:
+                    self._said.put(event)
+                    if self._stopped and isinstance(event, Started):
+                        self._stop()  # again: before, there was no engine to tell
+        except ApiError as error:
+            self._said.put(error)
+        except Exception:
+            log.exception("a leg of %s failed", self._job.request_id)
+            self._said.put(InternalError("The box failed on this request; its log says why."))
+
+    async def _listen(self) -> None:
+        """What the peer says: that it is enough, what it thinks of the proof, or nothing more."""
+        said: work.ToServing | None = None
+        for _ in range(_STOPS):
+            try:
+                said = await work.receive(self._stream, work.to_serving)
+            except PeeringError:
+                said = None
+            if not isinstance(said, work.Accepted | work.Disputed) and not self._stopped:
+                self._stop()
+            if not isinstance(said, work.Stop):
+                break
+        self.answer.set_result(said if isinstance(said, work.Accepted | work.Disputed) else None)
+
+    def _stop(self) -> None:
+        self._stopped = True
+        self._local.cancel(self._job)
+
+    async def _send_all(self, peer: str) -> Served | None:
+        while True:
+            events = await self._next()
+            if not events:
+                await work.send(self._stream, work.Alive())
+            outputs = [event for event in events if isinstance(event, Output)]
+            for event in events:
+                if isinstance(event, Started | Prompt):
+                    await self._begin(event)
+            if outputs:
+                served = self._prove(peer, outputs)
+                if served is not None:
+                    signed = served.signed
+                    await work.send(self._stream, work.Proved(signed.signed, signed.signature))
+                for one in self._frames(outputs):
+                    await work.send(self._stream, one)
+                if outputs[-1].finish_reason:
+                    return served
+            if events and isinstance(events[-1], ApiError):
+                raise events[-1]
+
+    async def _next(self) -> list[Event | ApiError]:
+        """What has come; nothing after a second in which the engine was well but silent."""
+        try:
+            async with asyncio.timeout(_ALIVE_SECONDS):
+                return await self._said.take()
+        except TimeoutError:
+            return []
+
+    async def _begin(self, event: Event) -> None:
+        if isinstance(event, Started):
+            self._leg = Leg(replace(event, nonce=self._running.nonce))
+            await work.send(
+                self._stream,
+                work.Began(
+                    event.model_digest,
+                    event.engine.build,
+                    event.engine.device,
+                    event.sampling,
+                    event.tool_style,
+                    event.thinks,
+                    self._running.nonce,
+                ),
+            )
+        elif isinstance(event, Prompt) and self._leg is not None:
+            self._leg.take(event)
+            read = work.Read(event.tokens, event.thinking, event.text)
+            await work.send(self._stream, read)
+
+    def _prove(self, peer: str, outputs: list[Output]) -> Served | None:
+        """Take them into the account of the leg; the proof, if they end it."""
+        leg = self.account
+        for one in outputs:
+            leg.take(one)
+        if not (outputs[-1].finish_reason and leg.begun):
+            return None
+        proof, _ = prove(self._job, self._job.leg, leg, self._price)
+        due = cost(proof, self._asked.pays_prompt)
+        return Served(peer, proof, sign_proof(self._identity, proof), due, b"")
+
+    def _frames(self, outputs: list[Output]) -> Iterator[work.Outputs]:
+        """Vectors are large: of those, one output to a message."""
+        most = work.MOST_OUTPUTS if self._job.inputs is None else 1
+        for at in range(0, len(outputs), most):
+            batch = outputs[at : at + most]
+            for one in batch:
+                self._running.add(one.text, one.tokens)
+                self._tokens += len(one.tokens)
+            job = self._job
+            text = mark_text(
+                job.request_id, job.choice, job.leg, self._tokens, self._running.commitment
+            )
+            mark = self._identity.sign(MARK_DOMAIN, text).hex()
+            yield work.Outputs([_out(one) for one in batch], mark)
+
+
+def _out(one: Output) -> work.Out:
+    return work.Out(
+        one.text,
+        one.tokens,
+        one.finish_reason,
+        one.queue_ms,
+        one.cached_tokens,
+        one.shifted_tokens,
+        list(one.logprobs),
+        one.stop_string,
+        list(one.vectors),
+    )
+
+
+def _refused(error: ApiError) -> work.Refused:
+    other = isinstance(error, _OTHERS)
+    return work.Refused(error.code, error.message, error.param, error.retry_after, other)
+
+
+def _most_tokens(job: Job, made: list[int]) -> int:
+    if job.inputs is not None:
+        return 0
+    return _TYPICAL_TOKENS if job.max_tokens is None else max(0, job.max_tokens - len(made))

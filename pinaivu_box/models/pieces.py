@@ -1,0 +1,160 @@
+"""A model file in pieces of 4 MiB, and the unfinished copy of one, which grows piece by piece.
+
+An unfinished copy is `.partial/DIGEST` in the models folder, as large as the model will be and with
+holes where nothing has come yet.  There is no list of what it holds, which could be wrong after a
+`kill -9` or a power cut: what is there is found out by hashing it, at about 1 GB/s.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+from pinaivu_box.models.catalog import Model
+
+PIECE_BYTES = 4 * 1024 * 1024
+HASH_BYTES = 32
+_SPARE_BYTES = 100 * 1000 * 1000  # of the disk, for the database and whoever else
+
+
+class Busy(OSError):
+    """Somebody else is making this copy."""
+
+
+class NoRoom(OSError):
+    """`needed` and `free` bytes of the disk."""
+
+    def __init__(self, needed: int, free: int) -> None:
+        super().__init__(f"{needed / 1e6:,.0f} MB are needed and {free / 1e6:,.0f} MB are free")
+
+
+def count(size: int) -> int:
+    return -(-size // PIECE_BYTES)
+
+
+def length(number: int, size: int) -> int:
+    return min(PIECE_BYTES, size - number * PIECE_BYTES)
+
+
+def hashes(model: Model) -> bytes:
+    """The SHA-256 of each piece of the GGUF, one after the other.  Raises OSError."""
+    made = bytearray()
+    with model.path.open("rb") as file:
+        for number in range(count(model.size)):
+            file.seek(model.offset + number * PIECE_BYTES)
+            made += hashlib.sha256(file.read(length(number, model.size))).digest()
+    return bytes(made)
+
+
+def read(model: Model, begin: int, size: int) -> bytes:
+    """Some bytes of the GGUF.  Raises OSError, also if it has become shorter."""
+    with model.path.open("rb") as file:
+        file.seek(model.offset + begin)
+        data = file.read(size)
+    if len(data) < size:
+        raise OSError(f"{model.path} has become shorter")
+    return data
+
+
+class Partial:
+    """An unfinished copy, which nobody else can open meanwhile.  Its methods wait for the disk, and
+    are for threads; after `close` they do nothing.  All raise OSError."""
+
+    def __init__(self, folder: Path, digest: str, size: int, expected: bytes) -> None:
+        """`expected` are the hashes of the pieces.  Raises Busy, NoRoom, OSError."""
+        self.path = folder / ".partial" / digest
+        self.size = size
+        self._expected = expected
+        self._digest = digest
+        self._closed = False
+        self._writing = threading.Lock()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            self._take()
+        except BaseException:
+            self.close()
+            raise
+
+    def _take(self) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Busy("it is being copied already") from None
+        needed = self.size - os.fstat(self._file).st_blocks * 512 + _SPARE_BYTES
+        if needed > (free := shutil.disk_usage(self.path.parent).free):
+            raise NoRoom(needed, free)
+        os.ftruncate(self._file, self.size)
+
+    def missing(self) -> list[int]:
+        """The pieces that have still to come."""
+        lacking = set(range(count(self.size)))
+        with self.path.open("rb") as file:
+            for number in self._written(file.fileno()):
+                file.seek(number * PIECE_BYTES)
+                if self._fits(number, file.read(PIECE_BYTES)):
+                    lacking.discard(number)
+        return sorted(lacking)
+
+    def _written(self, file: int) -> Iterator[int]:
+        """The pieces that are no holes."""
+        number = 0
+        while number < count(self.size) and not self._closed:
+            try:
+                data = os.lseek(file, number * PIECE_BYTES, os.SEEK_DATA)
+            except OSError:  # nothing but a hole up to the end
+                return
+            number = data // PIECE_BYTES
+            yield number
+            number += 1
+
+    def _fits(self, number: int, data: bytes) -> bool:
+        begin = number * HASH_BYTES
+        return hashlib.sha256(data).digest() == self._expected[begin : begin + HASH_BYTES]
+
+    def put(self, number: int, data: bytes) -> bool:
+        """Keep a piece; False if it is not what it should be."""
+        if not self._fits(number, data):
+            return False
+        # Who has given up may have closed it while this waited for its thread, and another file
+        # may have its number.
+        with self._writing:
+            begin = number * PIECE_BYTES
+            while data and not self._closed:
+                written = os.pwrite(self._file, data, begin)
+                begin, data = begin + written, data[written:]
+        return True
+
+    def is_right(self) -> bool:
+        """Whether the whole has the digest that was asked for."""
+        digest = hashlib.sha256()
+        with self.path.open("rb") as file:
+            while not self._closed and (data := file.read(PIECE_BYTES)):
+                digest.update(data)
+        return digest.hexdigest() == self._digest
+
+    def finish(self, target: Path) -> None:
+        """Give it its name, once it is safely on disk.  FileExistsError."""
+        os.fsync(self._file)
+        if target.exists():
+            raise FileExistsError(f"{target} is there already")
+        self.path.rename(target)
+        for folder in (target.parent, self.path.parent):
+            handle = os.open(folder, os.O_RDONLY)
+            os.fsync(handle)
+            os.close(handle)
+
+    def discard(self) -> None:
+        """Delete what has come: it is of no use."""
+        self.path.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        with self._writing:
+            if not self._closed:
+                self._closed = True
+                os.close(self._file)

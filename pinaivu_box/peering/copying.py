@@ -1,0 +1,320 @@
+"""Copies a model file from other boxes: from several at once, piece by piece, checked as it comes.
+
+Each source says which hash each piece has.  That list is trusted as far as the digest of the whole
+confirms it in the end: sources whose lists differ are never mixed, the list that most of them give
+is tried first, and if the whole is not what was asked for, those who gave it are left out and the
+next list's turn comes, with whatever pieces the two have in common.  Within one list a wrong piece
+is seen at once, and its source is left out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any, TypeVar
+
+from msgspec import Struct
+
+from pinaivu_box.errors import CopyFailed, LinkLost, PeeringError
+from pinaivu_box.models import pieces
+from pinaivu_box.models.pieces import HASH_BYTES, Busy, NoRoom, Partial
+from pinaivu_box.peering import model_wire, wire
+from pinaivu_box.peering.model_wire import Find, Give, Hashes, Have, List, Part, Refused, Working
+from pinaivu_box.peering.transport import Stream
+
+MAX_SOURCES = 16
+STREAMS = 2  # to each source: while one waits for an answer, the other receives
+STALL_SECONDS = 30.0  # without a frame
+ANSWER_SECONDS = 600.0  # for what needs only an answer
+PIECE_SECONDS = 120.0
+ATTEMPTS = 3  # that fail one after the other
+
+A = TypeVar("A", bound=Struct)
+Open = Callable[[str], Awaitable[Stream]]
+
+
+@dataclass(frozen=True)
+class Source:
+    """`peer` is its node_id, `name` what to call it."""
+
+    peer: str
+    name: str
+
+
+class WrongFile(CopyFailed):
+    """All pieces came, and they are not the file that was asked for."""
+
+
+class _LeftOut(Exception):
+    """The source is of no use; says why."""
+
+
+async def find(
+    open_stream: Open, sources: Iterable[Source], model: str, digest: str
+) -> tuple[dict[Source, Have], dict[Source, str]]:
+    """Who has the model, and of the others why not.
+
+    `digest` may be the beginning of one, or empty.  Raises CopyFailed if nobody has it, or if it
+    is not the same file everywhere.
+    """
+    found: dict[Source, Have] = {}
+    without: dict[Source, str] = {}
+
+    async def ask(source: Source) -> None:
+        try:
+            async with _conversation(open_stream, source) as stream:
+                async with asyncio.timeout(ANSWER_SECONDS):
+                    found[source] = await _ask(stream, Find(model, digest), Have)
+                if not found[source].digest.startswith(digest):
+                    del found[source]
+                    raise _LeftOut("it offers another file than it was asked for")
+        except (PeeringError, TimeoutError, _LeftOut) as error:
+            without[source] = _why(error)
+
+    asked = list(sources)[:MAX_SOURCES]
+    await asyncio.gather(*(ask(source) for source in asked))
+    if not found:
+        raise CopyFailed(f"Nobody gives {model}{_because(without)}.")
+    if len({have.digest for have in found.values()}) > 1:
+        files = sorted(found.items(), key=lambda item: item[1].digest)
+        told = "; ".join(
+            f"{key[:12]} ({one[0][1].size / 1e6:,.0f} MB) on {_names(s for s, _ in one)}"
+            for key, same in groupby(files, key=lambda item: item[1].digest)
+            for one in [list(same)]
+        )
+        raise CopyFailed(
+            f"{model} is not the same file everywhere: choose one with --digest.  It is {told}."
+        )
+    return found, without
+
+
+class Copy:
+    """One model on its way here.  `bytes` are here, `sent` says from whom they came, and `left_out`
+    which sources turned out to be of no use.  Once it is `finishing` it is not to be cancelled."""
+
+    def __init__(self, open_stream: Open, found: dict[Source, Have], target: Path) -> None:
+        """`target` is what the file will be called; its folder may not be there yet."""
+        self._open = open_stream
+        have = next(iter(found.values()))
+        self.digest, self.size = have.digest, have.size
+        self._found = found
+        self._target = target
+        self.bytes = 0
+        self.checking = self.finishing = False
+        self.sent: Counter[Source] = Counter()
+        self.left_out: dict[Source, str] = {}
+        self.hashes = b""
+        self._partial: Partial
+        self._todo: asyncio.Queue[int]
+
+    @property
+    def sources(self) -> list[Source]:
+        return list(self._found)
+
+    async def run(self) -> None:
+        """Raises CopyFailed; what is here then stays for another try."""
+        groups = await self._agreeing()
+        failed = CopyFailed(f"No source is left{_because(self.left_out)}.")
+        for size, hashes, sources in groups:
+            self.size, self.hashes = size, hashes
+            try:
+                right = await self._from(sources)
+            except CopyFailed as error:
+                failed = error
+                continue
+            except OSError as error:
+                raise self._disk(error) from error
+            if right:
+                others = {source for _, _, group in groups for source in group} - set(sources)
+                wrong = "it describes another file than the digest says"
+                self.left_out.update(dict.fromkeys(others - set(self.left_out), wrong))
+                return
+            self.left_out.update(dict.fromkeys(sources, "what it sent is another file"))
+            failed = WrongFile(
+                f"What {_names(sources)} sent is another file than the digest {self.digest[:12]} "
+                "says: it was thrown away."
+            )
+        if isinstance(failed, WrongFile):
+            self._partial.discard()
+        raise failed
+
+    async def _agreeing(self) -> list[tuple[int, bytes, list[Source]]]:
+        """Size, list of hashes and who gives it; what most say first."""
+        lists: dict[tuple[int, bytes], list[Source]] = {}
+
+        async def ask(source: Source, have: Have) -> None:
+            try:
+                hashes = await self._list(source, have)
+            except (PeeringError, TimeoutError, _LeftOut) as error:
+                self.left_out[source] = _why(error)
+            else:
+                lists.setdefault((have.size, hashes), []).append(source)
+
+        await asyncio.gather(*(ask(*item) for item in self._found.items()))
+        agreeing = sorted(lists.items(), key=lambda item: -len(item[1]))
+        return [(size, hashes, sources) for (size, hashes), sources in agreeing]
+
+    async def _list(self, source: Source, have: Have) -> bytes:
+        wanted = pieces.count(have.size) * HASH_BYTES
+        made = bytearray()
+        async with _conversation(self._open, source) as stream:
+            async with asyncio.timeout(ANSWER_SECONDS):
+                made += (await _ask(stream, List(have.digest), Hashes)).data
+                while len(made) < wanted:
+                    made += (await _receive(stream, Hashes)).data
+        if len(made) != wanted:
+            raise _LeftOut("its list of pieces does not fit the size")
+        return bytes(made)
+
+    async def _from(self, sources: list[Source]) -> bool:
+        """Whether what those who agree have given is what was asked for.  CopyFailed, OSError."""
+        self._partial = await asyncio.to_thread(
+            Partial, self._target.parent, self.digest, self.size, self.hashes
+        )
+        try:
+            self.checking, self.bytes = True, 0
+            missing = await asyncio.to_thread(self._partial.missing)
+            self.bytes = self.size - sum(pieces.length(number, self.size) for number in missing)
+            self.checking = False
+            await self._fetch(sources, missing)
+            self.checking = True
+            if not await asyncio.to_thread(self._partial.is_right):
+                return False
+            self.finishing = True
+            await asyncio.to_thread(self._partial.finish, self._target)
+            return True
+        finally:
+            self._partial.close()
+
+    async def _fetch(self, sources: list[Source], missing: list[int]) -> None:
+        self._todo = asyncio.Queue()
+        for number in missing:
+            self._todo.put_nowait(number)
+        all_here = asyncio.create_task(self._todo.join())
+        workers = [
+            asyncio.create_task(self._work(source)) for source in sources for _ in range(STREAMS)
+        ]
+        nobody_left = asyncio.gather(*workers)
+        ends: list[asyncio.Future[Any]] = [all_here, nobody_left]
+        try:
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            if not all_here.done():
+                nobody_left.result()  # an error of the disk
+                share = 100 * self.bytes // self.size
+                raise CopyFailed(
+                    f"The copy stopped at {share} %, no source is left{_because(self.left_out)}. "
+                    "What is here is kept: pull again to go on."
+                )
+        finally:
+            for task in (all_here, *workers):
+                task.cancel()
+            await asyncio.gather(*ends, *workers, return_exceptions=True)
+
+    async def _work(self, source: Source) -> None:
+        """Fetch pieces from one source until it is left out, or cancelled.  Raises OSError."""
+        failures = 0
+        while source not in self.left_out:
+            before = self.sent[source]
+            try:
+                async with _conversation(self._open, source) as stream:
+                    while source not in self.left_out:
+                        await self._piece(stream, source)
+            except _LeftOut as error:
+                self.left_out.setdefault(source, _why(error))
+            except (PeeringError, TimeoutError) as error:
+                failures = 1 if self.sent[source] > before else failures + 1
+                if failures == ATTEMPTS:
+                    self.left_out.setdefault(source, _why(error))
+                else:
+                    await asyncio.sleep(failures)
+
+    async def _piece(self, stream: Stream, source: Source) -> None:
+        number = await self._todo.get()
+        try:
+            async with asyncio.timeout(PIECE_SECONDS):
+                data = await self._receive(stream, number)
+            if not await asyncio.to_thread(self._partial.put, number, data):
+                raise _LeftOut(f"it sent a wrong piece {number}")
+        except BaseException:
+            self._todo.put_nowait(number)  # for another
+            raise
+        else:
+            self.bytes += len(data)
+            self.sent[source] += len(data)
+        finally:
+            self._todo.task_done()
+
+    async def _receive(self, stream: Stream, number: int) -> bytes:
+        wanted = pieces.length(number, self.size)
+        data = bytearray((await _ask(stream, Give(self.digest, number), Part)).data)
+        while len(data) < wanted:
+            data += (await _receive(stream, Part)).data
+        if len(data) > wanted:
+            raise _LeftOut(f"it sent more than piece {number}")
+        return bytes(data)
+
+    def _disk(self, error: OSError) -> CopyFailed:
+        folder = self._target.parent
+        match error:
+            case Busy():
+                return CopyFailed("This model is being copied to this box already.")
+            case NoRoom():
+                return CopyFailed(f"The disk of {folder} has no room for the model: {error}.")
+            case FileExistsError():
+                return CopyFailed(f"{self._target} is there already: choose another name (--as).")
+        reason = error.strerror or error
+        return CopyFailed(f"The model cannot be written to {folder}: {reason}.")
+
+
+@asynccontextmanager
+async def _conversation(open_stream: Open, source: Source) -> AsyncIterator[Stream]:
+    stream = await open_stream(source.peer)
+    try:
+        yield stream
+        await stream.finish()
+    except BaseException:
+        stream.abandon()
+        raise
+
+
+async def _ask(stream: Stream, question: Struct, kind: type[A]) -> A:
+    await stream.send(wire.encode(question))
+    return await _receive(stream, kind)
+
+
+async def _receive(stream: Stream, kind: type[A]) -> A:
+    """The next answer.  PeeringError, TimeoutError, _LeftOut."""
+    while True:
+        frame = await asyncio.wait_for(stream.receive(), STALL_SECONDS)
+        if frame is None:
+            raise LinkLost("It ended the conversation.")
+        answer = model_wire.answer(frame)
+        if isinstance(answer, kind):
+            return answer
+        if isinstance(answer, Refused):
+            # It ends up on a terminal.
+            raise _LeftOut(wire.printable(answer.message))
+        if not isinstance(answer, Working):
+            raise _LeftOut("it answers what it was not asked")
+
+
+def _why(error: Exception) -> str:
+    """As the end of a sentence."""
+    if isinstance(error, TimeoutError):
+        return "it is silent or too slow"
+    return str(error).rstrip(".")
+
+
+def _names(sources: Iterable[Source]) -> str:
+    return ", ".join(sorted(source.name for source in sources))
+
+
+def _because(reasons: dict[Source, str]) -> str:
+    """` (anna: ...; ben: ...)`, or nothing."""
+    told = "; ".join(f"{source.name}: {why}" for source, why in reasons.items())
+    return f" ({told})" if told else ""

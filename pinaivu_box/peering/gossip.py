@@ -1,0 +1,423 @@
+"""Who tells whom what and when.  No I/O: clock, randomness and sending are given.
+
+- Membership is pushed: a new certificate or revocation goes to every link at once, and every 10 s
+  one link, drawn at random, is asked whether the rosters agree; where not, the parts that differ.
+- Adverts are announced by id once a second and sent to whoever lacks them; our own go out whole.
+- Every request that begins or ends is told to the links, who tell it to those that ask (`loads`).
+- A link that broke is reported, so that others need not find out by failing (see `advert.Gone`).
+- A link speaks for a member.  A stranger may show the certificates that make it one, and no more.
+- Whoever sends what no honest box passes on, or too much, is cut off.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from random import Random
+from typing import Any, NamedTuple, Protocol
+
+from msgspec import Struct
+from msgspec.structs import asdict
+
+from pinaivu_box.identity import Identity
+from pinaivu_box.peering import advert as adverts
+from pinaivu_box.peering import membership
+from pinaivu_box.peering.advert import Advert, Adverts, Allowance, Gone, Offer
+from pinaivu_box.peering.asking import Asking
+from pinaivu_box.peering.gossip_wire import (
+    MAX_IDS,
+    MEMBER_ID,
+    NEWS_ID,
+    Busy,
+    Digest,
+    Frame,
+    Give,
+    Given,
+    Have,
+    Parts,
+    Told,
+    Want,
+    Who,
+    batches,
+    decode,
+    encode,
+    ids,
+)
+from pinaivu_box.peering.loads import Loads
+from pinaivu_box.peering.roster import BUCKETS, MAX_PROOF, Roster
+from pinaivu_box.peering.signed import MAX_COUNTER, Invalid, Record, key_of, node_of, seal
+
+TICK = 1.0  # seconds between two calls of `tick`, better not all boxes at the same moment
+_COMPARE_SECONDS = 10.0
+_STRANGER_SECONDS = 5.0
+_LINK_BURST, _LINK_RATE = 8_000_000.0, 256_000.0  # bytes, bytes a second
+_MEMBERSHIP = ("member", "revocation")
+_REMEMBERED = 16384  # ids of what came and does not count
+
+
+class Facts(Struct, frozen=True):
+    """What a box says of itself; see `advert.Advert`."""
+
+    version: str
+    addresses: tuple[str, ...]
+    currency: str
+    models: tuple[Offer, ...]
+    draining: bool = False
+
+    def gist(self) -> tuple[object, ...]:
+        """What is worth an advert when it changes: all but small moves of load."""
+        load = tuple(
+            (o.id, o.digest, o.prices, o.sequences_free > 0, o.queue.bit_length())
+            for o in self.models
+        )
+        return self.addresses, self.draining, load
+
+
+class Effects(Protocol):
+    def send(self, peer: str, frame: bytes) -> None: ...
+
+    def cut(self, peer: str, why: str) -> None:
+        """End the link; `unlinked` is not called for it."""
+
+    def changed(self) -> None:
+        """The roster has changed; what is new of it should be stored."""
+
+
+class _Link:
+    def __init__(self, now: float) -> None:
+        self.since = now
+        self.greeted = False
+        self.early: Digest | None = None  # it said this when we did not know it yet
+        self.announce: dict[bytes, None] = {}
+        self.allowed = Allowance(_LINK_BURST)
+
+
+class Readers(NamedTuple):
+    """How records are checked; the simulation remembers what was checked."""
+
+    member: Callable[[Record], membership.Statement] = membership.read
+    news: Callable[[Record], Advert | Gone] = adverts.read
+
+
+class Gossip:
+    """`clock`: monotonic seconds; `wall`: Unix seconds, only said, never believed."""
+
+    def __init__(
+        self,
+        identity: Identity,
+        roster: Roster,
+        effects: Effects,
+        *,
+        clock: Callable[[], float],
+        wall: Callable[[], float],
+        random: Random,
+        readers: Readers = Readers(),  # noqa: B008, it cannot change
+    ) -> None:
+        self.me = identity.node_id
+        self.roster = roster
+        self.adverts = Adverts()
+        self.loads = Loads(clock)
+        self.links: dict[str, _Link] = {}
+        self.facts: Facts | None = None
+        self._identity, self._effects, self._readers = identity, effects, readers
+        self._clock, self._wall, self._random = clock, wall, random
+        self._asking = Asking()
+        self._ignored: OrderedDict[bytes, None] = OrderedDict()
+        self._lost: dict[str, float] = {}
+        self._serial = 0
+        self._due = clock()
+        self._said: tuple[object, ...] = ()
+        self._speech = Allowance(2.0)
+        self._compared = clock() + random.uniform(0, _COMPARE_SECONDS)
+
+    # What happens to us
+
+    def linked(self, peer: str) -> None:
+        """A link stands; the handshake has proven who it is."""
+        self.links[peer] = _Link(self._clock())
+        self._lost.pop(peer, None)
+        self._give([peer], [Given(record) for record in self.roster.proof(self.me)])
+        if peer in self.roster.members():
+            self._greet(peer)
+
+    def unlinked(self, peer: str, *, lost: bool) -> None:
+        """`lost`: it broke; nobody said goodbye."""
+        self.loads.ended(peer)
+        if self.links.pop(peer, None) and lost:
+            self._lost[peer] = self._clock()
+
+    def received(self, peer: str, frame: bytes) -> None:
+        link = self.links.get(peer)
+        if link is None:
+            return  # what was under way when it was cut
+        if not link.allowed.take(_LINK_RATE, self._clock(), len(frame)):
+            self._cut(peer, "it sends too much")
+            return
+        try:
+            found = decode(frame)
+            if not link.greeted:
+                self._stranger(peer, found)
+            elif isinstance(found, Have):
+                self._have(peer, link, found)
+            elif isinstance(found, Want):
+                self._want(peer, found)
+            elif isinstance(found, Give):
+                self._take(peer, found)
+            elif isinstance(found, Busy | Who | Told):
+                if answer := self.loads.hear(peer, found):
+                    self._send(peer, answer)
+            else:
+                self._compare(peer, found)
+        except Invalid as error:
+            self._cut(peer, f"it sent {error}")
+
+    def add(self, records: Iterable[Record]) -> None:
+        """Records that came with a ticket, or from the store: keep them and tell everybody."""
+        self._admit("", list(records))
+
+    def tell(self, records: Iterable[Record]) -> None:
+        """The roster's own new records, which we have just signed."""
+        self._spread("", list(records))
+
+    def tick(self) -> None:
+        """What time brings: adverts due, announcements, questions unanswered, comparisons."""
+        now = self._clock()
+        self.push()
+        self._speak(now)
+        self._report(now)
+        for peer, numbers in self._asking.again(now, self.links).items():
+            self._ask(peer, numbers)
+        for peer, link in list(self.links.items()):
+            if not link.greeted and now - link.since > _STRANGER_SECONDS:
+                self._cut(peer, self.roster.member(peer).why)
+            self._announce(peer, list(link.announce))
+            link.announce.clear()
+        if now >= self._compared:
+            self._compared = now + _COMPARE_SECONDS
+            if greeted := [peer for peer, link in self.links.items() if link.greeted]:
+                self._send(self._random.choice(greeted), self._digest())
+            for number in self.adverts.forget(now, self.roster.members()):
+                self._ignore(number)
+
+    def push(self) -> None:
+        """Tell the links at once how busy we are, if that has changed."""
+        if self.facts and (busy := self.loads.changed(self.facts.models)):
+            self._tell_links(busy)
+
+    def ask(self, model: str) -> None:
+        """The links, how busy those are that they are linked with."""
+        self._tell_links(self.loads.ask(model))
+
+    def _tell_links(self, frame: Busy | Who) -> None:
+        for peer in self.loads.listeners:
+            self._send(peer, frame)
+
+    # Membership
+
+    def _stranger(self, peer: str, found: object) -> None:
+        """It may show that it belongs; all else waits until it does, and is asked for again."""
+        if isinstance(found, Give) and len(found.records) <= MAX_PROOF:
+            shown = [one.record for one in found.records]
+            self._admit(peer, [one for one in shown if one.kind in _MEMBERSHIP])
+        elif isinstance(found, Digest):
+            self.links[peer].early = found
+
+    def _greet(self, peer: str) -> None:
+        link = self.links[peer]
+        link.greeted = True
+        self._send(peer, self._digest())
+        if link.early is not None:
+            self._compare(peer, link.early)
+
+    def _digest(self) -> Digest:
+        return Digest(self.roster.digest(), self.adverts.digest())
+
+    def _announce(self, peer: str, numbers: list[bytes]) -> None:
+        for at in range(0, len(numbers), MAX_IDS):
+            self._send(peer, Have(news=b"".join(numbers[at : at + MAX_IDS])))
+
+    def _admit(self, peer: str, records: list[Record]) -> None:
+        done = self.roster.admit(records, self._readers.member)
+        if done.new:
+            self._spread(peer, done.new)
+        for _, why in done.forged:
+            raise Invalid(why)
+
+    def _spread(self, peer: str, new: list[Record]) -> None:
+        others = [one for one, link in self.links.items() if link.greeted and one != peer]
+        self._give(others, [Given(record) for record in new])
+        self._check_links()
+        self._effects.changed()
+
+    def _check_links(self) -> None:
+        members = self.roster.members()
+        for peer, link in list(self.links.items()):
+            if link.greeted and peer not in members:
+                self._cut(peer, self.roster.member(peer).why)
+            elif not link.greeted and peer in members:
+                self._greet(peer)
+
+    def _compare(self, peer: str, found: Digest | Parts) -> None:
+        if isinstance(found, Digest):
+            if found.digest != self.roster.digest():
+                self._send(peer, Parts(b"".join(self.roster.buckets())))
+            if found.news != self.adverts.digest():
+                self._announce(peer, self.adverts.ids())
+            if found.news and (busy := self.loads.linked(peer)):
+                self._send(peer, busy)
+            return
+        theirs, ours = ids(found.parts, 8), self.roster.buckets()
+        differ = [number for number in range(BUCKETS) if theirs[number] != ours[number]]
+        mine = [one for number in differ for one in self.roster.in_bucket(number)]
+        for at in range(0, len(mine), MAX_IDS):
+            self._send(peer, Have(members=b"".join(mine[at : at + MAX_IDS])))
+        if differ and not found.answer:
+            self._send(peer, Parts(b"".join(ours), answer=True))
+
+    # Adverts and reports
+
+    def _speak(self, now: float) -> None:
+        """Send an advert if one is due: on a change, else once a period."""
+        members = len(self.roster.members())
+        if self.facts is None or self.me not in self.roster.members():
+            return
+        gist = self.facts.gist()
+        if gist == self._said and now < self._due:
+            return
+        if not self._speech.take(1 / adverts.gap(members), now):
+            return
+        # Boxes that started together, after a power cut, should not speak together for ever.
+        self._due = now + adverts.period(members) * self._random.uniform(0.75, 1.0)
+        self._said = gist
+        wall_ms = round(self._wall() * 1000)
+        self._serial = min(max(self._serial + 1, wall_ms), MAX_COUNTER)
+        life = round(adverts.LIVES * adverts.period(members))
+        network, key = self.roster.network_key, key_of(self.me)
+        own: dict[str, Any] = asdict(self.facts)
+        made = Advert(network, key, self._serial, wall_ms, life, **own)
+        record = seal(self._identity, "advert", made)
+        self.adverts.accept(made, record, 0.0, now, wall_ms, members)
+        self._give_all(Given(record))
+
+    def _report(self, now: float) -> None:
+        """Call lost ones gone, unless it rather seems that we are."""
+        waited = [peer for peer, at in self._lost.items() if now - at >= TICK]
+        if len(self._lost) <= len(self.links):
+            for peer in waited:
+                held = self.adverts.get(peer)
+                if held is not None and not self.adverts.gone(peer):
+                    gone = Gone(self.roster.network_key, key_of(peer), held.advert.serial,
+                                key_of(self.me))  # fmt: skip
+                    record = seal(self._identity, "gone", gone)
+                    if self.adverts.report(gone, record, now) is None:
+                        self._give_all(Given(record))
+        for peer in waited:
+            del self._lost[peer]
+
+    def _take(self, peer: str, give: Give) -> None:
+        members = [one.record for one in give.records if one.record.kind in _MEMBERSHIP]
+        if members:
+            for record in members:
+                self._asking.answered(membership.record_id(record))
+            self._admit(peer, members)
+        for given in give.records:
+            if given.record.kind not in _MEMBERSHIP:
+                self._hear(peer, given)
+
+    def _hear(self, peer: str, given: Given) -> None:
+        content = self._readers.news(given.record)
+        if content.network != self.roster.network_key:
+            raise Invalid("a record of another network")
+        number = adverts.record_id(given.record, content)
+        has = {peer, *self._asking.answered(number)}
+        if self.adverts.find(number) or number in self._ignored:
+            return
+        if self._counts(content, given):
+            for other, link in self.links.items():
+                if link.greeted and other not in has:
+                    link.announce[number] = None
+        elif adverts.signer_of(content) in self.roster.members():
+            self._ignore(number)  # of others we may yet learn that they belong
+
+    def _counts(self, content: Advert | Gone, given: Given) -> bool:
+        now, members = self._clock(), self.roster.members()
+        if isinstance(content, Gone):
+            node = node_of(content.node)
+            if node == self.me and content.serial == self._serial:
+                self._said = ()  # speak again
+            if node == self.me or node in self.links or node_of(content.reporter) not in members:
+                return False
+            return self.adverts.report(content, given.record, now) is None
+        if content.node_id == self.me:
+            if content.serial > self._serial:  # from before our clock went back
+                self._serial, self._said = content.serial, ()
+            return False
+        if content.node_id not in members:
+            return False
+        was = self.adverts.get(content.node_id)
+        wall_ms = round(self._wall() * 1000)
+        refused = self.adverts.accept(
+            content, given.record, given.age_ms / 1000, now, wall_ms, len(members)
+        )
+        if refused is None and was is not None:
+            self._ignore(was.id)
+        return refused is None
+
+    # Asking and giving
+
+    def _have(self, peer: str, link: _Link, have: Have) -> None:
+        now = self._clock()
+        offered = [*ids(have.members, MEMBER_ID), *ids(have.news, NEWS_ID)]
+        for number in offered:
+            link.announce.pop(number, None)
+        self._ask(
+            peer,
+            [
+                number
+                for number in offered
+                if not (
+                    self.adverts.find(number) or number in self._ignored or number in self.roster
+                )
+                and self._asking.offered(peer, number, now)
+            ],
+        )
+
+    def _ask(self, peer: str, numbers: list[bytes]) -> None:
+        members = b"".join(number for number in numbers if len(number) == MEMBER_ID)
+        news = b"".join(number for number in numbers if len(number) == NEWS_ID)
+        if members or news:
+            self._send(peer, Want(members, news))
+
+    def _want(self, peer: str, want: Want) -> None:
+        now = self._clock()
+        found = [
+            Given(record)
+            for number in ids(want.members, MEMBER_ID)
+            if (record := self.roster.get(number))
+        ]
+        for number in ids(want.news, NEWS_ID):
+            if held := self.adverts.find(number):
+                record, sent_at = held
+                found.append(Given(record, max(0, round((now - sent_at) * 1000))))
+        self._give([peer], found)
+
+    def _give(self, peers: Iterable[str], given: list[Given]) -> None:
+        for frame in map(encode, batches(given)):
+            for peer in peers:
+                self._effects.send(peer, frame)
+
+    def _give_all(self, given: Given) -> None:
+        self._give([peer for peer, link in self.links.items() if link.greeted], [given])
+
+    def _send(self, peer: str, frame: Frame) -> None:
+        self._effects.send(peer, encode(frame))
+
+    def _cut(self, peer: str, why: str) -> None:
+        self.loads.ended(peer)
+        if self.links.pop(peer, None):
+            self._effects.cut(peer, why)
+
+    def _ignore(self, number: bytes) -> None:
+        self._ignored[number] = None
+        if len(self._ignored) > _REMEMBERED:
+            self._ignored.popitem(last=False)

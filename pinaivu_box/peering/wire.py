@@ -1,0 +1,118 @@
+"""What goes over a link, byte by byte.
+
+**Connection.**  QUIC by iroh (UDP; TLS 1.3 with raw Ed25519 keys, RFC 7250).  The key of either
+side is its box's identity: `node_` and 64 hex digits in our texts.  The ALPN `pinaivu/box/1` stands
+for everything on this page; it changes only if this page can no longer be kept.  What is said in
+the frames is agreed on in the Hello.
+
+**Streams.**  Bidirectional QUIC streams, opened by either side, at most `MAX_STREAMS` of each side
+at a time.  A stream's receive window is QUIC's usual 1.25 MB: so much per stream may wait for its
+reader.  Nothing else is used but datagrams for heartbeats.
+
+**Frames.**  A stream is, each way, a sequence of frames: 4 bytes of length, little-endian, then so
+many bytes, 1 to `MAX_FRAME_BYTES`.  Length 0 is the end frame: its sender says no more, and
+finishes its half of the QUIC stream.  Who abandons a stream sends RESET_STREAM and STOP_SENDING; a
+half that is finished without an end frame was abandoned as well.  A frame whose length is over the
+limit is not read: it closes the link.
+
+**Hello.**  Who made the connection opens a stream and sends a `Hello`; the other side answers with
+its own, and both finish.  The highest version that both have is spoken from then on.  If there is
+none, the side that sees it closes with `Code.VERSION` and a sentence for the other's operator.  A
+Hello has at most `MAX_HELLO_BYTES`, and 10 s to arrive.  Fields that a reader does not know are
+skipped, so it can grow.
+
+**Heartbeats.**  Each side sends a datagram of one byte, 0, each second, which the other's QUIC
+confirms.  Whoever has received nothing whatever for four beats of its own, or for 30 of them no
+word of the other's program, neither datagram nor stream, closes with `Code.SILENT`.  A beat of
+one's own that came late starts both anew.  They are datagrams because streams wait for their
+readers.
+
+**End.**  CONNECTION_CLOSE with a `Code` and a reason: one sentence in UTF-8, at most
+`MAX_REASON_BYTES`, written for an operator to read.
+
+**Frames' contents** are msgpack maps (msgspec's tagged structs): `type` names the struct, the rest
+are its fields.  One stream is one conversation, with a union of its own.
+"""
+
+from __future__ import annotations
+
+import struct
+from enum import IntEnum
+from typing import Annotated, TypeVar
+
+import msgspec
+from msgspec import Meta, Struct
+
+from pinaivu_box.errors import ProtocolError
+
+NAME = "pinaivu/box/1"  # the ALPN
+VERSIONS = (1,)  # that this box speaks
+LENGTH = struct.Struct("<I")
+END_FRAME = LENGTH.pack(0)
+BEAT = b"\0"
+MAX_FRAME_BYTES = 1024 * 1024
+MAX_HELLO_BYTES = 4096
+MAX_REASON_BYTES = 500
+MAX_STREAMS = 128  # that one side may have open at a time on a link
+
+T = TypeVar("T")
+
+
+class Code(IntEnum):
+    """Why a link was closed.  After REFUSED it is pointless to try again soon."""
+
+    DROPPED = 0  # QUIC's own: the process let go of it without a word
+    SHUTDOWN = 1
+    PROTOCOL = 400
+    FORBIDDEN = 403
+    SILENT = 408
+    SECOND = 409  # both called at once, or one was restarted: there is another link
+    VERSION = 426
+    BUSY = 429
+
+
+REFUSED = frozenset({Code.PROTOCOL, Code.FORBIDDEN, Code.VERSION})
+
+
+class Hello(Struct, frozen=True, tag=True):
+    """`clock` is the sender's wall clock, in seconds since 1970."""
+
+    versions: Annotated[tuple[int, ...], Meta(min_length=1, max_length=16)]
+    software: Annotated[str, Meta(max_length=64, pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")]
+    clock: Annotated[float, Meta(ge=0, le=2**53)]
+
+
+_encoder = msgspec.msgpack.Encoder()
+_hello = msgspec.msgpack.Decoder(Hello)
+
+
+def encode(message: Struct) -> bytes:
+    return _encoder.encode(message)
+
+
+def decode(frame: bytes, decoder: msgspec.msgpack.Decoder[T]) -> T:
+    """Read a frame, of a conversation whose union the decoder is for.  Raises ProtocolError."""
+    try:
+        return decoder.decode(frame)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ProtocolError(f"a frame is not what was expected: {error}") from error
+
+
+def decode_hello(frame: bytes) -> Hello:
+    return decode(frame, _hello)
+
+
+def short(node_id: str) -> str:
+    """For sentences; the whole of it is for machines."""
+    return node_id[:13]
+
+
+def printable(said: str) -> str:
+    """What a peer said, for an operator's eyes: in one line, and nothing that moves a cursor."""
+    return "".join(letter if letter.isprintable() else " " for letter in said)
+
+
+def cut(reason: str) -> bytes:
+    """A reason as it is sent: UTF-8, no longer than allowed, no half character."""
+    encoded = reason.encode(errors="replace")
+    return encoded[:MAX_REASON_BYTES].decode(errors="ignore").encode()

@@ -1,0 +1,148 @@
+"""What a key may do, how much of it, and at what price."""
+
+from __future__ import annotations
+
+import ipaddress
+from fnmatch import fnmatchcase
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta, Struct
+
+from pinaivu_box import amount
+from pinaivu_box.amount import Prices
+from pinaivu_box.config import RoutingPolicy, parse_duration
+
+Scope = Literal["inference", "usage", "receipts", "admin", "local-only"]
+SCOPES: tuple[Scope, ...] = ("inference", "usage", "receipts", "admin")
+LOCAL_ONLY: Scope = "local-only"  # gives no right: it takes one away
+MEMBER_SCOPES: tuple[Scope, ...] = SCOPES[:3]
+
+_Limit = Annotated[int, Meta(ge=1, le=2**53)]
+_LONGEST_PERIOD = 3660 * 86400.0  # seconds
+LONGEST_LIFE = 36500 * 86400.0  # of a key, seconds
+
+
+class Budget(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """At most `amount` (decimal text, in the box's currency) in each `period` ("30d") since the
+    key was made; without a period, ever."""
+
+    amount: str
+    period: str | None = None
+
+    @property
+    def units(self) -> int:
+        """In 10^-9 of the currency."""
+        return amount.parse(self.amount)
+
+    def window(self, created_at: int, now: int) -> tuple[int, int | None]:
+        """The period that `now` is in: its beginning and its end, Unix milliseconds."""
+        if self.period is None:
+            return created_at, None
+        length = round(parse_duration(self.period) * 1000)
+        begin = created_at + (now - created_at) // length * length
+        return begin, begin + length
+
+
+class Policy(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """The settings of a key.
+
+    `models`: globs of model ids, empty for all.  `networks`: CIDR, empty for everywhere.  `rpm` and
+    `tpm`: requests and tokens in any 60 seconds.  `max_parallel` requests run at a time; up to
+    `max_queue` more wait, the next gets a 429.  `weight` is the share of a busy engine beside other
+    keys.  With the scope `local-only` nothing of it leaves this box; otherwise it may go to `peers`
+    (names or node ids; empty for all), and where it goes `routing` says instead of `[peering]
+    policy`; "never" is as good as `local-only`.  With `lenient` unknown fields of a request are
+    ignored and named in the answer.  `prices` are by glob of a model id: the price of 1,000 tokens,
+    or several; the first that fits counts.
+    """
+
+    scopes: tuple[Scope, ...] = MEMBER_SCOPES
+    models: tuple[str, ...] = ()
+    networks: tuple[str, ...] = ()
+    rpm: _Limit | None = None
+    tpm: _Limit | None = None
+    max_parallel: _Limit | None = None
+    max_queue: Annotated[int, Meta(ge=0, le=2**31)] = 0
+    budget: Budget | None = None
+    weight: Annotated[float, Meta(ge=0.01, le=100)] = 1.0
+    lenient: bool = False
+    peers: tuple[str, ...] = ()
+    routing: RoutingPolicy | None = None
+    prices: dict[str, str | Prices] = {}
+
+    @property
+    def local_only(self) -> bool:
+        return LOCAL_ONLY in self.scopes or self.routing == "never"
+
+    def serves(self, model_id: str) -> bool:
+        return not self.models or any(fnmatchcase(model_id, glob) for glob in self.models)
+
+    def admits(self, address: str) -> bool:
+        """Whether requests may come from that IP address."""
+        if not self.networks:
+            return True
+        try:
+            ip = ipaddress.ip_address(address)
+        except ValueError:
+            return False
+        if isinstance(ip, ipaddress.IPv6Address) and ip.ipv4_mapped:
+            ip = ip.ipv4_mapped
+        return any(ip in ipaddress.ip_network(network) for network in self.networks)
+
+    def prices_of(self, model_id: str) -> Prices | None:
+        """This key's own prices of a model, if it has any."""
+        for glob, given in self.prices.items():
+            if fnmatchcase(model_id, glob):
+                return amount.prices(given)
+        return None
+
+
+def changed(policy: Policy, changes: dict[str, Any]) -> Policy:
+    """With these settings, as in JSON: null puts one back to its default.
+
+    Raises msgspec.ValidationError; `check` it then.
+    """
+    merged = {**msgspec.to_builtins(policy), **changes}
+    made = msgspec.convert({name: v for name, v in merged.items() if v is not None}, Policy)
+    if made.scopes == (LOCAL_ONLY,):  # and otherwise as usual
+        return msgspec.structs.replace(made, scopes=(*MEMBER_SCOPES, LOCAL_ONLY))
+    return made
+
+
+def check(policy: Policy) -> None:
+    """What its types do not say.  Raises ValueError in one sentence."""
+    for network in policy.networks:
+        try:
+            ipaddress.ip_network(network)
+        except ValueError as error:
+            raise ValueError(f"networks: {error}; write it as 192.168.1.0/24") from None
+    if "" in policy.models:
+        raise ValueError("models: an empty name fits nothing; write a model id or a glob")
+    if policy.max_queue and policy.max_parallel is None:
+        raise ValueError("max_queue needs max_parallel: without it nothing waits for the key")
+    if policy.budget is not None:
+        _check_budget(policy.budget)
+    for glob, given in policy.prices.items():
+        try:
+            amount.prices(given)
+        except ValueError as error:
+            raise ValueError(f'prices."{glob}" is {error}') from None
+
+
+def _check_budget(budget: Budget) -> None:
+    try:
+        amount.parse(budget.amount)
+        period = 1.0 if budget.period is None else parse_duration(budget.period)
+    except ValueError as error:
+        raise ValueError(f"budget: {error}") from None
+    if not 1 <= period <= _LONGEST_PERIOD:
+        raise ValueError("budget: a period is from 1s to 3660d, ten years")
+
+
+def parse_budget(text: str) -> Budget:
+    """`"10 per 30d"` or `"10"`.  Raises ValueError."""
+    spent, _, period = text.partition(" per ")
+    budget = Budget(spent.strip(), period.strip() or None)
+    _check_budget(budget)
+    return budget

@@ -1,0 +1,106 @@
+"""`/v1/admin/ledger`: what `pinaivu ledger` does, over HTTP."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from msgspec import Meta, Struct
+from starlette.requests import Request
+from starlette.responses import Response
+
+from pinaivu_box.errors import Conflict, PeeringError
+from pinaivu_box.peering import ledger_views as views
+from pinaivu_box.server.admin import answer, box_of, by, query
+from pinaivu_box.store import claims, statements
+
+
+class EntryPage(Struct, frozen=True, forbid_unknown_fields=True):
+    """The newest so many; `statement`: only what is in that one."""
+
+    limit: Annotated[int, Meta(ge=1, le=1000)] = 100
+    statement: str | None = None
+
+
+class StatementQuery(Struct, frozen=True, forbid_unknown_fields=True):
+    """`peer`: a name or an id."""
+
+    peer: str | None = None
+
+
+class BalanceList(Struct, frozen=True):
+    data: list[views.BalanceView]
+    object: str = "list"
+    request_id: str = ""
+
+
+class EntryList(Struct, frozen=True):
+    data: list[views.EntryView]
+    object: str = "list"
+    request_id: str = ""
+
+
+class ForgivenView(Struct, frozen=True):
+    """So many entries that the peer had not accepted were written off, and what they came to, by
+    currency."""
+
+    entries: int
+    amounts: dict[str, str]
+    request_id: str = ""
+
+
+class StatementList(Struct, frozen=True):
+    data: list[views.StatementView]
+    object: str = "list"
+    request_id: str = ""
+
+
+async def ls(request: Request) -> Response:
+    box = box_of(request)
+    found = await views.all_balances(box.database, box.config.peering.serve)
+    return answer(request, BalanceList(found))
+
+
+async def entries(request: Request) -> Response:
+    page, database = query(request, EntryPage), box_of(request).database
+    peer = await views.find(database, request.path_params["peer"])
+    found = await statements.of_peer(database, peer, limit=page.limit, statement=page.statement)
+    return answer(request, EntryList([views.entry_view(one) for one in found]))
+
+
+async def all_statements(request: Request) -> Response:
+    asked, database = query(request, StatementQuery), box_of(request).database
+    peer = None if asked.peer is None else await views.find(database, asked.peer)
+    return answer(request, StatementList(await views.all_statements(database, peer)))
+
+
+async def settle(request: Request) -> Response:
+    """Raises Conflict if the peer cannot be reached, or breaks off."""
+    box = box_of(request)
+    peer = await views.find(box.database, request.path_params["peer"])
+    if box.network is None:
+        raise Conflict(
+            "Settling needs a link to the peer, and peering is off on this box: start it with "
+            "'pinaivu serve --peering'."
+        )
+    try:
+        outcome = await box.ledger.settle(
+            peer, await box.network.open(peer, "ledger"), by=by(request)
+        )
+    except PeeringError as error:
+        raise Conflict(error.message) from error
+    return answer(request, views.settled_view(outcome, await views.names(box.database)))
+
+
+async def forgive(request: Request) -> Response:
+    database = box_of(request).database
+    peer = await views.find(database, request.path_params["peer"])
+    made = await claims.forgive(database, peer, by(request))
+    return answer(request, ForgivenView(made.entries, made.amounts))
+
+
+async def paid(request: Request) -> Response:
+    """Raises NotFound."""
+    database, statement = box_of(request).database, request.path_params["statement"]
+    await statements.pay(database, statement, by(request))
+    found = await views.all_statements(database)
+    return answer(request, next(one for one in found if one.id == statement))

@@ -1,0 +1,250 @@
+"""`POST /v1/admin/models/pull`: copy a model from other boxes, a line of JSON as it goes on."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta, Struct, field
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+
+from pinaivu_box.box import Box
+from pinaivu_box.errors import (
+    CliError,
+    Conflict,
+    CopyFailed,
+    InvalidBody,
+    ModelNotFound,
+    PeeringError,
+)
+from pinaivu_box.models import catalog
+from pinaivu_box.models.catalog import Model
+from pinaivu_box.peering import copying
+from pinaivu_box.peering.advert import Offer
+from pinaivu_box.peering.copying import Copy, Open, Source
+from pinaivu_box.peering.model_wire import PURPOSE, Have, Name
+from pinaivu_box.peering.network import Network
+from pinaivu_box.server.admin import body, box_of, by
+from pinaivu_box.server.admin_peers import OFF
+from pinaivu_box.store import audit, model_files
+from pinaivu_box.store.audit import Actor
+
+_LINE_SECONDS = 0.5
+ANY = "any"
+
+
+class Pull(Struct, frozen=True):
+    """`from` names a peer, or `any` for all that have it.  `digest` is the beginning of the file's
+    SHA-256 in hex; with it the name is only what the model is called here.  `as` is another name
+    for it here."""
+
+    model: Annotated[Name, Meta(min_length=1)]
+    from_: str = field(name="from", default=ANY)
+    digest: str = ""
+    as_: Annotated[str, Meta(min_length=1, max_length=128)] | None = field(name="as", default=None)
+
+
+class PullSource(Struct, frozen=True):
+    """`bytes` came from it; `left_out` says why nothing more is asked of it."""
+
+    peer: str
+    name: str
+    bytes: int
+    left_out: str = ""
+
+
+class PullProgress(Struct, frozen=True):
+    """A line: `bytes` of `size` are here.  The last one is `done`, or `failed` with a `message`;
+    `done` has one too if there was nothing to copy."""
+
+    state: Literal["copying", "checking", "done", "failed"]
+    model: str
+    digest: str
+    size: int
+    bytes: int
+    sources: list[PullSource]
+    message: str = ""
+    request_id: str = ""
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What is to be called `model` here, and who asked for it."""
+
+    model: str
+    target: Path
+    box: Box
+    network: Network
+    actor: Actor
+
+
+async def pull(request: Request) -> Response:
+    given = await body(request, Pull)
+    box = box_of(request)
+    network = box.network
+    if network is None:
+        raise Conflict(OFF)
+    model = _name_here(given)
+    target = catalog.folder(box.config, box.home) / f"{model}.gguf"
+    task = _Task(model, target, box, network, by(request))
+    open_stream = partial(network.open, purpose=PURPOSE)
+    found, without = await _find(open_stream, _sources(network, given), given)
+    have = next(iter(found.values()))
+    here = await _here(box, have.digest)
+    _check_free(task, here)
+    request_id: str = request.scope["state"]["request_id"]
+    if here is not None:
+        said = f"This box has that file already, as {here.id}."
+        size = have.size
+        line = PullProgress("done", here.id, have.digest, size, size, [], said, request_id)
+        return StreamingResponse(iter([_line(line)]), media_type="application/x-ndjson")
+    copy = Copy(open_stream, found, target)
+    copy.left_out.update(without)
+    return StreamingResponse(_lines(task, copy, request_id), media_type="application/x-ndjson")
+
+
+def _name_here(given: Pull) -> str:
+    """With its tag.  Raises InvalidBody."""
+    if given.digest and not re.fullmatch(r"[0-9a-f]{8,64}", given.digest):
+        raise InvalidBody(
+            f"'{given.digest}' is no digest: write 8 to 64 hex digits of one.",
+            loc=("body", "digest"),
+        )
+    name, loc = (given.model, "model") if given.as_ is None else (given.as_, "as")
+    if not catalog.WELL_FORMED.fullmatch(name):
+        raise InvalidBody(f"'{name}' is not a model name: write it as name:tag.", loc=("body", loc))
+    if "/" in name:
+        raise InvalidBody(
+            f"'{name}' cannot be the name of a file: give the model another name here (--as).",
+            loc=("body", loc),
+        )
+    return name if ":" in name else f"{name}:latest"
+
+
+def _sources(network: Network, given: Pull) -> list[Source]:
+    """Whom to ask.  Raises PeerNotFound, ModelNotFound."""
+    if given.from_ != ANY:
+        peer = network.peer(given.from_)
+        return [Source(peer.node_id, peer.name)]
+    offers = {
+        peer: peer.advert.models
+        for peer in sorted(network.peers(), key=lambda peer: peer.state != "connected")
+        if peer.advert is not None and peer.state != "revoked" and not peer.gone
+    }
+    fitting = [
+        Source(peer.node_id, peer.name)
+        for peer, models in offers.items()
+        if any(_fits(offer, given) for offer in models)
+    ]
+    if not fitting:
+        offered = ", ".join(sorted({offer.id for models in offers.values() for offer in models}))
+        raise ModelNotFound(
+            f"No peer offers {given.model}. Offered: {offered or 'nothing'}.", param="model"
+        )
+    return fitting
+
+
+def _fits(offer: Offer, given: Pull) -> bool:
+    if given.digest:
+        return offer.digest.hex().startswith(given.digest)
+    names = (given.model, f"{given.model}:latest", given.model.removesuffix(":latest"))
+    return offer.id in names
+
+
+async def _find(
+    open_stream: Open, sources: list[Source], given: Pull
+) -> tuple[dict[Source, Have], dict[Source, str]]:
+    """Raises Conflict."""
+    try:
+        return await copying.find(open_stream, sources, given.model, given.digest)
+    except CopyFailed as error:
+        raise Conflict(error.message) from error
+
+
+async def _here(box: Box, digest: str) -> Model | None:
+    """The model of that file, if this box has it."""
+    for model in box.catalog.models:
+        with suppress(OSError):  # deleted since
+            if await model_files.digest(box.database, model) == digest:
+                return model
+    return None
+
+
+def _check_free(task: _Task, here: Model | None) -> None:
+    """Raises Conflict."""
+    names = {model.id for model in task.box.catalog.models}
+    if here is None and names & {task.model, task.model.removesuffix(":latest")}:
+        raise Conflict(
+            f"This box serves another file as {task.model}: give the new one another name (--as)."
+        )
+
+
+async def _lines(task: _Task, copy: Copy, request_id: str) -> AsyncIterator[bytes]:
+    """Whoever reads this no more stops the copy; what is here of it stays."""
+    progress: Callable[..., bytes] = partial(_progress, task, copy, request_id)
+    doing = asyncio.create_task(_run(task, copy))
+    try:
+        while not doing.done():
+            yield progress("checking" if copy.checking else "copying")
+            await asyncio.wait({doing}, timeout=_LINE_SECONDS)
+        try:
+            doing.result()
+        except PeeringError as error:
+            yield progress("failed", error.message)
+        else:
+            yield progress("done")
+    finally:
+        # A file that has got its name is also served, whether somebody still looks on or not.
+        doing.add_done_callback(lambda done: done.cancelled() or done.exception())
+        if not copy.finishing:
+            doing.cancel()
+        await asyncio.wait({doing})
+
+
+def _progress(
+    task: _Task,
+    copy: Copy,
+    request_id: str,
+    state: Literal["copying", "checking", "done", "failed"],
+    message: str = "",
+) -> bytes:
+    known = {*copy.sources, *copy.left_out}
+    sources = [
+        PullSource(source.peer, source.name, copy.sent[source], copy.left_out.get(source, ""))
+        for source in sorted(known, key=lambda source: source.name)
+    ]
+    return _line(
+        PullProgress(
+            state, task.model, copy.digest, copy.size, copy.bytes, sources, message, request_id
+        )
+    )
+
+
+def _line(progress: PullProgress) -> bytes:
+    return msgspec.json.encode(progress) + b"\n"
+
+
+async def _run(task: _Task, copy: Copy) -> None:
+    """Copy, and serve what has come.  Raises CopyFailed."""
+    await copy.run()
+    box = task.box
+    detail = {"digest": copy.digest, "from": sorted(source.name for source in copy.sent)}
+    await box.database.write(
+        *model_files.copied(task.target, copy.digest, copy.hashes),
+        audit.record(task.actor, "model.pull", task.model, **detail),
+    )
+    try:
+        box.look_for_models()
+    except CliError as error:
+        raise CopyFailed(f"{task.target} is here but not served yet: {error.message}") from error
+    if why := box.catalog.broken.get(str(task.target)):
+        raise CopyFailed(f"{task.target} is here, and it cannot be served: {why}.")
+    task.network.changed()

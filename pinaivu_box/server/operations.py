@@ -1,0 +1,31 @@
+"""`POST /v1/admin/reload`: what `pinaivu reload` asks for."""
+
+from __future__ import annotations
+
+from msgspec import Struct
+from starlette.requests import Request
+from starlette.responses import Response
+
+from pinaivu_box.box import Box
+from pinaivu_box.errors import CliError, InvalidBody
+from pinaivu_box.server.envelope import JSON
+
+
+class ReloadAnswer(Struct, frozen=True):
+    """See `box.Reloaded`."""
+
+    request_id: str
+    applied: list[str]
+    engines: list[str]
+    restart: list[str]
+    models: list[str]
+
+
+async def reload(request: Request) -> Response:
+    box: Box = request.app.state.box
+    try:
+        done = box.reload()
+    except CliError as error:
+        raise InvalidBody(error.message, loc=("configuration",)) from error
+    request_id = request.scope["state"]["request_id"]
+    return JSON(ReloadAnswer(request_id, done.applied, done.engines, done.restart, done.models))

@@ -1,0 +1,65 @@
+"""The audit trail: who changed what, when, from where.  The database lets nobody change a row."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import msgspec
+
+from pinaivu_box.store.database import Database, Row, Statement
+
+
+class Actor(msgspec.Struct, frozen=True):
+    """`name` is a key's id or `cli:USER`, `source` an IP address or `local`."""
+
+    name: str
+    source: str
+
+
+BOX = Actor("box", "local")  # nobody has asked it
+
+
+class Entry(msgspec.Struct, frozen=True):
+    """`at` in Unix milliseconds; `detail` says what was set."""
+
+    id: int
+    at: int
+    actor: str
+    source: str
+    action: str
+    target: str
+    detail: dict[str, Any]
+
+
+def record(by: Actor, action: str, target: str, **detail: Any) -> Statement:
+    """For the transaction of what it tells of, right after that: if the statement before it has
+    changed nothing, there is nothing to tell."""
+    text = msgspec.json.encode(detail).decode()
+    return (
+        "INSERT INTO audit (at, actor, source, action, target, detail)"
+        " SELECT ?, ?, ?, ?, ?, ? WHERE changes() > 0",
+        (time.time_ns() // 1_000_000, by.name, by.source, action, target, text),
+    )
+
+
+async def ls(
+    database: Database,
+    *,
+    since: int = 0,
+    target: str | None = None,
+    after: int | None = None,
+    limit: int = 100,
+) -> list[Entry]:
+    """The newest `limit` entries since then (and older than entry `after`), newest first."""
+    rows = await database.scan(
+        "SELECT id, at, actor, source, action, target, detail FROM audit"
+        " WHERE at >= ?1 AND (?2 IS NULL OR target = ?2) AND (?3 IS NULL OR id < ?3)"
+        " ORDER BY id DESC LIMIT ?4",
+        (since, target, after, limit),
+    )
+    return [_entry(row) for row in rows]
+
+
+def _entry(row: Row) -> Entry:
+    return Entry(**{**dict(row), "detail": msgspec.json.decode(row["detail"])})

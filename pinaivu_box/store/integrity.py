@@ -1,0 +1,71 @@
+"""Looks at a database file without changing it: is it ours, whole, and not too new?
+
+Synchronous and apart from `Database`, which migrates what it opens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+
+from pinaivu_box.errors import CliError
+from pinaivu_box.store.migrations import APPLICATION_ID, SCHEMA_VERSION
+
+_BUSY_SECONDS = 15.0
+
+
+@contextlib.contextmanager
+def reading(path: Path, *, alone: bool = False) -> Iterator[sqlite3.Connection]:
+    """A read-only connection.  `alone` says that nobody else has the file: SQLite then makes no
+    files beside it.  Raises sqlite3.Error."""
+    address = path.absolute().as_uri() + ("?immutable=1" if alone else "?mode=ro")
+    with contextlib.closing(
+        sqlite3.connect(address, uri=True, timeout=_BUSY_SECONDS, isolation_level=None)
+    ) as connection:
+        yield connection
+
+
+def check(path: Path, name: str, *, alone: bool = False) -> int:
+    """The schema's version, if all is well.  Raises CliError, in which the file is called `name`.
+
+    Reads the whole file.
+    """
+    try:
+        with reading(path, alone=alone) as connection:
+            version = _version(connection, name)
+            found = [row[0] for row in connection.execute("PRAGMA integrity_check(10)")]
+            strays = connection.execute("PRAGMA foreign_key_check").fetchmany(10)
+    except sqlite3.Error as error:
+        raise CliError(f"{name} is damaged or cannot be read: {error}.") from error
+    if found != ["ok"]:
+        # The first is sometimes a heading of several lines.
+        words = " ".join(" ".join(found).split())
+        raise CliError(f"{name} is damaged: {words[:200]}.")
+    if strays:
+        raise CliError(
+            f"{name} is damaged: a row of {strays[0][0]} refers to none in {strays[0][2]}."
+        )
+    return version
+
+
+def _version(connection: sqlite3.Connection, name: str) -> int:
+    (application,) = connection.execute("PRAGMA application_id").fetchone()
+    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    if application != APPLICATION_ID:
+        raise CliError(f"{name} is no database of Pinaivu Box.")
+    if version > SCHEMA_VERSION:
+        raise CliError(
+            f"{name} was written by a newer Pinaivu Box (schema {version}, this program knows "
+            f"{SCHEMA_VERSION}): update the program."
+        )
+    return int(version)
+
+
+def copy(source: Path, target: Path) -> None:
+    """A consistent copy while others write.  Raises sqlite3.Error."""
+    with reading(source) as old, contextlib.closing(sqlite3.connect(target)) as new:
+        # All pages in one step: that is one snapshot, and in WAL mode writers do not wait for it.
+        # A copy in several steps begins again with each commit of another process.
+        old.backup(new)

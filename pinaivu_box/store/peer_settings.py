@@ -1,0 +1,87 @@
+"""What the operator has set for single peers: names, and limits before those of [peering.serve]."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta, Struct
+
+from pinaivu_box import amount
+from pinaivu_box.config import HOURS
+from pinaivu_box.store.audit import Actor, record
+from pinaivu_box.store.database import Database, Row
+
+
+class PeerLimits(Struct, frozen=True, forbid_unknown_fields=True):
+    """What a peer may ask of us; None is what `[peering.serve]` says.  `tokens_per_minute` 0, and
+    an empty `credit_limit` (decimal text) or `hours`, are no limit.  `blocked`: why."""
+
+    max_parallel: Annotated[int, Meta(ge=1, le=2**31)] | None = None
+    tokens_per_minute: Annotated[int, Meta(ge=0, le=2**53)] | None = None
+    credit_limit: str | None = None
+    models: tuple[Annotated[str, Meta(min_length=1, max_length=128)], ...] | None = None
+    hours: str | None = None
+    blocked: Annotated[str, Meta(min_length=1, max_length=200)] | None = None
+
+
+class PeerSettings(Struct, frozen=True):
+    """`name` "": as its certificate calls it."""
+
+    name: str = ""
+    limits: PeerLimits = PeerLimits()
+
+
+async def get(database: Database, node_id: str) -> PeerSettings:
+    """For each request of a peer."""
+    rows = await database.read(f"{_SELECT} WHERE node_id = ?", (node_id,))
+    return _settings(rows[0]) if rows else PeerSettings()
+
+
+async def ls(database: Database) -> dict[str, PeerSettings]:
+    """By node id."""
+    return {row["node_id"]: _settings(row) for row in await database.scan(_SELECT)}
+
+
+async def edit(
+    database: Database,
+    node_id: str,
+    by: Actor,
+    *,
+    name: str | None = None,
+    limits: dict[str, Any],
+) -> PeerSettings:
+    """Change what is given; None puts a limit back to that of `[peering.serve]`.
+
+    Raises msgspec.ValidationError, ValueError in one sentence.
+    """
+    check(msgspec.convert(limits, PeerLimits))
+    patch = msgspec.json.encode(limits).decode()
+    await database.write(
+        # Merged in the database: of two who change different limits at once, neither loses.
+        (
+            "INSERT INTO peers (node_id, name, policy) VALUES (?1, ?2, json_patch('{}', ?3))"
+            " ON CONFLICT DO UPDATE SET name = coalesce(?4, name), policy = json_patch(policy, ?3)",
+            (node_id, name or "", patch, name),
+        ),
+        record(by, "peer.edit", node_id, **({} if name is None else {"name": name}), **limits),
+    )
+    return await get(database, node_id)
+
+
+def check(limits: PeerLimits) -> None:
+    """What its types do not say.  Raises ValueError."""
+    if limits.hours and not HOURS.fullmatch(limits.hours):
+        raise ValueError(f"hours: '{limits.hours}' is not like 18:00-08:00")
+    if limits.credit_limit:
+        try:
+            amount.parse(limits.credit_limit)
+        except ValueError as error:
+            raise ValueError(f"credit_limit: {error}") from None
+
+
+_SELECT = "SELECT node_id, name, policy FROM peers"
+
+
+def _settings(row: Row) -> PeerSettings:
+    return PeerSettings(row["name"], msgspec.json.decode(row["policy"], type=PeerLimits))

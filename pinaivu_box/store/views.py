@@ -1,0 +1,134 @@
+"""Accounts, keys and the audit trail as the admin API and the commands' --json show them.
+
+Times are RFC 3339 in UTC, amounts decimal text.
+"""
+
+from __future__ import annotations
+
+import time
+from datetime import UTC, datetime
+from typing import Any
+
+import msgspec
+from msgspec import UNSET, Struct, UnsetType
+
+from pinaivu_box.amount import to_text
+from pinaivu_box.policy import Policy
+from pinaivu_box.receipts.receipt import utc_text
+from pinaivu_box.store import audit
+from pinaivu_box.store.accounts import Account, Role
+from pinaivu_box.store.keys import Key
+
+
+class Settings(Policy, frozen=True, omit_defaults=False):
+    """A policy with every setting in it."""
+
+
+class AccountView(Struct, frozen=True):
+    """`keys` are those that are not revoked."""
+
+    id: str
+    name: str
+    role: Role
+    has_password: bool
+    keys: int
+    created_at: str
+    request_id: str | UnsetType = UNSET
+
+
+class KeyView(Struct, frozen=True):
+    """`old_until`: till then the secret before the last rotation works too.  `spent` is of the
+    budget, in its present period."""
+
+    id: str
+    account: str
+    name: str
+    prefix: str
+    last_four: str
+    admin: bool
+    state: str
+    blocked: str | None
+    policy: Settings
+    created_at: str
+    expires_at: str | None
+    revoked_at: str | None
+    old_until: str | None
+    last_used_at: str | None
+    requests: int
+    tokens: int
+    amount: str
+    spent: str | None
+    stopped: int | UnsetType = UNSET  # running requests, if that was asked for
+    request_id: str | UnsetType = UNSET
+
+
+class NewKey(KeyView, frozen=True, kw_only=True):
+    """`key` is the secret: it is shown only now."""
+
+    key: str
+
+
+class AuditEntry(Struct, frozen=True):
+    """Who (`actor`: a key's id, or cli:USER) did what from where; `detail` says what was set."""
+
+    id: int
+    at: str
+    actor: str
+    source: str
+    action: str
+    target: str
+    detail: dict[str, Any]
+
+
+def account_view(account: Account) -> AccountView:
+    fields = msgspec.structs.asdict(account)
+    return AccountView(**{**fields, "created_at": _text(account.created_at)})
+
+
+def key_view(key: Key) -> KeyView:
+    return KeyView(**_fields(key))
+
+
+def new_key_view(key: Key, secret: str) -> NewKey:
+    return NewKey(**_fields(key), key=secret)
+
+
+def audit_view(entry: audit.Entry) -> AuditEntry:
+    return AuditEntry(**{**msgspec.structs.asdict(entry), "at": _text(entry.at)})
+
+
+def parse_time(text: str) -> int:
+    """A date, or a date and time (UTC unless it says otherwise), as Unix milliseconds.
+
+    Raises ValueError.
+    """
+    try:
+        moment = datetime.fromisoformat(text)
+        moment = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+        return round(moment.timestamp() * 1000)
+    except (ValueError, OverflowError):
+        raise ValueError(
+            f"'{text[:40]}' is no time: write it as 2026-11-01 or 2026-11-01T12:00:00Z"
+        ) from None
+
+
+def _fields(key: Key) -> dict[str, Any]:
+    now = time.time_ns() // 1_000_000
+    fields = {name: getattr(key, name) for name in KeyView.__struct_fields__ if hasattr(key, name)}
+    for name in ("created_at", "expires_at", "revoked_at", "old_until", "last_used_at"):
+        fields[name] = _text(fields[name])
+    budget, spent = key.policy.budget, None
+    if budget is not None:
+        began, _ = budget.window(key.created_at, now)
+        spent = to_text(key.spent if key.spent_since >= began else 0)
+    return {
+        **fields,
+        "state": key.state(now),
+        "policy": Settings(**msgspec.structs.asdict(key.policy)),
+        "amount": to_text(key.amount),
+        "spent": spent,
+    }
+
+
+def _text(milliseconds: int | None) -> str | None:
+    return None if milliseconds is None else utc_text(milliseconds / 1000)

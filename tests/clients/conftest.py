@@ -1,0 +1,36 @@
+"""OpenAI's package for Node, installed once."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+
+@dataclass(frozen=True)
+class Node:
+    """Scripts in `folder` find the package."""
+
+    program: str
+    folder: Path
+
+
+@pytest.fixture(scope="session")
+def node(tmp_path_factory: pytest.TempPathFactory) -> Node:
+    program, npm = shutil.which("node"), shutil.which("npm")
+    if not program or not npm:
+        pytest.skip("node is not installed")
+    folder = tmp_path_factory.mktemp("node")
+    done = subprocess.run(
+        [npm, "install", "--no-audit", "--no-fund", "openai"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    if done.returncode != 0:
+        pytest.skip(f"npm cannot install openai here: {done.stderr[-200:]}")
+    return Node(program, folder)

@@ -1,0 +1,134 @@
+"""Grammars compile beside everything else; what comes after them waits for nothing.
+
+The grammars here are ready when the test says so: nothing depends on time.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from pinaivu_box.engine import arrivals, engine, grammar
+from pinaivu_box.engine.arrivals import Arrivals
+from pinaivu_box.engine.embeddings import Embedding
+from pinaivu_box.engine.fake_runner import FakeRunner
+from pinaivu_box.engine.intake import Arrival, Intake
+from pinaivu_box.engine.messages import Cancel, Constraint, Embed, Refused, Tokenize
+from pinaivu_box.engine.output import Output
+from pinaivu_box.engine.sequence import Sequence
+from tests.engine.harness import add, load
+
+PATIENCE = 60  # seconds until a test gives up; nothing is measured
+LETTERS = Constraint("regex", "[ab]{3}")
+
+
+class Door:
+    """Arrivals whose grammars named in `ready` are held up until those events come."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, threads: int = 1) -> None:
+        monkeypatch.setattr(arrivals, "_THREADS", threads)
+        self.ready: dict[str, threading.Event] = {}
+        self.said: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self.scheduled: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self.runner = FakeRunner(load())
+        intake = Intake(self.runner, drafting=False, context_shift=False)
+        self.take = Arrivals(intake, self.said.put, self.scheduled.put).take
+        make = grammar.Grammars.make
+
+        def held_up(its: Any, constraint: Constraint, *more: Any, **options: Any) -> Any:
+            event = self.ready.get(constraint.text)
+            assert event is None or event.wait(PATIENCE)
+            return make(its, constraint, *more, **options)
+
+        monkeypatch.setattr(grammar.Grammars, "make", held_up)
+
+    def hold(self, constraint: Constraint) -> Callable[[], None]:
+        """Until what it returns is called."""
+        event = self.ready[constraint.text] = threading.Event()
+        return event.set
+
+
+@pytest.fixture
+def door(monkeypatch: pytest.MonkeyPatch) -> Door:
+    return Door(monkeypatch)
+
+
+def name_of(item: Any) -> str:
+    return item.admitted.id if isinstance(item, Arrival) else item.id
+
+
+def test_nobody_waits_for_another_s_grammar(door: Door) -> None:
+    """Beginnings, embeddings, tokens and cancellations go past it."""
+    release = door.hold(LETTERS)
+    door.take(add("slow", constraint=LETTERS))
+    door.take(add("quick"))
+    door.take(Embed("vectors", ["text"]))
+    door.take(Tokenize(add("tokens", prompt="text")))
+    door.take(Cancel("quick"))
+    assert [name_of(door.said.get_nowait()) for _ in range(4)] == [
+        "slow",
+        "quick",
+        "vectors",
+        "tokens",
+    ]
+    passed = [door.scheduled.get_nowait() for _ in range(3)]
+    assert [type(one) for one in passed] == [Sequence, Embedding, Cancel]
+    assert door.scheduled.empty() and door.said.empty()
+    release()
+    slow = door.scheduled.get(timeout=PATIENCE)
+    assert slow.id == "slow" and slow.grammar.allows(ord("a")) and not slow.grammar.allows(ord("c"))
+    assert door.said.empty()
+
+
+def test_a_small_grammar_passes_a_large_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    door = Door(monkeypatch, threads=2)
+    release = door.hold(LETTERS)
+    door.take(add("large", constraint=LETTERS))
+    door.take(add("small", constraint=Constraint("regex", "[cd]{3}")))
+    assert door.scheduled.get(timeout=PATIENCE).id == "small"
+    release()
+    assert door.scheduled.get(timeout=PATIENCE).id == "large"
+
+
+@pytest.mark.parametrize("constraint", [LETTERS, Constraint("regex", "(?=a)b")])
+@pytest.mark.parametrize("started", [True, False])
+def test_who_is_cancelled_before_its_grammar_is_there_never_runs(
+    door: Door, constraint: Constraint, started: bool
+) -> None:
+    """Nor is it refused: it was cancelled, whether its grammar was begun or not."""
+    before = Constraint("regex", "[xy]")
+    releases = [door.hold(before), door.hold(constraint)]
+    if not started:
+        door.take(add("before", constraint=before))
+    door.take(add("gone", constraint=constraint))
+    door.take(Cancel("gone"))
+    door.take(add("after", constraint=Constraint("regex", "[ab]{9}")))
+    for release in releases:
+        release()
+    driven, output = engine.Engine(door.runner, token_budget=32), Output()
+    arrived = []
+    while "after" not in arrived:
+        item = door.scheduled.get(timeout=PATIENCE)
+        arrived.append(item.id)
+        if isinstance(item, Cancel):
+            driven.end(item.id, "cancelled")
+    assert arrived == (["gone", "after"] if started else ["gone", "before", "after"])
+    while not door.said.empty():
+        item = door.said.get_nowait()
+        assert not isinstance(item, Refused)
+        output.take(item)
+    output.take(driven.step()[1])
+    (delta,) = output.frame().deltas
+    assert (delta.id, delta.finish_reason, delta.tokens) == ("gone", "cancelled", [])
+
+
+def test_a_grammar_that_is_none_is_refused_after_its_prompt_was_read(door: Door) -> None:
+    door.take(add("r", constraint=Constraint("regex", "(?=a)b")))
+    assert isinstance(door.said.get(timeout=PATIENCE), Arrival)
+    refused = door.said.get(timeout=PATIENCE)
+    assert isinstance(refused, Refused) and refused.param == "grammar"
+    assert door.scheduled.empty()

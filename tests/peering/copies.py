@@ -1,0 +1,171 @@
+"""Boxes that give each other made-up model files; `tests.peering.copies SOURCE TARGET DIGEST` is
+a copy in a process of its own, slow enough to be killed in the middle.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import random
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from pinaivu_box.config import Config
+from pinaivu_box.errors import PeeringError
+from pinaivu_box.models import catalog as catalogs
+from pinaivu_box.models.catalog import Catalog
+from pinaivu_box.models.pieces import PIECE_BYTES
+from pinaivu_box.peering import copying
+from pinaivu_box.peering.copying import Copy, Source
+from pinaivu_box.peering.memory_transport import MemoryNetwork, MemoryTransport
+from pinaivu_box.peering.sharing import Sharing
+from pinaivu_box.peering.transport import Link, Stream
+from pinaivu_box.store.database import Database
+from tests.peering.worlds import identity
+
+HEADER = b"GGUF" + (3).to_bytes(4, "little") + bytes(16)  # no tensors, no metadata
+SIZE = 9 * PIECE_BYTES + 12_345
+NAME = "made:up"
+
+
+def made_up(seed: int, size: int = SIZE) -> bytes:
+    return HEADER + random.Random(seed).randbytes(size - len(HEADER))
+
+
+def digest_of(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+class Giver:
+    """A box with models, and what it does with whoever opens a stream."""
+
+    def __init__(self, home: Path, name: str, kind: type[Sharing] = Sharing) -> None:
+        self.folder = home / name / "models"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.name = name
+        self.kind = kind
+        self.shares, self.rate = True, 0.0
+        self.links: list[Link] = []
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def start(self, network: MemoryNetwork) -> None:
+        self.database = Database(self.folder.parent / "pinaivu.db")
+        await self.database.open()
+        self.sharing = self.kind(self.shared, self.database, lambda: self.rate)
+        self.transport = MemoryTransport(network, identity().node_id)
+        self.source = Source(self.transport.node_id, self.name)
+        self._spawn(self._accept())
+
+    async def shared(self, _peer: str) -> Catalog | str:
+        if not self.shares:
+            return "this box does not share its models with yours"
+        return catalogs.load(Config(), self.folder.parent)
+
+    def _spawn(self, work: Any) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _accept(self) -> None:
+        with suppress(PeeringError):
+            while True:
+                link = await self.transport.accept()
+                self.links.append(link)
+                self._spawn(self._serve(link))
+
+    async def _serve(self, link: Link) -> None:
+        with suppress(PeeringError):
+            while True:
+                self._spawn(self._talk(link, await link.accept()))
+
+    async def _talk(self, link: Link, stream: Stream) -> None:
+        with suppress(PeeringError):
+            await self.sharing.serve(link.peer, stream)
+
+    async def leave(self) -> None:
+        await self.transport.close()
+
+    async def end(self) -> None:
+        await self.transport.close()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.database.close()
+
+
+class World:
+    """Some givers and a box that takes; `open` as the network's, without the frame before."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        self.network = MemoryNetwork()
+        self.ours = MemoryTransport(self.network, identity().node_id)
+        self.givers: list[Giver] = []
+        self.target = home / "ours" / "models" / f"{NAME}.gguf"
+        self._links: dict[str, Link] = {}
+
+    async def giver(
+        self, data: bytes | None, kind: type[Sharing] = Sharing, name: str = ""
+    ) -> Giver:
+        made = Giver(self.home, name or f"box{len(self.givers) + 1}", kind)
+        if data is not None:
+            (made.folder / f"{NAME}.gguf").write_bytes(data)
+        await made.start(self.network)
+        self.givers.append(made)
+        return made
+
+    @property
+    def sources(self) -> list[Source]:
+        return [giver.source for giver in self.givers]
+
+    async def open(self, peer: str) -> Stream:
+        if peer not in self._links:
+            addresses = next(
+                giver.transport.addresses()
+                for giver in self.givers
+                if giver.transport.node_id == peer
+            )
+            self._links[peer] = await self.ours.connect(peer, addresses, 5)
+        try:
+            return await self._links[peer].open()
+        except PeeringError:
+            del self._links[peer]
+            raise
+
+    async def find(self, model: str = NAME, digest: str = "") -> dict[Source, Any]:
+        return (await copying.find(self.open, self.sources, model, digest))[0]
+
+    async def copy(self, digest: str = "") -> Copy:
+        made = Copy(self.open, await self.find(digest=digest), self.target)
+        await made.run()
+        return made
+
+    @property
+    def partial(self) -> Path:
+        (found,) = (self.target.parent / ".partial").iterdir()
+        return found
+
+    async def end(self) -> None:
+        await self.ours.close()
+        for giver in self.givers:
+            await giver.end()
+
+
+class Slow(Sharing):
+    async def _give(self, stream: Stream, model: Any, number: int) -> None:
+        await asyncio.sleep(0.1)
+        await super()._give(stream, model, number)
+
+
+async def main(source: str, home: str, digest: str) -> None:
+    world = World(Path(home))
+    giver = Giver(Path(source), "source", Slow)
+    await giver.start(world.network)
+    world.givers.append(giver)
+    await world.copy(digest)
+
+
+if __name__ == "__main__":
+    asyncio.run(main(*sys.argv[1:]))

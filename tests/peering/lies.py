@@ -1,0 +1,138 @@
+"""What a serving member can say that is not so, and how its reputation puts it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from msgspec.structs import replace
+
+from pinaivu_box.identity import Identity
+from pinaivu_box.peering import work
+from pinaivu_box.peering.transport import Stream
+from pinaivu_box.receipts.receipt import PROOF_DOMAIN, EngineInfo, Price
+from tests.peering.company import Lie
+from tests.peering.people import person
+
+OTHER = person(77)  # somebody else's key
+NAN = float("nan")
+ELSE = "ab" * 32
+
+
+def about(**changes: Any) -> Lie:
+    """A proof that it signs itself, about something else."""
+    return Lie(proof=lambda proof: replace(proof, **changes))
+
+
+def counts(name: str, more: int) -> Lie:
+    return Lie(proof=lambda proof: replace(proof, **{name: getattr(proof, name) + more}))
+
+
+def signed_by(identity: Identity) -> Lie:
+    def again(proved: work.Proved) -> work.Proved:
+        return work.Proved(proved.signed, identity.sign(PROOF_DOMAIN, proved.signed.encode()).hex())
+
+    return Lie(proved=again)
+
+
+def text_of_proof(change: Any) -> Lie:
+    """Signed by itself, whatever it is."""
+
+    def again(proved: work.Proved) -> work.Proved:
+        signed = change(proved.signed)
+        identity = person(66)
+        return work.Proved(signed, identity.sign(PROOF_DOMAIN, signed.encode()).hex())
+
+    return Lie(proved=again)
+
+
+def began(**changes: Any) -> Lie:
+    return Lie(began=lambda one: replace(one, **changes))
+
+
+def nan(one: work.Began) -> work.Began:
+    return replace(one, sampling=replace(one.sampling, temperature=NAN))
+
+
+def last(**changes: Any) -> Lie:
+    return Lie(last=lambda one: replace(one, outputs=[replace(one.outputs[0], **changes)]))
+
+
+def first(**changes: Any) -> Lie:
+    return Lie(first=lambda one: replace(one, outputs=[replace(one.outputs[0], **changes)]))
+
+
+def dearer(*prices: str, currency: str = "credits") -> Lie:
+    return about(price=Price(currency, *prices))
+
+
+NO = work.Refused("x", "I\x1b[2J\n\nwill not", other=True)
+FAULT = work.Refused("invalid_body", "so there")
+LOGPROB = work.TokenLogprob(b"a", -1.0, [])
+# What it does, and how its reputation puts it.
+LIES: dict[str, tuple[Lie, str]] = {
+    "a proof that somebody else signed": (signed_by(OTHER), "signature of its proof"),
+    "a signature that is none": (
+        Lie(proved=lambda p: replace(p, signature="0" * 128)), "signature of its proof"
+    ),
+    "tokens that were not made": (counts("completion_tokens", 1), "another completion_tokens"),
+    "fewer tokens than it made": (counts("completion_tokens", -1), "another completion_tokens"),
+    "a longer prompt": (counts("prompt_tokens", 1000), "another prompt_tokens"),
+    "a prompt that was cached": (counts("cached_tokens", 3), "another cached_tokens"),
+    "a negative count": (about(shifted_tokens=-5), "another shifted_tokens"),
+    "another prompt": (about(prompt_commitment=ELSE), "another prompt_commitment"),
+    "another output": (about(output_commitment=ELSE), "another output_commitment"),
+    "another request": (about(request_id="req_" + "1" * 26), "another request_id"),
+    "another leg": (counts("leg", 1), "another leg"),
+    "another choice": (counts("choice", 1), "another choice"),
+    "another model": (about(model="fake:2"), "another model"),
+    "a queue without end": (first(queue_ms=float("inf")), "not what was expected"),
+    "more in its cache than there is": (first(cached_tokens=2**30), "more tokens than there are"),
+    "another file in the proof": (about(model_digest=ELSE), "another model_digest"),
+    "another server": (about(node_id=OTHER.node_id), "another node_id"),
+    "another engine": (about(engine=EngineInfo("better", "H100")), "another engine"),
+    "another seed in the proof": (about(sampling={"seed": "8"}), "another sampling"),
+    "another end": (about(finish_reason="stop"), "another finish_reason"),
+    "a witness of its own": (about(witness=OTHER.node_id), "another witness"),
+    "a mark in its proof": (about(mark="ab" * 64), "another mark"),
+    "another version": (about(v=2), "another v"),
+    "a higher price": (dearer("0.001", "0.001", "0.002"), "more than it offered"),
+    "another currency": (dearer("0", "0", "0", currency="gold"), "more than it offered"),
+    "a price that is none": (dearer("x", "0", "0"), "a price in its proof"),
+    "spaces in its proof": (text_of_proof(lambda t: t.replace(",", ", ")), "canonically"),
+    "one more field": (text_of_proof(lambda t: t[:-1] + ',"z":1}'), "canonically"),
+    "no proof in the proof": (text_of_proof(lambda t: "[]"), "its proof is none"),
+    "a proof nested too deeply": (text_of_proof(lambda t: "[" * 90_000), "its proof is none"),
+    "no proof at all": (Lie(proved=lambda _: None), "it gave no proof"),
+    "two proofs": (Lie(proved=lambda p: [p, p]), "out of turn"),
+    "another file": (began(digest=ELSE), "another file"),
+    "another seed": (Lie(sampling={"seed": 8}), "draws otherwise"),
+    "a penalty": (Lie(sampling={"presence_penalty": 1.0}), "draws otherwise"),
+    "a bias": (Lie(sampling={"logit_bias": {"5": 100.0}}), "draws otherwise"),
+    "a temperature that is none": (Lie(sampling={"temperature": 9.0}), "draws otherwise"),
+    "a temperature that is no number": (Lie(began=nan), "draws otherwise"),
+    "a top-k that is none": (Lie(sampling={"top_k": -1}), "draws otherwise"),
+    "a way of writing calls that is none": (began(tool_style="runes"), "tool"),
+    "two beginnings": (Lie(began=lambda one: [one, one]), "out of turn"),
+    "no beginning": (Lie(began=lambda _: None), "out of turn"),
+    "two prompts": (Lie(read=lambda one: [one, one]), "out of turn"),
+    "no prompt": (Lie(read=lambda _: None), "out of turn"),
+    "a prompt without end": (Lie(read=lambda one: replace(one, tokens=[1] * 100_000)), "prompt"),
+    "a mark of nothing": (Lie(mark=lambda _: "00" * 64), "mark"),
+    "an output that is empty": (Lie(first=lambda one: replace(one, outputs=[])), "out of turn"),
+    "more tokens than were asked for": (Lie(count=21), "more tokens"),
+    "much more text than tokens": (Lie(text=lambda text: text + "a" * 100_000), "text"),
+    "an end that is none": (last(finish_reason="because"), "ended"),
+    "an end that nobody wanted": (Lie(reason="cancelled"), "cancelled"),
+    "it goes on after the end": (first(finish_reason="length"), "proof"),
+    "an end within": (Lie(last=lambda one: replace(one, outputs=one.outputs * 2)), "after the end"),
+    "a stop string that nobody gave": (last(stop_string="secret"), "stop"),
+    "log-probabilities that nobody wanted": (first(logprobs=[LOGPROB]), "log-prob"),
+    "vectors that nobody wanted": (first(vectors=[b"1234"]), "vectors"),
+    "it gives up in the middle": (Lie(last=lambda _: NO), "gave up: I"),
+    "it finds fault in the middle": (Lie(last=lambda _: FAULT), "so there"),
+}  # fmt: skip
+
+
+async def ends(peer: str, stream: Stream) -> None:
+    await work.receive(stream, work.to_serving)
+    await stream.finish()

@@ -1,0 +1,96 @@
+"""Boxes with keys, and what they sign, for the tests of this folder."""
+
+from __future__ import annotations
+
+import hashlib
+from functools import partial
+
+from hypothesis import HealthCheck, settings
+from nacl.signing import SigningKey
+
+from pinaivu_box.identity import Identity
+from pinaivu_box.peering.advert import Advert, Gone, Offer
+from pinaivu_box.peering.membership import Certificate, Revocation
+from pinaivu_box.peering.roster import Roster
+from pinaivu_box.peering.signed import Record, key_of, network_key, network_of, seal
+
+# The same examples in every run, however slow the machine.
+examples = partial(
+    settings, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
+NOW = 1_800_000_000.0  # Unix seconds
+
+
+def person(number: int) -> Identity:
+    return Identity(SigningKey(hashlib.sha256(b"%d" % number).digest()))
+
+
+PEOPLE = [person(number) for number in range(8)]
+FOUNDER = PEOPLE[0]
+NETWORK = network_of(FOUNDER.node_id, b"\0\1\2\3")
+ELSEWHERE = network_of(FOUNDER.node_id, b"\3\2\1\0")
+
+
+def certificate(
+    inviter: Identity,
+    node: Identity,
+    *,
+    name: str = "box",
+    serial: int = 1,
+    admin: bool = False,
+    epoch: int = 0,
+    network: str = NETWORK,
+    at: float = NOW,
+    signed_by: Identity | None = None,
+) -> Record:
+    made = Certificate(
+        network_key(network), key_of(node.node_id), key_of(inviter.node_id), name,
+        round(at * 1000), serial, admin, epoch,
+    )  # fmt: skip
+    return seal(signed_by or inviter, "member", made)
+
+
+def revocation(
+    signer: Identity, node: Identity, *, epoch: int = 0, signed_by: Identity | None = None
+) -> Record:
+    made = Revocation(
+        network_key(NETWORK), key_of(node.node_id), key_of(signer.node_id), 0, "lost", epoch
+    )
+    return seal(signed_by or signer, "revocation", made)
+
+
+def roster(*records: Record) -> Roster:
+    made = Roster(NETWORK)
+    made.admit(records)
+    return made
+
+
+def offer(model: str = "m:1", **changes: object) -> Offer:
+    values: dict[str, object] = {
+        "id": model, "digest": hashlib.sha256(model.encode()).digest(), "sequences": 4,
+        "sequences_free": 4, "kv_free": 16384, "queue": 0, "ttft_ms": 120, "tokens_per_s": 60,
+        "prices": ("0.001", "0.0005", "0.002"),
+    }  # fmt: skip
+    return Offer(**(values | changes))  # type: ignore[arg-type]
+
+
+def advert(
+    of: Identity,
+    serial: int,
+    *,
+    at: float = NOW,
+    life: int = 15,
+    network: str = NETWORK,
+    models: tuple[Offer, ...] = (),
+    signed_by: Identity | None = None,
+) -> tuple[Advert, Record]:
+    made = Advert(
+        network_key(network), key_of(of.node_id), serial, round(at * 1000), life, "1.0",
+        ("192.168.1.5:4002",), "credits", models or (offer(),),
+    )  # fmt: skip
+    return made, seal(signed_by or of, "advert", made)
+
+
+def gone(reporter: Identity, node: Identity, serial: int) -> tuple[Gone, Record]:
+    made = Gone(network_key(NETWORK), key_of(node.node_id), serial, key_of(reporter.node_id))
+    return made, seal(reporter, "gone", made)

@@ -1,0 +1,360 @@
+"""Gossip among a few boxes: frames are carried by hand, time passes when the test says so."""
+
+from __future__ import annotations
+
+from collections import deque
+from contextlib import suppress
+from itertools import pairwise
+from random import Random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from msgspec import msgpack
+from msgspec.structs import replace
+
+from pinaivu_box.identity import Identity
+from pinaivu_box.peering import neighbours
+from pinaivu_box.peering.advert import gone_id
+from pinaivu_box.peering.asking import Asking
+from pinaivu_box.peering.gossip import Facts, Gossip
+from pinaivu_box.peering.gossip_wire import (
+    MAX_GIVE_BYTES,
+    MAX_IDS,
+    Digest,
+    Give,
+    Given,
+    Have,
+    Want,
+    batches,
+    decode,
+    encode,
+)
+from pinaivu_box.peering.signed import Invalid, Record, key_of
+from tests.peering.people import (
+    FOUNDER,
+    NOW,
+    PEOPLE,
+    advert,
+    certificate,
+    examples,
+    gone,
+    offer,
+    person,
+    revocation,
+    roster,
+)
+
+FACTS = Facts("1.0", ("a:1",), "credits", (offer(),))
+
+
+class Carried:
+    """One box's effects: frames wait in the net, cuts are done at once."""
+
+    def __init__(self, net: Net, me: str) -> None:
+        self.net, self.me = net, me
+
+    def send(self, peer: str, frame: bytes) -> None:
+        self.net.waiting.append((self.me, peer, frame))
+
+    def cut(self, peer: str, why: str) -> None:
+        self.net.cuts.append((self.me, peer, why))
+        if other := self.net.boxes.get(peer):
+            other.unlinked(self.me, lost=False)
+
+    def changed(self) -> None:
+        self.net.changes += 1
+
+
+class Net:
+    def __init__(self) -> None:
+        self.now, self.changes = 1000.0, 0
+        self.boxes: dict[str, Gossip] = {}
+        self.waiting: deque[tuple[str, str, bytes]] = deque()
+        self.sent: list[tuple[str, str, bytes]] = []
+        self.cuts: list[tuple[str, str, str]] = []
+
+    def box(self, identity: Identity, *records: Record, wall: float = NOW) -> Gossip:
+        me = identity.node_id
+        made = Gossip(
+            identity, roster(*records), Carried(self, me), clock=lambda: self.now,
+            wall=lambda: wall + self.now, random=Random(me),
+        )  # fmt: skip
+        made.facts = FACTS
+        self.boxes[me] = made
+        return made
+
+    def link(self, one: Gossip, other: Gossip) -> None:
+        one.linked(other.me)
+        other.linked(one.me)
+        self.settle()
+
+    def settle(self, lose: bool = False) -> None:
+        while self.waiting:
+            source, target, frame = self.waiting.popleft()
+            self.sent.append((source, target, frame))
+            if not lose and target in self.boxes:
+                self.boxes[target].received(source, frame)
+
+    def run(self, seconds: int) -> None:
+        for _ in range(seconds):
+            self.now += 1.0
+            for box in list(self.boxes.values()):
+                box.tick()
+            self.settle()
+
+
+def chain(count: int) -> tuple[Net, list[Gossip]]:
+    """Boxes in a row, each linked with the next, all members."""
+    net = Net()
+    records = [certificate(FOUNDER, one, name="n") for one in PEOPLE[1:count]]
+    row = [net.box(one, *records) for one in PEOPLE[:count]]
+    for one, other in pairwise(row):
+        net.link(one, other)
+    net.run(2 * count)
+    return net, row
+
+
+def heard(box: Gossip) -> set[str]:
+    return {held.advert.node_id for held in box.adverts.fresh(box._clock())}
+
+
+def test_everybody_hears_everybody_along_a_chain() -> None:
+    net, row = chain(6)
+    for box in row:
+        assert heard(box) == {one.me for one in row}
+    net.run(60)
+    for box in row:
+        assert heard(box) == {one.me for one in row}
+    assert not net.cuts
+
+
+def test_a_newcomer_shows_its_certificate_and_is_known_to_all() -> None:
+    net, row = chain(4)
+    new = PEOPLE[6]
+    made = row[0].roster.certify(FOUNDER, new.node_id, "new", NOW)
+    # Not even told: it carries the certificate itself, to a box that its inviter has no link with.
+    box = net.box(new, made)
+    net.link(box, row[3])
+    assert all(new.node_id in one.roster.members() for one in row)
+    assert len(box.roster) == len(row[0].roster)
+    net.run(6)
+    assert heard(box) == {one.me for one in row} | {new.node_id}
+    assert heard(row[0]) == heard(box)
+    assert not net.cuts
+
+
+def test_a_revoked_box_is_cut_off_by_all_and_stays_out() -> None:
+    net, row = chain(5)
+    out = row[2]
+    row[0].tell([row[0].roster.revoke(FOUNDER, out.me, NOW, "sold")])
+    net.settle()
+    assert row[1].me not in out.links and out.me not in row[1].links
+    assert (row[1].me, out.me) in [cut[:2] for cut in net.cuts]
+    assert "revoked it (sold)" in net.cuts[0][2]
+    net.link(row[3], row[1])  # round it: the rest learns
+    net.run(12)
+    assert not out.links
+    assert all(out.me not in one.roster.members() for one in (row[0], row[1], row[3], row[4]))
+    net.link(out, row[4])
+    net.run(7)
+    assert out.me not in row[4].links
+    assert out.me not in heard(row[4])
+
+
+def test_a_stranger_is_told_nothing_and_cut_after_a_while() -> None:
+    net, row = chain(2)
+    stranger = net.box(PEOPLE[7])
+    net.sent.clear()
+    net.link(stranger, row[1])
+    row[1].received(stranger.me, encode(Digest(b"0" * 16)))
+    row[1].received(stranger.me, encode(Want(news=b"".join(row[1].adverts.ids()))))
+    net.settle()
+    told = [decode(frame) for source, target, frame in net.sent if target == stranger.me]
+    # It gets the certificates of whom it called, and no adverts, digests or other members.
+    assert all(isinstance(one, Give) and len(one.records) == 1 for one in told)
+    net.run(7)
+    assert (row[1].me, stranger.me, "no member has certified it") in net.cuts
+
+
+@pytest.mark.parametrize(
+    ("frame", "why"),
+    [
+        (b"", "a frame that is none"),
+        (b"\xff" * 100, "a frame that is none"),
+        (b"\x91" * 100_000, "a frame that is none"),
+        (encode(Have(news=b"1234567")), "half an id"),
+        (msgpack.encode(["have", b"", b"1" * 8 * (MAX_IDS + 1)]), "a frame that is none"),
+        (encode(Give((Given(certificate(FOUNDER, PEOPLE[5], signed_by=PEOPLE[1])),))), "signature"),
+        (encode(Give((Given(advert(PEOPLE[1], 1, signed_by=PEOPLE[2])[1]),))), "signature"),
+        (encode(Give((Given(advert(PEOPLE[1], 1, network="net_" + "0" * 72)[1]),))), "network"),
+    ],
+)
+def test_what_no_honest_box_sends_ends_the_link(frame: bytes, why: str) -> None:
+    net, (one, other) = chain(2)
+    one.received(other.me, frame)
+    assert other.me not in one.links and why in net.cuts[0][2]
+
+
+@examples(max_examples=100)
+@given(st.binary(max_size=300))
+def test_garbage_is_invalid_and_nothing_else(frame: bytes) -> None:
+    with suppress(Invalid):
+        decode(frame)
+
+
+def test_who_sends_too_much_is_cut() -> None:
+    net, (one, other) = chain(2)
+    frame = encode(Have(news=b"12345678" * MAX_IDS))
+    for _ in range(300):
+        one.received(other.me, frame)
+    assert net.cuts[0] == (one.me, other.me, "it sends too much")
+
+
+def test_one_link_cannot_make_us_remember_without_end() -> None:
+    asking = Asking()
+    took = sum(
+        asking.offered("a", number.to_bytes(8, "big"), 0.0) for number in range(10 * MAX_IDS)
+    )
+    assert took == MAX_IDS and len(asking._open) == MAX_IDS
+    assert asking.offered("b", b"another!", 0.0)
+
+
+def test_who_does_not_answer_is_not_waited_for() -> None:
+    asking = Asking()
+    assert asking.offered("a", b"1", 0.0)
+    assert not asking.offered("b", b"1", 0.1) and not asking.offered("c", b"1", 0.2)
+    assert asking.again(2.9, {"a", "b", "c"}) == {}
+    assert asking.again(3.1, {"a", "c"}) == {"c": [b"1"]}  # b's link is gone
+    assert list(asking.answered(b"1")) == []
+    asking.offered("a", b"2", 10.0)
+    assert asking.again(20.0, {"a"}) == {} and not asking._open and not asking._of
+
+
+def test_what_was_lost_on_the_way_is_found_by_comparing() -> None:
+    net, row = chain(3)
+    row[0].tell([row[0].roster.certify(FOUNDER, person(50).node_id, "x", NOW)])
+    net.settle(lose=True)
+    assert len(row[1].roster) < len(row[0].roster)
+    net.run(25)
+    assert len({one.roster.digest() for one in row}) == 1
+
+
+def test_records_of_unknown_signers_wait_for_their_certificate() -> None:
+    net, row = chain(2)
+    early = certificate(PEOPLE[5], PEOPLE[6])
+    row[1].received(row[0].me, encode(Give((Given(early),))))
+    assert not net.cuts and len(row[1].roster) == 1
+    row[1].received(row[0].me, encode(Give((Given(early), Given(certificate(FOUNDER, PEOPLE[5]))))))
+    assert PEOPLE[6].node_id in row[1].roster.members()
+
+
+def test_changes_are_told_at_once_and_not_without_end() -> None:
+    net, row = chain(2)
+    row[0].add([certificate(FOUNDER, person(200 + number)) for number in range(98)])
+    net.settle()
+    net.run(20)
+    serials = set()
+    for number in range(100):
+        row[0].facts = replace(FACTS, draining=number % 2 > 0)
+        net.run(1)
+        serials.add(row[0]._serial)
+    assert 20 <= len(serials) <= 30  # a change a second, but 100 boxes are to speak every 4 s
+    row[0].facts = replace(FACTS, draining=False)
+    net.run(20)
+    row[0].facts = replace(FACTS, draining=True)
+    net.run(1)
+    held = row[1].adverts.get(row[0].me)
+    assert held is not None and held.advert.draining
+
+
+def test_a_small_move_of_load_is_no_news() -> None:
+    assert FACTS.gist() == replace(FACTS, models=(offer(sequences_free=3),)).gist()
+    assert FACTS.gist() != replace(FACTS, models=(offer(sequences_free=0),)).gist()
+
+
+def test_a_broken_link_is_told_and_a_box_that_lives_says_so() -> None:
+    net, row = chain(4)
+    middle = row[2]
+    for other in (row[1], row[3]):
+        other.unlinked(middle.me, lost=True)
+    net.boxes.pop(middle.me)
+    net.run(3)
+    assert row[0].adverts.gone(middle.me)
+    # It was only its links; it comes back.
+    net.boxes[middle.me] = middle
+    for other in (row[1], row[3]):
+        middle.unlinked(other.me, lost=False)
+    net.link(middle, row[3])
+    net.link(middle, row[1])
+    net.run(6)
+    assert not row[0].adverts.gone(middle.me)
+
+
+def test_a_lie_about_somebody_alive_costs_seconds() -> None:
+    net, row = chain(5)
+    net.run(3)
+    held = row[0].adverts.get(row[3].me)
+    assert held is not None
+    lie = gone(PEOPLE[1], PEOPLE[3], held.advert.serial)[1]
+    row[0].received(row[1].me, encode(Give((Given(lie),))))
+    assert row[0].adverts.gone(row[3].me)
+    row[4].received(row[3].me, encode(Give((Given(lie),))))
+    assert not row[4].adverts.gone(row[3].me)  # it has a link with it and knows better
+    row[3].received(row[4].me, encode(Give((Given(lie),))))
+    net.run(5)
+    assert not row[0].adverts.gone(row[3].me)
+    far = gone(PEOPLE[1], PEOPLE[3], 2**53 - 1)[1]
+    row[3].received(row[4].me, encode(Give((Given(far),))))
+    assert row[3]._serial < 2**53 - 1  # nobody can use up its serials
+
+
+def test_who_lost_all_its_links_blames_nobody() -> None:
+    net, row = chain(3)
+    middle = row[1]
+    for other in (row[0], row[2]):
+        middle.unlinked(other.me, lost=True)
+    middle.tick()
+    net.now += 2
+    middle.tick()
+    serial = middle.adverts.get(row[0].me).advert.serial  # type: ignore[union-attr]
+    assert middle.adverts.find(gone_id(key_of(row[0].me), serial)) is None
+
+
+def test_a_box_whose_clock_went_back_a_day_is_heard_again() -> None:
+    net, row = chain(3)
+    old = row[0]
+    for other in (row[1],):
+        other.unlinked(old.me, lost=False)
+    again = net.box(FOUNDER, *old.roster.records(), wall=NOW - 86400)
+    net.link(again, row[1])
+    net.run(8)
+    held = row[2].adverts.get(again.me)
+    assert held is not None and held.advert.serial == again._serial > old._serial
+    assert held.clock_difference_ms < -86_000_000
+    assert again.me in heard(row[2])
+
+
+def test_records_go_in_frames_that_fit() -> None:
+    record = advert(PEOPLE[1], 1)[1]
+    frames = [encode(frame) for frame in batches([Given(record)] * 3000)]
+    assert sum(len(decode(frame).records) for frame in frames) == 3000  # type: ignore[union-attr]
+    assert len(frames) > 1 and max(map(len, frames)) < 2 * MAX_GIVE_BYTES
+
+
+def test_a_revocation_that_comes_before_its_certificate_counts() -> None:
+    _, row = chain(2)
+    for record in (revocation(FOUNDER, PEOPLE[5]), certificate(FOUNDER, PEOPLE[5])):
+        row[1].received(row[0].me, encode(Give((Given(record),))))
+    assert PEOPLE[5].node_id not in row[1].roster.members() and len(row[1].roster) == 3
+
+
+def test_few_are_all_linked_and_many_keep_a_handful() -> None:
+    few = [f"n{number}" for number in range(neighbours.ALL_LINKED)]
+    many = [f"n{number}" for number in range(1000)]
+    assert neighbours.to_dial("n0", few, ["n1"], 1, Random(1)) == sorted(set(few) - {"n0", "n1"})
+    dialled = neighbours.to_dial("n0", many, ["n1", "n2"], 2, Random(1))
+    assert len(dialled) == neighbours.FEWEST - 2 and not {"n0", "n1", "n2"} & set(dialled)
+    assert neighbours.to_dial("n0", many, [], neighbours.FEWEST, Random(1)) == []
+    assert len(neighbours.to_drop(many, many[:30], 30, Random(1))) == 30 - neighbours.MOST
+    assert neighbours.to_drop(few, few, 30, Random(1)) == []

@@ -1,0 +1,256 @@
+"""A member, or one that was put out, that says in the gossip what is not so."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from msgspec.structs import replace
+
+from pinaivu_box.errors import PeeringError
+from pinaivu_box.identity import Identity
+from pinaivu_box.peering import gossip, joining, wire
+from pinaivu_box.peering.advert import Advert, Gone
+from pinaivu_box.peering.gossip_wire import Give, Given, encode
+from pinaivu_box.peering.membership import Certificate, Revocation
+from pinaivu_box.peering.memory_transport import MemoryTransport
+from pinaivu_box.peering.opening import Open
+from pinaivu_box.peering.reception import Reception
+from pinaivu_box.peering.signed import Record, key_of, network_key, seal
+from pinaivu_box.peering.transport import Link, Stream
+from pinaivu_box.peering.wire import Code
+from tests.peering.company import CHEAP, FAKE, Member, World, company, offering
+from tests.peering.people import offer, person
+from tests.peering.worlds import soon, wait_until
+
+pytestmark = pytest.mark.anyio
+DAY = 86400.0
+ESCAPE = "\x1b[2J"
+
+
+@pytest.fixture(scope="module")
+async def made(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World]:
+    async with company(tmp_path_factory.mktemp("company")) as found:
+        yield found
+
+
+@pytest.fixture
+async def world(made: World, caplog: pytest.LogCaptureFixture) -> AsyncIterator[World]:
+    caplog.set_level(logging.INFO)
+    made.carl.handler = leave
+    yield made
+    for box in (made.anna, made.ben):
+        assert box.network.peer("carl").state == "connected"
+        assert (await box.chat(secret=None)).status_code == 200
+    made.quiet(caplog)
+
+
+async def leave(peer: str, stream: Stream) -> None:
+    stream.abandon()
+
+
+@asynccontextmanager
+async def newcomer(
+    world: World, home: Path, name: str, number: int, clock: Any = time.time
+) -> AsyncIterator[Member]:
+    """A member, for one test."""
+    identity = person(number)
+    transport = MemoryTransport(world.net, identity.node_id, Reception(clock=clock), f"at:{name}")
+    async with Member(identity, transport, home, name) as member:
+        await soon(member.network.join(await world.anna.network.invite()))
+        await wait_until(lambda: world.anna.network.peer(name).state == "connected")
+        yield member
+
+
+def advert(world: World, of: str, by: Identity, **changes: Any) -> Record:
+    serial = round(time.time() * 1000) + 1_000_000
+    made = Advert(
+        network_key(world.network_id), key_of(of), serial, serial, 15, "1.0", (), "credits",
+        (offer(FAKE, prices=CHEAP),),
+    )  # fmt: skip
+    return seal(by, "advert", replace(made, **changes))
+
+
+def tell(member: Member, to: str, *records: Record) -> None:
+    member.network.say(to, encode(Give(tuple(Given(one) for one in records))))
+
+
+async def end_of(member: Member, to: str) -> PeeringError:
+    return await soon(member.network._links.held[to].link.closed())
+
+
+# -- who was put out -----------------------------------------------------------------------------
+
+
+async def test_who_was_put_out_shows_its_certificate_in_vain(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gossip, "_STRANGER_SECONDS", 0.1)
+    async with newcomer(world, tmp_path, "dora", 81) as dora:
+        assert dora.network.roster is not None
+        old = dora.network.roster.proof(dora.identity.node_id)
+        await world.anna.network.remove("dora", "sold")
+        await wait_until(lambda: not dora.network._links.held)
+    # Another member passes it on, as if it had missed that.
+    for box in (world.anna, world.ben):
+        tell(world.carl, box.node_id, *old)
+    bare = MemoryTransport(world.net, person(81).node_id, None, "at:bare")
+    for box in (world.anna, world.ben):
+        link: Link = await soon(bare.connect(box.node_id, box.network.own_addresses(), 5))
+        stream = await soon(link.open())
+        await stream.send(wire.encode(Open("gossip")))
+        await stream.send(encode(Give(tuple(Given(one) for one in old))))
+        lost = await soon(link.closed())
+        assert lost.code == Code.FORBIDDEN and "sold" in lost.reason, lost
+        assert box.network.peer("dora").state == "revoked"
+    await bare.close()
+
+
+# -- clocks --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ahead", [-DAY, DAY])
+async def test_a_clock_that_is_off_by_a_day_is_shown_and_decides_nothing(
+    world: World, tmp_path: Path, ahead: float
+) -> None:
+    name = "late" if ahead < 0 else "early"
+    number = 82 if ahead < 0 else 83
+    async with newcomer(world, tmp_path, name, number, lambda: time.time() + ahead) as member:
+        await wait_until(lambda: world.ben.network.peer(name).state == "connected")
+        for box in (world.anna, world.ben):
+            for way in (box.network.peer(name).clock_ahead, -_seen(member, box)):
+                assert way is not None and abs(way - ahead) < 3600
+        at = round((time.time() + ahead) * 1000)
+        tell(member, world.anna.node_id,
+             advert(world, member.identity.node_id, member.identity, at=at))  # fmt: skip
+        await wait_until(lambda: world.anna.network.peer(name).advert is not None)
+        await wait_until(lambda: offering(world.anna) == 3)
+        shown = await world.anna.http("GET", f"/v1/admin/peers/{name}")
+        assert abs(shown.json()["clock_ahead"] - ahead) < 3600
+    await world.anna.network.remove(name)
+
+
+def _seen(member: Member, box: Any) -> float:
+    found = member.network.peer(box.node_id).clock_ahead
+    assert found is not None
+    return float(found)
+
+
+# -- what is not so ------------------------------------------------------------------------------
+
+
+def forged(world: World, by: Identity) -> dict[str, Record]:
+    """What no honest member passes on."""
+    here, me, ben = network_key(world.network_id), key_of(by.node_id), key_of(world.ben.node_id)
+    elsewhere = network_key("net_" + "00" * 36)
+    inviter = key_of(world.anna.node_id)
+    certificate = Certificate(here, me, inviter, "x", 0, 9, True)
+    good = advert(world, by.node_id, by)
+    return {
+        "another's advert": advert(world, world.ben.node_id, by),
+        "an advert of elsewhere": advert(world, by.node_id, by, network=elsewhere),
+        "a certificate that anna never signed": seal(by, "member", certificate),
+        "a certificate of elsewhere": seal(by, "member", replace(certificate, network=elsewhere)),
+        "anna's revocation": seal(by, "revocation", Revocation(here, ben, inviter, 0)),
+        "another's report": seal(by, "gone", Gone(here, ben, 1, inviter)),
+        "half an advert": Record("advert", good.body[:-5], good.signature),
+        "an advert for a certificate": Record("member", good.body, good.signature),
+        "escapes for a version": advert(world, by.node_id, by, version=ESCAPE),
+        "escapes for a currency": advert(world, by.node_id, by, currency=ESCAPE),
+        "escapes for a model": advert(world, by.node_id, by, models=(offer(ESCAPE),)),
+        "prices that are none": advert(
+            world, by.node_id, by, models=(offer(FAKE, prices=("x", "0", "0")),)
+        ),
+        "an endless life": advert(world, by.node_id, by, life=10**6),
+    }
+
+
+@pytest.mark.parametrize("number", range(13))
+async def test_who_passes_on_what_is_not_so_is_cut_off(
+    world: World, tmp_path: Path, number: int
+) -> None:
+    async with newcomer(world, tmp_path, f"m{number}", 100 + number) as member:
+        before = world.anna.network.peer("ben")
+        said = list(forged(world, member.identity).items())
+        assert len(said) == 13
+        tell(member, world.anna.node_id, said[number][1])
+        lost: Any = await end_of(member, world.anna.node_id)
+        assert lost.code == Code.PROTOCOL and "it sent" in lost.reason, (said[number][0], lost)
+        assert lost.reason.isprintable()
+        after = world.anna.network.peer("ben")
+        assert (after.state, after.admin, after.advert) == ("connected", False, before.advert)
+    await world.anna.network.remove(f"m{number}")
+
+
+async def test_who_may_not_revoke_revokes_nobody(world: World, tmp_path: Path) -> None:
+    async with newcomer(world, tmp_path, "judge", 120) as judge:
+        victim = Revocation(
+            network_key(world.network_id), key_of(world.ben.node_id),
+            key_of(judge.identity.node_id), 0, "because",
+        )  # fmt: skip
+        own = Certificate(
+            network_key(world.network_id), key_of(person(121).node_id),
+            key_of(judge.identity.node_id), "friend", 0, 1, True,
+        )  # fmt: skip
+        tell(judge, world.anna.node_id, seal(judge.identity, "revocation", victim),
+             seal(judge.identity, "member", own))  # fmt: skip
+        tell(judge, world.anna.node_id, advert(world, judge.identity.node_id, judge.identity))
+        await wait_until(lambda: world.anna.network.peer("judge").advert is not None)
+        assert world.anna.network.peer("ben").state == "connected"
+        assert not world.anna.network.peer("judge").admin
+        friend = [one for one in world.anna.network.peers() if one.name == "friend"]
+        assert not any(one.admin for one in friend)
+    await world.anna.network.remove("judge")
+
+
+async def test_who_floods_is_cut_off(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gossip, "_LINK_BURST", 500_000.0)
+    async with newcomer(world, tmp_path, "loud", 122) as loud:
+        stale = [advert(world, loud.identity.node_id, loud.identity, serial=n) for n in range(50)]
+        held = loud.network._links.held[world.anna.node_id]
+        assert held.talk is not None
+        for _ in range(20):
+            held.talk.say(encode(Give(tuple(map(Given, stale * 8)))))
+            await asyncio.sleep(0)
+        lost: Any = await soon(held.link.closed())
+        assert lost.code == Code.PROTOCOL and "too much" in lost.reason
+    await world.anna.network.remove("loud")
+
+
+@pytest.mark.parametrize(
+    "hello",
+    [
+        wire.Hello((1,), ESCAPE, 0.0), wire.Hello((1,), "1.0", float("nan")),
+        wire.Hello((1,), "1.0", -1.0), wire.Hello(tuple(range(17)), "1.0", 0.0),
+    ],
+    ids=["escapes", "no time", "before all time", "versions"],
+)  # fmt: skip
+async def test_a_greeting_that_is_none(world: World, hello: wire.Hello) -> None:
+    bare = MemoryTransport(world.net, person(123).node_id, None, "at:bare")
+    connection = await bare.dial(world.anna.node_id, world.anna.network.own_addresses())
+    pipe = await connection.open()
+    frame = wire.encode(hello)
+    await pipe.write(wire.LENGTH.pack(len(frame)) + frame + wire.END_FRAME)
+    lost = await soon(connection.closed())
+    assert lost.code == Code.PROTOCOL and "no Hello" in lost.reason
+    await bare.close()
+
+
+async def test_a_newcomer_that_says_nothing_is_not_waited_for(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(joining, "_JOIN_SECONDS", 0.2)
+    async with newcomer(world, tmp_path, "mute", 124) as mute:
+        stream = await mute.network._links.held[world.anna.node_id].link.open()
+        await stream.send(wire.encode(Open("join")))
+        with pytest.raises(PeeringError):
+            await soon(stream.receive())
+    await world.anna.network.remove("mute")

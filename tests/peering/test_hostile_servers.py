@@ -1,0 +1,130 @@
+"""A member that serves others' requests and lies.
+
+The client gets a right answer from somebody else, or one plain error, and nothing false is signed,
+counted or logged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import pytest
+
+from pinaivu_box.gateway import dispatch
+from pinaivu_box.peering import work
+from pinaivu_box.peering.transport import Stream
+from tests.peering.company import Lie, World, checked, right, said
+from tests.peering.lies import LIES, ends
+from tests.peering.worlds import wait_until
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+async def world(three: World, caplog: pytest.LogCaptureFixture) -> AsyncIterator[World]:
+    async with three.lied_to(caplog):
+        yield three
+
+
+async def test_who_tells_the_truth_is_believed(world: World) -> None:
+    """So that the lies below fail for their own reasons."""
+    liar = world.lie(Lie())
+    answer = (await world.anna.chat()).json()
+    receipt = await checked(world, answer)
+    assert receipt["node_id"] == world.carl.identity.node_id
+    await wait_until(lambda: len(liar.heard) == 1)
+    assert isinstance(liar.heard[0], work.Accepted)
+    assert len(await world.entries()) == 1
+    assert "0.0 disputes" in await world.why()
+
+
+@pytest.mark.parametrize("name", LIES)
+async def test_a_lie_is_found_out_and_somebody_else_serves(world: World, name: str) -> None:
+    lie, sentence = LIES[name]
+    liar, before = world.lie(lie), len(await world.entries())
+    # A text of its own each time: warm caches decide nothing here.
+    answer = await world.anna.chat(name, user=name)
+    assert answer.status_code == 200, answer.text
+    told = answer.json()
+    assert liar.asked == 1
+    prompt = told["usage"]["prompt_tokens"]
+    assert told["choices"][0]["message"]["content"] == said(prompt, 20)
+    assert told["choices"][0]["finish_reason"] == "length"
+    receipt = await checked(world, told)
+    assert receipt["node_id"] == world.ben.node_id
+    assert len(await world.entries()) == before  # it is owed nothing
+    why = await world.why()
+    assert sentence in why and why.isprintable(), why
+    assert not any(isinstance(one, work.Accepted) for one in liar.heard)
+
+
+REFUSALS = [
+    work.Refused("invalid_api_key", "Your key is no good."),
+    work.Refused("budget_exceeded", "Pay first.", other=True, retry_after=2**31 - 1),
+    work.Refused("invalid_body", "No.\r\n\x1b[31m", param="messages\n.0"),
+    work.Refused("context_length_exceeded", "n_prompt_tokens"),
+    work.Refused("because", "\N{RIGHT-TO-LEFT OVERRIDE}" * 4000),
+]
+
+
+@pytest.mark.parametrize("refused", REFUSALS, ids=lambda one: one.code)
+async def test_what_one_box_has_against_a_request_another_need_not(
+    world: World, refused: work.Refused
+) -> None:
+    async def refuse(peer: str, stream: Stream) -> None:
+        await work.receive(stream, work.to_serving)
+        await work.send(stream, refused)
+        await stream.finish()
+
+    world.carl.handler = refuse
+    answer = await world.anna.chat(refused.code)
+    assert answer.status_code == 200, answer.text
+    world.anna.forget()
+    alone = await world.key("carl")
+    answer = await world.anna.chat(refused.code, secret=alone)
+    error = answer.json()["error"]
+    assert answer.status_code in (400, 422, 503), error
+    assert error["message"].isprintable() and int(answer.headers.get("retry-after", 1)) <= 60
+
+
+async def test_an_old_proof_is_no_new_one(world: World) -> None:
+    """Nor in another's mouth, nor in the ledger."""
+    liar = world.lie(Lie())
+    liar.identity = world.carl.identity
+    kept: list[work.Proved] = []
+    world.lie(Lie(proved=lambda one: kept.append(one) or one))
+    assert (await world.anna.chat("the first")).status_code == 200
+    before = await world.entries()
+    world.lie(Lie(proved=lambda _: kept[0]))
+    await right(world, await world.anna.chat("the second"))
+    assert "another request_id" in await world.why()
+    assert [tuple(one) for one in await world.entries()] == [tuple(one) for one in before]
+
+
+@pytest.mark.parametrize("name", ["a mark of nothing", "tokens that were not made", "no word"])
+async def test_one_plain_error_if_there_is_nobody_else(
+    world: World, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Before the first token as an answer, after it in the stream."""
+    monkeypatch.setattr(dispatch, "_PATIENCE", 0.1)
+    if name in LIES:
+        world.lie(LIES[name][0])
+    else:
+        world.carl.handler = ends
+    alone = await world.key("carl")
+    answer = await world.anna.chat(name, secret=alone)
+    error = answer.json()["error"]
+    assert answer.status_code == 503 and error["code"] == "no_nodes_available"
+    assert error["message"].isprintable(), error
+    world.anna.forget()
+    answer = await world.anna.chat(name, secret=alone, stream=True)
+    assert answer.text.count('"error"') == 1
+
+
+async def test_without_end_there_is_an_end(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an answer that nobody has limited."""
+    monkeypatch.setattr(work, "MOST_TOKENS", 100)
+    world.lie(Lie(count=101))
+    answer = await world.anna.chat("endless", max_tokens=None, stop=["."])
+    assert answer.status_code == 200
+    assert "more tokens than it was asked for" in await world.why()

@@ -1,0 +1,135 @@
+"""Tickets: what goes in comes out; everything else is refused in a sentence."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pinaivu_box.peering import invite
+from pinaivu_box.peering.invite import Invitation, Refused, Ticket, TicketInvalid
+from tests.peering.people import FOUNDER, NETWORK, NOW, PEOPLE, examples
+
+
+def made(
+    uses: int = 1, addresses: tuple[str, ...] = ("192.168.1.5:4002",)
+) -> tuple[str, Invitation]:
+    return invite.invite(
+        FOUNDER.node_id, NETWORK, addresses, now=NOW, seconds=3600, uses=uses, name="den"
+    )
+
+
+def test_a_ticket_says_who_and_where_and_its_secret_is_not_kept() -> None:
+    text, invitation = made()
+    ticket = invite.decode(text)
+    assert ticket.node_id == FOUNDER.node_id
+    assert ticket.addresses == ("192.168.1.5:4002",)
+    assert ticket.expires_at == NOW + 3600
+    assert invitation.secret_sha256 == invite.secret_hash(ticket.secret)
+    assert ticket.secret.hex() not in repr(invitation) and len(ticket.secret) == 16
+    assert made()[0] != text  # another secret
+
+
+def test_how_it_is_written_down_does_not_matter() -> None:
+    text, _ = made()
+    broken = "  " + text[:20].upper() + "\n" + text[20:] + "\r\n"
+    assert invite.decode(broken) == invite.decode(text)
+
+
+@examples()
+@given(
+    st.builds(
+        Ticket,
+        st.binary(min_size=32, max_size=32),
+        st.binary(min_size=36, max_size=36),
+        st.binary(min_size=16, max_size=16),
+        st.integers(0, 2**53 - 1),
+        st.lists(st.from_regex(r"[!-~]{1,60}", fullmatch=True), max_size=8).map(tuple),
+    )
+)
+def test_encode_and_decode_agree(ticket: Ticket) -> None:
+    assert invite.decode(invite.encode(ticket)) == ticket
+
+
+@examples()
+@given(st.data())
+def test_a_changed_letter_is_noticed(data: st.DataObject) -> None:
+    text, _ = made()
+    at = data.draw(st.integers(4, len(text) - 2))  # the last letter has bits that say nothing
+    other = data.draw(st.sampled_from("abcdefghijklmnopqrstuvwxyz234567"))
+    changed = text[:at] + other + text[at + 1 :]
+    if changed != text:
+        with pytest.raises(TicketInvalid):
+            invite.decode(changed)
+
+
+@examples()
+@given(st.one_of(st.text(), st.text(alphabet="abcdefghij234567=").map("pnv1".__add__)))
+def test_any_other_text_is_refused_in_a_sentence(text: str) -> None:
+    with pytest.raises(TicketInvalid) as refused:
+        invite.decode(text)
+    assert str(refused.value).endswith(".")
+
+
+@examples()
+@given(st.binary(max_size=200))
+def test_content_with_a_right_checksum_that_makes_no_sense(body: bytes) -> None:
+    text = invite.PREFIX + invite.base64.b32encode(invite._checksum(body) + body).decode()
+    with pytest.raises(TicketInvalid):
+        invite.decode(text)
+
+
+def test_content_out_of_bounds() -> None:
+    ticket = invite.decode(made()[0])
+    far = Ticket(ticket.inviter, ticket.network, ticket.secret, 1, ("a:1",) * 9)
+    hidden = Ticket(ticket.inviter, ticket.network, ticket.secret, 1, ("a\x1b[2J:1",))
+    short = Ticket(ticket.inviter, ticket.network, b"short", 1, ())
+    for bad in (far, hidden, short):
+        with pytest.raises(TicketInvalid):
+            invite.decode(invite.encode(bad))
+    with pytest.raises(TicketInvalid, match="too long"):
+        invite.decode("pnv1" + "a" * 10**6)
+    with pytest.raises(TicketInvalid, match="version"):
+        invite.decode("pnv2abc")
+
+
+def test_a_ticket_for_one_serves_one() -> None:
+    text, invitation = made()
+    secret = invite.decode(text).secret
+    after = invite.redeem(invitation, secret, PEOPLE[1].node_id, NOW)
+    with pytest.raises(Refused, match="used already"):
+        invite.redeem(after, secret, PEOPLE[2].node_id, NOW)
+    # Whoever lost our answer may ask again, also after the hour.
+    assert invite.redeem(after, secret, PEOPLE[1].node_id, NOW + 9999) == after
+
+
+@examples()
+@given(st.lists(st.integers(0, 7), max_size=30), st.integers(1, 5))
+def test_it_is_never_used_more_often_than_it_says(who: list[int], uses: int) -> None:
+    text, invitation = made(uses)
+    secret, let_in = invite.decode(text).secret, set()
+    for number in who:
+        try:
+            invitation = invite.redeem(invitation, secret, PEOPLE[number].node_id, NOW)
+            let_in.add(number)
+        except Refused:
+            assert len(let_in) == uses and number not in let_in
+    assert len(let_in) == min(uses, len(set(who)))
+
+
+def test_expired_withdrawn_and_guessed_tickets() -> None:
+    text, invitation = made()
+    secret, who = invite.decode(text).secret, PEOPLE[1].node_id
+    with pytest.raises(Refused, match="expired"):
+        invite.redeem(invitation, secret, who, NOW + 3600)
+    with pytest.raises(Refused, match="no such ticket"):
+        invite.redeem(None, secret, who, NOW)
+    with pytest.raises(Refused, match="no such ticket"):
+        invite.redeem(invitation, b"0" * 16, who, NOW)
+
+
+@pytest.mark.parametrize("wrong", [{"uses": 0}, {"uses": 1001}, {"seconds": 0}, {"seconds": -1}])
+def test_an_invitation_that_makes_no_sense(wrong: dict[str, int]) -> None:
+    values: dict[str, float] = {"now": NOW, "seconds": 60, **wrong}
+    with pytest.raises(ValueError):
+        invite.invite(FOUNDER.node_id, NETWORK, [], **values)  # type: ignore[arg-type]

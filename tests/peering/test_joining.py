@@ -1,0 +1,342 @@
+"""Boxes that join into a network: real servers with homes of their own, commands, links."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.box import PINAIVU, Box, environment, pinaivu, pinaivu_json, wait_until
+
+SETTINGS = '[peering]\nhost = "127.0.0.1"\nport = {}\nname = "{}"\n'
+FAKE = ("--model", "fake:1=fake:0", "--peering")
+
+
+def free_port() -> int:
+    """Of UDP; one that stays, so that a box is found again after a restart."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as trial:
+        trial.bind(("127.0.0.1", 0))
+        return int(trial.getsockname()[1])
+
+
+class Member(Box):
+    """A box with a name, and the commands that its operator types."""
+
+    def __init__(self, home: Path, name: str, more: str = "", *args: str) -> None:
+        super().__init__(home, *FAKE, *args)
+        self.name = name
+        home.mkdir(parents=True)
+        (home / "config.toml").write_text(SETTINGS.format(free_port(), name) + more)
+
+    def peers(self, *args: str) -> Any:
+        return pinaivu_json("peers", *args, home=self.home)
+
+    def refused(self, *args: str) -> tuple[int, str]:
+        """The exit code and the one line of a command that does not work."""
+        done = pinaivu("peers", *args, home=self.home, check=False)
+        assert done.returncode != 0, done.stdout
+        assert "Traceback" not in done.stderr and done.stderr.count("\n") == 1, done.stderr
+        return done.returncode, done.stderr
+
+    def invite(self, *args: str) -> str:
+        ticket: str = self.peers("invite", *args)["ticket"]
+        return ticket
+
+    def admin(self, method: str, path: str = "", body: Any = None) -> Any:
+        return self.http(method, f"/v1/admin/peers{path}", json=body)
+
+    def listed(self) -> dict[str, dict[str, Any]]:
+        """The other boxes by name, over HTTP: faster than the command, for waiting."""
+        return {one["name"]: one for one in self.admin("GET").json()["data"]}
+
+    def sees(self, name: str, state: str = "connected") -> dict[str, Any] | None:
+        found = self.listed().get(name)
+        return found if found is not None and found["state"] == state else None
+
+    def alone(self) -> bool:
+        return not [one for one in self.listed().values() if one["state"] == "connected"]
+
+
+Network = Callable[..., Member]
+
+
+@pytest.fixture
+def member(tmp_path: Path) -> Iterator[Network]:
+    """`member(name, more_settings, *serve_args)`: not started."""
+    made: list[Member] = []
+
+    def make(name: str, more: str = "", *args: str) -> Member:
+        made.append(Member(tmp_path / name, name, more, *args))
+        return made[-1]
+
+    yield make
+    for one in made:
+        if hasattr(one, "process"):
+            one.end()
+
+
+def joined(member: Network, *names: str) -> list[Member]:
+    """Running boxes; the first has invited the others, and all are connected to all."""
+    boxes = [member(name).start() for name in names]  # type: ignore[func-returns-value]
+    for box in boxes[1:]:
+        box.peers("join", boxes[0].invite("--name", box.name))
+    for box in boxes:
+        for other in boxes:
+            if other is not box:
+                wait_until(lambda b=box, o=other: b.sees(o.name), f"{box.name} sees {other.name}")
+    return boxes
+
+
+def test_two_running_boxes_join_by_a_ticket(member: Network) -> None:
+    anna, ben = member("anna").start(), member("ben").start()
+    made = anna.peers("invite", "--name", "kitchen", "--expires", "2h")
+    assert made["ticket"].startswith("pnv1") and (made["name"], made["uses"]) == ("kitchen", 1)
+    inviter = ben.peers("join", made["ticket"])
+    assert inviter["name"] == "anna"
+    wait_until(lambda: anna.sees("kitchen") and ben.sees("anna"), "both are connected")
+    # What it offers comes with its advert, which may take a moment longer.
+    wait_until(lambda: anna.listed()["kitchen"]["models"], "it says what it offers")
+    (kitchen,) = anna.peers("ls")
+    assert kitchen["state"] == "connected" and kitchen["link"]["direct"] is True
+    assert [model["id"] for model in kitchen["models"] if model["id"] == "fake:1"]
+    assert kitchen["software"] and abs(kitchen["clock_ahead"]) < 60
+    assert kitchen["id"] == ben.admin("GET").json()["own"]["id"]
+    for name in ("kitchen", kitchen["id"]):
+        assert anna.peers("show", name)["id"] == kitchen["id"]
+    table = pinaivu("peers", "ls", "--why", home=anna.home).stdout
+    assert "kitchen" in table and "connected" in table and "fake:1" in table
+    assert "reputation: " in table
+    told = pinaivu_json("audit", home=anna.home)
+    assert "peer.invite" in [entry["action"] for entry in told]
+    assert made["ticket"] not in json.dumps(told)
+    assert "peer.join" in [entry["action"] for entry in pinaivu_json("audit", home=ben.home)]
+
+
+def test_a_box_that_does_not_run_joins_at_once(member: Network) -> None:
+    anna, ben = member("anna").start(), member("ben")
+    ben.peers("join", anna.invite("--name", "ben"))
+    wait_until(lambda: "ben" in anna.listed(), "anna knows it before it has ever served")
+    ben.start()
+    wait_until(lambda: anna.sees("ben") and ben.sees("anna"), "both are connected")
+    # And again, after both have been away.
+    assert (anna.stop(), ben.stop()) == (0, 0)
+    anna.start()
+    ben.start()
+    wait_until(lambda: anna.sees("ben") and ben.sees("anna"), "both are connected again")
+
+
+def test_a_box_that_does_not_run_invites(member: Network) -> None:
+    anna, ben = member("anna", "enabled = true\n"), member("ben").start()
+    ticket = anna.invite("--name", "ben")
+    code, said = ben.refused("join", ticket)
+    assert code == 1 and ("did not answer" in said or "cannot be reached" in said)
+    anna.start()
+    ben.peers("join", ticket)
+    wait_until(lambda: anna.sees("ben") and ben.sees("anna"), "both are connected")
+
+
+def test_who_joins_one_joins_all_and_who_is_removed_is_cut_off_by_all(member: Network) -> None:
+    anna, ben, carl = joined(member, "anna", "ben", "carl")
+    assert carl.refused("rm", "ben")[0] == 1  # it neither is an admin nor has invited it
+    anna.peers("rm", "carl", "--reason", "sold")
+    for box in (anna, ben):
+        wait_until(lambda b=box: b.sees("carl", "revoked"), f"{box.name} has cut it off")
+        assert "sold" in box.listed()["carl"]["why"]
+        assert box.listed()["carl"]["link"] is None
+    wait_until(lambda: carl.alone(), "it has no link any more")
+    code, said = carl.refused("join", ben.invite())
+    assert code == 1 and "revoked" in said
+    assert ben.sees("carl", "revoked") and anna.sees("carl", "revoked")
+    assert ben.sees("anna") and anna.sees("ben")
+    # The founder alone may let it in again.
+    carl.peers("join", anna.invite("--name", "carl"))
+    wait_until(lambda: anna.sees("carl") and ben.sees("carl"), "it is let in again")
+
+
+def test_a_box_that_was_away_learns_that_another_was_removed(member: Network) -> None:
+    anna, ben, carl = joined(member, "anna", "ben", "carl")
+    ben.stop()
+    carl.stop()
+    anna.peers("rm", "carl")
+    carl.start()
+    ben.start()
+    wait_until(lambda: ben.sees("carl", "revoked"), "ben has heard of it")
+    wait_until(lambda: carl.alone(), "nobody lets it in")
+    assert ben.sees("anna") and ben.listed()["carl"]["link"] is None
+
+
+def test_a_ticket_is_for_so_many_boxes_and_for_so_long(member: Network) -> None:
+    anna, ben, carl = (member(name).start() for name in ("anna", "ben", "carl"))
+    once = anna.invite()
+    ben.peers("join", once)
+    code, said = carl.refused("join", once)
+    assert code == 1 and "used already" in said
+    short = anna.invite("--expires", "10ms")
+    time.sleep(1.1)  # tickets count whole seconds
+    code, said = carl.refused("join", short)
+    assert code == 1 and "expired" in said
+    twice = anna.invite("--uses", "2")
+    carl.peers("join", twice)
+    cut = twice[:-3]
+    assert carl.refused("join", cut)[0] == 2
+    answer = carl.admin("POST", "", {"ticket": cut})
+    assert answer.status_code == 422 and answer.json()["detail"][0]["loc"] == ["body", "ticket"]
+    assert anna.admin("POST", "", {"ticket": twice}).status_code == 409  # it is its own
+
+
+def test_without_peering_it_is_said_how_to_switch_it_on(tmp_path: Path) -> None:
+    box = Box(tmp_path / "home", "--model", "fake:1=fake:0").start()
+    try:
+        for arguments in (("ls",), ("invite",)):
+            done = pinaivu("peers", *arguments, home=box.home, check=False)
+            assert done.returncode == 1 and "pinaivu serve --peering" in done.stderr
+        answer = box.http("GET", "/v1/admin/peers")
+        assert answer.status_code == 409 and "--peering" in answer.json()["error"]["message"]
+        box.stop()
+        done = pinaivu("peers", "invite", home=box.home, check=False)
+        assert done.returncode == 1 and "pinaivu serve --peering" in done.stderr
+        done = pinaivu("peers", "ls", home=box.home, check=False)
+        assert done.returncode == 1 and "No box is running" in done.stderr
+    finally:
+        box.end()
+
+
+def test_a_peers_name_and_limits_are_ones_own(member: Network) -> None:
+    anna, _ = joined(member, "anna", "ben")
+    changed = anna.peers(
+        "edit", "ben", "--name", "attic", "--max-parallel", "2", "--tokens-per-minute", "9000",
+        "--credit-limit", "1.5", "--model", "fake:*", "--hours", "18:00-08:00",
+    )  # fmt: skip
+    limits = {
+        "max_parallel": 2, "tokens_per_minute": 9000, "credit_limit": "1.5",
+        "models": ["fake:*"], "hours": "18:00-08:00", "blocked": None,
+    }  # fmt: skip
+    assert changed["name"] == "attic" and changed["limits"] == limits
+    assert anna.refused("show", "ben")[0] == 1
+    assert anna.peers("edit", "attic", "--block", "too loud")["limits"]["blocked"] == "too loud"
+    anna.stop()
+    limits["blocked"] = None
+    limits["hours"] = None
+    assert anna.peers("edit", "attic", "--unblock", "--hours", "none")["limits"] == limits
+    anna.start()
+    wait_until(lambda: anna.sees("attic"), "it is connected under its new name")
+    assert anna.peers("show", "attic")["limits"] == limits
+    for wrong, loc in (
+        ({"limits": {"hours": "late"}}, "hours"),
+        ({"limits": {"credit_limit": "much"}}, "credit_limit"),
+        ({"limits": {"max_parallel": -1}}, "max_parallel"),
+        ({"limits": {"speed": 1}}, "speed"),
+    ):
+        answer = anna.admin("PATCH", "/attic", wrong)
+        assert answer.status_code == 422 and loc in answer.text, answer.text
+    assert anna.admin("GET", "/nobody").status_code == 404
+    edits = [e for e in pinaivu_json("audit", home=anna.home) if e["action"] == "peer.edit"]
+    assert len(edits) == 3 and edits[-1]["target"] == changed["id"]
+
+
+def test_the_doctor_says_why_a_peer_cannot_be_reached(member: Network) -> None:
+    anna, ben = joined(member, "anna", "ben")
+    wait_until(lambda: anna.listed()["ben"]["models"], "it says what it offers")
+    checks = {one["name"]: one for one in anna.peers("doctor", "ben")}
+    for what in ("membership", "link", "key", "version", "clock", "models", "limits"):
+        assert checks[f"ben: {what}"]["state"] == "ok", checks
+    assert checks["port"]["state"] == "ok", checks
+    ben.kill()
+    wait_until(lambda: anna.sees("ben", "unreachable"), "it is missed")
+    done = pinaivu("peers", "doctor", "--json", home=anna.home, check=False)
+    assert done.returncode == 1
+    checks = {one["name"]: one for one in json.loads(done.stdout)}
+    assert checks["ben: link"]["state"] == "failed" and checks["ben: link"]["todo"]
+    assert "no program has that UDP port" in checks["ben: address"]["found"]
+    anna.stop()
+    done = pinaivu("peers", "doctor", "--json", home=anna.home, check=False)
+    assert done.returncode == 1 and "No box is running" in done.stdout
+
+
+def test_the_doctor_says_why_a_peer_is_not_served(member: Network) -> None:
+    """On both boxes: the one that does not serve, and the one that is not served."""
+    anna, ben = member("anna").start(), member("ben", "", "--model", "ben:1=fake:0").start()
+    ben.peers("join", anna.invite("--name", "ben"))
+    wait_until(lambda: "ben:1" in anna.http("GET", "/v1/models").text, "ben's model")
+    ben.peers("edit", "anna", "--hours", "00:00-00:00", "--credit-limit", "0")
+    body = {"model": "ben:1", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}
+    assert anna.http("POST", "/v1/chat/completions", json=body).status_code == 503
+    told = [one for one in ben.peers("doctor", "anna") if one["name"] == "anna: limits"]
+    assert [one["state"] for one in told] == ["warning"] * 2
+    assert "00:00-00:00" in told[0]["found"] and "owes 0 of at most 0" in told[1]["found"]
+    (refused,) = [one for one in anna.peers("doctor", "ben") if one["name"] == "ben: limits"]
+    assert "refused us: This box serves others from 00:00-00:00 only" in refused["found"]
+    assert "00:00-00:00" in pinaivu("peers", "ls", "--why", home=anna.home).stdout
+    ben.peers("edit", "anna", "--hours", "none", "--credit-limit", "none")
+    wait_until(
+        lambda: anna.http("POST", "/v1/chat/completions", json=body).status_code == 200, "it serves"
+    )
+    for box, peer in ((anna, "ben"), (ben, "anna")):
+        (well,) = [one for one in box.peers("doctor", peer) if one["name"] == f"{peer}: limits"]
+        assert well["state"] == "ok"
+    assert "0 of 8 requests" in pinaivu("peers", "show", "anna", home=ben.home).stdout
+
+
+def test_a_key_says_who_may_serve_it(member: Network) -> None:
+    """Both boxes have the model, and the other is cheaper; one model only the other has."""
+    anna = member("anna", '\n[pricing]\nper_1k_tokens = "1"\n').start()
+    ben = member("ben", '\n[pricing]\nper_1k_tokens = "0.5"\n', "--model", "ben:1=fake:0").start()
+    ben.peers("join", anna.invite("--name", "ben"))
+    wait_until(lambda: "ben:1" in anna.http("GET", "/v1/models").text, "ben's models")
+    ids = {box.admin("GET").json()["own"]["id"]: box.name for box in (anna, ben)}
+
+    def key(*options: str) -> tuple[str, str]:
+        made = pinaivu_json("keys", "create", *options, home=anna.home)
+        return made["id"], made["key"]
+
+    def ask(secret: str, model: str = "fake:1") -> tuple[int, str]:
+        """The status, and who served it by which policy."""
+        words = [{"role": "user", "content": "hello"}]
+        body = {"model": model, "messages": words, "max_tokens": 4}
+        answer = anna.http("POST", "/v1/chat/completions", key=secret, json=body)
+        node, _, route = answer.headers.get("x-pinaivu-route", "").partition("; ")
+        return answer.status_code, f"{ids.get(node)} {route.rpartition('policy=')[2]}"
+
+    _, plain = key()
+    assert ask(plain) == (200, "anna prefer-local")
+    id_, cheap = key("--policy", "cheapest")
+    assert ask(cheap) == (200, "ben cheapest")
+    pinaivu("keys", "edit", id_, "--policy", "none", home=anna.home)
+    assert ask(cheap) == (200, "anna prefer-local")
+    body = {"policy": {"routing": "cheapest"}}
+    assert anna.http("PATCH", f"/v1/admin/keys/{id_}", json=body).status_code == 200
+    assert ask(cheap) == (200, "ben cheapest")
+    body = {"policy": {"routing": "dearest"}}
+    assert anna.http("PATCH", f"/v1/admin/keys/{id_}", json=body).status_code == 422
+    wait_until(lambda: len(pinaivu_json("ledger", "show", "ben", home=anna.home)) == 2, "both")
+    for options in (("--policy", "never"), ("--scope", "local-only"), ("--peer", "carl")):
+        _, private = key(*options)
+        status, served = ask(private)
+        assert (status, served.split()[0]) == (200, "anna")
+        assert ask(private, "ben:1")[0] in (404, 503)
+        listed = anna.http("GET", "/v1/models", key=private).text
+        assert ("ben:1" in listed) is (options[0] == "--peer")
+    assert len(pinaivu_json("ledger", "show", "ben", home=anna.home)) == 2
+
+
+def test_a_box_that_announces_itself_is_discovered(member: Network) -> None:
+    anna = member("anna", "announce = true\n").start()
+    ben = member("ben").start()
+
+    def found() -> list[dict[str, Any]]:
+        done = subprocess.run(
+            [*PINAIVU, "peers", "discover", "--json"],
+            capture_output=True, text=True, check=True, timeout=60, env=environment(),
+        )  # fmt: skip
+        return json.loads(done.stdout)  # type: ignore[no-any-return]
+
+    anna_id, ben_id = (box.admin("GET").json()["own"]["id"] for box in (anna, ben))
+    near = wait_until(lambda: [one for one in found() if one["id"] == anna_id], "it is found")
+    assert near[0]["name"] == "anna" and near[0]["addresses"]
+    assert ben_id not in [one["id"] for one in found()]

@@ -1,0 +1,119 @@
+"""How busy boxes are: told over links as it changes, and passed on once to whoever asks."""
+
+from __future__ import annotations
+
+from msgspec.structs import replace
+
+from pinaivu_box.peering.gossip import Gossip
+from pinaivu_box.peering.gossip_wire import Busy, Digest, Have, Load, Told, Who, decode, encode
+from pinaivu_box.peering.loads import MAX_TOLD, TOLD_SECONDS
+from pinaivu_box.peering.signed import key_of
+from tests.peering.people import FOUNDER, PEOPLE, certificate
+from tests.peering.test_gossip import FACTS, Net, chain, heard
+
+MODEL = FACTS.models[0].id
+FULL = Load(0, 0, 3)
+
+
+def fill(net: Net, box: Gossip, queue: int = 3) -> None:
+    box.facts = replace(
+        FACTS, models=(replace(FACTS.models[0], sequences_free=0, kv_free=0, queue=queue),)
+    )
+    box.push()
+    net.settle()
+
+
+def knows(box: Gossip, of: Gossip) -> Load | None:
+    found = box.loads.of(of.me).get(MODEL)
+    return found.load if found else None
+
+
+def test_a_neighbour_hears_at_once_and_others_when_they_ask() -> None:
+    net, row = chain(4)
+    serials = [row[0].adverts.get(one.me) for one in row]
+    fill(net, row[2])
+    assert knows(row[1], row[2]) == knows(row[3], row[2]) == FULL
+    assert knows(row[0], row[2]) is None
+    row[0].ask(MODEL)
+    assert row[0].loads.waiting(MODEL)
+    net.settle()
+    assert not row[0].loads.waiting(MODEL)
+    assert knows(row[0], row[2]) == FULL
+    assert knows(row[0], row[3]) is None  # what is passed on is passed on once
+    assert serials == [row[0].adverts.get(one.me) for one in row]  # all without an advert
+    assert not net.cuts
+
+
+def test_what_others_said_is_soon_forgotten_and_what_a_link_said_ends_with_it() -> None:
+    net, row = chain(3)
+    fill(net, row[2])
+    row[0].ask(MODEL)
+    net.settle()
+    net.now += TOLD_SECONDS + 0.1
+    assert knows(row[0], row[2]) is None
+    assert knows(row[1], row[2]) == FULL
+    row[1].unlinked(row[2].me, lost=True)
+    assert knows(row[1], row[2]) is None
+
+
+def test_a_new_link_begins_with_the_load_as_it_is() -> None:
+    net, row = chain(2)
+    fill(net, row[1])
+    new = net.box(PEOPLE[5], certificate(FOUNDER, PEOPLE[5], name="n"))
+    row[0].add([certificate(FOUNDER, PEOPLE[5], name="n")])
+    net.link(new, row[1])
+    assert knows(new, row[1]) == FULL
+
+
+def test_a_crowd_of_requests_makes_no_crowd_of_frames() -> None:
+    net, row = chain(2)
+    net.sent.clear()
+    for queue in range(1, 200):
+        fill(net, row[1], queue)
+    assert len(net.sent) < 10
+    net.run(2)
+    assert knows(row[0], row[1]) == Load(0, 0, 199)
+
+
+def test_an_answer_that_nobody_asked_for_is_not_heard() -> None:
+    net, row = chain(3)
+    lie = encode(Told(MODEL, ((key_of(row[2].me), FULL),)))
+    row[0].received(row[1].me, lie)
+    assert knows(row[0], row[2]) is None
+    row[0].ask(MODEL)
+    net.settle()
+    row[0].received(row[1].me, lie)  # it has answered already
+    assert knows(row[0], row[2]) == Load(
+        FACTS.models[0].sequences_free, FACTS.models[0].kv_free, FACTS.models[0].queue
+    )
+
+
+def test_nobody_fills_our_memory_with_models() -> None:
+    _, row = chain(2)
+    for number in range(20):
+        named = tuple((f"m{number}:{n}", FULL) for n in range(MAX_TOLD))
+        row[0].received(row[1].me, encode(Busy(named)))
+    assert len(row[0].loads.of(row[1].me)) == MAX_TOLD
+
+
+def test_a_box_that_knows_no_loads_gets_none_and_all_else() -> None:
+    """Its Digest has nothing after the roster's."""
+    net, row = chain(2)
+    old = net.box(PEOPLE[6], certificate(FOUNDER, PEOPLE[6], name="n"))
+    row[0].add([certificate(FOUNDER, PEOPLE[6], name="n")])
+    old._digest = lambda: Digest(old.roster.digest())  # type: ignore[method-assign]
+    net.link(old, row[0])
+    net.run(8)
+    fill(net, row[0])
+    row[0].ask(MODEL)
+    net.settle()
+    told = [decode(frame) for _, target, frame in net.sent if target == old.me]
+    assert heard(old) >= {one.me for one in row}
+    assert not [one for one in told if isinstance(one, Busy | Who)]
+
+
+def test_who_holds_the_same_adverts_need_not_be_told_them() -> None:
+    net, row = chain(5)
+    net.sent.clear()
+    net.link(row[0], row[4])
+    assert not [frame for _, _, frame in net.sent if isinstance(decode(frame), Have)]

@@ -1,0 +1,126 @@
+"""`pinaivu pull` between real boxes: processes with homes of their own, links by iroh."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from tests.box import PINAIVU, Box, environment, pinaivu, pinaivu_json, wait_until
+from tests.peering.copies import digest_of, made_up
+from tests.peering.test_joining import Member, Network, joined, member
+
+__all__ = ["member"]  # a fixture
+NAME = "made:up"
+LARGE = 96 * 1024 * 1024
+
+
+def put(box: Member, data: bytes, name: str = NAME) -> None:
+    (box.home / "models").mkdir(exist_ok=True)
+    (box.home / "models" / f"{name}.gguf").write_bytes(data)
+    pinaivu("reload", home=box.home)
+
+
+def offers(box: Member, peer: str, model: str) -> bool:
+    return model in [one["id"] for one in box.listed()[peer]["models"]]
+
+
+def begun(box: Box) -> Path | None:
+    """The unfinished copy, once something of it is there."""
+    found = [one for one in (box.home / "models").glob(".partial/*") if one.stat().st_blocks]
+    return found[0] if found else None
+
+
+def pulling(box: Box, *args: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [*PINAIVU, "pull", NAME, "--from", "any", "--json", "--home", str(box.home), *args],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+    )
+
+
+def test_a_model_goes_to_another_box_and_on_to_a_third(member: Network) -> None:
+    anna, ben, carl = joined(member, "anna", "ben", "carl")
+    data = made_up(1)
+    put(anna, data)
+    wait_until(lambda: offers(ben, "anna", NAME), "it is offered")
+    said = pinaivu("pull", NAME, "--from", "anna", home=ben.home).stdout
+    assert said == "made:up is served: 38 MB from anna\n"
+    listed = {one["id"]: one for one in pinaivu_json("ls", home=ben.home)}
+    assert digest_of(Path(listed[NAME]["path"]).read_bytes()) == digest_of(data)
+    assert NAME in {model.id for model in ben.client.models.list().data}
+    wait_until(lambda: offers(carl, "ben", NAME) and offers(carl, "anna", NAME), "both offer it")
+    done = pulling(carl)
+    lines = [json.loads(line) for line in done.communicate(timeout=60)[0].splitlines()]
+    assert {one["name"]: one["bytes"] > 0 for one in lines[-1]["sources"]} == {
+        "anna": True,
+        "ben": True,
+    }
+    (entry,) = [one for one in pinaivu_json("audit", home=carl.home) if "pull" in one["action"]]
+    assert (entry["action"], entry["detail"]["digest"]) == ("model.pull", digest_of(data))
+
+
+def test_a_box_that_is_killed_in_the_middle_goes_on(member: Network) -> None:
+    anna, ben = joined(member, "anna", "ben")
+    data = made_up(1, LARGE)
+    put(anna, data)
+    wait_until(lambda: offers(ben, "anna", NAME), "it is offered")
+    first = pulling(ben)
+    wait_until(lambda: begun(ben), "the copy has begun")
+    ben.kill()
+    out, error = first.communicate(timeout=60)
+    assert first.returncode == 1 and "has stopped" in error and '"done"' not in out
+    ben.start()
+    wait_until(lambda: ben.sees("anna") and offers(ben, "anna", NAME), "they met again")
+    pinaivu("pull", NAME, "--from", "any", home=ben.home)
+    copied = ben.home / "models" / f"{NAME}.gguf"
+    assert digest_of(copied.read_bytes()) == digest_of(data)
+
+
+def test_ctrl_c_stops_the_copy_and_keeps_what_has_come(member: Network) -> None:
+    anna, ben = joined(member, "anna", "ben")
+    put(anna, made_up(1, LARGE))
+    wait_until(lambda: offers(ben, "anna", NAME), "it is offered")
+    first = pulling(ben)
+    partial = wait_until(lambda: begun(ben), "the copy has begun")
+    first.send_signal(signal.SIGINT)
+    assert first.wait(60) == 130
+    # Whoever can take it again at once was not kept out by a copy that still runs.
+    done: list[Any] = []
+
+    def again() -> bool:
+        more = pulling(ben)
+        done[:] = more.communicate(timeout=60)[0].splitlines()
+        return more.returncode == 0
+
+    wait_until(again, "it can be pulled again")
+    last = json.loads(done[-1])
+    assert last["state"] == "done" and not partial.exists()
+    assert sum(one["bytes"] for one in last["sources"]) < LARGE
+
+
+def test_what_a_peer_may_not_have(member: Network) -> None:
+    anna, ben = joined(member, "anna", "ben")
+    put(anna, made_up(1))
+    wait_until(lambda: offers(ben, "anna", NAME), "it is offered")
+
+    def refused() -> str:
+        done = pinaivu("pull", NAME, "--from", "anna", home=ben.home, check=False)
+        assert done.returncode == 1 and done.stderr.count("\n") == 1
+        return done.stderr
+
+    anna.peers("edit", "ben", "--model", "fake:*")
+    assert "is not served here" in refused()
+    anna.peers("edit", "ben", "--model", "none", "--block", "unpaid")
+    assert "serves yours nothing now: unpaid" in refused()
+    anna.peers("edit", "ben", "--unblock", "--hours", "00:00-00:00")
+    assert "serves others from 00:00-00:00 only" in refused()
+    anna.peers("edit", "ben", "--hours", "none")
+    config = anna.home / "config.toml"
+    config.write_text(config.read_text() + "share_models = false\n")
+    pinaivu("reload", home=anna.home)
+    assert "does not share its models with yours" in refused()

@@ -1,0 +1,356 @@
+"""Legs that other boxes serve: over the memory transport, with real engines (of the fake model)."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import AsyncIterator
+from dataclasses import replace
+
+import msgspec
+import pytest
+
+from pinaivu_box.engine.messages import TokenLogprob
+from pinaivu_box.errors import ContextOverflow, EngineLost, ModelNotFound, NoNodesAvailable
+from pinaivu_box.gateway.backend import Event, Output, Prompt, Proved, Started
+from pinaivu_box.gateway.metering import Branch, Leg
+from pinaivu_box.gateway.peer import Taken
+from pinaivu_box.gateway.serving import Served
+from pinaivu_box.identity import verify
+from pinaivu_box.peering.gossip_wire import Load
+from pinaivu_box.peering.loads import Heard
+from pinaivu_box.receipts.receipt import ACCEPTANCE_DOMAIN, PROOF_DOMAIN, Proof
+from tests.peering.pools import FAKE, PROMPT, Node, config, pools
+from tests.peering.worlds import wait_until
+
+pytestmark = pytest.mark.anyio
+SENTENCE = "The quick brown fox jumps over the lazy dog. "
+
+
+@pytest.fixture
+async def pair() -> AsyncIterator[list[Node]]:
+    """One without models, and one with."""
+    async with pools(asker=config(), server=config(f"{FAKE}=2")) as nodes:
+        yield nodes
+
+
+def text_of(events: list[Event]) -> str:
+    return "".join(event.text for event in events if isinstance(event, Output))
+
+
+def tokens_of(events: list[Event]) -> list[int]:
+    return [token for one in events if isinstance(one, Output) for token in one.tokens]
+
+
+def logprobs_of(events: list[Event]) -> list[TokenLogprob]:
+    return [of for one in events if isinstance(one, Output) for of in one.logprobs]
+
+
+def told(prompt: list[int], count: int) -> str:
+    """What the fake model says after so many tokens of a prompt."""
+    return "".join(SENTENCE[(len(prompt) - 1 + i) % len(SENTENCE)] for i in range(count))
+
+
+async def test_a_peer_serves_what_is_not_here(pair: list[Node]) -> None:
+    asker, server = pair
+    events = await asker.ask()
+    started, prompt = events[0], events[1]
+    assert isinstance(started, Started) and isinstance(prompt, Prompt)
+    assert started.node_id == server.node_id
+    assert started.route is not None and started.route["chosen"] == server.node_id
+    assert text_of(events) == told(prompt.tokens, 20)
+    assert bytes(tokens_of(events)).decode() == text_of(events)
+    assert isinstance(events[-1], Output) and events[-1].finish_reason == "length"
+    (proved,) = [event for event in events if isinstance(event, Proved)]
+    signed = proved.signed.signed.encode()
+    assert verify(server.node_id, PROOF_DOMAIN, signed, bytes.fromhex(proved.signed.signature))
+    assert proved.proof.completion_tokens == 20
+    assert proved.proof.sampling["seed"] == "7"
+
+
+async def test_what_is_not_loaded_is_promised_for_when_its_size_is_read(pair: list[Node]) -> None:
+    """Who had to fear a long wait there would queue elsewhere, and it would never be loaded."""
+    asker, server = pair
+    (model,) = [one for one in server.catalog.models if one.id == FAKE]
+    small, large = (server.load.ttft_ms(replace(model, size=size)) for size in (10**6, 20 * 10**9))
+    assert small < 1500 and large > 20_000
+    await asker.ask()
+    assert server.load.ttft_ms(replace(model, size=20 * 10**9)) < 1000
+
+
+async def test_both_hold_the_same_account_signed_by_both(pair: list[Node]) -> None:
+    asker, server = pair
+    await asker.ask()
+    await wait_until(lambda: len(server.kept) == 1)
+    (taken,), (served,) = asker.kept, server.kept
+    assert isinstance(taken, Taken) and isinstance(served, Served)
+    assert taken.proved.signed == served.signed
+    assert taken.proved.acceptance == served.acceptance
+    signed = served.signed.signed.encode()
+    assert verify(asker.node_id, ACCEPTANCE_DOMAIN, signed, served.acceptance)
+    assert (taken.peer, served.peer) == (server.node_id, asker.node_id)
+    assert msgspec.json.decode(signed, type=Proof) == served.proof
+
+
+async def test_what_is_the_requests_own_fault_is_told_as_at_home(pair: list[Node]) -> None:
+    asker, _ = pair
+    with pytest.raises(ContextOverflow, match="n_prompt_tokens"):
+        await asker.ask(text="x" * 3000)
+
+
+async def test_a_prompt_is_counted_by_a_peer(pair: list[Node]) -> None:
+    asker, _ = pair
+    job, context = await asker.pool.dispatch.read(asker.job())
+    assert job.read and context == 2048
+    events = await asker.ask()
+    assert isinstance(events[1], Prompt) and events[1].tokens == job.read
+
+
+async def test_long_prompts_go_in_several_frames() -> None:
+    engine = {"kv_tokens": 3_000_000, "max_sequences": 1}
+    settings = [config(), config(f"{FAKE}=0", engine=engine)]
+    settings[1] = msgspec.structs.replace(
+        settings[1], engine=msgspec.structs.replace(settings[1].engine, context=3_000_000)
+    )
+    async with pools(asker=settings[0], server=settings[1]) as (asker, _):
+        job, _ = await asker.pool.dispatch.read(asker.job(text="ab" * 1_000_000))
+        assert len(job.read or ()) > 2_000_000
+
+
+async def test_who_is_cancelled_gets_what_was_made_and_its_proof(pair: list[Node]) -> None:
+    asker, server = pair
+    job = asker.job(max_tokens=1500)
+    events: list[Event] = []
+    async for event in asker.pool.dispatch.serve(job, []):
+        events.append(event)
+        if len(tokens_of(events)) > 10:
+            asker.pool.dispatch.cancel(job)
+    assert isinstance(events[-1], Output) and events[-1].finish_reason == "cancelled"
+    assert len(tokens_of(events)) < 1500
+    assert any(isinstance(event, Proved) for event in events)
+    await wait_until(lambda: server.load.idle)
+
+
+async def test_who_leaves_stops_the_engine_there(pair: list[Node]) -> None:
+    asker, server = pair
+    stream = asker.pool.dispatch.serve(asker.job(max_tokens=1900), [])
+    async for event in stream:
+        if isinstance(event, Output):
+            break
+    await stream.aclose()
+    await wait_until(lambda: server.load.idle)
+    (engine,) = server.placement.engines
+    await wait_until(lambda: engine.load.running == 0)
+
+
+async def test_another_serves_if_one_has_no_room() -> None:
+    async with pools(asker=config(), full=config(f"{FAKE}=2"), other=config(f"{FAKE}=2")) as nodes:
+        asker, full, other = nodes
+        full.terms = replace(full.terms, max_parallel=0)
+        for _ in range(4):
+            events = await asker.ask()
+            assert isinstance(events[0], Started) and events[0].node_id == other.node_id
+        assert asker.pool.reputation.score(full.node_id) == 1.0  # it may say no
+
+
+async def test_more_requests_than_a_peer_takes_at_a_time_wait_for_each_other() -> None:
+    """As they do for an engine here."""
+    async with pools(asker=config(), server=config(f"{FAKE}=2")) as (asker, server):
+        server.terms = replace(server.terms, max_parallel=2)
+        asks = [asker.ask(request_id=f"req_{n:026}") for n in range(5)]
+        for events in await asyncio.gather(*asks):
+            assert len(tokens_of(events)) == 20
+
+
+@pytest.mark.parametrize(
+    ("terms", "why"),
+    [
+        ({"max_parallel": 0}, "as many as it may"),
+        ({"models": ("other*",)}, "does not serve"),
+        ({"blocked": "it does not pay"}, "it does not pay"),
+        ({"hours": "00:00-00:00"}, "00:00-00:00"),
+        ({"tokens_per_minute": 1}, None),
+        ({"credit": 5, "idle_beyond": False}, "settle"),
+        ({"credit": 5, "idle_beyond": True}, None),
+    ],
+    ids=str,
+)
+async def test_terms_of_a_peer(pair: list[Node], terms: dict[str, object], why: str | None) -> None:
+    asker, server = pair
+    server.terms, server.owed = replace(server.terms, **terms), 5  # type: ignore[arg-type]
+    if why is None:
+        await asker.ask()
+    else:
+        with pytest.raises(NoNodesAvailable, match=why):
+            await asker.ask()
+
+
+async def test_tokens_in_any_minute(pair: list[Node]) -> None:
+    asker, server = pair
+    server.terms = replace(server.terms, tokens_per_minute=60)
+    await asker.ask()
+    with pytest.raises(NoNodesAvailable, match="60 tokens a minute"):
+        await asker.ask()
+
+
+async def test_credit_is_for_who_is_not_idle(pair: list[Node]) -> None:
+    asker, server = pair
+    server.terms, server.owed = replace(server.terms, credit=5), 5
+    with server.load.taken(FAKE), pytest.raises(NoNodesAvailable, match="settle"):
+        await asker.ask()
+
+
+async def test_a_file_of_another_digest_is_another_model(pair: list[Node]) -> None:
+    asker, _ = pair
+    job = asker.job()
+    other = replace(job.model, recorded_digest="1" * 64)
+    with pytest.raises(NoNodesAvailable, match="another file"):
+        async for _ in asker.pool.dispatch.serve(replace(job, model=other), []):
+            pass
+    with pytest.raises(ModelNotFound):
+        asker.pool.candidates.find("unknown:1")
+
+
+async def test_a_key_for_this_box_only(pair: list[Node]) -> None:
+    asker, _ = pair
+    with pytest.raises(NoNodesAvailable, match="this box only"):
+        await asker.ask(local_only=True)
+    with pytest.raises(NoNodesAvailable, match="peers that the key allows"):
+        await asker.ask(peers=("somebody",))
+    await asker.ask(peers=("server",))
+
+
+# -- failures --------------------------------------------------------------------------------------
+
+
+async def test_before_the_first_token_the_next_is_asked() -> None:
+    """Also if the first has the request already and then hangs."""
+    async with pools(asker=config(), one=config(f"{FAKE}=2"), two=config(f"{FAKE}=2")) as nodes:
+        asker, *servers = nodes
+        for _ in range(6):
+            for server in servers:
+                await asker.ask(peers=(server.name,))  # links and engines are there
+        for server in servers[:1]:
+            (engine,) = server.placement.engines
+            os.kill(engine.pid, signal.SIGKILL)
+            server.placement._failures.clear()
+            server.terms = replace(server.terms, blocked="it is broken")
+        events = await asker.ask()
+        assert isinstance(events[0], Started) and events[0].node_id == servers[1].node_id
+        assert len([one for one in events if isinstance(one, Started)]) == 1
+
+
+async def test_who_failed_lately_is_asked_rather_than_nobody(pair: list[Node]) -> None:
+    """If its link stands: to call a box that is gone would take the client's time."""
+    asker, server = pair
+    asker.pool.dispatch._resting.failed(server.node_id)
+    await asker.ask()
+    asker.pool.dispatch._resting.failed(server.node_id)
+    server.gone = True
+    with pytest.raises(NoNodesAvailable, match="rests"):
+        await asker.ask()
+
+
+async def test_a_model_of_peers_that_fell_silent_is_not_unknown(pair: list[Node]) -> None:
+    asker, server = pair
+    await asker.ask()
+    server.silent = True
+    with pytest.raises(NoNodesAvailable, match="no box offers it") as caught:
+        await asker.ask()
+    assert caught.value.retry_after
+    assert asker.pool.candidates.remote_models() == []
+
+
+async def test_a_peer_that_is_lost_before_the_first_token_is_no_reason_for_more_legs() -> None:
+    """The error is not one after which `requests` asks again: all have been asked."""
+    async with pools(asker=config(), server=config(f"{FAKE}=2")) as (asker, server):
+        await asker.ask()
+        await server.transport.close()
+        with pytest.raises(NoNodesAvailable, match="nobody else") as caught:
+            await asker.ask()
+        assert not isinstance(caught.value, EngineLost)
+
+
+async def test_log_probabilities_of_held_back_text_are_not_lost_at_a_seam(pair: list[Node]) -> None:
+    """Text that may be the beginning of a stop string waits, and they with it."""
+    asker, _ = pair
+    job = asker.job(max_tokens=60, logprobs=2, stop=["fox jumps high", "lazy dog?"])
+    serve = asker.pool.dispatch.serve
+    whole = [event async for event in serve(job, [])]
+    held = 0
+    for end in range(3, len(whole), 2):  # a leg is lost after so many pieces of the output
+        branch = Branch(job)
+        for event in whole[:end]:
+            if isinstance(event, Started):
+                branch.legs = [Leg(event)]
+            elif isinstance(event, Prompt | Output):
+                branch.legs[-1].take(event)
+        again = branch.next_job()
+        held += again.unsaid > 0
+        rest = [event async for event in serve(again, branch.made)]
+        events = [*whole[:end], *rest]
+        assert text_of(events) == text_of(whole) and tokens_of(events) == tokens_of(whole)
+        assert logprobs_of(events) == logprobs_of(whole)
+    assert held > 2
+
+
+async def test_before_a_request_leaves_others_are_asked_who_is_busy() -> None:
+    """Its advert says that the first is free; those that are linked with it know better."""
+    config_ = config(f"{FAKE}=1")
+    async with pools(asker=config(), full=config_, free=config_) as (asker, full, free):
+
+        def looked() -> None:
+            now = time.monotonic()
+            full.told = {FAKE: Heard(Load(0, 0, 9), now)}
+            free.told = {FAKE: Heard(Load(4, 4096, 0), now)}
+
+        asker.links.looked = looked
+        for number in range(8):
+            full.told = free.told = {}
+            events = await asker.ask(text=f"{PROMPT} {number}")
+            assert isinstance(events[0], Started) and events[0].node_id == free.node_id
+        assert asker.links.looks == 8
+        await asker.ask(text="Nobody need be asked: both are known.")
+        assert asker.links.looks == 8
+
+
+async def test_hedging_asks_a_second_box() -> None:
+    slow = config(f"{FAKE}=3000")
+    async with pools(asker=config(hedge_ms=200), slow=slow, fast=config(f"{FAKE}=2")) as (
+        asker,
+        slow_node,
+        fast_node,
+    ):
+        await fast_node.ask(max_tokens=1)
+        for number in range(6):  # one of them goes to the slow one first, almost surely
+            events = await asker.ask(text=f"{number} {'x' * number}", max_tokens=5)
+            assert isinstance(events[0], Started) and events[0].node_id == fast_node.node_id
+        await wait_until(lambda: slow_node.load.idle)
+
+
+async def test_a_lost_engine_in_mid_stream_is_told_with_its_name(pair: list[Node]) -> None:
+    asker, server = pair
+    events: list[Event] = []
+    with pytest.raises(NoNodesAvailable, match="gave up") as caught:
+        async for event in asker.pool.dispatch.serve(asker.job(max_tokens=1500), []):
+            events.append(event)
+            if len(tokens_of(events)) == 10:
+                (engine,) = server.placement.engines
+                os.kill(engine.pid, signal.SIGKILL)
+    assert caught.value.node_id == server.node_id  # type: ignore[attr-defined]
+    # Another leg goes on after that, without a seam.
+    made = tokens_of(events)
+    first, prompt = events[0], events[1]
+    assert isinstance(first, Started) and isinstance(prompt, Prompt)
+    await asyncio.sleep(0)
+    job = replace(
+        asker.job(max_tokens=len(made) + 30),
+        leg=1,
+        settled=first.sampling,
+        digest=first.model_digest,
+        read=prompt.tokens,
+    )
+    more = [event async for event in asker.pool.dispatch.serve(job, made)]
+    assert text_of(events) + text_of(more) == told(prompt.tokens, len(made) + 30)

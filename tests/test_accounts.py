@@ -1,0 +1,238 @@
+"""Accounts: who owns keys, what their roles allow, and how passwords are kept."""
+
+from __future__ import annotations
+
+import re
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pinaivu_box.errors import Conflict
+from pinaivu_box.store import accounts
+from pinaivu_box.store.audit import Actor
+from pinaivu_box.store.database import Database
+from tests.box import Box, pinaivu, pinaivu_json
+
+FAKE = ("--model", "fake:1=fake:0")
+ARGON2ID = re.compile(r"\$argon2id\$v=19\$m=65536,t=2,p=1\$[A-Za-z0-9+/]{22}\$[A-Za-z0-9+/]{43}")
+PASSWORD = "correct horse battery"
+BY = Actor("test", "local")
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture(scope="module")
+def box(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Box]:
+    started = Box(tmp_path_factory.mktemp("accounts") / "home", *FAKE).start()
+    yield started
+    started.end()
+
+
+def names(home: Path) -> dict[str, Any]:
+    return {one["name"]: one for one in pinaivu_json("accounts", "ls", home=home)}
+
+
+def ask(box: Box, key: str) -> str:
+    """The id of a request made with that key."""
+    answer = box.client_with(key).chat.completions.create(
+        model="fake:1", messages=[{"role": "user", "content": "hi"}], max_tokens=3
+    )
+    return str(answer.request_id)  # type: ignore[attr-defined]
+
+
+def status(box: Box, path: str, key: str) -> int:
+    return box.http("GET", path, key=key).status_code
+
+
+# -- the commands ----------------------------------------------------------------------------------
+
+
+def test_create_ls_passwd_rm(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    assert set(names(home)) == {"owner"}
+    made = pinaivu_json("accounts", "create", "alice", "--role", "admin", home=home)
+    assert (made["name"], made["role"], made["has_password"]) == ("alice", "admin", False)
+    bob = pinaivu("accounts", "create", "bob", home=home).stdout.strip()
+    assert names(home)["bob"]["id"] == bob
+    assert names(home)["bob"]["role"] == "member"
+    pinaivu("accounts", "passwd", "bob", "--password-stdin", home=home, input=PASSWORD + "\n")
+    assert names(home)["bob"]["has_password"] is True
+    table = pinaivu("accounts", "ls", home=home).stdout
+    assert "alice" in table and bob in table
+    pinaivu("accounts", "rm", bob, home=home)
+    assert set(names(home)) == {"alice", "owner"}
+    # The name is free again, for somebody else.
+    assert pinaivu("accounts", "create", "bob", home=home).stdout.strip() != bob
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "word"),
+    [
+        (("create", "owner"), 1, "already"),
+        (("create", "Bob Smith"), 2, "no account name"),
+        (("create", "acct_owner"), 2, "no account name"),
+        (("create", "carol", "--role", "king"), 2, "king"),
+        (("create", "carol", "--password-stdin"), 2, "8 characters"),
+        (("create", "carol", "--password"), 2, "--password-stdin"),
+        (("passwd", "owner", "--password-stdin"), 2, "8 characters"),
+        (("passwd", "nobody", "--password-stdin"), 1, "nobody"),
+        (("rm", "nobody"), 1, "nobody"),
+        (("rm", "owner"), 1, "no admin"),
+        (("rm", "acct_owner"), 1, "no admin"),
+    ],
+)
+def test_what_cannot_be_is_one_sentence(
+    tmp_path: Path, command: tuple[str, ...], code: int, word: str
+) -> None:
+    home = tmp_path / "home"
+    before = names(home)
+    done = pinaivu("accounts", *command, home=home, check=False, input="short\n")
+    assert done.returncode == code
+    assert word in done.stderr
+    assert "Traceback" not in done.stderr
+    assert names(home) == before
+    assert pinaivu_json("audit", home=home) == []
+
+
+def test_a_long_list_ends_at_100(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    names(home)
+    with sqlite3.connect(home / "pinaivu.db") as database:
+        database.executemany(
+            "INSERT INTO accounts (id, name, role, created_at) VALUES (?, ?, 'member', 0)",
+            [(f"acct_{n:04}", f"n{n:04}") for n in range(150)],
+        )
+    assert list(names(home)) == [f"n{n:04}" for n in range(100)]
+    assert "--all" in pinaivu("accounts", "ls", home=home).stderr
+    assert len(pinaivu_json("accounts", "ls", "--all", home=home)) == 151
+
+
+# -- whose keys ------------------------------------------------------------------------------------
+
+
+def test_a_key_without_an_account_gets_one_of_its_own(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    for name in ("laptop", "laptop", "Zoë's phone!", "", "acct_owner"):
+        pinaivu("keys", "create", "--name", name, home=home)
+    whose = [key["account"] for key in pinaivu_json("keys", "ls", home=home)]
+    assert len(set(whose)) == 5 and "owner" not in whose
+    assert whose[0] == "laptop" and whose[1].startswith("laptop-")
+    assert all(names(home)[name]["role"] == "member" for name in whose)
+    assert all(names(home)[name]["keys"] == 1 for name in whose)
+    admin = pinaivu_json("keys", "create", "--admin", home=home)
+    assert admin["account"] == "owner"
+
+
+def test_only_keys_of_an_admins_account_may_have_the_scope_admin(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    pinaivu("accounts", "create", "bob", home=home)
+    pinaivu("accounts", "create", "alice", "--role", "admin", home=home)
+    for admin in (("--admin",), ("--scope", "admin")):
+        done = pinaivu("keys", "create", "--account", "bob", *admin, home=home, check=False)
+        assert done.returncode == 2
+        assert "bob is a member" in done.stderr
+        made = pinaivu_json("keys", "create", "--account", "alice", *admin, home=home)
+        assert made["admin"] is True
+    plain = pinaivu_json("keys", "create", "--account", "bob", home=home)
+    done = pinaivu("keys", "edit", plain["id"], "--scope", "admin", home=home, check=False)
+    assert done.returncode == 2
+    assert pinaivu_json("keys", "show", plain["id"], home=home)["admin"] is False
+
+
+def test_keys_share_their_accounts_receipts_and_nobody_elses(box: Box) -> None:
+    pinaivu("accounts", "create", "family", home=box.home)
+    mine, ours = (
+        pinaivu_json("keys", "create", "--account", "family", home=box.home)["key"]
+        for _ in range(2)
+    )
+    others = pinaivu_json("keys", "create", home=box.home)["key"]
+    request_id = ask(box, mine)
+    receipt = f"/v1/receipts/{request_id}"
+    assert status(box, receipt, mine) == status(box, receipt, ours) == 200
+    assert status(box, receipt, others) == 404
+    assert box.http("GET", "/v1/usage", key=ours).json()["total_requests"] == 1
+    assert box.http("GET", "/v1/usage", key=others).json()["total_requests"] == 0
+
+
+def test_removing_an_account_revokes_its_keys_and_keeps_its_books(box: Box) -> None:
+    pinaivu("accounts", "create", "leaver", home=box.home)
+    made = [pinaivu_json("keys", "create", "--account", "leaver", home=box.home) for _ in range(2)]
+    other = pinaivu_json("keys", "create", home=box.home)["key"]
+    request_id = ask(box, made[0]["key"])
+    done = pinaivu("accounts", "rm", "leaver", home=box.home)
+    assert "2 keys" in done.stderr
+    for key in made:
+        refused = box.http("GET", "/v1/models", key=key["key"])
+        assert refused.status_code == 401
+        assert "revoked" in refused.json()["error"]["message"]
+        assert pinaivu_json("keys", "show", key["id"], home=box.home)["state"] == "revoked"
+    assert status(box, "/v1/models", other) == 200
+    assert status(box, f"/v1/receipts/{request_id}", box.key) == 200
+    done = pinaivu("keys", "create", "--account", "leaver", home=box.home, check=False)
+    assert done.returncode == 1
+
+
+# -- passwords -------------------------------------------------------------------------------------
+
+
+def test_a_password_is_kept_as_argon2id_and_nowhere_else(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    pinaivu("accounts", "create", "alice", "--password-stdin", home=home, input=PASSWORD + "\n")
+    with sqlite3.connect(home / "pinaivu.db") as database:
+        kept = database.execute("SELECT password FROM accounts WHERE name = 'alice'").fetchone()[0]
+    assert ARGON2ID.fullmatch(kept)
+    on_disk = b"".join(path.read_bytes() for path in home.iterdir() if path.is_file())
+    assert b"alice" in on_disk and PASSWORD.encode() not in on_disk
+    said = str(pinaivu_json("audit", home=home)) + str(names(home))
+    assert PASSWORD not in said and "argon2" not in said
+
+
+@pytest.mark.anyio
+async def test_a_password_is_right_or_not(tmp_path: Path) -> None:
+    async with Database(tmp_path / "box.db") as database:
+        alice = await accounts.create(database, "alice", "member", PASSWORD, BY)
+        await accounts.create(database, "nopass", "member", None, BY)
+
+        async def fits(name: str, password: str) -> bool:
+            found = await accounts.check_password(database, name, password)
+            assert found is None or found.name == name
+            return found is not None
+
+        assert await fits("alice", PASSWORD)
+        for name, password in (
+            ("alice", PASSWORD + " "), ("alice", ""), ("nopass", ""), ("nobody", ""),
+            ("nobody", PASSWORD), ("owner", PASSWORD),
+        ):  # fmt: skip
+            assert not await fits(name, password)
+        await accounts.set_password(database, alice, "another password", BY)
+        assert not await fits("alice", PASSWORD)
+        assert await fits("alice", "another password")
+        await accounts.set_password(database, alice, None, BY)
+        assert not await fits("alice", "another password")
+        await accounts.set_password(database, alice, PASSWORD, BY)
+        await accounts.remove(database, alice, BY)
+        assert not await fits("alice", PASSWORD)
+
+
+@pytest.mark.anyio
+async def test_a_key_is_not_made_for_an_account_that_has_just_gone(tmp_path: Path) -> None:
+    from pinaivu_box.errors import NotFound
+    from pinaivu_box.policy import Policy
+    from pinaivu_box.store import keys
+
+    async with Database(tmp_path / "box.db") as database:
+        alice = await accounts.create(database, "alice", "member", None, BY)
+        await accounts.remove(database, alice, BY)
+        with pytest.raises(NotFound):
+            await keys.create(
+                database, account=alice, name="", policy=Policy(), expires_at=None, by=BY
+            )
+        assert await keys.ls(database) == []
+        with pytest.raises(Conflict):
+            await accounts.remove(database, await accounts.find(database, "owner"), BY)

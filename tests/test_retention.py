@@ -1,0 +1,356 @@
+"""What is old goes, in small bites, and no sum changes by it."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pinaivu_box.config import RetentionConfig
+from pinaivu_box.store import retention
+from pinaivu_box.store.database import Database
+from tests.box import Box, wait_until
+
+ROOT = Path(__file__).parent.parent
+HOUR, DAY = 3_600_000, 86_400_000
+MONDAY = 1_735_516_800_000  # 2024-12-30T00:00:00Z
+KEYS, MODELS, NODES, CODES = ("key_a", "key_b", "key_c"), ("m:1", "m:2"), ("node_1", "node_2"), "xy"
+# What rolling up may not change: the sums of each day.
+SUMS = {
+    "usage": "key_id, {day}, model, node_id, sum(requests), sum(prompt_tokens),"
+    " sum(cached_tokens), sum(completion_tokens), sum(amount)",
+    "latencies": "key_id, {day}, model, node_id, kind, ms, sum(count)",
+    "refusals": "key_id, {day}, model, code, sum(count)",
+}
+GROUPS = {"usage": 4, "latencies": 6, "refusals": 4}
+
+
+def rows_of(database: sqlite3.Connection, table: str) -> list[Any]:
+    return sorted(database.execute(f"SELECT * FROM {table}"))
+
+
+def sums(database: sqlite3.Connection) -> dict[str, list[Any]]:
+    return {
+        table: sorted(
+            database.execute(
+                f"SELECT {columns.format(day=f'since - since % {DAY}')} FROM {table}"
+                f" GROUP BY {', '.join(str(n + 1) for n in range(GROUPS[table]))}"
+            )
+        )
+        for table, columns in SUMS.items()
+    }
+
+
+def hours_before(database: sqlite3.Connection, moment: int) -> int:
+    """How many rows of days that have ended by then are not their day's."""
+    (found,) = database.execute(
+        " UNION ALL ".join(
+            f"SELECT since FROM {table} WHERE since < {moment - moment % DAY} AND since % {DAY}"
+            for table in SUMS
+        ).join(("SELECT count(*) FROM (", ")"))
+    )
+    return int(found[0])
+
+
+def new_database(path: Path, names: tuple[str, ...] = KEYS) -> None:
+    async def make() -> None:
+        async with Database(path) as database:
+            await database.write(
+                *(
+                    (
+                        "INSERT INTO keys (id, account_id, hash, prefix, last_four, name, policy,"
+                        " created_at) VALUES (?, 'acct_owner', ?, '', '', '', '{}', 0)",
+                        (name, name.encode()),
+                    )
+                    for name in names
+                )
+            )
+
+    asyncio.run(make())
+
+
+def insert(database: sqlite3.Connection, table: str, **row: Any) -> None:
+    marks = ", ".join("?" * len(row))
+    database.execute(f"INSERT INTO {table} ({', '.join(row)}) VALUES ({marks})", [*row.values()])
+
+
+def insert_request(database: sqlite3.Connection, name: str, at: int, **more: Any) -> None:
+    row = {
+        "request_id": name, "key_id": KEYS[0], "created_at": at, "model": MODELS[0],
+        "node_id": NODES[0], "finish_reason": "stop", "prompt_tokens": 5, "cached_tokens": 2,
+        "completion_tokens": 7, "amount": 11, "queue_ms": 0, "ttft_ms": 12, "total_ms": 34, **more,
+    }  # fmt: skip
+    insert(database, "requests", **row)
+
+
+def insert_receipt(database: sqlite3.Connection, name: str, at: int, key: str = KEYS[0]) -> None:
+    row = {"signed": b"{}", "signature": b"", "opening": b"{}"}
+    insert(database, "receipts", request_id=name, key_id=key, created_at=at, **row)
+
+
+def insert_response(database: sqlite3.Connection, name: str, at: int) -> None:
+    row = {"account_id": "acct_owner", "created_at": at, "input": b"[]", "body": b"{}"}
+    insert(database, "responses", id=name, **row)
+
+
+def apply(path: Path, now: int, **policy: str) -> None:
+    async def run() -> None:
+        async with Database(path) as database:
+            kept = {"requests": "-1", "receipts": "-1", "responses": "-1", **policy}
+            await retention.apply(database, RetentionConfig(**kept), now)
+
+    asyncio.run(run())
+
+
+# -- sums ------------------------------------------------------------------------------------------
+
+REQUEST = st.fixed_dictionaries(
+    {
+        "created_at": st.integers(0, 4 * DAY)
+        | st.integers(0, 4 * 24).map(lambda hour: hour * HOUR)
+        | st.integers(1, 4).map(lambda day: day * DAY - 1),
+        "key_id": st.sampled_from(KEYS),
+        "model": st.sampled_from(MODELS),
+        "node_id": st.sampled_from(NODES),
+        "prompt_tokens": st.integers(0, 10**6),
+        "cached_tokens": st.integers(0, 10**6),
+        "completion_tokens": st.integers(0, 10**6),
+        "amount": st.integers(0, 10**15),
+        "ttft_ms": st.none() | st.integers(0, 10**8),
+        "total_ms": st.integers(0, 10**8),
+    }
+)
+REFUSAL = st.tuples(
+    st.sampled_from(["", *KEYS]),
+    st.integers(0, 4 * 24).map(lambda hour: MONDAY + hour * HOUR),
+    st.sampled_from(["", *MODELS]),
+    st.sampled_from(CODES),
+)
+CUT = st.integers(0, 5 * DAY) | st.integers(0, 5).map(lambda day: day * DAY)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(REQUEST, max_size=25),
+    st.lists(REQUEST, max_size=5),
+    st.dictionaries(REFUSAL, st.integers(1, 1000), max_size=15),
+    st.lists(
+        st.integers(0, 5 * DAY) | st.integers(0, 5).map(lambda d: d * DAY), min_size=1, max_size=3
+    ),
+    st.integers(1, 6),
+)
+def test_no_sum_changes_by_rolling_up(
+    before: list[dict[str, Any]],
+    late: list[dict[str, Any]],
+    refused: dict[tuple[str, int, str, str], int],
+    cuts: list[int],
+    bite: int,
+) -> None:
+    """At any moments, in bites of any size, also for requests that end after their day has been
+    rolled up; and doing it twice is doing it once."""
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(retention, "BITE", bite)
+        patch.setattr(retention, "_PAGE", 2)
+        path = Path(folder) / "box.db"
+        new_database(path)
+        database = sqlite3.connect(path, isolation_level=None)
+        for number, row in enumerate(before):
+            insert_request(database, f"req_{number}", **at_monday(row))
+        for (key, since, model, code), count in refused.items():
+            row = {"key_id": key, "since": since, "model": model, "code": code, "count": count}
+            insert(database, "refusals", **row)
+        for number, cut in enumerate(cuts):
+            moment = MONDAY + cut
+            for more in late[number : number + 1]:
+                insert_request(database, f"req_late{number}", **at_monday(more))
+            expected, newer = sums(database), newer_than(database, moment)
+            for _ in range(2):
+                apply(path, moment + DAY, requests="1d")
+                assert sums(database) == expected
+                assert hours_before(database, moment) == 0
+                assert newer_than(database, moment) == newer
+                left = {row[2] for row in rows_of(database, "requests")}
+                assert all(at >= moment for at in left)
+        database.close()
+
+
+def at_monday(row: dict[str, Any]) -> dict[str, Any]:
+    return {**{k: v for k, v in row.items() if k != "created_at"}, "at": MONDAY + row["created_at"]}
+
+
+def newer_than(database: sqlite3.Connection, moment: int) -> list[Any]:
+    """What must stay as it is."""
+    midnight = moment - moment % DAY
+    kept = [
+        [row for row in rows_of(database, table) if row[at] >= midnight]
+        for table, at in (("usage", 1), ("latencies", 1), ("refusals", 1))
+    ]
+    return [*kept, [row for row in rows_of(database, "requests") if row[2] >= moment]]
+
+
+def test_a_negative_time_is_for_ever(tmp_path: Path) -> None:
+    path = tmp_path / "box.db"
+    new_database(path)
+    database = sqlite3.connect(path, isolation_level=None)
+    insert_request(database, "req_1", HOUR)
+    insert_receipt(database, "req_1", HOUR)
+    insert_response(database, "resp_1", HOUR)
+    tables = ("usage", "latencies", "requests", "receipts", "responses")
+    before = {table: rows_of(database, table) for table in tables}
+    apply(path, MONDAY)
+    assert {table: rows_of(database, table) for table in tables} == before
+    apply(path, MONDAY, requests="2h", receipts="2h", responses="2h")
+    assert [rows_of(database, table) for table in tables[2:]] == [[], [], []]
+    assert hours_before(database, MONDAY) == 0
+    database.close()
+
+
+@pytest.mark.parametrize(
+    ("table", "put"), [("receipts", insert_receipt), ("responses", insert_response)]
+)
+def test_each_table_has_a_time_of_its_own(
+    tmp_path: Path, table: str, put: Callable[..., None]
+) -> None:
+    """Also with more rows than one bite."""
+    path = tmp_path / "box.db"
+    new_database(path)
+    database = sqlite3.connect(path, isolation_level=None)
+    database.execute("BEGIN")
+    for number in range(-2 * retention.BITE - 7, 3):
+        put(database, f"row_{number}", MONDAY - 3 * HOUR + number)
+    insert_request(database, "req_1", HOUR)
+    database.execute("COMMIT")
+    apply(path, MONDAY, **{table: "3h"})
+    kept = {row[0] for row in rows_of(database, table)}
+    assert kept == {"row_0", "row_1", "row_2"}
+    assert len(rows_of(database, "requests")) == 1
+    database.close()
+
+
+def test_a_kill_in_the_middle_changes_no_sum(tmp_path: Path) -> None:
+    """Killed again and again somewhere between the first bite and the last; then it ends."""
+    path = tmp_path / "box.db"
+    new_database(path)
+    database = sqlite3.connect(path, isolation_level=None)
+    database.execute("BEGIN")
+    for number in range(6000):
+        more = {"key_id": KEYS[number % 3], "ttft_ms": number % 700, "total_ms": number * 7 % 9000}
+        insert_request(database, f"req_{number}", MONDAY + number * (DAY // 3000), **more)
+    database.execute("COMMIT")
+    expected, moment = sums(database), MONDAY + 30 * DAY
+    code = f"""
+import asyncio, pathlib
+from pinaivu_box.config import RetentionConfig
+from pinaivu_box.store import retention
+from pinaivu_box.store.database import Database
+async def main():
+    async with Database(pathlib.Path({str(path)!r})) as database:
+        await retention.apply(database, RetentionConfig(requests="2h"), {moment})
+asyncio.run(main())
+"""
+    hours, killed = hours_before(database, moment), 0
+    for part in (0.9, 0.6, 0.3, 0.1):
+        child = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
+        while child.poll() is None and hours_before(database, moment) > part * hours:
+            time.sleep(0.001)
+        child.kill()
+        killed += child.wait() == -signal.SIGKILL
+        assert sums(database) == expected
+    assert killed
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+    assert sums(database) == expected
+    assert hours_before(database, moment) == 0 == len(rows_of(database, "requests"))
+    assert database.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+    database.close()
+
+
+# -- the server ------------------------------------------------------------------------------------
+
+
+def test_a_server_rolls_up_and_says_the_same(tmp_path: Path) -> None:
+    """Rows of 100 days, through a real server: the same sums, and receipts by their own policy."""
+    home = tmp_path / "home"
+    home.mkdir()
+    config = home / "config.toml"
+    config.write_text('[retention]\nrequests = "-1"\n')
+    box = Box(home, "--model", "fake:1=fake:0").start()
+    try:
+        assert box.stop() == 0
+        database = sqlite3.connect(home / "pinaivu.db", isolation_level=None)
+        (key,) = database.execute("SELECT id FROM keys").fetchone()
+        now = time.time_ns() // 1_000_000
+        database.execute("BEGIN")
+        for number in range(1000):
+            at = now - number * (DAY // 10) - HOUR
+            insert_request(database, f"req_{number}", at, key_id=key, model=MODELS[number % 2])
+            insert_receipt(database, f"req_{number}", at, key)
+        database.execute("COMMIT")
+        since = now - 30 * DAY
+        assert hours_before(database, since) > 0
+        before = reports(box.start())
+        assert hours_before(database, since) > 0
+        assert box.stop() == 0
+        config.write_text('[retention]\nrequests = "30d"\nreceipts = "60d"\n')
+        box.start()
+        wait_until(lambda: hours_before(database, since) == 0, "days")
+        assert reports(box) == before
+        assert before["total_requests"] == 1000
+        assert 295 < len(rows_of(database, "requests")) < 305
+        # Within 60 days, and long after them.
+        assert box.http("GET", "/v1/receipts/req_590").status_code != 404
+        wait_until(lambda: box.http("GET", "/v1/receipts/req_610").status_code == 404, "receipts")
+        assert 595 < len(rows_of(database, "receipts")) < 605
+        database.close()
+        assert "could not" not in box.errors
+        assert box.stop() == 0
+    finally:
+        box.end()
+
+
+def reports(box: Box) -> dict[str, Any]:
+    made: dict[str, Any] = box.http("GET", "/v1/usage").json()
+    return {**made, "request_id": ""}
+
+
+def test_what_goes_wrong_is_logged_and_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The policy is asked for each time, so that a new configuration counts."""
+    monkeypatch.setattr(retention, "_EVERY_SECONDS", 0.001)
+    path = tmp_path / "box.db"
+    new_database(path)
+    database = sqlite3.connect(path, isolation_level=None)
+    insert_request(database, "req_1", time.time_ns() // 1_000_000 - DAY)
+
+    async def run() -> None:
+        done = asyncio.Event()
+
+        def policies() -> Iterator[RetentionConfig]:
+            yield RetentionConfig(requests="soon")
+            assert "tries again" in caplog.text
+            yield RetentionConfig()
+            assert len(rows_of(database, "requests")) == 1
+            yield RetentionConfig(requests="2h")
+            done.set()
+            yield RetentionConfig()
+
+        async with Database(path) as opened:
+            task = asyncio.create_task(retention.apply_hourly(opened, policies().__next__))
+            await asyncio.wait_for(done.wait(), 60)
+            task.cancel()
+            await asyncio.wait([task])
+
+    asyncio.run(run())
+    assert rows_of(database, "requests") == []
+    database.close()

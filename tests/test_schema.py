@@ -1,0 +1,197 @@
+"""What the schema promises: a file of the release before keeps all, and nothing big is scanned."""
+
+from __future__ import annotations
+
+import re
+import sqlite3
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pinaivu_box.policy import SCOPES
+from pinaivu_box.store import keys, requests, responses, retention
+from pinaivu_box.store.database import Database, Row
+from pinaivu_box.store.migrations import APPLICATION_ID, MIGRATIONS
+
+pytestmark = pytest.mark.anyio
+HOUR = 3_600_000
+MONDAY = 1_735_516_800_000  # 2024-12-30T00:00:00Z
+BIG = ("keys", "accounts", "requests", "receipts", "responses", "usage", "latencies", "refusals")
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+# -- from schema 2 ---------------------------------------------------------------------------------
+
+
+def file_of_schema_2(path: Path) -> list[tuple[str, int, str, str, int, int, int, int]]:
+    """An admin's key and two others, with requests, receipts and responses of each.
+
+    Returns what was asked: key, when, model, node, prompt, cached, completion, amount.
+    """
+    made = sqlite3.connect(path, isolation_level=None)
+    for statement in (one for step in MIGRATIONS[:2] for one in step):
+        made.execute(statement)
+    made.execute("PRAGMA user_version = 2")
+    made.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+    for name, admin in (("key_admin", 1), ("key_a", 0), ("key_b", 0)):
+        key = (name, keys.hash_of(name), "sk-pnv-abcdef", "wxyz", f"of {name}", admin, 5, None)
+        made.execute(f"INSERT INTO keys VALUES ({marks(13)})", (*key, None, 77, 90, 1234, 10**10))
+    asked = []
+    for number in range(300):
+        name = ("key_admin", "key_a", "key_b")[number % 3]
+        row = (name, MONDAY + number * HOUR // 2, f"m:{number % 2}", f"node_{number % 5 // 4}")
+        used = (number, number // 2, 3 * number, 10**9 + number)
+        timed = (None, None if number % 7 == 0 else number, 10 * number)
+        made.execute(
+            f"INSERT INTO requests VALUES ({marks(13)})",
+            (f"req_{number}", *row, "stop", *used, *timed),
+        )
+        receipt = (f"req_{number}", b"signed %d" % number, b"by", b"{}")
+        made.execute(f"INSERT INTO receipts VALUES ({marks(4)})", receipt)
+        previous = f"resp_{number - 3}" if number > 3 else None
+        answer = (f"resp_{number}", name, previous, row[1], b"[]", b'{"output": []}')
+        made.execute(f"INSERT INTO responses VALUES ({marks(6)})", answer)
+        asked.append((*row, *used))
+    made.close()
+    return asked
+
+
+def marks(number: int) -> str:
+    return ", ".join("?" * number)
+
+
+async def test_a_file_of_schema_2_keeps_all_and_its_usage_is_summed(tmp_path: Path) -> None:
+    path = tmp_path / "box.db"
+    asked = file_of_schema_2(path)
+    async with Database(path) as database:
+        for whose in ("", "key_admin", "key_a", "key_b"):
+            mine = [row for row in asked if whose in ("", row[0])]
+            rows = await database.read(
+                "SELECT since, model, node_id, requests, prompt_tokens, cached_tokens,"
+                " completion_tokens, amount FROM usage WHERE key_id = ?",
+                (whose,),
+            )
+            expected: dict[tuple[int, str, str], list[int]] = {}
+            for _, at, model, node, *used in mine:
+                one = expected.setdefault((at - at % HOUR, model, node), [0] * 5)
+                one[:] = [old + new for old, new in zip(one, [1, *used], strict=True)]
+            assert {tuple(row)[:3]: list(row)[3:] for row in rows} == expected
+            counts = await database.read(
+                "SELECT kind, sum(count) FROM latencies WHERE key_id = ? GROUP BY kind", (whose,)
+            )
+            timed = sum(number % 7 != 0 for number in range(300) if asked[number] in mine)
+            assert {row[0]: row[1] for row in counts} == {"total": len(mine), "ttft": timed}
+        assert len(await database.read("SELECT * FROM requests")) == 300
+        assert await database.read("PRAGMA foreign_key_check") == []
+    assert sqlite3.connect(path).execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+
+
+async def test_keys_of_schema_2_work_as_before_and_see_no_more(tmp_path: Path) -> None:
+    """An admin's see all, for the others receipts and responses of others do not exist."""
+    path = tmp_path / "box.db"
+    asked = file_of_schema_2(path)
+    async with Database(path) as database:
+        found = {}
+        for name in ("key_admin", "key_a", "key_b"):
+            one = await keys.find(database, name)
+            assert one is not None and not one[1]
+            key = found[name] = one[0]
+            assert (key.name, key.created_at, key.last_used_at) == (f"of {name}", 5, 77)
+            assert (key.requests, key.tokens, key.amount) == (90, 1234, 10**10)
+            assert (key.prefix, key.last_four) == ("sk-pnv-abcdef", "wxyz")
+        assert found["key_admin"].policy.scopes == SCOPES
+        assert not found["key_a"].admin and "inference" in found["key_a"].policy.scopes
+        assert len({key.account_id for key in found.values()}) == 3
+        for number, row in enumerate(asked):
+            for name, key in found.items():
+                mine = row[0] == name
+                receipt = await requests.find_receipt(
+                    database, f"req_{number}", account_id=key.account_id
+                )
+                assert (receipt is not None and receipt.signed == b"signed %d" % number) == mine
+                answer = await responses.find(database, f"resp_{number}", key.account_id)
+                assert (answer is not None) == mine
+            assert await requests.find_receipt(database, f"req_{number}", account_id=None)
+
+
+# -- query plans -----------------------------------------------------------------------------------
+
+PLANNED = {
+    "key by secret": keys.FIND,
+    "newest keys": keys.LS,
+    "newest keys of an account": keys.LS_OF_ACCOUNT,
+    "last minute of a key": requests.SINCE,
+    **{f"old {table}": statement for table, statement in retention.OLD_ROWS.items()},
+    "hours of usage": retention.HOURS,
+    "hours of refusals": retention.HOURS_OF_REFUSALS,
+    "days": retention.DAYS,
+    "pages of keys and accounts": retention.OWNERS,
+}
+
+
+async def plan(database: Database, statement: str) -> list[str]:
+    numbered = [int(number) for number in re.findall(r"\?(\d)", statement)]
+    values = [1] * (max(numbered) if numbered else statement.count("?"))
+    return [row["detail"] for row in await database.read(f"EXPLAIN QUERY PLAN {statement}", values)]
+
+
+def check_plan(steps: list[str]) -> None:
+    """Every big table is searched by an index, and nothing that it finds is sorted."""
+    touched = [step for step in steps if any(f" {table}" in step for table in BIG)]
+    assert touched and all(step.startswith("SEARCH ") for step in touched), steps
+    assert all(re.search("USING .*(INDEX|PRIMARY KEY)", step) for step in touched), steps
+    assert not any("ORDER BY" in step for step in steps), steps
+
+
+@pytest.mark.parametrize("statement", PLANNED.values(), ids=PLANNED)
+async def test_nothing_big_is_scanned(tmp_path: Path, statement: str) -> None:
+    async with Database(tmp_path / "box.db") as database:
+        check_plan(await plan(database, statement))
+
+
+async def test_what_is_deleted_is_found_by_its_whole_key(tmp_path: Path) -> None:
+    async with Database(tmp_path / "box.db") as database:
+        for statement in (retention.HOURS, retention.HOURS_OF_REFUSALS):
+            (first, *_) = await plan(database, statement)
+            assert first.count("=?") >= 4, first
+
+
+async def test_a_receipt_is_found_by_its_id(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with Database(tmp_path / "box.db") as database:
+        seen: list[str] = []
+        read = Database.read
+
+        async def noted(self: Database, sql: str, parameters: Iterable[Any] = ()) -> list[Row]:
+            seen.append(sql)
+            return await read(self, sql, parameters)
+
+        monkeypatch.setattr(Database, "read", noted)
+        assert await requests.find_receipt(database, "req_1", account_id="acct_owner") is None
+        monkeypatch.undo()
+        (statement,) = seen
+        check_plan(await plan(database, statement))
+
+
+@pytest.mark.parametrize("whose", ["''", "?", "(SELECT id FROM keys WHERE account_id = ?)"])
+@pytest.mark.parametrize("table", ["usage", "latencies"])
+async def test_sums_of_a_range_of_time_read_no_more_than_that(
+    tmp_path: Path, table: str, whose: str
+) -> None:
+    """Of the box, of a key, of an account."""
+    statement = (
+        f"SELECT model, count(*) FROM {table}"
+        f" WHERE key_id {'IN' if 'FROM' in whose else '='} {whose} AND since >= ? AND since < ?"
+        " GROUP BY model"
+    )
+    async with Database(tmp_path / "box.db") as database:
+        steps = await plan(database, statement)
+        check_plan(steps)
+        assert any("(key_id=? AND since>? AND since<?)" in step for step in steps)
