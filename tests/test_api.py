@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pinaivu_box.engine.fake_runner import SENTENCE
+from pinaivu_box.engine.scheduler import WORTH_WAITING
 from pinaivu_box.receipts.verify import Transcript, verify_receipt
 from tests.box import MODEL, Box, pinaivu
 
@@ -85,9 +86,9 @@ def test_choices_differ_and_share_their_prompt(box: Box) -> None:
     proofs = [json.loads(proof["signed"]) for proof in signed["proofs"]]
     assert [proof["choice"] for proof in proofs] == [0, 1, 2, 3]
     assert len({proof["sampling"]["seed"] for proof in proofs}) == 4
-    # One of them has computed the prompt, the others but its last token.
+    # One of them has computed the prompt, the others but its end: nobody waits for a short rest.
     cached = sorted(proof["cached_tokens"] for proof in proofs)
-    assert cached[1:] == [alone.usage.prompt_tokens - 1] * 3
+    assert cached[1] >= alone.usage.prompt_tokens - 1 - WORTH_WAITING > 0
 
 
 def test_choices_of_a_stream(fake_box: Box) -> None:

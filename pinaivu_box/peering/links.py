@@ -20,6 +20,7 @@ DIAL_SECONDS = 10.0
 _SHORTEST, _LONGEST = 1.0, 60.0  # seconds until the next try
 _POINTLESS = 300.0  # the same after a refusal
 _YOUNG = 10.0  # seconds; two links as young as that were made at once
+_SUCCESSION = 1.0  # seconds in which the peer has chosen between the two as well
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +43,9 @@ class Held:
 
 
 class Owner(Protocol):
+    def serve(self, held: Held) -> None:
+        """Take the streams that the peer opens."""
+
     def began(self, held: Held) -> None: ...
 
     def ended(self, held: Held, why: LinkLost) -> None: ...
@@ -64,9 +68,15 @@ class Links:
         self._transport, self._owner, self._random = transport, owner, random
         self._dialing: dict[str, asyncio.Task[Held]] = {}
         self._tried: dict[str, _Tried] = {}
+        self._retiring: dict[str, Held] = {}
 
     def __len__(self) -> int:
         return len(self.held.keys() | self._dialing.keys())
+
+    def of(self, peer: str) -> list[Held]:
+        """Every one that stands, also if it is about to end."""
+        found = (self.held.get(peer), self._retiring.get(peer))
+        return [held for held in found if held is not None]
 
     def busy(self) -> set[str]:
         """Linked, being called, or not to be called yet."""
@@ -125,23 +135,42 @@ class Links:
     def add(self, link: Link, *, dialed: bool) -> Held:
         """The link that is kept, of this one and one that may stand already."""
         new, old = Held(link, dialed), self.held.get(link.peer)
-        if old is not None:
-            if not self._rather(old, new):
-                self._owner.spawn(link.close(Code.SECOND, "there is another link between the two"))
-                return old
-            self._end(old, LinkLost("Another link took its place.", code=Code.SECOND))
+        if old is None:
+            return self._hold(new)
+        both = old.dialed != new.dialed and time.monotonic() - old.began <= _YOUNG
+        if both and new.dialed != (self._transport.node_id < new.peer):
+            self._owner.serve(new)
+            self._owner.spawn(self._retire(new, "there is another link between the two"))
+            return old
+        self._end(old, LinkLost("Another link took its place.", code=Code.SECOND))
+        if both:
+            self._owner.spawn(self._retire(old, "another link took its place"))
+        else:  # the peer was restarted, and this one leads nowhere
             self._owner.spawn(old.link.close(Code.SECOND, "another link took its place"))
+        return self._hold(new)
+
+    def _hold(self, new: Held) -> Held:
         self.held[new.peer] = new
         self._owner.spawn(self._watch(new))
+        self._owner.serve(new)
         self._owner.began(new)
         return new
 
-    def _rather(self, old: Held, new: Held) -> bool:
-        """Whether the new link is to stay.  If both called at once both must choose the same one:
-        that of the smaller id.  Else the peer was restarted, and the old one leads nowhere."""
-        if old.dialed == new.dialed or time.monotonic() - old.began > _YOUNG:
-            return True
-        return new.dialed == (self._transport.node_id < new.peer)
+    async def _retire(self, held: Held, why: str) -> None:
+        """Both called at once, and both keep the link that the smaller id made.  The other one ends
+        when the peer has had time to see that, and what runs over it has ended.  One at a time for
+        each peer: else calling again and again would make many."""
+        if held.peer not in self._retiring:
+            self._retiring[held.peer] = held
+            ended = asyncio.ensure_future(held.link.closed())
+            try:
+                await asyncio.wait([ended], timeout=_SUCCESSION)
+                while not (held.idle or ended.done()):
+                    await asyncio.wait([ended], timeout=_SUCCESSION)
+            finally:
+                del self._retiring[held.peer]
+                ended.cancel()
+        await held.link.close(Code.SECOND, why)
 
     async def _watch(self, held: Held) -> None:
         why = await held.link.closed()

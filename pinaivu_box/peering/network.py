@@ -75,6 +75,7 @@ class Network:
         self._joining = asyncio.Lock()
         self._wake, self._news, self._told = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._remembered = time.monotonic()
+        self._seen: list[Peer] | None = None  # None: something has happened since
         self._closing = False
 
     @property
@@ -148,6 +149,7 @@ class Network:
                 await self._remember()
 
     def _tick(self) -> None:
+        self._seen = None
         try:
             if self.gossip is not None:
                 self.gossip.facts = self._facts()
@@ -201,17 +203,18 @@ class Network:
         return self._book.find(node_id, route, advert.advert.addresses if advert else ())
 
     def began(self, held: Held) -> None:
+        self._seen = None
         strangers = sum(not self._standing.has(one) for one in self._links.held)
         if strangers > MAX_STRANGERS:
             self._cut(held, Code.BUSY, "too many strangers call: try again")
             return
-        self.spawn(self._serve(held))
         if held.dialed:
             self.spawn(self._begin_talk(held))
         else:
             self.spawn(self._doubt(held))
 
     def ended(self, held: Held, why: LinkLost) -> None:
+        self._seen = None
         if self.gossip and held.talk:
             self.gossip.unlinked(held.peer, lost=why.code in _LOST)
         log.info("link to %s ended: %s", wire.short(held.peer), why.message)
@@ -227,6 +230,7 @@ class Network:
     # Gossip, and its `Effects`
 
     def _gossip_anew(self) -> None:
+        self._seen = None
         if self.roster is None:
             self.gossip = None
             return
@@ -252,7 +256,7 @@ class Network:
     async def _talk(self, held: Held, stream: Stream) -> None:
         gossip = self.gossip
         if self._links.held.get(held.peer) is not held:
-            stream.abandon()  # another link took its place
+            await held.link.closed()  # another one took its place, as the peer is about to see
             return
         if held.talk or gossip is None:
             why = "one gossip is enough" if held.talk else self._standing.why_not(held.peer)
@@ -262,8 +266,15 @@ class Network:
         log.info("link to %s stands", wire.short(held.peer))
         self._remembered = 0.0  # with the next round
         gossip.linked(held.peer)
-        end = await talk.run(lambda frame: gossip.received(held.peer, frame))
-        self._cut(held, Code.PROTOCOL, end.reason or "the gossip has ended")
+        self._seen = None
+
+        def hear(frame: bytes) -> None:
+            self._seen = None
+            gossip.received(held.peer, frame)
+
+        end = await talk.run(hear)
+        if self._links.held.get(held.peer) is held:
+            self._cut(held, Code.PROTOCOL, end.reason or "the gossip has ended")
 
     def say(self, node_id: str, frame: bytes) -> None:
         held = self._links.held.get(node_id)
@@ -271,11 +282,12 @@ class Network:
             self._cut(held, Code.PROTOCOL, DEAF)
 
     def cut(self, node_id: str, why: str) -> None:
-        if held := self._links.held.get(node_id):
-            member = self._standing.has(node_id)
+        member = self._standing.has(node_id)
+        for held in self._links.of(node_id):
             self._cut(held, Code.PROTOCOL if member else Code.FORBIDDEN, why)
 
     def roster_changed(self) -> None:
+        self._seen = None
         self._standing.changed()
         self._wake.set()
         self.spawn(self._standing.keep())
@@ -304,8 +316,11 @@ class Network:
         except TimeoutError as error:
             raise Unreachable(f"{wire.short(peer)} did not answer within {timeout:g} s.") from error
 
+    def serve(self, held: Held) -> None:
+        self.spawn(self._serve(held))
+
     async def _serve(self, held: Held) -> None:
-        """Take the streams that the peer opens, until the link ends."""
+        """Until the link ends."""
         with suppress(PeeringError):
             while True:
                 self.spawn(self._incoming.take(held, await held.link.accept()))
@@ -314,6 +329,11 @@ class Network:
 
     def peers(self) -> list[Peer]:
         """Every member but us, and who was revoked, by name."""
+        if self._seen is None:
+            self._seen = self._look()
+        return self._seen
+
+    def _look(self) -> list[Peer]:
         if self.gossip is None:
             return []
         roster = self.gossip.roster
@@ -332,6 +352,7 @@ class Network:
     async def renamed(self) -> None:
         """The store has other names for peers now."""
         await self._book.load()
+        self._seen = None
 
     # What operators do; `by` is for the audit trail, which tells of it in the same transaction
 
@@ -376,8 +397,9 @@ class Network:
         self._wake.set()
 
     def _part(self) -> None:
-        for held in list(self._links.held.values()):
-            self._cut(held, Code.SHUTDOWN, "it belongs to another network now")
+        for peer in list(self._links.held):
+            for held in self._links.of(peer):
+                self._cut(held, Code.SHUTDOWN, "it belongs to another network now")
 
     async def leave(self, by: Actor = BOX) -> None:
         """Belong to no network any more; its members only see that this box is gone."""
