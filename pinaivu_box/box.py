@@ -37,8 +37,9 @@ from pinaivu_box.peering.ledger import Ledger
 from pinaivu_box.peering.network import Network
 from pinaivu_box.peering.sharing import Sharing
 from pinaivu_box.policy import Policy
-from pinaivu_box.store import model_files, retention
+from pinaivu_box.store import retention
 from pinaivu_box.store.database import Database
+from pinaivu_box.store.model_files import Digests
 
 # What is read at the start only: the sockets, and what stands before the routes.
 _AT_START = (
@@ -73,6 +74,7 @@ class Box:
     identity: Identity
     database: Database
     catalog: Catalog
+    digests: Digests
     placement: Placement
     admission: Admission
     local: LocalBackend
@@ -84,7 +86,8 @@ class Box:
     offers: Offers
     ledger: Ledger
     control_token: str
-    network: Network | None = None  # both None without [peering]
+    network: Network | None = None  # all None without [peering]
+    books: Books | None = None
     pool: Pool | None = None
 
     @property
@@ -219,7 +222,7 @@ async def _peering(box: Box) -> AsyncIterator[None]:
         return
     async with network_of(box.config, box.identity, box.database, box.offers.describe) as network:
         box.network = network
-        books = Books(box.database, box.identity.node_id, lambda: box.config)
+        books = box.books = Books(box.database, box.identity.node_id, lambda: box.config)
         pool = _pool(box, network, books)
 
         async def shared(peer: str) -> Catalog | str:
@@ -255,9 +258,6 @@ async def _peering(box: Box) -> AsyncIterator[None]:
 def _pool(box: Box, network: Network, books: Books) -> Pool:
     """From now on requests may go to peers, and theirs are served."""
 
-    async def digest(model: Model) -> str:
-        return await model_files.digest(box.database, model)
-
     pool = box.pool = Pool(
         identity=box.identity,
         config=box.config,
@@ -266,7 +266,7 @@ def _pool(box: Box, network: Network, books: Books) -> Pool:
         local=box.local,
         load=box.traffic,
         network=network,
-        digest=digest,
+        digest=box.digests.of,
         terms=books.terms,
         owed=books.owed,
         served=books.served,
@@ -288,10 +288,8 @@ def _join(load: Callable[[], Config], home: Path, database: Database) -> Box:
     identity = identity_of(home)
     catalog = catalogs.load(config, home)
 
-    async def digest(model: Model) -> str:
-        return await model_files.digest(database, model)
-
-    placement = Placement(config.engine, digest)
+    digests = Digests(database)
+    placement = Placement(config.engine, digests.of)
     local = LocalBackend(placement, identity.node_id, config.sampling)
     meter = Meter(identity, database, config.pricing.currency)
     metrics = Metrics(placement)
@@ -305,6 +303,7 @@ def _join(load: Callable[[], Config], home: Path, database: Database) -> Box:
         identity=identity,
         database=database,
         catalog=catalog,
+        digests=digests,
         placement=placement,
         admission=admission,
         local=local,
@@ -313,7 +312,7 @@ def _join(load: Callable[[], Config], home: Path, database: Database) -> Box:
         metrics=metrics,
         refusals=Refusals(database, metrics),
         traffic=traffic,
-        offers=Offers(admission, traffic, digest),
+        offers=Offers(admission, traffic, digests.of),
         ledger=Ledger(identity, database),
         control_token=secrets.token_hex(32),
     )

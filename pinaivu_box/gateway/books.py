@@ -18,6 +18,7 @@ from pinaivu_box.gateway.serving import Served
 from pinaivu_box.store import ledger, opinions, peer_settings
 from pinaivu_box.store.database import Database
 from pinaivu_box.store.ledger import Balance, Entry
+from pinaivu_box.store.peer_settings import PeerSettings
 
 log = logging.getLogger("pinaivu.ledger")
 
@@ -27,10 +28,18 @@ _REMEMBER_SECONDS = 60.0
 class Books:
     def __init__(self, database: Database, us: str, config: Callable[[], Config]) -> None:
         self._database, self._us, self._config = database, us, config
+        self._settings: dict[str, PeerSettings] = {}
+
+    def changed(self) -> None:
+        """The store has other settings for peers now."""
+        self._settings = {}
 
     async def terms(self, peer: str) -> Terms:
         """What is set for that peer, and else `[peering.serve]`."""
-        set_ = (await peer_settings.get(self._database, peer)).limits
+        settings = self._settings  # what is read now is of no use after a change
+        if peer not in settings:
+            settings[peer] = await peer_settings.get(self._database, peer)
+        set_ = settings[peer].limits
         serve = self._config().peering.serve
         tokens = serve.tokens_per_minute
         if set_.tokens_per_minute is not None:

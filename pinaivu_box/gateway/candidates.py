@@ -154,7 +154,7 @@ class Candidates:
     def _peer(self, job: Job, peer: Peer, offer: Offer, made: int, warm: str | None) -> Candidate:
         now = peer.loads.get(offer.id)
         load = now.load if now else offer
-        heard = now.at if now else time.monotonic() - (peer.advert_age_s or 0.0)
+        heard = now.at if now else peer.advert_at or 0.0
         under_way = self._under_way.get(peer.node_id, {})
         busy = self._busy.get(peer.node_id, 0.0) > time.monotonic()
         refuses = _BUSY if busy else None

@@ -397,8 +397,8 @@ class Network:
         self._wake.set()
 
     def _part(self) -> None:
-        for peer in list(self._links.held):
-            for held in self._links.of(peer):
+        for one in list(self._links.held):
+            for held in self._links.of(one):
                 self._cut(held, Code.SHUTDOWN, "it belongs to another network now")
 
     async def leave(self, by: Actor = BOX) -> None:

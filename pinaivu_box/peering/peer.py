@@ -28,11 +28,11 @@ _SHORTEST_PREFIX = 9  # node_ and 4 digits
 class Peer:
     """`why` is a sentence about its `state`.
 
-    `advert` is its newest while it lives, `advert_age_s` how old that is; `gone`: a member says
-    that it lost its link to it.  `since` is when its link began, in Unix seconds.  `software`,
-    `clock_ahead` (in seconds) and `route` are known while it is connected.  From its certificate:
-    `inviter` (a node_id), `admin`, `issued_at` (Unix seconds by the inviter's clock).  `loads`: of
-    its models, as far as more is known than its advert says.
+    `advert` is its newest while it lives, made at `advert_at` of our monotonic clock; `gone`: a
+    member says that it lost its link to it.  `since` is when its link began, in Unix seconds.
+    `software`, `clock_ahead` (in seconds) and `route` are known while it is connected.  From its
+    certificate: `inviter` (a node_id), `admin`, `issued_at` (Unix seconds by the inviter's clock).
+    `loads`: of its models, as far as more is known than its advert says.
     """
 
     node_id: str
@@ -45,12 +45,16 @@ class Peer:
     clock_ahead: float | None
     since: float | None
     advert: Advert | None
-    advert_age_s: float | None
+    advert_at: float | None
     gone: bool
     inviter: str
     admin: bool
     issued_at: float | None
     loads: Mapping[str, Heard] = field(default_factory=dict, hash=False)
+
+    @property
+    def advert_age_s(self) -> float | None:
+        return None if self.advert_at is None else time.monotonic() - self.advert_at
 
 
 class Scene(NamedTuple):
@@ -83,7 +87,7 @@ def view(node_id: str, addresses: tuple[str, ...], scene: Scene) -> Peer:
         clock_ahead=link.clock_ahead if link else None,
         since=held.since if held else None,
         advert=fresh.advert if fresh else None,
-        advert_age_s=scene.now - fresh.sent_at if fresh else None,
+        advert_at=fresh.sent_at if fresh else None,
         gone=held is None and scene.gossip.adverts.gone(node_id),
         inviter=node_of(certificate.inviter) if certificate else "",
         admin=verdict.admin,

@@ -142,7 +142,7 @@ async def get(request: Request) -> Response:
 
 async def change(request: Request) -> Response:
     given = await body(request, ChangePeer)
-    network, peer = _network(request), _named(request)
+    box, network, peer = box_of(request), _network(request), _named(request)
     name = None if given.name is UNSET else given.name or ""
     if name:
         _check_free(name, peer, network)
@@ -152,11 +152,11 @@ async def change(request: Request) -> Response:
         if value is not UNSET
     }
     try:
-        await peer_settings.edit(
-            box_of(request).database, peer.node_id, by(request), name=name, limits=changes
-        )
+        await peer_settings.edit(box.database, peer.node_id, by(request), name=name, limits=changes)
     except ValueError as error:
         raise InvalidBody(str(error), loc=("body", "limits")) from None
+    if box.books is not None:
+        box.books.changed()
     await network.renamed()
     return answer(request, await _view(request, network.peer(peer.node_id)))
 

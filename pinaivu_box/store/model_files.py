@@ -28,6 +28,23 @@ async def digest(database: Database, model: Model) -> str:
     return found
 
 
+class Digests:
+    """The same, for what asks at each request: without the database once it is known."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._known: dict[tuple[str, int, int], str] = {}
+
+    async def of(self, model: Model) -> str:
+        if model.recorded_digest:
+            return model.recorded_digest
+        stat = model.path.stat()
+        facts = (str(model.path), stat.st_size, stat.st_mtime_ns)
+        if facts not in self._known:
+            self._known[facts] = await digest(self._database, model)
+        return self._known[facts]
+
+
 async def hashes(database: Database, model: Model, digest: str) -> bytes:
     """The SHA-256 of each of its pieces (`models.pieces`), reckoned once for that digest."""
     rows = await database.read("SELECT hashes FROM model_pieces WHERE digest = ?", (digest,))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
@@ -163,7 +164,7 @@ class Node:
         )
         return Peer(
             self.node_id, self.name, "connected", "", (), None, "test", 0.0, 0.0,
-            None if self.silent else advert, 0.0, self.gone, "", False, 0.0, self.told,
+            None if self.silent else advert, time.monotonic(), self.gone, "", False, 0.0, self.told,
         )  # fmt: skip
 
     def job(self, text: str = PROMPT, **more: Any) -> Job:

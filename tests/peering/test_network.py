@@ -383,19 +383,30 @@ async def test_all_restarted_at_once_find_each_other(world: World) -> None:
     await wait_until(lambda: all(whole(box, 3) for box in boxes))
 
 
-async def test_both_call_at_once_and_one_link_stays(world: World) -> None:
+async def test_both_call_at_once_and_one_link_stays(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what has begun over the other one comes to its end."""
+    monkeypatch.setattr("pinaivu_box.peering.links._SUCCESSION", 0.1)
     one, two = await world.joined("one", "two")
     for _ in range(5):
         for site in world.sites:
             for held in list(site.network._links.held.values()):
                 await held.link.close(Code.SHUTDOWN, "again")
             site.network._links.forget()
-        await asyncio.gather(
-            *(asyncio.gather(a.open(b.node_id, "echo"), return_exceptions=True)
-              for a, b in ((one, two), (two, one)))
-        )  # fmt: skip
+        streams = await asyncio.gather(one.open(two.node_id, "echo"), two.open(one.node_id, "echo"))
         await wait_until(lambda: whole(one, 2) and whole(two, 2))
-    await wait_until(lambda: len(world.sites[0].transport.connections) == 1)
+        assert len(world.sites[0].transport.connections) == 2
+        for _ in range(10):
+            await asyncio.sleep(0.05)
+            for stream in streams:
+                await stream.send(b"still there?")
+                assert await soon(stream.receive()) == b"still there?"
+        for stream in streams:
+            await stream.finish()
+            assert await soon(stream.receive()) is None
+        del stream, streams
+        await wait_until(lambda: len(world.sites[0].transport.connections) == 1)
     await asked(one, two)
     await asked(two, one)
 
@@ -416,9 +427,10 @@ class BareLink:
 @pytest.mark.parametrize("first_at_one", [True, False])
 @pytest.mark.parametrize("first_at_two", [True, False])
 async def test_both_sides_keep_the_same_of_two_links(
-    first_at_one: bool, first_at_two: bool
+    first_at_one: bool, first_at_two: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In whatever order the two links come up on either side."""
+    monkeypatch.setattr("pinaivu_box.peering.links._SUCCESSION", 0.05)
     ids = sorted(one.node_id for one in PEOPLE[:2])
     kept = []
     for me, peer, first in ((ids[0], ids[1], first_at_one), (ids[1], ids[0], first_at_two)):
@@ -432,6 +444,8 @@ async def test_both_sides_keep_the_same_of_two_links(
         kept.append(me if held.dialed else peer)
         await asyncio.sleep(0)
         assert not held.link.over.is_set()  # type: ignore[attr-defined]
+        other = next(one for one in links.of(peer) if one is not held)
+        await wait_until(other.link.over.is_set)  # type: ignore[attr-defined]
         assert owner.ended.call_count == owner.began.call_count - 1
     assert kept == [ids[0], ids[0]]
 
