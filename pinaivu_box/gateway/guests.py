@@ -67,6 +67,15 @@ class Use:
     paid: OrderedDict[bytes, None] = field(default_factory=OrderedDict)
 
 
+@dataclass(frozen=True)
+class Pass:
+    """For one leg.  `fresh` raises Conflict if it was served already: nothing may be said before
+    that, but the engine need not wait for it.  `proven` is called when it comes to a proof."""
+
+    fresh: Callable[[], Awaitable[None]]
+    proven: Callable[[], None]
+
+
 class Guests:
     """`terms` are asked for each request; `owed` (10^-9, by peer and currency) and `served` (by
     peer, request id, leg and choice) are the ledger's."""
@@ -135,20 +144,25 @@ class Guests:
                 self.gone.set()
 
     @contextlib.asynccontextmanager
-    async def once(self, peer: str, job: Job, *, pays: bool) -> AsyncIterator[Callable[[], None]]:
+    async def once(self, peer: str, job: Job, *, pays: bool) -> AsyncIterator[Pass]:
         """A leg is served once, for the ledger counts it once; and one of those that share a prompt
-        pays for it, if it comes to a proof: call what this gives then.  Raises Conflict."""
+        pays for it, if it comes to a proof.  Raises Conflict."""
         use, leg = self.use(peer), (job.request_id, job.leg, job.choice)
         # One whose stream has just broken is about to end.
         if not await _comes(lambda: leg not in use.legs):
             raise Conflict("This leg of the request is being served already.")
         use.legs.add(leg)
-        try:
-            if await self._served(peer, *leg):
+        served = asyncio.ensure_future(self._served(peer, *leg))
+
+        async def fresh() -> None:
+            if await served:
                 raise Conflict("This leg of the request was served already.")
+
+        try:
             async with _payment(use, _prompt(job), pays=pays) as proven:
-                yield proven
+                yield Pass(fresh, proven)
         finally:
+            served.cancel()
             use.legs.discard(leg)
 
 
@@ -157,7 +171,7 @@ async def _payment(use: Use, prompt: bytes, *, pays: bool) -> AsyncIterator[Call
     # The leg that pays may have been overtaken.
     if not (pays or await _comes(lambda: prompt in use.paid)):
         raise Conflict("Nobody pays for the prompt of this request here.")
-    proven = not pays
+    proven = prompt in use.paid or not pays
 
     def prove() -> None:
         nonlocal proven

@@ -28,7 +28,7 @@ from pinaivu_box.errors import (
     RateLimited,
 )
 from pinaivu_box.gateway.backend import Event, Job, Output, Prompt, Started
-from pinaivu_box.gateway.guests import Guests, Terms
+from pinaivu_box.gateway.guests import Guests, Pass, Terms
 from pinaivu_box.gateway.load import Load
 from pinaivu_box.gateway.local import LocalBackend
 from pinaivu_box.gateway.mailbox import Mailbox
@@ -151,8 +151,8 @@ class Serving:
         ceiling = price.prices.most(len(job.read or ()) or _TYPICAL_TOKENS, most)
         await self.guests.check_credit(peer, terms, price.currency)
         with self.guests.place(peer, terms, ceiling, most) as used:
-            async with self.guests.once(peer, job, pays=asked.pays_prompt) as proven:
-                served = await self._run(peer, stream, job, price, asked, proven)
+            async with self.guests.once(peer, job, pays=asked.pays_prompt) as admitted:
+                served = await self._run(peer, stream, job, price, asked, admitted)
                 if served is not None:
                     used(served.proof.prompt_tokens + served.proof.completion_tokens)
 
@@ -163,14 +163,14 @@ class Serving:
         job: Job,
         price: Price,
         asked: work.Ask,
-        proven: Callable[[], None],
+        admitted: Pass,
     ) -> Served | None:
         """None if nothing was computed."""
         async with _Leg(self._identity, self._local, stream, job, price, asked) as leg:
             with self._load.taken(job.model.id):
-                served = await leg.serve(peer)
+                served = await leg.serve(peer, admitted.fresh)
             if served is not None:
-                proven()
+                admitted.proven()
                 self._load.measured(job.model.id, leg.account)
                 await self._settle(served, leg.answer)
             return served
@@ -253,9 +253,10 @@ class _Leg:
         self._tasks[0].cancel()
         await asyncio.wait(self._tasks)
 
-    async def serve(self, peer: str) -> Served | None:
+    async def serve(self, peer: str, fresh: Callable[[], Awaitable[None]]) -> Served | None:
         """None if nothing was computed.  Raises ApiError if that is to be told, LinkLost."""
         self._tasks.append(asyncio.create_task(self._pump(self._asked.made)))
+        await fresh()
         return await self._send_all(peer)
 
     async def _pump(self, made: list[int]) -> None:

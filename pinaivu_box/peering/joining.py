@@ -85,8 +85,7 @@ async def ask(transport: Transport, ticket: Ticket, name: str) -> tuple[Link, Ro
 
 
 async def _ask(link: Link, me: str, ticket: Ticket, name: str) -> Roster:
-    stream = OpenedStream(link.peer, await link.open())
-    await stream.send(wire.encode(Open(PURPOSE)))
+    stream = OpenedStream(link.peer, await link.open(), Open(PURPOSE))
     await stream.send(wire.encode(Join(ticket.secret, name)))
     await stream.finish()
     answer = wire.decode(await stream.receive() or b"", _welcome)

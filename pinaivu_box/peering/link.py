@@ -110,10 +110,11 @@ class FramedStream:
         self._said_end = self._heard_end = False
         self._broken: LinkLost | ProtocolError | None = None
 
-    async def send(self, frame: bytes) -> None:
-        if not 0 < len(frame) <= wire.MAX_FRAME_BYTES:
-            raise ValueError(f"a frame has 1 to {wire.MAX_FRAME_BYTES} bytes, not {len(frame)}")
-        await self._write(wire.LENGTH.pack(len(frame)) + frame)
+    async def send(self, *frames: bytes) -> None:
+        for frame in frames:
+            if not 0 < len(frame) <= wire.MAX_FRAME_BYTES:
+                raise ValueError(f"a frame has 1 to {wire.MAX_FRAME_BYTES} bytes, not {len(frame)}")
+        await self._write(b"".join(wire.LENGTH.pack(len(frame)) + frame for frame in frames))
 
     async def finish(self) -> None:
         if not self._said_end:

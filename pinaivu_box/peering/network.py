@@ -40,6 +40,7 @@ MAX_STRANGERS = 64  # links of those who are no members (yet)
 STRANGER_SECONDS = 10.0  # in which a new link must show that a member made it
 LOOK_SECONDS = 0.2  # for what the links say of the loads of others
 _GOODBYE_SECONDS = 1.0
+_MOMENT_SECONDS = 0.005
 _REMEMBER_SECONDS = 30.0
 _LOST = (None, Code.DROPPED, Code.SILENT)  # nobody said goodbye
 
@@ -76,7 +77,7 @@ class Network:
         self._wake, self._news, self._told = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._remembered = time.monotonic()
         self._seen: list[Peer] | None = None  # None: something has happened since
-        self._closing = False
+        self._closing = self._stirred = False
 
     @property
     def roster(self) -> Roster | None:
@@ -119,7 +120,14 @@ class Network:
         task.add_done_callback(self._tasks.discard)
 
     def changed(self) -> None:
-        """`describe` says something else: the links hear it, and all if it is worth an advert."""
+        """`describe` says something else: the links hear it, and all if it is worth an advert.
+        After a moment: whoever says so has more urgent things to do."""
+        if not self._stirred:
+            self._stirred = True
+            asyncio.get_running_loop().call_later(_MOMENT_SECONDS, self._tell_change)
+
+    def _tell_change(self) -> None:
+        self._stirred = False
         if self.gossip is None or (was := self.gossip.facts) is None:
             return
         self.gossip.facts = self._facts()
@@ -305,12 +313,11 @@ class Network:
                     held = await self._links.get(peer)
                     try:
                         stream = await held.link.open()
-                        await stream.send(wire.encode(Open(purpose)))
                     except LinkLost:
                         if self._links.held.get(peer) in (held, None):
                             raise
                         continue  # it was replaced by a second one
-                    opened = OpenedStream(peer, stream)
+                    opened = OpenedStream(peer, stream, Open(purpose))
                     held.opened.add(opened)
                     return opened
         except TimeoutError as error:

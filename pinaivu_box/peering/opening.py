@@ -62,17 +62,30 @@ async def drain(stream: Stream) -> None:
 
 
 class OpenedStream:
-    """A stream that we have opened for a purpose: if its first answer is a `Refusal`, `receive`
-    raises PeerRefused.  All else is as `transport.Stream` says."""
+    """A stream that we have opened for a purpose: `opening` goes before whatever is said first, at
+    once with it, and if the first answer is a `Refusal`, `receive` raises PeerRefused.  All else is
+    as `transport.Stream` says."""
 
-    def __init__(self, peer: str, stream: Stream) -> None:
+    def __init__(self, peer: str, stream: Stream, opening: Open) -> None:
         self._peer, self._stream = peer, stream
+        self._opening = [wire.encode(opening)]
         self._answered = False
-        self.send = stream.send
-        self.finish = stream.finish
         self.abandon = stream.abandon
 
+    async def send(self, *frames: bytes) -> None:
+        before, self._opening = self._opening, []
+        await self._stream.send(*before, *frames)
+
+    async def finish(self) -> None:
+        await self._open()
+        await self._stream.finish()
+
+    async def _open(self) -> None:
+        if self._opening:
+            await self.send()
+
     async def receive(self) -> bytes | None:
+        await self._open()
         frame = await self._stream.receive()
         if not self._answered and frame is not None:
             self._answered = True

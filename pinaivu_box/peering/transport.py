@@ -42,8 +42,8 @@ class Stream(Protocol):
     abandons the stream, since half of its frame may have gone out.
     """
 
-    async def send(self, frame: bytes) -> None:
-        """Wait until the frame is on its way.  ValueError if it is empty or over
+    async def send(self, *frames: bytes) -> None:
+        """Wait until they are on their way.  ValueError if one is empty or over
         `wire.MAX_FRAME_BYTES`; LinkLost."""
 
     async def receive(self) -> bytes | None:

@@ -538,8 +538,7 @@ async def test_what_we_do_not_know_is_refused_and_the_link_stays(
 ) -> None:
     one, two = await world.joined("one", "two")
     link = one._links.held[two.node_id].link
-    stream = network.OpenedStream(two.node_id, await link.open())
-    await stream.send(wire.encode(opened))
+    stream = network.OpenedStream(two.node_id, await link.open(), opened)
     with pytest.raises(PeerRefused, match="update the older") as refused:
         await soon(stream.receive())
     assert refused.value.code == Code.VERSION
