@@ -297,15 +297,15 @@ class _Leg:
                 await work.send(self._stream, work.Alive())
             outputs = [event for event in events if isinstance(event, Output)]
             for event in events:
-                if isinstance(event, Started | Prompt):
+                if isinstance(event, Started):
+                    self._leg = Leg(replace(event, nonce=self._running.nonce))
+                elif isinstance(event, Prompt):
                     await self._begin(event)
             if outputs:
                 served = self._prove(peer, outputs)
-                if served is not None:
-                    signed = served.signed
-                    await work.send(self._stream, work.Proved(signed.signed, signed.signature))
-                for one in self._frames(outputs):
-                    await work.send(self._stream, one)
+                signed = served and served.signed
+                proved = [work.Proved(signed.signed, signed.signature)] if signed else []
+                await work.send(self._stream, *proved, *self._frames(outputs))
                 if outputs[-1].finish_reason:
                     return served
             if events and isinstance(events[-1], ApiError):
@@ -319,25 +319,23 @@ class _Leg:
         except TimeoutError:
             return []
 
-    async def _begin(self, event: Event) -> None:
-        if isinstance(event, Started):
-            self._leg = Leg(replace(event, nonce=self._running.nonce))
-            await work.send(
-                self._stream,
-                work.Began(
-                    event.model_digest,
-                    event.engine.build,
-                    event.engine.device,
-                    event.sampling,
-                    event.tool_style,
-                    event.thinks,
-                    self._running.nonce,
-                ),
-            )
-        elif isinstance(event, Prompt) and self._leg is not None:
-            self._leg.take(event)
-            read = work.Read(event.tokens, event.thinking, event.text)
-            await work.send(self._stream, read)
+    async def _begin(self, prompt: Prompt) -> None:
+        leg = self.account
+        leg.take(prompt)
+        started = leg.started
+        await work.send(
+            self._stream,
+            work.Began(
+                started.model_digest,
+                started.engine.build,
+                started.engine.device,
+                started.sampling,
+                started.tool_style,
+                started.thinks,
+                self._running.nonce,
+            ),
+            work.Read(prompt.tokens, prompt.thinking, prompt.text),
+        )
 
     def _prove(self, peer: str, outputs: list[Output]) -> Served | None:
         """Take them into the account of the leg; the proof, if they end it."""

@@ -246,19 +246,27 @@ def may_draw(sampling: Sampling) -> bool:
     return True
 
 
-async def send(stream: Stream, message: ToServing | ToCoordinator) -> None:
-    """Raises LinkLost, also if the peer takes nothing; ValueError if it is longer than
+async def send(stream: Stream, *messages: ToServing | ToCoordinator) -> None:
+    """Raises LinkLost, also if the peer takes nothing; ValueError if one is longer than
     MAX_MESSAGE_BYTES."""
+    frames = [frame for message in messages for frame in _frames(message)]
+    at_once = sum(map(len, frames)) <= _PIECE
+    for batch in [frames] if at_once else [[frame] for frame in frames]:
+        try:
+            async with asyncio.timeout(SEND_SECONDS):
+                await stream.send(*batch)
+        except TimeoutError:
+            raise LinkLost("The peer does not take what it is sent.") from None
+
+
+def _frames(message: ToServing | ToCoordinator) -> list[bytes]:
     body = encode(message)
     if len(body) > MAX_MESSAGE_BYTES:
         raise ValueError(f"a message of {len(body)} bytes")
-    for at in range(0, len(body), _PIECE):
-        more = at + _PIECE < len(body)
-        try:
-            async with asyncio.timeout(SEND_SECONDS):
-                await stream.send(bytes([more]) + body[at : at + _PIECE])
-        except TimeoutError:
-            raise LinkLost("The peer does not take what it is sent.") from None
+    return [
+        bytes([at + _PIECE < len(body)]) + body[at : at + _PIECE]
+        for at in range(0, len(body), _PIECE)
+    ]
 
 
 async def receive(
