@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import signal
 import time
@@ -328,6 +329,26 @@ async def test_hedging_asks_a_second_box() -> None:
             events = await asker.ask(text=f"{number} {'x' * number}", max_tokens=5)
             assert isinstance(events[0], Started) and events[0].node_id == fast_node.node_id
         await wait_until(lambda: slow_node.load.idle)
+
+
+async def test_hedging_when_a_box_is_lost() -> None:
+    """Whichever of the two it is, and whether the other one has spoken or not."""
+    slow = config(f"{FAKE}=1500")
+    async with pools(asker=config(hedge_ms=100), one=slow, two=slow) as (asker, *servers):
+        for server in servers:
+            await asker.ask(peers=(server.name,), max_tokens=1)
+        for lost, asked in itertools.product(servers, (servers, servers[:1])):
+            asking = asyncio.create_task(asker.ask(max_tokens=1))
+            await wait_until(lambda a=asked: all(not one.load.idle for one in a))
+            for engine in lost.placement.engines:
+                os.kill(engine.pid, signal.SIGKILL)
+            events = await asking
+            assert len([one for one in events if isinstance(one, Started)]) == 1
+            assert len(tokens_of(events)) == 1
+            await wait_until(lambda: all(one.load.idle for one in servers))
+            for server in servers:
+                server.placement._failures.clear()
+                asker.pool.dispatch._resting.served(server.node_id)
 
 
 async def test_a_lost_engine_in_mid_stream_is_told_with_its_name(pair: list[Node]) -> None:
