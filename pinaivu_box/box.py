@@ -32,7 +32,7 @@ from pinaivu_box.gateway.requests import Requests
 from pinaivu_box.identity import Identity
 from pinaivu_box.models import catalog as catalogs
 from pinaivu_box.models.catalog import Catalog, Model
-from pinaivu_box.peering.gossip import Facts
+from pinaivu_box.peering.advert import Facts
 from pinaivu_box.peering.ledger import Ledger
 from pinaivu_box.peering.network import Network
 from pinaivu_box.peering.sharing import Sharing

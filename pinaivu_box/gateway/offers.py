@@ -13,8 +13,7 @@ from pinaivu_box.gateway.admission import Admission
 from pinaivu_box.gateway.load import Load
 from pinaivu_box.gateway.placement import Digest
 from pinaivu_box.models.catalog import Model
-from pinaivu_box.peering.advert import MAX_MODELS, Offer
-from pinaivu_box.peering.gossip import Facts
+from pinaivu_box.peering.advert import MAX_MODELS, Facts, Offer
 
 _LOOK_SECONDS = 5.0
 

@@ -67,6 +67,24 @@ class Offer(Struct, frozen=True, array_like=True):
         return Prices(prompt, completion, cached)
 
 
+class Facts(Struct, frozen=True):
+    """What a box says of itself; see `Advert`."""
+
+    version: str
+    addresses: tuple[str, ...]
+    currency: str
+    models: tuple[Offer, ...]
+    draining: bool = False
+
+    def gist(self) -> tuple[object, ...]:
+        """What is worth an advert when it changes: all but small moves of load."""
+        load = tuple(
+            (o.id, o.digest, o.prices, o.sequences_free > 0, o.queue.bit_length())
+            for o in self.models
+        )
+        return self.addresses, self.draining, load
+
+
 class Advert(Struct, frozen=True, array_like=True):
     """`at` in Unix milliseconds, `life` in seconds."""
 

@@ -16,13 +16,12 @@ from collections.abc import Callable, Iterable
 from random import Random
 from typing import Any, NamedTuple, Protocol
 
-from msgspec import Struct
 from msgspec.structs import asdict
 
 from pinaivu_box.identity import Identity
 from pinaivu_box.peering import advert as adverts
 from pinaivu_box.peering import membership
-from pinaivu_box.peering.advert import Advert, Adverts, Allowance, Gone, Offer
+from pinaivu_box.peering.advert import Advert, Adverts, Allowance, Facts, Gone
 from pinaivu_box.peering.asking import Asking
 from pinaivu_box.peering.gossip_wire import (
     MAX_IDS,
@@ -53,24 +52,6 @@ _STRANGER_SECONDS = 5.0
 _LINK_BURST, _LINK_RATE = 8_000_000.0, 256_000.0  # bytes, bytes a second
 _MEMBERSHIP = ("member", "revocation")
 _REMEMBERED = 16384  # ids of what came and does not count
-
-
-class Facts(Struct, frozen=True):
-    """What a box says of itself; see `advert.Advert`."""
-
-    version: str
-    addresses: tuple[str, ...]
-    currency: str
-    models: tuple[Offer, ...]
-    draining: bool = False
-
-    def gist(self) -> tuple[object, ...]:
-        """What is worth an advert when it changes: all but small moves of load."""
-        load = tuple(
-            (o.id, o.digest, o.prices, o.sequences_free > 0, o.queue.bit_length())
-            for o in self.models
-        )
-        return self.addresses, self.draining, load
 
 
 class Effects(Protocol):

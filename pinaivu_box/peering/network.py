@@ -19,7 +19,8 @@ from pinaivu_box.errors import LinkLost, PeeringError, Unreachable
 from pinaivu_box.identity import Identity
 from pinaivu_box.peering import joining, neighbours, peer, wire
 from pinaivu_box.peering.address_book import AddressBook
-from pinaivu_box.peering.gossip import TICK, Facts, Gossip
+from pinaivu_box.peering.advert import Facts
+from pinaivu_box.peering.gossip import TICK, Gossip
 from pinaivu_box.peering.incoming import Handler, Incoming, OwnHandler
 from pinaivu_box.peering.invite import MAX_ADDRESSES, Ticket
 from pinaivu_box.peering.joining import Gate

@@ -11,8 +11,7 @@ from msgspec import UNSET, Struct, UnsetType
 
 from pinaivu_box import __version__
 from pinaivu_box.amount import Prices
-from pinaivu_box.peering.advert import Offer
-from pinaivu_box.peering.gossip import Facts
+from pinaivu_box.peering.advert import Facts, Offer
 from pinaivu_box.peering.network import Network
 from pinaivu_box.peering.peer import Peer
 from pinaivu_box.receipts.receipt import utc_text

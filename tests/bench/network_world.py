@@ -21,8 +21,8 @@ from pinaivu_box.gateway.resting import Resting
 from pinaivu_box.gateway.router import Ask, Candidate, Decision, route, unsure
 from pinaivu_box.identity import Identity
 from pinaivu_box.peering import advert, membership, neighbours
-from pinaivu_box.peering.advert import Offer
-from pinaivu_box.peering.gossip import Facts, Gossip, Readers
+from pinaivu_box.peering.advert import Facts, Offer
+from pinaivu_box.peering.gossip import Gossip, Readers
 from pinaivu_box.peering.gossip_wire import Load
 from pinaivu_box.peering.network import LOOK_SECONDS
 from pinaivu_box.peering.roster import Roster

@@ -29,7 +29,7 @@ from pinaivu_box.gateway.tasks import sampling_of, to_job
 from pinaivu_box.identity import Identity
 from pinaivu_box.models.catalog import digest_of, remote
 from pinaivu_box.peering import work
-from pinaivu_box.peering.gossip import Facts
+from pinaivu_box.peering.advert import Facts
 from pinaivu_box.peering.iroh_transport import IrohTransport
 from pinaivu_box.peering.memory_transport import MemoryNetwork, MemoryTransport
 from pinaivu_box.peering.network import Network

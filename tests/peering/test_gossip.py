@@ -15,9 +15,9 @@ from msgspec.structs import replace
 
 from pinaivu_box.identity import Identity
 from pinaivu_box.peering import neighbours
-from pinaivu_box.peering.advert import gone_id
+from pinaivu_box.peering.advert import Facts, gone_id
 from pinaivu_box.peering.asking import Asking
-from pinaivu_box.peering.gossip import Facts, Gossip
+from pinaivu_box.peering.gossip import Gossip
 from pinaivu_box.peering.gossip_wire import (
     MAX_GIVE_BYTES,
     MAX_IDS,

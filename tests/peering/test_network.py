@@ -19,7 +19,7 @@ from pinaivu_box.config import PeeringConfig
 from pinaivu_box.errors import LinkLost, NotJoined, PeeringError, PeerNotFound, PeerRefused
 from pinaivu_box.identity import Identity
 from pinaivu_box.peering import incoming, invite, network, standing, talk, wire
-from pinaivu_box.peering.gossip import Facts
+from pinaivu_box.peering.advert import Facts
 from pinaivu_box.peering.link import Pace
 from pinaivu_box.peering.links import Links
 from pinaivu_box.peering.memory_transport import MemoryNetwork, MemoryTransport
