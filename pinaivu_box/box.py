@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import fcntl
-import os
 import secrets
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 from pinaivu_box import __version__, logs
 from pinaivu_box import config as configs
-from pinaivu_box import identity as identities
 from pinaivu_box.config import Config
 from pinaivu_box.errors import CliError
 from pinaivu_box.gateway.admission import Admission
@@ -29,6 +25,7 @@ from pinaivu_box.gateway.placement import Placement
 from pinaivu_box.gateway.pool import Pool
 from pinaivu_box.gateway.refusals import Refusals
 from pinaivu_box.gateway.requests import Requests
+from pinaivu_box.home import database_of, identity_of, lock, prepare_home
 from pinaivu_box.identity import Identity
 from pinaivu_box.models import catalog as catalogs
 from pinaivu_box.models.catalog import Catalog, Model
@@ -151,25 +148,6 @@ class Box:
                     await self.pool.serving.drained()
         except TimeoutError:
             await self.requests.cancel_all()
-
-
-def prepare_home(home: Path) -> Path:
-    """Make the home directory (0700) if it is not there."""
-    try:
-        home.mkdir(parents=True, exist_ok=True, mode=0o700)
-        # A mode given to mkdir is subject to the umask, and the directory may be older.
-        home.chmod(0o700)
-    except OSError as error:
-        raise CliError(f"The home {home} cannot be used: {error.strerror}.") from error
-    return home
-
-
-def database_of(home: Path) -> Database:
-    return Database(prepare_home(home) / "pinaivu.db")
-
-
-def identity_of(home: Path) -> Identity:
-    return identities.load_or_create(prepare_home(home) / "identity.key")
 
 
 @asynccontextmanager
@@ -316,17 +294,3 @@ def _join(load: Callable[[], Config], home: Path, database: Database) -> Box:
         ledger=Ledger(identity, database),
         control_token=secrets.token_hex(32),
     )
-
-
-def lock(home: Path) -> IO[str]:
-    """Keeps others off the home until it is closed; CliError if somebody else does."""
-    handle = os.open(home / "lock", os.O_RDWR | os.O_CREAT, 0o600)
-    file = os.fdopen(handle, "r+")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        file.close()
-        raise CliError(
-            f"Another box is running on {home}: stop it, or choose another --home."
-        ) from error
-    return file

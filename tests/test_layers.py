@@ -27,6 +27,7 @@ ROOMS = (
     "models",
     "receipts",
     "store",
+    "home",
     "peering",
     "gateway",
     "box",

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from pinaivu_box.box import database_of, identity_of
+from pinaivu_box.home import database_of, identity_of
 from pinaivu_box.store import ledger
 from pinaivu_box.store.ledger import Entry
 from tests.box import Box, pinaivu, pinaivu_json, wait_until

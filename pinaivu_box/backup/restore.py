@@ -21,12 +21,13 @@ from typing import IO, BinaryIO
 
 from msgspec import Struct
 
-from pinaivu_box import box, identity
+from pinaivu_box import identity
 from pinaivu_box.backup import archive
 from pinaivu_box.backup.archive import CONFIG, DATABASE, IDENTITY, Manifest
 from pinaivu_box.backup.make import sync_folder
 from pinaivu_box.backup.sealed import MAGIC, BadBackup, Source, Unsealer
 from pinaivu_box.errors import CliError
+from pinaivu_box.home import lock, prepare_home
 from pinaivu_box.store import integrity
 from pinaivu_box.store.migrations import SCHEMA_VERSION
 
@@ -54,7 +55,7 @@ def restore(file: Path, home: Path, passphrase: Callable[[], str], *, force: boo
             source = _source(opened, passphrase)
             manifest = archive.read_manifest(source)
             _refuse_newer(manifest)
-            with contextlib.closing(box.lock(box.prepare_home(home))):
+            with contextlib.closing(lock(prepare_home(home))):
                 _refuse_occupied(home, force)
                 _stage(source, manifest, home)
                 return Restored(manifest, _put_in_place(home))
@@ -79,7 +80,7 @@ def complete(home: Path) -> Path | None:
 
 def _lock(home: Path) -> IO[str]:
     try:
-        return box.lock(home)
+        return lock(home)
     except CliError:
         raise CliError(f"A restore into {home} is under way: try again when it is done.") from None
 

@@ -89,7 +89,7 @@ def with_database(home: Path, work: Callable[[Any], Awaitable[T]]) -> T:
 
     What the store does not take was given wrongly: UsageError.
     """
-    from pinaivu_box.box import database_of
+    from pinaivu_box.home import database_of
 
     async def run() -> T:
         async with database_of(home) as database:
