@@ -13,6 +13,7 @@ import iroh
 import pytest
 
 from pinaivu_box.errors import CliError, Unreachable
+from pinaivu_box.peering import iroh_transport
 from pinaivu_box.peering.iroh_transport import IrohTransport
 from pinaivu_box.peering.link import PeerLink
 from tests.box import wait_until
@@ -90,6 +91,12 @@ async def test_of_several_relays_one_is_waited_for(
     here = await bound("n0")
     await soon(here.settle())
     assert here.addresses()[-1] == relay.url
+    nobody = iroh.RelayMode.custom_from_urls([DEAD, "http://127.0.0.1:19/"])
+    monkeypatch.setattr(iroh.RelayMode, "default_mode", lambda: nobody)
+    monkeypatch.setattr(iroh_transport, "_CHOOSING_SECONDS", 0.5)
+    here = await bound("n0")
+    await soon(here.settle())  # but not for ever
+    assert not any(one.startswith("http") for one in here.addresses())
 
 
 @pytest.mark.anyio
@@ -99,6 +106,15 @@ async def test_the_first_of_several_relays_is_the_one_to_ask(
     """As addresses are: the most likely first, and those of old at last."""
     ours, theirs = await bound(relay.url), await bound(relay.url)
     assert await ours.connect(theirs.node_id, [relay.url, DEAD], DEADLINE)
+
+
+@pytest.mark.anyio
+async def test_whose_own_relay_is_dead_goes_by_that_of_its_peer(
+    relay: Relay, bound: Transports
+) -> None:
+    ours, theirs = await bound(DEAD), await bound(relay.url)
+    assert await ours.connect(theirs.node_id, [relay.url], DEADLINE)
+    assert bytes.fromhex(ours.node_id.removeprefix("node_")) in relay.clients
 
 
 @pytest.mark.anyio
