@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 import msgspec
 import platformdirs
@@ -147,6 +148,7 @@ LOG_LEVELS = ("debug", "info", "warning", "error")
 LOG_FORMATS = ("text", "json")
 _BEYOND = ("idle", "refuse")
 HOURS = re.compile(r"([01]\d|2[0-3]):[0-5]\d-([01]\d|2[0-3]):[0-5]\d")
+_URL = re.compile(r"https?://[!-~]{1,90}")
 _DURATION = re.compile(r"(-?\d+(?:\.\d+)?)\s*(ms|s|m|h|d)?")
 _SHORTEST_RETENTION = 7200.0  # seconds
 _SLOWEST_COPY = 0.1  # MB/s; at less a piece takes longer than a peer waits for it
@@ -260,10 +262,11 @@ def _check_peering(peering: PeeringConfig) -> None:
         raise ValueError(
             f"peering.host is '{peering.host}', not an IP address of this machine"
         ) from None
-    if peering.relay not in ("none", "n0") and not peering.relay.startswith(
-        ("https://", "http://")
-    ):
-        raise ValueError(f"peering.relay is '{peering.relay}', not none, n0 or a relay's URL")
+    if peering.relay not in ("none", "n0") and not _is_url(peering.relay):
+        raise ValueError(
+            f"peering.relay is '{peering.relay}', not none, n0 or a relay's URL: write "
+            "https://HOST or https://HOST:PORT"
+        )
     if peering.serve.hours and not HOURS.fullmatch(peering.serve.hours):
         raise ValueError(f"peering.serve.hours is '{peering.serve.hours}': write 18:00-08:00")
     if 0 < peering.serve.copy_mb_per_s < _SLOWEST_COPY:
@@ -278,3 +281,13 @@ def _check_peering(peering: PeeringConfig) -> None:
             amount.parse(peering.serve.credit_limit)
         except ValueError as error:
             raise ValueError(f"peering.serve.credit_limit is {error}") from error
+
+
+def _is_url(text: str) -> bool:
+    """Of HTTP, and short enough to be one of a box's addresses."""
+    try:
+        parts = urlsplit(text)
+        named = bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
+    return named and _URL.fullmatch(text) is not None

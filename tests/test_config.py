@@ -200,3 +200,25 @@ def test_copies_have_no_limit_or_one_that_a_piece_gets_through(tmp_path: Path, r
     file.write_text("[peering.serve]\ncopy_mb_per_s = 0.05\n")
     with pytest.raises(CliError, match=r"copy_mb_per_s is 0\.05"):
         load(file, environ={})
+
+
+@pytest.mark.parametrize("relay", ["none", "n0", "https://relay.example", "http://10.0.0.1:3340/"])
+def test_a_relay_is_none_theirs_or_a_url(tmp_path: Path, relay: str) -> None:
+    file = tmp_path / "config.toml"
+    file.write_text(f'[peering]\nrelay = "{relay}"\n')
+    assert load(file, environ={}).peering.relay == relay
+
+
+@pytest.mark.parametrize(
+    "relay",
+    ["", "relay.example", "https://", "http://:3340", "ftp://relay.example", "https://a b",
+     "https://relay.example:99999", "http://[::1", "https://" + "relay." * 20 + "example"],
+)  # fmt: skip
+def test_what_is_no_relay_is_said_in_one_sentence(tmp_path: Path, relay: str) -> None:
+    file = tmp_path / "config.toml"
+    file.write_text(f'[peering]\nrelay = "{relay}"\n')
+    with pytest.raises(CliError) as caught:
+        load(file, environ={})
+    said = caught.value.message
+    assert f"peering.relay is '{relay}'" in said and said.endswith("https://HOST:PORT.")
+    assert "\n" not in said

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pinaivu_box.config import Config
 from pinaivu_box.doctor import home as homes
-from pinaivu_box.doctor import machine, models
+from pinaivu_box.doctor import machine, models, relay
 from pinaivu_box.doctor.check import Check, of_error
 from pinaivu_box.errors import BoxError, CliError
 
@@ -36,6 +36,7 @@ def examine(
         ("memory", partial(models.room, config, home)),
         ("engine", partial(models.engine, config, home)),
         ("peering", machine.links),
+        ("relay", partial(relay.configured, config)),
         ("GPU", machine.gpu),
     ]
     for name, examiner in examiners:

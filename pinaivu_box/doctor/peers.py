@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pinaivu_box.amount import parse
 from pinaivu_box.config import Config
-from pinaivu_box.doctor import machine, udp
+from pinaivu_box.doctor import machine, relay, udp
 from pinaivu_box.doctor.check import Check, State, of_error
 from pinaivu_box.peering.views import OwnView, PeerView, UseView
 from pinaivu_box.server.admin_peers import PeerList
@@ -61,7 +61,7 @@ def examine(
 
 def _here(own: OwnView, config: Config, *, all_well: bool) -> Iterator[Check]:
     yield Check("key", "ok", f"{own.id}, called {own.name}")
-    direct = [address for address in own.addresses if not address.startswith("http")]
+    direct = [address for address in own.addresses if not _is_url(address)]
     answers = {address: udp.ask(address, _UDP_SECONDS) for address in direct[:4]}
     deaf = [address for address, answer in answers.items() if answer != "answers"]
     if deaf:
@@ -73,13 +73,26 @@ def _here(own: OwnView, config: Config, *, all_well: bool) -> Iterator[Check]:
         found, todo = "only boxes on this machine can reach it", 'set host = "0.0.0.0" in [peering]'
         yield Check("NAT", "warning", found, todo)
     elif own.relay != "none":
-        yield Check("relay", "ok", f"{own.relay}: boxes that find no direct way go by it")
+        yield _relay(own, "warning" if all_well else "failed")
     elif any(_reach(address) == "public" for address in direct):
         yield Check("NAT", "ok", "it has a public address; no relay is used")
     else:
         found = "its addresses are of its own LAN, and no relay is used"
         todo = f"for boxes elsewhere: forward UDP port {config.peering.port} to it, or set a relay"
         yield Check("NAT", "ok" if all_well else "warning", found, "" if all_well else todo)
+
+
+def _relay(own: OwnView, bad: State) -> Check:
+    chosen = own.relay if own.relay != "n0" else next(filter(_is_url, own.addresses), None)
+    if chosen is None:
+        found = "none of the public relays has answered yet"
+        todo = "wait half a minute; then see that HTTPS and UDP go out, or set another's URL"
+        return Check("relay", bad, found, f"{todo} as [peering] relay")
+    return relay.own(chosen, bad)
+
+
+def _is_url(address: str) -> bool:
+    return address.startswith(("http://", "https://"))
 
 
 def _reach(address: str) -> str:
@@ -97,7 +110,7 @@ def _peer(peer: PeerView, own: OwnView, config: Config) -> Iterator[Check]:
         return
     yield _link(peer)
     if peer.link is None:
-        yield from _ways(peer)
+        yield from _ways(peer, own)
         return
     yield Check("key", "ok", f"it has proven to be {peer.id}")
     yield _version(peer, own)
@@ -128,18 +141,27 @@ def _link(peer: PeerView) -> Check:
     return found if found.todo else Check(name, "failed", found.found, "see its addresses below")
 
 
-def _ways(peer: PeerView) -> Iterator[Check]:
+def _ways(peer: PeerView, own: OwnView) -> Iterator[Check]:
     """Each address: a machine that answers at one of them is reachable, whatever the others say."""
     if not peer.addresses:
         found = "no address of it is known"
         yield Check("address", "failed", found, "ask its operator for a ticket, and join again")
     for address in peer.addresses:
-        if address.startswith("http"):
-            yield Check("relay", "ok", f"it can also be reached by {address}")
+        if _is_url(address):
+            yield _way_by_relay(address, own)
             continue
         answer = udp.ask(address, _UDP_SECONDS)
         state, found, todo = _UDP[answer]
         yield Check("address", state, f"{address}: {found}", todo)
+
+
+def _way_by_relay(url: str, own: OwnView) -> Check:
+    if own.relay == "none":
+        found = f"it can be reached by {url}, but this box uses no relay"
+        return Check("relay", "warning", found, "set [peering] relay here too")
+    if why := relay.why_not(url):
+        return Check("relay", "failed", why, relay.TODO)
+    return Check("relay", "ok", f"it can be reached by {url} while it is there itself")
 
 
 def _version(peer: PeerView, own: OwnView) -> Check:

@@ -21,7 +21,7 @@ class AddressBook:
 
     def find(self, node_id: str, route: Route | None, said: Sequence[str]) -> tuple[str, ...]:
         """The most likely first: where it is now, where it says to be, where it once was."""
-        here = [route.address] if route and route.direct and route.address else []
+        here = [route.address] if route and route.address else []
         once = self.known[node_id].addresses if node_id in self.known else ()
         return tuple(dict.fromkeys([*here, *said, *once]))[: 2 * MAX_ADDRESSES]
 

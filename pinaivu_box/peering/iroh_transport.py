@@ -31,6 +31,7 @@ _CLOSED_BY_PEER = re.compile(r"closed by peer: (?:(.*) \(code (\d+)\)|(\d+))", r
 _IROH_SECONDS = 30.0  # after which it gives up by itself
 _BINDING_SECONDS = 10.0
 _CLOSING_SECONDS = 5.0  # it waits until the peers have confirmed, and some may be gone
+_CHOOSING_SECONDS = 5.0  # of several relays, the nearest; if none answers, never
 _OTHER_KEY = "invalid peer certificate"
 
 log = logging.getLogger(__name__)
@@ -171,10 +172,14 @@ def _explain(peer: str, text: str) -> LinkLost:
 class IrohTransport:
     """`await IrohTransport.bind(...)` makes one."""
 
-    def __init__(self, endpoint: iroh.Endpoint, reception: Reception) -> None:
+    def __init__(
+        self, endpoint: iroh.Endpoint, reception: Reception, relays: Sequence[str] = ()
+    ) -> None:
+        """`relays`: URLs, of which iroh chooses one."""
         self.node_id = NODE_PREFIX + endpoint.id().to_bytes().hex()
         self._endpoint = endpoint
         self._reception = reception
+        self._relays = relays
         self._listening = asyncio.create_task(self._listen())
 
     @classmethod
@@ -188,12 +193,13 @@ class IrohTransport:
     ) -> IrohTransport:
         """`host` is an IP address of this machine, `port` 0 any free one, `relay` "none", "n0" (the
         public ones of iroh's makers) or a relay's URL.  CliError if they cannot be had."""
+        relays = _relay_mode(relay)
         builder = iroh.EndpointBuilder()
         builder.apply_minimal()  # other presets publish our address to a public DNS
         builder.secret_key(identity.signing_key.encode())
         builder.alpns([wire.NAME.encode()])
+        builder.relay_mode(relays)
         try:
-            builder.relay_mode(_relay_mode(relay))
             for address in _sockets(host, port):
                 builder.bind_addr(address)
             endpoint = await asyncio.wait_for(builder.bind(), _BINDING_SECONDS)
@@ -203,14 +209,20 @@ class IrohTransport:
                 f"Peering cannot use UDP port {port} of {host} ({why}): another program may have "
                 "it, or the address is not this machine's; choose others."
             ) from error
-        return cls(endpoint, reception or Reception())
+        return cls(endpoint, reception or Reception(), relays.relay_map().urls())
 
     def addresses(self) -> list[str]:
         here = self._endpoint.addr()
-        relay = here.relay_url()
+        # iroh says so only once the relay has answered, seconds later; a ticket is made sooner.
+        relay = self._relays[0] if len(self._relays) == 1 else here.relay_url()
         direct = here.direct_addresses()
         elsewhere = [address for address in direct if not _is_loopback(address)]
         return [*(elsewhere or direct), *([relay] if relay else [])]
+
+    async def settle(self) -> None:
+        if len(self._relays) > 1:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._endpoint.online(), _CHOOSING_SECONDS)
 
     async def connect(self, node_id: str, addresses: Sequence[str], timeout: float) -> PeerLink:
         if node_id == self.node_id:
@@ -229,6 +241,11 @@ class IrohTransport:
         except (ValueError, IrohError) as error:
             raise Unreachable(f"'{node_id}' is no node id: compare it with the ticket.") from error
         relay, direct = await _resolve(addresses)
+        if not direct and not self._relays:
+            raise Unreachable(
+                f"{wire.short(node_id)} is known by its relay {relay} alone, and this box uses "
+                "none: set [peering] relay here too."
+            )
         try:
             where = iroh.EndpointAddr(key, relay, direct)
             return IrohConnection(await self._endpoint.connect(where, wire.NAME.encode()))
@@ -262,11 +279,18 @@ class IrohTransport:
 
 
 def _relay_mode(relay: str) -> iroh.RelayMode:
+    """CliError."""
     if relay == "none":
         return iroh.RelayMode.disabled()
     if relay == "n0":
         return iroh.RelayMode.default_mode()
-    return iroh.RelayMode.custom_from_urls([relay])
+    try:
+        return iroh.RelayMode.custom_from_urls([relay])
+    except IrohError as error:
+        raise CliError(
+            f"[peering] relay is '{relay}', which is no URL: write https://HOST or "
+            "https://HOST:PORT."
+        ) from error
 
 
 def _sockets(host: str, port: int) -> list[str]:
@@ -295,6 +319,10 @@ def _is_loopback(address: str) -> bool:
     return ipaddress.ip_address(_split(address)[0]).is_loopback
 
 
+def _is_url(address: str) -> bool:
+    return address.startswith(("http://", "https://"))
+
+
 def _split(address: str) -> tuple[str, int]:
     """`HOST:PORT` or `[V6]:PORT`.  ValueError."""
     host, _, port = address.rpartition(":")
@@ -304,13 +332,14 @@ def _split(address: str) -> tuple[str, int]:
 
 
 async def _resolve(addresses: Sequence[str]) -> tuple[str | None, list[str]]:
-    """The relay's URL and the numeric addresses among them; names are looked up.  Unreachable."""
+    """The first relay's URL and the numeric addresses among them; names are looked up.
+    Unreachable."""
     relay: str | None = None
     direct: list[str] = []
     failures: list[str] = []
     for address in addresses:
-        if address.startswith(("http://", "https://")):
-            relay = address
+        if _is_url(address):
+            relay = relay or address
             continue
         try:
             host, port = _split(address)
@@ -328,10 +357,11 @@ async def _resolve(addresses: Sequence[str]) -> tuple[str | None, list[str]]:
 
 
 def _no_answer(node_id: str, addresses: Sequence[str], seconds: float) -> Unreachable:
+    relayed = any(_is_url(address) for address in addresses)
     return Unreachable(
         f"{wire.short(node_id)} did not answer at {', '.join(addresses)} within {seconds:g} s: see "
         "that it runs with peering on, that the address is right, and that no firewall stops that "
-        "UDP port."
+        f"UDP port{', or that both boxes reach the relay' * relayed}."
     )
 
 

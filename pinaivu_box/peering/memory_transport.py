@@ -229,6 +229,9 @@ class MemoryTransport:
     def addresses(self) -> list[str]:
         return [self.address]
 
+    async def settle(self) -> None:
+        pass
+
     async def connect(self, node_id: str, addresses: Sequence[str], timeout: float) -> PeerLink:
         name, where = wire.short(node_id), ", ".join(addresses)
         if node_id == self.node_id:

@@ -201,8 +201,9 @@ class Network:
     # Links; `Links` calls these
 
     def own_addresses(self) -> list[str]:
-        """What others are told."""
-        return self._transport.addresses()[:MAX_ADDRESSES]
+        """What others are told.  The last one may be a relay, which leads here when none does."""
+        found = self._transport.addresses()
+        return found if len(found) <= MAX_ADDRESSES else [*found[: MAX_ADDRESSES - 1], found[-1]]
 
     def addresses(self, node_id: str) -> tuple[str, ...]:
         """Where it may be, the most likely first."""
@@ -226,6 +227,7 @@ class Network:
         self._seen = None
         if self.gossip and held.talk:
             self.gossip.unlinked(held.peer, lost=why.code in _LOST)
+        self._remembered = 0.0  # where it was: its advert is forgotten soon
         log.info("link to %s ended: %s", wire.short(held.peer), why.message)
 
     def _cut(self, held: Held, code: Code, why: str) -> None:
@@ -378,6 +380,7 @@ class Network:
             if self.roster is None:
                 await self._gate.found(self.name)
                 self._gossip_anew()
+            await self._transport.settle()
             return await self._gate.invite(self.own_addresses(), name, expires, uses, admin, by)
 
     async def join(self, ticket: str, by: Actor = BOX) -> Peer:

@@ -85,7 +85,11 @@ class Transport(Protocol):
     def node_id(self) -> str: ...
 
     def addresses(self) -> list[str]:
-        """How others may reach us, nearest first: HOST:PORT, or a relay's URL."""
+        """How others may reach us, nearest first: HOST:PORT, then a relay's URL."""
+
+    async def settle(self) -> None:
+        """Wait until `addresses` are whole: a relay is chosen, if there are several.  Not for long,
+        for perhaps none of them answers."""
 
     async def connect(self, node_id: str, addresses: Sequence[str], timeout: float) -> Link:
         """Unreachable (says why), WrongPeer, or LinkLost if the peer refused us (`code`)."""

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import msgspec
@@ -77,7 +80,8 @@ def test_all_is_well(tmp_path: Path) -> None:
           "somebody is in its place; ask its operator for a new ticket."},
          "key", "failed", "Another box", "new ticket"),
         ({**LOST, "addresses": []}, "address", "failed", "no address", "ticket"),
-        ({**LOST, "addresses": ["https://relay.example"]}, "relay", "ok", "relay.example", ""),
+        ({**LOST, "addresses": ["https://relay.example"]},
+         "relay", "warning", "https://relay.example, but this box uses no relay", "here too"),
         ({"link": None, "state": "connecting"}, "link", "warning", "no answer yet", "wait"),
         ({"link": LinkView(False, "https://relay.example", 80.0)},
          "link", "ok", "by a relay", ""),
@@ -125,7 +129,6 @@ def test_what_others_find_of_this_box(tmp_path: Path) -> None:
     assert "this machine" in checks(lost, tmp_path, own("127.0.0.1:9"))["NAT"].found
     behind = checks(lost, tmp_path, own("192.168.255.1:9"), port=4321)["NAT"]
     assert behind.state == "warning" and "UDP port 4321" in behind.todo
-    assert checks(lost, tmp_path, own(relay="n0"))["relay"].state == "ok"
     assert checks(PEER, tmp_path, own("127.0.0.1:9"))["port"].state == "failed"
 
 
@@ -142,3 +145,51 @@ def test_a_port_that_nobody_has_and_one_that_says_nothing() -> None:
         assert udp.ask(where, 0.2) == "silent"
     assert udp.ask(where, 5) == "closed"
     assert udp.ask("no address", 5) == "unknown name"
+
+
+class Web(BaseHTTPRequestHandler):
+    """Not a relay, unless `status` is 101."""
+
+    status = 404
+
+    def do_GET(self) -> None:
+        asked = self.path == "/relay" and "iroh-relay-v2" in self.headers["Sec-WebSocket-Protocol"]
+        self.send_response(self.status if asked else 400)
+        self.end_headers()
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def web() -> Iterator[str]:
+    with HTTPServer(("127.0.0.1", 0), Web) as server:
+        thread = Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
+        thread.join()
+
+
+def test_a_relay_is_asked_whether_it_is_one(
+    tmp_path: Path, web: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lost = changed(**LOST, addresses=[web], why="It is gone.")
+    nobody = "http://127.0.0.1:9/"
+    for url, status, found in ((web, 404, "is no relay (status 404)"), (nobody, 0, "refused")):
+        monkeypatch.setattr(Web, "status", status)
+        check = checks(lost, tmp_path, own(relay=url))["relay"]
+        assert check.state == "failed" and url in check.found and found in check.found
+        assert checks(PEER, tmp_path, own(relay=url))["relay"].state == "warning"  # all are linked
+    monkeypatch.setattr(Web, "status", 101)
+    for mine in (own(relay=web), own("10.0.0.1:1", web, relay="n0")):
+        found = checks(lost, tmp_path, mine)
+        assert found["relay"].state == found["ben: relay"].state == "ok", found
+        assert web in found["relay"].found and web in found["ben: relay"].found
+    monkeypatch.setattr(Web, "status", 404)
+    assert checks(lost, tmp_path, own(relay=web))["ben: relay"].state == "failed"
+
+
+def test_no_public_relay_has_answered(tmp_path: Path) -> None:
+    check = checks(changed(**LOST), tmp_path, own(relay="n0"))["relay"]
+    assert check.state == "failed" and "none of the public relays" in check.found and check.todo
