@@ -15,7 +15,7 @@ import httpx
 import openai
 
 MODEL = "smollm2:135m"
-START_SECONDS = 60.0
+START_SECONDS = 180.0
 # What `pinaivu` is here: the source tree, or the executable that build/binary made.
 PINAIVU = (
     [os.environ["PINAIVU_BINARY"]]
@@ -36,7 +36,7 @@ def pinaivu(*args: str, home: Path, check: bool = True, **more: Any) -> subproce
         [*PINAIVU, *args, "--home", str(home)],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         env=environment(),
         **more,
     )
@@ -122,7 +122,7 @@ class Box:
         return self.client_with(self.key)
 
     def client_with(self, key: str) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=120)
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=300)
 
     def http(
         self, method: str, path: str, *, key: str | None = None, **more: Any
@@ -132,7 +132,7 @@ class Box:
         headers = {"Authorization": f"Bearer {secret}"} if secret else {}
         headers |= more.pop("headers", {})
         return httpx.request(
-            method, self.url + path, headers=headers, timeout=120, trust_env=False, **more
+            method, self.url + path, headers=headers, timeout=300, trust_env=False, **more
         )
 
     def chat(self, text: str = "Say hello.", **more: Any) -> httpx.Response:
@@ -144,7 +144,7 @@ class Box:
         return found
 
 
-def wait_until(condition: Any, what: str, seconds: float = 60) -> Any:
+def wait_until(condition: Any, what: str, seconds: float = 180) -> Any:
     """Poll until `condition()` is true; a deadline against hanging, not a claim about speed."""
     deadline = time.monotonic() + seconds
     while not (result := condition()):

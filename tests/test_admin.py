@@ -282,7 +282,7 @@ class Stream:
             self.lines.extend(answer.iter_lines())
 
     def end(self) -> list[str]:
-        self._thread.join(60)
+        self._thread.join(180)
         assert not self._thread.is_alive()
         return [line for line in self.lines if line]
 
@@ -380,5 +380,5 @@ def test_a_request_whose_prompt_is_still_being_read_is_stopped_too(new_box: Any)
     thread.start()
     wait_until(box.engines, "the engine to be started")
     ask(box, "POST", f"keys/{made['id']}/revoke?now=true")
-    thread.join(60)
+    thread.join(180)
     assert statuses == [401]

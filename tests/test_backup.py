@@ -109,7 +109,7 @@ def test_a_backup_under_load_is_the_same_box_elsewhere(
     wait_until(lambda: len(acknowledged) > at_its_end + 8, "requests after the backup")
     stop.set()
     for worker in workers:
-        worker.join(60)
+        worker.join(180)
 
     facts = json.loads(done.stdout)
     assert facts["encrypted"] is encrypt and facts["size"] == file.stat().st_size

@@ -471,7 +471,7 @@ def bench(*args: str, key: str = "") -> subprocess.CompletedProcess[str]:
         [*PINAIVU, "bench", *args],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         env=environment(PINAIVU_API_KEY=key),
     )
 

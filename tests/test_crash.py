@@ -100,7 +100,7 @@ class Stream:
         self.join()
 
     def join(self) -> None:
-        self._thread.join(120)
+        self._thread.join(300)
         assert not self._thread.is_alive()
 
     def wait_for_text(self, characters: int = 1) -> None:
@@ -190,7 +190,7 @@ class Swarm:
 
     def join(self) -> None:
         for thread in self._threads:
-            thread.join(60)
+            thread.join(180)
             assert not thread.is_alive()
 
 
@@ -335,7 +335,7 @@ def test_all_streams_of_a_killed_engine_go_on(new_box: MakeBox) -> None:
     kill(engine_of(box, FAKE)["pid"])
     for number, stream in enumerate(streams):
         stream.check_whole(80 + number)
-    plain.join(60)
+    plain.join(180)
     assert answers[0].status_code == 200
     assert answers[0].json()["usage"]["completion_tokens"] == 90
     assert len(receipt_of(box, answers[0].json()["request_id"])["proofs"]) == 2
@@ -418,7 +418,7 @@ def test_a_plain_answer_under_way_at_sigterm_arrives(new_box: MakeBox) -> None:
     plain.start()
     wait_until(lambda: box.engines() and box.engines()[0]["running"], "the request to run")
     assert box.stop(60) == 0
-    plain.join(60)
+    plain.join(180)
     assert answers[0].status_code == 200
     assert answers[0].json()["usage"]["completion_tokens"] == 100
 

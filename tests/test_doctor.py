@@ -46,7 +46,7 @@ def doctor(home: Path, *args: str, prefix: tuple[str, ...] = (), **env: str) -> 
         [*prefix, *PINAIVU, "doctor", "--home", str(home), "--json", *args],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         env=environment(**{"PINAIVU_PORT": "0", **env}),
     )
     assert done.stderr == ""

@@ -69,7 +69,7 @@ def run(commands: str, box: Box, folder: Path) -> str:
         env=environment(
             PATH=path, PYTHONPATH=str(ROOT), PINAIVU_HOME=str(box.home), PINAIVU_API_KEY=box.key
         ),
-        timeout=120,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -85,7 +85,7 @@ def test_the_python_examples_print_an_answer(box: Box) -> None:
     plain, streamed = fenced("python")
     code = filled_in(plain + streamed, box)
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=environment(), timeout=120
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment(), timeout=600
     )
     assert done.returncode == 0, done.stderr
     answer, joke = re.split(r"^req_\w+$", done.stdout, maxsplit=1, flags=re.MULTILINE)

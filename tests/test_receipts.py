@@ -88,7 +88,7 @@ def verify(*args: str, home: Path, stdin: bytes = b"") -> subprocess.CompletedPr
         [*PINAIVU, "receipts", "verify", *args],
         input=stdin,
         capture_output=True,
-        timeout=60,
+        timeout=300,
         env=environment(PINAIVU_HOME=str(home)),
     )
 

@@ -70,7 +70,7 @@ def between(text: str, before: str, after: str) -> str:
 def run_curl(output: str, **variables: str) -> dict[str, Any]:
     command = between(output, "curl:\n", "or with Python")
     done = subprocess.run(
-        ["sh", "-c", command], capture_output=True, timeout=120, env=environment(**variables)
+        ["sh", "-c", command], capture_output=True, timeout=300, env=environment(**variables)
     )
     assert done.returncode == 0, done.stderr
     answer: dict[str, Any] = json.loads(done.stdout)
@@ -83,7 +83,7 @@ def run_python(output: str, **variables: str) -> str:
         [sys.executable, "-c", code],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         env=environment(**variables),
     )
     assert done.returncode == 0, done.stderr
@@ -154,7 +154,7 @@ def test_host_0_0_0_0_serves_every_address(new_box: NewBox) -> None:
     assert printed
     for base in (printed[0], f"http://127.0.0.1:{box.url.rsplit(':', 1)[1]}/v1"):
         headers = {"Authorization": f"Bearer {box.key}"}
-        answer = httpx.get(f"{base}/models", headers=headers, trust_env=False, timeout=30)
+        answer = httpx.get(f"{base}/models", headers=headers, trust_env=False, timeout=300)
         assert answer.status_code == 200
 
 
@@ -186,7 +186,7 @@ def refused(*args: str, home: Path, env: dict[str, str] | None = None) -> str:
         [*PINAIVU, "serve", "--home", str(home), "--port", "0", *args],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         env=environment(**env or {}),
     )
     assert "Traceback" not in done.stderr, done.stderr
@@ -280,7 +280,7 @@ def test_a_wrong_config_in_the_home_is_refused_too(tmp_path: Path) -> None:
 def test_a_wrong_environment_is_refused(tmp_path: Path, name: str, value: str) -> None:
     args = [*PINAIVU, "serve", "--home", str(tmp_path / "home")]
     done = subprocess.run(
-        args, capture_output=True, text=True, timeout=60, env=environment(**{name: value})
+        args, capture_output=True, text=True, timeout=300, env=environment(**{name: value})
     )
     assert (done.returncode, done.stdout) == (1, "")
     assert len(done.stderr.splitlines()) == 1
@@ -633,7 +633,7 @@ def test_version_and_help_answer_without_a_home() -> None:
     env = environment(HOME="/nonexistent", XDG_DATA_HOME="/nonexistent")
     for args in (["--version"], ["--help"], ["serve", "--help"], ["keys", "create", "--help"]):
         done = subprocess.run(
-            [*PINAIVU, *args], capture_output=True, text=True, env=env, timeout=60
+            [*PINAIVU, *args], capture_output=True, text=True, env=env, timeout=300
         )
         assert done.returncode == 0
         assert "pinaivu" in done.stdout

@@ -29,7 +29,7 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Node:
         cwd=folder,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     if done.returncode != 0:
         pytest.skip(f"npm cannot install openai here: {done.stderr[-200:]}")

@@ -36,7 +36,7 @@ def run(command: list[str], folder: Path, **more: str) -> str:
         cwd=folder,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
         env=environment(**quiet, **more),
     )
     assert done.returncode == 0, done.stdout + done.stderr

@@ -397,11 +397,11 @@ async def test_who_waits_for_a_hash_hears_that_it_is_made(
 ) -> None:
     """Longer than anybody bears silence."""
     monkeypatch.setattr(sharing, "WORKING_SECONDS", 0.1)
-    monkeypatch.setattr(copying, "STALL_SECONDS", 0.5)
+    monkeypatch.setattr(copying, "STALL_SECONDS", 4.0)
 
     class Ponders(Sharing):
         async def _hashes(self, model: Any, digest: str) -> bytes:
-            await asyncio.sleep(1.5)
+            await asyncio.sleep(6)
             return await super()._hashes(model, digest)
 
     await world.giver(DATA, Ponders)

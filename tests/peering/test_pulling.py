@@ -23,6 +23,13 @@ def put(box: Member, data: bytes, name: str = NAME) -> None:
     pinaivu("reload", home=box.home)
 
 
+def slowly(box: Member) -> None:
+    """What it gives from now on takes its time: five seconds for a large one."""
+    config = box.home / "config.toml"
+    config.write_text(config.read_text() + "[peering.serve]\ncopy_mb_per_s = 20\n")
+    pinaivu("reload", home=box.home)
+
+
 def offers(box: Member, peer: str, model: str) -> bool:
     return model in [one["id"] for one in box.listed()[peer]["models"]]
 
@@ -55,7 +62,7 @@ def test_a_model_goes_to_another_box_and_on_to_a_third(member: Network) -> None:
     assert NAME in {model.id for model in ben.client.models.list().data}
     wait_until(lambda: offers(carl, "ben", NAME) and offers(carl, "anna", NAME), "both offer it")
     done = pulling(carl)
-    lines = [json.loads(line) for line in done.communicate(timeout=60)[0].splitlines()]
+    lines = [json.loads(line) for line in done.communicate(timeout=300)[0].splitlines()]
     assert {one["name"]: one["bytes"] > 0 for one in lines[-1]["sources"]} == {
         "anna": True,
         "ben": True,
@@ -67,12 +74,13 @@ def test_a_model_goes_to_another_box_and_on_to_a_third(member: Network) -> None:
 def test_a_box_that_is_killed_in_the_middle_goes_on(member: Network) -> None:
     anna, ben = joined(member, "anna", "ben")
     data = made_up(1, LARGE)
+    slowly(anna)
     put(anna, data)
     wait_until(lambda: offers(ben, "anna", NAME), "it is offered")
     first = pulling(ben)
     wait_until(lambda: begun(ben), "the copy has begun")
     ben.kill()
-    out, error = first.communicate(timeout=60)
+    out, error = first.communicate(timeout=300)
     assert first.returncode == 1 and "has stopped" in error and '"done"' not in out
     ben.start()
     wait_until(lambda: ben.sees("anna") and offers(ben, "anna", NAME), "they met again")
@@ -83,18 +91,19 @@ def test_a_box_that_is_killed_in_the_middle_goes_on(member: Network) -> None:
 
 def test_ctrl_c_stops_the_copy_and_keeps_what_has_come(member: Network) -> None:
     anna, ben = joined(member, "anna", "ben")
+    slowly(anna)
     put(anna, made_up(1, LARGE))
     wait_until(lambda: offers(ben, "anna", NAME), "it is offered")
     first = pulling(ben)
     partial = wait_until(lambda: begun(ben), "the copy has begun")
     first.send_signal(signal.SIGINT)
-    assert first.wait(60) == 130
+    assert first.wait(300) == 130
     # Whoever can take it again at once was not kept out by a copy that still runs.
     done: list[Any] = []
 
     def again() -> bool:
         more = pulling(ben)
-        done[:] = more.communicate(timeout=60)[0].splitlines()
+        done[:] = more.communicate(timeout=300)[0].splitlines()
         return more.returncode == 0
 
     wait_until(again, "it can be pulled again")
