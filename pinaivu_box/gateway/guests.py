@@ -152,17 +152,15 @@ class Guests:
         if not await _comes(lambda: leg not in use.legs):
             raise Conflict("This leg of the request is being served already.")
         use.legs.add(leg)
-        served = asyncio.ensure_future(self._served(peer, *leg))
 
         async def fresh() -> None:
-            if await served:
+            if await self._served(peer, *leg):
                 raise Conflict("This leg of the request was served already.")
 
         try:
             async with _payment(use, _prompt(job), pays=pays) as proven:
                 yield Pass(fresh, proven)
         finally:
-            served.cancel()
             use.legs.discard(leg)
 
 

@@ -234,7 +234,8 @@ class _Leg:
         self.answer: asyncio.Future[work.Accepted | work.Disputed | None] = (
             asyncio.get_running_loop().create_future()
         )
-        self._tasks: list[asyncio.Task[None]] = []
+        self._pumping: asyncio.Task[None]
+        self._listening: asyncio.Task[None]
         self._stopped = False
 
     @property
@@ -244,18 +245,19 @@ class _Leg:
         return self._leg
 
     async def __aenter__(self) -> _Leg:
-        self._tasks.append(asyncio.create_task(self._listen()))
+        self._pumping = asyncio.create_task(self._pump(self._asked.made))
+        self._listening = asyncio.create_task(self._listen())
         return self
 
     async def __aexit__(self, *_: object) -> None:
         """Whatever has happened: the engine stops, and nobody reads the stream any more."""
         self._stop()
-        self._tasks[0].cancel()
-        await asyncio.wait(self._tasks)
+        self._listening.cancel()
+        await asyncio.wait([self._pumping, self._listening])
 
     async def serve(self, peer: str, fresh: Callable[[], Awaitable[None]]) -> Served | None:
         """None if nothing was computed.  Raises ApiError if that is to be told, LinkLost."""
-        self._tasks.append(asyncio.create_task(self._pump(self._asked.made)))
+        await asyncio.sleep(0)  # the engine has its request before anything else is looked at
         await fresh()
         return await self._send_all(peer)
 

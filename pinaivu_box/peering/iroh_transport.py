@@ -81,6 +81,7 @@ class IrohConnection:
         self._why: LinkLost | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._end: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._spare: asyncio.Future[iroh.BiStream] | None = None
         # Windows stay as they are: that of the whole link is endless, and cannot be made smaller.
         connection.set_max_concurrent_bi_streams(wire.MAX_STREAMS)
         connection.set_max_concurrent_uni_streams(0)
@@ -92,10 +93,25 @@ class IrohConnection:
         task.add_done_callback(self._tasks.discard)
 
     async def open(self) -> IrohPipe:
+        if (lost := self._ending()) is not None:
+            raise lost
+        spare, self._spare = self._spare or self._open(), None
         try:
-            return IrohPipe(self, await self._connection.open_bi())
+            pipe = IrohPipe(self, await asyncio.shield(spare))
         except IrohError as error:
             raise self.lost() from error
+        except asyncio.CancelledError:
+            self._spare = self._spare or spare
+            raise
+        self._spare = self._spare or self._open()
+        return pipe
+
+    def _open(self) -> asyncio.Future[iroh.BiStream]:
+        """Of the next one, ahead of time: the peer sees it with its first byte."""
+        opening: asyncio.Future[iroh.BiStream]
+        opening = asyncio.ensure_future(self._connection.open_bi())
+        opening.add_done_callback(_look_at)
+        return opening
 
     async def accept(self) -> IrohPipe:
         try:
@@ -157,6 +173,12 @@ class IrohConnection:
         if self._why is None and (text := self._connection.close_reason()) is not None:
             self._why = _explain(self.peer, text)
         return self._why
+
+
+def _look_at(opening: asyncio.Future[iroh.BiStream]) -> None:
+    """Nobody may be left to ask how it ended, and asyncio would complain."""
+    if not opening.cancelled():
+        opening.exception()
 
 
 def _explain(peer: str, text: str) -> LinkLost:
