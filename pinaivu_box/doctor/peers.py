@@ -15,6 +15,7 @@ from pinaivu_box.amount import parse
 from pinaivu_box.config import Config
 from pinaivu_box.doctor import machine, relay, udp
 from pinaivu_box.doctor.check import Check, State, of_error
+from pinaivu_box.peering.transport import is_relay
 from pinaivu_box.peering.views import OwnView, PeerView, UseView
 from pinaivu_box.server.admin_peers import PeerList
 
@@ -61,7 +62,7 @@ def examine(
 
 def _here(own: OwnView, config: Config, *, all_well: bool) -> Iterator[Check]:
     yield Check("key", "ok", f"{own.id}, called {own.name}")
-    direct = [address for address in own.addresses if not _is_url(address)]
+    direct = [address for address in own.addresses if not is_relay(address)]
     answers = {address: udp.ask(address, _UDP_SECONDS) for address in direct[:4]}
     deaf = [address for address, answer in answers.items() if answer != "answers"]
     if deaf:
@@ -83,16 +84,12 @@ def _here(own: OwnView, config: Config, *, all_well: bool) -> Iterator[Check]:
 
 
 def _relay(own: OwnView, bad: State) -> Check:
-    chosen = own.relay if own.relay != "n0" else next(filter(_is_url, own.addresses), None)
+    chosen = own.relay if own.relay != "n0" else next(filter(is_relay, own.addresses), None)
     if chosen is None:
         found = "none of the public relays has answered yet"
         todo = "wait half a minute; then see that HTTPS and UDP go out, or set another's URL"
         return Check("relay", bad, found, f"{todo} as [peering] relay")
     return relay.own(chosen, bad)
-
-
-def _is_url(address: str) -> bool:
-    return address.startswith(("http://", "https://"))
 
 
 def _reach(address: str) -> str:
@@ -147,7 +144,7 @@ def _ways(peer: PeerView, own: OwnView) -> Iterator[Check]:
         found = "no address of it is known"
         yield Check("address", "failed", found, "ask its operator for a ticket, and join again")
     for address in peer.addresses:
-        if _is_url(address):
+        if is_relay(address):
             yield _way_by_relay(address, own)
             continue
         answer = udp.ask(address, _UDP_SECONDS)

@@ -23,7 +23,7 @@ from pinaivu_box.identity import NODE_PREFIX, Identity
 from pinaivu_box.peering import iroh_bindings, wire
 from pinaivu_box.peering.link import PeerLink
 from pinaivu_box.peering.reception import Reception
-from pinaivu_box.peering.transport import Route
+from pinaivu_box.peering.transport import Route, is_relay
 
 READ_BYTES = 128 * 1024
 # iroh gives the end of a connection as text alone.
@@ -341,10 +341,6 @@ def _is_loopback(address: str) -> bool:
     return ipaddress.ip_address(_split(address)[0]).is_loopback
 
 
-def _is_url(address: str) -> bool:
-    return address.startswith(("http://", "https://"))
-
-
 def _split(address: str) -> tuple[str, int]:
     """`HOST:PORT` or `[V6]:PORT`.  ValueError."""
     host, _, port = address.rpartition(":")
@@ -360,7 +356,7 @@ async def _resolve(addresses: Sequence[str]) -> tuple[str | None, list[str]]:
     direct: list[str] = []
     failures: list[str] = []
     for address in addresses:
-        if _is_url(address):
+        if is_relay(address):
             relay = relay or address
             continue
         try:
@@ -379,7 +375,7 @@ async def _resolve(addresses: Sequence[str]) -> tuple[str | None, list[str]]:
 
 
 def _no_answer(node_id: str, addresses: Sequence[str], seconds: float) -> Unreachable:
-    relayed = any(_is_url(address) for address in addresses)
+    relayed = any(is_relay(address) for address in addresses)
     return Unreachable(
         f"{wire.short(node_id)} did not answer at {', '.join(addresses)} within {seconds:g} s: see "
         "that it runs with peering on, that the address is right, and that no firewall stops that "

@@ -14,6 +14,11 @@ from typing import Protocol
 from pinaivu_box.errors import LinkLost
 
 
+def is_relay(address: str) -> bool:
+    """Whether it is a relay's URL, and not HOST:PORT."""
+    return address.startswith(("http://", "https://"))
+
+
 @dataclass(frozen=True)
 class Route:
     """How a peer is reached: directly or by a relay, and the address at its end."""

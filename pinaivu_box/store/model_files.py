@@ -14,8 +14,7 @@ async def digest(database: Database, model: Model) -> str:
     """SHA-256 of the model's GGUF in hex, from memory while size and time are unchanged."""
     if model.recorded_digest:
         return model.recorded_digest
-    stat = model.path.stat()
-    facts = (str(model.path), stat.st_size, stat.st_mtime_ns)
+    facts = _facts(model.path)
     rows = await database.read(
         "SELECT digest FROM model_files WHERE path = ? AND size = ? AND mtime_ns = ?", facts
     )
@@ -38,8 +37,7 @@ class Digests:
     async def of(self, model: Model) -> str:
         if model.recorded_digest:
             return model.recorded_digest
-        stat = model.path.stat()
-        facts = (str(model.path), stat.st_size, stat.st_mtime_ns)
+        facts = _facts(model.path)
         if facts not in self._known:
             self._known[facts] = await digest(self._database, model)
         return self._known[facts]
@@ -57,12 +55,17 @@ async def hashes(database: Database, model: Model, digest: str) -> bytes:
 
 def copied(path: Path, digest: str, hashes: bytes) -> tuple[Statement, Statement]:
     """What is known of a file that was checked as it came: it need not be read again."""
-    stat = path.stat()
-    facts = (str(path), stat.st_size, stat.st_mtime_ns, digest)
+    facts = (*_facts(path), digest)
     return (
         _keep(digest, hashes),
         ("INSERT OR REPLACE INTO model_files VALUES (?, ?, ?, ?)", facts),
     )
+
+
+def _facts(path: Path) -> tuple[str, int, int]:
+    """A file that has changed has others."""
+    stat = path.stat()
+    return str(path), stat.st_size, stat.st_mtime_ns
 
 
 def _keep(digest: str, hashes: bytes) -> Statement:
