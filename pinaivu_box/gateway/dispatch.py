@@ -48,11 +48,17 @@ class Routing:
 
 @dataclass
 class _Try:
-    """One attempt at a leg: `head` is what it said up to its first output."""
+    """One attempt at a leg: `head` is what it says up to its first output.  It must be closed, even
+    if it has failed; `place` is what it takes until then."""
 
     node_id: str
     events: AsyncGenerator[Event]
-    task: asyncio.Task[list[Event]]
+    head: asyncio.Task[list[Event]]
+    place: contextlib.ExitStack
+
+    async def aclose(self) -> None:
+        with self.place:
+            await self.events.aclose()
 
 
 class Dispatch:
@@ -84,12 +90,12 @@ class Dispatch:
         """As `Backend.serve`; Started, Prompt and the first Output come together."""
         try:
             attempt = await self._begin(job, made)
-            async with contextlib.aclosing(attempt.events) as events:
-                for event in attempt.task.result():
+            async with contextlib.aclosing(attempt):
+                for event in attempt.head.result():
                     yield event
                 if _last(event):
                     return
-                async for event in events:
+                async for event in attempt.events:
                     yield event
                     if _last(event):
                         return
@@ -124,36 +130,37 @@ class Dispatch:
                     if decision.node_id is not None:
                         tried.append(decision.node_id)
                         trying.append(self._try(job, made, decision, digest))
-                tasks = [one.task for one in trying]
-                await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-                done = next(one for one in trying if one.task.done())
-                trying.remove(done)
+                heads = [one.head for one in trying]
+                await asyncio.wait(heads, return_when=asyncio.FIRST_COMPLETED)
+                done = next(one for one in trying if one.head.done())
                 failed = self._failure(done)
                 blamed += not isinstance(failed, NoNodesAvailable | None)
                 if failed is None or blamed > 1:
-                    done.task.result()  # raises what is the request's own fault
+                    done.head.result()  # raises what is the request's own fault
+                    trying.remove(done)
                     return done
                 error = error if _own(error) else failed
-                await done.events.aclose()
+                trying.remove(done)
+                await done.aclose()
         finally:
             for one in trying:
-                one.task.cancel()
-                await asyncio.wait([one.task])
-                await one.events.aclose()
+                one.head.cancel()
+                await asyncio.wait([one.head])
+                await one.aclose()
 
     async def _spoke(self, attempt: _Try, job: Job) -> bool:
         """Whether it did before it is time to hedge."""
         hedge = self.routing.hedge
         if not hedge or job.id in self._cancelled:
-            await asyncio.wait([attempt.task])
+            await asyncio.wait([attempt.head])
             return True
-        done, _ = await asyncio.wait([attempt.task], timeout=hedge)
+        done, _ = await asyncio.wait([attempt.head], timeout=hedge)
         return bool(done)
 
     def _failure(self, attempt: _Try) -> ApiError | None:
         """Why somebody else may be asked, None if it went well or is the request's own fault: but
         of a peer, a second one has to say that too."""
-        error = attempt.task.exception()
+        error = attempt.head.exception()
         here = attempt.node_id == self.candidates.me
         if not isinstance(error, NoNodesAvailable if here else ApiError):
             return None
@@ -222,9 +229,15 @@ class Dispatch:
     def _try(self, job: Job, made: list[int], decision: Decision, digest: str) -> _Try:
         node_id = decision.node_id or ""
         here = node_id == self.candidates.me
+        # At once, so that of several requests that come together each sees where the others went.
+        place = contextlib.ExitStack()
+        if here:
+            place.enter_context(self._load.taken(job.model.id))
+        self.candidates.sent(job, node_id)
+        place.callback(self.candidates.ended, job, node_id)
         leg = self._here(job, made) if here else self._there(job, made, node_id, digest)
         events = self._told(job, leg, decision)
-        return _Try(node_id, events, asyncio.create_task(_head(events)))
+        return _Try(node_id, events, asyncio.create_task(_head(events)), place)
 
     async def _told(
         self, job: Job, leg: AsyncGenerator[Event], decision: Decision
@@ -239,16 +252,12 @@ class Dispatch:
                     yield event
 
     async def _here(self, job: Job, made: list[int]) -> AsyncGenerator[Event]:
-        me, model_id = self.candidates.me, job.model.id
-        self.candidates.sent(job, me)
-        leg = _watched(self._local.serve(job, made), lambda leg: self._load.measured(model_id, leg))
-        try:
-            with self._load.taken(model_id):
-                async with contextlib.aclosing(leg) as events:
-                    async for event in events:
-                        yield event
-        finally:
-            self.candidates.ended(job, me)
+        leg = _watched(
+            self._local.serve(job, made), lambda leg: self._load.measured(job.model.id, leg)
+        )
+        async with contextlib.aclosing(leg) as events:
+            async for event in events:
+                yield event
 
     async def _there(
         self, job: Job, made: list[int], node_id: str, digest: str
@@ -260,7 +269,6 @@ class Dispatch:
         prompt, proven = f"{job.request_id} {job.prompt_number} {node_id}", False
         to = replace(to, pays_prompt=self._first(prompt))
         sent = self._resting.sent(node_id)
-        self.candidates.sent(job, node_id)
         leg = _watched(
             self._peers.serve(job, made, to), lambda leg: self._went_well(job, node_id, leg)
         )
@@ -275,7 +283,6 @@ class Dispatch:
         finally:
             if to.pays_prompt and not proven:
                 self._paid.pop(prompt, None)  # then the next one does
-            self.candidates.ended(job, node_id)
 
     def _first(self, name: str) -> bool:
         """Whether it is the first of its prompt there: that one pays for it."""

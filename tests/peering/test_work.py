@@ -7,6 +7,7 @@ import itertools
 import os
 import signal
 import time
+from collections import Counter
 from collections.abc import AsyncIterator
 from dataclasses import replace
 
@@ -315,6 +316,24 @@ async def test_before_a_request_leaves_others_are_asked_who_is_busy() -> None:
         assert asker.links.looks == 8
         await asker.ask(text="Nobody need be asked: both are known.")
         assert asker.links.looks == 8
+
+
+async def test_requests_that_come_together_see_where_the_others_went() -> None:
+    """Else they would all take the same place that is free."""
+    two = config(f"{FAKE}=20", engine={"max_sequences": 2})
+    async with pools(here=two, one=two, other=two) as nodes:
+        here, *peers = nodes
+        for node in nodes:  # its model is loaded
+            await node.ask(max_tokens=1, local_only=True)
+        heard = Heard(Load(2, 4096, 0), time.monotonic())
+        for peer in peers:
+            peer.told = {FAKE: heard}
+        for count in (6, 12):  # none of them waits, and half of them do
+            asks = [here.ask(text=f"{PROMPT} {n}", max_tokens=5) for n in range(count)]
+            began = [events[0] for events in await asyncio.gather(*asks)]
+            went = Counter(one.node_id for one in began if isinstance(one, Started))
+            assert went.total() == count
+            assert all(2 <= went[node.node_id] <= count / 2 - 1 for node in nodes)
 
 
 async def test_hedging_asks_a_second_box() -> None:
