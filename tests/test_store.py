@@ -200,8 +200,10 @@ async def test_a_database_of_another_program_is_refused_and_left_alone(
 
 async def test_a_file_that_is_no_database_is_refused_and_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "box.db"
-    path.write_text("Dear diary, today I was mistaken for a database.\n" * 100)
+    diary = "Dear diary, today I was mistaken for a database.\n" * 100
+    path.write_text(diary)
     await refused(path)
+    assert path.read_text() == diary
 
 
 # -- group commit ----------------------------------------------------------------------------------

@@ -58,6 +58,8 @@ class _Try:
 
     async def aclose(self) -> None:
         with self.place:
+            self.head.cancel()
+            await asyncio.wait([self.head])
             await self.events.aclose()
 
 
@@ -144,8 +146,6 @@ class Dispatch:
                 await done.aclose()
         finally:
             for one in trying:
-                one.head.cancel()
-                await asyncio.wait([one.head])
                 await one.aclose()
 
     async def _spoke(self, attempt: _Try, job: Job) -> bool:
@@ -251,13 +251,9 @@ class Dispatch:
                 else:
                     yield event
 
-    async def _here(self, job: Job, made: list[int]) -> AsyncGenerator[Event]:
-        leg = _watched(
-            self._local.serve(job, made), lambda leg: self._load.measured(job.model.id, leg)
-        )
-        async with contextlib.aclosing(leg) as events:
-            async for event in events:
-                yield event
+    def _here(self, job: Job, made: list[int]) -> AsyncGenerator[Event]:
+        events = self._local.serve(job, made)
+        return _watched(events, lambda leg: self._load.measured(job.model.id, leg))
 
     async def _there(
         self, job: Job, made: list[int], node_id: str, digest: str

@@ -336,6 +336,38 @@ async def test_requests_that_come_together_see_where_the_others_went() -> None:
             assert all(2 <= went[node.node_id] <= count / 2 - 1 for node in nodes)
 
 
+async def test_places_are_given_back_however_a_request_ends() -> None:
+    """Answered, refused for its own fault, left by its client early or late, its peer lost."""
+    one = config(f"{FAKE}=20", engine={"max_sequences": 1})
+    async with pools(here=one, peer=one) as (here, peer):
+        for node in (here, peer):
+            await node.ask(max_tokens=1, local_only=True)
+        peer.told = {FAKE: Heard(Load(1, 4096, 0), time.monotonic())}
+
+        def idle() -> bool:
+            found = here.pool.candidates.of(here.job(), "", 0)
+            return here.load.idle and not any(candidate.sent for candidate in found)
+
+        assert await asyncio.gather(here.ask(text="a"), here.ask(text="b"))
+        assert idle()
+        with pytest.raises(ContextOverflow):
+            await here.ask(text="x" * 3000)
+        assert idle()
+        for seconds in (0, 0.01, 0.2):
+            asking = [asyncio.create_task(here.ask(text=f"{seconds} {n}")) for n in range(2)]
+            await asyncio.sleep(seconds)
+            for task in asking:
+                task.cancel()
+            await asyncio.wait(asking)
+            await wait_until(idle)
+        asking = [asyncio.create_task(here.ask(text=f"lost {n}")) for n in range(2)]
+        await wait_until(lambda: not peer.load.idle)
+        for engine in peer.placement.engines:
+            os.kill(engine.pid, signal.SIGKILL)
+        await asyncio.wait(asking)
+        assert idle()
+
+
 async def test_hedging_asks_a_second_box() -> None:
     slow = config(f"{FAKE}=3000")
     async with pools(asker=config(hedge_ms=200), slow=slow, fast=config(f"{FAKE}=2")) as (
