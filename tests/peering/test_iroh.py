@@ -7,6 +7,7 @@ import os
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -101,7 +102,10 @@ async def test_names_are_looked_up(peers: Callable[..., PeerProcess]) -> None:
 
 def listening(pid: int) -> set[str]:
     """The addresses of a process's UDP sockets, as /proc has them."""
-    sockets = {str(one.readlink()) for one in Path(f"/proc/{pid}/fd").iterdir()}
+    sockets = set()
+    for one in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):  # closed since it was listed
+            sockets.add(str(one.readlink()))
     found = set()
     for table in ("udp", "udp6"):
         for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
