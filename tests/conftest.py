@@ -6,8 +6,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.box import Box
+
+# The same examples in every run, however slow the machine: a run that finds something new by chance
+# is for `tests/fuzz`, not for who submits something else.
+settings.register_profile(
+    "steady", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("steady")
 
 
 @pytest.fixture(scope="session")
@@ -20,10 +28,14 @@ def box(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Box]:
 
 @pytest.fixture
 def new_box(tmp_path: Path) -> Iterator[Callable[..., Box]]:
-    """`new_box(*serve_args, env={...})`: a box of the test's own, ended with it."""
+    """`new_box(*serve_args, env={...}, config="...")`: a box of the test's own, ended with it."""
     made: list[Box] = []
 
-    def make(*args: str, env: dict[str, str] | None = None) -> Box:
+    def make(*args: str, env: dict[str, str] | None = None, config: str = "") -> Box:
+        if config:
+            file = tmp_path / f"box{len(made)}.toml"
+            file.write_text(config)
+            args = ("--config", str(file), *args)
         made.append(Box(tmp_path / f"home{len(made)}", *args, env=env))
         return made[-1].start()
 

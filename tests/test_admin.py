@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.box import Box, pinaivu, pinaivu_json, wait_until
+from tests.box import UNDRAFTED, Box, pinaivu, pinaivu_json, wait_until
 
 FAKE = ("--model", "fake:1=fake:0", "--model", "slow:1=fake:20")
 DEFAULTS = {
@@ -23,7 +23,9 @@ DEFAULTS = {
 
 @pytest.fixture(scope="module")
 def box(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Box]:
-    started = Box(tmp_path_factory.mktemp("admin") / "home", *FAKE).start()
+    folder = tmp_path_factory.mktemp("admin")
+    (folder / "box.toml").write_text(UNDRAFTED)
+    started = Box(folder / "home", "--config", str(folder / "box.toml"), *FAKE).start()
     yield started
     started.end()
 

@@ -19,6 +19,7 @@ from tests.box import Box, pinaivu, pinaivu_json, wait_until
 
 CONFIG = """
 [engine]
+drafting = false
 max_sequences = 1
 max_queue = 2
 [[model]]
@@ -82,7 +83,7 @@ def test_the_queue_is_bounded_for_requests_whose_prompts_are_counted_at_once(
 ) -> None:
     key, _ = make_key(box, "--tpm", "100000")
     with still(box):
-        asked = [threads.submit(ask, box, key, max_tokens=100) for _ in range(20)]
+        asked = [threads.submit(ask, box, key, max_tokens=400) for _ in range(20)]
         wait_until(lambda: counted(box), "a prompt to be counted")
         time.sleep(1)  # the others too
     statuses = [one.result().status_code for one in asked]

@@ -381,21 +381,22 @@ def test_a_stream_that_ends_without_closing_bytes_is_complete_after_done() -> No
     assert asked(chunked([text("a"), END, DONE])[:-18]).error == ""
 
 
-def test_an_address_without_a_server() -> None:
+def test_an_address_without_a_server(closed_port: int) -> None:
     async def run() -> Outcome:
         found = Outcome()
-        target = Target.parse(f"http://127.0.0.1:{free_port()}", model="m")
+        target = Target.parse(f"http://127.0.0.1:{closed_port}", model="m")
         await stream(target, target.message(HELLO), found, 30)
         return found
 
     assert asyncio.run(run()).error == "cannot connect"
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+@pytest.fixture
+def closed_port() -> Iterator[int]:
+    """Nobody listens there, nor can anybody begin to."""
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        yield held.getsockname()[1]
 
 
 @pytest.mark.parametrize(
@@ -586,9 +587,9 @@ def test_the_model_is_the_first_that_is_listed(fake_box: Box) -> None:
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_sentence(
-    fake_box: Box, args: list[str], status: int, message: str
+    fake_box: Box, closed_port: int, args: list[str], status: int, message: str
 ) -> None:
-    filled = [arg.format(url=fake_box.url, port=free_port()) for arg in args]
+    filled = [arg.format(url=fake_box.url, port=closed_port) for arg in args]
     done = bench(*filled, key=fake_box.key)
     assert done.returncode == status
     assert message in done.stderr

@@ -19,7 +19,7 @@ import pytest
 
 from pinaivu_box.engine.fake_runner import SENTENCE
 from pinaivu_box.models import bundled
-from tests.box import MODEL, Box, alive, pinaivu, pinaivu_json, wait_until
+from tests.box import MODEL, UNDRAFTED, Box, alive, pinaivu, pinaivu_json, wait_until
 
 MakeBox = Callable[..., Box]
 FAKE = "fake:1"
@@ -209,7 +209,7 @@ def test_every_answer_that_was_seen_whole_has_its_receipt_after_a_kill(tmp_path:
                 swarm = Swarm(box, MODEL, (1, 4), number)
             else:
                 swarm = Swarm(box, FAKE, (3, 40), number)
-            wait_until(lambda: swarm.completed, "a first answer", 120)  # noqa: B023
+            wait_until(lambda: len(swarm.completed) >= 5, "first answers", 120)  # noqa: B023
             time.sleep(dice.uniform(0, 0.3))
             box.kill()
             swarm.join()
@@ -240,10 +240,8 @@ def check_survivors(home: Path, completed: list[str]) -> None:
     )
 
 
-def test_no_engine_survives_a_killed_server(new_box: MakeBox, tmp_path: Path) -> None:
-    config = tmp_path / "box.toml"
-    config.write_text("[engine]\ndrafting = false\n")  # with drafts 5,000 tokens take two seconds
-    box = new_box("--config", str(config), "--model", f"{FAKE}=fake:20")
+def test_no_engine_survives_a_killed_server(new_box: MakeBox) -> None:
+    box = new_box("--model", f"{FAKE}=fake:20", config=UNDRAFTED)
     streams = [Stream(box, FAKE, 5000), Stream(box, MODEL, 5000)]
     for stream in streams:
         stream.wait_for_text()
@@ -270,14 +268,15 @@ def kill(pid: int) -> None:
 
 def test_a_stream_goes_on_when_its_engine_is_killed(new_box: MakeBox) -> None:
     """Others are not disturbed, the receipt shows both legs, the engine is back."""
-    box = new_box("--model", f"{FAKE}=fake:20", "--model", "fake:2=fake:20")
-    struck, beside = Stream(box, FAKE, 150), Stream(box, "fake:2", 250)
-    for stream in (struck, beside):
-        stream.wait_for_text(10)
+    box = new_box("--model", f"{FAKE}=fake:20", "--model", "fake:2=fake:20", config=UNDRAFTED)
+    beside = Stream(box, "fake:2", 400)
+    beside.wait_for_text(10)
+    struck = Stream(box, FAKE, 150)
+    struck.wait_for_text(10)
     victim, other = engine_of(box, FAKE)["pid"], engine_of(box, "fake:2")["pid"]
     kill(victim)
     struck.check_whole(150)
-    beside.check_whole(250)
+    beside.check_whole(400)
     assert box.process.poll() is None
 
     receipt = receipt_of(box, struck.request_id)
@@ -304,7 +303,7 @@ def test_a_stream_goes_on_when_its_engine_is_killed(new_box: MakeBox) -> None:
 
 def test_a_stream_of_the_real_model_goes_on_when_its_engine_is_killed(new_box: MakeBox) -> None:
     box = new_box()
-    stream = Stream(box, MODEL, 60)
+    stream = Stream(box, MODEL, 200)
     stream.wait_for_text(5)
     before = stream.text
     victim = engine_of(box, MODEL)["pid"]
@@ -322,11 +321,11 @@ def test_a_stream_of_the_real_model_goes_on_when_its_engine_is_killed(new_box: M
 
 def test_all_streams_of_a_killed_engine_go_on(new_box: MakeBox) -> None:
     """Many at once, and an answer that is not streamed among them."""
-    box = new_box("--model", f"{FAKE}=fake:20")
-    streams = [Stream(box, FAKE, 80 + n) for n in range(12)]
+    box = new_box("--model", f"{FAKE}=fake:20", config=UNDRAFTED)
+    streams = [Stream(box, FAKE, 300 + n) for n in range(12)]
     answers: list[httpx.Response] = []
     plain = threading.Thread(
-        target=lambda: answers.append(box.chat(model=FAKE, max_tokens=90)), daemon=True
+        target=lambda: answers.append(box.chat(model=FAKE, max_tokens=310)), daemon=True
     )
     plain.start()
     for stream in streams:
@@ -334,10 +333,10 @@ def test_all_streams_of_a_killed_engine_go_on(new_box: MakeBox) -> None:
     wait_until(lambda: engine_of(box, FAKE)["running"] == 13, "all to run")
     kill(engine_of(box, FAKE)["pid"])
     for number, stream in enumerate(streams):
-        stream.check_whole(80 + number)
+        stream.check_whole(300 + number)
     plain.join(180)
     assert answers[0].status_code == 200
-    assert answers[0].json()["usage"]["completion_tokens"] == 90
+    assert answers[0].json()["usage"]["completion_tokens"] == 310
     assert len(receipt_of(box, answers[0].json()["request_id"])["proofs"]) == 2
 
 
@@ -360,12 +359,12 @@ def test_an_engine_that_is_killed_again_and_again_does_not_take_the_server_along
 
 
 def test_a_stream_goes_on_when_its_engine_hangs(new_box: MakeBox) -> None:
-    box = new_box("--model", f"{FAKE}=fake:20")
-    stream = Stream(box, FAKE, 100)
+    box = new_box("--model", f"{FAKE}=fake:20", config=UNDRAFTED)
+    stream = Stream(box, FAKE, 200)
     stream.wait_for_text(10)
     hung = engine_of(box, FAKE)["pid"]
     os.kill(hung, signal.SIGSTOP)
-    stream.check_whole(100)
+    stream.check_whole(200)
     assert not alive(hung)
     assert len(receipt_of(box, stream.request_id)["proofs"]) == 2
 
@@ -378,8 +377,8 @@ def draining(box: Box) -> bool:
 
 
 def test_sigterm_lets_a_stream_finish_and_refuses_new_requests(new_box: MakeBox) -> None:
-    box = new_box("--model", f"{FAKE}=fake:20")
-    stream = Stream(box, FAKE, 250)
+    box = new_box("--model", f"{FAKE}=fake:20", config=UNDRAFTED)
+    stream = Stream(box, FAKE, 500)
     stream.wait_for_text(5)
     pid = engine_of(box, FAKE)["pid"]
     box.process.send_signal(signal.SIGTERM)
@@ -390,7 +389,7 @@ def test_sigterm_lets_a_stream_finish_and_refuses_new_requests(new_box: MakeBox)
     assert refused.json()["error"]["code"] == "no_nodes_available"
     assert box.http("GET", "/health").status_code == 200
     assert not stream.done  # all this happened while it ran
-    stream.check_whole(250)
+    stream.check_whole(500)
     assert box.process.wait(60) == 0
     assert not alive(pid)
     assert receipt_of(box, stream.request_id)["finish_reason"] == "length"
@@ -399,12 +398,12 @@ def test_sigterm_lets_a_stream_finish_and_refuses_new_requests(new_box: MakeBox)
 
 def test_a_sigterm_that_reaches_the_engine_as_well_does_not_end_it_first(new_box: MakeBox) -> None:
     """systemd sends it to every process of the unit."""
-    box = new_box("--model", f"{FAKE}=fake:20")
-    stream = Stream(box, FAKE, 60)
+    box = new_box("--model", f"{FAKE}=fake:20", config=UNDRAFTED)
+    stream = Stream(box, FAKE, 200)
     stream.wait_for_text(10)
     os.kill(engine_of(box, FAKE)["pid"], signal.SIGTERM)
     box.process.send_signal(signal.SIGTERM)
-    stream.check_whole(60)
+    stream.check_whole(200)
     assert box.process.wait(30) == 0
     assert len(receipt_of(box, stream.request_id)["proofs"]) == 1
 
@@ -425,7 +424,7 @@ def test_a_plain_answer_under_way_at_sigterm_arrives(new_box: MakeBox) -> None:
 
 def test_a_second_sigterm_ends_it_at_once(new_box: MakeBox) -> None:
     """With a stream that would take many minutes; its engine goes too."""
-    box = new_box("--model", f"{FAKE}=fake:200")
+    box = new_box("--model", f"{FAKE}=fake:200", config=UNDRAFTED)
     stream = Stream(box, FAKE, 5000)
     stream.wait_for_text()
     pid = engine_of(box, FAKE)["pid"]
@@ -439,12 +438,9 @@ def test_a_second_sigterm_ends_it_at_once(new_box: MakeBox) -> None:
     wait_until(lambda: not alive(pid), "the end of the engine")
 
 
-def test_what_outlasts_the_drain_is_cancelled_with_its_receipt(
-    new_box: MakeBox, tmp_path: Path
-) -> None:
-    config = tmp_path / "box.toml"
-    config.write_text("[server]\ndrain_seconds = 0.5\n")
-    box = new_box("--config", str(config), "--model", f"{FAKE}=fake:50")
+def test_what_outlasts_the_drain_is_cancelled_with_its_receipt(new_box: MakeBox) -> None:
+    config = "[server]\ndrain_seconds = 0.5\n" + UNDRAFTED
+    box = new_box("--model", f"{FAKE}=fake:50", config=config)
     stream = Stream(box, FAKE, 5000)
     stream.wait_for_text(3)
     assert box.stop(60) == 0
@@ -481,7 +477,7 @@ def check_cancelled(box: Box, max_tokens: int) -> dict[str, Any]:
 
 
 def test_a_client_that_leaves_its_stream_stops_it(new_box: MakeBox) -> None:
-    box = new_box("--model", f"{FAKE}=fake:20")
+    box = new_box("--model", f"{FAKE}=fake:20", config=UNDRAFTED)
     stream = Stream(box, FAKE, 4000)
     stream.wait_for_text(5)
     stream.leave()
@@ -491,10 +487,10 @@ def test_a_client_that_leaves_its_stream_stops_it(new_box: MakeBox) -> None:
 
 
 def test_a_client_that_leaves_before_its_plain_answer_stops_it(new_box: MakeBox) -> None:
-    box = new_box("--model", f"{FAKE}=fake:20")
+    box = new_box("--model", f"{FAKE}=fake:20", config=UNDRAFTED)
     assert box.chat(model=FAKE, max_tokens=1).status_code == 200  # the engine is up
     before = rows(box.home, "SELECT request_id FROM requests")
-    with _client(box, 0.7) as client, pytest.raises(httpx.ReadTimeout):
+    with _client(box, 3) as client, pytest.raises(httpx.ReadTimeout):
         client.post(URL, json=body(FAKE, 4000, stream=False))
     wait_until(
         lambda: len(rows(box.home, "SELECT request_id FROM requests")) == 2, "the second receipt"

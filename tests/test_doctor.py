@@ -19,7 +19,7 @@ from pinaivu_box.config import Config
 from pinaivu_box.doctor import machine, models
 from pinaivu_box.doctor.examine import examine
 from pinaivu_box.models import bundled
-from tests.box import MODEL, PINAIVU, Box, environment, pinaivu, pinaivu_json
+from tests.box import MODEL, PINAIVU, Box, environment, pinaivu, pinaivu_json, wait_until
 from tests.test_backup import FAKE, ask, corrupt, killed_before
 
 MakeBox = Callable[..., Box]
@@ -240,7 +240,7 @@ def test_a_taken_port(home: Path) -> None:
         found = doctor(home, PINAIVU_PORT=port)
     assert failed(found) == ["port"]
     assert port in found["port"]["found"] and "in use" in found["port"]["found"]
-    assert "free" in doctor(home, PINAIVU_PORT=port)["port"]["found"]
+    wait_until(lambda: "free" in doctor(home, PINAIVU_PORT=port)["port"]["found"], "a free port")
 
 
 def test_a_server_that_does_not_answer(new_box: MakeBox) -> None:

@@ -99,7 +99,8 @@ def test_a_call_that_must_be_made_is_valid(families: Box, family: str, parallel:
             families, family, seed=seed, temperature=1.2, reasoning_effort="none", **options
         ).choices
         calls = choice.message.tool_calls
-        assert calls and not choice.message.content
+        # Where the limit cuts off the head of a last call, that is text.
+        assert calls and (choice.finish_reason == "length" or not choice.message.content)
         assert choice.finish_reason == "tool_calls" or (
             parallel and choice.finish_reason == "length"
         )
@@ -164,6 +165,7 @@ def test_thoughts_are_apart_from_the_answer(families: Box) -> None:
     assert without.content and not hasattr(without, "reasoning_content")
 
 
+@pytest.mark.timeout(900)  # up to thirty answers of the real model
 def test_thoughts_end_in_a_call(families: Box) -> None:
     """Which is then as it must be.  The weights know nothing of thoughts: a bias makes them end."""
     body = {"model": "qwen3", "text": "</think>"}
@@ -178,7 +180,8 @@ def test_thoughts_end_in_a_call(families: Box) -> None:
     for seed in range(30):
         (choice,) = chat(families, "qwen3", seed=seed, **options).choices
         thoughts = getattr(choice.message, "reasoning_content", "")
-        assert choice.finish_reason in ("tool_calls", "length") and not choice.message.content
+        assert choice.finish_reason in ("tool_calls", "length")
+        assert choice.finish_reason == "length" or not choice.message.content
         if choice.finish_reason == "tool_calls":
             (call,) = choice.message.tool_calls
             check_call(call.function.name, call.function.arguments)

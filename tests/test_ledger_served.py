@@ -112,6 +112,7 @@ def test_what_was_served_is_what_is_settled(pair: tuple[Box, Box]) -> None:
         body = {**asked, "messages": [{"role": "user", "content": "hello"}]}
         answer = anna.http("POST", "/v1/chat/completions", json=body)
         tokens += answer.json()["usage"]["total_tokens"]
+    wait_until(lambda: len(pinaivu_json("ledger", "show", "anna", home=ben.home)) == 4, "all")
     code, done = settle(ben, "anna")
     assert (code, done["taken"], done["given"]) == (0, 0, 0)
     (made,) = done["statements"]

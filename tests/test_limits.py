@@ -181,7 +181,7 @@ def check_never_more_than_allowed(reference: Reference, now: float) -> None:
             assert used <= policy.budget.units
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(st.tuples(POLICIES, POLICIES), st.lists(ACTIONS, min_size=20, max_size=80))
 def test_every_decision_is_that_of_the_reference(
     policies: tuple[Policy, Policy], actions: list[tuple[Any, ...]]

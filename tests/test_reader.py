@@ -66,6 +66,8 @@ CASES: list[tuple[str, Style | None, dict[str, bool], Read]] = [
         [("call", "f", '{"x": 1}')],
     ),
     ("<tool_call> what?", TAGS, {}, [("text", "<tool_call> what?")]),
+    ("\n <tool_call>x", TAGS, {}, [("text", "\n <tool_call>x")]),
+    (" <tool_call>", TAGS, {}, [("text", " <tool_call>")]),
     ("1 < 2 <tool", TAGS, {}, [("text", "1 < 2 <tool")]),
     (
         '<tool_call>{"name": "f", "arguments": {"x": "cut of',
@@ -107,7 +109,7 @@ CASES: list[tuple[str, Style | None, dict[str, bool], Read]] = [
 
 @pytest.mark.parametrize(("text", "style", "more", "found"), CASES, ids=lambda v: str(v)[:40])
 @given(cuts=st.lists(st.integers(1, 160), max_size=12))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_it_is_found_wherever_the_text_is_cut(
     text: str, style: Style | None, more: dict[str, bool], found: Read, cuts: list[int]
 ) -> None:
@@ -126,7 +128,7 @@ def test_it_is_found_wherever_the_text_is_cut(
     st.sampled_from([TAGS, MISTRAL, LLAMA]),
     st.lists(st.integers(1, 200), max_size=10),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_arguments_come_through_as_they_were_written(
     value: Any, style: Style, cuts: list[int]
 ) -> None:
@@ -137,7 +139,7 @@ def test_arguments_come_through_as_they_were_written(
 
 
 @given(st.text(st.sampled_from('<tool_cal>/[TOLCAS]{} \n"x'), max_size=60), st.data())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_no_text_is_lost_that_is_no_call(text: str, data: st.DataObject) -> None:
     style = data.draw(st.sampled_from([TAGS, MISTRAL, LLAMA]))
     cuts = data.draw(st.lists(st.integers(1, 60), max_size=8))

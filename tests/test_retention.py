@@ -140,7 +140,7 @@ REFUSAL = st.tuples(
 CUT = st.integers(0, 5 * DAY) | st.integers(0, 5).map(lambda day: day * DAY)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.lists(REQUEST, max_size=25),
     st.lists(REQUEST, max_size=5),

@@ -21,7 +21,17 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from pinaivu_box.models import bundled
 from pinaivu_box.store.keys import generate
-from tests.box import MODEL, PINAIVU, Box, alive, environment, pinaivu, pinaivu_json, wait_until
+from tests.box import (
+    MODEL,
+    PINAIVU,
+    UNDRAFTED,
+    Box,
+    alive,
+    environment,
+    pinaivu,
+    pinaivu_json,
+    wait_until,
+)
 
 SECRET = re.compile(r"sk-pnv-[0-9A-Za-z]+")
 FAKE = ("--model", "fake:1=fake:0")
@@ -388,7 +398,7 @@ def test_metrics_count_requests_and_tokens(new_box: NewBox) -> None:
 
 
 def test_ps_shows_the_engines_of_the_running_box(new_box: NewBox) -> None:
-    box = new_box("--model", "slow:1=fake:20")
+    box = new_box("--model", "slow:1=fake:20", config=UNDRAFTED)
     with box.client.chat.completions.create(
         model="slow:1", messages=[{"role": "user", "content": "hi"}], max_tokens=4000, stream=True
     ) as running:
@@ -436,7 +446,7 @@ def test_ls_lists_the_models_with_a_box_or_without(tmp_path: Path, gguf: Path) -
 def pid_while_it_runs(box: Box) -> int:
     """Start a stream on slow:1, read the engine's pid, finish the stream."""
     with box.client.chat.completions.create(
-        model="slow:1", messages=[{"role": "user", "content": "hi"}], max_tokens=60, stream=True
+        model="slow:1", messages=[{"role": "user", "content": "hi"}], max_tokens=120, stream=True
     ) as running:
         chunks = iter(running)
         next(chunks)
@@ -446,7 +456,7 @@ def pid_while_it_runs(box: Box) -> int:
 
 
 def test_keep_alive_0_unloads_after_each_request(new_box: NewBox) -> None:
-    box = new_box("--model", "slow:1=fake:20", env={"PINAIVU_KEEP_ALIVE": "0"})
+    box = new_box("--model", "slow:1=fake:20", env={"PINAIVU_KEEP_ALIVE": "0"}, config=UNDRAFTED)
     first = pid_while_it_runs(box)
     wait_until(lambda: box.engines() == [] and not alive(first), "the engine to be gone")
     second = pid_while_it_runs(box)
@@ -455,7 +465,7 @@ def test_keep_alive_0_unloads_after_each_request(new_box: NewBox) -> None:
 
 
 def test_keep_alive_keeps_it_so_long(new_box: NewBox) -> None:
-    box = new_box("--model", "slow:1=fake:20", env={"PINAIVU_KEEP_ALIVE": "1s"})
+    box = new_box("--model", "slow:1=fake:20", env={"PINAIVU_KEEP_ALIVE": "1s"}, config=UNDRAFTED)
     pid = pid_while_it_runs(box)
     wait_until(lambda: box.engines() == [] and not alive(pid), "the engine to be gone")
 

@@ -67,6 +67,7 @@ class Reader:
         self._buffer = ""
         self._calls = 0
         self._blank = True  # nothing but white space was said since the beginning, or the last call
+        self._held = ""  # the white space before what may be a call
         self._depth, self._in_string, self._escaped = 0, False, False
         self._state: Callable[[bool], list[Piece]] = self._text
         if thinking:
@@ -138,6 +139,7 @@ class Reader:
             # White space before a call, or between two, is nobody's; before text it belongs to it.
             if not found and not end:
                 return []
+            self._held = said if found and not self._calls else ""
             said = "" if found or self._calls else said
         self._buffer = rest if found else kept
         if found:
@@ -167,7 +169,7 @@ class Reader:
             return [call, Arguments(call.index, arguments)]
         if head or whole or end or not (rest == "" or rest.startswith(("{", "["))):
             # It is no call after all.
-            said, self._buffer = trigger + self._buffer, ""
+            said, self._buffer, self._held = self._held + trigger + self._buffer, "", ""
             self._blank, self._state = False, self._text
             return [Text(said)]
         return []
@@ -225,6 +227,7 @@ class Reader:
 
     def _call(self, name: str) -> Call:
         self._calls += 1
+        self._held = ""
         self._blank = bool(self._style and self._style.trigger)  # without one there is one call
         return Call(self._calls - 1, f"call_{secrets.token_hex(12)}", name)
 

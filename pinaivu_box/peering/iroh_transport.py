@@ -325,10 +325,11 @@ def _sockets(host: str, port: int) -> list[str]:
     everywhere = address.is_unspecified
     if address.version == 6:
         return [f"[{host}]:{port}", f"{'0.0.0.0' if everywhere else '127.0.0.1'}:{port}"]  # noqa: S104
-    return [f"{host}:{port}", *([f"[{'::' if everywhere else '::1'}]:{port}"] * _has_ipv6())]
+    return [f"{host}:{port}", *([f"[{'::' if everywhere else '::1'}]:{port}"] * has_ipv6())]
 
 
-def _has_ipv6() -> bool:
+def has_ipv6() -> bool:
+    """Whether this machine has a loopback address of that kind."""
     try:
         with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as trial:
             trial.bind(("::1", 0))

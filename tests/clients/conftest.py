@@ -24,13 +24,16 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Node:
     if not program or not npm:
         pytest.skip("node is not installed")
     folder = tmp_path_factory.mktemp("node")
-    done = subprocess.run(
-        [npm, "install", "--no-audit", "--no-fund", "openai"],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    try:
+        done = subprocess.run(
+            [npm, "install", "--no-audit", "--no-fund", "openai"],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            timeout=200,
+        )
+    except subprocess.TimeoutExpired:
+        pytest.skip("npm does not come to an end here")
     if done.returncode != 0:
         pytest.skip(f"npm cannot install openai here: {done.stderr[-200:]}")
     return Node(program, folder)

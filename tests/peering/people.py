@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from functools import partial
 
-from hypothesis import HealthCheck, settings
 from nacl.signing import SigningKey
 
 from pinaivu_box.identity import Identity
@@ -14,10 +12,6 @@ from pinaivu_box.peering.membership import Certificate, Revocation
 from pinaivu_box.peering.roster import Roster
 from pinaivu_box.peering.signed import Record, key_of, network_key, network_of, seal
 
-# The same examples in every run, however slow the machine.
-examples = partial(
-    settings, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
-)
 NOW = 1_800_000_000.0  # Unix seconds
 
 

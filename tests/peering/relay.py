@@ -93,6 +93,7 @@ class Relay:
         self.clients: dict[bytes, Client] = {}
         self.relayed = bytearray()  # with the keys of who sent it, and to whom
         self._known_to: defaultdict[bytes, set[bytes]] = defaultdict(set)
+        self._dice = random.Random(1)
 
     async def serve(self, host: str, port: int) -> None:
         self._server = await asyncio.start_server(self._visited, host, port)
@@ -124,7 +125,7 @@ class Relay:
         self.clients[client.key] = client
 
     def pass_on(self, sender: bytes, there: bytes, datagram: bytes) -> None:
-        if there not in self.clients or random.random() < self.lost:
+        if there not in self.clients or self._dice.random() < self.lost:
             return
         self._known_to[sender].add(there)
         self.relayed += sender + there + datagram

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from pinaivu_box.peering import advert as adverts
 from pinaivu_box.peering.advert import Advert, Adverts
 from pinaivu_box.peering.signed import Invalid, Record, seal
-from tests.peering.people import NOW, PEOPLE, advert, examples, gone, offer
+from tests.peering.people import NOW, PEOPLE, advert, gone, offer
 
 WALL = round(NOW * 1000)
 A, B, C = PEOPLE[1:4]
@@ -48,7 +48,6 @@ def test_age_counts_on_the_way() -> None:
     assert hear(book, advert(B, 1), 100.0, age=15.0) == "expired"
 
 
-@examples()
 @given(st.floats(-100_000, 100_000))
 def test_a_clock_that_is_off_is_shown_and_changes_nothing(off: float) -> None:
     book = Adverts()
@@ -58,7 +57,7 @@ def test_a_clock_that_is_off_is_shown_and_changes_nothing(off: float) -> None:
     assert held is not None and held.clock_difference_ms == round((NOW + off) * 1000) - WALL
 
 
-@examples(max_examples=60)
+@settings(max_examples=60)
 @given(st.integers(0, 10**6), st.integers(1, 255))
 def test_a_changed_byte_is_a_forgery(at: int, flip: int) -> None:
     _, record = advert(A, 1)

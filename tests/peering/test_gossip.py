@@ -8,7 +8,7 @@ from itertools import pairwise
 from random import Random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec import msgpack
 from msgspec.structs import replace
@@ -37,7 +37,6 @@ from tests.peering.people import (
     PEOPLE,
     advert,
     certificate,
-    examples,
     gone,
     offer,
     person,
@@ -196,7 +195,7 @@ def test_what_no_honest_box_sends_ends_the_link(frame: bytes, why: str) -> None:
     assert other.me not in one.links and why in net.cuts[0][2]
 
 
-@examples(max_examples=100)
+@settings(max_examples=100)
 @given(st.binary(max_size=300))
 def test_garbage_is_invalid_and_nothing_else(frame: bytes) -> None:
     with suppress(Invalid):

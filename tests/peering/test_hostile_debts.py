@@ -156,7 +156,7 @@ async def test_who_does_not_read_is_not_waited_for(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(memory_transport, "WINDOW_BYTES", 500)
-    monkeypatch.setattr(work, "SEND_SECONDS", 0.2)
+    monkeypatch.setattr(work, "SEND_SECONDS", 2.0)
     streams = [await opened(world) for _ in range(8)]
     for stream in streams:
         await work.send(stream, ask(world, max_tokens=None))

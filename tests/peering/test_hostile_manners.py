@@ -47,7 +47,7 @@ async def endless(stream: Stream, message: work.ToCoordinator, seconds: float) -
 
 async def idle(peer: str, stream: Stream) -> None:
     await work.receive(stream, work.to_serving)
-    await endless(stream, work.Alive(), 0.05)
+    await endless(stream, work.Alive(), 0.5)
 
 
 async def chatter(peer: str, stream: Stream) -> None:
@@ -94,11 +94,12 @@ async def test_who_has_no_manners_is_left(
     world: World, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     handler, sentence = MANNERS[name]
-    monkeypatch.setattr(peers, "STALL_SECONDS", 0.3)
-    monkeypatch.setattr(peers, "ALIVE_SECONDS", 0.3)
+    # The honest one is measured by them as well, and says once a second that it lives.
+    monkeypatch.setattr(peers, "STALL_SECONDS", 2.0)
+    monkeypatch.setattr(peers, "ALIVE_SECONDS", 3.0)
     if name == "deafness":
         monkeypatch.setattr(memory_transport, "WINDOW_BYTES", 500)
-        monkeypatch.setattr(work, "SEND_SECONDS", 0.3)
+        monkeypatch.setattr(work, "SEND_SECONDS", 2.0)
     world.carl.handler = handler
     text = name * 100 if handler is deaf else name
     await right(world, await world.anna.chat(text))
@@ -109,7 +110,7 @@ async def test_who_has_no_manners_is_left(
 async def test_who_falls_silent_in_the_middle(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(peers, "STALL_SECONDS", 0.3)
+    monkeypatch.setattr(peers, "STALL_SECONDS", 2.0)
     world.lie(Lie(last=lambda _: None, proved=lambda _: None))
     await right(world, await world.anna.chat("half"))
     assert "stalled" in await world.why()

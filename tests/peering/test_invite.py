@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from pinaivu_box.peering import invite
 from pinaivu_box.peering.invite import Invitation, Refused, Ticket, TicketInvalid
-from tests.peering.people import FOUNDER, NETWORK, NOW, PEOPLE, examples
+from tests.peering.people import FOUNDER, NETWORK, NOW, PEOPLE
 
 
 def made(
@@ -36,7 +36,6 @@ def test_how_it_is_written_down_does_not_matter() -> None:
     assert invite.decode(broken) == invite.decode(text)
 
 
-@examples()
 @given(
     st.builds(
         Ticket,
@@ -51,7 +50,6 @@ def test_encode_and_decode_agree(ticket: Ticket) -> None:
     assert invite.decode(invite.encode(ticket)) == ticket
 
 
-@examples()
 @given(st.data())
 def test_a_changed_letter_is_noticed(data: st.DataObject) -> None:
     text, _ = made()
@@ -63,7 +61,6 @@ def test_a_changed_letter_is_noticed(data: st.DataObject) -> None:
             invite.decode(changed)
 
 
-@examples()
 @given(st.one_of(st.text(), st.text(alphabet="abcdefghij234567=").map("pnv1".__add__)))
 def test_any_other_text_is_refused_in_a_sentence(text: str) -> None:
     with pytest.raises(TicketInvalid) as refused:
@@ -71,7 +68,6 @@ def test_any_other_text_is_refused_in_a_sentence(text: str) -> None:
     assert str(refused.value).endswith(".")
 
 
-@examples()
 @given(st.binary(max_size=200))
 def test_content_with_a_right_checksum_that_makes_no_sense(body: bytes) -> None:
     text = invite.PREFIX + invite.base64.b32encode(invite._checksum(body) + body).decode()
@@ -103,7 +99,6 @@ def test_a_ticket_for_one_serves_one() -> None:
     assert invite.redeem(after, secret, PEOPLE[1].node_id, NOW + 9999) == after
 
 
-@examples()
 @given(st.lists(st.integers(0, 7), max_size=30), st.integers(1, 5))
 def test_it_is_never_used_more_often_than_it_says(who: list[int], uses: int) -> None:
     text, invitation = made(uses)

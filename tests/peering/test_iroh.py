@@ -26,6 +26,7 @@ from tests.peering.worlds import (
     PeerProcess,
     converse,
     echo,
+    free_port,
     identity,
     soon,
     wait_until,
@@ -50,12 +51,12 @@ def peers() -> Iterator[Callable[..., PeerProcess]]:
 async def test_a_peer_that_starts_again_is_linked_to_again(
     peers: Callable[..., PeerProcess],
 ) -> None:
-    first = peers()
+    port = free_port()
+    first = peers(port=port)
     here = await first.event("listening")
     ours = await IrohTransport.bind(identity(), "127.0.0.1", 0)
     link = await ours.connect(here["node_id"], here["addresses"], DEADLINE)
     first.end()
-    port = int(here["addresses"][0].rpartition(":")[2])
     second = peers(seed=first.seed, port=port)
     await second.event("listening")
     assert (await soon(link.closed())).message

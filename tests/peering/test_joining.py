@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -13,16 +12,10 @@ from typing import Any
 import pytest
 
 from tests.box import PINAIVU, Box, environment, pinaivu, pinaivu_json, wait_until
+from tests.peering.worlds import free_port
 
 SETTINGS = '[peering]\nhost = "127.0.0.1"\nport = {}\nname = "{}"\n'
 FAKE = ("--model", "fake:1=fake:0", "--peering")
-
-
-def free_port() -> int:
-    """Of UDP; one that stays, so that a box is found again after a restart."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as trial:
-        trial.bind(("127.0.0.1", 0))
-        return int(trial.getsockname()[1])
 
 
 class Member(Box):
@@ -167,8 +160,10 @@ def test_a_box_that_was_away_learns_that_another_was_removed(member: Network) ->
     carl.start()
     ben.start()
     wait_until(lambda: ben.sees("carl", "revoked"), "ben has heard of it")
-    wait_until(lambda: carl.alone(), "nobody lets it in")
-    assert ben.sees("anna") and ben.listed()["carl"]["link"] is None
+    wait_until(
+        lambda: carl.alone() and ben.sees("anna") and ben.listed()["carl"]["link"] is None,
+        "nobody lets it in",
+    )
 
 
 def test_a_ticket_is_for_so_many_boxes_and_for_so_long(member: Network) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pinaivu_box.errors import BoxError, LinkLost, PeeringError
@@ -39,7 +39,7 @@ from pinaivu_box.store.audit import Actor
 from pinaivu_box.store.database import Database
 from pinaivu_box.store.ledger import Entry
 from tests.peering.books import entry
-from tests.peering.people import PEOPLE, examples
+from tests.peering.people import PEOPLE
 from tests.peering.worlds import soon
 
 pytestmark = pytest.mark.anyio
@@ -223,7 +223,7 @@ async def test_the_request_that_differs_is_named_with_both_values(pair: Pair) ->
 
 
 @given(st.data())
-@examples(max_examples=60)
+@settings(max_examples=60)
 def test_every_difference_is_found(data: st.DataObject) -> None:
     """Whatever two books are: what only one has, and what both have differently."""
     of = st.dictionaries(st.integers(0, 2000), st.integers(0, 2), max_size=400)
@@ -263,7 +263,7 @@ def test_one_difference_among_many_takes_few_questions() -> None:
 
 
 @given(st.data())
-@examples(max_examples=25)
+@settings(max_examples=25)
 def test_both_agree_or_name_the_difference(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:

@@ -17,7 +17,7 @@ from pinaivu_box.engine.fake_runner import SENTENCE
 from tests.box import wait_until
 from tests.peering.town import Resident, Town
 
-TOKENS = 150
+TOKENS = 300
 SLOW = "fake:10"  # ms a token
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pinaivu_box.peering import roster as rosters
@@ -19,7 +19,6 @@ from tests.peering.people import (
     NOW,
     PEOPLE,
     certificate,
-    examples,
     person,
     revocation,
     roster,
@@ -50,7 +49,7 @@ def merged(*rosters: Roster) -> Roster:
     return made
 
 
-@examples(max_examples=60)
+@settings(max_examples=60)
 @given(histories, histories, histories)
 def test_merging_is_commutative_associative_and_idempotent(
     first: list[Record], second: list[Record], third: list[Record]
@@ -62,7 +61,7 @@ def test_merging_is_commutative_associative_and_idempotent(
     assert opinion(merged(a, Roster(NETWORK))) == opinion(a)
 
 
-@examples(max_examples=100)
+@settings(max_examples=100)
 @given(histories, st.randoms())
 def test_the_order_in_which_records_come_does_not_matter(
     history: list[Record], shuffler: random.Random
@@ -76,7 +75,7 @@ def test_the_order_in_which_records_come_does_not_matter(
     assert opinion(alone) == opinion(together)
 
 
-@examples(max_examples=100)
+@settings(max_examples=100)
 @given(histories, histories, st.integers(1, 7))
 def test_who_was_revoked_never_returns(before: list[Record], after: list[Record], out: int) -> None:
     """Whatever is said before or after, by whomever but the founder."""
@@ -93,7 +92,7 @@ def test_who_was_revoked_never_returns(before: list[Record], after: list[Record]
     assert not other.member(revoked.node_id).ok
 
 
-@examples(max_examples=60)
+@settings(max_examples=60)
 @given(histories, histories, st.data())
 def test_a_revocation_takes_nobody_back_in(
     history: list[Record], more: list[Record], data: st.DataObject
@@ -180,7 +179,7 @@ def test_only_the_founder_readmits() -> None:
     assert known.member(lost.node_id).name == "third"
 
 
-@examples(max_examples=60)
+@settings(max_examples=60)
 @given(certificates, st.integers(0, 10**6), st.integers(1, 255))
 def test_a_changed_byte_is_a_forgery(record: Record, at: int, flip: int) -> None:
     whole = bytearray(record.body + record.signature)
@@ -247,7 +246,7 @@ def test_a_name_is_the_admins_and_cannot_hide_what_it_does() -> None:
         known.certify(FOUNDER, PEOPLE[3].node_id, "a\x1b[2Jb", NOW)
 
 
-@examples(max_examples=60)
+@settings(max_examples=60)
 @given(histories)
 def test_every_member_can_show_that_it_is_one(history: list[Record]) -> None:
     known = roster(*history)

@@ -8,7 +8,7 @@ from random import Random
 
 import pytest
 import rfc8785
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pinaivu_box.gateway.resting import LONGEST_SECONDS, Resting
@@ -22,7 +22,6 @@ from pinaivu_box.gateway.router import (
     unsure,
     why_not,
 )
-from tests.peering.people import examples
 
 TOKENS = 500
 ASK = Ask("m:1", "d1", TOKENS, "credits")
@@ -82,7 +81,7 @@ asks = st.builds(
 )
 
 
-@examples(max_examples=100)
+@settings(max_examples=100)
 @given(candidates, asks, st.integers())
 def test_it_takes_only_who_may_and_says_why_of_all_others(
     given_: list[Candidate], ask: Ask, seed: int
@@ -100,7 +99,7 @@ def test_it_takes_only_who_may_and_says_why_of_all_others(
         assert decision.node_id is None or by_id[decision.node_id].local
 
 
-@examples(max_examples=100)
+@settings(max_examples=100)
 @given(candidates, asks, st.integers(), st.randoms())
 def test_the_same_source_of_chance_gives_the_same_decision(
     given_: list[Candidate], ask: Ask, seed: int, shuffler: Random
@@ -110,7 +109,7 @@ def test_the_same_source_of_chance_gives_the_same_decision(
     assert route(given_, ask, Random(seed)) == first
 
 
-@examples(max_examples=100)
+@settings(max_examples=100)
 @given(candidates, asks, st.sampled_from(sorted(BETTER)), st.integers(1, 500), st.data())
 def test_whoever_gets_better_in_anything_never_falls_behind(
     given_: list[Candidate], ask: Ask, field: str, by: int, data: st.DataObject

@@ -6,25 +6,29 @@ Both are driven alike, and record what the peer saw.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable, Collection, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
 from nacl.signing import SigningKey
 
 from pinaivu_box.identity import Identity
-from pinaivu_box.peering.iroh_transport import IrohTransport
+from pinaivu_box.peering.iroh_transport import IrohTransport, has_ipv6
 from pinaivu_box.peering.link import FramedStream, Pace, PeerLink
 from pinaivu_box.peering.memory_transport import MemoryNetwork, MemoryTransport
 from pinaivu_box.peering.reception import Reception
 from tests.box import environment
 from tests.peering import peer
 
+_ports = itertools.count()
 DEADLINE = 180.0  # against hanging; never a claim about speed
 ROOT = Path(__file__).parent.parent.parent
 
@@ -55,6 +59,21 @@ async def echo(link: PeerLink, frame: bytes = b"hello") -> None:
     assert await soon(stream.receive()) == frame
     await stream.finish()
     assert await soon(stream.receive()) is None
+
+
+def free_port() -> int:
+    """Of UDP; one that stays, so that who starts again is found there: none that the kernel gives
+    to whoever asks for any, nor another worker's of the tests."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    while True:
+        port = 20_000 + 1_000 * (worker % 12) + next(_ports) % 1_000
+        with suppress(OSError):
+            for family, host in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")):
+                if family == socket.AF_INET6 and not has_ipv6():
+                    continue
+                with socket.socket(family, socket.SOCK_DGRAM) as trial:
+                    trial.bind((host, port))
+            return port
 
 
 class PeerProcess:
