@@ -207,6 +207,8 @@ class Gossip:
         link = self.links[peer]
         link.greeted = True
         self._send(peer, self._digest())
+        # The digests say only whose adverts there are: what came while no link stood is newer.
+        self._announce(peer, self.adverts.ids())
         if link.early is not None:
             self._compare(peer, link.early)
 

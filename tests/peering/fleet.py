@@ -47,9 +47,9 @@ class Fleet:
         for name in self.servers:
             wait_until(lambda n=name: self.offers(n), f"{name} offers {self.model}")
 
-    def offers(self, name: str) -> bool:
+    def offers(self, name: str, model: str = "") -> bool:
         peer = self.anna.sees(name)
-        return peer is not None and self.model in [one["id"] for one in peer["models"]]
+        return peer is not None and (model or self.model) in [one["id"] for one in peer["models"]]
 
     def name_of(self, route: str) -> str:
         """The box that an `x-pinaivu-route`, or a node id, means."""

@@ -134,6 +134,8 @@ def told(stream: Stream, choice: int = 0) -> str:
 
 
 def test_calls_schemas_and_choices_go_on_as_well(boxes: Fleet) -> None:
+    for name in boxes.servers:  # whose digest is learned after that of a fake one
+        wait_until(lambda n=name: boxes.offers(n, REAL), "the real model")
     digits = {"type": "integer", "minimum": 0, "maximum": 99}
     numbers = {"type": "array", "items": digits, "minItems": 20, "maxItems": 20}
     schema = {"type": "object", "properties": {"n": numbers}, "required": ["n"],

@@ -128,6 +128,23 @@ def test_everybody_hears_everybody_along_a_chain() -> None:
     assert not net.cuts
 
 
+def test_a_link_that_stands_again_brings_what_was_said_meanwhile() -> None:
+    """Also what others said; it does not wait until they say it anew, when the old has expired."""
+    net, row = chain(3)
+    one, other = row[:2]
+    one.unlinked(other.me, lost=True)
+    other.unlinked(one.me, lost=True)
+    net.run(6)
+    assert serials(one, row) != serials(other, row)
+    net.link(one, other)
+    assert serials(one, row) == serials(other, row) == {box.me: box._serial for box in row}
+
+
+def serials(box: Gossip, row: list[Gossip]) -> dict[str, int]:
+    found = {one.me: box.adverts.get(one.me) for one in row}
+    return {node: held.advert.serial for node, held in found.items() if held}
+
+
 def test_a_newcomer_shows_its_certificate_and_is_known_to_all() -> None:
     net, row = chain(4)
     new = PEOPLE[6]
