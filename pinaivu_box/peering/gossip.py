@@ -207,8 +207,9 @@ class Gossip:
         link = self.links[peer]
         link.greeted = True
         self._send(peer, self._digest())
-        # The digests say only whose adverts there are: what came while no link stood is newer.
-        self._announce(peer, self.adverts.ids())
+        # Digests say only whose adverts there are: what we said while no link stood is newer.
+        if own := self.adverts.get(self.me):
+            self._give([peer], self._news([own.id]))
         if link.early is not None:
             self._compare(peer, link.early)
 
@@ -372,17 +373,20 @@ class Gossip:
             self._send(peer, Want(members, news))
 
     def _want(self, peer: str, want: Want) -> None:
-        now = self._clock()
         found = [
             Given(record)
             for number in ids(want.members, MEMBER_ID)
             if (record := self.roster.get(number))
         ]
-        for number in ids(want.news, NEWS_ID):
-            if held := self.adverts.find(number):
-                record, sent_at = held
-                found.append(Given(record, max(0, round((now - sent_at) * 1000))))
-        self._give([peer], found)
+        self._give([peer], [*found, *self._news(ids(want.news, NEWS_ID))])
+
+    def _news(self, numbers: Iterable[bytes]) -> list[Given]:
+        """Those of the adverts and reports that we hold, with how old they are."""
+        held, now = map(self.adverts.find, numbers), self._clock()
+        return [
+            Given(record, max(0, round((now - sent_at) * 1000)))
+            for record, sent_at in filter(None, held)
+        ]
 
     def _give(self, peers: Iterable[str], given: list[Given]) -> None:
         for frame in map(encode, batches(given)):
