@@ -17,6 +17,7 @@ PACKAGE = "pinaivu_box"
 ROOMS = (
     "errors",
     "chat_format",
+    "vector_format",
     "amount",
     "config",
     "policy",
@@ -38,6 +39,7 @@ ROOMS = (
     "cli",
     "__main__",
 )
+THE_CHILDS_TOO = ("errors", "chat_format", "vector_format")
 WORKER = "engine.worker"
 # Who starts the child may name its main; nobody else sees the engine but for its messages.
 STARTS_THE_WORKER = "cli.engine"
@@ -114,7 +116,7 @@ def violations(module: str, source: str) -> list[str]:
         if target == "":
             continue
         if in_engine(module) or module == "engine.messages":
-            allowed = target in ("errors", "chat_format") or target.split(".")[0] == "engine"
+            allowed = target in THE_CHILDS_TOO or target.split(".")[0] == "engine"
         elif in_engine(target):
             allowed = (module, target) == (STARTS_THE_WORKER, WORKER)
         elif module == "":

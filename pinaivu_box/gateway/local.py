@@ -43,7 +43,7 @@ class LocalBackend:
             sampling = job.settled or resolve(job, self.sampling, engine.ready.defaults)
             info = EngineInfo(engine.ready.build, engine.ready.device)
             if job.inputs is not None:
-                box = engine.submit(Embed(job.id, job.inputs, job.dimensions))
+                box = engine.submit(to_embed(job, job.inputs))
             else:
                 box = engine.submit(to_add(job, sampling, made))
             self._serving[job.id] = engine
@@ -100,6 +100,10 @@ class LocalBackend:
         finally:
             engine.forget(job.id)
             self._placement.release(engine)
+
+
+def to_embed(job: Job, inputs: list[str | list[int]]) -> Embed:
+    return Embed(job.id, inputs, job.dimensions, job.tenant, job.weight, job.priority)
 
 
 def to_add(job: Job, sampling: Sampling, made: list[int]) -> Add:

@@ -27,6 +27,7 @@ from pinaivu_box.errors import (
     ProtocolError,
     RateLimited,
 )
+from pinaivu_box.gateway import shown
 from pinaivu_box.gateway.backend import Event, Job, Output, Prompt, Started
 from pinaivu_box.gateway.guests import Guests, Pass, Terms
 from pinaivu_box.gateway.load import Load
@@ -42,6 +43,7 @@ from pinaivu_box.receipts.commitment import Running, new_nonce
 from pinaivu_box.receipts.receipt import (
     ACCEPTANCE_DOMAIN,
     MARK_DOMAIN,
+    VERSION,
     Price,
     Proof,
     SignedProof,
@@ -57,6 +59,7 @@ _ALIVE_SECONDS = 1.0
 _ACCEPT_SECONDS = 10.0
 _TYPICAL_TOKENS = 256  # of an answer without a limit, until it is known better
 _STOPS = 8  # that one leg is worth
+_VECTOR_BYTES = work.MAX_MESSAGE_BYTES // 2  # of vectors in one message
 # Refusals that are of this box or of the peer here: somebody else may well serve the request.
 _OTHERS = (NoNodesAvailable, RateLimited, ModelNotAllowed, ModelNotFound, Conflict, InternalError)
 
@@ -227,7 +230,7 @@ class _Leg:
     ) -> None:
         self._identity, self._local, self._stream = identity, local, stream
         self._job, self._price, self._asked = job, price, asked
-        self._running = Running(new_nonce())
+        self._running = Running(new_nonce(), min(asked.proof, VERSION))
         self._tokens = 0
         self._leg: Leg | None = None
         self._said: Mailbox[Event | ApiError] = Mailbox()
@@ -300,15 +303,17 @@ class _Leg:
             outputs = [event for event in events if isinstance(event, Output)]
             for event in events:
                 if isinstance(event, Started):
-                    self._leg = Leg(replace(event, nonce=self._running.nonce))
+                    signs = self._running
+                    self._leg = Leg(replace(event, nonce=signs.nonce, proof=signs.version))
                 elif isinstance(event, Prompt):
                     await self._begin(event)
             if outputs:
-                served = self._prove(peer, outputs)
+                records, ended = self._take(outputs), outputs[-1].finish_reason is not None
+                served = self._prove(peer, ended)
                 signed = served and served.signed
                 proved = [work.Proved(signed.signed, signed.signature)] if signed else []
-                await work.send(self._stream, *proved, *self._frames(outputs))
-                if outputs[-1].finish_reason:
+                await work.send(self._stream, *proved, *self._frames(outputs, records))
+                if ended:
                     return served
             if events and isinstance(events[-1], ApiError):
                 raise events[-1]
@@ -335,35 +340,57 @@ class _Leg:
                 started.tool_style,
                 started.thinks,
                 self._running.nonce,
+                self._running.version,
             ),
             work.Read(prompt.tokens, prompt.thinking, prompt.text),
         )
 
-    def _prove(self, peer: str, outputs: list[Output]) -> Served | None:
-        """Take them into the account of the leg; the proof, if they end it."""
+    def _prove(self, peer: str, ended: bool) -> Served | None:
+        """The proof, if the leg has ended."""
         leg = self.account
-        for one in outputs:
-            leg.take(one)
-        if not (outputs[-1].finish_reason and leg.begun):
+        if not (ended and leg.begun):
             return None
         proof, _ = prove(self._job, self._job.leg, leg, self._price)
         due = cost(proof, self._asked.pays_prompt)
         return Served(peer, proof, sign_proof(self._identity, proof), due, b"")
 
-    def _frames(self, outputs: list[Output]) -> Iterator[work.Outputs]:
+    def _take(self, outputs: list[Output]) -> list[list[bytes]]:
+        """Into the account of the leg; the records of each one's log-probabilities."""
+        leg, records = self.account, []
+        for one in outputs:
+            before = self._job.scored + leg.logprobs
+            records.append(shown.records(self._job, one.logprobs, before))
+            leg.take(one, records[-1])
+        return records
+
+    def _frames(self, outputs: list[Output], records: list[list[bytes]]) -> Iterator[work.Outputs]:
         """Vectors are large: of those, one output to a message."""
         most = work.MOST_OUTPUTS if self._job.inputs is None else 1
-        for at in range(0, len(outputs), most):
-            batch = outputs[at : at + most]
-            for one in batch:
-                self._running.add(one.text, one.tokens)
+        parts = list(self._parts(outputs, records))
+        for at in range(0, len(parts), most):
+            batch = parts[at : at + most]
+            for one, its in batch:
+                self._running.add(one.text, one.tokens, its, one.vectors)
                 self._tokens += len(one.tokens)
             job = self._job
             text = mark_text(
                 job.request_id, job.choice, job.leg, self._tokens, self._running.commitment
             )
             mark = self._identity.sign(MARK_DOMAIN, text).hex()
-            yield work.Outputs([_out(one) for one in batch], mark)
+            yield work.Outputs([_out(one) for one, _ in batch], mark)
+
+    def _parts(
+        self, outputs: list[Output], records: list[list[bytes]]
+    ) -> Iterator[tuple[Output, list[bytes]]]:
+        """Vectors that are too many for a message go before the output that they belong to; boxes
+        whose proofs are of version 1 cannot read that."""
+        for one, its in zip(outputs, records, strict=True):
+            vectors = list(one.vectors)
+            fit = max(1, _VECTOR_BYTES // len(vectors[0])) if vectors else 0
+            while len(vectors) > fit and self._running.version > 1:
+                yield Output("", [], None, None, vectors=vectors[:fit]), []
+                vectors = vectors[fit:]
+            yield replace(one, vectors=vectors), its
 
 
 def _out(one: Output) -> work.Out:
