@@ -104,6 +104,14 @@ class Branch:
         """A leg was lost there; nodes that have not failed are asked first."""
         self.tried = (*self.tried, node_id) if node_id else self.tried
 
+    def read(self, prompt: Prompt) -> None:
+        """The prompt of the latest leg.  Texts are read anew in each, and whoever was lost gave
+        nothing: what it made of them is not what is paid for."""
+        self.thinking = prompt.thinking
+        if self.job.inputs is not None:
+            for leg in self.served:
+                leg.prompt = prompt.tokens
+
     def next_job(self) -> Job:
         """The job of the next leg: it reads and draws as the first one did."""
         job = replace(self.job, scored=self.scored, leg=len(self.served), tried=self.tried)
@@ -184,7 +192,7 @@ class Account:
         if not isinstance(event, Output):
             leg.take(event)
             if isinstance(event, Prompt):
-                branch.thinking = event.thinking
+                branch.read(event)
         else:
             said = sum(leg.logprobs for leg in branch.served) if event.logprobs else 0
             records = shown.records(branch.job, event.logprobs, said)

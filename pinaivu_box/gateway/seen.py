@@ -64,7 +64,9 @@ class Seen:
         self._job, self._to = job, to
         self._before = len(made)
         self._most = work.MOST_TOKENS
-        if job.max_tokens is not None:
+        if job.inputs is not None:
+            self._most = 0
+        elif job.max_tokens is not None:
             self._most = min(self._most, max(0, job.max_tokens - len(made)))
         self._asked = asked_text(job)
         self._began: work.Began
