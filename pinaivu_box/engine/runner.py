@@ -13,7 +13,7 @@ from pinaivu_box.engine.messages import SamplingDefaults
 
 Int32 = npt.NDArray[np.int32]
 Float32 = npt.NDArray[np.float32]
-TEXT_BATCH = 512  # tokens of texts that are embedded at a time
+TEXT_BATCH = 256  # tokens of texts that are embedded at a time
 
 
 class NoSlot(Exception):
