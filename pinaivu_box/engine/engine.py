@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 
 from pinaivu_box.engine.batches import batch_of
-from pinaivu_box.engine.embeddings import Embeddings
+from pinaivu_box.engine.embeddings import Embedding, Embeddings
 from pinaivu_box.engine.logprobs import probe
 from pinaivu_box.engine.messages import EngineLoad, Refused, TokenLogprob
 from pinaivu_box.engine.output import Said, StepOutput
@@ -66,7 +66,10 @@ class Engine:
         """Whether a call of `step` has something to do or to report."""
         return bool(self.scheduler or self.embeddings or self._said or self._refused)
 
-    def add(self, sequence: Sequence) -> None:
+    def add(self, sequence: Sequence | Embedding) -> None:
+        if isinstance(sequence, Embedding):
+            self.embeddings.add(sequence)
+            return
         self.settle()
         self._arrivals += 1
         sequence.arrival = self._arrivals

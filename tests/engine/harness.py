@@ -17,7 +17,7 @@ from pinaivu_box.engine import engine as engines
 from pinaivu_box.engine import messages
 from pinaivu_box.engine.fake_runner import END, N_VOCAB, FakeRunner
 from pinaivu_box.engine.intake import Arrival, Intake
-from pinaivu_box.engine.messages import Add, Cancel, Load, Sampling, StepFrame
+from pinaivu_box.engine.messages import Add, Cancel, Embed, Load, Sampling, StepFrame
 from pinaivu_box.engine.output import Output
 from pinaivu_box.engine.runner import Batch, NoSlot, Runner
 from pinaivu_box.engine.scheduler import Copy, Move, Remove
@@ -223,7 +223,7 @@ class Engine:
     def busy(self) -> bool:
         return self._engine.busy or self._unsaid
 
-    def receive(self, message: Add | Cancel) -> None:
+    def receive(self, message: Add | Embed | Cancel) -> None:
         if isinstance(message, Cancel):
             self._engine.end(message.id, "cancelled")
             return
@@ -287,7 +287,7 @@ class Heard:
         return self.text[name], self.tokens[name], self.ends[name]
 
 
-def run(engine: Engine, received: Iterable[Add | Cancel]) -> Heard:
+def run(engine: Engine, received: Iterable[Add | Embed | Cancel]) -> Heard:
     """All at once, to the end."""
     for one in received:
         engine.receive(one)
