@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from pinaivu_box.engine.embeddings import Embedding
 from pinaivu_box.engine.intake import Arrival, Intake
-from pinaivu_box.engine.messages import Add, Cancel, Embed, Refused, Tokenize, Tokenized
+from pinaivu_box.engine.messages import Add, Cancel, Embed, Named, Refused, Tokenize, Tokenized
 from pinaivu_box.engine.sequence import Sequence
 
 _THREADS = 2  # so that a small schema need not wait for a large one
@@ -35,9 +35,11 @@ class Arrivals:
         for _ in range(_THREADS):
             threading.Thread(target=self._compile, name="grammars", daemon=True).start()
 
-    def take(self, message: Add | Embed | Tokenize | Cancel) -> None:
+    def take(self, message: Add | Embed | Tokenize | Cancel | Named) -> None:
         if isinstance(message, Tokenize):
             self._say(self._intake.tokenize(message))
+        elif isinstance(message, Named):
+            self._intake.name(message)
         elif isinstance(message, Cancel):
             with self._lock:
                 self._compiling.discard(message.id)

@@ -9,6 +9,7 @@ import os
 import sys
 import time
 from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 
 from pinaivu_box.engine.messages import (
@@ -22,6 +23,7 @@ from pinaivu_box.engine.messages import (
     FromEngine,
     Load,
     LoadFailed,
+    Named,
     Progress,
     Ready,
     Refused,
@@ -125,6 +127,11 @@ class EngineProcess:
         self._boxes[name] = box
         self._send(message)
         return box
+
+    def name_prefixes(self, texts: Sequence[str]) -> None:
+        """Beginnings of prompts that are shared from now on; see `engine.messages.Named`."""
+        if self.alive:
+            self._send(Named(list(texts)))
 
     def cancel(self, request_id: str) -> None:
         if self.alive and request_id in self._boxes:
