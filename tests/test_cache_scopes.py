@@ -17,7 +17,7 @@ from pinaivu_box.config import EngineConfig, SharedPrefix
 from pinaivu_box.errors import CliError
 from pinaivu_box.gateway.scopes import Tags, named_texts
 from pinaivu_box.peering.work import Task
-from tests.box import Box, pinaivu, pinaivu_json
+from tests.box import Box, pinaivu
 
 MODEL = "fake:1"
 KNOWN, SECRET = "The launch code of customer A is ", "7391-XQ"
@@ -249,23 +249,27 @@ def test_a_named_prefix_is_shared_by_all_accounts_and_nothing_behind_it(box: Box
 
 def test_other_names_count_at_once_and_are_gone_at_once(box: Box) -> None:
     named = Path(box.args[1]).with_name("named.txt")
-    other = "You are the assistant of another company, and a cheerful one."
+    other = "Another company's assistant you are, and a cheerful one."
+
+    def reload() -> Any:
+        return box.http("POST", "/v1/admin/reload").json()
+
     try:
         named.write_text(other + "\n\n")
-        done = pinaivu_json("reload", home=box.home)
+        done = reload()
         assert (done["applied"], done["engines"]) == (["engine.shared_prefixes"], [])
         assert Person(box).chat(other, "Hi") == 0
         assert Person(box).chat(other, "Hi") == before(other)
         assert Person(box).chat(NAMED, "Hi") == 0
-        for wrong, why in (("", "empty"), (None, "No such file")):
-            named.unlink() if wrong is None else named.write_text(wrong)
-            refused = pinaivu("reload", home=box.home, check=False)
-            assert refused.returncode == 1 and why in refused.stderr
-            assert "engine.shared_prefixes" in refused.stderr and "Traceback" not in refused.stderr
+        assert reload()["applied"] == []
+        for wrong, why in ((b"", "is empty"), (b"\xff", "UTF-8"), (None, "No such file")):
+            named.unlink() if wrong is None else named.write_bytes(wrong)
+            message = reload()["error"]["message"]
+            assert "engine.shared_prefixes" in message and why in message
         assert Person(box).chat(other, "Hi") == before(other)  # as it was
     finally:
         named.write_text(NAMED)
-        pinaivu("reload", home=box.home)
+        reload()
 
 
 def test_a_box_whose_named_files_cannot_be_read_does_not_start(tmp_path: Path) -> None:
@@ -308,9 +312,10 @@ def test_a_file_that_is_no_text_is_refused_in_a_sentence(tmp_path: Path, what: s
             file.write_bytes(b"\xff\xfe\x00")
         case "huge":
             file.write_bytes(b"x" * (1024 * 1024 + 1))
-    with pytest.raises(CliError, match=r"^engine\.shared_prefixes: .*[a-z0-9]\.|\.$") as caught:
+    with pytest.raises(CliError, match=r"^engine\.shared_prefixes: ") as caught:
         named(SharedPrefix(file=str(file)))
-    assert str(file) in caught.value.message
+    message = caught.value.message
+    assert str(file) in message and message.endswith(".") and "\n" not in message
 
 
 # -- what a peer is told ---------------------------------------------------------------------------
