@@ -173,11 +173,13 @@ def test_accounts_share_no_cached_prefix_at_a_peer(boxes: Fleet) -> None:
         return number
 
     secret = "The launch code of customer A is 7391-XQ, and nobody else may know of it."
-    victim = key()
-    assert found(secret, victim["key"]) == 0
-    for guess in (secret, secret.replace("7391", "7392"), "x" * len(secret)):
-        assert found(guess, key()["key"]) == 0
     ben = boxes.servers["ben"]
     own = ben.http("POST", "/v1/admin/keys", json={}).json()["key"]
+    victim = key()
+    for guess in (secret, secret.replace("7391", "7392"), "x" * len(secret)):
+        found(secret, victim["key"])  # there is one sequence: what it has read is the last that was
+        assert found(guess, key()["key"]) == 0
+    found(secret, victim["key"])
     assert found(secret, own, ben) == 0
+    found(secret, victim["key"])
     assert found(secret, key(victim["account"])["key"]) > 10
