@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import time
 from array import array
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import UTC, date, datetime
+from threading import Lock
 from typing import Any
 
 from pinaivu_box.engine.chat_template import ChatTemplate
@@ -23,6 +25,7 @@ _MARK = "\u2063\u2062mark\u2062\u2063"  # nobody's text
 # A prompt's next characters may change a text's last tokens: only those count that these leave.
 _NEXT = ("", "\n", "\n\n", " ", " a", "a", "1", ".", ",", ")", '"', "<", "\t")
 _TAIL = 256  # characters
+_SECONDS = 5.0  # for templates that take their time: what is not read by then is not recognised
 _TOOL = {"name": _MARK, "description": _MARK, "parameters": {"type": "object", "properties": {}}}
 # What templates may write before the system message depends on these (see `server.jobs`).
 _VARIABLES: tuple[dict[str, Any], ...] = (
@@ -33,7 +36,7 @@ _VARIABLES: tuple[dict[str, Any], ...] = (
 
 
 class NamedPrefixes:
-    """`texts` as a model's template and tokenizer write them.  Used by one thread.
+    """`texts` as a model's template and tokenizer write them.  Used by several threads.
 
     They are read when they are first needed, and anew each day: templates may write the date.
     """
@@ -42,6 +45,7 @@ class NamedPrefixes:
         self, texts: list[str], template: ChatTemplate, tokenize: Callable[[str], list[int]]
     ) -> None:
         self._texts, self._template, self._tokenize = texts, template, tokenize
+        self._reading = Lock()
         self._day: date | None = None
         self._known: list[tuple[list[int], str]] = []  # with their scopes; the longest first
 
@@ -50,20 +54,22 @@ class NamedPrefixes:
         unless the scope is PRIVATE."""
         if not self._texts or scope == PRIVATE:
             return Share(scope)
-        if self._day != (today := datetime.now(UTC).date()):
-            self._day, self._known = today, self._read()
+        with self._reading:
+            if self._day != (today := datetime.now(UTC).date()):
+                self._day, self._known = today, self._read()
         for known, name in self._known:
             if tokens[: len(known)] == known:
                 return Share(scope, len(known), name)
         return Share(scope)
 
     def _read(self) -> list[tuple[list[int], str]]:
-        written = {one for text in self._texts for one in self._written(text)}
+        until = time.monotonic() + _SECONDS
+        written = {one for text in self._texts for one in self._written(text, until)}
         found = {tuple(self._tokens(one)) for one in written}
         longest = sorted((list(one) for one in found if one), key=len, reverse=True)
         return [(one, f"named {_digest(one)}") for one in longest]
 
-    def _written(self, text: str) -> Iterator[str]:
+    def _written(self, text: str, until: float) -> Iterator[str]:
         """The prompts, up to the end of the text, that begin with it."""
         yield text
         system = {"role": "system", "content": text + _MARK}
@@ -72,6 +78,8 @@ class NamedPrefixes:
         for messages, functions, variables in itertools.product(
             ([system, then], [first]), ([], [_TOOL]), _VARIABLES
         ):
+            if time.monotonic() > until:
+                return
             with suppress(ApiError):  # the template has no such messages
                 prompt = self._template.render(messages, functions, variables)
                 before, mark, _ = prompt.partition(_MARK)
