@@ -6,11 +6,11 @@ import asyncio
 import contextlib
 import logging
 import os
-import sys
 import time
 from collections import deque
-from pathlib import Path
+from collections.abc import Sequence
 
+from pinaivu_box import child
 from pinaivu_box.engine.messages import (
     LENGTH_BYTES,
     Add,
@@ -22,6 +22,7 @@ from pinaivu_box.engine.messages import (
     FromEngine,
     Load,
     LoadFailed,
+    Named,
     Progress,
     Ready,
     Refused,
@@ -84,11 +85,11 @@ class EngineProcess:
 
     async def start(self, seconds: float) -> None:
         """Returns when the model is loaded.  Raises StartFailed."""
-        if _FROZEN and _executable() != _EXECUTABLE:
+        if child.executable_replaced():
             # Another version's child need not understand us, nor have the model that we signed.
             raise StartFailed("its executable was replaced since the box started; start it anew")
         self._process = await asyncio.create_subprocess_exec(
-            *_command(),
+            *child.command("engine"),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
@@ -125,6 +126,11 @@ class EngineProcess:
         self._boxes[name] = box
         self._send(message)
         return box
+
+    def name_prefixes(self, texts: Sequence[str]) -> None:
+        """Beginnings of prompts that are shared from now on; see `engine.messages.Named`."""
+        if self.alive:
+            self._send(Named(list(texts)))
 
     def cancel(self, request_id: str) -> None:
         if self.alive and request_id in self._boxes:
@@ -237,25 +243,6 @@ async def _line(stream: asyncio.StreamReader) -> bytes:
         return await stream.readline()
     except ValueError:  # longer than the reader's limit: the reader has dropped it
         return b"(a line too long to keep)\n"
-
-
-def _command() -> list[str]:
-    if _FROZEN:
-        return [sys.executable, "engine"]
-    return [sys.executable, "-m", "pinaivu_box", "engine"]
-
-
-def _executable() -> tuple[int, int] | None:
-    """Which file it is that an engine would be started from, None if it is gone."""
-    try:
-        stat = Path(sys.executable).stat()
-    except OSError:
-        return None
-    return (stat.st_dev, stat.st_ino)
-
-
-_FROZEN = getattr(sys, "frozen", False)
-_EXECUTABLE = _executable()  # ours: it keeps its number while we run
 
 
 def _environment() -> dict[str, str]:
