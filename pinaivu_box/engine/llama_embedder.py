@@ -8,7 +8,7 @@ pooling does.
 Two things are different from a context that generates.  Flash attention is off, if that is not too
 much memory: its kernels for few and for many rows round differently, and a vector should not depend
 on what else is in the batch (of a Q8_0 file, cosines of 0.9997 with it, of 0.99998 without).  And
-the graph ends at the hidden states: llama.cpp would go on to the logits of every token, which nobody
+the graph ends at the hidden states: llama.cpp would go on to every token's logits, which nobody
 wants; of SmolLM2 they are a fifth of the multiplications.
 """
 
