@@ -238,6 +238,81 @@ def test_each_table_has_a_time_of_its_own(
     database.close()
 
 
+# -- clocks ----------------------------------------------------------------------------------------
+
+# Days at which retention looks at the clock, and up to when it is believed.
+CLOCKS: dict[str, tuple[list[float], list[float]]] = {
+    "goes on": ([0, 0.04, 0.08, 1.0, 2.0], [0, 0.04, 0.08, 1.0, 2.0]),
+    "is ahead for an hour": ([0, 400, 400.04, 0.1, 0.2], [0, 0, 0, 0.1, 0.2]),
+    "is ahead over a restart and back": ([0, 400, 0.5, 400, 1], [0, 0, 0.5, 0.5, 1]),
+    "was right to leap": ([0, 400, 400.5, 401.1, 401.2], [0, 0, 0, 401.1, 401.2]),
+    "is set back a little while it is not believed": (
+        [0, 40, 40.5, 40.4, 41.4],
+        [0, 0, 0, 0, 41.4],
+    ),
+    "is behind for an hour": ([0, -400, -399.9, 0.2, 0.3], [0, -400, -399.9, -399.9, -399.9]),
+    "is asked once a week": ([0, 7, 14, 21, 28], [0, 0, 7, 14, 21]),
+}
+
+
+@pytest.mark.parametrize("name", CLOCKS)
+def test_a_clock_is_believed_once_it_has_gone_on_for_a_day(tmp_path: Path, name: str) -> None:
+    path, (looks, expected) = tmp_path / "box.db", CLOCKS[name]
+
+    async def run() -> list[int]:
+        found = []
+        for day in looks:  # each after a restart
+            async with Database(path) as database:
+                found.append(await retention.believed(database, MONDAY + round(day * DAY)))
+        return found
+
+    assert asyncio.run(run()) == [MONDAY + round(day * DAY) for day in expected]
+
+
+def test_what_is_not_believed_to_be_old_stays(tmp_path: Path) -> None:
+    path = tmp_path / "box.db"
+    new_database(path)
+    with sqlite3.connect(path) as database:
+        for number, at in enumerate((MONDAY - 9 * DAY, MONDAY - 6 * DAY)):
+            insert_request(database, f"req_{number}", at)
+            insert_receipt(database, f"req_{number}", at)
+            insert_response(database, f"resp_{number}", at)
+
+    async def run(now: int, until: int) -> None:
+        async with Database(path) as opened:
+            await retention.apply(
+                opened, RetentionConfig(requests="7d", receipts="7d", responses="7d"), now, until
+            )
+
+    asyncio.run(run(MONDAY + 400 * DAY, MONDAY))
+    with sqlite3.connect(path) as database:
+        for table in ("requests", "receipts", "responses"):
+            assert [row[0] for row in rows_of(database, table)] in (["req_1"], ["resp_1"])
+        assert hours_before(database, MONDAY - 7 * DAY) == 0
+
+
+def test_what_came_after_something_new_is_not_old(tmp_path: Path) -> None:
+    """A clock that was at 1970 for a moment has dated it.  What a clock dated that was ahead says
+    nothing about those that came after it."""
+    path = tmp_path / "box.db"
+    new_database(path)
+    days = {"old": -20, "future": 400, "oldish": -9, "new": -2, "misdated": -20_000, "newest": -1}
+    with sqlite3.connect(path) as database:
+        for name, day in days.items():
+            insert_receipt(database, name, MONDAY + day * DAY)
+            insert_response(database, name, MONDAY + day * DAY)
+    apply(path, MONDAY, receipts="7d", responses="7d")
+    with sqlite3.connect(path) as database:
+        for table, key in (("receipts", "request_id"), ("responses", "id")):
+            found = database.execute(f"SELECT {key} FROM {table} ORDER BY rowid").fetchall()
+            assert [name for (name,) in found] == ["future", "new", "misdated", "newest"]
+    apply(path, MONDAY + 30 * DAY, receipts="7d", responses="7d")
+    with sqlite3.connect(path) as database:
+        assert [name for (name,) in database.execute("SELECT request_id FROM receipts")] == [
+            "future"
+        ]
+
+
 def test_a_kill_in_the_middle_changes_no_sum(tmp_path: Path) -> None:
     """Killed again and again somewhere between the first bite and the last; then it ends."""
     path = tmp_path / "box.db"
