@@ -269,48 +269,55 @@ def test_a_clock_is_believed_once_it_has_gone_on_for_a_day(tmp_path: Path, name:
     assert asyncio.run(run()) == [MONDAY + round(day * DAY) for day in expected]
 
 
+async def look(path: Path, now: int) -> None:
+    """As a server does once an hour."""
+    async with Database(path) as database:
+        kept = RetentionConfig(requests="7d", receipts="7d", responses="7d")
+        await retention.apply(database, kept, await retention.believed(database, now))
+
+
+def names(path: Path, table: str) -> list[str]:
+    with sqlite3.connect(path) as database:
+        return sorted(row[0] for row in rows_of(database, table))
+
+
 def test_what_is_not_believed_to_be_old_stays(tmp_path: Path) -> None:
     path = tmp_path / "box.db"
     new_database(path)
     with sqlite3.connect(path) as database:
-        for number, at in enumerate((MONDAY - 9 * DAY, MONDAY - 6 * DAY)):
-            insert_request(database, f"req_{number}", at)
-            insert_receipt(database, f"req_{number}", at)
-            insert_response(database, f"resp_{number}", at)
-
-    async def run(now: int, until: int) -> None:
-        async with Database(path) as opened:
-            await retention.apply(
-                opened, RetentionConfig(requests="7d", receipts="7d", responses="7d"), now, until
-            )
-
-    asyncio.run(run(MONDAY + 400 * DAY, MONDAY))
-    with sqlite3.connect(path) as database:
-        for table in ("requests", "receipts", "responses"):
-            assert [row[0] for row in rows_of(database, table)] in (["req_1"], ["resp_1"])
-        assert hours_before(database, MONDAY - 7 * DAY) == 0
+        for name, at in (("a", MONDAY - 9 * DAY), ("b", MONDAY - 6 * DAY)):
+            insert_request(database, name, at)
+            insert_receipt(database, name, at)
+            insert_response(database, name, at)
+    tables = ("requests", "receipts", "responses")
+    for day in (0, 400, 400.9, 0.1, 0.9):
+        asyncio.run(look(path, MONDAY + round(day * DAY)))
+        assert [names(path, table) for table in tables] == [["b"]] * 3, day
+    asyncio.run(look(path, MONDAY + round(1.2 * DAY)))
+    assert [names(path, table) for table in tables] == [[]] * 3
 
 
-def test_what_came_after_something_new_is_not_old(tmp_path: Path) -> None:
-    """A clock that was at 1970 for a moment has dated it.  What a clock dated that was ahead says
-    nothing about those that came after it."""
+def test_what_a_clock_has_dated_that_was_behind_is_as_new_as_it_is(tmp_path: Path) -> None:
+    """A machine without a battery begins in 1970, until it has asked what time it is."""
     path = tmp_path / "box.db"
     new_database(path)
-    days = {"old": -20, "future": 400, "oldish": -9, "new": -2, "misdated": -20_000, "newest": -1}
+    asyncio.run(look(path, MONDAY))
+    many = retention.BITE + 7
     with sqlite3.connect(path) as database:
-        for name, day in days.items():
-            insert_receipt(database, name, MONDAY + day * DAY)
-            insert_response(database, name, MONDAY + day * DAY)
-    apply(path, MONDAY, receipts="7d", responses="7d")
+        insert_receipt(database, "old", MONDAY - 3 * DAY + HOUR)
+        insert_response(database, "old", MONDAY - 3 * DAY + HOUR)
+    asyncio.run(look(path, MONDAY - 20_000 * DAY))
     with sqlite3.connect(path) as database:
-        for table, key in (("receipts", "request_id"), ("responses", "id")):
-            found = database.execute(f"SELECT {key} FROM {table} ORDER BY rowid").fetchall()
-            assert [name for (name,) in found] == ["future", "new", "misdated", "newest"]
-    apply(path, MONDAY + 30 * DAY, receipts="7d", responses="7d")
-    with sqlite3.connect(path) as database:
-        assert [name for (name,) in database.execute("SELECT request_id FROM receipts")] == [
-            "future"
-        ]
+        for number in range(many):
+            insert_receipt(database, f"behind{number}", MONDAY - 20_000 * DAY + HOUR)
+        insert_response(database, "behind", MONDAY - 20_000 * DAY + HOUR)
+    for day in (1, 3, 3.9, 4.8):  # the last: 7 days after the old ones
+        asyncio.run(look(path, MONDAY + round(day * DAY)))
+    assert len(names(path, "receipts")) == many
+    assert names(path, "responses") == ["behind"]
+    for day in (5.7, 6.6, 7.5, 8.4):
+        asyncio.run(look(path, MONDAY + round(day * DAY)))
+    assert names(path, "receipts") == names(path, "responses") == []
 
 
 def test_a_kill_in_the_middle_changes_no_sum(tmp_path: Path) -> None:

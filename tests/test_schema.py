@@ -180,7 +180,7 @@ PLANNED = {
     "newest keys of an account": keys.LS_OF_ACCOUNT,
     "last minute of a key": requests.SINCE,
     **{f"old {table}": statement for table, statement in retention.OLD_ROWS.items()},
-    **{f"first {table}": statement for table, statement in retention.FIRST_KEPT.items()},
+    **dict(zip(("receipts anew", "responses anew"), retention.DATED_ANEW, strict=True)),
     "hours of usage": retention.HOURS,
     "hours of refusals": retention.HOURS_OF_REFUSALS,
     "days": retention.DAYS,

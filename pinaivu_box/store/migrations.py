@@ -412,13 +412,15 @@ _V4_CLOCK = (
     END
     """,
     # What retention goes by, so that a clock that is wrong for a while deletes nothing: when it
-    # looked last, up to when it believes the clock, and since when it does not.
+    # looked last, up to when it believes the clock, since when it does not, and to when the clock
+    # was set back last.  One row.
     """
     CREATE TABLE clock (
-        id        INTEGER PRIMARY KEY CHECK (id = 1),
+        id        INTEGER PRIMARY KEY,
         seen      INTEGER NOT NULL,
         believed  INTEGER NOT NULL,
-        doubted   INTEGER
+        doubted   INTEGER,
+        behind    INTEGER
     ) STRICT
     """,
     # How many revocations there were when a ticket was made: their times would compare clocks.

@@ -6,8 +6,8 @@ so it may end anywhere, and begin again.
 
 What is old is said by a clock that may be wrong.  After more than a day without a look at it, it is
 believed once it has gone on for another day: a clock that is a year ahead for an hour deletes
-nothing.  And a receipt or a stored answer that came after one that is kept is kept as well: it is
-not old, the clock was behind.
+nothing.  If it was set back before it leapt, it was behind: receipts and stored answers of that
+time are dated to the leap, for by their own dates they would be old.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ BITE = 200  # rows in a transaction
 _PAGE = 500  # keys that are looked at together
 _EVERY_SECONDS = 3600.0
 _DAY_MS = 86_400_000
+_LONGEST_BEHIND_MS = 30 * _DAY_MS  # what is dated anew is kept longer by this at most
+_UNSEEN_MS = 2 * 3_600_000  # from one look at the clock to the next, and some more
 
 
 def _some(table: str, key: str, condition: str) -> str:
@@ -41,15 +43,14 @@ def _some(table: str, key: str, condition: str) -> str:
 
 OLD_ROWS = {
     "requests": _some("requests", "request_id", "created_at < ?2"),
-    "receipts": _some("receipts", "rowid", "created_at < ?2 AND +rowid < ?3"),
-    "responses": _some("responses", "rowid", "created_at < ?2 AND +rowid < ?3"),
+    "receipts": _some("receipts", "rowid", "created_at < ?2"),
+    "responses": _some("responses", "rowid", "created_at < ?2"),
 }
-# The first to come of those that are kept; what is from the future says nothing about others.
-FIRST_KEPT = {
-    table: f"SELECT min(+rowid) FROM {table} WHERE created_at >= ?1 AND created_at <= ?2"
+DATED_ANEW = tuple(
+    f"UPDATE {table} SET created_at = ?4 WHERE rowid IN (SELECT rowid FROM {table}"
+    " WHERE created_at >= ?2 AND created_at < ?3 LIMIT ?1)"
     for table in ("receipts", "responses")
-}
-_LAST_ROWID = 2**63 - 1
+)
 _HOURS = f"since % {_DAY_MS} <> 0"  # those of midnight are their days' already
 HOURS = _some(
     "usage",
@@ -72,63 +73,63 @@ async def apply_hourly(database: Database, policy: Callable[[], RetentionConfig]
     """Until it is cancelled; what goes wrong is logged, and tried again an hour later."""
     while True:
         try:
-            now = time.time_ns() // 1_000_000
-            await apply(database, policy(), now, await believed(database, now))
+            now = await believed(database, time.time_ns() // 1_000_000)
+            await apply(database, policy(), now)
         except Exception:
             log.exception("old rows could not be deleted, the next hour tries again")
         await asyncio.sleep(_EVERY_SECONDS)
 
 
+class Belief(msgspec.Struct, frozen=True):
+    """In a clock, as it was when it was `seen` last: `believed` up to then, `doubted` from then on,
+    and set back to `behind`, if so."""
+
+    seen: int
+    believed: int
+    doubted: int | None = None
+    behind: int | None = None
+
+    def look(self, now: int) -> Belief:
+        if now < (self.seen if self.doubted is None else self.doubted):  # it was set back
+            return Belief(now, now, None, now)
+        if now > self.seen + _DAY_MS:
+            # If the leap before was none, time has gone on from there.
+            return Belief(now, self.seen if self.doubted is None else self.doubted, now)
+        if self.doubted is not None and now < self.doubted + _DAY_MS:
+            return Belief(now, self.believed, self.doubted)
+        return Belief(now, now, None, self.behind)
+
+
 async def believed(database: Database, now: int) -> int:
     """Up to when the clock is believed that says it is `now` (Unix milliseconds)."""
-    found = await database.read("SELECT seen, believed, doubted FROM clock")
-    until, doubted = _believed(now, *found[0]) if found else (now, None)
-    if doubted == now:
+    found = await database.read("SELECT seen, believed, doubted, behind FROM clock WHERE id = 1")
+    before = Belief(*found[0]) if found else Belief(now, now)
+    after = before.look(now)
+    if after.doubted == now:
         log.info("the clock is far from where it was seen last: old rows wait for a day")
+        if before.behind is not None and before.seen - before.behind <= _LONGEST_BEHIND_MS:
+            for statement in DATED_ANEW:
+                await _repeat(database, statement, before.behind, before.seen + _UNSEEN_MS, now)
     await database.write(
         (
-            "INSERT OR REPLACE INTO clock (id, seen, believed, doubted) VALUES (1, ?, ?, ?)",
-            (now, until, doubted),
+            "INSERT OR REPLACE INTO clock (id, seen, believed, doubted, behind)"
+            " VALUES (1, ?, ?, ?, ?)",
+            msgspec.structs.astuple(after),
         )
     )
-    return until
+    return after.believed
 
 
-def _believed(now: int, seen: int, until: int, doubted: int | None) -> tuple[int, int | None]:
-    """Until when, and since when no longer, if so."""
-    if now < (seen if doubted is None else doubted):  # it was set back
-        return now, None
-    if now > seen + _DAY_MS:  # the leap before, if there was one, was none: time went on from there
-        return (seen if doubted is None else doubted), now
-    if doubted is not None and now < doubted + _DAY_MS:
-        return until, doubted
-    return now, None
-
-
-async def apply(
-    database: Database, policy: RetentionConfig, now: int, until: int | None = None
-) -> None:
-    """Delete what is too old at `now` (Unix milliseconds), and roll up the days before that;
-    `until`: when that is, for a clock that is not believed."""
-    until = now if until is None else min(now, until)
+async def apply(database: Database, policy: RetentionConfig, now: int) -> None:
+    """Delete what is too old at `now` (Unix milliseconds), and roll up the days before that."""
     for table, statement in OLD_ROWS.items():
         kept = parse_duration(getattr(policy, table)) * 1000
         if kept >= 0:
-            await _delete_old(database, table, statement, until - round(kept), now)
+            await _repeat(database, statement, now - round(kept))
     kept = parse_duration(policy.requests) * 1000
     if kept >= 0:
-        before = until - round(kept)
+        before = now - round(kept)
         await _roll_up(database, before - before % _DAY_MS)
-
-
-async def _delete_old(
-    database: Database, table: str, statement: str, before: int, now: int
-) -> None:
-    more: tuple[int, ...] = ()
-    if table in FIRST_KEPT:
-        (first,) = (await database.scan(FIRST_KEPT[table], (before, now)))[0]
-        more = (_LAST_ROWID if first is None else first,)
-    await _repeat(database, statement, before, *more)
 
 
 async def _roll_up(database: Database, before: int) -> None:
@@ -149,9 +150,9 @@ async def _pages_of_owners(database: Database) -> AsyncIterator[list[str]]:
 
 
 async def _repeat(database: Database, statement: str, *parameters: Any) -> None:
-    """Until there is nothing left for it to delete."""
-    deleted = BITE
-    while deleted == BITE:
+    """Until there is nothing left for it to do."""
+    done = BITE
+    while done == BITE:
         began = time.monotonic()
-        (deleted,) = await database.write((statement, (BITE, *parameters)))
+        (done,) = await database.write((statement, (BITE, *parameters)))
         await asyncio.sleep(time.monotonic() - began)
