@@ -145,6 +145,7 @@ class Embed(Struct, frozen=True, tag=True):
     id: str
     inputs: list[str | list[int]]
     dimensions: int | None = None
+    tenant: str = ""
 
 
 class Tokenize(Struct, frozen=True, tag=True):

@@ -170,8 +170,17 @@ def sign_receipt(identity: Identity, receipt: Receipt) -> tuple[bytes, bytes]:
     return signed, identity.sign(RECEIPT_DOMAIN, signed)
 
 
+class _Documented(Struct, frozen=True):
+    request_id: str
+    node_id: str
+    model: str
+    timestamp: str
+    payment_amount: str
+
+
 def view(signed: bytes, signature: bytes, opening: bytes | None) -> ReceiptView:
-    receipt = msgspec.json.decode(signed, type=Receipt)
+    """What is stored is shown as it is; whether it is right is for `verify` to say."""
+    receipt = msgspec.json.decode(signed, type=_Documented)
     return ReceiptView(
         request_id=receipt.request_id,
         node_id=receipt.node_id,
