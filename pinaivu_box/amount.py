@@ -59,7 +59,7 @@ def parse(text: str) -> int:
 def _scaled(text: str, decimals: int) -> int:
     with localcontext(prec=60):
         if not _PLAIN.fullmatch(text):
-            raise ValueError(f"'{text[:40]}', not a decimal number such as 0.15")
+            raise ValueError(f"{text[:40]!r}, not a decimal number such as 0.15")
         number = Decimal(text)
         if not 0 <= number <= MOST or round(number, decimals) != number:
             raise ValueError(

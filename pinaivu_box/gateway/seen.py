@@ -158,7 +158,7 @@ class Seen:
             proof = read_proof(signed)
             written = canonical(proof)
         except ValueError:
-            raise Lie("its proof is none") from None
+            raise Lie("its proof is none, or is not written canonically") from None
         if written != given.signed.encode():
             raise Lie("its proof is not written canonically")
         for field, value in self._expected(reason).items():
