@@ -26,6 +26,7 @@ from pinaivu_box.openai.types import Extension, PromptTokensDetails, Usage
 from pinaivu_box.server import envelope
 from pinaivu_box.server.auth import key_of, require_account
 from pinaivu_box.server.stream import EventStream
+from pinaivu_box.text import number
 
 LENIENT = "x-pinaivu-lenient"
 TIMEOUT = "x-request-timeout"
@@ -179,7 +180,7 @@ async def read_body(request: Request, limit: int) -> bytes:
     """The whole body; BodyTooLarge once it is over `limit` bytes."""
     announced = request.headers.get("content-length", "0")
     parts: list[bytes] = []
-    size = int(announced) if announced.isdigit() else 0
+    size = number(announced) or 0  # what is no number was refused by the HTTP server
     try:
         if size <= limit:
             size = 0
