@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pinaivu_box.engine import chat_template, messages, trial
 from pinaivu_box.engine import engine as engines
-from pinaivu_box.engine import messages
 from pinaivu_box.engine.fake_runner import END, N_VOCAB, FakeRunner
 from pinaivu_box.engine.intake import Arrival, Intake
 from pinaivu_box.engine.messages import Add, Cancel, Load, Sampling, StepFrame
 from pinaivu_box.engine.output import Output
 from pinaivu_box.engine.runner import Batch, NoSlot, Runner
+from pinaivu_box.engine.sandboxes import Run, Sandboxes
 from pinaivu_box.engine.scheduler import Copy, Move, Remove
 
 BUDGET = 32
@@ -195,6 +196,15 @@ def add(
     )
 
 
+def here(job: Callable[[bytes], bytes]) -> Run:
+    """A sandbox's job, run in this process and without limits."""
+    return lambda payload, **_: job(payload)
+
+
+def sandboxes() -> Sandboxes:
+    return Sandboxes(here(chat_template.make(b"")), lambda setup: here(trial.make(setup)))
+
+
 class Engine:
     """Intake, engine and output as the worker joins them, without its threads.
 
@@ -210,7 +220,7 @@ class Engine:
         shift: bool = False,
     ) -> None:
         drafting = policy is None or policy.draft > 0
-        self._intake = Intake(runner, drafting=drafting, context_shift=shift)
+        self._intake = Intake(runner, sandboxes(), drafting=drafting, context_shift=shift)
         self._engine = engines.Engine(runner, token_budget=token_budget)
         self._output = Output()
         self._unsaid = False
