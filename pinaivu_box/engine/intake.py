@@ -36,6 +36,9 @@ if TYPE_CHECKING:
     from pinaivu_box.engine.grammar import Grammars
 
 
+_CHARACTERS = 8  # of a token, at most on average
+
+
 @dataclass(frozen=True)
 class Arrival:
     """What the output has to know (`admitted`, `detokenizer`), and what is to be scheduled: after
@@ -221,7 +224,9 @@ class Intake:
         return [marks[0], *tokenize(prefix), marks[1], *tokenize(suffix), marks[2]]
 
     def _lookup(self, add: Add) -> Lookup:
-        prediction = self._runner.tokenize_text(add.prediction) if add.prediction else ()
+        # What cannot come within the context would only cost time in the steps.
+        text = add.prediction[: self._context * _CHARACTERS]
+        prediction = self._runner.tokenize_text(text)[: self._context] if text else ()
         return Lookup(self._experience, prediction)
 
     # -- what the output must be -------------------------------------------------------------------

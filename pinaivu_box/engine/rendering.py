@@ -31,6 +31,7 @@ class Rendering:
     """
 
     def __init__(self, run: Run, source: str | None, *, bos: str, eos: str, context: int) -> None:
+        trusted = source is None
         source = source or CHATML
         self._run = run
         self._asked = Render(source, bos, eos, most=min(context * _LONGEST_PIECE, _LONGEST_PROMPT))
@@ -39,6 +40,8 @@ class Rendering:
         self._unusable = ""
         self.style = chat_format.TAGS
         self.thinks = False
+        if trusted:
+            return  # it knows no tools, and nobody waits until that is asked
         if len(source) > _LONGEST_SOURCE:
             self._unusable = _sentence(f"is longer than {_LONGEST_SOURCE} characters{_OTHER}")
             return
