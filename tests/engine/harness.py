@@ -201,7 +201,7 @@ def here(job: Callable[[bytes], bytes]) -> Run:
     return lambda payload, **_: job(payload)
 
 
-def sandboxes() -> Sandboxes:
+def in_this_process() -> Sandboxes:
     return Sandboxes(here(chat_template.make(b"")), lambda setup: here(trial.make(setup)))
 
 
@@ -218,9 +218,12 @@ class Engine:
         token_budget: int,
         policy: Fixed | None = Fixed(),
         shift: bool = False,
+        sandboxes: Sandboxes | None = None,
     ) -> None:
         drafting = policy is None or policy.draft > 0
-        self._intake = Intake(runner, sandboxes(), drafting=drafting, context_shift=shift)
+        self._intake = Intake(
+            runner, sandboxes or in_this_process(), drafting=drafting, context_shift=shift
+        )
         self._engine = engines.Engine(runner, token_budget=token_budget)
         self._output = Output()
         self._unsaid = False

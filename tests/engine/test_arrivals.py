@@ -21,7 +21,7 @@ from pinaivu_box.engine.intake import Arrival, Intake
 from pinaivu_box.engine.messages import Cancel, Constraint, Embed, Refused, Tokenize
 from pinaivu_box.engine.output import Output
 from pinaivu_box.engine.sequence import Sequence
-from tests.engine.harness import add, load, sandboxes
+from tests.engine.harness import add, in_this_process, load
 
 PATIENCE = 60  # seconds until a test gives up; nothing is measured
 LETTERS = Constraint("regex", "[ab]{3}")
@@ -36,7 +36,7 @@ class Door:
         self.said: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.scheduled: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.runner = FakeRunner(load())
-        intake = Intake(self.runner, sandboxes(), drafting=False, context_shift=False)
+        intake = Intake(self.runner, in_this_process(), drafting=False, context_shift=False)
         self.take = Arrivals(intake, self.said.put, self.scheduled.put).take
         make = grammar.Grammars.make
 

@@ -14,7 +14,7 @@ from pinaivu_box.engine.intake import Arrival, Intake
 from pinaivu_box.engine.messages import Constraint, Refused, Tools
 from pinaivu_box.engine.rendering import Rendering
 from pinaivu_box.errors import BadRequest
-from tests.engine.harness import StrictRunner, add, here, load, sandboxes
+from tests.engine.harness import StrictRunner, add, here, in_this_process, load
 
 FUNCTION = {"name": "f", "description": "It does.", "parameters": {"type": "object"}}
 CALL = {
@@ -116,7 +116,9 @@ class Known(StrictRunner):
 
 
 def prepare(runner: StrictRunner, **more: Any) -> Arrival | Refused:
-    arrival = Intake(runner, sandboxes(), drafting=False, context_shift=False).prepare(add(**more))
+    arrival = Intake(runner, in_this_process(), drafting=False, context_shift=False).prepare(
+        add(**more)
+    )
     if isinstance(arrival, Arrival) and arrival.compile is not None:
         return arrival.compile() or arrival
     return arrival
