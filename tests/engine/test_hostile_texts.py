@@ -27,6 +27,7 @@ from pinaivu_box.engine.sequence import Sequence
 from pinaivu_box.errors import BadRequest
 from pinaivu_box.sandbox import Limits, SandboxLimit, SandboxPool
 from tests.box import alive, wait_until
+from tests.engine.grammars import chain
 from tests.engine.harness import (
     BUDGET,
     Engine,
@@ -48,12 +49,6 @@ TOO_LONG = "takes more than 0.3 s of CPU time"
 ROLES = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
 LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
 LETTERS = Constraint("regex", "[ab]{3}")
-
-
-def chain(rules: int) -> Constraint:
-    """Each rule leads to the next: converted in a time that grows with the square of them."""
-    named = "\n".join(f"r{n} ::= r{n + 1}" for n in range(rules))
-    return Constraint("gbnf", f'root ::= r0\n{named}\nr{rules} ::= "x"')
 
 
 class Templated(FakeRunner):
@@ -106,7 +101,7 @@ def name_of(item: Any) -> str:
 def test_others_pass_a_grammar_that_compiles_for_ever_and_its_cancellation_ends_it(
     door: Door,
 ) -> None:
-    door.take(add("hostile", constraint=chain(200_000), tenant="a"))
+    door.take(add("hostile", constraint=Constraint("gbnf", chain(200_000)), tenant="a"))
     assert name_of(door.hears()) == "hostile"
     (pid,) = wait_until(lambda: door.trials and door.trials[0].pids, "its trial")
     door.take(add("second", constraint=LETTERS, tenant="a"))
@@ -193,7 +188,7 @@ def doubling(levels: int) -> dict[str, Any]:
 
 EMAIL = {"type": "string", "pattern": "[a-z]{1,50}@[a-z]{1,200}"}
 REFUSED = {
-    "chain": (chain(4000), f"{TOO_LONG} to compile"),
+    "chain": (Constraint("gbnf", chain(2400)), f"{TOO_LONG} to compile"),
     "nested repetition": (Constraint("regex", "(a{1000}){1000}"), "cannot be followed"),
     "behind a prefix": (Constraint("regex", "x(a{1000}){1000}"), "cannot be followed"),
     "large enum": (schema({"enum": [f"value {n}" for n in range(30_000)]}), "cannot be followed"),
