@@ -8,6 +8,7 @@ compiled in the engine: by the same library within the same limits, so that it c
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections.abc import Callable
 from typing import Any, cast
@@ -35,6 +36,7 @@ LIMITS = LLParserLimits(
 # llguidance recurses over nested grammars.  The engine's threads have more than twice of this, so
 # that what passes here does not overflow there.
 _STACK_BYTES = 1 << 20
+_NICE = 5
 _FORCED = 16  # how often the trial goes on with what can only come next
 _REASON_LENGTH = 1000
 _LARK = "lark_grammar"
@@ -110,8 +112,14 @@ class _Wrapped:
 
 
 def make(setup: bytes) -> Callable[[bytes], bytes]:
-    """The jobs' function (see `sandbox`) for a `Vocabulary`: a `Wanted` to the text of its grammar;
-    empty if everything is allowed.  It raises InvalidBody."""
+    """In the child (see `sandbox`): the function of `trials`.  The steps go before it."""
+    os.nice(_NICE)
+    return trials(setup)
+
+
+def trials(setup: bytes) -> Callable[[bytes], bytes]:
+    """For a `Vocabulary` the function that makes of a `Wanted` the text of its grammar; empty if
+    everything is allowed.  It raises InvalidBody."""
     tokenizer = tokenizer_of(msgspec.msgpack.decode(setup, type=Vocabulary))
     decoder = msgspec.msgpack.Decoder(Wanted)
 

@@ -202,7 +202,7 @@ def here(job: Callable[[bytes], bytes]) -> Run:
 
 
 def in_this_process() -> Sandboxes:
-    return Sandboxes(here(chat_template.make(b"")), lambda setup: here(trial.make(setup)))
+    return Sandboxes(here(chat_template.make(b"")), lambda setup: here(trial.trials(setup)))
 
 
 class Engine:

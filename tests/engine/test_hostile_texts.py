@@ -277,7 +277,7 @@ def test_what_was_compiled_or_refused_is_kept_for_its_tenant_alone() -> None:
     shared = in_this_process()
 
     def trials(vocabulary: bytes) -> Any:
-        job = trial.make(vocabulary)
+        job = trial.trials(vocabulary)
 
         def counted(payload: bytes, **_: Any) -> bytes:
             tried.append(payload)
