@@ -21,10 +21,13 @@ from pinaivu_box.engine.messages import (
     Add,
     Admitted,
     Embed,
+    Named,
     Refused,
     Tokenize,
     Tokenized,
 )
+from pinaivu_box.engine.named_prefixes import NamedPrefixes
+from pinaivu_box.engine.prefix_cache import Share
 from pinaivu_box.engine.rendering import Rendering
 from pinaivu_box.engine.runner import Runner
 from pinaivu_box.engine.sandboxes import Sandboxes
@@ -76,6 +79,10 @@ class Intake:
             eos=facts.eos,
             context=facts.context,
         )
+        self._named = NamedPrefixes([], self.template, runner.tokenize)
+
+    def name(self, told: Named) -> None:
+        self._named = NamedPrefixes(told.texts, self.template, self._runner.tokenize)
 
     def prepare(
         self, add: Add | Embed, cancellation: Cancellation | None = None
@@ -144,7 +151,7 @@ class Intake:
             lookup=self._lookup(add) if self._drafting and limit <= room else None,
             logprobs=add.logprobs,
             scored=add.scored if add.echo and add.logprobs is not None else None,
-            cache=add.cache,
+            share=self._named.share(add.scope, prompt) if add.named else Share(add.scope),
         )
         for token in add.output:  # it may have shifted, as it did in that leg
             sequence.tokens.append(token)

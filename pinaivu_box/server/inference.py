@@ -69,7 +69,7 @@ class Call:
     ) -> Tokenized:
         """See `gateway.local.LocalBackend.tokenize`; raises InvalidBody for what is too large."""
         check_sizes(job.tools, job.constraint, job.stop)
-        return await self.box.prompts.tokenize(under(self.key.policy, job), tokens, plain=plain)
+        return await self.box.prompts.tokenize(under(self.key, job), tokens, plain=plain)
 
     async def start(self, jobs: list[Job]) -> Running:
         """Raises what admission does, TooLate, and InvalidBody for what is too large."""

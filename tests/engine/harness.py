@@ -5,6 +5,7 @@ Nothing here depends on time: `Fixed` stands in for the pace that an engine lear
 
 from __future__ import annotations
 
+import json
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -17,8 +18,9 @@ from pinaivu_box.engine import chat_template, messages, trial
 from pinaivu_box.engine import engine as engines
 from pinaivu_box.engine.fake_runner import END, N_VOCAB, FakeRunner
 from pinaivu_box.engine.intake import Arrival, Intake
-from pinaivu_box.engine.messages import Add, Cancel, Load, Sampling, StepFrame
+from pinaivu_box.engine.messages import Add, Cancel, Load, Named, Sampling, StepFrame
 from pinaivu_box.engine.output import Output
+from pinaivu_box.engine.rendering import Rendering
 from pinaivu_box.engine.runner import Batch, NoSlot, Runner
 from pinaivu_box.engine.sandboxes import Run, Sandboxes
 from pinaivu_box.engine.scheduler import Copy, Move, Remove
@@ -192,6 +194,7 @@ def add(
         max_tokens=max_tokens,
         stop=more.pop("stop", []),
         tenant=more.pop("tenant", "t"),
+        scope=more.pop("scope", "s"),
         **more,
     )
 
@@ -203,6 +206,20 @@ def here(job: Callable[[bytes], bytes]) -> Run:
 
 def in_this_process() -> Sandboxes:
     return Sandboxes(here(chat_template.make(b"")), lambda setup: here(trial.trials(setup)))
+
+
+class Template(Rendering):
+    """A chat template that is run here; functions may also be a list."""
+
+    def __init__(self, source: str | None = None, *, bos: str = "", eos: str = "") -> None:
+        run = here(chat_template.make(b""))
+        super().__init__(run, source, bos=bos, eos=eos, context=1000)
+
+    def render(self, messages: Any, functions: Any = None, variables: Any = None, **_: Any) -> str:
+        told = json.dumps(functions) if isinstance(functions, list) and functions else None
+        return super().render(
+            messages, functions if isinstance(functions, str) else told, variables
+        )
 
 
 class Engine:
@@ -236,7 +253,10 @@ class Engine:
     def busy(self) -> bool:
         return self._engine.busy or self._unsaid
 
-    def receive(self, message: Add | Cancel) -> None:
+    def receive(self, message: Add | Cancel | Named) -> None:
+        if isinstance(message, Named):
+            self._intake.name(message)
+            return
         if isinstance(message, Cancel):
             self._engine.end(message.id, "cancelled")
             return

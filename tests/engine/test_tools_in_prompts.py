@@ -9,12 +9,10 @@ from typing import Any
 import pytest
 
 from pinaivu_box import chat_format
-from pinaivu_box.engine import chat_template
 from pinaivu_box.engine.intake import Arrival, Intake
 from pinaivu_box.engine.messages import Constraint, Refused, Tools
-from pinaivu_box.engine.rendering import Rendering
 from pinaivu_box.errors import BadRequest
-from tests.engine.harness import StrictRunner, add, here, in_this_process, load
+from tests.engine.harness import StrictRunner, Template, add, in_this_process, load
 
 FUNCTION = {"name": "f", "description": "It does.", "parameters": {"type": "object"}}
 CALL = {
@@ -36,14 +34,6 @@ STRINGS = (
     "{% for m in messages %}{% for c in m.tool_calls or [] %}"
     "{{ 'called with ' + c.function.arguments }}{% endfor %}{% endfor %}"
 )
-
-
-class Template(Rendering):
-    def __init__(self, source: str | None) -> None:
-        super().__init__(here(chat_template.make(b"")), source, bos="", eos="", context=1000)
-
-    def render(self, messages: Any, functions: Any = None, variables: Any = None, **_: Any) -> str:
-        return super().render(messages, json.dumps(functions) if functions else None, variables)
 
 
 def test_a_template_that_knows_tools_gets_them() -> None:
