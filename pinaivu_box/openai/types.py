@@ -129,7 +129,7 @@ class Prediction(Struct, frozen=True, forbid_unknown_fields=True, tag="content",
     content: Content
 
 
-StopString = Annotated[str, Meta(min_length=1)]
+StopString = Annotated[str, Meta(min_length=1, max_length=1024)]
 # RFC 8785, in which proofs are written, carries integers below 2^53 only.
 TokenCount = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
