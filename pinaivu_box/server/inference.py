@@ -8,28 +8,27 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import TypeVar
 
 import msgspec
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive
 
 from pinaivu_box.box import Box
 from pinaivu_box.config import parse_duration
 from pinaivu_box.engine.messages import Tokenized
-from pinaivu_box.errors import BodyTooLarge, InvalidBody, InvalidJson, RequestTimeout
-from pinaivu_box.gateway.admission import under
+from pinaivu_box.errors import InvalidBody
+from pinaivu_box.gateway.admission import Arrival, under
 from pinaivu_box.gateway.backend import Job
 from pinaivu_box.gateway.requests import Begun, Failed, Finished, RequestEvent, too_late
 from pinaivu_box.gateway.requests import Request as Running
 from pinaivu_box.models.catalog import Model
-from pinaivu_box.openai.request import decode
 from pinaivu_box.openai.types import Extension, PromptTokensDetails, Usage
 from pinaivu_box.server import envelope
 from pinaivu_box.server.auth import key_of, require_account
+from pinaivu_box.server.bodies import Bodies
 from pinaivu_box.server.stream import EventStream
 
 LENIENT = "x-pinaivu-lenient"
 TIMEOUT = "x-request-timeout"
-_BODY_SECONDS = 30.0  # of silence in the middle of a body
 _LONGEST_TIMEOUT = 86400.0  # seconds, as in the body
 
 Body = TypeVar("Body", bound=msgspec.Struct)
@@ -41,6 +40,7 @@ class Call:
     def __init__(self, request: Request) -> None:
         require_account(request)
         self.box: Box = request.app.state.box
+        self.bodies: Bodies = request.app.state.bodies
         self.key = key_of(request)
         self.request_id: str = request.scope["state"]["request_id"]
         self.created_at = int(time.time())
@@ -48,13 +48,22 @@ class Call:
         self.ignored: list[str] = []
         self._timeout: float | None = None
         self._request = request
+        self._arrival: Arrival | None = None
         self._watcher: asyncio.Task[None]  # once it is started
 
     async def body(self, kind: type[Body]) -> Body:
-        """The decoded body; `ignored` then names what the client agreed to have ignored."""
-        data = await read_body(self._request, self.box.config.server.max_body_bytes)
-        lenient = self._request.headers.get(LENIENT) == "1" or self.key.policy.lenient
-        body, self.ignored = decode(data, kind, lenient=lenient)
+        """The decoded body; `ignored` then names what the client agreed to have ignored.
+
+        From here on the call counts as one of the key's requests.  Raises RateLimited if it has
+        none left, before anything is read, and what `Bodies.receive` does.
+        """
+        state, key = self._request.scope["state"], self.key
+        self._arrival = state["arrival"] = await self.box.admission.arrive(key)
+        lenient = self._request.headers.get(LENIENT) == "1" or key.policy.lenient
+        most = self.box.config.server.max_body_bytes
+        body, self.ignored = await self.bodies.receive(
+            self._request, key.account_id, kind, most, lenient=lenient
+        )
         self._timeout = _timeout(self._request, getattr(body, "pinaivu", None))
         return body
 
@@ -74,7 +83,9 @@ class Call:
         requests, began = self.box.requests, time.monotonic()
         try:
             async with asyncio.timeout(self._timeout):
-                admitted = await self.box.admission.admit(self.key, jobs, requests.in_flight)
+                admitted = await self.box.admission.admit(
+                    self.key, jobs, requests.in_flight, self._arrival
+                )
         except TimeoutError:
             waited = time.monotonic() - began
             raise too_late(waited, self._timeout or waited) from None
@@ -173,31 +184,6 @@ async def _cancel_on_disconnect(receive: Receive, running: Running) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
     running.cancel()
-
-
-async def read_body(request: Request, limit: int) -> bytes:
-    """The whole body; BodyTooLarge once it is over `limit` bytes."""
-    announced = request.headers.get("content-length", "0")
-    parts: list[bytes] = []
-    size = int(announced) if announced.isdigit() else 0
-    try:
-        if size <= limit:
-            size = 0
-            stream = request.stream()
-            while part := await asyncio.wait_for(anext(stream, b""), _BODY_SECONDS):
-                size += len(part)
-                if size > limit:
-                    break
-                parts.append(part)
-    except TimeoutError:
-        raise RequestTimeout(
-            f"The rest of the body did not come within {_BODY_SECONDS:g} seconds: send it again."
-        ) from None
-    except ClientDisconnect:
-        raise InvalidJson("The connection closed before the whole body had come.") from None
-    if size > limit:
-        raise BodyTooLarge(f"The body is larger than the {limit} bytes that this box accepts.")
-    return b"".join(parts)
 
 
 def usage_of(end: Finished) -> Usage:

@@ -14,7 +14,7 @@ from starlette.responses import Response
 
 from pinaivu_box.config import SamplingConfig
 from pinaivu_box.engine.messages import Tools
-from pinaivu_box.errors import InvalidBody
+from pinaivu_box.errors import InvalidBody, quoted
 from pinaivu_box.gateway.backend import Job
 from pinaivu_box.gateway.requests import Begun, Failed, Finished, RequestEvent, Said
 from pinaivu_box.models.catalog import Model
@@ -90,7 +90,7 @@ def _tools(body: CountTokensRequest) -> Tools | None:
         return Tools(listed, names)
     chosen = {"any": "required", "tool": choice.name or ""}.get(choice.type, "auto")
     if choice.type == "tool" and chosen not in names:
-        raise InvalidBody(f"there is no tool '{chosen}'", loc=("body", "tool_choice", "name"))
+        raise InvalidBody(f"there is no tool '{quoted(chosen)}'", loc=("body", "tool_choice", "name"))
     return Tools(listed, names, chosen, not choice.disable_parallel_tool_use)
 
 
