@@ -33,8 +33,9 @@ COMMANDS = {
         "Let the running box read its settings again.",
     ),
     "engine": ("pinaivu_box.cli.engine:engine", ""),
+    "sandbox": ("pinaivu_box.cli.sandbox:sandbox", ""),
 }
-HIDDEN = {"engine"}
+HIDDEN = {"engine", "sandbox"}
 
 
 class LazyGroup(click.Group):

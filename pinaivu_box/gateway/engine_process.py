@@ -6,11 +6,10 @@ import asyncio
 import contextlib
 import logging
 import os
-import sys
 import time
 from collections import deque
-from pathlib import Path
 
+from pinaivu_box import child
 from pinaivu_box.engine.messages import (
     LENGTH_BYTES,
     Add,
@@ -84,11 +83,11 @@ class EngineProcess:
 
     async def start(self, seconds: float) -> None:
         """Returns when the model is loaded.  Raises StartFailed."""
-        if _FROZEN and _executable() != _EXECUTABLE:
+        if child.executable_replaced():
             # Another version's child need not understand us, nor have the model that we signed.
             raise StartFailed("its executable was replaced since the box started; start it anew")
         self._process = await asyncio.create_subprocess_exec(
-            *_command(),
+            *child.command("engine"),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
@@ -237,25 +236,6 @@ async def _line(stream: asyncio.StreamReader) -> bytes:
         return await stream.readline()
     except ValueError:  # longer than the reader's limit: the reader has dropped it
         return b"(a line too long to keep)\n"
-
-
-def _command() -> list[str]:
-    if _FROZEN:
-        return [sys.executable, "engine"]
-    return [sys.executable, "-m", "pinaivu_box", "engine"]
-
-
-def _executable() -> tuple[int, int] | None:
-    """Which file it is that an engine would be started from, None if it is gone."""
-    try:
-        stat = Path(sys.executable).stat()
-    except OSError:
-        return None
-    return (stat.st_dev, stat.st_ino)
-
-
-_FROZEN = getattr(sys, "frozen", False)
-_EXECUTABLE = _executable()  # ours: it keeps its number while we run
 
 
 def _environment() -> dict[str, str]:
