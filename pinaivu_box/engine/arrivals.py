@@ -1,4 +1,5 @@
-"""What comes in, in its order; only grammars are compiled beside it, by threads of their own.
+"""What comes in, in its order; only long prompts are read, and grammars are compiled, beside it, by
+threads of their own.
 
 llguidance takes a second for a large schema.  Nobody else's beginning or end waits for that.
 """
@@ -11,8 +12,10 @@ from collections.abc import Callable
 
 from pinaivu_box.engine.embeddings import Embedding
 from pinaivu_box.engine.intake import Arrival, Intake
-from pinaivu_box.engine.messages import Add, Cancel, Embed, Refused, Tokenize, Tokenized
+from pinaivu_box.engine.messages import Cancel, Refused, Tokenize, Tokenized
+from pinaivu_box.engine.reading import Prompt, Reading, name_of
 from pinaivu_box.engine.sequence import Sequence
+from pinaivu_box.errors import NoNodesAvailable
 
 _THREADS = 2  # so that a small schema need not wait for a large one
 
@@ -29,32 +32,62 @@ class Arrivals:
         self._intake = intake
         self._say = say
         self._schedule = schedule
+        self._reading = Reading(self._read_long)
+        self._unread: set[str] = set()  # long prompts that are wanted, waiting or being read
         self._compiling: set[str] = set()
         self._lock = threading.Lock()  # no cancellation overtakes the sequence that it is for
         self._todo: queue.SimpleQueue[Arrival] = queue.SimpleQueue()
         for _ in range(_THREADS):
             threading.Thread(target=self._compile, name="grammars", daemon=True).start()
 
-    def take(self, message: Add | Embed | Tokenize | Cancel) -> None:
-        if isinstance(message, Tokenize):
-            self._say(self._intake.tokenize(message))
-        elif isinstance(message, Cancel):
+    def take(self, message: Prompt | Cancel, *, long: bool = False) -> None:
+        """A `long` one is read beside what comes after it."""
+        if isinstance(message, Cancel):
+            self._cancel(message)
+        elif long:
             with self._lock:
-                self._compiling.discard(message.id)
-                self._schedule(message)
+                self._unread.add(name_of(message))
+            self._reading.put(message)
         else:
-            self._prepare(message)
+            made = self._read(message)
+            with self._lock:
+                self._go_on(made)
 
-    def _prepare(self, message: Add | Embed) -> None:
-        prepared = self._intake.prepare(message)
-        self._say(prepared)
-        if isinstance(prepared, Refused):
+    def _read(self, message: Prompt) -> Arrival | Refused | Tokenized:
+        if isinstance(message, Tokenize):
+            return self._intake.tokenize(message)
+        return self._intake.prepare(message)
+
+    def _read_long(self, message: Prompt) -> None:
+        name = name_of(message)
+        if name not in self._unread:
             return
-        if prepared.compile is None:
-            self._schedule(prepared.sequence)
+        made = self._read(message)
+        with self._lock:
+            if name in self._unread:  # else it was cancelled meanwhile
+                self._unread.remove(name)
+                self._go_on(made)
+
+    def _go_on(self, made: Arrival | Refused | Tokenized) -> None:
+        self._say(made)
+        if not isinstance(made, Arrival):
+            return
+        if made.compile is None:
+            self._schedule(made.sequence)
         else:
-            self._compiling.add(message.id)
-            self._todo.put(prepared)
+            self._compiling.add(made.admitted.id)
+            self._todo.put(made)
+
+    def _cancel(self, message: Cancel) -> None:
+        with self._lock:
+            if message.id in self._unread:
+                self._unread.remove(message.id)
+                self._reading.drop(message.id)
+                why = "The request was stopped before it was read: send it again."
+                self._say(Refused(message.id, NoNodesAvailable.code, why))
+                return
+            self._compiling.discard(message.id)
+            self._schedule(message)
 
     def _compile(self) -> None:
         while True:

@@ -18,6 +18,7 @@ from pinaivu_box.errors import (
     KeyBlocked,
     ModelNotAllowed,
     NoNodesAvailable,
+    RateLimited,
     Unauthorized,
     quoted,
 )
@@ -190,12 +191,13 @@ class Admission:
         """Takes what the request may use at most.  Raises what `check` and `Limits` do, and what
         the engine says if it cannot read the prompt.  May be cancelled."""
         use = await self._use_of(key)
+        arrived = None if arrival is None else arrival.entry
         use.arriving += 1  # so that it is not forgotten meanwhile
         try:
             jobs = [under(key.policy, job) for job in jobs]
             model, context = jobs[0].model, 0
             least = self.prices(key, model).most(1, 0)
-            self._limits.check(key, use, least, arrival and arrival.entry)
+            self._limits.check(key, use, least, arrived)
             if key.policy.tpm is not None or key.policy.budget is not None:
                 jobs, context = await self._read(jobs)
             # Body and prompt took their time: the key may be revoked now, the queue full.
@@ -204,7 +206,7 @@ class Admission:
                 raise error
             self._check(model, key, in_flight)
             jobs = [under(key.policy, job) for job in jobs]
-            admitted = self._take(key, use, jobs, context, arrival and arrival.entry)
+            admitted = self._take(key, use, jobs, context, arrived)
             if arrival is not None:
                 arrival.admitted()
             return admitted
@@ -238,14 +240,17 @@ class Admission:
         return self._limits.headers(key, await self._use_of(key))
 
     async def _read(self, jobs: list[Job]) -> tuple[list[Job], int]:
-        """The jobs with their prompts' tokens, and the context of the model.  Nobody who leaves, or
-        is sent away by a drain, stops the engine that starts for it: others wait for it too."""
+        """The jobs with their prompts' tokens, and the context of the model.  Ends at once if there
+        is a drain."""
         reading = asyncio.create_task(self._read_on(jobs))
-        reading.add_done_callback(lambda done: done.cancelled() or done.exception())
-        await asyncio.wait({reading, self._drain}, return_when=asyncio.FIRST_COMPLETED)
-        if self.draining:
-            raise _draining()
-        return reading.result()
+        try:
+            await asyncio.wait({reading, self._drain}, return_when=asyncio.FIRST_COMPLETED)
+            if self.draining:
+                raise _draining()
+            return reading.result()
+        finally:
+            reading.add_done_callback(lambda done: done.cancelled() or done.exception())
+            reading.cancel()
 
     async def _read_on(self, jobs: list[Job]) -> tuple[list[Job], int]:
         context, made = 0, []

@@ -201,7 +201,9 @@ def check_chat(body: ChatRequest) -> None:
         raise _needs("tool_choice", "tools to choose from")
     if isinstance(body.tool_choice, NamedTool) and body.tool_choice.function.name not in names:
         wanted = body.tool_choice.function.name
-        raise InvalidBody(f"there is no '{quoted(wanted)}' among the tools", loc=("body", "tool_choice"))
+        raise InvalidBody(
+            f"there is no '{quoted(wanted)}' among the tools", loc=("body", "tool_choice")
+        )
     formats = body.grammar, isinstance(body.response_format, JsonFormat | SchemaFormat)
     if all(formats):
         raise InvalidBody("grammar and response_format exclude each other", loc=("body", "grammar"))

@@ -119,7 +119,9 @@ async def find(database: Database, text: str) -> str:
         return found[0]
     if found:
         ids = " or ".join(sorted(one[:17] for one in found))
-        raise PeerNotFound(f"{len(found)} peers are called '{quoted(text)}': say {ids}.", param="peer")
+        raise PeerNotFound(
+            f"{len(found)} peers are called '{quoted(text)}': say {ids}.", param="peer"
+        )
     near = difflib.get_close_matches(text[:100], called.values(), n=3, cutoff=0.5)
     hint = f" Did you mean {' or '.join(near)}?" if near else ""
     raise PeerNotFound(f"There is no peer '{quoted(text)}'.{hint}", param="peer")

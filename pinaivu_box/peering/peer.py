@@ -120,9 +120,12 @@ def find(peers: Sequence[Peer], text: str) -> Peer:
         return found[0]
     if found:
         ids = " or ".join(peer.node_id[:17] for peer in found)
-        raise PeerNotFound(f"{len(found)} peers are called '{quoted(text)}': say {ids}.", param="peer")
+        raise PeerNotFound(
+            f"{len(found)} peers are called '{quoted(text)}': say {ids}.", param="peer"
+        )
     near = difflib.get_close_matches(text[:100], [peer.name for peer in peers], n=3, cutoff=0.5)
     hint = f" Did you mean {' or '.join(near)}?" if near else ""
     raise PeerNotFound(
-        f"There is no peer '{quoted(text)}'.{hint} See 'pinaivu peers ls' for all of them.", param="peer"
+        f"There is no peer '{quoted(text)}'.{hint} See 'pinaivu peers ls' for all of them.",
+        param="peer",
     )

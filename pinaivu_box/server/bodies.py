@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, deque
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from typing import TypeVar
 
 import msgspec
@@ -27,7 +26,7 @@ _BODY_SECONDS = 600.0  # for the whole of it
 # Large bodies that may be here at a time, of one account and of all, each as large as is allowed.
 _OF_ONE, _OF_ALL = 4, 16
 _MOST_WAITING = 64  # of one account, for room
-_WAIT_SECONDS = 30.0
+_WAIT_SECONDS = 60.0
 # What decoding one may take.  The worst of 10 MB takes 2 s and 300 MB on a usual machine.
 _LIMITS = Limits(cpu_seconds=20.0, memory_bytes=1024 * 1024 * 1024, wall_seconds=120.0)
 
@@ -35,8 +34,8 @@ Body = TypeVar("Body", bound=msgspec.Struct)
 
 
 class Bodies:
-    """Small bodies are decoded at once.  Larger ones need room, which is bounded, and are decoded by
-    a child process, one at a time of each account."""
+    """Small bodies are decoded at once.  Larger ones need room, which is bounded, and are decoded
+    by a child process, one at a time of each account."""
 
     def __init__(self) -> None:
         self._pool = SandboxPool(large_bodies.ENTRY, limits=_LIMITS, size=2)
@@ -50,29 +49,37 @@ class Bodies:
     async def receive(
         self, request: Request, account: str, kind: type[Body], most: int, *, lenient: bool
     ) -> tuple[Body, list[str]]:
-        """As `decode`, of a body of at most so many bytes.  Raises what `read` and `decode` do, and
-        RateLimited, NoNodesAvailable if there is no room for it."""
+        """As `decode`, of a body of at most so many bytes.  The room that a large one takes is
+        `scope["state"]["room"]` until somebody leaves it (see `leave`).  Raises what `read` and
+        `decode` do, and RateLimited, NoNodesAvailable if there is no room for it."""
         reading = Reading(request, most)
         data = await reading.up_to(SMALL)
         if data is not None:
             return decode(data, kind, lenient=lenient)
-        async with self._room.taken(account, reading.announced or most, most):
-            data = await reading.whole()
-            if len(data) <= SMALL:
-                return decode(data, kind, lenient=lenient)
-            payload = large_bodies.job(data, kind, lenient=lenient)
-            del data
-            try:
-                answer = await self._pool.run_async(payload, tenant=account)
-            except SandboxLimit as error:
-                raise BodyTooLarge(
-                    "The body takes too much time or memory to be read: make it simpler, or send "
-                    "several."
-                ) from error
+        room = await self._room.take(account, reading.announced or most, most)
+        request.scope["state"]["room"] = room
+        data = await reading.whole()
+        if len(data) <= SMALL:
+            return decode(data, kind, lenient=lenient)
+        payload = large_bodies.job(data, kind, lenient=lenient)
+        del data
+        try:
+            answer = await self._pool.run_async(payload, tenant=account)
+        except SandboxLimit as error:
+            raise BodyTooLarge(
+                "The body takes too much time or memory to be read: make it simpler, or send "
+                "several."
+            ) from error
         return large_bodies.result(answer, kind)
 
     def close(self) -> None:
         self._pool.close()
+
+
+def leave(request: Request) -> None:
+    """Give back the room of its body, if it has any: what is left of it takes none."""
+    if room := request.scope["state"].pop("room", None):
+        room()
 
 
 async def read(request: Request, most: int) -> bytes:
@@ -142,26 +149,31 @@ class Room:
         self._taken: Counter[str] = Counter()
         self._waiting: deque[tuple[str, int, int, asyncio.Future[None]]] = deque()
 
-    @asynccontextmanager
-    async def taken(self, account: str, size: int, most: int) -> AsyncIterator[None]:
-        """Room for `size` bytes of a body that may have `most`."""
-        waits = [turn for name, _, _, turn in self._waiting if name == account]
+    async def take(self, account: str, size: int, most: int) -> Callable[[], None]:
+        """Room for `size` bytes of a body that may have `most`; what it returns gives it back, if
+        it is called, once or more often."""
+        waits = sum(name == account for name, _, _, _ in self._waiting)
+        if waits >= _MOST_WAITING:
+            raise RateLimited(
+                f"{_MOST_WAITING} large bodies of your account wait already: send fewer at a time."
+            )
         if waits or not self._fits(account, size, most):
-            if len(waits) >= _MOST_WAITING:
-                raise RateLimited(
-                    f"{_MOST_WAITING} large bodies of your account wait already: send fewer at a "
-                    "time."
-                )
             await self._wait(account, size, most)
         else:
             self._taken[account] += size
-        try:
-            yield
-        finally:
-            self._taken[account] -= size
-            if not self._taken[account]:
-                del self._taken[account]
-            self._let_in()
+        held = [size]
+
+        def leave() -> None:
+            if held:
+                self._give_back(account, held.pop())
+
+        return leave
+
+    def _give_back(self, account: str, size: int) -> None:
+        self._taken[account] -= size
+        if not self._taken[account]:
+            del self._taken[account]
+        self._let_in()
 
     def _fits(self, account: str, size: int, most: int) -> bool:
         ours, all_of_them = self._taken[account] + size, self._taken.total() + size
@@ -178,8 +190,7 @@ class Room:
             if entry in self._waiting:
                 self._waiting.remove(entry)
             elif not turn.cancelled():  # it came at the same moment
-                self._taken[account] -= size
-            self._let_in()
+                self._give_back(account, size)
             if isinstance(error, TimeoutError):
                 raise NoNodesAvailable(
                     "The box is busy with other large bodies: try again later.", retry_after=5

@@ -15,7 +15,7 @@ from starlette.types import Receive
 from pinaivu_box.box import Box
 from pinaivu_box.config import parse_duration
 from pinaivu_box.engine.messages import Tokenized
-from pinaivu_box.errors import InvalidBody
+from pinaivu_box.errors import BadRequest, InvalidBody
 from pinaivu_box.gateway.admission import Arrival, under
 from pinaivu_box.gateway.backend import Job
 from pinaivu_box.gateway.requests import Begun, Failed, Finished, RequestEvent, too_late
@@ -24,7 +24,7 @@ from pinaivu_box.models.catalog import Model
 from pinaivu_box.openai.types import Extension, PromptTokensDetails, Usage
 from pinaivu_box.server import envelope
 from pinaivu_box.server.auth import key_of, require_account
-from pinaivu_box.server.bodies import Bodies
+from pinaivu_box.server.bodies import Bodies, leave
 from pinaivu_box.server.stream import EventStream
 
 LENIENT = "x-pinaivu-lenient"
@@ -73,10 +73,27 @@ class Call:
         return model
 
     async def tokenize(
-        self, job: Job, tokens: list[int] | None = None, *, plain: bool = False
+        self,
+        job: Job,
+        tokens: list[int] | None = None,
+        *,
+        plain: bool = False,
+        count: bool = False,
     ) -> Tokenized:
         """See `gateway.local.LocalBackend.tokenize`."""
-        return await self.box.prompts.tokenize(under(self.key.policy, job), tokens, plain=plain)
+        job = under(self.key.policy, job)
+        reading = asyncio.create_task(
+            self.box.prompts.tokenize(job, tokens, plain=plain, count=count)
+        )
+        leaving = asyncio.create_task(_disconnected(self._request.receive))
+        try:
+            await asyncio.wait({reading, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            if not reading.done():
+                raise BadRequest("The connection closed before the answer was there.")
+            return reading.result()
+        finally:
+            reading.cancel()
+            leaving.cancel()
 
     async def start(self, jobs: list[Job]) -> Running:
         """Raises what admission does, TooLate."""
@@ -100,6 +117,7 @@ class Call:
         try:
             while True:
                 for event in await running.events.take():
+                    leave(self._request)
                     if isinstance(event, Failed):
                         raise event.error
                     self._note_route(event)
@@ -125,6 +143,7 @@ class Call:
             self._watcher.cancel()
             raise event.error
         if first.done():
+            leave(self._request)
             self._note_route(first.result()[0])
         return EventStream(self._chunks(running, first, encode, settle), self._watcher)
 
@@ -141,6 +160,7 @@ class Call:
         settle: Callable[[Finished], Awaitable[None]] | None,
     ) -> AsyncIterator[bytes]:
         events = await first
+        leave(self._request)
         while True:
             if settle is not None and isinstance(end := events[-1], Finished):
                 if data := encode(events[:-1]):
@@ -180,9 +200,14 @@ def _timeout(request: Request, extension: Extension | None) -> float | None:
     return seconds
 
 
-async def _cancel_on_disconnect(receive: Receive, running: Running) -> None:
+async def _disconnected(receive: Receive) -> None:
+    """Returns once the client has left."""
     while (await receive())["type"] != "http.disconnect":
         pass
+
+
+async def _cancel_on_disconnect(receive: Receive, running: Running) -> None:
+    await _disconnected(receive)
     running.cancel()
 
 
