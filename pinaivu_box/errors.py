@@ -50,7 +50,6 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-
 _MOST_QUOTED = 100  # characters
 _MOST_SAID = 2000  # characters of a message, whatever it quotes
 

@@ -11,8 +11,6 @@ from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING
 
-import msgspec
-
 from pinaivu_box import chat_format
 from pinaivu_box.engine.chat_template import ChatTemplate
 from pinaivu_box.engine.detokenizer import Detokenizer
