@@ -19,7 +19,7 @@ from pinaivu_box.sandbox import Limits, SandboxLimit, SandboxPool
 ENTRY = "pinaivu_box.peering.large_messages:make"
 LARGE = 256 * 1024  # bytes; a smaller one is decoded within some milliseconds
 MOST_VALUES = 262_144  # log-probabilities have many
-MOST_NUMBERS = 1_048_576  # tokens
+MOST_NUMBERS = work.MOST_TOKENS + 65_536  # one long prompt, decoded in 60 ms
 _LIMITS = Limits(cpu_seconds=20.0, memory_bytes=1024 * 1024 * 1024, wall_seconds=60.0)
 _DECODERS: dict[bytes, msgspec.msgpack.Decoder[Any]] = {
     b"S": work.to_serving,
