@@ -40,8 +40,6 @@ from pinaivu_box.engine.runner import ModelFacts, ProgressCallback, Runner
 from pinaivu_box.engine.sequence import Sequence
 from pinaivu_box.errors import BoxError
 
-_LONG = 64 * 1024  # bytes of a frame whose prompt takes more than a moment to read
-
 
 @dataclass(frozen=True)
 class _Stopped:
@@ -162,7 +160,7 @@ def _read_frames(stream: BinaryIO, arrivals: Future[Arrivals]) -> None:
     while (body := read_body(stream)) is not None:
         message = decode_to_engine(body)
         if not isinstance(message, Load):
-            arrivals.result().take(message, long=len(body) > _LONG)
+            arrivals.result().take(message)
     os._exit(0)
 
 
