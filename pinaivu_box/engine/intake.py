@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from pinaivu_box.engine.grammar import Grammar, Grammars
 
 _MOST_TOKENS = 2**18  # that an answer has which is only tokens
-_BYTES_PER_LETTER = 4  # of UTF-8 at most; a token has a byte at least
+_SHORT = 16_384  # characters, which are read in a moment, whatever can be done with them
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,7 @@ class Intake:
         """Its tokens.  Raises TooManyTokens for more than `most`; unless the number must be
         `exact`, a text that has more for certain is not tokenized."""
         tokenize = self._runner.tokenize if special else self._runner.tokenize_text
-        if len(text) * _BYTES_PER_LETTER < most:
+        if len(text) <= _SHORT:
             return tokenize(text)
         if not exact and (fewest := self._runner.fewest_tokens(text)) > most:
             raise TooManyTokens(fewest)
