@@ -21,7 +21,7 @@ from pinaivu_box.openai.anthropic import CountTokensRequest, MessagesRequest
 from pinaivu_box.openai.completions import CompletionRequest, DetokenizeRequest, TokenizeRequest
 from pinaivu_box.openai.embeddings import EmbeddingRequest
 from pinaivu_box.openai.request import MOST_NUMBERS, MOST_VALUES, SMALL, decode
-from pinaivu_box.openai.responses import ResponseRequest
+from pinaivu_box.openai.responses import ResponseRequest, as_messages
 from pinaivu_box.openai.types import ChatRequest
 from pinaivu_box.receipts.commitment import output_text, prompt_text
 from pinaivu_box.server import bodies
@@ -199,6 +199,35 @@ def test_only_small_bodies_are_decoded_by_the_loop(
         asyncio.run(run())
     finally:
         both.close()
+
+
+def test_a_long_conversation_is_decoded_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stored(text: str) -> tuple[bytes, bytes]:
+        given = [{"type": "message", "role": "user", "content": text}]
+        return msgspec.json.encode(given), msgspec.json.encode({"output": [{"said": text}]})
+
+    async def run() -> None:
+        short = await both.history("acct", [stored("a"), stored("b")])
+        assert [one.get("said") for one in short] == [None, "a", None, "b"] and not both.pids
+        monkeypatch.setattr(large_bodies, "history", None)
+        long = await both.history("acct", [stored(LONG), stored("b")])
+        assert long[0]["content"] == long[1]["said"] == LONG and len(long) == 4
+        many = msgspec.json.encode([{}] * 40_000)
+        with pytest.raises(BodyTooLarge, match="conversation"):
+            await both.history("acct", [(many, b'{"output":[]}')] * 2)
+
+    both = Bodies()
+    try:
+        asyncio.run(run())
+    finally:
+        both.close()
+
+
+@pytest.mark.parametrize("kind", [["message"], {}, 3, None, "x" * 1000])
+def test_items_of_a_kind_that_is_none(kind: Any) -> None:
+    with pytest.raises(InvalidBody) as caught:
+        as_messages([{"type": kind}])
+    assert len(caught.value.message) < 250
 
 
 # -- room ------------------------------------------------------------------------------------------

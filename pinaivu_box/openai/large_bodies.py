@@ -16,7 +16,7 @@ from msgspec import Struct
 from pinaivu_box.openai.anthropic import CountTokensRequest, MessagesRequest
 from pinaivu_box.openai.completions import CompletionRequest, DetokenizeRequest, TokenizeRequest
 from pinaivu_box.openai.embeddings import EmbeddingRequest
-from pinaivu_box.openai.request import decode
+from pinaivu_box.openai.request import check_number_of_values, decode
 from pinaivu_box.openai.responses import ResponseRequest
 from pinaivu_box.openai.types import ChatRequest
 
@@ -34,6 +34,7 @@ _KINDS: dict[str, type[Struct]] = {
         TokenizeRequest,
     )
 }
+_HISTORY = "history"
 Body = TypeVar("Body", bound=Struct)
 
 
@@ -55,6 +56,26 @@ def result(answer: bytes, kind: type[Body]) -> tuple[Body, list[str]]:
     return made
 
 
+def history(rows: list[tuple[bytes, bytes]]) -> list[dict[str, Any]]:
+    """The items of stored responses, each given as its input and its body.  Raises BodyTooLarge."""
+    items: list[dict[str, Any]] = []
+    for given, body in rows:
+        items += msgspec.json.decode(given)
+        items += msgspec.json.decode(body)["output"]
+        check_number_of_values(items, "The conversation before it")
+    return items
+
+
+def history_job(rows: list[tuple[bytes, bytes]]) -> bytes:
+    """What the child is given to call `history`."""
+    head = msgspec.json.encode(_Head(_HISTORY, False))
+    return b"".join((head, b"\n", msgspec.msgpack.encode(rows)))
+
+
+def history_result(answer: bytes) -> list[dict[str, Any]]:
+    return msgspec.msgpack.decode(answer, type=list[dict[str, Any]])
+
+
 def make(_setup: bytes) -> Callable[[bytes], bytes]:
     """The child's part.  Its job raises what `decode` does."""
     encoder = msgspec.msgpack.Encoder()
@@ -62,6 +83,9 @@ def make(_setup: bytes) -> Callable[[bytes], bytes]:
     def run(payload: bytes) -> bytes:
         head, _, data = payload.partition(b"\n")
         asked = msgspec.json.decode(head, type=_Head)
+        if asked.kind == _HISTORY:
+            rows = msgspec.msgpack.decode(data, type=list[tuple[bytes, bytes]])
+            return encoder.encode(history(rows))
         made: tuple[Any, list[str]] = decode(data, _KINDS[asked.kind], lenient=asked.lenient)
         return encoder.encode(made)
 

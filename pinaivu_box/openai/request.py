@@ -57,7 +57,7 @@ def decode(data: bytes, kind: type[Body], *, lenient: bool = False) -> tuple[Bod
     if not isinstance(raw, dict):
         raise InvalidBody("the body must be a JSON object", kind="type_error")
     if len(data) > SMALL:  # a smaller one cannot have so many
-        _check_number_of_values(raw)
+        check_number_of_values(raw, "The body")
     try:
         path = _too_large(raw, ("body",)) if _MANY_DIGITS.search(data) else None
     except RecursionError as error:
@@ -87,7 +87,7 @@ def _not_served(raw: dict[str, Any], *, lenient: bool) -> list[str]:
     return [name for name, _ in found]
 
 
-def _check_number_of_values(raw: Any) -> None:
+def check_number_of_values(raw: Any, whose: str) -> None:
     """Raises BodyTooLarge."""
     values = numbers = 0
     rest = [raw]
@@ -99,7 +99,7 @@ def _check_number_of_values(raw: Any) -> None:
             values += 1
         if values > MOST_VALUES or numbers > MOST_NUMBERS:
             raise BodyTooLarge(
-                f"The body has more than {MOST_VALUES} values, or {MOST_NUMBERS} numbers: send "
+                f"{whose} has more than {MOST_VALUES} values, or {MOST_NUMBERS} numbers: send "
                 "fewer and longer texts, or several requests."
             )
         if isinstance(one, dict):

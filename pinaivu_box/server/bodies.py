@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter, deque
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 from starlette.requests import ClientDisconnect, Request
@@ -63,14 +63,23 @@ class Bodies:
             return decode(data, kind, lenient=lenient)
         payload = large_bodies.job(data, kind, lenient=lenient)
         del data
+        return large_bodies.result(await self._run(payload, account), kind)
+
+    async def history(self, account: str, rows: list[tuple[bytes, bytes]]) -> list[dict[str, Any]]:
+        """See `large_bodies.history`."""
+        if sum(len(given) + len(body) for given, body in rows) <= SMALL:
+            return large_bodies.history(rows)
+        answer = await self._run(large_bodies.history_job(rows), account)
+        return large_bodies.history_result(answer)
+
+    async def _run(self, payload: bytes, account: str) -> bytes:
         try:
-            answer = await self._pool.run_async(payload, tenant=account)
+            return await self._pool.run_async(payload, tenant=account)
         except SandboxLimit as error:
             raise BodyTooLarge(
                 "The body takes too much time or memory to be read: make it simpler, or send "
                 "several."
             ) from error
-        return large_bodies.result(answer, kind)
 
     def close(self) -> None:
         self._pool.close()
