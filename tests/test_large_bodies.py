@@ -15,7 +15,14 @@ from hypothesis import given
 from starlette.requests import Request
 
 from pinaivu_box.chat_format import overlap
-from pinaivu_box.errors import ApiError, BodyTooLarge, InvalidBody, RateLimited, quoted
+from pinaivu_box.errors import (
+    ApiError,
+    BodyTooLarge,
+    InvalidBody,
+    InvalidJson,
+    RateLimited,
+    quoted,
+)
 from pinaivu_box.openai import large_bodies
 from pinaivu_box.openai.anthropic import CountTokensRequest, MessagesRequest
 from pinaivu_box.openai.completions import CompletionRequest, DetokenizeRequest, TokenizeRequest
@@ -98,6 +105,23 @@ def test_the_number_of_values_is_bounded() -> None:
     for data in (texts(MOST_VALUES - 2), numbers(MOST_NUMBERS + 1)):
         with pytest.raises(BodyTooLarge):
             decode(data, EmbeddingRequest)
+
+
+@pytest.mark.parametrize("small", [True, False])
+def test_the_number_of_levels_is_bounded(small: bool) -> None:
+    def nested(levels: int) -> bytes:
+        inner = b"[" * levels + b"]" * levels
+        text = b"x" if small else LONG.encode()
+        return (
+            b'{"model":"a","messages":[{"role":"user","content":"' + text + b'"}],"tools":[{'
+            b'"type":"function","function":{"name":"f","parameters":{"x":' + inner + b"}}}]}"
+        )
+
+    outside = 5  # body, tools, tool, function, parameters
+    decode(nested(200 - outside), ChatRequest)
+    for levels in (201 - outside, 900):
+        with pytest.raises(InvalidJson, match="nested"):
+            decode(nested(levels), ChatRequest)
 
 
 def test_names_are_cut_before_they_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from functools import cache
 from typing import Any, TypeVar, cast
 
 import msgspec
@@ -38,6 +39,7 @@ SMALL = 64 * 1024
 # What a body may hold.  Tokens are numbers, so of those there may be more.
 MOST_VALUES = 65_536
 MOST_NUMBERS = 524_288
+_DEEPEST = 200  # levels of lists and objects
 _LONGEST_NAME = 100  # characters of a field's name that are looked at, and said again
 
 
@@ -58,14 +60,14 @@ def decode(data: bytes, kind: type[Body], *, lenient: bool = False) -> tuple[Bod
         raise InvalidBody("the body must be a JSON object", kind="type_error")
     if len(data) > SMALL:  # a smaller one cannot have so many
         check_number_of_values(raw, "The body")
-    try:
-        path = _too_large(raw, ("body",)) if _MANY_DIGITS.search(data) else None
-    except RecursionError as error:
-        raise InvalidJson("The body is nested too deeply.") from error
+    # What is made of it later goes down as deep, with the stack of whoever does it.
+    if data.count(b"[") + data.count(b"{") > _DEEPEST and _deeper(raw, _DEEPEST):
+        raise InvalidJson(f"The body is nested too deeply: {_DEEPEST} levels are taken.")
+    path = _too_large(raw, ("body",)) if _MANY_DIGITS.search(data) else None
     if path is not None:
         raise InvalidBody("the number has more than 64 bits", loc=path)
     ignored = dict.fromkeys(_not_served(raw, lenient=lenient))
-    known = {field.encode_name for field in msgspec.structs.fields(kind)}
+    known = _names(kind)
     ignored |= dict.fromkeys(name for name in raw if name not in known)
     if ignored and not lenient:
         raise _unknown(next(iter(ignored)), known)
@@ -76,6 +78,27 @@ def decode(data: bytes, kind: type[Body], *, lenient: bool = False) -> tuple[Bod
     except msgspec.ValidationError as error:
         raise from_validation(error) from error
     return body, [quoted(name, _LONGEST_NAME) for name in ignored]
+
+
+def _deeper(raw: Any, most: int) -> bool:
+    """Whether there are more than `most` levels of lists and objects."""
+    level = [raw]
+    for _ in range(most):
+        level = [
+            inner
+            for one in level
+            for inner in (one.values() if isinstance(one, dict) else one)
+            if isinstance(inner, dict | list)
+        ]
+        if not level:
+            return False
+    return True
+
+
+@cache
+def _names(kind: type[msgspec.Struct]) -> frozenset[str]:
+    """Of its fields; to find them takes as long as to decode a usual body."""
+    return frozenset(field.encode_name for field in msgspec.structs.fields(kind))
 
 
 def _not_served(raw: dict[str, Any], *, lenient: bool) -> list[str]:
@@ -123,7 +146,7 @@ def _too_large(value: Any, path: tuple[str | int, ...]) -> tuple[str | int, ...]
     return next((found for key, one in items if (found := _too_large(one, (*path, key)))), None)
 
 
-def _unknown(name: str, known: set[str]) -> InvalidBody:
+def _unknown(name: str, known: frozenset[str]) -> InvalidBody:
     near = difflib.get_close_matches(name[:_LONGEST_NAME], known, 1)
     hint = f"did you mean '{near[0]}'?" if near else "remove it or correct its name"
     return InvalidBody(
