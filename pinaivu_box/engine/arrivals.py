@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from pinaivu_box.engine.embeddings import Embedding
 from pinaivu_box.engine.intake import Arrival, Intake
-from pinaivu_box.engine.messages import Add, Cancel, Embed, Refused, Tokenize, Tokenized
+from pinaivu_box.engine.messages import Add, Cancel, Embed, Named, Refused, Tokenize, Tokenized
 from pinaivu_box.engine.sequence import Sequence
 from pinaivu_box.engine.turns import Turns
 from pinaivu_box.errors import BadRequest
@@ -50,7 +50,10 @@ class Arrivals:
         self._preparing = Turns(_PREPARING, "arrivals")
         self._compiling = Turns(_COMPILING, "grammars")
 
-    def take(self, message: Add | Embed | Tokenize | Cancel) -> None:
+    def take(self, message: Add | Embed | Tokenize | Cancel | Named) -> None:
+        if isinstance(message, Named):
+            self._intake.name(message)
+            return
         if isinstance(message, Cancel):
             self._cancel(message)
             return

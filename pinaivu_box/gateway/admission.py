@@ -24,8 +24,8 @@ from pinaivu_box.errors import (
 )
 from pinaivu_box.gateway.backend import Job
 from pinaivu_box.gateway.limits import MINUTE, Grant, KeyUse, Limits
+from pinaivu_box.gateway.scopes import scope_of
 from pinaivu_box.models.catalog import LONGEST_ID, WELL_FORMED, Catalog, Model
-from pinaivu_box.policy import Policy
 from pinaivu_box.store import keys
 from pinaivu_box.store.database import Database
 from pinaivu_box.store.keys import Key
@@ -80,10 +80,13 @@ def refusal(key: Key) -> ApiError | None:
     return None
 
 
-def under(policy: Policy, job: Job) -> Job:
+def under(key: Key, job: Job) -> Job:
     """As the settings of its key want it served."""
+    policy = key.policy
     return replace(
         job,
+        scope=scope_of(key),
+        named=not policy.local_only,
         weight=policy.weight,
         local_only=policy.local_only,
         peers=policy.peers or None,
@@ -194,7 +197,7 @@ class Admission:
         arrived = None if arrival is None else arrival.entry
         use.arriving += 1  # so that it is not forgotten meanwhile
         try:
-            jobs = [under(key.policy, job) for job in jobs]
+            jobs = [under(key, job) for job in jobs]
             model, context = jobs[0].model, 0
             least = self.prices(key, model).most(1, 0)
             self._limits.check(key, use, least, arrived)
@@ -205,7 +208,7 @@ class Admission:
             if (error := refusal(key)) is not None:
                 raise error
             self._check(model, key, in_flight)
-            jobs = [under(key.policy, job) for job in jobs]
+            jobs = [under(key, job) for job in jobs]
             admitted = self._take(key, use, jobs, context, arrived)
             if arrival is not None:
                 arrival.admitted()

@@ -81,7 +81,7 @@ class Call:
         count: bool = False,
     ) -> Tokenized:
         """See `gateway.local.LocalBackend.tokenize`."""
-        job = under(self.key.policy, job)
+        job = under(self.key, job)
         reading = asyncio.create_task(
             self.box.prompts.tokenize(job, tokens, plain=plain, count=count)
         )
