@@ -78,7 +78,7 @@ class Intake:
         try:
             return self._prepare_texts(add) if isinstance(add, Embed) else self._prepare(add)
         except TooManyTokens as error:
-            return _refusal(add.id, self._overflow(error.count, embed=isinstance(add, Embed)))
+            return _refusal(add.id, self._overflow(error, embed=isinstance(add, Embed)))
         except Exception as error:  # of one request; the others' engine goes on
             return _refusal(add.id, error)
 
@@ -103,7 +103,7 @@ class Intake:
         except TooManyTokens as error:
             if asked.count:
                 return Tokenized(name, [], count=error.count)
-            return _refusal(name, _too_long(error) if asked.plain else self._overflow(error.count))
+            return _refusal(name, _too_long(error) if asked.plain else self._overflow(error))
         except Exception as error:
             return _refusal(name, error)
 
@@ -113,7 +113,7 @@ class Intake:
         if not prompt:
             raise InvalidBody("the prompt is empty", loc=("body", "prompt"))
         if len(prompt) >= self._context:
-            raise self._overflow(len(prompt))
+            raise self._overflow(TooManyTokens(len(prompt)))
         for name in add.sampling.logit_bias:
             if int(name) >= self._n_vocab:
                 why = f"logit_bias names token {name}, but there are {self._n_vocab}"
@@ -166,7 +166,7 @@ class Intake:
         inputs = [self._text_tokens(text) for text in embed.inputs]
         longest = max(len(tokens) for tokens in inputs)
         if longest > self._context:
-            raise self._overflow(longest, embed=True)
+            raise self._overflow(TooManyTokens(longest), embed=True)
         together = [token for tokens in inputs for token in tokens]
         return Arrival(
             Admitted(embed.id, together),
@@ -194,13 +194,13 @@ class Intake:
         if len(text) <= _SHORT:
             return tokenize(text)
         if not exact and (fewest := self._runner.fewest_tokens(text)) > most:
-            raise TooManyTokens(fewest)
+            raise TooManyTokens(fewest, exact=False)
         return tokenize(text, most)
 
-    def _overflow(self, count: int, *, embed: bool = False) -> ContextOverflow:
+    def _overflow(self, found: TooManyTokens, *, embed: bool = False) -> ContextOverflow:
         what, which = ("An input", "it") if embed else ("The prompt", "the messages")
         return ContextOverflow(
-            f"{what} has {count} tokens (n_prompt_tokens) and the model's context here is "
+            f"{what} has {found} (n_prompt_tokens) and the model's context here is "
             f"{self._context} (n_ctx): shorten {which}.",
             param="input" if embed else None,
         )
@@ -237,9 +237,7 @@ class Intake:
         try:
             prediction = self._read(add.prediction, self._context, special=False)
         except TooManyTokens as error:
-            why = (
-                f"it has {error.count} tokens, and the context here is {self._context}: shorten it"
-            )
+            why = f"it has {error}, and the context here is {self._context}: shorten it"
             raise InvalidBody(why, loc=("body", "prediction")) from None
         return Lookup(self._experience, prediction)
 
@@ -316,7 +314,7 @@ class Intake:
 
 
 def _too_long(error: TooManyTokens) -> InvalidBody:
-    why = f"it has {error.count} tokens, and an answer at most {_MOST_TOKENS}: send it in parts"
+    why = f"it has {error}, and an answer at most {_MOST_TOKENS}: send it in parts"
     return InvalidBody(why, loc=("body", "text"))
 
 

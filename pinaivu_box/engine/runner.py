@@ -20,10 +20,10 @@ class NoSlot(Exception):
 
 
 class TooManyTokens(Exception):
-    """A text has `count` tokens, and so many are not wanted."""
+    """A text has `count` tokens (unless `exact`: or more), and so many are not wanted."""
 
-    def __init__(self, count: int) -> None:
-        super().__init__(f"{count} tokens")
+    def __init__(self, count: int, *, exact: bool = True) -> None:
+        super().__init__(f"{count} tokens" if exact else f"at least {count} tokens")
         self.count = count
 
 
