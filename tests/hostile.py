@@ -150,7 +150,7 @@ BODIES = (
         "a text of 9 MB to count",
         CHAT + "/input_tokens",
         lambda m: _said(m, b"word "),
-        (200,),
+        (200, 400),
     ),
     Body(
         "a text of 9 MB to tokenize",

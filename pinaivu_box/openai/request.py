@@ -30,6 +30,7 @@ from pinaivu_box.openai.types import (
     TextOrTokens,
     ToolMessage,
 )
+from pinaivu_box.text import number
 
 Body = TypeVar("Body", bound=msgspec.Struct)
 
@@ -241,9 +242,9 @@ def _needs(name: str, what: str) -> InvalidBody:
 # -- msgspec's validation errors -----------------------------------------------------------------
 
 _LONGEST_SAID = 500  # characters
-_AT = re.compile(r"(?P<message>.*?)(?: - at `(?:key in )?\$(?P<path>.*)`)?$", re.DOTALL)
-_PART = re.compile(r"\.([A-Za-z_]\w*)|\[(\d+|\.\.\.)\]")
-_MISSING = re.compile(r"Object missing required field `(\w+)`")
+_AT = re.compile(r"(?P<message>.*?)(?: - at `(?:key in )?\$(?P<path>.*)`)?", re.DOTALL)
+_PART = re.compile(r"\.([A-Za-z_][A-Za-z0-9_]*)|\[([0-9]+|\.\.\.)\]")
+_MISSING = re.compile(r"Object missing required field `([A-Za-z0-9_]+)`")
 _NOT_TAKEN = re.compile(r"Invalid (?:enum )?value (.*)", re.DOTALL)
 _JSON_OF = {"True": "true", "False": "false", "None": "null"}
 _UNKNOWN = re.compile(r"Object contains unknown field `(.*)`", re.DOTALL)
@@ -252,11 +253,11 @@ _UNKNOWN = re.compile(r"Object contains unknown field `(.*)`", re.DOTALL)
 def from_validation(error: msgspec.ValidationError, *, root: str = "body") -> InvalidBody:
     """msgspec says "Expected `str`, got `int` - at `$.messages[0].role`": make `loc` of it."""
     said = _cut(str(error))
-    match = _AT.match(said)
+    match = _AT.fullmatch(said)
     message, path = (match["message"], match["path"] or "") if match else (said, "")
     loc: list[str | int] = [root]
     for name, index in _PART.findall(path):
-        loc.append(name or (int(index) if index.isdigit() else index))
+        loc.append(name or (index if (place := number(index)) is None else place))
     if missing := _MISSING.fullmatch(message):
         return InvalidBody("field required", loc=(*loc, missing[1]), kind="value_error.missing")
     if unknown := _UNKNOWN.fullmatch(message):

@@ -20,6 +20,7 @@ from pinaivu_box.errors import (
 from pinaivu_box.openai import large_bodies
 from pinaivu_box.openai.request import SMALL, decode
 from pinaivu_box.sandbox import Limits, SandboxLimit, SandboxPool
+from pinaivu_box.text import number
 
 _SILENT_SECONDS = 30.0  # in the middle of a body
 _BODY_SECONDS = 600.0  # for the whole of it
@@ -101,9 +102,8 @@ class Reading:
     """A body while it is read."""
 
     def __init__(self, request: Request, most: int) -> None:
-        length = request.headers.get("content-length", "")
-        # As int() reads it, but for digits of other scripts; longer ones are too large anyway.
-        self.announced = int(length[:20]) if length.isascii() and length.isdigit() else 0
+        # What is no number was refused by the HTTP server.
+        self.announced = number(request.headers.get("content-length", "0")) or 0
         self._most = most
         self._stream = request.stream()
         self._parts: list[bytes] = []

@@ -20,6 +20,7 @@ from pinaivu_box.gateway.admission import Arrival, under
 from pinaivu_box.gateway.backend import Job
 from pinaivu_box.gateway.requests import Begun, Failed, Finished, RequestEvent, too_late
 from pinaivu_box.gateway.requests import Request as Running
+from pinaivu_box.gateway.sizes import check_sizes
 from pinaivu_box.models.catalog import Model
 from pinaivu_box.openai.types import Extension, PromptTokensDetails, Usage
 from pinaivu_box.server import envelope
@@ -80,7 +81,8 @@ class Call:
         plain: bool = False,
         count: bool = False,
     ) -> Tokenized:
-        """See `gateway.local.LocalBackend.tokenize`."""
+        """See `gateway.local.LocalBackend.tokenize`; raises InvalidBody for what is too large."""
+        check_sizes(job.tools, job.constraint, job.stop)
         job = under(self.key, job)
         reading = asyncio.create_task(
             self.box.prompts.tokenize(job, tokens, plain=plain, count=count)
@@ -96,7 +98,9 @@ class Call:
             leaving.cancel()
 
     async def start(self, jobs: list[Job]) -> Running:
-        """Raises what admission does, TooLate."""
+        """Raises what admission does, TooLate, and InvalidBody for what is too large."""
+        for job in jobs:
+            check_sizes(job.tools, job.constraint, job.stop)
         requests, began = self.box.requests, time.monotonic()
         try:
             async with asyncio.timeout(self._timeout):
