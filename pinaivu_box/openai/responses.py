@@ -7,12 +7,13 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta, Struct
 
-from pinaivu_box.errors import InvalidBody
+from pinaivu_box.errors import InvalidBody, quoted
 from pinaivu_box.openai.request import from_validation
 from pinaivu_box.openai.types import (
     Effort,
     FunctionName,
     FunctionOnly,
+    Identifier,
     JsonFormat,
     Metadata,
     NamedTool,
@@ -26,7 +27,6 @@ from pinaivu_box.openai.types import (
 
 _Id = Annotated[str, Meta(min_length=1, max_length=256)]
 _MOST_ITEMS = 16384  # of one request, as many as messages that go to a peer
-_Word = Annotated[str, Meta(max_length=64)]  # is stored, and means nothing to a model
 
 
 class ResponseFunction(
@@ -60,8 +60,8 @@ class TextOptions(Struct, frozen=True, forbid_unknown_fields=True):
 
 class ReasoningOptions(Struct, frozen=True, forbid_unknown_fields=True):
     effort: Effort | None = None
-    summary: _Word | None = None
-    generate_summary: _Word | None = None
+    summary: Identifier | None = None
+    generate_summary: Identifier | None = None
 
 
 class ResponseStreamOptions(Struct, frozen=True, forbid_unknown_fields=True):
@@ -88,7 +88,7 @@ class ResponseRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     text: TextOptions | None = None
     reasoning: ReasoningOptions | None = None
     metadata: Metadata | None = None
-    user: Annotated[str, Meta(max_length=512)] | None = None
+    user: Identifier | None = None
     truncation: Literal["disabled"] | None = None
     include: list[Literal["reasoning.encrypted_content"]] | None = None
     service_tier: Tier | None = None
@@ -96,8 +96,8 @@ class ResponseRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     conversation: None = None
     max_tool_calls: None = None
     prompt: None = None
-    prompt_cache_key: str | None = None
-    safety_identifier: str | None = None
+    prompt_cache_key: Identifier | None = None
+    safety_identifier: Identifier | None = None
 
 
 class InputDetails(Struct, frozen=True):
@@ -246,11 +246,12 @@ def stored_form(response: ResponseObject) -> ResponseObject:
 
 
 def _read(item: dict[str, Any], number: int) -> Struct:
-    name = str(item.get("type", ""))[:100]
-    kind = _ITEMS.get(name)
+    named = item.get("type")
+    kind = _ITEMS.get(named) if isinstance(named, str) else None
     if kind is None:
+        shown = quoted(named) if isinstance(named, str) else None
         raise InvalidBody(
-            f"items of type '{name}' are not served; {', '.join(_ITEMS)} are",
+            f"items of type '{shown}' are not served; {', '.join(_ITEMS)} are",
             loc=("body", "input", number, "type"),
         )
     try:

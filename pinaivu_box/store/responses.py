@@ -7,11 +7,9 @@ which somebody has deleted a part begins after that.
 
 from __future__ import annotations
 
-from typing import Any
-
 import msgspec
 
-from pinaivu_box.errors import ContextOverflow, NotFound
+from pinaivu_box.errors import BodyTooLarge, NotFound
 from pinaivu_box.store.database import Database
 
 _AT_ONCE = 500  # rows that are deleted in one transaction
@@ -71,12 +69,13 @@ async def find(database: Database, response_id: str, account_id: str) -> StoredR
 
 
 async def conversation(
-    database: Database, response_id: str, account_id: str, most_bytes: int
-) -> list[dict[str, Any]]:
-    """All items that led to a response, and its own, oldest first; empty if it is not there.
+    database: Database, response_id: str, account_id: str, most: int
+) -> list[tuple[bytes, bytes]]:
+    """Input and body of all responses that led to a response, and its own, oldest first; empty if
+    it is not there.
 
-    Raises NotFound if its beginning is not stored any more, ContextOverflow if it is longer than
-    `most_bytes`.
+    Raises NotFound if its beginning is not stored any more, BodyTooLarge if they have more than
+    `most` bytes.
     """
     rows = await database.read(
         """
@@ -90,11 +89,11 @@ async def conversation(
         )
         SELECT previous_id, input, body, size FROM chain ORDER BY depth DESC
         """,
-        (response_id, account_id, most_bytes),
+        (response_id, account_id, most),
     )
-    if rows and rows[0]["size"] > most_bytes:
-        raise ContextOverflow(
-            f"The conversation that led to '{response_id}' has more than {most_bytes} bytes: begin "
+    if rows and rows[0]["size"] > most:
+        raise BodyTooLarge(
+            f"The conversation so far has over {most} bytes, which is all that is accepted: begin "
             "a new one."
         )
     if rows and rows[0]["previous_id"] is not None:
@@ -102,11 +101,7 @@ async def conversation(
             f"The conversation that led to '{response_id}' is not stored from its beginning any "
             f"more ('{rows[0]['previous_id']}' is gone): send its messages, or begin a new one."
         )
-    items: list[dict[str, Any]] = []
-    for _, given, body, _ in rows:
-        items += msgspec.json.decode(given)
-        items += msgspec.json.decode(body)["output"]
-    return items
+    return [(bytes(row["input"]), bytes(row["body"])) for row in rows]
 
 
 async def delete(database: Database, response_id: str, account_id: str) -> bool:
