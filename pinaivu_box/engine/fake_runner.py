@@ -13,7 +13,14 @@ from collections.abc import Sequence
 import numpy as np
 
 from pinaivu_box.engine.messages import Load
-from pinaivu_box.engine.runner import TEXT_BATCH, Batch, Float32, ModelFacts, TextRoom
+from pinaivu_box.engine.runner import (
+    TEXT_BATCH,
+    Batch,
+    Float32,
+    ModelFacts,
+    TextRoom,
+    TooManyTokens,
+)
 
 SCHEME = "fake:"
 SENTENCE = b"The quick brown fox jumps over the lazy dog. "
@@ -41,11 +48,17 @@ class FakeRunner:
             end_tokens=frozenset({END}),
         )
 
-    def tokenize(self, text: str) -> list[int]:
-        return list(text.encode())
+    def tokenize(self, text: str, most: int | None = None) -> list[int]:
+        data = text.encode()
+        if most is not None and len(data) > most:
+            raise TooManyTokens(len(data))
+        return list(data)
 
-    def tokenize_text(self, text: str) -> list[int]:
-        return list(text.encode())
+    def tokenize_text(self, text: str, most: int | None = None) -> list[int]:
+        return self.tokenize(text, most)
+
+    def fewest_tokens(self, text: str) -> int:
+        return len(text.encode())
 
     def piece(self, token: int) -> bytes:
         return bytes([token]) if token < END else b""

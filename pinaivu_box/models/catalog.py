@@ -11,12 +11,13 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from pinaivu_box.config import Config, ModelConfig, SamplingConfig
-from pinaivu_box.errors import CliError, ModelNotFound
+from pinaivu_box.errors import CliError, ModelNotFound, quoted
 from pinaivu_box.models import bundled
 from pinaivu_box.models.gguf import BadGguf, Header, read_header
 
 # name:tag as in Ollama, with an optional owner before it.
 WELL_FORMED = re.compile(r"(?:[\w.-]+/)*[\w.-]+(?::[\w.-]+)?", re.ASCII)
+LONGEST_ID = 128  # characters
 FAKE = "fake:"  # a runner without a model, for tests and load measurements
 
 
@@ -68,11 +69,11 @@ class Catalog:
         for candidate in (model_id, f"{model_id}:latest", model_id.removesuffix(":latest")):
             if candidate in self._models:
                 return self._models[candidate]
-        near = difflib.get_close_matches(model_id, self._models, n=3, cutoff=0.5)
+        near = difflib.get_close_matches(model_id[:LONGEST_ID], self._models, n=3, cutoff=0.5)
         hint = f" Did you mean {' or '.join(near)}?" if near else ""
         served = ", ".join(sorted(self._models)[:20]) or "no model yet"
         raise ModelNotFound(
-            f"The model '{model_id}' is not served here.{hint} Served here: {served}.",
+            f"The model '{quoted(model_id)}' is not served here.{hint} Served here: {served}.",
             param="model",
         )
 

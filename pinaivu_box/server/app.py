@@ -32,7 +32,9 @@ from pinaivu_box.server import (
     usage,
 )
 from pinaivu_box.server.auth import Authenticate
+from pinaivu_box.server.bodies import Bodies
 from pinaivu_box.server.edge import Edge
+from pinaivu_box.server.unread import Unread
 
 EXPOSED = [
     *("x-request-id", "x-pinaivu-route", "openai-processing-ms", "Retry-After"),
@@ -101,6 +103,7 @@ def create_app(box: Box) -> Starlette:
     app = Starlette(
         routes=ROUTES,
         middleware=[
+            Middleware(Unread),
             Middleware(
                 CORSMiddleware,
                 allow_origins=box.config.server.cors_origins,
@@ -117,5 +120,6 @@ def create_app(box: Box) -> Starlette:
         },
     )
     app.state.box = box
+    app.state.bodies = Bodies()
     app.router.redirect_slashes = False  # Edge has already dealt with slashes
     return app
