@@ -486,6 +486,12 @@ class _Leg:
             yield replace(one, vectors=vectors)
 
 
+def _short(body: bytes) -> None:
+    """Nothing that a leg is told is long."""
+    if len(body) > _SHORT:
+        raise ProtocolError(f"a message of {len(body)} bytes while it is served")
+
+
 def _out(one: Output) -> work.Out:
     return work.Out(
         one.text,
