@@ -486,7 +486,7 @@ class _Leg:
             yield replace(one, vectors=vectors)
 
 
-def _short(body: bytes) -> None:
+async def _short(body: bytes) -> None:
     """Nothing that a leg is told is long."""
     if len(body) > _SHORT:
         raise ProtocolError(f"a message of {len(body)} bytes while it is served")
