@@ -22,7 +22,8 @@ from pinaivu_box.errors import (
 )
 from pinaivu_box.gateway.backend import Job
 from pinaivu_box.gateway.limits import MINUTE, Grant, KeyUse, Limits
-from pinaivu_box.models.catalog import WELL_FORMED, Catalog, Model
+from pinaivu_box.models.catalog import Catalog, Model
+from pinaivu_box.models.names import MAX_NAME, is_model_id, printable
 from pinaivu_box.policy import Policy
 from pinaivu_box.store import keys
 from pinaivu_box.store.database import Database
@@ -117,9 +118,10 @@ class Admission:
 
         Raises InvalidBody, ModelNotFound, ModelNotAllowed, NoNodesAvailable.
         """
-        if not WELL_FORMED.fullmatch(model_id):
+        if not is_model_id(model_id):
             raise InvalidBody(
-                f"'{model_id}' is not a model id: write it as name:tag.", loc=("body", "model")
+                f"'{printable(model_id, MAX_NAME)}' is not a model id: write it as name:tag.",
+                loc=("body", "model"),
             )
         offers = None if key.policy.local_only else self._offers
         model = (offers or self.catalog).find(model_id)

@@ -49,6 +49,10 @@ class Placement:
         self._config = config
         self._keep_alive = parse_duration(config.keep_alive)
 
+    def forgive(self) -> None:
+        """Try again at once what could not be started: its file may be another one now."""
+        self._failures.clear()
+
     @property
     def engines(self) -> list[EngineProcess]:
         return list(self._engines.values())
@@ -145,6 +149,7 @@ class Placement:
             threads=self._config.threads,
             drafting=self._config.drafting,
             context_shift=self._config.context_shift,
+            parts=[str(path) for path, _ in model.parts],
         )
 
     # -- ending --------------------------------------------------------------------------------
