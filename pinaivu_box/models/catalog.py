@@ -146,7 +146,8 @@ def load(config: Config, home: Path, headers: Headers | None = None) -> Catalog:
     return Catalog(models, not_served)
 
 
-class _Set(NamedTuple):
+@dataclass(frozen=True)
+class _Set:
     """The files of one model."""
 
     folder: Path

@@ -8,8 +8,8 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from pinaivu_box.models.gguf import BadGguf, Header
 
@@ -21,7 +21,8 @@ _NAME = re.compile(
 _DIGEST_DOMAIN = b"pinaivu/model-parts/v1\n"
 
 
-class PartName(NamedTuple):
+@dataclass(frozen=True)
+class PartName:
     """Part `number` (from 1) of `count`."""
 
     stem: str

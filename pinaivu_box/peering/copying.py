@@ -123,9 +123,6 @@ class Progress(Protocol):
     def size(self) -> int: ...
 
     @property
-    def bytes(self) -> int: ...
-
-    @property
     def checking(self) -> bool: ...
 
     @property
@@ -139,6 +136,9 @@ class Progress(Protocol):
 
     @property
     def files(self) -> list[tuple[Path, str, bytes]]: ...
+
+    @property
+    def bytes(self) -> int: ...
 
     async def run(self) -> None:
         """Raises CopyFailed; what is here then stays for another try."""
