@@ -139,8 +139,9 @@ def test_headers_that_lie_are_named_and_stop_no_other(models: Path) -> None:
 def test_mutated_headers_never_harm_the_reader(tmp_path: Path) -> None:
     """200 of them in one child, which lives: each is a header with plausible values, or named."""
     real = ggufs.Real.read()
-    data = real.written(real.keys, real.tensors[:40])
-    end = len(data) - sum(len(content) for _, content in real.tensors[:40])
+    small = [one for one in real.tensors if len(one[1]) < 4096]
+    data = real.written(real.keys, small)
+    end = len(data) - sum(len(content) for _, content in small)
     draw = random.Random(14)
     file = tmp_path / "model.gguf"
     counts: dict[str, int] = {}
@@ -383,7 +384,7 @@ def test_another_tenants_stream_goes_on_while_files_are_looked_at(
 ) -> None:
     """Each of these takes the reader as long as any file can."""
     (models.parent / "config.toml").write_text(UNDRAFTED)
-    box = Box(models.parent, "--model", f"{FAKE}=fake:5").start()
+    box = Box(models.parent, "--model", f"{FAKE}=fake:20").start()
     try:
         other = pinaivu_json("keys", "create", home=box.home)["key"]
         options = {"model": FAKE, "messages": [{"role": "user", "content": "hi"}]}
@@ -392,64 +393,53 @@ def test_another_tenants_stream_goes_on_while_files_are_looked_at(
         ) as stream:
             chunks = iter(stream)
             next(chunks)
-            for number in range(3):
+            for number in range(2):
                 with (models / f"heavy{number}.gguf").open("wb") as file:
                     file.write(header([array("a", 8, 3_900_000)], key_count=2))
                     file.truncate(80_000_000)
             meanwhile = 0
             with concurrent.futures.ThreadPoolExecutor(1) as pool:
                 reloading = pool.submit(box.http, "POST", "/v1/admin/reload")
-                while not reloading.done():
-                    next(chunks)
+                while not reloading.done() and next(chunks, None) is not None:
                     meanwhile += 1
             done = reloading.result().json()
-        assert len(done["not_served"]) == 3 and FAKE in done["models"]
+        assert len(done["not_served"]) == 2 and FAKE in done["models"]
         assert meanwhile > 10, meanwhile
     finally:
         box.end()
 
 
-def test_what_llama_cpp_cannot_load_is_tried_again_when_it_is_another_file(
-    models: Path,
-) -> None:
-    """Its failure is its own: no engine is started again and again, and others are served."""
-    file = models / "shell.gguf"
+def test_what_cannot_be_loaded_is_tried_again_when_it_is_another_file(models: Path) -> None:
+    """No engine is started again and again, and others are served meanwhile.  The file that comes
+    says odd things of sampling, which would go into the signed proof, where no NaN can be, has a
+    template that is not UTF-8, and is of a year that SQLite has no number for."""
+    file = models / "odd.gguf"
     file.write_bytes(valid())
     box = Box(models.parent, "--model", f"{FAKE}=fake:0").start()
     try:
-        answer = box.chat(model="shell", max_tokens=1)
+        answer = box.chat(model="odd", max_tokens=1)
         assert answer.status_code == 503
         assert "could not be loaded" in answer.json()["error"]["message"]
         assert box.engines() == []
         assert box.chat(model=FAKE, max_tokens=1).status_code == 200
+
         real = ggufs.Real.read()
-        file.write_bytes(real.written(real.keys))
-        box.http("POST", "/v1/admin/reload")
-        assert box.chat(model="shell", max_tokens=1).status_code == 200
-    finally:
-        box.end()
-
-
-def test_what_a_file_says_of_sampling_is_taken_where_it_can_be_meant(
-    models: Path,
-) -> None:
-    """These go into the signed proof, where no NaN can be."""
-    real = ggufs.Real.read()
-    own = [key for key in real.keys if b"general.sampling" not in key]
-    odd = {"temp": float("nan"), "top_p": float("inf"), "top_k": -5.0, "min_p": 7.0}
-    keys = [key(f"general.sampling.{name}", 6, struct.pack("<f", odd[name])) for name in odd]
-    keys[0] = word("general.sampling.temp", "hot")
-    template = b"\xff{{ messages[0].content }}"
-    own = [key for key in own if b"tokenizer.chat_template" not in key]
-    keys.append(word("tokenizer.chat_template", template))
-    (models / "odd.gguf").write_bytes(real.written([*own, *keys]))
-    box = Box(models.parent).start()
-    try:
+        odd = {"top_p": float("inf"), "top_k": -5.0, "min_p": float("nan")}
+        keys = [key(f"general.sampling.{name}", 6, struct.pack("<f", odd[name])) for name in odd]
+        keys.append(word("general.sampling.temp", "hot"))
+        keys.append(word("tokenizer.chat_template", b"\xff{{ messages[0].content }}"))
+        replaced = (b"general.sampling", b"tokenizer.chat_template")
+        own = [one for one in real.keys if not any(name in one[:99] for name in replaced)]
+        file.write_bytes(real.written([*own, *keys]))
+        os.utime(file, ns=(2**63 + 5, 2**63 + 5))
+        assert "odd:latest" in box.http("POST", "/v1/admin/reload").json()["models"]
         answer = box.chat(model="odd", max_tokens=2)
         assert answer.status_code == 200, answer.text
         receipt = box.http("GET", f"/v1/receipts/{answer.json()['request_id']}").json()
         proof = json.loads(json.loads(receipt["signed_receipt"])["proofs"][0]["signed"])
-        assert proof["sampling"]["top_k"] == 40 and "nan" not in json.dumps(proof).lower()
+        said = {name: float(proof["sampling"][name]) for name in ("top_p", "top_k", "min_p")}
+        assert said == {"top_p": 0.95, "top_k": 40, "min_p": 0.05}
+        assert float(proof["sampling"]["temperature"]) == 0.8
     finally:
         box.end()
 
@@ -475,7 +465,7 @@ def test_a_split_model_is_one_model(models: Path) -> None:
         ids = {one["id"] for one in box.http("GET", "/v1/models").json()["data"]}
         assert ids == {"split:latest", "whole:latest", "configured:1", MODEL}
         texts = {}
-        for name in ("whole:latest", "split:latest", "configured:1"):
+        for name in ("whole:latest", "configured:1"):
             answer = box.chat(model=name, max_tokens=8, seed=1, temperature=0).json()
             texts[name] = answer["choices"][0]["message"]["content"]
             receipt = box.http("GET", f"/v1/receipts/{answer['request_id']}").json()
@@ -502,7 +492,7 @@ def test_a_split_model_is_one_model(models: Path) -> None:
         box.end()
 
     checks = [one for one in pinaivu_json("doctor", home=models.parent) if one["name"] == "models"]
-    (found,) = [one["found"] for one in checks if "split" in one["found"]]
+    (found,) = [one["found"] for one in checks if one["found"].startswith("split:latest")]
     assert f"in 3 files, sha256 {digest[:16]}" in found and "as remembered" in found
     times = paths[2].stat()
     with paths[2].open("r+b") as file:
@@ -573,15 +563,3 @@ def test_sets_that_are_not_what_they_say(models: Path) -> None:
         refused = pinaivu("ls", home=models.parent, check=False)
         assert refused.returncode == 1 and words in refused.stderr
         assert refused.stderr.count("\n") == 1
-
-
-def test_a_file_from_a_year_that_sqlite_has_no_number_for_is_served(models: Path) -> None:
-    real = ggufs.Real.read()
-    file = models / "future.gguf"
-    file.write_bytes(real.written(real.keys))
-    os.utime(file, ns=(2**63 + 5, 2**63 + 5))
-    box = Box(models.parent).start()
-    try:
-        assert box.chat(model="future", max_tokens=1).status_code == 200
-    finally:
-        box.end()

@@ -429,7 +429,7 @@ def _of_disk(error: OSError, target: Path) -> CopyFailed:
         case NoRoom():
             return CopyFailed(f"The disk of {folder} has no room for the model: {error}.")
         case FileExistsError():
-            return CopyFailed(f"{target} is there already: choose another name (--as).")
+            return CopyFailed(f"{error}: choose another name (--as).")
     reason = error.strerror or error
     return CopyFailed(f"The model cannot be written to {folder}: {reason}.")
 
