@@ -116,7 +116,7 @@ def load(config: Config, home: Path, headers: Headers | None = None) -> Catalog:
                 model_id = _id_of(path)
                 if (other := models.get(model_id)) is not None:
                     if other.owner == "local" and _same_file(path, other.path):
-                        continue  # the configuration names this very file
+                        continue  # this very file: the configuration names it, or a link leads here
                     raise BadGguf(
                         f"another file is served as {model_id} already "
                         f"({printable(str(other.path))}): rename one of them"
@@ -133,17 +133,25 @@ def load(config: Config, home: Path, headers: Headers | None = None) -> Catalog:
         headers.finish()
     location = bundled.find()
     if location and bundled.MODEL_ID not in models:
-        # It belongs to this program: its header is read without the caution that others need.
-        models[bundled.MODEL_ID] = _from_file(
-            bundled.MODEL_ID,
-            location.path,
-            gguf.read_header(location.path, location.offset, location.size),
-            offset=location.offset,
-            size=location.size,
-            digest=location.digest,
-            owner="bundled",
-        )
+        try:
+            models[bundled.MODEL_ID] = _bundled(location)
+        except (BadGguf, OSError) as error:
+            not_served[location.path] = f"the bundled model: {_reason(error)}"
     return Catalog(models, not_served)
+
+
+def _bundled(location: bundled.Location) -> Model:
+    """It belongs to this program: its header is read without the caution that others need.  Raises
+    BadGguf, OSError."""
+    return _from_file(
+        bundled.MODEL_ID,
+        location.path,
+        gguf.read_header(location.path, location.offset, location.size),
+        offset=location.offset,
+        size=location.size,
+        digest=location.digest,
+        owner="bundled",
+    )
 
 
 @dataclass(frozen=True)
