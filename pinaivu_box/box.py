@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +26,7 @@ from pinaivu_box.gateway.placement import Placement
 from pinaivu_box.gateway.pool import Pool
 from pinaivu_box.gateway.refusals import Refusals
 from pinaivu_box.gateway.requests import Requests
+from pinaivu_box.gateway.scopes import named_texts
 from pinaivu_box.home import database_of, identity_of, lock, prepare_home
 from pinaivu_box.identity import Identity
 from pinaivu_box.models import catalog as catalogs
@@ -46,8 +47,9 @@ _AT_START = (
     "server.host", "server.port", "server.cors_origins", "peering.enabled", "peering.host",
     "peering.port", "peering.relay", "peering.name", "peering.announce",
 )  # fmt: skip
-# Of [engine], what the box itself uses; the rest an engine is told when it starts.
-_OF_THE_BOX = ("engine.max_queue", "engine.keep_alive", "engine.start_seconds")
+# Of [engine], what holds at once; the rest an engine is told when it starts.
+_NAMED = "engine.shared_prefixes"
+_OF_THE_BOX = ("engine.max_queue", "engine.keep_alive", "engine.start_seconds", _NAMED)
 _MOST_LOGGED = 20  # files that are not served; `pinaivu ls` tells all
 
 log = logging.getLogger("pinaivu.box")
@@ -122,19 +124,21 @@ class Box:
         async with self._reading:
             return self._take_over(*await asyncio.to_thread(self._read_anew))
 
-    def _read_anew(self) -> tuple[Config, Catalog]:
+    def _read_anew(self) -> tuple[Config, Catalog, Sequence[str]]:
         """In a thread: model files may take long to look at.  Raises CliError."""
         new = self.load()
-        return new, catalogs.load(new, self.home, self.headers)
+        return new, catalogs.load(new, self.home, self.headers), named_texts(new.engine)
 
-    def _take_over(self, new: Config, catalog: Catalog) -> Reloaded:
+    def _take_over(self, new: Config, catalog: Catalog, named: Sequence[str]) -> Reloaded:
         logs.configure(new.log)
         changed = configs.differences(self.config, new)
+        if named != self.placement.named and _NAMED not in changed:  # a file has another text
+            changed.append(_NAMED)
         restart = [n for n in configs.differences(self.started, new) if n in _AT_START]
         engines = [n for n in changed if n.startswith("engine.") and n not in _OF_THE_BOX]
         self.config, self.catalog, self.admission.catalog = new, catalog, catalog
         self.admission.engine, self.admission.pricing = new.engine, new.pricing
-        self.placement.configure(new.engine)
+        self.placement.configure(new.engine, named)
         self.placement.forgive()
         self.local.sampling = new.sampling
         self.meter.currency = new.pricing.currency
@@ -304,7 +308,7 @@ def _join(
 ) -> Box:
     identity = identity_of(home)
     digests = Digests(database)
-    placement = Placement(config.engine, digests.of)
+    placement = Placement(config.engine, digests.of, named_texts(config.engine))
     local = LocalBackend(placement, identity.node_id, config.sampling)
     meter = Meter(identity, database, config.pricing.currency)
     metrics = Metrics(placement)
