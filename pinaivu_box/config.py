@@ -21,6 +21,7 @@ from msgspec import Meta, Struct
 from pinaivu_box import amount
 from pinaivu_box.amount import Prices
 from pinaivu_box.errors import CliError
+from pinaivu_box.text import NO_CONTROLS
 
 PositiveInt = Annotated[int, Meta(ge=1)]
 Tokens = Annotated[int, Meta(ge=0, le=2**31 - 1)]  # llama.cpp counts them in 32 bits
@@ -105,7 +106,7 @@ class PeeringConfig(Section, frozen=True):
     host: str = "0.0.0.0"  # noqa: S104 - peers are elsewhere, and must prove who they are
     port: Port = 4002
     relay: str = "none"
-    name: Annotated[str, Meta(max_length=64, pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")] = ""
+    name: Annotated[str, Meta(max_length=64, pattern=NO_CONTROLS)] = ""
     announce: bool = False
     policy: RoutingPolicy = "prefer-local"
     same_name: bool = False
@@ -157,9 +158,9 @@ ENVIRONMENT: dict[str, tuple[str, ...]] = {
 LOG_LEVELS = ("debug", "info", "warning", "error")
 LOG_FORMATS = ("text", "json")
 _BEYOND = ("idle", "refuse")
-HOURS = re.compile(r"([01]\d|2[0-3]):[0-5]\d-([01]\d|2[0-3]):[0-5]\d")
+HOURS = re.compile("([01][0-9]|2[0-3]):[0-5][0-9]-([01][0-9]|2[0-3]):[0-5][0-9]")
 _URL = re.compile(r"https?://[!-~]{1,90}")
-_DURATION = re.compile(r"(-?\d+(?:\.\d+)?)\s*(ms|s|m|h|d)?")
+_DURATION = re.compile(r"(-?[0-9]{1,15}(?:\.[0-9]{1,15})?) *(ms|s|m|h|d)?")
 _LONGEST_DURATION = 365_250 * 86400.0  # seconds
 _SHORTEST_RETENTION = 7200.0  # seconds
 _SLOWEST_COPY = 0.1  # MB/s; at less a piece takes longer than a peer waits for it

@@ -46,7 +46,9 @@ class Pool:
         served: Callable[[str, str, int, int], Awaitable[bool]],
         keep: Callable[[Served | Taken], Awaitable[None]],
     ) -> None:
-        self.reputation = Reputation(time.time)
+        # Whoever sets the clock changes no opinion.
+        began = time.time() - time.monotonic()
+        self.reputation = Reputation(lambda: began + time.monotonic())
         self._config = config
         resting = Resting(time.monotonic, Random())  # noqa: S311, it only spreads requests
         self.candidates = Candidates(

@@ -14,7 +14,7 @@ from pinaivu_box.server.envelope import JSON
 from pinaivu_box.store import accounts
 from pinaivu_box.store.keys import Key
 from pinaivu_box.store.usage import Wanted
-from pinaivu_box.store.usage_report import DAY_MS, grouping, parse_day, report, to_csv
+from pinaivu_box.store.usage_report import grouping, parse_day, report, span, to_csv
 
 
 class UsageQuery(Struct, frozen=True):
@@ -35,12 +35,13 @@ async def usage(request: Request) -> Response:
     start, end = parse_day("start_date", asked.start_date), parse_day("end_date", asked.end_date)
     if start is not None and end is not None and end < start:
         raise InvalidBody("end_date is before start_date", loc=("query", "end_date"))
+    since, until = span(start, end)
     wanted = Wanted(
         account_id=await _account(box, key_of(request), asked.account),
         key_id=asked.key,
         model=asked.model,
-        since=start,
-        until=None if end is None else end + DAY_MS,
+        since=since,
+        until=until,
     )
     made = await report(box.database, wanted, by, box.config.pricing.currency)
     if "text/csv" in request.headers.get("accept", ""):
