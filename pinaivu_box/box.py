@@ -265,6 +265,7 @@ async def _peering(box: Box) -> AsyncIterator[None]:
                 task.cancel()
             await asyncio.wait(running[1:])
             await network.close()
+            pool.close()
             for task in running:
                 task.cancel()
             await asyncio.wait(running)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from pinaivu_box.engine.runner import (
     ModelFacts,
     NoSlot,
     ProgressCallback,
+    TooManyTokens,
 )
 from pinaivu_box.errors import BoxError
 
@@ -35,6 +37,7 @@ _LOG_LEVELS = {3: "warning", 4: "error"}  # ggml_log_level; lower ones are chatt
 _MOST_IDS = 256  # LLAMA_MAX_SEQ
 _TILE = 64  # GGML_FA_TILE_Q
 _MOST_TOP_K = 2**31 - 1
+_SPELLED_OUT = (1, 2)  # LLAMA_VOCAB_TYPE_SPM, _BPE: the tokens' bytes are the text's
 _NO_SLOT = 1  # llama_decode: could not find a KV slot for the batch
 
 
@@ -179,17 +182,32 @@ class LlamaRunner:
 
     # -- the protocol --------------------------------------------------------------------------
 
-    def tokenize(self, text: str) -> list[int]:
+    def tokenize(self, text: str, most: int | None = None) -> list[int]:
         # Many templates write the BOS token themselves; a second one would harm the model.
         bos = self.facts.bos
-        return self._tokenize(text, add_special=not (bos and text.startswith(bos)), special=True)
+        add_special = not (bos and text.startswith(bos))
+        return self._tokenize(text, most, add_special=add_special, special=True)
 
-    def tokenize_text(self, text: str) -> list[int]:
-        return self._tokenize(text, add_special=False, special=False)
+    def tokenize_text(self, text: str, most: int | None = None) -> list[int]:
+        return self._tokenize(text, most, add_special=False, special=False)
 
-    def _tokenize(self, text: str, *, add_special: bool, special: bool) -> list[int]:
+    def fewest_tokens(self, text: str) -> int:
+        # Other kinds of vocabularies drop spaces, or have one token for a word that they do not
+        # know, however long it is.
+        if llama.llama_vocab_type(self._vocab) not in _SPELLED_OUT:
+            return 0
+        return len(text.encode()) // self._longest_piece
+
+    @cached_property
+    def _longest_piece(self) -> int:
+        """Bytes.  Reading the whole vocabulary takes a moment, and only very long texts ask."""
+        return max(1, *(len(self._read_piece(n, special=True)) for n in range(self._n_vocab)))
+
+    def _tokenize(
+        self, text: str, most: int | None, *, add_special: bool, special: bool
+    ) -> list[int]:
         data = text.encode()
-        room = len(data) + 8
+        room = len(data) + 8 if most is None else min(len(data) + 8, most)
         while True:
             buffer = (llama.llama_token * room)()
             count = llama.llama_tokenize(
@@ -198,6 +216,8 @@ class LlamaRunner:
             if count >= 0:
                 return list(buffer[:count])
             room = -count
+            if most is not None and room > most:
+                raise TooManyTokens(room)
 
     def piece(self, token: int) -> bytes:
         piece = self._pieces.get(token)

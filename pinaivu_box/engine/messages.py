@@ -154,12 +154,14 @@ class Embed(Struct, frozen=True, tag=True):
 
 class Tokenize(Struct, frozen=True, tag=True):
     """Tokens of a prompt that is not to be run, or the text of `tokens`.  With `plain` the prompt
-    is a piece of text in which nothing is special.  `inputs` are those of an Embed."""
+    is a piece of text in which nothing is special.  `inputs` are those of an Embed.  With `count`
+    it is only wanted how many there are."""
 
     add: Add
     tokens: list[int] | None = None
     plain: bool = False
     inputs: list[str | list[int]] | None = None
+    count: bool = False
 
 
 class Named(Struct, frozen=True, tag=True):
@@ -201,12 +203,18 @@ class LoadFailed(Struct, frozen=True, tag=True):
 
 
 class Tokenized(Struct, frozen=True, tag=True):
-    """The answer to Tokenize; `thinking` as in Admitted."""
+    """The answer to Tokenize; `thinking` as in Admitted.  `count` is set if only that was asked."""
 
     id: str
     tokens: list[int]
     text: str = ""
     thinking: bool = False
+    count: int | None = None
+
+    @property
+    def number(self) -> int:
+        """Of tokens."""
+        return len(self.tokens) if self.count is None else self.count
 
 
 class Admitted(Struct, frozen=True):

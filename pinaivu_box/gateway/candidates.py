@@ -250,5 +250,12 @@ def _cost(prices: Prices, job: Job, made: int) -> int:
 
 def _conversation(job: Job) -> bytes:
     """The same for all requests that begin alike: model, tenant, and the first two messages."""
-    begin = job.messages[:2] if job.prompt is None else str(job.prompt)[:512]
+    begin: object = (
+        job.prompt[:512]
+        if job.prompt is not None
+        else [
+            (one.get("role"), len(text := one.get("content") or ""), text[:4096])
+            for one in job.messages[:2]
+        ]
+    )
     return hashlib.sha256(f"{job.model.id}\n{job.tenant}\n{begin}".encode()).digest()

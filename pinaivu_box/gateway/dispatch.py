@@ -316,10 +316,15 @@ class Dispatch:
         return replace(job, read=found.tokens, thinking=found.thinking), context
 
     async def tokenize(
-        self, job: Job, tokens: list[int] | None = None, *, plain: bool = False
+        self,
+        job: Job,
+        tokens: list[int] | None = None,
+        *,
+        plain: bool = False,
+        count: bool = False,
     ) -> Tokenized:
         if not job.model.remote:
-            return await self._local.tokenize(job, tokens, plain=plain)
+            return await self._local.tokenize(job, tokens, plain=plain, count=count)
         return (await self._count(job, tokens, plain=plain))[0]
 
     async def _count(

@@ -23,6 +23,7 @@ from pinaivu_box.gateway.serving import Served, Serving
 from pinaivu_box.identity import Identity
 from pinaivu_box.models.catalog import Catalog, Model
 from pinaivu_box.peering import work
+from pinaivu_box.peering.large_messages import LargeMessages
 from pinaivu_box.peering.network import Network
 
 
@@ -50,6 +51,7 @@ class Pool:
         began = time.time() - time.monotonic()
         self.reputation = Reputation(lambda: began + time.monotonic())
         self._config = config
+        self._large = LargeMessages()
         resting = Resting(time.monotonic, Random())  # noqa: S311, it only spreads requests
         self.candidates = Candidates(
             identity.node_id, catalog, self._prices, self._currency, load, placement,
@@ -58,7 +60,7 @@ class Pool:
         self.dispatch = Dispatch(
             self.candidates,
             local,
-            PeerBackend(identity, network, keep),
+            PeerBackend(identity, network, keep, self._large),
             load,
             resting,
             self.reputation,
@@ -69,6 +71,7 @@ class Pool:
         self.serving = Serving(
             identity, local, load, lambda name: catalog().find(name), self._prices,
             self._currency, Guests(terms, owed, served, load), keep, digest,
+            self._large,
         )  # fmt: skip
         network.handlers[work.PURPOSE] = self.serving.handle
         load.changed = network.changed
@@ -77,6 +80,10 @@ class Pool:
         """After a reload."""
         self._config = config
         self.dispatch.routing = _routing(config)
+
+    def close(self) -> None:
+        """End the process that looks at large messages."""
+        self._large.close()
 
     def _prices(self, model: Model) -> Prices:
         pricing = self._config.pricing

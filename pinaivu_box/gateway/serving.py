@@ -38,6 +38,7 @@ from pinaivu_box.gateway.tasks import sampling_of, to_job
 from pinaivu_box.identity import Identity, verify
 from pinaivu_box.models.catalog import Model
 from pinaivu_box.peering import wire, work
+from pinaivu_box.peering.large_messages import LargeMessages
 from pinaivu_box.peering.transport import Stream
 from pinaivu_box.receipts.commitment import Running, new_nonce
 from pinaivu_box.receipts.receipt import (
@@ -57,6 +58,7 @@ _ASK_SECONDS = 30.0  # for a task to come whole
 _ALIVE_SECONDS = 1.0
 _ACCEPT_SECONDS = 10.0
 _TYPICAL_TOKENS = 256  # of an answer without a limit, until it is known better
+_SHORT = 4096  # bytes
 _STOPS = 8  # that one leg is worth
 # Refusals that are of this box or of the peer here: somebody else may well serve the request.
 _OTHERS = (NoNodesAvailable, RateLimited, ModelNotAllowed, ModelNotFound, Conflict, InternalError)
@@ -89,7 +91,9 @@ class Serving:
         guests: Guests,
         record: Callable[[Served], Awaitable[None]],
         digest: Callable[[Model], Awaitable[str]],
+        large: LargeMessages,
     ) -> None:
+        self._large = large
         self._identity, self._local, self._load = identity, local, load
         self._find, self._prices, self._currency = find, prices, currency
         self._record, self._digest = record, digest
@@ -105,7 +109,8 @@ class Serving:
         """One stream of the purpose `work`.  Raises PeeringError if the peer broke off, or the
         rules."""
         async with asyncio.timeout(_ASK_SECONDS), self.guests.use(peer).asking:
-            asked = await work.receive(stream, work.to_serving)
+            check = self._large.to_serving(peer)
+            asked = await work.receive(stream, work.to_serving, check=check)
         try:
             if isinstance(asked, work.Count):
                 await work.send(stream, await self._count(peer, asked))
@@ -281,7 +286,7 @@ class _Leg:
         said: work.ToServing | None = None
         for _ in range(_STOPS):
             try:
-                said = await work.receive(self._stream, work.to_serving)
+                said = await work.receive(self._stream, work.to_serving, check=_short)
             except PeeringError:
                 said = None
             if not isinstance(said, work.Accepted | work.Disputed) and not self._stopped:
@@ -366,6 +371,12 @@ class _Leg:
             )
             mark = self._identity.sign(MARK_DOMAIN, text).hex()
             yield work.Outputs([_out(one) for one in batch], mark)
+
+
+async def _short(body: bytes) -> None:
+    """Nothing that a leg is told is long."""
+    if len(body) > _SHORT:
+        raise ProtocolError(f"a message of {len(body)} bytes while it is served")
 
 
 def _out(one: Output) -> work.Out:

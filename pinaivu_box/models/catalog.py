@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pinaivu_box.config import Config, ModelConfig, SamplingConfig
-from pinaivu_box.errors import CliError, ModelNotFound
+from pinaivu_box.errors import CliError, ModelNotFound, quoted
 from pinaivu_box.models import bundled, folder, gguf, splits
 from pinaivu_box.models.files import look, open_regular
 from pinaivu_box.models.gguf import BadGguf, Header
 from pinaivu_box.models.headers import Headers
-from pinaivu_box.models.names import RULE, is_model_id, printable
+from pinaivu_box.models.names import MAX_NAME, RULE, is_model_id, printable
 
 FAKE = "fake:"  # a runner without a model, for tests and load measurements
 _PIECE = 1 << 20
@@ -88,11 +88,11 @@ class Catalog:
         for candidate in (model_id, f"{model_id}:latest", model_id.removesuffix(":latest")):
             if candidate in self._models:
                 return self._models[candidate]
-        near = difflib.get_close_matches(model_id, self._models, n=3, cutoff=0.5)
+        near = difflib.get_close_matches(model_id[:MAX_NAME], self._models, n=3, cutoff=0.5)
         hint = f" Did you mean {' or '.join(near)}?" if near else ""
         served = ", ".join(sorted(self._models)[:20]) or "no model yet"
         raise ModelNotFound(
-            f"The model '{model_id}' is not served here.{hint} Served here: {served}.",
+            f"The model '{quoted(model_id)}' is not served here.{hint} Served here: {served}.",
             param="model",
         )
 

@@ -7,12 +7,13 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta, Struct
 
-from pinaivu_box.errors import InvalidBody
+from pinaivu_box.errors import InvalidBody, quoted
 from pinaivu_box.openai.request import from_validation
 from pinaivu_box.openai.types import (
     Effort,
     FunctionName,
     FunctionOnly,
+    Identifier,
     JsonFormat,
     Metadata,
     NamedTool,
@@ -56,8 +57,8 @@ class TextOptions(Struct, frozen=True, forbid_unknown_fields=True):
 
 class ReasoningOptions(Struct, frozen=True, forbid_unknown_fields=True):
     effort: Effort | None = None
-    summary: str | None = None
-    generate_summary: str | None = None
+    summary: Identifier | None = None
+    generate_summary: Identifier | None = None
 
 
 class ResponseStreamOptions(Struct, frozen=True, forbid_unknown_fields=True):
@@ -84,7 +85,7 @@ class ResponseRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     text: TextOptions | None = None
     reasoning: ReasoningOptions | None = None
     metadata: Metadata | None = None
-    user: str | None = None
+    user: Identifier | None = None
     truncation: Literal["disabled"] | None = None
     include: list[Literal["reasoning.encrypted_content"]] | None = None
     service_tier: Tier | None = None
@@ -92,8 +93,8 @@ class ResponseRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     conversation: None = None
     max_tool_calls: None = None
     prompt: None = None
-    prompt_cache_key: str | None = None
-    safety_identifier: str | None = None
+    prompt_cache_key: Identifier | None = None
+    safety_identifier: Identifier | None = None
 
 
 class InputDetails(Struct, frozen=True):
@@ -212,10 +213,12 @@ def as_messages(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Items as the messages of a chat.  Raises InvalidBody."""
     messages: list[dict[str, Any]] = []
     for number, item in enumerate(items):
-        kind = _ITEMS.get(item.get("type", ""))
+        named = item.get("type")
+        kind = _ITEMS.get(named) if isinstance(named, str) else None
         if kind is None:
+            shown = quoted(named) if isinstance(named, str) else None
             raise InvalidBody(
-                f"items of type '{item.get('type')}' are not served; {', '.join(_ITEMS)} are",
+                f"items of type '{shown}' are not served; {', '.join(_ITEMS)} are",
                 loc=("body", "input", number, "type"),
             )
         try:

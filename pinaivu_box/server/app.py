@@ -32,6 +32,7 @@ from pinaivu_box.server import (
     usage,
 )
 from pinaivu_box.server.auth import Authenticate
+from pinaivu_box.server.bodies import Bodies
 from pinaivu_box.server.edge import Edge
 
 EXPOSED = [
@@ -118,5 +119,6 @@ def create_app(box: Box) -> Starlette:
         },
     )
     app.state.box = box
+    app.state.bodies = Bodies()
     app.router.redirect_slashes = False  # Edge has already dealt with slashes
     return app

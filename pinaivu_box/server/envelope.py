@@ -61,8 +61,10 @@ def body(error: ApiError, path: str = "") -> dict[str, Any]:
 
 
 def note(request: Request, error: ApiError) -> None:
-    """Count an error that somebody with a key has got."""
+    """Count an error that somebody with a key has got, also as one of the key's requests."""
     state = request.scope["state"]
+    if arrival := state.get("arrival"):
+        arrival.refused(error)
     if key := state.get("key"):
         request.app.state.box.refusals.note(key.id, state.get("model", ""), error.code)
 

@@ -117,10 +117,11 @@ async def _history(call: Call, body: ResponseRequest) -> list[dict[str, Any]]:
     previous = body.previous_response_id
     if previous is None:
         return []
-    found = await stored.conversation(call.box.database, previous, call.key.account_id)
+    account, most = call.key.account_id, call.box.config.server.max_body_bytes
+    found = await stored.conversation(call.box.database, previous, account, most)
     if not found:
         raise _unknown(previous)
-    return found
+    return await call.bodies.history(account, found)
 
 
 def _as_chat(body: ResponseRequest) -> ChatRequest:

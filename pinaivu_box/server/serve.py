@@ -82,8 +82,9 @@ async def serve(box: Box, listener: socket.socket, started: Callable[[], None]) 
     config.graceful_timeout = 3.0
     config.keep_alive_timeout = 75.0
     drained = asyncio.Event()
+    app = create_app(box)
     server = asyncio.create_task(
-        hypercorn_serve(create_app(box), config, shutdown_trigger=drained.wait)  # type: ignore[arg-type]
+        hypercorn_serve(app, config, shutdown_trigger=drained.wait)  # type: ignore[arg-type]
     )
     stop = asyncio.create_task(stopping.wait())
     started()
@@ -93,7 +94,10 @@ async def serve(box: Box, listener: socket.socket, started: Callable[[], None]) 
         await box.drain()
         drained.set()
     stop.cancel()
-    await server
+    try:
+        await server
+    finally:
+        app.state.bodies.close()
 
 
 def _on_signals(stopping: asyncio.Event, box: Box) -> None:

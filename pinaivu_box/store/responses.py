@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import msgspec
 
+from pinaivu_box.errors import BodyTooLarge
 from pinaivu_box.store.database import Database
 
 
@@ -37,27 +36,32 @@ async def find(database: Database, response_id: str, account_id: str) -> StoredR
     return StoredResponse(*rows[0]) if rows else None
 
 
-async def conversation(
-    database: Database, response_id: str, account_id: str
-) -> list[dict[str, Any]]:
-    """All items that led to a response, and its own, oldest first; empty if it is not there."""
-    rows = await database.read(
-        """
-        WITH RECURSIVE chain (id, previous_id, input, body, depth) AS (
-            SELECT id, previous_id, input, body, 0 FROM responses WHERE id = ? AND account_id = ?
-            UNION ALL
-            SELECT r.id, r.previous_id, r.input, r.body, chain.depth + 1
-            FROM responses r JOIN chain ON r.id = chain.previous_id
-        )
-        SELECT input, body FROM chain ORDER BY depth DESC
-        """,
-        (response_id, account_id),
+# All that led to a response, and itself.
+_CHAIN = """
+    WITH RECURSIVE chain (id, previous_id, depth) AS (
+        SELECT id, previous_id, 0 FROM responses WHERE id = ? AND account_id = ?
+        UNION ALL
+        SELECT r.id, r.previous_id, chain.depth + 1
+        FROM responses r JOIN chain ON r.id = chain.previous_id
     )
-    items: list[dict[str, Any]] = []
-    for given, body in rows:
-        items += msgspec.json.decode(given)
-        items += msgspec.json.decode(body)["output"]
-    return items
+"""
+
+
+async def conversation(
+    database: Database, response_id: str, account_id: str, most: int
+) -> list[tuple[bytes, bytes]]:
+    """Input and body of all responses that led to a response, and its own, oldest first; empty if
+    it is not there.  Raises BodyTooLarge if they have more than `most` bytes."""
+    key = (response_id, account_id)
+    sizes = "SELECT SUM(LENGTH(r.input) + LENGTH(r.body)) FROM chain JOIN responses r USING (id)"
+    ((size,),) = await database.read(f"{_CHAIN} {sizes}", key)
+    if (size or 0) > most:
+        raise BodyTooLarge(
+            f"The conversation so far has {size} bytes, and {most} are accepted: begin a new one."
+        )
+    both = "SELECT r.input, r.body FROM chain JOIN responses r USING (id) ORDER BY depth DESC"
+    rows = await database.read(f"{_CHAIN} {both}", key)
+    return [(bytes(given), bytes(body)) for given, body in rows]
 
 
 async def delete(database: Database, response_id: str, account_id: str) -> bool:
