@@ -38,6 +38,7 @@ from pinaivu_box.errors import BoxError
 _LOG_LEVELS = {3: "warning", 4: "error"}  # ggml_log_level; lower ones are chatter
 _MOST_IDS = 256  # LLAMA_MAX_SEQ
 _TILE = 64  # GGML_FA_TILE_Q
+_MOST_TOP_K = 2**31 - 1
 _SPELLED_OUT = (1, 2)  # LLAMA_VOCAB_TYPE_SPM, _BPE: the tokens' bytes are the text's
 _NO_SLOT = 1  # llama_decode: could not find a KV slot for the batch
 
@@ -79,7 +80,9 @@ class LlamaRunner:
 
         callback = llama.llama_progress_callback(report)
         params.progress_callback = callback
-        if load.offset:
+        if load.parts:
+            model = _load_from_parts(load.parts, params)
+        elif load.offset:
             model = _load_from_offset(load.path, load.offset, params)
         else:
             model = llama.llama_model_load_from_file(os.fsencode(load.path), params)
@@ -151,18 +154,27 @@ class LlamaRunner:
         return None if min(tokens) < 0 else tokens
 
     def _sampling_defaults(self) -> SamplingDefaults:
-        def value(key: str) -> float | None:
+        """What the file says, where a request could say so: the rest was not said."""
+
+        def value(key: str, least: float, most: float) -> float | None:
             buffer = ctypes.create_string_buffer(64)
             name = f"general.sampling.{key}".encode()
-            length = llama.llama_model_meta_val_str(self._model, name, buffer, len(buffer))
-            return float(buffer.value) if length > 0 else None
+            if llama.llama_model_meta_val_str(self._model, name, buffer, len(buffer)) <= 0:
+                return None
+            try:
+                found = float(buffer.value)
+            except ValueError:
+                return None
+            return found if least <= found <= most else None  # also None for NaN
 
-        top_k = value("top_k")
+        top_k = value("top_k", 0, _MOST_TOP_K)
+        top_p = value("top_p", 0, 1)
+        min_p = value("min_p", 0, 1)
         return SamplingDefaults(
-            temperature=value("temp"),
-            top_p=value("top_p"),
+            temperature=value("temp", 0, 2),
+            top_p=top_p or None,  # more than 0, and the other less than 1
             top_k=None if top_k is None else int(top_k),
-            min_p=value("min_p"),
+            min_p=None if min_p == 1 else min_p,
         )
 
     def _token_text(self, token: int) -> str:
@@ -310,6 +322,17 @@ def _load_backends() -> None:
     directory = Path(llama.__file__).parent / "lib"
     llama._lib.ggml_backend_load_all_from_path(os.fsencode(directory))
     llama.llama_backend_init()
+
+
+def _load_from_parts(
+    paths: list[str], params: llama.llama_model_params
+) -> llama.llama_model_p | None:
+    """All parts by name: llama.cpp would look for names that end in lower case."""
+    names = (ctypes.c_char_p * len(paths))(*map(os.fsencode, paths))
+    model: llama.llama_model_p | None = llama.llama_model_load_from_splits(
+        names, len(paths), params
+    )
+    return model
 
 
 def _load_from_offset(

@@ -81,7 +81,8 @@ class SamplingDefaults(Struct, frozen=True):
 class Load(Struct, frozen=True, tag=True):
     """The first frame: which file to load and how.
 
-    Sizes in tokens; `threads` 0 means all physical cores.  `drafting` allows prompt lookup.
+    Sizes in tokens; `threads` 0 means all physical cores.  `drafting` allows prompt lookup.  The
+    `parts` of a model in several files are all of them, `path` being the first.
     """
 
     path: str
@@ -93,6 +94,7 @@ class Load(Struct, frozen=True, tag=True):
     threads: int
     drafting: bool = True
     context_shift: bool = False
+    parts: list[str] = []
 
 
 class Add(Struct, frozen=True, tag=True):

@@ -25,7 +25,8 @@ from pinaivu_box.errors import (
 from pinaivu_box.gateway.backend import Job
 from pinaivu_box.gateway.limits import MINUTE, Grant, KeyUse, Limits
 from pinaivu_box.gateway.scopes import scope_of
-from pinaivu_box.models.catalog import LONGEST_ID, WELL_FORMED, Catalog, Model
+from pinaivu_box.models.catalog import Catalog, Model
+from pinaivu_box.models.names import MAX_NAME, is_model_id
 from pinaivu_box.store import keys
 from pinaivu_box.store.database import Database
 from pinaivu_box.store.keys import Key
@@ -157,10 +158,10 @@ class Admission:
 
         Raises InvalidBody, ModelNotFound, ModelNotAllowed, NoNodesAvailable.
         """
-        if len(model_id) > LONGEST_ID or not WELL_FORMED.fullmatch(model_id):
+        if not is_model_id(model_id):
             raise InvalidBody(
                 f"'{quoted(model_id)}' is not a model id: write it as name:tag, in at most "
-                f"{LONGEST_ID} characters.",
+                f"{MAX_NAME} characters.",
                 loc=("body", "model"),
             )
         offers = None if key.policy.local_only else self._offers

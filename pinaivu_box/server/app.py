@@ -83,6 +83,7 @@ ROUTES = [
     Route("/v1/admin/peers/{peer}", admin_peers.get, methods=["GET"]),
     Route("/v1/admin/peers/{peer}", admin_peers.change, methods=["PATCH"]),
     Route("/v1/admin/peers/{peer}", admin_peers.remove, methods=["DELETE"]),
+    Route("/v1/admin/models", admin_models.ls, methods=["GET"]),
     Route("/v1/admin/models/pull", admin_models.pull, methods=["POST"]),
     Route("/v1/admin/audit", admin_audit.ls),
     Route("/v1/admin/ledger", admin_ledger.ls),

@@ -141,9 +141,12 @@ def _on_signals(stopping: asyncio.Event, box: Box) -> None:
         if terminal and not _has_terminal():
             stop(signal.SIGHUP)  # its window was closed
         else:
-            _reload(box)
+            task = loop.create_task(_reload(box))
+            reloading.add(task)
+            task.add_done_callback(reloading.discard)
 
     terminal = _has_terminal()
+    reloading: set[asyncio.Task[None]] = set()  # asyncio itself would forget them
     loop.add_signal_handler(signal.SIGHUP, hang_up)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop, number)
@@ -158,10 +161,11 @@ def _has_terminal() -> bool:
     return True
 
 
-def _reload(box: Box) -> None:
+async def _reload(box: Box) -> None:
     try:
-        done = box.reload()
+        done = await box.reload()
     except CliError as error:
         log.error("not reloaded: %s", error.message)
     else:
-        log.info("reloaded", extra={"fields": dataclasses.asdict(done)})
+        fields = dataclasses.asdict(done) | {"not_served": len(done.not_served)}
+        log.info("reloaded", extra={"fields": fields})

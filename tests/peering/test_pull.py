@@ -15,9 +15,11 @@ from pinaivu_box.box import Box as OpenBox
 from pinaivu_box.box import open_box
 from pinaivu_box.config import Config
 from pinaivu_box.errors import PeerNotFound
+from pinaivu_box.models.splits import digest_of_parts
 from pinaivu_box.peering.advert import Advert
 from pinaivu_box.server.app import create_app
 from pinaivu_box.store import audit
+from tests import ggufs
 from tests.box import Box, pinaivu
 from tests.peering.copies import NAME, SIZE, World, digest_of, made_up
 from tests.peering.people import offer
@@ -46,9 +48,13 @@ class Network:
     def __init__(self, world: World) -> None:
         self.world, self.met, self.changes = world, dict[str, Met](), 0
 
-    def meet(self, source: Any, **models: bytes) -> None:
+    def meet(self, source: Any, **models: bytes | str) -> None:
+        """Models by their file or its digest."""
         offers = tuple(
-            offer(name.replace("_", ":"), digest=bytes.fromhex(digest_of(data)))
+            offer(
+                name.replace("_", ":"),
+                digest=bytes.fromhex(data if isinstance(data, str) else digest_of(data)),
+            )
             for name, data in models.items()
         )
         advert = Advert(bytes(36), bytes(32), 1, 0, 15, "1", (), "credits", offers)
@@ -127,6 +133,34 @@ async def test_a_pulled_model_is_served_at_once_and_told_of(puller: Puller) -> N
     assert (entry.action, entry.target, entry.detail["from"]) == ("model.pull", NAME, ["anna"])
 
 
+async def test_a_model_in_several_files_is_served_at_once_too(puller: Puller) -> None:
+    giver = await puller.world.giver(None, name="anna")
+    parts = [ggufs.part(1, 2), ggufs.part(2, 2) + made_up(3, 100_000)]
+    ggufs.put_split(giver.folder, NAME, parts)
+    digest = digest_of_parts([digest_of(data) for data in parts])
+    puller.network.meet(giver.source, made_up=digest)
+    done = await puller.pull()
+    assert (done["state"], done["bytes"], done["digest"]) == (
+        "done",
+        sum(map(len, parts)),
+        digest,
+    )
+    listed = (await puller.http.get("/v1/admin/models")).json()
+    (model,) = [one for one in listed["data"] if one["id"] == NAME]
+    held = puller.box.catalog.find(NAME)
+    assert [digest_of(file.path.read_bytes()) for file in held.files] == [*map(digest_of, parts)]
+    assert [str(file.path) for file in held.files] == model["files"]
+    # They were checked as they came: nobody reads them again to know their digest.
+    rows = await puller.box.database.read(
+        "SELECT path, digest FROM model_files WHERE path LIKE '%made:up%' ORDER BY path"
+    )
+    assert [(row["path"], row["digest"]) for row in rows] == [
+        (path, digest_of(data)) for path, data in zip(model["files"], parts, strict=True)
+    ]
+    again = await puller.pull()
+    assert again["state"] == "done" and "already, as made:up" in again["message"]
+
+
 async def test_what_is_here_is_not_copied_again(puller: Puller) -> None:
     await puller.giver(DATA)
     await puller.pull()
@@ -157,7 +191,7 @@ async def test_another_name_for_it(puller: Puller) -> None:
     mine = puller.box.home / "models" / "made:up.gguf"
     mine.parent.mkdir()
     mine.write_bytes(made_up(2, 1000))
-    puller.box.look_for_models()
+    await puller.box.look_for_models()
     status, message = await puller.refused()
     assert status == 409 and "another file as made:up" in message and "--as" in message
     assert (await puller.pull(**{"as": "theirs"}))["model"] == "theirs:latest"
