@@ -14,7 +14,7 @@ from pinaivu_box import __version__, logs
 from pinaivu_box import config as configs
 from pinaivu_box.config import Config
 from pinaivu_box.errors import CliError
-from pinaivu_box.gateway.admission import Admission
+from pinaivu_box.gateway.admission import Admission, check_writable
 from pinaivu_box.gateway.books import Books
 from pinaivu_box.gateway.dispatch import Dispatch
 from pinaivu_box.gateway.load import Load
@@ -286,7 +286,9 @@ def _pool(box: Box, network: Network, books: Books) -> Pool:
         terms=books.terms,
         owed=books.owed,
         served=books.served,
+        lately=books.lately,
         keep=books.keep,
+        writable=lambda: check_writable(box.database),
     )
     box.admission.share(pool.dispatch, pool.candidates)
     box.requests.send(pool.dispatch, pool.candidates.offered)

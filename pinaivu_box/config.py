@@ -82,11 +82,14 @@ class PricingConfig(Section, frozen=True):
 
 
 class RetentionConfig(Section, frozen=True):
-    """How long rows are kept; negative is for ever."""
+    """How long rows are kept; negative is for ever.  Of what `/v1/responses` has stored a key also
+    has so many at most, and so many MB (10^6 bytes): its oldest go."""
 
     requests: str = "90d"
     receipts: str = "-1"
-    responses: str = "-1"
+    responses: str = "30d"
+    responses_per_key: PositiveInt = 10_000
+    responses_mb_per_key: Annotated[float, Meta(gt=0)] = 100.0
 
 
 class PeeringServeConfig(Section, frozen=True):
@@ -263,7 +266,8 @@ def _check(config: Config) -> None:
                 "engine.shared_prefixes: each entry has either a text or a file, such as "
                 '{ file = "system.txt" }'
             )
-    for name, text in msgspec.structs.asdict(config.retention).items():
+    for name in ("requests", "receipts", "responses"):
+        text = getattr(config.retention, name)
         if 0 <= parse_duration(text) < _SHORTEST_RETENTION:
             raise ValueError(f"retention.{name} is '{text}', less than 2h: limits look back so far")
     if config.log.level not in LOG_LEVELS:

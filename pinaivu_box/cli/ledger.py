@@ -39,7 +39,8 @@ def ledger(context: click.Context, home: Path, config: Path | None, as_json: boo
     if as_json:
         print_json(found)
         return
-    columns = ("PEER", "CURRENCY", "WE SERVED", "THEY SERVED", "SETTLED", "BALANCE", "LIMIT")
+    columns = ("PEER", "CURRENCY", "WE SERVED", "THEY SERVED", "SETTLED", "BALANCE",
+               "UNACCEPTED", "LIMIT")  # fmt: skip
     rows = [
         (
             one.name,
@@ -48,6 +49,7 @@ def ledger(context: click.Context, home: Path, config: Path | None, as_json: boo
             one.received,
             f"{one.settled_served} / {one.settled_received}",
             one.balance,
+            one.waiting,
             one.credit_limit or "-",
         )
         for one in found

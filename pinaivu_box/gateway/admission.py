@@ -32,6 +32,7 @@ from pinaivu_box.store.database import Database
 from pinaivu_box.store.keys import Key
 from pinaivu_box.store.requests import between
 
+_WRITTEN_SECONDS = 5.0  # that a write shows that another will succeed
 _MOST_IDLE = 10_000  # keys whose use is remembered; others are read again
 
 
@@ -79,6 +80,16 @@ def refusal(key: Key) -> ApiError | None:
     if key.blocked is not None:
         return KeyBlocked(f"The API key {key.prefix}... is blocked: {key.blocked}.")
     return None
+
+
+async def check_writable(database: Database) -> None:
+    """What cannot be accounted for is not computed.  Raises NoNodesAvailable."""
+    if (why := await database.why_not_writable(_WRITTEN_SECONDS)) is not None:
+        raise NoNodesAvailable(
+            f"This box cannot write down what it serves, so it serves nothing now: {why}.  Try "
+            "again later.",
+            retry_after=5,
+        )
 
 
 def under(key: Key, job: Job) -> Job:
@@ -198,6 +209,7 @@ class Admission:
         arrived = None if arrival is None else arrival.entry
         use.arriving += 1  # so that it is not forgotten meanwhile
         try:
+            await check_writable(self._database)
             jobs = [under(key, job) for job in jobs]
             model, context = jobs[0].model, 0
             least = self.prices(key, model).most(1, 0)

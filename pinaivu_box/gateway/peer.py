@@ -94,11 +94,14 @@ class PeerBackend:
             if not ended:
                 stream.abandon()
 
-    def cancel(self, job: Job) -> None:
-        for leg in self._legs.get(job.id, ()):
+    def cancel(self, job: Job, node_id: str | None = None) -> bool:
+        """All its legs, or the one at that node; whether there is any."""
+        found = [one for one in self._legs.get(job.id, ()) if node_id in (None, one.node_id)]
+        for leg in found:
             task = asyncio.create_task(leg.stop())
             self._stops.add(task)
             task.add_done_callback(self._stops.discard)
+        return bool(found)
 
     async def count(
         self, job: Job, to: Destination, tokens: list[int] | None = None, *, plain: bool = False
@@ -131,6 +134,9 @@ class PeerBackend:
         except ValueError as error:
             stream.abandon()
             raise NoNodesAvailable(f"The request is too large for a peer: {error}.") from error
+        except BaseException:
+            stream.abandon()
+            raise
         return stream
 
 
@@ -147,7 +153,7 @@ class _Leg:
         keep: Keep,
         large: LargeMessages,
     ) -> None:
-        self.stream = stream
+        self.stream, self.node_id = stream, to.node_id
         self._check = large.to_coordinator(to.node_id)
         self._identity, self._to, self._keep = identity, to, keep
         self._job, self._seen = job, Seen(job, made, to)

@@ -25,12 +25,14 @@ from pinaivu_box.models.catalog import Catalog, Model
 from pinaivu_box.peering import work
 from pinaivu_box.peering.large_messages import LargeMessages
 from pinaivu_box.peering.network import Network
+from pinaivu_box.store.ledger import Balance
 
 
 class Pool:
     """`keep` gets every leg that was served for a peer or by one, `owed` says what a peer owes us,
-    `served` whether a leg was served for it already, and `terms` what it may have here; `digest`
-    reads a model's file if it has to."""
+    `served` whether a leg was served for it already, `lately` which in the last minute, and `terms`
+    what it may have here; `digest` reads a model's file if it has to; `writable` raises
+    NoNodesAvailable if `keep` could keep nothing."""
 
     def __init__(
         self,
@@ -43,9 +45,11 @@ class Pool:
         network: Network,
         digest: Callable[[Model], Awaitable[str]],
         terms: Callable[[str], Awaitable[Terms]],
-        owed: Callable[[str, str], Awaitable[int]],
+        owed: Callable[[str, str], Awaitable[Balance]],
         served: Callable[[str, str, int, int], Awaitable[bool]],
+        lately: Callable[[str], Awaitable[list[tuple[float, int]]]],
         keep: Callable[[Served | Taken], Awaitable[None]],
+        writable: Callable[[], Awaitable[None]],
     ) -> None:
         # Whoever sets the clock changes no opinion.
         began = time.time() - time.monotonic()
@@ -70,8 +74,8 @@ class Pool:
         )
         self.serving = Serving(
             identity, local, load, lambda name: catalog().find(name), self._prices,
-            self._currency, Guests(terms, owed, served, load), keep, digest,
-            self._large,
+            self._currency, Guests(terms, owed, served, lately, load), keep, digest,
+            writable, self._large,
         )  # fmt: skip
         network.handlers[work.PURPOSE] = self.serving.handle
         load.changed = network.changed

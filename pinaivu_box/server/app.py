@@ -34,6 +34,7 @@ from pinaivu_box.server import (
 from pinaivu_box.server.auth import Authenticate
 from pinaivu_box.server.bodies import Bodies
 from pinaivu_box.server.edge import Edge
+from pinaivu_box.server.unread import Unread
 
 EXPOSED = [
     *("x-request-id", "x-pinaivu-route", "openai-processing-ms", "Retry-After"),
@@ -103,6 +104,7 @@ def create_app(box: Box) -> Starlette:
     app = Starlette(
         routes=ROUTES,
         middleware=[
+            Middleware(Unread),
             Middleware(
                 CORSMiddleware,
                 allow_origins=box.config.server.cors_origins,
