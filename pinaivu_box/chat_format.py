@@ -13,6 +13,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+# Variables and functions that chat templates find without anybody's asking.
+TEMPLATE_OWN = frozenset({
+    "messages", "tools", "add_generation_prompt", "continue_final_message", "bos_token",
+    "eos_token", "unk_token", "pad_token", "raise_exception", "strftime_now", "range", "dict",
+    "lipsum", "cycler", "joiner", "namespace", "self", "loop", "caller", "varargs", "kwargs",
+})  # fmt: skip
+
 THINK, THOUGHT = "<think>", "</think>"
 
 

@@ -53,8 +53,10 @@ class Policy(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True
     keys.  With the scope `local-only` nothing of it leaves this box, and it shares cached prefixes
     with no other key; otherwise it may go to `peers` (names or node ids; empty for all), and where
     it goes `routing` says instead of `[peering] policy`; "never" is as good as `local-only`.  With
-    `lenient` unknown fields of a request are ignored and named in the answer.  `prices` are by glob
-    of a model id: the price of 1,000 tokens, or several; the first that fits counts.
+    `strict` fields of a request that mean nothing here are refused, instead of passed over and
+    named in the answer; `lenient` changes nothing, and keys of earlier versions have it.
+    `prices` are by glob of a model id: the price of 1,000 tokens, or several; the first that fits
+    counts.
     """
 
     scopes: tuple[Scope, ...] = MEMBER_SCOPES
@@ -67,6 +69,7 @@ class Policy(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True
     budget: Budget | None = None
     weight: Annotated[float, Meta(ge=0.01, le=100)] = 1.0
     lenient: bool = False
+    strict: bool = False
     peers: tuple[str, ...] = ()
     routing: RoutingPolicy | None = None
     prices: dict[str, str | Prices] = {}

@@ -17,7 +17,7 @@ FAKE = ("--model", "fake:1=fake:0", "--model", "slow:1=fake:20")
 DEFAULTS = {
     "scopes": ["inference", "usage", "receipts"], "models": [], "networks": [], "rpm": None,
     "tpm": None, "max_parallel": None, "max_queue": 0, "budget": None, "weight": 1.0,
-    "lenient": False, "peers": [], "routing": None, "prices": {},
+    "lenient": False, "strict": False, "peers": [], "routing": None, "prices": {},
 }  # fmt: skip
 
 

@@ -50,7 +50,13 @@ def policy_options(command: Callable[..., Any]) -> Callable[..., Any]:
             click.option(
                 "--lenient/--no-lenient",
                 default=None,
-                help="Ignore unknown fields of requests, and say so in the answer.",
+                help="Of earlier versions; changes nothing.",
+            ),
+            click.option(
+                "--strict/--no-strict",
+                default=None,
+                help="Refuse fields of requests that mean nothing here, instead of passing them "
+                "over and saying so in the answer.",
             ),
             _repeatable(
                 "--price",

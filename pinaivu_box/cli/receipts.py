@@ -137,16 +137,16 @@ def _asked(data: bytes) -> Any:
     except msgspec.DecodeError:
         named = {}  # the decoder below says what is wrong
     if "input" in named and "messages" not in named:
-        texts, _ = decode(data, EmbeddingRequest, lenient=True)
+        texts, _ = decode(data, EmbeddingRequest)
         inputs = texts_or_tokens(texts.input, "input", len(data))
         return Transcript(prompts=[prompt_text([], [], input=inputs)])
     if "prompt" in named and "messages" not in named:
-        completion, _ = decode(data, CompletionRequest, lenient=True)
+        completion, _ = decode(data, CompletionRequest)
         prompts = texts_or_tokens(completion.prompt, "prompt", len(data))
         stop = stop_strings(completion.stop)
         more = {"suffix": completion.suffix} if completion.suffix else {}
         texts_ = [prompt_text([], stop, prompt=[one], **more) for one in prompts]
         echoed = [one for one in prompts if isinstance(one, str) for _ in range(completion.n or 1)]
         return Transcript(prompts=texts_, echoed=echoed if completion.echo else [])
-    chat, _ = decode(data, ChatRequest, lenient=True)
+    chat, _ = decode(data, ChatRequest)
     return Transcript(normalise(chat.messages), stop_strings(chat.stop), more=asked(chat))

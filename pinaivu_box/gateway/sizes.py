@@ -12,7 +12,7 @@ from pinaivu_box.errors import InvalidBody
 MAX_GRAMMAR = 64 * 1024  # all in characters
 MAX_SCHEMA = 256 * 1024
 MAX_TOOLS = 512 * 1024
-MAX_FUNCTIONS = 128
+MAX_FUNCTIONS = 1024
 MAX_STOP = 1024
 
 

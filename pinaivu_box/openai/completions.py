@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 
+from pinaivu_box.openai import parameters
+from pinaivu_box.openai.fields import Passed
 from pinaivu_box.openai.types import ContextShift, Sampled, Text, TextOrTokens, Usage
 
 Tokens = Annotated[list[Annotated[int, Meta(ge=0, lt=2**31)]], Meta(min_length=1)]
@@ -14,15 +16,18 @@ Tokens = Annotated[list[Annotated[int, Meta(ge=0, lt=2**31)]], Meta(min_length=1
 class CompletionRequest(Sampled, frozen=True, kw_only=True):
     """Body of `POST /v1/completions`: a prompt as text or tokens, or a list of such.
 
-    `max_tokens` 0 asks for the prompt alone, with `echo`.
+    `max_tokens` 0 asks for the prompt alone, with `echo`; -1 for as many as there is room for.
     """
 
     prompt: TextOrTokens
     echo: bool | None = None
     suffix: str | None = None
     logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
-    best_of: Literal[1] | None = None
-    max_tokens: Annotated[int, Meta(ge=0, le=2**31 - 1)] | None = None
+    max_tokens: Annotated[int, Meta(ge=-1, le=2**31 - 1)] | None = None
+
+    @staticmethod
+    def prepare(raw: dict[str, Any], passed: Passed) -> None:
+        parameters.completion(raw, passed)
 
 
 class CompletionLogprobs(Struct, frozen=True):

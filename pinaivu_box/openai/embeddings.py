@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 
+from pinaivu_box.openai import parameters
+from pinaivu_box.openai.fields import Passed
 from pinaivu_box.openai.types import Identifier, Text, TextOrTokens
 
 
@@ -17,6 +19,10 @@ class EmbeddingRequest(Struct, frozen=True, forbid_unknown_fields=True):
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: Annotated[int, Meta(ge=1, le=2**31 - 1)] | None = None
     user: Identifier | None = None
+
+    @staticmethod
+    def prepare(raw: dict[str, Any], passed: Passed) -> None:
+        parameters.embedding(raw, passed)
 
 
 class OneEmbedding(Struct, frozen=True):

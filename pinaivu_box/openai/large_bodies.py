@@ -42,12 +42,12 @@ class _Head(Struct, frozen=True, array_like=True):
     """Comes before the body, and a newline between them."""
 
     kind: str
-    lenient: bool
+    strict: bool
 
 
-def job(data: bytes, kind: type[Struct], *, lenient: bool) -> bytes:
+def job(data: bytes, kind: type[Struct], *, strict: bool) -> bytes:
     """What the child is given."""
-    return b"".join((msgspec.json.encode(_Head(kind.__name__, lenient)), b"\n", data))
+    return b"".join((msgspec.json.encode(_Head(kind.__name__, strict)), b"\n", data))
 
 
 def result(answer: bytes, kind: type[Body]) -> tuple[Body, list[str]]:
@@ -86,7 +86,7 @@ def make(_setup: bytes) -> Callable[[bytes], bytes]:
         if asked.kind == _HISTORY:
             rows = msgspec.msgpack.decode(data, type=list[tuple[bytes, bytes]])
             return encoder.encode(history(rows))
-        made: tuple[Any, list[str]] = decode(data, _KINDS[asked.kind], lenient=asked.lenient)
+        made: tuple[Any, list[str]] = decode(data, _KINDS[asked.kind], strict=asked.strict)
         return encoder.encode(made)
 
     return run

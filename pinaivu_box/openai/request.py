@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
 import re
-from functools import cache
 from typing import Any, TypeVar, cast
 
 import msgspec
@@ -13,10 +11,9 @@ from pinaivu_box.errors import (
     BodyTooLarge,
     InvalidBody,
     InvalidJson,
-    UnsupportedParameter,
     quoted,
 )
-from pinaivu_box.openai.parameters import unsupported
+from pinaivu_box.openai.fields import Passed, sift
 from pinaivu_box.openai.types import (
     AssistantMessage,
     ChatRequest,
@@ -24,10 +21,12 @@ from pinaivu_box.openai.types import (
     JsonFormat,
     Message,
     NamedTool,
+    RefusalPart,
     Sampled,
     SchemaFormat,
     StopStrings,
     TextOrTokens,
+    TextPart,
     ToolMessage,
 )
 from pinaivu_box.text import number
@@ -41,15 +40,14 @@ SMALL = 64 * 1024
 MOST_VALUES = 65_536
 MOST_NUMBERS = 524_288
 _DEEPEST = 200  # levels of lists and objects
-_LONGEST_NAME = 100  # characters of a field's name that are looked at, and said again
 
 
-def decode(data: bytes, kind: type[Body], *, lenient: bool = False) -> tuple[Body, list[str]]:
-    """A body of that kind, and the names of what was ignored.
+def decode(data: bytes, kind: type[Body], *, strict: bool = False) -> tuple[Body, list[str]]:
+    """A body of that kind, and the names of what was passed over (see `fields`).
 
     Raises InvalidJson, InvalidBody, UnsupportedParameter, and BodyTooLarge for more values than are
-    taken.  With `lenient`, top-level fields that are unknown or not served are ignored.  What is
-    not SMALL may take seconds.
+    taken.  With `strict`, what would be passed over is refused.  What is not SMALL may take
+    seconds.
     """
     try:
         raw = msgspec.json.decode(data)
@@ -67,18 +65,15 @@ def decode(data: bytes, kind: type[Body], *, lenient: bool = False) -> tuple[Bod
     path = _too_large(raw, ("body",)) if _MANY_DIGITS.search(data) else None
     if path is not None:
         raise InvalidBody("the number has more than 64 bits", loc=path)
-    ignored = dict.fromkeys(_not_served(raw, lenient=lenient))
-    known = _names(kind)
-    ignored |= dict.fromkeys(name for name in raw if name not in known)
-    if ignored and not lenient:
-        raise _unknown(next(iter(ignored)), known)
-    for name in ignored:
-        del raw[name]
+    passed = Passed(strict=strict)
+    if prepare := getattr(kind, "prepare", None):
+        prepare(raw, passed)
+    sift(raw, kind, passed)
     try:
         body = msgspec.convert(raw, kind)
     except msgspec.ValidationError as error:
         raise from_validation(error) from error
-    return body, [quoted(name, _LONGEST_NAME) for name in ignored]
+    return body, passed.said
 
 
 def _deeper(raw: Any, most: int) -> bool:
@@ -94,21 +89,6 @@ def _deeper(raw: Any, most: int) -> bool:
         if not level:
             return False
     return True
-
-
-@cache
-def _names(kind: type[msgspec.Struct]) -> frozenset[str]:
-    """Of its fields; to find them takes as long as to decode a usual body."""
-    return frozenset(field.encode_name for field in msgspec.structs.fields(kind))
-
-
-def _not_served(raw: dict[str, Any], *, lenient: bool) -> list[str]:
-    """Raises UnsupportedParameter, unless it is `lenient`."""
-    found = list(unsupported(raw))
-    if found and not lenient:
-        name, reason = found[0]
-        raise UnsupportedParameter(reason, loc=("body", name), kind="value_error.unsupported")
-    return [name for name, _ in found]
 
 
 def check_number_of_values(raw: Any, whose: str) -> None:
@@ -147,20 +127,10 @@ def _too_large(value: Any, path: tuple[str | int, ...]) -> tuple[str | int, ...]
     return next((found for key, one in items if (found := _too_large(one, (*path, key)))), None)
 
 
-def _unknown(name: str, known: frozenset[str]) -> InvalidBody:
-    near = difflib.get_close_matches(name[:_LONGEST_NAME], known, 1)
-    hint = f"did you mean '{near[0]}'?" if near else "remove it or correct its name"
-    return InvalidBody(
-        f"'{quoted(name)}' is not a field here: {hint}",
-        loc=("body", name),
-        kind="value_error.extra",
-    )
-
-
-def text_of(content: Content | None) -> str:
+def text_of(content: Content | list[TextPart | RefusalPart] | None) -> str:
     if content is None or isinstance(content, str):
         return content or ""
-    return "".join(part.text for part in content)
+    return "".join(part.text if isinstance(part, TextPart) else part.refusal for part in content)
 
 
 def texts_or_tokens(given: TextOrTokens, param: str, most: int) -> list[str | list[int]]:
@@ -202,6 +172,8 @@ def _message(message: Message) -> dict[str, Any]:
                 {"id": one.id, "type": one.type, "function": msgspec.to_builtins(one.function)}
                 for one in message.tool_calls
             ]
+        if message.refusal and not made["content"]:
+            made["content"] = message.refusal
         if message.reasoning_content is not None:
             made["reasoning_content"] = message.reasoning_content
     return made

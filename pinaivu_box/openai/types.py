@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 
+from pinaivu_box.openai import parameters
+from pinaivu_box.openai.fields import Passed
 from pinaivu_box.text import TOKEN_ID, whole
 
 Text = Annotated[str, Meta(min_length=1)]
@@ -14,6 +16,12 @@ Identifier = Annotated[str, Meta(max_length=512)]  # of a user, a cache: kept, o
 
 class TextPart(Struct, frozen=True, tag="text", tag_field="type"):
     text: str
+
+
+class RefusalPart(Struct, frozen=True, tag="refusal", tag_field="type"):
+    """Of an assistant's message."""
+
+    refusal: str
 
 
 # A field is one plain union, so that msgspec's error carries the path of what is wrong in it.
@@ -53,10 +61,10 @@ class ToolCall(Struct, frozen=True, forbid_unknown_fields=True):
 class AssistantMessage(_Message, frozen=True, tag="assistant", kw_only=True):
     """Fields that are null in our answers may come back in the history."""
 
-    content: Content | None = None
+    content: str | list[TextPart | RefusalPart] | None = None
     tool_calls: list[ToolCall] | None = None
     reasoning_content: str | None = None
-    refusal: None = None
+    refusal: str | None = None
     audio: None = None
     function_call: None = None
     annotations: list[Any] | None = None
@@ -160,13 +168,25 @@ class ContextShift(Struct, frozen=True):
 Choices = Annotated[int, Meta(ge=1, le=128)]
 Probability = Annotated[float, Meta(gt=0, le=1)]
 TopK = Annotated[int, Meta(ge=0, le=2**31 - 1)]
-StopStrings = StopString | Annotated[list[StopString], Meta(max_length=4)]
+MOST_STOPS = 64
+StopStrings = StopString | Annotated[list[StopString], Meta(max_length=MOST_STOPS)]
+MOST_TOOLS = 1024
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
 Tier = Literal["auto", "default", "flex", "priority", "scale"]
 # Accepted as OpenAI documents it: sixteen pairs of text.
 Metadata = Annotated[
     dict[Annotated[str, Meta(max_length=64)], Annotated[str, Meta(max_length=512)]],
     Meta(max_length=16),
+]
+
+
+# More variables for the model's template; as much of them as a peer takes.
+TemplateVariables = Annotated[
+    dict[
+        Annotated[str, Meta(max_length=256)],
+        bool | int | float | Annotated[str, Meta(max_length=256)],
+    ],
+    Meta(max_length=12),
 ]
 
 
@@ -196,16 +216,21 @@ class Sampled(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     cache_prompt: bool | None = None
     pinaivu: Extension | None = None
 
+    @staticmethod
+    def prepare(raw: dict[str, Any], passed: Passed) -> None:
+        parameters.sampled(raw, passed)
+
 
 class ChatRequest(Sampled, frozen=True, kw_only=True):
-    """Body of `POST /v1/chat/completions`.  Every field that is not here is refused by name."""
+    """Body of `POST /v1/chat/completions`.  Names of other servers are read as these fields, and
+    all else is passed over and said."""
 
     messages: Annotated[list[Message], Meta(min_length=1)]
     max_completion_tokens: TokenCount | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     response_format: TextFormat | JsonFormat | SchemaFormat | None = None
-    tools: Annotated[list[Tool], Meta(max_length=128)] | None = None
+    tools: Annotated[list[Tool], Meta(max_length=MOST_TOOLS)] | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: Effort | None = None
@@ -215,6 +240,11 @@ class ChatRequest(Sampled, frozen=True, kw_only=True):
     store: bool | None = None
     safety_identifier: Identifier | None = None
     prompt_cache_key: Identifier | None = None
+    chat_template_kwargs: TemplateVariables | None = None  # as vLLM's
+
+    @staticmethod
+    def prepare(raw: dict[str, Any], passed: Passed) -> None:
+        parameters.chat(raw, passed)
 
 
 # Text or tokens, or a list of such; msgspec knows one kind of list in a union.

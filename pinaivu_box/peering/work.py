@@ -91,7 +91,7 @@ class Task(Struct, frozen=True, omit_defaults=True):
     asked: Asked
     seed: _Seed
     max_tokens: Annotated[int, Meta(ge=0, lt=2**53)] | None  # as RFC 8785 can write it
-    stop: Annotated[list[Annotated[str, Meta(min_length=1)]], Meta(max_length=4)]
+    stop: Annotated[list[Annotated[str, Meta(min_length=1)]], Meta(max_length=64)]
     nonce: Hex32
     choice: _Small = 0
     prompt_number: _Small = 0
@@ -105,7 +105,7 @@ class Task(Struct, frozen=True, omit_defaults=True):
     priority: Annotated[int, Meta(ge=-100, le=100)] = 0
     prompt: Text | Tokens_ | None = None
     tools: Tools | None = None
-    template: Annotated[dict[Short, bool | Short], Meta(max_length=16)] = {}
+    template: Annotated[dict[Short, bool | int | float | Short], Meta(max_length=16)] = {}
     constraint: Constraint | None = None
     logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     prediction: Text = ""

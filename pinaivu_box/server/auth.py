@@ -106,6 +106,7 @@ def _secret(headers: Headers) -> str:
             "There is no API key: send it as the header 'Authorization: Bearer sk-pnv-...'."
         )
     scheme, _, secret = value.partition(" ")
+    secret = secret.strip(" \t")
     if scheme.lower() != "bearer" or not secret:
         raise Unauthorized(
             "The Authorization header is malformed: write it as 'Bearer sk-pnv-...'."

@@ -48,7 +48,7 @@ class Bodies:
         return self._pool.pids
 
     async def receive(
-        self, request: Request, account: str, kind: type[Body], most: int, *, lenient: bool
+        self, request: Request, account: str, kind: type[Body], most: int, *, strict: bool
     ) -> tuple[Body, list[str]]:
         """As `decode`, of a body of at most so many bytes.  The room that a large one takes is
         `scope["state"]["room"]` until somebody leaves it (see `leave`).  Raises what `read` and
@@ -56,13 +56,13 @@ class Bodies:
         reading = Reading(request, most)
         data = await reading.up_to(SMALL)
         if data is not None:
-            return decode(data, kind, lenient=lenient)
+            return decode(data, kind, strict=strict)
         room = await self._room.take(account, reading.announced or most, most)
         request.scope["state"]["room"] = room
         data = await reading.whole()
         if len(data) <= SMALL:
-            return decode(data, kind, lenient=lenient)
-        payload = large_bodies.job(data, kind, lenient=lenient)
+            return decode(data, kind, strict=strict)
+        payload = large_bodies.job(data, kind, strict=strict)
         del data
         return large_bodies.result(await self._run(payload, account), kind)
 

@@ -81,7 +81,7 @@ def _jobs(
 ) -> list[Job]:
     common = replace(
         job_of(body, model, call.request_id, call.key.id),
-        max_tokens=_DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens,
+        max_tokens=_max_tokens(body.max_tokens),
         logprobs=body.logprobs,
         echo=bool(body.echo),
         suffix=body.suffix or "",
@@ -94,6 +94,12 @@ def _jobs(
         )
         jobs += choices(first, n)
     return jobs
+
+
+def _max_tokens(asked: int | None) -> int | None:
+    if asked is None:
+        return _DEFAULT_MAX_TOKENS
+    return None if asked < 0 else asked
 
 
 class _Choice:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import time
+from urllib.parse import quote
 
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -20,6 +21,8 @@ log = logging.getLogger("pinaivu.http")
 _ABSOLUTE = re.compile(r"^https?://[^/?#]*", re.IGNORECASE)  # RFC 9112, section 3.2.2
 _SECRET = re.compile(rf"{PREFIX}[^/\s]+")  # has no place in a path, but ends up there
 _DOUBLED = re.compile(rf"^(?:/v1)+(?=/v1(?:/|{END}))")
+_PLAIN = "!#$&'*+-.^_`|~:/[]"  # beside letters and digits, in a list in a header
+_LONGEST_HEADER = 2000
 QUIET = {"/health", "/readyz", "/metrics"}  # polled every few seconds
 
 
@@ -31,6 +34,18 @@ def normalise(path: str) -> str:
     """`/v1/v1/models/` and `//v1/models` are `/v1/models`: base URLs get pasted in every way."""
     path = re.sub(r"/{2,}", "/", _ABSOLUTE.sub("", path))
     return _DOUBLED.sub("", path).rstrip("/") or "/"
+
+
+def _listed(names: list[str]) -> str:
+    """As a header: with commas between them, and what a header cannot carry percent-encoded."""
+    listed, size = [], 0
+    for name in names:
+        listed.append(quote(name, safe=_PLAIN))
+        size += len(listed[-1]) + 2
+        if size > _LONGEST_HEADER:
+            listed[-1] = "..."
+            break
+    return ", ".join(listed)
 
 
 class Edge:
@@ -59,9 +74,13 @@ class Edge:
             if message["type"] == "http.response.start":
                 status, started = message["status"], True
                 headers = MutableHeaders(scope=message)
-                headers["x-request-id"] = request_id
+                headers["x-request-id"] = headers["request-id"] = (
+                    request_id  # OpenAI's, Anthropic's
+                )
                 if route := state.get("route"):
                     headers["x-pinaivu-route"] = route
+                if ignored := state.get("ignored"):
+                    headers["x-pinaivu-ignored"] = _listed(ignored)
                 headers["openai-processing-ms"] = str(round((time.monotonic() - began) * 1000))
             await send(message)
 

@@ -28,7 +28,7 @@ from pinaivu_box.server.auth import key_of, require_account
 from pinaivu_box.server.bodies import Bodies, leave
 from pinaivu_box.server.stream import EventStream
 
-LENIENT = "x-pinaivu-lenient"
+STRICT = "x-pinaivu-strict"
 TIMEOUT = "x-request-timeout"
 _LONGEST_TIMEOUT = 86400.0  # seconds, as in the body
 
@@ -53,18 +53,20 @@ class Call:
         self._watcher: asyncio.Task[None]  # once it is started
 
     async def body(self, kind: type[Body]) -> Body:
-        """The decoded body; `ignored` then names what the client agreed to have ignored.
+        """The decoded body; `ignored` then names what of it was passed over, and so does the header
+        `x-pinaivu-ignored`.
 
         From here on the call counts as one of the key's requests.  Raises RateLimited if it has
         none left, before anything is read, and what `Bodies.receive` does.
         """
         state, key = self._request.scope["state"], self.key
         self._arrival = state["arrival"] = await self.box.admission.arrive(key)
-        lenient = self._request.headers.get(LENIENT) == "1" or key.policy.lenient
+        strict = self._request.headers.get(STRICT) == "1" or key.policy.strict
         most = self.box.config.server.max_body_bytes
         body, self.ignored = await self.bodies.receive(
-            self._request, key.account_id, kind, most, lenient=lenient
+            self._request, key.account_id, kind, most, strict=strict
         )
+        state["ignored"] = self.ignored
         self._timeout = _timeout(self._request, getattr(body, "pinaivu", None))
         return body
 

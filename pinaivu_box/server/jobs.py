@@ -61,7 +61,7 @@ def chat_job(body: ChatRequest, model: Model, request_id: str, tenant: str) -> J
         messages=normalise(body.messages),
         max_tokens=min(limits) if limits else None,
         tools=_tools(body),
-        template=_template(body),
+        template={**_template(body), **(body.chat_template_kwargs or {})},
         constraint=job.constraint or _format(body),
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         prediction=text_of(body.prediction.content) if body.prediction else "",
