@@ -20,6 +20,9 @@ TEMPLATE_OWN = frozenset({
     "lipsum", "cycler", "joiner", "namespace", "self", "loop", "caller", "varargs", "kwargs",
 })  # fmt: skip
 
+# The template's variable by which a request says that the answer goes on with its last message.
+CONTINUE = "continue_final_message"
+
 THINK, THOUGHT = "<think>", "</think>"
 
 

@@ -69,9 +69,13 @@ class ChatTemplate:
         `functions` are what the model may call, `variables` more of the template's.
         """
         self._most = most
+        variables = variables or {}
+        if variables.get(chat_format.CONTINUE) and messages and messages[-1]["role"] == "assistant":
+            return self._continued(messages, functions, variables)
         # "developer" is OpenAI's newer name of "system"; templates know only the older one.
         known = [{**m, "role": "system"} if m["role"] == "developer" else m for m in messages]
-        values = {**(variables or {}), **self._tokens, "add_generation_prompt": True}
+        more = {k: v for k, v in variables.items() if k not in chat_format.TEMPLATE_OWN}
+        values = {**more, **self._tokens, "add_generation_prompt": True}
         if not self.knows_tools:
             return self._render(_in_words(known, functions or []), values)
         if functions:
@@ -85,12 +89,29 @@ class ChatTemplate:
         except BadRequest:
             return self._render(known, values)
 
+    def _continued(
+        self,
+        messages: list[dict[str, Any]],
+        functions: list[dict[str, Any]] | None,
+        variables: dict[str, Any],
+    ) -> str:
+        """The prompt up to the end of the last message's text, which is the assistant's."""
+        others = {k: v for k, v in variables.items() if k != chat_format.CONTINUE}
+        before = self.render(messages[:-1], functions, others, self._most)
+        last = messages[-1]
+        if before.rstrip().endswith(chat_format.THINK):  # the text begins after the thoughts
+            before = f"{before.rstrip()}\n\n{chat_format.THOUGHT}\n\n"
+        return before + str(last["content"] or "").rstrip()
+
     def _render(self, messages: list[dict[str, Any]], values: dict[str, Any]) -> str:
         try:
             return self._try(messages, values)
         except ContextOverflow:
             raise
         except BadRequest:
+            taking_turns = _taking_turns(messages)
+            if taking_turns != messages:
+                return self._render(taking_turns, values)
             if len(messages) < 2 or [one["role"] for one in messages[:2]] != ["system", "user"]:
                 raise
         # Some templates know no system role (Gemma's): its words go before the user's.
@@ -119,6 +140,22 @@ class ChatTemplate:
                 "context here can hold: shorten the messages."
             )
         return "".join(parts)
+
+
+def _taking_turns(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For templates that insist on turns: one system message, at the beginning, and what a user
+    says in several messages in one."""
+    made: list[dict[str, Any]] = []
+    for message in messages:
+        said = message
+        if message["role"] == "system" and made and made[-1]["role"] != "system":
+            said = {**message, "role": "user"}
+        if made and made[-1]["role"] == said["role"] and said["role"] in ("system", "user"):
+            text = f"{made[-1]['content']}\n\n{said['content']}"
+            made[-1] = {**made[-1], "content": text}
+        else:
+            made.append(said)
+    return made
 
 
 def _with_objects(message: dict[str, Any]) -> dict[str, Any]:

@@ -44,6 +44,7 @@ class Begun:
     thinking: bool
     prompt: str = ""
     route: str = ""
+    prompt_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -218,6 +219,7 @@ class Request:
                 prompt.thinking,
                 prompt.text,
                 started.header,
+                len(prompt.tokens),
             )
         )
 

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from pinaivu_box.errors import InvalidBody
+from pinaivu_box.openai import parameters
+from pinaivu_box.openai.fields import Passed
 from pinaivu_box.openai.types import (
+    MOST_STOPS,
+    MOST_TOOLS,
     FunctionName,
     Identifier,
     Probability,
@@ -21,14 +26,35 @@ from pinaivu_box.openai.types import (
 
 
 class TextBlock(Struct, frozen=True, tag="text", tag_field="type"):
-    """More fields, such as `cache_control`, are hints: prefixes are cached anyway."""
-
     text: str
+
+
+class TextSource(Struct, frozen=True, tag="text", tag_field="type"):
+    data: str
+    media_type: str = "text/plain"
+
+
+class ContentSource(Struct, frozen=True, tag="content", tag_field="type"):
+    content: str | list[TextBlock]
+
+
+class DocumentBlock(Struct, frozen=True, tag="document", tag_field="type"):
+    """A document that is text."""
+
+    source: TextSource | ContentSource
+    title: str | None = None
+    context: str | None = None
+
+
+class SearchResultBlock(Struct, frozen=True, tag="search_result", tag_field="type"):
+    source: str
+    title: str
+    content: list[TextBlock]
 
 
 class ThinkingBlock(Struct, frozen=True, tag="thinking", tag_field="type"):
     thinking: str
-    signature: str = ""
+    signature: str | None = None
 
 
 class ToolUseBlock(Struct, frozen=True, tag="tool_use", tag_field="type"):
@@ -39,15 +65,16 @@ class ToolUseBlock(Struct, frozen=True, tag="tool_use", tag_field="type"):
 
 class ToolResultBlock(Struct, frozen=True, tag="tool_result", tag_field="type"):
     tool_use_id: str
-    content: str | list[TextBlock] = ""
-    is_error: bool = False
+    content: str | list[TextBlock | DocumentBlock | SearchResultBlock] | None = None
+    is_error: bool | None = None
 
 
-Block = TextBlock | ThinkingBlock | ToolUseBlock | ToolResultBlock
+Readable = TextBlock | DocumentBlock | SearchResultBlock
+Block = Readable | ThinkingBlock | ToolUseBlock | ToolResultBlock
 
 
 class AnthropicMessage(Struct, frozen=True):
-    role: Literal["user", "assistant"]
+    role: Literal["user", "assistant", "system"]
     content: str | list[Block]
 
 
@@ -66,7 +93,6 @@ class AnthropicChoice(Struct, frozen=True, forbid_unknown_fields=True):
 
 class Thinking(Struct, frozen=True):
     type: Literal["enabled", "disabled", "adaptive"]
-    budget_tokens: int | None = None
 
 
 class Owner(Struct, frozen=True):
@@ -79,9 +105,13 @@ class CountTokensRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     model: Text
     messages: Annotated[list[AnthropicMessage], Meta(min_length=1)]
     system: str | list[TextBlock] | None = None
-    tools: Annotated[list[AnthropicTool], Meta(max_length=128)] | None = None
+    tools: Annotated[list[AnthropicTool], Meta(max_length=MOST_TOOLS)] | None = None
     tool_choice: AnthropicChoice | None = None
     thinking: Thinking | None = None
+
+    @staticmethod
+    def prepare(raw: dict[str, Any], passed: Passed) -> None:
+        parameters.messages(raw, passed)
 
 
 class MessagesRequest(CountTokensRequest, frozen=True, kw_only=True):
@@ -89,7 +119,7 @@ class MessagesRequest(CountTokensRequest, frozen=True, kw_only=True):
 
     max_tokens: TokenCount
     stream: bool = False
-    stop_sequences: Annotated[list[StopString], Meta(max_length=16)] | None = None
+    stop_sequences: Annotated[list[StopString], Meta(max_length=MOST_STOPS)] | None = None
     temperature: Annotated[float, Meta(ge=0, le=1)] | None = None
     top_p: Probability | None = None
     top_k: TopK | None = None
@@ -129,19 +159,42 @@ class TokenCountAnswer(Struct, frozen=True):
 
 
 def as_messages(body: CountTokensRequest) -> list[dict[str, Any]]:
-    """Raises InvalidBody for blocks where they cannot be."""
+    """Raises InvalidBody for blocks where they cannot be.
+
+    Templates know a system message at the beginning only: what of it comes before the first answer
+    is joined there, and what comes later stands in a user's words.
+    """
+    system = [_text(body.system)] if body.system else []
     made: list[dict[str, Any]] = []
-    if body.system:
-        made.append({"role": "system", "content": _text(body.system)})
+    answered = False
     for number, message in enumerate(body.messages):
-        blocks = message.content
-        if isinstance(blocks, str):
-            made.append({"role": message.role, "content": blocks})
-        elif message.role == "assistant":
+        blocks: list[Block] = (
+            [TextBlock(message.content)] if isinstance(message.content, str) else message.content
+        )
+        if message.role == "assistant":
+            answered = True
             made.append(_assistant(blocks, number))
-        else:
+        elif message.role == "user":
             made += _user(blocks, number)
+        elif answered:
+            said = f"<system>\n{_words(blocks, number)}\n</system>"
+            if made[-1]["role"] == "user":
+                made[-1]["content"] += f"\n\n{said}"
+            else:
+                made.append({"role": "user", "content": said})
+        else:
+            system.append(_words(blocks, number))
+    if system:
+        made.insert(0, {"role": "system", "content": "\n\n".join(system)})
     return made
+
+
+def continues(body: CountTokensRequest) -> bool:
+    """Whether the answer goes on with the last message, which the client has begun."""
+    last = body.messages[-1]
+    if last.role != "assistant":
+        return False
+    return isinstance(last.content, str) or all(isinstance(b, TextBlock) for b in last.content)
 
 
 def _assistant(blocks: list[Block], number: int) -> dict[str, Any]:
@@ -149,10 +202,8 @@ def _assistant(blocks: list[Block], number: int) -> dict[str, Any]:
     texts: list[str] = []
     for block in blocks:
         match block:
-            case TextBlock(text):
-                texts.append(text)
             case ThinkingBlock(thinking):
-                message["reasoning_content"] = thinking
+                message["reasoning_content"] = message.get("reasoning_content", "") + thinking
             case ToolUseBlock(call_id, name, given):
                 arguments = json.dumps(given, ensure_ascii=False)
                 function = {"name": name, "arguments": arguments}
@@ -160,6 +211,8 @@ def _assistant(blocks: list[Block], number: int) -> dict[str, Any]:
                 message.setdefault("tool_calls", []).append(call)
             case ToolResultBlock():
                 raise _misplaced("a tool_result belongs into a user's message", number)
+            case _:
+                texts.append(_readable(block))
     message["content"] = "".join(texts)
     return message
 
@@ -169,19 +222,43 @@ def _user(blocks: list[Block], number: int) -> list[dict[str, Any]]:
     texts: list[str] = []
     for block in blocks:
         match block:
-            case TextBlock(more):
-                texts.append(more)
-            case ToolResultBlock(call_id, content):
-                made.append({"role": "tool", "tool_call_id": call_id, "content": _text(content)})
-            case _:
+            case ToolResultBlock(call_id, content, is_error):
+                text = _text(content or "")
+                if is_error:  # templates have no word for it
+                    text = f"Error: {text}" if text else "Error"
+                made.append({"role": "tool", "tool_call_id": call_id, "content": text})
+            case ToolUseBlock() | ThinkingBlock():
                 raise _misplaced("tool_use and thinking belong into an assistant's", number)
+            case _:
+                texts.append(_readable(block))
     text = "".join(texts)
     return [*made, {"role": "user", "content": text}] if text or not made else made
+
+
+def _words(blocks: list[Block], number: int) -> str:
+    """Of a system message."""
+    texts = []
+    for block in blocks:
+        if isinstance(block, ToolUseBlock | ThinkingBlock | ToolResultBlock):
+            raise _misplaced("a system message is of text", number)
+        texts.append(_readable(block))
+    return "".join(texts)
 
 
 def _misplaced(why: str, number: int) -> InvalidBody:
     return InvalidBody(why, loc=("body", "messages", number, "content"))
 
 
-def _text(content: str | list[TextBlock]) -> str:
-    return content if isinstance(content, str) else "".join(block.text for block in content)
+def _text(content: str | Sequence[Readable]) -> str:
+    return content if isinstance(content, str) else "".join(map(_readable, content))
+
+
+def _readable(block: Readable) -> str:
+    match block:
+        case TextBlock(text):
+            return text
+        case SearchResultBlock(source, title, content):
+            return f"{title}\n{source}\n{_text(content)}\n"
+        case DocumentBlock(source=source):
+            text = source.data if isinstance(source, TextSource) else _text(source.content)
+            return "\n".join(one for one in (block.title, block.context, text) if one) + "\n"

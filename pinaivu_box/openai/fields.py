@@ -73,12 +73,13 @@ class Passed:
         return [*self._said, *([f"… and {self._more} more"] if self._more else [])]
 
 
-def sift(raw: dict[str, Any], kind: type[msgspec.Struct], passed: Passed) -> None:
-    """Take out of `raw` what `kind` does not know, and make integers of integral floats where
-    integers are wanted.  Raises what `Passed.over` does, and InvalidBody for a name that is nearly
-    a known one."""
-    shape = _shape_of(kind)
-    _sift(raw, shape, (), passed)
+def sift(
+    raw: dict[str, Any], kind: type[msgspec.Struct], passed: Passed, path: Location = ()
+) -> None:
+    """Take out of `raw`, which stands at that path of the body, what `kind` does not know, and make
+    integers of integral floats where integers are wanted.  Raises what `Passed.over` does, and
+    InvalidBody for a name that is nearly a known one."""
+    _sift(raw, _shape_of(kind), path, passed)
 
 
 @dataclass

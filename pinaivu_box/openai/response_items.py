@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pinaivu_box.openai.reader import Arguments, Call, Piece, Text, Thought
+from pinaivu_box.openai.response_tools import Called, as_input
 
 Event = dict[str, Any]
 _NO_LOGPROBS: dict[str, Any] = {"logprobs": []}
@@ -14,11 +15,14 @@ _NO_LOGPROBS: dict[str, Any] = {"logprobs": []}
 class ResponseItems:
     """`items` is the output so far; what is added gives the events that tell of it.
 
-    `suffix` makes the ids of the items unique to their response.
+    `suffix` makes the ids of the items unique to their response.  `called` says how the client
+    knows the functions of the model's calls.
     """
 
-    def __init__(self, suffix: str) -> None:
+    def __init__(self, suffix: str, called: Mapping[str, Called]) -> None:
         self.items: list[dict[str, Any]] = []
+        self._called = called
+        self._arguments: list[str] = []  # of a custom tool's call
         self._suffix = suffix
         self._open: str = ""  # type of the last item, if it may still grow
 
@@ -32,6 +36,8 @@ class ResponseItems:
                     events += self._grow("reasoning", "reasoning_text", text)
                 case Call(_, call_id, name):
                     events += [*self.close(), self._begin_call(call_id, name)]
+                case Arguments(_, text) if self._open == "custom_tool_call":
+                    self._arguments.append(text)
                 case Arguments(_, text):
                     self.items[-1]["arguments"] += text
                     delta = "response.function_call_arguments.delta"
@@ -43,6 +49,8 @@ class ResponseItems:
         items = [dict(item) for item in self.items]
         if self._open:
             items[-1]["status"] = status
+            if self._open == "custom_tool_call":
+                items[-1]["input"] = as_input("".join(self._arguments))
         return items
 
     def close(self, status: str = "completed") -> list[Event]:
@@ -57,6 +65,11 @@ class ResponseItems:
             done = "response.function_call_arguments.done"
             name, arguments = item["name"], item["arguments"]
             events.append(self._event(done, name=name, arguments=arguments))
+        elif kind == "custom_tool_call":
+            item["input"] = as_input("".join(self._arguments))
+            told = "response.custom_tool_call_input"
+            events.append(self._event(f"{told}.delta", delta=item["input"]))
+            events.append(self._event(f"{told}.done", input=item["input"]))
         else:
             part = item["content"][0]
             done = f"response.{part['type']}.done"
@@ -91,9 +104,14 @@ class ResponseItems:
         return [added, begun]
 
     def _begin_call(self, call_id: str, name: str) -> Event:
-        return self._append(
-            "function_call", "fc", {"call_id": call_id, "name": name, "arguments": ""}
-        )
+        called = self._called.get(name, Called(name))
+        item = {"call_id": call_id, "name": called.name}
+        if called.namespace:
+            item["namespace"] = called.namespace
+        if called.custom:
+            self._arguments = []
+            return self._append("custom_tool_call", "ctc", {**item, "input": ""})
+        return self._append("function_call", "fc", {**item, "arguments": ""})
 
     def _append(self, kind: str, prefix: str, item: dict[str, Any]) -> Event:
         where = len(self.items)

@@ -8,8 +8,12 @@ import msgspec
 from msgspec import Meta, Struct
 
 from pinaivu_box.errors import InvalidBody, quoted
+from pinaivu_box.openai import parameters
+from pinaivu_box.openai.fields import Passed, sift
 from pinaivu_box.openai.request import from_validation
+from pinaivu_box.openai.response_tools import ResponseTool, as_arguments, named
 from pinaivu_box.openai.types import (
+    MOST_TOOLS,
     Effort,
     FunctionName,
     FunctionOnly,
@@ -29,18 +33,13 @@ _Id = Annotated[str, Meta(min_length=1, max_length=256)]
 _MOST_ITEMS = 16384  # of one request, as many as messages that go to a peer
 
 
-class ResponseFunction(
-    Struct, frozen=True, forbid_unknown_fields=True, tag="function", tag_field="type"
-):
-    name: FunctionName
-    description: str | None = None
-    parameters: Schema | None = None
-    strict: bool | None = None
-
-
 class ChosenFunction(
     Struct, frozen=True, forbid_unknown_fields=True, tag="function", tag_field="type"
 ):
+    name: FunctionName
+
+
+class ChosenCustom(Struct, frozen=True, forbid_unknown_fields=True, tag="custom", tag_field="type"):
     name: FunctionName
 
 
@@ -55,7 +54,7 @@ class FlatSchemaFormat(
 
 class TextOptions(Struct, frozen=True, forbid_unknown_fields=True):
     format: TextFormat | JsonFormat | FlatSchemaFormat | None = None
-    verbosity: Literal["medium"] | None = None
+    verbosity: Literal["low", "medium", "high"] | None = None
 
 
 class ReasoningOptions(Struct, frozen=True, forbid_unknown_fields=True):
@@ -78,8 +77,8 @@ class ResponseRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
     top_p: Probability | None = None
     top_logprobs: Literal[0] | None = None
-    tools: Annotated[list[ResponseFunction], Meta(max_length=128)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | ChosenFunction | None = None
+    tools: Annotated[list[ResponseTool], Meta(max_length=MOST_TOOLS)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | ChosenFunction | ChosenCustom | None = None
     parallel_tool_calls: bool | None = None
     previous_response_id: str | None = None
     store: bool | None = None
@@ -89,8 +88,8 @@ class ResponseRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     reasoning: ReasoningOptions | None = None
     metadata: Metadata | None = None
     user: Identifier | None = None
-    truncation: Literal["disabled"] | None = None
-    include: list[Literal["reasoning.encrypted_content"]] | None = None
+    truncation: Literal["auto", "disabled"] | None = None
+    include: list[str] | None = None
     service_tier: Tier | None = None
     background: Literal[False] | None = None
     conversation: None = None
@@ -98,6 +97,12 @@ class ResponseRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     prompt: None = None
     prompt_cache_key: Identifier | None = None
     safety_identifier: Identifier | None = None
+
+    @staticmethod
+    def prepare(raw: dict[str, Any], passed: Passed) -> None:
+        parameters.response(raw, passed)
+        if isinstance(raw.get("input"), list):
+            raw["input"] = _sifted(raw["input"], passed)
 
 
 class InputDetails(Struct, frozen=True):
@@ -171,29 +176,46 @@ class _Part(Struct, frozen=True):
     type: Literal["input_text", "output_text", "text", "refusal", "reasoning_text", "summary_text"]
     text: str = ""
     refusal: str = ""
+    annotations: Any = None  # of answers that come back
+    logprobs: Any = None
 
 
 _Content = str | list[_Part]
 
 
-class _MessageItem(Struct, frozen=True):
+class _Item(Struct, frozen=True, kw_only=True):
+    type: Any = None
+    id: Any = None
+    status: Any = None
+
+
+class _MessageItem(_Item, frozen=True):
     role: Literal["user", "assistant", "system", "developer"]
     content: _Content
 
 
-class _CallItem(Struct, frozen=True):
+class _CallItem(_Item, frozen=True):
     call_id: _Id
     name: Text
     arguments: str
+    namespace: str | None = None
 
 
-class _OutputItem(Struct, frozen=True):
+class _CustomCallItem(_Item, frozen=True):
+    call_id: _Id
+    name: Text
+    input: str
+    namespace: str | None = None
+
+
+class _OutputItem(_Item, frozen=True):
     call_id: _Id
     output: _Content
 
 
-class _ReasoningItem(Struct, frozen=True):
+class _ReasoningItem(_Item, frozen=True):
     content: list[_Part] | None = None
+    summary: Any = None
 
 
 _LONGEST_ID = 64  # that a client gives
@@ -204,8 +226,45 @@ _ITEMS: dict[str, type[Struct]] = {
     "message": _MessageItem,
     "function_call": _CallItem,
     "function_call_output": _OutputItem,
+    "custom_tool_call": _CustomCallItem,
+    "custom_tool_call_output": _OutputItem,
     "reasoning": _ReasoningItem,
 }
+
+
+REFERENCE = "item_reference"
+# Items that other servers make of tools which they run themselves.
+_SERVER_ITEMS = (
+    "web_search_call", "file_search_call", "computer_call", "computer_call_output",
+    "code_interpreter_call", "image_generation_call", "mcp_list_tools", "mcp_call",
+    "mcp_approval_request", "mcp_approval_response", "compaction", "compaction_trigger",
+    "compaction_summary", "tool_search_call", "tool_search_output", "ghost_snapshot",
+)  # fmt: skip
+
+
+def _sifted(items: list[Any], passed: Passed) -> list[Any]:
+    """Without what means nothing here; `_read` says what is wrong with the rest."""
+    kept = []
+    for place, item in enumerate(items):
+        if not isinstance(item, dict):
+            kept.append(item)
+            continue
+        kind = item.get("type") or ("message" if "role" in item else None)
+        if kind in _SERVER_ITEMS:
+            passed.over("input", place, str(kind))
+            continue
+        if isinstance(kind, str) and kind in _ITEMS:
+            sift(item, _ITEMS[kind], passed, ("input", place))
+        kept.append(item)
+    return kept
+
+
+def referred(item: dict[str, Any]) -> str | None:
+    """The id of the item that this one stands for."""
+    if item.get("type") == REFERENCE or set(item) == {"id"} or set(item) == {"id", "type"}:
+        found = item.get("id") if item.get("type") in (REFERENCE, None) else None
+        return found if isinstance(found, str) else None
+    return None
 
 
 def as_items(given: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -213,7 +272,10 @@ def as_items(given: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
     if isinstance(given, str):
         part = {"type": "input_text", "text": given}
         return [{"type": "message", "role": "user", "content": [part]}]
-    return [{"type": "message", **item} if "role" in item else item for item in given]
+    return [
+        {**item, "type": item.get("type") or "message"} if "role" in item else item
+        for item in given
+    ]
 
 
 def as_messages(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -246,10 +308,10 @@ def stored_form(response: ResponseObject) -> ResponseObject:
 
 
 def _read(item: dict[str, Any], number: int) -> Struct:
-    named = item.get("type")
-    kind = _ITEMS.get(named) if isinstance(named, str) else None
+    called = item.get("type")
+    kind = _ITEMS.get(called) if isinstance(called, str) else None
     if kind is None:
-        shown = quoted(named) if isinstance(named, str) else None
+        shown = quoted(called) if isinstance(called, str) else None
         raise InvalidBody(
             f"items of type '{shown}' are not served; {', '.join(_ITEMS)} are",
             loc=("body", "input", number, "type"),
@@ -278,8 +340,12 @@ def _kept(item: Struct) -> dict[str, Any]:
             return {"role": role, "content": _kept_content(content)}
         case _OutputItem(call_id, output):
             return {"call_id": call_id, "output": _kept_content(output)}
-        case _CallItem(call_id, name, arguments):
-            return {"call_id": call_id, "name": name, "arguments": arguments}
+        case _CallItem(call_id, name, arguments, namespace):
+            more = {"namespace": namespace} if namespace else {}
+            return {"call_id": call_id, "name": name, "arguments": arguments, **more}
+        case _CustomCallItem(call_id, name, given, namespace):
+            more = {"namespace": namespace} if namespace else {}
+            return {"call_id": call_id, "name": name, "input": given, **more}
     return {"summary": []}  # thoughts are never read again
 
 
@@ -302,13 +368,19 @@ def _append(messages: list[dict[str, Any]], item: Struct) -> None:
             messages.append({"role": role, "content": _text(content)})
         case _OutputItem(call_id, output):
             messages.append({"role": "tool", "tool_call_id": call_id, "content": _text(output)})
-        case _CallItem(call_id, name, arguments):
-            function = {"name": name, "arguments": arguments}
-            call = {"id": call_id, "type": "function", "function": function}
-            # Calls of one turn are one message, also after what was said before them.
-            if not messages or messages[-1]["role"] != "assistant":
-                messages.append({"role": "assistant", "content": ""})
-            messages[-1].setdefault("tool_calls", []).append(call)
+        case _CallItem(call_id, name, arguments, namespace):
+            _append_call(messages, call_id, named(name, namespace), arguments)
+        case _CustomCallItem(call_id, name, given, namespace):
+            _append_call(messages, call_id, named(name, namespace), as_arguments(given))
+
+
+def _append_call(messages: list[dict[str, Any]], call_id: str, name: str, arguments: str) -> None:
+    """Calls of one turn are one message, also after what was said before them."""
+    function = {"name": name, "arguments": arguments}
+    call = {"id": call_id, "type": "function", "function": function}
+    if not messages or messages[-1]["role"] != "assistant":
+        messages.append({"role": "assistant", "content": ""})
+    messages[-1].setdefault("tool_calls", []).append(call)
 
 
 def _text(content: _Content) -> str:
@@ -317,5 +389,5 @@ def _text(content: _Content) -> str:
     return "".join(part.text or part.refusal for part in content)
 
 
-def named_tool(chosen: ChosenFunction) -> NamedTool:
+def named_tool(chosen: ChosenFunction | ChosenCustom) -> NamedTool:
     return NamedTool(FunctionOnly(chosen.name))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import msgspec
@@ -12,6 +13,7 @@ from starlette.responses import Response
 from pinaivu_box.errors import (
     ApiError,
     BadRequest,
+    ContextOverflow,
     InternalError,
     InvalidBody,
     MethodNotAllowed,
@@ -29,6 +31,7 @@ class JSON(Response):
 
 
 ANTHROPIC = "/v1/messages"
+_NUMBER = re.compile(r"[0-9]+")
 # What Anthropic's clients know our errors by, by status.
 _ANTHROPIC_TYPES = {
     401: "authentication_error",
@@ -44,9 +47,12 @@ def body(error: ApiError, path: str = "") -> dict[str, Any]:
     detail: Any = error.message
     if isinstance(error, InvalidBody):
         detail = [{"loc": list(error.loc), "msg": error.message, "type": error.kind}]
+    message = error.message
+    if isinstance(error, ContextOverflow) and path.startswith(ANTHROPIC):
+        message = _too_long(message)
     made: dict[str, Any] = {
         "error": {
-            "message": error.message,
+            "message": message,
             "type": error.type,
             "param": error.param,
             "code": error.code,
@@ -58,6 +64,14 @@ def body(error: ApiError, path: str = "") -> dict[str, Any]:
         made["type"] = "error"
         made["error"]["type"] = _ANTHROPIC_TYPES.get(error.status, kind)
     return made
+
+
+def _too_long(message: str) -> str:
+    """In the words by which Anthropic's clients know that they have to shorten a conversation."""
+    counts = [int(one) for one in _NUMBER.findall(message)]
+    if len(counts) < 2:
+        return f"prompt is too long: {message}"
+    return f"prompt is too long: {max(counts)} tokens > {min(counts)} maximum"
 
 
 def note(request: Request, error: ApiError) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +12,7 @@ from msgspec import UNSET
 from starlette.requests import Request
 from starlette.responses import Response
 
+from pinaivu_box.chat_format import CONTINUE
 from pinaivu_box.config import SamplingConfig
 from pinaivu_box.engine.messages import Tools
 from pinaivu_box.errors import InvalidBody, quoted
@@ -25,6 +26,7 @@ from pinaivu_box.openai.anthropic import (
     MessagesRequest,
     TokenCountAnswer,
     as_messages,
+    continues,
 )
 from pinaivu_box.openai.reader import Arguments, Piece, Text, Thought
 from pinaivu_box.openai.reader import Call as ToolCall
@@ -53,7 +55,7 @@ async def messages(request: Request) -> Response:
     if body.stream:
         return await call.stream(running, answer.encode)
     async for event in call.collect(running):
-        answer.take(event)
+        list(answer.take(event))
     return JSON(answer.whole())
 
 
@@ -71,7 +73,10 @@ def _job(body: CountTokensRequest, model: Model, call: Call) -> Job:
         job_of(Sampled(model=body.model), model, call.request_id, call.key.id),
         messages=as_messages(body),
         tools=_tools(body),
-        template={"enable_thinking": thinking.type != "disabled"} if thinking else {},
+        template={
+            **({"enable_thinking": thinking.type != "disabled"} if thinking else {}),
+            **({CONTINUE: True} if continues(body) else {}),
+        },
     )
 
 
@@ -115,7 +120,7 @@ class _Answer:
             id=self._call.request_id.replace("req_", "msg_"),
             request_id=self._call.request_id,
             model=self._model_id,
-            content=self._blocks,
+            content=[*self._blocks],
             stop_reason=self._reason,
             stop_sequence=self._stop_string,
             usage=self._usage,
@@ -123,24 +128,25 @@ class _Answer:
         )
 
     def encode(self, events: Sequence[RequestEvent]) -> bytes:
-        told = [one for event in events for one in self.take(event)]
         parts = []
-        for one in told:
+        # Each is encoded when it is made: what it says of the message grows afterwards.
+        for one in (one for event in events for one in self.take(event)):
             data = msgspec.json.encode({**one, "request_id": self._call.request_id})
             parts.append(b"event: " + one["type"].encode() + b"\ndata: " + data + b"\n\n")
         return b"".join(parts)
 
-    def take(self, event: RequestEvent) -> list[dict[str, Any]]:
-        """What a stream tells of it."""
+    def take(self, event: RequestEvent) -> Iterable[dict[str, Any]]:
+        """What a stream tells of it; to be read to its end."""
         match event:
             case Begun():
                 self._choices.begin(event)
+                self._usage = AnthropicUsage(event.prompt_tokens, 0)
                 return [{"type": "message_start", "message": self.whole()}]
             case Said():
                 part = self._choices.take(event)
                 if part.finish_reason:
                     self._conclude(part.finish_reason, event.output.stop_string)
-                return [one for piece in part.pieces for one in self._add(piece)]
+                return (one for piece in part.pieces for one in self._add(piece))
             case Finished():
                 new = event.prompt_tokens - event.cached_tokens
                 self._usage = AnthropicUsage(new, event.completion_tokens, event.cached_tokens)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,11 +12,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from pinaivu_box.box import Box
-from pinaivu_box.errors import NotFound
+from pinaivu_box.errors import BodyTooLarge, InvalidBody, NotFound, quoted
 from pinaivu_box.gateway.requests import Begun, Failed, Finished, RequestEvent, Said
 from pinaivu_box.openai.request import check_chat
 from pinaivu_box.openai.response_items import Event, ResponseItems
+from pinaivu_box.openai.response_tools import called, functions
 from pinaivu_box.openai.responses import (
+    ChosenCustom,
     ChosenFunction,
     DeletedResponse,
     FlatSchemaFormat,
@@ -29,14 +32,13 @@ from pinaivu_box.openai.responses import (
     as_messages,
     as_stored,
     named_tool,
+    referred,
     stored_form,
 )
 from pinaivu_box.openai.types import (
     ChatRequest,
-    Function,
     NamedSchema,
     SchemaFormat,
-    Tool,
     UserMessage,
 )
 from pinaivu_box.server.auth import key_of, require_account
@@ -47,6 +49,8 @@ from pinaivu_box.server.jobs import chat_job
 from pinaivu_box.store import responses as stored
 from pinaivu_box.store.responses import StoredResponse
 
+_ITEM_ID = re.compile(r"(?:[a-z]+_)+?(?P<suffix>[0-9a-z]{26})(?:_in)?_[0-9]{1,6}")
+_MOST_LOOKED_UP = 16
 # By finish reason; all others complete it.
 _STATUS = {"length": "incomplete", "cancelled": "cancelled"}
 
@@ -56,10 +60,11 @@ async def create(request: Request) -> Response:
     body = await call.body(ResponseRequest)
     chat = _as_chat(body)
     check_chat(chat)
-    items = as_items(body.input)
+    items = as_items(await _resolved(call, body.input))
     messages = as_messages([*await _history(call, body), *items])
     if body.instructions is not None:
         messages.insert(0, {"role": "system", "content": body.instructions})
+    messages = _joined(messages)
     model = call.admit(body.model)
     job = replace(chat_job(chat, model, call.request_id, call.key.id), messages=messages)
     running = await call.start([job])
@@ -126,6 +131,58 @@ async def _history(call: Call, body: ResponseRequest) -> list[dict[str, Any]]:
     return await call.bodies.history(account, found)
 
 
+def _joined(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """With one system message at the beginning, where there are several: templates know one."""
+    count = 0
+    while count < len(messages) and messages[count]["role"] in ("system", "developer"):
+        count += 1
+    if count < 2:
+        return messages
+    text = "\n\n".join(one["content"] for one in messages[:count])
+    return [{"role": "system", "content": text}, *messages[count:]]
+
+
+async def _resolved(call: Call, given: str | list[dict[str, Any]]) -> str | list[dict[str, Any]]:
+    """With the items in the place of what refers to them.  Raises NotFound, InvalidBody."""
+    if isinstance(given, str):
+        return given
+    found: dict[str, dict[str, Any]] = {}
+    looked: set[str] = set()
+    made: list[dict[str, Any]] = []
+    room = call.box.config.server.max_body_bytes  # as if they were sent
+    for number, item in enumerate(given):
+        wanted = referred(item)
+        if wanted is None:
+            made.append(item)
+            continue
+        match = _ITEM_ID.fullmatch(wanted)
+        if match is not None and match["suffix"] not in looked:
+            looked.add(match["suffix"])
+            if len(looked) > _MOST_LOOKED_UP:
+                raise InvalidBody(
+                    f"items of more than {_MOST_LOOKED_UP} responses are referred to",
+                    loc=("body", "input", number),
+                )
+            found |= await _items_of(call, f"resp_{match['suffix']}")
+        if wanted not in found:
+            raise NotFound(f"This account has no stored item '{quoted(wanted)}'.")
+        room -= len(msgspec.json.encode(found[wanted]))
+        if room < 0:
+            raise BodyTooLarge("The items that are referred to are larger than a body may be.")
+        made.append(found[wanted])
+    return made
+
+
+async def _items_of(call: Call, response_id: str) -> dict[str, dict[str, Any]]:
+    """The items of a stored response by their ids."""
+    account = call.key.account_id
+    one = await stored.find(call.box.database, response_id, account)
+    if one is None:
+        return {}
+    items = await call.bodies.history(account, [(one.input, one.body)])
+    return {item.get("id") or f"{response_id}_in_{n}": item for n, item in enumerate(items)}
+
+
 def _as_chat(body: ResponseRequest) -> ChatRequest:
     """The same as a chat request, but for its messages."""
     asked = body.text.format if body.text else None
@@ -142,11 +199,10 @@ def _as_chat(body: ResponseRequest) -> ChatRequest:
         temperature=body.temperature,
         top_p=body.top_p,
         max_tokens=body.max_output_tokens,
-        tools=[
-            Tool(Function(one.name, one.description, one.parameters, one.strict))
-            for one in body.tools or ()
-        ],
-        tool_choice=named_tool(choice) if isinstance(choice, ChosenFunction) else choice,
+        tools=functions(body.tools or ()),
+        tool_choice=(
+            named_tool(choice) if isinstance(choice, ChosenFunction | ChosenCustom) else choice
+        ),
         parallel_tool_calls=body.parallel_tool_calls,
         response_format=form,
         reasoning_effort=body.reasoning.effort if body.reasoning else None,
@@ -170,7 +226,7 @@ class _Answer:
         self._model_id = model_id
         self._choices = choices
         self._suffix = call.request_id.removeprefix("req_")
-        self._items = ResponseItems(self._suffix)
+        self._items = ResponseItems(self._suffix, called(body.tools or ()))
         self._finish_reason = ""
         self._end: Finished | None = None
         self._numbers = 0
@@ -197,9 +253,9 @@ class _Answer:
                 return [{"type": "response.failed", "response": self._described("failed", failed)}]
 
     def encode(self, events: Sequence[RequestEvent]) -> bytes:
-        told = [one for event in events for one in self.take(event)]
         parts = []
-        for one in told:
+        # Each is encoded before the next is made: what it says of the response grows afterwards.
+        for one in (one for event in events for one in self.take(event)):
             whole = {**one, "sequence_number": self._numbers, "request_id": self._call.request_id}
             self._numbers += 1
             data = msgspec.json.encode(whole)

@@ -1,0 +1,276 @@
+"""What Claude Code and Codex send, and what their SDKs read of the answers.
+
+`agents.json` holds the requests of a session each (`claude -p`, `codex exec`; a call of a tool and
+its result), with filler in place of their texts.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.box import Box
+
+FAKE = "fake:1"
+RECORDED: dict[str, list[dict[str, Any]]] = json.loads(
+    Path(__file__).with_name("agents.json").read_text()
+)
+USER = {"role": "user", "content": "Hello"}
+CALL = {"type": "tool_use", "id": "toolu_1", "name": "look", "input": {"at": "a"}}
+LOOK = {
+    "name": "look",
+    "input_schema": {
+        "type": "object",
+        "properties": {"at": {"enum": ["here"]}},
+        "required": ["at"],
+        "additionalProperties": False,
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Box]:
+    home = tmp_path_factory.mktemp("agents") / "home"
+    config = home.with_name("box.toml")
+    config.write_text("[engine]\ncontext = 200000\n")
+    started = Box(home, "--config", str(config), "--model", f"{FAKE}=fake:0").start()
+    yield started
+    started.end()
+
+
+def events_of(text: str) -> list[dict[str, Any]]:
+    lines = [line for line in text.split("\n") if line.startswith("data: ")]
+    return [json.loads(line.removeprefix("data: ")) for line in lines]
+
+
+def ask(here: Box, path: str, body: dict[str, Any], status: int = 200, **more: Any) -> Any:
+    answer = here.http("POST", path, json={"model": FAKE, **body}, **more)
+    assert answer.status_code == status, answer.text[:2000]
+    assert answer.headers["request-id"] == answer.headers["x-request-id"]
+    return answer
+
+
+def messages(here: Box, *said: Any, status: int = 200, **more: Any) -> Any:
+    body = {"max_tokens": 4, "messages": list(said), **more}
+    return ask(here, "/v1/messages", body, status).json()
+
+
+def counted(here: Box, *said: Any, **more: Any) -> int:
+    body = {"messages": list(said), **more}
+    return int(ask(here, "/v1/messages/count_tokens", body).json()["input_tokens"])
+
+
+@pytest.mark.parametrize(("name", "number"), [(n, i) for n in RECORDED for i in range(2)])
+def test_what_they_sent_is_taken(here: Box, name: str, number: int) -> None:
+    recorded = RECORDED[name][number]
+    cut = {"max_tokens": 8} if name == "claude" else {"max_output_tokens": 8}
+    answer = ask(here, recorded["path"], {**recorded["body"], "model": FAKE, **cut})
+    ignored = answer.headers["x-pinaivu-ignored"].split(", ")
+    events = events_of(answer.text)
+    kinds = [one["type"] for one in events]
+    if name == "claude":
+        assert {"context_management", "output_config", "thinking.display"} <= set(ignored)
+        assert (kinds[0], kinds[-1]) == ("message_start", "message_stop")
+        assert events[0]["message"]["content"] == []
+        first = events[0]["message"]
+        assert first["usage"]["input_tokens"] > 1000 and first["ignored_parameters"] == ignored
+    else:
+        assert {"client_metadata", "tools.web_search"} <= set(ignored)
+        assert (kinds[0], kinds[-1]) == ("response.created", "response.incomplete")
+        assert events[0]["response"]["output"] == []
+
+
+# -- Anthropic's shape ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tools", [False, True])
+def test_a_stream_s_message_is_made_of_its_events_once(here: Box, tools: bool) -> None:
+    """As the SDK's `get_final_message` adds them up."""
+    body: dict[str, Any] = {"messages": [USER], "max_tokens": 60, "stream": True}
+    if tools:
+        body |= {"tools": [LOOK], "tool_choice": {"type": "any"}}
+    events = events_of(ask(here, "/v1/messages", body).text)
+    message = events[0]["message"]
+    assert message["content"] == [] and message["usage"]["output_tokens"] == 0
+    texts: list[str] = []
+    for event in events:
+        if event["type"] == "content_block_start":
+            assert event["index"] == len(message["content"])
+            message["content"].append(event["content_block"])
+            assert not event["content_block"].get("text") and not event["content_block"].get(
+                "input"
+            )
+            texts.append("")
+        elif event["type"] == "content_block_delta":
+            delta = event["delta"]
+            texts[event["index"]] += delta.get("text", "") + delta.get("partial_json", "")
+    assert message["content"] and all(texts)
+    if tools:
+        assert all(block["type"] == "tool_use" for block in message["content"])
+        assert all(json.loads(text) == {"at": "here"} for text in texts)
+    else:
+        assert [block["type"] for block in message["content"]] == ["text"]
+    usage = next(one for one in events if one["type"] == "message_delta")["usage"]
+    whole = usage["input_tokens"] + usage["cache_read_input_tokens"]
+    assert (
+        message["usage"]["input_tokens"]
+        == whole
+        == counted(here, USER, **({"tools": [LOOK]} if tools else {}))
+    )
+
+
+def test_a_tool_s_error_reaches_the_model(here: Box) -> None:
+    def result(**more: Any) -> list[Any]:
+        block = {"type": "tool_result", "tool_use_id": "toolu_1", "content": "no", **more}
+        return [
+            USER,
+            {"role": "assistant", "content": [CALL]},
+            {"role": "user", "content": [block]},
+        ]
+
+    good, bad = counted(here, *result()), counted(here, *result(is_error=True))
+    assert bad == good + len("Error: ")
+    assert counted(here, *result(is_error=False)) == good
+    shapes: list[Any] = [
+        None, "", [], "text", [{"type": "text", "text": "a"}],
+        [{"type": "document", "source": {"type": "text", "media_type": "text/plain", "data": "a"}}],
+        [{"type": "search_result", "source": "s", "title": "t",
+          "content": [{"type": "text", "text": "a"}], "citations": {"enabled": True}}],
+        [{"type": "tool_reference", "tool_name": "look"}],
+    ]  # fmt: skip
+    for shape in shapes:
+        messages(here, *result(content=shape))
+    image = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "x"}}
+    messages(here, *result(content=[image]), status=422)  # it would be lost
+
+
+def test_system_messages_among_the_others(here: Box) -> None:
+    """Before the first answer they are as the system prompt, later they are in a user's words."""
+    late = {"role": "system", "content": [{"type": "text", "text": "Be brief."}]}
+    answer = {"role": "assistant", "content": "Hi."}
+    assert counted(here, USER, late) == counted(here, USER, system="Be brief.")
+    both = counted(here, USER, late, system="Be kind.")
+    assert both == counted(here, USER, system="Be kind.\n\nBe brief.")
+    assert counted(here, USER, answer, USER, late) > counted(here, USER, answer, USER)
+    messages(here, USER, answer, late)
+
+
+def test_an_answer_that_has_begun_goes_on(here: Box) -> None:
+    begun = {"role": "assistant", "content": "The quick"}
+    plain = counted(here, USER)
+    assert counted(here, USER, begun) == plain + len("The quick")
+    parts = {"role": "assistant", "content": [{"type": "text", "text": "The quick"}]}
+    assert counted(here, USER, parts) == plain + len("The quick")
+    assert messages(here, USER, begun)["content"]
+
+
+def test_thoughts_of_others_are_in_the_history(here: Box) -> None:
+    thoughts = [
+        {"type": "thinking", "thinking": "Hm.", "signature": "abc"},
+        {"type": "redacted_thinking", "data": "abc"},
+        {"type": "text", "text": "Yes."},
+    ]
+    told = messages(here, USER, {"role": "assistant", "content": thoughts}, USER)
+    assert told["ignored_parameters"] == ["messages.content.redacted_thinking"]
+
+
+def test_a_prompt_that_is_too_long_in_anthropic_s_words(here: Box) -> None:
+    long = {"role": "user", "content": "x" * 250_000}
+    for stream in (False, True):
+        said = messages(here, long, stream=stream, status=400)["error"]["message"]
+        assert said.startswith("prompt is too long: 25") and said.endswith(
+            " tokens > 200000 maximum"
+        )
+
+
+def test_many_tools(here: Box) -> None:
+    many = [{**LOOK, "name": f"look_{n}"} for n in range(300)]
+    messages(here, USER, tools=many)
+    messages(here, USER, tools=[{**LOOK, "name": f"l_{n}"} for n in range(1025)], status=422)
+
+
+# -- Responses -----------------------------------------------------------------------------------
+
+
+def respond(here: Box, given: Any, status: int = 200, **more: Any) -> Any:
+    body = {"input": given, "max_output_tokens": 60, **more}
+    return ask(here, "/v1/responses", body, status).json()
+
+
+def forced(text: str) -> dict[str, Any]:
+    return {"name": "f", "parameters": {"type": "object", "properties": {"t": {"enum": [text]}},
+            "required": ["t"], "additionalProperties": False}}  # fmt: skip
+
+
+def test_a_tool_in_a_namespace_is_called_and_answered(here: Box) -> None:
+    space = {"type": "namespace", "name": "mcp__x", "tools": [{"type": "function", **forced("a")}]}
+    made = respond(here, "hi", tools=[space], tool_choice="required", parallel_tool_calls=False)
+    (call,) = made["output"]
+    assert (call["type"], call["namespace"], call["name"]) == ("function_call", "mcp__x", "f")
+    assert json.loads(call["arguments"]) == {"t": "a"}
+    result = {"type": "function_call_output", "call_id": call["call_id"], "output": "done"}
+    respond(here, [{"role": "user", "content": "hi"}, call, result], tools=[space])
+    respond(here, [result], tools=[space], previous_response_id=made["id"])
+
+
+def test_a_custom_tool_is_called_with_text(here: Box) -> None:
+    form = {"type": "grammar", "syntax": "lark", "definition": "start: /.+/"}
+    tool = {"type": "custom", "name": "patch", "description": "Patch.", "format": form}
+    body = {
+        "input": "hi", "max_output_tokens": 100, "tools": [tool], "stream": True,
+        "tool_choice": {"type": "custom", "name": "patch"}, "parallel_tool_calls": False,
+    }  # fmt: skip
+    events = events_of(ask(here, "/v1/responses", body).text)
+    item = events[-1]["response"]["output"][0]
+    assert (item["type"], item["name"]) == ("custom_tool_call", "patch") and item["input"]
+    done = next(e for e in events if e["type"] == "response.output_item.done")["item"]
+    assert done["input"] == item["input"]
+    told = [e["delta"] for e in events if e["type"] == "response.custom_tool_call_input.delta"]
+    assert "".join(told) == item["input"]
+    added = next(e for e in events if e["type"] == "response.output_item.added")["item"]
+    assert added["input"] == "" and added["type"] == "custom_tool_call"
+    result = {"type": "custom_tool_call_output", "call_id": item["call_id"], "output": "done"}
+    respond(here, [{"role": "user", "content": "hi"}, item, result], tools=[tool])
+
+
+def test_an_item_is_referred_to(here: Box) -> None:
+    made = respond(here, "hi", max_output_tokens=5)
+    item = made["output"][0]
+    again = {"role": "user", "content": "more"}
+    given = respond(here, [{"role": "user", "content": "hi"}, item, again], max_output_tokens=1)
+    for reference in ({"type": "item_reference", "id": item["id"]}, {"id": item["id"]}):
+        found = respond(
+            here, [{"role": "user", "content": "hi"}, reference, again], max_output_tokens=1
+        )
+        assert found["usage"]["input_tokens"] == given["usage"]["input_tokens"]
+    for unknown in ("msg_x", item["id"][:-1] + "7", "msg_" + "0" * 26 + "_0"):
+        respond(here, [{"type": "item_reference", "id": unknown}], 404)
+    other = here.http("POST", "/v1/admin/accounts", json={"name": "other"}).json()
+    key = here.http("POST", "/v1/admin/keys", json={"account": other["id"]}).json()["key"]
+    body = {"input": [{"type": "item_reference", "id": item["id"]}]}
+    ask(here, "/v1/responses", body, 404, key=key)
+
+
+def test_what_means_nothing_in_a_response_is_said(here: Box) -> None:
+    made = respond(
+        here,
+        [
+            {"role": "user", "content": "hi", "phase": "x"},
+            {"type": "web_search_call", "id": "ws_1"},
+        ],
+        include=["message.output_text.logprobs"],
+        truncation="auto",
+        text={"verbosity": "low"},
+        tools=[{"type": "web_search"}, {"type": "image_generation"}],
+        service_tier="fast",
+    )
+    assert sorted(made["ignored_parameters"]) == [
+        "include", "input.phase", "input.web_search_call", "service_tier", "text.verbosity",
+        "tools.image_generation", "tools.web_search", "truncation",
+    ]  # fmt: skip
+    neutral = respond(here, "hi", truncation="disabled", text={"verbosity": "medium"})
+    assert neutral["ignored_parameters"] == []
