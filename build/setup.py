@@ -28,6 +28,7 @@ if __name__ == "__main__":
     try:
         main()
     except Stop as stop:
+        print(*stop.shown, sep="\n", end="\n" if stop.shown else "", file=sys.stderr)
         say(str(stop))
         sys.exit(1)
     except KeyboardInterrupt:
