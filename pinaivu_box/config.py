@@ -36,6 +36,8 @@ class ServerConfig(Section, frozen=True):
     port: Port = 4001
     max_body_bytes: PositiveInt = 10 * 1024 * 1024
     cors_origins: tuple[str, ...] = ("*",)
+    # Whom users ask: stands in the sentences of errors that only the operator can change.
+    contact: Annotated[str, Meta(max_length=200)] = ""
     drain_seconds: Annotated[float, Meta(ge=0)] = 60.0
     # How long a stream's status may wait for its first token, so that a failure keeps its own
     # status; after that the 200 goes out and comments keep the connection alive.
@@ -149,6 +151,7 @@ LOG_FORMATS = ("text", "json")
 _BEYOND = ("idle", "refuse")
 HOURS = re.compile(r"([01]\d|2[0-3]):[0-5]\d-([01]\d|2[0-3]):[0-5]\d")
 _URL = re.compile(r"https?://[!-~]{1,90}")
+_CONTACT = re.compile(r"https?://[!-~]+|[^\s@:/]+@[^\s@]+")
 _DURATION = re.compile(r"(-?\d+(?:\.\d+)?)\s*(ms|s|m|h|d)?")
 _SHORTEST_RETENTION = 7200.0  # seconds
 _SLOWEST_COPY = 0.1  # MB/s; at less a piece takes longer than a peer waits for it
@@ -170,6 +173,17 @@ def parse_duration(text: str) -> float:
     if not match:
         raise ValueError(f"'{text}' is not a duration: write for example 90s, 5m, 12h or 30d")
     return float(match[1]) * _UNIT_SECONDS[match[2] or "s"]
+
+
+def parse_span(text: str) -> float:
+    """As `parse_duration`, but with a unit: whoever writes 30 may mean days.  Only 0 needs none.
+
+    Raises ValueError.
+    """
+    seconds = parse_duration(text)
+    if seconds and text.strip()[-1].isdecimal():
+        raise ValueError(f"'{text}' has no unit: write for example {text}d, {text}h or {text}s")
+    return seconds
 
 
 def load(
@@ -238,6 +252,10 @@ def _check(config: Config) -> None:
         raise ValueError(f"log.level is '{config.log.level}', not one of {', '.join(LOG_LEVELS)}")
     if config.log.format not in LOG_FORMATS:
         raise ValueError(f"log.format is '{config.log.format}', not one of text, json")
+    if config.server.contact and not _CONTACT.fullmatch(config.server.contact):
+        raise ValueError(
+            f"server.contact is '{config.server.contact}': write a mail address or a URL"
+        )
     _check_peering(config.peering)
     for name, price in [("per_1k_tokens", config.pricing.per_1k_tokens)] + [
         (f'models."{model}"', price) for model, price in config.pricing.models.items()

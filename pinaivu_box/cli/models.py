@@ -12,15 +12,16 @@ from pinaivu_box.cli.home import (
     json_option,
     load_config,
     print_json,
-    print_table,
 )
+from pinaivu_box.cli.tables import print_table, wide_option
 
 
 @click.command()
 @home_option
 @json_option
+@wide_option
 @click.option("--config", "config_path", type=click.Path(path_type=Path, dir_okay=False))
-def ls(home: Path, as_json: bool, config_path: Path | None) -> None:
+def ls(home: Path, as_json: bool, wide: bool, config_path: Path | None) -> None:
     """List the models that a box on this home serves."""
     from pinaivu_box.models import catalog
 
@@ -34,7 +35,13 @@ def ls(home: Path, as_json: bool, config_path: Path | None) -> None:
         )
         return
     rows = [(m.id, f"{m.size / 1e6:,.0f} MB", m.owner, str(m.path)) for m in found.models]
-    print_table(("MODEL", "SIZE", "OWNER", "FILE"), rows)
+    print_table(
+        ("MODEL", "SIZE", "OWNER", "FILE"),
+        rows,
+        cut={"FILE": "front"},
+        spared=("FILE", "OWNER"),
+        wide=wide,
+    )
     for path, why in found.broken.items():
         click.echo(f"not served: {path}: {why}", err=True)
 
@@ -42,7 +49,8 @@ def ls(home: Path, as_json: bool, config_path: Path | None) -> None:
 @click.command()
 @home_option
 @json_option
-def ps(home: Path, as_json: bool) -> None:
+@wide_option
+def ps(home: Path, as_json: bool, wide: bool) -> None:
     """List the engines of the box that runs on this home, with memory and load."""
     engines = ask_running(home, "/v1/engines")["data"]
     if as_json:
@@ -60,4 +68,9 @@ def ps(home: Path, as_json: bool) -> None:
         )
         for engine in engines
     ]
-    print_table(("MODEL", "STATE", "PID", "MEMORY", "LOAD", "KV CACHE", "DEVICE"), rows)
+    print_table(
+        ("MODEL", "STATE", "PID", "MEMORY", "LOAD", "KV CACHE", "DEVICE"),
+        rows,
+        spared=("DEVICE", "KV CACHE", "PID", "MEMORY", "LOAD"),
+        wide=wide,
+    )

@@ -7,16 +7,18 @@ from typing import Any
 
 import click
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from pinaivu_box.amount import parse, to_text
+from pinaivu_box.cli.tables import print_table
 
 _COLOURS = {"connected": "green", "connecting": "yellow", "unreachable": "red", "revoked": "red"}
-_COLUMNS = ("NAME", "STATE", "LINK", "RTT", "MODELS", "LOAD", "PRICE", "REPUTATION", "CLOCK")
+_COLUMNS = (
+    "NAME", "STATE", "LINK", "RTT", "MODELS", "LOAD", "PRICE", "REPUTATION", "CLOCK", "VERSION"
+)  # fmt: skip
 _NUMBERS = ("RTT", "CLOCK")
 # What a narrower terminal does not show, the first of them first.
-_SPARED = ("VERSION", "CLOCK", "PRICE", "REPUTATION", "RTT", "LOAD")
+_SPARED = ("VERSION", "CLOCK", "PRICE", "REPUTATION", "RTT", "LOAD", "LINK")
 UNKNOWN = "-"
 
 
@@ -35,46 +37,31 @@ def show_ticket(made: dict[str, Any]) -> None:
     )
 
 
-def show_all(found: list[dict[str, Any]], why: bool) -> None:
+def show_all(found: list[dict[str, Any]], why: bool, wide: bool) -> None:
     if not found:
         click.echo("no other box: 'pinaivu peers invite' prints a ticket for one", err=True)
         return
+    rows = [[cells[name] for name in _COLUMNS] for cells in map(_cells, found)]
+    print_table(_COLUMNS, rows, numbers=_NUMBERS, cut={"MODELS": "end"}, spared=_SPARED, wide=wide)
     console = _console()
-    endless = console.options.update(max_width=100_000)
-    for count in range(len(_SPARED) + 1):
-        table = _table(found, spared=_SPARED[:count])
-        if console.measure(table, options=endless).maximum <= console.width:
-            break
-    console.print(table)
     for peer in found if why else ():
         console.print(Text(f"\n{peer['name']}", style="bold"))
         for line in _reasons(peer):
             console.print(Text(f"  {line}"))
 
 
-def show_one(peer: dict[str, Any]) -> None:
+def show_one(peer: dict[str, Any], wide: bool) -> None:
     console = _console()
     for name, text in _facts(peer):
         console.print(Text(f"{name:14}{text}"))
     if peer["models"]:
         console.print()
-        console.print(_offers(peer))
+        _show_offers(peer, wide)
 
 
 def _console() -> Console:
     """Into a pipe it is as wide as it needs to be: nothing is cut off there."""
     return Console(width=None if sys.stdout.isatty() else 100_000, markup=False, highlight=False)
-
-
-def _table(found: list[dict[str, Any]], spared: tuple[str, ...]) -> Table:
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    shown = [name for name in (*_COLUMNS, "VERSION") if name not in spared]
-    for name in shown:
-        table.add_column(name, justify="right" if name in _NUMBERS else "left", no_wrap=True)
-    for peer in found:
-        cells = _cells(peer)
-        table.add_row(*(cells[name] for name in shown))
-    return table
 
 
 def _cells(peer: dict[str, Any]) -> dict[str, Text]:
@@ -181,19 +168,19 @@ def _limit(value: Any) -> str:
     return (", ".join(value) or "none") if isinstance(value, list) else str(value)
 
 
-def _offers(peer: dict[str, Any]) -> Table:
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for name in ("MODEL", "DIGEST", "FREE", "QUEUE", "TTFT", "TOKENS/S", "PRICE"):
-        table.add_column(name, no_wrap=True)
-    for model in peer["models"]:
-        price = model["price"]
-        table.add_row(
-            Text(model["id"]),
-            Text(model["digest"].removeprefix("sha256:")[:12]),
+def _show_offers(peer: dict[str, Any], wide: bool) -> None:
+    columns = ("MODEL", "DIGEST", "FREE", "QUEUE", "TTFT", "TOKENS/S", "PRICE")
+    rows = [
+        (
+            model["id"],
+            model["digest"].removeprefix("sha256:")[:12],
             f"{model['sequences_free']}/{model['sequences']}",
             str(model["queue"]),
             _milliseconds(model["ttft_ms"] or None),
             str(model["tokens_per_s"] or UNKNOWN),
-            f"{price['prompt']}/{price['completion']} {peer['currency']}",
+            f"{model['price']['prompt']}/{model['price']['completion']} {peer['currency']}",
         )
-    return table
+        for model in peer["models"]
+    ]
+    spared = ("DIGEST", "QUEUE", "TTFT", "TOKENS/S", "FREE")
+    print_table(columns, rows, spared=spared, wide=wide)

@@ -4,6 +4,7 @@ this box owes, times RFC 3339 in UTC."""
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from decimal import Decimal
 
 from msgspec import Struct
@@ -11,11 +12,12 @@ from msgspec import Struct
 from pinaivu_box import amount
 from pinaivu_box.config import PeeringServeConfig
 from pinaivu_box.errors import PeerNotFound
+from pinaivu_box.identity import NODE_PREFIX
 from pinaivu_box.peering import netting, wire
 from pinaivu_box.peering.ledger import Difference, Outcome
 from pinaivu_box.peering.standing import Standing
 from pinaivu_box.receipts.receipt import utc_text
-from pinaivu_box.store import ledger, peers, statements
+from pinaivu_box.store import audit, ledger, peers, statements
 from pinaivu_box.store.database import Database
 from pinaivu_box.store.ledger import Balance
 from pinaivu_box.store.statements import StoredEntry, StoredStatement
@@ -106,6 +108,23 @@ async def names(database: Database) -> dict[str, str]:
     found = {one: roster.member(one).name for one in roster.known()} if roster else {}
     found |= {one: known.name for one, known in (await peers.known(database)).items() if known.name}
     return {one: name for one, name in found.items() if name}
+
+
+async def boxes(database: Database, own: str) -> dict[str, str]:
+    """As `names`, with this box among them, whose node id is `own`."""
+    return {**await names(database), own: "this box"}
+
+
+async def called(database: Database, entries: Sequence[audit.Entry]) -> dict[str, str]:
+    """What keys, accounts and peers in these entries of the audit trail are called, by id."""
+    found = await audit.names(database, entries)
+    peers_too = any(entry.target.startswith(NODE_PREFIX) for entry in entries)
+    return found | await names(database) if peers_too else found
+
+
+async def targets(database: Database, text: str) -> list[str]:
+    """What the audit trail is to be searched for: that, and the peers that are called so."""
+    return [text, *(node for node, name in (await names(database)).items() if name == text)]
 
 
 async def find(database: Database, text: str) -> str:

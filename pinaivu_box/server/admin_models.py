@@ -27,6 +27,7 @@ from pinaivu_box.errors import (
 )
 from pinaivu_box.models import catalog
 from pinaivu_box.models.catalog import Model
+from pinaivu_box.models.placing import place
 from pinaivu_box.peering import copying
 from pinaivu_box.peering.advert import Offer
 from pinaivu_box.peering.copying import Copy, Open, Source
@@ -102,8 +103,12 @@ async def pull(request: Request) -> Response:
     _check_free(task, here)
     request_id: str = request.scope["state"]["request_id"]
     if here is not None:
-        said = f"This box has that file already, as {here.id}."
-        size = have.size
+        said, size = f"This box has that file already, as {here.id}.", have.size
+        if given.as_ is not None and not _is_called(here, task.model):
+            _check_free(task, None)
+            await _name_too(task, here)
+            said = f"{said[:-1]}, and serves it as {task.model} too."
+            here = box.catalog.find(task.model)
         line = PullProgress("done", here.id, have.digest, size, size, [], said, request_id)
         return StreamingResponse(iter([_line(line)]), media_type="application/x-ndjson")
     copy = Copy(open_stream, found, target)
@@ -176,6 +181,29 @@ async def _here(box: Box, digest: str) -> Model | None:
             if await model_files.digest(box.database, model) == digest:
                 return model
     return None
+
+
+def _is_called(model: Model, name: str) -> bool:
+    return name in (model.id, f"{model.id}:latest")
+
+
+async def _name_too(task: _Task, here: Model) -> None:
+    """Serve a model that is here under the task's name too.  Raises Conflict."""
+    box = task.box
+    try:
+        await asyncio.to_thread(place, here, task.target)
+        box.look_for_models()
+    except (OSError, CliError) as error:
+        reason = error.message if isinstance(error, CliError) else error.strerror or error
+        raise Conflict(f"{here.id} cannot be called {task.model} too: {reason}.") from error
+    if why := box.catalog.broken.get(str(task.target)):
+        raise Conflict(f"{task.target} is here, and it cannot be served: {why}.")
+    detail = {"digest": await box.digests.of(here), "same_as": here.id}
+    await box.database.write(
+        model_files.named(task.target, detail["digest"]),
+        audit.record(task.actor, "model.pull", task.model, **detail),
+    )
+    task.network.changed()
 
 
 def _check_free(task: _Task, here: Model | None) -> None:

@@ -13,7 +13,7 @@ from starlette.responses import Response
 
 from pinaivu_box import amount
 from pinaivu_box.box import Box
-from pinaivu_box.config import parse_duration
+from pinaivu_box.config import parse_span
 from pinaivu_box.errors import (
     Conflict,
     InvalidBody,
@@ -115,7 +115,7 @@ async def invite(request: Request) -> Response:
     given = await body(request, Invite, empty=b"{}")
     network = _network(request)
     try:
-        seconds = parse_duration(given.expires)
+        seconds = parse_span(given.expires)
         if not 0 < seconds <= LONGEST_LIFE:
             raise ValueError("it is more than 0 and at most 36500d")
     except ValueError as error:

@@ -6,6 +6,7 @@ import asyncio
 import csv
 import io
 from collections import Counter
+from collections.abc import Mapping
 from datetime import UTC, datetime
 
 import msgspec
@@ -14,10 +15,14 @@ from msgspec import UNSET, Struct, UnsetType
 from pinaivu_box.amount import to_text
 from pinaivu_box.errors import InvalidBody
 from pinaivu_box.store.database import Database
-from pinaivu_box.store.usage import BYS, By, Labels, Sums, Wanted, busiest, usage
+from pinaivu_box.store.usage import BYS, By, Labels, Sums, Wanted, Who, busiest, usage
 
 DAY_MS = 86_400_000
-MOST_KEYS = 1000  # that a report tells apart
+MOST_KEYS = 1000  # or accounts, that a report tells apart
+# What is grouped by ids -> where their names stand.
+NAMED: dict[By, str] = {
+    "account": "account_name", "key": "key_name", "node": "node_name", "peer": "peer_name"
+}  # fmt: skip
 
 
 class Percentiles(Struct, frozen=True):
@@ -33,7 +38,9 @@ class UsageGroup(Struct, frozen=True, omit_defaults=True):
     and `total_ms` are of requests that were answered, but not told by the hour; `errors` counts by
     code those that were not.
 
-    Of `day`, `hour`, `key`, `model` and `node` those are there that it was grouped by.
+    Of `day`, `hour`, `account`, `key`, `model`, `node` and `peer` (the box that served it) those
+    are there that it was grouped by, and beside each id its name: of a key without one what is
+    shown of its secret, of a box what it is called here; "" if nothing is known of it.
     """
 
     requests: int
@@ -47,14 +54,20 @@ class UsageGroup(Struct, frozen=True, omit_defaults=True):
     errors: dict[str, int]
     day: str | UnsetType = UNSET
     hour: str | UnsetType = UNSET
+    account: str | UnsetType = UNSET
     key: str | UnsetType = UNSET
     model: str | UnsetType = UNSET
     node: str | UnsetType = UNSET
+    peer: str | UnsetType = UNSET
+    account_name: str | UnsetType = UNSET
+    key_name: str | UnsetType = UNSET
+    node_name: str | UnsetType = UNSET
+    peer_name: str | UnsetType = UNSET
 
 
 class UsageReport(Struct, frozen=True, omit_defaults=True):
     """`data` has the groups that were asked for with `group_by`.  With `more_keys` it is only about
-    the keys that used most; the sums beside it are of all."""
+    the keys (by account: the accounts) that used most; the sums beside it are of all."""
 
     total_requests: int
     total_tokens: int
@@ -73,29 +86,51 @@ class UsageReport(Struct, frozen=True, omit_defaults=True):
 
 
 async def report(
-    database: Database, wanted: Wanted, by: tuple[By, ...], currency: str
+    database: Database,
+    wanted: Wanted,
+    by: tuple[By, ...],
+    currency: str,
+    boxes: Mapping[str, str] | None = None,
 ) -> UsageReport:
+    """`boxes`: what they are called, by node id."""
     groups = models = await usage(database, wanted, ("model",))
-    keys = None
-    if "key" in by and wanted.key_id is None:
-        keys = await busiest(database, wanted, MOST_KEYS + 1)
+    only = None
+    who: Who | None = "key" if "key" in by else "account" if "account" in by else None
+    if who is not None and wanted.key_id is None:
+        only = await busiest(database, wanted, who, MOST_KEYS + 1)
     if by and by != ("model",):
-        groups = await usage(database, wanted, by, keys and keys[:MOST_KEYS])
-    more = len(keys or ()) > MOST_KEYS
-    return await asyncio.to_thread(_made, models, groups, by, more, currency)
+        groups = await usage(database, wanted, by, only and only[:MOST_KEYS])
+    names: dict[By, Mapping[str, str]] = {"node": boxes or {}, "peer": boxes or {}}
+    for kind in ("key", "account"):
+        if kind in by:
+            place = by.index(kind)
+            names[kind] = await _names(database, kind, {labels[place] for labels in groups})
+    more = len(only or ()) > MOST_KEYS
+    return await asyncio.to_thread(_made, models, groups, by, names, more, currency)
+
+
+async def _names(database: Database, kind: Who, ids: set[str]) -> dict[str, str]:
+    """Those of keys or accounts, also of such as are revoked or removed."""
+    name = "coalesce(nullif(name, ''), prefix || '...' || last_four)" if kind == "key" else "name"
+    rows = await database.scan(
+        f"SELECT id, {name} FROM {kind}s WHERE id IN (SELECT value FROM json_each(?))",
+        (msgspec.json.encode(sorted(ids)).decode(),),
+    )
+    return {row[0]: row[1] for row in rows}
 
 
 def _made(
     models: dict[Labels, Sums],
     groups: dict[Labels, Sums],
     by: tuple[By, ...],
+    names: Mapping[By, Mapping[str, str]],
     more_keys: bool,
     currency: str,
 ) -> UsageReport:
     total = Sums()
     for sums in models.values():
         total.add(sums)
-    whole = _group(total, (), ())
+    whole = _group(total, (), (), {})
     return UsageReport(
         total_requests=whole.requests,
         total_tokens=whole.tokens,
@@ -107,13 +142,18 @@ def _made(
         ttft_ms=whole.ttft_ms,
         total_ms=whole.total_ms,
         errors=whole.errors,
-        by_model=[_group(sums, ("model",), labels) for labels, sums in models.items() if labels[0]],
-        data=[_group(sums, by, labels) for labels, sums in groups.items()] if by else UNSET,
+        by_model=[
+            _group(sums, ("model",), labels, {}) for labels, sums in models.items() if labels[0]
+        ],
+        data=[_group(sums, by, labels, names) for labels, sums in groups.items()] if by else UNSET,
         more_keys=more_keys,
     )
 
 
-def _group(sums: Sums, by: tuple[By, ...], labels: Labels) -> UsageGroup:
+def _group(
+    sums: Sums, by: tuple[By, ...], labels: Labels, names: Mapping[By, Mapping[str, str]]
+) -> UsageGroup:
+    ids = dict(zip(by, labels, strict=True))
     return UsageGroup(
         requests=sums.requests,
         tokens=sums.prompt_tokens + sums.completion_tokens,
@@ -124,7 +164,8 @@ def _group(sums: Sums, by: tuple[By, ...], labels: Labels) -> UsageGroup:
         ttft_ms=_percentiles(sums.ttft_ms),
         total_ms=_percentiles(sums.total_ms),
         errors=dict(sorted(sums.errors.items())),
-        **dict(zip(by, labels, strict=True)),
+        **ids,
+        **{field: names[one].get(ids[one], "") for one, field in NAMED.items() if one in ids},
     )
 
 
@@ -167,13 +208,14 @@ def parse_day(name: str, text: str | None) -> int | None:
 
 
 def to_csv(made: UsageReport, by: tuple[By, ...]) -> str:
-    """RFC 4180: a line for each group, or one for all that was asked."""
+    """RFC 4180: a line for each group, or one for all that was asked.  Names come last."""
     file = io.StringIO()
     writer = csv.writer(file)  # its lines end as the RFC wants
     sums = ("requests", "tokens", "prompt_tokens", "cached_tokens", "completion_tokens", "cost")
     kinds = ("ttft_ms", "total_ms")
     percentiles = [f"{kind}_{p}" for kind in kinds for p in Percentiles.__struct_fields__]
-    writer.writerow([*by, *sums, "currency", *percentiles, "errors"])
+    named = [field for one, field in NAMED.items() if one in by]
+    writer.writerow([*by, *sums, "currency", *percentiles, "errors", *named])
     for group in [_whole(made)] if made.data is UNSET else made.data:
         waits: list[int | str] = []
         for kind in kinds:
@@ -181,11 +223,12 @@ def to_csv(made: UsageReport, by: tuple[By, ...]) -> str:
             waits += ["", "", ""] if found is None else msgspec.structs.astuple(found)
         writer.writerow(
             [
-                *(_cell(getattr(group, name)) for name in by),
+                *(cell(getattr(group, name)) for name in by),
                 *(getattr(group, name) for name in sums),
-                _cell(made.currency),
+                cell(made.currency),
                 *waits,
                 sum(group.errors.values()),
+                *(cell(getattr(group, name)) for name in named),
             ]
         )
     return file.getvalue()
@@ -198,6 +241,6 @@ def _whole(made: UsageReport) -> UsageGroup:
     return UsageGroup(**same, requests=made.total_requests, tokens=made.total_tokens)
 
 
-def _cell(text: str) -> str:
+def cell(text: str) -> str:
     """What a spreadsheet would run as a formula stays text."""
     return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text

@@ -1,0 +1,106 @@
+"""Tables for eyes: on a terminal they fit its width, into a pipe nothing is left out."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import click
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+_GAP = 2  # between columns
+_LEAST = 12  # a column that is cut keeps so many characters; with less room it is left out
+_NARROWEST = 8  # that a column is folded to
+_ENDLESS = 100_000
+Cut = Literal["front", "end"]  # what of a cell goes
+
+
+def wide_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    text = "Show every column whole, however narrow the terminal."
+    return click.option("--wide", is_flag=True, help=text)(command)
+
+
+def print_table(
+    columns: Sequence[str],
+    rows: Iterable[Sequence[str | Text]],
+    *,
+    numbers: Collection[str] = (),
+    spared: Sequence[str] = (),
+    cut: Mapping[str, Cut] | None = None,
+    wide: bool = False,
+    total: Sequence[str] | None = None,
+) -> None:
+    """Print a plain table; the columns named in `numbers` are set to the right.
+
+    On a terminal that is too narrow for it, columns in `cut` are shortened and then the columns
+    `spared` are left out, the first of them first, until it fits; standard error names them.  The
+    others are there in any case: what is too wide is folded.  `total` is a last row, set apart.
+    """
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    cells = [[Text(cell) if isinstance(cell, str) else cell for cell in row] for row in rows]
+    last = None if total is None else [Text(cell) for cell in total]
+    whole = wide or not sys.stdout.isatty()
+    # Names are printed as they are: what looks like rich's markup is none.
+    console = Console(width=_ENDLESS if whole else None, markup=False, emoji=False, highlight=False)
+    widths = {
+        name: max(cell.cell_len for cell in (Text(name), *column))
+        for name, *column in zip(columns, *cells, *([last] if last else []), strict=True)
+    }
+    shown = _fitted(widths, console.width, spared, cut or {})
+    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, _GAP, 0, 0))
+    for name, width in shown.items():
+        side: Literal["left", "right"] = "right" if name in numbers else "left"
+        table.add_column(
+            name, justify=side, width=width, no_wrap=width == widths[name], overflow="fold"
+        )
+    places = [(place, name) for place, name in enumerate(columns) if name in shown]
+    for row in cells:
+        table.add_row(*(_short(row[n], shown[name], (cut or {}).get(name)) for n, name in places))
+    if last:
+        table.add_section()
+        table.add_row(*(last[n] for n, _ in places), style="bold")
+    console.print(table)
+    if missing := [name for name in columns if name and name not in shown]:
+        click.echo(f"with --wide also: {', '.join(missing)}", err=True)
+
+
+def _fitted(
+    widths: dict[str, int], room: int, spared: Sequence[str], cut: Mapping[str, Cut]
+) -> dict[str, int]:
+    """The columns that are shown, with their widths."""
+    shown, over = widths, 0
+    for count in range(len(spared) + 1):
+        shown = {name: width for name, width in widths.items() if name not in spared[:count]}
+        over = sum(shown.values()) + _GAP * (len(shown) - 1) - room
+        for name in cut:
+            if name in shown and over > 0:
+                less = min(over, max(0, shown[name] - max(_LEAST, len(name))))
+                shown[name] -= less
+                over -= less
+        if over <= 0:
+            return shown
+    while over > 0 and max(shown.values()) > _NARROWEST:
+        shown[max(shown, key=lambda name: shown[name])] -= 1
+        over -= 1
+    return shown
+
+
+def _short(cell: Text, width: int, cut: Cut | None) -> Text:
+    from rich.text import Text
+
+    if cut is None or cell.cell_len <= width:
+        return cell
+    if cut == "end":
+        short = cell.copy()
+        short.truncate(width, overflow="ellipsis")
+        return short
+    text = cell.plain
+    while Text(text).cell_len >= width:
+        text = text[1:]
+    return Text(f"…{text}", style=cell.style)
