@@ -126,6 +126,7 @@ class Box:
         if self.pool is not None:
             self.pool.configure(new)
         if self.network is not None:
+            self.network.advertise = new.peering.advertise
             self.network.changed()
         applied = [name for name in changed if name not in (*_AT_START, *engines)]
         return Reloaded(applied, engines, restart, [model.id for model in catalog.models])
@@ -249,6 +250,7 @@ def _pool(box: Box, network: Network, books: Books) -> Pool:
         owed=books.owed,
         served=books.served,
         keep=books.keep,
+        debts=books.debts,
     )
     box.admission.share(pool.dispatch, pool.candidates)
     box.requests.send(pool.dispatch, pool.candidates.offered)

@@ -99,6 +99,7 @@ class PeeringConfig(Section, frozen=True):
     relay: str = "none"
     name: Annotated[str, Meta(max_length=64, pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")] = ""
     announce: bool = False
+    advertise: Annotated[tuple[str, ...], Meta(max_length=4)] = ()
     policy: RoutingPolicy = "prefer-local"
     same_name: bool = False
     share_models: bool = True
@@ -106,6 +107,8 @@ class PeeringConfig(Section, frozen=True):
     time_weight: Weight = 0.3
     reputation_weight: Weight = 0.3
     hedge_ms: Annotated[int, Meta(ge=0)] = 0
+    max_price: str = ""
+    max_debt: str = ""
     serve: PeeringServeConfig = PeeringServeConfig()
 
 
@@ -152,6 +155,10 @@ _BEYOND = ("idle", "refuse")
 HOURS = re.compile(r"([01]\d|2[0-3]):[0-5]\d-([01]\d|2[0-3]):[0-5]\d")
 _URL = re.compile(r"https?://[!-~]{1,90}")
 _CONTACT = re.compile(r"https?://[!-~]+|[^\s@:/]+@[^\s@]+")
+_HOST_PORT = re.compile(
+    r"(?:\[(?P<v6>[0-9A-Fa-f:.]{2,45})\]|[A-Za-z0-9](?:[A-Za-z0-9.-]{0,88}[A-Za-z0-9])?)"
+    r":(?P<port>[0-9]{1,5})"
+)
 _DURATION = re.compile(r"(-?\d+(?:\.\d+)?)\s*(ms|s|m|h|d)?")
 _SHORTEST_RETENTION = 7200.0  # seconds
 _SLOWEST_COPY = 0.1  # MB/s; at less a piece takes longer than a peer waits for it
@@ -285,6 +292,9 @@ def _check_peering(peering: PeeringConfig) -> None:
             f"peering.relay is '{peering.relay}', not none, n0 or a relay's URL: write "
             "https://HOST or https://HOST:PORT"
         )
+    for address in peering.advertise:
+        if not is_host_port(address):
+            raise ValueError(f"peering.advertise has '{address}': write HOST:PORT or [IPv6]:PORT")
     if peering.serve.hours and not HOURS.fullmatch(peering.serve.hours):
         raise ValueError(f"peering.serve.hours is '{peering.serve.hours}': write 18:00-08:00")
     if 0 < peering.serve.copy_mb_per_s < _SLOWEST_COPY:
@@ -294,11 +304,27 @@ def _check_peering(peering: PeeringConfig) -> None:
         )
     if not peering.price_weight + peering.time_weight + peering.reputation_weight > 0:
         raise ValueError("peering.price_weight, time_weight and reputation_weight are all 0")
-    if peering.serve.credit_limit:
+    for name, text, read in (
+        ("serve.credit_limit", peering.serve.credit_limit, amount.parse),
+        ("max_debt", peering.max_debt, amount.parse),
+        ("max_price", peering.max_price, amount.per_token),
+    ):
         try:
-            amount.parse(peering.serve.credit_limit)
+            if text:
+                read(text)
         except ValueError as error:
-            raise ValueError(f"peering.serve.credit_limit is {error}") from error
+            raise ValueError(f"peering.{name} is {error}") from error
+
+
+def is_host_port(text: str) -> bool:
+    """Whether it says where a box is: HOST:PORT or [IPv6]:PORT."""
+    match = _HOST_PORT.fullmatch(text)
+    if match is None or not 0 < int(match["port"]) < 65536:
+        return False
+    try:
+        return match["v6"] is None or ipaddress.ip_address(match["v6"]).version == 6
+    except ValueError:
+        return False
 
 
 def _is_url(text: str) -> bool:

@@ -34,17 +34,29 @@ _SETTLE_SECONDS = 330.0
 def ledger(
     context: click.Context, home: Path, config: Path | None, as_json: bool, wide: bool
 ) -> None:
-    """Show what each peer owes this box (below 0: what this box owes it)."""
+    """Show what each peer owes this box (below 0: what this box owes it).
+
+    What this box pays for is under THEY SERVED; it owes at most MAX DEBT ([peering] max_debt).
+    """
     if context.invoked_subcommand is not None:
         return
     from pinaivu_box.peering.ledger_views import all_balances
 
-    serve = load_config(home, config).peering.serve
-    found = with_database(home, lambda database: all_balances(database, serve))
+    peering = load_config(home, config).peering
+    found = with_database(home, lambda database: all_balances(database, peering))
     if as_json:
         print_json(found)
         return
-    columns = ("PEER", "CURRENCY", "WE SERVED", "THEY SERVED", "SETTLED", "BALANCE", "LIMIT")
+    columns = (
+        "PEER",
+        "CURRENCY",
+        "WE SERVED",
+        "THEY SERVED",
+        "SETTLED",
+        "BALANCE",
+        "LIMIT",
+        "MAX DEBT",
+    )
     rows = [
         (
             one.name,
@@ -54,6 +66,7 @@ def ledger(
             f"{one.settled_served} / {one.settled_received}",
             one.balance,
             one.credit_limit or "-",
+            one.max_debt or "-",
         )
         for one in found
     ]
@@ -61,7 +74,7 @@ def ledger(
         columns,
         rows,
         numbers=columns[2:],
-        spared=("SETTLED", "LIMIT", "THEY SERVED", "WE SERVED"),
+        spared=("SETTLED", "LIMIT", "MAX DEBT", "WE SERVED", "THEY SERVED"),
         wide=wide,
     )
     for one in found:

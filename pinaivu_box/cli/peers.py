@@ -21,7 +21,7 @@ from pinaivu_box.cli.home import (
 from pinaivu_box.cli.peer_options import NONE, limit_options, limits_of
 from pinaivu_box.cli.peers_home import PATH, ask, path_of
 from pinaivu_box.cli.tables import print_table, wide_option
-from pinaivu_box.config import parse_span
+from pinaivu_box.config import is_host_port, parse_span
 from pinaivu_box.errors import CliError, NotRunning, UsageError
 
 
@@ -76,7 +76,13 @@ def invite(
 @config_option
 @json_option
 @click.argument("ticket")
-def join(home: Path, config: Path | None, as_json: bool, ticket: str) -> None:
+@click.option(
+    "--at",
+    multiple=True,
+    metavar="HOST:PORT",
+    help="Where that box is, if its ticket does not know.  Repeatable.",
+)
+def join(home: Path, config: Path | None, as_json: bool, ticket: str, at: tuple[str, ...]) -> None:
     """Join the network of the box that the TICKET is from ('-': it is read from standard input).
 
     That box must run; this one may, or may not.
@@ -89,7 +95,10 @@ def join(home: Path, config: Path | None, as_json: bool, ticket: str) -> None:
         decode(given)
     except TicketInvalid as error:
         raise UsageError(str(error)) from error
-    made = ask(home, config, PATH, method="POST", body={"ticket": given})
+    for address in at:
+        if not is_host_port(address):
+            raise UsageError(f"--at: '{address}' is not HOST:PORT, such as box.example.org:4002.")
+    made = ask(home, config, PATH, method="POST", body={"ticket": given, "at": at})
     if as_json:
         print_json(made)
     click.echo(f"This box and {made['name']} are of one network now.", err=True)
@@ -106,13 +115,15 @@ def join(home: Path, config: Path | None, as_json: bool, ticket: str) -> None:
 @click.option("--why", is_flag=True, help="Explain states and reputations.")
 def ls(home: Path, as_json: bool, wide: bool, why: bool) -> None:
     """List the other boxes of the network, and what they offer."""
-    from pinaivu_box.cli.peers_shown import show_all
+    from pinaivu_box.cli.peers_shown import show_all, show_own
 
-    found = ask_running(home, PATH)["data"]
+    answer = ask_running(home, PATH)
+    found = answer["data"]
     if as_json:
         print_json(found)
     else:
         show_all(found, why, wide)
+    show_own(answer["own"])
 
 
 @peers.command()

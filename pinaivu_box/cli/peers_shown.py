@@ -14,11 +14,12 @@ from pinaivu_box.cli.tables import print_table
 
 _COLOURS = {"connected": "green", "connecting": "yellow", "unreachable": "red", "revoked": "red"}
 _COLUMNS = (
-    "NAME", "STATE", "LINK", "RTT", "MODELS", "LOAD", "PRICE", "REPUTATION", "CLOCK", "VERSION"
+    "NAME", "STATE", "LINK", "RTT", "MODELS", "LOAD", "PRICE", "WE OWE", "REPUTATION", "CLOCK",
+    "VERSION",
 )  # fmt: skip
-_NUMBERS = ("RTT", "CLOCK")
+_NUMBERS = ("RTT", "CLOCK", "WE OWE")
 # What a narrower terminal does not show, the first of them first.
-_SPARED = ("VERSION", "CLOCK", "PRICE", "REPUTATION", "RTT", "LOAD", "LINK")
+_SPARED = ("VERSION", "CLOCK", "REPUTATION", "RTT", "LINK", "PRICE", "WE OWE", "LOAD")
 UNKNOWN = "-"
 
 
@@ -50,6 +51,16 @@ def show_all(found: list[dict[str, Any]], why: bool, wide: bool) -> None:
             console.print(Text(f"  {line}"))
 
 
+def show_own(own: dict[str, Any]) -> None:
+    """What the list of others cannot say: that this box belongs to them no more."""
+    if own["state"] == "revoked":
+        click.echo(
+            f"This box is revoked: {own['why'].rstrip('.')}. Only a new ticket of the network's "
+            "founder lets it in again ('pinaivu peers leave' makes it a box of its own).",
+            err=True,
+        )
+
+
 def show_one(peer: dict[str, Any], wide: bool) -> None:
     console = _console()
     for name, text in _facts(peer):
@@ -75,6 +86,7 @@ def _cells(peer: dict[str, Any]) -> dict[str, Text]:
         "MODELS": Text(_names([model["id"] for model in models])),
         "LOAD": Text(_load(models)),
         "PRICE": Text(_price(models)),
+        "WE OWE": Text(_debt(peer)),
         "REPUTATION": Text(_reputation(peer)),
         "CLOCK": Text(_seconds(peer["clock_ahead"])),
         "VERSION": Text(peer["software"] or UNKNOWN),
@@ -104,6 +116,13 @@ def _price(models: list[dict[str, Any]]) -> str:
     return low if low == high else f"{low} to {high}"
 
 
+def _debt(peer: dict[str, Any]) -> str:
+    """What this box owes it, of what it may."""
+    if (cost := peer["cost"]) is None:
+        return UNKNOWN
+    return f"{cost['owes']}/{cost['max_debt']}" if cost["max_debt"] else str(cost["owes"])
+
+
 def _reputation(peer: dict[str, Any]) -> str:
     found = peer["reputation"]
     return UNKNOWN if found is None else f"{found['value']:.2f}"
@@ -127,6 +146,8 @@ def _reasons(peer: dict[str, Any]) -> list[str]:
         said.append("it is stopping, and takes no new requests")
     if refusal := peer["refusal"]:
         said.append(f"{refusal['age']:.0f} s ago: {refusal['message']}")
+    if peer["cost"] and (dear := peer["cost"]["too_dear"]):
+        said.append(f"not used there, for their price is over max_price: {', '.join(dear)}")
     if blocked := peer["limits"]["blocked"]:
         said.append(f"blocked here: {blocked}")
     return said
@@ -155,8 +176,15 @@ def _facts(peer: dict[str, Any]) -> list[tuple[str, str]]:
             f"{use['running']} of {use['max_parallel']} requests, {use['tokens']} tokens in the "
             f"last minute, owes {use['owes']}",
         ),
+        ("cost us", "-" if peer["cost"] is None else _paid(peer["cost"])),
         *((name.replace("_", " "), _limit(value)) for name, value in limits.items()),
     ]
+
+
+def _paid(cost: dict[str, Any]) -> str:
+    most = f" of at most {cost['max_debt']}" if cost["max_debt"] else ""
+    dear = f"; too dear: {', '.join(cost['too_dear'])}" if cost["too_dear"] else ""
+    return f"{cost['received']} in all, we owe {cost['owes']}{most}{dear}"
 
 
 def _link(link: dict[str, Any]) -> str:

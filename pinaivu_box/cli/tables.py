@@ -67,7 +67,8 @@ def print_table(
         table.add_row(*(last[n] for n, _ in places), style="bold")
     console.print(table)
     if missing := [name for name in columns if name and name not in shown]:
-        click.echo(f"with --wide also: {', '.join(missing)}", err=True)
+        told = f"with --wide also: {', '.join(missing)}"
+        click.echo(click.wrap_text(told, console.width), err=True)
 
 
 def _fitted(

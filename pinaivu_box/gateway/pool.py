@@ -10,6 +10,7 @@ from pinaivu_box import amount
 from pinaivu_box.amount import Prices
 from pinaivu_box.config import Config
 from pinaivu_box.gateway.candidates import Candidates
+from pinaivu_box.gateway.ceilings import Ceilings, Debts
 from pinaivu_box.gateway.dispatch import Dispatch, Routing
 from pinaivu_box.gateway.guests import Guests, Terms
 from pinaivu_box.gateway.load import Load
@@ -27,7 +28,8 @@ from pinaivu_box.peering.network import Network
 
 
 class Pool:
-    """`keep` gets every leg that was served for a peer or by one, `owed` says what a peer owes us,
+    """`keep` gets every leg that was served for a peer or by one, `owed` says what a peer owes us
+    and `debts` what we owe all of them,
     `served` whether a leg was served for it already, and `terms` what it may have here; `digest`
     reads a model's file if it has to."""
 
@@ -45,13 +47,14 @@ class Pool:
         owed: Callable[[str, str], Awaitable[int]],
         served: Callable[[str, str, int, int], Awaitable[bool]],
         keep: Callable[[Served | Taken], Awaitable[None]],
+        debts: Callable[[], Awaitable[Debts]],
     ) -> None:
         self.reputation = Reputation(time.time)
         self._config = config
         resting = Resting(time.monotonic, Random())  # noqa: S311, it only spreads requests
         self.candidates = Candidates(
             identity.node_id, catalog, self._prices, self._currency, load, placement,
-            network.peers, resting, self.reputation,
+            network.peers, resting, self.reputation, Ceilings(debts, config.peering),
         )  # fmt: skip
         self.dispatch = Dispatch(
             self.candidates,
@@ -75,6 +78,7 @@ class Pool:
         """After a reload."""
         self._config = config
         self.dispatch.routing = _routing(config)
+        self.candidates.ceilings.configure(config.peering)
 
     def _prices(self, model: Model) -> Prices:
         pricing = self._config.pricing

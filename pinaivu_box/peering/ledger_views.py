@@ -7,10 +7,10 @@ import difflib
 from collections.abc import Sequence
 from decimal import Decimal
 
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from pinaivu_box import amount
-from pinaivu_box.config import PeeringServeConfig
+from pinaivu_box.config import PeeringConfig
 from pinaivu_box.errors import PeerNotFound
 from pinaivu_box.identity import NODE_PREFIX
 from pinaivu_box.peering import netting, wire
@@ -29,7 +29,7 @@ class BalanceView(Struct, frozen=True):
     """With one peer in one currency.  `served` by us and `received` from it are all there ever was,
     `settled_` of them is in statements.  `balance`: what it owes us; `carried` of that comes from
     statements that are not paid.  `waiting` was served, is not accepted by it yet and not written
-    off; a `credit_limit` counts it too."""
+    off; a `credit_limit` counts it too.  `max_debt`: the most that this box may owe it."""
 
     peer: str
     name: str
@@ -42,6 +42,7 @@ class BalanceView(Struct, frozen=True):
     carried: str
     waiting: str
     credit_limit: str | None
+    max_debt: str | None = None
 
 
 class EntryView(Struct, frozen=True):
@@ -144,15 +145,16 @@ async def find(database: Database, text: str) -> str:
     raise PeerNotFound(f"There is no peer '{text}'.{hint}", param="peer")
 
 
-async def all_balances(database: Database, serve: PeeringServeConfig) -> list[BalanceView]:
-    """`serve`: for the credit limit of peers that have none of their own."""
+async def all_balances(database: Database, peering: PeeringConfig) -> list[BalanceView]:
+    """`peering`: for the limits of peers that have none of their own."""
     called, known = await names(database), await peers.known(database)
     made = []
     for peer, mine in (await ledger.balances(database)).items():
         own = known[peer].policy.get("credit_limit") if peer in known else None
-        limit = serve.credit_limit if own is None else own
+        limit = peering.serve.credit_limit if own is None else own
         for currency, sums in mine.items():
-            made.append(_balance(peer, _name(called, peer), currency, sums, limit or None))
+            view = _balance(peer, _name(called, peer), currency, sums, limit or None)
+            made.append(structs.replace(view, max_debt=peering.max_debt or None))
     return sorted(made, key=lambda one: (one.name, one.peer, one.currency))
 
 
