@@ -18,7 +18,8 @@ from pinaivu_box.store.requests import ListedReceipt, find_receipt, list_receipt
 
 
 class ReceiptPage(Page, frozen=True):
-    """`after`: the request_id of the last one of the page before.  `key`: by its name or id."""
+    """`after`: the request_id of the last one of the page before.  `key`: by its name or id.  What
+    is empty is not asked for."""
 
     model: str | None = None
     key: str | None = None
@@ -48,8 +49,8 @@ async def receipts(request: Request) -> Response:
     found = await list_receipts(
         box.database,
         account_id=whose,
-        key_id=None if page.key is None else await key_id(box, page.key, whose),
-        model=page.model,
+        key_id=await key_id(box, page.key, whose) if page.key else None,
+        model=page.model or None,
         after=page.after,
         limit=page.limit + 1,
     )
