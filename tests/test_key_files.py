@@ -39,8 +39,14 @@ def counts(home: Path) -> tuple[int, ...]:
 
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
-    made = tmp_path / "home"
-    pinaivu("accounts", "ls", home=made)
+    return tmp_path / "home"
+
+
+@pytest.fixture(scope="module")
+def with_ann(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home in which nothing changes but by a mistake."""
+    made = tmp_path_factory.mktemp("ann") / "home"
+    pinaivu("accounts", "create", "ann", home=made)
     return made
 
 
@@ -92,15 +98,14 @@ def test_a_key_for_every_line(home: Path) -> None:
     ],
 )
 def test_a_wrong_line_is_named_and_nothing_is_made(
-    home: Path, text: str, line: int, why: str
+    with_ann: Path, text: str, line: int, why: str
 ) -> None:
-    pinaivu("accounts", "create", "ann", home=home)
-    before = counts(home)
-    done = create(home, text, check=False)
+    before = counts(with_ann)
+    done = create(with_ann, text, check=False)
     assert done.returncode == 2 and not done.stdout
     (said,) = done.stderr.splitlines()
     assert f"students.csv, line {line}: " in said and why in said and "No key was made." in said
-    assert counts(home) == before
+    assert counts(with_ann) == before
 
 
 def test_what_spreadsheets_write_is_read(home: Path) -> None:

@@ -163,8 +163,8 @@ class Candidates:
         refuses = _BUSY if busy else None
         if job.peers is not None and not {peer.node_id, peer.name} & set(job.peers):
             refuses = "is not among the peers that the key allows"
-        currency, cost = peer.advert.currency if peer.advert else "", _cost(offer.price, job, made)
-        refuses = refuses or self.ceilings.why_not(peer.node_id, offer.price, currency, cost)
+        currency, most = peer.advert.currency if peer.advert else "", _most(offer.price, job, made)
+        refuses = refuses or self.ceilings.why_not(peer.node_id, offer.price, currency, most)
         return Candidate(
             node_id=peer.node_id,
             model=offer.id,
@@ -175,7 +175,7 @@ class Candidates:
             queue=load.queue,
             ttft_ms=offer.ttft_ms,
             tokens_per_s=offer.tokens_per_s,
-            cost=cost,
+            cost=_cost(offer.price, job, made),
             currency=currency,
             reputation=self._reputation.score(peer.node_id),
             rtt_ms=peer.route.rtt_ms if peer.route else None,
@@ -193,7 +193,7 @@ class Candidates:
     def sent(self, job: Job, node_id: str) -> None:
         """It goes there: the conversation's next request finds a warm cache there."""
         self._under_way.setdefault(node_id, {})[job.id] = time.monotonic()
-        self.ceilings.began(node_id, job.id, self._cost_at(node_id, job))
+        self.ceilings.began(node_id, job.id, self._most_at(node_id, job))
         key = _conversation(job)
         self._conversations[key] = (node_id, time.monotonic())
         self._conversations.move_to_end(key)
@@ -204,10 +204,10 @@ class Candidates:
         self._under_way.get(node_id, {}).pop(job.id, None)
         self.ceilings.ended(node_id, job.id)
 
-    def _cost_at(self, node_id: str, job: Job) -> int:
-        offers = (one for peer, one in self._offers() if peer.node_id == node_id)
+    def _most_at(self, node_id: str, job: Job) -> int:
+        offers = [one for peer, one in self._offers() if peer.node_id == node_id]
         return max(
-            (_cost(one.price, job, 0) for one in offers if one.id == job.model.id), default=0
+            (_most(one.price, job, 0) for one in offers if one.id == job.model.id), default=0
         )
 
     def refused(self, node_id: str, seconds: float, why: str) -> None:
@@ -252,6 +252,16 @@ def tokens_of(job: Job, made: int) -> tuple[int, int]:
 
 def _cost(prices: Prices, job: Job, made: int) -> int:
     return prices.most(*tokens_of(job, made))
+
+
+def _most(prices: Prices, job: Job, made: int) -> int:
+    """As `_cost`, but of a prompt that nobody has counted yet as many tokens as it has bytes: with
+    what stands around its messages here there are no fewer."""
+    prompt, answer = tokens_of(job, made)
+    if job.read is None and not isinstance(job.prompt, list):
+        texts = (job.prompt or "", job.inputs or "", job.messages, job.tools or "")
+        prompt = made + sum(len(str(text).encode()) for text in texts)
+    return prices.most(prompt, answer)
 
 
 def _conversation(job: Job) -> bytes:
