@@ -25,6 +25,7 @@ from pinaivu_box.gateway.placement import Placement
 from pinaivu_box.gateway.pool import Pool
 from pinaivu_box.gateway.refusals import Refusals
 from pinaivu_box.gateway.requests import Requests
+from pinaivu_box.gateway.scopes import named_texts
 from pinaivu_box.home import database_of, identity_of, lock, prepare_home
 from pinaivu_box.identity import Identity
 from pinaivu_box.models import catalog as catalogs
@@ -43,8 +44,9 @@ _AT_START = (
     "server.host", "server.port", "server.cors_origins", "peering.enabled", "peering.host",
     "peering.port", "peering.relay", "peering.name", "peering.announce",
 )  # fmt: skip
-# Of [engine], what the box itself uses; the rest an engine is told when it starts.
-_OF_THE_BOX = ("engine.max_queue", "engine.keep_alive", "engine.start_seconds")
+# Of [engine], what holds at once; the rest an engine is told when it starts.
+_NAMED = "engine.shared_prefixes"
+_OF_THE_BOX = ("engine.max_queue", "engine.keep_alive", "engine.start_seconds", _NAMED)
 
 
 @dataclass(frozen=True)
@@ -112,13 +114,16 @@ class Box:
         """
         new = self.load()
         catalog = catalogs.load(new, self.home)
+        named = named_texts(new.engine)
         logs.configure(new.log)
         changed = configs.differences(self.config, new)
+        if named != self.placement.named and _NAMED not in changed:  # a file has another text
+            changed.append(_NAMED)
         restart = [n for n in configs.differences(self.started, new) if n in _AT_START]
         engines = [n for n in changed if n.startswith("engine.") and n not in _OF_THE_BOX]
         self.config, self.catalog, self.admission.catalog = new, catalog, catalog
         self.admission.engine, self.admission.pricing = new.engine, new.pricing
-        self.placement.configure(new.engine)
+        self.placement.configure(new.engine, named)
         self.local.sampling = new.sampling
         self.meter.currency = new.pricing.currency
         self.requests.places = new.engine.max_sequences
@@ -269,7 +274,7 @@ def _join(load: Callable[[], Config], home: Path, database: Database) -> Box:
     catalog = catalogs.load(config, home)
 
     digests = Digests(database)
-    placement = Placement(config.engine, digests.of)
+    placement = Placement(config.engine, digests.of, named_texts(config.engine))
     local = LocalBackend(placement, identity.node_id, config.sampling)
     meter = Meter(identity, database, config.pricing.currency)
     metrics = Metrics(placement)

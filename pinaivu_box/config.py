@@ -44,6 +44,13 @@ class ServerConfig(Section, frozen=True):
     stream_grace_seconds: Annotated[float, Meta(ge=0)] = 10.0
 
 
+class SharedPrefix(Section, frozen=True):
+    """The beginning of prompts: a `text`, or the path of a `file` that holds one."""
+
+    text: str = ""
+    file: str = ""
+
+
 class EngineConfig(Section, frozen=True):
     context: Annotated[int, Meta(ge=0)] = 0
     max_sequences: Annotated[int, Meta(ge=1, le=256)] = 64
@@ -52,6 +59,7 @@ class EngineConfig(Section, frozen=True):
     threads: Annotated[int, Meta(ge=0)] = 0
     drafting: bool = True
     context_shift: bool = False
+    shared_prefixes: Annotated[tuple[SharedPrefix, ...], Meta(max_length=64)] = ()
     max_queue: Annotated[int, Meta(ge=0)] = 256
     keep_alive: str = "5m"
     start_seconds: Annotated[float, Meta(gt=0)] = 300.0
@@ -252,6 +260,12 @@ def _put(tree: dict[str, Any], keys: tuple[str, ...], value: Any) -> None:
 
 def _check(config: Config) -> None:
     parse_duration(config.engine.keep_alive)
+    for entry in config.engine.shared_prefixes:
+        if bool(entry.text.strip()) == bool(entry.file):
+            raise ValueError(
+                "engine.shared_prefixes: each entry has either a text or a file, such as "
+                '{ file = "system.txt" }'
+            )
     for name, text in msgspec.structs.asdict(config.retention).items():
         if 0 <= parse_duration(text) < _SHORTEST_RETENTION:
             raise ValueError(f"retention.{name} is '{text}', less than 2h: limits look back so far")

@@ -202,6 +202,16 @@ def test_copies_have_no_limit_or_one_that_a_piece_gets_through(tmp_path: Path, r
         load(file, environ={})
 
 
+@pytest.mark.parametrize("entry", ["{}", '{ text = "a", file = "b" }', '{ text = " " }'])
+def test_a_shared_prefix_is_a_text_or_a_file(tmp_path: Path, entry: str) -> None:
+    path = written(tmp_path, f"[engine]\nshared_prefixes = [{entry}]\n")
+    with pytest.raises(CliError, match=r"engine\.shared_prefixes.* either a text or a file"):
+        load(path, environ={})
+    many = written(tmp_path, "[engine]\nshared_prefixes = [" + '{ text = "a" },' * 65 + "]\n")
+    with pytest.raises(CliError, match="shared_prefixes"):
+        load(many, environ={})
+
+
 @pytest.mark.parametrize("relay", ["none", "n0", "https://relay.example", "http://10.0.0.1:3340/"])
 def test_a_relay_is_none_theirs_or_a_url(tmp_path: Path, relay: str) -> None:
     file = tmp_path / "config.toml"

@@ -273,6 +273,14 @@ def test_a_configuration_that_is_not_valid(home: Path, text: str) -> None:
     assert str(home / "config.toml") in found["configuration"]["found"]
 
 
+def test_a_named_prefix_that_cannot_be_read(home: Path) -> None:
+    (home / "config.toml").write_text('[engine]\nshared_prefixes = [{ file = "/none.txt" }]\n')
+    (home / "config.toml").chmod(0o600)
+    found = doctor(home)
+    assert failed(found) == ["configuration"]
+    assert "/none.txt cannot be read" in found["configuration"]["found"]
+
+
 def test_a_damaged_database(home: Path) -> None:
     corrupt(home / "pinaivu.db")
     found = doctor(home)

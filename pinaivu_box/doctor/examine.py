@@ -12,6 +12,7 @@ from pinaivu_box.doctor import home as homes
 from pinaivu_box.doctor import machine, models, relay
 from pinaivu_box.doctor.check import Check, of_error
 from pinaivu_box.errors import BoxError, CliError
+from pinaivu_box.gateway.scopes import named_texts
 
 Examiner = Callable[[], Iterable[Check]]
 
@@ -47,11 +48,14 @@ def examine(
 def _configuration(load: Callable[[], Config]) -> tuple[Config, Check]:
     """Where it is not valid, the defaults stand in for the other checks."""
     name = "configuration"
+    config = Config()
     try:
-        return load(), Check(name, "ok", "valid")
+        config = load()
+        named_texts(config.engine)
+        return config, Check(name, "ok", "valid")
     except CliError as error:
         found = error.message.removesuffix(".")
-        return Config(), Check(name, "failed", found, "sample.toml documents every setting")
+        return config, Check(name, "failed", found, "sample.toml documents every setting")
     except OSError as error:
         found = f"it cannot be read: {error.strerror}"
         return Config(), Check(name, "failed", found, "check the permissions of the home")

@@ -1,24 +1,40 @@
-"""What comes in, in its order; only grammars are compiled beside it, by threads of their own.
+"""What comes in, on its way to the engine: prepared by a few threads that tenants share fairly.
 
-llguidance takes a second for a large schema.  Nobody else's beginning or end waits for that.
+Preparing (template, tokens) and compiling a grammar can take long, and both can be made to take
+long.  So the thread that reads frames does neither, one tenant has one request prepared and one
+grammar compiled at a time, and a cancellation ends whichever it finds.
 """
 
 from __future__ import annotations
 
-import queue
 import threading
 from collections.abc import Callable
 
 from pinaivu_box.engine.embeddings import Embedding
 from pinaivu_box.engine.intake import Arrival, Intake
-from pinaivu_box.engine.messages import Add, Cancel, Embed, Refused, Tokenize, Tokenized
+from pinaivu_box.engine.messages import Add, Cancel, Embed, Named, Refused, Tokenize, Tokenized
 from pinaivu_box.engine.sequence import Sequence
+from pinaivu_box.engine.turns import Turns
+from pinaivu_box.errors import BadRequest
+from pinaivu_box.sandbox import Cancellation
 
-_THREADS = 2  # so that a small schema need not wait for a large one
+_PREPARING = 4  # threads; most of the time they wait for a sandbox
+_COMPILING = 2
+
+
+class _Request(Cancellation):
+    """One that is not scheduled yet.  Once it is `admitted`, the output knows it."""
+
+    def __init__(self, request_id: str, tenant: str) -> None:
+        super().__init__()
+        self.id = request_id
+        self.tenant = tenant
+        self.admitted = False
 
 
 class Arrivals:
-    """`say` is told first of whatever `schedule` gets.  `take` is called by one thread."""
+    """`say` is told first of whatever `schedule` gets.  `take` is called by one thread; it never
+    blocks."""
 
     def __init__(
         self,
@@ -29,45 +45,64 @@ class Arrivals:
         self._intake = intake
         self._say = say
         self._schedule = schedule
-        self._compiling: set[str] = set()
+        self._open: dict[str, _Request] = {}
         self._lock = threading.Lock()  # no cancellation overtakes the sequence that it is for
-        self._todo: queue.SimpleQueue[Arrival] = queue.SimpleQueue()
-        for _ in range(_THREADS):
-            threading.Thread(target=self._compile, name="grammars", daemon=True).start()
+        self._preparing = Turns(_PREPARING, "arrivals")
+        self._compiling = Turns(_COMPILING, "grammars")
 
-    def take(self, message: Add | Embed | Tokenize | Cancel) -> None:
-        if isinstance(message, Tokenize):
-            self._say(self._intake.tokenize(message))
-        elif isinstance(message, Cancel):
-            with self._lock:
-                self._compiling.discard(message.id)
-                self._schedule(message)
-        else:
-            self._prepare(message)
-
-    def _prepare(self, message: Add | Embed) -> None:
-        prepared = self._intake.prepare(message)
-        self._say(prepared)
-        if isinstance(prepared, Refused):
+    def take(self, message: Add | Embed | Tokenize | Cancel | Named) -> None:
+        if isinstance(message, Named):
+            self._intake.name(message)
             return
-        if prepared.compile is None:
-            self._schedule(prepared.sequence)
-        else:
-            self._compiling.add(message.id)
-            self._todo.put(prepared)
+        if isinstance(message, Cancel):
+            self._cancel(message)
+            return
+        asked = message.add if isinstance(message, Tokenize) else message
+        request = _Request(asked.id, asked.tenant)
+        with self._lock:
+            self._open[request.id] = request
+        self._preparing.put(request.tenant, lambda: self._prepare(request, message))
 
-    def _compile(self) -> None:
-        while True:
-            arrival = self._todo.get()
-            name = arrival.admitted.id
-            if arrival.compile is None or name not in self._compiling:
-                continue
-            refused = arrival.compile()
-            with self._lock:
-                if name not in self._compiling:
-                    continue  # it was cancelled meanwhile
-                self._compiling.remove(name)
-                if refused is None:
-                    self._schedule(arrival.sequence)
-                else:
-                    self._say(refused)
+    def _cancel(self, message: Cancel) -> None:
+        with self._lock:
+            request = self._open.pop(message.id, None)
+            if request is None or request.admitted:
+                self._schedule(message)
+            else:  # the output knows nothing of it that could end
+                why = "The request was cancelled before it had begun."
+                self._say(Refused(message.id, BadRequest.code, why))
+        if request is not None:
+            request.cancel()
+
+    def _prepare(self, request: _Request, message: Add | Embed | Tokenize) -> None:
+        if request.cancelled:
+            return
+        if isinstance(message, Tokenize):
+            self._end(request, self._intake.tokenize(message))
+            return
+        prepared = self._intake.prepare(message)
+        if isinstance(prepared, Refused) or prepared.compile is None:
+            self._end(request, prepared)
+            return
+        with self._lock:
+            if self._open.get(request.id) is not request:
+                return
+            self._say(prepared)
+            request.admitted = True
+        self._compiling.put(request.tenant, lambda: self._compile(request, prepared))
+
+    def _compile(self, request: _Request, arrival: Arrival) -> None:
+        if request.cancelled or arrival.compile is None:
+            return
+        self._end(request, arrival.compile() or arrival)
+
+    def _end(self, request: _Request, outcome: Arrival | Refused | Tokenized) -> None:
+        """It is known what becomes of it; unless it was cancelled meanwhile."""
+        with self._lock:
+            if self._open.get(request.id) is not request:
+                return
+            del self._open[request.id]
+            if not (request.admitted and isinstance(outcome, Arrival)):
+                self._say(outcome)
+            if isinstance(outcome, Arrival):
+                self._schedule(outcome.sequence)

@@ -23,12 +23,15 @@ from pinaivu_box.engine.messages import (
     Admitted,
     Constraint,
     Embed,
+    Named,
     Refused,
     Tokenize,
     Tokenized,
     Tools,
 )
+from pinaivu_box.engine.named_prefixes import NamedPrefixes
 from pinaivu_box.engine.number_bounds import with_an_end
+from pinaivu_box.engine.prefix_cache import Share
 from pinaivu_box.engine.runner import Runner
 from pinaivu_box.engine.sequence import Sequence
 from pinaivu_box.errors import ApiError, ContextOverflow, InternalError, InvalidBody
@@ -65,6 +68,10 @@ class Intake:
         self._first_grammar = Lock()
         self._experience = Experience()
         self.template = ChatTemplate(facts.chat_template, bos=facts.bos, eos=facts.eos)
+        self._named = NamedPrefixes([], self.template, runner.tokenize)
+
+    def name(self, told: Named) -> None:
+        self._named = NamedPrefixes(told.texts, self.template, self._runner.tokenize)
 
     def prepare(self, add: Add | Embed) -> Arrival | Refused:
         try:
@@ -126,7 +133,7 @@ class Intake:
             lookup=self._lookup(add) if self._drafting and limit <= room else None,
             logprobs=add.logprobs,
             scored=add.scored if add.echo and add.logprobs is not None else None,
-            cache=add.cache,
+            share=self._named.share(add.scope, prompt) if add.named else Share(add.scope),
         )
         for token in add.output:  # it may have shifted, as it did in that leg
             sequence.tokens.append(token)

@@ -103,7 +103,8 @@ class Add(Struct, frozen=True, tag=True):
     the tenant's share among tenants, `priority` orders the tenant's own (higher goes first).
     `template` holds more variables for the template.  With `logprobs` each token comes with its
     log-probability and that many of the likeliest ones.  `prediction` is text that the output may
-    repeat: it feeds the drafts.  Without `cache` no prefix that others computed is used.  With a
+    repeat: it feeds the drafts.  Cached prefixes are shared with the sequences of the same `scope`,
+    and with none if it is empty; with `named` also those of Named, with all that say so.  With a
     `suffix` the output is what stands between `prompt` and it.  With `echo` the prompt's text comes
     back, and if there are `logprobs` then also those of the prompt's tokens, before the output's,
     but for the first `scored` ones: another leg has said those.  Of the last `unsaid` tokens of
@@ -126,7 +127,8 @@ class Add(Struct, frozen=True, tag=True):
     constraint: Constraint | None = None
     logprobs: int | None = None
     prediction: str = ""
-    cache: bool = True
+    scope: str = ""
+    named: bool = False
     suffix: str = ""
     read: list[int] | None = None
     thinking: bool = False
@@ -145,6 +147,7 @@ class Embed(Struct, frozen=True, tag=True):
     id: str
     inputs: list[str | list[int]]
     dimensions: int | None = None
+    tenant: str = ""
 
 
 class Tokenize(Struct, frozen=True, tag=True):
@@ -157,7 +160,14 @@ class Tokenize(Struct, frozen=True, tag=True):
     inputs: list[str | list[int]] | None = None
 
 
-ToEngine = Load | Add | Cancel | Tokenize | Embed
+class Named(Struct, frozen=True, tag=True):
+    """From now on prompts that begin with one of these texts share that beginning with each other
+    if they are `named`, whatever their scope.  They replace those of an earlier Named."""
+
+    texts: list[str]
+
+
+ToEngine = Load | Add | Cancel | Tokenize | Embed | Named
 
 # -- child to parent ---------------------------------------------------------------------------
 

@@ -8,20 +8,46 @@ prompt is found by walking down.  Pure bookkeeping: the caller moves the cells.
 
 A sequence is *live* while it runs.  Once it has finished it may stay as *cached*, to be copied
 from, until it is evicted, the least recently used first.
+
+Who finds a prefix learns that somebody had the same text, so a node has a *scope*: only sequences
+of that scope find it, and what is PRIVATE nobody finds.  The first tokens of a sequence may be in
+another scope than those after them.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+PRIVATE = ""
+
+
+class Share(NamedTuple):
+    """With whom a sequence shares cells: the first `public` ones with those that have as many in
+    the scope `common`, the others with `scope`; if that is PRIVATE there are no public ones."""
+
+    scope: str = PRIVATE
+    public: int = 0
+    common: str = PRIVATE
+
+    def in_common(self, other: Share, tokens: list[int], its: list[int]) -> int:
+        """How many of its first `tokens` a sequence has in common with one that shares so."""
+        if PRIVATE in (self.scope, other.scope) or self[1:] != other[1:]:
+            return 0
+        if self.scope != other.scope and not self.public:
+            return 0
+        common = common_prefix(its, tokens)
+        return common if self.scope == other.scope else min(common, self.public)
 
 
 class _Node:
-    __slots__ = ("children", "ends", "parent", "tokens")
+    __slots__ = ("children", "ends", "parent", "scope", "tokens")
 
-    def __init__(self, parent: _Node | None, tokens: list[int]) -> None:
+    def __init__(self, parent: _Node | None, tokens: list[int], scope: str) -> None:
         self.parent = parent
         self.tokens = tokens
+        self.scope = scope
         self.children: list[_Node] = []
         self.ends: set[int] = set()  # sequence ids whose path ends here
 
@@ -30,8 +56,9 @@ class PrefixCache:
     """Sequence ids are the KV cache's.  Lengths and counts are in tokens (= cells)."""
 
     def __init__(self) -> None:
-        self._root = _Node(None, [])
+        self._root = _Node(None, [], PRIVATE)
         self._leaf: dict[int, _Node] = {}
+        self._shares: dict[int, Share] = {}
         self._cached: OrderedDict[int, None] = OrderedDict()  # least recently used first
         self.cells = 0
 
@@ -43,36 +70,57 @@ class PrefixCache:
     def __contains__(self, sequence_id: int) -> bool:
         return sequence_id in self._leaf
 
-    def match(self, tokens: list[int]) -> tuple[int, int]:
-        """Length of the longest known prefix of `tokens`, and a sequence that has it (or -1)."""
+    def match(self, tokens: list[int], share: Share) -> tuple[int, int]:
+        """Length of the longest prefix of `tokens` that is known to who shares so, and a sequence
+        that has it (or -1)."""
         best_length, best = 0, self._root
+        if share.scope == PRIVATE:
+            return 0, -1
         stack = [(self._root, 0)]
         while stack:
             node, before = stack.pop()
             # Two sequences may have computed the same tokens side by side, so more than one child
             # can begin alike, and the longest match can lie behind the shorter edge.
+            left = share.public - before
+            scope = share.common if left > 0 else share.scope
             for child in node.children:
+                if child.scope != scope:
+                    continue
                 common = common_prefix(child.tokens, tokens, before)
+                if left > 0:
+                    common = min(common, left)
                 if before + common > best_length:
                     best_length, best = before + common, child
                 if common == len(child.tokens):
                     stack.append((child, before + common))
         return best_length, -1 if best is self._root else self._somebody(best)
 
-    def open(self, sequence_id: int, source: int = -1, length: int = 0) -> None:
-        """A new live sequence that shares the first `length` cells of `source`."""
+    def open(self, sequence_id: int, share: Share, source: int = -1, length: int = 0) -> None:
+        """A new live sequence that shares the first `length` cells of `source`, as matched."""
         node = self._at(source, length) if length else self._root
         node.ends.add(sequence_id)
         self._leaf[sequence_id] = node
+        self._shares[sequence_id] = share
         if source in self._cached:
             self._cached.move_to_end(source)
 
     def extend(self, sequence_id: int, tokens: Sequence[int]) -> None:
         """`tokens` of the sequence were computed into new cells."""
+        share, scope = self._shares[sequence_id], self._leaf[sequence_id].scope
+        if share.public and scope != share.scope:
+            left = max(0, share.public - self.length(sequence_id))
+            self._append(sequence_id, tokens[:left], share.common)
+            tokens = tokens[left:]
+        self._append(sequence_id, tokens, share.scope)
+
+    def _append(self, sequence_id: int, tokens: Sequence[int], scope: str) -> None:
+        if not tokens:
+            return
         node = self._leaf[sequence_id]
-        if node is self._root or node.children or len(node.ends) > 1:
+        alone = len(node.ends) == 1 and not node.children
+        if node is self._root or node.scope != scope or not alone:
             node.ends.discard(sequence_id)
-            child = _Node(node, [])
+            child = _Node(node, [], scope)
             node.children.append(child)
             child.ends.add(sequence_id)
             self._leaf[sequence_id] = node = child
@@ -96,9 +144,11 @@ class PrefixCache:
         self._cached[sequence_id] = None
         return [other for other in self._cached if self._superfluous(self._leaf[other], other)]
 
-    def reopen(self, sequence_id: int, length: int) -> None:
-        """A cached sequence goes on as a live one, with the first `length` of its cells."""
+    def reopen(self, sequence_id: int, share: Share, length: int) -> None:
+        """A cached sequence goes on as another, live one, with the first `length` of its cells, as
+        matched."""
         del self._cached[sequence_id]
+        self._shares[sequence_id] = share
         node = self._at(sequence_id, length)
         old = self._leaf[sequence_id]
         if node is not old:
@@ -109,6 +159,7 @@ class PrefixCache:
     def release(self, sequence_id: int) -> None:
         """The sequence was removed from the cache; cells that nobody else shares are free."""
         self._cached.pop(sequence_id, None)
+        del self._shares[sequence_id]
         self._prune(self._leaf.pop(sequence_id), sequence_id)
 
     def _prune(self, leaf: _Node, sequence_id: int) -> None:
@@ -169,6 +220,21 @@ class PrefixCache:
             raise AssertionError(f"{self.cells} cells are counted, {cells} are in the tree")
         if ends != self._leaf or not set(self._cached) <= set(ends):
             raise AssertionError("the sequences and the tree disagree")
+        if set(self._shares) != set(ends):
+            raise AssertionError("the sequences and their scopes disagree")
+        for sequence_id, share in self._shares.items():
+            if share.scope == PRIVATE and sequence_id in self._cached:
+                raise AssertionError("cells are kept that nobody may find")
+            self._check_scopes(sequence_id, share)
+
+    def _check_scopes(self, sequence_id: int, share: Share) -> None:
+        node, end = self._leaf[sequence_id], self.length(sequence_id)
+        while node.parent is not None:
+            start = end - len(node.tokens)
+            scope = share.common if start < share.public else share.scope
+            if node.scope != scope or start < share.public < end:
+                raise AssertionError(f"cells of sequence {sequence_id} are in another scope")
+            node, end = node.parent, start
 
     # -- the tree ------------------------------------------------------------------------------
 
@@ -184,7 +250,7 @@ class PrefixCache:
         raise ValueError(f"sequence {sequence_id} is shorter than that by {length}")
 
     def _split(self, node: _Node, length: int) -> _Node:
-        upper = _Node(node.parent, node.tokens[:length])
+        upper = _Node(node.parent, node.tokens[:length], node.scope)
         upper.children.append(node)
         if node.parent is not None:
             node.parent.children[node.parent.children.index(node)] = upper
@@ -192,10 +258,12 @@ class PrefixCache:
         return upper
 
     def _merge(self, node: _Node | None) -> None:
-        """A node with one child and no end of its own is one edge with it."""
+        """A node with one child of its scope and no end of its own is one edge with it."""
         if node is None or node.parent is None or node.ends or len(node.children) != 1:
             return
         child = node.children[0]
+        if child.scope != node.scope:
+            return
         child.tokens = node.tokens + child.tokens
         child.parent = node.parent
         node.parent.children[node.parent.children.index(node)] = child

@@ -3,10 +3,10 @@
 A step holds every running sequence's next token and, up to a budget, chunks of prompts still to be
 computed (chunked prefill: Agrawal et al., "Sarathi-Serve", OSDI 2024), so that a long prompt does
 not stop the running streams.  Waiting sequences start in the order that `FairQueue` gives.  A
-sequence starts with the cells of the longest prefix that another one has computed (`PrefixCache`);
-one whose prefix is being computed right now waits for it.  When the KV cache has no room for the
-next tokens, cached sequences are evicted, then the youngest is preempted and later recomputed from
-its tokens: position-keyed sampling makes it go on as if nothing had happened.
+sequence starts with the cells of the longest prefix that another one of its scope has computed
+(`PrefixCache`); one whose prefix is being computed right now waits for it.  When the KV cache has
+no room for the next tokens, cached sequences are evicted, then the youngest is preempted and later
+recomputed from its tokens: position-keyed sampling makes it go on as if nothing had happened.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Protocol
 
 from pinaivu_box.engine.fairness import FairQueue
 from pinaivu_box.engine.lookup import expected_right
-from pinaivu_box.engine.prefix_cache import PrefixCache, common_prefix
+from pinaivu_box.engine.prefix_cache import PRIVATE, PrefixCache
 from pinaivu_box.engine.sequence import Sequence, State
 
 _MOST_STEADY = 64
@@ -156,7 +156,7 @@ class Scheduler:
         return next((one for one in everybody if one.id == request_id), None)
 
     def finish(self, sequence: Sequence) -> None:
-        """It has ended; its cells stay for others until they are needed."""
+        """It has ended; its cells stay for others of its scope until they are needed."""
         self._capacity = self.kv_tokens
         self._awaited.pop(sequence, None)
         if sequence.state is not State.RUNNING:
@@ -337,11 +337,11 @@ class Scheduler:
             return False
         awaited = self._awaited.get(sequence)
         if awaited is None:
-            have, _ = self.prefixes.match(sequence.tokens)
+            have, _ = self.prefixes.match(sequence.tokens, sequence.share)
             best, source = have + WORTH_WAITING, None
             for other in (*self.running, *starting):
                 if other.pending > 1:
-                    common = common_prefix(other.tokens, sequence.tokens)
+                    common = sequence.share.in_common(other.share, sequence.tokens, other.tokens)
                     if common > max(best, other.computed):
                         best, source = common, other
             if source is None:
@@ -358,7 +358,7 @@ class Scheduler:
     def _match(self, sequence: Sequence) -> tuple[int, int]:
         if not self._sharing or not sequence.most_shared:
             return 0, -1
-        length, source = self.prefixes.match(sequence.tokens)
+        length, source = self.prefixes.match(sequence.tokens, sequence.share)
         length = min(length, sequence.most_shared)
         return (length, source) if length > 0 else (0, -1)
 
@@ -382,7 +382,7 @@ class Scheduler:
         that loses little, else a free one."""
         if self._takes_over(source, length):
             sequence.sequence_id = source
-            self.prefixes.reopen(source, length)
+            self.prefixes.reopen(source, sequence.share, length)
             self._moves.append(Truncate(source, length))
             return
         if not self._free_ids:
@@ -391,7 +391,7 @@ class Scheduler:
                 raise AssertionError("more sequences run than there are ids")
             self._evict(oldest)
         sequence.sequence_id = heappop(self._free_ids)
-        self.prefixes.open(sequence.sequence_id, source, length)
+        self.prefixes.open(sequence.sequence_id, sequence.share, source, length)
         if length:
             self._moves.append(Copy(source, sequence.sequence_id, length))
 
@@ -464,7 +464,7 @@ class Scheduler:
     def _free(self, sequence: Sequence, *, keep: bool) -> None:
         self.running.remove(sequence)
         sequence_id, sequence.sequence_id = sequence.sequence_id, -1
-        if keep and self._sharing and sequence.computed:
+        if keep and self._sharing and sequence.computed and sequence.share.scope != PRIVATE:
             for superfluous in self.prefixes.keep(sequence_id):
                 self._evict(superfluous)
         else:

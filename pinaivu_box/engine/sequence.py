@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from pinaivu_box.engine.lookup import Lookup
 from pinaivu_box.engine.messages import Sampling
+from pinaivu_box.engine.prefix_cache import PRIVATE, Share
 
 if TYPE_CHECKING:
     from pinaivu_box.engine.grammar import Grammar  # llguidance is loaded when it is needed
@@ -46,7 +47,7 @@ class Sequence:
     logprobs: int | None = None  # with each token, of how many of the likeliest ones
     scored: int | None = None  # tokens whose log-probabilities were said, if they are wanted of
     scored_to: int | None = None  # tokens that are given: up to here; None: of the prompt
-    cache: bool = True  # may begin with cells that others computed
+    share: Share = field(default_factory=Share)  # with whom it has cells in common
     arrival: int = 0  # a counter: lower is older
     arrived_at: float = field(default_factory=time.monotonic)
     queue_ms: float | None = None  # waited for its first step; None until then
@@ -73,7 +74,7 @@ class Sequence:
     @property
     def most_shared(self) -> int:
         """How many cells of others it may begin with: the positions after them give logits."""
-        if not self.cache:
+        if self.share.scope == PRIVATE:
             return 0
         return self.unscored.start if self.unscored else len(self.tokens) - 1
 
@@ -84,6 +85,8 @@ class Sequence:
         del self.tokens[kept : kept + dropped]
         self.prompt_length = max(kept, self.prompt_length - dropped)
         self.shifted += dropped
+        if self.share.public > kept:
+            self.share = Share(self.share.scope)  # it does not begin so any more
         self.lookup = None  # it knows places that are gone
 
     @property

@@ -22,8 +22,8 @@ from pinaivu_box.errors import (
 )
 from pinaivu_box.gateway.backend import Job
 from pinaivu_box.gateway.limits import MINUTE, Grant, KeyUse, Limits
+from pinaivu_box.gateway.scopes import scope_of
 from pinaivu_box.models.catalog import WELL_FORMED, Catalog, Model
-from pinaivu_box.policy import Policy
 from pinaivu_box.store import keys
 from pinaivu_box.store.database import Database
 from pinaivu_box.store.keys import Key
@@ -54,10 +54,13 @@ def refusal(key: Key) -> ApiError | None:
     return None
 
 
-def under(policy: Policy, job: Job) -> Job:
+def under(key: Key, job: Job) -> Job:
     """As the settings of its key want it served."""
+    policy = key.policy
     return replace(
         job,
+        scope=scope_of(key),
+        named=not policy.local_only,
         weight=policy.weight,
         local_only=policy.local_only,
         peers=policy.peers or None,
@@ -154,7 +157,7 @@ class Admission:
         use = await self._use_of(key)
         use.arriving += 1  # so that it is not forgotten meanwhile
         try:
-            jobs = [under(key.policy, job) for job in jobs]
+            jobs = [under(key, job) for job in jobs]
             model, context = jobs[0].model, 0
             self._limits.check(key, use, self.prices(key, model).most(1, 0))
             if key.policy.tpm is not None or key.policy.budget is not None:
@@ -164,7 +167,7 @@ class Admission:
             if (error := refusal(key)) is not None:
                 raise error
             self._check(model, key, in_flight)
-            return self._take(key, use, [under(key.policy, job) for job in jobs], context)
+            return self._take(key, use, [under(key, job) for job in jobs], context)
         finally:
             use.arriving -= 1
 

@@ -21,7 +21,8 @@ class Job:
     before, and `settled` is how an earlier leg drew, with the file of that `digest`: this one has
     to draw likewise.  `local_only` jobs stay on this box, others go to `peers` (names or node ids;
     None: any) at most, as `routing` says, or else the box's policy.  A peer's job has a `name` that
-    we gave it.
+    we gave it.  `scope` is with whom cached prefixes are shared (see `scopes`), if `cache` is not
+    False.
 
     The rest is as in `engine.messages.Add`.
     """
@@ -50,6 +51,8 @@ class Job:
     logprobs: int | None = None
     prediction: str = ""
     cache: bool = True
+    scope: str = ""
+    named: bool = False
     suffix: str = ""
     echo: bool = False
     scored: int = 0

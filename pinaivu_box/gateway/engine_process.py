@@ -8,6 +8,7 @@ import logging
 import os
 import time
 from collections import deque
+from collections.abc import Sequence
 
 from pinaivu_box import child
 from pinaivu_box.engine.messages import (
@@ -21,6 +22,7 @@ from pinaivu_box.engine.messages import (
     FromEngine,
     Load,
     LoadFailed,
+    Named,
     Progress,
     Ready,
     Refused,
@@ -124,6 +126,11 @@ class EngineProcess:
         self._boxes[name] = box
         self._send(message)
         return box
+
+    def name_prefixes(self, texts: Sequence[str]) -> None:
+        """Beginnings of prompts that are shared from now on; see `engine.messages.Named`."""
+        if self.alive:
+            self._send(Named(list(texts)))
 
     def cancel(self, request_id: str) -> None:
         if self.alive and request_id in self._boxes:

@@ -43,7 +43,7 @@ class LocalBackend:
             sampling = job.settled or resolve(job, self.sampling, engine.ready.defaults)
             info = EngineInfo(engine.ready.build, engine.ready.device)
             if job.inputs is not None:
-                box = engine.submit(Embed(job.id, job.inputs, job.dimensions))
+                box = engine.submit(Embed(job.id, job.inputs, job.dimensions, job.tenant))
             else:
                 box = engine.submit(to_add(job, sampling, made))
             self._serving[job.id] = engine
@@ -88,16 +88,20 @@ class LocalBackend:
     ) -> tuple[Tokenized, int]:
         """As `tokenize`, and the context of the model."""
         engine = await self._placement.acquire(job.model)
+        answered = False
         try:
             sampling = resolve(job, self.sampling, engine.ready.defaults)
             box = engine.ask(Tokenize(to_add(job, sampling, []), tokens, plain, job.inputs))
             (item,) = await box.take()
+            answered = True
             if isinstance(item, Tokenized):
                 return item, engine.ready.context
             if isinstance(item, Refused):
                 raise by_code(item.code, item.message, item.param)
             raise EngineLost("The engine died while it worked on this request; try again.")
         finally:
+            if not answered:
+                engine.cancel(job.id)
             engine.forget(job.id)
             self._placement.release(engine)
 
@@ -118,7 +122,8 @@ def to_add(job: Job, sampling: Sampling, made: list[int]) -> Add:
         constraint=job.constraint,
         logprobs=job.logprobs,
         prediction=job.prediction,
-        cache=job.cache,
+        scope=job.scope if job.cache else "",
+        named=job.named,
         suffix=job.suffix,
         weight=job.weight,
         read=job.read,

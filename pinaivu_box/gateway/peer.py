@@ -20,6 +20,7 @@ from pinaivu_box.errors import (
     by_code,
 )
 from pinaivu_box.gateway.backend import Event, Job, Output, Prompt, Proved, Started
+from pinaivu_box.gateway.scopes import Tags
 from pinaivu_box.gateway.seen import Destination, Lie, Seen, counts
 from pinaivu_box.gateway.tasks import to_task
 from pinaivu_box.identity import Identity
@@ -63,12 +64,15 @@ class PeerBackend:
         self._identity, self._network, self._keep = identity, network, keep
         self._legs: dict[str, list[_Leg]] = {}  # of a job: two if it was hedged
         self._stops: set[asyncio.Task[None]] = set()
+        self._tags = Tags()
         self.look = network.look
 
     async def serve(self, job: Job, made: list[int], to: Destination) -> AsyncGenerator[Event]:
         """As `Backend.serve`.  EngineLost names the peer; PeerFaulty says that it broke the rules.
         Other errors are what the peer refused with."""
-        ask = work.Ask(to_task(job), to.digest, made, to.prices, to.currency, to.pays_prompt)
+        tag = self._tags.of(job.scope, to.node_id) if job.cache and job.scope else None
+        task = to_task(job, tag)
+        ask = work.Ask(task, to.digest, made, to.prices, to.currency, to.pays_prompt)
         stream = await self._begin(to, ask)
         leg = _Leg(self._identity, job, made, to, stream, self._keep)
         self._legs.setdefault(job.id, []).append(leg)

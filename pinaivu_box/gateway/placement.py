@@ -6,7 +6,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 from pinaivu_box.config import EngineConfig, parse_duration
@@ -33,21 +33,25 @@ class _Failures:
 
 
 class Placement:
-    """`acquire` and `release` bracket every use of an engine."""
+    """`acquire` and `release` bracket every use of an engine.  `named` are the beginnings of
+    prompts that accounts share (see `scopes`)."""
 
-    def __init__(self, config: EngineConfig, digest: Digest) -> None:
-        self.configure(config)
-        self._digest = digest
+    def __init__(self, config: EngineConfig, digest: Digest, named: Sequence[str] = ()) -> None:
         self._engines: dict[str, EngineProcess] = {}
+        self.configure(config, named)
+        self._digest = digest
         self._locks: dict[str, asyncio.Lock] = {}
         self._failures: dict[str, _Failures] = {}
         self._starting: set[str] = set()
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def configure(self, config: EngineConfig) -> None:
-        """For engines that start from now on; the idle time is for all."""
+    def configure(self, config: EngineConfig, named: Sequence[str] = ()) -> None:
+        """For engines that start from now on; idle time and `named` are for all."""
         self._config = config
         self._keep_alive = parse_duration(config.keep_alive)
+        self.named = named
+        for engine in self.engines:
+            engine.name_prefixes(named)
 
     @property
     def engines(self) -> list[EngineProcess]:
@@ -110,6 +114,8 @@ class Placement:
             ) from error
         finally:
             self._starting.discard(model.id)
+        if self.named:
+            engine.name_prefixes(self.named)
         log.info("engine of %s ready in %.1f s", model.id, time.monotonic() - began)
         self._engines[model.id] = engine
         self._spawn(self._watch(engine))

@@ -33,6 +33,7 @@ from pinaivu_box.gateway.load import Load
 from pinaivu_box.gateway.local import LocalBackend
 from pinaivu_box.gateway.mailbox import Mailbox
 from pinaivu_box.gateway.metering import Leg, prove
+from pinaivu_box.gateway.scopes import guest_scope
 from pinaivu_box.gateway.tasks import sampling_of, to_job
 from pinaivu_box.identity import Identity, verify
 from pinaivu_box.models.catalog import Model
@@ -141,7 +142,8 @@ class Serving:
             raise ModelNotFound(f"{model.id} is another file here.", param="model")
         # Whatever the peer calls it: a name of our own keeps its requests apart from others.
         self._legs += 1
-        return replace(to_job(task, model, sampling_of(task), peer), name=f"peer.{self._legs}")
+        job = to_job(task, model, sampling_of(task), peer, guest_scope(peer, task))
+        return replace(job, name=f"peer.{self._legs}")
 
     async def _serve(self, peer: str, stream: Stream, asked: work.Ask) -> None:
         terms = await self.guests.terms(peer)

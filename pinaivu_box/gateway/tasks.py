@@ -13,25 +13,26 @@ from pinaivu_box.gateway.backend import Job
 from pinaivu_box.models.catalog import Model
 from pinaivu_box.peering.work import MAX_CALLS, MAX_MESSAGES, Asked, Task, may_draw
 
-_SAME = tuple(name for name in Task.__struct_fields__ if name not in ("model", "asked"))
+_SAME = tuple(name for name in Task.__struct_fields__ if name not in ("model", "asked", "tag"))
 
 
-def to_task(job: Job) -> Task:
-    """Raises NoNodesAvailable for what no peer takes."""
+def to_task(job: Job, tag: str | None = None) -> Task:
+    """`tag` is the peer's name of the job's scope.  Raises NoNodesAvailable for what no peer
+    takes."""
     calls = max((len(one.get("tool_calls", ())) for one in job.messages), default=0)
     if len(job.messages) > MAX_MESSAGES or calls > MAX_CALLS:
         raise NoNodesAvailable("The request has more messages, or calls in one, than peers take.")
     asked = Asked(**msgspec.structs.asdict(job.asked))
     same = {name: getattr(job, name) for name in _SAME}
-    return Task(model=job.model.id, asked=asked, **same)
+    return Task(model=job.model.id, asked=asked, tag=tag, **same)
 
 
-def to_job(task: Task, model: Model, asked: SamplingConfig, tenant: str) -> Job:
+def to_job(task: Task, model: Model, asked: SamplingConfig, tenant: str, scope: str = "") -> Job:
     """`asked` are the settings with which tasks of that tenant are served.  Raises InvalidBody."""
     if task.settled is not None:
         _check(task.settled, task)
     same: dict[str, Any] = {name: getattr(task, name) for name in _SAME}
-    return Job(model=model, asked=asked, tenant=tenant, **same)
+    return Job(model=model, asked=asked, tenant=tenant, scope=scope, **same)
 
 
 def sampling_of(task: Task) -> SamplingConfig:

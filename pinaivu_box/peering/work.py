@@ -45,6 +45,7 @@ Text = Annotated[str, Meta(max_length=MAX_MESSAGE_BYTES)]
 Short = Annotated[str, Meta(max_length=256)]
 Hex32 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 Hex64 = Annotated[str, Meta(pattern="^[0-9a-f]{128}$")]
+Tag = Annotated[str, Meta(pattern=r"^[0-9a-f]{32}(?![\s\S])")]
 Price = Annotated[str, Meta(max_length=32)]
 _Small = Annotated[int, Meta(ge=0, lt=2**31)]
 _Penalty = Annotated[float, Meta(ge=-2, le=2)]
@@ -71,7 +72,11 @@ class Asked(Struct, frozen=True):
 
 
 class Task(Struct, frozen=True, omit_defaults=True):
-    """The fields of `gateway.backend.Job` that a peer needs; see there."""
+    """The fields of `gateway.backend.Job` that a peer needs; see there.
+
+    Tasks of one peer with the same `tag` may share cached prefixes, and others may not; those
+    without one only share within their request.
+    """
 
     request_id: Annotated[str, Meta(pattern="^req_[0-9a-z]{26}$")]
     model: Annotated[str, Meta(min_length=1, max_length=128)]
@@ -107,6 +112,7 @@ class Task(Struct, frozen=True, omit_defaults=True):
     read: Tokens_ | None = None
     thinking: bool = False
     settled: Sampling | None = None
+    tag: Tag | None = None
 
 
 class _Drawn(Asked, frozen=True, kw_only=True):

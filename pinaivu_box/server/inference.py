@@ -67,7 +67,7 @@ class Call:
         self, job: Job, tokens: list[int] | None = None, *, plain: bool = False
     ) -> Tokenized:
         """See `gateway.local.LocalBackend.tokenize`."""
-        return await self.box.prompts.tokenize(under(self.key.policy, job), tokens, plain=plain)
+        return await self.box.prompts.tokenize(under(self.key, job), tokens, plain=plain)
 
     async def start(self, jobs: list[Job]) -> Running:
         """Raises what admission does, TooLate."""

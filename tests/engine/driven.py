@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from pinaivu_box.engine.lookup import Lookup
 from pinaivu_box.engine.messages import Sampling
+from pinaivu_box.engine.prefix_cache import Share
 from pinaivu_box.engine.scheduler import Chunk, Copy, Plan, Remove, Scheduler, Truncate
 from pinaivu_box.engine.sequence import Sequence, State
 from tests.engine.harness import Fixed, KVCells
@@ -26,6 +27,8 @@ def sequence(
     weight: float = 1.0,
     priority: int = 0,
     lookup: bool = False,
+    scope: str = "s",
+    public: int = 0,
 ) -> Sequence:
     """`prompt` tokens that are given (a number: its own ones) and `output` that are to be made."""
     own = [1000 * (arrival + 1) + n for n in range(prompt if isinstance(prompt, int) else 0)]
@@ -41,6 +44,9 @@ def sequence(
         weight=weight,
         priority=priority,
         lookup=Lookup() if lookup else None,
+        share=Share(scope, public, f"named {tokens[:public]}")
+        if public and scope
+        else Share(scope),
         arrival=arrival,
         arrived_at=0.0,
     )

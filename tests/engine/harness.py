@@ -17,7 +17,7 @@ from pinaivu_box.engine import engine as engines
 from pinaivu_box.engine import messages
 from pinaivu_box.engine.fake_runner import END, N_VOCAB, FakeRunner
 from pinaivu_box.engine.intake import Arrival, Intake
-from pinaivu_box.engine.messages import Add, Cancel, Load, Sampling, StepFrame
+from pinaivu_box.engine.messages import Add, Cancel, Load, Named, Sampling, StepFrame
 from pinaivu_box.engine.output import Output
 from pinaivu_box.engine.runner import Batch, NoSlot, Runner
 from pinaivu_box.engine.scheduler import Copy, Move, Remove
@@ -191,6 +191,7 @@ def add(
         max_tokens=max_tokens,
         stop=more.pop("stop", []),
         tenant=more.pop("tenant", "t"),
+        scope=more.pop("scope", "s"),
         **more,
     )
 
@@ -223,7 +224,10 @@ class Engine:
     def busy(self) -> bool:
         return self._engine.busy or self._unsaid
 
-    def receive(self, message: Add | Cancel) -> None:
+    def receive(self, message: Add | Cancel | Named) -> None:
+        if isinstance(message, Named):
+            self._intake.name(message)
+            return
         if isinstance(message, Cancel):
             self._engine.end(message.id, "cancelled")
             return

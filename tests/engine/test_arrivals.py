@@ -1,6 +1,7 @@
-"""Grammars compile beside everything else; what comes after them waits for nothing.
+"""Requests are prepared and grammars compiled beside everything else: nobody waits for another
+tenant's, and a cancellation ends either.
 
-The grammars here are ready when the test says so: nothing depends on time.
+What takes long here is ready when the test says so: nothing depends on time.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ LETTERS = Constraint("regex", "[ab]{3}")
 
 
 class Door:
-    """Arrivals whose grammars named in `ready` are held up until those events come."""
+    """Arrivals whose prompts and grammars named in `ready` are held up until those events come."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, threads: int = 1) -> None:
-        monkeypatch.setattr(arrivals, "_THREADS", threads)
+        monkeypatch.setattr(arrivals, "_COMPILING", threads)
         self.ready: dict[str, threading.Event] = {}
         self.said: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.scheduled: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -45,11 +46,29 @@ class Door:
             return make(its, constraint, *more, **options)
 
         monkeypatch.setattr(grammar.Grammars, "make", held_up)
+        tokenize = self.runner.tokenize
 
-    def hold(self, constraint: Constraint) -> Callable[[], None]:
+        def held_up_too(text: str) -> list[int]:
+            event = self.ready.get(text)
+            if event is not None:
+                self.begun.put(text)
+                assert event.wait(PATIENCE)
+            return tokenize(text)
+
+        monkeypatch.setattr(self.runner, "tokenize", held_up_too)
+        self.begun: queue.SimpleQueue[str] = queue.SimpleQueue()
+
+    def hold(self, held: Constraint | str) -> Callable[[], None]:
         """Until what it returns is called."""
-        event = self.ready[constraint.text] = threading.Event()
+        name = held if isinstance(held, str) else held.text
+        event = self.ready[name] = threading.Event()
         return event.set
+
+    def hears(self, count: int) -> list[Any]:
+        return [self.said.get(timeout=PATIENCE) for _ in range(count)]
+
+    def schedules(self, count: int) -> list[Any]:
+        return [self.scheduled.get(timeout=PATIENCE) for _ in range(count)]
 
 
 @pytest.fixture
@@ -68,15 +87,11 @@ def test_nobody_waits_for_another_s_grammar(door: Door) -> None:
     door.take(add("quick"))
     door.take(Embed("vectors", ["text"]))
     door.take(Tokenize(add("tokens", prompt="text")))
+    assert {name_of(one) for one in door.hears(4)} == {"slow", "quick", "vectors", "tokens"}
     door.take(Cancel("quick"))
-    assert [name_of(door.said.get_nowait()) for _ in range(4)] == [
-        "slow",
-        "quick",
-        "vectors",
-        "tokens",
-    ]
-    passed = [door.scheduled.get_nowait() for _ in range(3)]
-    assert [type(one) for one in passed] == [Sequence, Embedding, Cancel]
+    passed = door.schedules(3)
+    assert {type(one) for one in passed} == {Sequence, Embedding, Cancel}
+    assert isinstance(passed[2], Cancel)
     assert door.scheduled.empty() and door.said.empty()
     release()
     slow = door.scheduled.get(timeout=PATIENCE)
@@ -88,10 +103,43 @@ def test_a_small_grammar_passes_a_large_one(monkeypatch: pytest.MonkeyPatch) -> 
     door = Door(monkeypatch, threads=2)
     release = door.hold(LETTERS)
     door.take(add("large", constraint=LETTERS))
-    door.take(add("small", constraint=Constraint("regex", "[cd]{3}")))
+    small = Constraint("regex", "[cd]{3}")
+    door.take(add("waits", constraint=small))  # it is of the same tenant
+    door.take(add("small", constraint=small, tenant="another"))
     assert door.scheduled.get(timeout=PATIENCE).id == "small"
+    assert len(door.hears(3)) == 3 and door.scheduled.empty()
     release()
-    assert door.scheduled.get(timeout=PATIENCE).id == "large"
+    assert [one.id for one in door.schedules(2)] == ["large", "waits"]
+
+
+def test_nobody_waits_for_another_tenant_s_prompt(door: Door) -> None:
+    """Of one tenant one is prepared at a time, in their order; others' go past them."""
+    release = door.hold("long")
+    for name in ("first", "second", "third"):
+        door.take(add(name, prompt="long", tenant="slow"))
+    door.take(add("quick"))
+    door.take(Embed("vectors", ["text"], tenant="quick"))
+    assert {name_of(one) for one in door.hears(2)} == {"quick", "vectors"}
+    assert door.begun.get(timeout=PATIENCE) and door.begun.empty()
+    release()
+    assert [name_of(one) for one in door.hears(3)] == ["first", "second", "third"]
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_who_is_cancelled_while_it_is_prepared_is_told_so_at_once(door: Door, begun: bool) -> None:
+    release = door.hold("long")
+    door.take(add("before", prompt="long"))
+    assert door.begun.get(timeout=PATIENCE)
+    gone = "before" if begun else "gone"
+    door.take(add("gone", prompt="text"))
+    door.take(Cancel(gone))
+    (refused,) = door.hears(1)
+    assert isinstance(refused, Refused) and refused.id == gone
+    assert door.scheduled.empty()
+    release()
+    left = "gone" if begun else "before"
+    assert [name_of(one) for one in door.hears(1)] == [left]
+    assert [one.id for one in door.schedules(1)] == [left]
 
 
 @pytest.mark.parametrize("constraint", [LETTERS, Constraint("regex", "(?=a)b")])
@@ -105,6 +153,7 @@ def test_who_is_cancelled_before_its_grammar_is_there_never_runs(
     if not started:
         door.take(add("before", constraint=before))
     door.take(add("gone", constraint=constraint))
+    told = door.hears(1 if started else 2)
     door.take(Cancel("gone"))
     door.take(add("after", constraint=Constraint("regex", "[ab]{9}")))
     for release in releases:
@@ -117,10 +166,10 @@ def test_who_is_cancelled_before_its_grammar_is_there_never_runs(
         if isinstance(item, Cancel):
             driven.end(item.id, "cancelled")
     assert arrived == (["gone", "after"] if started else ["gone", "before", "after"])
-    while not door.said.empty():
-        item = door.said.get_nowait()
+    for item in [*told, *door.hears(1)]:
         assert not isinstance(item, Refused)
         output.take(item)
+    assert door.said.empty()
     output.take(driven.step()[1])
     (delta,) = output.frame().deltas
     assert (delta.id, delta.finish_reason, delta.tokens) == ("gone", "cancelled", [])

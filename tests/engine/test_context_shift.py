@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import pytest
 
+from pinaivu_box.engine.messages import Named
 from pinaivu_box.engine.sampling import draw
 from tests.engine.harness import (
     Heard,
@@ -116,3 +117,17 @@ def test_a_shifted_answer_goes_on_after_any_token(text: str) -> None:
 def test_cached_and_queue_times_come_once_with_a_shift() -> None:
     heard = long_answer()
     assert len(heard.queue_ms["r"]) == len(heard.cached["r"]) == 1
+
+
+def test_a_named_beginning_that_a_shift_has_cut_is_shared_no_more() -> None:
+    text = "x" * 40
+    engine, runner = make(context=120, shift=True)
+    engine.receive(Named([text]))
+    first = run(engine, [add("a", text, 5, scope="a", named=True)])
+    second = run(engine, [add("b", text, 300, scope="b", named=True)])
+    shared = len("<|im_start|>user\n" + text)
+    assert (first.cached["a"], second.cached["b"]) == ([0], [shared])
+    assert second.shifted["b"][-1] > 0 and shared > 120 // 4
+    third = run(engine, [add("c", text, 5, scope="c", named=True)])
+    assert third.cached["c"] == [shared]  # of the first one
+    assert_only_kept(engine, runner)

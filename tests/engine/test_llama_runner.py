@@ -7,8 +7,10 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
+from pinaivu_box.engine.chat_template import ChatTemplate
 from pinaivu_box.engine.llama_runner import LlamaRunner
 from pinaivu_box.engine.messages import Add, Load
+from pinaivu_box.engine.named_prefixes import NamedPrefixes
 from pinaivu_box.engine.runner import Batch
 from pinaivu_box.engine.sampling import draw
 from pinaivu_box.models import bundled
@@ -126,6 +128,25 @@ def test_real_sequences_share_prefixes_and_check_drafts(kv_tokens: int) -> None:
         check_agreement(runner, adds[2:], second)
     finally:
         runner.close()
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["You are Bob.", "Always answer in rhyme", "Ünïcode: 日本語 and more:", "1. One\n2. Two\n"],
+)
+def test_a_named_text_is_cut_at_a_real_token(llama: LlamaRunner, text: str) -> None:
+    facts = llama.facts
+    template = ChatTemplate(facts.chat_template, bos=facts.bos, eos=facts.eos)
+    known = NamedPrefixes([text.rstrip()], template, llama.tokenize)
+    for more in ("", "\n\nMore.", " And more.", "\n- a list"):
+        system = {"role": "system", "content": text.rstrip() + more}
+        prompt = template.render([system, {"role": "user", "content": "Hi"}])
+        tokens = llama.tokenize(prompt)
+        share = known.share("s", tokens)
+        said = b"".join(map(llama.spelled, tokens[: share.public])).decode(errors="ignore")
+        end = prompt.index(text.rstrip()) + len(text.rstrip())
+        assert prompt[:end].startswith(said) and said.count(" ") >= prompt[:end].count(" ") - 1
+        assert known.share("s", llama.tokenize(prompt.replace(text[:3], "No!"))).public == 0
 
 
 def test_a_real_sequence_goes_on_after_any_token(llama: LlamaRunner) -> None:

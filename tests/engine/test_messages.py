@@ -47,7 +47,10 @@ TO_ENGINE = st.one_of(
         output=IDS,
         weight=FLOATS,
         priority=st.integers(-(2**31), 2**31),
+        scope=TEXT,
+        named=st.booleans(),
     ),
+    st.builds(messages.Named, texts=st.lists(TEXT, max_size=3)),
     st.builds(Cancel, id=TEXT),
 )
 FROM_ENGINE = st.one_of(

@@ -10,9 +10,19 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from pinaivu_box.engine.prefix_cache import PrefixCache
+from pinaivu_box.engine.prefix_cache import PRIVATE, PrefixCache, Share
 
 TOKENS = st.lists(st.integers(0, 2), min_size=1, max_size=6)
+PROMPTS = st.lists(st.integers(0, 2), max_size=10)
+SCOPES = st.sampled_from(["a", "b", PRIVATE])
+NAMED = [[0], [0, 1, 2], [1, 1]]  # beginnings that are public
+OURS = Share("us")
+
+
+def share_of(prompt: list[int], scope: str) -> Share:
+    named = [one for one in NAMED if prompt[: len(one)] == one and scope != PRIVATE]
+    longest = max(named, key=len, default=[])
+    return Share(scope, len(longest), str(longest) if longest else PRIVATE)
 
 
 class Model(RuleBasedStateMachine):
@@ -22,19 +32,28 @@ class Model(RuleBasedStateMachine):
         super().__init__()
         self.cache = PrefixCache()
         self.cells: dict[int, list[tuple[int, int]]] = {}
+        self.shares: dict[int, Share] = {}
         self.finished: list[int] = []  # the least recently used first
         self.new_cell = itertools.count()
         self.new_id = itertools.count()
 
-    @rule(prompt=st.lists(st.integers(0, 2), max_size=10))
-    def admit(self, prompt: list[int]) -> None:
-        length, source = self.cache.match(prompt)
-        known = [self.common(prompt, sequence) for sequence in self.cells]
+    @rule(prompt=PROMPTS, scope=SCOPES, over=st.booleans())
+    def admit(self, prompt: list[int], scope: str, over: bool) -> None:
+        share = share_of(prompt, scope)
+        length, source = self.cache.match(prompt, share)
+        known = [self.common(prompt, share, sequence) for sequence in self.cells]
         assert length == max(known, default=0)
         if length:
-            assert self.common(prompt, source) == length
+            assert self.common(prompt, share, source) == length
+        if over and length and source in self.finished:
+            self.cache.reopen(source, share, length)
+            self.finished.remove(source)
+            self.shares[source] = share
+            del self.cells[source][length:]
+            return
         sequence = next(self.new_id)
-        self.cache.open(sequence, source, length)
+        self.cache.open(sequence, share, source, length)
+        self.shares[sequence] = share
         self.cells[sequence] = list(self.cells[source][:length]) if length else []
         if length and source in self.finished:  # it was used
             self.finished.remove(source)
@@ -51,6 +70,9 @@ class Model(RuleBasedStateMachine):
     @rule(pick=st.integers(0, 1000))
     def finish(self, pick: int) -> None:
         sequence = self.live[pick % len(self.live)]
+        if self.shares[sequence].scope == PRIVATE:
+            self.remove(sequence)  # as the scheduler does
+            return
         superfluous = self.cache.keep(sequence)
         self.finished.append(sequence)
         before = self.cache.cells
@@ -65,7 +87,7 @@ class Model(RuleBasedStateMachine):
         there = [sequence for sequence in self.finished if self.cells[sequence]]
         sequence = there[pick % len(there)]
         length = len(self.cells[sequence]) - cut % len(self.cells[sequence])
-        self.cache.reopen(sequence, length)
+        self.cache.reopen(sequence, self.shares[sequence], length)
         self.finished.remove(sequence)
         del self.cells[sequence][length:]
 
@@ -107,9 +129,21 @@ class Model(RuleBasedStateMachine):
         if sequence in self.finished:
             self.finished.remove(sequence)
 
-    def common(self, prompt: list[int], sequence: int) -> int:
-        pairs = zip(prompt, self.cells[sequence], strict=False)
-        return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1][0], pairs))
+    def common(self, prompt: list[int], share: Share, sequence: int) -> int:
+        """How many of its first tokens the sequence has as well, in a scope that it may see."""
+        tokens, its = [token for token, _ in self.cells[sequence]], self.shares[sequence]
+        if PRIVATE in (share.scope, its.scope):
+            return 0
+        places = enumerate(zip(prompt, tokens, strict=False))
+        alike = (
+            mine == other and scope_at(share, at) == scope_at(its, at)
+            for at, (mine, other) in places
+        )
+        return sum(1 for _ in itertools.takewhile(bool, alike))
+
+
+def scope_at(share: Share, at: int) -> str:
+    return share.common if at < share.public else share.scope
 
 
 TestModel = Model.TestCase
@@ -120,24 +154,81 @@ def test_the_least_recently_used_goes_first() -> None:
     """Copying from a cached sequence makes it recent."""
     cache = PrefixCache()
     for sequence, token in enumerate([10, 20, 30]):
-        cache.open(sequence)
+        cache.open(sequence, OURS)
         cache.extend(sequence, [token, token])
         assert cache.keep(sequence) == []
-    length, source = cache.match([10, 10, 99])
+    length, source = cache.match([10, 10, 99], OURS)
     assert (length, source) == (2, 0)
-    cache.open(3, source, length)
+    cache.open(3, OURS, source, length)
     assert cache.oldest() == 1
 
 
 def test_truncating_shared_cells_is_refused() -> None:
     """Cells that others use cannot be dropped by one of them."""
     cache = PrefixCache()
-    cache.open(0)
+    cache.open(0, OURS)
     cache.extend(0, [1, 2, 3])
-    cache.open(1, 0, 3)
+    cache.open(1, OURS, 0, 3)
     with pytest.raises(ValueError):
         cache.truncate(0, 1)
     cache.extend(1, [4, 5])
     cache.truncate(1, 1)
     assert cache.cells == 4
+    cache.check_integrity()
+
+
+# -- who finds what --------------------------------------------------------------------------------
+
+
+def filled(tokens: list[int], share: Share) -> PrefixCache:
+    cache = PrefixCache()
+    cache.open(0, share)
+    cache.extend(0, tokens)
+    return cache
+
+
+@pytest.mark.parametrize("kept", [False, True], ids=["running", "kept"])
+def test_a_scope_finds_its_own_and_nothing_else(kept: bool) -> None:
+    cache = filled([1, 2, 3], Share("a"))
+    if kept:
+        cache.keep(0)
+    assert cache.match([1, 2, 3, 4], Share("a")) == (3, 0)
+    for other in (Share("b"), Share("aa"), Share(), public("b", 2), public("a", 2)):
+        assert cache.match([1, 2, 3, 4], other) == (0, -1)
+
+
+def public(scope: str, length: int, name: str = "named") -> Share:
+    return Share(scope, length, name)
+
+
+def test_what_is_private_is_found_by_nobody() -> None:
+    cache = filled([1, 2, 3], Share())
+    for share in (Share(), Share("a"), public("a", 2)):
+        assert cache.match([1, 2, 3], share) == (0, -1)
+
+
+def test_of_what_is_named_others_find_so_much_and_no_more() -> None:
+    """What comes behind it, and other texts that begin as it does, stay within their scopes."""
+    cache = filled([1, 2, 3, 4, 5], public("a", 3))
+    assert cache.match([1, 2, 3, 4, 5], public("a", 3)) == (5, 0)
+    assert cache.match([1, 2, 3, 4, 5], public("b", 3)) == (3, 0)
+    assert cache.match([1, 2, 3, 4, 5], Share("b")) == (0, -1)
+    assert cache.match([1, 2, 3, 4, 5], Share("a")) == (0, -1)
+    assert cache.match([1, 2, 9, 4, 5], public("b", 2, "another")) == (0, -1)
+    # Who begins otherwise is not found by the part that it has in common with what is named.
+    assert filled([1, 2, 9], Share("a")).match([1, 2, 3, 4], public("b", 3)) == (0, -1)
+
+
+def test_what_is_named_may_come_piece_by_piece() -> None:
+    cache = PrefixCache()
+    cache.open(0, public("a", 3))
+    for tokens in ([1], [2], [3, 4], [5]):
+        cache.extend(0, tokens)
+        cache.check_integrity()
+    cache.open(1, public("b", 3), *reversed(cache.match([1, 2, 3, 4], public("b", 3))))
+    cache.extend(1, [4])
+    cache.check_integrity()
+    assert cache.cells == 5 + 1
+    cache.release(0)
+    assert cache.cells == 4 and cache.match([1, 2, 3, 4], public("c", 3)) == (3, 1)
     cache.check_integrity()

@@ -47,6 +47,8 @@ def arrivals(draw: st.DrawFn, kv: int, *, alike: bool, drafting: bool) -> list[A
             weight=draw(st.sampled_from([1.0, 1.0, 3.0])),
             priority=draw(st.integers(-1, 1)),
             lookup=drafting,
+            scope=draw(st.sampled_from(["a", "a", "b", ""])),
+            public=draw(st.sampled_from([0, len(begin)])),
         )
         found.append((draw(st.integers(0, 30)), one))
     return sorted(found, key=lambda arrival: (arrival[0], arrival[1].arrival))

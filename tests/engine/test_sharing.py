@@ -196,6 +196,114 @@ def test_cancelling_who_computes_a_shared_prompt_leaves_the_others_going() -> No
         assert heard.answer("b") == alone(adds)["b"]
 
 
+# -- scopes ----------------------------------------------------------------------------------------
+
+SCOPES = {"another scope": "other", "its own only": ""}
+
+
+@pytest.mark.parametrize("whose", SCOPES)
+@pytest.mark.parametrize("when", ["together", "beside", "after"])
+def test_nothing_is_shared_beyond_a_scope(whose: str, when: str) -> None:
+    """Whether the other one is being computed (nobody waits for it), runs on, or has ended."""
+    driven = Driven(kv=3000, budget=1000, ids=20)
+    first, second = sequence(0, LONG, 20), sequence(1, LONG, 20, scope=SCOPES[whose])
+    third = sequence(2, LONG, 20, scope=SCOPES[whose])
+    driven.add(first)
+    if when != "together":
+        driven.step()
+    if when == "after":
+        driven.run()
+    driven.add(second)
+    driven.step()
+    assert second in driven.started and driven.computed["r1"] == 200
+    driven.run()
+    assert first.cached_tokens == second.cached_tokens == 0
+    assert not any(isinstance(move, Copy) for move in driven.moves)
+    driven.add(third)  # within a scope it goes on as ever
+    driven.run()
+    assert third.cached_tokens == (199 if SCOPES[whose] else 0)
+
+
+def test_what_is_private_leaves_nothing_behind() -> None:
+    """Also if it has to step back for another tenant in the middle."""
+    driven = Driven(kv=3000, sequences=2, budget=500, ids=20)
+    private = [sequence(n, LONG, 100, scope="") for n in range(2)]
+    driven.add(*private)
+    steps(driven, 3)
+    driven.add(sequence(2, 10, 50, tenant="another"))
+    steps(driven, 3)
+    waiting = [one for one in private if one not in driven.scheduler.running]
+    assert len(waiting) == 1 and waiting[0] in driven.started
+    assert driven.scheduler.kv_cached == 0
+    driven.run()
+    assert set(private) <= set(driven.ended)
+    assert driven.scheduler.prefixes.cached == 1  # the other tenant's
+    for scope in ("", "s", "t"):
+        one = sequence(5, LONG, 5, scope=scope)
+        assert driven.scheduler.prefixes.match(one.tokens, one.share) == (0, -1)
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_what_is_named_is_shared_beyond_scopes_and_nothing_behind_it(together: bool) -> None:
+    driven = Driven(kv=3000, budget=300, ids=20)
+    first = sequence(0, [*LONG, 7, 7, 7], 5, scope="a", public=100)
+    second = sequence(1, [*LONG, 7, 7, 7], 5, scope="b", public=100)
+    driven.add(first)
+    if not together:
+        driven.run()
+    driven.add(second)
+    driven.run()
+    assert second.cached_tokens == 100
+    for scope, public, found in (("c", 100, 100), ("c", 0, 0), ("", 100, 0), ("b", 100, 202)):
+        one = sequence(5, [*LONG, 7, 7, 7], 5, scope=scope, public=public)
+        driven.add(one)
+        driven.step()
+        assert one.cached_tokens == found
+        driven.end(one)
+
+
+def test_an_account_that_asked_otherwise_before_still_shares_what_is_named() -> None:
+    """All prompts of a template begin alike: what it has of its own does not hide the others'."""
+    driven = Driven(kv=3000, budget=300, ids=20)
+    for n, scope in enumerate("ab"):
+        driven.add(sequence(n, [*LONG[:50], 5000 + n], 2, scope=scope))
+        driven.run()
+    for n, scope in enumerate("ab"):
+        one = sequence(10 + n, [*LONG, 6000 + n], 2, scope=scope, public=200)
+        driven.add(one)
+        driven.run()
+    assert one.cached_tokens == 200
+
+
+def test_many_scopes_keep_no_more_than_there_is() -> None:
+    driven = Driven(kv=500, sequences=2, ids=6, budget=300)
+    for n in range(30):
+        driven.add(sequence(n, LONG[: 50 + n], 5, scope=f"s{n % 7}", tenant=f"t{n % 3}"))
+        driven.run()
+        assert driven.scheduler.prefixes.cells <= 500
+        assert driven.scheduler.prefixes.cached <= 6
+
+
+def test_a_guess_costs_the_same_whether_it_is_right() -> None:
+    """Letter by letter, over the whole of an engine: tokens found, tokens computed, steps."""
+    secret = "The launch code of customer A is 7391-XQ"
+    for scope in ("b", ""):
+        seen = set()
+        for guess in (secret[:-1], secret[:-2] + "?", "?" * (len(secret) - 1)):
+            engine, runner = make(token_budget=16)
+            run(engine, [add("victim", secret, scope="a")])
+            engine.receive(add("runs", secret, scope="a", max_tokens=100))
+            heard = Heard()
+            heard.take(engine.step())
+            before, steps = runner.computed, 0
+            engine.receive(add("guess", guess, scope=scope, max_tokens=1))
+            while "guess" not in heard.ends:
+                heard.take(engine.step())
+                steps += 1
+            seen.add((heard.cached["guess"][0], runner.computed - before, steps))
+        assert len(seen) == 1 and seen.pop()[0] == 0
+
+
 # -- pressure --------------------------------------------------------------------------------------
 
 
@@ -213,7 +321,7 @@ def test_under_pressure_the_least_recently_used_goes_first() -> None:
     found = []
     for number, one in enumerate(kept):
         again = sequence(10 + number, one.tokens[:100], 1)
-        found.append(driven.scheduler.prefixes.match(again.tokens)[0])
+        found.append(driven.scheduler.prefixes.match(again.tokens, again.share)[0])
     assert found == [100, 0, 100]
 
 
@@ -245,6 +353,7 @@ def families(draw: st.DrawFn) -> list[Sequence]:
             [*draw(st.sampled_from(beginnings))[draw(st.integers(0, 39)) :], 1000 + n],
             draw(st.integers(1, 15)),
             tenant=draw(st.sampled_from("ab")),
+            scope=draw(st.sampled_from(["a", "b", ""])),
         )
         for n in range(draw(st.integers(2, 14)))
     ]

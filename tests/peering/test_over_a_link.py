@@ -155,3 +155,31 @@ def test_a_model_that_is_only_elsewhere_is_counted_and_spelled_there(
         assert here == there
     listed = {one.id for one in boxes.anna.client.models.list()}
     assert {MODEL, ELSEWHERE} <= listed
+
+
+def test_accounts_share_no_cached_prefix_at_a_peer(boxes: Fleet) -> None:
+    """A right guess finds as much as a wrong one, on ben's own API too; a key of the account finds
+    it."""
+
+    def key(account: str | None = None) -> dict[str, Any]:
+        body = {"account": account, "policy": {"peers": ["ben"]}}
+        made: dict[str, Any] = boxes.anna.http("POST", "/v1/admin/keys", json=body).json()
+        return made
+
+    def found(text: str, secret: str, box: Any = boxes.anna) -> int:
+        body = {"model": MODEL, "max_tokens": 1, "messages": [{"role": "user", "content": text}]}
+        answer = box.http("POST", CHAT, key=secret, json=body).json()
+        number: int = answer["usage"]["prompt_tokens_details"]["cached_tokens"]
+        return number
+
+    secret = "The launch code of customer A is 7391-XQ, and nobody else may know of it."
+    ben = boxes.servers["ben"]
+    own = ben.http("POST", "/v1/admin/keys", json={}).json()["key"]
+    victim = key()
+    for guess in (secret, secret.replace("7391", "7392"), "x" * len(secret)):
+        found(secret, victim["key"])  # there is one sequence: what it has read is the last that was
+        assert found(guess, key()["key"]) == 0
+    found(secret, victim["key"])
+    assert found(secret, own, ben) == 0
+    found(secret, victim["key"])
+    assert found(secret, key(victim["account"])["key"]) > 10

@@ -1,0 +1,86 @@
+"""Who shares cached prefixes with whom.
+
+A prefix that is found in the cache is answered sooner and costs less, so whoever shares a cache can
+find out by guessing what others' prompts say.  Hence an account shares with nobody but itself.  A
+`local-only` key shares with itself alone, so that nothing of it shows elsewhere.  What a peer asks
+is apart from all that is asked here, and from what other peers ask.
+
+What accounts share all the same are the texts that the operator has named.  That somebody asked
+with one of them lately can be seen then, by who knows the whole text: so neither `local-only` keys
+nor peers share those.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+import secrets
+import stat
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from pinaivu_box.config import EngineConfig
+from pinaivu_box.errors import CliError
+from pinaivu_box.peering.work import Task
+from pinaivu_box.store.keys import Key
+
+_DAY = 86400  # seconds
+_TAG_DIGITS = 32
+_MOST_NAMED = 1024 * 1024  # bytes of a named text
+
+
+def scope_of(key: Key) -> str:
+    """In which a key's prompts are cached."""
+    return key.id if key.policy.local_only else key.account_id
+
+
+def guest_scope(peer: str, task: Task) -> str:
+    """In which a peer's prompt is cached: `peer` is who the link has proved it to be.
+
+    A peer that sends no tag does not say which of its prompts belong together: those of one request
+    do.
+    """
+    return f"{peer}/{task.tag or task.request_id}"
+
+
+class Tags:
+    """What a peer is told of a prompt's scope, so that it can keep scopes apart: a name that says
+    nothing.  It is another one for each peer, and each day (UTC)."""
+
+    def __init__(self, now: Callable[[], float] = time.time) -> None:
+        self._now = now
+        self._secret = secrets.token_bytes(32)  # nobody else has it, and nothing keeps it
+
+    def of(self, scope: str, peer: str) -> str:
+        """Hex digits, as `Task.tag`."""
+        day = int(self._now() // _DAY)
+        name = f"{day}\n{peer}\n{scope}".encode()
+        return hmac.new(self._secret, name, hashlib.sha256).hexdigest()[:_TAG_DIGITS]
+
+
+def named_texts(config: EngineConfig) -> tuple[str, ...]:
+    """The texts of `[engine] shared_prefixes`, files read.  Raises CliError."""
+    texts = [one.text or _read(one.file) for one in config.shared_prefixes]
+    return tuple(text.rstrip() for text in texts)  # a file ends with a newline, a prompt need not
+
+
+def _read(path: str) -> str:
+    try:
+        # Without waiting for the other end of what turns out to be a pipe.
+        handle = os.open(Path(path).expanduser(), os.O_RDONLY | os.O_NONBLOCK)
+        with os.fdopen(handle, "rb") as file:
+            if not stat.S_ISREG(os.fstat(handle).st_mode):
+                raise ValueError("it is not a regular file")
+            data = file.read(_MOST_NAMED + 1)
+        if len(data) > _MOST_NAMED:
+            raise ValueError(f"it has more than {_MOST_NAMED} bytes")
+        text = data.decode()
+    except (OSError, ValueError) as error:
+        why = "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else error
+        reason = getattr(error, "strerror", None) or why
+        raise CliError(f"engine.shared_prefixes: {path} cannot be read: {reason}.") from error
+    if not text.strip():
+        raise CliError(f"engine.shared_prefixes: {path} is empty: write the prefix into it.")
+    return text
