@@ -125,6 +125,12 @@ def test_any_table_fits(
             assert _whole(name, shown), shown
 
 
+def test_two_columns_may_be_called_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    print_table(("", "http://a", "http://a"), [("tokens/s", "1", "2")], numbers=("http://a",))
+    header, row = capsys.readouterr().out.splitlines()
+    assert header.split() == ["http://a"] * 2 and row.split() == ["tokens/s", "1", "2"]
+
+
 def test_json_is_never_shortened(long: Box) -> None:
     _, shown = on_terminal("keys", "ls", "--json", home=long.home)
     assert [key["name"] for key in json.loads(shown)][-1] == LONG

@@ -48,46 +48,51 @@ def print_table(
     whole = wide or not sys.stdout.isatty()
     # Names are printed as they are: what looks like rich's markup is none.
     console = Console(width=_ENDLESS if whole else None, markup=False, emoji=False, highlight=False)
-    widths = {
-        name: max(cell.cell_len for cell in (Text(name), *column))
+    wholes = [
+        max(cell.cell_len for cell in (Text(name), *column))
         for name, *column in zip(columns, *cells, *([last] if last else []), strict=True)
-    }
-    shown = _fitted(widths, console.width, spared, cut or {})
+    ]
+    shown = _fitted(columns, wholes, console.width, spared, cut or {})
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, _GAP, 0, 0))
-    for name, width in shown.items():
+    for place, width in shown.items():
+        name = columns[place]
         side: Literal["left", "right"] = "right" if name in numbers else "left"
         table.add_column(
-            name, justify=side, width=width, no_wrap=width == widths[name], overflow="fold"
+            name, justify=side, width=width, no_wrap=width == wholes[place], overflow="fold"
         )
-    places = [(place, name) for place, name in enumerate(columns) if name in shown]
     for row in cells:
-        table.add_row(*(_short(row[n], shown[name], (cut or {}).get(name)) for n, name in places))
+        found = [_short(row[n], width, (cut or {}).get(columns[n])) for n, width in shown.items()]
+        table.add_row(*found)
     if last:
         table.add_section()
-        table.add_row(*(last[n] for n, _ in places), style="bold")
+        table.add_row(*(last[n] for n in shown), style="bold")
     console.print(table)
-    if missing := [name for name in columns if name and name not in shown]:
+    if missing := [name for n, name in enumerate(columns) if name and n not in shown]:
         told = f"with --wide also: {', '.join(missing)}"
         click.echo(click.wrap_text(told, console.width), err=True)
 
 
 def _fitted(
-    widths: dict[str, int], room: int, spared: Sequence[str], cut: Mapping[str, Cut]
-) -> dict[str, int]:
-    """The columns that are shown, with their widths."""
-    shown, over = widths, 0
+    columns: Sequence[str],
+    wholes: Sequence[int],
+    room: int,
+    spared: Sequence[str],
+    cut: Mapping[str, Cut],
+) -> dict[int, int]:
+    """The numbers of the columns that are shown, with their widths; `wholes` are those of all."""
+    shown, over = dict(enumerate(wholes)), 0
     for count in range(len(spared) + 1):
-        shown = {name: width for name, width in widths.items() if name not in spared[:count]}
+        shown = {n: width for n, width in enumerate(wholes) if columns[n] not in spared[:count]}
         over = sum(shown.values()) + _GAP * (len(shown) - 1) - room
-        for name in cut:
-            if name in shown and over > 0:
-                less = min(over, max(0, shown[name] - max(_LEAST, len(name))))
-                shown[name] -= less
+        for n, width in shown.items():
+            if columns[n] in cut and over > 0:
+                less = min(over, max(0, width - max(_LEAST, len(columns[n]))))
+                shown[n] -= less
                 over -= less
         if over <= 0:
             return shown
     while over > 0 and max(shown.values()) > _NARROWEST:
-        shown[max(shown, key=lambda name: shown[name])] -= 1
+        shown[max(shown, key=lambda n: shown[n])] -= 1
         over -= 1
     return shown
 
