@@ -74,7 +74,7 @@ class Network:
         self._book = AddressBook(database)
         self._tasks: set[asyncio.Task[None]] = set()
         own: dict[str, OwnHandler] = {GOSSIP: self._talk, joining.PURPOSE: self._welcome}
-        self._incoming = Incoming(own, self.handlers, self._standing.shut_out)
+        self._incoming = Incoming(own, self.handlers, self._standing.shut_out, self._standing.code)
         self._joining = asyncio.Lock()
         self._wake, self._news, self._told = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._remembered = time.monotonic()
@@ -246,7 +246,7 @@ class Network:
         if self.gossip and held.talk:
             self.gossip.unlinked(held.peer, lost=why.code in _LOST)
         self._remembered = 0.0  # where it was: its advert is forgotten soon
-        if why.code == Code.FORBIDDEN and self._standing.has(held.peer):
+        if why.code == Code.REVOKED and self._standing.has(held.peer):
             self._put_out[held.peer] = why.reason
             log.warning("%s takes this box for no member: %s", wire.short(held.peer), why.reason)
         log.info("link to %s ended: %s", wire.short(held.peer), why.message)
@@ -257,7 +257,7 @@ class Network:
     async def _doubt(self, held: Held) -> None:
         await asyncio.sleep(STRANGER_SECONDS)
         if held.talk is None:
-            self._cut(held, Code.FORBIDDEN, self._standing.why_not(held.peer))
+            self._cut(held, self._standing.code(held.peer), self._standing.why_not(held.peer))
 
     # Gossip, and its `Effects`
 
@@ -292,7 +292,7 @@ class Network:
             return
         if held.talk or gossip is None:
             why = "one gossip is enough" if held.talk else self._standing.why_not(held.peer)
-            self._cut(held, Code.FORBIDDEN, why)
+            self._cut(held, self._standing.code(held.peer), why)
             return
         held.talk = talk = Talk(stream)
         log.info("link to %s stands", wire.short(held.peer))
@@ -316,9 +316,9 @@ class Network:
             self._cut(held, Code.PROTOCOL, DEAF)
 
     def cut(self, node_id: str, why: str) -> None:
-        member = self._standing.has(node_id)
+        code = Code.PROTOCOL if self._standing.has(node_id) else self._standing.code(node_id)
         for held in self._links.of(node_id):
-            self._cut(held, Code.PROTOCOL if member else Code.FORBIDDEN, why)
+            self._cut(held, code, why)
 
     def roster_changed(self) -> None:
         self._seen = None
