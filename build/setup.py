@@ -17,6 +17,7 @@ def main() -> None:
         import environment
 
         environment.set_up(kind)
+        say("done; the first start takes a few seconds")
     if command == "run":
         os.execv(VENV / "bin/pinaivu", ["pinaivu", *(arguments or ["serve"])])  # noqa: S606
     import tasks
