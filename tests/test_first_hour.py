@@ -13,6 +13,8 @@ from typing import Any
 import httpx
 import pytest
 
+from pinaivu_box.config import load
+from pinaivu_box.errors import CliError
 from tests.box import PINAIVU, Box, environment, on_terminal, pinaivu, pinaivu_json, wait_until
 
 CONTACT = "help@example.org"
@@ -148,8 +150,9 @@ def test_refusals_of_the_operator_name_whom_to_ask(fresh: Box) -> None:
 def test_a_contact_is_a_mail_address_or_a_url(tmp_path: Path, contact: str) -> None:
     config = tmp_path / "box.toml"
     config.write_text(f'[server]\ncontact = "{contact}"\n')
-    done = pinaivu("ls", "--config", str(config), home=tmp_path / "home", check=False)
-    assert done.returncode == 1 and "server.contact" in done.stderr and contact in done.stderr
+    with pytest.raises(CliError) as refused:
+        load(config, environ={})
+    assert "server.contact" in refused.value.message and contact in refused.value.message
 
 
 # -- receipts --------------------------------------------------------------------------------------

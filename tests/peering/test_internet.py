@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
+from pinaivu_box.config import Config, load
+from pinaivu_box.errors import CliError
 from pinaivu_box.peering.invite import decode, encode
 from tests.box import on_terminal, pinaivu, pinaivu_json, wait_until
 from tests.peering.test_joining import Member
@@ -78,30 +80,34 @@ def test_what_is_advertised_is_in_tickets_and_adverts(joined: tuple[Member, Memb
     assert where in checks["NAT"]["found"] and checks["NAT"]["state"] == "ok"
 
 
-@pytest.mark.parametrize(
-    "address", ["localhost", "4002", "localhost:0", "localhost:70000", "a b:1", "[::g]:1", "::1:1",
-                "https://relay.example.org", "-x:1", ""]
-)  # fmt: skip
+NONE = ["localhost", "4002", "localhost:0", "localhost:70000", "a b:1", "[::g]:1", "::1:1",
+        "https://relay.example.org", "-x:1", ""]  # fmt: skip
+
+
+def configured(folder: Path, settings: str) -> Config:
+    file = folder / "box.toml"
+    file.write_text(f"[peering]\n{settings}\n")
+    return load(file, environ={})
+
+
 def test_an_address_that_is_none_is_refused_everywhere(
-    joined: tuple[Member, Member], tmp_path: Path, address: str
+    joined: tuple[Member, Member], tmp_path: Path
 ) -> None:
     anna, ben = joined
     ticket = anna.invite()
-    code, said = ben.refused("join", ticket, "--at", address)
+    code, said = ben.refused("join", ticket, "--at", NONE[0])
     assert code == 2 and "HOST:PORT" in said
-    answer = ben.admin("POST", body={"ticket": ticket, "at": [address]})
-    assert answer.status_code == 422 and answer.json()["detail"][0]["loc"][:2] == ["body", "at"]
-    config = tmp_path / "box.toml"
-    config.write_text(f'[peering]\nadvertise = ["{address}"]\n')
-    done = pinaivu("ls", "--config", str(config), home=tmp_path / "home", check=False)
-    assert done.returncode == 1 and "peering.advertise" in done.stderr
+    for address in NONE:
+        answer = ben.admin("POST", body={"ticket": ticket, "at": [address]})
+        assert answer.status_code == 422 and answer.json()["detail"][0]["loc"][:2] == ["body", "at"]
+        with pytest.raises(CliError, match=r"peering\.advertise"):
+            configured(tmp_path, f'advertise = ["{address}"]')
 
 
 @pytest.mark.parametrize("address", ["box.example.org:4002", "[2001:db8::1]:4002", "1.2.3.4:1"])
 def test_an_address_may_be_a_name_or_of_either_kind(tmp_path: Path, address: str) -> None:
-    config = tmp_path / "box.toml"
-    config.write_text(f'[peering]\nadvertise = ["{address}"]\n')
-    pinaivu("ls", "--config", str(config), home=tmp_path / "home")
+    made = configured(tmp_path, f'advertise = ["{address}"]')
+    assert made.peering.advertise == (address,)
 
 
 # -- what it may cost ------------------------------------------------------------------------------
@@ -151,10 +157,8 @@ def test_peers_are_not_used_beyond_what_they_may_charge(joined: tuple[Member, Me
 
 @pytest.mark.parametrize("setting", ['max_price = "x"', 'max_debt = "-1"', 'max_price = "1e-9"'])
 def test_a_ceiling_is_an_amount(tmp_path: Path, setting: str) -> None:
-    config = tmp_path / "box.toml"
-    config.write_text(f"[peering]\n{setting}\n")
-    done = pinaivu("ls", "--config", str(config), home=tmp_path / "home", check=False)
-    assert done.returncode == 1 and f"peering.{setting.split()[0]}" in done.stderr
+    with pytest.raises(CliError, match=f"peering.{setting.split()[0]}"):
+        configured(tmp_path, setting)
 
 
 # -- who is put out --------------------------------------------------------------------------------
