@@ -165,8 +165,8 @@ async def test_a_name_that_another_file_has_is_not_taken_from_it(puller: Puller)
     await puller.giver(DATA)
     await puller.pull()
     other = await puller.world.giver(made_up(2), name="ben")
-    puller.network.meet(other.source, other_file=made_up(2))
-    await puller.pull(model="other:file", **{"from": "ben"})
+    puller.network.meet(other.source, made_up=made_up(2))
+    await puller.pull(**{"from": "ben", "as": "other:file"})
     status, said = await puller.refused(**{"from": "anna", "as": "other:file"})
     assert status == 409 and "another file as other:file" in said
     assert digest_of(puller.box.catalog.find("other:file").path.read_bytes()) != DIGEST
