@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from decimal import Decimal, InvalidOperation, localcontext
+import re
+from decimal import Decimal, localcontext
 from functools import lru_cache
 
 from msgspec import Struct
@@ -13,6 +14,8 @@ UNITS = 10**9
 MOST = 1_000_000
 _PRICE_DECIMALS = 6
 _AMOUNT_DECIMALS = 9
+# Decimal itself also takes digits of every script, spaces, underscores, infinity and NaN.
+_PLAIN = re.compile(r"-?[0-9]{1,30}(?:\.[0-9]{1,30})?(?:[eE][+-]?[0-9]{1,3})?")
 
 
 class Prices(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -55,11 +58,10 @@ def parse(text: str) -> int:
 @lru_cache(1024)  # the same few prices, several times a request
 def _scaled(text: str, decimals: int) -> int:
     with localcontext(prec=60):
-        try:
-            number = Decimal(text)
-        except InvalidOperation:
-            raise ValueError(f"'{text}', not a decimal number") from None
-        if not (number.is_finite() and 0 <= number <= MOST) or round(number, decimals) != number:
+        if not _PLAIN.fullmatch(text):
+            raise ValueError(f"{text[:40]!r}, not a decimal number such as 0.15")
+        number = Decimal(text)
+        if not 0 <= number <= MOST or round(number, decimals) != number:
             raise ValueError(
                 f"{text}: it must be from 0 to {MOST} with at most {decimals} decimals"
             )

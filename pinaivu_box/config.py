@@ -20,6 +20,7 @@ from msgspec import Meta, Struct
 from pinaivu_box import amount
 from pinaivu_box.amount import Prices
 from pinaivu_box.errors import CliError
+from pinaivu_box.text import NO_CONTROLS
 
 PositiveInt = Annotated[int, Meta(ge=1)]
 Port = Annotated[int, Meta(ge=0, le=65535)]
@@ -105,7 +106,7 @@ class PeeringConfig(Section, frozen=True):
     host: str = "0.0.0.0"  # noqa: S104 - peers are elsewhere, and must prove who they are
     port: Port = 4002
     relay: str = "none"
-    name: Annotated[str, Meta(max_length=64, pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")] = ""
+    name: Annotated[str, Meta(max_length=64, pattern=NO_CONTROLS)] = ""
     announce: bool = False
     advertise: Annotated[tuple[str, ...], Meta(max_length=4)] = ()
     policy: RoutingPolicy = "prefer-local"
@@ -160,14 +161,14 @@ ENVIRONMENT: dict[str, tuple[str, ...]] = {
 LOG_LEVELS = ("debug", "info", "warning", "error")
 LOG_FORMATS = ("text", "json")
 _BEYOND = ("idle", "refuse")
-HOURS = re.compile(r"([01]\d|2[0-3]):[0-5]\d-([01]\d|2[0-3]):[0-5]\d")
+HOURS = re.compile("([01][0-9]|2[0-3]):[0-5][0-9]-([01][0-9]|2[0-3]):[0-5][0-9]")
 _URL = re.compile(r"https?://[!-~]{1,90}")
 _CONTACT = re.compile(r"https?://[!-~]+|[^\s@:/]+@[^\s@]+")
 _HOST_PORT = re.compile(
     r"(?:\[(?P<v6>[0-9A-Fa-f:.]{2,45})\]|[A-Za-z0-9](?:[A-Za-z0-9.-]{0,88}[A-Za-z0-9])?)"
     r":(?P<port>[0-9]{1,5})"
 )
-_DURATION = re.compile(r"(-?\d+(?:\.\d+)?)\s*(ms|s|m|h|d)?")
+_DURATION = re.compile(r"(-?[0-9]{1,15}(?:\.[0-9]{1,15})?) *(ms|s|m|h|d)?")
 _SHORTEST_RETENTION = 7200.0  # seconds
 _SLOWEST_COPY = 0.1  # MB/s; at less a piece takes longer than a peer waits for it
 _UNIT_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,8 +11,10 @@ from nacl.exceptions import BadSignatureError
 from nacl.signing import SigningKey, VerifyKey
 
 from pinaivu_box.errors import CliError
+from pinaivu_box.text import NODE_ID
 
 NODE_PREFIX = "node_"
+_NODE_ID = re.compile(NODE_ID)
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,12 @@ class Identity:
 
 
 def verify(node_id: str, domain: str, message: bytes, signature: bytes) -> bool:
-    """Whether `signature` is the one that the holder of `node_id`'s key made."""
+    """Whether `signature` is the one that the holder of `node_id`'s key made.
+
+    An id has one spelling: to `bytes.fromhex`, capitals and spaces would be the same key.
+    """
+    if not _NODE_ID.search(node_id):
+        return False
     try:
         key = VerifyKey(bytes.fromhex(node_id.removeprefix(NODE_PREFIX)))
         key.verify(domain.encode() + b"\n" + message, signature)

@@ -309,6 +309,9 @@ def test_a_penalty_makes_the_real_model_repeat_itself_less(box: Box) -> None:
         ({"logit_bias": {"1": 101}}, "logit_bias"),
         ({"logit_bias": {"one": 1}}, "logit_bias"),
         ({"logit_bias": {"999999": 1}}, "logit_bias"),
+        ({"logit_bias": {"\uff11\uff12": 1}}, "logit_bias"),
+        ({"logit_bias": {"12\n": 1}}, "logit_bias"),
+        ({"logit_bias": {"012": 1}}, "logit_bias"),  # 12 has one spelling
         ({"extra_body": {"pinaivu": {"priority": "high"}}}, "priority"),
         ({"extra_body": {"pinaivu": {"prioritee": 1}}}, "prioritee"),
     ],
@@ -317,6 +320,32 @@ def test_what_is_out_of_range_is_refused_by_name(box: Box, more: Any, field: str
     with pytest.raises(openai.UnprocessableEntityError) as caught:
         ask(box, **more)
     assert field in caught.value.response.text
+
+
+@pytest.mark.parametrize(
+    "name", ["get\n", "get weather", "\uff47\uff45\uff54", "get\uff11", "", "é", "g" * 129]
+)
+def test_a_function_has_a_name_that_others_can_say(box: Box, name: str) -> None:
+    """Wherever one is named, and at every endpoint."""
+    function = {"name": name, "parameters": {"type": "object"}}
+    user = [{"role": "user", "content": "x"}]
+    model = {"model": MODEL}
+    asked = [
+        ("chat/completions", {"messages": user, "tools": [
+            {"type": "function", "function": function}]}),
+        ("chat/completions", {"messages": user, "tool_choice": {
+            "type": "function", "function": {"name": name}}}),
+        ("chat/completions", {"messages": user, "response_format": {
+            "type": "json_schema", "json_schema": {"name": name, "schema": {}}}}),
+        ("responses", {"input": "x", "tools": [{"type": "function", **function}]}),
+        ("responses", {"input": "x", "text": {
+            "format": {"type": "json_schema", "name": name, "schema": {}}}}),
+        ("messages", {"messages": user, "max_tokens": 1, "tools": [
+            {"name": name, "input_schema": {"type": "object"}}]}),
+    ]  # fmt: skip
+    for path, body in asked:
+        refused = box.http("POST", f"/v1/{path}", json={**model, **body})
+        assert refused.status_code == 422, (path, body, refused.text)
 
 
 def test_the_same_prompt_again_is_found_in_the_cache_and_the_receipt_says_so(box: Box) -> None:

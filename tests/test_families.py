@@ -45,6 +45,9 @@ TOOLS: list[Any] = [{"type": "function", "function": one} for one in (WEATHER, C
 NAMED: Any = {"type": "function", "function": {"name": "weather"}}
 QUESTION: list[Any] = [{"role": "user", "content": "What is the weather in Rome?"}]
 
+LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+HOSTILE = "{% if tools %}" + LOOP + "{% endif %}{{ 'a' * 3000000000 }}"
+
 
 def with_template(source: bytes, template: bytes) -> bytes:
     """A GGUF file with another chat template; its tensors stay where their offsets say."""
@@ -72,6 +75,9 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Box]:
         written = read_header(file).metadata["tokenizer.chat_template"]
         assert isinstance(written, str) and written.startswith(path.read_text())
         models.append(f"--model={path.stem}={file}")
+    file = folder / "hostile.gguf"
+    file.write_bytes(with_template(source, HOSTILE.encode()))
+    models.append(f"--model=hostile={file}")
     (folder / "box.toml").write_text(CONFIG)
     box = Box(folder / "home", "--config", str(folder / "box.toml"), *models).start()
     yield box
@@ -193,3 +199,13 @@ def test_thoughts_end_in_a_call(families: Box) -> None:
             if thoughts.strip():
                 return
     raise AssertionError("thoughts never came to an end")
+
+
+def test_a_hostile_template_refuses_its_chats_and_nothing_else(families: Box) -> None:
+    for more, limit in (({}, "of memory"), ({"tools": TOOLS}, "of CPU time")):
+        with pytest.raises(openai.BadRequestError) as caught:
+            chat(families, "hostile", **more)
+        assert "chat template of the model's file takes more than" in caught.value.message
+        assert limit in caught.value.message
+    done = families.client.completions.create(model="hostile:latest", prompt="One", max_tokens=3)
+    assert done.choices[0].text

@@ -16,6 +16,7 @@ PACKAGE = "pinaivu_box"
 # is everybody's; __main__ stands behind all.
 ROOMS = (
     "errors",
+    "text",
     "child",
     "sandbox",
     "chat_format",

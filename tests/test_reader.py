@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pinaivu_box.chat_format import LLAMA, MISTRAL, TAGS, Style, style_of, thinks
+from pinaivu_box.openai import reader as reader_module
 from pinaivu_box.openai.reader import Arguments, Call, Piece, Reader, Text, Thought
 
 NAMES = {"f", "g"}
@@ -136,6 +137,30 @@ def test_arguments_come_through_as_they_were_written(
     call = f'{{"name": "f", "{style.arguments_key}": {arguments}}}'
     text = style.opening + style.before + call + style.after + style.closing
     assert read(text, style, cuts)[0] == [("call", "f", arguments)]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['{"a": ["' + "x, " * 3000 + '"]}', "[" + "[1], " * 3000 + "]", '{"name": "' + "x" * 9000],
+)
+@pytest.mark.parametrize("style", [TAGS, LLAMA])
+def test_a_long_object_is_not_decoded_again_at_every_token(
+    monkeypatch: pytest.MonkeyPatch, text: str, style: Style
+) -> None:
+    decoded, matched = [], []
+    decode, pattern = reader_module._object, reader_module._HEAD
+
+    class Pattern:
+        @staticmethod
+        def match(given_text: str) -> Any:
+            matched.append(len(given_text))
+            return pattern.match(given_text)
+
+    monkeypatch.setattr(reader_module, "_object", lambda text: decoded.append(text) or decode(text))
+    monkeypatch.setattr(reader_module, "_HEAD", Pattern)
+    whole = style.trigger + text + " and more" * 200
+    assert read(whole, style, range(0, len(whole), 3)) == ([("text", whole)], False)
+    assert len(decoded) <= 1 and max(matched, default=0) <= 4096
 
 
 @given(st.text(st.sampled_from('<tool_cal>/[TOLCAS]{} \n"x'), max_size=60), st.data())

@@ -18,6 +18,7 @@ from nacl.signing import SigningKey, VerifyKey
 
 from pinaivu_box.identity import Identity
 from pinaivu_box.receipts.receipt import (
+    PROOF_DOMAIN,
     RECEIPT_DOMAIN,
     Proof,
     Receipt,
@@ -548,3 +549,146 @@ def test_a_price_that_is_none_fails_the_payment(
     done = run(case, tmp_path, document=document)
     assert done.returncode == 1
     assert b"FAILED payment" in done.stdout
+
+
+# -- what stands beside and within the signed text ------------------------------------------------
+
+
+def raw(text: bytes) -> Callable[[Case], bytes]:
+    return lambda case: case.document.replace(b"{", text, 1)
+
+
+def opened(change: Callable[[dict[str, Any]], Any]) -> Callable[[Case], bytes]:
+    def made(case: Case) -> bytes:
+        shown = case.shown
+        change(shown["opening"])
+        return json.dumps(shown).encode()
+
+    return made
+
+
+BESIDE: dict[str, tuple[Callable[[Case], bytes], str]] = {
+    "an unknown field": (raw(b'{"paid":"0",'), "unknown field `paid`"),
+    "a field twice": (raw(b'{"payment_amount":"0",'), "`payment_amount` is there twice"),
+    "a field twice, the same": (
+        lambda case: case.document[:-1] + b',"model":"%s"}' % MODEL.encode(), "`model` is there"
+    ),
+    "a field twice, once escaped": (raw(b'{"\\u006dodel":"x",'), "`model` is there twice"),
+    "another object": (raw(b'{"object":"invoice",'), "`object`"),
+    "NaN": (raw(b'{"opening":NaN,'), "NaN is no number"),
+    "infinity": (raw(b'{"opening":{"prompt":-Infinity},'), "-Infinity is no number"),
+    "something after it": (lambda case: case.document + b" {}", "Extra data"),
+    "the same again": (lambda case: case.document * 2, "Extra data"),
+    "a byte order mark": (lambda case: b"\xef\xbb\xbf" + case.document, "BOM"),
+    "UTF-16": (lambda case: case.document.decode().encode("utf-16"), "decode"),
+    "an unknown field in the opening": (opened(lambda o: o.update(note="x")), "`note`"),
+    "an unknown field of an opening": (opened(lambda o: o["output"].update(n="x")), "`n`"),
+    "a field of an opening twice": (
+        lambda case: case.document.replace(b'"output":{', b'"output":{"nonce":"",'), "`nonce`"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("spelled", [str.upper, lambda text: text + "\n", lambda text: f" {text}"])
+def test_an_opening_has_one_spelling(case: Case, spelled: Callable[[str], str]) -> None:
+    for what in ("nonce", "tokens_sha256"):
+        shown = case.shown
+        opening = shown["opening"]["output"]
+        opening[what] = spelled(opening[what])
+        document = json.dumps(shown).encode()
+        assert failed(document, transcript=Transcript(output=case.text)) == ["output commitment"]
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_nothing_stands_beside_the_signed_text(case: Case, tmp_path: Path, name: str) -> None:
+    change, sentence = BESIDE[name]
+    document = change(case)
+    assert document != case.document
+    (check,) = checked(document)
+    assert (check.name, check.ok) == ("format", False) and sentence in check.meaning, check
+    done = run(case, tmp_path, document=document)
+    assert done.returncode == 1 and sentence in done.stdout.decode()
+
+
+WITHIN: dict[str, tuple[str, str]] = {  # put into the signed text after its first brace
+    "an unknown field": ('"paid":true,', "unknown field `paid`"),
+    "a field twice": ('"payment_amount":"0",', "`payment_amount` is there twice"),
+    "NaN": ('"routing":NaN,', "NaN is no number"),
+}
+
+
+@pytest.mark.parametrize("name", WITHIN)
+def test_nothing_in_a_signed_text_has_two_readings(case: Case, forger: Forger, name: str) -> None:
+    """Also where the coordinator, or the node, has signed it like that."""
+    more, sentence = WITHIN[name]
+    shown = json.loads(forger.document(case))
+    text = shown["signed_receipt"].replace("{", "{" + more, 1)
+    signature = forger.identity.sign(RECEIPT_DOMAIN, text.encode()).hex()
+    (check,) = checked(
+        json.dumps({**shown, "signed_receipt": text, "coordinator_signature": signature}).encode()
+    )
+    assert (check.name, check.ok) == ("format", False) and sentence in check.meaning, check
+
+    more = more.replace("payment_amount", "model").replace("routing", "sampling")
+    sentence = sentence.replace("payment_amount", "model")
+    proof = forger.proof(case).signed.replace("{", "{" + more, 1)
+    signed = SignedProof(proof, forger.identity.sign(PROOF_DOMAIN, proof.encode()).hex())
+    document = forger.document(case, proofs=[signed], node_id=forger.identity.node_id)
+    (check,) = [one for one in checked(document) if not one.ok]
+    assert check.name == "proof 0" and sentence in check.meaning, check
+
+
+@pytest.mark.parametrize("around", ["\ufeff{}", "{} x", "{}{}", "{}\0"])
+def test_nothing_stands_around_a_signed_text(case: Case, forger: Forger, around: str) -> None:
+    shown = json.loads(forger.document(case))
+    text = around.replace("{}", shown["signed_receipt"])
+    signature = forger.identity.sign(RECEIPT_DOMAIN, text.encode()).hex()
+    changed = {**shown, "signed_receipt": text, "coordinator_signature": signature}
+    assert failed(json.dumps(changed).encode()) == ["format"]
+
+
+@pytest.mark.parametrize("more", ['"note":"",', '"signature":"",'])
+def test_nothing_stands_beside_the_text_of_a_proof(case: Case, forger: Forger, more: str) -> None:
+    shown = json.loads(forger.document(case))
+    text = shown["signed_receipt"].replace('"proofs":[{', '"proofs":[{' + more, 1)
+    signature = forger.identity.sign(RECEIPT_DOMAIN, text.encode()).hex()
+    changed = {**shown, "signed_receipt": text, "coordinator_signature": signature}
+    assert failed(json.dumps(changed).encode()) == ["format"]
+
+
+SPELLINGS: dict[str, Callable[[str], str]] = {
+    "a line break": lambda text: text + "\n",
+    "capitals": str.upper,
+    "a space": lambda text: f" {text}",
+    "other digits": lambda text: text.replace("1", "\uff11").replace("0", "\u0660"),
+}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+@pytest.mark.parametrize(
+    "field",
+    ["request_id", "coordinator_id", "node_id", "model_digest", "prompt_commitment",
+     "output_commitment", "timestamp"],
+)  # fmt: skip
+def test_what_is_signed_has_one_spelling(
+    case: Case, forger: Forger, field: str, spelling: str
+) -> None:
+    other = SPELLINGS[spelling](case.signed[field])
+    if other == case.signed[field]:
+        assert (field, spelling) == ("timestamp", "capitals")
+    else:
+        assert failed(forger.document(case, **{field: other})) == ["format"]
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_a_signature_and_an_amount_have_one_spelling(
+    case: Case, forger: Forger, spelling: str
+) -> None:
+    shown, change = case.shown, SPELLINGS[spelling]
+    signature = change(shown["coordinator_signature"])
+    if signature != shown["coordinator_signature"]:
+        changed = {**shown, "coordinator_signature": signature}
+        assert failed(json.dumps(changed).encode()) == ["coordinator signature"]
+    amount = change(case.signed["payment_amount"])
+    if amount != case.signed["payment_amount"]:
+        assert failed(forger.document(case, payment_amount=amount)) == ["payment"]

@@ -238,6 +238,88 @@ def test_each_table_has_a_time_of_its_own(
     database.close()
 
 
+# -- clocks ----------------------------------------------------------------------------------------
+
+# Days at which retention looks at the clock, and up to when it is believed.
+CLOCKS: dict[str, tuple[list[float], list[float]]] = {
+    "goes on": ([0, 0.04, 0.08, 1.0, 2.0], [0, 0.04, 0.08, 1.0, 2.0]),
+    "is ahead for an hour": ([0, 400, 400.04, 0.1, 0.2], [0, 0, 0, 0.1, 0.2]),
+    "is ahead over a restart and back": ([0, 400, 0.5, 400, 1], [0, 0, 0.5, 0.5, 1]),
+    "was right to leap": ([0, 400, 400.5, 401.1, 401.2], [0, 0, 0, 401.1, 401.2]),
+    "is set back a little while it is not believed": (
+        [0, 40, 40.5, 40.4, 41.4],
+        [0, 0, 0, 0, 41.4],
+    ),
+    "is behind for an hour": ([0, -400, -399.9, 0.2, 0.3], [0, -400, -399.9, -399.9, -399.9]),
+    "is asked once a week": ([0, 7, 14, 21, 28], [0, 0, 7, 14, 21]),
+}
+
+
+@pytest.mark.parametrize("name", CLOCKS)
+def test_a_clock_is_believed_once_it_has_gone_on_for_a_day(tmp_path: Path, name: str) -> None:
+    path, (looks, expected) = tmp_path / "box.db", CLOCKS[name]
+
+    async def run() -> list[int]:
+        found = []
+        for day in looks:  # each after a restart
+            async with Database(path) as database:
+                found.append(await retention.believed(database, MONDAY + round(day * DAY)))
+        return found
+
+    assert asyncio.run(run()) == [MONDAY + round(day * DAY) for day in expected]
+
+
+async def look(path: Path, now: int) -> None:
+    """As a server does once an hour."""
+    async with Database(path) as database:
+        kept = RetentionConfig(requests="7d", receipts="7d", responses="7d")
+        await retention.apply(database, kept, await retention.believed(database, now))
+
+
+def names(path: Path, table: str) -> list[str]:
+    with sqlite3.connect(path) as database:
+        return sorted(row[0] for row in rows_of(database, table))
+
+
+def test_what_is_not_believed_to_be_old_stays(tmp_path: Path) -> None:
+    path = tmp_path / "box.db"
+    new_database(path)
+    with sqlite3.connect(path) as database:
+        for name, at in (("a", MONDAY - 9 * DAY), ("b", MONDAY - 6 * DAY)):
+            insert_request(database, name, at)
+            insert_receipt(database, name, at)
+            insert_response(database, name, at)
+    tables = ("requests", "receipts", "responses")
+    for day in (0, 400, 400.9, 0.1, 0.9):
+        asyncio.run(look(path, MONDAY + round(day * DAY)))
+        assert [names(path, table) for table in tables] == [["b"]] * 3, day
+    asyncio.run(look(path, MONDAY + round(1.2 * DAY)))
+    assert [names(path, table) for table in tables] == [[]] * 3
+
+
+def test_what_a_clock_has_dated_that_was_behind_is_as_new_as_it_is(tmp_path: Path) -> None:
+    """A machine without a battery begins in 1970, until it has asked what time it is."""
+    path = tmp_path / "box.db"
+    new_database(path)
+    asyncio.run(look(path, MONDAY))
+    many = retention.BITE + 7
+    with sqlite3.connect(path) as database:
+        insert_receipt(database, "old", MONDAY - 3 * DAY + HOUR)
+        insert_response(database, "old", MONDAY - 3 * DAY + HOUR)
+    asyncio.run(look(path, MONDAY - 20_000 * DAY))
+    with sqlite3.connect(path) as database:
+        for number in range(many):
+            insert_receipt(database, f"behind{number}", MONDAY - 20_000 * DAY + HOUR)
+        insert_response(database, "behind", MONDAY - 20_000 * DAY + HOUR)
+    for day in (1, 3, 3.9, 4.8):  # the last: 7 days after the old ones
+        asyncio.run(look(path, MONDAY + round(day * DAY)))
+    assert len(names(path, "receipts")) == many
+    assert names(path, "responses") == ["behind"]
+    for day in (5.7, 6.6, 7.5, 8.4):
+        asyncio.run(look(path, MONDAY + round(day * DAY)))
+    assert names(path, "receipts") == names(path, "responses") == []
+
+
 def test_a_kill_in_the_middle_changes_no_sum(tmp_path: Path) -> None:
     """Killed again and again somewhere between the first bite and the last; then it ends."""
     path = tmp_path / "box.db"

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from pinaivu_box.policy import SCOPES
-from pinaivu_box.store import keys, requests, responses, retention
+from pinaivu_box.store import keys, peers, requests, responses, retention
 from pinaivu_box.store.database import Database, Row
 from pinaivu_box.store.migrations import APPLICATION_ID, MIGRATIONS
 
@@ -133,6 +133,58 @@ async def test_receipts_of_schema_2_are_listed_by_account_and_model(tmp_path: Pa
         assert len(found) == len(of_model)
 
 
+# -- from schema 3 ---------------------------------------------------------------------------------
+
+
+async def test_a_budget_that_a_clock_has_frozen_goes_on(tmp_path: Path) -> None:
+    """Its period was one of the future, and the present one could not begin before that."""
+    path, day = tmp_path / "box.db", 86_400_000
+    made = sqlite3.connect(path, isolation_level=None)
+    for statement in (one for step in MIGRATIONS[:3] for one in step):
+        made.execute(statement)
+    made.execute("PRAGMA user_version = 3")
+    made.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+    policy = '{"budget":{"amount":"10","period":"30d"}}'
+    made.execute(
+        "INSERT INTO keys (id, account_id, hash, prefix, last_four, name, policy, created_at,"
+        " spent, spent_since) VALUES ('key_a', 'acct_owner', x'00', '', '', '', ?, ?, 7, ?)",
+        (policy, MONDAY, MONDAY + 390 * day),
+    )
+    for name, at in (("before", MONDAY), ("after", MONDAY + 2)):
+        made.execute("INSERT INTO tickets VALUES (?, NULL, ?, 9, 1, 0)", (name, at))
+    made.execute("INSERT INTO roster VALUES (x'01', 'revocation', x'', x'', ?)", (MONDAY + 1,))
+    made.close()
+    async with Database(path) as database:
+        key = await keys.get(database, "key_a")
+        budget = key.policy.budget
+        assert budget is not None
+        for at, spent in ((MONDAY + day, 0), (MONDAY + 391 * day, 7)):
+            assert key.spent_in(*budget.window(key.created_at, at)) == spent
+        for period, amount in ((MONDAY, 2), (MONDAY + 390 * day, 1), (MONDAY, 3)):
+            await database.write(
+                keys.charge("key_a", tokens=1, amount=amount, at=MONDAY, period=period)
+            )
+        key = await keys.get(database, "key_a")
+        assert key.periods == {MONDAY: 5, MONDAY + 390 * day: 8}
+        assert [one.newest for name in ("before", "after")
+                if (one := await peers.ticket(database, name))] == [False, True]  # fmt: skip
+
+
+async def test_only_the_latest_periods_are_remembered(tmp_path: Path) -> None:
+    async with Database(tmp_path / "box.db") as database:
+        await database.write(
+            (
+                "INSERT INTO keys (id, account_id, hash, prefix, last_four, name, policy,"
+                " created_at) VALUES ('key_a', 'acct_owner', x'00', '', '', '', '{}', 0)",
+                (),
+            )
+        )
+        for period in range(1, 100):
+            await database.write(keys.charge("key_a", tokens=1, amount=period, at=0, period=period))
+        key = await keys.get(database, "key_a")
+        assert key.periods == {n: n for n in range(99 - keys.MOST_PERIODS, 100)}
+
+
 # -- query plans -----------------------------------------------------------------------------------
 
 PLANNED = {
@@ -141,6 +193,7 @@ PLANNED = {
     "newest keys of an account": keys.LS_OF_ACCOUNT,
     "last minute of a key": requests.SINCE,
     **{f"old {table}": statement for table, statement in retention.OLD_ROWS.items()},
+    **dict(zip(("receipts anew", "responses anew"), retention.DATED_ANEW, strict=True)),
     "hours of usage": retention.HOURS,
     "hours of refusals": retention.HOURS_OF_REFUSALS,
     "days": retention.DAYS,

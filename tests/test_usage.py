@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from pinaivu_box.store.usage import Wanted, ranked, summed
+from pinaivu_box.store.usage_report import UsageGroup, UsageReport, to_csv
 from tests.box import MODEL, Box, on_terminal, pinaivu, pinaivu_json, wait_until
 
 CHEAP, DEAR = "cheap:1", "dear:1"
@@ -374,6 +375,26 @@ def test_reports_read_only_what_they_sum(used: Used) -> None:
                     assert f"SCAN {table}" not in plan and "SCAN refusals" not in plan, plan
                     narrow = wanted != Wanted(since=1, until=2) or table != "refusals"
                     assert not narrow or "(key_id=? AND since>? AND since<?)" in plan, plan
+
+
+@pytest.mark.parametrize(
+    ("text", "cell"),
+    [
+        ("=1+1", "'=1+1"), ("+1+1", "'+1+1"), ("-1+1", "'-1+1"), ("@SUM(A1)", "'@SUM(A1)"),
+        ("\t=1", "'\t=1"), ("\r=1", "'\r=1"), ("\n=1", "'\n=1"), ("  =1+1", "'  =1+1"),
+        ("\uff1d1+1", "'\uff1d1+1"), ("\uff0b1+1", "'\uff0b1+1"),
+        ("\uff0d1+1", "'\uff0d1+1"), ("\uff20SUM(A1)", "'\uff20SUM(A1)"),
+        ("-x:1", "'-x:1"),
+        ("-5", "-5"), ("-0.5", "-0.5"), ("+3", "+3"), ("1.5", "1.5"), ("-1e-9", "-1e-9"),
+        ("fast:1", "fast:1"), ("a=b", "a=b"), ("EUR", "EUR"), ("", ""),
+    ],
+)  # fmt: skip
+def test_what_a_spreadsheet_would_run_is_text_and_a_number_a_number(text: str, cell: str) -> None:
+    """In every column that is not made of our own numbers."""
+    group = UsageGroup(1, 2, 1, 0, 1, text, None, None, {}, model=text)
+    made = UsageReport(1, 2, 1, 0, 1, "0", text, None, None, {}, [], [group])
+    (row,) = csv.DictReader(io.StringIO(to_csv(made, ("model",)), newline=""))
+    assert (row["model"], row["cost"], row["currency"]) == (cell, cell, cell)
 
 
 def test_no_cell_is_a_formula(tmp_path: Path) -> None:

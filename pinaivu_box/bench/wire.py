@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from enum import Enum, auto
 
+from pinaivu_box.text import number
+
 _MAX_HEAD = 64 * 1024  # bytes of a status line and headers
 
 
@@ -69,7 +71,7 @@ class ResponseParser:
         self._rest = b""
         first, *lines = head.decode("latin-1").split("\r\n")
         version, _, status = first.partition(" ")
-        if not version.startswith("HTTP/1.") or not status[:3].isdecimal():
+        if not version.startswith("HTTP/1.") or number(status[:3]) is None:
             raise WireError("no HTTP/1.1 status line")
         if status.startswith("1"):  # 100 Continue and its like: the answer is yet to come
             return self._head(after)
@@ -86,9 +88,9 @@ class ResponseParser:
         elif self.status in (204, 304) or length == "0":
             self._part = _Part.DONE
         elif length:
-            if not length.isdecimal():
+            if (size := number(length)) is None:
                 raise WireError(f"a content-length of '{length}'")
-            self._part, self._left = _Part.LENGTH, int(length)
+            self._part, self._left = _Part.LENGTH, size
         else:
             self._part = _Part.TO_END
 

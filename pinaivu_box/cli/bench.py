@@ -16,6 +16,7 @@ import msgspec
 from pinaivu_box.cli.home import json_option, print_json
 from pinaivu_box.cli.tables import print_table
 from pinaivu_box.errors import CliError, UsageError
+from pinaivu_box.text import number
 
 if TYPE_CHECKING:
     from pinaivu_box.bench.compare import Run
@@ -213,9 +214,9 @@ def _tenant(text: str) -> Tenant:
 
     name, _, rest = text.partition(":")
     clients, _, key = rest.partition(":")
-    if not name or "." in name or not clients.isdecimal() or int(clients) < 1:
+    if not name or "." in name or not (several := number(clients)):
         raise UsageError(f"--tenants: '{text}' is not NAME:CLIENTS:KEY, such as light:1:sk-pnv-….")
-    return Tenant(name, int(clients), key or None)
+    return Tenant(name, several, key or None)
 
 
 def _targets(urls: tuple[str, ...], options: dict[str, Any]) -> list[Target]:

@@ -61,19 +61,20 @@ def usage(
     from pinaivu_box.peering.ledger_views import boxes
     from pinaivu_box.store import accounts, keys
     from pinaivu_box.store.usage import Wanted
-    from pinaivu_box.store.usage_report import DAY_MS, UsageReport, parse_day, report, to_csv
+    from pinaivu_box.store.usage_report import UsageReport, parse_day, report, span, to_csv
 
     currency = load_config(home, config).pricing.currency
     groups = tuple(dict.fromkeys(by)) or (("model",) if as_csv else ())
     first, last = (day and parse_day("", day.date().isoformat()) for day in (since, until))
+    begin, end = span(first, last)
 
     async def work(database: Any) -> UsageReport:
         wanted = Wanted(
             account_id=account and (await accounts.find(database, account)).id,
             key_id=key and (await keys.named(database, key)).id,
             model=model,
-            since=first,
-            until=None if last is None else last + DAY_MS,
+            since=begin,
+            until=end,
         )
         called = await boxes(database, own_node(home)) if {"node", "peer"} & set(groups) else {}
         return await report(database, wanted, groups, currency, called)

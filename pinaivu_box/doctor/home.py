@@ -85,9 +85,9 @@ def newest_receipt(home: Path) -> tuple[Receipt, bytes, bytes] | None:
     """The receipt, its signed bytes and signature; None if there is none or it cannot be read."""
     try:
         with integrity.reading(home / "pinaivu.db") as connection:
-            # Request ids are ULIDs: their order is that of time.
+            # The last that was written, not that of the latest time: the clock may have been ahead.
             row = connection.execute(
-                "SELECT signed, signature FROM receipts ORDER BY request_id DESC LIMIT 1"
+                "SELECT signed, signature FROM receipts ORDER BY rowid DESC LIMIT 1"
             ).fetchone()
         return (msgspec.json.decode(row[0], type=Receipt), row[0], row[1]) if row else None
     except (sqlite3.Error, msgspec.DecodeError):

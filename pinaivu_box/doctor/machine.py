@@ -23,6 +23,7 @@ from pinaivu_box.errors import CliError
 from pinaivu_box.identity import Identity
 from pinaivu_box.receipts.receipt import utc_text
 from pinaivu_box.server.serve import bind
+from pinaivu_box.text import number
 
 _UNPACKED = 100e6  # bytes that the executable unpacks in TMPDIR at each start
 _NVIDIA = "0x10de"
@@ -170,7 +171,9 @@ def _text(path: Path) -> str:
 
 def _driver_version(line: str) -> str:
     words = line.split()
-    version = next((word for word in words if word[:1].isdigit() and "." in word), "unknown")
+    version = next(
+        (word for word in words if number(word[:1]) is not None and "." in word), "unknown"
+    )
     return f"driver {version}"
 
 

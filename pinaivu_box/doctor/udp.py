@@ -11,6 +11,8 @@ import os
 import socket
 from typing import Literal
 
+from pinaivu_box.text import number
+
 Answer = Literal["answers", "closed", "silent", "no route", "unknown name"]
 _VERSION = bytes.fromhex("1a2a3a4a")  # reserved for exactly this (RFC 9000, section 15)
 _SMALLEST = 1200  # bytes of a first packet
@@ -18,10 +20,12 @@ _SMALLEST = 1200  # bytes of a first packet
 
 def ask(address: str, seconds: float) -> Answer:
     """`address` is HOST:PORT or [V6]:PORT.  "closed": the machine is there, and nothing listens."""
-    host, _, port = address.rpartition(":")
+    host, _, text = address.rpartition(":")
+    if (port := number(text)) is None:
+        return "unknown name"
     try:
         family, kind, _, _, where = socket.getaddrinfo(
-            host.strip("[]"), int(port), type=socket.SOCK_DGRAM
+            host.strip("[]"), port, type=socket.SOCK_DGRAM
         )[0]
     except (OSError, ValueError):
         return "unknown name"

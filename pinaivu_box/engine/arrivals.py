@@ -78,9 +78,9 @@ class Arrivals:
         if request.cancelled:
             return
         if isinstance(message, Tokenize):
-            self._end(request, self._intake.tokenize(message))
+            self._end(request, self._intake.tokenize(message, request))
             return
-        prepared = self._intake.prepare(message)
+        prepared = self._intake.prepare(message, request)
         if isinstance(prepared, Refused) or prepared.compile is None:
             self._end(request, prepared)
             return

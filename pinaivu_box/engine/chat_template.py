@@ -1,18 +1,26 @@
-"""Messages to a prompt, by the model's own Jinja template in a sandbox."""
+"""Messages to a prompt, by the model's own Jinja template.
+
+A template is a program from the model's file.  Jinja's sandbox keeps it from our objects, but
+bounds neither its steps nor its memory: so this runs in a child with limits (see `rendering`).
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
 
+import msgspec
 from jinja2 import TemplateError
 from jinja2.meta import find_undeclared_variables
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from pinaivu_box import chat_format
-from pinaivu_box.errors import BadRequest, BoxError
+from pinaivu_box.errors import BadRequest, ContextOverflow
+
+_REASON_LENGTH = 500  # of what a template says when it refuses
 
 # For files without a template; the format that llama.cpp also falls back to.
 CHATML = (
@@ -24,9 +32,10 @@ CHATML = (
 
 
 class ChatTemplate:
-    """`source` is the template of the GGUF file, None if it has none."""
+    """`source` is the template of the GGUF file; `knows_tools` says whether it has a place for
+    functions.  Raises BadRequest if it is no template."""
 
-    def __init__(self, source: str | None, *, bos: str, eos: str) -> None:
+    def __init__(self, source: str, *, bos: str, eos: str) -> None:
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
         )
@@ -34,30 +43,36 @@ class ChatTemplate:
         environment.globals.update(
             raise_exception=_raise, strftime_now=lambda form: datetime.now(UTC).strftime(form)
         )
-        source = source or CHATML
         try:
             self._template = environment.from_string(source)
-            self._knows_tools = "tools" in find_undeclared_variables(environment.parse(source))
-        except TemplateError as error:
-            raise BoxError(f"the file's chat template is not valid Jinja: {error}") from error
-        self.style = chat_format.style_of(source) if self._knows_tools else chat_format.TAGS
-        self.thinks = chat_format.thinks(source)
+            self.knows_tools = "tools" in find_undeclared_variables(environment.parse(source))
+        except MemoryError:
+            raise
+        except Exception as error:  # also what Python says of the code that Jinja makes of it
+            raise BadRequest(
+                f"The chat template of the model's file is not valid Jinja: {_reason(error)}.",
+                param="messages",
+            ) from error
         self._tokens = {"bos_token": bos, "eos_token": eos}
+        self._most = 0
 
     def render(
         self,
         messages: list[dict[str, Any]],
         functions: list[dict[str, Any]] | None = None,
         variables: dict[str, Any] | None = None,
+        most: int = 1 << 20,
     ) -> str:
-        """The prompt, ending where the assistant begins; BadRequest if the template objects.
+        """The prompt, ending where the assistant begins; BadRequest if the template objects,
+        ContextOverflow if it is longer than `most` characters.
 
         `functions` are what the model may call, `variables` more of the template's.
         """
+        self._most = most
         # "developer" is OpenAI's newer name of "system"; templates know only the older one.
         known = [{**m, "role": "system"} if m["role"] == "developer" else m for m in messages]
         values = {**(variables or {}), **self._tokens, "add_generation_prompt": True}
-        if not self._knows_tools:
+        if not self.knows_tools:
             return self._render(_in_words(known, functions or []), values)
         if functions:
             values["tools"] = [{"type": "function", "function": one} for one in functions]
@@ -65,12 +80,16 @@ class ChatTemplate:
             return self._render(known, values)
         try:  # most templates want arguments as objects, some as the text that the API has
             return self._render([_with_objects(message) for message in known], values)
+        except ContextOverflow:
+            raise
         except BadRequest:
             return self._render(known, values)
 
     def _render(self, messages: list[dict[str, Any]], values: dict[str, Any]) -> str:
         try:
             return self._try(messages, values)
+        except ContextOverflow:
+            raise
         except BadRequest:
             if len(messages) < 2 or [one["role"] for one in messages[:2]] != ["system", "user"]:
                 raise
@@ -80,12 +99,26 @@ class ChatTemplate:
         return self._try([both, *messages[2:]], values)
 
     def _try(self, messages: list[dict[str, Any]], values: dict[str, Any]) -> str:
+        parts, size = [], 0
         try:
-            return self._template.render(messages=messages, **values)
-        except Exception as error:  # a template is a program from the model's file
+            for part in self._template.generate(messages=messages, **values):
+                parts.append(part)
+                size += len(part)
+                if size > self._most:
+                    break
+        except MemoryError:
+            raise
+        except Exception as error:
             raise BadRequest(
-                f"The model's chat template refused these messages: {error}.", param="messages"
+                f"The model's chat template refused these messages: {_reason(error)}.",
+                param="messages",
             ) from error
+        if size > self._most:
+            raise ContextOverflow(
+                f"The prompt has more than {self._most} characters, which is more than the model's "
+                "context here can hold: shorten the messages."
+            )
+        return "".join(parts)
 
 
 def _with_objects(message: dict[str, Any]) -> dict[str, Any]:
@@ -133,6 +166,10 @@ def _one_in_words(message: dict[str, Any]) -> dict[str, Any]:
     return {**others, "content": "\n".join(texts)}
 
 
+def _reason(error: Exception) -> str:
+    return str(error)[:_REASON_LENGTH].rstrip(".")
+
+
 def _raise(message: str) -> None:
     raise TemplateError(message)
 
@@ -140,3 +177,45 @@ def _raise(message: str) -> None:
 def _tojson(value: Any, indent: int | None = None) -> str:
     # Jinja's own filter escapes for HTML, which a prompt must not be.
     return json.dumps(value, ensure_ascii=False, indent=indent)
+
+
+# -- in the child ----------------------------------------------------------------------------------
+
+
+class Render(msgspec.Struct, array_like=True, frozen=True):
+    """A job: what `messages` become.  Without any, whether `source` knows tools: b"1" or b"".
+
+    `functions` is JSON text of a list, `most` is in characters.
+    """
+
+    source: str
+    bos: str
+    eos: str
+    messages: list[dict[str, Any]] | None = None
+    functions: str | None = None
+    variables: dict[str, Any] = {}
+    most: int = 0
+
+
+def make(_: bytes) -> Callable[[bytes], bytes]:
+    """The jobs' function (see `sandbox`): a `Render` to UTF-8."""
+    decoder = msgspec.msgpack.Decoder(Render)
+    kept: dict[str, ChatTemplate] = {}  # an engine has one
+
+    def run(payload: bytes) -> bytes:
+        asked = decoder.decode(payload)
+        template = kept.get(asked.source)
+        if template is None:
+            kept.clear()
+            template = ChatTemplate(asked.source, bos=asked.bos, eos=asked.eos)
+            kept[asked.source] = template
+        if asked.messages is None:
+            return b"1" if template.knows_tools else b""
+        try:
+            functions = json.loads(asked.functions) if asked.functions else None
+        except (ValueError, RecursionError):
+            raise BadRequest("The tools are no list that can be read.", param="tools") from None
+        text = template.render(asked.messages, functions, asked.variables, asked.most)
+        return text.encode(errors="replace")  # a template may make half a surrogate pair
+
+    return run

@@ -271,6 +271,8 @@ class Engine:
         """The draws up to the first that shows the draft to be wrong, as the grammar has them."""
         tokens: list[int] = []
         for number, token in enumerate(drawn):
+            if grammar.broken:
+                break
             if not grammar.allows(token):
                 row = logits[number]
                 grammar.mask(row)

@@ -1,4 +1,4 @@
-"""A request on its way in: template, tokens, limits.  Runs beside the steps, in its own thread."""
+"""A request on its way in: template, tokens, limits.  Runs beside the steps, in threads."""
 
 from __future__ import annotations
 
@@ -14,30 +14,32 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from pinaivu_box import chat_format
-from pinaivu_box.engine.chat_template import ChatTemplate
 from pinaivu_box.engine.detokenizer import Detokenizer
 from pinaivu_box.engine.embeddings import Embedding
 from pinaivu_box.engine.lookup import Experience, Lookup
 from pinaivu_box.engine.messages import (
     Add,
     Admitted,
-    Constraint,
     Embed,
     Named,
     Refused,
     Tokenize,
     Tokenized,
-    Tools,
 )
 from pinaivu_box.engine.named_prefixes import NamedPrefixes
-from pinaivu_box.engine.number_bounds import with_an_end
 from pinaivu_box.engine.prefix_cache import Share
+from pinaivu_box.engine.rendering import Rendering
 from pinaivu_box.engine.runner import Runner
+from pinaivu_box.engine.sandboxes import Sandboxes
 from pinaivu_box.engine.sequence import Sequence
 from pinaivu_box.errors import ApiError, ContextOverflow, InternalError, InvalidBody
+from pinaivu_box.sandbox import Cancellation
 
 if TYPE_CHECKING:
-    from pinaivu_box.engine.grammar import Grammar, Grammars
+    from pinaivu_box.engine.grammar import Grammars
+
+
+_CHARACTERS = 8  # of a token, at most on average
 
 
 @dataclass(frozen=True)
@@ -54,10 +56,12 @@ class Arrival:
 class Intake:
     """Uses only what is safe beside `decode`: the runner's tokenizer and its facts.
 
-    Used by one thread; but what an arrival compiles may be compiled by any.
+    Used by several threads.
     """
 
-    def __init__(self, runner: Runner, *, drafting: bool, context_shift: bool) -> None:
+    def __init__(
+        self, runner: Runner, sandboxes: Sandboxes, *, drafting: bool, context_shift: bool
+    ) -> None:
         facts = runner.facts
         self._runner = runner
         self._context = facts.context
@@ -67,19 +71,33 @@ class Intake:
         self._grammars: Grammars | None = None
         self._first_grammar = Lock()
         self._experience = Experience()
-        self.template = ChatTemplate(facts.chat_template, bos=facts.bos, eos=facts.eos)
+        self._sandboxes = sandboxes
+        self.template = Rendering(
+            sandboxes.templates,
+            facts.chat_template,
+            bos=facts.bos,
+            eos=facts.eos,
+            context=facts.context,
+        )
         self._named = NamedPrefixes([], self.template, runner.tokenize)
 
     def name(self, told: Named) -> None:
         self._named = NamedPrefixes(told.texts, self.template, self._runner.tokenize)
 
-    def prepare(self, add: Add | Embed) -> Arrival | Refused:
+    def prepare(
+        self, add: Add | Embed, cancellation: Cancellation | None = None
+    ) -> Arrival | Refused:
+        """What `cancellation` ends is refused."""
         try:
-            return self._prepare_texts(add) if isinstance(add, Embed) else self._prepare(add)
+            if isinstance(add, Embed):
+                return self._prepare_texts(add)
+            return self._prepare(add, cancellation)
         except Exception as error:  # of one request; the others' engine goes on
             return _refusal(add.id, error)
 
-    def tokenize(self, asked: Tokenize) -> Tokenized | Refused:
+    def tokenize(
+        self, asked: Tokenize, cancellation: Cancellation | None = None
+    ) -> Tokenized | Refused:
         try:
             if asked.plain and isinstance(asked.add.prompt, str):
                 return Tokenized(asked.add.id, self._runner.tokenize_text(asked.add.prompt))
@@ -87,17 +105,17 @@ class Intake:
                 inputs = [self._text_tokens(text) for text in asked.inputs]
                 return Tokenized(asked.add.id, [token for tokens in inputs for token in tokens])
             if asked.tokens is None:
-                tokens, thinking = self._prompt(asked.add)
+                tokens, thinking = self._prompt(asked.add, cancellation)
                 return Tokenized(asked.add.id, tokens, thinking=thinking)
             given = msgspec.structs.replace(asked.add, prompt=asked.tokens, read=None)
             detokenizer = Detokenizer(self._runner.piece, [])
-            text = [detokenizer.push(token) for token in self._prompt(given)[0]]
+            text = [detokenizer.push(token) for token in self._prompt(given, None)[0]]
             return Tokenized(given.id, asked.tokens, "".join([*text, detokenizer.flush()]))
         except Exception as error:
             return _refusal(asked.add.id, error)
 
-    def _prepare(self, add: Add) -> Arrival:
-        prompt, thinking = self._prompt(add)
+    def _prepare(self, add: Add, cancellation: Cancellation | None) -> Arrival:
+        prompt, thinking = self._prompt(add, cancellation)
         self._check_tokens(add.output, "messages")
         if not prompt:
             raise InvalidBody("the prompt is empty", loc=("body", "prompt"))
@@ -147,7 +165,7 @@ class Intake:
             Admitted(add.id, prompt, thinking, text),
             detokenizer,
             sequence,
-            None if free else partial(self._compile, add, sequence, thinking),
+            None if free else partial(self._compile, add, sequence, thinking, cancellation),
         )
 
     def _prepare_texts(self, embed: Embed) -> Arrival:
@@ -181,7 +199,7 @@ class Intake:
         if tokens and not (min(tokens) >= 0 and max(tokens) < self._n_vocab):
             raise InvalidBody(f"there are tokens 0 to {self._n_vocab - 1}", loc=("body", param))
 
-    def _prompt(self, add: Add) -> tuple[list[int], bool]:
+    def _prompt(self, add: Add, cancellation: Cancellation | None) -> tuple[list[int], bool]:
         """The tokens, and whether they end inside the model's thoughts."""
         if add.read is not None:
             self._check_tokens(add.read, "messages")
@@ -193,8 +211,13 @@ class Intake:
             return self._infill(add.prompt or "", add.suffix), False
         if add.prompt is not None:
             return self._runner.tokenize(add.prompt), False
-        functions = json.loads(add.tools.functions) if add.tools else None
-        text = self.template.render(add.messages, functions, add.template)
+        text = self.template.render(
+            add.messages,
+            add.tools.functions if add.tools else None,
+            add.template,
+            tenant=add.tenant,
+            cancellation=cancellation,
+        )
         thinking = self.template.thinks and text.rstrip().endswith(chat_format.THINK)
         return self._runner.tokenize(text), thinking
 
@@ -208,58 +231,36 @@ class Intake:
         return [marks[0], *tokenize(prefix), marks[1], *tokenize(suffix), marks[2]]
 
     def _lookup(self, add: Add) -> Lookup:
-        prediction = self._runner.tokenize_text(add.prediction) if add.prediction else ()
+        # What cannot come within the context would only cost time in the steps.
+        text = add.prediction[: self._context * _CHARACTERS]
+        prediction = self._runner.tokenize_text(text)[: self._context] if text else ()
         return Lookup(self._experience, prediction)
 
     # -- what the output must be -------------------------------------------------------------------
 
-    def _compile(self, add: Add, sequence: Sequence, thinking: bool) -> Refused | None:
+    def _compile(
+        self, add: Add, sequence: Sequence, thinking: bool, cancellation: Cancellation | None
+    ) -> Refused | None:
         try:
-            sequence.grammar = grammar = self._grammar(add, thinking)
+            # Most engines never need it, nor what it imports.
+            from pinaivu_box.engine.grammar import Grammars
+            from pinaivu_box.engine.trial import Wanted
+
+            with self._first_grammar:
+                if self._grammars is None:
+                    self._grammars = Grammars(self._runner, self._sandboxes)
+            style = self.template.style
+            trigger = self._spell(style.trigger) if add.tools and style.trigger else ""
+            wanted = Wanted(add.constraint, add.tools, style.name, trigger, thinking)
+            sequence.grammar = grammar = self._grammars.make(
+                wanted, tenant=add.tenant, cancellation=cancellation
+            )
             if grammar is not None:
                 for token in add.output:
                     grammar.take(token)
         except Exception as error:
             return _refusal(add.id, error)
         return None
-
-    def _grammar(self, add: Add, thinking: bool) -> Grammar | None:
-        constraint, param = add.constraint, "response_format"
-        if constraint is not None and constraint.kind != "json_schema":
-            param = "grammar"
-        if add.tools is not None:
-            constraint, param = self._of_calls(add.tools, constraint), "tools"
-        if constraint is None:
-            return None
-        with self._first_grammar:
-            if self._grammars is None:
-                from pinaivu_box.engine.grammar import Grammars  # which most engines never need
-
-                self._grammars = Grammars(self._runner)
-        return self._grammars.make(constraint, param, thinking=thinking)
-
-    def _of_calls(self, tools: Tools, answer: Constraint | None) -> Constraint | None:
-        functions = [
-            {**one, "parameters": with_an_end(one.get("parameters"))}
-            for one in json.loads(tools.functions)
-        ]
-        free = tools.choice == "auto"
-        named = not free and tools.choice != "required"
-        if named:
-            functions = [one for one in functions if one["name"] == tools.choice]
-        schema = None
-        if answer is not None:
-            options = {**with_an_end(json.loads(answer.text)), "x-guidance": chat_format.ONE_LINE}
-            schema = json.dumps(options)
-        grammar = chat_format.call_grammar(
-            self.template.style,
-            functions,
-            several=tools.parallel and not named,
-            free=free,
-            spell=self._spell,
-            schema=schema,
-        )
-        return None if grammar is None else Constraint("lark", grammar)
 
     def _control(self, text: str) -> int | None:
         """The control token that is written so, if there is one."""

@@ -129,7 +129,7 @@ class LlamaRunner:
             ),
             n_vocab=self._n_vocab,
             n_embd=llama.llama_model_n_embd(self._model),
-            chat_template=template.decode() if template else None,
+            chat_template=template.decode(errors="replace") if template else None,
             bos=self._token_text(llama.llama_vocab_bos(vocab)),
             eos=self._token_text(llama.llama_vocab_eos(vocab)),
             end_tokens=frozenset(ends),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 import time
 from array import array
 from collections.abc import Callable, Iterator
@@ -17,8 +18,8 @@ from datetime import UTC, date, datetime
 from threading import Lock
 from typing import Any
 
-from pinaivu_box.engine.chat_template import ChatTemplate
 from pinaivu_box.engine.prefix_cache import PRIVATE, Share, common_prefix
+from pinaivu_box.engine.rendering import Rendering
 from pinaivu_box.errors import ApiError
 
 _MARK = "\u2063\u2062mark\u2062\u2063"  # nobody's text
@@ -26,7 +27,9 @@ _MARK = "\u2063\u2062mark\u2062\u2063"  # nobody's text
 _NEXT = ("", "\n", "\n\n", " ", " a", "a", "1", ".", ",", ")", '"', "<", "\t")
 _TAIL = 256  # characters
 _SECONDS = 5.0  # for templates that take their time: what is not read by then is not recognised
-_TOOL = {"name": _MARK, "description": _MARK, "parameters": {"type": "object", "properties": {}}}
+_TOOLS = json.dumps(
+    [{"name": _MARK, "description": _MARK, "parameters": {"type": "object", "properties": {}}}]
+)
 # What templates may write before the system message depends on these (see `server.jobs`).
 _VARIABLES: tuple[dict[str, Any], ...] = (
     {},
@@ -42,7 +45,7 @@ class NamedPrefixes:
     """
 
     def __init__(
-        self, texts: list[str], template: ChatTemplate, tokenize: Callable[[str], list[int]]
+        self, texts: list[str], template: Rendering, tokenize: Callable[[str], list[int]]
     ) -> None:
         self._texts, self._template, self._tokenize = texts, template, tokenize
         self._reading = Lock()
@@ -76,7 +79,7 @@ class NamedPrefixes:
         first = {"role": "user", "content": text + _MARK}
         then = {"role": "user", "content": "Hello"}
         for messages, functions, variables in itertools.product(
-            ([system, then], [first]), ([], [_TOOL]), _VARIABLES
+            ([system, then], [first]), (None, _TOOLS), _VARIABLES
         ):
             if time.monotonic() > until:
                 return

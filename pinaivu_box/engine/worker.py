@@ -16,8 +16,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import BinaryIO
 
+from pinaivu_box.engine import sandboxes
 from pinaivu_box.engine.arrivals import Arrivals
-from pinaivu_box.engine.chat_template import ChatTemplate
 from pinaivu_box.engine.embeddings import Embedding
 from pinaivu_box.engine.engine import Engine
 from pinaivu_box.engine.fake_runner import SCHEME, FakeRunner
@@ -36,6 +36,7 @@ from pinaivu_box.engine.messages import (
     read_body,
 )
 from pinaivu_box.engine.output import Output, StepOutput
+from pinaivu_box.engine.rendering import Rendering
 from pinaivu_box.engine.runner import ModelFacts, ProgressCallback, Runner
 from pinaivu_box.engine.sequence import Sequence
 from pinaivu_box.errors import BoxError
@@ -75,9 +76,10 @@ def main() -> None:
     arrivals: Future[Arrivals] = Future()
     # From the beginning: the end of stdin must end us in the middle of loading as well.
     threading.Thread(target=_read_frames, args=(frames_in, arrivals), daemon=True).start()
+    children = sandboxes.start()  # while the model loads
     try:
         runner = _make_runner(load, _report_progress(outbox))
-        intake = Intake(runner, drafting=load.drafting, context_shift=load.context_shift)
+        intake = Intake(runner, children, drafting=load.drafting, context_shift=load.context_shift)
         arrivals.set_result(Arrivals(intake, outbox.put, inbox.put))
         engine = Engine(runner, token_budget=load.token_budget)
     except BoxError as error:
@@ -123,7 +125,7 @@ def _die(failure: threading.ExceptHookArgs) -> None:
     os._exit(1)
 
 
-def _ready(facts: ModelFacts, template: ChatTemplate) -> Ready:
+def _ready(facts: ModelFacts, template: Rendering) -> Ready:
     return Ready(
         build=facts.build,
         device=facts.device,

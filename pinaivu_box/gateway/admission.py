@@ -27,7 +27,7 @@ from pinaivu_box.models.catalog import WELL_FORMED, Catalog, Model
 from pinaivu_box.store import keys
 from pinaivu_box.store.database import Database
 from pinaivu_box.store.keys import Key
-from pinaivu_box.store.requests import since_then
+from pinaivu_box.store.requests import between
 
 _MOST_IDLE = 10_000  # keys whose use is remembered; others are read again
 
@@ -244,7 +244,9 @@ class Admission:
             if key.id not in self._uses:
                 self._forget_idle()
                 wall, now = time.time(), time.monotonic()
-                rows = await since_then(self._database, key.id, int((wall - MINUTE) * 1000))
+                # Not those of the future: the clock was ahead when they were written.
+                span = (int((wall - MINUTE) * 1000), int(wall * 1000))
+                rows = await between(self._database, key.id, *span)
                 ended = [(now - (wall - at / 1000), tokens) for at, tokens in rows]
                 # As it is now: since the key was found, its last request may have ended.
                 key = await keys.get(self._database, key.id)

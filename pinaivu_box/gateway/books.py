@@ -101,7 +101,7 @@ class Books:
 
     async def remember(self, reputation: Reputation) -> None:
         """Until cancelled: what is thought of peers is on disk within a minute, and at the end."""
-        reputation.opinions = await opinions.load(self._database) | reputation.opinions
+        reputation.recall(await opinions.load(self._database))
         try:
             while True:
                 await asyncio.sleep(_REMEMBER_SECONDS)

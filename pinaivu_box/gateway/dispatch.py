@@ -144,7 +144,7 @@ class Dispatch:
                 error = error if _own(error) else failed
                 trying.remove(done)
                 await done.aclose()
-                if job.id in self._cancelled and not trying:
+                if error is not None and job.id in self._cancelled and not trying:
                     raise _given_up(error)
         finally:
             for one in trying:

@@ -60,7 +60,7 @@ class EngineProcess:
         self.ready: Ready
         self.users = 0  # requests that hold it, also before they are sent
         self.idle_since = time.monotonic()
-        self.started_at = time.time()
+        self.started_at = time.monotonic()
         self.progress = 0.0
         self.closed = asyncio.Event()
         self._load_frame = load

@@ -17,8 +17,8 @@ from datetime import UTC, datetime
 
 from pinaivu_box import amount
 from pinaivu_box.errors import BudgetExceeded, ExceedsKeyLimit, RateLimited
-from pinaivu_box.policy import Budget, Policy
-from pinaivu_box.store.keys import Key
+from pinaivu_box.policy import Policy
+from pinaivu_box.store.keys import MOST_PERIODS, Key, in_period
 
 MINUTE = 60.0
 
@@ -74,22 +74,30 @@ class Grant:
     """What one request has taken.  It may run once `turn` is set; end it in any case."""
 
     period: int
+    spending: Spending
     cost: int
     entry: list[float]
     turn: asyncio.Event = field(default_factory=asyncio.Event)
     ahead: int = 0  # requests of the key that must end first
 
 
+@dataclass
+class Spending:
+    """In one period of a budget, in 10^-9: what is spent, and what running requests may cost."""
+
+    spent: int = 0
+    held: int = 0
+
+
 class KeyUse:
-    """What a key uses now.  `spent` and `held` (by running requests) are of the budget's period."""
+    """What a key uses now.  What it spends is counted by the period that the request came in, for
+    the clock may jump to another period and come back."""
 
     def __init__(self, key: Key, ended: Iterable[tuple[float, int]], now: float) -> None:
         """`ended`: when the last minute's requests came, and their tokens."""
         self.requests = Window()
         self.tokens = Window()
-        self.period = key.spent_since
-        self.spent = key.spent
-        self.held = 0
+        self.periods = {since: Spending(spent) for since, spent in key.periods.items()}
         self.running = 0
         self.places: int | None = None  # max_parallel, as it was last seen
         self.waiting: deque[Grant] = deque()
@@ -108,10 +116,20 @@ class KeyUse:
             self.running += 1
             self.waiting.popleft().turn.set()
 
-    def begin(self, period: int) -> None:
-        """The budget's period that it is now: what the one before used is its own affair."""
-        if period > self.period:
-            self.period, self.spent, self.held = period, 0, 0
+    def of(self, begin: int, end: int | None) -> Spending:
+        """All that is of a period of the budget.  There are several if the budget had a shorter
+        one before."""
+        found = [one for since, one in self.periods.items() if in_period(since, begin, end)]
+        return Spending(sum(one.spent for one in found), sum(one.held for one in found))
+
+    def counting(self, period: int) -> Spending:
+        """Where what a request of that period spends is counted."""
+        made = self.periods.pop(period, Spending())
+        for old in list(self.periods)[: max(0, len(self.periods) - MOST_PERIODS)]:
+            if not self.periods[old].held:
+                del self.periods[old]
+        self.periods[period] = made  # the latest used come last
+        return made
 
 
 class Limits:
@@ -136,8 +154,8 @@ class Limits:
         budget = key.policy.budget
         if budget is None:
             return None
-        self._begin(key, use, budget)
-        return None if use.held else max(0, budget.units - use.spent)
+        used = use.of(*self._period(key, use))
+        return None if used.held else max(0, budget.units - used.spent)
 
     def take(self, key: Key, use: KeyUse, *, tokens: int, cost: int, explicit: bool) -> Grant:
         """All of it or nothing.  `tokens` and `cost` (10^-9 of the currency) are what the request
@@ -148,8 +166,10 @@ class Limits:
         self._check(key, use, tokens=tokens, cost=cost, explicit=explicit)
         now = self._now()
         use.requests.enter(now, 1)
-        grant = Grant(use.period, cost, use.tokens.enter(now, tokens))
-        use.held += cost
+        period = self._period(key, use)[0]
+        spending = use.counting(period)
+        grant = Grant(period, spending, cost, use.tokens.enter(now, tokens))
+        spending.held += cost
         use.waiting.append(grant)
         use.let_in()
         grant.ahead = len(use.waiting)
@@ -158,9 +178,8 @@ class Limits:
     def end(self, key: Key, use: KeyUse, grant: Grant, *, tokens: int, cost: int) -> None:
         """What it really used; the next one that waits may run."""
         use.tokens.correct(grant.entry, tokens, self._now())
-        if grant.period == use.period:
-            use.held -= grant.cost
-            use.spent += cost
+        grant.spending.held -= grant.cost
+        grant.spending.spent += cost
         if grant.turn.is_set():
             use.running -= 1
         else:
@@ -182,11 +201,13 @@ class Limits:
                 made[f"x-ratelimit-reset-{name}"] = f"{window.empty_in(now):.3f}s"
         return made
 
-    def _begin(self, key: Key, use: KeyUse, budget: Budget) -> int | None:
-        """Its present period; when that ends, Unix milliseconds."""
-        period, end = budget.window(key.created_at, round(self._wall() * 1000))
-        use.begin(period)
-        return end
+    def _period(self, key: Key, use: KeyUse) -> tuple[int, int | None]:
+        """The present period of its budget: when it began and ends, Unix milliseconds.  Without a
+        budget the last one goes on."""
+        budget = key.policy.budget
+        if budget is None:
+            return next(reversed(use.periods)), None
+        return budget.window(key.created_at, round(self._wall() * 1000))
 
     def _check(self, key: Key, use: KeyUse, *, tokens: int, cost: int, explicit: bool) -> None:
         policy, now = key.policy, self._now()
@@ -219,17 +240,18 @@ class Limits:
         budget = key.policy.budget
         if budget is None:
             return
-        end = self._begin(key, use, budget)
-        left = budget.units - use.spent
-        if cost > left and (explicit or not use.held):
+        begin, end = self._period(key, use)
+        used = use.of(begin, end)
+        left = budget.units - used.spent
+        if cost > left and (explicit or not used.held):
             when = "raise the budget" if end is None else f"wait until {_utc(end)}"
             period = f" per {budget.period}" if budget.period else ""
             raise BudgetExceeded(
                 f"The budget of the key {key.prefix}... is {budget.amount}{period}, of which "
-                f"{amount.to_text(use.spent)} is spent, and this may cost {amount.to_text(cost)}: "
+                f"{amount.to_text(used.spent)} is spent, and this may cost {amount.to_text(cost)}: "
                 f"{when if left <= 0 else f'lower max_tokens, or {when}'}."
             )
-        if cost > left - use.held:
+        if cost > left - used.held:
             raise RateLimited(
                 f"Running requests of the key {key.prefix}... may use up its budget "
                 f"({amount.to_text(left)} is left): try again when one has ended."

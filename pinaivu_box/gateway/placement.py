@@ -160,7 +160,7 @@ class Placement:
         if self._engines.get(engine.model_id) is engine:  # else we stopped it ourselves
             del self._engines[engine.model_id]
             log.error("the engine of %s died; last words:\n%s", engine.model_id, engine.last_words)
-            if time.time() - engine.started_at > _FORGIVEN_AFTER:
+            if time.monotonic() - engine.started_at > _FORGIVEN_AFTER:
                 self._failures.pop(engine.model_id, None)
             self._note_failure(engine.model_id, "it died", first_free=True)
 

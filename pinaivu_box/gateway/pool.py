@@ -49,7 +49,9 @@ class Pool:
         keep: Callable[[Served | Taken], Awaitable[None]],
         debts: Callable[[], Awaitable[Debts]],
     ) -> None:
-        self.reputation = Reputation(time.time)
+        # Whoever sets the clock changes no opinion.
+        began = time.time() - time.monotonic()
+        self.reputation = Reputation(lambda: began + time.monotonic())
         self._config = config
         resting = Resting(time.monotonic, Random())  # noqa: S311, it only spreads requests
         self.candidates = Candidates(

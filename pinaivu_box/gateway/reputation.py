@@ -13,7 +13,7 @@ recomputes what a peer claims would be heard through `disputed` as well.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from msgspec.structs import replace
 
@@ -27,13 +27,20 @@ _WEEK = 7 * _DAY
 
 
 class Reputation:
-    """`clock` in Unix seconds; node ids are known once something was heard of them.  `changed`:
-    those of whom we think otherwise than was kept."""
+    """`clock` in Unix seconds, which nobody sets while we run; node ids are known once something
+    was heard of them.  `changed`: those of whom we think otherwise than was kept."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self.opinions: dict[str, Opinion] = {}
         self.changed: set[str] = set()
+
+    def recall(self, kept: Mapping[str, Opinion]) -> None:
+        """What was thought before we started.  What a clock that was ahead has dated fades from now
+        on, or it would do so for none of the time that it was ahead."""
+        now = self._clock()
+        found = {node: replace(one, at=min(one.at, now)) for node, one in kept.items()}
+        self.opinions = found | self.opinions
 
     def served(self, node_id: str, promised: float, made: float | None) -> None:
         """A leg came to its end; tokens a second, None if it was too short to say."""

@@ -22,20 +22,20 @@ from pinaivu_box.peering import work
 from pinaivu_box.receipts import commitment
 from pinaivu_box.receipts.receipt import (
     MARK_DOMAIN,
-    PROOF_DOMAIN,
     VERSION,
     EngineInfo,
     Proof,
+    SignedProof,
     canonical,
     mark_text,
     sampling_record,
 )
+from pinaivu_box.receipts.verify import is_signed, read_proof
 
 _LONGEST_TOKEN = 1024  # characters; vocabularies have runs of 256 spaces
 # A token has at least a byte, but a template says something of its own, and may repeat its tools.
 _TEMPLATE_TOKENS, _REPEATS = 8192, 2
 _ENDS = ("stop", "length", "cancelled")
-_MADE = msgspec.json.Decoder(Proof)
 
 
 class Lie(Exception):
@@ -153,20 +153,20 @@ class Seen:
         """The proof, which says what has been seen, and not more than was offered."""
         if given is None:
             raise Lie("it gave no proof")
-        signed, signature = given.signed.encode(), bytes.fromhex(given.signature)
-        if not verify(self._to.node_id, PROOF_DOMAIN, signed, signature):
-            raise Lie("the signature of its proof is not its own")
-        try:
-            proof = _MADE.decode(signed)
+        signed = SignedProof(given.signed, given.signature)
+        try:  # as whoever verifies the receipt will
+            proof = read_proof(signed)
             written = canonical(proof)
-        except (msgspec.DecodeError, ValueError, RecursionError):
-            raise Lie("its proof is none") from None
-        if written != signed:
+        except ValueError:
+            raise Lie("its proof is none, or is not written canonically") from None
+        if written != given.signed.encode():
             raise Lie("its proof is not written canonically")
         for field, value in self._expected(reason).items():
             if getattr(proof, field) != value:
                 raise Lie(f"its proof is about another {field}")
         self._check_price(proof)
+        if not is_signed(proof, signed):
+            raise Lie("the signature of its proof is not its own")
         return proof
 
     def _expected(self, reason: str) -> dict[str, object]:

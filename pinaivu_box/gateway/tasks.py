@@ -10,6 +10,7 @@ from pinaivu_box.config import SamplingConfig
 from pinaivu_box.engine.messages import Sampling
 from pinaivu_box.errors import InvalidBody, NoNodesAvailable
 from pinaivu_box.gateway.backend import Job
+from pinaivu_box.gateway.sizes import check_sizes
 from pinaivu_box.models.catalog import Model
 from pinaivu_box.peering.work import MAX_CALLS, MAX_MESSAGES, Asked, Task, may_draw
 
@@ -31,6 +32,7 @@ def to_job(task: Task, model: Model, asked: SamplingConfig, tenant: str, scope: 
     """`asked` are the settings with which tasks of that tenant are served.  Raises InvalidBody."""
     if task.settled is not None:
         _check(task.settled, task)
+    check_sizes(task.tools, task.constraint, task.stop)
     same: dict[str, Any] = {name: getattr(task, name) for name in _SAME}
     return Job(model=model, asked=asked, tenant=tenant, scope=scope, **same)
 

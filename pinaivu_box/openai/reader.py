@@ -48,6 +48,7 @@ _HEAD = re.compile(
     r'\s*\{\s*(?:"type"\s*:\s*"function"\s*,\s*)?"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,'
     r'\s*"(?:arguments|parameters)"\s*:\s*(?=\{)'
 )
+_LONGEST_HEAD = 4096  # characters; it is looked for at every token
 
 
 class Reader:
@@ -69,6 +70,7 @@ class Reader:
         self._blank = True  # nothing but white space was said since the beginning, or the last call
         self._held = ""  # the white space before what may be a call
         self._depth, self._in_string, self._escaped = 0, False, False
+        self._looked_at, self._ended = 0, False
         self._state: Callable[[bool], list[Piece]] = self._text
         if thinking:
             self._state = self._thought
@@ -153,11 +155,12 @@ class Reader:
         trigger = self._style.trigger if self._style else ""
         opening = self._style.opening.removeprefix(trigger) if self._style else ""
         rest = self._buffer.lstrip().removeprefix(opening)
-        head = _HEAD.match(rest)
-        whole = None if head else _object(rest)
+        head = _HEAD.match(rest[:_LONGEST_HEAD])
+        # Decoded once it is complete: at every token that would take as long as all before it.
+        whole = _object(rest) if head is None and self._has_ended(rest) else None
         if head is not None and (name := json.loads(head[1])) in self._names:
             self._buffer = rest[head.end() :]
-            self._depth, self._in_string, self._escaped = 0, False, False
+            self._forget_value()
             self._state = self._arguments
             return [self._call(name)]
         if whole is not None and (name := whole[0].get("name")) in self._names:
@@ -165,25 +168,40 @@ class Reader:
             if not isinstance(arguments, str):
                 arguments = json.dumps(arguments, ensure_ascii=False)
             self._buffer, self._state = rest[whole[1] :], self._tail
+            self._forget_value()
             call = self._call(str(name))
             return [call, Arguments(call.index, arguments)]
         if head or whole or end or not (rest == "" or rest.startswith(("{", "["))):
             # It is no call after all.
             said, self._buffer, self._held = self._held + trigger + self._buffer, "", ""
             self._blank, self._state = False, self._text
+            self._forget_value()
             return [Text(said)]
         return []
 
+    def _has_ended(self, value: str) -> bool:
+        """Whether the JSON object or list that `value` begins with ends in what has come since the
+        last call."""
+        if self._ended or not value.startswith(("{", "[")):
+            return False
+        self._ended = self._value_ends(value[self._looked_at :]) is not None
+        self._looked_at = len(value)
+        return self._ended
+
+    def _forget_value(self) -> None:
+        self._depth, self._in_string, self._escaped = 0, False, False
+        self._looked_at, self._ended = 0, False
+
     def _arguments(self, end: bool) -> list[Piece]:
-        size = self._value_ends()
+        size = self._value_ends(self._buffer)
         if size is not None:
             self._state = self._closing_brace
         said, self._buffer = self._buffer[:size], self._buffer[size or len(self._buffer) :]
         return [Arguments(self._calls - 1, said)] if said else []
 
-    def _value_ends(self) -> int | None:
-        """Where in the buffer the JSON value ends that it goes on with, if it does."""
-        for at, character in enumerate(self._buffer):
+    def _value_ends(self, text: str) -> int | None:
+        """Where in `text` the JSON value ends that it goes on with, if it does."""
+        for at, character in enumerate(text):
             if self._escaped:
                 self._escaped = False
             elif self._in_string:

@@ -23,6 +23,7 @@ from pinaivu_box.openai.types import (
     TextOrTokens,
     ToolMessage,
 )
+from pinaivu_box.text import number
 
 Body = TypeVar("Body", bound=msgspec.Struct)
 
@@ -170,9 +171,9 @@ def _needs(name: str, what: str) -> InvalidBody:
 
 # -- msgspec's validation errors -----------------------------------------------------------------
 
-_AT = re.compile(r"(?P<message>.*?)(?: - at `(?:key in )?\$(?P<path>.*)`)?$", re.DOTALL)
-_PART = re.compile(r"\.([A-Za-z_]\w*)|\[(\d+|\.\.\.)\]")
-_MISSING = re.compile(r"Object missing required field `(\w+)`")
+_AT = re.compile(r"(?P<message>.*?)(?: - at `(?:key in )?\$(?P<path>.*)`)?", re.DOTALL)
+_PART = re.compile(r"\.([A-Za-z_][A-Za-z0-9_]*)|\[([0-9]+|\.\.\.)\]")
+_MISSING = re.compile(r"Object missing required field `([A-Za-z0-9_]+)`")
 _NOT_TAKEN = re.compile(r"Invalid (?:enum )?value (.*)", re.DOTALL)
 _JSON_OF = {"True": "true", "False": "false", "None": "null"}
 _UNKNOWN = re.compile(r"Object contains unknown field `(.*)`")
@@ -180,11 +181,11 @@ _UNKNOWN = re.compile(r"Object contains unknown field `(.*)`")
 
 def from_validation(error: msgspec.ValidationError, *, root: str = "body") -> InvalidBody:
     """msgspec says "Expected `str`, got `int` - at `$.messages[0].role`": make `loc` of it."""
-    match = _AT.match(str(error))
+    match = _AT.fullmatch(str(error))
     message, path = (match["message"], match["path"] or "") if match else (str(error), "")
     loc: list[str | int] = [root]
     for name, index in _PART.findall(path):
-        loc.append(name or (int(index) if index.isdigit() else index))
+        loc.append(name or (index if (place := number(index)) is None else place))
     if missing := _MISSING.fullmatch(message):
         return InvalidBody("field required", loc=(*loc, missing[1]), kind="value_error.missing")
     if unknown := _UNKNOWN.fullmatch(message):

@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 
+from pinaivu_box.text import TOKEN_ID, whole
+
 Text = Annotated[str, Meta(min_length=1)]
 
 
@@ -72,7 +74,7 @@ class StreamOptions(Struct, frozen=True, forbid_unknown_fields=True):
     include_obfuscation: Literal[False] | None = None  # padding against eavesdroppers: none here
 
 
-FunctionName = Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_.:-]{1,128}$")]
+FunctionName = Annotated[str, Meta(pattern=whole("[a-zA-Z0-9_.:-]{1,128}"))]
 Schema = dict[str, Any]
 
 
@@ -127,11 +129,11 @@ class Prediction(Struct, frozen=True, forbid_unknown_fields=True, tag="content",
     content: Content
 
 
-StopString = Annotated[str, Meta(min_length=1)]
+StopString = Annotated[str, Meta(min_length=1, max_length=1024)]
 # RFC 8785, in which proofs are written, carries integers below 2^53 only.
 TokenCount = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
-TokenId = Annotated[str, Meta(pattern=r"^\d{1,9}$")]
+TokenId = Annotated[str, Meta(pattern=TOKEN_ID)]
 Bias = Annotated[float, Meta(ge=-100, le=100)]
 Seed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 

@@ -21,7 +21,6 @@ from pinaivu_box import amount
 from pinaivu_box.amount import Prices
 from pinaivu_box.peering.invite import Address
 from pinaivu_box.peering.signed import (
-    NO_CONTROLS,
     Counter,
     Invalid,
     Key,
@@ -31,6 +30,7 @@ from pinaivu_box.peering.signed import (
     node_of,
     unseal,
 )
+from pinaivu_box.text import NO_CONTROLS
 
 ADVERTS_PER_SECOND = 25
 SHORTEST_PERIOD = 5.0  # seconds
@@ -197,6 +197,7 @@ class Adverts:
         self._held: dict[str, Held] = {}
         self._whose = 0  # all their keys, one upon the other
         self._serials: dict[str, int] = {}
+        self._newest: dict[str, tuple[Record, float]] = {}
         self._gone: dict[str, bytes] = {}  # ids of the reports
         self._ids: dict[bytes, tuple[Record, float]] = {}
         self._allowed: dict[str, Allowance] = {}
@@ -219,6 +220,7 @@ class Adverts:
         self._drop(node)
         number = record_id(record, advert)
         self._serials[node] = advert.serial
+        self._newest[node] = (record, sent)
         self._held[node] = Held(advert, number, sent, sent + advert.life, difference)
         self._whose ^= int.from_bytes(advert.node[:16])
         self._ids[number] = (record, sent)
@@ -246,6 +248,13 @@ class Adverts:
         """The newest, perhaps expired."""
         return self._held.get(node_id)
 
+    def newer(self, advert: Advert) -> tuple[Record, float] | None:
+        """A newer one of the same box, though it may have expired, and when that was sent, on our
+        clock."""
+        if advert.serial >= self._serials.get(advert.node_id, -1):
+            return None
+        return self._newest[advert.node_id]
+
     def gone(self, node_id: str) -> bool:
         return node_id in self._gone
 
@@ -263,7 +272,9 @@ class Adverts:
 
     def forget(self, now: float, members: Container[str]) -> list[bytes]:
         """Drop what expired and who is no member; returns the ids of what went."""
-        kinds: tuple[dict[str, Any], ...] = (self._serials, self._allowed, self._reports)
+        kinds: tuple[dict[str, Any], ...] = (
+            self._serials, self._newest, self._allowed, self._reports
+        )  # fmt: skip
         for kept in kinds:
             for node in [node for node in kept if node not in members]:
                 del kept[node]

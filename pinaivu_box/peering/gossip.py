@@ -24,6 +24,7 @@ from pinaivu_box.peering import membership
 from pinaivu_box.peering.advert import Advert, Adverts, Allowance, Facts, Gone
 from pinaivu_box.peering.asking import Asking
 from pinaivu_box.peering.gossip_wire import (
+    MAX_AGE_MS,
     MAX_IDS,
     MEMBER_ID,
     NEWS_ID,
@@ -328,6 +329,17 @@ class Gossip:
                     link.announce[number] = None
         elif adverts.signer_of(content) in self.roster.members():
             self._ignore(number)  # of others we may yet learn that they belong
+            self._remind(peer, content)
+
+    def _remind(self, peer: str, content: Advert | Gone) -> None:
+        """A box that says of itself what is older than its last word, which may have expired: its
+        clock was ahead then, and is right now.  With that it knows from where to go on."""
+        if not isinstance(content, Advert) or content.node_id != peer:
+            return
+        if (newer := self.adverts.newer(content)) is not None:
+            record, sent = newer
+            age = round((self._clock() - sent) * 1000)
+            self._give([peer], [Given(record, min(max(0, age), MAX_AGE_MS))])
 
     def _counts(self, content: Advert | Gone, given: Given) -> bool:
         now, members = self._clock(), self.roster.members()

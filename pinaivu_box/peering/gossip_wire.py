@@ -11,6 +11,7 @@ from pinaivu_box.peering.roster import BUCKETS
 from pinaivu_box.peering.signed import Invalid, Key, Record
 
 MAX_GIVE_BYTES = 200_000
+MAX_AGE_MS = 2**31
 MAX_IDS = 4096
 MEMBER_ID, NEWS_ID = 16, 8  # bytes of an id of the roster's and of an advert or report
 MAX_TOLD = 64
@@ -35,7 +36,7 @@ class Given(Struct, frozen=True, array_like=True):
     """`age_ms`: how long ago it was sent first, as far as the sender knows."""
 
     record: Record
-    age_ms: Annotated[int, Meta(ge=0, le=2**31)] = 0
+    age_ms: Annotated[int, Meta(ge=0, le=MAX_AGE_MS)] = 0
 
 
 class Give(Struct, frozen=True, array_like=True, tag="give"):

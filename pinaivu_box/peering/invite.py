@@ -26,6 +26,7 @@ from pinaivu_box.peering.signed import (
     network_key,
     node_of,
 )
+from pinaivu_box.text import NAME, number, whole
 
 PREFIX = "pnv1"
 MAX_TICKET_CHARACTERS = 2048
@@ -33,11 +34,12 @@ MAX_ADDRESSES = 8
 MAX_USES = 1000
 _SECRET_BYTES = 16
 _CHECKSUM_BYTES = 4
+_CLOCK_SLACK = 300.0  # seconds that a clock is set back without harm
 
-Address = Annotated[str, Meta(min_length=1, max_length=100, pattern=r"^[!-~]+$")]
+Address = Annotated[str, Meta(min_length=1, max_length=100, pattern=whole("[!-~]+"))]
 Secret = Annotated[bytes, Meta(min_length=_SECRET_BYTES, max_length=_SECRET_BYTES)]
 # What an operator calls a box: shown in lists, so no control characters and no line breaks.
-Name = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[^\x00-\x1f\x7f-\x9f]+$")]
+Name = Annotated[str, Meta(min_length=1, max_length=64, pattern=NAME)]
 
 
 class TicketInvalid(ValueError):
@@ -64,7 +66,7 @@ class Ticket(Struct, frozen=True, array_like=True):
 
 class Invitation(Struct, frozen=True):
     """What the inviter keeps of a ticket.  `redeemed_by`: the node ids that have used it.
-    `admin`: whether they may invite and revoke as an admin does."""
+    `admin`: whether they may invite and revoke as an admin does.  `made_at`: Unix seconds."""
 
     secret_sha256: str
     name: str | None
@@ -72,6 +74,7 @@ class Invitation(Struct, frozen=True):
     uses: int
     redeemed_by: tuple[str, ...] = ()
     admin: bool = False
+    made_at: float = 0.0
 
 
 class Refused(ValueError):
@@ -116,9 +119,12 @@ def decode(text: str) -> Ticket:
     """
     if len(text) > 2 * MAX_TICKET_CHARACTERS:
         raise TicketInvalid("This is no ticket: it is too long.")
-    given = "".join(text.split()).lower()
+    given = "".join(text.split())
+    if not given.isascii():  # capitals of other scripts may become ASCII
+        raise TicketInvalid("This ticket is damaged: copy the whole of it again.")
+    given = given.lower()
     if not given.startswith(PREFIX):
-        newer = given[:3] == "pnv" and given[3:4].isdigit()
+        newer = given[:3] == "pnv" and number(given[3:4]) is not None
         raise TicketInvalid(
             "This ticket is of another version: bring both boxes to the same version of Pinaivu."
             if newer
@@ -157,6 +163,11 @@ def redeem(invitation: Invitation | None, secret: bytes, node_id: str, now: floa
         raise Refused("This box knows no such ticket: it was withdrawn, or never given.")
     if node_id in invitation.redeemed_by:
         return invitation
+    if now < invitation.made_at - _CLOCK_SLACK:  # or one for an hour would be good until then
+        raise Refused(
+            "By this box's clock this ticket is from the future: its clock is wrong, or was. Ask "
+            "for a new one with pinaivu peers invite."
+        )
     if now >= invitation.expires_at:
         raise Refused("This ticket has expired: ask for a new one with pinaivu peers invite.")
     if len(invitation.redeemed_by) >= invitation.uses:

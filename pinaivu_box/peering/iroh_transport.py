@@ -24,10 +24,13 @@ from pinaivu_box.peering import iroh_bindings, wire
 from pinaivu_box.peering.link import PeerLink
 from pinaivu_box.peering.reception import Reception
 from pinaivu_box.peering.transport import Route, is_relay
+from pinaivu_box.text import END, number
 
 READ_BYTES = 128 * 1024
 # iroh gives the end of a connection as text alone.
-_CLOSED_BY_PEER = re.compile(r"closed by peer: (?:(.*) \(code (\d+)\)|(\d+))", re.DOTALL)
+_CLOSED_BY_PEER = re.compile(
+    r"closed by peer: (?:(.*) \(code ([0-9]{1,18})\)|([0-9]{1,18}))", re.DOTALL
+)
 _IROH_SECONDS = 30.0  # after which it gives up by itself
 _BINDING_SECONDS = 10.0
 _CLOSING_SECONDS = 5.0  # it waits until the peers have confirmed, and some may be gone
@@ -347,7 +350,9 @@ def _split(address: str) -> tuple[str, int]:
     host, _, port = address.rpartition(":")
     if not host:
         raise ValueError(f"'{address}' is no address: write HOST:PORT")
-    return host.strip("[]"), int(port)
+    if (found := number(port)) is None:
+        raise ValueError(f"'{address}' is no address: '{port}' is no port")
+    return host.strip("[]"), found
 
 
 async def _resolve(addresses: Sequence[str]) -> tuple[str | None, list[str]]:
@@ -405,4 +410,4 @@ def _explain_failure(
 
 def _last_line(message: str) -> str:
     """What a message of iroh's says at last, without where in its source that is from."""
-    return re.sub(r" \(/\S+\)$", "", message.strip().splitlines()[-1].strip()).rstrip(".")
+    return re.sub(rf" \(/\S+\){END}", "", message.strip().splitlines()[-1].strip()).rstrip(".")

@@ -227,4 +227,7 @@ def _sentence(text: str) -> str:
 
 
 def _invitation(row: TicketRow) -> Invitation:
-    return Invitation(row.secret_sha256, row.name, row.expires_at, row.uses, row.used_by, row.admin)
+    return Invitation(
+        row.secret_sha256, row.name, row.expires_at, row.uses, row.used_by, row.admin,
+        row.made_at / 1000,
+    )  # fmt: skip

@@ -18,6 +18,7 @@ from zeroconf.asyncio import AsyncServiceBrowser, AsyncServiceInfo, AsyncZerocon
 
 from pinaivu_box.errors import CliError
 from pinaivu_box.identity import NODE_PREFIX
+from pinaivu_box.text import number
 
 TYPE = "_pinaivu._udp.local."
 _LABEL = 32  # characters of the key in a service's name: DNS has room for 63
@@ -77,8 +78,9 @@ def _service(
 
 def _numeric(address: str) -> tuple[ipaddress.IPv4Address, int] | None:
     host, _, port = address.rpartition(":")
+    found = number(port)
     try:
-        return ipaddress.IPv4Address(host), int(port)
+        return None if found is None else (ipaddress.IPv4Address(host), found)
     except ValueError:
         return None  # a relay's URL, or IPv6, whose ports may differ
 

@@ -8,7 +8,6 @@ from msgspec import Meta, Struct
 
 from pinaivu_box.peering.invite import Name
 from pinaivu_box.peering.signed import (
-    NO_CONTROLS,
     Counter,
     Invalid,
     Key,
@@ -18,6 +17,7 @@ from pinaivu_box.peering.signed import (
     node_of,
     unseal,
 )
+from pinaivu_box.text import NO_CONTROLS
 
 
 class Certificate(Struct, frozen=True, array_like=True):

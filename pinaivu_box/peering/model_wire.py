@@ -15,6 +15,7 @@ from typing import Annotated
 from msgspec import Meta, Struct, msgpack
 
 from pinaivu_box.peering import wire
+from pinaivu_box.text import DIGEST, whole
 
 PURPOSE = "model"
 PART_BYTES = 256 * 1024  # of a piece, or of the list of hashes, in a frame
@@ -22,7 +23,7 @@ MAX_MODEL_BYTES = 512 * 1024**3
 WORKING_SECONDS = 5.0  # between two frames of who answers, at most
 
 Name = Annotated[str, Meta(max_length=128)]
-Digest = Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]
+Digest = Annotated[str, Meta(pattern=DIGEST)]
 Data = Annotated[bytes, Meta(min_length=1, max_length=PART_BYTES)]
 
 
@@ -30,7 +31,7 @@ class Find(Struct, frozen=True, tag=True):
     """`digest` is the beginning of one, or empty; with one, the name does not matter."""
 
     model: Name
-    digest: Annotated[str, Meta(pattern=r"\A([0-9a-f]{8,64})?\Z")]
+    digest: Annotated[str, Meta(pattern=whole("([0-9a-f]{8,64})?"))]
 
 
 class List(Struct, frozen=True, tag=True):

@@ -22,6 +22,7 @@ from msgspec import Meta, Struct
 from pinaivu_box import amount
 from pinaivu_box.errors import ProtocolError
 from pinaivu_box.receipts.receipt import canonical
+from pinaivu_box.text import TIME, whole
 
 DOMAIN = "pinaivu/statement/v1"
 VERSION = 1
@@ -73,11 +74,13 @@ class Statement(Struct, frozen=True):
     sequence: int
     previous: str
     between: list[str]  # both node_ids, sorted
-    upto: str  # the last request id that it looks at; "" for all
+    upto: Annotated[
+        str, Meta(pattern=whole("[!-~]{0,128}"))
+    ]  # the last request id that it looks at; "" for all
     entries: int
     entries_sha256: str
     served: dict[str, dict[str, str]]
-    at: str
+    at: Annotated[str, Meta(pattern=TIME)]
     v: int = VERSION
 
 

@@ -24,7 +24,6 @@ Key = Annotated[bytes, Meta(min_length=32, max_length=32)]
 NetworkKey = Annotated[bytes, Meta(min_length=36, max_length=36)]
 MAX_COUNTER = 2**53 - 1
 Counter = Annotated[int, Meta(ge=0, le=MAX_COUNTER)]
-NO_CONTROLS = r"^[^\x00-\x1f\x7f-\x9f]*$"  # what is shown in lists moves no cursor
 Content = TypeVar("Content", bound=Struct)
 
 

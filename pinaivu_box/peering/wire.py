@@ -44,6 +44,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from pinaivu_box.errors import ProtocolError
+from pinaivu_box.text import NO_CONTROLS
 
 NAME = "pinaivu/box/1"  # the ALPN
 VERSIONS = (1,)  # that this box speaks
@@ -79,7 +80,7 @@ class Hello(Struct, frozen=True, tag=True):
     """`clock` is the sender's wall clock, in seconds since 1970."""
 
     versions: Annotated[tuple[int, ...], Meta(min_length=1, max_length=16)]
-    software: Annotated[str, Meta(max_length=64, pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")]
+    software: Annotated[str, Meta(max_length=64, pattern=NO_CONTROLS)]
     clock: Annotated[float, Meta(ge=0, le=2**53)]
 
 

@@ -27,6 +27,7 @@ from pinaivu_box.engine.messages import Constraint, Sampling, TokenLogprob, Tool
 from pinaivu_box.errors import LinkLost, ProtocolError
 from pinaivu_box.peering.transport import Stream
 from pinaivu_box.peering.wire import MAX_FRAME_BYTES, decode, encode
+from pinaivu_box.text import DIGEST, NO_CONTROLS, REQUEST_ID, SIGNATURE, TOKEN_ID, whole
 
 PURPOSE = "work"
 MAX_MESSAGE_BYTES = 16 * 1024 * 1024
@@ -43,16 +44,17 @@ Token = Annotated[int, Meta(ge=0, lt=2**31)]
 Tokens_ = Annotated[list[Token], Meta(max_length=MOST_TOKENS)]
 Text = Annotated[str, Meta(max_length=MAX_MESSAGE_BYTES)]
 Short = Annotated[str, Meta(max_length=256)]
-Hex32 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
-Hex64 = Annotated[str, Meta(pattern="^[0-9a-f]{128}$")]
-Tag = Annotated[str, Meta(pattern=r"^[0-9a-f]{32}(?![\s\S])")]
+Shown = Annotated[str, Meta(max_length=256, pattern=NO_CONTROLS)]
+Hex32 = Annotated[str, Meta(pattern=DIGEST)]
+Hex64 = Annotated[str, Meta(pattern=SIGNATURE)]
+Tag = Annotated[str, Meta(pattern=whole("[0-9a-f]{32}"))]
 Price = Annotated[str, Meta(max_length=32)]
 _Small = Annotated[int, Meta(ge=0, lt=2**31)]
 _Penalty = Annotated[float, Meta(ge=-2, le=2)]
 _Repeat = Annotated[float, Meta(gt=0, le=10)]
 _Typical = Annotated[float, Meta(gt=0, le=1)]
 _Bias = Annotated[
-    dict[Annotated[str, Meta(pattern="^[0-9]{1,9}$")], Annotated[float, Meta(ge=-100, le=100)]],
+    dict[Annotated[str, Meta(pattern=TOKEN_ID)], Annotated[float, Meta(ge=-100, le=100)]],
     Meta(max_length=300),
 ]
 _Seed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
@@ -78,7 +80,7 @@ class Task(Struct, frozen=True, omit_defaults=True):
     without one only share within their request.
     """
 
-    request_id: Annotated[str, Meta(pattern="^req_[0-9a-z]{26}$")]
+    request_id: Annotated[str, Meta(pattern=REQUEST_ID)]
     model: Annotated[str, Meta(min_length=1, max_length=128)]
     messages: Annotated[list[_Message], Meta(max_length=MAX_MESSAGES)]
     asked: Asked
@@ -181,8 +183,8 @@ class Began(Struct, frozen=True, tag="began"):
     """`nonce` is of the commitment to the output."""
 
     digest: Hex32
-    build: Short
-    device: Short
+    build: Shown
+    device: Shown
     sampling: Sampling
     tool_style: Short
     thinks: bool

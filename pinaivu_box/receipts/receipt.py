@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import rfc8785
-from msgspec import Struct
+from msgspec import Meta, Struct
 
 from pinaivu_box.amount import Prices
 from pinaivu_box.engine.messages import Sampling
 from pinaivu_box.identity import Identity
+from pinaivu_box.text import DIGEST, NAME, NO_CONTROLS, NODE_ID, SIGNATURE, TIME, whole
 
 PROOF_DOMAIN = "pinaivu/proof/v1"
 ACCEPTANCE_DOMAIN = "pinaivu/acceptance/v1"
@@ -25,16 +26,25 @@ RECEIPT_DOMAIN = "pinaivu/receipt/v1"
 ACCEPTANCE_DOMAIN = "pinaivu/acceptance/v1"  # a coordinator's, over the bytes of a proof
 VERSION = 1
 
+# Everything that is signed is read back by these: nothing is signed or stored that they refuse.
+RequestId = Annotated[str, Meta(pattern=whole("req_[0-9a-z_]{1,60}"))]
+NodeId = Annotated[str, Meta(pattern=NODE_ID)]
+Digest = Annotated[str, Meta(pattern=DIGEST)]
+Name = Annotated[str, Meta(max_length=256, pattern=NAME)]
+Shown = Annotated[str, Meta(max_length=256, pattern=NO_CONTROLS)]
+Time = Annotated[str, Meta(pattern=TIME)]
+Milliseconds = Annotated[int, Meta(ge=0, lt=2**53)]
 
-class EngineInfo(Struct, frozen=True):
-    build: str
-    device: str
+
+class EngineInfo(Struct, frozen=True, forbid_unknown_fields=True):
+    build: Shown
+    device: Shown
 
 
-class Price(Struct, frozen=True):
+class Price(Struct, frozen=True, forbid_unknown_fields=True):
     """Of 1,000 tokens: prompt tokens anew, prompt tokens found in the cache, and those made."""
 
-    currency: str
+    currency: Shown
     prompt: str
     cached: str
     completion: str
@@ -44,7 +54,7 @@ class Price(Struct, frozen=True):
         return Prices(self.prompt, self.completion, self.cached)
 
 
-class Proof(Struct, frozen=True):
+class Proof(Struct, frozen=True, forbid_unknown_fields=True):
     """What the serving node says of one leg.  Milliseconds; commitments and digest in hex.
 
     `leg` numbers those of one choice.  `cached_tokens` of the prompt were not computed anew;
@@ -56,28 +66,28 @@ class Proof(Struct, frozen=True):
     it has received, and `mark` is the node's own signature over that much of it (`mark_text`).
     """
 
-    request_id: str
+    request_id: RequestId
     leg: int
-    node_id: str
-    model: str
-    model_digest: str
+    node_id: NodeId
+    model: Name
+    model_digest: Digest
     engine: EngineInfo
     sampling: dict[str, Any]
-    prompt_commitment: str
-    output_commitment: str
+    prompt_commitment: Digest
+    output_commitment: Digest
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int
     shifted_tokens: int
-    finish_reason: str
-    started_at: str
-    ttft_ms: int | None
-    duration_ms: int
+    finish_reason: Name
+    started_at: Time
+    ttft_ms: Milliseconds | None
+    duration_ms: Milliseconds
     price: Price
     choice: int = 0
     prompt: int = 0
-    witness: str | None = None
-    mark: str | None = None
+    witness: NodeId | None = None
+    mark: Annotated[str, Meta(pattern=SIGNATURE)] | None = None
     v: int = VERSION
 
     @property
@@ -85,44 +95,44 @@ class Proof(Struct, frozen=True):
         return self.witness or self.node_id
 
 
-class SignedProof(Struct, frozen=True):
+class SignedProof(Struct, frozen=True, forbid_unknown_fields=True):
     """`signed` is the text that the signature (hex) covers."""
 
     signed: str
     signature: str
 
 
-class Usage(Struct, frozen=True):
+class Usage(Struct, frozen=True, forbid_unknown_fields=True):
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int
 
 
-class Receipt(Struct, frozen=True):
+class Receipt(Struct, frozen=True, forbid_unknown_fields=True):
     """What the coordinator says of the whole request; `node_id` served (the last leg of) it.
 
     `price` is what its client pays.  What a node that served for it is owed is in its proof.
     """
 
-    request_id: str
-    timestamp: str
-    coordinator_id: str
-    node_id: str
-    model: str
-    model_digest: str
+    request_id: RequestId
+    timestamp: Time
+    coordinator_id: NodeId
+    node_id: NodeId
+    model: Name
+    model_digest: Digest
     payment_amount: str
-    currency: str
-    finish_reason: str
+    currency: Shown
+    finish_reason: Name
     routing: dict[str, Any]
     proofs: list[SignedProof]
-    prompt_commitment: str
-    output_commitment: str
+    prompt_commitment: Digest
+    output_commitment: Digest
     usage: Usage
     price: Price | None = None
     v: int = VERSION
 
 
-class ReceiptView(Struct, frozen=True, omit_defaults=True):
+class ReceiptView(Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
     """The API's view: the documented fields, and the bytes that were signed.
 
     `opening` (see `receipts.commitment`) is there for the owner of the key only.
@@ -160,8 +170,17 @@ def sign_receipt(identity: Identity, receipt: Receipt) -> tuple[bytes, bytes]:
     return signed, identity.sign(RECEIPT_DOMAIN, signed)
 
 
+class _Documented(Struct, frozen=True):
+    request_id: str
+    node_id: str
+    model: str
+    timestamp: str
+    payment_amount: str
+
+
 def view(signed: bytes, signature: bytes, opening: bytes | None) -> ReceiptView:
-    receipt = msgspec.json.decode(signed, type=Receipt)
+    """What is stored is shown as it is; whether it is right is for `verify` to say."""
+    receipt = msgspec.json.decode(signed, type=_Documented)
     return ReceiptView(
         request_id=receipt.request_id,
         node_id=receipt.node_id,

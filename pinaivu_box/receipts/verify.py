@@ -6,6 +6,7 @@ the claim is true.  Whether a node ran the model it names is a matter for an aud
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -30,6 +31,8 @@ from pinaivu_box.receipts.receipt import (
     total_cost,
     total_tokens,
 )
+
+_HEX = re.compile("[0-9a-f]*")
 
 
 class Check(Struct, frozen=True):
@@ -59,9 +62,12 @@ def verify_receipt(
     """
     checks: list[Check] = []
     try:
+        check_json(document.decode())
         view = msgspec.json.decode(document, type=ReceiptView)
+        _check_opening(view)
+        check_json(view.signed_receipt)
         receipt = msgspec.json.decode(view.signed_receipt, type=Receipt)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # msgspec's errors are ValueErrors
         return [Check("format", False, f"this is not a receipt: {error}")]
     checks.append(_format(receipt))
     checks.append(_coordinator(view, receipt))
@@ -83,6 +89,56 @@ def verify_receipt(
     if transcript is not None:
         checks.extend(_transcript(view, receipt, transcript))
     return checks
+
+
+def read_proof(signed: SignedProof) -> Proof:
+    """What the text of a proof says; `is_signed` says whether its signer does.  Raises ValueError.
+
+    Whoever takes a proof from another box reads it with these two, before anything is signed,
+    billed or stored: what they refuse would be in a receipt that nobody can verify.
+    """
+    try:
+        check_json(signed.signed)
+        return msgspec.json.decode(signed.signed, type=Proof)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def is_signed(proof: Proof, signed: SignedProof) -> bool:
+    """Whether the signer of this proof, as read from `signed`, has signed every byte of it."""
+    return verify(proof.signer, PROOF_DOMAIN, signed.signed.encode(), _hex(signed.signature))
+
+
+def check_json(text: str) -> None:
+    """Readers of JSON must not differ on what a signed text says: no name of an object may be there
+    twice, nothing may stand before or after the value, and NaN is no number.  Raises ValueError,
+    RecursionError."""
+    json.loads(text, object_pairs_hook=_once, parse_constant=_no_number)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> None:
+    names: set[str] = set()
+    for name, _ in pairs:
+        if name in names:
+            raise ValueError(f"the field `{name[:100]}` is there twice")
+        names.add(name)
+
+
+def _no_number(text: str) -> None:
+    raise ValueError(f"{text} is no number in JSON")
+
+
+def _check_opening(view: ReceiptView) -> None:
+    """Raises ValueError if there is anything in it but what opens commitments."""
+    if view.object != "receipt":
+        raise ValueError("its `object` is not `receipt`")
+    for name, given in (view.opening or {}).items():
+        if name not in ("prompt", "output", "legs", "prompts"):
+            raise ValueError(f"its opening contains unknown field `{name[:100]}`")
+        for one in given if isinstance(given, list) else [given]:
+            for field in one if isinstance(one, dict) else ():
+                if field not in commitment.Opening.__struct_fields__:
+                    raise ValueError(f"its opening contains unknown field `{field[:100]}`")
 
 
 def _format(receipt: Receipt) -> Check:
@@ -118,10 +174,10 @@ def _shown_fields(view: ReceiptView, receipt: Receipt) -> Check:
 def _proof(number: int, signed: SignedProof, receipt: Receipt) -> tuple[Check, Proof | None]:
     name = f"proof {number}"
     try:
-        proof = msgspec.json.decode(signed.signed, type=Proof)
-    except (msgspec.DecodeError, RecursionError) as error:
+        proof = read_proof(signed)
+    except ValueError as error:
         return Check(name, False, f"this is not a proof: {error}"), None
-    if not verify(proof.signer, PROOF_DOMAIN, signed.signed.encode(), _hex(signed.signature)):
+    if not is_signed(proof, signed):
         return Check(name, False, f"the signature is not {proof.signer}'s"), None
     expected = {
         "request_id": receipt.request_id,
@@ -250,6 +306,8 @@ def _transcript(view: ReceiptView, receipt: Receipt, transcript: Transcript) -> 
             continue
         try:
             opening = msgspec.convert((view.opening or {})[what], commitment.Opening)
+            if not all(_HEX.fullmatch(text) for text in msgspec.structs.astuple(opening)):
+                raise ValueError("another spelling")
             ok = commitment.recompute(text, opening) == getattr(receipt, f"{what}_commitment")
             meaning = f"the {what} you gave is {'' if ok else 'not '}the one committed to"
         except (KeyError, ValueError):
@@ -259,4 +317,4 @@ def _transcript(view: ReceiptView, receipt: Receipt, transcript: Transcript) -> 
 
 def _hex(text: str) -> bytes:
     # One spelling only, or a receipt could be altered and still verify.
-    return bytes.fromhex(text) if re.fullmatch("[0-9a-f]{128}", text) else b""
+    return bytes.fromhex(text) if len(text) == 128 and _HEX.fullmatch(text) else b""

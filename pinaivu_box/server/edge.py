@@ -13,12 +13,13 @@ from ulid import ULID
 from pinaivu_box.errors import InternalError
 from pinaivu_box.server import envelope
 from pinaivu_box.store.keys import PREFIX
+from pinaivu_box.text import END
 
 log = logging.getLogger("pinaivu.http")
 
 _ABSOLUTE = re.compile(r"^https?://[^/?#]*", re.IGNORECASE)  # RFC 9112, section 3.2.2
-_SECRET = re.compile(rf"{PREFIX}\w+")  # has no place in a path, but ends up there
-_DOUBLED = re.compile(r"^(?:/v1)+(?=/v1(?:/|$))")
+_SECRET = re.compile(rf"{PREFIX}[^/\s]+")  # has no place in a path, but ends up there
+_DOUBLED = re.compile(rf"^(?:/v1)+(?=/v1(?:/|{END}))")
 QUIET = {"/health", "/readyz", "/metrics"}  # polled every few seconds
 
 

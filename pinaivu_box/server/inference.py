@@ -20,12 +20,14 @@ from pinaivu_box.gateway.admission import under
 from pinaivu_box.gateway.backend import Job
 from pinaivu_box.gateway.requests import Begun, Failed, Finished, RequestEvent, too_late
 from pinaivu_box.gateway.requests import Request as Running
+from pinaivu_box.gateway.sizes import check_sizes
 from pinaivu_box.models.catalog import Model
 from pinaivu_box.openai.request import decode
 from pinaivu_box.openai.types import Extension, PromptTokensDetails, Usage
 from pinaivu_box.server import envelope
 from pinaivu_box.server.auth import key_of, require_account
 from pinaivu_box.server.stream import EventStream
+from pinaivu_box.text import number
 
 LENIENT = "x-pinaivu-lenient"
 TIMEOUT = "x-request-timeout"
@@ -66,11 +68,14 @@ class Call:
     async def tokenize(
         self, job: Job, tokens: list[int] | None = None, *, plain: bool = False
     ) -> Tokenized:
-        """See `gateway.local.LocalBackend.tokenize`."""
+        """See `gateway.local.LocalBackend.tokenize`; raises InvalidBody for what is too large."""
+        check_sizes(job.tools, job.constraint, job.stop)
         return await self.box.prompts.tokenize(under(self.key, job), tokens, plain=plain)
 
     async def start(self, jobs: list[Job]) -> Running:
-        """Raises what admission does, TooLate."""
+        """Raises what admission does, TooLate, and InvalidBody for what is too large."""
+        for job in jobs:
+            check_sizes(job.tools, job.constraint, job.stop)
         requests, began = self.box.requests, time.monotonic()
         try:
             async with asyncio.timeout(self._timeout):
@@ -182,7 +187,7 @@ async def read_body(request: Request, limit: int) -> bytes:
     """The whole body; BodyTooLarge once it is over `limit` bytes."""
     announced = request.headers.get("content-length", "0")
     parts: list[bytes] = []
-    size = int(announced) if announced.isdigit() else 0
+    size = number(announced) or 0  # what is no number was refused by the HTTP server
     try:
         if size <= limit:
             size = 0

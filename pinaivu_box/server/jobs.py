@@ -10,11 +10,13 @@ import msgspec
 
 from pinaivu_box.config import SamplingConfig
 from pinaivu_box.engine.messages import Constraint, Tools
+from pinaivu_box.errors import InvalidBody
 from pinaivu_box.gateway.backend import Job, committed
 from pinaivu_box.models.catalog import Model
 from pinaivu_box.openai.request import normalise, stop_strings, text_of
 from pinaivu_box.openai.types import (
     ChatRequest,
+    Function,
     JsonFormat,
     NamedTool,
     Sampled,
@@ -51,6 +53,7 @@ def job_of(body: Sampled, model: Model, request_id: str, tenant: str) -> Job:
 
 
 def chat_job(body: ChatRequest, model: Model, request_id: str, tenant: str) -> Job:
+    """Raises InvalidBody."""
     limits = [n for n in (body.max_tokens, body.max_completion_tokens) if n is not None]
     job = job_of(body, model, request_id, tenant)
     return replace(
@@ -88,16 +91,24 @@ def _tools(body: ChatRequest) -> Tools | None:
     chosen = body.tool_choice or "auto"
     functions = [_function(tool.function) for tool in body.tools]
     return Tools(
-        msgspec.json.encode(functions).decode(),
+        json_text(functions, "tools"),
         [tool.function.name for tool in body.tools],
         chosen.function.name if isinstance(chosen, NamedTool) else chosen,
         body.parallel_tool_calls is not False,
     )
 
 
-def _function(function: msgspec.Struct) -> dict[str, Any]:
-    told: dict[str, Any] = msgspec.to_builtins(function)
+def _function(function: Function) -> dict[str, Any]:
+    told: dict[str, Any] = msgspec.structs.asdict(function)  # whatever is in it is JSON's already
     return {name: value for name, value in told.items() if value is not None}
+
+
+def json_text(value: Any, param: str) -> str:
+    """Raises InvalidBody."""
+    try:
+        return msgspec.json.encode(value).decode()
+    except RecursionError:
+        raise InvalidBody("it is nested too deeply", loc=("body", param)) from None
 
 
 def _template(body: ChatRequest) -> dict[str, Any]:
@@ -115,5 +126,5 @@ def _format(body: ChatRequest) -> Constraint | None:
         case JsonFormat():
             return Constraint("json_schema", '{"type":"object"}')
         case SchemaFormat(json_schema=named):
-            return Constraint("json_schema", msgspec.json.encode(named.schema).decode())
+            return Constraint("json_schema", json_text(named.schema, "response_format"))
     return None

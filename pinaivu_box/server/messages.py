@@ -33,7 +33,7 @@ from pinaivu_box.server import envelope
 from pinaivu_box.server.choices import Choices
 from pinaivu_box.server.envelope import JSON
 from pinaivu_box.server.inference import Call
-from pinaivu_box.server.jobs import job_of
+from pinaivu_box.server.jobs import job_of, json_text
 
 _REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 
@@ -85,7 +85,7 @@ def _tools(body: CountTokensRequest) -> Tools | None:
         {"name": tool.name, "description": tool.description or "", "parameters": tool.input_schema}
         for tool in body.tools
     ]
-    listed, names = msgspec.json.encode(functions).decode(), [tool.name for tool in body.tools]
+    listed, names = json_text(functions, "tools"), [tool.name for tool in body.tools]
     if choice is None:
         return Tools(listed, names)
     chosen = {"any": "required", "tool": choice.name or ""}.get(choice.type, "auto")

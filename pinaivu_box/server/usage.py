@@ -15,7 +15,7 @@ from pinaivu_box.server.envelope import JSON
 from pinaivu_box.store import accounts, keys
 from pinaivu_box.store.keys import Key
 from pinaivu_box.store.usage import Wanted
-from pinaivu_box.store.usage_report import DAY_MS, grouping, parse_day, report, to_csv
+from pinaivu_box.store.usage_report import grouping, parse_day, report, span, to_csv
 
 _ID = len("key_") + 26  # characters
 
@@ -39,12 +39,13 @@ async def usage(request: Request) -> Response:
     if start is not None and end is not None and end < start:
         raise InvalidBody("end_date is before start_date", loc=("query", "end_date"))
     account = await _account(box, key_of(request), asked.account)
+    since, until = span(start, end)
     wanted = Wanted(
         account_id=account,
         key_id=None if asked.key is None else await key_id(box, asked.key, account),
         model=asked.model,
-        since=start,
-        until=None if end is None else end + DAY_MS,
+        since=since,
+        until=until,
     )
     known = await boxes(box.database, box.identity.node_id) if {"node", "peer"} & set(by) else {}
     made = await report(box.database, wanted, by, box.config.pricing.currency, known)

@@ -35,7 +35,9 @@ class Key(msgspec.Struct, frozen=True):
     the currency.
 
     `blocked` says why it is; `spent` is what it used of its budget in the period that began at
-    `spent_since`.  `old_until`: till then the secret before the last rotation is good too.
+    `spent_since`, and `spent_before` (JSON) the same of the other periods that it was charged in
+    lately: the clock may have been wrong, and in any of them.  `old_until`: till then the secret
+    before the last rotation is good too.
     """
 
     id: str
@@ -56,6 +58,16 @@ class Key(msgspec.Struct, frozen=True):
     amount: int = 0
     spent: int = 0
     spent_since: int = 0
+    spent_before: str = "{}"
+
+    @property
+    def periods(self) -> dict[int, int]:
+        """What it spent in each period that is known, by its beginning."""
+        before = msgspec.json.decode(self.spent_before, type=dict[int, int])
+        return {**before, self.spent_since: self.spent}
+
+    def spent_in(self, begin: int, end: int | None) -> int:
+        return sum(n for since, n in self.periods.items() if in_period(since, begin, end))
 
     @property
     def admin(self) -> bool:
@@ -70,16 +82,19 @@ class Key(msgspec.Struct, frozen=True):
         return "expired" if self.expired(now) else "blocked" if self.blocked else "active"
 
 
-_COLUMNS = ", ".join(
-    "accounts.name AS account" if name == "account" else f"keys.{name}"
-    for name in Key.__struct_fields__
-)
+_ELSEWHERE = {
+    "account": "accounts.name AS account",
+    "spent_before": "(SELECT json_group_object(since, spent) FROM spent_before"
+    " WHERE key_id = keys.id) AS spent_before",
+}
+_COLUMNS = ", ".join(_ELSEWHERE.get(name, f"keys.{name}") for name in Key.__struct_fields__)
 _FROM = "FROM keys JOIN accounts ON accounts.id = keys.account_id"
 FIND = f"SELECT {_COLUMNS}, keys.hash <> ?1 AS old {_FROM} WHERE keys.hash = ?1 OR old_hash = ?1"
 LS = f"SELECT {_COLUMNS} {_FROM} WHERE keys.id < ? ORDER BY keys.id DESC LIMIT ?"
 LS_OF_ACCOUNT = LS.replace("WHERE", "WHERE keys.account_id = ? AND")
 _NEWER_THAN_ALL = "l"  # ids begin with key_
 _MOST_TEXT = 200
+MOST_PERIODS = 32  # of a budget, beside the present one, that are remembered of a key
 # By default a rotation is routine, and what still uses the old secret must have time to change: one
 # that has leaked is revoked, or rotated without overlap.
 OVERLAP = "24h"
@@ -350,20 +365,26 @@ async def revoke(database: Database, key: Key, by: Actor) -> Key:
     return msgspec.structs.replace(key, revoked_at=key.revoked_at or now)
 
 
-def charge(key_id: str, *, tokens: int, amount: int, now: int, period: int) -> Statement:
-    """The key's counters for one request, for the transaction of its receipt.
+def charge(key_id: str, *, tokens: int, amount: int, at: int, period: int) -> Statement:
+    """The key's counters for one request that came `at` a time, for the transaction of its receipt.
 
-    `period`: when the period of its budget began that the request came in, Unix milliseconds; one
-    that has passed is not counted any more.
+    `period`: when the period of its budget began that the request came in, Unix milliseconds.  The
+    one charged before is put by (migrations), to be taken up again if the clock goes back to it.
     """
     return (
         "UPDATE keys SET requests = requests + 1, tokens = tokens + ?1, amount = amount + ?2,"
-        " last_used_at = max(coalesce(last_used_at, 0), ?3),"
-        " spent = CASE WHEN ?4 > spent_since THEN ?2"
-        "              WHEN ?4 = spent_since THEN spent + ?2 ELSE spent END,"
-        " spent_since = max(spent_since, ?4) WHERE id = ?5",
-        (tokens, amount, now, period, key_id),
+        # Not the latest ever: that may be of a clock that was ahead.
+        " last_used_at = iif(last_used_at BETWEEN ?3 AND ?6, last_used_at, ?3),"
+        " spent = ?2 + iif(?4 = spent_since, spent, coalesce("
+        "  (SELECT spent FROM spent_before WHERE key_id = ?5 AND since = ?4), 0)),"
+        " spent_since = ?4 WHERE id = ?5",
+        (tokens, amount, at, period, key_id, _now()),
     )
+
+
+def in_period(since: int, begin: int, end: int | None) -> bool:
+    """Whether what was charged to the period that began at `since` is of that one of the budget."""
+    return begin <= since and (end is None or since < end)
 
 
 def _check_text(field: str, text: str | None) -> None:

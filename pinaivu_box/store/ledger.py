@@ -12,12 +12,12 @@ from __future__ import annotations
 import sqlite3
 from hashlib import sha256
 
-import msgspec
 from msgspec import Struct
 
 from pinaivu_box.errors import EntryRefused
 from pinaivu_box.identity import verify
-from pinaivu_box.receipts.receipt import ACCEPTANCE_DOMAIN, PROOF_DOMAIN, Proof
+from pinaivu_box.receipts.receipt import ACCEPTANCE_DOMAIN, Proof, SignedProof
+from pinaivu_box.receipts.verify import is_signed, read_proof
 from pinaivu_box.store.database import Database, Statement
 
 MAX_PROOF_BYTES = 256 * 1024
@@ -87,11 +87,12 @@ def check(entry: Entry, us: str | None = None) -> Proof:
     if len(entry.proof) > MAX_PROOF_BYTES:
         raise _refused(entry, f"its proof has over {MAX_PROOF_BYTES} bytes")
     try:
-        proof = msgspec.json.decode(entry.proof, type=Proof)
+        signed = SignedProof(entry.proof.decode(), entry.signature.hex())
+        proof = read_proof(signed)  # as whoever verifies it later will
         made, prompt = costs(proof)
-    except (ValueError, RecursionError) as error:  # msgspec's errors are ValueErrors
+    except ValueError as error:  # msgspec's errors are ValueErrors
         raise _refused(entry, f"its proof is none: {error}") from error
-    if reason := _wrong(entry, proof, us):
+    if reason := _wrong(entry, proof, signed, us):
         raise _refused(entry, reason)
     if entry.amount not in (made, made + prompt):
         due = f"{made + prompt}, or {made} without the prompt"
@@ -112,7 +113,7 @@ def costs(proof: Proof) -> tuple[int, int]:
     return made, prompt
 
 
-def _wrong(entry: Entry, proof: Proof, us: str | None) -> str:
+def _wrong(entry: Entry, proof: Proof, signed: SignedProof, us: str | None) -> str:
     """Why the proof is not this entry's, or not signed; "" if all is well."""
     says = (proof.request_id, proof.leg, proof.choice, proof.price.currency)
     ours = proof.node_id if us is None or not entry.served_by_us else us
@@ -125,7 +126,7 @@ def _wrong(entry: Entry, proof: Proof, us: str | None) -> str:
         return "its proof is about another request, leg, choice or currency"
     if proof.node_id != server or (entry.served_by_us and server == entry.peer):
         return f"its proof is by {proof.node_id}"
-    if not verify(server, PROOF_DOMAIN, entry.proof, entry.signature):
+    if proof.signer != server or not is_signed(proof, signed):
         return f"the signature of its proof is not {server}'s"
     if entry.acceptance and coordinator is not None:
         accepted = verify(coordinator, ACCEPTANCE_DOMAIN, entry.proof, entry.acceptance)

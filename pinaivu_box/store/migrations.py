@@ -389,7 +389,7 @@ _V3_PIECES = (
 
 _V3 = (*_V3_KEYS, *_V3_OWNERS, *_V3_USAGE, *_V3_AUDIT, *_V3_PEERS, *_V3_PIECES, *LEDGER)
 
-_V4 = (
+_V4_RECEIPTS = (
     "CREATE INDEX keys_by_name ON keys (name)",
     # For lists of receipts, which outlive the rows of their requests.
     "ALTER TABLE receipts ADD COLUMN account_id TEXT NOT NULL DEFAULT ''",
@@ -410,6 +410,51 @@ _V4 = (
     "CREATE INDEX receipts_by_key ON receipts (key_id, request_id, model)",
     "CREATE INDEX receipts_by_model ON receipts (model, request_id)",
 )
+
+_V4_CLOCK = (
+    # What keys spent in other periods of their budgets than the one they were charged in last: a
+    # clock that was wrong for a while comes back to the period that it had left.
+    """
+    CREATE TABLE spent_before (
+        id      INTEGER PRIMARY KEY,  -- the highest was the last one
+        key_id  TEXT NOT NULL REFERENCES keys (id),
+        since   INTEGER NOT NULL,
+        spent   INTEGER NOT NULL,
+        UNIQUE (key_id, since)
+    ) STRICT
+    """,
+    """
+    CREATE TRIGGER periods_are_put_by AFTER UPDATE OF spent_since ON keys
+    WHEN NEW.spent_since <> OLD.spent_since BEGIN
+        INSERT OR REPLACE INTO spent_before (key_id, since, spent)
+        VALUES (OLD.id, OLD.spent_since, OLD.spent);
+        DELETE FROM spent_before WHERE key_id = OLD.id AND id NOT IN (
+            SELECT id FROM spent_before WHERE key_id = OLD.id ORDER BY id DESC LIMIT 32
+        );
+    END
+    """,
+    # What retention goes by, so that a clock that is wrong for a while deletes nothing: when it
+    # looked last, up to when it believes the clock, since when it does not, and to when the clock
+    # was set back last.  One row.
+    """
+    CREATE TABLE clock (
+        id        INTEGER PRIMARY KEY,
+        seen      INTEGER NOT NULL,
+        believed  INTEGER NOT NULL,
+        doubted   INTEGER,
+        behind    INTEGER
+    ) STRICT
+    """,
+    # How many revocations there were when a ticket was made: their times would compare clocks.
+    "ALTER TABLE tickets ADD COLUMN revocations INTEGER NOT NULL DEFAULT 0",
+    """
+    UPDATE tickets SET revocations = (
+        SELECT count(*) FROM roster WHERE kind = 'revocation' AND stored_at < created_at
+    )
+    """,
+)
+
+_V4 = (*_V4_CLOCK, *_V4_RECEIPTS)
 
 MIGRATIONS: tuple[tuple[str, ...], ...] = (_V1, _V2, _V3, _V4)
 SCHEMA_VERSION = len(MIGRATIONS)

@@ -14,11 +14,12 @@ from typing import Any, NamedTuple
 from pinaivu_box.store.database import Database, Statement
 
 StoredRecord = tuple[bytes, str, bytes, bytes]  # id, kind, body, signature
+_REVOCATIONS = "(SELECT count(*) FROM roster WHERE kind = 'revocation')"  # they only grow
 
 
 class TicketRow(NamedTuple):
     """`expires_at` in Unix seconds; `used_by`: node ids.  `newest`: no revocation of anybody has
-    come since it was made."""
+    come since it was made, at `made_at` (Unix milliseconds)."""
 
     secret_sha256: str
     name: str | None
@@ -27,6 +28,7 @@ class TicketRow(NamedTuple):
     admin: bool
     used_by: tuple[str, ...] = ()
     newest: bool = True
+    made_at: int = 0
 
 
 class Known(NamedTuple):
@@ -82,7 +84,8 @@ async def add_records(
 async def add_ticket(database: Database, ticket: TicketRow, *told: Statement) -> None:
     await database.write(
         (
-            "INSERT INTO tickets VALUES (?, ?, ?, ?, ?, ?)",
+            "INSERT INTO tickets (secret_sha256, name, created_at, expires_at, uses, admin,"
+            f" revocations) VALUES (?, ?, ?, ?, ?, ?, {_REVOCATIONS})",
             (
                 ticket.secret_sha256,
                 ticket.name,
@@ -98,8 +101,7 @@ async def add_ticket(database: Database, ticket: TicketRow, *told: Statement) ->
 
 async def ticket(database: Database, secret_sha256: str) -> TicketRow | None:
     rows = await database.read(
-        "SELECT *, NOT EXISTS (SELECT 1 FROM roster WHERE kind = 'revocation'"
-        " AND stored_at >= created_at) AS newest FROM tickets WHERE secret_sha256 = ?",
+        f"SELECT *, revocations = {_REVOCATIONS} AS newest FROM tickets WHERE secret_sha256 = ?",
         (secret_sha256,),
     )
     if not rows:
@@ -116,6 +118,7 @@ async def ticket(database: Database, secret_sha256: str) -> TicketRow | None:
         bool(row["admin"]),
         tuple(one["node_id"] for one in used),
         bool(row["newest"]),
+        row["created_at"],
     )
 
 

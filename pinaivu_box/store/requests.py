@@ -57,9 +57,7 @@ async def settle(
                 *msgspec.structs.astuple(receipt),
             ),
         ),
-        keys.charge(
-            row.key_id, tokens=tokens, amount=row.amount, now=row.created_at, period=period
-        ),
+        keys.charge(row.key_id, tokens=tokens, amount=row.amount, at=row.created_at, period=period),
     )
 
 
@@ -125,10 +123,11 @@ async def list_receipts(
 
 SINCE = (
     "SELECT created_at, prompt_tokens + completion_tokens FROM requests"
-    " WHERE key_id = ? AND created_at > ? ORDER BY created_at"
+    " WHERE key_id = ? AND created_at > ? AND created_at <= ? ORDER BY created_at"
 )
 
 
-async def since_then(database: Database, key_id: str, then: int) -> list[tuple[int, int]]:
-    """When a key's requests came after that moment (Unix milliseconds), and their tokens."""
-    return [tuple(row) for row in await database.read(SINCE, (key_id, then))]
+async def between(database: Database, key_id: str, then: int, until: int) -> list[tuple[int, int]]:
+    """When a key's requests came after one moment and up to another (Unix milliseconds), and their
+    tokens."""
+    return [tuple(row) for row in await database.read(SINCE, (key_id, then, until))]

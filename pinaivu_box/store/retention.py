@@ -3,6 +3,11 @@
 In small transactions, after each of which others have as long for theirs: whoever settles a request
 waits for one of them at most.  Hours add themselves to their day as they are deleted (migrations),
 so it may end anywhere, and begin again.
+
+What is old is said by a clock that may be wrong.  After more than a day without a look at it, it is
+believed once it has gone on for another day: a clock that is a year ahead for an hour deletes
+nothing.  If it was set back before it leapt, it was behind: receipts and stored answers of that
+time are dated to the leap, for by their own dates they would be old.
 """
 
 from __future__ import annotations
@@ -24,6 +29,8 @@ BITE = 200  # rows in a transaction
 _PAGE = 500  # keys that are looked at together
 _EVERY_SECONDS = 3600.0
 _DAY_MS = 86_400_000
+_LONGEST_BEHIND_MS = 30 * _DAY_MS  # what is dated anew is kept longer by this at most
+_UNSEEN_MS = 2 * 3_600_000  # from one look at the clock to the next, and some more
 
 
 def _some(table: str, key: str, condition: str) -> str:
@@ -39,6 +46,11 @@ OLD_ROWS = {
     "receipts": _some("receipts", "rowid", "created_at < ?2"),
     "responses": _some("responses", "rowid", "created_at < ?2"),
 }
+DATED_ANEW = tuple(
+    f"UPDATE {table} SET created_at = ?4 WHERE rowid IN (SELECT rowid FROM {table}"
+    " WHERE created_at >= ?2 AND created_at < ?3 LIMIT ?1)"
+    for table in ("receipts", "responses")
+)
 _HOURS = f"since % {_DAY_MS} <> 0"  # those of midnight are their days' already
 HOURS = _some(
     "usage",
@@ -61,10 +73,51 @@ async def apply_hourly(database: Database, policy: Callable[[], RetentionConfig]
     """Until it is cancelled; what goes wrong is logged, and tried again an hour later."""
     while True:
         try:
-            await apply(database, policy(), time.time_ns() // 1_000_000)
+            now = await believed(database, time.time_ns() // 1_000_000)
+            await apply(database, policy(), now)
         except Exception:
             log.exception("old rows could not be deleted, the next hour tries again")
         await asyncio.sleep(_EVERY_SECONDS)
+
+
+class Belief(msgspec.Struct, frozen=True):
+    """In a clock, as it was when it was `seen` last: `believed` up to then, `doubted` from then on,
+    and set back to `behind`, if so."""
+
+    seen: int
+    believed: int
+    doubted: int | None = None
+    behind: int | None = None
+
+    def look(self, now: int) -> Belief:
+        if now < (self.seen if self.doubted is None else self.doubted):  # it was set back
+            return Belief(now, now, None, now)
+        if now > self.seen + _DAY_MS:
+            # If the leap before was none, time has gone on from there.
+            return Belief(now, self.seen if self.doubted is None else self.doubted, now)
+        if self.doubted is not None and now < self.doubted + _DAY_MS:
+            return Belief(now, self.believed, self.doubted)
+        return Belief(now, now, None, self.behind)
+
+
+async def believed(database: Database, now: int) -> int:
+    """Up to when the clock is believed that says it is `now` (Unix milliseconds)."""
+    found = await database.read("SELECT seen, believed, doubted, behind FROM clock WHERE id = 1")
+    before = Belief(*found[0]) if found else Belief(now, now)
+    after = before.look(now)
+    if after.doubted == now:
+        log.info("the clock is far from where it was seen last: old rows wait for a day")
+        if before.behind is not None and before.seen - before.behind <= _LONGEST_BEHIND_MS:
+            for statement in DATED_ANEW:
+                await _repeat(database, statement, before.behind, before.seen + _UNSEEN_MS, now)
+    await database.write(
+        (
+            "INSERT OR REPLACE INTO clock (id, seen, believed, doubted, behind)"
+            " VALUES (1, ?, ?, ?, ?)",
+            msgspec.structs.astuple(after),
+        )
+    )
+    return after.believed
 
 
 async def apply(database: Database, policy: RetentionConfig, now: int) -> None:
@@ -97,9 +150,9 @@ async def _pages_of_owners(database: Database) -> AsyncIterator[list[str]]:
 
 
 async def _repeat(database: Database, statement: str, *parameters: Any) -> None:
-    """Until there is nothing left for it to delete."""
-    deleted = BITE
-    while deleted == BITE:
+    """Until there is nothing left for it to do."""
+    done = BITE
+    while done == BITE:
         began = time.monotonic()
-        (deleted,) = await database.write((statement, (BITE, *parameters)))
+        (done,) = await database.write((statement, (BITE, *parameters)))
         await asyncio.sleep(time.monotonic() - began)

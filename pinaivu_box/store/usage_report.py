@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import csv
 import io
+import re
+import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 
 import msgspec
@@ -18,6 +20,10 @@ from pinaivu_box.store.database import Database
 from pinaivu_box.store.usage import BYS, By, Labels, Sums, Wanted, Who, busiest, usage
 
 DAY_MS = 86_400_000
+_DAY = re.compile("[0-9]{4}-[0-9]{2}-[0-9]{2}")
+_NUMBER = re.compile(r"[+-]?[0-9]+(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?")
+# Spaces before it do not help, line ends may be dropped, and some take the full-width forms too.
+_FORMULA = re.compile(r"\s*[=+@\-\uff1d\uff0b\uff20\uff0d]|[\t\r\n]")
 MOST_KEYS = 1000  # or accounts, that a report tells apart
 # What is grouped by ids -> where their names stand.
 NAMED: dict[By, str] = {
@@ -199,6 +205,8 @@ def parse_day(name: str, text: str | None) -> int | None:
     if text is None:
         return None
     try:
+        if not _DAY.fullmatch(text):  # strptime takes digits of every script
+            raise ValueError
         moment = datetime.strptime(text, "%Y-%m-%d").replace(tzinfo=UTC)
     except ValueError:
         raise InvalidBody(
@@ -207,28 +215,43 @@ def parse_day(name: str, text: str | None) -> int | None:
     return int(moment.timestamp() * 1000)
 
 
+def span(first: int | None, last: int | None) -> tuple[int | None, int | None]:
+    """From the beginning of a day to the end of another, as `Wanted` has it.
+
+    With a first day only it ends now: what lies in the future was written when the clock was ahead,
+    and is not of the last days.
+    """
+    if last is not None:
+        return first, last + DAY_MS
+    return first, None if first is None else max(first, time.time_ns() // 1_000_000) + 1
+
+
 def to_csv(made: UsageReport, by: tuple[By, ...]) -> str:
     """RFC 4180: a line for each group, or one for all that was asked.  Names come last."""
     file = io.StringIO()
-    writer = csv.writer(file)  # its lines end as the RFC wants
+    lines = csv.writer(file)  # its lines end as the RFC wants
+
+    def write(row: Sequence[str | int]) -> None:
+        lines.writerow([cell(value) if isinstance(value, str) else value for value in row])
+
     sums = ("requests", "tokens", "prompt_tokens", "cached_tokens", "completion_tokens", "cost")
     kinds = ("ttft_ms", "total_ms")
     percentiles = [f"{kind}_{p}" for kind in kinds for p in Percentiles.__struct_fields__]
     named = [field for one, field in NAMED.items() if one in by]
-    writer.writerow([*by, *sums, "currency", *percentiles, "errors", *named])
+    write([*by, *sums, "currency", *percentiles, "errors", *named])
     for group in [_whole(made)] if made.data is UNSET else made.data:
         waits: list[int | str] = []
         for kind in kinds:
             found = getattr(group, kind)
             waits += ["", "", ""] if found is None else msgspec.structs.astuple(found)
-        writer.writerow(
+        write(
             [
-                *(cell(getattr(group, name)) for name in by),
+                *(getattr(group, name) for name in by),
                 *(getattr(group, name) for name in sums),
-                cell(made.currency),
+                made.currency,
                 *waits,
                 sum(group.errors.values()),
-                *(cell(getattr(group, name)) for name in named),
+                *(getattr(group, name) for name in named),
             ]
         )
     return file.getvalue()
@@ -242,5 +265,7 @@ def _whole(made: UsageReport) -> UsageGroup:
 
 
 def cell(text: str) -> str:
-    """What a spreadsheet would run as a formula stays text."""
-    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
+    """What a spreadsheet would run as a formula stays text, and a number a number."""
+    if _NUMBER.fullmatch(text) or not _FORMULA.match(text):
+        return text
+    return f"'{text}"

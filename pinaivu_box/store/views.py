@@ -129,8 +129,7 @@ def _fields(key: Key) -> dict[str, Any]:
         fields[name] = _text(fields[name])
     budget, spent = key.policy.budget, None
     if budget is not None:
-        began, _ = budget.window(key.created_at, now)
-        spent = to_text(key.spent if key.spent_since >= began else 0)
+        spent = to_text(key.spent_in(*budget.window(key.created_at, now)))
     return {
         **fields,
         "state": key.state(now),

@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import numpy as np
 
-from pinaivu_box.engine.chat_template import ChatTemplate
+from pinaivu_box.engine.chat_template import CHATML, ChatTemplate
 from pinaivu_box.engine.llama_runner import LlamaRunner
 from pinaivu_box.engine.messages import Load, Sampling
 from pinaivu_box.engine.runner import Batch
@@ -170,7 +170,7 @@ class Auditor:
         self._runner = LlamaRunner(load, lambda _: None)
         facts = self._runner.facts
         self._ends = np.array(sorted(facts.end_tokens), np.intp)
-        self._template = ChatTemplate(facts.chat_template, bos=facts.bos, eos=facts.eos)
+        self._template = ChatTemplate(facts.chat_template or CHATML, bos=facts.bos, eos=facts.eos)
         self._ids: dict[bytes, int] = {}
         for token in range(facts.n_vocab):
             self._ids.setdefault(self._runner.spelled(token), token)

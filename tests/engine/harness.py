@@ -5,6 +5,7 @@ Nothing here depends on time: `Fixed` stands in for the pace that an engine lear
 
 from __future__ import annotations
 
+import json
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -13,13 +14,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pinaivu_box.engine import chat_template, messages, trial
 from pinaivu_box.engine import engine as engines
-from pinaivu_box.engine import messages
 from pinaivu_box.engine.fake_runner import END, N_VOCAB, FakeRunner
 from pinaivu_box.engine.intake import Arrival, Intake
 from pinaivu_box.engine.messages import Add, Cancel, Load, Named, Sampling, StepFrame
 from pinaivu_box.engine.output import Output
+from pinaivu_box.engine.rendering import Rendering
 from pinaivu_box.engine.runner import Batch, NoSlot, Runner
+from pinaivu_box.engine.sandboxes import Run, Sandboxes
 from pinaivu_box.engine.scheduler import Copy, Move, Remove
 
 BUDGET = 32
@@ -196,6 +199,29 @@ def add(
     )
 
 
+def here(job: Callable[[bytes], bytes]) -> Run:
+    """A sandbox's job, run in this process and without limits."""
+    return lambda payload, **_: job(payload)
+
+
+def in_this_process() -> Sandboxes:
+    return Sandboxes(here(chat_template.make(b"")), lambda setup: here(trial.trials(setup)))
+
+
+class Template(Rendering):
+    """A chat template that is run here; functions may also be a list."""
+
+    def __init__(self, source: str | None = None, *, bos: str = "", eos: str = "") -> None:
+        run = here(chat_template.make(b""))
+        super().__init__(run, source, bos=bos, eos=eos, context=1000)
+
+    def render(self, messages: Any, functions: Any = None, variables: Any = None, **_: Any) -> str:
+        told = json.dumps(functions) if isinstance(functions, list) and functions else None
+        return super().render(
+            messages, functions if isinstance(functions, str) else told, variables
+        )
+
+
 class Engine:
     """Intake, engine and output as the worker joins them, without its threads.
 
@@ -209,9 +235,12 @@ class Engine:
         token_budget: int,
         policy: Fixed | None = Fixed(),
         shift: bool = False,
+        sandboxes: Sandboxes | None = None,
     ) -> None:
         drafting = policy is None or policy.draft > 0
-        self._intake = Intake(runner, drafting=drafting, context_shift=shift)
+        self._intake = Intake(
+            runner, sandboxes or in_this_process(), drafting=drafting, context_shift=shift
+        )
         self._engine = engines.Engine(runner, token_budget=token_budget)
         self._output = Output()
         self._unsaid = False

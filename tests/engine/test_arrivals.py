@@ -21,7 +21,7 @@ from pinaivu_box.engine.intake import Arrival, Intake
 from pinaivu_box.engine.messages import Cancel, Constraint, Embed, Refused, Tokenize
 from pinaivu_box.engine.output import Output
 from pinaivu_box.engine.sequence import Sequence
-from tests.engine.harness import add, load
+from tests.engine.harness import add, in_this_process, load
 
 PATIENCE = 60  # seconds until a test gives up; nothing is measured
 LETTERS = Constraint("regex", "[ab]{3}")
@@ -36,14 +36,14 @@ class Door:
         self.said: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.scheduled: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.runner = FakeRunner(load())
-        intake = Intake(self.runner, drafting=False, context_shift=False)
+        intake = Intake(self.runner, in_this_process(), drafting=False, context_shift=False)
         self.take = Arrivals(intake, self.said.put, self.scheduled.put).take
         make = grammar.Grammars.make
 
-        def held_up(its: Any, constraint: Constraint, *more: Any, **options: Any) -> Any:
-            event = self.ready.get(constraint.text)
+        def held_up(its: Any, wanted: Any, **options: Any) -> Any:
+            event = self.ready.get(wanted.constraint.text)
             assert event is None or event.wait(PATIENCE)
-            return make(its, constraint, *more, **options)
+            return make(its, wanted, **options)
 
         monkeypatch.setattr(grammar.Grammars, "make", held_up)
         tokenize = self.runner.tokenize

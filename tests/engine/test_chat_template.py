@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from pinaivu_box.engine.chat_template import ChatTemplate
+from pinaivu_box.engine.chat_template import CHATML, ChatTemplate
 from pinaivu_box.engine.fake_runner import FakeRunner
 from pinaivu_box.engine.messages import Load
 from pinaivu_box.errors import BadRequest
@@ -15,7 +15,7 @@ from tests.engine.harness import BUDGET, Engine, add, load, run
 ROLES = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
 
 
-def template(source: str | None) -> ChatTemplate:
+def template(source: str) -> ChatTemplate:
     return ChatTemplate(source, bos="<s>", eos="</s>")
 
 
@@ -30,8 +30,8 @@ def test_the_template_sees_its_tokens_and_the_generation_prompt() -> None:
     assert template(source).render([]) == "<s>go</s>"
 
 
-def test_a_file_without_a_template_gets_chatml() -> None:
-    assert template(None).render([{"role": "user", "content": "Hi"}]) == (
+def test_chatml() -> None:
+    assert template(CHATML).render([{"role": "user", "content": "Hi"}]) == (
         "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
     )
 

@@ -9,10 +9,9 @@ from typing import Any
 import pytest
 
 from pinaivu_box.engine import named_prefixes
-from pinaivu_box.engine.chat_template import ChatTemplate
 from pinaivu_box.engine.messages import Named
 from pinaivu_box.engine.named_prefixes import NamedPrefixes
-from tests.engine.harness import add, make, run
+from tests.engine.harness import Template, add, make, run
 
 TEXT = "You are the assistant of ACME.\nNever say 7391-XQ."
 TEMPLATES = sorted((Path(__file__).parent.parent / "templates").glob("*.jinja"))
@@ -29,8 +28,8 @@ def words(text: str) -> list[int]:
     return [hash(word) for word in text.split(" ")]
 
 
-def template(source: str | None = None) -> ChatTemplate:
-    return ChatTemplate(source, bos="<s>", eos="</s>")
+def template(source: str | None = None) -> Template:
+    return Template(source, bos="<s>", eos="</s>")
 
 
 def says(system: str, user: str = "Hi") -> list[dict[str, Any]]:

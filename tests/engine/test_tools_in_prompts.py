@@ -9,11 +9,10 @@ from typing import Any
 import pytest
 
 from pinaivu_box import chat_format
-from pinaivu_box.engine.chat_template import ChatTemplate
 from pinaivu_box.engine.intake import Arrival, Intake
 from pinaivu_box.engine.messages import Constraint, Refused, Tools
 from pinaivu_box.errors import BadRequest
-from tests.engine.harness import StrictRunner, add, load
+from tests.engine.harness import StrictRunner, Template, add, in_this_process, load
 
 FUNCTION = {"name": "f", "description": "It does.", "parameters": {"type": "object"}}
 CALL = {
@@ -37,25 +36,21 @@ STRINGS = (
 )
 
 
-def template(source: str | None) -> ChatTemplate:
-    return ChatTemplate(source, bos="", eos="")
-
-
 def test_a_template_that_knows_tools_gets_them() -> None:
-    text = template(OBJECTS).render(HISTORY, [FUNCTION])
+    text = Template(OBJECTS).render(HISTORY, [FUNCTION])
     told, _, rest = text.partition("[user]")
     assert json.loads(told) == [{"type": "function", "function": FUNCTION}]
     assert rest == "Do it.[assistant]é[tool]Done."
-    assert template(STRINGS).render(HISTORY, [FUNCTION]) == 'fcalled with {"x": "é"}'
+    assert Template(STRINGS).render(HISTORY, [FUNCTION]) == 'fcalled with {"x": "é"}'
 
 
 def test_a_template_that_knows_none_is_told_in_words() -> None:
-    text = template(None).render([{"role": "system", "content": "Be kind."}, *HISTORY], [FUNCTION])
+    text = Template(None).render([{"role": "system", "content": "Be kind."}, *HISTORY], [FUNCTION])
     assert text.count("<|im_start|>system") == 1
     assert "Be kind." in text and json.dumps(FUNCTION) in text
     assert '<tool_call>\n{"name": "f", "arguments": {"x": "é"}}\n</tool_call>' in text
     assert "<|im_start|>user\n<tool_response>\nDone.\n</tool_response>" in text
-    assert "tool_call>" not in template(None).render(HISTORY[:1])
+    assert "tool_call>" not in Template(None).render(HISTORY[:1])
 
 
 STRICT = (
@@ -67,25 +62,25 @@ STRICT = (
 
 def test_a_template_without_a_system_role_has_its_words_before_the_user_s() -> None:
     system = {"role": "system", "content": "Be kind."}
-    assert template(STRICT).render([system, HISTORY[0]]) == "[user]Be kind.\n\nDo it."
-    assert json.dumps(FUNCTION) in template(STRICT).render([HISTORY[0]], [FUNCTION])
+    assert Template(STRICT).render([system, HISTORY[0]]) == "[user]Be kind.\n\nDo it."
+    assert json.dumps(FUNCTION) in Template(STRICT).render([HISTORY[0]], [FUNCTION])
     with pytest.raises(BadRequest, match="no system"):
-        template(STRICT).render([system])
+        Template(STRICT).render([system])
 
 
 def test_results_and_what_is_said_after_them_are_one_turn() -> None:
     """Of a template that knows no tools, and may insist on turns."""
     after = {"role": "user", "content": "And now?"}
-    text = template(STRICT).render([*HISTORY, HISTORY[2], after])
+    text = Template(STRICT).render([*HISTORY, HISTORY[2], after])
     result = "<tool_response>\nDone.\n</tool_response>"
     assert text.endswith(f"[user]{result}\n{result}\nAnd now?")
 
 
 def test_variables_reach_the_template() -> None:
     source = "{% if enable_thinking %}<think>{% else %}</think>{% endif %}"
-    assert template(source).thinks
-    assert template(source).render([], None, {"enable_thinking": True}) == "<think>"
-    assert template(source).render([], None, {"enable_thinking": False}) == "</think>"
+    assert Template(source).thinks
+    assert Template(source).render([], None, {"enable_thinking": True}) == "<think>"
+    assert Template(source).render([], None, {"enable_thinking": False}) == "</think>"
 
 
 class Known(StrictRunner):
@@ -111,7 +106,9 @@ class Known(StrictRunner):
 
 
 def prepare(runner: StrictRunner, **more: Any) -> Arrival | Refused:
-    arrival = Intake(runner, drafting=False, context_shift=False).prepare(add(**more))
+    arrival = Intake(runner, in_this_process(), drafting=False, context_shift=False).prepare(
+        add(**more)
+    )
     if isinstance(arrival, Arrival) and arrival.compile is not None:
         return arrival.compile() or arrival
     return arrival
@@ -180,6 +177,6 @@ def test_infill_is_prefix_suffix_middle() -> None:
 
 
 def test_styles_are_told_apart() -> None:
-    assert template(OBJECTS.replace("x", "parameters")).style is chat_format.TAGS
-    assert template(OBJECTS + "{{ '\"parameters\"' }}").style is chat_format.LLAMA
-    assert template("{{ messages }}[TOOL_CALLS]").style is chat_format.TAGS  # it has no tools
+    assert Template(OBJECTS.replace("x", "parameters")).style is chat_format.TAGS
+    assert Template(OBJECTS + "{{ '\"parameters\"' }}").style is chat_format.LLAMA
+    assert Template("{{ messages }}[TOOL_CALLS]").style is chat_format.TAGS  # it has no tools

@@ -19,7 +19,7 @@ import pytest
 from pinaivu_box import config
 from pinaivu_box.box import Box, open_box
 from pinaivu_box.config import PeeringConfig, SamplingConfig
-from pinaivu_box.engine.chat_template import ChatTemplate
+from pinaivu_box.engine.chat_template import CHATML, ChatTemplate
 from pinaivu_box.engine.fake_runner import SENTENCE
 from pinaivu_box.engine.messages import SamplingDefaults
 from pinaivu_box.gateway.backend import Job, Output, Prompt, Started
@@ -257,7 +257,7 @@ def job_of(ask: work.Ask | work.Count) -> Job:
 def prompt_of(job: Job) -> list[int]:
     if job.read is not None:
         return job.read
-    return list(ChatTemplate(None, bos="", eos="").render(job.messages).encode())
+    return list(ChatTemplate(CHATML, bos="", eos="").render(job.messages).encode())
 
 
 def started(job: Job, digest: str, changes: dict[str, Any], nonce: str, node_id: str) -> Started:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from msgspec.structs import replace
@@ -16,6 +17,7 @@ from tests.peering.people import person
 OTHER = person(77)  # somebody else's key
 NAN = float("nan")
 ELSE = "ab" * 32
+NONE = "its proof is none"
 
 
 def about(**changes: Any) -> Lie:
@@ -43,6 +45,16 @@ def text_of_proof(change: Any) -> Lie:
         return work.Proved(signed, identity.sign(PROOF_DOMAIN, signed.encode()).hex())
 
     return Lie(proved=again)
+
+
+def spelled(name: str, change: Callable[[str], str]) -> Lie:
+    """What it gives of its proof, otherwise written."""
+    return Lie(proved=lambda one: replace(one, **{name: change(getattr(one, name))}))
+
+
+def otherwise(name: str, change: Callable[[str], str]) -> Lie:
+    """A proof that it signs itself, with one of its words otherwise written."""
+    return Lie(proof=lambda one: replace(one, **{name: change(getattr(one, name))}))
 
 
 def began(**changes: Any) -> Lie:
@@ -98,10 +110,37 @@ LIES: dict[str, tuple[Lie, str]] = {
     "a higher price": (dearer("0.001", "0.001", "0.002"), "more than it offered"),
     "another currency": (dearer("0", "0", "0", currency="gold"), "more than it offered"),
     "a price that is none": (dearer("x", "0", "0"), "a price in its proof"),
+    "a line break after its signature": (spelled("signature", lambda t: t + "\n"), "expected"),
+    "its signature in capitals": (spelled("signature", str.upper), "expected"),
+    "spaces in its signature": (spelled("signature", lambda t: f" {t[:-1]}"), "expected"),
+    "a line break after its mark": (Lie(mark=lambda t: t + "\n"), "expected"),
+    "its mark in capitals": (Lie(mark=str.upper), "expected"),
+    "a line break after its proof": (text_of_proof(lambda t: t + "\n"), "canonically"),
+    "a byte order mark before it": (text_of_proof(lambda t: "\ufeff" + t), NONE),
+    "a field twice": (text_of_proof(lambda t: t[:-1] + ',"v":1}'), NONE),
+    "a digest in capitals": (began(digest=ELSE.upper()), "expected"),
+    "a line break after a digest": (began(digest=ELSE + "\n"), "expected"),
+    "a nonce in capitals": (began(nonce=ELSE.upper()), "expected"),
+    "a line break after a nonce": (began(nonce=ELSE + "\n"), "expected"),
+    "a device with a line break": (began(device="cpu\n"), "expected"),
+    "a build that moves the cursor": (began(build="\x1b[2J"), "expected"),
+    "another spelling of the server": (otherwise("node_id", str.upper), NONE),
+    "a line break after the server": (otherwise("node_id", lambda t: t + "\n"), NONE),
+    "a request with a line break": (otherwise("request_id", lambda t: t + "\n"), NONE),
+    "a file in capitals": (otherwise("model_digest", str.upper), NONE),
+    "a commitment in capitals": (otherwise("output_commitment", str.upper), NONE),
+    "a prompt with a line break": (
+        otherwise("prompt_commitment", lambda t: t + "\n"), NONE
+    ),
+    "a time with a line break": (otherwise("started_at", lambda t: t + "\n"), NONE),
+    "a time that is none": (about(started_at="=1+1"), NONE),
+    "a time before it began": (about(duration_ms=-1), NONE),
+    "a price with a line break": (dearer("0\n", "0", "0"), "a price in its proof"),
+    "a price in other digits": (dearer("\u0660", "0", "0"), "a price in its proof"),
     "spaces in its proof": (text_of_proof(lambda t: t.replace(",", ", ")), "canonically"),
     "one more field": (text_of_proof(lambda t: t[:-1] + ',"z":1}'), "canonically"),
-    "no proof in the proof": (text_of_proof(lambda t: "[]"), "its proof is none"),
-    "a proof nested too deeply": (text_of_proof(lambda t: "[" * 90_000), "its proof is none"),
+    "no proof in the proof": (text_of_proof(lambda t: "[]"), NONE),
+    "a proof nested too deeply": (text_of_proof(lambda t: "[" * 90_000), NONE),
     "no proof at all": (Lie(proved=lambda _: None), "it gave no proof"),
     "two proofs": (Lie(proved=lambda p: [p, p]), "out of turn"),
     "another file": (began(digest=ELSE), "another file"),

@@ -351,6 +351,30 @@ def test_a_box_whose_clock_went_back_a_day_is_heard_again() -> None:
     assert again.me in heard(row[2])
 
 
+def test_a_box_whose_clock_was_a_year_ahead_is_heard_again() -> None:
+    """Also if it was away until its last advert had expired everywhere: who remembers only that
+    there was a newer one shows it to the box itself, which goes on from there."""
+    net = Net()
+    records = [certificate(FOUNDER, one, name="n") for one in PEOPLE[1:3]]
+    ahead = net.box(FOUNDER, *records, wall=NOW + 400 * 86400)
+    others = [net.box(one, *records) for one in PEOPLE[1:3]]
+    net.link(ahead, others[0])
+    net.link(*others)
+    net.run(8)
+    assert all(ahead.me in heard(box) for box in others)
+    for box in (ahead, others[0]):
+        other = others[0] if box is ahead else ahead
+        box.unlinked(other.me, lost=False)
+    del net.boxes[ahead.me]
+    net.run(700)
+    assert all(box.adverts.get(ahead.me) is None for box in others)
+    right = net.box(FOUNDER, *records)
+    net.link(right, others[0])
+    net.run(8)
+    assert right._serial > ahead._serial > NOW + 399 * 86_400_000
+    assert all(right.me in heard(box) for box in others)
+
+
 def test_records_go_in_frames_that_fit() -> None:
     record = advert(PEOPLE[1], 1)[1]
     frames = [encode(frame) for frame in batches([Given(record)] * 3000)]

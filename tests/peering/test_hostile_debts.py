@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 import msgspec
 import pytest
@@ -71,6 +71,20 @@ async def test_a_signature_that_does_not_bind_is_none(world: World, kind: str) -
     await wait_until(lambda: not world.running)
     found = await entry(world, asked)
     assert found is not None and found["acceptance"] == b"" and found["amount"] > 0
+
+
+@pytest.mark.parametrize(
+    "spelled", [lambda t: t + "\n", str.upper, lambda t: f" {t[:-1]}", lambda t: t[:-1] + "\uff10"]
+)
+async def test_a_signature_has_one_spelling(world: World, spelled: Callable[[str], str]) -> None:
+    """What is no signature as it is written accepts nothing; the leg is owed all the same."""
+    asked = ask(world)
+    stream, proved = await served(world, asked)
+    await work.send(stream, work.Accepted(spelled(sign(world, proved).hex())))
+    await wait_until(lambda: not world.running)
+    found = await entry(world, asked)
+    assert found is not None and found["acceptance"] == b"" and found["amount"] > 0
+    stream.abandon()
 
 
 async def test_a_dispute_stays_in_its_line(world: World, caplog: pytest.LogCaptureFixture) -> None:

@@ -179,17 +179,30 @@ def forged(world: World, by: Identity) -> dict[str, Record]:
             world, by.node_id, by, models=(offer(FAKE, prices=("x", "0", "0")),)
         ),
         "an endless life": advert(world, by.node_id, by, life=10**6),
+        "a version with a line break": advert(world, by.node_id, by, version="1.0\n"),
+        "a currency with a line break": advert(world, by.node_id, by, currency="credits\n"),
+        "a model with a line break": advert(world, by.node_id, by, models=(offer(f"{FAKE}\n"),)),
+        "a price in other digits": advert(
+            world, by.node_id, by, models=(offer(FAKE, prices=("\u0661", "0", "0")),)
+        ),
+        "an address with a line break": advert(world, by.node_id, by, addresses=("a:1\n",)),
+        "a name with a line break": seal(
+            by, "member", replace(certificate, inviter=me, name="x\n")
+        ),
+        "a reason with a line break": seal(
+            by, "revocation", Revocation(here, ben, me, 0, "sold\n")
+        ),
     }
 
 
-@pytest.mark.parametrize("number", range(13))
+@pytest.mark.parametrize("number", range(20))
 async def test_who_passes_on_what_is_not_so_is_cut_off(
     world: World, tmp_path: Path, number: int
 ) -> None:
     async with newcomer(world, tmp_path, f"m{number}", 100 + number) as member:
         before = world.anna.network.peer("ben")
         said = list(forged(world, member.identity).items())
-        assert len(said) == 13
+        assert len(said) == 20
         tell(member, world.anna.node_id, said[number][1])
         lost: Any = await end_of(member, world.anna.node_id)
         assert lost.code == Code.PROTOCOL and "it sent" in lost.reason, (said[number][0], lost)

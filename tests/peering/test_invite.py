@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from pinaivu_box.peering import invite
 from pinaivu_box.peering.invite import Invitation, Refused, Ticket, TicketInvalid
+from pinaivu_box.store import peers as store
+from pinaivu_box.store.database import Database
+from pinaivu_box.store.peers import TicketRow
 from tests.peering.people import FOUNDER, NETWORK, NOW, PEOPLE
 
 
@@ -117,6 +124,9 @@ def test_expired_withdrawn_and_guessed_tickets() -> None:
     secret, who = invite.decode(text).secret, PEOPLE[1].node_id
     with pytest.raises(Refused, match="expired"):
         invite.redeem(invitation, secret, who, NOW + 3600)
+    ahead = replace(invitation, made_at=NOW + 86400)  # for an hour, as its clock said
+    with pytest.raises(Refused, match="from the future"):
+        invite.redeem(ahead, secret, who, NOW)
     with pytest.raises(Refused, match="no such ticket"):
         invite.redeem(None, secret, who, NOW)
     with pytest.raises(Refused, match="no such ticket"):
@@ -128,3 +138,29 @@ def test_an_invitation_that_makes_no_sense(wrong: dict[str, int]) -> None:
     values: dict[str, float] = {"now": NOW, "seconds": 60, **wrong}
     with pytest.raises(ValueError):
         invite.invite(FOUNDER.node_id, NETWORK, [], **values)  # type: ignore[arg-type]
+
+
+def test_the_newest_ticket_is_told_by_its_order_and_by_no_clock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A founder whose clock was ahead when it put somebody out can still let it in again."""
+
+    async def run() -> None:
+        async with Database(tmp_path / "box.db") as database:
+            found = []
+            for number, days in enumerate((0, 400, 0)):
+                now = round((NOW + days * 86400) * 1000)
+                monkeypatch.setattr(store, "now_ms", lambda now=now: now)
+                await store.add_ticket(database, TicketRow(f"{number}", None, 9, 1, False))
+                if days:
+                    await store.add_records(database, [(b"1", "revocation", b"", b"")])
+                    await store.add_records(database, [(b"1", "revocation", b"", b"")])
+            for number in range(3):
+                ticket = await store.ticket(database, f"{number}")
+                assert ticket is not None
+                found.append((ticket.newest, ticket.made_at))
+            ahead = round((NOW + 400 * 86400) * 1000)
+            now = round(NOW * 1000)
+            assert found == [(False, now), (False, ahead), (True, now)]
+
+    asyncio.run(run())

@@ -493,6 +493,10 @@ CHANGED: dict[str, dict[str, Any]] = {
     "between whom": {"between": sorted([B.node_id, C.node_id])},
     "the cut": {"upto": "req_0001"},
     "the version": {"v": 2},
+    "a time with a line break": {"at": "2026-11-01T00:00:00.000Z\n"},
+    "a time in other digits": {"at": "\uff12\uff10\uff12\uff16-11-01T00:00:00.000Z"},
+    "a time that is none": {"at": "=1+1"},
+    "a cut with a line break": {"upto": "req_0001\n"},
 }
 
 

@@ -58,6 +58,17 @@ def test_it_fades_and_a_clock_that_goes_back_does_no_harm() -> None:
     assert all(known.score(node) > 0.99 for node in "abc")
 
 
+def test_what_was_thought_while_the_clock_was_ahead_fades_as_well() -> None:
+    clock = Clock()
+    ahead = Reputation(lambda: clock.now + 400 * DAY)
+    ahead.disputed("c", "lied")
+    known = Reputation(clock)
+    known.recall(ahead.opinions)
+    assert known.score("c") == pytest.approx(0.5)
+    clock.now += DAY
+    assert known.score("c") == pytest.approx(0.5**0.5)
+
+
 def test_it_is_written_seldom_and_found_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,0 +1,105 @@
+"""The model's chat template, run in a sandbox; what it may cost, and when it is left alone."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import msgspec
+
+from pinaivu_box import chat_format
+from pinaivu_box.engine.chat_template import CHATML, Render
+from pinaivu_box.engine.sandboxes import Run, reached
+from pinaivu_box.errors import ApiError, BadRequest
+from pinaivu_box.sandbox import Cancellation, SandboxLimit
+
+_LONGEST_SOURCE = 256 * 1024  # characters; the largest of known models have 20,000
+_LONGEST_PIECE = 256  # bytes of a token; the longest are runs of spaces
+_LONGEST_PROMPT = 32 << 20
+# A template that reaches its limits on so little is at fault itself, and not who sends messages.
+_SMALL = 64 * 1024  # bytes
+_STRIKES = 3
+_REST_SECONDS, _LONGEST_REST = 30.0, 3600.0
+_OTHER = ": use another file, or completions without a template"
+
+
+class Rendering:
+    """`source` is the template of the GGUF file, None if it has none.
+
+    `style` and `thinks` say how the model writes (see `chat_format`).  A template that cannot be
+    used refuses chats; all else that the model can do works.
+    """
+
+    def __init__(self, run: Run, source: str | None, *, bos: str, eos: str, context: int) -> None:
+        trusted = source is None
+        source = source or CHATML
+        self._run = run
+        self._asked = Render(source, bos, eos, most=min(context * _LONGEST_PIECE, _LONGEST_PROMPT))
+        self._strikes = 0
+        self._rests_until = 0.0
+        self._unusable = ""
+        self.style = chat_format.TAGS
+        self.thinks = False
+        if trusted:
+            return  # it knows no tools, and nobody waits until that is asked
+        if len(source) > _LONGEST_SOURCE:
+            self._unusable = _sentence(f"is longer than {_LONGEST_SOURCE} characters{_OTHER}")
+            return
+        try:
+            knows_tools = bool(run(msgspec.msgpack.encode(self._asked)))
+        except SandboxLimit as error:
+            self._unusable = _sentence(f"{reached(error.limit)} to be read{_OTHER}")
+            return
+        except ApiError as error:
+            self._unusable = error.message
+            return
+        self.thinks = chat_format.thinks(source)
+        if knows_tools:
+            self.style = chat_format.style_of(source)
+
+    def render(
+        self,
+        messages: list[dict[str, Any]],
+        functions: str | None = None,
+        variables: dict[str, Any] | None = None,
+        *,
+        tenant: str = "",
+        cancellation: Cancellation | None = None,
+    ) -> str:
+        """The prompt; `functions` is JSON text of a list.  Raises BadRequest if the template
+        objects, or cannot be used; ContextOverflow, SandboxCancelled."""
+        self._check()
+        asked = msgspec.structs.replace(
+            self._asked, messages=messages, functions=functions, variables=variables or {}
+        )
+        payload = msgspec.msgpack.encode(asked)
+        try:
+            text = self._run(payload, tenant=tenant, cancellation=cancellation)
+        except SandboxLimit as error:
+            if len(payload) - len(asked.source) < _SMALL:
+                self._strike()
+            raise BadRequest(
+                _sentence(f"{reached(error.limit)} for these messages: shorten them"),
+                param="messages",
+            ) from None
+        self._strikes = 0
+        return text.decode()
+
+    def _strike(self) -> None:
+        self._strikes += 1
+        if (more := self._strikes - _STRIKES) >= 0:
+            rest = min(_REST_SECONDS * 2 ** min(more, 16), _LONGEST_REST)
+            self._rests_until = time.monotonic() + rest
+
+    def _check(self) -> None:
+        if self._unusable:
+            raise BadRequest(self._unusable, param="messages")
+        rest = self._rests_until - time.monotonic()
+        if rest > 0:
+            times = f"has reached its limits {self._strikes} times in a row"
+            why = _sentence(f"{times} and is not run for the next {rest:.0f} s{_OTHER}")
+            raise BadRequest(why, param="messages")
+
+
+def _sentence(what: str) -> str:
+    return f"The chat template of the model's file {what}."

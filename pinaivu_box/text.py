@@ -1,0 +1,35 @@
+r"""Texts from outside: patterns that fit the whole of one, and numbers in ASCII digits.
+
+`$` also fits before a last newline, and `\Z` is Python's alone; `END` is read alike by Python and
+by ECMA-262, the language of patterns in `/openapi.json`.  `\d`, `\w`, `str.isdigit` and `int` take
+the digits of every script, so none of them is used on what others have written.
+"""
+
+from __future__ import annotations
+
+import re
+
+END = r"(?![\s\S])"
+_DIGITS = re.compile("[0-9]{1,18}")
+
+
+def whole(pattern: str) -> str:
+    """For `msgspec.Meta`, which searches: the pattern that fits nothing but a whole text."""
+    return f"^(?:{pattern}){END}"
+
+
+def number(text: str) -> int | None:
+    """The number that 1 to 18 ASCII digits say, and nothing else; None if it is none."""
+    return int(text) if _DIGITS.fullmatch(text) else None
+
+
+DIGEST = whole("[0-9a-f]{64}")  # also of a key: 32 bytes in hex, in the one spelling that counts
+SIGNATURE = whole("[0-9a-f]{128}")
+NODE_ID = whole("node_[0-9a-f]{64}")
+REQUEST_ID = whole("req_[0-9a-z]{26}")
+TIME = whole(  # UTC, as receipts.utc_text writes it
+    "[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}(?:[.][0-9]{3})?Z"
+)
+NO_CONTROLS = whole(r"[^\x00-\x1f\x7f-\x9f]*")  # what is shown in lists moves no cursor
+NAME = whole(r"[^\x00-\x1f\x7f-\x9f]+")
+TOKEN_ID = whole("0|[1-9][0-9]{0,8}")  # as text, where JSON wants a key
