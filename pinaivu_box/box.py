@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pinaivu_box import __version__, logs
 from pinaivu_box import config as configs
 from pinaivu_box.config import Config
 from pinaivu_box.errors import CliError
-from pinaivu_box.gateway.admission import Admission
+from pinaivu_box.gateway.admission import Admission, check_writable
 from pinaivu_box.gateway.books import Books
 from pinaivu_box.gateway.dispatch import Dispatch
 from pinaivu_box.gateway.load import Load
@@ -30,6 +31,8 @@ from pinaivu_box.home import database_of, identity_of, lock, prepare_home
 from pinaivu_box.identity import Identity
 from pinaivu_box.models import catalog as catalogs
 from pinaivu_box.models.catalog import Catalog, Model
+from pinaivu_box.models.headers import Headers
+from pinaivu_box.models.names import printable
 from pinaivu_box.peering.advert import Facts
 from pinaivu_box.peering.ledger import Ledger
 from pinaivu_box.peering.network import Network
@@ -47,18 +50,22 @@ _AT_START = (
 # Of [engine], what holds at once; the rest an engine is told when it starts.
 _NAMED = "engine.shared_prefixes"
 _OF_THE_BOX = ("engine.max_queue", "engine.keep_alive", "engine.start_seconds", _NAMED)
+_MOST_LOGGED = 20  # files that are not served; `pinaivu ls` tells all
+
+log = logging.getLogger("pinaivu.box")
 
 
 @dataclass(frozen=True)
 class Reloaded:
     """What a new configuration has changed, by the settings' names: `applied` at once, `engines`
     for engines that start from now on, `restart` not before the box is started anew.  `models` are
-    the ids that are served now."""
+    the ids that are served now, `not_served` the files that are not, and why."""
 
     applied: list[str]
     engines: list[str]
     restart: list[str]
     models: list[str]
+    not_served: dict[str, str]
 
 
 @dataclass
@@ -73,6 +80,7 @@ class Box:
     identity: Identity
     database: Database
     catalog: Catalog
+    headers: Headers
     digests: Digests
     placement: Placement
     admission: Admission
@@ -88,6 +96,7 @@ class Box:
     network: Network | None = None  # all None without [peering]
     books: Books | None = None
     pool: Pool | None = None
+    _reading: asyncio.Lock = field(default_factory=asyncio.Lock)  # one look at the files at a time
 
     @property
     def prompts(self) -> LocalBackend | Dispatch:
@@ -107,14 +116,20 @@ class Box:
             return self.pool.candidates.find(model_id)
         return self.catalog.find(model_id)
 
-    def reload(self) -> Reloaded:
+    async def reload(self) -> Reloaded:
         """Take over the configuration and the models as they are now; requests go on.
 
         Raises CliError if they are not valid: then all stays as it was.
         """
+        async with self._reading:
+            return self._take_over(*await asyncio.to_thread(self._read_anew))
+
+    def _read_anew(self) -> tuple[Config, Catalog, Sequence[str]]:
+        """In a thread: model files may take long to look at.  Raises CliError."""
         new = self.load()
-        catalog = catalogs.load(new, self.home)
-        named = named_texts(new.engine)
+        return new, catalogs.load(new, self.home, self.headers), named_texts(new.engine)
+
+    def _take_over(self, new: Config, catalog: Catalog, named: Sequence[str]) -> Reloaded:
         logs.configure(new.log)
         changed = configs.differences(self.config, new)
         if named != self.placement.named and _NAMED not in changed:  # a file has another text
@@ -124,6 +139,7 @@ class Box:
         self.config, self.catalog, self.admission.catalog = new, catalog, catalog
         self.admission.engine, self.admission.pricing = new.engine, new.pricing
         self.placement.configure(new.engine, named)
+        self.placement.forgive()
         self.local.sampling = new.sampling
         self.meter.currency = new.pricing.currency
         self.requests.places = new.engine.max_sequences
@@ -134,11 +150,18 @@ class Box:
             self.network.advertise = new.peering.advertise
             self.network.changed()
         applied = [name for name in changed if name not in (*_AT_START, *engines)]
-        return Reloaded(applied, engines, restart, [model.id for model in catalog.models])
+        not_served = not_served_in(catalog)
+        for path, why in list(not_served.items())[:_MOST_LOGGED]:
+            log.warning("not served: %s: %s", path, why)
+        served = [model.id for model in catalog.models]
+        return Reloaded(applied, engines, restart, served, not_served)
 
-    def look_for_models(self) -> None:
+    async def look_for_models(self) -> None:
         """Serve what has come into the models folder; nothing else changes.  Raises CliError."""
-        self.catalog = self.admission.catalog = catalogs.load(self.config, self.home)
+        async with self._reading:
+            self.catalog = self.admission.catalog = await asyncio.to_thread(
+                catalogs.load, self.config, self.home, self.headers
+            )
 
     async def drain(self) -> None:
         """Refuse new work and finish the old, up to the configured time; then cancel the rest."""
@@ -156,13 +179,20 @@ class Box:
             await self.requests.cancel_all()
 
 
+def not_served_in(catalog: Catalog) -> dict[str, str]:
+    """Files that are not served and why, as they are printed."""
+    return {printable(str(path)): why for path, why in catalog.not_served.items()}
+
+
 @asynccontextmanager
 async def open_box(load: Callable[[], Config], home: Path) -> AsyncIterator[Box]:
     """A box on that home, which no other server has at the same time."""
     held = lock(prepare_home(home))
     try:
         async with database_of(home) as database:
-            box = _join(load, home, database)
+            config, headers = load(), Headers()
+            catalog = await asyncio.to_thread(catalogs.load, config, home, headers)
+            box = _join(load, config, home, database, catalog, headers)
             tidying = asyncio.create_task(
                 retention.apply_hourly(database, lambda: box.config.retention)
             )
@@ -170,9 +200,11 @@ async def open_box(load: Callable[[], Config], home: Path) -> AsyncIterator[Box]
                 async with _peering(box):
                     yield box
             finally:
+                headers.stop()
                 tidying.cancel()
                 await asyncio.wait([tidying])
                 await box.placement.close()
+                await box.digests.close()
                 await box.refusals.flush()
     finally:
         held.close()
@@ -234,6 +266,7 @@ async def _peering(box: Box) -> AsyncIterator[None]:
                 task.cancel()
             await asyncio.wait(running[1:])
             await network.close()
+            pool.close()
             for task in running:
                 task.cancel()
             await asyncio.wait(running)
@@ -254,8 +287,10 @@ def _pool(box: Box, network: Network, books: Books) -> Pool:
         terms=books.terms,
         owed=books.owed,
         served=books.served,
+        lately=books.lately,
         keep=books.keep,
         debts=books.debts,
+        writable=lambda: check_writable(box.database),
     )
     box.admission.share(pool.dispatch, pool.candidates)
     box.requests.send(pool.dispatch, pool.candidates.offered)
@@ -268,11 +303,15 @@ async def _announce(network: Network) -> None:
     await announce(network.node_id, network.name, __version__, network.own_addresses())
 
 
-def _join(load: Callable[[], Config], home: Path, database: Database) -> Box:
-    config = load()
+def _join(
+    load: Callable[[], Config],
+    config: Config,
+    home: Path,
+    database: Database,
+    catalog: Catalog,
+    headers: Headers,
+) -> Box:
     identity = identity_of(home)
-    catalog = catalogs.load(config, home)
-
     digests = Digests(database)
     placement = Placement(config.engine, digests.of, named_texts(config.engine))
     local = LocalBackend(placement, identity.node_id, config.sampling)
@@ -288,6 +327,7 @@ def _join(load: Callable[[], Config], home: Path, database: Database) -> Box:
         identity=identity,
         database=database,
         catalog=catalog,
+        headers=headers,
         digests=digests,
         placement=placement,
         admission=admission,

@@ -65,9 +65,11 @@ def thinks(template: str) -> bool:
 
 def overlap(text: str, mark: str) -> int:
     """Length of the longest end of `text` with which `mark` begins, but not the whole mark."""
-    for length in range(min(len(text), len(mark) - 1), 0, -1):
-        if text.endswith(mark[:length]):
-            return length
+    at = max(0, len(text) - len(mark) + 1)
+    while mark and (at := text.find(mark[0], at)) >= 0:
+        if mark.startswith(text[at:]):
+            return len(text) - at
+        at += 1
     return 0
 
 

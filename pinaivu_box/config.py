@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import ipaddress
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -23,6 +24,7 @@ from pinaivu_box.errors import CliError
 from pinaivu_box.text import NO_CONTROLS
 
 PositiveInt = Annotated[int, Meta(ge=1)]
+Tokens = Annotated[int, Meta(ge=0, le=2**31 - 1)]  # llama.cpp counts them in 32 bits
 Port = Annotated[int, Meta(ge=0, le=65535)]
 Weight = Annotated[float, Meta(ge=0)]
 RoutingPolicy = Literal["prefer-local", "never", "balance", "cheapest"]
@@ -53,11 +55,11 @@ class SharedPrefix(Section, frozen=True):
 
 
 class EngineConfig(Section, frozen=True):
-    context: Annotated[int, Meta(ge=0)] = 0
+    context: Tokens = 0
     max_sequences: Annotated[int, Meta(ge=1, le=256)] = 64
-    kv_tokens: Annotated[int, Meta(ge=0)] = 0
-    token_budget: Annotated[int, Meta(ge=32)] = 512
-    threads: Annotated[int, Meta(ge=0)] = 0
+    kv_tokens: Tokens = 0
+    token_budget: Annotated[int, Meta(ge=32, le=2**31 - 1)] = 512
+    threads: Annotated[int, Meta(ge=0, le=512)] = 0  # GGML_MAX_N_THREADS
     drafting: bool = True
     context_shift: bool = False
     shared_prefixes: Annotated[tuple[SharedPrefix, ...], Meta(max_length=64)] = ()
@@ -82,11 +84,14 @@ class PricingConfig(Section, frozen=True):
 
 
 class RetentionConfig(Section, frozen=True):
-    """How long rows are kept; negative is for ever."""
+    """How long rows are kept; negative is for ever.  Of what `/v1/responses` has stored a key also
+    has so many at most, and so many MB (10^6 bytes): its oldest go."""
 
     requests: str = "90d"
     receipts: str = "-1"
-    responses: str = "-1"
+    responses: str = "30d"
+    responses_per_key: PositiveInt = 10_000
+    responses_mb_per_key: Annotated[float, Meta(gt=0)] = 100.0
 
 
 class PeeringServeConfig(Section, frozen=True):
@@ -129,7 +134,7 @@ class LogConfig(Section, frozen=True):
 class ModelConfig(Section, frozen=True):
     name: str
     path: str
-    context: Annotated[int, Meta(ge=0)] = 0
+    context: Tokens = 0
     sampling: SamplingConfig = SamplingConfig()
 
 
@@ -169,6 +174,7 @@ _HOST_PORT = re.compile(
     r":(?P<port>[0-9]{1,5})"
 )
 _DURATION = re.compile(r"(-?[0-9]{1,15}(?:\.[0-9]{1,15})?) *(ms|s|m|h|d)?")
+_LONGEST_DURATION = 365_250 * 86400.0  # seconds
 _SHORTEST_RETENTION = 7200.0  # seconds
 _SLOWEST_COPY = 0.1  # MB/s; at less a piece takes longer than a peer waits for it
 _UNIT_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
@@ -188,7 +194,10 @@ def parse_duration(text: str) -> float:
     match = _DURATION.fullmatch(text.strip())
     if not match:
         raise ValueError(f"'{text}' is not a duration: write for example 90s, 5m, 12h or 30d")
-    return float(match[1]) * _UNIT_SECONDS[match[2] or "s"]
+    seconds = float(match[1]) * _UNIT_SECONDS[match[2] or "s"]
+    if abs(seconds) > _LONGEST_DURATION:
+        raise ValueError(f"'{text[:40]}' is more than a thousand years")
+    return seconds
 
 
 def parse_span(text: str) -> float:
@@ -222,6 +231,7 @@ def load(
         # strict=False: values from the environment arrive as text.
         config = msgspec.convert(tree, Config, strict=False)
         config = msgspec.structs.replace(config, model=[*config.model, *(extra_models or [])])
+        _check_finite(config, "")
         _check(config)
     except (msgspec.ValidationError, ValueError) as error:
         raise CliError(f"{where} is not valid: {error}.") from error
@@ -259,6 +269,16 @@ def _put(tree: dict[str, Any], keys: tuple[str, ...], value: Any) -> None:
     tree[keys[-1]] = value
 
 
+def _check_finite(section: Section, path: str) -> None:
+    """TOML and the environment have `inf` and `nan`, which pass the bounds of a type."""
+    for name in section.__struct_fields__:
+        value = getattr(section, name)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{path}{name} is {value}, not a finite number")
+        if isinstance(value, Section):
+            _check_finite(value, f"{path}{name}.")
+
+
 def _check(config: Config) -> None:
     parse_duration(config.engine.keep_alive)
     for entry in config.engine.shared_prefixes:
@@ -267,7 +287,8 @@ def _check(config: Config) -> None:
                 "engine.shared_prefixes: each entry has either a text or a file, such as "
                 '{ file = "system.txt" }'
             )
-    for name, text in msgspec.structs.asdict(config.retention).items():
+    for name in ("requests", "receipts", "responses"):
+        text = getattr(config.retention, name)
         if 0 <= parse_duration(text) < _SHORTEST_RETENTION:
             raise ValueError(f"retention.{name} is '{text}', less than 2h: limits look back so far")
     if config.log.level not in LOG_LEVELS:

@@ -50,6 +50,22 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+_MOST_QUOTED = 100  # characters
+_MOST_SAID = 2000  # characters of a message, whatever it quotes
+
+
+def quoted(text: str, most: int = _MOST_QUOTED) -> str:
+    """What somebody sent, for a message: at most so many characters of it, control characters and
+    the like escaped."""
+    cut = text[:most]
+    if not cut.isprintable():
+        cut = "".join(one if one.isprintable() else _escaped(one) for one in cut)
+    return cut if len(text) <= most else f"{cut}…"
+
+
+def _escaped(letter: str) -> str:
+    return letter.encode("unicode_escape").decode()
+
 
 class BoxError(Exception):
     """Base of every error that is meant for a user's eyes; `exit_code` is that of a command."""
@@ -137,7 +153,7 @@ class ApiError(BoxError):
     def __init__(
         self, message: str, *, param: str | None = None, retry_after: int | None = None
     ) -> None:
-        super().__init__(message)
+        super().__init__(message if len(message) <= _MOST_SAID else f"{message[:_MOST_SAID]}…")
         self.param = param
         self.retry_after = retry_after
         self.ordered = False
@@ -225,9 +241,9 @@ class InvalidBody(ApiError):
     def __init__(
         self, message: str, *, loc: tuple[str | int, ...] = ("body",), kind: str = "value_error"
     ) -> None:
-        path = ".".join(str(part) for part in loc[1:])
+        self.loc = tuple(quoted(part) if isinstance(part, str) else part for part in loc)
+        path = ".".join(str(part) for part in self.loc[1:])
         super().__init__(message, param=path or None)
-        self.loc = loc
         self.kind = kind
 
 

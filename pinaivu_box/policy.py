@@ -55,11 +55,11 @@ class Policy(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True
     `models`: globs of model ids, empty for all.  `networks`: CIDR, empty for everywhere.  `rpm` and
     `tpm`: requests and tokens in any 60 seconds.  `max_parallel` requests run at a time; up to
     `max_queue` more wait, the next gets a 429.  `weight` is the share of a busy engine beside other
-    keys.  With the scope `local-only` nothing of it leaves this box; otherwise it may go to `peers`
-    (names or node ids; empty for all), and where it goes `routing` says instead of `[peering]
-    policy`; "never" is as good as `local-only`.  With `lenient` unknown fields of a request are
-    ignored and named in the answer.  `prices` are by glob of a model id: the price of 1,000 tokens,
-    or several; the first that fits counts.
+    keys.  With the scope `local-only` nothing of it leaves this box, and it shares cached prefixes
+    with no other key; otherwise it may go to `peers` (names or node ids; empty for all), and where
+    it goes `routing` says instead of `[peering] policy`; "never" is as good as `local-only`.  With
+    `lenient` unknown fields of a request are ignored and named in the answer.  `prices` are by glob
+    of a model id: the price of 1,000 tokens, or several; the first that fits counts.
     """
 
     scopes: tuple[Scope, ...] = MEMBER_SCOPES

@@ -295,7 +295,16 @@ def test_named_texts_come_from_the_configuration_and_from_files(tmp_path: Path) 
     assert named() == ()
 
 
-@pytest.mark.parametrize("what", ["missing", "folder", "pipe", "device", "empty", "bytes", "huge"])
+def test_the_texts_together_are_no_longer_than_an_engine_can_be_told(tmp_path: Path) -> None:
+    half = SharedPrefix(text="x" * (128 * 1024))
+    assert len(named(half, half)) == 2
+    with pytest.raises(CliError, match="shared_prefixes: the texts have more than 262144 bytes"):
+        named(half, half, SharedPrefix(text="x"))
+
+
+@pytest.mark.parametrize(
+    "what", ["missing", "nobody", "folder", "pipe", "device", "empty", "bytes", "huge"]
+)
 def test_a_file_that_is_no_text_is_refused_in_a_sentence(tmp_path: Path, what: str) -> None:
     """And at once: nobody waits for the other end of a pipe."""
     file = tmp_path / "named"
@@ -304,6 +313,8 @@ def test_a_file_that_is_no_text_is_refused_in_a_sentence(tmp_path: Path, what: s
             file.mkdir()
         case "pipe":
             os.mkfifo(file)
+        case "nobody":
+            file = Path("~nobody-of-that-name/named")
         case "device":
             file = Path("/dev/zero")
         case "empty":

@@ -10,7 +10,7 @@ import signal
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import httpx
 import pytest
 
 from pinaivu_box.engine.fake_runner import SENTENCE
-from pinaivu_box.models import bundled
+from tests import ggufs
 from tests.box import MODEL, UNDRAFTED, Box, alive, pinaivu, pinaivu_json, wait_until
 
 MakeBox = Callable[..., Box]
@@ -507,30 +507,21 @@ def test_a_client_that_leaves_before_its_plain_answer_stops_it(new_box: MakeBox)
 # -- an engine that cannot be had ------------------------------------------------------------------
 
 
-@pytest.fixture
-def truncated(tmp_path: Path) -> Iterator[Path]:
-    """A GGUF with a good header whose tensors are cut off."""
-    location = bundled.find()
-    assert location
-    path = tmp_path / "truncated.gguf"
-    with location.path.open("rb") as source:
-        source.seek(location.offset)
-        path.write_bytes(source.read(location.size * 6 // 10))
-    yield path
-    path.unlink()
-
-
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_model_that_cannot_be_loaded_is_503_and_the_server_lives(
-    new_box: MakeBox, truncated: Path, stream: bool
+    new_box: MakeBox, tmp_path: Path, stream: bool
 ) -> None:
-    box = new_box("--model", f"broken:1={truncated}", "--model", f"{FAKE}=fake:1")
+    """A file with a good header, of which llama.cpp misses what makes it a model."""
+    file = tmp_path / "broken.gguf"
+    file.write_bytes(ggufs.valid())
+    box = new_box("--model", f"broken:1={file}", "--model", f"{FAKE}=fake:1")
     for _ in range(2):  # tried, then in its pause
         answer = box.chat(model="broken:1", max_tokens=2, stream=stream)
         assert answer.status_code == 503
         assert int(answer.headers["Retry-After"]) >= 1
         assert answer.json()["error"]["code"] == "no_nodes_available"
-        assert "broken:1" in answer.json()["error"]["message"]
+        message = answer.json()["error"]["message"]
+        assert "broken:1" in message and "could not be loaded" in message
     assert box.chat(model=FAKE, max_tokens=2).status_code == 200
     assert box.http("GET", "/readyz").status_code == 200
     assert [engine["model"] for engine in box.engines()] == [FAKE]

@@ -19,6 +19,7 @@ from pinaivu_box.config import Config
 from pinaivu_box.doctor import machine, models
 from pinaivu_box.doctor.examine import examine
 from pinaivu_box.models import bundled
+from tests import ggufs
 from tests.box import MODEL, PINAIVU, Box, environment, pinaivu, pinaivu_json, wait_until
 from tests.test_backup import FAKE, ask, corrupt, killed_before
 
@@ -333,8 +334,11 @@ def test_model_files(home: Path, model: Path) -> None:
 
     os.truncate(model, model.stat().st_size // 2)
     found = doctor(home)
-    # It is also the smallest: an engine really tries it.
-    assert failed(found) == ["models", "engine"] and "cut off" in found["models"]["found"]
+    assert failed(found) == ["models"] and "it is incomplete" in found["models"]["found"]
+    model.write_bytes(ggufs.valid())
+    found = doctor(home)
+    # It is the smallest: an engine really tries it.
+    assert failed(found) == ["engine"] and "could not be loaded" in found["engine"]["found"]
     assert "mine" in found["engine"]["found"]
     model.write_bytes(b"hello")
     found = doctor(home)

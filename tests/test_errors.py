@@ -13,8 +13,8 @@ import httpx
 import openai
 import pytest
 
-from pinaivu_box.models import bundled
 from pinaivu_box.store.keys import generate
+from tests import ggufs
 from tests.box import MODEL, Box, pinaivu, pinaivu_json, wait_until
 
 CHAT = "/chat/completions"
@@ -570,12 +570,8 @@ def test_a_full_queue_is_503_with_retry_after_until_there_is_room(strict_box: Bo
 def test_a_model_whose_engine_cannot_start_is_503_and_others_are_served(
     new_box: Any, tmp_path: Path
 ) -> None:
-    source = bundled.find()
-    assert source
     half = tmp_path / "half.gguf"
-    with source.path.open("rb") as file:
-        file.seek(source.offset)
-        half.write_bytes(file.read(source.size // 2))
+    half.write_bytes(ggufs.valid())
     box = new_box("--model", f"half:1={half}", "--model", "fast:1=fake:0")
     for stream in (False, True):
         error = failure(box, CHAT, {**GOOD, "model": "half:1", "stream": stream})

@@ -17,7 +17,6 @@ import openai
 import pytest
 
 from pinaivu_box.models import bundled
-from pinaivu_box.models.gguf import read_header
 from tests.box import Box
 
 TEMPLATES = sorted((Path(__file__).parent / "templates").glob("*.jinja"))
@@ -72,8 +71,6 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Box]:
     for path in TEMPLATES:
         file = folder / f"{path.stem}.gguf"
         file.write_bytes(with_template(source, path.read_bytes()))
-        written = read_header(file).metadata["tokenizer.chat_template"]
-        assert isinstance(written, str) and written.startswith(path.read_text())
         models.append(f"--model={path.stem}={file}")
     file = folder / "hostile.gguf"
     file.write_bytes(with_template(source, HOSTILE.encode()))

@@ -87,10 +87,15 @@ def contents(connection: sqlite3.Connection) -> dict[str, list[dict[str, Any]]]:
     return {
         table: [
             dict(zip([name for name, _ in columns(connection, table)], row, strict=True))
-            for row in connection.execute(f"SELECT * FROM {table}")
+            for row in connection.execute(f"SELECT {_names(connection, table)} FROM {table}")
         ]
         for table in tables(connection)
     }
+
+
+def _names(connection: sqlite3.Connection, table: str) -> str:
+    """Without those that follow from others."""
+    return ", ".join(f'"{name}"' for name, _ in columns(connection, table))
 
 
 def file_of_version(path: Path, version: int) -> dict[str, list[dict[str, Any]]]:

@@ -47,16 +47,8 @@ def ledger(
     if as_json:
         print_json(found)
         return
-    columns = (
-        "PEER",
-        "CURRENCY",
-        "WE SERVED",
-        "THEY SERVED",
-        "SETTLED",
-        "BALANCE",
-        "LIMIT",
-        "MAX DEBT",
-    )
+    columns = ("PEER", "CURRENCY", "WE SERVED", "THEY SERVED", "SETTLED", "BALANCE",
+               "UNACCEPTED", "LIMIT", "MAX DEBT")  # fmt: skip
     rows = [
         (
             one.name,
@@ -65,6 +57,7 @@ def ledger(
             one.received,
             f"{one.settled_served} / {one.settled_received}",
             one.balance,
+            one.waiting,
             one.credit_limit or "-",
             one.max_debt or "-",
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -24,26 +25,40 @@ from pinaivu_box.cli.tables import print_table, wide_option
 def ls(home: Path, as_json: bool, wide: bool, config_path: Path | None) -> None:
     """List the models that a box on this home serves."""
     from pinaivu_box.models import catalog
+    from pinaivu_box.models.names import printable
 
     found = catalog.load(load_config(home, config_path), home)
     if as_json:
         print_json(
             [
-                {"id": m.id, "size": m.size, "owner": m.owner, "path": str(m.path)}
-                for m in found.models
+                {
+                    "id": model.id,
+                    "size": model.size,
+                    "owner": model.owner,
+                    "path": str(model.path),
+                    "files": [str(file.path) for file in model.files],
+                }
+                for model in found.models
             ]
         )
-        return
-    rows = [(m.id, f"{m.size / 1e6:,.0f} MB", m.owner, str(m.path)) for m in found.models]
-    print_table(
-        ("MODEL", "SIZE", "OWNER", "FILE"),
-        rows,
-        cut={"FILE": "front"},
-        spared=("FILE", "OWNER"),
-        wide=wide,
-    )
-    for path, why in found.broken.items():
-        click.echo(f"not served: {path}: {why}", err=True)
+    else:
+        rows = [(m.id, f"{m.size / 1e6:,.0f} MB", m.owner, _where(m)) for m in found.models]
+        print_table(
+            ("MODEL", "SIZE", "OWNER", "FILE"),
+            rows,
+            cut={"FILE": "front"},
+            spared=("FILE", "OWNER"),
+            wide=wide,
+        )
+    for path, why in found.not_served.items():
+        click.echo(f"not served: {printable(str(path))}: {why}", err=True)
+
+
+def _where(model: Any) -> str:
+    from pinaivu_box.models.names import printable
+
+    more = f" and {len(model.parts) - 1} more" if model.parts else ""
+    return printable(str(model.path)) + more
 
 
 @click.command()

@@ -148,9 +148,17 @@ def _reasons(peer: dict[str, Any]) -> list[str]:
         said.append(f"{refusal['age']:.0f} s ago: {refusal['message']}")
     if peer["cost"] and (dear := peer["cost"]["too_dear"]):
         said.append(f"not used there, for their price is over max_price: {', '.join(dear)}")
+    if (use := peer["use"]) and use["owes"] != "0":
+        said.append(_owes(use))
     if blocked := peer["limits"]["blocked"]:
         said.append(f"blocked here: {blocked}")
     return said
+
+
+def _owes(use: dict[str, Any]) -> str:
+    limit = f" of at most {use['credit_limit']}" if use["credit_limit"] else ""
+    waits = f", {use['unaccepted']} of it not accepted" if use["unaccepted"] != "0" else ""
+    return f"owes {use['owes']}{limit}{waits}"
 
 
 def _facts(peer: dict[str, Any]) -> list[tuple[str, str]]:
@@ -174,7 +182,7 @@ def _facts(peer: dict[str, Any]) -> list[tuple[str, str]]:
         (
             "has here",
             f"{use['running']} of {use['max_parallel']} requests, {use['tokens']} tokens in the "
-            f"last minute, owes {use['owes']}",
+            f"last minute, {_owes(use)}",
         ),
         ("cost us", "-" if peer["cost"] is None else _paid(peer["cost"])),
         *((name.replace("_", " "), _limit(value)) for name, value in limits.items()),

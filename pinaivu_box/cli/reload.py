@@ -8,6 +8,7 @@ import click
 
 from pinaivu_box.cli.home import ask_running, home_option, json_option, print_json
 
+_SECONDS = 300.0
 _TOLD = {
     "applied": "holds now",
     "engines": "holds for engines that start from now on",
@@ -20,7 +21,8 @@ _TOLD = {
 @json_option
 def reload(home: Path, as_json: bool) -> None:
     """Let the running box read its configuration again; no request is dropped."""
-    done = ask_running(home, "/v1/admin/reload", method="POST")
+    # Many large headers are many seconds of work.
+    done = ask_running(home, "/v1/admin/reload", method="POST", seconds=_SECONDS)
     if as_json:
         print_json(done)
         return
@@ -30,3 +32,5 @@ def reload(home: Path, as_json: bool) -> None:
     if not any(done[kind] for kind in _TOLD):
         click.echo("no setting has changed")
     click.echo(f"models: {', '.join(done['models']) or 'none'}")
+    for file in done["not_served"]:
+        click.echo(f"not served: {file['path']}: {file['reason']}", err=True)

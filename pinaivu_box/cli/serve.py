@@ -16,6 +16,8 @@ from pinaivu_box.cli.home import Running, config_option, home_option, load_confi
 from pinaivu_box.config import LOG_FORMATS, LOG_LEVELS, Config, ModelConfig
 from pinaivu_box.errors import UsageError
 
+_MOST_PRINTED = 20  # files that are not served
+
 
 @click.command()
 @home_option
@@ -63,7 +65,7 @@ def _model(text: str) -> ModelConfig:
 
 async def _serve(load: Callable[[], Config], home: Path) -> None:
     from pinaivu_box import logs
-    from pinaivu_box.box import open_box
+    from pinaivu_box.box import not_served_in, open_box
     from pinaivu_box.server.serve import bind
     from pinaivu_box.server.serve import serve as serve_box
 
@@ -79,8 +81,11 @@ async def _serve(load: Callable[[], Config], home: Path) -> None:
             def started() -> None:
                 local = _url(config.server.host, port, to_print=False)
                 write_running(home, Running(os.getpid(), local, box.control_token))
-                for path, why in box.catalog.broken.items():
-                    click.echo(f"pinaivu: {path} is not served: {why}.", err=True)
+                not_served = list(not_served_in(box.catalog).items())
+                for path, why in not_served[:_MOST_PRINTED]:
+                    click.echo(f"pinaivu: not served: {path}: {why}.", err=True)
+                if (more := len(not_served) - _MOST_PRINTED) > 0:
+                    click.echo(f"pinaivu: {more} more are not served: see 'pinaivu ls'.", err=True)
                 names = [model.id for model in box.catalog.models]
                 click.echo(banner(config.server.host, port, home, names, secret))
 

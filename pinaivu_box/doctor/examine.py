@@ -13,6 +13,7 @@ from pinaivu_box.doctor import machine, models, relay
 from pinaivu_box.doctor.check import Check, of_error
 from pinaivu_box.errors import BoxError, CliError
 from pinaivu_box.gateway.scopes import named_texts
+from pinaivu_box.models import catalog
 
 Examiner = Callable[[], Iterable[Check]]
 
@@ -24,7 +25,7 @@ def examine(
     told the name of each check before it begins."""
     looking_at("configuration")
     config, check = _configuration(load)
-    folder = Path(config.models_dir).expanduser() if config.models_dir else home / "models"
+    folder = catalog.directory(config, home)
     examiners: list[tuple[str, Examiner]] = [
         ("home", partial(homes.permissions, home)),
         ("disk", partial(machine.disk, home, folder)),

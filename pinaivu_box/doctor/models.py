@@ -17,8 +17,11 @@ from pinaivu_box.errors import ApiError, CliError
 from pinaivu_box.gateway.backend import Job, Output, Started
 from pinaivu_box.gateway.local import LocalBackend
 from pinaivu_box.gateway.placement import Placement
-from pinaivu_box.models import catalog, gguf, memory
+from pinaivu_box.models import catalog, memory
 from pinaivu_box.models.catalog import Catalog, Model
+from pinaivu_box.models.files import look, open_regular
+from pinaivu_box.models.names import printable
+from pinaivu_box.models.splits import digest_of_parts
 from pinaivu_box.store import integrity
 
 _PIECE = 1 << 20
@@ -45,9 +48,11 @@ def files(config: Config, home: Path) -> Iterator[Check]:
     found, missing = find(config, home)
     if missing:
         yield Check("models", "failed", missing, "mend its [[model]] entry, or the file")
-    for path, why in found.broken.items():
+    for path, why in found.not_served.items():
         todo = "fetch the file again, or move it out of the folder"
-        yield Check("models", "failed", f"{path} is not served: {why}", todo)
+        if why.endswith((": rename it", ": rename one of them")):
+            why, _, todo = why.rpartition(": ")
+        yield Check("models", "failed", f"not served: {printable(str(path))}: {why}", todo)
     remembered = _remembered(home)
     for model in real(found):
         yield _file(model, remembered)
@@ -65,41 +70,55 @@ def _remembered(home: Path) -> _Remembered:
 
 
 def _file(model: Model, remembered: _Remembered) -> Check:
-    name = f"{model.id} ({model.path})"
+    """Of a model in several files, the first that is not in order."""
+    name = f"{model.id} ({printable(str(model.path))})"
     again = "fetch the file again"
-    try:
-        if gguf.ends_early(model.path, model.offset, model.size):
-            return Check("models", "failed", f"{name} is cut off before its last tensor", again)
-        digest = _digest(model)
-        stat = model.path.stat()
-    except (gguf.BadGguf, OSError) as error:
-        reason = getattr(error, "strerror", None) or error
-        return Check("models", "failed", f"{name} cannot be read: {reason}", again)
-    size, time, known = remembered.get(str(model.path), (0, 0, ""))
-    unchanged = (size, time) == (stat.st_size, stat.st_mtime_ns)
-    if model.recorded_digest:
-        known, unchanged = model.recorded_digest, True
-    if known and known != digest and unchanged:
-        found = f"{name} has other bytes than were served: {digest[:16]}…, not {known[:16]}…"
-        todo = (
-            f"{again}; if it is meant to be another one, 'touch' it: receipts then name it rightly"
-        )
-        return Check("models", "failed", found, todo)
-    if known and known != digest:
+    digests, unseen = [], False
+    for file in model.files:
+        if model.parts:
+            name = f"{model.id} ({printable(str(file.path))})"
+        try:
+            digest = _digest(file)
+            facts = look(file.path)
+        except OSError as error:
+            reason = error.strerror or error
+            return Check("models", "failed", f"{name} cannot be read: {reason}", again)
+        digests.append(digest)
+        size, time, known = remembered.get(str(file.path), (0, 0, ""))
+        unchanged = (size, time) == (facts.st_size, facts.st_mtime_ns)
+        if file.recorded_digest:
+            known, unchanged = file.recorded_digest, True
+        unseen = unseen or not known
+        if known and known != digest:
+            return _changed(name, digest, known, unchanged)
+    digest = digest_of_parts(digests) if model.parts else digests[0]
+    files = f" in {len(model.parts)} files" if model.parts else ""
+    how = "not served yet" if unseen else "as remembered"
+    found = f"{megabytes(model.size)}{files}, sha256 {digest[:16]}…, {how}"
+    return Check("models", "ok", f"{model.id} ({printable(str(model.path))}): {found}")
+
+
+def _changed(name: str, digest: str, known: str, unchanged: bool) -> Check:
+    """`unchanged` if size and time of the file say so."""
+    if not unchanged:
         found = (
             f"{name} was replaced since it was last served: {digest[:16]}…, before {known[:16]}…"
         )
         return Check("models", "warning", found, "nothing, if that was you")
-    how = "as remembered" if known else "not served yet"
-    return Check("models", "ok", f"{name}: {megabytes(model.size)}, sha256 {digest[:16]}…, {how}")
+    found = f"{name} has other bytes than were served: {digest[:16]}…, not {known[:16]}…"
+    todo = (
+        "fetch the file again; if it is meant to be another one, 'touch' it: receipts then name it "
+        "rightly"
+    )
+    return Check("models", "failed", found, todo)
 
 
-def _digest(model: Model) -> str:
+def _digest(file: Model) -> str:
     """Of the bytes themselves, also where a digest is recorded."""
-    digest, left = hashlib.sha256(), model.size
-    with model.path.open("rb") as file:
-        file.seek(model.offset)
-        while left and (piece := file.read(min(left, _PIECE))):
+    digest, left = hashlib.sha256(), file.size
+    with open_regular(file.path) as opened:
+        opened.seek(file.offset)
+        while left and (piece := opened.read(min(left, _PIECE))):
             digest.update(piece)
             left -= len(piece)
     return digest.hexdigest()

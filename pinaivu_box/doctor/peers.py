@@ -250,7 +250,8 @@ def _credit(peer: PeerView, use: UseView) -> Iterator[Check]:
     if use.credit_limit is None or parse(use.owes) < parse(use.credit_limit):
         return
     least = "served only while this box is idle" if use.beyond == "idle" else "not served"
-    found = f"it owes {use.owes} of at most {use.credit_limit}, and is {least}"
+    waits = f" ({use.unaccepted} of it not accepted)" if use.unaccepted != "0" else ""
+    found = f"it owes {use.owes} of at most {use.credit_limit}{waits}, and is {least}"
     todo = (
         f"'pinaivu ledger settle {peer.name}', and 'ledger paid' or 'ledger forgive'; or "
         f"pinaivu peers edit {peer.name} --credit-limit AMOUNT"

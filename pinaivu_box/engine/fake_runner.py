@@ -12,7 +12,7 @@ import time
 import numpy as np
 
 from pinaivu_box.engine.messages import Load
-from pinaivu_box.engine.runner import Batch, Float32, ModelFacts
+from pinaivu_box.engine.runner import Batch, Float32, ModelFacts, TooManyTokens
 
 SCHEME = "fake:"
 SENTENCE = b"The quick brown fox jumps over the lazy dog. "
@@ -39,11 +39,17 @@ class FakeRunner:
             end_tokens=frozenset({END}),
         )
 
-    def tokenize(self, text: str) -> list[int]:
-        return list(text.encode())
+    def tokenize(self, text: str, most: int | None = None) -> list[int]:
+        data = text.encode()
+        if most is not None and len(data) > most:
+            raise TooManyTokens(len(data))
+        return list(data)
 
-    def tokenize_text(self, text: str) -> list[int]:
-        return list(text.encode())
+    def tokenize_text(self, text: str, most: int | None = None) -> list[int]:
+        return self.tokenize(text, most)
+
+    def fewest_tokens(self, text: str) -> int:
+        return len(text.encode())
 
     def piece(self, token: int) -> bytes:
         return bytes([token]) if token < END else b""

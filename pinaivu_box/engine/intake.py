@@ -11,8 +11,6 @@ from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING
 
-import msgspec
-
 from pinaivu_box import chat_format
 from pinaivu_box.engine.detokenizer import Detokenizer
 from pinaivu_box.engine.embeddings import Embedding
@@ -29,7 +27,7 @@ from pinaivu_box.engine.messages import (
 from pinaivu_box.engine.named_prefixes import NamedPrefixes
 from pinaivu_box.engine.prefix_cache import Share
 from pinaivu_box.engine.rendering import Rendering
-from pinaivu_box.engine.runner import Runner
+from pinaivu_box.engine.runner import Runner, TooManyTokens
 from pinaivu_box.engine.sandboxes import Sandboxes
 from pinaivu_box.engine.sequence import Sequence
 from pinaivu_box.errors import ApiError, ContextOverflow, InternalError, InvalidBody
@@ -40,6 +38,9 @@ if TYPE_CHECKING:
 
 
 _CHARACTERS = 8  # of a token, at most on average
+
+_MOST_TOKENS = 2**18  # that an answer has which is only tokens
+_SHORT = 16_384  # characters, which are read in a moment, whatever can be done with them
 
 
 @dataclass(frozen=True)
@@ -92,38 +93,45 @@ class Intake:
             if isinstance(add, Embed):
                 return self._prepare_texts(add)
             return self._prepare(add, cancellation)
+        except TooManyTokens as error:
+            return _refusal(add.id, self._overflow(error, embed=isinstance(add, Embed)))
         except Exception as error:  # of one request; the others' engine goes on
             return _refusal(add.id, error)
 
     def tokenize(
         self, asked: Tokenize, cancellation: Cancellation | None = None
     ) -> Tokenized | Refused:
+        name = asked.add.id
         try:
+            if asked.tokens is not None:
+                self._check_tokens(asked.tokens, "tokens")
+                text = b"".join(map(self._runner.piece, asked.tokens)).decode(errors="replace")
+                return Tokenized(name, [] if asked.count else asked.tokens, text)
             if asked.plain and isinstance(asked.add.prompt, str):
-                return Tokenized(asked.add.id, self._runner.tokenize_text(asked.add.prompt))
+                tokens = self._read(asked.add.prompt, _MOST_TOKENS, special=False)
+                return Tokenized(name, tokens)
             if asked.inputs is not None:
                 inputs = [self._text_tokens(text) for text in asked.inputs]
-                return Tokenized(asked.add.id, [token for tokens in inputs for token in tokens])
-            if asked.tokens is None:
-                tokens, thinking = self._prompt(asked.add, cancellation)
-                return Tokenized(asked.add.id, tokens, thinking=thinking)
-            given = msgspec.structs.replace(asked.add, prompt=asked.tokens, read=None)
-            detokenizer = Detokenizer(self._runner.piece, [])
-            text = [detokenizer.push(token) for token in self._prompt(given, None)[0]]
-            return Tokenized(given.id, asked.tokens, "".join([*text, detokenizer.flush()]))
+                return Tokenized(name, [token for tokens in inputs for token in tokens])
+            most = max(self._context, _MOST_TOKENS)
+            tokens, thinking = self._prompt(asked.add, most, cancellation, exact=asked.count)
+            if asked.count:
+                return Tokenized(name, [], thinking=thinking, count=len(tokens))
+            return Tokenized(name, tokens, thinking=thinking)
+        except TooManyTokens as error:
+            if asked.count:
+                return Tokenized(name, [], count=error.count)
+            return _refusal(name, _too_long(error) if asked.plain else self._overflow(error))
         except Exception as error:
-            return _refusal(asked.add.id, error)
+            return _refusal(name, error)
 
     def _prepare(self, add: Add, cancellation: Cancellation | None) -> Arrival:
-        prompt, thinking = self._prompt(add, cancellation)
+        prompt, thinking = self._prompt(add, self._context, cancellation)
         self._check_tokens(add.output, "messages")
         if not prompt:
             raise InvalidBody("the prompt is empty", loc=("body", "prompt"))
         if len(prompt) >= self._context:
-            raise ContextOverflow(
-                f"The prompt has {len(prompt)} tokens (n_prompt_tokens) and the model's context "
-                f"here is {self._context} (n_ctx): shorten the messages."
-            )
+            raise self._overflow(TooManyTokens(len(prompt)))
         for name in add.sampling.logit_bias:
             if int(name) >= self._n_vocab:
                 why = f"logit_bias names token {name}, but there are {self._n_vocab}"
@@ -176,11 +184,7 @@ class Intake:
         inputs = [self._text_tokens(text) for text in embed.inputs]
         longest = max(len(tokens) for tokens in inputs)
         if longest > self._context:
-            raise ContextOverflow(
-                f"An input has {longest} tokens (n_prompt_tokens) and the model's context here is "
-                f"{self._context} (n_ctx): shorten it.",
-                param="input",
-            )
+            raise self._overflow(TooManyTokens(longest), embed=True)
         together = [token for tokens in inputs for token in tokens]
         return Arrival(
             Admitted(embed.id, together),
@@ -189,7 +193,7 @@ class Intake:
         )
 
     def _text_tokens(self, text: str | list[int]) -> list[int]:
-        tokens = self._runner.tokenize(text) if isinstance(text, str) else text
+        tokens = self._read(text, self._context) if isinstance(text, str) else text
         self._check_tokens(tokens, "input")
         if not tokens:
             raise InvalidBody("the input is empty", loc=("body", "input"))
@@ -199,8 +203,30 @@ class Intake:
         if tokens and not (min(tokens) >= 0 and max(tokens) < self._n_vocab):
             raise InvalidBody(f"there are tokens 0 to {self._n_vocab - 1}", loc=("body", param))
 
-    def _prompt(self, add: Add, cancellation: Cancellation | None) -> tuple[list[int], bool]:
-        """The tokens, and whether they end inside the model's thoughts."""
+    def _read(
+        self, text: str, most: int, *, special: bool = True, exact: bool = False
+    ) -> list[int]:
+        """Its tokens.  Raises TooManyTokens for more than `most`; unless the number must be
+        `exact`, a text that has more for certain is not tokenized."""
+        tokenize = self._runner.tokenize if special else self._runner.tokenize_text
+        if len(text) <= _SHORT:
+            return tokenize(text)
+        if not exact and (fewest := self._runner.fewest_tokens(text)) > most:
+            raise TooManyTokens(fewest, exact=False)
+        return tokenize(text, most)
+
+    def _overflow(self, found: TooManyTokens, *, embed: bool = False) -> ContextOverflow:
+        what, which = ("An input", "it") if embed else ("The prompt", "the messages")
+        return ContextOverflow(
+            f"{what} has {found} (n_prompt_tokens) and the model's context here is "
+            f"{self._context} (n_ctx): shorten {which}.",
+            param="input" if embed else None,
+        )
+
+    def _prompt(
+        self, add: Add, most: int, cancellation: Cancellation | None, *, exact: bool = False
+    ) -> tuple[list[int], bool]:
+        """The tokens, and whether they end inside the model's thoughts.  Raises TooManyTokens."""
         if add.read is not None:
             self._check_tokens(add.read, "messages")
             return add.read, add.thinking
@@ -208,9 +234,9 @@ class Intake:
             self._check_tokens(add.prompt, "prompt")
             return add.prompt, False
         if add.suffix:
-            return self._infill(add.prompt or "", add.suffix), False
+            return self._infill(add.prompt or "", add.suffix, most), False
         if add.prompt is not None:
-            return self._runner.tokenize(add.prompt), False
+            return self._read(add.prompt, most, exact=exact), False
         text = self.template.render(
             add.messages,
             add.tools.functions if add.tools else None,
@@ -219,16 +245,16 @@ class Intake:
             cancellation=cancellation,
         )
         thinking = self.template.thinks and text.rstrip().endswith(chat_format.THINK)
-        return self._runner.tokenize(text), thinking
+        return self._read(text, most, exact=exact), thinking
 
-    def _infill(self, prefix: str, suffix: str) -> list[int]:
+    def _infill(self, prefix: str, suffix: str, most: int) -> list[int]:
         """In the order that models were trained with: prefix, suffix, then what is between."""
         marks = self._runner.facts.infill
         if marks is None:
             why = "suffix needs a model with infill tokens, and this one has none"
             raise InvalidBody(why, loc=("body", "suffix"))
-        tokenize = self._runner.tokenize_text
-        return [marks[0], *tokenize(prefix), marks[1], *tokenize(suffix), marks[2]]
+        before, after = (self._read(text, most, special=False) for text in (prefix, suffix))
+        return [marks[0], *before, marks[1], *after, marks[2]]
 
     def _lookup(self, add: Add) -> Lookup:
         # What cannot come within the context would only cost time in the steps.
@@ -282,6 +308,11 @@ class Intake:
         if token is None:
             return piece
         return lambda one: trigger.encode() if one == token else piece(one)
+
+
+def _too_long(error: TooManyTokens) -> InvalidBody:
+    why = f"it has {error}, and an answer at most {_MOST_TOKENS}: send it in parts"
+    return InvalidBody(why, loc=("body", "text"))
 
 
 def _refusal(request_id: str, error: Exception) -> Refused:

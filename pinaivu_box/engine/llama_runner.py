@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 
@@ -28,12 +29,15 @@ from pinaivu_box.engine.runner import (
     ModelFacts,
     NoSlot,
     ProgressCallback,
+    TooManyTokens,
 )
 from pinaivu_box.errors import BoxError
 
 _LOG_LEVELS = {3: "warning", 4: "error"}  # ggml_log_level; lower ones are chatter
 _MOST_IDS = 256  # LLAMA_MAX_SEQ
 _TILE = 64  # GGML_FA_TILE_Q
+_MOST_TOP_K = 2**31 - 1
+_SPELLED_OUT = (1, 2)  # LLAMA_VOCAB_TYPE_SPM, _BPE: the tokens' bytes are the text's
 _NO_SLOT = 1  # llama_decode: could not find a KV slot for the batch
 
 
@@ -74,7 +78,9 @@ class LlamaRunner:
 
         callback = llama.llama_progress_callback(report)
         params.progress_callback = callback
-        if load.offset:
+        if load.parts:
+            model = _load_from_parts(load.parts, params)
+        elif load.offset:
             model = _load_from_offset(load.path, load.offset, params)
         else:
             model = llama.llama_model_load_from_file(os.fsencode(load.path), params)
@@ -146,18 +152,27 @@ class LlamaRunner:
         return None if min(tokens) < 0 else tokens
 
     def _sampling_defaults(self) -> SamplingDefaults:
-        def value(key: str) -> float | None:
+        """What the file says, where a request could say so: the rest was not said."""
+
+        def value(key: str, least: float, most: float) -> float | None:
             buffer = ctypes.create_string_buffer(64)
             name = f"general.sampling.{key}".encode()
-            length = llama.llama_model_meta_val_str(self._model, name, buffer, len(buffer))
-            return float(buffer.value) if length > 0 else None
+            if llama.llama_model_meta_val_str(self._model, name, buffer, len(buffer)) <= 0:
+                return None
+            try:
+                found = float(buffer.value)
+            except ValueError:
+                return None
+            return found if least <= found <= most else None  # also None for NaN
 
-        top_k = value("top_k")
+        top_k = value("top_k", 0, _MOST_TOP_K)
+        top_p = value("top_p", 0, 1)
+        min_p = value("min_p", 0, 1)
         return SamplingDefaults(
-            temperature=value("temp"),
-            top_p=value("top_p"),
+            temperature=value("temp", 0, 2),
+            top_p=top_p or None,  # more than 0, and the other less than 1
             top_k=None if top_k is None else int(top_k),
-            min_p=value("min_p"),
+            min_p=None if min_p == 1 else min_p,
         )
 
     def _token_text(self, token: int) -> str:
@@ -167,17 +182,32 @@ class LlamaRunner:
 
     # -- the protocol --------------------------------------------------------------------------
 
-    def tokenize(self, text: str) -> list[int]:
+    def tokenize(self, text: str, most: int | None = None) -> list[int]:
         # Many templates write the BOS token themselves; a second one would harm the model.
         bos = self.facts.bos
-        return self._tokenize(text, add_special=not (bos and text.startswith(bos)), special=True)
+        add_special = not (bos and text.startswith(bos))
+        return self._tokenize(text, most, add_special=add_special, special=True)
 
-    def tokenize_text(self, text: str) -> list[int]:
-        return self._tokenize(text, add_special=False, special=False)
+    def tokenize_text(self, text: str, most: int | None = None) -> list[int]:
+        return self._tokenize(text, most, add_special=False, special=False)
 
-    def _tokenize(self, text: str, *, add_special: bool, special: bool) -> list[int]:
+    def fewest_tokens(self, text: str) -> int:
+        # Other kinds of vocabularies drop spaces, or have one token for a word that they do not
+        # know, however long it is.
+        if llama.llama_vocab_type(self._vocab) not in _SPELLED_OUT:
+            return 0
+        return len(text.encode()) // self._longest_piece
+
+    @cached_property
+    def _longest_piece(self) -> int:
+        """Bytes.  Reading the whole vocabulary takes a moment, and only very long texts ask."""
+        return max(1, *(len(self._read_piece(n, special=True)) for n in range(self._n_vocab)))
+
+    def _tokenize(
+        self, text: str, most: int | None, *, add_special: bool, special: bool
+    ) -> list[int]:
         data = text.encode()
-        room = len(data) + 8
+        room = len(data) + 8 if most is None else min(len(data) + 8, most)
         while True:
             buffer = (llama.llama_token * room)()
             count = llama.llama_tokenize(
@@ -186,6 +216,8 @@ class LlamaRunner:
             if count >= 0:
                 return list(buffer[:count])
             room = -count
+            if most is not None and room > most:
+                raise TooManyTokens(room)
 
     def piece(self, token: int) -> bytes:
         piece = self._pieces.get(token)
@@ -281,6 +313,17 @@ def _load_backends() -> None:
     directory = Path(llama.__file__).parent / "lib"
     llama._lib.ggml_backend_load_all_from_path(os.fsencode(directory))
     llama.llama_backend_init()
+
+
+def _load_from_parts(
+    paths: list[str], params: llama.llama_model_params
+) -> llama.llama_model_p | None:
+    """All parts by name: llama.cpp would look for names that end in lower case."""
+    names = (ctypes.c_char_p * len(paths))(*map(os.fsencode, paths))
+    model: llama.llama_model_p | None = llama.llama_model_load_from_splits(
+        names, len(paths), params
+    )
+    return model
 
 
 def _load_from_offset(

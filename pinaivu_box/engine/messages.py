@@ -81,7 +81,8 @@ class SamplingDefaults(Struct, frozen=True):
 class Load(Struct, frozen=True, tag=True):
     """The first frame: which file to load and how.
 
-    Sizes in tokens; `threads` 0 means all physical cores.  `drafting` allows prompt lookup.
+    Sizes in tokens; `threads` 0 means all physical cores.  `drafting` allows prompt lookup.  The
+    `parts` of a model in several files are all of them, `path` being the first.
     """
 
     path: str
@@ -93,6 +94,7 @@ class Load(Struct, frozen=True, tag=True):
     threads: int
     drafting: bool = True
     context_shift: bool = False
+    parts: list[str] = []
 
 
 class Add(Struct, frozen=True, tag=True):
@@ -152,12 +154,14 @@ class Embed(Struct, frozen=True, tag=True):
 
 class Tokenize(Struct, frozen=True, tag=True):
     """Tokens of a prompt that is not to be run, or the text of `tokens`.  With `plain` the prompt
-    is a piece of text in which nothing is special.  `inputs` are those of an Embed."""
+    is a piece of text in which nothing is special.  `inputs` are those of an Embed.  With `count`
+    it is only wanted how many there are."""
 
     add: Add
     tokens: list[int] | None = None
     plain: bool = False
     inputs: list[str | list[int]] | None = None
+    count: bool = False
 
 
 class Named(Struct, frozen=True, tag=True):
@@ -199,12 +203,18 @@ class LoadFailed(Struct, frozen=True, tag=True):
 
 
 class Tokenized(Struct, frozen=True, tag=True):
-    """The answer to Tokenize; `thinking` as in Admitted."""
+    """The answer to Tokenize; `thinking` as in Admitted.  `count` is set if only that was asked."""
 
     id: str
     tokens: list[int]
     text: str = ""
     thinking: bool = False
+    count: int | None = None
+
+    @property
+    def number(self) -> int:
+        """Of tokens."""
+        return len(self.tokens) if self.count is None else self.count
 
 
 class Admitted(Struct, frozen=True):

@@ -19,6 +19,14 @@ class NoSlot(Exception):
     """The KV cache has no room for this batch (`llama_decode` returned 1); nothing changed."""
 
 
+class TooManyTokens(Exception):
+    """A text has `count` tokens (unless `exact`: or more), and so many are not wanted."""
+
+    def __init__(self, count: int, *, exact: bool = True) -> None:
+        super().__init__(f"{count} tokens" if exact else f"at least {count} tokens")
+        self.count = count
+
+
 @dataclass(frozen=True)
 class ModelFacts:
     """What the scheduler and the prompt need to know of a loaded model.
@@ -76,12 +84,17 @@ class Runner(Protocol):
     @property
     def facts(self) -> ModelFacts: ...
 
-    def tokenize(self, text: str) -> list[int]:
-        """Tokens of a rendered prompt; special tokens in it are recognised."""
+    def tokenize(self, text: str, most: int | None = None) -> list[int]:
+        """Tokens of a rendered prompt; special tokens in it are recognised.  Raises TooManyTokens
+        for more than `most`."""
         ...
 
-    def tokenize_text(self, text: str) -> list[int]:
-        """Tokens of a piece of text, in which nothing is special."""
+    def tokenize_text(self, text: str, most: int | None = None) -> list[int]:
+        """Tokens of a piece of text in which nothing is special.  Raises TooManyTokens."""
+        ...
+
+    def fewest_tokens(self, text: str) -> int:
+        """A number of tokens that the text has at least, without tokenizing it."""
         ...
 
     def piece(self, token: int) -> bytes:

@@ -18,17 +18,21 @@ from pinaivu_box.errors import (
     KeyBlocked,
     ModelNotAllowed,
     NoNodesAvailable,
+    RateLimited,
     Unauthorized,
+    quoted,
 )
 from pinaivu_box.gateway.backend import Job
 from pinaivu_box.gateway.limits import MINUTE, Grant, KeyUse, Limits
 from pinaivu_box.gateway.scopes import scope_of
-from pinaivu_box.models.catalog import WELL_FORMED, Catalog, Model
+from pinaivu_box.models.catalog import Catalog, Model
+from pinaivu_box.models.names import MAX_NAME, is_model_id
 from pinaivu_box.store import keys
 from pinaivu_box.store.database import Database
 from pinaivu_box.store.keys import Key
 from pinaivu_box.store.requests import between
 
+_WRITTEN_SECONDS = 5.0  # that a write shows that another will succeed
 _MOST_IDLE = 10_000  # keys whose use is remembered; others are read again
 
 
@@ -43,6 +47,30 @@ class Admitted:
     end: Callable[[int, int], None]  # with the tokens that it used, and what they cost
 
 
+class Arrival:
+    """A request that has come, of which only the key is known yet.  It has taken one of the key's
+    requests per minute, and gives that back only if its refusal is not the client's doing."""
+
+    def __init__(self, limits: Limits, use: KeyUse, entry: list[float]) -> None:
+        self._limits = limits
+        self._use = use
+        self._entry: list[float] | None = entry
+
+    @property
+    def entry(self) -> list[float] | None:
+        """What it has taken of the window, None once it is admitted."""
+        return self._entry
+
+    def admitted(self) -> None:
+        self._entry = None
+
+    def refused(self, error: ApiError) -> None:
+        """A client that is told to wait, or that the box cannot serve it, has used up nothing."""
+        if self._entry is not None and (isinstance(error, RateLimited) or error.status >= 500):
+            self._limits.leave(self._use, self._entry)
+        self._entry = None
+
+
 def refusal(key: Key) -> ApiError | None:
     """Why nothing can be done with a key, if so."""
     if key.revoked_at is not None:
@@ -52,6 +80,16 @@ def refusal(key: Key) -> ApiError | None:
     if key.blocked is not None:
         return KeyBlocked(f"The API key {key.prefix}... is blocked: {key.blocked}.")
     return None
+
+
+async def check_writable(database: Database) -> None:
+    """What cannot be accounted for is not computed.  Raises NoNodesAvailable."""
+    if (why := await database.why_not_writable(_WRITTEN_SECONDS)) is not None:
+        raise NoNodesAvailable(
+            f"This box cannot write down what it serves, so it serves nothing now: {why}.  Try "
+            "again later.",
+            retry_after=5,
+        )
 
 
 def under(key: Key, job: Job) -> Job:
@@ -120,9 +158,11 @@ class Admission:
 
         Raises InvalidBody, ModelNotFound, ModelNotAllowed, NoNodesAvailable.
         """
-        if not WELL_FORMED.fullmatch(model_id):
+        if not is_model_id(model_id):
             raise InvalidBody(
-                f"'{model_id}' is not a model id: write it as name:tag.", loc=("body", "model")
+                f"'{quoted(model_id)}' is not a model id: write it as name:tag, in at most "
+                f"{MAX_NAME} characters.",
+                loc=("body", "model"),
             )
         offers = None if key.policy.local_only else self._offers
         model = (offers or self.catalog).find(model_id)
@@ -151,15 +191,29 @@ class Admission:
         given = self.pricing.models.get(model.id, self.pricing.per_1k_tokens)
         return key.policy.prices_of(model.id) or amount.prices(given)
 
-    async def admit(self, key: Key, jobs: list[Job], in_flight: Callable[[str], int]) -> Admitted:
+    async def arrive(self, key: Key) -> Arrival:
+        """Before the body of a request is read.  Raises RateLimited."""
+        use = await self._use_of(key)
+        return Arrival(self._limits, use, self._limits.arrive(key, use))
+
+    async def admit(
+        self,
+        key: Key,
+        jobs: list[Job],
+        in_flight: Callable[[str], int],
+        arrival: Arrival | None = None,
+    ) -> Admitted:
         """Takes what the request may use at most.  Raises what `check` and `Limits` do, and what
         the engine says if it cannot read the prompt.  May be cancelled."""
         use = await self._use_of(key)
+        arrived = None if arrival is None else arrival.entry
         use.arriving += 1  # so that it is not forgotten meanwhile
         try:
+            await check_writable(self._database)
             jobs = [under(key, job) for job in jobs]
             model, context = jobs[0].model, 0
-            self._limits.check(key, use, self.prices(key, model).most(1, 0))
+            least = self.prices(key, model).most(1, 0)
+            self._limits.check(key, use, least, arrived)
             if key.policy.tpm is not None or key.policy.budget is not None:
                 jobs, context = await self._read(jobs)
             # Body and prompt took their time: the key may be revoked now, the queue full.
@@ -167,11 +221,17 @@ class Admission:
             if (error := refusal(key)) is not None:
                 raise error
             self._check(model, key, in_flight)
-            return self._take(key, use, [under(key, job) for job in jobs], context)
+            jobs = [under(key, job) for job in jobs]
+            admitted = self._take(key, use, jobs, context, arrived)
+            if arrival is not None:
+                arrival.admitted()
+            return admitted
         finally:
             use.arriving -= 1
 
-    def _take(self, key: Key, use: KeyUse, jobs: list[Job], context: int) -> Admitted:
+    def _take(
+        self, key: Key, use: KeyUse, jobs: list[Job], context: int, arrived: list[float] | None
+    ) -> Admitted:
         """`context` is that of the model if the prompt was read, else 0."""
         prices = self.prices(key, jobs[0].model)
         explicit, tokens, cost = True, 0, 0
@@ -182,7 +242,9 @@ class Admission:
                 jobs = self._capped(key, use, jobs, prompt, context, prices)
             made = sum(self._most(job, context) for job in jobs)
             tokens, cost = prompt + made, prices.most(prompt, made)
-        grant = self._limits.take(key, use, tokens=tokens, cost=cost, explicit=explicit)
+        grant = self._limits.take(
+            key, use, tokens=tokens, cost=cost, explicit=explicit, arrived=arrived
+        )
 
         def end(tokens: int, cost: int) -> None:
             self._limits.end(key, use, grant, tokens=tokens, cost=cost)
@@ -194,14 +256,17 @@ class Admission:
         return self._limits.headers(key, await self._use_of(key))
 
     async def _read(self, jobs: list[Job]) -> tuple[list[Job], int]:
-        """The jobs with their prompts' tokens, and the context of the model.  Nobody who leaves, or
-        is sent away by a drain, stops the engine that starts for it: others wait for it too."""
+        """The jobs with their prompts' tokens, and the context of the model.  Ends at once if there
+        is a drain."""
         reading = asyncio.create_task(self._read_on(jobs))
-        reading.add_done_callback(lambda done: done.cancelled() or done.exception())
-        await asyncio.wait({reading, self._drain}, return_when=asyncio.FIRST_COMPLETED)
-        if self.draining:
-            raise _draining()
-        return reading.result()
+        try:
+            await asyncio.wait({reading, self._drain}, return_when=asyncio.FIRST_COMPLETED)
+            if self.draining:
+                raise _draining()
+            return reading.result()
+        finally:
+            reading.add_done_callback(lambda done: done.cancelled() or done.exception())
+            reading.cancel()
 
     async def _read_on(self, jobs: list[Job]) -> tuple[list[Job], int]:
         context, made = 0, []
@@ -255,7 +320,13 @@ class Admission:
 
     def _forget_idle(self) -> None:
         if len(self._uses) >= _MOST_IDLE:
-            self._uses = {name: use for name, use in self._uses.items() if not use.idle}
+            now = time.monotonic()
+            self._uses = {
+                name: use
+                for name, use in self._uses.items()
+                # Refused requests are in no row that would bring them back.
+                if not use.idle or use.requests.used(now)
+            }
 
 
 def _draining() -> NoNodesAvailable:

@@ -12,6 +12,7 @@ from pinaivu_box import amount
 from pinaivu_box.config import Config
 from pinaivu_box.errors import EntryRefused
 from pinaivu_box.gateway.guests import Terms
+from pinaivu_box.gateway.limits import MINUTE
 from pinaivu_box.gateway.peer import Taken
 from pinaivu_box.gateway.reputation import Reputation
 from pinaivu_box.gateway.serving import Served
@@ -55,9 +56,15 @@ class Books:
             blocked=set_.blocked,
         )
 
-    async def owed(self, peer: str, currency: str) -> int:
+    async def owed(self, peer: str, currency: str) -> Balance:
         found = await ledger.balance(self._database, peer)
-        return found.get(currency, Balance()).credit_used
+        return found.get(currency, Balance())
+
+    async def lately(self, peer: str) -> list[tuple[float, int]]:
+        """What we served a peer in the last minute: how many seconds ago, and its tokens."""
+        now = time.time()
+        found = await ledger.lately(self._database, peer, round((now - MINUTE) * 1000))
+        return [(now - at / 1000, tokens) for at, tokens in found]
 
     async def debts(self) -> dict[str, dict[str, int]]:
         """What we owe, by peer and currency."""

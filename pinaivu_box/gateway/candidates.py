@@ -18,6 +18,7 @@ from pinaivu_box.gateway.resting import Resting
 from pinaivu_box.gateway.router import Candidate
 from pinaivu_box.gateway.seen import Destination
 from pinaivu_box.models.catalog import Catalog, Model, remote
+from pinaivu_box.models.names import is_model_id
 from pinaivu_box.peering.advert import Offer
 from pinaivu_box.peering.peer import Peer
 
@@ -57,6 +58,7 @@ class Candidates:
         self.refusals: dict[str, tuple[str, float]] = {}  # a peer's last, and when (monotonic)
         self._freed: dict[str, float] = {}
         self._last: dict[str, Sequence[Offer]] = {}  # that each peer has made
+        self._said: dict[str, Sequence[Offer]] = {}  # as its advert has them
 
     # -- models ------------------------------------------------------------------------------------
 
@@ -94,7 +96,12 @@ class Candidates:
 
     def _offers(self) -> list[tuple[Peer, Offer]]:
         heard = [one for one in self._peers() if one.advert and one.state != "revoked"]
-        self._last |= {one.node_id: one.advert.models for one in heard if one.advert}
+        for one in heard:
+            if one.advert and one.advert.models is not self._said.get(one.node_id):
+                self._said[one.node_id] = one.advert.models
+                # A name that nobody can ask for is no model: in no list, and in nobody's way.
+                named = [offer for offer in one.advert.models if is_model_id(offer.id)]
+                self._last[one.node_id] = named
         return [(one, offer) for one in heard for offer in self._last[one.node_id]]
 
     def _unheard(self) -> list[tuple[Peer, Offer]]:
@@ -266,5 +273,12 @@ def _most(prices: Prices, job: Job, made: int) -> int:
 
 def _conversation(job: Job) -> bytes:
     """The same for all requests that begin alike: model, tenant, and the first two messages."""
-    begin = job.messages[:2] if job.prompt is None else str(job.prompt)[:512]
+    begin: object = (
+        job.prompt[:512]
+        if job.prompt is not None
+        else [
+            (one.get("role"), len(text := one.get("content") or ""), text[:4096])
+            for one in job.messages[:2]
+        ]
+    )
     return hashlib.sha256(f"{job.model.id}\n{job.tenant}\n{begin}".encode()).digest()

@@ -87,6 +87,7 @@ class Dispatch:
         self._pinned: OrderedDict[str, str] = OrderedDict()
         self._paid: OrderedDict[str, None] = OrderedDict()
         self._cancelled: set[str] = set()
+        self._leaving: set[asyncio.Task[None]] = set()
 
     async def serve(self, job: Job, made: list[int]) -> AsyncGenerator[Event]:
         """As `Backend.serve`; Started, Prompt and the first Output come together."""
@@ -148,7 +149,17 @@ class Dispatch:
                     raise _given_up(error)
         finally:
             for one in trying:
-                await one.aclose()
+                await self._leave(one, job)
+
+    async def _leave(self, attempt: _Try, job: Job) -> None:
+        """Another was quicker.  What a peer has computed until it hears that is owed to it: it is
+        told to stop, and its proof is accepted, while the request goes on."""
+        if not self._peers.cancel(job, attempt.node_id):
+            await attempt.aclose()
+            return
+        task = asyncio.create_task(_hear_out(attempt))
+        self._leaving.add(task)
+        task.add_done_callback(self._leaving.discard)
 
     async def _spoke(self, attempt: _Try, job: Job) -> bool:
         """Whether it did before it is time to hedge."""
@@ -317,10 +328,15 @@ class Dispatch:
         return replace(job, read=found.tokens, thinking=found.thinking), context
 
     async def tokenize(
-        self, job: Job, tokens: list[int] | None = None, *, plain: bool = False
+        self,
+        job: Job,
+        tokens: list[int] | None = None,
+        *,
+        plain: bool = False,
+        count: bool = False,
     ) -> Tokenized:
         if not job.model.remote:
-            return await self._local.tokenize(job, tokens, plain=plain)
+            return await self._local.tokenize(job, tokens, plain=plain, count=count)
         return (await self._count(job, tokens, plain=plain))[0]
 
     async def _count(
@@ -383,6 +399,15 @@ async def _head(events: AsyncGenerator[Event]) -> list[Event]:
         if isinstance(event, Output):
             return head
     raise EngineLost("The engine ended this request without a word; try again.")
+
+
+async def _hear_out(attempt: _Try) -> None:
+    """To its end."""
+    with contextlib.suppress(ApiError):
+        async with contextlib.aclosing(attempt):
+            await attempt.head
+            async for _ in attempt.events:
+                pass
 
 
 def _last(event: Event) -> bool:

@@ -37,12 +37,14 @@ from pinaivu_box.engine.messages import (
 from pinaivu_box.errors import BoxError, EngineLost
 from pinaivu_box.gateway.mailbox import Mailbox
 from pinaivu_box.models.memory import cpu_ticks, resident
+from pinaivu_box.models.names import printable
 
 log = logging.getLogger("pinaivu.engine")
 
 # What a request's mailbox carries; None says that the engine is gone.
 Item = Admitted | Refused | Delta | Tokenized | None
 _STOP_SECONDS = 5.0
+_LONGEST_WORDS = 1000  # characters of a line that the child prints
 _HUNG_SECONDS = 15.0  # with work, and neither a frame nor a tick of processor time
 
 
@@ -195,7 +197,9 @@ class EngineProcess:
             case Ready() if not loaded.done():
                 loaded.set_result(frame)
             case LoadFailed() if not loaded.done():
-                loaded.set_exception(StartFailed(frame.message))
+                # It quotes llama.cpp, and that the file.
+                why = printable(frame.message)
+                loaded.set_exception(StartFailed(f"the model could not be loaded: {why}"))
 
     def _deliver(self, item: Admitted | Refused | Delta | Tokenized) -> None:
         box = self._boxes.get(item.id)
@@ -206,8 +210,11 @@ class EngineProcess:
         self.closed.set()
         if not loaded.done():
             words = self._last_words[-1] if self._last_words else "it said nothing"
-            code = self._process.returncode
-            loaded.set_exception(StartFailed(f"it ended with status {code}: {words}"))
+            code = self._process.returncode or 0
+            how = f"crashed with signal {-code}" if code < 0 else f"ended with status {code}"
+            loaded.set_exception(
+                StartFailed(f"the model could not be loaded, the engine {how}: {words}")
+            )
         for box in self._boxes.values():
             box.put(None)
         self._boxes.clear()
@@ -228,7 +235,7 @@ class EngineProcess:
     async def _read_stderr(self) -> None:
         stream = self._process.stderr
         while stream is not None and (line := await _line(stream)):
-            text = line.decode(errors="replace").rstrip()
+            text = printable(line.decode(errors="replace").rstrip(), _LONGEST_WORDS)
             if text:
                 self._last_words.append(text)
                 log.debug("%s: %s", self.model_id, text)

@@ -11,7 +11,8 @@ import asyncio
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
@@ -141,10 +142,24 @@ class Limits:
         self._now = now
         self._wall = wall
 
-    def check(self, key: Key, use: KeyUse, cost: int) -> None:
+    def arrive(self, key: Key, use: KeyUse) -> list[float]:
+        """One request of the minute, taken before its body is read; see `take` and `leave`.
+
+        Raises RateLimited.
+        """
+        now = self._now()
+        self._check_requests(key, use, now)
+        return use.requests.enter(now, 1)
+
+    def leave(self, use: KeyUse, arrived: list[float]) -> None:
+        """The request is not counted after all."""
+        use.requests.correct(arrived, 0, self._now())
+
+    def check(self, key: Key, use: KeyUse, cost: int, arrived: list[float] | None = None) -> None:
         """Refuses what cannot pass whatever its size, before anything is spent on it.  `cost` is
         that of the smallest request."""
-        self._check(key, use, tokens=1, cost=cost, explicit=True)
+        with self._without(use, arrived):
+            self._check(key, use, tokens=1, cost=cost, explicit=True)
 
     def spare(self, key: Key, use: KeyUse) -> int | None:
         """What is left of the budget, once no other request holds any of it; else None.
@@ -157,14 +172,27 @@ class Limits:
         used = use.of(*self._period(key, use))
         return None if used.held else max(0, budget.units - used.spent)
 
-    def take(self, key: Key, use: KeyUse, *, tokens: int, cost: int, explicit: bool) -> Grant:
+    def take(
+        self,
+        key: Key,
+        use: KeyUse,
+        *,
+        tokens: int,
+        cost: int,
+        explicit: bool,
+        arrived: list[float] | None = None,
+    ) -> Grant:
         """All of it or nothing.  `tokens` and `cost` (10^-9 of the currency) are what the request
-        may use at most; `explicit` if the client set its limit.
+        may use at most; `explicit` if the client set its limit.  What it took when it `arrived`
+        counts from now on instead.
 
         Raises ExceedsKeyLimit, RateLimited, BudgetExceeded.
         """
-        self._check(key, use, tokens=tokens, cost=cost, explicit=explicit)
+        with self._without(use, arrived):
+            self._check(key, use, tokens=tokens, cost=cost, explicit=explicit)
         now = self._now()
+        if arrived is not None:
+            use.requests.correct(arrived, 0, now)
         use.requests.enter(now, 1)
         period = self._period(key, use)[0]
         spending = use.counting(period)
@@ -201,6 +229,19 @@ class Limits:
                 made[f"x-ratelimit-reset-{name}"] = f"{window.empty_in(now):.3f}s"
         return made
 
+    @contextmanager
+    def _without(self, use: KeyUse, arrived: list[float] | None) -> Iterator[None]:
+        """A request is not in its own way."""
+        if arrived is None:
+            yield
+            return
+        counted = int(arrived[1])
+        use.requests.correct(arrived, 0, self._now())
+        try:
+            yield
+        finally:
+            use.requests.correct(arrived, counted, self._now())
+
     def _period(self, key: Key, use: KeyUse) -> tuple[int, int | None]:
         """The present period of its budget: when it began and ends, Unix milliseconds.  Without a
         budget the last one goes on."""
@@ -212,9 +253,7 @@ class Limits:
     def _check(self, key: Key, use: KeyUse, *, tokens: int, cost: int, explicit: bool) -> None:
         policy, now = key.policy, self._now()
         use.places = policy.max_parallel
-        if policy.rpm is not None:
-            wait = use.requests.wait(now, 1, policy.rpm)
-            _refuse(wait, key, f"{policy.rpm} requests per minute (rpm)")
+        self._check_requests(key, use, now)
         if policy.tpm is not None:
             wait = use.tokens.wait(now, tokens, policy.tpm)
             if wait == math.inf:
@@ -225,6 +264,11 @@ class Limits:
             _refuse(wait, key, f"{policy.tpm} tokens per minute (tpm; this may use {tokens})")
         self._check_places(key, policy, use)
         self._check_budget(key, use, cost, explicit)
+
+    def _check_requests(self, key: Key, use: KeyUse, now: float) -> None:
+        rpm = key.policy.rpm
+        if rpm is not None:
+            _refuse(use.requests.wait(now, 1, rpm), key, f"{rpm} requests per minute (rpm)")
 
     def _check_places(self, key: Key, policy: Policy, use: KeyUse) -> None:
         most = policy.max_parallel

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator
 from dataclasses import replace
 
@@ -23,6 +24,7 @@ from pinaivu_box.errors import EngineLost, by_code
 from pinaivu_box.gateway.backend import Event, Job, Output, Prompt, Started
 from pinaivu_box.gateway.engine_process import EngineProcess, Item
 from pinaivu_box.gateway.placement import Placement
+from pinaivu_box.models.catalog import Model
 from pinaivu_box.receipts.receipt import EngineInfo
 
 # Where neither request, configuration nor file says anything: llama.cpp's own defaults.
@@ -70,10 +72,15 @@ class LocalBackend:
             engine.cancel(job.id)
 
     async def tokenize(
-        self, job: Job, tokens: list[int] | None = None, *, plain: bool = False
+        self,
+        job: Job,
+        tokens: list[int] | None = None,
+        *,
+        plain: bool = False,
+        count: bool = False,
     ) -> Tokenized:
         """The tokens of the job's prompt, or the text of `tokens`; see `engine.messages`."""
-        return (await self.ask(job, tokens, plain=plain))[0]
+        return (await self.ask(job, tokens, plain=plain, count=count))[0]
 
     async def read(self, job: Job) -> tuple[Job, int]:
         """The job with its prompt's tokens, and the context of its model."""
@@ -84,14 +91,21 @@ class LocalBackend:
         return replace(job, read=found.tokens, thinking=found.thinking), context
 
     async def ask(
-        self, job: Job, tokens: list[int] | None = None, *, plain: bool = False
+        self,
+        job: Job,
+        tokens: list[int] | None = None,
+        *,
+        plain: bool = False,
+        count: bool = False,
     ) -> tuple[Tokenized, int]:
-        """As `tokenize`, and the context of the model."""
-        engine = await self._placement.acquire(job.model)
+        """As `tokenize`, and the context of the model.  If it is cancelled, the engine need not go
+        on; but an engine that is starting does, as others may wait for it."""
+        engine = await self._acquired(job.model)
         answered = False
         try:
             sampling = resolve(job, self.sampling, engine.ready.defaults)
-            box = engine.ask(Tokenize(to_add(job, sampling, []), tokens, plain, job.inputs))
+            add = to_add(job, sampling, [])
+            box = engine.ask(Tokenize(add, tokens, plain, job.inputs, count))
             (item,) = await box.take()
             answered = True
             if isinstance(item, Tokenized):
@@ -104,6 +118,19 @@ class LocalBackend:
                 engine.cancel(job.id)
             engine.forget(job.id)
             self._placement.release(engine)
+
+    async def _acquired(self, model: Model) -> EngineProcess:
+        acquiring = asyncio.ensure_future(self._placement.acquire(model))
+        try:
+            return await asyncio.shield(acquiring)
+        except asyncio.CancelledError:
+            acquiring.add_done_callback(self._give_back)
+            raise
+
+    def _give_back(self, acquired: asyncio.Future[EngineProcess]) -> None:
+        """Nobody waits for that engine any more."""
+        if not acquired.cancelled() and acquired.exception() is None:
+            self._placement.release(acquired.result())
 
 
 def to_add(job: Job, sampling: Sampling, made: list[int]) -> Add:

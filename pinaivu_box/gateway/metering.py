@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -240,7 +241,7 @@ class Meter:
         job, last = account.job, account.served[-1][1].started
         price = self._price(account.prices)
         prompts = [_prompt(branch, leg) for branch, leg in account.prompts]
-        proofs, openings = self._prove(account, price)
+        proofs, openings = await self._prove(account, price)
         made = [token for branch in account.branches for token in branch.made]
         text = commitment.output_text([branch.text for branch in account.branches])
         output, output_opening = commitment.commit(text, made, commitment.new_nonce())
@@ -277,11 +278,12 @@ class Meter:
         cached = prices.prompt if prices.cached is None else prices.cached
         return Price(self.currency, prices.prompt, cached, prices.completion)
 
-    def _prove(
+    async def _prove(
         self, account: Account, price: Price
     ) -> tuple[list[tuple[Proof, SignedProof]], list[commitment.Opening]]:
         proofs, openings = [], []
         for branch, number, leg in account.numbered:
+            await asyncio.sleep(0)  # there may be many, each of a long prompt: others go between
             if leg.proved is not None:
                 proofs.append((leg.proved.proof, leg.proved.signed))
                 openings.append(leg.proved.opening)

@@ -31,7 +31,8 @@ class Offers:
     async def keep_learning(self, changed: Callable[[], None]) -> None:
         """Until cancelled; the catalog may be another after a reload."""
         while True:
-            for model in self._admission.catalog.models:
+            # Large files last: nobody waits for what is behind them.
+            for model in sorted(self._admission.catalog.models, key=lambda model: model.size):
                 if _file(model) not in self._digests:
                     with suppress(OSError):  # it is gone, and whoever asks for it will hear that
                         self._digests[_file(model)] = bytes.fromhex(await self._digest(model))

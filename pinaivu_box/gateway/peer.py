@@ -25,6 +25,7 @@ from pinaivu_box.gateway.seen import Destination, Lie, Seen, counts
 from pinaivu_box.gateway.tasks import to_task
 from pinaivu_box.identity import Identity
 from pinaivu_box.peering import wire, work
+from pinaivu_box.peering.large_messages import LargeMessages
 from pinaivu_box.peering.transport import Stream
 from pinaivu_box.receipts.receipt import ACCEPTANCE_DOMAIN, EngineInfo, SignedProof, cost
 
@@ -60,8 +61,11 @@ Keep = Callable[[Taken], Awaitable[None]]
 class PeerBackend:
     """`keep` gets every leg that was accepted."""
 
-    def __init__(self, identity: Identity, network: Opener, keep: Keep) -> None:
+    def __init__(
+        self, identity: Identity, network: Opener, keep: Keep, large: LargeMessages
+    ) -> None:
         self._identity, self._network, self._keep = identity, network, keep
+        self._large = large
         self._legs: dict[str, list[_Leg]] = {}  # of a job: two if it was hedged
         self._stops: set[asyncio.Task[None]] = set()
         self._tags = Tags()
@@ -74,7 +78,7 @@ class PeerBackend:
         task = to_task(job, tag)
         ask = work.Ask(task, to.digest, made, to.prices, to.currency, to.pays_prompt)
         stream = await self._begin(to, ask)
-        leg = _Leg(self._identity, job, made, to, stream, self._keep)
+        leg = _Leg(self._identity, job, made, to, stream, self._keep, self._large)
         self._legs.setdefault(job.id, []).append(leg)
         ended = False
         try:
@@ -90,11 +94,14 @@ class PeerBackend:
             if not ended:
                 stream.abandon()
 
-    def cancel(self, job: Job) -> None:
-        for leg in self._legs.get(job.id, ()):
+    def cancel(self, job: Job, node_id: str | None = None) -> bool:
+        """All its legs, or the one at that node; whether there is any."""
+        found = [one for one in self._legs.get(job.id, ()) if node_id in (None, one.node_id)]
+        for leg in found:
             task = asyncio.create_task(leg.stop())
             self._stops.add(task)
             task.add_done_callback(self._stops.discard)
+        return bool(found)
 
     async def count(
         self, job: Job, to: Destination, tokens: list[int] | None = None, *, plain: bool = False
@@ -103,7 +110,8 @@ class PeerBackend:
         stream = await self._begin(to, work.Count(to_task(job), to.digest, tokens, plain))
         try:
             async with asyncio.timeout(OPEN_SECONDS + STALL_SECONDS):
-                said = await work.receive(stream, work.to_coordinator)
+                check = self._large.to_coordinator(to.node_id)
+                said = await work.receive(stream, work.to_coordinator, check=check)
         except (PeeringError, TimeoutError) as error:
             raise _lost(to, error) from error
         finally:
@@ -126,6 +134,9 @@ class PeerBackend:
         except ValueError as error:
             stream.abandon()
             raise NoNodesAvailable(f"The request is too large for a peer: {error}.") from error
+        except BaseException:
+            stream.abandon()
+            raise
         return stream
 
 
@@ -140,8 +151,10 @@ class _Leg:
         to: Destination,
         stream: Stream,
         keep: Keep,
+        large: LargeMessages,
     ) -> None:
-        self.stream = stream
+        self.stream, self.node_id = stream, to.node_id
+        self._check = large.to_coordinator(to.node_id)
         self._identity, self._to, self._keep = identity, to, keep
         self._job, self._seen = job, Seen(job, made, to)
         self._began = self._read = self._spoke = False
@@ -196,7 +209,7 @@ class _Leg:
         began = loop.time()
         try:
             patience = max(STALL_SECONDS, min(_LONGEST_GAP, _GAPS * self._gap))
-            message = await work.receive(self.stream, work.to_coordinator, patience)
+            message = await work.receive(self.stream, work.to_coordinator, patience, self._check)
         except TimeoutError:
             raise self._stalled(f"nothing came for {loop.time() - began:.1f} s") from None
         if message is None:

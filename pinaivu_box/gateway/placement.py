@@ -53,6 +53,10 @@ class Placement:
         for engine in self.engines:
             engine.name_prefixes(named)
 
+    def forgive(self) -> None:
+        """Try again at once what could not be started: its file may be another one now."""
+        self._failures.clear()
+
     @property
     def engines(self) -> list[EngineProcess]:
         return list(self._engines.values())
@@ -151,6 +155,7 @@ class Placement:
             threads=self._config.threads,
             drafting=self._config.drafting,
             context_shift=self._config.context_shift,
+            parts=[str(path) for path, _ in model.parts],
         )
 
     # -- ending --------------------------------------------------------------------------------

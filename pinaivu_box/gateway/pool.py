@@ -24,14 +24,16 @@ from pinaivu_box.gateway.serving import Served, Serving
 from pinaivu_box.identity import Identity
 from pinaivu_box.models.catalog import Catalog, Model
 from pinaivu_box.peering import work
+from pinaivu_box.peering.large_messages import LargeMessages
 from pinaivu_box.peering.network import Network
+from pinaivu_box.store.ledger import Balance
 
 
 class Pool:
     """`keep` gets every leg that was served for a peer or by one, `owed` says what a peer owes us
-    and `debts` what we owe all of them,
-    `served` whether a leg was served for it already, and `terms` what it may have here; `digest`
-    reads a model's file if it has to."""
+    and `debts` what we owe all of them, `served` whether a leg was served for it already, `lately`
+    which in the last minute, and `terms` what it may have here; `digest` reads a model's file if it
+    has to; `writable` raises NoNodesAvailable if `keep` could keep nothing."""
 
     def __init__(
         self,
@@ -44,15 +46,18 @@ class Pool:
         network: Network,
         digest: Callable[[Model], Awaitable[str]],
         terms: Callable[[str], Awaitable[Terms]],
-        owed: Callable[[str, str], Awaitable[int]],
+        owed: Callable[[str, str], Awaitable[Balance]],
         served: Callable[[str, str, int, int], Awaitable[bool]],
+        lately: Callable[[str], Awaitable[list[tuple[float, int]]]],
         keep: Callable[[Served | Taken], Awaitable[None]],
         debts: Callable[[], Awaitable[Debts]],
+        writable: Callable[[], Awaitable[None]],
     ) -> None:
         # Whoever sets the clock changes no opinion.
         began = time.time() - time.monotonic()
         self.reputation = Reputation(lambda: began + time.monotonic())
         self._config = config
+        self._large = LargeMessages()
         resting = Resting(time.monotonic, Random())  # noqa: S311, it only spreads requests
         self.candidates = Candidates(
             identity.node_id, catalog, self._prices, self._currency, load, placement,
@@ -61,7 +66,7 @@ class Pool:
         self.dispatch = Dispatch(
             self.candidates,
             local,
-            PeerBackend(identity, network, keep),
+            PeerBackend(identity, network, keep, self._large),
             load,
             resting,
             self.reputation,
@@ -71,7 +76,8 @@ class Pool:
         )
         self.serving = Serving(
             identity, local, load, lambda name: catalog().find(name), self._prices,
-            self._currency, Guests(terms, owed, served, load), keep, digest,
+            self._currency, Guests(terms, owed, served, lately, load), keep, digest,
+            writable, self._large,
         )  # fmt: skip
         network.handlers[work.PURPOSE] = self.serving.handle
         load.changed = network.changed
@@ -81,6 +87,10 @@ class Pool:
         self._config = config
         self.dispatch.routing = _routing(config)
         self.candidates.ceilings.configure(config.peering)
+
+    def close(self) -> None:
+        """End the process that looks at large messages."""
+        self._large.close()
 
     def _prices(self, model: Model) -> Prices:
         pricing = self._config.pricing

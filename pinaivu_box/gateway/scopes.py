@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import os
 import secrets
 import stat
 import time
@@ -28,7 +27,7 @@ from pinaivu_box.store.keys import Key
 
 _DAY = 86400  # seconds
 _TAG_DIGITS = 32
-_MOST_NAMED = 1024 * 1024  # bytes of a named text
+_MOST_NAMED = 256 * 1024  # bytes of all named texts; more than a context holds
 
 
 def scope_of(key: Key) -> str:
@@ -62,22 +61,23 @@ class Tags:
 
 def named_texts(config: EngineConfig) -> tuple[str, ...]:
     """The texts of `[engine] shared_prefixes`, files read.  Raises CliError."""
-    texts = [one.text or _read(one.file) for one in config.shared_prefixes]
+    texts = [_read(one.file) if one.file else one.text for one in config.shared_prefixes]
+    if sum(len(text.encode()) for text in texts) > _MOST_NAMED:
+        raise CliError(f"engine.shared_prefixes: the texts have more than {_MOST_NAMED} bytes.")
     return tuple(text.rstrip() for text in texts)  # a file ends with a newline, a prompt need not
 
 
 def _read(path: str) -> str:
     try:
-        # Without waiting for the other end of what turns out to be a pipe.
-        handle = os.open(Path(path).expanduser(), os.O_RDONLY | os.O_NONBLOCK)
-        with os.fdopen(handle, "rb") as file:
-            if not stat.S_ISREG(os.fstat(handle).st_mode):
-                raise ValueError("it is not a regular file")
-            data = file.read(_MOST_NAMED + 1)
+        file = Path(path).expanduser()
+        if not stat.S_ISREG(file.stat().st_mode):  # a pipe would be waited for
+            raise ValueError("it is not a regular file")
+        with file.open("rb") as opened:
+            data = opened.read(_MOST_NAMED + 1)
         if len(data) > _MOST_NAMED:
             raise ValueError(f"it has more than {_MOST_NAMED} bytes")
         text = data.decode()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: ~ of nobody
         why = "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else error
         reason = getattr(error, "strerror", None) or why
         raise CliError(f"engine.shared_prefixes: {path} cannot be read: {reason}.") from error

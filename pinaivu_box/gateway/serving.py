@@ -32,12 +32,13 @@ from pinaivu_box.gateway.guests import Guests, Pass, Terms
 from pinaivu_box.gateway.load import Load
 from pinaivu_box.gateway.local import LocalBackend
 from pinaivu_box.gateway.mailbox import Mailbox
-from pinaivu_box.gateway.metering import Leg, prove
+from pinaivu_box.gateway.metering import ENGINE_LOST, Leg, prove
 from pinaivu_box.gateway.scopes import guest_scope
 from pinaivu_box.gateway.tasks import sampling_of, to_job
 from pinaivu_box.identity import Identity, verify
 from pinaivu_box.models.catalog import Model
 from pinaivu_box.peering import wire, work
+from pinaivu_box.peering.large_messages import LargeMessages
 from pinaivu_box.peering.transport import Stream
 from pinaivu_box.receipts.commitment import Running, new_nonce
 from pinaivu_box.receipts.receipt import (
@@ -57,6 +58,7 @@ _ASK_SECONDS = 30.0  # for a task to come whole
 _ALIVE_SECONDS = 1.0
 _ACCEPT_SECONDS = 10.0
 _TYPICAL_TOKENS = 256  # of an answer without a limit, until it is known better
+_SHORT = 4096  # bytes
 _STOPS = 8  # that one leg is worth
 # Refusals that are of this box or of the peer here: somebody else may well serve the request.
 _OTHERS = (NoNodesAvailable, RateLimited, ModelNotAllowed, ModelNotFound, Conflict, InternalError)
@@ -76,7 +78,8 @@ class Served:
 
 
 class Serving:
-    """`record` keeps each leg; `find` raises ModelNotFound."""
+    """`record` keeps each leg; `find` raises ModelNotFound, `writable` NoNodesAvailable if nothing
+    could be kept now."""
 
     def __init__(
         self,
@@ -89,10 +92,13 @@ class Serving:
         guests: Guests,
         record: Callable[[Served], Awaitable[None]],
         digest: Callable[[Model], Awaitable[str]],
+        writable: Callable[[], Awaitable[None]],
+        large: LargeMessages,
     ) -> None:
+        self._large = large
         self._identity, self._local, self._load = identity, local, load
         self._find, self._prices, self._currency = find, prices, currency
-        self._record, self._digest = record, digest
+        self._record, self._digest, self._writable = record, digest, writable
         self.guests = guests
         self._legs = 0
         self.draining = False
@@ -105,7 +111,8 @@ class Serving:
         """One stream of the purpose `work`.  Raises PeeringError if the peer broke off, or the
         rules."""
         async with asyncio.timeout(_ASK_SECONDS), self.guests.use(peer).asking:
-            asked = await work.receive(stream, work.to_serving)
+            check = self._large.to_serving(peer)
+            asked = await work.receive(stream, work.to_serving, check=check)
         try:
             if isinstance(asked, work.Count):
                 await work.send(stream, await self._count(peer, asked))
@@ -127,7 +134,10 @@ class Serving:
         terms = await self.guests.terms(peer)
         job = await self._job(peer, asked.task, asked.digest, terms)
         with self.guests.place(peer, terms):
+            await self.guests.check(peer, terms, self._currency())
+            counted = self.guests.counting(peer, terms)
             found, context = await self._local.ask(job, asked.tokens, plain=asked.plain)
+            counted(max(len(found.tokens), len(asked.tokens or ())))
         return work.Tokens(found.tokens, found.text, found.thinking, context)
 
     async def _job(self, peer: str, task: work.Task, digest: str, terms: Terms) -> Job:
@@ -135,6 +145,7 @@ class Serving:
             raise NoNodesAvailable("This box is shutting down: send it elsewhere.", retry_after=5)
         if (why := terms.why_not()) is not None:
             raise ModelNotAllowed(why)
+        await self._writable()
         if not any(fnmatchcase(task.model, glob) for glob in terms.models):
             raise ModelNotAllowed(f"This box does not serve {task.model} to yours.", param="model")
         model = self._find(task.model)
@@ -149,14 +160,32 @@ class Serving:
         terms = await self.guests.terms(peer)
         job = await self._job(peer, asked.task, asked.digest, terms)
         price = self._price(job.model, asked)
-        most = _most_tokens(job, asked.made)
-        ceiling = price.prices.most(len(job.read or ()) or _TYPICAL_TOKENS, most)
-        await self.guests.check_credit(peer, terms, price.currency)
-        with self.guests.place(peer, terms, ceiling, most) as used:
-            async with self.guests.once(peer, job, pays=asked.pays_prompt) as admitted:
-                served = await self._run(peer, stream, job, price, asked, admitted)
-                if served is not None:
-                    used(served.proof.prompt_tokens + served.proof.completion_tokens)
+        with self.guests.place(peer, terms):
+            context = 0
+            if terms.limited:
+                await self.guests.check(peer, terms, price.currency)
+                job, context = await self._read(stream, job)
+            prompt, most = self._most_tokens(job, asked.made, context)
+            ceiling = price.prices.most(prompt, most)
+            async with self.guests.reserved(
+                peer, terms, price.currency, ceiling, prompt + most
+            ) as used:
+                with self._load.taken(job.model.id):
+                    async with self.guests.once(peer, job, pays=asked.pays_prompt) as admitted:
+                        await self._run(peer, stream, job, price, asked, admitted, used)
+
+    async def _read(self, stream: Stream, job: Job) -> tuple[Job, int]:
+        """With its prompt's tokens, and the context of its model.  That takes long if the model has
+        to be loaded; who has left meanwhile does not stop what others may wait for too."""
+        reading = asyncio.create_task(self._local.read(job))
+        reading.add_done_callback(lambda done: done.cancelled() or done.exception())
+        try:
+            while not (await asyncio.wait({reading}, timeout=_ALIVE_SECONDS))[0]:
+                await work.send(stream, work.Alive())
+        except PeeringError:
+            await asyncio.wait({reading})  # it keeps its place until then
+            raise
+        return reading.result()
 
     async def _run(
         self,
@@ -166,16 +195,45 @@ class Serving:
         price: Price,
         asked: work.Ask,
         admitted: Pass,
-    ) -> Served | None:
-        """None if nothing was computed."""
-        async with _Leg(self._identity, self._local, stream, job, price, asked) as leg:
-            with self._load.taken(job.model.id):
-                served = await leg.serve(peer, admitted.fresh)
-            if served is not None:
-                admitted.proven()
+        used: Callable[[int], None],
+    ) -> None:
+        leg = _Leg(self._identity, self._local, stream, job, price, asked)
+        owed = False
+        try:
+            async with leg:
+                await asyncio.sleep(0)  # the engine has its request before anything else is done
+                await admitted.fresh()
+                owed = True
+                if await leg.send_all(admitted.paid):
+                    admitted.proven()
+                    await leg.hear_out()
+        except ApiError:
+            owed = False  # the peer is refused, and gets no more
+            raise
+        finally:
+            # Whatever the peer has done meanwhile, and wherever it hung up.
+            proof = leg.proof() if owed else None
+            # A box that stops ends its peers' requests itself, and nobody owes for that.
+            if self.draining and proof is not None and proof.finish_reason == "cancelled":
+                proof = None
+            used(leg.tokens if owed else 0)
+            if proof is not None:
                 self._load.measured(job.model.id, leg.account)
-                await self._settle(served, leg.answer)
-            return served
+                await self._settle(peer, proof, asked.pays_prompt, leg.said)
+                admitted.served()
+
+    def _most_tokens(self, job: Job, made: list[int], context: int) -> tuple[int, int]:
+        """Of the prompt and of the answer, at most; guessed without a `context`, that is, if the
+        prompt was not read."""
+        prompt = len(job.read or ()) or (0 if context else _TYPICAL_TOKENS)
+        if job.inputs is not None:
+            return prompt, 0
+        asked = None if job.max_tokens is None else max(0, job.max_tokens - len(made))
+        if not context:
+            return prompt, _TYPICAL_TOKENS if asked is None else asked
+        room = work.MOST_TOKENS if self._load.config.context_shift else context
+        most = max(0, room - prompt - len(made))
+        return prompt, most if asked is None else min(asked, most)
 
     def _price(self, model: Model, asked: work.Ask) -> Price:
         """What we ask now, unless that is more than the peer was told."""
@@ -193,26 +251,29 @@ class Serving:
         return Price(currency, *ours)
 
     async def _settle(
-        self, served: Served, answer: asyncio.Future[work.Accepted | work.Disputed | None]
+        self,
+        peer: str,
+        proof: Proof,
+        pays_prompt: bool,
+        said: work.Accepted | work.Disputed | None,
     ) -> None:
-        """Keep the proof, also if the peer does not accept it: then it is in dispute."""
-        acceptance, disputed = b"", None
-        try:
-            said = await asyncio.wait_for(asyncio.shield(answer), _ACCEPT_SECONDS)
-            if isinstance(said, work.Accepted):
-                signed = served.signed.signed.encode()
-                acceptance = bytes.fromhex(said.signature)
-                if not verify(served.peer, ACCEPTANCE_DOMAIN, signed, acceptance):
-                    acceptance = b""
-                    raise ProtocolError("it accepted a proof with a signature that is not its own")
-            elif said is not None:
-                disputed = wire.printable(said.why)
-                log.warning("%s disputes a leg of %s: %s", served.peer, served.proof.request_id,
-                            disputed)  # fmt: skip
-        except TimeoutError:
-            log.info("%s said nothing of a leg of %s", served.peer, served.proof.request_id)
-        finally:
-            await self._record(replace(served, acceptance=acceptance, disputed=disputed))
+        """Into the ledger, also if the peer has not accepted it: then it waits for that there, and
+        counts against the peer's credit."""
+        signed = sign_proof(self._identity, proof)
+        acceptance, disputed, forged = b"", None, False
+        if isinstance(said, work.Accepted):
+            acceptance = bytes.fromhex(said.signature)
+            if not verify(peer, ACCEPTANCE_DOMAIN, signed.signed.encode(), acceptance):
+                acceptance, forged = b"", True
+        elif said is not None:
+            disputed = wire.printable(said.why)
+            log.warning("%s disputes a leg of %s: %s", peer, proof.request_id, disputed)
+        else:
+            log.info("%s has not accepted a leg of %s", peer, proof.request_id)
+        due = cost(proof, pays_prompt)
+        await self._record(Served(peer, proof, signed, due, acceptance, disputed))
+        if forged:
+            raise ProtocolError("it accepted a proof with a signature that is not its own")
 
 
 class _Leg:
@@ -230,10 +291,11 @@ class _Leg:
         self._identity, self._local, self._stream = identity, local, stream
         self._job, self._price, self._asked = job, price, asked
         self._running = Running(new_nonce())
-        self._tokens = 0
+        self._made = 0  # tokens that have been sent
         self._leg: Leg | None = None
+        self._proof: Proof | None = None
         self._said: Mailbox[Event | ApiError] = Mailbox()
-        self.answer: asyncio.Future[work.Accepted | work.Disputed | None] = (
+        self._answer: asyncio.Future[work.Accepted | work.Disputed | None] = (
             asyncio.get_running_loop().create_future()
         )
         self._pumping: asyncio.Task[None]
@@ -246,22 +308,47 @@ class _Leg:
             raise EngineLost("The engine spoke before it had begun; try again.")
         return self._leg
 
+    @property
+    def tokens(self) -> int:
+        """That were computed, those of the prompt included."""
+        leg = self._leg
+        return len(leg.prompt or ()) + len(leg.tokens) if leg is not None and leg.begun else 0
+
+    @property
+    def said(self) -> work.Accepted | work.Disputed | None:
+        """What the peer thinks of the proof, None if it has said nothing."""
+        return self._answer.result() if self._answer.done() else None
+
     async def __aenter__(self) -> _Leg:
         self._pumping = asyncio.create_task(self._pump(self._asked.made))
         self._listening = asyncio.create_task(self._listen())
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        """Whatever has happened: the engine stops, and nobody reads the stream any more."""
+        """Whatever has happened: the engine stops, nobody reads the stream any more, and what was
+        computed until then is in the account."""
         self._stop()
         self._listening.cancel()
         await asyncio.wait([self._pumping, self._listening])
+        for event in self._said.left():
+            if isinstance(event, Started):
+                self._start(event)
+            elif isinstance(event, Prompt | Output):
+                self.account.take(event)
 
-    async def serve(self, peer: str, fresh: Callable[[], Awaitable[None]]) -> Served | None:
-        """None if nothing was computed.  Raises ApiError if that is to be told, LinkLost."""
-        await asyncio.sleep(0)  # the engine has its request before anything else is looked at
-        await fresh()
-        return await self._send_all(peer)
+    def proof(self) -> Proof | None:
+        """Once the engine has ended it; None if nothing was computed, or if that failed here."""
+        leg = self._leg
+        if self._proof is not None or leg is None or not leg.begun:
+            return self._proof
+        if leg.finish_reason != ENGINE_LOST:
+            self._proof, _ = prove(self._job, self._job.leg, leg, self._price)
+        return self._proof
+
+    async def hear_out(self) -> None:
+        """What the peer thinks of the proof, if it says so soon."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(asyncio.shield(self._answer), _ACCEPT_SECONDS)
 
     async def _pump(self, made: list[int]) -> None:
         try:
@@ -281,39 +368,54 @@ class _Leg:
         said: work.ToServing | None = None
         for _ in range(_STOPS):
             try:
-                said = await work.receive(self._stream, work.to_serving)
+                said = await work.receive(self._stream, work.to_serving, check=_short)
             except PeeringError:
                 said = None
             if not isinstance(said, work.Accepted | work.Disputed) and not self._stopped:
                 self._stop()
             if not isinstance(said, work.Stop):
                 break
-        self.answer.set_result(said if isinstance(said, work.Accepted | work.Disputed) else None)
+        self._answer.set_result(said if isinstance(said, work.Accepted | work.Disputed) else None)
 
     def _stop(self) -> None:
         self._stopped = True
         self._local.cancel(self._job)
 
-    async def _send_all(self, peer: str) -> Served | None:
+    async def send_all(self, paid: Callable[[], None]) -> bool:
+        """All that the engine says; whether there was something to prove.  `paid` is asked before
+        the first output.  Raises ApiError if that is to be told, LinkLost."""
         while True:
             events = await self._next()
             if not events:
                 await work.send(self._stream, work.Alive())
             outputs = [event for event in events if isinstance(event, Output)]
+            # Into the account before anything is sent: what is computed is owed, sent or not.
             for event in events:
                 if isinstance(event, Started):
-                    self._leg = Leg(replace(event, nonce=self._running.nonce))
-                elif isinstance(event, Prompt):
+                    self._start(event)
+                elif isinstance(event, Prompt | Output):
+                    self.account.take(event)
+            for event in events:
+                if isinstance(event, Prompt):
                     await self._begin(event)
             if outputs:
-                served = self._prove(peer, outputs)
-                signed = served and served.signed
-                proved = [work.Proved(signed.signed, signed.signature)] if signed else []
-                await work.send(self._stream, *proved, *self._frames(outputs))
+                if not self._made:
+                    paid()
+                await work.send(self._stream, *self._proved(), *self._frames(outputs))
                 if outputs[-1].finish_reason:
-                    return served
+                    return self.proof() is not None
             if events and isinstance(events[-1], ApiError):
                 raise events[-1]
+
+    def _start(self, started: Started) -> None:
+        self._leg = Leg(replace(started, nonce=self._running.nonce))
+
+    def _proved(self) -> list[work.Proved]:
+        proof = self.proof()
+        if proof is None:
+            return []
+        signed = sign_proof(self._identity, proof)
+        return [work.Proved(signed.signed, signed.signature)]
 
     async def _next(self) -> list[Event | ApiError]:
         """What has come; nothing after a second in which the engine was well but silent."""
@@ -324,9 +426,7 @@ class _Leg:
             return []
 
     async def _begin(self, prompt: Prompt) -> None:
-        leg = self.account
-        leg.take(prompt)
-        started = leg.started
+        started = self.account.started
         await work.send(
             self._stream,
             work.Began(
@@ -341,17 +441,6 @@ class _Leg:
             work.Read(prompt.tokens, prompt.thinking, prompt.text),
         )
 
-    def _prove(self, peer: str, outputs: list[Output]) -> Served | None:
-        """Take them into the account of the leg; the proof, if they end it."""
-        leg = self.account
-        for one in outputs:
-            leg.take(one)
-        if not (outputs[-1].finish_reason and leg.begun):
-            return None
-        proof, _ = prove(self._job, self._job.leg, leg, self._price)
-        due = cost(proof, self._asked.pays_prompt)
-        return Served(peer, proof, sign_proof(self._identity, proof), due, b"")
-
     def _frames(self, outputs: list[Output]) -> Iterator[work.Outputs]:
         """Vectors are large: of those, one output to a message."""
         most = work.MOST_OUTPUTS if self._job.inputs is None else 1
@@ -359,13 +448,19 @@ class _Leg:
             batch = outputs[at : at + most]
             for one in batch:
                 self._running.add(one.text, one.tokens)
-                self._tokens += len(one.tokens)
+                self._made += len(one.tokens)
             job = self._job
             text = mark_text(
-                job.request_id, job.choice, job.leg, self._tokens, self._running.commitment
+                job.request_id, job.choice, job.leg, self._made, self._running.commitment
             )
             mark = self._identity.sign(MARK_DOMAIN, text).hex()
             yield work.Outputs([_out(one) for one in batch], mark)
+
+
+async def _short(body: bytes) -> None:
+    """Nothing that a leg is told is long."""
+    if len(body) > _SHORT:
+        raise ProtocolError(f"a message of {len(body)} bytes while it is served")
 
 
 def _out(one: Output) -> work.Out:
@@ -385,9 +480,3 @@ def _out(one: Output) -> work.Out:
 def _refused(error: ApiError) -> work.Refused:
     other = isinstance(error, _OTHERS)
     return work.Refused(error.code, error.message, error.param, error.retry_after, other)
-
-
-def _most_tokens(job: Job, made: list[int]) -> int:
-    if job.inputs is not None:
-        return 0
-    return _TYPICAL_TOKENS if job.max_tokens is None else max(0, job.max_tokens - len(made))

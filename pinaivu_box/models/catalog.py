@@ -4,26 +4,35 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import NamedTuple
 
 from pinaivu_box.config import Config, ModelConfig, SamplingConfig
-from pinaivu_box.errors import CliError, ModelNotFound
-from pinaivu_box.models import bundled
-from pinaivu_box.models.gguf import BadGguf, Header, read_header
+from pinaivu_box.errors import CliError, ModelNotFound, quoted
+from pinaivu_box.models import bundled, folder, gguf, splits
+from pinaivu_box.models.files import look, open_regular
+from pinaivu_box.models.gguf import BadGguf, Header
+from pinaivu_box.models.headers import Headers
+from pinaivu_box.models.names import MAX_NAME, RULE, is_model_id, printable
 
-# name:tag as in Ollama, with an optional owner before it.
-WELL_FORMED = re.compile(r"(?:[\w.-]+/)*[\w.-]+(?::[\w.-]+)?", re.ASCII)
 FAKE = "fake:"  # a runner without a model, for tests and load measurements
+_PIECE = 1 << 20
+
+
+class Part(NamedTuple):
+    path: Path
+    size: int
 
 
 @dataclass(frozen=True)
 class Model:
     """`size` bytes at `offset` of `path`; `created` is the file's time in Unix seconds.
 
+    A model in several files has them as `parts`, of which `path` is the first and `size` the sum.
     `recorded_digest` is set where the digest is known without reading the file.  A `remote` one
     is at peers only: it has neither file nor header here.
     """
@@ -39,6 +48,14 @@ class Model:
     sampling: SamplingConfig
     recorded_digest: str | None = None
     remote: bool = False
+    parts: tuple[Part, ...] = ()
+
+    @property
+    def files(self) -> list[Model]:
+        """Each of its files as a model of its own: itself, or its parts."""
+        if not self.parts:
+            return [self]
+        return [replace(self, path=path, size=size, parts=()) for path, size in self.parts]
 
     @property
     def is_fake(self) -> bool:
@@ -46,9 +63,12 @@ class Model:
 
 
 class Catalog:
-    def __init__(self, models: dict[str, Model], broken: dict[str, str]) -> None:
+    """`not_served` are the files in the models folder that are not, each with the end of a sentence
+    that says why."""
+
+    def __init__(self, models: dict[str, Model], not_served: dict[Path, str] | None = None) -> None:
         self._models = models
-        self.broken = broken  # file -> why it is not served
+        self.not_served = not_served or {}
 
     @property
     def models(self) -> list[Model]:
@@ -61,58 +81,146 @@ class Catalog:
             for model in self.models
             if any(fnmatchcase(model.id, glob) for glob in globs)
         }
-        return Catalog(fits, {})
+        return Catalog(fits)
 
     def find(self, model_id: str) -> Model:
         """The model of that id; a name without a tag means `:latest`.  Raises ModelNotFound."""
         for candidate in (model_id, f"{model_id}:latest", model_id.removesuffix(":latest")):
             if candidate in self._models:
                 return self._models[candidate]
-        near = difflib.get_close_matches(model_id, self._models, n=3, cutoff=0.5)
+        near = difflib.get_close_matches(model_id[:MAX_NAME], self._models, n=3, cutoff=0.5)
         hint = f" Did you mean {' or '.join(near)}?" if near else ""
         served = ", ".join(sorted(self._models)[:20]) or "no model yet"
         raise ModelNotFound(
-            f"The model '{model_id}' is not served here.{hint} Served here: {served}.",
+            f"The model '{quoted(model_id)}' is not served here.{hint} Served here: {served}.",
             param="model",
         )
 
 
-def load(config: Config, home: Path) -> Catalog:
+def load(config: Config, home: Path, headers: Headers | None = None) -> Catalog:
     """The configured models, then the files in the models folder, then the bundled model.
 
-    A configured file that cannot be served is the operator's mistake (CliError); a stray file in
-    the folder is only noted.
+    A configured file that cannot be served is the operator's mistake (CliError); one in the folder
+    is noted, and stops no other.  This reads files: it is no work for an event loop.  `headers`
+    remembers what it has read for the next time.
     """
-    models: dict[str, Model] = {}
-    broken: dict[str, str] = {}
-    for entry in config.model:
-        if not WELL_FORMED.fullmatch(entry.name):
-            raise CliError(f"'{entry.name}' is not a model name: write it as name:tag.")
-        try:
-            models[entry.name] = _configured(entry)
-        except (BadGguf, OSError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise CliError(
-                f"The model {entry.name} ({entry.path}) cannot be served: {reason}."
-            ) from error
-    directory = folder(config, home)
-    for path in sorted(directory.glob("*.gguf")) if directory.is_dir() else []:
-        model_id = path.stem if ":" in path.stem else f"{path.stem}:latest"
-        try:
-            models.setdefault(model_id, _from_file(model_id, path))
-        except (BadGguf, OSError) as error:
-            broken[str(path)] = str(error)
+    headers = headers or Headers()
+    try:
+        models = _of_config(config.model, headers)
+        found = folder.find(directory(config, home))
+        not_served = found.not_served
+        for key, files in _grouped(found.files, not_served).items():
+            first = min(files)
+            path = files[first]
+            try:
+                model_id = _id_of(path)
+                if (other := models.get(model_id)) is not None:
+                    if other.owner == "local" and _same_file(path, other.path):
+                        continue  # this very file: the configuration names it, or a link leads here
+                    raise BadGguf(
+                        f"another file is served as {model_id} already "
+                        f"({printable(str(other.path))}): rename one of them"
+                    )
+                if isinstance(key, Path):
+                    models[model_id] = _single(model_id, path, headers)
+                else:
+                    splits.check_complete(key.count, list(files))
+                    paths = [files[number] for number in sorted(files)]
+                    models[model_id] = _split(model_id, paths, headers)
+            except (BadGguf, OSError) as error:
+                not_served[path] = _reason(error)
+    finally:
+        headers.finish()
     location = bundled.find()
     if location and bundled.MODEL_ID not in models:
-        models[bundled.MODEL_ID] = _from_file(
-            bundled.MODEL_ID,
-            location.path,
-            offset=location.offset,
-            size=location.size,
-            digest=location.digest,
-            owner="bundled",
-        )
-    return Catalog(models, broken)
+        try:
+            models[bundled.MODEL_ID] = _bundled(location)
+        except (BadGguf, OSError) as error:
+            not_served[location.path] = f"the bundled model: {_reason(error)}"
+    return Catalog(models, not_served)
+
+
+def _bundled(location: bundled.Location) -> Model:
+    """It belongs to this program: its header is read without the caution that others need.  Raises
+    BadGguf, OSError."""
+    return _from_file(
+        bundled.MODEL_ID,
+        location.path,
+        gguf.read_header(location.path, location.offset, location.size),
+        offset=location.offset,
+        size=location.size,
+        digest=location.digest,
+        owner="bundled",
+    )
+
+
+@dataclass(frozen=True)
+class _Set:
+    """The files of one model."""
+
+    folder: Path
+    stem: str
+    count: int
+
+
+def _of_config(entries: Sequence[ModelConfig], headers: Headers) -> dict[str, Model]:
+    """Raises CliError."""
+    models: dict[str, Model] = {}
+    for entry in entries:
+        if not is_model_id(entry.name):
+            raise CliError(f"'{printable(entry.name)}' is not a model name: write it as name:tag.")
+        try:
+            models[entry.name] = _configured(entry, headers)
+        except (OSError, ValueError) as error:
+            raise CliError(
+                f"The model {entry.name} ({printable(entry.path)}) cannot be served: "
+                f"{_reason(error)}."
+            ) from error
+    return models
+
+
+def _grouped(
+    files: Sequence[Path], not_served: dict[Path, str]
+) -> dict[Path | _Set, dict[int, Path]]:
+    """What belongs together, by the number of the part; a file of its own is number 1."""
+    groups: dict[Path | _Set, dict[int, Path]] = {}
+    for path in files:
+        try:
+            part = splits.parse(path.name)
+            if part is None:
+                groups[path] = {1: path}
+                continue
+            group = groups.setdefault(_Set(path.parent, part.stem, part.count), {})
+            if part.number in group:
+                raise BadGguf(f"{printable(group[part.number].name)} is the same part: rename it")
+            group[part.number] = path
+        except BadGguf as error:
+            not_served[path] = str(error)
+    return groups
+
+
+def _id_of(path: Path) -> str:
+    """What the model in that file is called.  Raises BadGguf."""
+    stem = splits.stem_of(path.name)
+    model_id = stem if ":" in stem else f"{stem}:latest"
+    if not is_model_id(model_id):
+        raise BadGguf(f"its name is no model id ({RULE}): rename it")
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise BadGguf("the name of its folder is not UTF-8: rename it") from None
+    return model_id
+
+
+def _same_file(one: Path, other: Path) -> bool:
+    try:
+        return one.samefile(other)
+    except OSError:
+        return False
+
+
+def _reason(error: Exception) -> str:
+    return str(getattr(error, "strerror", None) or error)
 
 
 def remote(model_id: str, digest: str) -> Model:
@@ -124,7 +232,7 @@ def remote(model_id: str, digest: str) -> Model:
         size=0,
         created=0,
         owner="peers",
-        header=Header({}),
+        header=Header(),
         context=0,
         sampling=SamplingConfig(),
         recorded_digest=digest,
@@ -132,20 +240,37 @@ def remote(model_id: str, digest: str) -> Model:
     )
 
 
-def folder(config: Config, home: Path) -> Path:
+def directory(config: Config, home: Path) -> Path:
     """Where the files are that are served without being named in the configuration."""
-    return Path(config.models_dir).expanduser() if config.models_dir else home / "models"
+    return _expanded(config.models_dir) if config.models_dir else home / "models"
 
 
-def digest_of(model: Model) -> str:
-    """SHA-256 of the GGUF in hex; reads the whole file (about 1 GB/s)."""
+def _expanded(text: str) -> Path:
+    """With the home directory in place of `~`, if there is such a user."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        return Path(text)
+
+
+def digest_of(model: Model, stopped: Callable[[], bool] = lambda: False) -> str:
+    """SHA-256 of the GGUF in hex, of a model in several files what `splits` makes of theirs; reads
+    them whole (about 1 GB/s).  Raises OSError, also if it is `stopped`."""
     if model.recorded_digest:
         return model.recorded_digest
-    with model.path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    if model.parts:
+        return splits.digest_of_parts([digest_of(file, stopped) for file in model.files])
+    digest = hashlib.sha256()
+    with open_regular(model.path, buffering=0) as file:
+        while piece := file.read(_PIECE):
+            if stopped():
+                raise InterruptedError(0, "nobody waits for its digest", str(model.path))
+            digest.update(piece)
+    return digest.hexdigest()
 
 
-def _configured(entry: ModelConfig) -> Model:
+def _configured(entry: ModelConfig, headers: Headers) -> Model:
+    """Raises BadGguf, OSError, ValueError (of a path that none can be)."""
     if entry.path.startswith(FAKE):
         return Model(
             id=entry.name,
@@ -154,36 +279,74 @@ def _configured(entry: ModelConfig) -> Model:
             size=0,
             created=0,
             owner="fake",
-            header=Header({}),
+            header=Header(),
             context=entry.context,
             sampling=entry.sampling,
             recorded_digest=hashlib.sha256(b"fake").hexdigest(),
         )
-    path = Path(entry.path).expanduser().resolve()
-    return _from_file(entry.name, path, context=entry.context, sampling=entry.sampling)
+    path = _expanded(entry.path).absolute()
+    str(path).encode()  # the engine is told in UTF-8
+    part = splits.parse(path.name)
+    if part is None:
+        model = _single(entry.name, Path(os.path.realpath(path)), headers)
+    elif part.number != 1:
+        raise BadGguf(f"it is part {part.number} of {part.count}: give the path of part 1")
+    else:
+        paths = splits.siblings(path, part)
+        there = [number for number, one in enumerate(paths, 1) if os.path.lexists(one)]
+        splits.check_complete(part.count, there)
+        model = _split(entry.name, paths, headers)
+    return replace(model, context=entry.context, sampling=entry.sampling)
+
+
+def _single(model_id: str, path: Path, headers: Headers) -> Model:
+    """Raises BadGguf, OSError."""
+    header = headers.read(path, look(path))
+    splits.check_single(header)
+    gguf.check_whole(header, header.tensors)
+    return _from_file(model_id, path, header)
+
+
+def _split(model_id: str, paths: Sequence[Path], headers: Headers) -> Model:
+    """Raises BadGguf, OSError."""
+    facts, read = [], []
+    for number, path in enumerate(paths, 1):
+        try:
+            facts.append(look(path))
+            read.append(headers.read(path, facts[-1]))
+        except (BadGguf, OSError) as error:
+            raise BadGguf(f"part {number} of {len(paths)}: {_reason(error)}") from error
+    tensors = splits.check_consistent(read)
+    gguf.check_whole(read[0], tensors)
+    return replace(
+        _from_file(model_id, paths[0], read[0]),
+        size=sum(one.st_size for one in facts),
+        created=max(int(one.st_mtime) for one in facts),
+        parts=tuple(Part(path, one.st_size) for path, one in zip(paths, facts, strict=True)),
+    )
 
 
 def _from_file(
     model_id: str,
     path: Path,
+    header: Header,
     *,
     offset: int = 0,
     size: int | None = None,
     digest: str | None = None,
     owner: str = "local",
-    context: int = 0,
-    sampling: SamplingConfig | None = None,
 ) -> Model:
-    stat = path.stat()
+    """Raises OSError."""
+    facts = look(path)
     return Model(
         id=model_id,
         path=path,
         offset=offset,
-        size=stat.st_size if size is None else size,
-        created=int(stat.st_mtime),
+        size=facts.st_size if size is None else size,
+        created=int(facts.st_mtime),
         owner=owner,
-        header=read_header(path, offset),
-        context=context,
-        sampling=sampling or SamplingConfig(),
+        header=header,
+        context=0,
+        sampling=SamplingConfig(),
         recorded_digest=digest,
     )

@@ -1,14 +1,22 @@
 """The facts in a GGUF file's header, read without llama.cpp (which the parent never loads).
 
-Format: ggml/docs/gguf.md.  Arrays (vocabularies, merges) are skipped, so this takes milliseconds.
+Format: ggml/docs/gguf.md.  A file is hostile until it is read: whatever its counts and lengths say,
+reading takes at most `_MAX_ITEMS` steps and `_MAX_HEADER` bytes of the file, and keeps only the
+values that are asked for.  Arrays (vocabularies, merges) are passed over.
 """
 
 from __future__ import annotations
 
+import math
 import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
+
+from msgspec import Struct
+
+from pinaivu_box.models.files import open_regular
+from pinaivu_box.models.names import printable
 
 Scalar = int | float | bool | str
 
@@ -18,132 +26,288 @@ _SCALARS = {
 }  # fmt: skip
 _STRING, _ARRAY = 8, 9
 _MAX_STRING = 16 * 1024 * 1024
-_MAX_ARRAY = 2**40
+_MAX_KEPT = 256  # bytes of a value that is kept
+_MAX_NAME = 4096  # of keys and tensors; the format would allow 65,535
+_MAX_KEYS = 65_536
+_MAX_TENSORS = 131_072
+_MAX_ITEMS = 4_000_000  # keys, tensors and strings of arrays; the largest vocabularies have 800,000
+_MAX_HEADER = 256 * 1024 * 1024
+_WINDOW = 1024 * 1024
+_CUT_OFF = "it is incomplete: it ends in the middle of its header"
+_MAX_INT = 2**31 - 1
+# ggml_type -> elements in a block, and its bytes.  What is not here may be of a newer llama.cpp.
+TENSOR_TYPES = {
+    0: (1, 4), 1: (1, 2), 2: (32, 18), 3: (32, 20), 6: (32, 22), 7: (32, 24), 8: (32, 34),
+    9: (32, 36), 10: (256, 84), 11: (256, 110), 12: (256, 144), 13: (256, 176), 14: (256, 210),
+    15: (256, 292), 16: (256, 66), 17: (256, 74), 18: (256, 98), 19: (256, 50), 20: (32, 18),
+    21: (256, 110), 22: (256, 82), 23: (256, 136), 24: (1, 1), 25: (1, 2), 26: (1, 4), 27: (1, 8),
+    28: (1, 8), 29: (256, 56), 30: (1, 2), 34: (256, 54), 35: (256, 66), 39: (32, 17),
+}  # fmt: skip
 
 
 class BadGguf(ValueError):
-    """The bytes are not a GGUF file that we understand; the message says what is wrong."""
+    """The bytes are not a GGUF file that can be served; the message says why, as the end of a
+    sentence."""
 
 
-@dataclass(frozen=True)
-class Header:
-    """`metadata` holds the scalar and string values."""
+class Header(Struct, frozen=True):
+    """What the box needs to know of a file.
 
-    metadata: dict[str, Scalar]
-
-    def number(self, key: str, default: int = 0) -> int:
-        """An architecture's value, e.g. `context_length` of `llama.context_length`."""
-        value = self.metadata.get(f"{self.metadata.get('general.architecture')}.{key}", default)
-        return int(value) if isinstance(value, int | float) else default
-
-    @property
-    def context_length(self) -> int:
-        return self.number("context_length", 2048)
-
-    @property
-    def kv_bytes_per_token(self) -> int:
-        """Bytes of one cell of an f16 KV cache over all layers (an upper bound where a model
-        keeps less, as sliding-window layers do)."""
-        heads = max(1, self.number("attention.head_count", 1))
-        kv_heads = self.number("attention.head_count_kv", heads)
-        per_head = self.number("embedding_length") // heads
-        key = self.number("attention.key_length", per_head)
-        value = self.number("attention.value_length", per_head)
-        return self.number("block_count") * kv_heads * (key + value) * 2
-
-
-def read_header(path: Path, offset: int = 0) -> Header:
-    """Raises BadGguf, OSError."""
-    with path.open("rb") as file:
-        file.seek(offset)
-        try:
-            return _read_header(file)
-        except RecursionError:
-            raise BadGguf("it has arrays inside arrays without end") from None
-
-
-def ends_early(path: Path, offset: int, size: int) -> bool:
-    """Whether a GGUF of `size` bytes lacks the beginning of a tensor, as half a download does.
-
-    The end of the last tensor is left to llama.cpp, which knows how large each type is.  Raises
-    BadGguf, OSError.
+    `kv_bytes_per_token` are the bytes of one cell of an f16 KV cache over all layers (an upper
+    bound where a model keeps less, as sliding-window layers do).  A file that is part of a model
+    says that it is number `part` (from 1) of `parts` with `all_tensors` in all; otherwise those are
+    0.
     """
-    with path.open("rb") as file:
-        file.seek(offset)
-        header = _read_header(file)
-        begins = file.tell() - offset
-        file.seek(offset + 8)
-        count, last = int(_scalar(file, "<Q")), 0
-        file.seek(offset + begins)
-        for _ in range(count):
-            _string(file)
-            _skip(file, 8 * int(_scalar(file, "<I")) + 4)  # dimensions and type
-            last = max(last, int(_scalar(file, "<Q")))
-        begins = file.tell() - offset
-    alignment = int(header.metadata.get("general.alignment", 32)) or 32
-    return -(-begins // alignment) * alignment + last >= size
+
+    architecture: str = ""
+    kind: str = "model"
+    context_length: int = 2048
+    kv_bytes_per_token: int = 0
+    tensors: int = 0
+    part: int = 0
+    parts: int = 0
+    all_tensors: int = 0
 
 
-def _read_header(file: BinaryIO) -> Header:
-    if file.read(4) != b"GGUF":
+def read_header(path: Path, offset: int = 0, size: int | None = None) -> Header:
+    """The header of the GGUF that is `size` bytes at `offset` of the file, or all from there on.
+
+    It takes seconds if the file was made for that.  Raises BadGguf, also if the file ends before
+    its last tensor does, and OSError.
+    """
+    with open_regular(path, buffering=0) as file:
+        rest = file.seek(0, 2) - offset
+        return _read(_Reader(file, offset, rest if size is None else min(size, rest)))
+
+
+def check_whole(header: Header, tensors: int) -> None:
+    """Whether a file, or the first part of several with so many tensors in all, begins a model.
+    Raises BadGguf."""
+    if header.kind != "model":
+        raise BadGguf(f"it holds no model but {printable(header.kind)} (its general.type)")
+    if not header.architecture:
+        raise BadGguf("it does not name its architecture (general.architecture)")
+    if header.architecture == "clip":
+        raise BadGguf("it is a projector for images (mmproj), which is no model by itself")
+    if tensors == 0:
+        raise BadGguf("it has no tensors")
+
+
+class _Reader:
+    """Goes through the file in windows, within its bounds.  Raises BadGguf."""
+
+    def __init__(self, file: BinaryIO, offset: int, size: int) -> None:
+        self._file, self._offset, self.size = file, offset, size
+        self.at = 0  # where in the GGUF the next byte is
+        self._window, self._begin = b"", 0  # bytes, and where in the GGUF they are
+        self._left = _MAX_ITEMS
+
+    def step(self, count: int = 1) -> None:
+        self._left -= count
+        if self._left < 0:
+            raise BadGguf(f"its header has more than {_MAX_ITEMS:,} entries")
+
+    def take(self, size: int) -> bytes:
+        begin = self.at - self._begin
+        if begin < 0 or begin + size > len(self._window):
+            self._fill(size)
+            begin = 0
+        self.skip(size)
+        return self._window[begin : begin + size]
+
+    def skip(self, size: int) -> None:
+        if size > self.size - self.at:
+            raise BadGguf(_CUT_OFF)
+        self.at += size
+        if self.at > _MAX_HEADER:
+            raise BadGguf(f"its header has more than {_MAX_HEADER >> 20} MiB")
+
+    def skip_strings(self, count: int) -> None:
+        """`count` lengths, each with so many bytes after it."""
+        if count > (self.size - self.at) // 8:
+            raise BadGguf(f"it has an array of {count} strings, more than the file has room for")
+        self.step(count)
+        unpack = struct.Struct("<Q").unpack_from
+        while count:
+            self._fill(8)
+            window, at, end = self._window, 0, len(self._window) - 8
+            while count and at <= end:
+                at += 8 + unpack(window, at)[0]
+                count -= 1
+            self.skip(at)
+
+    def _fill(self, least: int) -> None:
+        """Let the window begin here, with at least so many bytes if the file has them."""
+        wanted = min(max(least, _WINDOW), max(self.size - self.at, 0))
+        self._file.seek(self._offset + self.at)
+        data = bytearray()
+        while len(data) < wanted and (more := self._file.read(wanted - len(data))):
+            data += more
+        if len(data) < least:
+            raise BadGguf(_CUT_OFF)
+        self._window, self._begin = bytes(data), self.at
+
+    # -- values ------------------------------------------------------------------------------------
+
+    def scalar(self, form: str) -> Scalar:
+        value: Scalar = struct.unpack(form, self.take(struct.calcsize(form)))[0]
+        return value
+
+    def number(self, form: str) -> int:
+        return int(self.scalar(form))
+
+    def name(self) -> str:
+        """Of a key or a tensor."""
+        length = self.number("<Q")
+        if length > _MAX_NAME:
+            raise BadGguf(f"it has a name of {length} bytes")
+        return self.take(length).decode(errors="replace")
+
+    def text(self) -> str | None:
+        """A value, None where it is longer than what is kept (a chat template, say)."""
+        length = self.number("<Q")
+        if length > _MAX_STRING:
+            raise BadGguf(f"it has a string of {length} bytes")
+        if length <= _MAX_KEPT:
+            return self.take(length).decode(errors="replace")
+        self.skip(length)
+        return None
+
+
+def _read(file: _Reader) -> Header:
+    if file.size == 0:
+        raise BadGguf("it is empty")
+    if file.size < 4 or file.take(4) != b"GGUF":
         raise BadGguf("it does not begin with the letters GGUF")
-    version = _scalar(file, "<I")
+    version = file.number("<I")
+    if version >= 2**24 and version % 2**24 == 0:
+        raise BadGguf("it was written for big-endian machines")
     if version not in (2, 3):
         raise BadGguf(f"it is of GGUF version {version}; 2 and 3 are known")
-    file.seek(8, 1)  # tensor count
-    count = int(_scalar(file, "<Q"))
-    metadata: dict[str, Scalar] = {}
+    tensors, keys = file.number("<Q"), file.number("<Q")
+    if keys > _MAX_KEYS:
+        raise BadGguf(f"it says that it has {keys} keys")
+    if tensors > _MAX_TENSORS:
+        raise BadGguf(f"it says that it has {tensors} tensors")
+    values = _Values(_metadata(file, keys))
+    needed = _tensors_end(file, tensors, values.alignment())
+    if needed > file.size:
+        raise BadGguf(
+            f"it is incomplete: it has {file.size:,} bytes, and its tensors end at {needed:,}"
+        )
+    return values.header(tensors)
+
+
+def _metadata(file: _Reader, count: int) -> dict[str, Scalar]:
+    metadata: dict[str, Scalar | None] = {}
     for _ in range(count):
-        key = _string(file)
-        value = _value(file, int(_scalar(file, "<I")))
-        if value is not None:
-            metadata[key] = value
-    return Header(metadata)
+        file.step()
+        key = file.name()
+        if key in metadata:
+            raise BadGguf(f"it has the key {printable(key, 80)} twice")
+        metadata[key] = _value(file, file.number("<I"))
+    return {key: value for key, value in metadata.items() if value is not None}
 
 
-def _value(file: BinaryIO, kind: int) -> Scalar | None:
+def _value(file: _Reader, kind: int) -> Scalar | None:
     if kind == _STRING:
-        return _string(file)
+        return file.text()
     if kind == _ARRAY:
         _skip_array(file)
         return None
+    return file.scalar(_form(kind))
+
+
+def _form(kind: int) -> str:
     if kind not in _SCALARS:
         raise BadGguf(f"it has a value of the unknown type {kind}")
-    return _scalar(file, _SCALARS[kind])
+    return _SCALARS[kind]
 
 
-def _skip_array(file: BinaryIO) -> None:
-    kind, count = int(_scalar(file, "<I")), int(_scalar(file, "<Q"))
-    if kind in _SCALARS:
-        _skip(file, struct.calcsize(_SCALARS[kind]) * count)
+def _skip_array(file: _Reader) -> None:
+    kind, count = file.number("<I"), file.number("<Q")
+    if kind == _STRING:
+        file.skip_strings(count)
         return
+    if kind == _ARRAY:
+        raise BadGguf("it has an array of arrays, which llama.cpp does not read")
+    size = struct.calcsize(_form(kind)) * count
+    if size > file.size - file.at:
+        raise BadGguf(f"it has an array of {count} values, more than the file has room for")
+    file.skip(size)
+
+
+def _tensors_end(file: _Reader, count: int, alignment: int) -> int:
+    """How many bytes a file with these tensors has at least."""
+    names: set[str] = set()
+    end = 0
     for _ in range(count):
-        if kind == _STRING:
-            _skip(file, int(_scalar(file, "<Q")))
-        else:
-            _value(file, kind)
+        file.step()
+        name = file.name()
+        if name in names:
+            raise BadGguf(f"it has the tensor {printable(name, 80)} twice")
+        names.add(name)
+        dimensions = file.number("<I")
+        if dimensions > 4:
+            raise BadGguf(f"it has a tensor of {dimensions} dimensions")
+        elements = math.prod(file.number("<Q") for _ in range(dimensions))
+        kind, offset = file.number("<I"), file.number("<Q")
+        block, size = TENSOR_TYPES.get(kind, (1, 0))
+        if max(elements, offset) >= 2**62:
+            raise BadGguf(f"its tensor {printable(name, 80)} is larger than any file")
+        end = max(end, offset + elements // block * size)
+    begin = -(-file.at // alignment) * alignment
+    return begin + end if count else file.at
 
 
-def _skip(file: BinaryIO, size: int) -> None:
-    if size > _MAX_ARRAY:
-        raise BadGguf(f"it has an array of {size} bytes")
-    file.seek(size, 1)
+@dataclass(frozen=True)
+class _Values:
+    """The metadata, of which only what is plausible is given on."""
 
+    metadata: dict[str, Scalar]
 
-def _scalar(file: BinaryIO, form: str) -> Scalar:
-    data = file.read(struct.calcsize(form))
-    try:
-        value: Scalar = struct.unpack(form, data)[0]
-    except struct.error:
-        raise BadGguf("it ends in the middle of its header") from None
-    return value
+    def alignment(self) -> int:
+        value = self._whole("general.alignment", 32, 1, 2**20)
+        if value & (value - 1):
+            raise BadGguf(f"its general.alignment is {value}, no power of 2")
+        return value
 
+    def header(self, tensors: int) -> Header:
+        parts = self._whole("split.count", 0, 0, 65_535)
+        return Header(
+            architecture=self._text("general.architecture"),
+            kind=self._text("general.type") or "model",
+            context_length=self._of_architecture("context_length", 2048, 1, _MAX_INT),
+            kv_bytes_per_token=self._kv_bytes(),
+            tensors=tensors,
+            part=self._whole("split.no", 0, 0, 65_535) + 1 if parts else 0,
+            parts=parts,
+            all_tensors=self._whole("split.tensors.count", 0, 0, _MAX_INT) if parts else 0,
+        )
 
-def _string(file: BinaryIO) -> str:
-    length = int(_scalar(file, "<Q"))
-    if length > _MAX_STRING:
-        raise BadGguf(f"it has a string of {length} bytes")
-    data = file.read(length)
-    if len(data) < length:
-        raise BadGguf("it ends in the middle of its header")
-    return data.decode(errors="replace")
+    def _kv_bytes(self) -> int:
+        heads = max(1, self._of_architecture("attention.head_count", 1, 0, 65_536))
+        kv_heads = self._of_architecture("attention.head_count_kv", heads, 0, 65_536)
+        per_head = self._of_architecture("embedding_length", 0, 0, 2**24) // heads
+        key = self._of_architecture("attention.key_length", per_head, 0, 2**24)
+        value = self._of_architecture("attention.value_length", per_head, 0, 2**24)
+        return self._of_architecture("block_count", 0, 0, 65_536) * kv_heads * (key + value) * 2
+
+    def _of_architecture(self, key: str, default: int, least: int, most: int) -> int:
+        """`context_length` of `llama.context_length`, say."""
+        return self._whole(f"{self._text('general.architecture')}.{key}", default, least, most)
+
+    def _whole(self, key: str, default: int, least: int, most: int) -> int:
+        value = self.metadata.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+            said = printable(repr(value), 40)
+            raise BadGguf(
+                f"its {printable(key, 80)} is {said}, not a whole number from {least} to {most}"
+            )
+        return value
+
+    def _text(self, key: str) -> str:
+        value = self.metadata.get(key, "")
+        if not isinstance(value, str) or not (value.isascii() and value.isprintable()):
+            raise BadGguf(f"its {key} is {printable(repr(value), 40)}, not a word")
+        return value

@@ -12,10 +12,12 @@ import hashlib
 import os
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from pinaivu_box.models.catalog import Model
+from pinaivu_box.models.files import open_regular
 
 PIECE_BYTES = 4 * 1024 * 1024
 HASH_BYTES = 32
@@ -41,24 +43,81 @@ def length(number: int, size: int) -> int:
     return min(PIECE_BYTES, size - number * PIECE_BYTES)
 
 
-def hashes(model: Model) -> bytes:
-    """The SHA-256 of each piece of the GGUF, one after the other.  Raises OSError."""
+def hashes(model: Model, stopped: Callable[[], bool] = lambda: False) -> bytes:
+    """The SHA-256 of each piece of a GGUF in one file, one after the other.  Raises OSError, also
+    if it is `stopped`."""
     made = bytearray()
-    with model.path.open("rb") as file:
+    with open_regular(model.path) as file:
         for number in range(count(model.size)):
             file.seek(model.offset + number * PIECE_BYTES)
             made += hashlib.sha256(file.read(length(number, model.size))).digest()
+            if stopped():
+                raise InterruptedError(0, "nobody waits for its hashes", str(model.path))
     return bytes(made)
 
 
 def read(model: Model, begin: int, size: int) -> bytes:
-    """Some bytes of the GGUF.  Raises OSError, also if it has become shorter."""
-    with model.path.open("rb") as file:
+    """Some bytes of a GGUF in one file.  Raises OSError, also if it has become shorter."""
+    with open_regular(model.path) as file:
         file.seek(model.offset + begin)
         data = file.read(size)
     if len(data) < size:
         raise OSError(f"{model.path} has become shorter")
     return data
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a whole file in hex.  Raises OSError."""
+    found = hashlib.sha256()
+    with open_regular(path) as file:
+        while data := file.read(PIECE_BYTES):
+            found.update(data)
+    return found.hexdigest()
+
+
+def check_room(folder: Path, files: Iterable[tuple[str, int]]) -> None:
+    """Whether copies of files with these digests and sizes have room in that folder, beside what is
+    there of them.  Raises NoRoom, OSError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    needed = _SPARE_BYTES
+    for digest, size in files:
+        partial = _partial(folder, digest)
+        needed += size - (partial.stat().st_blocks * 512 if partial.exists() else 0)
+    if needed > (free := shutil.disk_usage(folder).free):
+        raise NoRoom(needed, free)
+
+
+@contextmanager
+def claimed(folder: Path, digest: str) -> Iterator[None]:
+    """While this lasts nobody else copies the files of the model with that digest.  Raises Busy,
+    OSError."""
+    path = _partial(folder, f"{digest}.lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Busy("it is being copied already") from None
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def settle(folder: Path, digest: str, target: Path) -> None:
+    """Give a copy that is whole and on disk its name.  Raises FileExistsError, OSError."""
+    if target.exists():
+        raise FileExistsError(f"{target} is there already")
+    partial = _partial(folder, digest)
+    partial.rename(target)
+    for changed in (target.parent, partial.parent):
+        handle = os.open(changed, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
+
+
+def _partial(folder: Path, digest: str) -> Path:
+    return folder / ".partial" / digest
 
 
 class Partial:
@@ -67,7 +126,8 @@ class Partial:
 
     def __init__(self, folder: Path, digest: str, size: int, expected: bytes) -> None:
         """`expected` are the hashes of the pieces.  Raises Busy, NoRoom, OSError."""
-        self.path = folder / ".partial" / digest
+        self.path = _partial(folder, digest)
+        self._folder = folder
         self.size = size
         self._expected = expected
         self._digest = digest
@@ -138,16 +198,12 @@ class Partial:
                 digest.update(data)
         return digest.hexdigest() == self._digest
 
-    def finish(self, target: Path) -> None:
-        """Give it its name, once it is safely on disk.  FileExistsError."""
+    def finish(self, target: Path | None) -> None:
+        """See that it is safely on disk, and give it its name if it is to have one now.
+        FileExistsError."""
         os.fsync(self._file)
-        if target.exists():
-            raise FileExistsError(f"{target} is there already")
-        self.path.rename(target)
-        for folder in (target.parent, self.path.parent):
-            handle = os.open(folder, os.O_RDONLY)
-            os.fsync(handle)
-            os.close(handle)
+        if target is not None:
+            settle(self._folder, self._digest, target)
 
     def discard(self) -> None:
         """Delete what has come: it is of no use."""

@@ -8,7 +8,16 @@ from typing import Annotated, Any, Literal
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from pinaivu_box.errors import InvalidBody
-from pinaivu_box.openai.types import FunctionName, Probability, Schema, Text, TokenCount, TopK
+from pinaivu_box.openai.types import (
+    FunctionName,
+    Identifier,
+    Probability,
+    Schema,
+    StopString,
+    Text,
+    TokenCount,
+    TopK,
+)
 
 
 class TextBlock(Struct, frozen=True, tag="text", tag_field="type"):
@@ -61,7 +70,7 @@ class Thinking(Struct, frozen=True):
 
 
 class Owner(Struct, frozen=True):
-    user_id: str | None = None
+    user_id: Identifier | None = None
 
 
 class CountTokensRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -80,7 +89,7 @@ class MessagesRequest(CountTokensRequest, frozen=True, kw_only=True):
 
     max_tokens: TokenCount
     stream: bool = False
-    stop_sequences: Annotated[list[Text], Meta(max_length=16)] | None = None
+    stop_sequences: Annotated[list[StopString], Meta(max_length=16)] | None = None
     temperature: Annotated[float, Meta(ge=0, le=1)] | None = None
     top_p: Probability | None = None
     top_k: TopK | None = None
@@ -137,10 +146,11 @@ def as_messages(body: CountTokensRequest) -> list[dict[str, Any]]:
 
 def _assistant(blocks: list[Block], number: int) -> dict[str, Any]:
     message: dict[str, Any] = {"role": "assistant", "content": ""}
+    texts: list[str] = []
     for block in blocks:
         match block:
             case TextBlock(text):
-                message["content"] += text
+                texts.append(text)
             case ThinkingBlock(thinking):
                 message["reasoning_content"] = thinking
             case ToolUseBlock(call_id, name, given):
@@ -150,20 +160,22 @@ def _assistant(blocks: list[Block], number: int) -> dict[str, Any]:
                 message.setdefault("tool_calls", []).append(call)
             case ToolResultBlock():
                 raise _misplaced("a tool_result belongs into a user's message", number)
+    message["content"] = "".join(texts)
     return message
 
 
 def _user(blocks: list[Block], number: int) -> list[dict[str, Any]]:
     made: list[dict[str, Any]] = []
-    text = ""
+    texts: list[str] = []
     for block in blocks:
         match block:
             case TextBlock(more):
-                text += more
+                texts.append(more)
             case ToolResultBlock(call_id, content):
                 made.append({"role": "tool", "tool_call_id": call_id, "content": _text(content)})
             case _:
                 raise _misplaced("tool_use and thinking belong into an assistant's", number)
+    text = "".join(texts)
     return [*made, {"role": "user", "content": text}] if text or not made else made
 
 

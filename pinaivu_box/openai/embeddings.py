@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from pinaivu_box.openai.types import Text, TextOrTokens
+from pinaivu_box.openai.types import Identifier, Text, TextOrTokens
 
 
 class EmbeddingRequest(Struct, frozen=True, forbid_unknown_fields=True):
@@ -16,7 +16,7 @@ class EmbeddingRequest(Struct, frozen=True, forbid_unknown_fields=True):
     input: TextOrTokens
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: Annotated[int, Meta(ge=1, le=2**31 - 1)] | None = None
-    user: str | None = None
+    user: Identifier | None = None
 
 
 class OneEmbedding(Struct, frozen=True):

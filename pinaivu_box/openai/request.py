@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import difflib
 import re
+from functools import cache
 from typing import Any, TypeVar, cast
 
 import msgspec
 
-from pinaivu_box.errors import InvalidBody, InvalidJson, UnsupportedParameter
+from pinaivu_box.errors import (
+    BodyTooLarge,
+    InvalidBody,
+    InvalidJson,
+    UnsupportedParameter,
+    quoted,
+)
 from pinaivu_box.openai.parameters import unsupported
 from pinaivu_box.openai.types import (
     AssistantMessage,
@@ -28,11 +35,21 @@ from pinaivu_box.text import number
 Body = TypeVar("Body", bound=msgspec.Struct)
 
 
+# Up to so many bytes a body is decoded where it is wanted: that takes a few milliseconds at most.
+SMALL = 64 * 1024
+# What a body may hold.  Tokens are numbers, so of those there may be more.
+MOST_VALUES = 65_536
+MOST_NUMBERS = 524_288
+_DEEPEST = 200  # levels of lists and objects
+_LONGEST_NAME = 100  # characters of a field's name that are looked at, and said again
+
+
 def decode(data: bytes, kind: type[Body], *, lenient: bool = False) -> tuple[Body, list[str]]:
     """A body of that kind, and the names of what was ignored.
 
-    Raises InvalidJson, InvalidBody, UnsupportedParameter.  With `lenient`, top-level fields that
-    are unknown or not served are ignored.
+    Raises InvalidJson, InvalidBody, UnsupportedParameter, and BodyTooLarge for more values than are
+    taken.  With `lenient`, top-level fields that are unknown or not served are ignored.  What is
+    not SMALL may take seconds.
     """
     try:
         raw = msgspec.json.decode(data)
@@ -42,26 +59,77 @@ def decode(data: bytes, kind: type[Body], *, lenient: bool = False) -> tuple[Bod
         raise InvalidJson("The body is nested too deeply.") from error
     if not isinstance(raw, dict):
         raise InvalidBody("the body must be a JSON object", kind="type_error")
-    try:
-        path = _too_large(raw, ("body",)) if _MANY_DIGITS.search(data) else None
-    except RecursionError as error:
-        raise InvalidJson("The body is nested too deeply.") from error
+    if len(data) > SMALL:  # a smaller one cannot have so many
+        check_number_of_values(raw, "The body")
+    # What is made of it later goes down as deep, with the stack of whoever does it.
+    if data.count(b"[") + data.count(b"{") > _DEEPEST and _deeper(raw, _DEEPEST):
+        raise InvalidJson(f"The body is nested too deeply: {_DEEPEST} levels are taken.")
+    path = _too_large(raw, ("body",)) if _MANY_DIGITS.search(data) else None
     if path is not None:
         raise InvalidBody("the number has more than 64 bits", loc=path)
-    ignored = []
-    for name, reason in list(unsupported(raw)):
-        if not lenient:
-            raise UnsupportedParameter(reason, loc=("body", name), kind="value_error.unsupported")
-        ignored.append(name)
-    known = {field.encode_name for field in msgspec.structs.fields(kind)}
-    ignored += [name for name in raw if name not in known and name not in ignored]
+    ignored = dict.fromkeys(_not_served(raw, lenient=lenient))
+    known = _names(kind)
+    ignored |= dict.fromkeys(name for name in raw if name not in known)
     if ignored and not lenient:
-        raise _unknown(ignored[0], known)
+        raise _unknown(next(iter(ignored)), known)
+    for name in ignored:
+        del raw[name]
     try:
-        body = msgspec.convert({k: v for k, v in raw.items() if k not in ignored}, kind)
+        body = msgspec.convert(raw, kind)
     except msgspec.ValidationError as error:
         raise from_validation(error) from error
-    return body, ignored
+    return body, [quoted(name, _LONGEST_NAME) for name in ignored]
+
+
+def _deeper(raw: Any, most: int) -> bool:
+    """Whether there are more than `most` levels of lists and objects."""
+    level = [raw]
+    for _ in range(most):
+        level = [
+            inner
+            for one in level
+            for inner in (one.values() if isinstance(one, dict) else one)
+            if isinstance(inner, dict | list)
+        ]
+        if not level:
+            return False
+    return True
+
+
+@cache
+def _names(kind: type[msgspec.Struct]) -> frozenset[str]:
+    """Of its fields; to find them takes as long as to decode a usual body."""
+    return frozenset(field.encode_name for field in msgspec.structs.fields(kind))
+
+
+def _not_served(raw: dict[str, Any], *, lenient: bool) -> list[str]:
+    """Raises UnsupportedParameter, unless it is `lenient`."""
+    found = list(unsupported(raw))
+    if found and not lenient:
+        name, reason = found[0]
+        raise UnsupportedParameter(reason, loc=("body", name), kind="value_error.unsupported")
+    return [name for name, _ in found]
+
+
+def check_number_of_values(raw: Any, whose: str) -> None:
+    """Raises BodyTooLarge."""
+    values = numbers = 0
+    rest = [raw]
+    while rest:
+        one = rest.pop()
+        if isinstance(one, int | float):
+            numbers += 1
+        else:
+            values += 1
+        if values > MOST_VALUES or numbers > MOST_NUMBERS:
+            raise BodyTooLarge(
+                f"{whose} has more than {MOST_VALUES} values, or {MOST_NUMBERS} numbers: send "
+                "fewer and longer texts, or several requests."
+            )
+        if isinstance(one, dict):
+            rest.extend(one.values())
+        elif isinstance(one, list):
+            rest.extend(one)
 
 
 _MANY_DIGITS = re.compile(rb"[0-9]{19}")
@@ -79,11 +147,11 @@ def _too_large(value: Any, path: tuple[str | int, ...]) -> tuple[str | int, ...]
     return next((found for key, one in items if (found := _too_large(one, (*path, key)))), None)
 
 
-def _unknown(name: str, known: set[str]) -> InvalidBody:
-    near = difflib.get_close_matches(name, known, 1)
+def _unknown(name: str, known: frozenset[str]) -> InvalidBody:
+    near = difflib.get_close_matches(name[:_LONGEST_NAME], known, 1)
     hint = f"did you mean '{near[0]}'?" if near else "remove it or correct its name"
     return InvalidBody(
-        f"'{name[:100]}' is not a field here: {hint}",
+        f"'{quoted(name)}' is not a field here: {hint}",
         loc=("body", name),
         kind="value_error.extra",
     )
@@ -157,7 +225,9 @@ def check_chat(body: ChatRequest) -> None:
         raise _needs("tool_choice", "tools to choose from")
     if isinstance(body.tool_choice, NamedTool) and body.tool_choice.function.name not in names:
         wanted = body.tool_choice.function.name
-        raise InvalidBody(f"there is no '{wanted}' among the tools", loc=("body", "tool_choice"))
+        raise InvalidBody(
+            f"there is no '{quoted(wanted)}' among the tools", loc=("body", "tool_choice")
+        )
     formats = body.grammar, isinstance(body.response_format, JsonFormat | SchemaFormat)
     if all(formats):
         raise InvalidBody("grammar and response_format exclude each other", loc=("body", "grammar"))
@@ -171,18 +241,20 @@ def _needs(name: str, what: str) -> InvalidBody:
 
 # -- msgspec's validation errors -----------------------------------------------------------------
 
+_LONGEST_SAID = 500  # characters
 _AT = re.compile(r"(?P<message>.*?)(?: - at `(?:key in )?\$(?P<path>.*)`)?", re.DOTALL)
 _PART = re.compile(r"\.([A-Za-z_][A-Za-z0-9_]*)|\[([0-9]+|\.\.\.)\]")
 _MISSING = re.compile(r"Object missing required field `([A-Za-z0-9_]+)`")
 _NOT_TAKEN = re.compile(r"Invalid (?:enum )?value (.*)", re.DOTALL)
 _JSON_OF = {"True": "true", "False": "false", "None": "null"}
-_UNKNOWN = re.compile(r"Object contains unknown field `(.*)`")
+_UNKNOWN = re.compile(r"Object contains unknown field `(.*)`", re.DOTALL)
 
 
 def from_validation(error: msgspec.ValidationError, *, root: str = "body") -> InvalidBody:
     """msgspec says "Expected `str`, got `int` - at `$.messages[0].role`": make `loc` of it."""
-    match = _AT.fullmatch(str(error))
-    message, path = (match["message"], match["path"] or "") if match else (str(error), "")
+    said = _cut(str(error))
+    match = _AT.fullmatch(said)
+    message, path = (match["message"], match["path"] or "") if match else (said, "")
     loc: list[str | int] = [root]
     for name, index in _PART.findall(path):
         loc.append(name or (index if (place := number(index)) is None else place))
@@ -190,14 +262,21 @@ def from_validation(error: msgspec.ValidationError, *, root: str = "body") -> In
         return InvalidBody("field required", loc=(*loc, missing[1]), kind="value_error.missing")
     if unknown := _UNKNOWN.fullmatch(message):
         return InvalidBody(
-            f"'{unknown[1]}' is not a field here: remove it or correct its name",
+            f"'{quoted(unknown[1])}' is not a field here: remove it or correct its name",
             loc=(*loc, unknown[1]),
             kind="value_error.extra",
         )
     if taken := _NOT_TAKEN.fullmatch(message):
         value = _JSON_OF.get(taken[1], taken[1])
         return InvalidBody(
-            f"{value} is not a value that is taken here", loc=tuple(loc), kind="type_error"
+            f"{quoted(value)} is not a value that is taken here", loc=tuple(loc), kind="type_error"
         )
     kind = "value_error" if any(mark in message for mark in ("<", ">", "length")) else "type_error"
     return InvalidBody(message[0].lower() + message[1:], loc=tuple(loc), kind=kind)
+
+
+def _cut(said: str) -> str:
+    """Without the middle of what it quotes: the path stands at its end."""
+    if len(said) <= 2 * _LONGEST_SAID:
+        return said
+    return f"{said[:_LONGEST_SAID]}…{said[-_LONGEST_SAID:]}"

@@ -7,12 +7,13 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta, Struct
 
-from pinaivu_box.errors import InvalidBody
+from pinaivu_box.errors import InvalidBody, quoted
 from pinaivu_box.openai.request import from_validation
 from pinaivu_box.openai.types import (
     Effort,
     FunctionName,
     FunctionOnly,
+    Identifier,
     JsonFormat,
     Metadata,
     NamedTool,
@@ -23,6 +24,9 @@ from pinaivu_box.openai.types import (
     Tier,
     TokenCount,
 )
+
+_Id = Annotated[str, Meta(min_length=1, max_length=256)]
+_MOST_ITEMS = 16384  # of one request, as many as messages that go to a peer
 
 
 class ResponseFunction(
@@ -56,8 +60,8 @@ class TextOptions(Struct, frozen=True, forbid_unknown_fields=True):
 
 class ReasoningOptions(Struct, frozen=True, forbid_unknown_fields=True):
     effort: Effort | None = None
-    summary: str | None = None
-    generate_summary: str | None = None
+    summary: Identifier | None = None
+    generate_summary: Identifier | None = None
 
 
 class ResponseStreamOptions(Struct, frozen=True, forbid_unknown_fields=True):
@@ -68,7 +72,7 @@ class ResponseRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     """Body of `POST /v1/responses`.  The items of `input` are checked when they are read."""
 
     model: Text
-    input: str | list[dict[str, Any]]
+    input: str | Annotated[list[dict[str, Any]], Meta(max_length=_MOST_ITEMS)]
     instructions: str | None = None
     max_output_tokens: TokenCount | None = None
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
@@ -84,7 +88,7 @@ class ResponseRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     text: TextOptions | None = None
     reasoning: ReasoningOptions | None = None
     metadata: Metadata | None = None
-    user: str | None = None
+    user: Identifier | None = None
     truncation: Literal["disabled"] | None = None
     include: list[Literal["reasoning.encrypted_content"]] | None = None
     service_tier: Tier | None = None
@@ -92,8 +96,8 @@ class ResponseRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     conversation: None = None
     max_tool_calls: None = None
     prompt: None = None
-    prompt_cache_key: str | None = None
-    safety_identifier: str | None = None
+    prompt_cache_key: Identifier | None = None
+    safety_identifier: Identifier | None = None
 
 
 class InputDetails(Struct, frozen=True):
@@ -178,13 +182,13 @@ class _MessageItem(Struct, frozen=True):
 
 
 class _CallItem(Struct, frozen=True):
-    call_id: Text
+    call_id: _Id
     name: Text
     arguments: str
 
 
 class _OutputItem(Struct, frozen=True):
-    call_id: Text
+    call_id: _Id
     output: _Content
 
 
@@ -192,6 +196,10 @@ class _ReasoningItem(Struct, frozen=True):
     content: list[_Part] | None = None
 
 
+_LONGEST_ID = 64  # that a client gives
+_LONGEST_ECHO = 65536  # bytes of JSON: tools, or the format of the text
+_MOST_THOUGHTS = 1000  # items of them in one response: they are only listed
+_STATUSES = ("in_progress", "completed", "incomplete")
 _ITEMS: dict[str, type[Struct]] = {
     "message": _MessageItem,
     "function_call": _CallItem,
@@ -212,18 +220,80 @@ def as_messages(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Items as the messages of a chat.  Raises InvalidBody."""
     messages: list[dict[str, Any]] = []
     for number, item in enumerate(items):
-        kind = _ITEMS.get(item.get("type", ""))
-        if kind is None:
-            raise InvalidBody(
-                f"items of type '{item.get('type')}' are not served; {', '.join(_ITEMS)} are",
-                loc=("body", "input", number, "type"),
-            )
-        try:
-            read = msgspec.convert(item, kind)
-        except msgspec.ValidationError as error:
-            raise from_validation(error) from error
-        _append(messages, read)
+        _append(messages, _read(item, number))
     return messages
+
+
+def as_stored(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Items with what a later request needs of them, and what names them; all else that a client
+    has sent was ignored, and is not kept.  Raises InvalidBody."""
+    made, thoughts = [], 0
+    for number, item in enumerate(items):
+        read = _read(item, number)
+        thoughts += isinstance(read, _ReasoningItem)
+        if thoughts <= _MOST_THOUGHTS or not isinstance(read, _ReasoningItem):
+            made.append({**_named(item), **_kept(read)})
+    return made
+
+
+def stored_form(response: ResponseObject) -> ResponseObject:
+    """As it is stored: without tools and schemas that are long, which no later request needs."""
+    text = response.text
+    if len(msgspec.json.encode(text)) > _LONGEST_ECHO:
+        text = {**text, "format": {**text["format"], "schema": {}, "description": None}}
+    tools = response.tools if len(msgspec.json.encode(response.tools)) <= _LONGEST_ECHO else []
+    return msgspec.structs.replace(response, text=text, tools=tools)
+
+
+def _read(item: dict[str, Any], number: int) -> Struct:
+    named = item.get("type")
+    kind = _ITEMS.get(named) if isinstance(named, str) else None
+    if kind is None:
+        shown = quoted(named) if isinstance(named, str) else None
+        raise InvalidBody(
+            f"items of type '{shown}' are not served; {', '.join(_ITEMS)} are",
+            loc=("body", "input", number, "type"),
+        )
+    try:
+        return msgspec.convert(item, kind)
+    except msgspec.ValidationError as error:
+        raise from_validation(error) from error
+
+
+def _named(item: dict[str, Any]) -> dict[str, Any]:
+    """Its type, and its id and status if they are any."""
+    made = {"type": item["type"]}
+    if isinstance(item.get("id"), str) and len(item["id"]) <= _LONGEST_ID:
+        made["id"] = item["id"]
+    if item.get("status") in _STATUSES:
+        made["status"] = item["status"]
+    return made
+
+
+def _kept(item: Struct) -> dict[str, Any]:
+    match item:
+        case _MessageItem(role, content):
+            if isinstance(content, str):
+                content = [_Part("output_text" if role == "assistant" else "input_text", content)]
+            return {"role": role, "content": _kept_content(content)}
+        case _OutputItem(call_id, output):
+            return {"call_id": call_id, "output": _kept_content(output)}
+        case _CallItem(call_id, name, arguments):
+            return {"call_id": call_id, "name": name, "arguments": arguments}
+    return {"summary": []}  # thoughts are never read again
+
+
+def _kept_content(content: _Content) -> str | list[dict[str, Any]]:
+    if isinstance(content, str):
+        return content
+    made: list[dict[str, Any]] = []
+    for part in content:
+        if not (part.text or part.refusal):
+            continue
+        name = "refusal" if part.type == "refusal" else "text"
+        more: dict[str, Any] = {"annotations": []} if part.type == "output_text" else {}
+        made.append({"type": part.type, name: part.text or part.refusal, **more})
+    return made
 
 
 def _append(messages: list[dict[str, Any]], item: Struct) -> None:

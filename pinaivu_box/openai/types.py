@@ -9,6 +9,7 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 from pinaivu_box.text import TOKEN_ID, whole
 
 Text = Annotated[str, Meta(min_length=1)]
+Identifier = Annotated[str, Meta(max_length=512)]  # of a user, a cache: kept, or said again
 
 
 class TextPart(Struct, frozen=True, tag="text", tag_field="type"):
@@ -129,6 +130,7 @@ class Prediction(Struct, frozen=True, forbid_unknown_fields=True, tag="content",
     content: Content
 
 
+# Each token's text is compared with them.
 StopString = Annotated[str, Meta(min_length=1, max_length=1024)]
 # RFC 8785, in which proofs are written, carries integers below 2^53 only.
 TokenCount = Annotated[int, Meta(ge=1, le=2**31 - 1)]
@@ -180,7 +182,7 @@ class Sampled(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     max_tokens: TokenCount | None = None
     stop: StopStrings | None = None
     seed: Seed | None = None
-    user: str | None = None
+    user: Identifier | None = None
     frequency_penalty: Penalty | None = None
     presence_penalty: Penalty | None = None
     logit_bias: Annotated[dict[TokenId, Bias], Meta(max_length=300)] | None = None  # as OpenAI's
@@ -211,8 +213,8 @@ class ChatRequest(Sampled, frozen=True, kw_only=True):
     service_tier: Tier | None = None
     metadata: Metadata | None = None
     store: bool | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
+    safety_identifier: Identifier | None = None
+    prompt_cache_key: Identifier | None = None
 
 
 # Text or tokens, or a list of such; msgspec knows one kind of list in a union.

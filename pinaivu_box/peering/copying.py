@@ -16,13 +16,14 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from msgspec import Struct
 
 from pinaivu_box.errors import CopyFailed, LinkLost, PeeringError
 from pinaivu_box.models import pieces
 from pinaivu_box.models.pieces import HASH_BYTES, Busy, NoRoom, Partial
+from pinaivu_box.models.splits import PartName, digest_of_parts
 from pinaivu_box.peering import model_wire, wire
 from pinaivu_box.peering.model_wire import Find, Give, Hashes, Have, List, Part, Refused, Working
 from pinaivu_box.peering.transport import Stream
@@ -69,15 +70,22 @@ async def find(
         try:
             async with _conversation(open_stream, source) as stream:
                 async with asyncio.timeout(ANSWER_SECONDS):
-                    found[source] = await _ask(stream, Find(model, digest), Have)
-                if not found[source].digest.startswith(digest):
-                    del found[source]
+                    have = await _ask(stream, Find(model, digest, parts=True), Have)
+                if not have.digest.startswith(digest):
                     raise _LeftOut("it offers another file than it was asked for")
+                if have.parts and not _fits(have):
+                    raise _LeftOut("the files that it offers are not those of the digest")
+                found[source] = have
         except (PeeringError, TimeoutError, _LeftOut) as error:
             without[source] = _why(error)
 
     asked = list(sources)[:MAX_SOURCES]
     await asyncio.gather(*(ask(source) for source in asked))
+    # The digest of a model in several files says so itself: no file has it.
+    split = {have.digest for have in found.values() if have.parts}
+    for source in [one for one, have in found.items() if have.digest in split and not have.parts]:
+        del found[source]
+        without[source] = "it describes another file than the digest says"
     if not found:
         raise CopyFailed(f"Nobody gives {model}{_because(without)}.")
     if len({have.digest for have in found.values()}) > 1:
@@ -93,17 +101,79 @@ async def find(
     return found, without
 
 
-class Copy:
-    """One model on its way here.  `bytes` are here, `sent` says from whom they came, and `left_out`
-    which sources turned out to be of no use.  Once it is `finishing` it is not to be cancelled."""
+def _fits(have: Have) -> bool:
+    """Whether its parts are those that its digest is made of."""
+    digests = [part.digest for part in have.parts]
+    return (
+        len(set(digests)) == len(digests)
+        and digest_of_parts(digests) == have.digest
+        and sum(part.size for part in have.parts) == have.size
+    )
 
-    def __init__(self, open_stream: Open, found: dict[Source, Have], target: Path) -> None:
-        """`target` is what the file will be called; its folder may not be there yet."""
+
+class Progress(Protocol):
+    """A copy, as who waits for it sees it: `bytes` of `size` are here, `sent` says from whom they
+    came, and `left_out` which sources turned out to be of no use.  Once it is `finishing` it is not
+    to be cancelled.  `files` are those that it has made: name, digest and hashes of the pieces."""
+
+    digest: str
+    left_out: dict[Source, str]
+
+    @property
+    def size(self) -> int: ...
+
+    @property
+    def checking(self) -> bool: ...
+
+    @property
+    def finishing(self) -> bool: ...
+
+    @property
+    def sent(self) -> Counter[Source]: ...
+
+    @property
+    def sources(self) -> list[Source]: ...
+
+    @property
+    def files(self) -> list[tuple[Path, str, bytes]]: ...
+
+    @property
+    def bytes(self) -> int: ...
+
+    async def run(self) -> None:
+        """Raises CopyFailed; what is here then stays for another try."""
+
+
+def copy_of(
+    open_stream: Open, found: dict[Source, Have], folder: Path, name: str
+) -> Copy | CopyOfParts:
+    """A copy of what `find` has found, as the model `name` in that folder, which may not be there
+    yet."""
+    have = next(iter(found.values()))
+    if have.parts:
+        return CopyOfParts(open_stream, found, folder, name)
+    return Copy(open_stream, found, folder / f"{name}.gguf")
+
+
+class Copy:
+    """One file on its way here; see `Progress`."""
+
+    def __init__(
+        self,
+        open_stream: Open,
+        found: dict[Source, Have],
+        target: Path,
+        *,
+        named_later: bool = False,
+    ) -> None:
+        """`target` is what the file will be called; its folder may not be there yet.  With
+        `named_later` it stays where copies grow (`models.pieces.settle` gives it its name)."""
         self._open = open_stream
         have = next(iter(found.values()))
         self.digest, self.size = have.digest, have.size
         self._found = found
         self._target = target
+        self._named_later = named_later
         self.bytes = 0
         self.checking = self.finishing = False
         self.sent: Counter[Source] = Counter()
@@ -115,6 +185,10 @@ class Copy:
     @property
     def sources(self) -> list[Source]:
         return list(self._found)
+
+    @property
+    def files(self) -> list[tuple[Path, str, bytes]]:
+        return [(self._target, self.digest, self.hashes)]
 
     async def run(self) -> None:
         """Raises CopyFailed; what is here then stays for another try."""
@@ -128,7 +202,7 @@ class Copy:
                 failed = error
                 continue
             except OSError as error:
-                raise self._disk(error) from error
+                raise _of_disk(error, self._target) from error
             if right:
                 others = {source for _, _, group in groups for source in group} - set(sources)
                 wrong = "it describes another file than the digest says"
@@ -185,8 +259,9 @@ class Copy:
             self.checking = True
             if not await asyncio.to_thread(self._partial.is_right):
                 return False
-            self.finishing = True
-            await asyncio.to_thread(self._partial.finish, self._target)
+            self.finishing = not self._named_later
+            name = None if self._named_later else self._target
+            await asyncio.to_thread(self._partial.finish, name)
             return True
         finally:
             self._partial.close()
@@ -258,17 +333,105 @@ class Copy:
             raise _LeftOut(f"it sent more than piece {number}")
         return bytes(data)
 
-    def _disk(self, error: OSError) -> CopyFailed:
-        folder = self._target.parent
-        match error:
-            case Busy():
-                return CopyFailed("This model is being copied to this box already.")
-            case NoRoom():
-                return CopyFailed(f"The disk of {folder} has no room for the model: {error}.")
-            case FileExistsError():
-                return CopyFailed(f"{self._target} is there already: choose another name (--as).")
-        reason = error.strerror or error
-        return CopyFailed(f"The model cannot be written to {folder}: {reason}.")
+
+class CopyOfParts:
+    """A model in several files on its way here, one file after the other; see `Progress`.  They get
+    their names when all of them are here, so that a half-made set is never in the folder."""
+
+    def __init__(
+        self, open_stream: Open, found: dict[Source, Have], folder: Path, name: str
+    ) -> None:
+        have = next(iter(found.values()))
+        self.digest, self.size, self._parts = have.digest, have.size, have.parts
+        self._open, self._found, self._folder = open_stream, found, folder
+        count = len(have.parts)
+        self._targets = [
+            folder / PartName(name, number, count, ".gguf").sibling(number)
+            for number in range(1, count + 1)
+        ]
+        self.left_out: dict[Source, str] = {}
+        self.files: list[tuple[Path, str, bytes]] = []
+        self.finishing = False
+        self._done, self._sent = 0, Counter[Source]()
+        self._copy: Copy | None = None
+
+    @property
+    def sources(self) -> list[Source]:
+        return list(self._found)
+
+    @property
+    def bytes(self) -> int:
+        return self._done + (self._copy.bytes if self._copy else 0)
+
+    @property
+    def sent(self) -> Counter[Source]:
+        return self._sent + (self._copy.sent if self._copy else Counter())
+
+    @property
+    def checking(self) -> bool:
+        return self._copy is None or self._copy.checking
+
+    async def run(self) -> None:
+        """Raises CopyFailed; what is here then stays for another try."""
+        try:
+            with pieces.claimed(self._folder, self.digest):
+                await self._check()
+                for number in range(len(self._parts)):
+                    if not self._targets[number].exists():
+                        await self._one(number)
+                self.finishing = True
+                for part, target in zip(self._parts, self._targets, strict=True):
+                    if not target.exists():
+                        await asyncio.to_thread(pieces.settle, self._folder, part.digest, target)
+        except OSError as error:
+            raise _of_disk(error, self._targets[0]) from error
+
+    async def _check(self) -> None:
+        """Before anything is asked: what is there already, and whether the rest has room.  Raises
+        OSError; FileExistsError if a file is there that is another one."""
+        lacking: list[tuple[str, int]] = []
+        for part, target in zip(self._parts, self._targets, strict=True):
+            if not target.exists():
+                lacking.append((part.digest, part.size))
+            elif await asyncio.to_thread(pieces.digest, target) != part.digest:
+                raise FileExistsError(f"{target} is there already")
+            else:
+                self._done += part.size
+        await asyncio.to_thread(pieces.check_room, self._folder, lacking)
+
+    async def _one(self, number: int) -> None:
+        """Raises CopyFailed."""
+        part, target = self._parts[number], self._targets[number]
+        found = {
+            source: Have(have.model, part.digest, have.parts[number].size)
+            for source, have in self._found.items()
+            if source not in self.left_out
+        }
+        if not found:
+            raise CopyFailed(f"No source is left{_because(self.left_out)}.")
+        self._copy = copy = Copy(self._open, found, target, named_later=True)
+        try:
+            await copy.run()
+        finally:
+            # Who was of no use for one file is asked for no other.
+            self.left_out |= copy.left_out
+            self._copy = None
+            self._sent += copy.sent
+            self._done += copy.bytes
+        self.files.append((target, part.digest, copy.hashes))
+
+
+def _of_disk(error: OSError, target: Path) -> CopyFailed:
+    folder = target.parent
+    match error:
+        case Busy():
+            return CopyFailed("This model is being copied to this box already.")
+        case NoRoom():
+            return CopyFailed(f"The disk of {folder} has no room for the model: {error}.")
+        case FileExistsError():
+            return CopyFailed(f"{error}: choose another name (--as).")
+    reason = error.strerror or error
+    return CopyFailed(f"The model cannot be written to {folder}: {reason}.")
 
 
 @asynccontextmanager

@@ -11,7 +11,7 @@ from msgspec import Struct, structs
 
 from pinaivu_box import amount
 from pinaivu_box.config import PeeringConfig
-from pinaivu_box.errors import PeerNotFound
+from pinaivu_box.errors import PeerNotFound, quoted
 from pinaivu_box.identity import NODE_PREFIX
 from pinaivu_box.peering import netting, wire
 from pinaivu_box.peering.ledger import Difference, Outcome
@@ -139,10 +139,12 @@ async def find(database: Database, text: str) -> str:
         return found[0]
     if found:
         ids = " or ".join(sorted(one[:17] for one in found))
-        raise PeerNotFound(f"{len(found)} peers are called '{text}': say {ids}.", param="peer")
-    near = difflib.get_close_matches(text, called.values(), n=3, cutoff=0.5)
+        raise PeerNotFound(
+            f"{len(found)} peers are called '{quoted(text)}': say {ids}.", param="peer"
+        )
+    near = difflib.get_close_matches(text[:100], called.values(), n=3, cutoff=0.5)
     hint = f" Did you mean {' or '.join(near)}?" if near else ""
-    raise PeerNotFound(f"There is no peer '{text}'.{hint}", param="peer")
+    raise PeerNotFound(f"There is no peer '{quoted(text)}'.{hint}", param="peer")
 
 
 async def all_balances(database: Database, peering: PeeringConfig) -> list[BalanceView]:

@@ -3,9 +3,13 @@
 Who opened it asks, as often as it likes, one thing at a time; then it finishes, and so does the
 other.  `Refused` may be the answer to anything; `Working` says that the answer needs a while.
 
-    Find(model, digest)   Have(model, digest, size)
-    List(digest)          Hashes, so many that all pieces have one
-    Give(digest, number)  Part, so many that the piece is whole
+    Find(model, digest, parts)   Have(model, digest, size, parts)
+    List(digest)                 Hashes, so many that all pieces have one
+    Give(digest, number)         Part, so many that the piece is whole
+
+A model in several files is found by the digest of the whole; `parts` of the answer are its files,
+and each of them is listed and given by its own digest.  A box that can copy such a model says so
+in its question (`parts`); older ones do not know of it, and are refused with a sentence.
 """
 
 from __future__ import annotations
@@ -14,16 +18,19 @@ from typing import Annotated
 
 from msgspec import Meta, Struct, msgpack
 
+from pinaivu_box.models.splits import MAX_PARTS
 from pinaivu_box.peering import wire
 from pinaivu_box.text import DIGEST, whole
 
 PURPOSE = "model"
 PART_BYTES = 256 * 1024  # of a piece, or of the list of hashes, in a frame
-MAX_MODEL_BYTES = 512 * 1024**3
+MAX_FILE_BYTES = 512 * 1024**3
+MAX_MODEL_BYTES = 16 * MAX_FILE_BYTES  # of all its files
 WORKING_SECONDS = 5.0  # between two frames of who answers, at most
 
 Name = Annotated[str, Meta(max_length=128)]
 Digest = Annotated[str, Meta(pattern=DIGEST)]
+Size = Annotated[int, Meta(ge=1, le=MAX_FILE_BYTES)]
 Data = Annotated[bytes, Meta(min_length=1, max_length=PART_BYTES)]
 
 
@@ -32,6 +39,7 @@ class Find(Struct, frozen=True, tag=True):
 
     model: Name
     digest: Annotated[str, Meta(pattern=whole("([0-9a-f]{8,64})?"))]
+    parts: bool = False
 
 
 class List(Struct, frozen=True, tag=True):
@@ -43,12 +51,21 @@ class Give(Struct, frozen=True, tag=True):
     number: Annotated[int, Meta(ge=0, le=2**31)]
 
 
+class File(Struct, frozen=True):
+    """One of a model's; `digest` is the SHA-256 of its `size` bytes in hex."""
+
+    digest: Digest
+    size: Size
+
+
 class Have(Struct, frozen=True, tag=True):
-    """`size` in bytes, `digest` the SHA-256 of all of them in hex."""
+    """`size` in bytes, `digest` the SHA-256 of all of them in hex; of a model in several files the
+    sum, and `models.splits.digest_of_parts`."""
 
     model: Name
     digest: Digest
     size: Annotated[int, Meta(ge=1, le=MAX_MODEL_BYTES)]
+    parts: Annotated[tuple[File, ...], Meta(max_length=MAX_PARTS)] = ()
 
 
 class Hashes(Struct, frozen=True, tag=True):

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-from pinaivu_box.errors import PeerNotFound
+from pinaivu_box.errors import PeerNotFound, quoted
 from pinaivu_box.peering import wire
 from pinaivu_box.peering.advert import Advert
 from pinaivu_box.peering.gossip import Gossip
@@ -120,9 +120,12 @@ def find(peers: Sequence[Peer], text: str) -> Peer:
         return found[0]
     if found:
         ids = " or ".join(peer.node_id[:17] for peer in found)
-        raise PeerNotFound(f"{len(found)} peers are called '{text}': say {ids}.", param="peer")
-    near = difflib.get_close_matches(text, [peer.name for peer in peers], n=3, cutoff=0.5)
+        raise PeerNotFound(
+            f"{len(found)} peers are called '{quoted(text)}': say {ids}.", param="peer"
+        )
+    near = difflib.get_close_matches(text[:100], [peer.name for peer in peers], n=3, cutoff=0.5)
     hint = f" Did you mean {' or '.join(near)}?" if near else ""
     raise PeerNotFound(
-        f"There is no peer '{text}'.{hint} See 'pinaivu peers ls' for all of them.", param="peer"
+        f"There is no peer '{quoted(text)}'.{hint} See 'pinaivu peers ls' for all of them.",
+        param="peer",
     )

@@ -17,8 +17,10 @@ from pinaivu_box.models import pieces
 from pinaivu_box.models.catalog import Catalog, Model
 from pinaivu_box.peering import model_wire, wire
 from pinaivu_box.peering.model_wire import (
+    MAX_FILE_BYTES,
     PART_BYTES,
     WORKING_SECONDS,
+    File,
     Find,
     Give,
     Hashes,
@@ -120,14 +122,15 @@ class Sharing:
         match question:
             case Find():
                 digest, model = await _patiently(stream, self._find(catalog, question))
-                await _send(stream, Have(question.model, digest, model.size))
+                parts = await _patiently(stream, self._parts(model))
+                await _send(stream, Have(question.model, digest, model.size, parts))
             case List():
-                model = await _patiently(stream, self._by_digest(catalog, question.digest))
+                model = await _patiently(stream, self._file(catalog, question.digest))
                 hashes = await _patiently(stream, self._hashes(model, question.digest))
                 for begin in range(0, len(hashes), PART_BYTES):
                     await _send(stream, Hashes(hashes[begin : begin + PART_BYTES]))
             case Give():
-                model = await _patiently(stream, self._by_digest(catalog, question.digest))
+                model = await _patiently(stream, self._file(catalog, question.digest))
                 await self._give(stream, model, question.number)
 
     async def _give(self, stream: Stream, model: Model, number: int) -> None:
@@ -172,14 +175,39 @@ class Sharing:
                 raise _Refusal(error.message) from None
             if model.is_fake:
                 raise _Refusal(f"{model.id} is a model without a file")
+        if model.parts and not question.parts:
+            raise _Refusal(
+                f"{model.id} is in {len(model.parts)} files, which your version of Pinaivu Box "
+                "cannot copy: update it"
+            )
+        if any(file.size > MAX_FILE_BYTES for file in model.files):
+            raise _Refusal(f"{model.id} is larger than a file that can be copied")
         return await self._digest(model), model
 
+    async def _parts(self, model: Model) -> tuple[File, ...]:
+        """The files of a model that has several."""
+        if not model.parts:
+            return ()
+        return tuple([File(await self._digest(file), file.size) for file in model.files])
+
     async def _by_digest(self, catalog: Catalog, beginning: str) -> Model:
-        """Raises _Refusal."""
+        """The whole model.  Raises _Refusal."""
+        return await self._first(self._ordered(catalog, beginning), beginning)
+
+    async def _file(self, catalog: Catalog, digest: str) -> Model:
+        """A file of a model, by its own digest.  Raises _Refusal."""
+        ordered = self._ordered(catalog, digest)
+        return await self._first([file for model in ordered for file in model.files], digest)
+
+    def _ordered(self, catalog: Catalog, beginning: str) -> list[Model]:
+        """First the model that had it before."""
         known = self._found.get(beginning)
-        for model in sorted(catalog.models, key=lambda model: model.id != known):
-            if model.is_fake:
-                continue
+        real = [model for model in catalog.models if not model.is_fake]
+        return sorted(real, key=lambda model: model.id != known)
+
+    async def _first(self, models: list[Model], beginning: str) -> Model:
+        """Raises _Refusal."""
+        for model in models:
             try:
                 digest = await self._digest(model)
             except OSError:  # deleted since: others may be there

@@ -52,7 +52,8 @@ class Opinion(Struct, frozen=True):
 class UseView(Struct, frozen=True):
     """What a peer may have of this box, by its own `limits` or else `[peering.serve]`, and what it
     has: requests that are `running`, `tokens` of the last minute, and what it `owes` with what runs
-    and what it has not accepted.  null: no limit.  `open`: within its `hours` now."""
+    and what it has not accepted, which is also told as `unaccepted`.  null: no limit.  `open`:
+    within its `hours` now."""
 
     max_parallel: int
     running: int
@@ -64,6 +65,7 @@ class UseView(Struct, frozen=True):
     models: tuple[str, ...]
     hours: str
     open: bool
+    unaccepted: str = "0"
 
 
 class CostView(Struct, frozen=True):

@@ -18,6 +18,7 @@ A message is 1 to 64 frames, each with a byte before it: 1 if more of it follows
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from typing import Annotated, TypeVar
 
 import msgspec
@@ -243,6 +244,7 @@ ToCoordinator = Refused | Began | Read | Outputs | Alive | Proved | Tokens
 to_serving: msgspec.msgpack.Decoder[ToServing] = msgspec.msgpack.Decoder(ToServing)
 to_coordinator: msgspec.msgpack.Decoder[ToCoordinator] = msgspec.msgpack.Decoder(ToCoordinator)
 T = TypeVar("T")
+Check = Callable[[bytes], Awaitable[None]]
 
 
 def may_draw(sampling: Sampling) -> bool:
@@ -278,9 +280,13 @@ def _frames(message: ToServing | ToCoordinator) -> list[bytes]:
 
 
 async def receive(
-    stream: Stream, decoder: msgspec.msgpack.Decoder[T], seconds: float | None = None
+    stream: Stream,
+    decoder: msgspec.msgpack.Decoder[T],
+    seconds: float | None = None,
+    check: Check | None = None,
 ) -> T | None:
     """The next message, None once the peer has finished; `seconds` are for each of its frames.
+    `check` looks at it before it is decoded, and may raise ProtocolError (see `large_messages`).
     Raises LinkLost, ProtocolError, TimeoutError."""
     body = bytearray()
     for _ in range(MAX_PIECES):
@@ -292,7 +298,10 @@ async def receive(
         if frame[0] > 1 or len(body) > MAX_MESSAGE_BYTES:
             raise ProtocolError("a message of another kind, or longer than is allowed")
         if frame[0] == 0:
-            return decode(bytes(body), decoder)
+            whole = bytes(body)
+            if check is not None:
+                await check(whole)
+            return decode(whole, decoder)
     if body:
         raise ProtocolError("a message without an end")
     return None

@@ -10,10 +10,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from pinaivu_box.box import Box
-from pinaivu_box.openai.request import decode, from_validation
+from pinaivu_box.openai.request import SMALL, decode, from_validation
 from pinaivu_box.server.auth import key_of
+from pinaivu_box.server.bodies import read
 from pinaivu_box.server.envelope import JSON
-from pinaivu_box.server.inference import read_body
 from pinaivu_box.store.audit import Actor
 
 Kind = TypeVar("Kind", bound=Struct)
@@ -37,8 +37,8 @@ def by(request: Request) -> Actor:
 
 
 async def body(request: Request, kind: type[Kind], *, empty: bytes = b"") -> Kind:
-    """The decoded body, `empty` where there is none.  Raises what `decode` does."""
-    data = await read_body(request, box_of(request).config.server.max_body_bytes)
+    """The decoded body, `empty` where there is none.  Raises what `bodies.read` and `decode` do."""
+    data = await read(request, min(SMALL, box_of(request).config.server.max_body_bytes))
     return decode(data or empty, kind)[0]
 
 

@@ -23,12 +23,13 @@ from pinaivu_box.store.keys import OVERLAP, Key
 from pinaivu_box.store.views import KeyView, key_view, new_key_view
 
 Moment = Annotated[datetime, Meta(tz=True)]
+Name = Annotated[str, Meta(max_length=200)]
 
 
 class CreateKey(Struct, frozen=True):
     """Without an account the key gets one of its own; with the scope `admin`, the owner's."""
 
-    name: str = ""
+    name: Name = ""
     account: str | None = None
     policy: Policy = Policy()
     expires_at: Moment | None = None
@@ -38,10 +39,10 @@ class ChangeKey(Struct, frozen=True):
     """What is given is changed, also in the `policy` (fields of Policy), where null puts a setting
     back to its default.  `blocked` says why; null unblocks."""
 
-    name: str | UnsetType = UNSET
+    name: Name | UnsetType = UNSET
     policy: dict[str, Any] | UnsetType = UNSET
     expires_at: Moment | UnsetType | None = UNSET
-    blocked: Annotated[str, Meta(min_length=1)] | UnsetType | None = UNSET
+    blocked: Annotated[str, Meta(min_length=1, max_length=200)] | UnsetType | None = UNSET
 
 
 class RotateKey(Struct, frozen=True):

@@ -1,4 +1,5 @@
-"""`POST /v1/admin/models/pull`: copy a model from other boxes, a line of JSON as it goes on."""
+"""`GET /v1/admin/models`: what is served, and which files are not.  `POST /v1/admin/models/pull`:
+copy a model from other boxes, a line of JSON as it goes on."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from itertools import chain, starmap
 from typing import Annotated, Literal
 
 import msgspec
@@ -16,7 +17,7 @@ from msgspec import Meta, Struct, field
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
-from pinaivu_box.box import Box
+from pinaivu_box.box import Box, not_served_in
 from pinaivu_box.errors import (
     CliError,
     Conflict,
@@ -25,16 +26,19 @@ from pinaivu_box.errors import (
     ModelNotFound,
     PeeringError,
 )
-from pinaivu_box.models import catalog
+from pinaivu_box.models import catalog, memory
 from pinaivu_box.models.catalog import Model
+from pinaivu_box.models.names import is_model_id, printable
 from pinaivu_box.models.placing import place
 from pinaivu_box.peering import copying
 from pinaivu_box.peering.advert import Offer
-from pinaivu_box.peering.copying import Copy, Open, Source
+from pinaivu_box.peering.copying import Open, Progress, Source
 from pinaivu_box.peering.model_wire import PURPOSE, Have, Name
 from pinaivu_box.peering.network import Network
 from pinaivu_box.server.admin import body, box_of, by
 from pinaivu_box.server.admin_peers import OFF
+from pinaivu_box.server.envelope import JSON
+from pinaivu_box.server.operations import NotServed
 from pinaivu_box.store import audit, model_files
 from pinaivu_box.store.audit import Actor
 
@@ -76,12 +80,52 @@ class PullProgress(Struct, frozen=True):
     request_id: str = ""
 
 
+class ModelView(Struct, frozen=True):
+    """`size` in bytes, `context` the most tokens of one sequence.  A model in several files has all
+    of them in `files`."""
+
+    id: str
+    size: int
+    owner: str
+    architecture: str
+    context: int
+    files: list[str]
+
+
+class ModelFiles(Struct, frozen=True):
+    """`not_served` are the files of the models folder that are not, and why."""
+
+    request_id: str
+    data: list[ModelView]
+    not_served: list[NotServed]
+
+
+async def ls(request: Request) -> Response:
+    box = box_of(request)
+    made = ModelFiles(
+        request.scope["state"]["request_id"],
+        [_view(model, box) for model in box.catalog.models],
+        list(starmap(NotServed, not_served_in(box.catalog).items())),
+    )
+    return JSON(made)
+
+
+def _view(model: Model, box: Box) -> ModelView:
+    return ModelView(
+        id=model.id,
+        size=model.size,
+        owner=model.owner,
+        architecture=model.header.architecture,
+        context=memory.context_of(model, box.config.engine.context),
+        files=[printable(str(file.path)) for file in model.files],
+    )
+
+
 @dataclass(frozen=True)
 class _Task:
     """What is to be called `model` here, and who asked for it."""
 
     model: str
-    target: Path
     box: Box
     network: Network
     actor: Actor
@@ -94,8 +138,7 @@ async def pull(request: Request) -> Response:
     if network is None:
         raise Conflict(OFF)
     model = _name_here(given)
-    target = catalog.folder(box.config, box.home) / f"{model}.gguf"
-    task = _Task(model, target, box, network, by(request))
+    task = _Task(model, box, network, by(request))
     open_stream = partial(network.open, purpose=PURPOSE)
     found, without = await _find(open_stream, _sources(network, given), given)
     have = next(iter(found.values()))
@@ -111,7 +154,7 @@ async def pull(request: Request) -> Response:
             here = box.catalog.find(task.model)
         line = PullProgress("done", here.id, have.digest, size, size, [], said, request_id)
         return StreamingResponse(iter([_line(line)]), media_type="application/x-ndjson")
-    copy = Copy(open_stream, found, target)
+    copy = copying.copy_of(open_stream, found, catalog.directory(box.config, box.home), model)
     copy.left_out.update(without)
     return StreamingResponse(_lines(task, copy, request_id), media_type="application/x-ndjson")
 
@@ -124,7 +167,7 @@ def _name_here(given: Pull) -> str:
             loc=("body", "digest"),
         )
     name, loc = (given.model, "model") if given.as_ is None else (given.as_, "as")
-    if not catalog.WELL_FORMED.fullmatch(name):
+    if not is_model_id(name if ":" in name else f"{name}:latest"):
         raise InvalidBody(f"'{name}' is not a model name: write it as name:tag.", loc=("body", loc))
     if "/" in name:
         raise InvalidBody(
@@ -150,7 +193,8 @@ def _sources(network: Network, given: Pull) -> list[Source]:
         if any(_fits(offer, given) for offer in models)
     ]
     if not fitting:
-        offered = ", ".join(sorted({offer.id for models in offers.values() for offer in models}))
+        ids = {offer.id for models in offers.values() for offer in models}
+        offered = ", ".join(sorted(filter(is_model_id, ids)))
         raise ModelNotFound(
             f"No peer offers {given.model}. Offered: {offered or 'nothing'}.", param="model"
         )
@@ -190,17 +234,20 @@ def _is_called(model: Model, name: str) -> bool:
 async def _name_too(task: _Task, here: Model) -> None:
     """Serve a model that is here under the task's name too.  Raises Conflict."""
     box = task.box
+    folder = catalog.directory(box.config, box.home)
     try:
-        await asyncio.to_thread(place, here, task.target)
-        box.look_for_models()
+        targets = await asyncio.to_thread(place, here, folder, task.model)
+        await box.look_for_models()
     except (OSError, CliError) as error:
         reason = error.message if isinstance(error, CliError) else error.strerror or error
         raise Conflict(f"{here.id} cannot be called {task.model} too: {reason}.") from error
-    if why := box.catalog.broken.get(str(task.target)):
-        raise Conflict(f"{task.target} is here, and it cannot be served: {why}.")
+    for target in targets:
+        if why := box.catalog.not_served.get(target):
+            raise Conflict(f"{printable(str(target))} is here, and it cannot be served: {why}.")
+    digests = await model_files.digests_of_parts(box.database, here)
     detail = {"digest": await box.digests.of(here), "same_as": here.id}
     await box.database.write(
-        model_files.named(task.target, detail["digest"]),
+        *map(model_files.named, targets, digests),
         audit.record(task.actor, "model.pull", task.model, **detail),
     )
     task.network.changed()
@@ -215,7 +262,7 @@ def _check_free(task: _Task, here: Model | None) -> None:
         )
 
 
-async def _lines(task: _Task, copy: Copy, request_id: str) -> AsyncIterator[bytes]:
+async def _lines(task: _Task, copy: Progress, request_id: str) -> AsyncIterator[bytes]:
     """Whoever reads this no more stops the copy; what is here of it stays."""
     progress: Callable[..., bytes] = partial(_progress, task, copy, request_id)
     doing = asyncio.create_task(_run(task, copy))
@@ -239,7 +286,7 @@ async def _lines(task: _Task, copy: Copy, request_id: str) -> AsyncIterator[byte
 
 def _progress(
     task: _Task,
-    copy: Copy,
+    copy: Progress,
     request_id: str,
     state: Literal["copying", "checking", "done", "failed"],
     message: str = "",
@@ -260,19 +307,21 @@ def _line(progress: PullProgress) -> bytes:
     return msgspec.json.encode(progress) + b"\n"
 
 
-async def _run(task: _Task, copy: Copy) -> None:
+async def _run(task: _Task, copy: Progress) -> None:
     """Copy, and serve what has come.  Raises CopyFailed."""
     await copy.run()
     box = task.box
     detail = {"digest": copy.digest, "from": sorted(source.name for source in copy.sent)}
+    known = [model_files.copied(*file) for file in copy.files]
     await box.database.write(
-        *model_files.copied(task.target, copy.digest, copy.hashes),
+        *chain.from_iterable(known),
         audit.record(task.actor, "model.pull", task.model, **detail),
     )
     try:
-        box.look_for_models()
+        await box.look_for_models()
     except CliError as error:
-        raise CopyFailed(f"{task.target} is here but not served yet: {error.message}") from error
-    if why := box.catalog.broken.get(str(task.target)):
-        raise CopyFailed(f"{task.target} is here, and it cannot be served: {why}.")
+        raise CopyFailed(f"{task.model} is here but not served yet: {error.message}") from error
+    for target, *_ in copy.files:
+        if why := box.catalog.not_served.get(target):
+            raise CopyFailed(f"{target} is here, and it cannot be served: {why}.")
     task.network.changed()

@@ -225,6 +225,7 @@ async def _dealings(
         return ()
     opinion, guests = box.pool.reputation, box.pool.serving.guests
     terms, use = await guests.terms(peer), guests.use(peer)
+    owed = await guests.owes(peer, box.config.pricing.currency)
     refused = box.pool.candidates.refusals.get(peer)
     return (
         views.Opinion(opinion.score(peer), opinion.why(peer)),
@@ -234,7 +235,8 @@ async def _dealings(
             tokens_per_minute=terms.tokens_per_minute,
             tokens=use.tokens.used(time.monotonic()),
             credit_limit=None if terms.credit is None else amount.to_text(terms.credit),
-            owes=amount.to_text(await guests.owes(peer, box.config.pricing.currency)),
+            owes=amount.to_text(owed.total),
+            unaccepted=amount.to_text(owed.unaccepted),
             beyond="idle" if terms.idle_beyond else "refuse",
             models=terms.models,
             hours=terms.hours,

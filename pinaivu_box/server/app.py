@@ -32,7 +32,9 @@ from pinaivu_box.server import (
     usage,
 )
 from pinaivu_box.server.auth import Authenticate
+from pinaivu_box.server.bodies import Bodies
 from pinaivu_box.server.edge import Edge
+from pinaivu_box.server.unread import Unread
 
 EXPOSED = [
     *("x-request-id", "x-pinaivu-route", "openai-processing-ms", "Retry-After"),
@@ -82,6 +84,7 @@ ROUTES = [
     Route("/v1/admin/peers/{peer}", admin_peers.get, methods=["GET"]),
     Route("/v1/admin/peers/{peer}", admin_peers.change, methods=["PATCH"]),
     Route("/v1/admin/peers/{peer}", admin_peers.remove, methods=["DELETE"]),
+    Route("/v1/admin/models", admin_models.ls, methods=["GET"]),
     Route("/v1/admin/models/pull", admin_models.pull, methods=["POST"]),
     Route("/v1/admin/audit", admin_audit.ls),
     Route("/v1/admin/ledger", admin_ledger.ls),
@@ -102,6 +105,7 @@ def create_app(box: Box) -> Starlette:
     app = Starlette(
         routes=ROUTES,
         middleware=[
+            Middleware(Unread),
             Middleware(
                 CORSMiddleware,
                 allow_origins=box.config.server.cors_origins,
@@ -118,5 +122,6 @@ def create_app(box: Box) -> Starlette:
         },
     )
     app.state.box = box
+    app.state.bodies = Bodies()
     app.router.redirect_slashes = False  # Edge has already dealt with slashes
     return app

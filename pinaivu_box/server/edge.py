@@ -74,6 +74,8 @@ class Edge:
             error = InternalError("The box failed on this request; its log says why.")
             await envelope.response(error)(scope, receive, send_with_headers)
         finally:
+            if room := state.pop("room", None):  # of a body, see `bodies`
+                room()
             if not state.get("logged"):
                 key = state.get("key")
                 fields = {

@@ -73,8 +73,11 @@ def told(error: ApiError, contact: str) -> ApiError:
 
 
 def note(request: Request, error: ApiError) -> None:
-    """Count an error that somebody with a key has got, and nobody has ordered."""
+    """Count an error that somebody with a key has got, also as one of the key's requests; not one
+    that the operator has ordered."""
     state = request.scope["state"]
+    if arrival := state.get("arrival"):
+        arrival.refused(error)
     if (key := state.get("key")) and not error.ordered:
         request.app.state.box.refusals.note(key.id, state.get("model", ""), error.code)
 

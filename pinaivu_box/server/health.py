@@ -1,4 +1,5 @@
-"""`/health` (alive), `/readyz` (a model can be served), `/metrics` (Prometheus)."""
+"""`/health` (alive), `/readyz` (a model can be served, and written down), `/metrics`
+(Prometheus)."""
 
 from __future__ import annotations
 
@@ -9,6 +10,8 @@ from starlette.responses import Response
 from pinaivu_box.box import Box
 from pinaivu_box.server.envelope import JSON
 
+_WRITTEN_SECONDS = 5.0  # that a write shows that another will succeed
+
 
 async def health(_request: Request) -> Response:
     return JSON({"status": "ok"})
@@ -17,6 +20,8 @@ async def health(_request: Request) -> Response:
 async def readyz(request: Request) -> Response:
     box: Box = request.app.state.box
     reason = not_ready(box)
+    if reason is None and (why := await box.database.why_not_writable(_WRITTEN_SECONDS)):
+        reason = f"nothing can be written to the database: {why}"
     if reason is None:
         return JSON({"status": "ready"})
     return JSON({"status": "not ready", "reason": reason}, 503, headers={"Retry-After": "5"})

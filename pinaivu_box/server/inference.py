@@ -8,30 +8,28 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import TypeVar
 
 import msgspec
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive
 
 from pinaivu_box.box import Box
 from pinaivu_box.config import parse_duration
 from pinaivu_box.engine.messages import Tokenized
-from pinaivu_box.errors import BodyTooLarge, InvalidBody, InvalidJson, RequestTimeout
-from pinaivu_box.gateway.admission import under
+from pinaivu_box.errors import BadRequest, InvalidBody
+from pinaivu_box.gateway.admission import Arrival, under
 from pinaivu_box.gateway.backend import Job
 from pinaivu_box.gateway.requests import Begun, Failed, Finished, RequestEvent, too_late
 from pinaivu_box.gateway.requests import Request as Running
 from pinaivu_box.gateway.sizes import check_sizes
 from pinaivu_box.models.catalog import Model
-from pinaivu_box.openai.request import decode
 from pinaivu_box.openai.types import Extension, PromptTokensDetails, Usage
 from pinaivu_box.server import envelope
 from pinaivu_box.server.auth import key_of, require_account
+from pinaivu_box.server.bodies import Bodies, leave
 from pinaivu_box.server.stream import EventStream
-from pinaivu_box.text import number
 
 LENIENT = "x-pinaivu-lenient"
 TIMEOUT = "x-request-timeout"
-_BODY_SECONDS = 30.0  # of silence in the middle of a body
 _LONGEST_TIMEOUT = 86400.0  # seconds, as in the body
 
 Body = TypeVar("Body", bound=msgspec.Struct)
@@ -43,6 +41,7 @@ class Call:
     def __init__(self, request: Request) -> None:
         require_account(request)
         self.box: Box = request.app.state.box
+        self.bodies: Bodies = request.app.state.bodies
         self.key = key_of(request)
         self.request_id: str = request.scope["state"]["request_id"]
         self.created_at = int(time.time())
@@ -50,13 +49,22 @@ class Call:
         self.ignored: list[str] = []
         self._timeout: float | None = None
         self._request = request
+        self._arrival: Arrival | None = None
         self._watcher: asyncio.Task[None]  # once it is started
 
     async def body(self, kind: type[Body]) -> Body:
-        """The decoded body; `ignored` then names what the client agreed to have ignored."""
-        data = await read_body(self._request, self.box.config.server.max_body_bytes)
-        lenient = self._request.headers.get(LENIENT) == "1" or self.key.policy.lenient
-        body, self.ignored = decode(data, kind, lenient=lenient)
+        """The decoded body; `ignored` then names what the client agreed to have ignored.
+
+        From here on the call counts as one of the key's requests.  Raises RateLimited if it has
+        none left, before anything is read, and what `Bodies.receive` does.
+        """
+        state, key = self._request.scope["state"], self.key
+        self._arrival = state["arrival"] = await self.box.admission.arrive(key)
+        lenient = self._request.headers.get(LENIENT) == "1" or key.policy.lenient
+        most = self.box.config.server.max_body_bytes
+        body, self.ignored = await self.bodies.receive(
+            self._request, key.account_id, kind, most, lenient=lenient
+        )
         self._timeout = _timeout(self._request, getattr(body, "pinaivu", None))
         return body
 
@@ -66,11 +74,28 @@ class Call:
         return model
 
     async def tokenize(
-        self, job: Job, tokens: list[int] | None = None, *, plain: bool = False
+        self,
+        job: Job,
+        tokens: list[int] | None = None,
+        *,
+        plain: bool = False,
+        count: bool = False,
     ) -> Tokenized:
         """See `gateway.local.LocalBackend.tokenize`; raises InvalidBody for what is too large."""
         check_sizes(job.tools, job.constraint, job.stop)
-        return await self.box.prompts.tokenize(under(self.key, job), tokens, plain=plain)
+        job = under(self.key, job)
+        reading = asyncio.create_task(
+            self.box.prompts.tokenize(job, tokens, plain=plain, count=count)
+        )
+        leaving = asyncio.create_task(_disconnected(self._request.receive))
+        try:
+            await asyncio.wait({reading, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            if not reading.done():
+                raise BadRequest("The connection closed before the answer was there.")
+            return reading.result()
+        finally:
+            reading.cancel()
+            leaving.cancel()
 
     async def start(self, jobs: list[Job]) -> Running:
         """Raises what admission does, TooLate, and InvalidBody for what is too large."""
@@ -79,7 +104,9 @@ class Call:
         requests, began = self.box.requests, time.monotonic()
         try:
             async with asyncio.timeout(self._timeout):
-                admitted = await self.box.admission.admit(self.key, jobs, requests.in_flight)
+                admitted = await self.box.admission.admit(
+                    self.key, jobs, requests.in_flight, self._arrival
+                )
         except TimeoutError:
             waited = time.monotonic() - began
             raise too_late(waited, self._timeout or waited) from None
@@ -94,6 +121,7 @@ class Call:
         try:
             while True:
                 for event in await running.events.take():
+                    leave(self._request)
                     if isinstance(event, Failed):
                         raise event.error
                     self._note_route(event)
@@ -119,6 +147,7 @@ class Call:
             self._watcher.cancel()
             raise event.error
         if first.done():
+            leave(self._request)
             self._note_route(first.result()[0])
         return EventStream(self._chunks(running, first, encode, settle), self._watcher)
 
@@ -135,6 +164,7 @@ class Call:
         settle: Callable[[Finished], Awaitable[None]] | None,
     ) -> AsyncIterator[bytes]:
         events = await first
+        leave(self._request)
         while True:
             if settle is not None and isinstance(end := events[-1], Finished):
                 if data := encode(events[:-1]):
@@ -177,35 +207,15 @@ def _timeout(request: Request, extension: Extension | None) -> float | None:
     return seconds
 
 
-async def _cancel_on_disconnect(receive: Receive, running: Running) -> None:
+async def _disconnected(receive: Receive) -> None:
+    """Returns once the client has left."""
     while (await receive())["type"] != "http.disconnect":
         pass
+
+
+async def _cancel_on_disconnect(receive: Receive, running: Running) -> None:
+    await _disconnected(receive)
     running.cancel()
-
-
-async def read_body(request: Request, limit: int) -> bytes:
-    """The whole body; BodyTooLarge once it is over `limit` bytes."""
-    announced = request.headers.get("content-length", "0")
-    parts: list[bytes] = []
-    size = number(announced) or 0  # what is no number was refused by the HTTP server
-    try:
-        if size <= limit:
-            size = 0
-            stream = request.stream()
-            while part := await asyncio.wait_for(anext(stream, b""), _BODY_SECONDS):
-                size += len(part)
-                if size > limit:
-                    break
-                parts.append(part)
-    except TimeoutError:
-        raise RequestTimeout(
-            f"The rest of the body did not come within {_BODY_SECONDS:g} seconds: send it again."
-        ) from None
-    except ClientDisconnect:
-        raise InvalidJson("The connection closed before the whole body had come.") from None
-    if size > limit:
-        raise BodyTooLarge(f"The body is larger than the {limit} bytes that this box accepts.")
-    return b"".join(parts)
 
 
 def usage_of(end: Finished) -> Usage:

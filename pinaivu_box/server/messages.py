@@ -14,7 +14,7 @@ from starlette.responses import Response
 
 from pinaivu_box.config import SamplingConfig
 from pinaivu_box.engine.messages import Tools
-from pinaivu_box.errors import InvalidBody
+from pinaivu_box.errors import InvalidBody, quoted
 from pinaivu_box.gateway.backend import Job
 from pinaivu_box.gateway.requests import Begun, Failed, Finished, RequestEvent, Said
 from pinaivu_box.models.catalog import Model
@@ -61,8 +61,8 @@ async def count_tokens(request: Request) -> Response:
     call = Call(request)
     body = await call.body(CountTokensRequest)
     model = call.admit(body.model)
-    found = await call.tokenize(_job(body, model, call))
-    return JSON(TokenCountAnswer(call.request_id, len(found.tokens), call.ignored or UNSET))
+    found = await call.tokenize(_job(body, model, call), count=True)
+    return JSON(TokenCountAnswer(call.request_id, found.number, call.ignored or UNSET))
 
 
 def _job(body: CountTokensRequest, model: Model, call: Call) -> Job:
@@ -90,7 +90,9 @@ def _tools(body: CountTokensRequest) -> Tools | None:
         return Tools(listed, names)
     chosen = {"any": "required", "tool": choice.name or ""}.get(choice.type, "auto")
     if choice.type == "tool" and chosen not in names:
-        raise InvalidBody(f"there is no tool '{chosen}'", loc=("body", "tool_choice", "name"))
+        raise InvalidBody(
+            f"there is no tool '{quoted(chosen)}'", loc=("body", "tool_choice", "name")
+        )
     return Tools(listed, names, chosen, not choice.disable_parallel_tool_use)
 
 

@@ -206,6 +206,12 @@ ADMIN = (
     Operation("patch", _peer, "Its name here and its limits", PeerView, admin_peers.ChangePeer),
     Operation("delete", _peer, "Revoke it for good", PeerView, admin_peers.Remove),
     Operation(
+        "get",
+        "/v1/admin/models",
+        "The models and their files, and which files are not served",
+        admin_models.ModelFiles,
+    ),
+    Operation(
         "post",
         "/v1/admin/models/pull",
         "Copy a model from other boxes; a line as it goes on",

@@ -27,7 +27,9 @@ from pinaivu_box.openai.responses import (
     ResponseUsage,
     as_items,
     as_messages,
+    as_stored,
     named_tool,
+    stored_form,
 )
 from pinaivu_box.openai.types import (
     ChatRequest,
@@ -61,7 +63,7 @@ async def create(request: Request) -> Response:
     model = call.admit(body.model)
     job = replace(chat_job(chat, model, call.request_id, call.key.id), messages=messages)
     running = await call.start([job])
-    answer = _Answer(call, body, items, model.id, Choices([job]))
+    answer = _Answer(call, body, as_stored(items), model.id, Choices([job]))
     if body.stream:
         return await call.stream(running, answer.encode, settle=answer.keep)
     async for event in call.collect(running):
@@ -117,10 +119,11 @@ async def _history(call: Call, body: ResponseRequest) -> list[dict[str, Any]]:
     previous = body.previous_response_id
     if previous is None:
         return []
-    found = await stored.conversation(call.box.database, previous, call.key.account_id)
+    account, most = call.key.account_id, call.box.config.server.max_body_bytes
+    found = await stored.conversation(call.box.database, previous, account, most)
     if not found:
         raise _unknown(previous)
-    return found
+    return await call.bodies.history(account, found)
 
 
 def _as_chat(body: ResponseRequest) -> ChatRequest:
@@ -208,7 +211,7 @@ class _Answer:
         if self._body.store is False:
             return
         self._end = end
-        response = self.response()
+        response, retention = self.response(), self._call.box.config.retention
         await stored.insert(
             self._call.box.database,
             StoredResponse(
@@ -217,8 +220,11 @@ class _Answer:
                 response.previous_response_id,
                 response.created_at * 1000,
                 msgspec.json.encode(self._asked),
-                msgspec.json.encode(response),
+                msgspec.json.encode(stored_form(response)),
+                self._call.key.id,
             ),
+            most=retention.responses_per_key,
+            most_bytes=round(retention.responses_mb_per_key * 1e6),
         )
 
     def response(self) -> ResponseObject:
@@ -253,7 +259,7 @@ class _Answer:
             tools=msgspec.to_builtins(body.tools or []),
             top_p=body.top_p,
             user=body.user,
-            ignored_parameters=self._call.ignored,
+            ignored_parameters=[name[:100] for name in self._call.ignored[:100]],
         )
 
     def _usage(self) -> ResponseUsage | None:

@@ -17,6 +17,7 @@ from hypercorn.asyncio import run as hypercorn_run
 from hypercorn.asyncio import serve as hypercorn_serve
 from hypercorn.asyncio import tcp_server
 from hypercorn.config import Config as HypercornConfig
+from hypercorn.events import Closed, Event, RawData
 
 from pinaivu_box.box import Box
 from pinaivu_box.errors import CliError
@@ -27,19 +28,43 @@ log = logging.getLogger("pinaivu.serve")
 # Seconds.  The executable's loader passes signals on to us: Ctrl-C, which reaches the whole process
 # group, then comes twice.
 _ONE_SIGNAL = 0.3
+_LINGER_SECONDS = 2.0  # that a client may go on sending after our last word
 
 
 class _Connection(tcp_server.TCPServer):
     """Hypercorn's, without the wait for the idle timeout once the client has closed: a thousand
-    short connections would otherwise hold every file descriptor for that long."""
+    short connections would otherwise hold every file descriptor for that long.
+
+    And one that we close is read from until the client has closed it too, or for a moment: closed
+    with something unread it would be reset, and the client might never see our answer.
+    """
+
+    _closing = False
+    _running: asyncio.Task[None] | None = None
 
     async def run(self) -> None:
+        self._running = asyncio.current_task()
         # Cut off when the box stops; before Python 3.12, asyncio prints what leaves here.
         with contextlib.suppress(asyncio.CancelledError):
             await super().run()
 
+    async def protocol_send(self, event: Event) -> None:
+        if not isinstance(event, Closed):
+            await super().protocol_send(event)
+        elif not self._closing:
+            self._closing = True
+            with contextlib.suppress(NotImplementedError, OSError, RuntimeError):
+                self.writer.write_eof()
+            if self._running is not None:
+                self.loop.call_later(_LINGER_SECONDS, self._running.cancel)
+
     async def _read_data(self) -> None:
-        await super()._read_data()
+        with contextlib.suppress(OSError):
+            while not self.reader.at_eof():
+                data = await self.reader.read(tcp_server.MAX_RECV)
+                if not self._closing:
+                    await self.protocol.handle(RawData(data))
+        await self.protocol.handle(Closed())
         await self.idle_task.stop()
 
 
@@ -91,8 +116,9 @@ async def serve(
     config.graceful_timeout = 3.0
     config.keep_alive_timeout = 75.0
     drained = asyncio.Event()
+    app = create_app(box)
     server = asyncio.create_task(
-        hypercorn_serve(create_app(box), config, shutdown_trigger=drained.wait)  # type: ignore[arg-type]
+        hypercorn_serve(app, config, shutdown_trigger=drained.wait)  # type: ignore[arg-type]
     )
     stop = asyncio.create_task(stopping.wait())
     started()
@@ -103,7 +129,10 @@ async def serve(
         await box.drain()
         drained.set()
     stop.cancel()
-    await server
+    try:
+        await server
+    finally:
+        app.state.bodies.close()
 
 
 def _on_signals(stopping: asyncio.Event, box: Box) -> None:
@@ -122,9 +151,12 @@ def _on_signals(stopping: asyncio.Event, box: Box) -> None:
         if terminal and not _has_terminal():
             stop(signal.SIGHUP)  # its window was closed
         else:
-            _reload(box)
+            task = loop.create_task(_reload(box))
+            reloading.add(task)
+            task.add_done_callback(reloading.discard)
 
     terminal = _has_terminal()
+    reloading: set[asyncio.Task[None]] = set()  # asyncio itself would forget them
     loop.add_signal_handler(signal.SIGHUP, hang_up)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop, number)
@@ -139,10 +171,11 @@ def _has_terminal() -> bool:
     return True
 
 
-def _reload(box: Box) -> None:
+async def _reload(box: Box) -> None:
     try:
-        done = box.reload()
+        done = await box.reload()
     except CliError as error:
         log.error("not reloaded: %s", error.message)
     else:
-        log.info("reloaded", extra={"fields": dataclasses.asdict(done)})
+        fields = dataclasses.asdict(done) | {"not_served": len(done.not_served)}
+        log.info("reloaded", extra={"fields": fields})

@@ -39,7 +39,7 @@ async def detokenize(request: Request) -> Response:
     call = Call(request)
     body = await call.body(DetokenizeRequest)
     model = call.admit(body.model)
-    found = await call.tokenize(_job(model, call), body.tokens)
+    found = await call.tokenize(_job(model, call), body.tokens, count=True)
     return JSON(DetokenizedText(call.request_id, model.id, found.text, call.ignored or UNSET))
 
 
@@ -50,10 +50,10 @@ async def input_tokens(request: Request) -> Response:
     check_chat(body)
     model = call.admit(body.model)
     job = chat_job(body, model, call.request_id, call.key.id)
-    found = await call.tokenize(job)
+    found = await call.tokenize(job, count=True)
     return JSON(
         InputTokens(
-            call.request_id, model.id, len(found.tokens), ignored_parameters=call.ignored or UNSET
+            call.request_id, model.id, found.number, ignored_parameters=call.ignored or UNSET
         )
     )
 

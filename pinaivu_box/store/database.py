@@ -2,11 +2,17 @@
 
 A write is acknowledged after its transaction is on disk.  Writes that arrive while a commit is
 under way share the next one, so 64 endings at once cost a few fsyncs and not 64.
+
+`why_not_writable` says whether another write would succeed: what cannot be written need not be
+computed either.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import logging
+import math
 import os
 import sqlite3
 import time
@@ -23,8 +29,25 @@ Statement = tuple[str, Sequence[Any]]
 Row = sqlite3.Row
 _Pending = tuple[Sequence[Statement], "asyncio.Future[list[int]]"]
 
+log = logging.getLogger("pinaivu.database")
+
 _BUSY_SECONDS = 15.0
 _MOST_PER_COMMIT = 256
+_SLOW_SECONDS = 5.0  # of a commit; it waits for the lock of another program, or for the disk
+_PROBE_SECONDS = 1.0  # from one try to the next, after a failure
+_PROBE_BYTES = 65536  # about what the end of a request writes
+_PROBE: Statement = ("REPLACE INTO probe VALUES (1, randomblob(?))", (_PROBE_BYTES,))
+# Of SQLite's errors those that the next write would have too, whatever it writes.
+_CANNOT = {
+    sqlite3.SQLITE_FULL: "the disk is full",
+    sqlite3.SQLITE_IOERR: "the disk fails, or has no room",
+    sqlite3.SQLITE_READONLY: "the database is read-only",
+    sqlite3.SQLITE_CANTOPEN: "a file of the database cannot be opened",
+    sqlite3.SQLITE_BUSY: "another program has locked the database",
+    sqlite3.SQLITE_PERM: "access to the database is denied",
+    sqlite3.SQLITE_CORRUPT: "the database is damaged",
+    sqlite3.SQLITE_NOTADB: "the database is damaged",
+}
 
 
 class Database:
@@ -37,6 +60,10 @@ class Database:
         self._scanner: aiosqlite.Connection
         self._queue: asyncio.Queue[_Pending | None] = asyncio.Queue()
         self._committer: asyncio.Task[None]
+        self._failing: str | None = None  # why the last write failed, if all would
+        self._wrote = self._tried = -math.inf  # when one succeeded, or was tried in vain
+        self._committing: float | None = None  # since when
+        self._probing: asyncio.Task[None] | None = None
 
     async def open(self) -> None:
         # Made before SQLite does, for the mode; the WAL files take theirs from it.
@@ -84,6 +111,39 @@ class Database:
         await self._queue.put((statements, future))
         return await asyncio.shield(future)
 
+    async def why_not_writable(self, within: float) -> str | None:
+        """Why nothing can be written now, as the end of a sentence; None if it can be.
+
+        What was written in the last `within` seconds shows it, or else a write that is made for
+        that, at most one a second.  It does not wait longer than a slow disk may take.
+        """
+        now = time.monotonic()
+        if self._committing is not None and now - self._committing > _SLOW_SECONDS:
+            return f"a write has been waiting for {now - self._committing:.0f} s"
+        if self._failing is None and now - self._wrote < within:
+            return None
+        if self._failing is not None and now - self._tried < _PROBE_SECONDS:
+            return self._failing
+        if self._probing is None or self._probing.done():
+            self._probing = asyncio.create_task(self._probe())
+        await asyncio.wait({self._probing}, timeout=_SLOW_SECONDS)
+        if not self._probing.done():
+            return f"a write has been waiting for {_SLOW_SECONDS:.0f} s"
+        return self._failing
+
+    async def _probe(self) -> None:
+        with contextlib.suppress(sqlite3.Error):
+            await self.write(_PROBE)
+
+    def _note(self, error: sqlite3.Error | None) -> None:
+        """How a commit has ended."""
+        if error is None:
+            self._failing, self._wrote = None, time.monotonic()
+        elif why := _CANNOT.get(_code(error)):
+            if self._failing is None:
+                log.error("nothing can be written to %s: %s", self.path, error)
+            self._failing, self._tried = f"{why} ({error})", time.monotonic()
+
     async def _commit_forever(self) -> None:
         closing = False
         while not closing:
@@ -94,7 +154,11 @@ class Database:
             writes = [pending for pending in batch if pending is not None]
             try:
                 await self._commit(writes)
-            except Exception:
+            except Exception as error:
+                if _code(error) == sqlite3.SQLITE_BUSY:  # for each of them it would be as long
+                    for _, future in writes:
+                        future.set_exception(error)
+                    continue
                 # One of them is at fault (or the disk is): alone, each gets its own answer.
                 for pending in writes:
                     await self._commit_alone(pending)
@@ -108,6 +172,19 @@ class Database:
     async def _commit(self, writes: list[_Pending]) -> None:
         if not writes:
             return
+        self._committing = time.monotonic()
+        try:
+            counts = await self._commit_now(writes)
+        except sqlite3.Error as error:
+            self._note(error)
+            raise
+        finally:
+            self._committing = None
+        self._note(None)
+        for (_, future), count in zip(writes, counts, strict=True):
+            future.set_result(count)
+
+    async def _commit_now(self, writes: list[_Pending]) -> list[list[int]]:
         counts: list[list[int]] = []
         await self._writer.execute("BEGIN IMMEDIATE")
         try:
@@ -120,8 +197,12 @@ class Database:
             if self._writer.in_transaction:
                 await self._writer.execute("ROLLBACK")
             raise
-        for (_, future), count in zip(writes, counts, strict=True):
-            future.set_result(count)
+        return counts
+
+
+def _code(error: Exception) -> int:
+    """SQLite's, without its details; 0 if it is none."""
+    return (getattr(error, "sqlite_errorcode", None) or 0) & 0xFF
 
 
 async def _connect(path: Path) -> aiosqlite.Connection:

@@ -10,6 +10,7 @@ the sums of each peer are the database's own, so that `balance` reads one row of
 from __future__ import annotations
 
 import sqlite3
+import time
 from hashlib import sha256
 
 from msgspec import Struct
@@ -23,6 +24,7 @@ from pinaivu_box.store.database import Database, Statement
 MAX_PROOF_BYTES = 256 * 1024
 MAX_TEXT = 128  # characters of a request's id, or a currency
 _MOST = 2**62  # of one entry; sums of entries fit into 64 bits, or are not taken
+_LATEST = 10_000  # entries, of all peers
 _KEY = "peer = ? AND served_by_us = ? AND request_id = ? AND leg = ? AND choice = ?"
 
 
@@ -183,6 +185,18 @@ async def has(database: Database, peer: str, request_id: str, leg: int, choice: 
     """Whether we have served that for the peer."""
     key = (peer, True, request_id, leg, choice)
     return bool(await database.read(f"SELECT 1 FROM ledger_entries WHERE {_KEY}", key))
+
+
+async def lately(database: Database, peer: str, since: int) -> list[tuple[int, int]]:
+    """When a peer was served since then, and how many tokens, the oldest first; of the latest
+    entries only, which is all that a limit can have let through."""
+    rows = await database.read(
+        "SELECT at, proof FROM ledger_entries WHERE peer = ?1 AND served_by_us AND at >= ?2"
+        " AND at <= ?3 AND rowid > (SELECT max(rowid) FROM ledger_entries) - ?4 ORDER BY at",
+        (peer, since, time.time_ns() // 1_000_000, _LATEST),
+    )
+    proofs = [(at, read_proof(SignedProof(proof.decode(), ""))) for at, proof in rows]
+    return [(at, proof.prompt_tokens + proof.completion_tokens) for at, proof in proofs]
 
 
 async def balance(database: Database, peer: str) -> dict[str, Balance]:

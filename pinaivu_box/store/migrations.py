@@ -454,7 +454,38 @@ _V4_CLOCK = (
     """,
 )
 
-_V4 = (*_V4_CLOCK, *_V4_RECEIPTS)
+_V4_RESPONSES = (
+    # Whose key has stored a response, and how much a key has: sums by the triggers below.
+    "ALTER TABLE responses ADD COLUMN stored_by TEXT NOT NULL DEFAULT ''",
+    "ALTER TABLE responses ADD COLUMN"
+    " bytes INTEGER GENERATED ALWAYS AS (length(input) + length(body)) VIRTUAL",
+    """
+    CREATE TABLE response_sums (
+        key_id  TEXT PRIMARY KEY,
+        count   INTEGER NOT NULL DEFAULT 0,
+        bytes   INTEGER NOT NULL DEFAULT 0
+    ) STRICT, WITHOUT ROWID
+    """,
+    "INSERT INTO response_sums SELECT stored_by, count(*), sum(bytes) FROM responses GROUP BY 1",
+    "CREATE INDEX responses_by_key ON responses (stored_by, created_at, bytes)",
+    """
+    CREATE TRIGGER responses_are_counted AFTER INSERT ON responses BEGIN
+        INSERT INTO response_sums VALUES (NEW.stored_by, 1, NEW.bytes) ON CONFLICT DO UPDATE SET
+            count = count + excluded.count, bytes = bytes + excluded.bytes;
+    END
+    """,
+    """
+    CREATE TRIGGER responses_are_discounted AFTER DELETE ON responses BEGIN
+        UPDATE response_sums SET count = count - 1, bytes = bytes - OLD.bytes
+        WHERE key_id = OLD.stored_by;
+    END
+    """,
+    "CREATE INDEX responses_by_previous ON responses (previous_id) WHERE previous_id IS NOT NULL",
+    # Written to see whether anything can be written.
+    "CREATE TABLE probe (id INTEGER PRIMARY KEY, filler BLOB NOT NULL) STRICT",
+)
+
+_V4 = (*_V4_CLOCK, *_V4_RESPONSES, *_V4_RECEIPTS)
 
 MIGRATIONS: tuple[tuple[str, ...], ...] = (_V1, _V2, _V3, _V4)
 SCHEMA_VERSION = len(MIGRATIONS)

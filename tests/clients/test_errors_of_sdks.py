@@ -16,7 +16,7 @@ from typing import Any
 import openai
 import pytest
 
-from pinaivu_box.models import bundled
+from tests import ggufs
 from tests.box import Box, environment, pinaivu, pinaivu_json, wait_until
 from tests.clients.conftest import Node
 
@@ -39,7 +39,6 @@ KEYS = {
 }
 LONG = "word " * 700  # more tokens than the context has, in a body that is not too large
 DYING = {"python": "dies:1", "node": "dies:2"}
-BROKEN_BYTES = 20_000_000  # a good header, and tensors that are cut off
 
 
 @pytest.fixture(scope="module")
@@ -47,11 +46,8 @@ def strict(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Box]:
     folder = tmp_path_factory.mktemp("errors")
     config = folder / "box.toml"
     config.write_text(CONFIG)
-    source = bundled.find()
-    assert source
-    with source.path.open("rb") as file, (folder / "broken.gguf").open("wb") as broken:
-        file.seek(source.offset)
-        broken.write(file.read(BROKEN_BYTES))
+    # A good header, and no model behind it.
+    (folder / "broken.gguf").write_bytes(ggufs.valid())
     models = [f"{name}=fake:100" for name in ("fake:1", DYING["python"], DYING["node"])]
     given = [f"--model={one}" for one in [*models, f"broken:1={folder / 'broken.gguf'}"]]
     started = Box(folder / "home", "--config", str(config), *given).start()

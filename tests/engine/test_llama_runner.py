@@ -7,14 +7,13 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from pinaivu_box.engine.chat_template import ChatTemplate
 from pinaivu_box.engine.llama_runner import LlamaRunner
 from pinaivu_box.engine.messages import Add, Load
 from pinaivu_box.engine.named_prefixes import NamedPrefixes
 from pinaivu_box.engine.runner import Batch
 from pinaivu_box.engine.sampling import draw
 from pinaivu_box.models import bundled
-from tests.engine.harness import Engine, Fixed, Heard, add, run, sampling
+from tests.engine.harness import Engine, Fixed, Heard, Template, add, run, sampling
 
 
 def real_runner(**sizes: int) -> LlamaRunner:
@@ -136,7 +135,7 @@ def test_real_sequences_share_prefixes_and_check_drafts(kv_tokens: int) -> None:
 )
 def test_a_named_text_is_cut_at_a_real_token(llama: LlamaRunner, text: str) -> None:
     facts = llama.facts
-    template = ChatTemplate(facts.chat_template, bos=facts.bos, eos=facts.eos)
+    template = Template(facts.chat_template, bos=facts.bos, eos=facts.eos)
     known = NamedPrefixes([text.rstrip()], template, llama.tokenize)
     for more in ("", "\n\nMore.", " And more.", "\n- a list"):
         system = {"role": "system", "content": text.rstrip() + more}

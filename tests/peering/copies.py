@@ -23,15 +23,17 @@ from pinaivu_box.peering.memory_transport import MemoryNetwork, MemoryTransport
 from pinaivu_box.peering.sharing import Sharing
 from pinaivu_box.peering.transport import Link, Stream
 from pinaivu_box.store.database import Database
+from tests import ggufs
 from tests.peering.worlds import identity
 
-HEADER = b"GGUF" + (3).to_bytes(4, "little") + bytes(16)  # no tensors, no metadata
 SIZE = 9 * PIECE_BYTES + 12_345
 NAME = "made:up"
 
 
 def made_up(seed: int, size: int = SIZE) -> bytes:
-    return HEADER + random.Random(seed).randbytes(size - len(HEADER))
+    """So many bytes that begin like a model."""
+    head = ggufs.aligned(ggufs.header(tensors=[ggufs.tensor("a", 1)]))
+    return head + random.Random(seed).randbytes(size - len(head))
 
 
 def digest_of(data: bytes) -> str:

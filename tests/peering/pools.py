@@ -38,6 +38,7 @@ from pinaivu_box.peering.network import Handler
 from pinaivu_box.peering.peer import Peer
 from pinaivu_box.peering.signed import key_of
 from pinaivu_box.peering.transport import Stream
+from pinaivu_box.store.ledger import Balance
 
 FAKE = "fake:1"
 PROMPT = "Tell me about the sea."
@@ -133,16 +134,21 @@ class Node:
             self._terms,
             self._owed,
             self._served,
+            self._lately,
             self._keep,
             self._debts,
+            self._writable,
         )
         everybody[self.node_id] = self
 
     async def _terms(self, peer: str) -> Terms:
         return self.terms
 
-    async def _owed(self, peer: str, currency: str) -> int:
-        return self.owed
+    async def _owed(self, peer: str, currency: str) -> Balance:
+        return Balance(waiting=self.owed)
+
+    async def _lately(self, peer: str) -> list[tuple[float, int]]:
+        return []
 
     async def _served(self, peer: str, request_id: str, leg: int, choice: int) -> bool:
         return False
@@ -152,6 +158,9 @@ class Node:
 
     async def _keep(self, leg: Served | Taken) -> None:
         self.kept.append(leg)
+
+    async def _writable(self) -> None:
+        pass
 
     def seen(self) -> Peer:
         facts = self.offers.describe()

@@ -132,12 +132,18 @@ async def test_a_range_of_another_file_is_copied_like_a_file(world: World, tmp_p
 
 
 def catalog_with(path: Path, where: Any) -> Any:
-    from pinaivu_box.models import catalog
+    from pinaivu_box.models import catalog, gguf
 
     model = catalog._from_file(
-        NAME, path, offset=where.offset, size=where.size, digest=where.digest, owner="bundled"
+        NAME,
+        path,
+        gguf.Header(),
+        offset=where.offset,
+        size=where.size,
+        digest=where.digest,
+        owner="bundled",
     )
-    return catalog.Catalog({NAME: model}, {})
+    return catalog.Catalog({NAME: model})
 
 
 @pytest.mark.parametrize("size", [24, 25, PIECE_BYTES - 1, PIECE_BYTES, PIECE_BYTES + 1])

@@ -172,3 +172,39 @@ async def test_what_an_earlier_leg_is_said_to_have_made(world: World) -> None:
     found = await heard(stream)
     assert isinstance(found[-1], work.Outputs) and not found[-1].outputs[-1].tokens
     stream.abandon()
+
+
+# -- large messages ------------------------------------------------------------------------------
+
+
+def raw_list(count: int) -> msgspec.Raw:
+    """So many zeros."""
+    return msgspec.Raw(b"\xdd" + count.to_bytes(4, "big") + b"\x00" * count)
+
+
+LARGE = {
+    "two long lists of tokens": {name: raw_list(2**21) for name in ("read", "prompt")},
+    "many names": {"template": {f"{n:06}": True for n in range(200_000)}},
+    "many messages": {"messages": [{"role": "user", "content": ""}] * 150_000},
+    "many texts": {"inputs": [""] * 400_000},
+}
+
+
+@pytest.mark.parametrize("task", LARGE.values(), ids=LARGE.keys())
+async def test_a_large_message_is_not_decoded_before_it_was_looked_at(
+    world: World, task: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing of it is decoded in this process, so nobody waits for that."""
+    sizes: list[int] = []
+    decode = work.decode
+
+    def decoded(frame: bytes, decoder: Any) -> Any:
+        sizes.append(len(frame))
+        return decode(frame, decoder)
+
+    monkeypatch.setattr(work, "decode", decoded)
+    stream = await opened(world)
+    await work.send(stream, ask(world, **task))
+    with pytest.raises(LinkLost):
+        await heard(stream)
+    assert max(sizes, default=0) < 256 * 1024

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 
+from pinaivu_box import amount
+from pinaivu_box.amount import parse
 from pinaivu_box.errors import LinkLost, PeeringError
 from pinaivu_box.gateway import guests, serving
 from pinaivu_box.models.catalog import digest_of
 from pinaivu_box.peering import memory_transport, work
+from pinaivu_box.peering.memory_transport import MemoryNetwork
+from pinaivu_box.peering.transport import Stream
 from pinaivu_box.receipts.receipt import ACCEPTANCE_DOMAIN
 from pinaivu_box.store import ledger
 from tests.peering.asking import accept, ask, entry, heard, opened, refused, served, sign, task
-from tests.peering.company import FAKE, World, said
+from tests.peering.company import DEAR, FAKE, World, house, offering, said
 from tests.peering.people import person
 from tests.peering.worlds import soon, wait_until
 
@@ -46,6 +53,247 @@ async def test_who_never_accepts_owes_it_all_the_same(
     used = before["credits"].credit_used if before else 0
     assert after["credits"].credit_used == used + found["amount"]
     stream.abandon()
+
+
+HANGUPS = ("at the first output", "in the middle", "at the proof", "at the end", "orderly",
+           "after a stop", "with the link", "in dispute")  # fmt: skip
+
+
+async def hang_up(world: World, asked: work.Ask, how: str) -> None:
+    """Ask, and leave at that stage."""
+    stream = await opened(world)
+    await work.send(stream, asked)
+    outputs = 0
+    while True:
+        said = await soon(work.receive(stream, work.to_coordinator))
+        outputs += isinstance(said, work.Outputs)
+        ended = isinstance(said, work.Outputs) and said.outputs[-1].finish_reason is not None
+        wanted = {"in the middle": outputs == 3, "at the proof": isinstance(said, work.Proved)}
+        if ended or (outputs == 1 and how not in (*wanted, "at the end", "in dispute")):
+            break
+        if wanted.get(how):
+            break
+    match how:
+        case "orderly":
+            await stream.finish()
+        case "after a stop":
+            await work.send(stream, work.Stop())
+            stream.abandon()
+        case "with the link":
+            await world.carl.network._links.held[world.ben.node_id].link.close(400, "enough")
+        case "in dispute":
+            await work.send(stream, work.Disputed("I have seen nothing"))
+            await stream.finish()
+        case _:
+            stream.abandon()
+    await wait_until(lambda: not world.running)
+
+
+async def waits(world: World) -> int:
+    found = await ledger.balance(world.ben.box.database, world.carl.identity.node_id)
+    return found["credits"].waiting if found else 0
+
+
+@pytest.mark.parametrize("how", HANGUPS)
+async def test_who_hangs_up_owes_what_was_computed(world: World, how: str) -> None:
+    before, asked = await waits(world), ask(world, max_tokens=60)
+    await hang_up(world, asked, how)
+    found = await entry(world, asked)
+    assert found is not None and found["acceptance"] == b""
+    proof = msgspec.json.decode(found["proof"])
+    assert proof["prompt_tokens"] > 0 and proof["completion_tokens"] > 0
+    if how in ("at the first output", "orderly", "after a stop", "with the link"):
+        assert proof["finish_reason"] == "cancelled" and proof["completion_tokens"] < 60
+    assert found["amount"] == (proof["prompt_tokens"] + proof["completion_tokens"]) * 10**7
+    assert await waits(world) == before + found["amount"]
+    await wait_until(lambda: world.carl.network.peer("ben").state == "connected")
+
+
+async def terms(world: World, **limits: object) -> None:
+    """What ben's operator has set for carl."""
+    made = await world.ben.http("PATCH", "/v1/admin/peers/carl", json={"limits": limits})
+    assert made.status_code == 200, made.text
+
+
+@pytest.fixture
+async def strict(world: World, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[World]:
+    """Beyond its credit limit carl gets nothing from ben, whether he is idle or not."""
+    box = world.ben.box
+    serve = msgspec.structs.replace(box.config.peering.serve, beyond="refuse")
+    peering = msgspec.structs.replace(box.config.peering, serve=serve)
+    monkeypatch.setattr(box, "config", msgspec.structs.replace(box.config, peering=peering))
+    yield world
+    await terms(world, credit_limit=None, tokens_per_minute=None, max_parallel=None)
+
+
+async def owes(world: World) -> int:
+    found = await world.ben.pool.serving.guests.owes(world.carl.identity.node_id, "credits")
+    return found.total
+
+
+async def test_the_credit_limit_binds_who_hangs_up_time_and_again(strict: World) -> None:
+    """What it got is at most its credit and one request."""
+    world, before = strict, await owes(strict)
+    prompt, limit = 100 * 10**7, before + 2 * 10**9
+    await terms(world, credit_limit=amount.to_text(limit))
+    text, refusal = "x" * 80, None
+    for _ in range(100):
+        stream = await opened(world)
+        await work.send(stream, ask(world, text, max_tokens=None))
+        said = await soon(work.receive(stream, work.to_coordinator))
+        if isinstance(said, work.Refused):
+            refusal = said
+            break
+        while not isinstance(await soon(work.receive(stream, work.to_coordinator)), work.Outputs):
+            pass
+        stream.abandon()
+        await wait_until(lambda: not world.running)
+    assert refusal is not None and refusal.code == "rate_limit_exceeded" and refusal.other
+    unaccepted = amount.to_text(await waits(world))
+    assert f"{unaccepted} of it not accepted by yours" in refusal.message
+    assert limit <= await owes(world) < limit + 8192 * 10**7
+    assert before + prompt < limit
+    shown = (await world.ben.http("GET", "/v1/admin/peers/carl")).json()["use"]
+    assert shown["unaccepted"] == unaccepted and shown["owes"] == amount.to_text(await owes(world))
+    # What was not yet refused is counted no more, either: nothing at all is to be had.
+    digest = world.carl.models[0].digest.hex()
+    assert "owes" in (await refused(world, work.Count(task(world), digest))).message
+    # The operator writes it off, and it may have as much again.
+    forgiven = await world.ben.http("POST", "/v1/admin/ledger/carl/forgive")
+    assert forgiven.status_code == 200 and await waits(world) == 0
+    stream, proved = await served(world, ask(world))
+    await accept(stream, sign(world, proved))
+
+
+async def test_what_runs_is_reserved(strict: World) -> None:
+    """Of many that come together only those are begun that the credit has room for."""
+    world = strict
+    limit = await owes(world) + 10**9
+    await terms(world, credit_limit=amount.to_text(limit), max_parallel=8)
+    streams = [await opened(world) for _ in range(8)]
+    for stream in streams:
+        await work.send(stream, ask(world, max_tokens=None))
+    found = [await soon(work.receive(one, work.to_coordinator)) for one in streams]
+    kinds = [type(one) for one in found]
+    assert sorted(one.__name__ for one in kinds) == ["Began"] + ["Refused"] * 7
+    assert {one.code for one in found if isinstance(one, work.Refused)} == {"rate_limit_exceeded"}
+    assert any("for what runs" in one.message for one in found if isinstance(one, work.Refused))
+    for stream in streams:
+        stream.abandon()
+    await wait_until(lambda: not world.running)
+    # What was reserved is free again, but for what was computed.
+    assert world.ben.pool.serving.guests.use(world.carl.identity.node_id).held == 0
+    assert await owes(world) < limit + 10**9
+
+
+async def test_who_waits_for_its_prompt_to_be_counted_hears_that_all_is_well(
+    strict: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As while a model is loaded: who hears nothing for 4 s takes a box for lost."""
+    world, heard_ = strict, asyncio.Event()
+    local = world.ben.box.local
+    read = local.read
+
+    async def slow(job: Any) -> Any:
+        await heard_.wait()
+        return await read(job)
+
+    monkeypatch.setattr(local, "read", slow)
+    monkeypatch.setattr(serving, "_ALIVE_SECONDS", 0.01)
+    await terms(world, tokens_per_minute=10_000)
+    stream = await opened(world)
+    await work.send(stream, ask(world))
+    assert isinstance(await soon(work.receive(stream, work.to_coordinator)), work.Alive)
+    heard_.set()
+    found = await heard(stream)
+    (proved,) = [one for one in found if isinstance(one, work.Proved)]
+    await accept(stream, sign(world, proved))
+
+
+async def test_tokens_a_minute_count_what_was_hung_up_on(strict: World) -> None:
+    world = strict
+    use = world.ben.pool.serving.guests.use(world.carl.identity.node_id)
+    use.tokens._entries.clear()
+    use.tokens._total = 0
+    await terms(world, tokens_per_minute=400)
+    refusal = None
+    for _ in range(20):
+        stream = await opened(world)
+        await work.send(stream, ask(world, "x" * 100, max_tokens=1))
+        said = await soon(work.receive(stream, work.to_coordinator))
+        if isinstance(said, work.Refused):
+            refusal = said
+            break
+        await heard(stream)
+        stream.abandon()
+        await wait_until(lambda: not world.running)
+    assert refusal is not None and "400 tokens a minute" in refusal.message
+    assert 300 <= use.tokens.used(time.monotonic()) <= 400
+    # Prompts that are only counted have a limit of their own.
+    digest, counted = world.carl.models[0].digest.hex(), 0
+    use.tokens._entries.clear()
+    use.tokens._total = 0
+    for _ in range(20):
+        stream = await opened(world)
+        await work.send(stream, work.Count(task(world, "x" * 100), digest))
+        answer = await soon(work.receive(stream, work.to_coordinator))
+        await stream.finish()
+        if isinstance(answer, work.Refused):
+            assert "count 800 tokens a minute" in answer.message
+            break
+        counted += 1
+    assert 0 < counted < 20
+
+
+async def test_debts_outlive_a_restart_and_are_accepted_later(tmp_path: Path) -> None:
+    """What anna's box has taken and not told ben that it accepts: ben's stays, as a debt of hers
+    that counts, until the two settle."""
+    net = MemoryNetwork()
+    dear = {
+        "pricing__per_1k_tokens": DEAR,
+        "peering__serve__credit_limit": "0.3",
+        "peering__serve__beyond": "refuse",
+        "peering__serve__tokens_per_minute": 1000,
+    }
+    async with house(net, tmp_path / "anna") as anna:
+        async with house(net, tmp_path / "ben", (FAKE,), **dear) as ben:
+            await soon(ben.network.join(await anna.network.invite()))
+            await wait_until(lambda: offering(anna) == 1)
+            send = work.send
+
+            async def forgets(stream: Stream, *messages: Any) -> None:
+                if any(isinstance(one, work.Accepted) for one in messages):
+                    stream.abandon()
+                    raise LinkLost("it is lost")
+                await send(stream, *messages)
+
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(work, "send", forgets)
+                answer = await anna.chat("x" * 20)
+            assert answer.status_code == 200, answer.text
+            guests_ = ben.pool.serving.guests
+            await wait_until(lambda: not guests_.use(anna.node_id).running)
+            owed = (await guests_.owes(anna.node_id, "credits")).total
+            assert owed > parse("0.3")
+        async with house(net, tmp_path / "ben", (FAKE,), **dear) as ben:
+            await wait_until(lambda: ben.network.peer("anna").state == "connected")
+            await wait_until(lambda: offering(anna) == 1)
+            guests_ = ben.pool.serving.guests
+            found = await guests_.owes(anna.node_id, "credits")
+            assert (found.total, found.unaccepted) == (owed, owed)
+            refused_ = await anna.chat()
+            assert refused_.status_code == 503 and "not accepted by yours" in refused_.text
+            (used,) = await ben.box.books.lately(anna.node_id)  # type: ignore[union-attr]
+            assert used[1] == owed // 10**7
+            settled = (await ben.http("POST", "/v1/admin/ledger/anna/settle")).json()
+            assert settled["accepted"] == 1 and settled["disputed"] == []
+            found = await guests_.owes(anna.node_id, "credits")
+            assert (found.total, found.unaccepted) == (owed, 0)
+            (statement,) = settled["statements"]
+            await ben.http("POST", f"/v1/admin/ledger/statements/{statement['id']}/paid")
+            assert (await guests_.owes(anna.node_id, "credits")).total == 0
+            anna.forget()  # that it was refused
+            assert (await anna.chat()).status_code == 200
 
 
 @pytest.mark.parametrize("kind", ["garbage", "anothers", "another proof", "dispute"])
@@ -130,6 +378,11 @@ async def test_a_prompt_is_not_for_nothing(world: World, monkeypatch: pytest.Mon
     paid = [one["amount"] for one in await world.ben.entries(world.carl)
             if one["request_id"] == asked.task.request_id]  # fmt: skip
     assert len(paid) == 2 and max(paid) > min(paid) == 20 * 10**7
+    # Who does not pay is not served before who does.
+    sooner = msgspec.structs.replace(
+        free, task=msgspec.structs.replace(free.task, choice=3, priority=1)
+    )
+    assert "pays" in (await refused(world, sooner)).message
     # Another prompt under the same number is another prompt.
     other = msgspec.structs.replace(
         free, task=msgspec.structs.replace(free.task, choice=2, messages=task(world, "x").messages)
@@ -231,7 +484,7 @@ async def test_prompts_are_not_counted_without_number(
     """As any request: eight at a time."""
     digest = world.carl.models[0].digest.hex()
     streams = [await opened(world) for _ in range(40)]
-    text = "x" * 500_000
+    text = "x" * 7000
     await asyncio.gather(
         *(work.send(one, work.Count(task(world, text), digest)) for one in streams)
     )

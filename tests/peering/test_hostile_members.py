@@ -113,6 +113,36 @@ async def test_who_was_put_out_shows_its_certificate_in_vain(
     await bare.close()
 
 
+# -- names ---------------------------------------------------------------------------------------
+
+
+async def test_a_name_that_is_no_model_id_is_in_no_list_and_in_nobodys_way(
+    world: World, tmp_path: Path
+) -> None:
+    """An older box may say such: it stays a member, and what it has beside that is offered."""
+    odd = ("a b", "\u202egpj", "x" * 100 + " ", "größe", "a:b:c")
+    async with newcomer(world, tmp_path, "emma", 84) as emma:
+        emma.models = tuple(offer(name) for name in (*odd, "emmas:1"))
+        emma.network.changed()
+
+        async def listed() -> list[str]:
+            answer = await world.anna.http("GET", "/v1/models")
+            return [one["id"] for one in answer.json()["data"]]
+
+        await wait_until(lambda: "emmas:1" in _offered(world.anna, "emma"))
+        assert set(odd) < set(_offered(world.anna, "emma"))
+        assert "emmas:1" in await listed() and not set(odd) & set(await listed())
+        assert world.anna.network.peer("emma").state == "connected"
+        asked = await world.anna.chat(model=odd[0])
+        assert asked.status_code == 422
+    await world.anna.network.remove("emma")
+
+
+def _offered(box: Any, name: str) -> list[str]:
+    advert = box.network.peer(name).advert
+    return [] if advert is None else [one.id for one in advert.models]
+
+
 # -- clocks --------------------------------------------------------------------------------------
 
 

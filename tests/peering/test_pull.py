@@ -17,9 +17,11 @@ from pinaivu_box.config import Config
 from pinaivu_box.errors import PeerNotFound
 from pinaivu_box.models import catalog
 from pinaivu_box.models.placing import place
+from pinaivu_box.models.splits import digest_of_parts
 from pinaivu_box.peering.advert import Advert
 from pinaivu_box.server.app import create_app
 from pinaivu_box.store import audit
+from tests import ggufs
 from tests.box import Box, pinaivu
 from tests.peering.copies import NAME, SIZE, World, digest_of, made_up
 from tests.peering.people import offer
@@ -48,9 +50,13 @@ class Network:
     def __init__(self, world: World) -> None:
         self.world, self.met, self.changes = world, dict[str, Met](), 0
 
-    def meet(self, source: Any, **models: bytes) -> None:
+    def meet(self, source: Any, **models: bytes | str) -> None:
+        """Models by their file or its digest."""
         offers = tuple(
-            offer(name.replace("_", ":"), digest=bytes.fromhex(digest_of(data)))
+            offer(
+                name.replace("_", ":"),
+                digest=bytes.fromhex(data if isinstance(data, str) else digest_of(data)),
+            )
             for name, data in models.items()
         )
         advert = Advert(bytes(36), bytes(32), 1, 0, 15, "1", (), "credits", offers)
@@ -129,6 +135,34 @@ async def test_a_pulled_model_is_served_at_once_and_told_of(puller: Puller) -> N
     assert (entry.action, entry.target, entry.detail["from"]) == ("model.pull", NAME, ["anna"])
 
 
+async def test_a_model_in_several_files_is_served_at_once_too(puller: Puller) -> None:
+    giver = await puller.world.giver(None, name="anna")
+    parts = [ggufs.part(1, 2), ggufs.part(2, 2) + made_up(3, 100_000)]
+    ggufs.put_split(giver.folder, NAME, parts)
+    digest = digest_of_parts([digest_of(data) for data in parts])
+    puller.network.meet(giver.source, made_up=digest)
+    done = await puller.pull()
+    assert (done["state"], done["bytes"], done["digest"]) == (
+        "done",
+        sum(map(len, parts)),
+        digest,
+    )
+    listed = (await puller.http.get("/v1/admin/models")).json()
+    (model,) = [one for one in listed["data"] if one["id"] == NAME]
+    held = puller.box.catalog.find(NAME)
+    assert [digest_of(file.path.read_bytes()) for file in held.files] == [*map(digest_of, parts)]
+    assert [str(file.path) for file in held.files] == model["files"]
+    # They were checked as they came: nobody reads them again to know their digest.
+    rows = await puller.box.database.read(
+        "SELECT path, digest FROM model_files WHERE path LIKE '%made:up%' ORDER BY path"
+    )
+    assert [(row["path"], row["digest"]) for row in rows] == [
+        (path, digest_of(data)) for path, data in zip(model["files"], parts, strict=True)
+    ]
+    again = await puller.pull()
+    assert again["state"] == "done" and "already, as made:up" in again["message"]
+
+
 async def test_what_is_here_is_not_copied_again(puller: Puller) -> None:
     await puller.giver(DATA)
     await puller.pull()
@@ -152,7 +186,7 @@ async def test_what_is_here_gets_the_name_that_was_asked_for(puller: Puller) -> 
     assert (newest.target, newest.detail["same_as"]) == ("other:1", NAME)
     # The file of one name may go: the other is still there.
     puller.box.catalog.find(NAME).path.unlink()
-    puller.box.look_for_models()
+    await puller.box.look_for_models()
     assert digest_of(puller.box.catalog.find("other:1").path.read_bytes()) == DIGEST
     # It is called so now: nothing is left to do, with its tag or without.
     for name in ("other:1", "made:up"):
@@ -178,10 +212,10 @@ def test_a_model_inside_a_larger_file_is_copied_out_of_it(tmp_path: Path) -> Non
     whole.write_bytes(b"before" + DATA + b"after")
     inside = catalog.remote("inside:1", DIGEST)
     inside = replace(inside, path=whole, offset=6, size=len(DATA), remote=False)
-    place(inside, tmp_path / "models" / "out:1.gguf")
+    assert place(inside, tmp_path / "models", "out:1") == [tmp_path / "models" / "out:1.gguf"]
     assert digest_of((tmp_path / "models" / "out:1.gguf").read_bytes()) == DIGEST
     with pytest.raises(FileExistsError):
-        place(inside, tmp_path / "models" / "out:1.gguf")
+        assert place(inside, tmp_path / "models", "out:1") == [tmp_path / "models" / "out:1.gguf"]
     assert [path.name for path in (tmp_path / "models").iterdir()] == ["out:1.gguf"]
 
 
@@ -207,7 +241,7 @@ async def test_another_name_for_it(puller: Puller) -> None:
     mine = puller.box.home / "models" / "made:up.gguf"
     mine.parent.mkdir()
     mine.write_bytes(made_up(2, 1000))
-    puller.box.look_for_models()
+    await puller.box.look_for_models()
     status, message = await puller.refused()
     assert status == 409 and "another file as made:up" in message and "--as" in message
     assert (await puller.pull(**{"as": "theirs"}))["model"] == "theirs:latest"

@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from tests import ggufs
 from tests.box import PINAIVU, Box, environment, pinaivu, pinaivu_json, wait_until
 from tests.peering.copies import digest_of, made_up
 from tests.peering.test_joining import Member, Network, joined, member
@@ -71,6 +72,15 @@ def test_a_model_goes_to_another_box_and_on_to_a_third(member: Network) -> None:
     }
     (entry,) = [one for one in pinaivu_json("audit", home=carl.home) if "pull" in one["action"]]
     assert (entry["action"], entry["detail"]["digest"]) == ("model.pull", digest_of(data))
+    # In several files it is one model, to whom it is offered and who pulls it.
+    parts = [ggufs.part(number, 3, tensors=3) + made_up(number, 100_000) for number in (1, 2, 3)]
+    ggufs.put_split(anna.home / "models" / "publisher", "split", parts)
+    pinaivu("reload", home=anna.home)
+    wait_until(lambda: offers(ben, "anna", "split:latest"), "it is offered")
+    pinaivu("pull", "split", "--from", "anna", home=ben.home)
+    (pulled,) = [one for one in pinaivu_json("ls", home=ben.home) if one["id"] == "split:latest"]
+    came = [digest_of(Path(path).read_bytes()) for path in pulled["files"]]
+    assert came == [digest_of(data) for data in parts]
 
 
 def test_a_box_that_is_killed_in_the_middle_goes_on(member: Network) -> None:

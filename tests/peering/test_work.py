@@ -13,6 +13,7 @@ from dataclasses import replace
 
 import msgspec
 import pytest
+from ulid import ULID
 
 from pinaivu_box.engine.messages import TokenLogprob
 from pinaivu_box.errors import ContextOverflow, EngineLost, ModelNotFound, NoNodesAvailable
@@ -289,7 +290,8 @@ async def test_log_probabilities_of_held_back_text_are_not_lost_at_a_seam(pair: 
                 branch.legs = [Leg(event)]
             elif isinstance(event, Prompt | Output):
                 branch.legs[-1].take(event)
-        again = branch.next_job()
+        # Of another request each time, for a leg is served once.
+        again = replace(branch.next_job(), request_id=f"req_{ULID()}".lower())
         held += again.unsaid > 0
         rest = [event async for event in serve(again, branch.made)]
         events = [*whole[:end], *rest]
@@ -369,17 +371,26 @@ async def test_places_are_given_back_however_a_request_ends() -> None:
 
 
 async def test_hedging_asks_a_second_box() -> None:
-    slow = config(f"{FAKE}=3000")
+    slow = config(f"{FAKE}=1500")
     async with pools(asker=config(hedge_ms=200), slow=slow, fast=config(f"{FAKE}=2")) as (
         asker,
         slow_node,
         fast_node,
     ):
-        await fast_node.ask(max_tokens=1)
+        for node in (slow_node, fast_node):
+            await node.ask(max_tokens=1, local_only=True)
+        slow_node.load._ttft.clear()  # nobody knows how slow it is
         for number in range(6):  # one of them goes to the slow one first, almost surely
             events = await asker.ask(text=f"{number} {'x' * number}", max_tokens=5)
             assert isinstance(events[0], Started) and events[0].node_id == fast_node.node_id
         await wait_until(lambda: slow_node.load.idle)
+        # What the slow one had computed until it was told to stop is owed to it, and accepted.
+        served = [one for one in slow_node.kept if isinstance(one, Served)]
+        assert served and all(one.acceptance for one in served)
+        assert {one.proof.finish_reason for one in served} == {"cancelled"}
+        taken = [one for one in asker.kept if isinstance(one, Taken)]
+        owed = {one.proved.signed.signed for one in taken if one.peer == slow_node.node_id}
+        assert owed == {one.signed.signed for one in served}
 
 
 async def test_hedging_when_a_box_is_lost() -> None:

@@ -1,0 +1,52 @@
+"""Opens model files: regular files only, without ever waiting for one."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+from typing import BinaryIO
+
+_KINDS = {
+    stat.S_IFDIR: "a directory",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+class NotAFile(OSError):
+    """It is something else than a regular file; `strerror` says what."""
+
+
+def why_not(mode: int) -> str | None:
+    """What a thing of that mode is if it is no regular file."""
+    if stat.S_ISREG(mode):
+        return None
+    return f"it is {_KINDS.get(stat.S_IFMT(mode), 'no file')}, not a regular file"
+
+
+def look(path: Path) -> os.stat_result:
+    """The facts of a regular file, or of the one that a link leads to.  Raises OSError."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        if path.is_symlink():
+            raise NotAFile(0, "it is a link to a file that does not exist", str(path)) from None
+        raise
+    if (why := why_not(found.st_mode)) is not None:
+        raise NotAFile(0, why, str(path))
+    return found
+
+
+def open_regular(path: Path, buffering: int = -1) -> BinaryIO:
+    """The file, opened for reading.  Raises OSError; a FIFO or a device does not hold this up."""
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    try:
+        if (why := why_not(os.fstat(handle).st_mode)) is not None:
+            raise NotAFile(0, why, str(path))
+        return os.fdopen(handle, "rb", buffering)
+    except BaseException:
+        os.close(handle)
+        raise

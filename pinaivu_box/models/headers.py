@@ -1,0 +1,106 @@
+"""Reads the headers of model files in a child with limits, and remembers what they say."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+from msgspec import Struct
+
+from pinaivu_box.errors import BoxError
+from pinaivu_box.models.files import NotAFile
+from pinaivu_box.models.gguf import BadGguf, Header, read_header
+from pinaivu_box.sandbox import Limits, Sandbox, SandboxLimit
+
+_ENTRY = "pinaivu_box.models.headers:make"
+_LIMITS = Limits(cpu_seconds=10.0, memory_bytes=768 * 1024 * 1024, wall_seconds=60.0)
+_ALL_SECONDS = 120.0  # that one look may take for the headers of all files together
+
+_Facts = tuple[str, int, int, int, int, int]
+
+
+class _Answer(Struct, array_like=True):
+    """`header`, or why there is none: what is wrong with the bytes, or an error of the system."""
+
+    header: Header | None = None
+    bad: str = ""
+    error: str = ""
+
+
+class Headers:
+    """For one thread at a time.  `finish` after each look at all files."""
+
+    def __init__(self) -> None:
+        self._sandbox = Sandbox(_ENTRY, limits=_LIMITS)
+        self._known: dict[_Facts, _Answer] = {}  # from the look before
+        self._seen: dict[_Facts, _Answer] = {}  # in this one
+        self._ends: float | None = None
+        self._stopped = False
+
+    def read(self, path: Path, facts: os.stat_result) -> Header:
+        """The header of a file with these facts, from memory while they stay the same.  Raises
+        BadGguf, OSError."""
+        key = (
+            str(path),
+            facts.st_dev,
+            facts.st_ino,
+            facts.st_size,
+            facts.st_mtime_ns,
+            facts.st_ctime_ns,
+        )
+        answer = self._seen.get(key) or self._known.get(key) or self._ask(path)
+        self._seen[key] = answer
+        if answer.header is None:
+            raise BadGguf(answer.bad)
+        return answer.header
+
+    def finish(self) -> None:
+        """Forget files that are there no more, and end the child."""
+        self._known, self._seen, self._ends = self._seen, {}, None
+        self._sandbox.close()
+
+    def stop(self) -> None:
+        """From another thread: read no more, so that whoever looks at files is done soon."""
+        self._stopped = True
+        self._sandbox.close()
+
+    def _ask(self, path: Path) -> _Answer:
+        """What the bytes say.  What says nothing about them is not remembered: it is raised."""
+        self._ends = self._ends or time.monotonic() + _ALL_SECONDS
+        if self._stopped:
+            raise BadGguf("the box stops")
+        if time.monotonic() > self._ends:
+            raise BadGguf("reading the files before it took too long: reload to go on")
+        try:
+            made = self._sandbox.run(os.fsencode(path))
+        except SandboxLimit as error:
+            what = {
+                "time": "takes more time than it may",
+                "memory": "takes more memory than it may",
+            }
+            why = what.get(error.limit, "crashes the reader")
+            raise BadGguf(f"reading its header {why}") from error
+        except BoxError as error:
+            raise BadGguf(f"its header cannot be read: {error.message.rstrip('.')}") from error
+        answer = msgspec.msgpack.decode(made, type=_Answer)
+        if answer.error:
+            raise NotAFile(0, answer.error, str(path))
+        return answer
+
+
+def make(_setup: bytes) -> Callable[[bytes], bytes]:
+    """In the child: reads one header after the other."""
+
+    def read(path: bytes) -> bytes:
+        try:
+            answer = _Answer(read_header(Path(os.fsdecode(path))))
+        except BadGguf as error:
+            answer = _Answer(bad=str(error))
+        except OSError as error:
+            answer = _Answer(error=error.strerror or str(error))
+        return msgspec.msgpack.encode(answer)
+
+    return read

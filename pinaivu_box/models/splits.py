@@ -1,0 +1,104 @@
+"""Models in several files, as `llama-gguf-split` makes them: names, order and digest.
+
+`NAME-00002-of-00003.gguf` is the second of three files of one model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pinaivu_box.models.gguf import BadGguf, Header
+
+MAX_PARTS = 1000
+_NAME = re.compile(
+    r"(?P<stem>.+)-(?P<number>[0-9]{5})-of-(?P<count>[0-9]{5})(?P<suffix>\.gguf)",
+    re.DOTALL | re.IGNORECASE,
+)
+_DIGEST_DOMAIN = b"pinaivu/model-parts/v1\n"
+
+
+@dataclass(frozen=True)
+class PartName:
+    """Part `number` (from 1) of `count`."""
+
+    stem: str
+    number: int
+    count: int
+    suffix: str
+
+    def sibling(self, number: int) -> str:
+        """The name of another part."""
+        return f"{self.stem}-{number:05}-of-{self.count:05}{self.suffix}"
+
+
+def parse(name: str) -> PartName | None:
+    """None for the name of a file that is a whole model.  Raises BadGguf."""
+    match = _NAME.fullmatch(name)
+    if match is None:
+        return None
+    part = PartName(match["stem"], int(match["number"]), int(match["count"]), match["suffix"])
+    if not 1 <= part.number <= part.count:
+        raise BadGguf(f"its name says that it is part {part.number} of {part.count}")
+    if part.count > MAX_PARTS:
+        raise BadGguf(f"its name says that it has {part.count} parts, more than {MAX_PARTS}")
+    return part if part.count > 1 else None
+
+
+def stem_of(name: str) -> str:
+    """The name of a model's file, or of any of its parts, without number and suffix."""
+    match = _NAME.fullmatch(name)
+    return match["stem"] if match else name[: -len(".gguf")]
+
+
+def check_complete(count: int, there: Sequence[int]) -> None:
+    """Whether all parts are there.  Raises BadGguf."""
+    missing = sorted(set(range(1, count + 1)) - set(there))
+    if missing:
+        named = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
+        which = (
+            f"part {named} of {count} is" if len(missing) == 1 else f"parts {named} of {count} are"
+        )
+        raise BadGguf(f"it is incomplete: {which} missing")
+
+
+def check_consistent(headers: Sequence[Header]) -> int:
+    """Whether what the parts say of themselves is what their names say; the number of tensors in
+    all.  Raises BadGguf."""
+    for number, header in enumerate(headers, 1):
+        if (header.part, header.parts) != (number, len(headers)):
+            said = (
+                f"says that it is part {header.part} of {header.parts}"
+                if header.parts
+                else "does not say that it is a part of a model"
+            )
+            raise BadGguf(f"part {number} of {len(headers)} {said}")
+    tensors = sum(header.tensors for header in headers)
+    if headers[0].all_tensors not in (0, tensors):
+        raise BadGguf(f"its parts have {tensors} tensors, not {headers[0].all_tensors}")
+    return tensors
+
+
+def check_single(header: Header) -> None:
+    """Whether a file whose name is not that of a part is a whole model.  Raises BadGguf."""
+    if header.parts > 1:
+        raise BadGguf(
+            f"it is part {header.part} of {header.parts} of a model, and its name does not say so: "
+            f"name it NAME-{header.part:05}-of-{header.parts:05}.gguf"
+        )
+
+
+def digest_of_parts(digests: Sequence[str]) -> str:
+    """The digest of a model in several files, from those of its parts (SHA-256 in hex) in their
+    order; see docs/receipts.md."""
+    joined = b"".join(bytes.fromhex(digest) for digest in digests)
+    count = len(digests).to_bytes(4, "big")
+    return hashlib.sha256(_DIGEST_DOMAIN + count + joined).hexdigest()
+
+
+def siblings(path: Path, part: PartName) -> list[Path]:
+    """Where all parts of that model are, the first one first."""
+    return [path.with_name(part.sibling(number)) for number in range(1, part.count + 1)]

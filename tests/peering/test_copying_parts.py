@@ -1,0 +1,221 @@
+"""Copies of models in several files: all of them or none, checked by one digest."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from pinaivu_box.config import Config
+from pinaivu_box.errors import CopyFailed
+from pinaivu_box.models import catalog as catalogs
+from pinaivu_box.models import pieces
+from pinaivu_box.models.pieces import PIECE_BYTES
+from pinaivu_box.models.splits import digest_of_parts
+from pinaivu_box.peering import copying, model_wire, wire
+from pinaivu_box.peering.model_wire import File, Find, Give, Have, List, Refused
+from pinaivu_box.peering.sharing import Sharing
+from tests import ggufs
+from tests.peering.copies import NAME, Giver, World, digest_of
+from tests.peering.test_copying import WrongPieces, asked
+from tests.peering.worlds import soon, wait_until
+
+pytestmark = pytest.mark.anyio
+COUNT = 3
+PARTS = [
+    ggufs.part(number, COUNT, tensors=COUNT)
+    + random.Random(number).randbytes((2 if number == 2 else 0) * PIECE_BYTES + 1000)
+    for number in range(1, COUNT + 1)
+]
+DIGESTS = [digest_of(data) for data in PARTS]
+DIGEST = digest_of_parts(DIGESTS)
+SIZES = [len(data) for data in PARTS]
+SIZE = sum(SIZES)
+
+
+@pytest.fixture
+async def world(tmp_path: Path) -> AsyncIterator[World]:
+    made = World(tmp_path)
+    yield made
+    await made.end()
+
+
+async def giver(world: World, kind: type[Sharing] = Sharing, name: str = "") -> Giver:
+    made = await world.giver(None, kind, name)
+    ggufs.put_split(made.folder, NAME, PARTS)
+    return made
+
+
+def folder(world: World) -> Path:
+    return world.target.parent
+
+
+def targets(world: World) -> list[Path]:
+    return [folder(world) / ggufs.part_name(NAME, number, COUNT) for number in range(1, COUNT + 1)]
+
+
+def there(world: World) -> list[str]:
+    """Digests of what has come."""
+    return [digest_of(path.read_bytes()) for path in targets(world)]
+
+
+async def begun(world: World) -> Any:
+    return copying.copy_of(world.open, await world.find(), folder(world), NAME)
+
+
+async def copied(world: World) -> Any:
+    made = await begun(world)
+    await made.run()
+    return made
+
+
+async def test_all_parts_come_from_two_boxes_and_are_one_model(world: World) -> None:
+    one, other = await giver(world), await giver(world)
+    done = await soon(copied(world))
+    assert (done.digest, done.size, done.bytes) == (DIGEST, SIZE, SIZE)
+    assert sum(done.sent.values()) == SIZE and not done.left_out
+    assert done.sent[one.source] > 0 and done.sent[other.source] > 0
+    assert there(world) == DIGESTS
+    assert [(path, digest) for path, digest, _ in done.files] == list(
+        zip(targets(world), DIGESTS, strict=True)
+    )
+    assert list((folder(world) / ".partial").iterdir()) == []
+    model = catalogs.load(Config(), folder(world).parent).find(NAME)
+    assert (model.size, len(model.parts)) == (SIZE, COUNT)
+    assert catalogs.digest_of(model) == DIGEST
+
+
+class Dies(Sharing):
+    """Gives the first part, the first piece of the second, and then its box is gone."""
+
+    giver: Giver
+
+    async def _give(self, stream: Any, model: Any, number: int) -> None:
+        if model.size == SIZES[1] and number > 0:
+            path = self.giver.folder.parent.parent / "ours" / "models" / ".partial" / DIGESTS[1]
+            await wait_until(lambda: path.stat().st_blocks * 512 >= PIECE_BYTES)
+            await self.giver.leave()
+        await super()._give(stream, model, number)
+
+
+async def test_what_was_cut_off_goes_on_in_the_middle_of_a_part(world: World) -> None:
+    dying = await giver(world, Dies)
+    dying.sharing.giver = dying  # type: ignore[attr-defined]
+    with pytest.raises(CopyFailed, match=r"No source is left|stopped at"):
+        await soon(copied(world))
+    # Until all are here, none is in the folder.
+    assert not any(path.exists() for path in targets(world))
+    world.givers.clear()
+    await giver(world, name="again")
+    done = await soon(copied(world))
+    assert sum(done.sent.values()) == SIZE - SIZES[0] - PIECE_BYTES
+    assert there(world) == DIGESTS
+
+
+async def test_a_copy_that_was_killed_while_it_gave_names(world: World) -> None:
+    await giver(world)
+    folder(world).mkdir(parents=True)
+    targets(world)[0].write_bytes(PARTS[0])
+    done = await soon(copied(world))
+    assert sum(done.sent.values()) == SIZE - SIZES[0]
+    assert there(world) == DIGESTS
+
+
+async def test_a_file_that_is_another_is_not_written_over(world: World) -> None:
+    await giver(world)
+    folder(world).mkdir(parents=True)
+    targets(world)[2].write_bytes(b"mine")
+    with pytest.raises(CopyFailed, match=r"00003-of-00003.gguf is there already.*--as"):
+        await soon(copied(world))
+    assert targets(world)[2].read_bytes() == b"mine" and not targets(world)[0].exists()
+    assert not any((folder(world) / ".partial").iterdir())  # nothing was asked for
+
+
+async def test_room_for_all_is_looked_for_before_anything_is_asked(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await giver(world)
+    usage = type("Usage", (), {"free": 100_000_000 + SIZE - 1})
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(CopyFailed, match="no room for the model"):
+        await soon(copied(world))
+    assert list((folder(world) / ".partial").iterdir()) == []
+
+
+async def test_one_copy_at_a_time(world: World) -> None:
+    await giver(world)
+    with pieces.claimed(folder(world), DIGEST), pytest.raises(CopyFailed, match="already"):
+        await soon(copied(world))
+    await soon(copied(world))
+
+
+class SaysOneFile(Sharing):
+    """Its answer is that of a box which has one file with that digest."""
+
+    async def _parts(self, model: Any) -> tuple[File, ...]:
+        return ()
+
+
+class OtherParts(Sharing):
+    async def _parts(self, model: Any) -> tuple[File, ...]:
+        return tuple(File(digest_of(b"%d" % number), SIZE // COUNT) for number in range(COUNT))
+
+
+@pytest.mark.parametrize("kind", [SaysOneFile, OtherParts, WrongPieces])
+async def test_who_lies_about_the_parts_is_left_out(world: World, kind: type[Sharing]) -> None:
+    await giver(world, kind, "eve")
+    await giver(world, name="anna")
+    found, without = await copying.find(world.open, world.sources, NAME, "")
+    copy = copying.copy_of(world.open, found, folder(world), NAME)
+    await soon(copy.run())
+    assert there(world) == DIGESTS
+    named = {source.name for source in {**without, **copy.left_out}}
+    assert named == {"eve"}
+
+
+async def test_nobody_else_is_asked_if_the_only_one_lies(world: World) -> None:
+    await giver(world, OtherParts, "eve")
+    with pytest.raises(CopyFailed, match="eve: the files that it offers are not those"):
+        await soon(begun(world))
+    assert not folder(world).exists()
+
+
+# -- boxes of before -------------------------------------------------------------------------------
+
+
+class OldFind(msgspec.Struct, frozen=True, tag="Find"):
+    model: str
+    digest: str
+
+
+class OldHave(msgspec.Struct, frozen=True, tag="Have"):
+    model: str
+    digest: str
+    size: int
+
+
+async def test_a_box_that_knows_of_no_parts_hears_why_it_gets_none(world: World) -> None:
+    await giver(world)
+    for question in (OldFind(NAME, ""), OldFind(NAME, DIGEST)):
+        refused = await asked(world, question)
+        assert isinstance(refused, Refused)
+        assert "is in 3 files, which your version" in refused.message
+    assert isinstance(await asked(world, Find(NAME, "", parts=True)), Have)
+    # The digest of the whole is that of no file.
+    for other in (List(DIGEST), Give(DIGEST, 0)):
+        assert isinstance(await asked(world, other), Refused)
+    # In one file it is what it was: they read our answer, and we theirs.
+    single = ggufs.valid()
+    (world.givers[0].folder / "single.gguf").write_bytes(single)
+    have = await asked(world, OldFind("single", ""))
+    assert have == Have("single", digest_of(single), len(single))
+    old = msgspec.msgpack.Decoder(OldHave).decode(wire.encode(have))
+    assert old == OldHave("single", digest_of(single), len(single))
+    assert model_wire.answer(wire.encode(old)) == have
+    old_question = msgspec.msgpack.Decoder(OldFind).decode(wire.encode(Find("m", "", parts=True)))
+    assert old_question == OldFind("m", "")

@@ -1,0 +1,301 @@
+"""Large bodies: what the child makes of them, the room that they take, and what is said of them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from typing import Any
+
+import hypothesis.strategies as st
+import msgspec
+import pytest
+import rfc8785
+from hypothesis import given
+from starlette.requests import Request
+
+from pinaivu_box.chat_format import overlap
+from pinaivu_box.errors import (
+    ApiError,
+    BodyTooLarge,
+    InvalidBody,
+    InvalidJson,
+    RateLimited,
+    quoted,
+)
+from pinaivu_box.openai import large_bodies
+from pinaivu_box.openai.anthropic import CountTokensRequest, MessagesRequest
+from pinaivu_box.openai.completions import CompletionRequest, DetokenizeRequest, TokenizeRequest
+from pinaivu_box.openai.embeddings import EmbeddingRequest
+from pinaivu_box.openai.request import MOST_NUMBERS, MOST_VALUES, SMALL, decode
+from pinaivu_box.openai.responses import ResponseRequest, as_messages
+from pinaivu_box.openai.types import ChatRequest
+from pinaivu_box.receipts.commitment import output_text, prompt_text
+from pinaivu_box.server import bodies
+from pinaivu_box.server.bodies import Bodies, Room
+
+LONG = "word " * 20_000
+USER = {"role": "user", "content": LONG}
+CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "x": 1.5}}}
+BODIES: list[tuple[type[msgspec.Struct], dict[str, Any]]] = [
+    (ChatRequest, {"messages": [USER], "stop": ["a"], "logit_bias": {"1": 1}, "tools": [TOOL]}),
+    (
+        ChatRequest,
+        {
+            "messages": [
+                {"role": "system", "content": [{"type": "text", "text": LONG}]},
+                {"role": "assistant", "tool_calls": [CALL, {**CALL, "index": 1}]},
+                {"role": "tool", "tool_call_id": "c", "content": "x"},
+            ],
+            "seed": -(2**63),
+            "response_format": {"type": "json_object"},
+            "pinaivu": {"priority": 3, "timeout": 1.5},
+            "functions": [],
+        },
+    ),
+    (CompletionRequest, {"prompt": [[1, 2, 3] * 20_000, [4]], "echo": True}),
+    (EmbeddingRequest, {"input": [LONG, "b"], "dimensions": 3}),
+    (ResponseRequest, {"input": [{"role": "user", "content": LONG}], "text": {"verbosity": None}}),
+    (MessagesRequest, {"messages": [USER], "max_tokens": 3, "thinking": {"type": "adaptive"}}),
+    (CountTokensRequest, {"messages": [USER], "system": [{"type": "text", "text": "x"}]}),
+    (TokenizeRequest, {"text": LONG}),
+    (DetokenizeRequest, {"tokens": [300_000] * 20_000}),
+]
+
+
+def outcome(function: Any, *given: Any, **more: Any) -> Any:
+    """What it returns, or all that its error says."""
+    try:
+        return function(*given, **more)
+    except ApiError as error:
+        return type(error), error.message, error.param, getattr(error, "loc", None)
+
+
+def elsewhere(data: bytes, kind: type[msgspec.Struct], *, lenient: bool = False) -> Any:
+    """As the child does it, without a child."""
+    answer = large_bodies.make(b"")(large_bodies.job(data, kind, lenient=lenient))
+    return large_bodies.result(answer, kind)
+
+
+@pytest.mark.parametrize("change", [{}, {"modle": LONG}, {"model": 3}, {"model": LONG * 2}])
+@pytest.mark.parametrize(("kind", "body"), BODIES)
+@pytest.mark.parametrize("lenient", [False, True])
+def test_a_child_makes_the_same_of_it(
+    kind: type[msgspec.Struct], body: dict[str, Any], change: dict[str, Any], lenient: bool
+) -> None:
+    data = json.dumps({"model": "a", **body, **change}).encode()
+    assert len(data) > SMALL
+    here = outcome(decode, data, kind, lenient=lenient)
+    assert outcome(elsewhere, data, kind, lenient=lenient) == here
+    assert isinstance(here[0], kind) == (
+        change.get("model") != 3 and (lenient or "modle" not in change)
+    )
+
+
+def test_the_number_of_values_is_bounded() -> None:
+    def texts(count: int) -> bytes:
+        return msgspec.json.encode({"model": "a", "input": ["ab"] * count})
+
+    def numbers(count: int) -> bytes:
+        return msgspec.json.encode({"model": "a", "input": [[7] * count]})
+
+    decode(texts(MOST_VALUES - 3), EmbeddingRequest)  # the body, the model and the list are three
+    decode(numbers(MOST_NUMBERS), EmbeddingRequest)
+    for data in (texts(MOST_VALUES - 2), numbers(MOST_NUMBERS + 1)):
+        with pytest.raises(BodyTooLarge):
+            decode(data, EmbeddingRequest)
+
+
+@pytest.mark.parametrize("small", [True, False])
+def test_the_number_of_levels_is_bounded(small: bool) -> None:
+    def nested(levels: int) -> bytes:
+        inner = b"[" * levels + b"]" * levels
+        text = b"x" if small else LONG.encode()
+        return (
+            b'{"model":"a","messages":[{"role":"user","content":"' + text + b'"}],"tools":[{'
+            b'"type":"function","function":{"name":"f","parameters":{"x":' + inner + b"}}}]}"
+        )
+
+    outside = 5  # body, tools, tool, function, parameters
+    decode(nested(200 - outside), ChatRequest)
+    for levels in (201 - outside, 900):
+        with pytest.raises(InvalidJson, match="nested"):
+            decode(nested(levels), ChatRequest)
+
+
+def test_names_are_cut_before_they_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    from pinaivu_box.openai import request
+
+    compared = []
+    monkeypatch.setattr(
+        request.difflib, "get_close_matches", lambda name, *_: compared.append(name) or []
+    )
+    with pytest.raises(InvalidBody) as caught:
+        decode(json.dumps({"x\n" * 500_000: 1}).encode(), ChatRequest)
+    assert [len(name) for name in compared] == [100]
+    said = [caught.value.message, str(caught.value.param), *map(str, caught.value.loc)]
+    assert all(len(one) < 300 and one.isprintable() for one in said)
+
+
+def test_what_is_ignored_is_named_in_few_letters() -> None:
+    many = {f"field {n}": 1 for n in range(3000)}
+    data = json.dumps({"model": "a", "text": "b", "x" * 50_000: 1, **many}).encode()
+    _, ignored = decode(data, TokenizeRequest, lenient=True)
+    assert len(ignored) == 3001 and max(map(len, ignored)) == 101
+
+
+@given(st.text(), st.integers(1, 200))
+def test_what_is_quoted_is_short_and_moves_no_cursor(text: str, most: int) -> None:
+    shown = quoted(text * 50, most)
+    assert shown.isprintable()
+    assert text.isprintable() <= (len(shown) <= most + 1)
+
+
+@given(st.text("ab", max_size=12), st.text("ab", max_size=6))
+def test_the_longest_end_that_begins_a_mark(text: str, mark: str) -> None:
+    ends = [n for n in range(1, len(mark)) if text.endswith(mark[:n])]
+    assert overlap(text, mark) == max(ends, default=0)
+
+
+LETTERS = st.text(max_size=20) | st.sampled_from(["\x00\x1f\x7f\u2028", '"\\/', "é😀\uffff"])
+
+
+@given(st.lists(st.fixed_dictionaries({"role": LETTERS, "content": LETTERS})), st.lists(LETTERS))
+def test_commitments_are_over_canonical_json(
+    messages: list[dict[str, Any]], stop: list[str]
+) -> None:
+    """RFC 8785, by another implementation of it."""
+    more = {"tools": "[]", "input": ["a", [1, 2**53 - 1]]}
+    canonical = rfc8785.dumps({"messages": messages, "stop": stop, **more}).decode()
+    assert prompt_text(messages, stop, **more) == canonical
+    assert output_text(["", *stop, ""]) == rfc8785.dumps(["", *stop, ""]).decode()
+
+
+# -- where it is decoded ---------------------------------------------------------------------------
+
+
+def request_of(data: bytes, *, announced: bool = True, parts: int = 3) -> Request:
+    size = -(-len(data) // parts)
+    pieces = [data[at : at + size] for at in range(0, len(data), size)]
+    sent = [
+        {"type": "http.request", "body": piece, "more_body": piece is not pieces[-1]}
+        for piece in pieces
+    ]
+
+    async def receive() -> Any:
+        return sent.pop(0)
+
+    headers = [(b"content-length", str(len(data)).encode())] if announced else []
+    return Request({"type": "http", "headers": headers, "state": {}}, receive)
+
+
+@pytest.mark.parametrize("announced", [True, False])
+def test_only_small_bodies_are_decoded_by_the_loop(
+    monkeypatch: pytest.MonkeyPatch, announced: bool
+) -> None:
+    """Nothing else of a large one than what the child has made of it."""
+    threads: list[int] = []
+
+    def decoded(data: bytes, *given: Any, **more: Any) -> Any:
+        assert len(data) <= SMALL
+        threads.append(threading.get_ident())
+        return decode(data, *given, **more)
+
+    monkeypatch.setattr(bodies, "decode", decoded)
+
+    async def receive(text: str) -> TokenizeRequest:
+        data = json.dumps({"model": "a", "text": text}).encode()
+        request = request_of(data, announced=announced)
+        body, _ = await both.receive(request, "acct", TokenizeRequest, 2**20, lenient=False)
+        assert ("room" in request.scope["state"]) == (len(data) > SMALL)
+        bodies.leave(request)
+        return body
+
+    async def run() -> None:
+        assert (await receive("short")).text == "short"
+        assert threads == [threading.get_ident()] and not both.pids
+        assert (await receive(LONG)).text == LONG
+        assert len(threads) == 1 and len(both.pids) == 1
+
+    both = Bodies()
+    try:
+        asyncio.run(run())
+    finally:
+        both.close()
+
+
+def test_a_long_conversation_is_decoded_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stored(text: str) -> tuple[bytes, bytes]:
+        given = [{"type": "message", "role": "user", "content": text}]
+        return msgspec.json.encode(given), msgspec.json.encode({"output": [{"said": text}]})
+
+    async def run() -> None:
+        short = await both.history("acct", [stored("a"), stored("b")])
+        assert [one.get("said") for one in short] == [None, "a", None, "b"] and not both.pids
+        monkeypatch.setattr(large_bodies, "history", None)
+        long = await both.history("acct", [stored(LONG), stored("b")])
+        assert long[0]["content"] == long[1]["said"] == LONG and len(long) == 4
+        many = msgspec.json.encode([{}] * 40_000)
+        with pytest.raises(BodyTooLarge, match="conversation"):
+            await both.history("acct", [(many, b'{"output":[]}')] * 2)
+
+    both = Bodies()
+    try:
+        asyncio.run(run())
+    finally:
+        both.close()
+
+
+@pytest.mark.parametrize("kind", [["message"], {}, 3, None, "x" * 1000])
+def test_items_of_a_kind_that_is_none(kind: Any) -> None:
+    with pytest.raises(InvalidBody) as caught:
+        as_messages([{"type": kind}])
+    assert len(caught.value.message) < 250
+
+
+# -- room ------------------------------------------------------------------------------------------
+
+
+async def settled() -> None:
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
+def test_who_has_too_much_waits_and_nobody_else() -> None:
+    async def run() -> None:
+        room = Room()
+        held = [await room.take("a", 10, 10) for _ in range(4)]
+        more = [asyncio.create_task(room.take("a", size, 10)) for size in (10, 1)]
+        await settled()
+        assert not any(one.done() for one in more)
+        (await room.take("b", 10, 10))()
+        held[0]()
+        held[0]()  # once is enough
+        await settled()
+        assert more[0].done() and not more[1].done()  # in its order
+        more[1].cancel()
+        await settled()
+        held[1]()
+        assert await room.take("a", 10, 10)
+
+    asyncio.run(run())
+
+
+def test_all_together_are_bounded_and_so_is_who_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bodies, "_MOST_WAITING", 3)
+
+    async def run() -> None:
+        room = Room()
+        held = [await room.take(f"{n // 4}", 10, 10) for n in range(16)]
+        waiting = [asyncio.create_task(room.take("new", 10, 10)) for _ in range(3)]
+        await settled()
+        assert not any(one.done() for one in waiting)
+        with pytest.raises(RateLimited):
+            await room.take("new", 10, 10)
+        for one in held[:3]:
+            one()
+        await settled()
+        assert all(one.done() for one in waiting)
+
+    asyncio.run(run())
