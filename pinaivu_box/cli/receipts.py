@@ -54,7 +54,8 @@ def show(home: Path, as_json: bool, request_id: str) -> None:
 @click.option(
     "--answer",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="A file with the answer's text: check that the receipt is about it.",
+    help="A file with the answer, its JSON body or its text alone: check that the receipt is about "
+    "it, with its log-probabilities or vectors.",
 )
 def verify(
     home: Path,
@@ -132,14 +133,35 @@ def _transcript(request_file: Path | None, answer: Path | None) -> Any:
 
     if request_file is None and answer is None:
         return None
-    messages: list[dict[str, Any]] | None = None
-    stop: list[str] = []
-    more: dict[str, Any] = {}
-    if request_file:
-        from pinaivu_box.openai.request import decode, normalise, stop_strings
-        from pinaivu_box.openai.types import ChatRequest
-        from pinaivu_box.server.jobs import asked
+    given = Transcript() if request_file is None else _asked(request_file.read_bytes())
+    return msgspec.structs.replace(given, answer=answer.read_bytes() if answer else None)
 
-        body, _ = decode(request_file.read_bytes(), ChatRequest, lenient=True)
-        messages, stop, more = normalise(body.messages), stop_strings(body.stop), asked(body)
-    return Transcript(messages, stop, answer.read_bytes().decode() if answer else None, more)
+
+def _asked(data: bytes) -> Any:
+    """What the body of a request says of its prompts."""
+    from pinaivu_box.openai.completions import CompletionRequest
+    from pinaivu_box.openai.embeddings import EmbeddingRequest
+    from pinaivu_box.openai.request import decode, normalise, stop_strings, texts_or_tokens
+    from pinaivu_box.openai.types import ChatRequest
+    from pinaivu_box.receipts.commitment import prompt_text
+    from pinaivu_box.receipts.verify import Transcript
+    from pinaivu_box.server.jobs import asked
+
+    try:
+        named: dict[str, msgspec.Raw] = msgspec.json.decode(data, type=dict[str, msgspec.Raw])
+    except msgspec.DecodeError:
+        named = {}  # the decoder below says what is wrong
+    if "input" in named and "messages" not in named:
+        texts, _ = decode(data, EmbeddingRequest, lenient=True)
+        inputs = texts_or_tokens(texts.input, "input", len(data))
+        return Transcript(prompts=[prompt_text([], [], input=inputs)])
+    if "prompt" in named and "messages" not in named:
+        completion, _ = decode(data, CompletionRequest, lenient=True)
+        prompts = texts_or_tokens(completion.prompt, "prompt", len(data))
+        stop = stop_strings(completion.stop)
+        more = {"suffix": completion.suffix} if completion.suffix else {}
+        texts_ = [prompt_text([], stop, prompt=[one], **more) for one in prompts]
+        echoed = [one for one in prompts if isinstance(one, str) for _ in range(completion.n or 1)]
+        return Transcript(prompts=texts_, echoed=echoed if completion.echo else [])
+    chat, _ = decode(data, ChatRequest, lenient=True)
+    return Transcript(normalise(chat.messages), stop_strings(chat.stop), more=asked(chat))

@@ -1,48 +1,253 @@
-"""Texts that wait for their vectors: one is read between two steps, so that streams go on."""
+"""Texts that wait for their vectors.  Between two steps some of them are computed, as several
+sequences of one batch, in a context of their own.
+
+Tenants take turns as they do with prompts (`fairness`), and so do the requests of one tenant, text
+by text.  A text that is longer than what a step may hold is computed in parts, unless its model has
+to see the whole of it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from pinaivu_box.engine.runner import Float32
+import numpy as np
+import numpy.typing as npt
+
+from pinaivu_box.engine.fairness import FairQueue
+from pinaivu_box.engine.runner import TEXT_BATCH, Batch, Runner, TextRoom
+from pinaivu_box.engine.sequence import State
+from pinaivu_box.vector_format import shortened
+
+_LEAST = 16  # tokens of a part; smaller ones only waste
 
 
 @dataclass(eq=False)
 class Embedding:
-    """A request's texts as tokens, and the vectors of the first of them."""
+    """A request's texts as tokens, and their vectors as far as they are known."""
 
     id: str
     inputs: list[list[int]]
-    vectors: list[bytes] = field(default_factory=list)
+    tenant: str = ""
+    weight: float = 1.0
+    priority: int = 0
+    dimensions: int | None = None
+    arrival: int = 0  # a counter: lower is older, or has waited longer for its next text
+    arrived_at: float = field(default_factory=time.monotonic)
+    queue_ms: float | None = None  # waited for its first step; None until then
+    state: State = State.WAITING
+    started: int = 0  # texts
+    known: dict[int, bytes] = field(default_factory=dict)
+
+    @property
+    def pending(self) -> int:
+        """Tokens of its next text."""
+        return len(self.inputs[self.started])
+
+    @property
+    def vectors(self) -> list[bytes]:
+        return [self.known[number] for number in sorted(self.known)]
+
+
+@dataclass(eq=False)
+class _Text:
+    """One that is being computed; `sum` is of its last hidden states so far."""
+
+    of: Embedding
+    number: int
+    sequence_id: int
+    read: int = 0
+    sum: npt.NDArray[np.float64] | None = None
+
+    @property
+    def tokens(self) -> list[int]:
+        return self.of.inputs[self.number]
+
+
+@dataclass(frozen=True)
+class _Part:
+    text: _Text
+    count: int
 
 
 class Embeddings:
-    def __init__(self, embed: Callable[[list[int]], Float32]) -> None:
-        self._embed = embed
-        self._waiting: list[Embedding] = []
+    """All that are not complete."""
+
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
+        self._queue: FairQueue[Embedding] = FairQueue()  # those that have texts not yet begun
+        self._all: dict[str, Embedding] = {}
+        self._texts: list[_Text] = []  # in the order in which they began
+        self._room: TextRoom | None = None
+        self._free: list[int] = []
+        self._ended: list[int] = []  # sequence ids whose cells are to be freed
+        self._arrivals = 0
+        self._reserved = False  # whoever has had least waits for room
 
     def __bool__(self) -> bool:
-        return bool(self._waiting)
+        return bool(self._all)
 
     def add(self, embedding: Embedding) -> None:
-        self._waiting.append(embedding)
+        self._all[embedding.id] = embedding
+        self._arrivals += 1
+        embedding.arrival = self._arrivals
+        self._queue.push(embedding)
 
     def end(self, request_id: str) -> Embedding | None:
         """Forget a request; None if it is not here."""
-        found = next((one for one in self._waiting if one.id == request_id), None)
-        if found is not None:
-            self._waiting.remove(found)
+        found = self._all.pop(request_id, None)
+        if found is None:
+            return None
+        for text in [text for text in self._texts if text.of is found]:
+            self._leave(text)
+        if found.started < len(found.inputs):
+            self._queue.remove(found)
+        else:
+            self._queue.stop(found)
         return found
 
-    def step(self) -> Embedding | None:
-        """Read one text, which may complete a request; requests take turns."""
-        if not self._waiting:
+    def step(self, most: int) -> tuple[list[Embedding], int]:
+        """Compute `most` tokens, or one text if it is longer and must be computed whole.
+
+        Returns the requests that are complete by that, and how many tokens were computed.  Raises
+        BoxError if the model cannot be used for this: end what is here then.
+        """
+        parts = list(self._plan(most))
+        if not parts:
+            return [], 0
+        ended, self._ended = self._ended, []
+        sums = self._runner.embed(_batch(parts), ended)
+        for part, of_part in zip(parts, sums, strict=True):
+            self._take(part, of_part.astype(np.float64))
+        touched = dict.fromkeys(part.text.of for part in parts)
+        done = [one for one in touched if len(one.known) == len(one.inputs)]
+        for one in done:
+            self.end(one.id)
+        return done, sum(part.count for part in parts)
+
+    @property
+    def every(self) -> list[Embedding]:
+        return list(self._all.values())
+
+    # -- what is computed next -------------------------------------------------------------------
+
+    def _plan(self, most: int) -> Iterator[_Part]:
+        """Parts in the order of sequences; whoever has had least is next."""
+        planned: dict[_Text, int] = {}
+        blocked: set[str] = set()
+        self._reserved = False
+        left = most
+        while left > 0:
+            tenants = [name for name in self._tenants() if name not in blocked]
+            if not tenants:
+                break
+            name = min(tenants, key=self._queue.counter)
+            text = self._next(name, planned, left)
+            if text is None:
+                blocked.add(name)
+                continue
+            rest = len(text.tokens) - text.read - planned.get(text, 0)
+            count = rest
+            if self._room is None or not self._room.whole:
+                share = left if self._reserved else max(_LEAST, left // len(tenants))
+                count = min(rest, left, share)
+            planned[text] = planned.get(text, 0) + count
+            left -= count
+            self._queue.charge(name, count, 0)
+        for text in self._texts:
+            if text in planned:
+                yield _Part(text, planned[text])
+
+    def _tenants(self) -> list[str]:
+        """Those that have anything to compute."""
+        return list(dict.fromkeys(one.tenant for one in self._all.values()))
+
+    def _next(self, tenant: str, planned: dict[_Text, int], left: int) -> _Text | None:
+        """The tenant's text that is next: one that has begun, or a new one if there is room.
+
+        If there is not, those who have had more only begin what this step completes: else they
+        could take the room for ever, text after text.
+        """
+        for text in self._texts:
+            if text.of.tenant == tenant and text.read + planned.get(text, 0) < len(text.tokens):
+                return text
+        waiting = self._queue.first(tenant)
+        if waiting is None or (self._reserved and waiting.pending > left):
             return None
-        one = self._waiting.pop(0)
-        vector = self._embed(one.inputs[len(one.vectors)])
-        one.vectors.append(vector.astype("<f4").tobytes())
-        if len(one.vectors) < len(one.inputs):
-            self._waiting.append(one)
-            return None
-        return one
+        room = self._room_for(waiting.pending)
+        if room.whole and planned and waiting.pending > left:
+            return None  # the next step begins with it
+        if self._fits(waiting.pending, room):
+            return self._begin(waiting)
+        self._reserved = True
+        return None
+
+    def _room_for(self, size: int) -> TextRoom:
+        """It is made for longer texts when one comes, and nothing is under way."""
+        if self._room is None or (size > self._room.longest and not self._texts):
+            self._room = self._runner.text_room(size)
+            self._free, self._ended = list(range(self._room.sequences)), []
+        return self._room
+
+    def _fits(self, size: int, room: TextRoom) -> bool:
+        """Texts that take several steps leave the room of one batch to those that do not."""
+        if size > room.longest or not self._free:
+            return False
+        held = [len(text.tokens) for text in self._texts]
+        if room.whole or size <= TEXT_BATCH:
+            return room.whole or sum(held) + size <= room.cells
+        return sum(length for length in held if length > TEXT_BATCH) + size <= (
+            room.cells - TEXT_BATCH
+        )
+
+    def _begin(self, embedding: Embedding) -> _Text:
+        if embedding.queue_ms is None:
+            embedding.queue_ms = (time.monotonic() - embedding.arrived_at) * 1000
+        text = _Text(embedding, embedding.started, self._free.pop())
+        self._texts.append(text)
+        embedding.started += 1
+        if embedding.started == len(embedding.inputs):
+            self._queue.start(embedding)
+        else:  # the tenant's other requests come before its next text
+            self._arrivals += 1
+            self._queue.later(embedding, self._arrivals)
+        return text
+
+    # -- what came of it -------------------------------------------------------------------------
+
+    def _take(self, part: _Part, summed: npt.NDArray[np.float64]) -> None:
+        text = part.text
+        text.read += part.count
+        text.sum = summed if text.sum is None else text.sum + summed
+        if text.read < len(text.tokens):
+            return
+        length = max(float(np.linalg.norm(text.sum)), 1e-12)
+        # Zero has one sign: whoever writes numbers down anew may not keep the other.
+        vector = (text.sum / length + 0.0).astype("<f4").tobytes()
+        size = text.of.dimensions
+        text.of.known[text.number] = vector if size is None else shortened(vector, size)
+        self._leave(text)
+
+    def _leave(self, text: _Text) -> None:
+        self._texts.remove(text)
+        self._free.append(text.sequence_id)
+        if text.read:
+            self._ended.append(text.sequence_id)
+
+
+def _batch(parts: list[_Part]) -> Batch:
+    tokens: list[int] = []
+    positions: list[int] = []
+    ids: list[int] = []
+    for part in parts:
+        start, end = part.text.read, part.text.read + part.count
+        tokens += part.text.tokens[start:end]
+        positions += range(start, end)
+        ids += [part.text.sequence_id] * part.count
+    return Batch(
+        np.array(tokens, np.int32),
+        np.array(positions, np.int32),
+        np.array(ids, np.int32),
+        np.ones(len(tokens), np.int8),
+    )

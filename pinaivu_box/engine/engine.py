@@ -11,12 +11,12 @@ import msgspec
 import numpy as np
 
 from pinaivu_box.engine.batches import batch_of
-from pinaivu_box.engine.embeddings import Embeddings
+from pinaivu_box.engine.embeddings import Embedding, Embeddings
 from pinaivu_box.engine.logprobs import probe
 from pinaivu_box.engine.messages import EngineLoad, Refused, TokenLogprob
 from pinaivu_box.engine.output import Said, StepOutput
 from pinaivu_box.engine.pace import Pace
-from pinaivu_box.engine.runner import Float32, NoSlot, Runner
+from pinaivu_box.engine.runner import TEXT_BATCH, Float32, NoSlot, Runner
 from pinaivu_box.engine.sampling import (
     NO_PAST,
     Draw,
@@ -27,7 +27,7 @@ from pinaivu_box.engine.sampling import (
 from pinaivu_box.engine.scheduler import Chunk, Copy, Move, Remove, Scheduler
 from pinaivu_box.engine.sequence import Sequence
 from pinaivu_box.engine.steady import Steady
-from pinaivu_box.errors import BadRequest, ContextOverflow
+from pinaivu_box.errors import BadRequest, BoxError, ContextOverflow, NoNodesAvailable
 
 if TYPE_CHECKING:
     from pinaivu_box.engine.grammar import Grammar
@@ -57,7 +57,7 @@ class Engine:
         self._steady: Steady | None = None
         self._plain: tuple[list[str], list[int]] = ([], [])
         self._last_load = EngineLoad()
-        self.embeddings = Embeddings(runner.embed)
+        self.embeddings = Embeddings(runner)
         self._said: list[Said] = []
         self._refused: list[Refused] = []
 
@@ -66,7 +66,10 @@ class Engine:
         """Whether a call of `step` has something to do or to report."""
         return bool(self.scheduler or self.embeddings or self._said or self._refused)
 
-    def add(self, sequence: Sequence) -> None:
+    def add(self, sequence: Sequence | Embedding) -> None:
+        if isinstance(sequence, Embedding):
+            self.embeddings.add(sequence)
+            return
         self.settle()
         self._arrivals += 1
         sequence.arrival = self._arrivals
@@ -80,7 +83,7 @@ class Engine:
         """Stop a sequence (the client left, or a stop string came); free its cells."""
         self.settle()
         sequence, embedding = self.scheduler.find(request_id), self.embeddings.end(request_id)
-        queue_ms, cached_tokens = 0.0 if embedding and embedding.vectors else None, None
+        queue_ms, cached_tokens = embedding.queue_ms if embedding else None, None
         if sequence is not None:
             self.scheduler.finish(sequence)
             if not sequence.spoken:  # None unless its prompt has begun
@@ -93,14 +96,32 @@ class Engine:
         if self._steady and self._steady.left and not self.embeddings and self._step_steadily():
             return [], StepOutput([], self._last_load, self._plain)
         self.settle()
-        if (done := self.embeddings.step()) is not None:
-            self._said.append(Said(done.id, [], "stop", queue_ms=0.0, vectors=done.vectors))
+        self._embed()
         if self.scheduler:
             self._compute()
         refused, self._refused = self._refused, []
         said, self._said = self._said, []
         self._last_load = self._load()
         return refused, StepOutput(said, self._last_load)
+
+    def _embed(self) -> None:
+        """Texts, as many as the streams and prompts beside them leave time for."""
+        if not self.embeddings:
+            self.pace.observe_texts(0, 0.0)
+            return
+        streams, reading = self.scheduler.streams, self.scheduler.reading
+        most = self.pace.text_budget(streams, TEXT_BATCH, prompts=reading)
+        began = time.perf_counter()
+        try:
+            done, tokens = self.embeddings.step(most)
+        except BoxError as error:
+            for one in self.embeddings.every:
+                self.embeddings.end(one.id)
+                self._refused.append(Refused(one.id, NoNodesAvailable.code, error.message))
+            return
+        self.pace.observe_texts(tokens, time.perf_counter() - began)
+        for one in done:
+            self._said.append(Said(one.id, [], "stop", queue_ms=one.queue_ms, vectors=one.vectors))
 
     def check_integrity(self) -> None:
         """Raises AssertionError if the books do not agree; between steady steps they lag behind."""

@@ -10,28 +10,55 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Iterator
+from typing import Generic, Protocol, TypeVar
 
-from pinaivu_box.engine.sequence import Sequence, State
+from pinaivu_box.engine.sequence import State
 
 _MOST_LEFT = 1000  # tenants that are remembered, but for those that it would change nothing for
 PROMPT_COST, OUTPUT_COST = 1.0, 2.0  # as in the paper
 
 
-class _Tenant:
+class Waiting(Protocol):
+    """What a sequence, or a request for vectors, has to say of itself."""
+
+    arrival: int
+
+    @property
+    def tenant(self) -> str: ...
+
+    @property
+    def weight(self) -> float: ...
+
+    @property
+    def priority(self) -> int: ...
+
+    @property
+    def state(self) -> State: ...
+
+    @property
+    def pending(self) -> int:
+        """Tokens that are to be computed."""
+        ...
+
+
+W = TypeVar("W", bound=Waiting)
+
+
+class _Tenant(Generic[W]):
     __slots__ = ("counter", "running", "waiting", "weight")
 
     def __init__(self, counter: float) -> None:
         self.counter = counter
         self.weight = 1.0
         self.running = 0
-        self.waiting: list[Sequence] = []  # by priority, then age
+        self.waiting: list[W] = []  # by priority, then age
 
 
-class FairQueue:
-    """The waiting sequences, and how much each tenant has had."""
+class FairQueue(Generic[W]):
+    """What waits, and how much each tenant has had."""
 
     def __init__(self) -> None:
-        self._tenants: dict[str, _Tenant] = {}  # those that have something waiting or running
+        self._tenants: dict[str, _Tenant[W]] = {}  # those that have something waiting or running
         self._left: dict[str, float] = {}  # counters of those that had
         self._floor = 0.0  # of whoever was the last to wait
         self._count = 0
@@ -39,11 +66,11 @@ class FairQueue:
     def __len__(self) -> int:
         return self._count
 
-    def __iter__(self) -> Iterator[Sequence]:
+    def __iter__(self) -> Iterator[W]:
         for tenant in self._tenants.values():
             yield from tenant.waiting
 
-    def push(self, sequence: Sequence) -> None:
+    def push(self, sequence: W) -> None:
         tenant = self._tenants.get(sequence.tenant)
         if tenant is None:
             tenant = self._tenants[sequence.tenant] = _Tenant(self._left.pop(sequence.tenant, 0.0))
@@ -57,12 +84,24 @@ class FairQueue:
         insort(tenant.waiting, sequence, key=_rank)
         self._count += 1
 
-    def remove(self, sequence: Sequence) -> None:
+    def remove(self, sequence: W) -> None:
         self._tenants[sequence.tenant].waiting.remove(sequence)
         self._count -= 1
         self._forget_idle(sequence.tenant)
 
-    def start(self, sequence: Sequence) -> None:
+    def first(self, name: str) -> W | None:
+        """What is next of that tenant's own."""
+        waiting = self._tenants[name].waiting
+        return waiting[0] if waiting else None
+
+    def later(self, sequence: W, arrival: int) -> None:
+        """It waits on, as one that has arrived then."""
+        waiting = self._tenants[sequence.tenant].waiting
+        waiting.remove(sequence)
+        sequence.arrival = arrival
+        insort(waiting, sequence, key=_rank)
+
+    def start(self, sequence: W) -> None:
         """It leaves the queue and runs."""
         tenant = self._tenants[sequence.tenant]
         tenant.waiting.remove(sequence)
@@ -71,7 +110,7 @@ class FairQueue:
         if not tenant.waiting:
             self._floor = tenant.counter
 
-    def stop(self, sequence: Sequence) -> None:
+    def stop(self, sequence: W) -> None:
         """It no longer runs."""
         self._tenants[sequence.tenant].running -= 1
         self._forget_idle(sequence.tenant)
@@ -84,7 +123,7 @@ class FairQueue:
     def counter(self, name: str) -> float:
         return self._tenants[name].counter
 
-    def order(self) -> Iterator[Sequence]:
+    def order(self) -> Iterator[W]:
         """Waiting sequences in the order in which they should start; each tenant's own in turn.
 
         As if each one that was taken had cost its tenant its prompt.
@@ -93,7 +132,7 @@ class FairQueue:
         while turns:
             name = min(turns, key=lambda n: (turns[n][0], turns[n][1]))
             tenant, turn = self._tenants[name], turns[name]
-            sequence: Sequence = tenant.waiting[int(turn[2])]
+            sequence: W = tenant.waiting[int(turn[2])]
             yield sequence
             turn[0] += PROMPT_COST * sequence.pending / tenant.weight
             turn[1] += 1
@@ -121,5 +160,5 @@ class FairQueue:
                     self._left = {who: had for who, had in self._left.items() if had > self._floor}
 
 
-def _rank(sequence: Sequence) -> tuple[int, int]:
+def _rank(sequence: Waiting) -> tuple[int, int]:
     return (-sequence.priority, sequence.arrival)

@@ -8,16 +8,25 @@ position's token is known beforehand.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 import numpy as np
 
 from pinaivu_box.engine.messages import Load
-from pinaivu_box.engine.runner import Batch, Float32, ModelFacts, TooManyTokens
+from pinaivu_box.engine.runner import (
+    TEXT_BATCH,
+    Batch,
+    Float32,
+    ModelFacts,
+    TextRoom,
+    TooManyTokens,
+)
 
 SCHEME = "fake:"
 SENTENCE = b"The quick brown fox jumps over the lazy dog. "
 END = 256
 N_VOCAB = 257
+_TEXTS = 64  # at a time
 _SENTENCE = np.frombuffer(SENTENCE, np.uint8)
 _UNLIKELY = np.linspace(-30, -31, N_VOCAB, dtype=np.float32)
 
@@ -74,9 +83,19 @@ class FakeRunner:
     def copy(self, source: int, target: int, length: int) -> None:
         return None
 
-    def embed(self, tokens: list[int]) -> Float32:
-        counts = np.bincount(tokens, minlength=N_VOCAB).astype(np.float32)
-        return np.asarray(counts / max(float(np.linalg.norm(counts)), 1e-12))
+    def text_room(self, size: int) -> TextRoom:
+        context = self.facts.context
+        return TextRoom(context, _TEXTS, context + TEXT_BATCH)
+
+    def embed(self, batch: Batch, ended: Sequence[int]) -> Float32:
+        """How often each byte is there."""
+        if self._step_seconds:
+            time.sleep(self._step_seconds)
+        sums = [
+            np.bincount(batch.tokens[batch.sequence_ids == one], minlength=N_VOCAB)
+            for one in dict.fromkeys(batch.sequence_ids.tolist())
+        ]
+        return np.array(sums, np.float32)
 
     def close(self) -> None:
         return None

@@ -16,6 +16,7 @@ from pinaivu_box.engine.detokenizer import Detokenizer
 from pinaivu_box.engine.embeddings import Embedding
 from pinaivu_box.engine.lookup import Experience, Lookup
 from pinaivu_box.engine.messages import (
+    MAX_FRAME_BYTES,
     Add,
     Admitted,
     Embed,
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
 _CHARACTERS = 8  # of a token, at most on average
 
+_MOST_VECTOR_BYTES = MAX_FRAME_BYTES // 2  # of one request: they go in one frame
 _MOST_TOKENS = 2**18  # that an answer has which is only tokens
 _SHORT = 16_384  # characters, which are read in a moment, whatever can be done with them
 
@@ -181,6 +183,11 @@ class Intake:
         if embed.dimensions is not None and embed.dimensions > size:
             why = f"this model's vectors have {size} dimensions"
             raise InvalidBody(why, loc=("body", "dimensions"))
+        numbers = len(embed.inputs) * (embed.dimensions or size)
+        if 4 * numbers > _MOST_VECTOR_BYTES:
+            most = _MOST_VECTOR_BYTES // (4 * (embed.dimensions or size))
+            why = f"vectors of this size can be had of {most} texts at a time"
+            raise InvalidBody(why, loc=("body", "input"))
         inputs = [self._text_tokens(text) for text in embed.inputs]
         longest = max(len(tokens) for tokens in inputs)
         if longest > self._context:
@@ -189,7 +196,14 @@ class Intake:
         return Arrival(
             Admitted(embed.id, together),
             Detokenizer(self._runner.piece, []),
-            Embedding(embed.id, inputs),
+            Embedding(
+                embed.id,
+                inputs,
+                tenant=embed.tenant,
+                weight=embed.weight,
+                priority=embed.priority,
+                dimensions=embed.dimensions,
+            ),
         )
 
     def _text_tokens(self, text: str | list[int]) -> list[int]:

@@ -1,12 +1,21 @@
 """Embeddings by llama.cpp: a small context of its own beside the one that generates.
 
-A model that says how it pools (`llama_pooling_type`) is read whole, as it was trained; others are
-read in pieces, and the mean of the last hidden states is taken, as llama.cpp's mean pooling does.
+Several texts are several sequences of one batch.  A model that says how it pools
+(`llama_pooling_type`) is read whole, as it was trained, so a text of it has to be in one batch;
+others may be read in parts, and the mean of the last hidden states is taken, as llama.cpp's mean
+pooling does.
+
+Two things are different from a context that generates.  Flash attention is off, if that is not too
+much memory: its kernels for few and for many rows round differently, and a vector should not depend
+on what else is in the batch (of a Q8_0 file, cosines of 0.9997 with it, of 0.99998 without).  And
+the graph ends at the hidden states: llama.cpp would go on to every token's logits, which nobody
+wants; of SmolLM2 they are a fifth of the multiplications.
 """
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from typing import Any
 
 import llama_cpp.llama_cpp as llama
@@ -14,72 +23,97 @@ import numpy as np
 import numpy.typing as npt
 
 from pinaivu_box.engine.llama_batch import BatchBuffer
-from pinaivu_box.engine.runner import Batch
+from pinaivu_box.engine.runner import TEXT_BATCH, Batch, Float32, TextRoom
 from pinaivu_box.errors import BoxError
 
-_PIECE = 256  # tokens; every token of a piece gives a hidden state
-_MOST_WHOLE = 8192  # tokens of a text that is pooled by llama.cpp
+_SHORTEST = 2048  # tokens of a text; with less a context is not made
+_TEXTS = 64
+_PLAIN = 2048  # tokens of the longest text for which attention is computed as a whole matrix
+_WANTED = b"result_embd_pooled"  # llama.cpp's name for what is wanted, also if nothing is pooled
+_STATES = 4  # recurrent models have a whole state for each sequence
 
 
 class Embedder:
-    """Not thread-safe: the thread that drives the runner drives it."""
+    """For texts of `size` tokens at least, and of `context` at most.
 
-    def __init__(self, model: llama.llama_model_p, context: int, threads: int) -> None:
+    Not thread-safe: the thread that drives the runner drives it.  Raises BoxError.
+    """
+
+    def __init__(self, model: llama.llama_model_p, size: int, context: int, threads: int) -> None:
         self._pools = self._pooling(model)
+        self.room = self._make_room(model, size, context)
         params = llama.llama_context_default_params()
-        params.n_ctx = min(context, _MOST_WHOLE) if self._pools else context
-        params.n_batch = params.n_ubatch = params.n_ctx if self._pools else _PIECE
+        params.n_ctx = self.room.cells
+        params.n_batch = params.n_ubatch = self.room.cells if self._pools else TEXT_BATCH
+        params.n_seq_max = self.room.sequences
+        params.kv_unified = True  # so that a long text may have what many short ones do not need
         params.n_threads = params.n_threads_batch = threads
         params.embeddings = True
         params.no_perf = True
         if not self._pools:
             params.pooling_type = llama.LLAMA_POOLING_TYPE_NONE
+        if not self._pools or self.room.longest <= _PLAIN:
+            params.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        self._name = _names()
+        self._callback = llama.ggml_backend_sched_eval_callback(self._stops)
+        params.cb_eval = self._callback
         made = llama.llama_init_from_model(model, params)
         if not made:
-            raise BoxError("llama.cpp cannot make a context for embeddings: memory may be short.")
+            raise BoxError(
+                f"There is not enough memory to embed texts of {self.room.longest} tokens: unload "
+                "a model, or lower engine.context."
+            )
         self._context = made
         self._memory = llama.llama_get_memory(made)
         self._size = llama.llama_model_n_embd(model)
-        self._piece = params.n_batch
-        self._buffer = BatchBuffer(self._piece)
+        self._buffer = BatchBuffer(params.n_batch)
+
+    def _stops(self, tensor: int, ask: bool, _user_data: object) -> bool:
+        """Asked of each tensor of the graph whether to stop after it, and then whether to go on."""
+        return ask and self._name(tensor) == _WANTED
+
+    def _make_room(self, model: llama.llama_model_p, size: int, context: int) -> TextRoom:
+        longest = min(context, max(_SHORTEST, 1 << (size - 1).bit_length()))
+        stateful = llama.llama_model_is_recurrent(model) or llama.llama_model_is_hybrid(model)
+        texts = _STATES if stateful else _TEXTS
+        cells = max(longest, TEXT_BATCH) if self._pools else longest + TEXT_BATCH
+        return TextRoom(longest, texts, cells, whole=self._pools)
 
     @staticmethod
     def _pooling(model: llama.llama_model_p) -> bool:
         arch = _meta(model, "general.architecture")
         return _meta(model, f"{arch}.pooling_type") not in ("", "0")
 
-    def embed(self, tokens: list[int]) -> npt.NDArray[np.float32]:
-        """The text's vector, of length 1."""
+    def embed(self, batch: Batch, ended: Sequence[int]) -> Float32:
+        """As `runner.Runner.embed`."""
+        count = len(batch.tokens)
+        starts = np.flatnonzero(np.diff(batch.sequence_ids, prepend=-1))
+        ids = batch.sequence_ids[starts].tolist()
         if self._memory:
-            llama.llama_memory_clear(self._memory, True)
-        total = np.zeros(self._size, np.float64)
-        for start in range(0, len(tokens), self._piece):
-            total += self._read(tokens[start : start + self._piece], start)
-        return (total / max(float(np.linalg.norm(total)), 1e-12)).astype(np.float32)
+            new = [one for one, at in zip(ids, starts, strict=True) if batch.positions[at] == 0]
+            for sequence_id in {*ended, *new}:
+                llama.llama_memory_seq_rm(self._memory, sequence_id, -1, -1)
+        if llama.llama_decode(self._context, self._buffer.fill(batch)) != 0:
+            raise BoxError("llama.cpp could not compute an embedding.")
+        if self._pools:
+            pooled = [llama.llama_get_embeddings_seq(self._context, one) for one in ids]
+            return np.stack([_array(one, (self._size,)) for one in pooled])
+        states = _array(llama.llama_get_embeddings(self._context), (count, self._size))
+        return np.add.reduceat(states, starts, axis=0, dtype=np.float64).astype(np.float32)
 
     def close(self) -> None:
         llama.llama_free(self._context)
 
-    def _read(self, tokens: list[int], start: int) -> npt.NDArray[np.float64]:
-        """The sum of the hidden states, or what the model pools."""
-        count = len(tokens)
-        batch = Batch(
-            np.array(tokens, np.int32),
-            np.arange(start, start + count, dtype=np.int32),
-            np.zeros(count, np.int32),
-            np.ones(count, np.int8),
-        )
-        if llama.llama_decode(self._context, self._buffer.fill(batch)) != 0:
-            raise BoxError("llama.cpp could not compute an embedding.")
-        if self._pools:
-            pooled = llama.llama_get_embeddings_seq(self._context, 0)
-            return _array(pooled, (self._size,)).astype(np.float64)
-        states = llama.llama_get_embeddings(self._context)
-        return np.asarray(_array(states, (count, self._size)).sum(axis=0, dtype=np.float64))
-
 
 def _array(pointer: Any, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
     return np.ctypeslib.as_array(pointer, shape=shape)
+
+
+def _names() -> Any:
+    """From a tensor to its name."""
+    function = llama._lib.ggml_get_name
+    function.restype, function.argtypes = ctypes.c_char_p, [ctypes.c_void_p]
+    return function
 
 
 def _meta(model: llama.llama_model_p, key: str) -> str:

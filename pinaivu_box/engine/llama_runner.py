@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Sequence
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -29,6 +30,7 @@ from pinaivu_box.engine.runner import (
     ModelFacts,
     NoSlot,
     ProgressCallback,
+    TextRoom,
     TooManyTokens,
 )
 from pinaivu_box.errors import BoxError
@@ -295,10 +297,17 @@ class LlamaRunner:
         llama.llama_memory_seq_cp(self._memory, source, target, -1, -1)  # streams copy whole
         self.truncate(target, length)
 
-    def embed(self, tokens: list[int]) -> Float32:
+    def text_room(self, size: int) -> TextRoom:
+        if self._embedder is not None:
+            self._embedder.close()
+            self._embedder = None
+        self._embedder = Embedder(self._model, size, self._max_length, self._threads)
+        return self._embedder.room
+
+    def embed(self, batch: Batch, ended: Sequence[int]) -> Float32:
         if self._embedder is None:
-            self._embedder = Embedder(self._model, self._max_length, self._threads)
-        return self._embedder.embed(tokens)
+            raise BoxError("There is no room for texts: text_room comes first.")
+        return self._embedder.embed(batch, ended)
 
     def close(self) -> None:
         if self._embedder is not None:

@@ -144,12 +144,15 @@ class Cancel(Struct, frozen=True, tag=True):
 
 
 class Embed(Struct, frozen=True, tag=True):
-    """Vectors of texts (or tokens); `dimensions` of them will be used."""
+    """Vectors of texts (or tokens), each of its first `dimensions` numbers if that is said.  The
+    rest is as in Add."""
 
     id: str
     inputs: list[str | list[int]]
     dimensions: int | None = None
     tenant: str = ""
+    weight: float = 1.0
+    priority: int = 0
 
 
 class Tokenize(Struct, frozen=True, tag=True):

@@ -1,7 +1,7 @@
 """How long steps take, learned from the steps themselves, and what follows from it.
 
-Two questions: how many prompt tokens fit into a step without stopping the streams that run beside
-it, and whether it pays to check a draft.
+Three questions: how many prompt tokens fit into a step without stopping the streams that run beside
+it, how many tokens of texts that are embedded, and whether it pays to check a draft.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ class Pace:
     def __init__(self) -> None:
         self._rows: dict[int, float] = {}  # rows → seconds of a step without prompt tokens
         self._prompt_token: float | None = None  # seconds
+        self._text_token: float | None = None  # of a text that is embedded
+        self._taken = 0.0  # by such texts, of the step that is planned
         self._fresh: set[int] = set()
         self._observed = 0
 
@@ -62,12 +64,32 @@ class Pace:
         """Prompt tokens for a step beside `rows` decoding ones; at most `most`."""
         if self._prompt_token is None:
             return most if not rows else min(most, 8 * LEAST_PROMPT)
+        fits = int((self._beside(rows) - self._taken) / self._prompt_token)
+        return max(min(LEAST_PROMPT, most), min(fits, most))
+
+    def text_budget(self, rows: int, most: int, *, prompts: bool) -> int:
+        """The same for texts that are embedded; if there are `prompts` too, half of the time."""
+        self._taken = 0.0
+        if self._text_token is None:
+            return min(most, 8 * LEAST_PROMPT)
+        seconds = self._beside(rows) / (2 if prompts else 1)
+        return max(min(LEAST_PROMPT, most), min(int(seconds / self._text_token), most))
+
+    def observe_texts(self, tokens: int, seconds: float) -> None:
+        """So many tokens of texts took `seconds` of the step."""
+        self._taken = seconds
+        if tokens:
+            each = seconds / tokens
+            before = each if self._text_token is None else self._text_token
+            self._text_token = before + _LEARN * (each - before)
+
+    def _beside(self, rows: int) -> float:
+        """Seconds that a step may take longer than its `rows` decoding ones."""
         decoding = self.seconds(rows)
         target = LONGEST
         if rows:
             target = min(LONGEST, max(SHORTEST, PROMPT_STRETCH * decoding))
-        fits = int((target - decoding) / self._prompt_token)
-        return max(min(LEAST_PROMPT, most), min(fits, most))
+        return target - decoding
 
     def draft_length(self, rows: int, expected: float, chance: float, most: int) -> int:
         """How many tokens to draft for one of `rows` rows, which are `expected` tokens' worth: as

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -13,6 +13,7 @@ from pinaivu_box.engine.messages import SamplingDefaults
 
 Int32 = npt.NDArray[np.int32]
 Float32 = npt.NDArray[np.float32]
+TEXT_BATCH = 256  # tokens of texts that are embedded at a time
 
 
 class NoSlot(Exception):
@@ -80,6 +81,18 @@ class Batch:
         )
 
 
+@dataclass(frozen=True)
+class TextRoom:
+    """How much can be embedded at a time: `sequences` texts of `longest` tokens or less, in batches
+    of `TEXT_BATCH`, and `cells` tokens of texts that are not complete.  If `whole`, a text has to
+    be in one batch, which then may be as long as it is."""
+
+    longest: int
+    sequences: int
+    cells: int
+    whole: bool = False
+
+
 class Runner(Protocol):
     @property
     def facts(self) -> ModelFacts: ...
@@ -124,8 +137,16 @@ class Runner(Protocol):
         """Give the empty sequence `target` the first `length` cells of `source`."""
         ...
 
-    def embed(self, tokens: list[int]) -> Float32:
-        """The vector of a text, shape (any,), of length 1; leaves what `decode` computes alone."""
+    def text_room(self, size: int) -> TextRoom:
+        """Make room for texts of `size` tokens and what is shorter; what was computed of others is
+        gone.  Raises BoxError."""
+        ...
+
+    def embed(self, batch: Batch, ended: Sequence[int]) -> Float32:
+        """Compute texts, or parts that go on where the last one ended: the sum of the last hidden
+        states of each sequence in the batch, or what the model makes of the whole, in the batch's
+        order; shape (sequences, n_embd).  Before that, free the cells of the sequence ids `ended`.
+        Leaves what `decode` computes alone.  Raises BoxError."""
         ...
 
     def close(self) -> None: ...

@@ -123,7 +123,7 @@ class Scheduler:
         self.max_sequences = max_sequences
         # Every running sequence must fit into one step with its next token.
         self.token_budget = max(token_budget, max_sequences)
-        self.waiting = FairQueue()
+        self.waiting: FairQueue[Sequence] = FairQueue()
         self.running: list[Sequence] = []  # in order of admission
         self.prefixes = PrefixCache()
         self.preemptions = 0
@@ -219,6 +219,16 @@ class Scheduler:
             end = sequence.computed
             self.prefixes.extend(sequence.sequence_id, sequence.tokens[end - steps : end])
             self.waiting.charge(sequence.tenant, 0, steps)
+
+    @property
+    def streams(self) -> int:
+        """Sequences of which each step computes the next token."""
+        return sum(one.pending == 1 for one in self.running)
+
+    @property
+    def reading(self) -> bool:
+        """Whether there are prompts to be computed."""
+        return bool(self.waiting) or any(one.pending > 1 for one in self.running)
 
     def commit(self, chunks: list[Chunk]) -> None:
         """The step was computed: its known tokens are in the KV cache."""

@@ -110,10 +110,8 @@ def run(engine: Engine, inbox: Inbox, outbox: Outbox) -> None:
 
 
 def _receive(engine: Engine, item: Sequence | Embedding | Cancel | _Stopped) -> None:
-    if isinstance(item, Sequence):
+    if isinstance(item, Sequence | Embedding):
         engine.add(item)
-    elif isinstance(item, Embedding):
-        engine.embeddings.add(item)
     else:
         engine.end(item.id, "cancelled" if isinstance(item, Cancel) else "stop")
 

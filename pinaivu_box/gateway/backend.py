@@ -10,7 +10,7 @@ from pinaivu_box.config import RoutingPolicy, SamplingConfig
 from pinaivu_box.engine.messages import Constraint, Sampling, TokenLogprob, Tools
 from pinaivu_box.models.catalog import Model
 from pinaivu_box.receipts.commitment import Opening, new_nonce
-from pinaivu_box.receipts.receipt import EngineInfo, Proof, SignedProof
+from pinaivu_box.receipts.receipt import VERSION, EngineInfo, Proof, SignedProof
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,8 @@ def committed(tools: Tools | None, constraint: Constraint | None) -> dict[str, A
 class Started:
     """A backend has taken the job: who it is and what it will use.  `tool_style` and `thinks` say
     how the model writes (see `chat_format`).  `route` says why it was this one, for the receipt,
-    and `header` for the client.  Of a peer, `nonce` (hex) is of its commitment to the output."""
+    and `header` for the client.  Of a peer, `nonce` (hex) is of its commitment to the output, and
+    `proof` the version of its proof (see `receipts.receipt`)."""
 
     node_id: str
     model_digest: str
@@ -105,6 +106,7 @@ class Started:
     route: dict[str, Any] | None = None
     header: str = ""
     nonce: str | None = None
+    proof: int = VERSION
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ class LocalBackend:
             sampling = job.settled or resolve(job, self.sampling, engine.ready.defaults)
             info = EngineInfo(engine.ready.build, engine.ready.device)
             if job.inputs is not None:
-                box = engine.submit(Embed(job.id, job.inputs, job.dimensions, job.tenant))
+                box = engine.submit(to_embed(job, job.inputs))
             else:
                 box = engine.submit(to_add(job, sampling, made))
             self._serving[job.id] = engine
@@ -131,6 +131,10 @@ class LocalBackend:
         """Nobody waits for that engine any more."""
         if not acquired.cancelled() and acquired.exception() is None:
             self._placement.release(acquired.result())
+
+
+def to_embed(job: Job, inputs: list[str | list[int]]) -> Embed:
+    return Embed(job.id, inputs, job.dimensions, job.tenant, job.weight, job.priority)
 
 
 def to_add(job: Job, sampling: Sampling, made: list[int]) -> Add:

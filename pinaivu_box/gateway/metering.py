@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,6 +12,7 @@ import msgspec
 
 from pinaivu_box import amount
 from pinaivu_box.amount import Prices
+from pinaivu_box.gateway import shown
 from pinaivu_box.gateway.backend import Job, Output, Prompt, Proved, Started, committed
 from pinaivu_box.identity import Identity, verify
 from pinaivu_box.receipts import commitment
@@ -54,8 +56,10 @@ class Leg:
     queue_ms: float = 0.0
     mark: str | None = None
     proved: Proved | None = None
+    extras: commitment.Extras = field(default_factory=commitment.Extras)
 
-    def take(self, event: Prompt | Output | Proved) -> None:
+    def take(self, event: Prompt | Output | Proved, records: Sequence[bytes] = ()) -> None:
+        """`records` are of the output's log-probabilities (see `shown`)."""
         if isinstance(event, Proved):
             self.proved = event
             return
@@ -73,6 +77,7 @@ class Leg:
         self.cached_tokens = event.cached_tokens or self.cached_tokens
         self.shifted_tokens = event.shifted_tokens
         self.logprobs += len(event.logprobs)
+        self.extras.add(records, event.vectors)
         self.mark = event.mark
 
     @property
@@ -94,10 +99,19 @@ class Branch:
     legs: list[Leg] = field(default_factory=list)
     tried: tuple[str, ...] = ()
     thinking: bool = False  # whether its prompt ends in the model's thoughts
+    extras: commitment.Extras = field(default_factory=commitment.Extras)  # of all legs
 
     def failed(self, node_id: str) -> None:
         """A leg was lost there; nodes that have not failed are asked first."""
         self.tried = (*self.tried, node_id) if node_id else self.tried
+
+    def read(self, prompt: Prompt) -> None:
+        """The prompt of the latest leg.  Texts are read anew in each, and whoever was lost gave
+        nothing: what it made of them is not what is paid for."""
+        self.thinking = prompt.thinking
+        if self.job.inputs is not None:
+            for leg in self.served:
+                leg.prompt = prompt.tokens
 
     def next_job(self) -> Job:
         """The job of the next leg: it reads and draws as the first one did."""
@@ -176,10 +190,15 @@ class Account:
 
     def take(self, branch: Branch, event: Prompt | Output | Proved) -> None:
         leg = branch.legs[-1]
-        leg.take(event)
-        if isinstance(event, Prompt):
-            branch.thinking = event.thinking
-        if isinstance(event, Output):
+        if not isinstance(event, Output):
+            leg.take(event)
+            if isinstance(event, Prompt):
+                branch.read(event)
+        else:
+            said = sum(leg.logprobs for leg in branch.served) if event.logprobs else 0
+            records = shown.records(branch.job, event.logprobs, said)
+            leg.take(event, records)
+            branch.extras.add(records, event.vectors)
             if event.queue_ms is not None and self.queue_ms is None:
                 self.queue_ms = round(event.queue_ms)
             if event.tokens and self.ttft_ms is None:
@@ -244,7 +263,8 @@ class Meter:
         proofs, openings = await self._prove(account, price)
         made = [token for branch in account.branches for token in branch.made]
         text = commitment.output_text([branch.text for branch in account.branches])
-        output, output_opening = commitment.commit(text, made, commitment.new_nonce())
+        extras = [branch.extras for branch in account.branches]
+        output, opened = commitment.commit_output(text, made, extras, commitment.new_nonce())
         account.cost = total_cost([proof for proof, _ in proofs], price)
         receipt = Receipt(
             request_id=job.request_id,
@@ -264,7 +284,7 @@ class Meter:
             price=price,
         )
         signed, signature = sign_receipt(self._identity, receipt)
-        opening = {"prompt": prompts[0][1], "output": output_opening, "legs": openings}
+        opening = {"prompt": prompts[0][1], "output": opened, "legs": openings}
         if len(prompts) > 1:
             opening["prompts"] = [one for _, one in prompts]
         await settle(
@@ -319,7 +339,11 @@ def prove(job: Job, number: int, leg: Leg, price: Price) -> tuple[Proof, commitm
     """What there is to sign of leg `number` of a choice."""
     prompt, _ = commitment.commit(asked_text(job), leg.prompt or [], job.nonce)
     nonce = leg.started.nonce or commitment.new_nonce()
-    output, opening = commitment.commit("".join(leg.text), leg.tokens, nonce)
+    text = "".join(leg.text)
+    if leg.started.proof == 1:
+        output, opening = commitment.commit(text, leg.tokens, nonce)
+    else:
+        output, opening = commitment.commit_output(text, leg.tokens, [leg.extras], nonce)
     proof = Proof(
         request_id=job.request_id,
         leg=number,
@@ -341,6 +365,7 @@ def prove(job: Job, number: int, leg: Leg, price: Price) -> tuple[Proof, commitm
         ttft_ms=leg.ttft_ms,
         duration_ms=leg.duration_ms,
         price=price,
+        v=leg.started.proof,
     )
     return proof, opening
 

@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+from pinaivu_box import vector_format
 from pinaivu_box.errors import (
     ApiError,
     BadRequest,
@@ -27,7 +28,13 @@ from pinaivu_box.identity import Identity
 from pinaivu_box.peering import wire, work
 from pinaivu_box.peering.large_messages import LargeMessages
 from pinaivu_box.peering.transport import Stream
-from pinaivu_box.receipts.receipt import ACCEPTANCE_DOMAIN, EngineInfo, SignedProof, cost
+from pinaivu_box.receipts.receipt import (
+    ACCEPTANCE_DOMAIN,
+    VERSION,
+    EngineInfo,
+    SignedProof,
+    cost,
+)
 
 OPEN_SECONDS = 5.0
 STALL_SECONDS = 4.0  # a serving box says at least every second that it is alive
@@ -76,7 +83,7 @@ class PeerBackend:
         Other errors are what the peer refused with."""
         tag = self._tags.of(job.scope, to.node_id) if job.cache and job.scope else None
         task = to_task(job, tag)
-        ask = work.Ask(task, to.digest, made, to.prices, to.currency, to.pays_prompt)
+        ask = work.Ask(task, to.digest, made, to.prices, to.currency, to.pays_prompt, VERSION)
         stream = await self._begin(to, ask)
         leg = _Leg(self._identity, job, made, to, stream, self._keep, self._large)
         self._legs.setdefault(job.id, []).append(leg)
@@ -159,6 +166,7 @@ class _Leg:
         self._job, self._seen = job, Seen(job, made, to)
         self._began = self._read = self._spoke = False
         self._proved: work.Proved | None = None
+        self._vectors: list[bytes] = []
         self._gap = 0.0
         self._since = self._heard = asyncio.get_running_loop().time()
         self._idle = 0  # messages that say nothing
@@ -237,17 +245,40 @@ class _Leg:
             began.tool_style,
             began.thinks,
             nonce=began.nonce,
+            proof=began.proof,
         )
 
     async def _take(self, message: work.Outputs) -> list[Event]:
         self._seen.take(message)
-        made = [_output(one, message.mark) for one in message.outputs]
+        made = [self._output(one, message.mark) for one in message.outputs]
         reason = message.outputs[-1].finish_reason
         if reason is None:
             return list(made)
         if not self._seen.end(message):
             return list(made)
         return [*made[:-1], await self._accept(reason), made[-1]]
+
+    def _output(self, one: work.Out, mark: str) -> Output:
+        """Vectors come in several parts, if they are many, and with the end all of them are said;
+        those of a box of version 1 are as long as its model makes them."""
+        self._vectors += one.vectors
+        vectors: list[bytes] = []
+        if one.finish_reason is not None:
+            vectors, size = self._vectors, self._job.dimensions
+            if size is not None:
+                vectors = [vector_format.shortened(vector, size) for vector in vectors]
+        return Output(
+            one.text,
+            one.tokens,
+            one.finish_reason,
+            one.queue_ms,
+            one.cached_tokens,
+            one.shifted_tokens,
+            one.logprobs,
+            one.stop_string,
+            vectors,
+            mark,
+        )
 
     async def _accept(self, reason: str) -> Proved:
         """The proof, once it is known to say what has been seen."""
@@ -299,20 +330,8 @@ def _lost(to: Destination, error: BaseException) -> EngineLost:
 
 def _says_something(message: work.ToCoordinator) -> bool:
     if isinstance(message, work.Outputs):
-        return any(one.tokens or one.finish_reason or one.logprobs for one in message.outputs)
+        return any(
+            one.tokens or one.finish_reason or one.logprobs or one.vectors
+            for one in message.outputs
+        )
     return not isinstance(message, work.Alive)
-
-
-def _output(one: work.Out, mark: str | None = None) -> Output:
-    return Output(
-        one.text,
-        one.tokens,
-        one.finish_reason,
-        one.queue_ms,
-        one.cached_tokens,
-        one.shifted_tokens,
-        one.logprobs,
-        one.stop_string,
-        one.vectors,
-        mark,
-    )

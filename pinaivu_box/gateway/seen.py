@@ -15,6 +15,7 @@ import msgspec
 from pinaivu_box import amount
 from pinaivu_box.chat_format import STYLES
 from pinaivu_box.engine.messages import Sampling, TokenLogprob
+from pinaivu_box.gateway import shown
 from pinaivu_box.gateway.backend import Job
 from pinaivu_box.gateway.metering import asked_text
 from pinaivu_box.identity import verify
@@ -63,7 +64,9 @@ class Seen:
         self._job, self._to = job, to
         self._before = len(made)
         self._most = work.MOST_TOKENS
-        if job.max_tokens is not None:
+        if job.inputs is not None:
+            self._most = 0
+        elif job.max_tokens is not None:
             self._most = min(self._most, max(0, job.max_tokens - len(made)))
         self._asked = asked_text(job)
         self._began: work.Began
@@ -80,7 +83,9 @@ class Seen:
             raise Lie("it draws otherwise than was asked")
         if began.tool_style not in STYLES:
             raise Lie("it writes tool calls in a way that nobody knows")
-        self._began, self.output = began, commitment.Running(began.nonce)
+        if began.proof > VERSION:
+            raise Lie("it signs proofs of a version that nobody asked for")
+        self._began, self.output = began, commitment.Running(began.nonce, began.proof)
 
     def read(self, read: work.Read) -> None:
         job = self._job
@@ -95,7 +100,9 @@ class Seen:
         if any(one.finish_reason is not None for one in message.outputs[:-1]):
             raise Lie("it went on after the end")
         for one in message.outputs:
-            self.output.add(one.text, one.tokens)
+            before = self._job.scored + self._logprobs
+            records = shown.records(self._job, one.logprobs, before)
+            self.output.add(one.text, one.tokens, records, one.vectors)
             self._tokens += len(one.tokens)
             self._characters += len(one.text)
             self._cached = one.cached_tokens or self._cached
@@ -140,7 +147,7 @@ class Seen:
         elif self._job.inputs is not None and (
             len(self._vectors) != len(self._job.inputs)
             or len(set(self._vectors)) != 1
-            or self._vectors[0] < 4 * (self._job.dimensions or 1)
+            or not self._has_dimensions(self._vectors[0] // 4)
         ):
             raise Lie("it sent other vectors than were asked for")
         job = self._job
@@ -148,6 +155,13 @@ class Seen:
         if not verify(self._to.node_id, MARK_DOMAIN, text, bytes.fromhex(message.mark)):
             raise Lie("its mark is not on what it has sent")
         return True
+
+    def _has_dimensions(self, size: int) -> bool:
+        """Boxes whose proofs are of version 1 leave it to the coordinator to shorten vectors."""
+        wanted = self._job.dimensions
+        if wanted is None or self._began.proof == 1:
+            return size >= (wanted or 1)
+        return size == wanted
 
     def prove(self, given: work.Proved | None, reason: str) -> Proof:
         """The proof, which says what has been seen, and not more than was offered."""
@@ -172,7 +186,7 @@ class Seen:
     def _expected(self, reason: str) -> dict[str, object]:
         job, began = self._job, self._began
         return {
-            "v": VERSION,
+            "v": began.proof,
             "request_id": job.request_id,
             "leg": job.leg,
             "choice": job.choice,

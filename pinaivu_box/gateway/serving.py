@@ -27,6 +27,7 @@ from pinaivu_box.errors import (
     ProtocolError,
     RateLimited,
 )
+from pinaivu_box.gateway import shown
 from pinaivu_box.gateway.backend import Event, Job, Output, Prompt, Started
 from pinaivu_box.gateway.guests import Guests, Pass, Terms
 from pinaivu_box.gateway.load import Load
@@ -44,6 +45,7 @@ from pinaivu_box.receipts.commitment import Running, new_nonce
 from pinaivu_box.receipts.receipt import (
     ACCEPTANCE_DOMAIN,
     MARK_DOMAIN,
+    VERSION,
     Price,
     Proof,
     SignedProof,
@@ -60,6 +62,7 @@ _ACCEPT_SECONDS = 10.0
 _TYPICAL_TOKENS = 256  # of an answer without a limit, until it is known better
 _SHORT = 4096  # bytes
 _STOPS = 8  # that one leg is worth
+_VECTOR_BYTES = work.MAX_MESSAGE_BYTES // 2  # of vectors in one message
 # Refusals that are of this box or of the peer here: somebody else may well serve the request.
 _OTHERS = (NoNodesAvailable, RateLimited, ModelNotAllowed, ModelNotFound, Conflict, InternalError)
 
@@ -290,8 +293,8 @@ class _Leg:
     ) -> None:
         self._identity, self._local, self._stream = identity, local, stream
         self._job, self._price, self._asked = job, price, asked
-        self._running = Running(new_nonce())
-        self._made = 0  # tokens that have been sent
+        self._running = Running(new_nonce(), min(asked.proof, VERSION))
+        self._made = self._shown = 0  # tokens, and log-probabilities, that have been sent
         self._leg: Leg | None = None
         self._proof: Proof | None = None
         self._said: Mailbox[Event | ApiError] = Mailbox()
@@ -334,7 +337,7 @@ class _Leg:
             if isinstance(event, Started):
                 self._start(event)
             elif isinstance(event, Prompt | Output):
-                self.account.take(event)
+                self._take(event)
 
     def proof(self) -> Proof | None:
         """Once the engine has ended it; None if nothing was computed, or if that failed here."""
@@ -394,7 +397,7 @@ class _Leg:
                 if isinstance(event, Started):
                     self._start(event)
                 elif isinstance(event, Prompt | Output):
-                    self.account.take(event)
+                    self._take(event)
             for event in events:
                 if isinstance(event, Prompt):
                     await self._begin(event)
@@ -408,7 +411,8 @@ class _Leg:
                 raise events[-1]
 
     def _start(self, started: Started) -> None:
-        self._leg = Leg(replace(started, nonce=self._running.nonce))
+        signs = self._running
+        self._leg = Leg(replace(started, nonce=signs.nonce, proof=signs.version))
 
     def _proved(self) -> list[work.Proved]:
         proof = self.proof()
@@ -437,24 +441,49 @@ class _Leg:
                 started.tool_style,
                 started.thinks,
                 self._running.nonce,
+                self._running.version,
             ),
             work.Read(prompt.tokens, prompt.thinking, prompt.text),
         )
 
+    def _take(self, event: Prompt | Output) -> None:
+        """Into the account of the leg."""
+        leg = self.account
+        said = self._records(event, leg.logprobs) if isinstance(event, Output) else []
+        leg.take(event, said)
+
+    def _records(self, one: Output, before: int) -> list[bytes]:
+        """Of its log-probabilities, of which so many came `before` in this leg."""
+        return shown.records(self._job, one.logprobs, self._job.scored + before)
+
     def _frames(self, outputs: list[Output]) -> Iterator[work.Outputs]:
         """Vectors are large: of those, one output to a message."""
         most = work.MOST_OUTPUTS if self._job.inputs is None else 1
-        for at in range(0, len(outputs), most):
-            batch = outputs[at : at + most]
+        parts = list(self._parts(outputs))
+        for at in range(0, len(parts), most):
+            batch = parts[at : at + most]
             for one in batch:
-                self._running.add(one.text, one.tokens)
+                records = self._records(one, self._shown)
+                self._running.add(one.text, one.tokens, records, one.vectors)
                 self._made += len(one.tokens)
+                self._shown += len(one.logprobs)
             job = self._job
             text = mark_text(
                 job.request_id, job.choice, job.leg, self._made, self._running.commitment
             )
             mark = self._identity.sign(MARK_DOMAIN, text).hex()
             yield work.Outputs([_out(one) for one in batch], mark)
+
+    def _parts(self, outputs: list[Output]) -> Iterator[Output]:
+        """Vectors that are too many for a message go before the output that they belong to; boxes
+        whose proofs are of version 1 cannot read that."""
+        for one in outputs:
+            vectors = list(one.vectors)
+            fit = max(1, _VECTOR_BYTES // len(vectors[0])) if vectors else 0
+            while len(vectors) > fit and self._running.version > 1:
+                yield Output("", [], None, None, vectors=vectors[:fit])
+                vectors = vectors[fit:]
+            yield replace(one, vectors=vectors)
 
 
 async def _short(body: bytes) -> None:

@@ -9,6 +9,7 @@ from pinaivu_box.models.catalog import Model
 
 # The Python child with numpy and llama.cpp, and the compute buffers of a small model.
 ENGINE_OVERHEAD = 200 * 1024 * 1024
+EMBEDDING_CELLS = 2304  # tokens of the context for embeddings, while texts have 2,048 at most
 DEFAULT_CONTEXT = 8192
 DEFAULT_KV_TOKENS = 16384
 
@@ -26,10 +27,12 @@ def kv_tokens_of(context: int, configured: int) -> int:
 
 
 def estimate(model: Model, kv_tokens: int) -> int:
-    """Bytes that an engine for `model` will take, an upper bound for common architectures."""
+    """Bytes that an engine for `model` will take, an upper bound for common architectures, unless
+    texts of over 2,048 tokens are embedded."""
     if model.is_fake:
         return ENGINE_OVERHEAD
-    return model.size + model.header.kv_bytes_per_token * kv_tokens + ENGINE_OVERHEAD
+    cells = kv_tokens + EMBEDDING_CELLS
+    return model.size + model.header.kv_bytes_per_token * cells + ENGINE_OVERHEAD
 
 
 def available() -> int | None:

@@ -12,6 +12,9 @@ The serving box signs every Outputs with a mark: what has been sent is proven ev
 its proof.  The coordinator signs the proof in turn, after it has compared it with what it saw: then
 both hold the same account of the leg, signed by both.
 
+Ask says which version of proofs the coordinator reads, and Began which one it gets.  Who does not
+say so is of version 1: its proofs cover neither log-probabilities nor vectors.
+
 A message is 1 to 64 frames, each with a byte before it: 1 if more of it follows, 0 if not.
 """
 
@@ -50,6 +53,7 @@ Hex32 = Annotated[str, Meta(pattern=DIGEST)]
 Hex64 = Annotated[str, Meta(pattern=SIGNATURE)]
 Tag = Annotated[str, Meta(pattern=whole("[0-9a-f]{32}"))]
 Price = Annotated[str, Meta(max_length=32)]
+Version = Annotated[int, Meta(ge=1, lt=2**31)]
 _Small = Annotated[int, Meta(ge=0, lt=2**31)]
 _Penalty = Annotated[float, Meta(ge=-2, le=2)]
 _Repeat = Annotated[float, Meta(gt=0, le=10)]
@@ -132,7 +136,7 @@ class _Drawn(Asked, frozen=True, kw_only=True):
 class Ask(Struct, frozen=True, tag="ask"):
     """Run it with the file of that `digest`, going on after the tokens `made`, at `prices` of 1,000
     tokens (prompt, cached, completion) or less.  Of several answers to one prompt the first
-    `pays_prompt`."""
+    `pays_prompt`.  `proof` is the highest version that the coordinator reads."""
 
     task: Task
     digest: Hex32
@@ -140,6 +144,7 @@ class Ask(Struct, frozen=True, tag="ask"):
     prices: tuple[Price, Price, Price]
     currency: Annotated[str, Meta(max_length=16)]
     pays_prompt: bool = True
+    proof: Version = 1
 
 
 class Count(Struct, frozen=True, tag="count"):
@@ -181,7 +186,7 @@ class Refused(Struct, frozen=True, tag="refused"):
 
 
 class Began(Struct, frozen=True, tag="began"):
-    """`nonce` is of the commitment to the output."""
+    """`nonce` is of the commitment to the output, `proof` the version of what will be signed."""
 
     digest: Hex32
     build: Shown
@@ -190,6 +195,7 @@ class Began(Struct, frozen=True, tag="began"):
     tool_style: Short
     thinks: bool
     nonce: Hex32
+    proof: Version = 1
 
 
 class Read(Struct, frozen=True, tag="read"):

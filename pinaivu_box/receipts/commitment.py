@@ -1,9 +1,18 @@
 """Commitments to a prompt and an output: they bind without revealing.
 
-commitment = SHA-256("pinaivu/commitment/v1\\n" + nonce + SHA-256(text) + SHA-256(token ids)), where
-the nonce is 32 random bytes, the text is UTF-8 and the token ids are little-endian u32.  A receipt
-may be public: without the nonce even a short prompt cannot be guessed from it.  With the opening,
-the owner proves the text alone, and an auditor who has the tokens proves those too.
+Of a prompt, and of an output in version 1:
+
+    SHA-256("pinaivu/commitment/v1\\n" + nonce + SHA-256(text) + SHA-256(token ids))
+
+and of an output in version 2:
+
+    SHA-256("pinaivu/commitment/v2\\n" + nonce + SHA-256(text) + SHA-256(token ids)
+            + digest of the log-probabilities + digest of the vectors)
+
+The nonce is 32 random bytes, the text is UTF-8 and the token ids are little-endian u32; the
+canonical bytes of the rest are in `docs/receipts.md`.  A receipt may be public: without the nonce
+even a short prompt cannot be guessed from it.  With the opening, the owner proves each part that it
+holds (text, log-probabilities, vectors), and an auditor who has the tokens proves those too.
 
 Several prompts of one request have a commitment each; the request's is SHA-256 over
 "pinaivu/commitments/v1\\n" and theirs, in their order.
@@ -12,23 +21,33 @@ Several prompts of one request have a commitment each; the request's is SHA-256 
 from __future__ import annotations
 
 import hashlib
+import math
 import secrets
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import msgspec
 from msgspec import Struct
 
+OUTPUT_VERSION = 2
 _DOMAIN = b"pinaivu/commitment/v1\n"
+_OUTPUT_DOMAIN = b"pinaivu/commitment/v2\n"
 _LIST_DOMAIN = b"pinaivu/commitments/v1\n"
+_NONE = struct.Struct("<B")
+_NUMBER = struct.Struct("<Bd")
+_LENGTH = struct.Struct("<I")
 
 
-class Opening(Struct, frozen=True):
-    """What the owner of the key gets to open a commitment; hex."""
+class Opening(Struct, frozen=True, omit_defaults=True):
+    """What the owner of the key gets to open a commitment; hex.  Those of an output in version 2
+    have all of it, so that each part can be proven alone."""
 
     nonce: str
     tokens_sha256: str
+    text_sha256: str = ""
+    logprobs_sha256: str = ""
+    vectors_sha256: str = ""
 
 
 def new_nonce() -> str:
@@ -49,36 +68,128 @@ def of_several(commitments: Sequence[str]) -> str:
     return hashlib.sha256(_LIST_DOMAIN + joined).hexdigest()
 
 
+class Extras:
+    """What an answer holds beside text and tokens, while it comes: the log-probabilities of one
+    choice (`logprob_record` of each token) and the vectors (little-endian float32)."""
+
+    def __init__(self) -> None:
+        self._logprobs, self._vectors = hashlib.sha256(), hashlib.sha256()
+
+    def add(self, records: Iterable[bytes], vectors: Iterable[bytes] = ()) -> None:
+        for record in records:
+            self._logprobs.update(record)
+        for vector in vectors:
+            self._vectors.update(_LENGTH.pack(len(vector) // 4) + vector)
+
+    @property
+    def logprobs(self) -> bytes:
+        return self._logprobs.digest()
+
+    @property
+    def vectors(self) -> bytes:
+        return self._vectors.digest()
+
+
 class Running:
-    """The commitment to an output that is still growing."""
+    """The commitment to an output that is still growing, as proofs of that version have it."""
 
-    def __init__(self, nonce: str) -> None:
+    def __init__(self, nonce: str, version: int = OUTPUT_VERSION) -> None:
         self.nonce = nonce
+        self.version = version
         self._text, self._tokens = hashlib.sha256(), hashlib.sha256()
+        self._extras = Extras()
 
-    def add(self, text: str, tokens: Sequence[int]) -> None:
+    def add(
+        self,
+        text: str,
+        tokens: Sequence[int],
+        records: Iterable[bytes] = (),
+        vectors: Iterable[bytes] = (),
+    ) -> None:
         self._text.update(text.encode())
         self._tokens.update(struct.pack(f"<{len(tokens)}I", *tokens))
+        if self.version > 1:
+            self._extras.add(records, vectors)
 
     @property
     def opening(self) -> Opening:
-        return Opening(self.nonce, self._tokens.hexdigest())
+        tokens = self._tokens.hexdigest()
+        if self.version == 1:
+            return Opening(self.nonce, tokens)
+        return _opening(self.nonce, self._text.digest(), tokens, [self._extras])
 
     @property
     def commitment(self) -> str:
-        message = _DOMAIN + bytes.fromhex(self.nonce) + self._text.digest() + self._tokens.digest()
-        return hashlib.sha256(message).hexdigest()
+        return _commitment(self.opening, self._text.digest())
+
+
+def commit_output(
+    text: str, tokens: Sequence[int], choices: Sequence[Extras], nonce: str
+) -> tuple[str, Opening]:
+    """The commitment to an output (version 2) of those choices, in hex, and its opening."""
+    digest = hashlib.sha256(text.encode()).digest()
+    opening = _opening(nonce, digest, tokens_sha256(tokens), choices)
+    return _commitment(opening, digest), opening
+
+
+def _opening(nonce: str, text: bytes, tokens: str, choices: Sequence[Extras]) -> Opening:
+    return Opening(
+        nonce,
+        tokens,
+        text.hex(),
+        of_choices([one.logprobs for one in choices]),
+        # Only a request for vectors has any, and it has one choice.
+        choices[0].vectors.hex(),
+    )
+
+
+def _commitment(opening: Opening, text: bytes) -> str:
+    message = bytes.fromhex(opening.nonce) + text + bytes.fromhex(opening.tokens_sha256)
+    if not opening.vectors_sha256:
+        return hashlib.sha256(_DOMAIN + message).hexdigest()
+    more = bytes.fromhex(opening.logprobs_sha256) + bytes.fromhex(opening.vectors_sha256)
+    return hashlib.sha256(_OUTPUT_DOMAIN + message + more).hexdigest()
+
+
+def logprob_record(
+    token: bytes, logprob: float | None, top: Iterable[tuple[bytes, float | None]]
+) -> bytes:
+    """Of one token: its bytes, its log-probability as the answer has it, and the likeliest ones."""
+    likeliest = [_bytes(name) + _number(value) for name, value in top]
+    head = _bytes(token) + _number(logprob) + _LENGTH.pack(len(likeliest))
+    return head + b"".join(likeliest)
+
+
+def named_record(token: str, logprob: float | None, top: Mapping[str, float | None]) -> bytes:
+    """The same for an answer that names tokens: in UTF-8, the likeliest ones in the order of it."""
+    likeliest = sorted((name.encode(), value) for name, value in top.items())
+    return logprob_record(token.encode(), logprob, likeliest)
+
+
+def _bytes(data: bytes) -> bytes:
+    return _LENGTH.pack(len(data)) + data
+
+
+def _number(value: float | None) -> bytes:
+    """JSON writes what is not finite as null."""
+    if value is None or not math.isfinite(value):
+        return _NONE.pack(0)
+    return _NUMBER.pack(1, value)
+
+
+def of_choices(digests: Sequence[bytes]) -> str:
+    """Of the log-probabilities of all choices: SHA-256 over the digests of each, in hex."""
+    return hashlib.sha256(b"".join(digests)).hexdigest()
 
 
 def recompute(text: str, opening: Opening) -> str:
-    """The commitment in hex that `text` and `opening` lead to."""
-    message = (
-        _DOMAIN
-        + bytes.fromhex(opening.nonce)
-        + hashlib.sha256(text.encode()).digest()
-        + bytes.fromhex(opening.tokens_sha256)
-    )
-    return hashlib.sha256(message).hexdigest()
+    """The commitment in hex that `text` and `opening` lead to.  Raises ValueError."""
+    return _commitment(opening, hashlib.sha256(text.encode()).digest())
+
+
+def reopen(opening: Opening) -> str:
+    """The commitment that an opening of version 2 leads to by itself.  Raises ValueError."""
+    return _commitment(opening, bytes.fromhex(opening.text_sha256))
 
 
 def tokens_sha256(tokens: Sequence[int]) -> str:

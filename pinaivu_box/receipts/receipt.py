@@ -2,6 +2,11 @@
 
 Both are canonical JSON (RFC 8785) signed with Ed25519 over a domain, a newline and the bytes.  The
 bytes are kept and served as they were signed; nobody re-serialises them before verifying.
+
+`v` is the version of what is said, in a proof and in a receipt: in 2, the commitment to the output
+also covers log-probabilities and vectors (`commitment`).  Boxes of either version work together:
+who asks names the highest version that it reads, and gets proofs of that or a lower one.  A field
+that comes with a later version is UNSET, and so not written, in the proofs before it.
 """
 
 from __future__ import annotations
@@ -24,7 +29,8 @@ ACCEPTANCE_DOMAIN = "pinaivu/acceptance/v1"
 MARK_DOMAIN = "pinaivu/mark/v1"
 RECEIPT_DOMAIN = "pinaivu/receipt/v1"
 ACCEPTANCE_DOMAIN = "pinaivu/acceptance/v1"  # a coordinator's, over the bytes of a proof
-VERSION = 1
+VERSION = 2
+VERSIONS = (1, VERSION)  # that are read
 
 # Everything that is signed is read back by these: nothing is signed or stored that they refuse.
 RequestId = Annotated[str, Meta(pattern=whole("req_[0-9a-z_]{1,60}"))]

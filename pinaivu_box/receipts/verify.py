@@ -16,12 +16,13 @@ from msgspec import Struct
 
 from pinaivu_box import amount
 from pinaivu_box.identity import NODE_PREFIX, verify
-from pinaivu_box.receipts import commitment
+from pinaivu_box.receipts import answer, commitment
+from pinaivu_box.receipts.commitment import Opening
 from pinaivu_box.receipts.receipt import (
     MARK_DOMAIN,
     PROOF_DOMAIN,
     RECEIPT_DOMAIN,
-    VERSION,
+    VERSIONS,
     Proof,
     Receipt,
     ReceiptView,
@@ -32,6 +33,7 @@ from pinaivu_box.receipts.receipt import (
     total_tokens,
 )
 
+_KNOWN = " and ".join(map(str, VERSIONS))
 _HEX = re.compile("[0-9a-f]*")
 
 
@@ -48,8 +50,11 @@ class Transcript(Struct, frozen=True):
 
     messages: list[dict[str, Any]] | None = None
     stop: list[str] = []
-    output: str | None = None
+    output: str | None = None  # its text
     more: dict[str, Any] = {}  # tools and constraint, if the request had any
+    prompts: list[str] | None = None  # instead of messages: see `commitment.prompt_text`
+    echoed: list[str] = []  # what the text of each choice begins with that is not the model's
+    answer: bytes | None = None  # its text or its JSON body; see `answer.read`
 
 
 def verify_receipt(
@@ -88,6 +93,8 @@ def verify_receipt(
         checks.append(_trusted(receipt, node_key))
     if transcript is not None:
         checks.extend(_transcript(view, receipt, transcript))
+        if transcript.answer is not None:
+            checks.extend(_answer(view, receipt, transcript.answer, transcript.echoed))
     return checks
 
 
@@ -142,8 +149,8 @@ def _check_opening(view: ReceiptView) -> None:
 
 
 def _format(receipt: Receipt) -> Check:
-    known = receipt.v == VERSION
-    meaning = f"a receipt of version {receipt.v}" + ("" if known else f"; {VERSION} is known")
+    known = receipt.v in VERSIONS
+    meaning = f"a receipt of version {receipt.v}" + ("" if known else f"; {_KNOWN} are known")
     return Check("format", known, meaning)
 
 
@@ -179,6 +186,9 @@ def _proof(number: int, signed: SignedProof, receipt: Receipt) -> tuple[Check, P
         return Check(name, False, f"this is not a proof: {error}"), None
     if not is_signed(proof, signed):
         return Check(name, False, f"the signature is not {proof.signer}'s"), None
+    if proof.v not in VERSIONS or proof.v > receipt.v:
+        why = f"a proof of version {proof.v} in a receipt of version {receipt.v}"
+        return Check(name, False, f"{why}; {_KNOWN} are known"), None
     expected = {
         "request_id": receipt.request_id,
         "model": receipt.model,
@@ -296,23 +306,105 @@ def _trusted(receipt: Receipt, node_key: str) -> Check:
 
 
 def _transcript(view: ReceiptView, receipt: Receipt, transcript: Transcript) -> Iterator[Check]:
-    given = {"output": transcript.output}
+    prompts = transcript.prompts
     if transcript.messages is not None:
-        given["prompt"] = commitment.prompt_text(
-            transcript.messages, transcript.stop, **transcript.more
+        prompts = [commitment.prompt_text(transcript.messages, transcript.stop, **transcript.more)]
+    if prompts is not None:
+        yield _prompts(view, receipt, prompts)
+    if transcript.output is not None:
+        opening = _opening(view, receipt)
+        yield _NO_OPENING if opening is None else _text(receipt, opening, transcript.output)
+
+
+def _prompts(view: ReceiptView, receipt: Receipt, prompts: list[str]) -> Check:
+    held = view.opening or {}
+    try:
+        openings = held["prompts"] if "prompts" in held else [held["prompt"]]
+        given = [_read_opening(one) for one in openings]
+        each = [commitment.recompute(*one) for one in zip(prompts, given, strict=True)]
+        ok = commitment.of_several(each) == receipt.prompt_commitment
+    except (KeyError, TypeError, ValueError):
+        meaning = "the receipt has no opening for its prompt: ask the key's owner"
+        return Check("prompt commitment", False, meaning)
+    meaning = f"the prompt you gave is {'' if ok else 'not '}the one committed to"
+    return Check("prompt commitment", ok, meaning)
+
+
+_NO_OPENING = Check(
+    "output commitment",
+    False,
+    "the receipt has no opening for its output: ask the key's owner",
+)
+
+
+def _opening(view: ReceiptView, receipt: Receipt) -> Opening | None:
+    """Of the output, if it is one of the receipt's version."""
+    try:
+        opening = _read_opening((view.opening or {})["output"])
+        commitment.recompute("", opening)  # its hex
+        if receipt.v > 1:
+            commitment.reopen(opening)
+    except (KeyError, ValueError):
+        return None
+    return opening if bool(opening.vectors_sha256) == (receipt.v > 1) else None
+
+
+def _read_opening(given: Any) -> Opening:
+    """Raises ValueError."""
+    opening = msgspec.convert(given, Opening)
+    if not all(_HEX.fullmatch(text) for text in msgspec.structs.astuple(opening)):
+        raise ValueError("another spelling")
+    return opening
+
+
+def _text(receipt: Receipt, opening: Opening, text: str) -> Check:
+    ok = commitment.recompute(text, opening) == receipt.output_commitment
+    meaning = f"the output you gave is {'' if ok else 'not '}the one committed to"
+    return Check("output commitment", ok, meaning)
+
+
+def _answer(view: ReceiptView, receipt: Receipt, data: bytes, echoed: list[str]) -> Iterator[Check]:
+    """Everything that the answer holds: text, log-probabilities, vectors."""
+    opening = _opening(view, receipt)
+    if opening is None:
+        yield _NO_OPENING
+        return
+    vectors = opening.vectors_sha256 not in ("", answer.NO_VECTORS)
+    try:
+        found = answer.read(data, vectors=vectors, echoed=echoed)
+    except answer.NoAnswer as error:
+        yield Check("answer", False, f"the answer {error}")
+        return
+    if found.request_id is not None:
+        same = found.request_id == receipt.request_id
+        meaning = f"the answer is that of {found.request_id}"
+        yield Check("answer", same, meaning if same else f"{meaning}, not {receipt.request_id}")
+    if found.text is not None:
+        yield _text(receipt, opening, found.text)
+    elif found.vectors is None:
+        meaning = (
+            "the answer has calls or thoughts, and the model's own text, which is committed to, "
+            "cannot be had from them"
         )
-    for what, text in given.items():
-        if text is None:
-            continue
-        try:
-            opening = msgspec.convert((view.opening or {})[what], commitment.Opening)
-            if not all(_HEX.fullmatch(text) for text in msgspec.structs.astuple(opening)):
-                raise ValueError("another spelling")
-            ok = commitment.recompute(text, opening) == getattr(receipt, f"{what}_commitment")
-            meaning = f"the {what} you gave is {'' if ok else 'not '}the one committed to"
-        except (KeyError, ValueError):
-            ok, meaning = False, f"the receipt has no opening for its {what}: ask the key's owner"
+        yield Check("output commitment", False, meaning)
+    if receipt.v == 1:
+        if found.vectors is not None or found.has_logprobs:
+            meaning = (
+                "a receipt of version 1 commits to text and tokens only, and nothing in it says "
+                "whether the answer's log-probabilities or vectors are the ones that were sent"
+            )
+            yield Check("answer", False, meaning)
+        return
+    bound = commitment.reopen(opening) == receipt.output_commitment
+    if found.logprobs is not None:
+        ok = bound and found.logprobs == opening.logprobs_sha256
+        what = "log-probabilities"
+        meaning = f"the {what} of the answer are {'' if ok else 'not '}the ones committed to"
         yield Check(f"{what} commitment", ok, meaning)
+    if found.vectors is not None:
+        ok = bound and found.vectors == opening.vectors_sha256
+        meaning = f"the vectors of the answer are {'' if ok else 'not '}the ones committed to"
+        yield Check("vectors commitment", ok, meaning)
 
 
 def _hex(text: str) -> bytes:

@@ -23,6 +23,7 @@ from pinaivu_box.openai.completions import (
     CompletionLogprobs,
     CompletionRequest,
 )
+from pinaivu_box.openai.logprobs import shown_likeliest, shown_token
 from pinaivu_box.openai.request import check_stream, texts_or_tokens
 from pinaivu_box.openai.types import ContextShift
 from pinaivu_box.receipts.commitment import new_nonce
@@ -122,28 +123,14 @@ class _Choice:
             return None
         shown = CompletionLogprobs([], [], [], [])
         for one in probed:
-            shown.tokens.append(_text(one.token))
+            likeliest = shown_likeliest(one.token, one.logprob, one.top)
+            shown.tokens.append(shown_token(one.token))
             shown.token_logprobs.append(None if self._first else one.logprob)
-            shown.top_logprobs.append(None if self._first else _likeliest(one))
+            shown.top_logprobs.append(None if self._first else likeliest)
             shown.text_offset.append(max(0, self._offset))
             self._offset += len(self._decoder.decode(one.token))
             self._first = False
         return shown
-
-
-def _likeliest(one: TokenLogprob) -> dict[str, float]:
-    found: dict[str, float] = {}
-    for token, logprob in [*one.top, (one.token, one.logprob)]:
-        found.setdefault(_text(token), logprob)
-    return found
-
-
-def _text(token: bytes) -> str:
-    """Parts of characters as OpenAI writes them here, so that each has a name of its own."""
-    try:
-        return token.decode()
-    except UnicodeDecodeError:
-        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token)
 
 
 class _Answer:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import math
 import struct
 from dataclasses import replace
 
@@ -47,16 +46,6 @@ async def embeddings(request: Request) -> Response:
 
 
 def _encoded(vector: bytes, body: EmbeddingRequest) -> list[float] | str:
-    size = len(vector) // 4
-    if body.dimensions is not None and body.dimensions != size:
-        vector = _shortened(vector, body.dimensions)
     if body.encoding_format == "base64":
         return base64.b64encode(vector).decode()
     return list(struct.unpack(f"<{len(vector) // 4}f", vector))
-
-
-def _shortened(vector: bytes, size: int) -> bytes:
-    """The first of its numbers, at length 1 again (Matryoshka embeddings, Kusupati et al. 2022)."""
-    kept = struct.unpack(f"<{size}f", vector[: 4 * size])
-    length = math.sqrt(sum(number * number for number in kept)) or 1.0
-    return struct.pack(f"<{size}f", *(number / length for number in kept))

@@ -18,7 +18,7 @@ from pinaivu_box.engine import chat_template, messages, trial
 from pinaivu_box.engine import engine as engines
 from pinaivu_box.engine.fake_runner import END, N_VOCAB, FakeRunner
 from pinaivu_box.engine.intake import Arrival, Intake
-from pinaivu_box.engine.messages import Add, Cancel, Load, Named, Sampling, StepFrame
+from pinaivu_box.engine.messages import Add, Cancel, Embed, Load, Named, Sampling, StepFrame
 from pinaivu_box.engine.output import Output
 from pinaivu_box.engine.rendering import Rendering
 from pinaivu_box.engine.runner import Batch, NoSlot, Runner
@@ -253,7 +253,7 @@ class Engine:
     def busy(self) -> bool:
         return self._engine.busy or self._unsaid
 
-    def receive(self, message: Add | Cancel | Named) -> None:
+    def receive(self, message: Add | Embed | Cancel | Named) -> None:
         if isinstance(message, Named):
             self._intake.name(message)
             return
@@ -320,7 +320,7 @@ class Heard:
         return self.text[name], self.tokens[name], self.ends[name]
 
 
-def run(engine: Engine, received: Iterable[Add | Cancel]) -> Heard:
+def run(engine: Engine, received: Iterable[Add | Embed | Cancel]) -> Heard:
     """All at once, to the end."""
     for one in received:
         engine.receive(one)

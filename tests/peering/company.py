@@ -38,6 +38,7 @@ from pinaivu_box.policy import SCOPES, Policy
 from pinaivu_box.receipts.commitment import Running, new_nonce
 from pinaivu_box.receipts.receipt import (
     MARK_DOMAIN,
+    VERSION,
     EngineInfo,
     Price,
     Proof,
@@ -177,7 +178,8 @@ def same(message: Any) -> Any:
 @dataclass(frozen=True)
 class Lie:
     """What is changed on the way, and nothing else; a message that becomes None is not sent, of a
-    list all are.  `proof` is changed before it is signed, `account` before that is made."""
+    list all are.  `proof` is changed before it is signed.  With `version` 1 it speaks as boxes did
+    before there was a 2: that is no lie."""
 
     began: Callable[[work.Began], Any] = same
     read: Callable[[work.Read], Any] = same
@@ -191,6 +193,7 @@ class Lie:
     text: Callable[[str], str] = same
     count: int | None = None  # of tokens, instead of as many as were asked for
     reason: str = "length"
+    version: int = VERSION
 
 
 class Liar:
@@ -224,14 +227,15 @@ class Liar:
         tokens = lie.tokens(list(text.encode()))
         text = lie.text(text)
         nonce = new_nonce()
-        account = Leg(started(job, ask.digest, lie.sampling, nonce, self.identity.node_id))
+        begun = started(job, ask.digest, lie.sampling, nonce, self.identity.node_id, lie.version)
+        account = Leg(begun)
         account.take(Prompt(prompt))
         half = max(1, len(tokens) // 2)
         outputs = [
             work.Out(text[:half], tokens[:half], None, 0.5, 0),
             work.Out(text[half:], tokens[half:], lie.reason),
         ]
-        running, marks, made = Running(nonce), [], 0
+        running, marks, made = Running(nonce, lie.version), [], 0
         for one in outputs:
             account.take(Output(one.text, one.tokens, one.finish_reason, one.queue_ms))
             running.add(one.text, one.tokens)
@@ -260,17 +264,19 @@ def prompt_of(job: Job) -> list[int]:
     return list(ChatTemplate(CHATML, bos="", eos="").render(job.messages).encode())
 
 
-def started(job: Job, digest: str, changes: dict[str, Any], nonce: str, node_id: str) -> Started:
+def started(
+    job: Job, digest: str, changes: dict[str, Any], nonce: str, node_id: str, version: int
+) -> Started:
     sampling = job.settled or resolve(job, SamplingConfig(), SamplingDefaults())
     sampling = msgspec.structs.replace(sampling, **changes)
     info = EngineInfo("fake", "none")
-    return Started(node_id, digest, info, sampling, "tags", False, nonce=nonce)
+    return Started(node_id, digest, info, sampling, "tags", False, nonce=nonce, proof=version)
 
 
 def began(one: Started) -> work.Began:
     assert one.nonce is not None
     return work.Began(one.model_digest, one.engine.build, one.engine.device, one.sampling,
-                      one.tool_style, one.thinks, one.nonce)  # fmt: skip
+                      one.tool_style, one.thinks, one.nonce, one.proof)  # fmt: skip
 
 
 # -- three of them -------------------------------------------------------------------------------

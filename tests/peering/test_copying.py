@@ -146,7 +146,7 @@ def catalog_with(path: Path, where: Any) -> Any:
     return catalog.Catalog({NAME: model})
 
 
-@pytest.mark.parametrize("size", [24, 25, PIECE_BYTES - 1, PIECE_BYTES, PIECE_BYTES + 1])
+@pytest.mark.parametrize("size", [129, 130, PIECE_BYTES - 1, PIECE_BYTES, PIECE_BYTES + 1])
 async def test_sizes_at_the_edges_of_pieces(world: World, size: int) -> None:
     data = made_up(2, size)
     await world.giver(data)

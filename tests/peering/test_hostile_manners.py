@@ -14,7 +14,7 @@ from msgspec.structs import replace
 from pinaivu_box.gateway import peer as peers
 from pinaivu_box.peering import memory_transport, work
 from pinaivu_box.peering.transport import Stream
-from tests.peering.company import FAKE, Lie, World, right
+from tests.peering.company import FAKE, Lie, World, checked, right
 from tests.peering.lies import NAN, ends, first, last
 
 pytestmark = pytest.mark.anyio
@@ -151,8 +151,8 @@ VECTORS: dict[str, list[bytes]] = {
 
 @pytest.mark.parametrize("name", VECTORS)
 async def test_vectors_are_what_was_asked_for(world: World, name: str) -> None:
-    liar = world.lie(last(vectors=VECTORS[name], tokens=[], text=""))
-    liar.lie = replace_lie(liar.lie, reason="stop", count=1)
+    liar = world.lie(last(vectors=VECTORS[name]))
+    liar.lie = replace_lie(liar.lie, reason="stop", tokens=lambda _: [], text=lambda _: "")
     body = {"model": FAKE, "input": ["a", "bc"], "dimensions": 8}
     answer = await world.anna.http("POST", "/v1/embeddings", json=body)
     told = answer.json()
@@ -160,6 +160,9 @@ async def test_vectors_are_what_was_asked_for(world: World, name: str) -> None:
     assert [len(one["embedding"]) for one in told["data"]] == [8, 8]
     assert all(isinstance(value, float) for one in told["data"] for value in one["embedding"])
     assert "vectors" in await world.why()
+    # What a liar makes of the texts is neither signed nor billed.
+    assert told["usage"]["prompt_tokens"] == len("abc")
+    assert (await checked(world, told))["node_id"] == world.ben.node_id
 
 
 COUNTS: dict[str, work.ToCoordinator] = {

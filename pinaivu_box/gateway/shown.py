@@ -1,0 +1,28 @@
+"""Log-probabilities as the answer shows them, in the form that a commitment covers; pure.
+
+Two endpoints return them.  Chat shows bytes and a list; completions shows names and a dictionary in
+which the token itself is as well, and nothing for the first token of an echoed prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pinaivu_box.engine.messages import TokenLogprob
+from pinaivu_box.gateway.backend import Job
+from pinaivu_box.openai.logprobs import shown_likeliest, shown_token
+from pinaivu_box.receipts.commitment import logprob_record, named_record
+
+
+def records(job: Job, logprobs: Sequence[TokenLogprob], before: int) -> list[bytes]:
+    """Of the next tokens of a choice of which so many were said `before`, in all its legs."""
+    if job.prompt is None:
+        return [logprob_record(one.token, one.logprob, one.top) for one in logprobs]
+    return [_named(one, job.echo and before + at == 0) for at, one in enumerate(logprobs)]
+
+
+def _named(one: TokenLogprob, first: bool) -> bytes:
+    name = shown_token(one.token)
+    if first:
+        return named_record(name, None, {})
+    return named_record(name, one.logprob, shown_likeliest(one.token, one.logprob, one.top))

@@ -1,0 +1,250 @@
+"""Boxes of which one signs proofs of version 2 and the other, an older one, of version 1.
+
+What the older one says is built here, frame by frame, as it was before `proof` was in them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from typing import Any
+
+import msgspec
+import pytest
+
+from pinaivu_box.gateway.backend import Output, Prompt
+from pinaivu_box.gateway.metering import Leg, prove
+from pinaivu_box.identity import verify
+from pinaivu_box.peering import wire, work
+from pinaivu_box.peering.transport import Stream
+from pinaivu_box.receipts.commitment import Running, new_nonce
+from pinaivu_box.receipts.receipt import (
+    MARK_DOMAIN,
+    PROOF_DOMAIN,
+    Price,
+    mark_text,
+    sign_proof,
+)
+from pinaivu_box.receipts.verify import Transcript, verify_receipt
+from tests.peering.asking import accept, ask, entry, heard, opened, sign
+from tests.peering.company import (
+    CHEAP,
+    FAKE,
+    Liar,
+    Lie,
+    World,
+    began,
+    checked,
+    job_of,
+    started,
+)
+from tests.peering.lies import last
+from tests.peering.worlds import wait_until
+
+pytestmark = pytest.mark.anyio
+INPUTS = ["a cat", "the sea"]
+
+
+@pytest.fixture
+async def world(three: World, caplog: pytest.LogCaptureFixture) -> AsyncIterator[World]:
+    async with three.lied_to(caplog):
+        yield three
+
+
+def sha256(*parts: bytes) -> bytes:
+    return hashlib.sha256(b"".join(parts)).digest()
+
+
+def older(message: Any) -> bytes:
+    """The frame without what a box of version 1 does not know."""
+    fields = msgspec.msgpack.decode(wire.encode(message))
+    fields.pop("proof", None)
+    return b"\0" + msgspec.msgpack.encode(fields)
+
+
+async def failed(world: World, answer: dict[str, Any], **more: Any) -> list[str]:
+    """The checks that the answer and its receipt, as its owner gets it, do not pass."""
+    document = await world.anna.http("GET", f"/v1/receipts/{answer['request_id']}", **more)
+    given = Transcript(answer=msgspec.json.encode(answer))
+    return [one.name for one in verify_receipt(document.content, transcript=given) if not one.ok]
+
+
+def proof_of(receipt: dict[str, Any]) -> dict[str, Any]:
+    (signed,) = receipt["proofs"]
+    made: dict[str, Any] = msgspec.json.decode(signed["signed"])
+    return made
+
+
+# -- an older box serves -------------------------------------------------------------------------
+
+
+async def test_a_proof_of_version_1_is_accepted(world: World) -> None:
+    liar = world.lie(Lie(version=1, began=lambda one: msgspec.structs.replace(one, proof=1)))
+    answer = (await world.anna.chat("version 1")).json()
+    receipt = await checked(world, answer)
+    assert receipt["node_id"] == world.carl.identity.node_id
+    assert (receipt["v"], proof_of(receipt)["v"]) == (2, 1)
+    assert await failed(world, answer) == []
+    await wait_until(lambda: liar.heard)
+    assert isinstance(liar.heard[0], work.Accepted)
+    assert "0.0 disputes" in await world.why()
+
+
+class OldEmbedder(Liar):
+    """Sends whole vectors, whatever was asked for, and a proof that says nothing of them."""
+
+    async def handle(self, peer: str, stream: Stream) -> None:
+        ask = await work.receive(stream, work.to_serving)
+        assert isinstance(ask, work.Ask)
+        job, nonce = job_of(ask), new_nonce()
+        account = Leg(started(job, ask.digest, {}, nonce, self.identity.node_id, 1))
+        prompt = list("".join(INPUTS).encode())
+        vectors = [struct.pack("<257f", *range(k, k + 257)) for k in range(len(INPUTS))]
+        ending = work.Out("", [], "stop", 0.5, vectors=vectors)
+        account.take(Prompt(prompt))
+        account.take(Output("", [], "stop", 0.5, vectors=vectors))
+        commitment = Running(nonce, 1).commitment
+        mark = mark_text(job.request_id, job.choice, job.leg, 0, commitment)
+        proof, _ = prove(job, job.leg, account, Price("credits", *CHEAP))
+        assert proof.output_commitment == commitment
+        signed = sign_proof(self.identity, proof)
+        for message in (
+            began(account.started),
+            work.Read(prompt),
+            work.Proved(signed.signed, signed.signature),
+            work.Outputs([ending], self.identity.sign(MARK_DOMAIN, mark).hex()),
+        ):
+            await stream.send(older(message))
+        while (said := await work.receive(stream, work.to_serving)) is not None:
+            self.heard.append(said)
+        await stream.finish()
+
+
+async def test_vectors_of_version_1_are_committed_to_by_who_asked(world: World) -> None:
+    """The proof does not cover them, but the receipt does: as they were given to the client."""
+    old = OldEmbedder(world.carl.identity, Lie())
+    world.carl.handler = old.handle
+    body = {"model": FAKE, "input": INPUTS, "dimensions": 8}
+    answer = (await world.anna.http("POST", "/v1/embeddings", json=body)).json()
+    receipt = await checked(world, answer)
+    assert receipt["node_id"] == world.carl.identity.node_id
+    assert (receipt["v"], proof_of(receipt)["v"]) == (2, 1)
+    assert [len(one["embedding"]) for one in answer["data"]] == [8, 8]
+    assert sum(n * n for n in answer["data"][1]["embedding"]) == pytest.approx(1)
+    assert await failed(world, answer) == []
+    answer["data"][1]["embedding"][3] += 2**-20
+    assert "vectors commitment" in await failed(world, answer)
+    await wait_until(lambda: old.heard)
+    assert isinstance(old.heard[0], work.Accepted)
+
+
+# -- an older box asks ---------------------------------------------------------------------------
+
+
+async def answered(world: World, asked: work.Ask) -> tuple[Stream, list[work.ToCoordinator]]:
+    """What ben says to a coordinator that has not heard of version 2."""
+    stream = await opened(world)
+    await stream.send(older(asked))
+    return stream, await heard(stream)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{}, {"logprobs": 2}, {"inputs": INPUTS, "dimensions": 8}],
+    ids=["text", "logprobs", "vectors"],
+)
+async def test_who_does_not_say_what_it_reads_gets_version_1(
+    three: World, more: dict[str, Any]
+) -> None:
+    """Commitment and mark are what the older box computes: over text and tokens alone."""
+    asked = ask(three, f"older {sorted(more)}", **more)
+    stream, said = await answered(three, asked)
+    (begun,) = [one for one in said if isinstance(one, work.Began)]
+    (proved,) = [one for one in said if isinstance(one, work.Proved)]
+    outs = [one for message in said if isinstance(message, work.Outputs) for one in message.outputs]
+    signed = proved.signed.encode()
+    assert verify(three.ben.node_id, PROOF_DOMAIN, signed, bytes.fromhex(proved.signature))
+    proof = msgspec.json.decode(signed)
+    tokens = [token for one in outs for token in one.tokens]
+    text = "".join(one.text for one in outs)
+    assert proof["v"] == 1
+    assert (
+        proof["output_commitment"]
+        == sha256(
+            b"pinaivu/commitment/v1\n",
+            bytes.fromhex(begun.nonce),
+            sha256(text.encode()),
+            sha256(struct.pack(f"<{len(tokens)}I", *tokens)),
+        ).hex()
+    )
+    *_, ending = [one for one in said if isinstance(one, work.Outputs)]
+    mark = f"{asked.task.request_id} 0 0 {len(tokens)} {proof['output_commitment']}".encode()
+    assert verify(three.ben.node_id, MARK_DOMAIN, mark, bytes.fromhex(ending.mark))
+    await accept(stream, sign(three, proved))
+    await wait_until(lambda: not three.running)
+    row = await entry(three, asked)
+    assert row is not None and row["acceptance"]
+
+
+# -- two newer ones ------------------------------------------------------------------------------
+
+
+async def test_vectors_over_a_link_are_signed_by_who_computed_them(three: World) -> None:
+    secret = await three.key("ben")
+    body = {"model": FAKE, "input": INPUTS, "dimensions": 8}
+    answer = (await three.anna.http("POST", "/v1/embeddings", json=body, secret=secret)).json()
+    receipt = await checked(three, answer)
+    proof = proof_of(receipt)
+    assert (receipt["node_id"], proof["v"]) == (three.ben.node_id, 2)
+    assert await failed(three, answer, secret=secret) == []
+    path = f"/v1/receipts/{answer['request_id']}"
+    (leg,) = (await three.anna.http("GET", path, secret=secret)).json()["opening"]["legs"]
+    packed = [struct.pack("<I8f", 8, *one["embedding"]) for one in answer["data"]]
+    assert (
+        proof["output_commitment"]
+        == sha256(
+            b"pinaivu/commitment/v2\n",
+            bytes.fromhex(leg["nonce"]),
+            sha256(b""),
+            sha256(b""),
+            sha256(sha256(b"")),
+            sha256(*packed),
+        ).hex()
+    )
+
+
+async def test_many_vectors_go_in_several_messages(
+    three: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pinaivu_box.gateway.serving._VECTOR_BYTES", 3000)
+    secret = await three.key("ben")
+    body = {"model": FAKE, "input": [f"text {n}" for n in range(11)]}
+    answer = (await three.anna.http("POST", "/v1/embeddings", json=body, secret=secret)).json()
+    here = (await three.ben.http("POST", "/v1/embeddings", json=body)).json()
+    assert [one["embedding"] for one in answer["data"]] == [
+        one["embedding"] for one in here["data"]
+    ]
+    assert (await checked(three, answer))["node_id"] == three.ben.node_id
+    assert await failed(three, answer, secret=secret) == []
+
+
+@pytest.mark.parametrize("what", ["logprobs", "vectors"])
+async def test_what_was_changed_on_the_way_is_not_what_was_signed(world: World, what: str) -> None:
+    """A serving box whose answer is not the one that it signs for."""
+
+    if what == "logprobs":
+        world.lie(last(logprobs=[work.TokenLogprob(b"a", -1.0, [])]))
+        answer = await world.anna.chat("changed", logprobs=True)
+    else:
+        vectors = [struct.pack("<8f", *([0.5] * 8))] * 2
+        lie = last(vectors=vectors, tokens=[], text="")
+        world.lie(replace(lie, reason="stop", tokens=lambda _: [], text=lambda _: ""))
+        body = {"model": FAKE, "input": INPUTS, "dimensions": 8}
+        answer = await world.anna.http("POST", "/v1/embeddings", json=body)
+    told = answer.json()
+    assert answer.status_code == 200, told
+    assert (await checked(world, told))["node_id"] == world.ben.node_id
+    assert await failed(world, told) == []
+    assert "mark is not on what it has sent" in await world.why()
