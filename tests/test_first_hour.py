@@ -68,7 +68,7 @@ def ask(box: Box, key: str | None = None, model: str = "fast:1", **more: Any) ->
         ("/v1/embedding", "POST /v1/embeddings"),
         ("/v1/model", "GET /v1/models"),
         ("/models", "GET /v1/models"),
-        ("/v1/receipt/req_01m8jwk5kranhn94ddatdx7kjt", "GET /v1/receipts/{request_id}"),
+        ("/v1/receipt/req_01m8jwk5kranhn94ddatdx7kjt", "GET /v1/receipts/{id}"),
         ("/v1/admin/key", "GET /v1/admin/keys"),
         ("/v1/response", "POST /v1/responses"),
         ("/healthz", "GET /health"),
@@ -83,7 +83,9 @@ def test_an_address_that_is_none_names_the_nearest(fresh: Box, path: str, near: 
     assert error["code"] == "not_found" and answer.json()["detail"] == error["message"]
 
 
-@pytest.mark.parametrize("path", ["/v1/zzzz", "/wp-login.php", "/v1/a/b/c/d/e/f/g"])
+@pytest.mark.parametrize(
+    "path", ["/v1/zzzz", "/wp-login.php", "/v1/a/b/c/d/e/f/g", "/v1/admin/nothing"]
+)
 def test_where_nothing_is_near_it_says_what_there_is(fresh: Box, path: str) -> None:
     message = fresh.http("GET", path).json()["error"]["message"]
     assert "/v1/chat/completions" in message and "/docs" in message

@@ -37,22 +37,22 @@ def nothing_at(path: str, routes: Sequence[BaseRoute]) -> str:
 
 def _likeness(path: str, route: Route) -> float:
     """From 0 to 1; base URLs are pasted with /v1, without it, or with another's."""
-    parts, given = route.path.split("/"), path.split("/")
-    whole = difflib.SequenceMatcher(None, path, _filled(parts, given)).ratio()
-    bare, rest = _BASE.sub("", path).split("/"), _BASE.sub("", route.path).split("/")
-    short = difflib.SequenceMatcher(None, "/".join(bare), _filled(rest, bare)).ratio()
-    return max(whole, short if any(bare) else 0)
+    short = _BASE.sub("", path)
+    alike = _alike(short, _BASE.sub("", route.path)) if short else 0.0
+    return max(_alike(path, route.path), alike)
 
 
-def _filled(parts: list[str], given: list[str]) -> str:
-    """A route's path with what was given in the places of its parameters."""
-    own = [
-        given[n] if _PARAMETER.fullmatch(part) and n < len(given) and given[n] else part
-        for n, part in enumerate(parts)
-    ]
-    return "/".join(own)
+def _alike(path: str, template: str) -> float:
+    """Without what stands in the places of parameters: that is like anything."""
+    parts, given = template.split("/"), path.split("/")
+    literal = [n for n, part in enumerate(parts) if not _PARAMETER.fullmatch(part)]
+    kept = [one for n, one in enumerate(given) if n in literal or n >= len(parts)]
+    if len(given) < len(parts):
+        kept.append("")  # it lacks one
+    own = "/".join(parts[n] for n in literal)
+    return difflib.SequenceMatcher(None, "/".join(kept), own).ratio()
 
 
 def _name(route: Route) -> str:
-    path = re.sub(r":\w+}", "}", route.path)
+    path = _PARAMETER.sub("{id}", route.path)
     return f"{'/'.join(sorted((route.methods or set()) - {'HEAD'}))} {path}"

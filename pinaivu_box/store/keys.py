@@ -90,8 +90,9 @@ _ELSEWHERE = {
 _COLUMNS = ", ".join(_ELSEWHERE.get(name, f"keys.{name}") for name in Key.__struct_fields__)
 _FROM = "FROM keys JOIN accounts ON accounts.id = keys.account_id"
 FIND = f"SELECT {_COLUMNS}, keys.hash <> ?1 AS old {_FROM} WHERE keys.hash = ?1 OR old_hash = ?1"
-LS = f"SELECT {_COLUMNS} {_FROM} WHERE keys.id < ? ORDER BY keys.id DESC LIMIT ?"
-LS_OF_ACCOUNT = LS.replace("WHERE", "WHERE keys.account_id = ? AND")
+_PAGE = "keys.id < ? ORDER BY keys.id DESC LIMIT ?"
+LS = f"SELECT {_COLUMNS} {_FROM} WHERE {_PAGE}"
+LS_OF_ACCOUNT = f"SELECT {_COLUMNS} {_FROM} WHERE keys.account_id = ? AND {_PAGE}"
 _NEWER_THAN_ALL = "l"  # ids begin with key_
 _MOST_TEXT = 200
 MOST_PERIODS = 32  # of a budget, beside the present one, that are remembered of a key
