@@ -108,10 +108,11 @@ def _stopping(running: int) -> None:
 
 
 def _say(text: str) -> None:
-    # Past Python's buffer: if the terminal was closed, which may be why it stops, nothing is left
-    # in there to fail at the exit.
-    with contextlib.suppress(OSError):
-        os.write(1, f"{text}\n".encode())
+    """To who looks on: standard output is for scripts, and a log may be read by machines."""
+    if os.isatty(2):
+        # Past Python's buffer: nothing is left in there to fail at the exit if it was closed.
+        with contextlib.suppress(OSError):
+            os.write(2, f"{text}\n".encode())
 
 
 async def _first_key(database: Any) -> str | None:
