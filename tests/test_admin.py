@@ -86,7 +86,7 @@ def test_a_key_is_made_with_all_that_the_command_can_say(box: Box) -> None:
     policy = {
         "scopes": ["inference", "usage"], "models": ["fake:*"], "networks": ["127.0.0.0/8"],
         "rpm": 60, "tpm": 9000, "max_parallel": 2, "max_queue": 5,
-        "budget": {"amount": "10", "period": "30d"}, "weight": 2.0, "lenient": True,
+        "budget": {"amount": "10", "period": "30d"}, "weight": 2.0, "lenient": True, "strict": True,
         "peers": ["kitchen"], "routing": "cheapest",
         "prices": {"fake:*": {"prompt": "0.1", "cached": "0.05", "completion": "0.2"}, "*": "1"},
     }  # fmt: skip
@@ -101,7 +101,7 @@ def test_a_key_is_made_with_all_that_the_command_can_say(box: Box) -> None:
         "keys", "create", "--name", "n", "--scope", "inference", "--scope", "usage",
         "--model", "fake:*", "--network", "127.0.0.0/8", "--rpm", "60", "--tpm", "9000",
         "--max-parallel", "2", "--max-queue", "5", "--budget", "10 per 30d", "--weight", "2",
-        "--lenient", "--peer", "kitchen", "--policy", "cheapest",
+        "--lenient", "--strict", "--peer", "kitchen", "--policy", "cheapest",
         "--price", "fake:*=0.1/0.05/0.2", "--price", "*=1", "--expires", "30d",
         home=box.home,
     )  # fmt: skip
