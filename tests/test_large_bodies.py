@@ -225,6 +225,31 @@ def test_only_small_bodies_are_decoded_by_the_loop(
         both.close()
 
 
+def test_a_length_beside_chunks_says_nothing_of_the_room() -> None:
+    """The server passes both on: a client that says 3 bytes and sends megabytes takes as much room
+    as one that says nothing."""
+    request = request_of(b" " * (SMALL + 1), announced=True)
+    request.scope["headers"] = [(b"content-length", b"3"), (b"transfer-encoding", b"chunked")]
+
+    async def run() -> None:
+        both, taken = Bodies(), []
+        take = both._room.take
+
+        async def seen(account: str, size: int, most: int) -> Any:
+            taken.append(size)
+            return await take(account, size, most)
+
+        both._room.take = seen  # type: ignore[method-assign]
+        try:
+            with pytest.raises(InvalidJson):
+                await both.receive(request, "acct", TokenizeRequest, 2**20, lenient=False)
+        finally:
+            both.close()
+        assert taken == [2**20]
+
+    asyncio.run(run())
+
+
 def test_a_long_conversation_is_decoded_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     def stored(text: str) -> tuple[bytes, bytes]:
         given = [{"type": "message", "role": "user", "content": text}]

@@ -102,8 +102,11 @@ class Reading:
     """A body while it is read."""
 
     def __init__(self, request: Request, most: int) -> None:
-        # What is no number was refused by the HTTP server.
-        self.announced = number(request.headers.get("content-length", "0")) or 0
+        # What is no number was refused by the HTTP server.  Beside chunks a length says nothing
+        # (RFC 9112, section 6.3), and the server lets it pass.
+        chunked = "transfer-encoding" in request.headers
+        length = "0" if chunked else request.headers.get("content-length", "0")
+        self.announced = number(length) or 0
         self._most = most
         self._stream = request.stream()
         self._parts: list[bytes] = []
