@@ -32,7 +32,8 @@ from pinaivu_box.openai.request import MOST_NUMBERS, MOST_VALUES, SMALL, decode
 from pinaivu_box.openai.responses import ResponseRequest, as_messages
 from pinaivu_box.openai.types import ChatRequest
 from pinaivu_box.receipts.commitment import output_text, prompt_text
-from pinaivu_box.server import bodies, responses
+from pinaivu_box.server import bodies, responses, routes
+from pinaivu_box.server.app import ROUTES
 from pinaivu_box.server.bodies import Bodies, Room
 from pinaivu_box.server.inference import Call
 from pinaivu_box.store import responses as stored_responses
@@ -139,6 +140,19 @@ def test_names_are_cut_before_they_are_compared(monkeypatch: pytest.MonkeyPatch)
     assert [len(name) for name in compared] == [100]
     said = [caught.value.message, str(caught.value.param), *map(str, caught.value.loc)]
     assert all(len(one) < 300 and one.isprintable() for one in said)
+
+
+def test_paths_are_cut_before_they_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sixty kilobytes would take seconds of the event loop, and need no key."""
+    longest: list[int] = []
+
+    def alike(path: str, template: str) -> float:
+        longest.append(len(path))
+        return 0.0
+
+    monkeypatch.setattr(routes, "_alike", alike)
+    routes.nothing_at("/" + "a" * 60_000, ROUTES)
+    assert longest and max(longest) <= 100
 
 
 def test_what_is_ignored_is_named_in_few_letters() -> None:
