@@ -8,8 +8,12 @@ from collections.abc import Iterable, Sequence
 
 from starlette.routing import BaseRoute, Route
 
+from pinaivu_box.text import END
+
 _PARAMETER = re.compile(r"{[^}]*}")
-_BASE = re.compile(r"^(?:/(?:api|openai|v\d+))*(?=/|$)")  # what base URLs of other servers end in
+_BASE = re.compile(
+    rf"^(?:/(?:api|openai|v[0-9]+))*(?=/|{END})"
+)  # what base URLs of other servers end in
 _NEAR = 0.7
 _SHOWN = 8
 
