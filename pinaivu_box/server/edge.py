@@ -20,6 +20,7 @@ log = logging.getLogger("pinaivu.http")
 _ABSOLUTE = re.compile(r"^https?://[^/?#]*", re.IGNORECASE)  # RFC 9112, section 3.2.2
 _SECRET = re.compile(rf"{PREFIX}[^/\s]+")  # has no place in a path, but ends up there
 _DOUBLED = re.compile(rf"^(?:/v1)+(?=/v1(?:/|{END}))")
+_LONGEST_PATH = 300  # characters of it that are logged
 QUIET = {"/health", "/readyz", "/metrics"}  # polled every few seconds
 
 
@@ -82,7 +83,7 @@ class Edge:
                     "request_id": request_id,
                     "key": key.id if key else None,
                     "method": scope["method"],
-                    "path": _SECRET.sub(f"{PREFIX}...", path),
+                    "path": _SECRET.sub(f"{PREFIX}...", path)[:_LONGEST_PATH],
                     "status": status,
                     "total_ms": round((time.monotonic() - began) * 1000),
                 }

@@ -120,6 +120,8 @@ async def _history(call: Call, body: ResponseRequest) -> list[dict[str, Any]]:
     if previous is None:
         return []
     account, most = call.key.account_id, call.box.config.server.max_body_bytes
+    size = await stored.conversation_size(call.box.database, previous, account, most)
+    await call.make_room(size)
     found = await stored.conversation(call.box.database, previous, account, most)
     if not found:
         raise _unknown(previous)
