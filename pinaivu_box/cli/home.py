@@ -66,18 +66,28 @@ def print_json(value: Any) -> None:
 
 
 def print_table(
-    columns: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: Collection[str] = ()
+    columns: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    *,
+    numbers: Collection[str] = (),
+    folded: Collection[str] = (),
 ) -> None:
     """A plain table; the columns named in `numbers` are set to the right.
 
-    Into a pipe it is as wide as it needs to be: nothing is cut off there.
+    Where a terminal is too narrow, those named in `folded` go on in the next line; without any,
+    cells are cut off.  Into a pipe it is as wide as it needs to be: nothing is cut off there.
     """
     from rich.console import Console
     from rich.table import Table
 
     table = Table(box=None, header_style="bold", pad_edge=False)
     for column in columns:
-        table.add_column(column, justify="right" if column in numbers else "left", no_wrap=True)
+        table.add_column(
+            column,
+            justify="right" if column in numbers else "left",
+            no_wrap=column not in folded,
+            overflow="fold" if column in folded else "ellipsis",
+        )
     for row in rows:
         table.add_row(*row)
     # Names are printed as they are: what looks like rich's markup is none.

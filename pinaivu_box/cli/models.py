@@ -42,7 +42,7 @@ def ls(home: Path, as_json: bool, config_path: Path | None) -> None:
         )
     else:
         rows = [(m.id, f"{m.size / 1e6:,.0f} MB", m.owner, _where(m)) for m in found.models]
-        print_table(("MODEL", "SIZE", "OWNER", "FILE"), rows)
+        print_table(("MODEL", "SIZE", "OWNER", "FILE"), rows, folded=("FILE",))
     for path, why in found.not_served.items():
         click.echo(f"not served: {printable(str(path))}: {why}", err=True)
 
