@@ -44,7 +44,12 @@ LEFT_OUT = (
 
 
 class Stop(Exception):
-    """Ends the setup with its message: one sentence that says what to do."""
+    """Ends the setup with its message: one sentence that says what to do.  `shown` are the lines of
+    output that it refers to."""
+
+    def __init__(self, message: str, shown: list[str] | None = None) -> None:
+        super().__init__(message)
+        self.shown = shown or []
 
 
 def say(message: str) -> None:

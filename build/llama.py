@@ -6,12 +6,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import zipfile
 from pathlib import Path
 
-from common import BUILD, CMAKE_ARGS, LEFT_OUT, LLAMA_LOCK, Stop, llama_key, say
+from common import BUILD, CMAKE_ARGS, LEFT_OUT, LLAMA_LOCK, Stop, llama_key
 from environment import clean_environment, locked, need_space, run_quietly, scratch
+from progress import step
 
 NINJA_STEP = re.compile(r"\s*\[(\d+)/(\d+)\] ")
 BUILD_ERROR = re.compile(r"\bFAILED: |CMake Error|^ERROR: ")
@@ -27,7 +27,8 @@ def wheel(cache: Path, cmake_args: str = CMAKE_ARGS) -> Path:
             need_space(cache, 1500)
             work = scratch(cache)
             made = compile_wheel(work, cache / "llama-cpp-python.log", cmake_args)
-            slim(made, work / "done")
+            with step("packing it"):
+                slim(made, work / "done")
             (work / "done").rename(folder)
             shutil.rmtree(work)
     return next(folder.glob("*.whl"))
@@ -47,14 +48,14 @@ def check_compiler() -> None:
 
 
 def compile_wheel(work: Path, log: Path, cmake_args: str) -> Path:
-    say("fetching llama.cpp's source, 77 MB, and the tools to build it (20-90 seconds)")
     tools = work / "tools"
     python = str(tools / "bin/python")
     base = getattr(sys, "_base_executable", sys.executable)
-    run_quietly([base, "-m", "venv", str(tools)], "making a folder for the build tools")
     pip = [python, "-m", "pip", "--disable-pip-version-check", "--no-input"]
     lock = str(BUILD / "requirements-llama.txt")
-    run_quietly([*pip, "install", "--require-hashes", "--no-deps", "-r", lock], "pip install")
+    with step("installing the tools to build llama.cpp (10-30 seconds)"):
+        run_quietly([base, "-m", "venv", str(tools)], "making a folder for the build tools")
+        run_quietly([*pip, "install", "--require-hashes", "--no-deps", "-r", lock], "pip install")
     # Without --no-cache-dir, pip may take a wheel that it once built with other flags.
     command = [
         *[*pip, "wheel", "--verbose", "--no-cache-dir", "--no-deps", "--no-build-isolation"],
@@ -68,8 +69,8 @@ def compile_wheel(work: Path, log: Path, cmake_args: str) -> Path:
         "TMPDIR": str(work),
     }
     if follow(command, environment, log):
-        print(*first_error(log), sep="\n", file=sys.stderr)
-        raise Stop(f"llama.cpp did not build (see above, or all of {log}): mend it and run again")
+        message = f"llama.cpp did not build (see above, or all of {log}): mend it and run again"
+        raise Stop(message, shown=first_error(log))
     return next(work.glob("*.whl"))
 
 
@@ -83,8 +84,8 @@ def first_error(log: Path) -> list[str]:
 
 def follow(command: list[str], environment: dict[str, str], log: Path) -> int:
     """Runs the build, with its output in the log and its progress on standard error."""
-    progress = Progress()
     with (
+        step("fetching llama.cpp's source, 77 MB (20-90 seconds)") as shown,
         log.open("w") as file,
         subprocess.Popen(
             command,
@@ -100,38 +101,14 @@ def follow(command: list[str], environment: dict[str, str], log: Path) -> int:
         try:
             for line in process.stdout or ():
                 file.write(line)
-                step = NINJA_STEP.match(line)
-                if step and int(step[2]) > 9:  # fewer are CMake's trials of the compiler
-                    progress.show(int(step[1]), int(step[2]))
+                built = NINJA_STEP.match(line)
+                if built and int(built[2]) > 9:  # fewer are CMake's trials of the compiler
+                    shown.name = "building llama.cpp (5-12 minutes on 2 cores, once per version)"
+                    shown.detail = f"{built[1]}/{built[2]}"
         except BaseException:  # above all Ctrl-C: compilers must not go on without us
             os.killpg(process.pid, signal.SIGTERM)
             raise
-        finally:
-            progress.end()
     return process.returncode
-
-
-class Progress:
-    """On a terminal one line, rewritten; elsewhere a line every half minute."""
-
-    def __init__(self) -> None:
-        self.terminal = sys.stderr.isatty()
-        self.shown_at = 0.0
-
-    def show(self, done: int, total: int) -> None:
-        now = time.monotonic()
-        if self.shown_at and not self.terminal and now - self.shown_at < 30:
-            return
-        self.shown_at = now
-        line = f"building llama.cpp {done}/{total} (5-12 minutes on 2 cores, once per version)"
-        if self.terminal:
-            print(f"\rbuild: {line}\x1b[K", end="", file=sys.stderr, flush=True)
-        else:
-            say(line)
-
-    def end(self) -> None:
-        if self.terminal and self.shown_at:
-            print(file=sys.stderr)
 
 
 def slim(wheel: Path, folder: Path) -> None:

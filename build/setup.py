@@ -17,6 +17,7 @@ def main() -> None:
         import environment
 
         environment.set_up(kind)
+        say("done; the first start takes a few seconds")
     if command == "run":
         os.execv(VENV / "bin/pinaivu", ["pinaivu", *(arguments or ["serve"])])  # noqa: S606
     import tasks
@@ -28,6 +29,7 @@ if __name__ == "__main__":
     try:
         main()
     except Stop as stop:
+        print(*stop.shown, sep="\n", end="\n" if stop.shown else "", file=sys.stderr)
         say(str(stop))
         sys.exit(1)
     except KeyboardInterrupt:

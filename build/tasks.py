@@ -4,7 +4,6 @@ import mmap
 import shutil
 import struct
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import llama
 from common import BUILD, CMAKE_ARGS, MODEL, ROOT, VENV, Stop, say
 from environment import PYTHON, cache, locked, need_space, run_quietly, set_up_clients
+from progress import step
 
 # PyInstaller's mark at the end of its archive: magic, the length from the archive's start up to
 # here, then the place of the table of contents in it and Python's version and library.
@@ -53,17 +53,17 @@ def binary(arguments: list[str]) -> None:
 
 
 def make_executable(work: Path, target: Path) -> None:
-    say("freezing pinaivu (about a minute)")
     folders = ["--distpath", str(work / "dist"), "--workpath", str(work)]
     options = ["--noconfirm", "--log-level", "WARN", *folders, str(ROOT / "pinaivu.spec")]
-    run_quietly([str(PYTHON), "-m", "PyInstaller", *options], "PyInstaller")
+    with step("freezing pinaivu (about a minute)"):
+        run_quietly([str(PYTHON), "-m", "PyInstaller", *options], "PyInstaller")
 
-    say("appending the default model")
     made = work / "dist/pinaivu"
     append = [str(PYTHON), "-m", "pinaivu_box.models.bundled", str(made), str(MODEL)]
-    run_quietly(append, "appending the model")
-    repeat_cookie(made)
-    seconds = start_up_time(made)
+    with step("appending the default model"):
+        run_quietly(append, "appending the model")
+        repeat_cookie(made)
+        seconds = start_up_time(made)
     target.parent.mkdir(exist_ok=True)
     shutil.move(made, target)
     size = target.stat().st_size / 1e6
@@ -111,8 +111,8 @@ def start_up_time(executable: Path) -> float:
         done = subprocess.run(run_alone, cwd=empty, env={}, check=False, capture_output=True)
         seconds = time.monotonic() - started
     if done.returncode:
-        sys.stderr.buffer.write(done.stderr)
-        raise Stop("the executable does not start (see above): add what it misses to pinaivu.spec")
+        message = "the executable does not start (see above): add what it misses to pinaivu.spec"
+        raise Stop(message, shown=done.stderr.decode(errors="replace").splitlines())
     return seconds
 
 

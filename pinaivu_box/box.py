@@ -147,6 +147,7 @@ class Box:
         if self.pool is not None:
             self.pool.configure(new)
         if self.network is not None:
+            self.network.advertise = new.peering.advertise
             self.network.changed()
         applied = [name for name in changed if name not in (*_AT_START, *engines)]
         not_served = not_served_in(catalog)
@@ -288,6 +289,7 @@ def _pool(box: Box, network: Network, books: Books) -> Pool:
         served=books.served,
         lately=books.lately,
         keep=books.keep,
+        debts=books.debts,
         writable=lambda: check_writable(box.database),
     )
     box.admission.share(pool.dispatch, pool.candidates)

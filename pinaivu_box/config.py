@@ -39,6 +39,8 @@ class ServerConfig(Section, frozen=True):
     port: Port = 4001
     max_body_bytes: PositiveInt = 10 * 1024 * 1024
     cors_origins: tuple[str, ...] = ("*",)
+    # Whom users ask: stands in the sentences of errors that only the operator can change.
+    contact: Annotated[str, Meta(max_length=200)] = ""
     drain_seconds: Annotated[float, Meta(ge=0)] = 60.0
     # How long a stream's status may wait for its first token, so that a failure keeps its own
     # status; after that the 200 goes out and comments keep the connection alive.
@@ -111,6 +113,7 @@ class PeeringConfig(Section, frozen=True):
     relay: str = "none"
     name: Annotated[str, Meta(max_length=64, pattern=NO_CONTROLS)] = ""
     announce: bool = False
+    advertise: Annotated[tuple[str, ...], Meta(max_length=4)] = ()
     policy: RoutingPolicy = "prefer-local"
     same_name: bool = False
     share_models: bool = True
@@ -118,6 +121,8 @@ class PeeringConfig(Section, frozen=True):
     time_weight: Weight = 0.3
     reputation_weight: Weight = 0.3
     hedge_ms: Annotated[int, Meta(ge=0)] = 0
+    max_price: str = ""
+    max_debt: str = ""
     serve: PeeringServeConfig = PeeringServeConfig()
 
 
@@ -163,6 +168,11 @@ LOG_FORMATS = ("text", "json")
 _BEYOND = ("idle", "refuse")
 HOURS = re.compile("([01][0-9]|2[0-3]):[0-5][0-9]-([01][0-9]|2[0-3]):[0-5][0-9]")
 _URL = re.compile(r"https?://[!-~]{1,90}")
+_CONTACT = re.compile(r"https?://[!-~]+|[^\s@:/]+@[^\s@]+")
+_HOST_PORT = re.compile(
+    r"(?:\[(?P<v6>[0-9A-Fa-f:.]{2,45})\]|[A-Za-z0-9](?:[A-Za-z0-9.-]{0,88}[A-Za-z0-9])?)"
+    r":(?P<port>[0-9]{1,5})"
+)
 _DURATION = re.compile(r"(-?[0-9]{1,15}(?:\.[0-9]{1,15})?) *(ms|s|m|h|d)?")
 _LONGEST_DURATION = 365_250 * 86400.0  # seconds
 _SHORTEST_RETENTION = 7200.0  # seconds
@@ -187,6 +197,17 @@ def parse_duration(text: str) -> float:
     seconds = float(match[1]) * _UNIT_SECONDS[match[2] or "s"]
     if abs(seconds) > _LONGEST_DURATION:
         raise ValueError(f"'{text[:40]}' is more than a thousand years")
+    return seconds
+
+
+def parse_span(text: str) -> float:
+    """As `parse_duration`, but with a unit: whoever writes 30 may mean days.  Only 0 needs none.
+
+    Raises ValueError.
+    """
+    seconds = parse_duration(text)
+    if seconds and text.strip()[-1].isdecimal():
+        raise ValueError(f"'{text}' has no unit: write for example {text}d, {text}h or {text}s")
     return seconds
 
 
@@ -274,6 +295,10 @@ def _check(config: Config) -> None:
         raise ValueError(f"log.level is '{config.log.level}', not one of {', '.join(LOG_LEVELS)}")
     if config.log.format not in LOG_FORMATS:
         raise ValueError(f"log.format is '{config.log.format}', not one of text, json")
+    if config.server.contact and not _CONTACT.fullmatch(config.server.contact):
+        raise ValueError(
+            f"server.contact is '{config.server.contact}': write a mail address or a URL"
+        )
     _check_peering(config.peering)
     for name, price in [("per_1k_tokens", config.pricing.per_1k_tokens)] + [
         (f'models."{model}"', price) for model, price in config.pricing.models.items()
@@ -303,6 +328,9 @@ def _check_peering(peering: PeeringConfig) -> None:
             f"peering.relay is '{peering.relay}', not none, n0 or a relay's URL: write "
             "https://HOST or https://HOST:PORT"
         )
+    for address in peering.advertise:
+        if not is_host_port(address):
+            raise ValueError(f"peering.advertise has '{address}': write HOST:PORT or [IPv6]:PORT")
     if peering.serve.hours and not HOURS.fullmatch(peering.serve.hours):
         raise ValueError(f"peering.serve.hours is '{peering.serve.hours}': write 18:00-08:00")
     if 0 < peering.serve.copy_mb_per_s < _SLOWEST_COPY:
@@ -312,11 +340,27 @@ def _check_peering(peering: PeeringConfig) -> None:
         )
     if not peering.price_weight + peering.time_weight + peering.reputation_weight > 0:
         raise ValueError("peering.price_weight, time_weight and reputation_weight are all 0")
-    if peering.serve.credit_limit:
+    for name, text, read in (
+        ("serve.credit_limit", peering.serve.credit_limit, amount.parse),
+        ("max_debt", peering.max_debt, amount.parse),
+        ("max_price", peering.max_price, amount.per_token),
+    ):
         try:
-            amount.parse(peering.serve.credit_limit)
+            if text:
+                read(text)
         except ValueError as error:
-            raise ValueError(f"peering.serve.credit_limit is {error}") from error
+            raise ValueError(f"peering.{name} is {error}") from error
+
+
+def is_host_port(text: str) -> bool:
+    """Whether it says where a box is: HOST:PORT or [IPv6]:PORT."""
+    match = _HOST_PORT.fullmatch(text)
+    if match is None or not 0 < int(match["port"]) < 65536:
+        return False
+    try:
+        return match["v6"] is None or ipaddress.ip_address(match["v6"]).version == 6
+    except ValueError:
+        return False
 
 
 def _is_url(text: str) -> bool:

@@ -143,6 +143,7 @@ class ApiError(BoxError):
     """An error with an HTTP status, OpenAI's `type` and a `code`.
 
     `param` names the field of the request that is to blame.  `retry_after` is in whole seconds.
+    One that the operator has `ordered` (by revoking a key, say) is not counted as an error.
     """
 
     status: ClassVar[int] = 500
@@ -155,6 +156,7 @@ class ApiError(BoxError):
         super().__init__(message if len(message) <= _MOST_SAID else f"{message[:_MOST_SAID]}…")
         self.param = param
         self.retry_after = retry_after
+        self.ordered = False
 
 
 class BadRequest(ApiError):

@@ -11,7 +11,7 @@ from msgspec import Meta, Struct
 
 from pinaivu_box import amount
 from pinaivu_box.amount import Prices
-from pinaivu_box.config import RoutingPolicy, parse_duration
+from pinaivu_box.config import PricingConfig, RoutingPolicy, parse_duration, parse_span
 
 Scope = Literal["inference", "usage", "receipts", "admin", "local-only"]
 SCOPES: tuple[Scope, ...] = ("inference", "usage", "receipts", "admin")
@@ -20,6 +20,11 @@ MEMBER_SCOPES: tuple[Scope, ...] = SCOPES[:3]
 
 _Limit = Annotated[int, Meta(ge=1, le=2**53)]
 _LONGEST_PERIOD = 3660 * 86400.0  # seconds
+UNPRICED = (
+    "The budget limits nothing, for no model that the key may use has a price: set prices under "
+    "[pricing], or give the key its own (--price)."
+)
+_ANY = "any"  # stands for the models without a price of their own
 LONGEST_LIFE = 36500 * 86400.0  # of a key, seconds
 
 
@@ -144,5 +149,29 @@ def parse_budget(text: str) -> Budget:
     """`"10 per 30d"` or `"10"`.  Raises ValueError."""
     spent, _, period = text.partition(" per ")
     budget = Budget(spent.strip(), period.strip() or None)
-    _check_budget(budget)
+    check_new(budget)
     return budget
+
+
+def check_new(budget: Budget) -> None:
+    """As a budget that somebody sets: its period has a unit (those that are stored may have none,
+    and stay as they are).  Raises ValueError."""
+    _check_budget(budget)
+    if budget.period is not None:
+        parse_span(budget.period)
+
+
+def free_of_charge(policy: Policy, pricing: PricingConfig) -> bool:
+    """Whether nothing that such a key may use has a price, so that a budget holds nothing back."""
+
+    def costs(given: str | Prices) -> bool:
+        return amount.prices(given).most(1, 1) > 0
+
+    if any(map(costs, policy.prices.values())):
+        return False
+    prices = {name: given for name, given in pricing.models.items() if policy.serves(name)}
+    if not policy.models or any(glob not in pricing.models for glob in policy.models):
+        prices[_ANY] = pricing.per_1k_tokens
+    return not any(
+        costs(given) and policy.prices_of(name) is None for name, given in prices.items()
+    )

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
+import pty
+import re
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 from typing import Any
@@ -24,6 +30,8 @@ PINAIVU = (
     if "PINAIVU_BINARY" in os.environ
     else [sys.executable, "-m", "pinaivu_box"]
 )
+
+_SIZES = ("COLUMNS", "LINES")  # which would be believed before the terminal
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -49,6 +57,28 @@ def pinaivu(*args: str, home: Path, check: bool = True, **more: Any) -> subproce
 
 def pinaivu_json(*args: str, home: Path) -> Any:
     return json.loads(pinaivu(*args, "--json", home=home).stdout)
+
+
+def on_terminal(*args: str, home: Path | None, columns: int = 80) -> tuple[int, str]:
+    """Run one command on a terminal of that width; its exit status and what the terminal shows,
+    without colours.  Lines that are too long are not folded."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    done = subprocess.Popen(
+        [*PINAIVU, *args, *(["--home", str(home)] if home else [])],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        env={name: value for name, value in environment().items() if name not in _SIZES},
+    )
+    os.close(theirs)
+    shown = b""
+    with contextlib.suppress(OSError):  # how a terminal says that nobody writes to it any more
+        while data := os.read(ours, 65536):
+            shown += data
+    os.close(ours)
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode()).replace("\r\n", "\n")
+    return done.wait(300), text
 
 
 class Box:

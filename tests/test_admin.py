@@ -304,6 +304,19 @@ def lines_of_a_stopped_stream(box: Box, stream: Stream, code: str) -> None:
     assert 0 < found["usage"]["completion_tokens"] < 4000
 
 
+def no_error_is_counted(box: Box, made: dict[str, Any], code: str) -> None:
+    """For what the operator has ordered; the next request's own refusal is, and comes after it."""
+
+    def errors(key: str) -> int:
+        report = box.http("GET", "/v1/usage", params={"group_by": "key"}).json()
+        return sum(one["errors"].get(code, 0) for one in report["data"] if one["key"] == key)
+
+    before = errors("")
+    assert box.http("GET", "/v1/models", key=made["key"]).json()["error"]["code"] == code
+    wait_until(lambda: errors("") > before, "the next refusal to be counted")
+    assert errors(made["id"]) == 0
+
+
 def revoke_by_http(box: Box, key_id: str) -> None:
     assert ask(box, "POST", f"keys/{key_id}/revoke", params={"now": "true"})["stopped"] == 1
 
@@ -337,6 +350,7 @@ def test_now_stops_the_running_streams_of_that_key_alone(box: Box, stop: Any, co
     stream, others = Stream(box, made["key"]), Stream(box, other["key"])
     stop(box, made["id"])
     lines_of_a_stopped_stream(box, stream, code)
+    no_error_is_counted(box, made, code)
     before = len(others.lines)
     wait_until(lambda: len(others.lines) > before + 8, "the other key's stream to go on")
     told = pinaivu_json("audit", "--target", made["id"], home=box.home)

@@ -171,3 +171,20 @@ def test_the_database_refuses_to_change_the_trail(tmp_path: Path, statement: str
         database.execute(statement)
     database.close()
     assert pinaivu_json("audit", home=home) == before
+
+
+def test_who_and_what_have_names_beside_their_ids(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    key = pinaivu_json("keys", "create", "--name", "ann's laptop", home=home)
+    told = pinaivu_json("audit", home=home)
+    named = {(one["action"], one["target_name"]) for one in told}
+    assert named == {("account.create", "ann-s-laptop"), ("key.create", "ann's laptop")}
+    assert {one["actor_name"] for one in told} == {None}
+    for target in ("ann's laptop", key["id"]):
+        (one,) = pinaivu_json("audit", "--target", target, home=home)
+        assert one["target"] == key["id"]
+    (one,) = pinaivu_json("audit", "--target", "ann-s-laptop", home=home)
+    assert one["action"] == "account.create"
+    assert pinaivu_json("audit", "--target", "nobody", home=home) == []
+    table = pinaivu("audit", home=home).stdout
+    assert "ann's laptop" in table and key["id"] not in table.replace("detail", "")

@@ -120,6 +120,19 @@ async def test_keys_of_schema_2_work_as_before_and_see_no_more(tmp_path: Path) -
             assert await requests.find_receipt(database, f"req_{number}", account_id=None)
 
 
+async def test_receipts_of_schema_2_are_listed_by_account_and_model(tmp_path: Path) -> None:
+    path = tmp_path / "box.db"
+    asked = file_of_schema_2(path)
+    async with Database(path) as database:
+        one = await keys.get(database, "key_a")
+        mine = [f"req_{number}" for number, row in enumerate(asked) if row[0] == "key_a"]
+        found = await database.read(*requests.listing(one.account_id, None, None, None, 1000))
+        assert len(found) == len(mine) and {row["key_id"] for row in found} == {"key_a"}
+        of_model = [row for row in asked if (row[0], row[2]) == ("key_a", "m:1")]
+        found = await database.read(*requests.listing(one.account_id, None, "m:1", None, 1000))
+        assert len(found) == len(of_model)
+
+
 # -- from schema 3 ---------------------------------------------------------------------------------
 
 
@@ -185,6 +198,12 @@ PLANNED = {
     "hours of refusals": retention.HOURS_OF_REFUSALS,
     "days": retention.DAYS,
     "pages of keys and accounts": retention.OWNERS,
+    **{
+        f"receipts of {account} {key} {model}": requests.listing(account, key, model, "req_1", 9)[0]
+        for account in (None, "acct_1")
+        for key in (None, "key_1")
+        for model in (None, "a:1")
+    },
 }
 
 

@@ -267,7 +267,7 @@ asyncio.run(main())
         (INSERT, ("bad", 2**63, 1, "d")),
         ("INSERT INTO nothing VALUES (1)", ()),
         ("this is not SQL", ()),
-        ("INSERT INTO receipts VALUES ('r', 'no', 0, x'00', x'00', x'00')", ()),  # of no key
+        ("INSERT INTO receipts VALUES ('r', 'no', 0, x'00', x'00', x'00', '', '')", ()),
     ],
     ids=[
         "unique", "type", "count", "object", "overflow", "no table", "syntax", "reference",

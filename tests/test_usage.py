@@ -17,7 +17,7 @@ import pytest
 
 from pinaivu_box.store.usage import Wanted, ranked, summed
 from pinaivu_box.store.usage_report import UsageGroup, UsageReport, to_csv
-from tests.box import MODEL, Box, pinaivu, pinaivu_json, wait_until
+from tests.box import MODEL, Box, on_terminal, pinaivu, pinaivu_json, wait_until
 
 CHEAP, DEAR = "cheap:1", "dear:1"
 PRICES = {MODEL: Decimal("0.0123"), CHEAP: Decimal("0.000001"), DEAR: Decimal("1234.5")}
@@ -190,7 +190,13 @@ def key_of(used: Used, secret: str) -> dict[str, Any]:
     return dict(found)
 
 
-@pytest.mark.parametrize("by", ["day", "hour", "key", "model", "node", "key,model", "day,node"])
+@pytest.mark.parametrize(
+    "by",
+    [
+        *("day", "hour", "account", "key", "model", "node", "peer"),
+        *("key,model", "day,node", "account,key", "account,day", "peer,model", "hour,account"),
+    ],
+)
 def test_groups_add_up_to_the_whole(used: Used, by: str) -> None:
     report = used.report(used.box.key, group_by=by)
     check_report(report, used.answers)
@@ -201,14 +207,94 @@ def test_groups_add_up_to_the_whole(used: Used, by: str) -> None:
         assert sum(group[field] for group in report["data"]) == report[field]
     assert sum(group["requests"] for group in report["data"]) == report["total_requests"]
     assert sum(Decimal(group["cost"]) for group in report["data"]) == Decimal(report["cost"])
-    unasked = {"day", "hour", "key", "model", "node"} - set(names)
+    unasked = {"day", "hour", "account", "key", "model", "node", "peer"} - set(names)
     assert not any(unasked & set(group) for group in report["data"])
+
+
+@pytest.mark.parametrize(
+    "by", ["key", "account", "key,model", "account,day", "account,key", "hour,key"]
+)
+def test_who_had_no_key_is_in_nobodys_sums(used: Used, by: str) -> None:
+    """Requests without a key have errors of their own, and no tokens of others."""
+    used.box.http("GET", "/v1/usage", key="sk-pnv-nobody")
+    wait_until(
+        lambda: used.report(used.box.key)["errors"].get("invalid_api_key"), "the 401 to be counted"
+    )
+    report = used.report(used.box.key, group_by=by)
+    check_report(report, used.answers)
+    assert sum(group["requests"] for group in report["data"]) == len(used.answers)
+    assert sum(group["tokens"] for group in report["data"]) == report["total_tokens"]
+    nobody = [group for group in report["data"] if not group[by.split(",")[-1]]]
+    for group in nobody if by in ("key", "account") else ():
+        assert (group["tokens"], group["cost"], group["total_ms"]) == (0, "0", None)
+        assert group["errors"]["invalid_api_key"] >= 1
+    printed = pinaivu(
+        "usage", "--csv", *(f"--by={one}" for one in by.split(",")), home=used.box.home
+    )
+    rows = list(csv.DictReader(io.StringIO(printed.stdout)))
+    assert sum(int(row["requests"]) for row in rows) == len(used.answers)
+
+
+def test_groups_have_names_beside_their_ids(used: Used) -> None:
+    home = used.box.home
+    made = pinaivu_json("keys", "create", "--name", "ann's laptop", home=home)
+    used.answers.append(ask(used.box, made["key"], CHEAP, 1, False))
+    (mine,) = used.report(made["key"], group_by="key,account,node,peer")["data"]
+    assert (mine["key"], mine["key_name"]) == (made["id"], "ann's laptop")
+    assert mine["account_name"] == made["account"] == "ann-s-laptop"
+    assert mine["account"].startswith("acct_")
+    assert mine["node"] == mine["peer"] == f"node_{pinaivu_json('id', home=home)['node_key']}"
+    assert mine["node_name"] == mine["peer_name"] == "this box"
+    # A key without a name is told by what is shown of its secret.
+    alice = key_of(used, used.alice)
+    groups = used.report(used.box.key, group_by="key")["data"]
+    names = {group["key"]: group["key_name"] for group in groups}
+    assert names[alice["id"]] == f"{alice['prefix']}...{alice['last_four']}"
+    # Wherever a key or an account is asked for, its name will do.
+    for name in ("ann's laptop", made["id"]):
+        assert used.report(used.box.key, key=name)["total_requests"] == 1
+        assert used.report(made["key"], key=name)["total_requests"] == 1
+        assert pinaivu_json("usage", "--key", name, home=home)["total_requests"] == 1
+    for name in ("ann-s-laptop", mine["account"]):
+        assert used.report(used.box.key, account=name)["total_requests"] == 1
+        assert pinaivu_json("usage", "--account", name, home=home)["total_requests"] == 1
+    assert used.box.http("GET", "/v1/usage", params={"key": "bob's"}).status_code == 404
+    # Of another account not even the name is known.
+    others = used.box.http("GET", "/v1/usage", key=used.alice, params={"key": "ann's laptop"})
+    assert others.status_code == 404
+    table = pinaivu("usage", "--by", "key", "--by", "account", "--by", "peer", home=home).stdout
+    (line,) = [line for line in table.splitlines() if "ann's laptop" in line]
+    assert "ann-s-laptop" in line and "this box" in line
+    assert made["id"] not in table and "acct_" not in table and "node_" not in table
+    printed = pinaivu("usage", "--csv", "--by", "key", home=home).stdout
+    rows = list(csv.DictReader(io.StringIO(printed)))
+    assert {row["key"]: row["key_name"] for row in rows}[made["id"]] == "ann's laptop"
+
+
+def test_of_two_keys_with_one_name_the_table_shows_the_ids(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    ids = [pinaivu_json("keys", "create", "--name", "same", home=home)["id"] for _ in range(2)]
+    with sqlite3.connect(home / "pinaivu.db") as database:
+        for number, key in enumerate(ids):
+            database.execute(
+                "INSERT INTO requests VALUES"
+                " (?, ?, 0, 'fake:1', 'node_1', 'stop', 5, 0, 1, 0, 0, 1, 1)",
+                (f"req_{number}", key),
+            )
+    database.close()
+    table = pinaivu("usage", "--by", "key", home=home).stdout
+    assert all(f"same ({key})" in table for key in ids)
+    both = pinaivu("usage", "--key", "same", home=home, check=False)
+    assert both.returncode == 1 and all(key in both.stderr for key in ids)
+    pinaivu("keys", "revoke", ids[0], home=home)
+    # One that is revoked does not stand in the way of the one that took its name.
+    assert pinaivu_json("usage", "--key", "same", home=home)["total_requests"] == 1
 
 
 def test_keys_are_told_apart_and_those_of_others_are_not_told(used: Used) -> None:
     groups = used.report(used.box.key, group_by="key")["data"]
     by_key = {group["key"]: group for group in groups if group["requests"]}
-    for secret in (used.alice, used.bob, used.box.key):
+    for secret in {answer.key for answer in used.answers}:
         name = key_of(used, secret)["id"]
         assert by_key.pop(name)["requests"] == len(used.of(key=secret))
         check_report(used.report(used.box.key, key=name), used.of(key=secret))
@@ -227,7 +313,7 @@ def test_an_account_sees_all_of_its_keys(used: Used) -> None:
     check_report(used.report(second), used.of(key=used.alice))
     check_report(used.report(used.box.key, account=alice["account"]), used.of(key=used.alice))
     table = pinaivu("usage", "--account", alice["account"], "--by", "key", home=home).stdout
-    assert alice["id"] in table
+    assert f"{alice['prefix']}...{alice['last_four']}" in table and alice["id"] not in table
 
 
 def test_waiting_times_are_those_of_the_rows(used: Used) -> None:
@@ -273,13 +359,15 @@ def test_reports_read_only_what_they_sum(used: Used) -> None:
             Wanted(since=1, until=2, key_id="key_1"),
             Wanted(since=1, until=2, account_id="acct_owner", model="a"),
         ):
-            for by in ((), ("day",), ("model",), ("key", "hour")):
-                keys = ["key_1"] if "key" in by else None
+            for by in ((), ("day",), ("model",), ("key", "hour"), ("account", "day"), ("peer",)):
+                only = {"key": ["key_1"], "account": ["acct_owner"]}.get(by[0] if by else "")
                 statements = [
-                    (table, *summed(table, wanted, by, keys))
+                    (table, *summed(table, wanted, by, only))
                     for table in ("usage", "latencies", "refusals")
+                    if (table, by) != ("refusals", ("peer",))  # which nobody has served
                 ]
-                for table, sql, values in [*statements, ("usage", *ranked(wanted, 5))]:
+                rankings = [("usage", *ranked(wanted, who, 5)) for who in ("key", "account")]
+                for table, sql, values in [*statements, *rankings]:
                     rows = database.execute(f"EXPLAIN QUERY PLAN {sql}", values).fetchall()
                     plan = " | ".join(row[3] for row in rows)
                     assert f"SEARCH {table} USING" in plan, plan
@@ -370,9 +458,7 @@ def test_the_command_reports_the_whole_box(used: Used) -> None:
 
 
 @pytest.mark.parametrize("width", [70, 80, 100, 120, 160])
-def test_a_terminal_shows_whole_numbers_or_none(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, width: int
-) -> None:
+def test_a_terminal_shows_whole_numbers_or_none(tmp_path: Path, width: int) -> None:
     home = tmp_path / "home"
     pinaivu("keys", "create", home=home)
     with sqlite3.connect(home / "pinaivu.db") as database:
@@ -382,14 +468,14 @@ def test_a_terminal_shows_whole_numbers_or_none(
             [(f"req_{n}", n * 86_400_000) for n in range(3)],
         )
     database.close()
-    monkeypatch.setenv("FORCE_COLOR", "1")  # as into a terminal
-    monkeypatch.setenv("COLUMNS", str(width))
-    table = pinaivu("usage", "--by", "day", home=home).stdout
+    _, table = on_terminal("usage", "--by", "day", home=home, columns=width)
+    told = table.index("with --wide") if "with --wide" in table else len(table)
+    table, left_out = table[:told], table[told:]
     assert "…" not in table
     for text in ("1970-01-01", "566723.721000001", "1700171.163000003", "8,167,596,804"):
         assert text in table
-    assert ("TOTAL MS" in table) == (width >= 100)
-    assert ("CACHED" in table) == (width >= 160)
+    assert ("TOTAL MS" in table) == (width >= 80) != ("TOTAL MS" in left_out)
+    assert ("CACHED" in table) == (width >= 160) != ("CACHED" in left_out)
 
 
 # -- dates ---------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from statistics import median
 
 import msgspec
@@ -29,6 +29,19 @@ class Run(msgspec.Struct):
     gaps: list[float]
 
 
+class Progress:
+    """Is told how the runs go on; this one keeps it to itself."""
+
+    def begins(self, pair: int, target: int) -> None:
+        """A run begins, with the requests that are not measured."""
+
+    def ended(self) -> None:
+        """A request of it has ended."""
+
+    def done(self, run: Run) -> None:
+        """It is complete."""
+
+
 class Ratio(msgspec.Struct, frozen=True):
     """A figure of the first server divided by that of the second, pair by pair."""
 
@@ -49,13 +62,15 @@ async def run_all(
     targets: list[Target],
     plan: Plan,
     pairs: int,
-    progress: Callable[[Run], None] = lambda run: None,
+    progress: Progress | None = None,
 ) -> list[Run]:
     """Both runs of a pair send the same requests, every pair others (nothing is in a cache)."""
+    progress = progress or Progress()
     runs = []
     for pair, target in turns(len(targets), pairs):
         plan_now = plan.seeded(f"{plan.workload.seed}/{pair}")
-        measured = await measure(targets[target], plan_now)
+        progress.begins(pair, target)
+        measured = await measure(targets[target], plan_now, progress.ended)
         good = succeeded(measured)
         run = Run(
             target=target,
@@ -65,7 +80,7 @@ async def run_all(
             gaps=[gap for one in good for gap in gaps(one)],
         )
         runs.append(run)
-        progress(run)
+        progress.done(run)
     return runs
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
+from collections.abc import Callable
 
 import msgspec
 
@@ -80,16 +81,18 @@ class Measured(msgspec.Struct):
     client_load: float
 
 
-async def measure(target: Target, plan: Plan) -> Measured:
+async def measure(target: Target, plan: Plan, ended: Callable[[], None] = lambda: None) -> Measured:
+    """`ended` is called at the end of each request that is measured."""
     if plan.warmup:
-        await _Run(target, plan.warming()).go()
-    return await _Run(target, plan).go()
+        await _Run(target, plan.warming(), lambda: None).go()
+    return await _Run(target, plan, ended).go()
 
 
 class _Run:
-    def __init__(self, target: Target, plan: Plan) -> None:
+    def __init__(self, target: Target, plan: Plan, ended: Callable[[], None]) -> None:
         self._target = target
         self._plan = plan
+        self._ended = ended
         self._numbers = itertools.count()
         self._begun = 0
         self._outcomes: list[Outcome] = []
@@ -162,6 +165,7 @@ class _Run:
         outcome = Outcome(tenant=tenant, started=due)
         self._outcomes.append(outcome)
         await stream(self._target, message, outcome, self._plan.timeout)
+        self._ended()
         return outcome
 
     def _steady(self) -> bool:

@@ -8,14 +8,15 @@ from typing import Any
 
 import click
 
+from pinaivu_box.cli.group import Group
 from pinaivu_box.cli.home import (
     actor,
     home_option,
     json_option,
     print_json,
-    print_table,
     with_database,
 )
+from pinaivu_box.cli.tables import print_table, wide_option
 from pinaivu_box.errors import UsageError
 
 _ALL = 2**62
@@ -25,7 +26,7 @@ stdin_option = click.option(
 )
 
 
-@click.group()
+@click.group(cls=Group)
 def accounts() -> None:
     """Create, list and remove accounts.
 
@@ -67,8 +68,9 @@ def create(
 @accounts.command()
 @home_option
 @json_option
+@wide_option
 @click.option("--all", "all_", is_flag=True, help="All of them, not only the first 100 by name.")
-def ls(home: Path, as_json: bool, all_: bool) -> None:
+def ls(home: Path, as_json: bool, wide: bool, all_: bool) -> None:
     """List the accounts."""
     from pinaivu_box.store import accounts as store
     from pinaivu_box.store.views import account_view
@@ -86,7 +88,13 @@ def ls(home: Path, as_json: bool, all_: bool) -> None:
             (one.id, one.name, one.role, "yes" if one.has_password else "no", str(one.keys))
             for one in shown
         ]
-        print_table(("ID", "NAME", "ROLE", "PASSWORD", "KEYS"), rows, numbers=("KEYS",))
+        print_table(
+            ("ID", "NAME", "ROLE", "PASSWORD", "KEYS"),
+            rows,
+            numbers=("KEYS",),
+            spared=("ID", "PASSWORD", "KEYS"),
+            wide=wide,
+        )
     if more:
         click.echo("There are more accounts: --all lists them too.", err=True)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import click
 import msgspec
 
-from pinaivu_box.cli.home import json_option, print_json, print_table
+from pinaivu_box.cli.home import json_option, print_json
+from pinaivu_box.cli.tables import print_table
 from pinaivu_box.errors import CliError, UsageError
 from pinaivu_box.text import number
 
@@ -88,23 +90,63 @@ async def _measure(
     from pinaivu_box.bench.compare import run_all
     from pinaivu_box.bench.target import measure_scale, named
 
-    targets = [await named(target) for target in targets]
-    # Every server is asked, so that it has loaded its model; the first one's tokenizer counts.
-    scale, *_ = [await measure_scale(target, plan.workload) for target in targets]
-    plan = msgspec.structs.replace(
-        plan, workload=msgspec.structs.replace(plan.workload, scale=scale)
-    )
     pairs = (options["pairs"] or _PAIRS) if len(targets) > 1 else 1
-    return targets, plan, await run_all(targets, plan, pairs, _progress(targets))
+    with _progress(targets, plan, pairs) as progress:
+        targets = [await named(target) for target in targets]
+        # Every server is asked, so that it has loaded its model; the first one's tokenizer counts.
+        scale, *_ = [await measure_scale(target, plan.workload) for target in targets]
+        plan = msgspec.structs.replace(
+            plan, workload=msgspec.structs.replace(plan.workload, scale=scale)
+        )
+        return targets, plan, await run_all(targets, plan, pairs, progress)
 
 
-def _progress(targets: list[Target]) -> Any:
-    def tell(run: Run) -> None:
-        if len(targets) > 1 and sys.stderr.isatty():
-            url, speed = targets[run.target].url, run.summary.tokens_per_s
-            click.echo(f"pair {run.pair + 1}: {url}: {speed:,.1f} tokens/s", err=True)
+def _progress(targets: list[Target], plan: Plan, pairs: int) -> Any:
+    """For a terminal: how many requests of a run have ended, and how fast the last one was."""
+    from contextlib import contextmanager
 
-    return tell
+    from rich import progress
+    from rich.console import Console
+
+    from pinaivu_box.bench.compare import Progress
+
+    columns = (
+        progress.TextColumn("{task.description}", markup=False),
+        progress.BarColumn(bar_width=20),
+        progress.TextColumn("{task.completed:.0f} requests"),
+        progress.TimeElapsedColumn(),
+    )
+
+    class Shown(Progress):
+        def __init__(self, bar: Any) -> None:
+            self._bar = bar
+            self._task = bar.add_task("asking the server", total=None)
+
+        def begins(self, pair: int, target: int) -> None:
+            name = f"pair {pair + 1}/{pairs}: {targets[target].url}" if len(targets) > 1 else "run"
+            # Drawn twice a second, so that what is measured hardly feels it.
+            self._bar.reset(self._task, total=plan.requests, description=name)
+
+        def ended(self) -> None:
+            self._bar.advance(self._task)
+
+        def done(self, run: Run) -> None:
+            if len(targets) > 1:
+                url, speed = targets[run.target].url, run.summary.tokens_per_s
+                self._bar.console.print(f"pair {run.pair + 1}: {url}: {speed:,.1f} tokens/s")
+
+    @contextmanager
+    def shown() -> Iterator[Progress]:
+        if not sys.stderr.isatty():
+            yield Progress()
+            return
+        console = Console(stderr=True, markup=False, highlight=False)
+        with progress.Progress(
+            *columns, console=console, refresh_per_second=2, transient=True
+        ) as bar:
+            yield Shown(bar)
+
+    return shown()
 
 
 def _print(targets: list[Target], plan: Plan, runs: list[Run], started_at: str | None) -> None:

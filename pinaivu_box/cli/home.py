@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import sys
-from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -61,37 +60,13 @@ def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(command)
 
 
+def short_time(text: str | None, never: str = "-") -> str:
+    """RFC 3339 in UTC, to the minute, for a table."""
+    return never if text is None else text[:16].replace("T", " ")
+
+
 def print_json(value: Any) -> None:
     click.echo(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())
-
-
-def print_table(
-    columns: Sequence[str],
-    rows: Iterable[Sequence[str]],
-    *,
-    numbers: Collection[str] = (),
-    folded: Collection[str] = (),
-) -> None:
-    """A plain table; the columns named in `numbers` are set to the right.
-
-    Where a terminal is too narrow, those named in `folded` go on in the next line; without any,
-    cells are cut off.  Into a pipe it is as wide as it needs to be: nothing is cut off there.
-    """
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for column in columns:
-        table.add_column(
-            column,
-            justify="right" if column in numbers else "left",
-            no_wrap=column not in folded,
-            overflow="fold" if column in folded else "ellipsis",
-        )
-    for row in rows:
-        table.add_row(*row)
-    # Names are printed as they are: what looks like rich's markup is none.
-    Console(width=None if sys.stdout.isatty() else 100_000, markup=False).print(table)
 
 
 def with_database(home: Path, work: Callable[[Any], Awaitable[T]]) -> T:
@@ -123,6 +98,13 @@ def actor() -> Any:
     except KeyError:  # in a container, for example
         name = str(os.getuid())
     return Actor(f"cli:{name}", "local")
+
+
+def own_node(home: Path) -> str:
+    """The node id of the box on this home, "" if it has none yet.  Raises CliError."""
+    from pinaivu_box.home import identity_of
+
+    return identity_of(home).node_id if (home / "identity.key").exists() else ""
 
 
 def load_config(home: Path, path: Path | None, **more: Any) -> configs.Config:

@@ -10,7 +10,7 @@ import click
 import msgspec
 
 from pinaivu_box import policy as policies
-from pinaivu_box.config import RoutingPolicy, parse_duration
+from pinaivu_box.config import RoutingPolicy, parse_span
 from pinaivu_box.errors import UsageError
 from pinaivu_box.policy import LOCAL_ONLY, LONGEST_LIFE, SCOPES, Policy
 
@@ -96,7 +96,7 @@ def expiry(text: str) -> int | None:
     if text == NONE:
         return None
     try:
-        seconds = parse_duration(text)
+        seconds = parse_span(text)
     except ValueError as error:
         raise UsageError(f"--expires: {error}.") from error
     if seconds <= 0:

@@ -7,80 +7,128 @@ from typing import Any
 
 import click
 
+from pinaivu_box.cli.group import Group
 from pinaivu_box.cli.home import (
     actor,
     ask_running,
+    config_option,
     home_option,
     json_option,
+    load_config,
     print_json,
-    print_table,
+    short_time,
     with_database,
 )
 from pinaivu_box.cli.key_options import NONE, expiry, policy_options, with_options
-from pinaivu_box.config import parse_duration
-from pinaivu_box.errors import NotRunning, UsageError
-from pinaivu_box.policy import LONGEST_LIFE, SCOPES, Policy
+from pinaivu_box.cli.tables import print_table, wide_option
+from pinaivu_box.config import parse_span
+from pinaivu_box.errors import ApiError, CliError, InvalidBody, NotFound, NotRunning, UsageError
+from pinaivu_box.policy import LONGEST_LIFE, SCOPES, UNPRICED, Policy, free_of_charge
 
 _ALL = 2**62
+_COLUMNS = (
+    "ID", "NAME", "ACCOUNT", "KEY", "STATE", "EXPIRES", "LIMITS", "REQUESTS", "TOKENS", "LAST USED"
+)  # fmt: skip
+# What a narrower terminal does not show, the first of them first; a key is also named by what is
+# shown of its secret.
+_SPARED = ("ID", "LAST USED", "TOKENS", "REQUESTS", "LIMITS", "ACCOUNT")
 
 
-@click.group()
+@click.group(cls=Group)
 def keys() -> None:
     """Create, list, change, rotate and revoke API keys.
 
-    A KEY is named by its id or by the beginning of the key.  Changes hold for the next request,
-    whether a server is running or not.
+    A KEY is named by its name, its id or the beginning of the key.  Changes hold for the next
+    request, whether a server is running or not.
     """
 
 
 @keys.command()
 @home_option
+@config_option
 @json_option
 @click.option("--name", default="", help="What the key is for.")
 @click.option("--account", metavar="NAME", help="Whose it is; it gets one of its own if not set.")
+@click.option("--create-account", is_flag=True, help="Make the account if it is not there.")
 @click.option("--admin", is_flag=True, help="All scopes; it is the owner's if no account is set.")
 @click.option("--expires", metavar="DURATION", help="For example 12h or 30d; never if not set.")
 @policy_options
+@click.option(
+    "--from",
+    "source",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Create a key for each line of a CSV file ('-' is standard input).",
+)
 def create(
     home: Path,
+    config: Path | None,
     as_json: bool,
     name: str,
     account: str | None,
+    create_account: bool,
     admin: bool,
     expires: str | None,
+    source: Path | None,
     **settings: Any,
 ) -> None:
-    """Create a key and print it: this is the only time it is shown."""
-    from pinaivu_box.store import keys as store
+    """Create a key and print it: this is the only time it is shown.
+
+    The first line of a CSV file names its columns: name, account, expires, and settings as the
+    options are called (rpm, tpm, max_parallel, budget, model, ...), or all of them in one column
+    limits ("rpm=60; budget=10 per 30d").  What a line leaves out is as the options say.  All keys
+    are made, or none; they are printed as CSV.
+    """
+    from pinaivu_box.cli.key_files import at_line, drafts, print_made
+    from pinaivu_box.store.new_keys import Draft, NewKeys
     from pinaivu_box.store.views import new_key_view
 
     if admin and settings["scopes"]:
         raise UsageError("--admin is all scopes: leave out one of --admin and --scope.")
+    if source is not None and name:
+        raise UsageError("--from has the names in its file: leave --name out.")
+    if create_account and account is None and source is None:
+        raise UsageError("--create-account needs --account, which names it.")
     policy = with_options(Policy(scopes=SCOPES) if admin else Policy(), settings)
-    expires_at = None if expires is None else expiry(expires)
+    if source is None:
+        ends = None if expires is None else expiry(expires)
+        wanted = [(0, Draft(name, account, policy, ends))]
+    else:
+        wanted = list(drafts(source, policy, account, expires))
 
-    async def work(database: Any) -> tuple[store.Key, str]:
-        whose = await store.account_for(database, account, name, policy, actor())
-        return await store.create(
-            database, account=whose, name=name, policy=policy, expires_at=expires_at, by=actor()
+    async def work(database: Any) -> list[Any]:
+        batch = NewKeys(database, actor(), new_accounts=create_account)
+        for line, draft in wanted:
+            try:
+                await batch.add(draft)
+            except (InvalidBody, NotFound) as error:
+                if source is None:
+                    raise
+                raise at_line(source, line, _why(error, create_account)) from error
+        return await batch.write()
+
+    made = [new_key_view(key, secret) for key, secret in with_database(home, work)]
+    if source is not None:
+        print_made(made, as_json)
+        click.echo(f"{len(made)} keys: store them now, they are not shown again.", err=True)
+    elif as_json:
+        print_json(made[0])
+    else:
+        click.echo(made[0].key)
+        click.echo(
+            f"{made[0].id} of account {made[0].account}: store the key now, it is not shown again.",
+            err=True,
         )
-
-    key, secret = with_database(home, work)
-    if as_json:
-        print_json(new_key_view(key, secret))
-        return
-    click.echo(secret)
-    click.echo(
-        f"{key.id} of account {key.account}: store the key now, it is not shown again.", err=True
-    )
+    _warn(home, config, [draft.policy for _, draft in wanted])
 
 
 @keys.command()
 @home_option
 @json_option
+@wide_option
 @click.option("--account", metavar="NAME", help="Only this account's.")
 @click.option("--all", "all_", is_flag=True, help="All of them, not only the newest 100.")
-def ls(home: Path, as_json: bool, account: str | None, all_: bool) -> None:
+def ls(home: Path, as_json: bool, wide: bool, account: str | None, all_: bool) -> None:
     """List the newest keys (never the secrets)."""
     from pinaivu_box.store import accounts
     from pinaivu_box.store import keys as store
@@ -97,7 +145,6 @@ def ls(home: Path, as_json: bool, account: str | None, all_: bool) -> None:
     if as_json:
         print_json(shown)
     else:
-        columns = ("ID", "NAME", "ACCOUNT", "KEY", "STATE", "LIMITS", "REQUESTS", "TOKENS")
         rows = [
             (
                 key.id,
@@ -105,14 +152,15 @@ def ls(home: Path, as_json: bool, account: str | None, all_: bool) -> None:
                 key.account,
                 f"{key.prefix}…{key.last_four}",
                 key.state,
+                short_time(key.expires_at, "never"),
                 _limits(key),
                 str(key.requests),
                 str(key.tokens),
-                key.last_used_at or "never",
+                short_time(key.last_used_at, "never"),
             )
             for key in shown
         ]
-        print_table((*columns, "LAST USED"), rows, numbers=("REQUESTS", "TOKENS"))
+        print_table(_COLUMNS, rows, numbers=("REQUESTS", "TOKENS"), spared=_SPARED, wide=wide)
     if more:
         click.echo("There are older keys: --all lists them too.", err=True)
 
@@ -130,6 +178,7 @@ def show(home: Path, as_json: bool, key: str) -> None:
 
 @keys.command()
 @home_option
+@config_option
 @json_option
 @click.argument("key")
 @click.option("--name", help="What the key is for.")
@@ -140,6 +189,7 @@ def show(home: Path, as_json: bool, key: str) -> None:
 @click.option("--now", is_flag=True, help="With --block: stop its running requests too.")
 def edit(
     home: Path,
+    config: Path | None,
     as_json: bool,
     key: str,
     name: str | None,
@@ -176,6 +226,7 @@ def edit(
     if now:
         _stop(home, "PATCH", f"{edited.id}?now=true", {"blocked": block})
     _print_key(edited, as_json)
+    _warn(home, config, [edited.policy])
 
 
 @keys.command()
@@ -197,7 +248,7 @@ def rotate(home: Path, as_json: bool, key: str, overlap: str | None) -> None:
     from pinaivu_box.store.views import new_key_view
 
     try:
-        seconds = parse_duration(store.OVERLAP if overlap is None else overlap)
+        seconds = parse_span(store.OVERLAP if overlap is None else overlap)
     except ValueError as error:
         raise UsageError(f"--overlap: {error}.") from error
     if not 0 <= seconds <= LONGEST_LIFE:
@@ -234,6 +285,23 @@ def revoke(home: Path, as_json: bool, key: str, now: bool) -> None:
         _stop(home, "POST", f"{revoked.id}/revoke?now=true")
     if as_json:
         _print_key(revoked, as_json)
+
+
+def _why(error: ApiError, create_account: bool) -> str:
+    """Why a line's key cannot be made."""
+    if isinstance(error, InvalidBody):
+        return f"{error.loc[-1]}: {error.message}"
+    return error.message + ("" if create_account else " --create-account makes it.")
+
+
+def _warn(home: Path, config: Path | None, made: list[Policy]) -> None:
+    """Of budgets that hold nothing back."""
+    try:
+        pricing = load_config(home, config).pricing
+    except CliError:  # the box will not start with it either, and says why
+        return
+    if any(policy.budget is not None and free_of_charge(policy, pricing) for policy in made):
+        click.echo(f"warning: {UNPRICED}", err=True)
 
 
 def _stop(home: Path, method: str, path: str, body: Any = None) -> None:

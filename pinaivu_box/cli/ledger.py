@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from pinaivu_box.cli.group import Group
 from pinaivu_box.cli.home import (
     actor,
     ask_running,
@@ -16,31 +17,38 @@ from pinaivu_box.cli.home import (
     json_option,
     load_config,
     print_json,
-    print_table,
+    short_time,
     with_database,
 )
+from pinaivu_box.cli.tables import print_table, wide_option
 
 _SETTLE_SECONDS = 330.0
 
 
-@click.group(invoke_without_command=True)
+@click.group(cls=Group, invoke_without_command=True)
 @click.pass_context
 @home_option
 @config_option
 @json_option
-def ledger(context: click.Context, home: Path, config: Path | None, as_json: bool) -> None:
-    """Show what each peer owes this box (below 0: what this box owes it)."""
+@wide_option
+def ledger(
+    context: click.Context, home: Path, config: Path | None, as_json: bool, wide: bool
+) -> None:
+    """Show what each peer owes this box (below 0: what this box owes it).
+
+    What this box pays for is under THEY SERVED; it owes at most MAX DEBT ([peering] max_debt).
+    """
     if context.invoked_subcommand is not None:
         return
     from pinaivu_box.peering.ledger_views import all_balances
 
-    serve = load_config(home, config).peering.serve
-    found = with_database(home, lambda database: all_balances(database, serve))
+    peering = load_config(home, config).peering
+    found = with_database(home, lambda database: all_balances(database, peering))
     if as_json:
         print_json(found)
         return
     columns = ("PEER", "CURRENCY", "WE SERVED", "THEY SERVED", "SETTLED", "BALANCE",
-               "UNACCEPTED", "LIMIT")  # fmt: skip
+               "UNACCEPTED", "LIMIT", "MAX DEBT")  # fmt: skip
     rows = [
         (
             one.name,
@@ -51,10 +59,17 @@ def ledger(context: click.Context, home: Path, config: Path | None, as_json: boo
             one.balance,
             one.waiting,
             one.credit_limit or "-",
+            one.max_debt or "-",
         )
         for one in found
     ]
-    print_table(columns, rows, numbers=columns[2:])
+    print_table(
+        columns,
+        rows,
+        numbers=columns[2:],
+        spared=("SETTLED", "LIMIT", "MAX DEBT", "WE SERVED", "THEY SERVED"),
+        wide=wide,
+    )
     for one in found:
         if one.waiting != "0":
             click.echo(
@@ -67,10 +82,13 @@ def ledger(context: click.Context, home: Path, config: Path | None, as_json: boo
 @ledger.command()
 @home_option
 @json_option
+@wide_option
 @click.argument("peer")
 @click.option("--statement", metavar="ID", help="Only the entries of this statement.")
 @click.option("--limit", type=click.IntRange(1, 2**31), default=100, help="100 if not set.")
-def show(home: Path, as_json: bool, peer: str, statement: str | None, limit: int) -> None:
+def show(
+    home: Path, as_json: bool, wide: bool, peer: str, statement: str | None, limit: int
+) -> None:
     """List the newest entries with a PEER; with --json with their proofs and signatures."""
     from pinaivu_box.peering.ledger_views import EntryView, entry_view, find
     from pinaivu_box.store import statements
@@ -84,10 +102,19 @@ def show(home: Path, as_json: bool, peer: str, statement: str | None, limit: int
     if as_json:
         print_json(found)
         return
-    columns = ("AT", "REQUEST", "LEG", "CHOICE", "SERVED BY", "AMOUNT", "CURRENCY", "STATEMENT")
+    columns = (
+        "AT (UTC)",
+        "REQUEST",
+        "LEG",
+        "CHOICE",
+        "SERVED BY",
+        "AMOUNT",
+        "CURRENCY",
+        "STATEMENT",
+    )
     rows = [
         (
-            one.at,
+            short_time(one.at),
             one.request_id,
             str(one.leg),
             str(one.choice),
@@ -98,7 +125,13 @@ def show(home: Path, as_json: bool, peer: str, statement: str | None, limit: int
         )
         for one in found
     ]
-    print_table(columns, rows, numbers=("LEG", "CHOICE", "AMOUNT"))
+    print_table(
+        columns,
+        rows,
+        numbers=("LEG", "CHOICE", "AMOUNT"),
+        spared=("CHOICE", "LEG", "STATEMENT", "CURRENCY", "SERVED BY"),
+        wide=wide,
+    )
     for one in found:
         if one.disputed and not one.accepted:
             click.echo(f"{one.request_id}: the peer says: {one.disputed}", err=True)
@@ -150,8 +183,9 @@ def forgive(home: Path, as_json: bool, peer: str) -> None:
 @ledger.command()
 @home_option
 @json_option
+@wide_option
 @click.option("--peer", help="Only those with this peer.")
-def statements(home: Path, as_json: bool, peer: str | None) -> None:
+def statements(home: Path, as_json: bool, wide: bool, peer: str | None) -> None:
     """List what was settled, the newest first; with --json with the signed text."""
     from pinaivu_box.peering.ledger_views import StatementView, all_statements, find
 
@@ -162,20 +196,26 @@ def statements(home: Path, as_json: bool, peer: str | None) -> None:
     if as_json:
         print_json(found)
         return
-    columns = ("ID", "PEER", "NO", "AT", "ENTRIES", "OWED TO US", "PAID")
+    columns = ("ID", "PEER", "NO", "AT (UTC)", "ENTRIES", "OWED TO US", "PAID")
     rows = [
         (
             one.id,
             one.name,
             str(one.sequence),
-            one.at,
+            short_time(one.at),
             str(one.entries),
             _owed(one.net),
-            one.paid_at or "-",
+            short_time(one.paid_at),
         )
         for one in found
     ]
-    print_table(columns, rows, numbers=("NO", "ENTRIES", "OWED TO US"))
+    print_table(
+        columns,
+        rows,
+        numbers=("NO", "ENTRIES", "OWED TO US"),
+        spared=("ENTRIES", "NO", "AT (UTC)", "PAID"),
+        wide=wide,
+    )
 
 
 @ledger.command()

@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from pinaivu_box import __version__
+from pinaivu_box.cli.group import Group
 from pinaivu_box.errors import BoxError
 
 # Command -> where it is and what it does (the text of `--help`, without importing it).
@@ -20,12 +21,13 @@ COMMANDS = {
     "peers": ("pinaivu_box.cli.peers:peers", "Join boxes into one network."),
     "usage": ("pinaivu_box.cli.usage:usage", "Show what was used, by model."),
     "ledger": ("pinaivu_box.cli.ledger:ledger", "Show and settle what peers owe each other."),
+    "id": ("pinaivu_box.cli.identity:show", "Print the node key that receipts are verified with."),
     "receipts": ("pinaivu_box.cli.receipts:receipts", "Show and verify receipts."),
     "ls": ("pinaivu_box.cli.models:ls", "List the models that this box can serve."),
     "pull": ("pinaivu_box.cli.pull:pull", "Copy a model from another box."),
     "ps": ("pinaivu_box.cli.models:ps", "List the engines of the running box."),
     "backup": ("pinaivu_box.cli.backup:backup", "Back up the box into one file."),
-    "restore": ("pinaivu_box.cli.backup:restore", "Put a backup back."),
+    "restore": ("pinaivu_box.cli.backup:restore", "Restore a backup."),
     "doctor": ("pinaivu_box.cli.doctor:doctor", "Check the box and its machine."),
     "bench": ("pinaivu_box.cli.bench:bench", "Measure a server, or two against each other."),
     "reload": (
@@ -38,7 +40,7 @@ COMMANDS = {
 HIDDEN = {"engine", "sandbox"}
 
 
-class LazyGroup(click.Group):
+class LazyGroup(Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
         return [name for name in COMMANDS if name not in HIDDEN]
 

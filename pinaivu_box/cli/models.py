@@ -13,15 +13,16 @@ from pinaivu_box.cli.home import (
     json_option,
     load_config,
     print_json,
-    print_table,
 )
+from pinaivu_box.cli.tables import print_table, wide_option
 
 
 @click.command()
 @home_option
 @json_option
+@wide_option
 @click.option("--config", "config_path", type=click.Path(path_type=Path, dir_okay=False))
-def ls(home: Path, as_json: bool, config_path: Path | None) -> None:
+def ls(home: Path, as_json: bool, wide: bool, config_path: Path | None) -> None:
     """List the models that a box on this home serves."""
     from pinaivu_box.models import catalog
     from pinaivu_box.models.names import printable
@@ -42,7 +43,13 @@ def ls(home: Path, as_json: bool, config_path: Path | None) -> None:
         )
     else:
         rows = [(m.id, f"{m.size / 1e6:,.0f} MB", m.owner, _where(m)) for m in found.models]
-        print_table(("MODEL", "SIZE", "OWNER", "FILE"), rows, folded=("FILE",))
+        print_table(
+            ("MODEL", "SIZE", "OWNER", "FILE"),
+            rows,
+            cut={"FILE": "front"},
+            spared=("FILE", "OWNER"),
+            wide=wide,
+        )
     for path, why in found.not_served.items():
         click.echo(f"not served: {printable(str(path))}: {why}", err=True)
 
@@ -57,7 +64,8 @@ def _where(model: Any) -> str:
 @click.command()
 @home_option
 @json_option
-def ps(home: Path, as_json: bool) -> None:
+@wide_option
+def ps(home: Path, as_json: bool, wide: bool) -> None:
     """List the engines of the box that runs on this home, with memory and load."""
     engines = ask_running(home, "/v1/engines")["data"]
     if as_json:
@@ -75,4 +83,9 @@ def ps(home: Path, as_json: bool) -> None:
         )
         for engine in engines
     ]
-    print_table(("MODEL", "STATE", "PID", "MEMORY", "LOAD", "KV CACHE", "DEVICE"), rows)
+    print_table(
+        ("MODEL", "STATE", "PID", "MEMORY", "LOAD", "KV CACHE", "DEVICE"),
+        rows,
+        spared=("DEVICE", "KV CACHE", "PID", "MEMORY", "LOAD"),
+        wide=wide,
+    )

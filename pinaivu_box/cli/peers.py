@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from pinaivu_box.cli.group import Group
 from pinaivu_box.cli.home import (
     ask_running,
     config_option,
@@ -16,15 +17,15 @@ from pinaivu_box.cli.home import (
     json_option,
     load_config,
     print_json,
-    print_table,
 )
 from pinaivu_box.cli.peer_options import NONE, limit_options, limits_of
 from pinaivu_box.cli.peers_home import PATH, ask, path_of
-from pinaivu_box.config import parse_duration
+from pinaivu_box.cli.tables import print_table, wide_option
+from pinaivu_box.config import is_host_port, parse_span
 from pinaivu_box.errors import CliError, NotRunning, UsageError
 
 
-@click.group()
+@click.group(cls=Group)
 def peers() -> None:
     """Join boxes into one network, and see who belongs to it.
 
@@ -59,7 +60,7 @@ def invite(
     from pinaivu_box.server.admin_peers import OFF
 
     try:
-        parse_duration(expires)
+        parse_span(expires)
     except ValueError as error:
         raise UsageError(f"--expires: {error}.") from error
     given = {"name": name, "expires": expires, "uses": uses, "admin": admin}
@@ -75,7 +76,13 @@ def invite(
 @config_option
 @json_option
 @click.argument("ticket")
-def join(home: Path, config: Path | None, as_json: bool, ticket: str) -> None:
+@click.option(
+    "--at",
+    multiple=True,
+    metavar="HOST:PORT",
+    help="Where that box is, if its ticket does not know.  Repeatable.",
+)
+def join(home: Path, config: Path | None, as_json: bool, ticket: str, at: tuple[str, ...]) -> None:
     """Join the network of the box that the TICKET is from ('-': it is read from standard input).
 
     That box must run; this one may, or may not.
@@ -88,7 +95,10 @@ def join(home: Path, config: Path | None, as_json: bool, ticket: str) -> None:
         decode(given)
     except TicketInvalid as error:
         raise UsageError(str(error)) from error
-    made = ask(home, config, PATH, method="POST", body={"ticket": given})
+    for address in at:
+        if not is_host_port(address):
+            raise UsageError(f"--at: '{address}' is not HOST:PORT, such as box.example.org:4002.")
+    made = ask(home, config, PATH, method="POST", body={"ticket": given, "at": at})
     if as_json:
         print_json(made)
     click.echo(f"This box and {made['name']} are of one network now.", err=True)
@@ -101,25 +111,29 @@ def join(home: Path, config: Path | None, as_json: bool, ticket: str) -> None:
 @peers.command()
 @home_option
 @json_option
+@wide_option
 @click.option("--why", is_flag=True, help="Explain states and reputations.")
-def ls(home: Path, as_json: bool, why: bool) -> None:
+def ls(home: Path, as_json: bool, wide: bool, why: bool) -> None:
     """List the other boxes of the network, and what they offer."""
-    from pinaivu_box.cli.peers_shown import show_all
+    from pinaivu_box.cli.peers_shown import show_all, show_own
 
-    found = ask_running(home, PATH)["data"]
+    answer = ask_running(home, PATH)
+    found = answer["data"]
     if as_json:
         print_json(found)
     else:
-        show_all(found, why)
+        show_all(found, why, wide)
+    show_own(answer["own"])
 
 
 @peers.command()
 @home_option
 @json_option
+@wide_option
 @click.argument("peer")
-def show(home: Path, as_json: bool, peer: str) -> None:
+def show(home: Path, as_json: bool, wide: bool, peer: str) -> None:
     """Show what is known of a peer, and the limits that it has here."""
-    _print_peer(ask_running(home, path_of(peer)), as_json)
+    _print_peer(ask_running(home, path_of(peer)), as_json, wide)
 
 
 @peers.command()
@@ -191,8 +205,9 @@ def leave(home: Path, config: Path | None, as_json: bool) -> None:
 
 @peers.command()
 @json_option
+@wide_option
 @click.option("--seconds", type=click.FloatRange(0.1, 60), default=2.0, help="2 if not set.")
-def discover(as_json: bool, seconds: float) -> None:
+def discover(as_json: bool, wide: bool, seconds: float) -> None:
     """List the boxes nearby that announce themselves ([peering] announce = true)."""
     from pinaivu_box.peering.lan import nearby
 
@@ -201,7 +216,13 @@ def discover(as_json: bool, seconds: float) -> None:
         print_json(found)
         return
     rows = [(box.name, ", ".join(box.addresses), box.software, box.id) for box in found]
-    print_table(("NAME", "ADDRESS", "VERSION", "ID"), rows)
+    print_table(
+        ("NAME", "ADDRESS", "VERSION", "ID"),
+        rows,
+        cut={"ADDRESS": "end"},
+        spared=("ID", "VERSION"),
+        wide=wide,
+    )
     if not found:
         click.echo("no box announces itself here: see announce under [peering]", err=True)
 
@@ -241,10 +262,10 @@ def doctor(home: Path, config: Path | None, as_json: bool, peer: str | None) -> 
         sys.exit(1)
 
 
-def _print_peer(found: Any, as_json: bool) -> None:
+def _print_peer(found: Any, as_json: bool, wide: bool = False) -> None:
     from pinaivu_box.cli.peers_shown import show_one
 
     if as_json:
         print_json(found)
     else:
-        show_one(found)
+        show_one(found, wide)

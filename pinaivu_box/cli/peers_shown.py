@@ -7,16 +7,19 @@ from typing import Any
 
 import click
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from pinaivu_box.amount import parse, to_text
+from pinaivu_box.cli.tables import print_table
 
 _COLOURS = {"connected": "green", "connecting": "yellow", "unreachable": "red", "revoked": "red"}
-_COLUMNS = ("NAME", "STATE", "LINK", "RTT", "MODELS", "LOAD", "PRICE", "REPUTATION", "CLOCK")
-_NUMBERS = ("RTT", "CLOCK")
+_COLUMNS = (
+    "NAME", "STATE", "LINK", "RTT", "MODELS", "LOAD", "PRICE", "WE OWE", "REPUTATION", "CLOCK",
+    "VERSION",
+)  # fmt: skip
+_NUMBERS = ("RTT", "CLOCK", "WE OWE")
 # What a narrower terminal does not show, the first of them first.
-_SPARED = ("VERSION", "CLOCK", "PRICE", "REPUTATION", "RTT", "LOAD")
+_SPARED = ("VERSION", "CLOCK", "REPUTATION", "RTT", "LINK", "PRICE", "WE OWE", "LOAD")
 UNKNOWN = "-"
 
 
@@ -35,46 +38,41 @@ def show_ticket(made: dict[str, Any]) -> None:
     )
 
 
-def show_all(found: list[dict[str, Any]], why: bool) -> None:
+def show_all(found: list[dict[str, Any]], why: bool, wide: bool) -> None:
     if not found:
         click.echo("no other box: 'pinaivu peers invite' prints a ticket for one", err=True)
         return
+    rows = [[cells[name] for name in _COLUMNS] for cells in map(_cells, found)]
+    print_table(_COLUMNS, rows, numbers=_NUMBERS, cut={"MODELS": "end"}, spared=_SPARED, wide=wide)
     console = _console()
-    endless = console.options.update(max_width=100_000)
-    for count in range(len(_SPARED) + 1):
-        table = _table(found, spared=_SPARED[:count])
-        if console.measure(table, options=endless).maximum <= console.width:
-            break
-    console.print(table)
     for peer in found if why else ():
         console.print(Text(f"\n{peer['name']}", style="bold"))
         for line in _reasons(peer):
             console.print(Text(f"  {line}"))
 
 
-def show_one(peer: dict[str, Any]) -> None:
+def show_own(own: dict[str, Any]) -> None:
+    """What the list of others cannot say: that this box belongs to them no more."""
+    if own["state"] == "revoked":
+        click.echo(
+            f"This box is revoked: {own['why'].rstrip('.')}. Only a new ticket of the network's "
+            "founder lets it in again ('pinaivu peers leave' makes it a box of its own).",
+            err=True,
+        )
+
+
+def show_one(peer: dict[str, Any], wide: bool) -> None:
     console = _console()
     for name, text in _facts(peer):
         console.print(Text(f"{name:14}{text}"))
     if peer["models"]:
         console.print()
-        console.print(_offers(peer))
+        _show_offers(peer, wide)
 
 
 def _console() -> Console:
     """Into a pipe it is as wide as it needs to be: nothing is cut off there."""
     return Console(width=None if sys.stdout.isatty() else 100_000, markup=False, highlight=False)
-
-
-def _table(found: list[dict[str, Any]], spared: tuple[str, ...]) -> Table:
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    shown = [name for name in (*_COLUMNS, "VERSION") if name not in spared]
-    for name in shown:
-        table.add_column(name, justify="right" if name in _NUMBERS else "left", no_wrap=True)
-    for peer in found:
-        cells = _cells(peer)
-        table.add_row(*(cells[name] for name in shown))
-    return table
 
 
 def _cells(peer: dict[str, Any]) -> dict[str, Text]:
@@ -88,6 +86,7 @@ def _cells(peer: dict[str, Any]) -> dict[str, Text]:
         "MODELS": Text(_names([model["id"] for model in models])),
         "LOAD": Text(_load(models)),
         "PRICE": Text(_price(models)),
+        "WE OWE": Text(_debt(peer)),
         "REPUTATION": Text(_reputation(peer)),
         "CLOCK": Text(_seconds(peer["clock_ahead"])),
         "VERSION": Text(peer["software"] or UNKNOWN),
@@ -117,6 +116,13 @@ def _price(models: list[dict[str, Any]]) -> str:
     return low if low == high else f"{low} to {high}"
 
 
+def _debt(peer: dict[str, Any]) -> str:
+    """What this box owes it, of what it may."""
+    if (cost := peer["cost"]) is None:
+        return UNKNOWN
+    return f"{cost['owes']}/{cost['max_debt']}" if cost["max_debt"] else str(cost["owes"])
+
+
 def _reputation(peer: dict[str, Any]) -> str:
     found = peer["reputation"]
     return UNKNOWN if found is None else f"{found['value']:.2f}"
@@ -140,6 +146,8 @@ def _reasons(peer: dict[str, Any]) -> list[str]:
         said.append("it is stopping, and takes no new requests")
     if refusal := peer["refusal"]:
         said.append(f"{refusal['age']:.0f} s ago: {refusal['message']}")
+    if peer["cost"] and (dear := peer["cost"]["too_dear"]):
+        said.append(f"not used there, for their price is over max_price: {', '.join(dear)}")
     if (use := peer["use"]) and use["owes"] != "0":
         said.append(_owes(use))
     if blocked := peer["limits"]["blocked"]:
@@ -176,8 +184,15 @@ def _facts(peer: dict[str, Any]) -> list[tuple[str, str]]:
             f"{use['running']} of {use['max_parallel']} requests, {use['tokens']} tokens in the "
             f"last minute, {_owes(use)}",
         ),
+        ("cost us", "-" if peer["cost"] is None else _paid(peer["cost"])),
         *((name.replace("_", " "), _limit(value)) for name, value in limits.items()),
     ]
+
+
+def _paid(cost: dict[str, Any]) -> str:
+    most = f" of at most {cost['max_debt']}" if cost["max_debt"] else ""
+    dear = f"; too dear: {', '.join(cost['too_dear'])}" if cost["too_dear"] else ""
+    return f"{cost['received']} in all, we owe {cost['owes']}{most}{dear}"
 
 
 def _link(link: dict[str, Any]) -> str:
@@ -189,19 +204,19 @@ def _limit(value: Any) -> str:
     return (", ".join(value) or "none") if isinstance(value, list) else str(value)
 
 
-def _offers(peer: dict[str, Any]) -> Table:
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for name in ("MODEL", "DIGEST", "FREE", "QUEUE", "TTFT", "TOKENS/S", "PRICE"):
-        table.add_column(name, no_wrap=True)
-    for model in peer["models"]:
-        price = model["price"]
-        table.add_row(
-            Text(model["id"]),
-            Text(model["digest"].removeprefix("sha256:")[:12]),
+def _show_offers(peer: dict[str, Any], wide: bool) -> None:
+    columns = ("MODEL", "DIGEST", "FREE", "QUEUE", "TTFT", "TOKENS/S", "PRICE")
+    rows = [
+        (
+            model["id"],
+            model["digest"].removeprefix("sha256:")[:12],
             f"{model['sequences_free']}/{model['sequences']}",
             str(model["queue"]),
             _milliseconds(model["ttft_ms"] or None),
             str(model["tokens_per_s"] or UNKNOWN),
-            f"{price['prompt']}/{price['completion']} {peer['currency']}",
+            f"{model['price']['prompt']}/{model['price']['completion']} {peer['currency']}",
         )
-    return table
+        for model in peer["models"]
+    ]
+    spared = ("DIGEST", "QUEUE", "TTFT", "TOKENS/S", "FREE")
+    print_table(columns, rows, spared=spared, wide=wide)

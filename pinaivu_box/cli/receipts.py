@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,13 @@ from typing import Any
 import click
 import msgspec
 
+from pinaivu_box.cli.group import Group
 from pinaivu_box.cli.home import home_option, json_option, print_json, with_database
-from pinaivu_box.errors import CliError
+from pinaivu_box.errors import CliError, UsageError
+from pinaivu_box.identity import NODE_PREFIX
 
 
-@click.group()
+@click.group(cls=Group)
 def receipts() -> None:
     """Show and verify receipts."""
 
@@ -69,9 +72,10 @@ def verify(
     """
     from pinaivu_box.receipts.verify import verify_receipt
 
+    trusted = None if node_key is None else _node_key(node_key)
     checks = verify_receipt(
         _document(home, file_or_id),
-        node_key=node_key,
+        node_key=trusted,
         transcript=_transcript(request_file, answer),
     )
     if as_json:
@@ -84,6 +88,17 @@ def verify(
             click.echo("   Compare the signer with the key you trust, or pass it as --node-key.")
     if not all(check.ok for check in checks):
         sys.exit(1)
+
+
+def _node_key(text: str) -> str:
+    """64 hex digits, also where they come with the node_ before them.  Raises UsageError."""
+    key = text.strip().removeprefix(NODE_PREFIX).lower()
+    if not re.fullmatch("[0-9a-f]{64}", key):
+        raise UsageError(
+            f"--node-key: '{text[:80]}' is not a node key, which is 64 hex digits: 'pinaivu id' "
+            "prints that of the box that it runs on."
+        )
+    return key
 
 
 def _document(home: Path, file_or_id: str) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -89,11 +90,29 @@ async def _serve(load: Callable[[], Config], home: Path) -> None:
                 click.echo(banner(config.server.host, port, home, names, secret))
 
             try:
-                await serve_box(box, listener, started)
+                await serve_box(box, listener, started, _stopping)
             finally:
                 (home / "run.json").unlink(missing_ok=True)
+        _say("Goodbye.")
     finally:
         listener.close()
+
+
+def _stopping(running: int) -> None:
+    wait = ""
+    if running:
+        one = running == 1
+        wait = f" {running} request{'' if one else 's'} may still finish; Ctrl-C again ends "
+        wait += f"{'it' if one else 'them'} at once."
+    _say(f"\nStopping.{wait}")
+
+
+def _say(text: str) -> None:
+    """To who looks on: standard output is for scripts, and a log may be read by machines."""
+    if os.isatty(2):
+        # Past Python's buffer: nothing is left in there to fail at the exit if it was closed.
+        with contextlib.suppress(OSError):
+            os.write(2, f"{text}\n".encode())
 
 
 async def _first_key(database: Any) -> str | None:

@@ -50,6 +50,9 @@ def examine(
     connected = sum(one.state == "connected" for one in found.data)
     boxes = "box" if len(found.data) == 1 else "boxes"
     network = found.own.network[:12] or "no network yet"
+    if found.own.state == "revoked":
+        todo = "ask the network's founder for a new ticket, or leave it: 'pinaivu peers leave'"
+        yield Check("membership", "failed", f"this box is revoked: {found.own.why}", todo)
     counted = f"{network}: {len(found.data)} other {boxes}, {connected} connected"
     todo = "" if found.data else "'pinaivu peers invite' here, 'pinaivu peers join' there"
     yield Check("peering", "ok", counted, todo)
@@ -62,7 +65,9 @@ def examine(
 
 def _here(own: OwnView, config: Config, *, all_well: bool) -> Iterator[Check]:
     yield Check("key", "ok", f"{own.id}, called {own.name}")
-    direct = [address for address in own.addresses if not is_relay(address)]
+    # What is advertised may lead here from outside only.
+    told = config.peering.advertise
+    direct = [one for one in own.addresses if not is_relay(one) and one not in told]
     answers = {address: udp.ask(address, _UDP_SECONDS) for address in direct[:4]}
     deaf = [address for address, answer in answers.items() if answer != "answers"]
     if deaf:
@@ -70,7 +75,9 @@ def _here(own: OwnView, config: Config, *, all_well: bool) -> Iterator[Check]:
         yield Check("port", "failed", f"nothing answers at {', '.join(deaf)}", todo)
     else:
         yield Check("port", "ok", f"it answers at {', '.join(direct) or 'no address'}")
-    if all(_reach(address) == "loopback" for address in direct) and own.relay == "none":
+    if told:
+        yield Check("NAT", "ok", f"it tells others to reach it at {', '.join(told)}")
+    elif all(_reach(address) == "loopback" for address in direct) and own.relay == "none":
         found, todo = "only boxes on this machine can reach it", 'set host = "0.0.0.0" in [peering]'
         yield Check("NAT", "warning", found, todo)
     elif own.relay != "none":
@@ -79,7 +86,10 @@ def _here(own: OwnView, config: Config, *, all_well: bool) -> Iterator[Check]:
         yield Check("NAT", "ok", "it has a public address; no relay is used")
     else:
         found = "its addresses are of its own LAN, and no relay is used"
-        todo = f"for boxes elsewhere: forward UDP port {config.peering.port} to it, or set a relay"
+        todo = (
+            f"for boxes elsewhere: forward UDP port {config.peering.port} to it and name that "
+            "address in advertise, or set a relay"
+        )
         yield Check("NAT", "ok" if all_well else "warning", found, "" if all_well else todo)
 
 

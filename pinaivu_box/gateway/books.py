@@ -68,6 +68,14 @@ class Books:
         found = await ledger.lately(self._database, peer, round((now - MINUTE) * 1000))
         return [(now - at / 1000, tokens) for at, tokens in found]
 
+    async def debts(self) -> dict[str, dict[str, int]]:
+        """What we owe, by peer and currency."""
+        found = await ledger.balances(self._database)
+        return {
+            peer: {currency: balance.owed_to_peer for currency, balance in mine.items()}
+            for peer, mine in found.items()
+        }
+
     async def served(self, peer: str, request_id: str, leg: int, choice: int) -> bool:
         """Whether that is in the ledger, accepted or not."""
         return await ledger.has(self._database, peer, request_id, leg, choice)

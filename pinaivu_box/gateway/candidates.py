@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pinaivu_box.amount import Prices
 from pinaivu_box.errors import ModelNotFound
 from pinaivu_box.gateway.backend import Job
+from pinaivu_box.gateway.ceilings import Ceilings
 from pinaivu_box.gateway.load import Load
 from pinaivu_box.gateway.placement import Placement
 from pinaivu_box.gateway.reputation import Reputation
@@ -44,8 +45,10 @@ class Candidates:
         peers: Callable[[], Sequence[Peer]],
         resting: Resting,
         reputation: Reputation,
+        ceilings: Ceilings,
     ) -> None:
         self.me = me
+        self.ceilings = ceilings
         self._catalog, self._prices, self._currency = catalog, prices, currency
         self._load, self._placement, self._peers = load, placement, peers
         self._resting, self._reputation = resting, reputation
@@ -167,6 +170,8 @@ class Candidates:
         refuses = _BUSY if busy else None
         if job.peers is not None and not {peer.node_id, peer.name} & set(job.peers):
             refuses = "is not among the peers that the key allows"
+        currency, most = peer.advert.currency if peer.advert else "", _most(offer.price, job, made)
+        refuses = refuses or self.ceilings.why_not(peer.node_id, offer.price, currency, most)
         return Candidate(
             node_id=peer.node_id,
             model=offer.id,
@@ -178,7 +183,7 @@ class Candidates:
             ttft_ms=offer.ttft_ms,
             tokens_per_s=offer.tokens_per_s,
             cost=_cost(offer.price, job, made),
-            currency=peer.advert.currency if peer.advert else "",
+            currency=currency,
             reputation=self._reputation.score(peer.node_id),
             rtt_ms=peer.route.rtt_ms if peer.route else None,
             sent=sum(began > heard for began in under_way.values()),
@@ -195,6 +200,7 @@ class Candidates:
     def sent(self, job: Job, node_id: str) -> None:
         """It goes there: the conversation's next request finds a warm cache there."""
         self._under_way.setdefault(node_id, {})[job.id] = time.monotonic()
+        self.ceilings.began(node_id, job.id, self._most_at(node_id, job))
         key = _conversation(job)
         self._conversations[key] = (node_id, time.monotonic())
         self._conversations.move_to_end(key)
@@ -203,6 +209,13 @@ class Candidates:
 
     def ended(self, job: Job, node_id: str) -> None:
         self._under_way.get(node_id, {}).pop(job.id, None)
+        self.ceilings.ended(node_id, job.id)
+
+    def _most_at(self, node_id: str, job: Job) -> int:
+        offers = [one for peer, one in self._offers() if peer.node_id == node_id]
+        return max(
+            (_most(one.price, job, 0) for one in offers if one.id == job.model.id), default=0
+        )
 
     def refused(self, node_id: str, seconds: float, why: str) -> None:
         """It has refused a request; others need not ask for a moment."""
@@ -246,6 +259,16 @@ def tokens_of(job: Job, made: int) -> tuple[int, int]:
 
 def _cost(prices: Prices, job: Job, made: int) -> int:
     return prices.most(*tokens_of(job, made))
+
+
+def _most(prices: Prices, job: Job, made: int) -> int:
+    """As `_cost`, but of a prompt that nobody has counted yet as many tokens as it has bytes: with
+    what stands around its messages here there are no fewer."""
+    prompt, answer = tokens_of(job, made)
+    if job.read is None and not isinstance(job.prompt, list):
+        texts = (job.prompt or "", job.inputs or "", job.messages, job.tools or "")
+        prompt = made + sum(len(str(text).encode()) for text in texts)
+    return prices.most(prompt, answer)
 
 
 def _conversation(job: Job) -> bytes:

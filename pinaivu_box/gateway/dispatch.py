@@ -203,6 +203,7 @@ class Dispatch:
         """Where it goes, and the digest of the file there."""
         here = "" if job.model.remote else await self._digest(job.model)
         routing, pinned = self.routing, job.digest or self._pinned.get(job.request_id)
+        await self.candidates.ceilings.look()
         found = self.candidates.of(job, here, len(made))
         prompt, most = tokens_of(job, len(made))
         ask = Ask(

@@ -10,6 +10,7 @@ from pinaivu_box import amount
 from pinaivu_box.amount import Prices
 from pinaivu_box.config import Config
 from pinaivu_box.gateway.candidates import Candidates
+from pinaivu_box.gateway.ceilings import Ceilings, Debts
 from pinaivu_box.gateway.dispatch import Dispatch, Routing
 from pinaivu_box.gateway.guests import Guests, Terms
 from pinaivu_box.gateway.load import Load
@@ -29,10 +30,10 @@ from pinaivu_box.store.ledger import Balance
 
 
 class Pool:
-    """`keep` gets every leg that was served for a peer or by one, `owed` says what a peer owes us,
-    `served` whether a leg was served for it already, `lately` which in the last minute, and `terms`
-    what it may have here; `digest` reads a model's file if it has to; `writable` raises
-    NoNodesAvailable if `keep` could keep nothing."""
+    """`keep` gets every leg that was served for a peer or by one, `owed` says what a peer owes us
+    and `debts` what we owe all of them, `served` whether a leg was served for it already, `lately`
+    which in the last minute, and `terms` what it may have here; `digest` reads a model's file if it
+    has to; `writable` raises NoNodesAvailable if `keep` could keep nothing."""
 
     def __init__(
         self,
@@ -49,6 +50,7 @@ class Pool:
         served: Callable[[str, str, int, int], Awaitable[bool]],
         lately: Callable[[str], Awaitable[list[tuple[float, int]]]],
         keep: Callable[[Served | Taken], Awaitable[None]],
+        debts: Callable[[], Awaitable[Debts]],
         writable: Callable[[], Awaitable[None]],
     ) -> None:
         # Whoever sets the clock changes no opinion.
@@ -59,7 +61,7 @@ class Pool:
         resting = Resting(time.monotonic, Random())  # noqa: S311, it only spreads requests
         self.candidates = Candidates(
             identity.node_id, catalog, self._prices, self._currency, load, placement,
-            network.peers, resting, self.reputation,
+            network.peers, resting, self.reputation, Ceilings(debts, config.peering),
         )  # fmt: skip
         self.dispatch = Dispatch(
             self.candidates,
@@ -84,6 +86,7 @@ class Pool:
         """After a reload."""
         self._config = config
         self.dispatch.routing = _routing(config)
+        self.candidates.ceilings.configure(config.peering)
 
     def close(self) -> None:
         """End the process that looks at large messages."""

@@ -68,7 +68,8 @@ class Effects(Protocol):
 class _Link:
     def __init__(self, now: float) -> None:
         self.since = now
-        self.greeted = False
+        self.greeted = False  # by us, who take it for a member
+        self.welcomed = False  # by it, which takes us for one
         self.early: Digest | None = None  # it said this when we did not know it yet
         self.announce: dict[bytes, None] = {}
         self.allowed = Allowance(_LINK_BURST)
@@ -137,6 +138,7 @@ class Gossip:
             return
         try:
             found = decode(frame)
+            link.welcomed |= isinstance(found, Digest)  # others hear no more than who we are
             if not link.greeted:
                 self._stranger(peer, found)
             elif isinstance(found, Have):
@@ -152,6 +154,10 @@ class Gossip:
                 self._compare(peer, found)
         except Invalid as error:
             self._cut(peer, f"it sent {error}")
+
+    def welcomed(self, peer: str) -> bool:
+        """Whether it is linked, and takes us for a member."""
+        return peer in self.links and self.links[peer].welcomed
 
     def add(self, records: Iterable[Record]) -> None:
         """Records that came with a ticket, or from the store: keep them and tell everybody."""

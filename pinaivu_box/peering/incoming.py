@@ -25,16 +25,18 @@ log = logging.getLogger("pinaivu.peering")
 
 
 class Incoming:
-    """`why_not` says why a peer may open nothing but `own` purposes, or None."""
+    """`why_not` says why a peer may open nothing but `own` purposes, or None; `code` with which the
+    link to it is closed then."""
 
     def __init__(
         self,
         own: Mapping[str, OwnHandler],
         handlers: Mapping[str, Handler],
         why_not: Callable[[str], Awaitable[str | None]],
+        code: Callable[[str], Code],
     ) -> None:
         self.count = 0
-        self._own, self._handlers, self._why_not = own, handlers, why_not
+        self._own, self._handlers, self._why_not, self._code = own, handlers, why_not, code
 
     async def take(self, held: Held, stream: Stream) -> None:
         """All of a stream's life.  A failure ends it; what breaks the protocol ends the link."""
@@ -69,7 +71,7 @@ class Incoming:
         elif own is not None:
             await own(held, stream)
         elif (why := await self._why_not(held.peer)) is not None:
-            await held.link.close(Code.FORBIDDEN, why)
+            await held.link.close(self._code(held.peer), why)
         elif handler is not None:
             held.streams += 1
             try:

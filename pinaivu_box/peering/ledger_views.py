@@ -4,18 +4,20 @@ this box owes, times RFC 3339 in UTC."""
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from decimal import Decimal
 
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from pinaivu_box import amount
-from pinaivu_box.config import PeeringServeConfig
+from pinaivu_box.config import PeeringConfig
 from pinaivu_box.errors import PeerNotFound, quoted
+from pinaivu_box.identity import NODE_PREFIX
 from pinaivu_box.peering import netting, wire
 from pinaivu_box.peering.ledger import Difference, Outcome
 from pinaivu_box.peering.standing import Standing
 from pinaivu_box.receipts.receipt import utc_text
-from pinaivu_box.store import ledger, peers, statements
+from pinaivu_box.store import audit, ledger, peers, statements
 from pinaivu_box.store.database import Database
 from pinaivu_box.store.ledger import Balance
 from pinaivu_box.store.statements import StoredEntry, StoredStatement
@@ -27,7 +29,7 @@ class BalanceView(Struct, frozen=True):
     """With one peer in one currency.  `served` by us and `received` from it are all there ever was,
     `settled_` of them is in statements.  `balance`: what it owes us; `carried` of that comes from
     statements that are not paid.  `waiting` was served, is not accepted by it yet and not written
-    off; a `credit_limit` counts it too."""
+    off; a `credit_limit` counts it too.  `max_debt`: the most that this box may owe it."""
 
     peer: str
     name: str
@@ -40,6 +42,7 @@ class BalanceView(Struct, frozen=True):
     carried: str
     waiting: str
     credit_limit: str | None
+    max_debt: str | None = None
 
 
 class EntryView(Struct, frozen=True):
@@ -108,6 +111,23 @@ async def names(database: Database) -> dict[str, str]:
     return {one: name for one, name in found.items() if name}
 
 
+async def boxes(database: Database, own: str) -> dict[str, str]:
+    """As `names`, with this box among them, whose node id is `own`."""
+    return {**await names(database), own: "this box"}
+
+
+async def called(database: Database, entries: Sequence[audit.Entry]) -> dict[str, str]:
+    """What keys, accounts and peers in these entries of the audit trail are called, by id."""
+    found = await audit.names(database, entries)
+    peers_too = any(entry.target.startswith(NODE_PREFIX) for entry in entries)
+    return found | await names(database) if peers_too else found
+
+
+async def targets(database: Database, text: str) -> list[str]:
+    """What the audit trail is to be searched for: that, and the peers that are called so."""
+    return [text, *(node for node, name in (await names(database)).items() if name == text)]
+
+
 async def find(database: Database, text: str) -> str:
     """The node_id of a peer: by name, id or its beginning.  PeerNotFound."""
     called = await names(database)
@@ -127,15 +147,16 @@ async def find(database: Database, text: str) -> str:
     raise PeerNotFound(f"There is no peer '{quoted(text)}'.{hint}", param="peer")
 
 
-async def all_balances(database: Database, serve: PeeringServeConfig) -> list[BalanceView]:
-    """`serve`: for the credit limit of peers that have none of their own."""
+async def all_balances(database: Database, peering: PeeringConfig) -> list[BalanceView]:
+    """`peering`: for the limits of peers that have none of their own."""
     called, known = await names(database), await peers.known(database)
     made = []
     for peer, mine in (await ledger.balances(database)).items():
         own = known[peer].policy.get("credit_limit") if peer in known else None
-        limit = serve.credit_limit if own is None else own
+        limit = peering.serve.credit_limit if own is None else own
         for currency, sums in mine.items():
-            made.append(_balance(peer, _name(called, peer), currency, sums, limit or None))
+            view = _balance(peer, _name(called, peer), currency, sums, limit or None)
+            made.append(structs.replace(view, max_debt=peering.max_debt or None))
     return sorted(made, key=lambda one: (one.name, one.peer, one.currency))
 
 

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import socket
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
 from random import Random
 from typing import Any
@@ -63,6 +63,7 @@ class Network:
     ) -> None:
         self.node_id = identity.node_id
         self.name = _name(settings.name or socket.gethostname())
+        self.advertise = settings.advertise  # where others reach it, says its operator
         self.handlers: dict[str, Handler] = {}
         self.gossip: Gossip | None = None
         self._identity, self._transport, self._database = identity, transport, database
@@ -73,12 +74,13 @@ class Network:
         self._book = AddressBook(database)
         self._tasks: set[asyncio.Task[None]] = set()
         own: dict[str, OwnHandler] = {GOSSIP: self._talk, joining.PURPOSE: self._welcome}
-        self._incoming = Incoming(own, self.handlers, self._standing.shut_out)
+        self._incoming = Incoming(own, self.handlers, self._standing.shut_out, self._standing.code)
         self._joining = asyncio.Lock()
         self._wake, self._news, self._told = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._remembered = time.monotonic()
         self._seen: list[Peer] | None = None  # None: something has happened since
         self._closing = self._stirred = False
+        self._put_out: dict[str, str] = {}  # why a member does not take this box for one
 
     @property
     def roster(self) -> Roster | None:
@@ -88,6 +90,21 @@ class Network:
     def network_id(self) -> str | None:
         """None until this box has founded or joined one."""
         return self.roster.network if self.roster is not None else None
+
+    @property
+    def revoked(self) -> str:
+        """Why this box is no member of its network any more, "" if it is one.  It may never see
+        the revocation: then what members answer counts, while none takes it for a member."""
+        if self.roster is None or self.gossip is None:
+            return ""
+        verdict = self.roster.member(self.node_id, time.time())
+        if not verdict.ok:
+            return verdict.why
+        if not self._put_out or any(map(self.gossip.welcomed, self.gossip.links)):
+            return ""
+        peer, why = next(reversed(self._put_out.items()))
+        name = self.peer(peer).name
+        return why or f"{name} says that it is no member of the network"
 
     # From start to end
 
@@ -201,8 +218,9 @@ class Network:
     # Links; `Links` calls these
 
     def own_addresses(self) -> list[str]:
-        """What others are told.  The last one may be a relay, which leads here when none does."""
-        found = self._transport.addresses()
+        """What others are told: what the operator says, then what is found.  The last one may be a
+        relay, which leads here when none does."""
+        found = list(dict.fromkeys([*self.advertise, *self._transport.addresses()]))
         return found if len(found) <= MAX_ADDRESSES else [*found[: MAX_ADDRESSES - 1], found[-1]]
 
     def addresses(self, node_id: str) -> tuple[str, ...]:
@@ -228,6 +246,9 @@ class Network:
         if self.gossip and held.talk:
             self.gossip.unlinked(held.peer, lost=why.code in _LOST)
         self._remembered = 0.0  # where it was: its advert is forgotten soon
+        if why.code == Code.REVOKED and self._standing.has(held.peer):
+            self._put_out[held.peer] = why.reason
+            log.warning("%s takes this box for no member: %s", wire.short(held.peer), why.reason)
         log.info("link to %s ended: %s", wire.short(held.peer), why.message)
 
     def _cut(self, held: Held, code: Code, why: str) -> None:
@@ -236,7 +257,7 @@ class Network:
     async def _doubt(self, held: Held) -> None:
         await asyncio.sleep(STRANGER_SECONDS)
         if held.talk is None:
-            self._cut(held, Code.FORBIDDEN, self._standing.why_not(held.peer))
+            self._cut(held, self._standing.code(held.peer), self._standing.why_not(held.peer))
 
     # Gossip, and its `Effects`
 
@@ -271,7 +292,7 @@ class Network:
             return
         if held.talk or gossip is None:
             why = "one gossip is enough" if held.talk else self._standing.why_not(held.peer)
-            self._cut(held, Code.FORBIDDEN, why)
+            self._cut(held, self._standing.code(held.peer), why)
             return
         held.talk = talk = Talk(stream)
         log.info("link to %s stands", wire.short(held.peer))
@@ -282,6 +303,8 @@ class Network:
         def hear(frame: bytes) -> None:
             self._seen = None
             gossip.received(held.peer, frame)
+            if self._put_out and gossip.welcomed(held.peer):
+                self._put_out.pop(held.peer, None)
 
         end = await talk.run(hear)
         if self._links.held.get(held.peer) is held:
@@ -293,9 +316,9 @@ class Network:
             self._cut(held, Code.PROTOCOL, DEAF)
 
     def cut(self, node_id: str, why: str) -> None:
-        member = self._standing.has(node_id)
+        code = Code.PROTOCOL if self._standing.has(node_id) else self._standing.code(node_id)
         for held in self._links.of(node_id):
-            self._cut(held, Code.PROTOCOL if member else Code.FORBIDDEN, why)
+            self._cut(held, code, why)
 
     def roster_changed(self) -> None:
         self._seen = None
@@ -383,13 +406,16 @@ class Network:
             await self._transport.settle()
             return await self._gate.invite(self.own_addresses(), name, expires, uses, admin, by)
 
-    async def join(self, ticket: str, by: Actor = BOX) -> Peer:
+    async def join(self, ticket: str, by: Actor = BOX, at: Sequence[str] = ()) -> Peer:
         """Redeem a ticket; returns the inviter.  PeeringError says what is wrong with it.
 
-        A box that is alone in its network may join another one, and its own is no more.
+        `at`: addresses of the inviter that its ticket does not know; they are tried too.  A box
+        that is alone in its network may join another one, and its own is no more.
         """
         async with self._joining:
             found = self._gate.read(ticket)
+            places = tuple(dict.fromkeys([*at, *found.addresses]))
+            found = replace(found, addresses=places[:MAX_ADDRESSES])
             belongs = self.network_id == found.network_id and self._standing.has(self.node_id)
             # Without any link it may have been put out and not have heard of it: ask.
             if not (belongs and any(peer.state == "connected" for peer in self.peers())):
@@ -402,6 +428,7 @@ class Network:
         told = record(by, "peer.join", roster.network, inviter=ticket.node_id)
         await self._standing.enter(roster, told)
         self._links.forget()
+        self._put_out.clear()
         self._gossip_anew()
         await self._book.keep({ticket.node_id: ticket.addresses}, {ticket.node_id})
         self._links.add(link, dialed=True)
@@ -418,6 +445,7 @@ class Network:
             self._part()
             await self._standing.leave(record(by, "peer.leave", self.network_id or ""))
             self._links.forget()
+            self._put_out.clear()
             self._gossip_anew()
 
     async def remove(self, text: str, reason: str = "", by: Actor = BOX) -> Peer:

@@ -9,6 +9,7 @@ from pinaivu_box.errors import CliError
 from pinaivu_box.peering.membership import record_id
 from pinaivu_box.peering.roster import Roster
 from pinaivu_box.peering.signed import Record
+from pinaivu_box.peering.wire import Code
 from pinaivu_box.store import peers as store
 from pinaivu_box.store.database import Database, Statement
 
@@ -35,6 +36,11 @@ class Standing:
             return "this box belongs to no network"
         verdict = self.roster.member(node_id)
         return "it said nothing" if verdict.ok else f"it is no member of the network: {verdict.why}"
+
+    def code(self, node_id: str) -> Code:
+        """With which a link to who is no member is closed."""
+        known = self.roster is not None and self.roster.certificate(node_id) is not None
+        return Code.REVOKED if known and not self.has(node_id) else Code.FORBIDDEN
 
     async def shut_out(self, node_id: str) -> str | None:
         """Why it may open nothing, or None if it is a member; its certificate may be under way."""

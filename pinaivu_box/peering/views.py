@@ -6,6 +6,7 @@ Times are RFC 3339 in UTC, durations seconds unless their name says otherwise, p
 from __future__ import annotations
 
 from dataclasses import asdict
+from typing import Literal
 
 from msgspec import UNSET, Struct, UnsetType
 
@@ -67,6 +68,17 @@ class UseView(Struct, frozen=True):
     unaccepted: str = "0"
 
 
+class CostView(Struct, frozen=True):
+    """What this box pays a peer: all that it `received` ever cost, what of that it `owes`, and the
+    most it may owe (`max_debt`), null for no limit.  `too_dear`: models that it does not use there,
+    for their price is over `[peering] max_price`."""
+
+    received: str
+    owes: str
+    max_debt: str | None
+    too_dear: list[str]
+
+
 class RefusalView(Struct, frozen=True):
     """What a peer answered instead of serving us, `age` seconds ago."""
 
@@ -99,6 +111,7 @@ class PeerView(Struct, frozen=True):
     limits: PeerLimits
     use: UseView | None = None
     refusal: RefusalView | None = None
+    cost: CostView | None = None
     request_id: str | UnsetType = UNSET
 
 
@@ -108,7 +121,8 @@ class OwnModel(Struct, frozen=True):
 
 
 class OwnView(Struct, frozen=True):
-    """This box as its peers see it."""
+    """This box as its peers see it.  `state`: "alone" in no network, a "member" of one, or
+    "revoked", and `why`."""
 
     id: str
     name: str
@@ -117,6 +131,8 @@ class OwnView(Struct, frozen=True):
     addresses: list[str]
     relay: str
     models: list[OwnModel]
+    state: Literal["alone", "member", "revoked"] = "member"
+    why: str = ""
 
 
 def peer_view(
@@ -126,6 +142,8 @@ def peer_view(
     reputation: Opinion | None = None,
     use: UseView | None = None,
     refusal: RefusalView | None = None,
+    *,
+    cost: CostView | None = None,
 ) -> PeerView:
     advert = peer.advert
     return PeerView(
@@ -149,6 +167,7 @@ def peer_view(
         limits=limits,
         use=use,
         refusal=refusal,
+        cost=cost,
     )
 
 
@@ -161,6 +180,8 @@ def own_view(network: Network, facts: Facts, relay: str) -> OwnView:
         addresses=network.own_addresses(),
         relay=relay,
         models=[OwnModel(offer.id, offer.digest.hex()) for offer in facts.models],
+        state="revoked" if network.revoked else "member" if network.network_id else "alone",
+        why=network.revoked,
     )
 
 

@@ -68,11 +68,12 @@ class Code(IntEnum):
     FORBIDDEN = 403
     SILENT = 408
     SECOND = 409  # both called at once, or one was restarted: there is another link
+    REVOKED = 410  # FORBIDDEN, to a box that was a member once
     VERSION = 426
     BUSY = 429
 
 
-REFUSED = frozenset({Code.PROTOCOL, Code.FORBIDDEN, Code.VERSION})
+REFUSED = frozenset({Code.PROTOCOL, Code.FORBIDDEN, Code.REVOKED, Code.VERSION})
 
 
 class Hello(Struct, frozen=True, tag=True):

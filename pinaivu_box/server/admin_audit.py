@@ -9,13 +9,15 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from pinaivu_box.errors import InvalidBody
+from pinaivu_box.peering.ledger_views import called, targets
 from pinaivu_box.server.admin import answer, box_of, query
 from pinaivu_box.store import audit
 from pinaivu_box.store.views import AuditEntry, audit_view, parse_time
 
 
 class AuditPage(Struct, frozen=True, forbid_unknown_fields=True):
-    """`since`: a date, or a date and time.  `target`: the id of a key or an account."""
+    """`since`: a date, or a date and time.  `target`: a key, an account or a peer, by its id or
+    name."""
 
     limit: Annotated[int, Meta(ge=1, le=1000)] = 100
     after: Annotated[int, Meta(ge=0, le=2**63 - 1)] | None = None
@@ -36,12 +38,14 @@ async def ls(request: Request) -> Response:
         since = 0 if page.since is None else parse_time(page.since)
     except ValueError as error:
         raise InvalidBody(str(error), loc=("query", "since")) from None
+    database = box_of(request).database
     found = await audit.ls(
-        box_of(request).database,
+        database,
         since=since,
-        target=page.target,
+        targets=None if page.target is None else await targets(database, page.target),
         after=page.after,
         limit=page.limit + 1,
     )
-    data = [audit_view(entry) for entry in found[: page.limit]]
+    names = await called(database, found)
+    data = [audit_view(entry, names) for entry in found[: page.limit]]
     return answer(request, AuditList(data, len(found) > page.limit))

@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from pinaivu_box import policy as policies
-from pinaivu_box.config import parse_duration
+from pinaivu_box.config import parse_span
 from pinaivu_box.errors import InvalidBody
 from pinaivu_box.gateway.admission import refusal
 from pinaivu_box.openai.request import from_validation
@@ -88,7 +88,7 @@ async def create(request: Request) -> Response:
         expires_at=expires_at,
         by=by(request),
     )
-    return answer(request, new_key_view(key, secret))
+    return answer(request, _warned(request, new_key_view(key, secret)))
 
 
 async def get(request: Request) -> Response:
@@ -109,13 +109,14 @@ async def change(request: Request) -> Response:
         expires_at=_expiry(moment) if isinstance(moment := given.expires_at, datetime) else moment,
         blocked=given.blocked,
     )
-    return answer(request, _stopped(request, key) if at_once.now else key_view(key))
+    shown = _stopped(request, key) if at_once.now else key_view(key)
+    return answer(request, _warned(request, shown))
 
 
 async def rotate(request: Request) -> Response:
     given = await body(request, RotateKey, empty=b"{}")
     try:
-        overlap = parse_duration(given.overlap)
+        overlap = parse_span(given.overlap)
         if not 0 <= overlap <= LONGEST_LIFE:
             raise ValueError("it is from 0 to 36500d")
     except ValueError as error:
@@ -140,8 +141,18 @@ async def _named(request: Request) -> Key:
 def _stopped(request: Request, key: Key) -> KeyView:
     """Stops what runs for a key that is revoked or blocked."""
     error = refusal(key)
+    if error is not None:
+        error.ordered = True
     stopped = 0 if error is None else box_of(request).requests.stop_key(key.id, error)
     return msgspec.structs.replace(key_view(key), stopped=stopped)
+
+
+def _warned(request: Request, shown: KeyView) -> KeyView:
+    """With a warning if its budget holds nothing back."""
+    pricing = box_of(request).config.pricing
+    if shown.policy.budget is None or not policies.free_of_charge(shown.policy, pricing):
+        return shown
+    return msgspec.structs.replace(shown, warning=policies.UNPRICED)
 
 
 def _changed(policy: Policy, changes: dict[str, Any]) -> Policy:

@@ -56,7 +56,7 @@ class StatementList(Struct, frozen=True):
 
 async def ls(request: Request) -> Response:
     box = box_of(request)
-    found = await views.all_balances(box.database, box.config.peering.serve)
+    found = await views.all_balances(box.database, box.config.peering)
     return answer(request, BalanceList(found))
 
 

@@ -29,6 +29,7 @@ from pinaivu_box.errors import (
 from pinaivu_box.models import catalog, memory
 from pinaivu_box.models.catalog import Model
 from pinaivu_box.models.names import is_model_id, printable
+from pinaivu_box.models.placing import place
 from pinaivu_box.peering import copying
 from pinaivu_box.peering.advert import Offer
 from pinaivu_box.peering.copying import Open, Progress, Source
@@ -145,8 +146,12 @@ async def pull(request: Request) -> Response:
     _check_free(task, here)
     request_id: str = request.scope["state"]["request_id"]
     if here is not None:
-        said = f"This box has that file already, as {here.id}."
-        size = have.size
+        said, size = f"This box has that file already, as {here.id}.", have.size
+        if given.as_ is not None and not _is_called(here, task.model):
+            _check_free(task, None)
+            await _name_too(task, here)
+            said = f"{said[:-1]}, and serves it as {task.model} too."
+            here = box.catalog.find(task.model)
         line = PullProgress("done", here.id, have.digest, size, size, [], said, request_id)
         return StreamingResponse(iter([_line(line)]), media_type="application/x-ndjson")
     copy = copying.copy_of(open_stream, found, catalog.directory(box.config, box.home), model)
@@ -220,6 +225,32 @@ async def _here(box: Box, digest: str) -> Model | None:
             if await model_files.digest(box.database, model) == digest:
                 return model
     return None
+
+
+def _is_called(model: Model, name: str) -> bool:
+    return name in (model.id, f"{model.id}:latest")
+
+
+async def _name_too(task: _Task, here: Model) -> None:
+    """Serve a model that is here under the task's name too.  Raises Conflict."""
+    box = task.box
+    folder = catalog.directory(box.config, box.home)
+    try:
+        targets = await asyncio.to_thread(place, here, folder, task.model)
+        await box.look_for_models()
+    except (OSError, CliError) as error:
+        reason = error.message if isinstance(error, CliError) else error.strerror or error
+        raise Conflict(f"{here.id} cannot be called {task.model} too: {reason}.") from error
+    for target in targets:
+        if why := box.catalog.not_served.get(target):
+            raise Conflict(f"{printable(str(target))} is here, and it cannot be served: {why}.")
+    digests = await model_files.digests_of_parts(box.database, here)
+    detail = {"digest": await box.digests.of(here), "same_as": here.id}
+    await box.database.write(
+        *map(model_files.named, targets, digests),
+        audit.record(task.actor, "model.pull", task.model, **detail),
+    )
+    task.network.changed()
 
 
 def _check_free(task: _Task, here: Model | None) -> None:

@@ -13,7 +13,7 @@ from starlette.responses import Response
 
 from pinaivu_box import amount
 from pinaivu_box.box import Box
-from pinaivu_box.config import parse_duration
+from pinaivu_box.config import is_host_port, parse_span
 from pinaivu_box.errors import (
     Conflict,
     InvalidBody,
@@ -30,7 +30,8 @@ from pinaivu_box.peering.views import OwnView, PeerView
 from pinaivu_box.policy import LONGEST_LIFE
 from pinaivu_box.receipts.receipt import utc_text
 from pinaivu_box.server.admin import answer, body, box_of, by
-from pinaivu_box.store import peer_settings
+from pinaivu_box.store import ledger, peer_settings
+from pinaivu_box.store.ledger import Balance
 from pinaivu_box.store.peer_settings import PeerSettings
 
 T = TypeVar("T")
@@ -62,7 +63,10 @@ class NewInvitation(Struct, frozen=True):
 
 
 class Join(Struct, frozen=True):
+    """`at`: addresses (HOST:PORT) of the inviter that its ticket does not know."""
+
     ticket: str
+    at: Annotated[tuple[Annotated[str, Meta(max_length=100)], ...], Meta(max_length=4)] = ()
 
 
 class LimitChanges(Struct, frozen=True, forbid_unknown_fields=True):
@@ -115,7 +119,7 @@ async def invite(request: Request) -> Response:
     given = await body(request, Invite, empty=b"{}")
     network = _network(request)
     try:
-        seconds = parse_duration(given.expires)
+        seconds = parse_span(given.expires)
         if not 0 < seconds <= LONGEST_LIFE:
             raise ValueError("it is more than 0 and at most 36500d")
     except ValueError as error:
@@ -132,7 +136,10 @@ async def join(request: Request) -> Response:
         decode_ticket(given.ticket)
     except TicketInvalid as error:
         raise InvalidBody(str(error), loc=("body", "ticket")) from None
-    peer = await _asked(network.join(given.ticket, by(request)))
+    for number, address in enumerate(given.at):
+        if not is_host_port(address):
+            raise InvalidBody(f"'{address}' is not HOST:PORT", loc=("body", "at", number))
+    peer = await _asked(network.join(given.ticket, by(request), given.at))
     return answer(request, await _view(request, peer))
 
 
@@ -239,16 +246,31 @@ async def _dealings(
     )
 
 
+def _cost(box: Box, peer: Peer, balances: dict[str, Balance]) -> views.CostView:
+    config = box.config
+    mine = balances.get(config.pricing.currency, Balance())
+    offers = peer.advert.models if peer.advert else ()
+    ceilings = None if box.pool is None else box.pool.candidates.ceilings
+    return views.CostView(
+        received=amount.to_text(mine.received),
+        owes=amount.to_text(mine.owed_to_peer),
+        max_debt=config.peering.max_debt or None,
+        too_dear=[one.id for one in offers if ceilings and ceilings.too_dear(one.price)],
+    )
+
+
 async def _views(request: Request, shown: list[Peer]) -> list[PeerView]:
     network = _network(request)
     names = {one.node_id: one.name for one in network.peers()} | {network.node_id: "this box"}
     settings = await peer_settings.ls(box_of(request).database)
+    balances = await ledger.balances(box_of(request).database)
     return [
         views.peer_view(
             peer,
             names.get(peer.inviter, peer.inviter),
             settings.get(peer.node_id, PeerSettings()).limits,
             *await _dealings(box_of(request), peer.node_id),
+            cost=_cost(box_of(request), peer, balances.get(peer.node_id, {})),
         )
         for peer in shown
     ]

@@ -62,6 +62,7 @@ ROUTES = [
     Route("/v1/models", models.models),
     Route("/v1/models/{model:path}", models.model),
     Route("/v1/engines", models.engines),
+    Route("/v1/receipts", receipts.receipts),
     Route("/v1/receipts/{request_id}", receipts.receipt),
     Route("/v1/admin/reload", operations.reload, methods=["POST"]),
     Route("/v1/usage", usage.usage),

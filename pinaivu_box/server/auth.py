@@ -42,7 +42,8 @@ class Authenticate:
                 _check(key, scope)
             except ApiError as error:
                 self._box.refusals.note("", "", error.code)
-                await envelope.response(error, scope["path"])(scope, receive, send)
+                shown = envelope.told(error, self._box.config.server.contact)
+                await envelope.response(shown, scope["path"])(scope, receive, send)
                 return
             scope["state"]["key"] = key
             if key.policy.rpm is not None or key.policy.tpm is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import msgspec
@@ -17,6 +18,7 @@ from pinaivu_box.errors import (
     MethodNotAllowed,
     NotFound,
 )
+from pinaivu_box.server.routes import methods_at, nothing_at
 
 
 class JSON(Response):
@@ -29,6 +31,7 @@ class JSON(Response):
 
 
 ANTHROPIC = "/v1/messages"
+_ABOUT_OPERATORS = (402, 403, 429, 503)
 # What Anthropic's clients know our errors by, by status.
 _ANTHROPIC_TYPES = {
     401: "authentication_error",
@@ -60,12 +63,22 @@ def body(error: ApiError, path: str = "") -> dict[str, Any]:
     return made
 
 
+def told(error: ApiError, contact: str) -> ApiError:
+    """The error with whom to ask about it, where the operator decides whether it passes."""
+    if not contact or error.status not in _ABOUT_OPERATORS:
+        return error
+    made = copy.copy(error)
+    made.message = f"{error.message} Contact: {contact}"
+    return made
+
+
 def note(request: Request, error: ApiError) -> None:
-    """Count an error that somebody with a key has got, also as one of the key's requests."""
+    """Count an error that somebody with a key has got, also as one of the key's requests; not one
+    that the operator has ordered."""
     state = request.scope["state"]
     if arrival := state.get("arrival"):
         arrival.refused(error)
-    if key := state.get("key"):
+    if (key := state.get("key")) and not error.ordered:
         request.app.state.box.refusals.note(key.id, state.get("model", ""), error.code)
 
 
@@ -81,19 +94,23 @@ def response(error: ApiError, path: str = "") -> Response:
 async def on_api_error(request: Request, error: Exception) -> Response:
     shown = error if isinstance(error, ApiError) else InternalError(str(error))
     note(request, shown)
-    return response(shown, request.url.path)
+    contact = request.app.state.box.config.server.contact
+    return response(told(shown, contact), request.url.path)
 
 
 async def on_http_error(request: Request, error: Exception) -> Response:
     """Starlette's own refusals: no such route, wrong method."""
     status = error.status_code if isinstance(error, HTTPException) else 500
     path, method = _shortened(request.url.path), request.method
+    routes = request.app.routes
     if status == 404:
-        return response(NotFound(f"There is no {path} here: the API is under /v1."))
+        hint = nothing_at(path, routes)
+        return response(NotFound(f"There is no {path} here. {hint}"), request.url.path)
     if status == 405:
-        allowed = (error.headers or {}) if isinstance(error, HTTPException) else {}
-        refusal = response(MethodNotAllowed(f"{path} does not take {method}."))
-        refusal.headers.update(allowed)  # Allow
+        allowed = methods_at(request.url.path, routes)
+        message = f"{path} does not take {method}: it takes {', '.join(allowed)}."
+        refusal = response(MethodNotAllowed(message), request.url.path)
+        refusal.headers["Allow"] = ", ".join(allowed)
         return refusal
     return response(BadRequest(f"{method} {path} could not be understood."))
 

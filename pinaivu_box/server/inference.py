@@ -171,6 +171,9 @@ class Call:
                     yield data
                 await settle(end)
                 events = [end]
+            if isinstance(last := events[-1], Failed):
+                contact = self.box.config.server.contact
+                events = [*events[:-1], Failed(envelope.told(last.error, contact))]
             if data := encode(events):
                 yield data
             if isinstance(last := events[-1], Finished | Failed):

@@ -23,6 +23,7 @@ from pinaivu_box.server import (
     admin_ledger,
     admin_models,
     admin_peers,
+    receipts,
 )
 from pinaivu_box.server.admin import Page
 from pinaivu_box.server.models import EngineList, OneModel
@@ -129,6 +130,13 @@ OPERATIONS = (
     Operation("get", "/v1/models/{model}", "One model", OneModel),
     Operation("get", "/v1/engines", "What runs (admin keys)", EngineList),
     Operation("post", "/v1/admin/reload", "Read the configuration again", ReloadAnswer),
+    Operation(
+        "get",
+        "/v1/receipts",
+        "The receipts of an account (admin keys: all), newest first",
+        receipts.ReceiptList,
+        query=receipts.ReceiptPage.__struct_fields__,
+    ),
     Operation("get", "/v1/receipts/{request_id}", "The receipt of a request", ReceiptView),
     Operation(
         "get",

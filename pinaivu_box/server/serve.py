@@ -95,8 +95,17 @@ def _why_not(host: str, port: int, error: OSError | OverflowError) -> str:
     return f"The address {host}:{port} cannot be listened on: {reason}."
 
 
-async def serve(box: Box, listener: socket.socket, started: Callable[[], None]) -> None:
-    """Serve until SIGTERM or SIGINT, then drain.  A second signal ends the process at once."""
+async def serve(
+    box: Box,
+    listener: socket.socket,
+    started: Callable[[], None],
+    stopping_with: Callable[[int], None] = lambda running: None,
+) -> None:
+    """Serve until SIGTERM or SIGINT, then drain.  A second signal ends the process at once.
+
+    `started` is called once it listens, `stopping_with` at the signal, with the number of requests
+    that are waited for.
+    """
     stopping = asyncio.Event()
     _on_signals(stopping, box)
     config = HypercornConfig()
@@ -115,6 +124,7 @@ async def serve(box: Box, listener: socket.socket, started: Callable[[], None]) 
     started()
     await asyncio.wait({server, stop}, return_when=asyncio.FIRST_COMPLETED)
     if stop.done():
+        stopping_with(box.requests.count)
         # Still listening, so that new requests get a 503 and not a refused connection.
         await box.drain()
         drained.set()

@@ -9,17 +9,20 @@ from starlette.responses import Response
 
 from pinaivu_box.box import Box
 from pinaivu_box.errors import Forbidden, InvalidBody
+from pinaivu_box.peering.ledger_views import boxes
 from pinaivu_box.server.auth import key_of
 from pinaivu_box.server.envelope import JSON
-from pinaivu_box.store import accounts
+from pinaivu_box.store import accounts, keys
 from pinaivu_box.store.keys import Key
 from pinaivu_box.store.usage import Wanted
 from pinaivu_box.store.usage_report import grouping, parse_day, report, span, to_csv
 
+_ID = len("key_") + 26  # characters
+
 
 class UsageQuery(Struct, frozen=True):
-    """Days are UTC's, and the last is included.  `account` and `key` are for admins, `key` also for
-    those of the same account."""
+    """Days are UTC's, and the last is included.  `account` and `key`, by name or id, are for
+    admins, `key` also for those of the same account."""
 
     start_date: str | None = None
     end_date: str | None = None
@@ -35,15 +38,17 @@ async def usage(request: Request) -> Response:
     start, end = parse_day("start_date", asked.start_date), parse_day("end_date", asked.end_date)
     if start is not None and end is not None and end < start:
         raise InvalidBody("end_date is before start_date", loc=("query", "end_date"))
+    account = await _account(box, key_of(request), asked.account)
     since, until = span(start, end)
     wanted = Wanted(
-        account_id=await _account(box, key_of(request), asked.account),
-        key_id=asked.key,
+        account_id=account,
+        key_id=None if asked.key is None else await key_id(box, asked.key, account),
         model=asked.model,
         since=since,
         until=until,
     )
-    made = await report(box.database, wanted, by, box.config.pricing.currency)
+    known = await boxes(box.database, box.identity.node_id) if {"node", "peer"} & set(by) else {}
+    made = await report(box.database, wanted, by, box.config.pricing.currency, known)
     if "text/csv" in request.headers.get("accept", ""):
         return Response(to_csv(made, by), media_type="text/csv")
     request_id = request.scope["state"]["request_id"]
@@ -57,6 +62,14 @@ async def _account(box: Box, key: Key, asked: str | None) -> str | None:
     if asked not in (None, key.account, key.account_id):
         raise Forbidden(f"This key sees the usage of its own account, {key.account}.")
     return key.account_id
+
+
+async def key_id(box: Box, text: str, account_id: str | None) -> str:
+    """The id of a key that is named by it, or by its name: of that account, if it is given.  Raises
+    NotFound."""
+    if text.startswith("key_") and len(text) == _ID:
+        return text
+    return (await keys.named(box.database, text, account_id)).id
 
 
 def _query(request: Request) -> UsageQuery:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import secrets
+import sqlite3
 import time
 from typing import Literal
 
@@ -15,7 +16,7 @@ from ulid import ULID
 
 from pinaivu_box.errors import Conflict, InvalidBody, NotFound
 from pinaivu_box.store.audit import Actor, record
-from pinaivu_box.store.database import Database
+from pinaivu_box.store.database import Database, Statement
 
 OWNER = "acct_owner"  # is there from the beginning
 Role = Literal["admin", "member"]
@@ -63,36 +64,57 @@ async def create(
     database: Database, name: str, role: Role, password: str | None, by: Actor
 ) -> Account:
     """Raises InvalidBody, Conflict."""
+    check_name(name)
+    hashed = None if password is None else await _hash(password)
+    account, *statements = new(name, role, hashed, by)
+    try:
+        await database.write(*statements)
+    except sqlite3.IntegrityError as error:
+        raise Conflict(f"There is an account {name} already: choose another name.") from error
+    return account
+
+
+def check_name(name: str) -> None:
+    """Raises InvalidBody."""
     if not _NAME.fullmatch(name):
         raise InvalidBody(
             f"'{name}' is no account name: use 1 to 64 of a-z, 0-9, and . _ @ - after the "
             "first, and not acct_ at the beginning",
             loc=("body", "name"),
         )
-    hashed = None if password is None else await _hash(password)
+
+
+def new(
+    name: str, role: Role, hashed: str | None, by: Actor
+) -> tuple[Account, Statement, Statement]:
+    """A new account, and the statements that store it: sqlite3.IntegrityError if its name is taken
+    by then."""
     account = Account(f"acct_{ULID()}".lower(), name, role, hashed is not None, _now(), 0)
-    (made, _) = await database.write(
+    return (
+        account,
         (
-            "INSERT INTO accounts (id, name, role, password, created_at) VALUES (?, ?, ?, ?, ?)"
-            " ON CONFLICT DO NOTHING",
+            "INSERT INTO accounts (id, name, role, password, created_at) VALUES (?, ?, ?, ?, ?)",
             (account.id, name, role, hashed, account.created_at),
         ),
         record(by, "account.create", account.id, name=name, role=role),
     )
-    if not made:
-        raise Conflict(f"There is an account {name} already: choose another name.")
-    return account
 
 
 async def make_for_key(database: Database, key_name: str, by: Actor) -> Account:
     """A member's account for a key that was given none: keys of different people must not see
     each other's receipts.  It is called as the key, with something after it if that is taken."""
-    slug = re.sub(r"[^a-z0-9._@-]+", "-", key_name.lower()).strip("-._@")[:48] or "key"
-    slug = re.sub(r"^acct_", "acct-", slug)
+    slug, other = names_for_key(key_name)
     try:
         return await create(database, slug, "member", None, by)
     except Conflict:
-        return await create(database, f"{slug}-{secrets.token_hex(4)}", "member", None, by)
+        return await create(database, other, "member", None, by)
+
+
+def names_for_key(key_name: str) -> tuple[str, str]:
+    """What the account of a key of that name is called, and what if that is taken."""
+    slug = re.sub(r"[^a-z0-9._@-]+", "-", key_name.lower()).strip("-._@")[:48] or "key"
+    slug = re.sub(r"^acct_", "acct-", slug)
+    return slug, f"{slug}-{secrets.token_hex(4)}"
 
 
 async def set_password(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import msgspec
@@ -47,18 +48,34 @@ async def ls(
     database: Database,
     *,
     since: int = 0,
-    target: str | None = None,
+    targets: Collection[str] | None = None,
     after: int | None = None,
     limit: int = 100,
 ) -> list[Entry]:
-    """The newest `limit` entries since then (and older than entry `after`), newest first."""
+    """The newest `limit` entries since then (and older than entry `after`), newest first; with
+    `targets`, ids or names of keys and accounts, only what was done to these."""
+    named = None if targets is None else msgspec.json.encode(list(targets)).decode()
+    them = "(SELECT value FROM json_each(?2))"
     rows = await database.scan(
         "SELECT id, at, actor, source, action, target, detail FROM audit"
-        " WHERE at >= ?1 AND (?2 IS NULL OR target = ?2) AND (?3 IS NULL OR id < ?3)"
-        " ORDER BY id DESC LIMIT ?4",
-        (since, target, after, limit),
+        f" WHERE at >= ?1 AND (?2 IS NULL OR target IN {them}"
+        f"  OR target IN (SELECT id FROM keys WHERE name IN {them})"
+        f"  OR target IN (SELECT id FROM accounts WHERE name IN {them}))"
+        " AND (?3 IS NULL OR id < ?3) ORDER BY id DESC LIMIT ?4",
+        (since, named, after, limit),
     )
     return [_entry(row) for row in rows]
+
+
+async def names(database: Database, entries: Iterable[Entry]) -> dict[str, str]:
+    """What the keys and accounts in these entries are called, by id."""
+    ids = {text for entry in entries for text in (entry.actor, entry.target)}
+    rows = await database.scan(
+        "SELECT id, name FROM keys WHERE id IN (SELECT value FROM json_each(?1)) AND name <> ''"
+        " UNION ALL SELECT id, name FROM accounts WHERE id IN (SELECT value FROM json_each(?1))",
+        (msgspec.json.encode(sorted(ids)).decode(),),
+    )
+    return {row["id"]: row["name"] for row in rows}
 
 
 def _entry(row: Row) -> Entry:

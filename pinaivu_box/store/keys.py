@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import secrets
+import sqlite3
 import string
 import time
 import zlib
@@ -89,8 +90,9 @@ _ELSEWHERE = {
 _COLUMNS = ", ".join(_ELSEWHERE.get(name, f"keys.{name}") for name in Key.__struct_fields__)
 _FROM = "FROM keys JOIN accounts ON accounts.id = keys.account_id"
 FIND = f"SELECT {_COLUMNS}, keys.hash <> ?1 AS old {_FROM} WHERE keys.hash = ?1 OR old_hash = ?1"
-LS = f"SELECT {_COLUMNS} {_FROM} WHERE keys.id < ? ORDER BY keys.id DESC LIMIT ?"
-LS_OF_ACCOUNT = LS.replace("WHERE", "WHERE keys.account_id = ? AND")
+_PAGE = "keys.id < ? ORDER BY keys.id DESC LIMIT ?"
+LS = f"SELECT {_COLUMNS} {_FROM} WHERE {_PAGE}"
+LS_OF_ACCOUNT = f"SELECT {_COLUMNS} {_FROM} WHERE keys.account_id = ? AND {_PAGE}"
 _NEWER_THAN_ALL = "l"  # ids begin with key_
 _MOST_TEXT = 200
 MOST_PERIODS = 32  # of a budget, beside the present one, that are remembered of a key
@@ -168,6 +170,24 @@ async def create(
 
     Raises InvalidBody, NotFound if the account has just been removed.
     """
+    key, secret, *statements = new(account, name, policy, expires_at, by)
+    try:
+        await database.write(*statements)
+    except sqlite3.IntegrityError as error:
+        raise NotFound(
+            f"The account {account.name} has just been removed: choose another."
+        ) from error
+    return key, secret
+
+
+def new(
+    account: Account, name: str, policy: Policy, expires_at: int | None, by: Actor
+) -> tuple[Key, str, Statement, Statement]:
+    """A new key, its secret, and the statements that store it: sqlite3.IntegrityError if its
+    account has been removed by then.
+
+    Raises InvalidBody.
+    """
     _check_text("name", name)
     _check(policy, account)
     secret = generate()
@@ -184,7 +204,6 @@ async def create(
     )
     row = {
         "id": key.id,
-        "account_id": key.account_id,
         "hash": hash_of(secret),
         "prefix": key.prefix,
         "last_four": key.last_four,
@@ -195,17 +214,16 @@ async def create(
     }
     marks = ", ".join("?" * len(row))
     detail = {"name": name, "account": account.name, "policy": policy}
-    (made, _) = await database.write(
+    return (
+        key,
+        secret,
         (
-            f"INSERT INTO keys ({', '.join(row)}) SELECT {marks}"
-            " WHERE EXISTS (SELECT 1 FROM accounts WHERE id = ? AND removed_at IS NULL)",
+            f"INSERT INTO keys ({', '.join(row)}, account_id) VALUES ({marks},"
+            " (SELECT id FROM accounts WHERE id = ? AND removed_at IS NULL))",
             (*row.values(), account.id),
         ),
         record(by, "key.create", key.id, **detail, expires_at=_text(expires_at)),
     )
-    if not made:
-        raise NotFound(f"The account {account.name} has just been removed: choose another.")
-    return key, secret
 
 
 async def find(database: Database, secret: str) -> tuple[Key, bool] | None:
@@ -238,24 +256,30 @@ async def get(database: Database, key_id: str) -> Key:
     return _key(rows[0])
 
 
-async def named(database: Database, text: str) -> Key:
-    """The key with that id, or whose shown prefix begins so, or the secret itself.
+async def named(database: Database, text: str, account_id: str | None = None) -> Key:
+    """The key with that id or that name, or whose shown prefix begins so, or the secret itself; of
+    that account, if it is given.  Of several with a name, the one that is not revoked.
 
     Raises NotFound, also if it fits several.
     """
     last = text[-4:] if len(text) > _SHOWN else ""
     rows = await database.read(
-        f"SELECT {_COLUMNS} {_FROM} WHERE keys.id = ?1"
+        f"SELECT {_COLUMNS} {_FROM} WHERE (keys.id = ?1 OR (?1 <> '' AND keys.name = ?1)"
         " OR (?2 <> '' AND keys.prefix >= ?2 AND keys.prefix < ?2 || x'f48fbfbf'"
-        "     AND (?3 = '' OR keys.last_four = ?3)) LIMIT 21",
-        (text, text[:_SHOWN] if text.startswith(PREFIX) else "", last),
+        "     AND (?3 = '' OR keys.last_four = ?3)))"
+        " AND (?4 IS NULL OR account_id = ?4)"
+        " ORDER BY keys.id <> ?1, revoked_at IS NOT NULL, keys.id LIMIT 21",
+        (text, text[:_SHOWN] if text.startswith(PREFIX) else "", last, account_id),
     )
+    # A key's name may be anything, its secret's beginning too: that is not repeated whole.
+    said = text[:_SHOWN] if text.startswith(PREFIX) else text[:_MOST_TEXT]
     if not rows:
-        raise NotFound(f"No key is called {text[:_SHOWN]}: 'pinaivu keys ls' lists them.")
-    if len(rows) > 1:
-        names = ", ".join(row["id"] for row in rows[:3])
-        raise NotFound(f"{text[:_SHOWN]} fits several keys ({names}, ...): give more of it.")
-    return _key(rows[0])
+        raise NotFound(f"No key is called {said}: 'pinaivu keys ls' lists them.")
+    found = [row for row in rows if row["id"] == text or row["revoked_at"] is None] or rows
+    if len(found) > 1 and found[0]["id"] != text:
+        names = ", ".join(row["id"] for row in found[:3])
+        raise NotFound(f"{said} fits several keys ({names}, ...): say which by its id.")
+    return _key(found[0])
 
 
 async def edit(
@@ -277,7 +301,7 @@ async def edit(
         _check_text("name", name)
         changes["name"] = name
     if policy is not None:
-        _check(policy, await accounts.find(database, key.account_id))
+        _check(policy, await accounts.find(database, key.account_id), key.policy)
         changes["policy"] = policy
     if expires_at is not UNSET:
         changes["expires_at"] = expires_at
@@ -373,9 +397,11 @@ def _check_text(field: str, text: str | None) -> None:
         )
 
 
-def _check(policy: Policy, account: Account | None = None) -> None:
+def _check(policy: Policy, account: Account | None = None, before: Policy | None = None) -> None:
     try:
         policies.check(policy)
+        if policy.budget is not None and (before is None or policy.budget != before.budget):
+            policies.check_new(policy.budget)
     except ValueError as error:
         raise InvalidBody(str(error), loc=("body", "policy")) from error
     if "admin" in policy.scopes and account is not None and account.role != "admin":

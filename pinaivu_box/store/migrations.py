@@ -389,6 +389,28 @@ _V3_PIECES = (
 
 _V3 = (*_V3_KEYS, *_V3_OWNERS, *_V3_USAGE, *_V3_AUDIT, *_V3_PEERS, *_V3_PIECES, *LEDGER)
 
+_V4_RECEIPTS = (
+    "CREATE INDEX keys_by_name ON keys (name)",
+    # For lists of receipts, which outlive the rows of their requests.
+    "ALTER TABLE receipts ADD COLUMN account_id TEXT NOT NULL DEFAULT ''",
+    "ALTER TABLE receipts ADD COLUMN model TEXT NOT NULL DEFAULT ''",
+    """
+    UPDATE receipts SET
+        account_id = (SELECT account_id FROM keys WHERE id = key_id),
+        model = coalesce(
+            (SELECT model FROM requests WHERE requests.request_id = receipts.request_id),
+            CASE WHEN json_valid(CAST(signed AS TEXT))
+                 THEN json_extract(CAST(signed AS TEXT), '$.model') END,
+            ''
+        )
+    """,
+    # A page is read in the order of the ids, which is that of time; the model is in the index, so
+    # that receipts of other models are passed over without being read.
+    "CREATE INDEX receipts_by_account ON receipts (account_id, request_id, model)",
+    "CREATE INDEX receipts_by_key ON receipts (key_id, request_id, model)",
+    "CREATE INDEX receipts_by_model ON receipts (model, request_id)",
+)
+
 _V4_CLOCK = (
     # What keys spent in other periods of their budgets than the one they were charged in last: a
     # clock that was wrong for a while comes back to the period that it had left.
@@ -463,7 +485,7 @@ _V4_RESPONSES = (
     "CREATE TABLE probe (id INTEGER PRIMARY KEY, filler BLOB NOT NULL) STRICT",
 )
 
-_V4 = (*_V4_CLOCK, *_V4_RESPONSES)
+_V4 = (*_V4_CLOCK, *_V4_RESPONSES, *_V4_RECEIPTS)
 
 MIGRATIONS: tuple[tuple[str, ...], ...] = (_V1, _V2, _V3, _V4)
 SCHEMA_VERSION = len(MIGRATIONS)

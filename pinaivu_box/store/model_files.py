@@ -98,11 +98,12 @@ async def hashes(database: Database, model: Model, digest: str) -> bytes:
 
 def copied(path: Path, digest: str, hashes: bytes) -> tuple[Statement, Statement]:
     """What is known of a file that was checked as it came: it need not be read again."""
-    facts = (*_facts(path), digest)
-    return (
-        _keep(digest, hashes),
-        ("INSERT OR REPLACE INTO model_files VALUES (?, ?, ?, ?)", facts),
-    )
+    return _keep(digest, hashes), named(path, digest)
+
+
+def named(path: Path, digest: str) -> Statement:
+    """The same of another name of a file that is known."""
+    return ("INSERT OR REPLACE INTO model_files VALUES (?, ?, ?, ?)", (*_facts(path), digest))
 
 
 async def _in_thread(work: Callable[[Callable[[], bool]], T]) -> T:

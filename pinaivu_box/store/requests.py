@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from pinaivu_box.store import keys
-from pinaivu_box.store.database import Database
+from pinaivu_box.store.database import Database, Statement
 
 
 class RequestRow(msgspec.Struct, frozen=True):
@@ -49,9 +49,13 @@ async def settle(
             msgspec.structs.astuple(row),
         ),
         (
-            "INSERT INTO receipts (request_id, key_id, created_at, signed, signature, opening)"
-            " VALUES (?, ?, ?, ?, ?, ?)",
-            (row.request_id, row.key_id, row.created_at, *msgspec.structs.astuple(receipt)),
+            "INSERT INTO receipts"
+            " (request_id, key_id, account_id, model, created_at, signed, signature, opening)"
+            " VALUES (?1, ?2, (SELECT account_id FROM keys WHERE id = ?2), ?3, ?4, ?5, ?6, ?7)",
+            (
+                *(row.request_id, row.key_id, row.model, row.created_at),
+                *msgspec.structs.astuple(receipt),
+            ),
         ),
         keys.charge(row.key_id, tokens=tokens, amount=row.amount, at=row.created_at, period=period),
     )
@@ -63,10 +67,58 @@ async def find_receipt(
     """The receipt, if it belongs to that account (None: whoever's)."""
     rows = await database.read(
         "SELECT signed, signature, opening FROM receipts JOIN keys ON keys.id = key_id"
-        " WHERE request_id = ? AND (? IS NULL OR account_id = ?)",
+        " WHERE request_id = ? AND (? IS NULL OR keys.account_id = ?)",
         (request_id, account_id, account_id),
     )
     return StoredReceipt(*rows[0]) if rows else None
+
+
+class ListedReceipt(msgspec.Struct, frozen=True):
+    """A receipt with its key; `key_name` may be empty."""
+
+    key_id: str
+    key_name: str
+    signed: bytes
+    signature: bytes
+
+
+_AFTER_ALL = "s"  # ids begin with req_
+
+
+def listing(
+    account_id: str | None, key_id: str | None, model: str | None, after: str | None, limit: int
+) -> Statement:
+    """The statement that finds a page of receipts, the newest first."""
+    conditions: dict[str, str] = {}
+    if key_id is not None:
+        conditions["key_id = ?"] = key_id
+    if account_id is not None:
+        # A key's own index reads less than its account's: the + keeps SQLite from that one.
+        conditions["account_id = ?" if key_id is None else "+account_id = ?"] = account_id
+    if model is not None:
+        alone = key_id is None and account_id is None
+        conditions["model = ?" if alone else "+model = ?"] = model
+    conditions["request_id < ?"] = after or _AFTER_ALL
+    return (
+        "SELECT key_id, (SELECT name FROM keys WHERE id = key_id) AS key_name, signed, signature"
+        f" FROM receipts WHERE {' AND '.join(conditions)} ORDER BY request_id DESC LIMIT ?",
+        (*conditions.values(), limit),
+    )
+
+
+async def list_receipts(
+    database: Database,
+    *,
+    account_id: str | None = None,
+    key_id: str | None = None,
+    model: str | None = None,
+    after: str | None = None,
+    limit: int = 100,
+) -> list[ListedReceipt]:
+    """The newest `limit` receipts (older than that of the request `after`), newest first: of an
+    account, a key and a model, where they are given."""
+    rows = await database.scan(*listing(account_id, key_id, model, after, limit))
+    return [ListedReceipt(*row) for row in rows]
 
 
 SINCE = (

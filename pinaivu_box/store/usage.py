@@ -4,23 +4,31 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Iterable
 from typing import Any, Literal
 
 import msgspec
 
 from pinaivu_box.store.database import Database, Row, Statement
 
-By = Literal["day", "hour", "key", "model", "node"]
-BYS: tuple[By, ...] = ("day", "hour", "key", "model", "node")
+By = Literal["day", "hour", "account", "key", "model", "node", "peer"]
+BYS: tuple[By, ...] = ("day", "hour", "account", "key", "model", "node", "peer")
+Who = Literal["account", "key"]
+Level = Literal["account", "key", "box"]  # whose sums a row holds, by its `key_id`
 Labels = tuple[str, ...]  # of a group, in the order of what it is grouped by
 
 _COLUMNS: dict[By, str] = {
     "day": "strftime('%Y-%m-%d', since / 1000, 'unixepoch')",
     "hour": "strftime('%Y-%m-%dT%H:00:00Z', since / 1000, 'unixepoch')",
+    "account": "coalesce((SELECT account_id FROM keys WHERE id = key_id), '')",
     "key": "key_id",
     "model": "model",
     "node": "node_id",
+    "peer": "node_id",  # the box that served it, which may be this one
+}
+_ROWS: dict[Level, str] = {
+    "key": "key_id IN (SELECT id FROM keys)",
+    "account": "key_id IN (SELECT id FROM accounts)",
+    "box": "key_id = ''",
 }
 
 
@@ -54,16 +62,17 @@ class Sums(msgspec.Struct):
 
 
 async def usage(
-    database: Database, wanted: Wanted, by: tuple[By, ...], keys: list[str] | None = None
+    database: Database, wanted: Wanted, by: tuple[By, ...], only: list[str] | None = None
 ) -> dict[Labels, Sums]:
-    """By group, in the order of their labels; only of those `keys`, if they are given."""
-    used = await database.scan(*summed("usage", wanted, by, keys))
+    """By group, in the order of their labels; of the keys (by account: of the accounts) `only`, if
+    they are given."""
+    used = await database.scan(*summed("usage", wanted, by, only))
     waited: list[Row] = []
     if "hour" not in by:  # they are kept by day
-        waited = await database.scan(*summed("latencies", wanted, by, keys))
+        waited = await database.scan(*summed("latencies", wanted, by, only))
     errors: list[Row] = []
-    if "node" not in by:  # nobody has served what was refused
-        errors = await database.scan(*summed("refusals", wanted, by, keys))
+    if not {"node", "peer"} & set(by):  # nobody has served what was refused
+        errors = await database.scan(*summed("refusals", wanted, by, only))
     # In a thread: there may be a hundred thousand rows, and streams go on meanwhile.
     return await asyncio.to_thread(_groups, used, waited, errors, len(by))
 
@@ -87,20 +96,21 @@ def _groups(
     return dict(sorted(found.items()))
 
 
-async def busiest(database: Database, wanted: Wanted, limit: int) -> list[str]:
-    """Keys ('' for requests that had none), those that used most first."""
-    return [row[0] for row in await database.scan(*ranked(wanted, limit))]
+async def busiest(database: Database, wanted: Wanted, who: Who, limit: int) -> list[str]:
+    """Keys or accounts ('' for requests that had none), those that used most first."""
+    return [row[0] for row in await database.scan(*ranked(wanted, who, limit))]
 
 
-def ranked(wanted: Wanted, limit: int) -> Statement:
-    conditions = _conditions(wanted, apart=True)
-    # Key by key, so that only the rows of that time are read.
-    used = _where([*conditions, "key_id IN (SELECT id FROM keys)"])
+def ranked(wanted: Wanted, who: Who, limit: int) -> Statement:
+    """The statement that finds them."""
+    level: Level = "key" if wanted.key_id is not None else who
+    used, refused = _conditions("usage", wanted, level), _conditions("refusals", wanted, "key")
     return (
-        "SELECT key_id FROM (SELECT key_id, prompt_tokens + completion_tokens AS tokens"
-        f" FROM usage{used} UNION ALL SELECT key_id, 0 FROM refusals{_where(conditions)})"
-        " GROUP BY key_id ORDER BY sum(tokens) DESC, key_id LIMIT ?",
-        (*conditions.values(), *conditions.values(), limit),
+        f"SELECT who FROM (SELECT {_label(who, level)} AS who,"
+        f" prompt_tokens + completion_tokens AS tokens FROM usage{_where(used)}"
+        f" UNION ALL SELECT {_label(who, 'key')}, 0 FROM refusals{_where(refused)})"
+        " GROUP BY who ORDER BY sum(tokens) DESC, who LIMIT ?",
+        (*_values(used), *_values(refused), limit),
     )
 
 
@@ -114,41 +124,64 @@ _TABLES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # what is summe
 }
 
 
-def summed(table: str, wanted: Wanted, by: tuple[By, ...], keys: list[str] | None) -> Statement:
+def summed(table: str, wanted: Wanted, by: tuple[By, ...], only: list[str] | None) -> Statement:
     """The statement that sums a table."""
     totals, also = _TABLES[table]
-    columns = [f"{_COLUMNS[one]} AS by_{one}" for one in by]
+    level = _level(table, wanted, by)
+    columns = [f"{_label(one, level)} AS by_{one}" for one in by]
     groups = ", ".join([*(f"by_{one}" for one in by), *also])
     selected = ", ".join([*columns, *also, *(f"sum({name}) AS {name}" for name in totals)])
-    # The rows of keys are read if keys are to be told apart, else those of the account or the box.
-    apart = table == "refusals" or "key" in by or wanted.key_id is not None
-    conditions = _conditions(wanted, apart)
-    if keys is not None:
-        encoded = msgspec.json.encode(keys).decode()
-        conditions = {"key_id IN (SELECT value FROM json_each(?))": encoded} | conditions
-    parts = list(conditions)
-    if wanted.account_id is None and not apart:
-        parts.append("key_id = ''")
-    elif table != "refusals" and "key" in by and keys is None:
-        parts.append("key_id >= 'key_'")  # accounts, acct_..., come before
+    conditions = _conditions(table, wanted, level)
+    if only is not None:
+        name = _label("key" if "key" in by else "account", level)
+        encoded = msgspec.json.encode(only).decode()
+        conditions = [(f"{name} IN (SELECT value FROM json_each(?))", (encoded,)), *conditions]
     grouped = f" GROUP BY {groups}" if groups else ""
     having = "" if groups else " HAVING count(*) > 0"  # sums of nothing are no row
-    sql = f"SELECT {selected} FROM {table}{_where(parts)}{grouped}{having}"
-    return sql, tuple(conditions.values())
+    sql = f"SELECT {selected} FROM {table}{_where(conditions)}{grouped}{having}"
+    return sql, _values(conditions)
 
 
-def _conditions(wanted: Wanted, apart: bool) -> dict[str, Any]:
-    """With their values; `apart`: of the rows of keys."""
-    conditions: dict[str, Any] = {}
-    if wanted.key_id is not None:
-        conditions["key_id = ?"] = wanted.key_id
-    if wanted.account_id is not None:
-        whose = "key_id IN (SELECT id FROM keys WHERE account_id = ?)" if apart else "key_id = ?"
-        conditions = {whose: wanted.account_id} | conditions
-    given = {"model = ?": wanted.model, "since >= ?": wanted.since, "since < ?": wanted.until}
-    return conditions | {text: value for text, value in given.items() if value is not None}
+def _level(table: str, wanted: Wanted, by: tuple[By, ...]) -> Level:
+    """The rows that tell apart what is asked for, and no more of them than that needs."""
+    if table == "refusals" or "key" in by or wanted.key_id is not None:
+        return "key"
+    return "account" if "account" in by or wanted.account_id is not None else "box"
 
 
-def _where(conditions: Iterable[str]) -> str:
-    text = " AND ".join(conditions)
+def _label(by: By, level: Level) -> str:
+    return "key_id" if by == level else _COLUMNS[by]
+
+
+_Condition = tuple[str, tuple[Any, ...]]  # with its values
+
+
+def _conditions(table: str, wanted: Wanted, level: Level) -> list[_Condition]:
+    """Of the rows of one level: each request is in the sums of its key, of its account and of the
+    box, and whoever added these up would count it three times."""
+    found: list[_Condition] = []
+    if wanted.account_id is not None and level == "key":
+        whose = "key_id IN (SELECT id FROM keys WHERE account_id = ?)"
+        found.append((whose, (wanted.account_id,)))
+    elif wanted.account_id is not None:
+        found.append(("key_id = ?", (wanted.account_id,)))
+    elif table != "refusals" or wanted.key_id is not None:  # there, '' is who had no key
+        found.append((_ROWS[level], ()))
+    for text, value in (
+        ("key_id = ?", wanted.key_id),
+        ("model = ?", wanted.model),
+        ("since >= ?", wanted.since),
+        ("since < ?", wanted.until),
+    ):
+        if value is not None:
+            found.append((text, (value,)))
+    return found
+
+
+def _where(conditions: list[_Condition]) -> str:
+    text = " AND ".join(condition for condition, _ in conditions)
     return f" WHERE {text}" if text else ""
+
+
+def _values(conditions: list[_Condition]) -> tuple[Any, ...]:
+    return tuple(value for _, values in conditions for value in values)

@@ -8,7 +8,7 @@ import io
 import re
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 
 import msgspec
@@ -17,14 +17,18 @@ from msgspec import UNSET, Struct, UnsetType
 from pinaivu_box.amount import to_text
 from pinaivu_box.errors import InvalidBody
 from pinaivu_box.store.database import Database
-from pinaivu_box.store.usage import BYS, By, Labels, Sums, Wanted, busiest, usage
+from pinaivu_box.store.usage import BYS, By, Labels, Sums, Wanted, Who, busiest, usage
 
 DAY_MS = 86_400_000
 _DAY = re.compile("[0-9]{4}-[0-9]{2}-[0-9]{2}")
 _NUMBER = re.compile(r"[+-]?[0-9]+(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?")
 # Spaces before it do not help, line ends may be dropped, and some take the full-width forms too.
 _FORMULA = re.compile(r"\s*[=+@\-\uff1d\uff0b\uff20\uff0d]|[\t\r\n]")
-MOST_KEYS = 1000  # that a report tells apart
+MOST_KEYS = 1000  # or accounts, that a report tells apart
+# What is grouped by ids -> where their names stand.
+NAMED: dict[By, str] = {
+    "account": "account_name", "key": "key_name", "node": "node_name", "peer": "peer_name"
+}  # fmt: skip
 
 
 class Percentiles(Struct, frozen=True):
@@ -40,7 +44,9 @@ class UsageGroup(Struct, frozen=True, omit_defaults=True):
     and `total_ms` are of requests that were answered, but not told by the hour; `errors` counts by
     code those that were not.
 
-    Of `day`, `hour`, `key`, `model` and `node` those are there that it was grouped by.
+    Of `day`, `hour`, `account`, `key`, `model`, `node` and `peer` (the box that served it) those
+    are there that it was grouped by, and beside each id its name: of a key without one what is
+    shown of its secret, of a box what it is called here; "" if nothing is known of it.
     """
 
     requests: int
@@ -54,14 +60,20 @@ class UsageGroup(Struct, frozen=True, omit_defaults=True):
     errors: dict[str, int]
     day: str | UnsetType = UNSET
     hour: str | UnsetType = UNSET
+    account: str | UnsetType = UNSET
     key: str | UnsetType = UNSET
     model: str | UnsetType = UNSET
     node: str | UnsetType = UNSET
+    peer: str | UnsetType = UNSET
+    account_name: str | UnsetType = UNSET
+    key_name: str | UnsetType = UNSET
+    node_name: str | UnsetType = UNSET
+    peer_name: str | UnsetType = UNSET
 
 
 class UsageReport(Struct, frozen=True, omit_defaults=True):
     """`data` has the groups that were asked for with `group_by`.  With `more_keys` it is only about
-    the keys that used most; the sums beside it are of all."""
+    the keys (by account: the accounts) that used most; the sums beside it are of all."""
 
     total_requests: int
     total_tokens: int
@@ -80,29 +92,51 @@ class UsageReport(Struct, frozen=True, omit_defaults=True):
 
 
 async def report(
-    database: Database, wanted: Wanted, by: tuple[By, ...], currency: str
+    database: Database,
+    wanted: Wanted,
+    by: tuple[By, ...],
+    currency: str,
+    boxes: Mapping[str, str] | None = None,
 ) -> UsageReport:
+    """`boxes`: what they are called, by node id."""
     groups = models = await usage(database, wanted, ("model",))
-    keys = None
-    if "key" in by and wanted.key_id is None:
-        keys = await busiest(database, wanted, MOST_KEYS + 1)
+    only = None
+    who: Who | None = "key" if "key" in by else "account" if "account" in by else None
+    if who is not None and wanted.key_id is None:
+        only = await busiest(database, wanted, who, MOST_KEYS + 1)
     if by and by != ("model",):
-        groups = await usage(database, wanted, by, keys and keys[:MOST_KEYS])
-    more = len(keys or ()) > MOST_KEYS
-    return await asyncio.to_thread(_made, models, groups, by, more, currency)
+        groups = await usage(database, wanted, by, only and only[:MOST_KEYS])
+    names: dict[By, Mapping[str, str]] = {"node": boxes or {}, "peer": boxes or {}}
+    for kind in ("key", "account"):
+        if kind in by:
+            place = by.index(kind)
+            names[kind] = await _names(database, kind, {labels[place] for labels in groups})
+    more = len(only or ()) > MOST_KEYS
+    return await asyncio.to_thread(_made, models, groups, by, names, more, currency)
+
+
+async def _names(database: Database, kind: Who, ids: set[str]) -> dict[str, str]:
+    """Those of keys or accounts, also of such as are revoked or removed."""
+    name = "coalesce(nullif(name, ''), prefix || '...' || last_four)" if kind == "key" else "name"
+    rows = await database.scan(
+        f"SELECT id, {name} FROM {kind}s WHERE id IN (SELECT value FROM json_each(?))",
+        (msgspec.json.encode(sorted(ids)).decode(),),
+    )
+    return {row[0]: row[1] for row in rows}
 
 
 def _made(
     models: dict[Labels, Sums],
     groups: dict[Labels, Sums],
     by: tuple[By, ...],
+    names: Mapping[By, Mapping[str, str]],
     more_keys: bool,
     currency: str,
 ) -> UsageReport:
     total = Sums()
     for sums in models.values():
         total.add(sums)
-    whole = _group(total, (), ())
+    whole = _group(total, (), (), {})
     return UsageReport(
         total_requests=whole.requests,
         total_tokens=whole.tokens,
@@ -114,13 +148,18 @@ def _made(
         ttft_ms=whole.ttft_ms,
         total_ms=whole.total_ms,
         errors=whole.errors,
-        by_model=[_group(sums, ("model",), labels) for labels, sums in models.items() if labels[0]],
-        data=[_group(sums, by, labels) for labels, sums in groups.items()] if by else UNSET,
+        by_model=[
+            _group(sums, ("model",), labels, {}) for labels, sums in models.items() if labels[0]
+        ],
+        data=[_group(sums, by, labels, names) for labels, sums in groups.items()] if by else UNSET,
         more_keys=more_keys,
     )
 
 
-def _group(sums: Sums, by: tuple[By, ...], labels: Labels) -> UsageGroup:
+def _group(
+    sums: Sums, by: tuple[By, ...], labels: Labels, names: Mapping[By, Mapping[str, str]]
+) -> UsageGroup:
+    ids = dict(zip(by, labels, strict=True))
     return UsageGroup(
         requests=sums.requests,
         tokens=sums.prompt_tokens + sums.completion_tokens,
@@ -131,7 +170,8 @@ def _group(sums: Sums, by: tuple[By, ...], labels: Labels) -> UsageGroup:
         ttft_ms=_percentiles(sums.ttft_ms),
         total_ms=_percentiles(sums.total_ms),
         errors=dict(sorted(sums.errors.items())),
-        **dict(zip(by, labels, strict=True)),
+        **ids,
+        **{field: names[one].get(ids[one], "") for one, field in NAMED.items() if one in ids},
     )
 
 
@@ -187,17 +227,18 @@ def span(first: int | None, last: int | None) -> tuple[int | None, int | None]:
 
 
 def to_csv(made: UsageReport, by: tuple[By, ...]) -> str:
-    """RFC 4180: a line for each group, or one for all that was asked."""
+    """RFC 4180: a line for each group, or one for all that was asked.  Names come last."""
     file = io.StringIO()
     lines = csv.writer(file)  # its lines end as the RFC wants
 
     def write(row: Sequence[str | int]) -> None:
-        lines.writerow([_cell(value) if isinstance(value, str) else value for value in row])
+        lines.writerow([cell(value) if isinstance(value, str) else value for value in row])
 
     sums = ("requests", "tokens", "prompt_tokens", "cached_tokens", "completion_tokens", "cost")
     kinds = ("ttft_ms", "total_ms")
     percentiles = [f"{kind}_{p}" for kind in kinds for p in Percentiles.__struct_fields__]
-    write([*by, *sums, "currency", *percentiles, "errors"])
+    named = [field for one, field in NAMED.items() if one in by]
+    write([*by, *sums, "currency", *percentiles, "errors", *named])
     for group in [_whole(made)] if made.data is UNSET else made.data:
         waits: list[int | str] = []
         for kind in kinds:
@@ -210,6 +251,7 @@ def to_csv(made: UsageReport, by: tuple[By, ...]) -> str:
                 made.currency,
                 *waits,
                 sum(group.errors.values()),
+                *(getattr(group, name) for name in named),
             ]
         )
     return file.getvalue()
@@ -222,7 +264,7 @@ def _whole(made: UsageReport) -> UsageGroup:
     return UsageGroup(**same, requests=made.total_requests, tokens=made.total_tokens)
 
 
-def _cell(text: str) -> str:
+def cell(text: str) -> str:
     """What a spreadsheet would run as a formula stays text, and a number a number."""
     if _NUMBER.fullmatch(text) or not _FORMULA.match(text):
         return text

@@ -6,6 +6,7 @@ Times are RFC 3339 in UTC, amounts decimal text.
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
@@ -59,6 +60,7 @@ class KeyView(Struct, frozen=True):
     amount: str
     spent: str | None
     stopped: int | UnsetType = UNSET  # running requests, if that was asked for
+    warning: str | UnsetType = UNSET  # of settings that do not do what they seem to
     request_id: str | UnsetType = UNSET
 
 
@@ -69,7 +71,8 @@ class NewKey(KeyView, frozen=True, kw_only=True):
 
 
 class AuditEntry(Struct, frozen=True):
-    """Who (`actor`: a key's id, or cli:USER) did what from where; `detail` says what was set."""
+    """Who (`actor`: a key's id, or cli:USER) did what from where; `detail` says what was set.
+    `actor_name` and `target_name`: what they are called today, null if they have no names."""
 
     id: int
     at: str
@@ -78,6 +81,8 @@ class AuditEntry(Struct, frozen=True):
     action: str
     target: str
     detail: dict[str, Any]
+    actor_name: str | None = None
+    target_name: str | None = None
 
 
 def account_view(account: Account) -> AccountView:
@@ -93,8 +98,13 @@ def new_key_view(key: Key, secret: str) -> NewKey:
     return NewKey(**_fields(key), key=secret)
 
 
-def audit_view(entry: audit.Entry) -> AuditEntry:
-    return AuditEntry(**{**msgspec.structs.asdict(entry), "at": _text(entry.at)})
+def audit_view(entry: audit.Entry, names: Mapping[str, str]) -> AuditEntry:
+    """`names` of keys, accounts and peers, by id."""
+    return AuditEntry(
+        **{**msgspec.structs.asdict(entry), "at": _text(entry.at)},
+        actor_name=names.get(entry.actor),
+        target_name=names.get(entry.target),
+    )
 
 
 def parse_time(text: str) -> int:

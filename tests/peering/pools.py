@@ -18,6 +18,7 @@ from ulid import ULID
 from pinaivu_box.config import Config, EngineConfig, ModelConfig, PeeringConfig, SamplingConfig
 from pinaivu_box.errors import PeeringError
 from pinaivu_box.gateway.backend import Event, Job
+from pinaivu_box.gateway.ceilings import Debts
 from pinaivu_box.gateway.guests import Terms
 from pinaivu_box.gateway.load import Load
 from pinaivu_box.gateway.local import LocalBackend
@@ -135,6 +136,7 @@ class Node:
             self._served,
             self._lately,
             self._keep,
+            self._debts,
             self._writable,
         )
         everybody[self.node_id] = self
@@ -150,6 +152,9 @@ class Node:
 
     async def _served(self, peer: str, request_id: str, leg: int, choice: int) -> bool:
         return False
+
+    async def _debts(self) -> Debts:
+        return {}
 
     async def _keep(self, leg: Served | Taken) -> None:
         self.kept.append(leg)

@@ -108,7 +108,7 @@ async def test_who_was_put_out_shows_its_certificate_in_vain(
         await stream.send(wire.encode(Open("gossip")))
         await stream.send(encode(Give(tuple(Given(one) for one in old))))
         lost = await soon(link.closed())
-        assert lost.code == Code.FORBIDDEN and "sold" in lost.reason, lost
+        assert lost.code == Code.REVOKED and "sold" in lost.reason, lost
         assert box.network.peer("dora").state == "revoked"
     await bare.close()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from pinaivu_box.box import Box as OpenBox
 from pinaivu_box.box import open_box
 from pinaivu_box.config import Config
 from pinaivu_box.errors import PeerNotFound
+from pinaivu_box.models import catalog
+from pinaivu_box.models.placing import place
 from pinaivu_box.models.splits import digest_of_parts
 from pinaivu_box.peering.advert import Advert
 from pinaivu_box.server.app import create_app
@@ -167,6 +169,54 @@ async def test_what_is_here_is_not_copied_again(puller: Puller) -> None:
     again = await puller.pull()
     assert again["state"] == "done" and "already, as made:up" in again["message"]
     assert len(await audit.ls(puller.box.database)) == 1
+
+
+async def test_what_is_here_gets_the_name_that_was_asked_for(puller: Puller) -> None:
+    await puller.giver(DATA)
+    first = await puller.pull()
+    named = await puller.pull(**{"as": "other:1"})
+    assert (named["state"], named["model"], named["sources"]) == ("done", "other:1", [])
+    assert f"already, as {first['model']}, and serves it as other:1 too" in named["message"]
+    served = (await puller.http.get("/v1/models")).json()["data"]
+    assert {NAME, "other:1"} <= {model["id"] for model in served}
+    new = puller.box.catalog.find("other:1")
+    assert digest_of(new.path.read_bytes()) == await puller.box.digests.of(new) == DIGEST
+    assert puller.network.changes == 2  # it is offered to others
+    newest, _ = await audit.ls(puller.box.database)
+    assert (newest.target, newest.detail["same_as"]) == ("other:1", NAME)
+    # The file of one name may go: the other is still there.
+    puller.box.catalog.find(NAME).path.unlink()
+    await puller.box.look_for_models()
+    assert digest_of(puller.box.catalog.find("other:1").path.read_bytes()) == DIGEST
+    # It is called so now: nothing is left to do, with its tag or without.
+    for name in ("other:1", "made:up"):
+        again = await puller.pull(**{"as": name})
+        assert again["state"] == "done"
+    assert {path.name for path in new.path.parent.glob("*")} >= {"other:1.gguf", "made:up.gguf"}
+
+
+async def test_a_name_that_another_file_has_is_not_taken_from_it(puller: Puller) -> None:
+    await puller.giver(DATA)
+    await puller.pull()
+    other = await puller.world.giver(made_up(2), name="ben")
+    puller.network.meet(other.source, made_up=made_up(2))
+    await puller.pull(**{"from": "ben", "as": "other:file"})
+    status, said = await puller.refused(**{"from": "anna", "as": "other:file"})
+    assert status == 409 and "another file as other:file" in said
+    assert digest_of(puller.box.catalog.find("other:file").path.read_bytes()) != DIGEST
+
+
+def test_a_model_inside_a_larger_file_is_copied_out_of_it(tmp_path: Path) -> None:
+    """As the bundled one is in the executable."""
+    whole = tmp_path / "executable"
+    whole.write_bytes(b"before" + DATA + b"after")
+    inside = catalog.remote("inside:1", DIGEST)
+    inside = replace(inside, path=whole, offset=6, size=len(DATA), remote=False)
+    assert place(inside, tmp_path / "models", "out:1") == [tmp_path / "models" / "out:1.gguf"]
+    assert digest_of((tmp_path / "models" / "out:1.gguf").read_bytes()) == DIGEST
+    with pytest.raises(FileExistsError):
+        assert place(inside, tmp_path / "models", "out:1") == [tmp_path / "models" / "out:1.gguf"]
+    assert [path.name for path in (tmp_path / "models").iterdir()] == ["out:1.gguf"]
 
 
 async def test_who_lies_is_named_in_the_last_line(puller: Puller) -> None:

@@ -1,0 +1,100 @@
+"""Many new keys at once, and the accounts that they need: all of them, or none."""
+
+from __future__ import annotations
+
+import sqlite3
+
+from msgspec import Struct
+
+from pinaivu_box.errors import Conflict, InvalidBody, NotFound
+from pinaivu_box.policy import Policy
+from pinaivu_box.store import accounts, keys
+from pinaivu_box.store.accounts import Account
+from pinaivu_box.store.audit import Actor
+from pinaivu_box.store.database import Database, Statement
+from pinaivu_box.store.keys import Key
+
+
+class Draft(Struct, frozen=True):
+    """A key that is wanted; without an account it gets one of its own (with the scope `admin`, the
+    owner's).  `expires_at` in Unix milliseconds."""
+
+    name: str
+    account: str | None
+    policy: Policy
+    expires_at: int | None
+
+
+class NewKeys:
+    """Add each draft, then write: one transaction."""
+
+    def __init__(self, database: Database, by: Actor, *, new_accounts: bool = False) -> None:
+        """With `new_accounts`, an account that is not there is made, as a member."""
+        self._database = database
+        self._by = by
+        self._new_accounts = new_accounts
+        self._accounts: dict[str, Account] = {}  # by the name that they were asked for with
+        self._taken: set[str] = set()  # names of those that are made
+        self._statements: list[Statement] = []
+        self._made: list[tuple[Key, str]] = []
+
+    async def add(self, draft: Draft) -> None:
+        """Raises InvalidBody, NotFound."""
+        account = await self._account(draft)
+        key, secret, *statements = keys.new(
+            account, draft.name, draft.policy, draft.expires_at, self._by
+        )
+        self._statements += statements
+        self._made.append((key, secret))
+
+    async def write(self) -> list[tuple[Key, str]]:
+        """The keys with their secrets, which are nowhere else.  Raises Conflict, and none is there
+        then, if an account has come or gone meanwhile."""
+        try:
+            await self._database.write(*self._statements)
+        except sqlite3.IntegrityError as error:
+            raise Conflict(
+                "An account was created or removed meanwhile, and no key was made: try again."
+            ) from error
+        return self._made
+
+    async def _account(self, draft: Draft) -> Account:
+        if draft.account is None and "admin" not in draft.policy.scopes:
+            return await self._own(draft.name)
+        name = draft.account or accounts.OWNER
+        if name not in self._accounts:
+            self._accounts[name] = await self._find(name)
+        return self._accounts[name]
+
+    async def _find(self, name: str) -> Account:
+        try:
+            return await accounts.find(self._database, name)
+        except NotFound:
+            if not self._new_accounts:
+                raise
+        if name in self._taken:
+            raise InvalidBody(
+                f"{name} is made for another of these keys: name it there too",
+                loc=("body", "account"),
+            )
+        accounts.check_name(name)
+        return self._make(name)
+
+    async def _own(self, key_name: str) -> Account:
+        for name in accounts.names_for_key(key_name):
+            if name not in self._taken and not await self._is_there(name):
+                return self._make(name)
+        raise Conflict(f"There is an account for a key {key_name} already: name one.")
+
+    async def _is_there(self, name: str) -> bool:
+        try:
+            await accounts.find(self._database, name)
+        except NotFound:
+            return False
+        return True
+
+    def _make(self, name: str) -> Account:
+        account, *statements = accounts.new(name, "member", None, self._by)
+        self._statements += statements
+        self._taken.add(name)
+        return account
