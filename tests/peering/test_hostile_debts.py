@@ -296,6 +296,26 @@ async def test_debts_outlive_a_restart_and_are_accepted_later(tmp_path: Path) ->
             assert (await anna.chat()).status_code == 200
 
 
+async def test_who_pays_for_a_prompt_once_more_owes_that(world: World) -> None:
+    """The ledger takes one payment for a prompt: what a second is for is not served for nothing,
+    neither one after the other nor at once."""
+    peer = world.carl.identity.node_id
+    before = (await world.ben.pool.serving.guests.owes(peer, "credits")).total
+    request, proofs = ask(world).task.request_id, []
+    for choice in range(2):  # other prompts under the number of the first
+        asked = ask(world, f"Prompt {choice}", request_id=request, choice=choice)
+        stream, proved = await served(world, asked)
+        proofs.append(msgspec.json.decode(proved.signed))
+        await accept(stream, sign(world, proved))
+    asks = [ask(world, f"{n}", request_id=request, choice=n) for n in (2, 3)]
+    for stream, proved in await asyncio.gather(*(served(world, one) for one in asks)):
+        proofs.append(msgspec.json.decode(proved.signed))
+        await accept(stream, sign(world, proved))
+    await wait_until(lambda: not world.running)
+    due = sum(one["prompt_tokens"] + one["completion_tokens"] for one in proofs) * 10**7
+    assert (await world.ben.pool.serving.guests.owes(peer, "credits")).total == before + due
+
+
 @pytest.mark.parametrize("kind", ["garbage", "anothers", "another proof", "dispute"])
 async def test_a_signature_that_does_not_bind_is_none(world: World, kind: str) -> None:
     asked, earlier = ask(world), ask(world)
