@@ -24,6 +24,8 @@ import llama_cpp.llama_cpp as llama
 import msgspec
 import pytest
 
+from pinaivu_box.config import Config
+from pinaivu_box.doctor import models as doctor
 from pinaivu_box.models import folder as folders
 from pinaivu_box.models import gguf
 from pinaivu_box.models.gguf import BadGguf, read_header
@@ -104,6 +106,19 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "part-without-its-name": (valid(u32("split.count", 3)), "part 1 of 3"),
 }
 GOOD = "good"
+
+
+def test_files_that_belong_to_a_model_are_no_failure_of_the_doctor(tmp_path: Path) -> None:
+    """Other programs keep a projector beside its model, and that is nothing to mend."""
+    (tmp_path / "models").mkdir()
+    for name in ("adapter", "projector", "cut-off"):
+        (tmp_path / f"models/{name}.gguf").write_bytes(HOSTILE[name][0])
+    checks = [one for one in doctor.files(Config(), tmp_path) if "not served: " in one.found]
+    assert {Path(one.found.split(": ")[1]).stem: one.state for one in checks} == {
+        "adapter": "warning",
+        "projector": "warning",
+        "cut-off": "failed",
+    }
 
 
 def listed(done: Any) -> dict[str, str]:

@@ -13,6 +13,7 @@ from starlette.responses import Response
 from pinaivu_box.box import Box
 from pinaivu_box.errors import NotFound
 from pinaivu_box.gateway.requests import Begun, Failed, Finished, RequestEvent, Said
+from pinaivu_box.gateway.sizes import check_tools
 from pinaivu_box.openai.request import check_chat
 from pinaivu_box.openai.response_items import Event, ResponseItems
 from pinaivu_box.openai.responses import (
@@ -54,6 +55,8 @@ _STATUS = {"length": "incomplete", "cancelled": "cancelled"}
 async def create(request: Request) -> Response:
     call = Call(request)
     body = await call.body(ResponseRequest)
+    if body.tools:  # the answer shows them in several of its events, called or not
+        check_tools(len(msgspec.json.encode(body.tools)))
     chat = _as_chat(body)
     check_chat(chat)
     items = as_items(body.input)

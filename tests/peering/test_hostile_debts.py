@@ -245,6 +245,25 @@ async def test_tokens_a_minute_count_what_was_hung_up_on(strict: World) -> None:
     assert 0 < counted < 20
 
 
+async def test_what_other_legs_have_made_counts_as_tokens_a_minute(strict: World) -> None:
+    """It is computed like a prompt, and nobody pays for it: that must not be without a limit."""
+    world = strict
+    use = world.ben.pool.serving.guests.use(world.carl.identity.node_id)
+    use.tokens._entries.clear()
+    use.tokens._total = 0
+    await terms(world, tokens_per_minute=400)
+    made = [100] * 300
+    asked = msgspec.structs.replace(ask(world, leg=1, max_tokens=302), made=made)
+    stream, proved = await served(world, asked)
+    await accept(stream, sign(world, proved))
+    await wait_until(lambda: not world.running)
+    assert 302 < use.tokens.used(time.monotonic()) <= 400
+    stream = await opened(world)
+    await work.send(stream, msgspec.structs.replace(ask(world, leg=1, max_tokens=302), made=made))
+    said = await soon(work.receive(stream, work.to_coordinator))
+    assert isinstance(said, work.Refused) and "400 tokens a minute" in said.message
+
+
 async def test_debts_outlive_a_restart_and_are_accepted_later(tmp_path: Path) -> None:
     """What anna's box has taken and not told ben that it accepts: ben's stays, as a debt of hers
     that counts, until the two settle."""
