@@ -206,7 +206,7 @@ def parse_span(text: str) -> float:
     Raises ValueError.
     """
     seconds = parse_duration(text)
-    if seconds and text.strip()[-1].isdecimal():
+    if seconds and not text.strip().endswith(tuple(_UNIT_SECONDS)):
         raise ValueError(f"'{text}' has no unit: write for example {text}d, {text}h or {text}s")
     return seconds
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 from datetime import UTC, datetime
@@ -10,13 +11,20 @@ from typing import Any
 import msgspec
 
 from pinaivu_box.config import LogConfig
+from pinaivu_box.errors import quoted
+
+_LONGEST_VALUE = 400  # characters
+_LONGEST_MESSAGE = 4000
 
 
 class _TextFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         fields = _fields(record)
-        pairs = "".join(f" {name}={value}" for name, value in fields.items() if value is not None)
-        line = f"{_time(record)} {record.levelname.lower():7} {record.getMessage()}{pairs}"
+        pairs = "".join(
+            f" {name}={_shown(value)}" for name, value in fields.items() if value is not None
+        )
+        message = quoted(record.getMessage(), _LONGEST_MESSAGE)
+        line = f"{_time(record)} {record.levelname.lower():7} {message}{pairs}"
         return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
 
 
@@ -32,6 +40,15 @@ class _JsonFormatter(logging.Formatter):
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
         return msgspec.json.encode(line).decode()
+
+
+def _shown(value: Any) -> str:
+    """A value that clients may have written: one line that moves no cursor, and in quotation marks
+    what could be taken for another field."""
+    text = str(value)
+    if not text.isprintable() or any(mark in text for mark in ' "='):
+        text = json.dumps(text, ensure_ascii=False)
+    return quoted(text, _LONGEST_VALUE)
 
 
 def _fields(record: logging.LogRecord) -> dict[str, Any]:

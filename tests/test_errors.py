@@ -161,7 +161,7 @@ def test_an_unknown_model_is_404_that_names_what_is_served(box: Box, model: str)
     check_envelope(caught.value.response, 404, "model_not_found")
 
 
-@pytest.mark.parametrize("path", ["/nope", "/v1/nope", "/v1/chat", "/v2/models", "/v1/receipts"])
+@pytest.mark.parametrize("path", ["/nope", "/v1/nope", "/v1/chat", "/v2/models", "/v1/receipt"])
 def test_an_unknown_path_is_404(box: Box, path: str) -> None:
     assert path in check_envelope(box.http("GET", path), 404, "not_found")["error"]["message"]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+from types import SimpleNamespace
 from typing import Any
 
 import hypothesis.strategies as st
@@ -31,8 +32,11 @@ from pinaivu_box.openai.request import MOST_NUMBERS, MOST_VALUES, SMALL, decode
 from pinaivu_box.openai.responses import ResponseRequest, as_messages
 from pinaivu_box.openai.types import ChatRequest
 from pinaivu_box.receipts.commitment import output_text, prompt_text
-from pinaivu_box.server import bodies
+from pinaivu_box.server import bodies, responses, routes
+from pinaivu_box.server.app import ROUTES
 from pinaivu_box.server.bodies import Bodies, Room
+from pinaivu_box.server.inference import Call
+from pinaivu_box.store import responses as stored_responses
 
 LONG = "word " * 20_000
 USER = {"role": "user", "content": LONG}
@@ -136,6 +140,19 @@ def test_names_are_cut_before_they_are_compared(monkeypatch: pytest.MonkeyPatch)
     assert all(len(one) < 300 and one.isprintable() for one in said)
 
 
+def test_paths_are_cut_before_they_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sixty kilobytes would take seconds of the event loop, and need no key."""
+    longest: list[int] = []
+
+    def alike(path: str, template: str) -> float:
+        longest.append(len(path))
+        return 0.0
+
+    monkeypatch.setattr(routes, "_alike", alike)
+    routes.nothing_at("/" + "a" * 60_000, ROUTES)
+    assert longest and max(longest) <= 100
+
+
 def test_what_is_ignored_is_named_in_few_letters() -> None:
     many = {f"field {n}": 1 for n in range(3000)}
     data = json.dumps({"model": "a", "text": "b", "x" * 50_000: 1, **many}).encode()
@@ -222,6 +239,73 @@ def test_only_small_bodies_are_decoded_by_the_loop(
         asyncio.run(run())
     finally:
         both.close()
+
+
+def test_a_length_beside_chunks_says_nothing_of_the_room() -> None:
+    """The server passes both on: a client that says 3 bytes and sends megabytes takes as much room
+    as one that says nothing."""
+    request = request_of(b" " * (SMALL + 1), announced=True)
+    request.scope["headers"] = [(b"content-length", b"3"), (b"transfer-encoding", b"chunked")]
+
+    async def run() -> None:
+        both, taken = Bodies(), []
+        take = both._room.take
+
+        async def seen(account: str, size: int, most: int) -> Any:
+            taken.append(size)
+            return await take(account, size, most)
+
+        both._room.take = seen  # type: ignore[method-assign]
+        try:
+            with pytest.raises(InvalidJson):
+                await both.receive(request, "acct", TokenizeRequest, 2**20, lenient=False)
+        finally:
+            both.close()
+        assert taken == [2**20]
+
+    asyncio.run(run())
+
+
+def test_a_long_conversation_is_not_read_before_there_is_room(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The body that asks for it is small, and there may be a thousand of them."""
+    read: list[str] = []
+
+    async def size(*_: Any) -> int:
+        return 2**20
+
+    async def conversation(_database: Any, previous: str, *_: Any) -> list[tuple[bytes, bytes]]:
+        read.append(previous)
+        return [(b"[]", b'{"output":[]}')]
+
+    monkeypatch.setattr(stored_responses, "conversation_size", size)
+    monkeypatch.setattr(stored_responses, "conversation", conversation)
+
+    async def run() -> None:
+        both = Bodies()
+        config = SimpleNamespace(server=SimpleNamespace(max_body_bytes=2**20))
+        box = SimpleNamespace(config=config, database=None)
+        requests, tasks = [], []
+        for number in range(6):
+            request = request_of(b"{}", announced=True)
+            call = Call.__new__(Call)
+            call.box, call.bodies, call._request = box, both, request  # type: ignore[assignment]
+            call.key = SimpleNamespace(account_id="acct")  # type: ignore[assignment]
+            body = ResponseRequest(model="a", input="x", previous_response_id=str(number))
+            requests.append(request)
+            tasks.append(asyncio.create_task(responses._history(call, body)))
+        await asyncio.gather(*tasks[:4])
+        await asyncio.sleep(0)
+        assert read == ["0", "1", "2", "3"]
+        bodies.leave(requests[0])
+        await tasks[4]
+        assert read == ["0", "1", "2", "3", "4"]
+        bodies.leave(requests[1])
+        await tasks[5]
+        both.close()
+
+    asyncio.run(run())
 
 
 def test_a_long_conversation_is_decoded_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,12 +5,17 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import ctypes
+import fcntl
 import json
 import os
+import pty
 import random
 import re
 import socket
 import struct
+import subprocess
+import sys
+import termios
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,12 +24,14 @@ import llama_cpp.llama_cpp as llama
 import msgspec
 import pytest
 
+from pinaivu_box.config import Config
+from pinaivu_box.doctor import models as doctor
 from pinaivu_box.models import folder as folders
 from pinaivu_box.models import gguf
 from pinaivu_box.models.gguf import BadGguf, read_header
 from pinaivu_box.sandbox import Limits, Sandbox
 from tests import ggufs
-from tests.box import MODEL, UNDRAFTED, Box, pinaivu, pinaivu_json
+from tests.box import MODEL, PINAIVU, UNDRAFTED, Box, environment, pinaivu, pinaivu_json
 from tests.ggufs import array, header, key, part, part_name, put_split, tensor, u32, valid, word
 
 FAKE = "slow:1"
@@ -99,6 +106,19 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "part-without-its-name": (valid(u32("split.count", 3)), "part 1 of 3"),
 }
 GOOD = "good"
+
+
+def test_files_that_belong_to_a_model_are_no_failure_of_the_doctor(tmp_path: Path) -> None:
+    """Other programs keep a projector beside its model, and that is nothing to mend."""
+    (tmp_path / "models").mkdir()
+    for name in ("adapter", "projector", "cut-off"):
+        (tmp_path / f"models/{name}.gguf").write_bytes(HOSTILE[name][0])
+    checks = [one for one in doctor.files(Config(), tmp_path) if "not served: " in one.found]
+    assert {Path(one.found.split(": ")[1]).stem: one.state for one in checks} == {
+        "adapter": "warning",
+        "projector": "warning",
+        "cut-off": "failed",
+    }
 
 
 def listed(done: Any) -> dict[str, str]:
@@ -334,6 +354,46 @@ def test_of_two_files_with_one_id_the_first_is_served_and_the_other_named(models
         assert done.stderr.count("another file is served as y:latest already") == 1
         assert done.stderr.count("another file is served as z:latest already") == 1
         assert done.stderr.count("not served:") == 5
+
+
+def test_in_a_narrow_terminal_no_name_is_cut_off(models: Path) -> None:
+    """LM Studio's folders make long paths, of which the end says which file it is."""
+    place = models / "lmstudio-community" / "Meta-Llama-3.1-8B-Instruct-GGUF"
+    place.mkdir(parents=True)
+    (place / "Meta-Llama-3.1-8B-Instruct-Q4_K_M.gguf").write_bytes(valid())
+    (place / "Meta-Llama-3.1-8B-Instruct-Q8_0.gguf").write_bytes(valid()[:-1])
+    (path,) = place.glob("*Q8_0*")
+    shown = (
+        "from pinaivu_box.cli.doctor import show_checks\n"
+        "from pinaivu_box.doctor.check import Check\n"
+        f"show_checks([Check('models', 'failed', {f'not served: {path}: it is incomplete'!r}, '')])"
+    )
+    doctor = in_terminal(sys.executable, "-c", shown)
+    assert "Instruct-Q8_0.gguf:itisincomplete" in "".join(doctor.split())
+    listed = in_terminal(*PINAIVU, "ls", "--home", str(models.parent))
+    assert "SIZE" in listed and "OWNER" in listed
+    assert "Meta-Llama-3.1-8B-Instruct-Q4_K_M:latest" in listed
+    assert "Instruct-Q4_K_M.gguf" in "".join(
+        listed.partition("local")[2].split("smollm2")[0].split()
+    )
+
+
+def in_terminal(*command: str) -> str:
+    """What it prints into one of 80 columns."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
+    with subprocess.Popen(
+        command, stdout=theirs, stderr=subprocess.DEVNULL, env=environment(COLUMNS="80")
+    ):
+        os.close(theirs)
+        said = b""
+        with contextlib.suppress(OSError):  # the terminal's end
+            while more := os.read(ours, 65536):
+                said += more
+        os.close(ours)
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", said.decode())
+    assert max(map(len, text.splitlines())) <= 80
+    return text
 
 
 def test_a_folder_is_looked_at_within_bounds(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -120,7 +120,7 @@ def test_what_was_ignored_is_not_kept(
 
 def test_what_no_model_has_read_is_not_kept(here: Box, client: openai.OpenAI) -> None:
     """Tools that may not be called, what a schema tells to nobody, and thoughts without number."""
-    tool = {"type": "function", "name": "f", "parameters": {}, "description": JUNK}
+    tool = {"type": "function", "name": "f", "parameters": {}, "description": JUNK[:500_000]}
     schema = {
         "type": "object",
         "properties": {},
@@ -137,6 +137,9 @@ def test_what_no_model_has_read_is_not_kept(here: Box, client: openai.OpenAI) ->
     assert kept.tools == [] and kept.text.format.name == "f"
     many = here.http("POST", "/v1/responses", json={"model": "fake:1", "input": [said] * 16_385})
     assert many.status_code == 422
+    larger = {"model": "fake:1", "input": "hi", "tool_choice": "none"}
+    larger["tools"] = [{**tool, "description": JUNK}]
+    assert here.http("POST", "/v1/responses", json=larger).json()["error"]["param"] == "tools"
 
 
 @pytest.mark.parametrize(

@@ -250,6 +250,10 @@ CLOCKS: dict[str, tuple[list[float], list[float]]] = {
         [0, 40, 40.5, 40.4, 41.4],
         [0, 0, 0, 0, 41.4],
     ),
+    "leaps, and is set back a little at once": (
+        [0, 400, 399.95, 400.5, 401.1],
+        [0, 0, 0, 0, 401.1],
+    ),
     "is behind for an hour": ([0, -400, -399.9, 0.2, 0.3], [0, -400, -399.9, -399.9, -399.9]),
     "is asked once a week": ([0, 7, 14, 21, 28], [0, 0, 7, 14, 21]),
 }
@@ -318,6 +322,23 @@ def test_what_a_clock_has_dated_that_was_behind_is_as_new_as_it_is(tmp_path: Pat
     for day in (5.7, 6.6, 7.5, 8.4):
         asyncio.run(look(path, MONDAY + round(day * DAY)))
     assert names(path, "receipts") == names(path, "responses") == []
+
+
+def test_a_clock_that_is_set_back_by_hours_keeps_nothing_longer(tmp_path: Path) -> None:
+    """Where two systems start in turn, one takes the other's local time for its own, until it has
+    asked what time it is: two hours ahead each morning.  On Saturdays it is off."""
+    path = tmp_path / "box.db"
+    new_database(path)
+    for day in (0, 1, 2, 3, 4, 7, 8, 9, 10, 11, 14, 15):
+        morning = MONDAY + day * DAY + 8 * HOUR
+        for hours in (2, 1, 6) if day % 7 == 0 else (1, 6):
+            asyncio.run(look(path, morning + hours * HOUR))
+        if day == 1:
+            with sqlite3.connect(path) as database:
+                insert_receipt(database, "a", morning + 3 * HOUR)
+                insert_response(database, "a", morning + 3 * HOUR)
+        kept = ["a"] if 1 <= day < 8 else []
+        assert names(path, "receipts") == names(path, "responses") == kept, day
 
 
 def test_a_kill_in_the_middle_changes_no_sum(tmp_path: Path) -> None:

@@ -622,6 +622,21 @@ def test_the_log_is_text_unless_told(new_box: NewBox) -> None:
     assert not line.startswith("{")
 
 
+def test_what_clients_write_is_one_line_of_the_log(new_box: NewBox) -> None:
+    """Also of who has no key: no line and no field is made up, and no terminal told anything."""
+    box = new_box(*FAKE)
+    forged = "2026-01-01T00:00:00.000Z info    http status=200"
+    paths = [f"/{forged}", f"/v1/a%0A{forged}%0A", "/%1b%5b2J%c2%9b2J%e2%80%ae", "/" + "a" * 9000]
+    answers = [box.http("GET", path, key="") for path in paths]
+    ids = [answer.headers["x-request-id"] for answer in answers]
+    wait_until(lambda: ids[-1] in box.errors, "the line")
+    lines = [line for line in box.errors.split("\n") if " http " in line]
+    assert [name for line in lines for name in ids if name in line] == ids and len(lines) == 4
+    assert not any(line.startswith("2026-01-01T00:00:00.000Z") for line in lines)
+    assert not any(re.search(r'path=[^"\s]*\s+info', line) for line in lines)
+    assert all(line.isprintable() and len(line) < 1000 for line in lines)
+
+
 def test_a_higher_log_level_is_quieter(new_box: NewBox) -> None:
     box = new_box(*FAKE, "--log-level", "warning")
     ask(box)

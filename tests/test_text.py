@@ -22,6 +22,7 @@ from pinaivu_box.config import HOURS, parse_duration
 from pinaivu_box.errors import InvalidBody
 from pinaivu_box.identity import Identity, verify
 from pinaivu_box.peering.invite import TicketInvalid, decode
+from pinaivu_box.server.app import ROUTES, Route
 from pinaivu_box.server.openapi import specification
 from pinaivu_box.store.usage_report import parse_day
 from pinaivu_box.text import END, NODE_ID, number, whole
@@ -245,3 +246,12 @@ def test_whole_is_whole_also_with_alternatives() -> None:
 
 def test_the_sources_are_all_looked_at() -> None:
     assert len(MODULES) > 100 and all(isinstance(path, Path) for path in MODULES.values())
+
+
+@pytest.mark.parametrize("route", ROUTES, ids=lambda route: route.path)
+def test_a_route_is_of_a_whole_path(route: Route) -> None:
+    """A newline at the end makes it another path, or belongs to what the path names."""
+    path = re.sub("{[^}]*}", "x", route.path)
+    assert route.path_regex.match(path)
+    found = route.path_regex.match(f"{path}\n")
+    assert found is None or "x\n" in found.groups()

@@ -49,6 +49,9 @@ def show_checks(checks: list[Any]) -> None:
     from rich.text import Text
 
     table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column()
+    table.add_column()
+    table.add_column(overflow="fold")  # a long path is not cut off: its end says which file it is
     name = ""
     for check in checks:
         found = Text(check.found)

@@ -16,6 +16,7 @@ from pinaivu_box.cli.home import (
     home_option,
     json_option,
     load_config,
+    own_node,
     print_json,
     short_time,
     with_database,
@@ -93,8 +94,10 @@ def show(
     from pinaivu_box.peering.ledger_views import EntryView, entry_view, find
     from pinaivu_box.store import statements
 
+    own = own_node(home)
+
     async def work(database: Any) -> list[EntryView]:
-        node = await find(database, peer)
+        node = await find(database, peer, own)
         found = await statements.of_peer(database, node, limit=limit, statement=statement)
         return [entry_view(one) for one in found]
 
@@ -171,7 +174,7 @@ def forgive(home: Path, as_json: bool, peer: str) -> None:
     from pinaivu_box.store import claims
 
     async def work(database: Any) -> claims.Forgiven:
-        return await claims.forgive(database, await find(database, peer), actor())
+        return await claims.forgive(database, await find(database, peer, own_node(home)), actor())
 
     made = with_database(home, work)
     if as_json:
@@ -190,7 +193,7 @@ def statements(home: Path, as_json: bool, wide: bool, peer: str | None) -> None:
     from pinaivu_box.peering.ledger_views import StatementView, all_statements, find
 
     async def work(database: Any) -> list[StatementView]:
-        return await all_statements(database, peer and await find(database, peer))
+        return await all_statements(database, peer and await find(database, peer, own_node(home)))
 
     found = with_database(home, work)
     if as_json:

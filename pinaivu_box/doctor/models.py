@@ -12,12 +12,12 @@ from pathlib import Path
 import msgspec
 
 from pinaivu_box.config import Config, EngineConfig, SamplingConfig
-from pinaivu_box.doctor.check import Check, megabytes
+from pinaivu_box.doctor.check import Check, State, megabytes
 from pinaivu_box.errors import ApiError, CliError
 from pinaivu_box.gateway.backend import Job, Output, Started
 from pinaivu_box.gateway.local import LocalBackend
 from pinaivu_box.gateway.placement import Placement
-from pinaivu_box.models import catalog, memory
+from pinaivu_box.models import catalog, gguf, memory
 from pinaivu_box.models.catalog import Catalog, Model
 from pinaivu_box.models.files import look, open_regular
 from pinaivu_box.models.names import printable
@@ -49,10 +49,14 @@ def files(config: Config, home: Path) -> Iterator[Check]:
     if missing:
         yield Check("models", "failed", missing, "mend its [[model]] entry, or the file")
     for path, why in found.not_served.items():
+        # Programs keep projectors and adapters beside the models that they are for.
+        state: State = "warning" if gguf.is_no_model(why) else "failed"
         todo = "fetch the file again, or move it out of the folder"
+        if state == "warning":
+            todo = "nothing, if it is for another program"
         if why.endswith((": rename it", ": rename one of them")):
             why, _, todo = why.rpartition(": ")
-        yield Check("models", "failed", f"not served: {printable(str(path))}: {why}", todo)
+        yield Check("models", state, f"not served: {printable(str(path))}: {why}", todo)
     remembered = _remembered(home)
     for model in real(found):
         yield _file(model, remembered)

@@ -36,6 +36,7 @@ from pinaivu_box.engine.runner import (
 from pinaivu_box.errors import BoxError
 
 _LOG_LEVELS = {3: "warning", 4: "error"}  # ggml_log_level; lower ones are chatter
+_LOAD_FAILED = "failed to load model"
 _MOST_IDS = 256  # LLAMA_MAX_SEQ
 _TILE = 64  # GGML_FA_TILE_Q
 _MOST_TOP_K = 2**31 - 1
@@ -355,7 +356,8 @@ def _load_from_offset(
 
 
 class _Log:
-    """Keeps llama.cpp's last error for our messages, and forwards warnings to stderr."""
+    """Keeps llama.cpp's last error for our messages, and forwards warnings to stderr.  The line
+    that ends a failed load says only that: the reason is in the line before."""
 
     def __init__(self) -> None:
         self.last = ""
@@ -366,7 +368,7 @@ class _Log:
         self._level = self._level if level == 5 else level
         if self._level in _LOG_LEVELS:
             line = text.decode(errors="replace").strip()
-            if self._level == 4 and line:
+            if self._level == 4 and line and not (self.last and line.endswith(_LOAD_FAILED)):
                 self.last = line
             os.write(2, text)
 

@@ -8,6 +8,8 @@ import sqlite3
 import time
 from collections.abc import Callable
 
+from msgspec import structs
+
 from pinaivu_box import amount
 from pinaivu_box.config import Config
 from pinaivu_box.errors import EntryRefused
@@ -102,9 +104,20 @@ class Books:
             disputed=disputed,
         )
         try:
-            await ledger.record(self._database, entry, self._us)
+            await self._record(entry)
         except EntryRefused as error:
             log.warning("a leg of %s is not in the ledger: %s", proof.request_id, error.message)
+
+    async def _record(self, entry: Entry) -> None:
+        """What was served is owed, also if the peer accepts what contradicts the ledger, as that it
+        pays for a prompt twice: then it waits as if it were not accepted.  Raises EntryRefused."""
+        try:
+            await ledger.record(self._database, entry, self._us)
+        except EntryRefused as error:
+            if not (entry.served_by_us and entry.acceptance):
+                raise
+            log.warning("what %s accepts does not count: %s", entry.peer, error.message)
+            await ledger.record(self._database, structs.replace(entry, acceptance=b""), self._us)
 
     async def remember(self, reputation: Reputation) -> None:
         """Until cancelled: what is thought of peers is on disk within a minute, and at the end."""

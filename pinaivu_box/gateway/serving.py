@@ -171,7 +171,7 @@ class Serving:
             prompt, most = self._most_tokens(job, asked.made, context)
             ceiling = price.prices.most(prompt, most)
             async with self.guests.reserved(
-                peer, terms, price.currency, ceiling, prompt + most
+                peer, terms, price.currency, ceiling, prompt + len(asked.made) + most
             ) as used:
                 with self._load.taken(job.model.id):
                     async with self.guests.once(peer, job, pays=asked.pays_prompt) as admitted:
@@ -219,7 +219,9 @@ class Serving:
             # A box that stops ends its peers' requests itself, and nobody owes for that.
             if self.draining and proof is not None and proof.finish_reason == "cancelled":
                 proof = None
-            used(leg.tokens if owed else 0)
+            # What other legs have made is computed here too, like a prompt, though nobody pays
+            # for it again.
+            used(leg.tokens + len(asked.made) if owed and leg.tokens else 0)
             if proof is not None:
                 self._load.measured(job.model.id, leg.account)
                 await self._settle(peer, proof, asked.pays_prompt, leg.said)

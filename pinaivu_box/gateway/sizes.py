@@ -23,11 +23,17 @@ def check_sizes(tools: Tools | None, constraint: Constraint | None, stop: list[s
     elif constraint is not None:
         _check(len(constraint.text), MAX_GRAMMAR, "the grammar", "grammar")
     if tools is not None:
-        _check(len(tools.functions), MAX_TOOLS, "the JSON text of the tools", "tools")
+        check_tools(len(tools.functions))
         if len(tools.names) > MAX_FUNCTIONS:
             raise InvalidBody(f"there are more than {MAX_FUNCTIONS} tools", loc=("body", "tools"))
     for one in stop:
         _check(len(one), MAX_STOP, "a stop string", "stop")
+
+
+def check_tools(size: int) -> None:
+    """Of the JSON text of a request's tools, also those that may not be called.  Raises
+    InvalidBody."""
+    _check(size, MAX_TOOLS, "the JSON text of the tools", "tools")
 
 
 def _check(size: int, most: int, what: str, param: str) -> None:

@@ -45,6 +45,10 @@ TENSOR_TYPES = {
 }  # fmt: skip
 
 
+_PROJECTOR = "it is a projector for images (mmproj), which is no model by itself"
+_OTHER_KIND = "it holds no model but "
+
+
 class BadGguf(ValueError):
     """The bytes are not a GGUF file that can be served; the message says why, as the end of a
     sentence."""
@@ -84,13 +88,19 @@ def check_whole(header: Header, tensors: int) -> None:
     """Whether a file, or the first part of several with so many tensors in all, begins a model.
     Raises BadGguf."""
     if header.kind != "model":
-        raise BadGguf(f"it holds no model but {printable(header.kind)} (its general.type)")
+        raise BadGguf(f"{_OTHER_KIND}{printable(header.kind)} (its general.type)")
     if not header.architecture:
         raise BadGguf("it does not name its architecture (general.architecture)")
     if header.architecture == "clip":
-        raise BadGguf("it is a projector for images (mmproj), which is no model by itself")
+        raise BadGguf(_PROJECTOR)
     if tensors == 0:
         raise BadGguf("it has no tensors")
+
+
+def is_no_model(why: str) -> bool:
+    """Whether a file is not served because it is something else than a model, not because there is
+    something wrong with it."""
+    return why.startswith((_PROJECTOR, _OTHER_KIND))
 
 
 class _Reader:

@@ -128,9 +128,11 @@ async def targets(database: Database, text: str) -> list[str]:
     return [text, *(node for node, name in (await names(database)).items() if name == text)]
 
 
-async def find(database: Database, text: str) -> str:
-    """The node_id of a peer: by name, id or its beginning.  PeerNotFound."""
+async def find(database: Database, text: str, own: str) -> str:
+    """The node_id of a peer: by name, id or its beginning.  `own` is this box's, which is no peer
+    whatever it is called.  PeerNotFound."""
     called = await names(database)
+    called.pop(own, None)
     known = {*called, *(await ledger.balances(database))}
     found = [one for one in known if text in (one, called.get(one))] or [
         one for one in known if len(text) >= _SHORTEST_PREFIX and one.startswith(text)

@@ -62,21 +62,21 @@ async def ls(request: Request) -> Response:
 
 async def entries(request: Request) -> Response:
     page, database = query(request, EntryPage), box_of(request).database
-    peer = await views.find(database, request.path_params["peer"])
+    peer = await _peer(request, request.path_params["peer"])
     found = await statements.of_peer(database, peer, limit=page.limit, statement=page.statement)
     return answer(request, EntryList([views.entry_view(one) for one in found]))
 
 
 async def all_statements(request: Request) -> Response:
     asked, database = query(request, StatementQuery), box_of(request).database
-    peer = None if asked.peer is None else await views.find(database, asked.peer)
+    peer = None if asked.peer is None else await _peer(request, asked.peer)
     return answer(request, StatementList(await views.all_statements(database, peer)))
 
 
 async def settle(request: Request) -> Response:
     """Raises Conflict if the peer cannot be reached, or breaks off."""
     box = box_of(request)
-    peer = await views.find(box.database, request.path_params["peer"])
+    peer = await _peer(request, request.path_params["peer"])
     if box.network is None:
         raise Conflict(
             "Settling needs a link to the peer, and peering is off on this box: start it with "
@@ -93,7 +93,7 @@ async def settle(request: Request) -> Response:
 
 async def forgive(request: Request) -> Response:
     database = box_of(request).database
-    peer = await views.find(database, request.path_params["peer"])
+    peer = await _peer(request, request.path_params["peer"])
     made = await claims.forgive(database, peer, by(request))
     return answer(request, ForgivenView(made.entries, made.amounts))
 
@@ -104,3 +104,9 @@ async def paid(request: Request) -> Response:
     await statements.pay(database, statement, by(request))
     found = await views.all_statements(database)
     return answer(request, next(one for one in found if one.id == statement))
+
+
+async def _peer(request: Request, text: str) -> str:
+    """The node_id of the peer that is named so.  Raises PeerNotFound."""
+    box = box_of(request)
+    return await views.find(box.database, text, box.identity.node_id)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
+from typing import Any
+
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.routing import Route
+from starlette.routing import Route as StarletteRoute
 
 from pinaivu_box.box import Box
 from pinaivu_box.errors import ApiError
@@ -35,6 +39,7 @@ from pinaivu_box.server.auth import Authenticate
 from pinaivu_box.server.bodies import Bodies
 from pinaivu_box.server.edge import Edge
 from pinaivu_box.server.unread import Unread
+from pinaivu_box.text import END
 
 EXPOSED = [
     *("x-request-id", "x-pinaivu-route", "openai-processing-ms", "Retry-After"),
@@ -44,6 +49,16 @@ EXPOSED = [
         for of in ("requests", "tokens")
     ),
 ]
+
+
+class Route(StarletteRoute):
+    """Of whole paths: Starlette's patterns end in `$`, which also fits before a newline."""
+
+    def __init__(
+        self, path: str, endpoint: Callable[..., Any], *, methods: list[str] | None = None
+    ) -> None:
+        super().__init__(path, endpoint, methods=methods)
+        self.path_regex = re.compile(self.path_regex.pattern.removesuffix("$") + END)
 
 
 ROUTES = [

@@ -41,6 +41,7 @@ class Bodies:
     def __init__(self) -> None:
         self._pool = SandboxPool(large_bodies.ENTRY, limits=_LIMITS, size=2)
         self._room = Room()
+        self._histories = Room()  # another one, for who waits for it has a body already
 
     @property
     def pids(self) -> list[int]:
@@ -65,6 +66,22 @@ class Bodies:
         payload = large_bodies.job(data, kind, strict=strict)
         del data
         return large_bodies.result(await self._run(payload, account), kind)
+
+    async def make_room(self, request: Request, account: str, size: int, most: int) -> None:
+        """For so many bytes of stored responses; what is SMALL needs none.  It is left with that of
+        the body.  Raises RateLimited, NoNodesAvailable."""
+        if size <= SMALL:
+            return
+        leave_history = await self._histories.take(account, min(size, most), most)
+        state = request.scope["state"]
+        leave_body = state.get("room")
+
+        def leave_both() -> None:
+            leave_history()
+            if leave_body:
+                leave_body()
+
+        state["room"] = leave_both
 
     async def history(self, account: str, rows: list[tuple[bytes, bytes]]) -> list[dict[str, Any]]:
         """See `large_bodies.history`."""
@@ -102,8 +119,11 @@ class Reading:
     """A body while it is read."""
 
     def __init__(self, request: Request, most: int) -> None:
-        # What is no number was refused by the HTTP server.
-        self.announced = number(request.headers.get("content-length", "0")) or 0
+        # What is no number was refused by the HTTP server.  Beside chunks a length says nothing
+        # (RFC 9112, section 6.3), and the server lets it pass.
+        chunked = "transfer-encoding" in request.headers
+        length = "0" if chunked else request.headers.get("content-length", "0")
+        self.announced = number(length) or 0
         self._most = most
         self._stream = request.stream()
         self._parts: list[bytes] = []

@@ -23,6 +23,7 @@ _SECRET = re.compile(rf"{PREFIX}[^/\s]+")  # has no place in a path, but ends up
 _DOUBLED = re.compile(rf"^(?:/v1)+(?=/v1(?:/|{END}))")
 _PLAIN = "!#$&'*+-.^_`|~:/[]"  # beside letters and digits, in a list in a header
 _LONGEST_HEADER = 2000
+_LONGEST_PATH = 300  # characters of it that are logged
 QUIET = {"/health", "/readyz", "/metrics"}  # polled every few seconds
 
 
@@ -101,7 +102,7 @@ class Edge:
                     "request_id": request_id,
                     "key": key.id if key else None,
                     "method": scope["method"],
-                    "path": _SECRET.sub(f"{PREFIX}...", path),
+                    "path": _SECRET.sub(f"{PREFIX}...", path)[:_LONGEST_PATH],
                     "status": status,
                     "total_ms": round((time.monotonic() - began) * 1000),
                 }

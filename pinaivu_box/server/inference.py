@@ -70,6 +70,11 @@ class Call:
         self._timeout = _timeout(self._request, getattr(body, "pinaivu", None))
         return body
 
+    async def make_room(self, size: int) -> None:
+        """For so many bytes that are read beside the body; see `Bodies.make_room`."""
+        most = self.box.config.server.max_body_bytes
+        await self.bodies.make_room(self._request, self.key.account_id, size, most)
+
     def admit(self, model_id: str) -> Model:
         model = self.box.admission.check(model_id, self.key, self.box.requests.in_flight)
         self._request.scope["state"]["model"] = model.id

@@ -14,6 +14,7 @@ from starlette.responses import Response
 from pinaivu_box.box import Box
 from pinaivu_box.errors import BodyTooLarge, InvalidBody, NotFound, quoted
 from pinaivu_box.gateway.requests import Begun, Failed, Finished, RequestEvent, Said
+from pinaivu_box.gateway.sizes import check_tools
 from pinaivu_box.openai.request import check_chat
 from pinaivu_box.openai.response_items import Event, ResponseItems
 from pinaivu_box.openai.response_tools import called, functions
@@ -58,6 +59,8 @@ _STATUS = {"length": "incomplete", "cancelled": "cancelled"}
 async def create(request: Request) -> Response:
     call = Call(request)
     body = await call.body(ResponseRequest)
+    if body.tools:  # the answer shows them in several of its events, called or not
+        check_tools(len(msgspec.json.encode(body.tools)))
     chat = _as_chat(body)
     check_chat(chat)
     items = as_items(await _resolved(call, body.input))
@@ -125,6 +128,8 @@ async def _history(call: Call, body: ResponseRequest) -> list[dict[str, Any]]:
     if previous is None:
         return []
     account, most = call.key.account_id, call.box.config.server.max_body_bytes
+    size = await stored.conversation_size(call.box.database, previous, account, most)
+    await call.make_room(size)
     found = await stored.conversation(call.box.database, previous, account, most)
     if not found:
         raise _unknown(previous)

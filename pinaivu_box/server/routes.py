@@ -8,10 +8,14 @@ from collections.abc import Iterable, Sequence
 
 from starlette.routing import BaseRoute, Route
 
+from pinaivu_box.text import END
+
 _PARAMETER = re.compile(r"{[^}]*}")
-_BASE = re.compile(r"^(?:/(?:api|openai|v\d+))*(?=/|$)")  # what base URLs of other servers end in
+# What base URLs of other servers end in.
+_BASE = re.compile(rf"^(?:/(?:api|openai|v[0-9]+))*(?=/|{END})")
 _NEAR = 0.7
 _SHOWN = 8
+_LONGEST = 100  # characters of a path that are compared
 
 
 def methods_at(path: str, routes: Iterable[BaseRoute]) -> list[str]:
@@ -25,6 +29,7 @@ def methods_at(path: str, routes: Iterable[BaseRoute]) -> list[str]:
 
 def nothing_at(path: str, routes: Sequence[BaseRoute]) -> str:
     """The sentence that says what there is instead."""
+    path = path[:_LONGEST]  # it is compared on the event loop, also for who has no key
     known = [route for route in routes if isinstance(route, Route)]
     scored = sorted(((_likeness(path, route), n) for n, route in enumerate(known)), reverse=True)
     near = [n for score, n in scored if score >= max(_NEAR, scored[0][0] - 0.1)][:3]

@@ -68,6 +68,26 @@ async def find(database: Database, response_id: str, account_id: str) -> StoredR
     return StoredResponse(*rows[0]) if rows else None
 
 
+async def conversation_size(
+    database: Database, response_id: str, account_id: str, most: int
+) -> int:
+    """How many bytes `conversation` would read, at most a response more than `most`."""
+    rows = await database.read(
+        """
+        WITH RECURSIVE chain (previous_id, size) AS (
+            SELECT previous_id, bytes FROM responses WHERE id = ?1 AND account_id = ?2
+            UNION ALL
+            SELECT r.previous_id, chain.size + r.bytes
+            FROM responses r JOIN chain ON r.id = chain.previous_id
+            WHERE r.account_id = ?2 AND chain.size <= ?3
+        )
+        SELECT coalesce(max(size), 0) AS size FROM chain
+        """,
+        (response_id, account_id, most),
+    )
+    return int(rows[0]["size"])
+
+
 async def conversation(
     database: Database, response_id: str, account_id: str, most: int
 ) -> list[tuple[bytes, bytes]]:

@@ -6,8 +6,8 @@ so it may end anywhere, and begin again.
 
 What is old is said by a clock that may be wrong.  After more than a day without a look at it, it is
 believed once it has gone on for another day: a clock that is a year ahead for an hour deletes
-nothing.  If it was set back before it leapt, it was behind: receipts and stored answers of that
-time are dated to the leap, for by their own dates they would be old.
+nothing.  If it was set back by more than a day before it leapt, it was behind: receipts and stored
+answers of that time are dated to the leap, for by their own dates they would be old.
 """
 
 from __future__ import annotations
@@ -90,8 +90,11 @@ class Belief(msgspec.Struct, frozen=True):
     behind: int | None = None
 
     def look(self, now: int) -> Belief:
-        if now < (self.seen if self.doubted is None else self.doubted):  # it was set back
-            return Belief(now, now, None, now)
+        before = self.seen if self.doubted is None else self.doubted
+        if now < before and self.doubted is not None and now > self.believed + _DAY_MS:
+            return Belief(now, self.believed, now)  # set back a little: it leapt all the same
+        if now < before:  # it was set back
+            return Belief(now, now, None, now if now < before - _DAY_MS else self.behind)
         if now > self.seen + _DAY_MS:
             # If the leap before was none, time has gone on from there.
             return Belief(now, self.seen if self.doubted is None else self.doubted, now)

@@ -31,6 +31,7 @@ from pinaivu_box.engine.messages import (
     encode,
     read_body,
 )
+from tests import ggufs
 from tests.engine.harness import Heard, add, load
 
 PATIENCE = 120  # seconds until a test gives up; nothing is measured
@@ -184,6 +185,19 @@ def test_a_file_that_is_no_model_says_so_and_ends(children: list[Child], tmp_pat
     child = start(children, load(str(model)))
     frame = child.read()
     assert isinstance(frame, LoadFailed) and "model.gguf" in frame.message
+    assert child.read() is None
+    assert child.process.wait(PATIENCE) == 0
+
+
+def test_a_file_that_llama_cpp_refuses_is_said_to_lack_what_it_lacks(
+    children: list[Child], tmp_path: Path
+) -> None:
+    """What the reader lets pass, as it does not know what a model of that architecture needs."""
+    real, model = ggufs.Real.read(), tmp_path / "model.gguf"
+    model.write_bytes(real.written(real.keys, real.tensors[:5]))
+    child = start(children, load(str(model)))
+    frame = child.read()
+    assert isinstance(frame, LoadFailed) and "attn_q.weight" in frame.message
     assert child.read() is None
     assert child.process.wait(PATIENCE) == 0
 

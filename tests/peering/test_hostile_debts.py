@@ -245,6 +245,25 @@ async def test_tokens_a_minute_count_what_was_hung_up_on(strict: World) -> None:
     assert 0 < counted < 20
 
 
+async def test_what_other_legs_have_made_counts_as_tokens_a_minute(strict: World) -> None:
+    """It is computed like a prompt, and nobody pays for it: that must not be without a limit."""
+    world = strict
+    use = world.ben.pool.serving.guests.use(world.carl.identity.node_id)
+    use.tokens._entries.clear()
+    use.tokens._total = 0
+    await terms(world, tokens_per_minute=400)
+    made = [100] * 300
+    asked = msgspec.structs.replace(ask(world, leg=1, max_tokens=302), made=made)
+    stream, proved = await served(world, asked)
+    await accept(stream, sign(world, proved))
+    await wait_until(lambda: not world.running)
+    assert 302 < use.tokens.used(time.monotonic()) <= 400
+    stream = await opened(world)
+    await work.send(stream, msgspec.structs.replace(ask(world, leg=1, max_tokens=302), made=made))
+    said = await soon(work.receive(stream, work.to_coordinator))
+    assert isinstance(said, work.Refused) and "400 tokens a minute" in said.message
+
+
 async def test_debts_outlive_a_restart_and_are_accepted_later(tmp_path: Path) -> None:
     """What anna's box has taken and not told ben that it accepts: ben's stays, as a debt of hers
     that counts, until the two settle."""
@@ -294,6 +313,26 @@ async def test_debts_outlive_a_restart_and_are_accepted_later(tmp_path: Path) ->
             assert (await guests_.owes(anna.node_id, "credits")).total == 0
             anna.forget()  # that it was refused
             assert (await anna.chat()).status_code == 200
+
+
+async def test_who_pays_for_a_prompt_once_more_owes_that(world: World) -> None:
+    """The ledger takes one payment for a prompt: what a second is for is not served for nothing,
+    neither one after the other nor at once."""
+    peer = world.carl.identity.node_id
+    before = (await world.ben.pool.serving.guests.owes(peer, "credits")).total
+    request, proofs = ask(world).task.request_id, []
+    for choice in range(2):  # other prompts under the number of the first
+        asked = ask(world, f"Prompt {choice}", request_id=request, choice=choice)
+        stream, proved = await served(world, asked)
+        proofs.append(msgspec.json.decode(proved.signed))
+        await accept(stream, sign(world, proved))
+    asks = [ask(world, f"{n}", request_id=request, choice=n) for n in (2, 3)]
+    for stream, proved in await asyncio.gather(*(served(world, one) for one in asks)):
+        proofs.append(msgspec.json.decode(proved.signed))
+        await accept(stream, sign(world, proved))
+    await wait_until(lambda: not world.running)
+    due = sum(one["prompt_tokens"] + one["completion_tokens"] for one in proofs) * 10**7
+    assert (await world.ben.pool.serving.guests.owes(peer, "credits")).total == before + due
 
 
 @pytest.mark.parametrize("kind", ["garbage", "anothers", "another proof", "dispute"])

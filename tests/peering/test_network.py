@@ -18,7 +18,7 @@ import pytest
 from pinaivu_box.config import PeeringConfig
 from pinaivu_box.errors import LinkLost, NotJoined, PeeringError, PeerNotFound, PeerRefused
 from pinaivu_box.identity import Identity
-from pinaivu_box.peering import incoming, invite, network, standing, talk, wire
+from pinaivu_box.peering import incoming, invite, ledger_views, network, standing, talk, wire
 from pinaivu_box.peering.advert import Facts
 from pinaivu_box.peering.link import Pace
 from pinaivu_box.peering.links import Links
@@ -617,3 +617,12 @@ async def test_names_are_found_or_the_nearest_are_said(world: World) -> None:
     assert one.peer(two.node_id[:20]).node_id == two.node_id
     with pytest.raises(PeerNotFound, match="Did you mean office"):
         one.peer("ofice")
+
+
+async def test_a_box_is_no_peer_of_its_own_in_the_ledger(world: World) -> None:
+    """Boxes are named by their hosts, so that two on one host have the same name."""
+    _, two, three = await world.joined("one", "office", "office")
+    for own, other in ((two, three), (three, two)):
+        assert await ledger_views.find(own._database, "office", own.node_id) == other.node_id
+        with pytest.raises(PeerNotFound):
+            await ledger_views.find(own._database, own.node_id, own.node_id)
