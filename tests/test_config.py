@@ -178,7 +178,7 @@ def test_a_duration_is_seconds(text: str, seconds: float) -> None:
     assert parse_duration(text) == pytest.approx(seconds)
 
 
-@given(st.integers(0, 10**6), st.sampled_from([("s", 1), ("m", 60), ("h", 3600), ("d", 86400)]))
+@given(st.integers(0, 365_250), st.sampled_from([("s", 1), ("m", 60), ("h", 3600), ("d", 86400)]))
 def test_a_duration_is_number_times_unit(number: int, unit: tuple[str, int]) -> None:
     assert parse_duration(f"{number}{unit[0]}") == number * unit[1]
 
