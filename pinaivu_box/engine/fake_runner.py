@@ -49,13 +49,13 @@ class FakeRunner:
         )
 
     def tokenize(self, text: str, most: int | None = None) -> list[int]:
+        return self.tokenize_text(text, most)
+
+    def tokenize_text(self, text: str, most: int | None = None) -> list[int]:
         data = text.encode()
         if most is not None and len(data) > most:
             raise TooManyTokens(len(data))
         return list(data)
-
-    def tokenize_text(self, text: str, most: int | None = None) -> list[int]:
-        return self.tokenize(text, most)
 
     def fewest_tokens(self, text: str) -> int:
         return len(text.encode())
