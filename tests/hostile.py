@@ -69,12 +69,17 @@ BODIES = (
         "floats that are hard to read",
         CHAT,
         lambda m: filled(
-            _chat(m) + '"x":[', b"2.22507385850720" + b"9" * 760 + b"e-308", "]}", b","
+            _chat(m) + '"seed":[', b"2.22507385850720" + b"9" * 760 + b"e-308", "]}", b","
         ),
         (422,),
     ),
     Body("a number of 9 MB", CHAT, lambda m: filled(_chat(m) + '"seed":', b"1", "}"), (400, 422)),
-    Body("a fraction of 9 MB", CHAT, lambda m: filled(_chat(m) + '"x":0.', b"1", "}"), (400, 422)),
+    Body(
+        "a fraction of 9 MB",
+        CHAT,
+        lambda m: filled(_chat(m) + '"seed":0.', b"1", "}"),
+        (400, 422),
+    ),
     Body(
         "empty texts",
         EMBEDDINGS,
@@ -113,14 +118,19 @@ BODIES = (
     Body(
         "the same name again",
         CHAT,
-        lambda m: filled(_chat(m), b'"x":1', "}", b","),
+        lambda m: filled(_chat(m), b'"seed":""', "}", b","),
         (422,),
     ),
-    Body("a name of 9 MB", CHAT, lambda m: filled(_chat(m) + '"', b"a", '":1}'), (422,)),
+    Body(  # which is passed over
+        "a name of 9 MB",
+        CHAT,
+        lambda m: filled(_chat(m) + '"max_tokens":2,"', b"a", '":1}'),
+        (200,),
+    ),
     Body(
         "a value of 9 MB",
         CHAT,
-        lambda m: filled(_chat(m) + '"service_tier":"', b"a", '"}'),
+        lambda m: filled(_chat(m) + '"tool_choice":"', b"a", '"}'),
         (422,),
     ),
     Body(
