@@ -574,7 +574,7 @@ def test_the_model_is_the_first_that_is_listed(fake_box: Box) -> None:
         (["http://127.0.0.1:{port}"], 1, "cannot be reached"),
         (["{url}", "--model", "nobody:1"], 1, "does not answer a chat request: 404"),
         (["{url}", "--key", "sk-wrong"], 1, "answered 401"),
-        (["{url}", "--model", MODEL, "--body", '{{"foo": 1}}'], 1, "'foo' is not a field"),
+        (["{url}", "--model", MODEL, "--body", '{{"temprature": 1}}'], 1, "mean 'temperature'"),
         (["{url}", "--body", "[]"], 2, "--body is not a JSON object"),
         (["{url}", "{url}", "{url}"], 2, "one URL, or two"),
         (["{url}", "--pairs", "3"], 2, "--pairs needs two URLs"),

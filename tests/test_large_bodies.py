@@ -258,7 +258,7 @@ def test_a_length_beside_chunks_says_nothing_of_the_room() -> None:
         both._room.take = seen  # type: ignore[method-assign]
         try:
             with pytest.raises(InvalidJson):
-                await both.receive(request, "acct", TokenizeRequest, 2**20, lenient=False)
+                await both.receive(request, "acct", TokenizeRequest, 2**20, strict=False)
         finally:
             both.close()
         assert taken == [2**20]

@@ -68,3 +68,9 @@ def test_a_refusing_template_refuses_its_request_and_no_other() -> None:
     assert "not that" in heard.refused["a"].message
     assert heard.ends == {"b": "length"}
     assert bytes(heard.prompts["b"]).decode() == "[user]yes"
+
+
+def test_variables_of_a_peer_do_not_stand_for_the_template_s_own() -> None:
+    said = [{"role": "user", "content": "U"}]
+    named = {"messages": "x", "self": True, "bos_token": "x", "tools": "x", "loop": "x"}
+    assert template(ROLES).render(said, None, named) == template(ROLES).render(said)
