@@ -313,7 +313,7 @@ def test_a_penalty_makes_the_real_model_repeat_itself_less(box: Box) -> None:
         ({"logit_bias": {"12\n": 1}}, "logit_bias"),
         ({"logit_bias": {"012": 1}}, "logit_bias"),  # 12 has one spelling
         ({"extra_body": {"pinaivu": {"priority": "high"}}}, "priority"),
-        ({"extra_body": {"pinaivu": {"prioritee": 1}}}, "prioritee"),
+        ({"extra_body": {"pinaivu": {"priorty": 1}}}, "priorty"),
     ],
 )
 def test_what_is_out_of_range_is_refused_by_name(box: Box, more: Any, field: str) -> None:
