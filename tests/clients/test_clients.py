@@ -115,5 +115,6 @@ def test_node(box: Box, node: Node) -> None:
 
 
 def test_every_client_of_the_page_is_run() -> None:
-    titles = re.findall(r"^## (.+)$", PAGE, re.MULTILINE)
-    assert set(titles) == {*PYTHON, "llm", "curl", "OpenAI, Node"}
+    titles = set(re.findall(r"^## (.+)$", PAGE, re.MULTILINE))
+    # What those two sent is replayed in `test_agents`: they take 760 MB.
+    assert titles - {"Claude Code and Codex"} == {*PYTHON, "llm", "curl", "OpenAI, Node"}
