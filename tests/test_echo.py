@@ -184,7 +184,7 @@ def test_a_prompt_is_said_once_though_its_engine_is_killed(new_box: Callable[...
     ("change", "param"),
     [
         ({"max_tokens": 0, "echo": False}, "max_tokens"),
-        ({"max_tokens": -1}, "max_tokens"),
+        ({"max_tokens": -2}, "max_tokens"),
         ({"suffix": "x", "logprobs": 1}, "suffix"),
         ({"logprobs": 21}, "logprobs"),
     ],

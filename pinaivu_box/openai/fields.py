@@ -49,8 +49,7 @@ class Passed:
         name = path[-1]
         if self._strict and name in KNOWN:
             raise UnsupportedParameter(
-                f"'{quoted(str(name))}' has no meaning here: remove it, or ask without "
-                "x-pinaivu-strict to have it passed over",
+                f"'{quoted(str(name))}' has no meaning here: remove it",
                 loc=("body", *path),
                 kind="value_error.unsupported",
             )

@@ -39,7 +39,7 @@ def by(request: Request) -> Actor:
 async def body(request: Request, kind: type[Kind], *, empty: bytes = b"") -> Kind:
     """The decoded body, `empty` where there is none.  Raises what `bodies.read` and `decode` do."""
     data = await read(request, min(SMALL, box_of(request).config.server.max_body_bytes))
-    return decode(data or empty, kind)[0]
+    return decode(data or empty, kind, strict=True)[0]
 
 
 def query(request: Request, kind: type[Kind]) -> Kind:
