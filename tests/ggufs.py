@@ -13,6 +13,11 @@ U32, STRING, ARRAY = 4, 8, 9
 _SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 _I8 = 24  # ggml_type
 ALIGNMENT = 32
+_TEMPLATE = b"tokenizer.chat_template"
+
+_LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+# With tools it takes time for ever, without them 3 GB of memory.
+HOSTILE_TEMPLATE = "{% if tools %}" + _LOOP + "{% endif %}{{ 'a' * 3000000000 }}"
 
 
 def text(value: bytes | str) -> bytes:
@@ -149,6 +154,18 @@ def put_split(folder: Path, stem: str, parts: Sequence[bytes]) -> list[Path]:
     for path, data in zip(paths, parts, strict=True):
         path.write_bytes(data)
     return paths
+
+
+def with_template(source: bytes, template: bytes) -> bytes:
+    """A GGUF file with another chat template; its tensors stay where their offsets say."""
+    at = source.index(_TEMPLATE) + len(_TEMPLATE)
+    kind, length = struct.unpack_from("<IQ", source, at)
+    assert kind == STRING
+    start = at + struct.calcsize("<IQ")
+    more = -(len(template) + 4 - length) % ALIGNMENT
+    template += b"{#" + b" " * more + b"#}"
+    head = source[: at + 4] + struct.pack("<Q", len(template))
+    return head + template + source[start + length :]
 
 
 def _after_text_and_kind(data: bytes, at: int) -> tuple[int, int]:

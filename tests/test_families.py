@@ -7,7 +7,6 @@ family's template says.  What is forced by a grammar is then right whatever the 
 from __future__ import annotations
 
 import json
-import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,13 +17,11 @@ import pytest
 
 from pinaivu_box.models import bundled
 from tests.box import Box
+from tests.ggufs import HOSTILE_TEMPLATE, with_template
 
 TEMPLATES = sorted((Path(__file__).parent / "templates").glob("*.jinja"))
 FAMILIES = [path.stem for path in TEMPLATES]
 CONFIG = "[engine]\ncontext = 1024\nkv_tokens = 2048\nmax_sequences = 2\nmax_queue = 8\n"
-_KEY = b"tokenizer.chat_template"
-_STRING = 8
-_ALIGNMENT = 32
 
 WEATHER: dict[str, Any] = {
     "name": "weather",
@@ -44,22 +41,6 @@ TOOLS: list[Any] = [{"type": "function", "function": one} for one in (WEATHER, C
 NAMED: Any = {"type": "function", "function": {"name": "weather"}}
 QUESTION: list[Any] = [{"role": "user", "content": "What is the weather in Rome?"}]
 
-LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
-HOSTILE = "{% if tools %}" + LOOP + "{% endif %}{{ 'a' * 3000000000 }}"
-
-
-def with_template(source: bytes, template: bytes) -> bytes:
-    """A GGUF file with another chat template; its tensors stay where their offsets say."""
-    at = source.index(_KEY) + len(_KEY)
-    kind, length = struct.unpack_from("<IQ", source, at)
-    assert kind == _STRING
-    start = at + struct.calcsize("<IQ")
-    more = -(len(template) + 4 - length) % _ALIGNMENT
-    template += b"{#" + b" " * more + b"#}"
-    head = source[: at + 4] + struct.pack("<Q", len(template))
-    return head + template + source[start + length :]
-
-
 @pytest.fixture(scope="module")
 def families(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Box]:
     """A box with a model for each template; 140 MB each, of which most are read from the cache."""
@@ -73,7 +54,7 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Box]:
         file.write_bytes(with_template(source, path.read_bytes()))
         models.append(f"--model={path.stem}={file}")
     file = folder / "hostile.gguf"
-    file.write_bytes(with_template(source, HOSTILE.encode()))
+    file.write_bytes(with_template(source, HOSTILE_TEMPLATE.encode()))
     models.append(f"--model=hostile={file}")
     (folder / "box.toml").write_text(CONFIG)
     box = Box(folder / "home", "--config", str(folder / "box.toml"), *models).start()

@@ -34,8 +34,9 @@ class Size(msgspec.Struct, frozen=True):
 
 
 @contextlib.contextmanager
-def box(size: Size, model: str) -> Iterator[Box]:
-    """A running box in a temporary home that serves `model` (a path or fake:MS) as m:1."""
+def box(size: Size, model: str, checkout: Path | None = None) -> Iterator[Box]:
+    """A running box in a temporary home that serves `model` (a path or fake:MS) as m:1.  Its code
+    is this checkout's or another's."""
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder) / "home"
         home.mkdir()
@@ -46,6 +47,8 @@ def box(size: Size, model: str) -> Iterator[Box]:
             f"drafting = {str(size.drafting).lower()}\n"
         )
         started = Box(home, "--model", f"m:1={model}")
+        if checkout:
+            started.prefix = ("env", "-C", str(checkout))
         try:
             yield started.start()
             started.stop()
