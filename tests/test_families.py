@@ -41,6 +41,7 @@ TOOLS: list[Any] = [{"type": "function", "function": one} for one in (WEATHER, C
 NAMED: Any = {"type": "function", "function": {"name": "weather"}}
 QUESTION: list[Any] = [{"role": "user", "content": "What is the weather in Rome?"}]
 
+
 @pytest.fixture(scope="module")
 def families(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Box]:
     """A box with a model for each template; 140 MB each, of which most are read from the cache."""

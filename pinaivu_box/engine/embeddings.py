@@ -152,6 +152,10 @@ class Embeddings:
             if self._room is None or not self._room.whole:
                 share = left if self._reserved else max(_LEAST, left // len(tenants))
                 count = min(rest, left, share)
+                # Alone, a text that fits the next step waits for it: attention is computed over
+                # all the cells that are held, also by the beginning of a text.
+                if count < rest <= most and planned and len(tenants) == 1:
+                    break
             planned[text] = planned.get(text, 0) + count
             left -= count
             self._queue.charge(name, count, 0)

@@ -110,6 +110,14 @@ def test_many_texts_are_one_batch() -> None:
     assert sizes(reader) == [256]
 
 
+def test_a_text_that_fits_one_step_is_not_divided_for_want_of_other_tenants() -> None:
+    """The cells of its beginning would make attention larger for all that is computed with it."""
+    reader = Reader()
+    run(reader, embed("all", texts(100, 100, 100, 90, 200, 300, 56)))
+    assert sizes(reader) == [200, 190, 200, 256, 100]
+    assert all(batch.positions[0] == 0 for batch in reader.batches[:4])
+
+
 def test_more_texts_than_sequences_wait_for_one() -> None:
     reader = Reader(sequences=3)
     inputs = texts(*[10] * 10)
