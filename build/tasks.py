@@ -26,7 +26,7 @@ CHECKS = [
     ["ruff", "check"],
     ["mypy", "pinaivu_box"],
     # Most tests wait for processes of their own; those of a file share them.
-    ["pytest", "-n", "logical", "--maxprocesses", "4", "--dist", "loadfile"],
+    ["pytest", "-n", "logical", "--maxprocesses", "4", "--dist", "loadfile", "--durations", "50"],
 ]
 
 
