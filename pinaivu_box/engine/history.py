@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -190,7 +191,7 @@ def _with_short_ids(messages: list[Message]) -> list[Message]:
 
 def _short(given: Any) -> str:
     name = str(given or "")
-    if len(name) == _ID_LENGTH and name.isalnum():
+    if re.fullmatch(f"[a-zA-Z0-9]{{{_ID_LENGTH}}}", name):
         return name
     return hashlib.sha256(name.encode(errors="replace")).hexdigest()[:_ID_LENGTH]
 
