@@ -168,6 +168,14 @@ def with_template(source: bytes, template: bytes) -> bytes:
     return head + template + source[start + length :]
 
 
+def with_word(source: bytes, name: str, value: bytes) -> bytes:
+    """A GGUF file with one key more, a template; its tensors stay where their offsets say."""
+    more = -(len(word(name, value)) + 4) % ALIGNMENT
+    added = word(name, value + b"{#" + b" " * more + b"#}")
+    head, count = source[:16], struct.unpack_from("<Q", source, 16)[0]
+    return head + struct.pack("<Q", count + 1) + added + source[24:]
+
+
 def _after_text_and_kind(data: bytes, at: int) -> tuple[int, int]:
     at += 8 + struct.unpack_from("<Q", data, at)[0]
     return at + 4, struct.unpack_from("<I", data, at)[0]

@@ -535,6 +535,32 @@ def test_messages_count_and_stop(fake_box: Box) -> None:
     check_receipt(fake_box, answer["request_id"])
 
 
+def test_what_a_history_of_messages_says_reaches_the_model(fake_box: Box) -> None:
+    """The fake model's tokens are bytes, so each word that is added is counted."""
+    use = {"type": "tool_use", "id": "t", "name": "f", "input": {"x": 1}}
+    result = {"type": "tool_result", "tool_use_id": "t", "content": "No."}
+
+    def counted(use_too: Any = None, **more: Any) -> int:
+        messages = [
+            *user("Hi"),
+            {"role": "assistant", "content": [{**use, **(use_too or {})}]},
+            {"role": "user", "content": [{**result, **more}]},
+        ]
+        body = {"model": FAKE, "messages": messages}
+        answer = fake_box.http("POST", "/v1/messages/count_tokens", json=body)
+        assert answer.status_code == 200, answer.text
+        return int(answer.json()["input_tokens"])
+
+    usual = counted()
+    assert counted(is_error=True) == usual + len("Error: ")
+    assert counted(is_error=True, content=None) == usual + len("Error") - len("No.")
+    assert counted(content=[{"type": "text", "text": "No."}]) == usual
+    for none in ("", None, {}):  # of a call without arguments
+        assert counted({"input": none}) == usual + len("{}") - len('{"x": 1}')
+    assert counted({"input": '{"x": 1}'}) == usual
+    assert counted({"input": ["x"]}) == usual + len('["x"]') - len('{"x": 1}')
+
+
 def test_an_error_of_messages_is_in_anthropic_s_envelope(fake_box: Box) -> None:
     for key, status in (("", 401), (fake_box.key, 422)):
         answer = fake_box.http("POST", "/v1/messages", json={"model": FAKE}, key=key)

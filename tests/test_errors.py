@@ -214,7 +214,6 @@ def test_the_documented_example_of_a_missing_field(box: Box) -> None:
         ({"messages": "hi"}, ["messages"], "type_error"),
         ({"messages": ["hi"]}, ["messages", 0], "type_error"),
         (with_message(role="robot", content="x"), ["messages", 1, "role"], None),
-        (with_message(role="tool", content="x"), ["messages", 1, "tool_call_id"], MISSING),
         (with_message(role=1, content="x"), ["messages", 1, "role"], None),
         (with_message(role="user", content=5), ["messages", 1, "content"], "type_error"),
         (with_message(role="user", content=None), ["messages", 1, "content"], "type_error"),
@@ -484,6 +483,10 @@ def test_it_is_said_everywhere(box: Box, path: str, body: dict[str, Any]) -> Non
         {"think": False}, {"enable_thinking": False}, {"thinking": {"type": "disabled"}},
         {"chat_template_kwargs": {"enable_thinking": False, "budget": 3}},
         {"tools": [{"type": "web_search"}], "keep_alive": "5m", "num_ctx": 4096},
+        {"messages": [USER, {"role": "assistant", "content": [], "tool_calls": []}, USER]},
+        {"messages": [{"role": "tool", "content": None}]},
+        {"messages": [USER, {"role": "assistant", "tool_calls": [{"function": {"name": ""}}]},
+                      {"role": "tool"}]},
     ],
     ids=lambda change: json.dumps(change, default=str)[:60],
 )  # fmt: skip
@@ -514,11 +517,50 @@ def test_the_words_of_vllm_for_a_format_are_followed(
     assert box.http("POST", "/v1/completions", json=plain).json()["choices"][0]["text"] in texts
 
 
-@pytest.mark.parametrize("name", ["messages", "tools", "bos_token", "add_generation_prompt"])
-def test_the_template_s_own_names_are_not_for_clients(box: Box, name: str) -> None:
-    body = {**GOOD, "chat_template_kwargs": {name: "x"}}
-    answer = box.http("POST", "/v1/chat/completions", json=body)
-    assert name in check_envelope(answer, 422, "invalid_body")["error"]["message"]
+def test_the_template_s_own_names_are_not_for_clients(box: Box) -> None:
+    for name in (
+        "messages", "tools", "add_generation_prompt", "continue_final_message", "bos_token",
+        "eos_token", "unk_token", "pad_token", "raise_exception", "strftime_now", "range", "dict",
+        "lipsum", "cycler", "joiner", "namespace", "self", "loop",
+    ):  # fmt: skip
+        body = {**GOOD, "chat_template_kwargs": {name: "x"}}
+        answer = box.http("POST", "/v1/chat/completions", json=body)
+        assert f"'{name}'" in check_envelope(answer, 422, "invalid_body")["error"]["message"]
+
+
+WRITTEN = [
+    ({"id": "call_1_0", "type": "function"}, {"tool_call_id": "call_1_0"}, '{"x": 1}'),
+    ({}, {}, '{"x": 1}'),
+    ({"id": None, "type": None}, {"tool_call_id": None}, {"x": 1}),
+]
+
+
+def test_calls_in_a_history_are_the_same_however_they_are_written(box: Box) -> None:
+    """Without ids and types, and with arguments as objects, as Ollama's clients send them."""
+    sizes = set()
+    for call, result, arguments in WRITTEN:
+        calls = [{**call, "function": {"name": "f", "arguments": arguments}}]
+        messages = [
+            USER,
+            {"role": "assistant", "content": None, "tool_calls": calls},
+            {"role": "tool", "content": "Done.", **result},
+        ]
+        answer = box.http("POST", "/v1/chat/completions", json={**GOOD, "messages": messages})
+        assert answer.status_code == 200, answer.text
+        sizes.add(answer.json()["usage"]["prompt_tokens"])
+    assert len(sizes) == 1
+
+
+@pytest.mark.parametrize("arguments", [None, {"x": 1}, ["x"], "", "cut {", "[" * 50], ids=repr)
+def test_arguments_of_a_response_s_calls_may_be_anything(box: Box, arguments: Any) -> None:
+    items = [
+        USER,
+        {"type": "function_call", "call_id": "c", "name": "f", "arguments": arguments},
+        {"type": "function_call_output", "call_id": "c", "output": None},
+    ]
+    body = {"model": MODEL, "input": items, "max_output_tokens": 16}
+    answer = box.http("POST", "/v1/responses", json=body)
+    assert answer.status_code == 200, answer.text
 
 
 def test_spaces_after_bearer_are_no_part_of_the_key(box: Box) -> None:

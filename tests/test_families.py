@@ -21,6 +21,7 @@ from tests.ggufs import HOSTILE_TEMPLATE, with_template
 
 TEMPLATES = sorted((Path(__file__).parent / "templates").glob("*.jinja"))
 FAMILIES = [path.stem for path in TEMPLATES]
+BROKEN_TEMPLATE = b"{% for message in messages %}{{ message.content }}"  # without an end
 CONFIG = "[engine]\ncontext = 1024\nkv_tokens = 2048\nmax_sequences = 2\nmax_queue = 8\n"
 
 WEATHER: dict[str, Any] = {
@@ -57,6 +58,9 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Box]:
     file = folder / "hostile.gguf"
     file.write_bytes(with_template(source, HOSTILE_TEMPLATE.encode()))
     models.append(f"--model=hostile={file}")
+    file = folder / "broken.gguf"
+    file.write_bytes(with_template(source, BROKEN_TEMPLATE))
+    models.append(f"--model=broken={file}")
     (folder / "box.toml").write_text(CONFIG)
     box = Box(folder / "home", "--config", str(folder / "box.toml"), *models).start()
     yield box
@@ -128,9 +132,9 @@ def test_a_call_and_its_result_are_read(families: Box, family: str) -> None:
     assert answer.usage.prompt_tokens > told.usage.prompt_tokens + 20
 
 
-@pytest.mark.parametrize("family", ["gemma2", "hermes", "mistral", "qwen3"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_results_of_several_calls_are_read(families: Box, family: str) -> None:
-    """Llama 3's template refuses several calls: it says so."""
+    """Llama 3's template refuses several calls in one message: they are given one by one."""
     function = {"name": "clock", "arguments": "{}"}
     calls = [{"id": f"call0000{n}", "type": "function", "function": function} for n in (1, 2)]
     messages = [
@@ -139,8 +143,34 @@ def test_results_of_several_calls_are_read(families: Box, family: str) -> None:
         *({"role": "tool", "tool_call_id": call["id"], "content": "Noon."} for call in calls),
     ]
     assert chat(families, family, messages, max_tokens=2).choices
-    with pytest.raises(openai.BadRequestError, match="single tool-calls"):
-        chat(families, "llama3", messages, max_tokens=2)
+
+
+ODD_CALLS: list[Any] = [
+    {"function": {"name": "clock", "arguments": arguments}}
+    for arguments in (None, {"zone": 1}, "[1]", '{"zone": "Ro', "it is noon")
+]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_history_ends_a_chat(families: Box, family: str) -> None:
+    """What models, tools and other programs leave in it; the openai library would not send it."""
+    odd = [
+        {"role": "assistant", "content": "Hello, I am here."},
+        *QUESTION,
+        {"role": "assistant", "content": None, "tool_calls": ODD_CALLS},
+        {"role": "tool", "content": None},
+        {"role": "tool", "tool_call_id": "unknown", "content": {"degrees": 20}},
+        {"role": "user", "content": "And?"},
+        {"role": "assistant", "content": ""},
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Well?"},
+        {"role": "tool", "tool_call_id": "of no call", "content": "Noon."},
+        {"role": "assistant", "content": "", "tool_calls": []},
+    ]
+    for messages in (odd, odd[2:3], odd[3:4], odd[:1], odd[7:8]):
+        body = {"model": family, "messages": messages, "max_tokens": 1, "tools": TOOLS}
+        answer = families.http("POST", "/v1/chat/completions", json=body)
+        assert answer.status_code == 200, answer.text
 
 
 def test_thoughts_are_apart_from_the_answer(families: Box) -> None:
@@ -184,7 +214,18 @@ def test_a_hostile_template_refuses_its_chats_and_nothing_else(families: Box) ->
     for more, limit in (({}, "of memory"), ({"tools": TOOLS}, "of CPU time")):
         with pytest.raises(openai.BadRequestError) as caught:
             chat(families, "hostile", **more)
-        assert "chat template of the model's file takes more than" in caught.value.message
+        assert "chat template of model 'hostile' takes more" in caught.value.message
         assert limit in caught.value.message
     done = families.client.completions.create(model="hostile:latest", prompt="One", max_tokens=3)
     assert done.choices[0].text
+
+
+def test_a_broken_template_refuses_chats_and_nothing_else(families: Box) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        chat(families, "broken")
+    said = caught.value.message
+    assert "chat template of model 'broken' is not valid Jinja" in said
+    assert "use completions" in said
+    done = families.client.completions.create(model="broken", prompt="One", max_tokens=2)
+    assert done.choices[0].text
+    assert families.client.embeddings.create(model="broken", input="One").data

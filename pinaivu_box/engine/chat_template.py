@@ -8,19 +8,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
 
 import msgspec
-from jinja2 import TemplateError
+from jinja2 import TemplateError, Undefined, nodes
+from jinja2.ext import Extension
 from jinja2.meta import find_undeclared_variables
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from pinaivu_box import chat_format
+from pinaivu_box.engine import history
+from pinaivu_box.engine.history import Message
 from pinaivu_box.errors import BadRequest, ContextOverflow
 
-_REASON_LENGTH = 500  # of what a template says when it refuses
+_REASON_LENGTH = 500  # of what a template says when it raises
+INSTEAD = ": serve another file of this model, or use completions, which need no template"
 
 # For files without a template; the format that llama.cpp also falls back to.
 CHATML = (
@@ -31,40 +35,46 @@ CHATML = (
 )
 
 
-class ChatTemplate:
-    """`source` is the template of the GGUF file; `knows_tools` says whether it has a place for
-    functions.  Raises BadRequest if it is no template."""
+class _Raised(Exception):
+    """The template has raised; the text says why."""
 
-    def __init__(self, source: str, *, bos: str, eos: str) -> None:
+
+class ChatTemplate:
+    """A template as transformers' `apply_chat_template` and llama.cpp run it.
+
+    `source` is the template of the GGUF file, `whose` names the model in errors; `knows_tools` says
+    whether it has a place for functions.  Raises BadRequest if it is no template.
+    """
+
+    def __init__(self, source: str, *, bos: str, eos: str, whose: str = "the model's file") -> None:
         environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=["jinja2.ext.loopcontrols", _Generation],
         )
         environment.filters["tojson"] = _tojson
-        environment.globals.update(
-            raise_exception=_raise, strftime_now=lambda form: datetime.now(UTC).strftime(form)
-        )
+        environment.globals.update(raise_exception=_raise, strftime_now=_now)
+        self._whose = whose
         try:
             self._template = environment.from_string(source)
             self.knows_tools = "tools" in find_undeclared_variables(environment.parse(source))
         except MemoryError:
             raise
         except Exception as error:  # also what Python says of the code that Jinja makes of it
-            raise BadRequest(
-                f"The chat template of the model's file is not valid Jinja: {_reason(error)}.",
-                param="messages",
-            ) from error
+            raise self._refusal(f"is not valid Jinja ({_reason(error)}){INSTEAD}") from error
         self._tokens = {"bos_token": bos, "eos_token": eos}
         self._most = 0
 
     def render(
         self,
-        messages: list[dict[str, Any]],
+        messages: list[Message],
         functions: list[dict[str, Any]] | None = None,
         variables: dict[str, Any] | None = None,
         most: int = 1 << 20,
     ) -> str:
-        """The prompt, ending where the assistant begins; BadRequest if the template objects,
-        ContextOverflow if it is longer than `most` characters.
+        """The prompt, ending where the assistant begins; BadRequest if the template raises on all
+        forms of the messages (see `history`), ContextOverflow if it is longer than `most`
+        characters.
 
         `functions` are what the model may call, `variables` more of the template's.
         """
@@ -75,23 +85,14 @@ class ChatTemplate:
         # "developer" is OpenAI's newer name of "system"; templates know only the older one.
         known = [{**m, "role": "system"} if m["role"] == "developer" else m for m in messages]
         more = {k: v for k, v in variables.items() if k not in chat_format.TEMPLATE_OWN}
-        values = {**more, **self._tokens, "add_generation_prompt": True}
+        values = {**_defaults(), **more, **self._tokens, "add_generation_prompt": True}
         if not self.knows_tools:
-            return self._render(_in_words(known, functions or []), values)
-        if functions:
-            values["tools"] = [{"type": "function", "function": one} for one in functions]
-        if not any("tool_calls" in message for message in known):
-            return self._render(known, values)
-        try:  # most templates want arguments as objects, some as the text that the API has
-            return self._render([_with_objects(message) for message in known], values)
-        except ContextOverflow:
-            raise
-        except BadRequest:
-            return self._render(known, values)
+            return self._render(history.in_words(known, functions), [None], values)
+        return self._render(known, _as_tools(functions), values)
 
     def _continued(
         self,
-        messages: list[dict[str, Any]],
+        messages: list[Message],
         functions: list[dict[str, Any]] | None,
         variables: dict[str, Any],
     ) -> str:
@@ -103,23 +104,40 @@ class ChatTemplate:
             before = f"{before.rstrip()}\n\n{chat_format.THOUGHT}\n\n"
         return before + str(last["content"] or "").rstrip()
 
-    def _render(self, messages: list[dict[str, Any]], values: dict[str, Any]) -> str:
+    def _render(self, messages: list[Message], tools: list[Any], values: dict[str, Any]) -> str:
+        """Of the first of the messages' forms, and of the tools', that the template takes: it
+        neither raises nor passes over what was said."""
+        first: _Raised | None = None
+        without: str | None = None
+        for told in tools:
+            for form in history.forms(messages):
+                try:
+                    text = self._try(form, {**values, "tools": told})
+                except _Raised as error:
+                    first = first or error
+                    continue
+                if history.shown(text, messages):
+                    return text
+                without = text if without is None else without
+        if text := self._in_parts(messages, {**values, "tools": tools[0]}):
+            return text
+        if without is not None:
+            return without
         try:
-            return self._try(messages, values)
-        except ContextOverflow:
-            raise
-        except BadRequest:
-            taking_turns = _taking_turns(messages)
-            if taking_turns != messages:
-                return self._render(taking_turns, values)
-            if len(messages) < 2 or [one["role"] for one in messages[:2]] != ["system", "user"]:
-                raise
-        # Some templates know no system role (Gemma's): its words go before the user's.
-        system, user = messages[:2]
-        both = {**user, "content": f"{system['content']}\n\n{user['content']}"}
-        return self._try([both, *messages[2:]], values)
+            self._try([{"role": "user", "content": "Hello"}], {**values, "tools": None})
+        except _Raised:
+            raise self._refusal(f"fails on every chat ({first}){INSTEAD}") from None
+        raise self._refusal(f"refuses these messages: {first}") from None
 
-    def _try(self, messages: list[dict[str, Any]], values: dict[str, Any]) -> str:
+    def _in_parts(self, messages: list[Message], values: dict[str, Any]) -> str:
+        """With contents in parts, for a template that knows no others; empty for all others."""
+        try:
+            text = self._try(history.in_parts(messages), values)
+        except _Raised:
+            return ""
+        return text if history.shown(text, messages) and not history.raw(text) else ""
+
+    def _try(self, messages: list[Message], values: dict[str, Any]) -> str:
         parts, size = [], 0
         try:
             for part in self._template.generate(messages=messages, **values):
@@ -130,10 +148,7 @@ class ChatTemplate:
         except MemoryError:
             raise
         except Exception as error:
-            raise BadRequest(
-                f"The model's chat template refused these messages: {_reason(error)}.",
-                param="messages",
-            ) from error
+            raise _Raised(_reason(error)) from error
         if size > self._most:
             raise ContextOverflow(
                 f"The prompt has more than {self._most} characters, which is more than the model's "
@@ -141,79 +156,73 @@ class ChatTemplate:
             )
         return "".join(parts)
 
-
-def _taking_turns(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For templates that insist on turns: one system message, at the beginning, and what a user
-    says in several messages in one."""
-    made: list[dict[str, Any]] = []
-    for message in messages:
-        said = message
-        if message["role"] == "system" and made and made[-1]["role"] != "system":
-            said = {**message, "role": "user"}
-        if made and made[-1]["role"] == said["role"] and said["role"] in ("system", "user"):
-            text = f"{made[-1]['content']}\n\n{said['content']}"
-            made[-1] = {**made[-1], "content": text}
-        else:
-            made.append(said)
-    return made
+    def _refusal(self, what: str) -> BadRequest:
+        return BadRequest(f"The chat template of {self._whose} {what}.", param="messages")
 
 
-def _with_objects(message: dict[str, Any]) -> dict[str, Any]:
-    calls = []
-    for call in message.get("tool_calls", ()):
-        function = call["function"]
-        with suppress(ValueError):
-            function = {**function, "arguments": json.loads(function["arguments"])}
-        calls.append({**call, "function": function})
-    return {**message, "tool_calls": calls} if calls else message
-
-
-def _in_words(
-    messages: list[dict[str, Any]], functions: list[dict[str, Any]]
-) -> list[dict[str, Any]]:
-    """Calls and their results as text, for a template that knows neither."""
-    said: list[dict[str, Any]] = []
-    turn = ""
-    for message in messages:
-        words = _one_in_words(message)
-        if turn == "tool" and words["role"] == "user":  # one turn, which templates insist on
-            words["content"] = f"{said.pop()['content']}\n{words['content']}"
-        said.append(words)
-        turn = message["role"]
-    if functions:
-        told = chat_format.instructions(functions)
-        if said and said[0]["role"] == "system":
-            told = f"{said.pop(0)['content']}\n\n{told}"
-        said.insert(0, {"role": "system", "content": told})
-    return said
-
-
-def _one_in_words(message: dict[str, Any]) -> dict[str, Any]:
-    if message["role"] == "tool":
-        content = f"<tool_response>\n{message['content']}\n</tool_response>"
-        return {"role": "user", "content": content}
-    calls = [call["function"] for call in message.get("tool_calls", ())]
-    texts = [message["content"]] if message["content"] else []
-    style = chat_format.TAGS
-    for call in calls:
-        name = json.dumps(call["name"], ensure_ascii=False)
-        written = f'{{"name": {name}, "arguments": {call["arguments"]}}}'
-        texts.append(f"{style.before}{written}{style.after}")
-    others = {key: value for key, value in message.items() if key != "tool_calls"}
-    return {**others, "content": "\n".join(texts)}
+def _as_tools(functions: list[dict[str, Any]] | None) -> list[Any]:
+    """What `tools` can be: without functions None as in transformers, or undefined as in
+    llama.cpp."""
+    if not functions:
+        return [None, Undefined(name="tools")]
+    ways = [functions]
+    if (described := history.described(functions)) != functions:
+        ways.append(described)
+    return [[{"type": "function", "function": one} for one in way] for way in ways]
 
 
 def _reason(error: Exception) -> str:
     return str(error)[:_REASON_LENGTH].rstrip(".")
 
 
+# -- what templates find ---------------------------------------------------------------------------
+
+
+class _Generation(Extension):
+    """transformers' tag around what an assistant has said: it marks that for training."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.Scope(body, lineno=line)
+
+
+def _defaults() -> dict[str, Any]:
+    """Variables that transformers (`documents`) and llama.cpp define."""
+    return {"documents": None, "date_string": _now("%d %b %Y"), "datetime": _now("%b %d %Y")}
+
+
+def _now(form: str) -> str:
+    return datetime.now(UTC).strftime(form)
+
+
 def _raise(message: str) -> None:
     raise TemplateError(message)
 
 
-def _tojson(value: Any, indent: int | None = None) -> str:
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | str | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
     # Jinja's own filter escapes for HTML, which a prompt must not be.
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+        default=_null,
+    )
+
+
+def _null(value: Any) -> None:
+    if not isinstance(value, Undefined):
+        raise TypeError(f"{type(value).__name__} cannot be written as JSON")
 
 
 # -- in the child ----------------------------------------------------------------------------------
@@ -222,7 +231,7 @@ def _tojson(value: Any, indent: int | None = None) -> str:
 class Render(msgspec.Struct, array_like=True, frozen=True):
     """A job: what `messages` become.  Without any, whether `source` knows tools: b"1" or b"".
 
-    `functions` is JSON text of a list, `most` is in characters.
+    `functions` is JSON text of a list, `most` is in characters, `whose` as in ChatTemplate.
     """
 
     source: str
@@ -232,6 +241,7 @@ class Render(msgspec.Struct, array_like=True, frozen=True):
     functions: str | None = None
     variables: dict[str, Any] = {}
     most: int = 0
+    whose: str = "the model's file"
 
 
 def make(_: bytes) -> Callable[[bytes], bytes]:
@@ -244,13 +254,13 @@ def make(_: bytes) -> Callable[[bytes], bytes]:
         template = kept.get(asked.source)
         if template is None:
             kept.clear()
-            template = ChatTemplate(asked.source, bos=asked.bos, eos=asked.eos)
+            template = ChatTemplate(asked.source, bos=asked.bos, eos=asked.eos, whose=asked.whose)
             kept[asked.source] = template
         if asked.messages is None:
             return b"1" if template.knows_tools else b""
         try:
-            functions = json.loads(asked.functions) if asked.functions else None
-        except (ValueError, RecursionError):
+            functions = msgspec.json.decode(asked.functions or "[]", type=list[dict[str, Any]])
+        except (msgspec.DecodeError, RecursionError):
             raise BadRequest("The tools are no list that can be read.", param="tools") from None
         text = template.render(asked.messages, functions, asked.variables, asked.most)
         return text.encode(errors="replace")  # a template may make half a surrogate pair

@@ -63,7 +63,13 @@ class Intake:
     """
 
     def __init__(
-        self, runner: Runner, sandboxes: Sandboxes, *, drafting: bool, context_shift: bool
+        self,
+        runner: Runner,
+        sandboxes: Sandboxes,
+        *,
+        drafting: bool,
+        context_shift: bool,
+        model: str = "",
     ) -> None:
         facts = runner.facts
         self._runner = runner
@@ -81,6 +87,7 @@ class Intake:
             bos=facts.bos,
             eos=facts.eos,
             context=facts.context,
+            model=model,
         )
         self._named = NamedPrefixes([], self.template, runner.tokenize)
 

@@ -41,6 +41,7 @@ _MOST_IDS = 256  # LLAMA_MAX_SEQ
 _TILE = 64  # GGML_FA_TILE_Q
 _MOST_TOP_K = 2**31 - 1
 _SPELLED_OUT = (1, 2)  # LLAMA_VOCAB_TYPE_SPM, _BPE: the tokens' bytes are the text's
+_IF_TOOLS = "{% if tools or messages | selectattr('role', 'equalto', 'tool') | list %}"
 _NO_SLOT = 1  # llama_decode: could not find a KV slot for the batch
 
 
@@ -120,7 +121,6 @@ class LlamaRunner:
 
     def _read_facts(self, load: Load) -> ModelFacts:
         vocab = self._vocab
-        template = llama.llama_model_chat_template(self._model, None)
         ends = [t for t in range(self._n_vocab) if llama.llama_vocab_is_eog(vocab, t)]
         return ModelFacts(
             build=f"llama.cpp {llama.llama_version().decode()}",
@@ -138,13 +138,26 @@ class LlamaRunner:
             ),
             n_vocab=self._n_vocab,
             n_embd=llama.llama_model_n_embd(self._model),
-            chat_template=template.decode(errors="replace") if template else None,
+            chat_template=self._chat_template(),
             bos=self._token_text(llama.llama_vocab_bos(vocab)),
             eos=self._token_text(llama.llama_vocab_eos(vocab)),
             end_tokens=frozenset(ends),
             infill=self._infill(),
             defaults=self._sampling_defaults(),
         )
+
+    def _chat_template(self) -> str | None:
+        """Command R and Hermes have one of their own for tools."""
+        found = [llama.llama_model_chat_template(self._model, name) for name in (None, b"tool_use")]
+        # For some files llama.cpp names one of its own formats, which is no template.
+        plain, for_tools = (
+            one.decode(errors="replace") if one and b"{" in one else None for one in found
+        )
+        if plain is None or for_tools is None:
+            return for_tools or plain
+        # Jinja drops a template's last newline.
+        for_tools, plain = for_tools.removesuffix("\n"), plain.removesuffix("\n")
+        return f"{_IF_TOOLS}{for_tools}{{% else %}}{plain}{{% endif %}}"
 
     def _infill(self) -> tuple[int, int, int] | None:
         tokens = (

@@ -79,7 +79,7 @@ class SamplingDefaults(Struct, frozen=True):
 
 
 class Load(Struct, frozen=True, tag=True):
-    """The first frame: which file to load and how.
+    """The first frame: which file to load and how; `model` is its id.
 
     Sizes in tokens; `threads` 0 means all physical cores.  `drafting` allows prompt lookup.  The
     `parts` of a model in several files are all of them, `path` being the first.
@@ -95,6 +95,7 @@ class Load(Struct, frozen=True, tag=True):
     drafting: bool = True
     context_shift: bool = False
     parts: list[str] = []
+    model: str = ""
 
 
 class Add(Struct, frozen=True, tag=True):

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from pinaivu_box import chat_format
-from pinaivu_box.engine.chat_template import CHATML, Render
+from pinaivu_box.engine.chat_template import CHATML, INSTEAD, Render
 from pinaivu_box.engine.sandboxes import Run, reached
 from pinaivu_box.errors import ApiError, BadRequest
 from pinaivu_box.sandbox import Cancellation, SandboxLimit
@@ -20,21 +20,24 @@ _LONGEST_PROMPT = 32 << 20
 _SMALL = 64 * 1024  # bytes
 _STRIKES = 3
 _REST_SECONDS, _LONGEST_REST = 30.0, 3600.0
-_OTHER = ": use another file, or completions without a template"
 
 
 class Rendering:
     """`source` is the template of the GGUF file, None if it has none.
 
-    `style` and `thinks` say how the model writes (see `chat_format`).  A template that cannot be
-    used refuses chats; all else that the model can do works.
+    `style` and `thinks` say how the model writes (see `chat_format`), `model` names it in errors.
+    A template that cannot be used refuses chats; all else that the model can do works.
     """
 
-    def __init__(self, run: Run, source: str | None, *, bos: str, eos: str, context: int) -> None:
+    def __init__(
+        self, run: Run, source: str | None, *, bos: str, eos: str, context: int, model: str = ""
+    ) -> None:
         trusted = source is None
         source = source or CHATML
         self._run = run
-        self._asked = Render(source, bos, eos, most=min(context * _LONGEST_PIECE, _LONGEST_PROMPT))
+        self._whose = f"model '{model}'" if model else "the model's file"
+        most = min(context * _LONGEST_PIECE, _LONGEST_PROMPT)
+        self._asked = Render(source, bos, eos, most=most, whose=self._whose)
         self._strikes = 0
         self._rests_until = 0.0
         self._unusable = ""
@@ -43,12 +46,12 @@ class Rendering:
         if trusted:
             return  # it knows no tools, and nobody waits until that is asked
         if len(source) > _LONGEST_SOURCE:
-            self._unusable = _sentence(f"is longer than {_LONGEST_SOURCE} characters{_OTHER}")
+            self._unusable = self._sentence(f"is longer than {_LONGEST_SOURCE} characters{INSTEAD}")
             return
         try:
             knows_tools = bool(run(msgspec.msgpack.encode(self._asked)))
         except SandboxLimit as error:
-            self._unusable = _sentence(f"{reached(error.limit)} to be read{_OTHER}")
+            self._unusable = self._sentence(f"{reached(error.limit)} to be read{INSTEAD}")
             return
         except ApiError as error:
             self._unusable = error.message
@@ -79,7 +82,7 @@ class Rendering:
             if len(payload) - len(asked.source) < _SMALL:
                 self._strike()
             raise BadRequest(
-                _sentence(f"{reached(error.limit)} for these messages: shorten them"),
+                self._sentence(f"{reached(error.limit)} for these messages: shorten them"),
                 param="messages",
             ) from None
         self._strikes = 0
@@ -97,9 +100,8 @@ class Rendering:
         rest = self._rests_until - time.monotonic()
         if rest > 0:
             times = f"has reached its limits {self._strikes} times in a row"
-            why = _sentence(f"{times} and is not run for the next {rest:.0f} s{_OTHER}")
+            why = self._sentence(f"{times} and is not run for the next {rest:.0f} s{INSTEAD}")
             raise BadRequest(why, param="messages")
 
-
-def _sentence(what: str) -> str:
-    return f"The chat template of the model's file {what}."
+    def _sentence(self, what: str) -> str:
+        return f"The chat template of {self._whose} {what}."

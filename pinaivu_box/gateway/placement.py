@@ -156,6 +156,7 @@ class Placement:
             drafting=self._config.drafting,
             context_shift=self._config.context_shift,
             parts=[str(path) for path, _ in model.parts],
+            model=model.id,
         )
 
     # -- ending --------------------------------------------------------------------------------

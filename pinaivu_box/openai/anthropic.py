@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
@@ -58,9 +57,11 @@ class ThinkingBlock(Struct, frozen=True, tag="thinking", tag_field="type"):
 
 
 class ToolUseBlock(Struct, frozen=True, tag="tool_use", tag_field="type"):
+    """`input` is text where a model has written something else than an object."""
+
     id: str
-    name: FunctionName
-    input: dict[str, Any]
+    name: str
+    input: dict[str, Any] | str
 
 
 class ToolResultBlock(Struct, frozen=True, tag="tool_result", tag_field="type"):
@@ -205,8 +206,7 @@ def _assistant(blocks: list[Block], number: int) -> dict[str, Any]:
             case ThinkingBlock(thinking):
                 message["reasoning_content"] = message.get("reasoning_content", "") + thinking
             case ToolUseBlock(call_id, name, given):
-                arguments = json.dumps(given, ensure_ascii=False)
-                function = {"name": name, "arguments": arguments}
+                function = {"name": name, "arguments": parameters.text_of_arguments(given)}
                 call = {"id": call_id, "type": "function", "function": function}
                 message.setdefault("tool_calls", []).append(call)
             case ToolResultBlock():

@@ -9,6 +9,7 @@ kind is left for the type to refuse.
 from __future__ import annotations
 
 import json
+from collections import deque
 from collections.abc import Iterable
 from typing import Any
 
@@ -94,12 +95,14 @@ def chat(raw: Raw, passed: Passed) -> None:
     _thoughts(raw, passed)
     _template(raw, passed)
     messages = raw.get("messages")
-    for place, message in enumerate(messages if isinstance(messages, list) else ()):
-        if isinstance(message, dict) and message.get("role") == "assistant":
-            for name in ("audio", "function_call"):
-                if message.get(name) is not None:
-                    passed.over("messages", place, name)
-                    del message[name]
+    if isinstance(messages, list):
+        _calls(messages)
+        for place, message in enumerate(messages):
+            if isinstance(message, dict) and message.get("role") == "assistant":
+                for name in ("audio", "function_call"):
+                    if message.get(name) is not None:
+                        passed.over("messages", place, name)
+                        del message[name]
 
 
 def completion(raw: Raw, passed: Passed) -> None:
@@ -355,6 +358,51 @@ def _template(raw: Raw, passed: Passed) -> None:
             del given[name]
 
 
+def text_of_arguments(given: Any) -> str:
+    """As JSON text; some programs send the value itself."""
+    return given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)
+
+
+def text_of_result(given: Any) -> Any:
+    """A tool's result as text; parts of text stay what they are."""
+    if isinstance(given, str | list):
+        return given
+    return "" if given is None else text_of_arguments(given)
+
+
+def _calls(messages: list[Any]) -> None:
+    """What programs leave out of the calls and results of a history, or write otherwise: it stands
+    in every later request of that chat."""
+    unanswered: deque[str] = deque()
+    answered: set[str] = set()
+    for place, message in enumerate(messages):
+        if not isinstance(message, dict):
+            continue
+        if message.get("role") == "assistant" and isinstance(message.get("tool_calls"), list):
+            calls = [one for one in message["tool_calls"] if isinstance(one, dict)]
+            for number, call in enumerate(calls):
+                _call(call, f"call_{place}_{number}")
+            unanswered.extend(one["id"] for one in calls if isinstance(one["id"], str))
+        elif message.get("role") == "tool":
+            if message.get("tool_call_id") is None:
+                while unanswered and unanswered[0] in answered:
+                    unanswered.popleft()
+                message["tool_call_id"] = unanswered.popleft() if unanswered else ""
+            elif isinstance(message["tool_call_id"], str):
+                answered.add(message["tool_call_id"])
+            message["content"] = text_of_result(message.get("content"))
+
+
+def _call(call: Raw, name: str) -> None:
+    kind = "custom" if "custom" in call else "function"
+    for field, value in (("id", name), ("type", kind)):
+        if call.get(field) is None:
+            call[field] = value
+    function = call.get("function")
+    if isinstance(function, dict):
+        function["arguments"] = text_of_arguments(function.get("arguments"))
+
+
 def _blocks(message: Raw, path: tuple[str | int, ...], passed: Passed) -> None:
     kept = []
     for place, block in enumerate(message["content"]):
@@ -365,4 +413,7 @@ def _blocks(message: Raw, path: tuple[str | int, ...], passed: Passed) -> None:
         kept.append(block)
         if kind == "tool_result" and isinstance(block.get("content"), list):
             _blocks(block, (*path, "content", place), passed)
+        elif kind == "tool_use":
+            given = block.get("input")
+            block["input"] = given if isinstance(given, dict) else text_of_arguments(given)
     message["content"] = kept

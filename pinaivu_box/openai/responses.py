@@ -253,6 +253,10 @@ def _sifted(items: list[Any], passed: Passed) -> list[Any]:
         if kind in _SERVER_ITEMS:
             passed.over("input", place, str(kind))
             continue
+        if kind == "function_call":
+            item["arguments"] = parameters.text_of_arguments(item.get("arguments"))
+        elif kind in ("function_call_output", "custom_tool_call_output"):
+            item["output"] = parameters.text_of_result(item.get("output"))
         if isinstance(kind, str) and kind in _ITEMS:
             sift(item, _ITEMS[kind], passed, ("input", place))
         kept.append(item)

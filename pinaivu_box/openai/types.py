@@ -45,9 +45,9 @@ class UserMessage(_Message, frozen=True, tag="user"):
 
 
 class CalledFunction(Struct, frozen=True, forbid_unknown_fields=True):
-    """`arguments` is JSON text."""
+    """`arguments` is JSON text, but may be whatever a model has written in its place."""
 
-    name: Text
+    name: str
     arguments: str
 
 

@@ -211,9 +211,11 @@ def in_this_process() -> Sandboxes:
 class Template(Rendering):
     """A chat template that is run here; functions may also be a list."""
 
-    def __init__(self, source: str | None = None, *, bos: str = "", eos: str = "") -> None:
+    def __init__(
+        self, source: str | None = None, *, bos: str = "", eos: str = "", model: str = ""
+    ) -> None:
         run = here(chat_template.make(b""))
-        super().__init__(run, source, bos=bos, eos=eos, context=1000)
+        super().__init__(run, source, bos=bos, eos=eos, context=1000, model=model)
 
     def render(self, messages: Any, functions: Any = None, variables: Any = None, **_: Any) -> str:
         told = json.dumps(functions) if isinstance(functions, list) and functions else None

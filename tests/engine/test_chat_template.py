@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from jinja2.defaults import DEFAULT_NAMESPACE
 
 from pinaivu_box.engine.chat_template import CHATML, ChatTemplate
 from pinaivu_box.engine.fake_runner import FakeRunner
@@ -70,7 +71,26 @@ def test_a_refusing_template_refuses_its_request_and_no_other() -> None:
     assert bytes(heard.prompts["b"]).decode() == "[user]yes"
 
 
+OWN = (
+    "messages", "tools", "bos_token", "eos_token", "add_generation_prompt", "self", "loop",
+    "raise_exception", "strftime_now", *DEFAULT_NAMESPACE,
+)  # fmt: skip
+
+
 def test_variables_of_a_peer_do_not_stand_for_the_template_s_own() -> None:
-    said = [{"role": "user", "content": "U"}]
-    named = {"messages": "x", "self": True, "bos_token": "x", "tools": "x", "loop": "x"}
-    assert template(ROLES).render(said, None, named) == template(ROLES).render(said)
+    source = (
+        "{{ strftime_now('%Y') | length }}{{ range(2) | list }}{{ dict(a=bos_token ~ eos_token) }}"
+        "{{ namespace(a=1).a }}{{ joiner()() }}{{ cycler('a').next() }}{{ lipsum is callable }}"
+        "{{ tools is none }}{{ add_generation_prompt }}{{ raise_exception is callable }}"
+        "{% for m in messages %}{{ loop.index }}{{ m.content }}{% endfor %}"
+    )
+    told = [{"role": "user", "content": "U"}]
+    prompt = template(source).render(told)
+    assert prompt == "4[0, 1]{'a': '<s></s>'}1aTrueTrueTrueTrue1U"
+    assert template(source).render(told, None, dict.fromkeys(OWN, "x")) == prompt
+
+
+def test_what_transformers_and_llama_cpp_define_can_be_said_by_a_request() -> None:
+    source = "{{ documents is none }}{{ date_string | length }}{{ datetime | length }}{{ level }}"
+    assert template(source).render([]) == "True1111"
+    assert template(source).render([], None, {"date_string": "now", "level": 7}) == "True3117"

@@ -369,7 +369,7 @@ TOO_MUCH = {
     "macro": ("{% macro m() %}{{ m() }}{{ m() }}{% endmacro %}{{ m() }}", "recursion"),
     "output": ("{% for i in range(99999) %}{{ 'a' * 9999 }}{% endfor %}", "characters"),
     "clock": ("{{ strftime_now('%c' * 3000000) }}", ""),
-    "reason": ("{{ raise_exception('a' * 99999) }}", "refused these messages"),
+    "reason": ("{{ raise_exception('a' * 99999) }}", "fails on every chat"),
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,16 +15,16 @@ from pinaivu_box.engine.runner import Batch
 from pinaivu_box.engine.sampling import draw
 from pinaivu_box.models import bundled
 from tests.engine.harness import Engine, Fixed, Heard, Template, add, run, sampling
+from tests.ggufs import with_template, with_word
 
 
-def real_runner(**sizes: int) -> LlamaRunner:
+def real_runner(path: Path | None = None, **sizes: int) -> LlamaRunner:
     location = bundled.find()
     assert location, "the bundled model is not where build/test puts it"
     more = {"context": 256, "kv_tokens": 2048, "max_sequences": 8, "token_budget": 256, **sizes}
-    return LlamaRunner(
-        Load(path=str(location.path), offset=location.offset, threads=1, **more),
-        lambda fraction: None,
-    )
+    offset = 0 if path else location.offset
+    load = Load(path=str(path or location.path), offset=offset, threads=1, **more)
+    return LlamaRunner(load, lambda fraction: None)
 
 
 @pytest.fixture(scope="module")
@@ -174,3 +175,24 @@ def test_real_text_is_that_of_its_tokens_and_the_prompt_has_one_bos(llama: Llama
     assert "Write 😀 twice." in prompt and prompt.endswith("assistant\n")
     (bos,) = llama.tokenize(llama.facts.bos)
     assert heard.prompts["r"][:2].count(bos) == 1
+
+
+def test_a_file_with_a_template_for_tools_has_two(tmp_path: Path) -> None:
+    """As those of Command R and Hermes."""
+    location = bundled.find()
+    assert location and location.offset == 0
+    plain = b"{% if tools is defined %}{{ messages[0].content }}{% endif %}"
+    for_tools = (
+        b"{{ messages[0].content }}{% for t in tools or [] %} {{ t.function.name }}{% endfor %}"
+    )
+    source = with_template(location.path.read_bytes(), plain)
+    file = tmp_path / "two.gguf"
+    file.write_bytes(with_word(source, "tokenizer.chat_template.tool_use", for_tools))
+    runner = real_runner(file, kv_tokens=256, max_sequences=1)
+    template = Template(runner.facts.chat_template)
+    runner.close()
+    file.unlink()
+    asked = [{"role": "user", "content": "Hi"}]
+    assert template.render(asked) == "Hi"
+    assert template.render(asked, [{"name": "f"}]) == "Hi f"
+    assert template.render([*asked, {"role": "tool", "tool_call_id": "c", "content": "x"}]) == "Hi"

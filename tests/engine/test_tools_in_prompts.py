@@ -11,7 +11,6 @@ import pytest
 from pinaivu_box import chat_format
 from pinaivu_box.engine.intake import Arrival, Intake
 from pinaivu_box.engine.messages import Constraint, Refused, Tools
-from pinaivu_box.errors import BadRequest
 from tests.engine.harness import StrictRunner, Template, add, in_this_process, load
 
 FUNCTION = {"name": "f", "description": "It does.", "parameters": {"type": "object"}}
@@ -64,8 +63,7 @@ def test_a_template_without_a_system_role_has_its_words_before_the_user_s() -> N
     system = {"role": "system", "content": "Be kind."}
     assert Template(STRICT).render([system, HISTORY[0]]) == "[user]Be kind.\n\nDo it."
     assert json.dumps(FUNCTION) in Template(STRICT).render([HISTORY[0]], [FUNCTION])
-    with pytest.raises(BadRequest, match="no system"):
-        Template(STRICT).render([system])
+    assert Template(STRICT).render([system]) == "[user]Be kind."
 
 
 def test_results_and_what_is_said_after_them_are_one_turn() -> None:

@@ -1,0 +1,295 @@
+"""The messages of a chat in the forms that chat templates take.
+
+A template is written for the histories that its authors had in mind, and raises on others: another
+order of roles, ids of another length, arguments that are no JSON object.  What was said once stays
+in a chat, so every later request would be refused too.  llama.cpp (`common/chat.cpp`) and vLLM
+(`_postprocess_messages`) rewrite some of that; here it is what a template needs, and nothing that
+was said is left out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from pinaivu_box import chat_format
+
+Message = dict[str, Any]
+
+_ID_LENGTH = 9
+_WRAPPED = "arguments"  # the one member of an object that stands for what is none
+_SILENCE = "..."  # of a turn in which nothing was said
+
+
+class Arguments(dict[str, Any]):
+    """Arguments of a call for templates that look into them; `written` is the JSON text, for
+    templates that write them as they are."""
+
+    __slots__ = ("_written",)
+
+    def __init__(self, value: dict[str, Any], written: str) -> None:
+        super().__init__(value)
+        self._written = written
+
+    def __str__(self) -> str:
+        return self._written
+
+    def __add__(self, other: str) -> str:
+        return self._written + other
+
+    def __radd__(self, other: str) -> str:
+        return other + self._written
+
+
+def forms(messages: list[Message]) -> Iterator[list[Message]]:
+    """`messages` as a template should see them, and then in other ways that it might take, each
+    further from what was sent.  None comes twice."""
+    seen: list[list[Message]] = []
+    for shape in _shapes(messages):
+        if shape not in seen:
+            seen.append(shape)
+            for way in _ways(shape):
+                yield [_with_arguments(message, way) for message in shape]
+
+
+def in_words(
+    messages: list[Message], functions: list[dict[str, Any]] | None = None
+) -> list[Message]:
+    """Functions, calls and their results as text, for a template that knows none of them."""
+    said: list[Message] = []
+    turn = ""
+    for message in messages:
+        words = _one_in_words(message)
+        if turn == "tool" and words["role"] == "user":  # one turn, which templates insist on
+            words["content"] = f"{said.pop()['content']}\n{words['content']}"
+        said.append(words)
+        turn = message["role"]
+    if functions:
+        told = chat_format.instructions(functions)
+        if said and said[0]["role"] == "system":
+            told = f"{said.pop(0)['content']}\n\n{told}"
+        said.insert(0, {"role": "system", "content": told})
+    return said
+
+
+def in_parts(messages: list[Message]) -> list[Message]:
+    """With contents as lists of parts, which some templates of models that see insist on."""
+    return [{**one, "content": [{"type": "text", "text": one["content"]}]} for one in messages]
+
+
+def shown(text: str, messages: list[Message]) -> bool:
+    """Whether a prompt holds what was said: the longest of the user's messages, or of all."""
+    said = [one for one in messages if one["role"] == "user"] or messages
+    return max((str(one["content"]).strip() for one in said), key=len, default="") in text
+
+
+def raw(text: str) -> bool:
+    """Whether parts were written into a prompt as they are, and not read."""
+    return "'type': 'text'" in text or '"type": "text"' in text
+
+
+def described(functions: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """With what OpenAI's API lets a function leave out."""
+    made = []
+    for one in functions:
+        given = one.get("parameters")
+        given = given if isinstance(given, dict) else {}
+        parameters = {"type": "object", "properties": {}, **given}
+        made.append({"description": "", **one, "parameters": parameters})
+    return made
+
+
+# -- arguments -------------------------------------------------------------------------------------
+
+
+def _ways(messages: list[Message]) -> list[Callable[[str], Any]]:
+    """What arguments may be given as: what is no object as text or wrapped, and all as text."""
+    calls = [call for message in messages for call in message.get("tool_calls") or ()]
+    if not calls:
+        return [_text]
+    if all(_read(call["function"]["arguments"]) is not None for call in calls):
+        return [_object, _text]
+    return [_object_or_text, _object, _text]
+
+
+def _with_arguments(message: Message, way: Callable[[str], Any]) -> Message:
+    if not message.get("tool_calls"):
+        return message
+    calls = []
+    for call in message["tool_calls"]:
+        function = call["function"]
+        calls.append({**call, "function": {**function, "arguments": way(function["arguments"])}})
+    return {**message, "tool_calls": calls}
+
+
+def _read(text: str) -> Arguments | None:
+    """None if they are no object.  No arguments at all are an object without members, and one that
+    was written as a JSON string is read all the same."""
+    text = text.strip()
+    if text in ("", "null"):
+        text = "{}"
+    for _ in range(2):
+        try:
+            value = json.loads(text)
+        except (ValueError, RecursionError):
+            return None
+        if isinstance(value, dict):
+            return Arguments(value, text)
+        if not isinstance(value, str):
+            return None
+        text = value
+    return None
+
+
+def _object(text: str) -> Arguments:
+    found = _read(text)
+    return Arguments({_WRAPPED: text}, text) if found is None else found
+
+
+def _object_or_text(text: str) -> Arguments | str:
+    found = _read(text)
+    return text if found is None else found
+
+
+def _text(text: str) -> str:
+    return str(_object_or_text(text))
+
+
+# -- shapes ----------------------------------------------------------------------------------------
+
+
+def _shapes(messages: list[Message]) -> Iterator[list[Message]]:
+    yield messages
+    # One of these is mostly enough; together they take one another's results.
+    changes = (_with_short_ids, _answering, _taking_turns, _one_call_each, _without_system)
+    for change in changes:
+        yield change(messages)
+    shape = messages
+    for change in changes:
+        shape = change(shape)
+        yield shape
+    shape = _taking_turns(in_words(messages))
+    yield shape
+    yield _without_system(shape)
+
+
+def _with_short_ids(messages: list[Message]) -> list[Message]:
+    """Mistral's templates insist on ids of nine letters and digits."""
+    made = []
+    for message in messages:
+        if message.get("tool_calls"):
+            calls = [{**one, "id": _short(one.get("id"))} for one in message["tool_calls"]]
+            message = {**message, "tool_calls": calls}
+        elif message["role"] == "tool":
+            message = {**message, "tool_call_id": _short(message.get("tool_call_id"))}
+        made.append(message)
+    return made
+
+
+def _short(given: Any) -> str:
+    name = str(given or "")
+    if re.fullmatch(f"[a-zA-Z0-9]{{{_ID_LENGTH}}}", name):
+        return name
+    return hashlib.sha256(name.encode(errors="replace")).hexdigest()[:_ID_LENGTH]
+
+
+def _one_call_each(messages: list[Message]) -> list[Message]:
+    """Calls of one message as messages, each followed by its result (Llama 3's template)."""
+    turns: list[list[Message]] = [[]]  # a message and the results after it
+    for message in messages:
+        if message["role"] != "tool":
+            turns.append([])
+        turns[-1].append(message)
+    return [one for turn in turns for one in _call_by_call(turn)]
+
+
+def _call_by_call(turn: list[Message]) -> Iterator[Message]:
+    calls = turn[0].get("tool_calls") or () if turn else ()
+    if len(calls) < 2:
+        yield from turn
+        return
+    message, *results = turn
+    for call in calls:
+        yield {**message, "tool_calls": [call]}
+        message = {"role": "assistant", "content": ""}
+        for result in [one for one in results if one.get("tool_call_id") == call.get("id")][:1]:
+            results.remove(result)
+            yield result
+    yield from results
+
+
+def _answering(messages: list[Message]) -> list[Message]:
+    """Results that answer no call before them are a user's words (gpt-oss, Command R)."""
+    made: list[Message] = []
+    waiting: list[Any] = []  # ids of calls without a result
+    for message in messages:
+        if message["role"] != "tool":
+            waiting = [call.get("id") for call in message.get("tool_calls") or ()]
+        elif not waiting:
+            message = _one_in_words(message)
+        else:
+            its = message.get("tool_call_id")
+            its = its if its in waiting else waiting[0]
+            waiting.remove(its)
+            message = {**message, "tool_call_id": its}
+        made.append(message)
+    return made
+
+
+def _taking_turns(messages: list[Message]) -> list[Message]:
+    """One system message, at the beginning; then user and assistant in turns, the user first.
+
+    Neighbours of one role become one message, and later system messages a user's words.  An empty
+    answer is none.  A call and its results are no turn, as Mistral's templates count.
+    """
+    made: list[Message] = []
+    for message in messages:
+        if message["role"] == "system" and made and made[-1]["role"] != "system":
+            message = {**message, "role": "user"}
+        role, calls = message["role"], message.get("tool_calls")
+        if role == "assistant" and not message["content"] and not calls:
+            continue
+        last: Message = made[-1] if made else {"role": ""}
+        if role == last["role"] != "tool" and not (calls and last.get("tool_calls")):
+            content = _joined(last["content"], message["content"])
+            made[-1] = {**last, **message, "content": content}
+            continue
+        if role in ("assistant", "tool") and last["role"] in ("", "system"):
+            made.append({"role": "user", "content": _SILENCE})
+        elif role == "user" and (last["role"] == "tool" or last.get("tool_calls")):
+            made.append({"role": "assistant", "content": _SILENCE})
+        made.append(message)
+    return made or [{"role": "user", "content": _SILENCE}]
+
+
+def _without_system(messages: list[Message]) -> list[Message]:
+    """Some templates know no system role (Gemma's): its words go before the user's."""
+    if not messages or messages[0]["role"] != "system":
+        return messages
+    system, *rest = messages
+    if not rest or rest[0]["role"] != "user":
+        return [{**system, "role": "user"}, *rest]
+    user, *rest = rest
+    return [{**user, "content": _joined(system["content"], user["content"])}, *rest]
+
+
+def _joined(before: str, after: str) -> str:
+    return f"{before}\n\n{after}" if before and after else before or after
+
+
+def _one_in_words(message: Message) -> Message:
+    if message["role"] == "tool":
+        content = f"<tool_response>\n{message['content']}\n</tool_response>"
+        return {"role": "user", "content": content}
+    calls = [call["function"] for call in message.get("tool_calls") or ()]
+    texts = [message["content"]] if message["content"] else []
+    style = chat_format.TAGS
+    for call in calls:
+        name = json.dumps(call["name"], ensure_ascii=False)
+        written = f'{{"name": {name}, "arguments": {_text(call["arguments"])}}}'
+        texts.append(f"{style.before}{written}{style.after}")
+    others = {key: value for key, value in message.items() if key != "tool_calls"}
+    return {**others, "content": "\n".join(texts)}
