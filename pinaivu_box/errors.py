@@ -168,7 +168,35 @@ class InvalidJson(BadRequest):
 
 
 class ContextOverflow(BadRequest):
+    """More than the model's context has room for."""
+
     code = "context_length_exceeded"
+
+    @classmethod
+    def of(
+        cls, tokens: int, context: int, *, exact: bool = True, param: str | None = None
+    ) -> ContextOverflow:
+        """`tokens` (unless `exact`: or more) are at `param`, None for a chat's messages, and
+        `context` is what there may be.
+
+        The words are OpenAI's, by which programs know that they have to shorten what they send:
+        those of its chats, then what some look for in the text alone (the code, the words of its
+        responses), and llama.cpp's names of the numbers.
+        """
+        found = f"{tokens} tokens" if exact else f"at least {tokens} tokens"
+        if param is None:
+            said = f"your messages resulted in {found}. Please reduce the length of the messages."
+        else:
+            said = (
+                f"you requested {found} ({tokens} in your prompt; 0 for the completion). "
+                "Please reduce your prompt."
+            )
+        return cls(
+            f"This model's maximum context length is {context} tokens. However, {said} "
+            f"({cls.code}: your input exceeds the context window of this model; "
+            f"n_prompt_tokens: {tokens}, n_ctx: {context})",
+            param=param,
+        )
 
 
 class ExceedsKeyLimit(BadRequest):

@@ -135,10 +135,7 @@ class ChatTemplate:
                 param="messages",
             ) from error
         if size > self._most:
-            raise ContextOverflow(
-                f"The prompt has more than {self._most} characters, which is more than the model's "
-                "context here can hold: shorten the messages."
-            )
+            raise ContextOverflow(f"The prompt has more than {self._most} characters.")
         return "".join(parts)
 
 

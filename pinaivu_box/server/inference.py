@@ -179,8 +179,8 @@ class Call:
                 await settle(end)
                 events = [end]
             if isinstance(last := events[-1], Failed):
-                contact = self.box.config.server.contact
-                events = [*events[:-1], Failed(envelope.told(last.error, contact))]
+                contact, path = self.box.config.server.contact, self._request.url.path
+                events = [*events[:-1], Failed(envelope.told(last.error, contact, path))]
             if data := encode(events):
                 yield data
             if isinstance(last := events[-1], Finished | Failed):
