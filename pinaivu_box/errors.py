@@ -35,6 +35,7 @@ on stderr and an exit code.
         ├── RequestTimeout          408      request_timeout
         ├── Conflict                409      conflict
         ├── BodyTooLarge            413      request_too_large
+        ├── UnsupportedEncoding     415      unsupported_encoding
         ├── InvalidBody             422      invalid_body
         │   └── UnsupportedParameter 422     unsupported_parameter
         ├── RateLimited             429      rate_limit_exceeded
@@ -255,6 +256,12 @@ class Conflict(ApiError):
 
 class BodyTooLarge(ApiError):
     status, type, code = 413, "invalid_request_error", "request_too_large"
+
+
+class UnsupportedEncoding(ApiError):
+    """The body is compressed in a way that is not known here."""
+
+    status, type, code = 415, "invalid_request_error", "unsupported_encoding"
 
 
 class InvalidBody(ApiError):

@@ -20,6 +20,7 @@ from pinaivu_box.errors import (
     MethodNotAllowed,
     NotFound,
 )
+from pinaivu_box.server.codings import CODINGS
 from pinaivu_box.server.routes import methods_at, nothing_at
 
 
@@ -112,6 +113,8 @@ def response(error: ApiError, path: str = "") -> Response:
         headers["Retry-After"] = str(error.retry_after)
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
+    if error.status == 415:
+        headers["Accept-Encoding"] = ", ".join(CODINGS)
     return JSON(body(error, path), status_code=error.status, headers=headers)
 
 
