@@ -35,6 +35,7 @@ on stderr and an exit code.
         ├── RequestTimeout          408      request_timeout
         ├── Conflict                409      conflict
         ├── BodyTooLarge            413      request_too_large
+        ├── UnsupportedEncoding     415      unsupported_encoding
         ├── InvalidBody             422      invalid_body
         │   └── UnsupportedParameter 422     unsupported_parameter
         ├── RateLimited             429      rate_limit_exceeded
@@ -168,7 +169,35 @@ class InvalidJson(BadRequest):
 
 
 class ContextOverflow(BadRequest):
+    """More than the model's context has room for."""
+
     code = "context_length_exceeded"
+
+    @classmethod
+    def of(
+        cls, tokens: int, context: int, *, exact: bool = True, param: str | None = None
+    ) -> ContextOverflow:
+        """`tokens` (unless `exact`: or more) are at `param`, None for a chat's messages, and
+        `context` is what there may be.
+
+        The words are OpenAI's, by which programs know that they have to shorten what they send:
+        those of its chats, then what some look for in the text alone (the code, the words of its
+        responses), and llama.cpp's names of the numbers.
+        """
+        found = f"{tokens} tokens" if exact else f"at least {tokens} tokens"
+        if param is None:
+            said = f"your messages resulted in {found}. Please reduce the length of the messages."
+        else:
+            said = (
+                f"you requested {found} ({tokens} in your prompt; 0 for the completion). "
+                "Please reduce your prompt."
+            )
+        return cls(
+            f"This model's maximum context length is {context} tokens. However, {said} "
+            f"({cls.code}: your input exceeds the context window of this model; "
+            f"n_prompt_tokens: {tokens}, n_ctx: {context})",
+            param=param,
+        )
 
 
 class ExceedsKeyLimit(BadRequest):
@@ -227,6 +256,12 @@ class Conflict(ApiError):
 
 class BodyTooLarge(ApiError):
     status, type, code = 413, "invalid_request_error", "request_too_large"
+
+
+class UnsupportedEncoding(ApiError):
+    """The body is compressed in a way that is not known here."""
+
+    status, type, code = 415, "invalid_request_error", "unsupported_encoding"
 
 
 class InvalidBody(ApiError):

@@ -294,10 +294,51 @@ def test_tier_store_and_metadata(fake_box: Box) -> None:
     )
     assert answer.service_tier == "default"
     assert answer.ignored_parameters == ["store", "metadata"]
-    for stream in (False, True):
-        asked = chat(fake_box, model=FAKE, reasoning_effort="high", stream=stream)
-        told = next(iter(asked)) if stream else asked
-        assert told.ignored_parameters == ["reasoning_effort"]  # it has no thoughts
+
+
+CHATS = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 4}
+THOUGHTS = {"thinking": {"type": "enabled"}}
+EFFORT = {"input": "x", "max_output_tokens": 4, "reasoning": {"effort": "high"}}
+SAID: list[tuple[str, dict[str, Any], list[str]]] = [
+    ("/chat/completions", {**CHATS, "store": True, "metadata": {"a": "b"}}, ["store", "metadata"]),
+    # The model has no thoughts.
+    ("/chat/completions", {**CHATS, "reasoning_effort": "high", "n": 2}, ["reasoning_effort"]),
+    ("/chat/completions", {**CHATS, "colour": 1, "think": True}, ["colour", "enable_thinking"]),
+    ("/chat/completions", {**CHATS, "store": False, "metadata": {}, "think": False}, []),
+    ("/messages", {**CHATS, **THOUGHTS}, ["thinking"]),
+    ("/responses", EFFORT, ["reasoning.effort"]),
+]
+
+
+@pytest.mark.parametrize(("path", "body", "said"), SAID)
+@pytest.mark.parametrize("stream", [False, True])
+def test_body_and_header_say_the_same(
+    fake_box: Box, path: str, body: dict[str, Any], said: list[str], stream: bool
+) -> None:
+    whole = {"model": FAKE, "stream": stream, **body}
+    answer = fake_box.http("POST", f"/v1{path}", json=whole)
+    assert answer.status_code == 200, answer.text
+    header = answer.headers.get("x-pinaivu-ignored", "")
+    assert [name for name in header.split(", ") if name] == said
+    text = answer.text
+    if stream:
+        text = next(line[6:] for line in text.splitlines() if line.startswith("data: "))
+    told = json.loads(text)
+    told = told.get("message") or told.get("response") or told  # of a stream's first event
+    assert (told.get("ignored_parameters") or []) == said
+
+
+def test_who_asks_to_be_strict_is_told_that_nothing_is_stored(fake_box: Box) -> None:
+    for change, status in ({"store": True}, 422), ({"metadata": {"a": "b"}}, 422), ({}, 200):
+        answer = fake_box.http(
+            "POST",
+            "/v1/chat/completions",
+            json={"model": FAKE, **CHATS, **change},
+            headers={"x-pinaivu-strict": "1"},
+        )
+        assert answer.status_code == status, answer.text
+        if change:
+            assert answer.json()["error"]["code"] == "unsupported_parameter"
 
 
 def test_a_prediction_changes_nothing_but_the_time(fake_box: Box) -> None:

@@ -150,10 +150,7 @@ class ChatTemplate:
         except Exception as error:
             raise _Raised(_reason(error)) from error
         if size > self._most:
-            raise ContextOverflow(
-                f"The prompt has more than {self._most} characters, which is more than the model's "
-                "context here can hold: shorten the messages."
-            )
+            raise ContextOverflow(f"The prompt has more than {self._most} characters.")
         return "".join(parts)
 
     def _refusal(self, what: str) -> BadRequest:

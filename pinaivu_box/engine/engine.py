@@ -214,7 +214,7 @@ class Engine:
 
     def _relieve(self, chunks: list[Chunk]) -> None:
         """The cache has fewer cells than it said (padding, a window): believe it, make room."""
-        self.scheduler.shrink(sum(chunk.count + len(chunk.draft) for chunk in chunks))
+        cells = self.scheduler.shrink(sum(chunk.count + len(chunk.draft) for chunk in chunks))
         if self.scheduler.relieve():
             return
         alone = chunks[0].sequence  # nothing else runs: this is all that it can have
@@ -226,8 +226,7 @@ class Engine:
             Refused(
                 alone.id,
                 ContextOverflow.code,
-                f"The prompt's {alone.prompt_length} tokens (n_prompt_tokens) do not fit into the "
-                f"{self.scheduler.kv_tokens} cells of the KV cache: shorten the messages.",
+                ContextOverflow.of(alone.prompt_length, cells).message,
             )
         )
 

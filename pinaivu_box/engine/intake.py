@@ -103,7 +103,8 @@ class Intake:
                 return self._prepare_texts(add)
             return self._prepare(add, cancellation)
         except TooManyTokens as error:
-            return _refusal(add.id, self._overflow(error, embed=isinstance(add, Embed)))
+            whose = "input" if isinstance(add, Embed) else _whose(add)
+            return _refusal(add.id, self._overflow(error, whose))
         except Exception as error:  # of one request; the others' engine goes on
             return _refusal(add.id, error)
 
@@ -130,7 +131,10 @@ class Intake:
         except TooManyTokens as error:
             if asked.count:
                 return Tokenized(name, [], count=error.count)
-            return _refusal(name, _too_long(error) if asked.plain else self._overflow(error))
+            if asked.plain:
+                return _refusal(name, _too_long(error))
+            whose = _whose(asked.add) if asked.inputs is None else "input"
+            return _refusal(name, self._overflow(error, whose))
         except Exception as error:
             return _refusal(name, error)
 
@@ -140,7 +144,7 @@ class Intake:
         if not prompt:
             raise InvalidBody("the prompt is empty", loc=("body", "prompt"))
         if len(prompt) >= self._context:
-            raise self._overflow(TooManyTokens(len(prompt)))
+            raise TooManyTokens(len(prompt))
         for name in add.sampling.logit_bias:
             if int(name) >= self._n_vocab:
                 why = f"logit_bias names token {name}, but there are {self._n_vocab}"
@@ -198,7 +202,7 @@ class Intake:
         inputs = [self._text_tokens(text) for text in embed.inputs]
         longest = max(len(tokens) for tokens in inputs)
         if longest > self._context:
-            raise self._overflow(TooManyTokens(longest), embed=True)
+            raise TooManyTokens(longest)
         together = [token for tokens in inputs for token in tokens]
         return Arrival(
             Admitted(embed.id, together),
@@ -236,13 +240,8 @@ class Intake:
             raise TooManyTokens(fewest, exact=False)
         return tokenize(text, most)
 
-    def _overflow(self, found: TooManyTokens, *, embed: bool = False) -> ContextOverflow:
-        what, which = ("An input", "it") if embed else ("The prompt", "the messages")
-        return ContextOverflow(
-            f"{what} has {found} (n_prompt_tokens) and the model's context here is "
-            f"{self._context} (n_ctx): shorten {which}.",
-            param="input" if embed else None,
-        )
+    def _overflow(self, found: TooManyTokens, whose: str | None) -> ContextOverflow:
+        return ContextOverflow.of(found.count, self._context, exact=found.exact, param=whose)
 
     def _prompt(
         self, add: Add, most: int, cancellation: Cancellation | None, *, exact: bool = False
@@ -258,13 +257,16 @@ class Intake:
             return self._infill(add.prompt or "", add.suffix, most), False
         if add.prompt is not None:
             return self._read(add.prompt, most, exact=exact), False
-        text = self.template.render(
-            add.messages,
-            add.tools.functions if add.tools else None,
-            add.template,
-            tenant=add.tenant,
-            cancellation=cancellation,
-        )
+        try:
+            text = self.template.render(
+                add.messages,
+                add.tools.functions if add.tools else None,
+                add.template,
+                tenant=add.tenant,
+                cancellation=cancellation,
+            )
+        except ContextOverflow:  # found by its characters, of which a token has only so many
+            raise self._overflow(TooManyTokens(self._context + 1, exact=False), None) from None
         thinking = self.template.thinks and text.rstrip().endswith(chat_format.THINK)
         return self._read(text, most, exact=exact), thinking
 
@@ -329,6 +331,11 @@ class Intake:
         if token is None:
             return piece
         return lambda one: trigger.encode() if one == token else piece(one)
+
+
+def _whose(add: Add) -> str | None:
+    """The field that its prompt is in, None for messages."""
+    return None if add.prompt is None else "prompt"
 
 
 def _too_long(error: TooManyTokens) -> InvalidBody:

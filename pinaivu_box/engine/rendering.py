@@ -70,7 +70,8 @@ class Rendering:
         cancellation: Cancellation | None = None,
     ) -> str:
         """The prompt; `functions` is JSON text of a list.  Raises BadRequest if the template
-        objects, or cannot be used; ContextOverflow, SandboxCancelled."""
+        objects, or cannot be used; ContextOverflow if it has more characters than the context has
+        room for, SandboxCancelled."""
         self._check()
         asked = msgspec.structs.replace(
             self._asked, messages=messages, functions=functions, variables=variables or {}

@@ -26,6 +26,7 @@ class TooManyTokens(Exception):
     def __init__(self, count: int, *, exact: bool = True) -> None:
         super().__init__(f"{count} tokens" if exact else f"at least {count} tokens")
         self.count = count
+        self.exact = exact
 
 
 @dataclass(frozen=True)

@@ -250,9 +250,11 @@ class Scheduler:
         if count < len(chunk.draft):
             self._moves.append(Truncate(sequence.sequence_id, sequence.computed))
 
-    def shrink(self, planned: int) -> None:
-        """A step of `planned` tokens found no room: count on fewer cells until something ends."""
+    def shrink(self, planned: int) -> int:
+        """A step of `planned` tokens found no room: count on fewer cells until something ends.
+        Returns on how many."""
         self._capacity = min(self._capacity, self.prefixes.cells + planned - 1)
+        return self._capacity
 
     def restart(self, sequence: Sequence) -> None:
         """Its tokens were changed from within: compute them anew."""

@@ -35,12 +35,11 @@ class ChunkBuilder:
         self._with_usage = with_usage
         self._around: dict[int, tuple[bytes, bytes]] = {}
 
-    def begin(self, choice: int, fingerprint: str, ignored: Sequence[str] = ()) -> bytes:
-        """The role; `fingerprint` is of the system that has begun, `ignored` what it ignores."""
-        before = self._empty.ignored_parameters or []
-        every = list(dict.fromkeys([*before, *ignored]))
+    def begin(self, choice: int, fingerprint: str, ignored: list[str]) -> bytes:
+        """The role; `fingerprint` is of the system that has begun, `ignored` what was passed
+        over."""
         self._empty = msgspec.structs.replace(
-            self._empty, system_fingerprint=fingerprint, ignored_parameters=every or UNSET
+            self._empty, system_fingerprint=fingerprint, ignored_parameters=ignored or UNSET
         )
         marked = self._event([ChunkChoice(Delta(content=_MARK), index=choice)])
         start, end = marked.split(_ENCODED_MARK)

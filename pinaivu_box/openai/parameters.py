@@ -83,6 +83,9 @@ def sampled(raw: Raw, passed: Passed) -> None:
 def chat(raw: Raw, passed: Passed) -> None:
     sampled(raw, passed)
     _tools(raw, ("function", "custom"), passed)
+    for name in ("store", "metadata"):  # nobody keeps them here
+        if _asks(raw, name, (False, {})):
+            passed.over(name)
     for name in ("max_tokens", "max_completion_tokens"):
         _unlimited(raw, name)
     _guided(raw, passed)

@@ -9,7 +9,6 @@ from typing import Any
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Route as StarletteRoute
 
 from pinaivu_box.box import Box
@@ -26,6 +25,7 @@ from pinaivu_box.server import (
     embeddings,
     envelope,
     health,
+    index,
     messages,
     models,
     openapi,
@@ -37,18 +37,10 @@ from pinaivu_box.server import (
 )
 from pinaivu_box.server.auth import Authenticate
 from pinaivu_box.server.bodies import Bodies
+from pinaivu_box.server.cors import Cors
 from pinaivu_box.server.edge import Edge
 from pinaivu_box.server.unread import Unread
 from pinaivu_box.text import END
-
-EXPOSED = [
-    *("x-request-id", "x-pinaivu-route", "openai-processing-ms", "Retry-After"),
-    *(
-        f"x-ratelimit-{w}-{of}"
-        for w in ("limit", "remaining", "reset")
-        for of in ("requests", "tokens")
-    ),
-]
 
 
 class Route(StarletteRoute):
@@ -108,6 +100,7 @@ ROUTES = [
     Route("/v1/admin/ledger/{peer}/entries", admin_ledger.entries),
     Route("/v1/admin/ledger/{peer}/settle", admin_ledger.settle, methods=["POST"]),
     Route("/v1/admin/ledger/{peer}/forgive", admin_ledger.forgive, methods=["POST"]),
+    Route("/", index.index),
     Route("/openapi.json", openapi.document),
     Route("/docs", openapi.docs),
     Route("/health", health.health),
@@ -121,13 +114,7 @@ def create_app(box: Box) -> Starlette:
         routes=ROUTES,
         middleware=[
             Middleware(Unread),
-            Middleware(
-                CORSMiddleware,
-                allow_origins=box.config.server.cors_origins,
-                allow_methods=["*"],
-                allow_headers=["*"],
-                expose_headers=EXPOSED,
-            ),
+            Middleware(Cors, origins=box.config.server.cors_origins),
             Middleware(Edge),
             Middleware(Authenticate, box=box),
         ],

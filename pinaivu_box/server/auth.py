@@ -42,8 +42,9 @@ class Authenticate:
                 _check(key, scope)
             except ApiError as error:
                 self._box.refusals.note("", "", error.code)
-                shown = envelope.told(error, self._box.config.server.contact)
-                await envelope.response(shown, scope["path"])(scope, receive, send)
+                path = scope["path"]
+                shown = envelope.told(error, self._box.config.server.contact, path)
+                await envelope.response(shown, path)(scope, receive, send)
                 return
             scope["state"]["key"] = key
             if key.policy.rpm is not None or key.policy.tpm is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Any, TypeVar
 
 import msgspec
@@ -20,6 +20,7 @@ from pinaivu_box.errors import (
 from pinaivu_box.openai import large_bodies
 from pinaivu_box.openai.request import SMALL, decode
 from pinaivu_box.sandbox import Limits, SandboxLimit, SandboxPool
+from pinaivu_box.server.codings import coding_of, decoded
 from pinaivu_box.text import number
 
 _SILENT_SECONDS = 30.0  # in the middle of a body
@@ -51,14 +52,14 @@ class Bodies:
     async def receive(
         self, request: Request, account: str, kind: type[Body], most: int, *, strict: bool
     ) -> tuple[Body, list[str]]:
-        """As `decode`, of a body of at most so many bytes.  The room that a large one takes is
-        `scope["state"]["room"]` until somebody leaves it (see `leave`).  Raises what `read` and
-        `decode` do, and RateLimited, NoNodesAvailable if there is no room for it."""
+        """As `decode`, of a body of at most so many bytes, decompressed.  The room that a large one
+        takes is `scope["state"]["room"]` until somebody leaves it (see `leave`).  Raises what
+        `read` and `decode` do, and RateLimited, NoNodesAvailable if there is no room for it."""
         reading = Reading(request, most)
         data = await reading.up_to(SMALL)
         if data is not None:
             return decode(data, kind, strict=strict)
-        room = await self._room.take(account, reading.announced or most, most)
+        room = await self._room.take(account, reading.bound, most)
         request.scope["state"]["room"] = room
         data = await reading.whole()
         if len(data) <= SMALL:
@@ -110,13 +111,15 @@ def leave(request: Request) -> None:
 
 
 async def read(request: Request, most: int) -> bytes:
-    """The whole body.  Raises BodyTooLarge once it is over `most` bytes, RequestTimeout if it comes
-    too slowly, InvalidJson if the client hangs up."""
+    """The whole body, decompressed.  Raises BodyTooLarge once it is over `most` bytes,
+    UnsupportedEncoding, BadRequest for what cannot be decompressed, RequestTimeout if it comes too
+    slowly, InvalidJson if the client hangs up."""
     return await Reading(request, most).whole()
 
 
 class Reading:
-    """A body while it is read."""
+    """A body while it is read.  So many bytes are `announced`, 0 if that is not known; decompressed
+    they are `bound` at most."""
 
     def __init__(self, request: Request, most: int) -> None:
         # What is no number was refused by the HTTP server.  Beside chunks a length says nothing
@@ -125,7 +128,11 @@ class Reading:
         length = "0" if chunked else request.headers.get("content-length", "0")
         self.announced = number(length) or 0
         self._most = most
-        self._stream = request.stream()
+        coding = coding_of(request.headers.getlist("content-encoding"))
+        self._stream: AsyncIterator[bytes] = request.stream()
+        if coding:
+            self._stream = decoded(self._bounded(self._stream), coding)
+        self.bound = most if coding else self.announced or most
         self._parts: list[bytes] = []
         self._size = 0
         self._ended = False
@@ -145,6 +152,14 @@ class Reading:
         while not self._ended:
             await self._next()
         return b"".join(self._parts)
+
+    async def _bounded(self, stream: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+        """What is compressed can be of any length and come to nothing."""
+        came = 0
+        async for part in stream:
+            came += len(part)
+            self._check(came)
+            yield part
 
     async def _next(self) -> None:
         now = asyncio.get_running_loop().time()

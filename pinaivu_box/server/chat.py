@@ -25,9 +25,8 @@ async def chat_completions(request: Request) -> Response:
     check_chat(body)
     model = call.admit(body.model)
     jobs = choices(chat_job(body, model, call.request_id, call.key.id), body.n or 1)
+    call.wants_thoughts(_wants_thoughts(body))
     running = await call.start(jobs)
-    # Kept by nobody here: said in the answer.
-    ignored = [*call.ignored, *(name for name in ("store", "metadata") if getattr(body, name))]
     created = call.created_at
     if body.stream:
         empty = Chunk(
@@ -37,10 +36,9 @@ async def chat_completions(request: Request) -> Response:
             model=model.id,
             choices=[],
             service_tier="default" if body.service_tier else UNSET,
-            ignored_parameters=ignored or UNSET,
         )
         with_usage = body.stream_options is not None and body.stream_options.include_usage
-        encoder = _Encoder(jobs, empty, with_usage=with_usage, effort=_effort(body))
+        encoder = _Encoder(jobs, empty, with_usage=with_usage, ignored=call.ignored)
         return await call.stream(running, encoder)
     found, wholes, fingerprint = Choices(jobs), [Whole() for _ in jobs], ""
     async for event in call.collect(running):
@@ -48,8 +46,6 @@ async def chat_completions(request: Request) -> Response:
             case Begun():
                 found.begin(event)
                 fingerprint = event.fingerprint
-                if event.choice == 0 and not event.thinks and _effort(body):
-                    ignored.append("reasoning_effort")
             case Said():
                 wholes[event.choice].add(found.take(event))
             case Finished():
@@ -68,14 +64,16 @@ async def chat_completions(request: Request) -> Response:
             system_fingerprint=fingerprint,
             service_tier="default" if body.service_tier else UNSET,
             context_shift=ContextShift(end.shifted_tokens) if end.shifted_tokens else UNSET,
-            ignored_parameters=ignored or UNSET,
+            ignored_parameters=call.ignored or UNSET,
         )
     )
 
 
-def _effort(body: ChatRequest) -> bool:
-    """Whether thoughts are asked for: a model that has none ignores it, which is said."""
-    return body.reasoning_effort not in (None, "none", "minimal")
+def _wants_thoughts(body: ChatRequest) -> str:
+    """The field that asks for thoughts, "" if none does."""
+    if body.reasoning_effort not in (None, "none", "minimal"):
+        return "reasoning_effort"
+    return "enable_thinking" if (body.chat_template_kwargs or {}).get("enable_thinking") else ""
 
 
 def _completion_id(call: Call) -> str:
@@ -85,9 +83,11 @@ def _completion_id(call: Call) -> str:
 class _Encoder:
     """Events of a stream to chunks."""
 
-    def __init__(self, jobs: list[Job], empty: Chunk, *, with_usage: bool, effort: bool) -> None:
+    def __init__(
+        self, jobs: list[Job], empty: Chunk, *, with_usage: bool, ignored: list[str]
+    ) -> None:
         self._chunks = ChunkBuilder(empty, with_usage=with_usage)
-        self._effort = effort
+        self._ignored = ignored  # complete once the first choice has begun
         self._choices = Choices(jobs)
         # A choice's last chunk promises that the receipt is on disk: it waits for it.
         self._reasons: dict[int, str] = {}
@@ -99,8 +99,7 @@ class _Encoder:
         match event:
             case Begun():
                 self._choices.begin(event)
-                ignored = ["reasoning_effort"] if self._effort and not event.thinks else []
-                return self._chunks.begin(event.choice, event.fingerprint, ignored)
+                return self._chunks.begin(event.choice, event.fingerprint, self._ignored)
             case Said():
                 part = self._choices.take(event)
                 if part.finish_reason:

@@ -7,7 +7,7 @@ import re
 import time
 from urllib.parse import quote
 
-from starlette.datastructures import MutableHeaders
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ulid import ULID
 
@@ -21,6 +21,8 @@ log = logging.getLogger("pinaivu.http")
 _ABSOLUTE = re.compile(r"^https?://[^/?#]*", re.IGNORECASE)  # RFC 9112, section 3.2.2
 _SECRET = re.compile(rf"{PREFIX}[^/\s]+")  # has no place in a path, but ends up there
 _DOUBLED = re.compile(rf"^(?:/v1)+(?=/v1(?:/|{END}))")
+_PREFIX = re.compile(rf"(?:/[A-Za-z0-9._~-]+)+{END}")
+_LONGEST_PREFIX = 200
 _PLAIN = "!#$&'*+-.^_`|~:/[]"  # beside letters and digits, in a list in a header
 _LONGEST_HEADER = 2000
 _LONGEST_PATH = 300  # characters of it that are logged
@@ -35,6 +37,17 @@ def normalise(path: str) -> str:
     """`/v1/v1/models/` and `//v1/models` are `/v1/models`: base URLs get pasted in every way."""
     path = re.sub(r"/{2,}", "/", _ABSOLUTE.sub("", path))
     return _DOUBLED.sub("", path).rstrip("/") or "/"
+
+
+def prefix_of(headers: Headers) -> str:
+    """The path under which a reverse proxy shows this box, and which it takes off; "" for none.
+
+    From `X-Forwarded-Prefix`, where each proxy of a chain puts its own behind a comma.
+    """
+    parts = headers.get("x-forwarded-prefix", "").split(",")
+    prefix = "".join(part.strip().rstrip("/") for part in parts)
+    # It is said again in addresses: one that began with two slashes would name another host.
+    return prefix if len(prefix) <= _LONGEST_PREFIX and _PREFIX.match(prefix) else ""
 
 
 def _listed(names: list[str]) -> str:
@@ -65,7 +78,7 @@ class Edge:
         path = normalise(scope["path"])
         request_id = new_request_id()
         state = {**scope.get("state", {}), "request_id": request_id}
-        scope = {**scope, "path": path, "raw_path": path.encode(), "state": state}
+        scope = {**scope, "path": path, "state": state}
         began = time.monotonic()
         status = 500
         started = False

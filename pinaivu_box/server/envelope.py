@@ -20,6 +20,7 @@ from pinaivu_box.errors import (
     MethodNotAllowed,
     NotFound,
 )
+from pinaivu_box.server.codings import CODINGS
 from pinaivu_box.server.routes import methods_at, nothing_at
 
 
@@ -33,6 +34,7 @@ class JSON(Response):
 
 
 ANTHROPIC = "/v1/messages"
+_OVERFLOW = "This model's maximum context length is"
 _NUMBER = re.compile(r"[0-9]+")
 _ABOUT_OPERATORS = (402, 403, 429, 503)
 # What Anthropic's clients know our errors by, by status.
@@ -50,12 +52,9 @@ def body(error: ApiError, path: str = "") -> dict[str, Any]:
     detail: Any = error.message
     if isinstance(error, InvalidBody):
         detail = [{"loc": list(error.loc), "msg": error.message, "type": error.kind}]
-    message = error.message
-    if isinstance(error, ContextOverflow) and path.startswith(ANTHROPIC):
-        message = _too_long(message)
     made: dict[str, Any] = {
         "error": {
-            "message": message,
+            "message": error.message,
             "type": error.type,
             "param": error.param,
             "code": error.code,
@@ -69,21 +68,33 @@ def body(error: ApiError, path: str = "") -> dict[str, Any]:
     return made
 
 
-def _too_long(message: str) -> str:
-    """In the words by which Anthropic's clients know that they have to shorten a conversation."""
-    counts = [int(one) for one in _NUMBER.findall(message)]
-    if len(counts) < 2:
-        return f"prompt is too long: {message}"
-    return f"prompt is too long: {max(counts)} tokens > {min(counts)} maximum"
-
-
-def told(error: ApiError, contact: str) -> ApiError:
-    """The error with whom to ask about it, where the operator decides whether it passes."""
-    if not contact or error.status not in _ABOUT_OPERATORS:
+def told(error: ApiError, contact: str, path: str) -> ApiError:
+    """The error as it is said at that path: with whom to ask about it where the operator decides
+    whether it passes, and an overflow in the words by which that API's clients know that they have
+    to shorten a conversation."""
+    message = error.message
+    if isinstance(error, ContextOverflow):
+        message = _too_long(message, path)
+    elif contact and error.status in _ABOUT_OPERATORS:
+        message = f"{message} Contact: {contact}"
+    if message == error.message:
         return error
     made = copy.copy(error)
-    made.message = f"{error.message} Contact: {contact}"
+    made.message = message
     return made
+
+
+def _too_long(message: str, path: str) -> str:
+    """`message` is `ContextOverflow`'s; a peer may say it in other words, with the same numbers."""
+    counts = [count for one in _NUMBER.findall(message) if (count := int(one))]
+    tokens, most = (max(counts), min(counts)) if len(counts) > 1 else (0, 0)
+    if path.startswith(ANTHROPIC):
+        said = f"{tokens} tokens > {most} maximum" if tokens else message
+        return f"prompt is too long: {said}"
+    if message.startswith(_OVERFLOW):
+        return message
+    other = f"{_OVERFLOW} exceeded: {message} ({ContextOverflow.code})"
+    return ContextOverflow.of(tokens, most).message if tokens else other
 
 
 def note(request: Request, error: ApiError) -> None:
@@ -102,6 +113,8 @@ def response(error: ApiError, path: str = "") -> Response:
         headers["Retry-After"] = str(error.retry_after)
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
+    if error.status == 415:
+        headers["Accept-Encoding"] = ", ".join(CODINGS)
     return JSON(body(error, path), status_code=error.status, headers=headers)
 
 
@@ -109,7 +122,8 @@ async def on_api_error(request: Request, error: Exception) -> Response:
     shown = error if isinstance(error, ApiError) else InternalError(str(error))
     note(request, shown)
     contact = request.app.state.box.config.server.contact
-    return response(told(shown, contact), request.url.path)
+    path = request.url.path
+    return response(told(shown, contact, path), path)
 
 
 async def on_http_error(request: Request, error: Exception) -> Response:

@@ -47,6 +47,7 @@ class Call:
         self.created_at = int(time.time())
         self._since = time.monotonic()
         self.ignored: list[str] = []
+        self._if_thoughtless = ""
         self._timeout: float | None = None
         self._request = request
         self._arrival: Arrival | None = None
@@ -69,6 +70,10 @@ class Call:
         state["ignored"] = self.ignored
         self._timeout = _timeout(self._request, getattr(body, "pinaivu", None))
         return body
+
+    def wants_thoughts(self, field: str) -> None:
+        """That field of the body asks for thoughts: it is passed over if the model has none."""
+        self._if_thoughtless = field
 
     async def make_room(self, size: int) -> None:
         """For so many bytes that are read beside the body; see `Bodies.make_room`."""
@@ -131,7 +136,7 @@ class Call:
                     leave(self._request)
                     if isinstance(event, Failed):
                         raise event.error
-                    self._note_route(event)
+                    self._note(event)
                     yield event
                     if isinstance(event, Finished):
                         return
@@ -155,13 +160,18 @@ class Call:
             raise event.error
         if first.done():
             leave(self._request)
-            self._note_route(first.result()[0])
+            self._note(first.result()[0])
         return EventStream(self._chunks(running, first, encode, settle), self._watcher)
 
-    def _note_route(self, event: RequestEvent) -> None:
-        """For the header `x-pinaivu-route`."""
-        if isinstance(event, Begun) and event.route:
+    def _note(self, event: RequestEvent) -> None:
+        """What headers tell of it."""
+        if not isinstance(event, Begun):
+            return
+        if event.route:
             self._request.scope["state"]["route"] = event.route
+        if self._if_thoughtless and not event.thinks:
+            self.ignored.append(self._if_thoughtless)
+            self._if_thoughtless = ""
 
     async def _chunks(
         self,
@@ -172,6 +182,7 @@ class Call:
     ) -> AsyncIterator[bytes]:
         events = await first
         leave(self._request)
+        self._note(events[0])
         while True:
             if settle is not None and isinstance(end := events[-1], Finished):
                 if data := encode(events[:-1]):
@@ -179,8 +190,8 @@ class Call:
                 await settle(end)
                 events = [end]
             if isinstance(last := events[-1], Failed):
-                contact = self.box.config.server.contact
-                events = [*events[:-1], Failed(envelope.told(last.error, contact))]
+                contact, path = self.box.config.server.contact, self._request.url.path
+                events = [*events[:-1], Failed(envelope.told(last.error, contact, path))]
             if data := encode(events):
                 yield data
             if isinstance(last := events[-1], Finished | Failed):

@@ -50,6 +50,8 @@ async def messages(request: Request) -> Response:
         max_tokens=body.max_tokens,
         stop=list(body.stop_sequences or ()),
     )
+    if body.thinking and body.thinking.type == "enabled":
+        call.wants_thoughts("thinking")
     running = await call.start([job])
     answer = _Answer(call, model.id, Choices([job]))
     if body.stream:

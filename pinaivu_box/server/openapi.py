@@ -26,6 +26,8 @@ from pinaivu_box.server import (
     receipts,
 )
 from pinaivu_box.server.admin import Page
+from pinaivu_box.server.edge import prefix_of
+from pinaivu_box.server.envelope import JSON
 from pinaivu_box.server.models import EngineList, OneModel
 from pinaivu_box.server.operations import ReloadAnswer
 from pinaivu_box.server.usage import UsageQuery
@@ -263,6 +265,7 @@ _REFUSALS = {
     "404": "There is no such thing.",
     "409": "It is not in a state for this.",
     "413": "The body is too large.",
+    "415": "The body is compressed in a way that is not known; Accept-Encoding says which are.",
     "422": "A field is wrong; detail says which.",
     "503": "Nobody can serve this now; Retry-After says when to try again.",
 }
@@ -283,7 +286,7 @@ def specification() -> dict[str, Any]:
     return {
         "openapi": "3.1.0",
         "info": {"title": "Pinaivu Box", "version": __version__},
-        "servers": [{"url": "/"}],
+        "servers": [{"url": "."}],  # where this document is, under whatever prefix
         "security": [{"key": []}],
         "paths": paths,
         "components": {
@@ -329,10 +332,15 @@ def _ref(kind: type[Struct]) -> dict[str, str]:
     return {"$ref": f"#/components/schemas/{kind.__name__}"}
 
 
-async def document(_request: Request) -> Response:
-    return Response(msgspec.json.encode(specification()), media_type="application/json")
+async def document(request: Request) -> Response:
+    made = specification()
+    if prefix := prefix_of(request.headers):
+        made = {**made, "servers": [{"url": prefix}]}
+    return JSON(made)
 
 
-async def docs(_request: Request) -> Response:
+async def docs(request: Request) -> Response:
     page = resources.files("pinaivu_box.server").joinpath("docs.html").read_text()
+    if request.scope["raw_path"].endswith(b"/"):  # it names the document beside it
+        page = page.replace('"openapi.json"', '"../openapi.json"')
     return HTMLResponse(page)

@@ -70,6 +70,8 @@ async def create(request: Request) -> Response:
     messages = _joined(messages)
     model = call.admit(body.model)
     job = replace(chat_job(chat, model, call.request_id, call.key.id), messages=messages)
+    if body.reasoning and body.reasoning.effort not in (None, "none", "minimal"):
+        call.wants_thoughts("reasoning.effort")
     running = await call.start([job])
     answer = _Answer(call, body, as_stored(items), model.id, Choices([job]))
     if body.stream:

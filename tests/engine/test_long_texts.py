@@ -42,7 +42,7 @@ def test_what_cannot_fit_is_not_tokenized(runner: Counted, intake: Intake) -> No
         refused = intake.prepare(message)
         assert isinstance(refused, Refused)
         assert refused.code == ContextOverflow.code
-        assert len(refused.message) < 200
+        assert len(refused.message) < 400
     asked = intake.tokenize(Tokenize(add("r", prompt=text)))
     assert isinstance(asked, Refused) and asked.code == ContextOverflow.code
     plain = intake.tokenize(Tokenize(add("r", prompt=text), plain=True))
