@@ -49,7 +49,10 @@ _AT_START = (
 )  # fmt: skip
 # Of [engine], what holds at once; the rest an engine is told when it starts.
 _NAMED = "engine.shared_prefixes"
-_OF_THE_BOX = ("engine.max_queue", "engine.keep_alive", "engine.start_seconds", _NAMED)
+_OF_THE_BOX = (
+    "engine.max_queue", "engine.keep_alive", "engine.max_keep_alive", "engine.start_seconds",
+    _NAMED,
+)  # fmt: skip
 _MOST_LOGGED = 20  # files that are not served; `pinaivu ls` tells all
 
 log = logging.getLogger("pinaivu.box")
@@ -319,6 +322,8 @@ def _join(
     metrics = Metrics(placement)
     admission = Admission(catalog, config.engine, config.pricing, local, database)
     traffic = Load(placement, config.engine)
+    requests = Requests(local, meter, metrics, config.engine.max_sequences)
+    placement.waiting = requests.in_flight
     return Box(
         config=config,
         started=config,
@@ -333,7 +338,7 @@ def _join(
         admission=admission,
         local=local,
         meter=meter,
-        requests=Requests(local, meter, metrics, config.engine.max_sequences),
+        requests=requests,
         metrics=metrics,
         refusals=Refusals(database, metrics),
         traffic=traffic,
