@@ -8,6 +8,7 @@ import secrets
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from pinaivu_box import __version__, logs
@@ -30,7 +31,9 @@ from pinaivu_box.gateway.scopes import named_texts
 from pinaivu_box.home import database_of, identity_of, lock, prepare_home
 from pinaivu_box.identity import Identity
 from pinaivu_box.models import catalog as catalogs
+from pinaivu_box.models import watching
 from pinaivu_box.models.catalog import Catalog, Model
+from pinaivu_box.models.folder import Found
 from pinaivu_box.models.headers import Headers
 from pinaivu_box.models.names import printable
 from pinaivu_box.peering.advert import Facts
@@ -49,8 +52,10 @@ _AT_START = (
 )  # fmt: skip
 # Of [engine], what holds at once; the rest an engine is told when it starts.
 _NAMED = "engine.shared_prefixes"
-_OF_THE_BOX = ("engine.max_queue", "engine.keep_alive", "engine.start_seconds", _NAMED)
-_MOST_LOGGED = 20  # files that are not served; `pinaivu ls` tells all
+_OF_THE_BOX = (
+    "engine.max_queue", "engine.keep_alive", "engine.max_keep_alive", "engine.start_seconds",
+    _NAMED,
+)  # fmt: skip
 
 log = logging.getLogger("pinaivu.box")
 
@@ -97,6 +102,7 @@ class Box:
     books: Books | None = None
     pool: Pool | None = None
     _reading: asyncio.Lock = field(default_factory=asyncio.Lock)  # one look at the files at a time
+    _lingering: set[str] = field(default_factory=set)  # models that are served until unloaded
 
     @property
     def prompts(self) -> LocalBackend | Dispatch:
@@ -137,6 +143,7 @@ class Box:
         restart = [n for n in configs.differences(self.started, new) if n in _AT_START]
         engines = [n for n in changed if n.startswith("engine.") and n not in _OF_THE_BOX]
         self.config, self.catalog, self.admission.catalog = new, catalog, catalog
+        self._lingering.clear()
         self.admission.engine, self.admission.pricing = new.engine, new.pricing
         self.placement.configure(new.engine, named)
         self.placement.forgive()
@@ -151,17 +158,54 @@ class Box:
             self.network.changed()
         applied = [name for name in changed if name not in (*_AT_START, *engines)]
         not_served = not_served_in(catalog)
-        for path, why in list(not_served.items())[:_MOST_LOGGED]:
-            log.warning("not served: %s: %s", path, why)
+        watching.report_not_served(catalog.not_served)
         served = [model.id for model in catalog.models]
         return Reloaded(applied, engines, restart, served, not_served)
 
     async def look_for_models(self) -> None:
-        """Serve what has come into the models folder; nothing else changes.  Raises CliError."""
+        """Serve what is in the models folder now; nothing else changes."""
         async with self._reading:
-            self.catalog = self.admission.catalog = await asyncio.to_thread(
-                catalogs.load, self.config, self.home, self.headers
-            )
+            await self._read_folder(None)
+
+    async def watch_models(self) -> None:
+        """Until cancelled: serve what has come into the models folder once it is written, and no
+        more what has gone from there and is not loaded."""
+        watch = watching.Watch()
+        while True:
+            await asyncio.sleep(watch.seconds)
+            try:
+                async with self._reading:
+                    folder = catalogs.directory(self.config, self.home)
+                    found = await asyncio.to_thread(watch.look, folder)
+                    if found is not None:
+                        await self._read_folder(found)
+                    elif gone := self._lingering - self.placement.loaded:
+                        self._lingering -= gone
+                        self._serve(self.catalog.without(gone))
+            except Exception:
+                log.exception("the models folder could not be looked at")
+
+    async def _read_folder(self, found: Found | None) -> None:
+        names = {entry.name for entry in self.config.model}
+        configured = {model.id: model for model in self.catalog.models if model.id in names}
+        load = partial(catalogs.load, self.config, self.home, self.headers)
+        catalog = await asyncio.to_thread(load, found=found, configured=configured)
+        self._lingering.clear()
+        self._serve(catalog)
+
+    def _serve(self, new: Catalog) -> None:
+        """What is missing in it and loaded goes on until it is unloaded, and what is being written
+        stays what it was."""
+        old, loaded = self.catalog, self.placement.loaded
+        ids = {model.id for model in new.models}
+        missing = [model for model in old.models if model.id not in ids]
+        self._lingering |= {model.id for model in missing if model.id in loaded}
+        new = new.and_also(one for one in missing if one.id in loaded or new.is_written(one))
+        self.catalog = self.admission.catalog = new
+        if watching.report(old, new):
+            self.placement.forgive()
+            if self.network is not None:
+                self.network.changed()
 
     async def drain(self) -> None:
         """Refuse new work and finish the old, up to the configured time; then cancel the rest."""
@@ -193,16 +237,21 @@ async def open_box(load: Callable[[], Config], home: Path) -> AsyncIterator[Box]
             config, headers = load(), Headers()
             catalog = await asyncio.to_thread(catalogs.load, config, home, headers)
             box = _join(load, config, home, database, catalog, headers)
-            tidying = asyncio.create_task(
-                retention.apply_hourly(database, lambda: box.config.retention)
-            )
+            beside = [
+                asyncio.create_task(work)
+                for work in (
+                    retention.apply_hourly(database, lambda: box.config.retention),
+                    box.watch_models(),
+                )
+            ]
             try:
                 async with _peering(box):
                     yield box
             finally:
                 headers.stop()
-                tidying.cancel()
-                await asyncio.wait([tidying])
+                for task in beside:
+                    task.cancel()
+                await asyncio.wait(beside)
                 await box.placement.close()
                 await box.digests.close()
                 await box.refusals.flush()
@@ -319,6 +368,8 @@ def _join(
     metrics = Metrics(placement)
     admission = Admission(catalog, config.engine, config.pricing, local, database)
     traffic = Load(placement, config.engine)
+    requests = Requests(local, meter, metrics, config.engine.max_sequences)
+    placement.waiting = requests.in_flight
     return Box(
         config=config,
         started=config,
@@ -333,7 +384,7 @@ def _join(
         admission=admission,
         local=local,
         meter=meter,
-        requests=Requests(local, meter, metrics, config.engine.max_sequences),
+        requests=requests,
         metrics=metrics,
         refusals=Refusals(database, metrics),
         traffic=traffic,

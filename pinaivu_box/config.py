@@ -65,6 +65,7 @@ class EngineConfig(Section, frozen=True):
     shared_prefixes: Annotated[tuple[SharedPrefix, ...], Meta(max_length=64)] = ()
     max_queue: Annotated[int, Meta(ge=0)] = 256
     keep_alive: str = "5m"
+    max_keep_alive: str = "1h"  # what a request may ask for
     start_seconds: Annotated[float, Meta(gt=0)] = 300.0
 
 
@@ -281,6 +282,7 @@ def _check_finite(section: Section, path: str) -> None:
 
 def _check(config: Config) -> None:
     parse_duration(config.engine.keep_alive)
+    parse_duration(config.engine.max_keep_alive)
     for entry in config.engine.shared_prefixes:
         if bool(entry.text.strip()) == bool(entry.file):
             raise ValueError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from pinaivu_box.config import LOG_FORMATS, LOG_LEVELS, Config, ModelConfig
 from pinaivu_box.errors import UsageError
 
 _MOST_PRINTED = 20  # files that are not served
+_MODELS_AT = 12  # column of the banner
+_MODEL_LINES = 4
 
 
 @click.command()
@@ -163,7 +166,7 @@ def banner(host: str, port: int, home: Path, models: list[str], secret: str | No
     return f"""Pinaivu Box {__version__}
 
   Base URL  {base}{key_line}
-  Models    {", ".join(models) or f"none: put a GGUF file into {home / 'models'}"}
+  Models    {_listed(models) or f"none: put a GGUF file into {home / 'models'}"}
   Home      {home}
 
 Try it with curl:
@@ -181,3 +184,17 @@ or with Python (pip install openai):
     )
     print(answer.choices[0].message.content)
 """
+
+
+def _listed(models: list[str]) -> str:
+    """As many as fit some lines of a terminal, and how many more there are."""
+    width = 80 - _MODELS_AT
+    lines = textwrap.wrap(
+        ", ".join(models[: width * _MODEL_LINES]),
+        width,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )[:_MODEL_LINES]
+    if more := len(models) - sum(len(line.removesuffix(",").split(", ")) for line in lines):
+        lines.append(f"and {more} more ('pinaivu ls' lists them)")
+    return f"\n{' ' * _MODELS_AT}".join(lines)

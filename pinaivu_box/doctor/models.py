@@ -54,6 +54,8 @@ def files(config: Config, home: Path) -> Iterator[Check]:
         todo = "fetch the file again, or move it out of the folder"
         if state == "warning":
             todo = "nothing, if it is for another program"
+        if why.endswith(gguf.BEING_WRITTEN):
+            state, todo = "warning", "nothing, while it is being written"
         if why.endswith((": rename it", ": rename one of them")):
             why, _, todo = why.rpartition(": ")
         yield Check("models", state, f"not served: {printable(str(path))}: {why}", todo)

@@ -22,7 +22,7 @@ class Job:
     to draw likewise.  `local_only` jobs stay on this box, others go to `peers` (names or node ids;
     None: any) at most, as `routing` says, or else the box's policy.  A peer's job has a `name` that
     we gave it.  `scope` is with whom cached prefixes are shared (see `scopes`), if `cache` is not
-    False.
+    False.  `keep_alive` is for how many seconds the client wants the model to stay loaded here.
 
     The rest is as in `engine.messages.Add`.
     """
@@ -70,6 +70,7 @@ class Job:
     local_only: bool = False
     peers: tuple[str, ...] | None = None
     routing: RoutingPolicy | None = None
+    keep_alive: float | None = None
     name: str = ""
 
     @property

@@ -62,6 +62,9 @@ class EngineProcess:
         self.ready: Ready
         self.users = 0  # requests that hold it, also before they are sent
         self.idle_since = time.monotonic()
+        # By tenant: when it last used it, and for how many seconds it then wanted to keep it.
+        self.uses: dict[str, tuple[float, float | None]] = {}
+        self.unloading: asyncio.TimerHandle | None = None
         self.started_at = time.monotonic()
         self.progress = 0.0
         self.closed = asyncio.Event()

@@ -64,7 +64,7 @@ class LocalBackend:
                 engine.cancel(job.id)
             self._serving.pop(job.id, None)
             engine.forget(job.id)
-            self._placement.release(engine)
+            self._placement.release(engine, job.tenant, job.keep_alive)
 
     def cancel(self, job: Job) -> None:
         engine = self._serving.get(job.id)
@@ -117,7 +117,7 @@ class LocalBackend:
             if not answered:
                 engine.cancel(job.id)
             engine.forget(job.id)
-            self._placement.release(engine)
+            self._placement.release(engine, job.tenant)
 
     async def _acquired(self, model: Model) -> EngineProcess:
         acquiring = asyncio.ensure_future(self._placement.acquire(model))

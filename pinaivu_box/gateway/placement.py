@@ -22,6 +22,7 @@ Digest = Callable[[Model], Awaitable[str]]
 _RESERVE_BYTES = 256 * 1024 * 1024  # left to the rest of the machine
 _LONGEST_BACKOFF = 60.0
 _WORTH_WAITING = 5.0  # seconds of backoff that a request waits out instead of being refused
+_LEAST_IDLE = 0.2  # seconds in which whoever had to wait for the request before takes its place
 _FORGIVEN_AFTER = 300.0  # seconds that an engine must have lived for its end to be no pattern
 
 
@@ -44,14 +45,18 @@ class Placement:
         self._failures: dict[str, _Failures] = {}
         self._starting: set[str] = set()
         self._tasks: set[asyncio.Task[None]] = set()
+        self.waiting: Callable[[str], int] = lambda _: 0  # requests for a model, by its id
 
     def configure(self, config: EngineConfig, named: Sequence[str] = ()) -> None:
         """For engines that start from now on; idle time and `named` are for all."""
         self._config = config
-        self._keep_alive = parse_duration(config.keep_alive)
+        self._keep_alive = _no_end(parse_duration(config.keep_alive))
+        # What a request may ask for at most, in seconds.
+        self.longest = max(self._keep_alive, _no_end(parse_duration(config.max_keep_alive)))
         self.named = named
         for engine in self.engines:
             engine.name_prefixes(named)
+            self._unload_later(engine)
 
     def forgive(self) -> None:
         """Try again at once what could not be started: its file may be another one now."""
@@ -60,6 +65,11 @@ class Placement:
     @property
     def engines(self) -> list[EngineProcess]:
         return list(self._engines.values())
+
+    @property
+    def loaded(self) -> set[str]:
+        """Ids of the models that are loaded, or will be in a moment."""
+        return {*self._engines, *self._starting}
 
     @property
     def starting(self) -> list[str]:
@@ -80,13 +90,20 @@ class Placement:
             engine.users += 1
             return engine
 
-    def release(self, engine: EngineProcess) -> None:
+    def release(
+        self, engine: EngineProcess, tenant: str = "", keep_alive: float | None = None
+    ) -> None:
+        """`keep_alive` is for how many seconds the tenant wants it to stay loaded from now on, if
+        it says so.  Its last word counts, for itself: what others want stands beside it."""
         engine.users -= 1
         engine.idle_since = time.monotonic()
-        if engine.users == 0 and self._keep_alive >= 0:
-            self._spawn(self._unload_when_idle(engine))
+        engine.uses[tenant] = engine.idle_since, keep_alive
+        self._unload_later(engine)
 
     async def close(self) -> None:
+        for engine in self.engines:
+            if engine.unloading is not None:
+                engine.unloading.cancel()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*(engine.stop() for engine in self._engines.values()))
@@ -178,10 +195,33 @@ class Placement:
         delay = 0.0 if exponent < 0 else min(2.0**exponent, _LONGEST_BACKOFF)
         failures.until = time.monotonic() + delay
 
-    async def _unload_when_idle(self, engine: EngineProcess) -> None:
-        await asyncio.sleep(self._keep_alive)
-        idle = time.monotonic() - engine.idle_since
-        if engine.alive and engine.users == 0 and idle >= self._keep_alive:
+    def _unload_later(self, engine: EngineProcess) -> None:
+        """Once no tenant wants it to stay any more, unless it is used again."""
+        if engine.unloading is not None:
+            engine.unloading.cancel()
+        if engine.users == 0 and (left := self._wanted(engine)) < math.inf:
+            engine.unloading = asyncio.get_running_loop().call_later(
+                max(left, _LEAST_IDLE), lambda: self._spawn(self._unload_if_idle(engine))
+            )
+
+    def _wanted(self, engine: EngineProcess) -> float:
+        """For how many seconds somebody still wants it to stay."""
+        now, left = time.monotonic(), 0.0
+        for tenant, (since, asked) in list(engine.uses.items()):
+            keep = self._keep_alive if asked is None else min(asked, self.longest)
+            if since + keep <= now:
+                del engine.uses[tenant]
+            left = max(left, since + keep - now)
+        return left
+
+    async def _unload_if_idle(self, engine: EngineProcess) -> None:
+        async with self._locks[engine.model_id]:  # a new one is not loaded before this one is gone
+            if not engine.alive or engine.users:
+                return
+            if self.waiting(engine.model_id) or self._wanted(engine):
+                self._unload_later(engine)
+                return
+            idle = time.monotonic() - engine.idle_since
             log.info("unloading %s: idle for %.0f s", engine.model_id, idle)
             await self._unload(engine)
 
@@ -194,6 +234,10 @@ class Placement:
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def _no_end(seconds: float) -> float:
+    return math.inf if seconds < 0 else seconds
 
 
 def _gib(size: int) -> str:

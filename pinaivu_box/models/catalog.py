@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -14,13 +15,15 @@ from typing import NamedTuple
 from pinaivu_box.config import Config, ModelConfig, SamplingConfig
 from pinaivu_box.errors import CliError, ModelNotFound, quoted
 from pinaivu_box.models import bundled, folder, gguf, splits
-from pinaivu_box.models.files import look, open_regular
+from pinaivu_box.models.files import download_mark, look, open_regular
+from pinaivu_box.models.folder import Found
 from pinaivu_box.models.gguf import BadGguf, Header
 from pinaivu_box.models.headers import Headers
 from pinaivu_box.models.names import MAX_NAME, RULE, is_model_id, printable
 
 FAKE = "fake:"  # a runner without a model, for tests and load measurements
 _PIECE = 1 << 20
+_MOMENT = 60.0  # seconds in which a file that is incomplete is taken for one that is being written
 
 
 class Part(NamedTuple):
@@ -63,16 +66,19 @@ class Model:
 
 
 class Catalog:
-    """`not_served` are the files in the models folder that are not, each with the end of a sentence
-    that says why."""
-
     def __init__(self, models: dict[str, Model], not_served: dict[Path, str] | None = None) -> None:
         self._models = models
-        self.not_served = not_served or {}
+        self._not_served = not_served or {}
 
     @property
     def models(self) -> list[Model]:
         return list(self._models.values())
+
+    @property
+    def not_served(self) -> dict[Path, str]:
+        """The files in the models folder that are not, each with the end of a sentence that says
+        why, and whether it may still be being written."""
+        return {path: _why_not(path, why) for path, why in self._not_served.items()}
 
     def only(self, globs: Sequence[str]) -> Catalog:
         """The models whose ids fit one of them."""
@@ -82,6 +88,20 @@ class Catalog:
             if any(fnmatchcase(model.id, glob) for glob in globs)
         }
         return Catalog(fits)
+
+    def without(self, ids: set[str]) -> Catalog:
+        """The other models."""
+        left = {model.id: model for model in self.models if model.id not in ids}
+        return Catalog(left, self._not_served)
+
+    def and_also(self, more: Iterable[Model]) -> Catalog:
+        """With those too."""
+        return Catalog(self._models | {model.id: model for model in more}, self._not_served)
+
+    def is_written(self, model: Model) -> bool:
+        """Whether one of the model's files is just being written."""
+        whys = [self._not_served.get(file.path) for file in model.files]
+        return gguf.BEING_WRITTEN in whys
 
     def find(self, model_id: str) -> Model:
         """The model of that id; a name without a tag means `:latest`.  Raises ModelNotFound."""
@@ -97,17 +117,25 @@ class Catalog:
         )
 
 
-def load(config: Config, home: Path, headers: Headers | None = None) -> Catalog:
+def load(
+    config: Config,
+    home: Path,
+    headers: Headers | None = None,
+    *,
+    found: Found | None = None,
+    configured: Mapping[str, Model] | None = None,
+) -> Catalog:
     """The configured models, then the files in the models folder, then the bundled model.
 
     A configured file that cannot be served is the operator's mistake (CliError); one in the folder
     is noted, and stops no other.  This reads files: it is no work for an event loop.  `headers`
-    remembers what it has read for the next time.
+    remembers what it has read for the next time.  What was `found` in the folder already, and the
+    `configured` models if they are known, are not looked for again.
     """
     headers = headers or Headers()
     try:
-        models = _of_config(config.model, headers)
-        found = folder.find(directory(config, home))
+        models = _of_config(config.model, headers) if configured is None else dict(configured)
+        found = found or folder.find(directory(config, home))
         not_served = found.not_served
         for key, files in _grouped(found.files, not_served).items():
             first = min(files)
@@ -138,6 +166,16 @@ def load(config: Config, home: Path, headers: Headers | None = None) -> Catalog:
         except (BadGguf, OSError) as error:
             not_served[location.path] = f"the bundled model: {_reason(error)}"
     return Catalog(models, not_served)
+
+
+def _why_not(path: Path, why: str) -> str:
+    if not gguf.is_unfinished(why) or why == gguf.BEING_WRITTEN:
+        return why
+    try:
+        young = abs(time.time() - path.stat().st_mtime) < _MOMENT
+    except OSError:
+        return why
+    return f"{why}; {gguf.BEING_WRITTEN}" if young else why
 
 
 def _bundled(location: bundled.Location) -> Model:
@@ -301,7 +339,7 @@ def _configured(entry: ModelConfig, headers: Headers) -> Model:
 
 def _single(model_id: str, path: Path, headers: Headers) -> Model:
     """Raises BadGguf, OSError."""
-    header = headers.read(path, look(path))
+    header = _header(path, look(path), headers)
     splits.check_single(header)
     gguf.check_whole(header, header.tensors)
     return _from_file(model_id, path, header)
@@ -313,7 +351,7 @@ def _split(model_id: str, paths: Sequence[Path], headers: Headers) -> Model:
     for number, path in enumerate(paths, 1):
         try:
             facts.append(look(path))
-            read.append(headers.read(path, facts[-1]))
+            read.append(_header(path, facts[-1], headers))
         except (BadGguf, OSError) as error:
             raise BadGguf(f"part {number} of {len(paths)}: {_reason(error)}") from error
     tensors = splits.check_consistent(read)
@@ -324,6 +362,13 @@ def _split(model_id: str, paths: Sequence[Path], headers: Headers) -> Model:
         created=max(int(one.st_mtime) for one in facts),
         parts=tuple(Part(path, one.st_size) for path, one in zip(paths, facts, strict=True)),
     )
+
+
+def _header(path: Path, facts: os.stat_result, headers: Headers) -> Header:
+    """Raises BadGguf, OSError."""
+    if os.path.lexists(download_mark(path)):
+        raise BadGguf("it is incomplete: aria2 has not finished it")
+    return headers.read(path, facts)
 
 
 def _from_file(

@@ -40,6 +40,11 @@ def look(path: Path) -> os.stat_result:
     return found
 
 
+def download_mark(path: Path) -> Path:
+    """What aria2 keeps beside a file, which has its full size from the start, until it is whole."""
+    return path.with_name(f"{path.name}.aria2")
+
+
 def open_regular(path: Path, buffering: int = -1) -> BinaryIO:
     """The file, opened for reading.  Raises OSError; a FIFO or a device does not hold this up."""
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -25,7 +24,8 @@ class Found:
 
 def find(folder: Path) -> Found:
     """Everything that is named like a model.  Folders whose names begin with a dot are passed over,
-    and a folder that is reached twice (by links) is looked at once."""
+    and a folder that is reached twice (by links) is looked at once.  A link that leads upwards, to
+    what holds the folder that it lies in (as `/` does), is not followed."""
     found = Found()
     if not os.path.lexists(folder):
         return found
@@ -39,7 +39,7 @@ def find(folder: Path) -> Found:
                 if (facts.st_dev, facts.st_ino) in seen:
                     continue
                 seen.add((facts.st_dev, facts.st_ino))
-                for path, is_folder in _entries(one):
+                for entry in _entries(one):
                     entries += 1
                     if entries > MAX_ENTRIES or len(found.files) > MAX_FILES:
                         why = f"it has more than {MAX_FILES:,} model files"
@@ -47,12 +47,23 @@ def find(folder: Path) -> Found:
                             why = f"it has more than {MAX_ENTRIES:,} entries"
                         found.not_served[folder] = f"{why}: the rest was not looked at"
                         return found
-                    if is_folder and not path.name.startswith("."):
-                        below.append(path)
-                    if is_folder and _is_named_so(path):
-                        found.not_served[path] = "it is a directory, not a regular file"
-                    elif _is_named_so(path):
+                    is_folder, is_named_so = _is_folder(entry), _is_named_so(entry.name)
+                    if not is_folder and not is_named_so:
+                        continue
+                    path = one / entry.name
+                    if not is_folder:
                         found.files.append(path)
+                        continue
+                    if is_named_so:
+                        found.not_served[path] = "it is a directory, not a regular file"
+                    if entry.name.startswith("."):
+                        continue
+                    if entry.is_symlink() and _leads_upwards(path, folder):
+                        found.not_served[path] = (
+                            "it is a link to a folder above it: it is not followed"
+                        )
+                    else:
+                        below.append(path)
             except OSError as error:
                 found.not_served[one] = f"this folder cannot be read: {error.strerror or error}"
         level = below
@@ -61,18 +72,27 @@ def find(folder: Path) -> Found:
     return found
 
 
-def _entries(folder: Path) -> Iterator[tuple[Path, bool]]:
-    """What is in a folder, by name, and whether it is a folder."""
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    """What is in a folder, by name."""
     with os.scandir(folder) as entries:
         some = islice(entries, MAX_ENTRIES + 1)
-        listed = sorted(some, key=lambda entry: os.fsencode(entry.name))
-    for entry in listed:
-        try:
-            is_folder = entry.is_dir()
-        except OSError:  # a loop of links: who reads it will say so
-            is_folder = False
-        yield folder / entry.name, is_folder
+        return sorted(some, key=lambda entry: os.fsencode(entry.name))
 
 
-def _is_named_so(path: Path) -> bool:
-    return path.name.lower().endswith(SUFFIX)
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a loop of links: who reads it will say so
+        return False
+
+
+def _is_named_so(name: str) -> bool:
+    return name.lower().endswith(SUFFIX)
+
+
+def _leads_upwards(link: Path, folder: Path) -> bool:
+    """Whether it leads to what holds the models folder, or the folder that it lies in; not if it
+    stays within the models folder, where each folder is looked at once."""
+    target, place, top = (Path(os.path.realpath(one)) for one in (link, link.parent, folder))
+    upwards = target in (*place.parents, *top.parents)
+    return upwards and not target.is_relative_to(top)

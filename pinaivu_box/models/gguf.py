@@ -33,7 +33,11 @@ _MAX_TENSORS = 131_072
 _MAX_ITEMS = 4_000_000  # keys, tensors and strings of arrays; the largest vocabularies have 800,000
 _MAX_HEADER = 256 * 1024 * 1024
 _WINDOW = 1024 * 1024
-_CUT_OFF = "it is incomplete: it ends in the middle of its header"
+_EMPTY = "it is empty"
+_INCOMPLETE = "it is incomplete"
+_CUT_OFF = f"{_INCOMPLETE}: it ends in the middle of its header"
+_NO_ROOM = "more than the file has room for"
+BEING_WRITTEN = "it was written to a moment ago"
 _MAX_INT = 2**31 - 1
 # ggml_type -> elements in a block, and its bytes.  What is not here may be of a newer llama.cpp.
 TENSOR_TYPES = {
@@ -103,6 +107,11 @@ def is_no_model(why: str) -> bool:
     return why.startswith((_PROJECTOR, _OTHER_KIND))
 
 
+def is_unfinished(why: str) -> bool:
+    """Whether a file that is not served may be served once more of it was written."""
+    return _INCOMPLETE in why or why == _EMPTY or why.endswith((_NO_ROOM, BEING_WRITTEN))
+
+
 class _Reader:
     """Goes through the file in windows, within its bounds.  Raises BadGguf."""
 
@@ -135,7 +144,7 @@ class _Reader:
     def skip_strings(self, count: int) -> None:
         """`count` lengths, each with so many bytes after it."""
         if count > (self.size - self.at) // 8:
-            raise BadGguf(f"it has an array of {count} strings, more than the file has room for")
+            raise BadGguf(f"it has an array of {count} strings, {_NO_ROOM}")
         self.step(count)
         unpack = struct.Struct("<Q").unpack_from
         while count:
@@ -186,7 +195,7 @@ class _Reader:
 
 def _read(file: _Reader) -> Header:
     if file.size == 0:
-        raise BadGguf("it is empty")
+        raise BadGguf(_EMPTY)
     if file.size < 4 or file.take(4) != b"GGUF":
         raise BadGguf("it does not begin with the letters GGUF")
     version = file.number("<I")
@@ -203,7 +212,7 @@ def _read(file: _Reader) -> Header:
     needed = _tensors_end(file, tensors, values.alignment())
     if needed > file.size:
         raise BadGguf(
-            f"it is incomplete: it has {file.size:,} bytes, and its tensors end at {needed:,}"
+            f"{_INCOMPLETE}: it has {file.size:,} bytes, and its tensors end at {needed:,}"
         )
     return values.header(tensors)
 
@@ -243,7 +252,7 @@ def _skip_array(file: _Reader) -> None:
         raise BadGguf("it has an array of arrays, which llama.cpp does not read")
     size = struct.calcsize(_form(kind)) * count
     if size > file.size - file.at:
-        raise BadGguf(f"it has an array of {count} values, more than the file has room for")
+        raise BadGguf(f"it has an array of {count} values, {_NO_ROOM}")
     file.skip(size)
 
 

@@ -15,6 +15,7 @@ from pinaivu_box.openai.types import (
     MOST_TOOLS,
     FunctionName,
     Identifier,
+    KeepAlive,
     Probability,
     Schema,
     StopString,
@@ -126,6 +127,12 @@ class MessagesRequest(CountTokensRequest, frozen=True, kw_only=True):
     top_k: TopK | None = None
     metadata: Owner | None = None
     service_tier: Literal["auto", "standard_only"] | None = None
+    keep_alive: KeepAlive | None = None
+
+    @staticmethod
+    def prepare(raw: dict[str, Any], passed: Passed) -> None:
+        parameters.kept(raw, passed)
+        parameters.messages(raw, passed)
 
 
 class AnthropicUsage(Struct, frozen=True):

@@ -8,7 +8,7 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 
 from pinaivu_box.openai import parameters
 from pinaivu_box.openai.fields import Passed
-from pinaivu_box.openai.types import Identifier, Text, TextOrTokens
+from pinaivu_box.openai.types import Identifier, KeepAlive, Text, TextOrTokens
 
 
 class EmbeddingRequest(Struct, frozen=True, forbid_unknown_fields=True):
@@ -19,6 +19,7 @@ class EmbeddingRequest(Struct, frozen=True, forbid_unknown_fields=True):
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: Annotated[int, Meta(ge=1, le=2**31 - 1)] | None = None
     user: Identifier | None = None
+    keep_alive: KeepAlive | None = None
 
     @staticmethod
     def prepare(raw: dict[str, Any], passed: Passed) -> None:

@@ -28,6 +28,7 @@ _RENAMED = {
     "max_output_tokens": "max_tokens",
     "random_seed": "seed",
     "stop_sequences": "stop",
+    "ttl": "keep_alive",
 }
 _UNLIMITED = -1
 # top_p 0 asks for the likeliest token alone; proofs carry more than 0.
@@ -120,6 +121,7 @@ def completion(raw: Raw, passed: Passed) -> None:
 def response(raw: Raw, passed: Passed) -> None:
     for name in ("max_tokens", "max_completion_tokens", "num_predict"):
         _rename(raw, name, "max_output_tokens", passed)
+    kept(raw, passed)
     _pass_over(raw, passed)
     _values(raw)
     _unlimited(raw, "max_output_tokens")
@@ -162,7 +164,13 @@ def messages(raw: Raw, passed: Passed) -> None:
 
 
 def embedding(raw: Raw, passed: Passed) -> None:
+    kept(raw, passed)
     _pass_over(raw, passed)
+
+
+def kept(raw: Raw, passed: Passed) -> None:
+    """Any body that has a model loaded."""
+    _rename(raw, "ttl", _RENAMED["ttl"], passed)
 
 
 # -- parts ---------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from pinaivu_box.openai.types import (
     FunctionOnly,
     Identifier,
     JsonFormat,
+    KeepAlive,
     Metadata,
     NamedTool,
     Probability,
@@ -97,6 +98,7 @@ class ResponseRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     prompt: None = None
     prompt_cache_key: Identifier | None = None
     safety_identifier: Identifier | None = None
+    keep_alive: KeepAlive | None = None
 
     @staticmethod
     def prepare(raw: dict[str, Any], passed: Passed) -> None:

@@ -159,6 +159,10 @@ class Extension(Struct, frozen=True, forbid_unknown_fields=True):
     timeout: Annotated[float, Meta(gt=0, le=86400)] | None = None
 
 
+# How long the model stays loaded after the request: seconds, or "5m"; below 0 as long as it may.
+KeepAlive = float | Annotated[str, Meta(max_length=40)]
+
+
 class ContextShift(Struct, frozen=True):
     """In an answer whose beginning was forgotten on the way (`engine.context_shift`)."""
 
@@ -214,6 +218,7 @@ class Sampled(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     grammar: Text | None = None  # GBNF, or Lark as llguidance reads it
     ignore_eos: bool | None = None
     cache_prompt: bool | None = None
+    keep_alive: KeepAlive | None = None  # Ollama's
     pinaivu: Extension | None = None
 
     @staticmethod

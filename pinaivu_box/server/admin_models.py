@@ -19,7 +19,6 @@ from starlette.responses import Response, StreamingResponse
 
 from pinaivu_box.box import Box, not_served_in
 from pinaivu_box.errors import (
-    CliError,
     Conflict,
     CopyFailed,
     InvalidBody,
@@ -238,8 +237,8 @@ async def _name_too(task: _Task, here: Model) -> None:
     try:
         targets = await asyncio.to_thread(place, here, folder, task.model)
         await box.look_for_models()
-    except (OSError, CliError) as error:
-        reason = error.message if isinstance(error, CliError) else error.strerror or error
+    except OSError as error:
+        reason = error.strerror or error
         raise Conflict(f"{here.id} cannot be called {task.model} too: {reason}.") from error
     for target in targets:
         if why := box.catalog.not_served.get(target):
@@ -250,7 +249,6 @@ async def _name_too(task: _Task, here: Model) -> None:
         *map(model_files.named, targets, digests),
         audit.record(task.actor, "model.pull", task.model, **detail),
     )
-    task.network.changed()
 
 
 def _check_free(task: _Task, here: Model | None) -> None:
@@ -317,11 +315,7 @@ async def _run(task: _Task, copy: Progress) -> None:
         *chain.from_iterable(known),
         audit.record(task.actor, "model.pull", task.model, **detail),
     )
-    try:
-        await box.look_for_models()
-    except CliError as error:
-        raise CopyFailed(f"{task.model} is here but not served yet: {error.message}") from error
+    await box.look_for_models()
     for target, *_ in copy.files:
         if why := box.catalog.not_served.get(target):
             raise CopyFailed(f"{target} is here, and it cannot be served: {why}.")
-    task.network.changed()

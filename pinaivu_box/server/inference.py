@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import math
+import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 import msgspec
@@ -49,6 +52,7 @@ class Call:
         self.ignored: list[str] = []
         self._if_thoughtless = ""
         self._timeout: float | None = None
+        self._keep_alive: float | None = None
         self._request = request
         self._arrival: Arrival | None = None
         self._watcher: asyncio.Task[None]  # once it is started
@@ -67,6 +71,14 @@ class Call:
         body, self.ignored = await self.bodies.receive(
             self._request, key.account_id, kind, most, strict=strict
         )
+        self._keep_alive = _keep_alive(getattr(body, "keep_alive", None))
+        if self._keep_alive is not None and self._keep_alive > self.box.placement.longest:
+            if strict:
+                raise InvalidBody(
+                    "it is longer than this box keeps a model loaded ([engine] max_keep_alive)",
+                    loc=("body", "keep_alive"),
+                )
+            self.ignored.append("keep_alive")
         state["ignored"] = self.ignored
         self._timeout = _timeout(self._request, getattr(body, "pinaivu", None))
         return body
@@ -113,6 +125,7 @@ class Call:
         """Raises what admission does, TooLate, and InvalidBody for what is too large."""
         for job in jobs:
             check_sizes(job.tools, job.constraint, job.stop)
+        jobs = [replace(job, keep_alive=self._keep_alive) for job in jobs]
         requests, began = self.box.requests, time.monotonic()
         try:
             async with asyncio.timeout(self._timeout):
@@ -223,6 +236,16 @@ def _timeout(request: Request, extension: Extension | None) -> float | None:
     if not 0 < seconds <= _LONGEST_TIMEOUT:
         raise InvalidBody("it must be longer than nothing, and at most 1d", loc=("header", TIMEOUT))
     return seconds
+
+
+def _keep_alive(given: float | str | None) -> float | None:
+    """Seconds; what is below 0 has no end.  Raises InvalidBody."""
+    try:
+        if isinstance(given, str):  # Ollama's clients also write 1h30m
+            given = sum(map(parse_duration, re.split("(?<=[a-z])(?=[0-9])", given)))
+    except ValueError as error:
+        raise InvalidBody(str(error), loc=("body", "keep_alive")) from None
+    return math.inf if given is not None and given < 0 else given
 
 
 async def _disconnected(receive: Receive) -> None:

@@ -26,7 +26,7 @@ from tests.box import Box, pinaivu
 from tests.peering.copies import NAME, SIZE, World, digest_of, made_up
 from tests.peering.people import offer
 from tests.peering.test_copying import WrongPieces
-from tests.peering.worlds import soon
+from tests.peering.worlds import soon, wait_until
 
 pytestmark = pytest.mark.anyio
 DATA = made_up(1)
@@ -133,6 +133,17 @@ async def test_a_pulled_model_is_served_at_once_and_told_of(puller: Puller) -> N
     assert digest_of(puller.box.catalog.find(NAME).path.read_bytes()) == DIGEST
     (entry,) = await audit.ls(puller.box.database)
     assert (entry.action, entry.target, entry.detail["from"]) == ("model.pull", NAME, ["anna"])
+
+
+async def test_peers_are_told_of_what_comes_into_the_folder_and_goes(puller: Puller) -> None:
+    file = puller.box.home / "models" / "new:1.gguf"
+    file.parent.mkdir(exist_ok=True)
+    file.write_bytes(DATA)
+    await wait_until(lambda: puller.network.changes == 1)
+    assert puller.box.catalog.find("new:1").path == file
+    file.unlink()
+    await wait_until(lambda: puller.network.changes == 2)
+    assert "new:1" not in {model.id for model in puller.box.catalog.models}
 
 
 async def test_a_model_in_several_files_is_served_at_once_too(puller: Puller) -> None:

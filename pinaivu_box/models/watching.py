@@ -1,0 +1,90 @@
+"""Notices what changes in the models folder, and what of it is still being written."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from pinaivu_box.models import folder, gguf
+from pinaivu_box.models.catalog import Catalog
+from pinaivu_box.models.files import download_mark
+from pinaivu_box.models.folder import Found
+from pinaivu_box.models.names import printable
+
+log = logging.getLogger("pinaivu.models")
+
+_MOST_LOGGED = 20  # files that are not served; `pinaivu ls` tells all
+_SECONDS = 1.0  # from one look to the next
+_SHARE = 100  # looks take at most the hundredth part of the time, however large the folder is
+
+_Facts = tuple[int, ...]
+_State = tuple[dict[Path, _Facts], dict[Path, str]]
+
+
+class Watch:
+    """For one thread at a time.  `seconds` is how long to wait before the next look."""
+
+    def __init__(self) -> None:
+        self.seconds = _SECONDS
+        self._before: dict[Path, _Facts] | None = None  # in the look before
+        self._taken: _State = {}, {}  # what was returned last
+
+    def look(self, path: Path) -> Found | None:
+        """What is in the folder if that has changed, else None.  A file that is not as it was in
+        the look before is not among its files: it is being written."""
+        began = time.monotonic()
+        found = folder.find(path)
+        now = {file: _facts(file) for file in found.files}
+        before, self._before = self._before, now
+        self.seconds = max(_SECONDS, _SHARE * (time.monotonic() - began))
+        if before is None:
+            return None
+        taken, _ = self._taken
+        settled = {}
+        for file, facts in now.items():
+            if facts in (before.get(file), taken.get(file)):
+                settled[file] = facts
+                continue
+            found.not_served[file] = gguf.BEING_WRITTEN
+        found.files = [file for file in found.files if file in settled]
+        state = settled, dict(found.not_served)
+        if state == self._taken:
+            return None
+        self._taken = state
+        return found
+
+
+def _facts(file: Path) -> _Facts:
+    try:
+        facts = file.stat()
+    except OSError:
+        return ()
+    unfinished = os.path.lexists(download_mark(file))
+    return facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns, unfinished
+
+
+def report(old: Catalog, new: Catalog) -> bool:
+    """Log what is served since then, what is gone, and what cannot be served though it is whole.
+    Returns whether other models are served."""
+    before, now = ({model.id: model for model in one.models} for one in (old, new))
+    changed = [model_id for model_id in now if before.get(model_id) != now[model_id]]
+    gone = [model_id for model_id in before if model_id not in now]
+    for model_id in changed:
+        log.info("serving %s", model_id)
+    for model_id in gone:
+        log.info("%s is gone", model_id)
+    known = old.not_served
+    report_not_served({
+        path: why
+        for path, why in new.not_served.items()
+        if why != known.get(path) and not gguf.is_unfinished(why)
+    })  # fmt: skip
+    return bool(changed or gone)
+
+
+def report_not_served(not_served: Mapping[Path, str]) -> None:
+    for path, why in list(not_served.items())[:_MOST_LOGGED]:
+        log.warning("not served: %s: %s", printable(str(path)), why)
