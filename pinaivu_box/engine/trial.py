@@ -204,7 +204,10 @@ def _of_calls(tools: Tools, wanted: Wanted) -> Constraint | None:
     functions = [
         {**one, "parameters": with_an_end(one.get("parameters"))}
         for one in json.loads(tools.functions)
+        if one["name"] in tools.names
     ]
+    if not functions:
+        return wanted.constraint
     free = tools.choice == "auto"
     named = not free and tools.choice != "required"
     if named:

@@ -8,10 +8,10 @@ from msgspec import UNSET
 from starlette.requests import Request
 from starlette.responses import Response
 
-from pinaivu_box.gateway.backend import Job
 from pinaivu_box.gateway.requests import Begun, Failed, Finished, RequestEvent, Said
 from pinaivu_box.openai.chunks import ChunkBuilder, error_event
 from pinaivu_box.openai.request import check_chat
+from pinaivu_box.openai.tools import customs
 from pinaivu_box.openai.types import ChatCompletion, ChatRequest, Chunk, ContextShift
 from pinaivu_box.server.choices import Choices, Whole
 from pinaivu_box.server.envelope import JSON
@@ -29,6 +29,7 @@ async def chat_completions(request: Request) -> Response:
     # Kept by nobody here: said in the answer.
     ignored = [*call.ignored, *(name for name in ("store", "metadata") if getattr(body, name))]
     created = call.created_at
+    found = Choices(jobs, customs(body.tools or ()))
     if body.stream:
         empty = Chunk(
             id=_completion_id(call),
@@ -40,9 +41,9 @@ async def chat_completions(request: Request) -> Response:
             ignored_parameters=ignored or UNSET,
         )
         with_usage = body.stream_options is not None and body.stream_options.include_usage
-        encoder = _Encoder(jobs, empty, with_usage=with_usage, effort=_effort(body))
+        encoder = _Encoder(found, empty, with_usage=with_usage, effort=_effort(body))
         return await call.stream(running, encoder)
-    found, wholes, fingerprint = Choices(jobs), [Whole() for _ in jobs], ""
+    wholes, fingerprint = [Whole() for _ in jobs], ""
     async for event in call.collect(running):
         match event:
             case Begun():
@@ -85,10 +86,10 @@ def _completion_id(call: Call) -> str:
 class _Encoder:
     """Events of a stream to chunks."""
 
-    def __init__(self, jobs: list[Job], empty: Chunk, *, with_usage: bool, effort: bool) -> None:
+    def __init__(self, found: Choices, empty: Chunk, *, with_usage: bool, effort: bool) -> None:
         self._chunks = ChunkBuilder(empty, with_usage=with_usage)
         self._effort = effort
-        self._choices = Choices(jobs)
+        self._choices = found
         # A choice's last chunk promises that the receipt is on disk: it waits for it.
         self._reasons: dict[int, str] = {}
 

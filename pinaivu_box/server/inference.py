@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from typing import TypeVar
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from typing import Any, TypeVar
 
 import msgspec
 from starlette.requests import Request
@@ -15,7 +15,7 @@ from starlette.types import Receive
 from pinaivu_box.box import Box
 from pinaivu_box.config import parse_duration
 from pinaivu_box.engine.messages import Tokenized
-from pinaivu_box.errors import BadRequest, InvalidBody
+from pinaivu_box.errors import ApiError, BadRequest, InvalidBody
 from pinaivu_box.gateway.admission import Arrival, under
 from pinaivu_box.gateway.backend import Job
 from pinaivu_box.gateway.requests import Begun, Failed, Finished, RequestEvent, too_late
@@ -33,6 +33,7 @@ TIMEOUT = "x-request-timeout"
 _LONGEST_TIMEOUT = 86400.0  # seconds, as in the body
 
 Body = TypeVar("Body", bound=msgspec.Struct)
+T = TypeVar("T")
 
 
 class Call:
@@ -91,10 +92,19 @@ class Call:
         """See `gateway.local.LocalBackend.tokenize`; raises InvalidBody for what is too large."""
         check_sizes(job.tools, job.constraint, job.stop)
         job = under(self.key, job)
-        reading = asyncio.create_task(
+        return await self._unless_left(
             self.box.prompts.tokenize(job, tokens, plain=plain, count=count)
         )
-        leaving = asyncio.create_task(_disconnected(self._request.receive))
+
+    async def read(self, job: Job) -> tuple[Job, int]:
+        """The job with its prompt's tokens, and the context of its model.  Raises as `tokenize`,
+        and ContextOverflow for a prompt that is far too long."""
+        check_sizes(job.tools, job.constraint, job.stop)
+        return await self._unless_left(self.box.prompts.read(under(self.key, job)))
+
+    async def _unless_left(self, answer: Coroutine[Any, Any, T]) -> T:
+        reading = asyncio.create_task(answer)
+        leaving = asyncio.create_task(disconnected(self._request.receive))
         try:
             await asyncio.wait({reading, leaving}, return_when=asyncio.FIRST_COMPLETED)
             if not reading.done():
@@ -104,8 +114,9 @@ class Call:
             reading.cancel()
             leaving.cancel()
 
-    async def start(self, jobs: list[Job]) -> Running:
-        """Raises what admission does, TooLate, and InvalidBody for what is too large."""
+    async def start(self, jobs: list[Job], *, background: bool = False) -> Running:
+        """In the `background` it goes on when the client leaves.  Raises what admission does,
+        TooLate, and InvalidBody for what is too large."""
         for job in jobs:
             check_sizes(job.tools, job.constraint, job.stop)
         requests, began = self.box.requests, time.monotonic()
@@ -120,8 +131,15 @@ class Call:
         waited = time.monotonic() - began
         running = requests.start(admitted, self._timeout, waited, self._since)
         self._request.scope["state"]["logged"] = True  # from here on the request logs itself
-        self._watcher = asyncio.create_task(_cancel_on_disconnect(self._request.receive, running))
+        if not background:
+            watching = _cancel_on_disconnect(self._request.receive, running)
+            self._watcher = asyncio.create_task(watching)
         return running
+
+    def failed(self, error: ApiError) -> Failed:
+        """Counts an error that ends what has begun to be answered; as the client is told of it."""
+        envelope.note(self._request, error)
+        return Failed(envelope.told(error, self.box.config.server.contact))
 
     async def collect(self, running: Running) -> AsyncIterator[RequestEvent]:
         """All events up to Finished; raises what failed."""
@@ -179,13 +197,10 @@ class Call:
                 await settle(end)
                 events = [end]
             if isinstance(last := events[-1], Failed):
-                contact = self.box.config.server.contact
-                events = [*events[:-1], Failed(envelope.told(last.error, contact))]
+                events = [*events[:-1], self.failed(last.error)]
             if data := encode(events):
                 yield data
-            if isinstance(last := events[-1], Finished | Failed):
-                if isinstance(last, Failed):
-                    envelope.note(self._request, last.error)
+            if isinstance(events[-1], Finished | Failed):
                 return
             events = await running.events.take()
 
@@ -214,14 +229,14 @@ def _timeout(request: Request, extension: Extension | None) -> float | None:
     return seconds
 
 
-async def _disconnected(receive: Receive) -> None:
+async def disconnected(receive: Receive) -> None:
     """Returns once the client has left."""
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
 async def _cancel_on_disconnect(receive: Receive, running: Running) -> None:
-    await _disconnected(receive)
+    await disconnected(receive)
     running.cancel()
 
 
