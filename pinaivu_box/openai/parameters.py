@@ -80,7 +80,8 @@ def chat(raw: Raw, passed: Passed) -> None:
     _tools(raw, ("function", "custom"), passed)
     choice = raw.get("tool_choice")
     if isinstance(choice, dict) and isinstance(choice.get("allowed_tools"), dict):
-        _tools(choice["allowed_tools"], ("function", "custom"), passed, "tool_choice")
+        path = ("tool_choice", "allowed_tools")
+        _tools(choice["allowed_tools"], ("function", "custom"), passed, *path)
     for name in ("max_tokens", "max_completion_tokens"):
         _unlimited(raw, name)
     _guided(raw, passed)

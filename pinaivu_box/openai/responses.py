@@ -12,12 +12,21 @@ from pinaivu_box.errors import InvalidBody, quoted
 from pinaivu_box.openai import parameters
 from pinaivu_box.openai.fields import Passed, sift
 from pinaivu_box.openai.request import from_validation
-from pinaivu_box.openai.tools import Called, ResponseTool, as_arguments, named, names_of
+from pinaivu_box.openai.tools import (
+    Called,
+    ResponseCustom,
+    ResponseFunction,
+    ResponseTool,
+    as_arguments,
+    named,
+    names_of,
+)
 from pinaivu_box.openai.types import (
     MOST_TOOLS,
     AllowedSet,
     AllowedTools,
     Effort,
+    Function,
     FunctionName,
     Identifier,
     JsonFormat,
@@ -29,6 +38,7 @@ from pinaivu_box.openai.types import (
     TextFormat,
     Tier,
     TokenCount,
+    Tool,
     ToolChoice,
     ToolName,
 )
@@ -51,7 +61,7 @@ class ChosenSet(
     Struct, frozen=True, forbid_unknown_fields=True, tag="allowed_tools", tag_field="type"
 ):
     mode: Literal["auto", "required"]
-    tools: list[ChosenFunction | ChosenCustom]
+    tools: list[ResponseFunction | ResponseCustom]
 
 
 ResponseChoice = (
@@ -123,6 +133,7 @@ class ResponseRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 
 class InputDetails(Struct, frozen=True):
     cached_tokens: int
+    cache_write_tokens: int = 0  # as they are not paid apart here
 
 
 class OutputDetails(Struct, frozen=True):
@@ -420,5 +431,5 @@ def chat_choice(choice: ResponseChoice, known: Mapping[str, Called]) -> ToolChoi
             return NamedTool(ToolName(names_of(name, known)[0]))
         case ChosenSet(mode, tools):
             names = [name for one in tools for name in names_of(one.name, known)]
-            return AllowedTools(AllowedSet(mode, [NamedTool(ToolName(name)) for name in names]))
+            return AllowedTools(AllowedSet(mode, [Tool(Function(name)) for name in names]))
     return choice

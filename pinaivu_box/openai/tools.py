@@ -93,8 +93,7 @@ def wanted(choice: ToolChoice | None) -> tuple[str, list[str] | None]:
         case NamedTool(function=tool) | NamedCustom(custom=tool):
             return tool.name, [tool.name]
         case AllowedTools(allowed):
-            names = [name for one in allowed.tools for name in wanted(one)[1] or ()]
-            return allowed.mode, names
+            return allowed.mode, [one.name for one in functions(allowed.tools)]
     return choice or "auto", None
 
 
