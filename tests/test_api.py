@@ -514,7 +514,7 @@ def test_a_response_keeps_to_a_schema(box: Box) -> None:
 
 def test_what_is_too_long_loses_its_oldest_messages_if_it_may(fake_box: Box) -> None:
     turns = [
-        {"role": ("user", "assistant")[number % 2], "content": f"{number:03} " * 30}
+        {"role": ("user", "assistant")[number % 2], "content": f"{number:03} " * 70}
         for number in range(61)
     ]
     options: dict[str, Any] = {"model": FAKE, "instructions": "Be brief."}
@@ -618,6 +618,7 @@ def test_a_chat_calls_custom_tools_with_text(fake_box: Box) -> None:
         "model": FAKE,
         "tools": [RUN, WEATHER],
         "tool_choice": {"type": "custom", "custom": {"name": "run"}},
+        "temperature": 0,
         "max_tokens": 100,
     }
     answer = chat(fake_box, **options)

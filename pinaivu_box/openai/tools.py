@@ -150,9 +150,8 @@ def _chat_tool(tool: ResponseFunction | ResponseCustom, namespace: str | None) -
     name = named(tool.name, namespace)
     if isinstance(tool, ResponseFunction):
         return Tool(Function(name, tool.description, tool.parameters, tool.strict))
-    form = tool.format
-    if isinstance(form, FlatRule):
-        form = RuleFormat(Rule(form.syntax, form.definition))
+    flat = tool.format
+    form = RuleFormat(flat) if isinstance(flat, FlatRule) else flat
     return CustomTool(CustomDefinition(name, tool.description, form))
 
 
