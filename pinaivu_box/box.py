@@ -41,7 +41,7 @@ from pinaivu_box.peering.ledger import Ledger
 from pinaivu_box.peering.network import Network
 from pinaivu_box.peering.sharing import Sharing
 from pinaivu_box.policy import Policy
-from pinaivu_box.store import retention
+from pinaivu_box.store import responses, retention
 from pinaivu_box.store.database import Database
 from pinaivu_box.store.model_files import Digests
 
@@ -234,6 +234,7 @@ async def open_box(load: Callable[[], Config], home: Path) -> AsyncIterator[Box]
     held = lock(prepare_home(home))
     try:
         async with database_of(home) as database:
+            await responses.fail_unfinished(database)
             config, headers = load(), Headers()
             catalog = await asyncio.to_thread(catalogs.load, config, home, headers)
             box = _join(load, config, home, database, catalog, headers)

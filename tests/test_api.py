@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import struct
 from collections.abc import Iterator
 from typing import Any
@@ -550,6 +551,177 @@ def test_a_response_keeps_to_a_schema(box: Box) -> None:
     form = {"type": "json_schema", "name": "person", "schema": PERSON, "strict": True}
     answer = respond(box, input="Who?", text={"format": form}, max_output_tokens=100)
     jsonschema.validate(json.loads(answer.output_text), PERSON)
+
+
+def test_what_is_too_long_loses_its_oldest_messages_if_it_may(fake_box: Box) -> None:
+    turns = [
+        {"role": ("user", "assistant")[number % 2], "content": f"{number:03} " * 70}
+        for number in range(61)
+    ]
+    options: dict[str, Any] = {"model": FAKE, "instructions": "Be brief."}
+    with pytest.raises(openai.BadRequestError, match="context"):
+        respond(fake_box, input=turns, **options)
+    made = respond(fake_box, input=turns, truncation="auto", max_output_tokens=100, **options)
+    assert made.truncation == "auto" and made.output_text
+    ends = [turns[-number:] for number in range(1, 61, 2)]  # each begins with the user
+    counts = [respond(fake_box, input=end, **options).usage.input_tokens for end in ends[:13]]
+    assert made.usage.input_tokens in counts[8:]  # and so does what stayed
+    # Of a conversation as well, and what fits loses nothing.
+    more: dict[str, Any] = {"input": "And now?", "previous_response_id": made.id, **options}
+    assert respond(fake_box, truncation="auto", **more).output_text
+    with pytest.raises(openai.BadRequestError, match="context"):
+        respond(fake_box, **more)
+    for truncation in ("auto", "disabled"):
+        short = respond(fake_box, input=ends[0], truncation=truncation, **options)
+        assert short.usage.input_tokens == counts[0]
+    with pytest.raises(openai.BadRequestError, match="context"):
+        respond(fake_box, input="x" * 20_000, truncation="auto", **options)
+
+
+def test_what_asks_for_state_that_is_not_here_is_refused_by_name(fake_box: Box) -> None:
+    for name, value in (("conversation", "conv_1"), ("prompt", {"id": "pmpt_1"})):
+        with pytest.raises(openai.UnprocessableEntityError, match=f"'{name}' is part of OpenAI"):
+            respond(fake_box, model=FAKE, input="hi", **{name: value})
+
+
+# -- tools that may be called ----------------------------------------------------------------------
+
+PAIR = [{"type": "function", "function": {"name": name, "parameters": {}}} for name in ("a", "b")]
+FLAT = [{"type": "function", "name": name, "parameters": {}} for name in ("a", "b")]
+
+
+def allowed(mode: str, *tools: Any) -> Any:
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": list(tools)}}
+
+
+def test_only_allowed_tools_are_called_and_all_are_told(fake_box: Box) -> None:
+    options: dict[str, Any] = {"model": FAKE, "parallel_tool_calls": False, "max_tokens": 100}
+    free = chat(fake_box, tools=PAIR, tool_choice="auto", **options)
+    for number, name in enumerate(("a", "b")):
+        answer = chat(
+            fake_box, tools=PAIR, tool_choice=allowed("required", PAIR[number]), **options
+        )
+        (call,) = answer.choices[0].message.tool_calls
+        assert call.function.name == name
+        assert answer.usage.prompt_tokens == free.usage.prompt_tokens
+        made = respond(
+            fake_box,
+            model=FAKE,
+            input="Say hello.",
+            tools=[*FLAT, {"type": "web_search"}],
+            tool_choice={
+                "type": "allowed_tools",
+                "mode": "required",
+                "tools": [{"type": "function", "name": name}, {"type": "web_search"}],
+            },
+            parallel_tool_calls=False,
+            max_output_tokens=100,
+        )
+        assert [one.name for one in made.output] == [name]
+        assert made.tool_choice.type == "allowed_tools"
+        assert made.ignored_parameters == ["tools.web_search", "tool_choice.tools.web_search"]
+    chosen = chat(fake_box, tools=PAIR, tool_choice=allowed("auto", PAIR[1]), **options)
+    assert chosen.choices[0].message.content == free.choices[0].message.content
+    for wrong in (allowed("auto", WEATHER), allowed("required")):
+        with pytest.raises(openai.UnprocessableEntityError, match="tool"):
+            chat(fake_box, tools=PAIR, tool_choice=wrong, **options)
+
+
+def test_a_tool_of_a_namespace_is_chosen_by_its_own_name(fake_box: Box) -> None:
+    space = {"type": "namespace", "name": "mcp", "tools": FLAT}
+    named = {"type": "function", "name": "b"}
+    for choice in (named, {"type": "allowed_tools", "mode": "required", "tools": [named]}):
+        made = respond(
+            fake_box,
+            model=FAKE,
+            input="hi",
+            tools=[space],
+            tool_choice=choice,
+            parallel_tool_calls=False,
+            max_output_tokens=100,
+        )
+        assert [(one.namespace, one.name) for one in made.output] == [("mcp", "b")]
+
+
+DIGITS = "[0-9]{3}-[xy]z"
+RUN = {
+    "type": "custom",
+    "custom": {
+        "name": "run",
+        "description": "Run it.",
+        "format": {"type": "grammar", "grammar": {"syntax": "regex", "definition": DIGITS}},
+    },
+}
+
+
+def test_a_chat_calls_custom_tools_with_text(fake_box: Box) -> None:
+    options: dict[str, Any] = {
+        "model": FAKE,
+        "tools": [RUN, WEATHER],
+        "tool_choice": {"type": "custom", "custom": {"name": "run"}},
+        "temperature": 0,
+        "max_tokens": 100,
+    }
+    answer = chat(fake_box, **options)
+    (call,) = answer.choices[0].message.tool_calls
+    assert (call.type, call.custom.name) == ("custom", "run")
+    assert re.fullmatch(DIGITS, call.custom.input)
+    assert answer.choices[0].finish_reason == "tool_calls"
+    chunks = list(chat(fake_box, stream=True, **options))
+    deltas = [one for chunk in chunks for one in chunk.choices[0].delta.tool_calls or ()]
+    assert (deltas[0].type, deltas[0].id[:5], deltas[0].custom["name"]) == (
+        "custom",
+        "call_",
+        "run",
+    )
+    assert "".join(one.custom["input"] for one in deltas) == call.custom.input
+    assert {one.index for one in deltas} == {0}
+    # In the history it is what the model has said.
+    result = {"role": "tool", "tool_call_id": call.id, "content": "done"}
+    arguments = json.dumps({"input": call.custom.input})
+    function = {"name": "run", "arguments": arguments}
+    counts = [
+        chat(
+            fake_box,
+            model=FAKE,
+            messages=[
+                *user("hi"),
+                {"role": "assistant", "content": None, "tool_calls": [one]},
+                result,
+            ],
+            tools=options["tools"],
+            max_tokens=1,
+        ).usage.prompt_tokens
+        for one in (call.to_dict(), {"id": call.id, "type": "function", "function": function})
+    ]
+    assert counts[0] == counts[1]
+    made = respond(
+        fake_box,
+        model=FAKE,
+        input="hi",
+        tools=[{**RUN["custom"], "type": "custom",  # type: ignore[dict-item]
+                "format": {"type": "grammar", "syntax": "regex", "definition": DIGITS}}],
+        tool_choice="required",
+        parallel_tool_calls=False,
+        max_output_tokens=100,
+    )  # fmt: skip
+    assert [re.fullmatch(DIGITS, one.input) is not None for one in made.output] == [True]
+
+
+@pytest.mark.parametrize("syntax", ["lark", "regex"])
+def test_a_custom_tool_s_grammar_is_looked_at(fake_box: Box, syntax: str) -> None:
+    """A regular expression is held to, a grammar is told."""
+    rule = {"syntax": syntax, "definition": 'start: "a" "b"' if syntax == "lark" else "(a"}
+    tool = {"type": "custom", "custom": {"name": "run", "format": {"type": "grammar",
+            "grammar": rule}}}  # fmt: skip
+    options: dict[str, Any] = {"model": FAKE, "tools": [tool], "tool_choice": "required"}
+    if syntax == "lark":
+        without = {"type": "custom", "custom": {"name": "run"}}
+        told = chat(fake_box, **options).usage.prompt_tokens
+        assert told > chat(fake_box, **{**options, "tools": [without]}).usage.prompt_tokens
+    else:
+        with pytest.raises(openai.UnprocessableEntityError, match="grammar of these tools"):
+            chat(fake_box, **options)
 
 
 # -- Anthropic -------------------------------------------------------------------------------------

@@ -326,7 +326,7 @@ NEUTRAL: dict[str, Any] = {
         ({"n": 0}, "n", "1"),
         ({"n": 129}, "n", "128"),
         ({"tools": [TOOL, TOOL]}, "tools", "same name"),
-        ({"tools": [{"type": "custom", "custom": {}}]}, "tools.0.type", "custom"),
+        ({"tools": [{"type": "custom", "custom": {}}]}, "tools.0.custom.name", "required"),
         ({"tool_choice": "required"}, "tool_choice", "tools"),
         (
             {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "g"}}},

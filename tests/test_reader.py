@@ -51,7 +51,7 @@ CALL_F = '{"name": "f", "arguments": {"a": "}\\"{[", "b": [1, {"c": 2}]}}'
 CALL_G = '{"name": "g", "arguments": {}}'
 ARGUMENTS = '{"a": "}\\"{[", "b": [1, {"c": 2}]}'
 F, G = ("call", "f", ARGUMENTS), ("call", "g", "{}")
-CASES: list[tuple[str, Style | None, dict[str, bool], Read]] = [
+CASES: list[tuple[str, Style | None, dict[str, Any], Read]] = [
     (f"<tool_call>\n{CALL_F}\n</tool_call>", TAGS, {}, [F]),
     (
         f"Well. <tool_call>\n{CALL_F}\n</tool_call>\n<tool_call>{CALL_G}</tool_call>\n",
@@ -83,6 +83,24 @@ CASES: list[tuple[str, Style | None, dict[str, bool], Read]] = [
         {},
         [("text", '<tool_call>{"name": "unknown", "arguments": {}}</tool_call>')],
     ),
+    (
+        '<tool_call>{"name": "f", "arguments": {"input": "a\\n\\"}"}}</tool_call>',
+        TAGS,
+        {"customs": ["f"]},
+        [("call", "f", 'a\n"}')],
+    ),
+    (
+        f'[TOOL_CALLS][{{"arguments": {{"input": "a"}}, "name": "f"}}, {CALL_G}]',
+        MISTRAL,
+        {"customs": ["f"]},
+        [("call", "f", "a"), G],
+    ),
+    (
+        '<tool_call>{"name": "f", "arguments": {"input": "cut of',
+        TAGS,
+        {"customs": ["f"]},
+        [("call", "f", '{"input": "cut of')],
+    ),
     (f"[TOOL_CALLS][{CALL_F}, {CALL_G}]", MISTRAL, {}, [F, G]),
     (f"Yes.[TOOL_CALLS] [{CALL_G}]", MISTRAL, {}, [("text", "Yes."), G]),
     ('{"name": "f", "parameters": {"x": 1}}', LLAMA, {}, [("call", "f", '{"x": 1}')]),
@@ -112,7 +130,7 @@ CASES: list[tuple[str, Style | None, dict[str, bool], Read]] = [
 @given(cuts=st.lists(st.integers(1, 160), max_size=12))
 @settings(max_examples=60)
 def test_it_is_found_wherever_the_text_is_cut(
-    text: str, style: Style | None, more: dict[str, bool], found: Read, cuts: list[int]
+    text: str, style: Style | None, more: dict[str, Any], found: Read, cuts: list[int]
 ) -> None:
     whole, called = read(text, style, cuts, **more)
     assert whole == found

@@ -145,7 +145,9 @@ def test_what_is_said_to_be_served_is_what_is_served() -> None:
 @pytest.mark.parametrize("address", re.findall(r"`(?:GET )?(/[^`]+)`", section("Call it")))
 def test_the_addresses_are_there(box: Box, address: str) -> None:
     request_id = box.chat(max_tokens=1).json()["request_id"]
-    path = address.replace("{id}", "smollm2:135m").replace("{request_id}", request_id)
+    made = box.client.responses.create(model="smollm2:135m", input="hi", max_output_tokens=1)
+    path = address.replace("/responses/{id}", f"/responses/{made.id}")
+    path = path.replace("{id}", "smollm2:135m").replace("{request_id}", request_id)
     assert box.http("GET", path).status_code == 200
 
 

@@ -170,6 +170,43 @@ async def test_a_budget_that_a_clock_has_frozen_goes_on(tmp_path: Path) -> None:
                 if (one := await peers.ticket(database, name))] == [False, True]  # fmt: skip
 
 
+# -- from schema 4 ---------------------------------------------------------------------------------
+
+
+async def test_responses_of_schema_4_have_ended_and_are_counted(tmp_path: Path) -> None:
+    path = tmp_path / "box.db"
+    made = sqlite3.connect(path, isolation_level=None)
+    for statement in (one for step in MIGRATIONS[:4] for one in step):
+        made.execute(statement)
+    made.execute("PRAGMA user_version = 4")
+    made.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+    bodies = {"a": b'{"status":"incomplete"}', "b": b'{"status":"completed"}', "c": b"no JSON"}
+    for name, body in bodies.items():
+        made.execute(
+            "INSERT INTO responses (id, account_id, created_at, input, body, stored_by)"
+            " VALUES (?, 'acct_owner', 1, x'5b5d', ?, 'key_a')",
+            (name, body),
+        )
+    made.close()
+    async with Database(path) as database:
+        await responses.fail_unfinished(database)
+        kept = await database.read("SELECT id, status, body, bytes, events FROM responses")
+        assert {row["id"]: (row["body"], row["status"]) for row in kept} == {
+            "a": (bodies["a"], "incomplete"),
+            "b": (bodies["b"], "completed"),
+            "c": (bodies["c"], "completed"),
+        }
+        size = sum(len(body) + 2 for body in bodies.values())
+        assert sum(row["bytes"] for row in kept) == size
+        one = await responses.find(database, "a", "acct_owner")
+        assert one is not None
+        for events, most in ((b"e" * 99, 3), (b"e", 1)):
+            await responses.finish(database, one, events, most=most, most_bytes=10**9)
+            (row,) = await database.read("SELECT * FROM response_sums")
+            found = await database.read("SELECT count(*), sum(bytes) FROM responses")
+            assert tuple(row) == ("key_a", *tuple(found[0])) and row["count"] == most
+
+
 async def test_only_the_latest_periods_are_remembered(tmp_path: Path) -> None:
     async with Database(tmp_path / "box.db") as database:
         await database.write(
@@ -193,6 +230,7 @@ PLANNED = {
     "newest keys of an account": keys.LS_OF_ACCOUNT,
     "last minute of a key": requests.SINCE,
     **{f"old {table}": statement for table, statement in retention.OLD_ROWS.items()},
+    "responses that ran": responses.FAIL_UNFINISHED,
     **dict(zip(("receipts anew", "responses anew"), retention.DATED_ANEW, strict=True)),
     "hours of usage": retention.HOURS,
     "hours of refusals": retention.HOURS_OF_REFUSALS,

@@ -144,3 +144,15 @@ def test_what_was_told_is_complete_has_its_receipt(here: Box) -> None:
 def test_a_home_is_as_it_was(here: Box) -> None:
     with closing(sqlite3.connect(Path(here.home) / "pinaivu.db")) as found:
         assert found.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+
+
+def test_the_end_of_a_response_in_the_background_waits_until_it_can_be_written(here: Box) -> None:
+    wait_until(lambda: ready(here), "the box to be ready")
+    responses = here.client.responses
+    made = responses.create(model="slow:1", input="hi", max_output_tokens=300, background=True)
+    with full(here):
+        wait_until(lambda: len(responses.retrieve(made.id).output_text) == 300, "all of its text")
+        wait_until(lambda: not ready(here), "its end")
+        assert responses.retrieve(made.id).status == "in_progress"
+    wait_until(lambda: responses.retrieve(made.id).status == "failed", "it to be written")
+    assert list(responses.retrieve(made.id, stream=True))[-1].type == "response.failed"

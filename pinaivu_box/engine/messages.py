@@ -53,8 +53,9 @@ class Constraint(Struct, frozen=True):
 
 
 class Tools(Struct, frozen=True):
-    """The functions that the model may call: JSON text of a list of OpenAI's `function` objects
-    (frames do not carry every number that a schema may have), and their names.
+    """The functions that the model is told of: JSON text of a list of OpenAI's `function` objects
+    (frames do not carry every number that a schema may have), and the names of those that it may
+    call.
 
     `choice` is "auto", "required", or the name of the one that is called, once; with `parallel` the
     others may be several calls.

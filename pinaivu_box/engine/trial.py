@@ -201,10 +201,14 @@ def _text_of(wanted: Wanted) -> str | None:
 
 
 def _of_calls(tools: Tools, wanted: Wanted) -> Constraint | None:
+    callable_ = set(tools.names)
     functions = [
         {**one, "parameters": with_an_end(one.get("parameters"))}
         for one in json.loads(tools.functions)
+        if one["name"] in callable_
     ]
+    if not functions:
+        return wanted.constraint
     free = tools.choice == "auto"
     named = not free and tools.choice != "required"
     if named:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import msgspec
 from msgspec import UNSET
@@ -14,6 +15,7 @@ from pinaivu_box.openai.types import (
     Chunk,
     ChunkChoice,
     ContextShift,
+    CustomDelta,
     Delta,
     FunctionDelta,
     TokenLogprobs,
@@ -88,11 +90,19 @@ def _delta(piece: reader.Piece) -> Delta:
         case reader.Thought():
             return Delta(reasoning_content=piece.text)
         case reader.Call():
-            function = FunctionDelta(piece.name, "")
-            return Delta(tool_calls=[ToolCallDelta(piece.index, function, piece.id, "function")])
+            called: dict[str, Any] = (
+                {"type": "custom", "custom": CustomDelta("", piece.name)}
+                if piece.custom
+                else {"type": "function", "function": FunctionDelta(piece.name, "")}
+            )
+            return Delta(tool_calls=[ToolCallDelta(piece.index, id=piece.id, **called)])
         case reader.Arguments():
-            function = FunctionDelta(UNSET, piece.text)
-            return Delta(tool_calls=[ToolCallDelta(piece.index, function)])
+            more: dict[str, Any] = (
+                {"custom": CustomDelta(piece.text)}
+                if piece.custom
+                else {"function": FunctionDelta(UNSET, piece.text)}
+            )
+            return Delta(tool_calls=[ToolCallDelta(piece.index, **more)])
 
 
 def event(content: object) -> bytes:

@@ -26,7 +26,7 @@ KNOWN = frozenset({
     "anthropic_beta", "betas", "best_of", "cache_control", "caching", "client_metadata",
     "container", "context_management", "conversation_id", "custom_id", "debug", "extra_body",
     "guided_decoding_backend", "guided_whitespace_pattern", "id", "inference_geo", "input_type",
-"litellm_metadata", "max_tool_calls", "mcp_servers", "metadata", "min_tokens", "models",
+    "litellm_metadata", "max_tool_calls", "mcp_servers", "metadata", "min_tokens", "models",
     "moderation", "num_ctx", "options", "output_config", "plugins", "prompt_cache_options",
     "prompt_cache_retention", "provider", "provider_specific_fields", "reasoning",
     "reasoning_details", "request_id", "route", "session_id", "speed", "status", "store", "tags",

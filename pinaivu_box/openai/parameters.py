@@ -41,6 +41,8 @@ _NOT_SERVED: dict[str, tuple[Any, ...]] = {  # name -> values that change nothin
     "functions": ([],),
     "modalities": (["text"],),
 }
+# What names a state that is kept elsewhere: to pass it over would lose a conversation.
+_NOT_SERVED_IN_RESPONSES: dict[str, tuple[Any, ...]] = {"conversation": (), "prompt": ()}
 _MEANINGLESS: dict[str, tuple[Any, ...]] = {
     "moderation": (),
     "prompt_cache_retention": ("in_memory",),
@@ -70,13 +72,7 @@ def sampled(raw: Raw, passed: Passed) -> None:
             raw[name] = _UNLIMITED
     for name, here in _RENAMED.items():
         _rename(raw, name, here, passed)
-    for name, neutral in _NOT_SERVED.items():
-        if _asks(raw, name, neutral):
-            raise UnsupportedParameter(
-                f"'{name}' is part of OpenAI's API but not served by this box",
-                loc=("body", name),
-                kind="value_error.unsupported",
-            )
+    _refuse(raw, _NOT_SERVED)
     _pass_over(raw, passed)
     _values(raw, "stop")
 
@@ -87,6 +83,10 @@ def chat(raw: Raw, passed: Passed) -> None:
     for name in ("store", "metadata"):  # nobody keeps them here
         if _asks(raw, name, (False, {})):
             passed.over(name)
+    choice = raw.get("tool_choice")
+    if isinstance(choice, dict) and isinstance(choice.get("allowed_tools"), dict):
+        path = ("tool_choice", "allowed_tools")
+        _tools(choice["allowed_tools"], ("function", "custom"), passed, *path)
     for name in ("max_tokens", "max_completion_tokens"):
         _unlimited(raw, name)
     _guided(raw, passed)
@@ -122,10 +122,13 @@ def response(raw: Raw, passed: Passed) -> None:
     for name in ("max_tokens", "max_completion_tokens", "num_predict"):
         _rename(raw, name, "max_output_tokens", passed)
     kept(raw, passed)
-    _pass_over(raw, passed)
+    _refuse(raw, _NOT_SERVED_IN_RESPONSES)
+    _pass_over(raw, passed, but="truncation")
     _values(raw)
     _unlimited(raw, "max_output_tokens")
     _tools(raw, ("function", "custom", "namespace"), passed)
+    if isinstance(choice := raw.get("tool_choice"), dict):
+        _tools(choice, ("function", "custom"), passed, "tool_choice")
     if raw.get("top_logprobs"):
         passed.over("top_logprobs")
         del raw["top_logprobs"]
@@ -187,8 +190,21 @@ def _rename(raw: Raw, name: str, here: str, passed: Passed) -> None:
     del raw[name]
 
 
-def _pass_over(raw: Raw, passed: Passed) -> None:
+def _refuse(raw: Raw, names: dict[str, tuple[Any, ...]]) -> None:
+    """Raises UnsupportedParameter."""
+    for name, neutral in names.items():
+        if _asks(raw, name, neutral):
+            raise UnsupportedParameter(
+                f"'{name}' is part of OpenAI's API but not served by this box",
+                loc=("body", name),
+                kind="value_error.unsupported",
+            )
+
+
+def _pass_over(raw: Raw, passed: Passed, *, but: str = "") -> None:
     for name, neutral in _MEANINGLESS.items():
+        if name == but:
+            continue
         if _asks(raw, name, neutral):
             passed.over(name)
         raw.pop(name, None)
@@ -230,8 +246,8 @@ def _unlimited(raw: Raw, name: str) -> None:
         del raw[name]
 
 
-def _tools(raw: Raw, served: tuple[str, ...], passed: Passed) -> None:
-    """Tools that the servers of others run themselves are passed over."""
+def _tools(raw: Raw, served: tuple[str, ...], passed: Passed, *path: str) -> None:
+    """Tools that the servers of others run themselves are passed over; `raw` is at that path."""
     tools = raw.get("tools")
     if not isinstance(tools, list):
         return
@@ -239,7 +255,7 @@ def _tools(raw: Raw, served: tuple[str, ...], passed: Passed) -> None:
     for place, tool in enumerate(tools):
         kind = tool.get("type") if isinstance(tool, dict) else None
         if isinstance(kind, str) and kind not in served:
-            passed.over("tools", place, kind)
+            passed.over(*path, "tools", place, kind)
         else:
             kept.append(tool)
     raw["tools"] = kept

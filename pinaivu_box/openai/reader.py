@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from pinaivu_box.chat_format import THINK, THOUGHT, Style, overlap
+from pinaivu_box.openai.tools import as_input
 
 
 @dataclass(frozen=True)
@@ -27,19 +28,21 @@ class Thought:
 
 @dataclass(frozen=True)
 class Call:
-    """The beginning of a tool call; its arguments follow."""
+    """The beginning of a tool call; its arguments follow, or what a custom tool is called with."""
 
     index: int
     id: str
     name: str
+    custom: bool = False
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """More of the JSON text of call `index`'s arguments."""
+    """More of the JSON text of call `index`'s arguments; of a custom tool's call the whole text."""
 
     index: int
     text: str
+    custom: bool = False
 
 
 Piece = Text | Thought | Call | Arguments
@@ -52,19 +55,23 @@ _LONGEST_HEAD = 4096  # characters; it is looked for at every token
 
 
 class Reader:
-    """Of one answer.  Calls are looked for that `style` writes, of functions with these `names`;
-    with `thinks` also thoughts.  `thinking` says that the text begins in the middle of one."""
+    """Of one answer.  Calls are looked for that `style` writes, of functions with these `names`, of
+    which `customs` are custom tools; with `thinks` also thoughts.  `thinking` says that the text
+    begins in the middle of one."""
 
     def __init__(
         self,
         style: Style | None,
         names: Collection[str] = (),
         *,
+        customs: Collection[str] = (),
         thinks: bool = False,
         thinking: bool = False,
     ) -> None:
         self._style = style
         self._names = names
+        self._customs = customs
+        self._custom: str | None = None  # so far the arguments of a custom tool's call
         self._buffer = ""
         self._calls = 0
         self._blank = True  # nothing but white space was said since the beginning, or the last call
@@ -169,8 +176,7 @@ class Reader:
                 arguments = json.dumps(arguments, ensure_ascii=False)
             self._buffer, self._state = rest[whole[1] :], self._tail
             self._forget_value()
-            call = self._call(str(name))
-            return [call, Arguments(call.index, arguments)]
+            return [self._call(str(name)), *self._argued(arguments, end=True)]
         if head or whole or end or not (rest == "" or rest.startswith(("{", "["))):
             # It is no call after all.
             said, self._buffer, self._held = self._held + trigger + self._buffer, "", ""
@@ -197,7 +203,17 @@ class Reader:
         if size is not None:
             self._state = self._closing_brace
         said, self._buffer = self._buffer[:size], self._buffer[size or len(self._buffer) :]
-        return [Arguments(self._calls - 1, said)] if said else []
+        return self._argued(said, end=end or size is not None)
+
+    def _argued(self, said: str, *, end: bool) -> list[Piece]:
+        """More arguments of the last call; with `end` there are no more."""
+        if self._custom is None:
+            return [Arguments(self._calls - 1, said)] if said else []
+        self._custom += said
+        if not end:
+            return []
+        text, self._custom = as_input(self._custom), None
+        return [Arguments(self._calls - 1, text, custom=True)] if text else []
 
     def _value_ends(self, text: str) -> int | None:
         """Where in `text` the JSON value ends that it goes on with, if it does."""
@@ -247,7 +263,9 @@ class Reader:
         self._calls += 1
         self._held = ""
         self._blank = bool(self._style and self._style.trigger)  # without one there is one call
-        return Call(self._calls - 1, f"call_{secrets.token_hex(12)}", name)
+        custom = name in self._customs
+        self._custom = "" if custom else None
+        return Call(self._calls - 1, f"call_{secrets.token_hex(12)}", name, custom)
 
 
 def _object(text: str) -> tuple[dict[str, object], int] | None:

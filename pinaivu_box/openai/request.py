@@ -14,19 +14,21 @@ from pinaivu_box.errors import (
     quoted,
 )
 from pinaivu_box.openai.fields import Passed, sift
+from pinaivu_box.openai.tools import as_arguments, functions, wanted
 from pinaivu_box.openai.types import (
     AssistantMessage,
     ChatRequest,
     Content,
+    CustomToolCall,
     JsonFormat,
     Message,
-    NamedTool,
     RefusalPart,
     Sampled,
     SchemaFormat,
     StopStrings,
     TextOrTokens,
     TextPart,
+    ToolCall,
     ToolMessage,
 )
 from pinaivu_box.text import number
@@ -168,15 +170,21 @@ def _message(message: Message) -> dict[str, Any]:
         made["tool_call_id"] = message.tool_call_id
     if isinstance(message, AssistantMessage):
         if message.tool_calls:
-            made["tool_calls"] = [
-                {"id": one.id, "type": one.type, "function": msgspec.to_builtins(one.function)}
-                for one in message.tool_calls
-            ]
+            made["tool_calls"] = [_call(one) for one in message.tool_calls]
         if message.refusal and not made["content"]:
             made["content"] = message.refusal
         if message.reasoning_content is not None:
             made["reasoning_content"] = message.reasoning_content
     return made
+
+
+def _call(call: ToolCall | CustomToolCall) -> dict[str, Any]:
+    if isinstance(call, ToolCall):
+        name, arguments = call.function.name, call.function.arguments
+    else:
+        name, arguments = call.custom.name, as_arguments(call.custom.input)
+    function = {"name": name, "arguments": arguments}
+    return {"id": call.id, "type": "function", "function": function}
 
 
 def check_stream(body: Sampled) -> None:
@@ -190,16 +198,17 @@ def check_chat(body: ChatRequest) -> None:
     check_stream(body)
     if body.top_logprobs is not None and not body.logprobs:
         raise _needs("top_logprobs", "logprobs to be true")
-    names = [tool.function.name for tool in body.tools or ()]
+    names = [one.name for one in functions(body.tools or ())]
     if len(set(names)) < len(names):
-        raise InvalidBody("two functions have the same name", loc=("body", "tools"))
-    if not names and body.tool_choice not in (None, "none", "auto"):
+        raise InvalidBody("two tools have the same name", loc=("body", "tools"))
+    choice, callable_ = wanted(body.tool_choice)
+    if choice not in ("none", "auto") and not (names if callable_ is None else callable_ and names):
         raise _needs("tool_choice", "tools to choose from")
-    if isinstance(body.tool_choice, NamedTool) and body.tool_choice.function.name not in names:
-        wanted = body.tool_choice.function.name
-        raise InvalidBody(
-            f"there is no '{quoted(wanted)}' among the tools", loc=("body", "tool_choice")
-        )
+    for name in callable_ or ():
+        if name not in names:
+            raise InvalidBody(
+                f"there is no '{quoted(name)}' among the tools", loc=("body", "tool_choice")
+            )
     formats = body.grammar, isinstance(body.response_format, JsonFormat | SchemaFormat)
     if all(formats):
         raise InvalidBody("grammar and response_format exclude each other", loc=("body", "grammar"))

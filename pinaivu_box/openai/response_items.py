@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pinaivu_box.openai.reader import Arguments, Call, Piece, Text, Thought
-from pinaivu_box.openai.response_tools import Called, as_input
+from pinaivu_box.openai.tools import Called
 
 Event = dict[str, Any]
 _NO_LOGPROBS: dict[str, Any] = {"logprobs": []}
@@ -22,7 +22,6 @@ class ResponseItems:
     def __init__(self, suffix: str, called: Mapping[str, Called]) -> None:
         self.items: list[dict[str, Any]] = []
         self._called = called
-        self._arguments: list[str] = []  # of a custom tool's call
         self._suffix = suffix
         self._open: str = ""  # type of the last item, if it may still grow
 
@@ -36,8 +35,10 @@ class ResponseItems:
                     events += self._grow("reasoning", "reasoning_text", text)
                 case Call(_, call_id, name):
                     events += [*self.close(), self._begin_call(call_id, name)]
-                case Arguments(_, text) if self._open == "custom_tool_call":
-                    self._arguments.append(text)
+                case Arguments(_, text, custom=True):
+                    self.items[-1]["input"] = text
+                    delta = "response.custom_tool_call_input.delta"
+                    events.append(self._event(delta, delta=text))
                 case Arguments(_, text):
                     self.items[-1]["arguments"] += text
                     delta = "response.function_call_arguments.delta"
@@ -49,8 +50,6 @@ class ResponseItems:
         items = [dict(item) for item in self.items]
         if self._open:
             items[-1]["status"] = status
-            if self._open == "custom_tool_call":
-                items[-1]["input"] = as_input("".join(self._arguments))
         return items
 
     def close(self, status: str = "completed") -> list[Event]:
@@ -66,10 +65,8 @@ class ResponseItems:
             name, arguments = item["name"], item["arguments"]
             events.append(self._event(done, name=name, arguments=arguments))
         elif kind == "custom_tool_call":
-            item["input"] = as_input("".join(self._arguments))
-            told = "response.custom_tool_call_input"
-            events.append(self._event(f"{told}.delta", delta=item["input"]))
-            events.append(self._event(f"{told}.done", input=item["input"]))
+            done = "response.custom_tool_call_input.done"
+            events.append(self._event(done, input=item["input"]))
         else:
             part = item["content"][0]
             done = f"response.{part['type']}.done"
@@ -109,7 +106,6 @@ class ResponseItems:
         if called.namespace:
             item["namespace"] = called.namespace
         if called.custom:
-            self._arguments = []
             return self._append("custom_tool_call", "ctc", {**item, "input": ""})
         return self._append("function_call", "fc", {**item, "arguments": ""})
 

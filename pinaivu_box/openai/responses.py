@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -11,12 +12,22 @@ from pinaivu_box.errors import InvalidBody, quoted
 from pinaivu_box.openai import parameters
 from pinaivu_box.openai.fields import Passed, sift
 from pinaivu_box.openai.request import from_validation
-from pinaivu_box.openai.response_tools import ResponseTool, as_arguments, named
+from pinaivu_box.openai.tools import (
+    Called,
+    ResponseCustom,
+    ResponseFunction,
+    ResponseTool,
+    as_arguments,
+    named,
+    names_of,
+)
 from pinaivu_box.openai.types import (
     MOST_TOOLS,
+    AllowedSet,
+    AllowedTools,
     Effort,
+    Function,
     FunctionName,
-    FunctionOnly,
     Identifier,
     JsonFormat,
     KeepAlive,
@@ -28,6 +39,9 @@ from pinaivu_box.openai.types import (
     TextFormat,
     Tier,
     TokenCount,
+    Tool,
+    ToolChoice,
+    ToolName,
 )
 
 _Id = Annotated[str, Meta(min_length=1, max_length=256)]
@@ -42,6 +56,18 @@ class ChosenFunction(
 
 class ChosenCustom(Struct, frozen=True, forbid_unknown_fields=True, tag="custom", tag_field="type"):
     name: FunctionName
+
+
+class ChosenSet(
+    Struct, frozen=True, forbid_unknown_fields=True, tag="allowed_tools", tag_field="type"
+):
+    mode: Literal["auto", "required"]
+    tools: list[ResponseFunction | ResponseCustom]
+
+
+ResponseChoice = (
+    Literal["none", "auto", "required"] | ChosenFunction | ChosenCustom | ChosenSet | None
+)
 
 
 class FlatSchemaFormat(
@@ -79,7 +105,7 @@ class ResponseRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     top_p: Probability | None = None
     top_logprobs: Literal[0] | None = None
     tools: Annotated[list[ResponseTool], Meta(max_length=MOST_TOOLS)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | ChosenFunction | ChosenCustom | None = None
+    tool_choice: ResponseChoice = None
     parallel_tool_calls: bool | None = None
     previous_response_id: str | None = None
     store: bool | None = None
@@ -92,7 +118,7 @@ class ResponseRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     truncation: Literal["auto", "disabled"] | None = None
     include: list[str] | None = None
     service_tier: Tier | None = None
-    background: Literal[False] | None = None
+    background: bool | None = None
     conversation: None = None
     max_tool_calls: None = None
     prompt: None = None
@@ -109,6 +135,7 @@ class ResponseRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 
 class InputDetails(Struct, frozen=True):
     cached_tokens: int
+    cache_write_tokens: int = 0  # as they are not paid apart here
 
 
 class OutputDetails(Struct, frozen=True):
@@ -153,6 +180,14 @@ class ResponseObject(Struct, frozen=True, kw_only=True):
     background: bool = False
     ignored_parameters: list[str] = []
     object: str = "response"
+
+
+class Retrieve(Struct, frozen=True):
+    """Query of `GET /v1/responses/{response_id}`.  With `stream` the events of a response that runs
+    in the background come, or has, but for those up to number `starting_after`."""
+
+    stream: bool = False
+    starting_after: Annotated[int, Meta(ge=-1)] = -1
 
 
 class DeletedResponse(Struct, frozen=True):
@@ -395,5 +430,12 @@ def _text(content: _Content) -> str:
     return "".join(part.text or part.refusal for part in content)
 
 
-def named_tool(chosen: ChosenFunction | ChosenCustom) -> NamedTool:
-    return NamedTool(FunctionOnly(chosen.name))
+def chat_choice(choice: ResponseChoice, known: Mapping[str, Called]) -> ToolChoice | None:
+    """The same choice of a chat's tools."""
+    match choice:
+        case ChosenFunction(name) | ChosenCustom(name):
+            return NamedTool(ToolName(names_of(name, known)[0]))
+        case ChosenSet(mode, tools):
+            names = [name for one in tools for name in names_of(one.name, known)]
+            return AllowedTools(AllowedSet(mode, [Tool(Function(name)) for name in names]))
+    return choice

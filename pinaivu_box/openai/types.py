@@ -51,18 +51,30 @@ class CalledFunction(Struct, frozen=True, forbid_unknown_fields=True):
     arguments: str
 
 
-class ToolCall(Struct, frozen=True, forbid_unknown_fields=True):
+class CalledCustom(Struct, frozen=True, forbid_unknown_fields=True):
+    name: Text
+    input: str
+
+
+class ToolCall(Struct, frozen=True, forbid_unknown_fields=True, tag="function", tag_field="type"):
     id: str
-    type: Literal["function"]
     function: CalledFunction
     index: int | UnsetType | None = UNSET  # clients that add up deltas send it back
+
+
+class CustomToolCall(
+    Struct, frozen=True, forbid_unknown_fields=True, tag="custom", tag_field="type"
+):
+    id: str
+    custom: CalledCustom
+    index: int | UnsetType | None = UNSET
 
 
 class AssistantMessage(_Message, frozen=True, tag="assistant", kw_only=True):
     """Fields that are null in our answers may come back in the history."""
 
     content: str | list[TextPart | RefusalPart] | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: list[ToolCall | CustomToolCall] | None = None
     reasoning_content: str | None = None
     refusal: str | None = None
     audio: None = None
@@ -100,19 +112,59 @@ class Tool(Struct, frozen=True, forbid_unknown_fields=True, tag="function", tag_
     function: Function
 
 
-class FunctionOnly(Struct, frozen=True, forbid_unknown_fields=True):
+class TextFormat(Struct, frozen=True, forbid_unknown_fields=True, tag="text", tag_field="type"):
+    pass
+
+
+class Rule(Struct, frozen=True, forbid_unknown_fields=True):
+    """A grammar of the text that a custom tool is called with."""
+
+    syntax: Literal["lark", "regex"]
+    definition: Text
+
+
+class RuleFormat(Struct, frozen=True, forbid_unknown_fields=True, tag="grammar", tag_field="type"):
+    grammar: Rule
+
+
+class CustomDefinition(Struct, frozen=True, forbid_unknown_fields=True):
+    name: FunctionName
+    description: str | None = None
+    format: TextFormat | RuleFormat | None = None
+
+
+class CustomTool(Struct, frozen=True, forbid_unknown_fields=True, tag="custom", tag_field="type"):
+    """It is called with text, not with arguments."""
+
+    custom: CustomDefinition
+
+
+class ToolName(Struct, frozen=True, forbid_unknown_fields=True):
     name: FunctionName
 
 
 class NamedTool(Struct, frozen=True, forbid_unknown_fields=True, tag="function", tag_field="type"):
-    function: FunctionOnly
+    function: ToolName
 
 
-ToolChoice = Literal["none", "auto", "required"] | NamedTool
+class NamedCustom(Struct, frozen=True, forbid_unknown_fields=True, tag="custom", tag_field="type"):
+    custom: ToolName
 
 
-class TextFormat(Struct, frozen=True, forbid_unknown_fields=True, tag="text", tag_field="type"):
-    pass
+class AllowedSet(Struct, frozen=True, forbid_unknown_fields=True):
+    mode: Literal["auto", "required"]
+    tools: list[Tool | CustomTool]
+
+
+class AllowedTools(
+    Struct, frozen=True, forbid_unknown_fields=True, tag="allowed_tools", tag_field="type"
+):
+    """The model is told of all tools, and may call these."""
+
+    allowed_tools: AllowedSet
+
+
+ToolChoice = Literal["none", "auto", "required"] | NamedTool | NamedCustom | AllowedTools
 
 
 class JsonFormat(
@@ -235,7 +287,7 @@ class ChatRequest(Sampled, frozen=True, kw_only=True):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     response_format: TextFormat | JsonFormat | SchemaFormat | None = None
-    tools: Annotated[list[Tool], Meta(max_length=MOST_TOOLS)] | None = None
+    tools: Annotated[list[Tool | CustomTool], Meta(max_length=MOST_TOOLS)] | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: Effort | None = None
@@ -291,7 +343,7 @@ class Answer(Struct, frozen=True, omit_defaults=True):
     content: str | None
     role: str
     refusal: None
-    tool_calls: list[ToolCall] | UnsetType = UNSET
+    tool_calls: list[ToolCall | CustomToolCall] | UnsetType = UNSET
     reasoning_content: str | UnsetType = UNSET
 
 
@@ -334,9 +386,15 @@ class FunctionDelta(Struct, frozen=True, omit_defaults=True):
     arguments: str | UnsetType = UNSET
 
 
+class CustomDelta(Struct, frozen=True, omit_defaults=True):
+    input: str
+    name: str | UnsetType = UNSET
+
+
 class ToolCallDelta(Struct, frozen=True, omit_defaults=True):
     index: int
-    function: FunctionDelta
+    function: FunctionDelta | UnsetType = UNSET
+    custom: CustomDelta | UnsetType = UNSET
     id: str | UnsetType = UNSET
     type: str | UnsetType = UNSET
 

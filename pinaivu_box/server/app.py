@@ -36,6 +36,7 @@ from pinaivu_box.server import (
     usage,
 )
 from pinaivu_box.server.auth import Authenticate
+from pinaivu_box.server.background import Background
 from pinaivu_box.server.bodies import Bodies
 from pinaivu_box.server.cors import Cors
 from pinaivu_box.server.edge import Edge
@@ -61,6 +62,7 @@ ROUTES = [
     Route("/v1/responses", responses.create, methods=["POST"]),
     Route("/v1/responses/{response_id}", responses.get, methods=["GET"]),
     Route("/v1/responses/{response_id}", responses.delete, methods=["DELETE"]),
+    Route("/v1/responses/{response_id}/cancel", responses.cancel, methods=["POST"]),
     Route("/v1/responses/{response_id}/input_items", responses.input_items),
     Route("/v1/messages", messages.messages, methods=["POST"]),
     Route("/v1/messages/count_tokens", messages.count_tokens, methods=["POST"]),
@@ -125,5 +127,6 @@ def create_app(box: Box) -> Starlette:
     )
     app.state.box = box
     app.state.bodies = Bodies()
+    app.state.background = Background()
     app.router.redirect_slashes = False  # Edge has already dealt with slashes
     return app

@@ -8,10 +8,10 @@ from msgspec import UNSET
 from starlette.requests import Request
 from starlette.responses import Response
 
-from pinaivu_box.gateway.backend import Job
 from pinaivu_box.gateway.requests import Begun, Failed, Finished, RequestEvent, Said
 from pinaivu_box.openai.chunks import ChunkBuilder, error_event
 from pinaivu_box.openai.request import check_chat
+from pinaivu_box.openai.tools import customs
 from pinaivu_box.openai.types import ChatCompletion, ChatRequest, Chunk, ContextShift
 from pinaivu_box.server.choices import Choices, Whole
 from pinaivu_box.server.envelope import JSON
@@ -28,6 +28,7 @@ async def chat_completions(request: Request) -> Response:
     call.wants_thoughts(_wants_thoughts(body))
     running = await call.start(jobs)
     created = call.created_at
+    found = Choices(jobs, customs(body.tools or ()))
     if body.stream:
         empty = Chunk(
             id=_completion_id(call),
@@ -38,9 +39,9 @@ async def chat_completions(request: Request) -> Response:
             service_tier="default" if body.service_tier else UNSET,
         )
         with_usage = body.stream_options is not None and body.stream_options.include_usage
-        encoder = _Encoder(jobs, empty, with_usage=with_usage, ignored=call.ignored)
+        encoder = _Encoder(found, empty, with_usage=with_usage, ignored=call.ignored)
         return await call.stream(running, encoder)
-    found, wholes, fingerprint = Choices(jobs), [Whole() for _ in jobs], ""
+    wholes, fingerprint = [Whole() for _ in jobs], ""
     async for event in call.collect(running):
         match event:
             case Begun():
@@ -84,11 +85,11 @@ class _Encoder:
     """Events of a stream to chunks."""
 
     def __init__(
-        self, jobs: list[Job], empty: Chunk, *, with_usage: bool, ignored: list[str]
+        self, found: Choices, empty: Chunk, *, with_usage: bool, ignored: list[str]
     ) -> None:
         self._chunks = ChunkBuilder(empty, with_usage=with_usage)
         self._ignored = ignored  # complete once the first choice has begun
-        self._choices = Choices(jobs)
+        self._choices = found
         # A choice's last chunk promises that the receipt is on disk: it waits for it.
         self._reasons: dict[int, str] = {}
 

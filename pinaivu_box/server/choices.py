@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from msgspec import UNSET
@@ -15,9 +15,11 @@ from pinaivu_box.openai import reader
 from pinaivu_box.openai.reader import Piece, Reader
 from pinaivu_box.openai.types import (
     Answer,
+    CalledCustom,
     CalledFunction,
     Choice,
     ChoiceLogprobs,
+    CustomToolCall,
     TokenLogprobs,
     ToolCall,
     TopLogprob,
@@ -35,10 +37,11 @@ class Part:
 
 
 class Choices:
-    """Of one chat request."""
+    """Of one chat request, of whose tools these are custom ones."""
 
-    def __init__(self, jobs: Sequence[Job]) -> None:
+    def __init__(self, jobs: Sequence[Job], customs: Collection[str] = ()) -> None:
         self._jobs = jobs
+        self._customs = customs
         self._readers: dict[int, Reader] = {}
 
     def begin(self, event: Begun) -> None:
@@ -46,6 +49,7 @@ class Choices:
         self._readers[event.choice] = Reader(
             STYLES[event.tool_style] if tools else None,
             tools.names if tools else (),
+            customs=self._customs,
             thinks=event.thinks,
             thinking=event.thinking,
         )
@@ -85,10 +89,7 @@ class Whole:
         self.finish_reason = part.finish_reason or self.finish_reason
 
     def choice(self, index: int, *, logprobs: bool) -> Choice:
-        calls = [
-            ToolCall(call.id, "function", CalledFunction(call.name, "".join(arguments)))
-            for call, arguments in self.calls
-        ]
+        calls = [_call(call, "".join(arguments)) for call, arguments in self.calls]
         answer = Answer(
             "".join(self.texts) if self.texts or not calls else None,
             "assistant",
@@ -98,6 +99,12 @@ class Whole:
         )
         held = ChoiceLogprobs(self.logprobs) if logprobs else None
         return Choice(index, answer, self.finish_reason, held)
+
+
+def _call(call: reader.Call, arguments: str) -> ToolCall | CustomToolCall:
+    if call.custom:
+        return CustomToolCall(call.id, CalledCustom(call.name, arguments))
+    return ToolCall(call.id, CalledFunction(call.name, arguments))
 
 
 def _logprobs(one: TokenLogprob) -> TokenLogprobs:

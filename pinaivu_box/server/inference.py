@@ -6,9 +6,9 @@ import asyncio
 import math
 import re
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 from starlette.requests import Request
@@ -18,7 +18,7 @@ from starlette.types import Receive
 from pinaivu_box.box import Box
 from pinaivu_box.config import parse_duration
 from pinaivu_box.engine.messages import Tokenized
-from pinaivu_box.errors import BadRequest, InvalidBody
+from pinaivu_box.errors import ApiError, BadRequest, InvalidBody
 from pinaivu_box.gateway.admission import Arrival, under
 from pinaivu_box.gateway.backend import Job
 from pinaivu_box.gateway.requests import Begun, Failed, Finished, RequestEvent, too_late
@@ -36,6 +36,7 @@ TIMEOUT = "x-request-timeout"
 _LONGEST_TIMEOUT = 86400.0  # seconds, as in the body
 
 Body = TypeVar("Body", bound=msgspec.Struct)
+T = TypeVar("T")
 
 
 class Call:
@@ -108,10 +109,19 @@ class Call:
         """See `gateway.local.LocalBackend.tokenize`; raises InvalidBody for what is too large."""
         check_sizes(job.tools, job.constraint, job.stop)
         job = under(self.key, job)
-        reading = asyncio.create_task(
+        return await self._unless_left(
             self.box.prompts.tokenize(job, tokens, plain=plain, count=count)
         )
-        leaving = asyncio.create_task(_disconnected(self._request.receive))
+
+    async def read(self, job: Job) -> tuple[Job, int]:
+        """The job with its prompt's tokens, and the context of its model.  Raises as `tokenize`,
+        and ContextOverflow for a prompt that is far too long."""
+        check_sizes(job.tools, job.constraint, job.stop)
+        return await self._unless_left(self.box.prompts.read(under(self.key, job)))
+
+    async def _unless_left(self, answer: Coroutine[Any, Any, T]) -> T:
+        reading = asyncio.create_task(answer)
+        leaving = asyncio.create_task(disconnected(self._request.receive))
         try:
             await asyncio.wait({reading, leaving}, return_when=asyncio.FIRST_COMPLETED)
             if not reading.done():
@@ -121,8 +131,9 @@ class Call:
             reading.cancel()
             leaving.cancel()
 
-    async def start(self, jobs: list[Job]) -> Running:
-        """Raises what admission does, TooLate, and InvalidBody for what is too large."""
+    async def start(self, jobs: list[Job], *, background: bool = False) -> Running:
+        """In the `background` it goes on when the client leaves.  Raises what admission does,
+        TooLate, and InvalidBody for what is too large."""
         for job in jobs:
             check_sizes(job.tools, job.constraint, job.stop)
         jobs = [replace(job, keep_alive=self._keep_alive) for job in jobs]
@@ -138,8 +149,16 @@ class Call:
         waited = time.monotonic() - began
         running = requests.start(admitted, self._timeout, waited, self._since)
         self._request.scope["state"]["logged"] = True  # from here on the request logs itself
-        self._watcher = asyncio.create_task(_cancel_on_disconnect(self._request.receive, running))
+        if not background:
+            watching = _cancel_on_disconnect(self._request.receive, running)
+            self._watcher = asyncio.create_task(watching)
         return running
+
+    def failed(self, error: ApiError) -> Failed:
+        """Counts an error that ends what has begun to be answered; as the client is told of it."""
+        envelope.note(self._request, error)
+        contact, path = self.box.config.server.contact, self._request.url.path
+        return Failed(envelope.told(error, contact, path))
 
     async def collect(self, running: Running) -> AsyncIterator[RequestEvent]:
         """All events up to Finished; raises what failed."""
@@ -149,7 +168,7 @@ class Call:
                     leave(self._request)
                     if isinstance(event, Failed):
                         raise event.error
-                    self._note(event)
+                    self.note(event)
                     yield event
                     if isinstance(event, Finished):
                         return
@@ -173,10 +192,10 @@ class Call:
             raise event.error
         if first.done():
             leave(self._request)
-            self._note(first.result()[0])
+            self.note(first.result()[0])
         return EventStream(self._chunks(running, first, encode, settle), self._watcher)
 
-    def _note(self, event: RequestEvent) -> None:
+    def note(self, event: RequestEvent) -> None:
         """What headers tell of it."""
         if not isinstance(event, Begun):
             return
@@ -195,7 +214,7 @@ class Call:
     ) -> AsyncIterator[bytes]:
         events = await first
         leave(self._request)
-        self._note(events[0])
+        self.note(events[0])
         while True:
             if settle is not None and isinstance(end := events[-1], Finished):
                 if data := encode(events[:-1]):
@@ -203,13 +222,10 @@ class Call:
                 await settle(end)
                 events = [end]
             if isinstance(last := events[-1], Failed):
-                contact, path = self.box.config.server.contact, self._request.url.path
-                events = [*events[:-1], Failed(envelope.told(last.error, contact, path))]
+                events = [*events[:-1], self.failed(last.error)]
             if data := encode(events):
                 yield data
-            if isinstance(last := events[-1], Finished | Failed):
-                if isinstance(last, Failed):
-                    envelope.note(self._request, last.error)
+            if isinstance(events[-1], Finished | Failed):
                 return
             events = await running.events.take()
 
@@ -248,14 +264,14 @@ def _keep_alive(given: float | str | None) -> float | None:
     return math.inf if given is not None and given < 0 else given
 
 
-async def _disconnected(receive: Receive) -> None:
+async def disconnected(receive: Receive) -> None:
     """Returns once the client has left."""
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
 async def _cancel_on_disconnect(receive: Receive, running: Running) -> None:
-    await _disconnected(receive)
+    await disconnected(receive)
     running.cancel()
 
 

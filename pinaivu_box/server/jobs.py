@@ -14,11 +14,11 @@ from pinaivu_box.errors import InvalidBody
 from pinaivu_box.gateway.backend import Job, committed
 from pinaivu_box.models.catalog import Model
 from pinaivu_box.openai.request import normalise, stop_strings, text_of
+from pinaivu_box.openai.tools import functions, wanted
 from pinaivu_box.openai.types import (
     ChatRequest,
     Function,
     JsonFormat,
-    NamedTool,
     Sampled,
     SchemaFormat,
 )
@@ -88,12 +88,12 @@ def grammar(text: str) -> Constraint:
 def _tools(body: ChatRequest) -> Tools | None:
     if not body.tools or body.tool_choice == "none":
         return None
-    chosen = body.tool_choice or "auto"
-    functions = [_function(tool.function) for tool in body.tools]
+    choice, callable_ = wanted(body.tool_choice)
+    known = functions(body.tools)
     return Tools(
-        json_text(functions, "tools"),
-        [tool.function.name for tool in body.tools],
-        chosen.function.name if isinstance(chosen, NamedTool) else chosen,
+        json_text([_function(one) for one in known], "tools"),
+        [one.name for one in known if callable_ is None or one.name in callable_],
+        choice,
         body.parallel_tool_calls is not False,
     )
 

@@ -88,7 +88,20 @@ OPERATIONS = (
         responses.ResponseRequest,
         True,
     ),
-    Operation("get", "/v1/responses/{response_id}", "A stored response", responses.ResponseObject),
+    Operation(
+        "get",
+        "/v1/responses/{response_id}",
+        "A stored response, or one that runs in the background",
+        responses.ResponseObject,
+        streams=True,
+        query=responses.Retrieve.__struct_fields__,
+    ),
+    Operation(
+        "post",
+        "/v1/responses/{response_id}/cancel",
+        "Cancel a response that runs in the background",
+        responses.ResponseObject,
+    ),
     Operation(
         "delete", "/v1/responses/{response_id}", "Delete a response", responses.DeletedResponse
     ),

@@ -1,9 +1,10 @@
-"""`/v1/responses`: create, also as a stream of events, get, list its input, delete."""
+"""`/v1/responses`: create, also as a stream of events or in the background, get, cancel, list its
+input, delete."""
 
 from __future__ import annotations
 
+import asyncio
 import re
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,53 +13,60 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from pinaivu_box.box import Box
-from pinaivu_box.errors import BodyTooLarge, InvalidBody, NotFound, quoted
-from pinaivu_box.gateway.requests import Begun, Failed, Finished, RequestEvent, Said
+from pinaivu_box.errors import BadRequest, BodyTooLarge, InvalidBody, NotFound, quoted
+from pinaivu_box.gateway.requests import Finished
+from pinaivu_box.gateway.requests import Request as Running
 from pinaivu_box.gateway.sizes import check_tools
 from pinaivu_box.openai.request import check_chat
-from pinaivu_box.openai.response_items import Event, ResponseItems
-from pinaivu_box.openai.response_tools import called, functions
 from pinaivu_box.openai.responses import (
-    ChosenCustom,
-    ChosenFunction,
     DeletedResponse,
     FlatSchemaFormat,
-    InputDetails,
     ItemList,
-    OutputDetails,
-    ResponseObject,
     ResponseRequest,
-    ResponseUsage,
+    Retrieve,
     as_items,
     as_messages,
     as_stored,
-    named_tool,
+    chat_choice,
     referred,
-    stored_form,
 )
+from pinaivu_box.openai.tools import called, chat_tools
 from pinaivu_box.openai.types import (
     ChatRequest,
     NamedSchema,
     SchemaFormat,
     UserMessage,
 )
+from pinaivu_box.server.admin import query
 from pinaivu_box.server.auth import key_of, require_account
-from pinaivu_box.server.choices import Choices
+from pinaivu_box.server.background import Background, BackgroundResponse, replayed
 from pinaivu_box.server.envelope import JSON
 from pinaivu_box.server.inference import Call
 from pinaivu_box.server.jobs import chat_job
+from pinaivu_box.server.response_answer import ResponseAnswer
+from pinaivu_box.server.truncation import fitted
 from pinaivu_box.store import responses as stored
 from pinaivu_box.store.responses import StoredResponse
 
 _ITEM_ID = re.compile(r"(?:[a-z]+_)+?(?P<suffix>[0-9a-z]{26})(?:_in)?_[0-9]{1,6}")
 _MOST_LOOKED_UP = 16
-# By finish reason; all others complete it.
-_STATUS = {"length": "incomplete", "cancelled": "cancelled"}
+_EVENTS = "text/event-stream"
+
+
+class _Stored(msgspec.Struct):
+    """What of a stored body is looked at."""
+
+    status: str
+    request_id: str = ""
+    background: bool = False
 
 
 async def create(request: Request) -> Response:
     call = Call(request)
     body = await call.body(ResponseRequest)
+    if body.background and body.store is False:
+        why = "background needs store: what is not stored cannot be asked for later"
+        raise InvalidBody(why, loc=("body", "background"))
     if body.tools:  # the answer shows them in several of its events, called or not
         check_tools(len(msgspec.json.encode(body.tools)))
     chat = _as_chat(body)
@@ -72,8 +80,13 @@ async def create(request: Request) -> Response:
     job = replace(chat_job(chat, model, call.request_id, call.key.id), messages=messages)
     if body.reasoning and body.reasoning.effort not in (None, "none", "minimal"):
         call.wants_thoughts("reasoning.effort")
-    running = await call.start([job])
-    answer = _Answer(call, body, as_stored(items), model.id, Choices([job]))
+    if body.truncation == "auto":
+        job = await fitted(call, job)
+    running = await call.start([job], background=bool(body.background))
+    answer = ResponseAnswer(call, body, as_stored(items), job)
+    if body.background:
+        made = await _in_background(request, call, running, answer)
+        return made.follow(request, -1) if body.stream else JSON(made.shown())
     if body.stream:
         return await call.stream(running, answer.encode, settle=answer.keep)
     async for event in call.collect(running):
@@ -83,8 +96,64 @@ async def create(request: Request) -> Response:
     return JSON(answer.response())
 
 
+async def _in_background(
+    request: Request, call: Call, running: Running, answer: ResponseAnswer
+) -> BackgroundResponse:
+    try:
+        await stored.insert(call.box.database, answer.row(), **answer.room)
+    except BaseException:
+        running.cancel()
+        raise
+    made = BackgroundResponse(call, running, answer)
+    background: Background = request.app.state.background
+    background.start(made)
+    return made
+
+
 async def get(request: Request) -> Response:
+    asked = query(request, Retrieve)
+    if (running := _running(request)) is not None:
+        if asked.stream:
+            return running.follow(request, asked.starting_after)
+        return JSON(running.shown())
     found = await _find(request)
+    if not asked.stream:
+        return Response(found.body, media_type="application/json")
+    its = msgspec.json.decode(found.body, type=_Stored)
+    if not its.background:
+        raise BadRequest(
+            f"The response '{found.id}' was not created with background, and only those are "
+            "streamed again: get it without stream.",
+            param="stream",
+        )
+    box: Box = request.app.state.box
+    events = await stored.events_of(box.database, found.id, found.account_id)
+    if events is not None:
+        said = await asyncio.to_thread(replayed, events, asked.starting_after)
+    else:  # the box was killed: nothing but its end is known
+        data = {
+            "type": f"response.{its.status}",
+            "response": msgspec.Raw(found.body),
+            "sequence_number": asked.starting_after + 1,
+            "request_id": its.request_id,
+        }
+        said = b"event: response.%b\ndata: %b\n\n" % (
+            its.status.encode(),
+            msgspec.json.encode(data),
+        )
+    return Response(said, media_type=_EVENTS)
+
+
+async def cancel(request: Request) -> Response:
+    running = _running(request)
+    if running is not None and not await running.cancel():
+        return JSON(running.shown())
+    found = await _find(request)
+    if not msgspec.json.decode(found.body, type=_Stored).background:
+        raise BadRequest(
+            f"The response '{found.id}' was not created with background, and only those can be "
+            "cancelled; to stop another one, close its connection."
+        )
     return Response(found.body, media_type="application/json")
 
 
@@ -107,8 +176,21 @@ async def input_items(request: Request) -> Response:
 async def delete(request: Request) -> Response:
     found = await _find(request)
     box: Box = request.app.state.box
+    running = _running(request)
     await stored.delete(box.database, found.id, found.account_id)
+    if running is not None:
+        background: Background = request.app.state.background
+        background.forget(running)
+        await running.cancel()
     return JSON(DeletedResponse(request.scope["state"]["request_id"], found.id))
+
+
+def _running(request: Request) -> BackgroundResponse | None:
+    """The response if it runs in the background.  To be asked before `_find`, or it may end in
+    between."""
+    require_account(request)
+    background: Background = request.app.state.background
+    return background.find(request.path_params["response_id"], key_of(request).account_id)
 
 
 async def _find(request: Request) -> StoredResponse:
@@ -198,7 +280,7 @@ def _as_chat(body: ResponseRequest) -> ChatRequest:
         if isinstance(asked, FlatSchemaFormat)
         else asked
     )
-    choice = body.tool_choice
+    tools = body.tools or ()
     return ChatRequest(
         model=body.model,
         messages=[UserMessage(content="")],
@@ -206,133 +288,9 @@ def _as_chat(body: ResponseRequest) -> ChatRequest:
         temperature=body.temperature,
         top_p=body.top_p,
         max_tokens=body.max_output_tokens,
-        tools=functions(body.tools or ()),
-        tool_choice=(
-            named_tool(choice) if isinstance(choice, ChosenFunction | ChosenCustom) else choice
-        ),
+        tools=chat_tools(tools),
+        tool_choice=chat_choice(body.tool_choice, called(tools)),
         parallel_tool_calls=body.parallel_tool_calls,
         response_format=form,
         reasoning_effort=body.reasoning.effort if body.reasoning else None,
     )
-
-
-class _Answer:
-    """One response while it is made: `take` events or `encode` them, then `keep` it."""
-
-    def __init__(
-        self,
-        call: Call,
-        body: ResponseRequest,
-        asked: list[dict[str, Any]],
-        model_id: str,
-        choices: Choices,
-    ) -> None:
-        self._call = call
-        self._body = body
-        self._asked = asked
-        self._model_id = model_id
-        self._choices = choices
-        self._suffix = call.request_id.removeprefix("req_")
-        self._items = ResponseItems(self._suffix, called(body.tools or ()))
-        self._finish_reason = ""
-        self._end: Finished | None = None
-        self._numbers = 0
-
-    def take(self, event: RequestEvent) -> list[Event]:
-        """What a stream tells of it."""
-        match event:
-            case Begun():
-                self._choices.begin(event)
-                begun = self._described("in_progress")
-                kinds = ("response.created", "response.in_progress")
-                return [{"type": kind, "response": begun} for kind in kinds]
-            case Said():
-                part = self._choices.take(event)
-                self._finish_reason = part.finish_reason or self._finish_reason
-                return self._items.add(part.pieces)
-            case Finished():
-                self._end = event
-                response = self.response()
-                closed = self._items.close(response.status)
-                return [*closed, {"type": f"response.{response.status}", "response": response}]
-            case Failed(error):
-                failed = {"code": error.code, "message": error.message}
-                return [{"type": "response.failed", "response": self._described("failed", failed)}]
-
-    def encode(self, events: Sequence[RequestEvent]) -> bytes:
-        parts = []
-        # Each is encoded before the next is made: what it says of the response grows afterwards.
-        for one in (one for event in events for one in self.take(event)):
-            whole = {**one, "sequence_number": self._numbers, "request_id": self._call.request_id}
-            self._numbers += 1
-            data = msgspec.json.encode(whole)
-            parts.append(b"event: " + one["type"].encode() + b"\ndata: " + data + b"\n\n")
-        return b"".join(parts)
-
-    async def keep(self, end: Finished) -> None:
-        """Store it, unless the client does not want that; returns once it is on disk."""
-        if self._body.store is False:
-            return
-        self._end = end
-        response, retention = self.response(), self._call.box.config.retention
-        await stored.insert(
-            self._call.box.database,
-            StoredResponse(
-                response.id,
-                self._call.key.account_id,
-                response.previous_response_id,
-                response.created_at * 1000,
-                msgspec.json.encode(self._asked),
-                msgspec.json.encode(stored_form(response)),
-                self._call.key.id,
-            ),
-            most=retention.responses_per_key,
-            most_bytes=round(retention.responses_mb_per_key * 1e6),
-        )
-
-    def response(self) -> ResponseObject:
-        return self._described(_STATUS.get(self._finish_reason, "completed"))
-
-    def _described(self, status: str, error: dict[str, Any] | None = None) -> ResponseObject:
-        body = self._body
-        incomplete = status == "incomplete"
-        text = msgspec.to_builtins(body.text) if body.text else {}
-        reasoning = msgspec.to_builtins(body.reasoning) if body.reasoning else {}
-        return ResponseObject(
-            id=f"resp_{self._suffix}",
-            request_id=self._call.request_id,
-            created_at=self._call.created_at,
-            status=status,
-            model=self._model_id,
-            output=self._items.settled("in_progress" if status == "failed" else status),
-            usage=self._usage(),
-            error=error,
-            incomplete_details={"reason": "max_output_tokens"} if incomplete else None,
-            instructions=body.instructions,
-            max_output_tokens=body.max_output_tokens,
-            metadata=body.metadata or {},
-            parallel_tool_calls=body.parallel_tool_calls is not False,
-            previous_response_id=body.previous_response_id,
-            reasoning={"effort": None, "summary": None, **reasoning},
-            service_tier="default" if body.service_tier else None,
-            store=body.store is not False,
-            temperature=body.temperature,
-            text={**text, "format": text.get("format") or {"type": "text"}},
-            tool_choice=msgspec.to_builtins(body.tool_choice or "auto"),
-            tools=msgspec.to_builtins(body.tools or []),
-            top_p=body.top_p,
-            user=body.user,
-            ignored_parameters=[name[:100] for name in self._call.ignored[:100]],
-        )
-
-    def _usage(self) -> ResponseUsage | None:
-        end = self._end
-        if end is None:
-            return None
-        return ResponseUsage(
-            end.prompt_tokens,
-            InputDetails(end.cached_tokens),
-            end.completion_tokens,
-            OutputDetails(),
-            end.prompt_tokens + end.completion_tokens,
-        )

@@ -132,6 +132,7 @@ async def serve(
     try:
         await server
     finally:
+        await app.state.background.ended()
         app.state.bodies.close()
 
 

@@ -454,19 +454,7 @@ _V4_CLOCK = (
     """,
 )
 
-_V4_RESPONSES = (
-    # Whose key has stored a response, and how much a key has: sums by the triggers below.
-    "ALTER TABLE responses ADD COLUMN stored_by TEXT NOT NULL DEFAULT ''",
-    "ALTER TABLE responses ADD COLUMN"
-    " bytes INTEGER GENERATED ALWAYS AS (length(input) + length(body)) VIRTUAL",
-    """
-    CREATE TABLE response_sums (
-        key_id  TEXT PRIMARY KEY,
-        count   INTEGER NOT NULL DEFAULT 0,
-        bytes   INTEGER NOT NULL DEFAULT 0
-    ) STRICT, WITHOUT ROWID
-    """,
-    "INSERT INTO response_sums SELECT stored_by, count(*), sum(bytes) FROM responses GROUP BY 1",
+_RESPONSES_COUNTED = (
     "CREATE INDEX responses_by_key ON responses (stored_by, created_at, bytes)",
     """
     CREATE TRIGGER responses_are_counted AFTER INSERT ON responses BEGIN
@@ -480,6 +468,21 @@ _V4_RESPONSES = (
         WHERE key_id = OLD.stored_by;
     END
     """,
+)
+_V4_RESPONSES = (
+    # Whose key has stored a response, and how much a key has: sums by the triggers below.
+    "ALTER TABLE responses ADD COLUMN stored_by TEXT NOT NULL DEFAULT ''",
+    "ALTER TABLE responses ADD COLUMN"
+    " bytes INTEGER GENERATED ALWAYS AS (length(input) + length(body)) VIRTUAL",
+    """
+    CREATE TABLE response_sums (
+        key_id  TEXT PRIMARY KEY,
+        count   INTEGER NOT NULL DEFAULT 0,
+        bytes   INTEGER NOT NULL DEFAULT 0
+    ) STRICT, WITHOUT ROWID
+    """,
+    "INSERT INTO response_sums SELECT stored_by, count(*), sum(bytes) FROM responses GROUP BY 1",
+    *_RESPONSES_COUNTED,
     "CREATE INDEX responses_by_previous ON responses (previous_id) WHERE previous_id IS NOT NULL",
     # Written to see whether anything can be written.
     "CREATE TABLE probe (id INTEGER PRIMARY KEY, filler BLOB NOT NULL) STRICT",
@@ -487,5 +490,31 @@ _V4_RESPONSES = (
 
 _V4 = (*_V4_CLOCK, *_V4_RESPONSES, *_V4_RECEIPTS)
 
-MIGRATIONS: tuple[tuple[str, ...], ...] = (_V1, _V2, _V3, _V4)
+_V5 = (
+    # Responses that run without their client: `status` is "queued" until they have ended, and
+    # `events` (zlib) is then what their stream was.
+    "DROP INDEX responses_by_key",
+    "DROP TRIGGER responses_are_counted",
+    "DROP TRIGGER responses_are_discounted",
+    "ALTER TABLE responses DROP COLUMN bytes",
+    "ALTER TABLE responses ADD COLUMN status TEXT NOT NULL DEFAULT 'completed'",
+    "ALTER TABLE responses ADD COLUMN events BLOB",
+    "ALTER TABLE responses ADD COLUMN bytes INTEGER GENERATED ALWAYS AS"
+    " (length(input) + length(body) + coalesce(length(events), 0)) VIRTUAL",
+    """
+    UPDATE responses SET status = json_extract(CAST(body AS TEXT), '$.status')
+    WHERE json_valid(CAST(body AS TEXT))
+      AND json_extract(CAST(body AS TEXT), '$.status') IS NOT NULL
+    """,
+    *_RESPONSES_COUNTED,
+    """
+    CREATE TRIGGER responses_are_counted_anew AFTER UPDATE OF body, events ON responses BEGIN
+        UPDATE response_sums SET bytes = bytes - OLD.bytes + NEW.bytes
+        WHERE key_id = NEW.stored_by;
+    END
+    """,
+    "CREATE INDEX responses_that_run ON responses (status) WHERE status = 'queued'",
+)
+
+MIGRATIONS: tuple[tuple[str, ...], ...] = (_V1, _V2, _V3, _V4, _V5)
 SCHEMA_VERSION = len(MIGRATIONS)

@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import msgspec
 
-from pinaivu_box.errors import BodyTooLarge, NotFound
-from pinaivu_box.store.database import Database
+from pinaivu_box.errors import BadRequest, BodyTooLarge, NotFound
+from pinaivu_box.store.database import Database, Statement
 
+QUEUED = "queued"
+STOPPED = "The box was stopped before this response was complete: send the request again."
 _AT_ONCE = 500  # rows that are deleted in one transaction
 
 
 class StoredResponse(msgspec.Struct, frozen=True):
-    """`input` and `body` are JSON: the items that were asked, and the whole answer.  `stored_by`
-    is the key's id; "" in rows of an earlier schema."""
+    """`input` and `body` are JSON: the items that were asked, and the whole answer, which says its
+    `status` too.  One that runs in the background is QUEUED until it has ended.  `stored_by` is the
+    key's id; "" in rows of an earlier schema."""
 
     id: str
     account_id: str
@@ -26,12 +29,18 @@ class StoredResponse(msgspec.Struct, frozen=True):
     input: bytes
     body: bytes
     stored_by: str
+    status: str
 
 
+_NOT_GONE_ON_WITH = {
+    QUEUED: "has not ended yet: go on with it once it is completed",
+    "failed": "has failed: go on with the one before it, or send its messages again",
+}
 _COLUMNS = ", ".join(StoredResponse.__struct_fields__)
 
 
-# The oldest of a key that are too many, or too much; never the newest, which is being stored.
+# The oldest of a key that are too many, or too much; never the newest, which is being stored, nor
+# what still runs.
 _EVICT = """
     DELETE FROM responses WHERE rowid IN (
         SELECT rowid FROM (
@@ -39,12 +48,21 @@ _EVICT = """
                    sum(bytes) OVER oldest - bytes AS before
             FROM (
                 SELECT rowid, bytes, created_at FROM responses
-                WHERE stored_by = ?1 AND id <> ?2 ORDER BY created_at, rowid LIMIT ?5
+                WHERE stored_by = ?1 AND id <> ?2 AND status <> 'queued'
+                ORDER BY created_at, rowid LIMIT ?5
             )
             WINDOW oldest AS (ORDER BY created_at, rowid)
         ), (SELECT count AS kept, bytes AS size FROM response_sums WHERE key_id = ?1)
         WHERE n <= kept - ?3 OR before < size - ?4
     )
+"""
+
+
+FAIL_UNFINISHED = """
+    UPDATE responses SET status = 'failed', body = CAST(json_set(
+        CAST(body AS TEXT), '$.status', 'failed',
+        '$.error', json_object('code', ?1, 'message', ?2)
+    ) AS BLOB) WHERE status = 'queued'
 """
 
 
@@ -54,9 +72,39 @@ async def insert(
     """Returns once it is on disk, and the key has no more than that stored."""
     marks = ", ".join("?" * len(StoredResponse.__struct_fields__))
     sql = f"INSERT INTO responses ({_COLUMNS}) VALUES ({marks})"
-    parameters = (response.stored_by, response.id, most, most_bytes, _AT_ONCE)
-    evict = (_EVICT, parameters)
-    *_, gone = await database.write((sql, msgspec.structs.astuple(response)), evict)
+    statement = sql, msgspec.structs.astuple(response)
+    await _write_and_evict(database, statement, response, most, most_bytes)
+
+
+async def finish(
+    database: Database, response: StoredResponse, events: bytes, *, most: int, most_bytes: int
+) -> None:
+    """What became of one that was QUEUED, with the events of its stream (zlib); nothing is kept of
+    one that was deleted meanwhile.  Returns as `insert` does."""
+    statement = (
+        "UPDATE responses SET status = ?, body = ?, events = ? WHERE id = ?",
+        (response.status, response.body, events, response.id),
+    )
+    await _write_and_evict(database, statement, response, most, most_bytes)
+
+
+async def fail_unfinished(database: Database) -> None:
+    """To be called when a box starts: what is QUEUED ended with the box before."""
+    await database.write((FAIL_UNFINISHED, ("server_error", STOPPED)))
+
+
+async def events_of(database: Database, response_id: str, account_id: str) -> bytes | None:
+    """See `finish`; None if none were kept."""
+    sql = "SELECT events FROM responses WHERE id = ? AND account_id = ?"
+    rows = await database.read(sql, (response_id, account_id))
+    return rows[0]["events"] if rows else None
+
+
+async def _write_and_evict(
+    database: Database, statement: Statement, response: StoredResponse, most: int, most_bytes: int
+) -> None:
+    evict = (_EVICT, (response.stored_by, response.id, most, most_bytes, _AT_ONCE))
+    _, gone = await database.write(statement, evict)
     while gone == _AT_ONCE:
         (gone,) = await database.write(evict)
 
@@ -75,9 +123,10 @@ async def conversation_size(
     rows = await database.read(
         """
         WITH RECURSIVE chain (previous_id, size) AS (
-            SELECT previous_id, bytes FROM responses WHERE id = ?1 AND account_id = ?2
+            SELECT previous_id, length(input) + length(body)
+            FROM responses WHERE id = ?1 AND account_id = ?2
             UNION ALL
-            SELECT r.previous_id, chain.size + r.bytes
+            SELECT r.previous_id, chain.size + length(r.input) + length(r.body)
             FROM responses r JOIN chain ON r.id = chain.previous_id
             WHERE r.account_id = ?2 AND chain.size <= ?3
         )
@@ -95,19 +144,20 @@ async def conversation(
     it is not there.
 
     Raises NotFound if its beginning is not stored any more, BodyTooLarge if they have more than
-    `most` bytes.
+    `most` bytes, BadRequest if the response has not ended, or failed.
     """
     rows = await database.read(
         """
-        WITH RECURSIVE chain (id, previous_id, input, body, depth, size) AS (
-            SELECT id, previous_id, input, body, 0, bytes
+        WITH RECURSIVE chain (id, previous_id, input, body, status, depth, size) AS (
+            SELECT id, previous_id, input, body, status, 0, length(input) + length(body)
             FROM responses WHERE id = ?1 AND account_id = ?2
             UNION ALL
-            SELECT r.id, r.previous_id, r.input, r.body, chain.depth + 1, chain.size + r.bytes
+            SELECT r.id, r.previous_id, r.input, r.body, r.status, chain.depth + 1,
+                   chain.size + length(r.input) + length(r.body)
             FROM responses r JOIN chain ON r.id = chain.previous_id
             WHERE r.account_id = ?2 AND chain.size <= ?3
         )
-        SELECT previous_id, input, body, size FROM chain ORDER BY depth DESC
+        SELECT previous_id, input, body, status, size FROM chain ORDER BY depth DESC
         """,
         (response_id, account_id, most),
     )
@@ -121,6 +171,8 @@ async def conversation(
             f"The conversation that led to '{response_id}' is not stored from its beginning any "
             f"more ('{rows[0]['previous_id']}' is gone): send its messages, or begin a new one."
         )
+    if rows and (why := _NOT_GONE_ON_WITH.get(rows[-1]["status"])):
+        raise BadRequest(f"The response '{response_id}' {why}.", param="previous_response_id")
     return [(bytes(row["input"]), bytes(row["body"])) for row in rows]
 
 

@@ -270,7 +270,7 @@ def test_what_means_nothing_in_a_response_is_said(here: Box) -> None:
     )
     assert sorted(made["ignored_parameters"]) == [
         "include", "input.phase", "input.web_search_call", "service_tier", "text.verbosity",
-        "tools.image_generation", "tools.web_search", "truncation",
+        "tools.image_generation", "tools.web_search",
     ]  # fmt: skip
     neutral = respond(here, "hi", truncation="disabled", text={"verbosity": "medium"})
     assert neutral["ignored_parameters"] == []

@@ -57,6 +57,13 @@ PYTHON: dict[str, tuple[str, Callable[[str], bool]]] = {
         "a conversation is remembered, and its events are in the order that the SDK wants",
         lambda printed: printed.rstrip().endswith(("completed", "incomplete")),
     ),
+    "OpenAI, Python, in the background": (
+        "a response is polled, its events are told again, and a cancellation that is late is none",
+        lambda printed: (
+            "\n0 response.created\n" in printed
+            and printed.rstrip().endswith(("\ncompleted", "\nincomplete"))
+        ),
+    ),
     "LangChain": (
         "chat, a bound tool, structured output and embeddings",
         lambda printed: (

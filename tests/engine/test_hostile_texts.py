@@ -267,7 +267,7 @@ def test_a_grammar_that_only_looks_large_is_followed(name: str) -> None:
 )
 def test_tools_beyond_their_limits_are_refused(limited: Sandboxes, functions: str) -> None:
     """Also what only a peer can send."""
-    tools = Tools(functions, ["f"], "required")
+    tools = Tools(functions, ["f", *(f"f{n}" for n in range(30_000))], "required")
     refused = served(limited, tools=tools, prompt="x").refused["r"]
     assert refused.code == "invalid_body" and refused.param == "tools"
 

@@ -131,6 +131,24 @@ def test_a_mark_that_is_a_control_token_is_one_in_grammar_and_text() -> None:
     assert text == '[TOOL_CALLS][{"name": "f", "arguments": {}}]'
 
 
+def test_a_tool_that_is_told_and_not_allowed_is_not_called() -> None:
+    class Tagged(Known):
+        TEMPLATE = "{{ tools }}<tool_call>{{ messages }}"
+
+    for style, names in (("auto", ["g"]), ("required", ["g"]), ("auto", [])):
+        tools = Tools('[{"name": "f"}, {"name": "g"}]', names, style, False)
+        arrival = prepare(Tagged(), tools=tools)
+        assert isinstance(arrival, Arrival)
+        grammar = arrival.sequence.grammar  # type: ignore[union-attr]
+        if not names:
+            assert grammar is None
+            continue
+        for token in b'<tool_call>\n{"name": "':
+            assert grammar is not None and grammar.allows(token)
+            grammar.take(token)
+        assert grammar is not None and grammar.allows(ord("g")) and not grammar.allows(ord("f"))
+
+
 CALL_TEXT = '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'
 
 

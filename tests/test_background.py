@@ -1,0 +1,272 @@
+"""Responses that run in the background: polled, streamed again, cancelled; none runs for ever."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import openai
+import pytest
+from openai.types.responses import Response, ResponseStreamEvent
+from pydantic import TypeAdapter
+
+from tests.box import UNDRAFTED, Box, wait_until
+from tests.test_responses import new_key, rows
+
+FAST, SLOW = "fast:1", "slow:1"  # the slow one says 3,500 tokens in three minutes
+MODELS = ("--model", f"{FAST}=fake:0", "--model", f"{SLOW}=fake:50")
+MOST = 4
+CONFIG = f"{UNDRAFTED}\n[retention]\nresponses_per_key = {MOST}\n"
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Box]:
+    home = tmp_path_factory.mktemp("background") / "home"
+    file = home.with_name("box.toml")
+    file.write_text(CONFIG)
+    started = Box(home, "--config", str(file), *MODELS).start()
+    yield started
+    started.end()
+
+
+@pytest.fixture
+def client(here: Box) -> openai.OpenAI:
+    return new_key(here)
+
+
+def begin(client: openai.OpenAI, **more: Any) -> Any:
+    options = {"model": SLOW, "input": "hi", "max_output_tokens": 3500, **more}
+    return client.responses.create(background=True, **options)
+
+
+def status(client: openai.OpenAI, made: Any) -> str:
+    return str(client.responses.retrieve(made.id).status)
+
+
+def wait_for(client: openai.OpenAI, made: Any, *wanted: str) -> Any:
+    def there() -> Any:
+        found = client.responses.retrieve(made.id)
+        return found if found.status in wanted else None
+
+    return wait_until(there, f"one of {wanted}")
+
+
+def speaking(client: openai.OpenAI, made: Any) -> None:
+    wait_until(lambda: client.responses.retrieve(made.id).output_text, "the first words")
+
+
+def ended(client: openai.OpenAI, made: Any) -> Any:
+    """Once it is on disk."""
+
+    def there() -> Any:
+        found = client.responses.retrieve(made.id)
+        return found if found.usage else None
+
+    return wait_until(there, "the end")
+
+
+def receipt(here: Box, made: Any) -> dict[str, Any]:
+    path = f"/v1/receipts/{made.request_id}"
+    wait_until(lambda: here.http("GET", path).status_code == 200, "the receipt")
+    return dict(json.loads(here.http("GET", path).json()["signed_receipt"]))
+
+
+def test_it_is_polled_until_it_is_what_it_would_be_in_the_foreground(
+    here: Box, client: openai.OpenAI
+) -> None:
+    options = {"model": FAST, "input": "hi", "max_output_tokens": 40, "metadata": {"a": "b"}}
+    made = begin(client, **options)
+    assert made.status in ("queued", "in_progress") and made.background
+    assert made.output == [] and made.usage is None
+    done = wait_for(client, made, "incomplete")
+    plain = client.responses.create(**options)
+    assert done.output_text == plain.output_text and done.output_text
+    assert done.usage.output_tokens == plain.usage.output_tokens == 40
+    for one in (made, done, plain):
+        Response.model_validate(one.to_dict())
+    assert receipt(here, done)["usage"]["completion_tokens"] == 40
+    (item,) = client.responses.input_items.list(made.id).data
+    assert item.content[0].text == "hi"
+    more = {"model": FAST, "input": "more", "max_output_tokens": 1}
+    after = [client.responses.create(previous_response_id=one.id, **more) for one in (done, plain)]
+    assert after[0].usage.input_tokens == after[1].usage.input_tokens > done.usage.input_tokens
+
+
+def test_it_is_cancelled_as_often_as_you_like(here: Box, client: openai.OpenAI) -> None:
+    made = begin(client)
+    speaking(client, made)
+    with pytest.raises(openai.BadRequestError, match="has not ended yet"):
+        client.responses.create(model=FAST, input="more", previous_response_id=made.id)
+    for _ in range(2):
+        assert client.responses.cancel(made.id).status == "cancelled"
+    found = ended(client, made)
+    assert found.status == "cancelled" and found.output_text
+    assert 0 < found.usage.output_tokens < 3500
+    assert [item.status for item in found.output] == ["incomplete"]
+    assert receipt(here, found)["finish_reason"] == "cancelled"
+
+
+def test_what_cannot_be_cancelled(here: Box, client: openai.OpenAI) -> None:
+    done = begin(client, model=FAST, max_output_tokens=4)
+    wait_for(client, done, "incomplete")
+    assert client.responses.cancel(done.id).status == "incomplete"
+    plain = client.responses.create(model=FAST, input="hi", max_output_tokens=4)
+    with pytest.raises(openai.BadRequestError, match="not created with background"):
+        client.responses.cancel(plain.id)
+    with pytest.raises(openai.NotFoundError):
+        client.responses.cancel("resp_unknown")
+    running = begin(client)
+    stranger = here.http("POST", "/v1/admin/keys", json={"name": "stranger"}).json()["key"]
+    for call in ("retrieve", "cancel", "delete"):
+        with pytest.raises(openai.NotFoundError):
+            getattr(here.client_with(stranger).responses, call)(running.id)
+    assert status(client, running) in ("queued", "in_progress")
+    client.responses.cancel(running.id)
+
+
+def test_what_is_not_stored_cannot_run_so(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.UnprocessableEntityError, match="background needs store"):
+        begin(client, store=False)
+
+
+# -- streams ---------------------------------------------------------------------------------------
+
+
+def numbers(events: list[Any]) -> list[int]:
+    return [event.sequence_number for event in events]
+
+
+def said(events: list[Any]) -> str:
+    return "".join(one.delta for one in events if one.type == "response.output_text.delta")
+
+
+def test_a_stream_is_gone_on_with_where_it_broke_off(client: openai.OpenAI) -> None:
+    stream = begin(client, max_output_tokens=60, stream=True)
+    first = [next(stream) for _ in range(12)]
+    stream.close()
+    kinds = ["response.created", "response.queued", "response.in_progress"]
+    assert [event.type for event in first[:3]] == kinds
+    assert first[0].response.status == "queued"
+    made = first[0].response
+    again = {"response_id": made.id, "stream": True}
+    rest = list(client.responses.retrieve(**again, starting_after=11))
+    assert numbers(first + rest) == list(range(len(first + rest)))
+    assert rest[-1].type == "response.incomplete"
+    whole = client.responses.retrieve(made.id)
+    assert said(first + rest) == whole.output_text == rest[-1].response.output_text
+    # It has ended now, and is told as it was.
+    replayed = list(client.responses.retrieve(**again))
+    assert [one.to_dict() for one in replayed] == [one.to_dict() for one in first + rest]
+    assert numbers(list(client.responses.retrieve(**again, starting_after=20))) == numbers(
+        replayed[21:]
+    )
+    known = TypeAdapter(ResponseStreamEvent)
+    for event in replayed:
+        known.validate_python(event.to_dict())
+    plain = client.responses.create(model=FAST, input="hi", max_output_tokens=4)
+    with pytest.raises(openai.BadRequestError, match="not created with background"):
+        client.responses.retrieve(plain.id, stream=True)
+
+
+def test_a_stream_tells_of_what_comes(client: openai.OpenAI) -> None:
+    made = begin(client)
+    stream = client.responses.retrieve(made.id, stream=True)
+    seen = [next(stream) for _ in range(20)]
+    assert said(seen)
+    client.responses.cancel(made.id)
+    seen += list(stream)
+    assert seen[-1].type == "response.cancelled"
+    assert numbers(seen) == list(range(len(seen)))
+    assert said(seen) == client.responses.retrieve(made.id).output_text
+
+
+def test_what_is_deleted_stops(here: Box, client: openai.OpenAI) -> None:
+    made = begin(client)
+    stream = client.responses.retrieve(made.id, stream=True)
+    next(stream)
+    client.responses.delete(made.id)
+    assert list(stream)[-1].type == "response.cancelled"
+    with pytest.raises(openai.NotFoundError):
+        client.responses.retrieve(made.id)
+    assert made.id not in rows(here)
+
+
+# -- limits ----------------------------------------------------------------------------------------
+
+
+def test_it_holds_the_place_of_its_key(here: Box) -> None:
+    policy = {"max_parallel": 1, "max_queue": 0}
+    made = here.http("POST", "/v1/admin/keys", json={"account": "owner", "policy": policy}).json()
+    client = here.client_with(made["key"])
+    running = begin(client)
+    with pytest.raises(openai.RateLimitError, match="max_parallel"):
+        begin(client)
+    client.responses.cancel(running.id)
+    ended(client, running)
+    begin(client, model=FAST, max_output_tokens=1)
+
+
+def test_a_key_that_is_revoked_at_once_ends_it(here: Box, client: openai.OpenAI) -> None:
+    made = here.http("POST", "/v1/admin/keys", json={"account": "owner"}).json()
+    running = begin(here.client_with(made["key"]))
+    speaking(client, running)
+    path = f"/v1/admin/keys/{made['id']}/revoke"
+    assert here.http("POST", path, params={"now": "true"}).json()["stopped"] == 1
+    found = wait_for(client, running, "failed")
+    assert "revoked" in found.error.message
+    assert receipt(here, running)["finish_reason"] == "cancelled"
+
+
+def test_what_runs_counts_as_stored_and_is_not_the_oldest_that_goes(
+    here: Box, client: openai.OpenAI
+) -> None:
+    running = begin(client)
+    speaking(client, running)
+    plain = [
+        client.responses.create(model=FAST, input="hi", max_output_tokens=1) for _ in range(MOST)
+    ]
+    kept = rows(here)  # whose sums are right
+    assert plain[0].id not in kept and {one.id for one in (running, *plain[1:])} <= set(kept)
+    client.responses.cancel(running.id)
+    ended(client, running)
+    row = rows(here)[running.id]
+    assert row["events"]
+    assert row["bytes"] == sum(len(row[name]) for name in ("input", "body", "events"))
+
+
+# -- ends ------------------------------------------------------------------------------------------
+
+
+def test_one_that_fails_says_why_and_is_not_gone_on_with(client: openai.OpenAI) -> None:
+    made = begin(client, model=FAST, input="x" * 10_000)
+    found = wait_for(client, made, "failed")
+    assert found.error.code == "context_length_exceeded" and found.error.message
+    (last,) = list(client.responses.retrieve(made.id, stream=True, starting_after=1))
+    assert last.type == "response.failed" and last.response.error == found.error
+    with pytest.raises(openai.BadRequestError, match="has failed"):
+        client.responses.create(model=FAST, input="more", previous_response_id=made.id)
+
+
+def test_none_outlives_its_box(new_box: Callable[..., Box]) -> None:
+    box = new_box(*MODELS, config=f"{UNDRAFTED}\n[server]\ndrain_seconds = 0.1\n")
+    killed = begin(box.client)
+    speaking(box.client, killed)
+    box.kill()
+    box.start()
+    found = box.client.responses.retrieve(killed.id)
+    assert found.status == "failed" and "was stopped" in found.error.message
+    (last,) = list(box.client.responses.retrieve(killed.id, stream=True, starting_after=7))
+    assert (last.type, last.sequence_number) == ("response.failed", 8)
+    assert box.client.responses.cancel(killed.id).status == "failed"
+    with pytest.raises(openai.BadRequestError, match="has failed"):
+        box.client.responses.create(model=FAST, input="more", previous_response_id=killed.id)
+    stopped = begin(box.client)
+    speaking(box.client, stopped)
+    assert box.stop() == 0
+    box.start()
+    found = box.client.responses.retrieve(stopped.id)
+    assert found.status == "failed" and "was stopped" in found.error.message
+    assert found.output_text and found.usage.output_tokens > 0
+    last = list(box.client.responses.retrieve(stopped.id, stream=True))[-1]
+    assert last.type == "response.failed"
