@@ -12,7 +12,7 @@ from threading import Lock
 from typing import TYPE_CHECKING
 
 from pinaivu_box import chat_format
-from pinaivu_box.engine.detokenizer import Detokenizer
+from pinaivu_box.engine.detokenizer import Detokenizer, text_of
 from pinaivu_box.engine.embeddings import Embedding
 from pinaivu_box.engine.lookup import Experience, Lookup
 from pinaivu_box.engine.messages import (
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 
 _CHARACTERS = 8  # of a token, at most on average
+_CHARACTER = 4  # bytes, and so tokens, at most
 
 _MOST_VECTOR_BYTES = MAX_FRAME_BYTES // 2  # of one request: they go in one frame
 _MOST_TOKENS = 2**18  # that an answer has which is only tokens
@@ -107,7 +108,7 @@ class Intake:
         try:
             if asked.tokens is not None:
                 self._check_tokens(asked.tokens, "tokens")
-                text = b"".join(map(self._runner.piece, asked.tokens)).decode(errors="replace")
+                text = text_of(b"".join(map(self._runner.piece, asked.tokens)))
                 return Tokenized(name, [] if asked.count else asked.tokens, text)
             if asked.plain and isinstance(asked.add.prompt, str):
                 tokens = self._read(asked.add.prompt, _MOST_TOKENS, special=False)
@@ -140,8 +141,10 @@ class Intake:
                 raise InvalidBody(why, loc=("body", "logit_bias"))
         text = ""
         if add.echo:
-            text = b"".join(map(self._runner.spelled, prompt)).decode(errors="replace")
-        detokenizer = Detokenizer(self._piece_of(add), add.stop)
+            text = text_of(b"".join(map(self._runner.spelled, prompt)))
+        detokenizer = Detokenizer(self._piece_of(add), add.stop, add.sampling.min_tokens)
+        if isinstance(add.prompt, list):
+            detokenizer.follow(b"".join(map(self._runner.spelled, prompt[-_CHARACTER:])))
         for token in add.output:
             detokenizer.push(token)  # said by an earlier leg
         room = self._context - len(prompt)
@@ -162,6 +165,7 @@ class Intake:
             logprobs=add.logprobs,
             scored=add.scored if add.echo and add.logprobs is not None else None,
             share=self._named.share(add.scope, prompt) if add.named else Share(add.scope),
+            min_length=len(prompt) + add.sampling.min_tokens,
         )
         for token in add.output:  # it may have shifted, as it did in that leg
             sequence.tokens.append(token)

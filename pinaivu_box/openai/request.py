@@ -185,6 +185,22 @@ def check_stream(body: Sampled) -> None:
         raise _needs("stream_options", "stream to be true")
 
 
+def check_length(body: Sampled, most: int | None) -> None:
+    """`most` is the limit of the answer, if it has one.  Raises InvalidBody."""
+    if most is not None and (body.min_tokens or 0) > most:
+        raise InvalidBody(
+            f"min_tokens is {body.min_tokens} and max_tokens {most}: lower the one or raise the "
+            "other",
+            loc=("body", "min_tokens"),
+        )
+
+
+def max_tokens(body: ChatRequest) -> int | None:
+    """The lower of the two limits."""
+    limits = (body.max_tokens, body.max_completion_tokens)
+    return min((one for one in limits if one is not None), default=None)
+
+
 def check_chat(body: ChatRequest) -> None:
     """What one field cannot be without another.  Raises InvalidBody."""
     check_stream(body)

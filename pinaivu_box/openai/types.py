@@ -213,6 +213,7 @@ class Sampled(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     repeat_penalty: Annotated[float, Meta(gt=0, le=10)] | None = None
     grammar: Text | None = None  # GBNF, or Lark as llguidance reads it
     ignore_eos: bool | None = None
+    min_tokens: Annotated[int, Meta(ge=0, le=2**31 - 1)] | None = None  # as vLLM's
     cache_prompt: bool | None = None
     pinaivu: Extension | None = None
 
@@ -264,7 +265,8 @@ class Usage(Struct, frozen=True):
 
 
 class TopLogprob(Struct, frozen=True):
-    """`token` is the text of `bytes`, as far as they are text."""
+    """`token` is the text of `bytes`; of a part of a character, they are written as OpenAI does:
+    `\\xf0`."""
 
     token: str
     bytes: list[int]

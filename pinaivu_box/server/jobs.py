@@ -13,7 +13,7 @@ from pinaivu_box.engine.messages import Constraint, Tools
 from pinaivu_box.errors import InvalidBody
 from pinaivu_box.gateway.backend import Job, committed
 from pinaivu_box.models.catalog import Model
-from pinaivu_box.openai.request import normalise, stop_strings, text_of
+from pinaivu_box.openai.request import max_tokens, normalise, stop_strings, text_of
 from pinaivu_box.openai.types import (
     ChatRequest,
     Function,
@@ -46,6 +46,7 @@ def job_of(body: Sampled, model: Model, request_id: str, tenant: str) -> Job:
         repeat_penalty=body.repeat_penalty or 1.0,
         typical_p=body.typical_p or 1.0,
         logit_bias=body.logit_bias or {},
+        min_tokens=body.min_tokens or 0,
         priority=body.pinaivu.priority if body.pinaivu else 0,
         constraint=grammar(body.grammar) if body.grammar else None,
         cache=body.cache_prompt is not False,
@@ -54,12 +55,11 @@ def job_of(body: Sampled, model: Model, request_id: str, tenant: str) -> Job:
 
 def chat_job(body: ChatRequest, model: Model, request_id: str, tenant: str) -> Job:
     """Raises InvalidBody."""
-    limits = [n for n in (body.max_tokens, body.max_completion_tokens) if n is not None]
     job = job_of(body, model, request_id, tenant)
     return replace(
         job,
         messages=normalise(body.messages),
-        max_tokens=min(limits) if limits else None,
+        max_tokens=max_tokens(body),
         tools=_tools(body),
         template={**_template(body), **(body.chat_template_kwargs or {})},
         constraint=job.constraint or _format(body),
