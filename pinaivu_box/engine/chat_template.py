@@ -18,6 +18,7 @@ from jinja2.meta import find_undeclared_variables
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from pinaivu_box import chat_format
+from pinaivu_box.engine.control_tokens import Contents, ControlTokens
 from pinaivu_box.errors import BadRequest, ContextOverflow
 
 _REASON_LENGTH = 500  # of what a template says when it refuses
@@ -27,7 +28,7 @@ CHATML = (
     "{% for message in messages %}"
     "<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
     # Jinja drops a template's last newline, so it is written as an expression.
-    "{% endfor %}<|im_start|>assistant{{ '\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant{{ '\\n' }}{% endif %}"
 )
 
 
@@ -50,11 +51,12 @@ class ChatTemplate:
             raise
         except Exception as error:  # also what Python says of the code that Jinja makes of it
             raise BadRequest(
-                f"The chat template of the model's file is not valid Jinja: {_reason(error)}.",
+                f"The chat template of the model's file is not valid Jinja: {_reason(str(error))}.",
                 param="messages",
             ) from error
         self._tokens = {"bos_token": bos, "eos_token": eos}
         self._most = 0
+        self._contents = ControlTokens(()).contents()
 
     def render(
         self,
@@ -62,20 +64,24 @@ class ChatTemplate:
         functions: list[dict[str, Any]] | None = None,
         variables: dict[str, Any] | None = None,
         most: int = 1 << 20,
+        contents: Contents | None = None,
     ) -> str:
         """The prompt, ending where the assistant begins; BadRequest if the template objects,
         ContextOverflow if it is longer than `most` characters.
 
-        `functions` are what the model may call, `variables` more of the template's.
+        `functions` are what the model may call, `variables` more of the template's.  All that it is
+        made of is marked in it as `contents` does.
         """
         self._most = most
+        self._contents = contents or ControlTokens(()).contents()
         variables = variables or {}
         if variables.get(chat_format.CONTINUE) and messages and messages[-1]["role"] == "assistant":
             return self._continued(messages, functions, variables)
         # "developer" is OpenAI's newer name of "system"; templates know only the older one.
         known = [{**m, "role": "system"} if m["role"] == "developer" else m for m in messages]
         more = {k: v for k, v in variables.items() if k not in chat_format.TEMPLATE_OWN}
-        values = {**more, **self._tokens, "add_generation_prompt": True}
+        generate = bool(variables.get(chat_format.GENERATE, True))
+        values = {**more, **self._tokens, chat_format.GENERATE: generate}
         if not self.knows_tools:
             return self._render(_in_words(known, functions or []), values)
         if functions:
@@ -96,12 +102,13 @@ class ChatTemplate:
         variables: dict[str, Any],
     ) -> str:
         """The prompt up to the end of the last message's text, which is the assistant's."""
-        others = {k: v for k, v in variables.items() if k != chat_format.CONTINUE}
-        before = self.render(messages[:-1], functions, others, self._most)
+        own = (chat_format.CONTINUE, chat_format.GENERATE)
+        others = {k: v for k, v in variables.items() if k not in own}
+        before = self.render(messages[:-1], functions, others, self._most, self._contents)
         last = messages[-1]
         if before.rstrip().endswith(chat_format.THINK):  # the text begins after the thoughts
             before = f"{before.rstrip()}\n\n{chat_format.THOUGHT}\n\n"
-        return before + str(last["content"] or "").rstrip()
+        return before + str(self._contents.marked(last["content"]) or "")
 
     def _render(self, messages: list[dict[str, Any]], values: dict[str, Any]) -> str:
         try:
@@ -122,7 +129,8 @@ class ChatTemplate:
     def _try(self, messages: list[dict[str, Any]], values: dict[str, Any]) -> str:
         parts, size = [], 0
         try:
-            for part in self._template.generate(messages=messages, **values):
+            given = self._contents.marked({**values, "messages": messages})
+            for part in self._template.generate({**given, **self._tokens}):
                 parts.append(part)
                 size += len(part)
                 if size > self._most:
@@ -130,9 +138,9 @@ class ChatTemplate:
         except MemoryError:
             raise
         except Exception as error:
+            why = _reason(self._contents.unmarked(str(error)))
             raise BadRequest(
-                f"The model's chat template refused these messages: {_reason(error)}.",
-                param="messages",
+                f"The model's chat template refused these messages: {why}.", param="messages"
             ) from error
         if size > self._most:
             raise ContextOverflow(
@@ -203,8 +211,8 @@ def _one_in_words(message: dict[str, Any]) -> dict[str, Any]:
     return {**others, "content": "\n".join(texts)}
 
 
-def _reason(error: Exception) -> str:
-    return str(error)[:_REASON_LENGTH].rstrip(".")
+def _reason(said: str) -> str:
+    return said[:_REASON_LENGTH].rstrip(".")
 
 
 def _raise(message: str) -> None:
@@ -222,7 +230,8 @@ def _tojson(value: Any, indent: int | None = None) -> str:
 class Render(msgspec.Struct, array_like=True, frozen=True):
     """A job: what `messages` become.  Without any, whether `source` knows tools: b"1" or b"".
 
-    `functions` is JSON text of a list, `most` is in characters.
+    `functions` is JSON text of a list, `most` is in characters, and `controls` are the texts of
+    control tokens that are nothing but text where they are not the template's own.
     """
 
     source: str
@@ -232,27 +241,31 @@ class Render(msgspec.Struct, array_like=True, frozen=True):
     functions: str | None = None
     variables: dict[str, Any] = {}
     most: int = 0
+    controls: list[str] = []
 
 
 def make(_: bytes) -> Callable[[bytes], bytes]:
-    """The jobs' function (see `sandbox`): a `Render` to UTF-8."""
+    """The jobs' function (see `sandbox`): a `Render` to msgpack of the prompt's parts (see
+    `control_tokens`)."""
     decoder = msgspec.msgpack.Decoder(Render)
-    kept: dict[str, ChatTemplate] = {}  # an engine has one
+    kept: dict[str, tuple[ChatTemplate, ControlTokens]] = {}  # an engine has one
 
     def run(payload: bytes) -> bytes:
         asked = decoder.decode(payload)
-        template = kept.get(asked.source)
-        if template is None:
+        if asked.source not in kept:
             kept.clear()
-            template = ChatTemplate(asked.source, bos=asked.bos, eos=asked.eos)
-            kept[asked.source] = template
+            made = ChatTemplate(asked.source, bos=asked.bos, eos=asked.eos)
+            kept[asked.source] = made, ControlTokens(asked.controls)
+        template, controls = kept[asked.source]
         if asked.messages is None:
             return b"1" if template.knows_tools else b""
         try:
             functions = json.loads(asked.functions) if asked.functions else None
         except (ValueError, RecursionError):
             raise BadRequest("The tools are no list that can be read.", param="tools") from None
-        text = template.render(asked.messages, functions, asked.variables, asked.most)
-        return text.encode(errors="replace")  # a template may make half a surrogate pair
+        contents = controls.contents()
+        text = template.render(asked.messages, functions, asked.variables, asked.most, contents)
+        text = text.encode(errors="replace").decode()  # a template may make half a surrogate pair
+        return msgspec.msgpack.encode(contents.parts(text))
 
     return run

@@ -64,13 +64,20 @@ class Intake:
     """
 
     def __init__(
-        self, runner: Runner, sandboxes: Sandboxes, *, drafting: bool, context_shift: bool
+        self,
+        runner: Runner,
+        sandboxes: Sandboxes,
+        *,
+        drafting: bool,
+        context_shift: bool,
+        parse_special: bool = False,
     ) -> None:
         facts = runner.facts
         self._runner = runner
         self._context = facts.context
         self._n_vocab = facts.n_vocab
         self._context_shift = context_shift
+        self._parse_special = parse_special
         self._drafting = drafting and facts.sharing
         self._grammars: Grammars | None = None
         self._first_grammar = Lock()
@@ -82,6 +89,7 @@ class Intake:
             bos=facts.bos,
             eos=facts.eos,
             context=facts.context,
+            controls=() if parse_special else facts.controls,
         )
         self._named = NamedPrefixes([], self.template, runner.tokenize)
 
@@ -111,7 +119,7 @@ class Intake:
                 text = text_of(b"".join(map(self._runner.piece, asked.tokens)))
                 return Tokenized(name, [] if asked.count else asked.tokens, text)
             if asked.plain and isinstance(asked.add.prompt, str):
-                tokens = self._read(asked.add.prompt, _MOST_TOKENS, special=False)
+                tokens = self._read(asked.add.prompt, _MOST_TOKENS, self._runner.tokenize_text)
                 return Tokenized(name, tokens)
             if asked.inputs is not None:
                 inputs = [self._text_tokens(text) for text in asked.inputs]
@@ -157,6 +165,7 @@ class Intake:
             tokens=list(prompt),
             prompt_length=len(prompt),
             max_length=len(prompt) + limit,
+            min_length=len(prompt) + add.sampling.min_tokens,
             context=self._context,
             sampling=add.sampling,
             weight=add.weight,
@@ -165,7 +174,6 @@ class Intake:
             logprobs=add.logprobs,
             scored=add.scored if add.echo and add.logprobs is not None else None,
             share=self._named.share(add.scope, prompt) if add.named else Share(add.scope),
-            min_length=len(prompt) + add.sampling.min_tokens,
         )
         for token in add.output:  # it may have shifted, as it did in that leg
             sequence.tokens.append(token)
@@ -211,7 +219,8 @@ class Intake:
         )
 
     def _text_tokens(self, text: str | list[int]) -> list[int]:
-        tokens = self._read(text, self._context) if isinstance(text, str) else text
+        tokenize = partial(self._runner.tokenize, special=self._parse_special)
+        tokens = self._read(text, self._context, tokenize) if isinstance(text, str) else text
         self._check_tokens(tokens, "input")
         if not tokens:
             raise InvalidBody("the input is empty", loc=("body", "input"))
@@ -222,16 +231,43 @@ class Intake:
             raise InvalidBody(f"there are tokens 0 to {self._n_vocab - 1}", loc=("body", param))
 
     def _read(
-        self, text: str, most: int, *, special: bool = True, exact: bool = False
+        self,
+        text: str,
+        most: int,
+        tokenize: Callable[..., list[int]] | None = None,
+        *,
+        exact: bool = False,
     ) -> list[int]:
-        """Its tokens.  Raises TooManyTokens for more than `most`; unless the number must be
-        `exact`, a text that has more for certain is not tokenized."""
-        tokenize = self._runner.tokenize if special else self._runner.tokenize_text
+        """Its tokens, as a prompt or as `tokenize` says.  Raises TooManyTokens for more than
+        `most`; unless the number must be `exact`, a text that has more for certain is not
+        tokenized."""
+        tokenize = tokenize or self._runner.tokenize
         if len(text) <= _SHORT:
             return tokenize(text)
         if not exact and (fewest := self._runner.fewest_tokens(text)) > most:
             raise TooManyTokens(fewest, exact=False)
         return tokenize(text, most)
+
+    def _read_parts(self, parts: list[str], most: int, *, exact: bool) -> list[int]:
+        """The same of a prompt in parts (see `control_tokens`)."""
+        if len(parts) == 1:
+            return self._read(parts[0], most, exact=exact)
+        tokens: list[int] = []
+        count = 0
+        for number, part in enumerate(parts):
+            tokenize = partial(self._runner.tokenize_text, special=number % 2 == 0)
+            try:
+                found = self._read(part, most, tokenize if number else None, exact=exact)
+            except TooManyTokens as error:
+                count += error.count
+                if not exact:
+                    raise TooManyTokens(count, exact=False) from None
+            else:
+                count += len(found)
+                tokens += found
+        if count > most:
+            raise TooManyTokens(count)
+        return tokens
 
     def _overflow(self, found: TooManyTokens, *, embed: bool = False) -> ContextOverflow:
         what, which = ("An input", "it") if embed else ("The prompt", "the messages")
@@ -255,15 +291,16 @@ class Intake:
             return self._infill(add.prompt or "", add.suffix, most), False
         if add.prompt is not None:
             return self._read(add.prompt, most, exact=exact), False
-        text = self.template.render(
+        parts = self.template.parts(
             add.messages,
             add.tools.functions if add.tools else None,
             add.template,
             tenant=add.tenant,
             cancellation=cancellation,
         )
+        text = "".join(parts)
         thinking = self.template.thinks and text.rstrip().endswith(chat_format.THINK)
-        return self._read(text, most, exact=exact), thinking
+        return self._read_parts(parts, most, exact=exact), thinking
 
     def _infill(self, prefix: str, suffix: str, most: int) -> list[int]:
         """In the order that models were trained with: prefix, suffix, then what is between."""
@@ -271,7 +308,8 @@ class Intake:
         if marks is None:
             why = "suffix needs a model with infill tokens, and this one has none"
             raise InvalidBody(why, loc=("body", "suffix"))
-        before, after = (self._read(text, most, special=False) for text in (prefix, suffix))
+        tokenize = self._runner.tokenize_text
+        before, after = (self._read(text, most, tokenize) for text in (prefix, suffix))
         return [marks[0], *before, marks[1], *after, marks[2]]
 
     def _lookup(self, add: Add) -> Lookup:

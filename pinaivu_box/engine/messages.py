@@ -83,7 +83,8 @@ class SamplingDefaults(Struct, frozen=True):
 class Load(Struct, frozen=True, tag=True):
     """The first frame: which file to load and how.
 
-    Sizes in tokens; `threads` 0 means all physical cores.  `drafting` allows prompt lookup.  The
+    Sizes in tokens; `threads` 0 means all physical cores.  `drafting` allows prompt lookup.  With
+    `parse_special` control tokens are also recognised in messages and in texts to embed.  The
     `parts` of a model in several files are all of them, `path` being the first.
     """
 
@@ -97,6 +98,7 @@ class Load(Struct, frozen=True, tag=True):
     drafting: bool = True
     context_shift: bool = False
     parts: list[str] = []
+    parse_special: bool = False
 
 
 class Add(Struct, frozen=True, tag=True):

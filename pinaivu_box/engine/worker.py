@@ -79,7 +79,13 @@ def main() -> None:
     children = sandboxes.start()  # while the model loads
     try:
         runner = _make_runner(load, _report_progress(outbox))
-        intake = Intake(runner, children, drafting=load.drafting, context_shift=load.context_shift)
+        intake = Intake(
+            runner,
+            children,
+            drafting=load.drafting,
+            context_shift=load.context_shift,
+            parse_special=load.parse_special,
+        )
         arrivals.set_result(Arrivals(intake, outbox.put, inbox.put))
         engine = Engine(runner, token_budget=load.token_budget)
     except BoxError as error:

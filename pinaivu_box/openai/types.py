@@ -241,7 +241,10 @@ class ChatRequest(Sampled, frozen=True, kw_only=True):
     store: bool | None = None
     safety_identifier: Identifier | None = None
     prompt_cache_key: Identifier | None = None
-    chat_template_kwargs: TemplateVariables | None = None  # as vLLM's
+    # As vLLM's.
+    chat_template_kwargs: TemplateVariables | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
 
     @staticmethod
     def prepare(raw: dict[str, Any], passed: Passed) -> None:
