@@ -20,8 +20,10 @@ TEMPLATE_OWN = frozenset({
     "lipsum", "cycler", "joiner", "namespace", "self", "loop", "caller", "varargs", "kwargs",
 })  # fmt: skip
 
-# The template's variable by which a request says that the answer goes on with its last message.
+# The variables by which a request says that the answer goes on with its last message, or that the
+# prompt ends with that and no assistant's turn is begun.
 CONTINUE = "continue_final_message"
+GENERATE = "add_generation_prompt"
 
 THINK, THOUGHT = "<think>", "</think>"
 

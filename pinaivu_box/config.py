@@ -62,6 +62,7 @@ class EngineConfig(Section, frozen=True):
     threads: Annotated[int, Meta(ge=0, le=512)] = 0  # GGML_MAX_N_THREADS
     drafting: bool = True
     context_shift: bool = False
+    parse_special: bool = False
     shared_prefixes: Annotated[tuple[SharedPrefix, ...], Meta(max_length=64)] = ()
     max_queue: Annotated[int, Meta(ge=0)] = 256
     keep_alive: str = "5m"

@@ -20,6 +20,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from pinaivu_box import chat_format
 from pinaivu_box.engine import history
+from pinaivu_box.engine.control_tokens import Contents, ControlTokens
 from pinaivu_box.engine.history import Message
 from pinaivu_box.errors import BadRequest, ContextOverflow
 
@@ -31,7 +32,7 @@ CHATML = (
     "{% for message in messages %}"
     "<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
     # Jinja drops a template's last newline, so it is written as an expression.
-    "{% endfor %}<|im_start|>assistant{{ '\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant{{ '\\n' }}{% endif %}"
 )
 
 
@@ -61,9 +62,11 @@ class ChatTemplate:
         except MemoryError:
             raise
         except Exception as error:  # also what Python says of the code that Jinja makes of it
-            raise self._refusal(f"is not valid Jinja ({_reason(error)}){INSTEAD}") from error
+            why = _reason(str(error))
+            raise self._refusal(f"is not valid Jinja ({why}){INSTEAD}") from error
         self._tokens = {"bos_token": bos, "eos_token": eos}
         self._most = 0
+        self._contents = ControlTokens(()).contents()
 
     def render(
         self,
@@ -71,21 +74,25 @@ class ChatTemplate:
         functions: list[dict[str, Any]] | None = None,
         variables: dict[str, Any] | None = None,
         most: int = 1 << 20,
+        contents: Contents | None = None,
     ) -> str:
         """The prompt, ending where the assistant begins; BadRequest if the template raises on all
         forms of the messages (see `history`), ContextOverflow if it is longer than `most`
         characters.
 
-        `functions` are what the model may call, `variables` more of the template's.
+        `functions` are what the model may call, `variables` more of the template's.  All that it is
+        made of is marked in it as `contents` does.
         """
         self._most = most
+        self._contents = contents or ControlTokens(()).contents()
         variables = variables or {}
         if variables.get(chat_format.CONTINUE) and messages and messages[-1]["role"] == "assistant":
             return self._continued(messages, functions, variables)
         # "developer" is OpenAI's newer name of "system"; templates know only the older one.
         known = [{**m, "role": "system"} if m["role"] == "developer" else m for m in messages]
         more = {k: v for k, v in variables.items() if k not in chat_format.TEMPLATE_OWN}
-        values = {**_defaults(), **more, **self._tokens, "add_generation_prompt": True}
+        generate = bool(variables.get(chat_format.GENERATE, True))
+        values = {**_defaults(), **more, **self._tokens, chat_format.GENERATE: generate}
         if not self.knows_tools:
             return self._render(history.in_words(known, functions), [None], values)
         return self._render(known, _as_tools(functions), values)
@@ -97,12 +104,13 @@ class ChatTemplate:
         variables: dict[str, Any],
     ) -> str:
         """The prompt up to the end of the last message's text, which is the assistant's."""
-        others = {k: v for k, v in variables.items() if k != chat_format.CONTINUE}
-        before = self.render(messages[:-1], functions, others, self._most)
+        own = (chat_format.CONTINUE, chat_format.GENERATE)
+        others = {k: v for k, v in variables.items() if k not in own}
+        before = self.render(messages[:-1], functions, others, self._most, self._contents)
         last = messages[-1]
         if before.rstrip().endswith(chat_format.THINK):  # the text begins after the thoughts
             before = f"{before.rstrip()}\n\n{chat_format.THOUGHT}\n\n"
-        return before + str(last["content"] or "").rstrip()
+        return before + str(self._contents.marked(last["content"]) or "")
 
     def _render(self, messages: list[Message], tools: list[Any], values: dict[str, Any]) -> str:
         """Of the first of the messages' forms, and of the tools', that the template takes: it
@@ -116,7 +124,7 @@ class ChatTemplate:
                 except _Raised as error:
                     first = first or error
                     continue
-                if history.shown(text, messages):
+                if self._shows(text, messages):
                     return text
                 without = text if without is None else without
         if text := self._in_parts(messages, {**values, "tools": tools[0]}):
@@ -135,12 +143,16 @@ class ChatTemplate:
             text = self._try(history.in_parts(messages), values)
         except _Raised:
             return ""
-        return text if history.shown(text, messages) and not history.raw(text) else ""
+        return text if self._shows(text, messages) and not history.raw(text) else ""
+
+    def _shows(self, text: str, messages: list[Message]) -> bool:
+        return history.shown(self._contents.unmarked(text), messages)
 
     def _try(self, messages: list[Message], values: dict[str, Any]) -> str:
         parts, size = [], 0
         try:
-            for part in self._template.generate(messages=messages, **values):
+            given = self._contents.marked({**values, "messages": messages})
+            for part in self._template.generate({**given, **self._tokens}):
                 parts.append(part)
                 size += len(part)
                 if size > self._most:
@@ -148,7 +160,7 @@ class ChatTemplate:
         except MemoryError:
             raise
         except Exception as error:
-            raise _Raised(_reason(error)) from error
+            raise _Raised(_reason(self._contents.unmarked(str(error)))) from error
         if size > self._most:
             raise ContextOverflow(f"The prompt has more than {self._most} characters.")
         return "".join(parts)
@@ -168,8 +180,8 @@ def _as_tools(functions: list[dict[str, Any]] | None) -> list[Any]:
     return [[{"type": "function", "function": one} for one in way] for way in ways]
 
 
-def _reason(error: Exception) -> str:
-    return str(error)[:_REASON_LENGTH].rstrip(".")
+def _reason(said: str) -> str:
+    return said[:_REASON_LENGTH].rstrip(".")
 
 
 # -- what templates find ---------------------------------------------------------------------------
@@ -228,7 +240,9 @@ def _null(value: Any) -> None:
 class Render(msgspec.Struct, array_like=True, frozen=True):
     """A job: what `messages` become.  Without any, whether `source` knows tools: b"1" or b"".
 
-    `functions` is JSON text of a list, `most` is in characters, `whose` as in ChatTemplate.
+    `functions` is JSON text of a list, `most` is in characters, `whose` as in ChatTemplate, and
+    `controls` are the texts of control tokens that are nothing but text where they are not the
+    template's own.
     """
 
     source: str
@@ -239,27 +253,31 @@ class Render(msgspec.Struct, array_like=True, frozen=True):
     variables: dict[str, Any] = {}
     most: int = 0
     whose: str = "the model's file"
+    controls: list[str] = []
 
 
 def make(_: bytes) -> Callable[[bytes], bytes]:
-    """The jobs' function (see `sandbox`): a `Render` to UTF-8."""
+    """The jobs' function (see `sandbox`): a `Render` to msgpack of the prompt's parts (see
+    `control_tokens`)."""
     decoder = msgspec.msgpack.Decoder(Render)
-    kept: dict[str, ChatTemplate] = {}  # an engine has one
+    kept: dict[str, tuple[ChatTemplate, ControlTokens]] = {}  # an engine has one
 
     def run(payload: bytes) -> bytes:
         asked = decoder.decode(payload)
-        template = kept.get(asked.source)
-        if template is None:
+        if asked.source not in kept:
             kept.clear()
-            template = ChatTemplate(asked.source, bos=asked.bos, eos=asked.eos, whose=asked.whose)
-            kept[asked.source] = template
+            made = ChatTemplate(asked.source, bos=asked.bos, eos=asked.eos, whose=asked.whose)
+            kept[asked.source] = made, ControlTokens(asked.controls)
+        template, controls = kept[asked.source]
         if asked.messages is None:
             return b"1" if template.knows_tools else b""
         try:
             functions = msgspec.json.decode(asked.functions or "[]", type=list[dict[str, Any]])
         except (msgspec.DecodeError, RecursionError):
             raise BadRequest("The tools are no list that can be read.", param="tools") from None
-        text = template.render(asked.messages, functions, asked.variables, asked.most)
-        return text.encode(errors="replace")  # a template may make half a surrogate pair
+        contents = controls.contents()
+        text = template.render(asked.messages, functions, asked.variables, asked.most, contents)
+        text = text.encode(errors="replace").decode()  # a template may make half a surrogate pair
+        return msgspec.msgpack.encode(contents.parts(text))
 
     return run

@@ -11,15 +11,19 @@ from pinaivu_box.chat_format import overlap
 class Detokenizer:
     """`push` tokens one by one; it returns the text that is now certain.
 
-    Bytes of an unfinished UTF-8 character wait for the next token, and text that may be the
-    beginning of a stop string waits until it is known not to be one.
+    Bytes of an unfinished UTF-8 character wait for the next token, and are no text if none comes;
+    text that may be the beginning of a stop string waits until it is known not to be one.  A stop
+    string ends nothing that is complete within the first `min_tokens` tokens.
     """
 
-    def __init__(self, piece: Callable[[int], bytes], stop: list[str]) -> None:
+    def __init__(self, piece: Callable[[int], bytes], stop: list[str], min_tokens: int = 0) -> None:
         self._piece = piece
         self._stop = stop
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._decoder = _decoder()
         self._held = ""
+        self._early = min_tokens  # tokens that no stop string ends
+        self._exempt = 0  # characters of what is held that such tokens have completed
+        self._begun = b""  # of a character, by the prompt
         self.stop_string: str | None = None
 
     @property
@@ -32,28 +36,54 @@ class Detokenizer:
         """Whether text or bytes wait for more."""
         return bool(self._held or self._decoder.getstate()[0])
 
+    def follow(self, prompt: bytes) -> None:
+        """The end of the prompt: the first token may finish a character that it has begun."""
+        before = _decoder()
+        before.decode(prompt)
+        self._begun = before.getstate()[0]
+
     def push(self, token: int) -> str:
         """Text that may be sent.  Once `stopped` is True, all before the stop string was given."""
-        return self._take(self._decoder.decode(self._piece(token)))
-
-    def flush(self) -> str:
-        """The sequence has ended otherwise: all that was held back."""
-        text = self._take(self._decoder.decode(b"", final=True))
-        if self.stopped:
-            return text
-        held, self._held = self._held, ""
-        return text + held
-
-    def _take(self, text: str) -> str:
+        piece = self._piece(token)
+        if self._begun and piece:
+            begun, self._begun = self._begun, b""
+            if piece[0] & 0xC0 == 0x80:
+                piece = begun + piece
+        text = self._decoder.decode(piece)
         if not self._stop or self.stopped:
             return "" if self.stopped else text
+        early = self._early > 0
+        self._early -= early
+        return self._take(text, early=early)
+
+    def flush(self) -> str:
+        """The sequence has ended otherwise: all text that was held back."""
+        held, self._held = self._held, ""
+        return held
+
+    def _take(self, text: str, *, early: bool) -> str:
         held = self._held + text
+        exempt = len(held) if early else self._exempt
         # The stop string that is complete first ends the text, however the tokens cut it.
-        found = [(at + len(stop), at, stop) for stop in self._stop if (at := held.find(stop)) >= 0]
+        found = [
+            (at + len(stop), at, stop)
+            for stop in self._stop
+            if (at := held.find(stop, max(0, exempt - len(stop) + 1))) >= 0
+        ]
         if found:
             _, at, self.stop_string = min(found)
             self._held = ""
             return held[:at]
         keep = max(overlap(held, stop) for stop in self._stop)
-        self._held = held[len(held) - keep :]
-        return held[: len(held) - keep]
+        said, self._held = held[: len(held) - keep], held[len(held) - keep :]
+        self._exempt = max(0, exempt - len(said))
+        return said
+
+
+def text_of(data: bytes) -> str:
+    """The text of tokens' bytes, up to the last whole character."""
+    return _decoder().decode(data)
+
+
+def _decoder() -> codecs.IncrementalDecoder:
+    return codecs.getincrementaldecoder("utf-8")("replace")

@@ -353,7 +353,7 @@ class Engine:
     def _full(self, sequence: Sequence) -> bool:
         """Whether it may not go on.  Context shift, if it is on, makes room where the context is
         full: it forgets half of what comes after the beginning, and the rest is computed anew."""
-        if len(sequence.tokens) + sequence.shifted >= sequence.max_length:
+        if sequence.silent:
             return True
         if len(sequence.tokens) < sequence.context:
             return False
@@ -389,12 +389,15 @@ def _draws(chunks: list[Chunk]) -> Iterator[Draw]:
             past = NO_PAST
             if sequence.sampling.looks_back:
                 past = Past([*sequence.tokens, *chunk.draft[:number]], sequence.prompt_length)
-            yield Draw(sequence.sampling, _position(chunk, number), past)
+            sampling, position = sequence.sampling, _position(chunk, number)
+            if position < sequence.min_length:
+                sampling = msgspec.structs.replace(sampling, ignore_eos=True)
+            yield Draw(sampling, position, past)
 
 
 def _position(chunk: Chunk, number: int) -> int:
     """Of the token that the chunk's row of that number gives."""
-    return len(chunk.sequence.tokens) + chunk.sequence.shifted + number
+    return chunk.sequence.length + number
 
 
 def _probed(chunks: list[Chunk]) -> Iterator[int]:

@@ -48,10 +48,12 @@ class FakeRunner:
             end_tokens=frozenset({END}),
         )
 
-    def tokenize(self, text: str, most: int | None = None) -> list[int]:
-        return self.tokenize_text(text, most)
+    def tokenize(self, text: str, most: int | None = None, *, special: bool = True) -> list[int]:
+        return self.tokenize_text(text, most, special=special)
 
-    def tokenize_text(self, text: str, most: int | None = None) -> list[int]:
+    def tokenize_text(
+        self, text: str, most: int | None = None, *, special: bool = False
+    ) -> list[int]:
         data = text.encode()
         if most is not None and len(data) > most:
             raise TooManyTokens(len(data))

@@ -12,7 +12,7 @@ from threading import Lock
 from typing import TYPE_CHECKING
 
 from pinaivu_box import chat_format
-from pinaivu_box.engine.detokenizer import Detokenizer
+from pinaivu_box.engine.detokenizer import Detokenizer, text_of
 from pinaivu_box.engine.embeddings import Embedding
 from pinaivu_box.engine.lookup import Experience, Lookup
 from pinaivu_box.engine.messages import (
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 
 _CHARACTERS = 8  # of a token, at most on average
+_CHARACTER = 4  # bytes, and so tokens, at most
 
 _MOST_VECTOR_BYTES = MAX_FRAME_BYTES // 2  # of one request: they go in one frame
 _MOST_TOKENS = 2**18  # that an answer has which is only tokens
@@ -70,12 +71,14 @@ class Intake:
         drafting: bool,
         context_shift: bool,
         model: str = "",
+        parse_special: bool = False,
     ) -> None:
         facts = runner.facts
         self._runner = runner
         self._context = facts.context
         self._n_vocab = facts.n_vocab
         self._context_shift = context_shift
+        self._parse_special = parse_special
         self._drafting = drafting and facts.sharing
         self._grammars: Grammars | None = None
         self._first_grammar = Lock()
@@ -88,6 +91,7 @@ class Intake:
             eos=facts.eos,
             context=facts.context,
             model=model,
+            controls=() if parse_special else facts.controls,
         )
         self._named = NamedPrefixes([], self.template, runner.tokenize)
 
@@ -115,10 +119,10 @@ class Intake:
         try:
             if asked.tokens is not None:
                 self._check_tokens(asked.tokens, "tokens")
-                text = b"".join(map(self._runner.piece, asked.tokens)).decode(errors="replace")
+                text = text_of(b"".join(map(self._runner.piece, asked.tokens)))
                 return Tokenized(name, [] if asked.count else asked.tokens, text)
             if asked.plain and isinstance(asked.add.prompt, str):
-                tokens = self._read(asked.add.prompt, _MOST_TOKENS, special=False)
+                tokens = self._read(asked.add.prompt, _MOST_TOKENS, self._runner.tokenize_text)
                 return Tokenized(name, tokens)
             if asked.inputs is not None:
                 inputs = [self._text_tokens(text) for text in asked.inputs]
@@ -151,8 +155,10 @@ class Intake:
                 raise InvalidBody(why, loc=("body", "logit_bias"))
         text = ""
         if add.echo:
-            text = b"".join(map(self._runner.spelled, prompt)).decode(errors="replace")
-        detokenizer = Detokenizer(self._piece_of(add), add.stop)
+            text = text_of(b"".join(map(self._runner.spelled, prompt)))
+        detokenizer = Detokenizer(self._piece_of(add), add.stop, add.sampling.min_tokens)
+        if isinstance(add.prompt, list):
+            detokenizer.follow(b"".join(map(self._runner.spelled, prompt[-_CHARACTER:])))
         for token in add.output:
             detokenizer.push(token)  # said by an earlier leg
         room = self._context - len(prompt)
@@ -165,6 +171,7 @@ class Intake:
             tokens=list(prompt),
             prompt_length=len(prompt),
             max_length=len(prompt) + limit,
+            min_length=len(prompt) + add.sampling.min_tokens,
             context=self._context,
             sampling=add.sampling,
             weight=add.weight,
@@ -218,7 +225,8 @@ class Intake:
         )
 
     def _text_tokens(self, text: str | list[int]) -> list[int]:
-        tokens = self._read(text, self._context) if isinstance(text, str) else text
+        tokenize = partial(self._runner.tokenize, special=self._parse_special)
+        tokens = self._read(text, self._context, tokenize) if isinstance(text, str) else text
         self._check_tokens(tokens, "input")
         if not tokens:
             raise InvalidBody("the input is empty", loc=("body", "input"))
@@ -229,16 +237,43 @@ class Intake:
             raise InvalidBody(f"there are tokens 0 to {self._n_vocab - 1}", loc=("body", param))
 
     def _read(
-        self, text: str, most: int, *, special: bool = True, exact: bool = False
+        self,
+        text: str,
+        most: int,
+        tokenize: Callable[..., list[int]] | None = None,
+        *,
+        exact: bool = False,
     ) -> list[int]:
-        """Its tokens.  Raises TooManyTokens for more than `most`; unless the number must be
-        `exact`, a text that has more for certain is not tokenized."""
-        tokenize = self._runner.tokenize if special else self._runner.tokenize_text
+        """Its tokens, as a prompt or as `tokenize` says.  Raises TooManyTokens for more than
+        `most`; unless the number must be `exact`, a text that has more for certain is not
+        tokenized."""
+        tokenize = tokenize or self._runner.tokenize
         if len(text) <= _SHORT:
             return tokenize(text)
         if not exact and (fewest := self._runner.fewest_tokens(text)) > most:
             raise TooManyTokens(fewest, exact=False)
         return tokenize(text, most)
+
+    def _read_parts(self, parts: list[str], most: int, *, exact: bool) -> list[int]:
+        """The same of a prompt in parts (see `control_tokens`)."""
+        if len(parts) == 1:
+            return self._read(parts[0], most, exact=exact)
+        tokens: list[int] = []
+        count = 0
+        for number, part in enumerate(parts):
+            tokenize = partial(self._runner.tokenize_text, special=number % 2 == 0)
+            try:
+                found = self._read(part, most, tokenize if number else None, exact=exact)
+            except TooManyTokens as error:
+                count += error.count
+                if not exact:
+                    raise TooManyTokens(count, exact=False) from None
+            else:
+                count += len(found)
+                tokens += found
+        if count > most:
+            raise TooManyTokens(count)
+        return tokens
 
     def _overflow(self, found: TooManyTokens, whose: str | None) -> ContextOverflow:
         return ContextOverflow.of(found.count, self._context, exact=found.exact, param=whose)
@@ -258,7 +293,7 @@ class Intake:
         if add.prompt is not None:
             return self._read(add.prompt, most, exact=exact), False
         try:
-            text = self.template.render(
+            parts = self.template.parts(
                 add.messages,
                 add.tools.functions if add.tools else None,
                 add.template,
@@ -267,8 +302,9 @@ class Intake:
             )
         except ContextOverflow:  # found by its characters, of which a token has only so many
             raise self._overflow(TooManyTokens(self._context + 1, exact=False), None) from None
+        text = "".join(parts)
         thinking = self.template.thinks and text.rstrip().endswith(chat_format.THINK)
-        return self._read(text, most, exact=exact), thinking
+        return self._read_parts(parts, most, exact=exact), thinking
 
     def _infill(self, prefix: str, suffix: str, most: int) -> list[int]:
         """In the order that models were trained with: prefix, suffix, then what is between."""
@@ -276,7 +312,8 @@ class Intake:
         if marks is None:
             why = "suffix needs a model with infill tokens, and this one has none"
             raise InvalidBody(why, loc=("body", "suffix"))
-        before, after = (self._read(text, most, special=False) for text in (prefix, suffix))
+        tokenize = self._runner.tokenize_text
+        before, after = (self._read(text, most, tokenize) for text in (prefix, suffix))
         return [marks[0], *before, marks[1], *after, marks[2]]
 
     def _lookup(self, add: Add) -> Lookup:

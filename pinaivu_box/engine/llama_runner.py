@@ -143,6 +143,7 @@ class LlamaRunner:
             eos=self._token_text(llama.llama_vocab_eos(vocab)),
             end_tokens=frozenset(ends),
             infill=self._infill(),
+            controls=self._controls(),
             defaults=self._sampling_defaults(),
         )
 
@@ -166,6 +167,15 @@ class LlamaRunner:
             llama.llama_vocab_fim_mid(self._vocab),
         )
         return None if min(tokens) < 0 else tokens
+
+    def _controls(self) -> tuple[str, ...]:
+        """What llama.cpp takes for a token only where special tokens are parsed."""
+        special = llama.LLAMA_TOKEN_ATTR_CONTROL | llama.LLAMA_TOKEN_ATTR_UNKNOWN
+        return tuple(
+            self._token_text(token)
+            for token in range(self._n_vocab)
+            if llama.llama_vocab_get_attr(self._vocab, token) & special
+        )
 
     def _sampling_defaults(self) -> SamplingDefaults:
         """What the file says, where a request could say so: the rest was not said."""
@@ -198,14 +208,16 @@ class LlamaRunner:
 
     # -- the protocol --------------------------------------------------------------------------
 
-    def tokenize(self, text: str, most: int | None = None) -> list[int]:
+    def tokenize(self, text: str, most: int | None = None, *, special: bool = True) -> list[int]:
         # Many templates write the BOS token themselves; a second one would harm the model.
         bos = self.facts.bos
-        add_special = not (bos and text.startswith(bos))
-        return self._tokenize(text, most, add_special=add_special, special=True)
+        has_bos = special and bool(bos) and text.startswith(bos)
+        return self._tokenize(text, most, add_special=not has_bos, special=special)
 
-    def tokenize_text(self, text: str, most: int | None = None) -> list[int]:
-        return self._tokenize(text, most, add_special=False, special=False)
+    def tokenize_text(
+        self, text: str, most: int | None = None, *, special: bool = False
+    ) -> list[int]:
+        return self._tokenize(text, most, add_special=False, special=special)
 
     def fewest_tokens(self, text: str) -> int:
         # Other kinds of vocabularies drop spaces, or have one token for a word that they do not

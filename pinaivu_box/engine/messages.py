@@ -20,7 +20,8 @@ class Sampling(Struct, frozen=True):
     """How tokens are drawn; recorded in the proof, so that the draw can be repeated.
 
     `temperature` 0 is greedy.  `top_k` 0, `top_p` 1 and `min_p` 0 switch that truncation off.
-    `seed` is a 64-bit signed integer.  With `ignore_eos` end tokens are never drawn.  The penalties
+    `seed` is a 64-bit signed integer.  With `ignore_eos` end tokens are never drawn, and none among
+    the first `min_tokens`, in which no stop string ends the output either.  The penalties
     are OpenAI's, over the tokens of the output; `repeat_penalty` is llama.cpp's, over the last 64
     tokens, the prompt's included.  `logit_bias` adds to the logits of token ids, which are text
     because JSON's keys are.
@@ -37,6 +38,7 @@ class Sampling(Struct, frozen=True):
     logit_bias: dict[str, float] = {}
     typical_p: float = 1.0
     repeat_penalty: float = 1.0
+    min_tokens: int = 0
 
     @property
     def looks_back(self) -> bool:
@@ -82,7 +84,8 @@ class SamplingDefaults(Struct, frozen=True):
 class Load(Struct, frozen=True, tag=True):
     """The first frame: which file to load and how; `model` is its id.
 
-    Sizes in tokens; `threads` 0 means all physical cores.  `drafting` allows prompt lookup.  The
+    Sizes in tokens; `threads` 0 means all physical cores.  `drafting` allows prompt lookup.  With
+    `parse_special` control tokens are also recognised in messages and in texts to embed.  The
     `parts` of a model in several files are all of them, `path` being the first.
     """
 
@@ -97,6 +100,7 @@ class Load(Struct, frozen=True, tag=True):
     context_shift: bool = False
     parts: list[str] = []
     model: str = ""
+    parse_special: bool = False
 
 
 class Add(Struct, frozen=True, tag=True):

@@ -2,7 +2,8 @@
 
 A text counts where a prompt begins with it: a raw prompt, the system message of a chat, or its
 first message if there is no system message.  What the model's template writes before it belongs to
-it.  It counts whole or not at all, so nobody finds out by guessing how it goes on.
+it.  It counts whole or not at all, so nobody finds out by guessing how it goes on.  One in which a
+control token is written counts in raw prompts only: in a chat it is text.
 """
 
 from __future__ import annotations

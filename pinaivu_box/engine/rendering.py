@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -26,18 +27,30 @@ class Rendering:
     """`source` is the template of the GGUF file, None if it has none.
 
     `style` and `thinks` say how the model writes (see `chat_format`), `model` names it in errors.
+    `controls` are the control tokens that nobody but the template can write (see `control_tokens`).
     A template that cannot be used refuses chats; all else that the model can do works.
     """
 
     def __init__(
-        self, run: Run, source: str | None, *, bos: str, eos: str, context: int, model: str = ""
+        self,
+        run: Run,
+        source: str | None,
+        *,
+        bos: str,
+        eos: str,
+        context: int,
+        model: str = "",
+        controls: Sequence[str] = (),
     ) -> None:
         trusted = source is None
         source = source or CHATML
         self._run = run
         self._whose = f"model '{model}'" if model else "the model's file"
         most = min(context * _LONGEST_PIECE, _LONGEST_PROMPT)
-        self._asked = Render(source, bos, eos, most=most, whose=self._whose)
+        self._asked = Render(
+            source, bos, eos, most=most, whose=self._whose, controls=list(controls)
+        )
+        self._size = len(msgspec.msgpack.encode(self._asked))
         self._strikes = 0
         self._rests_until = 0.0
         self._unusable = ""
@@ -69,25 +82,39 @@ class Rendering:
         tenant: str = "",
         cancellation: Cancellation | None = None,
     ) -> str:
-        """The prompt; `functions` is JSON text of a list.  Raises BadRequest if the template
-        objects, or cannot be used; ContextOverflow if it has more characters than the context has
-        room for, SandboxCancelled."""
+        """The prompt; see `parts`."""
+        given = (messages, functions, variables)
+        return "".join(self.parts(*given, tenant=tenant, cancellation=cancellation))
+
+    def parts(
+        self,
+        messages: list[dict[str, Any]],
+        functions: str | None = None,
+        variables: dict[str, Any] | None = None,
+        *,
+        tenant: str = "",
+        cancellation: Cancellation | None = None,
+    ) -> list[str]:
+        """The prompt in parts: every other one, from the second on, is plain text.  `functions` is
+        JSON text of a list.  Raises BadRequest if the template objects, or cannot be used;
+        ContextOverflow if it has more characters than the context has room for,
+        SandboxCancelled."""
         self._check()
         asked = msgspec.structs.replace(
             self._asked, messages=messages, functions=functions, variables=variables or {}
         )
         payload = msgspec.msgpack.encode(asked)
         try:
-            text = self._run(payload, tenant=tenant, cancellation=cancellation)
+            made = self._run(payload, tenant=tenant, cancellation=cancellation)
         except SandboxLimit as error:
-            if len(payload) - len(asked.source) < _SMALL:
+            if len(payload) - self._size < _SMALL:
                 self._strike()
             raise BadRequest(
                 self._sentence(f"{reached(error.limit)} for these messages: shorten them"),
                 param="messages",
             ) from None
         self._strikes = 0
-        return text.decode()
+        return msgspec.msgpack.decode(made, type=list[str])
 
     def _strike(self) -> None:
         self._strikes += 1

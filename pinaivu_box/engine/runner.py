@@ -36,6 +36,7 @@ class ModelFacts:
     `context` is the most tokens one sequence may have, `kv_tokens` the cells of the whole cache,
     `sequence_ids` how many ids it knows.  Without `sharing` (recurrent models) cells can neither be
     copied nor cut.  With `streams` (see `llama_runner`) a batch is best in order of sequence ids.
+    `controls` are the texts of control tokens, which only a template or a raw prompt can write.
     """
 
     build: str
@@ -53,6 +54,7 @@ class ModelFacts:
     sequence_ids: int = 0  # 0: as many as max_sequences
     sharing: bool = True
     streams: bool = False
+    controls: tuple[str, ...] = ()
     defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
 
 
@@ -98,13 +100,16 @@ class Runner(Protocol):
     @property
     def facts(self) -> ModelFacts: ...
 
-    def tokenize(self, text: str, most: int | None = None) -> list[int]:
-        """Tokens of a rendered prompt; special tokens in it are recognised.  Raises TooManyTokens
-        for more than `most`."""
+    def tokenize(self, text: str, most: int | None = None, *, special: bool = True) -> list[int]:
+        """Tokens of a prompt, with those that the vocabulary puts around one; unless it is not
+        `special`, control tokens in it are recognised.  Raises TooManyTokens for more than
+        `most`."""
         ...
 
-    def tokenize_text(self, text: str, most: int | None = None) -> list[int]:
-        """Tokens of a piece of text in which nothing is special.  Raises TooManyTokens."""
+    def tokenize_text(
+        self, text: str, most: int | None = None, *, special: bool = False
+    ) -> list[int]:
+        """Tokens of a piece of text alone.  Raises TooManyTokens."""
         ...
 
     def fewest_tokens(self, text: str) -> int:

@@ -30,7 +30,8 @@ class Sequence:
     """`tokens` is prompt then output; the first `computed` of them are in the KV cache.
 
     `shifted` is how many tokens a context shift has taken out of the middle: positions in the text,
-    which key the randomness and end at `max_length`, go on counting them.
+    which key the randomness and end at `max_length`, go on counting them.  Before `min_length` no
+    end token is drawn.
     """
 
     id: str
@@ -40,6 +41,7 @@ class Sequence:
     max_length: int
     context: int  # the most tokens that it may have at a time
     sampling: Sampling
+    min_length: int = 0
     weight: float = 1.0  # the tenant's share
     priority: int = 0  # among the tenant's own: higher goes first
     lookup: Lookup | None = None
@@ -90,11 +92,16 @@ class Sequence:
         self.lookup = None  # it knows places that are gone
 
     @property
+    def length(self) -> int:
+        """Of its text: the position of the next token."""
+        return len(self.tokens) + self.shifted
+
+    @property
     def silent(self) -> bool:
         """Whether it has no more to say: what was asked for is its prompt."""
-        return len(self.tokens) + self.shifted >= self.max_length
+        return self.length >= self.max_length
 
     @property
     def plain(self) -> bool:
         """Whether its steps are a draw and nothing else."""
-        return self.grammar is None and self.logprobs is None
+        return self.grammar is None and self.logprobs is None and self.length >= self.min_length

@@ -85,6 +85,7 @@ def main() -> None:
             drafting=load.drafting,
             context_shift=load.context_shift,
             model=load.model,
+            parse_special=load.parse_special,
         )
         arrivals.set_result(Arrivals(intake, outbox.put, inbox.put))
         engine = Engine(runner, token_budget=load.token_budget)

@@ -42,6 +42,7 @@ class Job:
     presence_penalty: float = 0.0
     repeat_penalty: float = 1.0
     typical_p: float = 1.0
+    min_tokens: int = 0
     logit_bias: dict[str, float] = field(default_factory=dict)
     priority: int = 0
     prompt: str | list[int] | None = None

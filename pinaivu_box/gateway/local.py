@@ -213,4 +213,5 @@ def resolve(job: Job, box: SamplingConfig, file: SamplingDefaults) -> Sampling:
         logit_bias=job.logit_bias,
         typical_p=job.typical_p,
         repeat_penalty=job.repeat_penalty,
+        min_tokens=job.min_tokens,
     )

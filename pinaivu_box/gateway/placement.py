@@ -172,6 +172,7 @@ class Placement:
             threads=self._config.threads,
             drafting=self._config.drafting,
             context_shift=self._config.context_shift,
+            parse_special=self._config.parse_special,
             parts=[str(path) for path, _ in model.parts],
             model=model.id,
         )

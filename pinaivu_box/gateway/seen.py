@@ -246,7 +246,7 @@ def _draws_as_asked(sampling: Sampling, job: Job) -> bool:
     if job.settled is not None:
         return sampling == job.settled
     same = ("seed", "ignore_eos", "frequency_penalty", "presence_penalty", "repeat_penalty",
-            "typical_p", "logit_bias")  # fmt: skip
+            "typical_p", "logit_bias", "min_tokens")  # fmt: skip
     asked = msgspec.structs.asdict(job.asked)
     return (
         work.may_draw(sampling)

@@ -44,6 +44,6 @@ def sampling_of(task: Task) -> SamplingConfig:
 def _check(settled: Sampling, task: Task) -> None:
     """How an earlier leg drew is within the same bounds, and what this task says itself."""
     same = ("seed", "ignore_eos", "frequency_penalty", "presence_penalty", "repeat_penalty",
-            "typical_p", "logit_bias")  # fmt: skip
+            "typical_p", "logit_bias", "min_tokens")  # fmt: skip
     if not may_draw(settled) or any(getattr(settled, name) != getattr(task, name) for name in same):
         raise InvalidBody("how an earlier leg drew is not how this one is asked to")

@@ -194,6 +194,8 @@ def as_messages(body: CountTokensRequest) -> list[dict[str, Any]]:
             system.append(_words(blocks, number))
     if system:
         made.insert(0, {"role": "system", "content": "\n\n".join(system)})
+    if continues(body):  # Anthropic takes no white space at its end, where models go on badly
+        made[-1]["content"] = made[-1]["content"].rstrip()
     return made
 
 

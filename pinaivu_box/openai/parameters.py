@@ -26,6 +26,7 @@ _RENAMED = {
     "n_predict": "max_tokens",
     "max_new_tokens": "max_tokens",
     "max_output_tokens": "max_tokens",
+    "min_new_tokens": "min_tokens",
     "random_seed": "seed",
     "stop_sequences": "stop",
     "ttl": "keep_alive",
@@ -51,7 +52,6 @@ _MEANINGLESS: dict[str, tuple[Any, ...]] = {
     "truncation": ("disabled",),
     "max_tool_calls": (),
     "best_of": (1,),
-    "min_tokens": (0,),
 }
 _TIERS = ("auto", "default", "flex", "priority", "scale", "standard_only")
 _THOUGHT = ("think", "thinking", "enable_thinking")

@@ -193,9 +193,27 @@ def check_stream(body: Sampled) -> None:
         raise _needs("stream_options", "stream to be true")
 
 
+def check_length(body: Sampled, most: int | None) -> None:
+    """`most` is the limit of the answer, if it has one.  Raises InvalidBody."""
+    if most is not None and (body.min_tokens or 0) > most:
+        raise InvalidBody(
+            f"min_tokens is {body.min_tokens} and max_tokens {most}: lower the one or raise the "
+            "other",
+            loc=("body", "min_tokens"),
+        )
+
+
+def max_tokens(body: ChatRequest) -> int | None:
+    """The lower of the two limits."""
+    limits = (body.max_tokens, body.max_completion_tokens)
+    return min((one for one in limits if one is not None), default=None)
+
+
 def check_chat(body: ChatRequest) -> None:
     """What one field cannot be without another.  Raises InvalidBody."""
     check_stream(body)
+    check_length(body, max_tokens(body))
+    _check_ending(body)
     if body.top_logprobs is not None and not body.logprobs:
         raise _needs("top_logprobs", "logprobs to be true")
     names = [one.name for one in functions(body.tools or ())]
@@ -214,6 +232,19 @@ def check_chat(body: ChatRequest) -> None:
         raise InvalidBody("grammar and response_format exclude each other", loc=("body", "grammar"))
     if body.grammar and names and body.tool_choice != "none":
         raise InvalidBody("grammar and tools exclude each other", loc=("body", "grammar"))
+
+
+def _check_ending(body: ChatRequest) -> None:
+    if not body.continue_final_message:
+        return
+    if body.add_generation_prompt:
+        raise InvalidBody(
+            "continue_final_message and add_generation_prompt exclude each other",
+            loc=("body", "continue_final_message"),
+        )
+    last = body.messages[-1]
+    if not isinstance(last, AssistantMessage) or last.tool_calls:
+        raise _needs("continue_final_message", "a last message of the assistant without tool calls")
 
 
 def _needs(name: str, what: str) -> InvalidBody:

@@ -269,6 +269,7 @@ class Sampled(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     repeat_penalty: Annotated[float, Meta(gt=0, le=10)] | None = None
     grammar: Text | None = None  # GBNF, or Lark as llguidance reads it
     ignore_eos: bool | None = None
+    min_tokens: Annotated[int, Meta(ge=0, le=2**31 - 1)] | None = None  # as vLLM's
     cache_prompt: bool | None = None
     keep_alive: KeepAlive | None = None  # Ollama's
     pinaivu: Extension | None = None
@@ -297,7 +298,10 @@ class ChatRequest(Sampled, frozen=True, kw_only=True):
     store: bool | None = None
     safety_identifier: Identifier | None = None
     prompt_cache_key: Identifier | None = None
-    chat_template_kwargs: TemplateVariables | None = None  # as vLLM's
+    # As vLLM's.
+    chat_template_kwargs: TemplateVariables | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
 
     @staticmethod
     def prepare(raw: dict[str, Any], passed: Passed) -> None:
@@ -321,7 +325,8 @@ class Usage(Struct, frozen=True):
 
 
 class TopLogprob(Struct, frozen=True):
-    """`token` is the text of `bytes`, as far as they are text."""
+    """`token` is the text of `bytes`; of a part of a character, they are written as OpenAI does:
+    `\\xf0`."""
 
     token: str
     bytes: list[int]

@@ -101,6 +101,7 @@ class Task(Struct, frozen=True, omit_defaults=True):
     presence_penalty: _Penalty = 0.0
     repeat_penalty: _Repeat = 1.0
     typical_p: _Typical = 1.0
+    min_tokens: _Small = 0
     logit_bias: _Bias = {}
     priority: Annotated[int, Meta(ge=-100, le=100)] = 0
     prompt: Text | Tokens_ | None = None
@@ -131,6 +132,7 @@ class _Drawn(Asked, frozen=True, kw_only=True):
     typical_p: _Typical
     repeat_penalty: _Repeat
     logit_bias: _Bias
+    min_tokens: _Small
 
 
 class Ask(Struct, frozen=True, tag="ask"):

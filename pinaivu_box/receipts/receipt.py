@@ -157,6 +157,8 @@ class ReceiptView(Struct, frozen=True, omit_defaults=True, forbid_unknown_fields
 
 def sampling_record(sampling: Sampling, max_tokens: int | None) -> dict[str, Any]:
     record: dict[str, Any] = msgspec.to_builtins(sampling)
+    if not sampling.min_tokens:  # boxes that do not know it check that nothing else is said
+        del record["min_tokens"]
     return {**record, "seed": str(sampling.seed), "max_tokens": max_tokens}
 
 

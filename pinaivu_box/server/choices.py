@@ -113,4 +113,4 @@ def _logprobs(one: TokenLogprob) -> TokenLogprobs:
 
 
 def _token(token: bytes) -> tuple[str, list[int]]:
-    return token.decode(errors="replace"), list(token)
+    return token.decode(errors="backslashreplace"), list(token)

@@ -24,7 +24,7 @@ from pinaivu_box.openai.completions import (
     CompletionRequest,
 )
 from pinaivu_box.openai.logprobs import shown_likeliest, shown_token
-from pinaivu_box.openai.request import check_stream, texts_or_tokens
+from pinaivu_box.openai.request import check_length, check_stream, texts_or_tokens
 from pinaivu_box.openai.types import ContextShift
 from pinaivu_box.receipts.commitment import new_nonce
 from pinaivu_box.server.envelope import JSON
@@ -73,6 +73,7 @@ def _prompts(body: CompletionRequest) -> list[str | list[int]]:
     if body.suffix and not isinstance(prompts[0], str):
         raise InvalidBody("suffix needs a prompt of text", loc=("body", "suffix"))
     check_stream(body)
+    check_length(body, _max_tokens(body.max_tokens))
     return prompts
 
 

@@ -8,12 +8,13 @@ from typing import Any
 
 import msgspec
 
+from pinaivu_box.chat_format import CONTINUE, GENERATE
 from pinaivu_box.config import SamplingConfig
 from pinaivu_box.engine.messages import Constraint, Tools
 from pinaivu_box.errors import InvalidBody
 from pinaivu_box.gateway.backend import Job, committed
 from pinaivu_box.models.catalog import Model
-from pinaivu_box.openai.request import normalise, stop_strings, text_of
+from pinaivu_box.openai.request import max_tokens, normalise, stop_strings, text_of
 from pinaivu_box.openai.tools import functions, wanted
 from pinaivu_box.openai.types import (
     ChatRequest,
@@ -45,6 +46,7 @@ def job_of(body: Sampled, model: Model, request_id: str, tenant: str) -> Job:
         presence_penalty=body.presence_penalty or 0.0,
         repeat_penalty=body.repeat_penalty or 1.0,
         typical_p=body.typical_p or 1.0,
+        min_tokens=body.min_tokens or 0,
         logit_bias=body.logit_bias or {},
         priority=body.pinaivu.priority if body.pinaivu else 0,
         constraint=grammar(body.grammar) if body.grammar else None,
@@ -54,14 +56,13 @@ def job_of(body: Sampled, model: Model, request_id: str, tenant: str) -> Job:
 
 def chat_job(body: ChatRequest, model: Model, request_id: str, tenant: str) -> Job:
     """Raises InvalidBody."""
-    limits = [n for n in (body.max_tokens, body.max_completion_tokens) if n is not None]
     job = job_of(body, model, request_id, tenant)
     return replace(
         job,
         messages=normalise(body.messages),
-        max_tokens=min(limits) if limits else None,
+        max_tokens=max_tokens(body),
         tools=_tools(body),
-        template={**_template(body), **(body.chat_template_kwargs or {})},
+        template={**_template(body), **(body.chat_template_kwargs or {}), **_ending(body)},
         constraint=job.constraint or _format(body),
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         prediction=text_of(body.prediction.content) if body.prediction else "",
@@ -119,6 +120,12 @@ def _template(body: ChatRequest) -> dict[str, Any]:
     if effort in ("none", "minimal"):
         return {"enable_thinking": False, "reasoning_effort": "low"}
     return {"enable_thinking": True, "reasoning_effort": "high" if effort == "xhigh" else effort}
+
+
+def _ending(body: ChatRequest) -> dict[str, Any]:
+    if body.continue_final_message:
+        return {CONTINUE: True}
+    return {GENERATE: False} if body.add_generation_prompt is False else {}
 
 
 def _format(body: ChatRequest) -> Constraint | None:

@@ -212,16 +212,23 @@ class Template(Rendering):
     """A chat template that is run here; functions may also be a list."""
 
     def __init__(
-        self, source: str | None = None, *, bos: str = "", eos: str = "", model: str = ""
+        self,
+        source: str | None = None,
+        *,
+        bos: str = "",
+        eos: str = "",
+        model: str = "",
+        controls: Sequence[str] = (),
     ) -> None:
         run = here(chat_template.make(b""))
-        super().__init__(run, source, bos=bos, eos=eos, context=1000, model=model)
+        more = {"model": model, "controls": controls}
+        super().__init__(run, source, bos=bos, eos=eos, context=1000, **more)  # type: ignore[arg-type]
 
-    def render(self, messages: Any, functions: Any = None, variables: Any = None, **_: Any) -> str:
+    def parts(
+        self, messages: Any, functions: Any = None, variables: Any = None, **_: Any
+    ) -> list[str]:
         told = json.dumps(functions) if isinstance(functions, list) and functions else None
-        return super().render(
-            messages, functions if isinstance(functions, str) else told, variables
-        )
+        return super().parts(messages, functions if isinstance(functions, str) else told, variables)
 
 
 class Engine:
@@ -238,10 +245,15 @@ class Engine:
         policy: Fixed | None = Fixed(),
         shift: bool = False,
         sandboxes: Sandboxes | None = None,
+        parse_special: bool = False,
     ) -> None:
         drafting = policy is None or policy.draft > 0
         self._intake = Intake(
-            runner, sandboxes or in_this_process(), drafting=drafting, context_shift=shift
+            runner,
+            sandboxes or in_this_process(),
+            drafting=drafting,
+            context_shift=shift,
+            parse_special=parse_special,
         )
         self._engine = engines.Engine(runner, token_budget=token_budget)
         self._output = Output()

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pinaivu_box.engine.detokenizer import Detokenizer
+from pinaivu_box.engine.detokenizer import Detokenizer, text_of
 
 # Few letters, so that stop strings are met, half met and overlap; some of several bytes.
 LETTERS = st.sampled_from("abcé€😀")
@@ -22,14 +22,14 @@ def pieces(draw: st.DrawFn, texts: st.SearchStrategy[str] = TEXTS) -> list[bytes
     return [data[a:b] for a, b in zip([0, *cuts], [*cuts, len(data)], strict=True)]
 
 
-def detokenizer(parts: list[bytes], stop: list[str]) -> Detokenizer:
+def detokenizer(parts: list[bytes], stop: list[str], min_tokens: int = 0) -> Detokenizer:
     """Token n is the n-th part."""
-    return Detokenizer(parts.__getitem__, stop)
+    return Detokenizer(parts.__getitem__, stop, min_tokens)
 
 
-def run(parts: list[bytes], stop: list[str]) -> list[str]:
+def run(parts: list[bytes], stop: list[str], min_tokens: int = 0) -> list[str]:
     """What each push gave, then what flush gave; ends early when stopped, as an engine does."""
-    made = detokenizer(parts, stop)
+    made = detokenizer(parts, stop, min_tokens)
     given_out = []
     for token in range(len(parts)):
         given_out.append(made.push(token))
@@ -38,9 +38,10 @@ def run(parts: list[bytes], stop: list[str]) -> list[str]:
     return [*given_out, made.flush()]
 
 
-def before_stop(text: str, stop: list[str]) -> str:
-    """The text before the stop string that was completed first (the longest, of several)."""
-    for end in range(len(text) + 1):
+def before_stop(text: str, stop: list[str], least: int = 0) -> str:
+    """The text before the stop string that was completed first (the longest, of several), not
+    within the first characters."""
+    for end in range(least and least + 1, len(text) + 1):
         starts = [end - len(s) for s in stop if text[:end].endswith(s)]
         if starts:
             return text[: min(starts)]
@@ -57,6 +58,19 @@ def test_output_is_the_text_before_the_first_completed_stop(
     out = "".join(run(parts, stop))
     assert out == before_stop(text, stop)
     assert not any(s in out for s in stop)
+
+
+@settings(max_examples=1000)
+@given(pieces(), STOPS, st.integers(0, 12))
+@example([b"abc", b"c", b"b", b"c"], ["abcx", "bc"], 1)
+def test_the_first_tokens_are_ended_by_no_stop_string(
+    parts: list[bytes], stop: list[str], min_tokens: int
+) -> None:
+    text = b"".join(parts).decode()
+    early = len(b"".join(parts[:min_tokens]).decode(errors="ignore"))
+    out = "".join(run(parts, stop, min_tokens))
+    # What is held back as the beginning of one may be cut off by it later.
+    assert out == before_stop(text, stop, early)
 
 
 @settings(max_examples=500)
@@ -130,6 +144,22 @@ def test_a_stop_string_of_several_bytes_may_be_cut_inside_its_character() -> Non
     assert run([b"1", euro[:1], euro[1:], b"2"], ["€"]) == ["1", "", ""]
 
 
-@pytest.mark.parametrize("stop", [[], ["x"]])
-def test_an_unfinished_character_at_the_end_becomes_one_replacement(stop: list[str]) -> None:
-    assert run([b"a", "😀".encode()[:3]], stop) == ["a", "", "\ufffd"]
+@pytest.mark.parametrize("stop", [[], ["x"], ["ab"], ["😀"]])
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_an_unfinished_character_at_the_end_is_no_text(stop: list[str], size: int) -> None:
+    head = "😀".encode()[:size]
+    assert "".join(run([b"a", head], stop)) == "a" == text_of(b"a" + head)
+    assert "".join(run([b"a", head, b"b"], stop)) == "a\ufffdb"  # its rest did not come
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_a_character_that_the_prompt_has_begun_is_finished(size: int) -> None:
+    data = "😀".encode()
+    for rest, text in ((data[size:] + b"!", "😀!"), (b"", ""), (b"no", "no"), (data, "😀")):
+        made = detokenizer([bytes([one]) for one in rest], [])
+        made.follow(b"a" + data[:size])
+        assert not made.holds
+        assert "".join(map(made.push, range(len(rest)))) + made.flush() == text
+    whole = detokenizer([b"b"], [])
+    whole.follow("a😀".encode()[2:])  # tokens that begin in the middle of one
+    assert whole.push(0) == "b"

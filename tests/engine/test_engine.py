@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -21,6 +24,7 @@ from tests.engine.harness import (
     load,
     make,
     run,
+    sampling,
 )
 
 # -- batching --------------------------------------------------------------------------------------
@@ -107,6 +111,32 @@ def test_no_slot_in_the_middle_of_a_sequence_that_is_alone_ends_it_by_length() -
     heard = run(engine, [add("r", "go", max_tokens=60)])
     assert heard.ends["r"] == "length"
     assert 0 < len(heard.tokens["r"]) < 60
+
+
+@pytest.mark.parametrize("draft", [0, 5])
+def test_no_end_is_drawn_before_the_least_length(draft: int) -> None:
+    """Up to where it would have ended a sequence says the same; also in company, with drafts, and
+    if it is resumed."""
+    least = {"r": 0, "s": 30, "t": 90}
+    # Without truncation, which looks at all that may be drawn.
+    kind: dict[str, Any] = {"logit_bias": {str(END): 2.0}, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+    ended = []
+    for seed in range(8):
+        adds = [
+            add(name, "go", 100, sampling=sampling(1.2, seed, min_tokens=count, **kind))
+            for name, count in least.items()
+        ]
+        heard = run(make(can_end=True, draft=draft)[0], adds)
+        short, tokens = heard.tokens["r"], heard.tokens["t"]
+        assert END not in tokens[:90] and len(tokens) >= 90
+        assert END not in heard.tokens["s"][:30] and len(heard.tokens["s"]) >= 30
+        if END in short:
+            assert tokens[: len(short) - 1] == short[:-1]
+        (again,) = (one for one in adds if one.id == "t")
+        again = msgspec.structs.replace(again, output=tokens[:50])
+        assert run(make(can_end=True, draft=draft)[0], [again]).tokens["t"] == tokens[50:]
+        ended.append(len(short) < 30 < len(heard.tokens["s"]) < 100)
+    assert any(ended)  # one would have ended before, and has then
 
 
 @pytest.mark.parametrize("stop", [[], ["e"], ["qqq"]])

@@ -17,7 +17,7 @@ class Counted(FakeRunner):
 
     letters = 0
 
-    def tokenize(self, text: str, most: int | None = None) -> list[int]:
+    def tokenize(self, text: str, most: int | None = None, *, special: bool = True) -> list[int]:
         self.letters += len(text)
         return super().tokenize(text, most)
 

@@ -92,6 +92,22 @@ async def test_a_proof_of_version_1_is_accepted(world: World) -> None:
     assert "0.0 disputes" in await world.why()
 
 
+async def test_an_older_box_is_left_that_knows_no_least_length(world: World) -> None:
+    """Whoever knows it serves, and it has done nothing wrong; without one it serves as before."""
+    liar = world.lie(Lie(sampling={"min_tokens": 0}))
+    body = {"min_tokens": 3, "max_tokens": 8}
+    answer = (await world.anna.chat("at least three", **body)).json()
+    receipt = await checked(world, answer)
+    assert liar.asked == 1 and receipt["node_id"] == world.ben.node_id
+    assert proof_of(receipt)["sampling"]["min_tokens"] == 3
+    world.anna.forget()
+    answer = (await world.anna.chat("as long as it likes")).json()
+    receipt = await checked(world, answer)
+    assert receipt["node_id"] == world.carl.identity.node_id
+    assert "min_tokens" not in proof_of(receipt)["sampling"]
+    assert "0.0 disputes" in await world.why()
+
+
 class OldEmbedder(Liar):
     """Sends whole vectors, whatever was asked for, and a proof that says nothing of them."""
 
