@@ -31,7 +31,7 @@ SAMPLINGS = st.builds(
 DEFAULTS = st.builds(messages.SamplingDefaults, temperature=st.none() | FLOATS)
 CHATS = st.lists(st.fixed_dictionaries({"role": TEXT, "content": TEXT}), max_size=3)
 SIZES = st.integers(0, 2**63)
-SWITCHES = dict.fromkeys(("drafting", "context_shift"), st.booleans())
+SWITCHES = dict.fromkeys(("drafting", "context_shift", "parse_special"), st.booleans())
 PARTS = {"parts": st.lists(TEXT, max_size=3)}
 LOADS = {name: SIZES for name in Load.__struct_fields__ if name != "path"} | SWITCHES | PARTS
 READY = dict.fromkeys(("context", "kv_tokens", "max_sequences"), SIZES)
