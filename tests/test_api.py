@@ -110,11 +110,15 @@ def test_choices_of_a_stream(fake_box: Box) -> None:
 
 def test_a_client_that_leaves_ends_all_choices(fake_box: Box) -> None:
     stream = chat(fake_box, model=FAKE, n=5, stream=True, max_tokens=3500)
-    request_id = next(iter(stream)).request_id
+    begun: set[int] = set()
+    for chunk in stream:
+        begun.update(choice.index for choice in chunk.choices if choice.delta.content)
+        if len(begun) == 5:
+            break
     stream.close()
-    path = f"/v1/receipts/{request_id}"
+    path = f"/v1/receipts/{chunk.request_id}"
     wait_until(lambda: fake_box.http("GET", path).status_code == 200, "the receipt")
-    signed = check_receipt(fake_box, request_id)
+    signed = check_receipt(fake_box, chunk.request_id)
     assert signed["finish_reason"] == "cancelled"
     assert len(signed["proofs"]) == 5
 

@@ -17,6 +17,8 @@ from pinaivu_box.engine.history import Arguments
 
 _NOTHING = re.compile("((?!))")
 _SHORTEST, _LONGEST = 3, 128  # characters of what is taken for a control token's text
+_NAME = re.compile("[A-Za-z0-9_]+")
+_BRACKETED = re.compile(".[^A-Za-z0-9].+[^A-Za-z0-9].", re.DOTALL)
 
 
 class ControlTokens:
@@ -27,14 +29,10 @@ class ControlTokens:
         words = [
             one
             for one in spellings
-            if _SHORTEST <= len(one) <= _LONGEST and not one.replace("_", "").isalnum()
+            if _SHORTEST <= len(one) <= _LONGEST and not _NAME.fullmatch(one)
         ]
         # Templates may put angle brackets around what they are given.
-        inner = [
-            one[1:-1]
-            for one in words
-            if len(one) >= _SHORTEST + 2 and not (one[1].isalnum() or one[-2].isalnum())
-        ]
+        inner = [one[1:-1] for one in words if _BRACKETED.fullmatch(one)]
         self._words = re.compile(f"({_any_of(words)})") if words else _NOTHING
         self._inner = re.compile(_any_of(inner)) if inner else _NOTHING
 

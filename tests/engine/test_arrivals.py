@@ -48,12 +48,12 @@ class Door:
         monkeypatch.setattr(grammar.Grammars, "make", held_up)
         tokenize = self.runner.tokenize
 
-        def held_up_too(text: str) -> list[int]:
+        def held_up_too(text: str, **options: Any) -> list[int]:
             event = self.ready.get(text)
             if event is not None:
                 self.begun.put(text)
                 assert event.wait(PATIENCE)
-            return tokenize(text)
+            return tokenize(text, **options)
 
         monkeypatch.setattr(self.runner, "tokenize", held_up_too)
         self.begun: queue.SimpleQueue[str] = queue.SimpleQueue()
