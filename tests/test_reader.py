@@ -96,10 +96,16 @@ CASES: list[tuple[str, Style | None, dict[str, Any], Read]] = [
         [("call", "f", "a"), G],
     ),
     (
-        '<tool_call>{"name": "f", "arguments": {"input": "cut of',
+        '<tool_call>{"name": "f", "arguments": {"input": "\\ud83d\\ude00 \\ud83d."}}</tool_call>',
         TAGS,
         {"customs": ["f"]},
-        [("call", "f", '{"input": "cut of')],
+        [("call", "f", "\N{GRINNING FACE} .")],
+    ),
+    (
+        '<tool_call>{"name": "f", "arguments": {"input": "cut of\\u00e',
+        TAGS,
+        {"customs": ["f"]},
+        [("call", "f", "cut of")],
     ),
     (f"[TOOL_CALLS][{CALL_F}, {CALL_G}]", MISTRAL, {}, [F, G]),
     (f"Yes.[TOOL_CALLS] [{CALL_G}]", MISTRAL, {}, [("text", "Yes."), G]),

@@ -26,6 +26,7 @@ from pinaivu_box.openai.types import (
 )
 
 _INPUT = "input"  # the one argument of a custom tool
+_ESCAPE = len("\\u0000")  # the longest end of a text that may have to go, if it was cut off
 
 
 class ResponseFunction(
@@ -128,12 +129,20 @@ def as_arguments(text: str) -> str:
 
 def as_input(arguments: str) -> str:
     """The text that a custom tool is called with; `arguments` may have been cut off."""
-    try:
-        given = json.loads(arguments)
-    except (ValueError, RecursionError):
-        return arguments
-    text = given.get(_INPUT) if isinstance(given, dict) else None
-    return text if isinstance(text, str) else arguments
+    whole = [arguments, *(arguments[: len(arguments) - cut] + '"}' for cut in range(_ESCAPE))]
+    for one in whole:
+        try:
+            given = json.loads(one)
+        except (ValueError, RecursionError):
+            continue
+        text = given.get(_INPUT) if isinstance(given, dict) else None
+        return _encodable(text) if isinstance(text, str) else arguments
+    return arguments
+
+
+def _encodable(text: str) -> str:
+    """Without halves of characters, which JSON can spell and UTF-8 cannot."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "ignore")
 
 
 def _each(
