@@ -1,7 +1,7 @@
-"""What Claude Code and Codex send, and what their SDKs read of the answers.
+"""What real programs send is taken, and what their SDKs read of the answers.
 
-`agents.json` holds the requests of a session each (`claude -p`, `codex exec`; a call of a tool and
-its result), with filler in place of their texts.
+`recorded/` holds the requests of a session each (see `recording`), of coding agents in which their
+tools were called.  The model follows the same `script` as when `tests/clients/run` recorded them.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from typing import Any
 import pytest
 
 from tests.box import Box
+from tests.clients import recording, script
+from tests.clients.page import MODEL
+from tests.clients.programs import PROGRAMS
 
 FAKE = "fake:1"
-RECORDED: dict[str, list[dict[str, Any]]] = json.loads(
-    Path(__file__).with_name("agents.json").read_text()
-)
+RECORDED = Path(__file__).with_name("recorded")
 USER = {"role": "user", "content": "Hello"}
 CALL = {"type": "tool_use", "id": "toolu_1", "name": "look", "input": {"at": "a"}}
 LOOK = {
@@ -37,7 +38,9 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Box]:
     home = tmp_path_factory.mktemp("agents") / "home"
     config = home.with_name("box.toml")
     config.write_text("[engine]\ncontext = 200000\n")
-    started = Box(home, "--config", str(config), "--model", f"{FAKE}=fake:0").start()
+    scripted = script.write(home.with_name("script.json"), "/work")
+    models = ("--model", f"{FAKE}=fake:0", "--model", f"{MODEL}=fake:{scripted}")
+    started = Box(home, "--config", str(config), *models).start()
     yield started
     started.end()
 
@@ -64,24 +67,60 @@ def counted(here: Box, *said: Any, **more: Any) -> int:
     return int(ask(here, "/v1/messages/count_tokens", body).json()["input_tokens"])
 
 
-@pytest.mark.parametrize(("name", "number"), [(n, i) for n in RECORDED for i in range(2)])
-def test_what_they_sent_is_taken(here: Box, name: str, number: int) -> None:
-    recorded = RECORDED[name][number]
-    cut = {"max_tokens": 8} if name == "claude" else {"max_output_tokens": 8}
-    answer = ask(here, recorded["path"], {**recorded["body"], "model": FAKE, **cut})
-    ignored = answer.headers["x-pinaivu-ignored"].split(", ")
-    events = events_of(answer.text)
-    kinds = [one["type"] for one in events]
-    if name == "claude":
-        assert {"context_management", "output_config", "thinking.display"} <= set(ignored)
-        assert (kinds[0], kinds[-1]) == ("message_start", "message_stop")
-        assert events[0]["message"]["content"] == []
-        first = events[0]["message"]
-        assert first["usage"]["input_tokens"] > 1000 and first["ignored_parameters"] == ignored
-    else:
-        assert {"client_metadata", "tools.web_search"} <= set(ignored)
-        assert (kinds[0], kinds[-1]) == ("response.created", "response.incomplete")
-        assert events[0]["response"]["output"] == []
+def called(text: str) -> list[str]:
+    """The tools that an answer calls, in whichever API's shape."""
+    streamed = [line[6:] for line in text.split("\n") if line.startswith("data: {")]
+    found: dict[str, str] = {}
+
+    def look(value: Any) -> None:
+        if isinstance(value, dict):
+            name = value.get("name") or (value.get("function") or {}).get("name")
+            if name and value.get("id"):  # in a stream, there several times
+                found[value["id"]] = name
+        for one in value.values() if isinstance(value, dict) else value:
+            if isinstance(one, dict | list):
+                look(one)
+
+    for one in streamed or [text]:
+        look(json.loads(one))
+    return list(found.values())
+
+
+def check_stream(path: str, text: str) -> None:
+    """It has the beginning and the end that the SDKs wait for."""
+    events = [json.loads(one[6:]) for one in text.split("\n") if one.startswith("data: {")]
+    if "/chat/completions" in path:
+        assert text.rstrip().endswith("data: [DONE]")
+        assert [one["choices"][0]["finish_reason"] for one in events if one["choices"]][-1]
+        return
+    first, last = {
+        "/v1/messages": ("message_start", "message_stop"),
+        "/v1/responses": ("response.created", "response.completed"),
+    }[path.partition("?")[0]]
+    assert (events[0]["type"], events[-1]["type"]) == (first, last)
+    inner = events[0].get("message") or events[0]["response"]
+    assert not inner.get("content") and not inner.get("output")
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_a_session_is_taken_again(here: Box, name: str) -> None:
+    recorded = json.loads((RECORDED / f"{name}.json").read_text())
+    assert recorded["version"] == PROGRAMS[name].version
+    ids: list[list[str]] = []
+    calls: list[str] = []
+    for one in recording.expanded(recorded):
+        sent = recording.with_ids(json.dumps(one), ids)
+        one = json.loads(sent)
+        answer = here.http(
+            one["method"], one["path"], headers=one["headers"],
+            content=None if one["body"] is None else json.dumps(one["body"]),
+        )  # fmt: skip
+        assert answer.status_code // 100 == 2, f"{one['path']}: {answer.text[:2000]}"
+        ids.append(recording.ids_in(answer.text))
+        if one["body"] and one["body"].get("stream"):
+            check_stream(one["path"], answer.text)
+        calls += called(answer.text)
+    assert calls == list(PROGRAMS[name].calls)
 
 
 # -- Anthropic's shape ---------------------------------------------------------------------------
