@@ -6,7 +6,7 @@ more `headers` and `body`.  Members of the body that are those of the request be
 another refers to.  Texts of programs are theirs: a string of more than 48 characters becomes filler
 of at most 120 (but for `EXACT` names), with the words that the script of the fake model looks for.
 Keys of the box, folders, UUIDs and a user agent's machine are gone.  `<ID 0.2>` is the third id in
-the answer to the first request.
+the answer to the first request, and `calls` names the tools that the answer called.
 """
 
 from __future__ import annotations
@@ -53,6 +53,25 @@ class Exchange:
 def ids_in(answer: str) -> list[str]:
     """The ids that an answer has, in its order."""
     return list(dict.fromkeys(ID.findall(answer)))
+
+
+def called(text: str) -> list[str]:
+    """The tools that an answer calls, in whichever API's shape."""
+    streamed = [line[6:] for line in text.split("\n") if line.startswith("data: {")]
+    found: dict[str, str] = {}
+
+    def look(value: Any) -> None:
+        if isinstance(value, dict):
+            name = value.get("name") or (value.get("function") or {}).get("name")
+            if name and value.get("id"):  # in a stream, there several times
+                found[value["id"]] = name
+        for one in value.values() if isinstance(value, dict) else value:
+            if isinstance(one, dict | list):
+                look(one)
+
+    for one in streamed or ([text] if text.startswith("{") else []):
+        look(json.loads(one))
+    return list(found.values())
 
 
 @dataclass
@@ -145,6 +164,8 @@ def compact(
                 request["same"] = same
             request["body"] = {k: v for k, v in body.items() if k not in same}
             before = body
+        if calls := called(one.answer):
+            request["calls"] = calls
         made.append(request)
         ids |= {text: f"<ID {number}.{n}>" for n, text in enumerate(one.ids)}
     common = dict(set.intersection(*(set(one["headers"].items()) for one in made)))
@@ -174,7 +195,7 @@ def _form(value: Any) -> str:
         named = {name: _form(one) for name, one in value.items()}
         return f"{kind if isinstance(kind, str) else ''}{dict(sorted(named.items()))}"
     if isinstance(value, list):
-        return str(list(dict.fromkeys(map(_form, value))))
+        return str(list(map(_form, value)))
     return type(value).__name__
 
 

@@ -37,14 +37,14 @@ def lines(folder: str) -> list[dict[str, Any]]:
         ],
         "opencode": [
             call("write", content=TEXT, filePath=made),
-            call("bash", command="wc -c made.txt", description="Count"),
+            call("bash", command="wc -c made.txt"),
         ],
         "Continue": [
             call("Write", filepath=made, content=TEXT),
             call("Bash", command="wc -c made.txt"),
         ],
     }
-    said: list[tuple[list[str], str]] = []
+    said = [(["Generate a title for this conversation"], "Counting bytes")]
     for program, (write, count) in agents.items():
         task = TASK.format(program=program)
         said += [([task, COUNTED], DONE), ([task, _RESULT], count), ([task], write)]

@@ -20,6 +20,11 @@ from tests.clients.programs import PROGRAMS
 
 FAKE = "fake:1"
 RECORDED = Path(__file__).with_name("recorded")
+# Some of what means nothing here.
+IGNORED = {
+    "claude-code": {"context_management", "output_config", "thinking.display"},
+    "codex": {"client_metadata", "tools.web_search"},
+}
 USER = {"role": "user", "content": "Hello"}
 CALL = {"type": "tool_use", "id": "toolu_1", "name": "look", "input": {"at": "a"}}
 LOOK = {
@@ -67,25 +72,6 @@ def counted(here: Box, *said: Any, **more: Any) -> int:
     return int(ask(here, "/v1/messages/count_tokens", body).json()["input_tokens"])
 
 
-def called(text: str) -> list[str]:
-    """The tools that an answer calls, in whichever API's shape."""
-    streamed = [line[6:] for line in text.split("\n") if line.startswith("data: {")]
-    found: dict[str, str] = {}
-
-    def look(value: Any) -> None:
-        if isinstance(value, dict):
-            name = value.get("name") or (value.get("function") or {}).get("name")
-            if name and value.get("id"):  # in a stream, there several times
-                found[value["id"]] = name
-        for one in value.values() if isinstance(value, dict) else value:
-            if isinstance(one, dict | list):
-                look(one)
-
-    for one in streamed or [text]:
-        look(json.loads(one))
-    return list(found.values())
-
-
 def check_stream(path: str, text: str) -> None:
     """It has the beginning and the end that the SDKs wait for."""
     events = [json.loads(one[6:]) for one in text.split("\n") if one.startswith("data: {")]
@@ -107,7 +93,6 @@ def test_a_session_is_taken_again(here: Box, name: str) -> None:
     recorded = json.loads((RECORDED / f"{name}.json").read_text())
     assert recorded["version"] == PROGRAMS[name].version
     ids: list[list[str]] = []
-    calls: list[str] = []
     for one in recording.expanded(recorded):
         sent = recording.with_ids(json.dumps(one), ids)
         one = json.loads(sent)
@@ -116,11 +101,13 @@ def test_a_session_is_taken_again(here: Box, name: str) -> None:
             content=None if one["body"] is None else json.dumps(one["body"]),
         )  # fmt: skip
         assert answer.status_code // 100 == 2, f"{one['path']}: {answer.text[:2000]}"
+        assert IGNORED.get(name, set()) <= set(
+            answer.headers.get("x-pinaivu-ignored", "").split(", ")
+        )
         ids.append(recording.ids_in(answer.text))
         if one["body"] and one["body"].get("stream"):
             check_stream(one["path"], answer.text)
-        calls += called(answer.text)
-    assert calls == list(PROGRAMS[name].calls)
+        assert recording.called(answer.text) == one.get("calls", [])
 
 
 # -- Anthropic's shape ---------------------------------------------------------------------------
