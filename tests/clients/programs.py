@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import secrets
 import shutil
@@ -15,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.box import wait_until
-from tests.clients.page import fenced
-from tests.clients.script import DONE, TASK, TEXT
+from tests.clients.page import MODEL, fenced
+from tests.clients.script import CODEX_MODELS, DONE, TASK, TEXT
 
 SECONDS = 600
 HERE = Path(__file__).parent
@@ -170,11 +171,22 @@ def _claude_code(session: Session) -> None:
 
 
 def _codex(session: Session) -> None:
-    (session.home / ".codex").mkdir()
-    (session.home / ".codex/config.toml").write_text(session.fenced("toml"))
+    """As a model that it does not know, then with what it says of two of its own: the first has a
+    custom tool to patch with, the second writes programs that call tools."""
+    home = session.home / ".codex"
+    home.mkdir()
+    (home / "config.toml").write_text(session.fenced("toml"))
     # Its own sandbox needs what a container forbids.
-    more = {"exec": "--dangerously-bypass-approvals-and-sandbox"}
-    _check(session, session.shell(_task(session), **more))
+    options = "--dangerously-bypass-approvals-and-sandbox"
+    _check(session, session.shell(_task(session), exec=options))
+    session.run("sh", "-ec", f"codex debug models --bundled > {home}/known.json")
+    known = {one["slug"]: one for one in json.loads((home / "known.json").read_text())["models"]}
+    for name in CODEX_MODELS:
+        (session.folder / "made.txt").unlink()
+        catalog = {"models": [{**known[name], "slug": MODEL}]}
+        (home / "models.json").write_text(json.dumps(catalog))
+        more = f"{options} -c model_catalog_json={home}/models.json"
+        _check(session, session.shell(TASK.format(program=name), exec=more))
 
 
 def _opencode(session: Session) -> None:
@@ -188,6 +200,9 @@ def _continue(session: Session) -> None:
 
 
 def _aider(session: Session) -> None:
+    prices = session.home / ".aider/caches/model_prices_and_context_window.json"
+    prices.parent.mkdir(parents=True)
+    prices.write_text("{}")  # which it would fetch
     for command in ("init", "config user.name A", "config user.email a@example.org"):
         session.run("git", *command.split())
     printed = session.shell(_task(session))

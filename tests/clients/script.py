@@ -10,6 +10,7 @@ TASK = "Write made.txt for {program}, then count its bytes."
 TEXT = "hello\n"
 COUNTED = "6 made.txt"  # what `wc -c made.txt` prints
 DONE = "It has 6 bytes."
+CODEX_MODELS = ("gpt-5.5", "gpt-6-astra")  # what Codex knows of them is said of ours
 _RESULT, _TOOLS = "<tool_response>", "You can call these functions"  # in words of the template
 
 
@@ -34,6 +35,16 @@ def lines(folder: str) -> list[dict[str, Any]]:
         "Codex": [
             call("exec_command", cmd=f"apply_patch <<'EOF'\n{patch}\nEOF"),
             call("exec_command", cmd="wc -c made.txt"),
+        ],
+        CODEX_MODELS[0]: [
+            call("apply_patch", input=patch),
+            call("exec_command", cmd="wc -c made.txt"),
+        ],
+        CODEX_MODELS[1]: [
+            call("functions__exec", input=f"text(await tools.apply_patch({_json(patch)}))"),
+            call(
+                "functions__exec", input='text(await tools.exec_command({cmd: "wc -c made.txt"}))'
+            ),
         ],
         "opencode": [
             call("write", content=TEXT, filePath=made),

@@ -23,7 +23,7 @@ RECORDED = Path(__file__).with_name("recorded")
 # Some of what means nothing here.
 IGNORED = {
     "claude-code": {"context_management", "output_config", "thinking.display"},
-    "codex": {"client_metadata", "tools.web_search"},
+    "codex": {"client_metadata"},
 }
 USER = {"role": "user", "content": "Hello"}
 CALL = {"type": "tool_use", "id": "toolu_1", "name": "look", "input": {"at": "a"}}
@@ -241,6 +241,24 @@ def test_a_tool_in_a_namespace_is_called_and_answered(here: Box) -> None:
     result = {"type": "function_call_output", "call_id": call["call_id"], "output": "done"}
     respond(here, [{"role": "user", "content": "hi"}, call, result], tools=[space])
     respond(here, [result], tools=[space], previous_response_id=made["id"])
+
+
+def test_tools_among_the_items_are_the_request_s(here: Box) -> None:
+    """Where Codex has them for some models; a later one replaces an earlier one of its name."""
+    items: list[Any] = [
+        {"type": "additional_tools", "role": "developer", "tools": [{"type": "function", **one}]}
+        for one in (forced("a"), forced("b"))
+    ]
+    user = {"role": "user", "content": "hi"}
+    must: dict[str, Any] = {"tool_choice": "required", "parallel_tool_calls": False}
+    (call,) = respond(here, [*items, user], **must)["output"]
+    assert (call["name"], json.loads(call["arguments"])) == ("f", {"t": "b"})
+    other = {"type": "function", **forced("c"), "name": "g"}
+    given = respond(here, [items[0], user], tools=[other], **must)
+    assert [tool["name"] for tool in given["tools"]] == ["g", "f"]
+    respond(here, [*items, user], tools=[{"type": "function", **forced("a")}], status=422)
+    respond(here, [{"type": "additional_tools", "tools": "f"}, user], status=422)
+    respond(here, [{"type": "additional_tools"}, user], status=422)
 
 
 def test_a_custom_tool_is_called_with_text(here: Box) -> None:
