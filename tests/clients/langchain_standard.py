@@ -1,4 +1,5 @@
-"""LangChain's standard integration tests of chat models, over three of the box's APIs.
+"""LangChain's standard integration tests of chat models, over three of the box's APIs, and of
+embeddings.
 
 `tests/clients/run` gives it to pytest in an environment with `langchain-tests`.
 """
@@ -9,8 +10,11 @@ import os
 from typing import Any
 
 from langchain_anthropic import ChatAnthropic
-from langchain_openai import ChatOpenAI
-from langchain_tests.integration_tests import ChatModelIntegrationTests
+from langchain_openai import ChatOpenAI, OpenAIEmbeddings
+from langchain_tests.integration_tests import (
+    ChatModelIntegrationTests,
+    EmbeddingsIntegrationTests,
+)
 
 MODEL = "smollm2:135m"
 URL, KEY = os.environ["BOX_URL"], os.environ["BOX_KEY"]
@@ -52,3 +56,14 @@ class TestMessages(ChatModelIntegrationTests):
     @property
     def supports_anthropic_inputs(self) -> bool:
         return True
+
+
+class TestEmbeddings(EmbeddingsIntegrationTests):
+    @property
+    def embeddings_class(self) -> type[OpenAIEmbeddings]:
+        return OpenAIEmbeddings
+
+    @property
+    def embedding_model_params(self) -> dict[str, Any]:
+        address = {"base_url": f"{URL}/v1", "api_key": KEY}
+        return {"model": MODEL, "check_embedding_ctx_length": False, **address}

@@ -217,7 +217,7 @@ def _ai_sdk(session: Session) -> None:
     script.write_text(session.fenced("js"))
     (session.folder / "node_modules").symlink_to(session.installed / "node_modules")
     printed = session.run("node", script)
-    if printed.count("Three days of rain.\n") != 6 or printed.count("1 2 3\n") != 3:
+    if printed.count("Three days of rain.\n") != 8 or printed.count("1 2 3\n") != 4:
         raise Failed(f"it printed: {printed}")
 
 
@@ -250,9 +250,11 @@ def _litellm(session: Session) -> None:
 
         wait_until(ready, "LiteLLM's proxy", SECONDS)
         text = session.fenced("python").replace(":4000", f":{port}")
-        printed = session.run(session.installed / "bin/python", "-c", text, **key)
-    if printed.count("Hello!\n") != 2 or "Three days of rain.\n" not in printed:
-        raise Failed(f"it printed: {printed}")
+        for name in ("box", "box-responses", "box-messages"):
+            again = text.replace('name = "box"', f'name = "{name}"')
+            printed = session.run(session.installed / "bin/python", "-c", again, **key)
+            if printed.count("Hello!\n") != 2 or "Three days of rain.\n" not in printed:
+                raise Failed(f"over {name} it printed: {printed}")
 
 
 PROGRAMS = {
@@ -267,6 +269,7 @@ PROGRAMS = {
             "ai@7.0.173",
             "@ai-sdk/openai-compatible@3.0.92",
             "@ai-sdk/openai@4.0.118",
+            "@ai-sdk/anthropic@4.0.105",
             "zod@4.6.7",
             "node@22.23.3",  # which it needs
         ],

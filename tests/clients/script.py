@@ -64,13 +64,15 @@ def lines(folder: str) -> list[dict[str, Any]]:
         ([TASK.format(program="aider")], f"made.txt\n```\n{TEXT}```\n"),
         (["How many days", _RESULT], "Three days of rain."),
         (["How many days"], call("weather", city="Rome")),
-        (["as an object"], _json({"red": 1, "green": 2, "blue": 3})),
+        (["as an object", _TOOLS], call("json", **_COLOUR)),  # the SDK's own tool
+        (["as an object"], _json(_COLOUR)),
         *_LANGCHAIN,
         ([], "Hello!"),
     ]
     return [{"when": when, "say": say} for when, say in said]
 
 
+_COLOUR = {"red": 1, "green": 2, "blue": 3}
 _JOKE = {"setup": "Why do cats sit on keys?", "punchline": "To be heard."}
 # What the standard tests of LangChain want.
 _LANGCHAIN: list[tuple[list[str], str]] = [
