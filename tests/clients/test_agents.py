@@ -185,6 +185,41 @@ def test_system_messages_among_the_others(here: Box) -> None:
     messages(here, USER, answer, late)
 
 
+BILLING = "x-anthropic-billing-header"
+
+
+@pytest.mark.parametrize("api", ["messages", "chat/completions", "responses"])
+@pytest.mark.parametrize("blocks", [False, True])
+def test_claude_code_s_prompt_is_found_in_the_cache(here: Box, api: str, blocks: bool) -> None:
+    """Without its first line, which is another in each conversation; also behind a proxy."""
+    prompt = f"You are careful, over {api} {blocks}. " * 20
+
+    def cached(number: int) -> int:
+        line = f"{BILLING}: cc_version=2.1.328.{number}; cc_entrypoint=cli;"
+        said: Any = f"{line}\n{prompt}"
+        if blocks and api != "responses":
+            said = [{"type": "text", "text": text} for text in (line, prompt)]
+        user = {"role": "user", "content": f"{number}: hello"}
+        body: dict[str, Any] = {
+            "messages": {"system": said, "messages": [user], "max_tokens": 1},
+            "chat/completions": {
+                "messages": [{"role": "system", "content": said}, user], "max_tokens": 1,
+            },
+            "responses": {"instructions": said, "input": [user], "max_output_tokens": 1},
+        }[api]  # fmt: skip
+        answer = ask(here, f"/v1/{api}", body)
+        assert BILLING in answer.headers["x-pinaivu-ignored"]
+        usage = answer.json()["usage"]
+        details = usage.get("prompt_tokens_details") or usage.get("input_tokens_details") or {}
+        return int(details.get("cached_tokens", usage.get("cache_read_input_tokens")))
+
+    cached(1)
+    assert cached(2) > len(prompt)
+    assert counted(here, USER, system=f"{BILLING}: a\nBe.") == counted(here, USER, system="Be.")
+    line = {"type": "text", "text": f"{BILLING}: a"}
+    assert counted(here, USER, system=[line]) == counted(here, USER)
+
+
 def test_an_answer_that_has_begun_goes_on(here: Box) -> None:
     begun = {"role": "assistant", "content": "The quick"}
     plain = counted(here, USER)
