@@ -38,6 +38,7 @@ from pinaivu_box.engine.messages import (
 from pinaivu_box.engine.output import Output, StepOutput
 from pinaivu_box.engine.rendering import Rendering
 from pinaivu_box.engine.runner import ModelFacts, ProgressCallback, Runner
+from pinaivu_box.engine.scripted_runner import ScriptedRunner
 from pinaivu_box.engine.sequence import Sequence
 from pinaivu_box.errors import BoxError
 
@@ -145,7 +146,7 @@ def _ready(facts: ModelFacts, template: Rendering) -> Ready:
 
 def _make_runner(load: Load, progress: ProgressCallback) -> Runner:
     if load.path.startswith(SCHEME):
-        return FakeRunner(load)
+        return ScriptedRunner(load) if load.path.endswith(".json") else FakeRunner(load)
     from pinaivu_box.engine.llama_runner import LlamaRunner
 
     return LlamaRunner(load, progress)

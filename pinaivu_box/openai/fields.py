@@ -21,9 +21,10 @@ Location = tuple[str | int, ...]
 LONGEST_NAME = 100  # characters of a field's name that are looked at, and said again
 MOST_SAID = 64  # names in an answer
 _NEAR = 0.85  # how much of two names must be the same, as difflib counts
+BILLING = "x-anthropic-billing-header"  # stands in Claude Code's system prompt
 # Names that programs send and that nothing here stands behind.  They are no misspelling of any.
 KNOWN = frozenset({
-    "anthropic_beta", "betas", "best_of", "cache_control", "caching", "client_metadata",
+    BILLING, "anthropic_beta", "betas", "best_of", "cache_control", "caching", "client_metadata",
     "container", "context_management", "conversation_id", "custom_id", "debug", "extra_body",
     "guided_decoding_backend", "guided_whitespace_pattern", "id", "inference_geo", "input_type",
     "litellm_metadata", "max_tool_calls", "mcp_servers", "metadata", "min_tokens", "models",

@@ -15,7 +15,7 @@ from typing import Any
 
 from pinaivu_box.chat_format import TEMPLATE_OWN
 from pinaivu_box.errors import InvalidBody, UnsupportedParameter, quoted
-from pinaivu_box.openai.fields import Passed
+from pinaivu_box.openai.fields import BILLING, Passed
 
 Raw = dict[str, Any]
 
@@ -102,6 +102,8 @@ def chat(raw: Raw, passed: Passed) -> None:
     if isinstance(messages, list):
         _calls(messages)
         for place, message in enumerate(messages):
+            if place == 0 and isinstance(message, dict) and message.get("role") == "system":
+                _without_billing(message, "content", passed, "messages", place)
             if isinstance(message, dict) and message.get("role") == "assistant":
                 for name in ("audio", "function_call"):
                     if message.get(name) is not None:
@@ -119,6 +121,7 @@ def completion(raw: Raw, passed: Passed) -> None:
 
 
 def response(raw: Raw, passed: Passed) -> None:
+    _without_billing(raw, "instructions", passed)
     for name in ("max_tokens", "max_completion_tokens", "num_predict"):
         _rename(raw, name, "max_output_tokens", passed)
     kept(raw, passed)
@@ -148,6 +151,7 @@ def response(raw: Raw, passed: Passed) -> None:
 
 def messages(raw: Raw, passed: Passed) -> None:
     """Anthropic's."""
+    _without_billing(raw, "system", passed)
     _pass_over(raw, passed)
     _values(raw, "stop_sequences")
     tools = raw.get("tools")
@@ -199,6 +203,24 @@ def _refuse(raw: Raw, names: dict[str, tuple[Any, ...]]) -> None:
                 loc=("body", name),
                 kind="value_error.unsupported",
             )
+
+
+def _without_billing(raw: Raw, name: str, passed: Passed, *path: str | int) -> None:
+    """Take the line away that Claude Code puts before its system prompt, also through a proxy.
+
+    It is another one in each conversation: none would find the other's prefix in the cache.
+    """
+    content = raw.get(name)
+    block = content[0] if isinstance(content, list) and content else None
+    text = block.get("text") if isinstance(block, dict) else content
+    if not isinstance(text, str) or not text.startswith(BILLING):
+        return
+    passed.over(*path, name, BILLING)
+    _, _, rest = text.partition("\n")
+    if isinstance(block, dict) and rest:
+        block["text"] = rest
+    else:
+        raw[name] = (content[1:] or "") if isinstance(content, list) else rest
 
 
 def _pass_over(raw: Raw, passed: Passed, *, but: str = "") -> None:

@@ -128,6 +128,7 @@ class ResponseRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 
     @staticmethod
     def prepare(raw: dict[str, Any], passed: Passed) -> None:
+        _take_tools(raw)
         parameters.response(raw, passed)
         if isinstance(raw.get("input"), list):
             raw["input"] = _sifted(raw["input"], passed)
@@ -277,6 +278,28 @@ _SERVER_ITEMS = (
     "mcp_approval_request", "mcp_approval_response", "compaction", "compaction_trigger",
     "compaction_summary", "tool_search_call", "tool_search_output", "ghost_snapshot",
 )  # fmt: skip
+
+
+def _take_tools(raw: dict[str, Any]) -> None:
+    """Tools in items of the input, where Codex has them for some models, are the request's.
+
+    A later one replaces an earlier one of its name.
+    """
+    given, tools = raw.get("input"), raw.get("tools")
+    if not isinstance(given, list) or not isinstance(tools, list | None):
+        return
+    kept: list[Any] = []
+    found: dict[str, Any] = {}
+    for item in given:
+        if not isinstance(item, dict) or item.get("type") != "additional_tools":
+            kept.append(item)
+            continue
+        more = item.get("tools")
+        for tool in more if isinstance(more, list) else [more]:
+            name = tool.get("name") if isinstance(tool, dict) else None
+            found[name if isinstance(name, str) else f"\0{len(found)}"] = tool
+    if len(kept) < len(given):
+        raw["input"], raw["tools"] = kept, [*(tools or ()), *found.values()]
 
 
 def _sifted(items: list[Any], passed: Passed) -> list[Any]:

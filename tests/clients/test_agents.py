@@ -1,7 +1,7 @@
-"""What Claude Code and Codex send, and what their SDKs read of the answers.
+"""What real programs send is taken, and what their SDKs read of the answers.
 
-`agents.json` holds the requests of a session each (`claude -p`, `codex exec`; a call of a tool and
-its result), with filler in place of their texts.
+`recorded/` holds the requests of a session each (see `recording`), of coding agents in which their
+tools were called.  The model follows the same `script` as when `tests/clients/run` recorded them.
 """
 
 from __future__ import annotations
@@ -14,11 +14,17 @@ from typing import Any
 import pytest
 
 from tests.box import Box
+from tests.clients import recording, script
+from tests.clients.page import MODEL
+from tests.clients.programs import PROGRAMS
 
 FAKE = "fake:1"
-RECORDED: dict[str, list[dict[str, Any]]] = json.loads(
-    Path(__file__).with_name("agents.json").read_text()
-)
+RECORDED = Path(__file__).with_name("recorded")
+# Some of what means nothing here.
+IGNORED = {
+    "claude-code": {"context_management", "output_config", "thinking.display"},
+    "codex": {"client_metadata"},
+}
 USER = {"role": "user", "content": "Hello"}
 CALL = {"type": "tool_use", "id": "toolu_1", "name": "look", "input": {"at": "a"}}
 LOOK = {
@@ -37,7 +43,9 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Box]:
     home = tmp_path_factory.mktemp("agents") / "home"
     config = home.with_name("box.toml")
     config.write_text("[engine]\ncontext = 200000\n")
-    started = Box(home, "--config", str(config), "--model", f"{FAKE}=fake:0").start()
+    scripted = script.write(home.with_name("script.json"), "/work")
+    models = ("--model", f"{FAKE}=fake:0", "--model", f"{MODEL}=fake:{scripted}")
+    started = Box(home, "--config", str(config), *models).start()
     yield started
     started.end()
 
@@ -64,24 +72,42 @@ def counted(here: Box, *said: Any, **more: Any) -> int:
     return int(ask(here, "/v1/messages/count_tokens", body).json()["input_tokens"])
 
 
-@pytest.mark.parametrize(("name", "number"), [(n, i) for n in RECORDED for i in range(2)])
-def test_what_they_sent_is_taken(here: Box, name: str, number: int) -> None:
-    recorded = RECORDED[name][number]
-    cut = {"max_tokens": 8} if name == "claude" else {"max_output_tokens": 8}
-    answer = ask(here, recorded["path"], {**recorded["body"], "model": FAKE, **cut})
-    ignored = answer.headers["x-pinaivu-ignored"].split(", ")
-    events = events_of(answer.text)
-    kinds = [one["type"] for one in events]
-    if name == "claude":
-        assert {"context_management", "output_config", "thinking.display"} <= set(ignored)
-        assert (kinds[0], kinds[-1]) == ("message_start", "message_stop")
-        assert events[0]["message"]["content"] == []
-        first = events[0]["message"]
-        assert first["usage"]["input_tokens"] > 1000 and first["ignored_parameters"] == ignored
-    else:
-        assert {"client_metadata", "tools.web_search"} <= set(ignored)
-        assert (kinds[0], kinds[-1]) == ("response.created", "response.incomplete")
-        assert events[0]["response"]["output"] == []
+def check_stream(path: str, text: str) -> None:
+    """It has the beginning and the end that the SDKs wait for."""
+    events = [json.loads(one[6:]) for one in text.split("\n") if one.startswith("data: {")]
+    if "/chat/completions" in path:
+        assert text.rstrip().endswith("data: [DONE]")
+        assert [one["choices"][0]["finish_reason"] for one in events if one["choices"]][-1]
+        return
+    first, last = {
+        "/v1/messages": ("message_start", "message_stop"),
+        "/v1/responses": ("response.created", "response.completed"),
+    }[path.partition("?")[0]]
+    assert (events[0]["type"], events[-1]["type"]) == (first, last)
+    inner = events[0].get("message") or events[0]["response"]
+    assert not inner.get("content") and not inner.get("output")
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_a_session_is_taken_again(here: Box, name: str) -> None:
+    recorded = json.loads((RECORDED / f"{name}.json").read_text())
+    assert recorded["version"] == PROGRAMS[name].version
+    ids: list[list[str]] = []
+    for one in recording.expanded(recorded):
+        sent = recording.with_ids(json.dumps(one), ids)
+        one = json.loads(sent)
+        answer = here.http(
+            one["method"], one["path"], headers=one["headers"],
+            content=None if one["body"] is None else json.dumps(one["body"]),
+        )  # fmt: skip
+        assert answer.status_code // 100 == 2, f"{one['path']}: {answer.text[:2000]}"
+        assert IGNORED.get(name, set()) <= set(
+            answer.headers.get("x-pinaivu-ignored", "").split(", ")
+        )
+        ids.append(recording.ids_in(answer.text))
+        if one["body"] and one["body"].get("stream"):
+            check_stream(one["path"], answer.text)
+        assert recording.called(answer.text) == one.get("calls", [])
 
 
 # -- Anthropic's shape ---------------------------------------------------------------------------
@@ -159,6 +185,41 @@ def test_system_messages_among_the_others(here: Box) -> None:
     messages(here, USER, answer, late)
 
 
+BILLING = "x-anthropic-billing-header"
+
+
+@pytest.mark.parametrize("api", ["messages", "chat/completions", "responses"])
+@pytest.mark.parametrize("blocks", [False, True])
+def test_claude_code_s_prompt_is_found_in_the_cache(here: Box, api: str, blocks: bool) -> None:
+    """Without its first line, which is another in each conversation; also behind a proxy."""
+    prompt = f"You are careful, over {api} {blocks}. " * 20
+
+    def cached(number: int) -> int:
+        line = f"{BILLING}: cc_version=2.1.328.{number}; cc_entrypoint=cli;"
+        said: Any = f"{line}\n{prompt}"
+        if blocks and api != "responses":
+            said = [{"type": "text", "text": text} for text in (line, prompt)]
+        user = {"role": "user", "content": f"{number}: hello"}
+        body: dict[str, Any] = {
+            "messages": {"system": said, "messages": [user], "max_tokens": 1},
+            "chat/completions": {
+                "messages": [{"role": "system", "content": said}, user], "max_tokens": 1,
+            },
+            "responses": {"instructions": said, "input": [user], "max_output_tokens": 1},
+        }[api]  # fmt: skip
+        answer = ask(here, f"/v1/{api}", body)
+        assert BILLING in answer.headers["x-pinaivu-ignored"]
+        usage = answer.json()["usage"]
+        details = usage.get("prompt_tokens_details") or usage.get("input_tokens_details") or {}
+        return int(details.get("cached_tokens", usage.get("cache_read_input_tokens")))
+
+    cached(1)
+    assert cached(2) > len(prompt)
+    assert counted(here, USER, system=f"{BILLING}: a\nBe.") == counted(here, USER, system="Be.")
+    line = {"type": "text", "text": f"{BILLING}: a"}
+    assert counted(here, USER, system=[line]) == counted(here, USER)
+
+
 def test_an_answer_that_has_begun_goes_on(here: Box) -> None:
     begun = {"role": "assistant", "content": "The quick"}
     plain = counted(here, USER)
@@ -215,6 +276,24 @@ def test_a_tool_in_a_namespace_is_called_and_answered(here: Box) -> None:
     result = {"type": "function_call_output", "call_id": call["call_id"], "output": "done"}
     respond(here, [{"role": "user", "content": "hi"}, call, result], tools=[space])
     respond(here, [result], tools=[space], previous_response_id=made["id"])
+
+
+def test_tools_among_the_items_are_the_request_s(here: Box) -> None:
+    """Where Codex has them for some models; a later one replaces an earlier one of its name."""
+    items: list[Any] = [
+        {"type": "additional_tools", "role": "developer", "tools": [{"type": "function", **one}]}
+        for one in (forced("a"), forced("b"))
+    ]
+    user = {"role": "user", "content": "hi"}
+    must: dict[str, Any] = {"tool_choice": "required", "parallel_tool_calls": False}
+    (call,) = respond(here, [*items, user], **must)["output"]
+    assert (call["name"], json.loads(call["arguments"])) == ("f", {"t": "b"})
+    other = {"type": "function", **forced("c"), "name": "g"}
+    given = respond(here, [items[0], user], tools=[other], **must)
+    assert [tool["name"] for tool in given["tools"]] == ["g", "f"]
+    respond(here, [*items, user], tools=[{"type": "function", **forced("a")}], status=422)
+    respond(here, [{"type": "additional_tools", "tools": "f"}, user], status=422)
+    respond(here, [{"type": "additional_tools"}, user], status=422)
 
 
 def test_a_custom_tool_is_called_with_text(here: Box) -> None:

@@ -13,19 +13,15 @@ from pathlib import Path
 import pytest
 
 from tests.box import Box, environment
+from tests.clients import page
 from tests.clients.conftest import Node
+from tests.clients.programs import PROGRAMS
 
 PYTHON_OF_CLIENTS = Path(sys.prefix) / "clients/bin/python"  # build/test puts it there
-PAGE = (Path(__file__).parents[2] / "docs/clients.md").read_text()
-ADDRESS = "http://localhost:4001"
-KEY = "sk-pnv-..."
 
 
 def fenced(title: str, language: str, box: Box) -> str:
-    """The block of a section, with this box's address and key."""
-    section = PAGE.split(f"\n## {title}\n", 1)[1].split("\n## ", 1)[0]
-    (block,) = re.findall(rf"^```{language}\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
-    return str(block).replace(ADDRESS, box.url).replace(KEY, box.key)
+    return page.fenced(title, language, box.url, box.key)
 
 
 def run(command: list[str], folder: Path, **more: str) -> str:
@@ -122,6 +118,8 @@ def test_node(box: Box, node: Node) -> None:
 
 
 def test_every_client_of_the_page_is_run() -> None:
-    titles = set(re.findall(r"^## (.+)$", PAGE, re.MULTILINE))
-    # What those two sent is replayed in `test_agents`: they take 760 MB.
-    assert titles - {"Claude Code and Codex"} == {*PYTHON, "llm", "curl", "OpenAI, Node"}
+    # What programs sent is replayed in `test_agents`: they take gigabytes.
+    programs = {program.title for program in PROGRAMS.values()} | {"What was run"}
+    assert page.titles() == {*PYTHON, *programs, "llm", "curl", "OpenAI, Node"}
+    for program in PROGRAMS.values():
+        assert f"| {program.title} | {program.version} |" in page.PAGE
