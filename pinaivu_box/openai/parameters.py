@@ -97,13 +97,12 @@ def chat(raw: Raw, passed: Passed) -> None:
         elif isinstance(named := form.get("json_schema"), dict):
             named.setdefault("name", _SCHEMA_NAME)
     _thoughts(raw, passed)
+    _system(raw, passed)
     _template(raw, passed)
     messages = raw.get("messages")
     if isinstance(messages, list):
         _calls(messages)
         for place, message in enumerate(messages):
-            if place == 0 and isinstance(message, dict) and message.get("role") == "system":
-                _without_billing(message, "content", passed, "messages", place)
             if isinstance(message, dict) and message.get("role") == "assistant":
                 for name in ("audio", "function_call"):
                     if message.get(name) is not None:
@@ -203,24 +202,6 @@ def _refuse(raw: Raw, names: dict[str, tuple[Any, ...]]) -> None:
                 loc=("body", name),
                 kind="value_error.unsupported",
             )
-
-
-def _without_billing(raw: Raw, name: str, passed: Passed, *path: str | int) -> None:
-    """Take the line away that Claude Code puts before its system prompt, also through a proxy.
-
-    It is another one in each conversation: none would find the other's prefix in the cache.
-    """
-    content = raw.get(name)
-    block = content[0] if isinstance(content, list) and content else None
-    text = block.get("text") if isinstance(block, dict) else content
-    if not isinstance(text, str) or not text.startswith(BILLING):
-        return
-    passed.over(*path, name, BILLING)
-    _, _, rest = text.partition("\n")
-    if isinstance(block, dict) and rest:
-        block["text"] = rest
-    else:
-        raw[name] = (content[1:] or "") if isinstance(content, list) else rest
 
 
 def _pass_over(raw: Raw, passed: Passed, *, but: str = "") -> None:
@@ -349,6 +330,32 @@ def _regex(pattern: str) -> str:
         made.append({"/": "/" if escaped else "\\/", "\n": "n" if escaped else "\\n"}.get(one, one))
         escaped = one == "\\" and not escaped
     return "".join(made)
+
+
+def _system(raw: Raw, passed: Passed) -> None:
+    """Of a chat."""
+    messages = raw.get("messages")
+    first = messages[0] if isinstance(messages, list) and messages else None
+    if isinstance(first, dict) and first.get("role") == "system":
+        _without_billing(first, "content", passed, "messages", 0)
+
+
+def _without_billing(raw: Raw, name: str, passed: Passed, *path: str | int) -> None:
+    """Take the line away that Claude Code puts before its system prompt, also through a proxy.
+
+    It is another one in each conversation: none would find the other's prefix in the cache.
+    """
+    content = raw.get(name)
+    block = content[0] if isinstance(content, list) and content else None
+    text = block.get("text") if isinstance(block, dict) else content
+    if not isinstance(text, str) or not text.startswith(BILLING):
+        return
+    passed.over(*path, name, BILLING)
+    _, _, rest = text.partition("\n")
+    if isinstance(block, dict) and rest:
+        block["text"] = rest
+    else:
+        raw[name] = (content[1:] or "") if isinstance(content, list) else rest
 
 
 def _thoughts(raw: Raw, passed: Passed) -> None:

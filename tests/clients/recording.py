@@ -43,7 +43,6 @@ class Exchange:
     body: str
     status: int = 0
     answer: str = ""
-    ended: bool = False  # both sides have said all
 
     @property
     def ids(self) -> list[str]:
@@ -131,7 +130,7 @@ def _handler(recorder: Recorder) -> type[BaseHTTPRequestHandler]:
                 if not whole:
                     self.wfile.write(b"0\r\n\r\n")
             told = httpx.Response(200, headers=answer.headers, content=b"".join(pieces))
-            exchange.answer, exchange.ended = told.text, True
+            exchange.answer = told.text
 
         do_DELETE = do_GET = do_HEAD = do_OPTIONS = do_POST = do_PUT = forward  # noqa: N815
 

@@ -56,6 +56,11 @@ def lines(folder: str) -> list[dict[str, Any]]:
         ],
     }
     said = [(["Generate a title for this conversation"], "Counting bytes")]
+    codex = TASK.format(program="Codex")
+    said += [
+        ([codex, "invalid agent id"], DONE),
+        ([codex, COUNTED], call("multi_agent_v1__close_agent", target="nobody")),
+    ]
     for program, (write, count) in agents.items():
         task = TASK.format(program=program)
         said += [([task, COUNTED], DONE), ([task, _RESULT], count), ([task], write)]
