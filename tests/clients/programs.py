@@ -154,10 +154,14 @@ def _run(command: Sequence[str | Path]) -> None:
 # -- what each does --------------------------------------------------------------------------------
 
 
-def _check(session: Session, printed: str) -> None:
+def _check_file(session: Session, printed: str) -> None:
     made = session.folder / "made.txt"
     if not made.is_file() or made.read_text() != TEXT:
         raise Failed(f"made.txt was not written; it printed: {printed[-4000:]}")
+
+
+def _check(session: Session, printed: str) -> None:
+    _check_file(session, printed)
     if DONE not in printed:
         raise Failed(f"the answer after the last call was not shown; it printed: {printed[-4000:]}")
 
@@ -206,8 +210,7 @@ def _aider(session: Session) -> None:
     for command in ("init", "config user.name A", "config user.email a@example.org"):
         session.run("git", *command.split())
     printed = session.shell(_task(session))
-    if (session.folder / "made.txt").read_text() != TEXT:
-        raise Failed(f"made.txt was not written; it printed: {printed[-4000:]}")
+    _check_file(session, printed)
     if "Add made.txt" not in session.run("git", "log"):
         raise Failed(f"nothing was committed; it printed: {printed[-4000:]}")
 

@@ -110,6 +110,33 @@ def test_a_session_is_taken_again(here: Box, name: str) -> None:
         assert recording.called(answer.text) == one.get("calls", [])
 
 
+def test_what_open_webui_sends_is_taken(here: Box) -> None:
+    """From its source, since it takes gigabytes: a chat with the parameters of a model's settings,
+    also those that have Ollama's names, a title, and vectors for a document."""
+    who = {f"X-OpenWebUI-{name}": "x" for name in ("User-Name", "User-Id", "User-Role", "Chat-Id")}
+    assert here.http("GET", "/v1/models", headers=who).status_code == 200
+    part = {
+        "type": "text",
+        "text": "How many days will it rain?",
+        "cache_control": {"type": "ephemeral"},
+    }
+    settings = {
+        "temperature": 0.8, "top_p": 0.9, "min_p": 0.0, "top_k": 40, "repeat_penalty": 1.1,
+        "seed": 1, "frequency_penalty": 0.0, "presence_penalty": 0.0, "stop": ["</done>"],
+        "max_tokens": 4, "num_ctx": 2048, "num_keep": 24, "num_gpu": 1, "num_thread": 2,
+        "num_batch": 512, "mirostat": 0, "mirostat_eta": 0.1, "mirostat_tau": 5.0,
+        "repeat_last_n": 64, "tfs_z": 1.0, "use_mmap": True, "use_mlock": False, "think": False,
+        "keep_alive": "5m", "logit_bias": {},
+    }  # fmt: skip
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": [part]}]
+    more = {"stream": True, "stream_options": {"include_usage": True}}
+    body = {"messages": messages, **settings, **more}
+    check_stream("/v1/chat/completions", ask(here, "/v1/chat/completions", body, headers=who).text)
+    title = {"messages": [USER], "stream": False, "max_completion_tokens": 1000}
+    ask(here, "/v1/chat/completions", {**title, "model": MODEL}, headers=who)
+    ask(here, "/v1/embeddings", {"input": ["one", "two"]}, headers=who)
+
+
 # -- Anthropic's shape ---------------------------------------------------------------------------
 
 
