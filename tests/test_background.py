@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, cast
 
+import httpx
 import openai
 import pytest
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
+from pinaivu_box.gateway.mailbox import Mailbox
+from pinaivu_box.gateway.requests import Failed, RequestEvent
+from pinaivu_box.server.background import Background, BackgroundResponse, replayed
+from pinaivu_box.store import responses as stored
+from pinaivu_box.store.database import Database
 from tests.box import UNDRAFTED, Box, wait_until
 from tests.test_responses import new_key, rows
 
@@ -18,6 +28,11 @@ FAST, SLOW = "fast:1", "slow:1"  # the slow one says 3,500 tokens in three minut
 MODELS = ("--model", f"{FAST}=fake:0", "--model", f"{SLOW}=fake:50")
 MOST = 4
 CONFIG = f"{UNDRAFTED}\n[retention]\nresponses_per_key = {MOST}\n"
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
 
 
 @pytest.fixture(scope="module")
@@ -270,3 +285,101 @@ def test_none_outlives_its_box(new_box: Callable[..., Box]) -> None:
     assert found.output_text and found.usage.output_tokens > 0
     last = list(box.client.responses.retrieve(stopped.id, stream=True))[-1]
     assert last.type == "response.failed"
+
+
+# -- bounds ----------------------------------------------------------------------------------------
+
+
+def test_large_ones_hold_the_room_of_their_bodies_until_they_have_ended(here: Box) -> None:
+    """As many as an account may send at a time: the next one waits for the end of one of them."""
+    client = new_key(here)
+    large: dict[str, Any] = {"extra_body": {"session_id": "a" * 9_000_000}}
+    running = [begin(client, **large) for _ in range(4)]
+    with ThreadPoolExecutor() as pool:
+        last = pool.submit(begin, client, **large)
+        small = begin(client)
+        speaking(client, small)
+        assert not last.done()
+        client.responses.cancel(running[0].id)
+        running.append(last.result())
+    for one in [*running[1:], small]:
+        client.responses.cancel(one.id)
+
+
+def test_streams_of_one_response_are_bounded(here: Box, client: openai.OpenAI) -> None:
+    made = begin(client)
+    url = f"{here.url}/v1/responses/{made.id}?stream=true"
+    headers = {"Authorization": f"Bearer {client.api_key}"}
+    with httpx.Client(headers=headers, timeout=60, trust_env=False) as http, ExitStack() as stack:
+        streams = [stack.enter_context(http.stream("GET", url)) for _ in range(16)]
+        assert {one.status_code for one in streams} == {200}
+        refused = http.get(url)
+        assert refused.status_code == 429 and "16 streams" in refused.json()["error"]["message"]
+        streams[0].close()
+        wait_until(lambda: _opens(http, url), "a place for another")
+    client.responses.cancel(made.id)
+
+
+def _opens(http: httpx.Client, url: str) -> bool:
+    with http.stream("GET", url) as answer:
+        return answer.status_code == 200
+
+
+@pytest.mark.anyio
+async def test_a_stream_is_replayed_from_any_event_on() -> None:
+    events = [b"event: e\ndata: " + b"%d" % n * size + b"\n\n"
+              for n, size in enumerate((1, 70_000, 3, 200_000, 1, 65_536, 2))]  # fmt: skip
+    kept = zlib.compress(b"".join(events))
+    for after in range(-1, len(events)):
+        parts = [part async for part in replayed(kept, after)]
+        assert b"".join(parts) == b"".join(events[after + 1 :])
+        assert max(map(len, parts), default=0) <= 65536 + 1
+
+
+@pytest.mark.anyio
+async def test_one_whose_answer_cannot_be_written_has_failed(tmp_path: Path) -> None:
+    class Answer:
+        """Of a model that says what no encoder takes."""
+
+        room = {"most": 9, "most_bytes": 9**9}  # noqa: RUF012
+
+        def queue(self) -> list[bytes]:
+            return []
+
+        def response(self) -> Any:
+            return type("Response", (), {"id": "resp_1"})
+
+        def encode_each(self, _events: Any) -> list[bytes]:
+            return ["\ud83d".encode()]
+
+    class Running:
+        events: Mailbox[RequestEvent] = Mailbox()
+
+        def cancel(self) -> None:
+            pass
+
+    async with Database(tmp_path / "box.db") as database:
+        body = json.dumps({"status": "queued", "background": True}).encode()
+        row = stored.StoredResponse(
+            "resp_1", "acct_owner", None, 0, b"[]", body, "key", stored.QUEUED
+        )
+        await stored.insert(database, row, most=9, most_bytes=9**9)
+        key = type("Key", (), {"account_id": "acct_owner"})
+        box = type("Box", (), {"database": database})
+        call = type("Call", (), {"key": key, "box": box, "note": lambda *_: None,
+                                 "failed": lambda _, error: Failed(error)})()  # fmt: skip
+        left: list[bool] = []
+        running = Running()
+        made = BackgroundResponse(
+            cast("Any", call),
+            cast("Any", running),
+            cast("Any", Answer()),
+            lambda: left.append(True),
+        )
+        background = Background()
+        background.start(made)
+        running.events.put(cast("Any", object()))
+        await made.task
+        found = await stored.find(database, "resp_1", "acct_owner")
+        assert found and found.status == "failed" and "its log says why" in found.body.decode()
+        assert left == [True] and background.find("resp_1", "acct_owner") is None

@@ -156,3 +156,14 @@ def test_the_end_of_a_response_in_the_background_waits_until_it_can_be_written(h
         assert responses.retrieve(made.id).status == "in_progress"
     wait_until(lambda: responses.retrieve(made.id).status == "failed", "it to be written")
     assert list(responses.retrieve(made.id, stream=True))[-1].type == "response.failed"
+
+
+def test_what_cannot_be_deleted_is_no_fault_of_the_box(here: Box) -> None:
+    wait_until(lambda: ready(here), "the box to be ready")
+    made = here.client.responses.create(model="fake:1", input="hi", max_output_tokens=2)
+    path = f"/v1/responses/{made.id}"
+    with full(here):
+        refused = here.http("DELETE", path)
+        assert refused.status_code == 503 and "database" in refused.json()["error"]["message"]
+    wait_until(lambda: ready(here), "the box to be ready")
+    assert here.http("DELETE", path).status_code == 200

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sqlite3
 from collections.abc import Callable
 from typing import Any
 
@@ -123,6 +124,7 @@ def create_app(box: Box) -> Starlette:
         exception_handlers={
             ApiError: envelope.on_api_error,
             HTTPException: envelope.on_http_error,
+            sqlite3.OperationalError: envelope.on_database_error,
         },
     )
     app.state.box = box

@@ -10,15 +10,14 @@ import asyncio
 import logging
 import sqlite3
 import zlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive
 
-from pinaivu_box.errors import InternalError, NoNodesAvailable
-from pinaivu_box.gateway.mailbox import Mailbox
+from pinaivu_box.errors import ApiError, BadRequest, InternalError, NoNodesAvailable, RateLimited
 from pinaivu_box.gateway.requests import Failed, Finished
 from pinaivu_box.gateway.requests import Request as Running
 from pinaivu_box.openai.responses import ResponseObject
@@ -32,23 +31,62 @@ log = logging.getLogger("pinaivu.background")
 _CANCEL_SECONDS = 5.0  # that the answer to a cancellation waits for the end
 _AGAIN_SECONDS = 5.0  # from one try to write to the next
 _END_SECONDS = 10.0  # to write what has ended when the box stops
-_Follower = Mailbox["bytes | None"]  # None: there is no more
+_MOST_BYTES = 32_000_000  # of events of one response
+_MOST_FOLLOWERS = 16  # streams of one response at a time
+_SLICE = 65536  # bytes that are handed to a connection at a time
+
+
+_END_OF_EVENT = b"\n\n"
+_FAILED = "The box failed on this request; its log says why."
+
+
+class _Follower:
+    """A client that reads the events of `said`, from number `at` on."""
+
+    def __init__(self, said: list[bytes], at: int) -> None:
+        self.left = False
+        self.wake = asyncio.Event()
+        self._said = said
+        self._at = at
+        self._offset = 0  # bytes of that event which it has got
+
+    def take(self) -> bytes:
+        """What comes next, a slice at most: a client may be slow, or many, so what has been said is
+        never copied for it as a whole."""
+        parts, size = [], 0
+        while self._at < len(self._said) and size < _SLICE:
+            event = self._said[self._at]
+            part = event[self._offset : self._offset + _SLICE - size]
+            parts.append(part)
+            size += len(part)
+            self._offset += len(part)
+            if self._offset == len(event):
+                self._at, self._offset = self._at + 1, 0
+        return b"".join(parts)
 
 
 class BackgroundResponse:
-    """One that has not ended, or is not on disk yet."""
+    """One that has not ended, or is not on disk yet.  `leave` is called once it is: it gives back
+    the room that its body takes."""
 
-    def __init__(self, call: Call, running: Running, answer: ResponseAnswer) -> None:
+    def __init__(
+        self, call: Call, running: Running, answer: ResponseAnswer, leave: Callable[[], None]
+    ) -> None:
         self.id = answer.response().id
         self.account_id = call.key.account_id
+        self.leave = leave
         self._call = call
         self._running = running
         self._answer = answer
-        self._said = answer.queue()  # the place of an event is its number
+        self._said: list[bytes] = []  # the place of an event is its number
+        self._size = 0
         self._followers: set[_Follower] = set()
+        self._closed = False
+        self._stopped_by: ApiError | None = None
         self._cancelled = False
         self._ended: ResponseObject | None = None  # as it was before its end
         self.task: asyncio.Task[None]  # once it is started
+        self._say(answer.queue())
 
     def shown(self) -> ResponseObject:
         """As it is now; encode it at once."""
@@ -56,12 +94,15 @@ class BackgroundResponse:
         return msgspec.structs.replace(now, status="cancelled") if self._cancelled else now
 
     def follow(self, request: Request, after: int) -> Response:
-        """A stream of its events, without those up to number `after`."""
-        follower: _Follower = Mailbox()
-        for event in self._said[after + 1 :]:
-            follower.put(event)
+        """A stream of its events, without those up to number `after`.  Raises RateLimited."""
+        if len(self._followers) >= _MOST_FOLLOWERS:
+            raise RateLimited(
+                f"{_MOST_FOLLOWERS} streams of the response '{self.id}' are open, which is all "
+                "that are served at a time: close one, or get it without stream."
+            )
+        follower = _Follower(self._said, after + 1)
         self._followers.add(follower)
-        leaving = asyncio.create_task(_put_at_the_end(request.receive, follower))
+        leaving = asyncio.create_task(self._until_left(request.receive, follower))
         return EventStream(self._followed(follower), leaving)
 
     async def cancel(self) -> bool:
@@ -79,8 +120,13 @@ class BackgroundResponse:
         except Exception:
             log.exception("%s failed", self.id)
             self._running.cancel()
-            last = Failed(InternalError("The box failed on this request; its log says why."))
-        await self._end(last)
+            last = Failed(InternalError(_FAILED))
+        try:
+            await self._end(last)
+        except Exception:
+            # Its answer cannot be written as it is: all that is known is that it has ended.
+            log.exception("the answer of %s cannot be written", self.id)
+            await self._written(lambda: stored.fail(self._call.box.database, self.id, _FAILED))
 
     async def _take_all(self) -> Finished | Failed:
         """All that its request says; returns the last of it."""
@@ -91,6 +137,12 @@ class BackgroundResponse:
                 self._say(self._answer.encode_each(events[:-1]))
                 return last
             self._say(self._answer.encode_each(events))
+            if self._size > _MOST_BYTES and self._stopped_by is None:
+                self._stopped_by = BadRequest(
+                    f"The response has over {_MOST_BYTES // 1_000_000} MB of events, which is all "
+                    "that is kept of one in the background: lower max_output_tokens, or stream it."
+                )
+                self._running.cancel()
 
     async def _end(self, last: Finished | Failed) -> None:
         self._ended = self._answer.response()
@@ -100,41 +152,55 @@ class BackgroundResponse:
         elif isinstance(last, Failed):
             said = self._answer.encode_each([self._call.failed(last.error)])
         elif stopped:
-            said = self._answer.stop(last, NoNodesAvailable(stored.STOPPED))
+            said = self._answer.stop(last, self._stopped_by or NoNodesAvailable(stored.STOPPED))
         else:
             said = self._answer.encode_each([last])
-        row, answer = self._answer.row(), self._answer
-        events = await asyncio.to_thread(zlib.compress, b"".join([*self._said, *said]))
+        row, room = self._answer.row(), self._answer.room
+        events = await asyncio.to_thread(_compressed, [*self._said, *said])
+        await self._written(lambda: stored.finish(self._call.box.database, row, events, **room))
+        self._say(said)
+
+    async def _written(self, write: Callable[[], Awaitable[None]]) -> None:
+        """Returns once it is on disk: a full one is tried again."""
         while True:
             try:
-                await stored.finish(self._call.box.database, row, events, **answer.room)
-                break
-            except sqlite3.Error:
+                await write()
+                return
+            except sqlite3.OperationalError:
                 log.exception("the end of %s could not be written: tried again", self.id)
                 await asyncio.sleep(_AGAIN_SECONDS)
-        self._say(said)
 
     def _say(self, events: list[bytes]) -> None:
         self._said += events
-        for follower in self._followers:
-            for event in events:
-                follower.put(event)
+        self._size += sum(map(len, events))
+        self._wake()
 
     def close(self) -> None:
         """Nothing more will be said."""
+        self._closed = True
+        self._wake()
+
+    def _wake(self) -> None:
         for follower in self._followers:
-            follower.put(None)
+            follower.wake.set()
 
     async def _followed(self, follower: _Follower) -> AsyncIterator[bytes]:
         try:
-            while True:
-                events = await follower.take()
-                if data := b"".join(event for event in events if event is not None):
+            while not follower.left:
+                follower.wake.clear()
+                if data := follower.take():
                     yield data
-                if None in events:
+                elif self._closed:
                     return
+                else:
+                    await follower.wake.wait()
         finally:
             self._followers.discard(follower)
+
+    async def _until_left(self, receive: Receive, follower: _Follower) -> None:
+        await disconnected(receive)
+        follower.left = True
+        follower.wake.set()
 
 
 class Background:
@@ -175,14 +241,26 @@ class Background:
         finally:
             self.forget(response)
             response.close()
+            response.leave()
 
 
-def replayed(events: bytes, after: int) -> bytes:
+async def replayed(events: bytes, after: int) -> AsyncIterator[bytes]:
     """The stream that `events` (zlib) was, without its events up to number `after`."""
-    said = zlib.decompress(events).split(b"\n\n")[after + 1 : -1]
-    return b"".join(event + b"\n\n" for event in said)
+    inflate = zlib.decompressobj()
+    skip, head = after + 1, b""
+    while data := inflate.decompress(events, _SLICE):
+        events = inflate.unconsumed_tail
+        data, at = head + data, 0
+        while skip and (end := data.find(_END_OF_EVENT, at)) >= 0:
+            at, skip = end + len(_END_OF_EVENT), skip - 1
+        if skip:
+            head = data[max(at, len(data) - 1) :]  # it may begin the end of an event
+            continue
+        head = b""
+        if at < len(data):
+            yield data[at:]
 
 
-async def _put_at_the_end(receive: Receive, follower: _Follower) -> None:
-    await disconnected(receive)
-    follower.put(None)
+def _compressed(events: list[bytes]) -> bytes:
+    deflate = zlib.compressobj()
+    return b"".join([*map(deflate.compress, events), deflate.flush()])

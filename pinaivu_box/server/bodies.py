@@ -106,8 +106,13 @@ class Bodies:
 
 def leave(request: Request) -> None:
     """Give back the room of its body, if it has any: what is left of it takes none."""
-    if room := request.scope["state"].pop("room", None):
-        room()
+    take_room(request)()
+
+
+def take_room(request: Request) -> Callable[[], None]:
+    """Keep the room of its body when the request has ended; call what is returned, once."""
+    room: Callable[[], None] | None = request.scope["state"].pop("room", None)
+    return room or (lambda: None)
 
 
 async def read(request: Request, most: int) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import re
 from typing import Any
 
@@ -18,10 +19,13 @@ from pinaivu_box.errors import (
     InternalError,
     InvalidBody,
     MethodNotAllowed,
+    NoNodesAvailable,
     NotFound,
 )
 from pinaivu_box.server.codings import CODINGS
 from pinaivu_box.server.routes import methods_at, nothing_at
+
+log = logging.getLogger("pinaivu.http")
 
 
 class JSON(Response):
@@ -124,6 +128,13 @@ async def on_api_error(request: Request, error: Exception) -> Response:
     contact = request.app.state.box.config.server.contact
     path = request.url.path
     return response(told(shown, contact, path), path)
+
+
+async def on_database_error(request: Request, error: Exception) -> Response:
+    """The disk has filled since somebody looked, or the database is in use for too long."""
+    log.exception("the database failed", exc_info=error)
+    why = f"This box cannot read or write its database now: {error}.  Try again later."
+    return await on_api_error(request, NoNodesAvailable(why, retry_after=5))
 
 
 async def on_http_error(request: Request, error: Exception) -> Response:

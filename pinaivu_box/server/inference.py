@@ -124,7 +124,7 @@ class Call:
         leaving = asyncio.create_task(disconnected(self._request.receive))
         try:
             await asyncio.wait({reading, leaving}, return_when=asyncio.FIRST_COMPLETED)
-            if not reading.done():
+            if leaving.done() or not reading.done():  # that it left is told only once
                 raise BadRequest("The connection closed before the answer was there.")
             return reading.result()
         finally:

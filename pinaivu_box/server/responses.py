@@ -40,10 +40,12 @@ from pinaivu_box.openai.types import (
 from pinaivu_box.server.admin import query
 from pinaivu_box.server.auth import key_of, require_account
 from pinaivu_box.server.background import Background, BackgroundResponse, replayed
+from pinaivu_box.server.bodies import take_room
 from pinaivu_box.server.envelope import JSON
-from pinaivu_box.server.inference import Call
+from pinaivu_box.server.inference import Call, disconnected
 from pinaivu_box.server.jobs import chat_job
 from pinaivu_box.server.response_answer import ResponseAnswer
+from pinaivu_box.server.stream import EventStream
 from pinaivu_box.server.truncation import fitted
 from pinaivu_box.store import responses as stored
 from pinaivu_box.store.responses import StoredResponse
@@ -99,12 +101,15 @@ async def create(request: Request) -> Response:
 async def _in_background(
     request: Request, call: Call, running: Running, answer: ResponseAnswer
 ) -> BackgroundResponse:
+    # Its body is held until it has ended, not until it is answered.
+    leave = take_room(request)
     try:
+        made = BackgroundResponse(call, running, answer, leave)
         await stored.insert(call.box.database, answer.row(), **answer.room)
     except BaseException:
         running.cancel()
+        leave()
         raise
-    made = BackgroundResponse(call, running, answer)
     background: Background = request.app.state.background
     background.start(made)
     return made
@@ -129,18 +134,16 @@ async def get(request: Request) -> Response:
     box: Box = request.app.state.box
     events = await stored.events_of(box.database, found.id, found.account_id)
     if events is not None:
-        said = await asyncio.to_thread(replayed, events, asked.starting_after)
-    else:  # the box was killed: nothing but its end is known
-        data = {
-            "type": f"response.{its.status}",
-            "response": msgspec.Raw(found.body),
-            "sequence_number": asked.starting_after + 1,
-            "request_id": its.request_id,
-        }
-        said = b"event: response.%b\ndata: %b\n\n" % (
-            its.status.encode(),
-            msgspec.json.encode(data),
-        )
+        leaving = asyncio.create_task(disconnected(request.receive))
+        return EventStream(replayed(events, asked.starting_after), leaving)
+    # The box was killed: nothing but its end is known.
+    data = {
+        "type": f"response.{its.status}",
+        "response": msgspec.Raw(found.body),
+        "sequence_number": asked.starting_after + 1,
+        "request_id": its.request_id,
+    }
+    said = b"event: response.%b\ndata: %b\n\n" % (its.status.encode(), msgspec.json.encode(data))
     return Response(said, media_type=_EVENTS)
 
 

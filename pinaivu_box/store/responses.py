@@ -64,6 +64,7 @@ FAIL_UNFINISHED = """
         '$.error', json_object('code', ?1, 'message', ?2)
     ) AS BLOB) WHERE status = 'queued'
 """
+FAIL_ONE = f"{FAIL_UNFINISHED} AND id = ?3"
 
 
 async def insert(
@@ -91,6 +92,11 @@ async def finish(
 async def fail_unfinished(database: Database) -> None:
     """To be called when a box starts: what is QUEUED ended with the box before."""
     await database.write((FAIL_UNFINISHED, ("server_error", STOPPED)))
+
+
+async def fail(database: Database, response_id: str, why: str) -> None:
+    """The end of one that is QUEUED and whose answer cannot be written."""
+    await database.write((FAIL_ONE, ("server_error", why, response_id)))
 
 
 async def events_of(database: Database, response_id: str, account_id: str) -> bytes | None:
