@@ -81,6 +81,22 @@ class Placement:
         failures = self._failures.get(model.id)
         return failures.reason if failures and failures.until > time.monotonic() else None
 
+    async def digest_of(self, model: Model) -> str:
+        """Of the file that the model's requests run: the one that its engine has loaded, even if it
+        was replaced or deleted since, else the one on disk.  Raises NoNodesAvailable if that cannot
+        be read."""
+        engine = self._engines.get(model.id)
+        if engine is not None and engine.alive:
+            return engine.model_digest
+        try:
+            return await self._digest(model)
+        except OSError as error:
+            why = error.strerror or type(error).__name__  # without its path: peers are told, too
+            raise NoNodesAvailable(
+                f"The file of {model.id} cannot be read: {why}; restore it, or use another model.",
+                retry_after=2,
+            ) from error
+
     async def acquire(self, model: Model) -> EngineProcess:
         """A ready engine for the model, started if need be.  Raises NoNodesAvailable."""
         async with self._locks.setdefault(model.id, asyncio.Lock()):
