@@ -333,7 +333,6 @@ def _pool(box: Box, network: Network, books: Books) -> Pool:
         local=box.local,
         load=box.traffic,
         network=network,
-        digest=box.digests.of,
         terms=books.terms,
         owed=books.owed,
         served=books.served,

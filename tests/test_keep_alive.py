@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
+import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,7 +13,12 @@ from typing import Any
 import httpx
 import pytest
 
+from pinaivu_box.config import Config, EngineConfig, ModelConfig
+from pinaivu_box.gateway.placement import Placement
+from pinaivu_box.models import catalog, memory
+from pinaivu_box.models.catalog import digest_of
 from tests.box import Box, pinaivu_json, wait_until
+from tests.peering import worlds
 
 CONFIG = """
 [engine]
@@ -28,6 +36,11 @@ name = "two:1"
 path = "fake:0"
 """
 HELLO = [{"role": "user", "content": "Say hello."}]
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
 
 
 def start(home: Path, keep_alive: str, most: str) -> Box:
@@ -203,3 +216,35 @@ def test_a_reload_shortens_what_is_idle_already(tmp_path: Path) -> None:
         await_unloaded(box, "one:1")
     finally:
         box.end()
+
+
+@pytest.mark.anyio
+async def test_memory_that_an_unloaded_model_still_holds_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Rather than refusing the next model, shrinking its cache or unloading what is to stay."""
+    config = Config(
+        engine=EngineConfig(keep_alive="1h"),
+        model=[ModelConfig(name, "fake:0") for name in ("kept:1", "left:1", "next:1")],
+    )
+
+    async def digest(model: catalog.Model) -> str:
+        return digest_of(model)
+
+    models = catalog.load(config, Path("/nonexistent"))
+    placement = Placement(config.engine, digest)
+    try:
+        placement.release(await placement.acquire(models.find("kept:1")))
+        left = await placement.acquire(models.find("left:1"))
+        monkeypatch.setattr(memory, "available", lambda: 0 if left.alive else 2**40)
+        os.kill(left.pid, signal.SIGSTOP)  # it takes its time to end
+        placement.release(left, keep_alive=0)
+        await worlds.wait_until(lambda: "left:1" not in placement.loaded)
+        acquiring = asyncio.create_task(placement.acquire(models.find("next:1")))
+        await asyncio.sleep(0)
+        os.kill(left.pid, signal.SIGCONT)
+        engine = await acquiring
+        assert engine.ready.kv_tokens == memory.DEFAULT_KV_TOKENS
+        assert placement.loaded == {"kept:1", "next:1"}
+    finally:
+        await placement.close()

@@ -23,10 +23,12 @@ FAKE = "fake:1"
 
 @pytest.fixture(scope="module")
 def box(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Box]:
-    """Each test has a folder of its own in its models folder."""
+    """Each test has a folder of its own in its models folder.  With peering, the digests of files
+    matter to each request, too."""
     home = tmp_path_factory.mktemp("new") / "home"
     (home / "models").mkdir(parents=True)
-    (home / "config.toml").write_text(f'[[model]]\nname = "{FAKE}"\npath = "fake:0"\n')
+    config = f'[peering]\nenabled = true\nport = 0\n[[model]]\nname = "{FAKE}"\npath = "fake:0"\n'
+    (home / "config.toml").write_text(config)
     started = Box(home).start()
     yield started
     started.end()

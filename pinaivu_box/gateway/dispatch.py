@@ -64,7 +64,7 @@ class _Try:
 
 
 class Dispatch:
-    """`digest` reads the file of a local model, the first time."""
+    """`digest` is of the file that a local model runs (see `Placement.digest_of`)."""
 
     def __init__(
         self,

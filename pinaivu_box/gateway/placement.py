@@ -45,6 +45,7 @@ class Placement:
         self._failures: dict[str, _Failures] = {}
         self._starting: set[str] = set()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._stops: set[asyncio.Task[None]] = set()  # of engines whose memory is not free yet
         self.waiting: Callable[[str], int] = lambda _: 0  # requests for a model, by its id
 
     def configure(self, config: EngineConfig, named: Sequence[str] = ()) -> None:
@@ -81,6 +82,22 @@ class Placement:
         failures = self._failures.get(model.id)
         return failures.reason if failures and failures.until > time.monotonic() else None
 
+    async def digest_of(self, model: Model) -> str:
+        """Of the file that the model's requests run: the one that its engine has loaded, even if it
+        was replaced or deleted since, else the one on disk.  Raises NoNodesAvailable if that cannot
+        be read."""
+        engine = self._engines.get(model.id)
+        if engine is not None and engine.alive:
+            return engine.model_digest
+        try:
+            return await self._digest(model)
+        except OSError as error:
+            why = error.strerror or type(error).__name__  # without its path: peers are told, too
+            raise NoNodesAvailable(
+                f"The file of {model.id} cannot be read: {why}; restore it, or use another model.",
+                retry_after=2,
+            ) from error
+
     async def acquire(self, model: Model) -> EngineProcess:
         """A ready engine for the model, started if need be.  Raises NoNodesAvailable."""
         async with self._locks.setdefault(model.id, asyncio.Lock()):
@@ -106,7 +123,7 @@ class Placement:
                 engine.unloading.cancel()
         for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*(engine.stop() for engine in self._engines.values()))
+        await asyncio.gather(*self._stops, *(engine.stop() for engine in self._engines.values()))
 
     # -- starting ------------------------------------------------------------------------------
 
@@ -151,7 +168,9 @@ class Placement:
             if memory.estimate(model, kv_tokens) <= room:
                 break
             idle = [engine for engine in self.engines if engine.users == 0]
-            if idle:
+            if self._stops:
+                await asyncio.wait(self._stops, return_when=asyncio.FIRST_COMPLETED)
+            elif idle:
                 await self._unload(min(idle, key=lambda engine: engine.idle_since))
             elif kv_tokens > context:
                 kv_tokens = max(context, kv_tokens // 2)
@@ -229,7 +248,10 @@ class Placement:
     async def _unload(self, engine: EngineProcess) -> None:
         if self._engines.get(engine.model_id) is engine:
             del self._engines[engine.model_id]
-            await engine.stop()
+            stop = asyncio.create_task(engine.stop())
+            self._stops.add(stop)
+            stop.add_done_callback(self._stops.discard)
+            await asyncio.shield(stop)  # it goes on if the request that needs the memory is gone
 
     def _spawn(self, work: Awaitable[None]) -> None:
         task = asyncio.ensure_future(work)

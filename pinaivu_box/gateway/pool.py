@@ -32,8 +32,8 @@ from pinaivu_box.store.ledger import Balance
 class Pool:
     """`keep` gets every leg that was served for a peer or by one, `owed` says what a peer owes us
     and `debts` what we owe all of them, `served` whether a leg was served for it already, `lately`
-    which in the last minute, and `terms` what it may have here; `digest` reads a model's file if it
-    has to; `writable` raises NoNodesAvailable if `keep` could keep nothing."""
+    which in the last minute, and `terms` what it may have here; `writable` raises NoNodesAvailable
+    if `keep` could keep nothing."""
 
     def __init__(
         self,
@@ -44,7 +44,6 @@ class Pool:
         local: LocalBackend,
         load: Load,
         network: Network,
-        digest: Callable[[Model], Awaitable[str]],
         terms: Callable[[str], Awaitable[Terms]],
         owed: Callable[[str, str], Awaitable[Balance]],
         served: Callable[[str, str, int, int], Awaitable[bool]],
@@ -70,14 +69,14 @@ class Pool:
             load,
             resting,
             self.reputation,
-            digest,
+            placement.digest_of,
             self._currency,
             _routing(config),
         )
         self.serving = Serving(
             identity, local, load, lambda name: catalog().find(name), self._prices,
-            self._currency, Guests(terms, owed, served, lately, load), keep, digest,
-            writable, self._large,
+            self._currency, Guests(terms, owed, served, lately, load), keep,
+            placement.digest_of, writable, self._large,
         )  # fmt: skip
         network.handlers[work.PURPOSE] = self.serving.handle
         load.changed = network.changed

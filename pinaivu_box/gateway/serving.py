@@ -81,8 +81,8 @@ class Served:
 
 
 class Serving:
-    """`record` keeps each leg; `find` raises ModelNotFound, `writable` NoNodesAvailable if nothing
-    could be kept now."""
+    """`record` keeps each leg; `find` raises ModelNotFound, `digest` (see `Placement.digest_of`)
+    NoNodesAvailable, and `writable` too if nothing could be kept now."""
 
     def __init__(
         self,
@@ -153,7 +153,7 @@ class Serving:
             raise ModelNotAllowed(f"This box does not serve {task.model} to yours.", param="model")
         model = self._find(task.model)
         if await self._digest(model) != digest:
-            raise ModelNotFound(f"{model.id} is another file here.", param="model")
+            raise _another_file(model)
         # Whatever the peer calls it: a name of our own keeps its requests apart from others.
         self._legs += 1
         job = to_job(task, model, sampling_of(task), peer, guest_scope(peer, task))
@@ -359,6 +359,8 @@ class _Leg:
         try:
             async with contextlib.aclosing(self._local.serve(self._job, made)) as events:
                 async for event in events:
+                    if isinstance(event, Started) and event.model_digest != self._asked.digest:
+                        raise _another_file(self._job.model)  # replaced while it was being loaded
                     self._said.put(event)
                     if self._stopped and isinstance(event, Started):
                         self._stop()  # again: before, there was no engine to tell
@@ -486,6 +488,10 @@ class _Leg:
                 yield Output("", [], None, None, vectors=vectors[:fit])
                 vectors = vectors[fit:]
             yield replace(one, vectors=vectors)
+
+
+def _another_file(model: Model) -> ModelNotFound:
+    return ModelNotFound(f"{model.id} is another file here.", param="model")
 
 
 async def _short(body: bytes) -> None:

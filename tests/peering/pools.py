@@ -130,7 +130,6 @@ class Node:
             self.local,
             self.load,
             self.links,  # type: ignore[arg-type]
-            _digest,
             self._terms,
             self._owed,
             self._served,

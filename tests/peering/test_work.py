@@ -18,10 +18,12 @@ from ulid import ULID
 from pinaivu_box.engine.messages import TokenLogprob
 from pinaivu_box.errors import ContextOverflow, EngineLost, ModelNotFound, NoNodesAvailable
 from pinaivu_box.gateway.backend import Event, Output, Prompt, Proved, Started
+from pinaivu_box.gateway.engine_process import EngineProcess
 from pinaivu_box.gateway.metering import Branch, Leg
 from pinaivu_box.gateway.peer import Taken
 from pinaivu_box.gateway.serving import Served
 from pinaivu_box.identity import verify
+from pinaivu_box.models.catalog import Model
 from pinaivu_box.peering.gossip_wire import Load
 from pinaivu_box.peering.loads import Heard
 from pinaivu_box.receipts.receipt import ACCEPTANCE_DOMAIN, PROOF_DOMAIN, Proof
@@ -214,6 +216,52 @@ async def test_a_file_of_another_digest_is_another_model(pair: list[Node]) -> No
             pass
     with pytest.raises(ModelNotFound):
         asker.pool.candidates.find("unknown:1")
+
+
+async def test_a_replaced_file_is_served_once_it_is_loaded(pair: list[Node]) -> None:
+    """Until then its engine serves the old one: a peer that wants the new one is refused, and has
+    not been lied to, and a request that began with the old one goes on here."""
+    asker, server = pair
+    old = replace(server.catalog.find(FAKE), recorded_digest="1" * 64)
+    server.placement.release(await server.placement.acquire(old))
+    with pytest.raises(NoNodesAvailable, match="another file here"):
+        await asker.ask()
+    assert asker.pool.reputation.score(server.node_id) == 1
+    started, *_ = await server.ask(digest=old.recorded_digest)
+    assert isinstance(started, Started) and started.model_digest == old.recorded_digest
+
+
+async def test_a_file_that_is_replaced_while_it_is_loaded_is_not_served_as_the_other(
+    pair: list[Node], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asker, server = pair
+    acquire = server.placement.acquire
+
+    async def replaced(model: Model) -> EngineProcess:
+        return await acquire(replace(model, recorded_digest="1" * 64))
+
+    monkeypatch.setattr(server.placement, "acquire", replaced)
+    with pytest.raises(NoNodesAvailable, match="another file here"):
+        await asker.ask()
+    assert asker.pool.reputation.score(server.node_id) == 1
+    assert server.kept == []
+
+
+async def test_a_file_that_is_gone_is_served_while_it_is_loaded(
+    pair: list[Node], caplog: pytest.LogCaptureFixture
+) -> None:
+    _, server = pair
+    server.placement.release(await server.placement.acquire(server.catalog.find(FAKE)))
+    unreadable = replace(server.catalog.find(FAKE), recorded_digest="")
+    server.catalog = server.catalog.and_also([unreadable])
+    for node in pair:
+        assert isinstance((await node.ask())[0], Started)
+    await server.placement.close()
+    for node in pair:
+        with pytest.raises(NoNodesAvailable, match="cannot be read: No such file") as refused:
+            await node.ask()
+        assert "Errno" not in refused.value.message
+    assert not [one for one in caplog.records if one.exc_info]
 
 
 async def test_a_key_for_this_box_only(pair: list[Node]) -> None:
