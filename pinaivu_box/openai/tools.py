@@ -24,6 +24,7 @@ from pinaivu_box.openai.types import (
     Tool,
     ToolChoice,
 )
+from pinaivu_box.text import encodable
 
 _INPUT = "input"  # the one argument of a custom tool
 _ESCAPE = len("\\u0000")  # the longest end of a text that may have to go, if it was cut off
@@ -136,13 +137,8 @@ def as_input(arguments: str) -> str:
         except (ValueError, RecursionError):
             continue
         text = given.get(_INPUT) if isinstance(given, dict) else None
-        return _encodable(text) if isinstance(text, str) else arguments
+        return encodable(text) if isinstance(text, str) else arguments
     return arguments
-
-
-def _encodable(text: str) -> str:
-    """Without halves of characters, which JSON can spell and UTF-8 cannot."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "ignore")
 
 
 def _each(
