@@ -116,8 +116,11 @@ def called(tools: Iterable[ResponseTool]) -> dict[str, Called]:
 
 
 def names_of(name: str, known: Mapping[str, Called]) -> list[str]:
-    """The model's names of the tools that the client calls so."""
-    return [one for one, its in known.items() if name in (one, its.name)] or [name]
+    """The model's names of the tools that the client calls so.  What the model calls so is meant
+    before those in namespaces whose own name it is."""
+    if name in known:
+        return [name]
+    return [one for one, its in known.items() if its.name == name] or [name]
 
 
 # -- calls of custom tools -------------------------------------------------------------------------
