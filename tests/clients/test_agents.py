@@ -361,7 +361,11 @@ def test_tools_among_the_items_are_the_request_s(here: Box) -> None:
     other = {"type": "function", **forced("c"), "name": "g"}
     given = respond(here, [items[0], user], tools=[other], **must)
     assert [tool["name"] for tool in given["tools"]] == ["g", "f"]
-    respond(here, [*items, user], tools=[{"type": "function", **forced("a")}], status=422)
+    space = {"type": "namespace", "name": "f", "tools": [{**other, "name": "h"}]}
+    first = {"type": "function", **forced("a")}
+    given = respond(here, [items[1], user], tools=[first, space, {"type": "web_search"}], **must)
+    assert [tool["type"] for tool in given["tools"]] == ["namespace", "function"]
+    assert given["tools"][1]["parameters"] == forced("b")["parameters"]
     respond(here, [{"type": "additional_tools", "tools": "f"}, user], status=422)
     respond(here, [{"type": "additional_tools"}, user], status=422)
 
