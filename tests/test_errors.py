@@ -523,6 +523,26 @@ def test_the_words_of_vllm_for_a_format_are_followed(
     assert box.http("POST", "/v1/completions", json=plain).json()["choices"][0]["text"] in texts
 
 
+@pytest.mark.parametrize(
+    "schema",
+    [
+        "{",
+        "[]",
+        '{"const": "\\ud83d"}',
+        '{"const": NaN}',
+        '{"const": ' + "[" * 900 + "]" * 900 + "}",
+    ],
+    ids=lambda one: one[:30],
+)
+def test_a_schema_as_text_that_cannot_be_followed(box: Box, schema: str) -> None:
+    for path, body in (
+        ("/v1/chat/completions", GOOD),
+        ("/v1/completions", {"model": MODEL, "prompt": "x"}),
+    ):
+        answer = box.http("POST", path, json={**body, "guided_json": schema})
+        check_envelope(answer, 422, "invalid_body")
+
+
 def test_the_template_s_own_names_are_not_for_clients(box: Box) -> None:
     for name in (
         "messages", "tools", "add_generation_prompt", "continue_final_message", "bos_token",

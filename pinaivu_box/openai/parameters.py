@@ -13,6 +13,8 @@ from collections import deque
 from collections.abc import Iterable
 from typing import Any
 
+import msgspec
+
 from pinaivu_box.chat_format import TEMPLATE_OWN
 from pinaivu_box.errors import InvalidBody, UnsupportedParameter, quoted
 from pinaivu_box.openai.fields import BILLING, Passed
@@ -307,7 +309,7 @@ def _guided(raw: Raw, passed: Passed) -> None:
 def _schema(name: str, value: Any) -> Any:
     if isinstance(value, str):
         try:
-            value = json.loads(value)
+            value = msgspec.json.decode(value)
         except (ValueError, RecursionError):
             raise InvalidBody("it is no JSON", loc=("body", name)) from None
     if not isinstance(value, dict):
