@@ -1,4 +1,5 @@
-r"""Texts from outside: patterns that fit the whole of one, and numbers in ASCII digits.
+r"""Texts from outside: patterns that fit the whole of one, numbers in ASCII digits, and what UTF-8
+cannot carry.
 
 `$` also fits before a last newline, and `\Z` is Python's alone; `END` is read alike by Python and
 by ECMA-262, the language of patterns in `/openapi.json`.  `\d`, `\w`, `str.isdigit` and `int` take
@@ -21,6 +22,11 @@ def whole(pattern: str) -> str:
 def number(text: str) -> int | None:
     """The number that 1 to 18 ASCII digits say, and nothing else; None if it is none."""
     return int(text) if _DIGITS.fullmatch(text) else None
+
+
+def encodable(text: str) -> str:
+    """Without halves of surrogate pairs, which JSON can spell and UTF-8 cannot."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "ignore")
 
 
 DIGEST = whole("[0-9a-f]{64}")  # also of a key: 32 bytes in hex, in the one spelling that counts

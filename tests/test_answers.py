@@ -149,6 +149,24 @@ def test_no_answer_ends_before_its_least_length(box: Box) -> None:
     assert chosen["choices"][0]["message"]["content"] in ("red", "blue")  # nothing can follow
 
 
+@pytest.mark.parametrize("most", [2**31, 2**53, 2**64 - 1])
+def test_a_limit_above_any_context_is_none(fake_box: Box, most: int) -> None:
+    """A proof can carry what it is cut to."""
+    for path, name in (
+        (CHAT, "max_tokens"), (CHAT, "max_completion_tokens"), (CHAT, "num_predict"),
+        (COMPLETE, "max_tokens"),
+    ):  # fmt: skip
+        answer = post(fake_box, path, stop=["."], **{name: most})
+        assert answer["choices"][0]["finish_reason"] == "stop"
+        assert sampling_of(fake_box, answer)["max_tokens"] == 2**31 - 1
+    told = {"messages": [USER], "max_tokens": most, "stop_sequences": ["."]}
+    assert post(fake_box, "/v1/messages", **told)["stop_reason"] == "stop_sequence"
+    form = {"format": {"type": "json_schema", "schema": {"enum": ["a"]}}}
+    asked = {"input": "hi", "text": form, "max_output_tokens": most}
+    made = fake_box.http("POST", "/v1/responses", json={"model": FAKE, **asked}).json()
+    assert (made["status"], made["max_output_tokens"]) == ("completed", 2**31 - 1)
+
+
 def test_a_least_length_that_cannot_be(fake_box: Box) -> None:
     for path, more in (
         (CHAT, {"max_tokens": 9}), (CHAT, {"max_completion_tokens": 9, "max_tokens": 20}),
@@ -159,6 +177,8 @@ def test_a_least_length_that_cannot_be(fake_box: Box) -> None:
         assert "min_tokens is 10 and max_tokens 9" in detail["msg"]
     (detail,) = post(fake_box, COMPLETE, 422, min_tokens=17)["detail"]
     assert "max_tokens 16" in detail["msg"]  # which nobody has said
+    (detail,) = post(fake_box, CHAT, 422, min_tokens=2**40, max_tokens=9)["detail"]
+    assert detail["loc"] == ["body", "min_tokens"] and "max_tokens 9" in detail["msg"]
     post(fake_box, CHAT, 422, min_tokens=-1)
     assert "ignored_parameters" not in post(fake_box, CHAT, min_tokens=0, max_tokens=1)
 

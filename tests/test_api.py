@@ -647,6 +647,22 @@ def test_a_tool_of_a_namespace_is_chosen_by_its_own_name(fake_box: Box) -> None:
         assert [(one.namespace, one.name) for one in made.output] == [("mcp", "b")]
 
 
+def test_a_function_is_chosen_before_one_of_its_name_in_a_namespace(fake_box: Box) -> None:
+    space = {"type": "namespace", "name": "a", "tools": FLAT}
+    named = {"type": "function", "name": "b"}
+    for choice in (named, {"type": "allowed_tools", "mode": "required", "tools": [named]}):
+        made = respond(
+            fake_box,
+            model=FAKE,
+            input="hi",
+            tools=[space, *FLAT],
+            tool_choice=choice,
+            parallel_tool_calls=False,
+            max_output_tokens=100,
+        )
+        assert [(one.namespace, one.name) for one in made.output] == [(None, "b")]
+
+
 DIGITS = "[0-9]{3}-[xy]z"
 RUN = {
     "type": "custom",

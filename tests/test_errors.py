@@ -523,6 +523,26 @@ def test_the_words_of_vllm_for_a_format_are_followed(
     assert box.http("POST", "/v1/completions", json=plain).json()["choices"][0]["text"] in texts
 
 
+@pytest.mark.parametrize(
+    "schema",
+    [
+        "{",
+        "[]",
+        '{"const": "\\ud83d"}',
+        '{"const": NaN}',
+        '{"const": ' + "[" * 900 + "]" * 900 + "}",
+    ],
+    ids=lambda one: one[:30],
+)
+def test_a_schema_as_text_that_cannot_be_followed(box: Box, schema: str) -> None:
+    for path, body in (
+        ("/v1/chat/completions", GOOD),
+        ("/v1/completions", {"model": MODEL, "prompt": "x"}),
+    ):
+        answer = box.http("POST", path, json={**body, "guided_json": schema})
+        check_envelope(answer, 422, "invalid_body")
+
+
 def test_the_template_s_own_names_are_not_for_clients(box: Box) -> None:
     for name in (
         "messages", "tools", "add_generation_prompt", "continue_final_message", "bos_token",
@@ -781,9 +801,8 @@ def test_a_browser_may_read_answers_errors_and_their_headers(box: Box) -> None:
 
 
 @pytest.mark.parametrize("field", ["max_tokens", "max_completion_tokens"])
-@pytest.mark.parametrize("count", [2**31, 2**53, 2**63, 10**30])
-def test_a_limit_that_no_proof_can_hold_is_refused(box: Box, field: str, count: int) -> None:
-    error = failure(box, CHAT, {"model": MODEL, "messages": [USER], field: count})
+def test_a_limit_of_more_than_64_bits_is_refused(box: Box, field: str) -> None:
+    error = failure(box, CHAT, {"model": MODEL, "messages": [USER], field: 2**64})
     assert error.status_code == 422
     assert field in error.response.text
 

@@ -117,6 +117,13 @@ CASES: list[tuple[str, Style | None, dict[str, Any], Read]] = [
         [("call", "f", "{}")],
     ),
     ('{"name": "Ada", "age": 36}', LLAMA, {}, [("text", '{"name": "Ada", "age": 36}')]),
+    ('{"name": "f", "parameters": "\\ud83d."}', LLAMA, {}, [("call", "f", ".")]),
+    ('{"parameters": {"é": "\\ud83d."}, "name": "f"}', LLAMA, {}, [("call", "f", '{"é": "."}')]),
+    *(
+        (text, LLAMA, {}, [("text", text)])
+        for name in ('"\\_"', '"f\n"', '["f"]')
+        for text in (f'{{"name": {name}, "parameters": {{}}}}',)
+    ),
     ('So: {"name": "f"}', LLAMA, {}, [("text", 'So: {"name": "f"}')]),
     ("<think>\nhm < 3</think>\n\nYes.", None, {"thinks": True}, [
         ("thought", "\nhm < 3"), ("text", "Yes.")

@@ -13,6 +13,8 @@ from collections import deque
 from collections.abc import Iterable
 from typing import Any
 
+import msgspec
+
 from pinaivu_box.chat_format import TEMPLATE_OWN
 from pinaivu_box.errors import InvalidBody, UnsupportedParameter, quoted
 from pinaivu_box.openai.fields import BILLING, Passed
@@ -32,6 +34,9 @@ _RENAMED = {
     "ttl": "keep_alive",
 }
 _UNLIMITED = -1
+# Numbers of tokens.  More than the largest that is carried, which no context holds, mean as much.
+_COUNTS = ("max_tokens", "max_completion_tokens", "max_output_tokens", "min_tokens")
+_LARGEST_COUNT = 2**31 - 1
 # top_p 0 asks for the likeliest token alone; proofs carry more than 0.
 _LEAST_TOP_P = 1e-9
 _SCHEMA_NAME = "answer"  # of a schema that has none
@@ -72,6 +77,7 @@ def sampled(raw: Raw, passed: Passed) -> None:
             raw[name] = _UNLIMITED
     for name, here in _RENAMED.items():
         _rename(raw, name, here, passed)
+    _cut(raw)
     _refuse(raw, _NOT_SERVED)
     _pass_over(raw, passed)
     _values(raw, "stop")
@@ -123,6 +129,7 @@ def response(raw: Raw, passed: Passed) -> None:
     _without_billing(raw, "instructions", passed)
     for name in ("max_tokens", "max_completion_tokens", "num_predict"):
         _rename(raw, name, "max_output_tokens", passed)
+    _cut(raw)
     kept(raw, passed)
     _refuse(raw, _NOT_SERVED_IN_RESPONSES)
     _pass_over(raw, passed, but="truncation")
@@ -150,6 +157,7 @@ def response(raw: Raw, passed: Passed) -> None:
 
 def messages(raw: Raw, passed: Passed) -> None:
     """Anthropic's."""
+    _cut(raw)
     _without_billing(raw, "system", passed)
     _pass_over(raw, passed)
     _values(raw, "stop_sequences")
@@ -244,6 +252,12 @@ def _values(raw: Raw, stop: str = "") -> None:
         raw[stop] = [one for one in given if one != ""]
 
 
+def _cut(raw: Raw) -> None:
+    for name in _COUNTS:
+        if isinstance(value := raw.get(name), int):
+            raw[name] = min(value, _LARGEST_COUNT)
+
+
 def _unlimited(raw: Raw, name: str) -> None:
     if _is(raw.get(name), _UNLIMITED):
         del raw[name]
@@ -295,7 +309,7 @@ def _guided(raw: Raw, passed: Passed) -> None:
 def _schema(name: str, value: Any) -> Any:
     if isinstance(value, str):
         try:
-            value = json.loads(value)
+            value = msgspec.json.decode(value)
         except (ValueError, RecursionError):
             raise InvalidBody("it is no JSON", loc=("body", name)) from None
     if not isinstance(value, dict):

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from pinaivu_box.chat_format import THINK, THOUGHT, Style, overlap
 from pinaivu_box.openai.tools import as_input
+from pinaivu_box.text import encodable
 
 
 @dataclass(frozen=True)
@@ -165,18 +166,16 @@ class Reader:
         head = _HEAD.match(rest[:_LONGEST_HEAD])
         # Decoded once it is complete: at every token that would take as long as all before it.
         whole = _object(rest) if head is None and self._has_ended(rest) else None
-        if head is not None and (name := json.loads(head[1])) in self._names:
+        if head is not None and (name := _string(head[1])) in self._names:
             self._buffer = rest[head.end() :]
             self._forget_value()
             self._state = self._arguments
             return [self._call(name)]
-        if whole is not None and (name := whole[0].get("name")) in self._names:
-            arguments = whole[0].get("arguments", whole[0].get("parameters", {}))
-            if not isinstance(arguments, str):
-                arguments = json.dumps(arguments, ensure_ascii=False)
-            self._buffer, self._state = rest[whole[1] :], self._tail
+        if whole is not None and whole[0] in self._names:
+            name, arguments, size = whole
+            self._buffer, self._state = rest[size:], self._tail
             self._forget_value()
-            return [self._call(str(name)), *self._argued(arguments, end=True)]
+            return [self._call(name), *self._argued(arguments, end=True)]
         if head or whole or end or not (rest == "" or rest.startswith(("{", "["))):
             # It is no call after all.
             said, self._buffer, self._held = self._held + trigger + self._buffer, "", ""
@@ -268,10 +267,24 @@ class Reader:
         return Call(self._calls - 1, f"call_{secrets.token_hex(12)}", name, custom)
 
 
-def _object(text: str) -> tuple[dict[str, object], int] | None:
-    """The JSON object that `text` begins with, and its length; None if it is not complete."""
+def _string(text: str) -> str:
+    """The string that is written so in JSON; without one an empty one, which names no function."""
+    try:
+        return str(json.loads(text))
+    except ValueError:
+        return ""
+
+
+def _object(text: str) -> tuple[str, str, int] | None:
+    """The name in the JSON object that `text` begins with, its arguments as text, and its length;
+    None if it is not complete."""
     try:
         value, end = json.JSONDecoder().raw_decode(text)
+        if not isinstance(value, dict):
+            return None
+        given = value.get("arguments", value.get("parameters", {}))
+        arguments = given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)
     except (ValueError, RecursionError):
         return None
-    return (value, end) if isinstance(value, dict) else None
+    name = value.get("name")
+    return name if isinstance(name, str) else "", encodable(arguments), end

@@ -289,17 +289,23 @@ def _take_tools(raw: dict[str, Any]) -> None:
     if not isinstance(given, list) or not isinstance(tools, list | None):
         return
     kept: list[Any] = []
-    found: dict[str, Any] = {}
+    found: list[Any] = []
     for item in given:
         if not isinstance(item, dict) or item.get("type") != "additional_tools":
             kept.append(item)
             continue
         more = item.get("tools")
-        for tool in more if isinstance(more, list) else [more]:
-            name = tool.get("name") if isinstance(tool, dict) else None
-            found[name if isinstance(name, str) else f"\0{len(found)}"] = tool
+        found += more if isinstance(more, list) else [more]
     if len(kept) < len(given):
-        raw["input"], raw["tools"] = kept, [*(tools or ()), *found.values()]
+        later = {_identity(tool): tool for tool in found}
+        before = [tool for tool in tools or () if _identity(tool) not in later]
+        raw["input"], raw["tools"] = kept, [*before, *later.values()]
+
+
+def _identity(tool: Any) -> tuple[Any, ...]:
+    """What no two tools of a request share: a namespace may have the name of a function."""
+    name = tool.get("name") if isinstance(tool, dict) else None
+    return (tool.get("type") == "namespace", name) if isinstance(name, str) else (id(tool),)
 
 
 def _sifted(items: list[Any], passed: Passed) -> list[Any]:

@@ -24,6 +24,7 @@ from pinaivu_box.openai.types import (
     Tool,
     ToolChoice,
 )
+from pinaivu_box.text import encodable
 
 _INPUT = "input"  # the one argument of a custom tool
 _ESCAPE = len("\\u0000")  # the longest end of a text that may have to go, if it was cut off
@@ -115,8 +116,11 @@ def called(tools: Iterable[ResponseTool]) -> dict[str, Called]:
 
 
 def names_of(name: str, known: Mapping[str, Called]) -> list[str]:
-    """The model's names of the tools that the client calls so."""
-    return [one for one, its in known.items() if name in (one, its.name)] or [name]
+    """The model's names of the tools that the client calls so.  What the model calls so is meant
+    before those in namespaces whose own name it is."""
+    if name in known:
+        return [name]
+    return [one for one, its in known.items() if its.name == name] or [name]
 
 
 # -- calls of custom tools -------------------------------------------------------------------------
@@ -136,13 +140,8 @@ def as_input(arguments: str) -> str:
         except (ValueError, RecursionError):
             continue
         text = given.get(_INPUT) if isinstance(given, dict) else None
-        return _encodable(text) if isinstance(text, str) else arguments
+        return encodable(text) if isinstance(text, str) else arguments
     return arguments
-
-
-def _encodable(text: str) -> str:
-    """Without halves of characters, which JSON can spell and UTF-8 cannot."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "ignore")
 
 
 def _each(

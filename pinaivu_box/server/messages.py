@@ -36,6 +36,7 @@ from pinaivu_box.server.choices import Choices
 from pinaivu_box.server.envelope import JSON
 from pinaivu_box.server.inference import Call
 from pinaivu_box.server.jobs import job_of, json_text
+from pinaivu_box.text import encodable
 
 _REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 
@@ -206,7 +207,10 @@ class _Answer:
 
 
 def _parsed(text: str) -> Any:
+    """Arguments as they stand in the answer's JSON; an empty object if they are none."""
     try:
-        return json.loads(text)
-    except ValueError:  # cut off by max_tokens
+        given = json.loads(text)
+        written = json.dumps(given, ensure_ascii=False, allow_nan=False)
+    except (ValueError, RecursionError):  # cut off by max_tokens, or nested too deeply
         return {}
+    return msgspec.Raw(encodable(written).encode()) if isinstance(given, dict) else {}

@@ -19,6 +19,7 @@ from tests.clients.page import MODEL
 from tests.clients.programs import PROGRAMS
 
 FAKE = "fake:1"
+SCRIPTED = "scripted:1"
 RECORDED = Path(__file__).with_name("recorded")
 # Some of what means nothing here.
 IGNORED = {
@@ -36,6 +37,12 @@ LOOK = {
         "additionalProperties": False,
     },
 }
+# What a model calls a function with, by what it is asked.
+WRITTEN = {
+    "many levels": '{"a": ' + "[" * 2000 + "]" * 2000 + "}",
+    "a large number": '{"a": 1' + "0" * 30 + "}",
+    "too large a number": '{"a": 1' + "0" * 5000 + "}",
+}
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +51,17 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Box]:
     config = home.with_name("box.toml")
     config.write_text("[engine]\ncontext = 200000\n")
     scripted = script.write(home.with_name("script.json"), "/work")
-    models = ("--model", f"{FAKE}=fake:0", "--model", f"{MODEL}=fake:{scripted}")
+    odd = home.with_name("odd.json")
+    calls = {asked: f'{{"name": "f", "arguments": {text}}}' for asked, text in WRITTEN.items()}
+    lines = [
+        {"when": [asked], "say": f"<tool_call>\n{call}\n</tool_call>"}
+        for asked, call in calls.items()
+    ]
+    odd.write_text(json.dumps(lines))
+    models = (
+        "--model", f"{FAKE}=fake:0", "--model", f"{MODEL}=fake:{scripted}",
+        "--model", f"{SCRIPTED}=fake:{odd}",
+    )  # fmt: skip
     started = Box(home, "--config", str(config), *models).start()
     yield started
     started.end()
@@ -275,6 +292,32 @@ def test_a_prompt_that_is_too_long_in_anthropic_s_words(here: Box) -> None:
         )
 
 
+@pytest.mark.parametrize(
+    ("asked", "given"),
+    [
+        ("many levels", {}),
+        ("a large number", {"a": 10**30}),
+        ("too large a number", {}),
+    ],
+)
+def test_arguments_that_an_answer_cannot_hold(here: Box, asked: str, given: Any) -> None:
+    """As text they come as they are; as an object without what JSON cannot carry."""
+    user = {"role": "user", "content": asked}
+    tool = {"name": "f", "input_schema": {"type": "object"}}
+    more = {"model": SCRIPTED, "max_tokens": 9000, "tools": [tool]}
+    (block,) = messages(here, user, **more)["content"]
+    assert (block["name"], block["input"]) == ("f", given)
+    streamed = ask(here, "/v1/messages", {**more, "messages": [user], "stream": True}).text
+    check_stream("/v1/messages", streamed)
+    deltas = [one["delta"] for one in events_of(streamed) if one["type"] == "content_block_delta"]
+    assert "".join(one["partial_json"] for one in deltas) == WRITTEN[asked]
+    function = {"type": "function", "name": "f", "parameters": {"type": "object"}}
+    (call,) = respond(here, [user], tools=[function], model=SCRIPTED, max_output_tokens=9000)[
+        "output"
+    ]
+    assert call["arguments"] == WRITTEN[asked]
+
+
 def test_many_tools(here: Box) -> None:
     many = [{**LOOK, "name": f"look_{n}"} for n in range(300)]
     messages(here, USER, tools=many)
@@ -318,7 +361,11 @@ def test_tools_among_the_items_are_the_request_s(here: Box) -> None:
     other = {"type": "function", **forced("c"), "name": "g"}
     given = respond(here, [items[0], user], tools=[other], **must)
     assert [tool["name"] for tool in given["tools"]] == ["g", "f"]
-    respond(here, [*items, user], tools=[{"type": "function", **forced("a")}], status=422)
+    space = {"type": "namespace", "name": "f", "tools": [{**other, "name": "h"}]}
+    first = {"type": "function", **forced("a")}
+    given = respond(here, [items[1], user], tools=[first, space, {"type": "web_search"}], **must)
+    assert [tool["type"] for tool in given["tools"]] == ["namespace", "function"]
+    assert given["tools"][1]["parameters"] == forced("b")["parameters"]
     respond(here, [{"type": "additional_tools", "tools": "f"}, user], status=422)
     respond(here, [{"type": "additional_tools"}, user], status=422)
 

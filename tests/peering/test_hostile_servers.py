@@ -7,13 +7,16 @@ counted or logged.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from typing import Any
 
+import msgspec
 import pytest
+from msgspec.structs import replace
 
 from pinaivu_box.gateway import dispatch
 from pinaivu_box.peering import work
 from pinaivu_box.peering.transport import Stream
-from tests.peering.company import Lie, World, checked, right, said
+from tests.peering.company import FAKE, Lie, World, checked, right, said
 from tests.peering.lies import LIES, ends
 from tests.peering.worlds import wait_until
 
@@ -128,3 +131,61 @@ async def test_without_end_there_is_an_end(world: World, monkeypatch: pytest.Mon
     answer = await world.anna.chat("endless", max_tokens=None, stop=["."])
     assert answer.status_code == 200
     assert "more tokens than it was asked for" in await world.why()
+
+
+FUNCTION = {"name": "f", "parameters": {"type": "object"}}
+APIS: dict[str, dict[str, Any]] = {
+    "/v1/chat/completions": {"tools": [{"type": "function", "function": FUNCTION}]},
+    "/v1/responses": {"tools": [{"type": "function", **FUNCTION}], "store": False},
+    "/v1/messages": {"tools": [{"name": "f", "input_schema": {"type": "object"}}]},
+}
+# A call as a model wrote it -> its arguments as text, and as an object; None if it is no call.
+WRITTEN: dict[str, tuple[str, Any] | None] = {
+    '{"name": "f", "parameters": {"a": "\\ud83d.", "é": "\\ud83d\\ude00"}}': (
+        '{"a": "\\ud83d.", "é": "\\ud83d\\ude00"}', {"a": ".", "é": "\N{GRINNING FACE}"},
+    ),
+    '{"parameters": {"a": "\\ud83d."}, "name": "f"}': ('{"a": "."}', {"a": "."}),
+    '{"name": "f", "parameters": "\\ud83d."}': (".", {}),
+    '{"name": "f", "parameters": [1]}': ("[1]", {}),
+    '{"name": "\\_", "parameters": {}}': None,
+    '{"name": "f\n", "parameters": {}}': None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", APIS)
+@pytest.mark.parametrize("wrote", WRITTEN)
+async def test_a_call_that_no_grammar_held(world: World, path: str, wrote: str) -> None:
+    """Whatever the model wrote, there is an answer, and one in JSON that all can read."""
+    data = list(wrote.encode())
+    world.lie(
+        Lie(
+            began=lambda one: replace(one, tool_style="llama"), count=len(data),
+            tokens=lambda _: data, text=lambda _: wrote, reason="stop",
+        )
+    )  # fmt: skip
+    given = "input" if path == "/v1/responses" else "messages"
+    most = "max_output_tokens" if path == "/v1/responses" else "max_tokens"
+    user = [{"role": "user", "content": "Call it."}]
+    body = {"model": FAKE, given: user, most: 200, **APIS[path]}
+    secret = await world.key("carl")
+    answer = await world.anna.http("POST", path, json=body, secret=secret)
+    assert answer.status_code == 200, answer.text
+    answer.text.encode()
+    made = msgspec.json.decode(answer.content)
+    if path == "/v1/chat/completions":
+        (choice,) = made["choices"]
+        message = choice["message"]
+        (found,) = message.get("tool_calls") or [{"text": message["content"]}]
+        found = found.get("function", found)
+    else:
+        (found,) = made["output"] if "output" in made else made["content"]
+        (found,) = found.get("content") or [found]
+    wanted = WRITTEN[wrote]
+    if wanted is None:
+        assert found["text"] == wrote
+    else:
+        assert found.get("arguments", wanted[0]) == wanted[0]
+        assert found.get("input", wanted[1]) == wanted[1]
+    streamed = await world.anna.http("POST", path, json={**body, "stream": True}, secret=secret)
+    assert '"error":{' not in streamed.text
+    assert any(end in streamed.text for end in ("[DONE]", "response.completed", "message_stop"))
