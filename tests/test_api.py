@@ -647,6 +647,26 @@ def test_a_tool_of_a_namespace_is_chosen_by_its_own_name(fake_box: Box) -> None:
         assert [(one.namespace, one.name) for one in made.output] == [("mcp", "b")]
 
 
+def test_more_tools_than_there_may_be_are_not_chosen_from(fake_box: Box) -> None:
+    """Each namespace has one of that name: what is looked up must not be the product of both."""
+    few, many = [FLAT[0]] * 1024, [FLAT[0]] * 1025
+    spaces = [{"type": "namespace", "name": f"n{n}", "tools": few[:1]} for n in range(1024)]
+    options: dict[str, Any] = {
+        "model": FAKE,
+        "input": "hi",
+        "tools": spaces,
+        "max_output_tokens": 2,
+    }
+    for listed, status in ((few, 400), (many, 422)):  # 400: the prompt is too long
+        choice = {"type": "allowed_tools", "mode": "auto", "tools": listed}
+        body = {**options, "tool_choice": choice}
+        answer = fake_box.http("POST", "/v1/responses", json=body)
+        assert answer.status_code == status, answer.text[:300]
+    chosen = allowed("auto", *[PAIR[0]] * 1025)
+    with pytest.raises(openai.UnprocessableEntityError, match="1024"):
+        chat(fake_box, model=FAKE, tools=PAIR, tool_choice=chosen)
+
+
 def test_a_function_is_chosen_before_one_of_its_name_in_a_namespace(fake_box: Box) -> None:
     space = {"type": "namespace", "name": "a", "tools": FLAT}
     named = {"type": "function", "name": "b"}

@@ -190,12 +190,12 @@ def test_thoughts_are_apart_from_the_answer(families: Box) -> None:
 def test_thoughts_end_in_a_call(families: Box) -> None:
     """Which is then as it must be.  The weights know nothing of thoughts: a bias makes them end."""
     body = {"model": "qwen3", "text": "</think>"}
-    mark = families.http("POST", "/v1/tokenize", json=body).json()["tokens"][0]
+    mark = families.http("POST", "/v1/tokenize", json=body).json()["tokens"]  # no one token here
     options: dict[str, Any] = {
         "tools": TOOLS,
         "tool_choice": "required",
         "parallel_tool_calls": False,
-        "logit_bias": {str(mark): 5},
+        "logit_bias": {str(token): 5 for token in mark},
         "max_tokens": 120,
     }
     for seed in range(30):

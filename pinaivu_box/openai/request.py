@@ -216,8 +216,9 @@ def check_chat(body: ChatRequest) -> None:
     _check_ending(body)
     if body.top_logprobs is not None and not body.logprobs:
         raise _needs("top_logprobs", "logprobs to be true")
-    names = [one.name for one in functions(body.tools or ())]
-    if len(set(names)) < len(names):
+    tools = functions(body.tools or ())
+    names = {one.name for one in tools}
+    if len(names) < len(tools):
         raise InvalidBody("two tools have the same name", loc=("body", "tools"))
     choice, callable_ = wanted(body.tool_choice)
     if choice not in ("none", "auto") and not (names if callable_ is None else callable_ and names):

@@ -17,6 +17,7 @@ from pinaivu_box.openai.tools import (
     ResponseCustom,
     ResponseFunction,
     ResponseTool,
+    all_names_of,
     as_arguments,
     named,
     names_of,
@@ -62,7 +63,7 @@ class ChosenSet(
     Struct, frozen=True, forbid_unknown_fields=True, tag="allowed_tools", tag_field="type"
 ):
     mode: Literal["auto", "required"]
-    tools: list[ResponseFunction | ResponseCustom]
+    tools: Annotated[list[ResponseFunction | ResponseCustom], Meta(max_length=MOST_TOOLS)]
 
 
 ResponseChoice = (
@@ -465,6 +466,6 @@ def chat_choice(choice: ResponseChoice, known: Mapping[str, Called]) -> ToolChoi
         case ChosenFunction(name) | ChosenCustom(name):
             return NamedTool(ToolName(names_of(name, known)[0]))
         case ChosenSet(mode, tools):
-            names = [name for one in tools for name in names_of(one.name, known)]
+            names = all_names_of({one.name for one in tools}, known)
             return AllowedTools(AllowedSet(mode, [Tool(Function(name)) for name in names]))
     return choice

@@ -4,7 +4,7 @@ namespaces of a response."""
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from typing import Annotated
 
 from msgspec import Meta, Struct
@@ -88,14 +88,14 @@ def customs(tools: Iterable[Tool | CustomTool]) -> set[str]:
     return {tool.custom.name for tool in tools if isinstance(tool, CustomTool)}
 
 
-def wanted(choice: ToolChoice | None) -> tuple[str, list[str] | None]:
+def wanted(choice: ToolChoice | None) -> tuple[str, Set[str] | None]:
     """ "none", "auto", "required" or the name of the one tool that is to be called; and which tools
     may be called, None for all."""
     match choice:
         case NamedTool(function=tool) | NamedCustom(custom=tool):
-            return tool.name, [tool.name]
+            return tool.name, {tool.name}
         case AllowedTools(allowed):
-            return allowed.mode, [one.name for one in functions(allowed.tools)]
+            return allowed.mode, {one.name for one in functions(allowed.tools)}
     return choice or "auto", None
 
 
@@ -121,6 +121,16 @@ def names_of(name: str, known: Mapping[str, Called]) -> list[str]:
     if name in known:
         return [name]
     return [one for one, its in known.items() if its.name == name] or [name]
+
+
+def all_names_of(names: Set[str], known: Mapping[str, Called]) -> list[str]:
+    """The same of several names; each of `known` is looked at once."""
+    found = {
+        one: its.name
+        for one, its in known.items()
+        if one in names or (its.name in names and its.name not in known)
+    }
+    return [*found, *(names - found.keys() - set(found.values()))]
 
 
 # -- calls of custom tools -------------------------------------------------------------------------

@@ -153,7 +153,7 @@ class NamedCustom(Struct, frozen=True, forbid_unknown_fields=True, tag="custom",
 
 class AllowedSet(Struct, frozen=True, forbid_unknown_fields=True):
     mode: Literal["auto", "required"]
-    tools: list[Tool | CustomTool]
+    tools: Annotated[list[Tool | CustomTool], Meta(max_length=MOST_TOOLS)]
 
 
 class AllowedTools(
