@@ -50,7 +50,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Box]:
     home = tmp_path_factory.mktemp("agents") / "home"
     config = home.with_name("box.toml")
     config.write_text("[engine]\ncontext = 200000\n")
-    scripted = script.write(home.with_name("script.json"), "/work")
+    scripted = script.write(home.with_name("script.json"), "/project")
     odd = home.with_name("odd.json")
     calls = {asked: f'{{"name": "f", "arguments": {text}}}' for asked, text in WRITTEN.items()}
     lines = [
