@@ -631,20 +631,22 @@ def test_only_allowed_tools_are_called_and_all_are_told(fake_box: Box) -> None:
             chat(fake_box, tools=PAIR, tool_choice=wrong, **options)
 
 
-def test_a_tool_of_a_namespace_is_chosen_by_its_own_name(fake_box: Box) -> None:
-    space = {"type": "namespace", "name": "mcp", "tools": FLAT}
+@pytest.mark.parametrize(
+    ("space", "beside", "called"),
+    [("mcp", [], ("mcp", "b")), ("a", FLAT, (None, "b"))],
+    ids=["by its own name", "after a function of its name"],
+)
+def test_a_tool_of_a_namespace_is_chosen(
+    fake_box: Box, space: str, beside: list[Any], called: tuple[str | None, str]
+) -> None:
+    tools = [{"type": "namespace", "name": space, "tools": FLAT}, *beside]
     named = {"type": "function", "name": "b"}
+    options: dict[str, Any] = {"model": FAKE, "input": "hi", "max_output_tokens": 100}
     for choice in (named, {"type": "allowed_tools", "mode": "required", "tools": [named]}):
         made = respond(
-            fake_box,
-            model=FAKE,
-            input="hi",
-            tools=[space],
-            tool_choice=choice,
-            parallel_tool_calls=False,
-            max_output_tokens=100,
+            fake_box, tools=tools, tool_choice=choice, parallel_tool_calls=False, **options
         )
-        assert [(one.namespace, one.name) for one in made.output] == [("mcp", "b")]
+        assert [(one.namespace, one.name) for one in made.output] == [called]
 
 
 def test_more_tools_than_there_may_be_are_not_chosen_from(fake_box: Box) -> None:
@@ -665,22 +667,6 @@ def test_more_tools_than_there_may_be_are_not_chosen_from(fake_box: Box) -> None
     chosen = allowed("auto", *[PAIR[0]] * 1025)
     with pytest.raises(openai.UnprocessableEntityError, match="1024"):
         chat(fake_box, model=FAKE, tools=PAIR, tool_choice=chosen)
-
-
-def test_a_function_is_chosen_before_one_of_its_name_in_a_namespace(fake_box: Box) -> None:
-    space = {"type": "namespace", "name": "a", "tools": FLAT}
-    named = {"type": "function", "name": "b"}
-    for choice in (named, {"type": "allowed_tools", "mode": "required", "tools": [named]}):
-        made = respond(
-            fake_box,
-            model=FAKE,
-            input="hi",
-            tools=[space, *FLAT],
-            tool_choice=choice,
-            parallel_tool_calls=False,
-            max_output_tokens=100,
-        )
-        assert [(one.namespace, one.name) for one in made.output] == [(None, "b")]
 
 
 DIGITS = "[0-9]{3}-[xy]z"

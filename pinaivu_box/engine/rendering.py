@@ -78,13 +78,9 @@ class Rendering:
         messages: list[dict[str, Any]],
         functions: str | None = None,
         variables: dict[str, Any] | None = None,
-        *,
-        tenant: str = "",
-        cancellation: Cancellation | None = None,
     ) -> str:
         """The prompt; see `parts`."""
-        given = (messages, functions, variables)
-        return "".join(self.parts(*given, tenant=tenant, cancellation=cancellation))
+        return "".join(self.parts(messages, functions, variables))
 
     def parts(
         self,

@@ -375,7 +375,7 @@ TOO_MUCH = {
 
 def rendered(limited: Sandboxes, source: str | None, messages: Any, context: int = 1000) -> str:
     made = Rendering(limited.templates, source, bos="", eos="", context=context)
-    return made.render(messages, tenant="t")
+    return "".join(made.parts(messages, tenant="t"))
 
 
 @pytest.mark.parametrize("name", TOO_MUCH)
