@@ -21,7 +21,7 @@ from pinaivu_box.errors import (
     RateLimited,
 )
 from pinaivu_box.gateway.backend import Event
-from pinaivu_box.gateway.requests import Finished
+from pinaivu_box.gateway.request import Finished
 from tests.support.scripted_boxes import (
     PROMPT,
     TEXT,

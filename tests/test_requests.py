@@ -25,7 +25,7 @@ from pinaivu_box.errors import (
 from pinaivu_box.gateway.admission import Admission
 from pinaivu_box.gateway.backend import Job
 from pinaivu_box.gateway.metering import Meter
-from pinaivu_box.gateway.requests import Failed, Finished, Request, Requests
+from pinaivu_box.gateway.request import Failed, Finished, Request, RunningRequests
 from pinaivu_box.policy import Budget, Policy
 from pinaivu_box.store import accounts, keys
 from pinaivu_box.store.audit import Actor
@@ -327,7 +327,7 @@ class Running:
     def __init__(self, box: ScriptedBox) -> None:
         metrics: Any = SimpleNamespace(observe=lambda account, status: None)
         ledger: Any = Ledger()
-        self.requests = Requests(alone(box), ledger, metrics, places=1)
+        self.requests = RunningRequests(alone(box), ledger, metrics, places=1)
         self.ended: list[tuple[int, int]] = []
 
     def start(self, timeout: float | None = None, **more: Any) -> Request:

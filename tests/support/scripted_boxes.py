@@ -20,21 +20,21 @@ from pinaivu_box.amount import Prices
 from pinaivu_box.config import EngineConfig, PeeringConfig, SamplingConfig
 from pinaivu_box.engine.messages import SamplingDefaults
 from pinaivu_box.errors import ApiError, EngineLost, ModelNotFound, NoNodesAvailable
-from pinaivu_box.gateway.admission import Admitted
+from pinaivu_box.gateway.admission import AdmittedRequest
 from pinaivu_box.gateway.backend import Event, Job, Output, Prompt, Proved, Started
-from pinaivu_box.gateway.candidates import Candidates
-from pinaivu_box.gateway.ceilings import Ceilings
-from pinaivu_box.gateway.dispatch import Dispatch, Routing
-from pinaivu_box.gateway.limits import Grant, Spending
-from pinaivu_box.gateway.load import Load
 from pinaivu_box.gateway.local import resolve
-from pinaivu_box.gateway.metering import Account, Leg, prove
-from pinaivu_box.gateway.reputation import Reputation
-from pinaivu_box.gateway.requests import Failed, Finished, Request, RequestEvent, Said
-from pinaivu_box.gateway.resting import Resting
+from pinaivu_box.gateway.metering import LegRecord, RequestAccount, prove
+from pinaivu_box.gateway.quota import Grant, Spending
+from pinaivu_box.gateway.request import ChoiceOutput, Failed, Finished, Request, RequestEvent
+from pinaivu_box.legs.runner import LegRunner, RoutingSettings
 from pinaivu_box.models.catalog import Model, remote
 from pinaivu_box.receipts.commitment import Opening
 from pinaivu_box.receipts.receipt import EngineInfo, Price, sign_proof
+from pinaivu_box.routing.candidates import Candidates
+from pinaivu_box.routing.circuit_breaker import CircuitBreaker
+from pinaivu_box.routing.load import LoadTracker
+from pinaivu_box.routing.reputation import Reputation
+from pinaivu_box.routing.spending_limits import SpendingLimits
 from tests.peering.people import offer, person
 
 MODEL = "scripted:1"
@@ -69,10 +69,10 @@ class ScriptedLeg:
         finally:
             self.ended.set()
 
-    def _record(self, record: Leg | None, event: Event) -> Leg | None:
+    def _record(self, record: LegRecord | None, event: Event) -> LegRecord | None:
         return recorded(self.job, record, event)
 
-    def _proved(self, record: Leg) -> Proved:
+    def _proved(self, record: LegRecord) -> Proved:
         proof, _ = prove(self.job, self.job.leg, record, Price("credits", "0", "0", "0"))
         return Proved(proof, sign_proof(self.box.identity, proof), Opening("0" * 64, ""), b"")
 
@@ -242,9 +242,9 @@ class Ledger:
     """In place of a meter: what was settled, and how it ended."""
 
     def __init__(self) -> None:
-        self.settled: list[tuple[Account, str]] = []
+        self.settled: list[tuple[RequestAccount, str]] = []
 
-    async def settle(self, account: Account, finish_reason: str) -> None:
+    async def settle(self, account: RequestAccount, finish_reason: str) -> None:
         await asyncio.sleep(0)
         self.settled.append((account, finish_reason))
 
@@ -268,21 +268,23 @@ def job(**more: Any) -> Job:
 
 def admitted(
     *jobs: Job, key: Any = None, end: Callable[[int, int], None] | None = None, turn: bool = True
-) -> Admitted:
+) -> AdmittedRequest:
     grant = Grant(0, Spending(), 0, [0.0, 0.0])
     if turn:
         grant.turn.set()
     key = key or SimpleNamespace(id="key_1", policy=SimpleNamespace(max_parallel=None))
-    return Admitted(list(jobs), key, Prices("0", "0"), grant, end or (lambda tokens, cost: None))
+    return AdmittedRequest(
+        list(jobs), key, Prices("0", "0"), grant, end or (lambda tokens, cost: None)
+    )
 
 
 # -- what the code under test looks like -----------------------------------------------------------
 
 
-def recorded(of: Job, record: Leg | None, event: Event) -> Leg | None:
+def recorded(of: Job, record: LegRecord | None, event: Event) -> LegRecord | None:
     """The record of a leg with one more event."""
     if isinstance(event, Started):
-        return Leg(event)
+        return LegRecord(event)
     if record is not None:
         record.take(event)
     return record
@@ -290,7 +292,7 @@ def recorded(of: Job, record: Leg | None, event: Event) -> Leg | None:
 
 def outputs_of(events: Iterable[RequestEvent]) -> list[tuple[int, Output]]:
     """With the number of their choice."""
-    return [(one.choice, one.output) for one in events if isinstance(one, Said)]
+    return [(one.choice, one.output) for one in events if isinstance(one, ChoiceOutput)]
 
 
 class Network:
@@ -303,16 +305,16 @@ class Network:
         self.own, self.peers = own, peers
         self.ledger = Ledger()
         placement: Any = SimpleNamespace(engines=[], failing=lambda model: None)
-        self.load = Load(placement, EngineConfig())
+        self.load = LoadTracker(placement, EngineConfig())
         self.reputation = Reputation(lambda: 0.0)
-        self.resting = Resting(asyncio.get_running_loop().time, Random(1))
+        self.resting = CircuitBreaker(asyncio.get_running_loop().time, Random(1))
         self.candidates = Candidates(
             OWN.node_id, self._catalog, lambda model: Prices("0.001", "0.002"), lambda: "credits",
             self.load, placement, self._peers, self.resting, self.reputation,
-            Ceilings(_no_debts, PeeringConfig()),
+            SpendingLimits(_no_debts, PeeringConfig()),
         )  # fmt: skip
         policy = routing.pop("policy", "cheapest")
-        self.backend = Dispatch(
+        self.backend = LegRunner(
             self.candidates,
             cast("Any", _Own(self)),
             cast("Any", _Peers(self)),
@@ -321,7 +323,7 @@ class Network:
             self.reputation,
             _digest,
             lambda: "credits",
-            Routing(policy=policy, hedge=hedge, **routing),
+            RoutingSettings(policy=policy, hedge=hedge, **routing),
         )
 
     def changed(self) -> None:
@@ -424,4 +426,4 @@ def alone(box: ScriptedBox) -> OwnBackend:
 
 def set_patience(monkeypatch: Any, seconds: float) -> None:
     """How long a begun answer waits for a box that goes on with it."""
-    monkeypatch.setattr("pinaivu_box.gateway.dispatch._PATIENCE", seconds)
+    monkeypatch.setattr("pinaivu_box.legs.runner._PATIENCE", seconds)
