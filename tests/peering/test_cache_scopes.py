@@ -25,7 +25,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> list[leg_wire.Task]:
 
     def spy(peer: str, task: leg_wire.Task) -> str:
         tasks.append(task)
-        return scopes.guest_scope(peer, task)
+        return scopes.peer_scope(peer, task.tag, task.request_id)
 
     monkeypatch.setattr(server, "guest_scope", spy)
     return tasks
