@@ -14,7 +14,7 @@ from pinaivu_box.config import SamplingConfig
 from pinaivu_box.errors import NoNodesAvailable, Unauthorized
 from pinaivu_box.gateway.admission import Admitted
 from pinaivu_box.gateway.backend import Event, Job, Output, Prompt, Started
-from pinaivu_box.gateway.limits import Grant, Spending
+from pinaivu_box.gateway.limits import Limits, Quota
 from pinaivu_box.gateway.requests import Failed, Request, RequestEvent, Said
 from pinaivu_box.models.catalog import Model
 from pinaivu_box.receipts.receipt import EngineInfo
@@ -50,10 +50,8 @@ def request_of(backend: Talker) -> Request:
     nothing = cast("Any", None)
     model = Model("fake:1", Path("fake:0"), 0, 0, 0, "", nothing, 0, SamplingConfig())
     job = Job("req_1", model, [], SamplingConfig(), 0, None, [], "key_1")
-    grant = Grant(0, Spending(), 0, [0.0, 0.0])
-    grant.turn.set()
     key = cast("Any", type("Key", (), {"id": "key_1"}))
-    admitted = Admitted([job], key, Prices("0", "0"), grant, lambda tokens, cost: None)
+    admitted = Admitted([job], key, Prices("0", "0"), Quota().reserve(Limits("The key")))
     return Request(admitted, backend, nothing)
 
 

@@ -9,31 +9,29 @@ from random import Random
 from pinaivu_box import amount
 from pinaivu_box.amount import Prices
 from pinaivu_box.config import Config
+from pinaivu_box.gateway.books import Books
 from pinaivu_box.gateway.candidates import Candidates
-from pinaivu_box.gateway.ceilings import Ceilings, Debts
+from pinaivu_box.gateway.ceilings import Ceilings
 from pinaivu_box.gateway.dispatch import Dispatch, Routing
-from pinaivu_box.gateway.guests import Guests, Terms
+from pinaivu_box.gateway.guests import LegAdmission
 from pinaivu_box.gateway.load import Load
 from pinaivu_box.gateway.local import LocalBackend
-from pinaivu_box.gateway.peer import PeerBackend, Taken
+from pinaivu_box.gateway.peer import PeerBackend
 from pinaivu_box.gateway.placement import Placement
 from pinaivu_box.gateway.reputation import Reputation
 from pinaivu_box.gateway.resting import Resting
 from pinaivu_box.gateway.router import Weights
-from pinaivu_box.gateway.serving import Served, Serving
+from pinaivu_box.gateway.serving import Serving
 from pinaivu_box.identity import Identity
 from pinaivu_box.models.catalog import Catalog, Model
 from pinaivu_box.peering import work
 from pinaivu_box.peering.large_messages import LargeMessages
 from pinaivu_box.peering.network import Network
-from pinaivu_box.store.ledger import Balance
 
 
 class Pool:
-    """`keep` gets every leg that was served for a peer or by one, `owed` says what a peer owes us
-    and `debts` what we owe all of them, `served` whether a leg was served for it already, `lately`
-    which in the last minute, and `terms` what it may have here; `writable` raises NoNodesAvailable
-    if `keep` could keep nothing."""
+    """`books` gets every leg that was served for a peer or by one; `writable` raises
+    NoNodesAvailable if nothing can be written now."""
 
     def __init__(
         self,
@@ -44,12 +42,7 @@ class Pool:
         local: LocalBackend,
         load: Load,
         network: Network,
-        terms: Callable[[str], Awaitable[Terms]],
-        owed: Callable[[str, str], Awaitable[Balance]],
-        served: Callable[[str, str, int, int], Awaitable[bool]],
-        lately: Callable[[str], Awaitable[list[tuple[float, int]]]],
-        keep: Callable[[Served | Taken], Awaitable[None]],
-        debts: Callable[[], Awaitable[Debts]],
+        books: Books,
         writable: Callable[[], Awaitable[None]],
     ) -> None:
         # Whoever sets the clock changes no opinion.
@@ -60,12 +53,12 @@ class Pool:
         resting = Resting(time.monotonic, Random())  # noqa: S311, it only spreads requests
         self.candidates = Candidates(
             identity.node_id, catalog, self._prices, self._currency, load, placement,
-            network.peers, resting, self.reputation, Ceilings(debts, config.peering),
+            network.peers, resting, self.reputation, Ceilings(books.debts, config.peering),
         )  # fmt: skip
         self.dispatch = Dispatch(
             self.candidates,
             local,
-            PeerBackend(identity, network, keep, self._large),
+            PeerBackend(identity, network, books.keep, self._large),
             load,
             resting,
             self.reputation,
@@ -75,7 +68,7 @@ class Pool:
         )
         self.serving = Serving(
             identity, local, load, lambda name: catalog().find(name), self._prices,
-            self._currency, Guests(terms, owed, served, lately, load), keep,
+            self._currency, LegAdmission(books, load), books.keep,
             placement.digest_of, writable, self._large,
         )  # fmt: skip
         network.handlers[work.PURPOSE] = self.serving.handle
