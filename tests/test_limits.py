@@ -12,9 +12,9 @@ from hypothesis import given, settings
 
 from pinaivu_box.amount import UNITS, Prices, prices, to_text
 from pinaivu_box.errors import ApiError, BudgetExceeded, ExceedsKeyLimit, RateLimited
-from pinaivu_box.gateway import limits as quota_module
+from pinaivu_box.gateway import quota as quota_module
 from pinaivu_box.gateway.admission import limits_of
-from pinaivu_box.gateway.limits import Credit, Limits, Quota, Quotas, Reservation, Window
+from pinaivu_box.gateway.quota import Credit, Limits, Quota, Quotas, Reservation, Window
 from pinaivu_box.policy import Budget, Policy, check, parse_budget
 from pinaivu_box.store.keys import Key
 

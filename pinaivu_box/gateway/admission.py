@@ -23,7 +23,7 @@ from pinaivu_box.errors import (
     quoted,
 )
 from pinaivu_box.gateway.backend import Job
-from pinaivu_box.gateway.limits import MINUTE, Entry, Limits, Quota, Quotas, Reservation
+from pinaivu_box.gateway.quota import MINUTE, Entry, Limits, Quota, Quotas, Reservation
 from pinaivu_box.gateway.scopes import scope_of
 from pinaivu_box.models.catalog import Catalog, Model
 from pinaivu_box.models.names import MAX_NAME, is_model_id
@@ -36,7 +36,7 @@ _WRITTEN_SECONDS = 5.0  # that a write shows that another will succeed
 
 
 @dataclass(frozen=True)
-class Admitted:
+class AdmittedRequest:
     """A request that may run: as what, at which prices, and what it has reserved."""
 
     jobs: list[Job]
@@ -45,7 +45,7 @@ class Admitted:
     reservation: Reservation
 
 
-class Arrival:
+class ArrivedRequest:
     """A request that has come, of which only the key is known yet.
 
     It has taken one of the key's requests per minute (`counted`, None once it is admitted), and
@@ -115,13 +115,13 @@ def under(key: Key, job: Job) -> Job:
     )
 
 
-class Reader(Protocol):
+class PromptCounter(Protocol):
     """Whoever can count a prompt: this box's engines, or the network of boxes."""
 
     async def read(self, job: Job) -> tuple[Job, int]: ...
 
 
-class Offers(Protocol):
+class PeerModels(Protocol):
     """Models beyond the catalog: those of peers."""
 
     def find(self, model_id: str) -> Model: ...
@@ -135,7 +135,7 @@ class Admission:
         catalog: Catalog,
         engine: EngineConfig,
         pricing: PricingConfig,
-        reader: Reader,
+        reader: PromptCounter,
         database: Database,
     ) -> None:
         self.catalog = catalog
@@ -143,11 +143,11 @@ class Admission:
         self.pricing = pricing
         self._drain = asyncio.get_running_loop().create_future()
         self._reader = reader
-        self._offers: Offers | None = None
+        self._offers: PeerModels | None = None
         self._database = database
         self._quotas = Quotas(self._read_quota)
 
-    def share(self, reader: Reader, offers: Offers) -> None:
+    def share(self, reader: PromptCounter, offers: PeerModels) -> None:
         """There are peers from now on, with models of their own."""
         self._reader, self._offers = reader, offers
 
@@ -198,18 +198,18 @@ class Admission:
         given = self.pricing.models.get(model.id, self.pricing.per_1k_tokens)
         return key.policy.prices_of(model.id) or amount.prices(given)
 
-    async def arrive(self, key: Key) -> Arrival:
+    async def arrive(self, key: Key) -> ArrivedRequest:
         """Before the body of a request is read.  Raises RateLimited."""
         quota = await self._quotas.of(key.id)
-        return Arrival(quota, quota.count_request(limits_of(key)))
+        return ArrivedRequest(quota, quota.count_request(limits_of(key)))
 
     async def admit(
         self,
         key: Key,
         jobs: list[Job],
         in_flight: Callable[[str], int],
-        arrival: Arrival | None = None,
-    ) -> Admitted:
+        arrival: ArrivedRequest | None = None,
+    ) -> AdmittedRequest:
         """Reserve what the request may use at most.
 
         Raises what `check` and `Quota.reserve` do, and what the engine says if it cannot read the
@@ -238,7 +238,7 @@ class Admission:
 
     def _reserve(
         self, key: Key, quota: Quota, jobs: list[Job], context: int, counted: Entry | None
-    ) -> Admitted:
+    ) -> AdmittedRequest:
         """`context` is that of the model if the prompt was read, else 0."""
         prices, limits = self.prices(key, jobs[0].model), limits_of(key)
         explicit, tokens, cost = True, 0, 0
@@ -252,7 +252,7 @@ class Admission:
         reservation = quota.reserve(
             limits, tokens=tokens, cost=cost, explicit=explicit, counted=counted
         )
-        return Admitted(jobs, key, prices, reservation)
+        return AdmittedRequest(jobs, key, prices, reservation)
 
     async def headers(self, key: Key) -> dict[str, str]:
         """`x-ratelimit-*` for an answer to this key."""

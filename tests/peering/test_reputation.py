@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from pinaivu_box.gateway import reputation
-from pinaivu_box.gateway.reputation import Reputation
+from pinaivu_box.routing import reputation
+from pinaivu_box.routing.reputation import Reputation
 from pinaivu_box.store import opinions
 from pinaivu_box.store.database import Database
 from tests.peering.worlds import soon, wait_until

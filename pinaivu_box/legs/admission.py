@@ -1,0 +1,283 @@
+"""Admission of peers' legs: what a peer may use, each leg once, and no prompt for nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import time
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Callable, Hashable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from pinaivu_box import amount
+from pinaivu_box.errors import Conflict
+from pinaivu_box.gateway.backend import Job
+from pinaivu_box.gateway.metering import asked_text
+from pinaivu_box.gateway.quota import (
+    Credit,
+    Limits,
+    Quota,
+    Quotas,
+    Reservation,
+    Window,
+    refuse_until,
+)
+from pinaivu_box.ledger.entry import Balance
+from pinaivu_box.policy import PeerPolicy
+from pinaivu_box.routing.load import LoadTracker
+
+_MAX_RECEIVING = 4  # tasks of a peer that are on their way here, of up to 16 MiB each
+_SIBLING_SECONDS = 5.0  # that a leg waits for another of its request
+_MAX_REMEMBERED = 4096  # prompts of a peer, and legs
+_COUNTED_RATIO = 2  # of the tokens a minute that a peer may have counted to those it may use
+_PRINCIPAL = "Your box"  # as sentences to a peer begin
+
+LegKey = tuple[str, int, int]  # request id, leg, choice
+
+
+class PeerAccounts(Protocol):
+    """What the store knows of a peer."""
+
+    async def policy(self, peer: str) -> PeerPolicy: ...
+
+    async def balance(self, peer: str, currency: str) -> Balance: ...
+
+    async def recent(self, peer: str) -> list[tuple[float, int]]:
+        """Age in seconds and tokens of each leg that it was served in the last minute."""
+        ...
+
+    async def served(self, peer: str, request_id: str, leg: int, choice: int) -> bool:
+        """Whether that leg is in the ledger."""
+        ...
+
+
+@dataclass(frozen=True)
+class PeerDebt:
+    """What a peer owes, in 10^-9 of the currency: with what runs, and what it has not accepted."""
+
+    total: int
+    unaccepted: int
+
+
+@dataclass
+class _PeerLegs:
+    """The legs of one peer: those that run, the latest that were served, the prompts that a leg
+    pays for, and the tokens of prompts that were only counted in the last minute.
+
+    `receiving` is held while a task is read.
+    """
+
+    receiving: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_MAX_RECEIVING))
+    counted: Window = field(default_factory=Window)
+    running: set[LegKey] = field(default_factory=set)
+    served: OrderedDict[Hashable, None] = field(default_factory=OrderedDict)
+    paid: OrderedDict[Hashable, None] = field(default_factory=OrderedDict)
+    _changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def changed(self) -> None:
+        """A leg has ended, or a prompt is paid for."""
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def until(self, condition: Callable[[], bool]) -> bool:
+        """Wait a moment for the condition; returns whether it holds."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_SIBLING_SECONDS):
+                while not condition():
+                    await self._changed.wait()
+        return condition()
+
+
+class LegPermit:
+    """Permission to serve one leg, while it lasts."""
+
+    def __init__(self, peer: str, leg: LegKey, prompt: bytes, legs: _PeerLegs) -> None:
+        self.proven = False  # whether the peer has its proof
+        self._peer, self._leg, self._prompt, self._legs = peer, leg, prompt, legs
+
+    async def check_new(self, accounts: PeerAccounts) -> None:
+        """Nothing may be sent before this, but the engine need not wait for it.
+
+        Raises Conflict if the leg was served already.
+        """
+        if await accounts.served(self._peer, *self._leg):
+            self.served()  # the next time nothing begins
+            raise _served_already()
+
+    def check_paid(self) -> None:
+        """Nothing that was computed may be sent before this.
+
+        Raises Conflict if no leg pays for the prompt any more.
+        """
+        if self._prompt not in self._legs.paid:
+            raise _unpaid()
+
+    def served(self) -> None:
+        """It is in the ledger."""
+        _remember(self._legs.served, self._leg)
+
+
+class LegAdmission:
+    """Decides which legs of peers are served, and counts what peers use."""
+
+    def __init__(self, accounts: PeerAccounts, load: LoadTracker) -> None:
+        self.accounts = accounts
+        self.quotas = Quotas(self._read_quota)
+        self.idle = asyncio.Event()  # set while no request of a peer runs
+        self.idle.set()
+        self._load = load
+        self._running = 0
+        self._legs: dict[str, _PeerLegs] = {}
+
+    async def _read_quota(self, peer: str) -> Quota:
+        return Quota(recent=await self.accounts.recent(peer))
+
+    def _legs_of(self, peer: str) -> _PeerLegs:
+        return self._legs.setdefault(peer, _PeerLegs())
+
+    def receiving(self, peer: str) -> asyncio.Semaphore:
+        """Bounds the tasks of a peer that are read at a time."""
+        return self._legs_of(peer).receiving
+
+    # -- what a peer may use -----------------------------------------------------------------------
+
+    async def debt(self, peer: str, currency: str) -> PeerDebt:
+        """As a credit limit counts it."""
+        quota = await self.quotas.of(peer)
+        balance = await self._balance(quota, peer, currency)
+        return PeerDebt(balance.credit_used + quota.reserved, balance.waiting)
+
+    async def _balance(self, quota: Quota, peer: str, currency: str) -> Balance:
+        while True:
+            settled = quota.settled
+            balance = await self.accounts.balance(peer, currency)
+            if quota.settled == settled:
+                return balance
+            # A leg that has ended meanwhile may be neither in the balance nor reserved.
+
+    async def _limits(self, quota: Quota, peer: str, policy: PeerPolicy, currency: str) -> Limits:
+        """All but places: a request has one from the beginning."""
+        credit = None
+        if policy.credit_limit:
+            balance = await self._balance(quota, peer, currency)
+            if_idle = policy.beyond == "idle"
+            credit = Credit(
+                amount.parse(policy.credit_limit),
+                balance.credit_used,
+                balance.waiting,
+                currency,
+                if_idle,
+                waived=if_idle and self._load.idle,
+            )
+        return Limits(_PRINCIPAL, tpm=policy.tokens_per_minute or None, credit=credit)
+
+    @contextlib.asynccontextmanager
+    async def place(self, peer: str, policy: PeerPolicy) -> AsyncIterator[Reservation]:
+        """A place among the peer's requests; what it costs must be in the ledger when it is left.
+
+        Raises RateLimited.
+        """
+        quota = await self.quotas.of(peer)
+        limits = Limits(_PRINCIPAL, max_parallel=policy.max_parallel)
+        reservation = quota.reserve(limits)
+        self._running += 1
+        self.idle.clear()
+        try:
+            yield reservation
+        finally:
+            reservation.end(0)
+            self._running -= 1
+            if not self._running:
+                self.idle.set()
+
+    async def check(self, peer: str, policy: PeerPolicy, currency: str) -> None:
+        """Refuse what cannot run before anything is spent on it.  Raises RateLimited."""
+        quota = await self.quotas.of(peer)
+        quota.check(await self._limits(quota, peer, policy, currency))
+
+    async def reserve(
+        self,
+        reservation: Reservation,
+        peer: str,
+        policy: PeerPolicy,
+        currency: str,
+        *,
+        tokens: int,
+        cost: int,
+    ) -> None:
+        """Reserve what a request may use and cost at most, until its place is left.
+
+        Raises RateLimited.
+        """
+        quota = reservation.quota
+        limits = await self._limits(quota, peer, policy, currency)
+        # From here on nothing is awaited: of requests that come together each sees the others.
+        tokens = min(tokens, limits.tpm or tokens)
+        quota.increase(reservation, limits, tokens=tokens, cost=cost)
+
+    def check_counting(self, peer: str, policy: PeerPolicy) -> None:
+        """Before a prompt is counted that is not run.  Raises RateLimited."""
+        if policy.tokens_per_minute:
+            limit = _COUNTED_RATIO * policy.tokens_per_minute
+            wait = self._legs_of(peer).counted.wait(time.monotonic(), 1, limit)
+            refuse_until(wait, f"{_PRINCIPAL} may count {limit} tokens per minute")
+
+    def counted(self, peer: str, tokens: int) -> None:
+        """A prompt of so many tokens was counted."""
+        self._legs_of(peer).counted.enter(time.monotonic(), tokens)
+
+    # -- legs --------------------------------------------------------------------------------------
+
+    @contextlib.asynccontextmanager
+    async def leg(self, peer: str, job: Job, *, pays: bool) -> AsyncIterator[LegPermit]:
+        """Serve a leg once, for the ledger counts it once; and of those that share a prompt one
+        pays for it, if it comes to a proof.
+
+        Raises Conflict.
+        """
+        legs, key = self._legs_of(peer), (job.request_id, job.leg, job.choice)
+        if key in legs.served:
+            raise _served_already()
+        # One whose stream has just broken is about to end.
+        if not await legs.until(lambda: key not in legs.running):
+            raise Conflict("This leg of the request is being served already.")
+        legs.running.add(key)
+        try:
+            prompt = _prompt_hash(job)
+            # The leg that pays may have been overtaken.
+            if not (pays or await legs.until(lambda: prompt in legs.paid)):
+                raise _unpaid()
+            paid_before = prompt in legs.paid or not pays
+            _remember(legs.paid, prompt)
+            legs.changed()
+            permit = LegPermit(peer, key, prompt, legs)
+            try:
+                yield permit
+            finally:
+                if not (paid_before or permit.proven):
+                    legs.paid.pop(prompt, None)
+        finally:
+            legs.running.discard(key)
+            legs.changed()
+
+
+def _remember(keys: OrderedDict[Hashable, None], key: Hashable) -> None:
+    keys[key] = None
+    if len(keys) > _MAX_REMEMBERED:
+        keys.popitem(last=False)
+
+
+def _served_already() -> Conflict:
+    return Conflict("This leg of the request was served already.")
+
+
+def _unpaid() -> Conflict:
+    return Conflict("No leg of this request pays for its prompt here.")
+
+
+def _prompt_hash(job: Job) -> bytes:
+    """With its priority: who does not pay must not be served before who does."""
+    name = f"{job.request_id} {job.prompt_number} {job.priority}\n{asked_text(job)}"
+    return hashlib.sha256(name.encode()).digest()
