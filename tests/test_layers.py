@@ -33,6 +33,7 @@ ROOMS = (
     "store",
     "home",
     "peering",
+    "admin",
     "gateway",
     "box",
     "backup",
