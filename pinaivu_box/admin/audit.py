@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pinaivu_box.admin.page import Page, page_of
-from pinaivu_box.peering.ledger_views import called, targets
+from pinaivu_box.ledger.views import called, targets
 from pinaivu_box.store import audit
 from pinaivu_box.store.database import Database
 from pinaivu_box.store.views import AuditEntry, audit_view

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from pinaivu_box.peering.ledger_views import boxes
+from pinaivu_box.ledger.views import boxes
 from pinaivu_box.store.database import Database
-from pinaivu_box.store.usage import By, Wanted
+from pinaivu_box.store.usage import By, UsageFilter
 from pinaivu_box.store.usage_report import UsageReport, report, span
 
 
@@ -25,6 +25,8 @@ async def usage(
     `node_id` is this box's.
     """
     since, until = span(first_day, last_day)
-    wanted = Wanted(account_id=account_id, key_id=key_id, model=model, since=since, until=until)
+    wanted = UsageFilter(
+        account_id=account_id, key_id=key_id, model=model, since=since, until=until
+    )
     names = await boxes(database, node_id) if {"node", "peer"} & set(by) else {}
     return await report(database, wanted, by, currency, names)

@@ -77,7 +77,7 @@ def ledger(
     """
     if context.invoked_subcommand is not None:
         return
-    from pinaivu_box.peering.ledger_views import all_balances
+    from pinaivu_box.ledger.views import all_balances
 
     peering = load_config(home, config).peering
     balances = with_database(home, lambda database: all_balances(database, peering))
@@ -108,14 +108,14 @@ def show(
     home: Path, as_json: bool, wide: bool, peer: str, statement: str | None, limit: int
 ) -> None:
     """List the newest entries with PEER; --json includes proofs and signatures."""
-    from pinaivu_box.peering.ledger_views import EntryView, entry_view, find
-    from pinaivu_box.store import statements
+    from pinaivu_box.ledger import statement as ledger_statement
+    from pinaivu_box.ledger.views import EntryView, entry_view, find
 
     own = own_node(home)
 
     async def work(database: Any) -> list[EntryView]:
         node = await find(database, peer, own)
-        stored = await statements.of_peer(database, node, limit=limit, statement=statement)
+        stored = await ledger_statement.of_peer(database, node, limit=limit, statement=statement)
         return [entry_view(entry) for entry in stored]
 
     entries = with_database(home, work)
@@ -154,8 +154,8 @@ def forgive(home: Path, as_json: bool, peer: str) -> None:
 
     What it accepts later counts again.
     """
-    from pinaivu_box.peering.ledger_views import find
-    from pinaivu_box.store import claims
+    from pinaivu_box.ledger import claims
+    from pinaivu_box.ledger.views import find
 
     async def work(database: Any) -> claims.Forgiven:
         return await claims.forgive(database, await find(database, peer, own_node(home)), actor())
@@ -172,9 +172,9 @@ def forgive(home: Path, as_json: bool, peer: str) -> None:
 @json_option
 @wide_option
 @click.option("--peer", help="Only statements with this peer.")
-def statements(home: Path, as_json: bool, wide: bool, peer: str | None) -> None:
+def ledger_statement(home: Path, as_json: bool, wide: bool, peer: str | None) -> None:
     """List the statements, newest first; --json includes the signed texts."""
-    from pinaivu_box.peering.ledger_views import StatementView, all_statements, find
+    from pinaivu_box.ledger.views import StatementView, all_statements, find
 
     async def work(database: Any) -> list[StatementView]:
         return await all_statements(database, peer and await find(database, peer, own_node(home)))
@@ -191,7 +191,7 @@ def paid(home: Path, statement: str) -> None:
 
     The other box is not told: it keeps its own record.
     """
-    from pinaivu_box.store import statements as store
+    from pinaivu_box.ledger import statement as store
 
     with_database(home, lambda database: store.pay(database, statement, actor()))
 

@@ -132,7 +132,7 @@ def join(home: Path, config: Path | None, as_json: bool, ticket: str, at: tuple[
     The inviting box must be running; this box need not be.
     """
     from pinaivu_box.doctor.home import is_served
-    from pinaivu_box.peering.invite import TicketInvalid, decode
+    from pinaivu_box.membership.tickets import TicketInvalid, decode
 
     text = sys.stdin.read() if ticket == "-" else ticket
     try:
@@ -262,7 +262,7 @@ def leave(home: Path, config: Path | None, as_json: bool) -> None:
 )
 def discover(as_json: bool, wide: bool, seconds: float) -> None:
     """List the boxes on the LAN that announce themselves ([peering] announce = true)."""
-    from pinaivu_box.peering.lan import nearby
+    from pinaivu_box.transport.lan import nearby
 
     boxes = asyncio.run(nearby(seconds))
     print_list(boxes, _FOUND_COLUMNS, as_json=as_json, wide=wide)
@@ -284,7 +284,7 @@ def doctor(home: Path, config: Path | None, as_json: bool, peer: str | None) -> 
 
     from pinaivu_box.cli.doctor import report
     from pinaivu_box.doctor.peers import examine
-    from pinaivu_box.peering.views import PeerView
+    from pinaivu_box.network.views import PeerView
     from pinaivu_box.server.admin_peers import PeerList
 
     listed: PeerList | str
