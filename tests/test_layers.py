@@ -41,6 +41,7 @@ ROOMS = (
     "ledger",
     "files",
     "legs",
+    "admin",
     "box",
     "backup",
     "server",
