@@ -417,7 +417,7 @@ async def test_of_requests_that_come_together_a_budget_takes_what_it_has_room_fo
     assert len(taken) == 3
     assert all(isinstance(one, RateLimited) for one in found if one not in taken)
     for one in taken[:2]:
-        one.end(15, 5_000)
+        one.reservation.settle(15, 5_000)
     again = await admission.admit(key, [job()], lambda model: 0)
     again.end(15, 15_000)
     taken[2].end(15, 20_000)
@@ -441,7 +441,7 @@ async def test_tokens_of_a_minute_are_taken_before_a_request_runs_and_settled_af
     await admission.admit(key, [job()], lambda model: 0)
     with pytest.raises(RateLimited):
         await admission.admit(key, [job()], lambda model: 0)
-    first.end(5, 0)  # 10 fewer than it might have used
+    first.reservation.settle(5, 0)  # 10 fewer than it might have used
     await admission.admit(key, [job()], lambda model: 0)
 
 

@@ -24,7 +24,7 @@ from pinaivu_box.gateway.admission import AdmittedRequest
 from pinaivu_box.gateway.backend import Event, Job, Output, Prompt, Proved, Started
 from pinaivu_box.gateway.local import resolve
 from pinaivu_box.gateway.metering import LegRecord, RequestAccount, prove
-from pinaivu_box.gateway.quota import Grant, Spending
+from pinaivu_box.gateway.quota import Limits, Quota, Reservation
 from pinaivu_box.gateway.request import ChoiceOutput, Failed, Finished, Request, RequestEvent
 from pinaivu_box.legs.runner import LegRunner, RoutingSettings
 from pinaivu_box.models.catalog import Model, remote
@@ -266,16 +266,28 @@ def job(**more: Any) -> Job:
     return dataclasses.replace(base, **more)
 
 
+class WatchedQuota(Quota):
+    """Tells `settled` the tokens and the cost of each request that has ended."""
+
+    def __init__(self, settled: Callable[[int, int], None]) -> None:
+        super().__init__()
+        self._settled = settled
+
+    def end(self, reservation: Reservation, cost: int) -> None:
+        super().end(reservation, cost)
+        self._settled(reservation.tokens.amount, cost)
+
+
 def admitted(
     *jobs: Job, key: Any = None, end: Callable[[int, int], None] | None = None, turn: bool = True
 ) -> AdmittedRequest:
-    grant = Grant(0, Spending(), 0, [0.0, 0.0])
-    if turn:
-        grant.turn.set()
+    """A request that has its place already, or (`turn` False) waits for one that nobody leaves."""
+    limits = Limits("The key", max_parallel=1, max_queue=1)
+    quota = WatchedQuota(end or (lambda tokens, cost: None))
+    if not turn:
+        quota.reserve(limits)
     key = key or SimpleNamespace(id="key_1", policy=SimpleNamespace(max_parallel=None))
-    return AdmittedRequest(
-        list(jobs), key, Prices("0", "0"), grant, end or (lambda tokens, cost: None)
-    )
+    return AdmittedRequest(list(jobs), key, Prices("0", "0"), quota.reserve(limits))
 
 
 # -- what the code under test looks like -----------------------------------------------------------
