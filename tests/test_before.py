@@ -2,9 +2,9 @@
 
 `tests/before/` holds what that code made, before modules and classes were renamed: frames between
 boxes with the values that they decode to, signed records, receipts, `/openapi.json`, and a home (as
-SQL) with what the commands print of it.  Nothing there is ever made anew (the scripts that made it are in the
-history, in the commit that added it).  In JSON, bytes are text
-that begins with "hex:", and a struct has all its fields, under their names on the wire.
+SQL) with what the commands print of it.  Nothing there is ever made anew; the scripts that made it
+are in the commit that added it.  In JSON, bytes are text that begins with "hex:", and a struct has
+all its fields, under their names on the wire.
 """
 
 from __future__ import annotations
