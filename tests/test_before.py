@@ -30,43 +30,38 @@ from msgspec import msgpack
 from pinaivu_box import config
 from pinaivu_box.box import open_box
 from pinaivu_box.cli.main import cli
+from pinaivu_box.files import wire as file_wire
+from pinaivu_box.gossip import adverts as gossip_adverts
+from pinaivu_box.gossip import frames as gossip_frames
 from pinaivu_box.home import database_of
-from pinaivu_box.peering import (
-    advert,
-    gossip_wire,
-    invite,
-    joining,
-    ledger_wire,
-    membership,
-    model_wire,
-    netting,
-    network,
-    opening,
-    signed,
-    wire,
-    work,
-)
-from pinaivu_box.peering.roster import Roster
+from pinaivu_box.ledger import reconcile
+from pinaivu_box.ledger import wire as ledger_wire
+from pinaivu_box.legs import wire as leg_wire
+from pinaivu_box.membership import joining, signed, tickets
+from pinaivu_box.membership import records as membership_records
+from pinaivu_box.membership.roster import Roster
+from pinaivu_box.network import network
 from pinaivu_box.receipts import receipt
 from pinaivu_box.receipts.verify import Transcript, verify_receipt
 from pinaivu_box.server.app import create_app
 from pinaivu_box.server.openapi import specification
 from pinaivu_box.store import keys
 from pinaivu_box.store.database import Database
+from pinaivu_box.transport import opening, wire
 
 # Each kind of frame and how it is read.
 DECODERS: dict[str, Callable[[bytes], Any]] = {
     "hello": wire.decode_hello,
     "open": opening.decode_open,
     "refusal": msgpack.Decoder(opening.Refusal).decode,
-    "join": msgpack.Decoder(joining.Join).decode,
+    "join": msgpack.Decoder(joining.JoinRequest).decode,
     "welcome": msgpack.Decoder(joining.Welcome).decode,
-    "leg, to the serving box": work.to_serving.decode,
-    "leg, to the coordinator": work.to_coordinator.decode,
-    "gossip": gossip_wire.decode,
+    "leg, to the serving box": leg_wire.to_serving.decode,
+    "leg, to the coordinator": leg_wire.to_coordinator.decode,
+    "gossip": gossip_frames.decode,
     "ledger": ledger_wire.decoder.decode,
-    "model, question": model_wire.question,
-    "model, answer": model_wire.answer,
+    "model, question": file_wire.question,
+    "model, answer": file_wire.answer,
 }
 CONSTANTS = {
     "alpn": wire.NAME,
@@ -80,7 +75,7 @@ CONSTANTS = {
     "max streams": wire.MAX_STREAMS,
     "codes": sorted(int(code) for code in wire.Code),
     "purposes": sorted(
-        [work.PURPOSE, model_wire.PURPOSE, joining.PURPOSE, network.GOSSIP, "ledger"]
+        [leg_wire.PURPOSE, file_wire.PURPOSE, joining.PURPOSE, network.GOSSIP, "ledger"]
     ),
     "domains": sorted(
         [
@@ -88,12 +83,12 @@ CONSTANTS = {
             receipt.ACCEPTANCE_DOMAIN,
             receipt.MARK_DOMAIN,
             receipt.RECEIPT_DOMAIN,
-            netting.DOMAIN,
+            reconcile.DOMAIN,
             *map(signed.domain, ("member", "revocation", "advert", "gone")),
         ]
     ),
 }
-LedgerItem, LedgerItems = netting.Item, netting.Books
+LedgerItem, LedgerItems = reconcile.Item, reconcile.EntryTree
 
 T = TypeVar("T")
 BEFORE = Path(__file__).with_name("before")
@@ -183,7 +178,7 @@ def test_a_long_message_of_a_leg_is_split_into_the_same_frames() -> None:
     message = DECODERS["leg, to the serving box"](msgpack.encode(fields))
     stop = DECODERS["leg, to the serving box"](msgpack.encode({"type": "stop"}))
     stream: Any = Recorder()
-    asyncio.run(work.send(stream, message, stop))
+    asyncio.run(leg_wire.send(stream, message, stop))
     sent = [[len(frame), hashlib.sha256(frame).hexdigest()] for frame in stream.frames]
     assert sent == split["frames"]
 
@@ -192,7 +187,7 @@ def test_a_long_message_of_a_leg_is_split_into_the_same_frames() -> None:
 
 
 def read_record(record: signed.Record) -> Any:
-    module = membership if record.kind in ("member", "revocation") else advert
+    module = membership_records if record.kind in ("member", "revocation") else gossip_adverts
     return module.read(record)
 
 
@@ -212,21 +207,21 @@ def test_a_signed_record_is_verified_and_has_the_same_values(case: dict[str, Any
 
 
 def test_a_ticket_has_the_same_values_and_the_same_text() -> None:
-    ticket = invite.decode(RECORDS["ticket"]["text"])
+    ticket = tickets.decode(RECORDS["ticket"]["text"])
     assert plain(ticket) == RECORDS["ticket"]["values"]
-    assert invite.encode(ticket) == RECORDS["ticket"]["text"]
-    assert invite.secret_hash(bytes(range(16))) == DERIVED["secret hash"]
+    assert tickets.encode(ticket) == RECORDS["ticket"]["text"]
+    assert tickets.secret_hash(bytes(range(16))) == DERIVED["secret hash"]
 
 
 def test_records_have_the_same_ids_and_rosters_the_same_digests() -> None:
     records = [sealed(case) for case in RECORDS["records"]]
     members = [record for record in records if record.kind in DERIVED["record ids"]]
-    ids = [membership.record_id(record).hex() for record in members]
+    ids = [membership_records.record_id(record).hex() for record in members]
     assert ids == [one for of_kind in DERIVED["record ids"].values() for one in of_kind]
     adverts = [record for record in records if record not in members]
-    assert [advert.record_id(one, advert.read(one)).hex() for one in adverts] == DERIVED[
-        "advert ids"
-    ]
+    assert [
+        gossip_adverts.record_id(one, gossip_adverts.read(one)).hex() for one in adverts
+    ] == DERIVED["advert ids"]
     roster = Roster(DERIVED["network"])
     assert not roster.admit(members).forged
     assert sorted(roster.members()) == DERIVED["members"]
@@ -251,11 +246,11 @@ def test_ledgers_have_the_same_places_hashes_and_statements() -> None:
     assert plain(many.part(b"")) == DERIVED["part of 300"]
     assert plain(many.part(bytes([7]))) == DERIVED["part of 300 below"]
     text = DERIVED["statement"].encode()
-    statement = netting.read(text)
+    statement = reconcile.read(text)
     assert plain(statement) == json.loads(text)
     assert receipt.canonical(statement) == text
-    assert netting.statement_id(text) == DERIVED["statement id"]
-    again = netting.compose(
+    assert reconcile.statement_id(text) == DERIVED["statement id"]
+    again = reconcile.compose(
         books, statement.between[::-1], 2, b"before", statement.upto, statement.at
     )
     assert receipt.canonical(again) == text
