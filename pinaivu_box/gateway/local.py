@@ -25,7 +25,7 @@ from pinaivu_box.gateway.backend import Event, Job, Output, Prompt, Started
 from pinaivu_box.gateway.engine_process import EngineProcess, Item
 from pinaivu_box.gateway.placement import Placement
 from pinaivu_box.models.catalog import Model
-from pinaivu_box.receipts.receipt import EngineInfo
+from pinaivu_box.receipts.receipt import EngineBuild
 
 # Where neither request, configuration nor file says anything: llama.cpp's own defaults.
 FALLBACK = {"temperature": 0.8, "top_p": 0.95, "top_k": 40, "min_p": 0.05}
@@ -43,7 +43,7 @@ class LocalBackend:
         ended = False
         try:
             sampling = job.settled or resolve(job, self.sampling, engine.ready.defaults)
-            info = EngineInfo(engine.ready.build, engine.ready.device)
+            info = EngineBuild(engine.ready.build, engine.ready.device)
             if job.inputs is not None:
                 box = engine.submit(to_embed(job, job.inputs))
             else:

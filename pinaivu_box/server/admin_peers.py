@@ -63,7 +63,7 @@ class NewInvitation(Struct, frozen=True):
     request_id: str = ""
 
 
-class JoinBody(Struct, frozen=True):
+class Join(Struct, frozen=True):
     """`at`: addresses (HOST:PORT) of the inviter that its ticket does not know."""
 
     ticket: str
@@ -88,7 +88,7 @@ class ChangePeer(Struct, frozen=True):
     limits: LimitChanges = LimitChanges()
 
 
-class RemoveBody(Struct, frozen=True):
+class Remove(Struct, frozen=True):
     """All members are told the `reason`."""
 
     reason: Annotated[str, Meta(max_length=200)] = ""
@@ -131,7 +131,7 @@ async def invite(request: Request) -> Response:
 
 
 async def join(request: Request) -> Response:
-    given = await body(request, JoinBody)
+    given = await body(request, Join)
     network = _network(request)
     try:
         decode_ticket(given.ticket)
@@ -170,7 +170,7 @@ async def change(request: Request) -> Response:
 
 
 async def remove(request: Request) -> Response:
-    given = await body(request, RemoveBody, empty=b"{}")
+    given = await body(request, Remove, empty=b"{}")
     network, peer = _network(request), _named(request)
     gone = await _asked(network.remove(peer.node_id, given.reason, by(request)))
     return answer(request, await _view(request, gone))
@@ -220,7 +220,7 @@ async def _view(request: Request, peer: Peer) -> PeerView:
 
 async def _dealings(
     box: Box, peer: str
-) -> tuple[views.OpinionView, views.UseView, views.RefusalView | None] | tuple[()]:
+) -> tuple[views.Opinion, views.UseView, views.RefusalView | None] | tuple[()]:
     """What we think of a peer, what it has of this box, and what it refused us with."""
     if box.pool is None:
         return ()
@@ -230,7 +230,7 @@ async def _dealings(
     credit = policy.credit_limit
     refused = box.pool.candidates.refusals.get(peer)
     return (
-        views.OpinionView(opinion.score(peer), opinion.why(peer)),
+        views.Opinion(opinion.score(peer), opinion.why(peer)),
         views.UseView(
             max_parallel=policy.max_parallel,
             running=quota.running,

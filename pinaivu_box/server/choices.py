@@ -14,7 +14,7 @@ from pinaivu_box.gateway.request import ChoiceOutput, ChoiceStarted
 from pinaivu_box.openai import reader
 from pinaivu_box.openai.reader import Piece, Reader
 from pinaivu_box.openai.types import (
-    AnswerMessage,
+    Answer,
     CalledCustom,
     CalledFunction,
     Choice,
@@ -90,7 +90,7 @@ class Whole:
 
     def choice(self, index: int, *, logprobs: bool) -> Choice:
         calls = [_call(call, "".join(arguments)) for call, arguments in self.calls]
-        answer = AnswerMessage(
+        answer = Answer(
             "".join(self.texts) if self.texts or not calls else None,
             "assistant",
             None,

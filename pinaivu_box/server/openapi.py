@@ -207,7 +207,7 @@ ADMIN = (
         "/v1/admin/peers",
         "Join the network that a ticket is for",
         PeerView,
-        admin_peers.JoinBody,
+        admin_peers.Join,
     ),
     Operation(
         "post",
@@ -219,7 +219,7 @@ ADMIN = (
     Operation("post", "/v1/admin/peers/leave", "Leave the network", admin_peers.Left),
     Operation("get", _peer, "One peer, by name or id", PeerView),
     Operation("patch", _peer, "Its name here and its limits", PeerView, admin_peers.ChangePeer),
-    Operation("delete", _peer, "Revoke it for good", PeerView, admin_peers.RemoveBody),
+    Operation("delete", _peer, "Revoke it for good", PeerView, admin_peers.Remove),
     Operation(
         "get",
         "/v1/admin/models",

@@ -36,7 +36,7 @@ from pinaivu_box.receipts.commitment import RunningCommitment, new_nonce
 from pinaivu_box.receipts.receipt import (
     MARK_DOMAIN,
     VERSION,
-    EngineInfo,
+    EngineBuild,
     Price,
     Proof,
     mark_text,
@@ -269,7 +269,7 @@ def started(
 ) -> Started:
     sampling = job.settled or resolve(job, SamplingConfig(), SamplingDefaults())
     sampling = msgspec.structs.replace(sampling, **changes)
-    info = EngineInfo("fake", "none")
+    info = EngineBuild("fake", "none")
     return Started(node_id, digest, info, sampling, "tags", False, nonce=nonce, proof=version)
 
 

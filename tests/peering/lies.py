@@ -9,7 +9,7 @@ from msgspec.structs import replace
 
 from pinaivu_box.identity import Identity
 from pinaivu_box.legs import wire as leg_wire
-from pinaivu_box.receipts.receipt import PROOF_DOMAIN, EngineInfo, Price
+from pinaivu_box.receipts.receipt import PROOF_DOMAIN, EngineBuild, Price
 from pinaivu_box.transport.transport import Stream
 from tests.peering.company import Lie
 from tests.peering.people import person
@@ -103,7 +103,7 @@ LIES: dict[str, tuple[Lie, str]] = {
     "more in its cache than there is": (first(cached_tokens=2**30), "more tokens than there are"),
     "another file in the proof": (about(model_digest=ELSE), "another model_digest"),
     "another server": (about(node_id=OTHER.node_id), "another node_id"),
-    "another engine": (about(engine=EngineInfo("better", "H100")), "another engine"),
+    "another engine": (about(engine=EngineBuild("better", "H100")), "another engine"),
     "another seed in the proof": (about(sampling={"seed": "8"}), "another sampling"),
     "another end": (about(finish_reason="stop"), "another finish_reason"),
     "a witness of its own": (about(witness=OTHER.node_id), "another witness"),

@@ -29,7 +29,7 @@ from pinaivu_box.gateway.request import ChoiceOutput, Failed, Finished, Request,
 from pinaivu_box.legs.runner import LegRunner, RoutingSettings
 from pinaivu_box.models.catalog import Model, remote
 from pinaivu_box.receipts.commitment import Opening
-from pinaivu_box.receipts.receipt import EngineInfo, Price, sign_proof
+from pinaivu_box.receipts.receipt import EngineBuild, Price, sign_proof
 from pinaivu_box.routing.candidates import Candidates
 from pinaivu_box.routing.circuit_breaker import CircuitBreaker
 from pinaivu_box.routing.load import LoadTracker
@@ -172,7 +172,9 @@ def silent() -> Script:
 
 def started(leg: ScriptedLeg) -> Started:
     sampling = leg.job.settled or resolve(leg.job, SamplingConfig(), SamplingDefaults())
-    return Started(leg.box.node_id, DIGEST, EngineInfo("scripted", "none"), sampling, "tags", False)
+    return Started(
+        leg.box.node_id, DIGEST, EngineBuild("scripted", "none"), sampling, "tags", False
+    )
 
 
 def token(at: int, *, first: bool = False, last: bool = False) -> Output:
