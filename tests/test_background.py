@@ -21,7 +21,7 @@ from pinaivu_box.gateway.requests import Failed, RequestEvent
 from pinaivu_box.server.background import Background, BackgroundResponse, replayed
 from pinaivu_box.store import responses as stored
 from pinaivu_box.store.database import Database
-from tests.box import UNDRAFTED, Box, wait_until
+from tests.support.process_box import UNDRAFTED, Box, wait_until
 from tests.test_responses import new_key, rows
 
 FAST, SLOW = "fast:1", "slow:1"  # the slow one says 3,500 tokens in three minutes

@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 
-from tests.box import PINAIVU, Box, environment, pinaivu, pinaivu_json, wait_until
+from tests.support.process_box import PINAIVU, Box, environment, pinaivu, pinaivu_json, wait_until
 
 MakeBox = Callable[..., Box]
 ROOT = Path(__file__).parent.parent

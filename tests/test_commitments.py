@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 from pinaivu_box.receipts.verify import Check, Transcript, verify_receipt
-from tests.box import Box
+from tests.support.process_box import Box
 from tests.test_receipts import verify
 
 OLD: dict[str, dict[str, Any]] = json.loads(

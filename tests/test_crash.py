@@ -18,8 +18,8 @@ import httpx
 import pytest
 
 from pinaivu_box.engine.fake_runner import SENTENCE
-from tests import ggufs
-from tests.box import MODEL, UNDRAFTED, Box, alive, pinaivu, pinaivu_json, wait_until
+from tests.support import gguf_files
+from tests.support.process_box import MODEL, UNDRAFTED, Box, alive, pinaivu, pinaivu_json, wait_until
 
 MakeBox = Callable[..., Box]
 FAKE = "fake:1"
@@ -513,7 +513,7 @@ def test_a_model_that_cannot_be_loaded_is_503_and_the_server_lives(
 ) -> None:
     """A file with a good header, of which llama.cpp misses what makes it a model."""
     file = tmp_path / "broken.gguf"
-    file.write_bytes(ggufs.valid())
+    file.write_bytes(gguf_files.valid())
     box = new_box("--model", f"broken:1={file}", "--model", f"{FAKE}=fake:1")
     for _ in range(2):  # tried, then in its pause
         answer = box.chat(model="broken:1", max_tokens=2, stream=stream)

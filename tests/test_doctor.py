@@ -19,8 +19,8 @@ from pinaivu_box.config import Config
 from pinaivu_box.doctor import machine, models
 from pinaivu_box.doctor.examine import examine
 from pinaivu_box.models import bundled
-from tests import ggufs
-from tests.box import MODEL, PINAIVU, Box, environment, pinaivu, pinaivu_json, wait_until
+from tests.support import gguf_files
+from tests.support.process_box import MODEL, PINAIVU, Box, environment, pinaivu, pinaivu_json, wait_until
 from tests.test_backup import FAKE, ask, corrupt, killed_before
 
 MakeBox = Callable[..., Box]
@@ -336,7 +336,7 @@ def test_model_files(home: Path, model: Path) -> None:
     os.utime(model, (1e9, 1e9))  # or somebody might still be writing it
     found = doctor(home)
     assert failed(found) == ["models"] and "it is incomplete" in found["models"]["found"]
-    model.write_bytes(ggufs.valid())
+    model.write_bytes(gguf_files.valid())
     found = doctor(home)
     # It is the smallest: an engine really tries it.
     assert failed(found) == ["engine"] and "could not be loaded" in found["engine"]["found"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.box import Box
+from tests.support.process_box import Box
 from tests.fuzz.driver import Fuzzer, fake_box
 from tests.fuzz.keeping import keep
 

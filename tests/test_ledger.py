@@ -16,8 +16,8 @@ from pinaivu_box.receipts.receipt import ACCEPTANCE_DOMAIN, Price
 from pinaivu_box.store import ledger
 from pinaivu_box.store.database import Database
 from pinaivu_box.store.ledger import Balance
-from tests.peering.books import entry
-from tests.peering.people import PEOPLE
+from tests.support.ledger_entries import entry
+from tests.support.records import PEOPLE
 
 pytestmark = pytest.mark.anyio
 US, PEER, OTHER = PEOPLE[:3]

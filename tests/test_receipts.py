@@ -28,7 +28,7 @@ from pinaivu_box.receipts.receipt import (
     view,
 )
 from pinaivu_box.receipts.verify import Check, Transcript, verify_receipt
-from tests.box import MODEL, PINAIVU, Box, environment, pinaivu, pinaivu_json
+from tests.support.process_box import MODEL, PINAIVU, Box, environment, pinaivu, pinaivu_json
 
 PARTS = [{"type": "text", "text": "Say hello"}, {"type": "text", "text": "."}]
 MESSAGES = [

@@ -11,7 +11,7 @@ import openai
 import pytest
 
 from pinaivu_box import config
-from tests.box import Box
+from tests.support.process_box import Box
 
 MOST, MB = 6, 0.06
 LIMITS = f"[retention]\nresponses_per_key = {MOST}\nresponses_mb_per_key = {MB}\n"

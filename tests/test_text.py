@@ -26,7 +26,7 @@ from pinaivu_box.server.app import ROUTES, Route
 from pinaivu_box.server.openapi import specification
 from pinaivu_box.store.usage_report import parse_day
 from pinaivu_box.text import END, NODE_ID, number, whole
-from tests.peering.people import person
+from tests.support.records import person
 from tests.test_layers import MODULES, ONLY_IN, PACKAGE, in_engine
 
 THEIRS = tuple(ONLY_IN.values())

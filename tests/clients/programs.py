@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.box import wait_until
+from tests.support.process_box import wait_until
 from tests.clients.page import MODEL, fenced
 from tests.clients.script import CODEX_MODELS, DONE, TASK, TEXT
 

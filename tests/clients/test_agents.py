@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.box import Box
+from tests.support.process_box import Box
 from tests.clients import recording, script
 from tests.clients.page import MODEL
 from tests.clients.programs import PROGRAMS

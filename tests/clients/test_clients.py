@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.box import Box, environment
+from tests.support.process_box import Box, environment
 from tests.clients import page
 from tests.clients.conftest import Node
 from tests.clients.programs import PROGRAMS

@@ -16,8 +16,8 @@ from typing import Any
 import openai
 import pytest
 
-from tests import ggufs
-from tests.box import Box, environment, pinaivu, pinaivu_json, wait_until
+from tests.support import gguf_files
+from tests.support.process_box import Box, environment, pinaivu, pinaivu_json, wait_until
 from tests.clients.conftest import Node
 
 HERE = Path(__file__).parent
@@ -47,7 +47,7 @@ def strict(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Box]:
     config = folder / "box.toml"
     config.write_text(CONFIG)
     # A good header, and no model behind it.
-    (folder / "broken.gguf").write_bytes(ggufs.valid())
+    (folder / "broken.gguf").write_bytes(gguf_files.valid())
     models = [f"{name}=fake:100" for name in ("fake:1", DYING["python"], DYING["node"])]
     given = [f"--model={one}" for one in [*models, f"broken:1={folder / 'broken.gguf'}"]]
     started = Box(folder / "home", "--config", str(config), *given).start()

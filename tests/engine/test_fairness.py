@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from pinaivu_box.engine.fairness import FairQueue
 from pinaivu_box.engine.sequence import Sequence, State
-from tests.engine.driven import Driven, sequence
-from tests.engine.harness import Heard, add, alone, finish, make
+from tests.support.scheduler_driver import Driven, sequence
+from tests.support.engine_harness import Heard, add, alone, finish, make
 
 
 class Arrivals:

@@ -15,8 +15,8 @@ from pinaivu_box.engine.named_prefixes import NamedPrefixes
 from pinaivu_box.engine.runner import Batch
 from pinaivu_box.engine.sampling import draw
 from pinaivu_box.models import bundled
-from tests.engine.harness import Engine, Fixed, Heard, Template, add, run, sampling
-from tests.ggufs import with_template, with_word
+from tests.support.engine_harness import Engine, Fixed, Heard, Template, add, run, sampling
+from tests.support.gguf_files import with_template, with_word
 
 CHATML = ("<|im_start|>", "<|im_end|>")
 

@@ -9,8 +9,8 @@ import pytest
 
 from pinaivu_box.engine.messages import Add
 from pinaivu_box.engine.scheduler import MOST_SCORED
-from tests.engine.driven import Driven, sequence
-from tests.engine.harness import Engine, Heard, StrictRunner, add, engine_prompt, finish, make, run
+from tests.support.scheduler_driver import Driven, sequence
+from tests.support.engine_harness import Engine, Heard, StrictRunner, add, engine_prompt, finish, make, run
 
 PROMPT = "The cat sat on the mat, and the dog sat on the log; " * 3
 

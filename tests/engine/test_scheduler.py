@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pinaivu_box.engine.sequence import Sequence, State
-from tests.engine.driven import Driven, own_words, sequence
+from tests.support.scheduler_driver import Driven, own_words, sequence
 
 
 def shared_words(one: Sequence, position: int) -> int:

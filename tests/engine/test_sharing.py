@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from pinaivu_box.engine.messages import Add, Cancel
 from pinaivu_box.engine.scheduler import Copy, Remove, Truncate
 from pinaivu_box.engine.sequence import Sequence
-from tests.engine.driven import Driven, sequence
-from tests.engine.harness import Heard, add, alone, assert_only_kept, finish, make, run
+from tests.support.scheduler_driver import Driven, sequence
+from tests.support.engine_harness import Heard, add, alone, assert_only_kept, finish, make, run
 
 LONG = list(range(200))
 

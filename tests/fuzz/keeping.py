@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import jsonschema
 import openai
 
-from tests.box import MODEL, Box
+from tests.support.process_box import MODEL, Box
 from tests.fuzz.schemas import make_schema
 
 

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from tests.peering.company import World, company
+from tests.support.three_boxes import World, company
 
 
 @pytest.fixture(scope="module")

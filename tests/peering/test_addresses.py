@@ -8,7 +8,7 @@ from pinaivu_box.peering.invite import MAX_ADDRESSES, decode
 from pinaivu_box.peering.memory_transport import MemoryConnection, MemoryTransport
 from pinaivu_box.peering.transport import Route
 from tests.peering.test_network import World, states, world
-from tests.peering.worlds import wait_until
+from tests.support.transport_peers import wait_until
 
 __all__ = ["world"]  # a fixture
 pytestmark = pytest.mark.anyio

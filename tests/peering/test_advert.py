@@ -10,7 +10,7 @@ from msgspec.structs import replace
 from pinaivu_box.peering import advert as adverts
 from pinaivu_box.peering.advert import Advert, Adverts
 from pinaivu_box.peering.signed import Invalid, Record, seal
-from tests.peering.people import NOW, PEOPLE, advert, gone, offer
+from tests.support.records import NOW, PEOPLE, advert, gone, offer
 
 WALL = round(NOW * 1000)
 A, B, C = PEOPLE[1:4]

@@ -9,8 +9,8 @@ import pytest
 
 from pinaivu_box.gateway import scopes, serving
 from pinaivu_box.peering import work
-from tests.peering.asking import accept, ask, served, sign
-from tests.peering.company import FAKE, World
+from tests.support.fake_coordinator import accept, ask, served, sign
+from tests.support.three_boxes import FAKE, World
 
 pytestmark = pytest.mark.anyio
 SECRET = "The launch code of customer A is 7391-XQ"

@@ -24,9 +24,9 @@ from pinaivu_box.peering import copying, model_wire, sharing, wire
 from pinaivu_box.peering.model_wire import Find, Give, Have, List, Part, Refused, Working
 from pinaivu_box.peering.sharing import Sharing
 from pinaivu_box.peering.transport import Stream
-from tests.box import environment
-from tests.peering.copies import NAME, SIZE, Giver, World, digest_of, made_up
-from tests.peering.worlds import ROOT, soon, wait_until
+from tests.support.process_box import environment
+from tests.support.model_copies import NAME, SIZE, Giver, World, digest_of, made_up
+from tests.support.transport_peers import ROOT, soon, wait_until
 
 pytestmark = pytest.mark.anyio
 DATA = made_up(1)
@@ -260,7 +260,7 @@ async def test_a_killed_copy_goes_on_where_it_was(world: World, tmp_path: Path, 
     enough = random.Random(seed).randrange(3, 7) * PIECE_BYTES  # two of them may be unfinished
     await giver.database.close()  # the process below opens it
     child = subprocess.Popen(  # noqa: ASYNC220
-        [sys.executable, "-m", "tests.peering.copies", tmp_path, tmp_path, DIGEST],
+        [sys.executable, "-m", "tests.support.model_copies", tmp_path, tmp_path, DIGEST],
         cwd=ROOT,
         env=environment(),
     )

@@ -20,15 +20,15 @@ from pinaivu_box.models.splits import digest_of_parts
 from pinaivu_box.peering import copying, model_wire, wire
 from pinaivu_box.peering.model_wire import File, Find, Give, Have, List, Refused
 from pinaivu_box.peering.sharing import Sharing
-from tests import ggufs
-from tests.peering.copies import NAME, Giver, World, digest_of
+from tests.support import gguf_files
+from tests.support.model_copies import NAME, Giver, World, digest_of
 from tests.peering.test_copying import WrongPieces, asked
-from tests.peering.worlds import soon, wait_until
+from tests.support.transport_peers import soon, wait_until
 
 pytestmark = pytest.mark.anyio
 COUNT = 3
 PARTS = [
-    ggufs.part(number, COUNT, tensors=COUNT)
+    gguf_files.part(number, COUNT, tensors=COUNT)
     + random.Random(number).randbytes((2 if number == 2 else 0) * PIECE_BYTES + 1000)
     for number in range(1, COUNT + 1)
 ]
@@ -47,7 +47,7 @@ async def world(tmp_path: Path) -> AsyncIterator[World]:
 
 async def giver(world: World, kind: type[Sharing] = Sharing, name: str = "") -> Giver:
     made = await world.giver(None, kind, name)
-    ggufs.put_split(made.folder, NAME, PARTS)
+    gguf_files.put_split(made.folder, NAME, PARTS)
     return made
 
 
@@ -56,7 +56,7 @@ def folder(world: World) -> Path:
 
 
 def targets(world: World) -> list[Path]:
-    return [folder(world) / ggufs.part_name(NAME, number, COUNT) for number in range(1, COUNT + 1)]
+    return [folder(world) / gguf_files.part_name(NAME, number, COUNT) for number in range(1, COUNT + 1)]
 
 
 def there(world: World) -> list[str]:
@@ -210,7 +210,7 @@ async def test_a_box_that_knows_of_no_parts_hears_why_it_gets_none(world: World)
     for other in (List(DIGEST), Give(DIGEST, 0)):
         assert isinstance(await asked(world, other), Refused)
     # In one file it is what it was: they read our answer, and we theirs.
-    single = ggufs.valid()
+    single = gguf_files.valid()
     (world.givers[0].folder / "single.gguf").write_bytes(single)
     have = await asked(world, OldFind("single", ""))
     assert have == Have("single", digest_of(single), len(single))

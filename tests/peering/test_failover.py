@@ -12,8 +12,8 @@ import pytest
 
 from pinaivu_box.models import bundled
 from pinaivu_box.receipts.verify import Transcript, verify_receipt
-from tests.box import pinaivu, wait_until
-from tests.peering.fleet import STEADY, Fleet, fleet
+from tests.support.process_box import pinaivu, wait_until
+from tests.support.box_fleet import STEADY, Fleet, fleet
 from tests.test_crash import Stream
 
 MODEL = "fake:2"  # at ben and carl only

@@ -31,18 +31,7 @@ from pinaivu_box.peering.gossip_wire import (
     encode,
 )
 from pinaivu_box.peering.signed import Invalid, Record, key_of
-from tests.peering.people import (
-    FOUNDER,
-    NOW,
-    PEOPLE,
-    advert,
-    certificate,
-    gone,
-    offer,
-    person,
-    revocation,
-    roster,
-)
+from tests.support.records import FOUNDER, NOW, PEOPLE, advert, certificate, gone, offer, person, revocation, roster
 
 FACTS = Facts("1.0", ("a:1",), "credits", (offer(),))
 

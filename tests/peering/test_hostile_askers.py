@@ -11,8 +11,8 @@ import pytest
 
 from pinaivu_box.errors import LinkLost
 from pinaivu_box.peering import work
-from tests.peering.asking import accept, ask, entry, heard, opened, served, sign
-from tests.peering.company import World
+from tests.support.fake_coordinator import accept, ask, entry, heard, opened, served, sign
+from tests.support.three_boxes import World
 
 pytestmark = pytest.mark.anyio
 NAN = float("nan")

@@ -21,10 +21,10 @@ from pinaivu_box.peering.memory_transport import MemoryNetwork
 from pinaivu_box.peering.transport import Stream
 from pinaivu_box.receipts.receipt import ACCEPTANCE_DOMAIN
 from pinaivu_box.store import ledger
-from tests.peering.asking import accept, ask, entry, heard, opened, refused, served, sign, task
-from tests.peering.company import DEAR, FAKE, World, house, offering, said
-from tests.peering.people import person
-from tests.peering.worlds import soon, wait_until
+from tests.support.fake_coordinator import accept, ask, entry, heard, opened, refused, served, sign, task
+from tests.support.three_boxes import DEAR, FAKE, World, house, offering, said
+from tests.support.records import person
+from tests.support.transport_peers import soon, wait_until
 
 pytestmark = pytest.mark.anyio
 

@@ -30,9 +30,9 @@ from pinaivu_box.peering import (
 from pinaivu_box.peering.netting import Item, Part
 from pinaivu_box.peering.signed import Invalid, Record
 from pinaivu_box.receipts.receipt import canonical
-from tests.peering import books
-from tests.peering.people import PEOPLE, certificate, gone, revocation
-from tests.peering.people import advert as made_advert
+from tests.support import ledger_entries
+from tests.support.records import PEOPLE, certificate, gone, revocation
+from tests.support.records import advert as made_advert
 
 FEW = 1000  # mutations of each frame
 SEED = 20261125
@@ -41,7 +41,7 @@ TASK = work.Task(
     "req_" + "0" * 26, "fake:1", [{"role": "user", "content": "Hello"}], work.Asked(0.5), 7, 20,
     ["."], DIGEST, read=[1, 2, 3], settled=Sampling(0.8, 0.95, 40, 0.05, 7),
 )  # fmt: skip
-ENTRY = books.entry(PEOPLE[0], PEOPLE[1])
+ENTRY = ledger_entries.entry(PEOPLE[0], PEOPLE[1])
 WIRE_ENTRY = ledger_wire.WireEntry(
     PEOPLE[0].node_id, 1, ENTRY.proof, ENTRY.signature, ENTRY.acceptance, "req_1", 0, 0, "credits"
 )
@@ -73,7 +73,7 @@ def task(data: bytes) -> Any:
 
 
 def proof(data: bytes) -> Any:
-    return canonical(msgspec.json.decode(data, type=books.Proof))
+    return canonical(msgspec.json.decode(data, type=ledger_entries.Proof))
 
 
 OUT = work.Out("a", [97], "stop", 1.0, 2, 0, [TokenLogprob(b"a", -1.0, [(b"b", -2.0)])], "x", [b""])

@@ -17,8 +17,8 @@ from pinaivu_box.errors import LinkLost, PeeringError
 from pinaivu_box.peering import invite, joining, wire, work
 from pinaivu_box.peering.iroh_transport import IrohTransport
 from pinaivu_box.peering.opening import Open
-from tests.box import Box, pinaivu_json
-from tests.peering.worlds import identity, soon
+from tests.support.process_box import Box, pinaivu_json
+from tests.support.transport_peers import identity, soon
 
 pytestmark = pytest.mark.anyio
 SETTINGS = '[peering]\nhost = "127.0.0.1"\nport = 0\nname = "anna"\n'

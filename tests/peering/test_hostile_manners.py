@@ -14,8 +14,8 @@ from msgspec.structs import replace
 from pinaivu_box.gateway import peer as peers
 from pinaivu_box.peering import memory_transport, work
 from pinaivu_box.peering.transport import Stream
-from tests.peering.company import FAKE, Lie, World, checked, right
-from tests.peering.lies import NAN, ends, first, last
+from tests.support.three_boxes import FAKE, Lie, World, checked, right
+from tests.support.violations import NAN, ends, first, last
 
 pytestmark = pytest.mark.anyio
 

@@ -26,9 +26,9 @@ from pinaivu_box.peering.reception import Reception
 from pinaivu_box.peering.signed import Record, key_of, network_key, seal
 from pinaivu_box.peering.transport import Link, Stream
 from pinaivu_box.peering.wire import Code
-from tests.peering.company import CHEAP, FAKE, Member, World, company, offering
-from tests.peering.people import offer, person
-from tests.peering.worlds import soon, wait_until
+from tests.support.three_boxes import CHEAP, FAKE, Member, World, company, offering
+from tests.support.records import offer, person
+from tests.support.transport_peers import soon, wait_until
 
 pytestmark = pytest.mark.anyio
 DAY = 86400.0

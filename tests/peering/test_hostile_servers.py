@@ -16,9 +16,9 @@ from msgspec.structs import replace
 from pinaivu_box.gateway import dispatch
 from pinaivu_box.peering import work
 from pinaivu_box.peering.transport import Stream
-from tests.peering.company import FAKE, Lie, World, checked, right, said
-from tests.peering.lies import LIES, ends
-from tests.peering.worlds import wait_until
+from tests.support.three_boxes import FAKE, Lie, World, checked, right, said
+from tests.support.violations import LIES, ends
+from tests.support.transport_peers import wait_until
 
 pytestmark = pytest.mark.anyio
 

@@ -15,7 +15,7 @@ from pinaivu_box.peering.invite import Invitation, Refused, Ticket, TicketInvali
 from pinaivu_box.store import peers as store
 from pinaivu_box.store.database import Database
 from pinaivu_box.store.peers import TicketRow
-from tests.peering.people import FOUNDER, NETWORK, NOW, PEOPLE
+from tests.support.records import FOUNDER, NETWORK, NOW, PEOPLE
 
 
 def made(

@@ -21,16 +21,7 @@ from pinaivu_box.peering.iroh_transport import IrohTransport
 from pinaivu_box.peering.link import Pace
 from pinaivu_box.peering.reception import Reception
 from pinaivu_box.peering.wire import Code
-from tests.peering.worlds import (
-    DEADLINE,
-    PeerProcess,
-    converse,
-    echo,
-    free_port,
-    identity,
-    soon,
-    wait_until,
-)
+from tests.support.transport_peers import DEADLINE, PeerProcess, converse, echo, free_port, identity, soon, wait_until
 
 pytestmark = pytest.mark.anyio
 

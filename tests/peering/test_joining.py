@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from tests.box import PINAIVU, Box, environment, pinaivu, pinaivu_json, wait_until
-from tests.peering.worlds import free_port
+from tests.support.process_box import PINAIVU, Box, environment, pinaivu, pinaivu_json, wait_until
+from tests.support.transport_peers import free_port
 
 SETTINGS = '[peering]\nhost = "127.0.0.1"\nport = {}\nname = "{}"\n'
 FAKE = ("--model", "fake:1=fake:0", "--peering")

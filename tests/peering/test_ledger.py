@@ -38,9 +38,9 @@ from pinaivu_box.store import audit, claims, ledger, statements
 from pinaivu_box.store.audit import Actor
 from pinaivu_box.store.database import Database
 from pinaivu_box.store.ledger import Entry
-from tests.peering.books import entry
-from tests.peering.people import PEOPLE
-from tests.peering.worlds import soon
+from tests.support.ledger_entries import entry
+from tests.support.records import PEOPLE
+from tests.support.transport_peers import soon
 
 pytestmark = pytest.mark.anyio
 A, B, C = PEOPLE[:3]

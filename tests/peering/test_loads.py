@@ -8,7 +8,7 @@ from pinaivu_box.peering.gossip import Gossip
 from pinaivu_box.peering.gossip_wire import Busy, Digest, Have, Load, Told, Who, decode, encode
 from pinaivu_box.peering.loads import MAX_TOLD, TOLD_SECONDS
 from pinaivu_box.peering.signed import key_of
-from tests.peering.people import FOUNDER, PEOPLE, certificate
+from tests.support.records import FOUNDER, PEOPLE, certificate
 from tests.peering.test_gossip import FACTS, Net, chain, heard
 
 MODEL = FACTS.models[0].id

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.box import environment, wait_until
+from tests.support.process_box import environment, wait_until
 
 
 class Member:
@@ -24,7 +24,7 @@ class Member:
     def start(self, *command: str) -> Member:
         self.lines = []
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.peering.member", str(self.home), *command],
+            [sys.executable, "-m", "tests.support.headless_box", str(self.home), *command],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment(),
         )  # fmt: skip
         threading.Thread(target=self._read, args=(self.process, self.lines), daemon=True).start()

@@ -14,8 +14,8 @@ import httpx
 import pytest
 
 from pinaivu_box.engine.fake_runner import SENTENCE
-from tests.box import wait_until
-from tests.peering.town import Resident, Town
+from tests.support.process_box import wait_until
+from tests.support.network_namespaces import Resident, Town
 
 TOKENS = 300
 SLOW = "fake:10"  # ms a token

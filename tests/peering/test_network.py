@@ -32,8 +32,8 @@ from pinaivu_box.peering.wire import Code
 from pinaivu_box.store import audit, peer_settings
 from pinaivu_box.store.audit import BOX, Actor
 from pinaivu_box.store.database import Database
-from tests.peering.people import PEOPLE, offer
-from tests.peering.worlds import soon, wait_until
+from tests.support.records import PEOPLE, offer
+from tests.support.transport_peers import soon, wait_until
 
 pytestmark = pytest.mark.anyio
 

@@ -8,9 +8,9 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from tests import ggufs
-from tests.box import PINAIVU, Box, environment, pinaivu, pinaivu_json, wait_until
-from tests.peering.copies import digest_of, made_up
+from tests.support import gguf_files
+from tests.support.process_box import PINAIVU, Box, environment, pinaivu, pinaivu_json, wait_until
+from tests.support.model_copies import digest_of, made_up
 from tests.peering.test_joining import Member, Network, joined, member
 
 __all__ = ["member"]  # a fixture
@@ -73,8 +73,8 @@ def test_a_model_goes_to_another_box_and_on_to_a_third(member: Network) -> None:
     (entry,) = [one for one in pinaivu_json("audit", home=carl.home) if "pull" in one["action"]]
     assert (entry["action"], entry["detail"]["digest"]) == ("model.pull", digest_of(data))
     # In several files it is one model, to whom it is offered and who pulls it.
-    parts = [ggufs.part(number, 3, tensors=3) + made_up(number, 100_000) for number in (1, 2, 3)]
-    ggufs.put_split(anna.home / "models" / "publisher", "split", parts)
+    parts = [gguf_files.part(number, 3, tensors=3) + made_up(number, 100_000) for number in (1, 2, 3)]
+    gguf_files.put_split(anna.home / "models" / "publisher", "split", parts)
     pinaivu("reload", home=anna.home)
     wait_until(lambda: offers(ben, "anna", "split:latest"), "it is offered")
     pinaivu("pull", "split", "--from", "anna", home=ben.home)

@@ -16,13 +16,13 @@ from pinaivu_box.errors import CliError, Unreachable
 from pinaivu_box.peering import iroh_transport
 from pinaivu_box.peering.iroh_transport import IrohTransport
 from pinaivu_box.peering.link import PeerLink
-from tests.box import wait_until
-from tests.peering.relay import Relay
+from tests.support.process_box import wait_until
+from tests.support.relay_server import Relay
 from tests.peering.test_namespaces import SLOW, TOKENS, streamed
-from tests.peering.town import Resident
-from tests.peering.valley import URL, Valley, checks, refused, resident
-from tests.peering.worlds import DEADLINE, identity, soon
-from tests.peering.worlds import wait_until as until
+from tests.support.network_namespaces import Resident
+from tests.support.relayed_boxes import URL, Valley, checks, refused, resident
+from tests.support.transport_peers import DEADLINE, identity, soon
+from tests.support.transport_peers import wait_until as until
 
 DEAD = "http://127.0.0.1:9/"
 

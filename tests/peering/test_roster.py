@@ -12,17 +12,7 @@ from pinaivu_box.peering import roster as rosters
 from pinaivu_box.peering.membership import record_id
 from pinaivu_box.peering.roster import MAX_INVITED, Roster
 from pinaivu_box.peering.signed import Record
-from tests.peering.people import (
-    ELSEWHERE,
-    FOUNDER,
-    NETWORK,
-    NOW,
-    PEOPLE,
-    certificate,
-    person,
-    revocation,
-    roster,
-)
+from tests.support.records import ELSEWHERE, FOUNDER, NETWORK, NOW, PEOPLE, certificate, person, revocation, roster
 
 who = st.integers(0, 7).map(PEOPLE.__getitem__)
 certificates = st.builds(

@@ -15,16 +15,7 @@ from pinaivu_box.errors import LinkLost, ProtocolError, Unreachable, WrongPeer
 from pinaivu_box.peering import reception, wire
 from pinaivu_box.peering.link import FramedStream, PeerLink
 from pinaivu_box.peering.wire import LENGTH, MAX_FRAME_BYTES, MAX_STREAMS, Code, Hello
-from tests.peering.worlds import (
-    DEADLINE,
-    IrohWorld,
-    MemoryWorld,
-    converse,
-    echo,
-    identity,
-    soon,
-    wait_until,
-)
+from tests.support.transport_peers import DEADLINE, IrohWorld, MemoryWorld, converse, echo, identity, soon, wait_until
 
 pytestmark = pytest.mark.anyio
 World = IrohWorld | MemoryWorld

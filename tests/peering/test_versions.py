@@ -28,20 +28,10 @@ from pinaivu_box.receipts.receipt import (
     sign_proof,
 )
 from pinaivu_box.receipts.verify import Transcript, verify_receipt
-from tests.peering.asking import accept, ask, entry, heard, opened, sign
-from tests.peering.company import (
-    CHEAP,
-    FAKE,
-    Liar,
-    Lie,
-    World,
-    began,
-    checked,
-    job_of,
-    started,
-)
-from tests.peering.lies import last
-from tests.peering.worlds import wait_until
+from tests.support.fake_coordinator import accept, ask, entry, heard, opened, sign
+from tests.support.three_boxes import CHEAP, FAKE, Liar, Lie, World, began, checked, job_of, started
+from tests.support.violations import last
+from tests.support.transport_peers import wait_until
 
 pytestmark = pytest.mark.anyio
 INPUTS = ["a cat", "the sea"]

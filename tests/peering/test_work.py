@@ -27,8 +27,8 @@ from pinaivu_box.models.catalog import Model
 from pinaivu_box.peering.gossip_wire import Load
 from pinaivu_box.peering.loads import Heard
 from pinaivu_box.receipts.receipt import ACCEPTANCE_DOMAIN, PROOF_DOMAIN, Proof
-from tests.peering.pools import FAKE, PROMPT, Node, config, pools
-from tests.peering.worlds import wait_until
+from tests.support.in_process_pools import FAKE, PROMPT, Node, config, pools
+from tests.support.transport_peers import wait_until
 
 pytestmark = pytest.mark.anyio
 SENTENCE = "The quick brown fox jumps over the lazy dog. "

@@ -12,7 +12,7 @@ from pinaivu_box.engine.messages import Sampling
 from pinaivu_box.engine.prefix_cache import Share
 from pinaivu_box.engine.scheduler import Chunk, Copy, Plan, Remove, Scheduler, Truncate
 from pinaivu_box.engine.sequence import Sequence, State
-from tests.engine.harness import Fixed, KVCells
+from tests.support.engine_harness import Fixed, KVCells
 
 GREEDY = Sampling(temperature=0, top_p=1, top_k=0, min_p=0, seed=0)
 MOST_STEPS = 20_000

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import httpx
 
-from tests.box import PINAIVU, Box, environment
+from tests.support.process_box import PINAIVU, Box, environment
 
 T = TypeVar("T")
 SETTINGS = '[peering]\nname = "{}"\nport = 4002\n'

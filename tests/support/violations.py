@@ -11,8 +11,8 @@ from pinaivu_box.identity import Identity
 from pinaivu_box.peering import work
 from pinaivu_box.peering.transport import Stream
 from pinaivu_box.receipts.receipt import PROOF_DOMAIN, EngineInfo, Price
-from tests.peering.company import Lie
-from tests.peering.people import person
+from tests.support.three_boxes import Lie
+from tests.support.records import person
 
 OTHER = person(77)  # somebody else's key
 NAN = float("nan")

@@ -11,8 +11,8 @@ from typing import Any
 
 import httpx
 
-from tests.box import environment
-from tests.peering.town import Place, Resident, cable
+from tests.support.process_box import environment
+from tests.support.network_namespaces import Place, Resident, cable
 
 PORT = 3340
 URL = f"http://10.79.0.1:{PORT}"
@@ -53,7 +53,7 @@ class Valley:
 
     def open_relay(self) -> None:
         self.relay = subprocess.Popen(
-            [*self.places["relay"].prefix, sys.executable, "-m", "tests.peering.relay",
+            [*self.places["relay"].prefix, sys.executable, "-m", "tests.support.relay_server",
              "10.79.0.1", str(PORT)],
             stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment(),
         )  # fmt: skip

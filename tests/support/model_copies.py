@@ -1,4 +1,4 @@
-"""Boxes that give each other made-up model files; `tests.peering.copies SOURCE TARGET DIGEST` is
+"""Boxes that give each other made-up model files; `tests.support.model_copies SOURCE TARGET DIGEST` is
 a copy in a process of its own, slow enough to be killed in the middle.
 """
 
@@ -23,8 +23,8 @@ from pinaivu_box.peering.memory_transport import MemoryNetwork, MemoryTransport
 from pinaivu_box.peering.sharing import Sharing
 from pinaivu_box.peering.transport import Link, Stream
 from pinaivu_box.store.database import Database
-from tests import ggufs
-from tests.peering.worlds import identity
+from tests.support import gguf_files
+from tests.support.transport_peers import identity
 
 SIZE = 9 * PIECE_BYTES + 12_345
 NAME = "made:up"
@@ -32,7 +32,7 @@ NAME = "made:up"
 
 def made_up(seed: int, size: int = SIZE) -> bytes:
     """So many bytes that begin like a model."""
-    head = ggufs.aligned(ggufs.header(tensors=[ggufs.tensor("a", 1)]))
+    head = gguf_files.aligned(gguf_files.header(tensors=[gguf_files.tensor("a", 1)]))
     return head + random.Random(seed).randbytes(size - len(head))
 
 

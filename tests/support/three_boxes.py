@@ -50,8 +50,8 @@ from pinaivu_box.server.app import create_app
 from pinaivu_box.store import accounts, keys
 from pinaivu_box.store.audit import Actor
 from pinaivu_box.store.database import Database
-from tests.peering.people import offer, person
-from tests.peering.worlds import soon, wait_until
+from tests.support.records import offer, person
+from tests.support.transport_peers import soon, wait_until
 
 FAKE = "fake:1"
 CHEAP, DEAR = ("0.001", "0.001", "0.001"), "10"

@@ -25,8 +25,8 @@ from pinaivu_box.peering.iroh_transport import IrohTransport, has_ipv6
 from pinaivu_box.peering.link import FramedStream, Pace, PeerLink
 from pinaivu_box.peering.memory_transport import MemoryNetwork, MemoryTransport
 from pinaivu_box.peering.reception import Reception
-from tests.box import environment
-from tests.peering import peer
+from tests.support.process_box import environment
+from tests.support import echo_peer
 
 _ports = itertools.count()
 DEADLINE = 180.0  # against hanging; never a claim about speed
@@ -77,7 +77,7 @@ def free_port() -> int:
 
 
 class PeerProcess:
-    """`tests.peering.peer` in a process of its own; `prefix` may put it somewhere else."""
+    """`tests.support.echo_peer` in a process of its own; `prefix` may put it somewhere else."""
 
     def __init__(
         self,
@@ -93,7 +93,7 @@ class PeerProcess:
                 *prefix,
                 sys.executable,
                 "-m",
-                "tests.peering.peer",
+                "tests.support.echo_peer",
                 host,
                 self.seed,
                 str(port),
@@ -209,7 +209,7 @@ class MemoryWorld:
         theirs = await self.transport()
         self.node_id, self.addresses = theirs.node_id, theirs.addresses()
         self._theirs = theirs
-        self._serving = asyncio.create_task(peer.serve(theirs, self._tell))
+        self._serving = asyncio.create_task(echo_peer.serve(theirs, self._tell))
         self.ours = await self.transport()
 
     def _tell(self, event: str, **more: Any) -> None:

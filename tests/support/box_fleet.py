@@ -7,7 +7,7 @@ import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from tests.box import wait_until
+from tests.support.process_box import wait_until
 from tests.peering.test_joining import Member
 
 # The fake model repeats itself: drafts make it fast.  Engines with several threads would wait for

@@ -14,8 +14,8 @@ from pinaivu_box.models.catalog import remote
 from pinaivu_box.peering import work
 from pinaivu_box.peering.transport import Stream
 from pinaivu_box.receipts.receipt import ACCEPTANCE_DOMAIN
-from tests.peering.company import DEAR, FAKE, World
-from tests.peering.worlds import soon
+from tests.support.three_boxes import DEAR, FAKE, World
+from tests.support.transport_peers import soon
 
 PRICES = (DEAR, DEAR, DEAR)
 
