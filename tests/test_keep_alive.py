@@ -17,8 +17,8 @@ from pinaivu_box.config import Config, EngineConfig, ModelConfig
 from pinaivu_box.gateway.placement import Placement
 from pinaivu_box.models import catalog, memory
 from pinaivu_box.models.catalog import digest_of
-from tests.support.process_box import Box, pinaivu_json, wait_until
 from tests.support import transport_peers
+from tests.support.process_box import Box, pinaivu_json, wait_until
 
 CONFIG = """
 [engine]

@@ -16,11 +16,11 @@ from pinaivu_box.receipts.receipt import ACCEPTANCE_DOMAIN, Price
 from pinaivu_box.store import ledger
 from pinaivu_box.store.database import Database
 from pinaivu_box.store.ledger import Balance
+from tests.support.keys import IDENTITIES
 from tests.support.ledger_entries import entry
-from tests.support.records import PEOPLE
 
 pytestmark = pytest.mark.anyio
-US, PEER, OTHER = PEOPLE[:3]
+US, PEER, OTHER = IDENTITIES[:3]
 OUTPUT, PROMPT = 20_000_000, 8_000_000  # what the entry of `books` comes to
 
 

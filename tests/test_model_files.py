@@ -31,8 +31,27 @@ from pinaivu_box.models import gguf
 from pinaivu_box.models.gguf import BadGguf, read_header
 from pinaivu_box.sandbox import Limits, Sandbox
 from tests.support import gguf_files
-from tests.support.process_box import MODEL, PINAIVU, UNDRAFTED, Box, environment, pinaivu, pinaivu_json
-from tests.support.gguf_files import array, header, key, part, part_name, put_split, tensor, u32, valid, word
+from tests.support.gguf_files import (
+    array,
+    header,
+    key,
+    part,
+    part_name,
+    put_split,
+    tensor,
+    u32,
+    valid,
+    word,
+)
+from tests.support.process_box import (
+    MODEL,
+    PINAIVU,
+    UNDRAFTED,
+    Box,
+    environment,
+    pinaivu,
+    pinaivu_json,
+)
 
 FAKE = "slow:1"
 CONTEXT = "llama.context_length"

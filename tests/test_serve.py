@@ -21,7 +21,17 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from pinaivu_box.models import bundled
 from pinaivu_box.store.keys import generate
-from tests.support.process_box import MODEL, PINAIVU, UNDRAFTED, Box, alive, environment, pinaivu, pinaivu_json, wait_until
+from tests.support.process_box import (
+    MODEL,
+    PINAIVU,
+    UNDRAFTED,
+    Box,
+    alive,
+    environment,
+    pinaivu,
+    pinaivu_json,
+    wait_until,
+)
 
 SECRET = re.compile(r"sk-pnv-[0-9A-Za-z]+")
 FAKE = ("--model", "fake:1=fake:0")

@@ -16,9 +16,9 @@ from typing import Any
 import openai
 import pytest
 
+from tests.clients.conftest import NodePackage
 from tests.support import gguf_files
 from tests.support.process_box import Box, environment, pinaivu, pinaivu_json, wait_until
-from tests.clients.conftest import Node
 
 HERE = Path(__file__).parent
 TABLE: list[dict[str, Any]] = tomllib.loads((HERE / "errors.toml").read_text())["row"]
@@ -166,7 +166,7 @@ def send(box: Box, row: dict[str, Any], request: dict[str, Any]) -> None:
     list(answer)
 
 
-def test_node(strict: Box, keys: dict[str, str], node: Node, tmp_path: Path) -> None:
+def test_node(strict: Box, keys: dict[str, str], node: NodePackage, tmp_path: Path) -> None:
     """All rows in one process."""
     keys = use_up(strict, keys)
     shutil.copy(HERE / "errors.mjs", node.folder)

@@ -8,7 +8,16 @@ import pytest
 
 from pinaivu_box.engine.messages import Named
 from pinaivu_box.engine.sampling import draw
-from tests.support.engine_harness import Heard, add, alone, assert_only_kept, engine_prompt, make, run, sampling
+from tests.support.engine_harness import (
+    Heard,
+    add,
+    alone,
+    assert_only_kept,
+    engine_prompt,
+    make,
+    run,
+    sampling,
+)
 
 CONTEXT = 80
 

@@ -13,7 +13,19 @@ import pytest
 from pinaivu_box.engine.fake_runner import END, N_VOCAB
 from pinaivu_box.engine.messages import Add, Cancel, Sampling
 from pinaivu_box.engine.runner import Batch
-from tests.support.engine_harness import BUDGET, Engine, Fixed, Heard, StrictRunner, add, finish, load, make, run, sampling
+from tests.support.engine_harness import (
+    BUDGET,
+    Engine,
+    Fixed,
+    Heard,
+    StrictRunner,
+    add,
+    finish,
+    load,
+    make,
+    run,
+    sampling,
+)
 
 LETTERS = b"abcdef"
 

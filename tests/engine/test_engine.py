@@ -12,7 +12,20 @@ import pytest
 from pinaivu_box.engine.fake_runner import END, SENTENCE, FakeRunner
 from pinaivu_box.engine.messages import Cancel
 from pinaivu_box.engine.runner import Batch
-from tests.support.engine_harness import BUDGET, Engine, Heard, add, alone, assert_only_kept, assorted, engine_prompt, load, make, run, sampling
+from tests.support.engine_harness import (
+    BUDGET,
+    Engine,
+    Heard,
+    add,
+    alone,
+    assert_only_kept,
+    assorted,
+    engine_prompt,
+    load,
+    make,
+    run,
+    sampling,
+)
 
 # -- batching --------------------------------------------------------------------------------------
 

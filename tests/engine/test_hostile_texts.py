@@ -26,9 +26,20 @@ from pinaivu_box.engine.sandboxes import Sandboxes
 from pinaivu_box.engine.sequence import Sequence
 from pinaivu_box.errors import BadRequest
 from pinaivu_box.sandbox import Limits, SandboxLimit, SandboxPool
-from tests.support.process_box import alive, wait_until
+from tests.support.engine_harness import (
+    BUDGET,
+    Engine,
+    Heard,
+    StrictRunner,
+    add,
+    here,
+    in_this_process,
+    load,
+    make,
+    run,
+)
 from tests.support.grammars import chain
-from tests.support.engine_harness import BUDGET, Engine, Heard, StrictRunner, add, here, in_this_process, load, make, run
+from tests.support.process_box import alive, wait_until
 
 PATIENCE = 100  # seconds until a test gives up; nothing is measured
 FOR_EVER = Limits(cpu_seconds=3600, memory_bytes=1 << 30, wall_seconds=3600)

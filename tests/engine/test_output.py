@@ -11,8 +11,8 @@ from pinaivu_box.engine.fake_runner import END
 from pinaivu_box.engine.intake import Arrival
 from pinaivu_box.engine.messages import Admitted, Delta, EngineLoad, Refused, StepFrame
 from pinaivu_box.engine.output import Output, Said, StepOutput
-from tests.support.scheduler_driver import sequence
 from tests.support.engine_harness import add, make
+from tests.support.scheduler_driver import sequence
 
 
 def piece(token: int) -> bytes:

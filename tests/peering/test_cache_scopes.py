@@ -10,7 +10,8 @@ import pytest
 from pinaivu_box.gateway import scopes, serving
 from pinaivu_box.peering import work
 from tests.support.fake_coordinator import accept, ask, served, sign
-from tests.support.three_boxes import FAKE, World
+from tests.support.fake_model import FAKE
+from tests.support.three_boxes import ThreeBoxes
 
 pytestmark = pytest.mark.anyio
 SECRET = "The launch code of customer A is 7391-XQ"
@@ -30,7 +31,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> list[work.Task]:
     return tasks
 
 
-async def key_at(world: World, account: str | None = None) -> tuple[str, str]:
+async def key_at(world: ThreeBoxes, account: str | None = None) -> tuple[str, str]:
     """A key of anna's whose requests go to ben, and its account."""
     body = {"account": account, "policy": {"peers": ["ben"]}}
     made = (await world.anna.http("POST", "/v1/admin/keys", json=body)).json()
@@ -44,7 +45,7 @@ async def found(box: Any, text: str, secret: str | None = None, **more: Any) -> 
     return number
 
 
-async def asked(world: World, text: str = SECRET, pays: bool = True, **more: Any) -> int:
+async def asked(world: ThreeBoxes, text: str = SECRET, pays: bool = True, **more: Any) -> int:
     """What carl's request finds at ben."""
     wanted = msgspec.structs.replace(ask(world, text, **more), pays_prompt=pays)
     stream, proved = await served(world, wanted)
@@ -53,7 +54,7 @@ async def asked(world: World, text: str = SECRET, pays: bool = True, **more: Any
     return number
 
 
-async def test_accounts_of_one_peer_are_apart(three: World, told: list[work.Task]) -> None:
+async def test_accounts_of_one_peer_are_apart(three: ThreeBoxes, told: list[work.Task]) -> None:
     victim, account = await key_at(three)
     assert await found(three.anna, SECRET, victim) == 0
     for guess in GUESSES:
@@ -65,7 +66,7 @@ async def test_accounts_of_one_peer_are_apart(three: World, told: list[work.Task
     assert first == last and first not in others and len(set(others)) == 3
 
 
-async def test_a_peer_and_the_box_itself_are_apart(three: World) -> None:
+async def test_a_peer_and_the_box_itself_are_apart(three: ThreeBoxes) -> None:
     text = "Of this box alone: " + SECRET
     assert await found(three.ben, text) <= len("<|im_start|>user\n")  # it has been asked before
     victim, _ = await key_at(three)
@@ -74,7 +75,9 @@ async def test_a_peer_and_the_box_itself_are_apart(three: World) -> None:
     assert await found(three.ben, text) > len(text)
 
 
-async def test_the_tag_of_another_peer_opens_nothing(three: World, told: list[work.Task]) -> None:
+async def test_the_tag_of_another_peer_opens_nothing(
+    three: ThreeBoxes, told: list[work.Task]
+) -> None:
     victim, _ = await key_at(three)
     await found(three.anna, SECRET, victim)
     tag = told[0].tag
@@ -83,7 +86,7 @@ async def test_the_tag_of_another_peer_opens_nothing(three: World, told: list[wo
     assert await asked(three, SECRET, tag=tag) > len(SECRET)  # its own
 
 
-async def test_one_that_says_no_tag_only_shares_within_a_request(three: World) -> None:
+async def test_one_that_says_no_tag_only_shares_within_a_request(three: ThreeBoxes) -> None:
     """A box of an older version, whose accounts nobody here can tell apart."""
     wanted = ask(three, SECRET)
     request_id, nonce = wanted.task.request_id, wanted.task.nonce
@@ -93,7 +96,7 @@ async def test_one_that_says_no_tag_only_shares_within_a_request(three: World) -
     assert await asked(three) == 0
 
 
-async def test_another_leg_finds_what_its_account_has_there(three: World) -> None:
+async def test_another_leg_finds_what_its_account_has_there(three: ThreeBoxes) -> None:
     more: dict[str, Any] = {"leg": 1}
     assert await asked(three, "A leg. " + SECRET, tag="1" * 32) == 0
     assert await asked(three, "A leg. " + SECRET, tag="1" * 32, **more) > len(SECRET)
@@ -101,7 +104,7 @@ async def test_another_leg_finds_what_its_account_has_there(three: World) -> Non
 
 
 async def test_without_cache_prompt_nothing_is_kept_there(
-    three: World, told: list[work.Task]
+    three: ThreeBoxes, told: list[work.Task]
 ) -> None:
     key, _ = await key_at(three)
     text = "Not to be kept: " + SECRET
@@ -111,7 +114,7 @@ async def test_without_cache_prompt_nothing_is_kept_there(
     assert [one.tag is None for one in told] == [True, False, True]
 
 
-async def test_what_the_operator_names_is_not_for_peers(three: World) -> None:
+async def test_what_the_operator_names_is_not_for_peers(three: ThreeBoxes) -> None:
     named = "You are the assistant of ACME. "
     placement, engine = three.ben.box.placement, three.ben.box.config.engine
     placement.configure(engine, [named.strip()])

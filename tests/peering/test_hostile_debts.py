@@ -21,16 +21,28 @@ from pinaivu_box.peering.memory_transport import MemoryNetwork
 from pinaivu_box.peering.transport import Stream
 from pinaivu_box.receipts.receipt import ACCEPTANCE_DOMAIN
 from pinaivu_box.store import ledger
-from tests.support.fake_coordinator import accept, ask, entry, heard, opened, refused, served, sign, task
-from tests.support.three_boxes import DEAR, FAKE, World, house, offering, said
-from tests.support.records import person
-from tests.support.transport_peers import soon, wait_until
+from tests.support.fake_coordinator import (
+    accept,
+    ask,
+    entry,
+    heard,
+    opened,
+    refused,
+    served,
+    sign,
+    task,
+)
+from tests.support.fake_model import DEAR, FAKE, fake_text
+from tests.support.in_process_box import count_offers, in_process_box
+from tests.support.keys import known_identity
+from tests.support.three_boxes import ThreeBoxes
+from tests.support.waiting import soon, wait_until
 
 pytestmark = pytest.mark.anyio
 
 
 @pytest.fixture
-async def world(three: World, caplog: pytest.LogCaptureFixture) -> AsyncIterator[World]:
+async def world(three: ThreeBoxes, caplog: pytest.LogCaptureFixture) -> AsyncIterator[ThreeBoxes]:
     async with three.asked_much(caplog):
         yield three
 
@@ -39,7 +51,7 @@ async def world(three: World, caplog: pytest.LogCaptureFixture) -> AsyncIterator
 
 
 async def test_who_never_accepts_owes_it_all_the_same(
-    world: World, monkeypatch: pytest.MonkeyPatch
+    world: ThreeBoxes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(serving, "_ACCEPT_SECONDS", 0.1)
     before = await ledger.balance(world.ben.box.database, world.carl.identity.node_id)
@@ -59,16 +71,18 @@ HANGUPS = ("at the first output", "in the middle", "at the proof", "at the end",
            "after a stop", "with the link", "in dispute")  # fmt: skip
 
 
-async def hang_up(world: World, asked: work.Ask, how: str) -> None:
+async def hang_up(world: ThreeBoxes, asked: work.Ask, how: str) -> None:
     """Ask, and leave at that stage."""
     stream = await opened(world)
     await work.send(stream, asked)
     outputs = 0
     while True:
-        said = await soon(work.receive(stream, work.to_coordinator))
-        outputs += isinstance(said, work.Outputs)
-        ended = isinstance(said, work.Outputs) and said.outputs[-1].finish_reason is not None
-        wanted = {"in the middle": outputs == 3, "at the proof": isinstance(said, work.Proved)}
+        fake_text = await soon(work.receive(stream, work.to_coordinator))
+        outputs += isinstance(fake_text, work.Outputs)
+        ended = (
+            isinstance(fake_text, work.Outputs) and fake_text.outputs[-1].finish_reason is not None
+        )
+        wanted = {"in the middle": outputs == 3, "at the proof": isinstance(fake_text, work.Proved)}
         if ended or (outputs == 1 and how not in (*wanted, "at the end", "in dispute")):
             break
         if wanted.get(how):
@@ -89,13 +103,13 @@ async def hang_up(world: World, asked: work.Ask, how: str) -> None:
     await wait_until(lambda: not world.running)
 
 
-async def waits(world: World) -> int:
+async def waits(world: ThreeBoxes) -> int:
     found = await ledger.balance(world.ben.box.database, world.carl.identity.node_id)
     return found["credits"].waiting if found else 0
 
 
 @pytest.mark.parametrize("how", HANGUPS)
-async def test_who_hangs_up_owes_what_was_computed(world: World, how: str) -> None:
+async def test_who_hangs_up_owes_what_was_computed(world: ThreeBoxes, how: str) -> None:
     before, asked = await waits(world), ask(world, max_tokens=60)
     await hang_up(world, asked, how)
     found = await entry(world, asked)
@@ -109,14 +123,14 @@ async def test_who_hangs_up_owes_what_was_computed(world: World, how: str) -> No
     await wait_until(lambda: world.carl.network.peer("ben").state == "connected")
 
 
-async def terms(world: World, **limits: object) -> None:
+async def terms(world: ThreeBoxes, **limits: object) -> None:
     """What ben's operator has set for carl."""
     made = await world.ben.http("PATCH", "/v1/admin/peers/carl", json={"limits": limits})
     assert made.status_code == 200, made.text
 
 
 @pytest.fixture
-async def strict(world: World, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[World]:
+async def strict(world: ThreeBoxes, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[ThreeBoxes]:
     """Beyond its credit limit carl gets nothing from ben, whether he is idle or not."""
     box = world.ben.box
     serve = msgspec.structs.replace(box.config.peering.serve, beyond="refuse")
@@ -126,12 +140,12 @@ async def strict(world: World, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator
     await terms(world, credit_limit=None, tokens_per_minute=None, max_parallel=None)
 
 
-async def owes(world: World) -> int:
+async def owes(world: ThreeBoxes) -> int:
     found = await world.ben.pool.serving.guests.owes(world.carl.identity.node_id, "credits")
     return found.total
 
 
-async def test_the_credit_limit_binds_who_hangs_up_time_and_again(strict: World) -> None:
+async def test_the_credit_limit_binds_who_hangs_up_time_and_again(strict: ThreeBoxes) -> None:
     """What it got is at most its credit and one request."""
     world, before = strict, await owes(strict)
     prompt, limit = 100 * 10**7, before + 2 * 10**9
@@ -140,9 +154,9 @@ async def test_the_credit_limit_binds_who_hangs_up_time_and_again(strict: World)
     for _ in range(100):
         stream = await opened(world)
         await work.send(stream, ask(world, text, max_tokens=None))
-        said = await soon(work.receive(stream, work.to_coordinator))
-        if isinstance(said, work.Refused):
-            refusal = said
+        fake_text = await soon(work.receive(stream, work.to_coordinator))
+        if isinstance(fake_text, work.Refused):
+            refusal = fake_text
             break
         while not isinstance(await soon(work.receive(stream, work.to_coordinator)), work.Outputs):
             pass
@@ -165,7 +179,7 @@ async def test_the_credit_limit_binds_who_hangs_up_time_and_again(strict: World)
     await accept(stream, sign(world, proved))
 
 
-async def test_what_runs_is_reserved(strict: World) -> None:
+async def test_what_runs_is_reserved(strict: ThreeBoxes) -> None:
     """Of many that come together only those are begun that the credit has room for."""
     world = strict
     limit = await owes(world) + 10**9
@@ -187,7 +201,7 @@ async def test_what_runs_is_reserved(strict: World) -> None:
 
 
 async def test_who_waits_for_its_prompt_to_be_counted_hears_that_all_is_well(
-    strict: World, monkeypatch: pytest.MonkeyPatch
+    strict: ThreeBoxes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As while a model is loaded: who hears nothing for 4 s takes a box for lost."""
     world, heard_ = strict, asyncio.Event()
@@ -210,7 +224,7 @@ async def test_who_waits_for_its_prompt_to_be_counted_hears_that_all_is_well(
     await accept(stream, sign(world, proved))
 
 
-async def test_tokens_a_minute_count_what_was_hung_up_on(strict: World) -> None:
+async def test_tokens_a_minute_count_what_was_hung_up_on(strict: ThreeBoxes) -> None:
     world = strict
     use = world.ben.pool.serving.guests.use(world.carl.identity.node_id)
     use.tokens._entries.clear()
@@ -220,9 +234,9 @@ async def test_tokens_a_minute_count_what_was_hung_up_on(strict: World) -> None:
     for _ in range(20):
         stream = await opened(world)
         await work.send(stream, ask(world, "x" * 100, max_tokens=1))
-        said = await soon(work.receive(stream, work.to_coordinator))
-        if isinstance(said, work.Refused):
-            refusal = said
+        fake_text = await soon(work.receive(stream, work.to_coordinator))
+        if isinstance(fake_text, work.Refused):
+            refusal = fake_text
             break
         await heard(stream)
         stream.abandon()
@@ -245,7 +259,7 @@ async def test_tokens_a_minute_count_what_was_hung_up_on(strict: World) -> None:
     assert 0 < counted < 20
 
 
-async def test_what_other_legs_have_made_counts_as_tokens_a_minute(strict: World) -> None:
+async def test_what_other_legs_have_made_counts_as_tokens_a_minute(strict: ThreeBoxes) -> None:
     """It is computed like a prompt, and nobody pays for it: that must not be without a limit."""
     world = strict
     use = world.ben.pool.serving.guests.use(world.carl.identity.node_id)
@@ -260,8 +274,8 @@ async def test_what_other_legs_have_made_counts_as_tokens_a_minute(strict: World
     assert 302 < use.tokens.used(time.monotonic()) <= 400
     stream = await opened(world)
     await work.send(stream, msgspec.structs.replace(ask(world, leg=1, max_tokens=302), made=made))
-    said = await soon(work.receive(stream, work.to_coordinator))
-    assert isinstance(said, work.Refused) and "400 tokens a minute" in said.message
+    fake_text = await soon(work.receive(stream, work.to_coordinator))
+    assert isinstance(fake_text, work.Refused) and "400 tokens a minute" in fake_text.message
 
 
 async def test_debts_outlive_a_restart_and_are_accepted_later(tmp_path: Path) -> None:
@@ -274,10 +288,10 @@ async def test_debts_outlive_a_restart_and_are_accepted_later(tmp_path: Path) ->
         "peering__serve__beyond": "refuse",
         "peering__serve__tokens_per_minute": 1000,
     }
-    async with house(net, tmp_path / "anna") as anna:
-        async with house(net, tmp_path / "ben", (FAKE,), **dear) as ben:
+    async with in_process_box(net, tmp_path / "anna") as anna:
+        async with in_process_box(net, tmp_path / "ben", (FAKE,), **dear) as ben:
             await soon(ben.network.join(await anna.network.invite()))
-            await wait_until(lambda: offering(anna) == 1)
+            await wait_until(lambda: count_offers(anna) == 1)
             send = work.send
 
             async def forgets(stream: Stream, *messages: Any) -> None:
@@ -294,9 +308,9 @@ async def test_debts_outlive_a_restart_and_are_accepted_later(tmp_path: Path) ->
             await wait_until(lambda: not guests_.use(anna.node_id).running)
             owed = (await guests_.owes(anna.node_id, "credits")).total
             assert owed > parse("0.3")
-        async with house(net, tmp_path / "ben", (FAKE,), **dear) as ben:
+        async with in_process_box(net, tmp_path / "ben", (FAKE,), **dear) as ben:
             await wait_until(lambda: ben.network.peer("anna").state == "connected")
-            await wait_until(lambda: offering(anna) == 1)
+            await wait_until(lambda: count_offers(anna) == 1)
             guests_ = ben.pool.serving.guests
             found = await guests_.owes(anna.node_id, "credits")
             assert (found.total, found.unaccepted) == (owed, owed)
@@ -315,7 +329,7 @@ async def test_debts_outlive_a_restart_and_are_accepted_later(tmp_path: Path) ->
             assert (await anna.chat()).status_code == 200
 
 
-async def test_who_pays_for_a_prompt_once_more_owes_that(world: World) -> None:
+async def test_who_pays_for_a_prompt_once_more_owes_that(world: ThreeBoxes) -> None:
     """The ledger takes one payment for a prompt: what a second is for is not served for nothing,
     neither one after the other nor at once."""
     peer = world.carl.identity.node_id
@@ -336,14 +350,14 @@ async def test_who_pays_for_a_prompt_once_more_owes_that(world: World) -> None:
 
 
 @pytest.mark.parametrize("kind", ["garbage", "anothers", "another proof", "dispute"])
-async def test_a_signature_that_does_not_bind_is_none(world: World, kind: str) -> None:
+async def test_a_signature_that_does_not_bind_is_none(world: ThreeBoxes, kind: str) -> None:
     asked, earlier = ask(world), ask(world)
     first, proof = await served(world, earlier)
     await accept(first, sign(world, proof))
     stream, proved = await served(world, asked)
     signature = {
         "garbage": b"\7" * 64,
-        "anothers": person(99).sign(ACCEPTANCE_DOMAIN, proved.signed.encode()),
+        "anothers": known_identity(99).sign(ACCEPTANCE_DOMAIN, proved.signed.encode()),
         "another proof": sign(world, proof),
     }.get(kind)
     if signature is None:
@@ -363,7 +377,9 @@ async def test_a_signature_that_does_not_bind_is_none(world: World, kind: str) -
 @pytest.mark.parametrize(
     "spelled", [lambda t: t + "\n", str.upper, lambda t: f" {t[:-1]}", lambda t: t[:-1] + "\uff10"]
 )
-async def test_a_signature_has_one_spelling(world: World, spelled: Callable[[str], str]) -> None:
+async def test_a_signature_has_one_spelling(
+    world: ThreeBoxes, spelled: Callable[[str], str]
+) -> None:
     """What is no signature as it is written accepts nothing; the leg is owed all the same."""
     asked = ask(world)
     stream, proved = await served(world, asked)
@@ -374,7 +390,9 @@ async def test_a_signature_has_one_spelling(world: World, spelled: Callable[[str
     stream.abandon()
 
 
-async def test_a_dispute_stays_in_its_line(world: World, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_dispute_stays_in_its_line(
+    world: ThreeBoxes, caplog: pytest.LogCaptureFixture
+) -> None:
     stream, _ = await served(world, ask(world))
     await work.send(stream, work.Disputed("\x1b[2J\nERROR all is lost"))
     await stream.finish()
@@ -383,7 +401,7 @@ async def test_a_dispute_stays_in_its_line(world: World, caplog: pytest.LogCaptu
     assert line.isprintable()
 
 
-async def test_a_leg_is_served_once(world: World) -> None:
+async def test_a_leg_is_served_once(world: ThreeBoxes) -> None:
     """Whoever could ask again with the same id would pay once and be served for ever."""
     asked = ask(world)
     again = ask(world, "Something else", request_id=asked.task.request_id)
@@ -403,7 +421,9 @@ async def test_a_leg_is_served_once(world: World) -> None:
     await accept(stream, sign(world, proved))
 
 
-async def test_a_prompt_is_not_for_nothing(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_prompt_is_not_for_nothing(
+    world: ThreeBoxes, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(guests, "_OTHER_SECONDS", 0.2)
     asked = ask(world)
     free = msgspec.structs.replace(
@@ -443,7 +463,7 @@ async def test_a_prompt_is_not_for_nothing(world: World, monkeypatch: pytest.Mon
 # -- too much ------------------------------------------------------------------------------------
 
 
-async def test_a_storm_of_cancellations_is_one(world: World) -> None:
+async def test_a_storm_of_cancellations_is_one(world: ThreeBoxes) -> None:
     (engine,) = world.ben.box.placement.engines
     stream = await opened(world)
     await work.send(stream, ask(world, max_tokens=None))
@@ -459,7 +479,7 @@ async def test_a_storm_of_cancellations_is_one(world: World) -> None:
 
 
 async def test_who_does_not_read_is_not_waited_for(
-    world: World, monkeypatch: pytest.MonkeyPatch
+    world: ThreeBoxes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(memory_transport, "WINDOW_BYTES", 500)
     monkeypatch.setattr(work, "SEND_SECONDS", 2.0)
@@ -475,7 +495,7 @@ async def test_who_does_not_read_is_not_waited_for(
 
 
 async def test_who_never_comes_to_an_end_holds_up_only_itself(
-    world: World, monkeypatch: pytest.MonkeyPatch
+    world: ThreeBoxes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Tasks of up to 16 MiB: four at a time of a peer are waited for."""
     monkeypatch.setattr(serving, "_ASK_SECONDS", 0.5)
@@ -491,7 +511,7 @@ async def test_who_never_comes_to_an_end_holds_up_only_itself(
     await accept(stream, sign(world, proved))
 
 
-async def test_a_message_without_end_ends_the_link(world: World) -> None:
+async def test_a_message_without_end_ends_the_link(world: ThreeBoxes) -> None:
     stream = await opened(world)
     with pytest.raises(LinkLost, match="longer than is allowed") as lost:
         for _ in range(40):
@@ -500,7 +520,7 @@ async def test_a_message_without_end_ends_the_link(world: World) -> None:
     assert lost.value.code == 400
 
 
-async def test_as_many_streams_as_there_may_be(world: World) -> None:
+async def test_as_many_streams_as_there_may_be(world: ThreeBoxes) -> None:
     """Which say nothing, or what they are for and no more."""
     (await opened(world)).abandon()
     link = world.carl.network._links.held[world.ben.node_id].link
@@ -511,14 +531,14 @@ async def test_as_many_streams_as_there_may_be(world: World) -> None:
     await wait_until(lambda: world.ben.network._incoming.count >= 100)
     answer = await world.anna.chat("meanwhile", secret=await world.key("ben"))
     told = answer.json()
-    assert told["choices"][0]["message"]["content"] == said(told["usage"]["prompt_tokens"], 20)
+    assert told["choices"][0]["message"]["content"] == fake_text(told["usage"]["prompt_tokens"], 20)
     for stream in streams:
         stream.abandon()
     await wait_until(lambda: world.ben.network._incoming.count < 10)
 
 
 async def test_prompts_are_not_counted_without_number(
-    world: World, monkeypatch: pytest.MonkeyPatch
+    world: ThreeBoxes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As any request: eight at a time."""
     digest = world.carl.models[0].digest.hex()

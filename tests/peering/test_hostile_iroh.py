@@ -17,8 +17,9 @@ from pinaivu_box.errors import LinkLost, PeeringError
 from pinaivu_box.peering import invite, joining, wire, work
 from pinaivu_box.peering.iroh_transport import IrohTransport
 from pinaivu_box.peering.opening import Open
+from tests.support.keys import new_identity
 from tests.support.process_box import Box, pinaivu_json
-from tests.support.transport_peers import identity, soon
+from tests.support.waiting import soon
 
 pytestmark = pytest.mark.anyio
 SETTINGS = '[peering]\nhost = "127.0.0.1"\nport = 0\nname = "anna"\n'
@@ -42,7 +43,7 @@ class Attacker:
         self.server, self.addresses = self._ticket.node_id, self._ticket.addresses
 
     async def join(self) -> Attacker:
-        self.transport = await IrohTransport.bind(identity(), "127.0.0.1", 0)
+        self.transport = await IrohTransport.bind(new_identity(), "127.0.0.1", 0)
         self.link = await self.transport.connect(self.server, self.addresses, 20)
         stream = await self.open(joining.PURPOSE)
         await stream.send(wire.encode(joining.Join(self._ticket.secret, "mallory")))
@@ -172,7 +173,7 @@ async def test_garbage_of_all_kinds(attacker: Attacker) -> None:
 
 async def test_members_get_in_although_strangers_stand_in_the_door(attacker: Attacker) -> None:
     """Who say nothing once they are connected."""
-    strangers = [await IrohTransport.bind(identity(), "127.0.0.1", 0) for _ in range(4)]
+    strangers = [await IrohTransport.bind(new_identity(), "127.0.0.1", 0) for _ in range(4)]
 
     async def stand(stranger: IrohTransport) -> Any:
         try:

@@ -38,12 +38,12 @@ from pinaivu_box.store import audit, claims, ledger, statements
 from pinaivu_box.store.audit import Actor
 from pinaivu_box.store.database import Database
 from pinaivu_box.store.ledger import Entry
+from tests.support.keys import IDENTITIES
 from tests.support.ledger_entries import entry
-from tests.support.records import PEOPLE
-from tests.support.transport_peers import soon
+from tests.support.waiting import soon
 
 pytestmark = pytest.mark.anyio
-A, B, C = PEOPLE[:3]
+A, B, C = IDENTITIES[:3]
 
 
 @dataclass

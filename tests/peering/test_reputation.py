@@ -13,7 +13,7 @@ from pinaivu_box.gateway.books import Books
 from pinaivu_box.gateway.reputation import Reputation
 from pinaivu_box.store import opinions
 from pinaivu_box.store.database import Database
-from tests.support.transport_peers import soon, wait_until
+from tests.support.waiting import soon, wait_until
 
 DAY = 86400.0
 

@@ -14,13 +14,14 @@ from pinaivu_box.models.catalog import remote
 from pinaivu_box.peering import work
 from pinaivu_box.peering.transport import Stream
 from pinaivu_box.receipts.receipt import ACCEPTANCE_DOMAIN
-from tests.support.three_boxes import DEAR, FAKE, World
-from tests.support.transport_peers import soon
+from tests.support.fake_model import DEAR, FAKE
+from tests.support.three_boxes import ThreeBoxes
+from tests.support.waiting import soon
 
 PRICES = (DEAR, DEAR, DEAR)
 
 
-def task(world: World, text: str = "Hello", **more: Any) -> work.Task:
+def task(world: ThreeBoxes, text: str = "Hello", **more: Any) -> work.Task:
     digest = world.carl.models[0].digest.hex()
     job = Job(
         f"req_{ULID()}".lower(), remote(FAKE, digest), [{"role": "user", "content": text}],
@@ -29,12 +30,12 @@ def task(world: World, text: str = "Hello", **more: Any) -> work.Task:
     return msgspec.structs.replace(to_task(job), **more)
 
 
-def ask(world: World, text: str = "Hello", **more: Any) -> work.Ask:
+def ask(world: ThreeBoxes, text: str = "Hello", **more: Any) -> work.Ask:
     digest = world.carl.models[0].digest.hex()
     return work.Ask(task(world, text, **more), digest, [], PRICES, "credits")
 
 
-async def opened(world: World) -> Stream:
+async def opened(world: ThreeBoxes) -> Stream:
     return await soon(world.carl.network.open(world.ben.node_id, work.PURPOSE))
 
 
@@ -48,7 +49,7 @@ async def heard(stream: Stream) -> list[work.ToCoordinator]:
     return found
 
 
-async def served(world: World, asked: work.Ask) -> tuple[Stream, work.Proved]:
+async def served(world: ThreeBoxes, asked: work.Ask) -> tuple[Stream, work.Proved]:
     stream = await opened(world)
     await work.send(stream, asked)
     found = await heard(stream)
@@ -56,7 +57,7 @@ async def served(world: World, asked: work.Ask) -> tuple[Stream, work.Proved]:
     return stream, proved
 
 
-async def refused(world: World, asked: work.ToServing) -> work.Refused:
+async def refused(world: ThreeBoxes, asked: work.ToServing) -> work.Refused:
     stream = await opened(world)
     await work.send(stream, asked)
     (found,) = [one for one in await heard(stream) if isinstance(one, work.Refused)]
@@ -71,10 +72,10 @@ async def accept(stream: Stream, signature: bytes) -> None:
         pass
 
 
-def sign(world: World, proved: work.Proved) -> bytes:
+def sign(world: ThreeBoxes, proved: work.Proved) -> bytes:
     return world.carl.identity.sign(ACCEPTANCE_DOMAIN, proved.signed.encode())
 
 
-async def entry(world: World, asked: work.Ask) -> dict[str, Any] | None:
+async def entry(world: ThreeBoxes, asked: work.Ask) -> dict[str, Any] | None:
     rows = [dict(one) for one in await world.ben.entries(world.carl)]
     return next((one for one in rows if one["request_id"] == asked.task.request_id), None)

@@ -1,11 +1,12 @@
-"""Boxes that give each other made-up model files; `tests.support.model_copies SOURCE TARGET DIGEST` is
-a copy in a process of its own, slow enough to be killed in the middle.
+"""Boxes that give each other made-up model files; `tests.support.model_copies SOURCE TARGET
+DIGEST` is a copy in a process of its own, slow enough to be killed in the middle.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
+import os
 import random
 import sys
 from contextlib import suppress
@@ -17,14 +18,16 @@ from pinaivu_box.errors import PeeringError
 from pinaivu_box.models import catalog as catalogs
 from pinaivu_box.models.catalog import Catalog
 from pinaivu_box.models.pieces import PIECE_BYTES
-from pinaivu_box.peering import copying
+from pinaivu_box.peering import copying, model_wire, wire
 from pinaivu_box.peering.copying import Copy, Source
 from pinaivu_box.peering.memory_transport import MemoryNetwork, MemoryTransport
+from pinaivu_box.peering.model_wire import Part
 from pinaivu_box.peering.sharing import Sharing
 from pinaivu_box.peering.transport import Link, Stream
 from pinaivu_box.store.database import Database
 from tests.support import gguf_files
-from tests.support.transport_peers import identity
+from tests.support.keys import new_identity
+from tests.support.waiting import soon
 
 SIZE = 9 * PIECE_BYTES + 12_345
 NAME = "made:up"
@@ -40,7 +43,7 @@ def digest_of(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-class Giver:
+class SharingBox:
     """A box with models, and what it does with whoever opens a stream."""
 
     def __init__(self, home: Path, name: str, kind: type[Sharing] = Sharing) -> None:
@@ -56,7 +59,7 @@ class Giver:
         self.database = Database(self.folder.parent / "pinaivu.db")
         await self.database.open()
         self.sharing = self.kind(self.shared, self.database, lambda: self.rate)
-        self.transport = MemoryTransport(network, identity().node_id)
+        self.transport = MemoryTransport(network, new_identity().node_id)
         self.source = Source(self.transport.node_id, self.name)
         self._spawn(self._accept())
 
@@ -97,21 +100,21 @@ class Giver:
         await self.database.close()
 
 
-class World:
+class CopyNetwork:
     """Some givers and a box that takes; `open` as the network's, without the frame before."""
 
     def __init__(self, home: Path) -> None:
         self.home = home
         self.network = MemoryNetwork()
-        self.ours = MemoryTransport(self.network, identity().node_id)
-        self.givers: list[Giver] = []
+        self.ours = MemoryTransport(self.network, new_identity().node_id)
+        self.givers: list[SharingBox] = []
         self.target = home / "ours" / "models" / f"{NAME}.gguf"
         self._links: dict[str, Link] = {}
 
     async def giver(
         self, data: bytes | None, kind: type[Sharing] = Sharing, name: str = ""
-    ) -> Giver:
-        made = Giver(self.home, name or f"box{len(self.givers) + 1}", kind)
+    ) -> SharingBox:
+        made = SharingBox(self.home, name or f"box{len(self.givers) + 1}", kind)
         if data is not None:
             (made.folder / f"{NAME}.gguf").write_bytes(data)
         await made.start(self.network)
@@ -155,6 +158,22 @@ class World:
             await giver.end()
 
 
+class WrongPieces(Sharing):
+    """Has the right list, and gives something else."""
+
+    async def _give(self, stream: Stream, model: Any, number: int) -> None:
+        for _ in range(PIECE_BYTES // model_wire.PART_BYTES):
+            await stream.send(wire.encode(Part(os.urandom(model_wire.PART_BYTES))))
+
+
+async def asked(world: CopyNetwork, *questions: Any) -> Any:
+    stream = await soon(world.open(world.sources[0].peer))
+    for question in questions:
+        await stream.send(wire.encode(question))
+        answer = model_wire.answer(await soon(stream.receive()))
+    return answer
+
+
 class Slow(Sharing):
     async def _give(self, stream: Stream, model: Any, number: int) -> None:
         await asyncio.sleep(0.1)
@@ -162,8 +181,8 @@ class Slow(Sharing):
 
 
 async def main(source: str, home: str, digest: str) -> None:
-    world = World(Path(home))
-    giver = Giver(Path(source), "source", Slow)
+    world = CopyNetwork(Path(home))
+    giver = SharingBox(Path(source), "source", Slow)
     await giver.start(world.network)
     world.givers.append(giver)
     await world.copy(digest)

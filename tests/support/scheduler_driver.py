@@ -57,7 +57,7 @@ def own_words(one: Sequence, position: int) -> int:
     return -1000 * (one.arrival + 1) - position
 
 
-class Driven:
+class SchedulerDriver:
     """`said` gives the token of a sequence at a position.
 
     With `steady` it takes the steps without a plan that the scheduler offers, as the engine does.
