@@ -20,5 +20,5 @@ NETWORK = network_of(FOUNDER.node_id, b"\0\1\2\3")
 OTHER_NETWORK = network_of(FOUNDER.node_id, b"\3\2\1\0")
 
 
-def identity() -> Identity:
+def new_identity() -> Identity:
     return Identity(SigningKey.generate())
