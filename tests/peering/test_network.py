@@ -15,17 +15,21 @@ import msgspec
 import pytest
 
 from pinaivu_box.errors import LinkLost, NotJoined, PeeringError, PeerNotFound, PeerRefused
-from pinaivu_box.peering import incoming, invite, ledger_views, network, standing, talk, wire
-from pinaivu_box.peering.links import Links
-from pinaivu_box.peering.memory_transport import MemoryTransport
-from pinaivu_box.peering.network import Network
-from pinaivu_box.peering.opening import Open
-from pinaivu_box.peering.roster import Roster
-from pinaivu_box.peering.transport import Stream
-from pinaivu_box.peering.wire import Code
+from pinaivu_box.ledger import views as ledger_views
+from pinaivu_box.membership import store as membership_store
+from pinaivu_box.membership import tickets
+from pinaivu_box.membership.roster import Roster
+from pinaivu_box.network import network
+from pinaivu_box.network.network import Network
 from pinaivu_box.store import audit, peer_settings
 from pinaivu_box.store.audit import BOX, Actor
+from pinaivu_box.transport import gossip_channel, incoming, wire
+from pinaivu_box.transport.connections import Links
+from pinaivu_box.transport.opening import Open
+from pinaivu_box.transport.transport import Stream
+from pinaivu_box.transport.wire import Code
 from tests.support.keys import IDENTITIES
+from tests.support.memory_transport import MemoryTransport
 from tests.support.network_sites import Site, SiteGroup, states, whole
 from tests.support.records import offer
 from tests.support.waiting import soon, wait_until
@@ -176,10 +180,10 @@ async def test_the_inviters_clock_alone_decides(
     one, two = await group.box("one"), await group.box("two")
     now = time.time
     ticket = await one.invite(expires=3600)
-    found = invite.decode(ticket)
+    found = tickets.decode(ticket)
     # The newcomer reads another time from the ticket than its own clock would accept.
-    shifted = invite.encode(
-        invite.Ticket(found.inviter, found.network, found.secret,
+    shifted = tickets.encode(
+        tickets.Ticket(found.inviter, found.network, found.secret,
                       max(0, found.expires_at + hours * 3600), found.addresses)
     )  # fmt: skip
     await soon(two.join(shifted))
@@ -195,9 +199,9 @@ async def test_what_is_no_ticket_or_no_longer_one(group: SiteGroup) -> None:
         await two.join("hello")
     with pytest.raises(NotJoined, match="this box itself"):
         await one.join(ticket)
-    found = invite.decode(ticket)
-    forged = invite.encode(
-        invite.Ticket(found.inviter, found.network, bytes(16), found.expires_at, found.addresses)
+    found = tickets.decode(ticket)
+    forged = tickets.encode(
+        tickets.Ticket(found.inviter, found.network, bytes(16), found.expires_at, found.addresses)
     )
     with pytest.raises(PeerRefused, match="no such ticket"):
         await soon(two.join(forged))
@@ -287,7 +291,7 @@ async def test_both_call_at_once_and_one_link_stays(
     group: SiteGroup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And what has begun over the other one comes to its end."""
-    monkeypatch.setattr("pinaivu_box.peering.links._SUCCESSION", 0.1)
+    monkeypatch.setattr("pinaivu_box.transport.connections._SUCCESSION", 0.1)
     one, two = await group.joined("one", "two")
     for _ in range(5):
         for site in group.sites:
@@ -330,7 +334,7 @@ async def test_both_sides_keep_the_same_of_two_links(
     first_at_one: bool, first_at_two: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In whatever order the two links come up on either side."""
-    monkeypatch.setattr("pinaivu_box.peering.links._SUCCESSION", 0.05)
+    monkeypatch.setattr("pinaivu_box.transport.connections._SUCCESSION", 0.05)
     ids = sorted(one.node_id for one in IDENTITIES[:2])
     kept = []
     for me, peer, first in ((ids[0], ids[1], first_at_one), (ids[1], ids[0], first_at_two)):
@@ -406,7 +410,7 @@ async def test_garbage_closes_the_link(group: SiteGroup, first: bytes) -> None:
 async def test_a_stranger_gets_nothing_and_is_shown_the_door(
     group: SiteGroup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(standing, "_BELONG_SECONDS", 0.1)
+    monkeypatch.setattr(membership_store, "_BELONG_SECONDS", 0.1)
     one, _ = await group.joined("one", "two")
     served: list[str] = []
 
@@ -478,9 +482,9 @@ async def test_who_does_not_read_is_cut(
 ) -> None:
     one, two = await group.joined("one", "two")
     if limit == "bytes":
-        monkeypatch.setattr(talk, "MAX_WAITING_BYTES", 2_000_000)
+        monkeypatch.setattr(gossip_channel, "MAX_WAITING_BYTES", 2_000_000)
     else:
-        monkeypatch.setattr(talk, "SEND_SECONDS", 0.2)
+        monkeypatch.setattr(gossip_channel, "SEND_SECONDS", 0.2)
     # A box with two's key and certificate that takes a link and reads nothing of it.
     await group.sites[1].close()
     transport = MemoryTransport(group.net, two.node_id, None, "at:two")
@@ -498,7 +502,7 @@ async def test_a_certificate_that_makes_no_member_is_seen(group: SiteGroup) -> N
     two = await group.box("two")
     bad = group.transport(7)
     other = Roster(f"net_{bytes(36).hex()}")
-    ticket, _ = invite.invite(bad.node_id, other.network, bad.addresses(), now=0, seconds=60)
+    ticket, _ = tickets.invite(bad.node_id, other.network, bad.addresses(), now=0, seconds=60)
     joining = asyncio.create_task(two.join(ticket))
     stream = await soon((await soon(bad.accept())).accept())
     await soon(stream.receive())

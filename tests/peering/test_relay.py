@@ -13,9 +13,9 @@ import iroh
 import pytest
 
 from pinaivu_box.errors import CliError, Unreachable
-from pinaivu_box.peering import iroh_transport
-from pinaivu_box.peering.iroh_transport import IrohTransport
-from pinaivu_box.peering.link import PeerLink
+from pinaivu_box.transport import iroh_transport
+from pinaivu_box.transport.iroh_transport import IrohTransport
+from pinaivu_box.transport.link import PeerLink
 from tests.support.keys import new_identity
 from tests.support.network_namespaces import SLOW, TOKENS, NamespaceBox, streamed
 from tests.support.process_box import wait_until

@@ -6,10 +6,10 @@ from collections import deque
 from itertools import pairwise
 from random import Random
 
+from pinaivu_box.gossip.adverts import Facts
+from pinaivu_box.gossip.protocol import Gossip
 from pinaivu_box.identity import Identity
-from pinaivu_box.peering.advert import Facts
-from pinaivu_box.peering.gossip import Gossip
-from pinaivu_box.peering.signed import Record
+from pinaivu_box.membership.signed import Record
 from tests.support.keys import FOUNDER, IDENTITIES
 from tests.support.records import NOW, certificate, offer, roster
 

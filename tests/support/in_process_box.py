@@ -14,15 +14,15 @@ import httpx
 from pinaivu_box import config
 from pinaivu_box.box import Box, open_box
 from pinaivu_box.identity import Identity
-from pinaivu_box.peering.iroh_transport import IrohTransport
-from pinaivu_box.peering.memory_transport import MemoryNetwork, MemoryTransport
-from pinaivu_box.peering.transport import Transport
 from pinaivu_box.policy import SCOPES, Policy
 from pinaivu_box.server.app import create_app
 from pinaivu_box.store import accounts, keys
 from pinaivu_box.store.audit import Actor
+from pinaivu_box.transport.iroh_transport import IrohTransport
+from pinaivu_box.transport.transport import Transport
 from tests.support.fake_model import FAKE
 from tests.support.fake_peer import FakePeer
+from tests.support.memory_transport import MemoryNetwork, MemoryTransport
 
 
 class InProcessBox:

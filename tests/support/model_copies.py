@@ -15,18 +15,20 @@ from typing import Any
 
 from pinaivu_box.config import Config
 from pinaivu_box.errors import PeeringError
+from pinaivu_box.files import download
+from pinaivu_box.files import wire as file_wire
+from pinaivu_box.files.download import Download, DownloadSource
+from pinaivu_box.files.upload import FileServer
+from pinaivu_box.files.wire import PieceData
 from pinaivu_box.models import catalog as catalogs
 from pinaivu_box.models.catalog import Catalog
 from pinaivu_box.models.pieces import PIECE_BYTES
-from pinaivu_box.peering import copying, model_wire, wire
-from pinaivu_box.peering.copying import Copy, Source
-from pinaivu_box.peering.memory_transport import MemoryNetwork, MemoryTransport
-from pinaivu_box.peering.model_wire import Part
-from pinaivu_box.peering.sharing import Sharing
-from pinaivu_box.peering.transport import Link, Stream
 from pinaivu_box.store.database import Database
+from pinaivu_box.transport import wire
+from pinaivu_box.transport.transport import Link, Stream
 from tests.support import gguf_files
 from tests.support.keys import new_identity
+from tests.support.memory_transport import MemoryNetwork, MemoryTransport
 from tests.support.waiting import soon
 
 SIZE = 9 * PIECE_BYTES + 12_345
@@ -46,7 +48,7 @@ def digest_of(data: bytes) -> str:
 class SharingBox:
     """A box with models, and what it does with whoever opens a stream."""
 
-    def __init__(self, home: Path, name: str, kind: type[Sharing] = Sharing) -> None:
+    def __init__(self, home: Path, name: str, kind: type[FileServer] = FileServer) -> None:
         self.folder = home / name / "models"
         self.folder.mkdir(parents=True, exist_ok=True)
         self.name = name
@@ -60,7 +62,7 @@ class SharingBox:
         await self.database.open()
         self.sharing = self.kind(self.shared, self.database, lambda: self.rate)
         self.transport = MemoryTransport(network, new_identity().node_id)
-        self.source = Source(self.transport.node_id, self.name)
+        self.source = DownloadSource(self.transport.node_id, self.name)
         self._spawn(self._accept())
 
     async def shared(self, _peer: str) -> Catalog | str:
@@ -112,7 +114,7 @@ class CopyNetwork:
         self._links: dict[str, Link] = {}
 
     async def giver(
-        self, data: bytes | None, kind: type[Sharing] = Sharing, name: str = ""
+        self, data: bytes | None, kind: type[FileServer] = FileServer, name: str = ""
     ) -> SharingBox:
         made = SharingBox(self.home, name or f"box{len(self.givers) + 1}", kind)
         if data is not None:
@@ -122,7 +124,7 @@ class CopyNetwork:
         return made
 
     @property
-    def sources(self) -> list[Source]:
+    def sources(self) -> list[DownloadSource]:
         return [giver.source for giver in self.givers]
 
     async def open(self, peer: str) -> Stream:
@@ -139,11 +141,11 @@ class CopyNetwork:
             del self._links[peer]
             raise
 
-    async def find(self, model: str = NAME, digest: str = "") -> dict[Source, Any]:
-        return (await copying.find(self.open, self.sources, model, digest))[0]
+    async def find(self, model: str = NAME, digest: str = "") -> dict[DownloadSource, Any]:
+        return (await download.find(self.open, self.sources, model, digest))[0]
 
-    async def copy(self, digest: str = "") -> Copy:
-        made = Copy(self.open, await self.find(digest=digest), self.target)
+    async def copy(self, digest: str = "") -> Download:
+        made = Download(self.open, await self.find(digest=digest), self.target)
         await made.run()
         return made
 
@@ -158,23 +160,23 @@ class CopyNetwork:
             await giver.end()
 
 
-class WrongPieces(Sharing):
+class WrongPieces(FileServer):
     """Has the right list, and gives something else."""
 
     async def _give(self, stream: Stream, model: Any, number: int) -> None:
-        for _ in range(PIECE_BYTES // model_wire.PART_BYTES):
-            await stream.send(wire.encode(Part(os.urandom(model_wire.PART_BYTES))))
+        for _ in range(PIECE_BYTES // file_wire.PART_BYTES):
+            await stream.send(wire.encode(PieceData(os.urandom(file_wire.PART_BYTES))))
 
 
 async def asked(world: CopyNetwork, *questions: Any) -> Any:
     stream = await soon(world.open(world.sources[0].peer))
     for question in questions:
         await stream.send(wire.encode(question))
-        answer = model_wire.answer(await soon(stream.receive()))
+        answer = file_wire.answer(await soon(stream.receive()))
     return answer
 
 
-class Slow(Sharing):
+class Slow(FileServer):
     async def _give(self, stream: Stream, model: Any, number: int) -> None:
         await asyncio.sleep(0.1)
         await super()._give(stream, model, number)

@@ -6,15 +6,15 @@ import asyncio
 from pathlib import Path
 
 from pinaivu_box.config import PeeringConfig
+from pinaivu_box.gossip.adverts import Facts
 from pinaivu_box.identity import Identity
-from pinaivu_box.peering.advert import Facts
-from pinaivu_box.peering.link import Pace
-from pinaivu_box.peering.memory_transport import MemoryNetwork, MemoryTransport
-from pinaivu_box.peering.network import Network
-from pinaivu_box.peering.reception import Reception
-from pinaivu_box.peering.transport import Stream
+from pinaivu_box.network.network import Network
 from pinaivu_box.store.database import Database
+from pinaivu_box.transport.handshake import Handshake
+from pinaivu_box.transport.link import HeartbeatTiming
+from pinaivu_box.transport.transport import Stream
 from tests.support.keys import IDENTITIES
+from tests.support.memory_transport import MemoryNetwork, MemoryTransport
 from tests.support.records import offer
 from tests.support.waiting import soon, wait_until
 
@@ -33,10 +33,10 @@ class Site:
         self.database = Database(home / f"{name}.db")
         self.network: Network
         self.offers = (offer(),)
-        self.pace = Pace(beat=0.05, patience=40)
+        self.pace = HeartbeatTiming(beat=0.05, patience=40)
 
     async def open(self) -> Network:
-        reception = Reception(pace=self.pace)
+        reception = Handshake(pace=self.pace)
         self.transport = MemoryTransport(
             self.group.net, self.identity.node_id, reception, f"at:{self.name}"
         )

@@ -7,7 +7,7 @@ import os
 import socket
 from contextlib import suppress
 
-from pinaivu_box.peering.iroh_transport import has_ipv6
+from pinaivu_box.transport.iroh_transport import has_ipv6
 
 _ports = itertools.count()
 

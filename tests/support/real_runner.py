@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pinaivu_box.engine.llama_runner import LlamaRunner
-from pinaivu_box.engine.messages import Load
+from pinaivu_box.engine.messages import LoadModel
 from pinaivu_box.models import bundled
 
 
@@ -14,5 +14,5 @@ def real_runner(path: Path | None = None, **sizes: int) -> LlamaRunner:
     assert location, "the bundled model is not where build/test puts it"
     more = {"context": 256, "kv_tokens": 2048, "max_sequences": 8, "token_budget": 256, **sizes}
     offset = 0 if path else location.offset
-    load = Load(path=str(path or location.path), offset=offset, threads=1, **more)
+    load = LoadModel(path=str(path or location.path), offset=offset, threads=1, **more)
     return LlamaRunner(load, lambda fraction: None)

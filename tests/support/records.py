@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 
+from pinaivu_box.gossip.adverts import Advert, GoneReport, Offer
 from pinaivu_box.identity import Identity
-from pinaivu_box.peering.advert import Advert, Gone, Offer
-from pinaivu_box.peering.membership import Certificate, Revocation
-from pinaivu_box.peering.roster import Roster
-from pinaivu_box.peering.signed import Record, key_of, network_key, seal
+from pinaivu_box.membership.records import Certificate, Revocation
+from pinaivu_box.membership.roster import Roster
+from pinaivu_box.membership.signed import Record, key_of, network_key, seal
 from tests.support.keys import NETWORK
 
 NOW = 1_800_000_000.0  # Unix seconds
@@ -74,6 +74,6 @@ def advert(
     return made, seal(signed_by or of, "advert", made)
 
 
-def gone(reporter: Identity, node: Identity, serial: int) -> tuple[Gone, Record]:
-    made = Gone(network_key(NETWORK), key_of(node.node_id), serial, key_of(reporter.node_id))
+def gone(reporter: Identity, node: Identity, serial: int) -> tuple[GoneReport, Record]:
+    made = GoneReport(network_key(NETWORK), key_of(node.node_id), serial, key_of(reporter.node_id))
     return made, seal(reporter, "gone", made)

@@ -13,12 +13,12 @@ import msgspec
 import pytest
 
 from pinaivu_box.models.catalog import digest_of
-from pinaivu_box.peering.memory_transport import MemoryNetwork, MemoryTransport
 from pinaivu_box.receipts.verify import verify_receipt
 from tests.support.fake_model import DEAR, FAKE, fake_text
 from tests.support.fake_peer import FakePeer, ViolatingServer, Violation
 from tests.support.in_process_box import InProcessBox, count_offers, in_process_box
 from tests.support.keys import known_identity
+from tests.support.memory_transport import MemoryNetwork, MemoryTransport
 from tests.support.waiting import soon, wait_until
 
 # -- a serving box -------------------------------------------------------------------------------

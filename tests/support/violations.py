@@ -8,9 +8,9 @@ from typing import Any
 from msgspec.structs import replace
 
 from pinaivu_box.identity import Identity
-from pinaivu_box.peering import work
-from pinaivu_box.peering.transport import Stream
+from pinaivu_box.legs import wire as leg_wire
 from pinaivu_box.receipts.receipt import PROOF_DOMAIN, EngineInfo, Price
+from pinaivu_box.transport.transport import Stream
 from tests.support.fake_peer import Violation
 from tests.support.keys import known_identity
 
@@ -30,8 +30,10 @@ def counts(name: str, more: int) -> Violation:
 
 
 def signed_by(identity: Identity) -> Violation:
-    def again(proved: work.Proved) -> work.Proved:
-        return work.Proved(proved.signed, identity.sign(PROOF_DOMAIN, proved.signed.encode()).hex())
+    def again(proved: leg_wire.LegProof) -> leg_wire.LegProof:
+        return leg_wire.LegProof(
+            proved.signed, identity.sign(PROOF_DOMAIN, proved.signed.encode()).hex()
+        )
 
     return Violation(proved=again)
 
@@ -39,10 +41,10 @@ def signed_by(identity: Identity) -> Violation:
 def text_of_proof(change: Any) -> Violation:
     """Signed by itself, whatever it is."""
 
-    def again(proved: work.Proved) -> work.Proved:
+    def again(proved: leg_wire.LegProof) -> leg_wire.LegProof:
         signed = change(proved.signed)
         identity = known_identity(66)
-        return work.Proved(signed, identity.sign(PROOF_DOMAIN, signed.encode()).hex())
+        return leg_wire.LegProof(signed, identity.sign(PROOF_DOMAIN, signed.encode()).hex())
 
     return Violation(proved=again)
 
@@ -61,7 +63,7 @@ def began(**changes: Any) -> Violation:
     return Violation(began=lambda one: replace(one, **changes))
 
 
-def nan(one: work.Began) -> work.Began:
+def nan(one: leg_wire.LegStarted) -> leg_wire.LegStarted:
     return replace(one, sampling=replace(one.sampling, temperature=NAN))
 
 
@@ -77,9 +79,9 @@ def dearer(*prices: str, currency: str = "credits") -> Violation:
     return about(price=Price(currency, *prices))
 
 
-NO = work.Refused("x", "I\x1b[2J\n\nwill not", other=True)
-FAULT = work.Refused("invalid_body", "so there")
-LOGPROB = work.TokenLogprob(b"a", -1.0, [])
+NO = leg_wire.LegRefused("x", "I\x1b[2J\n\nwill not", other=True)
+FAULT = leg_wire.LegRefused("invalid_body", "so there")
+LOGPROB = leg_wire.TokenLogprob(b"a", -1.0, [])
 # What it does, and how its reputation puts it.
 VIOLATIONS: dict[str, tuple[Violation, str]] = {
     "a proof that somebody else signed": (signed_by(OTHER), "signature of its proof"),
@@ -182,5 +184,5 @@ VIOLATIONS: dict[str, tuple[Violation, str]] = {
 
 
 async def ends(peer: str, stream: Stream) -> None:
-    await work.receive(stream, work.to_serving)
+    await leg_wire.receive(stream, leg_wire.to_serving)
     await stream.finish()
