@@ -419,8 +419,8 @@ async def test_of_requests_that_come_together_a_budget_takes_what_it_has_room_fo
     for one in taken[:2]:
         one.reservation.settle(15, 5_000)
     again = await admission.admit(key, [job()], lambda model: 0)
-    again.end(15, 15_000)
-    taken[2].end(15, 20_000)
+    again.reservation.settle(15, 15_000)
+    taken[2].reservation.settle(15, 20_000)
     with pytest.raises(BudgetExceeded):
         await admission.admit(key, [job()], lambda model: 0)
 
