@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.box import Box, pinaivu, pinaivu_json
+from tests.support.process_box import Box, pinaivu, pinaivu_json
 
 FAKE = ("--model", "fake:1=fake:0", "--model", "other:1=fake:0")
 CHAT = {"model": "fake:1", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}

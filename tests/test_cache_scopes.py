@@ -17,7 +17,7 @@ from pinaivu_box.config import EngineConfig, SharedPrefix
 from pinaivu_box.errors import CliError
 from pinaivu_box.gateway.scopes import ScopeTags, named_texts
 from pinaivu_box.legs.wire import Task
-from tests.box import Box, pinaivu
+from tests.support.process_box import Box, pinaivu
 
 MODEL = "fake:1"
 KNOWN, SECRET = "The launch code of customer A is ", "7391-XQ"

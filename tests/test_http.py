@@ -18,7 +18,7 @@ import pytest
 from pinaivu_box import __version__
 from pinaivu_box.server.app import ROUTES
 from pinaivu_box.server.codings import decoded, zstd
-from tests.box import Box
+from tests.support.process_box import Box
 
 FAKE = "fake:1"
 LIMIT = 300_000

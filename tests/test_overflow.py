@@ -13,7 +13,7 @@ import pytest
 
 from pinaivu_box.errors import by_code
 from pinaivu_box.server.envelope import told
-from tests.box import Box
+from tests.support.process_box import Box
 
 FAKE = "fake:1"  # of which every byte is a token
 CONTEXT = 256

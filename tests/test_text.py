@@ -26,8 +26,8 @@ from pinaivu_box.server.app import ROUTES, Route
 from pinaivu_box.server.openapi import specification
 from pinaivu_box.store.usage_report import parse_day
 from pinaivu_box.text import END, NODE_ID, number, whole
-from tests.peering.people import person
-from tests.test_layers import MODULES, ONLY_IN, PACKAGE, in_engine
+from tests.support.keys import known_identity
+from tests.support.package_modules import MODULES, ONLY_IN, PACKAGE, in_engine
 
 THEIRS = tuple(ONLY_IN.values())
 PARENTS = [
@@ -220,7 +220,7 @@ def test_a_day_is_ascii(text: str) -> None:
 
 def test_a_node_id_has_one_spelling() -> None:
     """`bytes.fromhex` reads several: under each, a signature would be the same box's."""
-    identity: Identity = person(1)
+    identity: Identity = known_identity(1)
     signature = identity.sign("d", b"m")
     good = identity.node_id
     assert verify(good, "d", b"m", signature)

@@ -11,7 +11,7 @@ from pinaivu_box.routing import reputation
 from pinaivu_box.routing.reputation import Reputation
 from pinaivu_box.store import opinions
 from pinaivu_box.store.database import Database
-from tests.peering.worlds import soon, wait_until
+from tests.support.waiting import soon, wait_until
 
 DAY = 86400.0
 

@@ -35,13 +35,14 @@ from pinaivu_box.routing.circuit_breaker import CircuitBreaker
 from pinaivu_box.routing.load import LoadTracker
 from pinaivu_box.routing.reputation import Reputation
 from pinaivu_box.routing.spending_limits import SpendingLimits
-from tests.peering.people import offer, person
+from tests.support.keys import known_identity
+from tests.support.records import offer
 
 MODEL = "scripted:1"
 DIGEST = "d" * 64
 TEXT = "The quick brown fox jumps over the lazy dog. " * 4
 PROMPT = [7, 8, 9]
-OWN = person(50)  # the identity of the box that takes the requests
+OWN = known_identity(50)  # the identity of the box that takes the requests
 
 
 class ScriptedLeg:
@@ -84,7 +85,7 @@ class ScriptedBox:
     """Each leg that begins takes the next script; the last one is for all that follow."""
 
     def __init__(self, number: int, *scripts: Script, peer: bool = True) -> None:
-        self.identity = person(60 + number) if peer else OWN
+        self.identity = known_identity(60 + number) if peer else OWN
         self.name, self.peer = f"peer-{number}" if peer else "own", peer
         self.legs: list[ScriptedLeg] = []
         self.offers = True  # whether it is to be found, if it is a peer

@@ -1,4 +1,4 @@
-"""A whole box with peering in a process of its own: `tests.peering.member HOME [COMMAND...]`.
+"""A whole box with peering in a process of its own: `tests.support.headless_box HOME [COMMAND...]`.
 
 `invite` prints a ticket, `join TICKET` redeems one; then it prints its peers as a line of JSON
 whenever they change, until its standard input ends.

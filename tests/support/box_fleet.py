@@ -7,8 +7,8 @@ import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from tests.box import wait_until
-from tests.peering.test_joining import Member
+from tests.support.peer_box import PeerBox
+from tests.support.process_box import wait_until
 
 # The fake model repeats itself: drafts make it fast.  Engines with several threads would wait for
 # each other.
@@ -28,9 +28,9 @@ class Fleet:
         served: str,
     ) -> None:
         self.model = model
-        self.anna = Member(folder / "anna", "anna", more, *asker)
+        self.anna = PeerBox(folder / "anna", "anna", more, *asker)
         self.servers = {
-            name: Member(folder / name, name, served, *servers) for name in ("ben", "carl")
+            name: PeerBox(folder / name, name, served, *servers) for name in ("ben", "carl")
         }
 
     def start(self) -> None:

@@ -2,9 +2,9 @@
 
 Clients come by a websocket at `/relay`; each message is one frame, whose first byte is its kind.
 What goes to another client begins with that one's key, and arrives with the sender's in its place.
-`tests.peering.relay HOST PORT` prints its URL.  `GET /seen` says who is there and how much was
-relayed, `GET /has/HEX` whether these bytes were in it; `GET /hold/SECONDS/SHARE` makes it hold each
-datagram back for so long, and lose this share.
+`tests.support.relay_server HOST PORT` prints its URL.  `GET /seen` says who is there and how much
+was relayed, `GET /has/HEX` whether these bytes were in it; `GET /hold/SECONDS/SHARE` makes it hold
+each datagram back for so long, and lose this share.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The other side of the tests: `tests.peering.peer HOST SEED PORT [NODE_ID ADDRESS...]`.
+"""The other side of the tests: `tests.support.echo_peer HOST SEED PORT [NODE_ID ADDRESS...]`.
 
 Serves conversations that begin with a command, and prints what happens as JSON lines.  With a node
 to connect to, it first has one short conversation with it.

@@ -4,16 +4,19 @@ that masquerades.  Needs root, `ip`, and for the router `iptables`."""
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import subprocess
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Thread
 from typing import Any, TypeVar
 
 import httpx
 
-from tests.box import PINAIVU, Box, environment
+from tests.support.fake_model import fake_text
+from tests.support.process_box import PINAIVU, Box, environment
 
 T = TypeVar("T")
 SETTINGS = '[peering]\nname = "{}"\nport = 4002\n'
@@ -24,7 +27,7 @@ def run(*command: str) -> None:
     subprocess.run(command, check=True, capture_output=True, text=True)
 
 
-class Place:
+class Namespace:
     """A namespace."""
 
     def __init__(self, name: str) -> None:
@@ -57,22 +60,22 @@ class Place:
         subprocess.run(["ip", "netns", "del", self.name], check=False, capture_output=True)
 
 
-def cable(one: Place, device: str, other: Place, there: str) -> None:
+def cable(one: Namespace, device: str, other: Namespace, there: str) -> None:
     run("ip", "link", "add", device, "netns", one.name, "type", "veth",
         "peer", there, "netns", other.name)  # fmt: skip
 
 
-class Town:
+class NatNetwork:
     """`street` is the network that all but carl are on; carl is at home behind `router`."""
 
     def __init__(self) -> None:
-        self.places: dict[str, Place] = {}
+        self.places: dict[str, Namespace] = {}
         self._lost = 0.0
 
     def build(self) -> None:
         """CalledProcessError, OSError if that is not permitted."""
         for name in ("street", "router", "anna", "ben", "carl"):
-            self.places[name] = Place(name)
+            self.places[name] = Namespace(name)
         street, router = self.places["street"], self.places["router"]
         street.run("ip", "link", "add", "br0", "type", "bridge")
         street.run("ip", "link", "set", "br0", "up")
@@ -109,17 +112,17 @@ class Town:
             place.end()
 
 
-class Resident(Box):
+class NamespaceBox(Box):
     """A box that lives in a namespace."""
 
-    def __init__(self, place: Place, home: Path, name: str, *args: str) -> None:
+    def __init__(self, place: Namespace, home: Path, name: str, *args: str) -> None:
         super().__init__(home, "--peering", *args)
         self.place, self.prefix, self.name = place, place.prefix, name
         home.mkdir(parents=True)
         (home / "config.toml").write_text(SETTINGS.format(name))
 
     def http(self, method: str, path: str, **more: Any) -> httpx.Response:
-        return self.place.do(lambda: super(Resident, self).http(method, path, **more))
+        return self.place.do(lambda: super(NamespaceBox, self).http(method, path, **more))
 
     def command(self, *args: str) -> str:
         done = subprocess.run(
@@ -139,3 +142,44 @@ class Resident(Box):
             name in found and found[name]["state"] == "connected" and found[name]["models"]
             for name in names
         )
+
+
+TOKENS = 300
+SLOW = "fake:10"  # ms a token
+
+
+def streamed(
+    box: NamespaceBox, after: int, then: Callable[[str], None]
+) -> tuple[str, dict[str, Any]]:
+    """The whole text of a streamed answer, and its receipt; `then` is done with the name of the box
+    that serves it once so many pieces have come."""
+    body = {
+        "model": "fake:1", "messages": [{"role": "user", "content": "Hello"}], "stream": True,
+        "max_tokens": TOKENS, "stream_options": {"include_usage": True},
+    }  # fmt: skip
+    names = {one["id"]: name for name, one in box.peers().items()}
+    pieces: list[str] = []
+    usage: dict[str, Any] = {}
+
+    def listen() -> None:
+        with httpx.stream(
+            "POST", f"{box.url}/v1/chat/completions", json=body, timeout=60, trust_env=False,
+            headers={"Authorization": f"Bearer {box.key}"},
+        ) as answer:  # fmt: skip
+            assert answer.status_code == 200, answer.read()
+            server = names[answer.headers["x-pinaivu-route"].split(";")[0]]
+            for line in answer.iter_lines():
+                if not line.startswith("data: {"):
+                    continue
+                event = json.loads(line.removeprefix("data: "))
+                assert "error" not in event, event
+                usage.update(event.get("usage") or {}, id=event["request_id"])
+                pieces.extend(one["delta"].get("content") or "" for one in event["choices"])
+                if len(pieces) == after:
+                    Thread(target=then, args=(server,)).start()
+
+    box.place.do(listen)
+    assert "".join(pieces) == fake_text(usage["prompt_tokens"], TOKENS)
+    found = box.http("GET", f"/v1/receipts/{usage['id']}").json()
+    receipt: dict[str, Any] = json.loads(found["signed_receipt"])
+    return "".join(pieces), receipt

@@ -14,13 +14,14 @@ from pinaivu_box.legs.codec import to_task
 from pinaivu_box.models.catalog import remote
 from pinaivu_box.receipts.receipt import ACCEPTANCE_DOMAIN
 from pinaivu_box.transport.transport import Stream
-from tests.peering.company import DEAR, FAKE, World
-from tests.peering.worlds import soon
+from tests.support.fake_model import DEAR, FAKE
+from tests.support.three_boxes import ThreeBoxes
+from tests.support.waiting import soon
 
 PRICES = (DEAR, DEAR, DEAR)
 
 
-def task(world: World, text: str = "Hello", **more: Any) -> leg_wire.Task:
+def task(world: ThreeBoxes, text: str = "Hello", **more: Any) -> leg_wire.Task:
     digest = world.carl.models[0].digest.hex()
     job = Job(
         f"req_{ULID()}".lower(), remote(FAKE, digest), [{"role": "user", "content": text}],
@@ -29,12 +30,12 @@ def task(world: World, text: str = "Hello", **more: Any) -> leg_wire.Task:
     return msgspec.structs.replace(to_task(job), **more)
 
 
-def ask(world: World, text: str = "Hello", **more: Any) -> leg_wire.LegRequest:
+def ask(world: ThreeBoxes, text: str = "Hello", **more: Any) -> leg_wire.LegRequest:
     digest = world.carl.models[0].digest.hex()
     return leg_wire.LegRequest(task(world, text, **more), digest, [], PRICES, "credits")
 
 
-async def opened(world: World) -> Stream:
+async def opened(world: ThreeBoxes) -> Stream:
     return await soon(world.carl.network.open(world.ben.node_id, leg_wire.PURPOSE))
 
 
@@ -48,7 +49,7 @@ async def heard(stream: Stream) -> list[leg_wire.ToCoordinator]:
     return found
 
 
-async def served(world: World, asked: leg_wire.LegRequest) -> tuple[Stream, leg_wire.LegProof]:
+async def served(world: ThreeBoxes, asked: leg_wire.LegRequest) -> tuple[Stream, leg_wire.LegProof]:
     stream = await opened(world)
     await leg_wire.send(stream, asked)
     found = await heard(stream)
@@ -56,7 +57,7 @@ async def served(world: World, asked: leg_wire.LegRequest) -> tuple[Stream, leg_
     return stream, proved
 
 
-async def refused(world: World, asked: leg_wire.ToServing) -> leg_wire.LegRefused:
+async def refused(world: ThreeBoxes, asked: leg_wire.ToServing) -> leg_wire.LegRefused:
     stream = await opened(world)
     await leg_wire.send(stream, asked)
     (found,) = [one for one in await heard(stream) if isinstance(one, leg_wire.LegRefused)]
@@ -71,10 +72,10 @@ async def accept(stream: Stream, signature: bytes) -> None:
         pass
 
 
-def sign(world: World, proved: leg_wire.LegProof) -> bytes:
+def sign(world: ThreeBoxes, proved: leg_wire.LegProof) -> bytes:
     return world.carl.identity.sign(ACCEPTANCE_DOMAIN, proved.signed.encode())
 
 
-async def entry(world: World, asked: leg_wire.LegRequest) -> dict[str, Any] | None:
+async def entry(world: ThreeBoxes, asked: leg_wire.LegRequest) -> dict[str, Any] | None:
     rows = [dict(one) for one in await world.ben.entries(world.carl)]
     return next((one for one in rows if one["request_id"] == asked.task.request_id), None)

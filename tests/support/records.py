@@ -4,25 +4,14 @@ from __future__ import annotations
 
 import hashlib
 
-from nacl.signing import SigningKey
-
 from pinaivu_box.gossip.adverts import Advert, GoneReport, Offer
 from pinaivu_box.identity import Identity
 from pinaivu_box.membership.records import Certificate, Revocation
 from pinaivu_box.membership.roster import Roster
-from pinaivu_box.membership.signed import Record, key_of, network_key, network_of, seal
+from pinaivu_box.membership.signed import Record, key_of, network_key, seal
+from tests.support.keys import NETWORK
 
 NOW = 1_800_000_000.0  # Unix seconds
-
-
-def person(number: int) -> Identity:
-    return Identity(SigningKey(hashlib.sha256(b"%d" % number).digest()))
-
-
-PEOPLE = [person(number) for number in range(8)]
-FOUNDER = PEOPLE[0]
-NETWORK = network_of(FOUNDER.node_id, b"\0\1\2\3")
-ELSEWHERE = network_of(FOUNDER.node_id, b"\3\2\1\0")
 
 
 def certificate(

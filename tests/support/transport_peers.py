@@ -6,45 +6,25 @@ Both are driven alike, and record what the peer saw.
 from __future__ import annotations
 
 import asyncio
-import itertools
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable, Collection, Sequence
-from contextlib import suppress
-from pathlib import Path
+from collections.abc import Collection, Sequence
 from typing import Any, ClassVar
 
 from nacl.signing import SigningKey
 
-from pinaivu_box.identity import Identity
 from pinaivu_box.transport.handshake import Handshake
-from pinaivu_box.transport.iroh_transport import IrohTransport, has_ipv6
+from pinaivu_box.transport.iroh_transport import IrohTransport
 from pinaivu_box.transport.link import FramedStream, HeartbeatTiming, PeerLink
-from tests.box import environment
-from tests.peering import peer
+from tests.support import echo_peer
+from tests.support.keys import new_identity
 from tests.support.memory_transport import MemoryNetwork, MemoryTransport
-
-_ports = itertools.count()
-DEADLINE = 180.0  # against hanging; never a claim about speed
-ROOT = Path(__file__).parent.parent.parent
-
-
-def identity() -> Identity:
-    return Identity(SigningKey.generate())
-
-
-async def soon(work: Awaitable[Any]) -> Any:
-    return await asyncio.wait_for(work, DEADLINE)
-
-
-async def wait_until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(DEADLINE):
-        while not condition():  # noqa: ASYNC110
-            await asyncio.sleep(0.02)
+from tests.support.paths import ROOT
+from tests.support.process_box import environment
+from tests.support.waiting import DEADLINE, soon
 
 
 async def converse(link: PeerLink, command: str) -> FramedStream:
@@ -61,23 +41,8 @@ async def echo(link: PeerLink, frame: bytes = b"hello") -> None:
     assert await soon(stream.receive()) is None
 
 
-def free_port() -> int:
-    """Of UDP; one that stays, so that who starts again is found there: none that the kernel gives
-    to whoever asks for any, nor another worker's of the tests."""
-    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
-    while True:
-        port = 20_000 + 1_000 * (worker % 12) + next(_ports) % 1_000
-        with suppress(OSError):
-            for family, host in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")):
-                if family == socket.AF_INET6 and not has_ipv6():
-                    continue
-                with socket.socket(family, socket.SOCK_DGRAM) as trial:
-                    trial.bind((host, port))
-            return port
-
-
 class PeerProcess:
-    """`tests.peering.peer` in a process of its own; `prefix` may put it somewhere else."""
+    """`tests.support.echo_peer` in a process of its own; `prefix` may put it somewhere else."""
 
     def __init__(
         self,
@@ -93,7 +58,7 @@ class PeerProcess:
                 *prefix,
                 sys.executable,
                 "-m",
-                "tests.peering.peer",
+                "tests.support.echo_peer",
                 host,
                 self.seed,
                 str(port),
@@ -142,7 +107,7 @@ class PeerProcess:
         self.process.wait()
 
 
-class IrohWorld:
+class IrohPair:
     """Peers that have come to no harm are used again: it takes a second to start one."""
 
     pace = HeartbeatTiming(beat=0.5, patience=5)
@@ -162,7 +127,7 @@ class IrohWorld:
 
     async def transport(self, **reception: Any) -> IrohTransport:
         made = Handshake(**{"pace": self.pace, **reception})
-        bound = await IrohTransport.bind(identity(), "127.0.0.1", 0, reception=made)
+        bound = await IrohTransport.bind(new_identity(), "127.0.0.1", 0, reception=made)
         self.us.add(bound.node_id)
         return bound
 
@@ -199,7 +164,7 @@ class IrohWorld:
             cls.spare.pop()[0].end()
 
 
-class MemoryWorld:
+class MemoryPair:
     pace = HeartbeatTiming(beat=0.1)
     patience = 0.4
 
@@ -209,7 +174,7 @@ class MemoryWorld:
         theirs = await self.transport()
         self.node_id, self.addresses = theirs.node_id, theirs.addresses()
         self._theirs = theirs
-        self._serving = asyncio.create_task(peer.serve(theirs, self._tell))
+        self._serving = asyncio.create_task(echo_peer.serve(theirs, self._tell))
         self.ours = await self.transport()
 
     def _tell(self, event: str, **more: Any) -> None:
@@ -217,7 +182,7 @@ class MemoryWorld:
 
     async def transport(self, **reception: Any) -> MemoryTransport:
         made = Handshake(**{"pace": self.pace, **reception})
-        return MemoryTransport(self.network, identity().node_id, made)
+        return MemoryTransport(self.network, new_identity().node_id, made)
 
     async def connect(self) -> PeerLink:
         return await self.ours.connect(self.node_id, self.addresses, DEADLINE)

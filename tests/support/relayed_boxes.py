@@ -11,25 +11,25 @@ from typing import Any
 
 import httpx
 
-from tests.box import environment
-from tests.peering.town import Place, Resident, cable
+from tests.support.network_namespaces import Namespace, NamespaceBox, cable
+from tests.support.process_box import environment
 
 PORT = 3340
 URL = f"http://10.79.0.1:{PORT}"
 ROOT = Path(__file__).parent.parent.parent
 
 
-class Valley:
+class RelayOnlyNetwork:
     """`dora` has a cable to anna alone, so she does not even reach the relay."""
 
     def __init__(self) -> None:
-        self.places: dict[str, Place] = {}
+        self.places: dict[str, Namespace] = {}
         self.relay: subprocess.Popen[str] | None = None
 
     def build(self) -> None:
         """CalledProcessError, OSError if that is not permitted."""
         for name in ("relay", "anna", "ben", "dora"):
-            self.places[name] = Place(name)
+            self.places[name] = Namespace(name)
         places = self.places
         places["relay"].run("sysctl", "-qw", "net.ipv4.ip_forward=0")
         places["relay"].address("lo", "10.79.0.1/32")
@@ -53,7 +53,7 @@ class Valley:
 
     def open_relay(self) -> None:
         self.relay = subprocess.Popen(
-            [*self.places["relay"].prefix, sys.executable, "-m", "tests.peering.relay",
+            [*self.places["relay"].prefix, sys.executable, "-m", "tests.support.relay_server",
              "10.79.0.1", str(PORT)],
             stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment(),
         )  # fmt: skip
@@ -75,14 +75,16 @@ class Valley:
             place.end()
 
 
-def resident(valley: Valley, homes: Path, name: str, *args: str, more: str = "") -> Resident:
-    box = Resident(valley.places[name], homes / name, name, *args)
+def relayed_box(
+    valley: RelayOnlyNetwork, homes: Path, name: str, *args: str, more: str = ""
+) -> NamespaceBox:
+    box = NamespaceBox(valley.places[name], homes / name, name, *args)
     with (box.home / "config.toml").open("a") as settings:
         settings.write(f'relay = "{URL}"\n{more}')
     return box
 
 
-def refused(box: Resident, *args: str) -> str:
+def refused(box: NamespaceBox, *args: str) -> str:
     """What a command that fails says, all of it."""
     done = subprocess.run(
         [*box.prefix, sys.executable, "-m", "pinaivu_box", *args, "--home", str(box.home)],

@@ -1,11 +1,12 @@
-"""Boxes that give each other made-up model files; `tests.peering.copies SOURCE TARGET DIGEST` is
-a copy in a process of its own, slow enough to be killed in the middle.
+"""Boxes that give each other made-up model files; `tests.support.model_copies SOURCE TARGET
+DIGEST` is a copy in a process of its own, slow enough to be killed in the middle.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
+import os
 import random
 import sys
 from contextlib import suppress
@@ -15,16 +16,20 @@ from typing import Any
 from pinaivu_box.config import Config
 from pinaivu_box.errors import PeeringError
 from pinaivu_box.files import download
+from pinaivu_box.files import wire as file_wire
 from pinaivu_box.files.download import Download, DownloadSource
 from pinaivu_box.files.upload import FileServer
+from pinaivu_box.files.wire import PieceData
 from pinaivu_box.models import catalog as catalogs
 from pinaivu_box.models.catalog import Catalog
 from pinaivu_box.models.pieces import PIECE_BYTES
 from pinaivu_box.store.database import Database
+from pinaivu_box.transport import wire
 from pinaivu_box.transport.transport import Link, Stream
-from tests import ggufs
-from tests.peering.worlds import identity
+from tests.support import gguf_files
+from tests.support.keys import new_identity
 from tests.support.memory_transport import MemoryNetwork, MemoryTransport
+from tests.support.waiting import soon
 
 SIZE = 9 * PIECE_BYTES + 12_345
 NAME = "made:up"
@@ -32,7 +37,7 @@ NAME = "made:up"
 
 def made_up(seed: int, size: int = SIZE) -> bytes:
     """So many bytes that begin like a model."""
-    head = ggufs.aligned(ggufs.header(tensors=[ggufs.tensor("a", 1)]))
+    head = gguf_files.aligned(gguf_files.header(tensors=[gguf_files.tensor("a", 1)]))
     return head + random.Random(seed).randbytes(size - len(head))
 
 
@@ -40,7 +45,7 @@ def digest_of(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-class Giver:
+class SharingBox:
     """A box with models, and what it does with whoever opens a stream."""
 
     def __init__(self, home: Path, name: str, kind: type[FileServer] = FileServer) -> None:
@@ -56,7 +61,7 @@ class Giver:
         self.database = Database(self.folder.parent / "pinaivu.db")
         await self.database.open()
         self.sharing = self.kind(self.shared, self.database, lambda: self.rate)
-        self.transport = MemoryTransport(network, identity().node_id)
+        self.transport = MemoryTransport(network, new_identity().node_id)
         self.source = DownloadSource(self.transport.node_id, self.name)
         self._spawn(self._accept())
 
@@ -97,21 +102,21 @@ class Giver:
         await self.database.close()
 
 
-class World:
+class CopyNetwork:
     """Some givers and a box that takes; `open` as the network's, without the frame before."""
 
     def __init__(self, home: Path) -> None:
         self.home = home
         self.network = MemoryNetwork()
-        self.ours = MemoryTransport(self.network, identity().node_id)
-        self.givers: list[Giver] = []
+        self.ours = MemoryTransport(self.network, new_identity().node_id)
+        self.givers: list[SharingBox] = []
         self.target = home / "ours" / "models" / f"{NAME}.gguf"
         self._links: dict[str, Link] = {}
 
     async def giver(
         self, data: bytes | None, kind: type[FileServer] = FileServer, name: str = ""
-    ) -> Giver:
-        made = Giver(self.home, name or f"box{len(self.givers) + 1}", kind)
+    ) -> SharingBox:
+        made = SharingBox(self.home, name or f"box{len(self.givers) + 1}", kind)
         if data is not None:
             (made.folder / f"{NAME}.gguf").write_bytes(data)
         await made.start(self.network)
@@ -155,6 +160,22 @@ class World:
             await giver.end()
 
 
+class WrongPieces(FileServer):
+    """Has the right list, and gives something else."""
+
+    async def _give(self, stream: Stream, model: Any, number: int) -> None:
+        for _ in range(PIECE_BYTES // file_wire.PART_BYTES):
+            await stream.send(wire.encode(PieceData(os.urandom(file_wire.PART_BYTES))))
+
+
+async def asked(world: CopyNetwork, *questions: Any) -> Any:
+    stream = await soon(world.open(world.sources[0].peer))
+    for question in questions:
+        await stream.send(wire.encode(question))
+        answer = file_wire.answer(await soon(stream.receive()))
+    return answer
+
+
 class Slow(FileServer):
     async def _give(self, stream: Stream, model: Any, number: int) -> None:
         await asyncio.sleep(0.1)
@@ -162,8 +183,8 @@ class Slow(FileServer):
 
 
 async def main(source: str, home: str, digest: str) -> None:
-    world = World(Path(home))
-    giver = Giver(Path(source), "source", Slow)
+    world = CopyNetwork(Path(home))
+    giver = SharingBox(Path(source), "source", Slow)
     await giver.start(world.network)
     world.givers.append(giver)
     await world.copy(digest)

@@ -11,71 +11,71 @@ from pinaivu_box.identity import Identity
 from pinaivu_box.legs import wire as leg_wire
 from pinaivu_box.receipts.receipt import PROOF_DOMAIN, EngineBuild, Price
 from pinaivu_box.transport.transport import Stream
-from tests.peering.company import Lie
-from tests.peering.people import person
+from tests.support.fake_peer import Violation
+from tests.support.keys import known_identity
 
-OTHER = person(77)  # somebody else's key
+OTHER = known_identity(77)  # somebody else's key
 NAN = float("nan")
 ELSE = "ab" * 32
 NONE = "its proof is none"
 
 
-def about(**changes: Any) -> Lie:
+def about(**changes: Any) -> Violation:
     """A proof that it signs itself, about something else."""
-    return Lie(proof=lambda proof: replace(proof, **changes))
+    return Violation(proof=lambda proof: replace(proof, **changes))
 
 
-def counts(name: str, more: int) -> Lie:
-    return Lie(proof=lambda proof: replace(proof, **{name: getattr(proof, name) + more}))
+def counts(name: str, more: int) -> Violation:
+    return Violation(proof=lambda proof: replace(proof, **{name: getattr(proof, name) + more}))
 
 
-def signed_by(identity: Identity) -> Lie:
+def signed_by(identity: Identity) -> Violation:
     def again(proved: leg_wire.LegProof) -> leg_wire.LegProof:
         return leg_wire.LegProof(
             proved.signed, identity.sign(PROOF_DOMAIN, proved.signed.encode()).hex()
         )
 
-    return Lie(proved=again)
+    return Violation(proved=again)
 
 
-def text_of_proof(change: Any) -> Lie:
+def text_of_proof(change: Any) -> Violation:
     """Signed by itself, whatever it is."""
 
     def again(proved: leg_wire.LegProof) -> leg_wire.LegProof:
         signed = change(proved.signed)
-        identity = person(66)
+        identity = known_identity(66)
         return leg_wire.LegProof(signed, identity.sign(PROOF_DOMAIN, signed.encode()).hex())
 
-    return Lie(proved=again)
+    return Violation(proved=again)
 
 
-def spelled(name: str, change: Callable[[str], str]) -> Lie:
+def spelled(name: str, change: Callable[[str], str]) -> Violation:
     """What it gives of its proof, otherwise written."""
-    return Lie(proved=lambda one: replace(one, **{name: change(getattr(one, name))}))
+    return Violation(proved=lambda one: replace(one, **{name: change(getattr(one, name))}))
 
 
-def otherwise(name: str, change: Callable[[str], str]) -> Lie:
+def otherwise(name: str, change: Callable[[str], str]) -> Violation:
     """A proof that it signs itself, with one of its words otherwise written."""
-    return Lie(proof=lambda one: replace(one, **{name: change(getattr(one, name))}))
+    return Violation(proof=lambda one: replace(one, **{name: change(getattr(one, name))}))
 
 
-def began(**changes: Any) -> Lie:
-    return Lie(began=lambda one: replace(one, **changes))
+def began(**changes: Any) -> Violation:
+    return Violation(began=lambda one: replace(one, **changes))
 
 
 def nan(one: leg_wire.LegStarted) -> leg_wire.LegStarted:
     return replace(one, sampling=replace(one.sampling, temperature=NAN))
 
 
-def last(**changes: Any) -> Lie:
-    return Lie(last=lambda one: replace(one, outputs=[replace(one.outputs[0], **changes)]))
+def last(**changes: Any) -> Violation:
+    return Violation(last=lambda one: replace(one, outputs=[replace(one.outputs[0], **changes)]))
 
 
-def first(**changes: Any) -> Lie:
-    return Lie(first=lambda one: replace(one, outputs=[replace(one.outputs[0], **changes)]))
+def first(**changes: Any) -> Violation:
+    return Violation(first=lambda one: replace(one, outputs=[replace(one.outputs[0], **changes)]))
 
 
-def dearer(*prices: str, currency: str = "credits") -> Lie:
+def dearer(*prices: str, currency: str = "credits") -> Violation:
     return about(price=Price(currency, *prices))
 
 
@@ -83,10 +83,10 @@ NO = leg_wire.LegRefused("x", "I\x1b[2J\n\nwill not", other=True)
 FAULT = leg_wire.LegRefused("invalid_body", "so there")
 LOGPROB = leg_wire.TokenLogprob(b"a", -1.0, [])
 # What it does, and how its reputation puts it.
-LIES: dict[str, tuple[Lie, str]] = {
+VIOLATIONS: dict[str, tuple[Violation, str]] = {
     "a proof that somebody else signed": (signed_by(OTHER), "signature of its proof"),
     "a signature that is none": (
-        Lie(proved=lambda p: replace(p, signature="0" * 128)), "signature of its proof"
+        Violation(proved=lambda p: replace(p, signature="0" * 128)), "signature of its proof"
     ),
     "tokens that were not made": (counts("completion_tokens", 1), "another completion_tokens"),
     "fewer tokens than it made": (counts("completion_tokens", -1), "another completion_tokens"),
@@ -118,8 +118,8 @@ LIES: dict[str, tuple[Lie, str]] = {
     "a line break after its signature": (spelled("signature", lambda t: t + "\n"), "expected"),
     "its signature in capitals": (spelled("signature", str.upper), "expected"),
     "spaces in its signature": (spelled("signature", lambda t: f" {t[:-1]}"), "expected"),
-    "a line break after its mark": (Lie(mark=lambda t: t + "\n"), "expected"),
-    "its mark in capitals": (Lie(mark=str.upper), "expected"),
+    "a line break after its mark": (Violation(mark=lambda t: t + "\n"), "expected"),
+    "its mark in capitals": (Violation(mark=str.upper), "expected"),
     "a line break after its proof": (text_of_proof(lambda t: t + "\n"), "canonically"),
     "a byte order mark before it": (text_of_proof(lambda t: "\ufeff" + t), NONE),
     "a field twice": (text_of_proof(lambda t: t[:-1] + ',"v":1}'), NONE),
@@ -146,34 +146,40 @@ LIES: dict[str, tuple[Lie, str]] = {
     "one more field": (text_of_proof(lambda t: t[:-1] + ',"z":1}'), "canonically"),
     "no proof in the proof": (text_of_proof(lambda t: "[]"), NONE),
     "a proof nested too deeply": (text_of_proof(lambda t: "[" * 90_000), NONE),
-    "no proof at all": (Lie(proved=lambda _: None), "it gave no proof"),
-    "two proofs": (Lie(proved=lambda p: [p, p]), "out of turn"),
+    "no proof at all": (Violation(proved=lambda _: None), "it gave no proof"),
+    "two proofs": (Violation(proved=lambda p: [p, p]), "out of turn"),
     "another file": (began(digest=ELSE), "another file"),
-    "another seed": (Lie(sampling={"seed": 8}), "draws otherwise"),
-    "a penalty": (Lie(sampling={"presence_penalty": 1.0}), "draws otherwise"),
-    "a bias": (Lie(sampling={"logit_bias": {"5": 100.0}}), "draws otherwise"),
-    "a temperature that is none": (Lie(sampling={"temperature": 9.0}), "draws otherwise"),
-    "a temperature that is no number": (Lie(began=nan), "draws otherwise"),
-    "a top-k that is none": (Lie(sampling={"top_k": -1}), "draws otherwise"),
+    "another seed": (Violation(sampling={"seed": 8}), "draws otherwise"),
+    "a penalty": (Violation(sampling={"presence_penalty": 1.0}), "draws otherwise"),
+    "a bias": (Violation(sampling={"logit_bias": {"5": 100.0}}), "draws otherwise"),
+    "a temperature that is none": (Violation(sampling={"temperature": 9.0}), "draws otherwise"),
+    "a temperature that is no number": (Violation(began=nan), "draws otherwise"),
+    "a top-k that is none": (Violation(sampling={"top_k": -1}), "draws otherwise"),
     "a way of writing calls that is none": (began(tool_style="runes"), "tool"),
-    "two beginnings": (Lie(began=lambda one: [one, one]), "out of turn"),
-    "no beginning": (Lie(began=lambda _: None), "out of turn"),
-    "two prompts": (Lie(read=lambda one: [one, one]), "out of turn"),
-    "no prompt": (Lie(read=lambda _: None), "out of turn"),
-    "a prompt without end": (Lie(read=lambda one: replace(one, tokens=[1] * 100_000)), "prompt"),
-    "a mark of nothing": (Lie(mark=lambda _: "00" * 64), "mark"),
-    "an output that is empty": (Lie(first=lambda one: replace(one, outputs=[])), "out of turn"),
-    "more tokens than were asked for": (Lie(count=21), "more tokens"),
-    "much more text than tokens": (Lie(text=lambda text: text + "a" * 100_000), "text"),
+    "two beginnings": (Violation(began=lambda one: [one, one]), "out of turn"),
+    "no beginning": (Violation(began=lambda _: None), "out of turn"),
+    "two prompts": (Violation(read=lambda one: [one, one]), "out of turn"),
+    "no prompt": (Violation(read=lambda _: None), "out of turn"),
+    "a prompt without end": (
+        Violation(read=lambda one: replace(one, tokens=[1] * 100_000)), "prompt"
+    ),
+    "a mark of nothing": (Violation(mark=lambda _: "00" * 64), "mark"),
+    "an output that is empty": (
+        Violation(first=lambda one: replace(one, outputs=[])), "out of turn"
+    ),
+    "more tokens than were asked for": (Violation(count=21), "more tokens"),
+    "much more text than tokens": (Violation(text=lambda text: text + "a" * 100_000), "text"),
     "an end that is none": (last(finish_reason="because"), "ended"),
-    "an end that nobody wanted": (Lie(reason="cancelled"), "cancelled"),
+    "an end that nobody wanted": (Violation(reason="cancelled"), "cancelled"),
     "it goes on after the end": (first(finish_reason="length"), "proof"),
-    "an end within": (Lie(last=lambda one: replace(one, outputs=one.outputs * 2)), "after the end"),
+    "an end within": (
+        Violation(last=lambda one: replace(one, outputs=one.outputs * 2)), "after the end"
+    ),
     "a stop string that nobody gave": (last(stop_string="secret"), "stop"),
     "log-probabilities that nobody wanted": (first(logprobs=[LOGPROB]), "log-prob"),
     "vectors that nobody wanted": (first(vectors=[b"1234"]), "vectors"),
-    "it gives up in the middle": (Lie(last=lambda _: NO), "gave up: I"),
-    "it finds fault in the middle": (Lie(last=lambda _: FAULT), "so there"),
+    "it gives up in the middle": (Violation(last=lambda _: NO), "gave up: I"),
+    "it finds fault in the middle": (Violation(last=lambda _: FAULT), "so there"),
 }  # fmt: skip
 
 

@@ -45,10 +45,10 @@ FAKE = "fake:1"
 PROMPT = "Tell me about the sea."
 
 
-class Links:
+class PoolLinks:
     """As `peering.network.Network`, among the pools of one process."""
 
-    def __init__(self, transport: MemoryTransport, everybody: dict[str, Node]) -> None:
+    def __init__(self, transport: MemoryTransport, everybody: dict[str, PoolNode]) -> None:
         self.handlers: dict[str, Handler] = {}
         self.others: list[str] = []
         self.looked: Callable[[], None] | None = None
@@ -126,17 +126,17 @@ class Books:
         self.kept.append(leg)
 
 
-class Node:
+class PoolNode:
     """One box."""
 
     def __init__(
-        self, name: str, world: MemoryNetwork, everybody: dict[str, Node], config: Config
+        self, name: str, world: MemoryNetwork, everybody: dict[str, PoolNode], config: Config
     ) -> None:
         self.name = name
         self.identity = Identity(SigningKey(name.encode().ljust(32, b".")))
         self.node_id = self.identity.node_id
         self.transport = MemoryTransport(world, self.node_id)
-        self.links = Links(self.transport, everybody)
+        self.links = PoolLinks(self.transport, everybody)
         self.placement = Placement(config.engine, _digest)
         self.local = LocalBackend(self.placement, self.node_id, config.sampling)
         self.catalog = catalogs.load(config, Path("/nonexistent"))
@@ -223,10 +223,10 @@ def config(*models: str, engine: dict[str, Any] | None = None, **peering: Any) -
 
 
 @contextlib.asynccontextmanager
-async def pools(**configs: Config) -> AsyncIterator[list[Node]]:
+async def pools(**configs: Config) -> AsyncIterator[list[PoolNode]]:
     """Boxes that all know each other."""
-    world, everybody = MemoryNetwork(), dict[str, Node]()
-    nodes = [Node(name, world, everybody, made) for name, made in configs.items()]
+    world, everybody = MemoryNetwork(), dict[str, PoolNode]()
+    nodes = [PoolNode(name, world, everybody, made) for name, made in configs.items()]
     tasks = []
     for node in nodes:
         node.links.others = [one.node_id for one in nodes if one is not node]

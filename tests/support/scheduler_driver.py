@@ -19,7 +19,7 @@ from pinaivu_box.engine.scheduler import (
     TruncateCells,
 )
 from pinaivu_box.engine.sequence import Sequence, State
-from tests.engine.harness import Fixed, KVCells
+from tests.support.engine_harness import Fixed, KVCells
 
 GREEDY = Sampling(temperature=0, top_p=1, top_k=0, min_p=0, seed=0)
 MOST_STEPS = 20_000
@@ -64,7 +64,7 @@ def own_words(one: Sequence, position: int) -> int:
     return -1000 * (one.arrival + 1) - position
 
 
-class Driven:
+class SchedulerDriver:
     """`said` gives the token of a sequence at a position.
 
     With `steady` it takes the steps without a plan that the scheduler offers, as the engine does.
