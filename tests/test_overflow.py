@@ -10,9 +10,9 @@ from typing import Any
 
 import openai
 import pytest
+from pinaivu_box.server.envelope import told
 
 from pinaivu_box.errors import by_code
-from pinaivu_box.server.envelope import told
 from tests.box import Box
 
 FAKE = "fake:1"  # of which every byte is a token

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from pinaivu_box.engine.detokenizer import Detokenizer
-from pinaivu_box.engine.intake import Arrival
+from pinaivu_box.engine.intake import PreparedRequest
 from pinaivu_box.engine.messages import (
-    Delta,
     EngineLoad,
     Refused,
+    SequenceDelta,
     StepFrame,
     TokenLogprob,
 )
@@ -23,7 +23,7 @@ _LARGE = 1 << 14  # log-probabilities
 
 
 @dataclass(frozen=True)
-class Said:
+class SequenceOutput:
     """What a step gave one sequence.  `queue_ms` and `cached_tokens` come with its first token, or
     its end if it has begun and has none; `scored` are tokens of its prompt."""
 
@@ -43,7 +43,7 @@ class Said:
 class StepOutput:
     """`plain`, in a steady step: the ids and one token each, which is no end."""
 
-    said: list[Said]
+    said: list[SequenceOutput]
     load: EngineLoad
     plain: tuple[list[str], list[int]] = ([], [])
 
@@ -60,7 +60,7 @@ class _Pending:
     vectors: list[bytes] = field(default_factory=list)
 
 
-class Output:
+class OutputBuffer:
     """`take` what happened, then `frame` it."""
 
     def __init__(self) -> None:
@@ -76,14 +76,14 @@ class Output:
         """Whether the next frame should go out before more is taken (about 6 MB)."""
         return sum(len(one.logprobs) for one in self._pending.values()) > _LARGE
 
-    def take(self, event: Arrival | Refused | StepOutput) -> list[str]:
+    def take(self, event: PreparedRequest | Refused | StepOutput) -> list[str]:
         """Returns the ids of sequences that a stop string has just ended."""
         if isinstance(event, Refused):
             self._frame.refused.append(event)
             self._detokenizers.pop(event.id, None)
             self._held.pop(event.id, None)
             return []
-        if isinstance(event, Arrival):
+        if isinstance(event, PreparedRequest):
             self._frame.admitted.append(event.admitted)
             self._detokenizers[event.admitted.id] = event.detokenizer
             return []
@@ -99,7 +99,7 @@ class Output:
         frame = self._frame
         for request_id, pending in self._pending.items():
             frame.deltas.append(
-                Delta(
+                SequenceDelta(
                     request_id,
                     "".join(pending.text),
                     pending.tokens,
@@ -133,7 +133,7 @@ class Output:
             del self._detokenizers[request_id]
         return detokenizer.stopped
 
-    def _say(self, said: Said) -> bool:
+    def _say(self, said: SequenceOutput) -> bool:
         """Returns whether a stop string has ended it."""
         detokenizer = self._detokenizers.get(said.id)
         if detokenizer is None:

@@ -8,7 +8,7 @@ from msgspec import Meta, Struct
 from starlette.requests import Request
 
 from pinaivu_box.errors import InvalidBody
-from pinaivu_box.peering.ledger_views import called, targets
+from pinaivu_box.ledger.views import called, targets
 from pinaivu_box.server.context import box_of
 from pinaivu_box.store import audit
 from pinaivu_box.store.views import AuditEntry, audit_view, parse_time

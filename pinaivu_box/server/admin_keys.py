@@ -103,9 +103,7 @@ async def get_key(request: Request, key_id: str) -> KeyView:
     return key_view(await keys.get(box_of(request).database, key_id))
 
 
-async def change_key(
-    request: Request, key_id: str, body: ChangeKey, query: StopRunning
-) -> KeyView:
+async def change_key(request: Request, key_id: str, body: ChangeKey, query: StopRunning) -> KeyView:
     if query.now and not body.blocked:
         raise InvalidBody("now needs a reason in blocked", loc=("query", "now"))
     database = box_of(request).database
@@ -123,9 +121,7 @@ async def change_key(
     return _with_warning(request, view)
 
 
-async def rotate_key(
-    request: Request, key_id: str, body: RotateKey = _DEFAULT_ROTATION
-) -> NewKey:
+async def rotate_key(request: Request, key_id: str, body: RotateKey = _DEFAULT_ROTATION) -> NewKey:
     try:
         overlap = parse_span(body.overlap)
         if not 0 <= overlap <= LONGEST_LIFE:

@@ -8,9 +8,9 @@ from msgspec import Meta, Struct
 from starlette.requests import Request
 
 from pinaivu_box.errors import Conflict, PeeringError
-from pinaivu_box.peering import ledger_views as views
+from pinaivu_box.ledger import claims, views
+from pinaivu_box.ledger import statement as ledger_statement
 from pinaivu_box.server.context import actor_of, box_of
-from pinaivu_box.store import claims, statements
 
 
 class EntryPage(Struct, frozen=True, forbid_unknown_fields=True):
@@ -61,7 +61,7 @@ async def list_balances(request: Request) -> BalanceList:
 async def list_entries(request: Request, peer: str, query: EntryPage) -> EntryList:
     database = box_of(request).database
     node_id = await _node_id(request, peer)
-    entries = await statements.of_peer(
+    entries = await ledger_statement.of_peer(
         database, node_id, limit=query.limit, statement=query.statement
     )
     return EntryList([views.entry_view(entry) for entry in entries])
@@ -99,7 +99,7 @@ async def forgive(request: Request, peer: str) -> ForgivenView:
 async def mark_paid(request: Request, statement: str) -> views.StatementView:
     """Raises NotFound."""
     database = box_of(request).database
-    await statements.pay(database, statement, actor_of(request))
+    await ledger_statement.pay(database, statement, actor_of(request))
     all_statements = await views.all_statements(database)
     return next(view for view in all_statements if view.id == statement)
 

@@ -22,20 +22,21 @@ from pinaivu_box.errors import (
     ModelNotFound,
     PeeringError,
 )
+from pinaivu_box.files import download
+from pinaivu_box.files import store as file_store
+from pinaivu_box.files.download import DownloadProgress, DownloadSource, Open
+from pinaivu_box.files.wire import PURPOSE, ModelAvailable, Name
+from pinaivu_box.gossip.adverts import Offer
 from pinaivu_box.models import catalog, memory
 from pinaivu_box.models.catalog import Model
 from pinaivu_box.models.names import is_model_id, printable
 from pinaivu_box.models.placing import place
-from pinaivu_box.peering import copying
-from pinaivu_box.peering.advert import Offer
-from pinaivu_box.peering.copying import Open, Progress, Source
-from pinaivu_box.peering.model_wire import PURPOSE, Have, Name
-from pinaivu_box.peering.network import Network
+from pinaivu_box.network.network import Network
 from pinaivu_box.server.admin_peers import OFF
 from pinaivu_box.server.admin_reload import NotServed
 from pinaivu_box.server.context import actor_of, box_of, request_id_of
 from pinaivu_box.server.json_response import JsonLines
-from pinaivu_box.store import audit, model_files
+from pinaivu_box.store import audit
 from pinaivu_box.store.audit import Actor
 
 _PROGRESS_SECONDS = 0.5
@@ -143,7 +144,7 @@ async def pull(request: Request, body: Pull) -> JsonLines[PullProgress]:
     if present is not None:
         rename = body.as_ is not None and not _is_called(present, name)
         return JsonLines([await _already_present(task, have, present, rename=rename)])
-    copy = copying.copy_of(open_stream, sources, catalog.directory(box.config, box.home), name)
+    copy = download.copy_of(open_stream, sources, catalog.directory(box.config, box.home), name)
     copy.left_out.update(unusable)
     return JsonLines(_progress(task, copy))
 
@@ -167,18 +168,18 @@ def _name_here(body: Pull) -> str:
     return name if ":" in name else f"{name}:latest"
 
 
-def _sources(network: Network, body: Pull) -> list[Source]:
+def _sources(network: Network, body: Pull) -> list[DownloadSource]:
     """The peers to ask.  Raises PeerNotFound, ModelNotFound."""
     if body.from_ != ANY:
         peer = network.peer(body.from_)
-        return [Source(peer.node_id, peer.name)]
+        return [DownloadSource(peer.node_id, peer.name)]
     offers = {
         peer: peer.advert.models
         for peer in sorted(network.peers(), key=lambda peer: peer.state != "connected")
         if peer.advert is not None and peer.state != "revoked" and not peer.gone
     }
     sources = [
-        Source(peer.node_id, peer.name)
+        DownloadSource(peer.node_id, peer.name)
         for peer, models in offers.items()
         if any(_matches(offer, body) for offer in models)
     ]
@@ -199,11 +200,11 @@ def _matches(offer: Offer, body: Pull) -> bool:
 
 
 async def _find(
-    open_stream: Open, sources: list[Source], body: Pull
-) -> tuple[dict[Source, Have], dict[Source, str]]:
+    open_stream: Open, sources: list[DownloadSource], body: Pull
+) -> tuple[dict[DownloadSource, ModelAvailable], dict[DownloadSource, str]]:
     """The sources that have the file, and why the others cannot be used.  Raises Conflict."""
     try:
-        return await copying.find(open_stream, sources, body.model, body.digest)
+        return await download.find(open_stream, sources, body.model, body.digest)
     except CopyFailed as error:
         raise Conflict(error.message) from error
 
@@ -212,7 +213,7 @@ async def _present(box: Box, digest: str) -> Model | None:
     """The model with that file, if this box has it."""
     for model in box.catalog.models:
         with suppress(OSError):  # deleted since
-            if await model_files.digest(box.database, model) == digest:
+            if await file_store.digest(box.database, model) == digest:
                 return model
     return None
 
@@ -222,7 +223,7 @@ def _is_called(model: Model, name: str) -> bool:
 
 
 async def _already_present(
-    task: _PullTask, have: Have, model: Model, *, rename: bool
+    task: _PullTask, have: ModelAvailable, model: Model, *, rename: bool
 ) -> PullProgress:
     """The only line if this box has the file; with `rename` it is served under the task's name as
     well.  Raises Conflict."""
@@ -249,10 +250,10 @@ async def _add_name(task: _PullTask, model: Model) -> None:
     for target in targets:
         if why := box.catalog.not_served.get(target):
             raise Conflict(f"{printable(str(target))} exists, but cannot be served: {why}.")
-    digests = await model_files.digests_of_parts(box.database, model)
+    digests = await file_store.digests_of_parts(box.database, model)
     detail = {"digest": await box.digests.of(model), "same_as": model.id}
     await box.database.write(
-        *map(model_files.named, targets, digests),
+        *map(file_store.named, targets, digests),
         audit.record(task.actor, "model.pull", task.model, **detail),
     )
 
@@ -266,7 +267,7 @@ def _check_name_is_free(task: _PullTask, present: Model | None) -> None:
         )
 
 
-async def _progress(task: _PullTask, copy: Progress) -> AsyncIterator[PullProgress]:
+async def _progress(task: _PullTask, copy: DownloadProgress) -> AsyncIterator[PullProgress]:
     """If the reader leaves, the copy stops; what has been copied stays."""
     copying_task = asyncio.create_task(_run(task, copy))
     try:
@@ -287,7 +288,7 @@ async def _progress(task: _PullTask, copy: Progress) -> AsyncIterator[PullProgre
         await asyncio.wait({copying_task})
 
 
-def _line(task: _PullTask, copy: Progress, state: State, message: str = "") -> PullProgress:
+def _line(task: _PullTask, copy: DownloadProgress, state: State, message: str = "") -> PullProgress:
     sources = [
         PullSource(source.peer, source.name, copy.sent[source], copy.left_out.get(source, ""))
         for source in sorted({*copy.sources, *copy.left_out}, key=lambda source: source.name)
@@ -304,13 +305,13 @@ def _line(task: _PullTask, copy: Progress, state: State, message: str = "") -> P
     )
 
 
-async def _run(task: _PullTask, copy: Progress) -> None:
+async def _run(task: _PullTask, copy: DownloadProgress) -> None:
     """Copy the model and serve it.  Raises CopyFailed."""
     await copy.run()
     box = task.box
     detail = {"digest": copy.digest, "from": sorted(source.name for source in copy.sent)}
     await box.database.write(
-        *chain.from_iterable(model_files.copied(*file) for file in copy.files),
+        *chain.from_iterable(file_store.copied(*file) for file in copy.files),
         audit.record(task.actor, "model.pull", task.model, **detail),
     )
     await box.look_for_models()

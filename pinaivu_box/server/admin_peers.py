@@ -20,17 +20,18 @@ from pinaivu_box.errors import (
     PeerUnreachable,
     Unreachable,
 )
-from pinaivu_box.peering import views
-from pinaivu_box.peering.invite import MAX_USES, Name, TicketInvalid
-from pinaivu_box.peering.invite import decode as decode_ticket
-from pinaivu_box.peering.network import Network
-from pinaivu_box.peering.peer import Peer
-from pinaivu_box.peering.views import OwnView, PeerView
+from pinaivu_box.ledger import entry
+from pinaivu_box.ledger.entry import Balance
+from pinaivu_box.membership.tickets import MAX_USES, Name, TicketInvalid
+from pinaivu_box.membership.tickets import decode as decode_ticket
+from pinaivu_box.network import views
+from pinaivu_box.network.network import Network
+from pinaivu_box.network.peer import Peer
+from pinaivu_box.network.views import OwnView, PeerView
 from pinaivu_box.policy import LONGEST_LIFE
 from pinaivu_box.receipts.receipt import utc_text
 from pinaivu_box.server.context import actor_of, box_of
-from pinaivu_box.store import ledger, peer_settings
-from pinaivu_box.store.ledger import Balance
+from pinaivu_box.store import peer_settings
 from pinaivu_box.store.peer_settings import PeerSettings
 
 T = TypeVar("T")
@@ -176,9 +177,7 @@ async def change_peer(request: Request, peer: str, body: ChangePeer) -> PeerView
     return await _view(request, network.peer(node_id))
 
 
-async def remove_peer(
-    request: Request, peer: str, body: RemoveBody = _DEFAULT_REMOVAL
-) -> PeerView:
+async def remove_peer(request: Request, peer: str, body: RemoveBody = _DEFAULT_REMOVAL) -> PeerView:
     """Raises PeerNotFound."""
     network = _network(request)
     node_id = network.peer(peer).node_id
@@ -228,7 +227,7 @@ async def _views(request: Request, peers: list[Peer]) -> list[PeerView]:
     box, network = box_of(request), _network(request)
     names = {peer.node_id: peer.name for peer in network.peers()} | {network.node_id: "this box"}
     settings = await peer_settings.ls(box.database)
-    balances = await ledger.balances(box.database)
+    balances = await entry.balances(box.database)
     return [
         views.peer_view(
             peer,
@@ -243,7 +242,7 @@ async def _views(request: Request, peers: list[Peer]) -> list[PeerView]:
 
 async def _standing(
     box: Box, node_id: str
-) -> tuple[views.Opinion, views.UseView, views.RefusalView | None] | tuple[()]:
+) -> tuple[views.OpinionView, views.UseView, views.RefusalView | None] | tuple[()]:
     """The peer's reputation here, what it uses of this box, and its last refusal of a request of
     ours; nothing while no requests are exchanged."""
     if box.pool is None:
@@ -253,7 +252,7 @@ async def _standing(
     debt = await guests.owes(node_id, box.config.pricing.currency)
     refusal = box.pool.candidates.refusals.get(node_id)
     return (
-        views.Opinion(reputation.score(node_id), reputation.why(node_id)),
+        views.OpinionView(reputation.score(node_id), reputation.why(node_id)),
         views.UseView(
             max_parallel=terms.max_parallel,
             running=use.running,

@@ -18,8 +18,8 @@ from starlette.responses import Response
 from starlette.types import Receive
 
 from pinaivu_box.errors import ApiError, BadRequest, InternalError, NoNodesAvailable, RateLimited
-from pinaivu_box.gateway.requests import Failed, Finished
-from pinaivu_box.gateway.requests import Request as Running
+from pinaivu_box.gateway.request import Failed, Finished
+from pinaivu_box.gateway.request import Request as Running
 from pinaivu_box.openai.responses import ResponseObject
 from pinaivu_box.server.inference import Call, disconnected
 from pinaivu_box.server.response_answer import ResponseAnswer

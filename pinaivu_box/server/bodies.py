@@ -19,7 +19,7 @@ from pinaivu_box.errors import (
 )
 from pinaivu_box.openai import large_bodies
 from pinaivu_box.openai.request import SMALL, decode
-from pinaivu_box.sandbox import Limits, SandboxLimit, SandboxPool
+from pinaivu_box.sandbox import SandboxLimit, SandboxLimits, SandboxPool
 from pinaivu_box.server.codings import coding_of, decoded
 from pinaivu_box.text import number
 
@@ -30,7 +30,7 @@ _MAX_BODIES_PER_ACCOUNT, _MAX_BODIES = 4, 16
 _MAX_WAITING_PER_ACCOUNT = 64
 _WAIT_SECONDS = 60.0
 # For decoding one body.  The worst case of 10 MB takes 2 s and 300 MB on an ordinary machine.
-_LIMITS = Limits(cpu_seconds=20.0, memory_bytes=1024 * 1024 * 1024, wall_seconds=120.0)
+_LIMITS = SandboxLimits(cpu_seconds=20.0, memory_bytes=1024 * 1024 * 1024, wall_seconds=120.0)
 
 Body = TypeVar("Body", bound=msgspec.Struct)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from msgspec import UNSET
 
-from pinaivu_box.gateway.requests import Begun, Finished, Said
+from pinaivu_box.gateway.request import ChoiceOutput, ChoiceStarted, Finished
 from pinaivu_box.openai.request import check_chat
 from pinaivu_box.openai.tools import custom_names
 from pinaivu_box.openai.types import ChatCompletion, ChatRequest, Chunk, ContextShift
@@ -41,10 +41,10 @@ async def create_chat_completion(
     messages, fingerprint = [MessageBuilder() for _ in jobs], ""
     async for event in call.collect(running):
         match event:
-            case Begun():
+            case ChoiceStarted():
                 parser.begin(event)
                 fingerprint = event.fingerprint
-            case Said():
+            case ChoiceOutput():
                 messages[event.choice].add(parser.parse(event))
             case Finished():
                 end = event

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 from msgspec import UNSET
 
-from pinaivu_box.gateway.requests import Begun, Failed, Finished, RequestEvent, Said
+from pinaivu_box.gateway.request import ChoiceOutput, ChoiceStarted, Failed, Finished, RequestEvent
 from pinaivu_box.openai import reader
 from pinaivu_box.openai.types import (
     ChoiceLogprobs,
@@ -56,10 +56,10 @@ class ChatStream:
 
     def _encode(self, event: RequestEvent) -> bytes:
         match event:
-            case Begun():
+            case ChoiceStarted():
                 self._parser.begin(event)
                 return self._begin(event.choice, event.fingerprint)
-            case Said():
+            case ChoiceOutput():
                 part = self._parser.parse(event)
                 if part.finish_reason:
                     self._finish_reasons[part.choice] = part.finish_reason
@@ -110,9 +110,7 @@ class ChatStream:
         return encode_event(msgspec.structs.replace(chunk, usage=usage) if usage else chunk)
 
 
-def _chunk_choice(
-    index: int, delta: Delta, logprobs: list[TokenLogprobs]
-) -> ChunkChoice:
+def _chunk_choice(index: int, delta: Delta, logprobs: list[TokenLogprobs]) -> ChunkChoice:
     choice_logprobs = ChoiceLogprobs(logprobs) if logprobs else None
     return ChunkChoice(delta, index=index, logprobs=choice_logprobs)
 

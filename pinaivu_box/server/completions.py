@@ -12,7 +12,7 @@ from msgspec import UNSET
 from pinaivu_box.engine.messages import TokenLogprob
 from pinaivu_box.errors import InvalidBody
 from pinaivu_box.gateway.backend import Job
-from pinaivu_box.gateway.requests import Begun, Failed, Finished, RequestEvent, Said
+from pinaivu_box.gateway.request import ChoiceOutput, ChoiceStarted, Failed, Finished, RequestEvent
 from pinaivu_box.models.catalog import Model
 from pinaivu_box.openai.completions import (
     Completion,
@@ -151,11 +151,11 @@ class _CompletionAnswer:
 
     def take(self, event: RequestEvent) -> None:
         match event:
-            case Begun():
+            case ChoiceStarted():
                 self._begin(event)
                 choice = self._choices[event.choice]
                 choice.texts.append(choice.begin(event.prompt))
-            case Said(number, output):
+            case ChoiceOutput(number, output):
                 choice = self._choices[number]
                 choice.texts.append(output.text)
                 choice.logprobs += output.logprobs
@@ -180,11 +180,11 @@ class _CompletionAnswer:
 
     def _encode(self, event: RequestEvent) -> bytes:
         match event:
-            case Begun(choice):
+            case ChoiceStarted(choice):
                 self._begin(event)
                 echo = self._choices[choice].begin(event.prompt)
                 return self._chunk(CompletionChoice(choice, echo, None)) if echo else b""
-            case Said(choice, output):
+            case ChoiceOutput(choice, output):
                 self._choices[choice].finish_reason = output.finish_reason
                 if not output.text and not output.logprobs:
                     return b""
@@ -196,7 +196,7 @@ class _CompletionAnswer:
             case Failed():
                 return encode_event(error_responses.event(event.error))
 
-    def _begin(self, event: Begun) -> None:
+    def _begin(self, event: ChoiceStarted) -> None:
         self._empty = msgspec.structs.replace(self._empty, system_fingerprint=event.fingerprint)
 
     def _with_usage(self, completion: Completion) -> Completion:

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from msgspec import UNSET
 
-from pinaivu_box.gateway.requests import Finished, Said
+from pinaivu_box.gateway.request import ChoiceOutput, Finished
 from pinaivu_box.openai.embeddings import (
     EmbeddingList,
     EmbeddingRequest,
@@ -30,7 +30,7 @@ async def create_embeddings(call: InferenceCall, body: EmbeddingRequest) -> Embe
     running = await call.start([replace(job, inputs=inputs, dimensions=body.dimensions)])
     async for event in call.collect(running):
         match event:
-            case Said():
+            case ChoiceOutput():
                 vectors = event.output.vectors
             case Finished():
                 end = event

@@ -18,10 +18,10 @@ from pinaivu_box.box import Box
 from pinaivu_box.config import parse_duration
 from pinaivu_box.engine.messages import Tokenized
 from pinaivu_box.errors import ApiError, BadRequest, InvalidBody
-from pinaivu_box.gateway.admission import Arrival, under
+from pinaivu_box.gateway.admission import ArrivedRequest, under
 from pinaivu_box.gateway.backend import Job
-from pinaivu_box.gateway.requests import Begun, Failed, Finished, RequestEvent, too_late
-from pinaivu_box.gateway.requests import Request as Running
+from pinaivu_box.gateway.request import ChoiceStarted, Failed, Finished, RequestEvent, too_late
+from pinaivu_box.gateway.request import Request as Running
 from pinaivu_box.gateway.sizes import check_sizes
 from pinaivu_box.models.catalog import Model
 from pinaivu_box.openai.types import Extension, PromptTokensDetails, Usage
@@ -57,7 +57,7 @@ class InferenceCall:
         self._timeout: float | None = None
         self._keep_alive: float | None = None
         self._request = request
-        self._arrival: Arrival | None = None
+        self._arrival: ArrivedRequest | None = None
         self._watcher: asyncio.Task[None]  # once it is started
 
     async def body(self, kind: type[Body]) -> Body:
@@ -200,7 +200,7 @@ class InferenceCall:
 
     def note(self, event: RequestEvent) -> None:
         """Set the headers that depend on the first event of a choice."""
-        if not isinstance(event, Begun):
+        if not isinstance(event, ChoiceStarted):
             return
         if event.route:
             self._request.scope["state"]["route"] = event.route
@@ -236,7 +236,7 @@ class InferenceCall:
 async def _first(running: Running) -> list[RequestEvent]:
     """The events up to the first output or failure."""
     events = await running.events.take()
-    while isinstance(events[-1], Begun):
+    while isinstance(events[-1], ChoiceStarted):
         events = [*events, *await running.events.take()]
     return events
 

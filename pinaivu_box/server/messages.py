@@ -15,7 +15,7 @@ from pinaivu_box.config import SamplingConfig
 from pinaivu_box.engine.messages import Tools
 from pinaivu_box.errors import InvalidBody, quoted
 from pinaivu_box.gateway.backend import Job
-from pinaivu_box.gateway.requests import Begun, Failed, Finished, RequestEvent, Said
+from pinaivu_box.gateway.request import ChoiceOutput, ChoiceStarted, Failed, Finished, RequestEvent
 from pinaivu_box.models.catalog import Model
 from pinaivu_box.openai.anthropic import (
     AnthropicAnswer,
@@ -137,20 +137,18 @@ class _MessageAnswer:
     def take(self, event: RequestEvent) -> Iterable[dict[str, Any]]:
         """The events of the stream; the caller must iterate over all of them."""
         match event:
-            case Begun():
+            case ChoiceStarted():
                 self._parser.begin(event)
                 self._usage = AnthropicUsage(event.prompt_tokens, 0)
                 return [{"type": "message_start", "message": self.message()}]
-            case Said():
+            case ChoiceOutput():
                 part = self._parser.parse(event)
                 if part.finish_reason:
                     self._stop(part.finish_reason, event.output.stop_string)
                 return (data for piece in part.pieces for data in self._add(piece))
             case Finished():
                 uncached = event.prompt_tokens - event.cached_tokens
-                self._usage = AnthropicUsage(
-                    uncached, event.completion_tokens, event.cached_tokens
-                )
+                self._usage = AnthropicUsage(uncached, event.completion_tokens, event.cached_tokens)
                 delta = {"stop_reason": self._stop_reason, "stop_sequence": self._stop_string}
                 end = {"type": "message_delta", "delta": delta, "usage": self._usage}
                 return [*self._close(), end, {"type": "message_stop"}]
@@ -158,7 +156,9 @@ class _MessageAnswer:
                 return [error_responses.body(error, error_responses.ANTHROPIC)]
 
     def _stop(self, reason: str, stop_string: str | None) -> None:
-        self._stop_reason = "stop_sequence" if stop_string else _STOP_REASONS.get(reason, "end_turn")
+        self._stop_reason = (
+            "stop_sequence" if stop_string else _STOP_REASONS.get(reason, "end_turn")
+        )
         self._stop_string = stop_string
 
     def _add(self, piece: Piece) -> list[dict[str, Any]]:

@@ -81,10 +81,7 @@ def _operation(endpoint: Endpoint) -> dict[str, Any]:
         "parameters": parameters,
         "responses": {
             "200": {"description": "Success.", "content": content},
-            **{
-                status: {"description": text, "content": error}
-                for status, text in _ERRORS.items()
-            },
+            **{status: {"description": text, "content": error} for status, text in _ERRORS.items()},
         },
     }
     if endpoint.body is not None:

@@ -10,7 +10,7 @@ from msgspec import UNSET
 from pinaivu_box.chat_format import STYLES
 from pinaivu_box.engine.messages import TokenLogprob
 from pinaivu_box.gateway.backend import Job
-from pinaivu_box.gateway.requests import Begun, Said
+from pinaivu_box.gateway.request import ChoiceOutput, ChoiceStarted
 from pinaivu_box.openai import reader
 from pinaivu_box.openai.reader import Piece, Reader
 from pinaivu_box.openai.types import (
@@ -44,7 +44,7 @@ class OutputParser:
         self._custom_tools = custom_tools
         self._readers: dict[int, Reader] = {}
 
-    def begin(self, event: Begun) -> None:
+    def begin(self, event: ChoiceStarted) -> None:
         tools = self._jobs[event.choice].tools
         self._readers[event.choice] = Reader(
             STYLES[event.tool_style] if tools else None,
@@ -54,7 +54,7 @@ class OutputParser:
             thinking=event.thinking,
         )
 
-    def parse(self, event: Said) -> AnswerPart:
+    def parse(self, event: ChoiceOutput) -> AnswerPart:
         output, text_reader = event.output, self._readers[event.choice]
         pieces = text_reader.push(output.text) if output.text else []
         reason = output.finish_reason

@@ -75,9 +75,7 @@ def _ratio(path: str, template: str) -> float:
     """Without what stands for parameters, which is like anything."""
     parts, segments = template.split("/"), path.split("/")
     literal = [n for n, part in enumerate(parts) if not _PARAMETER.fullmatch(part)]
-    compared = [
-        segment for n, segment in enumerate(segments) if n in literal or n >= len(parts)
-    ]
+    compared = [segment for n, segment in enumerate(segments) if n in literal or n >= len(parts)]
     if len(segments) < len(parts):
         compared.append("")  # it lacks one
     expected = "/".join(parts[n] for n in literal)

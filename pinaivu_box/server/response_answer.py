@@ -9,7 +9,7 @@ import msgspec
 
 from pinaivu_box.errors import ApiError
 from pinaivu_box.gateway.backend import Job
-from pinaivu_box.gateway.requests import Begun, Failed, Finished, RequestEvent, Said
+from pinaivu_box.gateway.request import ChoiceOutput, ChoiceStarted, Failed, Finished, RequestEvent
 from pinaivu_box.openai.response_items import Event, ResponseItems
 from pinaivu_box.openai.responses import (
     InputDetails,
@@ -79,13 +79,13 @@ class ResponseAnswer:
     def take(self, event: RequestEvent) -> list[Event]:
         """The events of the stream."""
         match event:
-            case Begun():
+            case ChoiceStarted():
                 self._parser.begin(event)
                 self._status = "in_progress"
                 response = self.response()
                 kinds = ("response.created", "response.in_progress")[self._background :]
                 return [{"type": kind, "response": response} for kind in kinds]
-            case Said():
+            case ChoiceOutput():
                 part = self._parser.parse(event)
                 self._finish_reason = part.finish_reason or self._finish_reason
                 return self._items.add(part.pieces)

@@ -14,8 +14,8 @@ from starlette.responses import Response
 
 from pinaivu_box.box import Box
 from pinaivu_box.errors import BadRequest, BodyTooLarge, InvalidBody, NotFound, quoted
-from pinaivu_box.gateway.requests import Finished
-from pinaivu_box.gateway.requests import Request as Running
+from pinaivu_box.gateway.request import Finished
+from pinaivu_box.gateway.request import Request as Running
 from pinaivu_box.gateway.sizes import check_tools
 from pinaivu_box.openai.request import check_chat
 from pinaivu_box.openai.responses import (

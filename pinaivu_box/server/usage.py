@@ -8,12 +8,12 @@ from starlette.responses import Response
 
 from pinaivu_box.box import Box
 from pinaivu_box.errors import Forbidden, InvalidBody
-from pinaivu_box.peering.ledger_views import boxes
+from pinaivu_box.ledger.views import boxes
 from pinaivu_box.server.auth import key_of
 from pinaivu_box.server.context import box_of
 from pinaivu_box.store import accounts, keys
 from pinaivu_box.store.keys import Key
-from pinaivu_box.store.usage import Wanted
+from pinaivu_box.store.usage import UsageFilter
 from pinaivu_box.store.usage_report import (
     UsageReport,
     grouping,
@@ -46,7 +46,7 @@ async def get_usage(request: Request, query: UsageQuery) -> UsageReport | Respon
         raise InvalidBody("end_date is before start_date", loc=("query", "end_date"))
     account_id = await _account_id(box, key_of(request), query.account)
     since, until = span(start, end)
-    wanted = Wanted(
+    wanted = UsageFilter(
         account_id=account_id,
         key_id=None if query.key is None else await key_id(box, query.key, account_id),
         model=query.model,
