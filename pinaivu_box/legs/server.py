@@ -32,7 +32,7 @@ from pinaivu_box.gateway.backend import Event, Job, Output, Prompt, Started
 from pinaivu_box.gateway.local import LocalBackend
 from pinaivu_box.gateway.mailbox import Mailbox
 from pinaivu_box.gateway.metering import ENGINE_LOST, LegRecord, prove
-from pinaivu_box.gateway.scopes import guest_scope
+from pinaivu_box.gateway.scopes import peer_scope
 from pinaivu_box.identity import Identity, verify
 from pinaivu_box.legs import wire as leg_wire
 from pinaivu_box.legs.admission import LegPermit, PeerLimits, PeerQuotas
@@ -159,7 +159,9 @@ class LegServer:
             raise _another_file(model)
         # Whatever the peer calls it: a name of our own keeps its requests apart from others.
         self._legs += 1
-        job = to_job(task, model, sampling_of(task), peer, guest_scope(peer, task))
+        job = to_job(
+            task, model, sampling_of(task), peer, peer_scope(peer, task.tag, task.request_id)
+        )
         return replace(job, name=f"peer.{self._legs}")
 
     async def _serve(self, peer: str, stream: Stream, asked: leg_wire.LegRequest) -> None:

@@ -181,7 +181,7 @@ async def test_what_runs_is_reserved(strict: World) -> None:
         await leg_wire.send(stream, ask(world, max_tokens=None))
     found = [await soon(leg_wire.receive(one, leg_wire.to_coordinator)) for one in streams]
     kinds = [type(one) for one in found]
-    assert sorted(one.__name__ for one in kinds) == ["Began"] + ["Refused"] * 7
+    assert sorted(one.__name__ for one in kinds) == ["LegRefused"] * 7 + ["LegStarted"]
     assert {one.code for one in found if isinstance(one, leg_wire.LegRefused)} == {
         "rate_limit_exceeded"
     }
@@ -407,7 +407,7 @@ async def test_a_leg_is_served_once(world: World) -> None:
         found.append((await heard(stream))[-1])
         await stream.finish()
         assert await soon(stream.receive()) is None
-    assert sorted(type(one).__name__ for one in found) == ["Outputs", "Refused"]
+    assert sorted(type(one).__name__ for one in found) == ["LegRefused", "Outputs"]
     for _ in range(2):
         assert "served already" in (await refused(world, again)).message
     other = msgspec.structs.replace(asked, task=msgspec.structs.replace(asked.task, choice=1))
