@@ -17,6 +17,7 @@ PACKAGE = "pinaivu_box"
 ROOMS = (
     "errors",
     "text",
+    "value_count",
     "child",
     "sandbox",
     "chat_format",

@@ -45,9 +45,11 @@ State = Literal["copying", "checking", "done", "failed"]
 
 
 class Pull(Struct, frozen=True):
-    """`from` is the name of a peer, or `any` for all that have the model.  `digest` is the beginning
-    of the file's SHA-256 in hex; it then selects the file, and `model` only names it on this box.
-    `as` is another name for it on this box."""
+    """`from` is the name of a peer, or `any` for all that have the model.
+
+    `digest`, the beginning of the file's SHA-256 in hex, selects the file; `model` then only names
+    it on this box.  `as` is another name for it on this box.
+    """
 
     model: Annotated[Name, Meta(min_length=1)]
     from_: str = field(name="from", default=ANY)

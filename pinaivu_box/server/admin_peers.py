@@ -81,8 +81,8 @@ class LimitChanges(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ChangePeer(Struct, frozen=True):
-    """Only the fields that are present are changed.  `name` is used on this box alone; null restores
-    the name in the peer's certificate."""
+    """Only the fields that are present are changed.  `name` is used on this box alone; null
+    restores the name in the peer's certificate."""
 
     name: Name | UnsetType | None = UNSET
     limits: LimitChanges = LimitChanges()

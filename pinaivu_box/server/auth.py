@@ -1,4 +1,4 @@
-"""ASGI middleware: finds the API key of a request (`scope["state"]["key"]`) and checks its scope."""
+"""ASGI middleware: finds the API key of a request and checks its scope."""
 
 from __future__ import annotations
 
@@ -25,8 +25,11 @@ _READ_BY_ADMINS = ("usage", "receipts")  # scopes that a key with the scope admi
 
 
 class Authenticate:
-    """`access_to` says by method and path which scope a request needs; "any key" stands for none,
-    and "public" requests need no key."""
+    """Puts the key of a request into `scope["state"]["key"]`.
+
+    `access_to` says by method and path which scope a request needs; "any key" stands for none,
+    and "public" requests need no key.
+    """
 
     def __init__(self, app: ASGIApp, box: Box, access_to: Callable[[str, str], str]) -> None:
         self._app = app

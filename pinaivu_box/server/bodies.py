@@ -18,7 +18,7 @@ from pinaivu_box.errors import (
     RequestTimeout,
 )
 from pinaivu_box.openai import large_bodies
-from pinaivu_box.openai.request import SMALL, decode
+from pinaivu_box.openai.request import SMALL_BODY_BYTES, decode
 from pinaivu_box.sandbox import SandboxLimit, SandboxLimits, SandboxPool
 from pinaivu_box.server.codings import coding_of, decoded
 from pinaivu_box.text import number
@@ -59,13 +59,13 @@ class Bodies:
         do, and RateLimited, NoNodesAvailable if there is no memory for it.
         """
         reader = BodyReader(request, max_bytes)
-        data = await reader.up_to(SMALL)
+        data = await reader.up_to(SMALL_BODY_BYTES)
         if data is not None:
             return decode(data, kind, strict=strict)
         release = await self._memory.reserve(account, reader.max_size, max_bytes)
         request.scope["state"]["release_body"] = release
         data = await reader.whole()
-        if len(data) <= SMALL:
+        if len(data) <= SMALL_BODY_BYTES:
             return decode(data, kind, strict=strict)
         payload = large_bodies.job(data, kind, strict=strict)
         del data
@@ -74,9 +74,9 @@ class Bodies:
     async def reserve_history(
         self, request: Request, account: str, size: int, max_bytes: int
     ) -> None:
-        """Reserve memory for `size` bytes of stored responses, unless they are SMALL; it is released
-        with the body.  Raises RateLimited, NoNodesAvailable."""
-        if size <= SMALL:
+        """Reserve memory for `size` bytes of stored responses, if that is much; it is released with
+        the body.  Raises RateLimited, NoNodesAvailable."""
+        if size <= SMALL_BODY_BYTES:
             return
         size = min(size, max_bytes)
         release_history = await self._history_memory.reserve(account, size, max_bytes)
@@ -92,7 +92,7 @@ class Bodies:
 
     async def history(self, account: str, rows: list[tuple[bytes, bytes]]) -> list[dict[str, Any]]:
         """See `large_bodies.history`."""
-        if sum(len(items) + len(body) for items, body in rows) <= SMALL:
+        if sum(len(items) + len(body) for items, body in rows) <= SMALL_BODY_BYTES:
             return large_bodies.history(rows)
         answer = await self._run(large_bodies.history_job(rows), account)
         return large_bodies.history_result(answer)
@@ -131,8 +131,8 @@ async def read(request: Request, max_bytes: int) -> bytes:
 
 
 class BodyReader:
-    """A body while it is read.  `announced` is its length, 0 if unknown; decompressed it has at most
-    `max_size` bytes."""
+    """A body while it is read.  `announced` is its length, 0 if unknown; decompressed it has at
+    most `max_size` bytes."""
 
     def __init__(self, request: Request, max_bytes: int) -> None:
         # The HTTP server has refused what is not a number.  Beside chunks a length has no meaning

@@ -20,7 +20,7 @@ from pinaivu_box.openai.completions import (
     CompletionLogprobs,
     CompletionRequest,
 )
-from pinaivu_box.openai.logprobs import likeliest_tokens, token_text
+from pinaivu_box.openai.logprobs import shown_likeliest, shown_token
 from pinaivu_box.openai.request import check_length, check_stream, texts_or_tokens
 from pinaivu_box.openai.types import ContextShift
 from pinaivu_box.receipts.commitment import new_nonce
@@ -129,8 +129,8 @@ class _Choice:
             return None
         logprobs = CompletionLogprobs([], [], [], [])
         for token in tokens:
-            likeliest = likeliest_tokens(token.token, token.logprob, token.top)
-            logprobs.tokens.append(token_text(token.token))
+            likeliest = shown_likeliest(token.token, token.logprob, token.top)
+            logprobs.tokens.append(shown_token(token.token))
             # The first token of a prompt has none.
             logprobs.token_logprobs.append(None if self._at_prompt_start else token.logprob)
             logprobs.top_logprobs.append(None if self._at_prompt_start else likeliest)

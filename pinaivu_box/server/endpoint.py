@@ -25,7 +25,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from pinaivu_box.openai.request import SMALL, decode, from_validation
+from pinaivu_box.openai.request import SMALL_BODY_BYTES, decode, from_validation
 from pinaivu_box.policy import Scope
 from pinaivu_box.server.bodies import read
 from pinaivu_box.server.inference import InferenceCall
@@ -93,7 +93,7 @@ class Endpoint(Route):
     async def _read_body(self, request: Request, kind: type[Struct]) -> Struct:
         """Raises what `bodies.read` and `decode` do."""
         max_bytes = request.app.state.box.config.server.max_body_bytes
-        data = await read(request, min(SMALL, max_bytes))
+        data = await read(request, min(SMALL_BODY_BYTES, max_bytes))
         if not data and self._default_body is not inspect.Parameter.empty:
             default: Struct = self._default_body
             return default

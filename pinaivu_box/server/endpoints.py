@@ -5,8 +5,6 @@ To add an endpoint, write a handler (see `endpoint`) and add its line here.
 
 from __future__ import annotations
 
-from itertools import takewhile
-
 from pinaivu_box.server import (
     admin_accounts,
     admin_audit,
@@ -59,7 +57,7 @@ ENDPOINTS: tuple[Endpoint, ...] = (
     Endpoint("GET", "/v1/models/{model:path}", "any key", models.get_model, "Get a model"),
     Endpoint("GET", "/v1/engines", "admin", models.list_engines, "List the running engines"),
     Endpoint("GET", "/v1/receipts", "receipts",
-             receipts.list_receipts_of_account, "List the receipts of an account (admin keys: all), newest first"),
+             receipts.list_receipts, "List the receipts of an account (of all, for an admin key)"),
     Endpoint("GET", "/v1/receipts/{request_id}", "receipts",
              receipts.get_receipt, "Get the receipt of a request"),
     Endpoint("POST", "/v1/admin/reload", "admin", admin_reload.reload, "Reload the configuration"),
@@ -73,7 +71,7 @@ ENDPOINTS: tuple[Endpoint, ...] = (
     Endpoint("PATCH", "/v1/admin/accounts/{account}", "admin",
              admin_accounts.change_account, "Change an account"),
     Endpoint("DELETE", "/v1/admin/accounts/{account}", "admin",
-             admin_accounts.remove_account, "Remove an account and revoke its keys; its usage is kept"),
+             admin_accounts.remove_account, "Remove an account and revoke its keys"),
     Endpoint("GET", "/v1/admin/keys", "admin", admin_keys.list_keys, "List the keys, newest first"),
     Endpoint("POST", "/v1/admin/keys", "admin", admin_keys.create_key, "Create a key"),
     Endpoint("GET", "/v1/admin/keys/{key_id}", "admin", admin_keys.get_key, "Get a key"),
@@ -94,9 +92,9 @@ ENDPOINTS: tuple[Endpoint, ...] = (
     Endpoint("DELETE", "/v1/admin/peers/{peer}", "admin",
              admin_peers.remove_peer, "Revoke a peer permanently"),
     Endpoint("GET", "/v1/admin/models", "admin",
-             admin_models.list_model_files, "List the models with their files, and the files that are not served"),
+             admin_models.list_model_files, "List model files, served or not"),
     Endpoint("POST", "/v1/admin/models/pull", "admin",
-             admin_models.pull, "Copy a model from other boxes, with a line for each step of progress"),
+             admin_models.pull, "Copy a model from other boxes"),
     Endpoint("GET", "/v1/admin/audit", "admin",
              admin_audit.list_audit_entries, "List the audit trail, newest first"),
     Endpoint("GET", "/v1/admin/ledger", "admin",
@@ -124,17 +122,20 @@ ENDPOINTS: tuple[Endpoint, ...] = (
 def access_to(method: str, path: str) -> Access:
     """Who may send that request.
 
-    Where no endpoint serves it, that is who may use the endpoints whose paths begin most like this
-    one: others get a 403, and do not learn what exists.
+    Where no endpoint serves it, that is who may use the other endpoints of its resource: all others
+    get a 403, and do not learn what exists.
     """
     for endpoint in ENDPOINTS:
         if endpoint.serves(method, path):
             return endpoint.access
     if not path.startswith("/v1"):
         return "public"
-    return max(ENDPOINTS, key=lambda endpoint: _shared_segments(path, endpoint.path)).access
+    return next((access for prefix, access in _RESOURCES if path.startswith(prefix)), "inference")
 
 
-def _shared_segments(path: str, other: str) -> int:
-    pairs = zip(path.split("/"), other.split("/"), strict=False)
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+# The first two segments of paths, as /v1/admin.
+_RESOURCES = [
+    ("/".join(endpoint.path.split("/")[:3]), endpoint.access)
+    for endpoint in ENDPOINTS
+    if endpoint.access != "public"
+]

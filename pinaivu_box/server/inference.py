@@ -56,7 +56,7 @@ class InferenceCall:
         self._thinking_field = ""
         self._timeout: float | None = None
         self._keep_alive: float | None = None
-        self._request = request
+        self.request = request
         self._arrival: ArrivedRequest | None = None
         self._watcher: asyncio.Task[None]  # once it is started
 
@@ -66,12 +66,12 @@ class InferenceCall:
         Counts the call against the key's request limit first.  Raises RateLimited if that is
         reached, and what `Bodies.receive` does.
         """
-        state, key = self._request.scope["state"], self.key
+        state, key = self.request.scope["state"], self.key
         self._arrival = state["arrival"] = await self.box.admission.arrive(key)
-        strict = self._request.headers.get(STRICT_HEADER) == "1" or key.policy.strict
+        strict = self.request.headers.get(STRICT_HEADER) == "1" or key.policy.strict
         max_bytes = self.box.config.server.max_body_bytes
         body, self.ignored = await self.bodies.receive(
-            self._request, key.account_id, kind, max_bytes, strict=strict
+            self.request, key.account_id, kind, max_bytes, strict=strict
         )
         self._keep_alive = _keep_alive(getattr(body, "keep_alive", None))
         if self._keep_alive is not None and self._keep_alive > self.box.placement.longest:
@@ -82,7 +82,7 @@ class InferenceCall:
                 )
             self.ignored.append("keep_alive")
         state["ignored"] = self.ignored
-        self._timeout = _timeout(self._request, getattr(body, "pinaivu", None))
+        self._timeout = _timeout(self.request, getattr(body, "pinaivu", None))
         return body
 
     def asks_for_thinking(self, field: str) -> None:
@@ -92,12 +92,12 @@ class InferenceCall:
     async def reserve_history(self, size: int) -> None:
         """See `Bodies.reserve_history`."""
         max_bytes = self.box.config.server.max_body_bytes
-        await self.bodies.reserve_history(self._request, self.key.account_id, size, max_bytes)
+        await self.bodies.reserve_history(self.request, self.key.account_id, size, max_bytes)
 
     def admit(self, model_id: str) -> Model:
         """The model with that name.  Raises what `Admission.check` does."""
         model = self.box.admission.check(model_id, self.key, self.box.requests.in_flight)
-        self._request.scope["state"]["model"] = model.id
+        self.request.scope["state"]["model"] = model.id
         return model
 
     async def tokenize(
@@ -123,7 +123,7 @@ class InferenceCall:
 
     async def _until_disconnected(self, coroutine: Coroutine[Any, Any, T]) -> T:
         result = asyncio.create_task(coroutine)
-        disconnect = asyncio.create_task(disconnected(self._request.receive))
+        disconnect = asyncio.create_task(disconnected(self.request.receive))
         try:
             await asyncio.wait({result, disconnect}, return_when=asyncio.FIRST_COMPLETED)
             if disconnect.done() or not result.done():  # a disconnect is reported only once
@@ -150,16 +150,16 @@ class InferenceCall:
             raise too_late(waited, self._timeout or waited) from None
         waited = time.monotonic() - began
         running = requests.start(admitted, self._timeout, waited, self._since)
-        self._request.scope["state"]["logged"] = True  # the request logs itself
+        self.request.scope["state"]["logged"] = True  # the request logs itself
         if not background:
-            watch = _cancel_on_disconnect(self._request.receive, running)
+            watch = _cancel_on_disconnect(self.request.receive, running)
             self._watcher = asyncio.create_task(watch)
         return running
 
     def failed(self, error: ApiError) -> Failed:
         """Count an error that ends an answer that has begun; returns it as the client sees it."""
-        error_responses.count(self._request, error)
-        contact, path = self.box.config.server.contact, self._request.url.path
+        error_responses.count(self.request, error)
+        contact, path = self.box.config.server.contact, self.request.url.path
         return Failed(error_responses.adapted(error, contact, path))
 
     async def collect(self, running: Running) -> AsyncIterator[RequestEvent]:
@@ -167,7 +167,7 @@ class InferenceCall:
         try:
             while True:
                 for event in await running.events.take():
-                    release_body(self._request)
+                    release_body(self.request)
                     if isinstance(event, Failed):
                         raise event.error
                     self.note(event)
@@ -194,7 +194,7 @@ class InferenceCall:
             self._watcher.cancel()
             raise event.error
         if first.done():
-            release_body(self._request)
+            release_body(self.request)
             self.note(first.result()[0])
         return EventStream(self._chunks(running, first, encode, settle), self._watcher)
 
@@ -203,7 +203,7 @@ class InferenceCall:
         if not isinstance(event, ChoiceStarted):
             return
         if event.route:
-            self._request.scope["state"]["route"] = event.route
+            self.request.scope["state"]["route"] = event.route
         if self._thinking_field and not event.thinks:
             self.ignored.append(self._thinking_field)
             self._thinking_field = ""
@@ -216,7 +216,7 @@ class InferenceCall:
         settle: Callable[[Finished], Awaitable[None]] | None,
     ) -> AsyncIterator[bytes]:
         events = await first
-        release_body(self._request)
+        release_body(self.request)
         self.note(events[0])
         while True:
             if settle is not None and isinstance(end := events[-1], Finished):

@@ -12,7 +12,8 @@ from pinaivu_box.server.auth import key_of
 from pinaivu_box.server.context import box_of
 from pinaivu_box.server.paging import Page
 from pinaivu_box.server.usage import key_id
-from pinaivu_box.store.requests import ListedReceipt, find_receipt, list_receipts
+from pinaivu_box.store import requests
+from pinaivu_box.store.requests import ListedReceipt
 
 
 class ReceiptPage(Page, frozen=True):
@@ -40,10 +41,10 @@ class ReceiptList(Struct, frozen=True):
     request_id: str = ""
 
 
-async def list_receipts_of_account(request: Request, query: ReceiptPage) -> ReceiptList:
+async def list_receipts(request: Request, query: ReceiptPage) -> ReceiptList:
     box, key = box_of(request), key_of(request)
     account_id = None if key.admin else key.account_id
-    rows = await list_receipts(
+    rows = await requests.list_receipts(
         box.database,
         account_id=account_id,
         key_id=await key_id(box, query.key, account_id) if query.key else None,
@@ -57,9 +58,9 @@ async def list_receipts_of_account(request: Request, query: ReceiptPage) -> Rece
 async def get_receipt(request: Request, request_id: str) -> ReceiptView:
     """An admin key does not get the openings of other accounts: those are for their owners."""
     database, key = box_of(request).database, key_of(request)
-    own = await find_receipt(database, request_id, account_id=key.account_id)
+    own = await requests.find_receipt(database, request_id, account_id=key.account_id)
     receipt = own or (
-        await find_receipt(database, request_id, account_id=None) if key.admin else None
+        await requests.find_receipt(database, request_id, account_id=None) if key.admin else None
     )
     if receipt is None:
         raise ReceiptNotFound(

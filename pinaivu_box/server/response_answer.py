@@ -1,4 +1,4 @@
-"""A response while it is made: its object, the events of its stream, and its row in the database."""
+"""A response while it is made: its object, its stream and its row in the database."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ class ResponseAnswer:
                 return self._last_events()
 
     def stop(self, end: Finished | Failed, error: ApiError | None = None) -> list[bytes]:
-        """The last events of a response that was stopped: it is cancelled, or failed with `error`."""
+        """The last events if it was stopped: it is cancelled, or has failed with `error`."""
         self._end = end if isinstance(end, Finished) else None
         self._status = "cancelled"
         if error is not None:
