@@ -7,11 +7,11 @@ from typing import Annotated
 from msgspec import UNSET, Meta, Struct, UnsetType
 from starlette.requests import Request
 
+from pinaivu_box.admin import accounts
 from pinaivu_box.server.context import actor_of, box_of
-from pinaivu_box.server.paging import Page
-from pinaivu_box.store import accounts
+from pinaivu_box.server.paging import PageQuery
 from pinaivu_box.store.accounts import Role
-from pinaivu_box.store.views import AccountView, account_view
+from pinaivu_box.store.views import AccountView
 
 Password = Annotated[str, Meta(min_length=8, max_length=1024)]
 
@@ -45,37 +45,31 @@ class RemovedAccount(Struct, frozen=True):
     request_id: str = ""
 
 
-async def list_accounts(request: Request, query: Page) -> AccountList:
-    rows = await accounts.ls(
-        box_of(request).database, after=query.after or "", limit=query.limit + 1
-    )
-    views = [account_view(account) for account in rows[: query.limit]]
-    return AccountList(views, len(rows) > query.limit)
+async def list_accounts(request: Request, query: PageQuery) -> AccountList:
+    database = box_of(request).database
+    page = await accounts.ls(database, after=query.after or "", limit=query.limit)
+    return AccountList(page.data, page.has_more)
 
 
 async def create_account(request: Request, body: CreateAccount) -> AccountView:
-    account = await accounts.create(
-        box_of(request).database, body.name, body.role, body.password, actor_of(request)
-    )
-    return account_view(account)
+    database, actor = box_of(request).database, actor_of(request)
+    return await accounts.create(database, body.name, body.role, body.password, actor)
 
 
 async def get_account(request: Request, account: str) -> AccountView:
-    return account_view(await accounts.find(box_of(request).database, account))
+    return await accounts.get(box_of(request).database, account)
 
 
 async def change_account(request: Request, account: str, body: ChangeAccount) -> AccountView:
-    database, actor = box_of(request).database, actor_of(request)
-    before = await accounts.find(database, account)
-    if body.role is not UNSET:
-        await accounts.set_role(database, before, body.role, actor)
-    if body.password is not UNSET:
-        await accounts.set_password(database, before, body.password, actor)
-    return account_view(await accounts.find(database, account))
+    return await accounts.change(
+        box_of(request).database,
+        account,
+        actor_of(request),
+        role=body.role,
+        password=body.password,
+    )
 
 
 async def remove_account(request: Request, account: str) -> RemovedAccount:
-    database = box_of(request).database
-    removed = await accounts.find(database, account)
-    await accounts.remove(database, removed, actor_of(request))
+    removed = await accounts.remove(box_of(request).database, account, actor_of(request))
     return RemovedAccount(removed.id, removed.name)

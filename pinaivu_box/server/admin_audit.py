@@ -7,14 +7,13 @@ from typing import Annotated
 from msgspec import Meta, Struct
 from starlette.requests import Request
 
+from pinaivu_box.admin import audit
 from pinaivu_box.errors import InvalidBody
-from pinaivu_box.ledger.views import called, targets
 from pinaivu_box.server.context import box_of
-from pinaivu_box.store import audit
-from pinaivu_box.store.views import AuditEntry, audit_view, parse_time
+from pinaivu_box.store.views import AuditEntry, parse_time
 
 
-class AuditPage(Struct, frozen=True, forbid_unknown_fields=True):
+class AuditQuery(Struct, frozen=True, forbid_unknown_fields=True):
     """`since`: a date, or a date and time.  `target`: the id or name of a key, an account or a
     peer."""
 
@@ -31,19 +30,16 @@ class AuditList(Struct, frozen=True):
     request_id: str = ""
 
 
-async def list_audit_entries(request: Request, query: AuditPage) -> AuditList:
+async def list_audit_entries(request: Request, query: AuditQuery) -> AuditList:
     try:
         since = 0 if query.since is None else parse_time(query.since)
     except ValueError as error:
         raise InvalidBody(str(error), loc=("query", "since")) from None
-    database = box_of(request).database
-    entries = await audit.ls(
-        database,
+    page = await audit.ls(
+        box_of(request).database,
         since=since,
-        targets=None if query.target is None else await targets(database, query.target),
+        target=query.target,
         after=query.after,
-        limit=query.limit + 1,
+        limit=query.limit,
     )
-    names = await called(database, entries)
-    views = [audit_view(entry, names) for entry in entries[: query.limit]]
-    return AuditList(views, len(entries) > query.limit)
+    return AuditList(page.data, page.has_more)

@@ -14,16 +14,17 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 from starlette.requests import Request
 
 from pinaivu_box import policy as policies
-from pinaivu_box.config import parse_span
+from pinaivu_box.admin import keys as operations
 from pinaivu_box.errors import InvalidBody
 from pinaivu_box.gateway.admission import refusal
 from pinaivu_box.openai.request import from_validation
 from pinaivu_box.policy import LONGEST_LIFE, Policy
 from pinaivu_box.server.context import actor_of, box_of
-from pinaivu_box.server.paging import Page
-from pinaivu_box.store import accounts, keys
+from pinaivu_box.server.paging import PageQuery
+from pinaivu_box.store import keys
 from pinaivu_box.store.keys import OVERLAP, Key
-from pinaivu_box.store.views import KeyView, NewKey, key_view, new_key_view
+from pinaivu_box.store.new_keys import Draft
+from pinaivu_box.store.views import KeyView, NewKey, key_view
 
 View = TypeVar("View", bound=KeyView)
 Moment = Annotated[datetime, Meta(tz=True)]
@@ -59,7 +60,7 @@ class RotateKey(Struct, frozen=True):
 _DEFAULT_ROTATION = RotateKey()
 
 
-class KeyPage(Page, frozen=True):
+class KeyQuery(PageQuery, frozen=True):
     account: str | None = None
 
 
@@ -76,27 +77,18 @@ class KeyList(Struct, frozen=True):
     request_id: str = ""
 
 
-async def list_keys(request: Request, query: KeyPage) -> KeyList:
-    database, account_id = box_of(request).database, None
-    if query.account is not None:
-        account_id = (await accounts.find(database, query.account)).id
-    rows = await keys.ls(database, account_id, after=query.after, limit=query.limit + 1)
-    return KeyList([key_view(key) for key in rows[: query.limit]], len(rows) > query.limit)
+async def list_keys(request: Request, query: KeyQuery) -> KeyList:
+    page = await operations.ls(
+        box_of(request).database, account=query.account, after=query.after, limit=query.limit
+    )
+    return KeyList(page.data, page.has_more)
 
 
 async def create_key(request: Request, body: CreateKey) -> NewKey:
-    database, actor = box_of(request).database, actor_of(request)
     expires_at = None if body.expires_at is None else _expiry(body.expires_at)
-    account = await keys.account_for(database, body.account, body.name, body.policy, actor)
-    key, secret = await keys.create(
-        database,
-        account=account,
-        name=body.name,
-        policy=body.policy,
-        expires_at=expires_at,
-        by=actor,
-    )
-    return _with_warning(request, new_key_view(key, secret))
+    draft = Draft(body.name, body.account, body.policy, expires_at)
+    key = await operations.create(box_of(request).database, draft, actor_of(request))
+    return _with_warning(request, key)
 
 
 async def get_key(request: Request, key_id: str) -> KeyView:
@@ -123,16 +115,12 @@ async def change_key(request: Request, key_id: str, body: ChangeKey, query: Stop
 
 async def rotate_key(request: Request, key_id: str, body: RotateKey = _DEFAULT_ROTATION) -> NewKey:
     try:
-        overlap = parse_span(body.overlap)
-        if not 0 <= overlap <= LONGEST_LIFE:
-            raise ValueError("it is from 0 to 36500d")
+        overlap = operations.parse_overlap(body.overlap)
     except ValueError as error:
         raise InvalidBody(str(error), loc=("body", "overlap")) from None
     database = box_of(request).database
-    key, secret = await keys.rotate(
-        database, await keys.get(database, key_id), overlap, actor_of(request)
-    )
-    return new_key_view(key, secret)
+    key = await keys.get(database, key_id)
+    return await operations.rotate(database, key, overlap, actor_of(request))
 
 
 async def revoke_key(request: Request, key_id: str, query: StopRunning) -> KeyView:
@@ -152,10 +140,8 @@ def _stop_requests(request: Request, key: Key) -> KeyView:
 
 def _with_warning(request: Request, view: View) -> View:
     """With a warning if the budget limits nothing."""
-    pricing = box_of(request).config.pricing
-    if view.policy.budget is None or not policies.free_of_charge(view.policy, pricing):
-        return view
-    return msgspec.structs.replace(view, warning=policies.UNPRICED)
+    warning = operations.warning(view.policy, box_of(request).config.pricing)
+    return view if warning is None else msgspec.structs.replace(view, warning=warning)
 
 
 def _changed_policy(policy: Policy, changes: dict[str, Any]) -> Policy:

@@ -171,8 +171,8 @@ async def change_peer(request: Request, peer: str, body: ChangePeer) -> PeerView
         )
     except ValueError as error:
         raise InvalidBody(str(error), loc=("body", "limits")) from None
-    if box.books is not None:
-        box.books.changed()
+    if box.peer_policies is not None:
+        box.peer_policies.changed()
     await network.renamed()
     return await _view(request, network.peer(node_id))
 
@@ -247,24 +247,26 @@ async def _standing(
     ours; nothing while no requests are exchanged."""
     if box.pool is None:
         return ()
-    reputation, guests = box.pool.reputation, box.pool.serving.guests
-    terms, use = await guests.terms(node_id), guests.use(node_id)
-    debt = await guests.owes(node_id, box.config.pricing.currency)
+    reputation, admission = box.pool.reputation, box.pool.serving.admission
+    policy = await admission.accounts.policy(node_id)
+    quota = await admission.quotas.of(node_id)
+    debt = await admission.debt(node_id, box.config.pricing.currency)
+    credit = policy.credit_limit
     refusal = box.pool.candidates.refusals.get(node_id)
     return (
         views.OpinionView(reputation.score(node_id), reputation.why(node_id)),
         views.UseView(
-            max_parallel=terms.max_parallel,
-            running=use.running,
-            tokens_per_minute=terms.tokens_per_minute,
-            tokens=use.tokens.used(time.monotonic()),
-            credit_limit=None if terms.credit is None else amount.to_text(terms.credit),
+            max_parallel=policy.max_parallel,
+            running=quota.running,
+            tokens_per_minute=policy.tokens_per_minute or None,
+            tokens=quota.tokens_used,
+            credit_limit=amount.to_text(amount.parse(credit)) if credit else None,
             owes=amount.to_text(debt.total),
             unaccepted=amount.to_text(debt.unaccepted),
-            beyond="idle" if terms.idle_beyond else "refuse",
-            models=terms.models,
-            hours=terms.hours,
-            open=terms.open,
+            beyond=policy.beyond,
+            models=policy.models,
+            hours=policy.hours,
+            open=policy.open,
         ),
         refusal and views.RefusalView(refusal[0], time.monotonic() - refusal[1]),
     )

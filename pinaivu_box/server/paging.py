@@ -7,7 +7,7 @@ from typing import Annotated
 from msgspec import Meta, Struct
 
 
-class Page(Struct, frozen=True, forbid_unknown_fields=True):
+class PageQuery(Struct, frozen=True, forbid_unknown_fields=True):
     """`after`: the id (of an account, the name) of the last entry of the page before."""
 
     limit: Annotated[int, Meta(ge=1, le=1000)] = 100

@@ -10,13 +10,13 @@ from pinaivu_box.errors import ReceiptNotFound
 from pinaivu_box.receipts.receipt import ReceiptView, view
 from pinaivu_box.server.auth import key_of
 from pinaivu_box.server.context import box_of
-from pinaivu_box.server.paging import Page
+from pinaivu_box.server.paging import PageQuery
 from pinaivu_box.server.usage import key_id
 from pinaivu_box.store import requests
 from pinaivu_box.store.requests import ListedReceipt
 
 
-class ReceiptPage(Page, frozen=True):
+class ReceiptQuery(PageQuery, frozen=True):
     """`after`: the request_id of the last receipt of the page before.  `key`: a name or an id.
     Empty parameters count as absent."""
 
@@ -41,7 +41,7 @@ class ReceiptList(Struct, frozen=True):
     request_id: str = ""
 
 
-async def list_receipts(request: Request, query: ReceiptPage) -> ReceiptList:
+async def list_receipts(request: Request, query: ReceiptQuery) -> ReceiptList:
     box, key = box_of(request), key_of(request)
     account_id = None if key.admin else key.account_id
     rows = await requests.list_receipts(

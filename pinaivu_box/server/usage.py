@@ -6,22 +6,14 @@ from msgspec import Struct
 from starlette.requests import Request
 from starlette.responses import Response
 
+from pinaivu_box.admin.usage import usage as report
 from pinaivu_box.box import Box
 from pinaivu_box.errors import Forbidden, InvalidBody
-from pinaivu_box.ledger.views import boxes
 from pinaivu_box.server.auth import key_of
 from pinaivu_box.server.context import box_of
 from pinaivu_box.store import accounts, keys
 from pinaivu_box.store.keys import Key
-from pinaivu_box.store.usage import UsageFilter
-from pinaivu_box.store.usage_report import (
-    UsageReport,
-    grouping,
-    parse_day,
-    report,
-    span,
-    to_csv,
-)
+from pinaivu_box.store.usage_report import UsageReport, grouping, parse_day, to_csv
 
 _KEY_ID_CHARACTERS = len("key_") + 26
 
@@ -45,17 +37,17 @@ async def get_usage(request: Request, query: UsageQuery) -> UsageReport | Respon
     if start is not None and end is not None and end < start:
         raise InvalidBody("end_date is before start_date", loc=("query", "end_date"))
     account_id = await _account_id(box, key_of(request), query.account)
-    since, until = span(start, end)
-    wanted = UsageFilter(
+    usage = await report(
+        box.database,
+        box.identity.node_id,
+        box.config.pricing.currency,
+        columns,
         account_id=account_id,
         key_id=None if query.key is None else await key_id(box, query.key, account_id),
         model=query.model,
-        since=since,
-        until=until,
+        first_day=start,
+        last_day=end,
     )
-    shows_boxes = not {"node", "peer"}.isdisjoint(columns)
-    names = await boxes(box.database, box.identity.node_id) if shows_boxes else {}
-    usage = await report(box.database, wanted, columns, box.config.pricing.currency, names)
     if "text/csv" in request.headers.get("accept", ""):
         return Response(to_csv(usage, columns), media_type="text/csv")
     return usage
