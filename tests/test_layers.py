@@ -18,6 +18,7 @@ ROOT = Path(__file__).parent.parent
 ROOMS = (
     "errors",
     "text",
+    "value_count",
     "child",
     "sandbox",
     "chat_format",
