@@ -215,7 +215,7 @@ def test_version_loads_nothing_heavy() -> None:
 
 
 def test_a_command_on_the_database_loads_no_server_and_no_client(tmp_path: Path) -> None:
-    """`pinaivu keys ls` and its like start fast: they need neither HTTP nor links to other boxes."""
+    """`pinaivu keys ls` and its like start fast: they need neither HTTP nor links."""
     for command in (("keys", "ls"), ("accounts", "ls"), ("audit",), ("usage",)):
         done = subprocess.run(
             [sys.executable, "-X", "importtime", "-m", PACKAGE, *command, "--home", str(tmp_path)],

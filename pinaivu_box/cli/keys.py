@@ -251,8 +251,8 @@ def edit(
 def rotate(home: Path, as_json: bool, key: str, overlap: str | None) -> None:
     """Give a key a new secret and print it.  It is shown only this once.
 
-    Settings, limits and usage stay.  If the overlap of an earlier rotation has not ended, the secret
-    from before that rotation stops working now.
+    Settings, limits and usage stay.  If the overlap of an earlier rotation has not ended, the
+    secret from before that rotation stops working now.
     """
     from pinaivu_box.admin import keys
     from pinaivu_box.store.keys import OVERLAP, named

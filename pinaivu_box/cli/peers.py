@@ -227,7 +227,8 @@ def edit(
 def rm(home: Path, config: Path | None, as_json: bool, peer: str, reason: str) -> None:
     """Remove a box from the network permanently.
 
-    All members refuse it from then on.  Only the founder of the network can admit it again, with a new ticket.
+    All members refuse it from then on.  Only the founder of the network can admit it again, with a
+    new ticket.
     """
     body = {"reason": reason}
     removed = request_or_open(home, config, path_of(_PATH, peer), method="DELETE", body=body)
