@@ -13,7 +13,7 @@ import click
 
 from pinaivu_box.cli.client import path_of, request, request_or_open
 from pinaivu_box.cli.group import Group
-from pinaivu_box.cli.home import load_config
+from pinaivu_box.cli.home import load_config, with_database
 from pinaivu_box.cli.options import (
     NONE,
     config_option,
@@ -227,14 +227,31 @@ def edit(
 def rm(home: Path, config: Path | None, as_json: bool, peer: str, reason: str) -> None:
     """Remove a box from the network permanently.
 
-    All members refuse it from then on.  Only the founder of the network can admit it again, with a
-    new ticket.
+    All members refuse it from then on, and the boxes that only it has invited.  Only the founder of
+    the network can admit it again, with a new ticket.
     """
     body = {"reason": reason}
+    roster = with_database(home, _roster)
     removed = request_or_open(home, config, path_of(_PATH, peer), method="DELETE", body=body)
     if as_json:
         print_json(removed)
     click.echo(f"{removed['name']} ({removed['id']}) is revoked.", err=True)
+    if roster is not None and (orphans := roster.orphans(removed["id"])):
+        names = ", ".join(f"{name} ({node})" for node, name in orphans.items())
+        click.echo(
+            f"Boxes that only {removed['name']} had invited are no longer members either: "
+            f"{names}.  'pinaivu peers invite' admits them again.",
+            err=True,
+        )
+
+
+async def _roster(database: Any) -> Any:
+    """The members of the network, None if this box belongs to none."""
+    from pinaivu_box.membership.store import MembershipStore
+
+    members = MembershipStore(database)
+    await members.load()
+    return members.roster
 
 
 @peers.command()
