@@ -29,6 +29,7 @@ ROOMS = (
     "openai",
     "engine.messages",
     "models",
+    "settings",
     "receipts",
     "store",
     "home",

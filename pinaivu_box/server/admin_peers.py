@@ -252,12 +252,12 @@ def _cost(box: Box, peer: Peer, balances: dict[str, Balance]) -> views.CostView:
     config = box.config
     mine = balances.get(config.pricing.currency, Balance())
     offers = peer.advert.models if peer.advert else ()
-    ceilings = None if box.pool is None else box.pool.candidates.ceilings
+    spending = None if box.pool is None else box.pool.candidates.spending
     return views.CostView(
         received=amount.to_text(mine.received),
         owes=amount.to_text(mine.owed_to_peer),
         max_debt=config.peering.max_debt or None,
-        too_dear=[one.id for one in offers if ceilings and ceilings.too_dear(one.price)],
+        too_dear=[one.id for one in offers if spending and spending.too_dear(one.price)],
     )
 
 
