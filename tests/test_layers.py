@@ -42,6 +42,7 @@ ROOMS = (
     "ledger",
     "files",
     "legs",
+    "admin",
     "box",
     "backup",
     "server",
