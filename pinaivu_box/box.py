@@ -301,7 +301,7 @@ async def _peering(box: Box) -> AsyncIterator[None]:
         box.network = network
         policies = PeerPolicies(box.database, lambda: box.config.peering.serve)
         box.peer_policies = policies
-        pool = _pool(box, network, LedgerRecorder(box.database, box.identity.node_id, policies))
+        pool = _pool(box, network, policies)
 
         async def shared(peer: str) -> Catalog | str:
             if not box.config.peering.share_models:
@@ -334,7 +334,7 @@ async def _peering(box: Box) -> AsyncIterator[None]:
             await asyncio.wait(running)
 
 
-def _pool(box: Box, network: Network, books: LedgerRecorder) -> Pool:
+def _pool(box: Box, network: Network, policies: PeerPolicies) -> Pool:
     """From now on requests may go to peers, and theirs are served."""
 
     pool = box.pool = Pool(
@@ -344,7 +344,8 @@ def _pool(box: Box, network: Network, books: LedgerRecorder) -> Pool:
         local=box.local,
         load=box.traffic,
         network=network,
-        books=books,
+        policy=policies.of,
+        recorder=LedgerRecorder(box.database, box.identity.node_id),
         writable=lambda: check_writable(box.database),
     )
     box.admission.share(pool.dispatch, pool.candidates)

@@ -19,6 +19,7 @@ from pinaivu_box.legs.runner import LegRunner, RoutingSettings
 from pinaivu_box.legs.server import LegServer
 from pinaivu_box.models.catalog import Model
 from pinaivu_box.network.network import Network
+from pinaivu_box.policy import PeerPolicy
 from pinaivu_box.routing.candidates import Candidates
 from pinaivu_box.routing.circuit_breaker import CircuitBreaker
 from pinaivu_box.routing.load import LoadTracker
@@ -29,8 +30,8 @@ from pinaivu_box.settings import LiveSettings
 
 
 class Pool:
-    """`books` gets every leg that was served for a peer or by one; `writable` raises
-    NoNodesAvailable if nothing can be written now."""
+    """`policy` says what a peer may have, `recorder` gets every leg that was served for a peer or
+    by one, and `writable` raises NoNodesAvailable if nothing can be written now."""
 
     def __init__(
         self,
@@ -40,7 +41,8 @@ class Pool:
         local: LocalBackend,
         load: LoadTracker,
         network: Network,
-        books: LedgerRecorder,
+        policy: Callable[[str], Awaitable[PeerPolicy]],
+        recorder: LedgerRecorder,
         writable: Callable[[], Awaitable[None]],
     ) -> None:
         # Whoever sets the clock changes no opinion.
@@ -52,12 +54,12 @@ class Pool:
         self.candidates = Candidates(
             identity.node_id, lambda: settings.catalog, self._prices, self._currency, load,
             placement, network.peers, resting, self.reputation,
-            SpendingLimits(books.debts, settings),
+            SpendingLimits(recorder.debts, settings),
         )  # fmt: skip
         self.dispatch = LegRunner(
             self.candidates,
             local,
-            PeerBackend(identity, network, books.keep, self._large),
+            PeerBackend(identity, network, recorder.keep, self._large),
             load,
             resting,
             self.reputation,
@@ -67,7 +69,7 @@ class Pool:
         )
         self.serving = LegServer(
             identity, local, load, lambda name: settings.catalog.find(name), self._prices,
-            self._currency, LegAdmission(books, load), books.keep,
+            self._currency, LegAdmission(policy, recorder, load), recorder.keep,
             placement.digest_of, writable, self._large,
         )  # fmt: skip
         network.handlers[leg_wire.PURPOSE] = self.serving.handle

@@ -225,7 +225,7 @@ async def _dealings(
     if box.pool is None:
         return ()
     opinion, admission = box.pool.reputation, box.pool.serving.admission
-    policy, quota = await admission.accounts.policy(peer), await admission.quotas.of(peer)
+    policy, quota = await admission.policy(peer), await admission.quotas.of(peer)
     debt = await admission.debt(peer, box.config.pricing.currency)
     credit = policy.credit_limit
     refused = box.pool.candidates.refusals.get(peer)

@@ -153,6 +153,7 @@ class Node:
             self.local,
             self.load,
             self.links,  # type: ignore[arg-type]
+            self.books.policy,
             self.books,  # type: ignore[arg-type]
             self._writable,
         )

@@ -60,7 +60,7 @@ class Accounts:
 
 def admission_with(**policy: Any) -> tuple[LegAdmission, Accounts]:
     accounts = Accounts(PeerPolicy(**policy))
-    return LegAdmission(accounts, cast("Any", Load())), accounts
+    return LegAdmission(accounts.policy, accounts, cast("Any", Load())), accounts
 
 
 @asynccontextmanager
@@ -195,7 +195,7 @@ async def test_a_leg_waits_for_the_end_of_the_same_leg_and_goes_on_at_once() -> 
     accounts.legs.add(("req_2", 0, 0))
     async with leg(admission, job("req_2")) as permit:
         with pytest.raises(Conflict, match="served already"):
-            await permit.check_new(accounts)
+            await permit.check_new()
 
 
 async def test_of_two_that_wait_for_a_leg_only_one_goes_on() -> None:
