@@ -31,6 +31,7 @@ ROOMS = (
     "openai",
     "engine.messages",
     "models",
+    "settings",
     "receipts",
     "store",
     "home",

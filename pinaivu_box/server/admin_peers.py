@@ -248,8 +248,7 @@ async def _standing(
     if box.pool is None:
         return ()
     reputation, admission = box.pool.reputation, box.pool.serving.admission
-    policy = await admission.accounts.policy(node_id)
-    quota = await admission.quotas.of(node_id)
+    policy, quota = await admission.policy(node_id), await admission.quotas.of(node_id)
     debt = await admission.debt(node_id, box.config.pricing.currency)
     credit = policy.credit_limit
     refusal = box.pool.candidates.refusals.get(node_id)
@@ -276,10 +275,10 @@ def _cost(box: Box, peer: Peer, balances: dict[str, Balance]) -> views.CostView:
     config = box.config
     balance = balances.get(config.pricing.currency, Balance())
     offers = peer.advert.models if peer.advert else ()
-    ceilings = None if box.pool is None else box.pool.candidates.ceilings
+    spending = None if box.pool is None else box.pool.candidates.spending
     return views.CostView(
         received=amount.to_text(balance.received),
         owes=amount.to_text(balance.owed_to_peer),
         max_debt=config.peering.max_debt or None,
-        too_dear=[offer.id for offer in offers if ceilings and ceilings.too_dear(offer.price)],
+        too_dear=[offer.id for offer in offers if spending and spending.too_dear(offer.price)],
     )

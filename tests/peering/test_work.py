@@ -259,7 +259,8 @@ async def test_a_file_that_is_gone_is_served_while_it_is_loaded(
     _, server = pair
     server.placement.release(await server.placement.acquire(server.catalog.find(FAKE)))
     unreadable = replace(server.catalog.find(FAKE), recorded_digest="")
-    server.catalog = server.catalog.and_also([unreadable])
+    catalog = server.catalog.and_also([unreadable])
+    server.settings.current = replace(server.settings.current, catalog=catalog)
     for node in pair:
         assert isinstance((await node.ask())[0], Started)
     await server.placement.close()

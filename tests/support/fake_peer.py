@@ -49,7 +49,7 @@ class FakePeer:
         self.handler: Handler | None = None
         self._database = Database(home / f"{name}.db")
         self.network = Network(
-            identity, transport, self._database, PeeringConfig(name=name), self.describe
+            identity, transport, self._database, lambda: PeeringConfig(name=name), self.describe
         )
         self.network.handlers[leg_wire.PURPOSE] = self._handle
 

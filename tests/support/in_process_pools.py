@@ -9,7 +9,6 @@ import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -30,13 +29,14 @@ from pinaivu_box.legs.server import Served
 from pinaivu_box.legs.wiring import Pool
 from pinaivu_box.membership.signed import key_of
 from pinaivu_box.models import catalog as catalogs
-from pinaivu_box.models.catalog import Model, digest_of
+from pinaivu_box.models.catalog import Catalog, Model, digest_of
 from pinaivu_box.network.network import Handler
 from pinaivu_box.network.peer import Peer
 from pinaivu_box.policy import PeerPolicy
 from pinaivu_box.routing.load import LoadTracker
 from pinaivu_box.routing.offers import Offers
 from pinaivu_box.routing.spending_limits import Debts
+from pinaivu_box.settings import LiveSettings, Settings
 from pinaivu_box.transport.link import PeerLink
 from pinaivu_box.transport.transport import Stream
 from tests.support.memory_transport import MemoryNetwork, MemoryTransport
@@ -137,29 +137,31 @@ class PoolNode:
         self.node_id = self.identity.node_id
         self.transport = MemoryTransport(world, self.node_id)
         self.links = PoolLinks(self.transport, everybody)
-        self.placement = Placement(config.engine, _digest)
-        self.local = LocalBackend(self.placement, self.node_id, config.sampling)
-        self.catalog = catalogs.load(config, Path("/nonexistent"))
+        catalog = catalogs.load(config, Path("/nonexistent"))
+        self.settings = LiveSettings(Settings(config, catalog))
+        self.placement = Placement(self.settings, _digest)
+        self.local = LocalBackend(self.placement, self.node_id, self.settings)
         self.books = Books()
         self.gone = self.silent = False
         self.told: dict[str, ReportedLoad] = {}  # by its neighbours
-        self.load = LoadTracker(self.placement, config.engine)
-        admission = SimpleNamespace(
-            catalog=self.catalog, pricing=config.pricing, engine=config.engine, draining=False
-        )
-        self.offers = Offers(admission, self.load, _digest)  # type: ignore[arg-type]
+        self.load = LoadTracker(self.placement, self.settings)
+        self.offers = Offers(self.settings, self.load, _digest, lambda: False)
         self.pool = Pool(
             self.identity,
-            config,
-            lambda: self.catalog,
+            self.settings,
             self.placement,
             self.local,
             self.load,
             self.links,  # type: ignore[arg-type]
+            self.books.policy,
             self.books,  # type: ignore[arg-type]
             self._writable,
         )
         everybody[self.node_id] = self
+
+    @property
+    def catalog(self) -> Catalog:
+        return self.settings.catalog
 
     @property
     def kept(self) -> list[Served | AcceptedLeg]:
