@@ -36,6 +36,8 @@ from pinaivu_box.gossip import adverts as gossip_adverts
 from pinaivu_box.gossip import frames as gossip_frames
 from pinaivu_box.home import database_of
 from pinaivu_box.ledger import reconcile
+from pinaivu_box.ledger import session as ledger_session
+from pinaivu_box.ledger import statement as ledger_statement
 from pinaivu_box.ledger import wire as ledger_wire
 from pinaivu_box.legs import wire as leg_wire
 from pinaivu_box.membership import joining, signed, tickets
@@ -75,7 +77,13 @@ CONSTANTS = {
     "max streams": wire.MAX_STREAMS,
     "codes": sorted(int(code) for code in wire.Code),
     "purposes": sorted(
-        [leg_wire.PURPOSE, file_wire.PURPOSE, joining.PURPOSE, network.GOSSIP, "ledger"]
+        [
+            leg_wire.PURPOSE,
+            file_wire.PURPOSE,
+            joining.PURPOSE,
+            network.GOSSIP,
+            ledger_session.PURPOSE,
+        ]
     ),
     "domains": sorted(
         [
@@ -83,12 +91,12 @@ CONSTANTS = {
             receipt.ACCEPTANCE_DOMAIN,
             receipt.MARK_DOMAIN,
             receipt.RECEIPT_DOMAIN,
-            reconcile.DOMAIN,
+            ledger_statement.DOMAIN,
             *map(signed.domain, ("member", "revocation", "advert", "gone")),
         ]
     ),
 }
-LedgerItem, LedgerItems = reconcile.Item, reconcile.EntryTree
+LedgerItem, LedgerItems = reconcile.EntrySummary, reconcile.EntryTree
 
 T = TypeVar("T")
 BEFORE = Path(__file__).with_name("before")
@@ -248,23 +256,23 @@ def test_ledgers_have_the_same_places_hashes_and_statements() -> None:
         LedgerItem(*fields[:-1], bytes.fromhex(fields[-1].removeprefix("hex:")))
         for fields in DERIVED["items"]
     ]
-    assert [item.place.hex() for item in items] == DERIVED["places"]
+    assert [item.key.hex() for item in items] == DERIVED["places"]
     books = LedgerItems(items)
     assert books.hash().hex() == DERIVED["hash of three"]
-    assert plain(books.part(b"")) == DERIVED["part of three"]
+    assert plain(books.range(b"")) == DERIVED["part of three"]
     node = items[0].server
     many = LedgerItems(
         LedgerItem(node, f"req_{n}", 0, 0, "credits", n, hashlib.sha256(b"%d" % n).digest())
         for n in range(300)
     )
-    assert plain(many.part(b"")) == DERIVED["part of 300"]
-    assert plain(many.part(bytes([7]))) == DERIVED["part of 300 below"]
+    assert plain(many.range(b"")) == DERIVED["part of 300"]
+    assert plain(many.range(bytes([7]))) == DERIVED["part of 300 below"]
     text = DERIVED["statement"].encode()
-    statement = reconcile.read(text)
+    statement = ledger_statement.read(text)
     assert plain(statement) == json.loads(text)
     assert receipt.canonical(statement) == text
-    assert reconcile.statement_id(text) == DERIVED["statement id"]
-    again = reconcile.compose(
+    assert ledger_statement.statement_id(text) == DERIVED["statement id"]
+    again = ledger_statement.compose(
         books, statement.between[::-1], 2, b"before", statement.upto, statement.at
     )
     assert receipt.canonical(again) == text

@@ -10,7 +10,9 @@ from starlette.responses import Response
 
 from pinaivu_box.errors import Conflict, PeeringError
 from pinaivu_box.ledger import claims, views
+from pinaivu_box.ledger import entry as ledger_entry
 from pinaivu_box.ledger import statement as ledger_statement
+from pinaivu_box.ledger.session import PURPOSE
 from pinaivu_box.server.admin import answer, box_of, by, query
 
 
@@ -63,9 +65,7 @@ async def ls(request: Request) -> Response:
 async def entries(request: Request) -> Response:
     page, database = query(request, EntryPage), box_of(request).database
     peer = await _peer(request, request.path_params["peer"])
-    found = await ledger_statement.of_peer(
-        database, peer, limit=page.limit, statement=page.statement
-    )
+    found = await ledger_entry.of_peer(database, peer, limit=page.limit, statement=page.statement)
     return answer(request, EntryList([views.entry_view(one) for one in found]))
 
 
@@ -86,11 +86,11 @@ async def settle(request: Request) -> Response:
         )
     try:
         outcome = await box.ledger.settle(
-            peer, await box.network.open(peer, "ledger"), by=by(request)
+            peer, await box.network.open(peer, PURPOSE), by=by(request)
         )
     except PeeringError as error:
         raise Conflict(error.message) from error
-    return answer(request, views.settled_view(outcome, await views.names(box.database)))
+    return answer(request, await views.settled_view(box.database, outcome))
 
 
 async def forgive(request: Request) -> Response:
