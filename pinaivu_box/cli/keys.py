@@ -188,7 +188,7 @@ def show(home: Path, as_json: bool, key: str) -> None:
 @json_option
 @click.argument("key")
 @click.option("--name", help="What the key is for.")
-@click.option("--expires", metavar="DURATION", help="From now, for example 30d.")
+@click.option("--expires", metavar="DURATION", help="New lifetime from now, for example 30d.")
 @policy_options
 @click.option("--block", metavar="REASON", help="Refuse its requests until --unblock.")
 @click.option("--unblock", is_flag=True, help="Serve its requests again.")
@@ -251,8 +251,8 @@ def edit(
 def rotate(home: Path, as_json: bool, key: str, overlap: str | None) -> None:
     """Give a key a new secret and print it.  It is shown only this once.
 
-    Settings, limits and usage stay.  A secret that still works from a rotation before stops working
-    now.
+    Settings, limits and usage stay.  If the overlap of an earlier rotation has not ended, the
+    secret from before that rotation stops working now.
     """
     from pinaivu_box.admin import keys
     from pinaivu_box.store.keys import OVERLAP, named

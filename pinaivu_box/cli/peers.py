@@ -13,7 +13,7 @@ import click
 
 from pinaivu_box.cli.client import path_of, request, request_or_open
 from pinaivu_box.cli.group import Group
-from pinaivu_box.cli.home import load_config
+from pinaivu_box.cli.home import load_config, with_database
 from pinaivu_box.cli.options import (
     NONE,
     config_option,
@@ -98,9 +98,10 @@ def invite(
     uses: int,
     admin: bool,
 ) -> None:
-    """Print a ticket with which another box can join; on a terminal also as a QR code.
+    """Print a ticket with which another box can join.
 
-    Whoever has the ticket can join: treat it as a password.
+    On a terminal it is also shown as a QR code.  Whoever has the ticket can join: treat it as a
+    password.
     """
     from pinaivu_box.cli.peer_tables import print_ticket
     from pinaivu_box.server.admin_peers import OFF
@@ -127,9 +128,10 @@ def invite(
     help="Address of the inviting box, if the ticket does not contain it.  Repeatable.",
 )
 def join(home: Path, config: Path | None, as_json: bool, ticket: str, at: tuple[str, ...]) -> None:
-    """Join the network of the box that issued TICKET ('-': read it from standard input).
+    """Join the network of the box that issued TICKET.
 
-    The inviting box must be running; this box need not be.
+    With '-', the ticket is read from standard input.  The inviting box must be running; this box
+    need not be.
     """
     from pinaivu_box.doctor.home import is_served
     from pinaivu_box.membership.tickets import TicketInvalid, decode
@@ -221,17 +223,35 @@ def edit(
 @config_option
 @json_option
 @click.argument("peer")
-@click.option("--reason", default="", help="All members see it.")
+@click.option("--reason", default="", help="Shown to all members.")
 def rm(home: Path, config: Path | None, as_json: bool, peer: str, reason: str) -> None:
-    """Remove a box from the network permanently: all members refuse it.
+    """Remove a box from the network permanently.
 
-    Only the founder of the network can admit it again, with a new ticket.
+    All members refuse it from then on, and the boxes that only it has invited.  Only the founder of
+    the network can admit it again, with a new ticket.
     """
     body = {"reason": reason}
+    roster = with_database(home, _roster)
     removed = request_or_open(home, config, path_of(_PATH, peer), method="DELETE", body=body)
     if as_json:
         print_json(removed)
     click.echo(f"{removed['name']} ({removed['id']}) is revoked.", err=True)
+    if roster is not None and (orphans := roster.orphans(removed["id"])):
+        names = ", ".join(f"{name} ({node})" for node, name in orphans.items())
+        click.echo(
+            f"Boxes that only {removed['name']} had invited are no longer members either: "
+            f"{names}.  'pinaivu peers invite' admits them again.",
+            err=True,
+        )
+
+
+async def _roster(database: Any) -> Any:
+    """The members of the network, None if this box belongs to none."""
+    from pinaivu_box.membership.store import MembershipStore
+
+    members = MembershipStore(database)
+    await members.load()
+    return members.roster
 
 
 @peers.command()
@@ -261,7 +281,10 @@ def leave(home: Path, config: Path | None, as_json: bool) -> None:
     help="How long to listen.",
 )
 def discover(as_json: bool, wide: bool, seconds: float) -> None:
-    """List the boxes on the LAN that announce themselves ([peering] announce = true)."""
+    """List the boxes on the LAN that announce themselves.
+
+    A box does so with announce = true under [peering].
+    """
     from pinaivu_box.transport.lan import nearby
 
     boxes = asyncio.run(nearby(seconds))
@@ -276,9 +299,10 @@ def discover(as_json: bool, wide: bool, seconds: float) -> None:
 @json_option
 @click.argument("peer", required=False)
 def doctor(home: Path, config: Path | None, as_json: bool, peer: str | None) -> None:
-    """Check why peers (or one PEER) cannot be reached or used, and suggest what to do.
+    """Check why peers cannot be reached or used.
 
-    Nothing is changed.  Exits with 1 if a check failed.
+    All peers are checked, or one PEER, and what to do is suggested.  Nothing is changed.  Exits
+    with 1 if a check failed.
     """
     from msgspec import convert
 

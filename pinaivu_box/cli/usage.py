@@ -25,9 +25,16 @@ _ID_PREFIX = 17  # characters
 @json_option
 @wide_option
 @click.option("--csv", "as_csv", is_flag=True, help="Print CSV, one line for each group.")
-@click.option("--by", multiple=True, type=click.Choice(_BY), help="Group by this.  Repeatable.")
-@click.option("--since", type=_DATE, help="First day (UTC), for example 2026-11-01.")
-@click.option("--until", type=_DATE, help="Last day (UTC), included.")
+@click.option(
+    "--by",
+    multiple=True,
+    type=click.Choice(_BY),
+    help="Group by this.  [default: model]  Repeatable.",
+)
+@click.option(
+    "--since", type=_DATE, metavar="DATE", help="First day (UTC), for example 2026-11-01."
+)
+@click.option("--until", type=_DATE, metavar="DATE", help="Last day (UTC), included.")
 @click.option("--model", help="Only this model.")
 @click.option("--account", metavar="NAME", help="Only this account (name or id).")
 @click.option("--key", metavar="NAME", help="Only this key (name, id or beginning).")
@@ -44,9 +51,9 @@ def usage(
     account: str | None,
     key: str | None,
 ) -> None:
-    """Show requests, tokens, cost, latencies and errors, by model or by other groups.
+    """Show requests, tokens, cost, latencies and errors.
 
-    A peer is the box that served the request.
+    A peer (or node) is the box that served a request, which may be this one.
     """
     from pinaivu_box.admin.usage import usage
     from pinaivu_box.store import accounts, keys
