@@ -18,7 +18,7 @@ from pinaivu_box.errors import CliError
 from pinaivu_box.gateway.scopes import ScopeTags
 from pinaivu_box.legs.wire import Task
 from pinaivu_box.settings import read_shared_prefixes
-from tests.box import Box, pinaivu
+from tests.support.process_box import Box, pinaivu
 
 MODEL = "fake:1"
 KNOWN, SECRET = "The launch code of customer A is ", "7391-XQ"

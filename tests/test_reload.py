@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.box import Box, pinaivu, pinaivu_json, wait_until
+from tests.support.process_box import Box, pinaivu, pinaivu_json, wait_until
 
 USER = [{"role": "user", "content": "hi"}]
 FIRST = '[pricing]\nper_1k_tokens = "1"\n[[model]]\nname = "slow:1"\npath = "fake:20"\n'

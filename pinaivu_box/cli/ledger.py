@@ -172,7 +172,7 @@ def forgive(home: Path, as_json: bool, peer: str) -> None:
 @json_option
 @wide_option
 @click.option("--peer", help="Only statements with this peer.")
-def ledger_statement(home: Path, as_json: bool, wide: bool, peer: str | None) -> None:
+def statements(home: Path, as_json: bool, wide: bool, peer: str | None) -> None:
     """List the statements, newest first; --json includes the signed texts."""
     from pinaivu_box.ledger.views import StatementView, all_statements, find
 

@@ -25,7 +25,7 @@ from pinaivu_box.gateway.backend import Event, Job, Output, Prompt, Started
 from pinaivu_box.gateway.engine_process import EngineProcess, Item
 from pinaivu_box.gateway.placement import Placement
 from pinaivu_box.models.catalog import Model
-from pinaivu_box.receipts.receipt import EngineInfo
+from pinaivu_box.receipts.receipt import EngineBuild
 from pinaivu_box.settings import LiveSettings
 
 # Where neither request, configuration nor file says anything: llama.cpp's own defaults.
@@ -44,7 +44,7 @@ class LocalBackend:
         ended = False
         try:
             sampling = job.settled or self._sampling(job, engine)
-            info = EngineInfo(engine.ready.build, engine.ready.device)
+            info = EngineBuild(engine.ready.build, engine.ready.device)
             if job.inputs is not None:
                 box = engine.submit(to_embed(job, job.inputs))
             else:

@@ -29,20 +29,21 @@ from pinaivu_box.gateway.request import ChoiceOutput, Failed, Finished, Request,
 from pinaivu_box.legs.runner import LegRunner, RoutingSettings
 from pinaivu_box.models.catalog import Model, remote
 from pinaivu_box.receipts.commitment import Opening
-from pinaivu_box.receipts.receipt import EngineInfo, Price, sign_proof
+from pinaivu_box.receipts.receipt import EngineBuild, Price, sign_proof
 from pinaivu_box.routing.candidates import Candidates
 from pinaivu_box.routing.circuit_breaker import CircuitBreaker
 from pinaivu_box.routing.load import LoadTracker
 from pinaivu_box.routing.reputation import Reputation
 from pinaivu_box.routing.spending_limits import SpendingLimits
 from pinaivu_box.settings import LiveSettings, Settings
-from tests.peering.people import offer, person
+from tests.support.keys import known_identity
+from tests.support.records import offer
 
 MODEL = "scripted:1"
 DIGEST = "d" * 64
 TEXT = "The quick brown fox jumps over the lazy dog. " * 4
 PROMPT = [7, 8, 9]
-OWN = person(50)  # the identity of the box that takes the requests
+OWN = known_identity(50)  # the identity of the box that takes the requests
 SETTINGS = LiveSettings(Settings(Config()))  # those of every box
 
 
@@ -86,7 +87,7 @@ class ScriptedBox:
     """Each leg that begins takes the next script; the last one is for all that follow."""
 
     def __init__(self, number: int, *scripts: Script, peer: bool = True) -> None:
-        self.identity = person(60 + number) if peer else OWN
+        self.identity = known_identity(60 + number) if peer else OWN
         self.name, self.peer = f"peer-{number}" if peer else "own", peer
         self.legs: list[ScriptedLeg] = []
         self.offers = True  # whether it is to be found, if it is a peer
@@ -174,7 +175,9 @@ def silent() -> Script:
 
 def started(leg: ScriptedLeg) -> Started:
     sampling = leg.job.settled or resolve(leg.job, SamplingConfig(), SamplingDefaults())
-    return Started(leg.box.node_id, DIGEST, EngineInfo("scripted", "none"), sampling, "tags", False)
+    return Started(
+        leg.box.node_id, DIGEST, EngineBuild("scripted", "none"), sampling, "tags", False
+    )
 
 
 def token(at: int, *, first: bool = False, last: bool = False) -> Output:
