@@ -1,8 +1,8 @@
 """All errors that users see, in one tree.
 
 The `message` is a sentence that says what is wrong and what to do about it.  Errors below
-`ApiError` become HTTP answers through `server.envelope`; errors below `CliError` become one line
-on stderr and an exit code.
+`ApiError` become HTTP answers through `server.error_responses`; errors below `CliError` become one
+line on stderr and an exit code.
 
     BoxError
     ├── CliError                    exit 1   the command failed
