@@ -84,6 +84,10 @@ class PricingConfig(Section, frozen=True):
     per_1k_tokens: str | Prices = "0"
     models: dict[str, str | Prices] = {}
 
+    def prices_of(self, model_id: str) -> Prices:
+        """The model's own prices of 1,000 tokens, or those of all models."""
+        return amount.prices(self.models.get(model_id, self.per_1k_tokens))
+
 
 class RetentionConfig(Section, frozen=True):
     """How long rows are kept; a negative duration is for ever.

@@ -12,8 +12,8 @@ from pinaivu_box.doctor import home as homes
 from pinaivu_box.doctor import machine, models, relay
 from pinaivu_box.doctor.check import Check, of_error
 from pinaivu_box.errors import BoxError, CliError
-from pinaivu_box.gateway.scopes import named_texts
 from pinaivu_box.models import catalog
+from pinaivu_box.settings import read_shared_prefixes
 
 Examiner = Callable[[], Iterable[Check]]
 
@@ -55,7 +55,7 @@ def _configuration(load: Callable[[], Config]) -> tuple[Config, Check]:
     config = Config()
     try:
         config = load()
-        named_texts(config.engine)
+        read_shared_prefixes(config.engine)
         return config, Check(name, "ok", "valid")
     except CliError as error:
         found = error.message.removesuffix(".")

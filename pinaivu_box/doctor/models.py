@@ -22,6 +22,7 @@ from pinaivu_box.models.catalog import Catalog, Model
 from pinaivu_box.models.files import look, open_regular
 from pinaivu_box.models.names import printable
 from pinaivu_box.models.splits import digest_of_parts
+from pinaivu_box.settings import LiveSettings, Settings
 from pinaivu_box.store import integrity
 from pinaivu_box.text import megabytes
 
@@ -183,7 +184,8 @@ async def _one_token(model: Model, config: EngineConfig) -> str:
     async def no_digest(_: Model) -> str:
         return ""
 
-    placement = Placement(config, no_digest)
+    settings = LiveSettings(Settings(Config(engine=config)))
+    placement = Placement(settings, no_digest)
     job = Job(
         request_id="doctor",
         model=model,
@@ -197,7 +199,7 @@ async def _one_token(model: Model, config: EngineConfig) -> str:
     where = ""
     try:
         async with asyncio.timeout(config.start_seconds):
-            async for event in LocalBackend(placement, "", SamplingConfig()).serve(job, []):
+            async for event in LocalBackend(placement, "", settings).serve(job, []):
                 if isinstance(event, Started):
                     where = f"on {event.engine.device} ({event.engine.build})"
                 elif isinstance(event, Output) and event.tokens:

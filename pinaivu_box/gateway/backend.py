@@ -10,7 +10,7 @@ from pinaivu_box.config import RoutingPolicy, SamplingConfig
 from pinaivu_box.engine.messages import Constraint, Sampling, TokenLogprob, Tools
 from pinaivu_box.models.catalog import Model
 from pinaivu_box.receipts.commitment import Opening, new_nonce
-from pinaivu_box.receipts.receipt import VERSION, EngineInfo, Proof, SignedProof
+from pinaivu_box.receipts.receipt import VERSION, EngineBuild, Proof, SignedProof
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Started:
 
     node_id: str
     model_digest: str
-    engine: EngineInfo
+    engine: EngineBuild
     sampling: Sampling
     tool_style: str
     thinks: bool

@@ -25,25 +25,26 @@ from pinaivu_box.gateway.backend import Event, Job, Output, Prompt, Started
 from pinaivu_box.gateway.engine_process import EngineProcess, Item
 from pinaivu_box.gateway.placement import Placement
 from pinaivu_box.models.catalog import Model
-from pinaivu_box.receipts.receipt import EngineInfo
+from pinaivu_box.receipts.receipt import EngineBuild
+from pinaivu_box.settings import LiveSettings
 
 # Where neither request, configuration nor file says anything: llama.cpp's own defaults.
 FALLBACK = {"temperature": 0.8, "top_p": 0.95, "top_k": 40, "min_p": 0.05}
 
 
 class LocalBackend:
-    def __init__(self, placement: Placement, node_id: str, sampling: SamplingConfig) -> None:
+    def __init__(self, placement: Placement, node_id: str, settings: LiveSettings) -> None:
         self._placement = placement
         self._node_id = node_id
-        self.sampling = sampling
+        self._settings = settings
         self._serving: dict[str, EngineProcess] = {}
 
     async def serve(self, job: Job, made: list[int]) -> AsyncGenerator[Event]:
         engine = await self._placement.acquire(job.model)
         ended = False
         try:
-            sampling = job.settled or resolve(job, self.sampling, engine.ready.defaults)
-            info = EngineInfo(engine.ready.build, engine.ready.device)
+            sampling = job.settled or self._sampling(job, engine)
+            info = EngineBuild(engine.ready.build, engine.ready.device)
             if job.inputs is not None:
                 box = engine.submit(to_embed(job, job.inputs))
             else:
@@ -103,8 +104,7 @@ class LocalBackend:
         engine = await self._acquired(job.model)
         answered = False
         try:
-            sampling = resolve(job, self.sampling, engine.ready.defaults)
-            add = to_add(job, sampling, [])
+            add = to_add(job, self._sampling(job, engine), [])
             box = engine.ask(Tokenize(add, tokens, plain, job.inputs, count))
             (item,) = await box.take()
             answered = True
@@ -118,6 +118,9 @@ class LocalBackend:
                 engine.cancel(job.id)
             engine.forget(job.id)
             self._placement.release(engine, job.tenant)
+
+    def _sampling(self, job: Job, engine: EngineProcess) -> Sampling:
+        return resolve(job, self._settings.config.sampling, engine.ready.defaults)
 
     async def _acquired(self, model: Model) -> EngineProcess:
         acquiring = asyncio.ensure_future(self._placement.acquire(model))

@@ -22,6 +22,7 @@ from pinaivu_box.gateway.backend import Backend, Output, Prompt, Proved, Started
 from pinaivu_box.gateway.mailbox import Mailbox
 from pinaivu_box.gateway.metering import ChoiceRecord, Meter, RequestAccount
 from pinaivu_box.gateway.metrics import Metrics
+from pinaivu_box.settings import LiveSettings
 
 log = logging.getLogger("pinaivu.request")
 
@@ -289,10 +290,9 @@ class RunningRequests:
         backend: Backend,
         meter: Meter,
         metrics: Metrics,
-        places: int,
+        settings: LiveSettings,
     ) -> None:
-        """`places`: sequences that run at a time in an engine."""
-        self.places = places
+        self._settings = settings
         self._elsewhere: Callable[[str], bool] = lambda _: False
         self._backend = backend
         self._meter = meter
@@ -356,10 +356,11 @@ class RunningRequests:
         """Seconds until it starts, if those before it take as long as others did lately."""
         model_id = admitted.jobs[0].model.id
         seconds = self._service.get(model_id, 0.0)
-        before = self._by_model[model_id] + len(admitted.jobs) - self.places
+        sequences = self._settings.config.engine.max_sequences  # that run at a time
+        before = self._by_model[model_id] + len(admitted.jobs) - sequences
         if self._elsewhere(model_id):
             before = 0
-        wait = max(0, before) * seconds / self.places
+        wait = max(0, before) * seconds / sequences
         ahead, places = admitted.reservation.ahead, admitted.key.policy.max_parallel or 1
         return max(wait, ahead * seconds / places)
 

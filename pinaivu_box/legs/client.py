@@ -30,7 +30,7 @@ from pinaivu_box.legs.verify import LegVerifier, ProtocolViolation, counts
 from pinaivu_box.receipts.receipt import (
     ACCEPTANCE_DOMAIN,
     VERSION,
-    EngineInfo,
+    EngineBuild,
     SignedProof,
     cost,
 )
@@ -250,7 +250,7 @@ class _PeerLeg:
         return Started(
             self._to.node_id,
             began.digest,
-            EngineInfo(began.build, began.device),
+            EngineBuild(began.build, began.device),
             began.sampling,
             began.tool_style,
             began.thinks,

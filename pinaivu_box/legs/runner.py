@@ -76,13 +76,12 @@ class LegRunner:
         reputation: Reputation,
         digest: Callable[[Model], Awaitable[str]],
         currency: Callable[[], str],
-        routing: RoutingSettings,
+        routing: Callable[[], RoutingSettings],
     ) -> None:
         self.candidates = candidates
-        self.routing = routing
         self._local, self._peers, self._load = local, peers, load
         self._resting, self._reputation = resting, reputation
-        self._digest, self._currency = digest, currency
+        self._digest, self._currency, self._routing = digest, currency, routing
         self._random = Random()  # noqa: S311, it only spreads requests
         self._pinned: OrderedDict[str, str] = OrderedDict()
         self._paid: OrderedDict[str, None] = OrderedDict()
@@ -163,7 +162,7 @@ class LegRunner:
 
     async def _spoke(self, attempt: _LegAttempt, job: Job) -> bool:
         """Whether it did before it is time to hedge."""
-        hedge = self.routing.hedge
+        hedge = self._routing().hedge
         if not hedge or job.id in self._cancelled:
             await asyncio.wait([attempt.head])
             return True
@@ -202,8 +201,8 @@ class LegRunner:
     async def _route(self, job: Job, made: list[int], tried: list[str]) -> tuple[Decision, str]:
         """Where it goes, and the digest of the file there."""
         here = "" if job.model.remote else await self._digest(job.model)
-        routing, pinned = self.routing, job.digest or self._pinned.get(job.request_id)
-        await self.candidates.ceilings.look()
+        routing, pinned = self._routing(), job.digest or self._pinned.get(job.request_id)
+        await self.candidates.spending.read_debts()
         found = self.candidates.of(job, here, len(made))
         prompt, most = tokens_of(job, len(made))
         ask = RoutingRequest(

@@ -138,7 +138,7 @@ class LegServer:
             await stream.finish()
 
     async def _count(self, peer: str, asked: leg_wire.Count) -> leg_wire.Tokens:
-        policy = await self.admission.accounts.policy(peer)
+        policy = await self.admission.policy(peer)
         job = await self._job(peer, asked.task, asked.digest, policy)
         async with self.admission.place(peer, policy):
             await self.admission.check(peer, policy, self._currency())
@@ -166,7 +166,7 @@ class LegServer:
         return replace(job, name=f"peer.{self._legs}")
 
     async def _serve(self, peer: str, stream: Stream, asked: leg_wire.LegRequest) -> None:
-        admission, policy = self.admission, await self.admission.accounts.policy(peer)
+        admission, policy = self.admission, await self.admission.policy(peer)
         job = await self._job(peer, asked.task, asked.digest, policy)
         price = self._price(job.model, asked)
         async with admission.place(peer, policy) as reservation:
@@ -215,7 +215,7 @@ class LegServer:
         try:
             async with leg:
                 await asyncio.sleep(0)  # the engine has its request before anything else is done
-                await permit.check_new(self.admission.accounts)
+                await permit.check_new()
                 owed = True
                 if await leg.send_all(permit.check_paid):
                     permit.proven = True

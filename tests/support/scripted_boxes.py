@@ -17,7 +17,7 @@ from typing import Any, cast
 from ulid import ULID
 
 from pinaivu_box.amount import Prices
-from pinaivu_box.config import EngineConfig, PeeringConfig, SamplingConfig
+from pinaivu_box.config import Config, SamplingConfig
 from pinaivu_box.engine.messages import SamplingDefaults
 from pinaivu_box.errors import ApiError, EngineLost, ModelNotFound, NoNodesAvailable
 from pinaivu_box.gateway.admission import AdmittedRequest
@@ -29,19 +29,22 @@ from pinaivu_box.gateway.request import ChoiceOutput, Failed, Finished, Request,
 from pinaivu_box.legs.runner import LegRunner, RoutingSettings
 from pinaivu_box.models.catalog import Model, remote
 from pinaivu_box.receipts.commitment import Opening
-from pinaivu_box.receipts.receipt import EngineInfo, Price, sign_proof
+from pinaivu_box.receipts.receipt import EngineBuild, Price, sign_proof
 from pinaivu_box.routing.candidates import Candidates
 from pinaivu_box.routing.circuit_breaker import CircuitBreaker
 from pinaivu_box.routing.load import LoadTracker
 from pinaivu_box.routing.reputation import Reputation
 from pinaivu_box.routing.spending_limits import SpendingLimits
-from tests.peering.people import offer, person
+from pinaivu_box.settings import LiveSettings, Settings
+from tests.support.keys import known_identity
+from tests.support.records import offer
 
 MODEL = "scripted:1"
 DIGEST = "d" * 64
 TEXT = "The quick brown fox jumps over the lazy dog. " * 4
 PROMPT = [7, 8, 9]
-OWN = person(50)  # the identity of the box that takes the requests
+OWN = known_identity(50)  # the identity of the box that takes the requests
+SETTINGS = LiveSettings(Settings(Config()))  # those of every box
 
 
 class ScriptedLeg:
@@ -84,7 +87,7 @@ class ScriptedBox:
     """Each leg that begins takes the next script; the last one is for all that follow."""
 
     def __init__(self, number: int, *scripts: Script, peer: bool = True) -> None:
-        self.identity = person(60 + number) if peer else OWN
+        self.identity = known_identity(60 + number) if peer else OWN
         self.name, self.peer = f"peer-{number}" if peer else "own", peer
         self.legs: list[ScriptedLeg] = []
         self.offers = True  # whether it is to be found, if it is a peer
@@ -172,7 +175,9 @@ def silent() -> Script:
 
 def started(leg: ScriptedLeg) -> Started:
     sampling = leg.job.settled or resolve(leg.job, SamplingConfig(), SamplingDefaults())
-    return Started(leg.box.node_id, DIGEST, EngineInfo("scripted", "none"), sampling, "tags", False)
+    return Started(
+        leg.box.node_id, DIGEST, EngineBuild("scripted", "none"), sampling, "tags", False
+    )
 
 
 def token(at: int, *, first: bool = False, last: bool = False) -> Output:
@@ -317,15 +322,15 @@ class Network:
         self.own, self.peers = own, peers
         self.ledger = Ledger()
         placement: Any = SimpleNamespace(engines=[], failing=lambda model: None)
-        self.load = LoadTracker(placement, EngineConfig())
+        self.load = LoadTracker(placement, SETTINGS)
         self.reputation = Reputation(lambda: 0.0)
         self.resting = CircuitBreaker(asyncio.get_running_loop().time, Random(1))
         self.candidates = Candidates(
             OWN.node_id, self._catalog, lambda model: Prices("0.001", "0.002"), lambda: "credits",
             self.load, placement, self._peers, self.resting, self.reputation,
-            SpendingLimits(_no_debts, PeeringConfig()),
+            SpendingLimits(_no_debts, SETTINGS),
         )  # fmt: skip
-        policy = routing.pop("policy", "cheapest")
+        settings = RoutingSettings(**{"policy": "cheapest", "hedge": hedge, **routing})
         self.backend = LegRunner(
             self.candidates,
             cast("Any", _Own(self)),
@@ -335,7 +340,7 @@ class Network:
             self.reputation,
             _digest,
             lambda: "credits",
-            RoutingSettings(policy=policy, hedge=hedge, **routing),
+            lambda: settings,
         )
 
     def changed(self) -> None:
