@@ -207,13 +207,13 @@ def edit(
     changes: dict[str, Any] = {} if expires is None else {"expires_at": expiry(expires)}
 
     async def work(database: Any) -> keys.Key:
-        found = await keys.named(database, key)
+        stored = await keys.named(database, key)
         return await keys.edit(
             database,
-            found,
+            stored,
             actor(),
             name=name,
-            policy=with_options(found.policy, settings),
+            policy=with_options(stored.policy, settings),
             blocked=None if unblock else UNSET if block is None else block,
             **changes,
         )
