@@ -29,6 +29,7 @@ from pinaivu_box.gossip.adverts import Facts
 from pinaivu_box.home import database_of, identity_of, lock, prepare_home
 from pinaivu_box.identity import Identity
 from pinaivu_box.ledger.settlement import Ledger
+from pinaivu_box.legs.prompts import PromptReader
 from pinaivu_box.legs.recorder import LedgerRecorder
 from pinaivu_box.legs.runner import LegRunner
 from pinaivu_box.legs.wiring import Pool
@@ -105,9 +106,9 @@ class Box:
     _lingering: set[str] = field(default_factory=set)  # models that are served until unloaded
 
     @property
-    def prompts(self) -> LocalBackend | LegRunner:
+    def prompts(self) -> LocalBackend | PromptReader:
         """Who reads prompts that are not to be run."""
-        return self.local if self.pool is None else self.pool.dispatch
+        return self.local if self.pool is None else self.pool.prompts
 
     def models(self, policy: Policy) -> list[Model]:
         """What a key with that policy may use."""
@@ -341,8 +342,8 @@ def _pool(box: Box, network: Network, books: LedgerRecorder) -> Pool:
         debts=books.debts,
         writable=lambda: check_writable(box.database),
     )
-    box.admission.share(pool.dispatch, pool.candidates)
-    box.requests.send(pool.dispatch, pool.candidates.offered)
+    box.admission.share(pool.prompts, pool.candidates)
+    box.requests.use(pool.runner, pool.candidates.offered)
     return pool
 
 
@@ -368,7 +369,8 @@ def _join(
     metrics = Metrics(placement)
     admission = Admission(catalog, config.engine, config.pricing, local, database)
     traffic = LoadTracker(placement, config.engine)
-    requests = RunningRequests(local, meter, metrics, config.engine.max_sequences)
+    runner = LegRunner(identity.node_id, local)
+    requests = RunningRequests(runner, meter, metrics, config.engine.max_sequences)
     placement.waiting = requests.in_flight
     return Box(
         config=config,

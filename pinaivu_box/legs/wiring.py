@@ -15,9 +15,11 @@ from pinaivu_box.identity import Identity
 from pinaivu_box.ledger.entry import Balance
 from pinaivu_box.legs import wire as leg_wire
 from pinaivu_box.legs.admission import PeerLimits, PeerQuotas
-from pinaivu_box.legs.client import AcceptedLeg, PeerBackend
+from pinaivu_box.legs.boxes import Boxes
+from pinaivu_box.legs.client import AcceptedLeg, PeerClient
 from pinaivu_box.legs.large_messages import LargeMessages
-from pinaivu_box.legs.runner import LegRunner, RoutingSettings
+from pinaivu_box.legs.prompts import PromptReader
+from pinaivu_box.legs.runner import LegRunner
 from pinaivu_box.legs.server import LegServer, Served
 from pinaivu_box.models.catalog import Catalog, Model
 from pinaivu_box.network.network import Network
@@ -26,6 +28,7 @@ from pinaivu_box.routing.circuit_breaker import CircuitBreaker
 from pinaivu_box.routing.load import LoadTracker
 from pinaivu_box.routing.reputation import Reputation
 from pinaivu_box.routing.router import Weights
+from pinaivu_box.routing.selector import RoutingSettings, Selector
 from pinaivu_box.routing.spending_limits import Debts, SpendingLimits
 
 
@@ -57,34 +60,33 @@ class Pool:
         self.reputation = Reputation(lambda: began + time.monotonic())
         self._config = config
         self._large = LargeMessages()
-        resting = CircuitBreaker(time.monotonic, Random())  # noqa: S311, it only spreads requests
+        breaker = CircuitBreaker(time.monotonic, Random())  # noqa: S311, it only spreads requests
         self.candidates = Candidates(
             identity.node_id, catalog, self._prices, self._currency, load, placement,
-            network.peers, resting, self.reputation, SpendingLimits(debts, config.peering),
+            network.peers, breaker, self.reputation, SpendingLimits(debts, config.peering),
         )  # fmt: skip
-        self.dispatch = LegRunner(
-            self.candidates,
-            local,
-            PeerBackend(identity, network, keep, self._large),
-            load,
-            resting,
-            self.reputation,
-            placement.digest_of,
-            self._currency,
-            _routing(config),
+        self._selector = Selector(
+            self.candidates, placement.digest_of, self._currency, network.look, _routing(config)
         )
+        peers = PeerClient(identity, network, keep, self._large)
+        self.boxes = Boxes(
+            self._selector, self.candidates, local, peers, load, breaker, self.reputation
+        )
+        self.runner = LegRunner(identity.node_id, local, self.boxes)
+        self.prompts = PromptReader(local, peers, self.candidates, self._selector)
         self.serving = LegServer(
             identity, local, load, lambda name: catalog().find(name), self._prices,
             self._currency, PeerQuotas(terms, owed, served, lately, load), keep,
             placement.digest_of, writable, self._large,
         )  # fmt: skip
         network.handlers[leg_wire.PURPOSE] = self.serving.handle
+        network.peers_changed = self.candidates.changes.notify
         load.changed = network.changed
 
     def configure(self, config: Config) -> None:
         """After a reload."""
         self._config = config
-        self.dispatch.routing = _routing(config)
+        self._selector.settings = _routing(config)
         self.candidates.ceilings.configure(config.peering)
 
     def close(self) -> None:
