@@ -28,7 +28,7 @@ from pinaivu_box.bench.target import Target
 from pinaivu_box.bench.wire import EventParser, ResponseParser, WireError
 from pinaivu_box.bench.workload import Lengths, Scale, Workload, WorkloadRequest, arrivals
 from pinaivu_box.errors import UsageError
-from tests.box import PINAIVU, Box, environment
+from tests.support.process_box import PINAIVU, Box, environment
 
 MODEL = "fake:1"  # 2 ms a step
 HELLO = WorkloadRequest([{"role": "user", "content": "Hello"}], 4)

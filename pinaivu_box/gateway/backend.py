@@ -11,7 +11,7 @@ from pinaivu_box.engine.messages import Constraint, Sampling, TokenLogprob, Tool
 from pinaivu_box.errors import NoNodesAvailable
 from pinaivu_box.models.catalog import Model
 from pinaivu_box.receipts.commitment import Opening, new_nonce
-from pinaivu_box.receipts.receipt import VERSION, EngineInfo, Proof, SignedProof
+from pinaivu_box.receipts.receipt import VERSION, EngineBuild, Proof, SignedProof
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class Started:
 
     node_id: str
     model_digest: str
-    engine: EngineInfo
+    engine: EngineBuild
     sampling: Sampling
     tool_style: str
     thinks: bool

@@ -25,20 +25,21 @@ from pinaivu_box.gateway.backend import Event, Job, Output, Prompt, Started
 from pinaivu_box.gateway.engine_process import EngineProcess, Item
 from pinaivu_box.gateway.placement import Placement
 from pinaivu_box.models.catalog import Model
-from pinaivu_box.receipts.receipt import EngineInfo
+from pinaivu_box.receipts.receipt import EngineBuild
+from pinaivu_box.settings import LiveSettings
 
 # Where neither request, configuration nor file says anything: llama.cpp's own defaults.
 FALLBACK = {"temperature": 0.8, "top_p": 0.95, "top_k": 40, "min_p": 0.05}
 
 
 class LocalBackend:
-    def __init__(self, placement: Placement, node_id: str, sampling: SamplingConfig) -> None:
+    def __init__(self, placement: Placement, node_id: str, settings: LiveSettings) -> None:
         self._placement = placement
         self._node_id = node_id
-        self.sampling = sampling
+        self._settings = settings
 
     def start(self, job: Job) -> LocalLeg:
-        return LocalLeg(job, self._placement, self._node_id, self.sampling)
+        return LocalLeg(job, self._placement, self._node_id, self._settings)
 
     async def tokenize(
         self,
@@ -72,7 +73,7 @@ class LocalBackend:
         engine = await self._acquired(job.model)
         answered = False
         try:
-            sampling = resolve(job, self.sampling, engine.ready.defaults)
+            sampling = resolve(job, self._settings.config.sampling, engine.ready.defaults)
             add = to_add(job, sampling)
             mailbox = engine.ask(Tokenize(add, tokens, plain, job.inputs, count))
             (item,) = await mailbox.take()
@@ -106,10 +107,10 @@ class LocalLeg:
     """See `gateway.backend.Leg`."""
 
     def __init__(
-        self, job: Job, placement: Placement, node_id: str, sampling: SamplingConfig
+        self, job: Job, placement: Placement, node_id: str, settings: LiveSettings
     ) -> None:
         self._job, self._placement = job, placement
-        self._node_id, self._sampling = node_id, sampling
+        self._node_id, self._settings = node_id, settings
         self._engine: EngineProcess | None = None  # once it has the job
         self._cancelled = False
 
@@ -130,7 +131,8 @@ class LocalLeg:
         ended = False
         try:
             ready = engine.ready
-            sampling = job.settled or resolve(job, self._sampling, ready.defaults)
+            defaults = self._settings.config.sampling
+            sampling = job.settled or resolve(job, defaults, ready.defaults)
             mailbox = engine.submit(to_add(job, sampling) if job.inputs is None else to_embed(job))
             self._engine = engine
             if self._is_cancelled():
@@ -138,7 +140,7 @@ class LocalLeg:
             yield Started(
                 self._node_id,
                 engine.model_digest,
-                EngineInfo(ready.build, ready.device),
+                EngineBuild(ready.build, ready.device),
                 sampling,
                 ready.tool_style,
                 ready.thinks,

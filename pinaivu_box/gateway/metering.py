@@ -27,13 +27,14 @@ from pinaivu_box.receipts.receipt import (
     total_cost,
     utc_text,
 )
+from pinaivu_box.settings import LiveSettings
 from pinaivu_box.store.database import Database
 from pinaivu_box.store.requests import RequestRow, StoredReceipt, settle
 
 
 class Meter:
-    def __init__(self, identity: Identity, database: Database, currency: str) -> None:
-        self.currency = currency
+    def __init__(self, identity: Identity, database: Database, settings: LiveSettings) -> None:
+        self._settings = settings
         self._identity = identity
         self._database = database
 
@@ -81,7 +82,8 @@ class Meter:
 
     def _price(self, prices: Prices) -> Price:
         cached = prices.prompt if prices.cached is None else prices.cached
-        return Price(self.currency, prices.prompt, cached, prices.completion)
+        currency = self._settings.config.pricing.currency
+        return Price(currency, prices.prompt, cached, prices.completion)
 
     async def _prove(
         self, account: RequestAccount, price: Price

@@ -23,6 +23,7 @@ from pinaivu_box.gateway.mailbox import Mailbox
 from pinaivu_box.gateway.metering import Meter
 from pinaivu_box.gateway.metrics import Metrics
 from pinaivu_box.gateway.records import ChoiceRecord, RequestAccount
+from pinaivu_box.settings import LiveSettings
 
 log = logging.getLogger("pinaivu.request")
 
@@ -96,13 +97,14 @@ class Request:
     """One running request.  `events` ends with Finished or Failed."""
 
     def __init__(self, admitted: AdmittedRequest, runner: Runner, meter: Meter) -> None:
-        grant = admitted.grant
-        self.account = RequestAccount(admitted.jobs, admitted.key.id, admitted.prices, grant.period)
+        reservation = admitted.reservation
+        self.account = RequestAccount(
+            admitted.jobs, admitted.key.id, admitted.prices, reservation.period
+        )
         self.events: Mailbox[RequestEvent] = Mailbox()
         self.cancelled = False
         self.status = 0  # HTTP's, set when it ends
-        self._admitted, self._meter = admitted, meter
-        self._turn = grant.turn
+        self._reservation, self._meter = reservation, meter
         self._refused: ApiError | None = None
         self._wake = asyncio.Event()
         self._runs = [self._run_of(choice, runner) for choice in self.account.choices]
@@ -143,7 +145,8 @@ class Request:
             last = Failed(InternalError("The box failed on this request; its log says why."))
         finally:
             account = self.account
-            self._admitted.end(account.prompt_tokens + account.completion_tokens, account.cost)
+            tokens = account.prompt_tokens + account.completion_tokens
+            self._reservation.settle(tokens, account.cost)
         if self._refused is not None:
             last = Failed(self._refused)
         self._say(last)
@@ -153,9 +156,10 @@ class Request:
 
     async def _wait_for_turn(self) -> None:
         """For a place among the requests of the same key."""
-        if self._turn.is_set():
+        turn = self._reservation.turn
+        if turn.is_set():
             return
-        waits = [asyncio.create_task(event.wait()) for event in (self._turn, self._wake)]
+        waits = [asyncio.create_task(event.wait()) for event in (turn, self._wake)]
         await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
         for wait in waits:
             wait.cancel()
@@ -269,10 +273,9 @@ class RunningRequests:
         runner: Runner,
         meter: Meter,
         metrics: Metrics,
-        places: int,
+        settings: LiveSettings,
     ) -> None:
-        """`places`: sequences that run at a time in an engine."""
-        self.places = places
+        self._settings = settings
         self._elsewhere: Callable[[str], bool] = lambda _: False
         self._runner, self._meter, self._metrics = runner, meter, metrics
         self._running: dict[asyncio.Task[RequestEvent], Request] = {}
@@ -303,12 +306,12 @@ class RunningRequests:
         key was stopped with if that was after `since` (monotonic), when the request came."""
         when, error = self._stopped.get(admitted.key.id, (-math.inf, None))
         if error is not None and when >= since:
-            admitted.end(0, 0)
+            admitted.reservation.settle(0, 0)
             raise error
         model_id, count = admitted.jobs[0].model.id, len(admitted.jobs)
         wait = waited + self._expected_wait(admitted)
         if timeout is not None and wait > timeout:
-            admitted.end(0, 0)
+            admitted.reservation.settle(0, 0)
             raise too_late(wait, timeout)
         request = Request(admitted, self._runner, self._meter)
         task = asyncio.create_task(request.run())
@@ -334,11 +337,12 @@ class RunningRequests:
         """Seconds until it starts, if those before it take as long as others did lately."""
         model_id = admitted.jobs[0].model.id
         seconds = self._service.get(model_id, 0.0)
-        before = self._by_model[model_id] + len(admitted.jobs) - self.places
+        sequences = self._settings.config.engine.max_sequences  # that run at a time
+        before = self._by_model[model_id] + len(admitted.jobs) - sequences
         if self._elsewhere(model_id):
             before = 0
-        wait = max(0, before) * seconds / self.places
-        ahead, places = admitted.grant.ahead, admitted.key.policy.max_parallel or 1
+        wait = max(0, before) * seconds / sequences
+        ahead, places = admitted.reservation.ahead, admitted.key.policy.max_parallel or 1
         return max(wait, ahead * seconds / places)
 
     def _end(self, task: asyncio.Task[RequestEvent]) -> None:

@@ -132,7 +132,7 @@ class Boxes:
 
     @property
     def settings(self) -> RoutingSettings:
-        return self._selector.settings
+        return self._selector.settings()
 
     async def choose(self, job: Job, tried: Collection[str]) -> Box | NoNodesAvailable:
         """The box for a leg of the job, none of those that were `tried`; or why there is none."""

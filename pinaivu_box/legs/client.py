@@ -30,7 +30,7 @@ from pinaivu_box.legs.verify import LegVerifier, ProtocolViolation, counts
 from pinaivu_box.receipts.receipt import (
     ACCEPTANCE_DOMAIN,
     VERSION,
-    EngineInfo,
+    EngineBuild,
     cost,
 )
 from pinaivu_box.routing.candidates import Destination
@@ -242,7 +242,7 @@ class PeerLeg:
         return Started(
             self._to.node_id,
             message.digest,
-            EngineInfo(message.build, message.device),
+            EngineBuild(message.build, message.device),
             message.sampling,
             message.tool_style,
             message.thinks,

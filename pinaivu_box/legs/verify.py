@@ -23,7 +23,7 @@ from pinaivu_box.receipts import commitment
 from pinaivu_box.receipts.receipt import (
     MARK_DOMAIN,
     VERSION,
-    EngineInfo,
+    EngineBuild,
     Proof,
     SignedProof,
     canonical,
@@ -196,7 +196,7 @@ class LegVerifier:
             "node_id": self._to.node_id,
             "model": job.model.id,
             "model_digest": self._to.digest,
-            "engine": EngineInfo(began.build, began.device),
+            "engine": EngineBuild(began.build, began.device),
             "sampling": sampling_record(began.sampling, job.max_tokens),
             "prompt_commitment": self._prompt_commitment,
             "output_commitment": self.output.commitment,

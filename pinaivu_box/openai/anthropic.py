@@ -9,10 +9,10 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 
 from pinaivu_box.errors import InvalidBody
 from pinaivu_box.openai import parameters
-from pinaivu_box.openai.fields import Passed
+from pinaivu_box.openai.fields import IgnoredFields
 from pinaivu_box.openai.types import (
-    MOST_STOPS,
-    MOST_TOOLS,
+    MAX_STOP_STRINGS,
+    MAX_TOOLS,
     FunctionName,
     Identifier,
     KeepAlive,
@@ -107,13 +107,13 @@ class CountTokensRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     model: Text
     messages: Annotated[list[AnthropicMessage], Meta(min_length=1)]
     system: str | list[TextBlock] | None = None
-    tools: Annotated[list[AnthropicTool], Meta(max_length=MOST_TOOLS)] | None = None
+    tools: Annotated[list[AnthropicTool], Meta(max_length=MAX_TOOLS)] | None = None
     tool_choice: AnthropicChoice | None = None
     thinking: Thinking | None = None
 
     @staticmethod
-    def prepare(raw: dict[str, Any], passed: Passed) -> None:
-        parameters.messages(raw, passed)
+    def prepare(raw: dict[str, Any], ignored: IgnoredFields) -> None:
+        parameters.messages(raw, ignored)
 
 
 class MessagesRequest(CountTokensRequest, frozen=True, kw_only=True):
@@ -121,7 +121,7 @@ class MessagesRequest(CountTokensRequest, frozen=True, kw_only=True):
 
     max_tokens: TokenCount
     stream: bool = False
-    stop_sequences: Annotated[list[StopString], Meta(max_length=MOST_STOPS)] | None = None
+    stop_sequences: Annotated[list[StopString], Meta(max_length=MAX_STOP_STRINGS)] | None = None
     temperature: Annotated[float, Meta(ge=0, le=1)] | None = None
     top_p: Probability | None = None
     top_k: TopK | None = None
@@ -130,9 +130,9 @@ class MessagesRequest(CountTokensRequest, frozen=True, kw_only=True):
     keep_alive: KeepAlive | None = None
 
     @staticmethod
-    def prepare(raw: dict[str, Any], passed: Passed) -> None:
-        parameters.kept(raw, passed)
-        parameters.messages(raw, passed)
+    def prepare(raw: dict[str, Any], ignored: IgnoredFields) -> None:
+        parameters.keep_alive(raw, ignored)
+        parameters.messages(raw, ignored)
 
 
 class AnthropicUsage(Struct, frozen=True):

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from pinaivu_box.openai import parameters
-from pinaivu_box.openai.fields import Passed
+from pinaivu_box.openai.fields import IgnoredFields
 from pinaivu_box.openai.types import ContextShift, Sampled, Text, TextOrTokens, Usage
 
 Tokens = Annotated[list[Annotated[int, Meta(ge=0, lt=2**31)]], Meta(min_length=1)]
@@ -26,8 +26,8 @@ class CompletionRequest(Sampled, frozen=True, kw_only=True):
     max_tokens: Annotated[int, Meta(ge=-1, le=2**31 - 1)] | None = None
 
     @staticmethod
-    def prepare(raw: dict[str, Any], passed: Passed) -> None:
-        parameters.completion(raw, passed)
+    def prepare(raw: dict[str, Any], ignored: IgnoredFields) -> None:
+        parameters.completion(raw, ignored)
 
 
 class CompletionLogprobs(Struct, frozen=True):

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from pinaivu_box.openai import parameters
-from pinaivu_box.openai.fields import Passed
+from pinaivu_box.openai.fields import IgnoredFields
 from pinaivu_box.openai.types import Identifier, KeepAlive, Text, TextOrTokens
 
 
@@ -22,8 +22,8 @@ class EmbeddingRequest(Struct, frozen=True, forbid_unknown_fields=True):
     keep_alive: KeepAlive | None = None
 
     @staticmethod
-    def prepare(raw: dict[str, Any], passed: Passed) -> None:
-        parameters.embedding(raw, passed)
+    def prepare(raw: dict[str, Any], ignored: IgnoredFields) -> None:
+        parameters.embedding(raw, ignored)
 
 
 class OneEmbedding(Struct, frozen=True):

@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from pinaivu_box.chat_format import THINK, THOUGHT, Style, overlap
-from pinaivu_box.openai.tools import as_input
+from pinaivu_box.openai.tools import custom_input
 from pinaivu_box.text import encodable
 
 
@@ -52,7 +52,7 @@ _HEAD = re.compile(
     r'\s*\{\s*(?:"type"\s*:\s*"function"\s*,\s*)?"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,'
     r'\s*"(?:arguments|parameters)"\s*:\s*(?=\{)'
 )
-_LONGEST_HEAD = 4096  # characters; it is looked for at every token
+_MAX_HEAD_CHARACTERS = 4096  # characters; it is looked for at every token
 
 
 class Reader:
@@ -65,13 +65,13 @@ class Reader:
         style: Style | None,
         names: Collection[str] = (),
         *,
-        customs: Collection[str] = (),
+        custom_tools: Collection[str] = (),
         thinks: bool = False,
         thinking: bool = False,
     ) -> None:
         self._style = style
         self._names = names
-        self._customs = customs
+        self._custom_tools = custom_tools
         self._custom: str | None = None  # so far the arguments of a custom tool's call
         self._buffer = ""
         self._calls = 0
@@ -163,7 +163,7 @@ class Reader:
         trigger = self._style.trigger if self._style else ""
         opening = self._style.opening.removeprefix(trigger) if self._style else ""
         rest = self._buffer.lstrip().removeprefix(opening)
-        head = _HEAD.match(rest[:_LONGEST_HEAD])
+        head = _HEAD.match(rest[:_MAX_HEAD_CHARACTERS])
         # Decoded once it is complete: at every token that would take as long as all before it.
         whole = _object(rest) if head is None and self._has_ended(rest) else None
         if head is not None and (name := _string(head[1])) in self._names:
@@ -211,7 +211,7 @@ class Reader:
         self._custom += said
         if not end:
             return []
-        text, self._custom = as_input(self._custom), None
+        text, self._custom = custom_input(self._custom), None
         return [Arguments(self._calls - 1, text, custom=True)] if text else []
 
     def _value_ends(self, text: str) -> int | None:
@@ -262,7 +262,7 @@ class Reader:
         self._calls += 1
         self._held = ""
         self._blank = bool(self._style and self._style.trigger)  # without one there is one call
-        custom = name in self._customs
+        custom = name in self._custom_tools
         self._custom = "" if custom else None
         return ParsedCall(self._calls - 1, f"call_{secrets.token_hex(12)}", name, custom)
 

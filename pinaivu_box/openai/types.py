@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from pinaivu_box.openai import parameters
-from pinaivu_box.openai.fields import Passed
+from pinaivu_box.openai.fields import IgnoredFields
 from pinaivu_box.text import TOKEN_ID, whole
 
 Text = Annotated[str, Meta(min_length=1)]
@@ -153,7 +153,7 @@ class NamedCustom(Struct, frozen=True, forbid_unknown_fields=True, tag="custom",
 
 class AllowedSet(Struct, frozen=True, forbid_unknown_fields=True):
     mode: Literal["auto", "required"]
-    tools: Annotated[list[Tool | CustomTool], Meta(max_length=MOST_TOOLS)]
+    tools: Annotated[list[Tool | CustomTool], Meta(max_length=MAX_TOOLS)]
 
 
 class AllowedTools(
@@ -224,9 +224,9 @@ class ContextShift(Struct, frozen=True):
 Choices = Annotated[int, Meta(ge=1, le=128)]
 Probability = Annotated[float, Meta(gt=0, le=1)]
 TopK = Annotated[int, Meta(ge=0, le=2**31 - 1)]
-MOST_STOPS = 64
-StopStrings = StopString | Annotated[list[StopString], Meta(max_length=MOST_STOPS)]
-MOST_TOOLS = 1024
+MAX_STOP_STRINGS = 64
+StopStrings = StopString | Annotated[list[StopString], Meta(max_length=MAX_STOP_STRINGS)]
+MAX_TOOLS = 1024
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
 Tier = Literal["auto", "default", "flex", "priority", "scale"]
 # Accepted as OpenAI documents it: sixteen pairs of text.
@@ -275,8 +275,8 @@ class Sampled(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     pinaivu: Extension | None = None
 
     @staticmethod
-    def prepare(raw: dict[str, Any], passed: Passed) -> None:
-        parameters.sampled(raw, passed)
+    def prepare(raw: dict[str, Any], ignored: IgnoredFields) -> None:
+        parameters.sampled(raw, ignored)
 
 
 class ChatRequest(Sampled, frozen=True, kw_only=True):
@@ -288,7 +288,7 @@ class ChatRequest(Sampled, frozen=True, kw_only=True):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     response_format: TextFormat | JsonFormat | SchemaFormat | None = None
-    tools: Annotated[list[Tool | CustomTool], Meta(max_length=MOST_TOOLS)] | None = None
+    tools: Annotated[list[Tool | CustomTool], Meta(max_length=MAX_TOOLS)] | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: Effort | None = None
@@ -304,8 +304,8 @@ class ChatRequest(Sampled, frozen=True, kw_only=True):
     continue_final_message: bool | None = None
 
     @staticmethod
-    def prepare(raw: dict[str, Any], passed: Passed) -> None:
-        parameters.chat(raw, passed)
+    def prepare(raw: dict[str, Any], ignored: IgnoredFields) -> None:
+        parameters.chat(raw, ignored)
 
 
 # Text or tokens, or a list of such; msgspec knows one kind of list in a union.
@@ -342,7 +342,7 @@ class ChoiceLogprobs(Struct, frozen=True):
     refusal: None = None
 
 
-class AnswerMessage(Struct, frozen=True, omit_defaults=True):
+class Answer(Struct, frozen=True, omit_defaults=True):
     """The message of a choice."""
 
     content: str | None
@@ -354,7 +354,7 @@ class AnswerMessage(Struct, frozen=True, omit_defaults=True):
 
 class Choice(Struct, frozen=True):
     index: int
-    message: AnswerMessage
+    message: Answer
     finish_reason: str
     logprobs: ChoiceLogprobs | None = None
 

@@ -63,10 +63,10 @@ class Candidates:
         peers: Callable[[], Sequence[Peer]],
         resting: CircuitBreaker,
         reputation: Reputation,
-        ceilings: SpendingLimits,
+        spending: SpendingLimits,
     ) -> None:
         self.me = me
-        self.ceilings = ceilings
+        self.spending = spending
         self.changes = Changes()
         self._catalog, self._prices, self._currency = catalog, prices, currency
         self._load, self._placement, self._peers = load, placement, peers
@@ -190,7 +190,7 @@ class Candidates:
         if job.peers is not None and not {peer.node_id, peer.name} & set(job.peers):
             refuses = "is not among the peers that the key allows"
         currency, most = peer.advert.currency if peer.advert else "", _most(offer.price, job)
-        refuses = refuses or self.ceilings.why_not(peer.node_id, offer.price, currency, most)
+        refuses = refuses or self.spending.refusal(peer.node_id, offer.price, currency, most)
         return Candidate(
             node_id=peer.node_id,
             model=offer.id,
@@ -219,7 +219,7 @@ class Candidates:
     def sent(self, job: Job, node_id: str) -> None:
         """It goes there: the conversation's next request finds a warm cache there."""
         self._under_way.setdefault(node_id, {})[job.id] = time.monotonic()
-        self.ceilings.began(node_id, job.id, self._most_at(node_id, job))
+        self.spending.reserve(node_id, job.id, self._most_at(node_id, job))
         key = _conversation(job)
         self._conversations[key] = (node_id, time.monotonic())
         self._conversations.move_to_end(key)
@@ -228,7 +228,7 @@ class Candidates:
 
     def ended(self, job: Job, node_id: str) -> None:
         self._under_way.get(node_id, {}).pop(job.id, None)
-        self.ceilings.ended(node_id, job.id)
+        self.spending.release(node_id, job.id)
         self.changes.notify()
 
     def _most_at(self, node_id: str, job: Job) -> int:

@@ -37,7 +37,7 @@ class Selector:
         digest: Callable[[Model], Awaitable[str]],
         currency: Callable[[], str],
         ask_loads: Callable[[str], Awaitable[None]],
-        settings: RoutingSettings,
+        settings: Callable[[], RoutingSettings],
     ) -> None:
         self.settings = settings
         self._candidates = candidates
@@ -49,7 +49,7 @@ class Selector:
         """The decision, and the digest of the file at the chosen node ("" if there is none).
         `tried` are nodes that are not to be asked again."""
         here = "" if job.model.remote else await self._digest(job.model)
-        await self._candidates.ceilings.look()
+        await self._candidates.spending.read_debts()
         request = self._request(job, here, tried)
         candidates = self._candidates.of(job, here)
         decision = self._route(candidates, request)
@@ -63,20 +63,20 @@ class Selector:
         return decision, self._pin(job, decision, candidates, request)
 
     def _request(self, job: Job, here: str, tried: Collection[str]) -> RoutingRequest:
-        pinned = job.digest or self._pinned.get(job.request_id)
+        settings, pinned = self.settings(), job.digest or self._pinned.get(job.request_id)
         return RoutingRequest(
             model=job.model.id,
             digest=pinned or here or job.model.recorded_digest,
             tokens=sum(tokens_of(job)),
             currency=self._currency(),
-            policy=job.routing or self.settings.policy,
-            same_name=self.settings.same_name and pinned is None,
+            policy=job.routing or settings.policy,
+            same_name=settings.same_name and pinned is None,
             local_only=job.local_only,
             tried=tried,
         )
 
     def _route(self, candidates: list[Candidate], request: RoutingRequest) -> Decision:
-        return route(candidates, request, self._random, self.settings.weights)
+        return route(candidates, request, self._random, self.settings().weights)
 
     def _pin(
         self,

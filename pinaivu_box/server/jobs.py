@@ -15,7 +15,7 @@ from pinaivu_box.errors import InvalidBody
 from pinaivu_box.gateway.backend import Job, committed
 from pinaivu_box.models.catalog import Model
 from pinaivu_box.openai.request import max_tokens, normalise, stop_strings, text_of
-from pinaivu_box.openai.tools import functions, wanted
+from pinaivu_box.openai.tools import chosen_tools, functions
 from pinaivu_box.openai.types import (
     ChatRequest,
     Function,
@@ -89,7 +89,7 @@ def grammar(text: str) -> Constraint:
 def _tools(body: ChatRequest) -> Tools | None:
     if not body.tools or body.tool_choice == "none":
         return None
-    choice, callable_ = wanted(body.tool_choice)
+    choice, callable_ = chosen_tools(body.tool_choice)
     known = functions(body.tools)
     return Tools(
         json_text([_function(one) for one in known], "tools"),

@@ -40,13 +40,13 @@ from pinaivu_box.store.audit import Actor
 from pinaivu_box.store.database import Database
 from pinaivu_box.transport import wire
 from pinaivu_box.transport.transport import Link, Stream
-from tests.peering.books import entry
-from tests.peering.people import PEOPLE
-from tests.peering.worlds import soon
+from tests.support.keys import IDENTITIES
+from tests.support.ledger_entries import entry
 from tests.support.memory_transport import MemoryNetwork, MemoryTransport
+from tests.support.waiting import soon
 
 pytestmark = pytest.mark.anyio
-A, B, C = PEOPLE[:3]
+A, B, C = IDENTITIES[:3]
 
 
 @dataclass

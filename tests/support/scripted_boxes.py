@@ -17,34 +17,37 @@ from typing import Any, cast
 from ulid import ULID
 
 from pinaivu_box.amount import Prices
-from pinaivu_box.config import EngineConfig, PeeringConfig, SamplingConfig
+from pinaivu_box.config import Config, SamplingConfig
 from pinaivu_box.engine.messages import SamplingDefaults
 from pinaivu_box.errors import ApiError, EngineLost, ModelNotFound, NoNodesAvailable
 from pinaivu_box.gateway.admission import AdmittedRequest
 from pinaivu_box.gateway.backend import Event, Job, Output, Prompt, Proved, Started
 from pinaivu_box.gateway.local import resolve
 from pinaivu_box.gateway.metering import prove
-from pinaivu_box.gateway.quota import Grant, Spending
+from pinaivu_box.gateway.quota import Limits, Quota, Reservation
 from pinaivu_box.gateway.records import LegRecord, RequestAccount
 from pinaivu_box.gateway.request import ChoiceOutput, Failed, Finished, Request, RequestEvent
 from pinaivu_box.legs.boxes import Boxes
 from pinaivu_box.legs.runner import LegRunner
 from pinaivu_box.models.catalog import Model, remote
 from pinaivu_box.receipts.commitment import Opening
-from pinaivu_box.receipts.receipt import EngineInfo, Price, sign_proof
+from pinaivu_box.receipts.receipt import EngineBuild, Price, sign_proof
 from pinaivu_box.routing.candidates import Candidates, Destination
 from pinaivu_box.routing.circuit_breaker import CircuitBreaker
 from pinaivu_box.routing.load import LoadTracker
 from pinaivu_box.routing.reputation import Reputation
 from pinaivu_box.routing.selector import RoutingSettings, Selector
 from pinaivu_box.routing.spending_limits import SpendingLimits
-from tests.peering.people import offer, person
+from pinaivu_box.settings import LiveSettings, Settings
+from tests.support.keys import known_identity
+from tests.support.records import offer
 
 MODEL = "scripted:1"
 DIGEST = "d" * 64
 TEXT = "The quick brown fox jumps over the lazy dog. " * 4
 PROMPT = [7, 8, 9]
-OWN = person(50)  # the identity of the box that takes the requests
+OWN = known_identity(50)  # the identity of the box that takes the requests
+SETTINGS = LiveSettings(Settings(Config()))  # those of every box
 
 
 class ScriptedLeg:
@@ -86,7 +89,7 @@ class ScriptedBox:
     """Each leg that begins takes the next script; the last one is for all that follow."""
 
     def __init__(self, number: int, *scripts: Script, peer: bool = True) -> None:
-        self.identity = person(60 + number) if peer else OWN
+        self.identity = known_identity(60 + number) if peer else OWN
         self.name, self.peer = f"peer-{number}" if peer else "own", peer
         self.legs: list[ScriptedLeg] = []
         self.offers = True  # whether it is to be found, if it is a peer
@@ -174,7 +177,9 @@ def silent() -> Script:
 
 def started(leg: ScriptedLeg) -> Started:
     sampling = leg.job.settled or resolve(leg.job, SamplingConfig(), SamplingDefaults())
-    return Started(leg.box.node_id, DIGEST, EngineInfo("scripted", "none"), sampling, "tags", False)
+    return Started(
+        leg.box.node_id, DIGEST, EngineBuild("scripted", "none"), sampling, "tags", False
+    )
 
 
 def token(at: int, *, first: bool = False, last: bool = False) -> Output:
@@ -268,16 +273,28 @@ def job(**more: Any) -> Job:
     return dataclasses.replace(base, **more)
 
 
+class WatchedQuota(Quota):
+    """Tells `settled` the tokens and the cost of each request that has ended."""
+
+    def __init__(self, settled: Callable[[int, int], None]) -> None:
+        super().__init__()
+        self._settled = settled
+
+    def end(self, reservation: Reservation, cost: int) -> None:
+        super().end(reservation, cost)
+        self._settled(reservation.tokens.amount, cost)
+
+
 def admitted(
     *jobs: Job, key: Any = None, end: Callable[[int, int], None] | None = None, turn: bool = True
 ) -> AdmittedRequest:
-    grant = Grant(0, Spending(), 0, [0.0, 0.0])
-    if turn:
-        grant.turn.set()
+    """A request that has its place already, or (`turn` False) waits for one that nobody leaves."""
+    limits = Limits("The key", max_parallel=1, max_queue=1)
+    quota = WatchedQuota(end or (lambda tokens, cost: None))
+    if not turn:
+        quota.reserve(limits)
     key = key or SimpleNamespace(id="key_1", policy=SimpleNamespace(max_parallel=None))
-    return AdmittedRequest(
-        list(jobs), key, Prices("0", "0"), grant, end or (lambda tokens, cost: None)
-    )
+    return AdmittedRequest(list(jobs), key, Prices("0", "0"), quota.reserve(limits))
 
 
 # -- what the code under test looks like -----------------------------------------------------------
@@ -307,17 +324,18 @@ class Network:
         self.own, self.peers = own, peers
         self.ledger = Ledger()
         placement: Any = SimpleNamespace(engines=[], failing=lambda model: None)
-        self.load = LoadTracker(placement, EngineConfig())
+        self.load = LoadTracker(placement, SETTINGS)
         self.reputation = Reputation(lambda: 0.0)
         self.breaker = CircuitBreaker(asyncio.get_running_loop().time, Random(1))
         self.candidates = Candidates(
             OWN.node_id, self._catalog, lambda model: Prices("0.001", "0.002"), lambda: "credits",
             self.load, placement, self._peers, self.breaker, self.reputation,
-            SpendingLimits(_no_debts, PeeringConfig()),
+            SpendingLimits(_no_debts, SETTINGS),
         )  # fmt: skip
-        policy = routing.pop("policy", "cheapest")
-        settings = RoutingSettings(policy=policy, hedge=hedge, **routing)
-        selector = Selector(self.candidates, _digest, lambda: "credits", _ask_loads, settings)
+        settings = RoutingSettings(**{"policy": "cheapest", "hedge": hedge, **routing})
+        selector = Selector(
+            self.candidates, _digest, lambda: "credits", _ask_loads, lambda: settings
+        )
         local = OwnBackend(own or ScriptedBox(0, peer=False))
         peers_: Any = _Peers(self)
         boxes = Boxes(
