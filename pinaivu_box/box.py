@@ -27,7 +27,8 @@ from pinaivu_box.gateway.request import RunningRequests
 from pinaivu_box.gossip.adverts import Facts
 from pinaivu_box.home import database_of, identity_of, lock, prepare_home
 from pinaivu_box.identity import Identity
-from pinaivu_box.ledger.settlement import Ledger
+from pinaivu_box.ledger.session import PURPOSE as LEDGER_PURPOSE
+from pinaivu_box.ledger.session import Ledger
 from pinaivu_box.legs.prompts import PromptReader
 from pinaivu_box.legs.recorder import LedgerRecorder
 from pinaivu_box.legs.runner import LegRunner
@@ -313,7 +314,7 @@ async def _peering(box: Box) -> AsyncIterator[None]:
         def rate() -> float:
             return box.config.peering.serve.copy_mb_per_s * 1e6
 
-        network.handlers["ledger"] = box.ledger.handle
+        network.handlers[LEDGER_PURPOSE] = box.ledger.handle
         network.handlers["model"] = FileServer(shared, box.database, rate).serve
         running = [
             asyncio.create_task(network.run()),

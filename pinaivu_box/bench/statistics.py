@@ -1,4 +1,4 @@
-"""From what happened when to figures.  Pure."""
+"""The figures of a run, from the times of its requests."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pinaivu_box.bench.run import Measured, RunPlan
 
 
 class Quantiles(msgspec.Struct, frozen=True):
-    """Of `n` values, in milliseconds."""
+    """Quantiles of `n` values, in milliseconds."""
 
     n: int
     mean: float
@@ -24,7 +24,7 @@ class Quantiles(msgspec.Struct, frozen=True):
 
 
 class TenantSummary(msgspec.Struct, frozen=True):
-    """`tokens` are those that came in the run's window."""
+    """`tokens` are those that arrived within the run."""
 
     name: str
     clients: int
@@ -36,7 +36,7 @@ class TenantSummary(msgspec.Struct, frozen=True):
 
 
 class IntruderSummary(msgspec.Struct, frozen=True):
-    """The long prompt, and the other streams' gaps while it was computed."""
+    """The long prompt, and the gaps of the other streams while it was processed."""
 
     prompt_tokens: int
     ttft_ms: float | None
@@ -45,20 +45,19 @@ class IntruderSummary(msgspec.Struct, frozen=True):
 
 
 class Summary(msgspec.Struct, frozen=True):
-    """One run.  Only requests that succeeded count, but for `errors`.
+    """The figures of a run.  Except for `errors`, only successful requests count.
 
-    seconds           from the first request to the last end; or the time that was asked for, and
-                      then tokens and requests that ended later do not count into the rates
-    completion_tokens as the servers count them (`usage`), else pieces of text: `tokens_from`
+    seconds           from the first request to the last end; or the requested duration, and then
+                      later tokens and requests do not count for the rates
+    completion_tokens as the server reports them (`usage`), or pieces of text: `tokens_from`
     ttft_ms           from before the connection is opened to the first text
-    gap_ms            between one arrival of text and the next within a stream; what comes in one
-                      read is one arrival
-    tokens_per_arrival 1.0 if every token came alone
+    gap_ms            between two arrivals of text in a stream; one read is one arrival
+    tokens_per_arrival 1.0 if every token arrived separately
     per_token_ms      of each request: (last text - first text) / (tokens - 1)
     latency_ms        from before the connection is opened to the end of the stream
-    jain_per_client   Jain's index over the tenants' tokens per client: 1 if all clients got alike
+    jain_per_client   Jain's index over the tenants' tokens per client: 1 if all got the same
     jain_per_tenant   the same over the tenants' tokens
-    client_load       share of one core that the measuring process used: near 1 it is the limit
+    client_load       share of a core that this process used; near 1, it is the bottleneck
     """
 
     seconds: float
@@ -84,11 +83,11 @@ class Summary(msgspec.Struct, frozen=True):
 
 
 def percentile(ordered: Sequence[float], share: float) -> float:
-    """Of values in ascending order, between two of them linearly; `share` is 0 to 1."""
-    place = (len(ordered) - 1) * share
-    below = int(place)
+    """A percentile of ascending values, interpolated linearly; `share` is from 0 to 1."""
+    position = (len(ordered) - 1) * share
+    below = int(position)
     above = min(below + 1, len(ordered) - 1)
-    return ordered[below] + (ordered[above] - ordered[below]) * (place - below)
+    return ordered[below] + (ordered[above] - ordered[below]) * (position - below)
 
 
 def quantiles(seconds: Iterable[float]) -> Quantiles | None:
@@ -107,18 +106,18 @@ def quantiles(seconds: Iterable[float]) -> Quantiles | None:
 
 
 def jain(values: Sequence[float]) -> float | None:
-    """Jain's fairness index: 1 if all are alike, 1/n if one has all; None if nobody has any."""
+    """Jain's fairness index: 1 if all are equal, 1/n if one has all; None if all are 0."""
     squares = sum(value * value for value in values)
     return sum(values) ** 2 / (len(values) * squares) if squares else None
 
 
 def ttft(outcome: RequestOutcome) -> float:
-    """Seconds; only of an outcome with arrivals."""
+    """The time to the first token in seconds; the outcome must have arrivals."""
     return outcome.arrivals[0] - outcome.started
 
 
 def gaps(outcome: RequestOutcome) -> list[float]:
-    """Seconds between arrivals."""
+    """The seconds between arrivals."""
     return [later - earlier for earlier, later in pairwise(outcome.arrivals)]
 
 
@@ -127,7 +126,7 @@ def succeeded(measured: Measured) -> list[RequestOutcome]:
 
 
 def tokens_until(outcome: RequestOutcome, end: float) -> float:
-    """Its tokens that had come by then, taking all its pieces of text to be equally long."""
+    """The tokens that arrived until `end`, if all pieces of text have the same length."""
     pieces = sum(outcome.deltas)
     if outcome.ended <= end or not pieces:
         return float(outcome.tokens if outcome.ended <= end else 0)
@@ -200,7 +199,7 @@ def _intruder(measured: Measured) -> IntruderSummary | None:
     if one is None:
         return None
     begin, end = one.started, one.arrivals[0] if one.arrivals else one.ended
-    # Every gap of which a part lies between the long prompt's arrival and its first token.
+    # The gaps that overlap the time from the start of the long prompt to its first token.
     meanwhile = [
         later - earlier
         for other in succeeded(measured)

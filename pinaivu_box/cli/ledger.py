@@ -111,14 +111,14 @@ def show(
 
     --json includes proofs and signatures.
     """
-    from pinaivu_box.ledger import statement as ledger_statement
+    from pinaivu_box.ledger import entry as ledger_entry
     from pinaivu_box.ledger.views import EntryView, entry_view, find
 
     own = own_node(home)
 
     async def work(database: Any) -> list[EntryView]:
         node = await find(database, peer, own)
-        stored = await ledger_statement.of_peer(database, node, limit=limit, statement=statement)
+        stored = await ledger_entry.of_peer(database, node, limit=limit, statement=statement)
         return [entry_view(entry) for entry in stored]
 
     entries = with_database(home, work)

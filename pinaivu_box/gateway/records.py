@@ -17,7 +17,7 @@ from pinaivu_box.receipts.commitment import Extras
 ENGINE_LOST = "engine_lost"  # finish reason of a leg whose engine died
 
 
-@dataclass
+@dataclass(eq=False)
 class LegRecord:
     """What one node did of a job.  `began` is monotonic, `started_at` Unix seconds.
 

@@ -85,16 +85,14 @@ class LegRun:
         chosen: LegAttempt | None = None
         try:
             chosen = await _Search(self, boxes, job).first_to_answer()
-            self.attempts.remove(chosen)
-            await self._leave_others()
-            self.attempts.append(chosen)
+            await self._leave_all_but(chosen)
             chosen.deliver_to(self._deliver)
             return await chosen.task
         finally:
             if chosen is not None:
                 await chosen.close()
-                self.attempts.clear()
-            await self._leave_others()
+            await self._leave_all_but(chosen)
+            self.attempts.clear()
 
     def attempt(self, box: Box) -> LegAttempt:
         """Have that box serve the leg."""
@@ -108,24 +106,26 @@ class LegRun:
     def _deliver(self, record: LegRecord, event: Event) -> None:
         if isinstance(event, Output):
             if event.finish_reason == "cancelled" and not record.begun:
-                self._choice.legs.remove(record)  # it only waited: there is nothing to pay for
+                self._choice.legs.pop()  # it only waited: there is nothing to pay for
         elif isinstance(event, Started):
             self._choice.begin(record)
         elif isinstance(event, Prompt):
             self._choice.read(event)
         self._take(event)
 
-    async def _leave_others(self) -> None:
+    async def _leave_all_but(self, chosen: LegAttempt | None) -> None:
         """What a peer has computed until it hears that another was quicker is owed to it: it is
         told to stop, and its proof is accepted, while the request goes on."""
-        for attempt in self.attempts:
+        for attempt in self.attempts.copy():
+            if attempt is chosen:
+                continue
+            self.attempts.remove(attempt)
             if attempt.box.is_peer:
                 attempt.leg.cancel()
                 self._runner.leaving.add(attempt.task)
                 attempt.task.add_done_callback(self._runner.leaving.discard)
             else:
                 await attempt.close()
-        self.attempts.clear()
 
 
 class LegAttempt:

@@ -9,7 +9,9 @@ from starlette.requests import Request
 
 from pinaivu_box.errors import Conflict, PeeringError
 from pinaivu_box.ledger import claims, views
+from pinaivu_box.ledger import entry as ledger_entry
 from pinaivu_box.ledger import statement as ledger_statement
+from pinaivu_box.ledger.session import PURPOSE
 from pinaivu_box.server.context import actor_of, box_of
 
 
@@ -61,7 +63,7 @@ async def list_balances(request: Request) -> BalanceList:
 async def list_entries(request: Request, peer: str, query: EntryPage) -> EntryList:
     database = box_of(request).database
     node_id = await _node_id(request, peer)
-    entries = await ledger_statement.of_peer(
+    entries = await ledger_entry.of_peer(
         database, node_id, limit=query.limit, statement=query.statement
     )
     return EntryList([views.entry_view(entry) for entry in entries])
@@ -82,11 +84,11 @@ async def settle(request: Request, peer: str) -> views.SettledView:
             "with 'pinaivu serve --peering'."
         )
     try:
-        stream = await box.network.open(node_id, "ledger")
+        stream = await box.network.open(node_id, PURPOSE)
         outcome = await box.ledger.settle(node_id, stream, by=actor_of(request))
     except PeeringError as error:
         raise Conflict(error.message) from error
-    return views.settled_view(outcome, await views.names(box.database))
+    return await views.settled_view(box.database, outcome)
 
 
 async def forgive(request: Request, peer: str) -> ForgivenView:
