@@ -61,7 +61,7 @@ class ArrivedRequest:
     def refused(self, error: ApiError) -> None:
         """A client that is told to wait, or that the box cannot serve it, has used up nothing."""
         if self.counted is not None and (isinstance(error, RateLimited) or error.status >= 500):
-            self._quota.uncount_request(self.counted)
+            self._quota.requests.correct(self.counted, 0)
         self.counted = None
 
 
@@ -205,23 +205,23 @@ class Admission:
         Raises what `check` and `Quota.reserve` do, and what the engine says if it cannot read the
         prompt.  May be cancelled.
         """
-        quota = await self._quotas.of(key.id)
         counted = None if arrival is None else arrival.counted
-        with quota.kept():
-            await check_writable(self._database)
-            jobs = [under(key, job) for job in jobs]
-            model, context = jobs[0].model, 0
-            least = self.prices(key, model).most(1, 0)
-            quota.check(limits_of(key), cost=least, counted=counted)
-            if key.policy.tpm is not None or key.policy.budget is not None:
-                jobs, context = await self._read(jobs)
-            # Body and prompt took their time: the key may be revoked now, the queue full.
-            key = await keys.get(self._database, key.id)
-            if (error := refusal(key)) is not None:
-                raise error
-            self._check(model, key, in_flight)
-            jobs = [under(key, job) for job in jobs]
-            admitted = self._reserve(key, quota, jobs, context, counted)
+        await check_writable(self._database)
+        jobs = [under(key, job) for job in jobs]
+        model, context = jobs[0].model, 0
+        quota, least = await self._quotas.of(key.id), self.prices(key, model).most(1, 0)
+        quota.check(limits_of(key), cost=least, counted=counted)
+        if key.policy.tpm is not None or key.policy.budget is not None:
+            jobs, context = await self._read(jobs)
+        # Body and prompt took their time: the key may be revoked now, the queue full.
+        key = await keys.get(self._database, key.id)
+        if (error := refusal(key)) is not None:
+            raise error
+        quota = await self._quotas.of(key.id)
+        # From here on nothing is awaited: of requests that come together each sees the others.
+        self._check(model, key, in_flight)
+        jobs = [under(key, job) for job in jobs]
+        admitted = self._reserve(key, quota, jobs, context, counted)
         if arrival is not None:
             arrival.admitted()
         return admitted
