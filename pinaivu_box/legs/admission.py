@@ -10,6 +10,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from msgspec.structs import asdict
+
 from pinaivu_box import amount
 from pinaivu_box.errors import Conflict
 from pinaivu_box.gateway.backend import Job
@@ -27,6 +29,10 @@ from pinaivu_box.ledger.entry import Balance
 from pinaivu_box.policy import PeerPolicy
 from pinaivu_box.routing.changes import Changes
 from pinaivu_box.routing.load import LoadTracker
+from pinaivu_box.settings import LiveSettings
+from pinaivu_box.store import peer_settings
+from pinaivu_box.store.database import Database
+from pinaivu_box.store.peer_settings import PeerLimits
 
 _MAX_RECEIVING = 4  # tasks of a peer that are on their way here, of up to 16 MiB each
 _SIBLING_SECONDS = 5.0  # that a leg waits for another of its request
@@ -35,6 +41,26 @@ _COUNTED_RATIO = 2  # of the tokens a minute that a peer may have counted to tho
 _PRINCIPAL = "Your box"  # as sentences to a peer begin
 
 LegKey = tuple[str, int, int]  # request id, leg, choice
+
+
+class PeerPolicies:
+    """What each peer may have, kept in memory since each request asks for it."""
+
+    def __init__(self, database: Database, settings: LiveSettings) -> None:
+        self._database, self._settings = database, settings
+        self._limits: dict[str, PeerLimits] = {}
+
+    async def of(self, node_id: str) -> PeerPolicy:
+        """`[peering.serve]`, and what is set for that peer instead."""
+        limits = self._limits  # what is read now is of no use after a change
+        if node_id not in limits:
+            limits[node_id] = (await peer_settings.get(self._database, node_id)).limits
+        own = {name: v for name, v in asdict(limits[node_id]).items() if v is not None}
+        return PeerPolicy(**{**asdict(self._settings.config.peering.serve), **own})
+
+    def changed(self) -> None:
+        """The store has other settings now."""
+        self._limits = {}
 
 
 class PeerLedger(Protocol):
