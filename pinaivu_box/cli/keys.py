@@ -21,7 +21,7 @@ from pinaivu_box.cli.options import (
     wide_option,
 )
 from pinaivu_box.cli.render import Column, print_fields, print_json, print_list, time_text
-from pinaivu_box.errors import ApiError, CliError, InvalidBody, NotFound, NotRunning, UsageError
+from pinaivu_box.errors import CliError, InvalidValue, NotRunning, RowNotFound, UsageError
 from pinaivu_box.policy import SCOPES, Policy
 
 _PATH = "/v1/admin/keys"
@@ -144,7 +144,7 @@ def _create(
         for line, draft in numbered:
             try:
                 await batch.add(draft)
-            except (InvalidBody, NotFound) as error:
+            except (InvalidValue, RowNotFound) as error:
                 if source is None:
                     raise
                 raise at_line(source, line, _reason(error, create_account)) from error
@@ -297,10 +297,10 @@ def revoke(home: Path, as_json: bool, key: str, now: bool) -> None:
         _print_key(revoked, as_json)
 
 
-def _reason(error: ApiError, create_account: bool) -> str:
+def _reason(error: InvalidValue | RowNotFound, create_account: bool) -> str:
     """Why the key of a line cannot be created."""
-    if isinstance(error, InvalidBody):
-        return f"{error.loc[-1]}: {error.message}"
+    if isinstance(error, InvalidValue):
+        return f"{error.field.rpartition('.')[2]}: {error.message}"
     return error.message + ("" if create_account else " --create-account creates it.")
 
 

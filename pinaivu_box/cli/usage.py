@@ -61,7 +61,7 @@ def usage(
 
     currency = load_config(home, config).pricing.currency
     groups = tuple(dict.fromkeys(by)) or (("model",) if as_csv else ())
-    first, last = (day and parse_day("", day.date().isoformat()) for day in (since, until))
+    first, last = (day and parse_day(day.date().isoformat()) for day in (since, until))
 
     async def work(database: Any) -> UsageReport:
         return await usage(

@@ -22,6 +22,7 @@ import msgspec
 
 from pinaivu_box.config import RetentionConfig, parse_duration
 from pinaivu_box.store.database import Database
+from pinaivu_box.store.times import now_ms
 
 log = logging.getLogger("pinaivu.retention")
 
@@ -73,7 +74,7 @@ async def apply_hourly(database: Database, policy: Callable[[], RetentionConfig]
     """Until it is cancelled; what goes wrong is logged, and tried again an hour later."""
     while True:
         try:
-            now = await believed(database, time.time_ns() // 1_000_000)
+            now = await believed(database, now_ms())
             await apply(database, policy(), now)
         except Exception:
             log.exception("old rows could not be deleted, the next hour tries again")

@@ -6,7 +6,6 @@ import asyncio
 import csv
 import io
 import re
-import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -15,9 +14,9 @@ import msgspec
 from msgspec import UNSET, Struct, UnsetType
 
 from pinaivu_box.amount import to_text
-from pinaivu_box.errors import InvalidBody
 from pinaivu_box.store.database import Database
-from pinaivu_box.store.usage import BYS, By, Labels, Sums, UsageFilter, Who, busiest, usage
+from pinaivu_box.store.times import now_ms
+from pinaivu_box.store.usage import By, Labels, Sums, UsageFilter, Who, busiest, usage
 
 DAY_MS = 86_400_000
 _DAY = re.compile("[0-9]{4}-[0-9]{2}-[0-9]{2}")
@@ -187,31 +186,14 @@ def _percentiles(counts: Counter[int]) -> Percentiles | None:
     return Percentiles(*found) if found else None
 
 
-def grouping(text: str | None) -> tuple[By, ...]:
-    """`"day,model"` -> `("day", "model")`.  Raises InvalidBody."""
-    asked = [] if text is None else [part.strip() for part in text.split(",")]
-    known = {name: name for name in BYS}
-    for name in asked:
-        if name not in known or asked.count(name) > 1:
-            raise InvalidBody(
-                f"'{name[:50]}' is not among {', '.join(BYS)}, or is there twice",
-                loc=("query", "group_by"),
-            )
-    return tuple(known[name] for name in asked)  # type: ignore[index]
-
-
-def parse_day(name: str, text: str | None) -> int | None:
-    """`YYYY-MM-DD`, midnight UTC, as Unix milliseconds; None stays None.  Raises InvalidBody."""
-    if text is None:
-        return None
+def parse_day(text: str) -> int:
+    """`YYYY-MM-DD` as the Unix milliseconds of its midnight in UTC.  Raises ValueError."""
     try:
-        if not _DAY.fullmatch(text):  # strptime takes digits of every script
+        if not _DAY.fullmatch(text):  # strptime accepts digits of every script
             raise ValueError
         moment = datetime.strptime(text, "%Y-%m-%d").replace(tzinfo=UTC)
     except ValueError:
-        raise InvalidBody(
-            f"'{text[:50]}' is not a date: write it as YYYY-MM-DD", loc=("query", name)
-        ) from None
+        raise ValueError(f"'{text[:50]}' is not a date: write it as YYYY-MM-DD") from None
     return int(moment.timestamp() * 1000)
 
 
@@ -223,7 +205,7 @@ def span(first: int | None, last: int | None) -> tuple[int | None, int | None]:
     """
     if last is not None:
         return first, last + DAY_MS
-    return first, None if first is None else max(first, time.time_ns() // 1_000_000) + 1
+    return first, None if first is None else max(first, now_ms()) + 1
 
 
 def to_csv(made: UsageReport, by: tuple[By, ...]) -> str:
