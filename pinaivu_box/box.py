@@ -29,6 +29,7 @@ from pinaivu_box.home import database_of, identity_of, lock, prepare_home
 from pinaivu_box.identity import Identity
 from pinaivu_box.ledger.session import PURPOSE as LEDGER_PURPOSE
 from pinaivu_box.ledger.session import Ledger
+from pinaivu_box.legs.prompts import PromptReader
 from pinaivu_box.legs.recorder import LedgerRecorder
 from pinaivu_box.legs.runner import LegRunner
 from pinaivu_box.legs.wiring import Pool
@@ -115,9 +116,9 @@ class Box:
         return self.settings.catalog
 
     @property
-    def prompts(self) -> LocalBackend | LegRunner:
+    def prompts(self) -> LocalBackend | PromptReader:
         """Who reads prompts that are not to be run."""
-        return self.local if self.pool is None else self.pool.dispatch
+        return self.local if self.pool is None else self.pool.prompts
 
     def models(self, policy: Policy) -> list[Model]:
         """What a key with that policy may use."""
@@ -349,8 +350,8 @@ def _pool(box: Box, network: Network, policies: PeerPolicies) -> Pool:
         recorder=LedgerRecorder(box.database, box.identity.node_id),
         writable=lambda: check_writable(box.database),
     )
-    box.admission.share(pool.dispatch, pool.candidates)
-    box.requests.send(pool.dispatch, pool.candidates.offered)
+    box.admission.share(pool.prompts, pool.candidates)
+    box.requests.use(pool.runner, pool.candidates.offered)
     return pool
 
 
@@ -376,7 +377,8 @@ def _join(
     metrics = Metrics(placement)
     admission = Admission(live, local, database)
     traffic = LoadTracker(placement, live)
-    requests = RunningRequests(local, meter, metrics, live)
+    runner = LegRunner(identity.node_id, local)
+    requests = RunningRequests(runner, meter, metrics, live)
     placement.waiting = requests.in_flight
     return Box(
         settings=live,

@@ -69,7 +69,7 @@ def test_a_setting_of_the_socket_is_named_as_not_changed(box: Box) -> None:
     done = pinaivu_json("reload", home=box.home)
     assert set(done["restart"]) == {"server.host", "server.cors_origins"}
     printed = pinaivu("reload", home=box.home).stdout  # it stays said until it is done
-    assert "server.host holds when the box is started anew" in printed
+    assert "server.host takes effect when the box is restarted" in printed
     assert ask(box).choices
 
 

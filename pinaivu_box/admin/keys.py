@@ -22,8 +22,8 @@ async def ls(
     Raises RowNotFound.
     """
     account_id = None if account is None else (await accounts.find(database, account)).id
-    found = await keys.ls(database, account_id, after=after, limit=limit + 1)
-    return page_of(found, limit, key_view)
+    stored = await keys.ls(database, account_id, after=after, limit=limit + 1)
+    return page_of(stored, limit, key_view)
 
 
 async def create(database: Database, draft: Draft, by: Actor) -> NewKey:

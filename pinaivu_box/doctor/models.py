@@ -199,7 +199,7 @@ async def _one_token(model: Model, config: EngineConfig) -> str:
     where = ""
     try:
         async with asyncio.timeout(config.start_seconds):
-            async for event in LocalBackend(placement, "", settings).serve(job, []):
+            async for event in LocalBackend(placement, "", settings).start(job).events():
                 if isinstance(event, Started):
                     where = f"on {event.engine.device} ({event.engine.build})"
                 elif isinstance(event, Output) and event.tokens:

@@ -12,10 +12,12 @@ from pinaivu_box.gateway.placement import Placement
 from pinaivu_box.identity import Identity
 from pinaivu_box.legs import wire as leg_wire
 from pinaivu_box.legs.admission import LegAdmission
-from pinaivu_box.legs.client import PeerBackend
+from pinaivu_box.legs.boxes import Boxes
+from pinaivu_box.legs.client import PeerClient
 from pinaivu_box.legs.large_messages import LargeMessages
+from pinaivu_box.legs.prompts import PromptReader
 from pinaivu_box.legs.recorder import LedgerRecorder
-from pinaivu_box.legs.runner import LegRunner, RoutingSettings
+from pinaivu_box.legs.runner import LegRunner
 from pinaivu_box.legs.server import LegServer
 from pinaivu_box.models.catalog import Model
 from pinaivu_box.network.network import Network
@@ -25,6 +27,7 @@ from pinaivu_box.routing.circuit_breaker import CircuitBreaker
 from pinaivu_box.routing.load import LoadTracker
 from pinaivu_box.routing.reputation import Reputation
 from pinaivu_box.routing.router import Weights
+from pinaivu_box.routing.selector import RoutingSettings, Selector
 from pinaivu_box.routing.spending_limits import SpendingLimits
 from pinaivu_box.settings import LiveSettings
 
@@ -50,29 +53,26 @@ class Pool:
         self.reputation = Reputation(lambda: began + time.monotonic())
         self._settings = settings
         self._large = LargeMessages()
-        resting = CircuitBreaker(time.monotonic, Random())  # noqa: S311, it only spreads requests
+        breaker = CircuitBreaker(time.monotonic, Random())  # noqa: S311, it only spreads requests
         self.candidates = Candidates(
             identity.node_id, lambda: settings.catalog, self._prices, self._currency, load,
-            placement, network.peers, resting, self.reputation,
+            placement, network.peers, breaker, self.reputation,
             SpendingLimits(recorder.debts, settings),
         )  # fmt: skip
-        self.dispatch = LegRunner(
-            self.candidates,
-            local,
-            PeerBackend(identity, network, recorder.keep, self._large),
-            load,
-            resting,
-            self.reputation,
-            placement.digest_of,
-            self._currency,
-            self._routing,
+        selector = Selector(
+            self.candidates, placement.digest_of, self._currency, network.look, self._routing
         )
+        peers = PeerClient(identity, network, recorder.keep, self._large)
+        self.boxes = Boxes(selector, self.candidates, local, peers, load, breaker, self.reputation)
+        self.runner = LegRunner(identity.node_id, local, self.boxes)
+        self.prompts = PromptReader(local, peers, self.candidates, selector)
         self.serving = LegServer(
             identity, local, load, lambda name: settings.catalog.find(name), self._prices,
             self._currency, LegAdmission(policy, recorder, load), recorder.keep,
             placement.digest_of, writable, self._large,
         )  # fmt: skip
         network.handlers[leg_wire.PURPOSE] = self.serving.handle
+        network.peers_changed = self.candidates.changes.notify
         load.changed = network.changed
 
     def close(self) -> None:

@@ -68,6 +68,8 @@ class Network:
         self.name = _name(settings().name or socket.gethostname())
         self._settings = settings
         self.handlers: dict[str, Handler] = {}
+        # Called when `peers` may tell something else: as a link is made, and with each tick.
+        self.peers_changed: Callable[[], None] = lambda: None
         self.gossip: Gossip | None = None
         self._identity, self._transport, self._database = identity, transport, database
         self._describe, self._random = describe, random or Random()  # noqa: S311 - to spread load, not to hide anything
@@ -179,6 +181,7 @@ class Network:
 
     def _tick(self) -> None:
         self._seen = None
+        self.peers_changed()
         try:
             if self.gossip is not None:
                 self.gossip.facts = self._facts()
@@ -300,6 +303,7 @@ class Network:
         self._remembered = 0.0  # with the next round
         gossip.linked(held.peer)
         self._seen = None
+        self.peers_changed()
 
         def hear(frame: bytes) -> None:
             self._seen = None

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 from statistics import median
 
 from pinaivu_box.config import EngineConfig
-from pinaivu_box.gateway.metering import LegRecord
 from pinaivu_box.gateway.placement import Placement
+from pinaivu_box.gateway.records import LegRecord
 from pinaivu_box.models.catalog import Model
 from pinaivu_box.settings import LiveSettings
 

@@ -20,11 +20,13 @@ from pinaivu_box.errors import PeeringError
 from pinaivu_box.gateway.backend import Event, Job
 from pinaivu_box.gateway.local import LocalBackend
 from pinaivu_box.gateway.placement import Placement
+from pinaivu_box.gateway.records import ChoiceRecord
 from pinaivu_box.gossip.adverts import Advert
 from pinaivu_box.gossip.loads import ReportedLoad
 from pinaivu_box.identity import Identity
 from pinaivu_box.ledger.entry import Balance
 from pinaivu_box.legs.client import AcceptedLeg
+from pinaivu_box.legs.runner import LegRun
 from pinaivu_box.legs.server import Served
 from pinaivu_box.legs.wiring import Pool
 from pinaivu_box.membership.signed import key_of
@@ -208,8 +210,23 @@ class PoolNode:
         return replace(base, **more)
 
     async def ask(self, **more: Any) -> list[Event]:
-        job = self.job(**more)
-        return [event async for event in self.pool.dispatch.serve(job, [])]
+        """All events of a job, and of its legs."""
+        return await self.serve(ChoiceRecord(self.job(**more)))
+
+    async def serve(
+        self, choice: ChoiceRecord, watch: Callable[[LegRun, list[Event]], None] | None = None
+    ) -> list[Event]:
+        """All events of a choice; `watch` sees each when it comes."""
+        events: list[Event] = []
+
+        def take(event: Event) -> None:
+            events.append(event)
+            if watch is not None:
+                watch(run, events)
+
+        run = self.pool.runner.start(choice, take)
+        await run.run()
+        return events
 
 
 async def _digest(model: Model) -> str:

@@ -147,7 +147,7 @@ VIOLATIONS: dict[str, tuple[Violation, str]] = {
     "no proof in the proof": (text_of_proof(lambda t: "[]"), NONE),
     "a proof nested too deeply": (text_of_proof(lambda t: "[" * 90_000), NONE),
     "no proof at all": (Violation(proved=lambda _: None), "it gave no proof"),
-    "two proofs": (Violation(proved=lambda p: [p, p]), "out of turn"),
+    "two proofs": (Violation(proved=lambda p: [p, p]), "unexpected message"),
     "another file": (began(digest=ELSE), "another file"),
     "another seed": (Violation(sampling={"seed": 8}), "draws otherwise"),
     "a penalty": (Violation(sampling={"presence_penalty": 1.0}), "draws otherwise"),
@@ -156,16 +156,16 @@ VIOLATIONS: dict[str, tuple[Violation, str]] = {
     "a temperature that is no number": (Violation(began=nan), "draws otherwise"),
     "a top-k that is none": (Violation(sampling={"top_k": -1}), "draws otherwise"),
     "a way of writing calls that is none": (began(tool_style="runes"), "tool"),
-    "two beginnings": (Violation(began=lambda one: [one, one]), "out of turn"),
-    "no beginning": (Violation(began=lambda _: None), "out of turn"),
-    "two prompts": (Violation(read=lambda one: [one, one]), "out of turn"),
-    "no prompt": (Violation(read=lambda _: None), "out of turn"),
+    "two beginnings": (Violation(began=lambda one: [one, one]), "unexpected message"),
+    "no beginning": (Violation(began=lambda _: None), "unexpected message"),
+    "two prompts": (Violation(read=lambda one: [one, one]), "unexpected message"),
+    "no prompt": (Violation(read=lambda _: None), "unexpected message"),
     "a prompt without end": (
         Violation(read=lambda one: replace(one, tokens=[1] * 100_000)), "prompt"
     ),
     "a mark of nothing": (Violation(mark=lambda _: "00" * 64), "mark"),
     "an output that is empty": (
-        Violation(first=lambda one: replace(one, outputs=[])), "out of turn"
+        Violation(first=lambda one: replace(one, outputs=[])), "unexpected message"
     ),
     "more tokens than were asked for": (Violation(count=21), "more tokens"),
     "much more text than tokens": (Violation(text=lambda text: text + "a" * 100_000), "text"),
