@@ -110,7 +110,7 @@ PLANNED = {
     "last minute of a key": requests.SINCE,
     **{f"old {table}": statement for table, statement in retention.OLD_ROWS.items()},
     "responses that ran": responses.FAIL_UNFINISHED,
-    **dict(zip(("receipts anew", "responses anew"), retention.DATED_ANEW, strict=True)),
+    **dict(zip(("receipts anew", "responses anew"), retention.NEW_DATES, strict=True)),
     "hours of usage": retention.HOURS,
     "hours of refusals": retention.HOURS_OF_REFUSALS,
     "days": retention.DAYS,

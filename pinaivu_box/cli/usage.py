@@ -114,15 +114,15 @@ def _print(report: Any, by: tuple[str, ...], wide: bool) -> None:
 
 def _labels(groups: Any, by: tuple[Any, ...]) -> list[tuple[str, ...]]:
     """Names instead of ids; if several have the same name, with their ids."""
-    from pinaivu_box.store.usage_report import NAMED
+    from pinaivu_box.store.usage_report import NAME_FIELDS
 
     columns = []
     for kind in by:
         ids = [getattr(group, kind) for group in groups]
-        if kind not in NAMED:
+        if kind not in NAME_FIELDS:
             columns.append([text or UNKNOWN for text in ids])
             continue
-        names = [getattr(group, NAMED[kind]) for group in groups]
+        names = [getattr(group, NAME_FIELDS[kind]) for group in groups]
         pairs = list(zip(names, ids, strict=True))
         uses = Counter(name for name, _ in set(pairs))
         columns.append([_label(name, id_, uses[name]) for name, id_ in pairs])

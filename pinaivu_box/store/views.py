@@ -21,11 +21,11 @@ from pinaivu_box.store.times import now_ms, time_text
 
 
 class Settings(Policy, frozen=True, omit_defaults=False):
-    """A policy with every setting in it."""
+    """A policy with all its settings, also those with default values."""
 
 
 class AccountView(Struct, frozen=True):
-    """`keys` are those that are not revoked."""
+    """`keys` counts those that are not revoked."""
 
     id: str
     name: str
@@ -37,8 +37,8 @@ class AccountView(Struct, frozen=True):
 
 
 class KeyView(Struct, frozen=True):
-    """`old_until`: till then the secret before the last rotation works too.  `spent` is of the
-    budget, in its present period."""
+    """The secret before the last rotation is valid until `old_until`.  `spent` is of the budget, in
+    its present period."""
 
     id: str
     account: str
@@ -58,20 +58,20 @@ class KeyView(Struct, frozen=True):
     tokens: int
     amount: str
     spent: str | None
-    stopped: int | UnsetType = UNSET  # running requests, if that was asked for
-    warning: str | UnsetType = UNSET  # of settings that do not do what they seem to
+    stopped: int | UnsetType = UNSET  # running requests, with now=true
+    warning: str | UnsetType = UNSET  # of settings without effect
     request_id: str | UnsetType = UNSET
 
 
 class NewKey(KeyView, frozen=True, kw_only=True):
-    """`key` is the secret: it is shown only now."""
+    """`key` is the secret, which is shown only here."""
 
     key: str
 
 
 class AuditEntry(Struct, frozen=True):
-    """Who (`actor`: a key's id, or cli:USER) did what from where; `detail` says what was set.
-    `actor_name` and `target_name`: what they are called today, null if they have no names."""
+    """An action of `actor` (a key's id, or cli:USER); `detail` has what was set.  `actor_name` and
+    `target_name` are their present names, null if they have none."""
 
     id: int
     at: str
@@ -107,7 +107,7 @@ def audit_view(entry: audit.AuditEntry, names: Mapping[str, str]) -> AuditEntry:
 
 
 def parse_time(text: str) -> int:
-    """A date, or a date and time (UTC unless it says otherwise), as Unix milliseconds.
+    """A date, or a date and time, as Unix milliseconds; in UTC unless it has an offset.
 
     Raises ValueError.
     """
