@@ -223,8 +223,8 @@ async def _connect(path: Path) -> aiosqlite.Connection:
 
 
 async def _use_wal(connection: aiosqlite.Connection) -> None:
-    # The first switch of a new file needs a lock that another process may hold; SQLite does not wait
-    # for that one by itself.
+    # The first switch of a new file needs a lock that another process may hold.  SQLite does not
+    # wait for that one by itself.
     deadline = time.monotonic() + _BUSY_SECONDS
     while True:
         try:
