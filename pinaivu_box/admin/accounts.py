@@ -5,11 +5,11 @@ from __future__ import annotations
 from msgspec import UNSET, UnsetType
 
 from pinaivu_box.admin.page import Page, page_of
+from pinaivu_box.admin.views import AccountView, account_view
 from pinaivu_box.store import accounts
 from pinaivu_box.store.accounts import Role
 from pinaivu_box.store.audit import Actor
 from pinaivu_box.store.database import Database
-from pinaivu_box.store.views import AccountView, account_view
 
 
 async def ls(database: Database, *, after: str = "", limit: int) -> Page[AccountView]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pinaivu_box.admin.page import Page, page_of
+from pinaivu_box.admin.views import KeyView, NewKey, key_view, new_key_view
 from pinaivu_box.config import PricingConfig, parse_span
 from pinaivu_box.errors import RowConflict
 from pinaivu_box.policy import LONGEST_LIFE, UNPRICED, Policy, free_of_charge
@@ -11,7 +12,6 @@ from pinaivu_box.store.audit import Actor
 from pinaivu_box.store.database import Database
 from pinaivu_box.store.keys import Key
 from pinaivu_box.store.new_keys import Draft, NewKeys
-from pinaivu_box.store.views import KeyView, NewKey, key_view, new_key_view
 
 
 async def ls(

@@ -126,9 +126,9 @@ def _create(
     home: Path, source: Path | None, numbered: list[tuple[int, Any]], create_account: bool
 ) -> list[Any]:
     """Create the keys of numbered lines, all or none.  Errors name the line of a file."""
+    from pinaivu_box.admin.views import new_key_view
     from pinaivu_box.cli.key_files import at_line
     from pinaivu_box.store.new_keys import NewKeys
-    from pinaivu_box.store.views import new_key_view
 
     async def work(database: Any) -> list[Any]:
         batch = NewKeys(database, actor(), new_accounts=create_account)
@@ -312,7 +312,7 @@ def _stop(home: Path, method: str, path: str, body: Any = None) -> None:
 def _print_key(key: Any, as_json: bool) -> None:
     from msgspec import to_builtins
 
-    from pinaivu_box.store.views import key_view
+    from pinaivu_box.admin.views import key_view
 
     view = key_view(key)
     if as_json:

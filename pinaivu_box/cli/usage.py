@@ -53,8 +53,8 @@ def usage(
     A peer (or node) is the box that served a request, which may be this one.
     """
     from pinaivu_box.admin.usage import usage
+    from pinaivu_box.admin.usage_report import UsageReport, parse_day, to_csv
     from pinaivu_box.store import accounts, keys
-    from pinaivu_box.store.usage_report import UsageReport, parse_day, to_csv
 
     currency = load_config(home, config).pricing.currency
     groups = tuple(dict.fromkeys(by)) or (("model",) if as_csv else ())
@@ -114,7 +114,7 @@ def _print(report: Any, by: tuple[str, ...], wide: bool) -> None:
 
 def _labels(groups: Any, by: tuple[Any, ...]) -> list[tuple[str, ...]]:
     """Names instead of ids; if several have the same name, with their ids."""
-    from pinaivu_box.store.usage_report import NAME_FIELDS
+    from pinaivu_box.admin.usage_report import NAME_FIELDS
 
     columns = []
     for kind in by:

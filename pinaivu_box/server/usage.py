@@ -7,6 +7,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from pinaivu_box.admin.usage import usage as report
+from pinaivu_box.admin.usage_report import UsageReport, parse_day, to_csv
 from pinaivu_box.box import Box
 from pinaivu_box.errors import Forbidden, InvalidBody
 from pinaivu_box.server.auth import key_of
@@ -14,7 +15,6 @@ from pinaivu_box.server.context import box_of
 from pinaivu_box.store import accounts, keys
 from pinaivu_box.store.keys import Key
 from pinaivu_box.store.usage import BYS, By
-from pinaivu_box.store.usage_report import UsageReport, parse_day, to_csv
 
 _KEY_ID_CHARACTERS = len("key_") + 26
 

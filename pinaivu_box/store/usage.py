@@ -114,6 +114,16 @@ def ranked(wanted: UsageFilter, who: Who, limit: int) -> Statement:
     )
 
 
+async def names_of(database: Database, kind: Who, ids: set[str]) -> dict[str, str]:
+    """The names of keys or accounts, also of revoked and removed ones."""
+    name = "coalesce(nullif(name, ''), prefix || '...' || last_four)" if kind == "key" else "name"
+    rows = await database.scan(
+        f"SELECT id, {name} FROM {kind}s WHERE id IN (SELECT value FROM json_each(?))",
+        (msgspec.json.encode(sorted(ids)).decode(),),
+    )
+    return {row[0]: row[1] for row in rows}
+
+
 _TOTALS = ("requests", "prompt_tokens", "cached_tokens", "completion_tokens", "amount")
 
 

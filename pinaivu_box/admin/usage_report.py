@@ -16,7 +16,7 @@ from msgspec import UNSET, Struct, UnsetType
 from pinaivu_box.amount import to_text
 from pinaivu_box.store.database import Database
 from pinaivu_box.store.times import now_ms
-from pinaivu_box.store.usage import By, Labels, Sums, UsageFilter, Who, busiest, usage
+from pinaivu_box.store.usage import By, Labels, Sums, UsageFilter, Who, busiest, names_of, usage
 
 DAY_MS = 86_400_000
 _DAY = re.compile("[0-9]{4}-[0-9]{2}-[0-9]{2}")
@@ -109,19 +109,9 @@ async def report(
     for kind in ("key", "account"):
         if kind in by:
             position = by.index(kind)
-            names[kind] = await _names(database, kind, {labels[position] for labels in groups})
+            names[kind] = await names_of(database, kind, {labels[position] for labels in groups})
     more = len(only or ()) > MAX_KEYS
     return await asyncio.to_thread(_report, models, groups, by, names, more, currency)
-
-
-async def _names(database: Database, kind: Who, ids: set[str]) -> dict[str, str]:
-    """The names of keys or accounts, also of revoked and removed ones."""
-    name = "coalesce(nullif(name, ''), prefix || '...' || last_four)" if kind == "key" else "name"
-    rows = await database.scan(
-        f"SELECT id, {name} FROM {kind}s WHERE id IN (SELECT value FROM json_each(?))",
-        (msgspec.json.encode(sorted(ids)).decode(),),
-    )
-    return {row[0]: row[1] for row in rows}
 
 
 def _report(
