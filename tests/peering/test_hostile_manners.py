@@ -11,6 +11,7 @@ import msgspec
 import pytest
 from msgspec.structs import replace
 
+from pinaivu_box.engine.messages import TokenLogprob
 from pinaivu_box.legs import client as peers
 from pinaivu_box.legs import wire as leg_wire
 from pinaivu_box.transport.transport import Stream
@@ -120,7 +121,7 @@ async def test_who_falls_silent_in_the_middle(
 
 
 def probed(*values: float, top: int = 0) -> Violation:
-    found = [leg_wire.TokenLogprob(b"a", one, [(b"b", one)] * top) for one in values]
+    found = [TokenLogprob(b"a", one, [(b"b", one)] * top) for one in values]
     return first(logprobs=found)
 
 
