@@ -249,14 +249,14 @@ def load(
 
 def differences(old: Struct, new: Struct, path: str = "") -> list[str]:
     """The dotted names of the settings in which two configurations differ."""
-    found = []
+    names = []
     for name in old.__struct_fields__:
         before, after = getattr(old, name), getattr(new, name)
         if isinstance(before, Section) and isinstance(after, Section):
-            found += differences(before, after, f"{path}{name}.")
+            names += differences(before, after, f"{path}{name}.")
         elif before != after:
-            found.append(f"{path}{name}")
-    return found
+            names.append(f"{path}{name}")
+    return names
 
 
 def _read(path: Path) -> dict[str, Any]:

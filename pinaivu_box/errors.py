@@ -1,8 +1,8 @@
 """All errors that users see, in one tree.
 
 The `message` is a sentence that says what is wrong and what to do about it.  Errors below
-`ApiError` become HTTP answers through `server.envelope`; errors below `CliError` become one line
-on stderr and an exit code.
+`ApiError` become HTTP answers through `server.error_responses`; errors below `CliError` become one
+line on stderr and an exit code.
 
     BoxError
     ├── CliError                    exit 1   the command failed
@@ -202,16 +202,18 @@ class ContextOverflow(BadRequest):
         that of its chats, then what some look for in the text only (the code, the wording of its
         responses), and llama.cpp's names of the numbers.
         """
-        found = f"{tokens} tokens" if exact else f"at least {tokens} tokens"
+        amount = f"{tokens} tokens" if exact else f"at least {tokens} tokens"
         if param is None:
-            said = f"your messages resulted in {found}. Please reduce the length of the messages."
+            consequence = (
+                f"your messages resulted in {amount}. Please reduce the length of the messages."
+            )
         else:
-            said = (
-                f"you requested {found} ({tokens} in your prompt; 0 for the completion). "
+            consequence = (
+                f"you requested {amount} ({tokens} in your prompt; 0 for the completion). "
                 "Please reduce your prompt."
             )
         return cls(
-            f"This model's maximum context length is {context} tokens. However, {said} "
+            f"This model's maximum context length is {context} tokens. However, {consequence} "
             f"({cls.code}: your input exceeds the context window of this model; "
             f"n_prompt_tokens: {tokens}, n_ctx: {context})",
             param=param,
@@ -349,10 +351,10 @@ class PeerUnreachable(NoNodesAvailable):
 
 
 def _descendants(root: type[ApiError]) -> list[type[ApiError]]:
-    found = [root]
+    kinds = [root]
     for child in root.__subclasses__():
-        found += _descendants(child)
-    return found
+        kinds += _descendants(child)
+    return kinds
 
 
 def by_code(code: str, message: str, param: str | None = None) -> ApiError:

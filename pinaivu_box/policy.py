@@ -59,16 +59,15 @@ class Budget(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True
 class Policy(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """The settings of a key.
 
-    `models`: globs of model ids, empty for all.  `networks`: CIDR, empty for everywhere.  `rpm` and
-    `tpm`: requests and tokens in any 60 seconds.  `max_parallel` requests run at a time; up to
-    `max_queue` more wait, the next gets a 429.  `weight` is the share of a busy engine beside other
-    keys.  With the scope `local-only` nothing of it leaves this box, and it shares cached prefixes
-    with no other key; otherwise it may go to `peers` (names or node ids; empty for all), and where
-    it goes `routing` says instead of `[peering] policy`; "never" is as good as `local-only`.  With
-    `strict` fields of a request that mean nothing here are refused, instead of passed over and
-    named in the answer; `lenient` changes nothing, and keys of earlier versions have it.
-    `prices` are by glob of a model id: the price of 1,000 tokens, or several; the first that fits
-    counts.
+    `models`: globs of model ids, empty for all.  `networks`: CIDR, empty for all.  `rpm` and `tpm`:
+    maximum requests and tokens in any 60 seconds.  `max_parallel` requests run at the same time; up
+    to `max_queue` more wait, further ones get a 429.  `weight` is the share of a busy engine
+    relative to other keys.  With the scope `local-only` its requests stay on this box, and share
+    cached prefixes with no other key; otherwise they may go to `peers` (names or node ids; empty
+    for all), and `routing` overrides `[peering] policy`; "never" is the same as `local-only`.  With
+    `strict`, fields of a request that are not supported are refused instead of ignored and named in
+    the answer; `lenient`, of earlier versions, has no effect.  `prices`: the price of 1,000 tokens,
+    or several, by glob of model ids; the first match applies.
     """
 
     scopes: tuple[Scope, ...] = MEMBER_SCOPES
@@ -107,9 +106,9 @@ class Policy(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True
 
     def prices_of(self, model_id: str) -> Prices | None:
         """The key's own prices of a model, None if it has none."""
-        for glob, given in self.prices.items():
+        for glob, prices in self.prices.items():
             if fnmatchcase(model_id, glob):
-                return amount.prices(given)
+                return amount.prices(prices)
         return None
 
 
@@ -152,10 +151,10 @@ def changed(policy: Policy, changes: dict[str, Any]) -> Policy:
     Raises msgspec.ValidationError; `check` it then.
     """
     merged = {**msgspec.to_builtins(policy), **changes}
-    made = msgspec.convert({name: v for name, v in merged.items() if v is not None}, Policy)
-    if made.scopes == (LOCAL_ONLY,):  # and otherwise as usual
-        return msgspec.structs.replace(made, scopes=(*MEMBER_SCOPES, LOCAL_ONLY))
-    return made
+    result = msgspec.convert({name: v for name, v in merged.items() if v is not None}, Policy)
+    if result.scopes == (LOCAL_ONLY,):  # which grants nothing by itself
+        return msgspec.structs.replace(result, scopes=(*MEMBER_SCOPES, LOCAL_ONLY))
+    return result
 
 
 def check(policy: Policy) -> None:
@@ -171,9 +170,9 @@ def check(policy: Policy) -> None:
         raise ValueError("max_queue needs max_parallel: without it, requests never wait")
     if policy.budget is not None:
         _check_budget(policy.budget)
-    for glob, given in policy.prices.items():
+    for glob, prices in policy.prices.items():
         try:
-            amount.prices(given)
+            amount.prices(prices)
         except ValueError as error:
             raise ValueError(f'prices."{glob}" is {error}') from None
 
@@ -206,14 +205,14 @@ def check_new(budget: Budget) -> None:
 def free_of_charge(policy: Policy, pricing: PricingConfig) -> bool:
     """Whether no model that the key may use has a price, so that a budget has no effect."""
 
-    def costs(given: str | Prices) -> bool:
-        return amount.prices(given).most(1, 1) > 0
+    def costs(price: str | Prices) -> bool:
+        return amount.prices(price).most(1, 1) > 0
 
     if any(map(costs, policy.prices.values())):
         return False
-    prices = {name: given for name, given in pricing.models.items() if policy.serves(name)}
+    prices = {name: price for name, price in pricing.models.items() if policy.serves(name)}
     if not policy.models or any(glob not in pricing.models for glob in policy.models):
         prices[_ANY] = pricing.per_1k_tokens
     return not any(
-        costs(given) and policy.prices_of(name) is None for name, given in prices.items()
+        costs(price) and policy.prices_of(name) is None for name, price in prices.items()
     )

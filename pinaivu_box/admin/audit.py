@@ -22,17 +22,17 @@ async def ls(
 
     `target` is a key, an account or a peer, by name or id.
     """
-    found = await audit.ls(
+    entries = await audit.ls(
         database,
         since=since,
         targets=None if target is None else await _targets(database, target),
         after=after,
         limit=limit + 1,
     )
-    names = await audit.names(database, found)
-    if any(entry.target.startswith(NODE_PREFIX) for entry in found):
+    names = await audit.names(database, entries)
+    if any(entry.target.startswith(NODE_PREFIX) for entry in entries):
         names |= await peer_names.names(database)
-    return page_of(found, limit, lambda entry: audit_view(entry, names))
+    return page_of(entries, limit, lambda entry: audit_view(entry, names))
 
 
 async def _targets(database: Database, name: str) -> list[str]:

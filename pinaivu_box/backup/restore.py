@@ -146,10 +146,10 @@ def _sync_file(path: Path) -> None:
 
 def _check_identity(path: Path, manifest: Manifest) -> None:
     try:
-        found = identity.load_or_create(path).node_id
+        node_id = identity.load_or_create(path).node_id
     except CliError:
         raise BadBackup("its identity.key is damaged") from None
-    if found != manifest.node_id:
+    if node_id != manifest.node_id:
         raise BadBackup("its identity.key does not belong to the node in its manifest")
 
 

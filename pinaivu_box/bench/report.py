@@ -81,12 +81,12 @@ def notes(targets: list[Target], runs: list[BenchRun]) -> Iterator[str]:
     """Sentences about what may make the figures misleading."""
     for number, target in enumerate(targets):
         own = [run.summary for run in runs if run.target == number]
-        if example := next((one.error_example for one in own if one.error_example), ""):
+        if example := next((summary.error_example for summary in own if summary.error_example), ""):
             yield f"{target.url}: first error: {example.rstrip('.')}."
-        for one in own:
-            if one.intruder and one.intruder.error:
-                yield f"{target.url}: the intruder failed: {one.intruder.error.rstrip('.')}."
-        if any("deltas" in one.tokens_from for one in own):
+        for summary in own:
+            if summary.intruder and summary.intruder.error:
+                yield f"{target.url}: the intruder failed: {summary.intruder.error.rstrip('.')}."
+        if any("deltas" in summary.tokens_from for summary in own):
             yield f"{target.url} reports no usage: its tokens are counted by pieces of text."
     if any(run.summary.client_load > _MAX_CLIENT_LOAD for run in runs):
         yield "This client used nearly a whole core: it may be the bottleneck, not the server."
@@ -95,11 +95,11 @@ def notes(targets: list[Target], runs: list[BenchRun]) -> Iterator[str]:
 def _counts(targets: int, runs: list[BenchRun]) -> Iterator[list[str]]:
     empty = [""] if targets > 1 else []
     own = [[run.summary for run in runs if run.target == number] for number in range(targets)]
-    yield ["requests", *(f"{sum(one.requests for one in each):,}" for each in own), *empty]
+    yield ["requests", *(f"{sum(summary.requests for summary in each):,}" for each in own), *empty]
     kinds: list[Counter[str]] = [Counter() for _ in own]
     for counter, each in zip(kinds, own, strict=True):
-        for one in each:
-            counter.update(one.errors)
+        for summary in each:
+            counter.update(summary.errors)
     for kind in dict.fromkeys(kind for counter in kinds for kind in counter):
         yield [f"errors: {kind}", *(f"{counter[kind]:,}" for counter in kinds), *empty]
     yield ["prompt tokens, mean", *(_mean(each, "prompt_tokens") for each in own), *empty]
@@ -109,11 +109,11 @@ def _counts(targets: int, runs: list[BenchRun]) -> Iterator[list[str]]:
 
 def _mean(summaries: list[Any], name: str) -> str:
     """The mean per request; "-" for what the server does not report."""
-    requests = sum(one.requests for one in summaries)
-    told = name == "completion_tokens" or any(one.prompt_tokens for one in summaries)
+    requests = sum(summary.requests for summary in summaries)
+    told = name == "completion_tokens" or any(summary.prompt_tokens for summary in summaries)
     if not requests or not told:
         return "-"
-    return f"{sum(getattr(one, name) for one in summaries) / requests:,.1f}"
+    return f"{sum(getattr(summary, name) for summary in summaries) / requests:,.1f}"
 
 
 def _label(name: str) -> str | None:

@@ -171,7 +171,7 @@ class _Run:
         return outcome
 
     def _steady(self) -> bool:
-        streaming = sum(1 for one in self._outcomes if one.arrivals and not one.ended)
-        ended = sum(1 for one in self._outcomes if one.ended)
+        streaming = sum(1 for outcome in self._outcomes if outcome.arrivals and not outcome.ended)
+        ended = sum(1 for outcome in self._outcomes if outcome.ended)
         clients = self._plan.clients
         return streaming >= clients or ended >= _STEADY_ROUNDS * clients

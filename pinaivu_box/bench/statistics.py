@@ -122,7 +122,7 @@ def gaps(outcome: RequestOutcome) -> list[float]:
 
 
 def succeeded(measured: Measured) -> list[RequestOutcome]:
-    return [one for one in measured.outcomes if not one.error]
+    return [outcome for outcome in measured.outcomes if not outcome.error]
 
 
 def tokens_until(outcome: RequestOutcome, end: float) -> float:
@@ -136,29 +136,29 @@ def tokens_until(outcome: RequestOutcome, end: float) -> float:
 
 def summarise(measured: Measured, plan: RunPlan) -> Summary:
     good = succeeded(measured)
-    bad = [one for one in measured.outcomes if one.error]
+    bad = [outcome for outcome in measured.outcomes if outcome.error]
     seconds = max(measured.end - measured.begin, 1e-9)
     tenants = [_tenant(number, measured, plan) for number in range(len(plan.tenants))]
-    arrived = sum(len(one.arrivals) for one in good)
+    arrived = sum(len(outcome.arrivals) for outcome in good)
     several = len(tenants) > 1
     return Summary(
         seconds=seconds,
         requests=len(good),
-        errors=dict(Counter(one.error for one in bad).most_common()),
-        error_example=next((one.detail for one in bad if one.detail), ""),
-        requests_per_s=sum(1 for one in good if one.ended <= measured.end) / seconds,
-        tokens_per_s=sum(tokens_until(one, measured.end) for one in good) / seconds,
-        completion_tokens=sum(one.tokens for one in good),
-        prompt_tokens=sum(one.prompt_tokens for one in good),
-        cached_tokens=sum(one.cached_tokens for one in good),
+        errors=dict(Counter(outcome.error for outcome in bad).most_common()),
+        error_example=next((outcome.detail for outcome in bad if outcome.detail), ""),
+        requests_per_s=sum(1 for outcome in good if outcome.ended <= measured.end) / seconds,
+        tokens_per_s=sum(tokens_until(outcome, measured.end) for outcome in good) / seconds,
+        completion_tokens=sum(outcome.tokens for outcome in good),
+        prompt_tokens=sum(outcome.prompt_tokens for outcome in good),
+        cached_tokens=sum(outcome.cached_tokens for outcome in good),
         tokens_from=_source(good),
-        tokens_per_arrival=sum(one.tokens for one in good) / arrived if arrived else None,
-        ttft_ms=quantiles(ttft(one) for one in good if one.arrivals),
-        gap_ms=quantiles(gap for one in good for gap in gaps(one)),
-        per_token_ms=quantiles(_per_token(one) for one in good if _measures_speed(one)),
-        latency_ms=quantiles(one.ended - one.started for one in good),
-        jain_per_client=jain([one.tokens_per_client for one in tenants]) if several else None,
-        jain_per_tenant=jain([one.tokens for one in tenants]) if several else None,
+        tokens_per_arrival=sum(outcome.tokens for outcome in good) / arrived if arrived else None,
+        ttft_ms=quantiles(ttft(outcome) for outcome in good if outcome.arrivals),
+        gap_ms=quantiles(gap for outcome in good for gap in gaps(outcome)),
+        per_token_ms=quantiles(_per_token(outcome) for outcome in good if _measures_speed(outcome)),
+        latency_ms=quantiles(outcome.ended - outcome.started for outcome in good),
+        jain_per_client=jain([tenant.tokens_per_client for tenant in tenants]) if several else None,
+        jain_per_tenant=jain([tenant.tokens for tenant in tenants]) if several else None,
         tenants=tenants if several else [],
         intruder=_intruder(measured),
         client_load=measured.client_load,
@@ -166,7 +166,7 @@ def summarise(measured: Measured, plan: RunPlan) -> Summary:
 
 
 def _source(good: list[RequestOutcome]) -> str:
-    kinds = {"deltas" if one.usage_tokens is None else "usage" for one in good}
+    kinds = {"deltas" if outcome.usage_tokens is None else "usage" for outcome in good}
     return " and ".join(sorted(kinds)) or "nothing"
 
 
@@ -180,9 +180,9 @@ def _per_token(outcome: RequestOutcome) -> float:
 
 def _tenant(number: int, measured: Measured, plan: RunPlan) -> TenantSummary:
     tenant = plan.tenants[number]
-    own = [one for one in measured.outcomes if one.tenant == number]
-    good = [one for one in own if not one.error]
-    tokens = sum(tokens_until(one, measured.end) for one in good)
+    own = [outcome for outcome in measured.outcomes if outcome.tenant == number]
+    good = [outcome for outcome in own if not outcome.error]
+    tokens = sum(tokens_until(outcome, measured.end) for outcome in good)
     return TenantSummary(
         name=tenant.name,
         clients=tenant.clients,
@@ -190,15 +190,15 @@ def _tenant(number: int, measured: Measured, plan: RunPlan) -> TenantSummary:
         errors=len(own) - len(good),
         tokens=tokens,
         tokens_per_client=tokens / tenant.clients,
-        ttft_ms=quantiles(ttft(one) for one in good if one.arrivals),
+        ttft_ms=quantiles(ttft(outcome) for outcome in good if outcome.arrivals),
     )
 
 
 def _intruder(measured: Measured) -> IntruderSummary | None:
-    one = measured.intruder
-    if one is None:
+    intruder = measured.intruder
+    if intruder is None:
         return None
-    begin, end = one.started, one.arrivals[0] if one.arrivals else one.ended
+    begin, end = intruder.started, intruder.arrivals[0] if intruder.arrivals else intruder.ended
     # The gaps that overlap the time from the start of the long prompt to its first token.
     meanwhile = [
         later - earlier
@@ -207,8 +207,8 @@ def _intruder(measured: Measured) -> IntruderSummary | None:
         if later > begin and earlier < end
     ]
     return IntruderSummary(
-        prompt_tokens=one.prompt_tokens,
-        ttft_ms=1000 * ttft(one) if one.arrivals and not one.error else None,
-        error=one.detail or one.error,
+        prompt_tokens=intruder.prompt_tokens,
+        ttft_ms=1000 * ttft(intruder) if intruder.arrivals and not intruder.error else None,
+        error=intruder.detail or intruder.error,
         gap_ms=quantiles(meanwhile),
     )

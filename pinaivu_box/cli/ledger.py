@@ -12,7 +12,7 @@ import click
 from pinaivu_box.cli.client import path_of, request
 from pinaivu_box.cli.group import Group
 from pinaivu_box.cli.home import actor, load_config, own_node, with_database
-from pinaivu_box.cli.options import MAX_LIMIT, config_option, home_option, json_option, wide_option
+from pinaivu_box.cli.options import MAX_LIMIT, home_option, standard_options
 from pinaivu_box.cli.render import UNKNOWN, Column, money, print_json, print_list, time_text
 
 _PATH = "/v1/admin/ledger"
@@ -64,10 +64,7 @@ _STATEMENT_COLUMNS = (
 
 @click.group(cls=Group, invoke_without_command=True)
 @click.pass_context
-@home_option
-@config_option
-@json_option
-@wide_option
+@standard_options(config=True, wide=True)
 def ledger(
     context: click.Context, home: Path, config: Path | None, as_json: bool, wide: bool
 ) -> None:
@@ -92,9 +89,7 @@ def ledger(
 
 
 @ledger.command()
-@home_option
-@json_option
-@wide_option
+@standard_options(wide=True)
 @click.argument("peer")
 @click.option("--statement", metavar="ID", help="Only the entries of this statement.")
 @click.option(
@@ -129,8 +124,7 @@ def show(
 
 
 @ledger.command()
-@home_option
-@json_option
+@standard_options()
 @click.argument("peer")
 def settle(home: Path, as_json: bool, peer: str) -> None:
     """Settle with PEER: compare the ledgers, and sign statements.
@@ -149,8 +143,7 @@ def settle(home: Path, as_json: bool, peer: str) -> None:
 
 
 @ledger.command()
-@home_option
-@json_option
+@standard_options()
 @click.argument("peer")
 def forgive(home: Path, as_json: bool, peer: str) -> None:
     """Write off what PEER was served but has not accepted.
@@ -171,9 +164,7 @@ def forgive(home: Path, as_json: bool, peer: str) -> None:
 
 
 @ledger.command()
-@home_option
-@json_option
-@wide_option
+@standard_options(wide=True)
 @click.option("--peer", help="Only statements with this peer.")
 def statements(home: Path, as_json: bool, wide: bool, peer: str | None) -> None:
     """List the statements, newest first.

@@ -37,6 +37,7 @@ home_option: Decorator = click.option(
     "--home",
     type=click.Path(path_type=Path, file_okay=False),
     default=default_home,
+    show_default=False,
     callback=_complete_restore,
     help="Data directory.  [env: PINAIVU_HOME]",
 )
@@ -47,6 +48,16 @@ config_option: Decorator = click.option(
 )
 json_option: Decorator = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 wide_option: Decorator = click.option("--wide", is_flag=True, help="Print all columns in full.")
+
+
+def standard_options(*, config: bool = False, wide: bool = False) -> Decorator:
+    """Add --home and --json, and if requested --config and --wide."""
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        command = json_option(wide_option(command) if wide else command)
+        return home_option(config_option(command) if config else command)
+
+    return decorate
 
 
 def span(option: str, text: str) -> float:

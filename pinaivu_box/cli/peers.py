@@ -16,11 +16,10 @@ from pinaivu_box.cli.group import Group
 from pinaivu_box.cli.home import load_config, with_database
 from pinaivu_box.cli.options import (
     NONE,
-    config_option,
-    home_option,
     json_option,
     settings,
     span,
+    standard_options,
     whole_number,
     wide_option,
 )
@@ -72,32 +71,15 @@ def peers() -> None:
     """
 
 
-@peers.command()
-@home_option
-@config_option
-@json_option
+@peers.command(context_settings={"show_default": True})
+@standard_options(config=True)
 @click.option("--name", help="Name of the new member.  [default: the name it gives itself]")
+@click.option("--expires", metavar="DURATION", default="1h", help="Validity of the ticket.")
 @click.option(
-    "--expires", metavar="DURATION", default="1h", show_default=True, help="Validity of the ticket."
-)
-@click.option(
-    "--uses",
-    metavar="N",
-    type=click.IntRange(1, 1000),
-    default=1,
-    show_default=True,
-    help="How many boxes may join with the ticket.",
+    "--uses", type=click.IntRange(1, 1000), default=1, help="Number of boxes that may join."
 )
 @click.option("--admin", is_flag=True, help="The new member may invite and remove members.")
-def invite(
-    home: Path,
-    config: Path | None,
-    as_json: bool,
-    name: str | None,
-    expires: str,
-    uses: int,
-    admin: bool,
-) -> None:
+def invite(home: Path, config: Path | None, as_json: bool, **body: Any) -> None:
     """Print a ticket with which another box can join.
 
     On a terminal it is also shown as a QR code.  Whoever has the ticket can join: treat it as a
@@ -106,8 +88,7 @@ def invite(
     from pinaivu_box.cli.peer_tables import print_ticket
     from pinaivu_box.server.admin_peers import OFF
 
-    span("--expires", expires)
-    body = {"name": name, "expires": expires, "uses": uses, "admin": admin}
+    span("--expires", body["expires"])
     path = f"{_PATH}/invitations"
     invitation = request_or_open(home, config, path, method="POST", body=body, needs_peering=OFF)
     if as_json:
@@ -117,9 +98,7 @@ def invite(
 
 
 @peers.command()
-@home_option
-@config_option
-@json_option
+@standard_options(config=True)
 @click.argument("ticket")
 @click.option(
     "--at",
@@ -157,9 +136,7 @@ def join(home: Path, config: Path | None, as_json: bool, ticket: str, at: tuple[
 
 
 @peers.command()
-@home_option
-@json_option
-@wide_option
+@standard_options(wide=True)
 @click.option("--why", is_flag=True, help="Explain states and reputations.")
 def ls(home: Path, as_json: bool, wide: bool, why: bool) -> None:
     """List the other boxes of the network and what they offer."""
@@ -174,9 +151,7 @@ def ls(home: Path, as_json: bool, wide: bool, why: bool) -> None:
 
 
 @peers.command()
-@home_option
-@json_option
-@wide_option
+@standard_options(wide=True)
 @click.argument("peer")
 def show(home: Path, as_json: bool, wide: bool, peer: str) -> None:
     """Show a peer, what it offers, and its limits on this box."""
@@ -184,9 +159,7 @@ def show(home: Path, as_json: bool, wide: bool, peer: str) -> None:
 
 
 @peers.command()
-@home_option
-@config_option
-@json_option
+@standard_options(config=True)
 @click.argument("peer")
 @click.option("--name", metavar="TEXT", help="Its name on this box; other boxes do not see it.")
 @_limit_options
@@ -219,9 +192,7 @@ def edit(
 
 
 @peers.command()
-@home_option
-@config_option
-@json_option
+@standard_options(config=True)
 @click.argument("peer")
 @click.option("--reason", default="", help="Shown to all members.")
 def rm(home: Path, config: Path | None, as_json: bool, peer: str, reason: str) -> None:
@@ -255,9 +226,7 @@ async def _roster(database: Any) -> Any:
 
 
 @peers.command()
-@home_option
-@config_option
-@json_option
+@standard_options(config=True)
 @click.confirmation_option(prompt="Leave the network?")
 def leave(home: Path, config: Path | None, as_json: bool) -> None:
     """Leave the network, to join another or none.
@@ -294,9 +263,7 @@ def discover(as_json: bool, wide: bool, seconds: float) -> None:
 
 
 @peers.command()
-@home_option
-@config_option
-@json_option
+@standard_options(config=True)
 @click.argument("peer", required=False)
 def doctor(home: Path, config: Path | None, as_json: bool, peer: str | None) -> None:
     """Check why peers cannot be reached or used.

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from pinaivu_box.cli.home import load_config, own_node, with_database
-from pinaivu_box.cli.options import config_option, home_option, json_option, wide_option
+from pinaivu_box.cli.options import standard_options
 from pinaivu_box.cli.render import UNKNOWN, Column, print_json, print_table
 
 _DATE = click.DateTime(["%Y-%m-%d"])
@@ -20,10 +20,7 @@ _ID_PREFIX = 17  # characters
 
 
 @click.command()
-@home_option
-@config_option
-@json_option
-@wide_option
+@standard_options(config=True, wide=True)
 @click.option("--csv", "as_csv", is_flag=True, help="Print CSV, one line for each group.")
 @click.option(
     "--by",

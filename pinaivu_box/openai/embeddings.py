@@ -12,7 +12,7 @@ from pinaivu_box.openai.types import Identifier, KeepAlive, Text, TextOrTokens
 
 
 class EmbeddingRequest(Struct, frozen=True, forbid_unknown_fields=True):
-    """Body of `POST /v1/embeddings`: text or tokens, or a list of such."""
+    """Body of `POST /v1/embeddings`: text or tokens, or a list of them."""
 
     model: Text
     input: TextOrTokens
@@ -27,7 +27,7 @@ class EmbeddingRequest(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class OneEmbedding(Struct, frozen=True):
-    """Numbers, or base64 of little-endian float32."""
+    """A list of numbers, or base64 of little-endian float32."""
 
     index: int
     embedding: list[float] | str

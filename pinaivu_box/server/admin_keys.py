@@ -158,5 +158,7 @@ def _expiry(moment: datetime) -> int:
     """Unix milliseconds.  Raises InvalidBody."""
     seconds = moment.timestamp()
     if not 0 < seconds - time.time() <= LONGEST_LIFE:
-        raise InvalidBody("it is in the past, or over 36500d away", loc=("body", "expires_at"))
+        raise InvalidBody(
+            "it must be in the future, and at most 36500d from now", loc=("body", "expires_at")
+        )
     return round(seconds * 1000)

@@ -42,7 +42,7 @@ _ERRORS = {
 def specification(endpoints: Iterable[Endpoint]) -> dict[str, Any]:
     """The document of those that have a summary."""
     documented = [endpoint for endpoint in endpoints if endpoint.summary]
-    kinds = {kind for one in documented for kind in (one.response, one.body) if kind is not None}
+    kinds = {kind for endpoint in documented for kind in (endpoint.response, endpoint.body) if kind}
     _, schemas = msgspec.json.schema_components(
         sorted([*kinds, ErrorBody], key=lambda kind: kind.__name__),
         ref_template="#/components/schemas/{name}",

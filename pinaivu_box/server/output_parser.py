@@ -62,7 +62,9 @@ class OutputParser:
         if reason:
             pieces += text_reader.end()
             reason = "tool_calls" if text_reader.called and reason == "stop" else reason
-        return AnswerPart(event.choice, pieces, [_logprobs(one) for one in event.logprobs], reason)
+        return AnswerPart(
+            event.choice, pieces, [_logprobs(token) for token in event.logprobs], reason
+        )
 
 
 @dataclass

@@ -19,7 +19,7 @@ from pinaivu_box.legs import admission as module
 from pinaivu_box.legs.admission import LegAdmission, LegPermit
 from pinaivu_box.models.catalog import Model
 from pinaivu_box.policy import PeerPolicy
-from tests.peering.worlds import soon
+from tests.support.waiting import soon
 
 pytestmark = pytest.mark.anyio
 PEER = "carl"
