@@ -222,7 +222,7 @@ class PeerLeg:
         except TimeoutError:
             raise self._stalled(f"nothing came for {loop.time() - began:.1f} s") from None
         if message is None:
-            raise ProtocolViolation("it ended the leg without a message")
+            raise ProtocolViolation("the stream ended before the leg")
         now = loop.time()
         if isinstance(message, leg_wire.Outputs):
             self._gap += 0.2 * (now - began - self._gap)
@@ -233,7 +233,7 @@ class PeerLeg:
         if now - self._heard > ALIVE_SECONDS:
             raise self._stalled(f"it said nothing but that it is alive for {ALIVE_SECONDS:g} s")
         if self._idle > _IDLE_BURST + _IDLE_RATE * (now - self._since):
-            raise ProtocolViolation("it sends too many messages without content")
+            raise ProtocolViolation("too many messages without content")
         return message
 
     def _begin(self, message: leg_wire.LegStarted) -> Started:
