@@ -9,7 +9,8 @@ import msgspec
 
 from pinaivu_box.errors import ApiError
 from pinaivu_box.gateway.backend import Job
-from pinaivu_box.gateway.request import ChoiceOutput, ChoiceStarted, Failed, Finished, RequestEvent
+from pinaivu_box.gateway.output import Output
+from pinaivu_box.gateway.request import ChoiceStarted, Failed, Finished, RequestEvent
 from pinaivu_box.openai.response_items import Event, ResponseItems
 from pinaivu_box.openai.responses import (
     InputDetails,
@@ -85,7 +86,7 @@ class ResponseAnswer:
                 response = self.response()
                 kinds = ("response.created", "response.in_progress")[self._background :]
                 return [{"type": kind, "response": response} for kind in kinds]
-            case ChoiceOutput():
+            case Output():
                 part = self._parser.parse(event)
                 self._finish_reason = part.finish_reason or self._finish_reason
                 return self._items.add(part.pieces)
