@@ -21,12 +21,13 @@ from pinaivu_box.config import Config, PeeringConfig, PricingConfig, SamplingCon
 from pinaivu_box.engine.messages import SamplingDefaults
 from pinaivu_box.errors import ApiError, EngineLost, NoNodesAvailable
 from pinaivu_box.gateway.admission import AdmittedRequest
-from pinaivu_box.gateway.backend import Event, Job, Output, Prompt, Proved, Started
+from pinaivu_box.gateway.backend import Event, Job, Prompt, Proved, Started
 from pinaivu_box.gateway.local import resolve
 from pinaivu_box.gateway.metering import prove
+from pinaivu_box.gateway.output import Output
 from pinaivu_box.gateway.quota import Limits, Quota, Reservation
 from pinaivu_box.gateway.records import LegRecord, RequestAccount
-from pinaivu_box.gateway.request import ChoiceOutput, Failed, Finished, Request, RequestEvent
+from pinaivu_box.gateway.request import Failed, Finished, Request, RequestEvent
 from pinaivu_box.legs.boxes import Boxes
 from pinaivu_box.legs.runner import LegRunner
 from pinaivu_box.models.catalog import Model, remote
@@ -310,7 +311,7 @@ def recorded(of: Job, record: LegRecord | None, event: Event) -> LegRecord | Non
 
 def outputs_of(events: Iterable[RequestEvent]) -> list[tuple[int, Output]]:
     """With the number of their choice."""
-    return [(one.choice, one.output) for one in events if isinstance(one, ChoiceOutput)]
+    return [(one.choice, one) for one in events if isinstance(one, Output)]
 
 
 class Network:
