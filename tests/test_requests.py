@@ -11,6 +11,7 @@ import pytest
 
 from pinaivu_box.amount import Prices
 from pinaivu_box.config import SamplingConfig
+from pinaivu_box.engine.messages import SamplingParams
 from pinaivu_box.errors import NoNodesAvailable, Unauthorized
 from pinaivu_box.gateway.admission import Admitted
 from pinaivu_box.gateway.backend import Event, Job, Output, Prompt, Started
@@ -49,7 +50,7 @@ class Talker:
 def request_of(backend: Talker) -> Request:
     nothing = cast("Any", None)
     model = Model("fake:1", Path("fake:0"), 0, 0, 0, "", nothing, 0, SamplingConfig())
-    job = Job("req_1", model, [], SamplingConfig(), 0, None, [], "key_1")
+    job = Job("req_1", model, [], SamplingParams(), None, [], "key_1")
     grant = Grant(0, Spending(), 0, [0.0, 0.0])
     grant.turn.set()
     key = cast("Any", type("Key", (), {"id": "key_1"}))

@@ -13,6 +13,7 @@ import msgspec
 
 from pinaivu_box.config import Config, EngineConfig, SamplingConfig
 from pinaivu_box.doctor.check import Check, State, megabytes
+from pinaivu_box.engine.messages import SamplingParams
 from pinaivu_box.errors import ApiError, CliError
 from pinaivu_box.gateway.backend import Job, Output, Started
 from pinaivu_box.gateway.local import LocalBackend
@@ -186,8 +187,7 @@ async def _one_token(model: Model, config: EngineConfig) -> str:
         request_id="doctor",
         model=model,
         messages=[{"role": "user", "content": "Hello!"}],
-        asked=SamplingConfig(),
-        seed=0,
+        sampling=SamplingParams(),
         max_tokens=1,
         stop=[],
         tenant="doctor",

@@ -236,7 +236,7 @@ class _Leg:
         return message
 
     def _begin(self, began: work.Began) -> Started:
-        if self._job.min_tokens and not began.sampling.min_tokens:
+        if self._job.sampling.min_tokens and not began.sampling.min_tokens:
             raise NoNodesAvailable(f"{self._to.name} runs a version that knows no min_tokens")
         self._seen.begin(began)
         return Started(

@@ -35,7 +35,7 @@ from pinaivu_box.gateway.local import LocalBackend
 from pinaivu_box.gateway.mailbox import Mailbox
 from pinaivu_box.gateway.metering import ENGINE_LOST, Leg, prove
 from pinaivu_box.gateway.scopes import guest_scope
-from pinaivu_box.gateway.tasks import sampling_of, to_job
+from pinaivu_box.gateway.tasks import to_job
 from pinaivu_box.identity import Identity, verify
 from pinaivu_box.models.catalog import Model
 from pinaivu_box.peering import wire, work
@@ -156,7 +156,7 @@ class Serving:
             raise _another_file(model)
         # Whatever the peer calls it: a name of our own keeps its requests apart from others.
         self._legs += 1
-        job = to_job(task, model, sampling_of(task), peer, guest_scope(peer, task))
+        job = to_job(task, model, peer, guest_scope(peer, task))
         return replace(job, name=f"peer.{self._legs}")
 
     async def _serve(self, peer: str, stream: Stream, asked: work.Ask) -> None:

@@ -9,8 +9,7 @@ from typing import Any
 import msgspec
 
 from pinaivu_box.chat_format import CONTINUE, GENERATE
-from pinaivu_box.config import SamplingConfig
-from pinaivu_box.engine.messages import Constraint, Tools
+from pinaivu_box.engine.messages import Constraint, SamplingParams, Tools
 from pinaivu_box.errors import InvalidBody
 from pinaivu_box.gateway.backend import Job, committed
 from pinaivu_box.models.catalog import Model
@@ -34,24 +33,21 @@ def job_of(body: Sampled, model: Model, request_id: str, tenant: str) -> Job:
         request_id=request_id,
         model=model,
         messages=[],
-        asked=SamplingConfig(
-            temperature=body.temperature, top_p=body.top_p, top_k=body.top_k, min_p=body.min_p
-        ),
-        seed=secrets.randbits(_SEED_BITS) if body.seed is None else body.seed,
+        sampling=_sampling(body),
         max_tokens=body.max_tokens,
         stop=stop_strings(body.stop),
         tenant=tenant,
-        ignore_eos=bool(body.ignore_eos),
-        frequency_penalty=body.frequency_penalty or 0.0,
-        presence_penalty=body.presence_penalty or 0.0,
-        repeat_penalty=body.repeat_penalty or 1.0,
-        typical_p=body.typical_p or 1.0,
-        min_tokens=body.min_tokens or 0,
-        logit_bias=body.logit_bias or {},
         priority=body.pinaivu.priority if body.pinaivu else 0,
         constraint=grammar(body.grammar) if body.grammar else None,
         cache=body.cache_prompt is not False,
     )
+
+
+def _sampling(body: Sampled) -> SamplingParams:
+    """The body's values; None is as good as leaving a field out."""
+    values = {name: getattr(body, name) for name in SamplingParams.__struct_fields__}
+    values = {name: value for name, value in values.items() if value is not None}
+    return SamplingParams(**{"seed": secrets.randbits(_SEED_BITS), **values})
 
 
 def chat_job(body: ChatRequest, model: Model, request_id: str, tenant: str) -> Job:
@@ -77,9 +73,15 @@ def asked(body: ChatRequest) -> dict[str, Any]:
 def choices(job: Job, n: int) -> list[Job]:
     """Further choices of a prompt have seeds of their own."""
     return [
-        replace(job, choice=job.choice + k, seed=(job.seed + k + _SEEDS) % (2 * _SEEDS) - _SEEDS)
+        replace(
+            job, choice=job.choice + k, sampling=_with_seed(job.sampling, job.sampling.seed + k)
+        )
         for k in range(n)
     ]
+
+
+def _with_seed(sampling: SamplingParams, seed: int) -> SamplingParams:
+    return msgspec.structs.replace(sampling, seed=(seed + _SEEDS) % (2 * _SEEDS) - _SEEDS)
 
 
 def grammar(text: str) -> Constraint:

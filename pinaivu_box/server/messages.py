@@ -13,7 +13,6 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from pinaivu_box.chat_format import CONTINUE
-from pinaivu_box.config import SamplingConfig
 from pinaivu_box.engine.messages import Tools
 from pinaivu_box.errors import InvalidBody, quoted
 from pinaivu_box.gateway.backend import Job
@@ -45,9 +44,12 @@ async def messages(request: Request) -> Response:
     call = Call(request)
     body = await call.body(MessagesRequest)
     model = call.admit(body.model)
+    job = _job(body, model, call)
     job = replace(
-        _job(body, model, call),
-        asked=SamplingConfig(temperature=body.temperature, top_p=body.top_p, top_k=body.top_k),
+        job,
+        sampling=msgspec.structs.replace(
+            job.sampling, temperature=body.temperature, top_p=body.top_p, top_k=body.top_k
+        ),
         max_tokens=body.max_tokens,
         stop=list(body.stop_sequences or ()),
     )

@@ -25,7 +25,7 @@ from pinaivu_box.engine.messages import SamplingDefaults
 from pinaivu_box.gateway.backend import Job, Output, Prompt, Started
 from pinaivu_box.gateway.local import resolve
 from pinaivu_box.gateway.metering import Leg, prove
-from pinaivu_box.gateway.tasks import sampling_of, to_job
+from pinaivu_box.gateway.tasks import to_job
 from pinaivu_box.identity import Identity
 from pinaivu_box.models.catalog import digest_of, remote
 from pinaivu_box.peering import work
@@ -255,7 +255,7 @@ class Liar:
 
 
 def job_of(ask: work.Ask | work.Count) -> Job:
-    return to_job(ask.task, remote(FAKE, ask.digest), sampling_of(ask.task), "peer")
+    return to_job(ask.task, remote(FAKE, ask.digest), "peer")
 
 
 def prompt_of(job: Job) -> list[int]:

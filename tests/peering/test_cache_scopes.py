@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from pinaivu_box.engine.messages import SamplingDefaults
 from pinaivu_box.gateway import scopes, serving
 from pinaivu_box.peering import work
 from tests.peering.asking import accept, ask, served, sign
@@ -137,6 +138,8 @@ def test_a_peer_of_the_version_before_reads_a_task_with_a_tag() -> None:
             for one in fields
         ],
     )
-    task = work.Task("req_" + "0" * 26, FAKE, [], work.Asked(), 7, 20, [], "0" * 64, tag="0" * 32)
+    task = work.Task(
+        "req_" + "0" * 26, FAKE, [], SamplingDefaults(), 7, 20, [], "0" * 64, tag="0" * 32
+    )
     read = msgspec.msgpack.decode(msgspec.msgpack.encode(task), type=before)
     assert read.request_id == task.request_id and not hasattr(read, "tag")

@@ -11,9 +11,9 @@ import msgspec
 import pytest
 from msgspec import Struct
 
-from pinaivu_box.engine.messages import Sampling, TokenLogprob
+from pinaivu_box.engine.messages import Sampling, SamplingDefaults, TokenLogprob
 from pinaivu_box.errors import InvalidBody, ProtocolError
-from pinaivu_box.gateway.tasks import sampling_of, to_job
+from pinaivu_box.gateway.tasks import to_job
 from pinaivu_box.models.catalog import remote
 from pinaivu_box.peering import (
     advert,
@@ -38,8 +38,9 @@ FEW = 1000  # mutations of each frame
 SEED = 20261125
 DIGEST = "ab" * 32
 TASK = work.Task(
-    "req_" + "0" * 26, "fake:1", [{"role": "user", "content": "Hello"}], work.Asked(0.5), 7, 20,
-    ["."], DIGEST, read=[1, 2, 3], settled=Sampling(0.8, 0.95, 40, 0.05, 7),
+    "req_" + "0" * 26, "fake:1", [{"role": "user", "content": "Hello"}],
+    SamplingDefaults(0.5), 7, 20, ["."], DIGEST, read=[1, 2, 3],
+    settled=Sampling(0.5, 0.95, 40, 0.05, 7),
 )  # fmt: skip
 ENTRY = books.entry(PEOPLE[0], PEOPLE[1])
 WIRE_ENTRY = ledger_wire.WireEntry(
@@ -68,7 +69,7 @@ def task(data: bytes) -> Any:
     """And the job that it becomes, with what the proof says of it."""
     asked = wire.decode(data, work.to_serving)
     if isinstance(asked, work.Ask | work.Count):
-        return to_job(asked.task, remote("fake:1", DIGEST), sampling_of(asked.task), "peer")
+        return to_job(asked.task, remote("fake:1", DIGEST), "peer")
     return asked
 
 
