@@ -58,13 +58,13 @@ class Engine:
         self._plain: tuple[list[str], list[int]] = ([], [])
         self._last_load = EngineLoad()
         self.embeddings = Embeddings(runner)
-        self._said: list[Said] = []
+        self._outputs: list[Said] = []
         self._refused: list[Refused] = []
 
     @property
     def busy(self) -> bool:
         """Whether a call of `step` has something to do or to report."""
-        return bool(self.scheduler or self.embeddings or self._said or self._refused)
+        return bool(self.scheduler or self.embeddings or self._outputs or self._refused)
 
     def add(self, sequence: Sequence | Embedding) -> None:
         if isinstance(sequence, Embedding):
@@ -76,7 +76,7 @@ class Engine:
         self.scheduler.add(sequence)
         if sequence.scored == 0:
             alone = TokenLogprob(self._runner.spelled(sequence.tokens[0]), 0.0, [])
-            self._said.append(Said(sequence.id, [], scored=[alone]))
+            self._outputs.append(Said(sequence.id, [], prompt_logprobs=[alone]))
             sequence.scored = 1
 
     def end(self, request_id: str, finish_reason: str) -> None:
@@ -89,20 +89,20 @@ class Engine:
             if not sequence.spoken:  # None unless its prompt has begun
                 queue_ms, cached_tokens = sequence.queue_ms, sequence.cached_tokens
         # Also if it is not here: it had not come yet (see `arrivals`), or `output` knows its end.
-        self._said.append(Said(request_id, [], finish_reason, False, queue_ms, cached_tokens))
+        self._outputs.append(Said(request_id, [], finish_reason, False, queue_ms, cached_tokens))
 
-    def step(self) -> tuple[list[Refused], StepOutput]:
+    def step(self) -> StepOutput:
         """Compute one batch, if there is one, and return all that happened since the last."""
         if self._steady and self._steady.left and not self.embeddings and self._step_steadily():
-            return [], StepOutput([], self._last_load, self._plain)
+            return StepOutput([], self._last_load, self._plain)
         self.settle()
         self._embed()
         if self.scheduler:
             self._compute()
+        outputs, self._outputs = self._outputs, []
         refused, self._refused = self._refused, []
-        said, self._said = self._said, []
         self._last_load = self._load()
-        return refused, StepOutput(said, self._last_load)
+        return StepOutput(outputs, self._last_load, refused=refused)
 
     def _embed(self) -> None:
         """Texts, as many as the streams and prompts beside them leave time for."""
@@ -121,7 +121,9 @@ class Engine:
             return
         self.pace.observe_texts(tokens, time.perf_counter() - began)
         for one in done:
-            self._said.append(Said(one.id, [], "stop", queue_ms=one.queue_ms, vectors=one.vectors))
+            self._outputs.append(
+                Said(one.id, [], "stop", queue_ms=one.queue_ms, vectors=one.vectors)
+            )
 
     def check_integrity(self) -> None:
         """Raises AssertionError if the books do not agree; between steady steps they lag behind."""
@@ -220,7 +222,7 @@ class Engine:
         alone = chunks[0].sequence  # nothing else runs: this is all that it can have
         self.scheduler.finish(alone)
         if len(alone.tokens) > alone.prompt_length:
-            self._said.append(Said(alone.id, [], "length"))
+            self._outputs.append(Said(alone.id, [], "length"))
             return
         self._refused.append(
             Refused(
@@ -245,7 +247,7 @@ class Engine:
             drawn += range(row, row + chunk.rows)
             row += chunk.rows
             if said:
-                self._said.append(Said(sequence.id, [], scored=said))
+                self._outputs.append(Said(sequence.id, [], prompt_logprobs=said))
                 sequence.scored = positions.stop + 1
         return logits[drawn]
 
@@ -333,7 +335,7 @@ class Engine:
         finish_reason = "stop" if end_token or complete else None
         if finish_reason is None and self._full(sequence):
             finish_reason = "length"
-        self._said.append(
+        self._outputs.append(
             Said(
                 sequence.id,
                 tokens,

@@ -288,7 +288,7 @@ class TokenLogprob(Struct, frozen=True, array_like=True):
     top: list[tuple[bytes, float]]
 
 
-class Delta(Struct, frozen=True, omit_defaults=True):
+class Delta(Struct, omit_defaults=True):
     """What one step gave one sequence.  `tokens` is every token drawn; `text` may lag behind, and
     `logprobs`, those of the text's tokens, with it.  A prompt's come before all others."""
 

@@ -111,10 +111,7 @@ def run(engine: Engine, inbox: Inbox, outbox: Outbox) -> None:
             _receive(engine, inbox.get())
         while not inbox.empty():
             _receive(engine, inbox.get())
-        refused, output = engine.step()
-        for one in refused:
-            outbox.put(one)
-        outbox.put(output)
+        outbox.put(engine.step())
 
 
 def _receive(engine: Engine, item: Sequence | Embedding | Cancel | _Stopped) -> None:

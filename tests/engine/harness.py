@@ -284,10 +284,8 @@ class Engine:
             self._engine.add(prepared.sequence)
 
     def step(self) -> StepFrame:
-        refused, output = self._engine.step()
+        output = self._engine.step()
         self._engine.check_integrity()
-        for one in refused:
-            self._output.take(one)
         for stopped in self._output.take(output):
             self._engine.end(stopped, "stop")
         self._unsaid = False

@@ -170,7 +170,7 @@ def test_who_is_cancelled_before_its_grammar_is_there_never_runs(
         assert not isinstance(item, Refused)
         output.take(item)
     assert door.said.empty()
-    output.take(driven.step()[1])
+    output.take(driven.step())
     (delta,) = output.frame().deltas
     assert (delta.id, delta.finish_reason, delta.tokens) == ("gone", "cancelled", [])
 
