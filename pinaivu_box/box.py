@@ -15,35 +15,35 @@ from pinaivu_box import __version__, logs
 from pinaivu_box import config as configs
 from pinaivu_box.config import Config
 from pinaivu_box.errors import CliError
+from pinaivu_box.files.store import Digests
+from pinaivu_box.files.upload import FileServer
 from pinaivu_box.gateway.admission import Admission, check_writable
-from pinaivu_box.gateway.books import Books
-from pinaivu_box.gateway.dispatch import Dispatch
-from pinaivu_box.gateway.load import Load
 from pinaivu_box.gateway.local import LocalBackend
 from pinaivu_box.gateway.metering import Meter
 from pinaivu_box.gateway.metrics import Metrics
-from pinaivu_box.gateway.offers import Offers
 from pinaivu_box.gateway.placement import Placement
-from pinaivu_box.gateway.pool import Pool
 from pinaivu_box.gateway.refusals import Refusals
-from pinaivu_box.gateway.requests import Requests
+from pinaivu_box.gateway.request import RunningRequests
 from pinaivu_box.gateway.scopes import named_texts
+from pinaivu_box.gossip.adverts import Facts
 from pinaivu_box.home import database_of, identity_of, lock, prepare_home
 from pinaivu_box.identity import Identity
+from pinaivu_box.ledger.settlement import Ledger
+from pinaivu_box.legs.recorder import LedgerRecorder
+from pinaivu_box.legs.runner import LegRunner
+from pinaivu_box.legs.wiring import Pool
 from pinaivu_box.models import catalog as catalogs
 from pinaivu_box.models import watching
 from pinaivu_box.models.catalog import Catalog, Model
 from pinaivu_box.models.folder import Found
 from pinaivu_box.models.headers import Headers
 from pinaivu_box.models.names import printable
-from pinaivu_box.peering.advert import Facts
-from pinaivu_box.peering.ledger import Ledger
-from pinaivu_box.peering.network import Network
-from pinaivu_box.peering.sharing import Sharing
+from pinaivu_box.network.network import Network
 from pinaivu_box.policy import Policy
+from pinaivu_box.routing.load import LoadTracker
+from pinaivu_box.routing.offers import Offers
 from pinaivu_box.store import responses, retention
 from pinaivu_box.store.database import Database
-from pinaivu_box.store.model_files import Digests
 
 # What is read at the start only: the sockets, and what stands before the routes.
 _AT_START = (
@@ -91,21 +91,21 @@ class Box:
     admission: Admission
     local: LocalBackend
     meter: Meter
-    requests: Requests
+    requests: RunningRequests
     metrics: Metrics
     refusals: Refusals
-    traffic: Load
+    traffic: LoadTracker
     offers: Offers
     ledger: Ledger
     control_token: str
     network: Network | None = None  # all None without [peering]
-    books: Books | None = None
+    books: LedgerRecorder | None = None
     pool: Pool | None = None
     _reading: asyncio.Lock = field(default_factory=asyncio.Lock)  # one look at the files at a time
     _lingering: set[str] = field(default_factory=set)  # models that are served until unloaded
 
     @property
-    def prompts(self) -> LocalBackend | Dispatch:
+    def prompts(self) -> LocalBackend | LegRunner:
         """Who reads prompts that are not to be run."""
         return self.local if self.pool is None else self.pool.dispatch
 
@@ -266,7 +266,7 @@ async def network_of(
 ) -> AsyncIterator[Network]:
     """A network on its transport, started but not yet running.  CliError if it cannot listen."""
     try:
-        from pinaivu_box.peering.iroh_transport import IrohTransport
+        from pinaivu_box.transport.iroh_transport import IrohTransport
     except (ImportError, OSError) as error:
         raise CliError(
             f"Peering is not possible on this machine, for iroh cannot be loaded: {error}."
@@ -288,7 +288,7 @@ async def _peering(box: Box) -> AsyncIterator[None]:
         return
     async with network_of(box.config, box.identity, box.database, box.offers.describe) as network:
         box.network = network
-        books = box.books = Books(box.database, box.identity.node_id, lambda: box.config)
+        books = box.books = LedgerRecorder(box.database, box.identity.node_id, lambda: box.config)
         pool = _pool(box, network, books)
 
         async def shared(peer: str) -> Catalog | str:
@@ -301,7 +301,7 @@ async def _peering(box: Box) -> AsyncIterator[None]:
             return box.config.peering.serve.copy_mb_per_s * 1e6
 
         network.handlers["ledger"] = box.ledger.handle
-        network.handlers["model"] = Sharing(shared, box.database, rate).serve
+        network.handlers["model"] = FileServer(shared, box.database, rate).serve
         running = [
             asyncio.create_task(network.run()),
             asyncio.create_task(box.offers.keep_learning(network.changed)),
@@ -322,7 +322,7 @@ async def _peering(box: Box) -> AsyncIterator[None]:
             await asyncio.wait(running)
 
 
-def _pool(box: Box, network: Network, books: Books) -> Pool:
+def _pool(box: Box, network: Network, books: LedgerRecorder) -> Pool:
     """From now on requests may go to peers, and theirs are served."""
 
     pool = box.pool = Pool(
@@ -347,7 +347,7 @@ def _pool(box: Box, network: Network, books: Books) -> Pool:
 
 
 async def _announce(network: Network) -> None:
-    from pinaivu_box.peering.lan import announce  # loads zeroconf, which few want
+    from pinaivu_box.transport.lan import announce  # loads zeroconf, which few want
 
     await announce(network.node_id, network.name, __version__, network.own_addresses())
 
@@ -367,8 +367,8 @@ def _join(
     meter = Meter(identity, database, config.pricing.currency)
     metrics = Metrics(placement)
     admission = Admission(catalog, config.engine, config.pricing, local, database)
-    traffic = Load(placement, config.engine)
-    requests = Requests(local, meter, metrics, config.engine.max_sequences)
+    traffic = LoadTracker(placement, config.engine)
+    requests = RunningRequests(local, meter, metrics, config.engine.max_sequences)
     placement.waiting = requests.in_flight
     return Box(
         config=config,

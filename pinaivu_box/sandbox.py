@@ -46,7 +46,7 @@ _READ_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
-class Limits:
+class SandboxLimits:
     """What one job may use.
 
     `cpu_seconds` is CPU time of all threads, `memory_bytes` address space beyond what the child has
@@ -133,7 +133,7 @@ class Sandbox:
     The child starts with the first job (or `start`), and again after a job that was ended.
     """
 
-    def __init__(self, entry: str, setup: bytes = b"", *, limits: Limits) -> None:
+    def __init__(self, entry: str, setup: bytes = b"", *, limits: SandboxLimits) -> None:
         self._start_frame = msgspec.msgpack.encode(
             _Start(entry, limits.cpu_seconds, limits.memory_bytes, setup)
         )
@@ -248,7 +248,9 @@ class SandboxPool:
     """Up to `size` sandboxes for the same kind of job, shared fairly: of a tenant one job runs at a
     time, and whoever was served longest ago is next."""
 
-    def __init__(self, entry: str, setup: bytes = b"", *, limits: Limits, size: int = 2) -> None:
+    def __init__(
+        self, entry: str, setup: bytes = b"", *, limits: SandboxLimits, size: int = 2
+    ) -> None:
         self._idle = [Sandbox(entry, setup, limits=limits) for _ in range(size)]
         self._all = list(self._idle)
         self._lock = threading.Lock()

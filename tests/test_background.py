@@ -17,7 +17,7 @@ from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
 from pinaivu_box.gateway.mailbox import Mailbox
-from pinaivu_box.gateway.requests import Failed, RequestEvent
+from pinaivu_box.gateway.request import Failed, RequestEvent
 from pinaivu_box.server.background import Background, BackgroundResponse, replayed
 from pinaivu_box.store import responses as stored
 from pinaivu_box.store.database import Database

@@ -18,20 +18,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pinaivu_box.bench.client import Outcome, stream
-from pinaivu_box.bench.compare import Run, figures, medians, ratios, turns
+from pinaivu_box.bench.client import RequestOutcome, stream
+from pinaivu_box.bench.compare import BenchRun, figures, medians, ratios, turns
 from pinaivu_box.bench.plot import svg
 from pinaivu_box.bench.report import document, notes, rows
-from pinaivu_box.bench.run import Measured, Plan, Tenant
+from pinaivu_box.bench.run import Measured, RunPlan, Tenant
 from pinaivu_box.bench.statistics import gaps, jain, percentile, quantiles, summarise
 from pinaivu_box.bench.target import Target
 from pinaivu_box.bench.wire import EventParser, ResponseParser, WireError
-from pinaivu_box.bench.workload import Lengths, Request, Scale, Workload, arrivals
+from pinaivu_box.bench.workload import Lengths, Scale, Workload, WorkloadRequest, arrivals
 from pinaivu_box.errors import UsageError
 from tests.box import PINAIVU, Box, environment
 
 MODEL = "fake:1"  # 2 ms a step
-HELLO = Request([{"role": "user", "content": "Hello"}], 4)
+HELLO = WorkloadRequest([{"role": "user", "content": "Hello"}], 4)
 
 
 # -- statistics ----------------------------------------------------------------------------------
@@ -61,16 +61,16 @@ def test_quantiles_are_in_milliseconds() -> None:
     assert quantiles([]) is None
 
 
-def outcome(*arrivals_at: float, **more: Any) -> Outcome:
+def outcome(*arrivals_at: float, **more: Any) -> RequestOutcome:
     """Started at 0, ended with its last piece of text."""
     pieces = more.pop("deltas", [1] * len(arrivals_at))
     ended = more.pop("ended", arrivals_at[-1] if arrivals_at else 1.0)
-    return Outcome(arrivals=list(arrivals_at), deltas=pieces, ended=ended, **more)
+    return RequestOutcome(arrivals=list(arrivals_at), deltas=pieces, ended=ended, **more)
 
 
-def plan(**more: Any) -> Plan:
+def plan(**more: Any) -> RunPlan:
     lengths = Lengths("fixed", 8)
-    return Plan(Workload(lengths, lengths), **more)
+    return RunPlan(Workload(lengths, lengths), **more)
 
 
 def test_a_bundle_of_tokens_is_one_arrival_with_one_gap() -> None:
@@ -117,7 +117,7 @@ def test_fairness_is_per_tenant() -> None:
 
 def test_the_intruders_gaps_are_those_that_touch_its_prefill() -> None:
     stream = outcome(0.0, 1.0, 2.0, 5.0, 6.0, 7.0)
-    intruder = Outcome(started=2.5, arrivals=[5.5], deltas=[1], ended=5.5, prompt_tokens=900)
+    intruder = RequestOutcome(started=2.5, arrivals=[5.5], deltas=[1], ended=5.5, prompt_tokens=900)
     found = summarise(Measured([stream], intruder, 0.0, 7.0, 0.0), plan()).intruder
     assert found is not None
     assert found.ttft_ms == 3000
@@ -125,11 +125,11 @@ def test_the_intruders_gaps_are_those_that_touch_its_prefill() -> None:
     assert (found.gap_ms.n, found.gap_ms.max) == (2, 3000)
 
 
-def made_run(target: int, pair: int, speed: float) -> Run:
+def made_run(target: int, pair: int, speed: float) -> BenchRun:
     """A run with so many tokens a second."""
     times = [(i + 1) / speed for i in range(20)]
     one = summarise(Measured([outcome(*times)], None, 0.0, times[-1], 0.1), plan())
-    return Run(target, pair, one, [times[0]], [1 / speed] * 19)
+    return BenchRun(target, pair, one, [times[0]], [1 / speed] * 19)
 
 
 def test_pairs_take_turns_and_their_ratios_are_medians() -> None:
@@ -307,9 +307,9 @@ async def answering(answer: bytes) -> AsyncIterator[str]:
         yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
 
 
-def asked(answer: bytes) -> Outcome:
-    async def run() -> Outcome:
-        found = Outcome()
+def asked(answer: bytes) -> RequestOutcome:
+    async def run() -> RequestOutcome:
+        found = RequestOutcome()
         async with answering(answer) as url:
             target = Target.parse(url, model="m")
             await stream(target, target.message(HELLO), found, 30)
@@ -382,8 +382,8 @@ def test_a_stream_that_ends_without_closing_bytes_is_complete_after_done() -> No
 
 
 def test_an_address_without_a_server(closed_port: int) -> None:
-    async def run() -> Outcome:
-        found = Outcome()
+    async def run() -> RequestOutcome:
+        found = RequestOutcome()
         target = Target.parse(f"http://127.0.0.1:{closed_port}", model="m")
         await stream(target, target.message(HELLO), found, 30)
         return found
@@ -441,14 +441,14 @@ def test_rows_have_a_column_for_each_server_and_one_for_the_ratio() -> None:
 
 def test_a_busy_client_is_said() -> None:
     busy = Measured([outcome(1.0)], None, 0.0, 1.0, 0.95)
-    run = Run(0, 0, summarise(busy, plan()), [1.0], [])
+    run = BenchRun(0, 0, summarise(busy, plan()), [1.0], [])
     assert any("may be the limit" in note for note in notes(TARGETS[:1], [run]))
 
 
 @pytest.mark.parametrize("values", [[], [0.0], [1e-7, 3000.0], [0.004] * 9])
 def test_the_plot_is_well_formed_for_any_values(values: list[float]) -> None:
     summary = RUNS[0].summary
-    drawn = ET.fromstring(svg(TARGETS[:1], [Run(0, 0, summary, values, values)]))
+    drawn = ET.fromstring(svg(TARGETS[:1], [BenchRun(0, 0, summary, values, values)]))
     words = [element.text or "" for element in drawn.iter() if element.tag.endswith("text")]
     assert "http://one:1 · <m>" in words
     assert words.count("milliseconds") == (2 if values else 0)

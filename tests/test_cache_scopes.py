@@ -15,8 +15,8 @@ import pytest
 
 from pinaivu_box.config import EngineConfig, SharedPrefix
 from pinaivu_box.errors import CliError
-from pinaivu_box.gateway.scopes import Tags, named_texts
-from pinaivu_box.peering.work import Task
+from pinaivu_box.gateway.scopes import ScopeTags, named_texts
+from pinaivu_box.legs.wire import Task
 from tests.box import Box, pinaivu
 
 MODEL = "fake:1"
@@ -334,7 +334,7 @@ def test_a_file_that_is_no_text_is_refused_in_a_sentence(tmp_path: Path, what: s
 
 def test_tags_differ_by_scope_peer_day_and_box_and_name_nobody() -> None:
     now = 0.0
-    tags, others = Tags(lambda: now), Tags(lambda: now)
+    tags, others = ScopeTags(lambda: now), ScopeTags(lambda: now)
     first = tags.of("acct_1", "node_a")
     assert first == tags.of("acct_1", "node_a")
     assert len({first, tags.of("acct_2", "node_a"), tags.of("acct_1", "node_b"),

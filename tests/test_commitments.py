@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pinaivu_box.receipts.verify import Check, Transcript, verify_receipt
+from pinaivu_box.receipts.verify import Transcript, VerificationCheck, verify_receipt
 from tests.box import Box
 from tests.test_receipts import verify
 
@@ -74,11 +74,11 @@ class Kept:
         return names(verify_receipt(self.document, transcript=given))
 
 
-def checks(document: bytes, answer: bytes) -> list[Check]:
+def checks(document: bytes, answer: bytes) -> list[VerificationCheck]:
     return verify_receipt(document, transcript=Transcript(answer=answer))
 
 
-def names(of: list[Check]) -> list[str]:
+def names(of: list[VerificationCheck]) -> list[str]:
     return [one.name for one in of if not one.ok]
 
 

@@ -35,7 +35,7 @@ from pinaivu_box.receipts.commitment import output_text, prompt_text
 from pinaivu_box.server import bodies, responses, routes
 from pinaivu_box.server.app import ROUTES
 from pinaivu_box.server.bodies import Bodies, Room
-from pinaivu_box.server.inference import Call
+from pinaivu_box.server.inference import InferenceCall
 from pinaivu_box.store import responses as stored_responses
 
 LONG = "word " * 20_000
@@ -289,7 +289,7 @@ def test_a_long_conversation_is_not_read_before_there_is_room(
         requests, tasks = [], []
         for number in range(6):
             request = request_of(b"{}", announced=True)
-            call = Call.__new__(Call)
+            call = InferenceCall.__new__(InferenceCall)
             call.box, call.bodies, call._request = box, both, request  # type: ignore[assignment]
             call.key = SimpleNamespace(account_id="acct")  # type: ignore[assignment]
             body = ResponseRequest(model="a", input="x", previous_response_id=str(number))

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from pinaivu_box.home import database_of, identity_of
-from pinaivu_box.store import ledger
-from pinaivu_box.store.ledger import Entry
+from pinaivu_box.ledger import entry as ledger_entry
+from pinaivu_box.ledger.entry import LedgerEntry
 from tests.box import Box, pinaivu, pinaivu_json, wait_until
 from tests.peering.books import entry
 
@@ -21,17 +21,17 @@ SETTINGS = '[peering]\nhost = "127.0.0.1"\nport = 0\nname = "{}"\n\n[peering.ser
 LIMIT = 'credit_limit = "5"\n\n[pricing]\nper_1k_tokens = "0.5"\n'
 
 
-def of(ours: Box, theirs: Box, name: str, **more: Any) -> Entry:
+def of(ours: Box, theirs: Box, name: str, **more: Any) -> LedgerEntry:
     return entry(identity_of(ours.home), identity_of(theirs.home), name, **more)
 
 
-def write(box: Box, *entries: Entry) -> None:
+def write(box: Box, *entries: LedgerEntry) -> None:
     """What the box has served and was served."""
 
     async def run() -> None:
         async with database_of(box.home) as database:
             for one in entries:
-                await ledger.record(database, one)
+                await ledger_entry.record(database, one)
 
     asyncio.run(run())
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 
 from pinaivu_box.amount import UNITS, Prices, prices, to_text
 from pinaivu_box.errors import ApiError, BudgetExceeded, ExceedsKeyLimit, RateLimited
-from pinaivu_box.gateway.limits import Grant, KeyUse, Limits, Window
+from pinaivu_box.gateway.quota import Grant, KeyUse, Limits, Window
 from pinaivu_box.policy import Budget, Policy, check, parse_budget
 from pinaivu_box.store.keys import Key
 

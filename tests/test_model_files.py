@@ -29,7 +29,7 @@ from pinaivu_box.doctor import models as doctor
 from pinaivu_box.models import folder as folders
 from pinaivu_box.models import gguf
 from pinaivu_box.models.gguf import BadGguf, read_header
-from pinaivu_box.sandbox import Limits, Sandbox
+from pinaivu_box.sandbox import Sandbox, SandboxLimits
 from tests import ggufs
 from tests.box import MODEL, PINAIVU, UNDRAFTED, Box, environment, pinaivu, pinaivu_json
 from tests.ggufs import array, header, key, part, part_name, put_split, tensor, u32, valid, word
@@ -168,7 +168,7 @@ def test_mutated_headers_never_harm_the_reader(tmp_path: Path) -> None:
     draw = random.Random(14)
     file = tmp_path / "model.gguf"
     counts: dict[str, int] = {}
-    limits = Limits(cpu_seconds=20.0, memory_bytes=256 * 1024 * 1024, wall_seconds=300.0)
+    limits = SandboxLimits(cpu_seconds=20.0, memory_bytes=256 * 1024 * 1024, wall_seconds=300.0)
     sandbox = Sandbox("pinaivu_box.models.headers:make", limits=limits)
     # Most bytes of a header are words of the vocabulary: what counts and lengths say is elsewhere.
     begin = end - 6000

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from pinaivu_box.chat_format import LLAMA, MISTRAL, TAGS, Style, style_of, thinks
 from pinaivu_box.openai import reader as reader_module
-from pinaivu_box.openai.reader import Arguments, Call, Piece, Reader, Text, Thought
+from pinaivu_box.openai.reader import Arguments, ParsedCall, Piece, Reader, Text, Thought
 
 NAMES = {"f", "g"}
 Read = list[tuple[str, ...]]
@@ -37,7 +37,7 @@ def read(
                 if found and found[-1][0] == kind:
                     said = found.pop()[1] + said
                 found.append((kind, said))
-            case Call(index, call_id, name):
+            case ParsedCall(index, call_id, name):
                 assert call_id.startswith("call_")
                 assert index == len([one for one in found if one[0] == "call"])
                 found.append(("call", name, ""))

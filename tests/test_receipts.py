@@ -27,7 +27,7 @@ from pinaivu_box.receipts.receipt import (
     sign_receipt,
     view,
 )
-from pinaivu_box.receipts.verify import Check, Transcript, verify_receipt
+from pinaivu_box.receipts.verify import Transcript, VerificationCheck, verify_receipt
 from tests.box import MODEL, PINAIVU, Box, environment, pinaivu, pinaivu_json
 
 PARTS = [{"type": "text", "text": "Say hello"}, {"type": "text", "text": "."}]
@@ -112,7 +112,7 @@ def failed(document: bytes | dict[str, Any], **more: Any) -> list[str]:
     return [check.name for check in checked(data, **more) if not check.ok]
 
 
-def checked(document: bytes, **more: Any) -> list[Check]:
+def checked(document: bytes, **more: Any) -> list[VerificationCheck]:
     checks = verify_receipt(document, **more)
     assert checks
     return checks

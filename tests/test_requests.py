@@ -13,10 +13,10 @@ from pinaivu_box.amount import Prices
 from pinaivu_box.config import SamplingConfig
 from pinaivu_box.engine.messages import SamplingParams
 from pinaivu_box.errors import NoNodesAvailable, Unauthorized
-from pinaivu_box.gateway.admission import Admitted
+from pinaivu_box.gateway.admission import AdmittedRequest
 from pinaivu_box.gateway.backend import Event, Job, Output, Prompt, Started
-from pinaivu_box.gateway.limits import Grant, Spending
-from pinaivu_box.gateway.requests import Failed, Request, RequestEvent, Said
+from pinaivu_box.gateway.quota import Grant, Spending
+from pinaivu_box.gateway.request import ChoiceOutput, Failed, Request, RequestEvent
 from pinaivu_box.models.catalog import Model
 from pinaivu_box.receipts.receipt import EngineInfo
 
@@ -54,7 +54,7 @@ def request_of(backend: Talker) -> Request:
     grant = Grant(0, Spending(), 0, [0.0, 0.0])
     grant.turn.set()
     key = cast("Any", type("Key", (), {"id": "key_1"}))
-    admitted = Admitted([job], key, Prices("0", "0"), grant, lambda tokens, cost: None)
+    admitted = AdmittedRequest([job], key, Prices("0", "0"), grant, lambda tokens, cost: None)
     return Request(admitted, backend, nothing)
 
 
@@ -63,7 +63,7 @@ async def test_nothing_comes_after_a_refusal() -> None:
     request = request_of(Talker())
     running = asyncio.create_task(request.run())
     heard: list[RequestEvent] = []
-    while not any(isinstance(event, Said) for event in heard):
+    while not any(isinstance(event, ChoiceOutput) for event in heard):
         heard += await request.events.take()
     error = Unauthorized("The key has been revoked.")
     request.refuse(error)

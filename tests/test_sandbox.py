@@ -14,17 +14,17 @@ import pytest
 from pinaivu_box.errors import ApiError, BadRequest, InvalidBody
 from pinaivu_box.sandbox import (
     Cancellation,
-    Limits,
     Sandbox,
     SandboxCancelled,
     SandboxLimit,
+    SandboxLimits,
     SandboxPool,
 )
 from tests.box import alive, wait_until
 
 ENTRY = "tests.sandbox_jobs:make"
-LIMITS = Limits(cpu_seconds=0.5, memory_bytes=256 << 20)
-PATIENT = Limits(cpu_seconds=600, memory_bytes=256 << 20, wall_seconds=600)
+LIMITS = SandboxLimits(cpu_seconds=0.5, memory_bytes=256 << 20)
+PATIENT = SandboxLimits(cpu_seconds=600, memory_bytes=256 << 20, wall_seconds=600)
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def test_a_job_that_reaches_a_limit_is_ended_and_the_next_one_runs(
 
 
 def test_a_job_that_waits_instead_of_computing_is_ended_too() -> None:
-    sandbox = Sandbox(ENTRY, limits=Limits(600, 256 << 20, wall_seconds=0.2))
+    sandbox = Sandbox(ENTRY, limits=SandboxLimits(600, 256 << 20, wall_seconds=0.2))
     with pytest.raises(SandboxLimit) as raised:
         sandbox.run(b"wait")
     assert raised.value.limit == "time"

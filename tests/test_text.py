@@ -21,7 +21,7 @@ from pinaivu_box import amount
 from pinaivu_box.config import HOURS, parse_duration
 from pinaivu_box.errors import InvalidBody
 from pinaivu_box.identity import Identity, verify
-from pinaivu_box.peering.invite import TicketInvalid, decode
+from pinaivu_box.membership.tickets import TicketInvalid, decode
 from pinaivu_box.server.app import ROUTES, Route
 from pinaivu_box.server.openapi import specification
 from pinaivu_box.store.usage_report import parse_day

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from pinaivu_box.store.usage import Wanted, ranked, summed
+from pinaivu_box.store.usage import UsageFilter, ranked, summed
 from pinaivu_box.store.usage_report import UsageGroup, UsageReport, to_csv
 from tests.box import MODEL, Box, on_terminal, pinaivu, pinaivu_json, wait_until
 
@@ -355,9 +355,9 @@ def test_reports_read_only_what_they_sum(used: Used) -> None:
     """Rows of the time and the keys that were asked for are found by an index."""
     with sqlite3.connect(f"file:{used.box.home / 'pinaivu.db'}?mode=ro", uri=True) as database:
         for wanted in (
-            Wanted(since=1, until=2),
-            Wanted(since=1, until=2, key_id="key_1"),
-            Wanted(since=1, until=2, account_id="acct_owner", model="a"),
+            UsageFilter(since=1, until=2),
+            UsageFilter(since=1, until=2, key_id="key_1"),
+            UsageFilter(since=1, until=2, account_id="acct_owner", model="a"),
         ):
             for by in ((), ("day",), ("model",), ("key", "hour"), ("account", "day"), ("peer",)):
                 only = {"key": ["key_1"], "account": ["acct_owner"]}.get(by[0] if by else "")
@@ -373,7 +373,7 @@ def test_reports_read_only_what_they_sum(used: Used) -> None:
                     assert f"SEARCH {table} USING" in plan, plan
                     assert "since>? AND since<?)" in plan, plan
                     assert f"SCAN {table}" not in plan and "SCAN refusals" not in plan, plan
-                    narrow = wanted != Wanted(since=1, until=2) or table != "refusals"
+                    narrow = wanted != UsageFilter(since=1, until=2) or table != "refusals"
                     assert not narrow or "(key_id=? AND since>? AND since<?)" in plan, plan
 
 

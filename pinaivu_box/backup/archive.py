@@ -11,7 +11,7 @@ from typing import Annotated, BinaryIO
 import msgspec
 from msgspec import Meta, Struct
 
-from pinaivu_box.backup.sealed import BadBackup, Sink, Source
+from pinaivu_box.backup.sealed import BadBackup, ByteSource, Sink
 
 FORMAT = 1
 IDENTITY, CONFIG, DATABASE = "identity.key", "config.toml", "pinaivu.db"
@@ -24,7 +24,7 @@ _END = bytes(2 * _BLOCK)
 OpenFile = BufferedReader | BytesIO
 
 
-class Part(Struct, frozen=True):
+class ArchivePart(Struct, frozen=True):
     """A file of the home: its size in bytes and its SHA-256 in hex."""
 
     name: str
@@ -39,16 +39,16 @@ class Manifest(Struct, frozen=True):
     schema: int
     node_id: str
     created: str
-    parts: list[Part]
+    parts: list[ArchivePart]
     format: int = FORMAT
 
 
-def part_of(name: str, file: OpenFile) -> Part:
+def part_of(name: str, file: OpenFile) -> ArchivePart:
     """The entry of an open file, which is then at its beginning again."""
     digest = hashlib.file_digest(file, "sha256").hexdigest()
     size = file.seek(0, 2)
     file.seek(0)
-    return Part(name, size, digest)
+    return ArchivePart(name, size, digest)
 
 
 def write(sink: Sink, manifest: Manifest, files: dict[str, OpenFile]) -> None:
@@ -64,7 +64,7 @@ def write(sink: Sink, manifest: Manifest, files: dict[str, OpenFile]) -> None:
     sink.write(_END)
 
 
-def read_manifest(source: Source) -> Manifest:
+def read_manifest(source: ByteSource) -> Manifest:
     """The beginning of an archive.  Raises BadBackup, OSError."""
     block = source.read(_BLOCK)
     try:
@@ -89,7 +89,9 @@ def read_manifest(source: Source) -> Manifest:
     return manifest
 
 
-def read_parts(source: Source, manifest: Manifest, open_part: Callable[[str], BinaryIO]) -> None:
+def read_parts(
+    source: ByteSource, manifest: Manifest, open_part: Callable[[str], BinaryIO]
+) -> None:
     """Check all that follows the manifest, and write each part to what `open_part` opens.
 
     Raises BadBackup, OSError.
@@ -126,13 +128,13 @@ def _digest_line(text: bytes) -> bytes:
     return f"{hashlib.sha256(text).hexdigest()}  {_MANIFEST}\n".encode()
 
 
-def _exactly(source: Source, size: int) -> bytes:
+def _exactly(source: ByteSource, size: int) -> bytes:
     data = source.read(size)
     if len(data) < size:
         raise BadBackup("it is cut off")
     return data
 
 
-def _expect(source: Source, wanted: bytes) -> None:
+def _expect(source: ByteSource, wanted: bytes) -> None:
     if _exactly(source, len(wanted)) != wanted:
         raise BadBackup("it is damaged between its parts")

@@ -25,7 +25,7 @@ from pinaivu_box import identity
 from pinaivu_box.backup import archive
 from pinaivu_box.backup.archive import CONFIG, DATABASE, IDENTITY, Manifest
 from pinaivu_box.backup.make import sync_folder
-from pinaivu_box.backup.sealed import MAGIC, BadBackup, Source, Unsealer
+from pinaivu_box.backup.sealed import MAGIC, BadBackup, ByteSource, Unsealer
 from pinaivu_box.errors import CliError
 from pinaivu_box.home import lock, prepare_home
 from pinaivu_box.store import integrity
@@ -85,7 +85,7 @@ def _lock(home: Path) -> IO[str]:
         raise CliError(f"A restore into {home} is under way: try again when it is done.") from None
 
 
-def _source(file: BinaryIO, passphrase: Callable[[], str]) -> Source:
+def _source(file: BinaryIO, passphrase: Callable[[], str]) -> ByteSource:
     beginning = file.read(len(MAGIC))
     file.seek(0)
     return Unsealer(file, passphrase()) if beginning == MAGIC else file
@@ -108,7 +108,7 @@ def _refuse_occupied(home: Path, force: bool) -> None:
         )
 
 
-def _stage(source: Source, manifest: Manifest, home: Path) -> None:
+def _stage(source: ByteSource, manifest: Manifest, home: Path) -> None:
     """Write the parts into the staging folder and check them there."""
     folder = home / STAGING
     shutil.rmtree(folder, ignore_errors=True)

@@ -29,7 +29,7 @@ class Sink(Protocol):
     def write(self, data: bytes, /) -> object: ...
 
 
-class Source(Protocol):
+class ByteSource(Protocol):
     def read(self, size: int, /) -> bytes:
         """That many bytes, or fewer at the end.  Raises BadBackup, OSError."""
         ...

@@ -32,14 +32,14 @@ _MAX_ERROR_BODY = 64 * 1024
 _BUFFER = memoryview(bytearray(64 * 1024))
 
 
-class Delta(msgspec.Struct, gc=False):
+class StreamDelta(msgspec.Struct, gc=False):
     content: str | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
 
 
-class Choice(msgspec.Struct, gc=False):
-    delta: Delta | None = None
+class StreamChoice(msgspec.Struct, gc=False):
+    delta: StreamDelta | None = None
     finish_reason: str | None = None
 
 
@@ -47,22 +47,22 @@ class PromptDetails(msgspec.Struct, gc=False):
     cached_tokens: int | None = None
 
 
-class Usage(msgspec.Struct, gc=False):
+class StreamUsage(msgspec.Struct, gc=False):
     prompt_tokens: int = 0
     completion_tokens: int = 0
     prompt_tokens_details: PromptDetails | None = None
 
 
 class Event(msgspec.Struct):
-    choices: list[Choice] = []
-    usage: Usage | None = None
+    choices: list[StreamChoice] = []
+    usage: StreamUsage | None = None
     error: Any = None
 
 
 _decode = msgspec.json.Decoder(Event).decode
 
 
-class Outcome(msgspec.Struct):
+class RequestOutcome(msgspec.Struct):
     """One request.  Times are seconds of the monotonic clock, 0 if it never came to that.
 
     `arrivals` are the times at which text came, `deltas` how many pieces of text each brought.
@@ -90,7 +90,9 @@ class Outcome(msgspec.Struct):
 class StreamProtocol(asyncio.BufferedProtocol):
     """Writes `message`, fills `outcome`; `finished` is done at the end, whatever the end is."""
 
-    def __init__(self, message: bytes, outcome: Outcome, finished: asyncio.Future[None]) -> None:
+    def __init__(
+        self, message: bytes, outcome: RequestOutcome, finished: asyncio.Future[None]
+    ) -> None:
         self._message = message
         self._outcome = outcome
         self._finished = finished
@@ -153,7 +155,7 @@ class StreamProtocol(asyncio.BufferedProtocol):
             outcome.arrivals.append(now)
             outcome.deltas.append(pieces)
 
-    def _count(self, usage: Usage) -> None:
+    def _count(self, usage: StreamUsage) -> None:
         self._outcome.prompt_tokens = usage.prompt_tokens
         self._outcome.usage_tokens = usage.completion_tokens
         if usage.prompt_tokens_details:
@@ -183,7 +185,7 @@ class StreamProtocol(asyncio.BufferedProtocol):
             self._transport.close()
 
 
-async def stream(target: Target, message: bytes, outcome: Outcome, timeout: float) -> None:
+async def stream(target: Target, message: bytes, outcome: RequestOutcome, timeout: float) -> None:
     """Send and wait for the end; failures are in the outcome.  `timeout` in seconds.
 
     The outcome's `started` is kept if it is set: the moment at which the request was due.

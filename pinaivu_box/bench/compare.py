@@ -7,7 +7,7 @@ from statistics import median
 
 import msgspec
 
-from pinaivu_box.bench.run import Plan, measure
+from pinaivu_box.bench.run import RunPlan, measure
 from pinaivu_box.bench.statistics import (
     Quantiles,
     Summary,
@@ -19,7 +19,7 @@ from pinaivu_box.bench.statistics import (
 from pinaivu_box.bench.target import Target
 
 
-class Run(msgspec.Struct):
+class BenchRun(msgspec.Struct):
     """One run against target number `target`; `ttfts` and `gaps` are all its values in seconds."""
 
     target: int
@@ -29,7 +29,7 @@ class Run(msgspec.Struct):
     gaps: list[float]
 
 
-class Progress:
+class ComparisonProgress:
     """Is told how the runs go on; this one keeps it to itself."""
 
     def begins(self, pair: int, target: int) -> None:
@@ -38,7 +38,7 @@ class Progress:
     def ended(self) -> None:
         """A request of it has ended."""
 
-    def done(self, run: Run) -> None:
+    def done(self, run: BenchRun) -> None:
         """It is complete."""
 
 
@@ -60,19 +60,19 @@ def turns(targets: int, pairs: int) -> Iterator[tuple[int, int]]:
 
 async def run_all(
     targets: list[Target],
-    plan: Plan,
+    plan: RunPlan,
     pairs: int,
-    progress: Progress | None = None,
-) -> list[Run]:
+    progress: ComparisonProgress | None = None,
+) -> list[BenchRun]:
     """Both runs of a pair send the same requests, every pair others (nothing is in a cache)."""
-    progress = progress or Progress()
+    progress = progress or ComparisonProgress()
     runs = []
     for pair, target in turns(len(targets), pairs):
         plan_now = plan.seeded(f"{plan.workload.seed}/{pair}")
         progress.begins(pair, target)
         measured = await measure(targets[target], plan_now, progress.ended)
         good = succeeded(measured)
-        run = Run(
+        run = BenchRun(
             target=target,
             pair=pair,
             summary=summarise(measured, plan_now),
@@ -111,7 +111,7 @@ def _flat(name: str, quantiles: Quantiles | None) -> dict[str, float]:
     return {f"{name}.{part}": getattr(quantiles, part) for part in ("p50", "p95", "p99", "max")}
 
 
-def medians(runs: list[Run], target: int) -> dict[str, float]:
+def medians(runs: list[BenchRun], target: int) -> dict[str, float]:
     """The median over a server's runs of every figure."""
     found: dict[str, list[float]] = {}
     for run in runs:
@@ -121,7 +121,7 @@ def medians(runs: list[Run], target: int) -> dict[str, float]:
     return {name: median(values) for name, values in found.items()}
 
 
-def ratios(runs: list[Run]) -> dict[str, Ratio]:
+def ratios(runs: list[BenchRun]) -> dict[str, Ratio]:
     """First server / second server; only of figures that both have and that are not 0."""
     by_turn = {(run.pair, run.target): figures(run.summary) for run in runs}
     found: dict[str, list[float]] = {}

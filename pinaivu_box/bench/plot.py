@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from html import escape
 
-from pinaivu_box.bench.compare import Run
+from pinaivu_box.bench.compare import BenchRun
 from pinaivu_box.bench.statistics import percentile
 from pinaivu_box.bench.target import Target
 
@@ -19,7 +19,7 @@ _DASHES = ("", "7 4")
 _TAIL = 0.999  # the axis ends here: one straggler must not squeeze the rest
 
 
-def svg(targets: list[Target], runs: list[Run]) -> str:
+def svg(targets: list[Target], runs: list[BenchRun]) -> str:
     """Two panels; each server's runs together make one curve."""
     panels = (("Time to first token", "ttfts"), ("Gap between tokens", "gaps"))
     parts = [

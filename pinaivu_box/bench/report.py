@@ -8,8 +8,8 @@ from typing import Any
 
 import msgspec
 
-from pinaivu_box.bench.compare import Run, medians, ratios
-from pinaivu_box.bench.run import Plan
+from pinaivu_box.bench.compare import BenchRun, medians, ratios
+from pinaivu_box.bench.run import RunPlan
 from pinaivu_box.bench.target import Target
 
 _NAMES = {
@@ -34,7 +34,9 @@ _SHOWN_PARTS = {
 _BUSY = 0.8  # of a core: above, the client may be what is measured
 
 
-def document(targets: list[Target], plan: Plan, runs: list[Run], started_at: str) -> dict[str, Any]:
+def document(
+    targets: list[Target], plan: RunPlan, runs: list[BenchRun], started_at: str
+) -> dict[str, Any]:
     """For `--json`; without keys.  Times are milliseconds where the name says so, else seconds."""
     settings = msgspec.to_builtins(plan)
     for tenant in settings["tenants"]:
@@ -55,7 +57,7 @@ def document(targets: list[Target], plan: Plan, runs: list[Run], started_at: str
     }
 
 
-def rows(targets: list[Target], runs: list[Run]) -> list[list[str]]:
+def rows(targets: list[Target], runs: list[BenchRun]) -> list[list[str]]:
     """Name, one median for each server, and with two servers `ratio (min to max)`."""
     per_target = [medians(runs, number) for number in range(len(targets))]
     compared = ratios(runs)
@@ -75,7 +77,7 @@ def rows(targets: list[Target], runs: list[Run]) -> list[list[str]]:
     return [*_counts(len(targets), runs), *found]
 
 
-def notes(targets: list[Target], runs: list[Run]) -> Iterator[str]:
+def notes(targets: list[Target], runs: list[BenchRun]) -> Iterator[str]:
     """What a reader should know before believing the figures; one sentence each."""
     for number, target in enumerate(targets):
         own = [run.summary for run in runs if run.target == number]
@@ -90,7 +92,7 @@ def notes(targets: list[Target], runs: list[Run]) -> Iterator[str]:
         yield "This client used nearly a whole core: it may be the limit, not the server."
 
 
-def _counts(targets: int, runs: list[Run]) -> Iterator[list[str]]:
+def _counts(targets: int, runs: list[BenchRun]) -> Iterator[list[str]]:
     empty = [""] if targets > 1 else []
     own = [[run.summary for run in runs if run.target == number] for number in range(targets)]
     yield ["requests", *(f"{sum(one.requests for one in each):,}" for each in own), *empty]

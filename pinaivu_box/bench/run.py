@@ -9,9 +9,9 @@ from collections.abc import Callable
 
 import msgspec
 
-from pinaivu_box.bench.client import Outcome, stream
+from pinaivu_box.bench.client import RequestOutcome, stream
 from pinaivu_box.bench.target import Target
-from pinaivu_box.bench.workload import Request, Workload, arrivals
+from pinaivu_box.bench.workload import Workload, WorkloadRequest, arrivals
 
 _POLL_SECONDS = 0.01
 _AFTER_ERROR_SECONDS = 0.1  # a client waits so long after a failure: a dead server is not hammered
@@ -28,7 +28,7 @@ class Tenant(msgspec.Struct, frozen=True):
     key: str | None = None
 
 
-class Plan(msgspec.Struct, frozen=True):
+class RunPlan(msgspec.Struct, frozen=True):
     """What one run does.
 
     Without `rate` (requests a second, Poisson) it is a closed loop: every client sends its next
@@ -51,12 +51,12 @@ class Plan(msgspec.Struct, frozen=True):
     def clients(self) -> int:
         return sum(tenant.clients for tenant in self.tenants)
 
-    def seeded(self, seed: str) -> Plan:
+    def seeded(self, seed: str) -> RunPlan:
         """The same with other prompts."""
         workload = msgspec.structs.replace(self.workload, seed=seed)
         return msgspec.structs.replace(self, workload=workload)
 
-    def warming(self) -> Plan:
+    def warming(self) -> RunPlan:
         """The plan of the requests that are not measured."""
         return msgspec.structs.replace(
             self.seeded(f"{self.workload.seed}/warmup"),
@@ -74,14 +74,16 @@ class Measured(msgspec.Struct):
     `client_load` is the share of one core that this process used.
     """
 
-    outcomes: list[Outcome]
-    intruder: Outcome | None
+    outcomes: list[RequestOutcome]
+    intruder: RequestOutcome | None
     begin: float
     end: float
     client_load: float
 
 
-async def measure(target: Target, plan: Plan, ended: Callable[[], None] = lambda: None) -> Measured:
+async def measure(
+    target: Target, plan: RunPlan, ended: Callable[[], None] = lambda: None
+) -> Measured:
     """`ended` is called at the end of each request that is measured."""
     if plan.warmup:
         await _Run(target, plan.warming(), lambda: None).go()
@@ -89,14 +91,14 @@ async def measure(target: Target, plan: Plan, ended: Callable[[], None] = lambda
 
 
 class _Run:
-    def __init__(self, target: Target, plan: Plan, ended: Callable[[], None]) -> None:
+    def __init__(self, target: Target, plan: RunPlan, ended: Callable[[], None]) -> None:
         self._target = target
         self._plan = plan
         self._ended = ended
         self._numbers = itertools.count()
         self._begun = 0
-        self._outcomes: list[Outcome] = []
-        self._intruder = Outcome() if plan.intruder else None
+        self._outcomes: list[RequestOutcome] = []
+        self._intruder = RequestOutcome() if plan.intruder else None
         self._begin = 0.0
 
     async def go(self) -> Measured:
@@ -141,7 +143,7 @@ class _Run:
             self._begun += 1
             tasks.create_task(self._one(0, due))
 
-    async def _intrude(self, outcome: Outcome) -> None:
+    async def _intrude(self, outcome: RequestOutcome) -> None:
         request = self._plan.workload.intruder(self._plan.intruder)
         message = self._target.message(request)
         while not self._steady():  # noqa: ASYNC110 - an event would burden every arrival
@@ -159,10 +161,10 @@ class _Run:
         elapsed = (now or time.monotonic()) - self._begin
         return plan.seconds is None or elapsed < plan.seconds
 
-    async def _one(self, tenant: int, due: float = 0.0) -> Outcome:
-        request: Request = self._plan.workload.request(next(self._numbers))
+    async def _one(self, tenant: int, due: float = 0.0) -> RequestOutcome:
+        request: WorkloadRequest = self._plan.workload.request(next(self._numbers))
         message = self._target.message(request, self._plan.tenants[tenant].key)
-        outcome = Outcome(tenant=tenant, started=due)
+        outcome = RequestOutcome(tenant=tenant, started=due)
         self._outcomes.append(outcome)
         await stream(self._target, message, outcome, self._plan.timeout)
         self._ended()

@@ -8,8 +8,8 @@ from itertools import pairwise
 
 import msgspec
 
-from pinaivu_box.bench.client import Outcome
-from pinaivu_box.bench.run import Measured, Plan
+from pinaivu_box.bench.client import RequestOutcome
+from pinaivu_box.bench.run import Measured, RunPlan
 
 
 class Quantiles(msgspec.Struct, frozen=True):
@@ -112,21 +112,21 @@ def jain(values: Sequence[float]) -> float | None:
     return sum(values) ** 2 / (len(values) * squares) if squares else None
 
 
-def ttft(outcome: Outcome) -> float:
+def ttft(outcome: RequestOutcome) -> float:
     """Seconds; only of an outcome with arrivals."""
     return outcome.arrivals[0] - outcome.started
 
 
-def gaps(outcome: Outcome) -> list[float]:
+def gaps(outcome: RequestOutcome) -> list[float]:
     """Seconds between arrivals."""
     return [later - earlier for earlier, later in pairwise(outcome.arrivals)]
 
 
-def succeeded(measured: Measured) -> list[Outcome]:
+def succeeded(measured: Measured) -> list[RequestOutcome]:
     return [one for one in measured.outcomes if not one.error]
 
 
-def tokens_until(outcome: Outcome, end: float) -> float:
+def tokens_until(outcome: RequestOutcome, end: float) -> float:
     """Its tokens that had come by then, taking all its pieces of text to be equally long."""
     pieces = sum(outcome.deltas)
     if outcome.ended <= end or not pieces:
@@ -135,7 +135,7 @@ def tokens_until(outcome: Outcome, end: float) -> float:
     return outcome.tokens * came / pieces
 
 
-def summarise(measured: Measured, plan: Plan) -> Summary:
+def summarise(measured: Measured, plan: RunPlan) -> Summary:
     good = succeeded(measured)
     bad = [one for one in measured.outcomes if one.error]
     seconds = max(measured.end - measured.begin, 1e-9)
@@ -166,20 +166,20 @@ def summarise(measured: Measured, plan: Plan) -> Summary:
     )
 
 
-def _source(good: list[Outcome]) -> str:
+def _source(good: list[RequestOutcome]) -> str:
     kinds = {"deltas" if one.usage_tokens is None else "usage" for one in good}
     return " and ".join(sorted(kinds)) or "nothing"
 
 
-def _measures_speed(outcome: Outcome) -> bool:
+def _measures_speed(outcome: RequestOutcome) -> bool:
     return outcome.tokens > 1 and len(outcome.arrivals) > 1
 
 
-def _per_token(outcome: Outcome) -> float:
+def _per_token(outcome: RequestOutcome) -> float:
     return (outcome.arrivals[-1] - outcome.arrivals[0]) / (outcome.tokens - 1)
 
 
-def _tenant(number: int, measured: Measured, plan: Plan) -> TenantSummary:
+def _tenant(number: int, measured: Measured, plan: RunPlan) -> TenantSummary:
     tenant = plan.tenants[number]
     own = [one for one in measured.outcomes if one.tenant == number]
     good = [one for one in own if not one.error]

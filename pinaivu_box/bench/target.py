@@ -9,8 +9,8 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from pinaivu_box.bench.client import Outcome, stream
-from pinaivu_box.bench.workload import Request, Scale, Workload
+from pinaivu_box.bench.client import RequestOutcome, stream
+from pinaivu_box.bench.workload import Scale, Workload, WorkloadRequest
 from pinaivu_box.errors import CliError, UsageError
 
 CHAT = "/chat/completions"
@@ -54,7 +54,7 @@ class Target(msgspec.Struct, frozen=True):
             fields=fields or {},
         )
 
-    def message(self, request: Request, key: str | None = None) -> bytes:
+    def message(self, request: WorkloadRequest, key: str | None = None) -> bytes:
         """The whole HTTP request, as it goes out.  `key` instead of the target's own."""
         body = msgspec.json.encode(
             {
@@ -116,8 +116,8 @@ async def measure_scale(target: Target, workload: Workload) -> Scale:
     counts = []
     for words in _PROBES:
         rng = random.Random(f"scale/{words}")  # noqa: S311
-        request = Request(workload.messages(words, rng), 1)
-        outcome = Outcome()
+        request = WorkloadRequest(workload.messages(words, rng), 1)
+        outcome = RequestOutcome()
         await stream(target, target.message(request), outcome, _PROBE_SECONDS)
         if outcome.error:
             why = outcome.detail or outcome.error

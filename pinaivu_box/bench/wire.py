@@ -16,7 +16,7 @@ class WireError(ValueError):
     """The bytes are not an HTTP/1.1 answer."""
 
 
-class _Part(Enum):
+class _ParserState(Enum):
     HEAD = auto()
     SIZE = auto()  # the line before a chunk
     CHUNK = auto()
@@ -33,29 +33,29 @@ class ResponseParser:
     def __init__(self) -> None:
         self.status = 0
         self.headers: dict[str, str] = {}
-        self._part = _Part.HEAD
+        self._part = _ParserState.HEAD
         self._rest = b""
         self._left = 0
 
     @property
     def done(self) -> bool:
-        return self._part is _Part.DONE
+        return self._part is _ParserState.DONE
 
     def end(self) -> bool:
         """The connection has ended; whether the answer is complete."""
-        if self._part is _Part.TO_END:
-            self._part = _Part.DONE
+        if self._part is _ParserState.TO_END:
+            self._part = _ParserState.DONE
         return self.done
 
     def feed(self, data: bytes) -> bytes:
         """Raises WireError."""
-        if self._part is _Part.HEAD:
+        if self._part is _ParserState.HEAD:
             data = self._head(data)
-        if self._part is _Part.TO_END:
+        if self._part is _ParserState.TO_END:
             return data
-        if self._part is _Part.LENGTH:
+        if self._part is _ParserState.LENGTH:
             return self._counted(data)
-        if self._part in (_Part.HEAD, _Part.DONE):
+        if self._part in (_ParserState.HEAD, _ParserState.DONE):
             return b""
         return self._chunked(data)
 
@@ -84,21 +84,21 @@ class ResponseParser:
     def _begin_body(self) -> None:
         length = self.headers.get("content-length", "")
         if "chunked" in self.headers.get("transfer-encoding", "").lower():
-            self._part = _Part.SIZE
+            self._part = _ParserState.SIZE
         elif self.status in (204, 304) or length == "0":
-            self._part = _Part.DONE
+            self._part = _ParserState.DONE
         elif length:
             if (size := number(length)) is None:
                 raise WireError(f"a content-length of '{length}'")
-            self._part, self._left = _Part.LENGTH, size
+            self._part, self._left = _ParserState.LENGTH, size
         else:
-            self._part = _Part.TO_END
+            self._part = _ParserState.TO_END
 
     def _counted(self, data: bytes) -> bytes:
         data = data[: self._left]
         self._left -= len(data)
         if not self._left:
-            self._part = _Part.DONE
+            self._part = _ParserState.DONE
         return data
 
     def _chunked(self, data: bytes) -> bytes:
@@ -106,14 +106,14 @@ class ResponseParser:
             data, self._rest = self._rest + data, b""
         found: list[bytes] = []
         at = 0
-        while self._part is not _Part.DONE and at < len(data):
-            if self._part is _Part.CHUNK:
+        while self._part is not _ParserState.DONE and at < len(data):
+            if self._part is _ParserState.CHUNK:
                 piece = data[at : at + self._left]
                 found.append(piece)
                 at += len(piece)
                 self._left -= len(piece)
                 if not self._left:
-                    self._part = _Part.AFTER
+                    self._part = _ParserState.AFTER
                 continue
             end = data.find(b"\n", at)
             if end < 0:
@@ -127,18 +127,18 @@ class ResponseParser:
 
     def _line(self, line: bytes) -> None:
         """A line between chunks: a size, the end of a chunk, or a trailer."""
-        if self._part is _Part.AFTER:
+        if self._part is _ParserState.AFTER:
             if line:
                 raise WireError("a chunk longer than its size")
-            self._part = _Part.SIZE
-        elif self._part is _Part.TRAILER:
-            self._part = _Part.TRAILER if line else _Part.DONE
+            self._part = _ParserState.SIZE
+        elif self._part is _ParserState.TRAILER:
+            self._part = _ParserState.TRAILER if line else _ParserState.DONE
         else:
             try:
                 self._left = int(line.partition(b";")[0], 16)
             except ValueError:
                 raise WireError(f"a chunk size of '{line[:20].decode('latin-1')}'") from None
-            self._part = _Part.CHUNK if self._left else _Part.TRAILER
+            self._part = _ParserState.CHUNK if self._left else _ParserState.TRAILER
 
 
 class EventParser:

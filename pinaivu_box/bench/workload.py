@@ -86,7 +86,7 @@ class Scale(msgspec.Struct, frozen=True):
         return max(1, round(own / self.tokens_per_word))
 
 
-class Request(msgspec.Struct, frozen=True):
+class WorkloadRequest(msgspec.Struct, frozen=True):
     messages: list[dict[str, str]]
     max_tokens: int
 
@@ -105,18 +105,18 @@ class Workload(msgspec.Struct, frozen=True):
     repetitive: bool = False
     scale: Scale = Scale()
 
-    def request(self, number: int) -> Request:
+    def request(self, number: int) -> WorkloadRequest:
         rng = random.Random(f"{self.seed}/{number}")  # noqa: S311 - reproducible, not secret
         prompt, output = self.prompt.draw(rng), self.output.draw(rng)
         words = self.scale.words(prompt, with_overhead=not self.shared_prefix)
         messages = self.messages(words, rng)
         if self.shared_prefix:
             messages.insert(0, {"role": "system", "content": self._system()})
-        return Request(messages, output)
+        return WorkloadRequest(messages, output)
 
-    def intruder(self, tokens: int) -> Request:
+    def intruder(self, tokens: int) -> WorkloadRequest:
         rng = random.Random(f"{self.seed}/intruder")  # noqa: S311
-        return Request(self.messages(self.scale.words(tokens), rng), INTRUDER_OUTPUT)
+        return WorkloadRequest(self.messages(self.scale.words(tokens), rng), INTRUDER_OUTPUT)
 
     def messages(self, words: int, rng: random.Random) -> list[dict[str, str]]:
         """Random words; or, if repetitive, a text to be edited, after an example of how."""

@@ -32,7 +32,7 @@ def audit(
     """List the changes of accounts and keys, the newest at the bottom."""
     import msgspec
 
-    from pinaivu_box.peering.ledger_views import called, targets
+    from pinaivu_box.ledger.views import called, targets
     from pinaivu_box.store import audit as store
     from pinaivu_box.store.views import AuditEntry, audit_view, parse_time
 

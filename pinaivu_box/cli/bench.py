@@ -19,8 +19,8 @@ from pinaivu_box.errors import CliError, UsageError
 from pinaivu_box.text import number
 
 if TYPE_CHECKING:
-    from pinaivu_box.bench.compare import Run
-    from pinaivu_box.bench.run import Plan, Tenant
+    from pinaivu_box.bench.compare import BenchRun
+    from pinaivu_box.bench.run import RunPlan, Tenant
     from pinaivu_box.bench.target import Target
 
 _ONE = click.IntRange(min=1)
@@ -85,8 +85,8 @@ def bench(urls: tuple[str, ...], as_json: bool, plot: Path | None, **options: An
 
 
 async def _measure(
-    targets: list[Target], plan: Plan, options: dict[str, Any]
-) -> tuple[list[Target], Plan, list[Run]]:
+    targets: list[Target], plan: RunPlan, options: dict[str, Any]
+) -> tuple[list[Target], RunPlan, list[BenchRun]]:
     from pinaivu_box.bench.compare import run_all
     from pinaivu_box.bench.target import measure_scale, named
 
@@ -101,14 +101,14 @@ async def _measure(
         return targets, plan, await run_all(targets, plan, pairs, progress)
 
 
-def _progress(targets: list[Target], plan: Plan, pairs: int) -> Any:
+def _progress(targets: list[Target], plan: RunPlan, pairs: int) -> Any:
     """For a terminal: how many requests of a run have ended, and how fast the last one was."""
     from contextlib import contextmanager
 
     from rich import progress
     from rich.console import Console
 
-    from pinaivu_box.bench.compare import Progress
+    from pinaivu_box.bench.compare import ComparisonProgress
 
     columns = (
         progress.TextColumn("{task.description}", markup=False),
@@ -117,7 +117,7 @@ def _progress(targets: list[Target], plan: Plan, pairs: int) -> Any:
         progress.TimeElapsedColumn(),
     )
 
-    class Shown(Progress):
+    class Shown(ComparisonProgress):
         def __init__(self, bar: Any) -> None:
             self._bar = bar
             self._task = bar.add_task("asking the server", total=None)
@@ -130,15 +130,15 @@ def _progress(targets: list[Target], plan: Plan, pairs: int) -> Any:
         def ended(self) -> None:
             self._bar.advance(self._task)
 
-        def done(self, run: Run) -> None:
+        def done(self, run: BenchRun) -> None:
             if len(targets) > 1:
                 url, speed = targets[run.target].url, run.summary.tokens_per_s
                 self._bar.console.print(f"pair {run.pair + 1}: {url}: {speed:,.1f} tokens/s")
 
     @contextmanager
-    def shown() -> Iterator[Progress]:
+    def shown() -> Iterator[ComparisonProgress]:
         if not sys.stderr.isatty():
-            yield Progress()
+            yield ComparisonProgress()
             return
         console = Console(stderr=True, markup=False, highlight=False)
         with progress.Progress(
@@ -149,7 +149,9 @@ def _progress(targets: list[Target], plan: Plan, pairs: int) -> Any:
     return shown()
 
 
-def _print(targets: list[Target], plan: Plan, runs: list[Run], started_at: str | None) -> None:
+def _print(
+    targets: list[Target], plan: RunPlan, runs: list[BenchRun], started_at: str | None
+) -> None:
     from pinaivu_box.bench.report import document, notes, rows
 
     if started_at:
@@ -162,7 +164,7 @@ def _print(targets: list[Target], plan: Plan, runs: list[Run], started_at: str |
         click.echo(f"pinaivu: {note}", err=True)
 
 
-def _write_plot(path: Path, targets: list[Target], runs: list[Run]) -> None:
+def _write_plot(path: Path, targets: list[Target], runs: list[BenchRun]) -> None:
     from pinaivu_box.bench.plot import svg
 
     try:
@@ -174,8 +176,8 @@ def _write_plot(path: Path, targets: list[Target], runs: list[Run]) -> None:
 # -- options -------------------------------------------------------------------------------------
 
 
-def _plan(options: dict[str, Any]) -> Plan:
-    from pinaivu_box.bench.run import Plan, Tenant
+def _plan(options: dict[str, Any]) -> RunPlan:
+    from pinaivu_box.bench.run import RunPlan, Tenant
     from pinaivu_box.bench.workload import Lengths, Workload
 
     closed = options["rate"] is None
@@ -195,7 +197,7 @@ def _plan(options: dict[str, Any]) -> Plan:
         tenants = tuple(_tenant(text) for text in options["tenants"].split(","))
     if len({tenant.name for tenant in tenants}) < len(tenants):
         raise UsageError("--tenants names one of them twice.")
-    plan = Plan(workload, tenants, timeout=options["timeout"])
+    plan = RunPlan(workload, tenants, timeout=options["timeout"])
     requests = options["requests"]
     if requests is None and options["seconds"] is None:
         requests = _PER_CLIENT * plan.clients if closed else _PER_RATE

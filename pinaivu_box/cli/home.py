@@ -16,7 +16,7 @@ from pinaivu_box.errors import CliError, InvalidBody, NotRunning, UsageError
 T = TypeVar("T")
 
 
-class Running(msgspec.Struct, frozen=True):
+class RunningServer(msgspec.Struct, frozen=True):
     """`run.json` in the home (0600): how commands reach the server that runs on it."""
 
     pid: int
@@ -113,7 +113,7 @@ def load_config(home: Path, path: Path | None, **more: Any) -> configs.Config:
     return configs.load(path or (standard if standard.exists() else None), **more)
 
 
-def write_running(home: Path, running: Running) -> None:
+def write_running(home: Path, running: RunningServer) -> None:
     import os
 
     path = home / "run.json"
@@ -130,7 +130,7 @@ def ask_running(
     import httpx
 
     try:
-        running = msgspec.json.decode((home / "run.json").read_bytes(), type=Running)
+        running = msgspec.json.decode((home / "run.json").read_bytes(), type=RunningServer)
         answer = httpx.request(
             method,
             running.url + path,
@@ -151,7 +151,7 @@ def follow_running(home: Path, path: str, body: Any, seconds: float) -> Iterator
     import httpx
 
     try:
-        running = msgspec.json.decode((home / "run.json").read_bytes(), type=Running)
+        running = msgspec.json.decode((home / "run.json").read_bytes(), type=RunningServer)
         with httpx.stream(
             "POST",
             running.url + path,

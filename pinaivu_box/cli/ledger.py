@@ -41,7 +41,7 @@ def ledger(
     """
     if context.invoked_subcommand is not None:
         return
-    from pinaivu_box.peering.ledger_views import all_balances
+    from pinaivu_box.ledger.views import all_balances
 
     peering = load_config(home, config).peering
     found = with_database(home, lambda database: all_balances(database, peering))
@@ -91,14 +91,14 @@ def show(
     home: Path, as_json: bool, wide: bool, peer: str, statement: str | None, limit: int
 ) -> None:
     """List the newest entries with a PEER; with --json with their proofs and signatures."""
-    from pinaivu_box.peering.ledger_views import EntryView, entry_view, find
-    from pinaivu_box.store import statements
+    from pinaivu_box.ledger import statement as ledger_statement
+    from pinaivu_box.ledger.views import EntryView, entry_view, find
 
     own = own_node(home)
 
     async def work(database: Any) -> list[EntryView]:
         node = await find(database, peer, own)
-        found = await statements.of_peer(database, node, limit=limit, statement=statement)
+        found = await ledger_statement.of_peer(database, node, limit=limit, statement=statement)
         return [entry_view(one) for one in found]
 
     found = with_database(home, work)
@@ -170,8 +170,8 @@ def forgive(home: Path, as_json: bool, peer: str) -> None:
 
     What it accepts later all the same counts again.
     """
-    from pinaivu_box.peering.ledger_views import find
-    from pinaivu_box.store import claims
+    from pinaivu_box.ledger import claims
+    from pinaivu_box.ledger.views import find
 
     async def work(database: Any) -> claims.Forgiven:
         return await claims.forgive(database, await find(database, peer, own_node(home)), actor())
@@ -188,9 +188,9 @@ def forgive(home: Path, as_json: bool, peer: str) -> None:
 @json_option
 @wide_option
 @click.option("--peer", help="Only those with this peer.")
-def statements(home: Path, as_json: bool, wide: bool, peer: str | None) -> None:
+def ledger_statement(home: Path, as_json: bool, wide: bool, peer: str | None) -> None:
     """List what was settled, the newest first; with --json with the signed text."""
-    from pinaivu_box.peering.ledger_views import StatementView, all_statements, find
+    from pinaivu_box.ledger.views import StatementView, all_statements, find
 
     async def work(database: Any) -> list[StatementView]:
         return await all_statements(database, peer and await find(database, peer, own_node(home)))
@@ -229,7 +229,7 @@ def paid(home: Path, statement: str) -> None:
 
     For this box alone: the other keeps its own note.
     """
-    from pinaivu_box.store import statements as store
+    from pinaivu_box.ledger import statement as store
 
     with_database(home, lambda database: store.pay(database, statement, actor()))
 

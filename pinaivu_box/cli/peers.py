@@ -88,7 +88,7 @@ def join(home: Path, config: Path | None, as_json: bool, ticket: str, at: tuple[
     That box must run; this one may, or may not.
     """
     from pinaivu_box.doctor.home import is_served
-    from pinaivu_box.peering.invite import TicketInvalid, decode
+    from pinaivu_box.membership.tickets import TicketInvalid, decode
 
     given = sys.stdin.read() if ticket == "-" else ticket
     try:
@@ -209,7 +209,7 @@ def leave(home: Path, config: Path | None, as_json: bool) -> None:
 @click.option("--seconds", type=click.FloatRange(0.1, 60), default=2.0, help="2 if not set.")
 def discover(as_json: bool, wide: bool, seconds: float) -> None:
     """List the boxes nearby that announce themselves ([peering] announce = true)."""
-    from pinaivu_box.peering.lan import nearby
+    from pinaivu_box.transport.lan import nearby
 
     found = asyncio.run(nearby(seconds))
     if as_json:
@@ -241,7 +241,7 @@ def doctor(home: Path, config: Path | None, as_json: bool, peer: str | None) -> 
 
     from pinaivu_box.cli.doctor import show_checks
     from pinaivu_box.doctor.peers import examine
-    from pinaivu_box.peering.views import PeerView
+    from pinaivu_box.network.views import PeerView
     from pinaivu_box.server.admin_peers import PeerList
 
     found: Any

@@ -13,7 +13,13 @@ from typing import Any
 import click
 
 from pinaivu_box import __version__
-from pinaivu_box.cli.home import Running, config_option, home_option, load_config, write_running
+from pinaivu_box.cli.home import (
+    RunningServer,
+    config_option,
+    home_option,
+    load_config,
+    write_running,
+)
 from pinaivu_box.config import LOG_FORMATS, LOG_LEVELS, Config, ModelConfig
 from pinaivu_box.errors import UsageError
 
@@ -83,7 +89,7 @@ async def _serve(load: Callable[[], Config], home: Path) -> None:
 
             def started() -> None:
                 local = _url(config.server.host, port, to_print=False)
-                write_running(home, Running(os.getpid(), local, box.control_token))
+                write_running(home, RunningServer(os.getpid(), local, box.control_token))
                 not_served = list(not_served_in(box.catalog).items())
                 for path, why in not_served[:_MOST_PRINTED]:
                     click.echo(f"pinaivu: not served: {path}: {why}.", err=True)

@@ -58,9 +58,9 @@ def usage(
 
     By account or key it shows their names; by peer, the box that served.
     """
-    from pinaivu_box.peering.ledger_views import boxes
+    from pinaivu_box.ledger.views import boxes
     from pinaivu_box.store import accounts, keys
-    from pinaivu_box.store.usage import Wanted
+    from pinaivu_box.store.usage import UsageFilter
     from pinaivu_box.store.usage_report import UsageReport, parse_day, report, span, to_csv
 
     currency = load_config(home, config).pricing.currency
@@ -69,7 +69,7 @@ def usage(
     begin, end = span(first, last)
 
     async def work(database: Any) -> UsageReport:
-        wanted = Wanted(
+        wanted = UsageFilter(
             account_id=account and (await accounts.find(database, account)).id,
             key_id=key and (await keys.named(database, key)).id,
             model=model,

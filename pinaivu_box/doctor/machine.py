@@ -132,7 +132,7 @@ def links() -> Iterator[Check]:
 
 
 async def _bind_and_close() -> None:
-    from pinaivu_box.peering.iroh_transport import IrohTransport  # 18 MB, only if it is wanted
+    from pinaivu_box.transport.iroh_transport import IrohTransport  # 18 MB, only if it is wanted
 
     await (await IrohTransport.bind(Identity(SigningKey.generate()), "127.0.0.1", 0)).close()
 

@@ -15,9 +15,9 @@ from pinaivu_box.amount import parse
 from pinaivu_box.config import Config
 from pinaivu_box.doctor import machine, relay, udp
 from pinaivu_box.doctor.check import Check, State, of_error
-from pinaivu_box.peering.transport import is_relay
-from pinaivu_box.peering.views import OwnView, PeerView, UseView
+from pinaivu_box.network.views import OwnView, PeerView, UseView
 from pinaivu_box.server.admin_peers import PeerList
+from pinaivu_box.transport.transport import is_relay
 
 _UDP_SECONDS = 2.0
 _CLOCK_SLACK, _CLOCK_MOST = 5.0, 300.0  # seconds

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable
 
 from pinaivu_box.engine.embeddings import Embedding
-from pinaivu_box.engine.intake import Arrival, Intake
+from pinaivu_box.engine.intake import Intake, PreparedRequest
 from pinaivu_box.engine.messages import Add, Cancel, Embed, Named, Refused, Tokenize, Tokenized
 from pinaivu_box.engine.sequence import Sequence
 from pinaivu_box.engine.turns import Turns
@@ -39,7 +39,7 @@ class Arrivals:
     def __init__(
         self,
         intake: Intake,
-        say: Callable[[Arrival | Refused | Tokenized], None],
+        say: Callable[[PreparedRequest | Refused | Tokenized], None],
         schedule: Callable[[Sequence | Embedding | Cancel], None],
     ) -> None:
         self._intake = intake
@@ -91,18 +91,18 @@ class Arrivals:
             request.admitted = True
         self._compiling.put(request.tenant, lambda: self._compile(request, prepared))
 
-    def _compile(self, request: _Request, arrival: Arrival) -> None:
+    def _compile(self, request: _Request, arrival: PreparedRequest) -> None:
         if request.cancelled or arrival.compile is None:
             return
         self._end(request, arrival.compile() or arrival)
 
-    def _end(self, request: _Request, outcome: Arrival | Refused | Tokenized) -> None:
+    def _end(self, request: _Request, outcome: PreparedRequest | Refused | Tokenized) -> None:
         """It is known what becomes of it; unless it was cancelled meanwhile."""
         with self._lock:
             if self._open.get(request.id) is not request:
                 return
             del self._open[request.id]
-            if not (request.admitted and isinstance(outcome, Arrival)):
+            if not (request.admitted and isinstance(outcome, PreparedRequest)):
                 self._say(outcome)
-            if isinstance(outcome, Arrival):
+            if isinstance(outcome, PreparedRequest):
                 self._schedule(outcome.sequence)

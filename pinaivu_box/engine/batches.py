@@ -7,10 +7,10 @@ from itertools import takewhile
 import numpy as np
 
 from pinaivu_box.engine.runner import Batch
-from pinaivu_box.engine.scheduler import Chunk
+from pinaivu_box.engine.scheduler import BatchChunk
 
 
-def batch_of(chunks: list[Chunk]) -> Batch:
+def batch_of(chunks: list[BatchChunk]) -> Batch:
     tokens: list[int] = []
     positions: list[int] = []
     ids: list[int] = []
@@ -41,5 +41,5 @@ def batch_of(chunks: list[Chunk]) -> Batch:
     )
 
 
-def _decodes(chunk: Chunk) -> bool:
+def _decodes(chunk: BatchChunk) -> bool:
     return chunk.count == 1

@@ -13,7 +13,7 @@ import secrets
 from collections.abc import Iterable
 from typing import Any
 
-from pinaivu_box.engine.history import Arguments
+from pinaivu_box.engine.history import CallArguments
 
 _NOTHING = re.compile("((?!))")
 _SHORTEST, _LONGEST = 3, 128  # characters of what is taken for a control token's text
@@ -65,7 +65,9 @@ class Contents:
         if isinstance(value, dict):
             made = {self.marked(name): self.marked(one) for name, one in value.items()}
             return (
-                Arguments(made, self.marked(str(value))) if isinstance(value, Arguments) else made
+                CallArguments(made, self.marked(str(value)))
+                if isinstance(value, CallArguments)
+                else made
             )
         return value
 

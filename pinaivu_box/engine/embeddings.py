@@ -66,7 +66,7 @@ class _Text:
 
 
 @dataclass(frozen=True)
-class _Part:
+class _TextPart:
     text: _Text
     count: int
 
@@ -132,7 +132,7 @@ class Embeddings:
 
     # -- what is computed next -------------------------------------------------------------------
 
-    def _plan(self, most: int) -> Iterator[_Part]:
+    def _plan(self, most: int) -> Iterator[_TextPart]:
         """Parts in the order of sequences; whoever has had least is next."""
         planned: dict[_Text, int] = {}
         blocked: set[str] = set()
@@ -161,7 +161,7 @@ class Embeddings:
             self._queue.charge(name, count, 0)
         for text in self._texts:
             if text in planned:
-                yield _Part(text, planned[text])
+                yield _TextPart(text, planned[text])
 
     def _tenants(self) -> list[str]:
         """Those that have anything to compute."""
@@ -220,7 +220,7 @@ class Embeddings:
 
     # -- what came of it -------------------------------------------------------------------------
 
-    def _take(self, part: _Part, summed: npt.NDArray[np.float64]) -> None:
+    def _take(self, part: _TextPart, summed: npt.NDArray[np.float64]) -> None:
         text = part.text
         text.read += part.count
         text.sum = summed if text.sum is None else text.sum + summed
@@ -240,7 +240,7 @@ class Embeddings:
             self._ended.append(text.sequence_id)
 
 
-def _batch(parts: list[_Part]) -> Batch:
+def _batch(parts: list[_TextPart]) -> Batch:
     tokens: list[int] = []
     positions: list[int] = []
     ids: list[int] = []

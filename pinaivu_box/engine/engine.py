@@ -14,19 +14,19 @@ from pinaivu_box.engine.batches import batch_of
 from pinaivu_box.engine.embeddings import Embedding, Embeddings
 from pinaivu_box.engine.logprobs import probe
 from pinaivu_box.engine.messages import EngineLoad, Refused, TokenLogprob
-from pinaivu_box.engine.output import Said, StepOutput
-from pinaivu_box.engine.pace import Pace
+from pinaivu_box.engine.output import SequenceOutput, StepOutput
+from pinaivu_box.engine.pace import StepCostModel
 from pinaivu_box.engine.runner import TEXT_BATCH, Float32, NoSlot, Runner
 from pinaivu_box.engine.sampling import (
     NO_PAST,
     Draw,
-    Past,
+    PenaltyWindow,
     draw_again,
     draw_rows,
 )
-from pinaivu_box.engine.scheduler import Chunk, Copy, Move, Remove, Scheduler
+from pinaivu_box.engine.scheduler import BatchChunk, CopyCells, Move, RemoveCells, Scheduler
 from pinaivu_box.engine.sequence import Sequence
-from pinaivu_box.engine.steady import Steady
+from pinaivu_box.engine.steady import SteadySteps
 from pinaivu_box.errors import BadRequest, BoxError, ContextOverflow, NoNodesAvailable
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class Engine:
         facts = runner.facts
         self._runner = runner
         self._facts = facts
-        self.pace = Pace()
+        self.pace = StepCostModel()
         self.scheduler = Scheduler(
             kv_tokens=facts.kv_tokens,
             max_sequences=facts.max_sequences,
@@ -54,11 +54,11 @@ class Engine:
         self._steps = 0
         self._tokens_computed = 0
         self._tokens_cached = 0
-        self._steady: Steady | None = None
+        self._steady: SteadySteps | None = None
         self._plain: tuple[list[str], list[int]] = ([], [])
         self._last_load = EngineLoad()
         self.embeddings = Embeddings(runner)
-        self._outputs: list[Said] = []
+        self._outputs: list[SequenceOutput] = []
         self._refused: list[Refused] = []
 
     @property
@@ -76,7 +76,7 @@ class Engine:
         self.scheduler.add(sequence)
         if sequence.scored == 0:
             alone = TokenLogprob(self._runner.spelled(sequence.tokens[0]), 0.0, [])
-            self._outputs.append(Said(sequence.id, [], prompt_logprobs=[alone]))
+            self._outputs.append(SequenceOutput(sequence.id, [], prompt_logprobs=[alone]))
             sequence.scored = 1
 
     def end(self, request_id: str, finish_reason: str) -> None:
@@ -89,7 +89,9 @@ class Engine:
             if not sequence.spoken:  # None unless its prompt has begun
                 queue_ms, cached_tokens = sequence.queue_ms, sequence.cached_tokens
         # Also if it is not here: it had not come yet (see `arrivals`), or `output` knows its end.
-        self._outputs.append(Said(request_id, [], finish_reason, False, queue_ms, cached_tokens))
+        self._outputs.append(
+            SequenceOutput(request_id, [], finish_reason, False, queue_ms, cached_tokens)
+        )
 
     def step(self) -> StepOutput:
         """Compute one batch, if there is one, and return all that happened since the last."""
@@ -122,7 +124,7 @@ class Engine:
         self.pace.observe_texts(tokens, time.perf_counter() - began)
         for one in done:
             self._outputs.append(
-                Said(one.id, [], "stop", queue_ms=one.queue_ms, vectors=one.vectors)
+                SequenceOutput(one.id, [], "stop", queue_ms=one.queue_ms, vectors=one.vectors)
             )
 
     def check_integrity(self) -> None:
@@ -164,7 +166,7 @@ class Engine:
             self._sample([chunk for chunk in plan.chunks if chunk.rows], logits)
             if steady > 1 and len(self.scheduler.running) == len(plan.chunks):
                 by_id = sorted(self.scheduler.running, key=lambda one: one.sequence_id)
-                self._steady = Steady(by_id, steady, self._end_tokens)
+                self._steady = SteadySteps(by_id, steady, self._end_tokens)
             return
 
     def _step_steadily(self) -> bool:
@@ -200,21 +202,21 @@ class Engine:
         return False
 
     def _move(self, move: Move) -> None:
-        if isinstance(move, Remove):
+        if isinstance(move, RemoveCells):
             self._runner.remove(move.sequence_id)
-        elif isinstance(move, Copy):
+        elif isinstance(move, CopyCells):
             self._runner.copy(move.source, move.target, move.length)
         else:
             self._runner.truncate(move.sequence_id, move.length)
 
-    def _observe(self, chunks: list[Chunk], seconds: float) -> None:
+    def _observe(self, chunks: list[BatchChunk], seconds: float) -> None:
         rows = sum(chunk.rows for chunk in chunks if chunk.count == 1)
         tokens = sum(chunk.count + len(chunk.draft) for chunk in chunks)
         self.pace.observe(rows, tokens - rows, seconds)
         self._steps += 1
         self._tokens_computed += tokens
 
-    def _relieve(self, chunks: list[Chunk]) -> None:
+    def _relieve(self, chunks: list[BatchChunk]) -> None:
         """The cache has fewer cells than it said (padding, a window): believe it, make room."""
         cells = self.scheduler.shrink(sum(chunk.count + len(chunk.draft) for chunk in chunks))
         if self.scheduler.relieve():
@@ -222,7 +224,7 @@ class Engine:
         alone = chunks[0].sequence  # nothing else runs: this is all that it can have
         self.scheduler.finish(alone)
         if len(alone.tokens) > alone.prompt_length:
-            self._outputs.append(Said(alone.id, [], "length"))
+            self._outputs.append(SequenceOutput(alone.id, [], "length"))
             return
         self._refused.append(
             Refused(
@@ -232,7 +234,7 @@ class Engine:
             )
         )
 
-    def _score(self, chunks: list[Chunk], logits: Float32) -> Float32:
+    def _score(self, chunks: list[BatchChunk], logits: Float32) -> Float32:
         """Says the log-probabilities of prompts' tokens; returns the rows that are drawn from."""
         row = 0
         drawn: list[int] = []
@@ -247,11 +249,11 @@ class Engine:
             drawn += range(row, row + chunk.rows)
             row += chunk.rows
             if said:
-                self._outputs.append(Said(sequence.id, [], prompt_logprobs=said))
+                self._outputs.append(SequenceOutput(sequence.id, [], prompt_logprobs=said))
                 sequence.scored = positions.stop + 1
         return logits[drawn]
 
-    def _sample(self, chunks: list[Chunk], logits: Float32) -> None:
+    def _sample(self, chunks: list[BatchChunk], logits: Float32) -> None:
         draws = list(_draws(chunks))
         # Log-probabilities are the model's own: of the logits before they are adjusted.
         raw = {row: logits[row].copy() for row in _probed(chunks)}
@@ -288,7 +290,7 @@ class Engine:
             self._take(chunk, tokens, accepted, probed)
 
     def _follow(
-        self, chunk: Chunk, grammar: Grammar, drawn: list[int], logits: Float32
+        self, chunk: BatchChunk, grammar: Grammar, drawn: list[int], logits: Float32
     ) -> list[int]:
         """The draws up to the first that shows the draft to be wrong, as the grammar has them."""
         tokens: list[int] = []
@@ -308,7 +310,7 @@ class Engine:
         return tokens
 
     def _take(
-        self, chunk: Chunk, tokens: list[int], accepted: int, probed: list[TokenLogprob]
+        self, chunk: BatchChunk, tokens: list[int], accepted: int, probed: list[TokenLogprob]
     ) -> None:
         sequence = chunk.sequence
         first, sequence.spoken = not sequence.spoken, True
@@ -336,7 +338,7 @@ class Engine:
         if finish_reason is None and self._full(sequence):
             finish_reason = "length"
         self._outputs.append(
-            Said(
+            SequenceOutput(
                 sequence.id,
                 tokens,
                 finish_reason,
@@ -376,33 +378,35 @@ class Engine:
         )
 
 
-def _note_start(chunks: list[Chunk]) -> None:
+def _note_start(chunks: list[BatchChunk]) -> None:
     now = time.monotonic()
     for sequence in (chunk.sequence for chunk in chunks):
         if sequence.queue_ms is None:
             sequence.queue_ms = (now - sequence.arrived_at) * 1000
 
 
-def _draws(chunks: list[Chunk]) -> Iterator[Draw]:
+def _draws(chunks: list[BatchChunk]) -> Iterator[Draw]:
     """What decides each row's draw, in batch order."""
     for chunk in chunks:
         sequence = chunk.sequence
         for number in range(chunk.rows):
             past = NO_PAST
             if sequence.sampling.looks_back:
-                past = Past([*sequence.tokens, *chunk.draft[:number]], sequence.prompt_length)
+                past = PenaltyWindow(
+                    [*sequence.tokens, *chunk.draft[:number]], sequence.prompt_length
+                )
             sampling, position = sequence.sampling, _position(chunk, number)
             if position < sequence.min_length:
                 sampling = msgspec.structs.replace(sampling, ignore_eos=True)
             yield Draw(sampling, position, past)
 
 
-def _position(chunk: Chunk, number: int) -> int:
+def _position(chunk: BatchChunk, number: int) -> int:
     """Of the token that the chunk's row of that number gives."""
     return chunk.sequence.length + number
 
 
-def _probed(chunks: list[Chunk]) -> Iterator[int]:
+def _probed(chunks: list[BatchChunk]) -> Iterator[int]:
     """Rows whose log-probabilities are wanted."""
     row = 0
     for chunk in chunks:

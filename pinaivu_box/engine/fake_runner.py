@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pinaivu_box.engine.messages import Load
+from pinaivu_box.engine.messages import LoadModel
 from pinaivu_box.engine.runner import (
     TEXT_BATCH,
     Batch,
@@ -32,7 +32,7 @@ UNLIKELY = np.linspace(-30, -31, N_VOCAB, dtype=np.float32)
 
 
 class FakeRunner:
-    def __init__(self, load: Load) -> None:
+    def __init__(self, load: LoadModel) -> None:
         self._step_seconds = float(load.path.removeprefix(SCHEME) or 0) / 1000
         self.facts = ModelFacts(
             build="fake",

@@ -19,8 +19,15 @@ import numpy.typing as npt
 from llguidance import LLMatcher
 
 from pinaivu_box.engine.runner import Runner
-from pinaivu_box.engine.sandboxes import Run, Sandboxes, reached
-from pinaivu_box.engine.trial import LIMITS, Vocabulary, Wanted, begin, refusal, tokenizer_of
+from pinaivu_box.engine.sandboxes import Sandboxes, SandboxRun, reached
+from pinaivu_box.engine.trial import (
+    LIMITS,
+    OutputConstraint,
+    Vocabulary,
+    begin,
+    refusal,
+    tokenizer_of,
+)
 from pinaivu_box.errors import InvalidBody
 from pinaivu_box.sandbox import Cancellation, SandboxLimit
 
@@ -37,7 +44,7 @@ _KEPT_BYTES, _KEPT_OF_TENANT = 2 << 20, 1 << 20
 _KEPT_AT_LEAST = 64 << 10  # what a short one counts
 
 
-class Allowance:
+class CpuBudget:
     """CPU time that a tenant's grammars may still take of the steps."""
 
     def __init__(self) -> None:
@@ -62,7 +69,7 @@ class Grammar:
     """One sequence's place in its grammar.  Its tenant's grammars share an `allowance`: a few that
     are each just cheap enough would hold up all others' steps as well."""
 
-    def __init__(self, matcher: LLMatcher, allowance: Allowance) -> None:
+    def __init__(self, matcher: LLMatcher, allowance: CpuBudget) -> None:
         self._matcher = matcher
         self._allowance = allowance
 
@@ -122,13 +129,17 @@ class Grammars:
                 text.decode(errors="replace") if isinstance(text, bytes) else text
             ),
         )
-        self._try: Run = sandboxes.trials(msgspec.msgpack.encode(vocabulary))
+        self._try: SandboxRun = sandboxes.trials(msgspec.msgpack.encode(vocabulary))
         self._kept = _Kept()
-        self._allowances: dict[str, Allowance] = {}
+        self._allowances: dict[str, CpuBudget] = {}
         self._lock = threading.Lock()
 
     def make(
-        self, wanted: Wanted, *, tenant: str = "", cancellation: Cancellation | None = None
+        self,
+        wanted: OutputConstraint,
+        *,
+        tenant: str = "",
+        cancellation: Cancellation | None = None,
     ) -> Grammar | None:
         """None if everything is allowed.  Raises InvalidBody for what is no grammar, or none that
         can be followed within the limits; SandboxCancelled."""
@@ -148,7 +159,11 @@ class Grammars:
             return Grammar(found.deep_copy(), self._allowance(tenant))
 
     def _compile(
-        self, wanted: Wanted, payload: bytes, tenant: str, cancellation: Cancellation | None
+        self,
+        wanted: OutputConstraint,
+        payload: bytes,
+        tenant: str,
+        cancellation: Cancellation | None,
     ) -> tuple[_Made, int]:
         try:
             text = self._try(payload, tenant=tenant, cancellation=cancellation).decode()
@@ -164,8 +179,8 @@ class Grammars:
             return refusal(wanted, "is too complex to follow: simplify it"), 0
         return matcher, len(text)
 
-    def _allowance(self, tenant: str) -> Allowance:
-        found = self._allowances.pop(tenant, None) or Allowance()
+    def _allowance(self, tenant: str) -> CpuBudget:
+        found = self._allowances.pop(tenant, None) or CpuBudget()
         self._allowances[tenant] = found
         if len(self._allowances) > _TENANTS:  # whose last use is so long ago has all of it again
             del self._allowances[next(iter(self._allowances))]

@@ -24,7 +24,7 @@ _WRAPPED = "arguments"  # the one member of an object that stands for what is no
 _SILENCE = "..."  # of a turn in which nothing was said
 
 
-class Arguments(dict[str, Any]):
+class CallArguments(dict[str, Any]):
     """Arguments of a call for templates that look into them; `written` is the JSON text, for
     templates that write them as they are."""
 
@@ -125,7 +125,7 @@ def _with_arguments(message: Message, way: Callable[[str], Any]) -> Message:
     return {**message, "tool_calls": calls}
 
 
-def _read(text: str) -> Arguments | None:
+def _read(text: str) -> CallArguments | None:
     """None if they are no object.  No arguments at all are an object without members, and one that
     was written as a JSON string is read all the same."""
     text = text.strip()
@@ -137,19 +137,19 @@ def _read(text: str) -> Arguments | None:
         except (ValueError, RecursionError):
             return None
         if isinstance(value, dict):
-            return Arguments(value, text)
+            return CallArguments(value, text)
         if not isinstance(value, str):
             return None
         text = value
     return None
 
 
-def _object(text: str) -> Arguments:
+def _object(text: str) -> CallArguments:
     found = _read(text)
-    return Arguments({_WRAPPED: text}, text) if found is None else found
+    return CallArguments({_WRAPPED: text}, text) if found is None else found
 
 
-def _object_or_text(text: str) -> Arguments | str:
+def _object_or_text(text: str) -> CallArguments | str:
     found = _read(text)
     return text if found is None else found
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from pinaivu_box import chat_format
 from pinaivu_box.engine.detokenizer import Detokenizer, text_of
 from pinaivu_box.engine.embeddings import Embedding
-from pinaivu_box.engine.lookup import Experience, Lookup
+from pinaivu_box.engine.lookup import DraftStatistics, Lookup
 from pinaivu_box.engine.messages import (
     MAX_FRAME_BYTES,
     Add,
@@ -47,7 +47,7 @@ _SHORT = 16_384  # characters, which are read in a moment, whatever can be done 
 
 
 @dataclass(frozen=True)
-class Arrival:
+class PreparedRequest:
     """What the output has to know (`admitted`, `detokenizer`), and what is to be scheduled: after
     `compile`, if there is something to compile.  That may take seconds, and end in a refusal."""
 
@@ -82,7 +82,7 @@ class Intake:
         self._drafting = drafting and facts.sharing
         self._grammars: Grammars | None = None
         self._first_grammar = Lock()
-        self._experience = Experience()
+        self._experience = DraftStatistics()
         self._sandboxes = sandboxes
         self.template = Rendering(
             sandboxes.templates,
@@ -100,7 +100,7 @@ class Intake:
 
     def prepare(
         self, add: Add | Embed, cancellation: Cancellation | None = None
-    ) -> Arrival | Refused:
+    ) -> PreparedRequest | Refused:
         """What `cancellation` ends is refused."""
         try:
             if isinstance(add, Embed):
@@ -142,7 +142,7 @@ class Intake:
         except Exception as error:
             return _refusal(name, error)
 
-    def _prepare(self, add: Add, cancellation: Cancellation | None) -> Arrival:
+    def _prepare(self, add: Add, cancellation: Cancellation | None) -> PreparedRequest:
         prompt, thinking = self._prompt(add, self._context, cancellation)
         self._check_tokens(add.output, "messages")
         if not prompt:
@@ -189,14 +189,14 @@ class Intake:
             sequence.scored_to = len(sequence.tokens)
             sequence.scored = sequence.scored_to - unsaid
         free = add.constraint is None and add.tools is None
-        return Arrival(
+        return PreparedRequest(
             Admitted(add.id, prompt, thinking, text),
             detokenizer,
             sequence,
             None if free else partial(self._compile, add, sequence, thinking, cancellation),
         )
 
-    def _prepare_texts(self, embed: Embed) -> Arrival:
+    def _prepare_texts(self, embed: Embed) -> PreparedRequest:
         size = self._runner.facts.n_embd
         if embed.dimensions is not None and embed.dimensions > size:
             why = f"this model's vectors have {size} dimensions"
@@ -211,7 +211,7 @@ class Intake:
         if longest > self._context:
             raise TooManyTokens(longest)
         together = [token for tokens in inputs for token in tokens]
-        return Arrival(
+        return PreparedRequest(
             Admitted(embed.id, together),
             Detokenizer(self._runner.piece, []),
             Embedding(
@@ -330,14 +330,14 @@ class Intake:
         try:
             # Most engines never need it, nor what it imports.
             from pinaivu_box.engine.grammar import Grammars
-            from pinaivu_box.engine.trial import Wanted
+            from pinaivu_box.engine.trial import OutputConstraint
 
             with self._first_grammar:
                 if self._grammars is None:
                     self._grammars = Grammars(self._runner, self._sandboxes)
             style = self.template.style
             trigger = self._spell(style.trigger) if add.tools and style.trigger else ""
-            wanted = Wanted(add.constraint, add.tools, style.name, trigger, thinking)
+            wanted = OutputConstraint(add.constraint, add.tools, style.name, trigger, thinking)
             sequence.grammar = grammar = self._grammars.make(
                 wanted, tenant=add.tenant, cancellation=cancellation
             )

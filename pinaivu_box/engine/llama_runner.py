@@ -23,7 +23,7 @@ import numpy as np
 
 from pinaivu_box.engine.llama_batch import BatchBuffer
 from pinaivu_box.engine.llama_embedder import Embedder
-from pinaivu_box.engine.messages import Load, SamplingDefaults
+from pinaivu_box.engine.messages import LoadModel, SamplingDefaults
 from pinaivu_box.engine.runner import (
     Batch,
     Float32,
@@ -56,7 +56,7 @@ class LlamaRunner:
     makes next to no difference.
     """
 
-    def __init__(self, load: Load, progress: ProgressCallback, *, exact: bool = False) -> None:
+    def __init__(self, load: LoadModel, progress: ProgressCallback, *, exact: bool = False) -> None:
         _load_backends()
         self._exact = exact
         self._log = _capture_log()
@@ -73,7 +73,7 @@ class LlamaRunner:
 
     # -- loading -------------------------------------------------------------------------------
 
-    def _load_model(self, load: Load, progress: ProgressCallback) -> llama.llama_model_p:
+    def _load_model(self, load: LoadModel, progress: ProgressCallback) -> llama.llama_model_p:
         params = llama.llama_model_default_params()
 
         def report(fraction: float, _user_data: object) -> bool:
@@ -95,7 +95,7 @@ class LlamaRunner:
             )
         return model
 
-    def _make_context(self, load: Load) -> llama.llama_context_p:
+    def _make_context(self, load: LoadModel) -> llama.llama_context_p:
         params = llama.llama_context_default_params()
         self._unified = load.max_sequences * load.context > load.kv_tokens
         params.n_ctx = load.kv_tokens if self._unified else load.max_sequences * load.context
@@ -119,7 +119,7 @@ class LlamaRunner:
         self._max_length = min(load.context, llama.llama_n_ctx_seq(made))
         return made
 
-    def _read_facts(self, load: Load) -> ModelFacts:
+    def _read_facts(self, load: LoadModel) -> ModelFacts:
         vocab = self._vocab
         ends = [t for t in range(self._n_vocab) if llama.llama_vocab_is_eog(vocab, t)]
         return ModelFacts(

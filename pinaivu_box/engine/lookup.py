@@ -17,7 +17,7 @@ _FORGET = 0.2  # how fast a chance follows what happens
 _FORGET_ALL = 0.02  # the same of what all sequences have in common
 
 
-class Experience:
+class DraftStatistics:
     """What an engine's sequences learned of drafts: the next one begins with that."""
 
     def __init__(self) -> None:
@@ -40,10 +40,10 @@ class Lookup:
     """
 
     def __init__(
-        self, experience: Experience | None = None, prediction: Sequence[int] = ()
+        self, experience: DraftStatistics | None = None, prediction: Sequence[int] = ()
     ) -> None:
         self._prediction = prediction
-        self._experience = experience or Experience()
+        self._experience = experience or DraftStatistics()
         # Who gives a prediction knows better than experience.
         self._chances = dict(_PRIORS if prediction else self._experience.chances)
         self._ends: dict[tuple[int, ...], int] = {}  # n-gram → where the text after it begins

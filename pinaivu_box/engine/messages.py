@@ -114,7 +114,7 @@ class SamplingDefaults(Struct, frozen=True):
 # -- parent to child ---------------------------------------------------------------------------
 
 
-class Load(Struct, frozen=True, tag=True):
+class LoadModel(Struct, frozen=True, tag=True):
     """The first frame: which file to load and how; `model` is its id.
 
     Sizes in tokens; `threads` 0 means all physical cores.  `drafting` allows prompt lookup.  With
@@ -213,7 +213,7 @@ class Named(Struct, frozen=True, tag=True):
     texts: list[str]
 
 
-ToEngine = Load | Add | Cancel | Tokenize | Embed | Named
+ToEngine = LoadModel | Add | Cancel | Tokenize | Embed | Named
 
 # -- child to parent ---------------------------------------------------------------------------
 
@@ -288,7 +288,7 @@ class TokenLogprob(Struct, frozen=True, array_like=True):
     top: list[tuple[bytes, float]]
 
 
-class Delta(Struct, omit_defaults=True):
+class SequenceDelta(Struct, omit_defaults=True):
     """What one step gave one sequence.  `tokens` is every token drawn; `text` may lag behind, and
     `logprobs`, those of the text's tokens, with it.  A prompt's come before all others."""
 
@@ -323,7 +323,7 @@ class StepFrame(Struct, frozen=True, tag=True):
 
     admitted: list[Admitted]
     refused: list[Refused]
-    deltas: list[Delta]
+    deltas: list[SequenceDelta]
     load: EngineLoad
 
 

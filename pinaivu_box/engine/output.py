@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from pinaivu_box.engine.detokenizer import Detokenizer
-from pinaivu_box.engine.intake import Arrival
+from pinaivu_box.engine.intake import PreparedRequest
 from pinaivu_box.engine.messages import (
     Admitted,
-    Delta,
     EngineLoad,
     Refused,
+    SequenceDelta,
     StepFrame,
     TokenLogprob,
 )
@@ -24,7 +24,7 @@ _MAX_FRAME_LOGPROBS = 1 << 14  # about 6 MB
 
 
 @dataclass(frozen=True)
-class Said:
+class SequenceOutput:
     """What one step gave one sequence.
 
     `queue_ms` and `cached_tokens` come with its first token, or with its end if it has begun and
@@ -52,7 +52,7 @@ class StepOutput:
     its sequence.
     """
 
-    sequences: Sequence[Said]
+    sequences: Sequence[SequenceOutput]
     load: EngineLoad
     plain: tuple[list[str], list[int]] = ([], [])
     refused: Sequence[Refused] = ()
@@ -68,14 +68,14 @@ class _OpenSequence:
     withheld: list[TokenLogprob] = field(default_factory=list)
 
 
-class Output:
+class OutputBuffer:
     """`take` events, then `frame` them."""
 
     def __init__(self) -> None:
         self._open: dict[str, _OpenSequence] = {}
         self._admitted: list[Admitted] = []
         self._refused: list[Refused] = []
-        self._deltas: dict[str, Delta] = {}
+        self._deltas: dict[str, SequenceDelta] = {}
         self._load = EngineLoad()
 
     @property
@@ -83,12 +83,12 @@ class Output:
         """Whether the next frame should go out before more is taken."""
         return sum(len(delta.logprobs) for delta in self._deltas.values()) > _MAX_FRAME_LOGPROBS
 
-    def take(self, event: Arrival | Refused | StepOutput) -> list[str]:
+    def take(self, event: PreparedRequest | Refused | StepOutput) -> list[str]:
         """Add an event.  Returns the ids of sequences that a stop string has just ended."""
         if isinstance(event, Refused):
             self._refuse(event)
             return []
-        if isinstance(event, Arrival):
+        if isinstance(event, PreparedRequest):
             self._admitted.append(event.admitted)
             self._open[event.admitted.id] = _OpenSequence(event.detokenizer)
             return []
@@ -112,10 +112,10 @@ class Output:
         self._refused.append(refused)
         self._open.pop(refused.id, None)
 
-    def _delta(self, request_id: str, sequence: _OpenSequence) -> Delta:
+    def _delta(self, request_id: str, sequence: _OpenSequence) -> SequenceDelta:
         delta = self._deltas.get(request_id)
         if delta is None:
-            delta = Delta(request_id, shifted_tokens=sequence.shifted_tokens)
+            delta = SequenceDelta(request_id, shifted_tokens=sequence.shifted_tokens)
             self._deltas[request_id] = delta
         return delta
 
@@ -133,7 +133,7 @@ class Output:
             del self._open[request_id]
         return detokenizer.stopped
 
-    def _add(self, output: Said) -> bool:
+    def _add(self, output: SequenceOutput) -> bool:
         """Returns whether a stop string has ended the sequence."""
         sequence = self._open.get(output.id)
         if sequence is None:
@@ -169,7 +169,7 @@ class Output:
         return detokenizer.stopped
 
 
-def _release(sequence: _OpenSequence, text: str, delta: Delta) -> None:
+def _release(sequence: _OpenSequence, text: str, delta: SequenceDelta) -> None:
     """Log-probabilities come with their text, and those of a stop string never."""
     detokenizer = sequence.detokenizer
     if detokenizer.stopped:

@@ -24,7 +24,7 @@ _DRAFTS = (3, 7, 15, 31, 63)
 _WORTH = 1.05  # times the tokens per second of a step without drafts; below is within the noise
 
 
-class Pace:
+class StepCostModel:
     """Seconds per step, as a function of rows (tokens that give logits) and prompt tokens."""
 
     def __init__(self) -> None:

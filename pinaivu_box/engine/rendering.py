@@ -10,7 +10,7 @@ import msgspec
 
 from pinaivu_box import chat_format
 from pinaivu_box.engine.chat_template import CHATML, INSTEAD, Render
-from pinaivu_box.engine.sandboxes import Run, reached
+from pinaivu_box.engine.sandboxes import SandboxRun, reached
 from pinaivu_box.errors import ApiError, BadRequest
 from pinaivu_box.sandbox import Cancellation, SandboxLimit
 
@@ -33,7 +33,7 @@ class Rendering:
 
     def __init__(
         self,
-        run: Run,
+        run: SandboxRun,
         source: str | None,
         *,
         bos: str,

@@ -95,14 +95,14 @@ def _noise(keys: UInt64, ids: Ids) -> Float64:
 
 
 @dataclass(frozen=True)
-class Past:
+class PenaltyWindow:
     """The tokens before a position, where penalties need them; the first `prompt` were given."""
 
     tokens: Sequence[int] = ()
     prompt: int = 0
 
 
-NO_PAST = Past()
+NO_PAST = PenaltyWindow()
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class Draw:
 
     sampling: Sampling
     position: int
-    past: Past = NO_PAST
+    past: PenaltyWindow = NO_PAST
 
 
 def draw_rows(logits: Float32, draws: Sequence[Draw], end_tokens: Ids = _NONE) -> list[int]:
@@ -158,7 +158,9 @@ class Sampler:
         self._kinds = kinds
         self._groups: list[_Group] = []
 
-    def draw(self, logits: Float32, positions: Positions, pasts: Sequence[Past] = ()) -> list[int]:
+    def draw(
+        self, logits: Float32, positions: Positions, pasts: Sequence[PenaltyWindow] = ()
+    ) -> list[int]:
         """Tokens of the rows of `logits`, which may be changed, at these positions."""
         for row in self._adjusted:
             past = pasts[row] if self._samplings[row].looks_back else NO_PAST
@@ -234,7 +236,7 @@ def _kind(sampling: Sampling) -> int:
     return _TYPICAL if sampling.typical_p < 1 else sampling.top_k
 
 
-def _adjust(row: Float32, sampling: Sampling, past: Past, end_tokens: Ids) -> None:
+def _adjust(row: Float32, sampling: Sampling, past: PenaltyWindow, end_tokens: Ids) -> None:
     """Penalties and biases touch only the tokens that they name."""
     if sampling.repeat_penalty != 1 and len(past.tokens):
         ids = np.unique(np.array(past.tokens[-_REPEAT_LAST:], np.intp))

@@ -9,13 +9,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from pinaivu_box.sandbox import Cancellation, Limits, SandboxPool
+from pinaivu_box.sandbox import Cancellation, SandboxLimits, SandboxPool
 
 # Of one job.  What people send takes some milliseconds, with thousands of properties half a second.
-LIMITS = Limits(cpu_seconds=2.0, memory_bytes=512 << 20)
+LIMITS = SandboxLimits(cpu_seconds=2.0, memory_bytes=512 << 20)
 
 
-class Run(Protocol):
+class SandboxRun(Protocol):
     def __call__(
         self, payload: bytes, *, tenant: str = "", cancellation: Cancellation | None = None
     ) -> bytes:
@@ -28,8 +28,8 @@ class Sandboxes:
     """`templates` runs what `chat_template.make` returns, and `trials(vocabulary)` what
     `trial.make` returns for that."""
 
-    templates: Run
-    trials: Callable[[bytes], Run]
+    templates: SandboxRun
+    trials: Callable[[bytes], SandboxRun]
 
 
 def start() -> Sandboxes:
@@ -39,7 +39,7 @@ def start() -> Sandboxes:
     return Sandboxes(templates.run, _trials)
 
 
-def _trials(vocabulary: bytes) -> Run:
+def _trials(vocabulary: bytes) -> SandboxRun:
     return SandboxPool("pinaivu_box.engine.trial:make", vocabulary, limits=LIMITS).run
 
 

@@ -29,7 +29,7 @@ MOST_SCORED = 128
 
 
 @dataclass(frozen=True)
-class Chunk:
+class BatchChunk:
     """`count` known tokens of `sequence` from its position `start`, then `draft`.
 
     The last known one gives logits if nothing comes after it, and each drafted one does; and the
@@ -60,14 +60,14 @@ class Chunk:
 
 
 @dataclass(frozen=True)
-class Remove:
+class RemoveCells:
     """Free every cell of a sequence id."""
 
     sequence_id: int
 
 
 @dataclass(frozen=True)
-class Truncate:
+class TruncateCells:
     """Keep the first `length` cells of a sequence id."""
 
     sequence_id: int
@@ -75,7 +75,7 @@ class Truncate:
 
 
 @dataclass(frozen=True)
-class Copy:
+class CopyCells:
     """The sequence id `target`, which is empty, gets the first `length` cells of `source`."""
 
     source: int
@@ -83,18 +83,18 @@ class Copy:
     length: int
 
 
-Move = Remove | Truncate | Copy
+Move = RemoveCells | TruncateCells | CopyCells
 
 
 @dataclass(frozen=True)
-class Plan:
+class StepPlan:
     """Make the moves, in order, then compute the chunks."""
 
-    chunks: list[Chunk]
+    chunks: list[BatchChunk]
     moves: list[Move]
 
 
-class Policy(Protocol):
+class StepPolicy(Protocol):
     """How much to put into a step (see `pace.Pace`)."""
 
     def prompt_budget(self, rows: int, most: int) -> int: ...
@@ -115,7 +115,7 @@ class Scheduler:
         kv_tokens: int,
         max_sequences: int,
         token_budget: int,
-        policy: Policy,
+        policy: StepPolicy,
         ids: int = 0,
         sharing: bool = True,
     ) -> None:
@@ -165,12 +165,12 @@ class Scheduler:
         self._free(sequence, keep=True)
         self.waiting.stop(sequence)
 
-    def plan(self, *, drafting: bool = True) -> Plan:
+    def plan(self, *, drafting: bool = True) -> StepPlan:
         """The next step.  Nothing of it counts as computed before `commit`."""
         self._give_place()
         self._make_room(len(self.running))
         decoding = [s for s in self.running if s.pending == 1]
-        chunks = [Chunk(s, s.computed, 1) for s in decoding[: max(0, self._room())]]
+        chunks = [BatchChunk(s, s.computed, 1) for s in decoding[: max(0, self._room())]]
         planned = len(chunks)
         budget = self._policy.prompt_budget(planned, self.token_budget - planned)
         prompts = sorted((s for s in self.running if s.pending > 1), key=self._turn)
@@ -184,9 +184,9 @@ class Scheduler:
         if drafting and all(chunk.wants_logits and chunk.count == 1 for chunk in chunks):
             chunks = self._with_drafts(chunks)
         moves, self._moves = self._moves, []
-        return Plan(chunks, moves)
+        return StepPlan(chunks, moves)
 
-    def steady_steps(self, chunks: list[Chunk]) -> int:
+    def steady_steps(self, chunks: list[BatchChunk]) -> int:
         """How many steps may follow that are like these chunks' one, without another plan.
 
         `settle` has to be called before anything else is.
@@ -230,7 +230,7 @@ class Scheduler:
         """Whether there are prompts to be computed."""
         return bool(self.waiting) or any(one.pending > 1 for one in self.running)
 
-    def commit(self, chunks: list[Chunk]) -> None:
+    def commit(self, chunks: list[BatchChunk]) -> None:
         """The step was computed: its known tokens are in the KV cache."""
         for chunk in chunks:
             sequence, end = chunk.sequence, chunk.start + chunk.count
@@ -239,7 +239,7 @@ class Scheduler:
             prompt = max(0, min(end, sequence.prompt_length) - chunk.start)
             self.waiting.charge(sequence.tenant, prompt, chunk.count - prompt)
 
-    def accept(self, chunk: Chunk, count: int) -> None:
+    def accept(self, chunk: BatchChunk, count: int) -> None:
         """The first `count` of the chunk's draft were right; they are in `tokens` by now."""
         sequence = chunk.sequence
         if count:
@@ -248,7 +248,7 @@ class Scheduler:
             sequence.computed = end
             self.waiting.charge(sequence.tenant, 0, count)
         if count < len(chunk.draft):
-            self._moves.append(Truncate(sequence.sequence_id, sequence.computed))
+            self._moves.append(TruncateCells(sequence.sequence_id, sequence.computed))
 
     def shrink(self, planned: int) -> int:
         """A step of `planned` tokens found no room: count on fewer cells until something ends.
@@ -289,15 +289,17 @@ class Scheduler:
     def _turn(self, sequence: Sequence) -> tuple[float, int]:
         return (self.waiting.counter(sequence.tenant), sequence.arrival)
 
-    def _add_chunk(self, chunks: list[Chunk], sequence: Sequence, planned: int, budget: int) -> int:
+    def _add_chunk(
+        self, chunks: list[BatchChunk], sequence: Sequence, planned: int, budget: int
+    ) -> int:
         if sequence.unscored:
             budget = min(budget, MOST_SCORED - sum(len(chunk.scored) for chunk in chunks))
         count = self._fit(planned, min(sequence.pending, budget))
         if count:
-            chunks.append(Chunk(sequence, sequence.computed, count))
+            chunks.append(BatchChunk(sequence, sequence.computed, count))
         return count
 
-    def _with_drafts(self, chunks: list[Chunk]) -> list[Chunk]:
+    def _with_drafts(self, chunks: list[BatchChunk]) -> list[BatchChunk]:
         rows, expected = len(chunks), float(len(chunks))
         room = min(self.token_budget, self._room()) - rows
         made = []
@@ -315,7 +317,7 @@ class Scheduler:
                 draft = lookup.draft(sequence.tokens, count)
                 rows, room = rows + count, room - count
                 expected += expected_right(chance, count)
-            made.append(Chunk(sequence, chunk.start, 1, draft) if draft else chunk)
+            made.append(BatchChunk(sequence, chunk.start, 1, draft) if draft else chunk)
         return made
 
     # -- starting --------------------------------------------------------------------------------
@@ -395,7 +397,7 @@ class Scheduler:
         if self._takes_over(source, length):
             sequence.sequence_id = source
             self.prefixes.reopen(source, sequence.share, length)
-            self._moves.append(Truncate(source, length))
+            self._moves.append(TruncateCells(source, length))
             return
         if not self._free_ids:
             oldest = self.prefixes.oldest(but=source)
@@ -405,7 +407,7 @@ class Scheduler:
         sequence.sequence_id = heappop(self._free_ids)
         self.prefixes.open(sequence.sequence_id, sequence.share, source, length)
         if length:
-            self._moves.append(Copy(source, sequence.sequence_id, length))
+            self._moves.append(CopyCells(source, sequence.sequence_id, length))
 
     def _takes_over(self, source: int, length: int) -> bool:
         if source < 0 or not self.prefixes.is_cached(source):
@@ -459,7 +461,7 @@ class Scheduler:
 
     def _evict(self, sequence_id: int) -> None:
         self.prefixes.release(sequence_id)
-        self._moves.append(Remove(sequence_id))
+        self._moves.append(RemoveCells(sequence_id))
         heappush(self._free_ids, sequence_id)
 
     def _preempt(self, sequence: Sequence, *, keep: bool) -> None:

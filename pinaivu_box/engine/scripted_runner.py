@@ -13,14 +13,14 @@ import msgspec
 import numpy as np
 
 from pinaivu_box.engine.fake_runner import END, SCHEME, UNLIKELY, FakeRunner
-from pinaivu_box.engine.messages import Load
+from pinaivu_box.engine.messages import LoadModel
 from pinaivu_box.engine.runner import Batch, Float32
 from pinaivu_box.errors import BoxError
 
 _TURN = b"<|im_start|>assistant\n"  # what the prompt of `chat_template.CHATML` ends with
 
 
-class _Line(msgspec.Struct, frozen=True):
+class _ScriptLine(msgspec.Struct, frozen=True):
     when: list[str]
     say: str
 
@@ -28,11 +28,11 @@ class _Line(msgspec.Struct, frozen=True):
 class ScriptedRunner(FakeRunner):
     """Raises BoxError if the script cannot be read."""
 
-    def __init__(self, load: Load) -> None:
+    def __init__(self, load: LoadModel) -> None:
         super().__init__(msgspec.structs.replace(load, path=SCHEME))
         path = load.path.removeprefix(SCHEME)
         try:
-            lines = msgspec.json.decode(Path(path).read_bytes(), type=list[_Line])
+            lines = msgspec.json.decode(Path(path).read_bytes(), type=list[_ScriptLine])
         except (OSError, msgspec.MsgspecError) as error:
             raise BoxError(f"The script {path} of a fake model cannot be read: {error}.") from error
         self._lines = [([text.encode() for text in one.when], one.say.encode()) for one in lines]

@@ -9,11 +9,11 @@ from __future__ import annotations
 import numpy as np
 
 from pinaivu_box.engine.runner import Batch, Float32
-from pinaivu_box.engine.sampling import Ids, Past, Sampler
+from pinaivu_box.engine.sampling import Ids, PenaltyWindow, Sampler
 from pinaivu_box.engine.sequence import Sequence
 
 
-class Steady:
+class SteadySteps:
     """`left` is how many steps may still follow without a plan.
 
     The sequences themselves are kept up to date; the scheduler's books are behind by `steps`.
@@ -42,9 +42,9 @@ class Steady:
     def draw(self, logits: Float32) -> list[int]:
         """The step was computed: its tokens' successors, which are also appended."""
         batch, sequences = self._batch, self.sequences
-        pasts: list[Past] = []
+        pasts: list[PenaltyWindow] = []
         if self._looks_back:
-            pasts = [Past(one.tokens, one.prompt_length) for one in sequences]
+            pasts = [PenaltyWindow(one.tokens, one.prompt_length) for one in sequences]
         batch.positions[:] += 1
         drawn = self._sampler.draw(logits, batch.positions + self._shifted, pasts)
         batch.tokens[:] = drawn

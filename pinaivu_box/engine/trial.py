@@ -50,7 +50,7 @@ class Vocabulary(msgspec.Struct, array_like=True, frozen=True):
     ends: list[int]
 
 
-class Wanted(msgspec.Struct, array_like=True, frozen=True):
+class OutputConstraint(msgspec.Struct, array_like=True, frozen=True):
     """What an output must be: calls of `tools`, in the family's `style` with its `trigger` as Lark
     (see `chat_format`), or else what `constraint` says.
 
@@ -118,10 +118,10 @@ def make(setup: bytes) -> Callable[[bytes], bytes]:
 
 
 def trials(setup: bytes) -> Callable[[bytes], bytes]:
-    """For a `Vocabulary` the function that makes of a `Wanted` the text of its grammar; empty if
+    """For a `Vocabulary` the function that makes of a `OutputConstraint` the text of its grammar; empty if
     everything is allowed.  It raises InvalidBody."""
     tokenizer = tokenizer_of(msgspec.msgpack.decode(setup, type=Vocabulary))
-    decoder = msgspec.msgpack.Decoder(Wanted)
+    decoder = msgspec.msgpack.Decoder(OutputConstraint)
 
     def run(payload: bytes) -> bytes:
         wanted = decoder.decode(payload)
@@ -148,11 +148,11 @@ def begin(matcher: LLMatcher) -> None:
         matcher.compute_bitmask()
 
 
-def refusal(wanted: Wanted, reason: str) -> InvalidBody:
+def refusal(wanted: OutputConstraint, reason: str) -> InvalidBody:
     return InvalidBody(f"this {wanted.name} {reason}", loc=("body", wanted.param))
 
 
-def _check(matcher: LLMatcher, wanted: Wanted) -> None:
+def _check(matcher: LLMatcher, wanted: OutputConstraint) -> None:
     if matcher.is_error():
         reason = matcher.get_error().replace("<non-verbose/>", "").strip()[:_REASON_LENGTH]
         raise refusal(wanted, f"cannot be followed: {reason}")
@@ -181,7 +181,7 @@ def _with_stack(run: Callable[[bytes], bytes], payload: bytes) -> bytes:
 # -- the text of a grammar -------------------------------------------------------------------------
 
 
-def _text_of(wanted: Wanted) -> str | None:
+def _text_of(wanted: OutputConstraint) -> str | None:
     """None if everything is allowed.  Raises InvalidBody."""
     try:
         constraint = wanted.constraint
@@ -200,7 +200,7 @@ def _text_of(wanted: Wanted) -> str | None:
         raise refusal(wanted, f"cannot be followed: {reason}") from None
 
 
-def _of_calls(tools: Tools, wanted: Wanted) -> Constraint | None:
+def _of_calls(tools: Tools, wanted: OutputConstraint) -> Constraint | None:
     callable_ = set(tools.names)
     functions = [
         {**one, "parameters": with_an_end(one.get("parameters"))}

@@ -21,12 +21,12 @@ from pinaivu_box.engine.arrivals import Arrivals
 from pinaivu_box.engine.embeddings import Embedding
 from pinaivu_box.engine.engine import Engine
 from pinaivu_box.engine.fake_runner import SCHEME, FakeRunner
-from pinaivu_box.engine.intake import Arrival, Intake
+from pinaivu_box.engine.intake import Intake, PreparedRequest
 from pinaivu_box.engine.messages import (
     Cancel,
     FromEngine,
-    Load,
     LoadFailed,
+    LoadModel,
     Progress,
     Ready,
     Refused,
@@ -35,7 +35,7 @@ from pinaivu_box.engine.messages import (
     encode,
     read_body,
 )
-from pinaivu_box.engine.output import Output, StepOutput
+from pinaivu_box.engine.output import OutputBuffer, StepOutput
 from pinaivu_box.engine.rendering import Rendering
 from pinaivu_box.engine.runner import ModelFacts, ProgressCallback, Runner
 from pinaivu_box.engine.scripted_runner import ScriptedRunner
@@ -51,7 +51,7 @@ class _Stopped:
 
 
 Inbox = queue.SimpleQueue[Sequence | Embedding | Cancel | _Stopped]
-Happening = Arrival | Refused | StepOutput
+Happening = PreparedRequest | Refused | StepOutput
 Outbox = queue.SimpleQueue[Happening | Tokenized | Progress | Ready | LoadFailed | None]
 
 
@@ -68,7 +68,7 @@ def main() -> None:
     if body is None:
         return
     load = decode_to_engine(body)
-    if not isinstance(load, Load):
+    if not isinstance(load, LoadModel):
         raise BoxError("The first frame of an engine must be Load.")
     outbox: Outbox = queue.SimpleQueue()
     inbox: Inbox = queue.SimpleQueue()
@@ -141,7 +141,7 @@ def _ready(facts: ModelFacts, template: Rendering) -> Ready:
     )
 
 
-def _make_runner(load: Load, progress: ProgressCallback) -> Runner:
+def _make_runner(load: LoadModel, progress: ProgressCallback) -> Runner:
     if load.path.startswith(SCHEME):
         return ScriptedRunner(load) if load.path.endswith(".json") else FakeRunner(load)
     from pinaivu_box.engine.llama_runner import LlamaRunner
@@ -164,7 +164,7 @@ def _report_progress(outbox: Outbox) -> ProgressCallback:
 def _read_frames(stream: BinaryIO, arrivals: Future[Arrivals]) -> None:
     while (body := read_body(stream)) is not None:
         message = decode_to_engine(body)
-        if not isinstance(message, Load):
+        if not isinstance(message, LoadModel):
             arrivals.result().take(message)
     os._exit(0)
 
@@ -172,7 +172,7 @@ def _read_frames(stream: BinaryIO, arrivals: Future[Arrivals]) -> None:
 def _write_frames(stream: BinaryIO, outbox: Outbox, inbox: Inbox) -> None:
     # A full pipe (a busy parent) holds up this thread, not the steps: what they say meanwhile goes
     # into one frame.
-    output = Output()
+    output = OutputBuffer()
     try:
         while (event := outbox.get()) is not None:
             if not isinstance(event, Happening):
@@ -192,7 +192,7 @@ def _write_frames(stream: BinaryIO, outbox: Outbox, inbox: Inbox) -> None:
         os._exit(0)
 
 
-def _take(output: Output, event: Happening, inbox: Inbox) -> None:
+def _take(output: OutputBuffer, event: Happening, inbox: Inbox) -> None:
     for request_id in output.take(event):
         inbox.put(_Stopped(request_id))
 

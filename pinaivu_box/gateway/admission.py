@@ -23,7 +23,7 @@ from pinaivu_box.errors import (
     quoted,
 )
 from pinaivu_box.gateway.backend import Job
-from pinaivu_box.gateway.limits import MINUTE, Grant, KeyUse, Limits
+from pinaivu_box.gateway.quota import MINUTE, Grant, KeyUse, Limits
 from pinaivu_box.gateway.scopes import scope_of
 from pinaivu_box.models.catalog import Catalog, Model
 from pinaivu_box.models.names import MAX_NAME, is_model_id
@@ -37,7 +37,7 @@ _MOST_IDLE = 10_000  # keys whose use is remembered; others are read again
 
 
 @dataclass(frozen=True)
-class Admitted:
+class AdmittedRequest:
     """A request that may run: as what, at which prices, and what to end it with."""
 
     jobs: list[Job]
@@ -47,7 +47,7 @@ class Admitted:
     end: Callable[[int, int], None]  # with the tokens that it used, and what they cost
 
 
-class Arrival:
+class ArrivedRequest:
     """A request that has come, of which only the key is known yet.  It has taken one of the key's
     requests per minute, and gives that back only if its refusal is not the client's doing."""
 
@@ -106,13 +106,13 @@ def under(key: Key, job: Job) -> Job:
     )
 
 
-class Reader(Protocol):
+class PromptCounter(Protocol):
     """Whoever can count a prompt: this box's engines, or the network of boxes."""
 
     async def read(self, job: Job) -> tuple[Job, int]: ...
 
 
-class Offers(Protocol):
+class PeerModels(Protocol):
     """Models beyond the catalog: those of peers."""
 
     def find(self, model_id: str) -> Model: ...
@@ -126,7 +126,7 @@ class Admission:
         catalog: Catalog,
         engine: EngineConfig,
         pricing: PricingConfig,
-        reader: Reader,
+        reader: PromptCounter,
         database: Database,
     ) -> None:
         self.catalog = catalog
@@ -134,13 +134,13 @@ class Admission:
         self.pricing = pricing
         self._drain = asyncio.get_running_loop().create_future()
         self._reader = reader
-        self._offers: Offers | None = None
+        self._offers: PeerModels | None = None
         self._database = database
         self._limits = Limits()
         self._uses: dict[str, KeyUse] = {}
         self._reading = asyncio.Lock()
 
-    def share(self, reader: Reader, offers: Offers) -> None:
+    def share(self, reader: PromptCounter, offers: PeerModels) -> None:
         """There are peers from now on, with models of their own."""
         self._reader, self._offers = reader, offers
 
@@ -191,18 +191,18 @@ class Admission:
         given = self.pricing.models.get(model.id, self.pricing.per_1k_tokens)
         return key.policy.prices_of(model.id) or amount.prices(given)
 
-    async def arrive(self, key: Key) -> Arrival:
+    async def arrive(self, key: Key) -> ArrivedRequest:
         """Before the body of a request is read.  Raises RateLimited."""
         use = await self._use_of(key)
-        return Arrival(self._limits, use, self._limits.arrive(key, use))
+        return ArrivedRequest(self._limits, use, self._limits.arrive(key, use))
 
     async def admit(
         self,
         key: Key,
         jobs: list[Job],
         in_flight: Callable[[str], int],
-        arrival: Arrival | None = None,
-    ) -> Admitted:
+        arrival: ArrivedRequest | None = None,
+    ) -> AdmittedRequest:
         """Takes what the request may use at most.  Raises what `check` and `Limits` do, and what
         the engine says if it cannot read the prompt.  May be cancelled."""
         use = await self._use_of(key)
@@ -231,7 +231,7 @@ class Admission:
 
     def _take(
         self, key: Key, use: KeyUse, jobs: list[Job], context: int, arrived: list[float] | None
-    ) -> Admitted:
+    ) -> AdmittedRequest:
         """`context` is that of the model if the prompt was read, else 0."""
         prices = self.prices(key, jobs[0].model)
         explicit, tokens, cost = True, 0, 0
@@ -249,7 +249,7 @@ class Admission:
         def end(tokens: int, cost: int) -> None:
             self._limits.end(key, use, grant, tokens=tokens, cost=cost)
 
-        return Admitted(jobs, key, prices, grant, end)
+        return AdmittedRequest(jobs, key, prices, grant, end)
 
     async def headers(self, key: Key) -> dict[str, str]:
         """`x-ratelimit-*` for an answer to this key."""

@@ -16,16 +16,16 @@ from pinaivu_box.engine.messages import (
     Add,
     Admitted,
     Cancel,
-    Delta,
     Embed,
     EngineLoad,
     FromEngine,
-    Load,
     LoadFailed,
+    LoadModel,
     Named,
     Progress,
     Ready,
     Refused,
+    SequenceDelta,
     StepFrame,
     ToEngine,
     Tokenize,
@@ -42,7 +42,7 @@ from pinaivu_box.models.names import printable
 log = logging.getLogger("pinaivu.engine")
 
 # What a request's mailbox carries; None says that the engine is gone.
-Item = Admitted | Refused | Delta | Tokenized | None
+Item = Admitted | Refused | SequenceDelta | Tokenized | None
 _STOP_SECONDS = 5.0
 _LONGEST_WORDS = 1000  # characters of a line that the child prints
 _HUNG_SECONDS = 15.0  # with work, and neither a frame nor a tick of processor time
@@ -55,7 +55,7 @@ class StartFailed(BoxError):
 class EngineProcess:
     """One child.  `queues` has one queue per request that it holds."""
 
-    def __init__(self, model_id: str, model_digest: str, load: Load) -> None:
+    def __init__(self, model_id: str, model_digest: str, load: LoadModel) -> None:
         self.model_id = model_id
         self.model_digest = model_digest
         self.load = EngineLoad()
@@ -186,7 +186,7 @@ class EngineProcess:
         match frame:
             case StepFrame():
                 self.load = frame.load
-                items: list[Admitted | Refused | Delta] = [
+                items: list[Admitted | Refused | SequenceDelta] = [
                     *frame.admitted,
                     *frame.refused,
                     *frame.deltas,
@@ -204,7 +204,7 @@ class EngineProcess:
                 why = printable(frame.message)
                 loaded.set_exception(StartFailed(f"the model could not be loaded: {why}"))
 
-    def _deliver(self, item: Admitted | Refused | Delta | Tokenized) -> None:
+    def _deliver(self, item: Admitted | Refused | SequenceDelta | Tokenized) -> None:
         box = self._boxes.get(item.id)
         if box is not None:
             box.put(item)

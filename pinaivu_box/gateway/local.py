@@ -12,11 +12,11 @@ from pinaivu_box.config import SamplingConfig
 from pinaivu_box.engine.messages import (
     Add,
     Admitted,
-    Delta,
     Embed,
     Refused,
     Sampling,
     SamplingDefaults,
+    SequenceDelta,
     Tokenize,
     Tokenized,
 )
@@ -52,7 +52,7 @@ class LocalBackend:
             )
             while True:
                 for item in await box.take():
-                    ended = isinstance(item, Delta) and item.finish_reason is not None
+                    ended = isinstance(item, SequenceDelta) and item.finish_reason is not None
                     yield _event(item)
                     if ended:
                         return
@@ -165,7 +165,7 @@ def to_add(job: Job, sampling: Sampling, made: list[int]) -> Add:
 def _event(item: Item) -> Event:
     """Raises what the engine refused with, EngineLost if it is gone."""
     match item:
-        case Delta():
+        case SequenceDelta():
             return Output(
                 item.text,
                 item.tokens,

@@ -12,7 +12,7 @@ import msgspec
 
 from pinaivu_box import amount
 from pinaivu_box.amount import Prices
-from pinaivu_box.gateway import shown
+from pinaivu_box.gateway import logprob_records
 from pinaivu_box.gateway.backend import Job, Output, Prompt, Proved, Started, committed
 from pinaivu_box.identity import Identity, verify
 from pinaivu_box.receipts import commitment
@@ -22,7 +22,7 @@ from pinaivu_box.receipts.receipt import (
     Proof,
     Receipt,
     SignedProof,
-    Usage,
+    TokenUsage,
     mark_text,
     sampling_record,
     sign_proof,
@@ -37,7 +37,7 @@ ENGINE_LOST = "engine_lost"  # finish reason of a leg whose engine died
 
 
 @dataclass
-class Leg:
+class LegRecord:
     """What one node did.  `began` is monotonic, `started_at` Unix seconds."""
 
     started: Started
@@ -92,11 +92,11 @@ class Leg:
 
 
 @dataclass
-class Branch:
+class ChoiceRecord:
     """One answer of a request: the legs that made it."""
 
     job: Job
-    legs: list[Leg] = field(default_factory=list)
+    legs: list[LegRecord] = field(default_factory=list)
     tried: tuple[str, ...] = ()
     thinking: bool = False  # whether its prompt ends in the model's thoughts
     extras: commitment.Extras = field(default_factory=commitment.Extras)  # of all legs
@@ -130,7 +130,7 @@ class Branch:
         )
 
     @property
-    def served(self) -> list[Leg]:
+    def served(self) -> list[LegRecord]:
         """The legs in which a prompt was at least read: those that have a proof."""
         return [leg for leg in self.legs if leg.prompt is not None]
 
@@ -160,7 +160,7 @@ class Branch:
 
 
 @dataclass
-class Account:
+class RequestAccount:
     """Of one request, from its arrival to its receipt; `jobs` has one for each of its choices.
 
     `period`: when the period of the key's budget began (see `store.keys.charge`).
@@ -178,17 +178,17 @@ class Account:
     total_ms: int = 0
 
     def __post_init__(self) -> None:
-        self.branches = [Branch(job) for job in self.jobs]
+        self.branches = [ChoiceRecord(job) for job in self.jobs]
 
     @property
     def job(self) -> Job:
         """The first; request id, model and tenant are the same for all."""
         return self.jobs[0]
 
-    def start_leg(self, branch: Branch, started: Started) -> None:
-        branch.legs = [*branch.served, Leg(started)]
+    def start_leg(self, branch: ChoiceRecord, started: Started) -> None:
+        branch.legs = [*branch.served, LegRecord(started)]
 
-    def take(self, branch: Branch, event: Prompt | Output | Proved) -> None:
+    def take(self, branch: ChoiceRecord, event: Prompt | Output | Proved) -> None:
         leg = branch.legs[-1]
         if not isinstance(event, Output):
             leg.take(event)
@@ -196,7 +196,7 @@ class Account:
                 branch.read(event)
         else:
             said = sum(leg.logprobs for leg in branch.served) if event.logprobs else 0
-            records = shown.records(branch.job, event.logprobs, said)
+            records = logprob_records.records(branch.job, event.logprobs, said)
             leg.take(event, records)
             branch.extras.add(records, event.vectors)
             if event.queue_ms is not None and self.queue_ms is None:
@@ -207,12 +207,12 @@ class Account:
                 branch.legs.pop()  # it only waited: there is nothing to pay for
 
     @property
-    def served(self) -> list[tuple[Branch, Leg]]:
+    def served(self) -> list[tuple[ChoiceRecord, LegRecord]]:
         """The legs that have a proof, in the order of the proofs."""
         return [(branch, leg) for branch in self.branches for leg in branch.served]
 
     @property
-    def numbered(self) -> list[tuple[Branch, int, Leg]]:
+    def numbered(self) -> list[tuple[ChoiceRecord, int, LegRecord]]:
         """The same, with their numbers within a choice."""
         return [
             (branch, number, leg)
@@ -221,9 +221,9 @@ class Account:
         ]
 
     @property
-    def prompts(self) -> list[tuple[Branch, Leg]]:
+    def prompts(self) -> list[tuple[ChoiceRecord, LegRecord]]:
         """The first leg of each prompt: choices share it, and pay for it once."""
-        first: dict[int, tuple[Branch, Leg]] = {}
+        first: dict[int, tuple[ChoiceRecord, LegRecord]] = {}
         for branch, leg in self.served:
             first.setdefault(branch.job.prompt_number, (branch, leg))
         return [first[number] for number in sorted(first)]
@@ -254,7 +254,7 @@ class Meter:
         self._identity = identity
         self._database = database
 
-    async def settle(self, account: Account, finish_reason: str) -> None:
+    async def settle(self, account: RequestAccount, finish_reason: str) -> None:
         """Sign and write; returns when usage, receipt and the key's counters are on disk."""
         account.total_ms = account.elapsed_ms()
         job, last = account.job, account.served[-1][1].started
@@ -280,7 +280,9 @@ class Meter:
             proofs=[signed for _, signed in proofs],
             prompt_commitment=commitment.of_several([prompt for prompt, _ in prompts]),
             output_commitment=output,
-            usage=Usage(account.prompt_tokens, account.completion_tokens, account.cached_tokens),
+            usage=TokenUsage(
+                account.prompt_tokens, account.completion_tokens, account.cached_tokens
+            ),
             price=price,
         )
         signed, signature = sign_receipt(self._identity, receipt)
@@ -299,7 +301,7 @@ class Meter:
         return Price(self.currency, prices.prompt, cached, prices.completion)
 
     async def _prove(
-        self, account: Account, price: Price
+        self, account: RequestAccount, price: Price
     ) -> tuple[list[tuple[Proof, SignedProof]], list[commitment.Opening]]:
         proofs, openings = [], []
         for branch, number, leg in account.numbered:
@@ -317,7 +319,7 @@ class Meter:
             openings.append(opening)
         return proofs, openings
 
-    def _row(self, account: Account, receipt: Receipt) -> RequestRow:
+    def _row(self, account: RequestAccount, receipt: Receipt) -> RequestRow:
         return RequestRow(
             request_id=receipt.request_id,
             key_id=account.key_id,
@@ -335,7 +337,7 @@ class Meter:
         )
 
 
-def prove(job: Job, number: int, leg: Leg, price: Price) -> tuple[Proof, commitment.Opening]:
+def prove(job: Job, number: int, leg: LegRecord, price: Price) -> tuple[Proof, commitment.Opening]:
     """What there is to sign of leg `number` of a choice."""
     prompt, _ = commitment.commit(asked_text(job), leg.prompt or [], job.nonce)
     nonce = leg.started.nonce or commitment.new_nonce()
@@ -378,11 +380,11 @@ def _is_mark(proof: Proof, mark: str | None) -> bool:
     return mark is not None and verify(proof.node_id, MARK_DOMAIN, text, bytes.fromhex(mark))
 
 
-def _prompt(branch: Branch, leg: Leg) -> tuple[str, commitment.Opening]:
+def _prompt(branch: ChoiceRecord, leg: LegRecord) -> tuple[str, commitment.Opening]:
     return commitment.commit(asked_text(branch.job), leg.prompt or [], branch.job.nonce)
 
 
-def _routing(account: Account) -> dict[str, Any]:
+def _routing(account: RequestAccount) -> dict[str, Any]:
     """How the first leg found its node; of the others, where they went and why."""
     routes = [leg.started.route for _, leg in account.served]
     first = routes[0] or {"policy": "local", "chosen": account.served[0][1].started.node_id}

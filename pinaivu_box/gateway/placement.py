@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 from pinaivu_box.config import EngineConfig, parse_duration
-from pinaivu_box.engine.messages import Load
+from pinaivu_box.engine.messages import LoadModel
 from pinaivu_box.errors import NoNodesAvailable
 from pinaivu_box.gateway.engine_process import EngineProcess, StartFailed
 from pinaivu_box.models import memory
@@ -159,7 +159,7 @@ class Placement:
         self._spawn(self._watch(engine))
         return engine
 
-    async def _fit(self, model: Model) -> Load:
+    async def _fit(self, model: Model) -> LoadModel:
         """Make room for the model by unloading idle engines, the longest idle first."""
         context = memory.context_of(model, self._config.context)
         kv_tokens = memory.kv_tokens_of(context, self._config.kv_tokens)
@@ -181,7 +181,7 @@ class Placement:
                     "until other models are idle.",
                     retry_after=10,
                 )
-        return Load(
+        return LoadModel(
             path=str(model.path),
             offset=model.offset,
             context=context,

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from pinaivu_box.config import EngineConfig
 from pinaivu_box.errors import CliError
-from pinaivu_box.peering.work import Task
+from pinaivu_box.legs.wire import Task
 from pinaivu_box.store.keys import Key
 
 _DAY = 86400  # seconds
@@ -44,7 +44,7 @@ def guest_scope(peer: str, task: Task) -> str:
     return f"{peer}/{task.tag or task.request_id}"
 
 
-class Tags:
+class ScopeTags:
     """What a peer is told of a prompt's scope, so that it can keep scopes apart: a name that says
     nothing.  It is another one for each peer, and each day (UTC)."""
 

@@ -26,7 +26,7 @@ _PIECE = 1 << 20
 _MOMENT = 60.0  # seconds in which a file that is incomplete is taken for one that is being written
 
 
-class Part(NamedTuple):
+class ModelPart(NamedTuple):
     path: Path
     size: int
 
@@ -51,7 +51,7 @@ class Model:
     sampling: SamplingConfig
     recorded_digest: str | None = None
     remote: bool = False
-    parts: tuple[Part, ...] = ()
+    parts: tuple[ModelPart, ...] = ()
 
     @property
     def files(self) -> list[Model]:
@@ -360,7 +360,7 @@ def _split(model_id: str, paths: Sequence[Path], headers: Headers) -> Model:
         _from_file(model_id, paths[0], read[0]),
         size=sum(one.st_size for one in facts),
         created=max(int(one.st_mtime) for one in facts),
-        parts=tuple(Part(path, one.st_size) for path, one in zip(paths, facts, strict=True)),
+        parts=tuple(ModelPart(path, one.st_size) for path, one in zip(paths, facts, strict=True)),
     )
 
 

@@ -13,16 +13,16 @@ from msgspec import Struct
 from pinaivu_box.errors import BoxError
 from pinaivu_box.models.files import NotAFile
 from pinaivu_box.models.gguf import BadGguf, Header, read_header
-from pinaivu_box.sandbox import Limits, Sandbox, SandboxLimit
+from pinaivu_box.sandbox import Sandbox, SandboxLimit, SandboxLimits
 
 _ENTRY = "pinaivu_box.models.headers:make"
-_LIMITS = Limits(cpu_seconds=10.0, memory_bytes=768 * 1024 * 1024, wall_seconds=60.0)
+_LIMITS = SandboxLimits(cpu_seconds=10.0, memory_bytes=768 * 1024 * 1024, wall_seconds=60.0)
 _ALL_SECONDS = 120.0  # that one look may take for the headers of all files together
 
 _Facts = tuple[str, int, int, int, int, int]
 
 
-class _Answer(Struct, array_like=True):
+class _HeaderResult(Struct, array_like=True):
     """`header`, or why there is none: what is wrong with the bytes, or an error of the system."""
 
     header: Header | None = None
@@ -35,8 +35,8 @@ class Headers:
 
     def __init__(self) -> None:
         self._sandbox = Sandbox(_ENTRY, limits=_LIMITS)
-        self._known: dict[_Facts, _Answer] = {}  # from the look before
-        self._seen: dict[_Facts, _Answer] = {}  # in this one
+        self._known: dict[_Facts, _HeaderResult] = {}  # from the look before
+        self._seen: dict[_Facts, _HeaderResult] = {}  # in this one
         self._ends: float | None = None
         self._stopped = False
 
@@ -67,7 +67,7 @@ class Headers:
         self._stopped = True
         self._sandbox.close()
 
-    def _ask(self, path: Path) -> _Answer:
+    def _ask(self, path: Path) -> _HeaderResult:
         """What the bytes say.  What says nothing about them is not remembered: it is raised."""
         self._ends = self._ends or time.monotonic() + _ALL_SECONDS
         if self._stopped:
@@ -85,7 +85,7 @@ class Headers:
             raise BadGguf(f"reading its header {why}") from error
         except BoxError as error:
             raise BadGguf(f"its header cannot be read: {error.message.rstrip('.')}") from error
-        answer = msgspec.msgpack.decode(made, type=_Answer)
+        answer = msgspec.msgpack.decode(made, type=_HeaderResult)
         if answer.error:
             raise NotAFile(0, answer.error, str(path))
         return answer
@@ -96,11 +96,11 @@ def make(_setup: bytes) -> Callable[[bytes], bytes]:
 
     def read(path: bytes) -> bytes:
         try:
-            answer = _Answer(read_header(Path(os.fsdecode(path))))
+            answer = _HeaderResult(read_header(Path(os.fsdecode(path))))
         except BadGguf as error:
-            answer = _Answer(bad=str(error))
+            answer = _HeaderResult(bad=str(error))
         except OSError as error:
-            answer = _Answer(error=error.strerror or str(error))
+            answer = _HeaderResult(error=error.strerror or str(error))
         return msgspec.msgpack.encode(answer)
 
     return read

@@ -24,7 +24,7 @@ HASH_BYTES = 32
 _SPARE_BYTES = 100 * 1000 * 1000  # of the disk, for the database and whoever else
 
 
-class Busy(OSError):
+class CopyInProgress(OSError):
     """Somebody else is making this copy."""
 
 
@@ -97,7 +97,7 @@ def claimed(folder: Path, digest: str) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise Busy("it is being copied already") from None
+            raise CopyInProgress("it is being copied already") from None
         try:
             yield
         finally:
@@ -145,7 +145,7 @@ class Partial:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise Busy("it is being copied already") from None
+            raise CopyInProgress("it is being copied already") from None
         needed = self.size - os.fstat(self._file).st_blocks * 512 + _SPARE_BYTES
         if needed > (free := shutil.disk_usage(self.path.parent).free):
             raise NoRoom(needed, free)

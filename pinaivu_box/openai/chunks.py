@@ -89,7 +89,7 @@ def _delta(piece: reader.Piece) -> Delta:
             return Delta(content=piece.text)
         case reader.Thought():
             return Delta(reasoning_content=piece.text)
-        case reader.Call():
+        case reader.ParsedCall():
             called: dict[str, Any] = (
                 {"type": "custom", "custom": CustomDelta("", piece.name)}
                 if piece.custom

@@ -28,7 +28,7 @@ class Thought:
 
 
 @dataclass(frozen=True)
-class Call:
+class ParsedCall:
     """The beginning of a tool call; its arguments follow, or what a custom tool is called with."""
 
     index: int
@@ -46,7 +46,7 @@ class Arguments:
     custom: bool = False
 
 
-Piece = Text | Thought | Call | Arguments
+Piece = Text | Thought | ParsedCall | Arguments
 
 _HEAD = re.compile(
     r'\s*\{\s*(?:"type"\s*:\s*"function"\s*,\s*)?"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,'
@@ -258,13 +258,13 @@ class Reader:
             self._state = self._text
         return []
 
-    def _call(self, name: str) -> Call:
+    def _call(self, name: str) -> ParsedCall:
         self._calls += 1
         self._held = ""
         self._blank = bool(self._style and self._style.trigger)  # without one there is one call
         custom = name in self._customs
         self._custom = "" if custom else None
-        return Call(self._calls - 1, f"call_{secrets.token_hex(12)}", name, custom)
+        return ParsedCall(self._calls - 1, f"call_{secrets.token_hex(12)}", name, custom)
 
 
 def _string(text: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pinaivu_box.openai.reader import Arguments, Call, Piece, Text, Thought
+from pinaivu_box.openai.reader import Arguments, ParsedCall, Piece, Text, Thought
 from pinaivu_box.openai.tools import Called
 
 Event = dict[str, Any]
@@ -33,7 +33,7 @@ class ResponseItems:
                     events += self._grow("message", "output_text", text)
                 case Thought(text):
                     events += self._grow("reasoning", "reasoning_text", text)
-                case Call(_, call_id, name):
+                case ParsedCall(_, call_id, name):
                     events += [*self.close(), self._begin_call(call_id, name)]
                 case Arguments(_, text, custom=True):
                     self.items[-1]["input"] = text

@@ -211,7 +211,7 @@ class ItemList(Struct, frozen=True):
 # -- items -----------------------------------------------------------------------------------------
 
 
-class _Part(Struct, frozen=True):
+class _ContentPart(Struct, frozen=True):
     type: Literal["input_text", "output_text", "text", "refusal", "reasoning_text", "summary_text"]
     text: str = ""
     refusal: str = ""
@@ -219,7 +219,7 @@ class _Part(Struct, frozen=True):
     logprobs: Any = None
 
 
-_Content = str | list[_Part]
+_Content = str | list[_ContentPart]
 
 
 class _Item(Struct, frozen=True, kw_only=True):
@@ -253,7 +253,7 @@ class _OutputItem(_Item, frozen=True):
 
 
 class _ReasoningItem(_Item, frozen=True):
-    content: list[_Part] | None = None
+    content: list[_ContentPart] | None = None
     summary: Any = None
 
 
@@ -407,7 +407,9 @@ def _kept(item: Struct) -> dict[str, Any]:
     match item:
         case _MessageItem(role, content):
             if isinstance(content, str):
-                content = [_Part("output_text" if role == "assistant" else "input_text", content)]
+                content = [
+                    _ContentPart("output_text" if role == "assistant" else "input_text", content)
+                ]
             return {"role": role, "content": _kept_content(content)}
         case _OutputItem(call_id, output):
             return {"call_id": call_id, "output": _kept_content(output)}

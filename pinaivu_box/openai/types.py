@@ -342,7 +342,7 @@ class ChoiceLogprobs(Struct, frozen=True):
     refusal: None = None
 
 
-class Answer(Struct, frozen=True, omit_defaults=True):
+class AnswerMessage(Struct, frozen=True, omit_defaults=True):
     """The message of a choice."""
 
     content: str | None
@@ -354,7 +354,7 @@ class Answer(Struct, frozen=True, omit_defaults=True):
 
 class Choice(Struct, frozen=True):
     index: int
-    message: Answer
+    message: AnswerMessage
     finish_reason: str
     logprobs: ChoiceLogprobs | None = None
 

@@ -60,7 +60,7 @@ class _ChatLogprobs(Struct, frozen=True):
     content: list[_Token] | None = None
 
 
-class _Message(Struct, frozen=True):
+class _ChatMessage(Struct, frozen=True):
     content: str | None = None
     tool_calls: list[msgspec.Raw] | None = None
     reasoning_content: str | None = None
@@ -68,7 +68,7 @@ class _Message(Struct, frozen=True):
 
 class _ChatChoice(Struct, frozen=True):
     index: int
-    message: _Message
+    message: _ChatMessage
     logprobs: _ChatLogprobs | None = None
 
     @property

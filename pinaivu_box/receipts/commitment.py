@@ -90,7 +90,7 @@ class Extras:
         return self._vectors.digest()
 
 
-class Running:
+class RunningCommitment:
     """The commitment to an output that is still growing, as proofs of that version have it."""
 
     def __init__(self, nonce: str, version: int = OUTPUT_VERSION) -> None:

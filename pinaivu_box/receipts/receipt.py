@@ -108,7 +108,7 @@ class SignedProof(Struct, frozen=True, forbid_unknown_fields=True):
     signature: str
 
 
-class Usage(Struct, frozen=True, forbid_unknown_fields=True):
+class TokenUsage(Struct, frozen=True, forbid_unknown_fields=True):
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int
@@ -133,7 +133,7 @@ class Receipt(Struct, frozen=True, forbid_unknown_fields=True):
     proofs: list[SignedProof]
     prompt_commitment: Digest
     output_commitment: Digest
-    usage: Usage
+    usage: TokenUsage
     price: Price | None = None
     v: int = VERSION
 

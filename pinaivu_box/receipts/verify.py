@@ -37,7 +37,7 @@ _KNOWN = " and ".join(map(str, VERSIONS))
 _HEX = re.compile("[0-9a-f]*")
 
 
-class Check(Struct, frozen=True):
+class VerificationCheck(Struct, frozen=True):
     """One check: its name, whether it holds, and what that means (or what is wrong)."""
 
     name: str
@@ -59,13 +59,13 @@ class Transcript(Struct, frozen=True):
 
 def verify_receipt(
     document: bytes, *, node_key: str | None = None, transcript: Transcript | None = None
-) -> list[Check]:
+) -> list[VerificationCheck]:
     """Check a receipt as `GET /v1/receipts/{id}` serves it.
 
     `node_key`: the public key (64 hex digits, with or without `node_`) that the verifier trusts as
     the coordinator's.  Stops after the first check without which the rest mean nothing.
     """
-    checks: list[Check] = []
+    checks: list[VerificationCheck] = []
     try:
         check_json(document.decode())
         view = msgspec.json.decode(document, type=ReceiptView)
@@ -73,7 +73,7 @@ def verify_receipt(
         check_json(view.signed_receipt)
         receipt = msgspec.json.decode(view.signed_receipt, type=Receipt)
     except (ValueError, RecursionError) as error:  # msgspec's errors are ValueErrors
-        return [Check("format", False, f"this is not a receipt: {error}")]
+        return [VerificationCheck("format", False, f"this is not a receipt: {error}")]
     checks.append(_format(receipt))
     checks.append(_coordinator(view, receipt))
     if not all(check.ok for check in checks):
@@ -148,16 +148,16 @@ def _check_opening(view: ReceiptView) -> None:
                     raise ValueError(f"its opening contains unknown field `{field[:100]}`")
 
 
-def _format(receipt: Receipt) -> Check:
+def _format(receipt: Receipt) -> VerificationCheck:
     known = receipt.v in VERSIONS
     meaning = f"a receipt of version {receipt.v}" + ("" if known else f"; {_KNOWN} are known")
-    return Check("format", known, meaning)
+    return VerificationCheck("format", known, meaning)
 
 
-def _coordinator(view: ReceiptView, receipt: Receipt) -> Check:
+def _coordinator(view: ReceiptView, receipt: Receipt) -> VerificationCheck:
     signature = _hex(view.coordinator_signature)
     ok = verify(receipt.coordinator_id, RECEIPT_DOMAIN, view.signed_receipt.encode(), signature)
-    return Check(
+    return VerificationCheck(
         "coordinator signature",
         ok,
         f"{receipt.coordinator_id} signed every byte of this receipt"
@@ -166,10 +166,10 @@ def _coordinator(view: ReceiptView, receipt: Receipt) -> Check:
     )
 
 
-def _shown_fields(view: ReceiptView, receipt: Receipt) -> Check:
+def _shown_fields(view: ReceiptView, receipt: Receipt) -> VerificationCheck:
     names = ("request_id", "node_id", "model", "timestamp", "payment_amount")
     different = [name for name in names if getattr(view, name) != getattr(receipt, name)]
-    return Check(
+    return VerificationCheck(
         "shown fields",
         not different,
         f"{', '.join(different)} beside the signed receipt say something else than it does"
@@ -178,17 +178,19 @@ def _shown_fields(view: ReceiptView, receipt: Receipt) -> Check:
     )
 
 
-def _proof(number: int, signed: SignedProof, receipt: Receipt) -> tuple[Check, Proof | None]:
+def _proof(
+    number: int, signed: SignedProof, receipt: Receipt
+) -> tuple[VerificationCheck, Proof | None]:
     name = f"proof {number}"
     try:
         proof = read_proof(signed)
     except ValueError as error:
-        return Check(name, False, f"this is not a proof: {error}"), None
+        return VerificationCheck(name, False, f"this is not a proof: {error}"), None
     if not is_signed(proof, signed):
-        return Check(name, False, f"the signature is not {proof.signer}'s"), None
+        return VerificationCheck(name, False, f"the signature is not {proof.signer}'s"), None
     if proof.v not in VERSIONS or proof.v > receipt.v:
         why = f"a proof of version {proof.v} in a receipt of version {receipt.v}"
-        return Check(name, False, f"{why}; {_KNOWN} are known"), None
+        return VerificationCheck(name, False, f"{why}; {_KNOWN} are known"), None
     expected = {
         "request_id": receipt.request_id,
         "model": receipt.model,
@@ -196,23 +198,27 @@ def _proof(number: int, signed: SignedProof, receipt: Receipt) -> tuple[Check, P
     }
     for field, value in expected.items():
         if getattr(proof, field) != value:
-            return Check(name, False, f"it is about another {field}: {getattr(proof, field)}"), None
+            return VerificationCheck(
+                name, False, f"it is about another {field}: {getattr(proof, field)}"
+            ), None
     what = (
         f"it ran {proof.model} (file sha256 {proof.model_digest}) and made "
         f"{proof.completion_tokens} tokens"
     )
     if proof.witness is not None:
         return _witnessed(name, proof, receipt, what), proof
-    return Check(name, True, f"{proof.node_id} signed that {what}"), proof
+    return VerificationCheck(name, True, f"{proof.node_id} signed that {what}"), proof
 
 
-def _witnessed(name: str, proof: Proof, receipt: Receipt, what: str) -> Check:
+def _witnessed(name: str, proof: Proof, receipt: Receipt, what: str) -> VerificationCheck:
     """Of a node that was lost: what it had said by then."""
     if proof.witness != receipt.coordinator_id:
-        return Check(name, False, f"its witness {proof.witness} did not coordinate this request")
+        return VerificationCheck(
+            name, False, f"its witness {proof.witness} did not coordinate this request"
+        )
     lost = f"{proof.node_id} was lost before its proof ({proof.finish_reason})"
     if proof.mark is None:
-        return Check(name, True, f"{lost}; the coordinator says that {what}")
+        return VerificationCheck(name, True, f"{lost}; the coordinator says that {what}")
     text = mark_text(
         proof.request_id,
         proof.choice,
@@ -222,10 +228,10 @@ def _witnessed(name: str, proof: Proof, receipt: Receipt, what: str) -> Check:
     )
     ok = verify(proof.node_id, MARK_DOMAIN, text, _hex(proof.mark))
     said = "it had signed the output by then" if ok else "the mark on its output is not its own"
-    return Check(name, ok, f"{lost}; {said}; the coordinator says that {what}")
+    return VerificationCheck(name, ok, f"{lost}; {said}; the coordinator says that {what}")
 
 
-def _order(receipt: Receipt, proofs: list[Proof]) -> Check:
+def _order(receipt: Receipt, proofs: list[Proof]) -> VerificationCheck:
     """Every choice has legs 0, 1, 2, ..., and the prompts are those that were committed to."""
     legs: dict[int, int] = {}
     prompts: dict[int, str] = {}
@@ -241,7 +247,7 @@ def _order(receipt: Receipt, proofs: list[Proof]) -> Check:
     except ValueError:
         together = ""
     whole &= together == receipt.prompt_commitment
-    return Check(
+    return VerificationCheck(
         "legs",
         bool(whole),
         "the proofs are about the prompt of this receipt, and no leg of an answer is missing"
@@ -250,7 +256,7 @@ def _order(receipt: Receipt, proofs: list[Proof]) -> Check:
     )
 
 
-def _usage(receipt: Receipt, proofs: list[Proof]) -> Check:
+def _usage(receipt: Receipt, proofs: list[Proof]) -> VerificationCheck:
     usage, prompts = receipt.usage, prompts_of(proofs)
     same = (
         bool(proofs)
@@ -261,7 +267,7 @@ def _usage(receipt: Receipt, proofs: list[Proof]) -> Check:
         and usage.prompt_tokens + usage.completion_tokens == total_tokens(proofs)
         and receipt.node_id == proofs[-1].node_id
     )
-    return Check(
+    return VerificationCheck(
         "usage",
         same,
         f"the tokens that were billed ({usage.prompt_tokens} prompt, {usage.completion_tokens} "
@@ -271,12 +277,12 @@ def _usage(receipt: Receipt, proofs: list[Proof]) -> Check:
     )
 
 
-def _payment(receipt: Receipt, proofs: list[Proof]) -> Check:
+def _payment(receipt: Receipt, proofs: list[Proof]) -> VerificationCheck:
     price = receipt.price or proofs[-1].price
     try:
         due = amount.to_text(total_cost(proofs, receipt.price))
     except ValueError as error:
-        return Check("payment", False, f"the price is none: {error}")
+        return VerificationCheck("payment", False, f"the price is none: {error}")
     ok = due == receipt.payment_amount and price.currency == receipt.currency
     usage = receipt.usage
     sum_text = (
@@ -284,7 +290,7 @@ def _payment(receipt: Receipt, proofs: list[Proof]) -> Check:
         f"{usage.cached_tokens} cached ones at {price.cached} and {usage.completion_tokens} "
         f"completion tokens at {price.completion} per 1,000"
     )
-    return Check(
+    return VerificationCheck(
         "payment",
         ok,
         f"{receipt.payment_amount} {receipt.currency} is the price of {sum_text}"
@@ -293,10 +299,10 @@ def _payment(receipt: Receipt, proofs: list[Proof]) -> Check:
     )
 
 
-def _trusted(receipt: Receipt, node_key: str) -> Check:
+def _trusted(receipt: Receipt, node_key: str) -> VerificationCheck:
     expected = NODE_PREFIX + node_key.removeprefix(NODE_PREFIX).lower()
     ok = receipt.coordinator_id == expected
-    return Check(
+    return VerificationCheck(
         "trusted key",
         ok,
         "the signer is the box that you named"
@@ -305,7 +311,9 @@ def _trusted(receipt: Receipt, node_key: str) -> Check:
     )
 
 
-def _transcript(view: ReceiptView, receipt: Receipt, transcript: Transcript) -> Iterator[Check]:
+def _transcript(
+    view: ReceiptView, receipt: Receipt, transcript: Transcript
+) -> Iterator[VerificationCheck]:
     prompts = transcript.prompts
     if transcript.messages is not None:
         prompts = [commitment.prompt_text(transcript.messages, transcript.stop, **transcript.more)]
@@ -316,7 +324,7 @@ def _transcript(view: ReceiptView, receipt: Receipt, transcript: Transcript) -> 
         yield _NO_OPENING if opening is None else _text(receipt, opening, transcript.output)
 
 
-def _prompts(view: ReceiptView, receipt: Receipt, prompts: list[str]) -> Check:
+def _prompts(view: ReceiptView, receipt: Receipt, prompts: list[str]) -> VerificationCheck:
     held = view.opening or {}
     try:
         openings = held["prompts"] if "prompts" in held else [held["prompt"]]
@@ -325,12 +333,12 @@ def _prompts(view: ReceiptView, receipt: Receipt, prompts: list[str]) -> Check:
         ok = commitment.of_several(each) == receipt.prompt_commitment
     except (KeyError, TypeError, ValueError):
         meaning = "the receipt has no opening for its prompt: ask the key's owner"
-        return Check("prompt commitment", False, meaning)
+        return VerificationCheck("prompt commitment", False, meaning)
     meaning = f"the prompt you gave is {'' if ok else 'not '}the one committed to"
-    return Check("prompt commitment", ok, meaning)
+    return VerificationCheck("prompt commitment", ok, meaning)
 
 
-_NO_OPENING = Check(
+_NO_OPENING = VerificationCheck(
     "output commitment",
     False,
     "the receipt has no opening for its output: ask the key's owner",
@@ -357,13 +365,15 @@ def _read_opening(given: Any) -> Opening:
     return opening
 
 
-def _text(receipt: Receipt, opening: Opening, text: str) -> Check:
+def _text(receipt: Receipt, opening: Opening, text: str) -> VerificationCheck:
     ok = commitment.recompute(text, opening) == receipt.output_commitment
     meaning = f"the output you gave is {'' if ok else 'not '}the one committed to"
-    return Check("output commitment", ok, meaning)
+    return VerificationCheck("output commitment", ok, meaning)
 
 
-def _answer(view: ReceiptView, receipt: Receipt, data: bytes, echoed: list[str]) -> Iterator[Check]:
+def _answer(
+    view: ReceiptView, receipt: Receipt, data: bytes, echoed: list[str]
+) -> Iterator[VerificationCheck]:
     """Everything that the answer holds: text, log-probabilities, vectors."""
     opening = _opening(view, receipt)
     if opening is None:
@@ -373,12 +383,14 @@ def _answer(view: ReceiptView, receipt: Receipt, data: bytes, echoed: list[str])
     try:
         found = answer.read(data, vectors=vectors, echoed=echoed)
     except answer.NoAnswer as error:
-        yield Check("answer", False, f"the answer {error}")
+        yield VerificationCheck("answer", False, f"the answer {error}")
         return
     if found.request_id is not None:
         same = found.request_id == receipt.request_id
         meaning = f"the answer is that of {found.request_id}"
-        yield Check("answer", same, meaning if same else f"{meaning}, not {receipt.request_id}")
+        yield VerificationCheck(
+            "answer", same, meaning if same else f"{meaning}, not {receipt.request_id}"
+        )
     if found.text is not None:
         yield _text(receipt, opening, found.text)
     elif found.vectors is None:
@@ -386,25 +398,25 @@ def _answer(view: ReceiptView, receipt: Receipt, data: bytes, echoed: list[str])
             "the answer has calls or thoughts, and the model's own text, which is committed to, "
             "cannot be had from them"
         )
-        yield Check("output commitment", False, meaning)
+        yield VerificationCheck("output commitment", False, meaning)
     if receipt.v == 1:
         if found.vectors is not None or found.has_logprobs:
             meaning = (
                 "a receipt of version 1 commits to text and tokens only, and nothing in it says "
                 "whether the answer's log-probabilities or vectors are the ones that were sent"
             )
-            yield Check("answer", False, meaning)
+            yield VerificationCheck("answer", False, meaning)
         return
     bound = commitment.reopen(opening) == receipt.output_commitment
     if found.logprobs is not None:
         ok = bound and found.logprobs == opening.logprobs_sha256
         what = "log-probabilities"
         meaning = f"the {what} of the answer are {'' if ok else 'not '}the ones committed to"
-        yield Check(f"{what} commitment", ok, meaning)
+        yield VerificationCheck(f"{what} commitment", ok, meaning)
     if found.vectors is not None:
         ok = bound and found.vectors == opening.vectors_sha256
         meaning = f"the vectors of the answer are {'' if ok else 'not '}the ones committed to"
-        yield Check("vectors commitment", ok, meaning)
+        yield VerificationCheck("vectors commitment", ok, meaning)
 
 
 def _hex(text: str) -> bytes:

@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from pinaivu_box.errors import InvalidBody
-from pinaivu_box.peering.ledger_views import called, targets
+from pinaivu_box.ledger.views import called, targets
 from pinaivu_box.server.admin import answer, box_of, query
 from pinaivu_box.store import audit
 from pinaivu_box.store.views import AuditEntry, audit_view, parse_time

@@ -9,9 +9,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from pinaivu_box.errors import Conflict, PeeringError
-from pinaivu_box.peering import ledger_views as views
+from pinaivu_box.ledger import claims, views
+from pinaivu_box.ledger import statement as ledger_statement
 from pinaivu_box.server.admin import answer, box_of, by, query
-from pinaivu_box.store import claims, statements
 
 
 class EntryPage(Struct, frozen=True, forbid_unknown_fields=True):
@@ -63,7 +63,9 @@ async def ls(request: Request) -> Response:
 async def entries(request: Request) -> Response:
     page, database = query(request, EntryPage), box_of(request).database
     peer = await _peer(request, request.path_params["peer"])
-    found = await statements.of_peer(database, peer, limit=page.limit, statement=page.statement)
+    found = await ledger_statement.of_peer(
+        database, peer, limit=page.limit, statement=page.statement
+    )
     return answer(request, EntryList([views.entry_view(one) for one in found]))
 
 
@@ -101,7 +103,7 @@ async def forgive(request: Request) -> Response:
 async def paid(request: Request) -> Response:
     """Raises NotFound."""
     database, statement = box_of(request).database, request.path_params["statement"]
-    await statements.pay(database, statement, by(request))
+    await ledger_statement.pay(database, statement, by(request))
     found = await views.all_statements(database)
     return answer(request, next(one for one in found if one.id == statement))
 

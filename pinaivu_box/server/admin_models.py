@@ -25,20 +25,21 @@ from pinaivu_box.errors import (
     ModelNotFound,
     PeeringError,
 )
+from pinaivu_box.files import download
+from pinaivu_box.files import store as file_store
+from pinaivu_box.files.download import DownloadProgress, DownloadSource, Open
+from pinaivu_box.files.wire import PURPOSE, ModelAvailable, Name
+from pinaivu_box.gossip.adverts import Offer
 from pinaivu_box.models import catalog, memory
 from pinaivu_box.models.catalog import Model
 from pinaivu_box.models.names import is_model_id, printable
 from pinaivu_box.models.placing import place
-from pinaivu_box.peering import copying
-from pinaivu_box.peering.advert import Offer
-from pinaivu_box.peering.copying import Open, Progress, Source
-from pinaivu_box.peering.model_wire import PURPOSE, Have, Name
-from pinaivu_box.peering.network import Network
+from pinaivu_box.network.network import Network
 from pinaivu_box.server.admin import body, box_of, by
 from pinaivu_box.server.admin_peers import OFF
 from pinaivu_box.server.envelope import JSON
 from pinaivu_box.server.operations import NotServed
-from pinaivu_box.store import audit, model_files
+from pinaivu_box.store import audit
 from pinaivu_box.store.audit import Actor
 
 _LINE_SECONDS = 0.5
@@ -153,7 +154,7 @@ async def pull(request: Request) -> Response:
             here = box.catalog.find(task.model)
         line = PullProgress("done", here.id, have.digest, size, size, [], said, request_id)
         return StreamingResponse(iter([_line(line)]), media_type="application/x-ndjson")
-    copy = copying.copy_of(open_stream, found, catalog.directory(box.config, box.home), model)
+    copy = download.copy_of(open_stream, found, catalog.directory(box.config, box.home), model)
     copy.left_out.update(without)
     return StreamingResponse(_lines(task, copy, request_id), media_type="application/x-ndjson")
 
@@ -176,18 +177,18 @@ def _name_here(given: Pull) -> str:
     return name if ":" in name else f"{name}:latest"
 
 
-def _sources(network: Network, given: Pull) -> list[Source]:
+def _sources(network: Network, given: Pull) -> list[DownloadSource]:
     """Whom to ask.  Raises PeerNotFound, ModelNotFound."""
     if given.from_ != ANY:
         peer = network.peer(given.from_)
-        return [Source(peer.node_id, peer.name)]
+        return [DownloadSource(peer.node_id, peer.name)]
     offers = {
         peer: peer.advert.models
         for peer in sorted(network.peers(), key=lambda peer: peer.state != "connected")
         if peer.advert is not None and peer.state != "revoked" and not peer.gone
     }
     fitting = [
-        Source(peer.node_id, peer.name)
+        DownloadSource(peer.node_id, peer.name)
         for peer, models in offers.items()
         if any(_fits(offer, given) for offer in models)
     ]
@@ -208,11 +209,11 @@ def _fits(offer: Offer, given: Pull) -> bool:
 
 
 async def _find(
-    open_stream: Open, sources: list[Source], given: Pull
-) -> tuple[dict[Source, Have], dict[Source, str]]:
+    open_stream: Open, sources: list[DownloadSource], given: Pull
+) -> tuple[dict[DownloadSource, ModelAvailable], dict[DownloadSource, str]]:
     """Raises Conflict."""
     try:
-        return await copying.find(open_stream, sources, given.model, given.digest)
+        return await download.find(open_stream, sources, given.model, given.digest)
     except CopyFailed as error:
         raise Conflict(error.message) from error
 
@@ -221,7 +222,7 @@ async def _here(box: Box, digest: str) -> Model | None:
     """The model of that file, if this box has it."""
     for model in box.catalog.models:
         with suppress(OSError):  # deleted since
-            if await model_files.digest(box.database, model) == digest:
+            if await file_store.digest(box.database, model) == digest:
                 return model
     return None
 
@@ -243,10 +244,10 @@ async def _name_too(task: _Task, here: Model) -> None:
     for target in targets:
         if why := box.catalog.not_served.get(target):
             raise Conflict(f"{printable(str(target))} is here, and it cannot be served: {why}.")
-    digests = await model_files.digests_of_parts(box.database, here)
+    digests = await file_store.digests_of_parts(box.database, here)
     detail = {"digest": await box.digests.of(here), "same_as": here.id}
     await box.database.write(
-        *map(model_files.named, targets, digests),
+        *map(file_store.named, targets, digests),
         audit.record(task.actor, "model.pull", task.model, **detail),
     )
 
@@ -260,7 +261,7 @@ def _check_free(task: _Task, here: Model | None) -> None:
         )
 
 
-async def _lines(task: _Task, copy: Progress, request_id: str) -> AsyncIterator[bytes]:
+async def _lines(task: _Task, copy: DownloadProgress, request_id: str) -> AsyncIterator[bytes]:
     """Whoever reads this no more stops the copy; what is here of it stays."""
     progress: Callable[..., bytes] = partial(_progress, task, copy, request_id)
     doing = asyncio.create_task(_run(task, copy))
@@ -284,7 +285,7 @@ async def _lines(task: _Task, copy: Progress, request_id: str) -> AsyncIterator[
 
 def _progress(
     task: _Task,
-    copy: Progress,
+    copy: DownloadProgress,
     request_id: str,
     state: Literal["copying", "checking", "done", "failed"],
     message: str = "",
@@ -305,12 +306,12 @@ def _line(progress: PullProgress) -> bytes:
     return msgspec.json.encode(progress) + b"\n"
 
 
-async def _run(task: _Task, copy: Progress) -> None:
+async def _run(task: _Task, copy: DownloadProgress) -> None:
     """Copy, and serve what has come.  Raises CopyFailed."""
     await copy.run()
     box = task.box
     detail = {"digest": copy.digest, "from": sorted(source.name for source in copy.sent)}
-    known = [model_files.copied(*file) for file in copy.files]
+    known = [file_store.copied(*file) for file in copy.files]
     await box.database.write(
         *chain.from_iterable(known),
         audit.record(task.actor, "model.pull", task.model, **detail),

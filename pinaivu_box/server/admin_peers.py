@@ -21,17 +21,18 @@ from pinaivu_box.errors import (
     PeerUnreachable,
     Unreachable,
 )
-from pinaivu_box.peering import views
-from pinaivu_box.peering.invite import MAX_USES, Name, TicketInvalid
-from pinaivu_box.peering.invite import decode as decode_ticket
-from pinaivu_box.peering.network import Network
-from pinaivu_box.peering.peer import Peer
-from pinaivu_box.peering.views import OwnView, PeerView
+from pinaivu_box.ledger import entry
+from pinaivu_box.ledger.entry import Balance
+from pinaivu_box.membership.tickets import MAX_USES, Name, TicketInvalid
+from pinaivu_box.membership.tickets import decode as decode_ticket
+from pinaivu_box.network import views
+from pinaivu_box.network.network import Network
+from pinaivu_box.network.peer import Peer
+from pinaivu_box.network.views import OwnView, PeerView
 from pinaivu_box.policy import LONGEST_LIFE
 from pinaivu_box.receipts.receipt import utc_text
 from pinaivu_box.server.admin import answer, body, box_of, by
-from pinaivu_box.store import ledger, peer_settings
-from pinaivu_box.store.ledger import Balance
+from pinaivu_box.store import peer_settings
 from pinaivu_box.store.peer_settings import PeerSettings
 
 T = TypeVar("T")
@@ -62,7 +63,7 @@ class NewInvitation(Struct, frozen=True):
     request_id: str = ""
 
 
-class Join(Struct, frozen=True):
+class JoinBody(Struct, frozen=True):
     """`at`: addresses (HOST:PORT) of the inviter that its ticket does not know."""
 
     ticket: str
@@ -87,7 +88,7 @@ class ChangePeer(Struct, frozen=True):
     limits: LimitChanges = LimitChanges()
 
 
-class Remove(Struct, frozen=True):
+class RemoveBody(Struct, frozen=True):
     """All members are told the `reason`."""
 
     reason: Annotated[str, Meta(max_length=200)] = ""
@@ -130,7 +131,7 @@ async def invite(request: Request) -> Response:
 
 
 async def join(request: Request) -> Response:
-    given = await body(request, Join)
+    given = await body(request, JoinBody)
     network = _network(request)
     try:
         decode_ticket(given.ticket)
@@ -169,7 +170,7 @@ async def change(request: Request) -> Response:
 
 
 async def remove(request: Request) -> Response:
-    given = await body(request, Remove, empty=b"{}")
+    given = await body(request, RemoveBody, empty=b"{}")
     network, peer = _network(request), _named(request)
     gone = await _asked(network.remove(peer.node_id, given.reason, by(request)))
     return answer(request, await _view(request, gone))
@@ -219,7 +220,7 @@ async def _view(request: Request, peer: Peer) -> PeerView:
 
 async def _dealings(
     box: Box, peer: str
-) -> tuple[views.Opinion, views.UseView, views.RefusalView | None] | tuple[()]:
+) -> tuple[views.OpinionView, views.UseView, views.RefusalView | None] | tuple[()]:
     """What we think of a peer, what it has of this box, and what it refused us with."""
     if box.pool is None:
         return ()
@@ -228,7 +229,7 @@ async def _dealings(
     owed = await guests.owes(peer, box.config.pricing.currency)
     refused = box.pool.candidates.refusals.get(peer)
     return (
-        views.Opinion(opinion.score(peer), opinion.why(peer)),
+        views.OpinionView(opinion.score(peer), opinion.why(peer)),
         views.UseView(
             max_parallel=terms.max_parallel,
             running=use.running,
@@ -263,7 +264,7 @@ async def _views(request: Request, shown: list[Peer]) -> list[PeerView]:
     network = _network(request)
     names = {one.node_id: one.name for one in network.peers()} | {network.node_id: "this box"}
     settings = await peer_settings.ls(box_of(request).database)
-    balances = await ledger.balances(box_of(request).database)
+    balances = await entry.balances(box_of(request).database)
     return [
         views.peer_view(
             peer,

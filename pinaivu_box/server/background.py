@@ -18,10 +18,10 @@ from starlette.responses import Response
 from starlette.types import Receive
 
 from pinaivu_box.errors import ApiError, BadRequest, InternalError, NoNodesAvailable, RateLimited
-from pinaivu_box.gateway.requests import Failed, Finished
-from pinaivu_box.gateway.requests import Request as Running
+from pinaivu_box.gateway.request import Failed, Finished
+from pinaivu_box.gateway.request import Request as Running
 from pinaivu_box.openai.responses import ResponseObject
-from pinaivu_box.server.inference import Call, disconnected
+from pinaivu_box.server.inference import InferenceCall, disconnected
 from pinaivu_box.server.response_answer import ResponseAnswer
 from pinaivu_box.server.stream import EventStream
 from pinaivu_box.store import responses as stored
@@ -70,7 +70,11 @@ class BackgroundResponse:
     the room that its body takes."""
 
     def __init__(
-        self, call: Call, running: Running, answer: ResponseAnswer, leave: Callable[[], None]
+        self,
+        call: InferenceCall,
+        running: Running,
+        answer: ResponseAnswer,
+        leave: Callable[[], None],
     ) -> None:
         self.id = answer.response().id
         self.account_id = call.key.account_id

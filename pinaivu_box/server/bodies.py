@@ -19,7 +19,7 @@ from pinaivu_box.errors import (
 )
 from pinaivu_box.openai import large_bodies
 from pinaivu_box.openai.request import SMALL, decode
-from pinaivu_box.sandbox import Limits, SandboxLimit, SandboxPool
+from pinaivu_box.sandbox import SandboxLimit, SandboxLimits, SandboxPool
 from pinaivu_box.server.codings import coding_of, decoded
 from pinaivu_box.text import number
 
@@ -30,7 +30,7 @@ _OF_ONE, _OF_ALL = 4, 16
 _MOST_WAITING = 64  # of one account, for room
 _WAIT_SECONDS = 60.0
 # What decoding one may take.  The worst of 10 MB takes 2 s and 300 MB on a usual machine.
-_LIMITS = Limits(cpu_seconds=20.0, memory_bytes=1024 * 1024 * 1024, wall_seconds=120.0)
+_LIMITS = SandboxLimits(cpu_seconds=20.0, memory_bytes=1024 * 1024 * 1024, wall_seconds=120.0)
 
 Body = TypeVar("Body", bound=msgspec.Struct)
 

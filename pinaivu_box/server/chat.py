@@ -8,19 +8,19 @@ from msgspec import UNSET
 from starlette.requests import Request
 from starlette.responses import Response
 
-from pinaivu_box.gateway.requests import Begun, Failed, Finished, RequestEvent, Said
+from pinaivu_box.gateway.request import ChoiceOutput, ChoiceStarted, Failed, Finished, RequestEvent
 from pinaivu_box.openai.chunks import ChunkBuilder, error_event
 from pinaivu_box.openai.request import check_chat
 from pinaivu_box.openai.tools import customs
 from pinaivu_box.openai.types import ChatCompletion, ChatRequest, Chunk, ContextShift
 from pinaivu_box.server.choices import Choices, Whole
 from pinaivu_box.server.envelope import JSON
-from pinaivu_box.server.inference import Call, usage_of
+from pinaivu_box.server.inference import InferenceCall, usage_of
 from pinaivu_box.server.jobs import chat_job, choices
 
 
 async def chat_completions(request: Request) -> Response:
-    call = Call(request)
+    call = InferenceCall(request)
     body = await call.body(ChatRequest)
     check_chat(body)
     model = call.admit(body.model)
@@ -44,10 +44,10 @@ async def chat_completions(request: Request) -> Response:
     wholes, fingerprint = [Whole() for _ in jobs], ""
     async for event in call.collect(running):
         match event:
-            case Begun():
+            case ChoiceStarted():
                 found.begin(event)
                 fingerprint = event.fingerprint
-            case Said():
+            case ChoiceOutput():
                 wholes[event.choice].add(found.take(event))
             case Finished():
                 end = event
@@ -77,7 +77,7 @@ def _wants_thoughts(body: ChatRequest) -> str:
     return "enable_thinking" if (body.chat_template_kwargs or {}).get("enable_thinking") else ""
 
 
-def _completion_id(call: Call) -> str:
+def _completion_id(call: InferenceCall) -> str:
     return call.request_id.replace("req_", "chatcmpl-")
 
 
@@ -98,10 +98,10 @@ class _Encoder:
 
     def _one(self, event: RequestEvent) -> bytes:
         match event:
-            case Begun():
+            case ChoiceStarted():
                 self._choices.begin(event)
                 return self._chunks.begin(event.choice, event.fingerprint, self._ignored)
-            case Said():
+            case ChoiceOutput():
                 part = self._choices.take(event)
                 if part.finish_reason:
                     self._reasons[part.choice] = part.finish_reason

@@ -10,11 +10,11 @@ from msgspec import UNSET
 from pinaivu_box.chat_format import STYLES
 from pinaivu_box.engine.messages import TokenLogprob
 from pinaivu_box.gateway.backend import Job
-from pinaivu_box.gateway.requests import Begun, Said
+from pinaivu_box.gateway.request import ChoiceOutput, ChoiceStarted
 from pinaivu_box.openai import reader
 from pinaivu_box.openai.reader import Piece, Reader
 from pinaivu_box.openai.types import (
-    Answer,
+    AnswerMessage,
     CalledCustom,
     CalledFunction,
     Choice,
@@ -27,7 +27,7 @@ from pinaivu_box.openai.types import (
 
 
 @dataclass(frozen=True)
-class Part:
+class AnswerPart:
     """What came of one choice; with a finish reason it is complete."""
 
     choice: int
@@ -44,7 +44,7 @@ class Choices:
         self._customs = customs
         self._readers: dict[int, Reader] = {}
 
-    def begin(self, event: Begun) -> None:
+    def begin(self, event: ChoiceStarted) -> None:
         tools = self._jobs[event.choice].tools
         self._readers[event.choice] = Reader(
             STYLES[event.tool_style] if tools else None,
@@ -54,14 +54,14 @@ class Choices:
             thinking=event.thinking,
         )
 
-    def take(self, said: Said) -> Part:
+    def take(self, said: ChoiceOutput) -> AnswerPart:
         output, its = said.output, self._readers[said.choice]
         pieces = its.push(output.text) if output.text else []
         reason = output.finish_reason
         if reason:
             pieces += its.end()
             reason = "tool_calls" if its.called and reason == "stop" else reason
-        return Part(said.choice, pieces, [_logprobs(one) for one in output.logprobs], reason)
+        return AnswerPart(said.choice, pieces, [_logprobs(one) for one in output.logprobs], reason)
 
 
 @dataclass
@@ -70,18 +70,18 @@ class Whole:
 
     texts: list[str] = field(default_factory=list)
     thoughts: list[str] = field(default_factory=list)
-    calls: list[tuple[reader.Call, list[str]]] = field(default_factory=list)
+    calls: list[tuple[reader.ParsedCall, list[str]]] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     finish_reason: str = ""
 
-    def add(self, part: Part) -> None:
+    def add(self, part: AnswerPart) -> None:
         for piece in part.pieces:
             match piece:
                 case reader.Text():
                     self.texts.append(piece.text)
                 case reader.Thought():
                     self.thoughts.append(piece.text)
-                case reader.Call():
+                case reader.ParsedCall():
                     self.calls.append((piece, []))
                 case reader.Arguments():
                     self.calls[piece.index][1].append(piece.text)
@@ -90,7 +90,7 @@ class Whole:
 
     def choice(self, index: int, *, logprobs: bool) -> Choice:
         calls = [_call(call, "".join(arguments)) for call, arguments in self.calls]
-        answer = Answer(
+        answer = AnswerMessage(
             "".join(self.texts) if self.texts or not calls else None,
             "assistant",
             None,
@@ -101,7 +101,7 @@ class Whole:
         return Choice(index, answer, self.finish_reason, held)
 
 
-def _call(call: reader.Call, arguments: str) -> ToolCall | CustomToolCall:
+def _call(call: reader.ParsedCall, arguments: str) -> ToolCall | CustomToolCall:
     if call.custom:
         return CustomToolCall(call.id, CalledCustom(call.name, arguments))
     return ToolCall(call.id, CalledFunction(call.name, arguments))

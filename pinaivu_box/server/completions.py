@@ -14,7 +14,7 @@ from starlette.responses import Response
 from pinaivu_box.engine.messages import TokenLogprob
 from pinaivu_box.errors import InvalidBody
 from pinaivu_box.gateway.backend import Job
-from pinaivu_box.gateway.requests import Begun, Failed, Finished, RequestEvent, Said
+from pinaivu_box.gateway.request import ChoiceOutput, ChoiceStarted, Failed, Finished, RequestEvent
 from pinaivu_box.models.catalog import Model
 from pinaivu_box.openai.chunks import DONE, error_event, event
 from pinaivu_box.openai.completions import (
@@ -28,7 +28,7 @@ from pinaivu_box.openai.request import check_length, check_stream, texts_or_toke
 from pinaivu_box.openai.types import ContextShift
 from pinaivu_box.receipts.commitment import new_nonce
 from pinaivu_box.server.envelope import JSON
-from pinaivu_box.server.inference import Call, usage_of
+from pinaivu_box.server.inference import InferenceCall, usage_of
 from pinaivu_box.server.jobs import choices, job_of
 
 _DEFAULT_MAX_TOKENS = 16  # OpenAI's, of this endpoint alone
@@ -36,13 +36,13 @@ _MOST_CHOICES = 128
 
 
 async def completions(request: Request) -> Response:
-    call = Call(request)
+    call = InferenceCall(request)
     body = await call.body(CompletionRequest)
     prompts = _prompts(body)
     model = call.admit(body.model)
     jobs = _jobs(body, prompts, model, call)
     running = await call.start(jobs)
-    answer = _Answer(body, jobs, Completion(
+    answer = _CompletionAnswer(body, jobs, Completion(
         id=call.request_id.replace("req_", "cmpl-"),
         request_id=call.request_id,
         created=call.created_at,
@@ -78,7 +78,7 @@ def _prompts(body: CompletionRequest) -> list[str | list[int]]:
 
 
 def _jobs(
-    body: CompletionRequest, prompts: list[str | list[int]], model: Model, call: Call
+    body: CompletionRequest, prompts: list[str | list[int]], model: Model, call: InferenceCall
 ) -> list[Job]:
     common = replace(
         job_of(body, model, call.request_id, call.key.id),
@@ -140,7 +140,7 @@ class _Choice:
         return shown
 
 
-class _Answer:
+class _CompletionAnswer:
     def __init__(self, body: CompletionRequest, jobs: list[Job], empty: Completion) -> None:
         self._body = body
         self._empty = empty
@@ -151,11 +151,11 @@ class _Answer:
 
     def take(self, happened: RequestEvent) -> None:
         match happened:
-            case Begun():
+            case ChoiceStarted():
                 self._begin(happened)
                 choice = self._choices[happened.choice]
                 choice.texts.append(choice.begin(happened.prompt))
-            case Said(number, output):
+            case ChoiceOutput(number, output):
                 choice = self._choices[number]
                 choice.texts.append(output.text)
                 choice.logprobs += output.logprobs
@@ -170,7 +170,7 @@ class _Answer:
         ]
         return self._with_usage(msgspec.structs.replace(self._empty, choices=found))
 
-    def _begin(self, begun: Begun) -> None:
+    def _begin(self, begun: ChoiceStarted) -> None:
         self._empty = msgspec.structs.replace(self._empty, system_fingerprint=begun.fingerprint)
 
     def _with_usage(self, answer: Completion) -> Completion:
@@ -190,11 +190,11 @@ class _Answer:
 
     def _chunk(self, happened: RequestEvent) -> bytes:
         match happened:
-            case Begun(choice):
+            case ChoiceStarted(choice):
                 self._begin(happened)
                 echo = self._choices[choice].begin(happened.prompt)
                 return self._event(CompletionChoice(choice, echo, None)) if echo else b""
-            case Said(choice, output):
+            case ChoiceOutput(choice, output):
                 self._choices[choice].finish_reason = output.finish_reason
                 if not output.text and not output.logprobs:
                     return b""

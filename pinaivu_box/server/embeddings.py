@@ -10,7 +10,7 @@ from msgspec import UNSET
 from starlette.requests import Request
 from starlette.responses import Response
 
-from pinaivu_box.gateway.requests import Finished, Said
+from pinaivu_box.gateway.request import ChoiceOutput, Finished
 from pinaivu_box.openai.embeddings import (
     EmbeddingList,
     EmbeddingRequest,
@@ -20,14 +20,14 @@ from pinaivu_box.openai.embeddings import (
 from pinaivu_box.openai.request import texts_or_tokens
 from pinaivu_box.openai.types import Sampled
 from pinaivu_box.server.envelope import JSON
-from pinaivu_box.server.inference import Call
+from pinaivu_box.server.inference import InferenceCall
 from pinaivu_box.server.jobs import job_of
 
 _MOST_INPUTS = 2048  # OpenAI's limit
 
 
 async def embeddings(request: Request) -> Response:
-    call = Call(request)
+    call = InferenceCall(request)
     body = await call.body(EmbeddingRequest)
     inputs = texts_or_tokens(body.input, "input", _MOST_INPUTS)
     model = call.admit(body.model)
@@ -35,7 +35,7 @@ async def embeddings(request: Request) -> Response:
     running = await call.start([replace(job, inputs=inputs, dimensions=body.dimensions)])
     async for event in call.collect(running):
         match event:
-            case Said():
+            case ChoiceOutput():
                 vectors = event.output.vectors
             case Finished():
                 end = event

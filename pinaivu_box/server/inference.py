@@ -19,10 +19,10 @@ from pinaivu_box.box import Box
 from pinaivu_box.config import parse_duration
 from pinaivu_box.engine.messages import Tokenized
 from pinaivu_box.errors import ApiError, BadRequest, InvalidBody
-from pinaivu_box.gateway.admission import Arrival, under
+from pinaivu_box.gateway.admission import ArrivedRequest, under
 from pinaivu_box.gateway.backend import Job
-from pinaivu_box.gateway.requests import Begun, Failed, Finished, RequestEvent, too_late
-from pinaivu_box.gateway.requests import Request as Running
+from pinaivu_box.gateway.request import ChoiceStarted, Failed, Finished, RequestEvent, too_late
+from pinaivu_box.gateway.request import Request as Running
 from pinaivu_box.gateway.sizes import check_sizes
 from pinaivu_box.models.catalog import Model
 from pinaivu_box.openai.types import Extension, PromptTokensDetails, Usage
@@ -39,7 +39,7 @@ Body = TypeVar("Body", bound=msgspec.Struct)
 T = TypeVar("T")
 
 
-class Call:
+class InferenceCall:
     """One call of the API that runs a model: who asks, and the request once it is started."""
 
     def __init__(self, request: Request) -> None:
@@ -55,7 +55,7 @@ class Call:
         self._timeout: float | None = None
         self._keep_alive: float | None = None
         self._request = request
-        self._arrival: Arrival | None = None
+        self._arrival: ArrivedRequest | None = None
         self._watcher: asyncio.Task[None]  # once it is started
 
     async def body(self, kind: type[Body]) -> Body:
@@ -197,7 +197,7 @@ class Call:
 
     def note(self, event: RequestEvent) -> None:
         """What headers tell of it."""
-        if not isinstance(event, Begun):
+        if not isinstance(event, ChoiceStarted):
             return
         if event.route:
             self._request.scope["state"]["route"] = event.route
@@ -233,7 +233,7 @@ class Call:
 async def _first(running: Running) -> list[RequestEvent]:
     """The events up to the first that shows whether it goes well."""
     events = await running.events.take()
-    while isinstance(events[-1], Begun):
+    while isinstance(events[-1], ChoiceStarted):
         events = [*events, *await running.events.take()]
     return events
 

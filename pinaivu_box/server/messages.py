@@ -16,7 +16,7 @@ from pinaivu_box.chat_format import CONTINUE
 from pinaivu_box.engine.messages import Tools
 from pinaivu_box.errors import InvalidBody, quoted
 from pinaivu_box.gateway.backend import Job
-from pinaivu_box.gateway.requests import Begun, Failed, Finished, RequestEvent, Said
+from pinaivu_box.gateway.request import ChoiceOutput, ChoiceStarted, Failed, Finished, RequestEvent
 from pinaivu_box.models.catalog import Model
 from pinaivu_box.openai.anthropic import (
     AnthropicAnswer,
@@ -28,12 +28,12 @@ from pinaivu_box.openai.anthropic import (
     continues,
 )
 from pinaivu_box.openai.reader import Arguments, Piece, Text, Thought
-from pinaivu_box.openai.reader import Call as ToolCall
+from pinaivu_box.openai.reader import ParsedCall as ToolCall
 from pinaivu_box.openai.types import Sampled
 from pinaivu_box.server import envelope
 from pinaivu_box.server.choices import Choices
 from pinaivu_box.server.envelope import JSON
-from pinaivu_box.server.inference import Call
+from pinaivu_box.server.inference import InferenceCall
 from pinaivu_box.server.jobs import job_of, json_text
 from pinaivu_box.text import encodable
 
@@ -41,7 +41,7 @@ _REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"
 
 
 async def messages(request: Request) -> Response:
-    call = Call(request)
+    call = InferenceCall(request)
     body = await call.body(MessagesRequest)
     model = call.admit(body.model)
     job = _job(body, model, call)
@@ -56,7 +56,7 @@ async def messages(request: Request) -> Response:
     if body.thinking and body.thinking.type == "enabled":
         call.wants_thoughts("thinking")
     running = await call.start([job])
-    answer = _Answer(call, model.id, Choices([job]))
+    answer = _MessageAnswer(call, model.id, Choices([job]))
     if body.stream:
         return await call.stream(running, answer.encode)
     async for event in call.collect(running):
@@ -65,14 +65,14 @@ async def messages(request: Request) -> Response:
 
 
 async def count_tokens(request: Request) -> Response:
-    call = Call(request)
+    call = InferenceCall(request)
     body = await call.body(CountTokensRequest)
     model = call.admit(body.model)
     found = await call.tokenize(_job(body, model, call), count=True)
     return JSON(TokenCountAnswer(call.request_id, found.number, call.ignored or UNSET))
 
 
-def _job(body: CountTokensRequest, model: Model, call: Call) -> Job:
+def _job(body: CountTokensRequest, model: Model, call: InferenceCall) -> Job:
     thinking = body.thinking
     return replace(
         job_of(Sampled(model=body.model), model, call.request_id, call.key.id),
@@ -106,10 +106,10 @@ def _tools(body: CountTokensRequest) -> Tools | None:
     return Tools(listed, names, chosen, not choice.disable_parallel_tool_use)
 
 
-class _Answer:
+class _MessageAnswer:
     """One message while it is made: `take` events, or `encode` them as a stream's."""
 
-    def __init__(self, call: Call, model_id: str, choices: Choices) -> None:
+    def __init__(self, call: InferenceCall, model_id: str, choices: Choices) -> None:
         self._call = call
         self._model_id = model_id
         self._choices = choices
@@ -143,11 +143,11 @@ class _Answer:
     def take(self, event: RequestEvent) -> Iterable[dict[str, Any]]:
         """What a stream tells of it; to be read to its end."""
         match event:
-            case Begun():
+            case ChoiceStarted():
                 self._choices.begin(event)
                 self._usage = AnthropicUsage(event.prompt_tokens, 0)
                 return [{"type": "message_start", "message": self.whole()}]
-            case Said():
+            case ChoiceOutput():
                 part = self._choices.take(event)
                 if part.finish_reason:
                     self._conclude(part.finish_reason, event.output.stop_string)

@@ -17,7 +17,7 @@ from pinaivu_box.server.auth import key_of
 from pinaivu_box.server.envelope import JSON
 
 
-class EngineInfo(Struct, frozen=True):
+class EngineView(Struct, frozen=True):
     """One engine.  `memory` in bytes, `idle_seconds` null while it works, `kv_*` in tokens."""
 
     model: str
@@ -36,7 +36,7 @@ class EngineInfo(Struct, frozen=True):
 
 class EngineList(Struct, frozen=True):
     request_id: str
-    data: list[EngineInfo]
+    data: list[EngineView]
     object: str = "list"
 
 
@@ -70,7 +70,7 @@ async def model(request: Request) -> Response:
 async def engines(request: Request) -> Response:
     box: Box = request.app.state.box
     data = [_engine(engine) for engine in box.placement.engines]
-    data += [EngineInfo(model, "loading") for model in box.placement.starting]
+    data += [EngineView(model, "loading") for model in box.placement.starting]
     return JSON(EngineList(request_id=request.scope["state"]["request_id"], data=data))
 
 
@@ -78,8 +78,8 @@ def _info(model: Model) -> ModelInfo:
     return ModelInfo(id=model.id, created=model.created, owned_by=model.owner)
 
 
-def _engine(engine: EngineProcess) -> EngineInfo:
-    return EngineInfo(
+def _engine(engine: EngineProcess) -> EngineView:
+    return EngineView(
         model=engine.model_id,
         state="running" if engine.users else "idle",
         pid=engine.pid,

@@ -12,9 +12,9 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
 from pinaivu_box import __version__
+from pinaivu_box.ledger.views import SettledView, StatementView
+from pinaivu_box.network.views import PeerView
 from pinaivu_box.openai import anthropic, completions, embeddings, responses, types
-from pinaivu_box.peering.ledger_views import SettledView, StatementView
-from pinaivu_box.peering.views import PeerView
 from pinaivu_box.receipts.receipt import ReceiptView
 from pinaivu_box.server import (
     admin_accounts,
@@ -207,7 +207,7 @@ ADMIN = (
         "/v1/admin/peers",
         "Join the network that a ticket is for",
         PeerView,
-        admin_peers.Join,
+        admin_peers.JoinBody,
     ),
     Operation(
         "post",
@@ -219,7 +219,7 @@ ADMIN = (
     Operation("post", "/v1/admin/peers/leave", "Leave the network", admin_peers.Left),
     Operation("get", _peer, "One peer, by name or id", PeerView),
     Operation("patch", _peer, "Its name here and its limits", PeerView, admin_peers.ChangePeer),
-    Operation("delete", _peer, "Revoke it for good", PeerView, admin_peers.Remove),
+    Operation("delete", _peer, "Revoke it for good", PeerView, admin_peers.RemoveBody),
     Operation(
         "get",
         "/v1/admin/models",

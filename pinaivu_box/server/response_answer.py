@@ -9,7 +9,7 @@ import msgspec
 
 from pinaivu_box.errors import ApiError
 from pinaivu_box.gateway.backend import Job
-from pinaivu_box.gateway.requests import Begun, Failed, Finished, RequestEvent, Said
+from pinaivu_box.gateway.request import ChoiceOutput, ChoiceStarted, Failed, Finished, RequestEvent
 from pinaivu_box.openai.response_items import Event, ResponseItems
 from pinaivu_box.openai.responses import (
     InputDetails,
@@ -21,7 +21,7 @@ from pinaivu_box.openai.responses import (
 )
 from pinaivu_box.openai.tools import called
 from pinaivu_box.server.choices import Choices
-from pinaivu_box.server.inference import Call
+from pinaivu_box.server.inference import InferenceCall
 from pinaivu_box.store import responses as stored
 from pinaivu_box.store.responses import StoredResponse
 
@@ -39,7 +39,7 @@ class ResponseAnswer:
     """
 
     def __init__(
-        self, call: Call, body: ResponseRequest, asked: list[dict[str, Any]], job: Job
+        self, call: InferenceCall, body: ResponseRequest, asked: list[dict[str, Any]], job: Job
     ) -> None:
         self._call = call
         self._body = body
@@ -74,13 +74,13 @@ class ResponseAnswer:
     def take(self, event: RequestEvent) -> list[Event]:
         """What a stream tells of it."""
         match event:
-            case Begun():
+            case ChoiceStarted():
                 self._choices.begin(event)
                 self._status = "in_progress"
                 begun = self.response()
                 kinds = ("response.created", "response.in_progress")[self._background :]
                 return [{"type": kind, "response": begun} for kind in kinds]
-            case Said():
+            case ChoiceOutput():
                 part = self._choices.take(event)
                 self._finish_reason = part.finish_reason or self._finish_reason
                 return self._items.add(part.pieces)

@@ -14,8 +14,8 @@ from starlette.responses import Response
 
 from pinaivu_box.box import Box
 from pinaivu_box.errors import BadRequest, BodyTooLarge, InvalidBody, NotFound, quoted
-from pinaivu_box.gateway.requests import Finished
-from pinaivu_box.gateway.requests import Request as Running
+from pinaivu_box.gateway.request import Finished
+from pinaivu_box.gateway.request import Request as Running
 from pinaivu_box.gateway.sizes import check_tools
 from pinaivu_box.openai.request import check_chat
 from pinaivu_box.openai.responses import (
@@ -42,7 +42,7 @@ from pinaivu_box.server.auth import key_of, require_account
 from pinaivu_box.server.background import Background, BackgroundResponse, replayed
 from pinaivu_box.server.bodies import take_room
 from pinaivu_box.server.envelope import JSON
-from pinaivu_box.server.inference import Call, disconnected
+from pinaivu_box.server.inference import InferenceCall, disconnected
 from pinaivu_box.server.jobs import chat_job
 from pinaivu_box.server.response_answer import ResponseAnswer
 from pinaivu_box.server.stream import EventStream
@@ -64,7 +64,7 @@ class _Stored(msgspec.Struct):
 
 
 async def create(request: Request) -> Response:
-    call = Call(request)
+    call = InferenceCall(request)
     body = await call.body(ResponseRequest)
     if body.background and body.store is False:
         why = "background needs store: what is not stored cannot be asked for later"
@@ -99,7 +99,7 @@ async def create(request: Request) -> Response:
 
 
 async def _in_background(
-    request: Request, call: Call, running: Running, answer: ResponseAnswer
+    request: Request, call: InferenceCall, running: Running, answer: ResponseAnswer
 ) -> BackgroundResponse:
     # Its body is held until it has ended, not until it is answered.
     leave = take_room(request)
@@ -210,7 +210,7 @@ def _unknown(response_id: str) -> NotFound:
     return NotFound(f"This account has no stored response '{response_id[:100]}'.")
 
 
-async def _history(call: Call, body: ResponseRequest) -> list[dict[str, Any]]:
+async def _history(call: InferenceCall, body: ResponseRequest) -> list[dict[str, Any]]:
     previous = body.previous_response_id
     if previous is None:
         return []
@@ -234,7 +234,9 @@ def _joined(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{"role": "system", "content": text}, *messages[count:]]
 
 
-async def _resolved(call: Call, given: str | list[dict[str, Any]]) -> str | list[dict[str, Any]]:
+async def _resolved(
+    call: InferenceCall, given: str | list[dict[str, Any]]
+) -> str | list[dict[str, Any]]:
     """With the items in the place of what refers to them.  Raises NotFound, InvalidBody."""
     if isinstance(given, str):
         return given
@@ -265,7 +267,7 @@ async def _resolved(call: Call, given: str | list[dict[str, Any]]) -> str | list
     return made
 
 
-async def _items_of(call: Call, response_id: str) -> dict[str, dict[str, Any]]:
+async def _items_of(call: InferenceCall, response_id: str) -> dict[str, dict[str, Any]]:
     """The items of a stored response by their ids."""
     account = call.key.account_id
     one = await stored.find(call.box.database, response_id, account)

@@ -20,12 +20,12 @@ from pinaivu_box.openai.completions import (
 from pinaivu_box.openai.request import check_chat
 from pinaivu_box.openai.types import ChatRequest, Sampled
 from pinaivu_box.server.envelope import JSON
-from pinaivu_box.server.inference import Call
+from pinaivu_box.server.inference import InferenceCall
 from pinaivu_box.server.jobs import chat_job, job_of
 
 
 async def tokenize(request: Request) -> Response:
-    call = Call(request)
+    call = InferenceCall(request)
     body = await call.body(TokenizeRequest)
     model = call.admit(body.model)
     job = replace(_job(model, call), prompt=body.text)
@@ -36,7 +36,7 @@ async def tokenize(request: Request) -> Response:
 
 
 async def detokenize(request: Request) -> Response:
-    call = Call(request)
+    call = InferenceCall(request)
     body = await call.body(DetokenizeRequest)
     model = call.admit(body.model)
     found = await call.tokenize(_job(model, call), body.tokens, count=True)
@@ -45,7 +45,7 @@ async def detokenize(request: Request) -> Response:
 
 async def input_tokens(request: Request) -> Response:
     """Takes the body of a chat request, and counts only."""
-    call = Call(request)
+    call = InferenceCall(request)
     body = await call.body(ChatRequest)
     check_chat(body)
     model = call.admit(body.model)
@@ -58,5 +58,5 @@ async def input_tokens(request: Request) -> Response:
     )
 
 
-def _job(model: Model, call: Call) -> Job:
+def _job(model: Model, call: InferenceCall) -> Job:
     return job_of(Sampled(model=model.id), model, call.request_id, call.key.id)

@@ -9,17 +9,17 @@ import msgspec
 
 from pinaivu_box.errors import ContextOverflow
 from pinaivu_box.gateway.backend import Job
-from pinaivu_box.server.inference import Call
+from pinaivu_box.server.inference import InferenceCall
 
 _MORE = 0.05  # of the messages, since tokens are no characters
 
 Messages = list[dict[str, Any]]
 
 
-async def fitted(call: Call, job: Job) -> Job:
+async def fitted(call: InferenceCall, job: Job) -> Job:
     """The job with messages that fit into the model's context, and have room for an answer if some
     had to go: as long as it may be, or else a quarter of the context, and never over half.  What
-    cannot be made to fit is left as it is.  Raises what `Call.read` does."""
+    cannot be made to fit is left as it is.  Raises what `InferenceCall.read` does."""
     room = 0
     while True:
         try:

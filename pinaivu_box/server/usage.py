@@ -9,12 +9,12 @@ from starlette.responses import Response
 
 from pinaivu_box.box import Box
 from pinaivu_box.errors import Forbidden, InvalidBody
-from pinaivu_box.peering.ledger_views import boxes
+from pinaivu_box.ledger.views import boxes
 from pinaivu_box.server.auth import key_of
 from pinaivu_box.server.envelope import JSON
 from pinaivu_box.store import accounts, keys
 from pinaivu_box.store.keys import Key
-from pinaivu_box.store.usage import Wanted
+from pinaivu_box.store.usage import UsageFilter
 from pinaivu_box.store.usage_report import grouping, parse_day, report, span, to_csv
 
 _ID = len("key_") + 26  # characters
@@ -40,7 +40,7 @@ async def usage(request: Request) -> Response:
         raise InvalidBody("end_date is before start_date", loc=("query", "end_date"))
     account = await _account(box, key_of(request), asked.account)
     since, until = span(start, end)
-    wanted = Wanted(
+    wanted = UsageFilter(
         account_id=account,
         key_id=None if asked.key is None else await key_id(box, asked.key, account),
         model=asked.model,

@@ -21,7 +21,7 @@ class Actor(msgspec.Struct, frozen=True):
 BOX = Actor("box", "local")  # nobody has asked it
 
 
-class Entry(msgspec.Struct, frozen=True):
+class AuditEntry(msgspec.Struct, frozen=True):
     """`at` in Unix milliseconds; `detail` says what was set."""
 
     id: int
@@ -51,7 +51,7 @@ async def ls(
     targets: Collection[str] | None = None,
     after: int | None = None,
     limit: int = 100,
-) -> list[Entry]:
+) -> list[AuditEntry]:
     """The newest `limit` entries since then (and older than entry `after`), newest first; with
     `targets`, ids or names of keys and accounts, only what was done to these."""
     named = None if targets is None else msgspec.json.encode(list(targets)).decode()
@@ -67,7 +67,7 @@ async def ls(
     return [_entry(row) for row in rows]
 
 
-async def names(database: Database, entries: Iterable[Entry]) -> dict[str, str]:
+async def names(database: Database, entries: Iterable[AuditEntry]) -> dict[str, str]:
     """What the keys and accounts in these entries are called, by id."""
     ids = {text for entry in entries for text in (entry.actor, entry.target)}
     rows = await database.scan(
@@ -78,5 +78,5 @@ async def names(database: Database, entries: Iterable[Entry]) -> dict[str, str]:
     return {row["id"]: row["name"] for row in rows}
 
 
-def _entry(row: Row) -> Entry:
-    return Entry(**{**dict(row), "detail": msgspec.json.decode(row["detail"])})
+def _entry(row: Row) -> AuditEntry:
+    return AuditEntry(**{**dict(row), "detail": msgspec.json.decode(row["detail"])})

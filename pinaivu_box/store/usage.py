@@ -32,7 +32,7 @@ _ROWS: dict[Level, str] = {
 }
 
 
-class Wanted(msgspec.Struct, frozen=True):
+class UsageFilter(msgspec.Struct, frozen=True):
     """Which usage: of what began in [since, until), Unix milliseconds; None is everything.  A day
     that was rolled up counts as its first hour."""
 
@@ -62,7 +62,7 @@ class Sums(msgspec.Struct):
 
 
 async def usage(
-    database: Database, wanted: Wanted, by: tuple[By, ...], only: list[str] | None = None
+    database: Database, wanted: UsageFilter, by: tuple[By, ...], only: list[str] | None = None
 ) -> dict[Labels, Sums]:
     """By group, in the order of their labels; of the keys (by account: of the accounts) `only`, if
     they are given."""
@@ -96,12 +96,12 @@ def _groups(
     return dict(sorted(found.items()))
 
 
-async def busiest(database: Database, wanted: Wanted, who: Who, limit: int) -> list[str]:
+async def busiest(database: Database, wanted: UsageFilter, who: Who, limit: int) -> list[str]:
     """Keys or accounts ('' for requests that had none), those that used most first."""
     return [row[0] for row in await database.scan(*ranked(wanted, who, limit))]
 
 
-def ranked(wanted: Wanted, who: Who, limit: int) -> Statement:
+def ranked(wanted: UsageFilter, who: Who, limit: int) -> Statement:
     """The statement that finds them."""
     level: Level = "key" if wanted.key_id is not None else who
     used, refused = _conditions("usage", wanted, level), _conditions("refusals", wanted, "key")
@@ -124,7 +124,9 @@ _TABLES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # what is summe
 }
 
 
-def summed(table: str, wanted: Wanted, by: tuple[By, ...], only: list[str] | None) -> Statement:
+def summed(
+    table: str, wanted: UsageFilter, by: tuple[By, ...], only: list[str] | None
+) -> Statement:
     """The statement that sums a table."""
     totals, also = _TABLES[table]
     level = _level(table, wanted, by)
@@ -142,7 +144,7 @@ def summed(table: str, wanted: Wanted, by: tuple[By, ...], only: list[str] | Non
     return sql, _values(conditions)
 
 
-def _level(table: str, wanted: Wanted, by: tuple[By, ...]) -> Level:
+def _level(table: str, wanted: UsageFilter, by: tuple[By, ...]) -> Level:
     """The rows that tell apart what is asked for, and no more of them than that needs."""
     if table == "refusals" or "key" in by or wanted.key_id is not None:
         return "key"
@@ -156,7 +158,7 @@ def _label(by: By, level: Level) -> str:
 _Condition = tuple[str, tuple[Any, ...]]  # with its values
 
 
-def _conditions(table: str, wanted: Wanted, level: Level) -> list[_Condition]:
+def _conditions(table: str, wanted: UsageFilter, level: Level) -> list[_Condition]:
     """Of the rows of one level: each request is in the sums of its key, of its account and of the
     box, and whoever added these up would count it three times."""
     found: list[_Condition] = []

@@ -17,7 +17,7 @@ from msgspec import UNSET, Struct, UnsetType
 from pinaivu_box.amount import to_text
 from pinaivu_box.errors import InvalidBody
 from pinaivu_box.store.database import Database
-from pinaivu_box.store.usage import BYS, By, Labels, Sums, Wanted, Who, busiest, usage
+from pinaivu_box.store.usage import BYS, By, Labels, Sums, UsageFilter, Who, busiest, usage
 
 DAY_MS = 86_400_000
 _DAY = re.compile("[0-9]{4}-[0-9]{2}-[0-9]{2}")
@@ -93,7 +93,7 @@ class UsageReport(Struct, frozen=True, omit_defaults=True):
 
 async def report(
     database: Database,
-    wanted: Wanted,
+    wanted: UsageFilter,
     by: tuple[By, ...],
     currency: str,
     boxes: Mapping[str, str] | None = None,
@@ -216,7 +216,7 @@ def parse_day(name: str, text: str | None) -> int | None:
 
 
 def span(first: int | None, last: int | None) -> tuple[int | None, int | None]:
-    """From the beginning of a day to the end of another, as `Wanted` has it.
+    """From the beginning of a day to the end of another, as `UsageFilter` has it.
 
     With a first day only it ends now: what lies in the future was written when the clock was ahead,
     and is not of the last days.

@@ -98,7 +98,7 @@ def new_key_view(key: Key, secret: str) -> NewKey:
     return NewKey(**_fields(key), key=secret)
 
 
-def audit_view(entry: audit.Entry, names: Mapping[str, str]) -> AuditEntry:
+def audit_view(entry: audit.AuditEntry, names: Mapping[str, str]) -> AuditEntry:
     """`names` of keys, accounts and peers, by id."""
     return AuditEntry(
         **{**msgspec.structs.asdict(entry), "at": _text(entry.at)},

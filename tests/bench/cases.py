@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from pinaivu_box.bench.run import Plan, Tenant
+from pinaivu_box.bench.run import RunPlan, Tenant
 from pinaivu_box.bench.workload import Lengths, Workload
 
 # The same chain on both sides: top-k 40, top-p 0.95, min-p 0.05, temperature.
@@ -42,7 +42,7 @@ class Case(msgspec.Struct, frozen=True):
 
     name: str
     title: str
-    plan: Plan
+    plan: RunPlan
     sequences: int
     context: int
     goals: tuple[Goal, ...]
@@ -50,12 +50,12 @@ class Case(msgspec.Struct, frozen=True):
     theirs: dict[str, Any]
 
 
-def plan(prompt: int, output: int, clients: int, requests: int, **more: Any) -> Plan:
+def plan(prompt: int, output: int, clients: int, requests: int, **more: Any) -> RunPlan:
     fields = {name: more.pop(name) for name in ("shared_prefix", "repetitive") if name in more}
     workload = Workload(Lengths("fixed", prompt), Lengths("fixed", output), **fields)
     tenants = more.pop("tenants", (Tenant("", clients),))
     warmup = more.pop("warmup", min(clients, 4))
-    return Plan(workload, tenants, requests=requests or None, warmup=warmup, **more)
+    return RunPlan(workload, tenants, requests=requests or None, warmup=warmup, **more)
 
 
 def streams(count: int, requests: int, output: int, goals: tuple[Goal, ...]) -> Case:

@@ -14,7 +14,7 @@ import numpy as np
 
 from pinaivu_box.engine.chat_template import CHATML, ChatTemplate
 from pinaivu_box.engine.llama_runner import LlamaRunner
-from pinaivu_box.engine.messages import Load, Sampling
+from pinaivu_box.engine.messages import LoadModel, Sampling
 from pinaivu_box.engine.runner import Batch
 from pinaivu_box.engine.sampling import Draw, draw_rows
 from pinaivu_box.receipts import commitment
@@ -166,7 +166,7 @@ class Auditor:
     each position is drawn from the prompt and the tokens that the client got before it."""
 
     def __init__(self, path: Path) -> None:
-        load = Load(str(path), 0, CONTEXT, CONTEXT, 1, CONTEXT, 1)
+        load = LoadModel(str(path), 0, CONTEXT, CONTEXT, 1, CONTEXT, 1)
         self._runner = LlamaRunner(load, lambda _: None)
         facts = self._runner.facts
         self._ends = np.array(sorted(facts.end_tokens), np.intp)

@@ -17,16 +17,17 @@ from typing import Any
 from nacl.signing import SigningKey
 
 from pinaivu_box.amount import Prices
-from pinaivu_box.gateway.resting import Resting
-from pinaivu_box.gateway.router import Ask, Candidate, Decision, route, unsure
+from pinaivu_box.gossip import adverts, topology
+from pinaivu_box.gossip.adverts import Facts, Offer
+from pinaivu_box.gossip.frames import ModelLoad
+from pinaivu_box.gossip.protocol import Gossip, RecordReaders
 from pinaivu_box.identity import Identity
-from pinaivu_box.peering import advert, membership, neighbours
-from pinaivu_box.peering.advert import Facts, Offer
-from pinaivu_box.peering.gossip import Gossip, Readers
-from pinaivu_box.peering.gossip_wire import Load
-from pinaivu_box.peering.network import LOOK_SECONDS
-from pinaivu_box.peering.roster import Roster
-from pinaivu_box.peering.signed import key_of
+from pinaivu_box.membership import records
+from pinaivu_box.membership.roster import Roster
+from pinaivu_box.membership.signed import key_of
+from pinaivu_box.network.network import LOOK_SECONDS
+from pinaivu_box.routing.circuit_breaker import CircuitBreaker
+from pinaivu_box.routing.router import Candidate, Decision, RoutingRequest, route, unsure
 
 OVERHEAD_BYTES = 60  # UDP, IP and QUIC around a frame
 # To make a link, each way: as measured with iroh 1.2.0 on loopback (6,700 and 5,585 in 13 and 11
@@ -42,7 +43,7 @@ MEAN_TOKENS = 600  # that are made
 OWN_MODELS = 0.7  # of requests are for a model that the box has itself
 JUDGED = 0.25  # of requests are compared with what would have been best
 # The same record comes to a thousand boxes; each would check it, and here one does.
-CHECKED = Readers(lru_cache(500_000)(membership.read), lru_cache(500_000)(advert.read))
+CHECKED = RecordReaders(lru_cache(500_000)(records.read), lru_cache(500_000)(adverts.read))
 
 
 @dataclass
@@ -93,7 +94,7 @@ class Box:
             identity, roster, self, clock=world.clock, wall=world.wall, random=self.random,
             readers=CHECKED,
         )  # fmt: skip
-        self.resting = Resting(world.clock, self.random)
+        self.resting = CircuitBreaker(world.clock, self.random)
         self.sent: dict[str, list[float]] = {}
         self.not_yet: dict[str, float] = {}  # whom not to call until when
         self.cuts: Counter[str] = Counter()
@@ -140,15 +141,15 @@ class Box:
 
     def dial(self) -> None:
         now, members, links = self.world.now, self.gossip.roster.members(), self.gossip.links
-        if self.id not in members or neighbours.FEWEST <= len(links) <= neighbours.MOST:
+        if self.id not in members or topology.FEWEST <= len(links) <= topology.MOST:
             return
         busy = {*links, *(node for node, until in self.not_yet.items() if until > now)}
         busy |= {node for node in members if self.gossip.adverts.gone(node)}
-        for node in neighbours.to_dial(self.id, members, busy, len(links), self.random):
+        for node in topology.to_dial(self.id, members, busy, len(links), self.random):
             self.not_yet[node] = now + REDIAL_SECONDS
             self.world.connect(self, self.world.boxes[node])
         idle = [node for node in links if not self.in_use[node]]
-        for node in neighbours.to_drop(members, idle, len(links), self.random):
+        for node in topology.to_drop(members, idle, len(links), self.random):
             self.gossip.unlinked(node, lost=False)
             self.cut(node, "too many links")
 
@@ -178,7 +179,9 @@ class Box:
     def ask(self, request: Request, *, looked: bool = False) -> None:
         """Route it, asking around if that helps, and send it there; again, if that fails."""
         tried = [node for _, node in request.tries]
-        wanted = Ask(request.model, digest(request.model).hex(), TOKENS, "credits", tried=tried)
+        wanted = RoutingRequest(
+            request.model, digest(request.model).hex(), TOKENS, "credits", tried=tried
+        )
         found = self.candidates(request.model)
         decision = route(found, wanted, self.random)
         if not looked and unsure(decision, found, wanted):
@@ -269,7 +272,11 @@ class Box:
 
 
 def candidate(
-    of: Box, offer: Offer, seen_by: Box | None = None, load: Load | Offer | None = None, **more: Any
+    of: Box,
+    offer: Offer,
+    seen_by: Box | None = None,
+    load: ModelLoad | Offer | None = None,
+    **more: Any,
 ) -> Candidate:
     """As `seen_by` sees it, who knows the round trip where there is a link; None: it is local."""
     rtt: float | None = 0.0
@@ -390,7 +397,9 @@ class World:
             for box in self.boxes.values()
             if box.alive and request.model in box.engine.models
         ]
-        wanted = Ask(request.model, None, TOKENS, "credits", policy="cheapest")  # compares all
+        wanted = RoutingRequest(
+            request.model, None, TOKENS, "credits", policy="cheapest"
+        )  # compares all
         scored = route(truth, wanted, Random(0)).candidates
         mine = [one.score for one in scored if one.node_id == decision.node_id]
         request.quality = mine[0] / scored[0].score if mine else 0.0

@@ -10,7 +10,14 @@ from collections.abc import Callable
 from pinaivu_box.engine.lookup import Lookup
 from pinaivu_box.engine.messages import Sampling
 from pinaivu_box.engine.prefix_cache import Share
-from pinaivu_box.engine.scheduler import Chunk, Copy, Plan, Remove, Scheduler, Truncate
+from pinaivu_box.engine.scheduler import (
+    BatchChunk,
+    CopyCells,
+    RemoveCells,
+    Scheduler,
+    StepPlan,
+    TruncateCells,
+)
 from pinaivu_box.engine.sequence import Sequence, State
 from tests.engine.harness import Fixed, KVCells
 
@@ -86,7 +93,7 @@ class Driven:
         self.ids = max(ids, sequences)
         self.sharing = sharing
         self.cells = KVCells()
-        self.moves: list[Copy | Remove | Truncate] = []  # all that were made
+        self.moves: list[CopyCells | RemoveCells | TruncateCells] = []  # all that were made
         self.steps = 0
         self.computed: dict[str, int] = {}  # tokens, by sequence
         self.started: list[Sequence] = []  # in order of the first chunk
@@ -106,13 +113,13 @@ class Driven:
             self.step()
         assert steps < MOST_STEPS, "it does not come to an end"
 
-    def step(self) -> list[Chunk]:
+    def step(self) -> list[BatchChunk]:
         """Plan, check, compute, commit, draw."""
         plan = self.plan()
         self.compute(plan)
         return plan.chunks
 
-    def plan(self) -> Plan:
+    def plan(self) -> StepPlan:
         """The plan, with its moves made, and all that must hold then."""
         streams = [one for one in self.scheduler.running if one.pending == 1]
         preemptions = self.scheduler.preemptions
@@ -127,7 +134,7 @@ class Driven:
         assert self.cells.used + size <= self.scheduler.kv_tokens
         return plan
 
-    def compute(self, plan: Plan) -> None:
+    def compute(self, plan: StepPlan) -> None:
         self.steps += 1
         for chunk in plan.chunks:
             one, end = chunk.sequence, chunk.start + chunk.count
@@ -146,7 +153,7 @@ class Driven:
             self._go_on(steady)
         self.scheduler.check_integrity()
 
-    def no_slot(self, plan: Plan) -> bool:
+    def no_slot(self, plan: StepPlan) -> bool:
         """The runner had no room for the plan; says whether room could be made."""
         self.scheduler.shrink(sum(chunk.count + len(chunk.draft) for chunk in plan.chunks))
         relieved = self.scheduler.relieve()
@@ -174,13 +181,13 @@ class Driven:
 
     # -- what a step must be ---------------------------------------------------------------------
 
-    def _make(self, plan: Plan) -> None:
+    def _make(self, plan: StepPlan) -> None:
         for move in plan.moves:
-            assert self.sharing or isinstance(move, Remove)
+            assert self.sharing or isinstance(move, RemoveCells)
             self.cells.make(move)
         self.moves += plan.moves
 
-    def _check_chunks(self, chunks: list[Chunk]) -> None:
+    def _check_chunks(self, chunks: list[BatchChunk]) -> None:
         scheduler = self.scheduler
         assert len({chunk.sequence for chunk in chunks}) == len(chunks)
         for chunk in chunks:
@@ -209,7 +216,7 @@ class Driven:
         assert scheduler.kv_used == self.cells.distinct(running)
         assert scheduler.kv_used + scheduler.kv_cached == self.cells.used
 
-    def _draw(self, chunk: Chunk) -> None:
+    def _draw(self, chunk: BatchChunk) -> None:
         one, draft = chunk.sequence, list(chunk.draft)
         at = len(one.tokens)
         drawn = [self._said(one, at + number) for number in range(1 + len(draft))]

@@ -17,13 +17,13 @@ import numpy.typing as npt
 from pinaivu_box.engine import chat_template, messages, trial
 from pinaivu_box.engine import engine as engines
 from pinaivu_box.engine.fake_runner import END, N_VOCAB, FakeRunner
-from pinaivu_box.engine.intake import Arrival, Intake
-from pinaivu_box.engine.messages import Add, Cancel, Embed, Load, Named, Sampling, StepFrame
-from pinaivu_box.engine.output import Output
+from pinaivu_box.engine.intake import Intake, PreparedRequest
+from pinaivu_box.engine.messages import Add, Cancel, Embed, LoadModel, Named, Sampling, StepFrame
+from pinaivu_box.engine.output import OutputBuffer
 from pinaivu_box.engine.rendering import Rendering
 from pinaivu_box.engine.runner import Batch, NoSlot, Runner
-from pinaivu_box.engine.sandboxes import Run, Sandboxes
-from pinaivu_box.engine.scheduler import Copy, Move, Remove
+from pinaivu_box.engine.sandboxes import Sandboxes, SandboxRun
+from pinaivu_box.engine.scheduler import CopyCells, Move, RemoveCells
 
 BUDGET = 32
 MOST_STEPS = 20_000
@@ -83,9 +83,9 @@ class KVCells:
         self.of[target] = self.of[source][:length]
 
     def make(self, move: Move) -> None:
-        if isinstance(move, Remove):
+        if isinstance(move, RemoveCells):
             self.remove(move.sequence_id)
-        elif isinstance(move, Copy):
+        elif isinstance(move, CopyCells):
             self.copy(move.source, move.target, move.length)
         else:
             self.truncate(move.sequence_id, move.length)
@@ -102,7 +102,7 @@ class StrictRunner(FakeRunner):
 
     def __init__(
         self,
-        given_load: Load,
+        given_load: LoadModel,
         *,
         cells: int | None = None,
         no_slot: Callable[[Batch], bool] = lambda batch: False,
@@ -174,9 +174,9 @@ class StrictRunner(FakeRunner):
         self.kv.copy(source, target, length)
 
 
-def load(path: str = "fake:0", **more: Any) -> Load:
+def load(path: str = "fake:0", **more: Any) -> LoadModel:
     sizes = {"context": 200, "kv_tokens": 2000, "max_sequences": 16, "token_budget": BUDGET}
-    return Load(path=path, offset=0, threads=0, **{**sizes, **more})
+    return LoadModel(path=path, offset=0, threads=0, **{**sizes, **more})
 
 
 def sampling(temperature: float = 0.8, seed: int = 1, **more: Any) -> Sampling:
@@ -199,7 +199,7 @@ def add(
     )
 
 
-def here(job: Callable[[bytes], bytes]) -> Run:
+def here(job: Callable[[bytes], bytes]) -> SandboxRun:
     """A sandbox's job, run in this process and without limits."""
     return lambda payload, **_: job(payload)
 
@@ -256,7 +256,7 @@ class Engine:
             parse_special=parse_special,
         )
         self._engine = engines.Engine(runner, token_budget=token_budget)
-        self._output = Output()
+        self._output = OutputBuffer()
         self._unsaid = False
         self.scheduler = self._engine.scheduler
         if policy is not None:
@@ -277,7 +277,7 @@ class Engine:
         prepared = self._intake.prepare(message)
         self._output.take(prepared)
         self._unsaid = True
-        if isinstance(prepared, Arrival):
+        if isinstance(prepared, PreparedRequest):
             if prepared.compile is not None and (refused := prepared.compile()):
                 self._output.take(refused)
                 return

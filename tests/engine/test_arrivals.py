@@ -17,9 +17,9 @@ from pinaivu_box.engine import arrivals, engine, grammar
 from pinaivu_box.engine.arrivals import Arrivals
 from pinaivu_box.engine.embeddings import Embedding
 from pinaivu_box.engine.fake_runner import FakeRunner
-from pinaivu_box.engine.intake import Arrival, Intake
+from pinaivu_box.engine.intake import Intake, PreparedRequest
 from pinaivu_box.engine.messages import Cancel, Constraint, Embed, Refused, Tokenize
-from pinaivu_box.engine.output import Output
+from pinaivu_box.engine.output import OutputBuffer
 from pinaivu_box.engine.sequence import Sequence
 from tests.engine.harness import add, in_this_process, load
 
@@ -77,7 +77,7 @@ def door(monkeypatch: pytest.MonkeyPatch) -> Door:
 
 
 def name_of(item: Any) -> str:
-    return item.admitted.id if isinstance(item, Arrival) else item.id
+    return item.admitted.id if isinstance(item, PreparedRequest) else item.id
 
 
 def test_nobody_waits_for_another_s_grammar(door: Door) -> None:
@@ -158,7 +158,7 @@ def test_who_is_cancelled_before_its_grammar_is_there_never_runs(
     door.take(add("after", constraint=Constraint("regex", "[ab]{9}")))
     for release in releases:
         release()
-    driven, output = engine.Engine(door.runner, token_budget=32), Output()
+    driven, output = engine.Engine(door.runner, token_budget=32), OutputBuffer()
     arrived = []
     while "after" not in arrived:
         item = door.scheduled.get(timeout=PATIENCE)
@@ -177,7 +177,7 @@ def test_who_is_cancelled_before_its_grammar_is_there_never_runs(
 
 def test_a_grammar_that_is_none_is_refused_after_its_prompt_was_read(door: Door) -> None:
     door.take(add("r", constraint=Constraint("regex", "(?=a)b")))
-    assert isinstance(door.said.get(timeout=PATIENCE), Arrival)
+    assert isinstance(door.said.get(timeout=PATIENCE), PreparedRequest)
     refused = door.said.get(timeout=PATIENCE)
     assert isinstance(refused, Refused) and refused.param == "grammar"
     assert door.scheduled.empty()

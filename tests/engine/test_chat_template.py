@@ -9,7 +9,7 @@ from jinja2.defaults import DEFAULT_NAMESPACE
 
 from pinaivu_box.engine.chat_template import CHATML, ChatTemplate
 from pinaivu_box.engine.fake_runner import FakeRunner
-from pinaivu_box.engine.messages import Load
+from pinaivu_box.engine.messages import LoadModel
 from pinaivu_box.errors import BadRequest
 from tests.engine.harness import BUDGET, Engine, add, load, run
 
@@ -58,7 +58,7 @@ def test_a_template_that_objects_is_a_bad_request(source: str) -> None:
 
 def test_a_refusing_template_refuses_its_request_and_no_other() -> None:
     class Templated(FakeRunner):
-        def __init__(self, given_load: Load) -> None:
+        def __init__(self, given_load: LoadModel) -> None:
             super().__init__(given_load)
             refusing = "{% if messages[0].content == 'no' %}{{ raise_exception('not that') }}"
             self.facts = replace(self.facts, chat_template=refusing + "{% endif %}" + ROLES)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pinaivu_box.engine.messages import Sampling
 from pinaivu_box.engine.sampling import (
     Draw,
-    Past,
+    PenaltyWindow,
     Sampler,
     draw,
     draw_rows,
@@ -54,7 +54,7 @@ def test_a_mixed_batch_draws_what_each_row_draws_alone(
 ) -> None:
     logits = data.draw(matrices(len(kinds)))
     output = data.draw(st.lists(st.integers(0, 4), max_size=5))
-    draws = [Draw(kind, 100 + n, Past(output)) for n, kind in enumerate(kinds)]
+    draws = [Draw(kind, 100 + n, PenaltyWindow(output)) for n, kind in enumerate(kinds)]
     by_itself = [draw_rows(logits[n : n + 1].copy(), [one], ENDS)[0] for n, one in enumerate(draws)]
     assert draw_rows(logits.copy(), draws, ENDS) == by_itself
     order = data.draw(st.permutations(range(len(kinds))))
@@ -88,7 +88,7 @@ def test_a_sampler_draws_the_same_step_after_step(
     sampler = Sampler(kinds, ENDS)
     for step in range(3):
         logits = data.draw(matrices(len(kinds)))
-        pasts = [Past([step, n % 5]) for n in range(len(kinds))]
+        pasts = [PenaltyWindow([step, n % 5]) for n in range(len(kinds))]
         positions = [1000 * n + step for n in range(len(kinds))]
         draws = [Draw(*one) for one in zip(kinds, positions, pasts, strict=True)]
         drawn = sampler.draw(logits.copy(), np.array(positions, np.int32), pasts)

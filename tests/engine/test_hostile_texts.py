@@ -18,14 +18,14 @@ from pinaivu_box.engine import chat_template, grammar, rendering, trial
 from pinaivu_box.engine import sandboxes as engine_sandboxes
 from pinaivu_box.engine.arrivals import Arrivals
 from pinaivu_box.engine.fake_runner import FakeRunner
-from pinaivu_box.engine.intake import Arrival, Intake
+from pinaivu_box.engine.intake import Intake, PreparedRequest
 from pinaivu_box.engine.messages import Cancel, Constraint, Embed, Refused, Tools
 from pinaivu_box.engine.rendering import Rendering
 from pinaivu_box.engine.runner import Runner
 from pinaivu_box.engine.sandboxes import Sandboxes
 from pinaivu_box.engine.sequence import Sequence
 from pinaivu_box.errors import BadRequest
-from pinaivu_box.sandbox import Limits, SandboxLimit, SandboxPool
+from pinaivu_box.sandbox import SandboxLimit, SandboxLimits, SandboxPool
 from tests.box import alive, wait_until
 from tests.engine.grammars import chain
 from tests.engine.harness import (
@@ -42,8 +42,8 @@ from tests.engine.harness import (
 )
 
 PATIENCE = 100  # seconds until a test gives up; nothing is measured
-FOR_EVER = Limits(cpu_seconds=3600, memory_bytes=1 << 30, wall_seconds=3600)
-SHORT = Limits(cpu_seconds=0.3, memory_bytes=512 << 20)
+FOR_EVER = SandboxLimits(cpu_seconds=3600, memory_bytes=1 << 30, wall_seconds=3600)
+SHORT = SandboxLimits(cpu_seconds=0.3, memory_bytes=512 << 20)
 TOO_LONG = "takes more than 0.3 s of CPU time"
 
 ROLES = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
@@ -60,7 +60,7 @@ class Templated(FakeRunner):
 class Door:
     """Arrivals with sandboxes of their own."""
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: SandboxLimits) -> None:
         self.templates = SandboxPool("pinaivu_box.engine.chat_template:make", limits=limits)
         self.trials: list[SandboxPool] = []
         self.said: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -95,7 +95,7 @@ def door() -> Iterator[Door]:
 
 
 def name_of(item: Any) -> str:
-    return str(item.admitted.id if isinstance(item, Arrival) else item.id)
+    return str(item.admitted.id if isinstance(item, PreparedRequest) else item.id)
 
 
 def test_others_pass_a_grammar_that_compiles_for_ever_and_its_cancellation_ends_it(
@@ -333,12 +333,12 @@ def test_a_tenant_whose_grammars_take_too_long_in_the_steps_loses_them(
             slow.spend(0.05)
         return allows(its, token)
 
-    slow = grammar.Allowance()
+    slow = grammar.CpuBudget()
     monkeypatch.setattr(grammar.Grammar, "allows", slowly)
     monkeypatch.setattr(
         grammar.Grammars,
         "_allowance",
-        lambda its, tenant: slow if tenant == "slow" else grammar.Allowance(),
+        lambda its, tenant: slow if tenant == "slow" else grammar.CpuBudget(),
     )
     letters = Constraint("regex", "[ab]{30}")
     adds = [
@@ -417,7 +417,7 @@ def test_a_template_that_cannot_be_used_refuses_chats_alone(limited: Sandboxes, 
     assert isinstance(refused, Refused) and refused.code == "invalid_request"
     assert "chat template of the model's file" in refused.message and len(refused.message) < 1000
     arrival = intake.prepare(add("r", prompt="text"))
-    assert isinstance(arrival, Arrival) and isinstance(arrival.sequence, Sequence)
+    assert isinstance(arrival, PreparedRequest) and isinstance(arrival.sequence, Sequence)
 
 
 def test_a_template_that_always_reaches_its_limits_is_left_alone_for_a_while(

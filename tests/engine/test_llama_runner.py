@@ -10,7 +10,7 @@ import pytest
 
 from pinaivu_box.engine.detokenizer import text_of
 from pinaivu_box.engine.llama_runner import LlamaRunner
-from pinaivu_box.engine.messages import Add, Embed, Load
+from pinaivu_box.engine.messages import Add, Embed, LoadModel
 from pinaivu_box.engine.named_prefixes import NamedPrefixes
 from pinaivu_box.engine.runner import Batch
 from pinaivu_box.engine.sampling import draw
@@ -26,7 +26,7 @@ def real_runner(path: Path | None = None, **sizes: int) -> LlamaRunner:
     assert location, "the bundled model is not where build/test puts it"
     more = {"context": 256, "kv_tokens": 2048, "max_sequences": 8, "token_budget": 256, **sizes}
     offset = 0 if path else location.offset
-    load = Load(path=str(path or location.path), offset=offset, threads=1, **more)
+    load = LoadModel(path=str(path or location.path), offset=offset, threads=1, **more)
     return LlamaRunner(load, lambda fraction: None)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pinaivu_box.engine.lookup import NGRAM, Experience, Lookup
+from pinaivu_box.engine.lookup import NGRAM, DraftStatistics, Lookup
 
 
 def draft(tokens: list[int], count: int) -> list[int]:
@@ -101,7 +101,7 @@ def test_what_never_comes_true_is_not_believed_for_long() -> None:
 
 def test_the_next_sequence_begins_with_what_others_learned() -> None:
     """Where drafts are mostly wrong fewer are made, from the first token on; and the reverse."""
-    bad, good = Experience(), Experience()
+    bad, good = DraftStatistics(), DraftStatistics()
     for n in range(60):
         wrong, right = Lookup(bad), Lookup(good)
         start = [1, 2, 3, 4, 5, 6, 9, 1, 2, 3]

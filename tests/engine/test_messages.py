@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pinaivu_box.engine import messages
-from pinaivu_box.engine.messages import Add, Cancel, Load, Sampling, StepFrame
+from pinaivu_box.engine.messages import Add, Cancel, LoadModel, Sampling, StepFrame
 
 TEXT = st.text(max_size=20)
 IDS = st.lists(st.integers(0, 2**31 - 1), max_size=5)
@@ -39,10 +39,10 @@ CHATS = st.lists(st.fixed_dictionaries({"role": TEXT, "content": TEXT}), max_siz
 SIZES = st.integers(0, 2**63)
 SWITCHES = dict.fromkeys(("drafting", "context_shift", "parse_special"), st.booleans())
 PARTS = {"parts": st.lists(TEXT, max_size=3), "model": TEXT}
-LOADS = {name: SIZES for name in Load.__struct_fields__ if name != "path"} | SWITCHES | PARTS
+LOADS = {name: SIZES for name in LoadModel.__struct_fields__ if name != "path"} | SWITCHES | PARTS
 READY = dict.fromkeys(("context", "kv_tokens", "max_sequences"), SIZES)
 TO_ENGINE = st.one_of(
-    st.builds(Load, path=TEXT, **LOADS),
+    st.builds(LoadModel, path=TEXT, **LOADS),
     st.builds(
         Add,
         id=TEXT,
@@ -70,7 +70,7 @@ FROM_ENGINE = st.one_of(
         refused=st.lists(st.builds(messages.Refused, id=TEXT, code=TEXT, message=TEXT), max_size=2),
         deltas=st.lists(
             st.builds(
-                messages.Delta,
+                messages.SequenceDelta,
                 id=TEXT,
                 text=TEXT,
                 tokens=IDS,

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 
 from pinaivu_box.engine.detokenizer import Detokenizer
 from pinaivu_box.engine.fake_runner import END
-from pinaivu_box.engine.intake import Arrival
-from pinaivu_box.engine.messages import Admitted, Delta, EngineLoad, Refused, StepFrame
-from pinaivu_box.engine.output import Output, Said, StepOutput
+from pinaivu_box.engine.intake import PreparedRequest
+from pinaivu_box.engine.messages import Admitted, EngineLoad, Refused, SequenceDelta, StepFrame
+from pinaivu_box.engine.output import OutputBuffer, SequenceOutput, StepOutput
 from tests.engine.driven import sequence
 from tests.engine.harness import add, make
 
@@ -19,16 +19,18 @@ def piece(token: int) -> bytes:
     return bytes([token]) if token < END else b""
 
 
-def arrival(name: str, stop: list[str] | None = None) -> Arrival:
-    return Arrival(Admitted(name, [1, 2]), Detokenizer(piece, stop or []), sequence(0, 2, 9))
+def arrival(name: str, stop: list[str] | None = None) -> PreparedRequest:
+    return PreparedRequest(
+        Admitted(name, [1, 2]), Detokenizer(piece, stop or []), sequence(0, 2, 9)
+    )
 
 
-def step(*said: Said, steps: int = 1) -> StepOutput:
+def step(*said: SequenceOutput, steps: int = 1) -> StepOutput:
     return StepOutput(list(said), EngineLoad(steps=steps))
 
 
-def say(name: str, text: str, finish_reason: str | None = None) -> Said:
-    return Said(name, list(text.encode()), finish_reason)
+def say(name: str, text: str, finish_reason: str | None = None) -> SequenceOutput:
+    return SequenceOutput(name, list(text.encode()), finish_reason)
 
 
 def plain(steps: int = 1, **tokens: str) -> StepOutput:
@@ -37,8 +39,8 @@ def plain(steps: int = 1, **tokens: str) -> StepOutput:
     return StepOutput([], EngineLoad(steps=steps), (list(tokens), each))
 
 
-def admitted(*names: str, stop: list[str] | None = None) -> Output:
-    output = Output()
+def admitted(*names: str, stop: list[str] | None = None) -> OutputBuffer:
+    output = OutputBuffer()
     for name in names:
         output.take(arrival(name, stop))
     output.frame()
@@ -47,21 +49,21 @@ def admitted(*names: str, stop: list[str] | None = None) -> Output:
 
 def test_several_steps_make_one_delta_for_each_sequence() -> None:
     output = admitted("a", "b")
-    first = Said("a", [ord("x")], queue_ms=5.0, cached_tokens=3)
+    first = SequenceOutput("a", [ord("x")], queue_ms=5.0, cached_tokens=3)
     assert output.take(step(first, say("b", "1"))) == []
     assert output.take(step(say("a", "yz"), say("b", "2"), steps=2)) == []
     assert output.take(plain(steps=3, a="!", b="3")) == []
     assert output.take(step(say("b", "4", "length"), steps=4)) == []
     frame = output.frame()
     assert frame.deltas == [
-        Delta("a", "xyz!", list(b"xyz!"), None, 5.0, 3),
-        Delta("b", "1234", list(b"1234"), "length"),
+        SequenceDelta("a", "xyz!", list(b"xyz!"), None, 5.0, 3),
+        SequenceDelta("b", "1234", list(b"1234"), "length"),
     ]
     assert frame.load.steps == 4
 
 
 def test_a_frame_says_nothing_twice() -> None:
-    output = Output()
+    output = OutputBuffer()
     output.take(arrival("a"))
     output.take(Refused("b", "code", "why"))
     output.take(step(say("a", "x"), steps=7))
@@ -69,7 +71,7 @@ def test_a_frame_says_nothing_twice() -> None:
     assert (len(first.admitted), len(first.refused), len(first.deltas)) == (1, 1, 1)
     assert second == StepFrame([], [], [], EngineLoad(steps=7))  # the load is the last known
     output.take(step(say("a", "y")))
-    assert output.frame().deltas == [Delta("a", "y", list(b"y"))]
+    assert output.frame().deltas == [SequenceDelta("a", "y", list(b"y"))]
 
 
 @settings(max_examples=200)
@@ -115,8 +117,8 @@ def test_a_stop_string_ends_a_sequence_before_the_engine_knows(steady: bool) -> 
     assert output.take(plain(a="!", b="!")) == []
     assert output.take(step(say("a", "!", "length"), say("b", "?", "length"))) == []
     assert output.frame().deltas == [
-        Delta("a", "x", list(b"xyz"), "stop", stop_string="yz"),
-        Delta("b", "xyw!?", list(b"xyw!?"), "length"),
+        SequenceDelta("a", "x", list(b"xyz"), "stop", stop_string="yz"),
+        SequenceDelta("b", "xyw!?", list(b"xyw!?"), "length"),
     ]
     assert output.take(step(say("a", "!"))) == [] and output.frame().deltas == []
 
@@ -124,31 +126,33 @@ def test_a_stop_string_ends_a_sequence_before_the_engine_knows(steady: bool) -> 
 def test_a_stop_string_inside_a_step_ends_it_there() -> None:
     """A step with an accepted draft has several tokens: those after the stop were never said."""
     output = admitted("a", stop=["yz"])
-    assert output.take(step(Said("a", list(b"xyzw"), "length"))) == ["a"]
-    assert output.frame().deltas == [Delta("a", "x", list(b"xyz"), "stop", stop_string="yz")]
+    assert output.take(step(SequenceOutput("a", list(b"xyzw"), "length"))) == ["a"]
+    assert output.frame().deltas == [
+        SequenceDelta("a", "x", list(b"xyz"), "stop", stop_string="yz")
+    ]
 
 
 def test_an_end_token_has_no_text() -> None:
     output = admitted("a")
-    output.take(step(Said("a", [*b"hi", END], "stop", end_token=True)))
-    assert output.frame().deltas == [Delta("a", "hi", [*b"hi", END], "stop")]
+    output.take(step(SequenceOutput("a", [*b"hi", END], "stop", end_token=True)))
+    assert output.frame().deltas == [SequenceDelta("a", "hi", [*b"hi", END], "stop")]
 
 
 def test_what_was_held_back_comes_with_the_end() -> None:
     """The beginning of a stop string; a character that was never finished is no text."""
     output = admitted("a", "b", stop=["yz!"])
-    output.take(step(say("a", "xyz"), Said("b", [ord("x"), 0xC3])))
+    output.take(step(say("a", "xyz"), SequenceOutput("b", [ord("x"), 0xC3])))
     assert [delta.text for delta in output.frame().deltas] == ["x", "x"]
-    output.take(step(Said("a", [], "cancelled"), Said("b", [], "length")))
+    output.take(step(SequenceOutput("a", [], "cancelled"), SequenceOutput("b", [], "length")))
     assert output.frame().deltas == [
-        Delta("a", "yz", [], "cancelled"),
-        Delta("b", "", [], "length"),
+        SequenceDelta("a", "yz", [], "cancelled"),
+        SequenceDelta("b", "", [], "length"),
     ]
 
 
 def test_a_request_may_be_refused_after_it_was_admitted() -> None:
     """Its prompt did not fit into the cache after all: it says so, and no delta follows."""
-    output = Output()
+    output = OutputBuffer()
     output.take(arrival("a"))
     output.take(Refused("a", "context_length_exceeded", "too long"))
     output.take(step(say("a", "late")))
@@ -177,8 +181,8 @@ def test_an_engine_refuses_an_admitted_request_that_does_not_fit() -> None:
 def test_every_delta_says_how_many_tokens_were_forgotten() -> None:
     """Also in steps that forget nothing more."""
     output = admitted("a")
-    output.take(step(Said("a", [ord("x")], shifted_tokens=30)))
+    output.take(step(SequenceOutput("a", [ord("x")], shifted_tokens=30)))
     assert output.frame().deltas[0].shifted_tokens == 30
-    output.take(step(Said("a", [ord("y")], shifted_tokens=30)))
-    output.take(step(Said("a", [ord("z")], shifted_tokens=60)))
+    output.take(step(SequenceOutput("a", [ord("y")], shifted_tokens=30)))
+    output.take(step(SequenceOutput("a", [ord("z")], shifted_tokens=60)))
     assert output.frame().deltas[0].shifted_tokens == 60

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pinaivu_box.engine.pace import LEAST_PROMPT, LONGEST, PROMPT_STRETCH, SHORTEST, Pace
+from pinaivu_box.engine.pace import LEAST_PROMPT, LONGEST, PROMPT_STRETCH, SHORTEST, StepCostModel
 
 TOLERANCE = 1.001
 
@@ -20,8 +20,8 @@ class Machine:
     def seconds(self, rows: int, prompt: int = 0) -> float:
         return self.step + rows * self.row + prompt * self.prompt_token
 
-    def teach(self, rows: list[int], prompts: list[int]) -> Pace:
-        pace = Pace()
+    def teach(self, rows: list[int], prompts: list[int]) -> StepCostModel:
+        pace = StepCostModel()
         for _ in range(3):
             for count in rows:
                 pace.observe(count, 0, self.seconds(count))
@@ -71,7 +71,7 @@ def test_the_budget_is_used_where_there_is_time(machine: Machine, rows: int) -> 
 
 
 def test_it_begins_carefully_and_learns() -> None:
-    pace = Pace()
+    pace = StepCostModel()
     assert pace.prompt_budget(0, 4096) == 4096  # nobody is held up
     assert pace.prompt_budget(1, 4096) <= 256
     slow = Machine(0.05, 0.001, 0.01).teach([1, 4], [64])
@@ -105,7 +105,7 @@ def test_no_draft_where_a_row_costs_as_much_as_a_step(rows: int, acceptance: flo
 
 
 def test_no_draft_before_anything_is_known() -> None:
-    assert Pace().draft_length(1, 1.0, 0.9, 8) == 0
+    assert StepCostModel().draft_length(1, 1.0, 0.9, 8) == 0
 
 
 def test_the_cheaper_a_row_the_longer_the_draft() -> None:
@@ -153,7 +153,7 @@ def test_a_draft_gives_more_tokens_a_second(machine: Machine, rows: int, chance:
 
 def test_what_was_never_tried_is_tried_if_it_may_be_good() -> None:
     """Two rows may cost twice as much as one (llama.cpp's kernels), and eight hardly more."""
-    pace = Pace()
+    pace = StepCostModel()
     pace.observe(1, 0, 0.010)
     pace.observe(1, 400, 0.010 + 400 * 0.0014)
     pace.observe(2, 0, 0.020)

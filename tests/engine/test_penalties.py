@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from pinaivu_box.engine.fake_runner import END, N_VOCAB
 from pinaivu_box.engine.messages import Sampling
-from pinaivu_box.engine.sampling import Draw, Past, draw, draw_rows
+from pinaivu_box.engine.sampling import Draw, PenaltyWindow, draw, draw_rows
 from tests.engine.harness import add, alone, make, run, sampling
 
 Float32 = npt.NDArray[np.float32]
@@ -65,7 +65,7 @@ def test_draws_are_those_of_the_formula(
     positions = range(5)
     expected = [draw(formula(logits, kind, output), plain, position) for position in positions]
     beside = [draw(logits, plain, position) for position in positions]
-    draws = [Draw(kind, position, Past(output)) for position in positions]
+    draws = [Draw(kind, position, PenaltyWindow(output)) for position in positions]
     draws += [Draw(plain, position) for position in positions]
     assert draw_rows(np.tile(logits, (10, 1)), draws) == expected + beside
 

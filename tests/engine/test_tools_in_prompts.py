@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from pinaivu_box import chat_format
-from pinaivu_box.engine.intake import Arrival, Intake
+from pinaivu_box.engine.intake import Intake, PreparedRequest
 from pinaivu_box.engine.messages import Constraint, Refused, Tools
 from tests.engine.harness import StrictRunner, Template, add, in_this_process, load
 
@@ -103,11 +103,11 @@ class Known(StrictRunner):
         return b"" if token == 255 else super().piece(token)
 
 
-def prepare(runner: StrictRunner, **more: Any) -> Arrival | Refused:
+def prepare(runner: StrictRunner, **more: Any) -> PreparedRequest | Refused:
     arrival = Intake(runner, in_this_process(), drafting=False, context_shift=False).prepare(
         add(**more)
     )
-    if isinstance(arrival, Arrival) and arrival.compile is not None:
+    if isinstance(arrival, PreparedRequest) and arrival.compile is not None:
         return arrival.compile() or arrival
     return arrival
 
@@ -119,7 +119,7 @@ def test_a_mark_that_is_a_control_token_is_one_in_grammar_and_text() -> None:
     runner = Mistral()
     tools = Tools('[{"name": "f"}]', ["f"], "required", False)
     arrival = prepare(runner, tools=tools)
-    assert isinstance(arrival, Arrival)
+    assert isinstance(arrival, PreparedRequest)
     grammar = arrival.sequence.grammar  # type: ignore[union-attr]
     said = []
     for token in [255, *b'[{"name": "f", "arguments": {}}]']:
@@ -138,7 +138,7 @@ def test_a_tool_that_is_told_and_not_allowed_is_not_called() -> None:
     for style, names in (("auto", ["g"]), ("required", ["g"]), ("auto", [])):
         tools = Tools('[{"name": "f"}, {"name": "g"}]', names, style, False)
         arrival = prepare(Tagged(), tools=tools)
-        assert isinstance(arrival, Arrival)
+        assert isinstance(arrival, PreparedRequest)
         grammar = arrival.sequence.grammar  # type: ignore[union-attr]
         if not names:
             assert grammar is None
@@ -169,7 +169,7 @@ def test_after_thoughts_an_answer_keeps_to_what_it_must_be(asked: Any, wanted: s
         TEMPLATE = "{{ tools }}{{ messages }}</think><tool_call>{{ '<think>' }}"
 
     arrival = prepare(Thinker(), **asked)
-    assert isinstance(arrival, Arrival) and arrival.admitted.thinking
+    assert isinstance(arrival, PreparedRequest) and arrival.admitted.thinking
     grammar = arrival.sequence.grammar  # type: ignore[union-attr]
     assert grammar is not None
     for token in b"well, 8?</think>\n\n":
@@ -186,7 +186,7 @@ def test_infill_is_prefix_suffix_middle() -> None:
         INFILL = (252, 253, 254)
 
     arrival = prepare(Coder(), prompt="def ", suffix="pass")
-    assert isinstance(arrival, Arrival)
+    assert isinstance(arrival, PreparedRequest)
     assert arrival.admitted.prompt_tokens == [252, *b"def ", 253, *b"pass", 254]
     refused = prepare(Known(), prompt="def ", suffix="pass")
     assert isinstance(refused, Refused) and refused.param == "suffix"

@@ -22,8 +22,8 @@ from pinaivu_box.engine.messages import (
     Cancel,
     Constraint,
     FromEngine,
-    Load,
     LoadFailed,
+    LoadModel,
     Ready,
     StepFrame,
     ToEngine,
@@ -40,7 +40,7 @@ PATIENCE = 120  # seconds until a test gives up; nothing is measured
 class Child:
     """`python -m pinaivu_box engine`, as the box starts it."""
 
-    def __init__(self, given_load: Load | None) -> None:
+    def __init__(self, given_load: LoadModel | None) -> None:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "pinaivu_box", "engine"],
             stdin=subprocess.PIPE,
@@ -100,12 +100,12 @@ def children() -> Iterator[list[Child]]:
         child.end()
 
 
-def start(children: list[Child], given_load: Load | None) -> Child:
+def start(children: list[Child], given_load: LoadModel | None) -> Child:
     children.append(Child(given_load))
     return children[-1]
 
 
-def fake(milliseconds: int = 1, **sizes: int) -> Load:
+def fake(milliseconds: int = 1, **sizes: int) -> LoadModel:
     """Without drafts: a step gives each request one token."""
     sizes = {"context": 4000, "kv_tokens": 64_000, **sizes}
     return load(f"fake:{milliseconds}", drafting=False, **sizes)

@@ -9,18 +9,18 @@ from ulid import ULID
 
 from pinaivu_box.engine.messages import SamplingParams
 from pinaivu_box.gateway.backend import Job
-from pinaivu_box.gateway.tasks import to_task
+from pinaivu_box.legs import wire as leg_wire
+from pinaivu_box.legs.codec import to_task
 from pinaivu_box.models.catalog import remote
-from pinaivu_box.peering import work
-from pinaivu_box.peering.transport import Stream
 from pinaivu_box.receipts.receipt import ACCEPTANCE_DOMAIN
+from pinaivu_box.transport.transport import Stream
 from tests.peering.company import DEAR, FAKE, World
 from tests.peering.worlds import soon
 
 PRICES = (DEAR, DEAR, DEAR)
 
 
-def task(world: World, text: str = "Hello", **more: Any) -> work.Task:
+def task(world: World, text: str = "Hello", **more: Any) -> leg_wire.Task:
     digest = world.carl.models[0].digest.hex()
     job = Job(
         f"req_{ULID()}".lower(), remote(FAKE, digest), [{"role": "user", "content": text}],
@@ -29,52 +29,52 @@ def task(world: World, text: str = "Hello", **more: Any) -> work.Task:
     return msgspec.structs.replace(to_task(job), **more)
 
 
-def ask(world: World, text: str = "Hello", **more: Any) -> work.Ask:
+def ask(world: World, text: str = "Hello", **more: Any) -> leg_wire.LegRequest:
     digest = world.carl.models[0].digest.hex()
-    return work.Ask(task(world, text, **more), digest, [], PRICES, "credits")
+    return leg_wire.LegRequest(task(world, text, **more), digest, [], PRICES, "credits")
 
 
 async def opened(world: World) -> Stream:
-    return await soon(world.carl.network.open(world.ben.node_id, work.PURPOSE))
+    return await soon(world.carl.network.open(world.ben.node_id, leg_wire.PURPOSE))
 
 
-async def heard(stream: Stream) -> list[work.ToCoordinator]:
+async def heard(stream: Stream) -> list[leg_wire.ToCoordinator]:
     """All that ben says, up to its end."""
     found = []
-    while (one := await soon(work.receive(stream, work.to_coordinator))) is not None:
+    while (one := await soon(leg_wire.receive(stream, leg_wire.to_coordinator))) is not None:
         found.append(one)
-        if isinstance(one, work.Outputs) and one.outputs[-1].finish_reason:
+        if isinstance(one, leg_wire.Outputs) and one.outputs[-1].finish_reason:
             break
     return found
 
 
-async def served(world: World, asked: work.Ask) -> tuple[Stream, work.Proved]:
+async def served(world: World, asked: leg_wire.LegRequest) -> tuple[Stream, leg_wire.LegProof]:
     stream = await opened(world)
-    await work.send(stream, asked)
+    await leg_wire.send(stream, asked)
     found = await heard(stream)
-    (proved,) = [one for one in found if isinstance(one, work.Proved)]
+    (proved,) = [one for one in found if isinstance(one, leg_wire.LegProof)]
     return stream, proved
 
 
-async def refused(world: World, asked: work.ToServing) -> work.Refused:
+async def refused(world: World, asked: leg_wire.ToServing) -> leg_wire.LegRefused:
     stream = await opened(world)
-    await work.send(stream, asked)
-    (found,) = [one for one in await heard(stream) if isinstance(one, work.Refused)]
+    await leg_wire.send(stream, asked)
+    (found,) = [one for one in await heard(stream) if isinstance(one, leg_wire.LegRefused)]
     await stream.finish()
     return found
 
 
 async def accept(stream: Stream, signature: bytes) -> None:
-    await work.send(stream, work.Accepted(signature.hex()))
+    await leg_wire.send(stream, leg_wire.Accepted(signature.hex()))
     await stream.finish()
     while await soon(stream.receive()) is not None:
         pass
 
 
-def sign(world: World, proved: work.Proved) -> bytes:
+def sign(world: World, proved: leg_wire.LegProof) -> bytes:
     return world.carl.identity.sign(ACCEPTANCE_DOMAIN, proved.signed.encode())
 
 
-async def entry(world: World, asked: work.Ask) -> dict[str, Any] | None:
+async def entry(world: World, asked: leg_wire.LegRequest) -> dict[str, Any] | None:
     rows = [dict(one) for one in await world.ben.entries(world.carl)]
     return next((one for one in rows if one["request_id"] == asked.task.request_id), None)

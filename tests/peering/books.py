@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pinaivu_box.identity import Identity
+from pinaivu_box.ledger.entry import LedgerEntry, costs
 from pinaivu_box.receipts.receipt import (
     ACCEPTANCE_DOMAIN,
     EngineInfo,
@@ -13,7 +14,6 @@ from pinaivu_box.receipts.receipt import (
     canonical,
     sign_proof,
 )
-from pinaivu_box.store.ledger import Entry, costs
 
 PRICE = Price("credits", "0.5", "0.1", "2")
 
@@ -39,7 +39,7 @@ def entry(
     accepted: bool = True,
     at: int = 1,
     **more: Any,
-) -> Entry:
+) -> LedgerEntry:
     """As the box `us` writes it."""
     server, coordinator = (us, peer) if served_by_us else (peer, us)
     made = proof(server, request_id, **more)
@@ -48,7 +48,7 @@ def entry(
         output, prompt = costs(made)
     except ValueError:  # a proof of what cannot be
         output = prompt = 0
-    return Entry(
+    return LedgerEntry(
         peer=peer.node_id,
         served_by_us=served_by_us,
         request_id=request_id,

@@ -24,18 +24,15 @@ from pinaivu_box.engine.fake_runner import SENTENCE
 from pinaivu_box.engine.messages import SamplingDefaults
 from pinaivu_box.gateway.backend import Job, Output, Prompt, Started
 from pinaivu_box.gateway.local import resolve
-from pinaivu_box.gateway.metering import Leg, prove
-from pinaivu_box.gateway.tasks import to_job
+from pinaivu_box.gateway.metering import LegRecord, prove
+from pinaivu_box.gossip.adverts import Facts
 from pinaivu_box.identity import Identity
+from pinaivu_box.legs import wire as leg_wire
+from pinaivu_box.legs.codec import to_job
 from pinaivu_box.models.catalog import digest_of, remote
-from pinaivu_box.peering import work
-from pinaivu_box.peering.advert import Facts
-from pinaivu_box.peering.iroh_transport import IrohTransport
-from pinaivu_box.peering.memory_transport import MemoryNetwork, MemoryTransport
-from pinaivu_box.peering.network import Network
-from pinaivu_box.peering.transport import Stream, Transport
+from pinaivu_box.network.network import Network
 from pinaivu_box.policy import SCOPES, Policy
-from pinaivu_box.receipts.commitment import Running, new_nonce
+from pinaivu_box.receipts.commitment import RunningCommitment, new_nonce
 from pinaivu_box.receipts.receipt import (
     MARK_DOMAIN,
     VERSION,
@@ -50,8 +47,11 @@ from pinaivu_box.server.app import create_app
 from pinaivu_box.store import accounts, keys
 from pinaivu_box.store.audit import Actor
 from pinaivu_box.store.database import Database
+from pinaivu_box.transport.iroh_transport import IrohTransport
+from pinaivu_box.transport.transport import Stream, Transport
 from tests.peering.people import offer, person
 from tests.peering.worlds import soon, wait_until
+from tests.support.memory_transport import MemoryNetwork, MemoryTransport
 
 FAKE = "fake:1"
 CHEAP, DEAR = ("0.001", "0.001", "0.001"), "10"
@@ -138,7 +138,7 @@ class Member:
         self.network = Network(
             identity, transport, self._database, PeeringConfig(name=name), self.describe
         )
-        self.network.handlers[work.PURPOSE] = self._handle
+        self.network.handlers[leg_wire.PURPOSE] = self._handle
 
     def describe(self) -> Facts:
         return Facts("1.0", (), "credits", self.models)
@@ -168,7 +168,7 @@ class Member:
 # -- a serving box -------------------------------------------------------------------------------
 
 
-Message = work.ToCoordinator
+Message = leg_wire.ToCoordinator
 
 
 def same(message: Any) -> Any:
@@ -181,12 +181,12 @@ class Lie:
     list all are.  `proof` is changed before it is signed.  With `version` 1 it speaks as boxes did
     before there was a 2: that is no lie."""
 
-    began: Callable[[work.Began], Any] = same
-    read: Callable[[work.Read], Any] = same
-    first: Callable[[work.Outputs], Any] = same  # the first of two Outputs
-    last: Callable[[work.Outputs], Any] = same
+    began: Callable[[leg_wire.LegStarted], Any] = same
+    read: Callable[[leg_wire.PromptRead], Any] = same
+    first: Callable[[leg_wire.Outputs], Any] = same  # the first of two Outputs
+    last: Callable[[leg_wire.Outputs], Any] = same
     proof: Callable[[Proof], Proof] = same
-    proved: Callable[[work.Proved], Any] = same
+    proved: Callable[[leg_wire.LegProof], Any] = same
     sampling: dict[str, Any] = field(default_factory=dict)
     mark: Callable[[str], str] = same
     tokens: Callable[[list[int]], list[int]] = same
@@ -202,24 +202,24 @@ class Liar:
 
     def __init__(self, identity: Identity, lie: Lie, price: tuple[str, str, str] = CHEAP) -> None:
         self.identity, self.lie, self.price = identity, lie, price
-        self.heard: list[work.ToServing] = []
+        self.heard: list[leg_wire.ToServing] = []
         self.asked = 0
 
     async def handle(self, peer: str, stream: Stream) -> None:
-        ask = await work.receive(stream, work.to_serving)
-        if isinstance(ask, work.Count):
-            await work.send(stream, work.Tokens(prompt_of(job_of(ask)), context=8192))
+        ask = await leg_wire.receive(stream, leg_wire.to_serving)
+        if isinstance(ask, leg_wire.Count):
+            await leg_wire.send(stream, leg_wire.Tokens(prompt_of(job_of(ask)), context=8192))
             await stream.finish()
             return
-        assert isinstance(ask, work.Ask)
+        assert isinstance(ask, leg_wire.LegRequest)
         self.asked += 1
         for message in self.conversation(ask):
-            await work.send(stream, message)
-        while (heard := await work.receive(stream, work.to_serving)) is not None:
+            await leg_wire.send(stream, message)
+        while (heard := await leg_wire.receive(stream, leg_wire.to_serving)) is not None:
             self.heard.append(heard)
         await stream.finish()
 
-    def conversation(self, ask: work.Ask) -> list[Message]:
+    def conversation(self, ask: leg_wire.LegRequest) -> list[Message]:
         lie, job = self.lie, job_of(ask)
         prompt = prompt_of(job)
         count = lie.count or (job.max_tokens or 20) - len(ask.made)
@@ -228,14 +228,14 @@ class Liar:
         text = lie.text(text)
         nonce = new_nonce()
         begun = started(job, ask.digest, lie.sampling, nonce, self.identity.node_id, lie.version)
-        account = Leg(begun)
+        account = LegRecord(begun)
         account.take(Prompt(prompt))
         half = max(1, len(tokens) // 2)
         outputs = [
-            work.Out(text[:half], tokens[:half], None, 0.5, 0),
-            work.Out(text[half:], tokens[half:], lie.reason),
+            leg_wire.Out(text[:half], tokens[:half], None, 0.5, 0),
+            leg_wire.Out(text[half:], tokens[half:], lie.reason),
         ]
-        running, marks, made = Running(nonce, lie.version), [], 0
+        running, marks, made = RunningCommitment(nonce, lie.version), [], 0
         for one in outputs:
             account.take(Output(one.text, one.tokens, one.finish_reason, one.queue_ms))
             running.add(one.text, one.tokens)
@@ -246,15 +246,15 @@ class Liar:
         signed = sign_proof(self.identity, lie.proof(proof))
         said_ = [
             lie.began(began(account.started)),
-            lie.read(work.Read(prompt)),
-            lie.first(work.Outputs([outputs[0]], lie.mark(marks[0]))),
-            lie.proved(work.Proved(signed.signed, signed.signature)),
-            lie.last(work.Outputs([outputs[1]], lie.mark(marks[1]))),
+            lie.read(leg_wire.PromptRead(prompt)),
+            lie.first(leg_wire.Outputs([outputs[0]], lie.mark(marks[0]))),
+            lie.proved(leg_wire.LegProof(signed.signed, signed.signature)),
+            lie.last(leg_wire.Outputs([outputs[1]], lie.mark(marks[1]))),
         ]
         return [m for one in said_ for m in (one if isinstance(one, list) else [one]) if m]
 
 
-def job_of(ask: work.Ask | work.Count) -> Job:
+def job_of(ask: leg_wire.LegRequest | leg_wire.Count) -> Job:
     return to_job(ask.task, remote(FAKE, ask.digest), "peer")
 
 
@@ -273,9 +273,9 @@ def started(
     return Started(node_id, digest, info, sampling, "tags", False, nonce=nonce, proof=version)
 
 
-def began(one: Started) -> work.Began:
+def began(one: Started) -> leg_wire.LegStarted:
     assert one.nonce is not None
-    return work.Began(one.model_digest, one.engine.build, one.engine.device, one.sampling,
+    return leg_wire.LegStarted(one.model_digest, one.engine.build, one.engine.device, one.sampling,
                       one.tool_style, one.thinks, one.nonce, one.proof)  # fmt: skip
 
 

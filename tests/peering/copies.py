@@ -14,17 +14,17 @@ from typing import Any
 
 from pinaivu_box.config import Config
 from pinaivu_box.errors import PeeringError
+from pinaivu_box.files import download
+from pinaivu_box.files.download import Download, DownloadSource
+from pinaivu_box.files.upload import FileServer
 from pinaivu_box.models import catalog as catalogs
 from pinaivu_box.models.catalog import Catalog
 from pinaivu_box.models.pieces import PIECE_BYTES
-from pinaivu_box.peering import copying
-from pinaivu_box.peering.copying import Copy, Source
-from pinaivu_box.peering.memory_transport import MemoryNetwork, MemoryTransport
-from pinaivu_box.peering.sharing import Sharing
-from pinaivu_box.peering.transport import Link, Stream
 from pinaivu_box.store.database import Database
+from pinaivu_box.transport.transport import Link, Stream
 from tests import ggufs
 from tests.peering.worlds import identity
+from tests.support.memory_transport import MemoryNetwork, MemoryTransport
 
 SIZE = 9 * PIECE_BYTES + 12_345
 NAME = "made:up"
@@ -43,7 +43,7 @@ def digest_of(data: bytes) -> str:
 class Giver:
     """A box with models, and what it does with whoever opens a stream."""
 
-    def __init__(self, home: Path, name: str, kind: type[Sharing] = Sharing) -> None:
+    def __init__(self, home: Path, name: str, kind: type[FileServer] = FileServer) -> None:
         self.folder = home / name / "models"
         self.folder.mkdir(parents=True, exist_ok=True)
         self.name = name
@@ -57,7 +57,7 @@ class Giver:
         await self.database.open()
         self.sharing = self.kind(self.shared, self.database, lambda: self.rate)
         self.transport = MemoryTransport(network, identity().node_id)
-        self.source = Source(self.transport.node_id, self.name)
+        self.source = DownloadSource(self.transport.node_id, self.name)
         self._spawn(self._accept())
 
     async def shared(self, _peer: str) -> Catalog | str:
@@ -109,7 +109,7 @@ class World:
         self._links: dict[str, Link] = {}
 
     async def giver(
-        self, data: bytes | None, kind: type[Sharing] = Sharing, name: str = ""
+        self, data: bytes | None, kind: type[FileServer] = FileServer, name: str = ""
     ) -> Giver:
         made = Giver(self.home, name or f"box{len(self.givers) + 1}", kind)
         if data is not None:
@@ -119,7 +119,7 @@ class World:
         return made
 
     @property
-    def sources(self) -> list[Source]:
+    def sources(self) -> list[DownloadSource]:
         return [giver.source for giver in self.givers]
 
     async def open(self, peer: str) -> Stream:
@@ -136,11 +136,11 @@ class World:
             del self._links[peer]
             raise
 
-    async def find(self, model: str = NAME, digest: str = "") -> dict[Source, Any]:
-        return (await copying.find(self.open, self.sources, model, digest))[0]
+    async def find(self, model: str = NAME, digest: str = "") -> dict[DownloadSource, Any]:
+        return (await download.find(self.open, self.sources, model, digest))[0]
 
-    async def copy(self, digest: str = "") -> Copy:
-        made = Copy(self.open, await self.find(digest=digest), self.target)
+    async def copy(self, digest: str = "") -> Download:
+        made = Download(self.open, await self.find(digest=digest), self.target)
         await made.run()
         return made
 
@@ -155,7 +155,7 @@ class World:
             await giver.end()
 
 
-class Slow(Sharing):
+class Slow(FileServer):
     async def _give(self, stream: Stream, model: Any, number: int) -> None:
         await asyncio.sleep(0.1)
         await super()._give(stream, model, number)

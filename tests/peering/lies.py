@@ -8,9 +8,9 @@ from typing import Any
 from msgspec.structs import replace
 
 from pinaivu_box.identity import Identity
-from pinaivu_box.peering import work
-from pinaivu_box.peering.transport import Stream
+from pinaivu_box.legs import wire as leg_wire
 from pinaivu_box.receipts.receipt import PROOF_DOMAIN, EngineInfo, Price
+from pinaivu_box.transport.transport import Stream
 from tests.peering.company import Lie
 from tests.peering.people import person
 
@@ -30,8 +30,10 @@ def counts(name: str, more: int) -> Lie:
 
 
 def signed_by(identity: Identity) -> Lie:
-    def again(proved: work.Proved) -> work.Proved:
-        return work.Proved(proved.signed, identity.sign(PROOF_DOMAIN, proved.signed.encode()).hex())
+    def again(proved: leg_wire.LegProof) -> leg_wire.LegProof:
+        return leg_wire.LegProof(
+            proved.signed, identity.sign(PROOF_DOMAIN, proved.signed.encode()).hex()
+        )
 
     return Lie(proved=again)
 
@@ -39,10 +41,10 @@ def signed_by(identity: Identity) -> Lie:
 def text_of_proof(change: Any) -> Lie:
     """Signed by itself, whatever it is."""
 
-    def again(proved: work.Proved) -> work.Proved:
+    def again(proved: leg_wire.LegProof) -> leg_wire.LegProof:
         signed = change(proved.signed)
         identity = person(66)
-        return work.Proved(signed, identity.sign(PROOF_DOMAIN, signed.encode()).hex())
+        return leg_wire.LegProof(signed, identity.sign(PROOF_DOMAIN, signed.encode()).hex())
 
     return Lie(proved=again)
 
@@ -61,7 +63,7 @@ def began(**changes: Any) -> Lie:
     return Lie(began=lambda one: replace(one, **changes))
 
 
-def nan(one: work.Began) -> work.Began:
+def nan(one: leg_wire.LegStarted) -> leg_wire.LegStarted:
     return replace(one, sampling=replace(one.sampling, temperature=NAN))
 
 
@@ -77,9 +79,9 @@ def dearer(*prices: str, currency: str = "credits") -> Lie:
     return about(price=Price(currency, *prices))
 
 
-NO = work.Refused("x", "I\x1b[2J\n\nwill not", other=True)
-FAULT = work.Refused("invalid_body", "so there")
-LOGPROB = work.TokenLogprob(b"a", -1.0, [])
+NO = leg_wire.LegRefused("x", "I\x1b[2J\n\nwill not", other=True)
+FAULT = leg_wire.LegRefused("invalid_body", "so there")
+LOGPROB = leg_wire.TokenLogprob(b"a", -1.0, [])
 # What it does, and how its reputation puts it.
 LIES: dict[str, tuple[Lie, str]] = {
     "a proof that somebody else signed": (signed_by(OTHER), "signature of its proof"),
@@ -176,5 +178,5 @@ LIES: dict[str, tuple[Lie, str]] = {
 
 
 async def ends(peer: str, stream: Stream) -> None:
-    await work.receive(stream, work.to_serving)
+    await leg_wire.receive(stream, leg_wire.to_serving)
     await stream.finish()

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from pinaivu_box import config
 from pinaivu_box.box import open_box
-from pinaivu_box.peering.network import Network
-from pinaivu_box.peering.peer import Peer
+from pinaivu_box.network.network import Network
+from pinaivu_box.network.peer import Peer
 
 SETTINGS = {
     ("peering", "enabled"): True,

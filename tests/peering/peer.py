@@ -20,8 +20,8 @@ from nacl.signing import SigningKey
 
 from pinaivu_box.errors import PeeringError
 from pinaivu_box.identity import Identity
-from pinaivu_box.peering.iroh_transport import IrohTransport
-from pinaivu_box.peering.transport import Link, Stream, Transport
+from pinaivu_box.transport.iroh_transport import IrohTransport
+from pinaivu_box.transport.transport import Link, Stream, Transport
 
 Tell = Callable[..., None]
 

@@ -6,11 +6,11 @@ import hashlib
 
 from nacl.signing import SigningKey
 
+from pinaivu_box.gossip.adverts import Advert, GoneReport, Offer
 from pinaivu_box.identity import Identity
-from pinaivu_box.peering.advert import Advert, Gone, Offer
-from pinaivu_box.peering.membership import Certificate, Revocation
-from pinaivu_box.peering.roster import Roster
-from pinaivu_box.peering.signed import Record, key_of, network_key, network_of, seal
+from pinaivu_box.membership.records import Certificate, Revocation
+from pinaivu_box.membership.roster import Roster
+from pinaivu_box.membership.signed import Record, key_of, network_key, network_of, seal
 
 NOW = 1_800_000_000.0  # Unix seconds
 
@@ -85,6 +85,6 @@ def advert(
     return made, seal(signed_by or of, "advert", made)
 
 
-def gone(reporter: Identity, node: Identity, serial: int) -> tuple[Gone, Record]:
-    made = Gone(network_key(NETWORK), key_of(node.node_id), serial, key_of(reporter.node_id))
+def gone(reporter: Identity, node: Identity, serial: int) -> tuple[GoneReport, Record]:
+    made = GoneReport(network_key(NETWORK), key_of(node.node_id), serial, key_of(reporter.node_id))
     return made, seal(reporter, "gone", made)

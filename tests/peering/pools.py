@@ -19,27 +19,27 @@ from pinaivu_box.config import Config, EngineConfig, ModelConfig, PeeringConfig
 from pinaivu_box.engine.messages import SamplingParams
 from pinaivu_box.errors import PeeringError
 from pinaivu_box.gateway.backend import Event, Job
-from pinaivu_box.gateway.ceilings import Debts
-from pinaivu_box.gateway.guests import Terms
-from pinaivu_box.gateway.load import Load
 from pinaivu_box.gateway.local import LocalBackend
-from pinaivu_box.gateway.offers import Offers
-from pinaivu_box.gateway.peer import Taken
 from pinaivu_box.gateway.placement import Placement
-from pinaivu_box.gateway.pool import Pool
-from pinaivu_box.gateway.serving import Served
+from pinaivu_box.gossip.adverts import Advert
+from pinaivu_box.gossip.loads import ReportedLoad
 from pinaivu_box.identity import Identity
+from pinaivu_box.ledger.entry import Balance
+from pinaivu_box.legs.admission import PeerLimits
+from pinaivu_box.legs.client import AcceptedLeg
+from pinaivu_box.legs.server import Served
+from pinaivu_box.legs.wiring import Pool
+from pinaivu_box.membership.signed import key_of
 from pinaivu_box.models import catalog as catalogs
 from pinaivu_box.models.catalog import Model, digest_of
-from pinaivu_box.peering.advert import Advert
-from pinaivu_box.peering.link import PeerLink
-from pinaivu_box.peering.loads import Heard
-from pinaivu_box.peering.memory_transport import MemoryNetwork, MemoryTransport
-from pinaivu_box.peering.network import Handler
-from pinaivu_box.peering.peer import Peer
-from pinaivu_box.peering.signed import key_of
-from pinaivu_box.peering.transport import Stream
-from pinaivu_box.store.ledger import Balance
+from pinaivu_box.network.network import Handler
+from pinaivu_box.network.peer import Peer
+from pinaivu_box.routing.load import LoadTracker
+from pinaivu_box.routing.offers import Offers
+from pinaivu_box.routing.spending_limits import Debts
+from pinaivu_box.transport.link import PeerLink
+from pinaivu_box.transport.transport import Stream
+from tests.support.memory_transport import MemoryNetwork, MemoryTransport
 
 FAKE = "fake:1"
 PROMPT = "Tell me about the sea."
@@ -113,12 +113,12 @@ class Node:
         self.placement = Placement(config.engine, _digest)
         self.local = LocalBackend(self.placement, self.node_id, config.sampling)
         self.catalog = catalogs.load(config, Path("/nonexistent"))
-        self.kept: list[Served | Taken] = []
-        self.terms = Terms()
+        self.kept: list[Served | AcceptedLeg] = []
+        self.terms = PeerLimits()
         self.owed = 0
         self.gone = self.silent = False
-        self.told: dict[str, Heard] = {}  # by its neighbours
-        self.load = Load(self.placement, config.engine)
+        self.told: dict[str, ReportedLoad] = {}  # by its neighbours
+        self.load = LoadTracker(self.placement, config.engine)
         admission = SimpleNamespace(
             catalog=self.catalog, pricing=config.pricing, engine=config.engine, draining=False
         )
@@ -141,7 +141,7 @@ class Node:
         )
         everybody[self.node_id] = self
 
-    async def _terms(self, peer: str) -> Terms:
+    async def _terms(self, peer: str) -> PeerLimits:
         return self.terms
 
     async def _owed(self, peer: str, currency: str) -> Balance:
@@ -156,7 +156,7 @@ class Node:
     async def _debts(self) -> Debts:
         return {}
 
-    async def _keep(self, leg: Served | Taken) -> None:
+    async def _keep(self, leg: Served | AcceptedLeg) -> None:
         self.kept.append(leg)
 
     async def _writable(self) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from pinaivu_box.peering.invite import MAX_ADDRESSES, decode
-from pinaivu_box.peering.memory_transport import MemoryConnection, MemoryTransport
-from pinaivu_box.peering.transport import Route
+from pinaivu_box.membership.tickets import MAX_ADDRESSES, decode
+from pinaivu_box.transport.transport import LinkRoute
 from tests.peering.test_network import World, states, world
 from tests.peering.worlds import wait_until
+from tests.support.memory_transport import MemoryConnection, MemoryTransport
 
 __all__ = ["world"]  # a fixture
 pytestmark = pytest.mark.anyio
@@ -30,7 +30,7 @@ async def test_who_is_lost_is_remembered_though_its_link_was_young_and_by_a_rela
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its advert is forgotten soon, and then it could not be called any more."""
-    monkeypatch.setattr(MemoryConnection, "route", lambda _: Route(False, RELAY, 80.0))
+    monkeypatch.setattr(MemoryConnection, "route", lambda _: LinkRoute(False, RELAY, 80.0))
     one, two = await world.joined("one", "two")
     said = two.own_addresses()
     await world.sites[1].kill()

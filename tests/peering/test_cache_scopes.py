@@ -8,8 +8,9 @@ import msgspec
 import pytest
 
 from pinaivu_box.engine.messages import SamplingDefaults
-from pinaivu_box.gateway import scopes, serving
-from pinaivu_box.peering import work
+from pinaivu_box.gateway import scopes
+from pinaivu_box.legs import server
+from pinaivu_box.legs import wire as leg_wire
 from tests.peering.asking import accept, ask, served, sign
 from tests.peering.company import FAKE, World
 
@@ -19,15 +20,15 @@ GUESSES = (SECRET, SECRET[:-1] + "?", "?" * len(SECRET))
 
 
 @pytest.fixture
-def told(monkeypatch: pytest.MonkeyPatch) -> list[work.Task]:
+def told(monkeypatch: pytest.MonkeyPatch) -> list[leg_wire.Task]:
     """The tasks that ben is given."""
-    tasks: list[work.Task] = []
+    tasks: list[leg_wire.Task] = []
 
-    def spy(peer: str, task: work.Task) -> str:
+    def spy(peer: str, task: leg_wire.Task) -> str:
         tasks.append(task)
         return scopes.guest_scope(peer, task)
 
-    monkeypatch.setattr(serving, "guest_scope", spy)
+    monkeypatch.setattr(server, "guest_scope", spy)
     return tasks
 
 
@@ -54,7 +55,7 @@ async def asked(world: World, text: str = SECRET, pays: bool = True, **more: Any
     return number
 
 
-async def test_accounts_of_one_peer_are_apart(three: World, told: list[work.Task]) -> None:
+async def test_accounts_of_one_peer_are_apart(three: World, told: list[leg_wire.Task]) -> None:
     victim, account = await key_at(three)
     assert await found(three.anna, SECRET, victim) == 0
     for guess in GUESSES:
@@ -75,7 +76,9 @@ async def test_a_peer_and_the_box_itself_are_apart(three: World) -> None:
     assert await found(three.ben, text) > len(text)
 
 
-async def test_the_tag_of_another_peer_opens_nothing(three: World, told: list[work.Task]) -> None:
+async def test_the_tag_of_another_peer_opens_nothing(
+    three: World, told: list[leg_wire.Task]
+) -> None:
     victim, _ = await key_at(three)
     await found(three.anna, SECRET, victim)
     tag = told[0].tag
@@ -102,7 +105,7 @@ async def test_another_leg_finds_what_its_account_has_there(three: World) -> Non
 
 
 async def test_without_cache_prompt_nothing_is_kept_there(
-    three: World, told: list[work.Task]
+    three: World, told: list[leg_wire.Task]
 ) -> None:
     key, _ = await key_at(three)
     text = "Not to be kept: " + SECRET
@@ -128,7 +131,7 @@ async def test_what_the_operator_names_is_not_for_peers(three: World) -> None:
 
 
 def test_a_peer_of_the_version_before_reads_a_task_with_a_tag() -> None:
-    fields = [one for one in msgspec.structs.fields(work.Task) if one.name != "tag"]
+    fields = [one for one in msgspec.structs.fields(leg_wire.Task) if one.name != "tag"]
     before = msgspec.defstruct(
         "Task",
         [
@@ -138,7 +141,7 @@ def test_a_peer_of_the_version_before_reads_a_task_with_a_tag() -> None:
             for one in fields
         ],
     )
-    task = work.Task(
+    task = leg_wire.Task(
         "req_" + "0" * 26, FAKE, [], SamplingDefaults(), 7, 20, [], "0" * 64, tag="0" * 32
     )
     read = msgspec.msgpack.decode(msgspec.msgpack.encode(task), type=before)

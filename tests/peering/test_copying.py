@@ -18,12 +18,22 @@ from typing import Any
 import pytest
 
 from pinaivu_box.errors import CopyFailed, LinkLost, ProtocolError
+from pinaivu_box.files import download, upload
+from pinaivu_box.files import wire as file_wire
+from pinaivu_box.files.upload import FileServer
+from pinaivu_box.files.wire import (
+    FileRefused,
+    Find,
+    GivePiece,
+    List,
+    ModelAvailable,
+    PieceData,
+    Working,
+)
 from pinaivu_box.models import pieces
 from pinaivu_box.models.pieces import PIECE_BYTES
-from pinaivu_box.peering import copying, model_wire, sharing, wire
-from pinaivu_box.peering.model_wire import Find, Give, Have, List, Part, Refused, Working
-from pinaivu_box.peering.sharing import Sharing
-from pinaivu_box.peering.transport import Stream
+from pinaivu_box.transport import wire
+from pinaivu_box.transport.transport import Stream
 from tests.box import environment
 from tests.peering.copies import NAME, SIZE, Giver, World, digest_of, made_up
 from tests.peering.worlds import ROOT, soon, wait_until
@@ -48,43 +58,43 @@ async def world(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> AsyncIterat
 # -- how others behave -----------------------------------------------------------------------------
 
 
-class WrongPieces(Sharing):
+class WrongPieces(FileServer):
     """Has the right list, and gives something else."""
 
     async def _give(self, stream: Stream, model: Any, number: int) -> None:
-        for _ in range(PIECE_BYTES // model_wire.PART_BYTES):
-            await stream.send(wire.encode(Part(os.urandom(model_wire.PART_BYTES))))
+        for _ in range(PIECE_BYTES // file_wire.PART_BYTES):
+            await stream.send(wire.encode(PieceData(os.urandom(file_wire.PART_BYTES))))
 
 
-class AnotherFile(Sharing):
+class AnotherFile(FileServer):
     """Says that its file is the one with the digest that is asked for, all through."""
 
     async def _digest(self, model: Any) -> str:
         return DIGEST
 
 
-class TooMuch(Sharing):
+class TooMuch(FileServer):
     async def _give(self, stream: Stream, model: Any, number: int) -> None:
-        for _ in range(1 + PIECE_BYTES // model_wire.PART_BYTES):
-            await stream.send(wire.encode(Part(b"\1" * (model_wire.PART_BYTES - 1))))
+        for _ in range(1 + PIECE_BYTES // file_wire.PART_BYTES):
+            await stream.send(wire.encode(PieceData(b"\1" * (file_wire.PART_BYTES - 1))))
 
 
-class Garbage(Sharing):
+class Garbage(FileServer):
     async def _give(self, stream: Stream, model: Any, number: int) -> None:
         await stream.send(os.urandom(1000))
 
 
-class Silent(Sharing):
+class Silent(FileServer):
     async def _give(self, stream: Stream, model: Any, number: int) -> None:
         await asyncio.Event().wait()
 
 
-class ShortList(Sharing):
+class ShortList(FileServer):
     async def _hashes(self, model: Any, digest: str) -> bytes:
         return b"\1" * (32 * COUNT + 5)
 
 
-class Dies(Sharing):
+class Dies(FileServer):
     """Gives two pieces, and then its box is gone."""
 
     given = 0
@@ -126,7 +136,7 @@ async def test_a_range_of_another_file_is_copied_like_a_file(world: World, tmp_p
     async def shared(_peer: str) -> Any:
         return found
 
-    giver.sharing = Sharing(shared, giver.database)
+    giver.sharing = FileServer(shared, giver.database)
     await soon(world.copy())
     assert digest_of(world.target.read_bytes()) == DIGEST
 
@@ -199,9 +209,9 @@ async def test_a_liar_alone_gives_nothing(world: World, kind: Any) -> None:
 async def test_a_silent_one_does_not_hold_up_the_others(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(copying, "STALL_SECONDS", 2.0)
-    monkeypatch.setattr(copying, "ATTEMPTS", 1)
-    monkeypatch.setattr(sharing, "WORKING_SECONDS", 0.2)  # the honest one says that it works
+    monkeypatch.setattr(download, "STALL_SECONDS", 2.0)
+    monkeypatch.setattr(download, "ATTEMPTS", 1)
+    monkeypatch.setattr(upload, "WORKING_SECONDS", 0.2)  # the honest one says that it works
     await world.giver(DATA)
     silent = await world.giver(DATA, Silent)
     done = await soon(world.copy())
@@ -344,7 +354,7 @@ async def asked(world: World, *questions: Any) -> Any:
     stream = await soon(world.open(world.sources[0].peer))
     for question in questions:
         await stream.send(wire.encode(question))
-        answer = model_wire.answer(await soon(stream.receive()))
+        answer = file_wire.answer(await soon(stream.receive()))
     return answer
 
 
@@ -356,15 +366,15 @@ async def test_only_what_is_in_the_catalog_is_given(world: World, model: str) ->
     secret = giver.folder.parent / "secret"
     secret.write_bytes(DATA + b"x")
     outside = digest_of(DATA + b"x")
-    for question in (Find(model, ""), Find(model, outside), List(outside), Give(outside, 0)):
-        assert isinstance(await asked(world, question), Refused)
+    for question in (Find(model, ""), Find(model, outside), List(outside), GivePiece(outside, 0)):
+        assert isinstance(await asked(world, question), FileRefused)
 
 
 async def test_what_is_no_longer_served_is_no_longer_given(world: World) -> None:
     giver = await world.giver(DATA)
-    assert isinstance(await asked(world, Give(DIGEST, 0)), Part)
+    assert isinstance(await asked(world, GivePiece(DIGEST, 0)), PieceData)
     (giver.folder / f"{NAME}.gguf").unlink()
-    assert isinstance(await asked(world, Give(DIGEST, 0)), Refused)
+    assert isinstance(await asked(world, GivePiece(DIGEST, 0)), FileRefused)
 
 
 async def test_a_box_that_does_not_share_says_so(world: World) -> None:
@@ -376,14 +386,14 @@ async def test_a_box_that_does_not_share_says_so(world: World) -> None:
 
 async def test_pieces_that_are_none_and_garbage(world: World) -> None:
     await world.giver(DATA)
-    assert isinstance(await asked(world, Give(DIGEST, COUNT)), Refused)
-    assert isinstance(await asked(world, Give(DIGEST, 2**31)), Refused)
+    assert isinstance(await asked(world, GivePiece(DIGEST, COUNT)), FileRefused)
+    assert isinstance(await asked(world, GivePiece(DIGEST, 2**31)), FileRefused)
     stream = await soon(world.open(world.sources[0].peer))
     await stream.send(b"\xc1garbage")
     with pytest.raises(LinkLost):
         await soon(stream.receive())
     with pytest.raises(ProtocolError):
-        model_wire.question(wire.encode(Find("m", "../../x")))
+        file_wire.question(wire.encode(Find("m", "../../x")))
 
 
 async def test_a_peer_has_so_many_conversations_and_no_more(world: World) -> None:
@@ -392,21 +402,23 @@ async def test_a_peer_has_so_many_conversations_and_no_more(world: World) -> Non
     answers = []
     for stream in streams:
         await stream.send(wire.encode(Find(NAME, "")))
-        answers.append(model_wire.answer(await soon(stream.receive())))
-    assert [type(one) for one in answers] == [Have] * sharing.MAX_CONVERSATIONS + [Refused]
+        answers.append(file_wire.answer(await soon(stream.receive())))
+    assert [type(one) for one in answers] == [ModelAvailable] * upload.MAX_CONVERSATIONS + [
+        FileRefused
+    ]
     await streams[0].finish()
     assert await soon(streams[0].receive()) is None
-    assert isinstance(await asked(world, Find(NAME, "")), Have)
+    assert isinstance(await asked(world, Find(NAME, "")), ModelAvailable)
 
 
 async def test_who_waits_for_a_hash_hears_that_it_is_made(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Longer than anybody bears silence."""
-    monkeypatch.setattr(sharing, "WORKING_SECONDS", 0.1)
-    monkeypatch.setattr(copying, "STALL_SECONDS", 4.0)
+    monkeypatch.setattr(upload, "WORKING_SECONDS", 0.1)
+    monkeypatch.setattr(download, "STALL_SECONDS", 4.0)
 
-    class Ponders(Sharing):
+    class Ponders(FileServer):
         async def _hashes(self, model: Any, digest: str) -> bytes:
             await asyncio.sleep(6)
             return await super()._hashes(model, digest)
@@ -433,12 +445,12 @@ async def test_all_copies_share_the_bytes_of_a_second(
 ) -> None:
     """A copy has two conversations, and both of them together have what is set."""
     clock = Clock()
-    monkeypatch.setattr(sharing, "_now", lambda: clock.now)
-    monkeypatch.setattr(sharing, "_sleep", clock.sleep)
+    monkeypatch.setattr(upload, "_now", lambda: clock.now)
+    monkeypatch.setattr(upload, "_sleep", clock.sleep)
     giver = await world.giver(DATA)
     giver.rate = 1e6
     await soon(world.copy())
-    assert SIZE - model_wire.PART_BYTES <= round(clock.now * 1e6) <= SIZE
+    assert SIZE - file_wire.PART_BYTES <= round(clock.now * 1e6) <= SIZE
     world.target.unlink()
     giver.rate, clock.now = 0.0, 0.0
     await soon(world.copy())
@@ -456,22 +468,24 @@ async def test_under_a_low_limit_pieces_go_out_one_after_the_other(
         await go_on.wait()
 
     giver = await world.giver(DATA)
-    assert isinstance(await asked(world, Find(NAME, "")), Have)  # its digest is known from now on
-    monkeypatch.setattr(sharing, "_sleep", sleep)
-    monkeypatch.setattr(sharing, "WORKING_SECONDS", 0.01)
+    assert isinstance(
+        await asked(world, Find(NAME, "")), ModelAvailable
+    )  # its digest is known from now on
+    monkeypatch.setattr(upload, "_sleep", sleep)
+    monkeypatch.setattr(upload, "WORKING_SECONDS", 0.01)
     giver.rate = 1e5
     streams = [await soon(world.open(world.sources[0].peer)) for _ in range(3)]
-    await streams[0].send(wire.encode(Give(DIGEST, 0)))
+    await streams[0].send(wire.encode(GivePiece(DIGEST, 0)))
     await wait_until(pausing.is_set)
     for number in (1, 2):
-        await streams[number].send(wire.encode(Give(DIGEST, number)))
+        await streams[number].send(wire.encode(GivePiece(DIGEST, number)))
         for _ in range(9):
-            assert isinstance(model_wire.answer(await soon(streams[number].receive())), Working)
+            assert isinstance(file_wire.answer(await soon(streams[number].receive())), Working)
     streams[1].abandon()
     go_on.set()
     for number in (0, 2):
         left = pieces.length(number, SIZE)
         while left:
-            said = model_wire.answer(await soon(streams[number].receive()))
-            left -= len(said.data) if isinstance(said, Part) else 0
-            assert isinstance(said, Part | Working)
+            said = file_wire.answer(await soon(streams[number].receive()))
+            left -= len(said.data) if isinstance(said, PieceData) else 0
+            assert isinstance(said, PieceData | Working)

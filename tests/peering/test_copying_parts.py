@@ -13,13 +13,15 @@ import pytest
 
 from pinaivu_box.config import Config
 from pinaivu_box.errors import CopyFailed
+from pinaivu_box.files import download
+from pinaivu_box.files import wire as file_wire
+from pinaivu_box.files.upload import FileServer
+from pinaivu_box.files.wire import File, FileRefused, Find, GivePiece, List, ModelAvailable
 from pinaivu_box.models import catalog as catalogs
 from pinaivu_box.models import pieces
 from pinaivu_box.models.pieces import PIECE_BYTES
 from pinaivu_box.models.splits import digest_of_parts
-from pinaivu_box.peering import copying, model_wire, wire
-from pinaivu_box.peering.model_wire import File, Find, Give, Have, List, Refused
-from pinaivu_box.peering.sharing import Sharing
+from pinaivu_box.transport import wire
 from tests import ggufs
 from tests.peering.copies import NAME, Giver, World, digest_of
 from tests.peering.test_copying import WrongPieces, asked
@@ -45,7 +47,7 @@ async def world(tmp_path: Path) -> AsyncIterator[World]:
     await made.end()
 
 
-async def giver(world: World, kind: type[Sharing] = Sharing, name: str = "") -> Giver:
+async def giver(world: World, kind: type[FileServer] = FileServer, name: str = "") -> Giver:
     made = await world.giver(None, kind, name)
     ggufs.put_split(made.folder, NAME, PARTS)
     return made
@@ -65,7 +67,7 @@ def there(world: World) -> list[str]:
 
 
 async def begun(world: World) -> Any:
-    return copying.copy_of(world.open, await world.find(), folder(world), NAME)
+    return download.copy_of(world.open, await world.find(), folder(world), NAME)
 
 
 async def copied(world: World) -> Any:
@@ -90,7 +92,7 @@ async def test_all_parts_come_from_two_boxes_and_are_one_model(world: World) -> 
     assert catalogs.digest_of(model) == DIGEST
 
 
-class Dies(Sharing):
+class Dies(FileServer):
     """Gives the first part, the first piece of the second, and then its box is gone."""
 
     giver: Giver
@@ -154,24 +156,24 @@ async def test_one_copy_at_a_time(world: World) -> None:
     await soon(copied(world))
 
 
-class SaysOneFile(Sharing):
+class SaysOneFile(FileServer):
     """Its answer is that of a box which has one file with that digest."""
 
     async def _parts(self, model: Any) -> tuple[File, ...]:
         return ()
 
 
-class OtherParts(Sharing):
+class OtherParts(FileServer):
     async def _parts(self, model: Any) -> tuple[File, ...]:
         return tuple(File(digest_of(b"%d" % number), SIZE // COUNT) for number in range(COUNT))
 
 
 @pytest.mark.parametrize("kind", [SaysOneFile, OtherParts, WrongPieces])
-async def test_who_lies_about_the_parts_is_left_out(world: World, kind: type[Sharing]) -> None:
+async def test_who_lies_about_the_parts_is_left_out(world: World, kind: type[FileServer]) -> None:
     await giver(world, kind, "eve")
     await giver(world, name="anna")
-    found, without = await copying.find(world.open, world.sources, NAME, "")
-    copy = copying.copy_of(world.open, found, folder(world), NAME)
+    found, without = await download.find(world.open, world.sources, NAME, "")
+    copy = download.copy_of(world.open, found, folder(world), NAME)
     await soon(copy.run())
     assert there(world) == DIGESTS
     named = {source.name for source in {**without, **copy.left_out}}
@@ -203,19 +205,19 @@ async def test_a_box_that_knows_of_no_parts_hears_why_it_gets_none(world: World)
     await giver(world)
     for question in (OldFind(NAME, ""), OldFind(NAME, DIGEST)):
         refused = await asked(world, question)
-        assert isinstance(refused, Refused)
+        assert isinstance(refused, FileRefused)
         assert "is in 3 files, which your version" in refused.message
-    assert isinstance(await asked(world, Find(NAME, "", parts=True)), Have)
+    assert isinstance(await asked(world, Find(NAME, "", parts=True)), ModelAvailable)
     # The digest of the whole is that of no file.
-    for other in (List(DIGEST), Give(DIGEST, 0)):
-        assert isinstance(await asked(world, other), Refused)
+    for other in (List(DIGEST), GivePiece(DIGEST, 0)):
+        assert isinstance(await asked(world, other), FileRefused)
     # In one file it is what it was: they read our answer, and we theirs.
     single = ggufs.valid()
     (world.givers[0].folder / "single.gguf").write_bytes(single)
     have = await asked(world, OldFind("single", ""))
-    assert have == Have("single", digest_of(single), len(single))
+    assert have == ModelAvailable("single", digest_of(single), len(single))
     old = msgspec.msgpack.Decoder(OldHave).decode(wire.encode(have))
     assert old == OldHave("single", digest_of(single), len(single))
-    assert model_wire.answer(wire.encode(old)) == have
+    assert file_wire.answer(wire.encode(old)) == have
     old_question = msgspec.msgpack.Decoder(OldFind).decode(wire.encode(Find("m", "", parts=True)))
     assert old_question == OldFind("m", "")

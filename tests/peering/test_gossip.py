@@ -13,24 +13,24 @@ from hypothesis import strategies as st
 from msgspec import msgpack
 from msgspec.structs import replace
 
-from pinaivu_box.identity import Identity
-from pinaivu_box.peering import neighbours
-from pinaivu_box.peering.advert import Facts, gone_id
-from pinaivu_box.peering.asking import Asking
-from pinaivu_box.peering.gossip import Gossip
-from pinaivu_box.peering.gossip_wire import (
+from pinaivu_box.gossip import topology
+from pinaivu_box.gossip.adverts import Facts, gone_id
+from pinaivu_box.gossip.frames import (
     MAX_GIVE_BYTES,
     MAX_IDS,
-    Digest,
-    Give,
-    Given,
-    Have,
-    Want,
+    GivenRecord,
+    GiveRecords,
+    HaveRecords,
+    RosterDigest,
+    WantRecords,
     batches,
     decode,
     encode,
 )
-from pinaivu_box.peering.signed import Invalid, Record, key_of
+from pinaivu_box.gossip.protocol import Gossip
+from pinaivu_box.gossip.requests import RecordRequests
+from pinaivu_box.identity import Identity
+from pinaivu_box.membership.signed import Invalid, Record, key_of
 from tests.peering.people import (
     FOUNDER,
     NOW,
@@ -183,12 +183,12 @@ def test_a_stranger_is_told_nothing_and_cut_after_a_while() -> None:
     stranger = net.box(PEOPLE[7])
     net.sent.clear()
     net.link(stranger, row[1])
-    row[1].received(stranger.me, encode(Digest(b"0" * 16)))
-    row[1].received(stranger.me, encode(Want(news=b"".join(row[1].adverts.ids()))))
+    row[1].received(stranger.me, encode(RosterDigest(b"0" * 16)))
+    row[1].received(stranger.me, encode(WantRecords(news=b"".join(row[1].adverts.ids()))))
     net.settle()
     told = [decode(frame) for source, target, frame in net.sent if target == stranger.me]
     # It gets the certificates of whom it called, and no adverts, digests or other members.
-    assert all(isinstance(one, Give) and len(one.records) == 1 for one in told)
+    assert all(isinstance(one, GiveRecords) and len(one.records) == 1 for one in told)
     net.run(7)
     assert (row[1].me, stranger.me, "no member has certified it") in net.cuts
 
@@ -199,11 +199,22 @@ def test_a_stranger_is_told_nothing_and_cut_after_a_while() -> None:
         (b"", "a frame that is none"),
         (b"\xff" * 100, "a frame that is none"),
         (b"\x91" * 100_000, "a frame that is none"),
-        (encode(Have(news=b"1234567")), "half an id"),
+        (encode(HaveRecords(news=b"1234567")), "half an id"),
         (msgpack.encode(["have", b"", b"1" * 8 * (MAX_IDS + 1)]), "a frame that is none"),
-        (encode(Give((Given(certificate(FOUNDER, PEOPLE[5], signed_by=PEOPLE[1])),))), "signature"),
-        (encode(Give((Given(advert(PEOPLE[1], 1, signed_by=PEOPLE[2])[1]),))), "signature"),
-        (encode(Give((Given(advert(PEOPLE[1], 1, network="net_" + "0" * 72)[1]),))), "network"),
+        (
+            encode(
+                GiveRecords((GivenRecord(certificate(FOUNDER, PEOPLE[5], signed_by=PEOPLE[1])),))
+            ),
+            "signature",
+        ),
+        (
+            encode(GiveRecords((GivenRecord(advert(PEOPLE[1], 1, signed_by=PEOPLE[2])[1]),))),
+            "signature",
+        ),
+        (
+            encode(GiveRecords((GivenRecord(advert(PEOPLE[1], 1, network="net_" + "0" * 72)[1]),))),
+            "network",
+        ),
     ],
 )
 def test_what_no_honest_box_sends_ends_the_link(frame: bytes, why: str) -> None:
@@ -221,14 +232,14 @@ def test_garbage_is_invalid_and_nothing_else(frame: bytes) -> None:
 
 def test_who_sends_too_much_is_cut() -> None:
     net, (one, other) = chain(2)
-    frame = encode(Have(news=b"12345678" * MAX_IDS))
+    frame = encode(HaveRecords(news=b"12345678" * MAX_IDS))
     for _ in range(300):
         one.received(other.me, frame)
     assert net.cuts[0] == (one.me, other.me, "it sends too much")
 
 
 def test_one_link_cannot_make_us_remember_without_end() -> None:
-    asking = Asking()
+    asking = RecordRequests()
     took = sum(
         asking.offered("a", number.to_bytes(8, "big"), 0.0) for number in range(10 * MAX_IDS)
     )
@@ -237,7 +248,7 @@ def test_one_link_cannot_make_us_remember_without_end() -> None:
 
 
 def test_who_does_not_answer_is_not_waited_for() -> None:
-    asking = Asking()
+    asking = RecordRequests()
     assert asking.offered("a", b"1", 0.0)
     assert not asking.offered("b", b"1", 0.1) and not asking.offered("c", b"1", 0.2)
     assert asking.again(2.9, {"a", "b", "c"}) == {}
@@ -259,9 +270,12 @@ def test_what_was_lost_on_the_way_is_found_by_comparing() -> None:
 def test_records_of_unknown_signers_wait_for_their_certificate() -> None:
     net, row = chain(2)
     early = certificate(PEOPLE[5], PEOPLE[6])
-    row[1].received(row[0].me, encode(Give((Given(early),))))
+    row[1].received(row[0].me, encode(GiveRecords((GivenRecord(early),))))
     assert not net.cuts and len(row[1].roster) == 1
-    row[1].received(row[0].me, encode(Give((Given(early), Given(certificate(FOUNDER, PEOPLE[5]))))))
+    row[1].received(
+        row[0].me,
+        encode(GiveRecords((GivenRecord(early), GivenRecord(certificate(FOUNDER, PEOPLE[5]))))),
+    )
     assert PEOPLE[6].node_id in row[1].roster.members()
 
 
@@ -313,15 +327,15 @@ def test_a_lie_about_somebody_alive_costs_seconds() -> None:
     held = row[0].adverts.get(row[3].me)
     assert held is not None
     lie = gone(PEOPLE[1], PEOPLE[3], held.advert.serial)[1]
-    row[0].received(row[1].me, encode(Give((Given(lie),))))
+    row[0].received(row[1].me, encode(GiveRecords((GivenRecord(lie),))))
     assert row[0].adverts.gone(row[3].me)
-    row[4].received(row[3].me, encode(Give((Given(lie),))))
+    row[4].received(row[3].me, encode(GiveRecords((GivenRecord(lie),))))
     assert not row[4].adverts.gone(row[3].me)  # it has a link with it and knows better
-    row[3].received(row[4].me, encode(Give((Given(lie),))))
+    row[3].received(row[4].me, encode(GiveRecords((GivenRecord(lie),))))
     net.run(5)
     assert not row[0].adverts.gone(row[3].me)
     far = gone(PEOPLE[1], PEOPLE[3], 2**53 - 1)[1]
-    row[3].received(row[4].me, encode(Give((Given(far),))))
+    row[3].received(row[4].me, encode(GiveRecords((GivenRecord(far),))))
     assert row[3]._serial < 2**53 - 1  # nobody can use up its serials
 
 
@@ -377,7 +391,7 @@ def test_a_box_whose_clock_was_a_year_ahead_is_heard_again() -> None:
 
 def test_records_go_in_frames_that_fit() -> None:
     record = advert(PEOPLE[1], 1)[1]
-    frames = [encode(frame) for frame in batches([Given(record)] * 3000)]
+    frames = [encode(frame) for frame in batches([GivenRecord(record)] * 3000)]
     assert sum(len(decode(frame).records) for frame in frames) == 3000  # type: ignore[union-attr]
     assert len(frames) > 1 and max(map(len, frames)) < 2 * MAX_GIVE_BYTES
 
@@ -385,16 +399,16 @@ def test_records_go_in_frames_that_fit() -> None:
 def test_a_revocation_that_comes_before_its_certificate_counts() -> None:
     _, row = chain(2)
     for record in (revocation(FOUNDER, PEOPLE[5]), certificate(FOUNDER, PEOPLE[5])):
-        row[1].received(row[0].me, encode(Give((Given(record),))))
+        row[1].received(row[0].me, encode(GiveRecords((GivenRecord(record),))))
     assert PEOPLE[5].node_id not in row[1].roster.members() and len(row[1].roster) == 3
 
 
 def test_few_are_all_linked_and_many_keep_a_handful() -> None:
-    few = [f"n{number}" for number in range(neighbours.ALL_LINKED)]
+    few = [f"n{number}" for number in range(topology.ALL_LINKED)]
     many = [f"n{number}" for number in range(1000)]
-    assert neighbours.to_dial("n0", few, ["n1"], 1, Random(1)) == sorted(set(few) - {"n0", "n1"})
-    dialled = neighbours.to_dial("n0", many, ["n1", "n2"], 2, Random(1))
-    assert len(dialled) == neighbours.FEWEST - 2 and not {"n0", "n1", "n2"} & set(dialled)
-    assert neighbours.to_dial("n0", many, [], neighbours.FEWEST, Random(1)) == []
-    assert len(neighbours.to_drop(many, many[:30], 30, Random(1))) == 30 - neighbours.MOST
-    assert neighbours.to_drop(few, few, 30, Random(1)) == []
+    assert topology.to_dial("n0", few, ["n1"], 1, Random(1)) == sorted(set(few) - {"n0", "n1"})
+    dialled = topology.to_dial("n0", many, ["n1", "n2"], 2, Random(1))
+    assert len(dialled) == topology.FEWEST - 2 and not {"n0", "n1", "n2"} & set(dialled)
+    assert topology.to_dial("n0", many, [], topology.FEWEST, Random(1)) == []
+    assert len(topology.to_drop(many, many[:30], 30, Random(1))) == 30 - topology.MOST
+    assert topology.to_drop(few, few, 30, Random(1)) == []

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from pinaivu_box.errors import LinkLost
-from pinaivu_box.peering import work
+from pinaivu_box.legs import wire as leg_wire
 from tests.peering.asking import accept, ask, entry, heard, opened, served, sign
 from tests.peering.company import World
 
@@ -148,9 +148,9 @@ async def test_what_cannot_be_served_is_refused(world: World, name: str) -> None
     except LinkLost as lost:  # what no box says ends the link, with a reason
         assert lost.code == 400 and lost.reason, lost
     else:
-        assert isinstance(found[-1], work.Refused), found
+        assert isinstance(found[-1], leg_wire.LegRefused), found
         assert "log says why" not in found[-1].message
-        assert not any(isinstance(one, work.Outputs) for one in found)
+        assert not any(isinstance(one, leg_wire.Outputs) for one in found)
         await stream.finish()
     assert await entry(world, ask(world)) is None
 
@@ -167,9 +167,9 @@ async def test_what_an_earlier_leg_is_said_to_have_made(world: World) -> None:
     """More than the context has."""
     asked = msgspec.structs.replace(ask(world, max_tokens=None), made=[65] * 100_000)
     stream = await opened(world)
-    await work.send(stream, asked)
+    await leg_wire.send(stream, asked)
     found = await heard(stream)
-    assert isinstance(found[-1], work.Outputs) and not found[-1].outputs[-1].tokens
+    assert isinstance(found[-1], leg_wire.Outputs) and not found[-1].outputs[-1].tokens
     stream.abandon()
 
 
@@ -195,15 +195,15 @@ async def test_a_large_message_is_not_decoded_before_it_was_looked_at(
 ) -> None:
     """Nothing of it is decoded in this process, so nobody waits for that."""
     sizes: list[int] = []
-    decode = work.decode
+    decode = leg_wire.decode
 
     def decoded(frame: bytes, decoder: Any) -> Any:
         sizes.append(len(frame))
         return decode(frame, decoder)
 
-    monkeypatch.setattr(work, "decode", decoded)
+    monkeypatch.setattr(leg_wire, "decode", decoded)
     stream = await opened(world)
-    await work.send(stream, ask(world, **task))
+    await leg_wire.send(stream, ask(world, **task))
     with pytest.raises(LinkLost):
         await heard(stream)
     assert max(sizes, default=0) < 256 * 1024

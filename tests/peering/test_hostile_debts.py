@@ -14,17 +14,18 @@ import pytest
 from pinaivu_box import amount
 from pinaivu_box.amount import parse
 from pinaivu_box.errors import LinkLost, PeeringError
-from pinaivu_box.gateway import guests, serving
+from pinaivu_box.ledger import entry as ledger_entry
+from pinaivu_box.legs import admission, server
+from pinaivu_box.legs import wire as leg_wire
 from pinaivu_box.models.catalog import digest_of
-from pinaivu_box.peering import memory_transport, work
-from pinaivu_box.peering.memory_transport import MemoryNetwork
-from pinaivu_box.peering.transport import Stream
 from pinaivu_box.receipts.receipt import ACCEPTANCE_DOMAIN
-from pinaivu_box.store import ledger
+from pinaivu_box.transport.transport import Stream
 from tests.peering.asking import accept, ask, entry, heard, opened, refused, served, sign, task
 from tests.peering.company import DEAR, FAKE, World, house, offering, said
 from tests.peering.people import person
 from tests.peering.worlds import soon, wait_until
+from tests.support import memory_transport
+from tests.support.memory_transport import MemoryNetwork
 
 pytestmark = pytest.mark.anyio
 
@@ -41,15 +42,15 @@ async def world(three: World, caplog: pytest.LogCaptureFixture) -> AsyncIterator
 async def test_who_never_accepts_owes_it_all_the_same(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(serving, "_ACCEPT_SECONDS", 0.1)
-    before = await ledger.balance(world.ben.box.database, world.carl.identity.node_id)
+    monkeypatch.setattr(server, "_ACCEPT_SECONDS", 0.1)
+    before = await ledger_entry.balance(world.ben.box.database, world.carl.identity.node_id)
     asked = ask(world)
     stream, _ = await served(world, asked)
     await wait_until(lambda: not world.running)
     assert await soon(stream.receive()) is None
     found = await entry(world, asked)
     assert found is not None and found["acceptance"] == b""
-    after = await ledger.balance(world.ben.box.database, world.carl.identity.node_id)
+    after = await ledger_entry.balance(world.ben.box.database, world.carl.identity.node_id)
     used = before["credits"].credit_used if before else 0
     assert after["credits"].credit_used == used + found["amount"]
     stream.abandon()
@@ -59,16 +60,19 @@ HANGUPS = ("at the first output", "in the middle", "at the proof", "at the end",
            "after a stop", "with the link", "in dispute")  # fmt: skip
 
 
-async def hang_up(world: World, asked: work.Ask, how: str) -> None:
+async def hang_up(world: World, asked: leg_wire.LegRequest, how: str) -> None:
     """Ask, and leave at that stage."""
     stream = await opened(world)
-    await work.send(stream, asked)
+    await leg_wire.send(stream, asked)
     outputs = 0
     while True:
-        said = await soon(work.receive(stream, work.to_coordinator))
-        outputs += isinstance(said, work.Outputs)
-        ended = isinstance(said, work.Outputs) and said.outputs[-1].finish_reason is not None
-        wanted = {"in the middle": outputs == 3, "at the proof": isinstance(said, work.Proved)}
+        said = await soon(leg_wire.receive(stream, leg_wire.to_coordinator))
+        outputs += isinstance(said, leg_wire.Outputs)
+        ended = isinstance(said, leg_wire.Outputs) and said.outputs[-1].finish_reason is not None
+        wanted = {
+            "in the middle": outputs == 3,
+            "at the proof": isinstance(said, leg_wire.LegProof),
+        }
         if ended or (outputs == 1 and how not in (*wanted, "at the end", "in dispute")):
             break
         if wanted.get(how):
@@ -77,12 +81,12 @@ async def hang_up(world: World, asked: work.Ask, how: str) -> None:
         case "orderly":
             await stream.finish()
         case "after a stop":
-            await work.send(stream, work.Stop())
+            await leg_wire.send(stream, leg_wire.Stop())
             stream.abandon()
         case "with the link":
             await world.carl.network._links.held[world.ben.node_id].link.close(400, "enough")
         case "in dispute":
-            await work.send(stream, work.Disputed("I have seen nothing"))
+            await leg_wire.send(stream, leg_wire.Disputed("I have seen nothing"))
             await stream.finish()
         case _:
             stream.abandon()
@@ -90,7 +94,7 @@ async def hang_up(world: World, asked: work.Ask, how: str) -> None:
 
 
 async def waits(world: World) -> int:
-    found = await ledger.balance(world.ben.box.database, world.carl.identity.node_id)
+    found = await ledger_entry.balance(world.ben.box.database, world.carl.identity.node_id)
     return found["credits"].waiting if found else 0
 
 
@@ -139,12 +143,14 @@ async def test_the_credit_limit_binds_who_hangs_up_time_and_again(strict: World)
     text, refusal = "x" * 80, None
     for _ in range(100):
         stream = await opened(world)
-        await work.send(stream, ask(world, text, max_tokens=None))
-        said = await soon(work.receive(stream, work.to_coordinator))
-        if isinstance(said, work.Refused):
+        await leg_wire.send(stream, ask(world, text, max_tokens=None))
+        said = await soon(leg_wire.receive(stream, leg_wire.to_coordinator))
+        if isinstance(said, leg_wire.LegRefused):
             refusal = said
             break
-        while not isinstance(await soon(work.receive(stream, work.to_coordinator)), work.Outputs):
+        while not isinstance(
+            await soon(leg_wire.receive(stream, leg_wire.to_coordinator)), leg_wire.Outputs
+        ):
             pass
         stream.abandon()
         await wait_until(lambda: not world.running)
@@ -157,7 +163,7 @@ async def test_the_credit_limit_binds_who_hangs_up_time_and_again(strict: World)
     assert shown["unaccepted"] == unaccepted and shown["owes"] == amount.to_text(await owes(world))
     # What was not yet refused is counted no more, either: nothing at all is to be had.
     digest = world.carl.models[0].digest.hex()
-    assert "owes" in (await refused(world, work.Count(task(world), digest))).message
+    assert "owes" in (await refused(world, leg_wire.Count(task(world), digest))).message
     # The operator writes it off, and it may have as much again.
     forgiven = await world.ben.http("POST", "/v1/admin/ledger/carl/forgive")
     assert forgiven.status_code == 200 and await waits(world) == 0
@@ -172,12 +178,16 @@ async def test_what_runs_is_reserved(strict: World) -> None:
     await terms(world, credit_limit=amount.to_text(limit), max_parallel=8)
     streams = [await opened(world) for _ in range(8)]
     for stream in streams:
-        await work.send(stream, ask(world, max_tokens=None))
-    found = [await soon(work.receive(one, work.to_coordinator)) for one in streams]
+        await leg_wire.send(stream, ask(world, max_tokens=None))
+    found = [await soon(leg_wire.receive(one, leg_wire.to_coordinator)) for one in streams]
     kinds = [type(one) for one in found]
     assert sorted(one.__name__ for one in kinds) == ["Began"] + ["Refused"] * 7
-    assert {one.code for one in found if isinstance(one, work.Refused)} == {"rate_limit_exceeded"}
-    assert any("for what runs" in one.message for one in found if isinstance(one, work.Refused))
+    assert {one.code for one in found if isinstance(one, leg_wire.LegRefused)} == {
+        "rate_limit_exceeded"
+    }
+    assert any(
+        "for what runs" in one.message for one in found if isinstance(one, leg_wire.LegRefused)
+    )
     for stream in streams:
         stream.abandon()
     await wait_until(lambda: not world.running)
@@ -199,14 +209,14 @@ async def test_who_waits_for_its_prompt_to_be_counted_hears_that_all_is_well(
         return await read(job)
 
     monkeypatch.setattr(local, "read", slow)
-    monkeypatch.setattr(serving, "_ALIVE_SECONDS", 0.01)
+    monkeypatch.setattr(server, "_ALIVE_SECONDS", 0.01)
     await terms(world, tokens_per_minute=10_000)
     stream = await opened(world)
-    await work.send(stream, ask(world))
-    assert isinstance(await soon(work.receive(stream, work.to_coordinator)), work.Alive)
+    await leg_wire.send(stream, ask(world))
+    assert isinstance(await soon(leg_wire.receive(stream, leg_wire.to_coordinator)), leg_wire.Alive)
     heard_.set()
     found = await heard(stream)
-    (proved,) = [one for one in found if isinstance(one, work.Proved)]
+    (proved,) = [one for one in found if isinstance(one, leg_wire.LegProof)]
     await accept(stream, sign(world, proved))
 
 
@@ -219,9 +229,9 @@ async def test_tokens_a_minute_count_what_was_hung_up_on(strict: World) -> None:
     refusal = None
     for _ in range(20):
         stream = await opened(world)
-        await work.send(stream, ask(world, "x" * 100, max_tokens=1))
-        said = await soon(work.receive(stream, work.to_coordinator))
-        if isinstance(said, work.Refused):
+        await leg_wire.send(stream, ask(world, "x" * 100, max_tokens=1))
+        said = await soon(leg_wire.receive(stream, leg_wire.to_coordinator))
+        if isinstance(said, leg_wire.LegRefused):
             refusal = said
             break
         await heard(stream)
@@ -235,10 +245,10 @@ async def test_tokens_a_minute_count_what_was_hung_up_on(strict: World) -> None:
     use.tokens._total = 0
     for _ in range(20):
         stream = await opened(world)
-        await work.send(stream, work.Count(task(world, "x" * 100), digest))
-        answer = await soon(work.receive(stream, work.to_coordinator))
+        await leg_wire.send(stream, leg_wire.Count(task(world, "x" * 100), digest))
+        answer = await soon(leg_wire.receive(stream, leg_wire.to_coordinator))
         await stream.finish()
-        if isinstance(answer, work.Refused):
+        if isinstance(answer, leg_wire.LegRefused):
             assert "count 800 tokens a minute" in answer.message
             break
         counted += 1
@@ -259,9 +269,11 @@ async def test_what_other_legs_have_made_counts_as_tokens_a_minute(strict: World
     await wait_until(lambda: not world.running)
     assert 302 < use.tokens.used(time.monotonic()) <= 400
     stream = await opened(world)
-    await work.send(stream, msgspec.structs.replace(ask(world, leg=1, max_tokens=302), made=made))
-    said = await soon(work.receive(stream, work.to_coordinator))
-    assert isinstance(said, work.Refused) and "400 tokens a minute" in said.message
+    await leg_wire.send(
+        stream, msgspec.structs.replace(ask(world, leg=1, max_tokens=302), made=made)
+    )
+    said = await soon(leg_wire.receive(stream, leg_wire.to_coordinator))
+    assert isinstance(said, leg_wire.LegRefused) and "400 tokens a minute" in said.message
 
 
 async def test_debts_outlive_a_restart_and_are_accepted_later(tmp_path: Path) -> None:
@@ -278,16 +290,16 @@ async def test_debts_outlive_a_restart_and_are_accepted_later(tmp_path: Path) ->
         async with house(net, tmp_path / "ben", (FAKE,), **dear) as ben:
             await soon(ben.network.join(await anna.network.invite()))
             await wait_until(lambda: offering(anna) == 1)
-            send = work.send
+            send = leg_wire.send
 
             async def forgets(stream: Stream, *messages: Any) -> None:
-                if any(isinstance(one, work.Accepted) for one in messages):
+                if any(isinstance(one, leg_wire.Accepted) for one in messages):
                     stream.abandon()
                     raise LinkLost("it is lost")
                 await send(stream, *messages)
 
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(work, "send", forgets)
+                patch.setattr(leg_wire, "send", forgets)
                 answer = await anna.chat("x" * 20)
             assert answer.status_code == 200, answer.text
             guests_ = ben.pool.serving.guests
@@ -347,11 +359,11 @@ async def test_a_signature_that_does_not_bind_is_none(world: World, kind: str) -
         "another proof": sign(world, proof),
     }.get(kind)
     if signature is None:
-        await work.send(stream, work.Disputed("\x1b[2J\nERROR all is lost"))
+        await leg_wire.send(stream, leg_wire.Disputed("\x1b[2J\nERROR all is lost"))
         await stream.finish()
         assert await soon(stream.receive()) is None
     else:
-        await work.send(stream, work.Accepted(signature.hex()))
+        await leg_wire.send(stream, leg_wire.Accepted(signature.hex()))
         with pytest.raises(LinkLost, match="not its own") as lost:
             await soon(stream.receive())
         assert lost.value.code == 400
@@ -367,7 +379,7 @@ async def test_a_signature_has_one_spelling(world: World, spelled: Callable[[str
     """What is no signature as it is written accepts nothing; the leg is owed all the same."""
     asked = ask(world)
     stream, proved = await served(world, asked)
-    await work.send(stream, work.Accepted(spelled(sign(world, proved).hex())))
+    await leg_wire.send(stream, leg_wire.Accepted(spelled(sign(world, proved).hex())))
     await wait_until(lambda: not world.running)
     found = await entry(world, asked)
     assert found is not None and found["acceptance"] == b"" and found["amount"] > 0
@@ -376,7 +388,7 @@ async def test_a_signature_has_one_spelling(world: World, spelled: Callable[[str
 
 async def test_a_dispute_stays_in_its_line(world: World, caplog: pytest.LogCaptureFixture) -> None:
     stream, _ = await served(world, ask(world))
-    await work.send(stream, work.Disputed("\x1b[2J\nERROR all is lost"))
+    await leg_wire.send(stream, leg_wire.Disputed("\x1b[2J\nERROR all is lost"))
     await stream.finish()
     assert await soon(stream.receive()) is None
     (line,) = [one.getMessage() for one in caplog.records if "disputes" in one.getMessage()]
@@ -389,7 +401,7 @@ async def test_a_leg_is_served_once(world: World) -> None:
     again = ask(world, "Something else", request_id=asked.task.request_id)
     both = [await opened(world) for _ in range(2)]
     for stream, one in zip(both, (asked, again), strict=True):
-        await work.send(stream, one)
+        await leg_wire.send(stream, one)
     found = []
     for stream in both:
         found.append((await heard(stream))[-1])
@@ -404,7 +416,7 @@ async def test_a_leg_is_served_once(world: World) -> None:
 
 
 async def test_a_prompt_is_not_for_nothing(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(guests, "_OTHER_SECONDS", 0.2)
+    monkeypatch.setattr(admission, "_OTHER_SECONDS", 0.2)
     asked = ask(world)
     free = msgspec.structs.replace(
         asked, pays_prompt=False, task=msgspec.structs.replace(asked.task, choice=1)
@@ -430,8 +442,10 @@ async def test_a_prompt_is_not_for_nothing(world: World, monkeypatch: pytest.Mon
     # Who breaks off has paid nothing.
     asked = ask(world, max_tokens=None)
     stream = await opened(world)
-    await work.send(stream, asked)
-    assert isinstance(await soon(work.receive(stream, work.to_coordinator)), work.Began)
+    await leg_wire.send(stream, asked)
+    assert isinstance(
+        await soon(leg_wire.receive(stream, leg_wire.to_coordinator)), leg_wire.LegStarted
+    )
     stream.abandon()
     await wait_until(lambda: not world.running)
     free = msgspec.structs.replace(
@@ -446,13 +460,15 @@ async def test_a_prompt_is_not_for_nothing(world: World, monkeypatch: pytest.Mon
 async def test_a_storm_of_cancellations_is_one(world: World) -> None:
     (engine,) = world.ben.box.placement.engines
     stream = await opened(world)
-    await work.send(stream, ask(world, max_tokens=None))
-    assert isinstance(await soon(work.receive(stream, work.to_coordinator)), work.Began)
+    await leg_wire.send(stream, ask(world, max_tokens=None))
+    assert isinstance(
+        await soon(leg_wire.receive(stream, leg_wire.to_coordinator)), leg_wire.LegStarted
+    )
     before = engine._messages
     for _ in range(2000):
-        await work.send(stream, work.Stop())
+        await leg_wire.send(stream, leg_wire.Stop())
     found = await heard(stream)
-    assert isinstance(found[-1], work.Outputs)
+    assert isinstance(found[-1], leg_wire.Outputs)
     assert found[-1].outputs[-1].finish_reason == "cancelled"
     assert engine._messages - before < 1000
     stream.abandon()
@@ -462,10 +478,10 @@ async def test_who_does_not_read_is_not_waited_for(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(memory_transport, "WINDOW_BYTES", 500)
-    monkeypatch.setattr(work, "SEND_SECONDS", 2.0)
+    monkeypatch.setattr(leg_wire, "SEND_SECONDS", 2.0)
     streams = [await opened(world) for _ in range(8)]
     for stream in streams:
-        await work.send(stream, ask(world, max_tokens=None))
+        await leg_wire.send(stream, ask(world, max_tokens=None))
     assert "as many as it may" in (await refused(world, ask(world))).message
     await wait_until(lambda: not world.running)
     for stream in streams:
@@ -478,7 +494,7 @@ async def test_who_never_comes_to_an_end_holds_up_only_itself(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Tasks of up to 16 MiB: four at a time of a peer are waited for."""
-    monkeypatch.setattr(serving, "_ASK_SECONDS", 0.5)
+    monkeypatch.setattr(server, "_ASK_SECONDS", 0.5)
     streams = [await opened(world) for _ in range(12)]
     for stream in streams:
         await stream.send(b"\1" + bytes(100_000))
@@ -495,7 +511,7 @@ async def test_a_message_without_end_ends_the_link(world: World) -> None:
     stream = await opened(world)
     with pytest.raises(LinkLost, match="longer than is allowed") as lost:
         for _ in range(40):
-            await stream.send(b"\1" + bytes(work.MAX_FRAME_BYTES - 1))
+            await stream.send(b"\1" + bytes(leg_wire.MAX_FRAME_BYTES - 1))
         await soon(stream.receive())
     assert lost.value.code == 400
 
@@ -525,9 +541,9 @@ async def test_prompts_are_not_counted_without_number(
     streams = [await opened(world) for _ in range(40)]
     text = "x" * 7000
     await asyncio.gather(
-        *(work.send(one, work.Count(task(world, text), digest)) for one in streams)
+        *(leg_wire.send(one, leg_wire.Count(task(world, text), digest)) for one in streams)
     )
-    found = [await soon(work.receive(one, work.to_coordinator)) for one in streams]
+    found = [await soon(leg_wire.receive(one, leg_wire.to_coordinator)) for one in streams]
     kinds = {type(one) for one in found}
-    assert kinds == {work.Tokens, work.Refused}
+    assert kinds == {leg_wire.Tokens, leg_wire.LegRefused}
     assert digest == digest_of(world.ben.box.catalog.find(FAKE))

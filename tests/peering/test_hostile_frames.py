@@ -13,23 +13,17 @@ from msgspec import Struct
 
 from pinaivu_box.engine.messages import Sampling, SamplingDefaults, TokenLogprob
 from pinaivu_box.errors import InvalidBody, ProtocolError
-from pinaivu_box.gateway.tasks import to_job
+from pinaivu_box.files import wire as file_wire
+from pinaivu_box.gossip import adverts, frames
+from pinaivu_box.ledger import wire as ledger_wire
+from pinaivu_box.ledger.reconcile import EntryRange, Item
+from pinaivu_box.legs import wire as leg_wire
+from pinaivu_box.legs.codec import to_job
+from pinaivu_box.membership import joining, records, tickets
+from pinaivu_box.membership.signed import Invalid, Record
 from pinaivu_box.models.catalog import remote
-from pinaivu_box.peering import (
-    advert,
-    gossip_wire,
-    invite,
-    joining,
-    ledger_wire,
-    membership,
-    model_wire,
-    opening,
-    wire,
-    work,
-)
-from pinaivu_box.peering.netting import Item, Part
-from pinaivu_box.peering.signed import Invalid, Record
 from pinaivu_box.receipts.receipt import canonical
+from pinaivu_box.transport import opening, wire
 from tests.peering import books
 from tests.peering.people import PEOPLE, certificate, gone, revocation
 from tests.peering.people import advert as made_advert
@@ -37,7 +31,7 @@ from tests.peering.people import advert as made_advert
 FEW = 1000  # mutations of each frame
 SEED = 20261125
 DIGEST = "ab" * 32
-TASK = work.Task(
+TASK = leg_wire.Task(
     "req_" + "0" * 26, "fake:1", [{"role": "user", "content": "Hello"}],
     SamplingDefaults(0.5), 7, 20, ["."], DIGEST, read=[1, 2, 3],
     settled=Sampling(0.5, 0.95, 40, 0.05, 7),
@@ -61,14 +55,14 @@ def record(data: bytes) -> Any:
     """A record as gossip and joining have it, and what is in it."""
     found = msgspec.msgpack.decode(data, type=Record)
     if found.kind in ("member", "revocation"):
-        return membership.read(found)
-    return advert.read(found)
+        return records.read(found)
+    return adverts.read(found)
 
 
 def task(data: bytes) -> Any:
     """And the job that it becomes, with what the proof says of it."""
-    asked = wire.decode(data, work.to_serving)
-    if isinstance(asked, work.Ask | work.Count):
+    asked = wire.decode(data, leg_wire.to_serving)
+    if isinstance(asked, leg_wire.LegRequest | leg_wire.Count):
         return to_job(asked.task, remote("fake:1", DIGEST), "peer")
     return asked
 
@@ -77,55 +71,57 @@ def proof(data: bytes) -> Any:
     return canonical(msgspec.json.decode(data, type=books.Proof))
 
 
-OUT = work.Out("a", [97], "stop", 1.0, 2, 0, [TokenLogprob(b"a", -1.0, [(b"b", -2.0)])], "x", [b""])
+OUT = leg_wire.Out(
+    "a", [97], "stop", 1.0, 2, 0, [TokenLogprob(b"a", -1.0, [(b"b", -2.0)])], "x", [b""]
+)
 # Who reads it, and what honest boxes say there.
 READERS: dict[str, tuple[Callable[[bytes], Any], list[Struct | bytes]]] = {
     "hello": (wire.decode_hello, [wire.Hello((1, 2), "1.0", 1.5)]),
     "open": (opening.decode_open, [opening.Open("work"), opening.Open("x" * 32, 9)]),
     "refusal": (decoded(opening._refusal), [opening.Refusal(426, "no")]),
-    "join": (decoded(joining._join), [joining.Join(bytes(16), "box")]),
+    "join": (decoded(joining._join), [joining.JoinRequest(bytes(16), "box")]),
     "welcome": (decoded(joining._welcome), [joining.Welcome(RECORDS[:2])]),
     "gossip": (
-        gossip_wire.decode,
+        frames.decode,
         [
-            gossip_wire.Have(bytes(32), bytes(16)), gossip_wire.Want(bytes(16), bytes(8)),
-            gossip_wire.Give(tuple(gossip_wire.Given(one, 5) for one in RECORDS)),
-            gossip_wire.Digest(bytes(16)), gossip_wire.Parts(bytes(512), True),
+            frames.HaveRecords(bytes(32), bytes(16)), frames.WantRecords(bytes(16), bytes(8)),
+            frames.GiveRecords(tuple(frames.GivenRecord(one, 5) for one in RECORDS)),
+            frames.RosterDigest(bytes(16)), frames.BucketHashes(bytes(512), True),
         ],
     ),
     "records": (record, list(RECORDS)),
     "tasks": (
         task,
         [
-            work.Ask(TASK, DIGEST, [1, 2], ("1", "0.5", "2"), "credits"), work.Count(TASK, DIGEST),
-            work.Stop(), work.Accepted("ab" * 64), work.Disputed("no"),
+            leg_wire.LegRequest(TASK, DIGEST, [1, 2], ("1", "0.5", "2"), "credits"), leg_wire.Count(TASK, DIGEST),
+            leg_wire.Stop(), leg_wire.Accepted("ab" * 64), leg_wire.Disputed("no"),
         ],
     ),
     "answers": (
-        decoded(work.to_coordinator),
+        decoded(leg_wire.to_coordinator),
         [
-            work.Refused("x", "no"), work.Read([1, 2, 3]), work.Outputs([OUT], "ab" * 64),
-            work.Began(DIGEST, "b", "cpu", Sampling(0.8, 0.95, 40, 0.05, 7), "tags", False, DIGEST),
-            work.Alive(), work.Proved("{}", "ab" * 64), work.Tokens([1]),
+            leg_wire.LegRefused("x", "no"), leg_wire.PromptRead([1, 2, 3]), leg_wire.Outputs([OUT], "ab" * 64),
+            leg_wire.LegStarted(DIGEST, "b", "cpu", Sampling(0.8, 0.95, 40, 0.05, 7), "tags", False, DIGEST),
+            leg_wire.Alive(), leg_wire.LegProof("{}", "ab" * 64), leg_wire.Tokens([1]),
         ],
     ),
     "ledger": (
         decoded(ledger_wire.decoder),
         [
-            ledger_wire.Begin(1, bytes(32)), ledger_wire.Look(1), ledger_wire.Books(1, b"{}"),
-            ledger_wire.Ask([b"a"]), ledger_wire.Give([bytes(32)]), ledger_wire.Done(),
-            ledger_wire.Entries([WIRE_ENTRY]), ledger_wire.Take([WIRE_ENTRY]),
-            ledger_wire.Parts([Part([ITEM])]), ledger_wire.Taken({bytes(32): "no"}),
-            ledger_wire.Propose(b"{}", bytes(64)), ledger_wire.Sorry("no"),
+            ledger_wire.Begin(1, bytes(32)), ledger_wire.Look(1), ledger_wire.LedgerDigest(1, b"{}"),
+            ledger_wire.AskRanges([b"a"]), ledger_wire.GiveEntries([bytes(32)]), ledger_wire.Done(),
+            ledger_wire.Entries([WIRE_ENTRY]), ledger_wire.TakeEntries([WIRE_ENTRY]),
+            ledger_wire.RangeHashes([EntryRange([ITEM])]), ledger_wire.EntriesTaken({bytes(32): "no"}),
+            ledger_wire.Propose(b"{}", bytes(64)), ledger_wire.Reject("no"),
         ],
     ),
     "questions": (
-        model_wire.question,
-        [model_wire.Find("a", ""), model_wire.List(DIGEST), model_wire.Give(DIGEST, 1)],
+        file_wire.question,
+        [file_wire.Find("a", ""), file_wire.List(DIGEST), file_wire.GivePiece(DIGEST, 1)],
     ),
     "files": (
-        model_wire.answer,
-        [model_wire.Have("a", DIGEST, 1), model_wire.Hashes(bytes(32)), model_wire.Part(b"a")],
+        file_wire.answer,
+        [file_wire.ModelAvailable("a", DIGEST, 1), file_wire.Hashes(bytes(32)), file_wire.PieceData(b"a")],
     ),
     "proofs": (proof, [ENTRY.proof]),
 }  # fmt: skip
@@ -197,7 +193,7 @@ def harmless(read: Callable[[bytes], Any], data: bytes) -> None:
 
 def test_tickets_are_told_apart() -> None:
     random = Random(SEED)
-    text, _ = invite.invite(
+    text, _ = tickets.invite(
         PEOPLE[0].node_id, "net_" + "00" * 36, ["192.0.2.1:4002"], now=0, seconds=60
     )
     letters = string.ascii_letters + string.digits + " \n-_=\0\N{SNOWMAN}"
@@ -205,6 +201,6 @@ def test_tickets_are_told_apart() -> None:
         at, more = random.randrange(len(text)), random.randrange(4)
         tried = text[:at] + "".join(random.choices(letters, k=more)) + text[at + more % 2 :]
         try:
-            assert invite.decode(tried) == invite.decode(text)
-        except invite.TicketInvalid as error:
+            assert tickets.decode(tried) == tickets.decode(text)
+        except tickets.TicketInvalid as error:
             assert str(error).isprintable() and len(str(error)) < 300

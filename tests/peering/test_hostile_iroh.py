@@ -14,9 +14,11 @@ from typing import Any
 import pytest
 
 from pinaivu_box.errors import LinkLost, PeeringError
-from pinaivu_box.peering import invite, joining, wire, work
-from pinaivu_box.peering.iroh_transport import IrohTransport
-from pinaivu_box.peering.opening import Open
+from pinaivu_box.legs import wire as leg_wire
+from pinaivu_box.membership import joining, tickets
+from pinaivu_box.transport import wire
+from pinaivu_box.transport.iroh_transport import IrohTransport
+from pinaivu_box.transport.opening import Open
 from tests.box import Box, pinaivu_json
 from tests.peering.worlds import identity, soon
 
@@ -38,14 +40,14 @@ class Attacker:
     """A member of the network that the ticket is for, with a link of its own."""
 
     def __init__(self, ticket: str) -> None:
-        self._ticket = invite.decode(ticket)
+        self._ticket = tickets.decode(ticket)
         self.server, self.addresses = self._ticket.node_id, self._ticket.addresses
 
     async def join(self) -> Attacker:
         self.transport = await IrohTransport.bind(identity(), "127.0.0.1", 0)
         self.link = await self.transport.connect(self.server, self.addresses, 20)
         stream = await self.open(joining.PURPOSE)
-        await stream.send(wire.encode(joining.Join(self._ticket.secret, "mallory")))
+        await stream.send(wire.encode(joining.JoinRequest(self._ticket.secret, "mallory")))
         await stream.finish()
         assert b"Welcome" in await soon(stream.receive())
         await self._gossip()
@@ -73,7 +75,7 @@ class Attacker:
         self.gossip = await soon(self.link.open())
         await self.gossip.send(wire.encode(Open("gossip")))
 
-    async def open(self, purpose: str = work.PURPOSE) -> Any:
+    async def open(self, purpose: str = leg_wire.PURPOSE) -> Any:
         stream = await soon(self.link.open())
         await stream.send(wire.encode(Open(purpose)))
         return stream
@@ -145,7 +147,7 @@ async def test_as_many_streams_as_one_may_have_and_not_one_more(attacker: Attack
         for _ in range(STREAMS):
             async with asyncio.timeout(1):
                 stream = await attacker.link.open()
-            await stream.send(wire.encode(Open(work.PURPOSE)))
+            await stream.send(wire.encode(Open(leg_wire.PURPOSE)))
             streams.append(stream)
     assert wire.MAX_STREAMS * 3 // 4 < len(streams) <= wire.MAX_STREAMS
     await attacker.link.close(1, "enough")

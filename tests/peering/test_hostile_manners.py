@@ -11,11 +11,12 @@ import msgspec
 import pytest
 from msgspec.structs import replace
 
-from pinaivu_box.gateway import peer as peers
-from pinaivu_box.peering import memory_transport, work
-from pinaivu_box.peering.transport import Stream
+from pinaivu_box.legs import client as peers
+from pinaivu_box.legs import wire as leg_wire
+from pinaivu_box.transport.transport import Stream
 from tests.peering.company import FAKE, Lie, World, checked, right
 from tests.peering.lies import NAN, ends, first, last
+from tests.support import memory_transport
 
 pytestmark = pytest.mark.anyio
 
@@ -30,7 +31,7 @@ def frames(*sent: bytes) -> Any:
     """Says that, byte by byte, and then nothing more."""
 
     async def say(peer: str, stream: Stream) -> None:
-        await work.receive(stream, work.to_serving)
+        await leg_wire.receive(stream, leg_wire.to_serving)
         for one in sent:
             await stream.send(one)
         await stream.receive()
@@ -39,20 +40,20 @@ def frames(*sent: bytes) -> Any:
     return say
 
 
-async def endless(stream: Stream, message: work.ToCoordinator, seconds: float) -> None:
+async def endless(stream: Stream, message: leg_wire.ToCoordinator, seconds: float) -> None:
     while True:
-        await work.send(stream, message)
+        await leg_wire.send(stream, message)
         await asyncio.sleep(seconds)
 
 
 async def idle(peer: str, stream: Stream) -> None:
-    await work.receive(stream, work.to_serving)
-    await endless(stream, work.Alive(), 0.5)
+    await leg_wire.receive(stream, leg_wire.to_serving)
+    await endless(stream, leg_wire.Alive(), 0.5)
 
 
 async def chatter(peer: str, stream: Stream) -> None:
-    await work.receive(stream, work.to_serving)
-    await endless(stream, work.Alive(), 0)
+    await leg_wire.receive(stream, leg_wire.to_serving)
+    await endless(stream, leg_wire.Alive(), 0)
 
 
 async def deaf(peer: str, stream: Stream) -> None:
@@ -63,7 +64,7 @@ async def leaves(peer: str, stream: Stream) -> None:
     stream.abandon()
 
 
-MEGABYTE = work.MAX_FRAME_BYTES
+MEGABYTE = leg_wire.MAX_FRAME_BYTES
 MANNERS: dict[str, tuple[Any, str]] = {
     "silence": (frames(), "stalled: nothing came"),
     "deafness": (deaf, "does not take"),
@@ -79,7 +80,7 @@ MANNERS: dict[str, tuple[Any, str]] = {
     "17 megabytes": (frames(*[b"\1" + bytes(MEGABYTE - 1)] * 17), "longer than is allowed"),
     "lists in lists": (frames(b"\0" + b"\x91" * (MEGABYTE - 1)), "not what was expected"),
     "a message of the other side": (
-        frames(b"\0" + msgspec.msgpack.encode(work.Stop())), "not what was expected",
+        frames(b"\0" + msgspec.msgpack.encode(leg_wire.Stop())), "not what was expected",
     ),
     "a million empty outputs": (
         frames(b"\0\x83\xa4type\xa7outputs\xa4mark\xd9\x80" + b"0" * 128
@@ -99,7 +100,7 @@ async def test_who_has_no_manners_is_left(
     monkeypatch.setattr(peers, "ALIVE_SECONDS", 3.0)
     if name == "deafness":
         monkeypatch.setattr(memory_transport, "WINDOW_BYTES", 500)
-        monkeypatch.setattr(work, "SEND_SECONDS", 2.0)
+        monkeypatch.setattr(leg_wire, "SEND_SECONDS", 2.0)
     world.carl.handler = handler
     text = name * 100 if handler is deaf else name
     await right(world, await world.anna.chat(text))
@@ -117,7 +118,7 @@ async def test_who_falls_silent_in_the_middle(
 
 
 def probed(*values: float, top: int = 0) -> Lie:
-    found = [work.TokenLogprob(b"a", one, [(b"b", one)] * top) for one in values]
+    found = [leg_wire.TokenLogprob(b"a", one, [(b"b", one)] * top) for one in values]
     return first(logprobs=found)
 
 
@@ -165,10 +166,10 @@ async def test_vectors_are_what_was_asked_for(world: World, name: str) -> None:
     assert (await checked(world, told))["node_id"] == world.ben.node_id
 
 
-COUNTS: dict[str, work.ToCoordinator] = {
-    "no context": work.Tokens([1, 2, 3], context=0),
-    "a prompt without end": work.Tokens([1] * 100_000, context=2**30),
-    "something else": work.Alive(),
+COUNTS: dict[str, leg_wire.ToCoordinator] = {
+    "no context": leg_wire.Tokens([1, 2, 3], context=0),
+    "a prompt without end": leg_wire.Tokens([1] * 100_000, context=2**30),
+    "something else": leg_wire.Alive(),
 }
 
 
@@ -177,12 +178,12 @@ async def test_a_prompt_is_counted_by_somebody_else(world: World, name: str) -> 
     """Who says that there is no context would switch a key's limits off."""
 
     async def count(peer: str, stream: Stream) -> None:
-        asked = await work.receive(stream, work.to_serving)
-        if isinstance(asked, work.Count):
-            await work.send(stream, COUNTS[name])
+        asked = await leg_wire.receive(stream, leg_wire.to_serving)
+        if isinstance(asked, leg_wire.Count):
+            await leg_wire.send(stream, COUNTS[name])
             await stream.finish()
         else:
-            await work.send(stream, work.Refused("x", "no", other=True))
+            await leg_wire.send(stream, leg_wire.LegRefused("x", "no", other=True))
 
     world.carl.handler = count
     made = await world.anna.http(

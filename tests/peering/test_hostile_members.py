@@ -14,21 +14,23 @@ import pytest
 from msgspec.structs import replace
 
 from pinaivu_box.errors import PeeringError
+from pinaivu_box.gossip import protocol
+from pinaivu_box.gossip.adverts import Advert, GoneReport
+from pinaivu_box.gossip.frames import GivenRecord, GiveRecords, encode
 from pinaivu_box.identity import Identity
-from pinaivu_box.peering import gossip, joining, wire
-from pinaivu_box.peering.advert import Advert, Gone
-from pinaivu_box.peering.gossip_wire import Give, Given, encode
-from pinaivu_box.peering.membership import Certificate, Revocation
-from pinaivu_box.peering.memory_transport import MemoryTransport
-from pinaivu_box.peering.network import Network
-from pinaivu_box.peering.opening import Open
-from pinaivu_box.peering.reception import Reception
-from pinaivu_box.peering.signed import Record, key_of, network_key, seal
-from pinaivu_box.peering.transport import Link, Stream
-from pinaivu_box.peering.wire import Code
+from pinaivu_box.membership import joining
+from pinaivu_box.membership.records import Certificate, Revocation
+from pinaivu_box.membership.signed import Record, key_of, network_key, seal
+from pinaivu_box.network.network import Network
+from pinaivu_box.transport import wire
+from pinaivu_box.transport.handshake import Handshake
+from pinaivu_box.transport.opening import Open
+from pinaivu_box.transport.transport import Link, Stream
+from pinaivu_box.transport.wire import Code
 from tests.peering.company import CHEAP, FAKE, Member, World, company, offering
 from tests.peering.people import offer, person
 from tests.peering.worlds import soon, wait_until
+from tests.support.memory_transport import MemoryTransport
 
 pytestmark = pytest.mark.anyio
 DAY = 86400.0
@@ -62,7 +64,7 @@ async def newcomer(
 ) -> AsyncIterator[Member]:
     """A member, for one test."""
     identity = person(number)
-    transport = MemoryTransport(world.net, identity.node_id, Reception(clock=clock), f"at:{name}")
+    transport = MemoryTransport(world.net, identity.node_id, Handshake(clock=clock), f"at:{name}")
     async with Member(identity, transport, home, name) as member:
         await soon(member.network.join(await world.anna.network.invite()))
         await wait_until(lambda: world.anna.network.peer(name).state == "connected")
@@ -79,7 +81,7 @@ def advert(world: World, of: str, by: Identity, **changes: Any) -> Record:
 
 
 def tell(member: Member, to: str, *records: Record) -> None:
-    member.network.say(to, encode(Give(tuple(Given(one) for one in records))))
+    member.network.say(to, encode(GiveRecords(tuple(GivenRecord(one) for one in records))))
 
 
 async def end_of(member: Member, to: str) -> PeeringError:
@@ -92,7 +94,7 @@ async def end_of(member: Member, to: str) -> PeeringError:
 async def test_who_was_put_out_shows_its_certificate_in_vain(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gossip, "_STRANGER_SECONDS", 0.1)
+    monkeypatch.setattr(protocol, "_STRANGER_SECONDS", 0.1)
     async with newcomer(world, tmp_path, "dora", 81) as dora:
         assert dora.network.roster is not None
         old = dora.network.roster.proof(dora.identity.node_id)
@@ -106,7 +108,7 @@ async def test_who_was_put_out_shows_its_certificate_in_vain(
         link: Link = await soon(bare.connect(box.node_id, box.network.own_addresses(), 5))
         stream = await soon(link.open())
         await stream.send(wire.encode(Open("gossip")))
-        await stream.send(encode(Give(tuple(Given(one) for one in old))))
+        await stream.send(encode(GiveRecords(tuple(GivenRecord(one) for one in old))))
         lost = await soon(link.closed())
         assert lost.code == Code.REVOKED and "sold" in lost.reason, lost
         assert box.network.peer("dora").state == "revoked"
@@ -199,7 +201,7 @@ def forged(world: World, by: Identity) -> dict[str, Record]:
         "a certificate that anna never signed": seal(by, "member", certificate),
         "a certificate of elsewhere": seal(by, "member", replace(certificate, network=elsewhere)),
         "anna's revocation": seal(by, "revocation", Revocation(here, ben, inviter, 0)),
-        "another's report": seal(by, "gone", Gone(here, ben, 1, inviter)),
+        "another's report": seal(by, "gone", GoneReport(here, ben, 1, inviter)),
         "half an advert": Record("advert", good.body[:-5], good.signature),
         "an advert for a certificate": Record("member", good.body, good.signature),
         "escapes for a version": advert(world, by.node_id, by, version=ESCAPE),
@@ -270,13 +272,13 @@ async def test_who_may_not_revoke_revokes_nobody(world: World, tmp_path: Path) -
 async def test_who_floods_is_cut_off(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gossip, "_LINK_BURST", 500_000.0)
+    monkeypatch.setattr(protocol, "_LINK_BURST", 500_000.0)
     async with newcomer(world, tmp_path, "loud", 122) as loud:
         stale = [advert(world, loud.identity.node_id, loud.identity, serial=n) for n in range(50)]
         held = loud.network._links.held[world.anna.node_id]
         assert held.talk is not None
         for _ in range(20):
-            held.talk.say(encode(Give(tuple(map(Given, stale * 8)))))
+            held.talk.say(encode(GiveRecords(tuple(map(GivenRecord, stale * 8)))))
             await asyncio.sleep(0)
         lost: Any = await soon(held.link.closed())
         assert lost.code == Code.PROTOCOL and "too much" in lost.reason

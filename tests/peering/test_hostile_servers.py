@@ -13,9 +13,9 @@ import msgspec
 import pytest
 from msgspec.structs import replace
 
-from pinaivu_box.gateway import dispatch
-from pinaivu_box.peering import work
-from pinaivu_box.peering.transport import Stream
+from pinaivu_box.legs import runner
+from pinaivu_box.legs import wire as leg_wire
+from pinaivu_box.transport.transport import Stream
 from tests.peering.company import FAKE, Lie, World, checked, right, said
 from tests.peering.lies import LIES, ends
 from tests.peering.worlds import wait_until
@@ -36,7 +36,7 @@ async def test_who_tells_the_truth_is_believed(world: World) -> None:
     receipt = await checked(world, answer)
     assert receipt["node_id"] == world.carl.identity.node_id
     await wait_until(lambda: len(liar.heard) == 1)
-    assert isinstance(liar.heard[0], work.Accepted)
+    assert isinstance(liar.heard[0], leg_wire.Accepted)
     assert len(await world.entries()) == 1
     assert "0.0 disputes" in await world.why()
 
@@ -58,25 +58,25 @@ async def test_a_lie_is_found_out_and_somebody_else_serves(world: World, name: s
     assert len(await world.entries()) == before  # it is owed nothing
     why = await world.why()
     assert sentence in why and why.isprintable(), why
-    assert not any(isinstance(one, work.Accepted) for one in liar.heard)
+    assert not any(isinstance(one, leg_wire.Accepted) for one in liar.heard)
 
 
 REFUSALS = [
-    work.Refused("invalid_api_key", "Your key is no good."),
-    work.Refused("budget_exceeded", "Pay first.", other=True, retry_after=2**31 - 1),
-    work.Refused("invalid_body", "No.\r\n\x1b[31m", param="messages\n.0"),
-    work.Refused("context_length_exceeded", "n_prompt_tokens"),
-    work.Refused("because", "\N{RIGHT-TO-LEFT OVERRIDE}" * 4000),
+    leg_wire.LegRefused("invalid_api_key", "Your key is no good."),
+    leg_wire.LegRefused("budget_exceeded", "Pay first.", other=True, retry_after=2**31 - 1),
+    leg_wire.LegRefused("invalid_body", "No.\r\n\x1b[31m", param="messages\n.0"),
+    leg_wire.LegRefused("context_length_exceeded", "n_prompt_tokens"),
+    leg_wire.LegRefused("because", "\N{RIGHT-TO-LEFT OVERRIDE}" * 4000),
 ]
 
 
 @pytest.mark.parametrize("refused", REFUSALS, ids=lambda one: one.code)
 async def test_what_one_box_has_against_a_request_another_need_not(
-    world: World, refused: work.Refused
+    world: World, refused: leg_wire.LegRefused
 ) -> None:
     async def refuse(peer: str, stream: Stream) -> None:
-        await work.receive(stream, work.to_serving)
-        await work.send(stream, refused)
+        await leg_wire.receive(stream, leg_wire.to_serving)
+        await leg_wire.send(stream, refused)
         await stream.finish()
 
     world.carl.handler = refuse
@@ -94,7 +94,7 @@ async def test_an_old_proof_is_no_new_one(world: World) -> None:
     """Nor in another's mouth, nor in the ledger."""
     liar = world.lie(Lie())
     liar.identity = world.carl.identity
-    kept: list[work.Proved] = []
+    kept: list[leg_wire.LegProof] = []
     world.lie(Lie(proved=lambda one: kept.append(one) or one))
     assert (await world.anna.chat("the first")).status_code == 200
     before = await world.entries()
@@ -109,7 +109,7 @@ async def test_one_plain_error_if_there_is_nobody_else(
     world: World, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     """Before the first token as an answer, after it in the stream."""
-    monkeypatch.setattr(dispatch, "_PATIENCE", 0.1)
+    monkeypatch.setattr(runner, "_PATIENCE", 0.1)
     if name in LIES:
         world.lie(LIES[name][0])
     else:
@@ -126,7 +126,7 @@ async def test_one_plain_error_if_there_is_nobody_else(
 
 async def test_without_end_there_is_an_end(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of an answer that nobody has limited."""
-    monkeypatch.setattr(work, "MOST_TOKENS", 100)
+    monkeypatch.setattr(leg_wire, "MOST_TOKENS", 100)
     world.lie(Lie(count=101))
     answer = await world.anna.chat("endless", max_tokens=None, stop=["."])
     assert answer.status_code == 200

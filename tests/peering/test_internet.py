@@ -14,7 +14,7 @@ from msgspec.structs import replace
 
 from pinaivu_box.config import Config, load
 from pinaivu_box.errors import CliError
-from pinaivu_box.peering.invite import decode, encode
+from pinaivu_box.membership.tickets import decode, encode
 from tests.box import on_terminal, pinaivu, pinaivu_json, wait_until
 from tests.peering.test_joining import Member
 

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from pinaivu_box.peering import invite
-from pinaivu_box.peering.invite import Invitation, Refused, Ticket, TicketInvalid
+from pinaivu_box.membership import tickets
+from pinaivu_box.membership.tickets import Invitation, Ticket, TicketInvalid, TicketRefused
 from pinaivu_box.store import peers as store
 from pinaivu_box.store.database import Database
 from pinaivu_box.store.peers import TicketRow
@@ -21,18 +21,18 @@ from tests.peering.people import FOUNDER, NETWORK, NOW, PEOPLE
 def made(
     uses: int = 1, addresses: tuple[str, ...] = ("192.168.1.5:4002",)
 ) -> tuple[str, Invitation]:
-    return invite.invite(
+    return tickets.invite(
         FOUNDER.node_id, NETWORK, addresses, now=NOW, seconds=3600, uses=uses, name="den"
     )
 
 
 def test_a_ticket_says_who_and_where_and_its_secret_is_not_kept() -> None:
     text, invitation = made()
-    ticket = invite.decode(text)
+    ticket = tickets.decode(text)
     assert ticket.node_id == FOUNDER.node_id
     assert ticket.addresses == ("192.168.1.5:4002",)
     assert ticket.expires_at == NOW + 3600
-    assert invitation.secret_sha256 == invite.secret_hash(ticket.secret)
+    assert invitation.secret_sha256 == tickets.secret_hash(ticket.secret)
     assert ticket.secret.hex() not in repr(invitation) and len(ticket.secret) == 16
     assert made()[0] != text  # another secret
 
@@ -40,7 +40,7 @@ def test_a_ticket_says_who_and_where_and_its_secret_is_not_kept() -> None:
 def test_how_it_is_written_down_does_not_matter() -> None:
     text, _ = made()
     broken = "  " + text[:20].upper() + "\n" + text[20:] + "\r\n"
-    assert invite.decode(broken) == invite.decode(text)
+    assert tickets.decode(broken) == tickets.decode(text)
 
 
 @given(
@@ -54,7 +54,7 @@ def test_how_it_is_written_down_does_not_matter() -> None:
     )
 )
 def test_encode_and_decode_agree(ticket: Ticket) -> None:
-    assert invite.decode(invite.encode(ticket)) == ticket
+    assert tickets.decode(tickets.encode(ticket)) == ticket
 
 
 @given(st.data())
@@ -65,79 +65,79 @@ def test_a_changed_letter_is_noticed(data: st.DataObject) -> None:
     changed = text[:at] + other + text[at + 1 :]
     if changed != text:
         with pytest.raises(TicketInvalid):
-            invite.decode(changed)
+            tickets.decode(changed)
 
 
 @given(st.one_of(st.text(), st.text(alphabet="abcdefghij234567=").map("pnv1".__add__)))
 def test_any_other_text_is_refused_in_a_sentence(text: str) -> None:
     with pytest.raises(TicketInvalid) as refused:
-        invite.decode(text)
+        tickets.decode(text)
     assert str(refused.value).endswith(".")
 
 
 @given(st.binary(max_size=200))
 def test_content_with_a_right_checksum_that_makes_no_sense(body: bytes) -> None:
-    text = invite.PREFIX + invite.base64.b32encode(invite._checksum(body) + body).decode()
+    text = tickets.PREFIX + tickets.base64.b32encode(tickets._checksum(body) + body).decode()
     with pytest.raises(TicketInvalid):
-        invite.decode(text)
+        tickets.decode(text)
 
 
 def test_content_out_of_bounds() -> None:
-    ticket = invite.decode(made()[0])
+    ticket = tickets.decode(made()[0])
     far = Ticket(ticket.inviter, ticket.network, ticket.secret, 1, ("a:1",) * 9)
     hidden = Ticket(ticket.inviter, ticket.network, ticket.secret, 1, ("a\x1b[2J:1",))
     short = Ticket(ticket.inviter, ticket.network, b"short", 1, ())
     for bad in (far, hidden, short):
         with pytest.raises(TicketInvalid):
-            invite.decode(invite.encode(bad))
+            tickets.decode(tickets.encode(bad))
     with pytest.raises(TicketInvalid, match="too long"):
-        invite.decode("pnv1" + "a" * 10**6)
+        tickets.decode("pnv1" + "a" * 10**6)
     with pytest.raises(TicketInvalid, match="version"):
-        invite.decode("pnv2abc")
+        tickets.decode("pnv2abc")
 
 
 def test_a_ticket_for_one_serves_one() -> None:
     text, invitation = made()
-    secret = invite.decode(text).secret
-    after = invite.redeem(invitation, secret, PEOPLE[1].node_id, NOW)
-    with pytest.raises(Refused, match="used already"):
-        invite.redeem(after, secret, PEOPLE[2].node_id, NOW)
+    secret = tickets.decode(text).secret
+    after = tickets.redeem(invitation, secret, PEOPLE[1].node_id, NOW)
+    with pytest.raises(TicketRefused, match="used already"):
+        tickets.redeem(after, secret, PEOPLE[2].node_id, NOW)
     # Whoever lost our answer may ask again, also after the hour.
-    assert invite.redeem(after, secret, PEOPLE[1].node_id, NOW + 9999) == after
+    assert tickets.redeem(after, secret, PEOPLE[1].node_id, NOW + 9999) == after
 
 
 @given(st.lists(st.integers(0, 7), max_size=30), st.integers(1, 5))
 def test_it_is_never_used_more_often_than_it_says(who: list[int], uses: int) -> None:
     text, invitation = made(uses)
-    secret, let_in = invite.decode(text).secret, set()
+    secret, let_in = tickets.decode(text).secret, set()
     for number in who:
         try:
-            invitation = invite.redeem(invitation, secret, PEOPLE[number].node_id, NOW)
+            invitation = tickets.redeem(invitation, secret, PEOPLE[number].node_id, NOW)
             let_in.add(number)
-        except Refused:
+        except TicketRefused:
             assert len(let_in) == uses and number not in let_in
     assert len(let_in) == min(uses, len(set(who)))
 
 
 def test_expired_withdrawn_and_guessed_tickets() -> None:
     text, invitation = made()
-    secret, who = invite.decode(text).secret, PEOPLE[1].node_id
-    with pytest.raises(Refused, match="expired"):
-        invite.redeem(invitation, secret, who, NOW + 3600)
+    secret, who = tickets.decode(text).secret, PEOPLE[1].node_id
+    with pytest.raises(TicketRefused, match="expired"):
+        tickets.redeem(invitation, secret, who, NOW + 3600)
     ahead = replace(invitation, made_at=NOW + 86400)  # for an hour, as its clock said
-    with pytest.raises(Refused, match="from the future"):
-        invite.redeem(ahead, secret, who, NOW)
-    with pytest.raises(Refused, match="no such ticket"):
-        invite.redeem(None, secret, who, NOW)
-    with pytest.raises(Refused, match="no such ticket"):
-        invite.redeem(invitation, b"0" * 16, who, NOW)
+    with pytest.raises(TicketRefused, match="from the future"):
+        tickets.redeem(ahead, secret, who, NOW)
+    with pytest.raises(TicketRefused, match="no such ticket"):
+        tickets.redeem(None, secret, who, NOW)
+    with pytest.raises(TicketRefused, match="no such ticket"):
+        tickets.redeem(invitation, b"0" * 16, who, NOW)
 
 
 @pytest.mark.parametrize("wrong", [{"uses": 0}, {"uses": 1001}, {"seconds": 0}, {"seconds": -1}])
 def test_an_invitation_that_makes_no_sense(wrong: dict[str, int]) -> None:
     values: dict[str, float] = {"now": NOW, "seconds": 60, **wrong}
     with pytest.raises(ValueError):
-        invite.invite(FOUNDER.node_id, NETWORK, [], **values)  # type: ignore[arg-type]
+        tickets.invite(FOUNDER.node_id, NETWORK, [], **values)  # type: ignore[arg-type]
 
 
 def test_the_newest_ticket_is_told_by_its_order_and_by_no_clock(

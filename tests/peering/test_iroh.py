@@ -16,11 +16,11 @@ import iroh.iroh_ffi
 import pytest
 
 from pinaivu_box.errors import CliError, Unreachable
-from pinaivu_box.peering import iroh_bindings
-from pinaivu_box.peering.iroh_transport import IrohTransport
-from pinaivu_box.peering.link import Pace
-from pinaivu_box.peering.reception import Reception
-from pinaivu_box.peering.wire import Code
+from pinaivu_box.transport import iroh_bindings
+from pinaivu_box.transport.handshake import Handshake
+from pinaivu_box.transport.iroh_transport import IrohTransport
+from pinaivu_box.transport.link import HeartbeatTiming
+from pinaivu_box.transport.wire import Code
 from tests.peering.worlds import (
     DEADLINE,
     PeerProcess,
@@ -160,7 +160,7 @@ async def test_a_peer_whose_program_stands_still_is_borne_for_a_while(
     peers: Callable[..., PeerProcess],
 ) -> None:
     here = await peers().event("listening")
-    reception = Reception(pace=Pace(beat=0.5, patience=4, stuck=10))
+    reception = Handshake(pace=HeartbeatTiming(beat=0.5, patience=4, stuck=10))
     ours = await IrohTransport.bind(identity(), "127.0.0.1", 0, reception=reception)
     link = await ours.connect(here["node_id"], here["addresses"], DEADLINE)
     stream = await converse(link, "block 3")
@@ -175,7 +175,7 @@ async def test_a_peer_whose_program_stands_still_is_borne_for_a_while(
 
 async def test_who_stood_still_itself_accuses_nobody(peers: Callable[..., PeerProcess]) -> None:
     here = await peers().event("listening")
-    reception = Reception(pace=Pace(beat=0.2, patience=2))
+    reception = Handshake(pace=HeartbeatTiming(beat=0.2, patience=2))
     ours = await IrohTransport.bind(identity(), "127.0.0.1", 0, reception=reception)
     link = await ours.connect(here["node_id"], here["addresses"], DEADLINE)
     time.sleep(2)  # noqa: ASYNC251

@@ -19,28 +19,31 @@ from hypothesis import strategies as st
 
 from pinaivu_box.errors import BoxError, LinkLost, PeeringError
 from pinaivu_box.identity import Identity, verify
-from pinaivu_box.peering import ledger_wire as w
-from pinaivu_box.peering import netting, wire
-from pinaivu_box.peering.ledger import Ledger, Outcome
-from pinaivu_box.peering.ledger_talk import Shelf, Talk, item_of
-from pinaivu_box.peering.memory_transport import MemoryNetwork, MemoryTransport
-from pinaivu_box.peering.netting import Books, Compare, Item
-from pinaivu_box.peering.transport import Link, Stream
+from pinaivu_box.ledger import claims, reconcile
+from pinaivu_box.ledger import entry as ledger_entry
+from pinaivu_box.ledger import statement as ledger_statement
+from pinaivu_box.ledger import wire as w
+from pinaivu_box.ledger.entry import LedgerEntry
+from pinaivu_box.ledger.reconcile import Compare, EntryTree, Item
+from pinaivu_box.ledger.session import EntrySnapshot, ReconcileSession, item_of
+from pinaivu_box.ledger.settlement import Ledger, SettlementOutcome
 from pinaivu_box.receipts.receipt import (
     ACCEPTANCE_DOMAIN,
     Proof,
     Receipt,
-    Usage,
+    TokenUsage,
     sign_proof,
     sign_receipt,
 )
-from pinaivu_box.store import audit, claims, ledger, statements
+from pinaivu_box.store import audit
 from pinaivu_box.store.audit import Actor
 from pinaivu_box.store.database import Database
-from pinaivu_box.store.ledger import Entry
+from pinaivu_box.transport import wire
+from pinaivu_box.transport.transport import Link, Stream
 from tests.peering.books import entry
 from tests.peering.people import PEOPLE
 from tests.peering.worlds import soon
+from tests.support.memory_transport import MemoryNetwork, MemoryTransport
 
 pytestmark = pytest.mark.anyio
 A, B, C = PEOPLE[:3]
@@ -55,13 +58,13 @@ class Pair:
     link: Link
     back: Link
 
-    async def both(self, *served_by_a: Entry) -> None:
+    async def both(self, *served_by_a: LedgerEntry) -> None:
         """Entries as A writes them, written by both."""
         for one in served_by_a:
-            await ledger.record(self.a, one, A.node_id)
-            await ledger.record(self.b, mirrored(one), B.node_id)
+            await ledger_entry.record(self.a, one, A.node_id)
+            await ledger_entry.record(self.b, mirrored(one), B.node_id)
 
-    async def settle(self, *, by: Identity = A, wrap: Any = None) -> Outcome:
+    async def settle(self, *, by: Identity = A, wrap: Any = None) -> SettlementOutcome:
         """`wrap` makes another stream of the asker's."""
         mine, its = (self.a, self.b) if by is A else (self.b, self.a)
         link, other = (self.link, self.back) if by is A else (self.back, self.link)
@@ -82,16 +85,16 @@ class Pair:
 
     async def sums(self) -> tuple[int, int]:
         """What B owes A: as A says, and as B says."""
-        a = await ledger.balance(self.a, B.node_id)
-        b = await ledger.balance(self.b, A.node_id)
+        a = await ledger_entry.balance(self.a, B.node_id)
+        b = await ledger_entry.balance(self.b, A.node_id)
         return sum(one.net for one in a.values()), -sum(one.net for one in b.values())
 
     async def signed(self) -> tuple[list[bytes], list[bytes]]:
-        a, b = await statements.ls(self.a), await statements.ls(self.b)
+        a, b = await ledger_statement.ls(self.a), await ledger_statement.ls(self.b)
         return [one.signed for one in a], [one.signed for one in b]
 
 
-def mirrored(one: Entry) -> Entry:
+def mirrored(one: LedgerEntry) -> LedgerEntry:
     """The same entry, as the other of the two writes it."""
     return msgspec.structs.replace(
         one, peer=A.node_id, served_by_us=not one.served_by_us, at=one.at + 5
@@ -120,7 +123,7 @@ async def pair(tmp_path: Path) -> AsyncIterator[Pair]:
         yield made
 
 
-def some(count: int, start: int = 0, **more: Any) -> list[Entry]:
+def some(count: int, start: int = 0, **more: Any) -> list[LedgerEntry]:
     """Of A's, every third served by B."""
     return [
         entry(A, B, f"req_{n:04}", served_by_us=n % 3 > 0, completion_tokens=n + 1, **more)
@@ -137,15 +140,15 @@ async def test_equal_books_are_signed_by_both(pair: Pair) -> None:
     outcome = await pair.settle()
     (made,) = outcome.statements
     assert (outcome.differences, outcome.taken, outcome.given) == ([], 0, 0)
-    (there,) = await statements.ls(pair.b)
+    (there,) = await ledger_statement.ls(pair.b)
     assert there.signed == made.signed and (there.ours, there.theirs) == (made.theirs, made.ours)
-    assert verify(A.node_id, netting.DOMAIN, made.signed, made.ours)
-    assert verify(B.node_id, netting.DOMAIN, made.signed, made.theirs)
-    assert netting.read(made.signed).entries == 30
+    assert verify(A.node_id, reconcile.DOMAIN, made.signed, made.ours)
+    assert verify(B.node_id, reconcile.DOMAIN, made.signed, made.theirs)
+    assert reconcile.read(made.signed).entries == 30
     assert await pair.sums() == owed  # it is signed, not paid
     assert (await pair.settle()).statements == []  # nothing is left
     for database, peer in ((pair.a, B), (pair.b, A)):
-        found = (await ledger.balance(database, peer.node_id))["credits"]
+        found = (await ledger_entry.balance(database, peer.node_id))["credits"]
         assert (found.open_served, found.open_received) == (0, 0)
 
 
@@ -155,18 +158,18 @@ async def test_statements_follow_each_other_whoever_asks(pair: Pair) -> None:
         assert len((await pair.settle(by=by)).statements) == 1
     ours, theirs = await pair.signed()
     assert ours == theirs and len(ours) == 4
-    read = [netting.read(one) for one in reversed(ours)]
+    read = [reconcile.read(one) for one in reversed(ours)]
     assert [one.sequence for one in read] == [1, 2, 3, 4]
     for before, after in itertools.pairwise(reversed(ours)):
-        assert netting.read(after).previous == netting.sha256(before).hexdigest()
+        assert reconcile.read(after).previous == reconcile.sha256(before).hexdigest()
 
 
 async def test_many_entries_are_signed_in_several_statements(
     pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pinaivu_box.peering.ledger.MOST", 40)
+    monkeypatch.setattr("pinaivu_box.ledger.settlement.MOST", 40)
     await pair.both(*some(100))
-    assert [netting.read(one.signed).entries for one in (await pair.settle()).statements] == [
+    assert [reconcile.read(one.signed).entries for one in (await pair.settle()).statements] == [
         40,
         40,
         20,
@@ -179,26 +182,28 @@ async def test_what_one_side_lost_comes_back(pair: Pair) -> None:
     """An entry here, one there, and an acceptance that never came."""
     await pair.both(*some(20))
     here, there, waiting = some(3, start=20)
-    await ledger.record(pair.a, here)
-    await ledger.record(pair.b, mirrored(there))
+    await ledger_entry.record(pair.a, here)
+    await ledger_entry.record(pair.b, mirrored(there))
     late = entry(A, B, "req_late", served_by_us=False)
-    await ledger.record(pair.a, late)
-    await ledger.record(pair.b, msgspec.structs.replace(mirrored(late), acceptance=b""))
-    await ledger.record(pair.a, msgspec.structs.replace(waiting, acceptance=b""))  # B has none
+    await ledger_entry.record(pair.a, late)
+    await ledger_entry.record(pair.b, msgspec.structs.replace(mirrored(late), acceptance=b""))
+    await ledger_entry.record(
+        pair.a, msgspec.structs.replace(waiting, acceptance=b"")
+    )  # B has none
     outcome = await pair.settle()
     assert (outcome.taken, outcome.given, outcome.differences) == (1, 1, [])
     assert outcome.accepted == 1
     assert [one.request_id for one in outcome.disputed] == [waiting.request_id]
-    assert netting.read(outcome.statements[0].signed).entries == 23
+    assert reconcile.read(outcome.statements[0].signed).entries == 23
     ours, theirs = await pair.sums()
     assert ours == theirs
-    left = (await ledger.balance(pair.a, B.node_id))["credits"]
+    left = (await ledger_entry.balance(pair.a, B.node_id))["credits"]
     assert left.waiting == waiting.amount  # nobody has accepted it
 
 
 async def test_more_than_a_frame_is_given(pair: Pair) -> None:
     for one in some(700):
-        await ledger.record(pair.a, one)
+        await ledger_entry.record(pair.a, one)
     outcome = await pair.settle()
     assert outcome.given == 700 and len(outcome.statements) == 1
     assert (await pair.signed())[0] == (await pair.signed())[1]
@@ -209,8 +214,8 @@ async def test_more_than_a_frame_is_given(pair: Pair) -> None:
 
 async def test_the_request_that_differs_is_named_with_both_values(pair: Pair) -> None:
     await pair.both(*some(300))
-    await ledger.record(pair.a, entry(A, B, "req_x", completion_tokens=10))
-    await ledger.record(
+    await ledger_entry.record(pair.a, entry(A, B, "req_x", completion_tokens=10))
+    await ledger_entry.record(
         pair.b, mirrored(entry(A, B, "req_x", completion_tokens=10, prompt_paid=False))
     )
     for by, values in ((A, ("0.028", "0.02")), (B, ("0.02", "0.028"))):
@@ -238,11 +243,11 @@ def test_every_difference_is_found(data: st.DataObject) -> None:
         }
 
     mine, its = books(ours), books(theirs)
-    compared, there, asked = Compare(Books(mine.values())), Books(its.values()), 0
+    compared, there, asked = Compare(EntryTree(mine.values())), EntryTree(its.values()), 0
     while prefixes := compared.questions(w.ASKED):
         asked += len(prefixes)
         for prefix in prefixes:
-            frame = wire.encode(w.Parts([there.part(prefix)]))
+            frame = wire.encode(w.RangeHashes([there.part(prefix)]))
             compared.take(prefix, wire.decode(frame, w.decoder).parts[0])  # type: ignore[union-attr]
     names = lambda found: {one.request_id for one in found}  # noqa: E731
     assert names(compared.only_ours.values()) == {f"req_{n}" for n in mine.keys() - its.keys()}
@@ -254,7 +259,7 @@ def test_every_difference_is_found(data: st.DataObject) -> None:
 
 def test_one_difference_among_many_takes_few_questions() -> None:
     items = [Item(A.node_id, f"req_{n}", 0, 0, "credits", 1, bytes(32)) for n in range(50_000)]
-    compared, there, asked = Compare(Books(items)), Books(items[:-1]), 0
+    compared, there, asked = Compare(EntryTree(items)), EntryTree(items[:-1]), 0
     while prefixes := compared.questions(w.ASKED):
         asked += len(prefixes)
         for prefix in prefixes:
@@ -289,9 +294,9 @@ def test_both_agree_or_name_the_difference(
                     else:
                         there = msgspec.structs.replace(there, acceptance=b"")
                 if fate != "only b":
-                    await ledger.record(pair.a, one, A.node_id)
+                    await ledger_entry.record(pair.a, one, A.node_id)
                 if fate != "only a":
-                    await ledger.record(pair.b, there, B.node_id)
+                    await ledger_entry.record(pair.b, there, B.node_id)
             outcome = await pair.settle(by=by)
             wrong = [f"req_{n:04}" for n, fate in enumerate(fates) if fate == "contradicts"]
             assert [one.request_id for one in outcome.differences] == wrong
@@ -346,8 +351,8 @@ async def test_it_may_break_off_anywhere(tmp_path: Path, after: bool, again: Ide
         folder.mkdir()
         async with pair_in(folder) as pair:
             await pair.both(*some(6))
-            await ledger.record(pair.a, some(1, start=6)[0])
-            await ledger.record(pair.b, mirrored(some(1, start=7)[0]))
+            await ledger_entry.record(pair.a, some(1, start=6)[0])
+            await ledger_entry.record(pair.b, mirrored(some(1, start=7)[0]))
             try:
                 await pair.settle(wrap=lambda stream, at=at: Breaking(stream, at, after=after))
                 break
@@ -357,7 +362,7 @@ async def test_it_may_break_off_anywhere(tmp_path: Path, after: bool, again: Ide
             assert (await pair.settle(by=again)).differences == []
             ours, theirs = await pair.signed()
             assert ours == theirs and 1 <= len(ours) <= 2
-            assert sum(netting.read(one).entries for one in ours) == 10
+            assert sum(reconcile.read(one).entries for one in ours) == 10
             assert len(set(await pair.sums())) == 1
     assert broken > 10
 
@@ -369,7 +374,7 @@ async def test_a_box_that_dies_at_its_statement(
     pair: Pair, monkeypatch: pytest.MonkeyPatch, again: Identity, crashing: Identity, written: bool
 ) -> None:
     await pair.both(*some(7))
-    real = statements.settle
+    real = ledger_statement.settle
 
     async def dying(database: Database, *rest: Any) -> None:
         if database is not (pair.a if crashing is A else pair.b):
@@ -379,14 +384,14 @@ async def test_a_box_that_dies_at_its_statement(
         raise LinkLost("the box is dead")
 
     with monkeypatch.context() as context:
-        context.setattr(statements, "settle", dying)
+        context.setattr(ledger_statement, "settle", dying)
         with pytest.raises(PeeringError):
             await pair.settle()
     await pair.both(*some(3, start=7))
     await pair.settle(by=again)
     ours, theirs = await pair.signed()
     assert ours == theirs
-    assert sum(netting.read(one).entries for one in ours) == 10
+    assert sum(reconcile.read(one).entries for one in ours) == 10
 
 
 async def test_a_box_that_lost_all_gets_it_back(tmp_path: Path) -> None:
@@ -408,7 +413,7 @@ async def test_a_box_that_lost_all_gets_it_back(tmp_path: Path) -> None:
 # -- a hostile peer --------------------------------------------------------------------------------
 
 
-def wired(one: Entry, server: Identity, **changes: Any) -> w.WireEntry:
+def wired(one: LedgerEntry, server: Identity, **changes: Any) -> w.WireEntry:
     made = w.WireEntry(
         server.node_id, one.amount, one.proof, one.signature, one.acceptance,
         one.request_id, one.leg, one.choice, one.currency,
@@ -437,26 +442,26 @@ async def test_nothing_false_is_taken(pair: Pair, lie: w.WireEntry) -> None:
     """B asks A to take it, and, as the one who answers, has it in its books."""
     await pair.both(*some(4))
     await pair.settle()
-    before = await ledger.balances(pair.a)
+    before = await ledger_entry.balances(pair.a)
     answering = asyncio.create_task(answer_as_a(pair))
     stream = await pair.back.open()
-    talk = Talk(B, pair.b, A.node_id, stream)
+    talk = ReconcileSession(B, pair.b, A.node_id, stream)
     await talk.ask(w.Begin(1, b""), w.Begin)
-    refused = (await talk.ask(w.Take([lie]), w.Taken)).refused
+    refused = (await talk.ask(w.TakeEntries([lie]), w.EntriesTaken)).refused
     assert list(refused) == [item_of(lie).place] and all(refused.values())
     stream.abandon()
     await soon(answering)
 
     async def lying(pair: Pair) -> None:
         stream = await pair.back.accept()
-        talk = Talk(B, pair.b, A.node_id, stream)
+        talk = ReconcileSession(B, pair.b, A.node_id, stream)
         began = await talk.expect(w.Begin)
         await talk.send(began)
         answers = {
-            w.Unaccepted: w.Claims([]),
-            w.Look: w.Books(1),
-            w.Ask: w.Parts([netting.Part([item_of(lie)])]),
-            w.Give: w.Entries([lie]),
+            w.Unaccepted: w.ClaimEntries([]),
+            w.Look: w.LedgerDigest(1),
+            w.AskRanges: w.RangeHashes([reconcile.EntryRange([item_of(lie)])]),
+            w.GiveEntries: w.Entries([lie]),
         }
         while (frame := await talk.receive()) is not None:
             await talk.send(answers[type(frame)])
@@ -467,20 +472,20 @@ async def test_nothing_false_is_taken(pair: Pair, lie: w.WireEntry) -> None:
     await soon(answering)
     (told,) = outcome.differences
     assert told.request_id == lie.request_id and told.ours is None and told.why
-    assert outcome.statements == [] and await ledger.balances(pair.a) == before
+    assert outcome.statements == [] and await ledger_entry.balances(pair.a) == before
 
 
 async def answer_as_a(pair: Pair) -> None:
     await Ledger(A, pair.a).handle(B.node_id, await pair.link.accept())
 
 
-async def a_proposal(pair: Pair, **changes: Any) -> tuple[Talk, Any]:
+async def a_proposal(pair: Pair, **changes: Any) -> tuple[ReconcileSession, Any]:
     """B has looked at A's books, and what it would honestly propose, changed."""
-    talk = Talk(B, pair.b, A.node_id, await pair.back.open())
+    talk = ReconcileSession(B, pair.b, A.node_id, await pair.back.open())
     await talk.ask(w.Begin(0, b""), w.Begin)
-    await talk.ask(w.Look(0), w.Books)
-    rows = await statements.open_items(pair.b, A.node_id, "")
-    talk.shelf = Shelf(B.node_id, A.node_id, rows)
+    await talk.ask(w.Look(0), w.LedgerDigest)
+    rows = await ledger_statement.open_items(pair.b, A.node_id, "")
+    talk.shelf = EntrySnapshot(B.node_id, A.node_id, rows)
     return talk, msgspec.structs.replace(talk.compose(None, "2026-11-01T00:00:00Z"), **changes)
 
 
@@ -505,33 +510,33 @@ async def test_no_other_statement_is_signed(pair: Pair, changes: dict[str, Any])
     await pair.both(*some(4))
     answering = asyncio.create_task(answer_as_a(pair))
     talk, statement = await a_proposal(pair, **changes)
-    signed = netting.canonical(statement)
+    signed = reconcile.canonical(statement)
     with pytest.raises(PeeringError):
-        await talk.ask(w.Propose(signed, B.sign(netting.DOMAIN, signed)), w.Agreed)
+        await talk.ask(w.Propose(signed, B.sign(reconcile.DOMAIN, signed)), w.Agreed)
     talk.stream.abandon()
     await soon(answering)
-    assert await statements.ls(pair.a) == []
+    assert await ledger_statement.ls(pair.a) == []
 
 
 async def test_a_proposal_must_be_signed_by_its_proposer(pair: Pair) -> None:
     await pair.both(*some(4))
-    for signer, domain in ((C, netting.DOMAIN), (B, ACCEPTANCE_DOMAIN)):
+    for signer, domain in ((C, reconcile.DOMAIN), (B, ACCEPTANCE_DOMAIN)):
         answering = asyncio.create_task(answer_as_a(pair))
         talk, statement = await a_proposal(pair)
-        signed = netting.canonical(statement)
+        signed = reconcile.canonical(statement)
         with pytest.raises(PeeringError, match="signature"):
             await talk.ask(w.Propose(signed, signer.sign(domain, signed)), w.Agreed)
         talk.stream.abandon()
         await soon(answering)
-    assert await statements.ls(pair.a) == []
+    assert await ledger_statement.ls(pair.a) == []
 
 
 FRAMES: dict[str, bytes] = {
     "garbage": b"\xc1" * 40,
     "another's frame": wire.encode(w.Agreed(bytes(64))),
-    "too many parts": wire.encode(w.Ask([b""] * 100)),
-    "a long prefix": wire.encode(w.Ask([bytes(33)])),
-    "too many places": wire.encode(w.Give([bytes(32)] * 20_000)),
+    "too many parts": wire.encode(w.AskRanges([b""] * 100)),
+    "a long prefix": wire.encode(w.AskRanges([bytes(33)])),
+    "too many places": wire.encode(w.GiveEntries([bytes(32)] * 20_000)),
     "a huge number": wire.encode(w.Look(2**63)),
     "no such statement": wire.encode(w.Look(7)),
     "a statement that is none": wire.encode(w.Propose(b'{"v":1}', bytes(64))),
@@ -544,7 +549,7 @@ async def test_a_frame_that_is_none_ends_it(pair: Pair, frame: bytes) -> None:
     await pair.both(*some(4))
     answering = asyncio.create_task(answer_as_a(pair))
     stream = await pair.back.open()
-    talk = Talk(B, pair.b, A.node_id, stream)
+    talk = ReconcileSession(B, pair.b, A.node_id, stream)
     await talk.ask(w.Begin(0, b""), w.Begin)
     await stream.send(frame)
     with pytest.raises(BoxError):
@@ -561,17 +566,19 @@ async def test_books_without_end_are_not_read(pair: Pair) -> None:
     async def endless() -> None:
         nonlocal count
         stream = await pair.back.accept()
-        talk = Talk(B, pair.b, A.node_id, stream)
+        talk = ReconcileSession(B, pair.b, A.node_id, stream)
         await talk.send(await talk.expect(w.Begin))
         await talk.expect(w.Unaccepted)
-        await talk.send(w.Claims([]))
+        await talk.send(w.ClaimEntries([]))
         await talk.expect(w.Look)
-        await talk.send(w.Books(10**9))
+        await talk.send(w.LedgerDigest(10**9))
         with pytest.raises(PeeringError):
-            while isinstance(frame := await talk.receive(), w.Ask):
+            while isinstance(frame := await talk.receive(), w.AskRanges):
                 count += len(frame.prefixes)
-                parts = [netting.Part([], bytes([count % 256]) * 4096) for _ in frame.prefixes]
-                await talk.send(w.Parts(parts))
+                parts = [
+                    reconcile.EntryRange([], bytes([count % 256]) * 4096) for _ in frame.prefixes
+                ]
+                await talk.send(w.RangeHashes(parts))
 
     answering = asyncio.create_task(endless())
     with pytest.raises(PeeringError, match="no end"):
@@ -607,9 +614,9 @@ async def answering(pair: Pair) -> AsyncIterator[tuple[Ledger, Ledger]]:
 async def test_both_settle_at_the_same_moment(pair: Pair, head_start: int) -> None:
     """Of two who begin so many turns of the loop apart, both get the one statement."""
     await pair.both(*some(20))
-    await ledger.record(pair.a, some(1, start=20)[0])
+    await ledger_entry.record(pair.a, some(1, start=20)[0])
 
-    async def settle(ledger: Ledger, peer: Identity, link: Link, turns: int) -> Outcome:
+    async def settle(ledger: Ledger, peer: Identity, link: Link, turns: int) -> SettlementOutcome:
         for _ in range(turns):
             await asyncio.sleep(0)
         return await ledger.settle(peer.node_id, await link.open())
@@ -623,7 +630,7 @@ async def test_both_settle_at_the_same_moment(pair: Pair, head_start: int) -> No
         )
         (made,) = first.statements
         assert [one.signed for one in second.statements] == [made.signed]
-        assert netting.read(made.signed).entries == 21
+        assert reconcile.read(made.signed).entries == 21
         assert first.differences == second.differences == []
         assert (await soon(a.settle(B.node_id, await pair.link.open()))).statements == []
     ours, theirs = await pair.signed()
@@ -632,16 +639,16 @@ async def test_both_settle_at_the_same_moment(pair: Pair, head_start: int) -> No
 
 async def test_who_waits_hears_that_it_does(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     """A long conversation under way: the other's command waits, and is no failure."""
-    monkeypatch.setattr("pinaivu_box.peering.ledger._WAIT_SECONDS", 0.01)
+    monkeypatch.setattr("pinaivu_box.ledger.settlement._WAIT_SECONDS", 0.01)
     await pair.both(*some(20))
     slow, waits, begins, both = asyncio.Event(), 0, 0, asyncio.Barrier(2)
-    real = Talk.given
+    real = ReconcileSession.given
 
-    async def late(talk: Talk, places: Any) -> Any:
+    async def late(talk: ReconcileSession, places: Any) -> Any:
         await slow.wait()
         return await real(talk, places)
 
-    async def counted(talk: Talk, frame: w.Frame) -> None:
+    async def counted(talk: ReconcileSession, frame: w.Frame) -> None:
         nonlocal waits, begins
         waits += isinstance(frame, w.Wait)
         begins += isinstance(frame, w.Begin)
@@ -651,10 +658,10 @@ async def test_who_waits_hears_that_it_does(pair: Pair, monkeypatch: pytest.Monk
             slow.set()
         await send(talk, frame)
 
-    send = Talk.send
-    monkeypatch.setattr(Talk, "given", late)
-    monkeypatch.setattr(Talk, "send", counted)
-    await ledger.record(pair.a, some(1, start=20)[0])  # to be given
+    send = ReconcileSession.send
+    monkeypatch.setattr(ReconcileSession, "given", late)
+    monkeypatch.setattr(ReconcileSession, "send", counted)
+    await ledger_entry.record(pair.a, some(1, start=20)[0])  # to be given
     async with answering(pair) as (a, b):
         one, two = await soon(
             asyncio.gather(
@@ -671,15 +678,17 @@ async def test_a_leader_that_breaks_off_stops_nobody(pair: Pair) -> None:
     await pair.both(*some(4))
     b = Ledger(B, pair.b)
     settling = asyncio.create_task(b.settle(A.node_id, await pair.back.open()))
-    waiting = Talk(A, pair.a, B.node_id, await pair.link.accept())
+    waiting = ReconcileSession(A, pair.a, B.node_id, await pair.link.accept())
     await waiting.expect(w.Begin)
-    talk = Talk(A, pair.a, B.node_id, await pair.link.open())
+    talk = ReconcileSession(A, pair.a, B.node_id, await pair.link.open())
     handling = asyncio.create_task(b.handle(A.node_id, await pair.back.accept()))
     await talk.ask(w.Begin(0, b""), w.Begin)
-    await talk.ask(w.Look(0), w.Books)
-    talk.shelf = Shelf(A.node_id, B.node_id, await statements.open_items(pair.a, B.node_id, ""))
-    signed = netting.canonical(talk.compose(None, "2026-11-01T00:00:00Z"))
-    await talk.ask(w.Propose(signed, A.sign(netting.DOMAIN, signed)), w.Agreed)
+    await talk.ask(w.Look(0), w.LedgerDigest)
+    talk.shelf = EntrySnapshot(
+        A.node_id, B.node_id, await ledger_statement.open_items(pair.a, B.node_id, "")
+    )
+    signed = reconcile.canonical(talk.compose(None, "2026-11-01T00:00:00Z"))
+    await talk.ask(w.Propose(signed, A.sign(reconcile.DOMAIN, signed)), w.Agreed)
     await waiting.send(w.Begin(0, b""))
     talk.stream.abandon()
     with pytest.raises(PeeringError, match="settled meanwhile"):
@@ -695,7 +704,7 @@ async def test_two_commands_on_one_box_follow_each_other(pair: Pair) -> None:
     async with answering(pair) as (a, _):
         streams = [await pair.link.open() for _ in range(3)]
         done = await soon(asyncio.gather(*[a.settle(B.node_id, one) for one in streams]))
-    assert {one.statements[0].id for one in done} == {(await statements.ls(pair.a))[0].id}
+    assert {one.statements[0].id for one in done} == {(await ledger_statement.ls(pair.a))[0].id}
 
 
 async def test_no_more_wait_than_a_few(pair: Pair) -> None:
@@ -704,7 +713,7 @@ async def test_no_more_wait_than_a_few(pair: Pair) -> None:
         for stream in streams:
             await stream.send(wire.encode(w.Begin(0, b"")))
         refused = [wire.decode(await soon(one.receive()) or b"", w.decoder) for one in streams[8:]]
-        assert [type(one) for one in refused] == [w.Sorry]
+        assert [type(one) for one in refused] == [w.Reject]
         for stream in streams:
             stream.abandon()
 
@@ -713,21 +722,21 @@ async def test_no_more_wait_than_a_few(pair: Pair) -> None:
 
 
 async def waiting_at_a(pair: Pair) -> int:
-    found = await ledger.balance(pair.a, B.node_id)
+    found = await ledger_entry.balance(pair.a, B.node_id)
     return sum(one.waiting for one in found.values())
 
 
-def unsigned(one: Entry) -> Entry:
+def unsigned(one: LedgerEntry) -> LedgerEntry:
     return msgspec.structs.replace(one, acceptance=b"")
 
 
-async def receipt_at_b(pair: Pair, one: Entry, **changes: Any) -> None:
+async def receipt_at_b(pair: Pair, one: LedgerEntry, **changes: Any) -> None:
     """B's receipt of a request that A served a leg of; `changes` of the proof in it."""
     proof = msgspec.structs.replace(msgspec.json.decode(one.proof, type=Proof), **changes)
     signed = sign_proof(A if proof.witness is None else B, proof)
     receipt = Receipt(
         one.request_id, "2026-11-01T00:00:00.000Z", B.node_id, A.node_id, "m:1", "00" * 32, "0",
-        "credits", "stop", {}, [signed], "11" * 32, "22" * 32, Usage(20, 10, 5),
+        "credits", "stop", {}, [signed], "11" * 32, "22" * 32, TokenUsage(20, 10, 5),
     )  # fmt: skip
     await pair.b.write(
         ("INSERT OR IGNORE INTO keys SELECT 'key_1', 'acct_owner', x'00', '', '', '', '{}', 0,"
@@ -746,8 +755,8 @@ async def test_what_was_not_accepted_is_accepted_or_disputed_by_name(
     )
     assert all(one.served_by_us for one in (known, lost, other, unknown, late))
     for one in (known, lost, other, unknown, late):
-        await ledger.record(pair.a, unsigned(one), A.node_id)
-    await ledger.record(pair.b, mirrored(late))  # its acceptance was lost on the way
+        await ledger_entry.record(pair.a, unsigned(one), A.node_id)
+    await ledger_entry.record(pair.b, mirrored(late))  # its acceptance was lost on the way
     await receipt_at_b(pair, known)
     await receipt_at_b(pair, lost, witness=B.node_id, completion_tokens=1)
     await receipt_at_b(pair, other, ttft_ms=99)
@@ -760,9 +769,11 @@ async def test_what_was_not_accepted_is_accepted_or_disputed_by_name(
     assert "no receipt" in reasons[unknown.request_id]
     assert all(one.served_by == A.node_id for one in outcome.disputed)
     (made,) = outcome.statements
-    assert netting.read(made.signed).entries == 2
+    assert reconcile.read(made.signed).entries == 2
     assert await waiting_at_a(pair) == lost.amount + other.amount + unknown.amount
-    shown = {one.request_id: one for one in await statements.of_peer(pair.a, B.node_id, limit=9)}
+    shown = {
+        one.request_id: one for one in await ledger_statement.of_peer(pair.a, B.node_id, limit=9)
+    }
     assert "no receipt" in (shown[unknown.request_id].disputed or "")
     assert shown[known.request_id].disputed is None and shown[known.request_id].acceptance
 
@@ -772,18 +783,18 @@ async def test_what_is_written_off_leaves_room_and_counts_if_it_is_accepted_afte
 ) -> None:
     first, second = some(3, start=1)[:2]
     for one in (first, second):
-        await ledger.record(pair.a, unsigned(one), A.node_id)
+        await ledger_entry.record(pair.a, unsigned(one), A.node_id)
     done = await claims.forgive(pair.a, B.node_id, Actor("cli:ann", "local"))
     assert done.entries == 2 and await waiting_at_a(pair) == 0
     (told,) = [one for one in await audit.ls(pair.a) if one.action == "ledger.forgive"]
     assert (told.target, told.detail["entries"]) == (B.node_id, 2)
-    assert (await ledger.balance(pair.a, B.node_id))["credits"].credit_used == 0
+    assert (await ledger_entry.balance(pair.a, B.node_id))["credits"].credit_used == 0
     assert (await claims.forgive(pair.a, B.node_id, Actor("cli:ann", "local"))).entries == 0
     assert len(await audit.ls(pair.a)) == 1
     assert (await pair.settle()).disputed == []  # nobody is asked about it any more
-    await ledger.record(pair.b, mirrored(first))
+    await ledger_entry.record(pair.b, mirrored(first))
     assert (await pair.settle(by=B)).statements[0].signed
-    found = (await ledger.balance(pair.a, B.node_id))["credits"]
+    found = (await ledger_entry.balance(pair.a, B.node_id))["credits"]
     assert (found.net, found.waiting) == (first.amount, 0)
     with pytest.raises(sqlite3.IntegrityError, match="append-only"):
         await pair.a.write(("UPDATE ledger_entries SET forgiven_at = NULL", ()))
@@ -800,30 +811,30 @@ FALSE = {
 @pytest.mark.parametrize("lie", FALSE.values(), ids=FALSE)
 async def test_no_false_claim_is_accepted(pair: Pair, lie: dict[str, Any]) -> None:
     """Also of what the books have: B served it, and A has accepted it."""
-    await ledger.record(pair.a, GOOD, A.node_id)
-    before = await ledger.balances(pair.a)
+    await ledger_entry.record(pair.a, GOOD, A.node_id)
+    before = await ledger_entry.balances(pair.a)
     one = w.Claim(
         GOOD.amount, GOOD.proof, GOOD.signature, GOOD.request_id, GOOD.leg, GOOD.choice,
         GOOD.currency,
     )  # fmt: skip
     heard = asyncio.create_task(answer_as_a(pair))
-    talk = Talk(B, pair.b, A.node_id, await pair.back.open())
+    talk = ReconcileSession(B, pair.b, A.node_id, await pair.back.open())
     await talk.ask(w.Begin(0, b""), w.Begin)
-    said = await talk.ask(w.Claims([one, msgspec.structs.replace(one, **lie)]), w.Judged)
+    said = await talk.ask(w.ClaimEntries([one, msgspec.structs.replace(one, **lie)]), w.Judged)
     assert list(said.accepted.values()) == [GOOD.acceptance]
-    assert len(said.disputed) == 1 and await ledger.balances(pair.a) == before
+    assert len(said.disputed) == 1 and await ledger_entry.balances(pair.a) == before
     talk.stream.abandon()
     await soon(heard)
 
 
 async def test_a_false_acceptance_is_none(pair: Pair) -> None:
-    await ledger.record(pair.a, unsigned(some(2)[1]), A.node_id)
+    await ledger_entry.record(pair.a, unsigned(some(2)[1]), A.node_id)
 
     async def lying() -> None:
-        talk = Talk(B, pair.b, A.node_id, await pair.back.accept())
+        talk = ReconcileSession(B, pair.b, A.node_id, await pair.back.accept())
         await talk.send(await talk.expect(w.Begin))
-        shown = await talk.expect(w.Claims)
-        place = netting.place(A.node_id, shown.claims[0].request_id, 0, 0)
+        shown = await talk.expect(w.ClaimEntries)
+        place = reconcile.place(A.node_id, shown.claims[0].request_id, 0, 0)
         await talk.send(w.Judged({place: C.sign(ACCEPTANCE_DOMAIN, shown.claims[0].proof)}, {}))
 
     task = asyncio.create_task(lying())

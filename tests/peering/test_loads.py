@@ -4,15 +4,24 @@ from __future__ import annotations
 
 from msgspec.structs import replace
 
-from pinaivu_box.peering.gossip import Gossip
-from pinaivu_box.peering.gossip_wire import Busy, Digest, Have, Load, Told, Who, decode, encode
-from pinaivu_box.peering.loads import MAX_TOLD, TOLD_SECONDS
-from pinaivu_box.peering.signed import key_of
+from pinaivu_box.gossip.frames import (
+    HaveRecords,
+    LoadQuery,
+    LoadReport,
+    LoadUpdate,
+    ModelLoad,
+    RosterDigest,
+    decode,
+    encode,
+)
+from pinaivu_box.gossip.loads import MAX_TOLD, TOLD_SECONDS
+from pinaivu_box.gossip.protocol import Gossip
+from pinaivu_box.membership.signed import key_of
 from tests.peering.people import FOUNDER, PEOPLE, certificate
 from tests.peering.test_gossip import FACTS, Net, chain, heard
 
 MODEL = FACTS.models[0].id
-FULL = Load(0, 0, 3)
+FULL = ModelLoad(0, 0, 3)
 
 
 def fill(net: Net, box: Gossip, queue: int = 3) -> None:
@@ -23,7 +32,7 @@ def fill(net: Net, box: Gossip, queue: int = 3) -> None:
     net.settle()
 
 
-def knows(box: Gossip, of: Gossip) -> Load | None:
+def knows(box: Gossip, of: Gossip) -> ModelLoad | None:
     found = box.loads.of(of.me).get(MODEL)
     return found.load if found else None
 
@@ -72,18 +81,18 @@ def test_a_crowd_of_requests_makes_no_crowd_of_frames() -> None:
         fill(net, row[1], queue)
     assert len(net.sent) < 10
     net.run(2)
-    assert knows(row[0], row[1]) == Load(0, 0, 199)
+    assert knows(row[0], row[1]) == ModelLoad(0, 0, 199)
 
 
 def test_an_answer_that_nobody_asked_for_is_not_heard() -> None:
     net, row = chain(3)
-    lie = encode(Told(MODEL, ((key_of(row[2].me), FULL),)))
+    lie = encode(LoadReport(MODEL, ((key_of(row[2].me), FULL),)))
     row[0].received(row[1].me, lie)
     assert knows(row[0], row[2]) is None
     row[0].ask(MODEL)
     net.settle()
     row[0].received(row[1].me, lie)  # it has answered already
-    assert knows(row[0], row[2]) == Load(
+    assert knows(row[0], row[2]) == ModelLoad(
         FACTS.models[0].sequences_free, FACTS.models[0].kv_free, FACTS.models[0].queue
     )
 
@@ -92,7 +101,7 @@ def test_nobody_fills_our_memory_with_models() -> None:
     _, row = chain(2)
     for number in range(20):
         named = tuple((f"m{number}:{n}", FULL) for n in range(MAX_TOLD))
-        row[0].received(row[1].me, encode(Busy(named)))
+        row[0].received(row[1].me, encode(LoadUpdate(named)))
     assert len(row[0].loads.of(row[1].me)) == MAX_TOLD
 
 
@@ -101,7 +110,7 @@ def test_a_box_that_knows_no_loads_gets_none_and_all_else() -> None:
     net, row = chain(2)
     old = net.box(PEOPLE[6], certificate(FOUNDER, PEOPLE[6], name="n"))
     row[0].add([certificate(FOUNDER, PEOPLE[6], name="n")])
-    old._digest = lambda: Digest(old.roster.digest())  # type: ignore[method-assign]
+    old._digest = lambda: RosterDigest(old.roster.digest())  # type: ignore[method-assign]
     net.link(old, row[0])
     net.run(8)
     fill(net, row[0])
@@ -109,11 +118,11 @@ def test_a_box_that_knows_no_loads_gets_none_and_all_else() -> None:
     net.settle()
     told = [decode(frame) for _, target, frame in net.sent if target == old.me]
     assert heard(old) >= {one.me for one in row}
-    assert not [one for one in told if isinstance(one, Busy | Who)]
+    assert not [one for one in told if isinstance(one, LoadUpdate | LoadQuery)]
 
 
 def test_who_holds_the_same_adverts_need_not_be_told_them() -> None:
     net, row = chain(5)
     net.sent.clear()
     net.link(row[0], row[4])
-    assert not [frame for _, _, frame in net.sent if isinstance(decode(frame), Have)]
+    assert not [frame for _, _, frame in net.sent if isinstance(decode(frame), HaveRecords)]

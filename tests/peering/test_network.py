@@ -17,23 +17,27 @@ import pytest
 
 from pinaivu_box.config import PeeringConfig
 from pinaivu_box.errors import LinkLost, NotJoined, PeeringError, PeerNotFound, PeerRefused
+from pinaivu_box.gossip.adverts import Facts
 from pinaivu_box.identity import Identity
-from pinaivu_box.peering import incoming, invite, ledger_views, network, standing, talk, wire
-from pinaivu_box.peering.advert import Facts
-from pinaivu_box.peering.link import Pace
-from pinaivu_box.peering.links import Links
-from pinaivu_box.peering.memory_transport import MemoryNetwork, MemoryTransport
-from pinaivu_box.peering.network import Network
-from pinaivu_box.peering.opening import Open
-from pinaivu_box.peering.reception import Reception
-from pinaivu_box.peering.roster import Roster
-from pinaivu_box.peering.transport import Stream
-from pinaivu_box.peering.wire import Code
+from pinaivu_box.ledger import views as ledger_views
+from pinaivu_box.membership import store as membership_store
+from pinaivu_box.membership import tickets
+from pinaivu_box.membership.roster import Roster
+from pinaivu_box.network import network
+from pinaivu_box.network.network import Network
 from pinaivu_box.store import audit, peer_settings
 from pinaivu_box.store.audit import BOX, Actor
 from pinaivu_box.store.database import Database
+from pinaivu_box.transport import gossip_channel, incoming, wire
+from pinaivu_box.transport.connections import Links
+from pinaivu_box.transport.handshake import Handshake
+from pinaivu_box.transport.link import HeartbeatTiming
+from pinaivu_box.transport.opening import Open
+from pinaivu_box.transport.transport import Stream
+from pinaivu_box.transport.wire import Code
 from tests.peering.people import PEOPLE, offer
 from tests.peering.worlds import soon, wait_until
+from tests.support.memory_transport import MemoryNetwork, MemoryTransport
 
 pytestmark = pytest.mark.anyio
 
@@ -52,10 +56,10 @@ class Site:
         self.database = Database(home / f"{name}.db")
         self.network: Network
         self.offers = (offer(),)
-        self.pace = Pace(beat=0.05, patience=40)
+        self.pace = HeartbeatTiming(beat=0.05, patience=40)
 
     async def open(self) -> Network:
-        reception = Reception(pace=self.pace)
+        reception = Handshake(pace=self.pace)
         self.transport = MemoryTransport(
             self.world.net, self.identity.node_id, reception, f"at:{self.name}"
         )
@@ -276,10 +280,10 @@ async def test_the_inviters_clock_alone_decides(
     one, two = await world.box("one"), await world.box("two")
     now = time.time
     ticket = await one.invite(expires=3600)
-    found = invite.decode(ticket)
+    found = tickets.decode(ticket)
     # The newcomer reads another time from the ticket than its own clock would accept.
-    shifted = invite.encode(
-        invite.Ticket(found.inviter, found.network, found.secret,
+    shifted = tickets.encode(
+        tickets.Ticket(found.inviter, found.network, found.secret,
                       max(0, found.expires_at + hours * 3600), found.addresses)
     )  # fmt: skip
     await soon(two.join(shifted))
@@ -295,9 +299,9 @@ async def test_what_is_no_ticket_or_no_longer_one(world: World) -> None:
         await two.join("hello")
     with pytest.raises(NotJoined, match="this box itself"):
         await one.join(ticket)
-    found = invite.decode(ticket)
-    forged = invite.encode(
-        invite.Ticket(found.inviter, found.network, bytes(16), found.expires_at, found.addresses)
+    found = tickets.decode(ticket)
+    forged = tickets.encode(
+        tickets.Ticket(found.inviter, found.network, bytes(16), found.expires_at, found.addresses)
     )
     with pytest.raises(PeerRefused, match="no such ticket"):
         await soon(two.join(forged))
@@ -387,7 +391,7 @@ async def test_both_call_at_once_and_one_link_stays(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And what has begun over the other one comes to its end."""
-    monkeypatch.setattr("pinaivu_box.peering.links._SUCCESSION", 0.1)
+    monkeypatch.setattr("pinaivu_box.transport.connections._SUCCESSION", 0.1)
     one, two = await world.joined("one", "two")
     for _ in range(5):
         for site in world.sites:
@@ -430,7 +434,7 @@ async def test_both_sides_keep_the_same_of_two_links(
     first_at_one: bool, first_at_two: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In whatever order the two links come up on either side."""
-    monkeypatch.setattr("pinaivu_box.peering.links._SUCCESSION", 0.05)
+    monkeypatch.setattr("pinaivu_box.transport.connections._SUCCESSION", 0.05)
     ids = sorted(one.node_id for one in PEOPLE[:2])
     kept = []
     for me, peer, first in ((ids[0], ids[1], first_at_one), (ids[1], ids[0], first_at_two)):
@@ -506,7 +510,7 @@ async def test_garbage_closes_the_link(world: World, first: bytes) -> None:
 async def test_a_stranger_gets_nothing_and_is_shown_the_door(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(standing, "_BELONG_SECONDS", 0.1)
+    monkeypatch.setattr(membership_store, "_BELONG_SECONDS", 0.1)
     one, _ = await world.joined("one", "two")
     served: list[str] = []
 
@@ -578,9 +582,9 @@ async def test_who_does_not_read_is_cut(
 ) -> None:
     one, two = await world.joined("one", "two")
     if limit == "bytes":
-        monkeypatch.setattr(talk, "MAX_WAITING_BYTES", 2_000_000)
+        monkeypatch.setattr(gossip_channel, "MAX_WAITING_BYTES", 2_000_000)
     else:
-        monkeypatch.setattr(talk, "SEND_SECONDS", 0.2)
+        monkeypatch.setattr(gossip_channel, "SEND_SECONDS", 0.2)
     # A box with two's key and certificate that takes a link and reads nothing of it.
     await world.sites[1].close()
     transport = MemoryTransport(world.net, two.node_id, None, "at:two")
@@ -598,7 +602,7 @@ async def test_a_certificate_that_makes_no_member_is_seen(world: World) -> None:
     two = await world.box("two")
     bad = world.transport(7)
     other = Roster(f"net_{bytes(36).hex()}")
-    ticket, _ = invite.invite(bad.node_id, other.network, bad.addresses(), now=0, seconds=60)
+    ticket, _ = tickets.invite(bad.node_id, other.network, bad.addresses(), now=0, seconds=60)
     joining = asyncio.create_task(two.join(ticket))
     stream = await soon((await soon(bad.accept())).accept())
     await soon(stream.receive())

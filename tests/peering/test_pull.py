@@ -15,10 +15,10 @@ from pinaivu_box.box import Box as OpenBox
 from pinaivu_box.box import open_box
 from pinaivu_box.config import Config
 from pinaivu_box.errors import PeerNotFound
+from pinaivu_box.gossip.adverts import Advert
 from pinaivu_box.models import catalog
 from pinaivu_box.models.placing import place
 from pinaivu_box.models.splits import digest_of_parts
-from pinaivu_box.peering.advert import Advert
 from pinaivu_box.server.app import create_app
 from pinaivu_box.store import audit
 from tests import ggufs

@@ -13,9 +13,9 @@ import iroh
 import pytest
 
 from pinaivu_box.errors import CliError, Unreachable
-from pinaivu_box.peering import iroh_transport
-from pinaivu_box.peering.iroh_transport import IrohTransport
-from pinaivu_box.peering.link import PeerLink
+from pinaivu_box.transport import iroh_transport
+from pinaivu_box.transport.iroh_transport import IrohTransport
+from pinaivu_box.transport.link import PeerLink
 from tests.box import wait_until
 from tests.peering.relay import Relay
 from tests.peering.test_namespaces import SLOW, TOKENS, streamed

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from pinaivu_box.config import Config
-from pinaivu_box.gateway import books
-from pinaivu_box.gateway.books import Books
-from pinaivu_box.gateway.reputation import Reputation
+from pinaivu_box.legs import recorder
+from pinaivu_box.legs.recorder import LedgerRecorder
+from pinaivu_box.routing.reputation import Reputation
 from pinaivu_box.store import opinions
 from pinaivu_box.store.database import Database
 from tests.peering.worlds import soon, wait_until
@@ -81,12 +81,12 @@ def test_it_is_written_seldom_and_found_again(
         await real(database, found)
 
     monkeypatch.setattr(opinions, "keep", counted)
-    monkeypatch.setattr(books, "_REMEMBER_SECONDS", 0.01)
+    monkeypatch.setattr(recorder, "_REMEMBER_SECONDS", 0.01)
     clock = Clock()
 
     async def run() -> None:
         async with Database(tmp_path / "a.db") as database:
-            known, kept = Reputation(clock), Books(database, "us", Config)
+            known, kept = Reputation(clock), LedgerRecorder(database, "us", Config)
             for _ in range(100):
                 known.served("a", 100, 70)
                 known.failed("b", "b was lost")
@@ -94,7 +94,7 @@ def test_it_is_written_seldom_and_found_again(
             await wait_until(lambda: bool(writes))
             assert writes == [2]
             known.disputed("a", "it lied")
-            monkeypatch.setattr(books, "_REMEMBER_SECONDS", 3600)
+            monkeypatch.setattr(recorder, "_REMEMBER_SECONDS", 3600)
             remembering.cancel()
             await soon(asyncio.wait([remembering]))
             assert sum(writes) == 3

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pinaivu_box.peering import roster as rosters
-from pinaivu_box.peering.membership import record_id
-from pinaivu_box.peering.roster import MAX_INVITED, Roster
-from pinaivu_box.peering.signed import Record
+from pinaivu_box.membership import roster as rosters
+from pinaivu_box.membership.records import record_id
+from pinaivu_box.membership.roster import MAX_INVITED, Roster
+from pinaivu_box.membership.signed import Record
 from tests.peering.people import (
     ELSEWHERE,
     FOUNDER,

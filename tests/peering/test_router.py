@@ -11,11 +11,11 @@ import rfc8785
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pinaivu_box.gateway.resting import LONGEST_SECONDS, Resting
-from pinaivu_box.gateway.router import (
+from pinaivu_box.routing.circuit_breaker import LONGEST_SECONDS, CircuitBreaker
+from pinaivu_box.routing.router import (
     DRAWN,
-    Ask,
     Candidate,
+    RoutingRequest,
     Weights,
     route,
     scores,
@@ -24,7 +24,7 @@ from pinaivu_box.gateway.router import (
 )
 
 TOKENS = 500
-ASK = Ask("m:1", "d1", TOKENS, "credits")
+ASK = RoutingRequest("m:1", "d1", TOKENS, "credits")
 PEER = Candidate(
     node_id="node_a", model="m:1", digest="d1", sequences=4, sequences_free=2, kv_free=9000,
     queue=0, ttft_ms=100.0, tokens_per_s=50.0, cost=1000, currency="credits", rtt_ms=10.0,
@@ -68,7 +68,7 @@ candidates = st.lists(
     unique_by=lambda one: one.node_id,
 )
 asks = st.builds(
-    Ask,
+    RoutingRequest,
     model=st.just("m:1"),
     digest=st.sampled_from(["d1", None]),
     tokens=st.integers(1, 3000),
@@ -84,7 +84,7 @@ asks = st.builds(
 @settings(max_examples=100)
 @given(candidates, asks, st.integers())
 def test_it_takes_only_who_may_and_says_why_of_all_others(
-    given_: list[Candidate], ask: Ask, seed: int
+    given_: list[Candidate], ask: RoutingRequest, seed: int
 ) -> None:
     decision = route(given_, ask, Random(seed))
     by_id = {one.node_id: one for one in given_}
@@ -102,7 +102,7 @@ def test_it_takes_only_who_may_and_says_why_of_all_others(
 @settings(max_examples=100)
 @given(candidates, asks, st.integers(), st.randoms())
 def test_the_same_source_of_chance_gives_the_same_decision(
-    given_: list[Candidate], ask: Ask, seed: int, shuffler: Random
+    given_: list[Candidate], ask: RoutingRequest, seed: int, shuffler: Random
 ) -> None:
     first = route(given_, ask, Random(seed))
     shuffler.shuffle(given_)
@@ -112,7 +112,7 @@ def test_the_same_source_of_chance_gives_the_same_decision(
 @settings(max_examples=100)
 @given(candidates, asks, st.sampled_from(sorted(BETTER)), st.integers(1, 500), st.data())
 def test_whoever_gets_better_in_anything_never_falls_behind(
-    given_: list[Candidate], ask: Ask, field: str, by: int, data: st.DataObject
+    given_: list[Candidate], ask: RoutingRequest, field: str, by: int, data: st.DataObject
 ) -> None:
     may = [one for one in given_ if why_not(one, ask) is None]
     if not may:
@@ -213,7 +213,7 @@ def test_whoever_is_known_is_compared_and_one_of_the_best_taken() -> None:
 
 
 def test_when_to_ask_around() -> None:
-    def ask_around(*given: Candidate, ask: Ask = ASK) -> bool:
+    def ask_around(*given: Candidate, ask: RoutingRequest = ASK) -> bool:
         return unsure(route(given, ask, Random(1)), given, ask)
 
     known, home = replace(PEER, known=True), replace(BUSY_HOME, known=True)
@@ -261,7 +261,7 @@ def test_all_weights_zero_is_no_crash() -> None:
 
 def test_who_fails_rests_longer_each_time_and_is_probed_with_one_request() -> None:
     now = [0.0]
-    resting = Resting(lambda: now[0], Random(1))
+    resting = CircuitBreaker(lambda: now[0], Random(1))
     rests = [resting.failed("node_a") for _ in range(40)]
     assert 0.5 <= rests[0] <= 1.5 and 2 <= rests[2] <= 6
     assert max(rests) <= 1.5 * LONGEST_SECONDS and rests[39] >= 0.5 * LONGEST_SECONDS
@@ -278,7 +278,7 @@ def test_who_fails_rests_longer_each_time_and_is_probed_with_one_request() -> No
 
 def test_what_was_under_way_when_a_box_died_does_not_count_as_failures_of_its_own() -> None:
     now = [0.0]
-    resting = Resting(lambda: now[0], Random(1))
+    resting = CircuitBreaker(lambda: now[0], Random(1))
     sent = [resting.sent("node_a") for _ in range(8)]
     now[0] = 5.0
     for at in sent:

@@ -15,11 +15,10 @@ import msgspec
 import pytest
 
 from pinaivu_box.gateway.backend import Output, Prompt
-from pinaivu_box.gateway.metering import Leg, prove
+from pinaivu_box.gateway.metering import LegRecord, prove
 from pinaivu_box.identity import verify
-from pinaivu_box.peering import wire, work
-from pinaivu_box.peering.transport import Stream
-from pinaivu_box.receipts.commitment import Running, new_nonce
+from pinaivu_box.legs import wire as leg_wire
+from pinaivu_box.receipts.commitment import RunningCommitment, new_nonce
 from pinaivu_box.receipts.receipt import (
     MARK_DOMAIN,
     PROOF_DOMAIN,
@@ -28,6 +27,8 @@ from pinaivu_box.receipts.receipt import (
     sign_proof,
 )
 from pinaivu_box.receipts.verify import Transcript, verify_receipt
+from pinaivu_box.transport import wire
+from pinaivu_box.transport.transport import Stream
 from tests.peering.asking import accept, ask, entry, heard, opened, sign
 from tests.peering.company import (
     CHEAP,
@@ -88,7 +89,7 @@ async def test_a_proof_of_version_1_is_accepted(world: World) -> None:
     assert (receipt["v"], proof_of(receipt)["v"]) == (2, 1)
     assert await failed(world, answer) == []
     await wait_until(lambda: liar.heard)
-    assert isinstance(liar.heard[0], work.Accepted)
+    assert isinstance(liar.heard[0], leg_wire.Accepted)
     assert "0.0 disputes" in await world.why()
 
 
@@ -112,28 +113,28 @@ class OldEmbedder(Liar):
     """Sends whole vectors, whatever was asked for, and a proof that says nothing of them."""
 
     async def handle(self, peer: str, stream: Stream) -> None:
-        ask = await work.receive(stream, work.to_serving)
-        assert isinstance(ask, work.Ask)
+        ask = await leg_wire.receive(stream, leg_wire.to_serving)
+        assert isinstance(ask, leg_wire.LegRequest)
         job, nonce = job_of(ask), new_nonce()
-        account = Leg(started(job, ask.digest, {}, nonce, self.identity.node_id, 1))
+        account = LegRecord(started(job, ask.digest, {}, nonce, self.identity.node_id, 1))
         prompt = list("".join(INPUTS).encode())
         vectors = [struct.pack("<257f", *range(k, k + 257)) for k in range(len(INPUTS))]
-        ending = work.Out("", [], "stop", 0.5, vectors=vectors)
+        ending = leg_wire.Out("", [], "stop", 0.5, vectors=vectors)
         account.take(Prompt(prompt))
         account.take(Output("", [], "stop", 0.5, vectors=vectors))
-        commitment = Running(nonce, 1).commitment
+        commitment = RunningCommitment(nonce, 1).commitment
         mark = mark_text(job.request_id, job.choice, job.leg, 0, commitment)
         proof, _ = prove(job, job.leg, account, Price("credits", *CHEAP))
         assert proof.output_commitment == commitment
         signed = sign_proof(self.identity, proof)
         for message in (
             began(account.started),
-            work.Read(prompt),
-            work.Proved(signed.signed, signed.signature),
-            work.Outputs([ending], self.identity.sign(MARK_DOMAIN, mark).hex()),
+            leg_wire.PromptRead(prompt),
+            leg_wire.LegProof(signed.signed, signed.signature),
+            leg_wire.Outputs([ending], self.identity.sign(MARK_DOMAIN, mark).hex()),
         ):
             await stream.send(older(message))
-        while (said := await work.receive(stream, work.to_serving)) is not None:
+        while (said := await leg_wire.receive(stream, leg_wire.to_serving)) is not None:
             self.heard.append(said)
         await stream.finish()
 
@@ -153,13 +154,15 @@ async def test_vectors_of_version_1_are_committed_to_by_who_asked(world: World) 
     answer["data"][1]["embedding"][3] += 2**-20
     assert "vectors commitment" in await failed(world, answer)
     await wait_until(lambda: old.heard)
-    assert isinstance(old.heard[0], work.Accepted)
+    assert isinstance(old.heard[0], leg_wire.Accepted)
 
 
 # -- an older box asks ---------------------------------------------------------------------------
 
 
-async def answered(world: World, asked: work.Ask) -> tuple[Stream, list[work.ToCoordinator]]:
+async def answered(
+    world: World, asked: leg_wire.LegRequest
+) -> tuple[Stream, list[leg_wire.ToCoordinator]]:
     """What ben says to a coordinator that has not heard of version 2."""
     stream = await opened(world)
     await stream.send(older(asked))
@@ -177,9 +180,11 @@ async def test_who_does_not_say_what_it_reads_gets_version_1(
     """Commitment and mark are what the older box computes: over text and tokens alone."""
     asked = ask(three, f"older {sorted(more)}", **more)
     stream, said = await answered(three, asked)
-    (begun,) = [one for one in said if isinstance(one, work.Began)]
-    (proved,) = [one for one in said if isinstance(one, work.Proved)]
-    outs = [one for message in said if isinstance(message, work.Outputs) for one in message.outputs]
+    (begun,) = [one for one in said if isinstance(one, leg_wire.LegStarted)]
+    (proved,) = [one for one in said if isinstance(one, leg_wire.LegProof)]
+    outs = [
+        one for message in said if isinstance(message, leg_wire.Outputs) for one in message.outputs
+    ]
     signed = proved.signed.encode()
     assert verify(three.ben.node_id, PROOF_DOMAIN, signed, bytes.fromhex(proved.signature))
     proof = msgspec.json.decode(signed)
@@ -195,7 +200,7 @@ async def test_who_does_not_say_what_it_reads_gets_version_1(
             sha256(struct.pack(f"<{len(tokens)}I", *tokens)),
         ).hex()
     )
-    *_, ending = [one for one in said if isinstance(one, work.Outputs)]
+    *_, ending = [one for one in said if isinstance(one, leg_wire.Outputs)]
     mark = f"{asked.task.request_id} 0 0 {len(tokens)} {proof['output_commitment']}".encode()
     assert verify(three.ben.node_id, MARK_DOMAIN, mark, bytes.fromhex(ending.mark))
     await accept(stream, sign(three, proved))
@@ -234,7 +239,7 @@ async def test_vectors_over_a_link_are_signed_by_who_computed_them(three: World)
 async def test_many_vectors_go_in_several_messages(
     three: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pinaivu_box.gateway.serving._VECTOR_BYTES", 3000)
+    monkeypatch.setattr("pinaivu_box.legs.server._VECTOR_BYTES", 3000)
     secret = await three.key("ben")
     body = {"model": FAKE, "input": [f"text {n}" for n in range(11)]}
     answer = (await three.anna.http("POST", "/v1/embeddings", json=body, secret=secret)).json()
@@ -251,7 +256,7 @@ async def test_what_was_changed_on_the_way_is_not_what_was_signed(world: World, 
     """A serving box whose answer is not the one that it signs for."""
 
     if what == "logprobs":
-        world.lie(last(logprobs=[work.TokenLogprob(b"a", -1.0, [])]))
+        world.lie(last(logprobs=[leg_wire.TokenLogprob(b"a", -1.0, [])]))
         answer = await world.anna.chat("changed", logprobs=True)
     else:
         vectors = [struct.pack("<8f", *([0.5] * 8))] * 2

@@ -19,13 +19,13 @@ from pinaivu_box.engine.messages import TokenLogprob
 from pinaivu_box.errors import ContextOverflow, EngineLost, ModelNotFound, NoNodesAvailable
 from pinaivu_box.gateway.backend import Event, Output, Prompt, Proved, Started
 from pinaivu_box.gateway.engine_process import EngineProcess
-from pinaivu_box.gateway.metering import Branch, Leg
-from pinaivu_box.gateway.peer import Taken
-from pinaivu_box.gateway.serving import Served
+from pinaivu_box.gateway.metering import ChoiceRecord, LegRecord
+from pinaivu_box.gossip.frames import ModelLoad
+from pinaivu_box.gossip.loads import ReportedLoad
 from pinaivu_box.identity import verify
+from pinaivu_box.legs.client import AcceptedLeg
+from pinaivu_box.legs.server import Served
 from pinaivu_box.models.catalog import Model
-from pinaivu_box.peering.gossip_wire import Load
-from pinaivu_box.peering.loads import Heard
 from pinaivu_box.receipts.receipt import ACCEPTANCE_DOMAIN, PROOF_DOMAIN, Proof
 from tests.peering.pools import FAKE, PROMPT, Node, config, pools
 from tests.peering.worlds import wait_until
@@ -90,7 +90,7 @@ async def test_both_hold_the_same_account_signed_by_both(pair: list[Node]) -> No
     await asker.ask()
     await wait_until(lambda: len(server.kept) == 1)
     (taken,), (served,) = asker.kept, server.kept
-    assert isinstance(taken, Taken) and isinstance(served, Served)
+    assert isinstance(taken, AcceptedLeg) and isinstance(served, Served)
     assert taken.proved.signed == served.signed
     assert taken.proved.acceptance == served.acceptance
     signed = served.signed.signed.encode()
@@ -332,10 +332,10 @@ async def test_log_probabilities_of_held_back_text_are_not_lost_at_a_seam(pair: 
     whole = [event async for event in serve(job, [])]
     held = 0
     for end in range(3, len(whole), 2):  # a leg is lost after so many pieces of the output
-        branch = Branch(job)
+        branch = ChoiceRecord(job)
         for event in whole[:end]:
             if isinstance(event, Started):
-                branch.legs = [Leg(event)]
+                branch.legs = [LegRecord(event)]
             elif isinstance(event, Prompt | Output):
                 branch.legs[-1].take(event)
         # Of another request each time, for a leg is served once.
@@ -355,8 +355,8 @@ async def test_before_a_request_leaves_others_are_asked_who_is_busy() -> None:
 
         def looked() -> None:
             now = time.monotonic()
-            full.told = {FAKE: Heard(Load(0, 0, 9), now)}
-            free.told = {FAKE: Heard(Load(4, 4096, 0), now)}
+            full.told = {FAKE: ReportedLoad(ModelLoad(0, 0, 9), now)}
+            free.told = {FAKE: ReportedLoad(ModelLoad(4, 4096, 0), now)}
 
         asker.links.looked = looked
         for number in range(8):
@@ -375,7 +375,7 @@ async def test_requests_that_come_together_see_where_the_others_went() -> None:
         here, *peers = nodes
         for node in nodes:  # its model is loaded
             await node.ask(max_tokens=1, local_only=True)
-        heard = Heard(Load(2, 4096, 0), time.monotonic())
+        heard = ReportedLoad(ModelLoad(2, 4096, 0), time.monotonic())
         for peer in peers:
             peer.told = {FAKE: heard}
         for count in (6, 12):  # none of them waits, and half of them do
@@ -392,7 +392,7 @@ async def test_places_are_given_back_however_a_request_ends() -> None:
     async with pools(here=one, peer=one) as (here, peer):
         for node in (here, peer):
             await node.ask(max_tokens=1, local_only=True)
-        peer.told = {FAKE: Heard(Load(1, 4096, 0), time.monotonic())}
+        peer.told = {FAKE: ReportedLoad(ModelLoad(1, 4096, 0), time.monotonic())}
 
         def idle() -> bool:
             found = here.pool.candidates.of(here.job(), "", 0)
@@ -436,7 +436,7 @@ async def test_hedging_asks_a_second_box() -> None:
         served = [one for one in slow_node.kept if isinstance(one, Served)]
         assert served and all(one.acceptance for one in served)
         assert {one.proof.finish_reason for one in served} == {"cancelled"}
-        taken = [one for one in asker.kept if isinstance(one, Taken)]
+        taken = [one for one in asker.kept if isinstance(one, AcceptedLeg)]
         owed = {one.proved.signed.signed for one in taken if one.peer == slow_node.node_id}
         assert owed == {one.signed.signed for one in served}
 

@@ -21,12 +21,12 @@ from typing import Any, ClassVar
 from nacl.signing import SigningKey
 
 from pinaivu_box.identity import Identity
-from pinaivu_box.peering.iroh_transport import IrohTransport, has_ipv6
-from pinaivu_box.peering.link import FramedStream, Pace, PeerLink
-from pinaivu_box.peering.memory_transport import MemoryNetwork, MemoryTransport
-from pinaivu_box.peering.reception import Reception
+from pinaivu_box.transport.handshake import Handshake
+from pinaivu_box.transport.iroh_transport import IrohTransport, has_ipv6
+from pinaivu_box.transport.link import FramedStream, HeartbeatTiming, PeerLink
 from tests.box import environment
 from tests.peering import peer
+from tests.support.memory_transport import MemoryNetwork, MemoryTransport
 
 _ports = itertools.count()
 DEADLINE = 180.0  # against hanging; never a claim about speed
@@ -145,7 +145,7 @@ class PeerProcess:
 class IrohWorld:
     """Peers that have come to no harm are used again: it takes a second to start one."""
 
-    pace = Pace(beat=0.5, patience=5)
+    pace = HeartbeatTiming(beat=0.5, patience=5)
     patience = 2.5  # seconds of silence that are borne
     spare: ClassVar[list[tuple[PeerProcess, dict[str, Any]]]] = []
 
@@ -161,7 +161,7 @@ class IrohWorld:
         self.ours = await self.transport()
 
     async def transport(self, **reception: Any) -> IrohTransport:
-        made = Reception(**{"pace": self.pace, **reception})
+        made = Handshake(**{"pace": self.pace, **reception})
         bound = await IrohTransport.bind(identity(), "127.0.0.1", 0, reception=made)
         self.us.add(bound.node_id)
         return bound
@@ -200,7 +200,7 @@ class IrohWorld:
 
 
 class MemoryWorld:
-    pace = Pace(beat=0.1)
+    pace = HeartbeatTiming(beat=0.1)
     patience = 0.4
 
     async def start(self) -> None:
@@ -216,7 +216,7 @@ class MemoryWorld:
         self._seen.append({"event": event, **more})
 
     async def transport(self, **reception: Any) -> MemoryTransport:
-        made = Reception(**{"pace": self.pace, **reception})
+        made = Handshake(**{"pace": self.pace, **reception})
         return MemoryTransport(self.network, identity().node_id, made)
 
     async def connect(self) -> PeerLink:

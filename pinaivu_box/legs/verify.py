@@ -1,0 +1,246 @@
+"""What a peer sends of a leg, held against what it was asked for; pure.
+
+Without the model nobody can see whether the tokens are its own, or the text is that of the tokens.
+The proof commits to both, so whoever has the file can show it later.
+"""
+
+from __future__ import annotations
+
+import math
+from array import array
+from dataclasses import dataclass
+
+from pinaivu_box import amount
+from pinaivu_box.chat_format import STYLES
+from pinaivu_box.engine.messages import Sampling, TokenLogprob
+from pinaivu_box.gateway import logprob_records
+from pinaivu_box.gateway.backend import Job
+from pinaivu_box.gateway.metering import asked_text
+from pinaivu_box.identity import verify
+from pinaivu_box.legs import wire as leg_wire
+from pinaivu_box.receipts import commitment
+from pinaivu_box.receipts.receipt import (
+    MARK_DOMAIN,
+    VERSION,
+    EngineInfo,
+    Proof,
+    SignedProof,
+    canonical,
+    mark_text,
+    sampling_record,
+)
+from pinaivu_box.receipts.verify import is_signed, read_proof
+
+_LONGEST_TOKEN = 1024  # characters; vocabularies have runs of 256 spaces
+# A token has at least a byte, but a template says something of its own, and may repeat its tools.
+_TEMPLATE_TOKENS, _REPEATS = 8192, 2
+_ENDS = ("stop", "length", "cancelled")
+
+
+class ProtocolViolation(Exception):
+    """What is wrong, as the end of the sentence "it broke the rules: ..."."""
+
+
+@dataclass(frozen=True)
+class Destination:
+    """A peer, and what it has offered: prices of 1,000 tokens (prompt, cached, completion)."""
+
+    node_id: str
+    name: str
+    digest: str
+    prices: tuple[str, str, str]
+    currency: str
+    pays_prompt: bool = True
+
+
+class LegVerifier:
+    """All methods raise Lie.  They are called in the order of the messages."""
+
+    def __init__(self, job: Job, made: list[int], to: Destination) -> None:
+        self.stopped = False  # the peer was asked to
+        self.output: commitment.RunningCommitment
+        self._job, self._to = job, to
+        self._before = len(made)
+        self._most = leg_wire.MOST_TOKENS
+        if job.inputs is not None:
+            self._most = 0
+        elif job.max_tokens is not None:
+            self._most = min(self._most, max(0, job.max_tokens - len(made)))
+        self._asked = asked_text(job)
+        self._began: leg_wire.LegStarted
+        self._prompt = 0
+        self._prompt_commitment = ""
+        self._tokens = self._characters = self._logprobs = self._cached = self._shifted = 0
+        self._vectors: list[int] = []  # their lengths
+        self._computed = False
+
+    def begin(self, began: leg_wire.LegStarted) -> None:
+        if began.digest != self._to.digest:
+            raise ProtocolViolation("it runs another file than the one that was asked for")
+        if not _draws_as_asked(began.sampling, self._job):
+            raise ProtocolViolation("it draws otherwise than was asked")
+        if began.tool_style not in STYLES:
+            raise ProtocolViolation("it writes tool calls in a way that nobody knows")
+        if began.proof > VERSION:
+            raise ProtocolViolation("it signs proofs of a version that nobody asked for")
+        self._began, self.output = began, commitment.RunningCommitment(began.nonce, began.proof)
+
+    def read(self, read: leg_wire.PromptRead) -> None:
+        job = self._job
+        if job.read is not None and job.inputs is None and read.tokens != job.read:
+            raise ProtocolViolation("it read other tokens than it was given")
+        if not _may_have(self._asked, len(read.tokens)):
+            raise ProtocolViolation("it read a prompt of more tokens than it can have")
+        self._prompt = len(read.tokens)
+        self._prompt_commitment, _ = commitment.commit(self._asked, read.tokens, job.nonce)
+
+    def take(self, message: leg_wire.Outputs) -> None:
+        if any(one.finish_reason is not None for one in message.outputs[:-1]):
+            raise ProtocolViolation("it went on after the end")
+        for one in message.outputs:
+            before = self._job.scored + self._logprobs
+            records = logprob_records.records(self._job, one.logprobs, before)
+            self.output.add(one.text, one.tokens, records, one.vectors)
+            self._tokens += len(one.tokens)
+            self._characters += len(one.text)
+            self._cached = one.cached_tokens or self._cached
+            self._shifted = one.shifted_tokens
+            self._computed |= one.queue_ms is not None
+            self._check_extras(one)
+        made = self._before + self._tokens
+        if self._tokens > self._most:
+            raise ProtocolViolation("it made more tokens than it was asked for")
+        if self._characters > _LONGEST_TOKEN * made:
+            raise ProtocolViolation("it sent more text than its tokens can have")
+        if self._cached > self._prompt or self._shifted > self._prompt + made:
+            raise ProtocolViolation("it found or forgot more tokens than there are")
+
+    def _check_extras(self, one: leg_wire.Out) -> None:
+        job = self._job
+        if one.stop_string is not None and one.stop_string not in job.stop:
+            raise ProtocolViolation("it ended at a stop string that nobody gave")
+        self._logprobs += len(one.logprobs)
+        # An earlier leg may have held some back, with their text.
+        known = self._before + self._tokens + (self._prompt if job.echo else 0)
+        if self._logprobs > (known if job.logprobs is not None else 0):
+            raise ProtocolViolation("it sent log-probabilities that nobody wanted")
+        if not all(map(_is_logprob, one.logprobs)):
+            raise ProtocolViolation("it sent log-probabilities that are none")
+        self._vectors += map(len, one.vectors)
+        if len(self._vectors) > len(job.inputs or ()):
+            raise ProtocolViolation("it sent vectors that nobody wanted")
+        if not all(map(_is_vector, one.vectors)):
+            raise ProtocolViolation("it sent vectors that are none")
+
+    def end(self, message: leg_wire.Outputs) -> bool:
+        """After the one with a finish reason: whether there is something to prove."""
+        reason = message.outputs[-1].finish_reason
+        if reason not in _ENDS:
+            raise ProtocolViolation("it ended in a way that nobody knows")
+        if reason == "cancelled":
+            if not self.stopped:
+                raise ProtocolViolation("it says cancelled, and nobody did that")
+            if not self._computed:
+                return False  # it only waited
+        elif self._job.inputs is not None and (
+            len(self._vectors) != len(self._job.inputs)
+            or len(set(self._vectors)) != 1
+            or not self._has_dimensions(self._vectors[0] // 4)
+        ):
+            raise ProtocolViolation("it sent other vectors than were asked for")
+        job = self._job
+        text = mark_text(job.request_id, job.choice, job.leg, self._tokens, self.output.commitment)
+        if not verify(self._to.node_id, MARK_DOMAIN, text, bytes.fromhex(message.mark)):
+            raise ProtocolViolation("its mark is not on what it has sent")
+        return True
+
+    def _has_dimensions(self, size: int) -> bool:
+        """Boxes whose proofs are of version 1 leave it to the coordinator to shorten vectors."""
+        wanted = self._job.dimensions
+        if wanted is None or self._began.proof == 1:
+            return size >= (wanted or 1)
+        return size == wanted
+
+    def prove(self, given: leg_wire.LegProof | None, reason: str) -> Proof:
+        """The proof, which says what has been seen, and not more than was offered."""
+        if given is None:
+            raise ProtocolViolation("it gave no proof")
+        signed = SignedProof(given.signed, given.signature)
+        try:  # as whoever verifies the receipt will
+            proof = read_proof(signed)
+            written = canonical(proof)
+        except ValueError:
+            raise ProtocolViolation("its proof is none, or is not written canonically") from None
+        if written != given.signed.encode():
+            raise ProtocolViolation("its proof is not written canonically")
+        for field, value in self._expected(reason).items():
+            if getattr(proof, field) != value:
+                raise ProtocolViolation(f"its proof is about another {field}")
+        self._check_price(proof)
+        if not is_signed(proof, signed):
+            raise ProtocolViolation("the signature of its proof is not its own")
+        return proof
+
+    def _expected(self, reason: str) -> dict[str, object]:
+        job, began = self._job, self._began
+        return {
+            "v": began.proof,
+            "request_id": job.request_id,
+            "leg": job.leg,
+            "choice": job.choice,
+            "prompt": job.prompt_number,
+            "node_id": self._to.node_id,
+            "model": job.model.id,
+            "model_digest": self._to.digest,
+            "engine": EngineInfo(began.build, began.device),
+            "sampling": sampling_record(began.sampling, job.max_tokens),
+            "prompt_commitment": self._prompt_commitment,
+            "output_commitment": self.output.commitment,
+            "prompt_tokens": self._prompt,
+            "completion_tokens": self._tokens,
+            "cached_tokens": self._cached,
+            "shifted_tokens": self._shifted,
+            "finish_reason": reason,
+            "witness": None,
+            "mark": None,
+        }
+
+    def _check_price(self, proof: Proof) -> None:
+        price = proof.price
+        try:
+            asked = [amount.per_token(p) for p in (price.prompt, price.cached, price.completion)]
+            told = [amount.per_token(p) for p in self._to.prices]
+        except ValueError as error:
+            raise ProtocolViolation(f"a price in its proof is {error}") from None
+        if price.currency != self._to.currency or any(
+            a > t for a, t in zip(asked, told, strict=True)
+        ):
+            raise ProtocolViolation("it asks for more than it offered")
+
+
+def counts(said: leg_wire.Tokens, job: Job, tokens: list[int] | None) -> bool:
+    """Whether that may be the answer to a question for a prompt's tokens, or the text of some."""
+    if tokens is not None:
+        return len(said.text) <= _LONGEST_TOKEN * len(tokens)
+    return said.context > 0 and _may_have(asked_text(job), len(said.tokens))
+
+
+def _may_have(asked: str, tokens: int) -> bool:
+    return tokens <= _TEMPLATE_TOKENS + _REPEATS * len(asked.encode())
+
+
+def _is_logprob(one: TokenLogprob) -> bool:
+    return all(map(math.isfinite, (one.logprob, *(value for _, value in one.top))))
+
+
+def _is_vector(data: bytes) -> bool:
+    """Little-endian float32, all of them finite."""
+    return len(data) % 4 == 0 and math.isfinite(sum(array("f", data)))
+
+
+def _draws_as_asked(sampling: Sampling, job: Job) -> bool:
+    """With the same seed and penalties; and where the request says nothing, as the peer likes, but
+    so that others can go on with it."""
+    if job.settled is not None:
+        return sampling == job.settled
+    return sampling.follows(job.sampling)

@@ -1,0 +1,88 @@
+"""How busy this box is, model by model, and how fast it was lately: for the router and adverts."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from statistics import median
+
+from pinaivu_box.config import EngineConfig
+from pinaivu_box.gateway.metering import LegRecord
+from pinaivu_box.gateway.placement import Placement
+from pinaivu_box.models.catalog import Model
+
+_LATELY = 32  # legs that a median is of
+_TTFT_MS, _TOKENS_PER_S = 200.0, 20.0  # until something was measured
+# Of a model that no engine has yet: an engine's start, and its file read at 1 GB/s.
+_STARTING_MS, _BYTES_A_MS = 1000.0, 1e6
+
+
+class LoadTracker:
+    """`taken` brackets every leg that an engine here serves, ours and those of peers.
+
+    `changed` is called with each.
+    """
+
+    def __init__(self, placement: Placement, config: EngineConfig) -> None:
+        self.config = config
+        self.changed: Callable[[], None] = lambda: None
+        self._placement = placement
+        self._legs: Counter[str] = Counter()
+        self._ttft: dict[str, deque[float]] = {}
+        self._speed: dict[str, deque[float]] = {}
+
+    @property
+    def idle(self) -> bool:
+        return not self._legs.total()
+
+    def legs(self, model_id: str) -> int:
+        return self._legs[model_id]
+
+    @contextlib.contextmanager
+    def taken(self, model_id: str) -> Iterator[None]:
+        self._add(model_id, 1)
+        try:
+            yield
+        finally:
+            self._add(model_id, -1)
+
+    def _add(self, model_id: str, count: int) -> None:
+        self._legs[model_id] += count
+        self.changed()
+
+    def measured(self, model_id: str, leg: LegRecord) -> None:
+        """A leg has ended.  What it waited in the queue says nothing about how fast we are."""
+        if leg.ttft_ms is None:
+            return
+        kept = self._ttft.setdefault(model_id, deque(maxlen=_LATELY))
+        kept.append(max(0.0, leg.ttft_ms - leg.queue_ms))
+        if (speed := leg.tokens_per_s) is not None:
+            self._speed.setdefault(model_id, deque(maxlen=_LATELY)).append(speed)
+
+    def ttft_ms(self, model: Model) -> float:
+        """The median of lately, and about what loading takes if no engine has the model.  If that
+        were thought to take long, nobody would ever send to a box that has not begun."""
+        loaded = any(engine.model_id == model.id for engine in self._placement.engines)
+        kept = self._ttft.get(model.id)
+        loading = 0.0 if loaded else _STARTING_MS + model.size / _BYTES_A_MS
+        return (median(kept) if kept else _TTFT_MS) + loading
+
+    def tokens_per_s(self, model_id: str) -> float:
+        """Of one stream."""
+        kept = self._speed.get(model_id)
+        return median(kept) if kept else _TOKENS_PER_S
+
+    def free(self, model_id: str) -> int:
+        return max(0, self.config.max_sequences - self._legs[model_id])
+
+    def queue(self, model_id: str) -> int:
+        return max(0, self._legs[model_id] - self.config.max_sequences)
+
+    def kv_free(self, model_id: str) -> int:
+        """Cells that no running sequence has; what an engine would have if none runs is not known
+        before it does."""
+        for engine in self._placement.engines:
+            if engine.model_id == model_id:
+                return max(0, engine.ready.kv_tokens - engine.load.kv_used)
+        return 2**20

@@ -1,0 +1,70 @@
+"""What this box offers its peers: the models whose digests are known, with load and prices."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from pinaivu_box import __version__, amount
+from pinaivu_box.gateway.admission import Admission
+from pinaivu_box.gateway.placement import Digest
+from pinaivu_box.gossip.adverts import MAX_MODELS, Facts, Offer
+from pinaivu_box.models.catalog import Model
+from pinaivu_box.routing.load import LoadTracker
+
+_LOOK_SECONDS = 5.0
+
+_File = tuple[str, Path, int, int]  # a model's id, and its file as it was when we read it
+
+
+class Offers:
+    """`keep_learning` finds the digests, which can take a minute for a large file that is seen for
+    the first time; until then a model is not offered."""
+
+    def __init__(self, admission: Admission, load: LoadTracker, digest: Digest) -> None:
+        self._admission, self._load, self._digest = admission, load, digest
+        self._digests: dict[_File, bytes] = {}
+
+    async def keep_learning(self, changed: Callable[[], None]) -> None:
+        """Until cancelled; the catalog may be another after a reload."""
+        while True:
+            # Large files last: nobody waits for what is behind them.
+            for model in sorted(self._admission.catalog.models, key=lambda model: model.size):
+                if _file(model) not in self._digests:
+                    with suppress(OSError):  # it is gone, and whoever asks for it will hear that
+                        self._digests[_file(model)] = bytes.fromhex(await self._digest(model))
+                        changed()
+            await asyncio.sleep(_LOOK_SECONDS)
+
+    def describe(self) -> Facts:
+        admission = self._admission
+        models = [one for one in admission.catalog.models if _file(one) in self._digests]
+        return Facts(
+            version=__version__[:32],
+            addresses=(),
+            currency=admission.pricing.currency[:16],
+            models=tuple(map(self._offer, models[:MAX_MODELS])),
+            draining=admission.draining,
+        )
+
+    def _offer(self, model: Model) -> Offer:
+        pricing, load = self._admission.pricing, self._load
+        price = amount.prices(pricing.models.get(model.id, pricing.per_1k_tokens))
+        return Offer(
+            id=model.id,
+            digest=self._digests[_file(model)],
+            sequences=load.config.max_sequences,
+            sequences_free=load.free(model.id),
+            kv_free=load.kv_free(model.id),
+            queue=load.queue(model.id),
+            ttft_ms=math.ceil(load.ttft_ms(model)),
+            tokens_per_s=round(load.tokens_per_s(model.id)),
+            prices=(price.prompt, price.cached or price.prompt, price.completion),
+        )
+
+
+def _file(model: Model) -> _File:
+    return model.id, model.path, model.size, model.created
