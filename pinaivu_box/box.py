@@ -40,10 +40,12 @@ from pinaivu_box.models.headers import Headers
 from pinaivu_box.models.names import printable
 from pinaivu_box.network.network import Network
 from pinaivu_box.policy import Policy
+from pinaivu_box.routing import reputation
 from pinaivu_box.routing.load import LoadTracker
 from pinaivu_box.routing.offers import Offers
 from pinaivu_box.store import responses, retention
 from pinaivu_box.store.database import Database
+from pinaivu_box.store.peer_settings import PeerPolicies
 
 # What is read at the start only: the sockets, and what stands before the routes.
 _AT_START = (
@@ -99,7 +101,7 @@ class Box:
     ledger: Ledger
     control_token: str
     network: Network | None = None  # all None without [peering]
-    books: LedgerRecorder | None = None
+    peer_policies: PeerPolicies | None = None
     pool: Pool | None = None
     _reading: asyncio.Lock = field(default_factory=asyncio.Lock)  # one look at the files at a time
     _lingering: set[str] = field(default_factory=set)  # models that are served until unloaded
@@ -288,14 +290,15 @@ async def _peering(box: Box) -> AsyncIterator[None]:
         return
     async with network_of(box.config, box.identity, box.database, box.offers.describe) as network:
         box.network = network
-        books = box.books = LedgerRecorder(box.database, box.identity.node_id, lambda: box.config)
-        pool = _pool(box, network, books)
+        policies = PeerPolicies(box.database, lambda: box.config.peering.serve)
+        box.peer_policies = policies
+        pool = _pool(box, network, LedgerRecorder(box.database, box.identity.node_id, policies))
 
         async def shared(peer: str) -> Catalog | str:
             if not box.config.peering.share_models:
                 return "this box does not share its models with yours"
-            terms = await books.terms(peer)
-            return terms.why_not() or box.catalog.only(terms.models)
+            policy = await policies.of(peer)
+            return policy.refusal or box.catalog.only(policy.models)
 
         def rate() -> float:
             return box.config.peering.serve.copy_mb_per_s * 1e6
@@ -305,7 +308,7 @@ async def _peering(box: Box) -> AsyncIterator[None]:
         running = [
             asyncio.create_task(network.run()),
             asyncio.create_task(box.offers.keep_learning(network.changed)),
-            asyncio.create_task(books.remember(pool.reputation)),
+            asyncio.create_task(reputation.load_and_save(pool.reputation, box.database)),
         ]
         if box.config.peering.announce:
             running.append(asyncio.create_task(_announce(network)))
@@ -333,12 +336,7 @@ def _pool(box: Box, network: Network, books: LedgerRecorder) -> Pool:
         local=box.local,
         load=box.traffic,
         network=network,
-        terms=books.terms,
-        owed=books.owed,
-        served=books.served,
-        lately=books.lately,
-        keep=books.keep,
-        debts=books.debts,
+        books=books,
         writable=lambda: check_writable(box.database),
     )
     box.admission.share(pool.dispatch, pool.candidates)

@@ -8,6 +8,9 @@ on stderr and an exit code.
     ├── CliError                    exit 1   the command could not do it
     │   ├── UsageError              exit 2   the command was called wrongly
     │   └── NotRunning              exit 1   it needs a running box
+    ├── StoreError                  exit 1   the database does not have it, or does not take it
+    │   └── DatabaseUnusable        exit 1   its file cannot be used
+    │       └── SchemaUnsupported   exit 1   nor read: it is of another version
     ├── PeeringError                exit 1   something between two boxes
     │   ├── Unreachable             exit 1   nobody answered there
     │   ├── WrongPeer               exit 1   somebody else answered there
@@ -88,6 +91,18 @@ class UsageError(CliError):
 
 class NotRunning(CliError):
     """It needs a running box."""
+
+
+class StoreError(BoxError):
+    """The database does not have it, or does not take it."""
+
+
+class DatabaseUnusable(StoreError):
+    """The file is damaged, cannot be opened, or is another program's."""
+
+
+class SchemaUnsupported(DatabaseUnusable):
+    """The file is of a version that this program does not read."""
 
 
 class PeeringError(BoxError):

@@ -1,8 +1,9 @@
-"""What a key may do, how much of it, and at what price."""
+"""What a key may do, how much of it, and at what price; and what a peer may have."""
 
 from __future__ import annotations
 
 import ipaddress
+from datetime import datetime
 from fnmatch import fnmatchcase
 from typing import Annotated, Any, Literal
 
@@ -11,7 +12,13 @@ from msgspec import Meta, Struct
 
 from pinaivu_box import amount
 from pinaivu_box.amount import Prices
-from pinaivu_box.config import PricingConfig, RoutingPolicy, parse_duration, parse_span
+from pinaivu_box.config import (
+    PeeringServeConfig,
+    PricingConfig,
+    RoutingPolicy,
+    parse_duration,
+    parse_span,
+)
 
 Scope = Literal["inference", "usage", "receipts", "admin", "local-only"]
 SCOPES: tuple[Scope, ...] = ("inference", "usage", "receipts", "admin")
@@ -104,6 +111,39 @@ class Policy(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True
             if fnmatchcase(model_id, glob):
                 return amount.prices(given)
         return None
+
+
+class PeerPolicy(PeeringServeConfig, frozen=True):
+    """What a peer may have: `[peering.serve]`, or what is set for that peer alone.
+
+    `blocked` says why it gets nothing.
+    """
+
+    blocked: str | None = None
+
+    @property
+    def limited(self) -> bool:
+        """Whether it matters how much a request may use: only then its prompt is counted first."""
+        return bool(self.credit_limit or self.tokens_per_minute)
+
+    @property
+    def open(self) -> bool:
+        """Whether it is between the two times of day (local time); always, if there are none."""
+        if not self.hours:
+            return True
+        begin, end = self.hours.split("-")
+        now = datetime.now().strftime("%H:%M")
+        return begin <= now < end if begin <= end else now >= begin or now < end
+
+    @property
+    def refusal(self) -> str | None:
+        """Why the peer gets nothing at all now, in a sentence for it, or None."""
+        if self.blocked is not None:
+            return f"This box serves nothing to your box: {self.blocked}."
+        return None if self.open else f"This box serves its peers from {self.hours} only."
+
+    def serves(self, model_id: str) -> bool:
+        return any(fnmatchcase(model_id, glob) for glob in self.models)
 
 
 def changed(policy: Policy, changes: dict[str, Any]) -> Policy:

@@ -32,8 +32,16 @@ ROOMS = (
     "receipts",
     "store",
     "home",
-    "peering",
+    "transport",
+    "membership",
+    "gossip",
+    "network",
     "gateway",
+    "routing",
+    "ledger",
+    "files",
+    "legs",
+    "admin",
     "box",
     "backup",
     "server",
@@ -48,7 +56,7 @@ OF_BOTH_SIDES = ("errors", "text", "sandbox", "chat_format", "vector_format")
 # Who starts the child may name its main; nobody else sees the engine but for its messages.
 STARTS_THE_WORKER = "cli.engine"
 # Library -> what the names of modules begin with that may import it.
-ONLY_IN = {"llama_cpp": "engine.llama_", "iroh": "peering.iroh_", "zeroconf": "peering.lan"}
+ONLY_IN = {"llama_cpp": "engine.llama_", "iroh": "transport.iroh_", "zeroconf": "transport.lan"}
 
 
 def modules() -> dict[str, Path]:
@@ -156,8 +164,10 @@ def test_every_module_has_a_room_and_every_room_a_module() -> None:
         ("engine.worker", "from pinaivu_box.config import Config"),
         ("engine.engine", "import llama_cpp.llama_cpp as llama"),
         ("server.chat", "def f():\n    import llama_cpp"),
-        ("peering.link", "def f():\n    from iroh import Endpoint"),
-        ("peering.link", "from pinaivu_box.gateway import backend"),
+        ("transport.link", "def f():\n    from iroh import Endpoint"),
+        ("transport.link", "from pinaivu_box.membership import records"),
+        ("gateway.request", "from pinaivu_box.legs.runner import LegRunner"),
+        ("routing.router", "from pinaivu_box.legs import wire"),
         ("server.chat", "from ..cli import main"),
         ("errors", "from . import config"),
     ],

@@ -367,9 +367,10 @@ def test_in_a_narrow_terminal_no_name_is_cut_off(models: Path) -> None:
     (place / "Meta-Llama-3.1-8B-Instruct-Q8_0.gguf").write_bytes(valid()[:-1])
     (path,) = place.glob("*Q8_0*")
     shown = (
-        "from pinaivu_box.cli.doctor import show_checks\n"
+        "from pinaivu_box.cli.render import print_checks\n"
         "from pinaivu_box.doctor.check import Check\n"
-        f"show_checks([Check('models', 'failed', {f'not served: {path}: it is incomplete'!r}, '')])"
+        f"found = {f'not served: {path}: it is incomplete'!r}\n"
+        "print_checks([Check('models', 'failed', found, '')])"
     )
     doctor = in_terminal(sys.executable, "-c", shown)
     assert "Instruct-Q8_0.gguf:itisincomplete" in "".join(doctor.split())

@@ -26,7 +26,7 @@ WORKSPACE = "backup.new"
 
 
 def make(home: Path, file: Path, passphrase: str | None, *, force: bool) -> Manifest:
-    """Write the backup and check it by reading it again.  Raises CliError.
+    """Write the backup and check it by reading it again.  Raises CliError, DatabaseUnusable.
 
     The snapshot is made in the home, where the same is in the clear anyway: beside an encrypted
     backup nothing readable ever lies.

@@ -26,10 +26,10 @@ from pinaivu_box.backup import archive
 from pinaivu_box.backup.archive import CONFIG, DATABASE, IDENTITY, Manifest
 from pinaivu_box.backup.make import sync_folder
 from pinaivu_box.backup.sealed import MAGIC, BadBackup, ByteSource, Unsealer
-from pinaivu_box.errors import CliError
+from pinaivu_box.errors import CliError, DatabaseUnusable, SchemaUnsupported
 from pinaivu_box.home import lock, prepare_home
 from pinaivu_box.store import integrity
-from pinaivu_box.store.migrations import SCHEMA_VERSION
+from pinaivu_box.store.schema import CURRENT
 
 STAGING, READY = "restore.new", "restore.ready"
 _OLD = "old"
@@ -54,7 +54,7 @@ def restore(file: Path, home: Path, passphrase: Callable[[], str], *, force: boo
         with file.open("rb") as opened:
             source = _source(opened, passphrase)
             manifest = archive.read_manifest(source)
-            _refuse_newer(manifest)
+            _refuse_unreadable(manifest)
             with contextlib.closing(lock(prepare_home(home))):
                 _refuse_occupied(home, force)
                 _stage(source, manifest, home)
@@ -91,12 +91,11 @@ def _source(file: BinaryIO, passphrase: Callable[[], str]) -> ByteSource:
     return Unsealer(file, passphrase()) if beginning == MAGIC else file
 
 
-def _refuse_newer(manifest: Manifest) -> None:
-    if manifest.schema > SCHEMA_VERSION:
-        raise BadBackup(
-            f"it was made by a newer Pinaivu Box (schema {manifest.schema}, this program knows "
-            f"{SCHEMA_VERSION}): update the program"
-        )
+def _refuse_unreadable(manifest: Manifest) -> None:
+    try:
+        CURRENT.check_version(manifest.schema, "its database")
+    except SchemaUnsupported as error:
+        raise BadBackup(error.message.removesuffix(".")) from error
 
 
 def _refuse_occupied(home: Path, force: bool) -> None:
@@ -126,7 +125,7 @@ def _stage(source: ByteSource, manifest: Manifest, home: Path) -> None:
         for part in manifest.parts:
             _sync_file(folder / part.name)
         sync_folder(folder)
-    except CliError as error:
+    except DatabaseUnusable as error:
         shutil.rmtree(folder, ignore_errors=True)
         raise BadBackup(error.message.removesuffix(".")) from error
     except BaseException:

@@ -22,7 +22,3 @@ def of_error(name: str, message: str) -> Check:
     """Errors say what is wrong and, after a colon, what to do."""
     found, _, todo = message.removesuffix(".").rpartition(": ")
     return Check(name, "failed", found, todo) if found else Check(name, "failed", todo)
-
-
-def megabytes(size: float) -> str:
-    return f"{size / 1e6:,.0f} MB"

@@ -14,10 +14,10 @@ import msgspec
 
 from pinaivu_box import identity as identities
 from pinaivu_box.doctor.check import Check, of_error
-from pinaivu_box.errors import CliError
+from pinaivu_box.errors import DatabaseUnusable, SchemaUnsupported
 from pinaivu_box.receipts.receipt import RECEIPT_DOMAIN, Receipt
 from pinaivu_box.store import integrity
-from pinaivu_box.store.migrations import SCHEMA_VERSION
+from pinaivu_box.store.schema import CURRENT
 
 _SECRETS = ("identity.key", "pinaivu.db", "pinaivu.db-wal", "pinaivu.db-shm", "run.json")
 _LEFT_BEHIND = ("backup.new", "restore.new")
@@ -125,12 +125,12 @@ def database(home: Path) -> Iterator[Check]:
         return
     try:
         version = integrity.check(path, str(path))
-    except CliError as error:
-        if error.message.endswith(": update the program."):
-            yield of_error("database", error.message)
-        else:
-            yield Check("database", "failed", error.message.removesuffix("."), _RESTORE)
+    except SchemaUnsupported as error:
+        yield of_error("database", error.message)
         return
-    older = "" if version == SCHEMA_VERSION else f"; the next start makes it {SCHEMA_VERSION}"
+    except DatabaseUnusable as error:
+        yield Check("database", "failed", error.message.removesuffix("."), _RESTORE)
+        return
+    older = "" if version == CURRENT.version else f"; the next start makes it {CURRENT.version}"
     size = path.stat().st_size / 1e6
     yield Check("database", "ok", f"{size:,.1f} MB, whole, schema {version}{older}")

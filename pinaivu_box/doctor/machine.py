@@ -17,13 +17,13 @@ import msgspec
 from nacl.signing import SigningKey
 
 from pinaivu_box.config import Config
-from pinaivu_box.doctor.check import Check, State, megabytes, of_error
+from pinaivu_box.doctor.check import Check, State, of_error
 from pinaivu_box.doctor.home import is_served, newest_receipt
 from pinaivu_box.errors import CliError
 from pinaivu_box.identity import Identity
 from pinaivu_box.receipts.receipt import utc_text
 from pinaivu_box.server.serve import bind
-from pinaivu_box.text import number
+from pinaivu_box.text import megabytes, number
 
 _UNPACKED = 100e6  # bytes that the executable unpacks in TMPDIR at each start
 _NVIDIA = "0x10de"

@@ -12,7 +12,7 @@ from pathlib import Path
 import msgspec
 
 from pinaivu_box.config import Config, EngineConfig, SamplingConfig
-from pinaivu_box.doctor.check import Check, State, megabytes
+from pinaivu_box.doctor.check import Check, State
 from pinaivu_box.engine.messages import SamplingParams
 from pinaivu_box.errors import ApiError, CliError
 from pinaivu_box.gateway.backend import Job, Output, Started
@@ -24,6 +24,7 @@ from pinaivu_box.models.files import look, open_regular
 from pinaivu_box.models.names import printable
 from pinaivu_box.models.splits import digest_of_parts
 from pinaivu_box.store import integrity
+from pinaivu_box.text import megabytes
 
 _PIECE = 1 << 20
 # Enough for a word, so that the look costs little beside a running server.

@@ -118,8 +118,8 @@ def make(setup: bytes) -> Callable[[bytes], bytes]:
 
 
 def trials(setup: bytes) -> Callable[[bytes], bytes]:
-    """For a `Vocabulary` the function that makes of a `OutputConstraint` the text of its grammar; empty if
-    everything is allowed.  It raises InvalidBody."""
+    """For a `Vocabulary` the function that makes of an `OutputConstraint` the text of its grammar;
+    empty if everything is allowed.  It raises InvalidBody."""
     tokenizer = tokenizer_of(msgspec.msgpack.decode(setup, type=Vocabulary))
     decoder = msgspec.msgpack.Decoder(OutputConstraint)
 

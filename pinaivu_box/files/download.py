@@ -345,8 +345,8 @@ class Download:
 
 
 class MultiFileDownload:
-    """A model in several files on its way here, one file after the other; see `DownloadProgress`.  They get
-    their names when all of them are here, so that a half-made set is never in the folder."""
+    """A model in several files on its way here, one file after the other; see `DownloadProgress`.
+    They get their names when all of them are here, so the folder never holds half a set."""
 
     def __init__(
         self,

@@ -78,12 +78,13 @@ class Request:
     """One running request.  `events` ends with Finished or Failed."""
 
     def __init__(self, admitted: AdmittedRequest, backend: Backend, meter: Meter) -> None:
-        grant = admitted.grant
-        self.account = RequestAccount(admitted.jobs, admitted.key.id, admitted.prices, grant.period)
+        reservation = admitted.reservation
+        self.account = RequestAccount(
+            admitted.jobs, admitted.key.id, admitted.prices, reservation.period
+        )
         self.events: Mailbox[RequestEvent] = Mailbox()
         self.cancelled = False
-        self._admitted = admitted
-        self._turn = grant.turn
+        self._reservation = reservation
         self._refused: ApiError | None = None
         self.status = 0  # HTTP's, set when it ends
         self._wake = asyncio.Event()
@@ -123,7 +124,8 @@ class Request:
             last = Failed(InternalError("The box failed on this request; its log says why."))
         finally:
             account = self.account
-            self._admitted.end(account.prompt_tokens + account.completion_tokens, account.cost)
+            tokens = account.prompt_tokens + account.completion_tokens
+            self._reservation.settle(tokens, account.cost)
         if self._refused is not None:
             last = Failed(self._refused)
         self._say(last)
@@ -133,9 +135,10 @@ class Request:
 
     async def _wait_for_turn(self) -> None:
         """For a place among the requests of the same key."""
-        if self._turn.is_set():
+        turn = self._reservation.turn
+        if turn.is_set():
             return
-        waits = [asyncio.create_task(event.wait()) for event in (self._turn, self._wake)]
+        waits = [asyncio.create_task(event.wait()) for event in (turn, self._wake)]
         await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
         for one in waits:
             one.cancel()
@@ -322,12 +325,12 @@ class RunningRequests:
         key was stopped with if that was after `since` (monotonic), when the request came."""
         when, error = self._stopped.get(admitted.key.id, (-math.inf, None))
         if error is not None and when >= since:
-            admitted.end(0, 0)
+            admitted.reservation.settle(0, 0)
             raise error
         model_id, count = admitted.jobs[0].model.id, len(admitted.jobs)
         wait = waited + self._expected_wait(admitted)
         if timeout is not None and wait > timeout:
-            admitted.end(0, 0)
+            admitted.reservation.settle(0, 0)
             raise too_late(wait, timeout)
         request = Request(admitted, self._backend, self._meter)
         task = asyncio.create_task(request.run())
@@ -357,7 +360,7 @@ class RunningRequests:
         if self._elsewhere(model_id):
             before = 0
         wait = max(0, before) * seconds / self.places
-        ahead, places = admitted.grant.ahead, admitted.key.policy.max_parallel or 1
+        ahead, places = admitted.reservation.ahead, admitted.key.policy.max_parallel or 1
         return max(wait, ahead * seconds / places)
 
     def _end(self, task: asyncio.Task[RequestEvent]) -> None:

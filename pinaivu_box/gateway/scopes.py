@@ -22,7 +22,6 @@ from pathlib import Path
 
 from pinaivu_box.config import EngineConfig
 from pinaivu_box.errors import CliError
-from pinaivu_box.legs.wire import Task
 from pinaivu_box.store.keys import Key
 
 _DAY = 86400  # seconds
@@ -35,13 +34,13 @@ def scope_of(key: Key) -> str:
     return key.id if key.policy.local_only else key.account_id
 
 
-def guest_scope(peer: str, task: Task) -> str:
-    """In which a peer's prompt is cached: `peer` is who the link has proved it to be.
+def peer_scope(node_id: str, tag: str | None, request_id: str) -> str:
+    """The scope in which a peer's prompt is cached: `node_id` is who the link has proved it to be.
 
     A peer that sends no tag does not say which of its prompts belong together: those of one request
     do.
     """
-    return f"{peer}/{task.tag or task.request_id}"
+    return f"{node_id}/{tag or request_id}"
 
 
 class ScopeTags:

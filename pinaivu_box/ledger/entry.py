@@ -3,7 +3,7 @@
 An entry is one leg that one box served for another: the proof, signed by who served it, and the
 acceptance by who had asked, over the same bytes.  Only with both it counts.  Its amount follows
 from the proof: what was made, and the prompt too unless another entry of the request has paid for
-that (`receipts.prompts_of`).  Entries and statements are never changed or deleted (migrations);
+that (`receipts.prompts_of`).  Entries and statements are never changed or deleted (schema.sql);
 the sums of each peer are the database's own, so that `balance` reads one row of each currency.
 """
 

@@ -1,10 +1,10 @@
 """What two boxes have done for each other, compared and added up.  Pure.
 
-Each side has its `EntryTree`: entries at places that both sides know, since a place is the hash of who
-served which leg of which request.  A part of the books is all whose places begin the same, and its
-hash is over the hashes of its entries in the order of their places.  Where the hashes of a part
-differ, its 256 parts are compared, down to a few entries: so one entry that differs among n is
-found in log n questions.
+Each side has its `EntryTree`: entries at places that both sides know, since a place is the hash of
+who served which leg of which request.  A range of the tree is all whose places begin the same, and
+its hash is over the hashes of its entries in the order of their places.  Where the hashes of a
+range differ, its 256 parts are compared, down to a few entries: so one entry that differs among n
+is found in log n questions.
 """
 
 from __future__ import annotations

@@ -1,19 +1,18 @@
 """The frames of the ledger's conversation: each question has one answer.
 
-    Begin(last, head)            Begin           which statement is the last, and its hash
-    Look(statement, upto)        Books           whose parts `AskRanges` asks for: a statement's, or (0)
-                                                 what is in none, up to a request id
-    Ask(prefixes)                Parts           see `netting`
-    Give(places)                 Entries         as many of them as fit
-    Take(entries)                Taken           those that are not taken, and why
-    Claims(claims)               Judged          what the asker served and the other has not
-                                                 accepted: its acceptances, or why not
-    Unaccepted                   Claims          the same of the other's,
-    Judged(accepted, disputed)   Taken           and what the asker says to these
-    Propose(signed, signature)   Agreed          the other's signature over the same bytes
-    Done                                         the asker has what it lacked: now the other asks
-    Begin                        Wait            another conversation of the two is under way: ask
-                                                 again
+    Begin(last, head)        Begin         which statement is the last, and its hash
+    Look(statement, upto)    LedgerDigest  whose ranges `AskRanges` asks for: a statement's, or (0)
+                                           what is in none, up to a request id
+    AskRanges(prefixes)      RangeHashes   see `reconcile`
+    GiveEntries(places)      Entries       as many of them as fit
+    TakeEntries(entries)     EntriesTaken  those that are not taken, and why
+    ClaimEntries(claims)     Judged        what the asker served and the other has not accepted: its
+                                           acceptances, or why not
+    Unaccepted               ClaimEntries  the same of the other's,
+    Judged(accepted, ...)    EntriesTaken  and what the asker says to these
+    Propose(signed, ...)     Agreed        the other's signature over the same bytes
+    Done                                   the asker has what it lacked: now the other asks
+    Begin                    Wait          another session of the two is under way: ask again
 
 Any of them may be answered with `Reject`, a sentence, which ends the conversation.
 """

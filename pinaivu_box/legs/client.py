@@ -26,7 +26,7 @@ from pinaivu_box.identity import Identity
 from pinaivu_box.legs import wire as leg_wire
 from pinaivu_box.legs.codec import to_task
 from pinaivu_box.legs.large_messages import LargeMessages
-from pinaivu_box.legs.verify import Destination, LegVerifier, ProtocolViolation, counts
+from pinaivu_box.legs.verify import LegVerifier, ProtocolViolation, counts
 from pinaivu_box.receipts.receipt import (
     ACCEPTANCE_DOMAIN,
     VERSION,
@@ -34,6 +34,7 @@ from pinaivu_box.receipts.receipt import (
     SignedProof,
     cost,
 )
+from pinaivu_box.routing.candidates import Destination
 from pinaivu_box.transport import wire
 from pinaivu_box.transport.transport import Stream
 

@@ -1,6 +1,6 @@
 """Requests of other boxes, served here: as a tenant with limits of its own, never sent on.
 
-See `peering.work` for what is said, and `guests` for what a peer may have.
+See `peering.work` for what is said, and `guests` for what a peer may use.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 
 from pinaivu_box import amount
 from pinaivu_box.amount import Prices
@@ -32,13 +31,15 @@ from pinaivu_box.gateway.backend import Event, Job, Output, Prompt, Started
 from pinaivu_box.gateway.local import LocalBackend
 from pinaivu_box.gateway.mailbox import Mailbox
 from pinaivu_box.gateway.metering import ENGINE_LOST, LegRecord, prove
-from pinaivu_box.gateway.scopes import guest_scope
+from pinaivu_box.gateway.quota import Reservation
+from pinaivu_box.gateway.scopes import peer_scope
 from pinaivu_box.identity import Identity, verify
 from pinaivu_box.legs import wire as leg_wire
-from pinaivu_box.legs.admission import LegPermit, PeerLimits, PeerQuotas
+from pinaivu_box.legs.admission import LegAdmission, LegPermit
 from pinaivu_box.legs.codec import to_job
 from pinaivu_box.legs.large_messages import LargeMessages
 from pinaivu_box.models.catalog import Model
+from pinaivu_box.policy import PeerPolicy
 from pinaivu_box.receipts.commitment import RunningCommitment, new_nonce
 from pinaivu_box.receipts.receipt import (
     ACCEPTANCE_DOMAIN,
@@ -93,7 +94,7 @@ class LegServer:
         find: Callable[[str], Model],
         prices: Callable[[Model], Prices],
         currency: Callable[[], str],
-        guests: PeerQuotas,
+        admission: LegAdmission,
         record: Callable[[Served], Awaitable[None]],
         digest: Callable[[Model], Awaitable[str]],
         writable: Callable[[], Awaitable[None]],
@@ -103,18 +104,18 @@ class LegServer:
         self._identity, self._local, self._load = identity, local, load
         self._find, self._prices, self._currency = find, prices, currency
         self._record, self._digest, self._writable = record, digest, writable
-        self.guests = guests
+        self.admission = admission
         self._legs = 0
         self.draining = False
 
     async def drained(self) -> None:
         """Wait until no leg is left."""
-        await self.guests.gone.wait()
+        await self.admission.idle.wait()
 
     async def handle(self, peer: str, stream: Stream) -> None:
         """One stream of the purpose `work`.  Raises PeeringError if the peer broke off, or the
         rules."""
-        async with asyncio.timeout(_ASK_SECONDS), self.guests.use(peer).asking:
+        async with asyncio.timeout(_ASK_SECONDS), self.admission.receiving(peer):
             check = self._large.to_serving(peer)
             asked = await leg_wire.receive(stream, leg_wire.to_serving, check=check)
         try:
@@ -137,48 +138,52 @@ class LegServer:
             await stream.finish()
 
     async def _count(self, peer: str, asked: leg_wire.Count) -> leg_wire.Tokens:
-        terms = await self.guests.terms(peer)
-        job = await self._job(peer, asked.task, asked.digest, terms)
-        with self.guests.place(peer, terms):
-            await self.guests.check(peer, terms, self._currency())
-            counted = self.guests.counting(peer, terms)
+        policy = await self.admission.accounts.policy(peer)
+        job = await self._job(peer, asked.task, asked.digest, policy)
+        async with self.admission.place(peer, policy):
+            await self.admission.check(peer, policy, self._currency())
+            self.admission.check_counting(peer, policy)
             found, context = await self._local.ask(job, asked.tokens, plain=asked.plain)
-            counted(max(len(found.tokens), len(asked.tokens or ())))
+            self.admission.counted(peer, max(len(found.tokens), len(asked.tokens or ())))
         return leg_wire.Tokens(found.tokens, found.text, found.thinking, context)
 
-    async def _job(self, peer: str, task: leg_wire.Task, digest: str, terms: PeerLimits) -> Job:
+    async def _job(self, peer: str, task: leg_wire.Task, digest: str, policy: PeerPolicy) -> Job:
         if self.draining:
             raise NoNodesAvailable("This box is shutting down: send it elsewhere.", retry_after=5)
-        if (why := terms.why_not()) is not None:
-            raise ModelNotAllowed(why)
+        if policy.refusal is not None:
+            raise ModelNotAllowed(policy.refusal)
         await self._writable()
-        if not any(fnmatchcase(task.model, glob) for glob in terms.models):
+        if not policy.serves(task.model):
             raise ModelNotAllowed(f"This box does not serve {task.model} to yours.", param="model")
         model = self._find(task.model)
         if await self._digest(model) != digest:
             raise _another_file(model)
         # Whatever the peer calls it: a name of our own keeps its requests apart from others.
         self._legs += 1
-        job = to_job(task, model, peer, guest_scope(peer, task))
+        job = to_job(task, model, peer, peer_scope(peer, task.tag, task.request_id))
         return replace(job, name=f"peer.{self._legs}")
 
     async def _serve(self, peer: str, stream: Stream, asked: leg_wire.LegRequest) -> None:
-        terms = await self.guests.terms(peer)
-        job = await self._job(peer, asked.task, asked.digest, terms)
+        admission, policy = self.admission, await self.admission.accounts.policy(peer)
+        job = await self._job(peer, asked.task, asked.digest, policy)
         price = self._price(job.model, asked)
-        with self.guests.place(peer, terms):
+        async with admission.place(peer, policy) as reservation:
             context = 0
-            if terms.limited:
-                await self.guests.check(peer, terms, price.currency)
+            if policy.limited:
+                await admission.check(peer, policy, price.currency)
                 job, context = await self._read(stream, job)
-            prompt, most = self._most_tokens(job, asked.made, context)
-            ceiling = price.prices.most(prompt, most)
-            async with self.guests.reserved(
-                peer, terms, price.currency, ceiling, prompt + len(asked.made) + most
-            ) as used:
-                with self._load.taken(job.model.id):
-                    async with self.guests.once(peer, job, pays=asked.pays_prompt) as admitted:
-                        await self._run(peer, stream, job, price, asked, admitted, used)
+            prompt, answer = self._most_tokens(job, asked.made, context)
+            await admission.reserve(
+                reservation,
+                peer,
+                policy,
+                price.currency,
+                tokens=prompt + len(asked.made) + answer,
+                cost=price.prices.most(prompt, answer),
+            )
+            with self._load.taken(job.model.id):
+                async with admission.leg(peer, job, pays=asked.pays_prompt) as permit:
+                    await self._run(peer, stream, job, price, asked, permit, reservation)
 
     async def _read(self, stream: Stream, job: Job) -> tuple[Job, int]:
         """With its prompt's tokens, and the context of its model.  That takes long if the model has
@@ -200,18 +205,18 @@ class LegServer:
         job: Job,
         price: Price,
         asked: leg_wire.LegRequest,
-        admitted: LegPermit,
-        used: Callable[[int], None],
+        permit: LegPermit,
+        reservation: Reservation,
     ) -> None:
         leg = _ServedLeg(self._identity, self._local, stream, job, price, asked)
         owed = False
         try:
             async with leg:
                 await asyncio.sleep(0)  # the engine has its request before anything else is done
-                await admitted.fresh()
+                await permit.check_new(self.admission.accounts)
                 owed = True
-                if await leg.send_all(admitted.paid):
-                    admitted.proven()
+                if await leg.send_all(permit.check_paid):
+                    permit.proven = True
                     await leg.hear_out()
         except ApiError:
             owed = False  # the peer is refused, and gets no more
@@ -224,11 +229,11 @@ class LegServer:
                 proof = None
             # What other legs have made is computed here too, like a prompt, though nobody pays
             # for it again.
-            used(leg.tokens + len(asked.made) if owed and leg.tokens else 0)
+            reservation.use(leg.tokens + len(asked.made) if owed and leg.tokens else 0)
             if proof is not None:
                 self._load.measured(job.model.id, leg.account)
                 await self._settle(peer, proof, asked.pays_prompt, leg.said)
-                admitted.served()
+                permit.served()
 
     def _most_tokens(self, job: Job, made: list[int], context: int) -> tuple[int, int]:
         """Of the prompt and of the answer, at most; guessed without a `context`, that is, if the

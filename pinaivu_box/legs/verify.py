@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from array import array
-from dataclasses import dataclass
 
 from pinaivu_box import amount
 from pinaivu_box.chat_format import STYLES
@@ -30,6 +29,7 @@ from pinaivu_box.receipts.receipt import (
     sampling_record,
 )
 from pinaivu_box.receipts.verify import is_signed, read_proof
+from pinaivu_box.routing.candidates import Destination
 
 _LONGEST_TOKEN = 1024  # characters; vocabularies have runs of 256 spaces
 # A token has at least a byte, but a template says something of its own, and may repeat its tools.
@@ -39,18 +39,6 @@ _ENDS = ("stop", "length", "cancelled")
 
 class ProtocolViolation(Exception):
     """What is wrong, as the end of the sentence "it broke the rules: ..."."""
-
-
-@dataclass(frozen=True)
-class Destination:
-    """A peer, and what it has offered: prices of 1,000 tokens (prompt, cached, completion)."""
-
-    node_id: str
-    name: str
-    digest: str
-    prices: tuple[str, str, str]
-    currency: str
-    pays_prompt: bool = True
 
 
 class LegVerifier:

@@ -12,13 +12,13 @@ from pinaivu_box.config import Config
 from pinaivu_box.gateway.local import LocalBackend
 from pinaivu_box.gateway.placement import Placement
 from pinaivu_box.identity import Identity
-from pinaivu_box.ledger.entry import Balance
 from pinaivu_box.legs import wire as leg_wire
-from pinaivu_box.legs.admission import PeerLimits, PeerQuotas
-from pinaivu_box.legs.client import AcceptedLeg, PeerBackend
+from pinaivu_box.legs.admission import LegAdmission
+from pinaivu_box.legs.client import PeerBackend
 from pinaivu_box.legs.large_messages import LargeMessages
+from pinaivu_box.legs.recorder import LedgerRecorder
 from pinaivu_box.legs.runner import LegRunner, RoutingSettings
-from pinaivu_box.legs.server import LegServer, Served
+from pinaivu_box.legs.server import LegServer
 from pinaivu_box.models.catalog import Catalog, Model
 from pinaivu_box.network.network import Network
 from pinaivu_box.routing.candidates import Candidates
@@ -26,14 +26,12 @@ from pinaivu_box.routing.circuit_breaker import CircuitBreaker
 from pinaivu_box.routing.load import LoadTracker
 from pinaivu_box.routing.reputation import Reputation
 from pinaivu_box.routing.router import Weights
-from pinaivu_box.routing.spending_limits import Debts, SpendingLimits
+from pinaivu_box.routing.spending_limits import SpendingLimits
 
 
 class Pool:
-    """`keep` gets every leg that was served for a peer or by one, `owed` says what a peer owes us
-    and `debts` what we owe all of them, `served` whether a leg was served for it already, `lately`
-    which in the last minute, and `terms` what it may have here; `writable` raises NoNodesAvailable
-    if `keep` could keep nothing."""
+    """`books` gets every leg that was served for a peer or by one; `writable` raises
+    NoNodesAvailable if nothing can be written now."""
 
     def __init__(
         self,
@@ -44,12 +42,7 @@ class Pool:
         local: LocalBackend,
         load: LoadTracker,
         network: Network,
-        terms: Callable[[str], Awaitable[PeerLimits]],
-        owed: Callable[[str, str], Awaitable[Balance]],
-        served: Callable[[str, str, int, int], Awaitable[bool]],
-        lately: Callable[[str], Awaitable[list[tuple[float, int]]]],
-        keep: Callable[[Served | AcceptedLeg], Awaitable[None]],
-        debts: Callable[[], Awaitable[Debts]],
+        books: LedgerRecorder,
         writable: Callable[[], Awaitable[None]],
     ) -> None:
         # Whoever sets the clock changes no opinion.
@@ -60,12 +53,12 @@ class Pool:
         resting = CircuitBreaker(time.monotonic, Random())  # noqa: S311, it only spreads requests
         self.candidates = Candidates(
             identity.node_id, catalog, self._prices, self._currency, load, placement,
-            network.peers, resting, self.reputation, SpendingLimits(debts, config.peering),
+            network.peers, resting, self.reputation, SpendingLimits(books.debts, config.peering),
         )  # fmt: skip
         self.dispatch = LegRunner(
             self.candidates,
             local,
-            PeerBackend(identity, network, keep, self._large),
+            PeerBackend(identity, network, books.keep, self._large),
             load,
             resting,
             self.reputation,
@@ -75,7 +68,7 @@ class Pool:
         )
         self.serving = LegServer(
             identity, local, load, lambda name: catalog().find(name), self._prices,
-            self._currency, PeerQuotas(terms, owed, served, lately, load), keep,
+            self._currency, LegAdmission(books, load), books.keep,
             placement.digest_of, writable, self._large,
         )  # fmt: skip
         network.handlers[leg_wire.PURPOSE] = self.serving.handle

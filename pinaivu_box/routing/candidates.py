@@ -6,13 +6,13 @@ import hashlib
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from pinaivu_box.amount import Prices
 from pinaivu_box.errors import ModelNotFound
 from pinaivu_box.gateway.backend import Job
 from pinaivu_box.gateway.placement import Placement
 from pinaivu_box.gossip.adverts import Offer
-from pinaivu_box.legs.verify import Destination
 from pinaivu_box.models.catalog import Catalog, Model, remote
 from pinaivu_box.models.names import is_model_id
 from pinaivu_box.network.peer import Peer
@@ -29,6 +29,18 @@ _CHARACTERS_A_TOKEN = 4
 _BUSY = "said lately that it is busy"
 _LONGEST_BUSY = 5.0  # seconds that a refusal is believed
 _FREED_SECONDS = 2.0  # in which a peer knows that what it has served was accepted
+
+
+@dataclass(frozen=True)
+class Destination:
+    """A peer, and what it has offered: prices of 1,000 tokens (prompt, cached, completion)."""
+
+    node_id: str
+    name: str
+    digest: str
+    prices: tuple[str, str, str]
+    currency: str
+    pays_prompt: bool = True
 
 
 class Candidates:

@@ -1,4 +1,4 @@
-"""What we think of a peer: from what it did for us, never from what others say.  Pure.
+"""What we think of a peer: from what it did for us, never from what others say.
 
     reputation = reliability x speed x honesty, each from 0 to 1
 
@@ -13,17 +13,25 @@ recomputes what a peer claims would be heard through `disputed` as well.
 
 from __future__ import annotations
 
+import asyncio
+import logging
+import sqlite3
 from collections.abc import Callable, Mapping
 
 from msgspec.structs import replace
 
+from pinaivu_box.store import opinions
+from pinaivu_box.store.database import Database
 from pinaivu_box.store.opinions import Opinion
+
+log = logging.getLogger("pinaivu.reputation")
 
 MEMORY = 50.0
 _GIVEN = 2.0
 _NEWEST = 0.1  # what the newest leg counts in the average of speeds
 _DAY = 86400.0
 _WEEK = 7 * _DAY
+_SAVE_SECONDS = 60.0
 
 
 class Reputation:
@@ -97,6 +105,27 @@ class Reputation:
         """Before what another leg tells."""
         opinion, left = self._now(node_id), 1 - 1 / MEMORY
         return replace(opinion, served=opinion.served * left, failed=opinion.failed * left)
+
+
+async def load_and_save(reputation: Reputation, database: Database) -> None:
+    """Until cancelled: what is thought of peers is on disk within a minute, and at the end."""
+    reputation.recall(await opinions.load(database))
+    try:
+        while True:
+            await asyncio.sleep(_SAVE_SECONDS)
+            await _save(reputation, database)
+    finally:
+        await _save(reputation, database)
+
+
+async def _save(reputation: Reputation, database: Database) -> None:
+    changed, reputation.changed = reputation.changed, set()
+    try:
+        if changed:
+            await opinions.keep(database, {peer: reputation.opinions[peer] for peer in changed})
+    except sqlite3.Error:
+        reputation.changed |= changed
+        log.exception("opinions of peers could not be written; they are written again later")
 
 
 def _reliability(opinion: Opinion) -> float:

@@ -8,10 +8,10 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 from starlette.requests import Request
 from starlette.responses import Response
 
+from pinaivu_box.admin import accounts
 from pinaivu_box.server.admin import Page, answer, body, box_of, by, query
-from pinaivu_box.store import accounts
-from pinaivu_box.store.accounts import Account, Role
-from pinaivu_box.store.views import AccountView, account_view
+from pinaivu_box.store.accounts import Role
+from pinaivu_box.store.views import AccountView
 
 Password = Annotated[str, Meta(min_length=8, max_length=1024)]
 
@@ -46,42 +46,36 @@ class RemovedAccount(Struct, frozen=True):
 
 
 async def ls(request: Request) -> Response:
-    page = query(request, Page)
-    found = await accounts.ls(
-        box_of(request).database, after=page.after or "", limit=page.limit + 1
-    )
-    data = [account_view(one) for one in found[: page.limit]]
-    return answer(request, AccountList(data, len(found) > page.limit))
+    page, database = query(request, Page), box_of(request).database
+    listed = await accounts.ls(database, after=page.after or "", limit=page.limit)
+    return answer(request, AccountList(listed.data, listed.has_more))
 
 
 async def create(request: Request) -> Response:
-    given = await body(request, CreateAccount)
-    made = await accounts.create(
-        box_of(request).database, given.name, given.role, given.password, by(request)
+    given, database = await body(request, CreateAccount), box_of(request).database
+    return answer(
+        request,
+        await accounts.create(database, given.name, given.role, given.password, by(request)),
     )
-    return answer(request, account_view(made))
 
 
 async def get(request: Request) -> Response:
-    return answer(request, account_view(await _named(request)))
+    return answer(request, await accounts.get(box_of(request).database, _name(request)))
 
 
 async def change(request: Request) -> Response:
-    given = await body(request, ChangeAccount)
-    account, database = await _named(request), box_of(request).database
-    if given.role is not UNSET:
-        await accounts.set_role(database, account, given.role, by(request))
-    if given.password is not UNSET:
-        await accounts.set_password(database, account, given.password, by(request))
-    return answer(request, account_view(await _named(request)))
+    given, database = await body(request, ChangeAccount), box_of(request).database
+    changed = await accounts.change(
+        database, _name(request), by(request), role=given.role, password=given.password
+    )
+    return answer(request, changed)
 
 
 async def remove(request: Request) -> Response:
-    account = await _named(request)
-    await accounts.remove(box_of(request).database, account, by(request))
-    return answer(request, RemovedAccount(account.id, account.name))
+    removed = await accounts.remove(box_of(request).database, _name(request), by(request))
+    return answer(request, RemovedAccount(removed.id, removed.name))
 
 
-async def _named(request: Request) -> Account:
-    """Raises NotFound."""
-    return await accounts.find(box_of(request).database, request.path_params["account"])
+def _name(request: Request) -> str:
+    name: str = request.path_params["account"]
+    return name

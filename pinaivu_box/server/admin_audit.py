@@ -8,11 +8,10 @@ from msgspec import Meta, Struct
 from starlette.requests import Request
 from starlette.responses import Response
 
+from pinaivu_box.admin import audit
 from pinaivu_box.errors import InvalidBody
-from pinaivu_box.ledger.views import called, targets
 from pinaivu_box.server.admin import answer, box_of, query
-from pinaivu_box.store import audit
-from pinaivu_box.store.views import AuditEntry, audit_view, parse_time
+from pinaivu_box.store.views import AuditEntry, parse_time
 
 
 class AuditPage(Struct, frozen=True, forbid_unknown_fields=True):
@@ -38,14 +37,11 @@ async def ls(request: Request) -> Response:
         since = 0 if page.since is None else parse_time(page.since)
     except ValueError as error:
         raise InvalidBody(str(error), loc=("query", "since")) from None
-    database = box_of(request).database
-    found = await audit.ls(
-        database,
+    listed = await audit.ls(
+        box_of(request).database,
         since=since,
-        targets=None if page.target is None else await targets(database, page.target),
+        target=page.target,
         after=page.after,
-        limit=page.limit + 1,
+        limit=page.limit,
     )
-    names = await called(database, found)
-    data = [audit_view(entry, names) for entry in found[: page.limit]]
-    return answer(request, AuditList(data, len(found) > page.limit))
+    return answer(request, AuditList(listed.data, listed.has_more))

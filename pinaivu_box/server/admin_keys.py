@@ -12,15 +12,16 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from pinaivu_box import policy as policies
-from pinaivu_box.config import parse_span
+from pinaivu_box.admin import keys as operations
 from pinaivu_box.errors import InvalidBody
 from pinaivu_box.gateway.admission import refusal
 from pinaivu_box.openai.request import from_validation
 from pinaivu_box.policy import LONGEST_LIFE, Policy
 from pinaivu_box.server.admin import Page, answer, body, box_of, by, query
-from pinaivu_box.store import accounts, keys
+from pinaivu_box.store import keys
 from pinaivu_box.store.keys import OVERLAP, Key
-from pinaivu_box.store.views import KeyView, key_view, new_key_view
+from pinaivu_box.store.new_keys import Draft
+from pinaivu_box.store.views import KeyView, key_view
 
 Moment = Annotated[datetime, Meta(tz=True)]
 Name = Annotated[str, Meta(max_length=200)]
@@ -70,25 +71,15 @@ class KeyList(Struct, frozen=True):
 
 async def ls(request: Request) -> Response:
     page, database = query(request, KeyPage), box_of(request).database
-    whose = None if page.account is None else (await accounts.find(database, page.account)).id
-    found = await keys.ls(database, whose, after=page.after, limit=page.limit + 1)
-    data = [key_view(key) for key in found[: page.limit]]
-    return answer(request, KeyList(data, len(found) > page.limit))
+    listed = await operations.ls(database, account=page.account, after=page.after, limit=page.limit)
+    return answer(request, KeyList(listed.data, listed.has_more))
 
 
 async def create(request: Request) -> Response:
     given, database = await body(request, CreateKey), box_of(request).database
     expires_at = None if given.expires_at is None else _expiry(given.expires_at)
-    account = await keys.account_for(database, given.account, given.name, given.policy, by(request))
-    key, secret = await keys.create(
-        database,
-        account=account,
-        name=given.name,
-        policy=given.policy,
-        expires_at=expires_at,
-        by=by(request),
-    )
-    return answer(request, _warned(request, new_key_view(key, secret)))
+    draft = Draft(given.name, given.account, given.policy, expires_at)
+    return answer(request, _warned(request, await operations.create(database, draft, by(request))))
 
 
 async def get(request: Request) -> Response:
@@ -114,17 +105,13 @@ async def change(request: Request) -> Response:
 
 
 async def rotate(request: Request) -> Response:
-    given = await body(request, RotateKey, empty=b"{}")
+    given, database = await body(request, RotateKey, empty=b"{}"), box_of(request).database
     try:
-        overlap = parse_span(given.overlap)
-        if not 0 <= overlap <= LONGEST_LIFE:
-            raise ValueError("it is from 0 to 36500d")
+        overlap = operations.parse_overlap(given.overlap)
     except ValueError as error:
         raise InvalidBody(str(error), loc=("body", "overlap")) from None
-    key, secret = await keys.rotate(
-        box_of(request).database, await _named(request), overlap, by(request)
-    )
-    return answer(request, new_key_view(key, secret))
+    key = await _named(request)
+    return answer(request, await operations.rotate(database, key, overlap, by(request)))
 
 
 async def revoke(request: Request) -> Response:
@@ -149,10 +136,8 @@ def _stopped(request: Request, key: Key) -> KeyView:
 
 def _warned(request: Request, shown: KeyView) -> KeyView:
     """With a warning if its budget holds nothing back."""
-    pricing = box_of(request).config.pricing
-    if shown.policy.budget is None or not policies.free_of_charge(shown.policy, pricing):
-        return shown
-    return msgspec.structs.replace(shown, warning=policies.UNPRICED)
+    text = operations.warning(shown.policy, box_of(request).config.pricing)
+    return msgspec.structs.replace(shown, warning=UNSET if text is None else text)
 
 
 def _changed(policy: Policy, changes: dict[str, Any]) -> Policy:

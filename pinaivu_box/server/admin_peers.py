@@ -163,8 +163,8 @@ async def change(request: Request) -> Response:
         await peer_settings.edit(box.database, peer.node_id, by(request), name=name, limits=changes)
     except ValueError as error:
         raise InvalidBody(str(error), loc=("body", "limits")) from None
-    if box.books is not None:
-        box.books.changed()
+    if box.peer_policies is not None:
+        box.peer_policies.changed()
     await network.renamed()
     return answer(request, await _view(request, network.peer(peer.node_id)))
 
@@ -224,24 +224,25 @@ async def _dealings(
     """What we think of a peer, what it has of this box, and what it refused us with."""
     if box.pool is None:
         return ()
-    opinion, guests = box.pool.reputation, box.pool.serving.guests
-    terms, use = await guests.terms(peer), guests.use(peer)
-    owed = await guests.owes(peer, box.config.pricing.currency)
+    opinion, admission = box.pool.reputation, box.pool.serving.admission
+    policy, quota = await admission.accounts.policy(peer), await admission.quotas.of(peer)
+    debt = await admission.debt(peer, box.config.pricing.currency)
+    credit = policy.credit_limit
     refused = box.pool.candidates.refusals.get(peer)
     return (
         views.OpinionView(opinion.score(peer), opinion.why(peer)),
         views.UseView(
-            max_parallel=terms.max_parallel,
-            running=use.running,
-            tokens_per_minute=terms.tokens_per_minute,
-            tokens=use.tokens.used(time.monotonic()),
-            credit_limit=None if terms.credit is None else amount.to_text(terms.credit),
-            owes=amount.to_text(owed.total),
-            unaccepted=amount.to_text(owed.unaccepted),
-            beyond="idle" if terms.idle_beyond else "refuse",
-            models=terms.models,
-            hours=terms.hours,
-            open=terms.open,
+            max_parallel=policy.max_parallel,
+            running=quota.running,
+            tokens_per_minute=policy.tokens_per_minute or None,
+            tokens=quota.tokens_used,
+            credit_limit=amount.to_text(amount.parse(credit)) if credit else None,
+            owes=amount.to_text(debt.total),
+            unaccepted=amount.to_text(debt.unaccepted),
+            beyond=policy.beyond,
+            models=policy.models,
+            hours=policy.hours,
+            open=policy.open,
         ),
         refused and views.RefusalView(refused[0], time.monotonic() - refused[1]),
     )

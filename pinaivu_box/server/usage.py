@@ -7,15 +7,14 @@ from msgspec import Struct
 from starlette.requests import Request
 from starlette.responses import Response
 
+from pinaivu_box.admin.usage import usage as report
 from pinaivu_box.box import Box
 from pinaivu_box.errors import Forbidden, InvalidBody
-from pinaivu_box.ledger.views import boxes
 from pinaivu_box.server.auth import key_of
 from pinaivu_box.server.envelope import JSON
 from pinaivu_box.store import accounts, keys
 from pinaivu_box.store.keys import Key
-from pinaivu_box.store.usage import UsageFilter
-from pinaivu_box.store.usage_report import grouping, parse_day, report, span, to_csv
+from pinaivu_box.store.usage_report import grouping, parse_day, to_csv
 
 _ID = len("key_") + 26  # characters
 
@@ -39,16 +38,17 @@ async def usage(request: Request) -> Response:
     if start is not None and end is not None and end < start:
         raise InvalidBody("end_date is before start_date", loc=("query", "end_date"))
     account = await _account(box, key_of(request), asked.account)
-    since, until = span(start, end)
-    wanted = UsageFilter(
+    made = await report(
+        box.database,
+        box.identity.node_id,
+        box.config.pricing.currency,
+        by,
         account_id=account,
         key_id=None if asked.key is None else await key_id(box, asked.key, account),
         model=asked.model,
-        since=since,
-        until=until,
+        first_day=start,
+        last_day=end,
     )
-    known = await boxes(box.database, box.identity.node_id) if {"node", "peer"} & set(by) else {}
-    made = await report(box.database, wanted, by, box.config.pricing.currency, known)
     if "text/csv" in request.headers.get("accept", ""):
         return Response(to_csv(made, by), media_type="text/csv")
     request_id = request.scope["state"]["request_id"]

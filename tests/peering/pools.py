@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 from nacl.signing import SigningKey
 from ulid import ULID
 
@@ -25,7 +26,6 @@ from pinaivu_box.gossip.adverts import Advert
 from pinaivu_box.gossip.loads import ReportedLoad
 from pinaivu_box.identity import Identity
 from pinaivu_box.ledger.entry import Balance
-from pinaivu_box.legs.admission import PeerLimits
 from pinaivu_box.legs.client import AcceptedLeg
 from pinaivu_box.legs.server import Served
 from pinaivu_box.legs.wiring import Pool
@@ -34,6 +34,7 @@ from pinaivu_box.models import catalog as catalogs
 from pinaivu_box.models.catalog import Model, digest_of
 from pinaivu_box.network.network import Handler
 from pinaivu_box.network.peer import Peer
+from pinaivu_box.policy import PeerPolicy
 from pinaivu_box.routing.load import LoadTracker
 from pinaivu_box.routing.offers import Offers
 from pinaivu_box.routing.spending_limits import Debts
@@ -99,8 +100,35 @@ class Links:
         task.add_done_callback(self._tasks.discard)
 
 
+class Books:
+    """As `gateway.books.Books`, in memory: `kept` are the legs that it served or had served."""
+
+    def __init__(self) -> None:
+        self.peer_policy = PeerPolicy()
+        self.owed = 0  # by each peer
+        self.kept: list[Served | AcceptedLeg] = []
+
+    async def policy(self, peer: str) -> PeerPolicy:
+        return self.peer_policy
+
+    async def balance(self, peer: str, currency: str) -> Balance:
+        return Balance(waiting=self.owed)
+
+    async def recent(self, peer: str) -> list[tuple[float, int]]:
+        return []
+
+    async def served(self, peer: str, request_id: str, leg: int, choice: int) -> bool:
+        return False
+
+    async def debts(self) -> Debts:
+        return {}
+
+    async def keep(self, leg: Served | AcceptedLeg) -> None:
+        self.kept.append(leg)
+
+
 class Node:
-    """One box.  `kept` are the legs that it served or had served."""
+    """One box."""
 
     def __init__(
         self, name: str, world: MemoryNetwork, everybody: dict[str, Node], config: Config
@@ -113,9 +141,7 @@ class Node:
         self.placement = Placement(config.engine, _digest)
         self.local = LocalBackend(self.placement, self.node_id, config.sampling)
         self.catalog = catalogs.load(config, Path("/nonexistent"))
-        self.kept: list[Served | AcceptedLeg] = []
-        self.terms = PeerLimits()
-        self.owed = 0
+        self.books = Books()
         self.gone = self.silent = False
         self.told: dict[str, ReportedLoad] = {}  # by its neighbours
         self.load = LoadTracker(self.placement, config.engine)
@@ -131,33 +157,18 @@ class Node:
             self.local,
             self.load,
             self.links,  # type: ignore[arg-type]
-            self._terms,
-            self._owed,
-            self._served,
-            self._lately,
-            self._keep,
-            self._debts,
+            self.books,  # type: ignore[arg-type]
             self._writable,
         )
         everybody[self.node_id] = self
 
-    async def _terms(self, peer: str) -> PeerLimits:
-        return self.terms
+    @property
+    def kept(self) -> list[Served | AcceptedLeg]:
+        return self.books.kept
 
-    async def _owed(self, peer: str, currency: str) -> Balance:
-        return Balance(waiting=self.owed)
-
-    async def _lately(self, peer: str) -> list[tuple[float, int]]:
-        return []
-
-    async def _served(self, peer: str, request_id: str, leg: int, choice: int) -> bool:
-        return False
-
-    async def _debts(self) -> Debts:
-        return {}
-
-    async def _keep(self, leg: Served | AcceptedLeg) -> None:
-        self.kept.append(leg)
+    def serves(self, **policy: Any) -> None:
+        """What peers may have here: changes of the usual."""
+        self.books.peer_policy = msgspec.structs.replace(self.books.peer_policy, **policy)
 
     async def _writable(self) -> None:
         pass

@@ -20,16 +20,16 @@ GUESSES = (SECRET, SECRET[:-1] + "?", "?" * len(SECRET))
 
 
 @pytest.fixture
-def told(monkeypatch: pytest.MonkeyPatch) -> list[leg_wire.Task]:
-    """The tasks that ben is given."""
-    tasks: list[leg_wire.Task] = []
+def tags(monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
+    """The tags of the tasks that ben is given."""
+    tags: list[str | None] = []
 
-    def spy(peer: str, task: leg_wire.Task) -> str:
-        tasks.append(task)
-        return scopes.guest_scope(peer, task)
+    def spy(node_id: str, tag: str | None, request_id: str) -> str:
+        tags.append(tag)
+        return scopes.peer_scope(node_id, tag, request_id)
 
-    monkeypatch.setattr(server, "guest_scope", spy)
-    return tasks
+    monkeypatch.setattr(server, "peer_scope", spy)
+    return tags
 
 
 async def key_at(world: World, account: str | None = None) -> tuple[str, str]:
@@ -55,7 +55,7 @@ async def asked(world: World, text: str = SECRET, pays: bool = True, **more: Any
     return number
 
 
-async def test_accounts_of_one_peer_are_apart(three: World, told: list[leg_wire.Task]) -> None:
+async def test_accounts_of_one_peer_are_apart(three: World, tags: list[str | None]) -> None:
     victim, account = await key_at(three)
     assert await found(three.anna, SECRET, victim) == 0
     for guess in GUESSES:
@@ -63,7 +63,7 @@ async def test_accounts_of_one_peer_are_apart(three: World, told: list[leg_wire.
         assert await found(three.anna, guess, guesser) == 0
     again, _ = await key_at(three, account)
     assert await found(three.anna, SECRET, again) > len(SECRET)
-    first, *others, last = [one.tag for one in told]
+    first, *others, last = tags
     assert first == last and first not in others and len(set(others)) == 3
 
 
@@ -76,12 +76,10 @@ async def test_a_peer_and_the_box_itself_are_apart(three: World) -> None:
     assert await found(three.ben, text) > len(text)
 
 
-async def test_the_tag_of_another_peer_opens_nothing(
-    three: World, told: list[leg_wire.Task]
-) -> None:
+async def test_the_tag_of_another_peer_opens_nothing(three: World, tags: list[str | None]) -> None:
     victim, _ = await key_at(three)
     await found(three.anna, SECRET, victim)
-    tag = told[0].tag
+    tag = tags[0]
     assert tag is not None
     assert await asked(three, SECRET, tag=tag) == 0
     assert await asked(three, SECRET, tag=tag) > len(SECRET)  # its own
@@ -105,14 +103,14 @@ async def test_another_leg_finds_what_its_account_has_there(three: World) -> Non
 
 
 async def test_without_cache_prompt_nothing_is_kept_there(
-    three: World, told: list[leg_wire.Task]
+    three: World, tags: list[str | None]
 ) -> None:
     key, _ = await key_at(three)
     text = "Not to be kept: " + SECRET
     assert await found(three.anna, text, key, cache_prompt=False) == 0
     assert await found(three.anna, text, key) == 0
     assert await found(three.anna, text, key, cache_prompt=False) == 0
-    assert [one.tag is None for one in told] == [True, False, True]
+    assert [tag is None for tag in tags] == [True, False, True]
 
 
 async def test_what_the_operator_names_is_not_for_peers(three: World) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import pytest
 from pinaivu_box import amount
 from pinaivu_box.amount import parse
 from pinaivu_box.errors import LinkLost, PeeringError
+from pinaivu_box.gateway.quota import Window
 from pinaivu_box.ledger import entry as ledger_entry
 from pinaivu_box.legs import admission, server
 from pinaivu_box.legs import wire as leg_wire
@@ -21,7 +21,7 @@ from pinaivu_box.models.catalog import digest_of
 from pinaivu_box.receipts.receipt import ACCEPTANCE_DOMAIN
 from pinaivu_box.transport.transport import Stream
 from tests.peering.asking import accept, ask, entry, heard, opened, refused, served, sign, task
-from tests.peering.company import DEAR, FAKE, World, house, offering, said
+from tests.peering.company import DEAR, FAKE, House, World, house, offering, said
 from tests.peering.people import person
 from tests.peering.worlds import soon, wait_until
 from tests.support import memory_transport
@@ -130,9 +130,20 @@ async def strict(world: World, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator
     await terms(world, credit_limit=None, tokens_per_minute=None, max_parallel=None)
 
 
+async def use(box: House, peer: str) -> dict[str, Any]:
+    """What a peer uses of a box, as that box's operator sees it."""
+    shown = (await box.http("GET", f"/v1/admin/peers/{peer}")).json()["use"]
+    return {**shown, **{name: parse(shown[name]) for name in ("owes", "unaccepted")}}
+
+
 async def owes(world: World) -> int:
-    found = await world.ben.pool.serving.guests.owes(world.carl.identity.node_id, "credits")
-    return found.total
+    return int((await use(world.ben, "carl"))["owes"])
+
+
+async def forget_tokens(world: World) -> None:
+    """As if carl had used nothing in the last minute."""
+    quota = await world.ben.pool.serving.admission.quotas.of(world.carl.identity.node_id)
+    quota.tokens = Window()
 
 
 async def test_the_credit_limit_binds_who_hangs_up_time_and_again(strict: World) -> None:
@@ -156,7 +167,7 @@ async def test_the_credit_limit_binds_who_hangs_up_time_and_again(strict: World)
         await wait_until(lambda: not world.running)
     assert refusal is not None and refusal.code == "rate_limit_exceeded" and refusal.other
     unaccepted = amount.to_text(await waits(world))
-    assert f"{unaccepted} of it not accepted by yours" in refusal.message
+    assert f"{unaccepted} of it not accepted by your box" in refusal.message
     assert limit <= await owes(world) < limit + 8192 * 10**7
     assert before + prompt < limit
     shown = (await world.ben.http("GET", "/v1/admin/peers/carl")).json()["use"]
@@ -181,19 +192,21 @@ async def test_what_runs_is_reserved(strict: World) -> None:
         await leg_wire.send(stream, ask(world, max_tokens=None))
     found = [await soon(leg_wire.receive(one, leg_wire.to_coordinator)) for one in streams]
     kinds = [type(one) for one in found]
-    assert sorted(one.__name__ for one in kinds) == ["Began"] + ["Refused"] * 7
+    assert sorted(one.__name__ for one in kinds) == ["LegRefused"] * 7 + ["LegStarted"]
     assert {one.code for one in found if isinstance(one, leg_wire.LegRefused)} == {
         "rate_limit_exceeded"
     }
     assert any(
-        "for what runs" in one.message for one in found if isinstance(one, leg_wire.LegRefused)
+        "for running requests" in one.message
+        for one in found
+        if isinstance(one, leg_wire.LegRefused)
     )
     for stream in streams:
         stream.abandon()
     await wait_until(lambda: not world.running)
     # What was reserved is free again, but for what was computed.
-    assert world.ben.pool.serving.guests.use(world.carl.identity.node_id).held == 0
-    assert await owes(world) < limit + 10**9
+    computed = await ledger_entry.balance(world.ben.box.database, world.carl.identity.node_id)
+    assert await owes(world) == computed["credits"].credit_used < limit + 10**9
 
 
 async def test_who_waits_for_its_prompt_to_be_counted_hears_that_all_is_well(
@@ -222,9 +235,7 @@ async def test_who_waits_for_its_prompt_to_be_counted_hears_that_all_is_well(
 
 async def test_tokens_a_minute_count_what_was_hung_up_on(strict: World) -> None:
     world = strict
-    use = world.ben.pool.serving.guests.use(world.carl.identity.node_id)
-    use.tokens._entries.clear()
-    use.tokens._total = 0
+    await forget_tokens(world)
     await terms(world, tokens_per_minute=400)
     refusal = None
     for _ in range(20):
@@ -237,19 +248,18 @@ async def test_tokens_a_minute_count_what_was_hung_up_on(strict: World) -> None:
         await heard(stream)
         stream.abandon()
         await wait_until(lambda: not world.running)
-    assert refusal is not None and "400 tokens a minute" in refusal.message
-    assert 300 <= use.tokens.used(time.monotonic()) <= 400
+    assert refusal is not None and "400 tokens per minute" in refusal.message
+    assert 300 <= (await use(world.ben, "carl"))["tokens"] <= 400
     # Prompts that are only counted have a limit of their own.
     digest, counted = world.carl.models[0].digest.hex(), 0
-    use.tokens._entries.clear()
-    use.tokens._total = 0
+    await forget_tokens(world)
     for _ in range(20):
         stream = await opened(world)
         await leg_wire.send(stream, leg_wire.Count(task(world, "x" * 100), digest))
         answer = await soon(leg_wire.receive(stream, leg_wire.to_coordinator))
         await stream.finish()
         if isinstance(answer, leg_wire.LegRefused):
-            assert "count 800 tokens a minute" in answer.message
+            assert "count 800 tokens per minute" in answer.message
             break
         counted += 1
     assert 0 < counted < 20
@@ -258,22 +268,20 @@ async def test_tokens_a_minute_count_what_was_hung_up_on(strict: World) -> None:
 async def test_what_other_legs_have_made_counts_as_tokens_a_minute(strict: World) -> None:
     """It is computed like a prompt, and nobody pays for it: that must not be without a limit."""
     world = strict
-    use = world.ben.pool.serving.guests.use(world.carl.identity.node_id)
-    use.tokens._entries.clear()
-    use.tokens._total = 0
+    await forget_tokens(world)
     await terms(world, tokens_per_minute=400)
     made = [100] * 300
     asked = msgspec.structs.replace(ask(world, leg=1, max_tokens=302), made=made)
     stream, proved = await served(world, asked)
     await accept(stream, sign(world, proved))
     await wait_until(lambda: not world.running)
-    assert 302 < use.tokens.used(time.monotonic()) <= 400
+    assert 302 < (await use(world.ben, "carl"))["tokens"] <= 400
     stream = await opened(world)
     await leg_wire.send(
         stream, msgspec.structs.replace(ask(world, leg=1, max_tokens=302), made=made)
     )
     said = await soon(leg_wire.receive(stream, leg_wire.to_coordinator))
-    assert isinstance(said, leg_wire.LegRefused) and "400 tokens a minute" in said.message
+    assert isinstance(said, leg_wire.LegRefused) and "400 tokens per minute" in said.message
 
 
 async def test_debts_outlive_a_restart_and_are_accepted_later(tmp_path: Path) -> None:
@@ -302,27 +310,24 @@ async def test_debts_outlive_a_restart_and_are_accepted_later(tmp_path: Path) ->
                 patch.setattr(leg_wire, "send", forgets)
                 answer = await anna.chat("x" * 20)
             assert answer.status_code == 200, answer.text
-            guests_ = ben.pool.serving.guests
-            await wait_until(lambda: not guests_.use(anna.node_id).running)
-            owed = (await guests_.owes(anna.node_id, "credits")).total
+            await wait_until(ben.pool.serving.admission.idle.is_set)
+            owed = (await use(ben, "anna"))["owes"]
             assert owed > parse("0.3")
         async with house(net, tmp_path / "ben", (FAKE,), **dear) as ben:
             await wait_until(lambda: ben.network.peer("anna").state == "connected")
             await wait_until(lambda: offering(anna) == 1)
-            guests_ = ben.pool.serving.guests
-            found = await guests_.owes(anna.node_id, "credits")
-            assert (found.total, found.unaccepted) == (owed, owed)
+            found = await use(ben, "anna")
+            assert (found["owes"], found["unaccepted"]) == (owed, owed)
+            assert found["tokens"] == owed // 10**7
             refused_ = await anna.chat()
-            assert refused_.status_code == 503 and "not accepted by yours" in refused_.text
-            (used,) = await ben.box.books.lately(anna.node_id)  # type: ignore[union-attr]
-            assert used[1] == owed // 10**7
+            assert refused_.status_code == 503 and "not accepted by your box" in refused_.text
             settled = (await ben.http("POST", "/v1/admin/ledger/anna/settle")).json()
             assert settled["accepted"] == 1 and settled["disputed"] == []
-            found = await guests_.owes(anna.node_id, "credits")
-            assert (found.total, found.unaccepted) == (owed, 0)
+            found = await use(ben, "anna")
+            assert (found["owes"], found["unaccepted"]) == (owed, 0)
             (statement,) = settled["statements"]
             await ben.http("POST", f"/v1/admin/ledger/statements/{statement['id']}/paid")
-            assert (await guests_.owes(anna.node_id, "credits")).total == 0
+            assert (await use(ben, "anna"))["owes"] == 0
             anna.forget()  # that it was refused
             assert (await anna.chat()).status_code == 200
 
@@ -330,8 +335,7 @@ async def test_debts_outlive_a_restart_and_are_accepted_later(tmp_path: Path) ->
 async def test_who_pays_for_a_prompt_once_more_owes_that(world: World) -> None:
     """The ledger takes one payment for a prompt: what a second is for is not served for nothing,
     neither one after the other nor at once."""
-    peer = world.carl.identity.node_id
-    before = (await world.ben.pool.serving.guests.owes(peer, "credits")).total
+    before = await owes(world)
     request, proofs = ask(world).task.request_id, []
     for choice in range(2):  # other prompts under the number of the first
         asked = ask(world, f"Prompt {choice}", request_id=request, choice=choice)
@@ -344,7 +348,7 @@ async def test_who_pays_for_a_prompt_once_more_owes_that(world: World) -> None:
         await accept(stream, sign(world, proved))
     await wait_until(lambda: not world.running)
     due = sum(one["prompt_tokens"] + one["completion_tokens"] for one in proofs) * 10**7
-    assert (await world.ben.pool.serving.guests.owes(peer, "credits")).total == before + due
+    assert await owes(world) == before + due
 
 
 @pytest.mark.parametrize("kind", ["garbage", "anothers", "another proof", "dispute"])
@@ -407,7 +411,7 @@ async def test_a_leg_is_served_once(world: World) -> None:
         found.append((await heard(stream))[-1])
         await stream.finish()
         assert await soon(stream.receive()) is None
-    assert sorted(type(one).__name__ for one in found) == ["Outputs", "Refused"]
+    assert sorted(type(one).__name__ for one in found) == ["LegRefused", "Outputs"]
     for _ in range(2):
         assert "served already" in (await refused(world, again)).message
     other = msgspec.structs.replace(asked, task=msgspec.structs.replace(asked.task, choice=1))
@@ -416,7 +420,7 @@ async def test_a_leg_is_served_once(world: World) -> None:
 
 
 async def test_a_prompt_is_not_for_nothing(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(admission, "_OTHER_SECONDS", 0.2)
+    monkeypatch.setattr(admission, "_SIBLING_SECONDS", 0.2)
     asked = ask(world)
     free = msgspec.structs.replace(
         asked, pays_prompt=False, task=msgspec.structs.replace(asked.task, choice=1)
@@ -482,7 +486,7 @@ async def test_who_does_not_read_is_not_waited_for(
     streams = [await opened(world) for _ in range(8)]
     for stream in streams:
         await leg_wire.send(stream, ask(world, max_tokens=None))
-    assert "as many as it may" in (await refused(world, ask(world))).message
+    assert "8 requests at a time" in (await refused(world, ask(world))).message
     await wait_until(lambda: not world.running)
     for stream in streams:
         with pytest.raises(PeeringError):

@@ -93,25 +93,31 @@ READERS: dict[str, tuple[Callable[[bytes], Any], list[Struct | bytes]]] = {
     "tasks": (
         task,
         [
-            leg_wire.LegRequest(TASK, DIGEST, [1, 2], ("1", "0.5", "2"), "credits"), leg_wire.Count(TASK, DIGEST),
-            leg_wire.Stop(), leg_wire.Accepted("ab" * 64), leg_wire.Disputed("no"),
+            leg_wire.LegRequest(TASK, DIGEST, [1, 2], ("1", "0.5", "2"), "credits"),
+            leg_wire.Count(TASK, DIGEST), leg_wire.Stop(),
+            leg_wire.Accepted("ab" * 64), leg_wire.Disputed("no"),
         ],
     ),
     "answers": (
         decoded(leg_wire.to_coordinator),
         [
-            leg_wire.LegRefused("x", "no"), leg_wire.PromptRead([1, 2, 3]), leg_wire.Outputs([OUT], "ab" * 64),
-            leg_wire.LegStarted(DIGEST, "b", "cpu", Sampling(0.8, 0.95, 40, 0.05, 7), "tags", False, DIGEST),
+            leg_wire.LegRefused("x", "no"), leg_wire.PromptRead([1, 2, 3]),
+            leg_wire.Outputs([OUT], "ab" * 64),
+            leg_wire.LegStarted(
+                DIGEST, "b", "cpu", Sampling(0.8, 0.95, 40, 0.05, 7), "tags", False, DIGEST
+            ),
             leg_wire.Alive(), leg_wire.LegProof("{}", "ab" * 64), leg_wire.Tokens([1]),
         ],
     ),
     "ledger": (
         decoded(ledger_wire.decoder),
         [
-            ledger_wire.Begin(1, bytes(32)), ledger_wire.Look(1), ledger_wire.LedgerDigest(1, b"{}"),
+            ledger_wire.Begin(1, bytes(32)), ledger_wire.Look(1),
+            ledger_wire.LedgerDigest(1, b"{}"),
             ledger_wire.AskRanges([b"a"]), ledger_wire.GiveEntries([bytes(32)]), ledger_wire.Done(),
             ledger_wire.Entries([WIRE_ENTRY]), ledger_wire.TakeEntries([WIRE_ENTRY]),
-            ledger_wire.RangeHashes([EntryRange([ITEM])]), ledger_wire.EntriesTaken({bytes(32): "no"}),
+            ledger_wire.RangeHashes([EntryRange([ITEM])]),
+            ledger_wire.EntriesTaken({bytes(32): "no"}),
             ledger_wire.Propose(b"{}", bytes(64)), ledger_wire.Reject("no"),
         ],
     ),
@@ -121,7 +127,10 @@ READERS: dict[str, tuple[Callable[[bytes], Any], list[Struct | bytes]]] = {
     ),
     "files": (
         file_wire.answer,
-        [file_wire.ModelAvailable("a", DIGEST, 1), file_wire.Hashes(bytes(32)), file_wire.PieceData(b"a")],
+        [
+            file_wire.ModelAvailable("a", DIGEST, 1), file_wire.Hashes(bytes(32)),
+            file_wire.PieceData(b"a"),
+        ],
     ),
     "proofs": (proof, [ENTRY.proof]),
 }  # fmt: skip

@@ -153,7 +153,7 @@ async def test_who_leaves_stops_the_engine_there(pair: list[Node]) -> None:
 async def test_another_serves_if_one_has_no_room() -> None:
     async with pools(asker=config(), full=config(f"{FAKE}=2"), other=config(f"{FAKE}=2")) as nodes:
         asker, full, other = nodes
-        full.terms = replace(full.terms, max_parallel=0)
+        full.serves(max_parallel=0)
         for _ in range(4):
             events = await asker.ask()
             assert isinstance(events[0], Started) and events[0].node_id == other.node_id
@@ -163,28 +163,31 @@ async def test_another_serves_if_one_has_no_room() -> None:
 async def test_more_requests_than_a_peer_takes_at_a_time_wait_for_each_other() -> None:
     """As they do for an engine here."""
     async with pools(asker=config(), server=config(f"{FAKE}=2")) as (asker, server):
-        server.terms = replace(server.terms, max_parallel=2)
+        server.serves(max_parallel=2)
         asks = [asker.ask(request_id=f"req_{n:026}") for n in range(5)]
         for events in await asyncio.gather(*asks):
             assert len(tokens_of(events)) == 20
 
 
 @pytest.mark.parametrize(
-    ("terms", "why"),
+    ("policy", "why"),
     [
-        ({"max_parallel": 0}, "as many as it may"),
+        ({"max_parallel": 0}, "0 requests at a time"),
         ({"models": ("other*",)}, "does not serve"),
         ({"blocked": "it does not pay"}, "it does not pay"),
         ({"hours": "00:00-00:00"}, "00:00-00:00"),
         ({"tokens_per_minute": 1}, None),
-        ({"credit": 5, "idle_beyond": False}, "settle"),
-        ({"credit": 5, "idle_beyond": True}, None),
+        ({"credit_limit": "0.000000005", "beyond": "refuse"}, "settle"),
+        ({"credit_limit": "0.000000005", "beyond": "idle"}, None),
     ],
     ids=str,
 )
-async def test_terms_of_a_peer(pair: list[Node], terms: dict[str, object], why: str | None) -> None:
+async def test_what_a_peer_may_have(
+    pair: list[Node], policy: dict[str, object], why: str | None
+) -> None:
     asker, server = pair
-    server.terms, server.owed = replace(server.terms, **terms), 5  # type: ignore[arg-type]
+    server.serves(**policy)
+    server.books.owed = 5
     if why is None:
         await asker.ask()
     else:
@@ -194,15 +197,16 @@ async def test_terms_of_a_peer(pair: list[Node], terms: dict[str, object], why: 
 
 async def test_tokens_in_any_minute(pair: list[Node]) -> None:
     asker, server = pair
-    server.terms = replace(server.terms, tokens_per_minute=60)
+    server.serves(tokens_per_minute=60)
     await asker.ask()
-    with pytest.raises(NoNodesAvailable, match="60 tokens a minute"):
+    with pytest.raises(NoNodesAvailable, match="60 tokens per minute"):
         await asker.ask()
 
 
 async def test_credit_is_for_who_is_not_idle(pair: list[Node]) -> None:
     asker, server = pair
-    server.terms, server.owed = replace(server.terms, credit=5), 5
+    server.serves(credit_limit="0.000000005")
+    server.books.owed = 5
     with server.load.taken(FAKE), pytest.raises(NoNodesAvailable, match="settle"):
         await asker.ask()
 
@@ -287,7 +291,7 @@ async def test_before_the_first_token_the_next_is_asked() -> None:
             (engine,) = server.placement.engines
             os.kill(engine.pid, signal.SIGKILL)
             server.placement._failures.clear()
-            server.terms = replace(server.terms, blocked="it is broken")
+            server.serves(blocked="it is broken")
         events = await asker.ask()
         assert isinstance(events[0], Started) and events[0].node_id == servers[1].node_id
         assert len([one for one in events if isinstance(one, Started)]) == 1
