@@ -33,10 +33,10 @@ from pinaivu_box.legs.recorder import LedgerRecorder
 from pinaivu_box.legs.runner import LegRunner
 from pinaivu_box.legs.wiring import Pool
 from pinaivu_box.models import catalog as catalogs
-from pinaivu_box.models import watching
+from pinaivu_box.models import folder_watch
 from pinaivu_box.models.catalog import Catalog, Model
-from pinaivu_box.models.folder import Found
-from pinaivu_box.models.headers import Headers
+from pinaivu_box.models.folder_scan import FolderScan
+from pinaivu_box.models.header_reader import HeaderReader
 from pinaivu_box.models.names import printable
 from pinaivu_box.network.network import Network
 from pinaivu_box.policy import Policy
@@ -87,7 +87,7 @@ class Box:
     identity: Identity
     database: Database
     catalog: Catalog
-    headers: Headers
+    headers: HeaderReader
     digests: Digests
     placement: Placement
     admission: Admission
@@ -160,7 +160,7 @@ class Box:
             self.network.changed()
         applied = [name for name in changed if name not in (*_AT_START, *engines)]
         not_served = not_served_in(catalog)
-        watching.report_not_served(catalog.not_served)
+        folder_watch.report_not_served(catalog.not_served)
         served = [model.id for model in catalog.models]
         return Reloaded(applied, engines, restart, served, not_served)
 
@@ -172,7 +172,7 @@ class Box:
     async def watch_models(self) -> None:
         """Until cancelled: serve what has come into the models folder once it is written, and no
         more what has gone from there and is not loaded."""
-        watch = watching.Watch()
+        watch = folder_watch.FolderWatch()
         while True:
             await asyncio.sleep(watch.seconds)
             try:
@@ -187,7 +187,7 @@ class Box:
             except Exception:
                 log.exception("the models folder could not be looked at")
 
-    async def _read_folder(self, found: Found | None) -> None:
+    async def _read_folder(self, found: FolderScan | None) -> None:
         names = {entry.name for entry in self.config.model}
         configured = {model.id: model for model in self.catalog.models if model.id in names}
         load = partial(catalogs.load, self.config, self.home, self.headers)
@@ -204,7 +204,7 @@ class Box:
         self._lingering |= {model.id for model in missing if model.id in loaded}
         new = new.and_also(one for one in missing if one.id in loaded or new.is_written(one))
         self.catalog = self.admission.catalog = new
-        if watching.report(old, new):
+        if folder_watch.report(old, new):
             self.placement.forgive()
             if self.network is not None:
                 self.network.changed()
@@ -237,7 +237,7 @@ async def open_box(load: Callable[[], Config], home: Path) -> AsyncIterator[Box]
     try:
         async with database_of(home) as database:
             await responses.fail_unfinished(database)
-            config, headers = load(), Headers()
+            config, headers = load(), HeaderReader()
             catalog = await asyncio.to_thread(catalogs.load, config, home, headers)
             box = _join(load, config, home, database, catalog, headers)
             beside = [
@@ -356,7 +356,7 @@ def _join(
     home: Path,
     database: Database,
     catalog: Catalog,
-    headers: Headers,
+    headers: HeaderReader,
 ) -> Box:
     identity = identity_of(home)
     digests = Digests(database)

@@ -20,8 +20,8 @@ from pinaivu_box.gateway.local import LocalBackend
 from pinaivu_box.gateway.placement import Placement
 from pinaivu_box.models import catalog, gguf, memory
 from pinaivu_box.models.catalog import Catalog, Model
-from pinaivu_box.models.files import look, open_regular
 from pinaivu_box.models.names import printable
+from pinaivu_box.models.regular_files import look, open_regular
 from pinaivu_box.models.splits import digest_of_parts
 from pinaivu_box.store import integrity
 from pinaivu_box.text import megabytes

@@ -1,4 +1,5 @@
-"""The token loop: one step after another.  No I/O and no text: see `intake` and `output`."""
+"""The token loop: one step after another.  It does no I/O and knows no text: see `request_preparer`
+and `output`."""
 
 from __future__ import annotations
 
@@ -11,11 +12,10 @@ import msgspec
 import numpy as np
 
 from pinaivu_box.engine.batches import batch_of
-from pinaivu_box.engine.embeddings import Embedding, Embeddings
+from pinaivu_box.engine.embeddings import EmbeddingJob, EmbeddingScheduler
 from pinaivu_box.engine.logprobs import probe
 from pinaivu_box.engine.messages import EngineLoad, Refused, TokenLogprob
 from pinaivu_box.engine.output import SequenceOutput, StepOutput
-from pinaivu_box.engine.pace import StepCostModel
 from pinaivu_box.engine.runner import TEXT_BATCH, Float32, NoSlot, Runner
 from pinaivu_box.engine.sampling import (
     NO_PAST,
@@ -26,7 +26,8 @@ from pinaivu_box.engine.sampling import (
 )
 from pinaivu_box.engine.scheduler import BatchChunk, CopyCells, Move, RemoveCells, Scheduler
 from pinaivu_box.engine.sequence import Sequence
-from pinaivu_box.engine.steady import SteadySteps
+from pinaivu_box.engine.steady_steps import SteadySteps
+from pinaivu_box.engine.step_cost import StepCostModel
 from pinaivu_box.errors import BadRequest, BoxError, ContextOverflow, NoNodesAvailable
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ class Engine:
         self._steady: SteadySteps | None = None
         self._plain: tuple[list[str], list[int]] = ([], [])
         self._last_load = EngineLoad()
-        self.embeddings = Embeddings(runner)
+        self.embeddings = EmbeddingScheduler(runner)
         self._outputs: list[SequenceOutput] = []
         self._refused: list[Refused] = []
 
@@ -66,8 +67,8 @@ class Engine:
         """Whether a call of `step` has something to do or to report."""
         return bool(self.scheduler or self.embeddings or self._outputs or self._refused)
 
-    def add(self, sequence: Sequence | Embedding) -> None:
-        if isinstance(sequence, Embedding):
+    def add(self, sequence: Sequence | EmbeddingJob) -> None:
+        if isinstance(sequence, EmbeddingJob):
             self.embeddings.add(sequence)
             return
         self.settle()
@@ -88,7 +89,8 @@ class Engine:
             self.scheduler.finish(sequence)
             if not sequence.spoken:  # None unless its prompt has begun
                 queue_ms, cached_tokens = sequence.queue_ms, sequence.cached_tokens
-        # Also if it is not here: it had not come yet (see `arrivals`), or `output` knows its end.
+        # Also if it is not here: it has not come yet (see `preparation_queue`), or `output` has
+        # ended it.
         self._outputs.append(
             SequenceOutput(request_id, [], finish_reason, False, queue_ms, cached_tokens)
         )

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from pinaivu_box.engine.detokenizer import Detokenizer
-from pinaivu_box.engine.intake import PreparedRequest
 from pinaivu_box.engine.messages import (
     Admitted,
     EngineLoad,
@@ -19,6 +18,7 @@ from pinaivu_box.engine.messages import (
     StepFrame,
     TokenLogprob,
 )
+from pinaivu_box.engine.request_preparer import PreparedRequest
 
 _MAX_FRAME_LOGPROBS = 1 << 14  # about 6 MB
 

@@ -14,7 +14,7 @@ from tests.engine.driven import Driven, sequence
 from tests.engine.harness import Heard, add, alone, finish, make
 
 
-class Arrivals:
+class PreparationQueue:
     """New sequences of one shape, numbered."""
 
     def __init__(self, driven: Driven, prompt: int = 10, output: int = 20, first: int = 0) -> None:
@@ -57,7 +57,7 @@ def tokens_of(driven: Driven) -> Counter[str]:
 def test_one_request_starts_at_once_beside_a_hundred_of_another_tenant(places: int) -> None:
     """Also where all places are taken: one of the others steps back."""
     driven = Driven(kv=20_000, sequences=places, budget=256)
-    arrivals = Arrivals(driven, output=50)
+    arrivals = PreparationQueue(driven, output=50)
     arrivals.add("many", 100)
     for _ in range(10):
         driven.step()
@@ -76,7 +76,7 @@ def test_one_request_starts_at_once_beside_a_hundred_of_another_tenant(places: i
 
 def test_who_steps_back_loses_nothing_while_there_is_room() -> None:
     driven = Driven(kv=20_000, sequences=4, ids=64, budget=256)
-    arrivals = Arrivals(driven, prompt=100, output=50)
+    arrivals = PreparationQueue(driven, prompt=100, output=50)
     arrivals.add("many", 20)
     for _ in range(10):
         driven.step()
@@ -90,7 +90,7 @@ def test_who_steps_back_loses_nothing_while_there_is_room() -> None:
 def test_beside_as_many_of_its_own_a_request_waits_its_turn() -> None:
     """Places are only given up for somebody who has less than its share."""
     driven = Driven(kv=20_000, sequences=4, budget=256)
-    arrivals = Arrivals(driven, output=50)
+    arrivals = PreparationQueue(driven, output=50)
     arrivals.add("a", 10)
     arrivals.add("b", 10)
     driven.run()
@@ -99,7 +99,7 @@ def test_beside_as_many_of_its_own_a_request_waits_its_turn() -> None:
 
 def test_by_weight_a_tenant_may_hold_more_places() -> None:
     driven = Driven(kv=20_000, sequences=4, budget=256)
-    arrivals = Arrivals(driven, output=200)
+    arrivals = PreparationQueue(driven, output=200)
     arrivals.add("heavy", 10, weight=3)
     driven.step()
     driven.step()
@@ -172,7 +172,7 @@ def test_with_room_for_all_cells_preemptions_are_few(
 def test_on_a_tight_cache_one_request_moves_on_beside_many() -> None:
     """The cells are full as well: it may wait for some, but not until the others are done."""
     driven = Driven(kv=80, sequences=8, budget=32)
-    arrivals = Arrivals(driven, prompt=5, output=20)
+    arrivals = PreparationQueue(driven, prompt=5, output=20)
     arrivals.add("many", 60)
     for _ in range(8):
         driven.step()
@@ -210,14 +210,14 @@ def test_an_engine_answers_one_tenant_at_once_and_all_rightly() -> None:
 @pytest.mark.parametrize("weight", [1, 2, 3])
 def test_under_saturation_tokens_are_shared_by_weight(weight: int, places: int) -> None:
     driven = Driven(kv=20_000, sequences=places, budget=64)
-    Arrivals(driven).saturate(800, {"heavy": float(weight), "light": 1.0})
+    PreparationQueue(driven).saturate(800, {"heavy": float(weight), "light": 1.0})
     had = tokens_of(driven)
     assert had["heavy"] / had["light"] == pytest.approx(weight, rel=0.15)
 
 
 def test_long_requests_do_not_earn_more_than_short_ones() -> None:
     driven = Driven(kv=20_000, sequences=4, budget=64)
-    long, short = Arrivals(driven, 100, 100), Arrivals(driven, 5, 5, first=10_000)
+    long, short = PreparationQueue(driven, 100, 100), PreparationQueue(driven, 5, 5, first=10_000)
     for _ in range(2500):
         waiting = Counter(one.tenant for one in driven.scheduler.waiting)
         long.add("long", max(0, 4 - waiting["long"]))
@@ -280,7 +280,7 @@ def test_who_runs_one_stream_saves_nothing_up_for_a_burst() -> None:
     """It could have had more all the time: nobody waits for it to catch up."""
     driven = Driven(kv=50_000, sequences=8, budget=64)
     driven.add(sequence(100_000, 5, 5000, tenant="one"))
-    arrivals = Arrivals(driven)
+    arrivals = PreparationQueue(driven)
     arrivals.saturate(1000, {"many": 1.0})
     starts = arrivals.saturate(100, {"many": 1.0, "one": 1.0})
     assert starts["many"] >= 0.3 * starts.total()
