@@ -14,8 +14,8 @@ import openai
 import pytest
 
 from pinaivu_box.store.keys import generate
-from tests import ggufs
-from tests.box import MODEL, Box, pinaivu, pinaivu_json, wait_until
+from tests.support import gguf_files
+from tests.support.process_box import MODEL, Box, pinaivu, pinaivu_json, wait_until
 
 CHAT = "/chat/completions"
 USER = {"role": "user", "content": "Say hello."}
@@ -738,7 +738,7 @@ def test_a_model_whose_engine_cannot_start_is_503_and_others_are_served(
     new_box: Any, tmp_path: Path
 ) -> None:
     half = tmp_path / "half.gguf"
-    half.write_bytes(ggufs.valid())
+    half.write_bytes(gguf_files.valid())
     box = new_box("--model", f"half:1={half}", "--model", "fast:1=fake:0")
     for stream in (False, True):
         error = failure(box, CHAT, {**GOOD, "model": "half:1", "stream": stream})

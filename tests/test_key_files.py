@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.box import pinaivu, pinaivu_json
+from tests.support.process_box import pinaivu, pinaivu_json
 
 CLASS = """name,account,rpm,budget,model,expires
 Ann Lee,ann,60,10 per 30d,llama*; qwen*,90d

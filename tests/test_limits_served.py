@@ -16,7 +16,7 @@ import httpx
 import openai
 import pytest
 
-from tests.box import Box, pinaivu, pinaivu_json, wait_until
+from tests.support.process_box import Box, pinaivu, pinaivu_json, wait_until
 
 USER = [{"role": "user", "content": "hi"}]
 CONFIG = """

@@ -13,7 +13,7 @@ import pytest
 from rich.cells import cell_len
 
 from pinaivu_box.cli.render import Column, print_table
-from tests.box import Box, on_terminal, pinaivu, pinaivu_json
+from tests.support.process_box import Box, on_terminal, pinaivu, pinaivu_json
 
 LONG = "the-laptop-of-somebody-with-a-very-long-name-who-is-fond-of-it"  # 62 characters
 ACCOUNT = "an-account-that-is-called-something-long-too"

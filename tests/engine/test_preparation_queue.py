@@ -21,7 +21,7 @@ from pinaivu_box.engine.output import OutputBuffer
 from pinaivu_box.engine.preparation_queue import PreparationQueue
 from pinaivu_box.engine.request_preparer import PreparedRequest, RequestPreparer
 from pinaivu_box.engine.sequence import Sequence
-from tests.engine.harness import add, in_this_process, load
+from tests.support.engine_harness import add, in_this_process, load
 
 PATIENCE = 60  # seconds until a test gives up; nothing is measured
 LETTERS = Constraint("regex", "[ab]{3}")

@@ -11,7 +11,7 @@ from pinaivu_box.routing import reputation
 from pinaivu_box.routing.reputation import Reputation
 from pinaivu_box.store import opinions
 from pinaivu_box.store.database import Database
-from tests.peering.worlds import soon, wait_until
+from tests.support.waiting import soon, wait_until
 
 DAY = 86400.0
 
@@ -74,7 +74,7 @@ def test_it_is_written_seldom_and_found_again(
     writes = []
     real = opinions.keep
 
-    async def counted(database: Database, found: dict[str, opinions.Opinion]) -> None:
+    async def counted(database: Database, found: dict[str, opinions.StoredOpinion]) -> None:
         writes.append(len(found))
         await real(database, found)
 
