@@ -26,10 +26,9 @@ from pinaivu_box.openai.anthropic import (
     continues,
 )
 from pinaivu_box.openai.reader import Arguments, ParsedCall, Piece, Text, Thought
-from pinaivu_box.openai.types import Sampled
 from pinaivu_box.server import error_responses
 from pinaivu_box.server.inference import InferenceCall
-from pinaivu_box.server.jobs import job_of, json_text
+from pinaivu_box.server.jobs import base_job, json_text
 from pinaivu_box.server.output_parser import OutputParser
 from pinaivu_box.server.sse import EventStream, encode_event
 from pinaivu_box.text import encodable
@@ -41,12 +40,8 @@ async def create_message(
     call: InferenceCall, body: MessagesRequest
 ) -> AnthropicAnswer | EventStream:
     model = call.admit(body.model)
-    job = _job(body, model, call)
     job = replace(
-        job,
-        sampling=msgspec.structs.replace(
-            job.sampling, temperature=body.temperature, top_p=body.top_p, top_k=body.top_k
-        ),
+        _job(body, model, call),
         max_tokens=body.max_tokens,
         stop=list(body.stop_sequences or ()),
     )
@@ -70,7 +65,7 @@ async def count_message_tokens(call: InferenceCall, body: CountTokensRequest) ->
 def _job(body: CountTokensRequest, model: Model, call: InferenceCall) -> Job:
     thinking = body.thinking
     return replace(
-        job_of(Sampled(model=body.model), model, call.request_id, call.key.id),
+        base_job(body, model, call.request_id, call.key.id),
         messages=as_messages(body),
         tools=_tools(body),
         template={
