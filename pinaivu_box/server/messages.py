@@ -25,7 +25,7 @@ from pinaivu_box.openai.anthropic import (
     as_messages,
     continues,
 )
-from pinaivu_box.openai.reader import Arguments, ParsedCall, Piece, Text, Thought
+from pinaivu_box.openai.reader import Arguments, ParsedCall, Piece, Reasoning, Text
 from pinaivu_box.server import error_responses
 from pinaivu_box.server.inference import InferenceCall
 from pinaivu_box.server.jobs import base_job, json_text
@@ -164,7 +164,7 @@ class _MessageAnswer:
                 start = self._begin("text", {"text": ""})
                 self._blocks[-1]["text"] += text
                 return [*start, self._delta("text_delta", "text", text)]
-            case Thought(text):
+            case Reasoning(text):
                 start = self._begin("thinking", {"thinking": "", "signature": ""})
                 self._blocks[-1]["thinking"] += text
                 return [*start, self._delta("thinking_delta", "thinking", text)]
