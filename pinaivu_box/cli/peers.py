@@ -241,7 +241,7 @@ def doctor(home: Path, config: Path | None, as_json: bool, peer: str | None) -> 
 
     from pinaivu_box.cli.doctor import show_checks
     from pinaivu_box.doctor.peers import examine
-    from pinaivu_box.network.views import PeerView
+    from pinaivu_box.network.peer import PeerView
     from pinaivu_box.server.admin_peers import PeerList
 
     found: Any

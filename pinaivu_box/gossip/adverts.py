@@ -19,7 +19,7 @@ from msgspec import Meta, Struct
 
 from pinaivu_box import amount
 from pinaivu_box.amount import Prices
-from pinaivu_box.membership.signed import (
+from pinaivu_box.membership.records import (
     Counter,
     Invalid,
     Key,

@@ -7,8 +7,8 @@ from typing import Annotated
 
 from msgspec import DecodeError, Meta, Struct, msgpack
 
+from pinaivu_box.membership.records import Invalid, Key, Record
 from pinaivu_box.membership.roster import BUCKETS
-from pinaivu_box.membership.signed import Invalid, Key, Record
 
 MAX_GIVE_BYTES = 200_000
 MAX_AGE_MS = 2**31

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from pinaivu_box.gossip.adverts import Offer, TokenBucket
 from pinaivu_box.gossip.frames import MAX_TOLD, LoadQuery, LoadReport, LoadUpdate, ModelLoad
-from pinaivu_box.membership.signed import key_of, node_of
+from pinaivu_box.membership.records import key_of, node_of
 
 TOLD_SECONDS = 2.0
 _BURST, _PER_SECOND = 8.0, 4.0  # Busy frames to each link

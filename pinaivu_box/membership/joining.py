@@ -13,12 +13,11 @@ from msgspec import Meta, Struct, convert, msgpack
 
 from pinaivu_box.errors import LinkLost, NotJoined, PeeringError, ProtocolError, Unreachable
 from pinaivu_box.identity import Identity
+from pinaivu_box.membership.records import Name, Record, network_of
 from pinaivu_box.membership.roster import Roster
-from pinaivu_box.membership.signed import Record, network_of
 from pinaivu_box.membership.store import MembershipStore
 from pinaivu_box.membership.tickets import (
     Invitation,
-    Name,
     Secret,
     Ticket,
     TicketInvalid,
@@ -33,9 +32,9 @@ from pinaivu_box.store import peers as store
 from pinaivu_box.store.audit import Actor, record
 from pinaivu_box.store.database import Database
 from pinaivu_box.store.peers import TicketRow
-from pinaivu_box.transport import opening, wire
+from pinaivu_box.transport import streams, wire
 from pinaivu_box.transport.connections import DIAL_SECONDS
-from pinaivu_box.transport.opening import Open, OpenedStream
+from pinaivu_box.transport.streams import Open, OpenedStream
 from pinaivu_box.transport.transport import Link, Stream, Transport
 from pinaivu_box.transport.wire import Code
 
@@ -176,12 +175,12 @@ class JoinHandler:
             async with self._one:
                 answer, new = await self._certify(newcomer, asked)
         except TicketRefused as error:
-            await opening.refuse(stream, Code.FORBIDDEN, str(error))
+            await streams.refuse(stream, Code.FORBIDDEN, str(error))
             return []
         with suppress(LinkLost):  # it is a member all the same, and may ask again
             await stream.send(wire.encode(answer))
             await stream.finish()
-            await opening.drain(stream)
+            await streams.drain(stream)
         return new
 
     async def _certify(self, newcomer: str, asked: JoinRequest) -> tuple[Welcome, list[Record]]:

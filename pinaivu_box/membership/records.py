@@ -1,23 +1,110 @@
-"""What a roster is made of: certificates and revocations, as their signers made them."""
+"""What members sign and pass on: one record shape for all of it.
+
+A record is its kind, the exact bytes that were signed, and the signature.  Nobody serialises it
+again: it is passed on as it came.  Each kind has a domain of its own, so that nothing signed as
+one thing can be shown as another.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated
+import hashlib
+from functools import lru_cache
+from typing import Annotated, Literal, TypeVar
 
-from msgspec import Meta, Struct
+from msgspec import DecodeError, Meta, Struct, msgpack
 
-from pinaivu_box.membership.signed import (
-    Counter,
-    Invalid,
-    Key,
-    NetworkKey,
-    Record,
-    hashed,
-    node_of,
-    unseal,
-)
-from pinaivu_box.membership.tickets import Name
-from pinaivu_box.text import NO_CONTROLS
+from pinaivu_box.identity import NODE_PREFIX, Identity, verify
+from pinaivu_box.text import NAME, NO_CONTROLS
+
+MAX_BODY_BYTES = 8192
+NETWORK_PREFIX = "net_"
+_NONCE_BYTES = 4
+
+Kind = Literal["member", "revocation", "advert", "gone"]
+Key = Annotated[bytes, Meta(min_length=32, max_length=32)]
+# What an operator calls a box: shown in lists, so no control characters and no line breaks.
+Name = Annotated[str, Meta(min_length=1, max_length=64, pattern=NAME)]
+NetworkKey = Annotated[bytes, Meta(min_length=36, max_length=36)]
+MAX_COUNTER = 2**53 - 1
+Counter = Annotated[int, Meta(ge=0, le=MAX_COUNTER)]
+Content = TypeVar("Content", bound=Struct)
+
+
+class Record(Struct, frozen=True, array_like=True):
+    """`body` is msgpack of the kind's struct, `signature` Ed25519 over the kind's domain and it."""
+
+    kind: Kind
+    body: Annotated[bytes, Meta(max_length=MAX_BODY_BYTES)]
+    signature: Annotated[bytes, Meta(min_length=64, max_length=64)]
+
+
+class Invalid(ValueError):
+    """A record that no honest member passes on; says in a few words what is wrong with it."""
+
+
+def key_of(node_id: str) -> bytes:
+    """`node_…` -> the 32 bytes of its public key.  Raises ValueError."""
+    key = bytes.fromhex(node_id.removeprefix(NODE_PREFIX))
+    if node_id != node_of(key) or len(key) != 32:
+        raise ValueError(f"'{node_id[:80]}' is no node id: it is node_ and 64 hex digits")
+    return key
+
+
+@lru_cache(16384)
+def node_of(key: bytes) -> str:
+    return NODE_PREFIX + key.hex()
+
+
+def network_of(founder: str, nonce: bytes) -> str:
+    """A network's id: `net_`, the founder's key and 4 random bytes, in hex.
+
+    The founder is the root of all membership, so the id alone says whose certificates count.
+    """
+    if len(nonce) != _NONCE_BYTES:
+        raise ValueError(f"a network's nonce has {_NONCE_BYTES} bytes")
+    return NETWORK_PREFIX + (key_of(founder) + nonce).hex()
+
+
+def network_key(network: str) -> bytes:
+    """`net_…` -> 36 bytes.  Raises ValueError."""
+    key = bytes.fromhex(network.removeprefix(NETWORK_PREFIX))
+    if network != NETWORK_PREFIX + key.hex() or len(key) != 36:
+        raise ValueError(f"'{network[:80]}' is no network id: it is net_ and 72 hex digits")
+    return key
+
+
+def founder_of(network: str) -> str:
+    return node_of(network_key(network)[:32])
+
+
+def domain(kind: Kind) -> str:
+    return f"pinaivu/{kind}/v1"
+
+
+def seal(identity: Identity, kind: Kind, content: Struct) -> Record:
+    """Raises ValueError if it is larger than others would take."""
+    body = msgpack.encode(content)
+    if len(body) > MAX_BODY_BYTES:
+        raise ValueError(f"it has {len(body)} bytes, more than {MAX_BODY_BYTES}")
+    return Record(kind, body, identity.sign(domain(kind), body))
+
+
+def unseal(record: Record, content: type[Content], signer: str) -> Content:
+    """The content, if `signer`'s key (the name of a field of it) signed it.  Raises Invalid."""
+    if len(record.body) > MAX_BODY_BYTES:
+        raise Invalid("too large")
+    try:
+        found = msgpack.decode(record.body, type=content)
+    except (DecodeError, ValueError, RecursionError) as error:
+        raise Invalid(f"no {record.kind}: {error}") from None
+    by = node_of(getattr(found, signer))
+    if not verify(by, domain(record.kind), record.body, record.signature):
+        raise Invalid(f"a {record.kind} with a wrong signature")
+    return found
+
+
+def hashed(*parts: bytes, size: int) -> bytes:
+    return hashlib.sha256(b"".join(parts)).digest()[:size]
 
 
 class Certificate(Struct, frozen=True, array_like=True):

@@ -30,23 +30,21 @@ from typing import NamedTuple
 
 from pinaivu_box.identity import Identity
 from pinaivu_box.membership.records import (
-    Certificate,
-    Revocation,
-    Statement,
-    read,
-    record_id,
-    signer_of,
-)
-from pinaivu_box.membership.signed import (
     MAX_COUNTER,
+    Certificate,
     Invalid,
     Record,
+    Revocation,
+    Statement,
     founder_of,
     hashed,
     key_of,
     network_key,
     node_of,
+    read,
+    record_id,
     seal,
+    signer_of,
 )
 
 MAX_INVITED = 32  # by one member that is no admin; as many revocations

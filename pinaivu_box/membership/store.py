@@ -6,9 +6,8 @@ import asyncio
 from contextlib import suppress
 
 from pinaivu_box.errors import CliError
-from pinaivu_box.membership.records import record_id
+from pinaivu_box.membership.records import Record, record_id
 from pinaivu_box.membership.roster import Roster
-from pinaivu_box.membership.signed import Record
 from pinaivu_box.store import peers as store
 from pinaivu_box.store.database import Database, Statement
 from pinaivu_box.transport.wire import Code

@@ -17,7 +17,7 @@ from typing import Annotated
 from msgspec import DecodeError, Meta, Struct, msgpack
 from msgspec.structs import replace
 
-from pinaivu_box.membership.signed import (
+from pinaivu_box.membership.records import (
     NETWORK_PREFIX,
     Counter,
     Key,
@@ -26,7 +26,7 @@ from pinaivu_box.membership.signed import (
     network_key,
     node_of,
 )
-from pinaivu_box.text import NAME, number, whole
+from pinaivu_box.text import number, whole
 
 PREFIX = "pnv1"
 MAX_TICKET_CHARACTERS = 2048
@@ -38,8 +38,6 @@ _CLOCK_SLACK = 300.0  # seconds that a clock is set back without harm
 
 Address = Annotated[str, Meta(min_length=1, max_length=100, pattern=whole("[!-~]+"))]
 Secret = Annotated[bytes, Meta(min_length=_SECRET_BYTES, max_length=_SECRET_BYTES)]
-# What an operator calls a box: shown in lists, so no control characters and no line breaks.
-Name = Annotated[str, Meta(min_length=1, max_length=64, pattern=NAME)]
 
 
 class TicketInvalid(ValueError):

@@ -17,25 +17,24 @@ from msgspec.structs import replace
 from pinaivu_box.config import PeeringConfig
 from pinaivu_box.errors import LinkLost, PeeringError, Unreachable
 from pinaivu_box.gossip import topology
-from pinaivu_box.gossip.adverts import Facts
+from pinaivu_box.gossip.adverts import Facts, Offer
+from pinaivu_box.gossip.channel import DEAF, GossipChannel
 from pinaivu_box.gossip.protocol import TICK, Gossip
 from pinaivu_box.identity import Identity
 from pinaivu_box.membership import joining
 from pinaivu_box.membership.address_book import AddressBook
 from pinaivu_box.membership.joining import JoinHandler
+from pinaivu_box.membership.records import MAX_BODY_BYTES
 from pinaivu_box.membership.roster import Roster
-from pinaivu_box.membership.signed import MAX_BODY_BYTES
 from pinaivu_box.membership.store import MembershipStore
 from pinaivu_box.membership.tickets import MAX_ADDRESSES, Ticket
 from pinaivu_box.network import peer
-from pinaivu_box.network.peer import Peer
+from pinaivu_box.network.peer import OwnView, Peer
 from pinaivu_box.store.audit import BOX, Actor, record
 from pinaivu_box.store.database import Database
 from pinaivu_box.transport import wire
 from pinaivu_box.transport.connections import Links, OpenLink
-from pinaivu_box.transport.gossip_channel import DEAF, GossipChannel
-from pinaivu_box.transport.incoming import Handler, Incoming, OwnHandler
-from pinaivu_box.transport.opening import Open, OpenedStream
+from pinaivu_box.transport.streams import Handler, Incoming, Open, OpenedStream, OwnHandler
 from pinaivu_box.transport.transport import Stream, Transport
 from pinaivu_box.transport.wire import Code
 
@@ -74,6 +73,7 @@ class Network:
         self._standing = MembershipStore(database)
         self._gate = JoinHandler(identity, self._standing, database)
         self._links = Links(transport, self, self._random)
+        self._channels: dict[OpenLink, GossipChannel] = {}
         self._book = AddressBook(database)
         self._tasks: set[asyncio.Task[None]] = set()
         own: dict[str, OwnHandler] = {GOSSIP: self._talk, joining.PURPOSE: self._welcome}
@@ -125,7 +125,7 @@ class Network:
         """Say goodbye, then close the links and the transport."""
         self._closing = True
         self._tick()
-        talks = [held.talk.said() for held in self._links.held.values() if held.talk]
+        talks = [channel.said() for channel in self._channels.values()]
         with suppress(TimeoutError):
             async with asyncio.timeout(_GOODBYE_SECONDS):
                 await asyncio.gather(*talks)
@@ -244,7 +244,7 @@ class Network:
 
     def ended(self, held: OpenLink, why: LinkLost) -> None:
         self._seen = None
-        if self.gossip and held.talk:
+        if self._channels.pop(held, None) and self.gossip:
             self.gossip.unlinked(held.peer, lost=why.code in _LOST)
         self._remembered = 0.0  # where it was: its advert is forgotten soon
         if why.code == Code.REVOKED and self._standing.has(held.peer):
@@ -257,7 +257,7 @@ class Network:
 
     async def _doubt(self, held: OpenLink) -> None:
         await asyncio.sleep(STRANGER_SECONDS)
-        if held.talk is None:
+        if held not in self._channels:
             self._cut(held, self._standing.code(held.peer), self._standing.why_not(held.peer))
 
     # Gossip, and its `Effects`
@@ -291,11 +291,12 @@ class Network:
         if self._links.held.get(held.peer) is not held:
             await held.link.closed()  # another one took its place, as the peer is about to see
             return
-        if held.talk or gossip is None:
-            why = "one gossip is enough" if held.talk else self._standing.why_not(held.peer)
+        if held in self._channels or gossip is None:
+            twice = held in self._channels
+            why = "one gossip is enough" if twice else self._standing.why_not(held.peer)
             self._cut(held, self._standing.code(held.peer), why)
             return
-        held.talk = talk = GossipChannel(stream)
+        self._channels[held] = talk = GossipChannel(stream)
         log.info("link to %s stands", wire.short(held.peer))
         self._remembered = 0.0  # with the next round
         gossip.linked(held.peer)
@@ -313,7 +314,8 @@ class Network:
 
     def say(self, node_id: str, frame: bytes) -> None:
         held = self._links.held.get(node_id)
-        if held and held.talk and not held.talk.say(frame):
+        channel = self._channels.get(held) if held else None
+        if held and channel and not channel.say(frame):
             self._cut(held, Code.PROTOCOL, DEAF)
 
     def cut(self, node_id: str, why: str) -> None:
@@ -384,6 +386,13 @@ class Network:
     def peer(self, text: str) -> Peer:
         """By node_id, the beginning of one, or name.  PeerNotFound."""
         return peer.find(self.peers(), text)
+
+    def own_view(self, offers: Sequence[Offer], relay: str) -> OwnView:
+        """This box as its peers see it."""
+        return peer.own_view(
+            self.node_id, self.name, self.network_id, self.own_addresses(), self.revoked,
+            offers=offers, relay=relay,
+        )  # fmt: skip
 
     async def renamed(self) -> None:
         """The store has other names for peers now."""

@@ -23,12 +23,12 @@ from pinaivu_box.errors import (
 )
 from pinaivu_box.ledger import entry
 from pinaivu_box.ledger.entry import Balance
-from pinaivu_box.membership.tickets import MAX_USES, Name, TicketInvalid
+from pinaivu_box.membership.records import Name
+from pinaivu_box.membership.tickets import MAX_USES, TicketInvalid
 from pinaivu_box.membership.tickets import decode as decode_ticket
-from pinaivu_box.network import views
+from pinaivu_box.network import peer as views
 from pinaivu_box.network.network import Network
-from pinaivu_box.network.peer import Peer
-from pinaivu_box.network.views import OwnView, PeerView
+from pinaivu_box.network.peer import OwnView, Peer, PeerView
 from pinaivu_box.policy import LONGEST_LIFE
 from pinaivu_box.receipts.receipt import utc_text
 from pinaivu_box.server.admin import answer, body, box_of, by
@@ -112,7 +112,7 @@ class Left(Struct, frozen=True):
 
 async def ls(request: Request) -> Response:
     network, box = _network(request), box_of(request)
-    own = views.own_view(network, box.offers.describe(), box.config.peering.relay)
+    own = network.own_view(box.offers.describe().models, box.config.peering.relay)
     return answer(request, PeerList(own, await _views(request, network.peers())))
 
 

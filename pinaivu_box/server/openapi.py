@@ -13,7 +13,7 @@ from starlette.responses import HTMLResponse, Response
 
 from pinaivu_box import __version__
 from pinaivu_box.ledger.views import SettledView, StatementView
-from pinaivu_box.network.views import PeerView
+from pinaivu_box.network.peer import PeerView
 from pinaivu_box.openai import anthropic, completions, embeddings, responses, types
 from pinaivu_box.receipts.receipt import ReceiptView
 from pinaivu_box.server import (

@@ -11,9 +11,7 @@ from typing import Any, Protocol
 from weakref import WeakSet
 
 from pinaivu_box.errors import LinkLost, PeeringError, WrongPeer
-from pinaivu_box.transport.gossip_channel import GossipChannel
-from pinaivu_box.transport.opening import OpenedStream
-from pinaivu_box.transport.transport import Link, Transport
+from pinaivu_box.transport.transport import Link, Stream, Transport
 from pinaivu_box.transport.wire import REFUSED, Code
 
 DIAL_SECONDS = 10.0
@@ -26,16 +24,15 @@ log = logging.getLogger(__name__)
 
 
 class OpenLink:
-    """A link and what runs over it beside the gossip: `streams` of the peer's that are in use, and
+    """A link and what runs over it: `streams` of the peer's that are in use, and
     those that we have `opened` and not let go.  `since` in Unix seconds."""
 
     def __init__(self, link: Link, dialed: bool) -> None:
         self.link, self.dialed = link, dialed
         self.peer = link.peer
         self.since, self.began = time.time(), time.monotonic()
-        self.talk: GossipChannel | None = None
         self.streams = 0
-        self.opened: WeakSet[OpenedStream] = WeakSet()
+        self.opened: WeakSet[Stream] = WeakSet()
 
     @property
     def idle(self) -> bool:

@@ -22,8 +22,7 @@ from pinaivu_box.errors import CliError, LinkLost, Unreachable, WrongPeer
 from pinaivu_box.identity import NODE_PREFIX, Identity
 from pinaivu_box.text import END, number
 from pinaivu_box.transport import iroh_bindings, wire
-from pinaivu_box.transport.handshake import Handshake
-from pinaivu_box.transport.link import PeerLink
+from pinaivu_box.transport.link import Handshake, PeerLink
 from pinaivu_box.transport.transport import LinkRoute, is_relay
 
 READ_BYTES = 128 * 1024

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from pinaivu_box.identity import Identity
+from pinaivu_box.membership.records import network_of
 from pinaivu_box.membership.roster import Roster
-from pinaivu_box.membership.signed import network_of
 from tests.bench.network_world import EPOCH, MEAN_TOKENS, MODELS, Box, Request, World, identity
 
 WARM_UP, STEADY, NEWCOMER, REVOKED, AFTER = 35.0, 40.0, 30.0, 20.0, 60.0  # seconds

@@ -23,8 +23,8 @@ from pinaivu_box.gossip.frames import ModelLoad
 from pinaivu_box.gossip.protocol import Gossip, RecordReaders
 from pinaivu_box.identity import Identity
 from pinaivu_box.membership import records
+from pinaivu_box.membership.records import key_of
 from pinaivu_box.membership.roster import Roster
-from pinaivu_box.membership.signed import key_of
 from pinaivu_box.network.network import LOOK_SECONDS
 from pinaivu_box.routing.circuit_breaker import CircuitBreaker
 from pinaivu_box.routing.router import Candidate, Decision, RoutingRequest, route, unsure

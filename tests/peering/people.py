@@ -8,9 +8,16 @@ from nacl.signing import SigningKey
 
 from pinaivu_box.gossip.adverts import Advert, GoneReport, Offer
 from pinaivu_box.identity import Identity
-from pinaivu_box.membership.records import Certificate, Revocation
+from pinaivu_box.membership.records import (
+    Certificate,
+    Record,
+    Revocation,
+    key_of,
+    network_key,
+    network_of,
+    seal,
+)
 from pinaivu_box.membership.roster import Roster
-from pinaivu_box.membership.signed import Record, key_of, network_key, network_of, seal
 
 NOW = 1_800_000_000.0  # Unix seconds
 

@@ -28,7 +28,7 @@ from pinaivu_box.legs.admission import PeerLimits
 from pinaivu_box.legs.client import AcceptedLeg
 from pinaivu_box.legs.server import Served
 from pinaivu_box.legs.wiring import Pool
-from pinaivu_box.membership.signed import key_of
+from pinaivu_box.membership.records import key_of
 from pinaivu_box.models import catalog as catalogs
 from pinaivu_box.models.catalog import Model, digest_of
 from pinaivu_box.network.network import Handler

@@ -9,7 +9,7 @@ from msgspec.structs import replace
 
 from pinaivu_box.gossip import adverts
 from pinaivu_box.gossip.adverts import Advert, Adverts
-from pinaivu_box.membership.signed import Invalid, Record, seal
+from pinaivu_box.membership.records import Invalid, Record, seal
 from tests.peering.people import NOW, PEOPLE, advert, gone, offer
 
 WALL = round(NOW * 1000)

@@ -27,10 +27,9 @@ from pinaivu_box.gossip.frames import (
     decode,
     encode,
 )
-from pinaivu_box.gossip.protocol import Gossip
-from pinaivu_box.gossip.requests import RecordRequests
+from pinaivu_box.gossip.protocol import Gossip, RecordRequests
 from pinaivu_box.identity import Identity
-from pinaivu_box.membership.signed import Invalid, Record, key_of
+from pinaivu_box.membership.records import Invalid, Record, key_of
 from tests.peering.people import (
     FOUNDER,
     NOW,

@@ -20,10 +20,10 @@ from pinaivu_box.ledger.reconcile import EntryRange, Item
 from pinaivu_box.legs import wire as leg_wire
 from pinaivu_box.legs.codec import sampling_of, to_job
 from pinaivu_box.membership import joining, records, tickets
-from pinaivu_box.membership.signed import Invalid, Record
+from pinaivu_box.membership.records import Invalid, Record
 from pinaivu_box.models.catalog import remote
 from pinaivu_box.receipts.receipt import canonical
-from pinaivu_box.transport import opening, wire
+from pinaivu_box.transport import streams, wire
 from tests.peering import books
 from tests.peering.people import PEOPLE, certificate, gone, revocation
 from tests.peering.people import advert as made_advert
@@ -76,8 +76,8 @@ OUT = leg_wire.Out(
 # Who reads it, and what honest boxes say there.
 READERS: dict[str, tuple[Callable[[bytes], Any], list[Struct | bytes]]] = {
     "hello": (wire.decode_hello, [wire.Hello((1, 2), "1.0", 1.5)]),
-    "open": (opening.decode_open, [opening.Open("work"), opening.Open("x" * 32, 9)]),
-    "refusal": (decoded(opening._refusal), [opening.Refusal(426, "no")]),
+    "open": (streams.decode_open, [streams.Open("work"), streams.Open("x" * 32, 9)]),
+    "refusal": (decoded(streams._refusal), [streams.Refusal(426, "no")]),
     "join": (decoded(joining._join), [joining.JoinRequest(bytes(16), "box")]),
     "welcome": (decoded(joining._welcome), [joining.Welcome(RECORDS[:2])]),
     "gossip": (

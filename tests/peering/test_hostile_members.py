@@ -19,12 +19,18 @@ from pinaivu_box.gossip.adverts import Advert, GoneReport
 from pinaivu_box.gossip.frames import GivenRecord, GiveRecords, encode
 from pinaivu_box.identity import Identity
 from pinaivu_box.membership import joining
-from pinaivu_box.membership.records import Certificate, Revocation
-from pinaivu_box.membership.signed import Record, key_of, network_key, seal
+from pinaivu_box.membership.records import (
+    Certificate,
+    Record,
+    Revocation,
+    key_of,
+    network_key,
+    seal,
+)
 from pinaivu_box.network.network import Network
 from pinaivu_box.transport import wire
-from pinaivu_box.transport.handshake import Handshake
-from pinaivu_box.transport.opening import Open
+from pinaivu_box.transport.link import Handshake
+from pinaivu_box.transport.streams import Open
 from pinaivu_box.transport.transport import Link, Stream
 from pinaivu_box.transport.wire import Code
 from tests.peering.company import CHEAP, FAKE, Member, World, company, offering
@@ -276,9 +282,9 @@ async def test_who_floods_is_cut_off(
     async with newcomer(world, tmp_path, "loud", 122) as loud:
         stale = [advert(world, loud.identity.node_id, loud.identity, serial=n) for n in range(50)]
         held = loud.network._links.held[world.anna.node_id]
-        assert held.talk is not None
+        frame = encode(GiveRecords(tuple(map(GivenRecord, stale * 8))))
         for _ in range(20):
-            held.talk.say(encode(GiveRecords(tuple(map(GivenRecord, stale * 8)))))
+            loud.network.say(world.anna.node_id, frame)
             await asyncio.sleep(0)
         lost: Any = await soon(held.link.closed())
         assert lost.code == Code.PROTOCOL and "too much" in lost.reason

@@ -17,9 +17,8 @@ import pytest
 
 from pinaivu_box.errors import CliError, Unreachable
 from pinaivu_box.transport import iroh_bindings
-from pinaivu_box.transport.handshake import Handshake
 from pinaivu_box.transport.iroh_transport import IrohTransport
-from pinaivu_box.transport.link import HeartbeatTiming
+from pinaivu_box.transport.link import Handshake, HeartbeatTiming
 from pinaivu_box.transport.wire import Code
 from tests.peering.worlds import (
     DEADLINE,

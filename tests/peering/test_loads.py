@@ -16,7 +16,7 @@ from pinaivu_box.gossip.frames import (
 )
 from pinaivu_box.gossip.loads import MAX_TOLD, TOLD_SECONDS
 from pinaivu_box.gossip.protocol import Gossip
-from pinaivu_box.membership.signed import key_of
+from pinaivu_box.membership.records import key_of
 from tests.peering.people import FOUNDER, PEOPLE, certificate
 from tests.peering.test_gossip import FACTS, Net, chain, heard
 

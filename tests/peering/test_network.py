@@ -17,6 +17,7 @@ import pytest
 
 from pinaivu_box.config import PeeringConfig
 from pinaivu_box.errors import LinkLost, NotJoined, PeeringError, PeerNotFound, PeerRefused
+from pinaivu_box.gossip import channel
 from pinaivu_box.gossip.adverts import Facts
 from pinaivu_box.identity import Identity
 from pinaivu_box.ledger import views as ledger_views
@@ -28,11 +29,10 @@ from pinaivu_box.network.network import Network
 from pinaivu_box.store import audit, peer_settings
 from pinaivu_box.store.audit import BOX, Actor
 from pinaivu_box.store.database import Database
-from pinaivu_box.transport import gossip_channel, incoming, wire
+from pinaivu_box.transport import streams, wire
 from pinaivu_box.transport.connections import Links
-from pinaivu_box.transport.handshake import Handshake
-from pinaivu_box.transport.link import HeartbeatTiming
-from pinaivu_box.transport.opening import Open
+from pinaivu_box.transport.link import Handshake, HeartbeatTiming
+from pinaivu_box.transport.streams import Open
 from pinaivu_box.transport.transport import Stream
 from pinaivu_box.transport.wire import Code
 from tests.peering.people import PEOPLE, offer
@@ -557,7 +557,7 @@ async def test_streams_are_not_without_number(
     stream = await soon(one.open(two.node_id, "echo"))
     await stream.send(b"x")
     assert await soon(stream.receive()) == b"x"
-    monkeypatch.setattr(incoming, "MAX_INCOMING", two._incoming.count)
+    monkeypatch.setattr(streams, "MAX_INCOMING", two._incoming.count)
     refused = await soon(one.open(two.node_id, "echo"))
     with pytest.raises(PeerRefused, match="too many"):
         await soon(refused.receive())
@@ -582,9 +582,9 @@ async def test_who_does_not_read_is_cut(
 ) -> None:
     one, two = await world.joined("one", "two")
     if limit == "bytes":
-        monkeypatch.setattr(gossip_channel, "MAX_WAITING_BYTES", 2_000_000)
+        monkeypatch.setattr(channel, "MAX_WAITING_BYTES", 2_000_000)
     else:
-        monkeypatch.setattr(gossip_channel, "SEND_SECONDS", 0.2)
+        monkeypatch.setattr(channel, "SEND_SECONDS", 0.2)
     # A box with two's key and certificate that takes a link and reads nothing of it.
     await world.sites[1].close()
     transport = MemoryTransport(world.net, two.node_id, None, "at:two")

@@ -9,9 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pinaivu_box.membership import roster as rosters
-from pinaivu_box.membership.records import record_id
+from pinaivu_box.membership.records import Record, record_id
 from pinaivu_box.membership.roster import MAX_INVITED, Roster
-from pinaivu_box.membership.signed import Record
 from tests.peering.people import (
     ELSEWHERE,
     FOUNDER,

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from pinaivu_box.errors import LinkLost, ProtocolError, Unreachable, WrongPeer
-from pinaivu_box.transport import handshake, wire
+from pinaivu_box.transport import link as link_module
+from pinaivu_box.transport import wire
 from pinaivu_box.transport.link import FramedStream, PeerLink
 from pinaivu_box.transport.wire import LENGTH, MAX_FRAME_BYTES, MAX_STREAMS, Code, Hello
 from tests.peering.worlds import (
@@ -442,7 +443,7 @@ async def test_an_oversized_frame_closes_the_link(world: World) -> None:
 
 
 async def test_who_says_nothing_is_shown_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(handshake, "GREETING_SECONDS", 0.2)
+    monkeypatch.setattr(link_module, "GREETING_SECONDS", 0.2)
     world = MemoryWorld()
     await world.start()
     connection = await world.ours.dial(world.node_id, world.addresses)
@@ -464,7 +465,7 @@ async def test_strangers_at_the_door_are_counted() -> None:
     world = MemoryWorld()
     await world.start()
     at_the_door = [await world.ours.dial(world.node_id, world.addresses) for _ in range(70)]
-    assert [one.why is None for one in at_the_door].count(True) == handshake.MAX_GREETINGS
+    assert [one.why is None for one in at_the_door].count(True) == link_module.MAX_GREETINGS
     await world.end()
 
 

@@ -21,9 +21,8 @@ from typing import Any, ClassVar
 from nacl.signing import SigningKey
 
 from pinaivu_box.identity import Identity
-from pinaivu_box.transport.handshake import Handshake
 from pinaivu_box.transport.iroh_transport import IrohTransport, has_ipv6
-from pinaivu_box.transport.link import FramedStream, HeartbeatTiming, PeerLink
+from pinaivu_box.transport.link import FramedStream, Handshake, HeartbeatTiming, PeerLink
 from tests.box import environment
 from tests.peering import peer
 from tests.support.memory_transport import MemoryNetwork, MemoryTransport

@@ -8,8 +8,7 @@ from collections.abc import Callable, Sequence
 
 from pinaivu_box.errors import LinkLost, Unreachable, WrongPeer
 from pinaivu_box.transport import wire
-from pinaivu_box.transport.handshake import Handshake
-from pinaivu_box.transport.link import PeerLink
+from pinaivu_box.transport.link import Handshake, PeerLink
 from pinaivu_box.transport.transport import LinkRoute
 from pinaivu_box.transport.wire import Code
 
