@@ -16,6 +16,9 @@ PACKAGE = "pinaivu_box"
 # is everybody's; __main__ stands behind all.
 ROOMS = (
     "errors",
+    "backoff",
+    "bounded",
+    "tasks",
     "text",
     "child",
     "sandbox",

@@ -1,4 +1,9 @@
-"""A member as this box sees it now, and how one is found by name."""
+"""Peers as this box sees them now, how one is found by name, and how the admin API and `pinaivu
+peers --json` show them.
+
+In views, times are RFC 3339 in UTC, durations seconds unless their name says otherwise, prices
+decimal text.
+"""
 
 from __future__ import annotations
 
@@ -22,23 +27,23 @@ from pinaivu_box.receipts.receipt import utc_text
 from pinaivu_box.store.peer_settings import PeerLimits
 from pinaivu_box.store.peers import Known
 from pinaivu_box.transport import wire
-from pinaivu_box.transport.connections import Links
+from pinaivu_box.transport.connections import LinkManager
 from pinaivu_box.transport.transport import LinkFacts, LinkRoute
 
 State = Literal["connected", "connecting", "unreachable", "revoked"]
-_NO_NEED = "There is no link yet: one is made when it is needed."
-_SHORTEST_PREFIX = 9  # node_ and 4 digits
+_NOT_NEEDED = "There is no link yet: one is made when it is needed."
+_MIN_PREFIX_CHARACTERS = 9  # node_ and 4 digits
 
 
 @dataclass(frozen=True)
 class Peer:
     """`why` is a sentence about its `state`.
 
-    `advert` is its newest while it lives, made at `advert_at` of our monotonic clock; `gone`: a
-    member says that it lost its link to it.  `since` is when its link began, in Unix seconds.
+    `advert` is its newest until that expires, sent at `advert_at` of our monotonic clock; `gone`: a
+    member reports that it lost its link to it.  `since` is when its link began, in Unix seconds.
     `software`, `clock_ahead` (in seconds) and `route` are known while it is connected.  From its
-    certificate: `inviter` (a node_id), `admin`, `issued_at` (Unix seconds by the inviter's clock).
-    `loads`: of its models, as far as more is known than its advert says.
+    certificate: `inviter` (a node id), `admin`, `issued_at` (Unix seconds by the inviter's clock).
+    `loads`: of its models, as far as they are newer than its advert.
     """
 
     node_id: str
@@ -64,70 +69,72 @@ class Peer:
 
 
 class NetworkState(NamedTuple):
-    """What is looked at; `now` is monotonic."""
+    """What a peer is looked up in; `now` is monotonic."""
 
     roster: Roster
     gossip: Gossip
-    links: Links
+    links: LinkManager
     known: Mapping[str, Known]
     now: float
 
 
-def view(node_id: str, addresses: tuple[str, ...], scene: NetworkState) -> Peer:
-    verdict = scene.roster.member(node_id, time.time())
-    certificate = scene.roster.certificate(node_id)
-    advert = scene.gossip.adverts.get(node_id)
-    fresh = advert if advert and advert.until > scene.now else None
-    held = scene.links.held.get(node_id) if node_id in scene.gossip.links else None
-    link = held.link.facts() if held else None
-    called = node_id in scene.known and scene.known[node_id].name
-    state, why = _state(verdict, link, scene.links, node_id)
+def view(node_id: str, addresses: tuple[str, ...], state: NetworkState) -> Peer:
+    """Return a peer as it is now."""
+    verdict = state.roster.member(node_id, time.time())
+    certificate = state.roster.certificate(node_id)
+    advert = state.gossip.adverts.get(node_id)
+    valid = advert if advert and advert.expires_at > state.now else None
+    link = state.links.by_peer.get(node_id) if node_id in state.gossip.links else None
+    facts = link.link.facts() if link else None
+    own_name = node_id in state.known and state.known[node_id].name
+    peer_state, why = _state(verdict, facts, state.links, node_id)
     return Peer(
         node_id=node_id,
-        name=called or verdict.name or wire.short(node_id),
-        state=state,
+        name=own_name or verdict.name or wire.short(node_id),
+        state=peer_state,
         why=why,
         addresses=addresses,
-        route=link.route if link else None,
-        software=link.software if link else "",
-        clock_ahead=link.clock_ahead if link else None,
-        since=held.since if held else None,
-        advert=fresh.advert if fresh else None,
-        advert_at=fresh.sent_at if fresh else None,
-        gone=held is None and scene.gossip.adverts.gone(node_id),
+        route=facts.route if facts else None,
+        software=facts.software if facts else "",
+        clock_ahead=facts.clock_ahead if facts else None,
+        since=link.since if link else None,
+        advert=valid.advert if valid else None,
+        advert_at=valid.sent_at if valid else None,
+        gone=link is None and state.gossip.adverts.gone(node_id),
         inviter=node_of(certificate.inviter) if certificate else "",
         admin=verdict.admin,
         issued_at=certificate.issued_at / 1000 if certificate else None,
-        loads=scene.gossip.loads.of(node_id),
+        loads=state.gossip.loads.of(node_id),
     )
 
 
 def _state(
-    verdict: Verdict, link: LinkFacts | None, links: Links, node_id: str
+    verdict: Verdict, link: LinkFacts | None, links: LinkManager, node_id: str
 ) -> tuple[State, str]:
     if not verdict.ok:
         return "revoked", f"{verdict.why[:1].upper()}{verdict.why[1:]}."
     if link is not None:
         way = "directly" if link.route.direct else "by a relay"
         return "connected", f"Linked {way} ({link.route.address})."
-    if (why := links.why(node_id)) and not links.dialing(node_id):
+    if (why := links.last_error(node_id)) and not links.is_dialing(node_id):
         return "unreachable", why
-    return "connecting", "It is being called." if links.dialing(node_id) else _NO_NEED
+    return "connecting", "It is being dialed." if links.is_dialing(node_id) else _NOT_NEEDED
 
 
 def find(peers: Sequence[Peer], text: str) -> Peer:
-    """By node_id, the beginning of one, or name.  PeerNotFound."""
-    found = [peer for peer in peers if peer.node_id == text] or [
+    """Return a peer by its node id, the beginning of that, or its name.  Raises PeerNotFound."""
+    matches = [peer for peer in peers if peer.node_id == text] or [
         peer
         for peer in peers
-        if peer.name == text or (len(text) >= _SHORTEST_PREFIX and peer.node_id.startswith(text))
+        if peer.name == text
+        or (len(text) >= _MIN_PREFIX_CHARACTERS and peer.node_id.startswith(text))
     ]
-    if len(found) == 1:
-        return found[0]
-    if found:
-        ids = " or ".join(peer.node_id[:17] for peer in found)
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
+        ids = " or ".join(peer.node_id[:17] for peer in matches)
         raise PeerNotFound(
-            f"{len(found)} peers are called '{quoted(text)}': say {ids}.", param="peer"
+            f"{len(matches)} peers are called '{quoted(text)}': say {ids}.", param="peer"
         )
     near = difflib.get_close_matches(text[:100], [peer.name for peer in peers], n=3, cutoff=0.5)
     hint = f" Did you mean {' or '.join(near)}?" if near else ""

@@ -23,8 +23,16 @@ from pinaivu_box.transport.transport import Stream
 from pinaivu_box.transport.wire import Code
 
 VERSION = 1
-_HEAD = 256  # bytes; a purpose is short
+MAX_INBOUND_STREAMS = 1024  # of all peers
+FIRST_FRAME_SECONDS = 10.0
+_MAX_OPEN_BYTES = 256  # a purpose is short
 _DRAIN_SECONDS = 5.0
+
+# Gets a stream after its `Open`, from a member, and ends it.  May raise PeeringErrors.
+StreamHandler = Callable[[str, Stream], Awaitable[None]]
+# The same, for the network's own purposes, whoever opened the stream.
+LinkHandler = Callable[[OpenLink, Stream], Awaitable[None]]
+log = logging.getLogger("pinaivu.peering")
 
 
 class Open(Struct, frozen=True, tag="Open"):
@@ -41,24 +49,25 @@ class Refusal(Struct, frozen=True, tag="Refusal"):
     message: Annotated[str, Meta(max_length=wire.MAX_REASON_BYTES)]
 
 
-_open = msgpack.Decoder(Open)
-_refusal = msgpack.Decoder(Refusal)
+_open_frames = msgpack.Decoder(Open)
+_refusals = msgpack.Decoder(Refusal)
 
 
 def decode_open(frame: bytes | None) -> Open:
-    """Raises ProtocolError."""
-    return wire.decode((frame or b"")[: _HEAD + 1], _open)
+    """Read a stream's first frame; None is the end of the stream.  Raises ProtocolError."""
+    return wire.decode((frame or b"")[: _MAX_OPEN_BYTES + 1], _open_frames)
 
 
 async def refuse(stream: Stream, code: int, message: str) -> None:
-    """Politely: wait until the other side has read it.  LinkLost."""
+    """Answer a Refusal, and wait until the peer has read it.  Raises LinkLost."""
     await stream.send(wire.encode(Refusal(code, wire.cut(message).decode())))
     await stream.finish()
     await drain(stream)
 
 
 async def drain(stream: Stream) -> None:
-    """Let the peer finish, whatever it still says: who abandons loses what is under way."""
+    """Wait until the peer finishes, and discard what it sends: who abandons a stream at once loses
+    what is on its way."""
     with suppress(LinkLost, TimeoutError):
         async with asyncio.timeout(_DRAIN_SECONDS):
             while await stream.receive() is not None:
@@ -67,107 +76,102 @@ async def drain(stream: Stream) -> None:
 
 
 class OpenedStream:
-    """A stream that we have opened for a purpose: `opening` goes before whatever is said first, at
-    once with it, and if the first answer is a `Refusal`, `receive` raises PeerRefused.  All else is
-    as `transport.Stream` says."""
+    """A stream that this side has opened for a purpose: `opening` is sent together with the first
+    frames, and if the first response is a `Refusal`, `receive` raises PeerRefused.  All else is as
+    in `transport.Stream`."""
 
     def __init__(self, peer: str, stream: Stream, opening: Open) -> None:
         self._peer, self._stream = peer, stream
-        self._opening = [wire.encode(opening)]
+        self._unsent = [wire.encode(opening)]
         self._answered = False
         self.abandon = stream.abandon
 
     async def send(self, *frames: bytes) -> None:
-        before, self._opening = self._opening, []
-        await self._stream.send(*before, *frames)
+        opening, self._unsent = self._unsent, []
+        await self._stream.send(*opening, *frames)
 
     async def finish(self) -> None:
-        await self._open()
+        await self._send_open()
         await self._stream.finish()
 
-    async def _open(self) -> None:
-        if self._opening:
+    async def _send_open(self) -> None:
+        if self._unsent:
             await self.send()
 
     async def receive(self) -> bytes | None:
-        await self._open()
+        await self._send_open()
         frame = await self._stream.receive()
         if not self._answered and frame is not None:
             self._answered = True
-            self._check(frame)
+            self._raise_if_refused(frame)
         return frame
 
-    def _check(self, frame: bytes) -> None:
+    def _raise_if_refused(self, frame: bytes) -> None:
         try:
-            refusal = _refusal.decode(frame)
+            refusal = _refusals.decode(frame)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             return
         self._stream.abandon()
-        said = wire.printable(refusal.message)
-        raise PeerRefused(f"{wire.short(self._peer)} refused: {said}", code=refusal.code)
+        reason = wire.printable(refusal.message)
+        raise PeerRefused(f"{wire.short(self._peer)} refused: {reason}", code=refusal.code)
 
 
-MAX_INCOMING = 1024  # of all peers
-FIRST_FRAME_SECONDS = 10.0
-
-# Gets a stream after its `Open`, from a member, and ends it; PeeringErrors may leave it.
-Handler = Callable[[str, Stream], Awaitable[None]]
-# The network's own, whoever it is from.
-OwnHandler = Callable[[OpenLink, Stream], Awaitable[None]]
-log = logging.getLogger("pinaivu.peering")
-
-
-class Incoming:
-    """`why_not` says why a peer may open nothing but `own` purposes, or None; `code` with which the
-    link to it is closed then."""
+class StreamRouter:
+    """Gives each stream that a peer opens to the handler of its purpose, or refuses it; `count` of
+    them are open."""
 
     def __init__(
         self,
-        own: Mapping[str, OwnHandler],
-        handlers: Mapping[str, Handler],
-        why_not: Callable[[str], Awaitable[str | None]],
-        code: Callable[[str], Code],
+        link_handlers: Mapping[str, LinkHandler],
+        handlers: Mapping[str, StreamHandler],
+        rejection_reason: Callable[[str], Awaitable[str | None]],
+        rejection_code: Callable[[str], Code],
     ) -> None:
+        """`rejection_reason` returns why a peer may use `link_handlers` alone, or None;
+        `rejection_code` the code with which the link to it is closed then."""
         self.count = 0
-        self._own, self._handlers, self._why_not, self._code = own, handlers, why_not, code
+        self._link_handlers, self._handlers = link_handlers, handlers
+        self._rejection_reason, self._rejection_code = rejection_reason, rejection_code
 
-    async def take(self, held: OpenLink, stream: Stream) -> None:
-        """All of a stream's life.  A failure ends it; what breaks the protocol ends the link."""
+    async def handle(self, link: OpenLink, stream: Stream) -> None:
+        """Serve a stream until its end.  A failure ends it; a violation of the protocol ends the
+        link."""
         self.count += 1
         try:
-            if self.count > MAX_INCOMING:
+            if self.count > MAX_INBOUND_STREAMS:
                 await refuse(stream, Code.BUSY, "this box has too many streams: try again")
                 return
             async with asyncio.timeout(FIRST_FRAME_SECONDS):
                 frame = await stream.receive()
-            await self._hand_over(held, decode_open(frame), stream)
+            await self._route(link, decode_open(frame), stream)
         except ProtocolError as error:
-            await held.link.close(Code.PROTOCOL, error.message)
+            await link.link.close(Code.PROTOCOL, error.message)
         except (PeeringError, TimeoutError) as error:
-            log.debug("a stream of %s failed: %s", wire.short(held.peer), error)
+            log.debug("a stream of %s failed: %s", wire.short(link.peer), error)
             stream.abandon()
         except Exception:
-            log.exception("a stream of %s failed", wire.short(held.peer))
+            log.exception("a stream of %s failed", wire.short(link.peer))
             stream.abandon()
         finally:
             self.count -= 1
 
-    async def _hand_over(self, held: OpenLink, opened: Open, stream: Stream) -> None:
-        own, handler = self._own.get(opened.purpose), self._handlers.get(opened.purpose)
-        if opened.v != VERSION or (own is None and handler is None):
+    async def _route(self, link: OpenLink, opening: Open, stream: Stream) -> None:
+        link_handler = self._link_handlers.get(opening.purpose)
+        handler = self._handlers.get(opening.purpose)
+        if opening.v != VERSION or (link_handler is None and handler is None):
             await refuse(
                 stream,
                 Code.VERSION,
-                f"this box (software {__version__}) has no '{opened.purpose}' of version "
-                f"{opened.v}: update the older of the two boxes",
+                f"this box (software {__version__}) does not support '{opening.purpose}' version "
+                f"{opening.v}: update the older of the two boxes",
             )
-        elif own is not None:
-            await own(held, stream)
-        elif (why := await self._why_not(held.peer)) is not None:
-            await held.link.close(self._code(held.peer), why)
+        elif link_handler is not None:
+            await link_handler(link, stream)
+        elif (why := await self._rejection_reason(link.peer)) is not None:
+            await link.link.close(self._rejection_code(link.peer), why)
         elif handler is not None:
-            held.streams += 1
+            link.inbound_streams += 1
             try:
-                await handler(held.peer, stream)
+                await handler(link.peer, stream)
             finally:
-                held.streams -= 1
+                link.inbound_streams -= 1

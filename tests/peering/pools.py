@@ -31,12 +31,12 @@ from pinaivu_box.legs.wiring import Pool
 from pinaivu_box.membership.records import key_of
 from pinaivu_box.models import catalog as catalogs
 from pinaivu_box.models.catalog import Model, digest_of
-from pinaivu_box.network.network import Handler
 from pinaivu_box.network.peer import Peer
 from pinaivu_box.routing.load import LoadTracker
 from pinaivu_box.routing.offers import Offers
 from pinaivu_box.routing.spending_limits import Debts
 from pinaivu_box.transport.link import PeerLink
+from pinaivu_box.transport.streams import StreamHandler
 from pinaivu_box.transport.transport import Stream
 from tests.support.memory_transport import MemoryNetwork, MemoryTransport
 
@@ -48,7 +48,7 @@ class Links:
     """As `peering.network.Network`, among the pools of one process."""
 
     def __init__(self, transport: MemoryTransport, everybody: dict[str, Node]) -> None:
-        self.handlers: dict[str, Handler] = {}
+        self.handlers: dict[str, StreamHandler] = {}
         self.others: list[str] = []
         self.looked: Callable[[], None] | None = None
         self.looks = 0

@@ -77,9 +77,9 @@ OUT = leg_wire.Out(
 READERS: dict[str, tuple[Callable[[bytes], Any], list[Struct | bytes]]] = {
     "hello": (wire.decode_hello, [wire.Hello((1, 2), "1.0", 1.5)]),
     "open": (streams.decode_open, [streams.Open("work"), streams.Open("x" * 32, 9)]),
-    "refusal": (decoded(streams._refusal), [streams.Refusal(426, "no")]),
-    "join": (decoded(joining._join), [joining.JoinRequest(bytes(16), "box")]),
-    "welcome": (decoded(joining._welcome), [joining.Welcome(RECORDS[:2])]),
+    "refusal": (decoded(streams._refusals), [streams.Refusal(426, "no")]),
+    "join": (decoded(joining._join_requests), [joining.JoinRequest(bytes(16), "box")]),
+    "welcome": (decoded(joining._welcomes), [joining.Welcome(RECORDS[:2])]),
     "gossip": (
         frames.decode,
         [

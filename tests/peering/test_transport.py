@@ -407,7 +407,7 @@ async def greeted(connection: Any) -> None:
         pass
 
 
-NO_HELLO = "the first frame is no Hello"
+NO_HELLO = "the first frame is not a Hello"
 GARBAGE = {
     "2 GB announced": (b"\xff\xff\xff\x7f", "a frame of 2147483647 bytes was announced"),
     "HTTP": (b"GET / HTTP/1.1\r\n\r\n", "a frame of 542393671 bytes was announced"),
@@ -443,7 +443,7 @@ async def test_an_oversized_frame_closes_the_link(world: World) -> None:
 
 
 async def test_who_says_nothing_is_shown_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(link_module, "GREETING_SECONDS", 0.2)
+    monkeypatch.setattr(link_module, "HANDSHAKE_SECONDS", 0.2)
     world = MemoryWorld()
     await world.start()
     connection = await world.ours.dial(world.node_id, world.addresses)
@@ -465,7 +465,9 @@ async def test_strangers_at_the_door_are_counted() -> None:
     world = MemoryWorld()
     await world.start()
     at_the_door = [await world.ours.dial(world.node_id, world.addresses) for _ in range(70)]
-    assert [one.why is None for one in at_the_door].count(True) == link_module.MAX_GREETINGS
+    assert [one.why is None for one in at_the_door].count(
+        True
+    ) == link_module.MAX_INBOUND_HANDSHAKES
     await world.end()
 
 

@@ -144,7 +144,7 @@ class PeerProcess:
 class IrohWorld:
     """Peers that have come to no harm are used again: it takes a second to start one."""
 
-    pace = HeartbeatTiming(beat=0.5, patience=5)
+    pace = HeartbeatTiming(interval=0.5, max_silent=5)
     patience = 2.5  # seconds of silence that are borne
     spare: ClassVar[list[tuple[PeerProcess, dict[str, Any]]]] = []
 
@@ -160,8 +160,8 @@ class IrohWorld:
         self.ours = await self.transport()
 
     async def transport(self, **reception: Any) -> IrohTransport:
-        made = Handshake(**{"pace": self.pace, **reception})
-        bound = await IrohTransport.bind(identity(), "127.0.0.1", 0, reception=made)
+        made = Handshake(**{"heartbeats": self.pace, **reception})
+        bound = await IrohTransport.bind(identity(), "127.0.0.1", 0, handshake=made)
         self.us.add(bound.node_id)
         return bound
 
@@ -199,7 +199,7 @@ class IrohWorld:
 
 
 class MemoryWorld:
-    pace = HeartbeatTiming(beat=0.1)
+    pace = HeartbeatTiming(interval=0.1)
     patience = 0.4
 
     async def start(self) -> None:
@@ -215,7 +215,7 @@ class MemoryWorld:
         self._seen.append({"event": event, **more})
 
     async def transport(self, **reception: Any) -> MemoryTransport:
-        made = Handshake(**{"pace": self.pace, **reception})
+        made = Handshake(**{"heartbeats": self.pace, **reception})
         return MemoryTransport(self.network, identity().node_id, made)
 
     async def connect(self) -> PeerLink:
