@@ -156,9 +156,9 @@ class World:
 
 
 class Slow(FileServer):
-    async def _give(self, stream: Stream, model: Any, number: int) -> None:
+    async def _send_piece(self, conversation: Any, model: Any, number: int) -> None:
         await asyncio.sleep(0.1)
-        await super()._give(stream, model, number)
+        await super()._send_piece(conversation, model, number)
 
 
 async def main(source: str, home: str, digest: str) -> None:

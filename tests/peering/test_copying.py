@@ -33,7 +33,6 @@ from pinaivu_box.files.wire import (
 from pinaivu_box.models import pieces
 from pinaivu_box.models.pieces import PIECE_BYTES
 from pinaivu_box.transport import wire
-from pinaivu_box.transport.transport import Stream
 from tests.box import environment
 from tests.peering.copies import NAME, SIZE, Giver, World, digest_of, made_up
 from tests.peering.worlds import ROOT, soon, wait_until
@@ -58,12 +57,16 @@ async def world(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> AsyncIterat
 # -- how others behave -----------------------------------------------------------------------------
 
 
+def read_answer(frame: bytes | None) -> file_wire.Answer:
+    return wire.decode(frame or b"", file_wire.answers)
+
+
 class WrongPieces(FileServer):
     """Has the right list, and gives something else."""
 
-    async def _give(self, stream: Stream, model: Any, number: int) -> None:
-        for _ in range(PIECE_BYTES // file_wire.PART_BYTES):
-            await stream.send(wire.encode(PieceData(os.urandom(file_wire.PART_BYTES))))
+    async def _send_piece(self, conversation: Any, model: Any, number: int) -> None:
+        for _ in range(PIECE_BYTES // file_wire.MAX_DATA_BYTES):
+            await conversation.send(PieceData(os.urandom(file_wire.MAX_DATA_BYTES)))
 
 
 class AnotherFile(FileServer):
@@ -74,18 +77,18 @@ class AnotherFile(FileServer):
 
 
 class TooMuch(FileServer):
-    async def _give(self, stream: Stream, model: Any, number: int) -> None:
-        for _ in range(1 + PIECE_BYTES // file_wire.PART_BYTES):
-            await stream.send(wire.encode(PieceData(b"\1" * (file_wire.PART_BYTES - 1))))
+    async def _send_piece(self, conversation: Any, model: Any, number: int) -> None:
+        for _ in range(1 + PIECE_BYTES // file_wire.MAX_DATA_BYTES):
+            await conversation.send(PieceData(b"\1" * (file_wire.MAX_DATA_BYTES - 1)))
 
 
 class Garbage(FileServer):
-    async def _give(self, stream: Stream, model: Any, number: int) -> None:
-        await stream.send(os.urandom(1000))
+    async def _send_piece(self, conversation: Any, model: Any, number: int) -> None:
+        await conversation.stream.send(os.urandom(1000))
 
 
 class Silent(FileServer):
-    async def _give(self, stream: Stream, model: Any, number: int) -> None:
+    async def _send_piece(self, conversation: Any, model: Any, number: int) -> None:
         await asyncio.Event().wait()
 
 
@@ -100,11 +103,11 @@ class Dies(FileServer):
     given = 0
     giver: Giver
 
-    async def _give(self, stream: Stream, model: Any, number: int) -> None:
+    async def _send_piece(self, conversation: Any, model: Any, number: int) -> None:
         self.given += 1
         if self.given > 2:
             await self.giver.leave()
-        await super()._give(stream, model, number)
+        await super()._send_piece(conversation, model, number)
 
 
 # -- what is copied is what was asked for ----------------------------------------------------------
@@ -210,7 +213,7 @@ async def test_a_silent_one_does_not_hold_up_the_others(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(download, "STALL_SECONDS", 2.0)
-    monkeypatch.setattr(download, "ATTEMPTS", 1)
+    monkeypatch.setattr(download, "MAX_FAILURES", 1)
     monkeypatch.setattr(upload, "WORKING_SECONDS", 0.2)  # the honest one says that it works
     await world.giver(DATA)
     silent = await world.giver(DATA, Silent)
@@ -354,7 +357,7 @@ async def asked(world: World, *questions: Any) -> Any:
     stream = await soon(world.open(world.sources[0].peer))
     for question in questions:
         await stream.send(wire.encode(question))
-        answer = file_wire.answer(await soon(stream.receive()))
+        answer = read_answer(await soon(stream.receive()))
     return answer
 
 
@@ -393,7 +396,7 @@ async def test_pieces_that_are_none_and_garbage(world: World) -> None:
     with pytest.raises(LinkLost):
         await soon(stream.receive())
     with pytest.raises(ProtocolError):
-        file_wire.question(wire.encode(Find("m", "../../x")))
+        wire.decode(wire.encode(Find("m", "../../x")), file_wire.questions)
 
 
 async def test_a_peer_has_so_many_conversations_and_no_more(world: World) -> None:
@@ -402,7 +405,7 @@ async def test_a_peer_has_so_many_conversations_and_no_more(world: World) -> Non
     answers = []
     for stream in streams:
         await stream.send(wire.encode(Find(NAME, "")))
-        answers.append(file_wire.answer(await soon(stream.receive())))
+        answers.append(read_answer(await soon(stream.receive())))
     assert [type(one) for one in answers] == [ModelAvailable] * upload.MAX_CONVERSATIONS + [
         FileRefused
     ]
@@ -450,7 +453,7 @@ async def test_all_copies_share_the_bytes_of_a_second(
     giver = await world.giver(DATA)
     giver.rate = 1e6
     await soon(world.copy())
-    assert SIZE - file_wire.PART_BYTES <= round(clock.now * 1e6) <= SIZE
+    assert SIZE - file_wire.MAX_DATA_BYTES <= round(clock.now * 1e6) <= SIZE
     world.target.unlink()
     giver.rate, clock.now = 0.0, 0.0
     await soon(world.copy())
@@ -480,12 +483,12 @@ async def test_under_a_low_limit_pieces_go_out_one_after_the_other(
     for number in (1, 2):
         await streams[number].send(wire.encode(GivePiece(DIGEST, number)))
         for _ in range(9):
-            assert isinstance(file_wire.answer(await soon(streams[number].receive())), Working)
+            assert isinstance(read_answer(await soon(streams[number].receive())), Working)
     streams[1].abandon()
     go_on.set()
     for number in (0, 2):
         left = pieces.length(number, SIZE)
         while left:
-            said = file_wire.answer(await soon(streams[number].receive()))
+            said = read_answer(await soon(streams[number].receive()))
             left -= len(said.data) if isinstance(said, PieceData) else 0
             assert isinstance(said, PieceData | Working)

@@ -121,11 +121,11 @@ READERS: dict[str, tuple[Callable[[bytes], Any], list[Struct | bytes]]] = {
         ],
     ),
     "questions": (
-        file_wire.question,
+        decoded(file_wire.questions),
         [file_wire.Find("a", ""), file_wire.List(DIGEST), file_wire.GivePiece(DIGEST, 1)],
     ),
     "files": (
-        file_wire.answer,
+        decoded(file_wire.answers),
         [
             file_wire.ModelAvailable("a", DIGEST, 1), file_wire.Hashes(bytes(32)),
             file_wire.PieceData(b"a"),
