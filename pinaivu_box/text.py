@@ -29,6 +29,11 @@ def encodable(text: str) -> str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "ignore")
 
 
+def megabytes(size: float, decimals: int = 0) -> str:
+    """A size in bytes as `1,234 MB`."""
+    return f"{size / 1e6:,.{decimals}f} MB"
+
+
 DIGEST = whole("[0-9a-f]{64}")  # also of a key: 32 bytes in hex, in the one spelling that counts
 SIGNATURE = whole("[0-9a-f]{128}")
 NODE_ID = whole("node_[0-9a-f]{64}")

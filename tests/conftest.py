@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-from tests.box import Box
+from tests.support.process_box import Box
 
 # The same examples in every run, however slow the machine: a run that finds something new by chance
 # is for `tests/fuzz`, not for who submits something else.

@@ -14,7 +14,7 @@ from pinaivu_box.errors import Conflict
 from pinaivu_box.store import accounts
 from pinaivu_box.store.audit import Actor
 from pinaivu_box.store.database import Database
-from tests.box import Box, pinaivu, pinaivu_json
+from tests.support.process_box import Box, pinaivu, pinaivu_json
 
 FAKE = ("--model", "fake:1=fake:0")
 ARGON2ID = re.compile(r"\$argon2id\$v=19\$m=65536,t=2,p=1\$[A-Za-z0-9+/]{22}\$[A-Za-z0-9+/]{43}")

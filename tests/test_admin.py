@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.box import UNDRAFTED, Box, pinaivu, pinaivu_json, wait_until
+from tests.support.process_box import UNDRAFTED, Box, pinaivu, pinaivu_json, wait_until
 
 FAKE = ("--model", "fake:1=fake:0", "--model", "slow:1=fake:20")
 DEFAULTS = {

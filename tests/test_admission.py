@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.box import Box, pinaivu, pinaivu_json, wait_until
+from tests.support.process_box import Box, pinaivu, pinaivu_json, wait_until
 
 CONFIG = """
 [engine]

@@ -10,7 +10,7 @@ import pytest
 
 from pinaivu_box.engine.fake_runner import SENTENCE
 from pinaivu_box.receipts.verify import Transcript, verify_receipt
-from tests.box import MODEL, Box
+from tests.support.process_box import MODEL, Box
 
 FAKE = "fake:1"  # a token is a byte, and its template is ChatML
 CHAT, COMPLETE = "/v1/chat/completions", "/v1/completions"

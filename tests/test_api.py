@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from pinaivu_box.engine.fake_runner import SENTENCE
 from pinaivu_box.engine.scheduler import WORTH_WAITING
 from pinaivu_box.receipts.verify import Transcript, verify_receipt
-from tests.box import MODEL, Box, pinaivu, wait_until
+from tests.support.process_box import MODEL, Box, pinaivu, wait_until
 
 FAKE = "fake:1"
 PERSON = {

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.box import Box, pinaivu, pinaivu_json
+from tests.support.process_box import Box, pinaivu, pinaivu_json
 
 FAKE = ("--model", "fake:1=fake:0")
 HASH = re.compile(r"argon2|sk-pnv-[0-9A-Za-z]{7}|[0-9a-f]{64}")

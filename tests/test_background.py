@@ -21,8 +21,8 @@ from pinaivu_box.gateway.request import Failed, RequestEvent
 from pinaivu_box.server.background import Background, BackgroundResponse, replayed
 from pinaivu_box.store import responses as stored
 from pinaivu_box.store.database import Database
-from tests.box import UNDRAFTED, Box, wait_until
-from tests.test_responses import new_key, rows
+from tests.support.process_box import UNDRAFTED, Box, wait_until
+from tests.support.stored_responses import client_with_new_key, stored_rows
 
 FAST, SLOW = "fast:1", "slow:1"  # the slow one says 3,500 tokens in three minutes
 MODELS = ("--model", f"{FAST}=fake:0", "--model", f"{SLOW}=fake:50")
@@ -47,7 +47,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Box]:
 
 @pytest.fixture
 def client(here: Box) -> openai.OpenAI:
-    return new_key(here)
+    return client_with_new_key(here)
 
 
 def begin(client: openai.OpenAI, **more: Any) -> Any:
@@ -204,7 +204,7 @@ def test_what_is_deleted_stops(here: Box, client: openai.OpenAI) -> None:
     assert list(stream)[-1].type == "response.cancelled"
     with pytest.raises(openai.NotFoundError):
         client.responses.retrieve(made.id)
-    assert made.id not in rows(here)
+    assert made.id not in stored_rows(here)
 
 
 # -- limits ----------------------------------------------------------------------------------------
@@ -241,11 +241,11 @@ def test_what_runs_counts_as_stored_and_is_not_the_oldest_that_goes(
     plain = [
         client.responses.create(model=FAST, input="hi", max_output_tokens=1) for _ in range(MOST)
     ]
-    kept = rows(here)  # whose sums are right
+    kept = stored_rows(here)  # whose sums are right
     assert plain[0].id not in kept and {one.id for one in (running, *plain[1:])} <= set(kept)
     client.responses.cancel(running.id)
     ended(client, running)
-    row = rows(here)[running.id]
+    row = stored_rows(here)[running.id]
     assert row["events"]
     assert row["bytes"] == sum(len(row[name]) for name in ("input", "body", "events"))
 
@@ -292,7 +292,7 @@ def test_none_outlives_its_box(new_box: Callable[..., Box]) -> None:
 
 def test_large_ones_hold_the_room_of_their_bodies_until_they_have_ended(here: Box) -> None:
     """As many as an account may send at a time: the next one waits for the end of one of them."""
-    client = new_key(here)
+    client = client_with_new_key(here)
     large: dict[str, Any] = {"extra_body": {"session_id": "a" * 9_000_000}}
     running = [begin(client, **large) for _ in range(4)]
     with ThreadPoolExecutor() as pool:
@@ -341,7 +341,7 @@ async def test_one_whose_answer_cannot_be_written_has_failed(tmp_path: Path) -> 
     class Answer:
         """Of a model that says what no encoder takes."""
 
-        room = {"most": 9, "most_bytes": 9**9}  # noqa: RUF012
+        storage_limits = {"most": 9, "most_bytes": 9**9}  # noqa: RUF012
 
         def queue(self) -> list[bytes]:
             return []

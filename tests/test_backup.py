@@ -13,7 +13,6 @@ import shutil
 import sqlite3
 import stat
 import subprocess
-import sys
 import tarfile
 import threading
 from collections.abc import Callable
@@ -22,24 +21,18 @@ from typing import Any
 
 import pytest
 
-from tests.box import PINAIVU, Box, environment, pinaivu, pinaivu_json, wait_until
+from tests.support.damage import corrupt_database, killed_before
+from tests.support.fake_model import FAKE, ask_fake_model
+from tests.support.process_box import PINAIVU, Box, environment, pinaivu, pinaivu_json, wait_until
 
 MakeBox = Callable[..., Box]
 ROOT = Path(__file__).parent.parent
-FAKE = "fake:1"
 PHRASE = "correct horse battery staple\n"
 LONG = "# so that a sealed backup has several chunks\n" * 5000
 
 
 def mode(path: Path) -> int:
     return stat.S_IMODE(path.stat().st_mode)
-
-
-def ask(box: Box) -> str:
-    """One request to the fake model; its id, once it was acknowledged."""
-    answer = box.chat(model=FAKE, max_tokens=3)
-    assert answer.status_code == 200, answer.text
-    return str(answer.json()["request_id"])
 
 
 def refused(*args: str, home: Path, **more: Any) -> str:
@@ -95,7 +88,7 @@ def test_a_backup_under_load_is_the_same_box_elsewhere(
 
     def work() -> None:
         while not stop.is_set():
-            acknowledged.append(ask(box))
+            acknowledged.append(ask_fake_model(box))
 
     workers = [threading.Thread(target=work, daemon=True) for _ in range(8)]
     for worker in workers:
@@ -134,7 +127,7 @@ def test_a_backup_under_load_is_the_same_box_elsewhere(
     copy.key = box.key
     try:
         copy.start()
-        later = ask(copy)
+        later = ask_fake_model(copy)
         assert copy.http("GET", f"/v1/receipts/{before[0]}").status_code == 200
         assert node_of(copy.home, later) == node_of(copy.home, before[0]) == facts["node_id"]
     finally:
@@ -211,7 +204,7 @@ def test_what_cannot_be_backed_up(made: dict[str, Path], tmp_path: Path) -> None
     assert "ordinary" in refused("backup", "/dev/null", "--force", home=home)
     nowhere = str(tmp_path / "missing/file")
     assert "No such file" in refused("backup", nowhere, home=home)
-    corrupt(home / "pinaivu.db")
+    corrupt_database(home / "pinaivu.db")
     assert "damaged" in refused("backup", str(file), home=home)
     (home / "identity.key").unlink()
     assert "identity.key" in refused("backup", str(file), home=home)
@@ -219,25 +212,12 @@ def test_what_cannot_be_backed_up(made: dict[str, Path], tmp_path: Path) -> None
     assert not (home / "backup.new").exists()
 
 
-def corrupt(database: Path) -> None:
-    """Overwrite the middle of a page that is in use."""
-    with contextlib.closing(sqlite3.connect(database)) as connection:
-        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-        (page,) = connection.execute(
-            "SELECT rootpage FROM sqlite_schema WHERE name = 'requests_by_time'"
-        ).fetchone()
-        (size,) = connection.execute("PRAGMA page_size").fetchone()
-    with database.open("r+b") as file:
-        file.seek((page - 1) * size)
-        file.write(b"\xff" * 100)
-
-
 def test_a_running_box_is_not_replaced(new_box: MakeBox, made: dict[str, Path]) -> None:
     box = new_box("--model", f"{FAKE}=fake:1")
     before = (box.home / "identity.key").read_text()
     assert "running" in refused("restore", str(made["plain"]), "--force", home=box.home)
     assert (box.home / "identity.key").read_text() == before
-    ask(box)
+    ask_fake_model(box)
 
 
 def test_a_box_is_replaced_only_by_force_and_its_files_are_kept(
@@ -294,16 +274,16 @@ def hostile(plain: bytes, sealed: bytes, file: Path) -> dict[str, tuple[bytes, s
         tar.addfile(tarfile.TarInfo("manifest.json"))
     traversal = plain.replace(tarfile.TarInfo("identity.key").name.encode(), b"../../../key")
     return {
-        "nothing": (b"", "not a backup"),
-        "text": (b"hello\n" * 1000, "not a backup"),
-        "zeros": (bytes(10240), "not a backup"),
-        "another tar": (tar_of({"a": b"b"}), "not a backup"),
-        "gzip": (zipped.getvalue(), "not a backup"),
-        "a link": (link, "not a backup"),
-        "a path outside": (tar_of({"../../evil": b"x" * 600}), "not a backup"),
+        "nothing": (b"", "not created by"),
+        "text": (b"hello\n" * 1000, "not created by"),
+        "zeros": (bytes(10240), "not created by"),
+        "another tar": (tar_of({"a": b"b"}), "not created by"),
+        "gzip": (zipped.getvalue(), "not created by"),
+        "a link": (link, "not created by"),
+        "a path outside": (tar_of({"../../evil": b"x" * 600}), "not created by"),
         "a path in a part": (traversal, "damaged"),
         "a path in the manifest": (rewritten(file, part(0, name="../evil")), "../evil"),
-        "a huge manifest": (tar_of({"manifest.json": b" " * 99999}), "not a backup"),
+        "a huge manifest": (tar_of({"manifest.json": b" " * 99999}), "not created by"),
         "a huge part": (rewritten(file, part(2, size=10**18)), "would need"),
         "a negative part": (rewritten(file, part(2, size=-1)), "manifest"),
         "too short a part": (rewritten(file, part(2, size=512)), "damaged"),
@@ -313,11 +293,11 @@ def hostile(plain: bytes, sealed: bytes, file: Path) -> dict[str, tuple[bytes, s
         "a newer schema": (rewritten(file, update(schema=999)), "newer"),
         "a newer format": (rewritten(file, update(format=2)), "newer"),
         "an older schema": (rewritten(file, update(schema=1)), "schema"),
-        "a cut plain one": (plain[:-700], "cut off"),
+        "a cut plain one": (plain[:-700], "truncated"),
         "a longer plain one": (plain + b"\0", "after its end"),
-        "a cut sealed one": (sealed[:-20], "cut off"),
-        "one chunk less": (sealed[: 17 + 16 + 16 + 24 + 65536 + 17], "cut off"),
-        "only the beginning": (sealed[:30], "cut off"),
+        "a cut sealed one": (sealed[:-20], "truncated"),
+        "one chunk less": (sealed[: 17 + 16 + 16 + 24 + 65536 + 17], "truncated"),
+        "only the beginning": (sealed[:30], "truncated"),
         "a longer sealed one": (sealed + b"\0", "changed"),
         "costly limits": (sealed[:33] + (2**40).to_bytes(8, "little") + sealed[41:], "work"),
         "no limits": (sealed[:33] + bytes(16) + sealed[49:], "key cannot be computed"),
@@ -366,7 +346,7 @@ def test_a_damaged_database_is_not_restored_even_if_its_digest_is_right(
 ) -> None:
     copy = tmp_path / "copy.db"
     shutil.copy(made["home"] / "pinaivu.db", copy)
-    corrupt(copy)
+    corrupt_database(copy)
     with tarfile.open(made["plain"]) as tar:
         parts = {entry.name: tar.extractfile(entry).read() for entry in tar}  # type: ignore[union-attr]
     parts["pinaivu.db"] = copy.read_bytes()
@@ -380,42 +360,12 @@ def test_a_damaged_database_is_not_restored_even_if_its_digest_is_right(
 
 # -- kill -9 ---------------------------------------------------------------------------------------
 
-# Runs the command, and kills it before its Nth change of the file system.
-KILLED = """
-import os, signal, sys
-left = int(sys.argv.pop(1))
-def counted(real):
-    def call(*args, **more):
-        global left
-        left -= 1
-        if left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return real(*args, **more)
-    return call
-for name in ("rename", "replace", "mkdir", "unlink", "rmdir", "fsync"):
-    setattr(os, name, counted(getattr(os, name)))
-from pinaivu_box.cli.main import main
-main()
-"""
-
-
-def killed_before(number: int, *args: str, home: Path) -> bool:
-    """Whether it was killed; else it came to its end."""
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, str(number), *args, "--home", str(home)],
-        capture_output=True,
-        text=True,
-        env=environment(PYTHONPATH=str(ROOT)),
-    )
-    assert done.returncode in (0, -9), done.stderr
-    return done.returncode == -9
-
 
 def test_a_restore_killed_anywhere_leaves_the_old_box_or_the_new_one(
     new_box: MakeBox, made: dict[str, Path], tmp_path: Path
 ) -> None:
     box = new_box("--model", f"{FAKE}=fake:1")
-    request_id = ask(box)
+    request_id = ask_fake_model(box)
     box.kill()  # its last commits are in the WAL only
     assert (box.home / "pinaivu.db-wal").stat().st_size > 0
     (box.home / "config.toml").write_text("# old\n")
@@ -428,7 +378,7 @@ def test_a_restore_killed_anywhere_leaves_the_old_box_or_the_new_one(
         decided = (home / "restore.ready").exists()
         if decided and (True, True) not in seen:
             served = Box(home).start()  # a server finishes it as well as any command
-            assert "is now complete" in served.errors
+            assert "An interrupted restore was completed" in served.errors
             assert served.http("GET", "/v1/models", key=box.key).status_code == 401
             assert served.stop() == 0
         found = contents(home)

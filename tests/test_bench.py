@@ -28,7 +28,7 @@ from pinaivu_box.bench.target import Target
 from pinaivu_box.bench.wire import EventParser, ResponseParser, WireError
 from pinaivu_box.bench.workload import Lengths, Scale, Workload, WorkloadRequest, arrivals
 from pinaivu_box.errors import UsageError
-from tests.box import PINAIVU, Box, environment
+from tests.support.process_box import PINAIVU, Box, environment
 
 MODEL = "fake:1"  # 2 ms a step
 HELLO = WorkloadRequest([{"role": "user", "content": "Hello"}], 4)
@@ -578,10 +578,10 @@ def test_the_model_is_the_first_that_is_listed(fake_box: Box) -> None:
         (["{url}", "--body", "[]"], 2, "--body is not a JSON object"),
         (["{url}", "{url}", "{url}"], 2, "one URL, or two"),
         (["{url}", "--pairs", "3"], 2, "--pairs needs two URLs"),
-        (["{url}", "--rate", "3", "--intruder", "9"], 2, "--rate is an open loop"),
-        (["{url}", "--clients", "3", "--tenants", "a:1"], 2, "leave --clients out"),
-        (["{url}", "--tenants", "a:1,a:2"], 2, "names one of them twice"),
-        (["{url}", "--tenants", "a:0"], 2, "is not NAME:CLIENTS:KEY"),
+        (["{url}", "--rate", "3", "--intruder", "9"], 2, "--rate (open loop)"),
+        (["{url}", "--clients", "3", "--tenants", "a:1"], 2, "remove --clients"),
+        (["{url}", "--tenants", "a:1,a:2"], 2, "has a name twice"),
+        (["{url}", "--tenants", "a:0"], 2, "is not NAME:CLIENTS[:KEY]"),
         (["elsewhere"], 2, "is not a URL"),
         (["{url}", "--model", MODEL, "--requests", "1", "--plot", "/no/where"], 1, "be written"),
     ],

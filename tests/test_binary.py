@@ -18,9 +18,9 @@ from typing import Any
 
 import pytest
 
-import tests.box
+import tests.support.process_box
 from pinaivu_box.models import bundled
-from tests.box import MODEL, Box, alive, environment, pinaivu, wait_until
+from tests.support.process_box import MODEL, Box, alive, environment, pinaivu, wait_until
 
 pytestmark = pytest.mark.skipif(
     "PINAIVU_BINARY" in os.environ, reason="the tests run on an executable that is there already"
@@ -62,7 +62,7 @@ def nothing(
     """From here on `pinaivu` is the executable, and knows nothing but its arguments."""
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path / "empty")
-    monkeypatch.setattr(tests.box, "PINAIVU", ["env", "-i", str(executable)])
+    monkeypatch.setattr(tests.support.process_box, "PINAIVU", ["env", "-i", str(executable)])
     yield monkeypatch
     assert list((tmp_path / "empty").iterdir()) == []
 
@@ -180,7 +180,7 @@ def test_an_executable_that_was_replaced_starts_no_engine_of_its_other_version(
     """The receipts would name the model of the old one."""
     mine = tmp_path / "pinaivu"
     shutil.copy2(executable, mine)
-    nothing.setattr(tests.box, "PINAIVU", ["env", "-i", str(mine)])
+    nothing.setattr(tests.support.process_box, "PINAIVU", ["env", "-i", str(mine)])
     box = Box(tmp_path / "home").start()
     try:
         ask(box)
@@ -225,7 +225,7 @@ def test_a_signal_to_the_whole_group_drains(
 ) -> None:
     """Ctrl-C on a terminal and `systemctl stop` reach every process at once."""
     slow = Box(tmp_path / "slow", "--model", "slow:1=fake:20")
-    nothing.setattr(tests.box, "PINAIVU", ["setsid", "env", "-i", str(executable)])
+    nothing.setattr(tests.support.process_box, "PINAIVU", ["setsid", "env", "-i", str(executable)])
     slow.start()
     try:
         body = {**REQUEST, "model": "slow:1", "max_tokens": 60}

@@ -16,7 +16,7 @@ import pytest
 
 from pinaivu_box.engine.fake_runner import SENTENCE
 from pinaivu_box.receipts.verify import Transcript, verify_receipt
-from tests.box import MODEL, Box
+from tests.support.process_box import MODEL, Box
 
 FAKE = "fake:1"
 SLOW = "slow:1"  # 20 ms a step

@@ -20,7 +20,7 @@ import httpx
 import pytest
 
 from pinaivu_box.doctor.machine import clock as check_clock
-from tests.box import PINAIVU, Box, wait_until
+from tests.support.process_box import PINAIVU, Box, wait_until
 
 CONFIG = """
 [pricing]

@@ -20,8 +20,8 @@ import numpy as np
 import pytest
 
 from pinaivu_box.receipts.verify import Transcript, VerificationCheck, verify_receipt
-from tests.box import Box
-from tests.test_receipts import verify
+from tests.support.process_box import Box
+from tests.support.receipt_verifier import verify_offline
 
 OLD: dict[str, dict[str, Any]] = json.loads(
     (Path(__file__).with_name("receipts_v1.json")).read_text()
@@ -386,7 +386,7 @@ def test_the_command_takes_bodies_of_request_and_answer(
     request.write_text(json.dumps(of.request))
     answer.write_bytes(of.data)
     given = (str(receipt), "--request", str(request), "--answer", str(answer))
-    done = verify(*given, "--json", home=tmp_path / "none")
+    done = verify_offline(*given, "--json", home=tmp_path / "none")
     found = {one["name"]: one["ok"] for one in json.loads(done.stdout)}
     assert done.returncode == 0, done.stdout
     what = "vectors" if name in VECTORS else "log-probabilities"
@@ -397,7 +397,7 @@ def test_the_command_takes_bodies_of_request_and_answer(
     if name == "chat":
         changed["messages"] = [{"role": "user", "content": "Say nothing."}]
     request.write_text(json.dumps(changed))
-    done = verify(*given, home=tmp_path / "none")
+    done = verify_offline(*given, home=tmp_path / "none")
     assert done.returncode == 1
     assert b"FAILED prompt commitment" in done.stdout
 

@@ -25,7 +25,7 @@ from pinaivu_box.config import (
 )
 from pinaivu_box.errors import CliError
 from pinaivu_box.gateway.local import FALLBACK
-from tests.box import Box
+from tests.support.process_box import Box
 
 SAMPLE = Path(__file__).parent.parent / "sample.toml"
 COMMENTED = re.compile(r'^# (\[\[?[\w.]+\]\]?|[\w".:]+ = .+)$', re.MULTILINE)

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from tests.box import MODEL, Box, pinaivu_json, wait_until
-from tests.engine.grammars import chain
+from tests.support.grammars import chain
+from tests.support.process_box import MODEL, Box, pinaivu_json, wait_until
 
 
 def liking(box: Box, text: str) -> dict[str, int]:

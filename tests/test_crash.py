@@ -17,114 +17,23 @@ from typing import Any
 import httpx
 import pytest
 
-from pinaivu_box.engine.fake_runner import SENTENCE
-from tests import ggufs
-from tests.box import MODEL, UNDRAFTED, Box, alive, pinaivu, pinaivu_json, wait_until
+from tests.support import gguf_files
+from tests.support.process_box import (
+    MODEL,
+    UNDRAFTED,
+    Box,
+    alive,
+    pinaivu,
+    pinaivu_json,
+    wait_until,
+)
+from tests.support.streamed_chat import URL, StreamedChat, body, http_client
 
 MakeBox = Callable[..., Box]
 FAKE = "fake:1"
 CLIENTS = 16
 ROUNDS = 20
 REAL_ROUNDS = {3, 9, 16}  # with the real model; its weights take longer to load
-URL = "/v1/chat/completions"
-
-
-def body(model: str, max_tokens: int, stream: bool = True, **more: Any) -> dict[str, Any]:
-    messages = [{"role": "user", "content": "Count to a hundred."}]
-    return {
-        "model": model,
-        "messages": messages,
-        "max_tokens": max_tokens,
-        "stream": stream,
-        **more,
-    }
-
-
-class Stream:
-    """A streamed request, read in a thread; what it has seen can be looked at meanwhile."""
-
-    def __init__(
-        self, box: Box, model: str, max_tokens: int, *, key: str = "", **more: Any
-    ) -> None:
-        self.text = ""
-        self.route = ""
-        self.request_id = ""
-        self.finish_reason: str | None = None
-        self.usage: dict[str, Any] = {}
-        self.chunks: list[dict[str, Any]] = []
-        self.done = False
-        self.error: Any = None
-        self._box, self.key = box, key or box.key
-        options = {"include_usage": True}
-        more = {"temperature": 0, "stream_options": options, "ignore_eos": True, **more}
-        self._body = body(model, max_tokens, **more)
-        self._leave = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        try:
-            with (
-                _client(self._box, key=self.key) as client,
-                client.stream("POST", URL, json=self._body) as got,
-            ):
-                self.route = got.headers.get("x-pinaivu-route", "")
-                if got.status_code != 200:
-                    self.error = f"{got.status_code}: {got.read().decode()}"
-                    return
-                for line in got.iter_lines():
-                    self._take(line)
-                    if self._leave.is_set():
-                        return
-        except httpx.HTTPError as error:
-            self.error = error
-
-    def _take(self, line: str) -> None:
-        if line == "data: [DONE]":
-            self.done = True
-        elif line.startswith("data: "):
-            chunk = json.loads(line.removeprefix("data: "))
-            if "error" in chunk:
-                self.error = chunk["error"]
-                return
-            self.chunks.append(chunk)
-            self.request_id = chunk["request_id"]
-            self.usage = chunk.get("usage") or self.usage
-            for choice in chunk["choices"]:
-                self.text += choice["delta"].get("content", "")
-                self.finish_reason = choice["finish_reason"] or self.finish_reason
-
-    def leave(self) -> None:
-        """Close the connection in the middle."""
-        self._leave.set()
-        self.join()
-
-    def join(self) -> None:
-        self._thread.join(300)
-        assert not self._thread.is_alive()
-
-    def wait_for_text(self, characters: int = 1) -> None:
-        wait_until(lambda: len(self.text) >= characters or self.error, "text of the stream")
-        assert not self.error
-
-    def check_whole(self, max_tokens: int) -> None:
-        """It came to its end, and nothing is missing, doubled or out of order."""
-        self.join()
-        assert self.error is None and self.done
-        assert self.finish_reason == "length"
-        assert self.usage["completion_tokens"] == max_tokens
-        at = self.usage["prompt_tokens"]
-        expected = (SENTENCE * (max_tokens + at)).decode()[at - 1 : at - 1 + max_tokens]
-        assert self.text == expected
-
-
-def _client(box: Box, seconds: float = 120, key: str = "") -> httpx.Client:
-    return httpx.Client(
-        base_url=box.url,
-        headers={"Authorization": f"Bearer {key or box.key}"},
-        timeout=seconds,
-        trust_env=False,
-    )
 
 
 def rows(home: Path, sql: str) -> list[tuple[Any, ...]]:
@@ -161,7 +70,7 @@ class Swarm:
     def _ask(self, number: int) -> None:
         dice = random.Random(number)
         try:
-            with _client(self._box) as client:
+            with http_client(self._box) as client:
                 while True:
                     wanted = body(self._model, dice.randint(*self._tokens), number % 4 != 0)
                     request_id = self._one(client, wanted)
@@ -242,7 +151,7 @@ def check_survivors(home: Path, completed: list[str]) -> None:
 
 def test_no_engine_survives_a_killed_server(new_box: MakeBox) -> None:
     box = new_box("--model", f"{FAKE}=fake:20", config=UNDRAFTED)
-    streams = [Stream(box, FAKE, 5000), Stream(box, MODEL, 5000)]
+    streams = [StreamedChat(box, FAKE, 5000), StreamedChat(box, MODEL, 5000)]
     for stream in streams:
         stream.wait_for_text()
     pids = [engine["pid"] for engine in box.engines()]
@@ -269,9 +178,9 @@ def kill(pid: int) -> None:
 def test_a_stream_goes_on_when_its_engine_is_killed(new_box: MakeBox) -> None:
     """Others are not disturbed, the receipt shows both legs, the engine is back."""
     box = new_box("--model", f"{FAKE}=fake:20", "--model", "fake:2=fake:20", config=UNDRAFTED)
-    beside = Stream(box, "fake:2", 400)
+    beside = StreamedChat(box, "fake:2", 400)
     beside.wait_for_text(10)
-    struck = Stream(box, FAKE, 150)
+    struck = StreamedChat(box, FAKE, 150)
     struck.wait_for_text(10)
     victim, other = engine_of(box, FAKE)["pid"], engine_of(box, "fake:2")["pid"]
     kill(victim)
@@ -303,7 +212,7 @@ def test_a_stream_goes_on_when_its_engine_is_killed(new_box: MakeBox) -> None:
 
 def test_a_stream_of_the_real_model_goes_on_when_its_engine_is_killed(new_box: MakeBox) -> None:
     box = new_box()
-    stream = Stream(box, MODEL, 200)
+    stream = StreamedChat(box, MODEL, 200)
     stream.wait_for_text(5)
     before = stream.text
     victim = engine_of(box, MODEL)["pid"]
@@ -322,7 +231,7 @@ def test_a_stream_of_the_real_model_goes_on_when_its_engine_is_killed(new_box: M
 def test_all_streams_of_a_killed_engine_go_on(new_box: MakeBox) -> None:
     """Many at once, and an answer that is not streamed among them."""
     box = new_box("--model", f"{FAKE}=fake:20", config=UNDRAFTED)
-    streams = [Stream(box, FAKE, 300 + n) for n in range(12)]
+    streams = [StreamedChat(box, FAKE, 300 + n) for n in range(12)]
     answers: list[httpx.Response] = []
     plain = threading.Thread(
         target=lambda: answers.append(box.chat(model=FAKE, max_tokens=310)), daemon=True
@@ -360,7 +269,7 @@ def test_an_engine_that_is_killed_again_and_again_does_not_take_the_server_along
 
 def test_a_stream_goes_on_when_its_engine_hangs(new_box: MakeBox) -> None:
     box = new_box("--model", f"{FAKE}=fake:20", config=UNDRAFTED)
-    stream = Stream(box, FAKE, 200)
+    stream = StreamedChat(box, FAKE, 200)
     stream.wait_for_text(10)
     hung = engine_of(box, FAKE)["pid"]
     os.kill(hung, signal.SIGSTOP)
@@ -378,7 +287,7 @@ def draining(box: Box) -> bool:
 
 def test_sigterm_lets_a_stream_finish_and_refuses_new_requests(new_box: MakeBox) -> None:
     box = new_box("--model", f"{FAKE}=fake:20", config=UNDRAFTED)
-    stream = Stream(box, FAKE, 500)
+    stream = StreamedChat(box, FAKE, 500)
     stream.wait_for_text(5)
     pid = engine_of(box, FAKE)["pid"]
     box.process.send_signal(signal.SIGTERM)
@@ -399,7 +308,7 @@ def test_sigterm_lets_a_stream_finish_and_refuses_new_requests(new_box: MakeBox)
 def test_a_sigterm_that_reaches_the_engine_as_well_does_not_end_it_first(new_box: MakeBox) -> None:
     """systemd sends it to every process of the unit."""
     box = new_box("--model", f"{FAKE}=fake:20", config=UNDRAFTED)
-    stream = Stream(box, FAKE, 200)
+    stream = StreamedChat(box, FAKE, 200)
     stream.wait_for_text(10)
     os.kill(engine_of(box, FAKE)["pid"], signal.SIGTERM)
     box.process.send_signal(signal.SIGTERM)
@@ -425,7 +334,7 @@ def test_a_plain_answer_under_way_at_sigterm_arrives(new_box: MakeBox) -> None:
 def test_a_second_sigterm_ends_it_at_once(new_box: MakeBox) -> None:
     """With a stream that would take many minutes; its engine goes too."""
     box = new_box("--model", f"{FAKE}=fake:200", config=UNDRAFTED)
-    stream = Stream(box, FAKE, 5000)
+    stream = StreamedChat(box, FAKE, 5000)
     stream.wait_for_text()
     pid = engine_of(box, FAKE)["pid"]
     box.process.send_signal(signal.SIGTERM)
@@ -441,7 +350,7 @@ def test_a_second_sigterm_ends_it_at_once(new_box: MakeBox) -> None:
 def test_what_outlasts_the_drain_is_cancelled_with_its_receipt(new_box: MakeBox) -> None:
     config = "[server]\ndrain_seconds = 0.5\n" + UNDRAFTED
     box = new_box("--model", f"{FAKE}=fake:50", config=config)
-    stream = Stream(box, FAKE, 5000)
+    stream = StreamedChat(box, FAKE, 5000)
     stream.wait_for_text(3)
     assert box.stop(60) == 0
     stream.join()
@@ -478,7 +387,7 @@ def check_cancelled(box: Box, max_tokens: int) -> dict[str, Any]:
 
 def test_a_client_that_leaves_its_stream_stops_it(new_box: MakeBox) -> None:
     box = new_box("--model", f"{FAKE}=fake:20", config=UNDRAFTED)
-    stream = Stream(box, FAKE, 4000)
+    stream = StreamedChat(box, FAKE, 4000)
     stream.wait_for_text(5)
     stream.leave()
     receipt = check_cancelled(box, 4000)
@@ -490,7 +399,7 @@ def test_a_client_that_leaves_before_its_plain_answer_stops_it(new_box: MakeBox)
     box = new_box("--model", f"{FAKE}=fake:20", config=UNDRAFTED)
     assert box.chat(model=FAKE, max_tokens=1).status_code == 200  # the engine is up
     before = rows(box.home, "SELECT request_id FROM requests")
-    with _client(box, 3) as client, pytest.raises(httpx.ReadTimeout):
+    with http_client(box, 3) as client, pytest.raises(httpx.ReadTimeout):
         client.post(URL, json=body(FAKE, 4000, stream=False))
     wait_until(
         lambda: len(rows(box.home, "SELECT request_id FROM requests")) == 2, "the second receipt"
@@ -513,7 +422,7 @@ def test_a_model_that_cannot_be_loaded_is_503_and_the_server_lives(
 ) -> None:
     """A file with a good header, of which llama.cpp misses what makes it a model."""
     file = tmp_path / "broken.gguf"
-    file.write_bytes(ggufs.valid())
+    file.write_bytes(gguf_files.valid())
     box = new_box("--model", f"broken:1={file}", "--model", f"{FAKE}=fake:1")
     for _ in range(2):  # tried, then in its pause
         answer = box.chat(model="broken:1", max_tokens=2, stream=stream)

@@ -19,9 +19,18 @@ from pinaivu_box.config import Config
 from pinaivu_box.doctor import machine, models
 from pinaivu_box.doctor.examine import examine
 from pinaivu_box.models import bundled
-from tests import ggufs
-from tests.box import MODEL, PINAIVU, Box, environment, pinaivu, pinaivu_json, wait_until
-from tests.test_backup import FAKE, ask, corrupt, killed_before
+from tests.support import gguf_files
+from tests.support.damage import corrupt_database, killed_before
+from tests.support.fake_model import FAKE, ask_fake_model
+from tests.support.process_box import (
+    MODEL,
+    PINAIVU,
+    Box,
+    environment,
+    pinaivu,
+    pinaivu_json,
+    wait_until,
+)
 
 MakeBox = Callable[..., Box]
 NAMES = [
@@ -74,7 +83,7 @@ def used(tmp_path_factory: pytest.TempPathFactory) -> Path:
     box = Box(tmp_path_factory.mktemp("used") / "home", "--model", f"{FAKE}=fake:1").start()
     try:
         assert box.chat(max_tokens=2).status_code == 200
-        ask(box)
+        ask_fake_model(box)
         box.stop()
     finally:
         box.end()
@@ -115,19 +124,19 @@ def test_a_home_in_order(home: Path) -> None:
     found = doctor(home)
     assert failed(found) == []
     assert "as in the newest receipt" in found["identity"]["found"]
-    assert "as remembered" in found["models"]["found"]
-    assert "made a token" in found["engine"]["found"] and MODEL in found["engine"]["found"]
+    assert "as served before" in found["models"]["found"]
+    assert "generated a token" in found["engine"]["found"] and MODEL in found["engine"]["found"]
     assert {path.name for path in home.iterdir()} <= before
 
 
 def test_a_running_box_is_in_order_and_not_disturbed(new_box: MakeBox) -> None:
     box = new_box("--model", f"{FAKE}=fake:1")
-    ask(box)
+    ask_fake_model(box)
     found = doctor(box.home, PINAIVU_PORT=box.url.rpartition(":")[2])
     assert failed(found) == []
-    assert box.url in found["port"]["found"] and "ours" in found["port"]["found"]
+    assert box.url in found["port"]["found"] and "in use by this box" in found["port"]["found"]
     assert [engine["model"] for engine in box.engines()] == [FAKE]
-    ask(box)
+    ask_fake_model(box)
 
 
 def test_a_home_that_is_not_there_yet_is_not_made(tmp_path: Path) -> None:
@@ -283,7 +292,7 @@ def test_a_named_prefix_that_cannot_be_read(home: Path) -> None:
 
 
 def test_a_damaged_database(home: Path) -> None:
-    corrupt(home / "pinaivu.db")
+    corrupt_database(home / "pinaivu.db")
     found = doctor(home)
     assert "database" in failed(found) and "restore" in found["database"]["todo"]
 
@@ -327,7 +336,7 @@ def test_model_files(home: Path, model: Path) -> None:
         file.write(bytes([byte[0] ^ 1]))
     os.utime(model, ns=(time, time))
     found = doctor(home)
-    assert failed(found) == ["models"] and "other bytes" in found["models"]["found"]
+    assert failed(found) == ["models"] and "is not what was served" in found["models"]["found"]
     os.utime(model)
     found = doctor(home)
     assert found["models"]["state"] == "warning" and "replaced" in found["models"]["found"]
@@ -336,7 +345,7 @@ def test_model_files(home: Path, model: Path) -> None:
     os.utime(model, (1e9, 1e9))  # or somebody might still be writing it
     found = doctor(home)
     assert failed(found) == ["models"] and "it is incomplete" in found["models"]["found"]
-    model.write_bytes(ggufs.valid())
+    model.write_bytes(gguf_files.valid())
     found = doctor(home)
     # It is the smallest: an engine really tries it.
     assert failed(found) == ["engine"] and "could not be loaded" in found["engine"]["found"]
@@ -387,7 +396,7 @@ DRIVER = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue Mar  5 
     ("there", "state", "words"),
     [
         ((), "ok", "CPU"),
-        (("card",), "warning", "not its driver"),
+        (("card",), "warning", "no driver"),
         (("card", "driver"), "warning", "/dev/nvidia"),
         (("driver", "device"), "warning", "libcuda"),
     ],

@@ -12,7 +12,7 @@ import openai
 import pytest
 
 from pinaivu_box.engine.fake_runner import N_VOCAB, SENTENCE
-from tests.box import MODEL, Box, wait_until
+from tests.support.process_box import MODEL, Box, wait_until
 
 FAKE = "fake:1"
 TEXT = "Once upon a time there was a 😀 in a wood."

@@ -16,8 +16,8 @@ import openai
 import pytest
 
 from pinaivu_box.models import bundled
-from tests.box import Box
-from tests.ggufs import HOSTILE_TEMPLATE, with_template
+from tests.support.gguf_files import HOSTILE_TEMPLATE, with_template
+from tests.support.process_box import Box
 
 TEMPLATES = sorted((Path(__file__).parent / "templates").glob("*.jinja"))
 FAMILIES = [path.stem for path in TEMPLATES]

@@ -17,7 +17,7 @@ import pytest
 
 from pinaivu_box.config import load
 from pinaivu_box.errors import CliError
-from tests.box import PINAIVU, Box, environment, on_terminal, pinaivu, pinaivu_json
+from tests.support.process_box import PINAIVU, Box, environment, on_terminal, pinaivu, pinaivu_json
 
 CONTACT = "help@example.org"
 CONFIG = f"""

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.box import Box
 from tests.fuzz.driver import Fuzzer, fake_box
 from tests.fuzz.keeping import keep
+from tests.support.process_box import Box
 
 
 def test_nothing_that_the_document_allows_or_forbids_breaks_a_box(tmp_path: Path) -> None:

@@ -19,8 +19,8 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.box import Box, wait_until
-from tests.hostile import BODIES, CHAT, EMBEDDINGS, Body
+from tests.support.expensive_bodies import BODIES, CHAT, EMBEDDINGS, Body
+from tests.support.process_box import Box, wait_until
 
 MODEL = "slow:1"
 CONFIG = f"""

@@ -17,8 +17,9 @@ from pinaivu_box.config import Config, EngineConfig, ModelConfig
 from pinaivu_box.gateway.placement import Placement
 from pinaivu_box.models import catalog, memory
 from pinaivu_box.models.catalog import digest_of
-from tests.box import Box, pinaivu_json, wait_until
-from tests.peering import worlds
+from pinaivu_box.settings import LiveSettings, Settings
+from tests.support import transport_peers
+from tests.support.process_box import Box, pinaivu_json, wait_until
 
 CONFIG = """
 [engine]
@@ -232,14 +233,14 @@ async def test_memory_that_an_unloaded_model_still_holds_is_waited_for(
         return digest_of(model)
 
     models = catalog.load(config, Path("/nonexistent"))
-    placement = Placement(config.engine, digest)
+    placement = Placement(LiveSettings(Settings(config)), digest)
     try:
         placement.release(await placement.acquire(models.find("kept:1")))
         left = await placement.acquire(models.find("left:1"))
         monkeypatch.setattr(memory, "available", lambda: 0 if left.alive else 2**40)
         os.kill(left.pid, signal.SIGSTOP)  # it takes its time to end
         placement.release(left, keep_alive=0)
-        await worlds.wait_until(lambda: "left:1" not in placement.loaded)
+        await transport_peers.wait_until(lambda: "left:1" not in placement.loaded)
         acquiring = asyncio.create_task(placement.acquire(models.find("next:1")))
         await asyncio.sleep(0)
         os.kill(left.pid, signal.SIGCONT)

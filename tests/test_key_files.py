@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.box import pinaivu, pinaivu_json
+from tests.support.process_box import pinaivu, pinaivu_json
 
 CLASS = """name,account,rpm,budget,model,expires
 Ann Lee,ann,60,10 per 30d,llama*; qwen*,90d
@@ -104,7 +104,7 @@ def test_a_wrong_line_is_named_and_nothing_is_made(
     done = create(with_ann, text, check=False)
     assert done.returncode == 2 and not done.stdout
     (said,) = done.stderr.splitlines()
-    assert f"students.csv, line {line}: " in said and why in said and "No key was made." in said
+    assert f"students.csv, line {line}: " in said and why in said and "No key was created." in said
     assert counts(with_ann) == before
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from pinaivu_box.store.keys import LS, LS_OF_ACCOUNT
-from tests.box import PINAIVU, Box, environment, pinaivu, pinaivu_json, wait_until
+from tests.support.process_box import PINAIVU, Box, environment, pinaivu, pinaivu_json, wait_until
 
 SECRET = re.compile(r"sk-pnv-[0-9A-Za-z]{40,}")
 FAKE = ("--model", "fake:1=fake:0")

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.package_modules import MODULES, ONLY_IN, PACKAGE, in_engine
+
 ROOT = Path(__file__).parent.parent
-PACKAGE = "pinaivu_box"
 # A module may import from its own room and from those before it.  The package itself (its version)
 # is everybody's; __main__ stands behind all.
 ROOMS = (
@@ -20,6 +21,7 @@ ROOMS = (
     "bounded",
     "tasks",
     "text",
+    "value_count",
     "child",
     "sandbox",
     "chat_format",
@@ -32,6 +34,7 @@ ROOMS = (
     "openai",
     "engine.messages",
     "models",
+    "settings",
     "receipts",
     "store",
     "home",
@@ -44,6 +47,7 @@ ROOMS = (
     "ledger",
     "files",
     "legs",
+    "admin",
     "box",
     "backup",
     "server",
@@ -57,20 +61,6 @@ WORKER = "engine.worker"
 OF_BOTH_SIDES = ("errors", "sandbox", "chat_format", "vector_format")
 # Who starts the child may name its main; nobody else sees the engine but for its messages.
 STARTS_THE_WORKER = "cli.engine"
-# Library -> what the names of modules begin with that may import it.
-ONLY_IN = {"llama_cpp": "engine.llama_", "iroh": "transport.iroh_", "zeroconf": "transport.lan"}
-
-
-def modules() -> dict[str, Path]:
-    """Every module by its name inside the package; "" is the package itself."""
-    found = {}
-    for path in sorted((ROOT / PACKAGE).rglob("*.py")):
-        parts = path.relative_to(ROOT / PACKAGE).with_suffix("").parts
-        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
-    return found
-
-
-MODULES = modules()
 
 
 def imports(source: str, module: str) -> set[str]:
@@ -111,11 +101,6 @@ def room_of(module: str) -> int:
         if module == room or module.startswith(room + "."):
             return number
     raise AssertionError(f"{module} is in no room: give it one in ROOMS")
-
-
-def in_engine(module: str) -> bool:
-    """Whether it belongs to the child alone."""
-    return module.split(".")[0] == "engine" and module != "engine.messages"
 
 
 def violations(module: str, source: str) -> list[str]:
@@ -214,3 +199,56 @@ def test_version_loads_nothing_heavy() -> None:
     top = {name.split(".")[0] for name in loaded}
     heavy = {"starlette", "msgspec", "aiosqlite", "httpx", "hypercorn", "rich", "nacl", "numpy"}
     assert not top & (heavy | {"iroh", "segno", "zeroconf"})
+
+
+TEST_PROGRAMS = [path for path in (ROOT / "tests").rglob("*") if path.suffix in ("", ".py")]
+
+
+def imports_a_test(source: str) -> bool:
+    """Whether a module of the tests imports from a test file."""
+    names = imports(source, "")
+    return any(part.startswith("test_") for name in names for part in name.split(".")[:-1]) or any(
+        name.startswith("tests.") and name.rpartition(".")[2].startswith("test_") for name in names
+    )
+
+
+def test_nothing_imports_from_a_test_file() -> None:
+    sources = {path: path.read_text() for path in TEST_PROGRAMS if path.is_file()}
+    python = {
+        path: source
+        for path, source in sources.items()
+        if path.suffix == ".py" or "python" in source.partition("\n")[0]
+    }
+    assert len(python) > 100
+    assert [path.name for path, source in python.items() if imports_a_test(source)] == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from tests.peering.test_network import Site",
+        "from tests.peering import test_network",
+        "import tests.test_crash",
+        "def f():\n    from tests.test_crash import Stream",
+    ],
+)
+def test_the_check_sees_an_import_from_a_test_file(source: str) -> None:
+    assert imports_a_test(source)
+
+
+def test_a_command_on_the_database_loads_no_server_and_no_client(tmp_path: Path) -> None:
+    """`pinaivu keys ls` and its like start fast: they need neither HTTP nor links."""
+    for command in (("keys", "ls"), ("accounts", "ls"), ("audit",), ("usage",)):
+        done = subprocess.run(
+            [sys.executable, "-X", "importtime", "-m", PACKAGE, *command, "--home", str(tmp_path)],
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd=ROOT,
+        )
+        lines = [line for line in done.stderr.splitlines() if "|" in line]
+        loaded = {line.rpartition("|")[2].strip() for line in lines}
+        assert f"{PACKAGE}.store.database" in loaded
+        heavy = {"starlette", "httpx", "hypercorn", "llama_cpp", "numpy", "iroh", "zeroconf"}
+        assert not {name.split(".")[0] for name in loaded} & heavy, command
+        assert f"{PACKAGE}.box" not in loaded and f"{PACKAGE}.server" not in loaded

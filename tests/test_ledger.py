@@ -16,11 +16,11 @@ from pinaivu_box.ledger import entry as ledger_entry
 from pinaivu_box.ledger.entry import Balance
 from pinaivu_box.receipts.receipt import ACCEPTANCE_DOMAIN, Price
 from pinaivu_box.store.database import Database
-from tests.peering.books import entry
-from tests.peering.people import PEOPLE
+from tests.support.keys import IDENTITIES
+from tests.support.ledger_entries import entry
 
 pytestmark = pytest.mark.anyio
-US, PEER, OTHER = PEOPLE[:3]
+US, PEER, OTHER = IDENTITIES[:3]
 OUTPUT, PROMPT = 20_000_000, 8_000_000  # what the entry of `books` comes to
 
 

@@ -14,8 +14,8 @@ import pytest
 from pinaivu_box.home import database_of, identity_of
 from pinaivu_box.ledger import entry as ledger_entry
 from pinaivu_box.ledger.entry import LedgerEntry
-from tests.box import Box, pinaivu, pinaivu_json, wait_until
-from tests.peering.books import entry
+from tests.support.ledger_entries import entry
+from tests.support.process_box import Box, pinaivu, pinaivu_json, wait_until
 
 SETTINGS = '[peering]\nhost = "127.0.0.1"\nport = 0\nname = "{}"\n\n[peering.serve]\n'
 LIMIT = 'credit_limit = "5"\n\n[pricing]\nper_1k_tokens = "0.5"\n'

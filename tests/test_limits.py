@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +12,9 @@ from hypothesis import given, settings
 
 from pinaivu_box.amount import UNITS, Prices, prices, to_text
 from pinaivu_box.errors import ApiError, BudgetExceeded, ExceedsKeyLimit, RateLimited
-from pinaivu_box.gateway.quota import Grant, KeyUse, Limits, Window
+from pinaivu_box.gateway import quota as quota_module
+from pinaivu_box.gateway.admission import limits_of
+from pinaivu_box.gateway.quota import Credit, Limits, Quota, Quotas, Reservation, Window
 from pinaivu_box.policy import Budget, Policy, check, parse_budget
 from pinaivu_box.store.keys import Key
 
@@ -30,7 +33,7 @@ class Past:
     period: int
     tokens: int
     cost: int
-    grant: Grant
+    reservation: Reservation
     running: bool
     ended: bool = False
 
@@ -110,9 +113,8 @@ class Schedule:
 
     def __init__(self, policies: tuple[Policy, Policy]) -> None:
         self.now = 0.0
-        self.limits = Limits(lambda: self.now, lambda: self.now)
-        self.keys = [key(policy, f"key_{n}") for n, policy in enumerate(policies)]
-        self.uses = [KeyUse(one, (), 0.0) for one in self.keys]
+        self.limits = [limits_of(key(policy)) for policy in policies]
+        self.quotas = [Quota(now=lambda: self.now, wall=lambda: self.now) for _ in policies]
         self.references = [Reference(policy) for policy in policies]
 
     def do(self, what: str, *how: Any) -> None:
@@ -127,13 +129,13 @@ class Schedule:
         reference = self.references[which]
         expected = reference.refusal(self.now, tokens, cost)
         try:
-            grant = self.take(which, tokens, cost)
+            reservation = self.reserve(which, tokens, cost)
         except ApiError as error:
             assert type(error) is expected, error
             return
         assert expected is None
-        period, running = reference.period(self.now), grant.turn.is_set()
-        reference.past.append(Past(self.now, period, tokens, cost, grant, running))
+        period, running = reference.period(self.now), reservation.turn.is_set()
+        reference.past.append(Past(self.now, period, tokens, cost, reservation, running))
 
     def do_end(self, index: int, used: float) -> None:
         pairs = [(n, one) for n, r in enumerate(self.references) for one in r.past if not one.ended]
@@ -141,7 +143,7 @@ class Schedule:
             return
         which, one = pairs[index % len(pairs)]
         tokens, cost = int(one.tokens * used), int(one.cost * used)
-        self.limits.end(self.keys[which], self.uses[which], one.grant, tokens=tokens, cost=cost)
+        one.reservation.settle(tokens, cost)
         one.ended, one.tokens, one.cost = True, tokens, cost
         reference = self.references[which]
         most = reference.policy.max_parallel
@@ -155,17 +157,15 @@ class Schedule:
         for _ in ("rpm", "tpm"):
             if rates.refusal(self.now, tokens, 0) is RateLimited:
                 with pytest.raises(RateLimited) as caught:
-                    self.take(which, tokens, 0)
+                    self.reserve(which, tokens, 0)
                 assert caught.value.retry_after is not None
                 assert 1 <= caught.value.retry_after <= MINUTE
                 self.now += caught.value.retry_after
         assert rates.refusal(self.now, tokens, 0) is not RateLimited
         self.do_ask(which, tokens, 0)
 
-    def take(self, which: int, tokens: int, cost: int) -> Grant:
-        return self.limits.take(
-            self.keys[which], self.uses[which], tokens=tokens, cost=cost, explicit=True
-        )
+    def reserve(self, which: int, tokens: int, cost: int) -> Reservation:
+        return self.quotas[which].reserve(self.limits[which], tokens=tokens, cost=cost)
 
 
 def check_never_more_than_allowed(reference: Reference, now: float) -> None:
@@ -174,7 +174,7 @@ def check_never_more_than_allowed(reference: Reference, now: float) -> None:
     assert policy.tpm is None or sum(one.tokens for one in lately) <= policy.tpm
     assert policy.max_parallel is None or len(reference.running()) <= policy.max_parallel
     for one in reference.past:
-        assert one.ended or one.grant.turn.is_set() == one.running
+        assert one.ended or one.reservation.turn.is_set() == one.running
     if policy.budget is not None:
         for period in {one.period for one in reference.past}:
             used = sum(one.cost for one in reference.past if one.period == period)
@@ -218,68 +218,138 @@ def test_a_window_tells_when_there_is_room(
 
 
 def test_a_restart_remembers_the_last_minute_and_the_budget() -> None:
-    """Rows as the database has them: (when, tokens); what is older counts no more."""
-    policy = Policy(rpm=3, tpm=100, budget=Budget("1", "1h"))
-    spent = key(policy, spent=UNITS - 10, spent_since=0)
+    """Rows as the store has them: (age, tokens); what is older counts no more."""
     now = 1000.0
-    limits = Limits(lambda: now, lambda: now)
-    use = KeyUse(spent, [(now - 60, 50), (now - 59, 40), (now - 1, 30)], now)
+    limits = limits_of(key(Policy(rpm=3, tpm=100, budget=Budget("1", "1h"))))
+    quota = Quota({0: UNITS - 10}, [(60, 50), (59, 40), (1, 30)], now=lambda: now, wall=lambda: now)
     with pytest.raises(RateLimited, match="tokens per minute"):
-        limits.take(spent, use, tokens=31, cost=0, explicit=True)
+        quota.reserve(limits, tokens=31)
     with pytest.raises(BudgetExceeded, match="0\\.99999999 is spent"):
-        limits.take(spent, use, tokens=30, cost=11, explicit=True)
-    limits.take(spent, use, tokens=30, cost=10, explicit=True)
+        quota.reserve(limits, tokens=30, cost=11)
+    quota.reserve(limits, tokens=30, cost=10)
     with pytest.raises(RateLimited, match="requests per minute"):
-        limits.take(spent, use, tokens=0, cost=0, explicit=True)
+        quota.reserve(limits)
     now += 2700.0  # another period of the budget
-    limits.take(spent, use, tokens=0, cost=UNITS, explicit=True)
+    quota.reserve(limits, cost=UNITS)
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 3), (3, 1)])
 def test_places_that_are_changed_count_for_those_that_wait(before: int, after: int) -> None:
     """More of them let the first of those in that wait, before anybody who comes later; with fewer
     nobody is let in before enough have ended."""
-    limits = Limits()
-    use = KeyUse(key(Policy()), (), 0.0)
-    changed = [key(Policy(max_parallel=most, max_queue=9)) for most in (before, after)]
-
-    def take(which: Key) -> Grant:
-        return limits.take(which, use, tokens=1, cost=0, explicit=True)
-
-    grants = [take(changed[0]) for _ in range(before + 3)]
-    grants.append(take(changed[1]))
-    assert [n for n, one in enumerate(grants) if one.turn.is_set()] == [0, 1, 2]
-    for ended, grant in enumerate(grants, 1):
-        limits.end(changed[0], use, grant, tokens=1, cost=0)
-        running = sum(one.turn.is_set() for one in grants[ended:])
-        assert running == min(max(before - ended, after), len(grants) - ended)
+    quota = Quota()
+    changed = [Limits("The key", max_parallel=most, max_queue=9) for most in (before, after)]
+    reservations = [quota.reserve(changed[0], tokens=1) for _ in range(before + 3)]
+    reservations.append(quota.reserve(changed[1], tokens=1))
+    assert [n for n, one in enumerate(reservations) if one.turn.is_set()] == [0, 1, 2]
+    for ended, reservation in enumerate(reservations, 1):
+        reservation.settle(1, 0)
+        running = sum(one.turn.is_set() for one in reservations[ended:])
+        assert running == min(max(before - ended, after), len(reservations) - ended)
 
 
 def test_an_answer_without_a_limit_gets_what_is_left_once_nobody_else_holds_any() -> None:
-    limits = Limits(lambda: 0.0, lambda: 0.0)
-    one = key(Policy(budget=Budget("0.0000001")))  # a hundred units
-    use = KeyUse(one, (), 0.0)
-    grant = limits.take(one, use, tokens=0, cost=60, explicit=True)
-    assert limits.spare(one, use) is None
+    quota = Quota(now=lambda: 0.0, wall=lambda: 0.0)
+    limits = Limits("The key", budget=Budget("0.0000001"))  # a hundred units
+    reservation = quota.reserve(limits, cost=60)
+    assert quota.unreserved(limits) is None
     with pytest.raises(RateLimited, match="try again when one has ended"):
-        limits.take(one, use, tokens=0, cost=500, explicit=False)
-    limits.end(one, use, grant, tokens=0, cost=30)
-    assert limits.spare(one, use) == 70
+        quota.reserve(limits, cost=500, explicit=False)
+    reservation.settle(0, 30)
+    assert quota.unreserved(limits) == 70
 
 
 def test_the_headers_tell_the_limits_that_there_are() -> None:
     now = 5.0
-    limits = Limits(lambda: now, lambda: now)
-    one = key(Policy(rpm=10))
-    use = KeyUse(one, (), now)
-    limits.take(one, use, tokens=7, cost=0, explicit=True)
+    quota = Quota(now=lambda: now, wall=lambda: now)
+    limits = Limits("The key", rpm=10)
+    quota.reserve(limits, tokens=7)
     now = 20.0
-    assert limits.headers(one, use) == {
+    assert quota.headers(limits) == {
         "x-ratelimit-limit-requests": "10",
         "x-ratelimit-remaining-requests": "9",
         "x-ratelimit-reset-requests": "45.000s",
     }
-    assert limits.headers(key(Policy()), use) == {}
+    assert quota.headers(Limits("The key")) == {}
+
+
+# -- peers ---------------------------------------------------------------------------------------
+
+
+def credit(limit: int, owed: int, *, waived: bool = False) -> Limits:
+    return Limits("Your box", credit=Credit(limit, owed, 0, "credits", waived, waived))
+
+
+def test_credit_counts_what_runs_until_it_is_owed() -> None:
+    """A request may begin while anything is left, and what it may cost counts at once."""
+    quota = Quota()
+    first = quota.reserve(Limits("Your box"))
+    quota.increase(first, credit(100, 50), tokens=0, cost=50)
+    with pytest.raises(RateLimited, match=r"owes this one 0\.0000001 credits of") as refused:
+        quota.check(credit(100, 50))
+    assert "0.00000005 of it for running requests" in refused.value.message
+    quota.check(credit(100, 50, waived=True))  # while there is nothing else to do
+    first.settle(0, 0)
+    quota.check(credit(100, 99))  # what it has cost is in the ledger
+    with pytest.raises(RateLimited, match="settle"):
+        quota.check(credit(100, 100))
+
+
+def test_a_request_gets_its_place_before_its_tokens() -> None:
+    """While a prompt is read its request has a place, and no tokens; they count from then on."""
+    now = 0.0
+    quota = Quota(now=lambda: now)
+    places, tokens = Limits("Your box", max_parallel=1), Limits("Your box", tpm=100)
+    first = quota.reserve(places)
+    with pytest.raises(RateLimited, match="1 requests at a time"):
+        quota.reserve(places)
+    now = 50.0
+    quota.increase(first, tokens, tokens=80, cost=0)
+    now = 109.0
+    with pytest.raises(RateLimited, match="100 tokens per minute"):
+        quota.check(tokens, tokens=21)
+    first.use(70)
+    quota.check(tokens, tokens=30)
+    first.end(0)
+    assert (quota.running, quota.tokens_used, quota.reserved) == (0, 70, 0)
+    now = 110.0
+    assert quota.tokens_used == 0
+    quota.reserve(places)
+
+
+@pytest.mark.anyio
+async def test_a_quota_is_read_once_however_many_ask_for_it() -> None:
+    reads, go_on = [], asyncio.Event()
+
+    async def read(principal: str) -> Quota:
+        reads.append(principal)
+        await go_on.wait()
+        return Quota()
+
+    quotas = Quotas(read)
+    asking = [asyncio.create_task(quotas.of(name)) for name in "aabb"]
+    go_on.set()
+    first, again, other, _ = await asyncio.gather(*asking)
+    assert first is again and first is not other and reads == ["a", "b"]
+
+
+@pytest.mark.anyio
+async def test_a_quota_in_use_is_not_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of many principals those that do nothing are read again; whoever does something counts on."""
+    monkeypatch.setattr(quota_module, "_MAX_QUOTAS", 4)
+    now = 0.0
+
+    async def read(_: str) -> Quota:
+        return Quota(now=lambda: now)
+
+    quotas = Quotas(read)
+    first = {name: await quotas.of(name) for name in ("idle", "runs", "asked", "arrives")}
+    first["runs"].reserve(Limits("The key"))
+    first["asked"].count_request(Limits("The key"))
+    now = 30.0
+    with first["arrives"].kept():
+        await quotas.of("another")
+        assert [name for name in first if await quotas.of(name) is not first[name]] == ["idle"]
 
 
 # -- policies ------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import httpx
 import openai
 import pytest
 
-from tests.box import Box, pinaivu, pinaivu_json, wait_until
+from tests.support.process_box import Box, pinaivu, pinaivu_json, wait_until
 
 USER = [{"role": "user", "content": "hi"}]
 CONFIG = """
@@ -141,7 +141,7 @@ def test_tokens_are_reserved_and_then_settled(box: Box) -> None:
 def test_what_could_never_pass_is_a_400_with_the_numbers(box: Box) -> None:
     key, _ = make_key(box, "--tpm", "100")
     message = error(post(box, key, max_tokens=200), 400, "exceeds_key_limit")
-    assert "100 per minute (tpm)" in message and "max_tokens" in message
+    assert "100 tokens per minute (tpm)" in message and "max_tokens" in message
     # Without a limit of its own the answer gets what the key allows.
     answer = post(box, key, max_tokens=None)
     assert answer.status_code == 200

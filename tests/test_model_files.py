@@ -30,9 +30,28 @@ from pinaivu_box.models import folder as folders
 from pinaivu_box.models import gguf
 from pinaivu_box.models.gguf import BadGguf, read_header
 from pinaivu_box.sandbox import Sandbox, SandboxLimits
-from tests import ggufs
-from tests.box import MODEL, PINAIVU, UNDRAFTED, Box, environment, pinaivu, pinaivu_json
-from tests.ggufs import array, header, key, part, part_name, put_split, tensor, u32, valid, word
+from tests.support import gguf_files
+from tests.support.gguf_files import (
+    array,
+    header,
+    key,
+    part,
+    part_name,
+    put_split,
+    tensor,
+    u32,
+    valid,
+    word,
+)
+from tests.support.process_box import (
+    MODEL,
+    PINAIVU,
+    UNDRAFTED,
+    Box,
+    environment,
+    pinaivu,
+    pinaivu_json,
+)
 
 FAKE = "slow:1"
 CONTEXT = "llama.context_length"
@@ -55,7 +74,7 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "many-tensors": (header(tensor_count=2**63), "9223372036854775808 tensors"),
     "more-keys-than-bytes": (header(key_count=60_000), "incomplete"),
     "no-tensors": (header(), "no tensors"),
-    "no-architecture": (ggufs.aligned(header([], [tensor("a", 0)])), "architecture"),
+    "no-architecture": (gguf_files.aligned(header([], [tensor("a", 0)])), "architecture"),
     "long-name": (header([struct.pack("<Q", 2**62)]), "a name of"),
     "long-string": (header([key("a", 8, struct.pack("<Q", 2**63))]), "a string of"),
     "huge-array": (header([array("a", 0, 2**63)]), "more than the file has room for"),
@@ -84,15 +103,15 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "alignment": (valid(u32("general.alignment", 0)), "general.alignment is 0"),
     "alignment-3": (valid(u32("general.alignment", 3)), "no power of 2"),
     "architecture": (
-        ggufs.aligned(header([u32("general.architecture", 5)], [tensor("a", 0)])),
+        gguf_files.aligned(header([u32("general.architecture", 5)], [tensor("a", 0)])),
         "general.architecture is 5",
     ),
     "dimensions": (
-        header([LLAMA], [ggufs.text("a") + struct.pack("<I", 2**32 - 1)]),
+        header([LLAMA], [gguf_files.text("a") + struct.pack("<I", 2**32 - 1)]),
         "4294967295 dimensions",
     ),
     "elements": (
-        header([LLAMA], [ggufs.text("a") + struct.pack("<IQQIQ", 2, 2**63, 2**63, 0, 0)]),
+        header([LLAMA], [gguf_files.text("a") + struct.pack("<IQQIQ", 2, 2**63, 2**63, 0, 0)]),
         "larger than any file",
     ),
     "good": (valid(), ""),
@@ -100,7 +119,7 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "offset": (header([LLAMA], [tensor("a", 1, 2**40)]), "it is incomplete"),
     "adapter": (valid(word("general.type", "adapter")), "no model but adapter"),
     "projector": (
-        ggufs.aligned(header([word("general.architecture", "clip")], [tensor("a", 0)])),
+        gguf_files.aligned(header([word("general.architecture", "clip")], [tensor("a", 0)])),
         "projector",
     ),
     "part-without-its-name": (valid(u32("split.count", 3)), "part 1 of 3"),
@@ -161,7 +180,7 @@ def test_headers_that_lie_are_named_and_stop_no_other(models: Path) -> None:
 
 def test_mutated_headers_never_harm_the_reader(tmp_path: Path) -> None:
     """200 of them in one child, which lives: each is a header with plausible values, or named."""
-    real = ggufs.Real.read()
+    real = gguf_files.Real.read()
     small = [one for one in real.tensors if len(one[1]) < 4096]
     data = real.written(real.keys, small)
     end = len(data) - sum(len(content) for _, content in small)
@@ -209,13 +228,13 @@ def test_the_sizes_of_tensors_are_those_of_ggml() -> None:
 
 
 def test_the_real_model_ends_where_its_tensors_do(tmp_path: Path) -> None:
-    real = ggufs.Real.read()
+    real = gguf_files.Real.read()
     file = tmp_path / "real.gguf"
     file.write_bytes(real.written(real.keys))
     whole = read_header(file)
     assert (whole.architecture, whole.tensors) == ("llama", len(real.tensors))
     assert (whole.context_length, whole.kv_bytes_per_token) == (8192, 30 * 3 * 128 * 2)
-    os.truncate(file, file.stat().st_size - ggufs.ALIGNMENT)
+    os.truncate(file, file.stat().st_size - gguf_files.ALIGNMENT)
     with pytest.raises(BadGguf, match=r"it is incomplete: it has .* bytes, and its tensors end at"):
         read_header(file)
 
@@ -367,9 +386,10 @@ def test_in_a_narrow_terminal_no_name_is_cut_off(models: Path) -> None:
     (place / "Meta-Llama-3.1-8B-Instruct-Q8_0.gguf").write_bytes(valid()[:-1])
     (path,) = place.glob("*Q8_0*")
     shown = (
-        "from pinaivu_box.cli.doctor import show_checks\n"
+        "from pinaivu_box.cli.render import print_checks\n"
         "from pinaivu_box.doctor.check import Check\n"
-        f"show_checks([Check('models', 'failed', {f'not served: {path}: it is incomplete'!r}, '')])"
+        f"found = {f'not served: {path}: it is incomplete'!r}\n"
+        "print_checks([Check('models', 'failed', found, '')])"
     )
     doctor = in_terminal(sys.executable, "-c", shown)
     assert "Instruct-Q8_0.gguf:itisincomplete" in "".join(doctor.split())
@@ -498,7 +518,7 @@ def test_what_cannot_be_loaded_is_tried_again_when_it_is_another_file(models: Pa
         assert box.engines() == []
         assert box.chat(model=FAKE, max_tokens=1).status_code == 200
 
-        real = ggufs.Real.read()
+        real = gguf_files.Real.read()
         odd = {"top_p": float("inf"), "top_k": -5.0, "min_p": float("nan")}
         keys = [key(f"general.sampling.{name}", 6, struct.pack("<f", odd[name])) for name in odd]
         keys.append(word("general.sampling.temp", "hot"))
@@ -524,7 +544,7 @@ def test_what_cannot_be_loaded_is_tried_again_when_it_is_another_file(models: Pa
 
 def test_a_split_model_is_one_model(models: Path) -> None:
     """Loaded by llama.cpp, answering as the whole file does, under a digest of all parts."""
-    real = ggufs.Real.read()
+    real = gguf_files.Real.read()
     paths = put_split(models / "publisher" / "repository", "split", real.split(3))
     (models / "whole.gguf").write_bytes(real.written(real.keys))
     digest = documented_digest(paths)
@@ -566,7 +586,7 @@ def test_a_split_model_is_one_model(models: Path) -> None:
 
     checks = [one for one in pinaivu_json("doctor", home=models.parent) if one["name"] == "models"]
     (found,) = [one["found"] for one in checks if one["found"].startswith("split:latest")]
-    assert f"in 3 files, sha256 {digest[:16]}" in found and "as remembered" in found
+    assert f"in 3 files, sha256 {digest[:16]}" in found and "as served before" in found
     times = paths[2].stat()
     with paths[2].open("r+b") as file:
         file.seek(times.st_size // 2)
@@ -574,7 +594,7 @@ def test_a_split_model_is_one_model(models: Path) -> None:
     os.utime(paths[2], ns=(times.st_atime_ns, times.st_mtime_ns))
     checks = json.loads(pinaivu("doctor", "--json", home=models.parent, check=False).stdout)
     (bad,) = [one for one in checks if one["state"] == "failed" and one["name"] == "models"]
-    assert paths[2].name in bad["found"] and "other bytes" in bad["found"]
+    assert paths[2].name in bad["found"] and "is not what was served" in bad["found"]
 
 
 def documented_digest(paths: list[Path]) -> str:

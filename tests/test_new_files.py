@@ -15,8 +15,8 @@ import pytest
 from pinaivu_box.cli.serve import banner
 from pinaivu_box.models import bundled, watching
 from pinaivu_box.models.watching import Watch
-from tests.box import Box, pinaivu, pinaivu_json, wait_until
-from tests.ggufs import part, put_split, valid
+from tests.support.gguf_files import part, put_split, valid
+from tests.support.process_box import Box, pinaivu, pinaivu_json, wait_until
 
 FAKE = "fake:1"
 

@@ -15,7 +15,7 @@ import msgspec
 import pytest
 
 from pinaivu_box.openai.types import ChatRequest
-from tests.box import PINAIVU, Box, environment, pinaivu_json
+from tests.support.process_box import PINAIVU, Box, environment, pinaivu_json
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

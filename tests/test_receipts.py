@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 import re
-import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +27,8 @@ from pinaivu_box.receipts.receipt import (
     view,
 )
 from pinaivu_box.receipts.verify import Transcript, VerificationCheck, verify_receipt
-from tests.box import MODEL, PINAIVU, Box, environment, pinaivu, pinaivu_json
+from tests.support.process_box import MODEL, Box, pinaivu, pinaivu_json
+from tests.support.receipt_verifier import verify_offline
 
 PARTS = [{"type": "text", "text": "Say hello"}, {"type": "text", "text": "."}]
 MESSAGES = [
@@ -83,24 +83,13 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
     box.end()
 
 
-def verify(*args: str, home: Path, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
-    """`pinaivu receipts verify` in an environment that knows no box but an empty home."""
-    return subprocess.run(
-        [*PINAIVU, "receipts", "verify", *args],
-        input=stdin,
-        capture_output=True,
-        timeout=300,
-        env=environment(PINAIVU_HOME=str(home)),
-    )
-
-
 def run(case: Case, tmp_path: Path, *args: str, document: bytes | None = None) -> Any:
     """Verify a document in a file, offline; checks that it leaves nothing behind."""
     file = tmp_path / "receipt.json"
     file.write_bytes(case.document if document is None else document)
     home = tmp_path / "empty"
     home.mkdir(exist_ok=True)
-    done = verify(str(file), *args, home=home)
+    done = verify_offline(str(file), *args, home=home)
     assert list(home.iterdir()) == []
     assert b"Traceback" not in done.stderr, done.stderr.decode()
     return done
@@ -235,8 +224,10 @@ def test_verify_of_a_file_needs_no_box(case: Case, tmp_path: Path) -> None:
 def test_verify_reads_standard_input_and_the_database(case: Case, tmp_path: Path) -> None:
     home = tmp_path / "empty"
     home.mkdir()
-    assert verify("-", home=home, stdin=case.document).returncode == 0
-    assert verify("-", home=home, stdin=case.document.replace(b"EUR", b"USD")).returncode == 1
+    assert verify_offline("-", home=home, stdin=case.document).returncode == 0
+    assert (
+        verify_offline("-", home=home, stdin=case.document.replace(b"EUR", b"USD")).returncode == 1
+    )
     done = pinaivu("receipts", "verify", case.request_id, home=case.box.home)
     assert "coordinator signature" in done.stdout
 
@@ -245,7 +236,7 @@ def test_verify_reads_standard_input_and_the_database(case: Case, tmp_path: Path
 def test_verify_of_nothing_is_one_sentence(tmp_path: Path, name: str) -> None:
     home = tmp_path / "empty"
     home.mkdir()
-    done = verify(name, home=home)
+    done = verify_offline(name, home=home)
     assert done.returncode == 1
     assert len(done.stderr.splitlines()) == 1
     assert b"Traceback" not in done.stderr

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Iterator
-from contextlib import closing
 from typing import Any
 
 import openai
 import pytest
 
 from pinaivu_box import config
-from tests.box import Box
+from tests.support.process_box import Box
+from tests.support.stored_responses import client_with_new_key, stored_rows
 
 MOST, MB = 6, 0.06
 LIMITS = f"[retention]\nresponses_per_key = {MOST}\nresponses_mb_per_key = {MB}\n"
@@ -31,12 +30,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Box]:
 @pytest.fixture
 def client(here: Box) -> openai.OpenAI:
     """Of a key that has stored nothing."""
-    return new_key(here)
-
-
-def new_key(here: Box) -> openai.OpenAI:
-    made = here.http("POST", "/v1/admin/keys", json={"account": "owner"}).json()
-    return here.client_with(made["key"])
+    return client_with_new_key(here)
 
 
 def respond(client: openai.OpenAI, given: Any = "hi", **more: Any) -> Any:
@@ -49,16 +43,6 @@ def send(here: Box, client: openai.OpenAI, given: Any, **more: Any) -> dict[str,
     made = here.http("POST", "/v1/responses", key=client.api_key, json=body)
     assert made.status_code == 200, made.text[:500]
     return dict(made.json())
-
-
-def rows(here: Box) -> dict[str, dict[str, Any]]:
-    with closing(sqlite3.connect(here.home / "pinaivu.db")) as found:
-        found.row_factory = sqlite3.Row
-        kept = found.execute("SELECT * FROM response_sums WHERE count > 0")
-        sums = {row["key_id"]: (row["count"], row["bytes"]) for row in kept}
-        counted = "SELECT stored_by, count(*), sum(bytes) FROM responses GROUP BY 1"
-        assert sums == {key: (count, size) for key, count, size in found.execute(counted)}
-        return {row["id"]: dict(row) for row in found.execute("SELECT *, bytes FROM responses")}
 
 
 def there(client: openai.OpenAI, made: list[Any]) -> list[bool]:
@@ -101,7 +85,7 @@ def test_what_was_ignored_is_not_kept(
 ) -> None:
     made = send(here, client, items)
     assert made["usage"]["input_tokens"] < 300
-    assert rows(here)[made["id"]]["bytes"] < 2500
+    assert stored_rows(here)[made["id"]]["bytes"] < 2500
     listed = [one.to_dict() for one in client.responses.input_items.list(made["id"]).data][::-1]
     kinds = [one.get("type", "message") for one in items]
     assert [one["type"] for one in listed] == kinds
@@ -132,7 +116,7 @@ def test_what_no_model_has_read_is_not_kept(here: Box, client: openai.OpenAI) ->
     said = {"role": "user", "content": "hi"}
     made = send(here, client, [*thoughts, said], tools=[tool], tool_choice="none", text=form)
     assert made["tools"][0]["name"] == "f" and made["usage"]["input_tokens"] < 200
-    assert rows(here)[made["id"]]["bytes"] < 130_000
+    assert stored_rows(here)[made["id"]]["bytes"] < 130_000
     kept = client.responses.retrieve(made["id"])
     assert kept.tools == [] and kept.text.format.name == "f"
     many = here.http("POST", "/v1/responses", json={"model": "fake:1", "input": [said] * 16_385})
@@ -163,16 +147,16 @@ def test_ignored_names_are_told_in_short(here: Box) -> None:
     body = {"model": "fake:1", "input": "hi", "max_output_tokens": 4, "y" * 100_000: 1}
     made = here.http("POST", "/v1/responses", json=body).json()
     assert made["ignored_parameters"] == ["y" * 100]
-    assert rows(here)[made["id"]]["bytes"] < 2500
+    assert stored_rows(here)[made["id"]]["bytes"] < 2500
 
 
 def test_the_oldest_of_a_key_go_and_no_other_s(here: Box, client: openai.OpenAI) -> None:
-    other = new_key(here)
+    other = client_with_new_key(here)
     kept = [respond(other) for _ in range(2)]
     made = [respond(client) for _ in range(MOST + 3)]
     assert there(client, made) == [False] * 3 + [True] * MOST
     assert there(client, kept) == [True] * 2
-    assert made[0].id not in rows(here)
+    assert made[0].id not in stored_rows(here)
 
 
 def test_a_key_has_so_many_bytes(here: Box, client: openai.OpenAI) -> None:
@@ -184,7 +168,7 @@ def test_a_key_has_so_many_bytes(here: Box, client: openai.OpenAI) -> None:
     huge = respond(client, tools=[tool], tool_choice="none")
     # As many of the oldest as it takes, and the new one is there even if it is alone.
     assert there(client, [*made, *small, huge])[-1]
-    found = rows(here)
+    found = stored_rows(here)
     mine = [one for one in found.values() if one["stored_by"] == found[huge.id]["stored_by"]]
     assert sum(one["bytes"] for one in mine) <= MB * 1e6 or [one["id"] for one in mine] == [huge.id]
     assert there(client, made) == [False, False]
@@ -221,7 +205,7 @@ def test_a_long_conversation_is_stored_once(here: Box, client: openai.OpenAI) ->
         more = {} if previous is None else {"previous_response_id": previous}
         made = respond(client, "x" * 300, instructions="y" * 100, **more)
         previous = made.id
-        sizes.append(rows(here)[made.id]["bytes"])
+        sizes.append(stored_rows(here)[made.id]["bytes"])
     assert max(sizes) - min(sizes[1:]) < 20
 
 

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from pinaivu_box.config import RetentionConfig
 from pinaivu_box.store import retention
 from pinaivu_box.store.database import Database
-from tests.box import Box, wait_until
+from tests.support.process_box import Box, wait_until
 
 ROOT = Path(__file__).parent.parent
 HOUR, DAY = 3_600_000, 86_400_000

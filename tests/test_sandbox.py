@@ -20,9 +20,9 @@ from pinaivu_box.sandbox import (
     SandboxLimits,
     SandboxPool,
 )
-from tests.box import alive, wait_until
+from tests.support.process_box import alive, wait_until
 
-ENTRY = "tests.sandbox_jobs:make"
+ENTRY = "tests.support.sandbox_jobs:make"
 LIMITS = SandboxLimits(cpu_seconds=0.5, memory_bytes=256 << 20)
 PATIENT = SandboxLimits(cpu_seconds=600, memory_bytes=256 << 20, wall_seconds=600)
 

@@ -1,22 +1,18 @@
-"""What the schema promises: a file of the release before keeps all, and nothing big is scanned."""
+"""What the schema promises: sums that its triggers keep, and that nothing big is scanned."""
 
 from __future__ import annotations
 
 import re
-import sqlite3
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pinaivu_box.policy import SCOPES
 from pinaivu_box.store import keys, peers, requests, responses, retention
 from pinaivu_box.store.database import Database, Row
-from pinaivu_box.store.migrations import APPLICATION_ID, MIGRATIONS
 
 pytestmark = pytest.mark.anyio
-HOUR = 3_600_000
 MONDAY = 1_735_516_800_000  # 2024-12-30T00:00:00Z
 BIG = ("keys", "accounts", "requests", "receipts", "responses", "usage", "latencies", "refusals")
 
@@ -26,135 +22,22 @@ def anyio_backend() -> str:
     return "asyncio"
 
 
-# -- from schema 2 ---------------------------------------------------------------------------------
+# -- periods of budgets, tickets, sums of responses ------------------------------------------------
 
 
-def file_of_schema_2(path: Path) -> list[tuple[str, int, str, str, int, int, int, int]]:
-    """An admin's key and two others, with requests, receipts and responses of each.
-
-    Returns what was asked: key, when, model, node, prompt, cached, completion, amount.
-    """
-    made = sqlite3.connect(path, isolation_level=None)
-    for statement in (one for step in MIGRATIONS[:2] for one in step):
-        made.execute(statement)
-    made.execute("PRAGMA user_version = 2")
-    made.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-    for name, admin in (("key_admin", 1), ("key_a", 0), ("key_b", 0)):
-        key = (name, keys.hash_of(name), "sk-pnv-abcdef", "wxyz", f"of {name}", admin, 5, None)
-        made.execute(f"INSERT INTO keys VALUES ({marks(13)})", (*key, None, 77, 90, 1234, 10**10))
-    asked = []
-    for number in range(300):
-        name = ("key_admin", "key_a", "key_b")[number % 3]
-        row = (name, MONDAY + number * HOUR // 2, f"m:{number % 2}", f"node_{number % 5 // 4}")
-        used = (number, number // 2, 3 * number, 10**9 + number)
-        timed = (None, None if number % 7 == 0 else number, 10 * number)
-        made.execute(
-            f"INSERT INTO requests VALUES ({marks(13)})",
-            (f"req_{number}", *row, "stop", *used, *timed),
-        )
-        receipt = (f"req_{number}", b"signed %d" % number, b"by", b"{}")
-        made.execute(f"INSERT INTO receipts VALUES ({marks(4)})", receipt)
-        previous = f"resp_{number - 3}" if number > 3 else None
-        answer = (f"resp_{number}", name, previous, row[1], b"[]", b'{"output": []}')
-        made.execute(f"INSERT INTO responses VALUES ({marks(6)})", answer)
-        asked.append((*row, *used))
-    made.close()
-    return asked
-
-
-def marks(number: int) -> str:
-    return ", ".join("?" * number)
-
-
-async def test_a_file_of_schema_2_keeps_all_and_its_usage_is_summed(tmp_path: Path) -> None:
-    path = tmp_path / "box.db"
-    asked = file_of_schema_2(path)
-    async with Database(path) as database:
-        for whose in ("", "key_admin", "key_a", "key_b"):
-            mine = [row for row in asked if whose in ("", row[0])]
-            rows = await database.read(
-                "SELECT since, model, node_id, requests, prompt_tokens, cached_tokens,"
-                " completion_tokens, amount FROM usage WHERE key_id = ?",
-                (whose,),
-            )
-            expected: dict[tuple[int, str, str], list[int]] = {}
-            for _, at, model, node, *used in mine:
-                one = expected.setdefault((at - at % HOUR, model, node), [0] * 5)
-                one[:] = [old + new for old, new in zip(one, [1, *used], strict=True)]
-            assert {tuple(row)[:3]: list(row)[3:] for row in rows} == expected
-            counts = await database.read(
-                "SELECT kind, sum(count) FROM latencies WHERE key_id = ? GROUP BY kind", (whose,)
-            )
-            timed = sum(number % 7 != 0 for number in range(300) if asked[number] in mine)
-            assert {row[0]: row[1] for row in counts} == {"total": len(mine), "ttft": timed}
-        assert len(await database.read("SELECT * FROM requests")) == 300
-        assert await database.read("PRAGMA foreign_key_check") == []
-    assert sqlite3.connect(path).execute("PRAGMA integrity_check").fetchall() == [("ok",)]
-
-
-async def test_keys_of_schema_2_work_as_before_and_see_no_more(tmp_path: Path) -> None:
-    """An admin's see all, for the others receipts and responses of others do not exist."""
-    path = tmp_path / "box.db"
-    asked = file_of_schema_2(path)
-    async with Database(path) as database:
-        found = {}
-        for name in ("key_admin", "key_a", "key_b"):
-            one = await keys.find(database, name)
-            assert one is not None and not one[1]
-            key = found[name] = one[0]
-            assert (key.name, key.created_at, key.last_used_at) == (f"of {name}", 5, 77)
-            assert (key.requests, key.tokens, key.amount) == (90, 1234, 10**10)
-            assert (key.prefix, key.last_four) == ("sk-pnv-abcdef", "wxyz")
-        assert found["key_admin"].policy.scopes == SCOPES
-        assert not found["key_a"].admin and "inference" in found["key_a"].policy.scopes
-        assert len({key.account_id for key in found.values()}) == 3
-        for number, row in enumerate(asked):
-            for name, key in found.items():
-                mine = row[0] == name
-                receipt = await requests.find_receipt(
-                    database, f"req_{number}", account_id=key.account_id
-                )
-                assert (receipt is not None and receipt.signed == b"signed %d" % number) == mine
-                answer = await responses.find(database, f"resp_{number}", key.account_id)
-                assert (answer is not None) == mine
-            assert await requests.find_receipt(database, f"req_{number}", account_id=None)
-
-
-async def test_receipts_of_schema_2_are_listed_by_account_and_model(tmp_path: Path) -> None:
-    path = tmp_path / "box.db"
-    asked = file_of_schema_2(path)
-    async with Database(path) as database:
-        one = await keys.get(database, "key_a")
-        mine = [f"req_{number}" for number, row in enumerate(asked) if row[0] == "key_a"]
-        found = await database.read(*requests.listing(one.account_id, None, None, None, 1000))
-        assert len(found) == len(mine) and {row["key_id"] for row in found} == {"key_a"}
-        of_model = [row for row in asked if (row[0], row[2]) == ("key_a", "m:1")]
-        found = await database.read(*requests.listing(one.account_id, None, "m:1", None, 1000))
-        assert len(found) == len(of_model)
-
-
-# -- from schema 3 ---------------------------------------------------------------------------------
-
-
-async def test_a_budget_that_a_clock_has_frozen_goes_on(tmp_path: Path) -> None:
-    """Its period was one of the future, and the present one could not begin before that."""
-    path, day = tmp_path / "box.db", 86_400_000
-    made = sqlite3.connect(path, isolation_level=None)
-    for statement in (one for step in MIGRATIONS[:3] for one in step):
-        made.execute(statement)
-    made.execute("PRAGMA user_version = 3")
-    made.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+async def test_a_period_of_a_budget_is_taken_up_again(tmp_path: Path) -> None:
+    """A clock that was ahead finds again what was spent in the period that it comes back to."""
+    day = 86_400_000
     policy = '{"budget":{"amount":"10","period":"30d"}}'
-    made.execute(
-        "INSERT INTO keys (id, account_id, hash, prefix, last_four, name, policy, created_at,"
-        " spent, spent_since) VALUES ('key_a', 'acct_owner', x'00', '', '', '', ?, ?, 7, ?)",
-        (policy, MONDAY, MONDAY + 390 * day),
-    )
-    for name, at in (("before", MONDAY), ("after", MONDAY + 2)):
-        made.execute("INSERT INTO tickets VALUES (?, NULL, ?, 9, 1, 0)", (name, at))
-    made.execute("INSERT INTO roster VALUES (x'01', 'revocation', x'', x'', ?)", (MONDAY + 1,))
-    made.close()
-    async with Database(path) as database:
+    async with Database(tmp_path / "box.db") as database:
+        await database.write(
+            (
+                "INSERT INTO keys (id, account_id, hash, prefix, last_four, name, policy,"
+                " created_at, spent, spent_since)"
+                " VALUES ('key_a', 'acct_owner', x'00', '', '', '', ?, ?, 7, ?)",
+                (policy, MONDAY, MONDAY + 390 * day),
+            )
+        )
         key = await keys.get(database, "key_a")
         budget = key.policy.budget
         assert budget is not None
@@ -166,45 +49,41 @@ async def test_a_budget_that_a_clock_has_frozen_goes_on(tmp_path: Path) -> None:
             )
         key = await keys.get(database, "key_a")
         assert key.periods == {MONDAY: 5, MONDAY + 390 * day: 8}
-        assert [one.newest for name in ("before", "after")
-                if (one := await peers.ticket(database, name))] == [False, True]  # fmt: skip
 
 
-# -- from schema 4 ---------------------------------------------------------------------------------
+async def test_a_ticket_is_the_newest_until_somebody_is_revoked(tmp_path: Path) -> None:
+    async with Database(tmp_path / "box.db") as database:
+        await peers.add_ticket(database, peers.Invitation("before", None, 9, 1, False))
+        await peers.add_records(database, [(b"1", "revocation", b"", b"")])
+        await peers.add_ticket(database, peers.Invitation("after", None, 9, 1, False))
+        tickets = [await peers.ticket(database, name) for name in ("before", "after")]
+        assert [ticket and ticket.newest for ticket in tickets] == [False, True]
 
 
-async def test_responses_of_schema_4_have_ended_and_are_counted(tmp_path: Path) -> None:
-    path = tmp_path / "box.db"
-    made = sqlite3.connect(path, isolation_level=None)
-    for statement in (one for step in MIGRATIONS[:4] for one in step):
-        made.execute(statement)
-    made.execute("PRAGMA user_version = 4")
-    made.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-    bodies = {"a": b'{"status":"incomplete"}', "b": b'{"status":"completed"}', "c": b"no JSON"}
-    for name, body in bodies.items():
-        made.execute(
-            "INSERT INTO responses (id, account_id, created_at, input, body, stored_by)"
-            " VALUES (?, 'acct_owner', 1, x'5b5d', ?, 'key_a')",
-            (name, body),
-        )
-    made.close()
-    async with Database(path) as database:
-        await responses.fail_unfinished(database)
-        kept = await database.read("SELECT id, status, body, bytes, events FROM responses")
-        assert {row["id"]: (row["body"], row["status"]) for row in kept} == {
-            "a": (bodies["a"], "incomplete"),
-            "b": (bodies["b"], "completed"),
-            "c": (bodies["c"], "completed"),
+async def test_responses_of_a_key_are_counted_whatever_becomes_of_them(tmp_path: Path) -> None:
+    async with Database(tmp_path / "box.db") as database:
+        rows = {
+            "a": (b'{"status":"incomplete"}', "incomplete"),
+            "b": (b"no JSON", "completed"),
+            "c": (b'{"status":"queued"}', "queued"),
         }
-        size = sum(len(body) + 2 for body in bodies.values())
-        assert sum(row["bytes"] for row in kept) == size
+        for name, (body, status) in rows.items():
+            response = responses.StoredResponse(
+                name, "acct_owner", None, 1, b"[]", body, "key_a", status
+            )
+            await responses.insert(database, response, most=9, most_bytes=10**9)
+        await responses.fail_unfinished(database)
+        found = await database.read("SELECT id, status, body FROM responses")
+        ended = {row["id"]: (row["body"], row["status"]) for row in found}
+        assert ended.pop("c")[1] == "failed"
+        assert ended == {name: rows[name] for name in "ab"}
         one = await responses.find(database, "a", "acct_owner")
         assert one is not None
         for events, most in ((b"e" * 99, 3), (b"e", 1)):
             await responses.finish(database, one, events, most=most, most_bytes=10**9)
             (row,) = await database.read("SELECT * FROM response_sums")
-            found = await database.read("SELECT count(*), sum(bytes) FROM responses")
-            assert tuple(row) == ("key_a", *tuple(found[0])) and row["count"] == most
+            sums = await database.read("SELECT count(*), sum(bytes) FROM responses")
+            assert tuple(row) == ("key_a", *tuple(sums[0])) and row["count"] == most
 
 
 async def test_only_the_latest_periods_are_remembered(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from pinaivu_box.models import bundled
 from pinaivu_box.store.keys import generate
-from tests.box import (
+from tests.support.process_box import (
     MODEL,
     PINAIVU,
     UNDRAFTED,

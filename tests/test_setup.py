@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.box import wait_until
+from tests.support.process_box import wait_until
 
 ROOT = Path(__file__).parent.parent
 BUILD = ROOT / "build"

@@ -1,4 +1,4 @@
-"""The database file: migrations, group commit, keys and money."""
+"""The database file: its schema, group commit, keys and money."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pinaivu_box import amount
-from pinaivu_box.errors import CliError
+from pinaivu_box.errors import DatabaseUnusable
 from pinaivu_box.policy import SCOPES, Policy
 from pinaivu_box.store import keys
 from pinaivu_box.store.audit import Actor
 from pinaivu_box.store.database import Database
-from pinaivu_box.store.migrations import APPLICATION_ID, MIGRATIONS, SCHEMA_VERSION
+from pinaivu_box.store.schema import APPLICATION_ID, CURRENT, Schema
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.anyio
@@ -43,7 +43,7 @@ def contents_of(folder: Path) -> bytes:
     return b"".join(file.read_bytes() for file in files(folder))
 
 
-# -- migrations ------------------------------------------------------------------------------------
+# -- the schema ------------------------------------------------------------------------------------
 
 
 def tables(connection: sqlite3.Connection) -> list[str]:
@@ -98,47 +98,77 @@ def _names(connection: sqlite3.Connection, table: str) -> str:
     return ", ".join(f'"{name}"' for name, _ in columns(connection, table))
 
 
-def file_of_version(path: Path, version: int) -> dict[str, list[dict[str, Any]]]:
-    """A file as the program with that many migrations left it, with rows."""
-    path.touch()
-    if version == 0:
-        return {}
+NEXT = Schema(
+    CURRENT.script
+    + """
+    ALTER TABLE keys ADD COLUMN colour TEXT NOT NULL DEFAULT 'blue';
+    CREATE TABLE notes (key_id TEXT NOT NULL REFERENCES keys (id), text TEXT) STRICT;
+    """
+    + f"PRAGMA user_version = {CURRENT.version + 2};",
+    CURRENT.oldest,
+    (
+        *CURRENT.migrations,
+        ("ALTER TABLE keys ADD COLUMN colour TEXT NOT NULL DEFAULT 'blue'",),
+        ("CREATE TABLE notes (key_id TEXT NOT NULL REFERENCES keys (id), text TEXT) STRICT",),
+    ),
+)
+
+
+async def filled(path: Path) -> dict[str, list[dict[str, Any]]]:
+    """A file of the present version with rows in every table; what is in them."""
+    async with Database(path):
+        pass
     connection = sqlite3.connect(path, isolation_level=None)
-    for statements in MIGRATIONS[:version]:
-        for statement in statements:
-            connection.execute(statement)
     rows = fill(connection)
-    connection.execute(f"PRAGMA user_version = {version}")
-    connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
     connection.close()
+    # A box is in one network at most.
+    assert all(len(rows[name]) >= 2 for name in rows if name != "network")
     return rows
 
 
-@pytest.mark.parametrize("version", range(SCHEMA_VERSION + 1))
-async def test_a_file_of_any_earlier_version_is_brought_up_to_date(
-    tmp_path: Path, version: int
-) -> None:
-    """From an empty file and from each version, with rows: same schema as new, nothing lost."""
+async def test_the_script_makes_the_version_that_it_says(tmp_path: Path) -> None:
+    path = tmp_path / "box.db"
+    async with Database(path):
+        pass
+    connection = sqlite3.connect(path)
+    assert connection.execute("PRAGMA user_version").fetchone() == (CURRENT.version,)
+    assert connection.execute("PRAGMA application_id").fetchone() == (APPLICATION_ID,)
+
+
+async def test_a_file_of_an_earlier_version_is_migrated_and_keeps_all(tmp_path: Path) -> None:
+    """Two versions later it has the schema of a new file, and every row."""
     old, new = tmp_path / "old.db", tmp_path / "new.db"
-    before = file_of_version(old, version)
+    before = await filled(old)
     for path in (old, new):
-        async with Database(path):
+        async with Database(path, NEXT):
             pass
-    upgraded, fresh = sqlite3.connect(old), sqlite3.connect(new)
-    assert schema(upgraded) == schema(fresh) != {}
-    assert upgraded.execute("PRAGMA user_version").fetchone() == (SCHEMA_VERSION,)
-    assert upgraded.execute("PRAGMA application_id").fetchone() == (APPLICATION_ID,)
-    assert upgraded.execute("PRAGMA foreign_key_check").fetchall() == []
-    assert upgraded.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
-    after = contents(upgraded)
-    # A box is in one network at most.
-    assert version == 0 or all(len(before[name]) >= 2 for name in before if name != "network")
-    for table in before.keys() & after.keys():
-        kept = [name for name in before[table][0] if name in after[table][0]]
-        assert kept
-        assert [[row[name] for name in kept] for row in before[table]] == [
-            [row[name] for name in kept] for row in after[table]
-        ]
+    migrated, fresh = sqlite3.connect(old), sqlite3.connect(new)
+    assert schema(migrated) == schema(fresh) != {}
+    assert migrated.execute("PRAGMA user_version").fetchone() == (CURRENT.version + 2,)
+    assert migrated.execute("PRAGMA application_id").fetchone() == (APPLICATION_ID,)
+    assert migrated.execute("PRAGMA foreign_key_check").fetchall() == []
+    assert migrated.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+    after = contents(migrated)
+    assert after.pop("notes") == []
+    assert {row.pop("colour") for row in after["keys"]} == {"blue"}
+    assert after == before
+
+
+@pytest.mark.parametrize(
+    "last",
+    ["CREATE TABLE keys (id TEXT)", "INSERT INTO notes VALUES ('key_none', 'of nobody')"],
+    ids=["a statement fails", "a reference is broken"],
+)
+async def test_a_migration_that_fails_changes_nothing(tmp_path: Path, last: str) -> None:
+    path = tmp_path / "box.db"
+    before = await filled(path)
+    failing = NEXT._replace(migrations=(*NEXT.migrations, (last,)))
+    with pytest.raises((sqlite3.Error, DatabaseUnusable)):
+        async with Database(path, failing):
+            pass
+    connection = sqlite3.connect(path)
+    assert connection.execute("PRAGMA user_version").fetchone() == (CURRENT.version,)
+    assert contents(connection) == before
 
 
 async def test_opening_again_changes_nothing(tmp_path: Path) -> None:
@@ -171,7 +201,7 @@ async def test_two_that_open_a_new_file_at_once_both_find_it_ready(tmp_path: Pat
 async def refused(path: Path) -> str:
     """Opening is a one-sentence error and the file stays as it was."""
     before = contents_of(path.parent)
-    with pytest.raises(CliError) as caught:
+    with pytest.raises(DatabaseUnusable) as caught:
         async with Database(path):
             pass
     assert str(path) in caught.value.message and "\n" not in caught.value.message
@@ -179,14 +209,23 @@ async def refused(path: Path) -> str:
     return caught.value.message
 
 
-async def test_a_file_of_a_newer_box_is_refused_and_left_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("version", "reason"),
+    [
+        (CURRENT.version + 1, "newer Pinaivu Box"),
+        *((version, "start with a new home") for version in range(1, CURRENT.oldest)),
+    ],
+)
+async def test_a_file_of_a_version_that_is_not_read_is_refused_and_left_alone(
+    tmp_path: Path, version: int, reason: str
+) -> None:
     path = tmp_path / "box.db"
     async with Database(path):
         pass
     connection = sqlite3.connect(path)
-    connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION + 1}")
+    connection.execute(f"PRAGMA user_version = {version}")
     connection.close()
-    assert "newer" in await refused(path)
+    assert reason in await refused(path)
 
 
 @pytest.mark.parametrize("application_id", [0x12345678, 0])

@@ -6,13 +6,14 @@ import json
 import re
 import sqlite3
 from collections.abc import Iterator
+from operator import itemgetter
 from pathlib import Path
 
 import pytest
 from rich.cells import cell_len
 
-from pinaivu_box.cli.tables import print_table
-from tests.box import Box, on_terminal, pinaivu, pinaivu_json
+from pinaivu_box.cli.render import Column, print_table
+from tests.support.process_box import Box, on_terminal, pinaivu, pinaivu_json
 
 LONG = "the-laptop-of-somebody-with-a-very-long-name-who-is-fond-of-it"  # 62 characters
 ACCOUNT = "an-account-that-is-called-something-long-too"
@@ -113,20 +114,21 @@ def test_any_table_fits(
     for width in (20, 40, 60, 80, 120):
         monkeypatch.setenv("COLUMNS", str(width))
         for name in ("a", "名前" * 20, "x" * 150, "many words " * 12, "[bold]:smile:"):
-            print_table(
-                ("PATH", "NAME", "SIZE", "NOTE"),
-                [("/" + "d" * 70 + "/file.gguf", name, "12", "n" * 40)],
-                numbers=("SIZE",),
-                cut={"PATH": "front"},
-                spared=("PATH", "NOTE"),
+            columns = (
+                Column("PATH", itemgetter(0), drop=1, cut="start"),
+                Column("NAME", itemgetter(1)),
+                Column("SIZE", itemgetter(2), number=True),
+                Column("NOTE", itemgetter(3), drop=2),
             )
+            print_table([("/" + "d" * 70 + "/file.gguf", name, "12", "n" * 40)], columns)
             shown = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
             assert all(cell_len(line) <= width for line in shown.splitlines()), shown
             assert _whole(name, shown), shown
 
 
 def test_two_columns_may_be_called_the_same(capsys: pytest.CaptureFixture[str]) -> None:
-    print_table(("", "http://a", "http://a"), [("tokens/s", "1", "2")], numbers=("http://a",))
+    columns = [Column(title, itemgetter(n)) for n, title in enumerate(("", *["http://a"] * 2))]
+    print_table([("tokens/s", "1", "2")], columns)
     header, row = capsys.readouterr().out.splitlines()
     assert header.split() == ["http://a"] * 2 and row.split() == ["tokens/s", "1", "2"]
 

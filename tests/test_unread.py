@@ -11,7 +11,7 @@ import h2.connection
 import h2.events
 import pytest
 
-from tests.box import Box, pinaivu_json
+from tests.support.process_box import Box, pinaivu_json
 
 LARGE = 9_000_000
 LIMIT = "[server]\nmax_body_bytes = 1000000\n"

@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.box import UNDRAFTED, Box, wait_until
+from tests.support.process_box import UNDRAFTED, Box, wait_until
 
 CHAT = "/v1/chat/completions"
 

@@ -17,7 +17,7 @@ import pytest
 
 from pinaivu_box.store.usage import UsageFilter, ranked, summed
 from pinaivu_box.store.usage_report import UsageGroup, UsageReport, to_csv
-from tests.box import MODEL, Box, on_terminal, pinaivu, pinaivu_json, wait_until
+from tests.support.process_box import MODEL, Box, on_terminal, pinaivu, pinaivu_json, wait_until
 
 CHEAP, DEAR = "cheap:1", "dear:1"
 PRICES = {MODEL: Decimal("0.0123"), CHEAP: Decimal("0.000001"), DEAR: Decimal("1234.5")}

@@ -1,28 +1,30 @@
-"""`pinaivu accounts`: whose keys are whose."""
+"""`pinaivu accounts`."""
 
 from __future__ import annotations
 
 import sys
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import click
 
 from pinaivu_box.cli.group import Group
-from pinaivu_box.cli.home import (
-    actor,
-    home_option,
-    json_option,
-    print_json,
-    with_database,
-)
-from pinaivu_box.cli.tables import print_table, wide_option
+from pinaivu_box.cli.home import actor, with_database
+from pinaivu_box.cli.options import limit_of, standard_options
+from pinaivu_box.cli.render import Column, print_json, print_list
 from pinaivu_box.errors import UsageError
 
-_ALL = 2**62
+_COLUMNS = (
+    Column("ID", attrgetter("id"), drop=1),
+    Column("NAME", attrgetter("name")),
+    Column("ROLE", attrgetter("role")),
+    Column("PASSWORD", lambda account: "yes" if account.has_password else "no", drop=2),
+    Column("KEYS", lambda account: str(account.keys), number=True, drop=3),
+)
 
 stdin_option = click.option(
-    "--password-stdin", is_flag=True, help="Read it from standard input, one line."
+    "--password-stdin", is_flag=True, help="Read the password from standard input (one line)."
 )
 
 
@@ -30,119 +32,80 @@ stdin_option = click.option(
 def accounts() -> None:
     """Create, list and remove accounts.
 
-    Keys of one account see each other's receipts and usage.  'keys create' without --account makes
-    an account for the key.
+    The keys of an account see each other's receipts and usage.  'keys create' without --account
+    creates an account for the key.
     """
 
 
 @accounts.command()
-@home_option
-@json_option
+@standard_options()
 @click.argument("name")
 @click.option(
     "--role",
     type=click.Choice(["admin", "member"]),
     default="member",
-    help="An admin's keys may have the scope 'admin'; member if not set.",
+    help="Keys of an admin may have the scope 'admin'.  [default: member]",
 )
-@click.option("--password", is_flag=True, help="Ask for a password; it has none if not set.")
+@click.option("--password", is_flag=True, help="Ask for a password.  [default: no password]")
 @stdin_option
 def create(
     home: Path, as_json: bool, name: str, role: Any, password: bool, password_stdin: bool
 ) -> None:
     """Create an account."""
-    from pinaivu_box.store import accounts as store
+    from pinaivu_box.admin import accounts
 
-    given = _password(password_stdin) if password or password_stdin else None
-
-    async def work(database: Any) -> store.Account:
-        return await store.create(database, name, role, given, actor())
-
-    made = with_database(home, work)
+    secret = _password(password_stdin) if password or password_stdin else None
+    created = with_database(
+        home, lambda database: accounts.create(database, name, role, secret, actor())
+    )
     if as_json:
-        _print(made)
+        print_json(created)
     else:
-        click.echo(made.id)
+        click.echo(created.id)
 
 
 @accounts.command()
-@home_option
-@json_option
-@wide_option
-@click.option("--all", "all_", is_flag=True, help="All of them, not only the first 100 by name.")
+@standard_options(wide=True)
+@click.option("--all", "all_", is_flag=True, help="List all accounts, not only the first 100.")
 def ls(home: Path, as_json: bool, wide: bool, all_: bool) -> None:
-    """List the accounts."""
-    from pinaivu_box.store import accounts as store
-    from pinaivu_box.store.views import account_view
+    """List the accounts by name."""
+    from pinaivu_box.admin import accounts
 
-    async def work(database: Any) -> list[store.Account]:
-        return await store.ls(database, limit=_ALL if all_ else 101)
-
-    found = with_database(home, work)
-    more = not all_ and len(found) > 100
-    shown = [account_view(one) for one in found[: 100 if more else None]]
-    if as_json:
-        print_json(shown)
-    else:
-        rows = [
-            (one.id, one.name, one.role, "yes" if one.has_password else "no", str(one.keys))
-            for one in shown
-        ]
-        print_table(
-            ("ID", "NAME", "ROLE", "PASSWORD", "KEYS"),
-            rows,
-            numbers=("KEYS",),
-            spared=("ID", "PASSWORD", "KEYS"),
-            wide=wide,
-        )
-    if more:
+    page = with_database(home, lambda database: accounts.ls(database, limit=limit_of(all_)))
+    print_list(page.data, _COLUMNS, as_json=as_json, wide=wide)
+    if page.has_more:
         click.echo("There are more accounts: --all lists them too.", err=True)
 
 
 @accounts.command()
-@home_option
-@json_option
+@standard_options()
 @click.argument("name")
 @stdin_option
 def passwd(home: Path, as_json: bool, name: str, password_stdin: bool) -> None:
-    """Set an account's password."""
-    from pinaivu_box.store import accounts as store
+    """Set the password of an account."""
+    from pinaivu_box.admin import accounts
 
-    async def work(database: Any) -> store.Account:
-        account = await store.find(database, name)
-        given = _password(password_stdin)
-        await store.set_password(database, account, given, actor())
-        return await store.find(database, account.id)
-
-    changed = with_database(home, work)
+    account = with_database(home, lambda database: accounts.get(database, name))
+    secret = _password(password_stdin)
+    changed = with_database(
+        home, lambda database: accounts.change(database, account.id, actor(), password=secret)
+    )
     click.echo(f"{changed.name} has a new password.", err=True)
     if as_json:
-        _print(changed)
+        print_json(changed)
 
 
 @accounts.command()
-@home_option
-@json_option
+@standard_options()
 @click.argument("name")
 def rm(home: Path, as_json: bool, name: str) -> None:
-    """Remove an account and revoke its keys; what it used stays in the books."""
-    from pinaivu_box.store import accounts as store
+    """Remove an account and revoke its keys; its usage stays on record."""
+    from pinaivu_box.admin import accounts
 
-    async def work(database: Any) -> store.Account:
-        account = await store.find(database, name)
-        await store.remove(database, account, actor())
-        return account
-
-    removed = with_database(home, work)
-    click.echo(f"{removed.name} is removed, {removed.keys} keys are revoked.", err=True)
+    removed = with_database(home, lambda database: accounts.remove(database, name, actor()))
+    click.echo(f"{removed.name} was removed, and its {removed.keys} keys were revoked.", err=True)
     if as_json:
         print_json({"id": removed.id, "name": removed.name, "deleted": True})
-
-
-def _print(account: Any) -> None:
-    from pinaivu_box.store.views import account_view
-
-    print_json(account_view(account))
 
 
 def _password(from_stdin: bool) -> str:

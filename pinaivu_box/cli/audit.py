@@ -1,71 +1,62 @@
-"""`pinaivu audit`: who changed what, when, from where."""
+"""`pinaivu audit`."""
 
 from __future__ import annotations
 
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import click
 
-from pinaivu_box.cli.home import home_option, json_option, print_json, with_database
-from pinaivu_box.cli.tables import print_table, wide_option
+from pinaivu_box.cli.home import with_database
+from pinaivu_box.cli.options import MAX_LIMIT, standard_options
+from pinaivu_box.cli.render import Column, print_list, time_text
 from pinaivu_box.errors import UsageError
 
 
+def _detail(entry: Any) -> str:
+    import msgspec
+
+    return msgspec.json.encode(entry.detail).decode()
+
+
+_COLUMNS = (
+    Column("AT (UTC)", lambda entry: time_text(entry.at, seconds=True)),
+    Column("WHO", lambda entry: entry.actor_name or entry.actor),
+    Column("FROM", attrgetter("source"), drop=2),
+    Column("ACTION", attrgetter("action")),
+    Column("TARGET", lambda entry: entry.target_name or entry.target),
+    Column("DETAIL", _detail, drop=1, cut="end"),
+)
+
+
 @click.command()
-@home_option
-@json_option
-@wide_option
-@click.option("--since", metavar="TIME", help="A date (UTC), or 2026-11-01T12:00:00Z.")
+@standard_options(wide=True)
 @click.option(
-    "--target", metavar="NAME", help="Only what was done to this key, account or peer; or its id."
+    "--since", metavar="TIME", help="Only since a date or time (UTC): 2026-11-01T12:00:00Z."
+)
+@click.option(
+    "--target", metavar="NAME", help="Only changes of this key, account or peer (name or id)."
 )
 @click.option(
     "--limit",
-    type=click.IntRange(1, 2**62),
+    type=click.IntRange(1, MAX_LIMIT),
     default=100,
-    help="Only the newest so many; 100 if not set.",
+    show_default=True,
+    help="Maximum number of entries; the newest are listed.",
 )
 def audit(
     home: Path, as_json: bool, wide: bool, since: str | None, target: str | None, limit: int
 ) -> None:
-    """List the changes of accounts and keys, the newest at the bottom."""
-    import msgspec
-
-    from pinaivu_box.ledger.views import called, targets
-    from pinaivu_box.store import audit as store
-    from pinaivu_box.store.views import AuditEntry, audit_view, parse_time
+    """List the changes of accounts, keys and peers, newest last."""
+    from pinaivu_box.admin import audit
+    from pinaivu_box.store.views import parse_time
 
     try:
-        after = 0 if since is None else parse_time(since)
+        start = 0 if since is None else parse_time(since)
     except ValueError as error:
         raise UsageError(f"--since: {error}.") from error
-
-    async def work(database: Any) -> list[AuditEntry]:
-        whose = None if target is None else await targets(database, target)
-        found = await store.ls(database, since=after, targets=whose, limit=limit)
-        names = await called(database, found)
-        return [audit_view(entry, names) for entry in reversed(found)]
-
-    shown = with_database(home, work)
-    if as_json:
-        print_json(shown)
-        return
-    rows = [
-        (
-            e.at[:19].replace("T", " "),
-            e.actor_name or e.actor,
-            e.source,
-            e.action,
-            e.target_name or e.target,
-            msgspec.json.encode(e.detail).decode(),
-        )
-        for e in shown
-    ]
-    print_table(
-        ("AT (UTC)", "WHO", "FROM", "ACTION", "TARGET", "DETAIL"),
-        rows,
-        cut={"DETAIL": "end"},
-        spared=("DETAIL", "FROM"),
-        wide=wide,
+    page = with_database(
+        home, lambda database: audit.ls(database, since=start, target=target, limit=limit)
     )
+    print_list(page.data[::-1], _COLUMNS, as_json=as_json, wide=wide)

@@ -9,8 +9,10 @@ from pathlib import Path
 import click
 import msgspec
 
-from pinaivu_box.cli.home import home_option, json_option, print_json
+from pinaivu_box.cli.options import standard_options
+from pinaivu_box.cli.render import print_json
 from pinaivu_box.errors import CliError
+from pinaivu_box.text import megabytes
 
 _VARIABLE = "PINAIVU_BACKUP_PASSPHRASE"
 _file_argument = click.argument("file", type=click.Path(path_type=Path))
@@ -18,16 +20,17 @@ _file_argument = click.argument("file", type=click.Path(path_type=Path))
 
 @click.command()
 @_file_argument
-@home_option
-@json_option
-@click.option("--encrypt", is_flag=True, help="Ask for a passphrase and encrypt with it.")
+@standard_options()
+@click.option("--encrypt", is_flag=True, help="Encrypt the backup with a passphrase.")
 @click.option("--force", is_flag=True, help="Overwrite FILE.")
 def backup(file: Path, home: Path, as_json: bool, encrypt: bool, force: bool) -> None:
-    """Write the database, the identity and HOME/config.toml into FILE, and check it.
+    """Back up the database, the identity and HOME/config.toml into FILE, and verify it.
 
-    The server may be running.  Model files are not in it.  Whoever has FILE has the identity: keep
-    it safe, or encrypt it.  The passphrase is that of PINAIVU_BACKUP_PASSPHRASE, is asked for, or
-    is, without a terminal, the first line of standard input.
+    The server may be running.  Model files are not included.  FILE contains the private key of the
+    box: keep it safe, or encrypt it.
+
+    The passphrase is read from PINAIVU_BACKUP_PASSPHRASE; if that is not set, it is asked for on a
+    terminal, or read from standard input (one line).
     """
     from pinaivu_box.backup.make import make
 
@@ -38,43 +41,44 @@ def backup(file: Path, home: Path, as_json: bool, encrypt: bool, force: bool) ->
         print_json({**facts, **msgspec.to_builtins(manifest)})
         return
     names = ", ".join(part.name for part in manifest.parts)
-    click.echo(f"{file}: {size / 1e6:,.1f} MB, {'encrypted' if encrypt else 'not encrypted'}")
+    click.echo(f"{file}: {megabytes(size, 1)}, {'encrypted' if encrypt else 'not encrypted'}")
     click.echo(f"  {names} of {manifest.node_id}")
-    click.echo("  Checked.  Model files are not in it.")
+    click.echo("  Verified.  Model files are not included.")
 
 
 @click.command()
 @_file_argument
-@home_option
-@json_option
-@click.option("--force", is_flag=True, help="Move the files of a box that is there aside.")
+@standard_options()
+@click.option("--force", is_flag=True, help="If HOME has a box, move its files aside.")
 def restore(file: Path, home: Path, as_json: bool, force: bool) -> None:
-    """Check the backup in FILE, then make it the box in HOME; all of it or nothing.
+    """Restore the backup in FILE into HOME: all of it, or nothing if it is damaged.
 
-    No server may be running on HOME.  Copy the model files yourself.
+    No server may be running on HOME.  Model files are not included: copy them yourself.
     """
-    from pinaivu_box.backup.restore import restore as put_back
+    from pinaivu_box.backup import restore
 
-    done = put_back(file, home, lambda: _passphrase(confirm=False), force=force)
+    restored = restore.restore(file, home, lambda: _passphrase(confirm=False), force=force)
+    manifest = restored.manifest
     if as_json:
-        aside = str(done.aside) if done.aside else None
-        print_json({"home": str(home), "aside": aside, **msgspec.to_builtins(done.manifest)})
+        aside = str(restored.aside) if restored.aside else None
+        print_json({"home": str(home), "aside": aside, **msgspec.to_builtins(manifest)})
         return
-    click.echo(f"{home} is {done.manifest.node_id} as of {done.manifest.created}.")
-    if done.aside:
-        click.echo(f"What was there before is in {done.aside}.")
+    click.echo(f"{home} is restored: {manifest.node_id} as of {manifest.created}.")
+    if restored.aside:
+        click.echo(f"The previous files are in {restored.aside}.")
 
 
 def _passphrase(*, confirm: bool) -> str:
-    found = os.environ.get(_VARIABLE)
-    if found is None and sys.stdin.isatty():
-        found = click.prompt(
+    """Raises CliError."""
+    passphrase = os.environ.get(_VARIABLE)
+    if passphrase is None and sys.stdin.isatty():
+        passphrase = click.prompt(
             "Passphrase", hide_input=True, confirmation_prompt=confirm, err=True, type=str
         )
-    elif found is None:
-        found = sys.stdin.readline().rstrip("\r\n")
-    if not found:
+    elif passphrase is None:
+        passphrase = sys.stdin.readline().rstrip("\r\n")
+    if not passphrase:
         raise CliError(
             f"The passphrase is empty: type one, set {_VARIABLE}, or write it to standard input."
         )
-    return str(found)
+    return str(passphrase)

@@ -7,14 +7,15 @@ import os
 import sys
 from collections.abc import Iterator
 from datetime import UTC, datetime
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 import msgspec
 
-from pinaivu_box.cli.home import json_option, print_json
-from pinaivu_box.cli.tables import print_table
+from pinaivu_box.cli.options import json_option
+from pinaivu_box.cli.render import Column, print_json, print_table
 from pinaivu_box.errors import CliError, UsageError
 from pinaivu_box.text import number
 
@@ -25,53 +26,54 @@ if TYPE_CHECKING:
 
 _ONE = click.IntRange(min=1)
 _ZERO = click.IntRange(min=0)
+_FILE = click.Path(path_type=Path, dir_okay=False)
 _POSITIVE = click.FloatRange(min=0, min_open=True)
-_PER_CLIENT = 4  # requests, where neither --requests nor --seconds says how many
-_PER_RATE = 100  # the same in an open loop
+_REQUESTS_PER_CLIENT = 4  # of a closed loop, without --requests and --seconds
+_REQUESTS = 100  # of an open loop
 _PAIRS = 5
 
 
-@click.command()
+@click.command(context_settings={"show_default": True})
 @click.argument("urls", nargs=-1, required=True, metavar="URL [URL]")
 @json_option
-@click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Write an SVG too.")
-@click.option("--clients", type=_ONE, help="Closed loop: so many at a time.  [default: 1]")
-@click.option("--rate", type=_POSITIVE, help="Open loop: so many requests a second, Poisson.")
-@click.option("--requests", type=_ONE, help="End after so many.  [default: 4 per client]")
-@click.option("--seconds", type=_POSITIVE, help="End after so long.")
-@click.option("--warmup", type=_ZERO, default=1, show_default=True, help="Requests not measured.")
-@click.option("--prompt-tokens", default="128", show_default=True, metavar="LENGTH")
-@click.option("--output-tokens", default="64", show_default=True, metavar="LENGTH")
+@click.option("--plot", type=_FILE, help="Write the distributions to this file, as SVG.")
+@click.option("--clients", type=_ONE, help="Closed loop: number of clients.  [default: 1]")
+@click.option("--rate", type=_POSITIVE, help="Open loop: requests per second, a Poisson process.")
+@click.option("--requests", type=_ONE, help="Number of requests.  [default: 4 per client]")
+@click.option("--seconds", type=_POSITIVE, help="Duration; no request begins after it.")
+@click.option("--warmup", type=_ZERO, default=1, help="Requests before those that are measured.")
+@click.option("--prompt-tokens", default="128", metavar="LENGTH", help="Length of the prompts.")
+@click.option("--output-tokens", default="64", metavar="LENGTH", help="Length of the answers.")
+@click.option("--ignore-eos", is_flag=True, help="Send ignore_eos: answers have full length.")
+@click.option("--shared-prefix", type=_ZERO, default=0, help="Tokens of a common system prompt.")
 @click.option(
-    "--ignore-eos", is_flag=True, help="Send ignore_eos, so that answers have full length."
+    "--intruder", type=_ZERO, default=0, help="Tokens of one long prompt amid the others."
 )
-@click.option("--shared-prefix", type=_ZERO, default=0, help="All share a system prompt so long.")
-@click.option("--intruder", type=_ZERO, default=0, help="One prompt so long amid the streams.")
-@click.option("--tenants", metavar="NAME:CLIENTS[:KEY],…", help="Clients with keys of their own.")
-@click.option("--repetitive", is_flag=True, help="Texts to be edited: answers repeat them.")
-@click.option("--temperature", type=click.FloatRange(min=0))
-@click.option("--top-p", type=click.FloatRange(0, 1))
-@click.option("--model", help="The first one that the server lists, if not set.")
+@click.option("--tenants", metavar="NAME:CLIENTS[:KEY],…", help="Groups of clients with own keys.")
+@click.option("--repetitive", is_flag=True, help="Prompts whose answers repeat their text.")
+@click.option("--temperature", type=click.FloatRange(min=0), help="Sent with every request.")
+@click.option("--top-p", type=click.FloatRange(0, 1), help="Sent with every request.")
+@click.option("--model", help="Model.  [default: the first that the server lists]")
 @click.option("--key", help="API key.  [env: PINAIVU_API_KEY]")
-@click.option("--body", default="{}", metavar="JSON", help="More fields for every request.")
-@click.option("--model2", help="The second server's, as --model.")
-@click.option("--key2", help="The second server's, as --key; --key if not set.")
-@click.option("--body2", metavar="JSON", help="The second server's, as --body; --body if not set.")
-@click.option("--pairs", type=_ONE, help=f"Runs of each of two servers.  [default: {_PAIRS}]")
-@click.option("--seed", default="0", show_default=True, help="Other seed, other prompts.")
-@click.option("--timeout", type=_POSITIVE, default=600.0, show_default=True, help="Seconds.")
+@click.option("--body", default="{}", metavar="JSON", help="Additional fields of every request.")
+@click.option("--model2", help="--model for the second server.")
+@click.option("--key2", help="--key for the second server.  [default: --key]")
+@click.option("--body2", metavar="JSON", help="--body for the second server.  [default: --body]")
+@click.option("--pairs", type=_ONE, help=f"Runs against each of two servers.  [default: {_PAIRS}]")
+@click.option("--seed", default="0", help="Seed of the prompts.")
+@click.option("--timeout", type=_POSITIVE, default=600.0, help="Seconds per request.")
 def bench(urls: tuple[str, ...], as_json: bool, plot: Path | None, **options: Any) -> None:
-    """Measure any OpenAI-compatible server by streamed chat requests; or two, in turn.
+    """Measure any OpenAI-compatible server with streamed chat requests, or compare two.
 
-    URL is http://host:port or its /v1.  A LENGTH is 128, uniform:64-256 or lognormal:MEDIAN,SIGMA,
-    in tokens.  Both servers get the same requests.  With two, the runs go A B, B A, A B, …, and the
-    ratios are medians over the pairs, first / second.
+    URL is http://host:port or http://host:port/v1.  LENGTH is a number of tokens: 128,
+    uniform:64-256 or lognormal:MEDIAN,SIGMA.  Two servers get the same requests, in the order A B,
+    B A, A B, …; the ratios first/second are medians over the pairs.
 
-    What comes in one read is one arrival: a gap is the time between two arrivals.  Proxies are not
-    used.  Exits with 1 if no request succeeded.
+    What arrives in one read counts as one arrival; a gap is the time between two arrivals.  Proxies
+    are not used.  Exits with 1 if no request succeeded.
     """
     if len(urls) > 2:
-        raise UsageError("bench takes one URL, or two to compare.")
+        raise UsageError("Give one URL, or two to compare.")
     if options["pairs"] and len(urls) == 1:
         raise UsageError("--pairs needs two URLs.")
     started_at = datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
@@ -102,7 +104,7 @@ async def _measure(
 
 
 def _progress(targets: list[Target], plan: RunPlan, pairs: int) -> Any:
-    """For a terminal: how many requests of a run have ended, and how fast the last one was."""
+    """Show the progress on a terminal: the requests of the run, and the speed of completed runs."""
     from contextlib import contextmanager
 
     from rich import progress
@@ -117,14 +119,13 @@ def _progress(targets: list[Target], plan: RunPlan, pairs: int) -> Any:
         progress.TimeElapsedColumn(),
     )
 
-    class Shown(ComparisonProgress):
+    class BarProgress(ComparisonProgress):
         def __init__(self, bar: Any) -> None:
             self._bar = bar
             self._task = bar.add_task("asking the server", total=None)
 
         def begins(self, pair: int, target: int) -> None:
             name = f"pair {pair + 1}/{pairs}: {targets[target].url}" if len(targets) > 1 else "run"
-            # Drawn twice a second, so that what is measured hardly feels it.
             self._bar.reset(self._task, total=plan.requests, description=name)
 
         def ended(self) -> None:
@@ -136,30 +137,33 @@ def _progress(targets: list[Target], plan: RunPlan, pairs: int) -> Any:
                 self._bar.console.print(f"pair {run.pair + 1}: {url}: {speed:,.1f} tokens/s")
 
     @contextmanager
-    def shown() -> Iterator[ComparisonProgress]:
+    def progress_bar() -> Iterator[ComparisonProgress]:
         if not sys.stderr.isatty():
             yield ComparisonProgress()
             return
         console = Console(stderr=True, markup=False, highlight=False)
+        # Drawn rarely: drawing must not disturb the measurement.
         with progress.Progress(
             *columns, console=console, refresh_per_second=2, transient=True
         ) as bar:
-            yield Shown(bar)
+            yield BarProgress(bar)
 
-    return shown()
+    return progress_bar()
 
 
 def _print(
     targets: list[Target], plan: RunPlan, runs: list[BenchRun], started_at: str | None
 ) -> None:
+    """`started_at` (RFC 3339) is for JSON; without it a table is printed."""
     from pinaivu_box.bench.report import document, notes, rows
 
     if started_at:
         print_json(document(targets, plan, runs, started_at))
     else:
         urls = [target.url for target in targets]
-        columns = ("MEDIAN" if len(urls) > 1 else "", *urls, *(["RATIO"] if len(urls) > 1 else []))
-        print_table(columns, rows(targets, runs), numbers=columns[1:])
+        titles = ("MEDIAN", *urls, "RATIO") if len(urls) > 1 else ("", *urls)
+        columns = [Column(title, itemgetter(n), number=n > 0) for n, title in enumerate(titles)]
+        print_table(rows(targets, runs), columns)
     for note in notes(targets, runs):
         click.echo(f"pinaivu: {note}", err=True)
 
@@ -182,9 +186,11 @@ def _plan(options: dict[str, Any]) -> RunPlan:
 
     closed = options["rate"] is None
     if not closed and (options["clients"] or options["tenants"] or options["intruder"]):
-        raise UsageError("--rate is an open loop: it takes no --clients, --tenants or --intruder.")
+        raise UsageError(
+            "--rate (open loop) cannot be used with --clients, --tenants or --intruder."
+        )
     if options["clients"] and options["tenants"]:
-        raise UsageError("--tenants says how many clients there are: leave --clients out.")
+        raise UsageError("--tenants already has the number of clients: remove --clients.")
     workload = Workload(
         prompt=Lengths.parse(options["prompt_tokens"], "--prompt-tokens"),
         output=Lengths.parse(options["output_tokens"], "--output-tokens"),
@@ -196,11 +202,11 @@ def _plan(options: dict[str, Any]) -> RunPlan:
     if options["tenants"]:
         tenants = tuple(_tenant(text) for text in options["tenants"].split(","))
     if len({tenant.name for tenant in tenants}) < len(tenants):
-        raise UsageError("--tenants names one of them twice.")
+        raise UsageError("--tenants has a name twice.")
     plan = RunPlan(workload, tenants, timeout=options["timeout"])
     requests = options["requests"]
     if requests is None and options["seconds"] is None:
-        requests = _PER_CLIENT * plan.clients if closed else _PER_RATE
+        requests = _REQUESTS_PER_CLIENT * plan.clients if closed else _REQUESTS
     return msgspec.structs.replace(
         plan,
         rate=options["rate"],
@@ -216,9 +222,11 @@ def _tenant(text: str) -> Tenant:
 
     name, _, rest = text.partition(":")
     clients, _, key = rest.partition(":")
-    if not name or "." in name or not (several := number(clients)):
-        raise UsageError(f"--tenants: '{text}' is not NAME:CLIENTS:KEY, such as light:1:sk-pnv-….")
-    return Tenant(name, several, key or None)
+    if not name or "." in name or not (count := number(clients)):
+        raise UsageError(
+            f"--tenants: '{text}' is not NAME:CLIENTS[:KEY], such as light:1:sk-pnv-…."
+        )
+    return Tenant(name, count, key or None)
 
 
 def _targets(urls: tuple[str, ...], options: dict[str, Any]) -> list[Target]:
@@ -229,12 +237,12 @@ def _targets(urls: tuple[str, ...], options: dict[str, Any]) -> list[Target]:
     models = (options["model"], options["model2"])
     second = options["body"] if options["body2"] is None else options["body2"]
     bodies = (_fields(options["body"], "--body"), _fields(second, "--body2"))
-    asked = {
+    sampling = {
         "temperature": options["temperature"],
         "top_p": options["top_p"],
         "ignore_eos": options["ignore_eos"] or None,
     }
-    common = {name: value for name, value in asked.items() if value is not None}
+    common = {name: value for name, value in sampling.items() if value is not None}
     return [
         Target.parse(url, key=keys[n], model=models[n] or "", fields={**common, **bodies[n]})
         for n, url in enumerate(urls)

@@ -1,4 +1,4 @@
-"""`pinaivu engine`: what the box starts as its child; not for people."""
+"""`pinaivu engine`: the child process that runs a model; started by the box only."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Groups of commands that name the nearest one where somebody mistypes it."""
+"""A group of commands that suggests similar names for one that does not exist."""
 
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ class Group(click.Group):
         return super().resolve_command(ctx, args)
 
     def _hint(self, ctx: click.Context, name: str) -> str:
-        near = difflib.get_close_matches(name.lower(), self.list_commands(ctx), n=2, cutoff=0.6)
-        near = [*self._elsewhere(ctx, name), *near][:3]
-        if near:
-            return f" Did you mean {' or '.join(near)}?"
-        return f" There are: {', '.join(self.list_commands(ctx))}."
+        commands = self.list_commands(ctx)
+        similar = difflib.get_close_matches(name.lower(), commands, n=2, cutoff=0.6)
+        suggestions = [*self._subcommands(ctx, name), *similar][:3]
+        if suggestions:
+            return f" Did you mean {' or '.join(suggestions)}?"
+        return f" The commands are: {', '.join(commands)}."
 
-    def _elsewhere(self, ctx: click.Context, name: str) -> list[str]:
-        """Commands of that name in the groups inside."""
-        groups = {one: self.get_command(ctx, one) for one in self.list_commands(ctx)}
+    def _subcommands(self, ctx: click.Context, name: str) -> list[str]:
+        """The commands with that name in the groups of this one."""
+        groups = {group: self.get_command(ctx, group) for group in self.list_commands(ctx)}
         return [
-            f"{one} {name}"
-            for one, group in groups.items()
-            if isinstance(group, click.Group) and name in group.commands
+            f"{group} {name}"
+            for group, command in groups.items()
+            if isinstance(command, click.Group) and name in command.commands
         ]

@@ -1,4 +1,4 @@
-"""`keys create --from FILE`: reads the keys that are wanted, and prints those that were made."""
+"""`keys create --from FILE`: reads the drafts of keys from CSV, and prints the new keys as CSV."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 
 import click
 
-from pinaivu_box.cli.home import print_json
 from pinaivu_box.cli.key_options import expiry, with_options
+from pinaivu_box.cli.render import print_json
 from pinaivu_box.errors import CliError, UsageError
 from pinaivu_box.policy import Policy
 
-# Column -> setting, as an option of `keys create` would set it.
+# Column -> setting, as the option of `keys create` names it.
 _SETTINGS = {
     "rpm": "rpm",
     "tpm": "tpm",
@@ -35,22 +35,23 @@ _LISTS = ("scopes", "models", "networks", "peers", "prices")
 _COLUMNS = ("name", "account", "expires", "limits", *_SETTINGS)
 
 
-def drafts(path: Path, policy: Policy, account: str | None, expires: str | None) -> Iterator[Any]:
-    """The number of each line, and the key that it wants (a `Draft`); what a line leaves out is as
-    given here.
+def drafts(
+    path: Path, policy: Policy, account: str | None, expires: str | None
+) -> Iterator[tuple[int, Any]]:
+    """The number of each line and its key as a `Draft`; the arguments stand for empty cells.
 
-    Raises UsageError, with the line.
+    Raises UsageError, which names the line, and CliError.
     """
     from pinaivu_box.store.new_keys import Draft
 
     for line, row in _rows(path):
         try:
-            ends = row.get("expires") or expires
+            duration = row.get("expires") or expires
             draft = Draft(
                 name=row.get("name", ""),
                 account=row.get("account") or account,
                 policy=with_options(policy, _settings(row)),
-                expires_at=None if ends is None else expiry(ends),
+                expires_at=None if duration is None else expiry(duration),
             )
         except UsageError as error:
             raise at_line(path, line, error.message.removeprefix("--")) from error
@@ -58,30 +59,30 @@ def drafts(path: Path, policy: Policy, account: str | None, expires: str | None)
 
 
 def at_line(path: Path, line: int, message: str) -> UsageError:
-    return UsageError(f"{path}, line {line}: {message.rstrip('.')}. No key was made.")
+    return UsageError(f"{path}, line {line}: {message.rstrip('.')}. No key was created.")
 
 
-def print_made(made: list[Any], as_json: bool) -> None:
-    """Views of new keys (`NewKey`), as JSON or as CSV."""
+def print_new_keys(keys: list[Any], as_json: bool) -> None:
+    """Print new keys (`NewKey`) as JSON or as CSV."""
     if as_json:
-        print_json(made)
+        print_json(keys)
         return
     from pinaivu_box.store.usage_report import cell
 
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(["name", "account", "id", "key", "expires_at"])
-    for one in made:
-        writer.writerow([cell(one.name), one.account, one.id, one.key, one.expires_at or ""])
+    for key in keys:
+        writer.writerow([cell(key.name), key.account, key.id, key.key, key.expires_at or ""])
     click.echo(file.getvalue(), nl=False)
 
 
 def _rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
     """Raises UsageError, CliError."""
     text = _text(path)
-    first = text.partition("\n")[0]
-    # Spreadsheets separate by what their language's decimals leave free.
-    separator = next((mark for mark in (",", ";", "\t") if mark in first), ",")
+    first_line = text.partition("\n")[0]
+    # The separator of a spreadsheet depends on the decimal point of its language.
+    separator = next((mark for mark in (",", ";", "\t") if mark in first_line), ",")
     lines = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     try:
         header = [name.strip().lower().replace("-", "_") for name in next(lines, [])]
@@ -90,17 +91,17 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
             if not any(cell.strip() for cell in cells):
                 continue
             if len(cells) > len(header):
-                message = f"it has {len(cells)} cells, and there are {len(header)} columns"
+                message = f"the line has {len(cells)} cells, but there are {len(header)} columns"
                 raise at_line(path, lines.line_num, message)
             yield lines.line_num, dict(zip(header, map(str.strip, cells), strict=False))
     except csv.Error as error:
-        raise at_line(path, lines.line_num, f"this is not CSV: {error}") from error
+        raise at_line(path, lines.line_num, f"the line is not valid CSV: {error}") from error
 
 
 def _text(path: Path) -> str:
     try:
         data = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
-        return data.decode("utf-8-sig")  # Excel puts a mark before it
+        return data.decode("utf-8-sig")  # Excel writes a byte order mark
     except OSError as error:
         raise CliError(f"{path} cannot be read: {error.strerror}.") from error
     except UnicodeDecodeError:
@@ -110,27 +111,28 @@ def _text(path: Path) -> str:
 def _check_header(path: Path, header: list[str]) -> None:
     unknown = next((name for name in header if name not in _COLUMNS), None)
     if unknown is not None or "name" not in header or len(set(header)) < len(header):
-        wrong = (
-            f"there is no column '{unknown}'"
+        problem = (
+            f"unknown column '{unknown}'"
             if unknown is not None
-            else "a column is there twice"
+            else "a column is named twice"
             if "name" in header
-            else "a column 'name' is needed"
+            else "the column 'name' is missing"
         )
-        raise at_line(path, 1, f"{wrong}: it names the columns, of {', '.join(_COLUMNS)}")
+        columns = ", ".join(_COLUMNS)
+        raise at_line(path, 1, f"{problem}: the first line names the columns, out of {columns}")
 
 
 def _settings(row: dict[str, str]) -> dict[str, Any]:
-    """As options give them.  Raises UsageError."""
-    given = {name: row[name] for name in _SETTINGS if row.get(name)}
+    """The settings of a line as the options would give them.  Raises UsageError."""
+    values = {name: row[name] for name in _SETTINGS if row.get(name)}
     for pair in filter(None, map(str.strip, row.get("limits", "").split(";"))):
         name, separator, value = map(str.strip, pair.partition("="))
         name = name.lower().replace("-", "_")
         if name not in _SETTINGS or not (separator and value):
             raise UsageError(f"limits: '{pair}' is not as in 'rpm=60; budget=10 per 30d'.")
-        given[name] = value
+        values[name] = value
     settings: dict[str, Any] = {}
-    for name, value in given.items():
+    for name, value in values.items():
         setting = _SETTINGS[name]
         settings[setting] = tuple(value.replace(";", " ").split()) if setting in _LISTS else value
     return settings

@@ -10,18 +10,18 @@ import click
 import msgspec
 
 from pinaivu_box import policy as policies
-from pinaivu_box.config import RoutingPolicy, parse_span
+from pinaivu_box.cli.options import NONE, settings, span, whole_number
+from pinaivu_box.config import RoutingPolicy
 from pinaivu_box.errors import UsageError
 from pinaivu_box.policy import LOCAL_ONLY, LONGEST_LIFE, SCOPES, Policy
 
-NONE = "none"  # what puts a setting back to its default
-# Setting -> option, where they are not called the same.
+# Setting -> option, where the names differ.
 _OPTIONS = {"scopes": "scope", "models": "model", "networks": "network", "prices": "price",
             "peers": "peer", "routing": "policy"}  # fmt: skip
 
 
 def policy_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """They arrive as one keyword argument each, under the name of the setting."""
+    """Add an option for each setting; it arrives as a keyword argument named as the setting."""
     for option in reversed(
         (
             click.option(
@@ -29,34 +29,40 @@ def policy_options(command: Callable[..., Any]) -> Callable[..., Any]:
                 "scopes",
                 multiple=True,
                 type=click.Choice((*SCOPES, LOCAL_ONLY, NONE)),
-                help="What it may do; all but admin if not set.  With local-only its requests "
+                help="What the key may do; by default all but admin.  With local-only its requests "
                 "never leave this box.  Repeatable.",
             ),
-            _repeatable("--model", "models", 'Which models it may use, for example "llama*".'),
-            _repeatable("--network", "networks", "From where, for example 10.0.0.0/8.", "CIDR"),
-            _repeatable("--peer", "peers", "Which peers may serve it, by name.", "NAME"),
+            _repeatable("--model", "models", 'Models that it may use, for example "llama*".'),
+            _repeatable(
+                "--network",
+                "networks",
+                "Client networks that may use it, for example 10.0.0.0/8.",
+                "CIDR",
+            ),
+            _repeatable("--peer", "peers", "Peers that may serve its requests.", "NAME"),
             click.option(
                 "--policy",
                 "routing",
                 type=click.Choice((*get_args(RoutingPolicy), NONE)),
-                help="Who serves it, instead of what [peering] says: never is this box alone.",
+                help="Which box serves its requests, instead of [peering] policy; never: this box "
+                "only.",
             ),
-            _option("--rpm", "Requests in any minute."),
-            _option("--tpm", "Tokens in any minute."),
-            _option("--max-parallel", "Requests that run at a time."),
-            _option("--max-queue", "Requests that wait beyond these; 0 if not set."),
-            _option("--budget", 'What it may spend, for example "10 per 30d", or "10".', "AMOUNT"),
-            _option("--weight", "Share of a busy engine beside other keys; 1 if not set."),
+            _option("--rpm", "Maximum requests in any minute."),
+            _option("--tpm", "Maximum tokens in any minute."),
+            _option("--max-parallel", "Maximum requests that run at the same time."),
+            _option("--max-queue", "Maximum requests that wait beyond these.  [default: 0]"),
+            _option("--budget", 'Spending limit, for example "10 per 30d" or "10".', "AMOUNT"),
+            _option("--weight", "Share of a busy engine relative to other keys.  [default: 1]"),
             click.option(
                 "--lenient/--no-lenient",
                 default=None,
-                help="Of earlier versions; changes nothing.",
+                help="Deprecated: has no effect.",
             ),
             click.option(
                 "--strict/--no-strict",
                 default=None,
-                help="Refuse fields of requests that mean nothing here, instead of passing them "
-                "over and saying so in the answer.",
+                help="Reject request fields that are not supported; by default they are ignored "
+                "and named in the answer.",
             ),
             _repeatable(
                 "--price",
@@ -78,19 +84,19 @@ def _repeatable(name: str, field: str, text: str, metavar: str = "GLOB") -> Call
     return click.option(name, field, multiple=True, metavar=metavar, help=f"{text}  Repeatable.")
 
 
-def with_options(policy: Policy, given: dict[str, Any]) -> Policy:
-    """The policy with what the options say; lists replace what was there.  Raises UsageError."""
-    changes = {name: _json(name, v) for name, v in given.items() if v not in (None, ())}
+def with_options(policy: Policy, values: dict[str, Any]) -> Policy:
+    """The policy with the settings of the options; lists are replaced.  Raises UsageError."""
+    changes = settings(values, _PARSERS, option_of)
     try:
-        made = policies.changed(policy, changes)
-        policies.check(made)
+        changed = policies.changed(policy, changes)
+        policies.check(changed)
     except msgspec.ValidationError as error:
         message, _, path = str(error).partition(" - at `$.")
         field = path.strip("`").partition("[")[0]
         raise UsageError(f"{option_of(field)}: {message[0].lower()}{message[1:]}.") from error
     except ValueError as error:
         raise UsageError(f"{error}.") from error
-    return made
+    return changed
 
 
 def option_of(field: str) -> str:
@@ -98,37 +104,33 @@ def option_of(field: str) -> str:
 
 
 def expiry(text: str) -> int | None:
-    """A duration from now as Unix milliseconds.  Raises UsageError."""
+    """The end of a duration from now, in Unix milliseconds.  Raises UsageError."""
     if text == NONE:
         return None
-    try:
-        seconds = parse_span(text)
-    except ValueError as error:
-        raise UsageError(f"--expires: {error}.") from error
+    seconds = span("--expires", text)
     if seconds <= 0:
-        raise UsageError("--expires must be longer than nothing.")
+        raise UsageError("--expires must be more than 0.")
     if seconds > LONGEST_LIFE:
-        raise UsageError("--expires is at most 36500d, a hundred years.")
+        raise UsageError("--expires must be at most 36500d (100 years).")
     return int((time.time() + seconds) * 1000)
 
 
-def _json(name: str, value: Any) -> Any:
-    """A setting as it is in JSON, null for its default.  Raises UsageError."""
-    if value in (NONE, (NONE,)):
-        return None
+def _weight(text: str) -> float:
     try:
-        if name in ("rpm", "tpm", "max_parallel", "max_queue"):
-            return int(value)
-        if name == "weight":
-            return float(value)
-        if name == "budget":
-            return msgspec.to_builtins(policies.parse_budget(value))
-        if name == "prices":
-            return dict(_price(one) for one in value)
+        return float(text)
+    except ValueError:
+        raise ValueError(f"'{text}' is not a number") from None
+
+
+def _budget(text: str) -> Any:
+    try:
+        return msgspec.to_builtins(policies.parse_budget(text))
     except ValueError as error:
-        reason = str(error) if name in ("budget", "prices") else f"'{value}' is no number"
-        raise UsageError(f"{option_of(name)}: {reason.removeprefix('budget: ')}.") from error
-    return list(value) if isinstance(value, tuple) else value
+        raise ValueError(str(error).removeprefix("budget: ")) from error
+
+
+def _prices(texts: tuple[str, ...]) -> dict[str, Any]:
+    return dict(map(_price, texts))
 
 
 def _price(text: str) -> tuple[str, Any]:
@@ -138,5 +140,13 @@ def _price(text: str) -> tuple[str, Any]:
         raise ValueError(f"'{text}' is not GLOB=PRICE or GLOB=PROMPT[/CACHED]/COMPLETION")
     if len(parts) == 1:
         return glob, prices
-    made = {"prompt": parts[0], "completion": parts[-1]}
-    return glob, {**made, "cached": parts[1]} if len(parts) == 3 else made
+    by_kind = {"prompt": parts[0], "completion": parts[-1]}
+    return glob, {**by_kind, "cached": parts[1]} if len(parts) == 3 else by_kind
+
+
+_PARSERS: dict[str, Callable[[Any], Any]] = {
+    **dict.fromkeys(("rpm", "tpm", "max_parallel", "max_queue"), whole_number),
+    "weight": _weight,
+    "budget": _budget,
+    "prices": _prices,
+}

@@ -3,172 +3,152 @@
 from __future__ import annotations
 
 import sys
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import click
 
+from pinaivu_box.cli.client import path_of, request
 from pinaivu_box.cli.group import Group
-from pinaivu_box.cli.home import (
-    actor,
-    ask_running,
-    config_option,
-    home_option,
-    json_option,
-    load_config,
-    own_node,
-    print_json,
-    short_time,
-    with_database,
-)
-from pinaivu_box.cli.tables import print_table, wide_option
+from pinaivu_box.cli.home import actor, load_config, own_node, with_database
+from pinaivu_box.cli.options import MAX_LIMIT, home_option, standard_options
+from pinaivu_box.cli.render import UNKNOWN, Column, money, print_json, print_list, time_text
 
+_PATH = "/v1/admin/ledger"
 _SETTLE_SECONDS = 330.0
+
+
+def _state(entry: Any) -> str:
+    if entry.accepted:
+        return "open"
+    return "forgiven" if entry.forgiven_at else "disputed" if entry.disputed else "not accepted"
+
+
+_BALANCE_COLUMNS = (
+    Column("PEER", attrgetter("name")),
+    Column("CURRENCY", attrgetter("currency")),
+    Column("WE SERVED", attrgetter("served"), number=True, drop=4),
+    Column("THEY SERVED", attrgetter("received"), number=True, drop=5),
+    Column(
+        "SETTLED",
+        lambda balance: f"{balance.settled_served} / {balance.settled_received}",
+        number=True,
+        drop=1,
+    ),
+    Column("BALANCE", attrgetter("balance"), number=True),
+    Column("UNACCEPTED", attrgetter("waiting"), number=True),
+    Column("LIMIT", lambda balance: balance.credit_limit or UNKNOWN, number=True, drop=2),
+    Column("MAX DEBT", lambda balance: balance.max_debt or UNKNOWN, number=True, drop=3),
+)
+_ENTRY_COLUMNS = (
+    Column("AT (UTC)", lambda entry: time_text(entry.at)),
+    Column("REQUEST", attrgetter("request_id")),
+    Column("LEG", lambda entry: str(entry.leg), number=True, drop=2),
+    Column("CHOICE", lambda entry: str(entry.choice), number=True, drop=1),
+    Column("SERVED BY", lambda entry: "us" if entry.served_by_us else "them", drop=5),
+    Column("AMOUNT", attrgetter("amount"), number=True),
+    Column("CURRENCY", attrgetter("currency"), drop=4),
+    Column("STATEMENT", lambda entry: entry.statement or _state(entry), drop=3),
+)
+_STATEMENT_COLUMNS = (
+    Column("ID", attrgetter("id")),
+    Column("PEER", attrgetter("name")),
+    Column("NO", lambda statement: str(statement.sequence), number=True, drop=2),
+    Column("AT (UTC)", lambda statement: time_text(statement.at), drop=3),
+    Column("ENTRIES", lambda statement: str(statement.entries), number=True, drop=1),
+    Column("OWED TO US", lambda statement: money(statement.net), number=True),
+    Column("PAID", lambda statement: time_text(statement.paid_at), drop=4),
+)
 
 
 @click.group(cls=Group, invoke_without_command=True)
 @click.pass_context
-@home_option
-@config_option
-@json_option
-@wide_option
+@standard_options(config=True, wide=True)
 def ledger(
     context: click.Context, home: Path, config: Path | None, as_json: bool, wide: bool
 ) -> None:
-    """Show what each peer owes this box (below 0: what this box owes it).
+    """Show what each peer owes this box; a negative balance is what this box owes.
 
-    What this box pays for is under THEY SERVED; it owes at most MAX DEBT ([peering] max_debt).
+    THEY SERVED is what this box has to pay for; it owes at most MAX DEBT ([peering] max_debt).
     """
     if context.invoked_subcommand is not None:
         return
     from pinaivu_box.ledger.views import all_balances
 
     peering = load_config(home, config).peering
-    found = with_database(home, lambda database: all_balances(database, peering))
-    if as_json:
-        print_json(found)
-        return
-    columns = ("PEER", "CURRENCY", "WE SERVED", "THEY SERVED", "SETTLED", "BALANCE",
-               "UNACCEPTED", "LIMIT", "MAX DEBT")  # fmt: skip
-    rows = [
-        (
-            one.name,
-            one.currency,
-            one.served,
-            one.received,
-            f"{one.settled_served} / {one.settled_received}",
-            one.balance,
-            one.waiting,
-            one.credit_limit or "-",
-            one.max_debt or "-",
-        )
-        for one in found
-    ]
-    print_table(
-        columns,
-        rows,
-        numbers=columns[2:],
-        spared=("SETTLED", "LIMIT", "MAX DEBT", "WE SERVED", "THEY SERVED"),
-        wide=wide,
-    )
-    for one in found:
-        if one.waiting != "0":
+    balances = with_database(home, lambda database: all_balances(database, peering))
+    print_list(balances, _BALANCE_COLUMNS, as_json=as_json, wide=wide)
+    for balance in () if as_json else balances:
+        if balance.waiting != "0":
             click.echo(
-                f"{one.name} has not accepted {one.waiting} {one.currency} more: 'ledger settle' "
-                "shows it the proofs, 'ledger forgive' writes them off.",
+                f"{balance.name} has not accepted another {balance.waiting} {balance.currency}: "
+                "'ledger settle' shows it the proofs, 'ledger forgive' writes them off.",
                 err=True,
             )
 
 
 @ledger.command()
-@home_option
-@json_option
-@wide_option
+@standard_options(wide=True)
 @click.argument("peer")
 @click.option("--statement", metavar="ID", help="Only the entries of this statement.")
-@click.option("--limit", type=click.IntRange(1, 2**31), default=100, help="100 if not set.")
+@click.option(
+    "--limit",
+    type=click.IntRange(1, MAX_LIMIT),
+    default=100,
+    show_default=True,
+    help="Maximum number of entries; the newest are listed.",
+)
 def show(
     home: Path, as_json: bool, wide: bool, peer: str, statement: str | None, limit: int
 ) -> None:
-    """List the newest entries with a PEER; with --json with their proofs and signatures."""
-    from pinaivu_box.ledger import statement as ledger_statement
+    """List the newest entries with PEER.
+
+    --json includes proofs and signatures.
+    """
+    from pinaivu_box.ledger import entry as ledger_entry
     from pinaivu_box.ledger.views import EntryView, entry_view, find
 
     own = own_node(home)
 
     async def work(database: Any) -> list[EntryView]:
         node = await find(database, peer, own)
-        found = await ledger_statement.of_peer(database, node, limit=limit, statement=statement)
-        return [entry_view(one) for one in found]
+        stored = await ledger_entry.of_peer(database, node, limit=limit, statement=statement)
+        return [entry_view(entry) for entry in stored]
 
-    found = with_database(home, work)
-    if as_json:
-        print_json(found)
-        return
-    columns = (
-        "AT (UTC)",
-        "REQUEST",
-        "LEG",
-        "CHOICE",
-        "SERVED BY",
-        "AMOUNT",
-        "CURRENCY",
-        "STATEMENT",
-    )
-    rows = [
-        (
-            short_time(one.at),
-            one.request_id,
-            str(one.leg),
-            str(one.choice),
-            "us" if one.served_by_us else "them",
-            one.amount,
-            one.currency,
-            one.statement or _state(one),
-        )
-        for one in found
-    ]
-    print_table(
-        columns,
-        rows,
-        numbers=("LEG", "CHOICE", "AMOUNT"),
-        spared=("CHOICE", "LEG", "STATEMENT", "CURRENCY", "SERVED BY"),
-        wide=wide,
-    )
-    for one in found:
-        if one.disputed and not one.accepted:
-            click.echo(f"{one.request_id}: the peer says: {one.disputed}", err=True)
+    entries = with_database(home, work)
+    print_list(entries, _ENTRY_COLUMNS, as_json=as_json, wide=wide)
+    for entry in () if as_json else entries:
+        if entry.disputed and not entry.accepted:
+            click.echo(f"{entry.request_id}: disputed by the peer: {entry.disputed}", err=True)
 
 
 @ledger.command()
-@home_option
-@json_option
+@standard_options()
 @click.argument("peer")
 def settle(home: Path, as_json: bool, peer: str) -> None:
-    """Compare the books with a PEER, and sign what both agree on; exit 1 if they differ.
+    """Settle with PEER: compare the ledgers, and sign statements.
 
-    Both boxes must run.  What is signed still is to be made good: see 'ledger paid'.
+    A statement has the entries that both boxes agree on.  It moves no money: see 'ledger paid'.
+    Both boxes must be running.  Exits with 1 if the ledgers differ.
     """
-    from urllib.parse import quote
-
-    path = f"/v1/admin/ledger/{quote(peer, safe='')}/settle"
-    done = ask_running(home, path, method="POST", seconds=_SETTLE_SECONDS)
+    path = f"{path_of(_PATH, peer)}/settle"
+    outcome = request(home, path, method="POST", seconds=_SETTLE_SECONDS)
     if as_json:
-        print_json(done)
+        print_json(outcome)
     else:
-        _tell(done)
-    if done["differences"]:
+        _print_outcome(outcome)
+    if outcome["differences"]:
         sys.exit(1)
 
 
 @ledger.command()
-@home_option
-@json_option
+@standard_options()
 @click.argument("peer")
 def forgive(home: Path, as_json: bool, peer: str) -> None:
-    """Write off what a PEER was served and has not accepted: its credit limit has room again.
+    """Write off what PEER was served but has not accepted.
 
-    What it accepts later all the same counts again.
+    It no longer counts towards the credit limit of PEER.  What PEER accepts later counts again.
     """
     from pinaivu_box.ledger import claims
     from pinaivu_box.ledger.views import find
@@ -176,90 +156,60 @@ def forgive(home: Path, as_json: bool, peer: str) -> None:
     async def work(database: Any) -> claims.Forgiven:
         return await claims.forgive(database, await find(database, peer, own_node(home)), actor())
 
-    made = with_database(home, work)
+    forgiven = with_database(home, work)
     if as_json:
-        print_json(made)
+        print_json(forgiven)
     else:
-        click.echo(f"{made.entries} entries were written off: {_owed(made.amounts)}.")
+        click.echo(f"{forgiven.entries} entries were written off: {money(forgiven.amounts)}.")
 
 
 @ledger.command()
-@home_option
-@json_option
-@wide_option
-@click.option("--peer", help="Only those with this peer.")
-def ledger_statement(home: Path, as_json: bool, wide: bool, peer: str | None) -> None:
-    """List what was settled, the newest first; with --json with the signed text."""
+@standard_options(wide=True)
+@click.option("--peer", help="Only statements with this peer.")
+def statements(home: Path, as_json: bool, wide: bool, peer: str | None) -> None:
+    """List the statements, newest first.
+
+    --json includes the signed texts.
+    """
     from pinaivu_box.ledger.views import StatementView, all_statements, find
 
     async def work(database: Any) -> list[StatementView]:
         return await all_statements(database, peer and await find(database, peer, own_node(home)))
 
-    found = with_database(home, work)
-    if as_json:
-        print_json(found)
-        return
-    columns = ("ID", "PEER", "NO", "AT (UTC)", "ENTRIES", "OWED TO US", "PAID")
-    rows = [
-        (
-            one.id,
-            one.name,
-            str(one.sequence),
-            short_time(one.at),
-            str(one.entries),
-            _owed(one.net),
-            short_time(one.paid_at),
-        )
-        for one in found
-    ]
-    print_table(
-        columns,
-        rows,
-        numbers=("NO", "ENTRIES", "OWED TO US"),
-        spared=("ENTRIES", "NO", "AT (UTC)", "PAID"),
-        wide=wide,
-    )
+    listed = with_database(home, work)
+    print_list(listed, _STATEMENT_COLUMNS, as_json=as_json, wide=wide)
 
 
 @ledger.command()
 @home_option
 @click.argument("statement")
 def paid(home: Path, statement: str) -> None:
-    """Note that what a STATEMENT left over was made good: it leaves this box's balance.
+    """Mark a STATEMENT as paid.
 
-    For this box alone: the other keeps its own note.
+    Its amount leaves the balance on this box.  The other box is not told: it keeps its own record.
     """
     from pinaivu_box.ledger import statement as store
 
     with_database(home, lambda database: store.pay(database, statement, actor()))
 
 
-def _tell(done: dict[str, Any]) -> None:
-    for one in done["statements"]:
+def _print_outcome(outcome: dict[str, Any]) -> None:
+    for statement in outcome["statements"]:
         click.echo(
-            f"{one['id']}: {one['entries']} entries, signed by both; {one['name']} owes us "
-            f"{_owed(one['net'])}"
+            f"{statement['id']}: {statement['entries']} entries, signed by both; "
+            f"{statement['name']} owes us {money(statement['net'])}"
         )
-    if done["taken"] or done["given"]:
-        click.echo(f"entries that were lost: {done['taken']} here, {done['given']} there")
-    if done["accepted"]:
-        click.echo(f"entries that had not been accepted, and are now: {done['accepted']}")
-    for one in (*done["disputed"], *done["differences"]):
+    if outcome["taken"] or outcome["given"]:
+        click.echo(f"lost entries recovered: {outcome['taken']} here, {outcome['given']} there")
+    if outcome["accepted"]:
+        click.echo(f"entries that are accepted now: {outcome['accepted']}")
+    for entry in (*outcome["disputed"], *outcome["differences"]):
         click.echo(
-            f"{one['request_id']} (leg {one['leg']}, choice {one['choice']}): we say "
-            f"{one['ours'] or 'nothing'}, they say {one['theirs'] or 'nothing'}: {one['why']}"
+            f"{entry['request_id']} (leg {entry['leg']}, choice {entry['choice']}): we have "
+            f"{entry['ours'] or 'nothing'}, they have {entry['theirs'] or 'nothing'}: "
+            f"{entry['why']}"
         )
-    if done["differences"]:
-        click.echo("nothing is settled until the boxes agree on these")
-    elif not done["statements"]:
+    if outcome["differences"]:
+        click.echo("nothing is settled until the boxes agree on these entries")
+    elif not outcome["statements"]:
         click.echo("there is nothing to settle")
-
-
-def _state(one: Any) -> str:
-    if one.accepted:
-        return "open"
-    return "forgiven" if one.forgiven_at else "disputed" if one.disputed else "not accepted"
-
-
-def _owed(net: dict[str, str]) -> str:
-    return ", ".join(f"{owed} {currency}" for currency, owed in net.items()) or "0"

@@ -1,4 +1,4 @@
-"""The `pinaivu` command.  Commands are imported when they are called: `--version` is instant."""
+"""The `pinaivu` command; subcommands are imported when they are called, so that it starts fast."""
 
 from __future__ import annotations
 
@@ -12,30 +12,27 @@ from pinaivu_box import __version__
 from pinaivu_box.cli.group import Group
 from pinaivu_box.errors import BoxError
 
-# Command -> where it is and what it does (the text of `--help`, without importing it).
+# Command -> where it is, and its line in `--help`, which is printed without importing it.
 COMMANDS = {
-    "serve": ("pinaivu_box.cli.serve:serve", "Serve the API (the default when run as build/run)."),
-    "keys": ("pinaivu_box.cli.keys:keys", "Create, list, change, rotate and revoke API keys."),
-    "accounts": ("pinaivu_box.cli.accounts:accounts", "Create, list and remove accounts."),
-    "audit": ("pinaivu_box.cli.audit:audit", "Show who changed what."),
-    "peers": ("pinaivu_box.cli.peers:peers", "Join boxes into one network."),
-    "usage": ("pinaivu_box.cli.usage:usage", "Show what was used, by model."),
-    "ledger": ("pinaivu_box.cli.ledger:ledger", "Show and settle what peers owe each other."),
-    "id": ("pinaivu_box.cli.identity:show", "Print the node key that receipts are verified with."),
-    "receipts": ("pinaivu_box.cli.receipts:receipts", "Show and verify receipts."),
-    "ls": ("pinaivu_box.cli.models:ls", "List the models that this box can serve."),
-    "pull": ("pinaivu_box.cli.pull:pull", "Copy a model from another box."),
-    "ps": ("pinaivu_box.cli.models:ps", "List the engines of the running box."),
-    "backup": ("pinaivu_box.cli.backup:backup", "Back up the box into one file."),
-    "restore": ("pinaivu_box.cli.backup:restore", "Restore a backup."),
-    "doctor": ("pinaivu_box.cli.doctor:doctor", "Check the box and its machine."),
-    "bench": ("pinaivu_box.cli.bench:bench", "Measure a server, or two against each other."),
-    "reload": (
-        "pinaivu_box.cli.reload:reload",
-        "Let the running box read its settings again.",
-    ),
-    "engine": ("pinaivu_box.cli.engine:engine", ""),
-    "sandbox": ("pinaivu_box.cli.sandbox:sandbox", ""),
+    "serve": ("serve:serve", "Serve the API (the default when started by build/run)."),
+    "keys": ("keys:keys", "Create, list, change, rotate and revoke API keys."),
+    "accounts": ("accounts:accounts", "Create, list and remove accounts."),
+    "audit": ("audit:audit", "List who changed what."),
+    "peers": ("peers:peers", "Join boxes into one network."),
+    "usage": ("usage:usage", "Show usage and cost, by model or by other groups."),
+    "ledger": ("ledger:ledger", "Show and settle what peers owe each other."),
+    "id": ("identity:show", "Print the public key that verifies this box's receipts."),
+    "receipts": ("receipts:receipts", "Show and verify receipts."),
+    "ls": ("models:ls", "List the models that this box can serve."),
+    "pull": ("models:pull", "Copy a model from another box."),
+    "ps": ("models:ps", "List the engines of the running box."),
+    "backup": ("backup:backup", "Back up the box into one file."),
+    "restore": ("backup:restore", "Restore a backup."),
+    "doctor": ("doctor:doctor", "Check the box and its machine."),
+    "bench": ("bench:bench", "Measure a server, or compare two."),
+    "reload": ("reload:reload", "Let the running box read its configuration again."),
+    "engine": ("engine:engine", ""),
+    "sandbox": ("sandbox:sandbox", ""),
 }
 HIDDEN = {"engine", "sandbox"}
 
@@ -48,7 +45,8 @@ class LazyGroup(Group):
         if name not in COMMANDS:
             return None
         module, _, attribute = COMMANDS[name][0].partition(":")
-        command: click.Command = getattr(importlib.import_module(module), attribute)
+        imported = importlib.import_module(f"pinaivu_box.cli.{module}")
+        command: click.Command = getattr(imported, attribute)
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -64,7 +62,7 @@ def cli() -> None:
 
 
 def main() -> None:
-    """Run the command; a user's mistake is one line on stderr, never a traceback."""
+    """Run the command; an error for users is one line on stderr, never a traceback."""
     try:
         cli.main(prog_name="pinaivu", standalone_mode=False)
     except BoxError as error:
@@ -76,7 +74,7 @@ def main() -> None:
     except (click.Abort, KeyboardInterrupt):
         sys.exit(130)
     except BrokenPipeError:
-        # The reader of our output has gone (`| head`); nothing is left to say.
+        # The reader of the output has gone (`| head`).
         devnull = Path("/dev/null").open("w")  # noqa: SIM115 - lives until the exit
         sys.stdout = devnull
         sys.exit(1)

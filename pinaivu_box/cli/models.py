@@ -1,91 +1,157 @@
-"""`pinaivu ls` (models on disk) and `pinaivu ps` (engines of the running box)."""
+"""`pinaivu ls` (models on disk), `pinaivu ps` (engines of the running box) and `pinaivu pull`."""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import Any
 
 import click
+import msgspec
 
-from pinaivu_box.cli.home import (
-    ask_running,
-    home_option,
-    json_option,
-    load_config,
-    print_json,
-)
-from pinaivu_box.cli.tables import print_table, wide_option
+from pinaivu_box.cli.client import request, stream
+from pinaivu_box.cli.home import load_config
+from pinaivu_box.cli.options import home_option, standard_options
+from pinaivu_box.cli.render import Column, print_json, print_list, print_table
+from pinaivu_box.errors import CliError
+from pinaivu_box.text import megabytes
 
-
-@click.command()
-@home_option
-@json_option
-@wide_option
-@click.option("--config", "config_path", type=click.Path(path_type=Path, dir_okay=False))
-def ls(home: Path, as_json: bool, wide: bool, config_path: Path | None) -> None:
-    """List the models that a box on this home serves."""
-    from pinaivu_box.models import catalog
-    from pinaivu_box.models.names import printable
-
-    found = catalog.load(load_config(home, config_path), home)
-    if as_json:
-        print_json(
-            [
-                {
-                    "id": model.id,
-                    "size": model.size,
-                    "owner": model.owner,
-                    "path": str(model.path),
-                    "files": [str(file.path) for file in model.files],
-                }
-                for model in found.models
-            ]
-        )
-    else:
-        rows = [(m.id, f"{m.size / 1e6:,.0f} MB", m.owner, _where(m)) for m in found.models]
-        print_table(
-            ("MODEL", "SIZE", "OWNER", "FILE"),
-            rows,
-            cut={"FILE": "front"},
-            spared=("FILE", "OWNER"),
-            wide=wide,
-        )
-    for path, why in found.not_served.items():
-        click.echo(f"not served: {printable(str(path))}: {why}", err=True)
+# Another box may have to read a large file twice before it answers.
+_PULL_SECONDS = 660.0
 
 
-def _where(model: Any) -> str:
+def _files(model: Any) -> str:
     from pinaivu_box.models.names import printable
 
     more = f" and {len(model.parts) - 1} more" if model.parts else ""
     return printable(str(model.path)) + more
 
 
+_MODEL_COLUMNS = (
+    Column("MODEL", attrgetter("id")),
+    Column("SIZE", lambda model: megabytes(model.size)),
+    Column("OWNER", attrgetter("owner"), drop=2),
+    Column("FILE", _files, drop=1, cut="start"),
+)
+_ENGINE_COLUMNS = (
+    Column("MODEL", itemgetter("model")),
+    Column("STATE", itemgetter("state")),
+    Column("PID", lambda engine: str(engine["pid"] or ""), drop=3),
+    Column("MEMORY", lambda engine: megabytes(engine["memory"] or 0), drop=4),
+    Column(
+        "LOAD", lambda engine: f"{engine['running']} running, {engine['waiting']} waiting", drop=5
+    ),
+    Column(
+        "KV CACHE",
+        lambda engine: (
+            f"{engine['kv_used']:,}/{engine['kv_tokens']:,} tokens, {engine['kv_cached']:,} cached"
+        ),
+        drop=2,
+    ),
+    Column("DEVICE", lambda engine: engine["device"] or "", drop=1),
+)
+
+
+@click.command()
+@standard_options(config=True, wide=True)
+def ls(home: Path, as_json: bool, wide: bool, config: Path | None) -> None:
+    """List the models that a box on this home serves."""
+    from pinaivu_box.models import catalog
+    from pinaivu_box.models.names import printable
+
+    listed = catalog.load(load_config(home, config), home)
+    if as_json:
+        print_json([_model(model) for model in listed.models])
+    else:
+        print_table(listed.models, _MODEL_COLUMNS, wide=wide)
+    for path, reason in listed.not_served.items():
+        click.echo(f"not served: {printable(str(path))}: {reason}", err=True)
+
+
+def _model(model: Any) -> dict[str, Any]:
+    return {
+        "id": model.id,
+        "size": model.size,
+        "owner": model.owner,
+        "path": str(model.path),
+        "files": [str(file.path) for file in model.files],
+    }
+
+
+@click.command()
+@standard_options(wide=True)
+def ps(home: Path, as_json: bool, wide: bool) -> None:
+    """List the engines of the running box, with their memory and load."""
+    engines = request(home, "/v1/engines")["data"]
+    print_list(engines, _ENGINE_COLUMNS, as_json=as_json, wide=wide)
+
+
 @click.command()
 @home_option
-@json_option
-@wide_option
-def ps(home: Path, as_json: bool, wide: bool) -> None:
-    """List the engines of the box that runs on this home, with memory and load."""
-    engines = ask_running(home, "/v1/engines")["data"]
-    if as_json:
-        print_json(engines)
-        return
-    rows = [
-        (
-            engine["model"],
-            engine["state"],
-            str(engine["pid"] or ""),
-            f"{(engine['memory'] or 0) / 1e6:,.0f} MB",
-            f"{engine['running']} running, {engine['waiting']} waiting",
-            f"{engine['kv_used']:,}/{engine['kv_tokens']:,} tokens, {engine['kv_cached']:,} kept",
-            engine["device"] or "",
-        )
-        for engine in engines
-    ]
-    print_table(
-        ("MODEL", "STATE", "PID", "MEMORY", "LOAD", "KV CACHE", "DEVICE"),
-        rows,
-        spared=("DEVICE", "KV CACHE", "PID", "MEMORY", "LOAD"),
-        wide=wide,
+@click.argument("model")
+@click.option(
+    "--from", "source", metavar="PEER|any", required=True, help="The peer; any: all that have it."
+)
+@click.option("--digest", default="", help="The beginning of the SHA-256 of the file.")
+@click.option("--as", "name", metavar="NAME", help="Name of the model on this box.")
+@click.option("--json", "as_json", is_flag=True, help="Print the progress as lines of JSON.")
+def pull(home: Path, model: str, source: str, digest: str, name: str | None, as_json: bool) -> None:
+    """Copy MODEL from another box of the network, and serve it.
+
+    An interrupted copy continues where it stopped.
+    """
+    body = {"model": model, "from": source, "digest": digest.lower()}
+    if name is not None:
+        body["as"] = name
+    lines = stream(home, "/v1/admin/models/pull", body, _PULL_SECONDS)
+    last = _print_lines(lines) if as_json else _show_progress(lines, model)
+    if last.get("state") != "done":
+        raise CliError(last.get("message") or "The box stopped: start it, and pull again.")
+    if not as_json:
+        _print_result(last)
+
+
+def _print_lines(lines: Iterator[Any]) -> dict[str, Any]:
+    """Returns the last line."""
+    last: dict[str, Any] = {}
+    for last in lines:
+        click.echo(msgspec.json.encode(last).decode())
+    return last
+
+
+def _show_progress(lines: Iterator[Any], model: str) -> dict[str, Any]:
+    """Show a bar on a terminal; returns the last line."""
+    from rich import progress
+    from rich.console import Console
+
+    columns = (
+        progress.TextColumn("{task.description}", markup=False),
+        progress.BarColumn(),
+        progress.DownloadColumn(),
+        progress.TransferSpeedColumn(),
+        progress.TimeRemainingColumn(),
     )
+    last: dict[str, Any] = {}
+    console = Console(stderr=True)
+    with progress.Progress(*columns, console=console, disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task(f"{model} asking", total=None)
+        for last in lines:
+            bar.update(
+                task,
+                description=f"{last['model']} {last['state']}",
+                total=last["size"],
+                completed=last["bytes"],
+            )
+    return last
+
+
+def _print_result(last: dict[str, Any]) -> None:
+    sources = last["sources"]
+    for source in sources:
+        if source["left_out"]:
+            click.echo(f"not used: {source['name']}: {source['left_out']}", err=True)
+    origins = [f"{megabytes(s['bytes'])} from {s['name']}" for s in sources if s["bytes"]]
+    summary = ", ".join(origins) or megabytes(last["size"])
+    click.echo(last["message"] or f"{last['model']} is served: {summary}")

@@ -11,7 +11,9 @@ import click
 import msgspec
 
 from pinaivu_box.cli.group import Group
-from pinaivu_box.cli.home import home_option, json_option, print_json, with_database
+from pinaivu_box.cli.home import with_database
+from pinaivu_box.cli.options import standard_options
+from pinaivu_box.cli.render import print_json
 from pinaivu_box.errors import CliError, UsageError
 from pinaivu_box.identity import NODE_PREFIX
 
@@ -22,11 +24,10 @@ def receipts() -> None:
 
 
 @receipts.command()
-@home_option
-@json_option
+@standard_options()
 @click.argument("request_id")
 def show(home: Path, as_json: bool, request_id: str) -> None:
-    """Print a receipt; with --json exactly as the API serves it (for 'receipts verify')."""
+    """Print a receipt; --json prints it as the API does, for 'receipts verify'."""
     document = _from_database(home, request_id)
     if as_json:
         click.echo(document.decode())
@@ -41,21 +42,22 @@ def show(home: Path, as_json: bool, request_id: str) -> None:
 
 
 @receipts.command()
-@home_option
-@json_option
+@standard_options()
 @click.argument("file_or_id", metavar="FILE|ID")
-@click.option("--node-key", metavar="HEX", help="The public key of the box that you trust.")
+@click.option(
+    "--node-key", metavar="HEX", help="The key of the box that you trust, from 'pinaivu id'."
+)
 @click.option(
     "--request",
     "request_file",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="The request's JSON body: check that the receipt is about it.",
+    help="JSON body of the request: check that the receipt belongs to it.",
 )
 @click.option(
     "--answer",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="A file with the answer, its JSON body or its text alone: check that the receipt is about "
-    "it, with its log-probabilities or vectors.",
+    help="JSON body of the answer, or its text only: check that the receipt belongs to it, and to "
+    "its log probabilities or vectors.",
 )
 def verify(
     home: Path,
@@ -65,10 +67,10 @@ def verify(
     request_file: Path | None,
     answer: Path | None,
 ) -> None:
-    """Check a receipt offline and say what each check proves; exit 1 if one fails.
+    """Verify a receipt offline, and say what each check proves.
 
-    FILE is what GET /v1/receipts/{request_id} answered ('-' is standard input); an ID is looked up
-    in this home's database.
+    FILE is the answer of GET /v1/receipts/{request_id} ('-': standard input); ID is a request id,
+    whose receipt is read from the database in HOME.  Exits with 1 if a check fails.
     """
     from pinaivu_box.receipts.verify import verify_receipt
 
@@ -85,18 +87,18 @@ def verify(
             mark = "ok    " if check.ok else "FAILED"
             click.echo(f"{number}. {mark} {check.name}: {check.meaning}")
         if node_key is None and all(check.ok for check in checks):
-            click.echo("   Compare the signer with the key you trust, or pass it as --node-key.")
+            click.echo("   Compare the signer with the key that you trust, or use --node-key.")
     if not all(check.ok for check in checks):
         sys.exit(1)
 
 
 def _node_key(text: str) -> str:
-    """64 hex digits, also where they come with the node_ before them.  Raises UsageError."""
+    """The 64 hex digits of a key, with or without the prefix node_.  Raises UsageError."""
     key = text.strip().removeprefix(NODE_PREFIX).lower()
     if not re.fullmatch("[0-9a-f]{64}", key):
         raise UsageError(
-            f"--node-key: '{text[:80]}' is not a node key, which is 64 hex digits: 'pinaivu id' "
-            "prints that of the box that it runs on."
+            f"--node-key: '{text[:80]}' is not a node key of 64 hex digits: 'pinaivu id' prints "
+            "that of the box that it runs on."
         )
     return key
 
@@ -108,7 +110,7 @@ def _document(home: Path, file_or_id: str) -> bytes:
     if path.is_file():
         return path.read_bytes()
     if not file_or_id.startswith("req_"):
-        raise CliError(f"There is no file {file_or_id}, and a request id begins with req_.")
+        raise CliError(f"There is no file {file_or_id}, and request ids begin with req_.")
     return _from_database(home, file_or_id)
 
 
@@ -122,10 +124,10 @@ def _from_database(home: Path, request_id: str) -> bytes:
     async def work(database: Any) -> StoredReceipt | None:
         return await find_receipt(database, request_id, account_id=None)
 
-    found = with_database(home, work)
-    if found is None:
+    receipt = with_database(home, work)
+    if receipt is None:
         raise CliError(f"There is no receipt of {request_id} in {home}.")
-    return msgspec.json.encode(view(found.signed, found.signature, found.opening))
+    return msgspec.json.encode(view(receipt.signed, receipt.signature, receipt.opening))
 
 
 def _transcript(request_file: Path | None, answer: Path | None) -> Any:
@@ -133,12 +135,12 @@ def _transcript(request_file: Path | None, answer: Path | None) -> Any:
 
     if request_file is None and answer is None:
         return None
-    given = Transcript() if request_file is None else _asked(request_file.read_bytes())
-    return msgspec.structs.replace(given, answer=answer.read_bytes() if answer else None)
+    transcript = Transcript() if request_file is None else _request(request_file.read_bytes())
+    return msgspec.structs.replace(transcript, answer=answer.read_bytes() if answer else None)
 
 
-def _asked(data: bytes) -> Any:
-    """What the body of a request says of its prompts."""
+def _request(data: bytes) -> Any:
+    """The transcript of a request's body, without an answer."""
     from pinaivu_box.openai.completions import CompletionRequest
     from pinaivu_box.openai.embeddings import EmbeddingRequest
     from pinaivu_box.openai.request import decode, normalise, stop_strings, texts_or_tokens
@@ -148,20 +150,22 @@ def _asked(data: bytes) -> Any:
     from pinaivu_box.server.jobs import asked
 
     try:
-        named: dict[str, msgspec.Raw] = msgspec.json.decode(data, type=dict[str, msgspec.Raw])
+        fields: dict[str, msgspec.Raw] = msgspec.json.decode(data, type=dict[str, msgspec.Raw])
     except msgspec.DecodeError:
-        named = {}  # the decoder below says what is wrong
-    if "input" in named and "messages" not in named:
+        fields = {}  # the decoder below says what is wrong
+    if "input" in fields and "messages" not in fields:
         texts, _ = decode(data, EmbeddingRequest)
         inputs = texts_or_tokens(texts.input, "input", len(data))
         return Transcript(prompts=[prompt_text([], [], input=inputs)])
-    if "prompt" in named and "messages" not in named:
+    if "prompt" in fields and "messages" not in fields:
         completion, _ = decode(data, CompletionRequest)
         prompts = texts_or_tokens(completion.prompt, "prompt", len(data))
         stop = stop_strings(completion.stop)
         more = {"suffix": completion.suffix} if completion.suffix else {}
-        texts_ = [prompt_text([], stop, prompt=[one], **more) for one in prompts]
-        echoed = [one for one in prompts if isinstance(one, str) for _ in range(completion.n or 1)]
+        texts_ = [prompt_text([], stop, prompt=[prompt], **more) for prompt in prompts]
+        echoed = [
+            text for text in prompts if isinstance(text, str) for _ in range(completion.n or 1)
+        ]
         return Transcript(prompts=texts_, echoed=echoed if completion.echo else [])
     chat, _ = decode(data, ChatRequest)
     return Transcript(normalise(chat.messages), stop_strings(chat.stop), more=asked(chat))

@@ -1,4 +1,4 @@
-"""`pinaivu sandbox`: a child that runs jobs within limits; not for people."""
+"""`pinaivu sandbox`: the child process that runs jobs within limits; started by the box only."""
 
 from __future__ import annotations
 

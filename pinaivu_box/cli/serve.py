@@ -13,30 +13,34 @@ from typing import Any
 import click
 
 from pinaivu_box import __version__
-from pinaivu_box.cli.home import (
-    RunningServer,
-    config_option,
-    home_option,
-    load_config,
-    write_running,
-)
+from pinaivu_box.cli.client import Running, write_running
+from pinaivu_box.cli.home import load_config
+from pinaivu_box.cli.options import config_option, home_option
 from pinaivu_box.config import LOG_FORMATS, LOG_LEVELS, Config, ModelConfig
 from pinaivu_box.errors import UsageError
 
-_MOST_PRINTED = 20  # files that are not served
-_MODELS_AT = 12  # column of the banner
-_MODEL_LINES = 4
+_MAX_NOT_SERVED = 20  # files that are named at the start
+_MODELS_COLUMN = 12  # of the banner
+_MAX_MODEL_LINES = 4
 
 
 @click.command()
 @home_option
-@click.option("--host", help="Address to listen on; 0.0.0.0 serves the LAN.  [env: PINAIVU_HOST]")
-@click.option("--port", type=int, help="Port to listen on, 4001 if not set.  [env: PINAIVU_PORT]")
+@click.option("--host", help="Listen address; 0.0.0.0 serves the LAN.  [env: PINAIVU_HOST]")
+@click.option("--port", type=int, help="Listen port.  [env: PINAIVU_PORT; default: 4001]")
 @config_option
-@click.option("--model", "models", multiple=True, metavar="NAME=PATH", help="Serve this GGUF too.")
-@click.option("--peering", is_flag=True, default=None, help="Take part in a network of boxes.")
-@click.option("--log-level", type=click.Choice(LOG_LEVELS))
-@click.option("--log-format", type=click.Choice(LOG_FORMATS))
+@click.option(
+    "--model",
+    "models",
+    multiple=True,
+    metavar="NAME=PATH",
+    help="Also serve this GGUF file.  Repeatable.",
+)
+@click.option(
+    "--peering", is_flag=True, default=None, help="Connect to the other boxes of a network."
+)
+@click.option("--log-level", type=click.Choice(LOG_LEVELS), help="[default: info]")
+@click.option("--log-format", type=click.Choice(LOG_FORMATS), help="[default: text]")
 def serve(
     home: Path,
     host: str | None,
@@ -80,7 +84,7 @@ async def _serve(load: Callable[[], Config], home: Path) -> None:
 
     config = load()
     logs.configure(config.log)
-    # Before the home is touched: an address in use must not leave a key that nobody has seen.
+    # First: if the address is in use, no key must be left in the home that nobody has seen.
     listener = bind(config.server.host, config.server.port)
     try:
         async with open_box(load, home) as box:
@@ -89,12 +93,13 @@ async def _serve(load: Callable[[], Config], home: Path) -> None:
 
             def started() -> None:
                 local = _url(config.server.host, port, to_print=False)
-                write_running(home, RunningServer(os.getpid(), local, box.control_token))
+                write_running(home, Running(os.getpid(), local, box.control_token))
                 not_served = list(not_served_in(box.catalog).items())
-                for path, why in not_served[:_MOST_PRINTED]:
+                for path, why in not_served[:_MAX_NOT_SERVED]:
                     click.echo(f"pinaivu: not served: {path}: {why}.", err=True)
-                if (more := len(not_served) - _MOST_PRINTED) > 0:
-                    click.echo(f"pinaivu: {more} more are not served: see 'pinaivu ls'.", err=True)
+                if (more := len(not_served) - _MAX_NOT_SERVED) > 0:
+                    text = f"pinaivu: {more} more files are not served: see 'pinaivu ls'."
+                    click.echo(text, err=True)
                 names = [model.id for model in box.catalog.models]
                 click.echo(banner(config.server.host, port, home, names, secret))
 
@@ -110,16 +115,15 @@ async def _serve(load: Callable[[], Config], home: Path) -> None:
 def _stopping(running: int) -> None:
     wait = ""
     if running:
-        one = running == 1
-        wait = f" {running} request{'' if one else 's'} may still finish; Ctrl-C again ends "
-        wait += f"{'it' if one else 'them'} at once."
+        requests, them = ("request", "it") if running == 1 else ("requests", "them")
+        wait = f" Waiting for {running} {requests}; press Ctrl-C again to end {them} now."
     _say(f"\nStopping.{wait}")
 
 
 def _say(text: str) -> None:
-    """To who looks on: standard output is for scripts, and a log may be read by machines."""
+    """Print on a terminal only: standard output is for scripts, and a log for machines."""
     if os.isatty(2):
-        # Past Python's buffer: nothing is left in there to fail at the exit if it was closed.
+        # Unbuffered: a buffer could not be flushed at the exit if the terminal was closed.
         with contextlib.suppress(OSError):
             os.write(2, f"{text}\n".encode())
 
@@ -151,7 +155,7 @@ def _url(host: str, port: int, *, to_print: bool = True) -> str:
 
 
 def _lan_address() -> str | None:
-    """This machine's address towards the network; connecting a UDP socket sends nothing."""
+    """The address of this machine on the network; connecting a UDP socket sends nothing."""
     import socket
 
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
@@ -165,7 +169,7 @@ def _lan_address() -> str | None:
 def banner(host: str, port: int, home: Path, models: list[str], secret: str | None) -> str:
     base = _url(host, port) + "/v1"
     key = secret or "$PINAIVU_API_KEY"
-    key_line = f"\n  API key   {secret}   (shown only now: store it)" if secret else ""
+    key_line = f"\n  API key   {secret}   (shown only once: store it now)" if secret else ""
     python_key = f'"{secret}"' if secret else 'os.environ["PINAIVU_API_KEY"]'
     imports = "" if secret else "    import os\n"
     model = models[0] if models else "MODEL"
@@ -193,14 +197,14 @@ or with Python (pip install openai):
 
 
 def _listed(models: list[str]) -> str:
-    """As many as fit some lines of a terminal, and how many more there are."""
-    width = 80 - _MODELS_AT
+    """As many models as fit the lines of the banner, and how many more there are."""
+    width = 80 - _MODELS_COLUMN
     lines = textwrap.wrap(
-        ", ".join(models[: width * _MODEL_LINES]),
+        ", ".join(models[: width * _MAX_MODEL_LINES]),
         width,
         break_long_words=False,
         break_on_hyphens=False,
-    )[:_MODEL_LINES]
+    )[:_MAX_MODEL_LINES]
     if more := len(models) - sum(len(line.removesuffix(",").split(", ")) for line in lines):
         lines.append(f"and {more} more ('pinaivu ls' lists them)")
-    return f"\n{' ' * _MODELS_AT}".join(lines)
+    return f"\n{' ' * _MODELS_COLUMN}".join(lines)

@@ -1,46 +1,40 @@
-"""`pinaivu usage`: what the whole box has used, from its database."""
+"""`pinaivu usage`: the usage of the whole box, from its database."""
 
 from __future__ import annotations
 
+from collections import Counter
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import click
 
-from pinaivu_box.cli.home import (
-    config_option,
-    home_option,
-    json_option,
-    load_config,
-    own_node,
-    print_json,
-    with_database,
-)
-from pinaivu_box.cli.tables import print_table, wide_option
+from pinaivu_box.cli.home import load_config, own_node, with_database
+from pinaivu_box.cli.options import standard_options
+from pinaivu_box.cli.render import UNKNOWN, Column, print_json, print_table
 
 _DATE = click.DateTime(["%Y-%m-%d"])
 _BY = ("day", "hour", "account", "key", "model", "node", "peer")
-_NUMBERS = (
-    "REQUESTS", "PROMPT", "CACHED", "COMPLETION", "COST", "TTFT MS", "TOTAL MS", "ERRORS"
-)  # fmt: skip
-# What a narrower terminal does not show, the first of them first ("" is the bar).
-_SPARED = ("", "CACHED", "PROMPT", "COMPLETION", "ERRORS", "TTFT MS", "TOTAL MS", "REQUESTS")
-
-_BAR = 10  # characters
+_BAR_WIDTH = 10  # characters
+_ID_PREFIX = 17  # characters
 
 
 @click.command()
-@home_option
-@config_option
-@json_option
-@wide_option
-@click.option("--csv", "as_csv", is_flag=True, help="Print CSV, a line for each group.")
-@click.option("--by", multiple=True, type=click.Choice(_BY), help="Groups; by model if not set.")
-@click.option("--since", type=_DATE, help="First day (UTC), for example 2026-11-01.")
-@click.option("--until", type=_DATE, help="Last day (UTC), included.")
+@standard_options(config=True, wide=True)
+@click.option("--csv", "as_csv", is_flag=True, help="Print CSV, one line for each group.")
+@click.option(
+    "--by",
+    multiple=True,
+    type=click.Choice(_BY),
+    help="Group by this.  [default: model]  Repeatable.",
+)
+@click.option(
+    "--since", type=_DATE, metavar="DATE", help="First day (UTC), for example 2026-11-01."
+)
+@click.option("--until", type=_DATE, metavar="DATE", help="Last day (UTC), included.")
 @click.option("--model", help="Only this model.")
-@click.option("--account", metavar="NAME", help="Only this account's keys, by its name or id.")
-@click.option("--key", metavar="NAME", help="Only this key, by its name, its id or its beginning.")
+@click.option("--account", metavar="NAME", help="Only this account (name or id).")
+@click.option("--key", metavar="NAME", help="Only this key (name, id or beginning).")
 def usage(
     home: Path,
     config: Path | None,
@@ -54,106 +48,115 @@ def usage(
     account: str | None,
     key: str | None,
 ) -> None:
-    """Show requests, tokens, cost, waiting times and errors.
+    """Show requests, tokens, cost, latencies and errors.
 
-    By account or key it shows their names; by peer, the box that served.
+    A peer (or node) is the box that served a request, which may be this one.
     """
-    from pinaivu_box.ledger.views import boxes
+    from pinaivu_box.admin.usage import usage
     from pinaivu_box.store import accounts, keys
-    from pinaivu_box.store.usage import UsageFilter
-    from pinaivu_box.store.usage_report import UsageReport, parse_day, report, span, to_csv
+    from pinaivu_box.store.usage_report import UsageReport, parse_day, to_csv
 
     currency = load_config(home, config).pricing.currency
     groups = tuple(dict.fromkeys(by)) or (("model",) if as_csv else ())
     first, last = (day and parse_day("", day.date().isoformat()) for day in (since, until))
-    begin, end = span(first, last)
 
     async def work(database: Any) -> UsageReport:
-        wanted = UsageFilter(
+        return await usage(
+            database,
+            own_node(home),
+            currency,
+            groups,
             account_id=account and (await accounts.find(database, account)).id,
             key_id=key and (await keys.named(database, key)).id,
             model=model,
-            since=begin,
-            until=end,
+            first_day=first,
+            last_day=last,
         )
-        called = await boxes(database, own_node(home)) if {"node", "peer"} & set(groups) else {}
-        return await report(database, wanted, groups, currency, called)
 
-    made = with_database(home, work)
+    report = with_database(home, work)
     if as_json:
-        print_json(made)
+        print_json(report)
     elif as_csv:
-        click.echo(to_csv(made, groups), nl=False)
+        click.echo(to_csv(report, groups), nl=False)
     else:
-        _draw(made, groups or ("model",), wide)
+        _print(report, groups or ("model",), wide)
 
 
-def _draw(made: Any, by: tuple[str, ...], wide: bool) -> None:
-    groups = made.data or made.by_model
+def _print(report: Any, by: tuple[str, ...], wide: bool) -> None:
+    groups = report.data or report.by_model
     most = max((group.tokens for group in groups), default=0)
-    labels = _labels(groups, by)
-    rows = [[*label, *_numbers(group, most)] for label, group in zip(labels, groups, strict=True)]
-    cost = f"COST ({made.currency})"
-    numbers = [cost if name == "COST" else name for name in _NUMBERS]
-    print_table(
-        (*(name.upper() for name in by), *numbers, "TOKENS", ""),
-        rows,
-        numbers=(*numbers, "TOKENS"),
-        spared=_SPARED,
-        wide=wide,
-        total=["total", *[""] * (len(by) - 1), *_numbers(made, 0)] if len(groups) > 1 else None,
-    )
-    if made.more_keys:
+    rows = [
+        [
+            *labels,
+            *_sums(group, group.requests, group.tokens),
+            _bar(group.tokens / most) if most else "",
+        ]
+        for labels, group in zip(_labels(groups, by), groups, strict=True)
+    ]
+    drops = {"": 1, "CACHED": 2, "PROMPT": 3, "COMPLETION": 4, "ERRORS": 5, "TTFT MS": 6,
+             "TOTAL MS": 7, "REQUESTS": 8}  # fmt: skip
+    numbers = ("REQUESTS", "PROMPT", "CACHED", "COMPLETION", f"COST ({report.currency})",
+               "TTFT MS", "TOTAL MS", "ERRORS", "TOKENS")  # fmt: skip
+    titles = (*(name.upper() for name in by), *numbers, "")
+    columns = [
+        Column(title, itemgetter(n), number=title in numbers, drop=drops.get(title))
+        for n, title in enumerate(titles)
+    ]
+    sums = _sums(report, report.total_requests, report.total_tokens)
+    total = ["total", *[""] * (len(by) - 1), *sums, ""]
+    print_table(rows, columns, wide=wide, total=total if len(groups) > 1 else None)
+    if report.more_keys:
         click.echo("only those that used most: --account or --key shows others")
-    if made.errors:
-        told = ", ".join(f"{code} {count:,}" for code, count in made.errors.items())
-        click.echo(f"errors: {told}")
+    if report.errors:
+        counts = ", ".join(f"{code} {count:,}" for code, count in report.errors.items())
+        click.echo(f"errors: {counts}")
 
 
-def _labels(groups: Any, by: tuple[Any, ...]) -> list[list[str]]:
-    """Names in place of ids; of two that are called the same, with the ids."""
+def _labels(groups: Any, by: tuple[Any, ...]) -> list[tuple[str, ...]]:
+    """Names instead of ids; if several have the same name, with their ids."""
     from pinaivu_box.store.usage_report import NAMED
 
     columns = []
-    for one in by:
-        ids = [getattr(group, one) for group in groups]
-        if (field := NAMED.get(one)) is None:
-            columns.append([text or "-" for text in ids])
+    for kind in by:
+        ids = [getattr(group, kind) for group in groups]
+        if kind not in NAMED:
+            columns.append([text or UNKNOWN for text in ids])
             continue
-        names = [getattr(group, field) for group in groups]
-        owners: dict[str, set[str]] = {}
-        for name, text in zip(names, ids, strict=True):
-            owners.setdefault(name, set()).add(text)
-        columns.append([
-            (name if len(owners[name]) == 1 else f"{name} ({text})") if name else text[:17] or "-"
-            for name, text in zip(names, ids, strict=True)
-        ])  # fmt: skip
-    return [list(row) for row in zip(*columns, strict=True)]
+        names = [getattr(group, NAMED[kind]) for group in groups]
+        pairs = list(zip(names, ids, strict=True))
+        uses = Counter(name for name, _ in set(pairs))
+        columns.append([_label(name, id_, uses[name]) for name, id_ in pairs])
+    return list(zip(*columns, strict=True))
 
 
-def _numbers(group: Any, most: int) -> list[str]:
-    requests = getattr(group, "requests", None)
-    tokens = group.prompt_tokens + group.completion_tokens
+def _label(name: str, id_: str, uses: int) -> str:
+    """`uses`: how many have that name."""
+    if not name:
+        return id_[:_ID_PREFIX] or UNKNOWN
+    return name if uses == 1 else f"{name} ({id_})"
+
+
+def _sums(group: Any, requests: int, tokens: int) -> list[str]:
+    """The cells of a group, or of the whole report."""
     return [
-        f"{group.total_requests if requests is None else requests:,}",
+        f"{requests:,}",
         f"{group.prompt_tokens:,}",
         f"{group.cached_tokens:,}",
         f"{group.completion_tokens:,}",
         group.cost,
-        _waits(group.ttft_ms),
-        _waits(group.total_ms),
+        _latency(group.ttft_ms),
+        _latency(group.total_ms),
         f"{sum(group.errors.values()):,}",
         f"{tokens:,}",
-        _bar(tokens / most) if most else "",
     ]
 
 
-def _waits(found: Any) -> str:
-    """The median and the 99th of a hundred."""
-    return "-" if found is None else f"{found.p50:,} / {found.p99:,}"
+def _latency(percentiles: Any) -> str:
+    """The median and the 99th percentile."""
+    return UNKNOWN if percentiles is None else f"{percentiles.p50:,} / {percentiles.p99:,}"
 
 
 def _bar(share: float) -> str:
     """In eighths of a character."""
-    eighths = round(share * _BAR * 8)
+    eighths = round(share * _BAR_WIDTH * 8)
     return "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()

@@ -9,9 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from pinaivu_box import amount
 from pinaivu_box.amount import Prices
-from pinaivu_box.config import EngineConfig, PricingConfig
 from pinaivu_box.errors import (
     ApiError,
     InvalidBody,
@@ -23,52 +21,62 @@ from pinaivu_box.errors import (
     quoted,
 )
 from pinaivu_box.gateway.backend import Job
-from pinaivu_box.gateway.quota import MINUTE, Grant, KeyUse, Limits
+from pinaivu_box.gateway.quota import MINUTE, Entry, Limits, Quota, Quotas, Reservation
 from pinaivu_box.gateway.scopes import scope_of
-from pinaivu_box.models.catalog import Catalog, Model
+from pinaivu_box.models.catalog import Model
 from pinaivu_box.models.names import MAX_NAME, is_model_id
+from pinaivu_box.settings import LiveSettings
 from pinaivu_box.store import keys
 from pinaivu_box.store.database import Database
 from pinaivu_box.store.keys import Key
 from pinaivu_box.store.requests import between
 
 _WRITTEN_SECONDS = 5.0  # that a write shows that another will succeed
-_MOST_IDLE = 10_000  # keys whose use is remembered; others are read again
 
 
 @dataclass(frozen=True)
 class AdmittedRequest:
-    """A request that may run: as what, at which prices, and what to end it with."""
+    """A request that may run: as what, at which prices, and what it has reserved."""
 
     jobs: list[Job]
     key: Key
     prices: Prices
-    grant: Grant
-    end: Callable[[int, int], None]  # with the tokens that it used, and what they cost
+    reservation: Reservation
 
 
 class ArrivedRequest:
-    """A request that has come, of which only the key is known yet.  It has taken one of the key's
-    requests per minute, and gives that back only if its refusal is not the client's doing."""
+    """A request that has come, of which only the key is known yet.
 
-    def __init__(self, limits: Limits, use: KeyUse, entry: list[float]) -> None:
-        self._limits = limits
-        self._use = use
-        self._entry: list[float] | None = entry
+    It has taken one of the key's requests per minute (`counted`, None once it is admitted), and
+    gives that back only if its refusal is not the client's doing.
+    """
 
-    @property
-    def entry(self) -> list[float] | None:
-        """What it has taken of the window, None once it is admitted."""
-        return self._entry
+    def __init__(self, quota: Quota, counted: Entry) -> None:
+        self._quota = quota
+        self.counted: Entry | None = counted
 
     def admitted(self) -> None:
-        self._entry = None
+        self.counted = None
 
     def refused(self, error: ApiError) -> None:
         """A client that is told to wait, or that the box cannot serve it, has used up nothing."""
-        if self._entry is not None and (isinstance(error, RateLimited) or error.status >= 500):
-            self._limits.leave(self._use, self._entry)
-        self._entry = None
+        if self.counted is not None and (isinstance(error, RateLimited) or error.status >= 500):
+            self._quota.uncount_request(self.counted)
+        self.counted = None
+
+
+def limits_of(key: Key) -> Limits:
+    """The limits of a key as it is now."""
+    policy = key.policy
+    return Limits(
+        f"The key {key.prefix}...",
+        rpm=policy.rpm,
+        tpm=policy.tpm,
+        max_parallel=policy.max_parallel,
+        max_queue=policy.max_queue,
+        budget=policy.budget,
+        budget_since=key.created_at,
+    )
 
 
 def refusal(key: Key) -> ApiError | None:
@@ -121,24 +129,13 @@ class PeerModels(Protocol):
 
 
 class Admission:
-    def __init__(
-        self,
-        catalog: Catalog,
-        engine: EngineConfig,
-        pricing: PricingConfig,
-        reader: PromptCounter,
-        database: Database,
-    ) -> None:
-        self.catalog = catalog
-        self.engine = engine
-        self.pricing = pricing
+    def __init__(self, settings: LiveSettings, reader: PromptCounter, database: Database) -> None:
+        self._settings = settings
         self._drain = asyncio.get_running_loop().create_future()
         self._reader = reader
         self._offers: PeerModels | None = None
         self._database = database
-        self._limits = Limits()
-        self._uses: dict[str, KeyUse] = {}
-        self._reading = asyncio.Lock()
+        self._quotas = Quotas(self._read_quota)
 
     def share(self, reader: PromptCounter, offers: PeerModels) -> None:
         """There are peers from now on, with models of their own."""
@@ -165,7 +162,7 @@ class Admission:
                 loc=("body", "model"),
             )
         offers = None if key.policy.local_only else self._offers
-        model = (offers or self.catalog).find(model_id)
+        model = (offers or self._settings.catalog).find(model_id)
         self._check(model, key, in_flight)
         return model
 
@@ -178,23 +175,23 @@ class Admission:
                 f"{', '.join(key.policy.models)}.",
                 param="model",
             )
-        full = in_flight(model.id) >= self.engine.max_sequences + self.engine.max_queue
+        engine = self._settings.config.engine
+        full = in_flight(model.id) >= engine.max_sequences + engine.max_queue
         if full and not (self._offers is not None and self._offers.offered(model.id)):
             raise NoNodesAvailable(
-                f"The queue of {model.id} is full ({self.engine.max_queue} requests wait): try "
+                f"The queue of {model.id} is full ({engine.max_queue} requests wait): try "
                 "again later.",
                 retry_after=2,
             )
 
     def prices(self, key: Key, model: Model) -> Prices:
         """The key's own, or the model's, or those of all models."""
-        given = self.pricing.models.get(model.id, self.pricing.per_1k_tokens)
-        return key.policy.prices_of(model.id) or amount.prices(given)
+        return key.policy.prices_of(model.id) or self._settings.config.pricing.prices_of(model.id)
 
     async def arrive(self, key: Key) -> ArrivedRequest:
         """Before the body of a request is read.  Raises RateLimited."""
-        use = await self._use_of(key)
-        return ArrivedRequest(self._limits, use, self._limits.arrive(key, use))
+        quota = await self._quotas.of(key.id)
+        return ArrivedRequest(quota, quota.count_request(limits_of(key)))
 
     async def admit(
         self,
@@ -203,17 +200,19 @@ class Admission:
         in_flight: Callable[[str], int],
         arrival: ArrivedRequest | None = None,
     ) -> AdmittedRequest:
-        """Takes what the request may use at most.  Raises what `check` and `Limits` do, and what
-        the engine says if it cannot read the prompt.  May be cancelled."""
-        use = await self._use_of(key)
-        arrived = None if arrival is None else arrival.entry
-        use.arriving += 1  # so that it is not forgotten meanwhile
-        try:
+        """Reserve what the request may use at most.
+
+        Raises what `check` and `Quota.reserve` do, and what the engine says if it cannot read the
+        prompt.  May be cancelled.
+        """
+        quota = await self._quotas.of(key.id)
+        counted = None if arrival is None else arrival.counted
+        with quota.kept():
             await check_writable(self._database)
             jobs = [under(key, job) for job in jobs]
             model, context = jobs[0].model, 0
             least = self.prices(key, model).most(1, 0)
-            self._limits.check(key, use, least, arrived)
+            quota.check(limits_of(key), cost=least, counted=counted)
             if key.policy.tpm is not None or key.policy.budget is not None:
                 jobs, context = await self._read(jobs)
             # Body and prompt took their time: the key may be revoked now, the queue full.
@@ -222,38 +221,32 @@ class Admission:
                 raise error
             self._check(model, key, in_flight)
             jobs = [under(key, job) for job in jobs]
-            admitted = self._take(key, use, jobs, context, arrived)
-            if arrival is not None:
-                arrival.admitted()
-            return admitted
-        finally:
-            use.arriving -= 1
+            admitted = self._reserve(key, quota, jobs, context, counted)
+        if arrival is not None:
+            arrival.admitted()
+        return admitted
 
-    def _take(
-        self, key: Key, use: KeyUse, jobs: list[Job], context: int, arrived: list[float] | None
+    def _reserve(
+        self, key: Key, quota: Quota, jobs: list[Job], context: int, counted: Entry | None
     ) -> AdmittedRequest:
         """`context` is that of the model if the prompt was read, else 0."""
-        prices = self.prices(key, jobs[0].model)
+        prices, limits = self.prices(key, jobs[0].model), limits_of(key)
         explicit, tokens, cost = True, 0, 0
         if context:
             explicit = jobs[0].max_tokens is not None or jobs[0].inputs is not None
             prompt = _prompt_tokens(jobs)
             if not explicit:
-                jobs = self._capped(key, use, jobs, prompt, context, prices)
-            made = sum(self._most(job, context) for job in jobs)
-            tokens, cost = prompt + made, prices.most(prompt, made)
-        grant = self._limits.take(
-            key, use, tokens=tokens, cost=cost, explicit=explicit, arrived=arrived
+                jobs = _capped(jobs, prompt, context, prices, limits, quota.unreserved(limits))
+            answer = sum(self._max_tokens(job, context) for job in jobs)
+            tokens, cost = prompt + answer, prices.most(prompt, answer)
+        reservation = quota.reserve(
+            limits, tokens=tokens, cost=cost, explicit=explicit, counted=counted
         )
-
-        def end(tokens: int, cost: int) -> None:
-            self._limits.end(key, use, grant, tokens=tokens, cost=cost)
-
-        return AdmittedRequest(jobs, key, prices, grant, end)
+        return AdmittedRequest(jobs, key, prices, reservation)
 
     async def headers(self, key: Key) -> dict[str, str]:
         """`x-ratelimit-*` for an answer to this key."""
-        return self._limits.headers(key, await self._use_of(key))
+        return (await self._quotas.of(key.id)).headers(limits_of(key))
 
     async def _read(self, jobs: list[Job]) -> tuple[list[Job], int]:
         """The jobs with their prompts' tokens, and the context of the model.  Ends at once if there
@@ -279,54 +272,36 @@ class Admission:
             made.append(replace(job, read=read.read, thinking=read.thinking))
         return made, context
 
-    def _most(self, job: Job, context: int) -> int:
+    def _max_tokens(self, job: Job, context: int) -> int:
         """Tokens that the answer can have."""
-        room = math.inf if self.engine.context_shift else context - len(job.read or ())
+        shifts = self._settings.config.engine.context_shift
+        room = math.inf if shifts else context - len(job.read or ())
         return int(max(0, min(job.max_tokens or 0, room)))
 
-    def _capped(
-        self, key: Key, use: KeyUse, jobs: list[Job], prompt: int, context: int, prices: Prices
-    ) -> list[Job]:
-        """With the limit that the client left to us: what context, tpm and budget have room for."""
-        rooms = [context - max(len(job.read or ()) for job in jobs)]
-        if key.policy.tpm is not None:
-            rooms.append((key.policy.tpm - prompt) // len(jobs))
-        spare = self._limits.spare(key, use)
-        price = prices.most(0, 1)
-        if spare is not None and price:
-            rooms.append((spare - prices.most(prompt, 0)) // (price * len(jobs)))
-        # At least one: what has no room for it is refused with the numbers.
-        return [replace(job, max_tokens=max(1, min(rooms))) for job in jobs]
+    async def _read_quota(self, key_id: str) -> Quota:
+        """With the last minute's rows, so that limits outlive a restart."""
+        now = time.time()
+        # Not those of the future: the clock was ahead when they were written.
+        span = (int((now - MINUTE) * 1000), int(now * 1000))
+        rows = await between(self._database, key_id, *span)
+        # As it is now: since the key was found, its last request may have ended.
+        key = await keys.get(self._database, key_id)
+        now = time.time()
+        return Quota(key.periods, [(now - at / 1000, tokens) for at, tokens in rows])
 
-    # -- what keys use -----------------------------------------------------------------------------
 
-    async def _use_of(self, key: Key) -> KeyUse:
-        """From memory; the first time from the last minute's rows, so that limits outlive us."""
-        use = self._uses.get(key.id)
-        if use is not None:
-            return use
-        async with self._reading:
-            if key.id not in self._uses:
-                self._forget_idle()
-                wall, now = time.time(), time.monotonic()
-                # Not those of the future: the clock was ahead when they were written.
-                span = (int((wall - MINUTE) * 1000), int(wall * 1000))
-                rows = await between(self._database, key.id, *span)
-                ended = [(now - (wall - at / 1000), tokens) for at, tokens in rows]
-                # As it is now: since the key was found, its last request may have ended.
-                key = await keys.get(self._database, key.id)
-                self._uses[key.id] = KeyUse(key, ended, now)
-        return self._uses[key.id]
-
-    def _forget_idle(self) -> None:
-        if len(self._uses) >= _MOST_IDLE:
-            now = time.monotonic()
-            self._uses = {
-                name: use
-                for name, use in self._uses.items()
-                # Refused requests are in no row that would bring them back.
-                if not use.idle or use.requests.used(now)
-            }
+def _capped(
+    jobs: list[Job], prompt: int, context: int, prices: Prices, limits: Limits, money: int | None
+) -> list[Job]:
+    """With the limit that the client left to the box: what context, tpm and `money` allow."""
+    rooms = [context - max(len(job.read or ()) for job in jobs)]
+    if limits.tpm is not None:
+        rooms.append((limits.tpm - prompt) // len(jobs))
+    price = prices.most(0, 1)
+    if money is not None and price:
+        rooms.append((money - prices.most(prompt, 0)) // (price * len(jobs)))
+    # At least one: what has no room for it is refused with the numbers.
+    return [replace(job, max_tokens=max(1, min(rooms))) for job in jobs]
 
 
 def _draining() -> NoNodesAvailable:

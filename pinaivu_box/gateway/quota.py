@@ -1,8 +1,8 @@
-"""What a key may still use: requests and tokens in any minute, places, budget.  Pure, but for a
-clock.
+"""Quotas: what whoever pays for requests, a key or another box, may use, and what is in use.
 
-All of a request is checked and taken in one call, so nothing can come between; what was taken is
-settled to the truth when the request ends.  A budget counts what running requests may still cost.
+All that a request needs is checked and taken in one call without an await, so requests that come
+together see each other.  What is reserved counts at once, and is settled to what was really used
+when the request ends.  Pure, but for a clock.
 """
 
 from __future__ import annotations
@@ -11,304 +11,464 @@ import asyncio
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from pinaivu_box import amount
 from pinaivu_box.errors import BudgetExceeded, ExceedsKeyLimit, RateLimited
-from pinaivu_box.policy import Policy
-from pinaivu_box.store.keys import MOST_PERIODS, Key, in_period
+from pinaivu_box.policy import Budget
+from pinaivu_box.store.keys import MOST_PERIODS, in_period
 
-MINUTE = 60.0
+MINUTE = 60.0  # seconds
+_CREDIT_RETRY_SECONDS = 30
+_MAX_QUOTAS = 10_000  # beyond these, the idle ones are forgotten and read from the store again
+
+
+@dataclass(slots=True)
+class Entry:
+    """An amount in a window."""
+
+    at: float
+    amount: int
 
 
 class Window:
-    """Amounts of the last `seconds`: an exact sliding window, not one that starts anew at times.
+    """The sum of the amounts of the last `seconds`: an exact sliding window.
 
-    What was entered at t counts at every moment before t + seconds.
+    What is entered at t counts at every moment before t + seconds.
     """
 
     def __init__(self, seconds: float = MINUTE) -> None:
         self._seconds = seconds
-        self._entries: deque[list[float]] = deque()  # [when, amount], oldest first
+        self._entries: deque[Entry] = deque()  # oldest first
         self._total = 0
 
     def used(self, now: float) -> int:
-        while self._entries and self._entries[0][0] + self._seconds <= now:
-            self._total -= int(self._entries.popleft()[1])
+        while self._entries and self._entries[0].at + self._seconds <= now:
+            self._total -= self._entries.popleft().amount
         return self._total
 
-    def enter(self, now: float, amount: int) -> list[float]:
-        """The entry, for `correct`."""
+    def enter(self, now: float, amount: int) -> Entry:
+        """Count `amount` from now on; returns its entry, for `correct`."""
         self.used(now)
-        entry = [now, amount]
+        entry = Entry(now, amount)
         self._entries.append(entry)
         self._total += amount
         return entry
 
-    def correct(self, entry: list[float], truth: int, now: float) -> None:
-        if entry[0] + self._seconds > now:
-            self._total += truth - int(entry[1])
-            entry[1] = truth
+    def correct(self, entry: Entry, amount: int, now: float) -> None:
+        """Count `amount` instead of what was entered."""
+        if entry.at + self._seconds > now:
+            self._total += amount - entry.amount
+            entry.amount = amount
 
     def wait(self, now: float, amount: int, limit: int) -> float:
         """Seconds until `amount` more stay within the limit; infinite if they never do."""
-        over = self.used(now) + amount - limit
-        for when, entered in self._entries:
-            if over <= 0:
+        excess = self.used(now) + amount - limit
+        for entry in self._entries:
+            if excess <= 0:
                 break
-            over -= int(entered)
-            if over <= 0:
-                return min(when + self._seconds - now, self._seconds)
-        return 0.0 if over <= 0 else math.inf
+            excess -= entry.amount
+            if excess <= 0:
+                return min(entry.at + self._seconds - now, self._seconds)
+        return 0.0 if excess <= 0 else math.inf
 
     def empty_in(self, now: float) -> float:
         """Seconds until nothing is left in it."""
         self.used(now)
-        return self._entries[-1][0] + self._seconds - now if self._entries else 0.0
+        return self._entries[-1].at + self._seconds - now if self._entries else 0.0
 
 
-@dataclass
-class Grant:
-    """What one request has taken.  It may run once `turn` is set; end it in any case."""
+@dataclass(frozen=True)
+class Credit:
+    """What a peer may owe, and owes by the ledger, in 10^-9 of the currency.
 
-    period: int
-    spending: Spending
-    cost: int
-    entry: list[float]
-    turn: asyncio.Event = field(default_factory=asyncio.Event)
-    ahead: int = 0  # requests of the key that must end first
+    `unaccepted` is the part that it has not signed.  Beyond its credit it is served while this box
+    has nothing else to do, if `if_idle`: `waived` says that this is so now.
+    """
+
+    limit: int
+    owed: int
+    unaccepted: int
+    currency: str
+    if_idle: bool
+    waived: bool
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a principal may use; None is no limit.
+
+    `principal` is how sentences to it begin: "The key sk-pnv-abc...", "Your box".  The other names
+    are those of `policy.Policy`; periods of the `budget` are counted from `budget_since` (Unix
+    milliseconds).
+    """
+
+    principal: str
+    rpm: int | None = None
+    tpm: int | None = None
+    max_parallel: int | None = None
+    max_queue: int = 0
+    budget: Budget | None = None
+    budget_since: int = 0
+    credit: Credit | None = None
 
 
 @dataclass
 class Spending:
-    """In one period of a budget, in 10^-9: what is spent, and what running requests may cost."""
+    """In 10^-9 of the currency: what is spent, and what running requests may cost at most."""
 
     spent: int = 0
-    held: int = 0
+    reserved: int = 0
 
 
-class KeyUse:
-    """What a key uses now.  What it spends is counted by the period that the request came in, for
-    the clock may jump to another period and come back."""
+@dataclass(eq=False)
+class Reservation:
+    """What one request has taken of a quota.
 
-    def __init__(self, key: Key, ended: Iterable[tuple[float, int]], now: float) -> None:
-        """`ended`: when the last minute's requests came, and their tokens."""
+    It may run once `turn` is set; `ahead` requests wait before it.  `period` is that of the budget,
+    and what the request costs is counted there.  Settle it in any case.
+    """
+
+    quota: Quota
+    period: int
+    spending: Spending
+    tokens: Entry
+    cost: int
+    turn: asyncio.Event = field(default_factory=asyncio.Event)
+    ahead: int = 0
+
+    def use(self, tokens: int) -> None:
+        """Count so many tokens instead of those that were reserved."""
+        self.quota.correct_tokens(self.tokens, tokens)
+
+    def end(self, cost: int) -> None:
+        """The request has ended, and has cost so much; the next that waits may run."""
+        self.quota.end(self, cost)
+
+    def settle(self, tokens: int, cost: int) -> None:
+        """The request has ended, and has used and cost so much."""
+        self.use(tokens)
+        self.end(cost)
+
+
+class Quota:
+    """What one principal uses now.
+
+    Money is counted by the period of the budget that a request came in, for the clock may jump to
+    another period and come back.
+    """
+
+    def __init__(
+        self,
+        spent: Mapping[int, int] | None = None,
+        recent: Iterable[tuple[float, int]] = (),
+        *,
+        now: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
+    ) -> None:
+        """Take up what the store knows.
+
+        `spent` is by the beginning of the period (Unix milliseconds), the latest last.  `recent`
+        has age (seconds) and tokens of each request of the last minute, the oldest first.  `now`
+        is a monotonic clock, `wall` Unix seconds.
+        """
         self.requests = Window()
         self.tokens = Window()
-        self.periods = {since: Spending(spent) for since, spent in key.periods.items()}
         self.running = 0
-        self.places: int | None = None  # max_parallel, as it was last seen
-        self.waiting: deque[Grant] = deque()
-        self.arriving = 0
-        for when, tokens in ended:
-            self.requests.enter(min(when, now), 1)
-            self.tokens.enter(min(when, now), tokens)
+        self.settled = 0  # requests that have ended since this quota was read
+        self._now, self._wall = now, wall
+        self._spending = {begin: Spending(units) for begin, units in (spent or {0: 0}).items()}
+        self._max_parallel: int | None = None  # as it was last seen
+        self._waiting: deque[Reservation] = deque()
+        self._arriving = 0
+        moment = now()
+        for age, tokens in recent:
+            at = moment - max(0.0, age)
+            self.requests.enter(at, 1)
+            self.tokens.enter(at, tokens)
+
+    # -- what is in use ----------------------------------------------------------------------------
+
+    @property
+    def tokens_used(self) -> int:
+        """Tokens of the last minute."""
+        return self.tokens.used(self._now())
+
+    @property
+    def reserved(self) -> int:
+        """What running requests may cost at most, in 10^-9 of the currency."""
+        return sum(spending.reserved for spending in self._spending.values())
 
     @property
     def idle(self) -> bool:
-        return not (self.running or self.waiting or self.arriving)
-
-    def let_in(self) -> None:
-        """Whoever waits and has a place now."""
-        while self.waiting and (self.places is None or self.running < self.places):
-            self.running += 1
-            self.waiting.popleft().turn.set()
-
-    def of(self, begin: int, end: int | None) -> Spending:
-        """All that is of a period of the budget.  There are several if the budget had a shorter
-        one before."""
-        found = [one for since, one in self.periods.items() if in_period(since, begin, end)]
-        return Spending(sum(one.spent for one in found), sum(one.held for one in found))
-
-    def counting(self, period: int) -> Spending:
-        """Where what a request of that period spends is counted."""
-        made = self.periods.pop(period, Spending())
-        for old in list(self.periods)[: max(0, len(self.periods) - MOST_PERIODS)]:
-            if not self.periods[old].held:
-                del self.periods[old]
-        self.periods[period] = made  # the latest used come last
-        return made
-
-
-class Limits:
-    """`now` is monotonic, `wall` Unix seconds."""
-
-    def __init__(
-        self, now: Callable[[], float] = time.monotonic, wall: Callable[[], float] = time.time
-    ) -> None:
-        self._now = now
-        self._wall = wall
-
-    def arrive(self, key: Key, use: KeyUse) -> list[float]:
-        """One request of the minute, taken before its body is read; see `take` and `leave`.
-
-        Raises RateLimited.
-        """
-        now = self._now()
-        self._check_requests(key, use, now)
-        return use.requests.enter(now, 1)
-
-    def leave(self, use: KeyUse, arrived: list[float]) -> None:
-        """The request is not counted after all."""
-        use.requests.correct(arrived, 0, self._now())
-
-    def check(self, key: Key, use: KeyUse, cost: int, arrived: list[float] | None = None) -> None:
-        """Refuses what cannot pass whatever its size, before anything is spent on it.  `cost` is
-        that of the smallest request."""
-        with self._without(use, arrived):
-            self._check(key, use, tokens=1, cost=cost, explicit=True)
-
-    def spare(self, key: Key, use: KeyUse) -> int | None:
-        """What is left of the budget, once no other request holds any of it; else None.
-
-        An answer without a limit of its own is cut where that is used up.
-        """
-        budget = key.policy.budget
-        if budget is None:
-            return None
-        used = use.of(*self._period(key, use))
-        return None if used.held else max(0, budget.units - used.spent)
-
-    def take(
-        self,
-        key: Key,
-        use: KeyUse,
-        *,
-        tokens: int,
-        cost: int,
-        explicit: bool,
-        arrived: list[float] | None = None,
-    ) -> Grant:
-        """All of it or nothing.  `tokens` and `cost` (10^-9 of the currency) are what the request
-        may use at most; `explicit` if the client set its limit.  What it took when it `arrived`
-        counts from now on instead.
-
-        Raises ExceedsKeyLimit, RateLimited, BudgetExceeded.
-        """
-        with self._without(use, arrived):
-            self._check(key, use, tokens=tokens, cost=cost, explicit=explicit)
-        now = self._now()
-        if arrived is not None:
-            use.requests.correct(arrived, 0, now)
-        use.requests.enter(now, 1)
-        period = self._period(key, use)[0]
-        spending = use.counting(period)
-        grant = Grant(period, spending, cost, use.tokens.enter(now, tokens))
-        spending.held += cost
-        use.waiting.append(grant)
-        use.let_in()
-        grant.ahead = len(use.waiting)
-        return grant
-
-    def end(self, key: Key, use: KeyUse, grant: Grant, *, tokens: int, cost: int) -> None:
-        """What it really used; the next one that waits may run."""
-        use.tokens.correct(grant.entry, tokens, self._now())
-        grant.spending.held -= grant.cost
-        grant.spending.spent += cost
-        if grant.turn.is_set():
-            use.running -= 1
-        else:
-            use.waiting.remove(grant)
-        use.let_in()
-
-    def headers(self, key: Key, use: KeyUse) -> dict[str, str]:
-        """OpenAI's `x-ratelimit-*`, of the limits that the key has."""
-        now, made = self._now(), {}
-        windows = (
-            ("requests", key.policy.rpm, use.requests),
-            ("tokens", key.policy.tpm, use.tokens),
+        """Whether the store knows all of it: refused requests of the last minute are in no row."""
+        return not (
+            self.running or self._waiting or self._arriving or self.requests.used(self._now())
         )
-        for name, limit, window in windows:
-            if limit is not None:
-                left = max(0, limit - window.used(now))
-                made[f"x-ratelimit-limit-{name}"] = str(limit)
-                made[f"x-ratelimit-remaining-{name}"] = str(left)
-                made[f"x-ratelimit-reset-{name}"] = f"{window.empty_in(now):.3f}s"
-        return made
 
     @contextmanager
-    def _without(self, use: KeyUse, arrived: list[float] | None) -> Iterator[None]:
-        """A request is not in its own way."""
-        if arrived is None:
-            yield
-            return
-        counted = int(arrived[1])
-        use.requests.correct(arrived, 0, self._now())
+    def kept(self) -> Iterator[None]:
+        """While a request arrives its quota is not forgotten."""
+        self._arriving += 1
         try:
             yield
         finally:
-            use.requests.correct(arrived, counted, self._now())
+            self._arriving -= 1
 
-    def _period(self, key: Key, use: KeyUse) -> tuple[int, int | None]:
-        """The present period of its budget: when it began and ends, Unix milliseconds.  Without a
-        budget the last one goes on."""
-        budget = key.policy.budget
-        if budget is None:
-            return next(reversed(use.periods)), None
-        return budget.window(key.created_at, round(self._wall() * 1000))
+    def headers(self, limits: Limits) -> dict[str, str]:
+        """OpenAI's `x-ratelimit-*` headers, of the limits that there are."""
+        now, headers = self._now(), {}
+        windows = (("requests", limits.rpm, self.requests), ("tokens", limits.tpm, self.tokens))
+        for name, limit, window in windows:
+            if limit is not None:
+                remaining = max(0, limit - window.used(now))
+                headers[f"x-ratelimit-limit-{name}"] = str(limit)
+                headers[f"x-ratelimit-remaining-{name}"] = str(remaining)
+                headers[f"x-ratelimit-reset-{name}"] = f"{window.empty_in(now):.3f}s"
+        return headers
 
-    def _check(self, key: Key, use: KeyUse, *, tokens: int, cost: int, explicit: bool) -> None:
-        policy, now = key.policy, self._now()
-        use.places = policy.max_parallel
-        self._check_requests(key, use, now)
-        if policy.tpm is not None:
-            wait = use.tokens.wait(now, tokens, policy.tpm)
-            if wait == math.inf:
-                raise ExceedsKeyLimit(
-                    f"The request may use {tokens} tokens, and the key {key.prefix}... allows "
-                    f"{policy.tpm} per minute (tpm): lower max_tokens or shorten the prompt."
-                )
-            _refuse(wait, key, f"{policy.tpm} tokens per minute (tpm; this may use {tokens})")
-        self._check_places(key, policy, use)
-        self._check_budget(key, use, cost, explicit)
+    def unreserved(self, limits: Limits) -> int | None:
+        """What is left of the budget if no request holds any of it, else None.
 
-    def _check_requests(self, key: Key, use: KeyUse, now: float) -> None:
-        rpm = key.policy.rpm
-        if rpm is not None:
-            _refuse(use.requests.wait(now, 1, rpm), key, f"{rpm} requests per minute (rpm)")
+        An answer without a limit of its own is cut where that is used up.
+        """
+        if limits.budget is None:
+            return None
+        spending = self._spending_of(*self._period(limits))
+        return None if spending.reserved else max(0, limits.budget.units - spending.spent)
 
-    def _check_places(self, key: Key, policy: Policy, use: KeyUse) -> None:
-        most = policy.max_parallel
-        if most is None or use.running < most or len(use.waiting) < policy.max_queue:
+    # -- a request ---------------------------------------------------------------------------------
+
+    def count_request(self, limits: Limits) -> Entry:
+        """Take one request of the minute, before the body is read.
+
+        Pass the entry to `reserve`, or to `uncount_request`.  Raises RateLimited.
+        """
+        self._check_requests(limits)
+        return self.requests.enter(self._now(), 1)
+
+    def uncount_request(self, entry: Entry) -> None:
+        """The request is not counted after all."""
+        self.requests.correct(entry, 0, self._now())
+
+    def check(
+        self, limits: Limits, *, tokens: int = 1, cost: int = 0, counted: Entry | None = None
+    ) -> None:
+        """Refuse what cannot run whatever its size; `tokens` and `cost` are the least it may use.
+
+        Raises as `reserve` does.
+        """
+        with self._without(counted):
+            self._check(limits, tokens, cost, explicit=True)
+
+    def reserve(
+        self,
+        limits: Limits,
+        *,
+        tokens: int = 0,
+        cost: int = 0,
+        explicit: bool = True,
+        counted: Entry | None = None,
+    ) -> Reservation:
+        """Take all that a request may use at most, or nothing.
+
+        `cost` is in 10^-9 of the currency; `explicit` says that the client has set the limit of its
+        answer.  A request that is `counted` already counts from now on instead.  Raises
+        ExceedsKeyLimit, RateLimited if it would fit later, BudgetExceeded if it would not.
+        """
+        with self._without(counted):
+            self._check(limits, tokens, cost, explicit=explicit)
+        now = self._now()
+        if counted is not None:
+            self.requests.correct(counted, 0, now)
+        self.requests.enter(now, 1)
+        period, _ = self._period(limits)
+        spending = self._charged(period)
+        spending.reserved += cost
+        entry = self.tokens.enter(now, tokens)
+        reservation = Reservation(self, period, spending, entry, cost)
+        self._waiting.append(reservation)
+        self._let_run()
+        reservation.ahead = len(self._waiting)
+        return reservation
+
+    def increase(self, reservation: Reservation, limits: Limits, *, tokens: int, cost: int) -> None:
+        """Reserve more for a request that has its place already.  Raises as `reserve` does."""
+        self._check_tokens(limits, tokens)
+        self._check_money(limits, cost, explicit=True)
+        reservation.tokens = self.tokens.enter(self._now(), tokens)
+        reservation.spending.reserved += cost
+        reservation.cost += cost
+
+    def correct_tokens(self, entry: Entry, tokens: int) -> None:
+        self.tokens.correct(entry, tokens, self._now())
+
+    def end(self, reservation: Reservation, cost: int) -> None:
+        """See `Reservation.end`."""
+        reservation.spending.reserved -= reservation.cost
+        reservation.spending.spent += cost
+        if reservation.turn.is_set():
+            self.running -= 1
+        else:
+            self._waiting.remove(reservation)
+        self.settled += 1
+        self._let_run()
+
+    def _let_run(self) -> None:
+        """Those that wait and have a place now, in the order in which they came."""
+        while self._waiting and (self._max_parallel is None or self.running < self._max_parallel):
+            self.running += 1
+            self._waiting.popleft().turn.set()
+
+    # -- checks ------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _without(self, counted: Entry | None) -> Iterator[None]:
+        """A request is not in its own way."""
+        if counted is None:
+            yield
             return
-        queue = f" and {policy.max_queue} that wait (max_queue)" if policy.max_queue else ""
+        requests = counted.amount
+        self.requests.correct(counted, 0, self._now())
+        try:
+            yield
+        finally:
+            self.requests.correct(counted, requests, self._now())
+
+    def _check(self, limits: Limits, tokens: int, cost: int, *, explicit: bool) -> None:
+        self._max_parallel = limits.max_parallel
+        self._check_requests(limits)
+        self._check_tokens(limits, tokens)
+        self._check_places(limits)
+        self._check_money(limits, cost, explicit=explicit)
+
+    def _check_requests(self, limits: Limits) -> None:
+        if limits.rpm is not None:
+            wait = self.requests.wait(self._now(), 1, limits.rpm)
+            refuse_until(
+                wait, f"{limits.principal} may make {limits.rpm} requests per minute (rpm)"
+            )
+
+    def _check_tokens(self, limits: Limits, tokens: int) -> None:
+        if limits.tpm is None:
+            return
+        wait = self.tokens.wait(self._now(), tokens, limits.tpm)
+        if wait == math.inf:
+            raise ExceedsKeyLimit(
+                f"{limits.principal} may use {limits.tpm} tokens per minute (tpm), and this "
+                f"request may use {tokens}: lower max_tokens or shorten the prompt."
+            )
+        size = f"tpm; this request may use {tokens}"
+        refuse_until(wait, f"{limits.principal} may use {limits.tpm} tokens per minute ({size})")
+
+    def _check_places(self, limits: Limits) -> None:
+        most = limits.max_parallel
+        if most is None or self.running < most or len(self._waiting) < limits.max_queue:
+            return
+        queue = f" and {limits.max_queue} that wait (max_queue)" if limits.max_queue else ""
         raise RateLimited(
-            f"The key {key.prefix}... allows {most} requests at a time (max_parallel){queue}: "
-            "try again when one has ended."
+            f"{limits.principal} may have {most} requests at a time (max_parallel){queue}: try "
+            "again when one has ended."
         )
 
-    def _check_budget(self, key: Key, use: KeyUse, cost: int, explicit: bool) -> None:
-        budget = key.policy.budget
-        if budget is None:
-            return
-        begin, end = self._period(key, use)
-        used = use.of(begin, end)
-        left = budget.units - used.spent
-        if cost > left and (explicit or not used.held):
+    def _check_money(self, limits: Limits, cost: int, *, explicit: bool) -> None:
+        if limits.budget is not None:
+            self._check_budget(limits, limits.budget, cost, explicit)
+        if limits.credit is not None:
+            self._check_credit(limits, limits.credit)
+
+    def _check_budget(self, limits: Limits, budget: Budget, cost: int, explicit: bool) -> None:
+        begin, end = self._period(limits)
+        spending = self._spending_of(begin, end)
+        left = budget.units - spending.spent
+        if cost > left and (explicit or not spending.reserved):
             when = "raise the budget" if end is None else f"wait until {_utc(end)}"
             period = f" per {budget.period}" if budget.period else ""
             raise BudgetExceeded(
-                f"The budget of the key {key.prefix}... is {budget.amount}{period}, of which "
-                f"{amount.to_text(used.spent)} is spent, and this may cost {amount.to_text(cost)}: "
-                f"{when if left <= 0 else f'lower max_tokens, or {when}'}."
+                f"{limits.principal} has a budget of {budget.amount}{period}, of which "
+                f"{amount.to_text(spending.spent)} is spent, and this request may cost "
+                f"{amount.to_text(cost)}: {when if left <= 0 else f'lower max_tokens, or {when}'}."
             )
-        if cost > left - used.held:
+        if cost > left - spending.reserved:
             raise RateLimited(
-                f"Running requests of the key {key.prefix}... may use up its budget "
+                f"{limits.principal} has running requests that may use up its budget "
                 f"({amount.to_text(left)} is left): try again when one has ended."
             )
 
+    def _check_credit(self, limits: Limits, credit: Credit) -> None:
+        running = self.reserved
+        if credit.owed + running < credit.limit or credit.waived:
+            return
+        parts = [f"{amount.to_text(running)} of it for running requests"] if running else []
+        if credit.unaccepted:
+            parts.append(f"{amount.to_text(credit.unaccepted)} of it not accepted by your box")
+        detail = f" ({', '.join(parts)})" if parts else ""
+        action = "settle, or wait until it has nothing else to do"
+        if not credit.if_idle:
+            action = "settle" + (", or wait until those have ended" if running else "")
+        raise RateLimited(
+            f"{limits.principal} owes this one {amount.to_text(credit.owed + running)} "
+            f"{credit.currency} of at most {amount.to_text(credit.limit)}{detail}: {action}.",
+            retry_after=_CREDIT_RETRY_SECONDS,
+        )
 
-def _refuse(wait: float, key: Key, limit: str) -> None:
+    # -- periods of a budget -----------------------------------------------------------------------
+
+    def _period(self, limits: Limits) -> tuple[int, int | None]:
+        """The present period of the budget: when it began and ends, Unix milliseconds.
+
+        Without a budget the last one goes on.
+        """
+        if limits.budget is None:
+            return next(reversed(self._spending)), None
+        return limits.budget.window(limits.budget_since, round(self._wall() * 1000))
+
+    def _spending_of(self, begin: int, end: int | None) -> Spending:
+        """All that is of a period; there are several if the budget had a shorter one before."""
+        parts = [part for at, part in self._spending.items() if in_period(at, begin, end)]
+        return Spending(sum(part.spent for part in parts), sum(part.reserved for part in parts))
+
+    def _charged(self, period: int) -> Spending:
+        """Where what a request of that period costs is counted."""
+        spending = self._spending.pop(period, Spending())
+        for old in list(self._spending)[: max(0, len(self._spending) - MOST_PERIODS)]:
+            if not self._spending[old].reserved:
+                del self._spending[old]
+        self._spending[period] = spending  # the latest used come last
+        return spending
+
+
+class Quotas:
+    """The quotas of principals, by id.
+
+    Each is read from the store when it is first used, so that limits outlive a restart.
+    """
+
+    def __init__(self, read: Callable[[str], Awaitable[Quota]]) -> None:
+        self._read = read
+        self._quotas: dict[str, Quota] = {}
+        self._reading = asyncio.Lock()
+
+    async def of(self, principal: str) -> Quota:
+        quota = self._quotas.get(principal)
+        if quota is not None:
+            return quota
+        async with self._reading:
+            if principal not in self._quotas:
+                if len(self._quotas) >= _MAX_QUOTAS:
+                    self._quotas = {id_: q for id_, q in self._quotas.items() if not q.idle}
+                self._quotas[principal] = await self._read(principal)
+            return self._quotas[principal]
+
+
+def refuse_until(wait: float, limit: str) -> None:
+    """Raise RateLimited with the sentence `limit` if it is to be waited for so many seconds."""
     if wait > 0:
         seconds = max(1, math.ceil(wait))
-        raise RateLimited(
-            f"The key {key.prefix}... allows {limit}: try again in {seconds} s.",
-            retry_after=seconds,
-        )
+        raise RateLimited(f"{limit}: try again in {seconds} s.", retry_after=seconds)
 
 
 def _utc(milliseconds: int) -> str:

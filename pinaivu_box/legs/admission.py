@@ -1,286 +1,279 @@
-"""What peers may have here: places, tokens, credit, each leg once, and no prompt for nothing."""
+"""Admission of peers' legs: what a peer may use, each leg once, and no prompt for nothing."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import hashlib
-import math
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Hashable
 from dataclasses import dataclass, field
-from datetime import datetime
-from typing import TypeVar
+from typing import Protocol
 
 from pinaivu_box import amount
-from pinaivu_box.errors import Conflict, RateLimited
+from pinaivu_box.errors import Conflict
 from pinaivu_box.gateway.backend import Job
 from pinaivu_box.gateway.metering import asked_text
-from pinaivu_box.gateway.quota import Window
+from pinaivu_box.gateway.quota import (
+    Credit,
+    Limits,
+    Quota,
+    Quotas,
+    Reservation,
+    Window,
+    refuse_until,
+)
 from pinaivu_box.ledger.entry import Balance
+from pinaivu_box.policy import PeerPolicy
 from pinaivu_box.routing.load import LoadTracker
 
-_ASKED_AT_ONCE = 4  # tasks of a peer that are on their way here, of up to 16 MiB each
-_OTHER_SECONDS = 5.0  # that a leg waits for another of its request
-_REMEMBERED = 4096  # prompts of a peer, and its legs
-_COUNTED = 2  # times its tokens a minute that a peer may have counted
+_MAX_RECEIVING = 4  # tasks of a peer that are on their way here, of up to 16 MiB each
+_SIBLING_SECONDS = 5.0  # that a leg waits for another of its request
+_MAX_REMEMBERED = 4096  # prompts of a peer, and legs
+_COUNTED_RATIO = 2  # of the tokens a minute that a peer may have counted to those it may use
+_PRINCIPAL = "Your box"  # as sentences to a peer begin
 
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class PeerLimits:
-    """`max_parallel` requests at a time, tokens in any minute (None: no limit), `credit` (10^-9 of
-    the currency, None: no limit) that the peer may owe; beyond it, it is served while nobody else
-    is, if `idle_beyond`.  `models` are globs, `hours` as "18:00-08:00" in local time."""
-
-    max_parallel: int = 8
-    tokens_per_minute: int | None = None
-    credit: int | None = None
-    idle_beyond: bool = True
-    models: tuple[str, ...] = ("*",)
-    hours: str = ""
-    blocked: str | None = None
-
-    @property
-    def limited(self) -> bool:
-        """Whether it matters how much a request may use: only then its prompt is counted first."""
-        return self.credit is not None or self.tokens_per_minute is not None
-
-    @property
-    def open(self) -> bool:
-        """Whether it is between the two times of day; always, if there are none."""
-        if not self.hours:
-            return True
-        begin, end = self.hours.split("-")
-        now = datetime.now().strftime("%H:%M")
-        return begin <= now < end if begin <= end else now >= begin or now < end
-
-    def why_not(self) -> str | None:
-        """Why the peer gets nothing at all now, in a sentence for it, or None."""
-        if self.blocked is not None:
-            return f"This box serves yours nothing now: {self.blocked}."
-        return None if self.open else f"This box serves others from {self.hours} only."
+LegKey = tuple[str, int, int]  # request id, leg, choice
 
 
-@dataclass
-class PeerUse:
-    """What one peer has now.  `legs`: request id, leg and choice of those that run, `served` of the
-    latest that have run; `held` is what those that run may cost, and `ended` counts those whose
-    cost is in the ledger instead.  `tokens` of the last minute (once they are `loaded`), `counted`
-    those of prompts that were only read.  `paid`: prompts that a leg pays for.  `asking`: held
-    while a task is read."""
+class PeerLedger(Protocol):
+    """What the ledger says of a peer."""
 
-    running: int = 0
-    held: int = 0
-    ended: int = 0
-    loaded: bool = False
-    tokens: Window = field(default_factory=Window)
-    counted: Window = field(default_factory=Window)
-    asking: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_ASKED_AT_ONCE))
-    legs: set[tuple[str, int, int]] = field(default_factory=set)
-    served: OrderedDict[tuple[str, int, int], None] = field(default_factory=OrderedDict)
-    paid: OrderedDict[bytes, None] = field(default_factory=OrderedDict)
+    async def balance(self, peer: str, currency: str) -> Balance: ...
 
+    async def recent(self, peer: str) -> list[tuple[float, int]]:
+        """Age in seconds and tokens of each leg that it was served in the last minute."""
+        ...
 
-@dataclass(frozen=True)
-class LegPermit:
-    """For one leg.  `fresh` raises Conflict if it was served already: nothing may be said before
-    that, but the engine need not wait for it.  `proven` is called when the peer has got its proof,
-    `served` when it is in the ledger.  `paid` raises Conflict if nobody pays for its prompt any
-    more: nothing that was made of it may be given away before that."""
-
-    fresh: Callable[[], Awaitable[None]]
-    paid: Callable[[], None]
-    proven: Callable[[], None]
-    served: Callable[[], None]
+    async def served(self, peer: str, request_id: str, leg: int, choice: int) -> bool:
+        """Whether that leg is in the ledger."""
+        ...
 
 
 @dataclass(frozen=True)
 class PeerDebt:
-    """What a peer owes, in 10^-9: all in all with what runs, and what of that it has not
-    accepted."""
+    """What a peer owes, in 10^-9 of the currency: with what runs, and what it has not accepted."""
 
     total: int
     unaccepted: int
 
 
-class PeerQuotas:
-    """`terms` are asked for each request; `owed` (by peer and currency), `served` (by peer, request
-    id, leg and choice) and `lately` (how many seconds ago which tokens were served to a peer in the
-    last minute) are the ledger's."""
+@dataclass
+class _PeerLegs:
+    """The legs of one peer: those that run, the latest that were served, the prompts that a leg
+    pays for, and the tokens of prompts that were only counted in the last minute.
+
+    `receiving` is held while a task is read.
+    """
+
+    receiving: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_MAX_RECEIVING))
+    counted: Window = field(default_factory=Window)
+    running: set[LegKey] = field(default_factory=set)
+    served: OrderedDict[Hashable, None] = field(default_factory=OrderedDict)
+    paid: OrderedDict[Hashable, None] = field(default_factory=OrderedDict)
+    _changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def changed(self) -> None:
+        """A leg has ended, or a prompt is paid for."""
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def until(self, condition: Callable[[], bool]) -> bool:
+        """Wait a moment for the condition; returns whether it holds."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_SIBLING_SECONDS):
+                while not condition():
+                    await self._changed.wait()
+        return condition()
+
+
+class LegPermit:
+    """Permission to serve one leg, while it lasts."""
+
+    def __init__(
+        self, peer: str, leg: LegKey, prompt: bytes, legs: _PeerLegs, ledger: PeerLedger
+    ) -> None:
+        self.proven = False  # whether the peer has its proof
+        self._peer, self._leg, self._prompt = peer, leg, prompt
+        self._legs, self._ledger = legs, ledger
+
+    async def check_new(self) -> None:
+        """Nothing may be sent before this, but the engine need not wait for it.
+
+        Raises Conflict if the leg was served already.
+        """
+        if await self._ledger.served(self._peer, *self._leg):
+            self.served()  # the next time nothing begins
+            raise _served_already()
+
+    def check_paid(self) -> None:
+        """Nothing that was computed may be sent before this.
+
+        Raises Conflict if no leg pays for the prompt any more.
+        """
+        if self._prompt not in self._legs.paid:
+            raise _unpaid()
+
+    def served(self) -> None:
+        """It is in the ledger."""
+        _remember(self._legs.served, self._leg)
+
+
+class LegAdmission:
+    """Decides which legs of peers are served, and counts what peers use."""
 
     def __init__(
         self,
-        terms: Callable[[str], Awaitable[PeerLimits]],
-        owed: Callable[[str, str], Awaitable[Balance]],
-        served: Callable[[str, str, int, int], Awaitable[bool]],
-        lately: Callable[[str], Awaitable[list[tuple[float, int]]]],
+        policy: Callable[[str], Awaitable[PeerPolicy]],
+        ledger: PeerLedger,
         load: LoadTracker,
     ) -> None:
-        self.terms = terms
-        self._owed, self._served, self._lately, self._load = owed, served, lately, load
-        self._uses: dict[str, PeerUse] = {}
-        self.gone = asyncio.Event()  # set while no request of a peer runs
-        self.gone.set()
+        """`policy` says what a peer may have."""
+        self.policy = policy
+        self.quotas = Quotas(self._read_quota)
+        self.idle = asyncio.Event()  # set while no request of a peer runs
+        self.idle.set()
+        self._ledger, self._load = ledger, load
+        self._running = 0
+        self._legs: dict[str, _PeerLegs] = {}
 
-    def use(self, peer: str) -> PeerUse:
-        return self._uses.setdefault(peer, PeerUse())
+    async def _read_quota(self, peer: str) -> Quota:
+        return Quota(recent=await self._ledger.recent(peer))
 
-    async def _load_tokens(self, peer: str) -> None:
-        """What the peer used in the last minute outlives a restart."""
-        use = self.use(peer)
-        if not use.loaded:
-            found = await self._lately(peer)
-            if not use.loaded:
-                use.loaded, now = True, time.monotonic()
-                for age, tokens in found:
-                    use.tokens.enter(now - age, tokens)
+    def _legs_of(self, peer: str) -> _PeerLegs:
+        return self._legs.setdefault(peer, _PeerLegs())
 
-    async def owes(self, peer: str, currency: str) -> PeerDebt:
+    def receiving(self, peer: str) -> asyncio.Semaphore:
+        """Bounds the tasks of a peer that are read at a time."""
+        return self._legs_of(peer).receiving
+
+    # -- what a peer may use -----------------------------------------------------------------------
+
+    async def debt(self, peer: str, currency: str) -> PeerDebt:
         """As a credit limit counts it."""
-        use = self.use(peer)
+        quota = await self.quotas.of(peer)
+        balance = await self._balance(quota, peer, currency)
+        return PeerDebt(balance.credit_used + quota.reserved, balance.waiting)
+
+    async def _balance(self, quota: Quota, peer: str, currency: str) -> Balance:
         while True:
-            ended = use.ended
-            found = await self._owed(peer, currency)
-            if use.ended == ended:  # else one of them may be neither in the ledger nor held
-                return PeerDebt(found.credit_used + use.held, found.waiting)
+            settled = quota.settled
+            balance = await self._ledger.balance(peer, currency)
+            if quota.settled == settled:
+                return balance
+            # A leg that has ended meanwhile may be neither in the balance nor reserved.
 
-    async def check(self, peer: str, terms: PeerLimits, currency: str) -> None:
-        """Before anything is spent on a request.  Raises RateLimited."""
-        if terms.tokens_per_minute is not None:
-            await self._load_tokens(peer)
-            self._check_tokens(peer, terms, 1)
-        await self._check_credit(peer, terms, currency)
-
-    async def _check_credit(self, peer: str, terms: PeerLimits, currency: str) -> None:
-        if terms.credit is None:
-            return
-        owed = await self.owes(peer, currency)
-        if owed.total < terms.credit or (terms.idle_beyond and self._load.idle):
-            return
-        running = self.use(peer).held
-        parts = [f"{amount.to_text(running)} of it for what runs"] if running else []
-        if owed.unaccepted:
-            parts.append(f"{amount.to_text(owed.unaccepted)} of it not accepted by yours")
-        more = f" ({', '.join(parts)})" if parts else ""
-        todo = "settle, or wait until it has nothing else to do"
-        if not terms.idle_beyond:
-            todo = "settle" + (", or wait until that has ended" if running else "")
-        raise RateLimited(
-            f"Your box owes this one {amount.to_text(owed.total)} {currency} of at most "
-            f"{amount.to_text(terms.credit)}{more}: {todo}.",
-            retry_after=30,
-        )
-
-    def _check_tokens(self, peer: str, terms: PeerLimits, tokens: int) -> None:
-        limit = terms.tokens_per_minute
-        if limit is not None:
-            wait = self.use(peer).tokens.wait(time.monotonic(), min(tokens, limit), limit)
-            _refuse(wait, f"Your box may use {limit} tokens a minute here")
-
-    @contextlib.contextmanager
-    def place(self, peer: str, terms: PeerLimits) -> Iterator[None]:
-        """Among the peer's requests.  Raises RateLimited."""
-        use = self.use(peer)
-        if use.running >= terms.max_parallel:
-            raise RateLimited(
-                f"Your box has {use.running} requests here, as many as it may: try again when one "
-                "has ended."
+    async def _limits(self, quota: Quota, peer: str, policy: PeerPolicy, currency: str) -> Limits:
+        """All but places: a request has one from the beginning."""
+        credit = None
+        if policy.credit_limit:
+            balance = await self._balance(quota, peer, currency)
+            if_idle = policy.beyond == "idle"
+            credit = Credit(
+                amount.parse(policy.credit_limit),
+                balance.credit_used,
+                balance.waiting,
+                currency,
+                if_idle,
+                waived=if_idle and self._load.idle,
             )
-        use.running += 1
-        self.gone.clear()
-        try:
-            yield
-        finally:
-            use.running -= 1
-            if not any(one.running for one in self._uses.values()):
-                self.gone.set()
+        return Limits(_PRINCIPAL, tpm=policy.tokens_per_minute or None, credit=credit)
 
     @contextlib.asynccontextmanager
-    async def reserved(
-        self, peer: str, terms: PeerLimits, currency: str, ceiling: int, tokens: int
-    ) -> AsyncIterator[Callable[[int], None]]:
-        """What a request may cost and use at most, until it ends: then its cost must be in the
-        ledger.  Call what it gives with the tokens that were really used.  Raises RateLimited."""
-        await self._check_credit(peer, terms, currency)
-        # From here on nothing is waited for: of requests that come together each sees the others.
-        self._check_tokens(peer, terms, tokens)
-        use = self.use(peer)
-        entry = use.tokens.enter(time.monotonic(), min(tokens, terms.tokens_per_minute or tokens))
-        use.held += ceiling
+    async def place(self, peer: str, policy: PeerPolicy) -> AsyncIterator[Reservation]:
+        """A place among the peer's requests; what it costs must be in the ledger when it is left.
+
+        Raises RateLimited.
+        """
+        quota = await self.quotas.of(peer)
+        limits = Limits(_PRINCIPAL, max_parallel=policy.max_parallel)
+        reservation = quota.reserve(limits)
+        self._running += 1
+        self.idle.clear()
         try:
-            yield lambda used: use.tokens.correct(entry, used, time.monotonic())
+            yield reservation
         finally:
-            use.held, use.ended = use.held - ceiling, use.ended + 1
+            reservation.end(0)
+            self._running -= 1
+            if not self._running:
+                self.idle.set()
 
-    def counting(self, peer: str, terms: PeerLimits) -> Callable[[int], None]:
-        """For a prompt that is read and not run; call what it gives with its tokens.  Raises
-        RateLimited."""
-        use, now = self.use(peer), time.monotonic()
-        if terms.tokens_per_minute is not None:
-            limit = _COUNTED * terms.tokens_per_minute
-            _refuse(use.counted.wait(now, 1, limit), f"Your box may count {limit} tokens a minute")
+    async def check(self, peer: str, policy: PeerPolicy, currency: str) -> None:
+        """Refuse what cannot run before anything is spent on it.  Raises RateLimited."""
+        quota = await self.quotas.of(peer)
+        quota.check(await self._limits(quota, peer, policy, currency))
 
-        def counted(tokens: int) -> None:
-            use.counted.enter(time.monotonic(), tokens)
+    async def reserve(
+        self,
+        reservation: Reservation,
+        peer: str,
+        policy: PeerPolicy,
+        currency: str,
+        *,
+        tokens: int,
+        cost: int,
+    ) -> None:
+        """Reserve what a request may use and cost at most, until its place is left.
 
-        return counted
+        Raises RateLimited.
+        """
+        quota = reservation.quota
+        limits = await self._limits(quota, peer, policy, currency)
+        # From here on nothing is awaited: of requests that come together each sees the others.
+        tokens = min(tokens, limits.tpm or tokens)
+        quota.increase(reservation, limits, tokens=tokens, cost=cost)
+
+    def check_counting(self, peer: str, policy: PeerPolicy) -> None:
+        """Before a prompt is counted that is not run.  Raises RateLimited."""
+        if policy.tokens_per_minute:
+            limit = _COUNTED_RATIO * policy.tokens_per_minute
+            wait = self._legs_of(peer).counted.wait(time.monotonic(), 1, limit)
+            refuse_until(wait, f"{_PRINCIPAL} may count {limit} tokens per minute")
+
+    def counted(self, peer: str, tokens: int) -> None:
+        """A prompt of so many tokens was counted."""
+        self._legs_of(peer).counted.enter(time.monotonic(), tokens)
+
+    # -- legs --------------------------------------------------------------------------------------
 
     @contextlib.asynccontextmanager
-    async def once(self, peer: str, job: Job, *, pays: bool) -> AsyncIterator[LegPermit]:
-        """A leg is served once, for the ledger counts it once; and one of those that share a prompt
-        pays for it, if it comes to a proof.  Raises Conflict."""
-        use, leg = self.use(peer), (job.request_id, job.leg, job.choice)
-        if leg in use.served:
+    async def leg(self, peer: str, job: Job, *, pays: bool) -> AsyncIterator[LegPermit]:
+        """Serve a leg once, for the ledger counts it once; and of those that share a prompt one
+        pays for it, if it comes to a proof.
+
+        Raises Conflict.
+        """
+        legs, key = self._legs_of(peer), (job.request_id, job.leg, job.choice)
+        if key in legs.served:
             raise _served_already()
         # One whose stream has just broken is about to end.
-        if not await _comes(lambda: leg not in use.legs):
+        if not await legs.until(lambda: key not in legs.running):
             raise Conflict("This leg of the request is being served already.")
-        use.legs.add(leg)
-
-        async def fresh() -> None:
-            if await self._served(peer, *leg):
-                _remember(use.served, leg)  # the next time nothing begins
-                raise _served_already()
-
+        legs.running.add(key)
         try:
-            prompt = _prompt(job)
-
-            def paid() -> None:
-                if prompt not in use.paid:
-                    raise _unpaid()
-
-            async with _payment(use, prompt, pays=pays) as proven:
-                yield LegPermit(fresh, paid, proven, lambda: _remember(use.served, leg))
+            prompt = _prompt_hash(job)
+            # The leg that pays may have been overtaken.
+            if not (pays or await legs.until(lambda: prompt in legs.paid)):
+                raise _unpaid()
+            paid_before = prompt in legs.paid or not pays
+            _remember(legs.paid, prompt)
+            legs.changed()
+            permit = LegPermit(peer, key, prompt, legs, self._ledger)
+            try:
+                yield permit
+            finally:
+                if not (paid_before or permit.proven):
+                    legs.paid.pop(prompt, None)
         finally:
-            use.legs.discard(leg)
+            legs.running.discard(key)
+            legs.changed()
 
 
-@contextlib.asynccontextmanager
-async def _payment(use: PeerUse, prompt: bytes, *, pays: bool) -> AsyncIterator[Callable[[], None]]:
-    # The leg that pays may have been overtaken.
-    if not (pays or await _comes(lambda: prompt in use.paid)):
-        raise _unpaid()
-    proven = prompt in use.paid or not pays
-
-    def prove() -> None:
-        nonlocal proven
-        proven = True
-
-    _remember(use.paid, prompt)
-    try:
-        yield prove
-    finally:
-        if not proven:
-            use.paid.pop(prompt, None)
-
-
-def _remember(kept: OrderedDict[T, None], one: T) -> None:
-    kept[one] = None
-    if len(kept) > _REMEMBERED:
-        kept.popitem(last=False)
+def _remember(keys: OrderedDict[Hashable, None], key: Hashable) -> None:
+    keys[key] = None
+    if len(keys) > _MAX_REMEMBERED:
+        keys.popitem(last=False)
 
 
 def _served_already() -> Conflict:
@@ -288,24 +281,10 @@ def _served_already() -> Conflict:
 
 
 def _unpaid() -> Conflict:
-    return Conflict("Nobody pays for the prompt of this request here.")
+    return Conflict("No leg of this request pays for its prompt here.")
 
 
-def _refuse(wait: float, limit: str) -> None:
-    if wait > 0:
-        seconds = 60 if wait == math.inf else max(1, math.ceil(wait))
-        raise RateLimited(f"{limit}: try again in {seconds} s.", retry_after=seconds)
-
-
-async def _comes(true: Callable[[], bool]) -> bool:
-    """Whether it becomes true soon."""
-    until = time.monotonic() + _OTHER_SECONDS
-    while not true() and time.monotonic() < until:  # noqa: ASYNC110, it nearly always is
-        await asyncio.sleep(0.05)
-    return true()
-
-
-def _prompt(job: Job) -> bytes:
+def _prompt_hash(job: Job) -> bytes:
     """With its priority: who does not pay must not be served before who does."""
     name = f"{job.request_id} {job.prompt_number} {job.priority}\n{asked_text(job)}"
     return hashlib.sha256(name.encode()).digest()

@@ -20,7 +20,7 @@ from pinaivu_box.gossip.adverts import Facts, Offer
 from pinaivu_box.gossip.channel import NOT_READING, GossipChannel
 from pinaivu_box.gossip.protocol import TICK_SECONDS, Gossip
 from pinaivu_box.identity import Identity
-from pinaivu_box.membership import joining
+from pinaivu_box.membership import joining, peer_names
 from pinaivu_box.membership.address_book import AddressBook
 from pinaivu_box.membership.joining import JoinHandler
 from pinaivu_box.membership.records import MAX_BODY_BYTES
@@ -71,14 +71,16 @@ class Network:
         identity: Identity,
         transport: Transport,
         database: Database,
-        settings: PeeringConfig,
+        settings: Callable[[], PeeringConfig],
         describe: Callable[[], Facts],
         random: Random | None = None,
     ) -> None:
         self.node_id = identity.node_id
-        self.name = _certificate_name(settings.name or socket.gethostname())
-        self.advertise = settings.advertise  # addresses that the operator has configured
+        self.name = _certificate_name(settings().name or socket.gethostname())
+        self._settings = settings
         self.handlers: dict[str, StreamHandler] = {}
+        # Called when `peers` may return something else: when a link is made, and with each tick.
+        self.peers_changed: Callable[[], None] = lambda: None
         self.gossip: Gossip | None = None
         self._identity, self._transport, self._database = identity, transport, database
         self._describe, self._random = describe, random or Random()  # noqa: S311, it only spreads load
@@ -169,7 +171,7 @@ class Network:
         if self.gossip.facts.gist() != before.gist():
             self._tick_now.set()
 
-    async def look(self, model: str) -> None:
+    async def query_load(self, model: str) -> None:
         """Ask the links for the load of the boxes that have a model, so that `peers` has it.  Takes
         a round trip."""
         if self.gossip is None:
@@ -193,6 +195,7 @@ class Network:
 
     def _tick(self) -> None:
         self._peers = None
+        self.peers_changed()
         try:
             if self.gossip is not None:
                 self.gossip.facts = self._facts()
@@ -240,7 +243,7 @@ class Network:
     def own_addresses(self) -> list[str]:
         """Return the addresses that others are told: what the operator has configured, then what
         was found.  The last one may be a relay, which is reachable when no other is."""
-        addresses = list(dict.fromkeys([*self.advertise, *self._transport.addresses()]))
+        addresses = list(dict.fromkeys([*self._settings().advertise, *self._transport.addresses()]))
         if len(addresses) <= MAX_ADDRESSES:
             return addresses
         return [*addresses[: MAX_ADDRESSES - 1], addresses[-1]]
@@ -327,6 +330,7 @@ class Network:
         self._saved_at = 0.0  # save the address with the next tick
         gossip.link_up(link.peer)
         self._peers = None
+        self.peers_changed()
 
         def on_frame(frame: bytes) -> None:
             self._peers = None
@@ -414,7 +418,9 @@ class Network:
     def peer(self, text: str) -> Peer:
         """Return a peer by its node id, the beginning of that, or its name.  Raises
         PeerNotFound."""
-        return peer.find(self.peers(), text)
+        peers = {peer.node_id: peer for peer in self.peers()}
+        names = {node_id: peer.name for node_id, peer in peers.items()}
+        return peers[peer_names.find(text, names)]
 
     def own_view(self, offers: Sequence[Offer], relay: str) -> OwnView:
         """Return this box as its peers see it."""

@@ -1,5 +1,4 @@
-"""Peers as this box sees them now, how one is found by name, and how the admin API and `pinaivu
-peers --json` show them.
+"""Peers as this box sees them now, and as the admin API and `pinaivu peers --json` show them.
 
 In views, times are RFC 3339 in UTC, durations seconds unless their name says otherwise, prices
 decimal text.
@@ -7,7 +6,6 @@ decimal text.
 
 from __future__ import annotations
 
-import difflib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -17,7 +15,6 @@ from msgspec import UNSET, Struct, UnsetType
 
 from pinaivu_box import __version__
 from pinaivu_box.amount import Prices
-from pinaivu_box.errors import PeerNotFound, quoted
 from pinaivu_box.gossip.adverts import Advert, Offer
 from pinaivu_box.gossip.loads import ReportedLoad
 from pinaivu_box.gossip.protocol import Gossip
@@ -32,7 +29,6 @@ from pinaivu_box.transport.transport import LinkFacts, LinkRoute
 
 State = Literal["connected", "connecting", "unreachable", "revoked"]
 _NOT_NEEDED = "There is no link yet: one is made when it is needed."
-_MIN_PREFIX_CHARACTERS = 9  # node_ and 4 digits
 
 
 @dataclass(frozen=True)
@@ -121,29 +117,6 @@ def _state(
     return "connecting", "It is being dialed." if links.is_dialing(node_id) else _NOT_NEEDED
 
 
-def find(peers: Sequence[Peer], text: str) -> Peer:
-    """Return a peer by its node id, the beginning of that, or its name.  Raises PeerNotFound."""
-    matches = [peer for peer in peers if peer.node_id == text] or [
-        peer
-        for peer in peers
-        if peer.name == text
-        or (len(text) >= _MIN_PREFIX_CHARACTERS and peer.node_id.startswith(text))
-    ]
-    if len(matches) == 1:
-        return matches[0]
-    if matches:
-        ids = " or ".join(peer.node_id[:17] for peer in matches)
-        raise PeerNotFound(
-            f"{len(matches)} peers are called '{quoted(text)}': say {ids}.", param="peer"
-        )
-    near = difflib.get_close_matches(text[:100], [peer.name for peer in peers], n=3, cutoff=0.5)
-    hint = f" Did you mean {' or '.join(near)}?" if near else ""
-    raise PeerNotFound(
-        f"There is no peer '{quoted(text)}'.{hint} See 'pinaivu peers ls' for all of them.",
-        param="peer",
-    )
-
-
 class LinkView(Struct, frozen=True):
     """`direct`: without a relay.  `rtt_ms`: the latest round trip, if there was one."""
 
@@ -167,7 +140,7 @@ class OfferView(Struct, frozen=True):
     price: Prices
 
 
-class OpinionView(Struct, frozen=True):
+class Opinion(Struct, frozen=True):
     """This box's own, of 0 to 1, and what it rests on."""
 
     value: float
@@ -229,7 +202,7 @@ class PeerView(Struct, frozen=True):
     draining: bool
     gone: bool
     advert_age: float | None
-    reputation: OpinionView | None
+    reputation: Opinion | None
     admin: bool
     invited_by: str
     member_since: str | None
@@ -264,7 +237,7 @@ def peer_view(
     peer: Peer,
     inviter: str,
     limits: PeerLimits,
-    reputation: OpinionView | None = None,
+    reputation: Opinion | None = None,
     use: UseView | None = None,
     refusal: RefusalView | None = None,
     *,

@@ -6,18 +6,18 @@ from typing import Annotated
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 from starlette.requests import Request
-from starlette.responses import Response
 
-from pinaivu_box.server.admin import Page, answer, body, box_of, by, query
-from pinaivu_box.store import accounts
-from pinaivu_box.store.accounts import Account, Role
-from pinaivu_box.store.views import AccountView, account_view
+from pinaivu_box.admin import accounts
+from pinaivu_box.server.context import actor_of, box_of
+from pinaivu_box.server.paging import PageQuery
+from pinaivu_box.store.accounts import Role
+from pinaivu_box.store.views import AccountView
 
 Password = Annotated[str, Meta(min_length=8, max_length=1024)]
 
 
 class CreateAccount(Struct, frozen=True):
-    """Without a password nobody can log in to it."""
+    """Nobody can log in to an account without a password."""
 
     name: str
     role: Role = "member"
@@ -25,7 +25,7 @@ class CreateAccount(Struct, frozen=True):
 
 
 class ChangeAccount(Struct, frozen=True):
-    """What is given is changed; null takes the password away."""
+    """Only the fields that are present are changed; null removes the password."""
 
     role: Role | UnsetType = UNSET
     password: Password | UnsetType | None = UNSET
@@ -45,43 +45,31 @@ class RemovedAccount(Struct, frozen=True):
     request_id: str = ""
 
 
-async def ls(request: Request) -> Response:
-    page = query(request, Page)
-    found = await accounts.ls(
-        box_of(request).database, after=page.after or "", limit=page.limit + 1
+async def list_accounts(request: Request, query: PageQuery) -> AccountList:
+    database = box_of(request).database
+    page = await accounts.ls(database, after=query.after or "", limit=query.limit)
+    return AccountList(page.data, page.has_more)
+
+
+async def create_account(request: Request, body: CreateAccount) -> AccountView:
+    database, actor = box_of(request).database, actor_of(request)
+    return await accounts.create(database, body.name, body.role, body.password, actor)
+
+
+async def get_account(request: Request, account: str) -> AccountView:
+    return await accounts.get(box_of(request).database, account)
+
+
+async def change_account(request: Request, account: str, body: ChangeAccount) -> AccountView:
+    return await accounts.change(
+        box_of(request).database,
+        account,
+        actor_of(request),
+        role=body.role,
+        password=body.password,
     )
-    data = [account_view(one) for one in found[: page.limit]]
-    return answer(request, AccountList(data, len(found) > page.limit))
 
 
-async def create(request: Request) -> Response:
-    given = await body(request, CreateAccount)
-    made = await accounts.create(
-        box_of(request).database, given.name, given.role, given.password, by(request)
-    )
-    return answer(request, account_view(made))
-
-
-async def get(request: Request) -> Response:
-    return answer(request, account_view(await _named(request)))
-
-
-async def change(request: Request) -> Response:
-    given = await body(request, ChangeAccount)
-    account, database = await _named(request), box_of(request).database
-    if given.role is not UNSET:
-        await accounts.set_role(database, account, given.role, by(request))
-    if given.password is not UNSET:
-        await accounts.set_password(database, account, given.password, by(request))
-    return answer(request, account_view(await _named(request)))
-
-
-async def remove(request: Request) -> Response:
-    account = await _named(request)
-    await accounts.remove(box_of(request).database, account, by(request))
-    return answer(request, RemovedAccount(account.id, account.name))
-
-
-async def _named(request: Request) -> Account:
-    """Raises NotFound."""
-    return await accounts.find(box_of(request).database, request.path_params["account"])
+async def remove_account(request: Request, account: str) -> RemovedAccount:
+    removed = await accounts.remove(box_of(request).database, account, actor_of(request))
+    return RemovedAccount(removed.id, removed.name)

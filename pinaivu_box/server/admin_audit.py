@@ -6,18 +6,16 @@ from typing import Annotated
 
 from msgspec import Meta, Struct
 from starlette.requests import Request
-from starlette.responses import Response
 
+from pinaivu_box.admin import audit
 from pinaivu_box.errors import InvalidBody
-from pinaivu_box.ledger.views import called, targets
-from pinaivu_box.server.admin import answer, box_of, query
-from pinaivu_box.store import audit
-from pinaivu_box.store.views import AuditEntry, audit_view, parse_time
+from pinaivu_box.server.context import box_of
+from pinaivu_box.store.views import AuditEntry, parse_time
 
 
-class AuditPage(Struct, frozen=True, forbid_unknown_fields=True):
-    """`since`: a date, or a date and time.  `target`: a key, an account or a peer, by its id or
-    name."""
+class AuditQuery(Struct, frozen=True, forbid_unknown_fields=True):
+    """`since`: a date, or a date and time.  `target`: the id or name of a key, an account or a
+    peer."""
 
     limit: Annotated[int, Meta(ge=1, le=1000)] = 100
     after: Annotated[int, Meta(ge=0, le=2**63 - 1)] | None = None
@@ -32,20 +30,16 @@ class AuditList(Struct, frozen=True):
     request_id: str = ""
 
 
-async def ls(request: Request) -> Response:
-    page = query(request, AuditPage)
+async def list_audit_entries(request: Request, query: AuditQuery) -> AuditList:
     try:
-        since = 0 if page.since is None else parse_time(page.since)
+        since = 0 if query.since is None else parse_time(query.since)
     except ValueError as error:
         raise InvalidBody(str(error), loc=("query", "since")) from None
-    database = box_of(request).database
-    found = await audit.ls(
-        database,
+    page = await audit.ls(
+        box_of(request).database,
         since=since,
-        targets=None if page.target is None else await targets(database, page.target),
-        after=page.after,
-        limit=page.limit + 1,
+        target=query.target,
+        after=query.after,
+        limit=query.limit,
     )
-    names = await called(database, found)
-    data = [audit_view(entry, names) for entry in found[: page.limit]]
-    return answer(request, AuditList(data, len(found) > page.limit))
+    return AuditList(page.data, page.has_more)

@@ -22,8 +22,8 @@ from typing import Any
 
 import aiosqlite
 
-from pinaivu_box.errors import CliError
-from pinaivu_box.store.migrations import APPLICATION_ID, MIGRATIONS, SCHEMA_VERSION
+from pinaivu_box.errors import DatabaseUnusable
+from pinaivu_box.store.schema import CURRENT, Schema, prepare, refuse_foreign
 
 Statement = tuple[str, Sequence[Any]]
 Row = sqlite3.Row
@@ -53,8 +53,9 @@ _CANNOT = {
 class Database:
     """Use as an async context manager, or `open` and `close`."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, schema: Schema = CURRENT) -> None:
         self.path = path
+        self._schema = schema
         self._writer: aiosqlite.Connection
         self._reader: aiosqlite.Connection
         self._scanner: aiosqlite.Connection
@@ -66,11 +67,12 @@ class Database:
         self._probing: asyncio.Task[None] | None = None
 
     async def open(self) -> None:
+        """Make the file if it is not there.  Raises DatabaseUnusable."""
         # Made before SQLite does, for the mode; the WAL files take theirs from it.
         os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
         self._writer = await _connect(self.path)
         try:
-            await _migrate(self._writer, self.path)
+            await prepare(self._writer, self.path, self._schema)
             await self._writer.execute("PRAGMA foreign_keys = ON")
             self._reader = await _connect(self.path)
             self._scanner = await _connect(self.path)
@@ -209,12 +211,12 @@ async def _connect(path: Path) -> aiosqlite.Connection:
     connection = await aiosqlite.connect(path, timeout=_BUSY_SECONDS, isolation_level=None)
     connection.row_factory = sqlite3.Row
     try:
-        await _refuse_foreign(connection, path)  # before anything is changed in the file
+        await refuse_foreign(connection, path)  # before anything is changed in the file
         await _use_wal(connection)
         await connection.execute("PRAGMA synchronous = FULL")
     except sqlite3.DatabaseError as error:
         await connection.close()
-        raise CliError(f"The database {path} cannot be opened: {error}.") from error
+        raise DatabaseUnusable(f"The database {path} cannot be opened: {error}.") from error
     except BaseException:
         await connection.close()
         raise
@@ -234,47 +236,3 @@ async def _use_wal(connection: aiosqlite.Connection) -> None:
             await asyncio.sleep(0.02)
         else:
             return
-
-
-async def _refuse_foreign(connection: aiosqlite.Connection, path: Path) -> None:
-    # In this order: another process may make the tables, and write the id with them, in between.
-    async with connection.execute("SELECT count(*) FROM sqlite_schema") as cursor:
-        row = await cursor.fetchone()
-    application = await _pragma(connection, "application_id")
-    # A file that nobody has written to has neither an id nor tables: it will be ours.
-    if application != APPLICATION_ID and (application or (row and row[0])):
-        raise CliError(f"{path} is a database of another program: choose another --home.")
-
-
-async def _migrate(connection: aiosqlite.Connection, path: Path) -> None:
-    # IMMEDIATE: of two processes that open a new file at once, the second waits and finds it done.
-    await connection.execute("BEGIN IMMEDIATE")
-    try:
-        version = await _pragma(connection, "user_version")
-        if version > SCHEMA_VERSION:
-            raise CliError(
-                f"{path} was written by a newer Pinaivu Box (schema {version}, this program knows "
-                f"{SCHEMA_VERSION}): update the program or choose another --home."
-            )
-        for number, statements in enumerate(MIGRATIONS[version:], start=version + 1):
-            for statement in statements:
-                await connection.execute(statement)
-            await connection.execute(f"PRAGMA user_version = {number}")
-        if version < SCHEMA_VERSION:
-            await _check_references(connection, path)
-        await connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-        await connection.execute("COMMIT")
-    except BaseException:
-        await connection.execute("ROLLBACK")
-        raise
-
-
-async def _check_references(connection: aiosqlite.Connection, path: Path) -> None:
-    if await connection.execute_fetchall("PRAGMA foreign_key_check"):
-        raise CliError(f"{path} has rows that refer to none: 'pinaivu doctor' names them.")
-
-
-async def _pragma(connection: aiosqlite.Connection, name: str) -> int:
-    async with connection.execute(f"PRAGMA {name}") as cursor:
-        row = await cursor.fetchone()
-    return int(row[0]) if row else 0

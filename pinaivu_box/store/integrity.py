@@ -1,6 +1,6 @@
-"""Looks at a database file without changing it: is it ours, whole, and not too new?
+"""Checks a database file without changing it: is it ours, whole, and of a version that is read?
 
-Synchronous and apart from `Database`, which migrates what it opens.
+Synchronous, and apart from `Database`, which migrates what it opens.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 
-from pinaivu_box.errors import CliError
-from pinaivu_box.store.migrations import APPLICATION_ID, SCHEMA_VERSION
+from pinaivu_box.errors import DatabaseUnusable
+from pinaivu_box.store.schema import APPLICATION_ID, CURRENT
 
 _BUSY_SECONDS = 15.0
 
@@ -28,9 +28,9 @@ def reading(path: Path, *, alone: bool = False) -> Iterator[sqlite3.Connection]:
 
 
 def check(path: Path, name: str, *, alone: bool = False) -> int:
-    """The schema's version, if all is well.  Raises CliError, in which the file is called `name`.
+    """Read the whole file; returns the version of its schema.
 
-    Reads the whole file.
+    Raises DatabaseUnusable, in whose message the file is called `name`.
     """
     try:
         with reading(path, alone=alone) as connection:
@@ -38,13 +38,13 @@ def check(path: Path, name: str, *, alone: bool = False) -> int:
             found = [row[0] for row in connection.execute("PRAGMA integrity_check(10)")]
             strays = connection.execute("PRAGMA foreign_key_check").fetchmany(10)
     except sqlite3.Error as error:
-        raise CliError(f"{name} is damaged or cannot be read: {error}.") from error
+        raise DatabaseUnusable(f"{name} is damaged or cannot be read: {error}.") from error
     if found != ["ok"]:
         # The first is sometimes a heading of several lines.
         words = " ".join(" ".join(found).split())
-        raise CliError(f"{name} is damaged: {words[:200]}.")
+        raise DatabaseUnusable(f"{name} is damaged: {words[:200]}.")
     if strays:
-        raise CliError(
+        raise DatabaseUnusable(
             f"{name} is damaged: a row of {strays[0][0]} refers to none in {strays[0][2]}."
         )
     return version
@@ -54,12 +54,8 @@ def _version(connection: sqlite3.Connection, name: str) -> int:
     (application,) = connection.execute("PRAGMA application_id").fetchone()
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     if application != APPLICATION_ID:
-        raise CliError(f"{name} is no database of Pinaivu Box.")
-    if version > SCHEMA_VERSION:
-        raise CliError(
-            f"{name} was written by a newer Pinaivu Box (schema {version}, this program knows "
-            f"{SCHEMA_VERSION}): update the program."
-        )
+        raise DatabaseUnusable(f"{name} is no database of Pinaivu Box.")
+    CURRENT.check_version(version, name)
     return int(version)
 
 

@@ -370,7 +370,7 @@ def charge(key_id: str, *, tokens: int, amount: int, at: int, period: int) -> St
     """The key's counters for one request that came `at` a time, for the transaction of its receipt.
 
     `period`: when the period of its budget began that the request came in, Unix milliseconds.  The
-    one charged before is put by (migrations), to be taken up again if the clock goes back to it.
+    one charged before is put by (schema.sql), to be taken up again if the clock goes back to it.
     """
     return (
         "UPDATE keys SET requests = requests + 1, tokens = tokens + ?1, amount = amount + ?2,"

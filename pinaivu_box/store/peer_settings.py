@@ -1,14 +1,17 @@
-"""What the operator has set for single peers: names, and limits before those of [peering.serve]."""
+"""What the operator has set for single peers: names, and limits instead of [peering.serve]."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import msgspec
 from msgspec import Meta, Struct
+from msgspec.structs import asdict
 
 from pinaivu_box import amount
-from pinaivu_box.config import HOURS
+from pinaivu_box.config import HOURS, PeeringServeConfig
+from pinaivu_box.policy import PeerPolicy
 from pinaivu_box.store.audit import Actor, record
 from pinaivu_box.store.database import Database, Row
 
@@ -30,6 +33,28 @@ class PeerSettings(Struct, frozen=True):
 
     name: str = ""
     limits: PeerLimits = PeerLimits()
+
+
+class PeerPolicies:
+    """The policies of peers, kept in memory since each request asks for one.
+
+    `defaults` gives the present `[peering.serve]`.
+    """
+
+    def __init__(self, database: Database, defaults: Callable[[], PeeringServeConfig]) -> None:
+        self._database, self._defaults = database, defaults
+        self._limits: dict[str, PeerLimits] = {}
+
+    async def of(self, node_id: str) -> PeerPolicy:
+        limits = self._limits  # what is read now is of no use after a change
+        if node_id not in limits:
+            limits[node_id] = (await get(self._database, node_id)).limits
+        changes = {name: v for name, v in asdict(limits[node_id]).items() if v is not None}
+        return PeerPolicy(**{**asdict(self._defaults()), **changes})
+
+    def changed(self) -> None:
+        """The store has other settings now."""
+        self._limits = {}
 
 
 async def get(database: Database, node_id: str) -> PeerSettings:

@@ -39,7 +39,7 @@ async def settle(
 ) -> None:
     """Usage row, receipt and key's counters in one transaction; returns once it is on disk.
 
-    The sums of usage are the database's own work (migrations).  `period`: see `keys.charge`.
+    The sums of usage are the database's own work (schema.sql).  `period`: see `keys.charge`.
     """
     tokens = row.prompt_tokens + row.completion_tokens
     fields = row.__struct_fields__

@@ -1,7 +1,7 @@
 """What is old goes: rows are deleted, hours of usage are left as days.
 
 In small transactions, after each of which others have as long for theirs: whoever settles a request
-waits for one of them at most.  Hours add themselves to their day as they are deleted (migrations),
+waits for one of them at most.  Hours add themselves to their day as they are deleted (schema.sql),
 so it may end anywhere, and begin again.
 
 What is old is said by a clock that may be wrong.  After more than a day without a look at it, it is

@@ -19,7 +19,7 @@ from pinaivu_box.engine.runner import Batch
 from pinaivu_box.engine.sampling import Draw, draw_rows
 from pinaivu_box.receipts import commitment
 from pinaivu_box.receipts.verify import Transcript, verify_receipt
-from tests.box import Box, wait_until
+from tests.support.process_box import Box, wait_until
 
 MODEL = "m:1"
 TEMPERATURE = 1.0

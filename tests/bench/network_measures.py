@@ -9,7 +9,15 @@ from typing import NamedTuple
 from pinaivu_box.identity import Identity
 from pinaivu_box.membership.records import network_of
 from pinaivu_box.membership.roster import Roster
-from tests.bench.network_world import EPOCH, MEAN_TOKENS, MODELS, Box, Request, World, identity
+from tests.bench.network_world import (
+    EPOCH,
+    MEAN_TOKENS,
+    MODELS,
+    Request,
+    SimulatedBox,
+    SimulatedNetwork,
+    identity,
+)
 
 WARM_UP, STEADY, NEWCOMER, REVOKED, AFTER = 35.0, 40.0, 30.0, 20.0, 60.0  # seconds
 LOAD = 0.6  # of what all engines together can do
@@ -60,7 +68,7 @@ GOALS: list[tuple[str, Callable[[Figures], float], float]] = [
 
 
 def simulate(size: int, seed: int = 1, say: Callable[[str], None] = lambda text: None) -> Figures:
-    world = World(seed)
+    world = SimulatedNetwork(seed)
     network = network_of(identity(0).node_id, b"sim!")
     founder, book = identity(0), Roster(network)
     for number in range(1, size):
@@ -90,7 +98,7 @@ def simulate(size: int, seed: int = 1, say: Callable[[str], None] = lambda text:
     return Figures(size, *steady[:7], *newcomer, *revoked, *steady[7:], *vanished, cuts)
 
 
-def start_requests(world: World, boxes: Sequence[Box]) -> None:
+def start_requests(world: SimulatedNetwork, boxes: Sequence[SimulatedBox]) -> None:
     """Some boxes are asked ten times as much as others, by a Pareto distribution cut off there."""
     capacity = sum(box.engine.sequences * box.engine.tokens_per_s / MEAN_TOKENS for box in boxes)
     asked = [min(10.0, world.random.paretovariate(1.2)) for _ in boxes]
@@ -98,7 +106,7 @@ def start_requests(world: World, boxes: Sequence[Box]) -> None:
         world.arrivals(box, LOAD * capacity * share / sum(asked))
 
 
-def measure_steady(world: World, boxes: Sequence[Box]) -> tuple[float, ...]:
+def measure_steady(world: SimulatedNetwork, boxes: Sequence[SimulatedBox]) -> tuple[float, ...]:
     before = [(box.bytes_in, box.bytes_out, box.messages) for box in boxes]
     begin = world.now
     world.run(world.now + STEADY)
@@ -133,7 +141,7 @@ def quality(requests: Sequence[Request]) -> tuple[float, ...]:
 
 
 def measure_newcomer(
-    world: World, boxes: Sequence[Box], newcomer: Identity, network: str
+    world: SimulatedNetwork, boxes: Sequence[SimulatedBox], newcomer: Identity, network: str
 ) -> tuple[float, float]:
     """Seconds until every box takes it for a member, and until every box holds its advert."""
     inviter = boxes[len(boxes) // 3]
@@ -153,7 +161,9 @@ def measure_newcomer(
     return member - begin, max(heard, whole) - begin
 
 
-def measure_revocation(world: World, boxes: Sequence[Box], out: Box) -> tuple[float, float]:
+def measure_revocation(
+    world: SimulatedNetwork, boxes: Sequence[SimulatedBox], out: SimulatedBox
+) -> tuple[float, float]:
     """Seconds until every box knows, and until it has no link."""
     begin = world.now
     founder = boxes[0].gossip
@@ -168,7 +178,7 @@ def measure_revocation(world: World, boxes: Sequence[Box], out: Box) -> tuple[fl
     return known - begin, cut - begin
 
 
-def measure_vanishing(world: World) -> tuple[float, float, list[float], int]:
+def measure_vanishing(world: SimulatedNetwork) -> tuple[float, float, list[float], int]:
     """Seconds until the last request but one in a thousand, and the very last, went to a dead box;
     shares of requests with a second try; how many were never begun."""
     alive = [box for box in world.boxes.values() if box.alive]
@@ -194,7 +204,7 @@ def measure_vanishing(world: World) -> tuple[float, float, list[float], int]:
     return most, last, second, unserved
 
 
-def until(world: World, most: float, holds: Callable[[], bool]) -> float:
+def until(world: SimulatedNetwork, most: float, holds: Callable[[], bool]) -> float:
     """The moment from which it holds, to a tenth of a second; infinite if it never does."""
     end = world.now + most
     while world.now < end:

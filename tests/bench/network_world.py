@@ -47,7 +47,7 @@ CHECKED = RecordReaders(lru_cache(500_000)(records.read), lru_cache(500_000)(adv
 
 
 @dataclass
-class Engine:
+class SimulatedEngine:
     """`sequences` requests run at a time, each for a while; more wait."""
 
     sequences: int
@@ -84,8 +84,10 @@ class Request:
     first: Decision | None = None
 
 
-class Box:
-    def __init__(self, world: World, identity: Identity, roster: Roster, engine: Engine) -> None:
+class SimulatedBox:
+    def __init__(
+        self, world: SimulatedNetwork, identity: Identity, roster: Roster, engine: SimulatedEngine
+    ) -> None:
         self.world, self.engine, self.id = world, engine, identity.node_id
         self.key = key_of(self.id)
         self.alive, self.bytes_in, self.bytes_out, self.messages = True, 0, 0, 0
@@ -222,26 +224,26 @@ class Box:
 
         enough()
 
-    def use(self, other: Box, count: int) -> None:
+    def use(self, other: SimulatedBox, count: int) -> None:
         self.in_use[other.id] += count
         other.in_use[self.id] += count
 
-    def failed(self, other: Box, request: Request) -> None:
+    def failed(self, other: SimulatedBox, request: Request) -> None:
         self.answered(other)
         self.resting.failed(other.id)
         self.ask(request)
 
-    def refused(self, other: Box, request: Request) -> None:
+    def refused(self, other: SimulatedBox, request: Request) -> None:
         """It is full, which is no failure."""
         self.answered(other)
         self.ask(request)
 
-    def answered(self, other: Box) -> None:
+    def answered(self, other: SimulatedBox) -> None:
         self.use(other, -1)
         if sent := self.sent.get(other.id):
             sent.pop(0)
 
-    def begin(self, by: Box, request: Request) -> None:
+    def begin(self, by: SimulatedBox, request: Request) -> None:
         """A guest waits here only if few do; own requests wait as long as it takes."""
         if not self.alive:
             self.world.after(CONNECT_SECONDS, by.failed, self, request)
@@ -253,14 +255,14 @@ class Box:
         else:
             self.world.after(self.world.latency(self, by), by.refused, self, request)
 
-    def run(self, by: Box, request: Request) -> None:
+    def run(self, by: SimulatedBox, request: Request) -> None:
         self.engine.running += 1
         self.busy()
         request.began = self.world.now
         tokens = self.random.expovariate(1 / MEAN_TOKENS)
         self.world.after(tokens / self.engine.tokens_per_s, self.done, by)
 
-    def done(self, by: Box) -> None:
+    def done(self, by: SimulatedBox) -> None:
         self.engine.running -= 1
         if by is not self and self.alive:
             by.answered(self)
@@ -272,9 +274,9 @@ class Box:
 
 
 def candidate(
-    of: Box,
+    of: SimulatedBox,
     offer: Offer,
-    seen_by: Box | None = None,
+    seen_by: SimulatedBox | None = None,
     load: ModelLoad | Offer | None = None,
     **more: Any,
 ) -> Candidate:
@@ -296,13 +298,13 @@ def cost(prices: tuple[str, str, str]) -> int:
     return Prices(prices[0], prices[2], prices[1]).cost(400, 0, 200)
 
 
-class World:
+class SimulatedNetwork:
     def __init__(self, seed: int) -> None:
         self.random = Random(seed)
         self.now = 0.0
-        self.boxes: dict[str, Box] = {}
+        self.boxes: dict[str, SimulatedBox] = {}
         self.requests: list[Request] = []
-        self.on_change: Callable[[Box], None] = lambda box: None
+        self.on_change: Callable[[SimulatedBox], None] = lambda box: None
         self._events: list[tuple[float, int, Callable[..., None], tuple[Any, ...], dict[str, Any]]]
         self._events = []
         self._count = count()
@@ -323,9 +325,9 @@ class World:
             act(*args, **more)
         self.now = until
 
-    def box(self, identity: Identity, roster: Roster) -> Box:
+    def box(self, identity: Identity, roster: Roster) -> SimulatedBox:
         pick = self.random
-        engine = Engine(
+        engine = SimulatedEngine(
             sequences=pick.choice((2, 4, 8)),
             ttft_ms=pick.choice((60, 120, 250, 500)),
             tokens_per_s=pick.choice((15, 30, 60)),
@@ -333,15 +335,15 @@ class World:
             models=tuple(sorted(pick.sample(MODELS, pick.randint(1, 3)))),
         )
         self._places[identity.node_id] = (pick.random(), pick.random())
-        made = self.boxes[identity.node_id] = Box(self, identity, roster, engine)
+        made = self.boxes[identity.node_id] = SimulatedBox(self, identity, roster, engine)
         return made
 
-    def latency(self, one: Box, other: Box) -> float:
+    def latency(self, one: SimulatedBox, other: SimulatedBox) -> float:
         """Seconds one way: 2 to 72 ms by how far apart they are."""
         (x, y), (u, v) = self._places[one.id], self._places[other.id]
         return 0.002 + 0.05 * math.hypot(x - u, y - v)
 
-    def connect(self, one: Box, other: Box) -> None:
+    def connect(self, one: SimulatedBox, other: SimulatedBox) -> None:
         for box in (one, other):
             box.bytes_out += LINK_BYTES
             box.bytes_in += LINK_BYTES
@@ -353,7 +355,7 @@ class World:
 
         self.after(3 * self.latency(one, other), stand)
 
-    def transmit(self, one: Box, other: Box, frame: bytes) -> None:
+    def transmit(self, one: SimulatedBox, other: SimulatedBox, frame: bytes) -> None:
         one.bytes_out += len(frame) + OVERHEAD_BYTES
         one.messages += 1
 
@@ -364,13 +366,13 @@ class World:
 
         self.after(self.latency(one, other), arrive)
 
-    def kill(self, box: Box) -> None:
+    def kill(self, box: SimulatedBox) -> None:
         box.alive = False
         for node in list(box.gossip.links):
             delay = NOTICED_SECONDS - self.random.random()
             self.after(delay, self.boxes[node].gossip.unlinked, box.id, lost=True)
 
-    def arrivals(self, box: Box, per_second: float) -> None:
+    def arrivals(self, box: SimulatedBox, per_second: float) -> None:
         """Requests come to a box for ever, at random moments."""
 
         def come() -> None:
@@ -384,7 +386,7 @@ class World:
 
         self.after(box.random.expovariate(per_second), come)
 
-    def judge(self, by: Box, request: Request, decision: Decision) -> None:
+    def judge(self, by: SimulatedBox, request: Request, decision: Decision) -> None:
         """How good the choice was, had one known everything at that moment."""
         request.first = decision
         if decision.node_id in (None, by.id) or self.random.random() > JUDGED:

@@ -16,7 +16,7 @@ from pathlib import Path
 import httpx
 import msgspec
 
-from tests.box import Box, pinaivu_json
+from tests.support.process_box import Box, pinaivu_json
 
 READY_SECONDS = 300.0
 

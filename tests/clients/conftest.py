@@ -11,7 +11,7 @@ import pytest
 
 
 @dataclass(frozen=True)
-class Node:
+class NodePackage:
     """Scripts in `folder` find the package."""
 
     program: str
@@ -19,7 +19,7 @@ class Node:
 
 
 @pytest.fixture(scope="session")
-def node(tmp_path_factory: pytest.TempPathFactory) -> Node:
+def node(tmp_path_factory: pytest.TempPathFactory) -> NodePackage:
     program, npm = shutil.which("node"), shutil.which("npm")
     if not program or not npm:
         pytest.skip("node is not installed")
@@ -36,4 +36,4 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Node:
         pytest.skip("npm does not come to an end here")
     if done.returncode != 0:
         pytest.skip(f"npm cannot install openai here: {done.stderr[-200:]}")
-    return Node(program, folder)
+    return NodePackage(program, folder)

@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.box import wait_until
 from tests.clients.page import MODEL, fenced
 from tests.clients.script import CODEX_MODELS, DONE, TASK, TEXT
+from tests.support.process_box import wait_until
 
 SECONDS = 600
 HERE = Path(__file__).parent

@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from tests.box import Box
 from tests.clients import recording, script
 from tests.clients.page import MODEL
 from tests.clients.programs import PROGRAMS
+from tests.support.process_box import Box
 
 FAKE = "fake:1"
 SCRIPTED = "scripted:1"

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.box import Box, environment
 from tests.clients import page
-from tests.clients.conftest import Node
+from tests.clients.conftest import NodePackage
 from tests.clients.programs import PROGRAMS
+from tests.support.process_box import Box, environment
 
 PYTHON_OF_CLIENTS = Path(sys.prefix) / "clients/bin/python"  # build/test puts it there
 
@@ -108,7 +108,7 @@ def test_curl(box: Box, tmp_path: Path) -> None:
     assert printed.rstrip().endswith("data: [DONE]")
 
 
-def test_node(box: Box, node: Node) -> None:
+def test_node(box: Box, node: NodePackage) -> None:
     """It streams, and an error is of the class that the SDK's users catch."""
     script = node.folder / "client.mjs"
     script.write_text(fenced("OpenAI, Node", "js", box))
@@ -119,7 +119,7 @@ def test_node(box: Box, node: Node) -> None:
 
 def test_every_client_of_the_page_is_run() -> None:
     # What programs sent is replayed in `test_agents`: they take gigabytes.
-    programs = {program.title for program in PROGRAMS.values()} | {"What was run"}
+    programs = {program.title for program in PROGRAMS.values()} | {"What was tested"}
     assert page.titles() == {*PYTHON, *programs, "llm", "curl", "OpenAI, Node"}
     for program in PROGRAMS.values():
         assert f"| {program.title} | {program.version} |" in page.PAGE

@@ -16,9 +16,9 @@ from typing import Any
 import openai
 import pytest
 
-from tests import ggufs
-from tests.box import Box, environment, pinaivu, pinaivu_json, wait_until
-from tests.clients.conftest import Node
+from tests.clients.conftest import NodePackage
+from tests.support import gguf_files
+from tests.support.process_box import Box, environment, pinaivu, pinaivu_json, wait_until
 
 HERE = Path(__file__).parent
 TABLE: list[dict[str, Any]] = tomllib.loads((HERE / "errors.toml").read_text())["row"]
@@ -47,7 +47,7 @@ def strict(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Box]:
     config = folder / "box.toml"
     config.write_text(CONFIG)
     # A good header, and no model behind it.
-    (folder / "broken.gguf").write_bytes(ggufs.valid())
+    (folder / "broken.gguf").write_bytes(gguf_files.valid())
     models = [f"{name}=fake:100" for name in ("fake:1", DYING["python"], DYING["node"])]
     given = [f"--model={one}" for one in [*models, f"broken:1={folder / 'broken.gguf'}"]]
     started = Box(folder / "home", "--config", str(config), *given).start()
@@ -166,7 +166,7 @@ def send(box: Box, row: dict[str, Any], request: dict[str, Any]) -> None:
     list(answer)
 
 
-def test_node(strict: Box, keys: dict[str, str], node: Node, tmp_path: Path) -> None:
+def test_node(strict: Box, keys: dict[str, str], node: NodePackage, tmp_path: Path) -> None:
     """All rows in one process."""
     keys = use_up(strict, keys)
     shutil.copy(HERE / "errors.mjs", node.folder)

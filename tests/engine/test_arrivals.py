@@ -21,7 +21,7 @@ from pinaivu_box.engine.intake import Intake, PreparedRequest
 from pinaivu_box.engine.messages import Cancel, Constraint, Embed, Refused, Tokenize
 from pinaivu_box.engine.output import OutputBuffer
 from pinaivu_box.engine.sequence import Sequence
-from tests.engine.harness import add, in_this_process, load
+from tests.support.engine_harness import add, in_this_process, load
 
 PATIENCE = 60  # seconds until a test gives up; nothing is measured
 LETTERS = Constraint("regex", "[ab]{3}")

@@ -11,7 +11,7 @@ from pinaivu_box.engine.chat_template import CHATML, ChatTemplate
 from pinaivu_box.engine.fake_runner import FakeRunner
 from pinaivu_box.engine.messages import LoadModel
 from pinaivu_box.errors import BadRequest
-from tests.engine.harness import BUDGET, Engine, add, load, run
+from tests.support.engine_harness import BUDGET, Engine, add, load, run
 
 ROLES = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
 

@@ -8,7 +8,7 @@ import pytest
 
 from pinaivu_box.engine.messages import Named
 from pinaivu_box.engine.sampling import draw
-from tests.engine.harness import (
+from tests.support.engine_harness import (
     Heard,
     add,
     alone,

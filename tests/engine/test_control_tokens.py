@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from pinaivu_box.engine.control_tokens import ControlTokens
 from pinaivu_box.errors import BadRequest
-from tests.engine.harness import Template
+from tests.support.engine_harness import Template
 
 CHATML = ("<|im_start|>", "<|im_end|>", "</think>", "<s>", "</s>")
 TEMPLATES = sorted((Path(__file__).parent.parent / "templates").glob("*.jinja"))

@@ -13,7 +13,7 @@ import pytest
 from pinaivu_box.engine.fake_runner import END, N_VOCAB
 from pinaivu_box.engine.messages import Add, Cancel, Sampling
 from pinaivu_box.engine.runner import Batch
-from tests.engine.harness import (
+from tests.support.engine_harness import (
     BUDGET,
     Engine,
     Fixed,

@@ -15,8 +15,8 @@ from pinaivu_box.engine.llama_runner import LlamaRunner
 from pinaivu_box.engine.messages import Cancel, Embed
 from pinaivu_box.engine.runner import TEXT_BATCH, Batch, Float32, TextRoom
 from pinaivu_box.errors import BoxError
-from tests.engine.harness import Heard, KVCells, StrictRunner, add, finish, load, make
-from tests.engine.test_llama_runner import real_runner
+from tests.support.engine_harness import Heard, KVCells, StrictRunner, add, finish, load, make
+from tests.support.real_runner import real_runner
 
 CELLS = 600 + TEXT_BATCH
 

@@ -12,7 +12,7 @@ import pytest
 from pinaivu_box.engine.fake_runner import END, SENTENCE, FakeRunner
 from pinaivu_box.engine.messages import Cancel
 from pinaivu_box.engine.runner import Batch
-from tests.engine.harness import (
+from tests.support.engine_harness import (
     BUDGET,
     Engine,
     Heard,

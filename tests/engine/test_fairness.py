@@ -10,14 +10,16 @@ from hypothesis import strategies as st
 
 from pinaivu_box.engine.fairness import FairQueue
 from pinaivu_box.engine.sequence import Sequence, State
-from tests.engine.driven import Driven, sequence
-from tests.engine.harness import Heard, add, alone, finish, make
+from tests.support.engine_harness import Heard, add, alone, finish, make
+from tests.support.scheduler_driver import SchedulerDriver, sequence
 
 
 class Arrivals:
     """New sequences of one shape, numbered."""
 
-    def __init__(self, driven: Driven, prompt: int = 10, output: int = 20, first: int = 0) -> None:
+    def __init__(
+        self, driven: SchedulerDriver, prompt: int = 10, output: int = 20, first: int = 0
+    ) -> None:
         self._driven = driven
         self._shape = (prompt, output)
         self._number = first
@@ -42,7 +44,7 @@ class Arrivals:
         return Counter(one.tenant for one in driven.started[before:])
 
 
-def tokens_of(driven: Driven) -> Counter[str]:
+def tokens_of(driven: SchedulerDriver) -> Counter[str]:
     """Computed tokens, by tenant."""
     found: Counter[str] = Counter()
     for one in driven.started:
@@ -56,7 +58,7 @@ def tokens_of(driven: Driven) -> Counter[str]:
 @pytest.mark.parametrize("places", [2, 8, 32])
 def test_one_request_starts_at_once_beside_a_hundred_of_another_tenant(places: int) -> None:
     """Also where all places are taken: one of the others steps back."""
-    driven = Driven(kv=20_000, sequences=places, budget=256)
+    driven = SchedulerDriver(kv=20_000, sequences=places, budget=256)
     arrivals = Arrivals(driven, output=50)
     arrivals.add("many", 100)
     for _ in range(10):
@@ -75,7 +77,7 @@ def test_one_request_starts_at_once_beside_a_hundred_of_another_tenant(places: i
 
 
 def test_who_steps_back_loses_nothing_while_there_is_room() -> None:
-    driven = Driven(kv=20_000, sequences=4, ids=64, budget=256)
+    driven = SchedulerDriver(kv=20_000, sequences=4, ids=64, budget=256)
     arrivals = Arrivals(driven, prompt=100, output=50)
     arrivals.add("many", 20)
     for _ in range(10):
@@ -89,7 +91,7 @@ def test_who_steps_back_loses_nothing_while_there_is_room() -> None:
 
 def test_beside_as_many_of_its_own_a_request_waits_its_turn() -> None:
     """Places are only given up for somebody who has less than its share."""
-    driven = Driven(kv=20_000, sequences=4, budget=256)
+    driven = SchedulerDriver(kv=20_000, sequences=4, budget=256)
     arrivals = Arrivals(driven, output=50)
     arrivals.add("a", 10)
     arrivals.add("b", 10)
@@ -98,7 +100,7 @@ def test_beside_as_many_of_its_own_a_request_waits_its_turn() -> None:
 
 
 def test_by_weight_a_tenant_may_hold_more_places() -> None:
-    driven = Driven(kv=20_000, sequences=4, budget=256)
+    driven = SchedulerDriver(kv=20_000, sequences=4, budget=256)
     arrivals = Arrivals(driven, output=200)
     arrivals.add("heavy", 10, weight=3)
     driven.step()
@@ -113,7 +115,7 @@ def test_by_weight_a_tenant_may_hold_more_places() -> None:
 
 def test_places_change_hands_also_among_those_that_share_a_prefix() -> None:
     """What they share is in the cache once: there is room for another one."""
-    driven = Driven(kv=1000, sequences=8, budget=256)
+    driven = SchedulerDriver(kv=1000, sequences=8, budget=256)
     beginning = list(range(200))
     driven.add(*(sequence(n, [*beginning, 1000 + n], 50, tenant="many") for n in range(30)))
     for _ in range(8):
@@ -128,7 +130,7 @@ def test_places_change_hands_also_among_those_that_share_a_prefix() -> None:
 @pytest.mark.parametrize("had_before", [1, 600])
 def test_nobody_oscillates(had_before: int) -> None:
     """Also if who asks has had more so far than who holds all the places."""
-    driven = Driven(kv=20_000, sequences=5, budget=64)
+    driven = SchedulerDriver(kv=20_000, sequences=5, budget=64)
     driven.add(sequence(0, had_before, 2, tenant="asks"))
     driven.add(*(sequence(n, 5, 300, tenant="holds") for n in range(1, 6)))
     for _ in range(30):
@@ -157,7 +159,7 @@ def test_with_room_for_all_cells_preemptions_are_few(
     arrivals: list[tuple[int, Sequence]], places: int, budget: int
 ) -> None:
     """An arrival throws out one, and so may who comes in when another ends."""
-    driven = Driven(kv=20_000, sequences=places, budget=budget)
+    driven = SchedulerDriver(kv=20_000, sequences=places, budget=budget)
     number, todo = 0, list(arrivals)
     while todo or driven.scheduler:
         while todo and todo[0][0] <= number:
@@ -171,7 +173,7 @@ def test_with_room_for_all_cells_preemptions_are_few(
 
 def test_on_a_tight_cache_one_request_moves_on_beside_many() -> None:
     """The cells are full as well: it may wait for some, but not until the others are done."""
-    driven = Driven(kv=80, sequences=8, budget=32)
+    driven = SchedulerDriver(kv=80, sequences=8, budget=32)
     arrivals = Arrivals(driven, prompt=5, output=20)
     arrivals.add("many", 60)
     for _ in range(8):
@@ -209,14 +211,14 @@ def test_an_engine_answers_one_tenant_at_once_and_all_rightly() -> None:
 @pytest.mark.parametrize("places", [1, 2, 3, 8])
 @pytest.mark.parametrize("weight", [1, 2, 3])
 def test_under_saturation_tokens_are_shared_by_weight(weight: int, places: int) -> None:
-    driven = Driven(kv=20_000, sequences=places, budget=64)
+    driven = SchedulerDriver(kv=20_000, sequences=places, budget=64)
     Arrivals(driven).saturate(800, {"heavy": float(weight), "light": 1.0})
     had = tokens_of(driven)
     assert had["heavy"] / had["light"] == pytest.approx(weight, rel=0.15)
 
 
 def test_long_requests_do_not_earn_more_than_short_ones() -> None:
-    driven = Driven(kv=20_000, sequences=4, budget=64)
+    driven = SchedulerDriver(kv=20_000, sequences=4, budget=64)
     long, short = Arrivals(driven, 100, 100), Arrivals(driven, 5, 5, first=10_000)
     for _ in range(2500):
         waiting = Counter(one.tenant for one in driven.scheduler.waiting)
@@ -278,7 +280,7 @@ def test_an_empty_engine_neither_pardons_nor_gives_credit() -> None:
 
 def test_who_runs_one_stream_saves_nothing_up_for_a_burst() -> None:
     """It could have had more all the time: nobody waits for it to catch up."""
-    driven = Driven(kv=50_000, sequences=8, budget=64)
+    driven = SchedulerDriver(kv=50_000, sequences=8, budget=64)
     driven.add(sequence(100_000, 5, 5000, tenant="one"))
     arrivals = Arrivals(driven)
     arrivals.saturate(1000, {"many": 1.0})
@@ -309,7 +311,7 @@ def test_output_costs_twice_a_prompt() -> None:
 
 
 def test_priority_then_age_orders_a_tenants_own() -> None:
-    driven = Driven(sequences=1)
+    driven = SchedulerDriver(sequences=1)
     given_priorities = [0, 5, -3, 5, 0]
     driven.add(*(sequence(n, 5, 2, priority=p) for n, p in enumerate(given_priorities)))
     driven.run()
@@ -322,7 +324,7 @@ def test_priority_changes_nothing_for_another_tenant(priorities: list[int], plac
     """With all alike in size, each of its requests starts at the same step as without."""
 
     def starts(priorities: list[int]) -> tuple[list[str], list[str]]:
-        driven = Driven(sequences=places, budget=32)
+        driven = SchedulerDriver(sequences=places, budget=32)
         for n, priority in enumerate(priorities):
             driven.add(sequence(2 * n, 6, 6, tenant="a", priority=priority))
             driven.add(sequence(2 * n + 1, 6, 6, tenant="b"))

@@ -14,7 +14,7 @@ import pytest
 
 from pinaivu_box.engine.fake_runner import END, N_VOCAB
 from pinaivu_box.engine.messages import Add, Constraint, Tools
-from tests.engine.harness import Heard, StrictRunner, add, make, run, sampling
+from tests.support.engine_harness import Heard, StrictRunner, add, make, run, sampling
 
 SCHEMA = {
     "type": "object",

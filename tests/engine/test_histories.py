@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from pinaivu_box.errors import BadRequest
-from tests.engine.harness import Template
+from tests.support.engine_harness import Template
 
 TURNS = (
     "{% if messages[0].role == 'system' %}<{{ messages[0].content }}>"

@@ -26,9 +26,7 @@ from pinaivu_box.engine.sandboxes import Sandboxes
 from pinaivu_box.engine.sequence import Sequence
 from pinaivu_box.errors import BadRequest
 from pinaivu_box.sandbox import SandboxLimit, SandboxLimits, SandboxPool
-from tests.box import alive, wait_until
-from tests.engine.grammars import chain
-from tests.engine.harness import (
+from tests.support.engine_harness import (
     BUDGET,
     Engine,
     Heard,
@@ -40,6 +38,8 @@ from tests.engine.harness import (
     make,
     run,
 )
+from tests.support.grammars import chain
+from tests.support.process_box import alive, wait_until
 
 PATIENCE = 100  # seconds until a test gives up; nothing is measured
 FOR_EVER = SandboxLimits(cpu_seconds=3600, memory_bytes=1 << 30, wall_seconds=3600)

@@ -10,24 +10,16 @@ import pytest
 
 from pinaivu_box.engine.detokenizer import text_of
 from pinaivu_box.engine.llama_runner import LlamaRunner
-from pinaivu_box.engine.messages import Add, Embed, LoadModel
+from pinaivu_box.engine.messages import Add, Embed
 from pinaivu_box.engine.named_prefixes import NamedPrefixes
 from pinaivu_box.engine.runner import Batch
 from pinaivu_box.engine.sampling import draw
 from pinaivu_box.models import bundled
-from tests.engine.harness import Engine, Fixed, Heard, Template, add, run, sampling
-from tests.ggufs import with_template, with_word
+from tests.support.engine_harness import Engine, Fixed, Heard, Template, add, run, sampling
+from tests.support.gguf_files import with_template, with_word
+from tests.support.real_runner import real_runner
 
 CHATML = ("<|im_start|>", "<|im_end|>")
-
-
-def real_runner(path: Path | None = None, **sizes: int) -> LlamaRunner:
-    location = bundled.find()
-    assert location, "the bundled model is not where build/test puts it"
-    more = {"context": 256, "kv_tokens": 2048, "max_sequences": 8, "token_budget": 256, **sizes}
-    offset = 0 if path else location.offset
-    load = LoadModel(path=str(path or location.path), offset=offset, threads=1, **more)
-    return LlamaRunner(load, lambda fraction: None)
 
 
 @pytest.fixture(scope="module")

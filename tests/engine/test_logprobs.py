@@ -13,7 +13,7 @@ from pinaivu_box.engine.llama_runner import LlamaRunner
 from pinaivu_box.engine.messages import TokenLogprob
 from pinaivu_box.engine.runner import Batch
 from pinaivu_box.models import bundled
-from tests.engine.harness import Engine, Fixed, add, load, make, run, sampling
+from tests.support.engine_harness import Engine, Fixed, add, load, make, run, sampling
 
 TOLERANCE = 1e-3
 

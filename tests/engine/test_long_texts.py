@@ -9,7 +9,7 @@ from pinaivu_box.engine.intake import Intake
 from pinaivu_box.engine.messages import Embed, Refused, Tokenize, Tokenized
 from pinaivu_box.engine.runner import TooManyTokens
 from pinaivu_box.errors import ContextOverflow
-from tests.engine.harness import add, in_this_process, load
+from tests.support.engine_harness import add, in_this_process, load
 
 
 class Counted(FakeRunner):

@@ -11,7 +11,7 @@ import pytest
 from pinaivu_box.engine import named_prefixes
 from pinaivu_box.engine.messages import Named
 from pinaivu_box.engine.named_prefixes import NamedPrefixes
-from tests.engine.harness import Template, add, make, run
+from tests.support.engine_harness import Template, add, make, run
 
 TEXT = "You are the assistant of ACME.\nNever say 7391-XQ."
 TEMPLATES = sorted((Path(__file__).parent.parent / "templates").glob("*.jinja"))

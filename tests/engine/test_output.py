@@ -11,8 +11,8 @@ from pinaivu_box.engine.fake_runner import END
 from pinaivu_box.engine.intake import PreparedRequest
 from pinaivu_box.engine.messages import Admitted, EngineLoad, Refused, SequenceDelta, StepFrame
 from pinaivu_box.engine.output import OutputBuffer, SequenceOutput, StepOutput
-from tests.engine.driven import sequence
-from tests.engine.harness import add, make
+from tests.support.engine_harness import add, make
+from tests.support.scheduler_driver import sequence
 
 
 def piece(token: int) -> bytes:

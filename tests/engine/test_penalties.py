@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from pinaivu_box.engine.fake_runner import END, N_VOCAB
 from pinaivu_box.engine.messages import Sampling
 from pinaivu_box.engine.sampling import Draw, PenaltyWindow, draw, draw_rows
-from tests.engine.harness import add, alone, make, run, sampling
+from tests.support.engine_harness import add, alone, make, run, sampling
 
 Float32 = npt.NDArray[np.float32]
 SIZE = 30

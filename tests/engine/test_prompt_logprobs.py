@@ -9,8 +9,17 @@ import pytest
 
 from pinaivu_box.engine.messages import Add
 from pinaivu_box.engine.scheduler import MOST_SCORED
-from tests.engine.driven import Driven, sequence
-from tests.engine.harness import Engine, Heard, StrictRunner, add, engine_prompt, finish, make, run
+from tests.support.engine_harness import (
+    Engine,
+    Heard,
+    StrictRunner,
+    add,
+    engine_prompt,
+    finish,
+    make,
+    run,
+)
+from tests.support.scheduler_driver import SchedulerDriver, sequence
 
 PROMPT = "The cat sat on the mat, and the dog sat on the log; " * 3
 
@@ -129,7 +138,7 @@ def test_a_leg_that_finds_all_said_ends() -> None:
 
 def test_a_step_scores_so_many_positions_at_most() -> None:
     """Whatever the budget: each is a row of the whole vocabulary."""
-    driven = Driven(budget=1000, kv=2000)
+    driven = SchedulerDriver(budget=1000, kv=2000)
     long = [sequence(n, 300, 3) for n in range(2)]
     for one in long:
         one.logprobs, one.scored = 0, 1

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pinaivu_box.engine.sequence import Sequence, State
-from tests.engine.driven import Driven, own_words, sequence
+from tests.support.scheduler_driver import SchedulerDriver, own_words, sequence
 
 
 def shared_words(one: Sequence, position: int) -> int:
@@ -80,7 +80,7 @@ def loads(draw: st.DrawFn) -> Load:
 @given(loads())
 def test_every_sequence_finishes_within_bounds_whatever_comes(load: Load) -> None:
     """Random arrivals on a tight cache: `Driven` checks each step, and nobody starves."""
-    driven = Driven(**load.sizes)
+    driven = SchedulerDriver(**load.sizes)
     scheduler, todo = driven.scheduler, list(load.arrivals)
     ends = {one.id: one.max_length for _, one in todo}
     for number in range(31 + 2 * sum(ends.values())):
@@ -106,7 +106,7 @@ def test_every_sequence_finishes_within_bounds_whatever_comes(load: Load) -> Non
 
 
 def test_a_long_prompt_comes_in_chunks_beside_decoding_sequences() -> None:
-    driven = Driven(budget=64)
+    driven = SchedulerDriver(budget=64)
     short = [sequence(n, 4, 100) for n in range(3)]
     driven.add(*short)
     driven.step()
@@ -122,7 +122,7 @@ def test_a_long_prompt_comes_in_chunks_beside_decoding_sequences() -> None:
 
 def test_decode_tokens_come_before_prompt_chunks_when_the_budget_is_short() -> None:
     """Also a prompt admitted before the others does not take their tokens."""
-    driven = Driven(sequences=4, budget=4)
+    driven = SchedulerDriver(sequences=4, budget=4)
     driven.add(sequence(0, 40, 5), *(sequence(n, 1, 20) for n in (1, 2)))
     seen = []
     for _ in range(30):
@@ -132,7 +132,7 @@ def test_decode_tokens_come_before_prompt_chunks_when_the_budget_is_short() -> N
 
 
 def test_only_the_last_chunk_of_a_prompt_gives_logits() -> None:
-    driven = Driven(budget=10, sequences=2)
+    driven = SchedulerDriver(budget=10, sequences=2)
     driven.add(sequence(0, 25, 1))
     wanted = []
     while driven.scheduler:
@@ -143,11 +143,11 @@ def test_only_the_last_chunk_of_a_prompt_gives_logits() -> None:
 
 
 def test_the_budget_is_never_too_small_for_one_token_of_each_sequence() -> None:
-    assert Driven(sequences=64, budget=32).scheduler.token_budget == 64
+    assert SchedulerDriver(sequences=64, budget=32).scheduler.token_budget == 64
 
 
 def test_no_more_run_than_there_are_places_and_they_are_used_again() -> None:
-    driven = Driven(sequences=2)
+    driven = SchedulerDriver(sequences=2)
     driven.add(*(sequence(n, 2, 2) for n in range(6)))
     while driven.scheduler:
         driven.step()
@@ -158,7 +158,7 @@ def test_no_more_run_than_there_are_places_and_they_are_used_again() -> None:
 def test_steady_steps_end_before_anybody_does_and_before_the_cells() -> None:
     """The engine computes them without asking again; `Driven` checks each."""
     for kv in (1000, 100):
-        driven = Driven(kv=kv, sequences=4, steady=True)
+        driven = SchedulerDriver(kv=kv, sequences=4, steady=True)
         driven.add(sequence(0, 10, 60), sequence(1, 10, 85))
         driven.step()
         driven.step()
@@ -167,7 +167,7 @@ def test_steady_steps_end_before_anybody_does_and_before_the_cells() -> None:
 
 
 def test_a_prompt_that_gets_one_token_a_step_is_not_steady() -> None:
-    driven = Driven(sequences=2, budget=2, steady=True)
+    driven = SchedulerDriver(sequences=2, budget=2, steady=True)
     driven.add(sequence(0, 1, 60), sequence(1, 20, 5))
     driven.run()
     assert len(driven.ended) == 2
@@ -175,7 +175,7 @@ def test_a_prompt_that_gets_one_token_a_step_is_not_steady() -> None:
 
 def test_there_are_no_steady_steps_while_somebody_may_soon_start() -> None:
     """There is a place, and room for it may be found at any time."""
-    driven = Driven(kv=60, sequences=4, steady=True)
+    driven = SchedulerDriver(kv=60, sequences=4, steady=True)
     stream, waits = sequence(0, 20, 30), sequence(1, 45, 5)
     driven.add(stream, waits)
     while waits not in driven.started:
@@ -190,7 +190,7 @@ def test_there_are_no_steady_steps_while_somebody_may_soon_start() -> None:
 
 
 def test_preemption_takes_the_youngest_and_it_is_the_next_to_go_on() -> None:
-    driven = Driven(kv=30, sequences=4)
+    driven = SchedulerDriver(kv=30, sequences=4)
     old, middle, young, waits = (sequence(n, 8, 20) for n in range(4))
     driven.add(old, middle, young, waits)
     preempted: list[Sequence] = []
@@ -204,7 +204,7 @@ def test_preemption_takes_the_youngest_and_it_is_the_next_to_go_on() -> None:
 
 
 def test_a_sequence_alone_is_never_preempted() -> None:
-    driven = Driven(kv=30)
+    driven = SchedulerDriver(kv=30)
     driven.add(sequence(0, 8, 20))
     driven.step()
     assert not driven.scheduler.relieve()
@@ -212,7 +212,7 @@ def test_a_sequence_alone_is_never_preempted() -> None:
 
 
 def test_what_is_kept_goes_before_anybody_who_runs() -> None:
-    driven = Driven()
+    driven = SchedulerDriver()
     driven.add(sequence(0, 8, 2))
     driven.run()
     driven.add(sequence(1, 8, 20), sequence(2, 8, 20))
@@ -226,7 +226,7 @@ def test_what_is_kept_goes_before_anybody_who_runs() -> None:
 
 def test_after_no_slot_less_is_planned_until_something_ends() -> None:
     """The cache has shown that it holds less than it said."""
-    driven = Driven(kv=1000, budget=200)
+    driven = SchedulerDriver(kv=1000, budget=200)
     first, second, third = (sequence(n, 40, 10) for n in range(3))
     driven.add(first, second, third)
     plan = driven.plan()
@@ -241,7 +241,7 @@ def test_after_no_slot_less_is_planned_until_something_ends() -> None:
 
 def test_a_cache_that_is_full_to_the_last_cell_serves_the_next_one() -> None:
     """Finished sequences that fill it exactly are in nobody's way."""
-    driven = Driven(kv=20)
+    driven = SchedulerDriver(kv=20)
     driven.add(sequence(0, 6, 5), sequence(1, 6, 5))  # the last token of each needs no cell
     driven.run()
     assert driven.scheduler.kv_cached == 20
@@ -254,7 +254,7 @@ def test_a_cache_that_is_full_to_the_last_cell_serves_the_next_one() -> None:
 
 
 def test_finish_frees_cells_and_place_of_a_running_one_and_forgets_a_waiting_one() -> None:
-    driven = Driven(kv=100, sequences=1)
+    driven = SchedulerDriver(kv=100, sequences=1)
     scheduler = driven.scheduler
     running, waiting = sequence(0, 10, 5), sequence(1, 10, 5)
     driven.add(running, waiting)
@@ -270,7 +270,7 @@ def test_finish_frees_cells_and_place_of_a_running_one_and_forgets_a_waiting_one
 
 def test_a_sequence_that_starts_over_computes_its_changed_tokens() -> None:
     """As after a context shift: none of its old cells are used again."""
-    driven = Driven()
+    driven = SchedulerDriver()
     one = sequence(0, 20, 30)
     driven.add(one)
     for _ in range(5):

@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from pinaivu_box.engine.messages import Add, Cancel
 from pinaivu_box.engine.scheduler import CopyCells, RemoveCells, TruncateCells
 from pinaivu_box.engine.sequence import Sequence
-from tests.engine.driven import Driven, sequence
-from tests.engine.harness import Heard, add, alone, assert_only_kept, finish, make, run
+from tests.support.engine_harness import Heard, add, alone, assert_only_kept, finish, make, run
+from tests.support.scheduler_driver import SchedulerDriver, sequence
 
 LONG = list(range(200))
 
 
-def steps(driven: Driven, count: int) -> None:
+def steps(driven: SchedulerDriver, count: int) -> None:
     for _ in range(count):
         driven.step()
 
@@ -26,7 +26,7 @@ def steps(driven: Driven, count: int) -> None:
 
 
 def test_the_prefix_of_a_running_sequence_is_copied() -> None:
-    driven = Driven(budget=300)
+    driven = SchedulerDriver(budget=300)
     first, second = sequence(0, [*LONG, 1001], 50), sequence(1, [*LONG, 1002, 1003], 50)
     driven.add(first)
     driven.step()
@@ -42,7 +42,7 @@ def test_the_prefix_of_a_running_sequence_is_copied() -> None:
 
 def test_a_conversation_that_goes_on_takes_over_its_cells() -> None:
     """Nothing is copied or computed again, and nothing of the old sequence stays behind."""
-    driven = Driven(budget=300)
+    driven = SchedulerDriver(budget=300)
     first = sequence(0, 100, 10)
     driven.add(first)
     driven.step()
@@ -58,7 +58,7 @@ def test_a_conversation_that_goes_on_takes_over_its_cells() -> None:
 
 
 def test_a_part_of_what_is_kept_is_copied_while_there_are_ids() -> None:
-    driven = Driven(budget=300, sequences=2, ids=4)
+    driven = SchedulerDriver(budget=300, sequences=2, ids=4)
     driven.add(sequence(0, [*LONG, 1001], 5))
     driven.run()
     second = sequence(1, [*LONG[:150], 1002], 5)
@@ -77,7 +77,7 @@ def test_a_part_of_what_is_kept_is_copied_while_there_are_ids() -> None:
 )
 def test_without_a_free_id_what_is_kept_is_cut_or_given_up(shared: int, moves: list[type]) -> None:
     """It is cut if half of it is used; else another one gives its id, and the part is copied."""
-    driven = Driven(budget=300, sequences=2, ids=2)
+    driven = SchedulerDriver(budget=300, sequences=2, ids=2)
     driven.add(sequence(0, 10, 5), sequence(1, [*LONG, 1001], 5))
     driven.run()
     del driven.moves[:]
@@ -91,7 +91,7 @@ def test_without_a_free_id_what_is_kept_is_cut_or_given_up(shared: int, moves: l
 
 def test_the_last_token_of_a_prompt_is_computed_even_if_all_is_there() -> None:
     """Its logits are needed."""
-    driven = Driven(budget=300)
+    driven = SchedulerDriver(budget=300)
     driven.add(sequence(0, LONG, 5))
     driven.run()
     again = sequence(1, LONG, 5)
@@ -102,7 +102,7 @@ def test_the_last_token_of_a_prompt_is_computed_even_if_all_is_there() -> None:
 
 def test_cached_tokens_never_counts_what_the_sequence_said_itself() -> None:
     """A later leg of a request finds the cells of the earlier one, also those of its output."""
-    driven = Driven(sequences=1, ids=4)
+    driven = SchedulerDriver(sequences=1, ids=4)
     one = sequence(0, 20, 30, tenant="a")
     driven.add(one)
     steps(driven, 10)
@@ -122,7 +122,7 @@ def test_cached_tokens_never_counts_what_the_sequence_said_itself() -> None:
 @pytest.mark.parametrize("output", [1, 2, 20])
 def test_the_same_long_prompt_is_computed_once(budget: int, own: int, output: int) -> None:
     """Also if all come together: the later ones wait for what the first one computes."""
-    driven = Driven(kv=3000, budget=budget)
+    driven = SchedulerDriver(kv=3000, budget=budget)
     family = [
         sequence(n, LONG + [1000 * (n + 1) + m for m in range(own)], output) for n in range(6)
     ]
@@ -139,7 +139,7 @@ def test_the_same_long_prompt_is_computed_once(budget: int, own: int, output: in
 @pytest.mark.parametrize("cancelled", [True, False])
 def test_who_waits_for_a_prefix_starts_after_its_source_has_ended(cancelled: bool) -> None:
     """Ended in the same step in which it had computed the prefix, or before."""
-    driven = Driven(kv=3000, budget=300)
+    driven = SchedulerDriver(kv=3000, budget=300)
     first, second = sequence(0, LONG, 20 if cancelled else 1), sequence(1, LONG, 20)
     driven.add(first, second)
     driven.step()
@@ -151,14 +151,14 @@ def test_who_waits_for_a_prefix_starts_after_its_source_has_ended(cancelled: boo
 
 
 def test_nobody_waits_for_a_short_prefix() -> None:
-    driven = Driven(budget=64)
+    driven = SchedulerDriver(budget=64)
     driven.add(sequence(0, [*LONG[:20], 1001], 5), sequence(1, [*LONG[:20], 1002], 5))
     driven.step()
     assert len(driven.started) == 2
 
 
 def test_who_waits_for_a_prefix_does_not_hold_up_the_others() -> None:
-    driven = Driven(budget=300)
+    driven = SchedulerDriver(budget=300)
     other = sequence(2, 10, 5)
     driven.add(sequence(0, LONG, 5), sequence(1, LONG, 5), other)
     driven.step()
@@ -207,7 +207,7 @@ SCOPES = {"another scope": "other", "its own only": ""}
 @pytest.mark.parametrize("when", ["together", "beside", "after"])
 def test_nothing_is_shared_beyond_a_scope(whose: str, when: str) -> None:
     """Whether the other one is being computed (nobody waits for it), runs on, or has ended."""
-    driven = Driven(kv=3000, budget=1000, ids=20)
+    driven = SchedulerDriver(kv=3000, budget=1000, ids=20)
     first, second = sequence(0, LONG, 20), sequence(1, LONG, 20, scope=SCOPES[whose])
     third = sequence(2, LONG, 20, scope=SCOPES[whose])
     driven.add(first)
@@ -228,7 +228,7 @@ def test_nothing_is_shared_beyond_a_scope(whose: str, when: str) -> None:
 
 def test_what_is_private_leaves_nothing_behind() -> None:
     """Also if it has to step back for another tenant in the middle."""
-    driven = Driven(kv=3000, sequences=2, budget=500, ids=20)
+    driven = SchedulerDriver(kv=3000, sequences=2, budget=500, ids=20)
     private = [sequence(n, LONG, 100, scope="") for n in range(2)]
     driven.add(*private)
     steps(driven, 3)
@@ -247,7 +247,7 @@ def test_what_is_private_leaves_nothing_behind() -> None:
 
 @pytest.mark.parametrize("together", [False, True])
 def test_what_is_named_is_shared_beyond_scopes_and_nothing_behind_it(together: bool) -> None:
-    driven = Driven(kv=3000, budget=300, ids=20)
+    driven = SchedulerDriver(kv=3000, budget=300, ids=20)
     first = sequence(0, [*LONG, 7, 7, 7], 5, scope="a", public=100)
     second = sequence(1, [*LONG, 7, 7, 7], 5, scope="b", public=100)
     driven.add(first)
@@ -266,7 +266,7 @@ def test_what_is_named_is_shared_beyond_scopes_and_nothing_behind_it(together: b
 
 def test_an_account_that_asked_otherwise_before_still_shares_what_is_named() -> None:
     """All prompts of a template begin alike: what it has of its own does not hide the others'."""
-    driven = Driven(kv=3000, budget=300, ids=20)
+    driven = SchedulerDriver(kv=3000, budget=300, ids=20)
     for n, scope in enumerate("ab"):
         driven.add(sequence(n, [*LONG[:50], 5000 + n], 2, scope=scope))
         driven.run()
@@ -278,7 +278,7 @@ def test_an_account_that_asked_otherwise_before_still_shares_what_is_named() -> 
 
 
 def test_many_scopes_keep_no_more_than_there_is() -> None:
-    driven = Driven(kv=500, sequences=2, ids=6, budget=300)
+    driven = SchedulerDriver(kv=500, sequences=2, ids=6, budget=300)
     for n in range(30):
         driven.add(sequence(n, LONG[: 50 + n], 5, scope=f"s{n % 7}", tenant=f"t{n % 3}"))
         driven.run()
@@ -311,7 +311,7 @@ def test_a_guess_costs_the_same_whether_it_is_right() -> None:
 
 def test_under_pressure_the_least_recently_used_goes_first() -> None:
     """The first one was used again, so the second one is the oldest."""
-    driven = Driven(kv=400, sequences=2, ids=10)
+    driven = SchedulerDriver(kv=400, sequences=2, ids=10)
     kept = [sequence(n, 100, 2) for n in range(3)]
     for one in kept:
         driven.add(one)
@@ -331,7 +331,7 @@ def test_what_is_kept_never_slows_who_arrives() -> None:
     """Prompts are read in as few steps beside a full cache of kept ones as beside an empty one."""
 
     def read(fill: int) -> int:
-        driven = Driven(kv=3000, sequences=16, ids=256, budget=512)
+        driven = SchedulerDriver(kv=3000, sequences=16, ids=256, budget=512)
         for n in range(fill):
             driven.add(sequence(n, 147, 2))
             driven.run()
@@ -367,7 +367,7 @@ def test_without_sharing_nothing_is_kept_copied_or_cut(
     family: list[Sequence], kv: int, places: int
 ) -> None:
     """The state of a recurrent model can only be thrown away."""
-    driven = Driven(kv=kv, sequences=places, ids=20, sharing=False)
+    driven = SchedulerDriver(kv=kv, sequences=places, ids=20, sharing=False)
     driven.add(*family)
     while driven.scheduler:
         driven.step()

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.engine.harness import Template
+from tests.support.engine_harness import Template
 
 FUNCTION = {
     "name": "f",

@@ -11,7 +11,7 @@ import pytest
 from pinaivu_box import chat_format
 from pinaivu_box.engine.intake import Intake, PreparedRequest
 from pinaivu_box.engine.messages import Constraint, Refused, Tools
-from tests.engine.harness import StrictRunner, Template, add, in_this_process, load
+from tests.support.engine_harness import StrictRunner, Template, add, in_this_process, load
 
 FUNCTION = {"name": "f", "description": "It does.", "parameters": {"type": "object"}}
 CALL = {

@@ -31,8 +31,8 @@ from pinaivu_box.engine.messages import (
     encode,
     read_body,
 )
-from tests import ggufs
-from tests.engine.harness import Heard, add, load
+from tests.support import gguf_files
+from tests.support.engine_harness import Heard, add, load
 
 PATIENCE = 120  # seconds until a test gives up; nothing is measured
 
@@ -193,7 +193,7 @@ def test_a_file_that_llama_cpp_refuses_is_said_to_lack_what_it_lacks(
     children: list[Child], tmp_path: Path
 ) -> None:
     """What the reader lets pass, as it does not know what a model of that architecture needs."""
-    real, model = ggufs.Real.read(), tmp_path / "model.gguf"
+    real, model = gguf_files.Real.read(), tmp_path / "model.gguf"
     model.write_bytes(real.written(real.keys, real.tensors[:5]))
     child = start(children, load(str(model)))
     frame = child.read()

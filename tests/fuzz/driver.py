@@ -13,7 +13,7 @@ import hypothesis
 import schemathesis
 from hypothesis import HealthCheck, Phase
 
-from tests.box import Box, pinaivu, pinaivu_json
+from tests.support.process_box import Box, pinaivu, pinaivu_json
 
 SECONDS = 60.0  # for one answer: longer is a hang
 MODEL = "fake:1"

@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 import jsonschema
 import openai
 
-from tests.box import MODEL, Box
 from tests.fuzz.schemas import make_schema
+from tests.support.process_box import MODEL, Box
 
 
 def keep(box: Box, schemas: Iterable[int], seeds: Iterable[int]) -> tuple[int, int, list[str]]:

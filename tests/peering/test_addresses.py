@@ -6,36 +6,35 @@ import pytest
 
 from pinaivu_box.membership.tickets import MAX_ADDRESSES, decode
 from pinaivu_box.transport.transport import LinkRoute
-from tests.peering.test_network import World, states, world
-from tests.peering.worlds import wait_until
 from tests.support.memory_transport import MemoryConnection, MemoryTransport
+from tests.support.network_sites import SiteGroup, states
+from tests.support.waiting import wait_until
 
-__all__ = ["world"]  # a fixture
 pytestmark = pytest.mark.anyio
 RELAY = "https://relay.example/"
 
 
 async def test_the_relay_is_told_however_many_addresses_there_are(
-    world: World, monkeypatch: pytest.MonkeyPatch
+    group: SiteGroup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     many = [f"10.0.0.{number}:4002" for number in range(MAX_ADDRESSES + 3)]
     monkeypatch.setattr(MemoryTransport, "addresses", lambda _: [*many, RELAY])
-    box = await world.box("one")
+    box = await group.box("one")
     told = [*many[: MAX_ADDRESSES - 1], RELAY]
     assert box.own_addresses() == told
     assert list(decode(await box.invite()).addresses) == told
 
 
 async def test_who_is_lost_is_remembered_though_its_link_was_young_and_by_a_relay(
-    world: World, monkeypatch: pytest.MonkeyPatch
+    group: SiteGroup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its advert is forgotten soon, and then it could not be called any more."""
     monkeypatch.setattr(MemoryConnection, "route", lambda _: LinkRoute(False, RELAY, 80.0))
-    one, two = await world.joined("one", "two")
+    one, two = await group.joined("one", "two")
     said = two.own_addresses()
-    await world.sites[1].kill()
+    await group.sites[1].kill()
     await wait_until(lambda: states(one)["two"] != "connected")
     await wait_until(lambda: set(said) <= set(one._address_book.known[two.node_id].addresses))
-    await world.sites[0].kill()
-    one = await world.sites[0].open()
+    await group.sites[0].kill()
+    one = await group.sites[0].open()
     assert set(one.peer("two").addresses) == {*said, RELAY}

@@ -10,10 +10,11 @@ from msgspec.structs import replace
 from pinaivu_box.gossip import adverts
 from pinaivu_box.gossip.adverts import Advert, Adverts
 from pinaivu_box.membership.records import Invalid, Record, seal
-from tests.peering.people import NOW, PEOPLE, advert, gone, offer
+from tests.support.keys import IDENTITIES
+from tests.support.records import NOW, advert, gone, offer
 
 WALL = round(NOW * 1000)
-A, B, C = PEOPLE[1:4]
+A, B, C = IDENTITIES[1:4]
 
 
 def hear(book: Adverts, made: tuple[Advert, Record], now: float, age: float = 0.0) -> str | None:
@@ -142,7 +143,7 @@ def test_a_report_holds_until_the_next_advert() -> None:
 
 def test_one_member_cannot_call_everybody_gone() -> None:
     book = Adverts()
-    crowd = [PEOPLE[0], *PEOPLE[2:]]
+    crowd = [IDENTITIES[0], *IDENTITIES[2:]]
     said = 0
     for serial in range(1, 6):
         for one in crowd:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -10,8 +11,9 @@ import pytest
 from pinaivu_box.gateway import scopes
 from pinaivu_box.legs import server
 from pinaivu_box.legs import wire as leg_wire
-from tests.peering.asking import accept, ask, served, sign
-from tests.peering.company import FAKE, World
+from tests.support.fake_coordinator import accept, ask, served, sign
+from tests.support.fake_model import FAKE
+from tests.support.three_boxes import ThreeBoxes
 
 pytestmark = pytest.mark.anyio
 SECRET = "The launch code of customer A is 7391-XQ"
@@ -31,7 +33,7 @@ def tags(monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
     return tags
 
 
-async def key_at(world: World, account: str | None = None) -> tuple[str, str]:
+async def key_at(world: ThreeBoxes, account: str | None = None) -> tuple[str, str]:
     """A key of anna's whose requests go to ben, and its account."""
     body = {"account": account, "policy": {"peers": ["ben"]}}
     made = (await world.anna.http("POST", "/v1/admin/keys", json=body)).json()
@@ -45,7 +47,7 @@ async def found(box: Any, text: str, secret: str | None = None, **more: Any) -> 
     return number
 
 
-async def asked(world: World, text: str = SECRET, pays: bool = True, **more: Any) -> int:
+async def asked(world: ThreeBoxes, text: str = SECRET, pays: bool = True, **more: Any) -> int:
     """What carl's request finds at ben."""
     wanted = msgspec.structs.replace(ask(world, text, **more), pays_prompt=pays)
     stream, proved = await served(world, wanted)
@@ -54,7 +56,7 @@ async def asked(world: World, text: str = SECRET, pays: bool = True, **more: Any
     return number
 
 
-async def test_accounts_of_one_peer_are_apart(three: World, tags: list[str | None]) -> None:
+async def test_accounts_of_one_peer_are_apart(three: ThreeBoxes, tags: list[str | None]) -> None:
     victim, account = await key_at(three)
     assert await found(three.anna, SECRET, victim) == 0
     for guess in GUESSES:
@@ -66,7 +68,7 @@ async def test_accounts_of_one_peer_are_apart(three: World, tags: list[str | Non
     assert first == last and first not in others and len(set(others)) == 3
 
 
-async def test_a_peer_and_the_box_itself_are_apart(three: World) -> None:
+async def test_a_peer_and_the_box_itself_are_apart(three: ThreeBoxes) -> None:
     text = "Of this box alone: " + SECRET
     assert await found(three.ben, text) <= len("<|im_start|>user\n")  # it has been asked before
     victim, _ = await key_at(three)
@@ -75,7 +77,9 @@ async def test_a_peer_and_the_box_itself_are_apart(three: World) -> None:
     assert await found(three.ben, text) > len(text)
 
 
-async def test_the_tag_of_another_peer_opens_nothing(three: World, tags: list[str | None]) -> None:
+async def test_the_tag_of_another_peer_opens_nothing(
+    three: ThreeBoxes, tags: list[str | None]
+) -> None:
     victim, _ = await key_at(three)
     await found(three.anna, SECRET, victim)
     tag = tags[0]
@@ -84,7 +88,7 @@ async def test_the_tag_of_another_peer_opens_nothing(three: World, tags: list[st
     assert await asked(three, SECRET, tag=tag) > len(SECRET)  # its own
 
 
-async def test_one_that_says_no_tag_only_shares_within_a_request(three: World) -> None:
+async def test_one_that_says_no_tag_only_shares_within_a_request(three: ThreeBoxes) -> None:
     """A box of an older version, whose accounts nobody here can tell apart."""
     wanted = ask(three, SECRET)
     request_id, nonce = wanted.task.request_id, wanted.task.nonce
@@ -94,7 +98,7 @@ async def test_one_that_says_no_tag_only_shares_within_a_request(three: World) -
     assert await asked(three) == 0
 
 
-async def test_another_leg_finds_what_its_account_has_there(three: World) -> None:
+async def test_another_leg_finds_what_its_account_has_there(three: ThreeBoxes) -> None:
     more: dict[str, Any] = {"leg": 1}
     assert await asked(three, "A leg. " + SECRET, tag="1" * 32) == 0
     assert await asked(three, "A leg. " + SECRET, tag="1" * 32, **more) > len(SECRET)
@@ -102,7 +106,7 @@ async def test_another_leg_finds_what_its_account_has_there(three: World) -> Non
 
 
 async def test_without_cache_prompt_nothing_is_kept_there(
-    three: World, tags: list[str | None]
+    three: ThreeBoxes, tags: list[str | None]
 ) -> None:
     key, _ = await key_at(three)
     text = "Not to be kept: " + SECRET
@@ -112,10 +116,12 @@ async def test_without_cache_prompt_nothing_is_kept_there(
     assert [tag is None for tag in tags] == [True, False, True]
 
 
-async def test_what_the_operator_names_is_not_for_peers(three: World) -> None:
+async def test_what_the_operator_names_is_not_for_peers(three: ThreeBoxes) -> None:
     named = "You are the assistant of ACME. "
-    placement, engine = three.ben.box.placement, three.ben.box.config.engine
-    placement.configure(engine, [named.strip()])
+    settings, placement = three.ben.box.settings, three.ben.box.placement
+    before = settings.current
+    settings.current = replace(before, shared_prefixes=(named.strip(),))
+    placement.reloaded()
     try:
         await found(three.ben, named + "One.")
         other = await three.ben.http("POST", "/v1/admin/keys", json={})
@@ -124,7 +130,8 @@ async def test_what_the_operator_names_is_not_for_peers(three: World) -> None:
         key, _ = await key_at(three)
         assert await found(three.anna, named + "Four.", key) == 0
     finally:
-        placement.configure(engine)
+        settings.current = before
+        placement.reloaded()
 
 
 def test_a_peer_of_the_version_before_reads_a_task_with_a_tag() -> None:

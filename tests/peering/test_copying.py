@@ -33,9 +33,20 @@ from pinaivu_box.files.wire import (
 from pinaivu_box.models import pieces
 from pinaivu_box.models.pieces import PIECE_BYTES
 from pinaivu_box.transport import wire
-from tests.box import environment
-from tests.peering.copies import NAME, SIZE, Giver, World, digest_of, made_up
-from tests.peering.worlds import ROOT, soon, wait_until
+from tests.support.model_copies import (
+    NAME,
+    SIZE,
+    CopyNetwork,
+    SharingBox,
+    WrongPieces,
+    asked,
+    digest_of,
+    made_up,
+    read_answer,
+)
+from tests.support.paths import ROOT
+from tests.support.process_box import environment
+from tests.support.waiting import soon, wait_until
 
 pytestmark = pytest.mark.anyio
 DATA = made_up(1)
@@ -44,9 +55,9 @@ COUNT = pieces.count(SIZE)
 
 
 @pytest.fixture
-async def world(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> AsyncIterator[World]:
+async def world(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> AsyncIterator[CopyNetwork]:
     """No task of it ends with an error that nobody asked for."""
-    made = World(tmp_path)
+    made = CopyNetwork(tmp_path)
     yield made
     await made.end()
     gc.collect()
@@ -55,18 +66,6 @@ async def world(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> AsyncIterat
 
 
 # -- how others behave -----------------------------------------------------------------------------
-
-
-def read_answer(frame: bytes | None) -> file_wire.Answer:
-    return wire.decode(frame or b"", file_wire.answers)
-
-
-class WrongPieces(FileServer):
-    """Has the right list, and gives something else."""
-
-    async def _send_piece(self, conversation: Any, model: Any, number: int) -> None:
-        for _ in range(PIECE_BYTES // file_wire.MAX_DATA_BYTES):
-            await conversation.send(PieceData(os.urandom(file_wire.MAX_DATA_BYTES)))
 
 
 class AnotherFile(FileServer):
@@ -101,7 +100,7 @@ class Dies(FileServer):
     """Gives two pieces, and then its box is gone."""
 
     given = 0
-    giver: Giver
+    giver: SharingBox
 
     async def _send_piece(self, conversation: Any, model: Any, number: int) -> None:
         self.given += 1
@@ -113,7 +112,7 @@ class Dies(FileServer):
 # -- what is copied is what was asked for ----------------------------------------------------------
 
 
-async def test_a_model_comes_whole_from_two_boxes_at_once(world: World) -> None:
+async def test_a_model_comes_whole_from_two_boxes_at_once(world: CopyNetwork) -> None:
     one, other = await world.giver(DATA), await world.giver(DATA)
     done = await soon(world.copy())
     assert digest_of(world.target.read_bytes()) == done.digest == DIGEST
@@ -125,7 +124,9 @@ async def test_a_model_comes_whole_from_two_boxes_at_once(world: World) -> None:
     assert list((world.target.parent / ".partial").iterdir()) == []
 
 
-async def test_a_range_of_another_file_is_copied_like_a_file(world: World, tmp_path: Path) -> None:
+async def test_a_range_of_another_file_is_copied_like_a_file(
+    world: CopyNetwork, tmp_path: Path
+) -> None:
     """As the model inside the executable."""
     from pinaivu_box.models import bundled
 
@@ -160,14 +161,14 @@ def catalog_with(path: Path, where: Any) -> Any:
 
 
 @pytest.mark.parametrize("size", [129, 130, PIECE_BYTES - 1, PIECE_BYTES, PIECE_BYTES + 1])
-async def test_sizes_at_the_edges_of_pieces(world: World, size: int) -> None:
+async def test_sizes_at_the_edges_of_pieces(world: CopyNetwork, size: int) -> None:
     data = made_up(2, size)
     await world.giver(data)
     await soon(world.copy())
     assert world.target.read_bytes() == data
 
 
-async def test_different_files_under_one_name_must_be_told_apart(world: World) -> None:
+async def test_different_files_under_one_name_must_be_told_apart(world: CopyNetwork) -> None:
     other = made_up(2, 5000)
     await world.giver(DATA, name="anna")
     await world.giver(other, name="ben")
@@ -179,7 +180,9 @@ async def test_different_files_under_one_name_must_be_told_apart(world: World) -
     assert world.target.read_bytes() == other
 
 
-async def test_a_box_that_has_the_file_under_another_name_helps_by_digest(world: World) -> None:
+async def test_a_box_that_has_the_file_under_another_name_helps_by_digest(
+    world: CopyNetwork,
+) -> None:
     named = await world.giver(None)
     (named.folder / "else:1.gguf").write_bytes(DATA)
     done = await soon(world.copy(DIGEST))
@@ -193,7 +196,7 @@ async def test_a_box_that_has_the_file_under_another_name_helps_by_digest(world:
     ("kind", "said"),
     [(WrongPieces, "wrong piece"), (TooMuch, "more than piece"), (ShortList, "does not fit")],
 )
-async def test_who_lies_is_named_and_left_out(world: World, kind: Any, said: str) -> None:
+async def test_who_lies_is_named_and_left_out(world: CopyNetwork, kind: Any, said: str) -> None:
     honest, liar = await world.giver(DATA), await world.giver(DATA, kind)
     done = await soon(world.copy())
     assert digest_of(world.target.read_bytes()) == DIGEST
@@ -202,7 +205,7 @@ async def test_who_lies_is_named_and_left_out(world: World, kind: Any, said: str
 
 
 @pytest.mark.parametrize("kind", [WrongPieces, TooMuch, ShortList, Garbage])
-async def test_a_liar_alone_gives_nothing(world: World, kind: Any) -> None:
+async def test_a_liar_alone_gives_nothing(world: CopyNetwork, kind: Any) -> None:
     await world.giver(DATA, kind, name="eve")
     with pytest.raises(CopyFailed, match="eve"):
         await soon(world.copy())
@@ -210,7 +213,7 @@ async def test_a_liar_alone_gives_nothing(world: World, kind: Any) -> None:
 
 
 async def test_a_silent_one_does_not_hold_up_the_others(
-    world: World, monkeypatch: pytest.MonkeyPatch
+    world: CopyNetwork, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(download, "STALL_SECONDS", 2.0)
     monkeypatch.setattr(download, "MAX_FAILURES", 1)
@@ -223,7 +226,7 @@ async def test_a_silent_one_does_not_hold_up_the_others(
 
 @pytest.mark.parametrize("honest", [1, 2])
 async def test_another_file_under_the_digest_is_found_out_by_the_whole(
-    world: World, honest: int
+    world: CopyNetwork, honest: int
 ) -> None:
     """Its first half is the right one: of the liar's list nothing else is kept."""
     false = DATA[: SIZE // 2] + made_up(3)[SIZE // 2 :]
@@ -235,7 +238,7 @@ async def test_another_file_under_the_digest_is_found_out_by_the_whole(
     assert list(done.left_out) == [liar.source] and "another file" in done.left_out[liar.source]
 
 
-async def test_a_file_that_is_not_what_its_digest_says_is_thrown_away(world: World) -> None:
+async def test_a_file_that_is_not_what_its_digest_says_is_thrown_away(world: CopyNetwork) -> None:
     await world.giver(made_up(3), AnotherFile, name="eve")
     with pytest.raises(CopyFailed, match="eve sent is another file"):
         await soon(world.copy(DIGEST))
@@ -243,7 +246,7 @@ async def test_a_file_that_is_not_what_its_digest_says_is_thrown_away(world: Wor
     assert list((world.target.parent / ".partial").iterdir()) == []
 
 
-async def test_a_source_that_dies_half_way_is_replaced(world: World) -> None:
+async def test_a_source_that_dies_half_way_is_replaced(world: CopyNetwork) -> None:
     dying = await world.giver(DATA, Dies)
     dying.sharing.giver = dying  # type: ignore[attr-defined]
     await world.giver(DATA)
@@ -251,7 +254,7 @@ async def test_a_source_that_dies_half_way_is_replaced(world: World) -> None:
     assert digest_of(world.target.read_bytes()) == DIGEST and sum(done.sent.values()) == SIZE
 
 
-async def test_a_copy_whose_only_source_died_goes_on_with_another(world: World) -> None:
+async def test_a_copy_whose_only_source_died_goes_on_with_another(world: CopyNetwork) -> None:
     dying = await world.giver(DATA, Dies)
     dying.sharing.giver = dying  # type: ignore[attr-defined]
     with pytest.raises(CopyFailed, match=r"stopped at .* pull again"):
@@ -268,12 +271,14 @@ async def test_a_copy_whose_only_source_died_goes_on_with_another(world: World) 
 
 
 @pytest.mark.parametrize("seed", range(5))
-async def test_a_killed_copy_goes_on_where_it_was(world: World, tmp_path: Path, seed: int) -> None:
+async def test_a_killed_copy_goes_on_where_it_was(
+    world: CopyNetwork, tmp_path: Path, seed: int
+) -> None:
     giver = await world.giver(DATA, name="source")
     enough = random.Random(seed).randrange(3, 7) * PIECE_BYTES  # two of them may be unfinished
     await giver.database.close()  # the process below opens it
     child = subprocess.Popen(  # noqa: ASYNC220
-        [sys.executable, "-m", "tests.peering.copies", tmp_path, tmp_path, DIGEST],
+        [sys.executable, "-m", "tests.support.model_copies", tmp_path, tmp_path, DIGEST],
         cwd=ROOT,
         env=environment(),
     )
@@ -295,7 +300,7 @@ async def test_a_killed_copy_goes_on_where_it_was(world: World, tmp_path: Path, 
     assert 0 < sum(done.sent.values()) <= SIZE - enough + 2 * PIECE_BYTES < SIZE
 
 
-async def test_what_was_damaged_meanwhile_is_fetched_again(world: World) -> None:
+async def test_what_was_damaged_meanwhile_is_fetched_again(world: CopyNetwork) -> None:
     await world.giver(DATA)
     folder = world.target.parent / ".partial"
     folder.mkdir(parents=True)
@@ -308,7 +313,7 @@ async def test_what_was_damaged_meanwhile_is_fetched_again(world: World) -> None
 
 
 async def test_a_disk_without_room_is_seen_before_anything_is_asked(
-    world: World, monkeypatch: pytest.MonkeyPatch
+    world: CopyNetwork, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await world.giver(DATA)
     usage = type("Usage", (), {"free": SIZE})
@@ -319,7 +324,7 @@ async def test_a_disk_without_room_is_seen_before_anything_is_asked(
 
 
 async def test_a_disk_that_fills_up_keeps_what_has_come(
-    world: World, monkeypatch: pytest.MonkeyPatch
+    world: CopyNetwork, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await world.giver(DATA)
     write, left = os.pwrite, [3 * PIECE_BYTES]
@@ -338,7 +343,7 @@ async def test_a_disk_that_fills_up_keeps_what_has_come(
     assert sum(done.sent.values()) == SIZE - 3 * PIECE_BYTES
 
 
-async def test_one_copy_at_a_time_and_nothing_is_written_over(world: World) -> None:
+async def test_one_copy_at_a_time_and_nothing_is_written_over(world: CopyNetwork) -> None:
     await world.giver(DATA)
     held = pieces.Partial(world.target.parent, DIGEST, SIZE, b"")
     with pytest.raises(CopyFailed, match="already"):
@@ -353,18 +358,10 @@ async def test_one_copy_at_a_time_and_nothing_is_written_over(world: World) -> N
 # -- what is given, and to whom --------------------------------------------------------------------
 
 
-async def asked(world: World, *questions: Any) -> Any:
-    stream = await soon(world.open(world.sources[0].peer))
-    for question in questions:
-        await stream.send(wire.encode(question))
-        answer = read_answer(await soon(stream.receive()))
-    return answer
-
-
 @pytest.mark.parametrize(
     "model", ["../secret", "/etc/passwd", "made:up/../../secret", "", "\0", "fake:1"]
 )
-async def test_only_what_is_in_the_catalog_is_given(world: World, model: str) -> None:
+async def test_only_what_is_in_the_catalog_is_given(world: CopyNetwork, model: str) -> None:
     giver = await world.giver(DATA)
     secret = giver.folder.parent / "secret"
     secret.write_bytes(DATA + b"x")
@@ -373,21 +370,21 @@ async def test_only_what_is_in_the_catalog_is_given(world: World, model: str) ->
         assert isinstance(await asked(world, question), FileRefused)
 
 
-async def test_what_is_no_longer_served_is_no_longer_given(world: World) -> None:
+async def test_what_is_no_longer_served_is_no_longer_given(world: CopyNetwork) -> None:
     giver = await world.giver(DATA)
     assert isinstance(await asked(world, GivePiece(DIGEST, 0)), PieceData)
     (giver.folder / f"{NAME}.gguf").unlink()
     assert isinstance(await asked(world, GivePiece(DIGEST, 0)), FileRefused)
 
 
-async def test_a_box_that_does_not_share_says_so(world: World) -> None:
+async def test_a_box_that_does_not_share_says_so(world: CopyNetwork) -> None:
     giver = await world.giver(DATA, name="ann")
     giver.shares = False
     with pytest.raises(CopyFailed, match="ann: this box does not share its models"):
         await soon(world.find())
 
 
-async def test_pieces_that_are_none_and_garbage(world: World) -> None:
+async def test_pieces_that_are_none_and_garbage(world: CopyNetwork) -> None:
     await world.giver(DATA)
     assert isinstance(await asked(world, GivePiece(DIGEST, COUNT)), FileRefused)
     assert isinstance(await asked(world, GivePiece(DIGEST, 2**31)), FileRefused)
@@ -399,7 +396,7 @@ async def test_pieces_that_are_none_and_garbage(world: World) -> None:
         wire.decode(wire.encode(Find("m", "../../x")), file_wire.questions)
 
 
-async def test_a_peer_has_so_many_conversations_and_no_more(world: World) -> None:
+async def test_a_peer_has_so_many_conversations_and_no_more(world: CopyNetwork) -> None:
     await world.giver(DATA)
     streams = [await soon(world.open(world.sources[0].peer)) for _ in range(9)]
     answers = []
@@ -415,7 +412,7 @@ async def test_a_peer_has_so_many_conversations_and_no_more(world: World) -> Non
 
 
 async def test_who_waits_for_a_hash_hears_that_it_is_made(
-    world: World, monkeypatch: pytest.MonkeyPatch
+    world: CopyNetwork, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Longer than anybody bears silence."""
     monkeypatch.setattr(upload, "WORKING_SECONDS", 0.1)
@@ -444,7 +441,7 @@ class Clock:
 
 
 async def test_all_copies_share_the_bytes_of_a_second(
-    world: World, monkeypatch: pytest.MonkeyPatch
+    world: CopyNetwork, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A copy has two conversations, and both of them together have what is set."""
     clock = Clock()
@@ -461,7 +458,7 @@ async def test_all_copies_share_the_bytes_of_a_second(
 
 
 async def test_under_a_low_limit_pieces_go_out_one_after_the_other(
-    world: World, monkeypatch: pytest.MonkeyPatch
+    world: CopyNetwork, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Who waits hears so, and has its turn when the one before it is done, or has left."""
     pausing, go_on = asyncio.Event(), asyncio.Event()

@@ -22,15 +22,14 @@ from pinaivu_box.models import pieces
 from pinaivu_box.models.pieces import PIECE_BYTES
 from pinaivu_box.models.splits import digest_of_parts
 from pinaivu_box.transport import wire
-from tests import ggufs
-from tests.peering.copies import NAME, Giver, World, digest_of
-from tests.peering.test_copying import WrongPieces, asked
-from tests.peering.worlds import soon, wait_until
+from tests.support import gguf_files
+from tests.support.model_copies import NAME, CopyNetwork, SharingBox, WrongPieces, asked, digest_of
+from tests.support.waiting import soon, wait_until
 
 pytestmark = pytest.mark.anyio
 COUNT = 3
 PARTS = [
-    ggufs.part(number, COUNT, tensors=COUNT)
+    gguf_files.part(number, COUNT, tensors=COUNT)
     + random.Random(number).randbytes((2 if number == 2 else 0) * PIECE_BYTES + 1000)
     for number in range(1, COUNT + 1)
 ]
@@ -41,42 +40,46 @@ SIZE = sum(SIZES)
 
 
 @pytest.fixture
-async def world(tmp_path: Path) -> AsyncIterator[World]:
-    made = World(tmp_path)
+async def world(tmp_path: Path) -> AsyncIterator[CopyNetwork]:
+    made = CopyNetwork(tmp_path)
     yield made
     await made.end()
 
 
-async def giver(world: World, kind: type[FileServer] = FileServer, name: str = "") -> Giver:
+async def giver(
+    world: CopyNetwork, kind: type[FileServer] = FileServer, name: str = ""
+) -> SharingBox:
     made = await world.giver(None, kind, name)
-    ggufs.put_split(made.folder, NAME, PARTS)
+    gguf_files.put_split(made.folder, NAME, PARTS)
     return made
 
 
-def folder(world: World) -> Path:
+def folder(world: CopyNetwork) -> Path:
     return world.target.parent
 
 
-def targets(world: World) -> list[Path]:
-    return [folder(world) / ggufs.part_name(NAME, number, COUNT) for number in range(1, COUNT + 1)]
+def targets(world: CopyNetwork) -> list[Path]:
+    return [
+        folder(world) / gguf_files.part_name(NAME, number, COUNT) for number in range(1, COUNT + 1)
+    ]
 
 
-def there(world: World) -> list[str]:
+def there(world: CopyNetwork) -> list[str]:
     """Digests of what has come."""
     return [digest_of(path.read_bytes()) for path in targets(world)]
 
 
-async def begun(world: World) -> Any:
+async def begun(world: CopyNetwork) -> Any:
     return download.copy_of(world.open, await world.find(), folder(world), NAME)
 
 
-async def copied(world: World) -> Any:
+async def copied(world: CopyNetwork) -> Any:
     made = await begun(world)
     await made.run()
     return made
 
 
-async def test_all_parts_come_from_two_boxes_and_are_one_model(world: World) -> None:
+async def test_all_parts_come_from_two_boxes_and_are_one_model(world: CopyNetwork) -> None:
     one, other = await giver(world), await giver(world)
     done = await soon(copied(world))
     assert (done.digest, done.size, done.bytes) == (DIGEST, SIZE, SIZE)
@@ -95,7 +98,7 @@ async def test_all_parts_come_from_two_boxes_and_are_one_model(world: World) -> 
 class Dies(FileServer):
     """Gives the first part, the first piece of the second, and then its box is gone."""
 
-    giver: Giver
+    giver: SharingBox
 
     async def _send_piece(self, conversation: Any, model: Any, number: int) -> None:
         if model.size == SIZES[1] and number > 0:
@@ -105,7 +108,7 @@ class Dies(FileServer):
         await super()._send_piece(conversation, model, number)
 
 
-async def test_what_was_cut_off_goes_on_in_the_middle_of_a_part(world: World) -> None:
+async def test_what_was_cut_off_goes_on_in_the_middle_of_a_part(world: CopyNetwork) -> None:
     dying = await giver(world, Dies)
     dying.sharing.giver = dying  # type: ignore[attr-defined]
     with pytest.raises(CopyFailed, match=r"No source is left|stopped at"):
@@ -119,7 +122,7 @@ async def test_what_was_cut_off_goes_on_in_the_middle_of_a_part(world: World) ->
     assert there(world) == DIGESTS
 
 
-async def test_a_copy_that_was_killed_while_it_gave_names(world: World) -> None:
+async def test_a_copy_that_was_killed_while_it_gave_names(world: CopyNetwork) -> None:
     await giver(world)
     folder(world).mkdir(parents=True)
     targets(world)[0].write_bytes(PARTS[0])
@@ -128,7 +131,7 @@ async def test_a_copy_that_was_killed_while_it_gave_names(world: World) -> None:
     assert there(world) == DIGESTS
 
 
-async def test_a_file_that_is_another_is_not_written_over(world: World) -> None:
+async def test_a_file_that_is_another_is_not_written_over(world: CopyNetwork) -> None:
     await giver(world)
     folder(world).mkdir(parents=True)
     targets(world)[2].write_bytes(b"mine")
@@ -139,7 +142,7 @@ async def test_a_file_that_is_another_is_not_written_over(world: World) -> None:
 
 
 async def test_room_for_all_is_looked_for_before_anything_is_asked(
-    world: World, monkeypatch: pytest.MonkeyPatch
+    world: CopyNetwork, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await giver(world)
     usage = type("Usage", (), {"free": 100_000_000 + SIZE - 1})
@@ -149,7 +152,7 @@ async def test_room_for_all_is_looked_for_before_anything_is_asked(
     assert list((folder(world) / ".partial").iterdir()) == []
 
 
-async def test_one_copy_at_a_time(world: World) -> None:
+async def test_one_copy_at_a_time(world: CopyNetwork) -> None:
     await giver(world)
     with pieces.claimed(folder(world), DIGEST), pytest.raises(CopyFailed, match="already"):
         await soon(copied(world))
@@ -169,7 +172,9 @@ class OtherParts(FileServer):
 
 
 @pytest.mark.parametrize("kind", [SaysOneFile, OtherParts, WrongPieces])
-async def test_who_lies_about_the_parts_is_left_out(world: World, kind: type[FileServer]) -> None:
+async def test_who_lies_about_the_parts_is_left_out(
+    world: CopyNetwork, kind: type[FileServer]
+) -> None:
     await giver(world, kind, "eve")
     await giver(world, name="anna")
     found, without = await download.find(world.open, world.sources, NAME, "")
@@ -180,7 +185,7 @@ async def test_who_lies_about_the_parts_is_left_out(world: World, kind: type[Fil
     assert named == {"eve"}
 
 
-async def test_nobody_else_is_asked_if_the_only_one_lies(world: World) -> None:
+async def test_nobody_else_is_asked_if_the_only_one_lies(world: CopyNetwork) -> None:
     await giver(world, OtherParts, "eve")
     with pytest.raises(CopyFailed, match="eve: the files that it offers are not those"):
         await soon(begun(world))
@@ -201,7 +206,7 @@ class OldHave(msgspec.Struct, frozen=True, tag="Have"):
     size: int
 
 
-async def test_a_box_that_knows_of_no_parts_hears_why_it_gets_none(world: World) -> None:
+async def test_a_box_that_knows_of_no_parts_hears_why_it_gets_none(world: CopyNetwork) -> None:
     await giver(world)
     for question in (OldFind(NAME, ""), OldFind(NAME, DIGEST)):
         refused = await asked(world, question)
@@ -212,7 +217,7 @@ async def test_a_box_that_knows_of_no_parts_hears_why_it_gets_none(world: World)
     for other in (List(DIGEST), GivePiece(DIGEST, 0)):
         assert isinstance(await asked(world, other), FileRefused)
     # In one file it is what it was: they read our answer, and we theirs.
-    single = ggufs.valid()
+    single = gguf_files.valid()
     (world.givers[0].folder / "single.gguf").write_bytes(single)
     have = await asked(world, OldFind("single", ""))
     assert have == ModelAvailable("single", digest_of(single), len(single))

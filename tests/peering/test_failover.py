@@ -12,9 +12,9 @@ import pytest
 
 from pinaivu_box.models import bundled
 from pinaivu_box.receipts.verify import Transcript, verify_receipt
-from tests.box import pinaivu, wait_until
-from tests.peering.fleet import STEADY, Fleet, fleet
-from tests.test_crash import Stream
+from tests.support.box_fleet import STEADY, Fleet, fleet
+from tests.support.process_box import pinaivu, wait_until
+from tests.support.streamed_chat import StreamedChat
 
 MODEL = "fake:2"  # at ben and carl only
 DEAR = "fake:3"  # at all three, and anna asks more for it than the others
@@ -42,7 +42,7 @@ def boxes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
         yield made
 
 
-def receipt_of(boxes: Fleet, stream: Stream, text: str | None = None) -> dict[str, Any]:
+def receipt_of(boxes: Fleet, stream: StreamedChat, text: str | None = None) -> dict[str, Any]:
     """Of a receipt that holds (for that `text`), with its proofs decoded."""
     path = f"/v1/receipts/{stream.request_id}"
     document = boxes.anna.http("GET", path, key=stream.key)
@@ -52,7 +52,7 @@ def receipt_of(boxes: Fleet, stream: Stream, text: str | None = None) -> dict[st
     return {**receipt, "proofs": [json.loads(one["signed"]) for one in receipt["proofs"]]}
 
 
-def proofs_of(boxes: Fleet, stream: Stream) -> list[dict[str, Any]]:
+def proofs_of(boxes: Fleet, stream: StreamedChat) -> list[dict[str, Any]]:
     return list(receipt_of(boxes, stream, stream.text)["proofs"])
 
 
@@ -64,7 +64,7 @@ def ask(boxes: Fleet, key: str, text: str = "Hello.", model: str = MODEL) -> Any
 def test_a_request_goes_to_a_box_that_has_the_model(boxes: Fleet) -> None:
     listed = [one.id for one in boxes.anna.client.models.list()]
     assert MODEL in listed
-    stream = Stream(boxes.anna, MODEL, 40)
+    stream = StreamedChat(boxes.anna, MODEL, 40)
     stream.check_whole(40)
     assert boxes.name_of(stream.route) in ("ben", "carl")
     (proof,) = proofs_of(boxes, stream)
@@ -77,13 +77,15 @@ def test_a_request_goes_to_a_box_that_has_the_model(boxes: Fleet) -> None:
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=lambda how: how.name)
 def test_a_box_lost_in_mid_stream_leaves_no_seam(boxes: Fleet, how: signal.Signals) -> None:
-    streams = [Stream(boxes.anna, MODEL, TOKENS) for _ in range(3)]
+    streams = [StreamedChat(boxes.anna, MODEL, TOKENS) for _ in range(3)]
     for stream in streams:
         stream.wait_for_text(20)
     name = boxes.name_of(streams[0].route)
     lost, other = boxes.ids[name], boxes.ids["ben" if name == "carl" else "carl"]
     boxes.lose(name, how)
-    late = Stream(boxes.anna, MODEL, TOKENS)  # of the same conversation: it goes there as well
+    late = StreamedChat(
+        boxes.anna, MODEL, TOKENS
+    )  # of the same conversation: it goes there as well
     for stream in streams:
         stream.check_whole(TOKENS)
         proofs = proofs_of(boxes, stream)
@@ -111,7 +113,7 @@ def test_a_box_lost_in_mid_stream_leaves_no_seam(boxes: Fleet, how: signal.Signa
 
 
 def test_a_box_that_is_told_to_stop_finishes_what_it_serves(boxes: Fleet) -> None:
-    stream = Stream(boxes.anna, MODEL, TOKENS)
+    stream = StreamedChat(boxes.anna, MODEL, TOKENS)
     stream.wait_for_text(20)
     name = boxes.name_of(stream.route)
     boxes.lose(name, signal.SIGTERM)
@@ -122,7 +124,7 @@ def test_a_box_that_is_told_to_stop_finishes_what_it_serves(boxes: Fleet) -> Non
     boxes.mend(name)
 
 
-def told(stream: Stream, choice: int = 0) -> str:
+def told(stream: StreamedChat, choice: int = 0) -> str:
     """What a choice says, and that its log-probabilities are of just that."""
     parts = [one for chunk in stream.chunks for one in chunk["choices"] if one["index"] == choice]
     said = [one["delta"].get("content") or "" for one in parts]
@@ -143,9 +145,9 @@ def test_calls_schemas_and_choices_go_on_as_well(boxes: Fleet) -> None:
     function = {"type": "function", "function": {"name": "add", "parameters": schema}}
     form = {"type": "json_schema", "json_schema": {"name": "numbers", "schema": schema}}
     more = {"temperature": 1, "seed": 3, "ignore_eos": False}
-    formed = Stream(boxes.anna, REAL, 200, response_format=form, logprobs=True, **more)
-    called = Stream(boxes.anna, REAL, 200, tools=[function], tool_choice="required", **more)
-    several = Stream(boxes.anna, REAL, 60, n=2, logprobs=True, seed=3, temperature=1)
+    formed = StreamedChat(boxes.anna, REAL, 200, response_format=form, logprobs=True, **more)
+    called = StreamedChat(boxes.anna, REAL, 200, tools=[function], tool_choice="required", **more)
+    several = StreamedChat(boxes.anna, REAL, 60, n=2, logprobs=True, seed=3, temperature=1)
     streams = (formed, called, several)  # of one conversation: they go to the same box
     for stream in streams:
         wait_until(lambda s=stream: len(s.chunks) > 5 or s.error, "a stream has begun")
@@ -177,9 +179,9 @@ def test_when_all_that_serve_are_lost(boxes: Fleet) -> None:
     """Whoever may goes on at home; who must wait for a box waits, and in the end it is said."""
     for name, model in (("carl", DEAR), ("carl", MODEL), ("ben", MODEL)):  # they are loaded
         assert ask(boxes, boxes.key_for(name), model=model).status_code == 200
-    here = Stream(boxes.anna, DEAR, TOKENS, key=boxes.key_for("carl"))
-    back = Stream(boxes.anna, MODEL, TOKENS, key=boxes.key_for("ben"))
-    nowhere = Stream(boxes.anna, MODEL, TOKENS, key=boxes.key_for("carl"))
+    here = StreamedChat(boxes.anna, DEAR, TOKENS, key=boxes.key_for("carl"))
+    back = StreamedChat(boxes.anna, MODEL, TOKENS, key=boxes.key_for("ben"))
+    nowhere = StreamedChat(boxes.anna, MODEL, TOKENS, key=boxes.key_for("carl"))
     for stream in (here, back, nowhere):
         stream.wait_for_text(20)
     assert [boxes.name_of(one.route) for one in (here, back, nowhere)] == ["carl", "ben", "carl"]

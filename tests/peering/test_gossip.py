@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
 from contextlib import suppress
-from itertools import pairwise
 from random import Random
 
 import pytest
@@ -14,7 +12,7 @@ from msgspec import msgpack
 from msgspec.structs import replace
 
 from pinaivu_box.gossip import topology
-from pinaivu_box.gossip.adverts import Facts, gone_id
+from pinaivu_box.gossip.adverts import gone_id
 from pinaivu_box.gossip.frames import (
     MAX_GIVE_BYTES,
     MAX_IDS,
@@ -28,102 +26,19 @@ from pinaivu_box.gossip.frames import (
     encode,
 )
 from pinaivu_box.gossip.protocol import Gossip, RecordRequests
-from pinaivu_box.identity import Identity
-from pinaivu_box.membership.records import Invalid, Record, key_of
-from tests.peering.people import (
-    FOUNDER,
-    NOW,
-    PEOPLE,
-    advert,
-    certificate,
-    gone,
-    offer,
-    person,
-    revocation,
-    roster,
-)
-
-FACTS = Facts("1.0", ("a:1",), "credits", (offer(),))
-
-
-class Carried:
-    """One box's effects: frames wait in the net, cuts are done at once."""
-
-    def __init__(self, net: Net, me: str) -> None:
-        self.net, self.me = net, me
-
-    def send(self, peer: str, frame: bytes) -> None:
-        self.net.waiting.append((self.me, peer, frame))
-
-    def disconnect(self, peer: str, why: str) -> None:
-        self.net.cuts.append((self.me, peer, why))
-        if other := self.net.boxes.get(peer):
-            other.link_down(self.me, lost=False)
-
-    def roster_changed(self) -> None:
-        self.net.changes += 1
-
-
-class Net:
-    def __init__(self) -> None:
-        self.now, self.changes = 1000.0, 0
-        self.boxes: dict[str, Gossip] = {}
-        self.waiting: deque[tuple[str, str, bytes]] = deque()
-        self.sent: list[tuple[str, str, bytes]] = []
-        self.cuts: list[tuple[str, str, str]] = []
-
-    def box(self, identity: Identity, *records: Record, wall: float = NOW) -> Gossip:
-        me = identity.node_id
-        made = Gossip(
-            identity, roster(*records), Carried(self, me), clock=lambda: self.now,
-            wall=lambda: wall + self.now, random=Random(me),
-        )  # fmt: skip
-        made.facts = FACTS
-        self.boxes[me] = made
-        return made
-
-    def link(self, one: Gossip, other: Gossip) -> None:
-        one.link_up(other.me)
-        other.link_up(one.me)
-        self.settle()
-
-    def settle(self, lose: bool = False) -> None:
-        while self.waiting:
-            source, target, frame = self.waiting.popleft()
-            self.sent.append((source, target, frame))
-            if not lose and target in self.boxes:
-                self.boxes[target].receive(source, frame)
-
-    def run(self, seconds: int) -> None:
-        for _ in range(seconds):
-            self.now += 1.0
-            for box in list(self.boxes.values()):
-                box.tick()
-            self.settle()
-
-
-def chain(count: int) -> tuple[Net, list[Gossip]]:
-    """Boxes in a row, each linked with the next, all members."""
-    net = Net()
-    records = [certificate(FOUNDER, one, name="n") for one in PEOPLE[1:count]]
-    row = [net.box(one, *records) for one in PEOPLE[:count]]
-    for one, other in pairwise(row):
-        net.link(one, other)
-    net.run(2 * count)
-    return net, row
-
-
-def heard(box: Gossip) -> set[str]:
-    return {held.advert.node_id for held in box.adverts.fresh(box._clock())}
+from pinaivu_box.membership.records import Invalid, key_of
+from tests.support.gossip_net import FACTS, GossipNet, chain, heard_by
+from tests.support.keys import FOUNDER, IDENTITIES, known_identity
+from tests.support.records import NOW, advert, certificate, gone, offer, revocation
 
 
 def test_everybody_hears_everybody_along_a_chain() -> None:
     net, row = chain(6)
     for box in row:
-        assert heard(box) == {one.me for one in row}
+        assert heard_by(box) == {one.me for one in row}
     net.run(60)
     for box in row:
-        assert heard(box) == {one.me for one in row}
+        assert heard_by(box) == {one.me for one in row}
     assert not net.cuts
 
 
@@ -146,7 +61,7 @@ def serials(box: Gossip, row: list[Gossip]) -> dict[str, int]:
 
 def test_a_newcomer_shows_its_certificate_and_is_known_to_all() -> None:
     net, row = chain(4)
-    new = PEOPLE[6]
+    new = IDENTITIES[6]
     made = row[0].roster.certify(FOUNDER, new.node_id, "new", NOW)
     # Not even told: it carries the certificate itself, to a box that its inviter has no link with.
     box = net.box(new, made)
@@ -154,8 +69,8 @@ def test_a_newcomer_shows_its_certificate_and_is_known_to_all() -> None:
     assert all(new.node_id in one.roster.members() for one in row)
     assert len(box.roster) == len(row[0].roster)
     net.run(6)
-    assert heard(box) == {one.me for one in row} | {new.node_id}
-    assert heard(row[0]) == heard(box)
+    assert heard_by(box) == {one.me for one in row} | {new.node_id}
+    assert heard_by(row[0]) == heard_by(box)
     assert not net.cuts
 
 
@@ -174,12 +89,12 @@ def test_a_revoked_box_is_cut_off_by_all_and_stays_out() -> None:
     net.link(out, row[4])
     net.run(7)
     assert out.me not in row[4].links
-    assert out.me not in heard(row[4])
+    assert out.me not in heard_by(row[4])
 
 
 def test_a_stranger_is_told_nothing_and_cut_after_a_while() -> None:
     net, row = chain(2)
-    stranger = net.box(PEOPLE[7])
+    stranger = net.box(IDENTITIES[7])
     net.sent.clear()
     net.link(stranger, row[1])
     row[1].receive(stranger.me, encode(RosterDigest(b"0" * 16)))
@@ -202,16 +117,22 @@ def test_a_stranger_is_told_nothing_and_cut_after_a_while() -> None:
         (msgpack.encode(["have", b"", b"1" * 8 * (MAX_IDS + 1)]), "an invalid frame"),
         (
             encode(
-                GiveRecords((GivenRecord(certificate(FOUNDER, PEOPLE[5], signed_by=PEOPLE[1])),))
+                GiveRecords(
+                    (GivenRecord(certificate(FOUNDER, IDENTITIES[5], signed_by=IDENTITIES[1])),)
+                )
             ),
             "signature",
         ),
         (
-            encode(GiveRecords((GivenRecord(advert(PEOPLE[1], 1, signed_by=PEOPLE[2])[1]),))),
+            encode(
+                GiveRecords((GivenRecord(advert(IDENTITIES[1], 1, signed_by=IDENTITIES[2])[1]),))
+            ),
             "signature",
         ),
         (
-            encode(GiveRecords((GivenRecord(advert(PEOPLE[1], 1, network="net_" + "0" * 72)[1]),))),
+            encode(
+                GiveRecords((GivenRecord(advert(IDENTITIES[1], 1, network="net_" + "0" * 72)[1]),))
+            ),
             "network",
         ),
     ],
@@ -259,7 +180,7 @@ def test_who_does_not_answer_is_not_waited_for() -> None:
 
 def test_what_was_lost_on_the_way_is_found_by_comparing() -> None:
     net, row = chain(3)
-    row[0].spread([row[0].roster.certify(FOUNDER, person(50).node_id, "x", NOW)])
+    row[0].spread([row[0].roster.certify(FOUNDER, known_identity(50).node_id, "x", NOW)])
     net.settle(lose=True)
     assert len(row[1].roster) < len(row[0].roster)
     net.run(25)
@@ -268,19 +189,19 @@ def test_what_was_lost_on_the_way_is_found_by_comparing() -> None:
 
 def test_records_of_unknown_signers_wait_for_their_certificate() -> None:
     net, row = chain(2)
-    early = certificate(PEOPLE[5], PEOPLE[6])
+    early = certificate(IDENTITIES[5], IDENTITIES[6])
     row[1].receive(row[0].me, encode(GiveRecords((GivenRecord(early),))))
     assert not net.cuts and len(row[1].roster) == 1
     row[1].receive(
         row[0].me,
-        encode(GiveRecords((GivenRecord(early), GivenRecord(certificate(FOUNDER, PEOPLE[5]))))),
+        encode(GiveRecords((GivenRecord(early), GivenRecord(certificate(FOUNDER, IDENTITIES[5]))))),
     )
-    assert PEOPLE[6].node_id in row[1].roster.members()
+    assert IDENTITIES[6].node_id in row[1].roster.members()
 
 
 def test_changes_are_told_at_once_and_not_without_end() -> None:
     net, row = chain(2)
-    row[0].admit([certificate(FOUNDER, person(200 + number)) for number in range(98)])
+    row[0].admit([certificate(FOUNDER, known_identity(200 + number)) for number in range(98)])
     net.settle()
     net.run(20)
     serials = set()
@@ -325,7 +246,7 @@ def test_a_lie_about_somebody_alive_costs_seconds() -> None:
     net.run(3)
     held = row[0].adverts.get(row[3].me)
     assert held is not None
-    lie = gone(PEOPLE[1], PEOPLE[3], held.advert.serial)[1]
+    lie = gone(IDENTITIES[1], IDENTITIES[3], held.advert.serial)[1]
     row[0].receive(row[1].me, encode(GiveRecords((GivenRecord(lie),))))
     assert row[0].adverts.gone(row[3].me)
     row[4].receive(row[3].me, encode(GiveRecords((GivenRecord(lie),))))
@@ -333,7 +254,7 @@ def test_a_lie_about_somebody_alive_costs_seconds() -> None:
     row[3].receive(row[4].me, encode(GiveRecords((GivenRecord(lie),))))
     net.run(5)
     assert not row[0].adverts.gone(row[3].me)
-    far = gone(PEOPLE[1], PEOPLE[3], 2**53 - 1)[1]
+    far = gone(IDENTITIES[1], IDENTITIES[3], 2**53 - 1)[1]
     row[3].receive(row[4].me, encode(GiveRecords((GivenRecord(far),))))
     assert row[3]._serial < 2**53 - 1  # nobody can use up its serials
 
@@ -361,20 +282,20 @@ def test_a_box_whose_clock_went_back_a_day_is_heard_again() -> None:
     held = row[2].adverts.get(again.me)
     assert held is not None and held.advert.serial == again._serial > old._serial
     assert held.clock_difference_ms < -86_000_000
-    assert again.me in heard(row[2])
+    assert again.me in heard_by(row[2])
 
 
 def test_a_box_whose_clock_was_a_year_ahead_is_heard_again() -> None:
     """Also if it was away until its last advert had expired everywhere: who remembers only that
     there was a newer one shows it to the box itself, which goes on from there."""
-    net = Net()
-    records = [certificate(FOUNDER, one, name="n") for one in PEOPLE[1:3]]
+    net = GossipNet()
+    records = [certificate(FOUNDER, one, name="n") for one in IDENTITIES[1:3]]
     ahead = net.box(FOUNDER, *records, wall=NOW + 400 * 86400)
-    others = [net.box(one, *records) for one in PEOPLE[1:3]]
+    others = [net.box(one, *records) for one in IDENTITIES[1:3]]
     net.link(ahead, others[0])
     net.link(*others)
     net.run(8)
-    assert all(ahead.me in heard(box) for box in others)
+    assert all(ahead.me in heard_by(box) for box in others)
     for box in (ahead, others[0]):
         other = others[0] if box is ahead else ahead
         box.link_down(other.me, lost=False)
@@ -385,11 +306,11 @@ def test_a_box_whose_clock_was_a_year_ahead_is_heard_again() -> None:
     net.link(right, others[0])
     net.run(8)
     assert right._serial > ahead._serial > NOW + 399 * 86_400_000
-    assert all(right.me in heard(box) for box in others)
+    assert all(right.me in heard_by(box) for box in others)
 
 
 def test_records_go_in_frames_that_fit() -> None:
-    record = advert(PEOPLE[1], 1)[1]
+    record = advert(IDENTITIES[1], 1)[1]
     frames = [encode(frame) for frame in batches([GivenRecord(record)] * 3000)]
     assert sum(len(decode(frame).records) for frame in frames) == 3000  # type: ignore[union-attr]
     assert len(frames) > 1 and max(map(len, frames)) < 2 * MAX_GIVE_BYTES
@@ -397,9 +318,9 @@ def test_records_go_in_frames_that_fit() -> None:
 
 def test_a_revocation_that_comes_before_its_certificate_counts() -> None:
     _, row = chain(2)
-    for record in (revocation(FOUNDER, PEOPLE[5]), certificate(FOUNDER, PEOPLE[5])):
+    for record in (revocation(FOUNDER, IDENTITIES[5]), certificate(FOUNDER, IDENTITIES[5])):
         row[1].receive(row[0].me, encode(GiveRecords((GivenRecord(record),))))
-    assert PEOPLE[5].node_id not in row[1].roster.members() and len(row[1].roster) == 3
+    assert IDENTITIES[5].node_id not in row[1].roster.members() and len(row[1].roster) == 3
 
 
 def test_few_are_all_linked_and_many_keep_a_handful() -> None:

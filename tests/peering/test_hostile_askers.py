@@ -11,20 +11,20 @@ import pytest
 
 from pinaivu_box.errors import LinkLost
 from pinaivu_box.legs import wire as leg_wire
-from tests.peering.asking import accept, ask, entry, heard, opened, served, sign
-from tests.peering.company import World
+from tests.support.fake_coordinator import accept, ask, entry, heard, opened, served, sign
+from tests.support.three_boxes import ThreeBoxes
 
 pytestmark = pytest.mark.anyio
 NAN = float("nan")
 
 
 @pytest.fixture
-async def world(three: World, caplog: pytest.LogCaptureFixture) -> AsyncIterator[World]:
+async def world(three: ThreeBoxes, caplog: pytest.LogCaptureFixture) -> AsyncIterator[ThreeBoxes]:
     async with three.asked_much(caplog):
         yield three
 
 
-async def test_who_pays_is_served(world: World) -> None:
+async def test_who_pays_is_served(world: ThreeBoxes) -> None:
     asked = ask(world)
     stream, proved = await served(world, asked)
     await accept(stream, sign(world, proved))
@@ -137,7 +137,7 @@ ASKS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", [*TASKS, *ASKS])
-async def test_what_cannot_be_served_is_refused(world: World, name: str) -> None:
+async def test_what_cannot_be_served_is_refused(world: ThreeBoxes, name: str) -> None:
     asked = msgspec.to_builtins(ask(world))
     asked |= ASKS.get(name, {})
     asked["task"] |= TASKS.get(name, {})
@@ -156,14 +156,14 @@ async def test_what_cannot_be_served_is_refused(world: World, name: str) -> None
 
 
 @pytest.mark.parametrize("most", [0, 2**53 - 1])
-async def test_limits_that_are_no_use(world: World, most: int) -> None:
+async def test_limits_that_are_no_use(world: ThreeBoxes, most: int) -> None:
     asked = ask(world, max_tokens=most)
     stream, proved = await served(world, asked)
     await accept(stream, sign(world, proved))
     assert await entry(world, asked)
 
 
-async def test_what_an_earlier_leg_is_said_to_have_made(world: World) -> None:
+async def test_what_an_earlier_leg_is_said_to_have_made(world: ThreeBoxes) -> None:
     """More than the context has."""
     asked = msgspec.structs.replace(ask(world, max_tokens=None), made=[65] * 100_000)
     stream = await opened(world)
@@ -191,7 +191,7 @@ LARGE = {
 
 @pytest.mark.parametrize("task", LARGE.values(), ids=LARGE.keys())
 async def test_a_large_message_is_not_decoded_before_it_was_looked_at(
-    world: World, task: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    world: ThreeBoxes, task: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing of it is decoded in this process, so nobody waits for that."""
     sizes: list[int] = []

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +14,37 @@ import pytest
 from pinaivu_box import amount
 from pinaivu_box.amount import parse
 from pinaivu_box.errors import LinkLost, PeeringError
+from pinaivu_box.gateway.quota import Window
 from pinaivu_box.ledger import entry as ledger_entry
 from pinaivu_box.legs import admission, server
 from pinaivu_box.legs import wire as leg_wire
 from pinaivu_box.models.catalog import digest_of
 from pinaivu_box.receipts.receipt import ACCEPTANCE_DOMAIN
 from pinaivu_box.transport.transport import Stream
-from tests.peering.asking import accept, ask, entry, heard, opened, refused, served, sign, task
-from tests.peering.company import DEAR, FAKE, World, house, offering, said
-from tests.peering.people import person
-from tests.peering.worlds import soon, wait_until
 from tests.support import memory_transport
+from tests.support.fake_coordinator import (
+    accept,
+    ask,
+    entry,
+    heard,
+    opened,
+    refused,
+    served,
+    sign,
+    task,
+)
+from tests.support.fake_model import DEAR, FAKE, fake_text
+from tests.support.in_process_box import InProcessBox, count_offers, in_process_box
+from tests.support.keys import known_identity
 from tests.support.memory_transport import MemoryNetwork
+from tests.support.three_boxes import ThreeBoxes
+from tests.support.waiting import soon, wait_until
 
 pytestmark = pytest.mark.anyio
 
 
 @pytest.fixture
-async def world(three: World, caplog: pytest.LogCaptureFixture) -> AsyncIterator[World]:
+async def world(three: ThreeBoxes, caplog: pytest.LogCaptureFixture) -> AsyncIterator[ThreeBoxes]:
     async with three.asked_much(caplog):
         yield three
 
@@ -40,7 +53,7 @@ async def world(three: World, caplog: pytest.LogCaptureFixture) -> AsyncIterator
 
 
 async def test_who_never_accepts_owes_it_all_the_same(
-    world: World, monkeypatch: pytest.MonkeyPatch
+    world: ThreeBoxes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(server, "_ACCEPT_SECONDS", 0.1)
     before = await ledger_entry.balance(world.ben.box.database, world.carl.identity.node_id)
@@ -60,18 +73,20 @@ HANGUPS = ("at the first output", "in the middle", "at the proof", "at the end",
            "after a stop", "with the link", "in dispute")  # fmt: skip
 
 
-async def hang_up(world: World, asked: leg_wire.LegRequest, how: str) -> None:
+async def hang_up(world: ThreeBoxes, asked: leg_wire.LegRequest, how: str) -> None:
     """Ask, and leave at that stage."""
     stream = await opened(world)
     await leg_wire.send(stream, asked)
     outputs = 0
     while True:
-        said = await soon(leg_wire.receive(stream, leg_wire.to_coordinator))
-        outputs += isinstance(said, leg_wire.Outputs)
-        ended = isinstance(said, leg_wire.Outputs) and said.outputs[-1].finish_reason is not None
+        message = await soon(leg_wire.receive(stream, leg_wire.to_coordinator))
+        outputs += isinstance(message, leg_wire.Outputs)
+        ended = (
+            isinstance(message, leg_wire.Outputs) and message.outputs[-1].finish_reason is not None
+        )
         wanted = {
             "in the middle": outputs == 3,
-            "at the proof": isinstance(said, leg_wire.LegProof),
+            "at the proof": isinstance(message, leg_wire.LegProof),
         }
         if ended or (outputs == 1 and how not in (*wanted, "at the end", "in dispute")):
             break
@@ -93,13 +108,13 @@ async def hang_up(world: World, asked: leg_wire.LegRequest, how: str) -> None:
     await wait_until(lambda: not world.running)
 
 
-async def waits(world: World) -> int:
+async def waits(world: ThreeBoxes) -> int:
     found = await ledger_entry.balance(world.ben.box.database, world.carl.identity.node_id)
     return found["credits"].waiting if found else 0
 
 
 @pytest.mark.parametrize("how", HANGUPS)
-async def test_who_hangs_up_owes_what_was_computed(world: World, how: str) -> None:
+async def test_who_hangs_up_owes_what_was_computed(world: ThreeBoxes, how: str) -> None:
     before, asked = await waits(world), ask(world, max_tokens=60)
     await hang_up(world, asked, how)
     found = await entry(world, asked)
@@ -113,29 +128,41 @@ async def test_who_hangs_up_owes_what_was_computed(world: World, how: str) -> No
     await wait_until(lambda: world.carl.network.peer("ben").state == "connected")
 
 
-async def terms(world: World, **limits: object) -> None:
+async def terms(world: ThreeBoxes, **limits: object) -> None:
     """What ben's operator has set for carl."""
     made = await world.ben.http("PATCH", "/v1/admin/peers/carl", json={"limits": limits})
     assert made.status_code == 200, made.text
 
 
 @pytest.fixture
-async def strict(world: World, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[World]:
+async def strict(world: ThreeBoxes, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[ThreeBoxes]:
     """Beyond its credit limit carl gets nothing from ben, whether he is idle or not."""
-    box = world.ben.box
-    serve = msgspec.structs.replace(box.config.peering.serve, beyond="refuse")
-    peering = msgspec.structs.replace(box.config.peering, serve=serve)
-    monkeypatch.setattr(box, "config", msgspec.structs.replace(box.config, peering=peering))
+    settings = world.ben.box.settings
+    serve = msgspec.structs.replace(settings.config.peering.serve, beyond="refuse")
+    peering = msgspec.structs.replace(settings.config.peering, serve=serve)
+    config = msgspec.structs.replace(settings.config, peering=peering)
+    monkeypatch.setattr(settings, "current", replace(settings.current, config=config))
     yield world
     await terms(world, credit_limit=None, tokens_per_minute=None, max_parallel=None)
 
 
-async def owes(world: World) -> int:
-    found = await world.ben.pool.serving.guests.owes(world.carl.identity.node_id, "credits")
-    return found.total
+async def use(box: InProcessBox, peer: str) -> dict[str, Any]:
+    """What a peer uses of a box, as that box's operator sees it."""
+    shown = (await box.http("GET", f"/v1/admin/peers/{peer}")).json()["use"]
+    return {**shown, **{name: parse(shown[name]) for name in ("owes", "unaccepted")}}
 
 
-async def test_the_credit_limit_binds_who_hangs_up_time_and_again(strict: World) -> None:
+async def owes(world: ThreeBoxes) -> int:
+    return int((await use(world.ben, "carl"))["owes"])
+
+
+async def forget_tokens(world: ThreeBoxes) -> None:
+    """As if carl had used nothing in the last minute."""
+    quota = await world.ben.pool.serving.admission.quotas.of(world.carl.identity.node_id)
+    quota.tokens = Window()
+
+
+async def test_the_credit_limit_binds_who_hangs_up_time_and_again(strict: ThreeBoxes) -> None:
     """What it got is at most its credit and one request."""
     world, before = strict, await owes(strict)
     prompt, limit = 100 * 10**7, before + 2 * 10**9
@@ -144,9 +171,9 @@ async def test_the_credit_limit_binds_who_hangs_up_time_and_again(strict: World)
     for _ in range(100):
         stream = await opened(world)
         await leg_wire.send(stream, ask(world, text, max_tokens=None))
-        said = await soon(leg_wire.receive(stream, leg_wire.to_coordinator))
-        if isinstance(said, leg_wire.LegRefused):
-            refusal = said
+        message = await soon(leg_wire.receive(stream, leg_wire.to_coordinator))
+        if isinstance(message, leg_wire.LegRefused):
+            refusal = message
             break
         while not isinstance(
             await soon(leg_wire.receive(stream, leg_wire.to_coordinator)), leg_wire.Outputs
@@ -156,7 +183,7 @@ async def test_the_credit_limit_binds_who_hangs_up_time_and_again(strict: World)
         await wait_until(lambda: not world.running)
     assert refusal is not None and refusal.code == "rate_limit_exceeded" and refusal.other
     unaccepted = amount.to_text(await waits(world))
-    assert f"{unaccepted} of it not accepted by yours" in refusal.message
+    assert f"{unaccepted} of it not accepted by your box" in refusal.message
     assert limit <= await owes(world) < limit + 8192 * 10**7
     assert before + prompt < limit
     shown = (await world.ben.http("GET", "/v1/admin/peers/carl")).json()["use"]
@@ -171,7 +198,7 @@ async def test_the_credit_limit_binds_who_hangs_up_time_and_again(strict: World)
     await accept(stream, sign(world, proved))
 
 
-async def test_what_runs_is_reserved(strict: World) -> None:
+async def test_what_runs_is_reserved(strict: ThreeBoxes) -> None:
     """Of many that come together only those are begun that the credit has room for."""
     world = strict
     limit = await owes(world) + 10**9
@@ -186,18 +213,20 @@ async def test_what_runs_is_reserved(strict: World) -> None:
         "rate_limit_exceeded"
     }
     assert any(
-        "for what runs" in one.message for one in found if isinstance(one, leg_wire.LegRefused)
+        "for running requests" in one.message
+        for one in found
+        if isinstance(one, leg_wire.LegRefused)
     )
     for stream in streams:
         stream.abandon()
     await wait_until(lambda: not world.running)
     # What was reserved is free again, but for what was computed.
-    assert world.ben.pool.serving.guests.use(world.carl.identity.node_id).held == 0
-    assert await owes(world) < limit + 10**9
+    computed = await ledger_entry.balance(world.ben.box.database, world.carl.identity.node_id)
+    assert await owes(world) == computed["credits"].credit_used < limit + 10**9
 
 
 async def test_who_waits_for_its_prompt_to_be_counted_hears_that_all_is_well(
-    strict: World, monkeypatch: pytest.MonkeyPatch
+    strict: ThreeBoxes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As while a model is loaded: who hears nothing for 4 s takes a box for lost."""
     world, heard_ = strict, asyncio.Event()
@@ -220,60 +249,55 @@ async def test_who_waits_for_its_prompt_to_be_counted_hears_that_all_is_well(
     await accept(stream, sign(world, proved))
 
 
-async def test_tokens_a_minute_count_what_was_hung_up_on(strict: World) -> None:
+async def test_tokens_a_minute_count_what_was_hung_up_on(strict: ThreeBoxes) -> None:
     world = strict
-    use = world.ben.pool.serving.guests.use(world.carl.identity.node_id)
-    use.tokens._entries.clear()
-    use.tokens._total = 0
+    await forget_tokens(world)
     await terms(world, tokens_per_minute=400)
     refusal = None
     for _ in range(20):
         stream = await opened(world)
         await leg_wire.send(stream, ask(world, "x" * 100, max_tokens=1))
-        said = await soon(leg_wire.receive(stream, leg_wire.to_coordinator))
-        if isinstance(said, leg_wire.LegRefused):
-            refusal = said
+        message = await soon(leg_wire.receive(stream, leg_wire.to_coordinator))
+        if isinstance(message, leg_wire.LegRefused):
+            refusal = message
             break
         await heard(stream)
         stream.abandon()
         await wait_until(lambda: not world.running)
-    assert refusal is not None and "400 tokens a minute" in refusal.message
-    assert 300 <= use.tokens.used(time.monotonic()) <= 400
+    assert refusal is not None and "400 tokens per minute" in refusal.message
+    assert 300 <= (await use(world.ben, "carl"))["tokens"] <= 400
     # Prompts that are only counted have a limit of their own.
     digest, counted = world.carl.models[0].digest.hex(), 0
-    use.tokens._entries.clear()
-    use.tokens._total = 0
+    await forget_tokens(world)
     for _ in range(20):
         stream = await opened(world)
         await leg_wire.send(stream, leg_wire.Count(task(world, "x" * 100), digest))
         answer = await soon(leg_wire.receive(stream, leg_wire.to_coordinator))
         await stream.finish()
         if isinstance(answer, leg_wire.LegRefused):
-            assert "count 800 tokens a minute" in answer.message
+            assert "count 800 tokens per minute" in answer.message
             break
         counted += 1
     assert 0 < counted < 20
 
 
-async def test_what_other_legs_have_made_counts_as_tokens_a_minute(strict: World) -> None:
+async def test_what_other_legs_have_made_counts_as_tokens_a_minute(strict: ThreeBoxes) -> None:
     """It is computed like a prompt, and nobody pays for it: that must not be without a limit."""
     world = strict
-    use = world.ben.pool.serving.guests.use(world.carl.identity.node_id)
-    use.tokens._entries.clear()
-    use.tokens._total = 0
+    await forget_tokens(world)
     await terms(world, tokens_per_minute=400)
     made = [100] * 300
     asked = msgspec.structs.replace(ask(world, leg=1, max_tokens=302), made=made)
     stream, proved = await served(world, asked)
     await accept(stream, sign(world, proved))
     await wait_until(lambda: not world.running)
-    assert 302 < use.tokens.used(time.monotonic()) <= 400
+    assert 302 < (await use(world.ben, "carl"))["tokens"] <= 400
     stream = await opened(world)
     await leg_wire.send(
         stream, msgspec.structs.replace(ask(world, leg=1, max_tokens=302), made=made)
     )
     said = await soon(leg_wire.receive(stream, leg_wire.to_coordinator))
-    assert isinstance(said, leg_wire.LegRefused) and "400 tokens a minute" in said.message
+    assert isinstance(said, leg_wire.LegRefused) and "400 tokens per minute" in said.message
 
 
 async def test_debts_outlive_a_restart_and_are_accepted_later(tmp_path: Path) -> None:
@@ -286,10 +310,10 @@ async def test_debts_outlive_a_restart_and_are_accepted_later(tmp_path: Path) ->
         "peering__serve__beyond": "refuse",
         "peering__serve__tokens_per_minute": 1000,
     }
-    async with house(net, tmp_path / "anna") as anna:
-        async with house(net, tmp_path / "ben", (FAKE,), **dear) as ben:
+    async with in_process_box(net, tmp_path / "anna") as anna:
+        async with in_process_box(net, tmp_path / "ben", (FAKE,), **dear) as ben:
             await soon(ben.network.join(await anna.network.invite()))
-            await wait_until(lambda: offering(anna) == 1)
+            await wait_until(lambda: count_offers(anna) == 1)
             send = leg_wire.send
 
             async def forgets(stream: Stream, *messages: Any) -> None:
@@ -302,36 +326,32 @@ async def test_debts_outlive_a_restart_and_are_accepted_later(tmp_path: Path) ->
                 patch.setattr(leg_wire, "send", forgets)
                 answer = await anna.chat("x" * 20)
             assert answer.status_code == 200, answer.text
-            guests_ = ben.pool.serving.guests
-            await wait_until(lambda: not guests_.use(anna.node_id).running)
-            owed = (await guests_.owes(anna.node_id, "credits")).total
+            await wait_until(ben.pool.serving.admission.idle.is_set)
+            owed = (await use(ben, "anna"))["owes"]
             assert owed > parse("0.3")
-        async with house(net, tmp_path / "ben", (FAKE,), **dear) as ben:
+        async with in_process_box(net, tmp_path / "ben", (FAKE,), **dear) as ben:
             await wait_until(lambda: ben.network.peer("anna").state == "connected")
-            await wait_until(lambda: offering(anna) == 1)
-            guests_ = ben.pool.serving.guests
-            found = await guests_.owes(anna.node_id, "credits")
-            assert (found.total, found.unaccepted) == (owed, owed)
+            await wait_until(lambda: count_offers(anna) == 1)
+            found = await use(ben, "anna")
+            assert (found["owes"], found["unaccepted"]) == (owed, owed)
+            assert found["tokens"] == owed // 10**7
             refused_ = await anna.chat()
-            assert refused_.status_code == 503 and "not accepted by yours" in refused_.text
-            (used,) = await ben.box.books.lately(anna.node_id)  # type: ignore[union-attr]
-            assert used[1] == owed // 10**7
+            assert refused_.status_code == 503 and "not accepted by your box" in refused_.text
             settled = (await ben.http("POST", "/v1/admin/ledger/anna/settle")).json()
             assert settled["accepted"] == 1 and settled["disputed"] == []
-            found = await guests_.owes(anna.node_id, "credits")
-            assert (found.total, found.unaccepted) == (owed, 0)
+            found = await use(ben, "anna")
+            assert (found["owes"], found["unaccepted"]) == (owed, 0)
             (statement,) = settled["statements"]
             await ben.http("POST", f"/v1/admin/ledger/statements/{statement['id']}/paid")
-            assert (await guests_.owes(anna.node_id, "credits")).total == 0
+            assert (await use(ben, "anna"))["owes"] == 0
             anna.forget()  # that it was refused
             assert (await anna.chat()).status_code == 200
 
 
-async def test_who_pays_for_a_prompt_once_more_owes_that(world: World) -> None:
+async def test_who_pays_for_a_prompt_once_more_owes_that(world: ThreeBoxes) -> None:
     """The ledger takes one payment for a prompt: what a second is for is not served for nothing,
     neither one after the other nor at once."""
-    peer = world.carl.identity.node_id
-    before = (await world.ben.pool.serving.guests.owes(peer, "credits")).total
+    before = await owes(world)
     request, proofs = ask(world).task.request_id, []
     for choice in range(2):  # other prompts under the number of the first
         asked = ask(world, f"Prompt {choice}", request_id=request, choice=choice)
@@ -344,18 +364,18 @@ async def test_who_pays_for_a_prompt_once_more_owes_that(world: World) -> None:
         await accept(stream, sign(world, proved))
     await wait_until(lambda: not world.running)
     due = sum(one["prompt_tokens"] + one["completion_tokens"] for one in proofs) * 10**7
-    assert (await world.ben.pool.serving.guests.owes(peer, "credits")).total == before + due
+    assert await owes(world) == before + due
 
 
 @pytest.mark.parametrize("kind", ["garbage", "anothers", "another proof", "dispute"])
-async def test_a_signature_that_does_not_bind_is_none(world: World, kind: str) -> None:
+async def test_a_signature_that_does_not_bind_is_none(world: ThreeBoxes, kind: str) -> None:
     asked, earlier = ask(world), ask(world)
     first, proof = await served(world, earlier)
     await accept(first, sign(world, proof))
     stream, proved = await served(world, asked)
     signature = {
         "garbage": b"\7" * 64,
-        "anothers": person(99).sign(ACCEPTANCE_DOMAIN, proved.signed.encode()),
+        "anothers": known_identity(99).sign(ACCEPTANCE_DOMAIN, proved.signed.encode()),
         "another proof": sign(world, proof),
     }.get(kind)
     if signature is None:
@@ -375,7 +395,9 @@ async def test_a_signature_that_does_not_bind_is_none(world: World, kind: str) -
 @pytest.mark.parametrize(
     "spelled", [lambda t: t + "\n", str.upper, lambda t: f" {t[:-1]}", lambda t: t[:-1] + "\uff10"]
 )
-async def test_a_signature_has_one_spelling(world: World, spelled: Callable[[str], str]) -> None:
+async def test_a_signature_has_one_spelling(
+    world: ThreeBoxes, spelled: Callable[[str], str]
+) -> None:
     """What is no signature as it is written accepts nothing; the leg is owed all the same."""
     asked = ask(world)
     stream, proved = await served(world, asked)
@@ -386,7 +408,9 @@ async def test_a_signature_has_one_spelling(world: World, spelled: Callable[[str
     stream.abandon()
 
 
-async def test_a_dispute_stays_in_its_line(world: World, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_dispute_stays_in_its_line(
+    world: ThreeBoxes, caplog: pytest.LogCaptureFixture
+) -> None:
     stream, _ = await served(world, ask(world))
     await leg_wire.send(stream, leg_wire.Disputed("\x1b[2J\nERROR all is lost"))
     await stream.finish()
@@ -395,7 +419,7 @@ async def test_a_dispute_stays_in_its_line(world: World, caplog: pytest.LogCaptu
     assert line.isprintable()
 
 
-async def test_a_leg_is_served_once(world: World) -> None:
+async def test_a_leg_is_served_once(world: ThreeBoxes) -> None:
     """Whoever could ask again with the same id would pay once and be served for ever."""
     asked = ask(world)
     again = ask(world, "Something else", request_id=asked.task.request_id)
@@ -415,8 +439,10 @@ async def test_a_leg_is_served_once(world: World) -> None:
     await accept(stream, sign(world, proved))
 
 
-async def test_a_prompt_is_not_for_nothing(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(admission, "_OTHER_SECONDS", 0.2)
+async def test_a_prompt_is_not_for_nothing(
+    world: ThreeBoxes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(admission, "_SIBLING_SECONDS", 0.2)
     asked = ask(world)
     free = msgspec.structs.replace(
         asked, pays_prompt=False, task=msgspec.structs.replace(asked.task, choice=1)
@@ -457,7 +483,7 @@ async def test_a_prompt_is_not_for_nothing(world: World, monkeypatch: pytest.Mon
 # -- too much ------------------------------------------------------------------------------------
 
 
-async def test_a_storm_of_cancellations_is_one(world: World) -> None:
+async def test_a_storm_of_cancellations_is_one(world: ThreeBoxes) -> None:
     (engine,) = world.ben.box.placement.engines
     stream = await opened(world)
     await leg_wire.send(stream, ask(world, max_tokens=None))
@@ -475,14 +501,14 @@ async def test_a_storm_of_cancellations_is_one(world: World) -> None:
 
 
 async def test_who_does_not_read_is_not_waited_for(
-    world: World, monkeypatch: pytest.MonkeyPatch
+    world: ThreeBoxes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(memory_transport, "WINDOW_BYTES", 500)
     monkeypatch.setattr(leg_wire, "SEND_SECONDS", 2.0)
     streams = [await opened(world) for _ in range(8)]
     for stream in streams:
         await leg_wire.send(stream, ask(world, max_tokens=None))
-    assert "as many as it may" in (await refused(world, ask(world))).message
+    assert "8 requests at a time" in (await refused(world, ask(world))).message
     await wait_until(lambda: not world.running)
     for stream in streams:
         with pytest.raises(PeeringError):
@@ -491,7 +517,7 @@ async def test_who_does_not_read_is_not_waited_for(
 
 
 async def test_who_never_comes_to_an_end_holds_up_only_itself(
-    world: World, monkeypatch: pytest.MonkeyPatch
+    world: ThreeBoxes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Tasks of up to 16 MiB: four at a time of a peer are waited for."""
     monkeypatch.setattr(server, "_ASK_SECONDS", 0.5)
@@ -507,7 +533,7 @@ async def test_who_never_comes_to_an_end_holds_up_only_itself(
     await accept(stream, sign(world, proved))
 
 
-async def test_a_message_without_end_ends_the_link(world: World) -> None:
+async def test_a_message_without_end_ends_the_link(world: ThreeBoxes) -> None:
     stream = await opened(world)
     with pytest.raises(LinkLost, match="longer than is allowed") as lost:
         for _ in range(40):
@@ -516,7 +542,7 @@ async def test_a_message_without_end_ends_the_link(world: World) -> None:
     assert lost.value.code == 400
 
 
-async def test_as_many_streams_as_there_may_be(world: World) -> None:
+async def test_as_many_streams_as_there_may_be(world: ThreeBoxes) -> None:
     """Which say nothing, or what they are for and no more."""
     (await opened(world)).abandon()
     link = world.carl.network._links.by_peer[world.ben.node_id].link
@@ -527,14 +553,14 @@ async def test_as_many_streams_as_there_may_be(world: World) -> None:
     await wait_until(lambda: world.ben.network._router.count >= 100)
     answer = await world.anna.chat("meanwhile", secret=await world.key("ben"))
     told = answer.json()
-    assert told["choices"][0]["message"]["content"] == said(told["usage"]["prompt_tokens"], 20)
+    assert told["choices"][0]["message"]["content"] == fake_text(told["usage"]["prompt_tokens"], 20)
     for stream in streams:
         stream.abandon()
     await wait_until(lambda: world.ben.network._router.count < 10)
 
 
 async def test_prompts_are_not_counted_without_number(
-    world: World, monkeypatch: pytest.MonkeyPatch
+    world: ThreeBoxes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As any request: eight at a time."""
     digest = world.carl.models[0].digest.hex()

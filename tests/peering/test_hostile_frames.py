@@ -16,7 +16,7 @@ from pinaivu_box.errors import InvalidBody, ProtocolError
 from pinaivu_box.files import wire as file_wire
 from pinaivu_box.gossip import adverts, frames
 from pinaivu_box.ledger import wire as ledger_wire
-from pinaivu_box.ledger.reconcile import EntryRange, Item
+from pinaivu_box.ledger.reconcile import EntryRange, EntrySummary
 from pinaivu_box.legs import wire as leg_wire
 from pinaivu_box.legs.codec import sampling_of, to_job
 from pinaivu_box.membership import joining, records, tickets
@@ -24,9 +24,10 @@ from pinaivu_box.membership.records import Invalid, Record
 from pinaivu_box.models.catalog import remote
 from pinaivu_box.receipts.receipt import canonical
 from pinaivu_box.transport import streams, wire
-from tests.peering import books
-from tests.peering.people import PEOPLE, certificate, gone, revocation
-from tests.peering.people import advert as made_advert
+from tests.support import ledger_entries
+from tests.support.keys import IDENTITIES
+from tests.support.records import advert as made_advert
+from tests.support.records import certificate, gone, revocation
 
 FEW = 1000  # mutations of each frame
 SEED = 20261125
@@ -35,14 +36,22 @@ TASK = leg_wire.Task(
     "req_" + "0" * 26, "fake:1", [{"role": "user", "content": "Hello"}], leg_wire.Asked(0.5), 7, 20,
     ["."], DIGEST, read=[1, 2, 3], settled=Sampling(0.8, 0.95, 40, 0.05, 7),
 )  # fmt: skip
-ENTRY = books.entry(PEOPLE[0], PEOPLE[1])
-WIRE_ENTRY = ledger_wire.WireEntry(
-    PEOPLE[0].node_id, 1, ENTRY.proof, ENTRY.signature, ENTRY.acceptance, "req_1", 0, 0, "credits"
+ENTRY = ledger_entries.entry(IDENTITIES[0], IDENTITIES[1])
+WIRE_ENTRY = ledger_wire.SignedEntry(
+    IDENTITIES[0].node_id,
+    1,
+    ENTRY.proof,
+    ENTRY.signature,
+    ENTRY.acceptance,
+    "req_1",
+    0,
+    0,
+    "credits",
 )
-ITEM = Item(PEOPLE[0].node_id, "req_1", 0, 0, "credits", 1, bytes(32))
+ITEM = EntrySummary(IDENTITIES[0].node_id, "req_1", 0, 0, "credits", 1, bytes(32))
 RECORDS = (
-    certificate(PEOPLE[0], PEOPLE[1]), revocation(PEOPLE[0], PEOPLE[1]),
-    made_advert(PEOPLE[0], 1)[1], gone(PEOPLE[0], PEOPLE[1], 1)[1],
+    certificate(IDENTITIES[0], IDENTITIES[1]), revocation(IDENTITIES[0], IDENTITIES[1]),
+    made_advert(IDENTITIES[0], 1)[1], gone(IDENTITIES[0], IDENTITIES[1], 1)[1],
 )  # fmt: skip
 
 
@@ -67,7 +76,7 @@ def task(data: bytes) -> Any:
 
 
 def proof(data: bytes) -> Any:
-    return canonical(msgspec.json.decode(data, type=books.Proof))
+    return canonical(msgspec.json.decode(data, type=ledger_entries.Proof))
 
 
 OUT = leg_wire.Out(
@@ -202,7 +211,7 @@ def harmless(read: Callable[[bytes], Any], data: bytes) -> None:
 def test_tickets_are_told_apart() -> None:
     random = Random(SEED)
     text, _ = tickets.invite(
-        PEOPLE[0].node_id, "net_" + "00" * 36, ["192.0.2.1:4002"], now=0, seconds=60
+        IDENTITIES[0].node_id, "net_" + "00" * 36, ["192.0.2.1:4002"], now=0, seconds=60
     )
     letters = string.ascii_letters + string.digits + " \n-_=\0\N{SNOWMAN}"
     for _ in range(2000):

@@ -19,8 +19,9 @@ from pinaivu_box.membership import joining, tickets
 from pinaivu_box.transport import wire
 from pinaivu_box.transport.iroh_transport import IrohTransport
 from pinaivu_box.transport.streams import Open
-from tests.box import Box, pinaivu_json
-from tests.peering.worlds import identity, soon
+from tests.support.keys import new_identity
+from tests.support.process_box import Box, pinaivu_json
+from tests.support.waiting import soon
 
 pytestmark = pytest.mark.anyio
 SETTINGS = '[peering]\nhost = "127.0.0.1"\nport = 0\nname = "anna"\n'
@@ -44,7 +45,7 @@ class Attacker:
         self.server, self.addresses = self._ticket.node_id, self._ticket.addresses
 
     async def join(self) -> Attacker:
-        self.transport = await IrohTransport.bind(identity(), "127.0.0.1", 0)
+        self.transport = await IrohTransport.bind(new_identity(), "127.0.0.1", 0)
         self.link = await self.transport.connect(self.server, self.addresses, 20)
         stream = await self.open(joining.PURPOSE)
         await stream.send(wire.encode(joining.JoinRequest(self._ticket.secret, "mallory")))
@@ -174,7 +175,7 @@ async def test_garbage_of_all_kinds(attacker: Attacker) -> None:
 
 async def test_members_get_in_although_strangers_stand_in_the_door(attacker: Attacker) -> None:
     """Who say nothing once they are connected."""
-    strangers = [await IrohTransport.bind(identity(), "127.0.0.1", 0) for _ in range(4)]
+    strangers = [await IrohTransport.bind(new_identity(), "127.0.0.1", 0) for _ in range(4)]
 
     async def stand(stranger: IrohTransport) -> Any:
         try:

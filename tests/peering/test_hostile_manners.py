@@ -14,15 +14,17 @@ from msgspec.structs import replace
 from pinaivu_box.legs import client as peers
 from pinaivu_box.legs import wire as leg_wire
 from pinaivu_box.transport.transport import Stream
-from tests.peering.company import FAKE, Lie, World, checked, right
-from tests.peering.lies import NAN, ends, first, last
 from tests.support import memory_transport
+from tests.support.fake_model import FAKE
+from tests.support.fake_peer import Violation
+from tests.support.three_boxes import ThreeBoxes, checked, right
+from tests.support.violations import NAN, ends, first, last
 
 pytestmark = pytest.mark.anyio
 
 
 @pytest.fixture
-async def world(three: World, caplog: pytest.LogCaptureFixture) -> AsyncIterator[World]:
+async def world(three: ThreeBoxes, caplog: pytest.LogCaptureFixture) -> AsyncIterator[ThreeBoxes]:
     async with three.lied_to(caplog):
         yield three
 
@@ -69,8 +71,8 @@ MANNERS: dict[str, tuple[Any, str]] = {
     "silence": (frames(), "stalled: nothing came"),
     "deafness": (deaf, "does not take"),
     "no more than a heartbeat": (idle, "nothing but that it is alive"),
-    "a flood of heartbeats": (chatter, "without saying anything"),
-    "an end without a word": (ends, "without a word"),
+    "a flood of heartbeats": (chatter, "too many messages"),
+    "an end without a word": (ends, "without a message"),
     "a stream that breaks": (leaves, "abandoned"),
     "no message": (frames(b"\0garbage"), "not what was expected"),
     "half a message": (frames(b"\1garbage"), "stalled"),
@@ -92,7 +94,7 @@ MANNERS: dict[str, tuple[Any, str]] = {
 
 @pytest.mark.parametrize("name", MANNERS)
 async def test_who_has_no_manners_is_left(
-    world: World, monkeypatch: pytest.MonkeyPatch, name: str
+    world: ThreeBoxes, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     handler, sentence = MANNERS[name]
     # The honest one is measured by them as well, and says once a second that it lives.
@@ -109,15 +111,15 @@ async def test_who_has_no_manners_is_left(
 
 
 async def test_who_falls_silent_in_the_middle(
-    world: World, monkeypatch: pytest.MonkeyPatch
+    world: ThreeBoxes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(peers, "STALL_SECONDS", 2.0)
-    world.lie(Lie(last=lambda _: None, proved=lambda _: None))
+    world.lie(Violation(last=lambda _: None, proved=lambda _: None))
     await right(world, await world.anna.chat("half"))
     assert "stalled" in await world.why()
 
 
-def probed(*values: float, top: int = 0) -> Lie:
+def probed(*values: float, top: int = 0) -> Violation:
     found = [leg_wire.TokenLogprob(b"a", one, [(b"b", one)] * top) for one in values]
     return first(logprobs=found)
 
@@ -130,7 +132,9 @@ def probed(*values: float, top: int = 0) -> Lie:
         (probed(*[-1.0] * 30), "nobody wanted"),
     ],
 )
-async def test_log_probabilities_are_numbers(world: World, lie: Lie, sentence: str) -> None:
+async def test_log_probabilities_are_numbers(
+    world: ThreeBoxes, lie: Violation, sentence: str
+) -> None:
     world.lie(lie)
     answer = await world.anna.chat(f"{sentence} {lie}", logprobs=True, top_logprobs=1)
     assert answer.status_code == 200, answer.text
@@ -151,7 +155,7 @@ VECTORS: dict[str, list[bytes]] = {
 
 
 @pytest.mark.parametrize("name", VECTORS)
-async def test_vectors_are_what_was_asked_for(world: World, name: str) -> None:
+async def test_vectors_are_what_was_asked_for(world: ThreeBoxes, name: str) -> None:
     liar = world.lie(last(vectors=VECTORS[name]))
     liar.lie = replace_lie(liar.lie, reason="stop", tokens=lambda _: [], text=lambda _: "")
     body = {"model": FAKE, "input": ["a", "bc"], "dimensions": 8}
@@ -174,7 +178,7 @@ COUNTS: dict[str, leg_wire.ToCoordinator] = {
 
 
 @pytest.mark.parametrize("name", COUNTS)
-async def test_a_prompt_is_counted_by_somebody_else(world: World, name: str) -> None:
+async def test_a_prompt_is_counted_by_somebody_else(world: ThreeBoxes, name: str) -> None:
     """Who says that there is no context would switch a key's limits off."""
 
     async def count(peer: str, stream: Stream) -> None:
@@ -194,10 +198,10 @@ async def test_a_prompt_is_counted_by_somebody_else(world: World, name: str) -> 
     assert answer.json()["error"]["code"] == "exceeds_key_limit", answer.text
 
 
-async def test_what_was_counted_is_what_is_read(world: World) -> None:
+async def test_what_was_counted_is_what_is_read(world: ThreeBoxes) -> None:
     made = await world.anna.http(
         "POST", "/v1/admin/keys", json={"name": "counted", "policy": {"tpm": 100_000}}
     )
-    world.lie(Lie(read=lambda one: replace(one, tokens=[*one.tokens, 65])))
+    world.lie(Violation(read=lambda one: replace(one, tokens=[*one.tokens, 65])))
     await right(world, await world.anna.chat("counted", secret=made.json()["key"]))
     assert "other tokens than it was given" in await world.why()

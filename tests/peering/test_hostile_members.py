@@ -33,10 +33,14 @@ from pinaivu_box.transport.link import Handshake
 from pinaivu_box.transport.streams import Open
 from pinaivu_box.transport.transport import Link, Stream
 from pinaivu_box.transport.wire import Code
-from tests.peering.company import CHEAP, FAKE, Member, World, company, offering
-from tests.peering.people import offer, person
-from tests.peering.worlds import soon, wait_until
+from tests.support.fake_model import CHEAP, FAKE
+from tests.support.fake_peer import FakePeer
+from tests.support.in_process_box import count_offers
+from tests.support.keys import known_identity
 from tests.support.memory_transport import MemoryTransport
+from tests.support.records import offer
+from tests.support.three_boxes import ThreeBoxes, three_boxes
+from tests.support.waiting import soon, wait_until
 
 pytestmark = pytest.mark.anyio
 DAY = 86400.0
@@ -44,13 +48,13 @@ ESCAPE = "\x1b[2J"
 
 
 @pytest.fixture(scope="module")
-async def made(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World]:
-    async with company(tmp_path_factory.mktemp("company")) as found:
+async def made(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[ThreeBoxes]:
+    async with three_boxes(tmp_path_factory.mktemp("company")) as found:
         yield found
 
 
 @pytest.fixture
-async def world(made: World, caplog: pytest.LogCaptureFixture) -> AsyncIterator[World]:
+async def world(made: ThreeBoxes, caplog: pytest.LogCaptureFixture) -> AsyncIterator[ThreeBoxes]:
     caplog.set_level(logging.INFO)
     made.carl.handler = leave
     yield made
@@ -66,18 +70,18 @@ async def leave(peer: str, stream: Stream) -> None:
 
 @asynccontextmanager
 async def newcomer(
-    world: World, home: Path, name: str, number: int, clock: Any = time.time
-) -> AsyncIterator[Member]:
+    world: ThreeBoxes, home: Path, name: str, number: int, clock: Any = time.time
+) -> AsyncIterator[FakePeer]:
     """A member, for one test."""
-    identity = person(number)
+    identity = known_identity(number)
     transport = MemoryTransport(world.net, identity.node_id, Handshake(clock=clock), f"at:{name}")
-    async with Member(identity, transport, home, name) as member:
+    async with FakePeer(identity, transport, home, name) as member:
         await soon(member.network.join(await world.anna.network.invite()))
         await wait_until(lambda: world.anna.network.peer(name).state == "connected")
         yield member
 
 
-def advert(world: World, of: str, by: Identity, **changes: Any) -> Record:
+def advert(world: ThreeBoxes, of: str, by: Identity, **changes: Any) -> Record:
     serial = round(time.time() * 1000) + 1_000_000
     made = Advert(
         network_key(world.network_id), key_of(of), serial, serial, 15, "1.0", (), "credits",
@@ -86,11 +90,11 @@ def advert(world: World, of: str, by: Identity, **changes: Any) -> Record:
     return seal(by, "advert", replace(made, **changes))
 
 
-def tell(member: Member, to: str, *records: Record) -> None:
+def tell(member: FakePeer, to: str, *records: Record) -> None:
     member.network.send(to, encode(GiveRecords(tuple(GivenRecord(one) for one in records))))
 
 
-async def end_of(member: Member, to: str) -> PeeringError:
+async def end_of(member: FakePeer, to: str) -> PeeringError:
     return await soon(member.network._links.by_peer[to].link.closed())
 
 
@@ -98,7 +102,7 @@ async def end_of(member: Member, to: str) -> PeeringError:
 
 
 async def test_who_was_put_out_shows_its_certificate_in_vain(
-    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    world: ThreeBoxes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(protocol, "_CERTIFICATE_SECONDS", 0.1)
     async with newcomer(world, tmp_path, "dora", 81) as dora:
@@ -109,7 +113,7 @@ async def test_who_was_put_out_shows_its_certificate_in_vain(
     # Another member passes it on, as if it had missed that.
     for box in (world.anna, world.ben):
         tell(world.carl, box.node_id, *old)
-    bare = MemoryTransport(world.net, person(81).node_id, None, "at:bare")
+    bare = MemoryTransport(world.net, known_identity(81).node_id, None, "at:bare")
     for box in (world.anna, world.ben):
         link: Link = await soon(bare.connect(box.node_id, box.network.own_addresses(), 5))
         stream = await soon(link.open())
@@ -125,7 +129,7 @@ async def test_who_was_put_out_shows_its_certificate_in_vain(
 
 
 async def test_a_name_that_is_no_model_id_is_in_no_list_and_in_nobodys_way(
-    world: World, tmp_path: Path
+    world: ThreeBoxes, tmp_path: Path
 ) -> None:
     """An older box may say such: it stays a member, and what it has beside that is offered."""
     odd = ("a b", "\u202egpj", "x" * 100 + " ", "größe", "a:b:c")
@@ -156,7 +160,7 @@ def _offered(box: Any, name: str) -> list[str]:
 
 @pytest.mark.parametrize("ahead", [-DAY, DAY])
 async def test_a_clock_that_is_off_by_a_day_is_shown_and_decides_nothing(
-    world: World, tmp_path: Path, ahead: float
+    world: ThreeBoxes, tmp_path: Path, ahead: float
 ) -> None:
     name = "late" if ahead < 0 else "early"
     number = 82 if ahead < 0 else 83
@@ -175,7 +179,7 @@ async def test_a_clock_that_is_off_by_a_day_is_shown_and_decides_nothing(
         tell(member, world.anna.node_id,
              advert(world, member.identity.node_id, member.identity, at=at))  # fmt: skip
         await wait_until(lambda: world.anna.network.peer(name).advert is not None)
-        await wait_until(lambda: offering(world.anna) == 3)
+        await wait_until(lambda: count_offers(world.anna) == 3)
         shown = await world.anna.http("GET", f"/v1/admin/peers/{name}")
         assert abs(shown.json()["clock_ahead"] - ahead) < 3600
     await world.anna.network.remove(name)
@@ -185,7 +189,7 @@ def sees(network: Network, node_id: str) -> bool:
     return any(one.node_id == node_id and one.state == "connected" for one in network.peers())
 
 
-def _seen(member: Member, box: Any) -> float:
+def _seen(member: FakePeer, box: Any) -> float:
     found = member.network.peer(box.node_id).clock_ahead
     assert found is not None
     return float(found)
@@ -194,7 +198,7 @@ def _seen(member: Member, box: Any) -> float:
 # -- what is not so ------------------------------------------------------------------------------
 
 
-def forged(world: World, by: Identity) -> dict[str, Record]:
+def forged(world: ThreeBoxes, by: Identity) -> dict[str, Record]:
     """What no honest member passes on."""
     here, me, ben = network_key(world.network_id), key_of(by.node_id), key_of(world.ben.node_id)
     elsewhere = network_key("net_" + "00" * 36)
@@ -235,7 +239,7 @@ def forged(world: World, by: Identity) -> dict[str, Record]:
 
 @pytest.mark.parametrize("number", range(20))
 async def test_who_passes_on_what_is_not_so_is_cut_off(
-    world: World, tmp_path: Path, number: int
+    world: ThreeBoxes, tmp_path: Path, number: int
 ) -> None:
     async with newcomer(world, tmp_path, f"m{number}", 100 + number) as member:
         before = world.anna.network.peer("ben")
@@ -254,14 +258,14 @@ async def test_who_passes_on_what_is_not_so_is_cut_off(
     await world.anna.network.remove(f"m{number}")
 
 
-async def test_who_may_not_revoke_revokes_nobody(world: World, tmp_path: Path) -> None:
+async def test_who_may_not_revoke_revokes_nobody(world: ThreeBoxes, tmp_path: Path) -> None:
     async with newcomer(world, tmp_path, "judge", 120) as judge:
         victim = Revocation(
             network_key(world.network_id), key_of(world.ben.node_id),
             key_of(judge.identity.node_id), 0, "because",
         )  # fmt: skip
         own = Certificate(
-            network_key(world.network_id), key_of(person(121).node_id),
+            network_key(world.network_id), key_of(known_identity(121).node_id),
             key_of(judge.identity.node_id), "friend", 0, 1, True,
         )  # fmt: skip
         tell(judge, world.anna.node_id, seal(judge.identity, "revocation", victim),
@@ -276,7 +280,7 @@ async def test_who_may_not_revoke_revokes_nobody(world: World, tmp_path: Path) -
 
 
 async def test_who_floods_is_cut_off(
-    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    world: ThreeBoxes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(protocol, "_LINK_BURST_BYTES", 500_000.0)
     async with newcomer(world, tmp_path, "loud", 122) as loud:
@@ -299,8 +303,8 @@ async def test_who_floods_is_cut_off(
     ],
     ids=["escapes", "no time", "before all time", "versions"],
 )  # fmt: skip
-async def test_a_greeting_that_is_none(world: World, hello: wire.Hello) -> None:
-    bare = MemoryTransport(world.net, person(123).node_id, None, "at:bare")
+async def test_a_greeting_that_is_none(world: ThreeBoxes, hello: wire.Hello) -> None:
+    bare = MemoryTransport(world.net, known_identity(123).node_id, None, "at:bare")
     connection = await bare.dial(world.anna.node_id, world.anna.network.own_addresses())
     pipe = await connection.open()
     frame = wire.encode(hello)
@@ -311,7 +315,7 @@ async def test_a_greeting_that_is_none(world: World, hello: wire.Hello) -> None:
 
 
 async def test_a_newcomer_that_says_nothing_is_not_waited_for(
-    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    world: ThreeBoxes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(joining, "_JOIN_SECONDS", 0.2)
     async with newcomer(world, tmp_path, "mute", 124) as mute:

@@ -16,22 +16,24 @@ from msgspec.structs import replace
 from pinaivu_box.legs import runner
 from pinaivu_box.legs import wire as leg_wire
 from pinaivu_box.transport.transport import Stream
-from tests.peering.company import FAKE, Lie, World, checked, right, said
-from tests.peering.lies import LIES, ends
-from tests.peering.worlds import wait_until
+from tests.support.fake_model import FAKE, fake_text
+from tests.support.fake_peer import Violation
+from tests.support.three_boxes import ThreeBoxes, checked, right
+from tests.support.violations import VIOLATIONS, ends
+from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.anyio
 
 
 @pytest.fixture
-async def world(three: World, caplog: pytest.LogCaptureFixture) -> AsyncIterator[World]:
+async def world(three: ThreeBoxes, caplog: pytest.LogCaptureFixture) -> AsyncIterator[ThreeBoxes]:
     async with three.lied_to(caplog):
         yield three
 
 
-async def test_who_tells_the_truth_is_believed(world: World) -> None:
+async def test_who_tells_the_truth_is_believed(world: ThreeBoxes) -> None:
     """So that the lies below fail for their own reasons."""
-    liar = world.lie(Lie())
+    liar = world.lie(Violation())
     answer = (await world.anna.chat()).json()
     receipt = await checked(world, answer)
     assert receipt["node_id"] == world.carl.identity.node_id
@@ -41,9 +43,9 @@ async def test_who_tells_the_truth_is_believed(world: World) -> None:
     assert "0.0 disputes" in await world.why()
 
 
-@pytest.mark.parametrize("name", LIES)
-async def test_a_lie_is_found_out_and_somebody_else_serves(world: World, name: str) -> None:
-    lie, sentence = LIES[name]
+@pytest.mark.parametrize("name", VIOLATIONS)
+async def test_a_lie_is_found_out_and_somebody_else_serves(world: ThreeBoxes, name: str) -> None:
+    lie, sentence = VIOLATIONS[name]
     liar, before = world.lie(lie), len(await world.entries())
     # A text of its own each time: warm caches decide nothing here.
     answer = await world.anna.chat(name, user=name)
@@ -51,7 +53,7 @@ async def test_a_lie_is_found_out_and_somebody_else_serves(world: World, name: s
     told = answer.json()
     assert liar.asked == 1
     prompt = told["usage"]["prompt_tokens"]
-    assert told["choices"][0]["message"]["content"] == said(prompt, 20)
+    assert told["choices"][0]["message"]["content"] == fake_text(prompt, 20)
     assert told["choices"][0]["finish_reason"] == "length"
     receipt = await checked(world, told)
     assert receipt["node_id"] == world.ben.node_id
@@ -72,7 +74,7 @@ REFUSALS = [
 
 @pytest.mark.parametrize("refused", REFUSALS, ids=lambda one: one.code)
 async def test_what_one_box_has_against_a_request_another_need_not(
-    world: World, refused: leg_wire.LegRefused
+    world: ThreeBoxes, refused: leg_wire.LegRefused
 ) -> None:
     async def refuse(peer: str, stream: Stream) -> None:
         await leg_wire.receive(stream, leg_wire.to_serving)
@@ -90,15 +92,15 @@ async def test_what_one_box_has_against_a_request_another_need_not(
     assert error["message"].isprintable() and int(answer.headers.get("retry-after", 1)) <= 60
 
 
-async def test_an_old_proof_is_no_new_one(world: World) -> None:
+async def test_an_old_proof_is_no_new_one(world: ThreeBoxes) -> None:
     """Nor in another's mouth, nor in the ledger."""
-    liar = world.lie(Lie())
+    liar = world.lie(Violation())
     liar.identity = world.carl.identity
     kept: list[leg_wire.LegProof] = []
-    world.lie(Lie(proved=lambda one: kept.append(one) or one))
+    world.lie(Violation(proved=lambda one: kept.append(one) or one))
     assert (await world.anna.chat("the first")).status_code == 200
     before = await world.entries()
-    world.lie(Lie(proved=lambda _: kept[0]))
+    world.lie(Violation(proved=lambda _: kept[0]))
     await right(world, await world.anna.chat("the second"))
     assert "another request_id" in await world.why()
     assert [tuple(one) for one in await world.entries()] == [tuple(one) for one in before]
@@ -106,12 +108,12 @@ async def test_an_old_proof_is_no_new_one(world: World) -> None:
 
 @pytest.mark.parametrize("name", ["a mark of nothing", "tokens that were not made", "no word"])
 async def test_one_plain_error_if_there_is_nobody_else(
-    world: World, monkeypatch: pytest.MonkeyPatch, name: str
+    world: ThreeBoxes, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     """Before the first token as an answer, after it in the stream."""
-    monkeypatch.setattr(runner, "_PATIENCE", 0.1)
-    if name in LIES:
-        world.lie(LIES[name][0])
+    monkeypatch.setattr(runner, "_PATIENCE_SECONDS", 0.1)
+    if name in VIOLATIONS:
+        world.lie(VIOLATIONS[name][0])
     else:
         world.carl.handler = ends
     alone = await world.key("carl")
@@ -124,10 +126,12 @@ async def test_one_plain_error_if_there_is_nobody_else(
     assert answer.text.count('"error"') == 1
 
 
-async def test_without_end_there_is_an_end(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_without_end_there_is_an_end(
+    world: ThreeBoxes, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of an answer that nobody has limited."""
     monkeypatch.setattr(leg_wire, "MOST_TOKENS", 100)
-    world.lie(Lie(count=101))
+    world.lie(Violation(count=101))
     answer = await world.anna.chat("endless", max_tokens=None, stop=["."])
     assert answer.status_code == 200
     assert "more tokens than it was asked for" in await world.why()
@@ -154,11 +158,11 @@ WRITTEN: dict[str, tuple[str, Any] | None] = {
 
 @pytest.mark.parametrize("path", APIS)
 @pytest.mark.parametrize("wrote", WRITTEN)
-async def test_a_call_that_no_grammar_held(world: World, path: str, wrote: str) -> None:
+async def test_a_call_that_no_grammar_held(world: ThreeBoxes, path: str, wrote: str) -> None:
     """Whatever the model wrote, there is an answer, and one in JSON that all can read."""
     data = list(wrote.encode())
     world.lie(
-        Lie(
+        Violation(
             began=lambda one: replace(one, tool_style="llama"), count=len(data),
             tokens=lambda _: data, text=lambda _: wrote, reason="stop",
         )

@@ -15,20 +15,20 @@ from msgspec.structs import replace
 from pinaivu_box.config import Config, load
 from pinaivu_box.errors import CliError
 from pinaivu_box.membership.tickets import decode, encode
-from tests.box import on_terminal, pinaivu, pinaivu_json, wait_until
-from tests.peering.test_joining import Member
+from tests.support.peer_box import PeerBox
+from tests.support.process_box import on_terminal, pinaivu, pinaivu_json, wait_until
 
 PRICED = '[pricing]\nper_1k_tokens = "1"\n'
 FAR = "far:1"
 
 
-def reachable_at(box: Member) -> str:
+def reachable_at(box: PeerBox) -> str:
     """By a name, as an operator would write it."""
     settings = tomllib.loads((box.home / "config.toml").read_text())
     return f"localhost:{settings['peering']['port']}"
 
 
-def with_settings(box: Member, more: str) -> None:
+def with_settings(box: PeerBox, more: str) -> None:
     """Of [peering], which comes first in the file."""
     file = box.home / "config.toml"
     text = file.read_text()
@@ -36,11 +36,11 @@ def with_settings(box: Member, more: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Member, Member]]:
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[PeerBox, PeerBox]]:
     """Anna advertises a name, and asks 1 for 1,000 tokens of a model that ben has not."""
     folder = tmp_path_factory.mktemp("internet")
-    anna = Member(folder / "anna", "anna", PRICED, "--model", f"{FAR}=fake:0")
-    ben = Member(folder / "ben", "ben", PRICED)
+    anna = PeerBox(folder / "anna", "anna", PRICED, "--model", f"{FAR}=fake:0")
+    ben = PeerBox(folder / "ben", "ben", PRICED)
     with_settings(anna, f'advertise = ["{reachable_at(anna)}"]')
     anna.start()
     ben.start()
@@ -50,7 +50,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Member, Mem
 
 
 @pytest.fixture(scope="module")
-def joined(pair: tuple[Member, Member]) -> tuple[Member, Member]:
+def joined(pair: tuple[PeerBox, PeerBox]) -> tuple[PeerBox, PeerBox]:
     """By a ticket that does not say where anna is, and what its operator was told on the phone."""
     anna, ben = pair
     lost = encode(replace(decode(anna.invite("--name", "ben")), addresses=()))
@@ -62,7 +62,7 @@ def joined(pair: tuple[Member, Member]) -> tuple[Member, Member]:
     return anna, ben
 
 
-def ask(box: Member, tokens: int = 10) -> Any:
+def ask(box: PeerBox, tokens: int = 10) -> Any:
     body = {"model": FAR, "messages": [{"role": "user", "content": "hi"}], "max_tokens": tokens}
     return box.http("POST", "/v1/chat/completions", json=body)
 
@@ -70,7 +70,7 @@ def ask(box: Member, tokens: int = 10) -> Any:
 # -- addresses -------------------------------------------------------------------------------------
 
 
-def test_what_is_advertised_is_in_tickets_and_adverts(joined: tuple[Member, Member]) -> None:
+def test_what_is_advertised_is_in_tickets_and_adverts(joined: tuple[PeerBox, PeerBox]) -> None:
     anna, ben = joined
     where = reachable_at(anna)
     assert decode(anna.invite()).addresses[0] == where
@@ -91,7 +91,7 @@ def configured(folder: Path, settings: str) -> Config:
 
 
 def test_an_address_that_is_none_is_refused_everywhere(
-    joined: tuple[Member, Member], tmp_path: Path
+    joined: tuple[PeerBox, PeerBox], tmp_path: Path
 ) -> None:
     anna, ben = joined
     ticket = anna.invite()
@@ -113,7 +113,7 @@ def test_an_address_may_be_a_name_or_of_either_kind(tmp_path: Path, address: str
 # -- what it may cost ------------------------------------------------------------------------------
 
 
-def test_peers_are_not_used_beyond_what_they_may_charge(joined: tuple[Member, Member]) -> None:
+def test_peers_are_not_used_beyond_what_they_may_charge(joined: tuple[PeerBox, PeerBox]) -> None:
     _, ben = joined
     file = ben.home / "config.toml"
     plain = file.read_text()
@@ -165,7 +165,7 @@ def test_a_ceiling_is_an_amount(tmp_path: Path, setting: str) -> None:
 
 
 def test_a_revoked_box_says_revoked(tmp_path: Path) -> None:
-    anna, ben = Member(tmp_path / "anna", "anna"), Member(tmp_path / "ben", "ben")
+    anna, ben = PeerBox(tmp_path / "anna", "anna"), PeerBox(tmp_path / "ben", "ben")
     try:
         anna.start()
         ben.start()

@@ -14,7 +14,8 @@ from pinaivu_box.membership.tickets import Ticket, TicketInvalid, TicketRefused
 from pinaivu_box.store import peers as store
 from pinaivu_box.store.database import Database
 from pinaivu_box.store.peers import Invitation
-from tests.peering.people import FOUNDER, NETWORK, NOW, PEOPLE
+from tests.support.keys import FOUNDER, IDENTITIES, NETWORK
+from tests.support.records import NOW
 
 
 def made(
@@ -98,11 +99,11 @@ def test_content_out_of_bounds() -> None:
 def test_a_ticket_for_one_serves_one() -> None:
     text, invitation = made()
     secret = tickets.decode(text).secret
-    after = tickets.redeem(invitation, secret, PEOPLE[1].node_id, NOW)
+    after = tickets.redeem(invitation, secret, IDENTITIES[1].node_id, NOW)
     with pytest.raises(TicketRefused, match="used already"):
-        tickets.redeem(after, secret, PEOPLE[2].node_id, NOW)
+        tickets.redeem(after, secret, IDENTITIES[2].node_id, NOW)
     # Whoever lost our answer may ask again, also after the hour.
-    assert tickets.redeem(after, secret, PEOPLE[1].node_id, NOW + 9999) == after
+    assert tickets.redeem(after, secret, IDENTITIES[1].node_id, NOW + 9999) == after
 
 
 @given(st.lists(st.integers(0, 7), max_size=30), st.integers(1, 5))
@@ -111,7 +112,7 @@ def test_it_is_never_used_more_often_than_it_says(who: list[int], uses: int) -> 
     secret, let_in = tickets.decode(text).secret, set()
     for number in who:
         try:
-            invitation = tickets.redeem(invitation, secret, PEOPLE[number].node_id, NOW)
+            invitation = tickets.redeem(invitation, secret, IDENTITIES[number].node_id, NOW)
             let_in.add(number)
         except TicketRefused:
             assert len(let_in) == uses and number not in let_in
@@ -120,7 +121,7 @@ def test_it_is_never_used_more_often_than_it_says(who: list[int], uses: int) -> 
 
 def test_expired_withdrawn_and_guessed_tickets() -> None:
     text, invitation = made()
-    secret, who = tickets.decode(text).secret, PEOPLE[1].node_id
+    secret, who = tickets.decode(text).secret, IDENTITIES[1].node_id
     with pytest.raises(TicketRefused, match="expired"):
         tickets.redeem(invitation, secret, who, NOW + 3600)
     ahead = invitation._replace(made_at=(NOW + 86400) * 1000)  # for an hour, as its clock said

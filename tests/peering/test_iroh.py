@@ -20,16 +20,10 @@ from pinaivu_box.transport import iroh_bindings
 from pinaivu_box.transport.iroh_transport import IrohTransport
 from pinaivu_box.transport.link import Handshake, HeartbeatTiming
 from pinaivu_box.transport.wire import Code
-from tests.peering.worlds import (
-    DEADLINE,
-    PeerProcess,
-    converse,
-    echo,
-    free_port,
-    identity,
-    soon,
-    wait_until,
-)
+from tests.support.keys import new_identity
+from tests.support.ports import free_port
+from tests.support.transport_peers import PeerProcess, converse, echo
+from tests.support.waiting import DEADLINE, soon, wait_until
 
 pytestmark = pytest.mark.anyio
 
@@ -53,7 +47,7 @@ async def test_a_peer_that_starts_again_is_linked_to_again(
     port = free_port()
     first = peers(port=port)
     here = await first.event("listening")
-    ours = await IrohTransport.bind(identity(), "127.0.0.1", 0)
+    ours = await IrohTransport.bind(new_identity(), "127.0.0.1", 0)
     link = await ours.connect(here["node_id"], here["addresses"], DEADLINE)
     first.end()
     second = peers(seed=first.seed, port=port)
@@ -67,7 +61,7 @@ async def test_a_peer_that_starts_again_is_linked_to_again(
 async def test_sigterm_tells_the_peers(peers: Callable[..., PeerProcess]) -> None:
     peer = peers()
     here = await peer.event("listening")
-    ours = await IrohTransport.bind(identity(), "127.0.0.1", 0)
+    ours = await IrohTransport.bind(new_identity(), "127.0.0.1", 0)
     link = await ours.connect(here["node_id"], here["addresses"], DEADLINE)
     peer.process.terminate()
     lost = await soon(link.closed())
@@ -77,15 +71,15 @@ async def test_sigterm_tells_the_peers(peers: Callable[..., PeerProcess]) -> Non
 
 
 async def test_what_cannot_be_bound_or_called_says_why() -> None:
-    ours = await IrohTransport.bind(identity(), "127.0.0.1", 0)
+    ours = await IrohTransport.bind(new_identity(), "127.0.0.1", 0)
     port = int(ours.addresses()[0].rpartition(":")[2])
     with pytest.raises(CliError, match=f"cannot use UDP port {port} of 127.0.0.1"):
-        await IrohTransport.bind(identity(), "127.0.0.1", port)
+        await IrohTransport.bind(new_identity(), "127.0.0.1", port)
     with pytest.raises(CliError, match=r"cannot use UDP port 0 of 192\.0\.2\.77"):
-        await IrohTransport.bind(identity(), "192.0.2.77", 0)
+        await IrohTransport.bind(new_identity(), "192.0.2.77", 0)
     for address in ("somewhere", "box.invalid:4002", "127.0.0.1:port"):
         with pytest.raises(Unreachable, match="no address to connect to"):
-            await ours.connect(identity().node_id, [address], DEADLINE)
+            await ours.connect(new_identity().node_id, [address], DEADLINE)
     for node_id in ("node_12", "node_" + "0" * 63 + "1", "somebody"):
         with pytest.raises(Unreachable, match="is not a node id"):
             await ours.connect(node_id, ["127.0.0.1:9"], DEADLINE)
@@ -94,7 +88,7 @@ async def test_what_cannot_be_bound_or_called_says_why() -> None:
 
 async def test_names_are_looked_up(peers: Callable[..., PeerProcess]) -> None:
     here = await peers().event("listening")
-    ours = await IrohTransport.bind(identity(), "127.0.0.1", 0)
+    ours = await IrohTransport.bind(new_identity(), "127.0.0.1", 0)
     port = here["addresses"][0].rpartition(":")[2]
     await echo(await ours.connect(here["node_id"], [f"localhost:{port}"], DEADLINE))
     await ours.close()
@@ -129,7 +123,7 @@ async def test_a_relay_that_is_not_there_hinders_nobody(
     peers: Callable[..., PeerProcess], relay: str
 ) -> None:
     here = await peers().event("listening")
-    ours = await IrohTransport.bind(identity(), "127.0.0.1", 0, relay)
+    ours = await IrohTransport.bind(new_identity(), "127.0.0.1", 0, relay)
     await echo(await ours.connect(here["node_id"], here["addresses"], DEADLINE))
     await ours.close()
 
@@ -139,7 +133,7 @@ async def test_streams_that_are_collected_as_garbage_stop_nobody(
 ) -> None:
     """Also if that happens in iroh's own thread, which has locks."""
     here = await peers().event("listening")
-    ours = await IrohTransport.bind(identity(), "127.0.0.1", 0)
+    ours = await IrohTransport.bind(new_identity(), "127.0.0.1", 0)
     link = await ours.connect(here["node_id"], here["addresses"], DEADLINE)
 
     async def talk() -> None:
@@ -160,7 +154,7 @@ async def test_a_peer_whose_program_stands_still_is_borne_for_a_while(
 ) -> None:
     here = await peers().event("listening")
     reception = Handshake(heartbeats=HeartbeatTiming(interval=0.5, max_silent=4, max_stuck=10))
-    ours = await IrohTransport.bind(identity(), "127.0.0.1", 0, handshake=reception)
+    ours = await IrohTransport.bind(new_identity(), "127.0.0.1", 0, handshake=reception)
     link = await ours.connect(here["node_id"], here["addresses"], DEADLINE)
     stream = await converse(link, "block 3")
     assert await soon(stream.receive()) is None
@@ -175,7 +169,7 @@ async def test_a_peer_whose_program_stands_still_is_borne_for_a_while(
 async def test_who_stood_still_itself_accuses_nobody(peers: Callable[..., PeerProcess]) -> None:
     here = await peers().event("listening")
     reception = Handshake(heartbeats=HeartbeatTiming(interval=0.2, max_silent=2))
-    ours = await IrohTransport.bind(identity(), "127.0.0.1", 0, handshake=reception)
+    ours = await IrohTransport.bind(new_identity(), "127.0.0.1", 0, handshake=reception)
     link = await ours.connect(here["node_id"], here["addresses"], DEADLINE)
     time.sleep(2)  # noqa: ASYNC251
     await echo(link)

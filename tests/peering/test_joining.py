@@ -5,88 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-from tests.box import PINAIVU, Box, environment, pinaivu, pinaivu_json, wait_until
-from tests.peering.worlds import free_port
-
-SETTINGS = '[peering]\nhost = "127.0.0.1"\nport = {}\nname = "{}"\n'
-FAKE = ("--model", "fake:1=fake:0", "--peering")
+from tests.support.peer_box import MakePeerBox, joined_boxes
+from tests.support.process_box import PINAIVU, Box, environment, pinaivu, pinaivu_json, wait_until
 
 
-class Member(Box):
-    """A box with a name, and the commands that its operator types."""
-
-    def __init__(self, home: Path, name: str, more: str = "", *args: str) -> None:
-        super().__init__(home, *FAKE, *args)
-        self.name = name
-        home.mkdir(parents=True)
-        (home / "config.toml").write_text(SETTINGS.format(free_port(), name) + more)
-
-    def peers(self, *args: str) -> Any:
-        return pinaivu_json("peers", *args, home=self.home)
-
-    def refused(self, *args: str) -> tuple[int, str]:
-        """The exit code and the one line of a command that does not work."""
-        done = pinaivu("peers", *args, home=self.home, check=False)
-        assert done.returncode != 0, done.stdout
-        assert "Traceback" not in done.stderr and done.stderr.count("\n") == 1, done.stderr
-        return done.returncode, done.stderr
-
-    def invite(self, *args: str) -> str:
-        ticket: str = self.peers("invite", *args)["ticket"]
-        return ticket
-
-    def admin(self, method: str, path: str = "", body: Any = None) -> Any:
-        return self.http(method, f"/v1/admin/peers{path}", json=body)
-
-    def listed(self) -> dict[str, dict[str, Any]]:
-        """The other boxes by name, over HTTP: faster than the command, for waiting."""
-        return {one["name"]: one for one in self.admin("GET").json()["data"]}
-
-    def sees(self, name: str, state: str = "connected") -> dict[str, Any] | None:
-        found = self.listed().get(name)
-        return found if found is not None and found["state"] == state else None
-
-    def alone(self) -> bool:
-        return not [one for one in self.listed().values() if one["state"] == "connected"]
-
-
-Network = Callable[..., Member]
-
-
-@pytest.fixture
-def member(tmp_path: Path) -> Iterator[Network]:
-    """`member(name, more_settings, *serve_args)`: not started."""
-    made: list[Member] = []
-
-    def make(name: str, more: str = "", *args: str) -> Member:
-        made.append(Member(tmp_path / name, name, more, *args))
-        return made[-1]
-
-    yield make
-    for one in made:
-        if hasattr(one, "process"):
-            one.end()
-
-
-def joined(member: Network, *names: str) -> list[Member]:
-    """Running boxes; the first has invited the others, and all are connected to all."""
-    boxes = [member(name).start() for name in names]  # type: ignore[func-returns-value]
-    for box in boxes[1:]:
-        box.peers("join", boxes[0].invite("--name", box.name))
-    for box in boxes:
-        for other in boxes:
-            if other is not box:
-                wait_until(lambda b=box, o=other: b.sees(o.name), f"{box.name} sees {other.name}")
-    return boxes
-
-
-def test_two_running_boxes_join_by_a_ticket(member: Network) -> None:
+def test_two_running_boxes_join_by_a_ticket(member: MakePeerBox) -> None:
     anna, ben = member("anna").start(), member("ben").start()
     made = anna.peers("invite", "--name", "kitchen", "--expires", "2h")
     assert made["ticket"].startswith("pnv1") and (made["name"], made["uses"]) == ("kitchen", 1)
@@ -111,7 +37,7 @@ def test_two_running_boxes_join_by_a_ticket(member: Network) -> None:
     assert "peer.join" in [entry["action"] for entry in pinaivu_json("audit", home=ben.home)]
 
 
-def test_a_box_that_does_not_run_joins_at_once(member: Network) -> None:
+def test_a_box_that_does_not_run_joins_at_once(member: MakePeerBox) -> None:
     anna, ben = member("anna").start(), member("ben")
     ben.peers("join", anna.invite("--name", "ben"))
     wait_until(lambda: "ben" in anna.listed(), "anna knows it before it has ever served")
@@ -124,7 +50,7 @@ def test_a_box_that_does_not_run_joins_at_once(member: Network) -> None:
     wait_until(lambda: anna.sees("ben") and ben.sees("anna"), "both are connected again")
 
 
-def test_a_box_that_does_not_run_invites(member: Network) -> None:
+def test_a_box_that_does_not_run_invites(member: MakePeerBox) -> None:
     anna, ben = member("anna", "enabled = true\n"), member("ben").start()
     ticket = anna.invite("--name", "ben")
     code, said = ben.refused("join", ticket)
@@ -134,8 +60,8 @@ def test_a_box_that_does_not_run_invites(member: Network) -> None:
     wait_until(lambda: anna.sees("ben") and ben.sees("anna"), "both are connected")
 
 
-def test_who_joins_one_joins_all_and_who_is_removed_is_cut_off_by_all(member: Network) -> None:
-    anna, ben, carl = joined(member, "anna", "ben", "carl")
+def test_who_joins_one_joins_all_and_who_is_removed_is_cut_off_by_all(member: MakePeerBox) -> None:
+    anna, ben, carl = joined_boxes(member, "anna", "ben", "carl")
     assert carl.refused("rm", "ben")[0] == 1  # it neither is an admin nor has invited it
     anna.peers("rm", "carl", "--reason", "sold")
     for box in (anna, ben):
@@ -152,8 +78,22 @@ def test_who_joins_one_joins_all_and_who_is_removed_is_cut_off_by_all(member: Ne
     wait_until(lambda: anna.sees("carl") and ben.sees("carl"), "it is let in again")
 
 
-def test_a_box_that_was_away_learns_that_another_was_removed(member: Network) -> None:
-    anna, ben, carl = joined(member, "anna", "ben", "carl")
+def test_removing_a_box_names_the_boxes_that_only_it_had_invited(member: MakePeerBox) -> None:
+    anna, ben = joined_boxes(member, "anna", "ben")
+    carl = member("carl").start()
+    carl.peers("join", ben.invite("--name", "carl"))
+    wait_until(lambda: anna.sees("carl"), "the third box is a member")
+    removed = pinaivu("peers", "rm", "ben", home=anna.home)
+    assert "no longer members either: carl (node_" in removed.stderr
+    wait_until(lambda: anna.sees("carl", "revoked"), "it fell with the box that had invited it")
+    carl.peers("join", anna.invite("--name", "carl"))
+    wait_until(lambda: anna.sees("carl"), "it is admitted again")
+    removed = pinaivu("peers", "rm", "carl", home=anna.home)
+    assert "no longer members" not in removed.stderr
+
+
+def test_a_box_that_was_away_learns_that_another_was_removed(member: MakePeerBox) -> None:
+    anna, ben, carl = joined_boxes(member, "anna", "ben", "carl")
     ben.stop()
     carl.stop()
     anna.peers("rm", "carl")
@@ -166,7 +106,7 @@ def test_a_box_that_was_away_learns_that_another_was_removed(member: Network) ->
     )
 
 
-def test_a_ticket_is_for_so_many_boxes_and_for_so_long(member: Network) -> None:
+def test_a_ticket_is_for_so_many_boxes_and_for_so_long(member: MakePeerBox) -> None:
     anna, ben, carl = (member(name).start() for name in ("anna", "ben", "carl"))
     once = anna.invite()
     ben.peers("join", once)
@@ -202,8 +142,8 @@ def test_without_peering_it_is_said_how_to_switch_it_on(tmp_path: Path) -> None:
         box.end()
 
 
-def test_a_peers_name_and_limits_are_ones_own(member: Network) -> None:
-    anna, _ = joined(member, "anna", "ben")
+def test_a_peers_name_and_limits_are_ones_own(member: MakePeerBox) -> None:
+    anna, _ = joined_boxes(member, "anna", "ben")
     changed = anna.peers(
         "edit", "ben", "--name", "attic", "--max-parallel", "2", "--tokens-per-minute", "9000",
         "--credit-limit", "1.5", "--model", "fake:*", "--hours", "18:00-08:00",
@@ -235,8 +175,8 @@ def test_a_peers_name_and_limits_are_ones_own(member: Network) -> None:
     assert len(edits) == 3 and edits[-1]["target"] == changed["id"]
 
 
-def test_the_doctor_says_why_a_peer_cannot_be_reached(member: Network) -> None:
-    anna, ben = joined(member, "anna", "ben")
+def test_the_doctor_says_why_a_peer_cannot_be_reached(member: MakePeerBox) -> None:
+    anna, ben = joined_boxes(member, "anna", "ben")
     wait_until(lambda: anna.listed()["ben"]["models"], "it says what it offers")
     checks = {one["name"]: one for one in anna.peers("doctor", "ben")}
     for what in ("membership", "link", "key", "version", "clock", "models", "limits"):
@@ -254,7 +194,7 @@ def test_the_doctor_says_why_a_peer_cannot_be_reached(member: Network) -> None:
     assert done.returncode == 1 and "No box is running" in done.stdout
 
 
-def test_the_doctor_says_why_a_peer_is_not_served(member: Network) -> None:
+def test_the_doctor_says_why_a_peer_is_not_served(member: MakePeerBox) -> None:
     """On both boxes: the one that does not serve, and the one that is not served."""
     anna, ben = member("anna").start(), member("ben", "", "--model", "ben:1=fake:0").start()
     ben.peers("join", anna.invite("--name", "ben"))
@@ -278,7 +218,7 @@ def test_the_doctor_says_why_a_peer_is_not_served(member: Network) -> None:
     assert "0 of 8 requests" in pinaivu("peers", "show", "anna", home=ben.home).stdout
 
 
-def test_a_key_says_who_may_serve_it(member: Network) -> None:
+def test_a_key_says_who_may_serve_it(member: MakePeerBox) -> None:
     """Both boxes have the model, and the other is cheaper; one model only the other has."""
     anna = member("anna", '\n[pricing]\nper_1k_tokens = "1"\n').start()
     ben = member("ben", '\n[pricing]\nper_1k_tokens = "0.5"\n', "--model", "ben:1=fake:0").start()
@@ -320,7 +260,7 @@ def test_a_key_says_who_may_serve_it(member: Network) -> None:
     assert len(pinaivu_json("ledger", "show", "ben", home=anna.home)) == 2
 
 
-def test_a_box_that_announces_itself_is_discovered(member: Network) -> None:
+def test_a_box_that_announces_itself_is_discovered(member: MakePeerBox) -> None:
     anna = member("anna", "announce = true\n").start()
     ben = member("ben").start()
 

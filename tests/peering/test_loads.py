@@ -17,14 +17,15 @@ from pinaivu_box.gossip.frames import (
 from pinaivu_box.gossip.loads import MAX_LOADS, REPORT_SECONDS
 from pinaivu_box.gossip.protocol import Gossip
 from pinaivu_box.membership.records import key_of
-from tests.peering.people import FOUNDER, PEOPLE, certificate
-from tests.peering.test_gossip import FACTS, Net, chain, heard
+from tests.support.gossip_net import FACTS, GossipNet, chain, heard_by
+from tests.support.keys import FOUNDER, IDENTITIES
+from tests.support.records import certificate
 
 MODEL = FACTS.models[0].id
 FULL = ModelLoad(0, 0, 3)
 
 
-def fill(net: Net, box: Gossip, queue: int = 3) -> None:
+def fill(net: GossipNet, box: Gossip, queue: int = 3) -> None:
     box.facts = replace(
         FACTS, models=(replace(FACTS.models[0], sequences_free=0, kv_free=0, queue=queue),)
     )
@@ -68,8 +69,8 @@ def test_what_others_said_is_soon_forgotten_and_what_a_link_said_ends_with_it() 
 def test_a_new_link_begins_with_the_load_as_it_is() -> None:
     net, row = chain(2)
     fill(net, row[1])
-    new = net.box(PEOPLE[5], certificate(FOUNDER, PEOPLE[5], name="n"))
-    row[0].admit([certificate(FOUNDER, PEOPLE[5], name="n")])
+    new = net.box(IDENTITIES[5], certificate(FOUNDER, IDENTITIES[5], name="n"))
+    row[0].admit([certificate(FOUNDER, IDENTITIES[5], name="n")])
     net.link(new, row[1])
     assert knows(new, row[1]) == FULL
 
@@ -108,8 +109,8 @@ def test_nobody_fills_our_memory_with_models() -> None:
 def test_a_box_that_knows_no_loads_gets_none_and_all_else() -> None:
     """Its Digest has nothing after the roster's."""
     net, row = chain(2)
-    old = net.box(PEOPLE[6], certificate(FOUNDER, PEOPLE[6], name="n"))
-    row[0].admit([certificate(FOUNDER, PEOPLE[6], name="n")])
+    old = net.box(IDENTITIES[6], certificate(FOUNDER, IDENTITIES[6], name="n"))
+    row[0].admit([certificate(FOUNDER, IDENTITIES[6], name="n")])
     old._digest = lambda: RosterDigest(old.roster.digest())  # type: ignore[method-assign]
     net.link(old, row[0])
     net.run(8)
@@ -117,7 +118,7 @@ def test_a_box_that_knows_no_loads_gets_none_and_all_else() -> None:
     row[0].query_load(MODEL)
     net.settle()
     told = [decode(frame) for _, target, frame in net.sent if target == old.me]
-    assert heard(old) >= {one.me for one in row}
+    assert heard_by(old) >= {one.me for one in row}
     assert not [one for one in told if isinstance(one, LoadUpdate | LoadQuery)]
 
 

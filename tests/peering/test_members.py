@@ -12,19 +12,19 @@ from typing import Any
 
 import pytest
 
-from tests.box import environment, wait_until
+from tests.support.process_box import environment, wait_until
 
 
-class Member:
+class HeadlessBox:
     def __init__(self, home: Path) -> None:
         self.home = home
         self.lines: list[Any] = []
         self.process: subprocess.Popen[str]
 
-    def start(self, *command: str) -> Member:
+    def start(self, *command: str) -> HeadlessBox:
         self.lines = []
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.peering.member", str(self.home), *command],
+            [sys.executable, "-m", "tests.support.headless_box", str(self.home), *command],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment(),
         )  # fmt: skip
         threading.Thread(target=self._read, args=(self.process, self.lines), daemon=True).start()
@@ -58,8 +58,8 @@ class Member:
 
 
 @pytest.fixture
-def members(tmp_path: Path) -> Iterator[list[Member]]:
-    made = [Member(tmp_path / name) for name in ("one", "two", "three")]
+def members(tmp_path: Path) -> Iterator[list[HeadlessBox]]:
+    made = [HeadlessBox(tmp_path / name) for name in ("one", "two", "three")]
     yield made
     for member in made:
         if member.process.poll() is None:
@@ -67,7 +67,7 @@ def members(tmp_path: Path) -> Iterator[list[Member]]:
             member.process.wait()
 
 
-def test_three_boxes_join_and_find_each_other_again(members: list[Member]) -> None:
+def test_three_boxes_join_and_find_each_other_again(members: list[HeadlessBox]) -> None:
     one, two, three = members
     ticket = one.start("invite").lines[0]["ticket"]
     two.start("join", ticket)

@@ -7,7 +7,6 @@ import sqlite3
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
-from pathlib import Path
 from random import Random
 from typing import Any
 from unittest.mock import Mock
@@ -15,11 +14,8 @@ from unittest.mock import Mock
 import msgspec
 import pytest
 
-from pinaivu_box.config import PeeringConfig
 from pinaivu_box.errors import LinkLost, NotJoined, PeeringError, PeerNotFound, PeerRefused
 from pinaivu_box.gossip import channel
-from pinaivu_box.gossip.adverts import Facts
-from pinaivu_box.identity import Identity
 from pinaivu_box.ledger import views as ledger_views
 from pinaivu_box.membership import store as membership_store
 from pinaivu_box.membership import tickets
@@ -28,112 +24,18 @@ from pinaivu_box.network import network
 from pinaivu_box.network.network import Network
 from pinaivu_box.store import audit, peer_settings
 from pinaivu_box.store.audit import BOX, Actor
-from pinaivu_box.store.database import Database
 from pinaivu_box.transport import streams, wire
 from pinaivu_box.transport.connections import LinkManager
-from pinaivu_box.transport.link import Handshake, HeartbeatTiming
 from pinaivu_box.transport.streams import Open
 from pinaivu_box.transport.transport import Stream
 from pinaivu_box.transport.wire import Code
-from tests.peering.people import PEOPLE, offer
-from tests.peering.worlds import soon, wait_until
-from tests.support.memory_transport import MemoryNetwork, MemoryTransport
+from tests.support.keys import IDENTITIES
+from tests.support.memory_transport import MemoryTransport
+from tests.support.network_sites import Site, SiteGroup, states, whole
+from tests.support.records import offer
+from tests.support.waiting import soon, wait_until
 
 pytestmark = pytest.mark.anyio
-
-
-async def echo(peer: str, stream: Stream) -> None:
-    while (frame := await stream.receive()) is not None:
-        await stream.send(frame)
-    await stream.finish()
-
-
-class Site:
-    """One home, which can be opened and closed again and again."""
-
-    def __init__(self, world: World, identity: Identity, name: str, home: Path) -> None:
-        self.world, self.identity, self.name = world, identity, name
-        self.database = Database(home / f"{name}.db")
-        self.network: Network
-        self.offers = (offer(),)
-        self.pace = HeartbeatTiming(interval=0.05, max_silent=40)
-
-    async def open(self) -> Network:
-        reception = Handshake(heartbeats=self.pace)
-        self.transport = MemoryTransport(
-            self.world.net, self.identity.node_id, reception, f"at:{self.name}"
-        )
-        await self.database.open()
-        settings = PeeringConfig(name=self.name)
-        self.network = Network(
-            self.identity, self.transport, self.database, settings, self.describe
-        )
-        self.network.handlers["echo"] = echo
-        await self.network.start()
-        self.running = asyncio.create_task(self.network.run())
-        return self.network
-
-    def describe(self) -> Facts:
-        return Facts("1.0", (), "credits", self.offers)
-
-    async def close(self) -> None:
-        await self.network.close()
-        await self._end()
-
-    async def kill(self) -> None:
-        """Without a word: the others hear nothing any more."""
-        self.world.net.silence(self.identity.node_id)
-        await self.transport.close()
-        await self._end()
-        self.world.net.hear(self.identity.node_id)
-
-    async def _end(self) -> None:
-        self.running.cancel()
-        await asyncio.wait([self.running])
-        await self.network._tasks.cancel()
-        await self.database.close()
-
-
-class World:
-    def __init__(self, home: Path) -> None:
-        self.net, self.home = MemoryNetwork(), home
-        self.sites: list[Site] = []
-
-    async def box(self, name: str) -> Network:
-        site = Site(self, PEOPLE[len(self.sites)], name, self.home)
-        self.sites.append(site)
-        return await site.open()
-
-    async def joined(self, *names: str) -> list[Network]:
-        """The first invites the second, the second is not asked: all tickets are the first's."""
-        boxes = [await self.box(name) for name in names]
-        for newcomer in boxes[1:]:
-            await soon(newcomer.join(await boxes[0].invite()))
-        await wait_until(lambda: all(whole(one, len(boxes)) for one in boxes))
-        return boxes
-
-    def transport(self, number: int) -> MemoryTransport:
-        """A box of which only the transport is there: it does as the test says."""
-        return MemoryTransport(self.net, PEOPLE[number].node_id, None, f"at:bad{number}")
-
-
-def whole(box: Network, count: int) -> bool:
-    """Connected to all, and heard of what they offer."""
-    peers = box.peers()
-    return len(peers) == count - 1 and all(one.state == "connected" and one.advert for one in peers)
-
-
-def states(box: Network) -> dict[str, str]:
-    return {one.name: one.state for one in box.peers()}
-
-
-@pytest.fixture
-async def world(tmp_path: Path) -> AsyncIterator[World]:
-    made = World(tmp_path)
-    yield made
-    for site in made.sites:
-        if not site.running.done():
-            await soon(site.close())
 
 
 async def asked(box: Network, peer: Network, frame: bytes = b"hello") -> None:
@@ -147,8 +49,8 @@ async def asked(box: Network, peer: Network, frame: bytes = b"hello") -> None:
 # -- joining -------------------------------------------------------------------------------------
 
 
-async def test_joining_one_joins_all(world: World) -> None:
-    boxes = await world.joined("one", "two", "three")
+async def test_joining_one_joins_all(group: SiteGroup) -> None:
+    boxes = await group.joined("one", "two", "three")
     assert len({box.network_id for box in boxes}) == 1
     assert states(boxes[2]) == {"one": "connected", "two": "connected"}
     peer = boxes[1].peer("three")
@@ -160,47 +62,47 @@ async def test_joining_one_joins_all(world: World) -> None:
                 await asked(box, other)
 
 
-async def test_a_ticket_names_the_newcomer_and_makes_it_an_admin(world: World) -> None:
-    one, two, three = [await world.box(name) for name in ("one", "two", "three")]
+async def test_a_ticket_names_the_newcomer_and_makes_it_an_admin(group: SiteGroup) -> None:
+    one, two, three = [await group.box(name) for name in ("one", "two", "three")]
     await two.join(await one.invite(name="office", admin=True))
     await three.join(await two.invite(admin=True))
     await wait_until(lambda: whole(one, 3))
     assert states(one) == {"office": "connected", "three": "connected"}
     assert one.peer("office").admin and one.peer("three").inviter == two.node_id
-    await peer_settings.edit(world.sites[0].database, two.node_id, BOX, name="den", limits={})
+    await peer_settings.edit(group.sites[0].database, two.node_id, BOX, name="den", limits={})
     await one.renamed()
     assert one.peer("den").node_id == two.node_id
 
 
 @pytest.mark.parametrize("deed", ["invite", "join", "revoke", "leave"])
-async def test_what_the_audit_trail_cannot_tell_of_is_not_done(world: World, deed: str) -> None:
+async def test_what_the_audit_trail_cannot_tell_of_is_not_done(group: SiteGroup, deed: str) -> None:
     """A trail that takes no such line stands for a box that dies between the deed and its line."""
-    one, two = await world.joined("one", "two")
-    three = await world.box("three")
+    one, two = await group.joined("one", "two")
+    three = await group.box("three")
     by = Actor("key_1", "10.0.0.1")
 
     async def do(ticket: str) -> tuple[Site, str, dict[str, object]]:
         match deed:
             case "invite":
                 await one.invite("den", uses=2, by=by)
-                return world.sites[0], one.network_id or "", {"name": "den", "uses": 2}
+                return group.sites[0], one.network_id or "", {"name": "den", "uses": 2}
             case "join":
                 await soon(three.join(ticket, by))
-                return world.sites[2], one.network_id or "", {"inviter": one.node_id}
+                return group.sites[2], one.network_id or "", {"inviter": one.node_id}
             case "revoke":
                 await one.remove("two", "sold", by)
-                return world.sites[0], two.node_id, {"name": "two", "reason": "sold"}
+                return group.sites[0], two.node_id, {"name": "two", "reason": "sold"}
             case _:
                 network_id = two.network_id or ""
                 await two.leave(by)
-                return world.sites[1], network_id, {}
+                return group.sites[1], network_id, {}
 
     tables = "network", "roster", "tickets"
 
     async def stored() -> list[list[tuple[object, ...]]]:
         return [
             [tuple(row) for row in await site.database.read(f"SELECT * FROM {table}")]
-            for site in world.sites
+            for site in group.sites
             for table in tables
         ]
 
@@ -210,7 +112,7 @@ async def test_what_the_audit_trail_cannot_tell_of_is_not_done(world: World, dee
         f"CREATE TRIGGER deaf BEFORE INSERT ON audit WHEN NEW.action = 'peer.{deed}'"
         " BEGIN SELECT RAISE(ABORT, 'no room'); END"
     )
-    for site in world.sites:
+    for site in group.sites:
         await site.database.write((deaf, ()))
     with pytest.raises(sqlite3.IntegrityError, match="no room"):
         await do(ticket)
@@ -219,20 +121,20 @@ async def test_what_the_audit_trail_cannot_tell_of_is_not_done(world: World, dee
         assert unchanged[6:] == before[6:]
     else:
         assert unchanged == before
-    for site in world.sites:
+    for site in group.sites:
         await site.database.write(("DROP TRIGGER deaf", ()))
     if deed == "revoke":  # it is known, and will be on disk with the next record
-        await world.sites[0].close()
-        await world.sites[0].open()
-        one = world.sites[0].network
+        await group.sites[0].close()
+        await group.sites[0].open()
+        one = group.sites[0].network
     site, target, detail = await do(ticket)
     (told,) = [e for e in await audit.ls(site.database) if e.action == f"peer.{deed}"][:1]
     assert (told.actor, told.source, told.target) == ("key_1", "10.0.0.1", target)
     assert told.detail.items() >= detail.items()
 
 
-async def test_a_ticket_is_for_so_many_boxes_however_they_come(world: World) -> None:
-    boxes = [await world.box(name) for name in ("one", "two", "three", "four")]
+async def test_a_ticket_is_for_so_many_boxes_however_they_come(group: SiteGroup) -> None:
+    boxes = [await group.box(name) for name in ("one", "two", "three", "four")]
     ticket = await boxes[0].invite(uses=2)
     done = await soon(
         asyncio.gather(*(one.join(ticket) for one in boxes[1:]), return_exceptions=True)
@@ -243,13 +145,13 @@ async def test_a_ticket_is_for_so_many_boxes_however_they_come(world: World) -> 
     assert late.network_id is None and late.peers() == []
 
 
-async def test_who_asks_again_with_its_ticket_uses_it_once(world: World) -> None:
-    one, two, three = [await world.box(name) for name in ("one", "two", "three")]
+async def test_who_asks_again_with_its_ticket_uses_it_once(group: SiteGroup) -> None:
+    one, two, three = [await group.box(name) for name in ("one", "two", "three")]
     ticket = await one.invite()
     await two.join(ticket)
-    await world.sites[1].close()
-    (world.home / "two.db").unlink()  # it never got the answer, as far as it knows
-    two = await world.sites[1].open()
+    await group.sites[1].close()
+    (group.home / "two.db").unlink()  # it never got the answer, as far as it knows
+    two = await group.sites[1].open()
     await soon(two.join(ticket))
     assert whole_roster(one) == whole_roster(two)
     with pytest.raises(PeerRefused, match="used already"):
@@ -261,12 +163,12 @@ def whole_roster(box: Network) -> set[bytes]:
     return {record.body for record in box.roster.records()}
 
 
-async def test_uses_are_remembered_by_a_box_that_was_restarted(world: World) -> None:
-    one, two, three = [await world.box(name) for name in ("one", "two", "three")]
+async def test_uses_are_remembered_by_a_box_that_was_restarted(group: SiteGroup) -> None:
+    one, two, three = [await group.box(name) for name in ("one", "two", "three")]
     ticket, fresh = await one.invite(), await one.invite()
     await two.join(ticket)
-    await world.sites[0].kill()
-    await world.sites[0].open()
+    await group.sites[0].kill()
+    await group.sites[0].open()
     with pytest.raises(PeerRefused, match="used already"):
         await soon(three.join(ticket))
     await soon(three.join(fresh))
@@ -274,9 +176,9 @@ async def test_uses_are_remembered_by_a_box_that_was_restarted(world: World) -> 
 
 @pytest.mark.parametrize("hours", [-24, 24])
 async def test_the_inviters_clock_alone_decides(
-    world: World, monkeypatch: pytest.MonkeyPatch, hours: int
+    group: SiteGroup, monkeypatch: pytest.MonkeyPatch, hours: int
 ) -> None:
-    one, two = await world.box("one"), await world.box("two")
+    one, two = await group.box("one"), await group.box("two")
     now = time.time
     ticket = await one.invite(expires=3600)
     found = tickets.decode(ticket)
@@ -288,11 +190,11 @@ async def test_the_inviters_clock_alone_decides(
     await soon(two.join(shifted))
     monkeypatch.setattr(time, "time", lambda: now() + 3601)
     with pytest.raises(PeerRefused, match="expired"):
-        await soon((await world.box("three")).join(ticket))
+        await soon((await group.box("three")).join(ticket))
 
 
-async def test_what_is_no_ticket_or_no_longer_one(world: World) -> None:
-    one, two = await world.box("one"), await world.box("two")
+async def test_what_is_no_ticket_or_no_longer_one(group: SiteGroup) -> None:
+    one, two = await group.box("one"), await group.box("two")
     ticket = await one.invite()
     with pytest.raises(NotJoined, match="begins with pnv1"):
         await two.join("hello")
@@ -309,8 +211,8 @@ async def test_what_is_no_ticket_or_no_longer_one(world: World) -> None:
         await soon(two.join(ticket))
 
 
-async def test_a_box_with_company_must_leave_before_it_joins_elsewhere(world: World) -> None:
-    one, two, three = [await world.box(name) for name in ("one", "two", "three")]
+async def test_a_box_with_company_must_leave_before_it_joins_elsewhere(group: SiteGroup) -> None:
+    one, two, three = [await group.box(name) for name in ("one", "two", "three")]
     await two.invite()  # founds a network of its own, which it gives up
     await soon(two.join(await one.invite()))
     elsewhere = await three.invite()
@@ -323,8 +225,8 @@ async def test_a_box_with_company_must_leave_before_it_joins_elsewhere(world: Wo
     await wait_until(lambda: states(one) == {"two": "unreachable"})
 
 
-async def test_who_may_not_invite_is_told(world: World) -> None:
-    one, two, three = [await world.box(name) for name in ("one", "two", "three")]
+async def test_who_may_not_invite_is_told(group: SiteGroup) -> None:
+    one, two, three = [await group.box(name) for name in ("one", "two", "three")]
     await two.join(await one.invite())
     with pytest.raises(NotJoined, match="Only an admin"):
         await two.invite(admin=True)
@@ -338,8 +240,8 @@ async def test_who_may_not_invite_is_told(world: World) -> None:
 # -- who goes ------------------------------------------------------------------------------------
 
 
-async def test_a_revoked_box_is_cut_off_everywhere_and_stays_out(world: World) -> None:
-    one, two, three = await world.joined("one", "two", "three")
+async def test_a_revoked_box_is_cut_off_everywhere_and_stays_out(group: SiteGroup) -> None:
+    one, two, three = await group.joined("one", "two", "three")
     old = await one.invite(uses=5)
     gone = await one.remove("three", "sold")
     assert gone.state == "revoked" and "sold" in gone.why
@@ -358,50 +260,50 @@ async def test_a_revoked_box_is_cut_off_everywhere_and_stays_out(world: World) -
     await wait_until(lambda: whole(two, 3))
 
 
-async def test_who_says_goodbye_is_not_called_gone(world: World) -> None:
-    one, *_ = await world.joined("one", "two", "three")
-    await world.sites[2].close()
+async def test_who_says_goodbye_is_not_called_gone(group: SiteGroup) -> None:
+    one, *_ = await group.joined("one", "two", "three")
+    await group.sites[2].close()
     await wait_until(lambda: states(one)["three"] != "connected")
     peer = one.peer("three")
     assert not peer.gone
     assert peer.advert is None or peer.advert.draining
 
 
-async def test_a_box_that_was_killed_comes_back_by_itself(world: World) -> None:
-    one, two, three = await world.joined("one", "two", "three")
-    await world.sites[0].kill()
+async def test_a_box_that_was_killed_comes_back_by_itself(group: SiteGroup) -> None:
+    one, two, three = await group.joined("one", "two", "three")
+    await group.sites[0].kill()
     await wait_until(lambda: states(two)["one"] != "connected")
-    one = await world.sites[0].open()
+    one = await group.sites[0].open()
     await wait_until(lambda: all(whole(box, 3) for box in (one, two, three)))
     await asked(one, three)
     await asked(three, one)
 
 
-async def test_all_restarted_at_once_find_each_other(world: World) -> None:
-    await world.joined("one", "two", "three")
+async def test_all_restarted_at_once_find_each_other(group: SiteGroup) -> None:
+    await group.joined("one", "two", "three")
     await wait_until(
-        lambda: all(len(site.network._address_book.known) == 2 for site in world.sites)
+        lambda: all(len(site.network._address_book.known) == 2 for site in group.sites)
     )
-    for site in world.sites:
+    for site in group.sites:
         await site.close()
-    boxes = [await site.open() for site in world.sites]
+    boxes = [await site.open() for site in group.sites]
     await wait_until(lambda: all(whole(box, 3) for box in boxes))
 
 
 async def test_both_call_at_once_and_one_link_stays(
-    world: World, monkeypatch: pytest.MonkeyPatch
+    group: SiteGroup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And what has begun over the other one comes to its end."""
     monkeypatch.setattr("pinaivu_box.transport.connections._RETIRE_SECONDS", 0.1)
-    one, two = await world.joined("one", "two")
+    one, two = await group.joined("one", "two")
     for _ in range(5):
-        for site in world.sites:
+        for site in group.sites:
             for held in list(site.network._links.by_peer.values()):
                 await held.link.close(Code.SHUTDOWN, "again")
             site.network._links.reset_backoff()
         streams = await asyncio.gather(one.open(two.node_id, "echo"), two.open(one.node_id, "echo"))
         await wait_until(lambda: whole(one, 2) and whole(two, 2))
-        assert len(world.sites[0].transport.connections) == 2
+        assert len(group.sites[0].transport.connections) == 2
         for _ in range(10):
             await asyncio.sleep(0.05)
             for stream in streams:
@@ -411,7 +313,7 @@ async def test_both_call_at_once_and_one_link_stays(
             await stream.finish()
             assert await soon(stream.receive()) is None
         del stream, streams
-        await wait_until(lambda: len(world.sites[0].transport.connections) == 1)
+        await wait_until(lambda: len(group.sites[0].transport.connections) == 1)
     await asked(one, two)
     await asked(two, one)
 
@@ -436,7 +338,7 @@ async def test_both_sides_keep_the_same_of_two_links(
 ) -> None:
     """In whatever order the two links come up on either side."""
     monkeypatch.setattr("pinaivu_box.transport.connections._RETIRE_SECONDS", 0.05)
-    ids = sorted(one.node_id for one in PEOPLE[:2])
+    ids = sorted(one.node_id for one in IDENTITIES[:2])
     kept = []
     for me, peer, first in ((ids[0], ids[1], first_at_one), (ids[1], ids[0], first_at_two)):
         owner: Any = Mock(spawn=asyncio.ensure_future)
@@ -455,37 +357,37 @@ async def test_both_sides_keep_the_same_of_two_links(
     assert kept == [ids[0], ids[0]]
 
 
-async def test_what_changes_is_heard(world: World) -> None:
-    one, two = await world.joined("one", "two")
-    world.sites[1].offers = ()
+async def test_what_changes_is_heard(group: SiteGroup) -> None:
+    one, two = await group.joined("one", "two")
+    group.sites[1].offers = ()
     two.changed()
     await wait_until(lambda: (found := one.peer("two").advert) is not None and not found.models)
 
 
 async def test_a_request_that_begins_is_known_to_the_links_before_any_advert(
-    world: World, monkeypatch: pytest.MonkeyPatch
+    group: SiteGroup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    one, two = await world.joined("one", "two")
+    one, two = await group.joined("one", "two")
     model = offer().id
     await wait_until(lambda: model in one.peer("two").loads)
     advert = one.peer("two").advert
     fewer = offer().sequences_free - 1
     assert fewer > 0  # else it is worth an advert
     monkeypatch.setattr(two.gossip, "tick", lambda: None)  # it does not wait for the next round
-    world.sites[1].offers = (msgspec.structs.replace(offer(), sequences_free=fewer),)
+    group.sites[1].offers = (msgspec.structs.replace(offer(), sequences_free=fewer),)
     two.changed()
     await wait_until(lambda: one.peer("two").loads[model].load.sequences_free == fewer)
     assert one.peer("two").advert == advert
-    await soon(one.look(model))  # and nobody else is there to tell
+    await soon(one.query_load(model))  # and nobody else is there to tell
 
 
 # -- bad company ---------------------------------------------------------------------------------
 
 
 @asynccontextmanager
-async def called(world: World, number: int, box: Network) -> AsyncIterator[Any]:
+async def called(group: SiteGroup, number: int, box: Network) -> AsyncIterator[Any]:
     """A link that a bare transport has made to the box."""
-    transport = world.transport(number)
+    transport = group.transport(number)
     try:
         yield await soon(transport.connect(box.node_id, box.own_addresses(), 5))
     finally:
@@ -500,48 +402,48 @@ async def reason(link: Any) -> LinkLost:
 @pytest.mark.parametrize(
     "first", [b"garbage", b"\xc1" * 100_000, wire.encode(wire.Hello((1,), "", 0))]
 )
-async def test_garbage_closes_the_link(world: World, first: bytes) -> None:
-    one, two = await world.joined("one", "two")
-    async with called(world, 7, one) as link:
+async def test_garbage_closes_the_link(group: SiteGroup, first: bytes) -> None:
+    one, two = await group.joined("one", "two")
+    async with called(group, 7, one) as link:
         await (await link.open()).send(first)
         assert (await reason(link)).code == Code.PROTOCOL
     await asked(one, two)
 
 
 async def test_a_stranger_gets_nothing_and_is_shown_the_door(
-    world: World, monkeypatch: pytest.MonkeyPatch
+    group: SiteGroup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(membership_store, "_CERTIFICATE_SECONDS", 0.1)
-    one, _ = await world.joined("one", "two")
+    one, _ = await group.joined("one", "two")
     served: list[str] = []
 
     async def serve(peer: str, stream: Stream) -> None:
         served.append(peer)
 
     one.handlers["echo"] = serve
-    async with called(world, 7, one) as link:
+    async with called(group, 7, one) as link:
         await (await link.open()).send(wire.encode(Open("echo")))
         lost = await reason(link)
     assert not served
     assert lost.code == Code.FORBIDDEN and "no member has certified it" in lost.reason
     monkeypatch.setattr(network, "GOSSIP_START_SECONDS", 0.1)
-    async with called(world, 6, one) as link:  # says nothing at all
+    async with called(group, 6, one) as link:  # says nothing at all
         assert (await reason(link)).code == Code.FORBIDDEN
     assert states(one) == {"two": "connected"}
 
 
-async def test_strangers_are_not_many(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_strangers_are_not_many(group: SiteGroup, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(network, "MAX_STRANGERS", 1)
-    one, _ = await world.joined("one", "two")
-    async with called(world, 7, one), called(world, 6, one) as link:
+    one, _ = await group.joined("one", "two")
+    async with called(group, 7, one), called(group, 6, one) as link:
         assert (await reason(link)).code == Code.BUSY
 
 
 @pytest.mark.parametrize("opened", [Open("poetry"), Open("echo", 2), Open("gossip", 9)])
 async def test_what_we_do_not_know_is_refused_and_the_link_stays(
-    world: World, opened: Open
+    group: SiteGroup, opened: Open
 ) -> None:
-    one, two = await world.joined("one", "two")
+    one, two = await group.joined("one", "two")
     link = one._links.by_peer[two.node_id].link
     stream = network.OpenedStream(two.node_id, await link.open(), opened)
     with pytest.raises(PeerRefused, match="update the older") as refused:
@@ -552,9 +454,9 @@ async def test_what_we_do_not_know_is_refused_and_the_link_stays(
 
 
 async def test_streams_are_not_without_number(
-    world: World, monkeypatch: pytest.MonkeyPatch
+    group: SiteGroup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    one, two = await world.joined("one", "two")
+    one, two = await group.joined("one", "two")
     stream = await soon(one.open(two.node_id, "echo"))
     await stream.send(b"x")
     assert await soon(stream.receive()) == b"x"
@@ -564,8 +466,8 @@ async def test_streams_are_not_without_number(
         await soon(refused.receive())
 
 
-async def test_a_handler_that_fails_takes_only_its_stream(world: World) -> None:
-    one, two = await world.joined("one", "two")
+async def test_a_handler_that_fails_takes_only_its_stream(group: SiteGroup) -> None:
+    one, two = await group.joined("one", "two")
 
     async def fail(peer: str, stream: Stream) -> None:
         raise RuntimeError("a mistake")
@@ -579,16 +481,16 @@ async def test_a_handler_that_fails_takes_only_its_stream(world: World) -> None:
 
 @pytest.mark.parametrize("limit", ["bytes", "seconds"])
 async def test_who_does_not_read_is_cut(
-    world: World, monkeypatch: pytest.MonkeyPatch, limit: str
+    group: SiteGroup, monkeypatch: pytest.MonkeyPatch, limit: str
 ) -> None:
-    one, two = await world.joined("one", "two")
+    one, two = await group.joined("one", "two")
     if limit == "bytes":
         monkeypatch.setattr(channel, "MAX_QUEUED_BYTES", 2_000_000)
     else:
         monkeypatch.setattr(channel, "SEND_SECONDS", 0.2)
     # A box with two's key and certificate that takes a link and reads nothing of it.
-    await world.sites[1].close()
-    transport = MemoryTransport(world.net, two.node_id, None, "at:two")
+    await group.sites[1].close()
+    transport = MemoryTransport(group.net, two.node_id, None, "at:two")
     link = await soon(transport.accept())
     await soon(link.accept())
     for _ in range(40):
@@ -598,10 +500,10 @@ async def test_who_does_not_read_is_cut(
     await transport.close()
 
 
-async def test_a_certificate_that_makes_no_member_is_seen(world: World) -> None:
+async def test_a_certificate_that_makes_no_member_is_seen(group: SiteGroup) -> None:
     """An inviter that answers with something else than what its ticket promises."""
-    two = await world.box("two")
-    bad = world.transport(7)
+    two = await group.box("two")
+    bad = group.transport(7)
     other = Roster(f"net_{bytes(36).hex()}")
     ticket, _ = tickets.invite(bad.node_id, other.network, bad.addresses(), now=0, seconds=60)
     joining = asyncio.create_task(two.join(ticket))
@@ -615,8 +517,8 @@ async def test_a_certificate_that_makes_no_member_is_seen(world: World) -> None:
     await bad.close()
 
 
-async def test_names_are_found_or_the_nearest_are_said(world: World) -> None:
-    one, two, _ = await world.joined("one", "office", "office")
+async def test_names_are_found_or_the_nearest_are_said(group: SiteGroup) -> None:
+    one, two, _ = await group.joined("one", "office", "office")
     with pytest.raises(PeerNotFound, match="2 peers are called"):
         one.peer("office")
     assert one.peer(two.node_id[:20]).node_id == two.node_id
@@ -624,9 +526,9 @@ async def test_names_are_found_or_the_nearest_are_said(world: World) -> None:
         one.peer("ofice")
 
 
-async def test_a_box_is_no_peer_of_its_own_in_the_ledger(world: World) -> None:
+async def test_a_box_is_no_peer_of_its_own_in_the_ledger(group: SiteGroup) -> None:
     """Boxes are named by their hosts, so that two on one host have the same name."""
-    _, two, three = await world.joined("one", "office", "office")
+    _, two, three = await group.joined("one", "office", "office")
     for own, other in ((two, three), (three, two)):
         assert await ledger_views.find(own._database, "office", own.node_id) == other.node_id
         with pytest.raises(PeerNotFound):

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from pinaivu_box.models import bundled
-from tests.box import MODEL
-from tests.peering.fleet import Fleet, fleet
+from tests.support.box_fleet import Fleet, fleet
+from tests.support.process_box import MODEL
 
 ELSEWHERE = "far:1"  # the same file, which only the others have under that name
 # Peers ask for nothing, so they are asked first.

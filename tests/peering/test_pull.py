@@ -21,12 +21,11 @@ from pinaivu_box.models.placing import place
 from pinaivu_box.models.splits import digest_of_parts
 from pinaivu_box.server.app import create_app
 from pinaivu_box.store import audit
-from tests import ggufs
-from tests.box import Box, pinaivu
-from tests.peering.copies import NAME, SIZE, World, digest_of, made_up
-from tests.peering.people import offer
-from tests.peering.test_copying import WrongPieces
-from tests.peering.worlds import soon, wait_until
+from tests.support import gguf_files
+from tests.support.model_copies import NAME, SIZE, CopyNetwork, WrongPieces, digest_of, made_up
+from tests.support.process_box import Box, pinaivu
+from tests.support.records import offer
+from tests.support.waiting import soon, wait_until
 
 pytestmark = pytest.mark.anyio
 DATA = made_up(1)
@@ -47,7 +46,7 @@ class Met:
 class Network:
     """What a pull needs of `peering.network.Network`, over links in memory."""
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: CopyNetwork) -> None:
         self.world, self.met, self.changes = world, dict[str, Met](), 0
 
     def meet(self, source: Any, **models: bytes | str) -> None:
@@ -81,7 +80,7 @@ class Network:
 class Puller:
     """A box that is asked over HTTP."""
 
-    def __init__(self, box: OpenBox, world: World) -> None:
+    def __init__(self, box: OpenBox, world: CopyNetwork) -> None:
         self.box, self.world = box, world
         self.network: Any = Network(world)
         self.box.network = self.network
@@ -114,7 +113,7 @@ class Puller:
 
 @pytest.fixture
 async def puller(tmp_path: Path) -> AsyncIterator[Puller]:
-    world = World(tmp_path)
+    world = CopyNetwork(tmp_path)
     async with open_box(Config, tmp_path / "ours") as box:
         made = Puller(box, world)
         yield made
@@ -148,8 +147,8 @@ async def test_peers_are_told_of_what_comes_into_the_folder_and_goes(puller: Pul
 
 async def test_a_model_in_several_files_is_served_at_once_too(puller: Puller) -> None:
     giver = await puller.world.giver(None, name="anna")
-    parts = [ggufs.part(1, 2), ggufs.part(2, 2) + made_up(3, 100_000)]
-    ggufs.put_split(giver.folder, NAME, parts)
+    parts = [gguf_files.part(1, 2), gguf_files.part(2, 2) + made_up(3, 100_000)]
+    gguf_files.put_split(giver.folder, NAME, parts)
     digest = digest_of_parts([digest_of(data) for data in parts])
     puller.network.meet(giver.source, made_up=digest)
     done = await puller.pull()

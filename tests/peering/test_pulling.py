@@ -8,30 +8,29 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from tests import ggufs
-from tests.box import PINAIVU, Box, environment, pinaivu, pinaivu_json, wait_until
-from tests.peering.copies import digest_of, made_up
-from tests.peering.test_joining import Member, Network, joined, member
+from tests.support import gguf_files
+from tests.support.model_copies import digest_of, made_up
+from tests.support.peer_box import MakePeerBox, PeerBox, joined_boxes
+from tests.support.process_box import PINAIVU, Box, environment, pinaivu, pinaivu_json, wait_until
 
-__all__ = ["member"]  # a fixture
 NAME = "made:up"
 LARGE = 96 * 1024 * 1024
 
 
-def put(box: Member, data: bytes, name: str = NAME) -> None:
+def put(box: PeerBox, data: bytes, name: str = NAME) -> None:
     (box.home / "models").mkdir(exist_ok=True)
     (box.home / "models" / f"{name}.gguf").write_bytes(data)
     pinaivu("reload", home=box.home)
 
 
-def slowly(box: Member) -> None:
+def slowly(box: PeerBox) -> None:
     """What it gives from now on takes its time: five seconds for a large one."""
     config = box.home / "config.toml"
     config.write_text(config.read_text() + "[peering.serve]\ncopy_mb_per_s = 20\n")
     pinaivu("reload", home=box.home)
 
 
-def offers(box: Member, peer: str, model: str) -> bool:
+def offers(box: PeerBox, peer: str, model: str) -> bool:
     return model in [one["id"] for one in box.listed()[peer]["models"]]
 
 
@@ -53,8 +52,8 @@ def pulling(box: Box, *args: str) -> subprocess.Popen[str]:
     )
 
 
-def test_a_model_goes_to_another_box_and_on_to_a_third(member: Network) -> None:
-    anna, ben, carl = joined(member, "anna", "ben", "carl")
+def test_a_model_goes_to_another_box_and_on_to_a_third(member: MakePeerBox) -> None:
+    anna, ben, carl = joined_boxes(member, "anna", "ben", "carl")
     data = made_up(1)
     put(anna, data)
     wait_until(lambda: offers(ben, "anna", NAME), "it is offered")
@@ -73,8 +72,10 @@ def test_a_model_goes_to_another_box_and_on_to_a_third(member: Network) -> None:
     (entry,) = [one for one in pinaivu_json("audit", home=carl.home) if "pull" in one["action"]]
     assert (entry["action"], entry["detail"]["digest"]) == ("model.pull", digest_of(data))
     # In several files it is one model, to whom it is offered and who pulls it.
-    parts = [ggufs.part(number, 3, tensors=3) + made_up(number, 100_000) for number in (1, 2, 3)]
-    ggufs.put_split(anna.home / "models" / "publisher", "split", parts)
+    parts = [
+        gguf_files.part(number, 3, tensors=3) + made_up(number, 100_000) for number in (1, 2, 3)
+    ]
+    gguf_files.put_split(anna.home / "models" / "publisher", "split", parts)
     pinaivu("reload", home=anna.home)
     wait_until(lambda: offers(ben, "anna", "split:latest"), "it is offered")
     pinaivu("pull", "split", "--from", "anna", home=ben.home)
@@ -83,8 +84,8 @@ def test_a_model_goes_to_another_box_and_on_to_a_third(member: Network) -> None:
     assert came == [digest_of(data) for data in parts]
 
 
-def test_a_box_that_is_killed_in_the_middle_goes_on(member: Network) -> None:
-    anna, ben = joined(member, "anna", "ben")
+def test_a_box_that_is_killed_in_the_middle_goes_on(member: MakePeerBox) -> None:
+    anna, ben = joined_boxes(member, "anna", "ben")
     data = made_up(1, LARGE)
     slowly(anna)
     put(anna, data)
@@ -101,8 +102,8 @@ def test_a_box_that_is_killed_in_the_middle_goes_on(member: Network) -> None:
     assert digest_of(copied.read_bytes()) == digest_of(data)
 
 
-def test_ctrl_c_stops_the_copy_and_keeps_what_has_come(member: Network) -> None:
-    anna, ben = joined(member, "anna", "ben")
+def test_ctrl_c_stops_the_copy_and_keeps_what_has_come(member: MakePeerBox) -> None:
+    anna, ben = joined_boxes(member, "anna", "ben")
     slowly(anna)
     put(anna, made_up(1, LARGE))
     wait_until(lambda: offers(ben, "anna", NAME), "it is offered")
@@ -124,8 +125,8 @@ def test_ctrl_c_stops_the_copy_and_keeps_what_has_come(member: Network) -> None:
     assert sum(one["bytes"] for one in last["sources"]) < LARGE
 
 
-def test_what_a_peer_may_not_have(member: Network) -> None:
-    anna, ben = joined(member, "anna", "ben")
+def test_what_a_peer_may_not_have(member: MakePeerBox) -> None:
+    anna, ben = joined_boxes(member, "anna", "ben")
     put(anna, made_up(1))
     wait_until(lambda: offers(ben, "anna", NAME), "it is offered")
 

@@ -16,13 +16,13 @@ from pinaivu_box.errors import CliError, Unreachable
 from pinaivu_box.transport import iroh_transport
 from pinaivu_box.transport.iroh_transport import IrohTransport
 from pinaivu_box.transport.link import PeerLink
-from tests.box import wait_until
-from tests.peering.relay import Relay
-from tests.peering.test_namespaces import SLOW, TOKENS, streamed
-from tests.peering.town import Resident
-from tests.peering.valley import URL, Valley, checks, refused, resident
-from tests.peering.worlds import DEADLINE, identity, soon
-from tests.peering.worlds import wait_until as until
+from tests.support.keys import new_identity
+from tests.support.network_namespaces import SLOW, TOKENS, NamespaceBox, streamed
+from tests.support.process_box import wait_until
+from tests.support.relay_server import Relay
+from tests.support.relayed_boxes import URL, RelayOnlyNetwork, checks, refused, relayed_box
+from tests.support.waiting import DEADLINE, soon
+from tests.support.waiting import wait_until as until
 
 DEAD = "http://127.0.0.1:9/"
 
@@ -44,7 +44,7 @@ async def bound() -> AsyncIterator[Transports]:
     made: list[IrohTransport] = []
 
     async def bind(relay: str) -> IrohTransport:
-        made.append(await IrohTransport.bind(identity(), "127.0.0.1", 0, relay))
+        made.append(await IrohTransport.bind(new_identity(), "127.0.0.1", 0, relay))
         return made[-1]
 
     yield bind
@@ -134,15 +134,15 @@ async def test_who_uses_no_relay_contacts_none(relay: Relay, bound: Transports) 
 @pytest.mark.parametrize("url", ["https://", "https://a b", "https://relay.example:99999"])
 async def test_what_is_no_url_is_not_taken_for_a_port_that_is_taken(url: str) -> None:
     with pytest.raises(CliError, match=r"relay is 'https://.*which is no URL"):
-        await IrohTransport.bind(identity(), "127.0.0.1", 0, url)
+        await IrohTransport.bind(new_identity(), "127.0.0.1", 0, url)
 
 
 # Boxes that have no other way
 
 
 @pytest.fixture(scope="module")
-def valley() -> Iterator[Valley]:
-    made = Valley()
+def valley() -> Iterator[RelayOnlyNetwork]:
+    made = RelayOnlyNetwork()
     try:
         made.build()
     except (OSError, subprocess.CalledProcessError) as error:
@@ -155,17 +155,17 @@ def valley() -> Iterator[Valley]:
 
 @pytest.fixture(scope="module")
 def boxes(
-    valley: Valley, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[dict[str, Resident]]:
+    valley: RelayOnlyNetwork, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, NamespaceBox]]:
     """anna asks; ben, beyond the relay, is cheaper than dora, who is next door to anna."""
     homes: Path = tmp_path_factory.mktemp("valley")
     cheap, dear = (f'[pricing]\nper_1k_tokens = "{price}"\n' for price in ("0.1", "1"))
     made = {
-        "anna": resident(valley, homes, "anna", more='policy = "cheapest"\n'),
-        "ben": resident(
+        "anna": relayed_box(valley, homes, "anna", more='policy = "cheapest"\n'),
+        "ben": relayed_box(
             valley, homes, "ben", "--model", f"fake:1={SLOW}", "--model", "ben:1=fake:1", more=cheap
         ),
-        "dora": resident(valley, homes, "dora", "--model", f"fake:1={SLOW}", more=dear),
+        "dora": relayed_box(valley, homes, "dora", "--model", f"fake:1={SLOW}", more=dear),
     }
     for box in made.values():
         box.start()
@@ -175,16 +175,16 @@ def boxes(
         assert "Traceback" not in box.errors, box.errors
 
 
-def link(box: Resident, name: str) -> dict[str, Any]:
+def link(box: NamespaceBox, name: str) -> dict[str, Any]:
     found = box.peers()[name]["link"]
     return found or {"direct": None}
 
 
-def losses(boxes: dict[str, Resident]) -> int:
+def losses(boxes: dict[str, NamespaceBox]) -> int:
     return sum(box.errors.count(" ended: ") for box in boxes.values())
 
 
-def served_by_ben(boxes: dict[str, Resident]) -> None:
+def served_by_ben(boxes: dict[str, NamespaceBox]) -> None:
     """A whole stream, and a receipt that holds."""
     _, receipt = streamed(boxes["anna"], TOKENS, lambda _: None)
     (proof,) = receipt["proofs"]
@@ -192,7 +192,9 @@ def served_by_ben(boxes: dict[str, Resident]) -> None:
     boxes["anna"].command("receipts", "verify", receipt["request_id"])
 
 
-def test_boxes_join_and_serve_by_a_relay(valley: Valley, boxes: dict[str, Resident]) -> None:
+def test_boxes_join_and_serve_by_a_relay(
+    valley: RelayOnlyNetwork, boxes: dict[str, NamespaceBox]
+) -> None:
     anna, ben, dora = boxes.values()
     ticket = json.loads(anna.command("peers", "invite", "--uses", "2", "--json"))["ticket"]
     for box in (ben, dora):
@@ -211,7 +213,7 @@ def test_boxes_join_and_serve_by_a_relay(valley: Valley, boxes: dict[str, Reside
 
 
 def test_a_relay_sees_who_and_how_much_but_not_what(
-    valley: Valley, boxes: dict[str, Resident]
+    valley: RelayOnlyNetwork, boxes: dict[str, NamespaceBox]
 ) -> None:
     before = valley.ask("/seen").json()["relayed"]
     served_by_ben(boxes)
@@ -223,7 +225,9 @@ def test_a_relay_sees_who_and_how_much_but_not_what(
         assert valley.ask(f"/has/{said.hex()}").json() is False
 
 
-def test_a_box_that_cannot_reach_its_relay_has_its_direct_links(boxes: dict[str, Resident]) -> None:
+def test_a_box_that_cannot_reach_its_relay_has_its_direct_links(
+    boxes: dict[str, NamespaceBox],
+) -> None:
     """dora has started without it."""
     assert link(boxes["dora"], "anna")["direct"] and link(boxes["anna"], "dora")["direct"]
     for command in (("peers", "doctor", "--json"), ("doctor", "--json")):
@@ -232,7 +236,9 @@ def test_a_box_that_cannot_reach_its_relay_has_its_direct_links(boxes: dict[str,
         assert "[peering] relay" in relay["todo"]
 
 
-def test_a_slow_relay_that_loses_packets(valley: Valley, boxes: dict[str, Resident]) -> None:
+def test_a_slow_relay_that_loses_packets(
+    valley: RelayOnlyNetwork, boxes: dict[str, NamespaceBox]
+) -> None:
     before = losses(boxes)
     valley.ask("/hold/0.1/0.02")
     for _ in range(3):
@@ -243,7 +249,7 @@ def test_a_slow_relay_that_loses_packets(valley: Valley, boxes: dict[str, Reside
 
 
 def test_a_direct_way_is_taken_while_there_is_one(
-    valley: Valley, boxes: dict[str, Resident]
+    valley: RelayOnlyNetwork, boxes: dict[str, NamespaceBox]
 ) -> None:
     before = losses(boxes)
     anna, ben = boxes["anna"], boxes["ben"]
@@ -265,7 +271,7 @@ def test_a_direct_way_is_taken_while_there_is_one(
     assert losses(boxes) == before
 
 
-def test_the_relay_dies(valley: Valley, boxes: dict[str, Resident]) -> None:
+def test_the_relay_dies(valley: RelayOnlyNetwork, boxes: dict[str, NamespaceBox]) -> None:
     anna = boxes["anna"]
     lost: list[str] = []
 

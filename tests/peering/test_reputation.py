@@ -7,13 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from pinaivu_box.config import Config
-from pinaivu_box.legs import recorder
-from pinaivu_box.legs.recorder import LedgerRecorder
+from pinaivu_box.routing import reputation
 from pinaivu_box.routing.reputation import Reputation
 from pinaivu_box.store import opinions
 from pinaivu_box.store.database import Database
-from tests.peering.worlds import soon, wait_until
+from tests.support.waiting import soon, wait_until
 
 DAY = 86400.0
 
@@ -76,30 +74,30 @@ def test_it_is_written_seldom_and_found_again(
     writes = []
     real = opinions.keep
 
-    async def counted(database: Database, found: dict[str, opinions.Opinion]) -> None:
+    async def counted(database: Database, found: dict[str, opinions.StoredOpinion]) -> None:
         writes.append(len(found))
         await real(database, found)
 
     monkeypatch.setattr(opinions, "keep", counted)
-    monkeypatch.setattr(recorder, "_REMEMBER_SECONDS", 0.01)
+    monkeypatch.setattr(reputation, "_SAVE_SECONDS", 0.01)
     clock = Clock()
 
     async def run() -> None:
         async with Database(tmp_path / "a.db") as database:
-            known, kept = Reputation(clock), LedgerRecorder(database, "us", Config)
+            known = Reputation(clock)
             for _ in range(100):
                 known.served("a", 100, 70)
                 known.failed("b", "b was lost")
-            remembering = asyncio.create_task(kept.remember(known))
+            remembering = asyncio.create_task(reputation.load_and_save(known, database))
             await wait_until(lambda: bool(writes))
             assert writes == [2]
             known.disputed("a", "it lied")
-            monkeypatch.setattr(recorder, "_REMEMBER_SECONDS", 3600)
+            monkeypatch.setattr(reputation, "_SAVE_SECONDS", 3600)
             remembering.cancel()
             await soon(asyncio.wait([remembering]))
             assert sum(writes) == 3
             again = Reputation(clock)
-            reading = asyncio.create_task(kept.remember(again))
+            reading = asyncio.create_task(reputation.load_and_save(again, database))
             await wait_until(lambda: bool(again.opinions))
             assert [again.why(one) for one in "ab"] == [known.why(one) for one in "ab"]
             reading.cancel()

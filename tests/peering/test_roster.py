@@ -11,19 +11,10 @@ from hypothesis import strategies as st
 from pinaivu_box.membership import roster as rosters
 from pinaivu_box.membership.records import Record, record_id
 from pinaivu_box.membership.roster import MAX_INVITED, Roster
-from tests.peering.people import (
-    ELSEWHERE,
-    FOUNDER,
-    NETWORK,
-    NOW,
-    PEOPLE,
-    certificate,
-    person,
-    revocation,
-    roster,
-)
+from tests.support.keys import FOUNDER, IDENTITIES, NETWORK, OTHER_NETWORK, known_identity
+from tests.support.records import NOW, certificate, revocation, roster
 
-who = st.integers(0, 7).map(PEOPLE.__getitem__)
+who = st.integers(0, 7).map(IDENTITIES.__getitem__)
 certificates = st.builds(
     certificate,
     who,
@@ -37,7 +28,7 @@ histories = st.lists(st.one_of(certificates, certificates, revocations), max_siz
 
 
 def opinion(of: Roster) -> tuple[object, ...]:
-    verdicts = [of.member(one.node_id)[0::2] for one in PEOPLE]
+    verdicts = [of.member(one.node_id)[0::2] for one in IDENTITIES]
     return sorted(map(record_id, of.records())), of.digest(), verdicts, of.members()
 
 
@@ -78,7 +69,7 @@ def test_the_order_in_which_records_come_does_not_matter(
 @given(histories, histories, st.integers(1, 7))
 def test_who_was_revoked_never_returns(before: list[Record], after: list[Record], out: int) -> None:
     """Whatever is said before or after, by whomever but the founder."""
-    revoked = PEOPLE[out]
+    revoked = IDENTITIES[out]
     known = roster(certificate(FOUNDER, revoked), *before)
     known.admit([revocation(FOUNDER, revoked, epoch=2)])
     assert not known.member(revoked.node_id).ok
@@ -104,13 +95,13 @@ def test_a_revocation_takes_nobody_back_in(
 
 
 def test_admins_invite_and_whom_they_invite_may_and_those_may_not() -> None:
-    admin, plain, guest, stranger = PEOPLE[1:5]
+    admin, plain, guest, stranger = IDENTITIES[1:5]
     known = roster(
         certificate(FOUNDER, admin, admin=True, name="admin"),
         certificate(admin, plain, name="plain"),
         certificate(plain, guest, name="guest"),
         certificate(guest, stranger),
-        certificate(plain, PEOPLE[5], admin=True),
+        certificate(plain, IDENTITIES[5], admin=True),
     )
     assert known.member(admin.node_id) == (
         True,
@@ -121,7 +112,7 @@ def test_admins_invite_and_whom_they_invite_may_and_those_may_not() -> None:
     assert known.member(plain.node_id).ok and not known.member(plain.node_id).admin
     assert known.member(guest.node_id).why == "plain invited it"
     assert known.member(stranger.node_id) == (False, "no member has certified it", "", False)
-    assert not known.member(PEOPLE[5].node_id).ok  # only an admin makes admins
+    assert not known.member(IDENTITIES[5].node_id).ok  # only an admin makes admins
     with pytest.raises(ValueError, match="may not invite"):
         known.certify(guest, stranger.node_id, "stranger", NOW)
     with pytest.raises(ValueError, match="only an admin"):
@@ -129,7 +120,7 @@ def test_admins_invite_and_whom_they_invite_may_and_those_may_not() -> None:
 
 
 def test_who_may_revoke_whom() -> None:
-    admin, plain, guest, other = PEOPLE[1:5]
+    admin, plain, guest, other = IDENTITIES[1:5]
     known = roster(
         certificate(FOUNDER, admin, admin=True),
         certificate(FOUNDER, plain),
@@ -149,7 +140,7 @@ def test_who_may_revoke_whom() -> None:
 
 
 def test_whom_a_revoked_one_invited_falls_unless_vouched_for_anew() -> None:
-    plain, guest, second = PEOPLE[1:4]
+    plain, guest, second = IDENTITIES[1:4]
     known = roster(
         certificate(FOUNDER, plain), certificate(plain, guest, name="g"), certificate(plain, second)
     )
@@ -161,7 +152,7 @@ def test_whom_a_revoked_one_invited_falls_unless_vouched_for_anew() -> None:
 
 
 def test_only_the_founder_readmits() -> None:
-    admin, lost = PEOPLE[1:3]
+    admin, lost = IDENTITIES[1:3]
     known = roster(certificate(FOUNDER, admin, admin=True), certificate(admin, lost))
     known.revoke(admin, lost.node_id, NOW)
     with pytest.raises(ValueError, match="only the network's founder"):
@@ -190,9 +181,9 @@ def test_a_changed_byte_is_a_forgery(record: Record, at: int, flip: int) -> None
 
 
 def test_forged_and_foreign_records_are_told_from_those_that_came_early() -> None:
-    plain, stranger = PEOPLE[1:3]
+    plain, stranger = IDENTITIES[1:3]
     forged = certificate(FOUNDER, plain, signed_by=stranger)
-    foreign = certificate(FOUNDER, plain, network=ELSEWHERE)
+    foreign = certificate(FOUNDER, plain, network=OTHER_NETWORK)
     good = certificate(FOUNDER, plain)
     crossed = Record("revocation", good.body, good.signature)
     early = certificate(plain, stranger)
@@ -205,10 +196,10 @@ def test_forged_and_foreign_records_are_told_from_those_that_came_early() -> Non
 
 
 def test_one_member_cannot_fill_the_roster_and_loses_no_revocation_by_trying() -> None:
-    plain, guest = PEOPLE[1:3]
+    plain, guest = IDENTITIES[1:3]
     known = roster(certificate(FOUNDER, plain), certificate(plain, guest), revocation(plain, guest))
-    flood = [certificate(plain, person(100 + n), serial=n) for n in range(2 * MAX_INVITED)]
-    flood += [revocation(plain, person(100 + n)) for n in range(2 * MAX_INVITED)]
+    flood = [certificate(plain, known_identity(100 + n), serial=n) for n in range(2 * MAX_INVITED)]
+    flood += [revocation(plain, known_identity(100 + n)) for n in range(2 * MAX_INVITED)]
     done = known.admit(flood)
     assert len(done.new) == 2 * (MAX_INVITED - 1)
     assert {why for _, why in done.refused} == {"its signer has signed as much as it may"}
@@ -217,24 +208,24 @@ def test_one_member_cannot_fill_the_roster_and_loses_no_revocation_by_trying() -
 
 def test_whoever_fills_it_can_still_be_put_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rosters, "MAX_RECORDS", 20)
-    admin = PEOPLE[1]
+    admin = IDENTITIES[1]
     known = roster(certificate(FOUNDER, admin, admin=True))
-    flood = [certificate(admin, person(100 + n), admin=True) for n in range(40)]
+    flood = [certificate(admin, known_identity(100 + n), admin=True) for n in range(40)]
     assert len(known.admit(flood).new) == 19
     known.revoke(FOUNDER, admin.node_id, NOW)
     assert list(known.members()) == [FOUNDER.node_id]
 
 
 def test_a_clock_that_is_off_is_said_and_decides_nothing() -> None:
-    late = roster(certificate(FOUNDER, PEOPLE[1], at=NOW + 86400))
-    verdict = late.member(PEOPLE[1].node_id, NOW)
+    late = roster(certificate(FOUNDER, IDENTITIES[1], at=NOW + 86400))
+    verdict = late.member(IDENTITIES[1].node_id, NOW)
     assert verdict.ok and "86400 s from now: a clock is wrong" in verdict.why
-    early = roster(certificate(FOUNDER, PEOPLE[1], at=NOW - 86400))
-    assert early.member(PEOPLE[1].node_id, NOW).ok
+    early = roster(certificate(FOUNDER, IDENTITIES[1], at=NOW - 86400))
+    assert early.member(IDENTITIES[1].node_id, NOW).ok
 
 
 def test_a_name_is_the_admins_and_cannot_hide_what_it_does() -> None:
-    plain, named = PEOPLE[1:3]
+    plain, named = IDENTITIES[1:3]
     known = roster(
         certificate(FOUNDER, plain),
         certificate(FOUNDER, named, name="den", serial=1),
@@ -242,7 +233,7 @@ def test_a_name_is_the_admins_and_cannot_hide_what_it_does() -> None:
     )
     assert known.member(named.node_id).name == "den"
     with pytest.raises(ValueError):
-        known.certify(FOUNDER, PEOPLE[3].node_id, "a\x1b[2Jb", NOW)
+        known.certify(FOUNDER, IDENTITIES[3].node_id, "a\x1b[2Jb", NOW)
 
 
 @settings(max_examples=60)
@@ -255,7 +246,7 @@ def test_every_member_can_show_that_it_is_one(history: list[Record]) -> None:
 
 
 def test_rosters_find_where_they_differ() -> None:
-    records = [certificate(FOUNDER, person(n)) for n in range(100)]
+    records = [certificate(FOUNDER, known_identity(n)) for n in range(100)]
     whole, part = roster(*records), roster(*records[1:])
     differ = [
         n for n, (a, b) in enumerate(zip(whole.buckets(), part.buckets(), strict=True)) if a != b

@@ -16,19 +16,12 @@ from pinaivu_box.transport import link as link_module
 from pinaivu_box.transport import wire
 from pinaivu_box.transport.link import FramedStream, PeerLink
 from pinaivu_box.transport.wire import LENGTH, MAX_FRAME_BYTES, MAX_STREAMS, Code, Hello
-from tests.peering.worlds import (
-    DEADLINE,
-    IrohWorld,
-    MemoryWorld,
-    converse,
-    echo,
-    identity,
-    soon,
-    wait_until,
-)
+from tests.support.keys import new_identity
+from tests.support.transport_peers import IrohPair, MemoryPair, converse, echo
+from tests.support.waiting import DEADLINE, soon, wait_until
 
 pytestmark = pytest.mark.anyio
-World = IrohWorld | MemoryWorld
+World = IrohPair | MemoryPair
 MIB = 1024 * 1024
 HELLO = Hello(versions=(1,), software="test", clock=0.0)
 
@@ -36,10 +29,10 @@ HELLO = Hello(versions=(1,), software="test", clock=0.0)
 @pytest.fixture(scope="module", autouse=True)
 def no_peer_is_left() -> Iterator[None]:
     yield
-    IrohWorld.end_all()
+    IrohPair.end_all()
 
 
-@pytest.fixture(params=[MemoryWorld, IrohWorld], ids=lambda world: world.__name__)
+@pytest.fixture(params=[MemoryPair, IrohPair], ids=lambda world: world.__name__)
 async def world(request: pytest.FixtureRequest) -> AsyncIterator[World]:
     made: World = request.param()
     await made.start()
@@ -354,16 +347,16 @@ async def test_a_box_that_shuts_down_says_so(world: World, link: PeerLink) -> No
 
 async def test_nobody_there(world: World) -> None:
     with pytest.raises(Unreachable, match=r"did not answer at 127\.0\.0\.1:9 within"):
-        await world.ours.connect(identity().node_id, ["127.0.0.1:9"], 0.5)
+        await world.ours.connect(new_identity().node_id, ["127.0.0.1:9"], 0.5)
     with pytest.raises(Unreachable, match="no address"):
         await world.ours.connect(world.node_id, [], DEADLINE)
-    with pytest.raises(Unreachable, match="this box itself"):
+    with pytest.raises(Unreachable, match="made the ticket itself"):
         await world.ours.connect(world.ours.node_id, world.addresses, DEADLINE)
 
 
 async def test_somebody_else_there(world: World) -> None:
     with pytest.raises(WrongPeer, match="Another box than node_"):
-        await world.ours.connect(identity().node_id, world.addresses, DEADLINE)
+        await world.ours.connect(new_identity().node_id, world.addresses, DEADLINE)
     await echo(await world.connect())
 
 
@@ -444,7 +437,7 @@ async def test_an_oversized_frame_closes_the_link(world: World) -> None:
 
 async def test_who_says_nothing_is_shown_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(link_module, "HANDSHAKE_SECONDS", 0.2)
-    world = MemoryWorld()
+    world = MemoryPair()
     await world.start()
     connection = await world.ours.dial(world.node_id, world.addresses)
     assert "greeting was not over" in (await soon(connection.closed())).reason
@@ -452,7 +445,7 @@ async def test_who_says_nothing_is_shown_out(monkeypatch: pytest.MonkeyPatch) ->
 
 
 async def test_who_is_at_the_door_of_a_box_that_shuts_down_is_told_so() -> None:
-    world = MemoryWorld()
+    world = MemoryPair()
     await world.start()
     connection = await world.ours.dial(world.node_id, world.addresses)
     await asyncio.sleep(0)  # the greeting begins
@@ -462,12 +455,11 @@ async def test_who_is_at_the_door_of_a_box_that_shuts_down_is_told_so() -> None:
 
 
 async def test_strangers_at_the_door_are_counted() -> None:
-    world = MemoryWorld()
+    world = MemoryPair()
     await world.start()
     at_the_door = [await world.ours.dial(world.node_id, world.addresses) for _ in range(70)]
-    assert [one.why is None for one in at_the_door].count(
-        True
-    ) == link_module.MAX_INBOUND_HANDSHAKES
+    still_open = [one.why is None for one in at_the_door]
+    assert still_open.count(True) == link_module.MAX_INBOUND_HANDSHAKES
     await world.end()
 
 

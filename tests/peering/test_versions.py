@@ -15,7 +15,8 @@ import msgspec
 import pytest
 
 from pinaivu_box.gateway.backend import Output, Prompt
-from pinaivu_box.gateway.metering import LegRecord, prove
+from pinaivu_box.gateway.metering import prove
+from pinaivu_box.gateway.records import LegRecord
 from pinaivu_box.identity import verify
 from pinaivu_box.legs import wire as leg_wire
 from pinaivu_box.receipts.commitment import RunningCommitment, new_nonce
@@ -29,27 +30,19 @@ from pinaivu_box.receipts.receipt import (
 from pinaivu_box.receipts.verify import Transcript, verify_receipt
 from pinaivu_box.transport import wire
 from pinaivu_box.transport.transport import Stream
-from tests.peering.asking import accept, ask, entry, heard, opened, sign
-from tests.peering.company import (
-    CHEAP,
-    FAKE,
-    Liar,
-    Lie,
-    World,
-    began,
-    checked,
-    job_of,
-    started,
-)
-from tests.peering.lies import last
-from tests.peering.worlds import wait_until
+from tests.support.fake_coordinator import accept, ask, entry, heard, opened, sign
+from tests.support.fake_model import CHEAP, FAKE
+from tests.support.fake_peer import ViolatingServer, Violation, began, job_of, started
+from tests.support.three_boxes import ThreeBoxes, checked
+from tests.support.violations import last
+from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.anyio
 INPUTS = ["a cat", "the sea"]
 
 
 @pytest.fixture
-async def world(three: World, caplog: pytest.LogCaptureFixture) -> AsyncIterator[World]:
+async def world(three: ThreeBoxes, caplog: pytest.LogCaptureFixture) -> AsyncIterator[ThreeBoxes]:
     async with three.lied_to(caplog):
         yield three
 
@@ -65,7 +58,7 @@ def older(message: Any) -> bytes:
     return b"\0" + msgspec.msgpack.encode(fields)
 
 
-async def failed(world: World, answer: dict[str, Any], **more: Any) -> list[str]:
+async def failed(world: ThreeBoxes, answer: dict[str, Any], **more: Any) -> list[str]:
     """The checks that the answer and its receipt, as its owner gets it, do not pass."""
     document = await world.anna.http("GET", f"/v1/receipts/{answer['request_id']}", **more)
     given = Transcript(answer=msgspec.json.encode(answer))
@@ -81,8 +74,8 @@ def proof_of(receipt: dict[str, Any]) -> dict[str, Any]:
 # -- an older box serves -------------------------------------------------------------------------
 
 
-async def test_a_proof_of_version_1_is_accepted(world: World) -> None:
-    liar = world.lie(Lie(version=1, began=lambda one: msgspec.structs.replace(one, proof=1)))
+async def test_a_proof_of_version_1_is_accepted(world: ThreeBoxes) -> None:
+    liar = world.lie(Violation(version=1, began=lambda one: msgspec.structs.replace(one, proof=1)))
     answer = (await world.anna.chat("version 1")).json()
     receipt = await checked(world, answer)
     assert receipt["node_id"] == world.carl.identity.node_id
@@ -93,9 +86,9 @@ async def test_a_proof_of_version_1_is_accepted(world: World) -> None:
     assert "0.0 disputes" in await world.why()
 
 
-async def test_an_older_box_is_left_that_knows_no_least_length(world: World) -> None:
+async def test_an_older_box_is_left_that_knows_no_least_length(world: ThreeBoxes) -> None:
     """Whoever knows it serves, and it has done nothing wrong; without one it serves as before."""
-    liar = world.lie(Lie(sampling={"min_tokens": 0}))
+    liar = world.lie(Violation(sampling={"min_tokens": 0}))
     body = {"min_tokens": 3, "max_tokens": 8}
     answer = (await world.anna.chat("at least three", **body)).json()
     receipt = await checked(world, answer)
@@ -109,14 +102,14 @@ async def test_an_older_box_is_left_that_knows_no_least_length(world: World) -> 
     assert "0.0 disputes" in await world.why()
 
 
-class OldEmbedder(Liar):
+class OldEmbedder(ViolatingServer):
     """Sends whole vectors, whatever was asked for, and a proof that says nothing of them."""
 
     async def handle(self, peer: str, stream: Stream) -> None:
         ask = await leg_wire.receive(stream, leg_wire.to_serving)
         assert isinstance(ask, leg_wire.LegRequest)
         job, nonce = job_of(ask), new_nonce()
-        account = LegRecord(started(job, ask.digest, {}, nonce, self.identity.node_id, 1))
+        account = LegRecord(job, started(job, ask.digest, {}, nonce, self.identity.node_id, 1))
         prompt = list("".join(INPUTS).encode())
         vectors = [struct.pack("<257f", *range(k, k + 257)) for k in range(len(INPUTS))]
         ending = leg_wire.Out("", [], "stop", 0.5, vectors=vectors)
@@ -124,7 +117,7 @@ class OldEmbedder(Liar):
         account.take(Output("", [], "stop", 0.5, vectors=vectors))
         commitment = RunningCommitment(nonce, 1).commitment
         mark = mark_text(job.request_id, job.choice, job.leg, 0, commitment)
-        proof, _ = prove(job, job.leg, account, Price("credits", *CHEAP))
+        proof, _ = prove(account, job.leg, Price("credits", *CHEAP))
         assert proof.output_commitment == commitment
         signed = sign_proof(self.identity, proof)
         for message in (
@@ -139,9 +132,9 @@ class OldEmbedder(Liar):
         await stream.finish()
 
 
-async def test_vectors_of_version_1_are_committed_to_by_who_asked(world: World) -> None:
+async def test_vectors_of_version_1_are_committed_to_by_who_asked(world: ThreeBoxes) -> None:
     """The proof does not cover them, but the receipt does: as they were given to the client."""
-    old = OldEmbedder(world.carl.identity, Lie())
+    old = OldEmbedder(world.carl.identity, Violation())
     world.carl.handler = old.handle
     body = {"model": FAKE, "input": INPUTS, "dimensions": 8}
     answer = (await world.anna.http("POST", "/v1/embeddings", json=body)).json()
@@ -161,7 +154,7 @@ async def test_vectors_of_version_1_are_committed_to_by_who_asked(world: World) 
 
 
 async def answered(
-    world: World, asked: leg_wire.LegRequest
+    world: ThreeBoxes, asked: leg_wire.LegRequest
 ) -> tuple[Stream, list[leg_wire.ToCoordinator]]:
     """What ben says to a coordinator that has not heard of version 2."""
     stream = await opened(world)
@@ -175,7 +168,7 @@ async def answered(
     ids=["text", "logprobs", "vectors"],
 )
 async def test_who_does_not_say_what_it_reads_gets_version_1(
-    three: World, more: dict[str, Any]
+    three: ThreeBoxes, more: dict[str, Any]
 ) -> None:
     """Commitment and mark are what the older box computes: over text and tokens alone."""
     asked = ask(three, f"older {sorted(more)}", **more)
@@ -212,7 +205,7 @@ async def test_who_does_not_say_what_it_reads_gets_version_1(
 # -- two newer ones ------------------------------------------------------------------------------
 
 
-async def test_vectors_over_a_link_are_signed_by_who_computed_them(three: World) -> None:
+async def test_vectors_over_a_link_are_signed_by_who_computed_them(three: ThreeBoxes) -> None:
     secret = await three.key("ben")
     body = {"model": FAKE, "input": INPUTS, "dimensions": 8}
     answer = (await three.anna.http("POST", "/v1/embeddings", json=body, secret=secret)).json()
@@ -237,9 +230,9 @@ async def test_vectors_over_a_link_are_signed_by_who_computed_them(three: World)
 
 
 async def test_many_vectors_go_in_several_messages(
-    three: World, monkeypatch: pytest.MonkeyPatch
+    three: ThreeBoxes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pinaivu_box.legs.server._VECTOR_BYTES", 3000)
+    monkeypatch.setattr("pinaivu_box.legs.sign._VECTOR_BYTES", 3000)
     secret = await three.key("ben")
     body = {"model": FAKE, "input": [f"text {n}" for n in range(11)]}
     answer = (await three.anna.http("POST", "/v1/embeddings", json=body, secret=secret)).json()
@@ -252,7 +245,9 @@ async def test_many_vectors_go_in_several_messages(
 
 
 @pytest.mark.parametrize("what", ["logprobs", "vectors"])
-async def test_what_was_changed_on_the_way_is_not_what_was_signed(world: World, what: str) -> None:
+async def test_what_was_changed_on_the_way_is_not_what_was_signed(
+    world: ThreeBoxes, what: str
+) -> None:
     """A serving box whose answer is not the one that it signs for."""
 
     if what == "logprobs":

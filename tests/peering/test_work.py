@@ -19,23 +19,24 @@ from pinaivu_box.engine.messages import TokenLogprob
 from pinaivu_box.errors import ContextOverflow, EngineLost, ModelNotFound, NoNodesAvailable
 from pinaivu_box.gateway.backend import Event, Output, Prompt, Proved, Started
 from pinaivu_box.gateway.engine_process import EngineProcess
-from pinaivu_box.gateway.metering import ChoiceRecord, LegRecord
+from pinaivu_box.gateway.records import ChoiceRecord, LegRecord
 from pinaivu_box.gossip.frames import ModelLoad
 from pinaivu_box.gossip.loads import ReportedLoad
 from pinaivu_box.identity import verify
 from pinaivu_box.legs.client import AcceptedLeg
+from pinaivu_box.legs.runner import LegRun
 from pinaivu_box.legs.server import Served
 from pinaivu_box.models.catalog import Model
 from pinaivu_box.receipts.receipt import ACCEPTANCE_DOMAIN, PROOF_DOMAIN, Proof
-from tests.peering.pools import FAKE, PROMPT, Node, config, pools
-from tests.peering.worlds import wait_until
+from tests.support.in_process_pools import FAKE, PROMPT, PoolNode, config, pools
+from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.anyio
 SENTENCE = "The quick brown fox jumps over the lazy dog. "
 
 
 @pytest.fixture
-async def pair() -> AsyncIterator[list[Node]]:
+async def pair() -> AsyncIterator[list[PoolNode]]:
     """One without models, and one with."""
     async with pools(asker=config(), server=config(f"{FAKE}=2")) as nodes:
         yield nodes
@@ -58,7 +59,7 @@ def told(prompt: list[int], count: int) -> str:
     return "".join(SENTENCE[(len(prompt) - 1 + i) % len(SENTENCE)] for i in range(count))
 
 
-async def test_a_peer_serves_what_is_not_here(pair: list[Node]) -> None:
+async def test_a_peer_serves_what_is_not_here(pair: list[PoolNode]) -> None:
     asker, server = pair
     events = await asker.ask()
     started, prompt = events[0], events[1]
@@ -75,7 +76,9 @@ async def test_a_peer_serves_what_is_not_here(pair: list[Node]) -> None:
     assert proved.proof.sampling["seed"] == "7"
 
 
-async def test_what_is_not_loaded_is_promised_for_when_its_size_is_read(pair: list[Node]) -> None:
+async def test_what_is_not_loaded_is_promised_for_when_its_size_is_read(
+    pair: list[PoolNode],
+) -> None:
     """Who had to fear a long wait there would queue elsewhere, and it would never be loaded."""
     asker, server = pair
     (model,) = [one for one in server.catalog.models if one.id == FAKE]
@@ -85,7 +88,7 @@ async def test_what_is_not_loaded_is_promised_for_when_its_size_is_read(pair: li
     assert server.load.ttft_ms(replace(model, size=20 * 10**9)) < 1000
 
 
-async def test_both_hold_the_same_account_signed_by_both(pair: list[Node]) -> None:
+async def test_both_hold_the_same_account_signed_by_both(pair: list[PoolNode]) -> None:
     asker, server = pair
     await asker.ask()
     await wait_until(lambda: len(server.kept) == 1)
@@ -99,15 +102,15 @@ async def test_both_hold_the_same_account_signed_by_both(pair: list[Node]) -> No
     assert msgspec.json.decode(signed, type=Proof) == served.proof
 
 
-async def test_what_is_the_requests_own_fault_is_told_as_at_home(pair: list[Node]) -> None:
+async def test_what_is_the_requests_own_fault_is_told_as_at_home(pair: list[PoolNode]) -> None:
     asker, _ = pair
     with pytest.raises(ContextOverflow, match="n_prompt_tokens"):
         await asker.ask(text="x" * 3000)
 
 
-async def test_a_prompt_is_counted_by_a_peer(pair: list[Node]) -> None:
+async def test_a_prompt_is_counted_by_a_peer(pair: list[PoolNode]) -> None:
     asker, _ = pair
-    job, context = await asker.pool.dispatch.read(asker.job())
+    job, context = await asker.pool.prompts.read(asker.job())
     assert job.read and context == 2048
     events = await asker.ask()
     assert isinstance(events[1], Prompt) and events[1].tokens == job.read
@@ -120,31 +123,36 @@ async def test_long_prompts_go_in_several_frames() -> None:
         settings[1], engine=msgspec.structs.replace(settings[1].engine, context=3_000_000)
     )
     async with pools(asker=settings[0], server=settings[1]) as (asker, _):
-        job, _ = await asker.pool.dispatch.read(asker.job(text="ab" * 1_000_000))
+        job, _ = await asker.pool.prompts.read(asker.job(text="ab" * 1_000_000))
         assert len(job.read or ()) > 2_000_000
 
 
-async def test_who_is_cancelled_gets_what_was_made_and_its_proof(pair: list[Node]) -> None:
+async def test_who_is_cancelled_gets_what_was_made_and_its_proof(pair: list[PoolNode]) -> None:
     asker, server = pair
-    job = asker.job(max_tokens=1500)
-    events: list[Event] = []
-    async for event in asker.pool.dispatch.serve(job, []):
-        events.append(event)
+
+    def cancel(run: LegRun, events: list[Event]) -> None:
         if len(tokens_of(events)) > 10:
-            asker.pool.dispatch.cancel(job)
+            run.cancel()
+
+    events = await asker.serve(ChoiceRecord(asker.job(max_tokens=1500)), cancel)
     assert isinstance(events[-1], Output) and events[-1].finish_reason == "cancelled"
     assert len(tokens_of(events)) < 1500
     assert any(isinstance(event, Proved) for event in events)
     await wait_until(lambda: server.load.idle)
 
 
-async def test_who_leaves_stops_the_engine_there(pair: list[Node]) -> None:
+async def test_who_leaves_stops_the_engine_there(pair: list[PoolNode]) -> None:
     asker, server = pair
-    stream = asker.pool.dispatch.serve(asker.job(max_tokens=1900), [])
-    async for event in stream:
-        if isinstance(event, Output):
-            break
-    await stream.aclose()
+    began = asyncio.Event()
+
+    def watch(run: LegRun, events: list[Event]) -> None:
+        if isinstance(events[-1], Output):
+            began.set()
+
+    asking = asyncio.create_task(asker.serve(ChoiceRecord(asker.job(max_tokens=1900)), watch))
+    await began.wait()
+    asking.cancel()
+    await asyncio.wait([asking])
     await wait_until(lambda: server.load.idle)
     (engine,) = server.placement.engines
     await wait_until(lambda: engine.load.running == 0)
@@ -153,7 +161,7 @@ async def test_who_leaves_stops_the_engine_there(pair: list[Node]) -> None:
 async def test_another_serves_if_one_has_no_room() -> None:
     async with pools(asker=config(), full=config(f"{FAKE}=2"), other=config(f"{FAKE}=2")) as nodes:
         asker, full, other = nodes
-        full.terms = replace(full.terms, max_parallel=0)
+        full.serves(max_parallel=0)
         for _ in range(4):
             events = await asker.ask()
             assert isinstance(events[0], Started) and events[0].node_id == other.node_id
@@ -163,28 +171,31 @@ async def test_another_serves_if_one_has_no_room() -> None:
 async def test_more_requests_than_a_peer_takes_at_a_time_wait_for_each_other() -> None:
     """As they do for an engine here."""
     async with pools(asker=config(), server=config(f"{FAKE}=2")) as (asker, server):
-        server.terms = replace(server.terms, max_parallel=2)
+        server.serves(max_parallel=2)
         asks = [asker.ask(request_id=f"req_{n:026}") for n in range(5)]
         for events in await asyncio.gather(*asks):
             assert len(tokens_of(events)) == 20
 
 
 @pytest.mark.parametrize(
-    ("terms", "why"),
+    ("policy", "why"),
     [
-        ({"max_parallel": 0}, "as many as it may"),
+        ({"max_parallel": 0}, "0 requests at a time"),
         ({"models": ("other*",)}, "does not serve"),
         ({"blocked": "it does not pay"}, "it does not pay"),
         ({"hours": "00:00-00:00"}, "00:00-00:00"),
         ({"tokens_per_minute": 1}, None),
-        ({"credit": 5, "idle_beyond": False}, "settle"),
-        ({"credit": 5, "idle_beyond": True}, None),
+        ({"credit_limit": "0.000000005", "beyond": "refuse"}, "settle"),
+        ({"credit_limit": "0.000000005", "beyond": "idle"}, None),
     ],
     ids=str,
 )
-async def test_terms_of_a_peer(pair: list[Node], terms: dict[str, object], why: str | None) -> None:
+async def test_what_a_peer_may_have(
+    pair: list[PoolNode], policy: dict[str, object], why: str | None
+) -> None:
     asker, server = pair
-    server.terms, server.owed = replace(server.terms, **terms), 5  # type: ignore[arg-type]
+    server.serves(**policy)
+    server.books.owed = 5
     if why is None:
         await asker.ask()
     else:
@@ -192,33 +203,33 @@ async def test_terms_of_a_peer(pair: list[Node], terms: dict[str, object], why: 
             await asker.ask()
 
 
-async def test_tokens_in_any_minute(pair: list[Node]) -> None:
+async def test_tokens_in_any_minute(pair: list[PoolNode]) -> None:
     asker, server = pair
-    server.terms = replace(server.terms, tokens_per_minute=60)
+    server.serves(tokens_per_minute=60)
     await asker.ask()
-    with pytest.raises(NoNodesAvailable, match="60 tokens a minute"):
+    with pytest.raises(NoNodesAvailable, match="60 tokens per minute"):
         await asker.ask()
 
 
-async def test_credit_is_for_who_is_not_idle(pair: list[Node]) -> None:
+async def test_credit_is_for_who_is_not_idle(pair: list[PoolNode]) -> None:
     asker, server = pair
-    server.terms, server.owed = replace(server.terms, credit=5), 5
+    server.serves(credit_limit="0.000000005")
+    server.books.owed = 5
     with server.load.taken(FAKE), pytest.raises(NoNodesAvailable, match="settle"):
         await asker.ask()
 
 
-async def test_a_file_of_another_digest_is_another_model(pair: list[Node]) -> None:
+async def test_a_file_of_another_digest_is_another_model(pair: list[PoolNode]) -> None:
     asker, _ = pair
     job = asker.job()
     other = replace(job.model, recorded_digest="1" * 64)
     with pytest.raises(NoNodesAvailable, match="another file"):
-        async for _ in asker.pool.dispatch.serve(replace(job, model=other), []):
-            pass
+        await asker.serve(ChoiceRecord(replace(job, model=other)))
     with pytest.raises(ModelNotFound):
         asker.pool.candidates.find("unknown:1")
 
 
-async def test_a_replaced_file_is_served_once_it_is_loaded(pair: list[Node]) -> None:
+async def test_a_replaced_file_is_served_once_it_is_loaded(pair: list[PoolNode]) -> None:
     """Until then its engine serves the old one: a peer that wants the new one is refused, and has
     not been lied to, and a request that began with the old one goes on here."""
     asker, server = pair
@@ -232,7 +243,7 @@ async def test_a_replaced_file_is_served_once_it_is_loaded(pair: list[Node]) -> 
 
 
 async def test_a_file_that_is_replaced_while_it_is_loaded_is_not_served_as_the_other(
-    pair: list[Node], monkeypatch: pytest.MonkeyPatch
+    pair: list[PoolNode], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asker, server = pair
     acquire = server.placement.acquire
@@ -248,12 +259,13 @@ async def test_a_file_that_is_replaced_while_it_is_loaded_is_not_served_as_the_o
 
 
 async def test_a_file_that_is_gone_is_served_while_it_is_loaded(
-    pair: list[Node], caplog: pytest.LogCaptureFixture
+    pair: list[PoolNode], caplog: pytest.LogCaptureFixture
 ) -> None:
     _, server = pair
     server.placement.release(await server.placement.acquire(server.catalog.find(FAKE)))
     unreadable = replace(server.catalog.find(FAKE), recorded_digest="")
-    server.catalog = server.catalog.and_also([unreadable])
+    catalog = server.catalog.and_also([unreadable])
+    server.settings.current = replace(server.settings.current, catalog=catalog)
     for node in pair:
         assert isinstance((await node.ask())[0], Started)
     await server.placement.close()
@@ -264,7 +276,7 @@ async def test_a_file_that_is_gone_is_served_while_it_is_loaded(
     assert not [one for one in caplog.records if one.exc_info]
 
 
-async def test_a_key_for_this_box_only(pair: list[Node]) -> None:
+async def test_a_key_for_this_box_only(pair: list[PoolNode]) -> None:
     asker, _ = pair
     with pytest.raises(NoNodesAvailable, match="this box only"):
         await asker.ask(local_only=True)
@@ -287,24 +299,24 @@ async def test_before_the_first_token_the_next_is_asked() -> None:
             (engine,) = server.placement.engines
             os.kill(engine.pid, signal.SIGKILL)
             server.placement._failures.clear()
-            server.terms = replace(server.terms, blocked="it is broken")
+            server.serves(blocked="it is broken")
         events = await asker.ask()
         assert isinstance(events[0], Started) and events[0].node_id == servers[1].node_id
         assert len([one for one in events if isinstance(one, Started)]) == 1
 
 
-async def test_who_failed_lately_is_asked_rather_than_nobody(pair: list[Node]) -> None:
+async def test_who_failed_lately_is_asked_rather_than_nobody(pair: list[PoolNode]) -> None:
     """If its link stands: to call a box that is gone would take the client's time."""
     asker, server = pair
-    asker.pool.dispatch._resting.failed(server.node_id)
+    asker.pool.boxes.breaker.failed(server.node_id)
     await asker.ask()
-    asker.pool.dispatch._resting.failed(server.node_id)
+    asker.pool.boxes.breaker.failed(server.node_id)
     server.gone = True
     with pytest.raises(NoNodesAvailable, match="rests"):
         await asker.ask()
 
 
-async def test_a_model_of_peers_that_fell_silent_is_not_unknown(pair: list[Node]) -> None:
+async def test_a_model_of_peers_that_fell_silent_is_not_unknown(pair: list[PoolNode]) -> None:
     asker, server = pair
     await asker.ask()
     server.silent = True
@@ -324,25 +336,24 @@ async def test_a_peer_that_is_lost_before_the_first_token_is_no_reason_for_more_
         assert not isinstance(caught.value, EngineLost)
 
 
-async def test_log_probabilities_of_held_back_text_are_not_lost_at_a_seam(pair: list[Node]) -> None:
+async def test_log_probabilities_of_held_back_text_are_not_lost_at_a_seam(
+    pair: list[PoolNode],
+) -> None:
     """Text that may be the beginning of a stop string waits, and they with it."""
     asker, _ = pair
     job = asker.job(max_tokens=60, logprobs=2, stop=["fox jumps high", "lazy dog?"])
-    serve = asker.pool.dispatch.serve
-    whole = [event async for event in serve(job, [])]
+    whole = await asker.serve(ChoiceRecord(job))
     held = 0
     for end in range(3, len(whole), 2):  # a leg is lost after so many pieces of the output
-        branch = ChoiceRecord(job)
+        # Of another request each time, for a leg is served once.
+        choice = ChoiceRecord(replace(job, request_id=f"req_{ULID()}".lower()))
         for event in whole[:end]:
             if isinstance(event, Started):
-                branch.legs = [LegRecord(event)]
-            elif isinstance(event, Prompt | Output):
-                branch.legs[-1].take(event)
-        # Of another request each time, for a leg is served once.
-        again = replace(branch.next_job(), request_id=f"req_{ULID()}".lower())
-        held += again.unsaid > 0
-        rest = [event async for event in serve(again, branch.made)]
-        events = [*whole[:end], *rest]
+                choice.begin(LegRecord(choice.job, event))
+            else:
+                choice.legs[-1].take(event)
+        held += choice.unsaid > 0
+        events = [*whole[:end], *await asker.serve(choice)]
         assert text_of(events) == text_of(whole) and tokens_of(events) == tokens_of(whole)
         assert logprobs_of(events) == logprobs_of(whole)
     assert held > 2
@@ -395,7 +406,7 @@ async def test_places_are_given_back_however_a_request_ends() -> None:
         peer.told = {FAKE: ReportedLoad(ModelLoad(1, 4096, 0), time.monotonic())}
 
         def idle() -> bool:
-            found = here.pool.candidates.of(here.job(), "", 0)
+            found = here.pool.candidates.of(here.job(), "")
             return here.load.idle and not any(candidate.sent for candidate in found)
 
         assert await asyncio.gather(here.ask(text="a"), here.ask(text="b"))
@@ -458,30 +469,21 @@ async def test_hedging_when_a_box_is_lost() -> None:
             await wait_until(lambda: all(one.load.idle for one in servers))
             for server in servers:
                 server.placement._failures.clear()
-                asker.pool.dispatch._resting.served(server.node_id)
+                asker.pool.boxes.breaker.served(server.node_id)
 
 
-async def test_a_lost_engine_in_mid_stream_is_told_with_its_name(pair: list[Node]) -> None:
+async def test_after_a_lost_engine_another_leg_goes_on_without_a_seam(pair: list[PoolNode]) -> None:
     asker, server = pair
-    events: list[Event] = []
-    with pytest.raises(NoNodesAvailable, match="gave up") as caught:
-        async for event in asker.pool.dispatch.serve(asker.job(max_tokens=1500), []):
-            events.append(event)
-            if len(tokens_of(events)) == 10:
-                (engine,) = server.placement.engines
-                os.kill(engine.pid, signal.SIGKILL)
-    assert caught.value.node_id == server.node_id  # type: ignore[attr-defined]
-    # Another leg goes on after that, without a seam.
-    made = tokens_of(events)
-    first, prompt = events[0], events[1]
-    assert isinstance(first, Started) and isinstance(prompt, Prompt)
-    await asyncio.sleep(0)
-    job = replace(
-        asker.job(max_tokens=len(made) + 30),
-        leg=1,
-        settled=first.sampling,
-        digest=first.model_digest,
-        read=prompt.tokens,
-    )
-    more = [event async for event in asker.pool.dispatch.serve(job, made)]
-    assert text_of(events) + text_of(more) == told(prompt.tokens, len(made) + 30)
+    choice = ChoiceRecord(asker.job(max_tokens=60))
+
+    def kill(run: LegRun, events: list[Event]) -> None:
+        if len(tokens_of(events)) == 10 and isinstance(events[-1], Output):
+            (engine,) = server.placement.engines
+            os.kill(engine.pid, signal.SIGKILL)
+
+    events = await asker.serve(choice, kill)
+    first, second = choice.legs
+    assert choice.lost == (server.node_id,)
+    assert first.finish_reason == "engine_lost" and second.finish_reason == "length"
+    assert len(first.tokens) >= 10 and second.job.output == first.tokens
+    assert text_of(events) == choice.text == told(first.prompt or [], 60)

@@ -1,0 +1,1 @@
+"""What tests share: boxes, peers, engines, keys and records.  No test is in here."""

@@ -1,0 +1,118 @@
+"""The text of a model, as it comes, to text, thoughts and tool calls for each choice."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+
+from msgspec import UNSET
+
+from pinaivu_box.chat_format import STYLES
+from pinaivu_box.engine.messages import TokenLogprob
+from pinaivu_box.gateway.backend import Job
+from pinaivu_box.gateway.request import ChoiceOutput, ChoiceStarted
+from pinaivu_box.openai import reader
+from pinaivu_box.openai.reader import Piece, Reader
+from pinaivu_box.openai.types import (
+    Answer,
+    CalledCustom,
+    CalledFunction,
+    Choice,
+    ChoiceLogprobs,
+    CustomToolCall,
+    TokenLogprobs,
+    ToolCall,
+    TopLogprob,
+)
+
+
+@dataclass(frozen=True)
+class AnswerPart:
+    """New output of one choice; with a finish reason it is the last."""
+
+    choice: int
+    pieces: list[Piece]
+    logprobs: list[TokenLogprobs]
+    finish_reason: str | None
+
+
+class OutputParser:
+    """Of the choices of one request; `custom_tools` are the names of its custom tools."""
+
+    def __init__(self, jobs: Sequence[Job], custom_tools: Collection[str] = ()) -> None:
+        self._jobs = jobs
+        self._custom_tools = custom_tools
+        self._readers: dict[int, Reader] = {}
+
+    def begin(self, event: ChoiceStarted) -> None:
+        tools = self._jobs[event.choice].tools
+        self._readers[event.choice] = Reader(
+            STYLES[event.tool_style] if tools else None,
+            tools.names if tools else (),
+            custom_tools=self._custom_tools,
+            thinks=event.thinks,
+            thinking=event.thinking,
+        )
+
+    def parse(self, event: ChoiceOutput) -> AnswerPart:
+        output, text_reader = event.output, self._readers[event.choice]
+        pieces = text_reader.push(output.text) if output.text else []
+        reason = output.finish_reason
+        if reason:
+            pieces += text_reader.end()
+            reason = "tool_calls" if text_reader.called and reason == "stop" else reason
+        return AnswerPart(
+            event.choice, pieces, [_logprobs(token) for token in output.logprobs], reason
+        )
+
+
+@dataclass
+class MessageBuilder:
+    """Builds the message of one choice from its parts."""
+
+    texts: list[str] = field(default_factory=list)
+    thoughts: list[str] = field(default_factory=list)
+    calls: list[tuple[reader.ParsedCall, list[str]]] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    finish_reason: str = ""
+
+    def add(self, part: AnswerPart) -> None:
+        for piece in part.pieces:
+            match piece:
+                case reader.Text():
+                    self.texts.append(piece.text)
+                case reader.Thought():
+                    self.thoughts.append(piece.text)
+                case reader.ParsedCall():
+                    self.calls.append((piece, []))
+                case reader.Arguments():
+                    self.calls[piece.index][1].append(piece.text)
+        self.logprobs += part.logprobs
+        self.finish_reason = part.finish_reason or self.finish_reason
+
+    def choice(self, index: int, *, logprobs: bool) -> Choice:
+        calls = [_tool_call(call, "".join(arguments)) for call, arguments in self.calls]
+        message = Answer(
+            "".join(self.texts) if self.texts or not calls else None,
+            "assistant",
+            None,
+            calls or UNSET,
+            "".join(self.thoughts) if self.thoughts else UNSET,
+        )
+        choice_logprobs = ChoiceLogprobs(self.logprobs) if logprobs else None
+        return Choice(index, message, self.finish_reason, choice_logprobs)
+
+
+def _tool_call(call: reader.ParsedCall, arguments: str) -> ToolCall | CustomToolCall:
+    if call.custom:
+        return CustomToolCall(call.id, CalledCustom(call.name, arguments))
+    return ToolCall(call.id, CalledFunction(call.name, arguments))
+
+
+def _logprobs(token: TokenLogprob) -> TokenLogprobs:
+    top = [TopLogprob(*_text_and_bytes(other), logprob) for other, logprob in token.top]
+    return TokenLogprobs(*_text_and_bytes(token.token), token.logprob, top)
+
+
+def _text_and_bytes(token: bytes) -> tuple[str, list[int]]:
+    return token.decode(errors="backslashreplace"), list(token)

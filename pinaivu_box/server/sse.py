@@ -1,0 +1,61 @@
+"""Server-sent events: how one is written, and the answer that streams them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import msgspec
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+END_OF_EVENT = b"\n\n"
+DONE = b"data: [DONE]" + END_OF_EVENT
+KEEP_ALIVE = b": waiting" + END_OF_EVENT
+KEEP_ALIVE_SECONDS = 5.0
+
+
+def encode_event(data: object, name: str = "") -> bytes:
+    """One event with `data` as JSON, under a `name` if it has one."""
+    head = b"event: %b\ndata: " % name.encode() if name else b"data: "
+    return head + msgspec.json.encode(data) + END_OF_EVENT
+
+
+class EventStream(Response):
+    """Sends the encoded events that `chunks` yields, and a comment after some silent seconds.
+
+    Starlette's StreamingResponse is not used, because it cancels the producer when the client
+    leaves.  Here `watcher` notices that and tells the request; what is still sent goes nowhere.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, chunks: AsyncIterator[bytes], watcher: asyncio.Task[None]) -> None:
+        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        del self.headers["content-length"]
+        self._chunks = chunks
+        self._watcher = watcher
+        self._sent = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send(
+            {"type": "http.response.start", "status": 200, "headers": self.raw_headers},
+        )
+        # A task of its own: a timeout around each chunk would double what a chunk costs.
+        keeper = asyncio.create_task(self._keep_alive(send))
+        try:
+            async for data in self._chunks:
+                self._sent += 1
+                await send({"type": "http.response.body", "body": data, "more_body": True})
+            keeper.cancel()
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        finally:
+            keeper.cancel()
+            self._watcher.cancel()
+
+    async def _keep_alive(self, send: Send) -> None:
+        while True:
+            sent_before = self._sent
+            await asyncio.sleep(KEEP_ALIVE_SECONDS)
+            if self._sent == sent_before:
+                await send({"type": "http.response.body", "body": KEEP_ALIVE, "more_body": True})

@@ -1,0 +1,87 @@
+"""Gossip among a few boxes: frames are carried by hand, time passes when the test says so."""
+
+from __future__ import annotations
+
+from collections import deque
+from itertools import pairwise
+from random import Random
+
+from pinaivu_box.gossip.adverts import Facts
+from pinaivu_box.gossip.protocol import Gossip
+from pinaivu_box.identity import Identity
+from pinaivu_box.membership.records import Record
+from tests.support.keys import FOUNDER, IDENTITIES
+from tests.support.records import NOW, certificate, offer, roster
+
+FACTS = Facts("1.0", ("a:1",), "credits", (offer(),))
+
+
+class CarriedEffects:
+    """One box's effects: frames wait in the net, cuts are done at once."""
+
+    def __init__(self, net: GossipNet, me: str) -> None:
+        self.net, self.me = net, me
+
+    def send(self, peer: str, frame: bytes) -> None:
+        self.net.waiting.append((self.me, peer, frame))
+
+    def cut(self, peer: str, why: str) -> None:
+        self.net.cuts.append((self.me, peer, why))
+        if other := self.net.boxes.get(peer):
+            other.link_down(self.me, lost=False)
+
+    def changed(self) -> None:
+        self.net.changes += 1
+
+
+class GossipNet:
+    def __init__(self) -> None:
+        self.now, self.changes = 1000.0, 0
+        self.boxes: dict[str, Gossip] = {}
+        self.waiting: deque[tuple[str, str, bytes]] = deque()
+        self.sent: list[tuple[str, str, bytes]] = []
+        self.cuts: list[tuple[str, str, str]] = []
+
+    def box(self, identity: Identity, *records: Record, wall: float = NOW) -> Gossip:
+        me = identity.node_id
+        made = Gossip(
+            identity, roster(*records), CarriedEffects(self, me), clock=lambda: self.now,
+            wall=lambda: wall + self.now, random=Random(me),
+        )  # fmt: skip
+        made.facts = FACTS
+        self.boxes[me] = made
+        return made
+
+    def link(self, one: Gossip, other: Gossip) -> None:
+        one.link_up(other.me)
+        other.link_up(one.me)
+        self.settle()
+
+    def settle(self, lose: bool = False) -> None:
+        while self.waiting:
+            source, target, frame = self.waiting.popleft()
+            self.sent.append((source, target, frame))
+            if not lose and target in self.boxes:
+                self.boxes[target].receive(source, frame)
+
+    def run(self, seconds: int) -> None:
+        for _ in range(seconds):
+            self.now += 1.0
+            for box in list(self.boxes.values()):
+                box.tick()
+            self.settle()
+
+
+def chain(count: int) -> tuple[GossipNet, list[Gossip]]:
+    """Boxes in a row, each linked with the next, all members."""
+    net = GossipNet()
+    records = [certificate(FOUNDER, one, name="n") for one in IDENTITIES[1:count]]
+    row = [net.box(one, *records) for one in IDENTITIES[:count]]
+    for one, other in pairwise(row):
+        net.link(one, other)
+    net.run(2 * count)
+    return net, row
+
+
+def heard_by(box: Gossip) -> set[str]:
+    return {held.advert.node_id for held in box.adverts.fresh(box._clock())}

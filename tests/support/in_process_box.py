@@ -1,0 +1,92 @@
+"""A whole box of this process with its API, linked in memory."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import httpx
+
+from pinaivu_box import config
+from pinaivu_box.box import Box, open_box
+from pinaivu_box.identity import Identity
+from pinaivu_box.policy import SCOPES, Policy
+from pinaivu_box.server.app import create_app
+from pinaivu_box.store import accounts, keys
+from pinaivu_box.store.audit import Actor
+from pinaivu_box.transport.iroh_transport import IrohTransport
+from pinaivu_box.transport.transport import Transport
+from tests.support.fake_model import FAKE
+from tests.support.fake_peer import FakePeer
+from tests.support.memory_transport import MemoryNetwork, MemoryTransport
+
+
+class InProcessBox:
+    """A whole box, with its API."""
+
+    def __init__(self, box: Box, secret: str) -> None:
+        self.box, self.secret = box, secret
+        assert box.pool is not None and box.network is not None
+        self.pool, self.network, self.node_id = box.pool, box.network, box.identity.node_id
+        self._app = httpx.ASGITransport(create_app(box))
+
+    async def http(self, method: str, path: str, **more: Any) -> httpx.Response:
+        headers = {"Authorization": f"Bearer {more.pop('secret', self.secret)}"}
+        async with httpx.AsyncClient(transport=self._app, base_url="http://box", timeout=60) as one:
+            return await one.request(method, path, headers=headers, **more)
+
+    async def chat(
+        self, text: str = "Hello", secret: str | None = None, **more: Any
+    ) -> httpx.Response:
+        body = {"model": FAKE, "messages": [{"role": "user", "content": text}], "max_tokens": 20}
+        return await self.http(
+            "POST",
+            "/v1/chat/completions",
+            json={**body, **more},
+            secret=secret or self.secret,
+        )
+
+    async def entries(self, peer: FakePeer) -> list[Any]:
+        """Of its ledger."""
+        return await self.box.database.read(
+            "SELECT * FROM ledger_entries WHERE peer = ?", (peer.identity.node_id,)
+        )
+
+    def forget(self) -> None:
+        """What it thinks of others, as if nothing had happened."""
+        breaker: Any = self.pool.boxes.breaker
+        self.pool.reputation.opinions.clear()
+        for kept in (breaker._failures, breaker._until, breaker._probing,
+                     self.pool.candidates._conversations,
+                     self.pool.candidates._busy):  # fmt: skip
+            kept.clear()
+
+
+@contextlib.asynccontextmanager
+async def in_process_box(
+    net: MemoryNetwork, home: Path, models: tuple[str, ...] = (), **settings: Any
+) -> AsyncIterator[InProcessBox]:
+    """`settings` as "section__name"."""
+
+    async def bind(identity: Identity, *_: object) -> Transport:
+        return MemoryTransport(net, identity.node_id, None, f"at:{home.name}")
+
+    overrides = {("peering", "enabled"): True, ("peering", "name"): home.name}
+    overrides |= {tuple(name.split("__")): value for name, value in settings.items()}  # type: ignore[misc]
+    extra = [config.ModelConfig(name=name, path="fake:1") for name in models]
+    load = partial(config.load, None, environ={}, overrides=overrides, extra_models=extra)
+    with patch.object(IrohTransport, "bind", bind):
+        async with open_box(load, home) as box:
+            _, secret = await keys.create(
+                box.database, account=await accounts.find(box.database, accounts.OWNER), name="one",
+                policy=Policy(scopes=SCOPES), expires_at=None, by=Actor("test", "local"),
+            )  # fmt: skip
+            yield InProcessBox(box, secret)
+
+
+def count_offers(box: InProcessBox) -> int:
+    return sum(one.id == FAKE for _, one in box.pool.candidates._offers())
