@@ -18,8 +18,7 @@ from nacl.signing import SigningKey
 
 from pinaivu_box.amount import Prices
 from pinaivu_box.gossip import adverts, topology
-from pinaivu_box.gossip.adverts import Facts, Offer
-from pinaivu_box.gossip.frames import ModelLoad
+from pinaivu_box.gossip.adverts import Facts, ModelLoad, Offer
 from pinaivu_box.gossip.protocol import Gossip, RecordReaders
 from pinaivu_box.identity import Identity
 from pinaivu_box.membership import records
@@ -114,7 +113,7 @@ class SimulatedBox:
         self.cuts[why] += 1
         other = self.world.boxes[peer]
         self.world.after(
-            self.world.latency(self, other), other.gossip.unlinked, self.id, lost=False
+            self.world.latency(self, other), other.gossip.link_down, self.id, lost=False
         )
 
     def roster_changed(self) -> None:
@@ -370,7 +369,7 @@ class SimulatedNetwork:
         box.alive = False
         for node in list(box.gossip.links):
             delay = NOTICED_SECONDS - self.random.random()
-            self.after(delay, self.boxes[node].gossip.unlinked, box.id, lost=True)
+            self.after(delay, self.boxes[node].gossip.link_down, box.id, lost=True)
 
     def arrivals(self, box: SimulatedBox, per_second: float) -> None:
         """Requests come to a box for ever, at random moments."""

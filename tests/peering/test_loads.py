@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from msgspec.structs import replace
 
+from pinaivu_box.gossip.adverts import ModelLoad
 from pinaivu_box.gossip.frames import (
+    MAX_LOADS,
     HaveRecords,
     LoadQuery,
     LoadReport,
     LoadUpdate,
-    ModelLoad,
     RosterDigest,
     decode,
     encode,
 )
-from pinaivu_box.gossip.loads import MAX_LOADS, REPORT_SECONDS
+from pinaivu_box.gossip.loads import REPORT_SECONDS
 from pinaivu_box.gossip.protocol import Gossip
 from pinaivu_box.membership.records import key_of
 from tests.support.gossip_net import FACTS, GossipNet, chain, heard_by

@@ -25,12 +25,12 @@ class CarriedEffects:
     def send(self, peer: str, frame: bytes) -> None:
         self.net.waiting.append((self.me, peer, frame))
 
-    def cut(self, peer: str, why: str) -> None:
+    def disconnect(self, peer: str, why: str) -> None:
         self.net.cuts.append((self.me, peer, why))
         if other := self.net.boxes.get(peer):
             other.link_down(self.me, lost=False)
 
-    def changed(self) -> None:
+    def roster_changed(self) -> None:
         self.net.changes += 1
 
 
