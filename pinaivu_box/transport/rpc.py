@@ -53,7 +53,7 @@ async def send_frames(stream: Stream, *frames: bytes, seconds: float = SEND_SECO
         async with asyncio.timeout(seconds):
             await stream.send(*frames)
     except TimeoutError:
-        raise LinkLost(f"The peer took nothing for {seconds:g} s.") from None
+        raise LinkLost("The peer does not take what it is sent.") from None
 
 
 class MessageStream(Generic[Sent, Received]):
