@@ -45,6 +45,7 @@ from pinaivu_box.receipts.receipt import (
 )
 from pinaivu_box.routing.load import LoadTracker
 from pinaivu_box.settings import LiveSettings
+from pinaivu_box.tasks import ignore_exception
 from pinaivu_box.transport import wire
 from pinaivu_box.transport.transport import Stream
 
@@ -175,7 +176,7 @@ class LegServer:
         """With its prompt's tokens, and the context of its model.  That takes long if the model has
         to be loaded; who has left meanwhile does not stop what others may wait for too."""
         reading = asyncio.create_task(self._local.read(job))
-        reading.add_done_callback(lambda done: done.cancelled() or done.exception())
+        reading.add_done_callback(ignore_exception)
         try:
             while not (await asyncio.wait({reading}, timeout=ALIVE_SECONDS))[0]:
                 await leg_wire.send(stream, leg_wire.Alive())
