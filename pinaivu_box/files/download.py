@@ -32,8 +32,8 @@ from pinaivu_box.files.wire import (
     PieceData,
     Working,
 )
-from pinaivu_box.models import pieces
-from pinaivu_box.models.pieces import HASH_BYTES, CopyInProgress, NoRoom, Partial
+from pinaivu_box.models import partial_file
+from pinaivu_box.models.partial_file import HASH_BYTES, CopyInProgress, NoRoom, PartialFile
 from pinaivu_box.models.splits import PartName, digest_of_parts
 from pinaivu_box.transport import wire
 from pinaivu_box.transport.transport import Stream
@@ -177,7 +177,7 @@ class Download:
         named_later: bool = False,
     ) -> None:
         """`target` is what the file will be called; its folder may not be there yet.  With
-        `named_later` it stays where copies grow (`models.pieces.settle` gives it its name)."""
+        `named_later` it stays where copies grow: `models.partial_file.settle` gives it its name."""
         self._open = open_stream
         have = next(iter(found.values()))
         self.digest, self.size = have.digest, have.size
@@ -189,7 +189,7 @@ class Download:
         self.sent: Counter[DownloadSource] = Counter()
         self.left_out: dict[DownloadSource, str] = {}
         self.hashes = b""
-        self._partial: Partial
+        self._partial: PartialFile
         self._todo: asyncio.Queue[int]
 
     @property
@@ -244,7 +244,7 @@ class Download:
         return [(size, hashes, sources) for (size, hashes), sources in agreeing]
 
     async def _list(self, source: DownloadSource, have: ModelAvailable) -> bytes:
-        wanted = pieces.count(have.size) * HASH_BYTES
+        wanted = partial_file.count(have.size) * HASH_BYTES
         made = bytearray()
         async with _conversation(self._open, source) as stream:
             async with asyncio.timeout(ANSWER_SECONDS):
@@ -258,12 +258,13 @@ class Download:
     async def _from(self, sources: list[DownloadSource]) -> bool:
         """Whether what those who agree have given is what was asked for.  CopyFailed, OSError."""
         self._partial = await asyncio.to_thread(
-            Partial, self._target.parent, self.digest, self.size, self.hashes
+            PartialFile, self._target.parent, self.digest, self.size, self.hashes
         )
         try:
             self.checking, self.bytes = True, 0
             missing = await asyncio.to_thread(self._partial.missing)
-            self.bytes = self.size - sum(pieces.length(number, self.size) for number in missing)
+            lengths = (partial_file.length(number, self.size) for number in missing)
+            self.bytes = self.size - sum(lengths)
             self.checking = False
             await self._fetch(sources, missing)
             self.checking = True
@@ -335,7 +336,7 @@ class Download:
             self._todo.task_done()
 
     async def _receive(self, stream: Stream, number: int) -> bytes:
-        wanted = pieces.length(number, self.size)
+        wanted = partial_file.length(number, self.size)
         data = bytearray((await _ask(stream, GivePiece(self.digest, number), PieceData)).data)
         while len(data) < wanted:
             data += (await _receive(stream, PieceData)).data
@@ -388,7 +389,7 @@ class MultiFileDownload:
     async def run(self) -> None:
         """Raises CopyFailed; what is here then stays for another try."""
         try:
-            with pieces.claimed(self._folder, self.digest):
+            with partial_file.claimed(self._folder, self.digest):
                 await self._check()
                 for number in range(len(self._parts)):
                     if not self._targets[number].exists():
@@ -396,7 +397,9 @@ class MultiFileDownload:
                 self.finishing = True
                 for part, target in zip(self._parts, self._targets, strict=True):
                     if not target.exists():
-                        await asyncio.to_thread(pieces.settle, self._folder, part.digest, target)
+                        await asyncio.to_thread(
+                            partial_file.settle, self._folder, part.digest, target
+                        )
         except OSError as error:
             raise _of_disk(error, self._targets[0]) from error
 
@@ -407,11 +410,11 @@ class MultiFileDownload:
         for part, target in zip(self._parts, self._targets, strict=True):
             if not target.exists():
                 lacking.append((part.digest, part.size))
-            elif await asyncio.to_thread(pieces.digest, target) != part.digest:
+            elif await asyncio.to_thread(partial_file.digest, target) != part.digest:
                 raise FileExistsError(f"{target} is there already")
             else:
                 self._done += part.size
-        await asyncio.to_thread(pieces.check_room, self._folder, lacking)
+        await asyncio.to_thread(partial_file.check_room, self._folder, lacking)
 
     async def _one(self, number: int) -> None:
         """Raises CopyFailed."""

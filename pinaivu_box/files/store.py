@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from pinaivu_box.models import pieces
+from pinaivu_box.models import partial_file
 from pinaivu_box.models.catalog import Model, digest_of
-from pinaivu_box.models.files import look
+from pinaivu_box.models.regular_files import look
 from pinaivu_box.models.splits import digest_of_parts
 from pinaivu_box.store.database import Database, Statement
 
@@ -86,12 +86,12 @@ class Digests:
 
 
 async def hashes(database: Database, model: Model, digest: str) -> bytes:
-    """The SHA-256 of each of its pieces (`models.pieces`), reckoned once for that digest; of a
-    model in one file."""
+    """The SHA-256 of each of its pieces (`models.partial_file`), computed once for that digest; of
+    a model in one file."""
     rows = await database.read("SELECT hashes FROM model_pieces WHERE digest = ?", (digest,))
     if rows:
         return bytes(rows[0]["hashes"])
-    found = await _in_thread(lambda stopped: pieces.hashes(model, stopped))
+    found = await _in_thread(lambda stopped: partial_file.hashes(model, stopped))
     await database.write(_keep(digest, found))
     return found
 

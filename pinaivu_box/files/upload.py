@@ -29,7 +29,7 @@ from pinaivu_box.files.wire import (
     PieceData,
     Working,
 )
-from pinaivu_box.models import pieces
+from pinaivu_box.models import partial_file
 from pinaivu_box.models.catalog import Catalog, Model
 from pinaivu_box.store.database import Database
 from pinaivu_box.transport import wire
@@ -56,7 +56,8 @@ class _UploadQueue:
 
     def __init__(self, rate: float) -> None:
         self.rate = rate
-        self.places = asyncio.Semaphore(max(1, int(rate * _PIECE_SECONDS / pieces.PIECE_BYTES)))
+        pieces = int(rate * _PIECE_SECONDS / partial_file.PIECE_BYTES)
+        self.places = asyncio.Semaphore(max(1, pieces))
         self._free_at = 0.0
 
     async def wait(self, size: int) -> None:
@@ -133,15 +134,15 @@ class FileServer:
                 await self._give(stream, model, question.number)
 
     async def _give(self, stream: Stream, model: Model, number: int) -> None:
-        if number >= pieces.count(model.size):
+        if number >= partial_file.count(model.size):
             raise _Refusal(f"the model has no piece {number}")
-        begin = number * pieces.PIECE_BYTES
-        end = begin + pieces.length(number, model.size)
+        begin = number * partial_file.PIECE_BYTES
+        end = begin + partial_file.length(number, model.size)
         async with self._place(stream) as line:
             while begin < end:
                 size = min(PART_BYTES, end - begin)
                 async with self._reads:
-                    data = await asyncio.to_thread(pieces.read, model, begin, size)
+                    data = await asyncio.to_thread(partial_file.read, model, begin, size)
                 if line is not None:
                     await line.wait(size)
                 await _send(stream, PieceData(data))

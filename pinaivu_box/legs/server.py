@@ -30,7 +30,7 @@ from pinaivu_box.gateway.scopes import peer_scope
 from pinaivu_box.identity import Identity, verify
 from pinaivu_box.legs import wire as leg_wire
 from pinaivu_box.legs.admission import LegAdmission, LegPermit
-from pinaivu_box.legs.codec import sampling_of, to_job
+from pinaivu_box.legs.codec import to_job
 from pinaivu_box.legs.large_messages import LargeMessages
 from pinaivu_box.legs.served_leg import ALIVE_SECONDS, ServedLeg, another_file
 from pinaivu_box.legs.sign import LegSigner
@@ -145,9 +145,7 @@ class LegServer:
             raise another_file(model)
         # Whatever the peer calls it: a name of our own keeps its requests apart from others.
         self._legs += 1
-        job = to_job(
-            task, model, sampling_of(task), peer, peer_scope(peer, task.tag, task.request_id)
-        )
+        job = to_job(task, model, peer, peer_scope(peer, task.tag, task.request_id))
         return replace(job, name=f"peer.{self._legs}")
 
     async def _serve(self, peer: str, stream: Stream, asked: leg_wire.LegRequest) -> None:

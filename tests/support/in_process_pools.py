@@ -15,7 +15,8 @@ import msgspec
 from nacl.signing import SigningKey
 from ulid import ULID
 
-from pinaivu_box.config import Config, EngineConfig, ModelConfig, PeeringConfig, SamplingConfig
+from pinaivu_box.config import Config, EngineConfig, ModelConfig, PeeringConfig
+from pinaivu_box.engine.messages import SamplingParams
 from pinaivu_box.errors import PeeringError
 from pinaivu_box.gateway.backend import Event, Job
 from pinaivu_box.gateway.local import LocalBackend
@@ -201,8 +202,7 @@ class PoolNode:
             request_id=f"req_{ULID()}".lower(),
             model=model,
             messages=[{"role": "user", "content": text}],
-            asked=SamplingConfig(),
-            seed=7,
+            sampling=SamplingParams(seed=7),
             max_tokens=20,
             stop=[],
             tenant="key_1",
