@@ -24,7 +24,7 @@ MODEL_FOOTER = 64  # pinaivu_box.models.bundled ends the file with this many byt
 CHECKS = [
     ["ruff", "format", "--check"],
     ["ruff", "check"],
-    ["mypy", "pinaivu_box"],
+    ["mypy"],
     # Most tests wait for processes of their own; those of a file share them.
     ["pytest", "-n", "logical", "--maxprocesses", "4", "--dist", "loadfile", "--durations", "50"],
 ]

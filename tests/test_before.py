@@ -84,7 +84,7 @@ CONSTANTS = {
             receipt.MARK_DOMAIN,
             receipt.RECEIPT_DOMAIN,
             reconcile.DOMAIN,
-            *map(signed.domain, ("member", "revocation", "advert", "gone")),
+            *(signed.domain(kind) for kind in ("member", "revocation", "advert", "gone")),
         ]
     ),
 }
@@ -231,7 +231,7 @@ def test_records_have_the_same_ids_and_rosters_the_same_digests() -> None:
 
 def test_ledgers_have_the_same_places_hashes_and_statements() -> None:
     items = [
-        LedgerItem(*fields[:-1], bytes.fromhex(fields[-1].removeprefix("hex:")))
+        LedgerItem(*[*fields[:-1], bytes.fromhex(fields[-1].removeprefix("hex:"))])
         for fields in DERIVED["items"]
     ]
     assert [item.place.hex() for item in items] == DERIVED["places"]

@@ -221,7 +221,7 @@ def test_a_start_leaves_alone_what_others_unpacked(
 
 
 def test_a_signal_to_the_whole_group_drains(
-    nothing: object, executable: Path, tmp_path: Path
+    nothing: pytest.MonkeyPatch, executable: Path, tmp_path: Path
 ) -> None:
     """Ctrl-C on a terminal and `systemctl stop` reach every process at once."""
     slow = Box(tmp_path / "slow", "--model", "slow:1=fake:20")
@@ -245,7 +245,7 @@ def test_a_signal_to_the_whole_group_drains(
 def test_what_the_source_tree_passes(executable: Path, tmp_path: Path, file: str) -> None:
     scratch = tmp_path / "scratch"
     scratch.mkdir()
-    options = ["-p", "no:cacheprovider", "--basetemp", tmp_path / "pytest"]
+    options = ["-p", "no:cacheprovider", "--basetemp", str(tmp_path / "pytest")]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *options, ROOT / "tests" / file, "-k", SOURCE_TESTS[file]],
         cwd=ROOT,

@@ -100,7 +100,7 @@ def test_the_sdk_comes_back_when_it_is_told(tmp_path: Path) -> None:
         key, name = make_key(started, "--rpm", "2")
         remember(started, name, [time.time() - 48, time.time() - 40])
         client = openai.OpenAI(base_url=f"{started.url}/v1", api_key=key, max_retries=2)
-        ask = {"model": "fast:1", "messages": USER, "max_tokens": 1}
+        ask: Any = {"model": "fast:1", "messages": USER, "max_tokens": 1}
         with pytest.raises(openai.RateLimitError) as caught:
             client.with_options(max_retries=0).chat.completions.create(**ask)
         assert int(caught.value.response.headers["retry-after"]) > 2
@@ -172,7 +172,7 @@ def test_a_limit_that_is_changed_holds_for_the_next_request(box: Box) -> None:
 
 
 def test_every_endpoint_that_runs_a_model_counts(box: Box) -> None:
-    bodies = {
+    bodies: dict[str, dict[str, Any]] = {
         "completions": {"prompt": "x", "max_tokens": 1},
         "embeddings": {"input": "x"},
         "responses": {"input": "x", "max_output_tokens": 16},
@@ -325,7 +325,7 @@ def test_a_budget_holds_under_50_parallel_requests(box: Box) -> None:
     usage = box.http("GET", "/v1/usage", key=key).json()
     assert Decimal(usage["cost"]) == books["receipts"]
     with pytest.raises(openai.APIStatusError) as caught:
-        box.client_with(key).chat.completions.create(model="fast:1", messages=USER)  # type: ignore[arg-type]
+        box.client_with(key).chat.completions.create(model="fast:1", messages=USER)
     assert caught.value.status_code == 402
     pinaivu("keys", "edit", name, "--budget", "2 per 30d", home=box.home)
     assert post(box, key).status_code == 200

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from pinaivu_box.engine import chat_template, grammar, rendering, trial
+from pinaivu_box.engine import chat_template, grammar, trial
 from pinaivu_box.engine import sandboxes as engine_sandboxes
 from pinaivu_box.engine.arrivals import Arrivals
 from pinaivu_box.engine.fake_runner import FakeRunner
@@ -424,7 +424,7 @@ def test_a_template_that_always_reaches_its_limits_is_left_alone_for_a_while(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     now, runs = [1000.0], []
-    monkeypatch.setattr(rendering.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr("pinaivu_box.engine.rendering.time.monotonic", lambda: now[0])
     job = here(chat_template.make(b""))
 
     def limit(payload: bytes, **more: Any) -> bytes:

@@ -6,9 +6,10 @@ from __future__ import annotations
 import asyncio
 import itertools
 import sqlite3
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from pinaivu_box.receipts.receipt import (
     Proof,
     Receipt,
     TokenUsage,
+    canonical,
     sign_proof,
     sign_receipt,
 )
@@ -76,9 +78,9 @@ class Pair:
         answering = asyncio.create_task(answer())
         try:
             stream = await soon(link.open())
-            return await soon(
-                Ledger(by, mine).settle(peer.node_id, wrap(stream) if wrap else stream)
-            )
+            settling = Ledger(by, mine).settle(peer.node_id, wrap(stream) if wrap else stream)
+            outcome: SettlementOutcome = await soon(settling)
+            return outcome
         finally:
             await soon(asyncio.wait([answering]))
             answering.result()
@@ -161,7 +163,7 @@ async def test_statements_follow_each_other_whoever_asks(pair: Pair) -> None:
     read = [reconcile.read(one) for one in reversed(ours)]
     assert [one.sequence for one in read] == [1, 2, 3, 4]
     for before, after in itertools.pairwise(reversed(ours)):
-        assert reconcile.read(after).previous == reconcile.sha256(before).hexdigest()
+        assert reconcile.read(after).previous == sha256(before).hexdigest()
 
 
 async def test_many_entries_are_signed_in_several_statements(
@@ -249,7 +251,10 @@ def test_every_difference_is_found(data: st.DataObject) -> None:
         for prefix in prefixes:
             frame = wire.encode(w.RangeHashes([there.part(prefix)]))
             compared.take(prefix, wire.decode(frame, w.decoder).parts[0])  # type: ignore[union-attr]
-    names = lambda found: {one.request_id for one in found}  # noqa: E731
+
+    def names(entries: Iterable[Any]) -> set[str]:
+        return {entry.request_id for entry in entries}
+
     assert names(compared.only_ours.values()) == {f"req_{n}" for n in mine.keys() - its.keys()}
     assert names(compared.only_theirs.values()) == {f"req_{n}" for n in its.keys() - mine.keys()}
     changed = {n for n in mine.keys() & its.keys() if mine[n] != its[n]}
@@ -457,7 +462,7 @@ async def test_nothing_false_is_taken(pair: Pair, lie: w.WireEntry) -> None:
         talk = ReconcileSession(B, pair.b, A.node_id, stream)
         began = await talk.expect(w.Begin)
         await talk.send(began)
-        answers = {
+        answers: dict[type, Any] = {
             w.Unaccepted: w.ClaimEntries([]),
             w.Look: w.LedgerDigest(1),
             w.AskRanges: w.RangeHashes([reconcile.EntryRange([item_of(lie)])]),
@@ -510,7 +515,7 @@ async def test_no_other_statement_is_signed(pair: Pair, changes: dict[str, Any])
     await pair.both(*some(4))
     answering = asyncio.create_task(answer_as_a(pair))
     talk, statement = await a_proposal(pair, **changes)
-    signed = reconcile.canonical(statement)
+    signed = canonical(statement)
     with pytest.raises(PeeringError):
         await talk.ask(w.Propose(signed, B.sign(reconcile.DOMAIN, signed)), w.Agreed)
     talk.stream.abandon()
@@ -523,7 +528,7 @@ async def test_a_proposal_must_be_signed_by_its_proposer(pair: Pair) -> None:
     for signer, domain in ((C, reconcile.DOMAIN), (B, ACCEPTANCE_DOMAIN)):
         answering = asyncio.create_task(answer_as_a(pair))
         talk, statement = await a_proposal(pair)
-        signed = reconcile.canonical(statement)
+        signed = canonical(statement)
         with pytest.raises(PeeringError, match="signature"):
             await talk.ask(w.Propose(signed, signer.sign(domain, signed)), w.Agreed)
         talk.stream.abandon()
@@ -687,7 +692,7 @@ async def test_a_leader_that_breaks_off_stops_nobody(pair: Pair) -> None:
     talk.shelf = EntrySnapshot(
         A.node_id, B.node_id, await ledger_statement.open_items(pair.a, B.node_id, "")
     )
-    signed = reconcile.canonical(talk.compose(None, "2026-11-01T00:00:00Z"))
+    signed = canonical(talk.compose(None, "2026-11-01T00:00:00Z"))
     await talk.ask(w.Propose(signed, A.sign(reconcile.DOMAIN, signed)), w.Agreed)
     await waiting.send(w.Begin(0, b""))
     talk.stream.abandon()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from msgspec.structs import replace
 
 from pinaivu_box.gossip.frames import (
+    MAX_TOLD,
     HaveRecords,
     LoadQuery,
     LoadReport,
@@ -14,7 +15,7 @@ from pinaivu_box.gossip.frames import (
     decode,
     encode,
 )
-from pinaivu_box.gossip.loads import MAX_TOLD, TOLD_SECONDS
+from pinaivu_box.gossip.loads import TOLD_SECONDS
 from pinaivu_box.gossip.protocol import Gossip
 from pinaivu_box.membership.signed import key_of
 from tests.support.gossip_net import FACTS, GossipNet, chain, heard_by

@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from pinaivu_box.engine.messages import TokenLogprob
 from pinaivu_box.gateway.backend import Output, Prompt
 from pinaivu_box.gateway.metering import LegRecord, prove
 from pinaivu_box.identity import verify
@@ -88,7 +89,7 @@ async def test_a_proof_of_version_1_is_accepted(world: ThreeBoxes) -> None:
 async def test_an_older_box_is_left_that_knows_no_least_length(world: ThreeBoxes) -> None:
     """Whoever knows it serves, and it has done nothing wrong; without one it serves as before."""
     liar = world.lie(Violation(sampling={"min_tokens": 0}))
-    body = {"min_tokens": 3, "max_tokens": 8}
+    body: dict[str, Any] = {"min_tokens": 3, "max_tokens": 8}
     answer = (await world.anna.chat("at least three", **body)).json()
     receipt = await checked(world, answer)
     assert liar.asked == 1 and receipt["node_id"] == world.ben.node_id
@@ -250,7 +251,7 @@ async def test_what_was_changed_on_the_way_is_not_what_was_signed(
     """A serving box whose answer is not the one that it signs for."""
 
     if what == "logprobs":
-        world.lie(last(logprobs=[leg_wire.TokenLogprob(b"a", -1.0, [])]))
+        world.lie(last(logprobs=[TokenLogprob(b"a", -1.0, [])]))
         answer = await world.anna.chat("changed", logprobs=True)
     else:
         vectors = [struct.pack("<8f", *([0.5] * 8))] * 2

@@ -31,12 +31,12 @@ from pinaivu_box.legs.wiring import Pool
 from pinaivu_box.membership.signed import key_of
 from pinaivu_box.models import catalog as catalogs
 from pinaivu_box.models.catalog import Model, digest_of
-from pinaivu_box.network.network import Handler
 from pinaivu_box.network.peer import Peer
 from pinaivu_box.policy import PeerPolicy
 from pinaivu_box.routing.load import LoadTracker
 from pinaivu_box.routing.offers import Offers
 from pinaivu_box.routing.spending_limits import Debts
+from pinaivu_box.transport.incoming import Handler
 from pinaivu_box.transport.link import PeerLink
 from pinaivu_box.transport.transport import Stream
 from tests.support.memory_transport import MemoryNetwork, MemoryTransport

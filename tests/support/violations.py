@@ -7,6 +7,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
+from pinaivu_box.engine.messages import TokenLogprob
 from pinaivu_box.identity import Identity
 from pinaivu_box.legs import wire as leg_wire
 from pinaivu_box.receipts.receipt import PROOF_DOMAIN, EngineInfo, Price
@@ -81,7 +82,7 @@ def dearer(*prices: str, currency: str = "credits") -> Violation:
 
 NO = leg_wire.LegRefused("x", "I\x1b[2J\n\nwill not", other=True)
 FAULT = leg_wire.LegRefused("invalid_body", "so there")
-LOGPROB = leg_wire.TokenLogprob(b"a", -1.0, [])
+LOGPROB = TokenLogprob(b"a", -1.0, [])
 # What it does, and how its reputation puts it.
 VIOLATIONS: dict[str, tuple[Violation, str]] = {
     "a proof that somebody else signed": (signed_by(OTHER), "signature of its proof"),
