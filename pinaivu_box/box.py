@@ -5,15 +5,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-from pinaivu_box import __version__, logs
+from pinaivu_box import __version__, logs, settings
 from pinaivu_box import config as configs
-from pinaivu_box.config import Config
+from pinaivu_box.config import Config, PeeringConfig
 from pinaivu_box.errors import CliError
 from pinaivu_box.files.store import Digests
 from pinaivu_box.files.upload import FileServer
@@ -24,11 +24,12 @@ from pinaivu_box.gateway.metrics import Metrics
 from pinaivu_box.gateway.placement import Placement
 from pinaivu_box.gateway.refusals import Refusals
 from pinaivu_box.gateway.request import RunningRequests
-from pinaivu_box.gateway.scopes import named_texts
 from pinaivu_box.gossip.adverts import Facts
 from pinaivu_box.home import database_of, identity_of, lock, prepare_home
 from pinaivu_box.identity import Identity
-from pinaivu_box.ledger.settlement import Ledger
+from pinaivu_box.ledger.session import PURPOSE as LEDGER_PURPOSE
+from pinaivu_box.ledger.session import Ledger
+from pinaivu_box.legs.prompts import PromptReader
 from pinaivu_box.legs.recorder import LedgerRecorder
 from pinaivu_box.legs.runner import LegRunner
 from pinaivu_box.legs.wiring import Pool
@@ -43,6 +44,7 @@ from pinaivu_box.policy import Policy
 from pinaivu_box.routing import reputation
 from pinaivu_box.routing.load import LoadTracker
 from pinaivu_box.routing.offers import Offers
+from pinaivu_box.settings import LiveSettings, Settings
 from pinaivu_box.store import responses, retention
 from pinaivu_box.store.database import Database
 from pinaivu_box.store.peer_settings import PeerPolicies
@@ -53,10 +55,10 @@ _AT_START = (
     "peering.port", "peering.relay", "peering.name", "peering.announce",
 )  # fmt: skip
 # Of [engine], what holds at once; the rest an engine is told when it starts.
-_NAMED = "engine.shared_prefixes"
+_SHARED_PREFIXES = "engine.shared_prefixes"
 _OF_THE_BOX = (
     "engine.max_queue", "engine.keep_alive", "engine.max_keep_alive", "engine.start_seconds",
-    _NAMED,
+    _SHARED_PREFIXES,
 )  # fmt: skip
 
 log = logging.getLogger("pinaivu.box")
@@ -80,13 +82,12 @@ class Box:
     """`control_token` lets commands on this home speak to the running server as an admin.
     `load` reads the configuration again, with the options that the box was started with."""
 
-    config: Config
+    settings: LiveSettings
     started: Config  # the one of the start
     load: Callable[[], Config]
     home: Path
     identity: Identity
     database: Database
-    catalog: Catalog
     headers: Headers
     digests: Digests
     placement: Placement
@@ -107,9 +108,17 @@ class Box:
     _lingering: set[str] = field(default_factory=set)  # models that are served until unloaded
 
     @property
-    def prompts(self) -> LocalBackend | LegRunner:
+    def config(self) -> Config:
+        return self.settings.config
+
+    @property
+    def catalog(self) -> Catalog:
+        return self.settings.catalog
+
+    @property
+    def prompts(self) -> LocalBackend | PromptReader:
         """Who reads prompts that are not to be run."""
-        return self.local if self.pool is None else self.pool.dispatch
+        return self.local if self.pool is None else self.pool.prompts
 
     def models(self, policy: Policy) -> list[Model]:
         """What a key with that policy may use."""
@@ -130,39 +139,36 @@ class Box:
         Raises CliError if they are not valid: then all stays as it was.
         """
         async with self._reading:
-            return self._take_over(*await asyncio.to_thread(self._read_anew))
+            return self._take_over(await asyncio.to_thread(self._read_settings))
 
-    def _read_anew(self) -> tuple[Config, Catalog, Sequence[str]]:
+    def _read_settings(self) -> Settings:
         """In a thread: model files may take long to look at.  Raises CliError."""
-        new = self.load()
-        return new, catalogs.load(new, self.home, self.headers), named_texts(new.engine)
+        return settings.read(self.load(), self.home, self.headers)
 
-    def _take_over(self, new: Config, catalog: Catalog, named: Sequence[str]) -> Reloaded:
-        logs.configure(new.log)
-        changed = configs.differences(self.config, new)
-        if named != self.placement.named and _NAMED not in changed:  # a file has another text
-            changed.append(_NAMED)
-        restart = [n for n in configs.differences(self.started, new) if n in _AT_START]
-        engines = [n for n in changed if n.startswith("engine.") and n not in _OF_THE_BOX]
-        self.config, self.catalog, self.admission.catalog = new, catalog, catalog
+    def _take_over(self, new: Settings) -> Reloaded:
+        old, self.settings.current = self.settings.current, new
         self._lingering.clear()
-        self.admission.engine, self.admission.pricing = new.engine, new.pricing
-        self.placement.configure(new.engine, named)
+        logs.configure(new.config.log)
+        self.placement.reloaded()
         self.placement.forgive()
-        self.local.sampling = new.sampling
-        self.meter.currency = new.pricing.currency
-        self.requests.places = new.engine.max_sequences
-        self.traffic.config = new.engine
-        if self.pool is not None:
-            self.pool.configure(new)
         if self.network is not None:
-            self.network.advertise = new.peering.advertise
             self.network.changed()
-        applied = [name for name in changed if name not in (*_AT_START, *engines)]
-        not_served = not_served_in(catalog)
-        watching.report_not_served(catalog.not_served)
-        served = [model.id for model in catalog.models]
-        return Reloaded(applied, engines, restart, served, not_served)
+        watching.report_not_served(new.catalog.not_served)
+        return self._reloaded(old, new)
+
+    def _reloaded(self, old: Settings, new: Settings) -> Reloaded:
+        changed = configs.differences(old.config, new.config)
+        if new.shared_prefixes != old.shared_prefixes and _SHARED_PREFIXES not in changed:
+            changed.append(_SHARED_PREFIXES)  # a file has another text
+        engines = [n for n in changed if n.startswith("engine.") and n not in _OF_THE_BOX]
+        restart = [n for n in configs.differences(self.started, new.config) if n in _AT_START]
+        return Reloaded(
+            applied=[name for name in changed if name not in (*_AT_START, *engines)],
+            engines=engines,
+            restart=restart,
+            models=[model.id for model in new.catalog.models],
+            not_served=not_served_in(new.catalog),
+        )
 
     async def look_for_models(self) -> None:
         """Serve what is in the models folder now; nothing else changes."""
@@ -203,7 +209,7 @@ class Box:
         missing = [model for model in old.models if model.id not in ids]
         self._lingering |= {model.id for model in missing if model.id in loaded}
         new = new.and_also(one for one in missing if one.id in loaded or new.is_written(one))
-        self.catalog = self.admission.catalog = new
+        self.settings.current = replace(self.settings.current, catalog=new)
         if watching.report(old, new):
             self.placement.forgive()
             if self.network is not None:
@@ -238,8 +244,8 @@ async def open_box(load: Callable[[], Config], home: Path) -> AsyncIterator[Box]
         async with database_of(home) as database:
             await responses.fail_unfinished(database)
             config, headers = load(), Headers()
-            catalog = await asyncio.to_thread(catalogs.load, config, home, headers)
-            box = _join(load, config, home, database, catalog, headers)
+            current = await asyncio.to_thread(settings.read, config, home, headers)
+            box = _join(load, current, home, database, headers)
             beside = [
                 asyncio.create_task(work)
                 for work in (
@@ -264,7 +270,10 @@ async def open_box(load: Callable[[], Config], home: Path) -> AsyncIterator[Box]
 
 @asynccontextmanager
 async def network_of(
-    config: Config, identity: Identity, database: Database, describe: Callable[[], Facts]
+    settings: Callable[[], PeeringConfig],
+    identity: Identity,
+    database: Database,
+    describe: Callable[[], Facts],
 ) -> AsyncIterator[Network]:
     """A network on its transport, started but not yet running.  CliError if it cannot listen."""
     try:
@@ -273,9 +282,9 @@ async def network_of(
         raise CliError(
             f"Peering is not possible on this machine, for iroh cannot be loaded: {error}."
         ) from error
-    peering = config.peering
+    peering = settings()
     transport = await IrohTransport.bind(identity, peering.host, peering.port, peering.relay)
-    network = Network(identity, transport, database, peering, describe)
+    network = Network(identity, transport, database, settings, describe)
     try:
         await network.start()
         yield network
@@ -288,11 +297,13 @@ async def _peering(box: Box) -> AsyncIterator[None]:
     if not box.config.peering.enabled:
         yield
         return
-    async with network_of(box.config, box.identity, box.database, box.offers.describe) as network:
+    async with network_of(
+        lambda: box.config.peering, box.identity, box.database, box.offers.describe
+    ) as network:
         box.network = network
         policies = PeerPolicies(box.database, lambda: box.config.peering.serve)
         box.peer_policies = policies
-        pool = _pool(box, network, LedgerRecorder(box.database, box.identity.node_id, policies))
+        pool = _pool(box, network, policies)
 
         async def shared(peer: str) -> Catalog | str:
             if not box.config.peering.share_models:
@@ -303,7 +314,7 @@ async def _peering(box: Box) -> AsyncIterator[None]:
         def rate() -> float:
             return box.config.peering.serve.copy_mb_per_s * 1e6
 
-        network.handlers["ledger"] = box.ledger.handle
+        network.handlers[LEDGER_PURPOSE] = box.ledger.handle
         network.handlers["model"] = FileServer(shared, box.database, rate).serve
         running = [
             asyncio.create_task(network.run()),
@@ -325,22 +336,22 @@ async def _peering(box: Box) -> AsyncIterator[None]:
             await asyncio.wait(running)
 
 
-def _pool(box: Box, network: Network, books: LedgerRecorder) -> Pool:
+def _pool(box: Box, network: Network, policies: PeerPolicies) -> Pool:
     """From now on requests may go to peers, and theirs are served."""
 
     pool = box.pool = Pool(
         identity=box.identity,
-        config=box.config,
-        catalog=lambda: box.catalog,
+        settings=box.settings,
         placement=box.placement,
         local=box.local,
         load=box.traffic,
         network=network,
-        books=books,
+        policy=policies.of,
+        recorder=LedgerRecorder(box.database, box.identity.node_id),
         writable=lambda: check_writable(box.database),
     )
-    box.admission.share(pool.dispatch, pool.candidates)
-    box.requests.send(pool.dispatch, pool.candidates.offered)
+    box.admission.share(pool.prompts, pool.candidates)
+    box.requests.use(pool.runner, pool.candidates.offered)
     return pool
 
 
@@ -352,30 +363,30 @@ async def _announce(network: Network) -> None:
 
 def _join(
     load: Callable[[], Config],
-    config: Config,
+    current: Settings,
     home: Path,
     database: Database,
-    catalog: Catalog,
     headers: Headers,
 ) -> Box:
+    live = LiveSettings(current)
     identity = identity_of(home)
     digests = Digests(database)
-    placement = Placement(config.engine, digests.of, named_texts(config.engine))
-    local = LocalBackend(placement, identity.node_id, config.sampling)
-    meter = Meter(identity, database, config.pricing.currency)
+    placement = Placement(live, digests.of)
+    local = LocalBackend(placement, identity.node_id, live)
+    meter = Meter(identity, database, live)
     metrics = Metrics(placement)
-    admission = Admission(catalog, config.engine, config.pricing, local, database)
-    traffic = LoadTracker(placement, config.engine)
-    requests = RunningRequests(local, meter, metrics, config.engine.max_sequences)
+    admission = Admission(live, local, database)
+    traffic = LoadTracker(placement, live)
+    runner = LegRunner(identity.node_id, local)
+    requests = RunningRequests(runner, meter, metrics, live)
     placement.waiting = requests.in_flight
     return Box(
-        config=config,
-        started=config,
+        settings=live,
+        started=current.config,
         load=load,
         home=home,
         identity=identity,
         database=database,
-        catalog=catalog,
         headers=headers,
         digests=digests,
         placement=placement,
@@ -386,7 +397,7 @@ def _join(
         metrics=metrics,
         refusals=Refusals(database, metrics),
         traffic=traffic,
-        offers=Offers(admission, traffic, digests.of),
+        offers=Offers(live, traffic, digests.of, lambda: admission.draining),
         ledger=Ledger(identity, database),
         control_token=secrets.token_hex(32),
     )

@@ -1,4 +1,4 @@
-"""How this program starts a copy of itself, and whether that is still the same version."""
+"""How this program starts itself as a child, and whether that would be the same version."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ def command(name: str) -> list[str]:
 
 
 def executable_replaced() -> bool:
-    """Whether a child would run another version: the executable was replaced since we started."""
+    """Whether the executable was replaced since the start, so that a child is another version."""
     return _FROZEN and _executable() != _EXECUTABLE
 
 
 def _executable() -> tuple[int, int] | None:
-    """Which file it is that a child would be started from, None if it is gone."""
+    """The device and inode of the file that a child is started from, None if there is none."""
     try:
         stat = Path(sys.executable).stat()
     except OSError:
@@ -28,4 +28,4 @@ def _executable() -> tuple[int, int] | None:
 
 
 _FROZEN = getattr(sys, "frozen", False)
-_EXECUTABLE = _executable()  # ours: it keeps its number while we run
+_EXECUTABLE = _executable()  # of this process; the inode does not change while it runs

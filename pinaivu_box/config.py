@@ -31,7 +31,7 @@ RoutingPolicy = Literal["prefer-local", "never", "balance", "cheapest"]
 
 
 class Section(Struct, frozen=True, forbid_unknown_fields=True):
-    """A table of the file; a key that is not in it is an error, not a silence."""
+    """A table of the file; an unknown key in it is an error."""
 
 
 class ServerConfig(Section, frozen=True):
@@ -39,16 +39,16 @@ class ServerConfig(Section, frozen=True):
     port: Port = 4001
     max_body_bytes: PositiveInt = 10 * 1024 * 1024
     cors_origins: tuple[str, ...] = ("*",)
-    # Whom users ask: stands in the sentences of errors that only the operator can change.
+    # Whom users can ask; named in errors that only the operator can resolve.
     contact: Annotated[str, Meta(max_length=200)] = ""
     drain_seconds: Annotated[float, Meta(ge=0)] = 60.0
-    # How long a stream's status may wait for its first token, so that a failure keeps its own
-    # status; after that the 200 goes out and comments keep the connection alive.
+    # How long the status of a stream waits for the first token, so that a failure has its own
+    # status; after that, 200 is sent, and comments keep the connection alive.
     stream_grace_seconds: Annotated[float, Meta(ge=0)] = 10.0
 
 
 class SharedPrefix(Section, frozen=True):
-    """The beginning of prompts: a `text`, or the path of a `file` that holds one."""
+    """The beginning of prompts: a `text`, or the path of a `file` with one."""
 
     text: str = ""
     file: str = ""
@@ -66,12 +66,12 @@ class EngineConfig(Section, frozen=True):
     shared_prefixes: Annotated[tuple[SharedPrefix, ...], Meta(max_length=64)] = ()
     max_queue: Annotated[int, Meta(ge=0)] = 256
     keep_alive: str = "5m"
-    max_keep_alive: str = "1h"  # what a request may ask for
+    max_keep_alive: str = "1h"  # the maximum for a request
     start_seconds: Annotated[float, Meta(gt=0)] = 300.0
 
 
 class SamplingConfig(Section, frozen=True):
-    """Overrides of what the model's file says; unset keys leave the file's or llama.cpp's."""
+    """Overrides of the defaults in the model file or in llama.cpp."""
 
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
@@ -84,10 +84,17 @@ class PricingConfig(Section, frozen=True):
     per_1k_tokens: str | Prices = "0"
     models: dict[str, str | Prices] = {}
 
+    def prices_of(self, model_id: str) -> Prices:
+        """The model's own prices of 1,000 tokens, or those of all models."""
+        return amount.prices(self.models.get(model_id, self.per_1k_tokens))
+
 
 class RetentionConfig(Section, frozen=True):
-    """How long rows are kept; negative is for ever.  Of what `/v1/responses` has stored a key also
-    has so many at most, and so many MB (10^6 bytes): its oldest go."""
+    """How long rows are kept; a negative duration is for ever.
+
+    The stored responses of a key are also limited in number and in MB (10^6 bytes): the oldest are
+    deleted first.
+    """
 
     requests: str = "90d"
     receipts: str = "-1"
@@ -97,7 +104,7 @@ class RetentionConfig(Section, frozen=True):
 
 
 class PeeringServeConfig(Section, frozen=True):
-    """What this box does for its peers; each of them may get other limits with `pinaivu peers`."""
+    """The limits of peers; `pinaivu peers edit` sets others for one of them."""
 
     max_parallel: PositiveInt = 8
     tokens_per_minute: Annotated[int, Meta(ge=0)] = 0
@@ -110,7 +117,7 @@ class PeeringServeConfig(Section, frozen=True):
 
 class PeeringConfig(Section, frozen=True):
     enabled: bool = False
-    host: str = "0.0.0.0"  # noqa: S104 - peers are elsewhere, and must prove who they are
+    host: str = "0.0.0.0"  # noqa: S104 - peers are on other machines, and authenticate
     port: Port = 4002
     relay: str = "none"
     name: Annotated[str, Meta(max_length=64, pattern=NO_CONTROLS)] = ""
@@ -152,7 +159,7 @@ class Config(Section, frozen=True):
     model: list[ModelConfig] = []
 
 
-# Environment variable -> where it goes in the file's tree.
+# Environment variable -> path of the setting.
 ENVIRONMENT: dict[str, tuple[str, ...]] = {
     "PINAIVU_HOST": ("server", "host"),
     "PINAIVU_PORT": ("server", "port"),
@@ -176,9 +183,9 @@ _HOST_PORT = re.compile(
     r":(?P<port>[0-9]{1,5})"
 )
 _DURATION = re.compile(r"(-?[0-9]{1,15}(?:\.[0-9]{1,15})?) *(ms|s|m|h|d)?")
-_LONGEST_DURATION = 365_250 * 86400.0  # seconds
-_SHORTEST_RETENTION = 7200.0  # seconds
-_SLOWEST_COPY = 0.1  # MB/s; at less a piece takes longer than a peer waits for it
+_MAX_DURATION_SECONDS = 365_250 * 86400.0
+_MIN_RETENTION_SECONDS = 7200.0
+_MIN_COPY_MB_PER_S = 0.1  # at less, a piece takes longer than a peer waits for it
 _UNIT_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
@@ -189,27 +196,27 @@ def default_home(environ: Mapping[str, str] = os.environ) -> Path:
 
 
 def parse_duration(text: str) -> float:
-    """`"5m"`, `"30d"`, `"90"` (seconds) -> seconds.  Negative values pass (they mean "never").
+    """The seconds of `"5m"`, `"30d"` or `"90"` (seconds); may be negative, which means "never".
 
     Raises ValueError.
     """
     match = _DURATION.fullmatch(text.strip())
     if not match:
-        raise ValueError(f"'{text}' is not a duration: write for example 90s, 5m, 12h or 30d")
+        raise ValueError(f"'{text}' is not a duration, such as 90s, 5m, 12h or 30d")
     seconds = float(match[1]) * _UNIT_SECONDS[match[2] or "s"]
-    if abs(seconds) > _LONGEST_DURATION:
-        raise ValueError(f"'{text[:40]}' is more than a thousand years")
+    if abs(seconds) > _MAX_DURATION_SECONDS:
+        raise ValueError(f"'{text[:40]}' is more than 1000 years")
     return seconds
 
 
 def parse_span(text: str) -> float:
-    """As `parse_duration`, but with a unit: whoever writes 30 may mean days.  Only 0 needs none.
+    """As `parse_duration`, but a unit is required, except for 0: 30 could mean days.
 
     Raises ValueError.
     """
     seconds = parse_duration(text)
     if seconds and not text.strip().endswith(tuple(_UNIT_SECONDS)):
-        raise ValueError(f"'{text}' has no unit: write for example {text}d, {text}h or {text}s")
+        raise ValueError(f"'{text}' has no unit: write {text}d, {text}h or {text}s, for example")
     return seconds
 
 
@@ -220,7 +227,7 @@ def load(
     overrides: Mapping[tuple[str, ...], Any] | None = None,
     extra_models: list[ModelConfig] | None = None,
 ) -> Config:
-    """Read, merge and check the configuration; raises CliError in one sentence."""
+    """Read, merge and check the configuration.  Raises CliError."""
     tree = _read(path) if path else {}
     for variable, keys in ENVIRONMENT.items():
         if variable in environ:
@@ -241,15 +248,15 @@ def load(
 
 
 def differences(old: Struct, new: Struct, path: str = "") -> list[str]:
-    """The dotted names of the settings that two configurations have different."""
-    found = []
+    """The dotted names of the settings in which two configurations differ."""
+    names = []
     for name in old.__struct_fields__:
         before, after = getattr(old, name), getattr(new, name)
         if isinstance(before, Section) and isinstance(after, Section):
-            found += differences(before, after, f"{path}{name}.")
+            names += differences(before, after, f"{path}{name}.")
         elif before != after:
-            found.append(f"{path}{name}")
-    return found
+            names.append(f"{path}{name}")
+    return names
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -266,13 +273,13 @@ def _put(tree: dict[str, Any], keys: tuple[str, ...], value: Any) -> None:
     for key in keys[:-1]:
         inner: Any = tree.setdefault(key, {})
         if not isinstance(inner, dict):
-            return  # the file has something else there; the type check will say so
+            return  # the file has another type there, which the type check reports
         tree = inner
     tree[keys[-1]] = value
 
 
 def _check_finite(section: Section, path: str) -> None:
-    """TOML and the environment have `inf` and `nan`, which pass the bounds of a type."""
+    """Reject `inf` and `nan`, which pass the bounds of a type.  Raises ValueError."""
     for name in section.__struct_fields__:
         value = getattr(section, name)
         if isinstance(value, float) and not math.isfinite(value):
@@ -287,20 +294,22 @@ def _check(config: Config) -> None:
     for entry in config.engine.shared_prefixes:
         if bool(entry.text.strip()) == bool(entry.file):
             raise ValueError(
-                "engine.shared_prefixes: each entry has either a text or a file, such as "
+                "engine.shared_prefixes: each entry needs either a text or a file, such as "
                 '{ file = "system.txt" }'
             )
     for name in ("requests", "receipts", "responses"):
         text = getattr(config.retention, name)
-        if 0 <= parse_duration(text) < _SHORTEST_RETENTION:
-            raise ValueError(f"retention.{name} is '{text}', less than 2h: limits look back so far")
+        if 0 <= parse_duration(text) < _MIN_RETENTION_SECONDS:
+            raise ValueError(
+                f"retention.{name} is '{text}': it must be at least 2h, which limits need"
+            )
     if config.log.level not in LOG_LEVELS:
         raise ValueError(f"log.level is '{config.log.level}', not one of {', '.join(LOG_LEVELS)}")
     if config.log.format not in LOG_FORMATS:
         raise ValueError(f"log.format is '{config.log.format}', not one of text, json")
     if config.server.contact and not _CONTACT.fullmatch(config.server.contact):
         raise ValueError(
-            f"server.contact is '{config.server.contact}': write a mail address or a URL"
+            f"server.contact is '{config.server.contact}': write an email address or a URL"
         )
     _check_peering(config.peering)
     for name, price in [("per_1k_tokens", config.pricing.per_1k_tokens)] + [
@@ -312,7 +321,7 @@ def _check(config: Config) -> None:
             raise ValueError(f"pricing.{name} is {error}") from error
     names = [model.name for model in config.model]
     if doubled := {name for name in names if names.count(name) > 1}:
-        raise ValueError(f"the model name {sorted(doubled)[0]} is given twice")
+        raise ValueError(f"the model name {sorted(doubled)[0]} is used twice")
 
 
 def _check_peering(peering: PeeringConfig) -> None:
@@ -323,26 +332,28 @@ def _check_peering(peering: PeeringConfig) -> None:
     try:
         ipaddress.ip_address(peering.host)
     except ValueError:
-        raise ValueError(
-            f"peering.host is '{peering.host}', not an IP address of this machine"
-        ) from None
+        raise ValueError(f"peering.host is '{peering.host}', not an IP address") from None
     if peering.relay not in ("none", "n0") and not _is_url(peering.relay):
         raise ValueError(
-            f"peering.relay is '{peering.relay}', not none, n0 or a relay's URL: write "
+            f"peering.relay is '{peering.relay}', not none, n0 or the URL of a relay, such as "
             "https://HOST or https://HOST:PORT"
         )
     for address in peering.advertise:
         if not is_host_port(address):
-            raise ValueError(f"peering.advertise has '{address}': write HOST:PORT or [IPv6]:PORT")
+            raise ValueError(
+                f"peering.advertise has '{address}', which is not HOST:PORT or [IPv6]:PORT"
+            )
     if peering.serve.hours and not HOURS.fullmatch(peering.serve.hours):
-        raise ValueError(f"peering.serve.hours is '{peering.serve.hours}': write 18:00-08:00")
-    if 0 < peering.serve.copy_mb_per_s < _SLOWEST_COPY:
+        raise ValueError(f"peering.serve.hours is '{peering.serve.hours}', not as in 18:00-08:00")
+    if 0 < peering.serve.copy_mb_per_s < _MIN_COPY_MB_PER_S:
         raise ValueError(
-            f"peering.serve.copy_mb_per_s is {peering.serve.copy_mb_per_s:g}: it is at least "
-            f"{_SLOWEST_COPY:g}, or 0 for no limit"
+            f"peering.serve.copy_mb_per_s is {peering.serve.copy_mb_per_s:g}: it must be at least "
+            f"{_MIN_COPY_MB_PER_S:g}, or 0 for no limit"
         )
     if not peering.price_weight + peering.time_weight + peering.reputation_weight > 0:
-        raise ValueError("peering.price_weight, time_weight and reputation_weight are all 0")
+        raise ValueError(
+            "peering.price_weight, time_weight and reputation_weight must not all be 0"
+        )
     for name, text, read in (
         ("serve.credit_limit", peering.serve.credit_limit, amount.parse),
         ("max_debt", peering.max_debt, amount.parse),
@@ -356,7 +367,7 @@ def _check_peering(peering: PeeringConfig) -> None:
 
 
 def is_host_port(text: str) -> bool:
-    """Whether it says where a box is: HOST:PORT or [IPv6]:PORT."""
+    """Whether the text is HOST:PORT or [IPv6]:PORT."""
     match = _HOST_PORT.fullmatch(text)
     if match is None or not 0 < int(match["port"]) < 65536:
         return False
@@ -367,7 +378,7 @@ def is_host_port(text: str) -> bool:
 
 
 def _is_url(text: str) -> bool:
-    """Of HTTP, and short enough to be one of a box's addresses."""
+    """Whether the text is an HTTP URL, short enough to be an address of a box."""
     try:
         parts = urlsplit(text)
         named = bool(parts.hostname) and parts.port != 0

@@ -1,24 +1,24 @@
-"""Every error that a user can meet, in one tree.
+"""All errors that users see, in one tree.
 
-The `message` is one sentence that says what was wrong and what to do about it.  Errors below
-`ApiError` become HTTP answers through `server.envelope`; errors below `CliError` become one line
-on stderr and an exit code.
+The `message` is a sentence that says what is wrong and what to do about it.  Errors below
+`ApiError` become HTTP answers through `server.error_responses`; errors below `CliError` become one
+line on stderr and an exit code.
 
     BoxError
-    ├── CliError                    exit 1   the command could not do it
+    ├── CliError                    exit 1   the command failed
     │   ├── UsageError              exit 2   the command was called wrongly
-    │   └── NotRunning              exit 1   it needs a running box
-    ├── StoreError                  exit 1   the database does not have it, or does not take it
-    │   └── DatabaseUnusable        exit 1   its file cannot be used
-    │       └── SchemaUnsupported   exit 1   nor read: it is of another version
-    ├── PeeringError                exit 1   something between two boxes
-    │   ├── Unreachable             exit 1   nobody answered there
-    │   ├── WrongPeer               exit 1   somebody else answered there
-    │   ├── ProtocolError           exit 1   what came is not what boxes say
-    │   ├── LinkLost                exit 1   a link, or one stream of it, has ended
-    │   ├── PeerRefused             exit 1   the peer will not do what it was asked
-    │   ├── NotJoined               exit 1   this box is in no network, or cannot do that in it
-    │   ├── EntryRefused            exit 1   the ledger does not take it
+    │   └── NotRunning              exit 1   the command needs a running box
+    ├── StoreError                  exit 1   the database has no such row, or rejects a change
+    │   └── DatabaseUnusable        exit 1   the database file cannot be used
+    │       └── SchemaUnsupported   exit 1   it has a schema that is not supported
+    ├── PeeringError                exit 1   communication between two boxes failed
+    │   ├── Unreachable             exit 1   no box answers at the address
+    │   ├── WrongPeer               exit 1   another box answers at the address
+    │   ├── ProtocolError           exit 1   the peer violated the protocol
+    │   ├── LinkLost                exit 1   a link or a stream ended
+    │   ├── PeerRefused             exit 1   the peer refused
+    │   ├── NotJoined               exit 1   the network does not allow it
+    │   ├── EntryRefused            exit 1   the ledger rejects an entry
     │   └── CopyFailed              exit 1   a model could not be copied
     └── ApiError                    status   code
         ├── BadRequest              400      invalid_request
@@ -54,25 +54,24 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-_MOST_QUOTED = 100  # characters
-_MOST_SAID = 2000  # characters of a message, whatever it quotes
+_MAX_QUOTED_CHARS = 100
+_MAX_MESSAGE_CHARS = 2000
 
 
-def quoted(text: str, most: int = _MOST_QUOTED) -> str:
-    """What somebody sent, for a message: at most so many characters of it, control characters and
-    the like escaped."""
+def quoted(text: str, most: int = _MAX_QUOTED_CHARS) -> str:
+    """Text from outside, for a message: at most `most` characters, those not printable escaped."""
     cut = text[:most]
     if not cut.isprintable():
-        cut = "".join(one if one.isprintable() else _escaped(one) for one in cut)
+        cut = "".join(char if char.isprintable() else _escaped(char) for char in cut)
     return cut if len(text) <= most else f"{cut}…"
 
 
-def _escaped(letter: str) -> str:
-    return letter.encode("unicode_escape").decode()
+def _escaped(char: str) -> str:
+    return char.encode("unicode_escape").decode()
 
 
 class BoxError(Exception):
-    """Base of every error that is meant for a user's eyes; `exit_code` is that of a command."""
+    """Base of all errors for users; `exit_code` is that of a command."""
 
     exit_code: ClassVar[int] = 1
 
@@ -82,50 +81,52 @@ class BoxError(Exception):
 
 
 class CliError(BoxError):
-    """The command could not do it."""
+    """The command failed."""
 
 
 class UsageError(CliError):
+    """The command line is not valid."""
+
     exit_code = 2
 
 
 class NotRunning(CliError):
-    """It needs a running box."""
+    """The command needs a running box."""
 
 
 class StoreError(BoxError):
-    """The database does not have it, or does not take it."""
+    """The database has no such row, or rejects a change."""
 
 
 class DatabaseUnusable(StoreError):
-    """The file is damaged, cannot be opened, or is another program's."""
+    """The database file is damaged, cannot be opened, or belongs to another program."""
 
 
 class SchemaUnsupported(DatabaseUnusable):
-    """The file is of a version that this program does not read."""
+    """The database file has a schema that this program does not support."""
 
 
 class PeeringError(BoxError):
-    """Something between two boxes; what a client gets for it is decided by who had asked."""
+    """Communication between two boxes failed; the caller decides what a client is told."""
 
 
 class Unreachable(PeeringError):
-    """Nobody answered there; trying again later makes sense."""
+    """No box answers at the address; a later attempt may succeed."""
 
 
 class WrongPeer(PeeringError):
-    """Somebody answered who has not that key; trying again makes none."""
+    """Another box answers at the address; another attempt does not help."""
 
 
 class ProtocolError(PeeringError):
-    """What the peer sent is not what boxes say to each other; its link is closed."""
+    """The peer violated the protocol; its link is closed."""
 
 
 class LinkLost(PeeringError):
-    """A link, or one stream of it, has ended before all was said.
+    """A link or a stream ended early.
 
-    `code` (`peering.wire.Code`) and `reason`, a sentence, are what the side that ended it told the
-    other; None and "" if nobody told anything.
+    `code` (`transport.wire.Code`) and `reason`, a sentence, are from the side that ended it; None
+    and "" if it gave none.
     """
 
     def __init__(self, message: str, *, code: int | None = None, reason: str = "") -> None:
@@ -135,7 +136,7 @@ class LinkLost(PeeringError):
 
 
 class PeerRefused(PeeringError):
-    """The peer answered politely that it will not; `code` is a `peering.wire.Code`."""
+    """The peer refused; `code` is a `transport.wire.Code`."""
 
     def __init__(self, message: str, *, code: int) -> None:
         super().__init__(message)
@@ -143,23 +144,22 @@ class PeerRefused(PeeringError):
 
 
 class NotJoined(PeeringError):
-    """What was asked cannot be done in the network as it is; the sentence says what to do first."""
+    """The network does not allow it in its present state; the message says what to do first."""
 
 
 class EntryRefused(PeeringError):
-    """The ledger does not take it: the signatures do not bear it out, or it says something else
-    than what is written there."""
+    """The ledger rejects an entry: its signatures do not prove it, or it contradicts another."""
 
 
 class CopyFailed(PeeringError):
-    """A model could not be copied; what has come of it is kept, and another try goes on there."""
+    """A model could not be copied; the part that arrived is kept for another attempt."""
 
 
 class ApiError(BoxError):
     """An error with an HTTP status, OpenAI's `type` and a `code`.
 
-    `param` names the field of the request that is to blame.  `retry_after` is in whole seconds.
-    One that the operator has `ordered` (by revoking a key, say) is not counted as an error.
+    `param` names the field of the request that is wrong.  `retry_after` is in whole seconds.  An
+    error that the operator `ordered`, by revoking a key for example, is not counted as one.
     """
 
     status: ClassVar[int] = 500
@@ -169,7 +169,9 @@ class ApiError(BoxError):
     def __init__(
         self, message: str, *, param: str | None = None, retry_after: int | None = None
     ) -> None:
-        super().__init__(message if len(message) <= _MOST_SAID else f"{message[:_MOST_SAID]}…")
+        super().__init__(
+            message if len(message) <= _MAX_MESSAGE_CHARS else f"{message[:_MAX_MESSAGE_CHARS]}…"
+        )
         self.param = param
         self.retry_after = retry_after
         self.ordered = False
@@ -184,7 +186,7 @@ class InvalidJson(BadRequest):
 
 
 class ContextOverflow(BadRequest):
-    """More than the model's context has room for."""
+    """The prompt exceeds the context of the model."""
 
     code = "context_length_exceeded"
 
@@ -192,23 +194,26 @@ class ContextOverflow(BadRequest):
     def of(
         cls, tokens: int, context: int, *, exact: bool = True, param: str | None = None
     ) -> ContextOverflow:
-        """`tokens` (unless `exact`: or more) are at `param`, None for a chat's messages, and
-        `context` is what there may be.
+        """The error for a prompt of `tokens` (or more, unless `exact`) and a `context` of fewer.
 
-        The words are OpenAI's, by which programs know that they have to shorten what they send:
-        those of its chats, then what some look for in the text alone (the code, the words of its
+        `param` is where the prompt is, None for the messages of a chat.
+
+        The wording is OpenAI's, by which programs recognise that they have to shorten the prompt:
+        that of its chats, then what some look for in the text only (the code, the wording of its
         responses), and llama.cpp's names of the numbers.
         """
-        found = f"{tokens} tokens" if exact else f"at least {tokens} tokens"
+        amount = f"{tokens} tokens" if exact else f"at least {tokens} tokens"
         if param is None:
-            said = f"your messages resulted in {found}. Please reduce the length of the messages."
+            consequence = (
+                f"your messages resulted in {amount}. Please reduce the length of the messages."
+            )
         else:
-            said = (
-                f"you requested {found} ({tokens} in your prompt; 0 for the completion). "
+            consequence = (
+                f"you requested {amount} ({tokens} in your prompt; 0 for the completion). "
                 "Please reduce your prompt."
             )
         return cls(
-            f"This model's maximum context length is {context} tokens. However, {said} "
+            f"This model's maximum context length is {context} tokens. However, {consequence} "
             f"({cls.code}: your input exceeds the context window of this model; "
             f"n_prompt_tokens: {tokens}, n_ctx: {context})",
             param=param,
@@ -216,7 +221,7 @@ class ContextOverflow(BadRequest):
 
 
 class ExceedsKeyLimit(BadRequest):
-    """It could never be served with this key, however long one waits."""
+    """The limits of the key are too low to ever serve the request."""
 
     code = "exceeds_key_limit"
 
@@ -274,13 +279,13 @@ class BodyTooLarge(ApiError):
 
 
 class UnsupportedEncoding(ApiError):
-    """The body is compressed in a way that is not known here."""
+    """The content encoding of the body is not supported."""
 
     status, type, code = 415, "invalid_request_error", "unsupported_encoding"
 
 
 class InvalidBody(ApiError):
-    """The JSON is well-formed but a field is not what the API takes.
+    """The JSON is well-formed, but a field is not valid.
 
     `loc` is the path to the field, starting with "body" (or "query"); `kind` is the machine name
     of the failure, for example "value_error.missing".
@@ -302,7 +307,7 @@ class UnsupportedParameter(InvalidBody):
 
 
 class RateLimited(ApiError):
-    """`retry_after` in whole seconds: by then it fits, if nobody else comes first."""
+    """`retry_after`: the whole seconds after which the limit allows the request."""
 
     status, type, code = 429, "rate_limit_error", "rate_limit_exceeded"
 
@@ -322,7 +327,7 @@ class NoNodesAvailable(ApiError):
 
 
 class EngineLost(NoNodesAvailable):
-    """Who held the request was lost, `node_id` if it was a peer; somebody may still serve it."""
+    """The engine or peer (`node_id`) that served the request was lost; another may serve it."""
 
     def __init__(self, message: str, *, node_id: str = "", retry_after: int = 1) -> None:
         super().__init__(message, retry_after=retry_after)
@@ -330,30 +335,30 @@ class EngineLost(NoNodesAvailable):
 
 
 class PeerFaulty(EngineLost):
-    """A peer broke the rules: what it sent is not what it signed, or not what was asked."""
+    """A peer violated the protocol: it sent what it did not sign, or was not asked for."""
 
 
 class TooLate(NoNodesAvailable):
-    """It cannot start by its deadline."""
+    """The request cannot start before its deadline."""
 
     code = "deadline_exceeded"
 
 
 class PeerUnreachable(NoNodesAvailable):
-    """A box that an operation needs does not answer."""
+    """A box that the operation needs does not answer."""
 
     code = "peer_unreachable"
 
 
 def _descendants(root: type[ApiError]) -> list[type[ApiError]]:
-    found = [root]
+    kinds = [root]
     for child in root.__subclasses__():
-        found += _descendants(child)
-    return found
+        kinds += _descendants(child)
+    return kinds
 
 
 def by_code(code: str, message: str, param: str | None = None) -> ApiError:
-    """Rebuild the error that an engine child named by its `code` (frames carry no classes)."""
+    """The error with a `code`, as frames of the engine carry it."""
     for kind in _descendants(ApiError):
         if kind.code == code:
             if issubclass(kind, InvalidBody):

@@ -1,4 +1,4 @@
-"""A box's home directory: its database, its key, and the lock of whoever runs on it."""
+"""The home directory of a box: its database, its key, and the lock of its server."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from pinaivu_box.store.database import Database
 
 
 def prepare_home(home: Path) -> Path:
-    """Make the home directory (0700) if it is not there."""
+    """Create the home directory (0700) if it does not exist.  Raises CliError."""
     try:
         home.mkdir(parents=True, exist_ok=True, mode=0o700)
-        # A mode given to mkdir is subject to the umask, and the directory may be older.
+        # The mode of mkdir is subject to the umask, and the directory may be older.
         home.chmod(0o700)
     except OSError as error:
         raise CliError(f"The home {home} cannot be used: {error.strerror}.") from error
@@ -33,7 +33,7 @@ def identity_of(home: Path) -> Identity:
 
 
 def lock(home: Path) -> IO[str]:
-    """Keeps others off the home until it is closed; CliError if somebody else does."""
+    """Lock the home until the returned file is closed.  Raises CliError if it is locked."""
     handle = os.open(home / "lock", os.O_RDWR | os.O_CREAT, 0o600)
     file = os.fdopen(handle, "r+")
     try:

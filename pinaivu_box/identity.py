@@ -1,4 +1,4 @@
-"""The box's Ed25519 key pair: who it is to peers and who signs its receipts."""
+"""The Ed25519 key pair of the box, which identifies it to peers and signs its receipts."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ class Identity:
 
     @property
     def node_id(self) -> str:
-        """`node_` and the public key's 64 hex digits."""
+        """`node_` and the 64 hex digits of the public key."""
         return NODE_PREFIX + self.signing_key.verify_key.encode().hex()
 
     def sign(self, domain: str, message: bytes) -> bytes:
         """64-byte Ed25519 signature (RFC 8032) over `domain`, a newline and `message`.
 
-        The domain keeps a signature made for one purpose from being replayed for another.
+        The domain prevents that a signature for one purpose is replayed for another.
         """
         return self.signing_key.sign(domain.encode() + b"\n" + message).signature
 
 
 def verify(node_id: str, domain: str, message: bytes, signature: bytes) -> bool:
-    """Whether `signature` is the one that the holder of `node_id`'s key made.
+    """Whether `signature` was made with the key of `node_id`.
 
-    An id has one spelling: to `bytes.fromhex`, capitals and spaces would be the same key.
+    Only one spelling of an id is valid, although `bytes.fromhex` accepts capitals and spaces.
     """
     if not _NODE_ID.search(node_id):
         return False
@@ -50,21 +50,21 @@ def verify(node_id: str, domain: str, message: bytes, signature: bytes) -> bool:
 
 
 def load_or_create(path: Path) -> Identity:
-    """Read the 32-byte seed at `path` (hex), or make one there with mode 0600."""
+    """Read the 32-byte seed in `path` (hex), or create one with mode 0600.  Raises CliError."""
     if not path.exists():
         _create(path)
     try:
         return Identity(SigningKey(bytes.fromhex(path.read_text().strip())))
     except (ValueError, TypeError) as error:
         raise CliError(
-            f"The identity file {path} is damaged: restore it from a backup, or move it away "
-            "to let the box make a new identity."
+            f"The identity file {path} is damaged: restore it from a backup, or move it away, "
+            "so that the box creates a new identity."
         ) from error
 
 
 def _create(path: Path) -> None:
-    # Written aside and linked into place: a crash leaves no half key, and of two processes that
-    # start at once the first wins and both read the same key.
+    # Written to another file and linked into place: a crash leaves no partial key, and if two
+    # processes start at the same time, both read the key of the first.
     temporary = path.with_name(f"{path.name}.{os.getpid()}.new")
     handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(handle, "w") as file:

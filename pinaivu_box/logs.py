@@ -1,4 +1,4 @@
-"""Log lines: text for people, JSON for machines; never a key, a prompt or a completion."""
+"""Log lines as text or JSON; they never contain a key, a prompt or an answer."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import msgspec
 from pinaivu_box.config import LogConfig
 from pinaivu_box.errors import quoted
 
-_LONGEST_VALUE = 400  # characters
-_LONGEST_MESSAGE = 4000
+_MAX_VALUE_CHARS = 400
+_MAX_MESSAGE_CHARS = 4000
 
 
 class _TextFormatter(logging.Formatter):
@@ -23,7 +23,7 @@ class _TextFormatter(logging.Formatter):
         pairs = "".join(
             f" {name}={_shown(value)}" for name, value in fields.items() if value is not None
         )
-        message = quoted(record.getMessage(), _LONGEST_MESSAGE)
+        message = quoted(record.getMessage(), _MAX_MESSAGE_CHARS)
         line = f"{_time(record)} {record.levelname.lower():7} {message}{pairs}"
         return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
 
@@ -43,12 +43,12 @@ class _JsonFormatter(logging.Formatter):
 
 
 def _shown(value: Any) -> str:
-    """A value that clients may have written: one line that moves no cursor, and in quotation marks
-    what could be taken for another field."""
+    """A value, which may come from a client: in one line without control characters, and quoted if
+    it could be taken for another field."""
     text = str(value)
     if not text.isprintable() or any(mark in text for mark in ' "='):
         text = json.dumps(text, ensure_ascii=False)
-    return quoted(text, _LONGEST_VALUE)
+    return quoted(text, _MAX_VALUE_CHARS)
 
 
 def _fields(record: logging.LogRecord) -> dict[str, Any]:
@@ -62,10 +62,10 @@ def _time(record: logging.LogRecord) -> str:
 
 
 def configure(config: LogConfig) -> None:
-    """Everything to stderr: stdout belongs to the commands' own output."""
+    """Log to stderr; stdout is for the output of commands."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_JsonFormatter() if config.format == "json" else _TextFormatter())
     logging.basicConfig(level=config.level.upper(), handlers=[handler], force=True)
-    # aiosqlite logs each statement and asyncio each slow callback at debug: not ours to tell.
+    # At debug, aiosqlite logs each statement and asyncio each slow callback.
     for noisy in ("aiosqlite", "asyncio"):
         logging.getLogger(noisy).setLevel(logging.WARNING)

@@ -1,4 +1,4 @@
-"""What a key may do, how much of it, and at what price; and what a peer may have."""
+"""The policies of keys and peers: what they may do, their limits, and the prices of keys."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from pinaivu_box.config import (
 
 Scope = Literal["inference", "usage", "receipts", "admin", "local-only"]
 SCOPES: tuple[Scope, ...] = ("inference", "usage", "receipts", "admin")
-LOCAL_ONLY: Scope = "local-only"  # gives no right: it takes one away
+LOCAL_ONLY: Scope = "local-only"  # grants nothing: it restricts the others
 MEMBER_SCOPES: tuple[Scope, ...] = SCOPES[:3]
 
 _Limit = Annotated[int, Meta(ge=1, le=2**53)]
-_LONGEST_PERIOD = 3660 * 86400.0  # seconds
+_MAX_PERIOD_SECONDS = 3660 * 86400.0
 UNPRICED = (
-    "The budget limits nothing, for no model that the key may use has a price: set prices under "
-    "[pricing], or give the key its own (--price)."
+    "The budget has no effect, because no model that the key may use has a price: set prices under "
+    "[pricing], or for the key (--price)."
 )
 _ANY = "any"  # stands for the models without a price of their own
 LONGEST_LIFE = 36500 * 86400.0  # of a key, seconds
 
 
 class Budget(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """At most `amount` (decimal text, in the box's currency) in each `period` ("30d") since the
-    key was made; without a period, ever."""
+    """At most `amount` (decimal text, in the currency of the box) in each `period` ("30d") since
+    the creation of the key; without a period, in total."""
 
     amount: str
     period: str | None = None
@@ -48,7 +48,7 @@ class Budget(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True
         return amount.parse(self.amount)
 
     def window(self, created_at: int, now: int) -> tuple[int, int | None]:
-        """The period that `now` is in: its beginning and its end, Unix milliseconds."""
+        """The beginning and the end of the period that contains `now`, in Unix milliseconds."""
         if self.period is None:
             return created_at, None
         length = round(parse_duration(self.period) * 1000)
@@ -59,16 +59,15 @@ class Budget(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True
 class Policy(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """The settings of a key.
 
-    `models`: globs of model ids, empty for all.  `networks`: CIDR, empty for everywhere.  `rpm` and
-    `tpm`: requests and tokens in any 60 seconds.  `max_parallel` requests run at a time; up to
-    `max_queue` more wait, the next gets a 429.  `weight` is the share of a busy engine beside other
-    keys.  With the scope `local-only` nothing of it leaves this box, and it shares cached prefixes
-    with no other key; otherwise it may go to `peers` (names or node ids; empty for all), and where
-    it goes `routing` says instead of `[peering] policy`; "never" is as good as `local-only`.  With
-    `strict` fields of a request that mean nothing here are refused, instead of passed over and
-    named in the answer; `lenient` changes nothing, and keys of earlier versions have it.
-    `prices` are by glob of a model id: the price of 1,000 tokens, or several; the first that fits
-    counts.
+    `models`: globs of model ids, empty for all.  `networks`: CIDR, empty for all.  `rpm` and `tpm`:
+    maximum requests and tokens in any 60 seconds.  `max_parallel` requests run at the same time; up
+    to `max_queue` more wait, further ones get a 429.  `weight` is the share of a busy engine
+    relative to other keys.  With the scope `local-only` its requests stay on this box, and share
+    cached prefixes with no other key; otherwise they may go to `peers` (names or node ids; empty
+    for all), and `routing` overrides `[peering] policy`; "never" is the same as `local-only`.  With
+    `strict`, fields of a request that are not supported are refused instead of ignored and named in
+    the answer; `lenient`, of earlier versions, has no effect.  `prices`: the price of 1,000 tokens,
+    or several, by glob of model ids; the first match applies.
     """
 
     scopes: tuple[Scope, ...] = MEMBER_SCOPES
@@ -94,7 +93,7 @@ class Policy(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True
         return not self.models or any(fnmatchcase(model_id, glob) for glob in self.models)
 
     def admits(self, address: str) -> bool:
-        """Whether requests may come from that IP address."""
+        """Whether requests from an IP address are allowed."""
         if not self.networks:
             return True
         try:
@@ -106,10 +105,10 @@ class Policy(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True
         return any(ip in ipaddress.ip_network(network) for network in self.networks)
 
     def prices_of(self, model_id: str) -> Prices | None:
-        """This key's own prices of a model, if it has any."""
-        for glob, given in self.prices.items():
+        """The key's own prices of a model, None if it has none."""
+        for glob, prices in self.prices.items():
             if fnmatchcase(model_id, glob):
-                return amount.prices(given)
+                return amount.prices(prices)
         return None
 
 
@@ -147,33 +146,33 @@ class PeerPolicy(PeeringServeConfig, frozen=True):
 
 
 def changed(policy: Policy, changes: dict[str, Any]) -> Policy:
-    """With these settings, as in JSON: null puts one back to its default.
+    """The policy with these settings, as in JSON: null resets one to its default.
 
     Raises msgspec.ValidationError; `check` it then.
     """
     merged = {**msgspec.to_builtins(policy), **changes}
-    made = msgspec.convert({name: v for name, v in merged.items() if v is not None}, Policy)
-    if made.scopes == (LOCAL_ONLY,):  # and otherwise as usual
-        return msgspec.structs.replace(made, scopes=(*MEMBER_SCOPES, LOCAL_ONLY))
-    return made
+    result = msgspec.convert({name: v for name, v in merged.items() if v is not None}, Policy)
+    if result.scopes == (LOCAL_ONLY,):  # which grants nothing by itself
+        return msgspec.structs.replace(result, scopes=(*MEMBER_SCOPES, LOCAL_ONLY))
+    return result
 
 
 def check(policy: Policy) -> None:
-    """What its types do not say.  Raises ValueError in one sentence."""
+    """Check what the types do not.  Raises ValueError with a clause."""
     for network in policy.networks:
         try:
             ipaddress.ip_network(network)
         except ValueError as error:
-            raise ValueError(f"networks: {error}; write it as 192.168.1.0/24") from None
+            raise ValueError(f"networks: {error}; write 192.168.1.0/24, for example") from None
     if "" in policy.models:
-        raise ValueError("models: an empty name fits nothing; write a model id or a glob")
+        raise ValueError("models: an empty name matches nothing; write a model id or a glob")
     if policy.max_queue and policy.max_parallel is None:
-        raise ValueError("max_queue needs max_parallel: without it nothing waits for the key")
+        raise ValueError("max_queue needs max_parallel: without it, requests never wait")
     if policy.budget is not None:
         _check_budget(policy.budget)
-    for glob, given in policy.prices.items():
+    for glob, prices in policy.prices.items():
         try:
-            amount.prices(given)
+            amount.prices(prices)
         except ValueError as error:
             raise ValueError(f'prices."{glob}" is {error}') from None
 
@@ -184,8 +183,8 @@ def _check_budget(budget: Budget) -> None:
         period = 1.0 if budget.period is None else parse_duration(budget.period)
     except ValueError as error:
         raise ValueError(f"budget: {error}") from None
-    if not 1 <= period <= _LONGEST_PERIOD:
-        raise ValueError("budget: a period is from 1s to 3660d, ten years")
+    if not 1 <= period <= _MAX_PERIOD_SECONDS:
+        raise ValueError("budget: a period must be from 1s to 3660d (10 years)")
 
 
 def parse_budget(text: str) -> Budget:
@@ -197,24 +196,23 @@ def parse_budget(text: str) -> Budget:
 
 
 def check_new(budget: Budget) -> None:
-    """As a budget that somebody sets: its period has a unit (those that are stored may have none,
-    and stay as they are).  Raises ValueError."""
+    """Check a new budget: its period needs a unit; old ones may have none.  Raises ValueError."""
     _check_budget(budget)
     if budget.period is not None:
         parse_span(budget.period)
 
 
 def free_of_charge(policy: Policy, pricing: PricingConfig) -> bool:
-    """Whether nothing that such a key may use has a price, so that a budget holds nothing back."""
+    """Whether no model that the key may use has a price, so that a budget has no effect."""
 
-    def costs(given: str | Prices) -> bool:
-        return amount.prices(given).most(1, 1) > 0
+    def costs(price: str | Prices) -> bool:
+        return amount.prices(price).most(1, 1) > 0
 
     if any(map(costs, policy.prices.values())):
         return False
-    prices = {name: given for name, given in pricing.models.items() if policy.serves(name)}
+    prices = {name: price for name, price in pricing.models.items() if policy.serves(name)}
     if not policy.models or any(glob not in pricing.models for glob in policy.models):
         prices[_ANY] = pricing.per_1k_tokens
     return not any(
-        costs(given) and policy.prices_of(name) is None for name, given in prices.items()
+        costs(price) and policy.prices_of(name) is None for name, price in prices.items()
     )

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import json
+import pkgutil
 import sqlite3
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, get_type_hints
 
 import httpx
 import pytest
+from starlette.requests import Request
+from starlette.responses import Response
 
+from pinaivu_box import server
+from pinaivu_box.server.endpoint import Endpoint
+from pinaivu_box.server.endpoints import ENDPOINTS, access_to
+from pinaivu_box.server.inference import InferenceCall
 from tests.support.process_box import Box, pinaivu, pinaivu_json
 
 FAKE = ("--model", "fake:1=fake:0", "--model", "other:1=fake:0")
@@ -68,20 +77,113 @@ def refused(answer: httpx.Response, status: int, code: str) -> str:
 # -- scopes ----------------------------------------------------------------------------------------
 
 
+PARAMETERS = {"model": "fake:1", "account": "acct_none", "key_id": "key_none", "peer": "none"}
+
+
+def address(endpoint: Endpoint) -> str:
+    """Its path with values for the parameters that, but for the model, name nothing."""
+    path: str = endpoint.path_format
+    for name in endpoint.path_parameters:
+        path = path.replace(f"{{{name}}}", PARAMETERS.get(name, "none"))
+    return path
+
+
 @pytest.mark.parametrize("scope", ["inference", "usage", "receipts", "admin", None])
-def test_each_scope_opens_its_paths_and_no_other(box: Box, scope: str | None) -> None:
+def test_each_scope_opens_its_endpoints_and_no_other(box: Box, scope: str | None) -> None:
+    secret = key(box, scopes=[scope] if scope else [])["key"]
+    for endpoint in ENDPOINTS:
+        needed = endpoint.access
+        # An admin may read what is kept of others.
+        opens = needed in (scope, "any key", "public") or (
+            scope == "admin" and needed in ("usage", "receipts")
+        )
+        for method in sorted(endpoint.methods or ()):
+            answer = box.http(method, address(endpoint), key=secret)
+            refusal = answer.status_code in (401, 403)
+            assert refusal != opens, (method, endpoint.path, answer.text)
+            if refusal and method != "HEAD":
+                assert f"'{needed}'" in refused(answer, 403, "permission_denied")
+
+
+def test_without_a_key_only_public_endpoints_answer(box: Box) -> None:
+    for endpoint in ENDPOINTS:
+        for method in sorted(endpoint.methods or ()):
+            answer = box.http(method, address(endpoint), key="")
+            if endpoint.access == "public":
+                assert answer.status_code == 200, (method, endpoint.path, answer.text)
+            else:
+                assert answer.status_code == 401, (method, endpoint.path, answer.text)
+
+
+def test_everything_below_v1_needs_a_key_and_nothing_else_does() -> None:
+    assert {one.path for one in ENDPOINTS if one.access == "public"} == {
+        one.path for one in ENDPOINTS if not one.path.startswith("/v1")
+    }
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "access"),
+    [
+        ("HEAD", "/v1/usage", "usage"),
+        ("PUT", "/v1/usage", "usage"),
+        ("GET", "/v1/usage/more", "usage"),
+        ("GET", "/v1/admin", "admin"),
+        ("GET", "/v1/admin/nothing", "admin"),
+        ("DELETE", "/v1/models/fake:1", "any key"),
+        ("GET", "/v1", "inference"),
+        ("GET", "/v1/nothing", "inference"),
+        ("GET", "/nothing", "public"),
+    ],
+)
+def test_an_unknown_path_needs_the_scope_of_its_resource(
+    method: str, path: str, access: str
+) -> None:
+    assert access_to(method, path) == access
+
+
+def is_handler(function: Callable[..., Any]) -> bool:
+    """Whether it has the parameters of a handler: see `pinaivu_box.server.endpoint`."""
+    types = get_type_hints(function)
+    parameters = list(inspect.signature(function).parameters)
+    return types.get(next(iter(parameters), "")) in (Request, InferenceCall) and all(
+        name in ("query", "body") or types[name] is str for name in parameters[1:]
+    )
+
+
+def test_every_handler_has_an_endpoint() -> None:
+    modules = [
+        importlib.import_module(module.name)
+        for module in pkgutil.iter_modules(server.__path__, f"{server.__name__}.")
+    ]
+    handlers = {
+        function
+        for module in modules
+        for name, function in inspect.getmembers(module, inspect.iscoroutinefunction)
+        if function.__module__ == module.__name__ and name[0] != "_" and is_handler(function)
+    }
+    assert handlers == {endpoint.handler for endpoint in ENDPOINTS}
+
+
+def test_an_endpoint_whose_handler_takes_other_parameters_is_refused() -> None:
+    async def handler(_request: Request, _name: str) -> Response:
+        raise NotImplementedError
+
+    with pytest.raises(TypeError, match="do not fit"):
+        Endpoint("GET", "/v1/things/{thing}", "admin", handler)
+
+
+@pytest.mark.parametrize("scope", ["inference", "usage", "receipts", "admin", None])
+def test_a_scope_serves_what_it_opens(box: Box, scope: str | None) -> None:
     request_id = chat(box, box.key).json()["request_id"]
     secret = key(box, scopes=[scope] if scope else [])["key"]
     for path, body in RUNS.items():
         answer = box.http("POST", path, key=secret, json=body)
         assert answer.status_code == (200 if scope == "inference" else 403), (path, answer.text)
     for path, needed in READS.items():
-        # An admin may read what is kept.
+        # An admin may read what is kept of others.
         opens = needed in ("", scope) or (scope == "admin" and needed in ("usage", "receipts"))
         answer = box.http("GET", path.replace("REQUEST", request_id), key=secret)
         assert answer.status_code == (200 if opens else 403), (path, answer.text)
-        if not opens:
-            assert f"'{needed}'" in refused(answer, 403, "permission_denied")
 
 
 def test_a_key_may_also_come_as_x_api_key(box: Box) -> None:

@@ -15,8 +15,9 @@ import pytest
 
 from pinaivu_box.config import EngineConfig, SharedPrefix
 from pinaivu_box.errors import CliError
-from pinaivu_box.gateway.scopes import ScopeTags, named_texts
+from pinaivu_box.gateway.scopes import ScopeTags
 from pinaivu_box.legs.wire import Task
+from pinaivu_box.settings import read_shared_prefixes
 from tests.support.process_box import Box, pinaivu
 
 MODEL = "fake:1"
@@ -283,7 +284,7 @@ def test_a_box_whose_named_files_cannot_be_read_does_not_start(tmp_path: Path) -
 
 
 def named(*entries: SharedPrefix) -> tuple[str, ...]:
-    return named_texts(EngineConfig(shared_prefixes=entries))
+    return read_shared_prefixes(EngineConfig(shared_prefixes=entries))
 
 
 def test_named_texts_come_from_the_configuration_and_from_files(tmp_path: Path) -> None:

@@ -124,8 +124,8 @@ def test_a_home_in_order(home: Path) -> None:
     found = doctor(home)
     assert failed(found) == []
     assert "as in the newest receipt" in found["identity"]["found"]
-    assert "as remembered" in found["models"]["found"]
-    assert "made a token" in found["engine"]["found"] and MODEL in found["engine"]["found"]
+    assert "as served before" in found["models"]["found"]
+    assert "generated a token" in found["engine"]["found"] and MODEL in found["engine"]["found"]
     assert {path.name for path in home.iterdir()} <= before
 
 
@@ -134,7 +134,7 @@ def test_a_running_box_is_in_order_and_not_disturbed(new_box: MakeBox) -> None:
     ask_fake_model(box)
     found = doctor(box.home, PINAIVU_PORT=box.url.rpartition(":")[2])
     assert failed(found) == []
-    assert box.url in found["port"]["found"] and "ours" in found["port"]["found"]
+    assert box.url in found["port"]["found"] and "in use by this box" in found["port"]["found"]
     assert [engine["model"] for engine in box.engines()] == [FAKE]
     ask_fake_model(box)
 
@@ -336,7 +336,7 @@ def test_model_files(home: Path, model: Path) -> None:
         file.write(bytes([byte[0] ^ 1]))
     os.utime(model, ns=(time, time))
     found = doctor(home)
-    assert failed(found) == ["models"] and "other bytes" in found["models"]["found"]
+    assert failed(found) == ["models"] and "is not what was served" in found["models"]["found"]
     os.utime(model)
     found = doctor(home)
     assert found["models"]["state"] == "warning" and "replaced" in found["models"]["found"]
@@ -396,7 +396,7 @@ DRIVER = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue Mar  5 
     ("there", "state", "words"),
     [
         ((), "ok", "CPU"),
-        (("card",), "warning", "not its driver"),
+        (("card",), "warning", "no driver"),
         (("card", "driver"), "warning", "/dev/nvidia"),
         (("driver", "device"), "warning", "libcuda"),
     ],

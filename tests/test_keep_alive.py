@@ -17,6 +17,7 @@ from pinaivu_box.config import Config, EngineConfig, ModelConfig
 from pinaivu_box.gateway.placement import Placement
 from pinaivu_box.models import catalog, memory
 from pinaivu_box.models.catalog import digest_of
+from pinaivu_box.settings import LiveSettings, Settings
 from tests.support import waiting
 from tests.support.process_box import Box, pinaivu_json, wait_until
 
@@ -232,7 +233,7 @@ async def test_memory_that_an_unloaded_model_still_holds_is_waited_for(
         return digest_of(model)
 
     models = catalog.load(config, Path("/nonexistent"))
-    placement = Placement(config.engine, digest)
+    placement = Placement(LiveSettings(Settings(config)), digest)
     try:
         placement.release(await placement.acquire(models.find("kept:1")))
         left = await placement.acquire(models.find("left:1"))

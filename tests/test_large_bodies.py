@@ -1,4 +1,4 @@
-"""Large bodies: what the child makes of them, the room that they take, and what is said of them."""
+"""Large bodies: how the child decodes them, the memory that they take, and what is ignored."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from pinaivu_box.openai import large_bodies
 from pinaivu_box.openai.anthropic import CountTokensRequest, MessagesRequest
 from pinaivu_box.openai.completions import CompletionRequest, DetokenizeRequest, TokenizeRequest
 from pinaivu_box.openai.embeddings import EmbeddingRequest
-from pinaivu_box.openai.request import MOST_NUMBERS, MOST_VALUES, SMALL, decode
+from pinaivu_box.openai.request import MAX_NUMBERS, MAX_VALUES, SMALL_BODY_BYTES, decode
 from pinaivu_box.openai.responses import ResponseRequest, as_messages
 from pinaivu_box.openai.types import ChatRequest
 from pinaivu_box.receipts.commitment import output_text, prompt_text
-from pinaivu_box.server import bodies, responses, routes
-from pinaivu_box.server.app import ROUTES
-from pinaivu_box.server.bodies import Bodies, Room
+from pinaivu_box.server import bodies, paths, responses
+from pinaivu_box.server.bodies import Bodies, BodyMemory
+from pinaivu_box.server.endpoints import ENDPOINTS
 from pinaivu_box.server.inference import InferenceCall
 from pinaivu_box.store import responses as stored_responses
 
@@ -89,7 +89,7 @@ def test_a_child_makes_the_same_of_it(
     kind: type[msgspec.Struct], body: dict[str, Any], change: dict[str, Any], strict: bool
 ) -> None:
     data = json.dumps({"model": "a", **body, **change}).encode()
-    assert len(data) > SMALL
+    assert len(data) > SMALL_BODY_BYTES
     here = outcome(decode, data, kind, strict=strict)
     assert outcome(elsewhere, data, kind, strict=strict) == here
     assert isinstance(here[0], kind) == (change.get("model") != 3 and "modle" not in change)
@@ -102,9 +102,9 @@ def test_the_number_of_values_is_bounded() -> None:
     def numbers(count: int) -> bytes:
         return msgspec.json.encode({"model": "a", "input": [[7] * count]})
 
-    decode(texts(MOST_VALUES - 3), EmbeddingRequest)  # the body, the model and the list are three
-    decode(numbers(MOST_NUMBERS), EmbeddingRequest)
-    for data in (texts(MOST_VALUES - 2), numbers(MOST_NUMBERS + 1)):
+    decode(texts(MAX_VALUES - 3), EmbeddingRequest)  # the body, the model and the list are three
+    decode(numbers(MAX_NUMBERS), EmbeddingRequest)
+    for data in (texts(MAX_VALUES - 2), numbers(MAX_NUMBERS + 1)):
         with pytest.raises(BodyTooLarge):
             decode(data, EmbeddingRequest)
 
@@ -150,8 +150,8 @@ def test_paths_are_cut_before_they_are_compared(monkeypatch: pytest.MonkeyPatch)
         longest.append(len(path))
         return 0.0
 
-    monkeypatch.setattr(routes, "_alike", alike)
-    routes.nothing_at("/" + "a" * 60_000, ROUTES)
+    monkeypatch.setattr(paths, "_ratio", alike)
+    paths.suggestion("/" + "a" * 60_000, ENDPOINTS)
     assert longest and max(longest) <= 100
 
 
@@ -216,7 +216,7 @@ def test_only_small_bodies_are_decoded_by_the_loop(
     threads: list[int] = []
 
     def decoded(data: bytes, *given: Any, **more: Any) -> Any:
-        assert len(data) <= SMALL
+        assert len(data) <= SMALL_BODY_BYTES
         threads.append(threading.get_ident())
         return decode(data, *given, **more)
 
@@ -226,8 +226,8 @@ def test_only_small_bodies_are_decoded_by_the_loop(
         data = json.dumps({"model": "a", "text": text}).encode()
         request = request_of(data, announced=announced)
         body, _ = await both.receive(request, "acct", TokenizeRequest, 2**20, strict=False)
-        assert ("room" in request.scope["state"]) == (len(data) > SMALL)
-        bodies.leave(request)
+        assert ("release_body" in request.scope["state"]) == (len(data) > SMALL_BODY_BYTES)
+        bodies.release_body(request)
         return body
 
     async def run() -> None:
@@ -246,18 +246,18 @@ def test_only_small_bodies_are_decoded_by_the_loop(
 def test_a_length_beside_chunks_says_nothing_of_the_room() -> None:
     """The server passes both on: a client that says 3 bytes and sends megabytes takes as much room
     as one that says nothing."""
-    request = request_of(b" " * (SMALL + 1), announced=True)
+    request = request_of(b" " * (SMALL_BODY_BYTES + 1), announced=True)
     request.scope["headers"] = [(b"content-length", b"3"), (b"transfer-encoding", b"chunked")]
 
     async def run() -> None:
         both, taken = Bodies(), []
-        take = both._room.take
+        reserve = both._memory.reserve
 
         async def seen(account: str, size: int, most: int) -> Any:
             taken.append(size)
-            return await take(account, size, most)
+            return await reserve(account, size, most)
 
-        both._room.take = seen  # type: ignore[method-assign]
+        both._memory.reserve = seen  # type: ignore[method-assign, assignment]
         try:
             with pytest.raises(InvalidJson):
                 await both.receive(request, "acct", TokenizeRequest, 2**20, strict=False)
@@ -292,7 +292,7 @@ def test_a_long_conversation_is_not_read_before_there_is_room(
         for number in range(6):
             request = request_of(b"{}", announced=True)
             call = InferenceCall.__new__(InferenceCall)
-            call.box, call.bodies, call._request = box, both, request  # type: ignore[assignment]
+            call.box, call.bodies, call.request = box, both, request  # type: ignore[assignment]
             call.key = SimpleNamespace(account_id="acct")  # type: ignore[assignment]
             body = ResponseRequest(model="a", input="x", previous_response_id=str(number))
             requests.append(request)
@@ -300,10 +300,10 @@ def test_a_long_conversation_is_not_read_before_there_is_room(
         await asyncio.gather(*tasks[:4])
         await asyncio.sleep(0)
         assert read == ["0", "1", "2", "3"]
-        bodies.leave(requests[0])
+        bodies.release_body(requests[0])
         await tasks[4]
         assert read == ["0", "1", "2", "3", "4"]
-        bodies.leave(requests[1])
+        bodies.release_body(requests[1])
         await tasks[5]
         both.close()
 
@@ -339,7 +339,7 @@ def test_items_of_a_kind_that_is_none(kind: Any) -> None:
     assert len(caught.value.message) < 250
 
 
-# -- room ------------------------------------------------------------------------------------------
+# -- memory ----------------------------------------------------------------------------------------
 
 
 async def settled() -> None:
@@ -349,12 +349,12 @@ async def settled() -> None:
 
 def test_who_has_too_much_waits_and_nobody_else() -> None:
     async def run() -> None:
-        room = Room()
-        held = [await room.take("a", 10, 10) for _ in range(4)]
-        more = [asyncio.create_task(room.take("a", size, 10)) for size in (10, 1)]
+        memory = BodyMemory()
+        held = [await memory.reserve("a", 10, 10) for _ in range(4)]
+        more = [asyncio.create_task(memory.reserve("a", size, 10)) for size in (10, 1)]
         await settled()
         assert not any(one.done() for one in more)
-        (await room.take("b", 10, 10))()
+        (await memory.reserve("b", 10, 10))()
         held[0]()
         held[0]()  # once is enough
         await settled()
@@ -362,22 +362,22 @@ def test_who_has_too_much_waits_and_nobody_else() -> None:
         more[1].cancel()
         await settled()
         held[1]()
-        (await room.take("a", 10, 10))()
+        (await memory.reserve("a", 10, 10))()
 
     asyncio.run(run())
 
 
 def test_all_together_are_bounded_and_so_is_who_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bodies, "_MOST_WAITING", 3)
+    monkeypatch.setattr(bodies, "_MAX_WAITING_PER_ACCOUNT", 3)
 
     async def run() -> None:
-        room = Room()
-        held = [await room.take(f"{n // 4}", 10, 10) for n in range(16)]
-        waiting = [asyncio.create_task(room.take("new", 10, 10)) for _ in range(3)]
+        memory = BodyMemory()
+        held = [await memory.reserve(f"{n // 4}", 10, 10) for n in range(16)]
+        waiting = [asyncio.create_task(memory.reserve("new", 10, 10)) for _ in range(3)]
         await settled()
         assert not any(one.done() for one in waiting)
         with pytest.raises(RateLimited):
-            await room.take("new", 10, 10)
+            await memory.reserve("new", 10, 10)
         for one in held[:3]:
             one()
         await settled()

@@ -18,6 +18,7 @@ ROOT = Path(__file__).parent.parent
 ROOMS = (
     "errors",
     "text",
+    "value_count",
     "child",
     "sandbox",
     "chat_format",
@@ -30,6 +31,7 @@ ROOMS = (
     "openai",
     "engine.messages",
     "models",
+    "settings",
     "receipts",
     "store",
     "home",
@@ -229,3 +231,21 @@ def test_nothing_imports_from_a_test_file() -> None:
 )
 def test_the_check_sees_an_import_from_a_test_file(source: str) -> None:
     assert imports_a_test(source)
+
+
+def test_a_command_on_the_database_loads_no_server_and_no_client(tmp_path: Path) -> None:
+    """`pinaivu keys ls` and its like start fast: they need neither HTTP nor links."""
+    for command in (("keys", "ls"), ("accounts", "ls"), ("audit",), ("usage",)):
+        done = subprocess.run(
+            [sys.executable, "-X", "importtime", "-m", PACKAGE, *command, "--home", str(tmp_path)],
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd=ROOT,
+        )
+        lines = [line for line in done.stderr.splitlines() if "|" in line]
+        loaded = {line.rpartition("|")[2].strip() for line in lines}
+        assert f"{PACKAGE}.store.database" in loaded
+        heavy = {"starlette", "httpx", "hypercorn", "llama_cpp", "numpy", "iroh", "zeroconf"}
+        assert not {name.split(".")[0] for name in loaded} & heavy, command
+        assert f"{PACKAGE}.box" not in loaded and f"{PACKAGE}.server" not in loaded

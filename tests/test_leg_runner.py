@@ -192,7 +192,7 @@ async def test_a_second_box_is_asked_if_the_first_says_nothing_in_time() -> None
     async with asyncio.timeout(5):
         await first.legs[0].cancelled.wait()
         await first.legs[0].ended.wait()  # it was heard out: what it has computed is owed to it
-    assert network.candidates.of(network.job(), "", 0)[0].sent == 0
+    assert network.candidates.of(network.job(), "")[0].sent == 0
 
 
 async def test_the_first_to_speak_serves_also_if_it_was_asked_first() -> None:

@@ -593,7 +593,7 @@ def test_a_split_model_is_one_model(models: Path) -> None:
 
     checks = [one for one in pinaivu_json("doctor", home=models.parent) if one["name"] == "models"]
     (found,) = [one["found"] for one in checks if one["found"].startswith("split:latest")]
-    assert f"in 3 files, sha256 {digest[:16]}" in found and "as remembered" in found
+    assert f"in 3 files, sha256 {digest[:16]}" in found and "as served before" in found
     times = paths[2].stat()
     with paths[2].open("r+b") as file:
         file.seek(times.st_size // 2)
@@ -601,7 +601,7 @@ def test_a_split_model_is_one_model(models: Path) -> None:
     os.utime(paths[2], ns=(times.st_atime_ns, times.st_mtime_ns))
     checks = json.loads(pinaivu("doctor", "--json", home=models.parent, check=False).stdout)
     (bad,) = [one for one in checks if one["state"] == "failed" and one["name"] == "models"]
-    assert paths[2].name in bad["found"] and "other bytes" in bad["found"]
+    assert paths[2].name in bad["found"] and "is not what was served" in bad["found"]
 
 
 def documented_digest(paths: list[Path]) -> str:

@@ -12,7 +12,7 @@ import openai
 import pytest
 
 from pinaivu_box.errors import by_code
-from pinaivu_box.server.envelope import told
+from pinaivu_box.server.error_responses import adapted
 from tests.support.process_box import Box
 
 FAKE = "fake:1"  # of which every byte is a token
@@ -148,7 +148,7 @@ def test_what_the_context_has_no_room_for_beside_a_prompt_is_cut_off(here: Box) 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/responses", "/v1/messages"])
 def test_a_peer_may_say_it_in_other_words(path: str) -> None:
     said = "The prompt has 300 tokens (n_prompt_tokens) and the context is 256 (n_ctx): shorten it."
-    check(path, CODE, told(by_code(CODE, said), "", path).message)
-    bare = told(by_code(CODE, "It is too long."), "", path).message
+    check(path, CODE, adapted(by_code(CODE, said), "", path).message)
+    bare = adapted(by_code(CODE, "It is too long."), "", path).message
     assert re.search("prompt is too long|This model's maximum context length is", bare)
     assert "It is too long." in bare

@@ -69,7 +69,7 @@ def test_a_setting_of_the_socket_is_named_as_not_changed(box: Box) -> None:
     done = pinaivu_json("reload", home=box.home)
     assert set(done["restart"]) == {"server.host", "server.cors_origins"}
     printed = pinaivu("reload", home=box.home).stdout  # it stays said until it is done
-    assert "server.host holds when the box is started anew" in printed
+    assert "server.host takes effect when the box is restarted" in printed
     assert ask(box).choices
 
 
@@ -79,6 +79,8 @@ def test_a_setting_of_the_socket_is_named_as_not_changed(box: Box) -> None:
         "[pricing\n",
         '[pricing]\nper_1k_tokens = "free"\n',
         '[[model]]\nname = "a:1"\npath = "/none"\n',
+        # All is valid but what is read last.
+        '[engine]\nshared_prefixes = [{ file = "/none" }]\n' + FIRST.replace('"1"', '"9"', 1),
     ],
 )
 def test_a_configuration_that_is_not_valid_changes_nothing(box: Box, wrong: str) -> None:

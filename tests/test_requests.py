@@ -13,7 +13,7 @@ from typing import Any, cast
 import msgspec
 import pytest
 
-from pinaivu_box.config import EngineConfig, PricingConfig
+from pinaivu_box.config import Config, EngineConfig, PricingConfig
 from pinaivu_box.errors import (
     BudgetExceeded,
     InvalidBody,
@@ -27,6 +27,7 @@ from pinaivu_box.gateway.backend import Job
 from pinaivu_box.gateway.metering import Meter
 from pinaivu_box.gateway.request import Failed, Finished, Request, RunningRequests
 from pinaivu_box.policy import Budget, Policy
+from pinaivu_box.settings import LiveSettings, Settings
 from pinaivu_box.store import accounts, keys
 from pinaivu_box.store.audit import Actor
 from pinaivu_box.store.database import Database
@@ -56,12 +57,16 @@ def anyio_backend() -> str:
     return "asyncio"
 
 
+def settings(**sections: Any) -> LiveSettings:
+    return LiveSettings(Settings(Config(**sections)))
+
+
 class Books:
     """A database with a key, and what stands in its file for another reader."""
 
     def __init__(self, database: Database, key: Key, path: Path) -> None:
         self.database, self.key, self.path = database, key, path
-        self.meter = Meter(OWN, database, "credits")
+        self.meter = Meter(OWN, database, settings())
 
     def receipts(self) -> dict[str, dict[str, Any]]:
         """As they are on disk now, by request."""
@@ -327,7 +332,9 @@ class Running:
     def __init__(self, box: ScriptedBox) -> None:
         metrics: Any = SimpleNamespace(observe=lambda account, status: None)
         ledger: Any = Ledger()
-        self.requests = RunningRequests(alone(box), ledger, metrics, places=1)
+        self.requests = RunningRequests(
+            alone(box), ledger, metrics, settings(engine=EngineConfig(max_sequences=1))
+        )
         self.ended: list[tuple[int, int]] = []
 
     def start(self, timeout: float | None = None, **more: Any) -> Request:
@@ -408,9 +415,7 @@ async def test_of_requests_that_come_together_a_budget_takes_what_it_has_room_fo
 
     key = await new_key(books.database, budget=Budget("0.000055"))
     pricing = PricingConfig(per_1k_tokens="0.001")  # each of the requests may cost 0.000015
-    admission = Admission(
-        Any, EngineConfig(), pricing, Reader(), books.database  # type: ignore[arg-type]
-    )  # fmt: skip
+    admission = Admission(settings(pricing=pricing), Reader(), books.database)
     admitting = [admission.admit(key, [job()], lambda model: 0) for _ in range(20)]
     found = await asyncio.gather(*admitting, return_exceptions=True)
     taken = [one for one in found if not isinstance(one, BaseException)]
@@ -434,9 +439,7 @@ async def test_tokens_of_a_minute_are_taken_before_a_request_runs_and_settled_af
             return replace(asked, read=PROMPT), 2048
 
     key = await new_key(books.database, tpm=40)
-    admission = Admission(
-        Any, EngineConfig(), PricingConfig(), Reader(), books.database  # type: ignore[arg-type]
-    )  # fmt: skip
+    admission = Admission(settings(), Reader(), books.database)
     first = await admission.admit(key, [job()], lambda model: 0)  # 15 tokens at most
     await admission.admit(key, [job()], lambda model: 0)
     with pytest.raises(RateLimited):

@@ -22,7 +22,8 @@ from pinaivu_box.config import HOURS, parse_duration
 from pinaivu_box.errors import InvalidBody
 from pinaivu_box.identity import Identity, verify
 from pinaivu_box.membership.tickets import TicketInvalid, decode
-from pinaivu_box.server.app import ROUTES, Route
+from pinaivu_box.server.endpoint import Endpoint
+from pinaivu_box.server.endpoints import ENDPOINTS
 from pinaivu_box.server.openapi import specification
 from pinaivu_box.store.usage_report import parse_day
 from pinaivu_box.text import END, NODE_ID, number, whole
@@ -104,7 +105,7 @@ def test_a_pattern_fits_a_whole_text_only(data: st.DataObject, pattern: str) -> 
 
 def test_the_schema_for_others_says_the_same() -> None:
     """JSON schema's patterns are ECMA-262's: no `\\A`, no `\\Z`, and `$` is not used either."""
-    found = set(texts(specification()))
+    found = set(texts(specification(ENDPOINTS)))
     assert found and found <= set(PATTERNS)
     for pattern in found:
         assert not re.search(r"\\[AZzdw]|(?<!\\)\$", pattern)
@@ -248,8 +249,8 @@ def test_the_sources_are_all_looked_at() -> None:
     assert len(MODULES) > 100 and all(isinstance(path, Path) for path in MODULES.values())
 
 
-@pytest.mark.parametrize("route", ROUTES, ids=lambda route: route.path)
-def test_a_route_is_of_a_whole_path(route: Route) -> None:
+@pytest.mark.parametrize("route", ENDPOINTS, ids=lambda route: route.path)
+def test_a_route_is_of_a_whole_path(route: Endpoint) -> None:
     """A newline at the end makes it another path, or belongs to what the path names."""
     path = re.sub("{[^}]*}", "x", route.path)
     assert route.path_regex.match(path)

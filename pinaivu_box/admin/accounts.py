@@ -14,8 +14,8 @@ from pinaivu_box.store.views import AccountView, account_view
 
 async def ls(database: Database, *, after: str = "", limit: int) -> Page[AccountView]:
     """The accounts by name, from the one after the name `after`."""
-    found = await accounts.ls(database, after=after, limit=limit + 1)
-    return page_of(found, limit, account_view)
+    stored = await accounts.ls(database, after=after, limit=limit + 1)
+    return page_of(stored, limit, account_view)
 
 
 async def get(database: Database, name: str) -> AccountView:

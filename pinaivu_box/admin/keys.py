@@ -19,8 +19,8 @@ async def ls(
 ) -> Page[KeyView]:
     """The newest keys, of an account (by name or id), before the key `after`.  Raises NotFound."""
     account_id = None if account is None else (await accounts.find(database, account)).id
-    found = await keys.ls(database, account_id, after=after, limit=limit + 1)
-    return page_of(found, limit, key_view)
+    stored = await keys.ls(database, account_id, after=after, limit=limit + 1)
+    return page_of(stored, limit, key_view)
 
 
 async def create(database: Database, draft: Draft, by: Actor) -> NewKey:

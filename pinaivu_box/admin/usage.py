@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pinaivu_box.ledger.views import boxes
+from pinaivu_box.membership.peer_names import names_of_boxes
 from pinaivu_box.store.database import Database
 from pinaivu_box.store.usage import By, UsageFilter
 from pinaivu_box.store.usage_report import UsageReport, report, span
@@ -28,5 +28,5 @@ async def usage(
     wanted = UsageFilter(
         account_id=account_id, key_id=key_id, model=model, since=since, until=until
     )
-    names = await boxes(database, node_id) if {"node", "peer"} & set(by) else {}
+    names = await names_of_boxes(database, node_id) if {"node", "peer"} & set(by) else {}
     return await report(database, wanted, by, currency, names)

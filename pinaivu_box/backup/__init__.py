@@ -1,4 +1,4 @@
-"""Backups of a home: one file, made while the box runs, and put back all or nothing.
+"""Backups of a home: one file, made while the box may be running, and restored completely or not.
 
 The file is a tar archive, which `tar tvf` lists, with these members in this order:
 
@@ -10,8 +10,8 @@ The file is a tar archive, which `tar tvf` lists, with these members in this ord
 
 Every header is exactly what `archive` would write for that name and size, and the archive ends
 with two zero blocks and nothing more.  So a reader compares instead of interpreting: no path,
-link, mode or extension of a hostile archive is ever looked at, and every byte of the file counts.
-Model files are not in it.
+link, mode or extension of a hostile archive has an effect, and every byte of the file is checked.
+Model files are not included.
 
 Encrypted (`sealed`), that archive is cut into chunks of 64 KiB:
 
@@ -22,6 +22,6 @@ Encrypted (`sealed`), that archive is cut into chunks of 64 KiB:
     24         header of libsodium's secretstream (XChaCha20-Poly1305)
     then       chunks, each 17 bytes longer than its text; the last has the tag FINAL
 
-The first 49 bytes are authenticated with every chunk.  Chunks cannot be changed, dropped, doubled
-or exchanged, and a file that was cut off lacks the FINAL one.
+The first 49 bytes are authenticated with every chunk.  Chunks cannot be changed, removed, repeated
+or reordered without detection, and a truncated file lacks the FINAL one.
 """

@@ -18,7 +18,7 @@ IDENTITY, CONFIG, DATABASE = "identity.key", "config.toml", "pinaivu.db"
 _MANIFEST, _DIGEST = "manifest.json", "manifest.sha256"
 _BLOCK = 512
 _PIECE = 1 << 20
-_LONGEST_MANIFEST = 65536
+_MAX_MANIFEST_BYTES = 65536
 _END = bytes(2 * _BLOCK)
 
 OpenFile = BufferedReader | BytesIO
@@ -44,7 +44,7 @@ class Manifest(Struct, frozen=True):
 
 
 def part_of(name: str, file: OpenFile) -> ArchivePart:
-    """The entry of an open file, which is then at its beginning again."""
+    """The entry of an open file, whose position is then at the beginning."""
     digest = hashlib.file_digest(file, "sha256").hexdigest()
     size = file.seek(0, 2)
     file.seek(0)
@@ -52,7 +52,7 @@ def part_of(name: str, file: OpenFile) -> ArchivePart:
 
 
 def write(sink: Sink, manifest: Manifest, files: dict[str, OpenFile]) -> None:
-    """The whole archive; `files` has an open one for each part."""
+    """Write the archive; `files` are the open files of its parts."""
     text = msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n"
     for name, content in ((_MANIFEST, text), (_DIGEST, _digest_line(text))):
         sink.write(_header(name, len(content)) + content + _padding(len(content)))
@@ -65,14 +65,14 @@ def write(sink: Sink, manifest: Manifest, files: dict[str, OpenFile]) -> None:
 
 
 def read_manifest(source: ByteSource) -> Manifest:
-    """The beginning of an archive.  Raises BadBackup, OSError."""
+    """Read the beginning of an archive.  Raises BadBackup, OSError."""
     block = source.read(_BLOCK)
     try:
         size = tarfile.TarInfo.frombuf(block, "utf-8", "strict").size
     except (tarfile.HeaderError, ValueError):
-        raise BadBackup("it is not a backup that 'pinaivu backup' made") from None
-    if not 0 < size <= _LONGEST_MANIFEST or block != _header(_MANIFEST, size):
-        raise BadBackup("it is not a backup that 'pinaivu backup' made")
+        raise BadBackup("it was not created by 'pinaivu backup'") from None
+    if not 0 < size <= _MAX_MANIFEST_BYTES or block != _header(_MANIFEST, size):
+        raise BadBackup("it was not created by 'pinaivu backup'")
     text = _exactly(source, size)
     _expect(source, _padding(size))
     line = _digest_line(text)
@@ -82,17 +82,17 @@ def read_manifest(source: ByteSource) -> Manifest:
     except (msgspec.DecodeError, ValueError) as error:
         raise BadBackup(f"its manifest cannot be read ({error})") from error
     if manifest.format > FORMAT:
-        raise BadBackup("it was made by a newer Pinaivu Box: update the program")
+        raise BadBackup("it was created by a newer Pinaivu Box: update the program")
     names = [part.name for part in manifest.parts]
     if names not in ([IDENTITY, DATABASE], [IDENTITY, CONFIG, DATABASE]):
-        raise BadBackup(f"it holds {', '.join(names) or 'nothing'}, which is not a home")
+        raise BadBackup(f"it contains {', '.join(names) or 'nothing'}, which is not a home")
     return manifest
 
 
 def read_parts(
     source: ByteSource, manifest: Manifest, open_part: Callable[[str], BinaryIO]
 ) -> None:
-    """Check all that follows the manifest, and write each part to what `open_part` opens.
+    """Check what follows the manifest, and write each part to the file that `open_part` opens.
 
     Raises BadBackup, OSError.
     """
@@ -107,11 +107,11 @@ def read_parts(
                 out.write(piece)
                 left -= len(piece)
         if digest.hexdigest() != part.sha256:
-            raise BadBackup(f"its {part.name} is damaged: the SHA-256 is not the manifest's")
+            raise BadBackup(f"its {part.name} is damaged: its SHA-256 differs from the manifest")
         _expect(source, _padding(part.size))
     _expect(source, _END)
     if source.read(1):
-        raise BadBackup("something was put after its end")
+        raise BadBackup("there is data after its end")
 
 
 def _header(name: str, size: int) -> bytes:
@@ -131,7 +131,7 @@ def _digest_line(text: bytes) -> bytes:
 def _exactly(source: ByteSource, size: int) -> bytes:
     data = source.read(size)
     if len(data) < size:
-        raise BadBackup("it is cut off")
+        raise BadBackup("it is truncated")
     return data
 
 

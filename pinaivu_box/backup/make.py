@@ -1,4 +1,4 @@
-"""Makes a backup: a snapshot inside the home, the archive beside its target, then one rename."""
+"""Makes a backup: a snapshot in the home, an archive next to the target, then one rename."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ WORKSPACE = "backup.new"
 def make(home: Path, file: Path, passphrase: str | None, *, force: bool) -> Manifest:
     """Write the backup and check it by reading it again.  Raises CliError, DatabaseUnusable.
 
-    The snapshot is made in the home, where the same is in the clear anyway: beside an encrypted
-    backup nothing readable ever lies.
+    The snapshot is made in the home, which holds the same data unencrypted: nothing readable is
+    written next to an encrypted backup.
     """
     _refuse(home, file, force)
     try:
@@ -41,9 +41,7 @@ def make(home: Path, file: Path, passphrase: str | None, *, force: bool) -> Mani
     except sqlite3.Error as error:
         raise CliError(f"The database of {home} cannot be copied: {error}.") from error
     except BadBackup as error:
-        raise CliError(
-            f"{file} was not written as it should be ({error}): try another disk."
-        ) from error
+        raise CliError(f"{file} was not written correctly ({error}): try another disk.") from error
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         raise CliError(f"The backup cannot be written: {error.strerror}{where}.") from error
@@ -55,8 +53,8 @@ def _refuse(home: Path, file: Path, force: bool) -> None:
         raise CliError(f"There is no box in {home}: choose another --home.")
     if not (home / IDENTITY).exists():
         raise CliError(
-            f"There is no {IDENTITY} in {home}, and without it a backup is of no use: put the old "
-            "one back, or let 'pinaivu serve' make one."
+            f"There is no {IDENTITY} in {home}, without which a backup is useless: copy the old "
+            "one back, or let 'pinaivu serve' create one."
         )
     if file.exists() and not file.is_file():
         raise CliError(f"{file} is no ordinary file: name another to write.")
@@ -68,7 +66,7 @@ def _refuse(home: Path, file: Path, force: bool) -> None:
 
 @contextlib.contextmanager
 def _workspace(home: Path) -> Iterator[Path]:
-    """A folder of our own in the home; what a killed backup left in it is removed first."""
+    """A folder in the home, for one backup at a time; what an interrupted one left is removed."""
     folder = home / WORKSPACE
     folder.mkdir(mode=0o700, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW)
@@ -79,7 +77,7 @@ def _workspace(home: Path) -> Iterator[Path]:
         yield folder
         shutil.rmtree(folder)
     except BlockingIOError as error:
-        raise CliError(f"Another backup of {home} is being made: wait for it.") from error
+        raise CliError(f"Another backup of {home} is running: wait for it.") from error
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -107,7 +105,7 @@ def _collect(home: Path, copy: Path) -> tuple[Manifest, dict[str, OpenFile]]:
 
 @contextlib.contextmanager
 def _written_beside(file: Path) -> Iterator[BinaryIO]:
-    """A file (0600) that takes `file`'s name when it is complete and on disk."""
+    """A file (0600) next to `file`, renamed to it when it is complete and on disk."""
     handle, name = tempfile.mkstemp(".part", f"{file.name}.", file.parent)
     try:
         with os.fdopen(handle, "w+b") as out:
@@ -122,7 +120,7 @@ def _written_beside(file: Path) -> Iterator[BinaryIO]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Put the names in a folder on disk."""
+    """Flush the entries of a folder to disk."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -142,12 +140,12 @@ def _write(
 
 
 def _read_again(out: BinaryIO, manifest: Manifest, passphrase: str | None) -> None:
-    """The database's checks were on the copy; that the file holds this copy, the digests say."""
+    """Check that the file has the snapshot, which was checked before.  Raises BadBackup."""
     out.flush()
     out.seek(0)
     source = out if passphrase is None else Unsealer(out, passphrase)
     if archive.read_manifest(source) != manifest:
-        raise BadBackup("it reads otherwise than it was written")
+        raise BadBackup("it reads differently than it was written")
     archive.read_parts(source, manifest, _nowhere)
 
 

@@ -1,12 +1,12 @@
-"""Puts a backup back: everything is checked in a folder of the home, then one rename decides.
+"""Restores a backup: everything is checked in a folder of the home, then one rename commits it.
 
-    restore.new/       the backup's files while they are written and checked; of no meaning
-    restore.ready/     the same folder, renamed: from here on the home is the new one
-        pinaivu.db, identity.key, ...   not yet in their place
-        old/                            what they replace
+    restore.new/       the files of the backup while they are written and checked; has no effect
+    restore.ready/     the same folder, renamed: the restore is committed
+        pinaivu.db, identity.key, ...   not moved into the home yet
+        old/                            the files that they replace
 
-Whatever ends a restore after that rename, `complete` goes on where it stopped, and every command
-calls it before it looks at a home.  Only a command that had looked already is not kept off.
+If a restore is interrupted after that rename, `complete` continues it.  Every command calls it
+before it reads a home; a command that runs already is not stopped.
 """
 
 from __future__ import annotations
@@ -30,25 +30,26 @@ from pinaivu_box.errors import CliError, DatabaseUnusable, SchemaUnsupported
 from pinaivu_box.home import lock, prepare_home
 from pinaivu_box.store import integrity
 from pinaivu_box.store.schema import CURRENT
+from pinaivu_box.text import megabytes
 
 STAGING, READY = "restore.new", "restore.ready"
 _OLD = "old"
-# What goes with a file that is replaced: a WAL must never meet another database.
+# Files that are replaced together: a WAL must never be used with another database.
 _COMPANIONS = {DATABASE: (f"{DATABASE}-wal", f"{DATABASE}-shm")}
 _SPARE_BYTES = 16 * 1024 * 1024
 
 
 class Restored(Struct, frozen=True):
-    """`aside` is the folder that holds what was replaced, None if there was nothing."""
+    """`aside` is the folder with the files that were replaced, None if there were none."""
 
     manifest: Manifest
     aside: Path | None
 
 
 def restore(file: Path, home: Path, passphrase: Callable[[], str], *, force: bool) -> Restored:
-    """Check the backup whole, then make the home what it holds.  Raises CliError.
+    """Check the whole backup, then replace the home by it.  Raises CliError.
 
-    `passphrase` is asked only if the file is encrypted.
+    `passphrase` is called only if the file is encrypted.
     """
     try:
         with file.open("rb") as opened:
@@ -67,7 +68,7 @@ def restore(file: Path, home: Path, passphrase: Callable[[], str], *, force: boo
 
 
 def complete(home: Path) -> Path | None:
-    """Finish a restore that was cut off after it was decided; where the old files are.
+    """Finish a restore that was interrupted after its commit; returns where the old files are.
 
     Raises CliError.
     """
@@ -82,7 +83,7 @@ def _lock(home: Path) -> IO[str]:
     try:
         return lock(home)
     except CliError:
-        raise CliError(f"A restore into {home} is under way: try again when it is done.") from None
+        raise CliError(f"A restore into {home} is running: try again when it is done.") from None
 
 
 def _source(file: BinaryIO, passphrase: Callable[[], str]) -> ByteSource:
@@ -102,19 +103,19 @@ def _refuse_occupied(home: Path, force: bool) -> None:
     there = [name for name in (DATABASE, IDENTITY, CONFIG) if (home / name).exists()]
     if there and not force:
         raise CliError(
-            f"There is a box in {home} already ({', '.join(there)}): choose another --home, or "
-            "pass --force to move its files aside."
+            f"There is already a box in {home} ({', '.join(there)}): choose another --home, or use "
+            "--force to move its files aside."
         )
 
 
 def _stage(source: ByteSource, manifest: Manifest, home: Path) -> None:
-    """Write the parts into the staging folder and check them there."""
+    """Write the parts into the staging folder, and check them there."""
     folder = home / STAGING
     shutil.rmtree(folder, ignore_errors=True)
     need = sum(part.size for part in manifest.parts) + _SPARE_BYTES
     free = shutil.disk_usage(home).free
     if need > free:
-        raise BadBackup(f"{home} would need {need / 1e6:,.0f} MB and has {free / 1e6:,.0f} MB")
+        raise BadBackup(f"{home} needs {megabytes(need)} and has {megabytes(free)}")
     folder.mkdir(mode=0o700)
     try:
         archive.read_parts(source, manifest, lambda name: _new_file(folder / name))
@@ -145,11 +146,11 @@ def _sync_file(path: Path) -> None:
 
 def _check_identity(path: Path, manifest: Manifest) -> None:
     try:
-        found = identity.load_or_create(path).node_id
+        node_id = identity.load_or_create(path).node_id
     except CliError:
         raise BadBackup("its identity.key is damaged") from None
-    if found != manifest.node_id:
-        raise BadBackup("its identity.key is not that of the node in its manifest")
+    if node_id != manifest.node_id:
+        raise BadBackup("its identity.key does not belong to the node in its manifest")
 
 
 def _put_in_place(home: Path) -> Path | None:
@@ -159,7 +160,7 @@ def _put_in_place(home: Path) -> Path | None:
 
 
 def _finish(home: Path) -> Path | None:
-    """Each step may be the last, and may have been done before."""
+    """Move the files into place; each step may be interrupted, and may have been done before."""
     ready = home / READY
     if not ready.exists():
         return None
@@ -168,7 +169,7 @@ def _finish(home: Path) -> Path | None:
     for name in (DATABASE, IDENTITY, CONFIG):
         if not (ready / name).exists():
             continue  # in place already, or not in this backup
-        # The new one is not in place yet: whatever has its name is old.
+        # The new file is not in place yet, so the one with its name is the old one.
         for replaced in (*_COMPANIONS.get(name, ()), name):
             if (home / replaced).exists():
                 (home / replaced).rename(old / replaced)

@@ -17,12 +17,12 @@ _TAG_BYTES = sodium.crypto_secretstream_xchacha20poly1305_ABYTES
 _HEADER_BYTES = sodium.crypto_secretstream_xchacha20poly1305_HEADERBYTES
 _FINAL = sodium.crypto_secretstream_xchacha20poly1305_TAG_FINAL
 _MESSAGE = sodium.crypto_secretstream_xchacha20poly1305_TAG_MESSAGE
-# What a file may ask of us before we know that it is one of ours.
-_MOST_OPERATIONS, _MOST_MEMORY = 16, 1 << 30
+# What a file may cost before it is known to be a backup.
+_MAX_OPERATIONS, _MAX_MEMORY_BYTES = 16, 1 << 30
 
 
 class BadBackup(ValueError):
-    """The file is no backup that can be trusted; the message says what is wrong."""
+    """The file is not a valid backup; the message is a clause that says why."""
 
 
 class Sink(Protocol):
@@ -31,7 +31,7 @@ class Sink(Protocol):
 
 class ByteSource(Protocol):
     def read(self, size: int, /) -> bytes:
-        """That many bytes, or fewer at the end.  Raises BadBackup, OSError."""
+        """Read that many bytes, or fewer at the end.  Raises BadBackup, OSError."""
         ...
 
 
@@ -69,16 +69,16 @@ class Sealer:
 
 
 class Unsealer:
-    """Reads what a Sealer wrote; nothing is given out that was not authenticated."""
+    """Decrypts what a Sealer wrote; returns authenticated data only."""
 
     def __init__(self, file: BinaryIO, passphrase: str) -> None:
         preamble = file.read(len(MAGIC) + argon2id.SALTBYTES + _LIMITS.size)
         header = file.read(_HEADER_BYTES)
         if not preamble.startswith(MAGIC) or len(header) < _HEADER_BYTES:
-            raise BadBackup("it is cut off in its first bytes")
+            raise BadBackup("it is truncated")
         operations, memory = _LIMITS.unpack(preamble[-_LIMITS.size :])
-        if operations > _MOST_OPERATIONS or memory > _MOST_MEMORY:
-            raise BadBackup("its key would take more work than any of ours")
+        if operations > _MAX_OPERATIONS or memory > _MAX_MEMORY_BYTES:
+            raise BadBackup("the cost of its key exceeds the maximum")
         salt = preamble[len(MAGIC) : -_LIMITS.size]
         self._file = file
         self._preamble = preamble
@@ -100,21 +100,21 @@ class Unsealer:
     def _pull(self) -> bytes:
         sealed = self._file.read(_CHUNK + _TAG_BYTES)
         if len(sealed) < _TAG_BYTES:
-            raise BadBackup("it is cut off")
+            raise BadBackup("it is truncated")
         try:
             text, tag = sodium.crypto_secretstream_xchacha20poly1305_pull(
                 self._state, sealed, self._preamble
             )
         except CryptoError:
             raise BadBackup(
-                "it was changed or cut off"
+                "it was modified or truncated"
                 if self._chunks
-                else "the passphrase is wrong, or its beginning was changed"
+                else "the passphrase is wrong, or its beginning was modified"
             ) from None
         self._chunks += 1
         self._ended = tag == _FINAL
         if self._ended and self._file.read(1):
-            raise BadBackup("something was put after its end")
+            raise BadBackup("there is data after its end")
         return text
 
 
@@ -122,5 +122,5 @@ def _key(passphrase: str, salt: bytes, operations: int, memory: int) -> bytes:
     size = sodium.crypto_secretstream_xchacha20poly1305_KEYBYTES
     try:
         return argon2id.kdf(size, passphrase.encode(), salt, operations, memory)
-    except (CryptoError, ValueError) as error:  # limits below the least, or no memory
+    except (CryptoError, ValueError) as error:  # limits below the minimum, or no memory
         raise BadBackup(f"its key cannot be computed ({error})") from error

@@ -1,15 +1,15 @@
-"""One streamed request: what happened when.
+"""One streamed request, and the times of what happened.
 
-A bare asyncio protocol, because the client must not be what is measured.  httpx takes about 100 us
-a chunk, so one core of it ends at 10,000 chunks a second, and 64 streams of 250 tokens a second are
-16,000; this takes about 25 us (a plain asyncio.Protocol twice that: asyncio allocates 256 KB for
-it at every read).  Times are taken when bytes arrive, before anything is parsed.
+A bare asyncio protocol, so that the client is not what is measured.  httpx takes about 100 us per
+chunk, so that a core reaches 10,000 chunks per second, while 64 streams of 250 tokens per second
+are 16,000.  This takes about 25 us (a plain asyncio.Protocol twice that, because asyncio allocates
+256 KB for it at every read).  Times are taken when bytes arrive, before they are parsed.
 
-What arrives in one read is one arrival, however many tokens it holds.  So a server (or a network)
-that bundles tokens shows longer gaps, not gaps of zero between the tokens of a bundle; how many
-tokens an arrival holds on average is reported beside the gaps.
+What arrives in one read is one arrival, however many tokens it has.  So a server or a network
+that bundles tokens shows longer gaps, not gaps of zero between the tokens of a bundle; the mean
+number of tokens per arrival is reported next to the gaps.
 
-Every request has a connection of its own, and its clock starts before that is opened.
+Every request has its own connection, and its time starts before that is opened.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from pinaivu_box.bench.wire import EventParser, ResponseParser, WireError
 if TYPE_CHECKING:
     from pinaivu_box.bench.target import Target
 
-_MAX_ERROR_BODY = 64 * 1024
-# One for all connections: what is read into it is taken out before the next read.
+_MAX_ERROR_BODY_BYTES = 64 * 1024
+# Shared by all connections: its content is copied before the next read.
 _BUFFER = memoryview(bytearray(64 * 1024))
 
 
@@ -63,9 +63,9 @@ _decode = msgspec.json.Decoder(Event).decode
 
 
 class RequestOutcome(msgspec.Struct):
-    """One request.  Times are seconds of the monotonic clock, 0 if it never came to that.
+    """One request.  Times are seconds of the monotonic clock, 0 for what did not happen.
 
-    `arrivals` are the times at which text came, `deltas` how many pieces of text each brought.
+    `arrivals` are the times at which text arrived, `deltas` the pieces of text in each arrival.
     `error` is the kind of the failure, "" if there was none; `detail` is a sentence.
     """
 
@@ -83,12 +83,12 @@ class RequestOutcome(msgspec.Struct):
 
     @property
     def tokens(self) -> int:
-        """Completion tokens as the server counts them, else the pieces that came."""
+        """The completion tokens that the server reports, or else the number of pieces of text."""
         return sum(self.deltas) if self.usage_tokens is None else self.usage_tokens
 
 
 class StreamProtocol(asyncio.BufferedProtocol):
-    """Writes `message`, fills `outcome`; `finished` is done at the end, whatever the end is."""
+    """Sends `message` and fills in `outcome`; `finished` is set at the end, successful or not."""
 
     def __init__(
         self, message: bytes, outcome: RequestOutcome, finished: asyncio.Future[None]
@@ -99,7 +99,7 @@ class StreamProtocol(asyncio.BufferedProtocol):
         self._response = ResponseParser()
         self._events = EventParser()
         self._transport: asyncio.Transport
-        self._plain: bytes | None = None  # the body, where it is no event stream
+        self._plain: bytes | None = None  # the body, if it is not an event stream
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
@@ -118,7 +118,7 @@ class StreamProtocol(asyncio.BufferedProtocol):
             if not before and self._response.status:
                 self._begin()
             if self._plain is not None:
-                self._plain = (self._plain + body)[:_MAX_ERROR_BODY]
+                self._plain = (self._plain + body)[:_MAX_ERROR_BODY_BYTES]
             elif body:
                 self._take(self._events.feed(body), now)
         except (WireError, msgspec.DecodeError) as error:
@@ -127,7 +127,7 @@ class StreamProtocol(asyncio.BufferedProtocol):
             self._complete()
 
     def _begin(self) -> None:
-        """The head has come."""
+        """The head has arrived."""
         kind = self._response.headers.get("content-type", "")
         if self._response.status != 200 or not kind.startswith("text/event-stream"):
             self._plain = b""
@@ -162,7 +162,7 @@ class StreamProtocol(asyncio.BufferedProtocol):
             self._outcome.cached_tokens = usage.prompt_tokens_details.cached_tokens or 0
 
     def _complete(self) -> None:
-        """The whole answer has come; a stream that said [DONE] has ended before."""
+        """The whole answer has arrived; a stream with [DONE] has ended before."""
         status = self._response.status
         if self._plain is None:
             self._end("" if self._outcome.finish_reason else "unfinished stream")
@@ -177,7 +177,7 @@ class StreamProtocol(asyncio.BufferedProtocol):
         self._end("disconnected", "the server closed the connection before the end")
 
     def _end(self, error: str = "", detail: str = "") -> None:
-        """Only the first call counts."""
+        """End the request; only the first call has an effect."""
         if not self._finished.done():
             self._outcome.error, self._outcome.detail = error, detail
             self._outcome.ended = self._outcome.ended or time.monotonic()
@@ -186,9 +186,9 @@ class StreamProtocol(asyncio.BufferedProtocol):
 
 
 async def stream(target: Target, message: bytes, outcome: RequestOutcome, timeout: float) -> None:
-    """Send and wait for the end; failures are in the outcome.  `timeout` in seconds.
+    """Send a request and wait for its end; failures are in the outcome.  `timeout` in seconds.
 
-    The outcome's `started` is kept if it is set: the moment at which the request was due.
+    If `started` of the outcome is set, it is kept: the time at which the request was due.
     """
     loop = asyncio.get_running_loop()
     finished: asyncio.Future[None] = loop.create_future()
@@ -217,8 +217,8 @@ async def stream(target: Target, message: bytes, outcome: RequestOutcome, timeou
 
 def _error_text(body: bytes) -> str:
     try:
-        found = msgspec.json.decode(body)
-        return _sentence(found.get("error", found))
+        decoded = msgspec.json.decode(body)
+        return _sentence(decoded.get("error", decoded))
     except (msgspec.DecodeError, AttributeError, UnicodeDecodeError):
         return body.decode(errors="replace").strip()[:200] or "no body"
 

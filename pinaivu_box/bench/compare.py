@@ -1,4 +1,4 @@
-"""One server measured alone, or two run by run in turn, and their ratios."""
+"""Runs against one server, or alternately against two, and their ratios."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pinaivu_box.bench.target import Target
 
 
 class BenchRun(msgspec.Struct):
-    """One run against target number `target`; `ttfts` and `gaps` are all its values in seconds."""
+    """A run against the target with number `target`; `ttfts` and `gaps` are in seconds."""
 
     target: int
     pair: int
@@ -30,20 +30,20 @@ class BenchRun(msgspec.Struct):
 
 
 class ComparisonProgress:
-    """Is told how the runs go on; this one keeps it to itself."""
+    """The progress of the runs; this implementation ignores it."""
 
     def begins(self, pair: int, target: int) -> None:
-        """A run begins, with the requests that are not measured."""
+        """A run begins, with its warm-up."""
 
     def ended(self) -> None:
-        """A request of it has ended."""
+        """A request of the run has ended."""
 
     def done(self, run: BenchRun) -> None:
-        """It is complete."""
+        """The run is complete."""
 
 
 class Ratio(msgspec.Struct, frozen=True):
-    """A figure of the first server divided by that of the second, pair by pair."""
+    """The ratios of a figure, first server / second server, of all pairs."""
 
     median: float
     min: float
@@ -52,7 +52,7 @@ class Ratio(msgspec.Struct, frozen=True):
 
 
 def turns(targets: int, pairs: int) -> Iterator[tuple[int, int]]:
-    """(pair, target) in the order in which they run: A B, B A, A B, …"""
+    """(pair, target) in the order of the runs: A B, B A, A B, …"""
     for pair in range(pairs):
         order = range(targets) if pair % 2 == 0 else reversed(range(targets))
         yield from ((pair, target) for target in order)
@@ -64,20 +64,20 @@ async def run_all(
     pairs: int,
     progress: ComparisonProgress | None = None,
 ) -> list[BenchRun]:
-    """Both runs of a pair send the same requests, every pair others (nothing is in a cache)."""
+    """Run all pairs; the runs of a pair send the same requests, other pairs send others."""
     progress = progress or ComparisonProgress()
     runs = []
     for pair, target in turns(len(targets), pairs):
         plan_now = plan.seeded(f"{plan.workload.seed}/{pair}")
         progress.begins(pair, target)
         measured = await measure(targets[target], plan_now, progress.ended)
-        good = succeeded(measured)
+        completed = succeeded(measured)
         run = BenchRun(
             target=target,
             pair=pair,
             summary=summarise(measured, plan_now),
-            ttfts=[ttft(one) for one in good if one.arrivals],
-            gaps=[gap for one in good for gap in gaps(one)],
+            ttfts=[ttft(outcome) for outcome in completed if outcome.arrivals],
+            gaps=[gap for outcome in completed for gap in gaps(outcome)],
         )
         runs.append(run)
         progress.done(run)
@@ -85,24 +85,24 @@ async def run_all(
 
 
 def figures(summary: Summary) -> dict[str, float]:
-    """Everything that was measured, flat: `ttft_ms.p50`, `tenants.light.tokens`, …"""
-    found: dict[str, float] = {}
+    """All figures of a run by dotted names: `ttft_ms.p50`, `tenants.light.tokens`, …"""
+    values: dict[str, float] = {}
     for name in ("tokens_per_s", "requests_per_s"):
-        found[name] = getattr(summary, name)
+        values[name] = getattr(summary, name)
     for name in ("ttft_ms", "gap_ms", "per_token_ms", "latency_ms"):
-        found |= _flat(name, getattr(summary, name))
+        values |= _flat(name, getattr(summary, name))
     if summary.intruder:
         if summary.intruder.ttft_ms is not None:
-            found["intruder.ttft_ms"] = summary.intruder.ttft_ms
-        found |= _flat("intruder.gap_ms", summary.intruder.gap_ms)
+            values["intruder.ttft_ms"] = summary.intruder.ttft_ms
+        values |= _flat("intruder.gap_ms", summary.intruder.gap_ms)
     for tenant in summary.tenants:
-        found[f"tenants.{tenant.name}.tokens_per_client"] = tenant.tokens_per_client
-        found |= _flat(f"tenants.{tenant.name}.ttft_ms", tenant.ttft_ms)
+        values[f"tenants.{tenant.name}.tokens_per_client"] = tenant.tokens_per_client
+        values |= _flat(f"tenants.{tenant.name}.ttft_ms", tenant.ttft_ms)
     for name in ("jain_per_client", "jain_per_tenant", "tokens_per_arrival"):
         if (value := getattr(summary, name)) is not None:
-            found[name] = value
-    found["client_load"] = summary.client_load
-    return found
+            values[name] = value
+    values["client_load"] = summary.client_load
+    return values
 
 
 def _flat(name: str, quantiles: Quantiles | None) -> dict[str, float]:
@@ -112,25 +112,25 @@ def _flat(name: str, quantiles: Quantiles | None) -> dict[str, float]:
 
 
 def medians(runs: list[BenchRun], target: int) -> dict[str, float]:
-    """The median over a server's runs of every figure."""
-    found: dict[str, list[float]] = {}
+    """The median of every figure over the runs of a server."""
+    values_by_name: dict[str, list[float]] = {}
     for run in runs:
         if run.target == target:
             for name, value in figures(run.summary).items():
-                found.setdefault(name, []).append(value)
-    return {name: median(values) for name, values in found.items()}
+                values_by_name.setdefault(name, []).append(value)
+    return {name: median(values) for name, values in values_by_name.items()}
 
 
 def ratios(runs: list[BenchRun]) -> dict[str, Ratio]:
-    """First server / second server; only of figures that both have and that are not 0."""
+    """First server / second server, for the figures that both have and that are not 0."""
     by_turn = {(run.pair, run.target): figures(run.summary) for run in runs}
-    found: dict[str, list[float]] = {}
+    values_by_name: dict[str, list[float]] = {}
     for pair in sorted({run.pair for run in runs}):
         first, second = by_turn.get((pair, 0), {}), by_turn.get((pair, 1), {})
         for name, value in first.items():
             if second.get(name):
-                found.setdefault(name, []).append(value / second[name])
+                values_by_name.setdefault(name, []).append(value / second[name])
     return {
         name: Ratio(median(values), min(values), max(values), values)
-        for name, values in found.items()
+        for name, values in values_by_name.items()
     }

@@ -13,14 +13,14 @@ from pinaivu_box.bench.target import Target
 WIDTH, HEIGHT = 1000, 440
 _TOP, _PLOT_HEIGHT, _PLOT_WIDTH = 80, 280, 400
 _LEFTS = (70, 560)
-_POINTS = 400  # of a curve: more cannot be seen
-_COLOURS = ("#0072b2", "#d55e00")  # told apart with any colour vision
+_MAX_POINTS = 400  # of a curve
+_COLOURS = ("#0072b2", "#d55e00")  # distinguishable with any colour vision
 _DASHES = ("", "7 4")
-_TAIL = 0.999  # the axis ends here: one straggler must not squeeze the rest
+_TAIL = 0.999  # the axis ends at this percentile, so that an outlier does not compress it
 
 
 def svg(targets: list[Target], runs: list[BenchRun]) -> str:
-    """Two panels; each server's runs together make one curve."""
+    """An SVG of two panels, with one curve for all runs of a server."""
     panels = (("Time to first token", "ttfts"), ("Gap between tokens", "gaps"))
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}"'
@@ -50,7 +50,7 @@ def _legend(targets: list[Target]) -> list[str]:
 
 
 def _panel(left: float, title: str, curves: Sequence[Sequence[float]]) -> list[str]:
-    """One set of axes: milliseconds (logarithmic) and the share of the values below."""
+    """A panel: the cumulative share of values over milliseconds (logarithmic)."""
     middle, bottom = left + _PLOT_WIDTH / 2, _TOP + _PLOT_HEIGHT
     parts = [_text(middle, _TOP - 12, title, "middle", ' font-weight="bold"')]
     if not any(curves):
@@ -75,7 +75,7 @@ def _panel(left: float, title: str, curves: Sequence[Sequence[float]]) -> list[s
     ]
     for number, curve in enumerate(curves):
         if curve:
-            count = min(_POINTS, max(2, len(curve)))
+            count = min(_MAX_POINTS, max(2, len(curve)))
             shares = [i / (count - 1) for i in range(count)]
             points = [(x(percentile(curve, s)), bottom - _PLOT_HEIGHT * s) for s in shares]
             parts.append(_path(points, number))
@@ -83,7 +83,7 @@ def _panel(left: float, title: str, curves: Sequence[Sequence[float]]) -> list[s
 
 
 def _axis(curves: Sequence[Sequence[float]]) -> tuple[float, float, list[float]]:
-    """Lowest and highest value and the marks between: 1, 2, 5, 10, … or only powers of ten."""
+    """The ends of the axis and its ticks: 1, 2, 5, 10, … or only powers of ten."""
     low = max(1e-3, min(percentile(curve, 1 - _TAIL) for curve in curves))
     high = max(low * 2, *(percentile(curve, _TAIL) for curve in curves))
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)

@@ -23,7 +23,7 @@ _NAMES = {
     "jain_per_tenant": "Jain's index, tokens per tenant",
     "tokens_per_arrival": "tokens per arrival",
     "intruder.ttft_ms": "intruder: first token",
-    "intruder.gap_ms": "others' gap meanwhile",
+    "intruder.gap_ms": "gap of others meanwhile",
     "client_load": "load of this client",
 }
 _SHOWN_PARTS = {
@@ -31,13 +31,13 @@ _SHOWN_PARTS = {
     "gap_ms": ("p50", "p95", "p99"),
     "intruder.gap_ms": ("p50", "p99", "max"),
 }
-_BUSY = 0.8  # of a core: above, the client may be what is measured
+_MAX_CLIENT_LOAD = 0.8  # of a core; above, the client may be the bottleneck
 
 
 def document(
     targets: list[Target], plan: RunPlan, runs: list[BenchRun], started_at: str
 ) -> dict[str, Any]:
-    """For `--json`; without keys.  Times are milliseconds where the name says so, else seconds."""
+    """The document of `--json`, without keys.  Times are in milliseconds if the name says so."""
     settings = msgspec.to_builtins(plan)
     for tenant in settings["tenants"]:
         del tenant["key"]
@@ -58,10 +58,10 @@ def document(
 
 
 def rows(targets: list[Target], runs: list[BenchRun]) -> list[list[str]]:
-    """Name, one median for each server, and with two servers `ratio (min to max)`."""
+    """Rows: name, the median of each server and, for two servers, `ratio (min to max)`."""
     per_target = [medians(runs, number) for number in range(len(targets))]
     compared = ratios(runs)
-    found = []
+    figures = []
     for name in dict.fromkeys(name for each in per_target for name in each):
         if (label := _label(name)) is None:
             continue
@@ -73,33 +73,33 @@ def rows(targets: list[Target], runs: list[BenchRun]) -> list[list[str]]:
                 if ratio and name != "client_load"
                 else ""
             )
-        found.append(row)
-    return [*_counts(len(targets), runs), *found]
+        figures.append(row)
+    return [*_counts(len(targets), runs), *figures]
 
 
 def notes(targets: list[Target], runs: list[BenchRun]) -> Iterator[str]:
-    """What a reader should know before believing the figures; one sentence each."""
+    """Sentences about what may make the figures misleading."""
     for number, target in enumerate(targets):
         own = [run.summary for run in runs if run.target == number]
-        if example := next((one.error_example for one in own if one.error_example), ""):
+        if example := next((summary.error_example for summary in own if summary.error_example), ""):
             yield f"{target.url}: first error: {example.rstrip('.')}."
-        for one in own:
-            if one.intruder and one.intruder.error:
-                yield f"{target.url}: the intruder failed: {one.intruder.error.rstrip('.')}."
-        if any("deltas" in one.tokens_from for one in own):
-            yield f"{target.url} reports no usage: its tokens are counted as pieces of text."
-    if any(run.summary.client_load > _BUSY for run in runs):
-        yield "This client used nearly a whole core: it may be the limit, not the server."
+        for summary in own:
+            if summary.intruder and summary.intruder.error:
+                yield f"{target.url}: the intruder failed: {summary.intruder.error.rstrip('.')}."
+        if any("deltas" in summary.tokens_from for summary in own):
+            yield f"{target.url} reports no usage: its tokens are counted by pieces of text."
+    if any(run.summary.client_load > _MAX_CLIENT_LOAD for run in runs):
+        yield "This client used nearly a whole core: it may be the bottleneck, not the server."
 
 
 def _counts(targets: int, runs: list[BenchRun]) -> Iterator[list[str]]:
     empty = [""] if targets > 1 else []
     own = [[run.summary for run in runs if run.target == number] for number in range(targets)]
-    yield ["requests", *(f"{sum(one.requests for one in each):,}" for each in own), *empty]
+    yield ["requests", *(f"{sum(summary.requests for summary in each):,}" for each in own), *empty]
     kinds: list[Counter[str]] = [Counter() for _ in own]
     for counter, each in zip(kinds, own, strict=True):
-        for one in each:
-            counter.update(one.errors)
+        for summary in each:
+            counter.update(summary.errors)
     for kind in dict.fromkeys(kind for counter in kinds for kind in counter):
         yield [f"errors: {kind}", *(f"{counter[kind]:,}" for counter in kinds), *empty]
     yield ["prompt tokens, mean", *(_mean(each, "prompt_tokens") for each in own), *empty]
@@ -108,16 +108,16 @@ def _counts(targets: int, runs: list[BenchRun]) -> Iterator[list[str]]:
 
 
 def _mean(summaries: list[Any], name: str) -> str:
-    """A mean per request; "-" for what the server does not tell."""
-    requests = sum(one.requests for one in summaries)
-    told = name == "completion_tokens" or any(one.prompt_tokens for one in summaries)
+    """The mean per request; "-" for what the server does not report."""
+    requests = sum(summary.requests for summary in summaries)
+    told = name == "completion_tokens" or any(summary.prompt_tokens for summary in summaries)
     if not requests or not told:
         return "-"
-    return f"{sum(getattr(one, name) for one in summaries) / requests:,.1f}"
+    return f"{sum(getattr(summary, name) for summary in summaries) / requests:,.1f}"
 
 
 def _label(name: str) -> str | None:
-    """None if it is only in the JSON."""
+    """The label of a figure, None if it is only in the JSON."""
     if name in _NAMES:
         return _NAMES[name]
     group, _, part = name.rpartition(".")

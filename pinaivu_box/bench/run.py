@@ -1,4 +1,4 @@
-"""Many requests against one server: a closed or an open loop, tenants, an intruder."""
+"""A run: many requests to one server, in a closed or open loop, with tenants and an intruder."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from pinaivu_box.bench.target import Target
 from pinaivu_box.bench.workload import Workload, WorkloadRequest, arrivals
 
 _POLL_SECONDS = 0.01
-_AFTER_ERROR_SECONDS = 0.1  # a client waits so long after a failure: a dead server is not hammered
-# The streams run steadily when all clients stream at once; or, where answers are too short for
-# that to be seen, after so many requests a client.
+_AFTER_ERROR_SECONDS = 0.1  # a client waits this long after an error, to spare a failed server
+# The load is steady when all clients stream at the same time or, if answers are too short for that,
+# after this number of requests per client.
 _STEADY_ROUNDS = 3
 
 
 class Tenant(msgspec.Struct, frozen=True):
-    """So many clients with a key of their own (None: the target's)."""
+    """Clients with their own key (None: that of the target)."""
 
     name: str
     clients: int
@@ -29,13 +29,13 @@ class Tenant(msgspec.Struct, frozen=True):
 
 
 class RunPlan(msgspec.Struct, frozen=True):
-    """What one run does.
+    """The settings of a run.
 
-    Without `rate` (requests a second, Poisson) it is a closed loop: every client sends its next
-    request when its last one has ended.  New requests begin until `requests` have, or until
-    `seconds` have passed, and in any case until an intruder has been answered; all that have begun
-    are waited for.  `warmup` requests come before, are not measured and share no prompt with the
-    rest.  `intruder` is the length in tokens of the one long prompt (0: none).
+    Without `rate` (requests per second, Poisson) it is a closed loop: a client sends its next
+    request when the previous one has ended.  Requests begin until there are `requests`, or until
+    `seconds` have passed, and in any case until the intruder has its answer; all that began are
+    completed.  `warmup` requests come before, are not measured and have other prompts.  `intruder`
+    is the length in tokens of one long prompt (0: none).
     """
 
     workload: Workload
@@ -52,12 +52,12 @@ class RunPlan(msgspec.Struct, frozen=True):
         return sum(tenant.clients for tenant in self.tenants)
 
     def seeded(self, seed: str) -> RunPlan:
-        """The same with other prompts."""
+        """The plan with other prompts."""
         workload = msgspec.structs.replace(self.workload, seed=seed)
         return msgspec.structs.replace(self, workload=workload)
 
     def warming(self) -> RunPlan:
-        """The plan of the requests that are not measured."""
+        """The plan of the warm-up."""
         return msgspec.structs.replace(
             self.seeded(f"{self.workload.seed}/warmup"),
             rate=None,
@@ -69,7 +69,7 @@ class RunPlan(msgspec.Struct, frozen=True):
 
 
 class Measured(msgspec.Struct):
-    """What a run saw.  Rates are over `begin` to `end` (seconds of the monotonic clock).
+    """The result of a run.  Rates are over `begin` to `end` (seconds of the monotonic clock).
 
     `client_load` is the share of one core that this process used.
     """
@@ -84,7 +84,7 @@ class Measured(msgspec.Struct):
 async def measure(
     target: Target, plan: RunPlan, ended: Callable[[], None] = lambda: None
 ) -> Measured:
-    """`ended` is called at the end of each request that is measured."""
+    """Run the plan; `ended` is called at the end of each measured request."""
     if plan.warmup:
         await _Run(target, plan.warming(), lambda: None).go()
     return await _Run(target, plan, ended).go()
@@ -139,7 +139,7 @@ class _Run:
             if not self._may_begin(due):
                 return
             await asyncio.sleep(max(0.0, due - time.monotonic()))
-            # Its clock starts when it was due: were this process late, it would be seen.
+            # Its time starts when it was due, so that a delay of this process counts.
             self._begun += 1
             tasks.create_task(self._one(0, due))
 
@@ -171,7 +171,7 @@ class _Run:
         return outcome
 
     def _steady(self) -> bool:
-        streaming = sum(1 for one in self._outcomes if one.arrivals and not one.ended)
-        ended = sum(1 for one in self._outcomes if one.ended)
+        streaming = sum(1 for outcome in self._outcomes if outcome.arrivals and not outcome.ended)
+        ended = sum(1 for outcome in self._outcomes if outcome.ended)
         clients = self._plan.clients
         return streaming >= clients or ended >= _STEADY_ROUNDS * clients

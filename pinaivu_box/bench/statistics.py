@@ -1,4 +1,4 @@
-"""From what happened when to figures.  Pure."""
+"""The figures of a run, from the times of its requests."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pinaivu_box.bench.run import Measured, RunPlan
 
 
 class Quantiles(msgspec.Struct, frozen=True):
-    """Of `n` values, in milliseconds."""
+    """Quantiles of `n` values, in milliseconds."""
 
     n: int
     mean: float
@@ -24,7 +24,7 @@ class Quantiles(msgspec.Struct, frozen=True):
 
 
 class TenantSummary(msgspec.Struct, frozen=True):
-    """`tokens` are those that came in the run's window."""
+    """`tokens` are those that arrived within the run."""
 
     name: str
     clients: int
@@ -36,7 +36,7 @@ class TenantSummary(msgspec.Struct, frozen=True):
 
 
 class IntruderSummary(msgspec.Struct, frozen=True):
-    """The long prompt, and the other streams' gaps while it was computed."""
+    """The long prompt, and the gaps of the other streams while it was processed."""
 
     prompt_tokens: int
     ttft_ms: float | None
@@ -45,20 +45,19 @@ class IntruderSummary(msgspec.Struct, frozen=True):
 
 
 class Summary(msgspec.Struct, frozen=True):
-    """One run.  Only requests that succeeded count, but for `errors`.
+    """The figures of a run.  Except for `errors`, only successful requests count.
 
-    seconds           from the first request to the last end; or the time that was asked for, and
-                      then tokens and requests that ended later do not count into the rates
-    completion_tokens as the servers count them (`usage`), else pieces of text: `tokens_from`
+    seconds           from the first request to the last end; or the requested duration, and then
+                      later tokens and requests do not count for the rates
+    completion_tokens as the server reports them (`usage`), or pieces of text: `tokens_from`
     ttft_ms           from before the connection is opened to the first text
-    gap_ms            between one arrival of text and the next within a stream; what comes in one
-                      read is one arrival
-    tokens_per_arrival 1.0 if every token came alone
+    gap_ms            between two arrivals of text in a stream; one read is one arrival
+    tokens_per_arrival 1.0 if every token arrived separately
     per_token_ms      of each request: (last text - first text) / (tokens - 1)
     latency_ms        from before the connection is opened to the end of the stream
-    jain_per_client   Jain's index over the tenants' tokens per client: 1 if all clients got alike
+    jain_per_client   Jain's index over the tenants' tokens per client: 1 if all got the same
     jain_per_tenant   the same over the tenants' tokens
-    client_load       share of one core that the measuring process used: near 1 it is the limit
+    client_load       share of a core that this process used; near 1, it is the bottleneck
     """
 
     seconds: float
@@ -84,11 +83,11 @@ class Summary(msgspec.Struct, frozen=True):
 
 
 def percentile(ordered: Sequence[float], share: float) -> float:
-    """Of values in ascending order, between two of them linearly; `share` is 0 to 1."""
-    place = (len(ordered) - 1) * share
-    below = int(place)
+    """A percentile of ascending values, interpolated linearly; `share` is from 0 to 1."""
+    position = (len(ordered) - 1) * share
+    below = int(position)
     above = min(below + 1, len(ordered) - 1)
-    return ordered[below] + (ordered[above] - ordered[below]) * (place - below)
+    return ordered[below] + (ordered[above] - ordered[below]) * (position - below)
 
 
 def quantiles(seconds: Iterable[float]) -> Quantiles | None:
@@ -107,27 +106,27 @@ def quantiles(seconds: Iterable[float]) -> Quantiles | None:
 
 
 def jain(values: Sequence[float]) -> float | None:
-    """Jain's fairness index: 1 if all are alike, 1/n if one has all; None if nobody has any."""
+    """Jain's fairness index: 1 if all are equal, 1/n if one has all; None if all are 0."""
     squares = sum(value * value for value in values)
     return sum(values) ** 2 / (len(values) * squares) if squares else None
 
 
 def ttft(outcome: RequestOutcome) -> float:
-    """Seconds; only of an outcome with arrivals."""
+    """The time to the first token in seconds; the outcome must have arrivals."""
     return outcome.arrivals[0] - outcome.started
 
 
 def gaps(outcome: RequestOutcome) -> list[float]:
-    """Seconds between arrivals."""
+    """The seconds between arrivals."""
     return [later - earlier for earlier, later in pairwise(outcome.arrivals)]
 
 
 def succeeded(measured: Measured) -> list[RequestOutcome]:
-    return [one for one in measured.outcomes if not one.error]
+    return [outcome for outcome in measured.outcomes if not outcome.error]
 
 
 def tokens_until(outcome: RequestOutcome, end: float) -> float:
-    """Its tokens that had come by then, taking all its pieces of text to be equally long."""
+    """The tokens that arrived until `end`, if all pieces of text have the same length."""
     pieces = sum(outcome.deltas)
     if outcome.ended <= end or not pieces:
         return float(outcome.tokens if outcome.ended <= end else 0)
@@ -137,29 +136,29 @@ def tokens_until(outcome: RequestOutcome, end: float) -> float:
 
 def summarise(measured: Measured, plan: RunPlan) -> Summary:
     good = succeeded(measured)
-    bad = [one for one in measured.outcomes if one.error]
+    bad = [outcome for outcome in measured.outcomes if outcome.error]
     seconds = max(measured.end - measured.begin, 1e-9)
     tenants = [_tenant(number, measured, plan) for number in range(len(plan.tenants))]
-    arrived = sum(len(one.arrivals) for one in good)
+    arrived = sum(len(outcome.arrivals) for outcome in good)
     several = len(tenants) > 1
     return Summary(
         seconds=seconds,
         requests=len(good),
-        errors=dict(Counter(one.error for one in bad).most_common()),
-        error_example=next((one.detail for one in bad if one.detail), ""),
-        requests_per_s=sum(1 for one in good if one.ended <= measured.end) / seconds,
-        tokens_per_s=sum(tokens_until(one, measured.end) for one in good) / seconds,
-        completion_tokens=sum(one.tokens for one in good),
-        prompt_tokens=sum(one.prompt_tokens for one in good),
-        cached_tokens=sum(one.cached_tokens for one in good),
+        errors=dict(Counter(outcome.error for outcome in bad).most_common()),
+        error_example=next((outcome.detail for outcome in bad if outcome.detail), ""),
+        requests_per_s=sum(1 for outcome in good if outcome.ended <= measured.end) / seconds,
+        tokens_per_s=sum(tokens_until(outcome, measured.end) for outcome in good) / seconds,
+        completion_tokens=sum(outcome.tokens for outcome in good),
+        prompt_tokens=sum(outcome.prompt_tokens for outcome in good),
+        cached_tokens=sum(outcome.cached_tokens for outcome in good),
         tokens_from=_source(good),
-        tokens_per_arrival=sum(one.tokens for one in good) / arrived if arrived else None,
-        ttft_ms=quantiles(ttft(one) for one in good if one.arrivals),
-        gap_ms=quantiles(gap for one in good for gap in gaps(one)),
-        per_token_ms=quantiles(_per_token(one) for one in good if _measures_speed(one)),
-        latency_ms=quantiles(one.ended - one.started for one in good),
-        jain_per_client=jain([one.tokens_per_client for one in tenants]) if several else None,
-        jain_per_tenant=jain([one.tokens for one in tenants]) if several else None,
+        tokens_per_arrival=sum(outcome.tokens for outcome in good) / arrived if arrived else None,
+        ttft_ms=quantiles(ttft(outcome) for outcome in good if outcome.arrivals),
+        gap_ms=quantiles(gap for outcome in good for gap in gaps(outcome)),
+        per_token_ms=quantiles(_per_token(outcome) for outcome in good if _measures_speed(outcome)),
+        latency_ms=quantiles(outcome.ended - outcome.started for outcome in good),
+        jain_per_client=jain([tenant.tokens_per_client for tenant in tenants]) if several else None,
+        jain_per_tenant=jain([tenant.tokens for tenant in tenants]) if several else None,
         tenants=tenants if several else [],
         intruder=_intruder(measured),
         client_load=measured.client_load,
@@ -167,7 +166,7 @@ def summarise(measured: Measured, plan: RunPlan) -> Summary:
 
 
 def _source(good: list[RequestOutcome]) -> str:
-    kinds = {"deltas" if one.usage_tokens is None else "usage" for one in good}
+    kinds = {"deltas" if outcome.usage_tokens is None else "usage" for outcome in good}
     return " and ".join(sorted(kinds)) or "nothing"
 
 
@@ -181,9 +180,9 @@ def _per_token(outcome: RequestOutcome) -> float:
 
 def _tenant(number: int, measured: Measured, plan: RunPlan) -> TenantSummary:
     tenant = plan.tenants[number]
-    own = [one for one in measured.outcomes if one.tenant == number]
-    good = [one for one in own if not one.error]
-    tokens = sum(tokens_until(one, measured.end) for one in good)
+    own = [outcome for outcome in measured.outcomes if outcome.tenant == number]
+    good = [outcome for outcome in own if not outcome.error]
+    tokens = sum(tokens_until(outcome, measured.end) for outcome in good)
     return TenantSummary(
         name=tenant.name,
         clients=tenant.clients,
@@ -191,16 +190,16 @@ def _tenant(number: int, measured: Measured, plan: RunPlan) -> TenantSummary:
         errors=len(own) - len(good),
         tokens=tokens,
         tokens_per_client=tokens / tenant.clients,
-        ttft_ms=quantiles(ttft(one) for one in good if one.arrivals),
+        ttft_ms=quantiles(ttft(outcome) for outcome in good if outcome.arrivals),
     )
 
 
 def _intruder(measured: Measured) -> IntruderSummary | None:
-    one = measured.intruder
-    if one is None:
+    intruder = measured.intruder
+    if intruder is None:
         return None
-    begin, end = one.started, one.arrivals[0] if one.arrivals else one.ended
-    # Every gap of which a part lies between the long prompt's arrival and its first token.
+    begin, end = intruder.started, intruder.arrivals[0] if intruder.arrivals else intruder.ended
+    # The gaps that overlap the time from the start of the long prompt to its first token.
     meanwhile = [
         later - earlier
         for other in succeeded(measured)
@@ -208,8 +207,8 @@ def _intruder(measured: Measured) -> IntruderSummary | None:
         if later > begin and earlier < end
     ]
     return IntruderSummary(
-        prompt_tokens=one.prompt_tokens,
-        ttft_ms=1000 * ttft(one) if one.arrivals and not one.error else None,
-        error=one.detail or one.error,
+        prompt_tokens=intruder.prompt_tokens,
+        ttft_ms=1000 * ttft(intruder) if intruder.arrivals and not intruder.error else None,
+        error=intruder.detail or intruder.error,
         gap_ms=quantiles(meanwhile),
     )

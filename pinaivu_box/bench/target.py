@@ -1,4 +1,4 @@
-"""One URL with its key, model and extra fields, and what is asked of it before a run."""
+"""A URL with its key, model and additional fields, and the requests to it before a run."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from pinaivu_box.bench.workload import Scale, Workload, WorkloadRequest
 from pinaivu_box.errors import CliError, UsageError
 
 CHAT = "/chat/completions"
-_PROBES = (8, 136)  # words of the two prompts from which a scale is found
+_PROBES = (8, 136)  # words of the two prompts that determine the scale
 _PROBE_SECONDS = 600.0  # the server may have to load the model first
 
 
 class Target(msgspec.Struct, frozen=True):
-    """Where requests go.  `url` is as given; `fields` go into every body as they are."""
+    """Where requests go.  `url` is as given; `fields` are added to every body."""
 
     url: str
     host: str
@@ -55,7 +55,7 @@ class Target(msgspec.Struct, frozen=True):
         )
 
     def message(self, request: WorkloadRequest, key: str | None = None) -> bytes:
-        """The whole HTTP request, as it goes out.  `key` instead of the target's own."""
+        """The HTTP request, head and body; `key` replaces that of the target."""
         body = msgspec.json.encode(
             {
                 "model": self.model,
@@ -81,7 +81,7 @@ class Target(msgspec.Struct, frozen=True):
 
 
 async def named(target: Target) -> Target:
-    """The target with a model: the first that the server lists, if none was given."""
+    """The target with a model, by default the first of the server.  Raises CliError."""
     if target.model:
         return target
     import httpx
@@ -95,7 +95,7 @@ async def named(target: Target) -> Target:
         model = answer.json()["data"][0]["id"]
     except httpx.HTTPStatusError as error:
         status = error.response.status_code
-        raise CliError(f"{models} answered {status}: give a valid --key, or a --model.") from error
+        raise CliError(f"{models} answered {status}: use a valid --key, or --model.") from error
     except (httpx.HTTPError, ssl.SSLError) as error:
         raise CliError(f"{target.url} cannot be reached: {error or 'no answer'}.") from error
     except (ValueError, LookupError, TypeError):
@@ -109,9 +109,9 @@ def _address(target: Target, path: str) -> str:
 
 
 async def measure_scale(target: Target, workload: Workload) -> Scale:
-    """Two short requests: they load the model, show that it answers and how it counts tokens.
+    """Send two short requests, which load the model, and return how the server counts tokens.
 
-    A server that reports no usage is taken to make one token of a word.
+    If the server reports no usage, one token per word is assumed.  Raises CliError.
     """
     counts = []
     for words in _PROBES:

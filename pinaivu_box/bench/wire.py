@@ -1,6 +1,6 @@
-"""HTTP/1.1 answers and server-sent events, out of whatever bytes arrive.
+"""Incremental parsers of HTTP/1.1 responses and server-sent events.
 
-Incremental and small: what a client spends per chunk is what it cannot spend on more streams.
+They do little, because the time per chunk limits the number of streams.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from enum import Enum, auto
 
 from pinaivu_box.text import number
 
-_MAX_HEAD = 64 * 1024  # bytes of a status line and headers
+_MAX_HEAD_BYTES = 64 * 1024  # of a status line and headers
 
 
 class WireError(ValueError):
-    """The bytes are not an HTTP/1.1 answer."""
+    """The bytes are not an HTTP/1.1 response."""
 
 
 class _ParserState(Enum):
@@ -28,7 +28,7 @@ class _ParserState(Enum):
 
 
 class ResponseParser:
-    """One answer.  `feed` gives the bytes of the body that came; `status` is 0 before the head."""
+    """Parses one response: `feed` returns bytes of the body; `status` is 0 before the head."""
 
     def __init__(self) -> None:
         self.status = 0
@@ -42,13 +42,13 @@ class ResponseParser:
         return self._part is _ParserState.DONE
 
     def end(self) -> bool:
-        """The connection has ended; whether the answer is complete."""
+        """Note the end of the connection; returns whether the response is complete."""
         if self._part is _ParserState.TO_END:
             self._part = _ParserState.DONE
         return self.done
 
     def feed(self, data: bytes) -> bytes:
-        """Raises WireError."""
+        """Parse more bytes; returns those of the body.  Raises WireError."""
         if self._part is _ParserState.HEAD:
             data = self._head(data)
         if self._part is _ParserState.TO_END:
@@ -60,11 +60,11 @@ class ResponseParser:
         return self._chunked(data)
 
     def _head(self, data: bytes) -> bytes:
-        """Reads the head; what came after it."""
+        """Parse the head; returns the bytes after it.  Raises WireError."""
         data = self._rest + data
         head, end, after = data.partition(b"\r\n\r\n")
         if not end:
-            if len(data) > _MAX_HEAD or not data.startswith(b"HTTP/1."[: len(data)]):
+            if len(data) > _MAX_HEAD_BYTES or not data.startswith(b"HTTP/1."[: len(data)]):
                 raise WireError("no HTTP/1.1 answer")
             self._rest = data
             return b""
@@ -73,7 +73,7 @@ class ResponseParser:
         version, _, status = first.partition(" ")
         if not version.startswith("HTTP/1.") or number(status[:3]) is None:
             raise WireError("no HTTP/1.1 status line")
-        if status.startswith("1"):  # 100 Continue and its like: the answer is yet to come
+        if status.startswith("1"):  # 100 Continue and others: the response follows
             return self._head(after)
         pairs = (line.partition(":") for line in lines)
         self.headers = {name.strip().lower(): value.strip() for name, _, value in pairs}
@@ -104,12 +104,12 @@ class ResponseParser:
     def _chunked(self, data: bytes) -> bytes:
         if self._rest:
             data, self._rest = self._rest + data, b""
-        found: list[bytes] = []
+        pieces: list[bytes] = []
         at = 0
         while self._part is not _ParserState.DONE and at < len(data):
             if self._part is _ParserState.CHUNK:
                 piece = data[at : at + self._left]
-                found.append(piece)
+                pieces.append(piece)
                 at += len(piece)
                 self._left -= len(piece)
                 if not self._left:
@@ -118,15 +118,15 @@ class ResponseParser:
             end = data.find(b"\n", at)
             if end < 0:
                 self._rest = data[at:]
-                if len(self._rest) > _MAX_HEAD:
+                if len(self._rest) > _MAX_HEAD_BYTES:
                     raise WireError("a chunk without a size")
                 break
             self._line(data[at:end].rstrip(b"\r"))
             at = end + 1
-        return found[0] if len(found) == 1 else b"".join(found)
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def _line(self, line: bytes) -> None:
-        """A line between chunks: a size, the end of a chunk, or a trailer."""
+        """Parse a line between chunks: a size, the end of a chunk, or a trailer."""
         if self._part is _ParserState.AFTER:
             if line:
                 raise WireError("a chunk longer than its size")
@@ -142,10 +142,10 @@ class ResponseParser:
 
 
 class EventParser:
-    """Server-sent events; `feed` gives the data of those that are complete.
+    """Parses server-sent events; `feed` returns the data of complete ones.
 
-    Comments, ids and event names are dropped.  Lines end with LF or CRLF (a lone CR, which the
-    standard also allows, is used by no server that we know).
+    Comments, ids and event names are ignored.  Lines end with LF or CRLF (a lone CR, which the
+    standard also allows, is not used in practice).
     """
 
     def __init__(self) -> None:

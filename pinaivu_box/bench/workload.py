@@ -1,4 +1,4 @@
-"""What is sent: lengths, prompts and arrivals.  Pure: the same seed gives the same requests."""
+"""The requests of a run: lengths, prompts and arrivals.  The same seed gives the same requests."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import msgspec
 
 from pinaivu_box.errors import UsageError
 
-# Common words: nearly every tokenizer has each of them, with its space, as one token.
+# Common words: for most tokenizers, each of them is one token, with its space.
 _WORDS = (
     "the of and to in is you that it he was for on are as with his they at be this have from or"
     " one had by word but not what all were we when your can said there use an each which she do"
@@ -21,11 +21,11 @@ _WORDS = (
 )
 WORDS = tuple(_WORDS.split())
 _EDIT = "Correct the spelling and print the whole text again."
-INTRUDER_OUTPUT = 8  # tokens that an intruder asks for: its answer is not what is measured
+INTRUDER_OUTPUT = 8  # tokens of its answer, which is not measured
 
 
 class Lengths(msgspec.Struct, frozen=True):
-    """How many tokens: `128`, `uniform:64-256` or `lognormal:MEDIAN,SIGMA`."""
+    """A distribution of lengths: `128`, `uniform:64-256` or `lognormal:MEDIAN,SIGMA`."""
 
     kind: Literal["fixed", "uniform", "lognormal"]
     first: float
@@ -57,7 +57,7 @@ class Lengths(msgspec.Struct, frozen=True):
             raise ValueError
 
     def draw(self, random: random.Random) -> int:
-        """At least 1."""
+        """Draw a length, at least 1."""
         if self.kind == "uniform":
             return random.randint(int(self.first), int(self.second))
         if self.kind == "lognormal":
@@ -74,14 +74,13 @@ class Lengths(msgspec.Struct, frozen=True):
 
 
 class Scale(msgspec.Struct, frozen=True):
-    """How prompts become tokens on a server: tokens per word, and what the chat template adds to
-    each prompt."""
+    """How a server counts tokens: tokens per word, and `overhead`, which its chat template adds."""
 
     tokens_per_word: float = 1.0
     overhead: float = 0.0
 
     def words(self, tokens: int, *, with_overhead: bool = True) -> int:
-        """How many words make a prompt of so many tokens; at least 1."""
+        """The number of words of a prompt with that many tokens; at least 1."""
         own = tokens - (self.overhead if with_overhead else 0.0)
         return max(1, round(own / self.tokens_per_word))
 
@@ -92,10 +91,10 @@ class WorkloadRequest(msgspec.Struct, frozen=True):
 
 
 class Workload(msgspec.Struct, frozen=True):
-    """Endless numbered requests; number n depends on the fields and n only.
+    """Numbered requests; request n depends only on n and the fields.
 
-    `shared_prefix` is the length in tokens of the system prompt with which all begin (0: none),
-    beside the `prompt` tokens of their own.
+    `shared_prefix` is the length in tokens of a system prompt that all requests have (0: none), in
+    addition to their `prompt` tokens.
     """
 
     prompt: Lengths
@@ -119,7 +118,7 @@ class Workload(msgspec.Struct, frozen=True):
         return WorkloadRequest(self.messages(self.scale.words(tokens), rng), INTRUDER_OUTPUT)
 
     def messages(self, words: int, rng: random.Random) -> list[dict[str, str]]:
-        """Random words; or, if repetitive, a text to be edited, after an example of how."""
+        """A prompt of random words or, if repetitive, of a text to be edited, after an example."""
         if not self.repetitive:
             return [{"role": "user", "content": " ".join(rng.choices(WORDS, k=words))}]
         example, text = _sentences(words // 10, rng), _sentences(words - 2 * (words // 10), rng)
@@ -135,16 +134,16 @@ class Workload(msgspec.Struct, frozen=True):
 
 
 def _sentences(words: int, rng: random.Random) -> str:
-    made = []
+    sentences = []
     while words > 0:
         size = min(words, rng.randint(6, 12))
-        made.append(" ".join(rng.sample(WORDS, size)).capitalize() + ".")
+        sentences.append(" ".join(rng.sample(WORDS, size)).capitalize() + ".")
         words -= size
-    return " ".join(made)
+    return " ".join(sentences)
 
 
 def arrivals(rate: float, seed: str) -> Iterator[float]:
-    """Seconds since the start of each request of a Poisson stream with `rate` a second."""
+    """The times of a Poisson process with `rate` requests per second, in seconds."""
     rng = random.Random(f"{seed}/arrivals")  # noqa: S311
     now = 0.0
     while True:

@@ -11,7 +11,7 @@ import click
 
 from pinaivu_box.cli.group import Group
 from pinaivu_box.cli.home import actor, with_database
-from pinaivu_box.cli.options import home_option, json_option, limit_of, wide_option
+from pinaivu_box.cli.options import limit_of, standard_options
 from pinaivu_box.cli.render import Column, print_json, print_list
 from pinaivu_box.errors import UsageError
 
@@ -38,8 +38,7 @@ def accounts() -> None:
 
 
 @accounts.command()
-@home_option
-@json_option
+@standard_options()
 @click.argument("name")
 @click.option(
     "--role",
@@ -66,9 +65,7 @@ def create(
 
 
 @accounts.command()
-@home_option
-@json_option
-@wide_option
+@standard_options(wide=True)
 @click.option("--all", "all_", is_flag=True, help="List all accounts, not only the first 100.")
 def ls(home: Path, as_json: bool, wide: bool, all_: bool) -> None:
     """List the accounts by name."""
@@ -81,8 +78,7 @@ def ls(home: Path, as_json: bool, wide: bool, all_: bool) -> None:
 
 
 @accounts.command()
-@home_option
-@json_option
+@standard_options()
 @click.argument("name")
 @stdin_option
 def passwd(home: Path, as_json: bool, name: str, password_stdin: bool) -> None:
@@ -100,8 +96,7 @@ def passwd(home: Path, as_json: bool, name: str, password_stdin: bool) -> None:
 
 
 @accounts.command()
-@home_option
-@json_option
+@standard_options()
 @click.argument("name")
 def rm(home: Path, as_json: bool, name: str) -> None:
     """Remove an account and revoke its keys; its usage stays on record."""

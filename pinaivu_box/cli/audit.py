@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from pinaivu_box.cli.home import with_database
-from pinaivu_box.cli.options import MAX_LIMIT, home_option, json_option, wide_option
+from pinaivu_box.cli.options import MAX_LIMIT, standard_options
 from pinaivu_box.cli.render import Column, print_list, time_text
 from pinaivu_box.errors import UsageError
 
@@ -31,9 +31,7 @@ _COLUMNS = (
 
 
 @click.command()
-@home_option
-@json_option
-@wide_option
+@standard_options(wide=True)
 @click.option(
     "--since", metavar="TIME", help="Only since a date or time (UTC): 2026-11-01T12:00:00Z."
 )

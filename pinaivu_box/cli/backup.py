@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 import msgspec
 
-from pinaivu_box.cli.options import home_option, json_option
+from pinaivu_box.cli.options import standard_options
 from pinaivu_box.cli.render import print_json
 from pinaivu_box.errors import CliError
 from pinaivu_box.text import megabytes
@@ -20,8 +20,7 @@ _file_argument = click.argument("file", type=click.Path(path_type=Path))
 
 @click.command()
 @_file_argument
-@home_option
-@json_option
+@standard_options()
 @click.option("--encrypt", is_flag=True, help="Encrypt the backup with a passphrase.")
 @click.option("--force", is_flag=True, help="Overwrite FILE.")
 def backup(file: Path, home: Path, as_json: bool, encrypt: bool, force: bool) -> None:
@@ -49,8 +48,7 @@ def backup(file: Path, home: Path, as_json: bool, encrypt: bool, force: bool) ->
 
 @click.command()
 @_file_argument
-@home_option
-@json_option
+@standard_options()
 @click.option("--force", is_flag=True, help="If HOME has a box, move its files aside.")
 def restore(file: Path, home: Path, as_json: bool, force: bool) -> None:
     """Restore the backup in FILE into HOME: all of it, or nothing if it is damaged.

@@ -26,58 +26,30 @@ if TYPE_CHECKING:
 
 _ONE = click.IntRange(min=1)
 _ZERO = click.IntRange(min=0)
+_FILE = click.Path(path_type=Path, dir_okay=False)
 _POSITIVE = click.FloatRange(min=0, min_open=True)
 _REQUESTS_PER_CLIENT = 4  # of a closed loop, without --requests and --seconds
 _REQUESTS = 100  # of an open loop
 _PAIRS = 5
 
 
-@click.command()
+@click.command(context_settings={"show_default": True})
 @click.argument("urls", nargs=-1, required=True, metavar="URL [URL]")
 @json_option
-@click.option(
-    "--plot",
-    type=click.Path(path_type=Path, dir_okay=False),
-    help="Write the distributions to this file, as SVG.",
-)
+@click.option("--plot", type=_FILE, help="Write the distributions to this file, as SVG.")
 @click.option("--clients", type=_ONE, help="Closed loop: number of clients.  [default: 1]")
 @click.option("--rate", type=_POSITIVE, help="Open loop: requests per second, a Poisson process.")
 @click.option("--requests", type=_ONE, help="Number of requests.  [default: 4 per client]")
 @click.option("--seconds", type=_POSITIVE, help="Duration; no request begins after it.")
-@click.option(
-    "--warmup",
-    type=_ZERO,
-    default=1,
-    show_default=True,
-    help="Requests before the measurement, not counted.",
-)
-@click.option(
-    "--prompt-tokens",
-    default="128",
-    show_default=True,
-    metavar="LENGTH",
-    help="Length of the prompts.",
-)
-@click.option(
-    "--output-tokens",
-    default="64",
-    show_default=True,
-    metavar="LENGTH",
-    help="Maximum length of the answers.",
-)
+@click.option("--warmup", type=_ZERO, default=1, help="Requests before those that are measured.")
+@click.option("--prompt-tokens", default="128", metavar="LENGTH", help="Length of the prompts.")
+@click.option("--output-tokens", default="64", metavar="LENGTH", help="Length of the answers.")
 @click.option("--ignore-eos", is_flag=True, help="Send ignore_eos: answers have full length.")
+@click.option("--shared-prefix", type=_ZERO, default=0, help="Tokens of a common system prompt.")
 @click.option(
-    "--shared-prefix", type=_ZERO, default=0, help="Tokens of a system prompt that all share."
+    "--intruder", type=_ZERO, default=0, help="Tokens of one long prompt amid the others."
 )
-@click.option(
-    "--intruder",
-    type=_ZERO,
-    default=0,
-    help="Tokens of one long prompt, sent while the others stream.",
-)
-@click.option(
-    "--tenants", metavar="NAME:CLIENTS[:KEY],…", help="Groups of clients, each with a key."
-)
+@click.option("--tenants", metavar="NAME:CLIENTS[:KEY],…", help="Groups of clients with own keys.")
 @click.option("--repetitive", is_flag=True, help="Prompts whose answers repeat their text.")
 @click.option("--temperature", type=click.FloatRange(min=0), help="Sent with every request.")
 @click.option("--top-p", type=click.FloatRange(0, 1), help="Sent with every request.")
@@ -88,10 +60,8 @@ _PAIRS = 5
 @click.option("--key2", help="--key for the second server.  [default: --key]")
 @click.option("--body2", metavar="JSON", help="--body for the second server.  [default: --body]")
 @click.option("--pairs", type=_ONE, help=f"Runs against each of two servers.  [default: {_PAIRS}]")
-@click.option("--seed", default="0", show_default=True, help="Seed of the prompts.")
-@click.option(
-    "--timeout", type=_POSITIVE, default=600.0, show_default=True, help="Seconds per request."
-)
+@click.option("--seed", default="0", help="Seed of the prompts.")
+@click.option("--timeout", type=_POSITIVE, default=600.0, help="Seconds per request.")
 def bench(urls: tuple[str, ...], as_json: bool, plot: Path | None, **options: Any) -> None:
     """Measure any OpenAI-compatible server with streamed chat requests, or compare two.
 

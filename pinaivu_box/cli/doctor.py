@@ -12,14 +12,12 @@ from typing import Any
 import click
 
 from pinaivu_box.cli.home import load_config
-from pinaivu_box.cli.options import config_option, home_option, json_option
+from pinaivu_box.cli.options import standard_options
 from pinaivu_box.cli.render import print_checks, print_json
 
 
 @click.command()
-@home_option
-@config_option
-@json_option
+@standard_options(config=True)
 def doctor(home: Path, config: Path | None, as_json: bool) -> None:
     """Check the box and its machine, and suggest what to do.
 

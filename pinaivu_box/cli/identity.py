@@ -7,15 +7,14 @@ from pathlib import Path
 import click
 
 from pinaivu_box.cli.home import own_node
-from pinaivu_box.cli.options import home_option, json_option
+from pinaivu_box.cli.options import standard_options
 from pinaivu_box.cli.render import print_json
 from pinaivu_box.errors import CliError
 from pinaivu_box.identity import NODE_PREFIX
 
 
 @click.command("id")
-@home_option
-@json_option
+@standard_options()
 def show(home: Path, as_json: bool) -> None:
     """Print the public key of this box (64 hex digits), which verifies its receipts.
 

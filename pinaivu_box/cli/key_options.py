@@ -34,7 +34,10 @@ def policy_options(command: Callable[..., Any]) -> Callable[..., Any]:
             ),
             _repeatable("--model", "models", 'Models that it may use, for example "llama*".'),
             _repeatable(
-                "--network", "networks", "Networks that it may be used from: 10.0.0.0/8.", "CIDR"
+                "--network",
+                "networks",
+                "Client networks that may use it, for example 10.0.0.0/8.",
+                "CIDR",
             ),
             _repeatable("--peer", "peers", "Peers that may serve its requests.", "NAME"),
             click.option(
@@ -47,7 +50,7 @@ def policy_options(command: Callable[..., Any]) -> Callable[..., Any]:
             _option("--rpm", "Maximum requests in any minute."),
             _option("--tpm", "Maximum tokens in any minute."),
             _option("--max-parallel", "Maximum requests that run at the same time."),
-            _option("--max-queue", "Maximum requests that wait for these.  [default: 0]"),
+            _option("--max-queue", "Maximum requests that wait beyond these.  [default: 0]"),
             _option("--budget", 'Spending limit, for example "10 per 30d" or "10".', "AMOUNT"),
             _option("--weight", "Share of a busy engine relative to other keys.  [default: 1]"),
             click.option(

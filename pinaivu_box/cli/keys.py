@@ -12,14 +12,7 @@ from pinaivu_box.cli.client import path_of, request
 from pinaivu_box.cli.group import Group
 from pinaivu_box.cli.home import actor, load_config, with_database
 from pinaivu_box.cli.key_options import expiry, policy_options, with_options
-from pinaivu_box.cli.options import (
-    NONE,
-    config_option,
-    home_option,
-    json_option,
-    limit_of,
-    wide_option,
-)
+from pinaivu_box.cli.options import NONE, limit_of, standard_options
 from pinaivu_box.cli.render import Column, print_fields, print_json, print_list, time_text
 from pinaivu_box.errors import ApiError, CliError, InvalidBody, NotFound, NotRunning, UsageError
 from pinaivu_box.policy import SCOPES, Policy
@@ -65,9 +58,7 @@ def keys() -> None:
 
 
 @keys.command()
-@home_option
-@config_option
-@json_option
+@standard_options(config=True)
 @click.option("--name", default="", help="What the key is for.")
 @click.option("--account", metavar="NAME", help="Account of the key.  [default: a new account]")
 @click.option("--create-account", is_flag=True, help="Create the account if it does not exist.")
@@ -154,9 +145,7 @@ def _create(
 
 
 @keys.command()
-@home_option
-@json_option
-@wide_option
+@standard_options(wide=True)
 @click.option("--account", metavar="NAME", help="Only the keys of this account.")
 @click.option("--all", "all_", is_flag=True, help="List all keys, not only the newest 100.")
 def ls(home: Path, as_json: bool, wide: bool, account: str | None, all_: bool) -> None:
@@ -172,8 +161,7 @@ def ls(home: Path, as_json: bool, wide: bool, account: str | None, all_: bool) -
 
 
 @keys.command()
-@home_option
-@json_option
+@standard_options()
 @click.argument("key")
 def show(home: Path, as_json: bool, key: str) -> None:
     """Show a key and all its settings, without its secret."""
@@ -183,12 +171,10 @@ def show(home: Path, as_json: bool, key: str) -> None:
 
 
 @keys.command()
-@home_option
-@config_option
-@json_option
+@standard_options(config=True)
 @click.argument("key")
 @click.option("--name", help="What the key is for.")
-@click.option("--expires", metavar="DURATION", help="From now, for example 30d.")
+@click.option("--expires", metavar="DURATION", help="New lifetime from now, for example 30d.")
 @policy_options
 @click.option("--block", metavar="REASON", help="Refuse its requests until --unblock.")
 @click.option("--unblock", is_flag=True, help="Serve its requests again.")
@@ -221,13 +207,13 @@ def edit(
     changes: dict[str, Any] = {} if expires is None else {"expires_at": expiry(expires)}
 
     async def work(database: Any) -> keys.Key:
-        found = await keys.named(database, key)
+        stored = await keys.named(database, key)
         return await keys.edit(
             database,
-            found,
+            stored,
             actor(),
             name=name,
-            policy=with_options(found.policy, settings),
+            policy=with_options(stored.policy, settings),
             blocked=None if unblock else UNSET if block is None else block,
             **changes,
         )
@@ -240,8 +226,7 @@ def edit(
 
 
 @keys.command()
-@home_option
-@json_option
+@standard_options()
 @click.argument("key")
 @click.option(
     "--overlap",
@@ -251,8 +236,8 @@ def edit(
 def rotate(home: Path, as_json: bool, key: str, overlap: str | None) -> None:
     """Give a key a new secret and print it.  It is shown only this once.
 
-    Settings, limits and usage stay.  A secret that still works from a rotation before stops working
-    now.
+    Settings, limits and usage stay.  If the overlap of an earlier rotation has not ended, the
+    secret from before that rotation stops working now.
     """
     from pinaivu_box.admin import keys
     from pinaivu_box.store.keys import OVERLAP, named
@@ -278,8 +263,7 @@ def rotate(home: Path, as_json: bool, key: str, overlap: str | None) -> None:
 
 
 @keys.command()
-@home_option
-@json_option
+@standard_options()
 @click.argument("key")
 @click.option("--now", is_flag=True, help="Stop its running requests too.")
 def revoke(home: Path, as_json: bool, key: str, now: bool) -> None:

@@ -12,7 +12,7 @@ import click
 from pinaivu_box.cli.client import path_of, request
 from pinaivu_box.cli.group import Group
 from pinaivu_box.cli.home import actor, load_config, own_node, with_database
-from pinaivu_box.cli.options import config_option, home_option, json_option, wide_option
+from pinaivu_box.cli.options import MAX_LIMIT, home_option, standard_options
 from pinaivu_box.cli.render import UNKNOWN, Column, money, print_json, print_list, time_text
 
 _PATH = "/v1/admin/ledger"
@@ -64,10 +64,7 @@ _STATEMENT_COLUMNS = (
 
 @click.group(cls=Group, invoke_without_command=True)
 @click.pass_context
-@home_option
-@config_option
-@json_option
-@wide_option
+@standard_options(config=True, wide=True)
 def ledger(
     context: click.Context, home: Path, config: Path | None, as_json: bool, wide: bool
 ) -> None:
@@ -92,14 +89,12 @@ def ledger(
 
 
 @ledger.command()
-@home_option
-@json_option
-@wide_option
+@standard_options(wide=True)
 @click.argument("peer")
 @click.option("--statement", metavar="ID", help="Only the entries of this statement.")
 @click.option(
     "--limit",
-    type=click.IntRange(1, 2**31),
+    type=click.IntRange(1, MAX_LIMIT),
     default=100,
     show_default=True,
     help="Maximum number of entries; the newest are listed.",
@@ -107,15 +102,18 @@ def ledger(
 def show(
     home: Path, as_json: bool, wide: bool, peer: str, statement: str | None, limit: int
 ) -> None:
-    """List the newest entries with PEER; --json includes proofs and signatures."""
-    from pinaivu_box.ledger import statement as ledger_statement
+    """List the newest entries with PEER.
+
+    --json includes proofs and signatures.
+    """
+    from pinaivu_box.ledger import entry as ledger_entry
     from pinaivu_box.ledger.views import EntryView, entry_view, find
 
     own = own_node(home)
 
     async def work(database: Any) -> list[EntryView]:
         node = await find(database, peer, own)
-        stored = await ledger_statement.of_peer(database, node, limit=limit, statement=statement)
+        stored = await ledger_entry.of_peer(database, node, limit=limit, statement=statement)
         return [entry_view(entry) for entry in stored]
 
     entries = with_database(home, work)
@@ -126,14 +124,13 @@ def show(
 
 
 @ledger.command()
-@home_option
-@json_option
+@standard_options()
 @click.argument("peer")
 def settle(home: Path, as_json: bool, peer: str) -> None:
-    """Compare the ledger with that of PEER, and sign what both agree on.
+    """Settle with PEER: compare the ledgers, and sign statements.
 
-    Both boxes must be running.  Exits with 1 if the ledgers differ.  Settling moves no money: see
-    'ledger paid'.
+    A statement has the entries that both boxes agree on.  It moves no money: see 'ledger paid'.
+    Both boxes must be running.  Exits with 1 if the ledgers differ.
     """
     path = f"{path_of(_PATH, peer)}/settle"
     outcome = request(home, path, method="POST", seconds=_SETTLE_SECONDS)
@@ -146,13 +143,12 @@ def settle(home: Path, as_json: bool, peer: str) -> None:
 
 
 @ledger.command()
-@home_option
-@json_option
+@standard_options()
 @click.argument("peer")
 def forgive(home: Path, as_json: bool, peer: str) -> None:
-    """Write off what PEER was served but has not accepted; it no longer uses up its credit limit.
+    """Write off what PEER was served but has not accepted.
 
-    What it accepts later counts again.
+    It no longer counts towards the credit limit of PEER.  What PEER accepts later counts again.
     """
     from pinaivu_box.ledger import claims
     from pinaivu_box.ledger.views import find
@@ -168,12 +164,13 @@ def forgive(home: Path, as_json: bool, peer: str) -> None:
 
 
 @ledger.command()
-@home_option
-@json_option
-@wide_option
+@standard_options(wide=True)
 @click.option("--peer", help="Only statements with this peer.")
 def statements(home: Path, as_json: bool, wide: bool, peer: str | None) -> None:
-    """List the statements, newest first; --json includes the signed texts."""
+    """List the statements, newest first.
+
+    --json includes the signed texts.
+    """
     from pinaivu_box.ledger.views import StatementView, all_statements, find
 
     async def work(database: Any) -> list[StatementView]:
@@ -187,9 +184,9 @@ def statements(home: Path, as_json: bool, wide: bool, peer: str | None) -> None:
 @home_option
 @click.argument("statement")
 def paid(home: Path, statement: str) -> None:
-    """Mark STATEMENT as paid: its amount leaves the balance on this box.
+    """Mark a STATEMENT as paid.
 
-    The other box is not told: it keeps its own record.
+    Its amount leaves the balance on this box.  The other box is not told: it keeps its own record.
     """
     from pinaivu_box.ledger import statement as store
 

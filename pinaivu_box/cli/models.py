@@ -13,7 +13,7 @@ import msgspec
 
 from pinaivu_box.cli.client import request, stream
 from pinaivu_box.cli.home import load_config
-from pinaivu_box.cli.options import config_option, home_option, json_option, wide_option
+from pinaivu_box.cli.options import home_option, standard_options
 from pinaivu_box.cli.render import Column, print_json, print_list, print_table
 from pinaivu_box.errors import CliError
 from pinaivu_box.text import megabytes
@@ -55,10 +55,7 @@ _ENGINE_COLUMNS = (
 
 
 @click.command()
-@home_option
-@json_option
-@wide_option
-@config_option
+@standard_options(config=True, wide=True)
 def ls(home: Path, as_json: bool, wide: bool, config: Path | None) -> None:
     """List the models that a box on this home serves."""
     from pinaivu_box.models import catalog
@@ -84,9 +81,7 @@ def _model(model: Any) -> dict[str, Any]:
 
 
 @click.command()
-@home_option
-@json_option
-@wide_option
+@standard_options(wide=True)
 def ps(home: Path, as_json: bool, wide: bool) -> None:
     """List the engines of the running box, with their memory and load."""
     engines = request(home, "/v1/engines")["data"]

@@ -11,7 +11,7 @@ import click
 from pinaivu_box.config import default_home, parse_span
 from pinaivu_box.errors import UsageError
 
-MAX_LIMIT = 2**62  # items of a list
+MAX_LIMIT = 2**31  # items of a list
 NONE = "none"  # the value that resets a setting to its default
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -37,18 +37,27 @@ home_option: Decorator = click.option(
     "--home",
     type=click.Path(path_type=Path, file_okay=False),
     default=default_home,
+    show_default=False,
     callback=_complete_restore,
-    help="Directory of the box's data.  [env: PINAIVU_HOME]",
+    help="Data directory.  [env: PINAIVU_HOME]",
 )
 config_option: Decorator = click.option(
     "--config",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="Configuration file.  [default: HOME/config.toml, if it exists]",
+    help="Configuration file.  [default: HOME/config.toml]",
 )
 json_option: Decorator = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-wide_option: Decorator = click.option(
-    "--wide", is_flag=True, help="Print all columns in full, even if they exceed the terminal."
-)
+wide_option: Decorator = click.option("--wide", is_flag=True, help="Print all columns in full.")
+
+
+def standard_options(*, config: bool = False, wide: bool = False) -> Decorator:
+    """Add --home and --json, and if requested --config and --wide."""
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        command = json_option(wide_option(command) if wide else command)
+        return home_option(config_option(command) if config else command)
+
+    return decorate
 
 
 def span(option: str, text: str) -> float:

@@ -13,14 +13,13 @@ import click
 
 from pinaivu_box.cli.client import path_of, request, request_or_open
 from pinaivu_box.cli.group import Group
-from pinaivu_box.cli.home import load_config
+from pinaivu_box.cli.home import load_config, with_database
 from pinaivu_box.cli.options import (
     NONE,
-    config_option,
-    home_option,
     json_option,
     settings,
     span,
+    standard_options,
     whole_number,
     wide_option,
 )
@@ -72,41 +71,24 @@ def peers() -> None:
     """
 
 
-@peers.command()
-@home_option
-@config_option
-@json_option
+@peers.command(context_settings={"show_default": True})
+@standard_options(config=True)
 @click.option("--name", help="Name of the new member.  [default: the name it gives itself]")
+@click.option("--expires", metavar="DURATION", default="1h", help="Validity of the ticket.")
 @click.option(
-    "--expires", metavar="DURATION", default="1h", show_default=True, help="Validity of the ticket."
-)
-@click.option(
-    "--uses",
-    metavar="N",
-    type=click.IntRange(1, 1000),
-    default=1,
-    show_default=True,
-    help="How many boxes may join with the ticket.",
+    "--uses", type=click.IntRange(1, 1000), default=1, help="Number of boxes that may join."
 )
 @click.option("--admin", is_flag=True, help="The new member may invite and remove members.")
-def invite(
-    home: Path,
-    config: Path | None,
-    as_json: bool,
-    name: str | None,
-    expires: str,
-    uses: int,
-    admin: bool,
-) -> None:
-    """Print a ticket with which another box can join; on a terminal also as a QR code.
+def invite(home: Path, config: Path | None, as_json: bool, **body: Any) -> None:
+    """Print a ticket with which another box can join.
 
-    Whoever has the ticket can join: treat it as a password.
+    On a terminal it is also shown as a QR code.  Whoever has the ticket can join: treat it as a
+    password.
     """
     from pinaivu_box.cli.peer_tables import print_ticket
     from pinaivu_box.server.admin_peers import OFF
 
-    span("--expires", expires)
-    body = {"name": name, "expires": expires, "uses": uses, "admin": admin}
+    span("--expires", body["expires"])
     path = f"{_PATH}/invitations"
     invitation = request_or_open(home, config, path, method="POST", body=body, needs_peering=OFF)
     if as_json:
@@ -116,9 +98,7 @@ def invite(
 
 
 @peers.command()
-@home_option
-@config_option
-@json_option
+@standard_options(config=True)
 @click.argument("ticket")
 @click.option(
     "--at",
@@ -127,9 +107,10 @@ def invite(
     help="Address of the inviting box, if the ticket does not contain it.  Repeatable.",
 )
 def join(home: Path, config: Path | None, as_json: bool, ticket: str, at: tuple[str, ...]) -> None:
-    """Join the network of the box that issued TICKET ('-': read it from standard input).
+    """Join the network of the box that issued TICKET.
 
-    The inviting box must be running; this box need not be.
+    With '-', the ticket is read from standard input.  The inviting box must be running; this box
+    need not be.
     """
     from pinaivu_box.doctor.home import is_served
     from pinaivu_box.membership.tickets import TicketInvalid, decode
@@ -155,9 +136,7 @@ def join(home: Path, config: Path | None, as_json: bool, ticket: str, at: tuple[
 
 
 @peers.command()
-@home_option
-@json_option
-@wide_option
+@standard_options(wide=True)
 @click.option("--why", is_flag=True, help="Explain states and reputations.")
 def ls(home: Path, as_json: bool, wide: bool, why: bool) -> None:
     """List the other boxes of the network and what they offer."""
@@ -172,9 +151,7 @@ def ls(home: Path, as_json: bool, wide: bool, why: bool) -> None:
 
 
 @peers.command()
-@home_option
-@json_option
-@wide_option
+@standard_options(wide=True)
 @click.argument("peer")
 def show(home: Path, as_json: bool, wide: bool, peer: str) -> None:
     """Show a peer, what it offers, and its limits on this box."""
@@ -182,9 +159,7 @@ def show(home: Path, as_json: bool, wide: bool, peer: str) -> None:
 
 
 @peers.command()
-@home_option
-@config_option
-@json_option
+@standard_options(config=True)
 @click.argument("peer")
 @click.option("--name", metavar="TEXT", help="Its name on this box; other boxes do not see it.")
 @_limit_options
@@ -217,27 +192,41 @@ def edit(
 
 
 @peers.command()
-@home_option
-@config_option
-@json_option
+@standard_options(config=True)
 @click.argument("peer")
-@click.option("--reason", default="", help="All members see it.")
+@click.option("--reason", default="", help="Shown to all members.")
 def rm(home: Path, config: Path | None, as_json: bool, peer: str, reason: str) -> None:
-    """Remove a box from the network permanently: all members refuse it.
+    """Remove a box from the network permanently.
 
-    Only the founder of the network can admit it again, with a new ticket.
+    All members refuse it from then on, and the boxes that only it has invited.  Only the founder of
+    the network can admit it again, with a new ticket.
     """
     body = {"reason": reason}
+    roster = with_database(home, _roster)
     removed = request_or_open(home, config, path_of(_PATH, peer), method="DELETE", body=body)
     if as_json:
         print_json(removed)
     click.echo(f"{removed['name']} ({removed['id']}) is revoked.", err=True)
+    if roster is not None and (orphans := roster.orphans(removed["id"])):
+        names = ", ".join(f"{name} ({node})" for node, name in orphans.items())
+        click.echo(
+            f"Boxes that only {removed['name']} had invited are no longer members either: "
+            f"{names}.  'pinaivu peers invite' admits them again.",
+            err=True,
+        )
+
+
+async def _roster(database: Any) -> Any:
+    """The members of the network, None if this box belongs to none."""
+    from pinaivu_box.membership.store import MembershipStore
+
+    members = MembershipStore(database)
+    await members.load()
+    return members.roster
 
 
 @peers.command()
-@home_option
-@config_option
-@json_option
+@standard_options(config=True)
 @click.confirmation_option(prompt="Leave the network?")
 def leave(home: Path, config: Path | None, as_json: bool) -> None:
     """Leave the network, to join another or none.
@@ -261,7 +250,10 @@ def leave(home: Path, config: Path | None, as_json: bool) -> None:
     help="How long to listen.",
 )
 def discover(as_json: bool, wide: bool, seconds: float) -> None:
-    """List the boxes on the LAN that announce themselves ([peering] announce = true)."""
+    """List the boxes on the LAN that announce themselves.
+
+    A box does so with announce = true under [peering].
+    """
     from pinaivu_box.transport.lan import nearby
 
     boxes = asyncio.run(nearby(seconds))
@@ -271,14 +263,13 @@ def discover(as_json: bool, wide: bool, seconds: float) -> None:
 
 
 @peers.command()
-@home_option
-@config_option
-@json_option
+@standard_options(config=True)
 @click.argument("peer", required=False)
 def doctor(home: Path, config: Path | None, as_json: bool, peer: str | None) -> None:
-    """Check why peers (or one PEER) cannot be reached or used, and suggest what to do.
+    """Check why peers cannot be reached or used.
 
-    Nothing is changed.  Exits with 1 if a check failed.
+    All peers are checked, or one PEER, and what to do is suggested.  Nothing is changed.  Exits
+    with 1 if a check failed.
     """
     from msgspec import convert
 

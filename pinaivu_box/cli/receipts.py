@@ -12,7 +12,7 @@ import msgspec
 
 from pinaivu_box.cli.group import Group
 from pinaivu_box.cli.home import with_database
-from pinaivu_box.cli.options import home_option, json_option
+from pinaivu_box.cli.options import standard_options
 from pinaivu_box.cli.render import print_json
 from pinaivu_box.errors import CliError, UsageError
 from pinaivu_box.identity import NODE_PREFIX
@@ -24,8 +24,7 @@ def receipts() -> None:
 
 
 @receipts.command()
-@home_option
-@json_option
+@standard_options()
 @click.argument("request_id")
 def show(home: Path, as_json: bool, request_id: str) -> None:
     """Print a receipt; --json prints it as the API does, for 'receipts verify'."""
@@ -43,8 +42,7 @@ def show(home: Path, as_json: bool, request_id: str) -> None:
 
 
 @receipts.command()
-@home_option
-@json_option
+@standard_options()
 @click.argument("file_or_id", metavar="FILE|ID")
 @click.option(
     "--node-key", metavar="HEX", help="The key of the box that you trust, from 'pinaivu id'."

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from pinaivu_box.cli.client import request
-from pinaivu_box.cli.options import home_option, json_option
+from pinaivu_box.cli.options import standard_options
 from pinaivu_box.cli.render import print_json
 
 _SECONDS = 300.0  # many large model files take many seconds to read
@@ -19,8 +19,7 @@ _EFFECTS = {
 
 
 @click.command()
-@home_option
-@json_option
+@standard_options()
 def reload(home: Path, as_json: bool) -> None:
     """Let the running box read its configuration again; no request is interrupted."""
     answer = request(home, "/v1/admin/reload", method="POST", seconds=_SECONDS)

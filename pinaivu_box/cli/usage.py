@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from pinaivu_box.cli.home import load_config, own_node, with_database
-from pinaivu_box.cli.options import config_option, home_option, json_option, wide_option
+from pinaivu_box.cli.options import standard_options
 from pinaivu_box.cli.render import UNKNOWN, Column, print_json, print_table
 
 _DATE = click.DateTime(["%Y-%m-%d"])
@@ -20,14 +20,18 @@ _ID_PREFIX = 17  # characters
 
 
 @click.command()
-@home_option
-@config_option
-@json_option
-@wide_option
+@standard_options(config=True, wide=True)
 @click.option("--csv", "as_csv", is_flag=True, help="Print CSV, one line for each group.")
-@click.option("--by", multiple=True, type=click.Choice(_BY), help="Group by this.  Repeatable.")
-@click.option("--since", type=_DATE, help="First day (UTC), for example 2026-11-01.")
-@click.option("--until", type=_DATE, help="Last day (UTC), included.")
+@click.option(
+    "--by",
+    multiple=True,
+    type=click.Choice(_BY),
+    help="Group by this.  [default: model]  Repeatable.",
+)
+@click.option(
+    "--since", type=_DATE, metavar="DATE", help="First day (UTC), for example 2026-11-01."
+)
+@click.option("--until", type=_DATE, metavar="DATE", help="Last day (UTC), included.")
 @click.option("--model", help="Only this model.")
 @click.option("--account", metavar="NAME", help="Only this account (name or id).")
 @click.option("--key", metavar="NAME", help="Only this key (name, id or beginning).")
@@ -44,9 +48,9 @@ def usage(
     account: str | None,
     key: str | None,
 ) -> None:
-    """Show requests, tokens, cost, latencies and errors, by model or by other groups.
+    """Show requests, tokens, cost, latencies and errors.
 
-    A peer is the box that served the request.
+    A peer (or node) is the box that served a request, which may be this one.
     """
     from pinaivu_box.admin.usage import usage
     from pinaivu_box.store import accounts, keys

@@ -1,1 +1,1 @@
-"""What `pinaivu doctor` looks at.  Nothing here changes a home, whatever state it is in."""
+"""The checks of `pinaivu doctor` and `pinaivu peers doctor`.  None of them changes a home."""

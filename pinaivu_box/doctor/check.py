@@ -1,4 +1,4 @@
-"""What one look at the box found."""
+"""The result of one check."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ State = Literal["ok", "warning", "failed"]
 
 
 class Check(Struct, frozen=True):
-    """`found` is a clause, `todo` what the operator can do about it (empty where all is well)."""
+    """`found` is a clause, `todo` what the operator can do (empty if there is nothing to do)."""
 
     name: str
     state: State
@@ -19,6 +19,6 @@ class Check(Struct, frozen=True):
 
 
 def of_error(name: str, message: str) -> Check:
-    """Errors say what is wrong and, after a colon, what to do."""
+    """A failed check; `message` says what is wrong and, after a colon, what to do."""
     found, _, todo = message.removesuffix(".").rpartition(": ")
     return Check(name, "failed", found, todo) if found else Check(name, "failed", todo)

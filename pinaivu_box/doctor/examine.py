@@ -1,4 +1,4 @@
-"""The checks in their order; one that breaks is a check that failed, never a traceback."""
+"""The checks in order; an exception in one of them is a failed check, never a traceback."""
 
 from __future__ import annotations
 
@@ -12,18 +12,21 @@ from pinaivu_box.doctor import home as homes
 from pinaivu_box.doctor import machine, models, relay
 from pinaivu_box.doctor.check import Check, of_error
 from pinaivu_box.errors import BoxError, CliError
-from pinaivu_box.gateway.scopes import named_texts
 from pinaivu_box.models import catalog
+from pinaivu_box.settings import read_shared_prefixes
 
 Examiner = Callable[[], Iterable[Check]]
 
 
 def examine(
-    home: Path, load: Callable[[], Config], looking_at: Callable[[str], None]
+    home: Path, load: Callable[[], Config], starting: Callable[[str], None]
 ) -> Iterator[Check]:
-    """Look at everything.  `load` reads the configuration (it may raise CliError); `looking_at` is
-    told the name of each check before it begins."""
-    looking_at("configuration")
+    """Run all checks.
+
+    `load` reads the configuration, and may raise CliError; `starting` is called with the name of
+    each check before it begins.
+    """
+    starting("configuration")
     config, check = _configuration(load)
     folder = catalog.directory(config, home)
     examiners: list[tuple[str, Examiner]] = [
@@ -42,23 +45,23 @@ def examine(
         ("GPU", machine.gpu),
     ]
     for name, examiner in examiners:
-        looking_at(name)
+        starting(name)
         yield from _guarded(name, examiner)
 
 
 def _configuration(load: Callable[[], Config]) -> tuple[Config, Check]:
-    """Where it is not valid, the defaults stand in for the other checks."""
+    """The configuration and its check; if it is not valid, the defaults for the other checks."""
     name = "configuration"
     config = Config()
     try:
         config = load()
-        named_texts(config.engine)
+        read_shared_prefixes(config.engine)
         return config, Check(name, "ok", "valid")
     except CliError as error:
         found = error.message.removesuffix(".")
-        return config, Check(name, "failed", found, "sample.toml documents every setting")
+        return config, Check(name, "failed", found, "sample.toml documents all settings")
     except OSError as error:
-        found = f"it cannot be read: {error.strerror}"
+        found = f"the file cannot be read: {error.strerror}"
         return Config(), Check(name, "failed", found, "check the permissions of the home")
 
 
@@ -69,7 +72,9 @@ def _guarded(name: str, examiner: Examiner) -> Iterator[Check]:
         yield of_error(name, error.message)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        yield Check(name, "failed", f"{where}{error.strerror}", "check permissions and owner")
+        yield Check(
+            name, "failed", f"{where}{error.strerror}", "check the permissions and the owner"
+        )
     except Exception as error:
-        found = f"this check broke: {type(error).__name__}: {error}"
+        found = f"the check itself failed: {type(error).__name__}: {error}"
         yield Check(name, "failed", found, "please report it")

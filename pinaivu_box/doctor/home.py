@@ -1,4 +1,4 @@
-"""The home: who may read it, whose it is, and whether its database is whole."""
+"""Checks of the home: its permissions, its identity and its database."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from pinaivu_box.store.schema import CURRENT
 
 _SECRETS = ("identity.key", "pinaivu.db", "pinaivu.db-wal", "pinaivu.db-shm", "run.json")
 _LEFT_BEHIND = ("backup.new", "restore.new")
-_RESTORE = "put a backup back: 'pinaivu restore FILE --force'"
+_RESTORE = "restore a backup: 'pinaivu restore FILE --force'"
 
 
 def is_served(home: Path) -> bool:
-    """Whether a server runs on it.  Raises OSError.
+    """Whether a server runs on the home.  Raises OSError.
 
-    Trying the lock holds it for microseconds; a server that starts in just these is refused.
+    Testing the lock holds it for microseconds, in which no server can start.
     """
     try:
         handle = os.open(home / "lock", os.O_RDONLY)
@@ -44,11 +44,11 @@ def is_served(home: Path) -> bool:
 
 def permissions(home: Path) -> Iterator[Check]:
     if not home.exists():
-        yield Check("home", "warning", f"{home} is not there", "'pinaivu serve' makes it")
+        yield Check("home", "warning", f"{home} does not exist", "'pinaivu serve' creates it")
         return
     found = home.stat()
     if not stat.S_ISDIR(found.st_mode):
-        yield Check("home", "failed", f"{home} is no directory", "choose another --home")
+        yield Check("home", "failed", f"{home} is not a directory", "choose another --home")
         return
     wrong = list(_wrong(home, found))
     yield from wrong
@@ -57,12 +57,12 @@ def permissions(home: Path) -> Iterator[Check]:
             yield Check(
                 "home",
                 "warning",
-                f"{home / name} was left by a {name.split('.')[0]} that was killed, or one is "
-                "under way",
-                f"if none is: rm -r {shlex.quote(str(home / name))}",
+                f"{home / name} was left by a {name.split('.')[0]} that was interrupted, or is in "
+                "use by one that is running",
+                f"if none is running: rm -r {shlex.quote(str(home / name))}",
             )
     if not wrong:
-        yield Check("home", "ok", f"{home} is yours alone")
+        yield Check("home", "ok", f"{home} is accessible to its owner only")
 
 
 def _wrong(home: Path, found: os.stat_result) -> Iterator[Check]:
@@ -71,10 +71,10 @@ def _wrong(home: Path, found: os.stat_result) -> Iterator[Check]:
         yield Check("home", "failed", f"{home} belongs to user {found.st_uid}", todo)
     elif not os.access(home, os.R_OK | os.W_OK | os.X_OK):
         todo = f"chmod 700 {shlex.quote(str(home))}"
-        yield Check("home", "failed", f"{home} cannot be written", todo)
-    forbidden = [(home, 0o077, "700", "others may enter")]
-    forbidden += [(home / name, 0o077, "600", "others may read") for name in _SECRETS]
-    forbidden += [(home / "config.toml", 0o022, "600", "others may change")]
+        yield Check("home", "failed", f"{home} is not writable", todo)
+    forbidden = [(home, 0o077, "700", "other users can enter")]
+    forbidden += [(home / name, 0o077, "600", "other users can read") for name in _SECRETS]
+    forbidden += [(home / "config.toml", 0o022, "600", "other users can change")]
     for path, bits, mode, why in forbidden:
         if path.exists() and path.stat().st_mode & bits:
             todo = f"chmod {mode} {shlex.quote(str(path))}"
@@ -82,10 +82,10 @@ def _wrong(home: Path, found: os.stat_result) -> Iterator[Check]:
 
 
 def newest_receipt(home: Path) -> tuple[Receipt, bytes, bytes] | None:
-    """The receipt, its signed bytes and signature; None if there is none or it cannot be read."""
+    """The newest receipt, its signed bytes and its signature; None if none can be read."""
     try:
         with integrity.reading(home / "pinaivu.db") as connection:
-            # The last that was written, not that of the latest time: the clock may have been ahead.
+            # The last that was written, not the latest: the clock may have been ahead.
             row = connection.execute(
                 "SELECT signed, signature FROM receipts ORDER BY rowid DESC LIMIT 1"
             ).fetchone()
@@ -98,10 +98,10 @@ def identity(home: Path) -> Iterator[Check]:
     path, newest = home / "identity.key", newest_receipt(home)
     if not path.exists():
         if newest is None:
-            yield Check("identity", "ok", "not made yet: the first start does")
+            yield Check("identity", "ok", "none yet: the first start creates it")
             return
-        found = f"{path} is missing, and {newest[0].coordinator_id} has signed receipts"
-        yield Check("identity", "failed", found, f"put the file back from a backup, or {_RESTORE}")
+        found = f"{path} is missing, but {newest[0].coordinator_id} has signed receipts"
+        yield Check("identity", "failed", found, f"copy the file back, or {_RESTORE}")
         return
     node_id = identities.load_or_create(path).node_id
     if newest is None:
@@ -110,7 +110,7 @@ def identity(home: Path) -> Iterator[Check]:
     receipt, signed, signature = newest
     if receipt.coordinator_id != node_id:
         found = f"{path} is {node_id}, but receipts are signed by {receipt.coordinator_id}"
-        yield Check("identity", "failed", found, "put the box's own identity.key back")
+        yield Check("identity", "failed", found, "copy the identity.key of this box back")
     elif not identities.verify(node_id, RECEIPT_DOMAIN, signed, signature):
         found = f"the signature of the newest receipt ({receipt.request_id}) is not {node_id}'s"
         yield Check("identity", "failed", found, f"the database was changed: {_RESTORE}")
@@ -121,7 +121,7 @@ def identity(home: Path) -> Iterator[Check]:
 def database(home: Path) -> Iterator[Check]:
     path = home / "pinaivu.db"
     if not path.exists():
-        yield Check("database", "ok", "not made yet: the first start does")
+        yield Check("database", "ok", "none yet: the first start creates it")
         return
     try:
         version = integrity.check(path, str(path))

@@ -1,4 +1,4 @@
-"""The machine: space, clock, port, links, graphics."""
+"""Checks of the machine: disk space, clock, port, links and GPU."""
 
 from __future__ import annotations
 
@@ -44,32 +44,32 @@ def disk(home: Path, models: Path) -> Iterator[Check]:
 
 
 def space(what: str, path: Path, free: int, least: float, comfortable: float) -> Check:
-    """Sizes in bytes; below `least` nothing works."""
+    """The check of one path; sizes in bytes.  Below `least` the box does not work."""
     state: State = "failed" if free < least else "warning" if free < comfortable else "ok"
-    todo = "" if state == "ok" else f"free some space there, or put {what} on another disk"
+    todo = "" if state == "ok" else f"free some space there, or move {what} to another disk"
     return Check("disk", state, f"{megabytes(free)} free for {what} ({path})", todo)
 
 
 def clock(home: Path, now: float) -> Iterator[Check]:
-    """`now` in Unix seconds."""
+    """Check the clock; `now` is its time in Unix seconds."""
     newest = newest_receipt(home)
     if newest:
         last = datetime.fromisoformat(newest[0].timestamp).timestamp()
         if last > now + _CLOCK_SLACK:
-            found = f"it is {utc_text(now)}, but the newest receipt is of {newest[0].timestamp}"
-            todo = "set the clock: receipts and the expiry of keys follow it ('timedatectl')"
+            found = f"it is {utc_text(now)}, but the newest receipt is from {newest[0].timestamp}"
+            todo = "set the clock, which receipts and the expiry of keys depend on ('timedatectl')"
             yield Check("clock", "failed", found, todo)
             return
     if (known := synchronised()) is False:
-        found = f"{utc_text(now)}, and nothing is said to keep it right"
-        yield Check("clock", "warning", found, "switch on NTP: 'timedatectl set-ntp true'")
+        found = f"{utc_text(now)}, not synchronised"
+        yield Check("clock", "warning", found, "turn on NTP: 'timedatectl set-ntp true'")
     else:
-        how = "synchronised" if known else "whether it is synchronised cannot be known here"
+        how = "synchronised" if known else "whether it is synchronised is unknown"
         yield Check("clock", "ok", f"{utc_text(now)}, {how}")
 
 
 class _Timex(ctypes.Structure):
-    """The beginning of struct timex, and room for the rest; no modes set: it only reads."""
+    """The beginning of struct timex, and room for the rest.  Without modes, it is only read."""
 
     _fields_ = (
         ("modes", ctypes.c_uint),
@@ -83,7 +83,7 @@ class _Timex(ctypes.Structure):
 
 
 def synchronised() -> bool | None:
-    """What the kernel was told about its clock; None if it does not say."""
+    """Whether the kernel says that its clock is synchronised; None if it does not say."""
     timex = _Timex()
     try:
         answer = ctypes.CDLL(None).ntp_adjtime(ctypes.byref(timex))
@@ -98,7 +98,7 @@ def port(home: Path, config: Config) -> Iterator[Check]:
         return
     host, number = config.server.host, config.server.port
     if number == 0:
-        yield Check("port", "ok", "any free one will be taken")
+        yield Check("port", "ok", "any free port is used")
         return
     try:
         bind(host, number).close()
@@ -109,19 +109,19 @@ def port(home: Path, config: Config) -> Iterator[Check]:
 
 
 def _server(home: Path) -> Check:
-    """The server that holds the home's lock: does it answer?"""
+    """Check that the server on the home answers."""
     try:
         run = msgspec.json.decode((home / "run.json").read_bytes(), type=dict[str, str | int])
         url = str(run["url"])
         httpx.get(f"{url}/health", timeout=10, trust_env=False).raise_for_status()
     except (OSError, KeyError, ValueError, httpx.HTTPError, msgspec.DecodeError) as error:
-        found = f"a server holds {home} and does not answer ({error or type(error).__name__})"
-        return Check("port", "failed", found, "wait if it is starting; otherwise stop and start it")
-    return Check("port", "ok", f"ours: the server on this home answers at {url}")
+        found = f"the server on {home} does not answer ({error or type(error).__name__})"
+        return Check("port", "failed", found, "if it is starting, wait; otherwise restart it")
+    return Check("port", "ok", f"in use by this box, which answers at {url}")
 
 
 def links() -> Iterator[Check]:
-    """Load the library that makes them, and let it have a socket for a moment."""
+    """Check that the library for links can be loaded and can bind a socket."""
     try:
         asyncio.run(_bind_and_close())
     except (ImportError, OSError) as error:  # its library does not fit the system's
@@ -138,7 +138,7 @@ async def _bind_and_close() -> None:
 
 
 def gpu(root: Path = Path("/")) -> Iterator[Check]:
-    """Without NVML: what the kernel shows, and whether the driver's library is there."""
+    """Check the GPU without NVML: what the kernel shows, and whether the driver library exists."""
     cards = [
         device
         for device in sorted((root / "sys/bus/pci/devices").glob("*"))
@@ -149,14 +149,14 @@ def gpu(root: Path = Path("/")) -> Iterator[Check]:
     if not (cards or driver or devices):
         yield Check("GPU", "ok", "no NVIDIA GPU: models run on the CPU")
     elif not driver:
-        found = "an NVIDIA GPU is there, but not its driver: models run on the CPU"
-        yield Check("GPU", "warning", found, "install NVIDIA's driver to use it")
+        found = "there is an NVIDIA GPU but no driver: models run on the CPU"
+        yield Check("GPU", "warning", found, "to use it, install the NVIDIA driver")
     elif not devices:
-        found = "NVIDIA's driver is there, but no /dev/nvidia*: models run on the CPU"
-        todo = "in a container: give it the GPU (--gpus all); otherwise run 'nvidia-modprobe'"
+        found = "there is an NVIDIA driver but no /dev/nvidia*: models run on the CPU"
+        todo = "in a container, add the GPU (--gpus all); otherwise run 'nvidia-modprobe'"
         yield Check("GPU", "warning", found, todo)
     elif not _has_libcuda(root):
-        found = "NVIDIA's driver is there, but libcuda.so.1 is not: models run on the CPU"
+        found = "there is an NVIDIA driver but no libcuda.so.1: models run on the CPU"
         yield Check("GPU", "warning", found, "install the driver's CUDA library (libcuda1)")
     else:
         yield Check("GPU", "ok", f"{len(devices)} NVIDIA GPU, {_driver_version(driver)}")
@@ -178,7 +178,7 @@ def _driver_version(line: str) -> str:
 
 
 def _has_libcuda(root: Path) -> bool:
-    """By the linker's list: to load it here would bring the driver's code into this process."""
+    """Read the list of the linker: loading the library would run the driver in this process."""
     try:
         listed = subprocess.run(
             [shutil.which("ldconfig") or "/sbin/ldconfig", "-r", str(root), "-p"],
@@ -187,5 +187,5 @@ def _has_libcuda(root: Path) -> bool:
             check=False,
         ).stdout
     except OSError:
-        return True  # it cannot be known; the engine will tell
+        return True  # unknown; the engine reports it
     return "libcuda.so.1 " in listed

@@ -1,4 +1,4 @@
-"""The models: their files and digests, the memory they need, and an engine that really runs."""
+"""Checks of the models: their files and digests, the memory they need, and an engine."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from pinaivu_box.models.catalog import Catalog, Model
 from pinaivu_box.models.files import look, open_regular
 from pinaivu_box.models.names import printable
 from pinaivu_box.models.splits import digest_of_parts
+from pinaivu_box.settings import LiveSettings, Settings
 from pinaivu_box.store import integrity
 from pinaivu_box.text import megabytes
 
 _PIECE = 1 << 20
-# Enough for a word, so that the look costs little beside a running server.
-_TOKENS = 512
+_CONTEXT_TOKENS = 512  # little, so that a running server keeps its memory
 _Remembered = dict[str, tuple[int, int, str]]  # path -> size, mtime_ns, digest
 
 
@@ -45,16 +45,16 @@ def real(found: Catalog) -> list[Model]:
 
 
 def files(config: Config, home: Path) -> Iterator[Check]:
-    """Reads every model file whole (about 1 GB/s)."""
+    """Check the model files, which are read completely (about 1 GB/s)."""
     found, missing = find(config, home)
     if missing:
-        yield Check("models", "failed", missing, "mend its [[model]] entry, or the file")
+        yield Check("models", "failed", missing, "correct its [[model]] entry, or replace the file")
     for path, why in found.not_served.items():
-        # Programs keep projectors and adapters beside the models that they are for.
+        # Other programs keep projectors and adapters beside their models.
         state: State = "warning" if gguf.is_no_model(why) else "failed"
-        todo = "fetch the file again, or move it out of the folder"
+        todo = "download the file again, or move it out of the folder"
         if state == "warning":
-            todo = "nothing, if it is for another program"
+            todo = "nothing, if it belongs to another program"
         if why.endswith(gguf.BEING_WRITTEN):
             state, todo = "warning", "nothing, while it is being written"
         if why.endswith((": rename it", ": rename one of them")):
@@ -64,7 +64,7 @@ def files(config: Config, home: Path) -> Iterator[Check]:
     for model in real(found):
         yield _file(model, remembered)
     if not real(found):
-        yield Check("models", "warning", "there is none", f"put a GGUF file into {home / 'models'}")
+        yield Check("models", "warning", "no models", f"put a GGUF file into {home / 'models'}")
 
 
 def _remembered(home: Path) -> _Remembered:
@@ -73,13 +73,13 @@ def _remembered(home: Path) -> _Remembered:
             rows = connection.execute("SELECT path, size, mtime_ns, digest FROM model_files")
             return {path: (size, time, digest) for path, size, time, digest in rows}
     except sqlite3.Error:
-        return {}  # none yet; if it is damaged, the check of the database says so
+        return {}  # no database yet, or a damaged one, which its own check reports
 
 
 def _file(model: Model, remembered: _Remembered) -> Check:
-    """Of a model in several files, the first that is not in order."""
+    """The check of a model; of several files, the first that has a problem."""
     name = f"{model.id} ({printable(str(model.path))})"
-    again = "fetch the file again"
+    again = "download the file again"
     digests, unseen = [], False
     for file in model.files:
         if model.parts:
@@ -100,28 +100,28 @@ def _file(model: Model, remembered: _Remembered) -> Check:
             return _changed(name, digest, known, unchanged)
     digest = digest_of_parts(digests) if model.parts else digests[0]
     files = f" in {len(model.parts)} files" if model.parts else ""
-    how = "not served yet" if unseen else "as remembered"
+    how = "not served yet" if unseen else "as served before"
     found = f"{megabytes(model.size)}{files}, sha256 {digest[:16]}…, {how}"
     return Check("models", "ok", f"{model.id} ({printable(str(model.path))}): {found}")
 
 
 def _changed(name: str, digest: str, known: str, unchanged: bool) -> Check:
-    """`unchanged` if size and time of the file say so."""
+    """A file with another digest; `unchanged`: it has the same size and time as before."""
     if not unchanged:
         found = (
-            f"{name} was replaced since it was last served: {digest[:16]}…, before {known[:16]}…"
+            f"{name} was replaced after it was last served: {digest[:16]}…, before {known[:16]}…"
         )
-        return Check("models", "warning", found, "nothing, if that was you")
-    found = f"{name} has other bytes than were served: {digest[:16]}…, not {known[:16]}…"
+        return Check("models", "warning", found, "nothing, if you replaced it")
+    found = f"the content of {name} is not what was served: {digest[:16]}…, not {known[:16]}…"
     todo = (
-        "fetch the file again; if it is meant to be another one, 'touch' it: receipts then name it "
-        "rightly"
+        "download the file again; if you replaced it, 'touch' it, so that receipts name the new "
+        "digest"
     )
     return Check("models", "failed", found, todo)
 
 
 def _digest(file: Model) -> str:
-    """Of the bytes themselves, also where a digest is recorded."""
+    """The digest of the file's bytes, even if a digest is recorded."""
     digest, left = hashlib.sha256(), file.size
     with open_regular(file.path) as opened:
         opened.seek(file.offset)
@@ -134,55 +134,58 @@ def _digest(file: Model) -> str:
 def room(config: Config, home: Path) -> Iterator[Check]:
     total, available = memory.total(), memory.available()
     if total is None or available is None:
-        yield Check("memory", "ok", "how much there is cannot be known here")
+        yield Check("memory", "ok", "the memory of this machine is unknown")
         return
     for model in real(find(config, home)[0]):
-        # The least that it is served with: the cache shrinks to one context before it is refused.
+        # The minimum: the cache shrinks to one context before the model is refused.
         need = memory.estimate(model, memory.context_of(model, config.engine.context))
         yield fits(model.id, need, total, available)
 
 
 def fits(model_id: str, need: int, total: int, available: int) -> Check:
-    """Bytes."""
-    found = f"{model_id} needs {megabytes(need)} of {megabytes(available)} that can be had"
+    """The check of one model; sizes in bytes."""
+    found = f"{model_id} needs {megabytes(need)} of {megabytes(available)} available"
     if need > total:
         found = f"{model_id} needs {megabytes(need)}, and the machine has {megabytes(total)}"
-        return Check("memory", "failed", found, "set a smaller context, or take a smaller model")
+        return Check("memory", "failed", found, "set a smaller context, or use a smaller model")
     if need > available:
-        return Check("memory", "warning", found, "end other programs, or set a smaller context")
+        return Check("memory", "warning", found, "close other programs, or set a smaller context")
     return Check("memory", "ok", found)
 
 
 def engine(config: Config, home: Path) -> Iterator[Check]:
-    """Load the smallest model as a server would and make one token."""
+    """Load the smallest model as a server would, and generate one token."""
     models = real(find(config, home)[0])
     if not models:
-        found = "there is no model to start one with"
+        found = "no model to start an engine with"
         yield Check("engine", "warning", found, "see models, above")
         return
     smallest = min(models, key=lambda model: model.size)
     small = msgspec.structs.replace(
-        config.engine, context=_TOKENS, kv_tokens=_TOKENS, max_sequences=1
+        config.engine, context=_CONTEXT_TOKENS, kv_tokens=_CONTEXT_TOKENS, max_sequences=1
     )
     try:
-        found = asyncio.run(_one_token(dataclasses.replace(smallest, context=_TOKENS), small))
+        found = asyncio.run(
+            _one_token(dataclasses.replace(smallest, context=_CONTEXT_TOKENS), small)
+        )
     except ApiError as error:
-        todo = "'pinaivu serve --log-level debug' shows the engine's own words"
+        todo = "'pinaivu serve --log-level debug' shows the log of the engine"
         yield Check("engine", "failed", error.message.removesuffix("."), todo)
     except TimeoutError:
-        found = f"{smallest.id} made no token in {small.start_seconds:g} s"
-        yield Check("engine", "failed", found, "is the machine overloaded?")
+        found = f"{smallest.id} generated no token in {small.start_seconds:g} s"
+        yield Check("engine", "failed", found, "check whether the machine is overloaded")
     else:
         yield Check("engine", "ok", f"{smallest.id} {found}")
 
 
 async def _one_token(model: Model, config: EngineConfig) -> str:
-    """What happened.  Raises ApiError, TimeoutError."""
+    """What the engine did, as a clause.  Raises ApiError, TimeoutError."""
 
-    async def no_matter(_: Model) -> str:
+    async def no_digest(_: Model) -> str:
         return ""
 
-    placement = Placement(config, no_matter)
+    settings = LiveSettings(Settings(Config(engine=config)))
+    placement = Placement(settings, no_digest)
     job = Job(
         request_id="doctor",
         model=model,
@@ -196,15 +199,15 @@ async def _one_token(model: Model, config: EngineConfig) -> str:
     where = ""
     try:
         async with asyncio.timeout(config.start_seconds):
-            async for event in LocalBackend(placement, "", SamplingConfig()).serve(job, []):
+            async for event in LocalBackend(placement, "", settings).start(job).events():
                 if isinstance(event, Started):
                     where = f"on {event.engine.device} ({event.engine.build})"
                 elif isinstance(event, Output) and event.tokens:
-                    return f"made a token {where}"
+                    return f"generated a token {where}"
     except ApiError as error:
         if not where or error.status >= 500:
             raise
-        return f"was loaded {where}; it makes no text"  # a model for embeddings
+        return f"was loaded {where}; it generates no text"  # a model for embeddings
     finally:
         await placement.close()
-    return f"was loaded {where} and ended its answer at once"
+    return f"was loaded {where} and ended its answer immediately"

@@ -1,6 +1,6 @@
-"""What `pinaivu peers doctor` looks at: this box as others find it, then each peer.
+"""The checks of `pinaivu peers doctor`: this box as other boxes reach it, then each peer.
 
-All but the look at UDP ports and at this machine's clock is what the running box knows.
+All but the UDP ports and the clock of this machine is what the running box knows.
 """
 
 from __future__ import annotations
@@ -20,30 +20,37 @@ from pinaivu_box.server.admin_peers import PeerList
 from pinaivu_box.transport.transport import is_relay
 
 _UDP_SECONDS = 2.0
-_CLOCK_SLACK, _CLOCK_MOST = 5.0, 300.0  # seconds
-_LATELY = 3600.0  # seconds; what a peer refused before that may be otherwise now
+_CLOCK_WARNING_SECONDS, _MAX_CLOCK_SECONDS = 5.0, 300.0
+_MAX_REFUSAL_AGE = 3600.0  # seconds; the reason of an older refusal may be gone
 _UDP: dict[udp.Answer, tuple[State, str, str]] = {
     "answers": ("ok", "a box answers there", ""),
     "closed": (
         "failed",
-        "the machine is there, but no program has that UDP port",
-        "start it there",
+        "the machine answers, but no program listens on that UDP port",
+        "start the box there",
     ),
     "silent": (
         "warning",
-        "nothing answers: a firewall or a router drops it, or the machine is off",
-        "let that UDP port through there, or set [peering] relay on both boxes",
+        "no answer: a firewall or a router drops the packets, or the machine is off",
+        "open that UDP port there, or set [peering] relay on both boxes",
     ),
-    "no route": ("warning", "this machine has no way there", "join both to one network or VPN"),
-    "unknown name": ("warning", "no such address is known here", "look at its [peering] host"),
+    "no route": (
+        "warning",
+        "this machine has no route to it",
+        "connect both to one network or VPN",
+    ),
+    "unknown name": ("warning", "the name cannot be resolved", "check [peering] host there"),
 }
 
 
 def examine(
     home: Path, config: Config, found: PeerList | str, peers: list[PeerView]
 ) -> Iterator[Check]:
-    """`found` is the running box's list, or the sentence why there is none; `peers` are those of it
-    that are asked about."""
+    """Check this box and `peers`.
+
+    `found` is the list of the running box, or the sentence why there is none; `peers` are some of
+    that list.
+    """
     if isinstance(found, str):
         yield of_error("peering", found)
         return
@@ -51,7 +58,7 @@ def examine(
     boxes = "box" if len(found.data) == 1 else "boxes"
     network = found.own.network[:12] or "no network yet"
     if found.own.state == "revoked":
-        todo = "ask the network's founder for a new ticket, or leave it: 'pinaivu peers leave'"
+        todo = "ask the founder of the network for a new ticket, or leave it: 'pinaivu peers leave'"
         yield Check("membership", "failed", f"this box is revoked: {found.own.why}", todo)
     counted = f"{network}: {len(found.data)} other {boxes}, {connected} connected"
     todo = "" if found.data else "'pinaivu peers invite' here, 'pinaivu peers join' there"
@@ -65,30 +72,33 @@ def examine(
 
 def _here(own: OwnView, config: Config, *, all_well: bool) -> Iterator[Check]:
     yield Check("key", "ok", f"{own.id}, called {own.name}")
-    # What is advertised may lead here from outside only.
+    # Advertised addresses may only be reachable from outside.
     told = config.peering.advertise
     direct = [one for one in own.addresses if not is_relay(one) and one not in told]
     answers = {address: udp.ask(address, _UDP_SECONDS) for address in direct[:4]}
     deaf = [address for address, answer in answers.items() if answer != "answers"]
     if deaf:
-        todo = "let UDP through this machine's own firewall"
-        yield Check("port", "failed", f"nothing answers at {', '.join(deaf)}", todo)
+        todo = "allow UDP in the firewall of this machine"
+        yield Check("port", "failed", f"no answer at {', '.join(deaf)}", todo)
     else:
-        yield Check("port", "ok", f"it answers at {', '.join(direct) or 'no address'}")
+        yield Check("port", "ok", f"this box answers at {', '.join(direct) or 'no address'}")
     if told:
-        yield Check("NAT", "ok", f"it tells others to reach it at {', '.join(told)}")
+        yield Check("NAT", "ok", f"this box advertises {', '.join(told)}")
     elif all(_reach(address) == "loopback" for address in direct) and own.relay == "none":
-        found, todo = "only boxes on this machine can reach it", 'set host = "0.0.0.0" in [peering]'
+        found, todo = (
+            "only this machine can reach this box",
+            'set host = "0.0.0.0" in [peering]',
+        )
         yield Check("NAT", "warning", found, todo)
     elif own.relay != "none":
         yield _relay(own, "warning" if all_well else "failed")
     elif any(_reach(address) == "public" for address in direct):
-        yield Check("NAT", "ok", "it has a public address; no relay is used")
+        yield Check("NAT", "ok", "this box has a public address; no relay is used")
     else:
-        found = "its addresses are of its own LAN, and no relay is used"
+        found = "this box has LAN addresses only, and no relay is used"
         todo = (
-            f"for boxes elsewhere: forward UDP port {config.peering.port} to it and name that "
-            "address in advertise, or set a relay"
+            f"for boxes elsewhere: forward UDP port {config.peering.port} to this box and set that "
+            "address as advertise, or set a relay"
         )
         yield Check("NAT", "ok" if all_well else "warning", found, "" if all_well else todo)
 
@@ -97,7 +107,7 @@ def _relay(own: OwnView, bad: State) -> Check:
     chosen = own.relay if own.relay != "n0" else next(filter(is_relay, own.addresses), None)
     if chosen is None:
         found = "none of the public relays has answered yet"
-        todo = "wait half a minute; then see that HTTPS and UDP go out, or set another's URL"
+        todo = "wait half a minute; then check that HTTPS and UDP are allowed, or set another URL"
         return Check("relay", bad, found, f"{todo} as [peering] relay")
     return relay.own(chosen, bad)
 
@@ -119,17 +129,17 @@ def _peer(peer: PeerView, own: OwnView, config: Config) -> Iterator[Check]:
     if peer.link is None:
         yield from _ways(peer, own)
         return
-    yield Check("key", "ok", f"it has proven to be {peer.id}")
+    yield Check("key", "ok", f"authenticated as {peer.id}")
     yield _version(peer, own)
     yield _clock(peer)
     yield from _models(peer, own, config)
     limits = [*_serves_us(peer), *_is_served(peer, own)]
-    yield from limits or [Check("limits", "ok", "nothing stands in the way")]
+    yield from limits or [Check("limits", "ok", "no limit is reached")]
 
 
 def _membership(peer: PeerView) -> Check:
     if peer.state == "revoked":
-        todo = "only the founder of the network can let it in again, with a new ticket"
+        todo = "only the founder of the network can admit it again, with a new ticket"
         return Check("membership", "failed", peer.why or "it was revoked", todo)
     since = f" since {peer.member_since}" if peer.member_since else ""
     invited = f", invited by {peer.invited_by}" if peer.invited_by else ""
@@ -138,20 +148,20 @@ def _membership(peer: PeerView) -> Check:
 
 def _link(peer: PeerView) -> Check:
     if peer.link is not None:
-        way = "directly" if peer.link.direct else "by a relay"
-        rtt = "" if peer.link.rtt_ms is None else f", {peer.link.rtt_ms:.0f} ms there and back"
+        way = "direct" if peer.link.direct else "by a relay"
+        rtt = "" if peer.link.rtt_ms is None else f", round trip {peer.link.rtt_ms:.0f} ms"
         return Check("link", "ok", f"{way}, {peer.link.address}{rtt}")
     if peer.state == "connecting" and not peer.why:
-        return Check("link", "warning", "there was no answer yet", "wait a few seconds")
+        return Check("link", "warning", "no answer yet", "wait a few seconds")
     name = "key" if peer.why.startswith("Another box") else "link"
     found = of_error(name, peer.why or "there is none")
     return found if found.todo else Check(name, "failed", found.found, "see its addresses below")
 
 
 def _ways(peer: PeerView, own: OwnView) -> Iterator[Check]:
-    """Each address: a machine that answers at one of them is reachable, whatever the others say."""
+    """The checks of its addresses; a machine that answers at one of them is reachable."""
     if not peer.addresses:
-        found = "no address of it is known"
+        found = "none of its addresses is known"
         yield Check("address", "failed", found, "ask its operator for a ticket, and join again")
     for address in peer.addresses:
         if is_relay(address):
@@ -164,84 +174,82 @@ def _ways(peer: PeerView, own: OwnView) -> Iterator[Check]:
 
 def _way_by_relay(url: str, own: OwnView) -> Check:
     if own.relay == "none":
-        found = f"it can be reached by {url}, but this box uses no relay"
+        found = f"reachable through {url}, but this box uses no relay"
         return Check("relay", "warning", found, "set [peering] relay here too")
     if why := relay.why_not(url):
         return Check("relay", "failed", why, relay.TODO)
-    return Check("relay", "ok", f"it can be reached by {url} while it is there itself")
+    return Check("relay", "ok", f"reachable through {url} while the peer is online")
 
 
 def _version(peer: PeerView, own: OwnView) -> Check:
     if peer.software == own.software:
-        return Check("version", "ok", f"{peer.software}, as here")
+        return Check("version", "ok", f"{peer.software}, as on this box")
     todo = "if something does not work, update the older one"
-    return Check("version", "ok", f"{peer.software}, here {own.software}", todo)
+    return Check("version", "ok", f"{peer.software}, this box has {own.software}", todo)
 
 
 def _clock(peer: PeerView) -> Check:
     ahead = peer.clock_ahead or 0.0
-    found = f"{abs(ahead):.1f} s {'ahead of' if ahead >= 0 else 'behind'} ours"
-    if abs(ahead) <= _CLOCK_SLACK:
+    found = f"{abs(ahead):.1f} s {'ahead of' if ahead >= 0 else 'behind'} this box"
+    if abs(ahead) <= _CLOCK_WARNING_SECONDS:
         return Check("clock", "ok", found)
-    state: State = "failed" if abs(ahead) > _CLOCK_MOST else "warning"
+    state: State = "failed" if abs(ahead) > _MAX_CLOCK_SECONDS else "warning"
     return Check("clock", state, found, "set the clock of the box that is wrong: 'timedatectl'")
 
 
 def _models(peer: PeerView, own: OwnView, config: Config) -> Iterator[Check]:
     ours = {model.id: model.digest for model in own.models}
     if peer.advert_age is None:
-        found = "it has not said lately what it offers"
-        yield Check("models", "warning", found, "wait half a minute; then look at the box itself")
+        found = "no recent advert"
+        yield Check("models", "warning", found, "wait half a minute; then check that box")
         return
     if not peer.models:
-        yield Check("models", "warning", "it offers none", "look at 'pinaivu ls' there")
+        yield Check("models", "warning", "it offers no models", "run 'pinaivu ls' there")
     for model in peer.models:
         here = ours.get(model.id)
         if here is None or here == model.digest or config.peering.same_name:
-            same = "" if here is None else ", the same file as here" * (here == model.digest)
+            same = "" if here is None else ", the same file as on this box" * (here == model.digest)
             yield Check("models", "ok", f"{model.id}{same}")
         else:
             found = f"{model.id} is another file there ({model.digest[:8]}) than here ({here[:8]})"
-            todo = "copy one of them over, or set same_name = true in [peering]"
+            todo = "copy one of them, or set same_name = true in [peering]"
             yield Check("models", "warning", found, todo)
 
 
 def _serves_us(peer: PeerView) -> Iterator[Check]:
-    """What is known to stand in the way of our requests there."""
+    """Known reasons why it does not serve requests of this box."""
     if peer.draining:
         yield Check("limits", "warning", "it is stopping", "wait until it runs again")
     if peer.models and not any(model.sequences_free for model in peer.models):
-        yield Check("limits", "warning", "all its places are taken", "it serves in turn; wait")
-    if peer.refusal is not None and peer.refusal.age < _LATELY:
+        yield Check("limits", "warning", "it is busy", "wait: requests are queued")
+    if peer.refusal is not None and peer.refusal.age < _MAX_REFUSAL_AGE:
         said = peer.refusal.message.partition(" refused it: ")[2] or peer.refusal.message
-        found = f"{peer.refusal.age:.0f} s ago it refused us: {said.rstrip('.')}"
-        todo = "its operator sets that: 'pinaivu peers edit' or [peering.serve] there"
+        found = f"{peer.refusal.age:.0f} s ago it refused a request: {said.rstrip('.')}"
+        todo = "its operator can change this: 'pinaivu peers edit' or [peering.serve] there"
         yield Check("limits", "warning", found, todo)
 
 
 def _is_served(peer: PeerView, own: OwnView) -> Iterator[Check]:
-    """What stands in the way of its requests here."""
+    """Reasons why this box does not serve its requests."""
     edit = f"pinaivu peers edit {peer.name}"
     if peer.limits.blocked:
-        found = f"blocked here: {peer.limits.blocked}"
+        found = f"blocked on this box: {peer.limits.blocked}"
         yield Check("limits", "warning", found, f"{edit} --unblock")
     if (use := peer.use) is None:
         return
     if not use.open:
-        found = f"it is served from {use.hours} only, local time here, and not now"
+        found = f"served only from {use.hours} (local time of this box), not now"
         yield Check("limits", "warning", found, f"wait, or {edit} --hours TIMES")
     if own.models and not any(
         fnmatchcase(one.id, glob) for one in own.models for glob in use.models
     ):
-        found = (
-            f"it may use {', '.join(use.models) or 'no model'}, and this box has nothing that fits"
-        )
+        found = f"it may use {', '.join(use.models) or 'no model'}; no model of this box matches"
         yield Check("limits", "warning", found, f"{edit} --model GLOB")
     if use.running >= use.max_parallel:
-        found = f"it has {use.running} requests here, as many as it may"
+        found = f"it has {use.running} requests running here, the maximum"
         yield Check("limits", "warning", found, f"wait, or {edit} --max-parallel N")
     if use.tokens_per_minute is not None and use.tokens >= use.tokens_per_minute:
-        found = f"it has had {use.tokens} tokens in a minute, of {use.tokens_per_minute}"
+        found = f"it used {use.tokens} tokens in the last minute, of {use.tokens_per_minute}"
         yield Check("limits", "warning", found, f"wait, or {edit} --tokens-per-minute N")
     yield from _credit(peer, use)
 

@@ -1,5 +1,4 @@
-"""Does a relay of iroh's answer at a URL?  Asked as a box would, up to where it had to say who it
-is."""
+"""Checks whether a relay of iroh answers at a URL, as a box would connect to it."""
 
 from __future__ import annotations
 
@@ -12,8 +11,8 @@ from pinaivu_box.doctor.check import Check, State
 
 SECONDS = 3.0
 TODO = (
-    "see that it runs, that its name is right and that TCP to it is let through, or choose another "
-    "as [peering] relay; direct links do without it"
+    "check that it runs, that its name is correct and that TCP to it is allowed, or set another "
+    "[peering] relay; direct links do not need one"
 )
 _UPGRADE = {
     "Connection": "Upgrade",
@@ -25,7 +24,7 @@ _UPGRADE = {
 
 
 def why_not(url: str, seconds: float = SECONDS) -> str:
-    """A clause; empty if it answers."""
+    """Why the relay cannot be used, as a clause; empty if it answers."""
     try:
         where = httpx.URL(url).join("/relay")
         with httpx.stream(
@@ -37,17 +36,17 @@ def why_not(url: str, seconds: float = SECONDS) -> str:
         return f"{url} does not answer within {seconds:g} s"
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         return f"{url} does not answer ({str(error) or type(error).__name__})"
-    return f"what answers at {url} is no relay (status {answer.status_code})"
+    return f"what answers at {url} is not a relay (status {answer.status_code})"
 
 
 def own(url: str, bad: State = "failed") -> Check:
-    """The one that this box uses."""
+    """The check of the relay that this box uses."""
     if why := why_not(url):
         return Check("relay", bad, why, TODO)
-    return Check("relay", "ok", f"{url} answers; boxes that find no direct way go by it")
+    return Check("relay", "ok", f"{url} answers; boxes without a direct route use it")
 
 
 def configured(config: Config) -> Iterator[Check]:
-    """Of the public ones iroh chooses while it runs."""
+    """Check the configured relay; of the public ones iroh chooses at run time."""
     if config.peering.relay not in ("none", "n0"):
         yield own(config.peering.relay)

@@ -1,8 +1,8 @@
-"""Does anything that speaks QUIC answer at an address?
+"""Checks whether a QUIC endpoint answers at an address.
 
-The question is a packet of a version that nobody speaks: any QUIC endpoint must answer it with the
-versions that it does (RFC 9000, section 6), before any key is looked at.  So this tells a firewall
-from a program that is not there, and both from one that is.
+The probe is a packet of a reserved version: every QUIC endpoint answers it with the versions that
+it supports (RFC 9000, section 6), before any key is checked.  So a firewall, a program that does
+not run and one that does can be told apart.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import Literal
 from pinaivu_box.text import number
 
 Answer = Literal["answers", "closed", "silent", "no route", "unknown name"]
-_VERSION = bytes.fromhex("1a2a3a4a")  # reserved for exactly this (RFC 9000, section 15)
-_SMALLEST = 1200  # bytes of a first packet
+_VERSION = bytes.fromhex("1a2a3a4a")  # reserved for this (RFC 9000, section 15)
+_MIN_PACKET_BYTES = 1200  # of a first packet
 
 
 def ask(address: str, seconds: float) -> Answer:
-    """`address` is HOST:PORT or [V6]:PORT.  "closed": the machine is there, and nothing listens."""
+    """Probe HOST:PORT or [IPv6]:PORT.  "closed": the machine answers, but nothing listens."""
     host, _, text = address.rpartition(":")
     if (port := number(text)) is None:
         return "unknown name"
@@ -29,14 +29,14 @@ def ask(address: str, seconds: float) -> Answer:
         )[0]
     except (OSError, ValueError):
         return "unknown name"
-    with socket.socket(family, kind) as asking:
-        asking.settimeout(seconds / 2)
+    with socket.socket(family, kind) as probe:
+        probe.settimeout(seconds / 2)
         try:
-            asking.connect(where)
+            probe.connect(where)
             for _ in range(2):  # packets get lost
-                asking.send(_question())
+                probe.send(_packet())
                 try:
-                    if asking.recv(2048)[1:5] == bytes(4):  # version negotiation
+                    if probe.recv(2048)[1:5] == bytes(4):  # version negotiation
                         return "answers"
                 except TimeoutError:
                     continue
@@ -47,6 +47,6 @@ def ask(address: str, seconds: float) -> Answer:
     return "silent"
 
 
-def _question() -> bytes:
+def _packet() -> bytes:
     key = b"\x08" + os.urandom(8)
-    return (b"\xc0" + _VERSION + key + key).ljust(_SMALLEST, b"\0")
+    return (b"\xc0" + _VERSION + key + key).ljust(_MIN_PACKET_BYTES, b"\0")

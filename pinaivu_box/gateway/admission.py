@@ -9,9 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from pinaivu_box import amount
 from pinaivu_box.amount import Prices
-from pinaivu_box.config import EngineConfig, PricingConfig
 from pinaivu_box.errors import (
     ApiError,
     InvalidBody,
@@ -25,8 +23,9 @@ from pinaivu_box.errors import (
 from pinaivu_box.gateway.backend import Job
 from pinaivu_box.gateway.quota import MINUTE, Entry, Limits, Quota, Quotas, Reservation
 from pinaivu_box.gateway.scopes import scope_of
-from pinaivu_box.models.catalog import Catalog, Model
+from pinaivu_box.models.catalog import Model
 from pinaivu_box.models.names import MAX_NAME, is_model_id
+from pinaivu_box.settings import LiveSettings
 from pinaivu_box.store import keys
 from pinaivu_box.store.database import Database
 from pinaivu_box.store.keys import Key
@@ -130,17 +129,8 @@ class PeerModels(Protocol):
 
 
 class Admission:
-    def __init__(
-        self,
-        catalog: Catalog,
-        engine: EngineConfig,
-        pricing: PricingConfig,
-        reader: PromptCounter,
-        database: Database,
-    ) -> None:
-        self.catalog = catalog
-        self.engine = engine
-        self.pricing = pricing
+    def __init__(self, settings: LiveSettings, reader: PromptCounter, database: Database) -> None:
+        self._settings = settings
         self._drain = asyncio.get_running_loop().create_future()
         self._reader = reader
         self._offers: PeerModels | None = None
@@ -172,7 +162,7 @@ class Admission:
                 loc=("body", "model"),
             )
         offers = None if key.policy.local_only else self._offers
-        model = (offers or self.catalog).find(model_id)
+        model = (offers or self._settings.catalog).find(model_id)
         self._check(model, key, in_flight)
         return model
 
@@ -185,18 +175,18 @@ class Admission:
                 f"{', '.join(key.policy.models)}.",
                 param="model",
             )
-        full = in_flight(model.id) >= self.engine.max_sequences + self.engine.max_queue
+        engine = self._settings.config.engine
+        full = in_flight(model.id) >= engine.max_sequences + engine.max_queue
         if full and not (self._offers is not None and self._offers.offered(model.id)):
             raise NoNodesAvailable(
-                f"The queue of {model.id} is full ({self.engine.max_queue} requests wait): try "
+                f"The queue of {model.id} is full ({engine.max_queue} requests wait): try "
                 "again later.",
                 retry_after=2,
             )
 
     def prices(self, key: Key, model: Model) -> Prices:
         """The key's own, or the model's, or those of all models."""
-        given = self.pricing.models.get(model.id, self.pricing.per_1k_tokens)
-        return key.policy.prices_of(model.id) or amount.prices(given)
+        return key.policy.prices_of(model.id) or self._settings.config.pricing.prices_of(model.id)
 
     async def arrive(self, key: Key) -> ArrivedRequest:
         """Before the body of a request is read.  Raises RateLimited."""
@@ -284,7 +274,8 @@ class Admission:
 
     def _max_tokens(self, job: Job, context: int) -> int:
         """Tokens that the answer can have."""
-        room = math.inf if self.engine.context_shift else context - len(job.read or ())
+        shifts = self._settings.config.engine.context_shift
+        room = math.inf if shifts else context - len(job.read or ())
         return int(max(0, min(job.max_tokens or 0, room)))
 
     async def _read_quota(self, key_id: str) -> Quota:

@@ -1,27 +1,30 @@
-"""The seam between a request and whoever can serve it: an engine here, later a peer or upstream."""
+"""The interface between a request and whatever can serve it: an engine here, or a peer."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from pinaivu_box.config import RoutingPolicy, SamplingConfig
 from pinaivu_box.engine.messages import Constraint, Sampling, TokenLogprob, Tools
+from pinaivu_box.errors import NoNodesAvailable
 from pinaivu_box.models.catalog import Model
 from pinaivu_box.receipts.commitment import Opening, new_nonce
-from pinaivu_box.receipts.receipt import VERSION, EngineInfo, Proof, SignedProof
+from pinaivu_box.receipts.receipt import VERSION, EngineBuild, Proof, SignedProof
 
 
 @dataclass(frozen=True)
 class Job:
-    """One answer to be made; a request has one for each of its choices.  `asked` is what the client
-    said of sampling.  `prompt_number` tells its prompt from others of the request, and `nonce` is
-    of the commitment to it, in hex.  `leg` is the number of this try, `tried` are nodes that failed
-    before, and `settled` is how an earlier leg drew, with the file of that `digest`: this one has
-    to draw likewise.  `local_only` jobs stay on this box, others go to `peers` (names or node ids;
-    None: any) at most, as `routing` says, or else the box's policy.  A peer's job has a `name` that
-    we gave it.  `scope` is with whom cached prefixes are shared (see `scopes`), if `cache` is not
+    """One answer to be made; a request has one for each of its choices.
+
+    `asked` is what the client said of sampling.  `prompt_number` tells its prompt from others of
+    the request, and `nonce` is of the commitment to it, in hex.  `leg` is the number of this leg,
+    `output` are the tokens that earlier ones have made, `tried` the nodes that were lost, and
+    `settled` is how an earlier leg drew, with the file of that `digest`: this one has to draw
+    likewise.  `local_only` jobs stay on this box, others go to `peers` (names or node ids; None:
+    any) at most, as `routing` says, or else the box's policy.  A peer's job has a `name` that we
+    gave it.  `scope` is with whom cached prefixes are shared (see `scopes`), if `cache` is not
     False.  `keep_alive` is for how many seconds the client wants the model to stay loaded here.
 
     The rest is as in `engine.messages.Add`.
@@ -65,6 +68,7 @@ class Job:
     thinking: bool = False
     nonce: str = field(default_factory=new_nonce)
     leg: int = 0
+    output: list[int] = field(default_factory=list)
     tried: tuple[str, ...] = ()
     settled: Sampling | None = None
     digest: str | None = None
@@ -101,7 +105,7 @@ class Started:
 
     node_id: str
     model_digest: str
-    engine: EngineInfo
+    engine: EngineBuild
     sampling: Sampling
     tool_style: str
     thinks: bool
@@ -152,15 +156,30 @@ class Proved:
 Event = Started | Prompt | Output | Proved
 
 
-class Backend(Protocol):
-    def serve(self, job: Job, made: list[int]) -> AsyncIterator[Event]:
-        """Run the job, going on after the tokens `made` by earlier legs.
+class Leg(Protocol):
+    """One leg of a job, at one backend."""
+
+    def events(self) -> AsyncGenerator[Event]:
+        """Run the job; called once.
 
         Yields one Started, one Prompt, then Outputs up to one with a finish reason; a peer's Proved
         comes before that.  Raises ApiError; EngineLost means that another leg may go on.
         """
         ...
 
-    def cancel(self, job: Job) -> None:
-        """Stop within a step; the last Output then says "cancelled"."""
+    def cancel(self) -> None:
+        """Stop within a step; the last Output then says "cancelled".  It may be called at any time:
+        a leg that is cancelled before anybody was asked to compute it has no events."""
         ...
+
+
+class Backend(Protocol):
+    def start(self, job: Job) -> Leg:
+        """A leg of the job, which runs when its events are read."""
+        ...
+
+
+def stopped() -> NoNodesAvailable:
+    """The error of a request that was cancelled before anything was computed.  If its client has
+    left nobody sees it."""
+    return NoNodesAvailable("The request was stopped before it had begun: send it elsewhere.")

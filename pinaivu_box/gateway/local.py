@@ -25,51 +25,21 @@ from pinaivu_box.gateway.backend import Event, Job, Output, Prompt, Started
 from pinaivu_box.gateway.engine_process import EngineProcess, Item
 from pinaivu_box.gateway.placement import Placement
 from pinaivu_box.models.catalog import Model
-from pinaivu_box.receipts.receipt import EngineInfo
+from pinaivu_box.receipts.receipt import EngineBuild
+from pinaivu_box.settings import LiveSettings
 
 # Where neither request, configuration nor file says anything: llama.cpp's own defaults.
 FALLBACK = {"temperature": 0.8, "top_p": 0.95, "top_k": 40, "min_p": 0.05}
 
 
 class LocalBackend:
-    def __init__(self, placement: Placement, node_id: str, sampling: SamplingConfig) -> None:
+    def __init__(self, placement: Placement, node_id: str, settings: LiveSettings) -> None:
         self._placement = placement
         self._node_id = node_id
-        self.sampling = sampling
-        self._serving: dict[str, EngineProcess] = {}
+        self._settings = settings
 
-    async def serve(self, job: Job, made: list[int]) -> AsyncGenerator[Event]:
-        engine = await self._placement.acquire(job.model)
-        ended = False
-        try:
-            sampling = job.settled or resolve(job, self.sampling, engine.ready.defaults)
-            info = EngineInfo(engine.ready.build, engine.ready.device)
-            if job.inputs is not None:
-                box = engine.submit(to_embed(job, job.inputs))
-            else:
-                box = engine.submit(to_add(job, sampling, made))
-            self._serving[job.id] = engine
-            ready = engine.ready
-            yield Started(
-                self._node_id, engine.model_digest, info, sampling, ready.tool_style, ready.thinks
-            )
-            while True:
-                for item in await box.take():
-                    ended = isinstance(item, SequenceDelta) and item.finish_reason is not None
-                    yield _event(item)
-                    if ended:
-                        return
-        finally:
-            if not ended:
-                engine.cancel(job.id)
-            self._serving.pop(job.id, None)
-            engine.forget(job.id)
-            self._placement.release(engine, job.tenant, job.keep_alive)
-
-    def cancel(self, job: Job) -> None:
-        engine = self._serving.get(job.id)
-        if engine:
-            engine.cancel(job.id)
+    def start(self, job: Job) -> LocalLeg:
+        return LocalLeg(job, self._placement, self._node_id, self._settings)
 
     async def tokenize(
         self,
@@ -85,10 +55,10 @@ class LocalBackend:
     async def read(self, job: Job) -> tuple[Job, int]:
         """The job with its prompt's tokens, and the context of its model."""
         try:
-            found, context = await self.ask(job)
+            prompt, context = await self.ask(job)
         except EngineLost:  # another serves it, as it would a request that runs
-            found, context = await self.ask(job)
-        return replace(job, read=found.tokens, thinking=found.thinking), context
+            prompt, context = await self.ask(job)
+        return replace(job, read=prompt.tokens, thinking=prompt.thinking), context
 
     async def ask(
         self,
@@ -103,10 +73,10 @@ class LocalBackend:
         engine = await self._acquired(job.model)
         answered = False
         try:
-            sampling = resolve(job, self.sampling, engine.ready.defaults)
-            add = to_add(job, sampling, [])
-            box = engine.ask(Tokenize(add, tokens, plain, job.inputs, count))
-            (item,) = await box.take()
+            sampling = resolve(job, self._settings.config.sampling, engine.ready.defaults)
+            add = to_add(job, sampling)
+            mailbox = engine.ask(Tokenize(add, tokens, plain, job.inputs, count))
+            (item,) = await mailbox.take()
             answered = True
             if isinstance(item, Tokenized):
                 return item, engine.ready.context
@@ -133,11 +103,66 @@ class LocalBackend:
             self._placement.release(acquired.result())
 
 
-def to_embed(job: Job, inputs: list[str | list[int]]) -> Embed:
-    return Embed(job.id, inputs, job.dimensions, job.tenant, job.weight, job.priority)
+class LocalLeg:
+    """See `gateway.backend.Leg`."""
+
+    def __init__(
+        self, job: Job, placement: Placement, node_id: str, settings: LiveSettings
+    ) -> None:
+        self._job, self._placement = job, placement
+        self._node_id, self._settings = node_id, settings
+        self._engine: EngineProcess | None = None  # once it has the job
+        self._cancelled = False
+
+    def cancel(self) -> None:
+        if not self._cancelled and self._engine is not None:
+            self._engine.cancel(self._job.id)
+        self._cancelled = True
+
+    def _is_cancelled(self) -> bool:
+        """It may be since it was last asked."""
+        return self._cancelled
+
+    async def events(self) -> AsyncGenerator[Event]:
+        job = self._job
+        if self._is_cancelled():
+            return
+        engine = await self._placement.acquire(job.model)
+        ended = False
+        try:
+            ready = engine.ready
+            defaults = self._settings.config.sampling
+            sampling = job.settled or resolve(job, defaults, ready.defaults)
+            mailbox = engine.submit(to_add(job, sampling) if job.inputs is None else to_embed(job))
+            self._engine = engine
+            if self._is_cancelled():
+                engine.cancel(job.id)
+            yield Started(
+                self._node_id,
+                engine.model_digest,
+                EngineBuild(ready.build, ready.device),
+                sampling,
+                ready.tool_style,
+                ready.thinks,
+            )
+            while True:
+                for item in await mailbox.take():
+                    ended = isinstance(item, SequenceDelta) and item.finish_reason is not None
+                    yield _event(item)
+                    if ended:
+                        return
+        finally:
+            if not ended:
+                engine.cancel(job.id)
+            engine.forget(job.id)
+            self._placement.release(engine, job.tenant, job.keep_alive)
 
 
-def to_add(job: Job, sampling: Sampling, made: list[int]) -> Add:
+def to_embed(job: Job) -> Embed:
+    return Embed(job.id, job.inputs or [], job.dimensions, job.tenant, job.weight, job.priority)
+
+
+def to_add(job: Job, sampling: Sampling) -> Add:
     return Add(
         id=job.id,
         messages=job.messages,
@@ -145,7 +170,7 @@ def to_add(job: Job, sampling: Sampling, made: list[int]) -> Add:
         max_tokens=job.max_tokens,
         stop=job.stop,
         tenant=job.tenant,
-        output=made,
+        output=job.output,
         priority=job.priority,
         prompt=job.prompt,
         tools=job.tools,

@@ -1,19 +1,16 @@
-"""The account of a request: what it used, the proofs and the receipt, written in one go."""
+"""The end of a request: its proofs are signed, and its receipt is written with its usage."""
 
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
 from typing import Any
 
 import msgspec
 
 from pinaivu_box import amount
 from pinaivu_box.amount import Prices
-from pinaivu_box.gateway import logprob_records
-from pinaivu_box.gateway.backend import Job, Output, Prompt, Proved, Started, committed
+from pinaivu_box.gateway.backend import Job, committed
+from pinaivu_box.gateway.records import ChoiceRecord, LegRecord, RequestAccount
 from pinaivu_box.identity import Identity, verify
 from pinaivu_box.receipts import commitment
 from pinaivu_box.receipts.receipt import (
@@ -30,227 +27,14 @@ from pinaivu_box.receipts.receipt import (
     total_cost,
     utc_text,
 )
+from pinaivu_box.settings import LiveSettings
 from pinaivu_box.store.database import Database
 from pinaivu_box.store.requests import RequestRow, StoredReceipt, settle
 
-ENGINE_LOST = "engine_lost"  # finish reason of a leg whose engine died
-
-
-@dataclass
-class LegRecord:
-    """What one node did.  `began` is monotonic, `started_at` Unix seconds."""
-
-    started: Started
-    began: float = field(default_factory=time.monotonic)
-    started_at: float = field(default_factory=time.time)
-    prompt: list[int] | None = None
-    tokens: list[int] = field(default_factory=list)
-    text: list[str] = field(default_factory=list)
-    finish_reason: str = ENGINE_LOST
-    ttft_ms: int | None = None
-    duration_ms: int = 0
-    cached_tokens: int = 0
-    shifted_tokens: int = 0
-    logprobs: int = 0
-    begun: bool = False  # the engine has computed something of it
-    queue_ms: float = 0.0
-    mark: str | None = None
-    proved: Proved | None = None
-    extras: commitment.Extras = field(default_factory=commitment.Extras)
-
-    def take(self, event: Prompt | Output | Proved, records: Sequence[bytes] = ()) -> None:
-        """`records` are of the output's log-probabilities (see `shown`)."""
-        if isinstance(event, Proved):
-            self.proved = event
-            return
-        if isinstance(event, Prompt):
-            self.prompt = event.tokens
-            return
-        if event.tokens and self.ttft_ms is None:
-            self.ttft_ms = self._elapsed_ms()
-        if event.queue_ms is not None:
-            self.begun, self.queue_ms = True, event.queue_ms
-        self.tokens += event.tokens
-        self.text.append(event.text)
-        self.finish_reason = event.finish_reason or self.finish_reason
-        self.duration_ms = self._elapsed_ms()
-        self.cached_tokens = event.cached_tokens or self.cached_tokens
-        self.shifted_tokens = event.shifted_tokens
-        self.logprobs += len(event.logprobs)
-        self.extras.add(records, event.vectors)
-        self.mark = event.mark
-
-    @property
-    def tokens_per_s(self) -> float | None:
-        """After the first; None if there are too few to say."""
-        if self.ttft_ms is None or len(self.tokens) < 2 or self.duration_ms <= self.ttft_ms:
-            return None
-        return (len(self.tokens) - 1) * 1000 / (self.duration_ms - self.ttft_ms)
-
-    def _elapsed_ms(self) -> int:
-        return round((time.monotonic() - self.began) * 1000)
-
-
-@dataclass
-class ChoiceRecord:
-    """One answer of a request: the legs that made it."""
-
-    job: Job
-    legs: list[LegRecord] = field(default_factory=list)
-    tried: tuple[str, ...] = ()
-    thinking: bool = False  # whether its prompt ends in the model's thoughts
-    extras: commitment.Extras = field(default_factory=commitment.Extras)  # of all legs
-
-    def failed(self, node_id: str) -> None:
-        """A leg was lost there; nodes that have not failed are asked first."""
-        self.tried = (*self.tried, node_id) if node_id else self.tried
-
-    def read(self, prompt: Prompt) -> None:
-        """The prompt of the latest leg.  Texts are read anew in each, and whoever was lost gave
-        nothing: what it made of them is not what is paid for."""
-        self.thinking = prompt.thinking
-        if self.job.inputs is not None:
-            for leg in self.served:
-                leg.prompt = prompt.tokens
-
-    def next_job(self) -> Job:
-        """The job of the next leg: it reads and draws as the first one did."""
-        job = replace(self.job, scored=self.scored, leg=len(self.served), tried=self.tried)
-        if not self.served:
-            return job
-        first = self.served[0]
-        read = job.read if job.inputs is not None else first.prompt
-        return replace(
-            job,
-            settled=first.started.sampling,
-            digest=first.started.model_digest,
-            read=read,
-            unsaid=self.unsaid,
-            thinking=self.thinking or job.thinking,
-        )
-
-    @property
-    def served(self) -> list[LegRecord]:
-        """The legs in which a prompt was at least read: those that have a proof."""
-        return [leg for leg in self.legs if leg.prompt is not None]
-
-    @property
-    def made(self) -> list[int]:
-        """All tokens of the output so far."""
-        return [token for leg in self.legs for token in leg.tokens]
-
-    @property
-    def scored(self) -> int:
-        """Tokens of its echoed prompt whose log-probabilities have come."""
-        prompt = len(self.served[0].prompt or ()) if self.served else 0
-        return min(prompt, sum(leg.logprobs for leg in self.served))
-
-    @property
-    def unsaid(self) -> int:
-        """The last tokens of the output whose log-probabilities have not come: their text was held
-        back when the leg was lost."""
-        if self.job.logprobs is None:
-            return 0
-        said = sum(leg.logprobs for leg in self.served) - (self.scored if self.job.echo else 0)
-        return max(0, len(self.made) - said)
-
-    @property
-    def text(self) -> str:
-        return "".join(part for leg in self.served for part in leg.text)
-
-
-@dataclass
-class RequestAccount:
-    """Of one request, from its arrival to its receipt; `jobs` has one for each of its choices.
-
-    `period`: when the period of the key's budget began (see `store.keys.charge`).
-    """
-
-    jobs: list[Job]
-    key_id: str
-    prices: Prices
-    period: int = 0
-    cost: int = 0  # 10^-9 of the currency, once it is settled
-    created: float = field(default_factory=time.time)  # Unix seconds
-    began: float = field(default_factory=time.monotonic)
-    queue_ms: int | None = None
-    ttft_ms: int | None = None
-    total_ms: int = 0
-
-    def __post_init__(self) -> None:
-        self.branches = [ChoiceRecord(job) for job in self.jobs]
-
-    @property
-    def job(self) -> Job:
-        """The first; request id, model and tenant are the same for all."""
-        return self.jobs[0]
-
-    def start_leg(self, branch: ChoiceRecord, started: Started) -> None:
-        branch.legs = [*branch.served, LegRecord(started)]
-
-    def take(self, branch: ChoiceRecord, event: Prompt | Output | Proved) -> None:
-        leg = branch.legs[-1]
-        if not isinstance(event, Output):
-            leg.take(event)
-            if isinstance(event, Prompt):
-                branch.read(event)
-        else:
-            said = sum(leg.logprobs for leg in branch.served) if event.logprobs else 0
-            records = logprob_records.records(branch.job, event.logprobs, said)
-            leg.take(event, records)
-            branch.extras.add(records, event.vectors)
-            if event.queue_ms is not None and self.queue_ms is None:
-                self.queue_ms = round(event.queue_ms)
-            if event.tokens and self.ttft_ms is None:
-                self.ttft_ms = self.elapsed_ms()
-            if event.finish_reason == "cancelled" and not leg.begun:
-                branch.legs.pop()  # it only waited: there is nothing to pay for
-
-    @property
-    def served(self) -> list[tuple[ChoiceRecord, LegRecord]]:
-        """The legs that have a proof, in the order of the proofs."""
-        return [(branch, leg) for branch in self.branches for leg in branch.served]
-
-    @property
-    def numbered(self) -> list[tuple[ChoiceRecord, int, LegRecord]]:
-        """The same, with their numbers within a choice."""
-        return [
-            (branch, number, leg)
-            for branch in self.branches
-            for number, leg in enumerate(branch.served)
-        ]
-
-    @property
-    def prompts(self) -> list[tuple[ChoiceRecord, LegRecord]]:
-        """The first leg of each prompt: choices share it, and pay for it once."""
-        first: dict[int, tuple[ChoiceRecord, LegRecord]] = {}
-        for branch, leg in self.served:
-            first.setdefault(branch.job.prompt_number, (branch, leg))
-        return [first[number] for number in sorted(first)]
-
-    @property
-    def prompt_tokens(self) -> int:
-        return sum(len(leg.prompt or ()) for _, leg in self.prompts)
-
-    @property
-    def cached_tokens(self) -> int:
-        return sum(leg.cached_tokens for _, leg in self.prompts)
-
-    @property
-    def shifted_tokens(self) -> int:
-        return sum(leg.shifted_tokens for _, leg in self.served)
-
-    @property
-    def completion_tokens(self) -> int:
-        return sum(len(leg.tokens) for _, leg in self.served)
-
-    def elapsed_ms(self) -> int:
-        return round((time.monotonic() - self.began) * 1000)
-
 
 class Meter:
-    def __init__(self, identity: Identity, database: Database, currency: str) -> None:
-        self.currency = currency
+    def __init__(self, identity: Identity, database: Database, settings: LiveSettings) -> None:
+        self._settings = settings
         self._identity = identity
         self._database = database
 
@@ -259,12 +43,12 @@ class Meter:
         account.total_ms = account.elapsed_ms()
         job, last = account.job, account.served[-1][1].started
         price = self._price(account.prices)
-        prompts = [_prompt(branch, leg) for branch, leg in account.prompts]
+        prompts = [_prompt(choice, leg) for choice, leg in account.prompts]
         proofs, openings = await self._prove(account, price)
-        made = [token for branch in account.branches for token in branch.made]
-        text = commitment.output_text([branch.text for branch in account.branches])
-        extras = [branch.extras for branch in account.branches]
-        output, opened = commitment.commit_output(text, made, extras, commitment.new_nonce())
+        tokens = [token for choice in account.choices for token in choice.tokens]
+        text = commitment.output_text([choice.text for choice in account.choices])
+        extras = [choice.extras for choice in account.choices]
+        output, opened = commitment.commit_output(text, tokens, extras, commitment.new_nonce())
         account.cost = total_cost([proof for proof, _ in proofs], price)
         receipt = Receipt(
             request_id=job.request_id,
@@ -298,20 +82,21 @@ class Meter:
 
     def _price(self, prices: Prices) -> Price:
         cached = prices.prompt if prices.cached is None else prices.cached
-        return Price(self.currency, prices.prompt, cached, prices.completion)
+        currency = self._settings.config.pricing.currency
+        return Price(currency, prices.prompt, cached, prices.completion)
 
     async def _prove(
         self, account: RequestAccount, price: Price
     ) -> tuple[list[tuple[Proof, SignedProof]], list[commitment.Opening]]:
         proofs, openings = [], []
-        for branch, number, leg in account.numbered:
+        for leg, number in _numbered(account):
             await asyncio.sleep(0)  # there may be many, each of a long prompt: others go between
             if leg.proved is not None:
                 proofs.append((leg.proved.proof, leg.proved.signed))
                 openings.append(leg.proved.opening)
                 continue
             # Of a peer that was lost: its price is not known to be owed, nor its word given.
-            proof, opening = prove(branch.job, number, leg, price)
+            proof, opening = prove(leg, number, price)
             if leg.started.node_id != self._identity.node_id:
                 mark = leg.mark if _is_mark(proof, leg.mark) else None
                 proof = msgspec.structs.replace(proof, witness=self._identity.node_id, mark=mark)
@@ -337,8 +122,9 @@ class Meter:
         )
 
 
-def prove(job: Job, number: int, leg: LegRecord, price: Price) -> tuple[Proof, commitment.Opening]:
-    """What there is to sign of leg `number` of a choice."""
+def prove(leg: LegRecord, number: int, price: Price) -> tuple[Proof, commitment.Opening]:
+    """What there is to sign of a leg, the one of that number in its choice."""
+    job = leg.job
     prompt, _ = commitment.commit(asked_text(job), leg.prompt or [], job.nonce)
     nonce = leg.started.nonce or commitment.new_nonce()
     text = "".join(leg.text)
@@ -380,8 +166,13 @@ def _is_mark(proof: Proof, mark: str | None) -> bool:
     return mark is not None and verify(proof.node_id, MARK_DOMAIN, text, bytes.fromhex(mark))
 
 
-def _prompt(branch: ChoiceRecord, leg: LegRecord) -> tuple[str, commitment.Opening]:
-    return commitment.commit(asked_text(branch.job), leg.prompt or [], branch.job.nonce)
+def _numbered(account: RequestAccount) -> list[tuple[LegRecord, int]]:
+    """The legs that have a proof, with their numbers within a choice."""
+    return [(leg, number) for choice in account.choices for number, leg in enumerate(choice.served)]
+
+
+def _prompt(choice: ChoiceRecord, leg: LegRecord) -> tuple[str, commitment.Opening]:
+    return commitment.commit(asked_text(choice.job), leg.prompt or [], choice.job.nonce)
 
 
 def _routing(account: RequestAccount) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from pinaivu_box.config import EngineConfig, parse_duration
@@ -15,6 +15,7 @@ from pinaivu_box.errors import NoNodesAvailable
 from pinaivu_box.gateway.engine_process import EngineProcess, StartFailed
 from pinaivu_box.models import memory
 from pinaivu_box.models.catalog import Model
+from pinaivu_box.settings import LiveSettings
 
 log = logging.getLogger("pinaivu.placement")
 
@@ -34,13 +35,11 @@ class _Failures:
 
 
 class Placement:
-    """`acquire` and `release` bracket every use of an engine.  `named` are the beginnings of
-    prompts that accounts share (see `scopes`)."""
+    """`acquire` and `release` bracket every use of an engine."""
 
-    def __init__(self, config: EngineConfig, digest: Digest, named: Sequence[str] = ()) -> None:
+    def __init__(self, settings: LiveSettings, digest: Digest) -> None:
+        self._settings, self._digest = settings, digest
         self._engines: dict[str, EngineProcess] = {}
-        self.configure(config, named)
-        self._digest = digest
         self._locks: dict[str, asyncio.Lock] = {}
         self._failures: dict[str, _Failures] = {}
         self._starting: set[str] = set()
@@ -48,15 +47,21 @@ class Placement:
         self._stops: set[asyncio.Task[None]] = set()  # of engines whose memory is not free yet
         self.waiting: Callable[[str], int] = lambda _: 0  # requests for a model, by its id
 
-    def configure(self, config: EngineConfig, named: Sequence[str] = ()) -> None:
-        """For engines that start from now on; idle time and `named` are for all."""
-        self._config = config
-        self._keep_alive = _no_end(parse_duration(config.keep_alive))
-        # What a request may ask for at most, in seconds.
-        self.longest = max(self._keep_alive, _no_end(parse_duration(config.max_keep_alive)))
-        self.named = named
+    @property
+    def _config(self) -> EngineConfig:
+        return self._settings.config.engine
+
+    @property
+    def longest(self) -> float:
+        """Seconds that a request may ask for a model to stay loaded."""
+        config = self._config
+        return max(_duration(config.keep_alive), _duration(config.max_keep_alive))
+
+    def reloaded(self) -> None:
+        """There are other settings: running engines take over idle time and shared prefixes, those
+        that start from now on the others."""
         for engine in self.engines:
-            engine.name_prefixes(named)
+            engine.name_prefixes(self._settings.current.shared_prefixes)
             self._unload_later(engine)
 
     def forgive(self) -> None:
@@ -152,8 +157,8 @@ class Placement:
             ) from error
         finally:
             self._starting.discard(model.id)
-        if self.named:
-            engine.name_prefixes(self.named)
+        if prefixes := self._settings.current.shared_prefixes:
+            engine.name_prefixes(prefixes)
         log.info("engine of %s ready in %.1f s", model.id, time.monotonic() - began)
         self._engines[model.id] = engine
         self._spawn(self._watch(engine))
@@ -161,8 +166,9 @@ class Placement:
 
     async def _fit(self, model: Model) -> LoadModel:
         """Make room for the model by unloading idle engines, the longest idle first."""
-        context = memory.context_of(model, self._config.context)
-        kv_tokens = memory.kv_tokens_of(context, self._config.kv_tokens)
+        config = self._config  # all of it, also if there is another meanwhile
+        context = memory.context_of(model, config.context)
+        kv_tokens = memory.kv_tokens_of(context, config.kv_tokens)
         while (free := memory.available()) is not None:
             room = free - _RESERVE_BYTES
             if memory.estimate(model, kv_tokens) <= room:
@@ -186,12 +192,12 @@ class Placement:
             offset=model.offset,
             context=context,
             kv_tokens=kv_tokens,
-            max_sequences=self._config.max_sequences,
-            token_budget=self._config.token_budget,
-            threads=self._config.threads,
-            drafting=self._config.drafting,
-            context_shift=self._config.context_shift,
-            parse_special=self._config.parse_special,
+            max_sequences=config.max_sequences,
+            token_budget=config.token_budget,
+            threads=config.threads,
+            drafting=config.drafting,
+            context_shift=config.context_shift,
+            parse_special=config.parse_special,
             parts=[str(path) for path, _ in model.parts],
             model=model.id,
         )
@@ -228,7 +234,7 @@ class Placement:
         """For how many seconds somebody still wants it to stay."""
         now, left = time.monotonic(), 0.0
         for tenant, (since, asked) in list(engine.uses.items()):
-            keep = self._keep_alive if asked is None else min(asked, self.longest)
+            keep = _duration(self._config.keep_alive) if asked is None else min(asked, self.longest)
             if since + keep <= now:
                 del engine.uses[tenant]
             left = max(left, since + keep - now)
@@ -259,7 +265,9 @@ class Placement:
         task.add_done_callback(self._tasks.discard)
 
 
-def _no_end(seconds: float) -> float:
+def _duration(text: str) -> float:
+    """In seconds; a negative one has no end."""
+    seconds = parse_duration(text)
     return math.inf if seconds < 0 else seconds
 
 

@@ -7,7 +7,6 @@ goes on until the engine has stopped and the receipt is on disk.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hashlib
 import logging
 import math
@@ -15,18 +14,19 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
-from pinaivu_box.errors import ApiError, EngineLost, InternalError, NoNodesAvailable, TooLate
+from pinaivu_box.errors import ApiError, InternalError, TooLate
 from pinaivu_box.gateway.admission import AdmittedRequest
-from pinaivu_box.gateway.backend import Backend, Output, Prompt, Proved, Started
+from pinaivu_box.gateway.backend import Event, Output, Prompt, stopped
 from pinaivu_box.gateway.mailbox import Mailbox
-from pinaivu_box.gateway.metering import ChoiceRecord, Meter, RequestAccount
+from pinaivu_box.gateway.metering import Meter
 from pinaivu_box.gateway.metrics import Metrics
+from pinaivu_box.gateway.records import ChoiceRecord, RequestAccount
+from pinaivu_box.settings import LiveSettings
 
 log = logging.getLogger("pinaivu.request")
 
-MAX_LEGS = 8
-_OWN_LEGS = 3  # an engine here that dies so often will die again
 _CANCEL_SECONDS = 10.0
 _NEWEST = 0.1  # what the newest request counts in the average of running times
 
@@ -71,32 +71,53 @@ class Failed:
     error: ApiError
 
 
+class ChoiceRun(Protocol):
+    """The legs of one choice, one after another."""
+
+    async def run(self) -> str:
+        """Returns the finish reason of the last leg.  Raises ApiError."""
+        ...
+
+    def cancel(self) -> None:
+        """Stop within a step; at any time."""
+        ...
+
+
+class Runner(Protocol):
+    def start(self, choice: ChoiceRecord, take: Callable[[Event], None]) -> ChoiceRun:
+        """What runs the legs of that choice and records them in it.  `take` gets every event of
+        those legs."""
+        ...
+
+
 RequestEvent = ChoiceStarted | ChoiceOutput | Finished | Failed
 
 
 class Request:
     """One running request.  `events` ends with Finished or Failed."""
 
-    def __init__(self, admitted: AdmittedRequest, backend: Backend, meter: Meter) -> None:
+    def __init__(self, admitted: AdmittedRequest, runner: Runner, meter: Meter) -> None:
         reservation = admitted.reservation
         self.account = RequestAccount(
             admitted.jobs, admitted.key.id, admitted.prices, reservation.period
         )
         self.events: Mailbox[RequestEvent] = Mailbox()
         self.cancelled = False
-        self._reservation = reservation
-        self._refused: ApiError | None = None
         self.status = 0  # HTTP's, set when it ends
+        self._reservation, self._meter = reservation, meter
+        self._refused: ApiError | None = None
         self._wake = asyncio.Event()
-        self._backend = backend
-        self._meter = meter
+        self._runs = [self._run_of(choice, runner) for choice in self.account.choices]
+
+    def _run_of(self, choice: ChoiceRecord, runner: Runner) -> ChoiceRun:
+        return runner.start(choice, lambda event: self._take(choice, event))
 
     def cancel(self) -> None:
         """The client is gone: stop within a step, and write the receipt of what was made."""
         self.cancelled = True
         self._wake.set()
-        for job in self.account.jobs:
-            self._backend.cancel(job)
+        for run in self._runs:
+            run.cancel()
 
     def refuse(self, error: ApiError) -> None:
         """Stop it likewise, and say so to the client at once."""
@@ -140,19 +161,16 @@ class Request:
             return
         waits = [asyncio.create_task(event.wait()) for event in (turn, self._wake)]
         await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-        for one in waits:
-            one.cancel()
+        for wait in waits:
+            wait.cancel()
         if self.cancelled:
-            raise _stopped()
+            raise stopped()
 
     async def _serve_and_settle(self) -> RequestEvent:
         account = self.account
-        if len(account.branches) == 1:
-            finish_reason = await self._serve_legs(account.branches[0])
-        else:
-            finish_reason = await self._serve_all()
+        finish_reason = await (self._run_all() if len(self._runs) > 1 else self._runs[0].run())
         if not account.served:
-            raise _stopped()
+            raise stopped()
         await self._meter.settle(account, finish_reason)
         return Finished(
             finish_reason,
@@ -162,69 +180,25 @@ class Request:
             account.shifted_tokens,
         )
 
-    async def _serve_all(self) -> str:
+    async def _run_all(self) -> str:
         """All choices side by side; if one fails, all do."""
-        tasks = [asyncio.create_task(self._serve_legs(branch)) for branch in self.account.branches]
+        tasks = [asyncio.create_task(run.run()) for run in self._runs]
         try:
             reasons = await asyncio.gather(*tasks)
         except ApiError:
-            for job in self.account.jobs:
-                self._backend.cancel(job)
+            for run in self._runs:
+                run.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             raise
         return "cancelled" if "cancelled" in reasons else reasons[0]
 
-    async def _serve_legs(self, branch: ChoiceRecord) -> str:
-        lost = 0
-        for legs in range(1, MAX_LEGS + 1):
-            try:
-                return await self._serve(branch)
-            except EngineLost as error:
-                # What was said stays said: the next leg goes on after it with the same seed.
-                lost += not error.node_id
-                if lost == _OWN_LEGS or legs == MAX_LEGS or self.cancelled:
-                    raise
-                branch.failed(error.node_id)
-        raise AssertionError("unreachable")
-
-    async def _serve(self, branch: ChoiceRecord) -> str:
-        job, account = branch.next_job(), self.account
-        async with contextlib.aclosing(self._backend.serve(job, branch.made)) as events:  # type: ignore[type-var]
-            async for event in events:
-                if isinstance(event, Started):
-                    account.start_leg(branch, event)
-                    if self.cancelled:  # while the engine was starting
-                        self._backend.cancel(job)
-                    continue
-                account.take(branch, event)
-                if isinstance(event, Proved):
-                    continue
-                if isinstance(event, Prompt):
-                    if len(branch.served) == 1:
-                        self._begin(branch, event)
-                    continue
-                self._say(ChoiceOutput(job.choice, event))
-                if event.finish_reason:
-                    return event.finish_reason
-        raise EngineLost("The engine ended this request without a word; try again.")
-
-    def _begin(self, branch: ChoiceRecord, prompt: Prompt) -> None:
-        started = branch.legs[-1].started
-        system = f"{started.model_digest} {started.engine.build}".encode()
-        fingerprint = f"fp_{hashlib.sha256(system).hexdigest()[:12]}"
-        style, thinks = started.tool_style, started.thinks
-        self._say(
-            ChoiceStarted(
-                branch.job.choice,
-                fingerprint,
-                style,
-                thinks,
-                prompt.thinking,
-                prompt.text,
-                started.header,
-                len(prompt.tokens),
-            )
-        )
+    def _take(self, choice: ChoiceRecord, event: Event) -> None:
+        """An event of one of its legs."""
+        if isinstance(event, Output):
+            self.account.take(event)
+            self._say(ChoiceOutput(choice.job.choice, event))
+        elif isinstance(event, Prompt) and len(choice.served) == 1:
+            self._say(_started(choice, event))
 
     def _say(self, event: RequestEvent) -> None:
         """Nothing comes after a refusal, whatever the engine still says."""
@@ -240,9 +214,19 @@ class Request:
                 log.exception("request %s: receipt not written", self.account.job.request_id)
 
 
-def _stopped() -> NoNodesAvailable:
-    """To nobody, if it was the client that left."""
-    return NoNodesAvailable("The request was stopped before it had begun: send it elsewhere.")
+def _started(choice: ChoiceRecord, prompt: Prompt) -> ChoiceStarted:
+    started = choice.legs[-1].started
+    system = f"{started.model_digest} {started.engine.build}".encode()
+    return ChoiceStarted(
+        choice=choice.job.choice,
+        fingerprint=f"fp_{hashlib.sha256(system).hexdigest()[:12]}",
+        tool_style=started.tool_style,
+        thinks=started.thinks,
+        thinking=prompt.thinking,
+        prompt=prompt.text,
+        route=started.header,
+        prompt_tokens=len(prompt.tokens),
+    )
 
 
 def _status(last: RequestEvent, *, left: bool) -> int:
@@ -286,25 +270,22 @@ class RunningRequests:
 
     def __init__(
         self,
-        backend: Backend,
+        runner: Runner,
         meter: Meter,
         metrics: Metrics,
-        places: int,
+        settings: LiveSettings,
     ) -> None:
-        """`places`: sequences that run at a time in an engine."""
-        self.places = places
+        self._settings = settings
         self._elsewhere: Callable[[str], bool] = lambda _: False
-        self._backend = backend
-        self._meter = meter
-        self._metrics = metrics
+        self._runner, self._meter, self._metrics = runner, meter, metrics
         self._running: dict[asyncio.Task[RequestEvent], Request] = {}
         self._stopped: dict[str, tuple[float, ApiError]] = {}
         self._by_model: Counter[str] = Counter()
         self._service: dict[str, float] = {}  # seconds that a model's request runs, on average
 
-    def send(self, backend: Backend, elsewhere: Callable[[str], bool]) -> None:
-        """By another backend from now on; `elsewhere`: whether others may serve a model too."""
-        self._backend, self._elsewhere = backend, elsewhere
+    def use(self, runner: Runner, elsewhere: Callable[[str], bool]) -> None:
+        """Run legs with that runner from now on; `elsewhere` tells whether peers have a model."""
+        self._runner, self._elsewhere = runner, elsewhere
 
     @property
     def count(self) -> int:
@@ -332,7 +313,7 @@ class RunningRequests:
         if timeout is not None and wait > timeout:
             admitted.reservation.settle(0, 0)
             raise too_late(wait, timeout)
-        request = Request(admitted, self._backend, self._meter)
+        request = Request(admitted, self._runner, self._meter)
         task = asyncio.create_task(request.run())
         if timeout is not None:
             late = too_late(max(wait, timeout), timeout)
@@ -347,19 +328,20 @@ class RunningRequests:
     def stop_key(self, key_id: str, error: ApiError) -> int:
         """Refuse what runs for a key, and what has come and is not admitted yet; how many run."""
         self._stopped[key_id] = time.monotonic(), error
-        found = [one for one in self._running.values() if one.account.key_id == key_id]
-        for request in found:
+        requests = [one for one in self._running.values() if one.account.key_id == key_id]
+        for request in requests:
             request.refuse(error)
-        return len(found)
+        return len(requests)
 
     def _expected_wait(self, admitted: AdmittedRequest) -> float:
         """Seconds until it starts, if those before it take as long as others did lately."""
         model_id = admitted.jobs[0].model.id
         seconds = self._service.get(model_id, 0.0)
-        before = self._by_model[model_id] + len(admitted.jobs) - self.places
+        sequences = self._settings.config.engine.max_sequences  # that run at a time
+        before = self._by_model[model_id] + len(admitted.jobs) - sequences
         if self._elsewhere(model_id):
             before = 0
-        wait = max(0, before) * seconds / self.places
+        wait = max(0, before) * seconds / sequences
         ahead, places = admitted.reservation.ahead, admitted.key.policy.max_parallel or 1
         return max(wait, ahead * seconds / places)
 

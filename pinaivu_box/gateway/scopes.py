@@ -15,18 +15,13 @@ from __future__ import annotations
 import hashlib
 import hmac
 import secrets
-import stat
 import time
 from collections.abc import Callable
-from pathlib import Path
 
-from pinaivu_box.config import EngineConfig
-from pinaivu_box.errors import CliError
 from pinaivu_box.store.keys import Key
 
 _DAY = 86400  # seconds
 _TAG_DIGITS = 32
-_MOST_NAMED = 256 * 1024  # bytes of all named texts; more than a context holds
 
 
 def scope_of(key: Key) -> str:
@@ -56,30 +51,3 @@ class ScopeTags:
         day = int(self._now() // _DAY)
         name = f"{day}\n{peer}\n{scope}".encode()
         return hmac.new(self._secret, name, hashlib.sha256).hexdigest()[:_TAG_DIGITS]
-
-
-def named_texts(config: EngineConfig) -> tuple[str, ...]:
-    """The texts of `[engine] shared_prefixes`, files read.  Raises CliError."""
-    texts = [_read(one.file) if one.file else one.text for one in config.shared_prefixes]
-    if sum(len(text.encode()) for text in texts) > _MOST_NAMED:
-        raise CliError(f"engine.shared_prefixes: the texts have more than {_MOST_NAMED} bytes.")
-    return tuple(text.rstrip() for text in texts)  # a file ends with a newline, a prompt need not
-
-
-def _read(path: str) -> str:
-    try:
-        file = Path(path).expanduser()
-        if not stat.S_ISREG(file.stat().st_mode):  # a pipe would be waited for
-            raise ValueError("it is not a regular file")
-        with file.open("rb") as opened:
-            data = opened.read(_MOST_NAMED + 1)
-        if len(data) > _MOST_NAMED:
-            raise ValueError(f"it has more than {_MOST_NAMED} bytes")
-        text = data.decode()
-    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: ~ of nobody
-        why = "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else error
-        reason = getattr(error, "strerror", None) or why
-        raise CliError(f"engine.shared_prefixes: {path} cannot be read: {reason}.") from error
-    if not text.strip():
-        raise CliError(f"engine.shared_prefixes: {path} is empty: write the prefix into it.")
-    return text

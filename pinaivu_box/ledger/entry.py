@@ -1,18 +1,20 @@
-"""What boxes owe each other: entries that both have signed, and statements over them.
+"""Entries: one leg that one box served for another, proven by the signatures of both.
 
-An entry is one leg that one box served for another: the proof, signed by who served it, and the
-acceptance by who had asked, over the same bytes.  Only with both it counts.  Its amount follows
-from the proof: what was made, and the prompt too unless another entry of the request has paid for
-that (`receipts.prompts_of`).  Entries and statements are never changed or deleted (schema.sql);
-the sums of each peer are the database's own, so that `balance` reads one row of each currency.
+An entry holds the proof, signed by the box that served the leg, and the coordinator's acceptance,
+over the same bytes.  It counts only with both.  Its amount follows from the proof: what was
+computed, and the prompt too unless another entry of the request has paid for it
+(`receipts.prompts_of`).  Entries are never changed or deleted (store/schema.sql); the database
+keeps the sums of each peer, so `balance` reads one row of each currency.
 """
 
 from __future__ import annotations
 
 import sqlite3
 import time
+from collections.abc import Sequence
 from hashlib import sha256
 
+import msgspec
 from msgspec import Struct
 
 from pinaivu_box.errors import EntryRefused
@@ -22,16 +24,20 @@ from pinaivu_box.receipts.verify import is_signed, read_proof
 from pinaivu_box.store.database import Database, Statement
 
 MAX_PROOF_BYTES = 256 * 1024
-MAX_TEXT = 128  # characters of a request's id, or a currency
-_MOST = 2**62  # of one entry; sums of entries fit into 64 bits, or are not taken
-_LATEST = 10_000  # entries, of all peers
+MAX_TEXT_CHARACTERS = 128  # of a request's id, or a currency
+_MAX_AMOUNT = 2**62  # of one entry; sums of entries fit into 64 bits, or are refused
+_MAX_RECENT_ENTRIES = 10_000  # of all peers
 _KEY = "peer = ? AND served_by_us = ? AND request_id = ? AND leg = ? AND choice = ?"
 
 
 class LedgerEntry(Struct, frozen=True):
-    """`peer` is its node_id, `amount` in 10^-9 of the currency, `at` Unix milliseconds (ours).
-    `signature` is over `proof` by who served, `acceptance` by who had asked: empty until it came.
-    `disputed`: why the peer does not give one for what we served it, if it said so.
+    """`peer` is its node id, `amount` in 10^-9 of the currency, `at` the Unix milliseconds of this
+    box's clock.  `signature` over `proof` is the serving box's, `acceptance` the coordinator's:
+    empty until it has come.
+
+    `disputed` is the peer's reason for not accepting what it was served.  The rest is set by the
+    database: whether the amount includes the prompt's price, the id of the statement that contains
+    the entry, and when it was written off.
     """
 
     peer: str
@@ -46,12 +52,20 @@ class LedgerEntry(Struct, frozen=True):
     signature: bytes
     acceptance: bytes = b""
     disputed: str | None = None
+    prompt_paid: bool = False
+    statement: str | None = None
+    forgiven_at: int | None = None
+
+
+COLUMNS = ", ".join(LedgerEntry.__struct_fields__)
 
 
 class Balance(Struct, frozen=True):
-    """With a peer, in one currency, in 10^-9.  `served` and `received`: ever.  Those that are
-    `open_` are in no statement yet; `carried` is what statements that are not paid leave owed to
-    us (below 0: by us).  `waiting` was served, is not accepted yet and not written off.
+    """The account with a peer in one currency, in 10^-9.
+
+    `served` and `received` are all there ever was; the `open_` ones are in no statement yet.
+    `carried` is what unpaid statements leave owed to this box (below 0: by it).  `waiting` was
+    served, is not accepted yet and not written off.
     """
 
     served: int = 0
@@ -63,7 +77,7 @@ class Balance(Struct, frozen=True):
 
     @property
     def net(self) -> int:
-        """What the peer owes us, all in all; below 0 what we owe it."""
+        """What the peer owes this box in total; below 0 what this box owes."""
         return self.open_served - self.open_received + self.carried
 
     @property
@@ -76,55 +90,58 @@ class Balance(Struct, frozen=True):
 
     @property
     def credit_used(self) -> int:
-        """What a credit limit is compared with: who never accepts gets no more for that."""
+        """What a credit limit applies to: a peer that never accepts gains nothing by that."""
         return max(self.net + self.waiting, 0)
 
 
 def check(entry: LedgerEntry, us: str | None = None) -> Proof:
-    """The entry's proof, if all that is in the entry follows from its signed bytes.
+    """Check that everything in an entry follows from its signed bytes; returns its proof.
 
-    With `us`, our node_id, also that the acceptance of what a peer served is ours; who records what
-    it has just signed need not.  Raises EntryRefused.
+    With `us`, this box's node id, the acceptance of what a peer served must be this box's; a caller
+    that has just signed it leaves `us` out.  Raises EntryRefused.
     """
     if len(entry.proof) > MAX_PROOF_BYTES:
         raise _refused(entry, f"its proof has over {MAX_PROOF_BYTES} bytes")
     try:
         signed = SignedProof(entry.proof.decode(), entry.signature.hex())
-        proof = read_proof(signed)  # as whoever verifies it later will
-        made, prompt = costs(proof)
+        proof = read_proof(signed)  # as a verifier will later
+        output, prompt = costs(proof)
     except ValueError as error:  # msgspec's errors are ValueErrors
-        raise _refused(entry, f"its proof is none: {error}") from error
-    if reason := _wrong(entry, proof, signed, us):
+        raise _refused(entry, f"its proof is not valid: {error}") from error
+    if reason := _mismatch(entry, proof, signed, us):
         raise _refused(entry, reason)
-    if entry.amount not in (made, made + prompt):
-        due = f"{made + prompt}, or {made} without the prompt"
+    if entry.amount not in (output, output + prompt):
+        due = f"{output + prompt}, or {output} without the prompt"
         raise _refused(entry, f"its proof comes to {due}, and it says {entry.amount}")
     return proof
 
 
 def costs(proof: Proof) -> tuple[int, int]:
-    """What was made, and the prompt, in 10^-9.  ValueError if a price or a count is none."""
+    """The price of a leg's output and of its prompt, in 10^-9.
+
+    Raises ValueError for a price or a count that is not valid.
+    """
     counts = (proof.cached_tokens, proof.prompt_tokens, proof.completion_tokens)
     if min(counts) < 0 or proof.cached_tokens > proof.prompt_tokens:
-        raise ValueError("it counts tokens that cannot be")
+        raise ValueError("its token counts are not possible")
     prices = proof.price.prices
-    made = prices.cost(0, 0, proof.completion_tokens)
+    output = prices.cost(0, 0, proof.completion_tokens)
     prompt = prices.cost(proof.prompt_tokens, proof.cached_tokens, 0)
-    if made + prompt > _MOST:
-        raise ValueError("it comes to more than there is")
-    return made, prompt
+    if output + prompt > _MAX_AMOUNT:
+        raise ValueError("its amount is over the limit of the ledger")
+    return output, prompt
 
 
-def _wrong(entry: LedgerEntry, proof: Proof, signed: SignedProof, us: str | None) -> str:
-    """Why the proof is not this entry's, or not signed; "" if all is well."""
-    says = (proof.request_id, proof.leg, proof.choice, proof.price.currency)
-    ours = proof.node_id if us is None or not entry.served_by_us else us
-    server, coordinator = (ours, entry.peer) if entry.served_by_us else (entry.peer, us)
+def _mismatch(entry: LedgerEntry, proof: Proof, signed: SignedProof, us: str | None) -> str:
+    """Why the proof is not this entry's, or not signed; "" if it is."""
+    stated = (proof.request_id, proof.leg, proof.choice, proof.price.currency)
+    own = proof.node_id if us is None or not entry.served_by_us else us
+    server, coordinator = (own, entry.peer) if entry.served_by_us else (entry.peer, us)
     if not all(0 <= number < 2**31 for number in (proof.leg, proof.choice, proof.prompt)):
-        return "its proof has a number that is none"
-    if len(proof.request_id) > MAX_TEXT or len(proof.price.currency) > MAX_TEXT:
-        return f"its proof has a name of over {MAX_TEXT} characters"
-    if says != (entry.request_id, entry.leg, entry.choice, entry.currency):
+        return "a number in its proof is out of range"
+    if max(len(proof.request_id), len(proof.price.currency)) > MAX_TEXT_CHARACTERS:
+        return f"its proof has a name of over {MAX_TEXT_CHARACTERS} characters"
+    if stated != (entry.request_id, entry.leg, entry.choice, entry.currency):
         return "its proof is about another request, leg, choice or currency"
     if proof.node_id != server or (entry.served_by_us and server == entry.peer):
         return f"its proof is by {proof.node_id}"
@@ -136,19 +153,20 @@ def _wrong(entry: LedgerEntry, proof: Proof, signed: SignedProof, us: str | None
     return ""
 
 
-def _refused(entry: LedgerEntry, why: str) -> EntryRefused:
-    what = f"{entry.request_id[:64]}, leg {entry.leg}, choice {entry.choice}"
-    return EntryRefused(f"The ledger does not take {what}: {why}.")
+def _refused(entry: LedgerEntry, reason: str) -> EntryRefused:
+    name = f"{entry.request_id[:64]}, leg {entry.leg}, choice {entry.choice}"
+    return EntryRefused(f"The ledger does not take {name}: {reason}.")
 
 
 def recording(entry: LedgerEntry, us: str | None = None) -> tuple[Statement, ...]:
-    """For a transaction of the caller's: writes the entry, or the acceptance that it lacked.
+    """The statements that write an entry, or the acceptance that it lacked, for a transaction.
 
-    What is there already is left as it is.  If other bytes are, or another entry of the request has
-    paid for the prompt, the transaction fails (sqlite3.IntegrityError).  Raises as `check` does.
+    An entry that is there already stays as it is.  If it has other bytes, or another entry of the
+    request has paid for the prompt, the transaction fails (sqlite3.IntegrityError).  Raises as
+    `check` does.
     """
     proof = check(entry, us)
-    made, _ = costs(proof)
+    output, _ = costs(proof)
     key = (entry.peer, entry.served_by_us, entry.request_id, entry.leg, entry.choice)
     same = (entry.amount, entry.proof, entry.signature)
     return (
@@ -158,7 +176,7 @@ def recording(entry: LedgerEntry, us: str | None = None) -> tuple[Statement, ...
             " disputed) SELECT ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ? WHERE NOT EXISTS ("
             f"SELECT 1 FROM ledger_entries WHERE {_KEY}"
             " AND amount = ? AND proof = ? AND signature = ?)",
-            (*key, proof.prompt, entry.amount != made, entry.amount, entry.currency, entry.at,
+            (*key, proof.prompt, entry.amount != output, entry.amount, entry.currency, entry.at,
              entry.proof, sha256(entry.proof).digest(), entry.signature, entry.acceptance,
              entry.disputed, *key, *same),
         ),
@@ -170,48 +188,80 @@ def recording(entry: LedgerEntry, us: str | None = None) -> tuple[Statement, ...
 
 
 async def record(database: Database, entry: LedgerEntry, us: str | None = None) -> None:
-    """Returns once it is on disk; recording the same again changes nothing.
+    """Write an entry; it is on disk on return.  Recording the same again changes nothing.
 
-    Raises EntryRefused if it is not proven (`check`), or contradicts what is written there.
+    Raises EntryRefused if it is not proven (`check`), or contradicts what is recorded.
     """
     try:
         await database.write(*recording(entry, us))
     except sqlite3.IntegrityError as error:
-        why = "the ledger has other bytes for it, or its prompt is paid for already"
-        raise _refused(entry, why) from error
+        reason = "the ledger has other bytes for it, or its prompt is paid for already"
+        raise _refused(entry, reason) from error
 
 
 async def has(database: Database, peer: str, request_id: str, leg: int, choice: int) -> bool:
-    """Whether we have served that for the peer."""
+    """Whether this box has an entry for that leg, served to the peer."""
     key = (peer, True, request_id, leg, choice)
     return bool(await database.read(f"SELECT 1 FROM ledger_entries WHERE {_KEY}", key))
 
 
 async def lately(database: Database, peer: str, since: int) -> list[tuple[int, int]]:
-    """When a peer was served since then, and how many tokens, the oldest first; of the latest
-    entries only, which is all that a limit can have let through."""
+    """The time and the tokens of each leg that a peer was served since a time, the oldest first.
+
+    Looks at the latest entries only, which are all that a rate limit can have let through.
+    """
     rows = await database.read(
         "SELECT at, proof FROM ledger_entries WHERE peer = ?1 AND served_by_us AND at >= ?2"
         " AND at <= ?3 AND rowid > (SELECT max(rowid) FROM ledger_entries) - ?4 ORDER BY at",
-        (peer, since, time.time_ns() // 1_000_000, _LATEST),
+        (peer, since, time.time_ns() // 1_000_000, _MAX_RECENT_ENTRIES),
     )
     proofs = [(at, read_proof(SignedProof(proof.decode(), ""))) for at, proof in rows]
     return [(at, proof.prompt_tokens + proof.completion_tokens) for at, proof in proofs]
 
 
+async def of_peer(
+    database: Database, peer: str, *, limit: int, statement: str | None = None
+) -> list[LedgerEntry]:
+    """The newest entries with a peer, or of one statement with it, the newest first."""
+    rows = await database.scan(
+        f"SELECT {COLUMNS} FROM ledger_entries"
+        " WHERE peer = ?1 AND (?2 IS NULL OR statement = ?2) ORDER BY at DESC, rowid DESC LIMIT ?3",
+        (peer, statement, limit),
+    )
+    return [msgspec.convert(dict(row), LedgerEntry, strict=False) for row in rows]
+
+
+async def by_rowid(database: Database, rowids: Sequence[int]) -> dict[int, LedgerEntry]:
+    rows = await database.read(
+        f"SELECT rowid, {COLUMNS} FROM ledger_entries"
+        " WHERE rowid IN (SELECT value FROM json_each(?))",
+        (msgspec.json.encode(rowids).decode(),),
+    )
+    return {row[0]: msgspec.convert(dict(row), LedgerEntry, strict=False) for row in rows}
+
+
+async def statement_of(database: Database, entry: LedgerEntry) -> str | None:
+    """The id of the statement that contains an entry, if one does."""
+    rows = await database.read(
+        f"SELECT statement FROM ledger_entries WHERE {_KEY}",
+        (entry.peer, entry.served_by_us, entry.request_id, entry.leg, entry.choice),
+    )
+    return rows[0][0] if rows else None
+
+
 async def balance(database: Database, peer: str) -> dict[str, Balance]:
-    """By currency; none for a peer that nothing was done for or by."""
+    """The balances with a peer, by currency."""
     return (await balances(database, peer)).get(peer, {})
 
 
 async def balances(database: Database, peer: str | None = None) -> dict[str, dict[str, Balance]]:
-    """Of that peer, or all, by node_id and currency."""
+    """The balances with a peer, or with all, by node id and currency."""
     rows = await database.read(
         "SELECT * FROM ledger_balances WHERE peer = ?" if peer else "SELECT * FROM ledger_balances",
         (peer,) if peer else (),
     )
-    found: dict[str, dict[str, Balance]] = {}
+    by_peer: dict[str, dict[str, Balance]] = {}
     for row in rows:
         sums = {name: row[name] for name in Balance.__struct_fields__}
-        found.setdefault(row["peer"], {})[row["currency"]] = Balance(**sums)
-    return found
+        by_peer.setdefault(row["peer"], {})[row["currency"]] = Balance(**sums)
+    return by_peer

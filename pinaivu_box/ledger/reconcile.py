@@ -1,206 +1,157 @@
-"""What two boxes have done for each other, compared and added up.  Pure.
+"""Compares the entries of two boxes and finds where they differ.  Pure.
 
-Each side has its `EntryTree`: entries at places that both sides know, since a place is the hash of
-who served which leg of which request.  A range of the tree is all whose places begin the same, and
-its hash is over the hashes of its entries in the order of their places.  Where the hashes of a
-range differ, its 256 parts are compared, down to a few entries: so one entry that differs among n
-is found in log n questions.
+Each entry has a key that both boxes know, the hash of which box served which leg of which request.
+A range is all entries whose keys have the same prefix, and its hash covers the hashes of its
+entries in the order of their keys.  Where the hashes of a range differ, its 256 subranges are
+compared, down to a few entries: one entry that differs among n is found in log n requests.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator
-from decimal import Decimal
+from collections.abc import Iterable
 from hashlib import sha256
-from typing import Annotated, Any
+from typing import Annotated
 
 import msgspec
-import rfc8785
 from msgspec import Meta, Struct
 
 from pinaivu_box import amount
 from pinaivu_box.errors import ProtocolError
-from pinaivu_box.receipts.receipt import canonical
-from pinaivu_box.text import TIME, whole
 
-DOMAIN = "pinaivu/statement/v1"
-VERSION = 1
-FEW = 128  # entries of a part that are given one by one
-MOST = 100_000  # entries that one side lacks, and questions that are open
-PLACE = 32  # bytes
-Place = Annotated[bytes, Meta(min_length=PLACE, max_length=PLACE)]
+KEY_BYTES = 32
+MAX_LISTED_ENTRIES = 128  # of a range that is given entry by entry
+MAX_MISSING_ENTRIES = 100_000  # that one side lacks, and ranges that are still to be compared
+_HASH_BYTES = 16  # of a subrange's hash, as it is sent
+EntryKey = Annotated[bytes, Meta(min_length=KEY_BYTES, max_length=KEY_BYTES)]
 Count = Annotated[int, Meta(ge=0, le=2**62)]
 Name = Annotated[str, Meta(max_length=128)]
 
 
-def place(server: str, request_id: str, leg: int, choice: int) -> bytes:
-    """Where both sides have the same entry."""
+def entry_key(server: str, request_id: str, leg: int, choice: int) -> bytes:
+    """The key of an entry, the same on both boxes."""
     return sha256(msgspec.msgpack.encode((server, request_id, leg, choice))).digest()
 
 
-class Item(Struct, frozen=True, array_like=True):
-    """An entry in short, the same at both boxes; `amount` in 10^-9 of the currency."""
+class EntrySummary(Struct, frozen=True, array_like=True):
+    """What is compared of an entry; `server` is the node id of the box that served the leg,
+    `amount` in 10^-9 of the currency."""
 
-    server: Name  # the node_id of who served it
+    server: Name
     request_id: Name
     leg: Annotated[int, Meta(ge=0, lt=2**31)]
     choice: Annotated[int, Meta(ge=0, lt=2**31)]
     currency: Name
     amount: Count
-    proof_sha256: Place
+    proof_sha256: EntryKey
 
     @property
-    def place(self) -> bytes:
-        return place(self.server, self.request_id, self.leg, self.choice)
+    def key(self) -> bytes:
+        return entry_key(self.server, self.request_id, self.leg, self.choice)
 
     @property
-    def worth(self) -> str:
+    def price(self) -> str:
         return f"{amount.to_text(self.amount)} {self.currency}"
 
 
 class EntryRange(Struct, frozen=True, array_like=True):
-    """Its entries if they are few; otherwise 16 bytes of the hash of each of its 256 parts."""
+    """The entries of a range if they are few, otherwise 16 bytes of the hash of each subrange."""
 
-    items: Annotated[list[Item], Meta(max_length=FEW)]
-    hashes: Annotated[bytes, Meta(max_length=256 * 16)] = b""
-
-
-class Statement(Struct, frozen=True):
-    """What both sign, as RFC 8785 JSON: that these and no other entries lie between them since the
-    statement before (`previous`: the SHA-256 of its bytes, hex).  `served`: by whom how much of
-    each currency, decimal text.  `at` is the proposer's clock."""
-
-    sequence: int
-    previous: str
-    between: list[str]  # both node_ids, sorted
-    upto: Annotated[
-        str, Meta(pattern=whole("[!-~]{0,128}"))
-    ]  # the last request id that it looks at; "" for all
-    entries: int
-    entries_sha256: str
-    served: dict[str, dict[str, str]]
-    at: Annotated[str, Meta(pattern=TIME)]
-    v: int = VERSION
+    entries: Annotated[list[EntrySummary], Meta(max_length=MAX_LISTED_ENTRIES)]
+    hashes: Annotated[bytes, Meta(max_length=256 * _HASH_BYTES)] = b""
 
 
 class EntryTree:
-    def __init__(self, items: Iterable[Item] = ()) -> None:
-        self.items: dict[bytes, Item] = {}
+    """Entries by their keys, with the hashes of ranges."""
+
+    def __init__(self, entries: Iterable[EntrySummary] = ()) -> None:
+        self.entries: dict[bytes, EntrySummary] = {}
         self._hashes: dict[bytes, bytes] = {}
         self._sorted: list[bytes] | None = None
-        for item in items:
-            self.add(item)
+        for entry in entries:
+            self.add(entry)
 
-    def add(self, item: Item) -> None:
-        place = item.place
-        self.items[place] = item
-        self._hashes[place] = sha256(msgspec.msgpack.encode(item)).digest()
+    def add(self, entry: EntrySummary) -> None:
+        key = entry.key
+        self.entries[key] = entry
+        self._hashes[key] = sha256(msgspec.msgpack.encode(entry)).digest()
         self._sorted = None
 
-    def part(self, prefix: bytes) -> EntryRange:
-        places = self._places(prefix)
-        if len(places) <= FEW or len(prefix) == PLACE - 1:
-            return EntryRange([self.items[place] for place in places])
-        return EntryRange([], b"".join(self.hash(prefix + bytes([n]))[:16] for n in range(256)))
+    def range(self, prefix: bytes) -> EntryRange:
+        """The range of the keys with that prefix, as a peer gets it."""
+        keys = self._keys(prefix)
+        if len(keys) <= MAX_LISTED_ENTRIES or len(prefix) == KEY_BYTES - 1:
+            return EntryRange([self.entries[key] for key in keys])
+        hashes = (self.hash(prefix + bytes([n]))[:_HASH_BYTES] for n in range(256))
+        return EntryRange([], b"".join(hashes))
 
     def hash(self, prefix: bytes = b"") -> bytes:
-        return sha256(b"".join(self._hashes[place] for place in self._places(prefix))).digest()
+        return sha256(b"".join(self._hashes[key] for key in self._keys(prefix))).digest()
 
-    def within(self, prefix: bytes) -> dict[bytes, Item]:
-        return {place: self.items[place] for place in self._places(prefix)}
+    def within(self, prefix: bytes) -> dict[bytes, EntrySummary]:
+        return {key: self.entries[key] for key in self._keys(prefix)}
 
-    def _places(self, prefix: bytes) -> list[bytes]:
+    def _keys(self, prefix: bytes) -> list[bytes]:
         if self._sorted is None:
-            self._sorted = sorted(self.items)
+            self._sorted = sorted(self.entries)
         start = bisect_left(self._sorted, prefix)
-        return self._sorted[start : bisect_left(self._sorted, prefix + b"\xff" * PLACE, start)]
+        return self._sorted[start : bisect_left(self._sorted, prefix + b"\xff" * KEY_BYTES, start)]
 
     def served(self, between: Iterable[str]) -> dict[str, dict[str, str]]:
+        """What each of the two boxes served, by node id and currency, as decimal text."""
         sums: dict[str, dict[str, int]] = {node: {} for node in between}
-        for item in self.items.values():
-            mine = sums[item.server]
-            mine[item.currency] = mine.get(item.currency, 0) + item.amount
+        for entry in self.entries.values():
+            served = sums[entry.server]
+            served[entry.currency] = served.get(entry.currency, 0) + entry.amount
         return {
-            node: {currency: amount.to_text(total) for currency, total in mine.items()}
-            for node, mine in sums.items()
+            node: {currency: amount.to_text(total) for currency, total in served.items()}
+            for node, served in sums.items()
         }
 
 
-class Compare:
-    """Where a peer's books differ from ours: `questions` are prefixes of parts to ask it for."""
+class Comparison:
+    """Finds where a peer's entries differ from ours, as the peer's ranges come in."""
 
     def __init__(self, ours: EntryTree) -> None:
-        self.only_ours: dict[bytes, Item] = {}
-        self.only_theirs: dict[bytes, Item] = {}
-        self.different: dict[bytes, tuple[Item, Item]] = {}
+        self.only_ours: dict[bytes, EntrySummary] = {}
+        self.only_theirs: dict[bytes, EntrySummary] = {}
+        self.different: dict[bytes, tuple[EntrySummary, EntrySummary]] = {}
         self._ours = ours
         self._open = [b""]
 
-    def questions(self, most: int) -> list[bytes]:
-        asked, self._open = self._open[:most], self._open[most:]
-        return asked
+    def next_prefixes(self, limit: int) -> list[bytes]:
+        """The prefixes of ranges to ask the peer for next; none once the comparison is complete."""
+        prefixes, self._open = self._open[:limit], self._open[limit:]
+        return prefixes
 
-    def take(self, prefix: bytes, part: EntryRange) -> None:
-        """The answer to one.  Raises ProtocolError."""
-        if part.hashes:
-            if len(part.hashes) != 256 * 16 or part.items or len(prefix) >= PLACE - 1:
-                raise ProtocolError("a part of the ledger is neither entries nor hashes")
-            for number in range(256):
-                below = prefix + bytes([number])
-                if self._ours.hash(below)[:16] != part.hashes[16 * number : 16 * number + 16]:
-                    self._open.append(below)
-            if len(self._open) > MOST:
-                raise ProtocolError("the peer's ledger has no end")
+    def compare(self, prefix: bytes, theirs: EntryRange) -> None:
+        """Compare the peer's range of that prefix.  Raises ProtocolError."""
+        if theirs.hashes:
+            self._compare_hashes(prefix, theirs)
             return
-        theirs = {item.place: item for item in part.items}
-        if not all(place.startswith(prefix) for place in theirs):
-            raise ProtocolError("a part of the ledger has entries of another part")
+        given = {entry.key: entry for entry in theirs.entries}
+        if not all(key.startswith(prefix) for key in given):
+            raise ProtocolError("a range of the ledger has entries of another range")
         ours = self._ours.within(prefix)
-        self.only_ours |= {place: ours[place] for place in ours.keys() - theirs.keys()}
-        self.only_theirs |= {place: theirs[place] for place in theirs.keys() - ours.keys()}
-        both = ours.keys() & theirs.keys()
-        if len(self.only_theirs) > MOST:
-            raise ProtocolError(f"the peer's ledger has over {MOST} entries that are not here")
-        changed = (place for place in both if ours[place] != theirs[place])
-        self.different |= {place: (ours[place], theirs[place]) for place in changed}
+        self.only_ours |= {key: ours[key] for key in ours.keys() - given.keys()}
+        self.only_theirs |= {key: given[key] for key in given.keys() - ours.keys()}
+        if len(self.only_theirs) > MAX_MISSING_ENTRIES:
+            raise ProtocolError(
+                f"the peer's ledger has over {MAX_MISSING_ENTRIES} entries that are not here"
+            )
+        changed = (key for key in ours.keys() & given.keys() if ours[key] != given[key])
+        self.different |= {key: (ours[key], given[key]) for key in changed}
 
-
-def compose(
-    books: EntryTree, between: Iterable[str], sequence: int, previous: bytes, upto: str, at: str
-) -> Statement:
-    """`previous`: the signed bytes of the one before, b"" if there is none."""
-    names = sorted(between)
-    return Statement(
-        sequence=sequence,
-        previous=sha256(previous).hexdigest() if previous else "",
-        between=names,
-        upto=upto,
-        entries=len(books.items),
-        entries_sha256=books.hash().hex(),
-        served=books.served(names),
-        at=at,
-    )
-
-
-def read(signed: bytes) -> Statement:
-    """Raises ProtocolError, also if the bytes are not the ones that these words are signed as."""
-    try:
-        statement = msgspec.json.decode(signed, type=Statement)
-        if statement.v != VERSION or canonical(statement) != signed:
-            raise ValueError(f"it is not of version {VERSION}, or not canonical")
-    except (ValueError, RecursionError, rfc8785.CanonicalizationError) as error:
-        raise ProtocolError(f"what should be a statement is none: {error}") from error
-    return statement
-
-
-def statement_id(signed: bytes) -> str:
-    return "stmt_" + sha256(signed).hexdigest()[:24]
-
-
-def net(served: dict[str, dict[str, Any]], us: str) -> Iterator[tuple[str, Decimal]]:
-    """Of each currency, what the other owes us for what a statement says; below 0 what we owe."""
-    (other,) = served.keys() - {us}
-    for currency in sorted(served[us].keys() | served[other].keys()):
-        mine, its = (Decimal(served[node].get(currency, "0")) for node in (us, other))
-        yield currency, mine - its
+    def _compare_hashes(self, prefix: bytes, theirs: EntryRange) -> None:
+        if (
+            len(theirs.hashes) != 256 * _HASH_BYTES
+            or theirs.entries
+            or len(prefix) >= KEY_BYTES - 1
+        ):
+            raise ProtocolError("a range of the ledger is neither entries nor hashes")
+        for number in range(256):
+            below, start = prefix + bytes([number]), _HASH_BYTES * number
+            if self._ours.hash(below)[:_HASH_BYTES] != theirs.hashes[start : start + _HASH_BYTES]:
+                self._open.append(below)
+        if len(self._open) > MAX_MISSING_ENTRIES:
+            raise ProtocolError("the comparison of the ledgers has no end")

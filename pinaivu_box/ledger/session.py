@@ -1,63 +1,113 @@
-"""One side of the ledger's conversation: frames there and back, and what is answered to each."""
+"""Settling with a peer: compare the entries, give each other what one lacks, and sign a statement.
+
+If both begin at once, the session that the smaller node id began goes first, and the other waits
+for its end.  The box that is asked signs and writes first, the asking box once it has that
+signature.  So if the link is lost, the box that was asked is ahead by a statement, and the next
+session, whoever begins it, starts with that: the box behind asks for the statement, finds its own
+signature under it, and catches up.  A statement is signed only if the entries are the same to the
+last digit; otherwise those that differ are named, and nothing is settled.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
-from collections.abc import Iterable
-from contextlib import suppress
+from collections import Counter, defaultdict
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager, suppress
 from hashlib import sha256
 from typing import TypeVar
 
-from pinaivu_box.errors import EntryRefused, PeeringError, ProtocolError
+from msgspec import Struct
+from msgspec.structs import replace
+
+from pinaivu_box import amount
+from pinaivu_box.errors import EntryRefused, LinkLost, PeeringError, ProtocolError
 from pinaivu_box.identity import Identity, verify
 from pinaivu_box.ledger import entry as ledger_entry
-from pinaivu_box.ledger import reconcile
 from pinaivu_box.ledger import statement as ledger_statement
 from pinaivu_box.ledger import wire as w
-from pinaivu_box.ledger.claims_exchange import ClaimsExchange
+from pinaivu_box.ledger.claims import ClaimsExchange
 from pinaivu_box.ledger.entry import LedgerEntry
-from pinaivu_box.ledger.reconcile import DOMAIN, EntryTree, Item, Statement
-from pinaivu_box.ledger.statement import StoredStatement
+from pinaivu_box.ledger.reconcile import Comparison, EntrySummary, EntryTree
+from pinaivu_box.ledger.statement import DOMAIN, Statement, StoredStatement
+from pinaivu_box.receipts.receipt import canonical, utc_text
 from pinaivu_box.store.audit import Actor
 from pinaivu_box.store.database import Database, Row
 from pinaivu_box.transport import wire
 from pinaivu_box.transport.transport import Stream
 
-MAX_FRAMES = 10_000  # of one conversation, each way
+PURPOSE = "ledger"
+MAX_FRAMES = 10_000  # of one session, each way
+MAX_STATEMENT_ENTRIES = 10_000  # about; more make several statements
+MAX_DIFFERENCES = 100  # that are named
 FRAME_SECONDS = 30.0
+SESSION_SECONDS = 300.0
+_WAIT_SECONDS = 10.0  # until a peer that waits for another session hears that it still has to
+_MAX_SESSIONS = 8  # with one peer, nearly all of them waiting
 
+log = logging.getLogger("pinaivu.ledger")
 T = TypeVar("T", bound="w.Frame")
 
 
+class Difference(Struct, frozen=True):
+    """An entry that keeps two boxes from settling: what each has, None if it has none."""
+
+    request_id: str
+    leg: int
+    choice: int
+    served_by: str
+    ours: str | None
+    theirs: str | None
+    why: str
+
+
+class SettlementOutcome(Struct, frozen=True):
+    """`statements` are those that both have signed since the session began; if there are
+    `differences`, no more can be signed.  `taken` counts the entries that this box lacked, `given`
+    those that the peer did.  `accepted` counts the claims that were accepted, on either side;
+    `disputed` are those that were not, and are in no statement."""
+
+    statements: list[StoredStatement]
+    differences: list[Difference]
+    taken: int
+    given: int
+    accepted: int
+    disputed: list[Difference]
+
+
 class EntrySnapshot:
-    """What is compared: the books, which statement they are of, and where their rows are."""
+    """The entries that are compared, up to a request id, and their rows in the database."""
 
     def __init__(self, us: str, peer: str, rows: Iterable[Row], upto: str = "") -> None:
         self.upto = upto
-        self.rows: dict[bytes, int] = {}
-        self.books = EntryTree()
+        self.rowids: dict[bytes, int] = {}
+        self.tree = EntryTree()
         for row in rows:
-            item = Item(us if row["served_by_us"] else peer, *row[2:])
-            self.books.add(item)
-            self.rows[item.place] = row["rowid"]
+            summary = EntrySummary(us if row["served_by_us"] else peer, *row[2:])
+            self.tree.add(summary)
+            self.rowids[summary.key] = row["rowid"]
 
 
 class ReconcileSession:
+    """One side of a session: messages there and back, and the response to each request."""
+
     def __init__(self, identity: Identity, database: Database, peer: str, stream: Stream) -> None:
         self.us, self.peer = identity.node_id, peer
         self.identity, self.database = identity, database
         self.stream = stream
-        self.by = Actor(peer, "peering")  # who wants what is settled now
-        self.shelf = EntrySnapshot(self.us, peer, ())
+        self.by = Actor(peer, "peering")  # who settles, for the audit trail
+        self.snapshot = EntrySnapshot(self.us, peer, ())
         self.claims = ClaimsExchange(identity, database, peer)
         self._frames = 0
 
-    # -- frames ------------------------------------------------------------------------------------
+    # -- messages ----------------------------------------------------------------------------------
 
-    async def ask(self, frame: w.Frame, kind: type[T]) -> T:
-        """The answer to a question.  PeeringError with the peer's sentence if it is sorry."""
-        await self.send(frame)
+    async def call(self, request: w.Frame, kind: type[T]) -> T:
+        """Send a request and return its response.  Raises PeeringError with the peer's sentence if
+        that is a rejection."""
+        await self.send(request)
         return await self.expect(kind)
 
     async def send(self, frame: w.Frame) -> None:
@@ -68,153 +118,150 @@ class ReconcileSession:
         frame = await self.receive(seconds)
         if isinstance(frame, kind):
             return frame
-        raise ProtocolError(f"{wire.short(self.peer)} gave no {kind.__name__}.")
+        raise ProtocolError(f"{wire.short(self.peer)} did not send {kind.__name__}.")
 
     async def receive(self, seconds: float | None = None) -> w.Frame | None:
-        """None once the peer has finished.  TimeoutError."""
+        """The next message, None once the peer has finished.  Raises PeeringError, TimeoutError."""
         self._frames += 1
         if self._frames > MAX_FRAMES:
-            raise ProtocolError(f"{wire.short(self.peer)} does not come to an end.")
+            raise ProtocolError(f"{wire.short(self.peer)} sent over {MAX_FRAMES} messages.")
         async with asyncio.timeout(seconds or FRAME_SECONDS):
             data = await self.stream.receive()
         if data is None:
             return None
         frame = wire.decode(data, w.decoder)
         if isinstance(frame, w.Reject):
-            said = wire.printable(frame.message)
-            raise PeeringError(f"{wire.short(self.peer)} does not agree: {said}")
+            reason = wire.printable(frame.message)
+            raise PeeringError(f"{wire.short(self.peer)} does not agree: {reason}")
         return frame
 
-    async def sorry(self, message: str) -> None:
-        """Say why, and wait until the peer has heard it: what is abandoned at once gets lost."""
+    async def reject(self, reason: str) -> None:
+        """End the session with a sentence, and wait until the peer has read it: what is sent before
+        a stream is abandoned may be lost."""
         with suppress(PeeringError, TimeoutError):
-            await self.send(w.Reject(message[: w.SENTENCE]))
+            await self.send(w.Reject(reason[: w.MAX_REASON_CHARACTERS]))
             await self.stream.finish()
             while await self.receive() is not None:
                 pass
 
-    # -- answers -----------------------------------------------------------------------------------
+    # -- responses ---------------------------------------------------------------------------------
 
-    async def answer_all(self) -> None:
-        """Until the peer is done, or has finished.  What it asks wrongly ends it with a Sorry."""
+    async def respond_to_all(self) -> None:
+        """Respond to the peer's requests until it is done or has finished.
+
+        Raises PeeringError after a request that was rejected.
+        """
         while (frame := await self.receive()) is not None and not isinstance(frame, w.Done):
             try:
-                answer = await self._answer(frame)
+                response = await self._respond(frame)
             except PeeringError as error:
-                await self.sorry(error.message)
+                await self.reject(error.message)
                 raise
-            await self.send(answer)
+            await self.send(response)
 
-    async def _answer(self, frame: w.Frame) -> w.Frame:
+    async def _respond(self, frame: w.Frame) -> w.Frame:
         match frame:
             case w.Look():
                 return await self._look(frame)
             case w.AskRanges():
-                return w.RangeHashes([self.shelf.books.part(prefix) for prefix in frame.prefixes])
+                return w.RangeHashes([self.snapshot.tree.range(p) for p in frame.prefixes])
             case w.GiveEntries():
-                return w.Entries(await self.given(frame.places))
+                return w.Entries(await self.entries(frame.keys))
             case w.TakeEntries():
-                return w.EntriesTaken(await self._take(frame.entries))
+                return w.EntriesTaken(await self._take_all(frame.entries))
             case w.ClaimEntries():
                 return await self.claims.judge(frame)
             case w.Unaccepted():
                 return await self.claims.show()
             case w.Judged():
-                await self.claims.heard(frame)
+                await self.claims.take_judgement(frame)
                 return w.EntriesTaken({})
             case w.Propose():
                 return await self._agree(frame)
-        raise ProtocolError(f"{type(frame).__name__} is no question.")
+        raise ProtocolError(f"{type(frame).__name__} is not a request.")
 
     async def _look(self, frame: w.Look) -> w.LedgerDigest:
         if not frame.statement:
-            rows = await ledger_statement.open_items(self.database, self.peer, frame.upto)
-            self.shelf = EntrySnapshot(self.us, self.peer, rows, frame.upto)
-            return w.LedgerDigest(len(rows))
-        found = await ledger_statement.get(self.database, self.peer, frame.statement)
-        if found is None:
+            await self.look_at_open(frame.upto)
+            return w.LedgerDigest(len(self.snapshot.rowids))
+        statement = await ledger_statement.get(self.database, self.peer, frame.statement)
+        if statement is None:
             raise ProtocolError(f"There is no statement {frame.statement} here.")
-        rows = await ledger_statement.items_of(self.database, found.id)
-        self.shelf = EntrySnapshot(self.us, self.peer, rows)
-        return w.LedgerDigest(len(rows), found.signed, found.ours, found.theirs)
+        rows = await ledger_statement.entries_of(self.database, statement.id)
+        self.snapshot = EntrySnapshot(self.us, self.peer, rows)
+        return w.LedgerDigest(len(rows), statement.signed, statement.ours, statement.theirs)
 
-    async def given(self, places: Iterable[bytes]) -> list[w.WireEntry]:
-        """The first of them, as many as fit into a frame; none for those that are not there."""
-        rows = [self.shelf.rows[place] for place in places if place in self.shelf.rows]
-        found = await ledger_statement.entries(self.database, rows)
-        made: list[w.WireEntry] = []
-        size = 0
-        for row in rows:
-            size += len(found[row].proof) + 1000
-            if made and size > w.BATCH_BYTES:
-                break
-            made.append(self._wire(found[row]))
-        return made
+    async def look_at_open(self, upto: str) -> None:
+        """From now on the session is about the entries without a statement, up to that request."""
+        rows = await ledger_statement.open_entries(self.database, self.peer, upto)
+        self.snapshot = EntrySnapshot(self.us, self.peer, rows, upto)
 
-    def _wire(self, e: LedgerEntry) -> w.WireEntry:
-        server = self.us if e.served_by_us else self.peer
-        return w.WireEntry(
-            server, e.amount, e.proof, e.signature, e.acceptance,
-            e.request_id, e.leg, e.choice, e.currency,
-        )  # fmt: skip
+    async def entries(self, keys: Iterable[bytes]) -> list[w.SignedEntry]:
+        """The entries with these keys that are here, the first that fit into a frame."""
+        rowids = [self.snapshot.rowids[key] for key in keys if key in self.snapshot.rowids]
+        rows = await ledger_entry.by_rowid(self.database, rowids)
+        return [w.SignedEntry.of(e, self.us) for e in w.fitting([rows[n] for n in rowids])]
 
-    async def _take(self, entries: list[w.WireEntry]) -> dict[bytes, str]:
+    async def _take_all(self, entries: list[w.SignedEntry]) -> dict[bytes, str]:
         refused = {}
-        for one in entries:
-            item = item_of(one)
-            if reason := await self.take(one, item):
-                refused[item.place] = reason
+        for entry in entries:
+            if reason := await self.take(entry):
+                refused[entry.summary.key] = reason
         return refused
 
-    async def take(self, one: w.WireEntry, item: Item) -> str:
-        """Records an entry that we lack, if both signatures are good; otherwise says why not."""
-        if one.server not in (self.us, self.peer):
+    async def take(self, signed: w.SignedEntry) -> str:
+        """Record an entry that this box lacks, if both signatures are valid; "", or why not."""
+        if signed.server not in (self.us, self.peer):
             return "it is an entry of another peer"
-        if self.shelf.upto and one.request_id > self.shelf.upto:
-            return "it is beyond the cut"
-        entry = LedgerEntry(
-            self.peer, one.server == self.us, one.request_id, one.leg, one.choice, one.amount,
-            one.currency, time.time_ns() // 1_000_000, one.proof, one.signature, one.acceptance,
-        )  # fmt: skip
+        if self.snapshot.upto and signed.request_id > self.snapshot.upto:
+            return "it is beyond the last request that is compared"
+        entry = signed.entry(self.us, self.peer)
         try:
             await ledger_entry.record(self.database, entry, self.us)
         except EntryRefused as error:
-            return error.message[: w.SENTENCE]
-        if settled := await ledger_statement.statement_of(self.database, entry):
-            return f"it is in {settled} already"
-        self.shelf.books.add(item)
+            return error.message[: w.MAX_REASON_CHARACTERS]
+        if statement := await ledger_entry.statement_of(self.database, entry):
+            return f"it is in {statement} already"
+        self.snapshot.tree.add(signed.summary)
         return ""
 
     async def _agree(self, frame: w.Propose) -> w.Agreed:
-        """Signs, and has it on disk before the peer hears of it."""
-        asked = reconcile.read(frame.signed)
+        """Sign a proposal; the statement is on disk before the peer gets the signature."""
+        proposed = ledger_statement.read(frame.signed)
         last = await ledger_statement.last(self.database, self.peer)
-        if asked != self.compose(last, asked.at):
+        if proposed != self.compose(last, proposed.at):
             raise PeeringError(
-                "its statement is not what this box's books say: they have changed meanwhile, "
+                "its statement does not match this box's entries: they have changed meanwhile, "
                 "settle again"
             )
         if not verify(self.peer, DOMAIN, frame.signed, frame.signature):
             raise ProtocolError("The proposal's signature is not its proposer's.")
         signature = self.identity.sign(DOMAIN, frame.signed)
-        await self.keep(asked, frame.signed, signature, frame.signature)
+        await self.keep(proposed, frame.signed, signature, frame.signature)
         return w.Agreed(signature)
 
     # -- statements --------------------------------------------------------------------------------
 
+    async def head(self) -> w.Begin:
+        """The latest statement of this box with the peer."""
+        last = await ledger_statement.last(self.database, self.peer)
+        return w.Begin(last.sequence, sha256(last.signed).digest()) if last else w.Begin(0, b"")
+
     def compose(self, last: StoredStatement | None, at: str) -> Statement:
-        """The next one, over what is on the shelf."""
+        """The statement after `last`, over the entries of the snapshot."""
         sequence, previous = (last.sequence, last.signed) if last else (0, b"")
-        return reconcile.compose(
-            self.shelf.books, (self.us, self.peer), sequence + 1, previous, self.shelf.upto, at
+        between, snapshot = (self.us, self.peer), self.snapshot
+        return ledger_statement.compose(
+            snapshot.tree, between, sequence + 1, previous, snapshot.upto, at
         )
 
-    async def keep(
-        self, statement: Statement, signed: bytes, ours: bytes, theirs: bytes
-    ) -> StoredStatement:
-        """On disk, with its entries.  EntryRefused if they are in another one meanwhile."""
-        made = StoredStatement(
-            id=reconcile.statement_id(signed),
+    async def keep(self, statement: Statement, signed: bytes, ours: bytes, theirs: bytes) -> None:
+        """Write a statement with its entries; it is on disk on return.
+
+        Raises EntryRefused if one of them is in another statement meanwhile.
+        """
+        stored = StoredStatement(
+            id=ledger_statement.statement_id(signed),
             peer=self.peer,
             sequence=statement.sequence,
             at=time.time_ns() // 1_000_000,
@@ -222,28 +269,266 @@ class ReconcileSession:
             ours=ours,
             theirs=theirs,
         )
-        rows = await ledger_statement.open_items(self.database, self.peer, statement.upto)
-        places = self.shelf.books.items
-        wanted = [
-            n
-            for place, n in EntrySnapshot(self.us, self.peer, rows).rows.items()
-            if place in places
-        ]
-        if len(wanted) != statement.entries:
+        rows = await ledger_statement.open_entries(self.database, self.peer, statement.upto)
+        rowids = EntrySnapshot(self.us, self.peer, rows).rowids
+        chosen = [rowid for key, rowid in rowids.items() if key in self.snapshot.tree.entries]
+        if len(chosen) != statement.entries:
             raise EntryRefused("An entry of the statement is in another one meanwhile.")
-        await ledger_statement.settle(self.database, made, wanted, self.by)
-        return made
+        await ledger_statement.settle(self.database, stored, chosen, self.by)
 
 
-def item_of(one: w.WireEntry) -> Item:
-    return Item(
-        one.server, one.request_id, one.leg, one.choice, one.currency, one.amount,
-        sha256(one.proof).digest(),
-    )  # fmt: skip
+class Ledger:
+    """Settles with peers, one session with each at a time."""
+
+    def __init__(self, identity: Identity, database: Database) -> None:
+        self._identity = identity
+        self._database = database
+        self._sessions: Counter[str] = Counter()
+        self._turns: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        # Of peers that have not responded to our Begin yet, for a session of theirs before ours.
+        self._their_turns: dict[str, asyncio.Lock] = {}
+
+    async def settle(self, peer: str, stream: Stream, by: Actor | None = None) -> SettlementOutcome:
+        """Settle over a stream that this box has opened; `by` is for the audit trail.
+
+        Raises PeeringError if the peer does not agree, or the link is lost.
+        """
+        async with self._session(peer, stream) as session:
+            session.by = by or session.by
+            before = (await session.head()).last
+            async with self._turns[peer]:
+                ours, theirs = await self._begin(session)
+                if theirs.last < ours.last:
+                    await session.respond_to_all()
+                await catch_up(session, theirs)
+                outcome = await _propose_all(session)
+                await stream.finish()
+                await session.receive()
+            statements = await ledger_statement.ls(self._database, peer)
+        return replace(outcome, statements=[s for s in statements[::-1] if s.sequence > before])
+
+    async def _begin(self, session: ReconcileSession) -> tuple[w.Begin, w.Begin]:
+        """The latest statements of both boxes, once no other session goes before this one."""
+        self._their_turns[session.peer] = their_turn = asyncio.Lock()
+        try:
+            theirs = None
+            while not isinstance(theirs, w.Begin):
+                ours = await session.head()
+                await session.send(ours)
+                theirs = await session.receive()
+                if not isinstance(theirs, w.Begin | w.Wait):
+                    raise ProtocolError(f"{wire.short(session.peer)} did not send Begin.")
+        finally:
+            del self._their_turns[session.peer]
+        async with their_turn:  # the session that it began while this one waited has ended
+            if await session.head() != ours:
+                raise PeeringError("The peer has settled meanwhile: settle again.")
+        return ours, theirs
+
+    async def handle(self, peer: str, stream: Stream) -> None:
+        """Settle over a stream that the peer has opened."""
+        try:
+            async with self._session(peer, stream) as session:
+                # If it waits for a turn of its own, it may take long to begin.
+                theirs = await session.expect(w.Begin, SESSION_SECONDS)
+                while (turn := self._turn(peer)).locked():
+                    with suppress(TimeoutError):
+                        async with asyncio.timeout(_WAIT_SECONDS), turn:
+                            pass
+                    theirs = await session.call(w.Wait(), w.Begin)
+                async with turn:
+                    ours = await session.head()
+                    await session.send(ours)
+                    if ours.last < theirs.last:
+                        await catch_up(session, theirs)
+                        await session.send(w.Done())
+                    await session.respond_to_all()
+                    await stream.finish()
+        except PeeringError as error:
+            log.info("settling with %s ended: %s", wire.short(peer), error.message)
+
+    def _turn(self, peer: str) -> asyncio.Lock:
+        """The lock for the peer's session: if both wait for each other, the smaller node id goes
+        first."""
+        if peer < self._identity.node_id and peer in self._their_turns:
+            return self._their_turns[peer]
+        return self._turns[peer]
+
+    @asynccontextmanager
+    async def _session(self, peer: str, stream: Stream) -> AsyncIterator[ReconcileSession]:
+        """A session whose stream is abandoned if it fails."""
+        session = ReconcileSession(self._identity, self._database, peer, stream)
+        self._sessions[peer] += 1
+        try:
+            if self._sessions[peer] > _MAX_SESSIONS:
+                await session.reject("too many wait to settle, try again")
+                raise PeeringError("Too many wait to settle with this peer: try again.")
+            async with asyncio.timeout(SESSION_SECONDS):
+                yield session
+        except TimeoutError:
+            stream.abandon()
+            raise LinkLost(f"{wire.short(peer)} took too long: settle again.") from None
+        except BaseException:
+            stream.abandon()
+            raise
+        finally:
+            self._sessions[peer] -= 1
 
 
-async def head(talk: ReconcileSession) -> w.Begin:
-    last = await ledger_statement.last(talk.database, talk.peer)
-    if last is None:
-        return w.Begin(0, b"")
-    return w.Begin(last.sequence, sha256(last.signed).digest())
+async def catch_up(session: ReconcileSession, theirs: w.Begin) -> None:
+    """Write the statements that the peer has and this box lost after it had signed them."""
+    ours = await session.head()
+    while ours.last < theirs.last:
+        await _take_statement(session, ours.last + 1)
+        ours = await session.head()
+    if ours.last == theirs.last and ours.head != theirs.head:
+        raise PeeringError(
+            f"The two boxes have different statements {ours.last}: compare those that 'pinaivu "
+            "ledger statements' shows on both."
+        )
+
+
+async def _take_statement(session: ReconcileSession, sequence: int) -> None:
+    digest = await session.call(w.Look(sequence), w.LedgerDigest)
+    statement = ledger_statement.read(digest.signed)
+    if not (
+        verify(session.us, DOMAIN, digest.signed, digest.yours)
+        and verify(session.peer, DOMAIN, digest.signed, digest.ours)
+    ):
+        raise ProtocolError(f"Statement {sequence} is not signed by both.")
+    await session.look_at_open(statement.upto)
+    comparison = await _compare(session)
+    refused = await _fetch(session, comparison.only_theirs)
+    snapshot = session.snapshot
+    for key in (*comparison.only_ours, *comparison.different):
+        snapshot.tree.entries.pop(key, None)
+    snapshot.tree = EntryTree(snapshot.tree.entries.values())
+    last = await ledger_statement.last(session.database, session.peer)
+    if refused or comparison.different or statement != session.compose(last, statement.at):
+        raise PeeringError(f"Statement {sequence}, signed by both, does not match the entries.")
+    await session.keep(statement, digest.signed, digest.yours, digest.ours)
+
+
+async def _propose_all(session: ReconcileSession) -> SettlementOutcome:
+    await _exchange_claims(session)
+    taken = given = 0
+    while True:
+        upto = await ledger_statement.cut(session.database, session.peer, MAX_STATEMENT_ENTRIES)
+        await session.look_at_open(upto)
+        await session.call(w.Look(0, upto), w.LedgerDigest)
+        comparison = await _compare(session)
+        refused = await _fetch(session, comparison.only_theirs)
+        declined = await _push(session, comparison.only_ours)
+        taken += len(comparison.only_theirs) - len(refused)
+        given += len(comparison.only_ours) - len(declined)
+        differences = _differences(comparison, refused, declined)
+        done = bool(differences) or not session.snapshot.tree.entries
+        if not done:
+            await _propose(session)
+        if done or not upto:
+            claims = session.claims
+            disputed = [_disputed(session.us, *claim) for claim in claims.disputed.items()]
+            return SettlementOutcome(
+                [], differences, taken, given, claims.accepted, disputed[:MAX_DIFFERENCES]
+            )
+
+
+async def _exchange_claims(session: ReconcileSession) -> None:
+    """Show the peer what it has not accepted, and judge what this box has not."""
+    if (shown := await session.claims.show()).claims:
+        await session.claims.take_judgement(await session.call(shown, w.Judged))
+    if (claims := await session.call(w.Unaccepted(), w.ClaimEntries)).claims:
+        await session.call(await session.claims.judge(claims), w.EntriesTaken)
+
+
+async def _propose(session: ReconcileSession) -> None:
+    last = await ledger_statement.last(session.database, session.peer)
+    statement = session.compose(last, utc_text(time.time()))
+    signed = canonical(statement)
+    ours = session.identity.sign(DOMAIN, signed)
+    agreed = await session.call(w.Propose(signed, ours), w.Agreed)
+    if not verify(session.peer, DOMAIN, signed, agreed.signature):
+        raise ProtocolError(f"{wire.short(session.peer)} signed something else.")
+    await session.keep(statement, signed, ours, agreed.signature)
+
+
+async def _compare(session: ReconcileSession) -> Comparison:
+    comparison = Comparison(session.snapshot.tree)
+    while prefixes := comparison.next_prefixes(w.MAX_RANGES):
+        response = await session.call(w.AskRanges(prefixes), w.RangeHashes)
+        if len(response.ranges) != len(prefixes):
+            raise ProtocolError(f"{wire.short(session.peer)} sent other ranges than asked for.")
+        for prefix, theirs in zip(prefixes, response.ranges, strict=True):
+            comparison.compare(prefix, theirs)
+    return comparison
+
+
+async def _fetch(session: ReconcileSession, missing: Iterable[bytes]) -> dict[bytes, str]:
+    """Get the entries that this box lacks; returns why some are refused."""
+    refused: dict[bytes, str] = {}
+    remaining = list(missing)
+    while remaining:
+        batch = remaining[: w.MAX_ENTRIES]
+        response = await session.call(w.GiveEntries(batch), w.Entries)
+        received = {entry.summary.key: entry for entry in response.entries}
+        if not received or not received.keys() <= set(batch):
+            return refused | dict.fromkeys(remaining, "it is listed and not given")
+        for key, entry in received.items():
+            if reason := await session.take(entry):
+                refused[key] = reason
+        remaining = [key for key in remaining if key not in received]
+    return refused
+
+
+async def _push(session: ReconcileSession, missing: Iterable[bytes]) -> dict[bytes, str]:
+    """Give the peer the entries that it lacks; returns why it refuses some."""
+    refused: dict[bytes, str] = {}
+    remaining = pushed = [key for key in missing if key in session.snapshot.rowids]
+    while remaining:
+        batch = await session.entries(remaining[: w.MAX_ENTRIES])
+        refused |= (await session.call(w.TakeEntries(batch), w.EntriesTaken)).refused
+        remaining = remaining[len(batch) :]
+    return {key: reason for key, reason in refused.items() if key in pushed}
+
+
+def _differences(
+    comparison: Comparison, refused: dict[bytes, str], declined: dict[bytes, str]
+) -> list[Difference]:
+    differences = [
+        _difference(ours, theirs, "the two boxes have different entries for it")
+        for ours, theirs in comparison.different.values()
+    ]
+    for key, reason in refused.items():
+        theirs = comparison.only_theirs[key]
+        differences.append(_difference(None, theirs, f"only the peer has it, and here {reason}"))
+    for key, reason in declined.items():
+        ours = comparison.only_ours[key]
+        why = f"only we have it, and the peer says: {wire.printable(reason)}"
+        differences.append(_difference(ours, None, why))
+    in_order = sorted(differences, key=lambda one: (one.request_id, one.leg, one.choice))
+    return in_order[:MAX_DIFFERENCES]
+
+
+def _difference(ours: EntrySummary | None, theirs: EntrySummary | None, why: str) -> Difference:
+    entry = ours or theirs
+    assert entry is not None
+    return Difference(
+        entry.request_id,
+        entry.leg,
+        entry.choice,
+        entry.server,
+        ours.price if ours else None,
+        theirs.price if theirs else None,
+        why,
+    )
+
+
+def _disputed(us: str, entry: LedgerEntry, reason: str) -> Difference:
+    price = f"{amount.to_text(entry.amount)} {entry.currency}"
+    server, ours, theirs, who = (
+        (us, price, None, "the peer")
+        if entry.served_by_us
+        else (entry.peer, None, price, "this box")
+    )
+    why = f"{who} does not accept it: {reason}"
+    return Difference(entry.request_id, entry.leg, entry.choice, server, ours, theirs, why)

@@ -1,28 +1,55 @@
-"""Statements between two boxes: what both have signed off, and which entries are in none yet."""
+"""Statements: what two boxes have signed off, and the entries that no statement contains yet."""
 
 from __future__ import annotations
 
 import sqlite3
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from decimal import Decimal
+from hashlib import sha256
+from typing import Annotated, Any
 
 import msgspec
-from msgspec import Struct
+import rfc8785
+from msgspec import Meta, Struct
 
-from pinaivu_box.errors import EntryRefused, NotFound
-from pinaivu_box.ledger.entry import LedgerEntry
+from pinaivu_box.errors import EntryRefused, NotFound, ProtocolError
+from pinaivu_box.ledger.reconcile import EntryTree
+from pinaivu_box.receipts.receipt import canonical
 from pinaivu_box.store import audit
 from pinaivu_box.store.audit import Actor
 from pinaivu_box.store.database import Database, Row
+from pinaivu_box.text import TIME, whole
 
-_COLUMNS = ", ".join(LedgerEntry.__struct_fields__)
-_ITEM = "rowid, served_by_us, request_id, leg, choice, currency, amount, proof_sha256"
+DOMAIN = "pinaivu/statement/v1"
+VERSION = 1
+_SUMMARY = "rowid, served_by_us, request_id, leg, choice, currency, amount, proof_sha256"
 _OPEN = "peer = ?1 AND statement IS NULL AND acceptance <> x''"
 
 
+class Statement(Struct, frozen=True):
+    """What both sign, as RFC 8785 JSON: these and no other entries lie between the two boxes since
+    the statement before.
+
+    `previous` is the SHA-256 of that statement's bytes in hex, `between` both node ids, sorted.
+    `upto` is the last request id that it covers, "" for all.  `served` has by node id and currency
+    what that box served, in decimal text.  `at` is the proposer's clock.
+    """
+
+    sequence: int
+    previous: str
+    between: list[str]
+    upto: Annotated[str, Meta(pattern=whole("[!-~]{0,128}"))]
+    entries: int
+    entries_sha256: str
+    served: dict[str, dict[str, str]]
+    at: Annotated[str, Meta(pattern=TIME)]
+    v: int = VERSION
+
+
 class StoredStatement(Struct, frozen=True):
-    """`signed` are the exact bytes under both signatures; `at` Unix milliseconds; `paid_at` if this
-    side's operator says that what it leaves over was made good."""
+    """`signed` are the exact bytes under both signatures, `at` Unix milliseconds.  `paid_at` is
+    when this side's operator noted that what it leaves over was paid."""
 
     id: str
     peer: str
@@ -34,16 +61,52 @@ class StoredStatement(Struct, frozen=True):
     paid_at: int | None = None
 
 
-class StoredEntry(LedgerEntry, frozen=True, kw_only=True):
-    """`statement`: the id of the one that has it.  `forgiven_at`: when it was written off."""
+def compose(
+    tree: EntryTree, between: Iterable[str], sequence: int, previous: bytes, upto: str, at: str
+) -> Statement:
+    """The statement over those entries; `previous` are the signed bytes of the one before it, b""
+    if there is none."""
+    names = sorted(between)
+    return Statement(
+        sequence=sequence,
+        previous=sha256(previous).hexdigest() if previous else "",
+        between=names,
+        upto=upto,
+        entries=len(tree.entries),
+        entries_sha256=tree.hash().hex(),
+        served=tree.served(names),
+        at=at,
+    )
 
-    prompt_paid: bool
-    statement: str | None
-    forgiven_at: int | None
+
+def read(signed: bytes) -> Statement:
+    """Decode the bytes of a statement.
+
+    Raises ProtocolError, also if they are not the canonical bytes of what they say.
+    """
+    try:
+        statement = msgspec.json.decode(signed, type=Statement)
+        if statement.v != VERSION or canonical(statement) != signed:
+            raise ValueError(f"it is not of version {VERSION}, or not canonical")
+    except (ValueError, RecursionError, rfc8785.CanonicalizationError) as error:
+        raise ProtocolError(f"a statement is not valid: {error}") from error
+    return statement
+
+
+def statement_id(signed: bytes) -> str:
+    return "stmt_" + sha256(signed).hexdigest()[:24]
+
+
+def net(served: dict[str, dict[str, Any]], us: str) -> Iterator[tuple[str, Decimal]]:
+    """What the other box owes `us` by a statement, in each currency; below 0 what we owe."""
+    (other,) = served.keys() - {us}
+    for currency in sorted(served[us].keys() | served[other].keys()):
+        by_us, by_other = (Decimal(served[node].get(currency, "0")) for node in (us, other))
+        yield currency, by_us - by_other
 
 
 async def ls(database: Database, peer: str | None = None) -> list[StoredStatement]:
-    """The newest first."""
+    """All statements, or those with a peer, the newest first."""
     rows = await database.scan(
         "SELECT id, peer, sequence, ledger_statements.at, signed, ours, theirs, ledger_paid.at"
         " FROM ledger_statements LEFT JOIN ledger_paid ON statement = id"
@@ -69,75 +132,45 @@ async def last(database: Database, peer: str) -> StoredStatement | None:
     return await get(database, peer, rows[0][0] or 0)
 
 
-async def cut(database: Database, peer: str, most: int) -> str:
-    """Up to which request id there are about `most` entries without a statement; "" if that is all
-    of them."""
+async def cut(database: Database, peer: str, limit: int) -> str:
+    """The request id up to which about `limit` entries are in no statement; "" if that is all."""
     rows = await database.scan(
         f"SELECT request_id FROM ledger_entries WHERE {_OPEN}"
         " ORDER BY request_id LIMIT 1 OFFSET ?2",
-        (peer, most - 1),
+        (peer, limit - 1),
     )
     return str(rows[0][0]) if rows else ""
 
 
-async def open_items(database: Database, peer: str, upto: str) -> list[Row]:
-    """Accepted entries without a statement, in short (with `rowid`), up to that cut."""
+async def open_entries(database: Database, peer: str, upto: str) -> list[Row]:
+    """The rowid and the summary of each accepted entry without a statement, up to that request."""
     return await database.scan(
-        f"SELECT {_ITEM} FROM ledger_entries WHERE {_OPEN} AND (?2 = '' OR request_id <= ?2)",
+        f"SELECT {_SUMMARY} FROM ledger_entries WHERE {_OPEN} AND (?2 = '' OR request_id <= ?2)",
         (peer, upto),
     )
 
 
-async def items_of(database: Database, statement: str) -> list[Row]:
+async def entries_of(database: Database, statement: str) -> list[Row]:
+    """The rowid and the summary of each entry of a statement."""
     return await database.scan(
-        f"SELECT {_ITEM} FROM ledger_entries WHERE statement = ?", (statement,)
+        f"SELECT {_SUMMARY} FROM ledger_entries WHERE statement = ?", (statement,)
     )
 
 
-async def entries(database: Database, rows: Sequence[int]) -> dict[int, LedgerEntry]:
-    """By their rowids."""
-    found = await database.read(
-        f"SELECT rowid, {_COLUMNS} FROM ledger_entries"
-        " WHERE rowid IN (SELECT value FROM json_each(?))",
-        (msgspec.json.encode(rows).decode(),),
-    )
-    return {row[0]: msgspec.convert(dict(row), LedgerEntry, strict=False) for row in found}
-
-
-async def of_peer(
-    database: Database, peer: str, *, limit: int, statement: str | None = None
-) -> list[StoredEntry]:
-    """A peer's newest entries, the newest first; of one statement, if it is given."""
-    found = await database.scan(
-        f"SELECT {_COLUMNS}, prompt_paid, statement, forgiven_at FROM ledger_entries"
-        " WHERE peer = ?1 AND (?2 IS NULL OR statement = ?2) ORDER BY at DESC, rowid DESC LIMIT ?3",
-        (peer, statement, limit),
-    )
-    return [msgspec.convert(dict(row), StoredEntry, strict=False) for row in found]
-
-
-async def statement_of(database: Database, entry: LedgerEntry) -> str | None:
-    """The id of the statement that an entry is in."""
-    rows = await database.read(
-        "SELECT statement FROM ledger_entries WHERE peer = ? AND served_by_us = ?"
-        " AND request_id = ? AND leg = ? AND choice = ?",
-        (entry.peer, entry.served_by_us, entry.request_id, entry.leg, entry.choice),
-    )
-    return rows[0][0] if rows else None
-
-
-async def settle(database: Database, made: StoredStatement, rows: Sequence[int], by: Actor) -> None:
-    """The statement, and all its entries marked with it, in one transaction.
+async def settle(
+    database: Database, statement: StoredStatement, rowids: Sequence[int], by: Actor
+) -> None:
+    """Write a statement and mark its entries with it, in one transaction.
 
     Raises EntryRefused, and changes nothing, if one of them is in a statement already or if this is
-    not the next one with that peer.
+    not the next statement with that peer.
     """
     try:
         _, written, _ = await database.write(
             (
                 "UPDATE ledger_entries SET statement = ?1 WHERE peer = ?2 AND statement IS NULL"
                 " AND acceptance <> x'' AND rowid IN (SELECT value FROM json_each(?3))",
-                (made.id, made.peer, msgspec.json.encode(rows).decode()),
+                (statement.id, statement.peer, msgspec.json.encode(rowids).decode()),
             ),
             # If this writes nothing, the entries refer to nothing, and all of it is undone.
             (
@@ -145,22 +178,26 @@ async def settle(database: Database, made: StoredStatement, rows: Sequence[int],
                 " SELECT ?1, ?2, ?3, ?4, ?5, ?6, ?7 WHERE"
                 " ?8 = (SELECT count(*) FROM ledger_entries WHERE statement = ?1) AND ?3 = 1 + ("
                 "SELECT coalesce(max(sequence), 0) FROM ledger_statements WHERE peer = ?2)",
-                (*msgspec.structs.astuple(made)[:7], len(rows)),
+                (*msgspec.structs.astuple(statement)[:7], len(rowids)),
             ),
-            audit.record(by, "ledger.settle", made.id, peer=made.peer, sequence=made.sequence),
+            audit.record(
+                by, "ledger.settle", statement.id, peer=statement.peer, sequence=statement.sequence
+            ),
         )
     except sqlite3.IntegrityError:
         written = 0
     if not written:
         raise EntryRefused(
-            f"Statement {made.sequence} does not fit: its entries, or the statement before it, "
-            "have changed meanwhile. Settle again."
+            f"Statement {statement.sequence} does not fit: its entries, or the statement before "
+            "it, have changed meanwhile. Settle again."
         )
 
 
 async def pay(database: Database, statement: str, by: Actor) -> None:
-    """What it left over was made good, says this side's operator; again changes nothing.  Raises
-    NotFound."""
+    """Note that what a statement leaves over was paid; doing it again changes nothing.
+
+    Raises NotFound.
+    """
     await database.write(
         (
             "INSERT INTO ledger_paid SELECT id, ?2 FROM ledger_statements WHERE id = ?1"

@@ -1,44 +1,51 @@
-"""The frames of the ledger's conversation: each question has one answer.
+"""The frames of a settlement: each request has one response.
 
-    Begin(last, head)        Begin         which statement is the last, and its hash
-    Look(statement, upto)    LedgerDigest  whose ranges `AskRanges` asks for: a statement's, or (0)
-                                           what is in none, up to a request id
+    Begin(last, head)        Begin         the latest statement and its hash
+    Look(statement, upto)    LedgerDigest  from now on `AskRanges` is about the entries of that
+                                           statement or, with 0, about those in none, up to a
+                                           request id
     AskRanges(prefixes)      RangeHashes   see `reconcile`
-    GiveEntries(places)      Entries       as many of them as fit
-    TakeEntries(entries)     EntriesTaken  those that are not taken, and why
-    ClaimEntries(claims)     Judged        what the asker served and the other has not accepted: its
-                                           acceptances, or why not
-    Unaccepted               ClaimEntries  the same of the other's,
-    Judged(accepted, ...)    EntriesTaken  and what the asker says to these
+    GiveEntries(keys)        Entries       the entries with these keys, as many as fit
+    TakeEntries(entries)     EntriesTaken  those that are refused, and why
+    ClaimEntries(claims)     Judged        what the sender served and the other has not accepted;
+                                           its acceptances, or why there are none
+    Unaccepted               ClaimEntries  the same of what the other served,
+    Judged(accepted, ...)    EntriesTaken  and the acceptances of that
     Propose(signed, ...)     Agreed        the other's signature over the same bytes
-    Done                                   the asker has what it lacked: now the other asks
-    Begin                    Wait          another session of the two is under way: ask again
+    Done                                   the sender has what it lacked: now the other asks
+    Begin                    Wait          another session of the two is under way: send Begin again
 
-Any of them may be answered with `Reject`, a sentence, which ends the conversation.
+The response to any of them may be `Reject`, with a sentence; it ends the session.
 """
 
 from __future__ import annotations
 
+import time
+from hashlib import sha256
 from typing import Annotated
 
 import msgspec
 from msgspec import Meta, Struct
 
-from pinaivu_box.ledger.entry import MAX_PROOF_BYTES
-from pinaivu_box.ledger.reconcile import Count, EntryRange, Name, Place
+from pinaivu_box.ledger.entry import MAX_PROOF_BYTES, LedgerEntry
+from pinaivu_box.ledger.reconcile import Count, EntryKey, EntryRange, EntrySummary, Name
 
-ASKED = 4  # parts in a frame: of 128 entries, each with three names of 128 characters
-TOGETHER = 256  # entries in a frame, at most
-BATCH_BYTES = 600_000
-SENTENCE = 500  # characters
+MAX_RANGES = 4  # in a frame: of 128 entries, each with three names of 128 characters
+MAX_ENTRIES = 256  # in a frame
+MAX_BATCH_BYTES = 600_000  # of entries in a frame, about
+MAX_REASON_CHARACTERS = 500
+_ENTRY_BYTES = 1000  # of an entry, beside its proof
 Signature = Annotated[bytes, Meta(min_length=64, max_length=64)]
 Sequence = Annotated[int, Meta(ge=0, lt=2**62)]
+Reason = Annotated[str, Meta(max_length=MAX_REASON_CHARACTERS)]
 _Signed = Annotated[bytes, Meta(max_length=MAX_PROOF_BYTES)]
-_Places = Annotated[list[Place], Meta(max_length=TOGETHER)]
+_Number = Annotated[int, Meta(ge=0, lt=2**31)]
+_Reasons = Annotated[dict[EntryKey, Reason], Meta(max_length=MAX_ENTRIES)]
 
 
-class WireEntry(Struct, frozen=True, array_like=True):
-    """`proof` under `signature` of who served and `acceptance` of who had asked."""
+class SignedEntry(Struct, frozen=True, array_like=True):
+    """An entry as both boxes have it: `proof` under the `signature` of the `server` (a node id) and
+    the coordinator's `acceptance`."""
 
     server: Name
     amount: Count
@@ -46,24 +53,61 @@ class WireEntry(Struct, frozen=True, array_like=True):
     signature: Signature
     acceptance: Signature
     request_id: Name
-    leg: Annotated[int, Meta(ge=0, lt=2**31)]
-    choice: Annotated[int, Meta(ge=0, lt=2**31)]
+    leg: _Number
+    choice: _Number
     currency: Name
+
+    @classmethod
+    def of(cls, entry: LedgerEntry, us: str) -> SignedEntry:
+        return cls(
+            us if entry.served_by_us else entry.peer, entry.amount, entry.proof, entry.signature,
+            entry.acceptance, entry.request_id, entry.leg, entry.choice, entry.currency,
+        )  # fmt: skip
+
+    def entry(self, us: str, peer: str) -> LedgerEntry:
+        """The entry as this box records it now."""
+        return LedgerEntry(
+            peer, self.server == us, self.request_id, self.leg, self.choice, self.amount,
+            self.currency, time.time_ns() // 1_000_000, self.proof, self.signature, self.acceptance,
+        )  # fmt: skip
+
+    @property
+    def summary(self) -> EntrySummary:
+        return EntrySummary(
+            self.server, self.request_id, self.leg, self.choice, self.currency, self.amount,
+            sha256(self.proof).digest(),
+        )  # fmt: skip
 
 
 class Claim(Struct, frozen=True, array_like=True):
-    """What who sends it has served; as `WireEntry`, and nobody has accepted it."""
+    """An entry that its sender served and nobody has accepted."""
 
     amount: Count
     proof: _Signed
     signature: Signature
     request_id: Name
-    leg: Annotated[int, Meta(ge=0, lt=2**31)]
-    choice: Annotated[int, Meta(ge=0, lt=2**31)]
+    leg: _Number
+    choice: _Number
     currency: Name
+
+    @classmethod
+    def of(cls, entry: LedgerEntry) -> Claim:
+        return cls(
+            entry.amount, entry.proof, entry.signature, entry.request_id, entry.leg, entry.choice,
+            entry.currency,
+        )  # fmt: skip
+
+    def entry(self, server: str) -> LedgerEntry:
+        """The entry as this box, which asked for the leg, records it now."""
+        return LedgerEntry(
+            server, False, self.request_id, self.leg, self.choice, self.amount, self.currency,
+            time.time_ns() // 1_000_000, self.proof, self.signature,
+        )  # fmt: skip
 
 
 class Begin(Struct, frozen=True, tag="Begin"):
+    """`head` is the SHA-256 of statement number `last`, b"" if there is none."""
+
     last: Sequence
     head: Annotated[bytes, Meta(max_length=32)]
 
@@ -78,7 +122,8 @@ class Look(Struct, frozen=True, tag="Look"):
 
 
 class LedgerDigest(Struct, frozen=True, tag="Books"):
-    """Of a statement: its bytes, the answerer's signature and the asker's."""
+    """How many entries it has; of a statement also its bytes, the signature of the box that
+    responds and that of the box that asked."""
 
     entries: Count
     signed: _Signed = b""
@@ -88,34 +133,32 @@ class LedgerDigest(Struct, frozen=True, tag="Books"):
 
 class AskRanges(Struct, frozen=True, tag="Ask"):
     prefixes: Annotated[
-        list[Annotated[bytes, Meta(max_length=31)]], Meta(min_length=1, max_length=ASKED)
+        list[Annotated[bytes, Meta(max_length=31)]], Meta(min_length=1, max_length=MAX_RANGES)
     ]
 
 
 class RangeHashes(Struct, frozen=True, tag="Parts"):
-    parts: Annotated[list[EntryRange], Meta(max_length=ASKED)]
+    ranges: Annotated[list[EntryRange], Meta(max_length=MAX_RANGES)] = msgspec.field(name="parts")
 
 
 class GiveEntries(Struct, frozen=True, tag="Give"):
-    places: _Places
+    keys: Annotated[list[EntryKey], Meta(max_length=MAX_ENTRIES)] = msgspec.field(name="places")
 
 
 class Entries(Struct, frozen=True, tag="Entries"):
-    entries: Annotated[list[WireEntry], Meta(max_length=TOGETHER)]
+    entries: Annotated[list[SignedEntry], Meta(max_length=MAX_ENTRIES)]
 
 
 class TakeEntries(Struct, frozen=True, tag="Take"):
-    entries: Annotated[list[WireEntry], Meta(max_length=TOGETHER)]
+    entries: Annotated[list[SignedEntry], Meta(max_length=MAX_ENTRIES)]
 
 
 class EntriesTaken(Struct, frozen=True, tag="Taken"):
-    refused: Annotated[
-        dict[Place, Annotated[str, Meta(max_length=SENTENCE)]], Meta(max_length=TOGETHER)
-    ]
+    refused: _Reasons
 
 
 class ClaimEntries(Struct, frozen=True, tag="Claims"):
-    claims: Annotated[list[Claim], Meta(max_length=TOGETHER)]
+    claims: Annotated[list[Claim], Meta(max_length=MAX_ENTRIES)]
 
 
 class Unaccepted(Struct, frozen=True, tag="Unaccepted"):
@@ -123,10 +166,8 @@ class Unaccepted(Struct, frozen=True, tag="Unaccepted"):
 
 
 class Judged(Struct, frozen=True, tag="Judged"):
-    accepted: Annotated[dict[Place, Signature], Meta(max_length=TOGETHER)]
-    disputed: Annotated[
-        dict[Place, Annotated[str, Meta(max_length=SENTENCE)]], Meta(max_length=TOGETHER)
-    ]
+    accepted: Annotated[dict[EntryKey, Signature], Meta(max_length=MAX_ENTRIES)]
+    disputed: _Reasons
 
 
 class Propose(Struct, frozen=True, tag="Propose"):
@@ -143,7 +184,7 @@ class Done(Struct, frozen=True, tag="Done"):
 
 
 class Reject(Struct, frozen=True, tag="Sorry"):
-    message: Annotated[str, Meta(max_length=SENTENCE)]
+    message: Reason
 
 
 Frame = (
@@ -166,3 +207,13 @@ Frame = (
     | Reject
 )
 decoder: msgspec.msgpack.Decoder[Frame] = msgspec.msgpack.Decoder(Frame)
+
+
+def fitting(entries: list[LedgerEntry]) -> list[LedgerEntry]:
+    """The first of them that fit into a frame, at least one."""
+    size = 0
+    for count, entry in enumerate(entries):
+        size += len(entry.proof) + _ENTRY_BYTES
+        if count and size > MAX_BATCH_BYTES:
+            return entries[:count]
+    return entries

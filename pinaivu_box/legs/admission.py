@@ -7,7 +7,7 @@ import contextlib
 import hashlib
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Hashable
+from collections.abc import AsyncIterator, Awaitable, Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -37,10 +37,8 @@ _PRINCIPAL = "Your box"  # as sentences to a peer begin
 LegKey = tuple[str, int, int]  # request id, leg, choice
 
 
-class PeerAccounts(Protocol):
-    """What the store knows of a peer."""
-
-    async def policy(self, peer: str) -> PeerPolicy: ...
+class PeerLedger(Protocol):
+    """What the ledger says of a peer."""
 
     async def balance(self, peer: str, currency: str) -> Balance: ...
 
@@ -93,16 +91,19 @@ class _PeerLegs:
 class LegPermit:
     """Permission to serve one leg, while it lasts."""
 
-    def __init__(self, peer: str, leg: LegKey, prompt: bytes, legs: _PeerLegs) -> None:
+    def __init__(
+        self, peer: str, leg: LegKey, prompt: bytes, legs: _PeerLegs, ledger: PeerLedger
+    ) -> None:
         self.proven = False  # whether the peer has its proof
-        self._peer, self._leg, self._prompt, self._legs = peer, leg, prompt, legs
+        self._peer, self._leg, self._prompt = peer, leg, prompt
+        self._legs, self._ledger = legs, ledger
 
-    async def check_new(self, accounts: PeerAccounts) -> None:
+    async def check_new(self) -> None:
         """Nothing may be sent before this, but the engine need not wait for it.
 
         Raises Conflict if the leg was served already.
         """
-        if await accounts.served(self._peer, *self._leg):
+        if await self._ledger.served(self._peer, *self._leg):
             self.served()  # the next time nothing begins
             raise _served_already()
 
@@ -122,17 +123,23 @@ class LegPermit:
 class LegAdmission:
     """Decides which legs of peers are served, and counts what peers use."""
 
-    def __init__(self, accounts: PeerAccounts, load: LoadTracker) -> None:
-        self.accounts = accounts
+    def __init__(
+        self,
+        policy: Callable[[str], Awaitable[PeerPolicy]],
+        ledger: PeerLedger,
+        load: LoadTracker,
+    ) -> None:
+        """`policy` says what a peer may have."""
+        self.policy = policy
         self.quotas = Quotas(self._read_quota)
         self.idle = asyncio.Event()  # set while no request of a peer runs
         self.idle.set()
-        self._load = load
+        self._ledger, self._load = ledger, load
         self._running = 0
         self._legs: dict[str, _PeerLegs] = {}
 
     async def _read_quota(self, peer: str) -> Quota:
-        return Quota(recent=await self.accounts.recent(peer))
+        return Quota(recent=await self._ledger.recent(peer))
 
     def _legs_of(self, peer: str) -> _PeerLegs:
         return self._legs.setdefault(peer, _PeerLegs())
@@ -152,7 +159,7 @@ class LegAdmission:
     async def _balance(self, quota: Quota, peer: str, currency: str) -> Balance:
         while True:
             settled = quota.settled
-            balance = await self.accounts.balance(peer, currency)
+            balance = await self._ledger.balance(peer, currency)
             if quota.settled == settled:
                 return balance
             # A leg that has ended meanwhile may be neither in the balance nor reserved.
@@ -252,7 +259,7 @@ class LegAdmission:
             paid_before = prompt in legs.paid or not pays
             _remember(legs.paid, prompt)
             legs.changed()
-            permit = LegPermit(peer, key, prompt, legs)
+            permit = LegPermit(peer, key, prompt, legs, self._ledger)
             try:
                 yield permit
             finally:

@@ -1,10 +1,10 @@
-"""The backend that serves with another box; whatever it says is checked against what it sent."""
+"""A leg on another box, seen from the coordinator: whatever the peer sends is verified."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -30,8 +30,7 @@ from pinaivu_box.legs.verify import LegVerifier, ProtocolViolation, counts
 from pinaivu_box.receipts.receipt import (
     ACCEPTANCE_DOMAIN,
     VERSION,
-    EngineInfo,
-    SignedProof,
+    EngineBuild,
     cost,
 )
 from pinaivu_box.routing.candidates import Destination
@@ -67,169 +66,162 @@ class AcceptedLeg:
 Keep = Callable[[AcceptedLeg], Awaitable[None]]
 
 
-class PeerBackend:
-    """`keep` gets every leg that was accepted."""
+class PeerClient:
+    """Asks peers for legs and for tokens of prompts; `keep` gets every leg that was accepted."""
 
     def __init__(
         self, identity: Identity, network: Opener, keep: Keep, large: LargeMessages
     ) -> None:
-        self._identity, self._network, self._keep = identity, network, keep
-        self._large = large
-        self._legs: dict[str, list[_PeerLeg]] = {}  # of a job: two if it was hedged
-        self._stops: set[asyncio.Task[None]] = set()
+        self.identity, self.keep, self.large = identity, keep, large
+        self._network = network
         self._tags = ScopeTags()
-        self.look = network.look
+        self._stops: set[asyncio.Task[None]] = set()
 
-    async def serve(self, job: Job, made: list[int], to: Destination) -> AsyncGenerator[Event]:
-        """As `Backend.serve`.  EngineLost names the peer; PeerFaulty says that it broke the rules.
-        Other errors are what the peer refused with."""
-        tag = self._tags.of(job.scope, to.node_id) if job.cache and job.scope else None
-        task = to_task(job, tag)
-        ask = leg_wire.LegRequest(
-            task, to.digest, made, to.prices, to.currency, to.pays_prompt, VERSION
-        )
-        stream = await self._begin(to, ask)
-        leg = _PeerLeg(self._identity, job, made, to, stream, self._keep, self._large)
-        self._legs.setdefault(job.id, []).append(leg)
-        ended = False
-        try:
-            async for event in leg.listen():
-                ended = isinstance(event, Output) and event.finish_reason is not None
-                yield event
-        except PeeringError as error:
-            raise _lost(to, error) from error
-        finally:
-            self._legs[job.id].remove(leg)
-            if not self._legs[job.id]:
-                del self._legs[job.id]
-            if not ended:
-                stream.abandon()
-
-    def cancel(self, job: Job, node_id: str | None = None) -> bool:
-        """All its legs, or the one at that node; whether there is any."""
-        found = [one for one in self._legs.get(job.id, ()) if node_id in (None, one.node_id)]
-        for leg in found:
-            task = asyncio.create_task(leg.stop())
-            self._stops.add(task)
-            task.add_done_callback(self._stops.discard)
-        return bool(found)
+    def backend(self, to: Destination) -> PeerBackend:
+        return PeerBackend(self, to)
 
     async def count(
         self, job: Job, to: Destination, tokens: list[int] | None = None, *, plain: bool = False
     ) -> leg_wire.Tokens:
-        """The prompt's tokens and the context there.  Raises as `serve`."""
-        stream = await self._begin(to, leg_wire.Count(to_task(job), to.digest, tokens, plain))
+        """The prompt's tokens and the context there.  Raises as `PeerLeg.events`."""
+        stream = await self.open(to)
         try:
+            await send(stream, leg_wire.Count(to_task(job), to.digest, tokens, plain), to)
             async with asyncio.timeout(OPEN_SECONDS + STALL_SECONDS):
-                check = self._large.to_coordinator(to.node_id)
-                said = await leg_wire.receive(stream, leg_wire.to_coordinator, check=check)
+                check = self.large.to_coordinator(to.node_id)
+                answer = await leg_wire.receive(stream, leg_wire.to_coordinator, check=check)
         except (PeeringError, TimeoutError) as error:
             raise _lost(to, error) from error
         finally:
             stream.abandon()
-        if isinstance(said, leg_wire.LegRefused):
-            raise refusal(said, to)
-        if not isinstance(said, leg_wire.Tokens) or not counts(said, job, tokens):
+        if isinstance(answer, leg_wire.LegRefused):
+            raise refusal(answer, to)
+        if not isinstance(answer, leg_wire.Tokens) or not counts(answer, job, tokens):
             raise PeerFaulty(f"{to.name} did not answer a count", node_id=to.node_id)
-        return said
+        return answer
 
-    async def _begin(
-        self, to: Destination, message: leg_wire.LegRequest | leg_wire.Count
-    ) -> Stream:
+    async def open(self, to: Destination) -> Stream:
         try:
-            stream = await self._network.open(to.node_id, leg_wire.PURPOSE, OPEN_SECONDS)
+            return await self._network.open(to.node_id, leg_wire.PURPOSE, OPEN_SECONDS)
         except (PeeringError, TimeoutError) as error:
             raise _lost(to, error) from error
-        try:
-            await leg_wire.send(stream, message)
-        except PeeringError as error:
-            raise _lost(to, error) from error
-        except ValueError as error:
-            stream.abandon()
-            raise NoNodesAvailable(f"The request is too large for a peer: {error}.") from error
-        except BaseException:
-            stream.abandon()
-            raise
-        return stream
+
+    def request(self, job: Job, to: Destination) -> leg_wire.LegRequest:
+        tag = self._tags.of(job.scope, to.node_id) if job.cache and job.scope else None
+        return leg_wire.LegRequest(
+            to_task(job, tag),
+            to.digest,
+            job.output,
+            to.prices,
+            to.currency,
+            to.pays_prompt,
+            VERSION,
+        )
+
+    def stop(self, stream: Stream) -> None:
+        """Tell a peer to stop, if its leg has not ended by now."""
+
+        async def tell() -> None:
+            with contextlib.suppress(PeeringError, ValueError):
+                await leg_wire.send(stream, leg_wire.Stop())
+
+        task = asyncio.create_task(tell())
+        self._stops.add(task)
+        task.add_done_callback(self._stops.discard)
 
 
-class _PeerLeg:
-    """The conversation about a leg that a peer serves, while it does."""
+class PeerBackend:
+    """One peer, with its offer of one model."""
 
-    def __init__(
-        self,
-        identity: Identity,
-        job: Job,
-        made: list[int],
-        to: Destination,
-        stream: Stream,
-        keep: Keep,
-        large: LargeMessages,
-    ) -> None:
-        self.stream, self.node_id = stream, to.node_id
-        self._check = large.to_coordinator(to.node_id)
-        self._identity, self._to, self._keep = identity, to, keep
-        self._job, self._seen = job, LegVerifier(job, made, to)
-        self._began = self._read = self._spoke = False
-        self._proved: leg_wire.LegProof | None = None
+    def __init__(self, client: PeerClient, to: Destination) -> None:
+        self._client, self._to = client, to
+
+    def start(self, job: Job) -> PeerLeg:
+        return PeerLeg(self._client, job, self._to)
+
+
+class PeerLeg:
+    """See `gateway.backend.Leg`.  EngineLost names the peer; PeerFaulty says that it has violated
+    the protocol.  Other errors are what the peer refused with."""
+
+    def __init__(self, client: PeerClient, job: Job, to: Destination) -> None:
+        self._client, self._job, self._to = client, job, to
+        self._check = client.large.to_coordinator(to.node_id)
+        self._verifier = LegVerifier(job, to)
+        self._stream: Stream | None = None  # once the peer was asked
+        self._cancelled = False
         self._vectors: list[bytes] = []
         self._gap = 0.0
         self._since = self._heard = asyncio.get_running_loop().time()
         self._idle = 0  # messages that say nothing
 
-    async def listen(self) -> AsyncGenerator[Event]:
+    def cancel(self) -> None:
+        if not self._cancelled:
+            self._cancelled = self._verifier.stopped = True
+            if self._stream is not None:
+                self._client.stop(self._stream)
+
+    def _is_cancelled(self) -> bool:
+        """It may be since it was last asked."""
+        return self._cancelled
+
+    async def events(self) -> AsyncGenerator[Event]:
+        if self._is_cancelled():
+            return
+        request = self._client.request(self._job, self._to)
+        stream = await self._client.open(self._to)
+        ended = False
         try:
-            async for event in self._listen():
-                yield event
-        except ProtocolViolation as lie:
-            raise self._faulty(str(lie)) from None
+            if self._is_cancelled():
+                return
+            await send(stream, request, self._to)
+            self._stream = stream
+            if self._is_cancelled():
+                self._client.stop(stream)
+            while not ended:
+                message = await self._receive(stream)
+                for event in await self._handle(stream, message):
+                    ended = isinstance(event, Output) and event.finish_reason is not None
+                    yield event
+        except ProtocolViolation as violation:
+            raise self._faulty(str(violation)) from None
+        except PeeringError as error:
+            raise _lost(self._to, error) from error
+        finally:
+            if not ended:
+                stream.abandon()
 
-    async def stop(self) -> None:
-        self._seen.stopped = True
-        with contextlib.suppress(PeeringError, ValueError):  # it may have ended by now
-            await leg_wire.send(self.stream, leg_wire.Stop())
+    async def _handle(self, stream: Stream, message: leg_wire.ToCoordinator) -> Sequence[Event]:
+        """The events of a message."""
+        match message:
+            case leg_wire.Outputs():
+                return await self._take(stream, message)
+            case leg_wire.LegStarted():
+                return [self._begin(message)]
+            case leg_wire.PromptRead():
+                self._verifier.read(message)
+                return [Prompt(message.tokens, message.thinking, message.text)]
+            case leg_wire.LegProof():
+                self._verifier.keep_proof(message)
+            case leg_wire.LegRefused() if self._verifier.has_output:
+                reason = wire.printable(message.message)
+                raise EngineLost(f"{self._to.name} gave up: {reason}", node_id=self._to.node_id)
+            case leg_wire.LegRefused():
+                raise refusal(message, self._to)
+            case leg_wire.Tokens():
+                raise ProtocolViolation("unexpected message")
+        return ()
 
-    async def _listen(self) -> AsyncGenerator[Event]:
-        while True:
-            message = await self._receive()
-            match message:
-                case leg_wire.Alive():
-                    pass
-                case leg_wire.LegRefused() if not self._spoke:
-                    raise refusal(message, self._to)
-                case leg_wire.LegRefused():
-                    why = wire.printable(message.message)
-                    raise EngineLost(f"{self._to.name} gave up: {why}", node_id=self._to.node_id)
-                case leg_wire.LegStarted() if not self._began:
-                    self._began = True
-                    yield self._begin(message)
-                case leg_wire.PromptRead() if self._began and not self._read:
-                    self._read = True
-                    self._seen.read(message)
-                    yield Prompt(message.tokens, message.thinking, message.text)
-                case leg_wire.LegProof() if self._read and self._proved is None:
-                    self._proved = message
-                case leg_wire.Outputs() if self._read and message.outputs:
-                    self._spoke = True
-                    for event in await self._take(message):
-                        yield event
-                    if message.outputs[-1].finish_reason is not None:
-                        return
-                case _:
-                    raise ProtocolViolation("it spoke out of turn")
-
-    async def _receive(self) -> leg_wire.ToCoordinator:
+    async def _receive(self, stream: Stream) -> leg_wire.ToCoordinator:
         loop = asyncio.get_running_loop()
         began = loop.time()
         try:
             patience = max(STALL_SECONDS, min(_LONGEST_GAP, _GAPS * self._gap))
-            message = await leg_wire.receive(
-                self.stream, leg_wire.to_coordinator, patience, self._check
-            )
+            message = await leg_wire.receive(stream, leg_wire.to_coordinator, patience, self._check)
         except TimeoutError:
             raise self._stalled(f"nothing came for {loop.time() - began:.1f} s") from None
         if message is None:
-            raise ProtocolViolation("it ended the request without a word")
+            raise ProtocolViolation("it ended the leg without a message")
         now = loop.time()
         if isinstance(message, leg_wire.Outputs):
             self._gap += 0.2 * (now - began - self._gap)
@@ -240,33 +232,31 @@ class _PeerLeg:
         if now - self._heard > ALIVE_SECONDS:
             raise self._stalled(f"it said nothing but that it is alive for {ALIVE_SECONDS:g} s")
         if self._idle > _IDLE_BURST + _IDLE_RATE * (now - self._since):
-            raise ProtocolViolation("it talks without saying anything")
+            raise ProtocolViolation("it sends too many messages without content")
         return message
 
-    def _begin(self, began: leg_wire.LegStarted) -> Started:
-        if self._job.min_tokens and not began.sampling.min_tokens:
+    def _begin(self, message: leg_wire.LegStarted) -> Started:
+        if self._job.min_tokens and not message.sampling.min_tokens:
             raise NoNodesAvailable(f"{self._to.name} runs a version that knows no min_tokens")
-        self._seen.begin(began)
+        self._verifier.begin(message)
         return Started(
             self._to.node_id,
-            began.digest,
-            EngineInfo(began.build, began.device),
-            began.sampling,
-            began.tool_style,
-            began.thinks,
-            nonce=began.nonce,
-            proof=began.proof,
+            message.digest,
+            EngineBuild(message.build, message.device),
+            message.sampling,
+            message.tool_style,
+            message.thinks,
+            nonce=message.nonce,
+            proof=message.proof,
         )
 
-    async def _take(self, message: leg_wire.Outputs) -> list[Event]:
-        self._seen.take(message)
-        made = [self._output(one, message.mark) for one in message.outputs]
+    async def _take(self, stream: Stream, message: leg_wire.Outputs) -> list[Event]:
+        self._verifier.take(message)
+        outputs: list[Event] = [self._output(one, message.mark) for one in message.outputs]
         reason = message.outputs[-1].finish_reason
-        if reason is None:
-            return list(made)
-        if not self._seen.end(message):
-            return list(made)
-        return [*made[:-1], await self._accept(reason), made[-1]]
+        if reason is not None and self._verifier.end(message):
+            outputs.insert(-1, await self._accept(stream, reason))
+        return outputs
 
     def _output(self, one: leg_wire.Out, mark: str) -> Output:
         """Vectors come in several parts, if they are many, and with the end all of them are said;
@@ -290,36 +280,46 @@ class _PeerLeg:
             mark,
         )
 
-    async def _accept(self, reason: str) -> Proved:
-        """The proof, once it is known to say what has been seen."""
+    async def _accept(self, stream: Stream, reason: str) -> Proved:
+        """Verify the proof, sign that it is accepted, and keep it."""
+        client = self._client
         try:
-            proof = self._seen.prove(self._proved, reason)
-        except ProtocolViolation as lie:
-            with contextlib.suppress(PeeringError):
-                await leg_wire.send(self.stream, leg_wire.Disputed(str(lie)[:500]))
-                await self.stream.finish()
+            proof, signed = self._verifier.prove(reason)
+        except ProtocolViolation as violation:
+            await _conclude(stream, leg_wire.Disputed(str(violation)[:500]))
             raise
-        assert self._proved is not None  # or it would have been a lie
-        signed = self._proved.signed
-        acceptance = self._identity.sign(ACCEPTANCE_DOMAIN, signed.encode())
-        proved = Proved(
-            proof,
-            SignedProof(signed, self._proved.signature),
-            self._seen.output.opening,
-            acceptance,
-        )
+        acceptance = client.identity.sign(ACCEPTANCE_DOMAIN, signed.signed.encode())
+        proved = Proved(proof, signed, self._verifier.output.opening, acceptance)
         due = cost(proof, self._to.pays_prompt)
-        await self._keep(AcceptedLeg(self._to.node_id, proved, due))
-        with contextlib.suppress(PeeringError):  # if it is lost now, the ledger finds it again
-            await leg_wire.send(self.stream, leg_wire.Accepted(acceptance.hex()))
-            await self.stream.finish()
+        await client.keep(AcceptedLeg(self._to.node_id, proved, due))
+        # If it is lost now, the ledger finds it again.
+        await _conclude(stream, leg_wire.Accepted(acceptance.hex()))
         return proved
 
-    def _faulty(self, why: str) -> PeerFaulty:
-        return PeerFaulty(f"{self._to.name} broke the rules: {why}", node_id=self._to.node_id)
+    def _faulty(self, reason: str) -> PeerFaulty:
+        message = f"{self._to.name} violated the protocol: {reason}"
+        return PeerFaulty(message, node_id=self._to.node_id)
 
-    def _stalled(self, why: str) -> EngineLost:
-        return EngineLost(f"{self._to.name} stalled: {why}", node_id=self._to.node_id)
+    def _stalled(self, reason: str) -> EngineLost:
+        return EngineLost(f"{self._to.name} stalled: {reason}", node_id=self._to.node_id)
+
+
+async def send(
+    stream: Stream, message: leg_wire.LegRequest | leg_wire.Count, to: Destination
+) -> None:
+    """The first message on a stream, which may be too large.  Raises ApiError."""
+    try:
+        await leg_wire.send(stream, message)
+    except PeeringError as error:
+        raise _lost(to, error) from error
+    except ValueError as error:
+        raise NoNodesAvailable(f"The request is too large for a peer: {error}.") from error
+
+
+async def _conclude(stream: Stream, message: leg_wire.Accepted | leg_wire.Disputed) -> None:
+    with contextlib.suppress(PeeringError):
+        await leg_wire.send(stream, message)
+        await stream.finish()
 
 
 def refusal(said: leg_wire.LegRefused, to: Destination) -> ApiError:

@@ -15,6 +15,7 @@ import msgspec
 from pinaivu_box.errors import ProtocolError
 from pinaivu_box.legs import wire as leg_wire
 from pinaivu_box.sandbox import SandboxLimit, SandboxLimits, SandboxPool
+from pinaivu_box.value_count import exceeds
 
 ENTRY = "pinaivu_box.legs.large_messages:make"
 LARGE = 256 * 1024  # bytes; a smaller one is decoded within some milliseconds
@@ -60,7 +61,9 @@ def make(_setup: bytes) -> Callable[[bytes], bytes]:
     def run(payload: bytes) -> bytes:
         kind, body = payload[:1], memoryview(payload)[1:]
         try:
-            if _too_many(msgspec.msgpack.decode(body)):
+            raw = msgspec.msgpack.decode(body)
+            # The names in an object are the peer's own.
+            if exceeds(raw, MOST_VALUES, MOST_NUMBERS, count_names=True):
                 return b"it has too many values"
             _DECODERS[kind].decode(body)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -68,22 +71,3 @@ def make(_setup: bytes) -> Callable[[bytes], bytes]:
         return b""
 
     return run
-
-
-def _too_many(raw: Any) -> bool:
-    values = numbers = 0
-    rest = [raw]
-    while rest:
-        one = rest.pop()
-        if isinstance(one, int | float):
-            numbers += 1
-        else:
-            values += 1
-        if values > MOST_VALUES or numbers > MOST_NUMBERS:
-            return True
-        if isinstance(one, dict):
-            rest.extend(one.values())
-            values += len(one)  # names are the peer's own
-        elif isinstance(one, list):
-            rest.extend(one)
-    return False

@@ -13,21 +13,16 @@ from pinaivu_box.ledger import entry as ledger_entry
 from pinaivu_box.ledger.entry import Balance, LedgerEntry
 from pinaivu_box.legs.client import AcceptedLeg
 from pinaivu_box.legs.server import Served
-from pinaivu_box.policy import PeerPolicy
 from pinaivu_box.store.database import Database
-from pinaivu_box.store.peer_settings import PeerPolicies
 
 log = logging.getLogger("pinaivu.ledger")
 
 
 class LedgerRecorder:
-    """`us` is this box's node id; `policies` says what each peer may have."""
+    """`us` is this box's node id."""
 
-    def __init__(self, database: Database, us: str, policies: PeerPolicies) -> None:
-        self._database, self._us, self._policies = database, us, policies
-
-    async def policy(self, peer: str) -> PeerPolicy:
-        return await self._policies.of(peer)
+    def __init__(self, database: Database, us: str) -> None:
+        self._database, self._us = database, us
 
     async def balance(self, peer: str, currency: str) -> Balance:
         balances = await ledger_entry.balance(self._database, peer)

@@ -23,7 +23,7 @@ from pinaivu_box.receipts import commitment
 from pinaivu_box.receipts.receipt import (
     MARK_DOMAIN,
     VERSION,
-    EngineInfo,
+    EngineBuild,
     Proof,
     SignedProof,
     canonical,
@@ -44,20 +44,23 @@ class ProtocolViolation(Exception):
 
 
 class LegVerifier:
-    """All methods raise Lie.  They are called in the order of the messages."""
+    """All methods raise ProtocolViolation.  `stopped`: the peer was asked to stop."""
 
-    def __init__(self, job: Job, made: list[int], to: Destination) -> None:
-        self.stopped = False  # the peer was asked to
+    def __init__(self, job: Job, to: Destination) -> None:
+        self.stopped = False
         self.output: commitment.RunningCommitment
+        self.has_output = False
         self._job, self._to = job, to
-        self._before = len(made)
+        self._before = len(job.output)
         self._most = leg_wire.MOST_TOKENS
         if job.inputs is not None:
             self._most = 0
         elif job.max_tokens is not None:
-            self._most = min(self._most, max(0, job.max_tokens - len(made)))
+            self._most = min(self._most, max(0, job.max_tokens - len(job.output)))
         self._asked = asked_text(job)
-        self._began: leg_wire.LegStarted
+        self._began: leg_wire.LegStarted | None = None
+        self._has_read = False
+        self._proof: leg_wire.LegProof | None = None
         self._prompt = 0
         self._prompt_commitment = ""
         self._tokens = self._characters = self._logprobs = self._cached = self._shifted = 0
@@ -65,6 +68,7 @@ class LegVerifier:
         self._computed = False
 
     def begin(self, began: leg_wire.LegStarted) -> None:
+        _expect(self._began is None)
         if began.digest != self._to.digest:
             raise ProtocolViolation("it runs another file than the one that was asked for")
         if not _draws_as_asked(began.sampling, self._job):
@@ -76,6 +80,8 @@ class LegVerifier:
         self._began, self.output = began, commitment.RunningCommitment(began.nonce, began.proof)
 
     def read(self, read: leg_wire.PromptRead) -> None:
+        _expect(self._began is not None and not self._has_read)
+        self._has_read = True
         job = self._job
         if job.read is not None and job.inputs is None and read.tokens != job.read:
             raise ProtocolViolation("it read other tokens than it was given")
@@ -84,7 +90,14 @@ class LegVerifier:
         self._prompt = len(read.tokens)
         self._prompt_commitment, _ = commitment.commit(self._asked, read.tokens, job.nonce)
 
+    def keep_proof(self, proof: leg_wire.LegProof) -> None:
+        """The proof comes before the last output, and is looked at with that."""
+        _expect(self._has_read and self._proof is None)
+        self._proof = proof
+
     def take(self, message: leg_wire.Outputs) -> None:
+        _expect(self._has_read and bool(message.outputs))
+        self.has_output = True
         if any(one.finish_reason is not None for one in message.outputs[:-1]):
             raise ProtocolViolation("it went on after the end")
         for one in message.outputs:
@@ -147,21 +160,21 @@ class LegVerifier:
     def _has_dimensions(self, size: int) -> bool:
         """Boxes whose proofs are of version 1 leave it to the coordinator to shorten vectors."""
         wanted = self._job.dimensions
-        if wanted is None or self._began.proof == 1:
+        if wanted is None or self.output.version == 1:
             return size >= (wanted or 1)
         return size == wanted
 
-    def prove(self, given: leg_wire.LegProof | None, reason: str) -> Proof:
+    def prove(self, reason: str) -> tuple[Proof, SignedProof]:
         """The proof, which says what has been seen, and not more than was offered."""
-        if given is None:
+        if self._proof is None:
             raise ProtocolViolation("it gave no proof")
-        signed = SignedProof(given.signed, given.signature)
+        signed = SignedProof(self._proof.signed, self._proof.signature)
         try:  # as whoever verifies the receipt will
             proof = read_proof(signed)
             written = canonical(proof)
         except ValueError:
             raise ProtocolViolation("its proof is none, or is not written canonically") from None
-        if written != given.signed.encode():
+        if written != signed.signed.encode():
             raise ProtocolViolation("its proof is not written canonically")
         for field, value in self._expected(reason).items():
             if getattr(proof, field) != value:
@@ -169,10 +182,11 @@ class LegVerifier:
         self._check_price(proof)
         if not is_signed(proof, signed):
             raise ProtocolViolation("the signature of its proof is not its own")
-        return proof
+        return proof, signed
 
     def _expected(self, reason: str) -> dict[str, object]:
         job, began = self._job, self._began
+        assert began is not None  # it has sent outputs
         return {
             "v": began.proof,
             "request_id": job.request_id,
@@ -182,7 +196,7 @@ class LegVerifier:
             "node_id": self._to.node_id,
             "model": job.model.id,
             "model_digest": self._to.digest,
-            "engine": EngineInfo(began.build, began.device),
+            "engine": EngineBuild(began.build, began.device),
             "sampling": sampling_record(began.sampling, job.max_tokens),
             "prompt_commitment": self._prompt_commitment,
             "output_commitment": self.output.commitment,
@@ -206,6 +220,11 @@ class LegVerifier:
             a > t for a, t in zip(asked, told, strict=True)
         ):
             raise ProtocolViolation("it asks for more than it offered")
+
+
+def _expect(expected: bool) -> None:
+    if not expected:
+        raise ProtocolViolation("unexpected message")
 
 
 def counts(said: leg_wire.Tokens, job: Job, tokens: list[int] | None) -> bool:

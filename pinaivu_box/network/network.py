@@ -60,14 +60,16 @@ class Network:
         identity: Identity,
         transport: Transport,
         database: Database,
-        settings: PeeringConfig,
+        settings: Callable[[], PeeringConfig],
         describe: Callable[[], Facts],
         random: Random | None = None,
     ) -> None:
         self.node_id = identity.node_id
-        self.name = _name(settings.name or socket.gethostname())
-        self.advertise = settings.advertise  # where others reach it, says its operator
+        self.name = _name(settings().name or socket.gethostname())
+        self._settings = settings
         self.handlers: dict[str, Handler] = {}
+        # Called when `peers` may tell something else: as a link is made, and with each tick.
+        self.peers_changed: Callable[[], None] = lambda: None
         self.gossip: Gossip | None = None
         self._identity, self._transport, self._database = identity, transport, database
         self._describe, self._random = describe, random or Random()  # noqa: S311 - to spread load, not to hide anything
@@ -179,6 +181,7 @@ class Network:
 
     def _tick(self) -> None:
         self._seen = None
+        self.peers_changed()
         try:
             if self.gossip is not None:
                 self.gossip.facts = self._facts()
@@ -221,7 +224,7 @@ class Network:
     def own_addresses(self) -> list[str]:
         """What others are told: what the operator says, then what is found.  The last one may be a
         relay, which leads here when none does."""
-        found = list(dict.fromkeys([*self.advertise, *self._transport.addresses()]))
+        found = list(dict.fromkeys([*self._settings().advertise, *self._transport.addresses()]))
         return found if len(found) <= MAX_ADDRESSES else [*found[: MAX_ADDRESSES - 1], found[-1]]
 
     def addresses(self, node_id: str) -> tuple[str, ...]:
@@ -300,6 +303,7 @@ class Network:
         self._remembered = 0.0  # with the next round
         gossip.linked(held.peer)
         self._seen = None
+        self.peers_changed()
 
         def hear(frame: bytes) -> None:
             self._seen = None

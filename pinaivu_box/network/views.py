@@ -42,7 +42,7 @@ class OfferView(Struct, frozen=True):
     price: Prices
 
 
-class OpinionView(Struct, frozen=True):
+class Opinion(Struct, frozen=True):
     """This box's own, of 0 to 1, and what it rests on."""
 
     value: float
@@ -104,7 +104,7 @@ class PeerView(Struct, frozen=True):
     draining: bool
     gone: bool
     advert_age: float | None
-    reputation: OpinionView | None
+    reputation: Opinion | None
     admin: bool
     invited_by: str
     member_since: str | None
@@ -139,7 +139,7 @@ def peer_view(
     peer: Peer,
     inviter: str,
     limits: PeerLimits,
-    reputation: OpinionView | None = None,
+    reputation: Opinion | None = None,
     use: UseView | None = None,
     refusal: RefusalView | None = None,
     *,

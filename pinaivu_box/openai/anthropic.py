@@ -1,4 +1,4 @@
-"""Wire types of `/v1/messages`: Anthropic's shape, which coding agents speak."""
+"""Wire types of `/v1/messages` (Anthropic's API), and its messages as those of a chat."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 
 from pinaivu_box.errors import InvalidBody
 from pinaivu_box.openai import parameters
-from pinaivu_box.openai.fields import Passed
+from pinaivu_box.openai.fields import IgnoredFields
 from pinaivu_box.openai.types import (
-    MOST_STOPS,
-    MOST_TOOLS,
+    MAX_STOP_STRINGS,
+    MAX_TOOLS,
     FunctionName,
     Identifier,
     KeepAlive,
@@ -39,7 +39,7 @@ class ContentSource(Struct, frozen=True, tag="content", tag_field="type"):
 
 
 class DocumentBlock(Struct, frozen=True, tag="document", tag_field="type"):
-    """A document that is text."""
+    """A document of text."""
 
     source: TextSource | ContentSource
     title: str | None = None
@@ -58,7 +58,7 @@ class ThinkingBlock(Struct, frozen=True, tag="thinking", tag_field="type"):
 
 
 class ToolUseBlock(Struct, frozen=True, tag="tool_use", tag_field="type"):
-    """`input` is text where a model has written something else than an object."""
+    """`input` is text where a model has not written an object."""
 
     id: str
     name: str
@@ -107,13 +107,13 @@ class CountTokensRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     model: Text
     messages: Annotated[list[AnthropicMessage], Meta(min_length=1)]
     system: str | list[TextBlock] | None = None
-    tools: Annotated[list[AnthropicTool], Meta(max_length=MOST_TOOLS)] | None = None
+    tools: Annotated[list[AnthropicTool], Meta(max_length=MAX_TOOLS)] | None = None
     tool_choice: AnthropicChoice | None = None
     thinking: Thinking | None = None
 
     @staticmethod
-    def prepare(raw: dict[str, Any], passed: Passed) -> None:
-        parameters.messages(raw, passed)
+    def prepare(raw: dict[str, Any], ignored: IgnoredFields) -> None:
+        parameters.messages(raw, ignored)
 
 
 class MessagesRequest(CountTokensRequest, frozen=True, kw_only=True):
@@ -121,7 +121,7 @@ class MessagesRequest(CountTokensRequest, frozen=True, kw_only=True):
 
     max_tokens: TokenCount
     stream: bool = False
-    stop_sequences: Annotated[list[StopString], Meta(max_length=MOST_STOPS)] | None = None
+    stop_sequences: Annotated[list[StopString], Meta(max_length=MAX_STOP_STRINGS)] | None = None
     temperature: Annotated[float, Meta(ge=0, le=1)] | None = None
     top_p: Probability | None = None
     top_k: TopK | None = None
@@ -130,13 +130,13 @@ class MessagesRequest(CountTokensRequest, frozen=True, kw_only=True):
     keep_alive: KeepAlive | None = None
 
     @staticmethod
-    def prepare(raw: dict[str, Any], passed: Passed) -> None:
-        parameters.kept(raw, passed)
-        parameters.messages(raw, passed)
+    def prepare(raw: dict[str, Any], ignored: IgnoredFields) -> None:
+        parameters.keep_alive(raw, ignored)
+        parameters.messages(raw, ignored)
 
 
 class AnthropicUsage(Struct, frozen=True):
-    """`input_tokens` are those that were not in the cache."""
+    """`input_tokens` are the prompt's tokens that were not in the cache."""
 
     input_tokens: int
     output_tokens: int
@@ -167,13 +167,13 @@ class TokenCountAnswer(Struct, frozen=True):
 
 
 def as_messages(body: CountTokensRequest) -> list[dict[str, Any]]:
-    """Raises InvalidBody for blocks where they cannot be.
+    """The messages of a chat.  Raises InvalidBody for misplaced blocks.
 
-    Templates know a system message at the beginning only: what of it comes before the first answer
-    is joined there, and what comes later stands in a user's words.
+    Templates accept a system message at the beginning only: those before the first answer are
+    joined there, and later ones are put into a message of the user.
     """
     system = [_text(body.system)] if body.system else []
-    made: list[dict[str, Any]] = []
+    messages: list[dict[str, Any]] = []
     answered = False
     for number, message in enumerate(body.messages):
         blocks: list[Block] = (
@@ -181,30 +181,32 @@ def as_messages(body: CountTokensRequest) -> list[dict[str, Any]]:
         )
         if message.role == "assistant":
             answered = True
-            made.append(_assistant(blocks, number))
+            messages.append(_assistant(blocks, number))
         elif message.role == "user":
-            made += _user(blocks, number)
+            messages += _user(blocks, number)
         elif answered:
-            said = f"<system>\n{_words(blocks, number)}\n</system>"
-            if made[-1]["role"] == "user":
-                made[-1]["content"] += f"\n\n{said}"
+            text = f"<system>\n{_system(blocks, number)}\n</system>"
+            if messages[-1]["role"] == "user":
+                messages[-1]["content"] += f"\n\n{text}"
             else:
-                made.append({"role": "user", "content": said})
+                messages.append({"role": "user", "content": text})
         else:
-            system.append(_words(blocks, number))
+            system.append(_system(blocks, number))
     if system:
-        made.insert(0, {"role": "system", "content": "\n\n".join(system)})
-    if continues(body):  # Anthropic takes no white space at its end, where models go on badly
-        made[-1]["content"] = made[-1]["content"].rstrip()
-    return made
+        messages.insert(0, {"role": "system", "content": "\n\n".join(system)})
+    if continues(body):  # models continue badly after white space, and Anthropic refuses it
+        messages[-1]["content"] = messages[-1]["content"].rstrip()
+    return messages
 
 
 def continues(body: CountTokensRequest) -> bool:
-    """Whether the answer goes on with the last message, which the client has begun."""
+    """Whether the answer continues the last message, which the client has begun."""
     last = body.messages[-1]
     if last.role != "assistant":
         return False
-    return isinstance(last.content, str) or all(isinstance(b, TextBlock) for b in last.content)
+    return isinstance(last.content, str) or all(
+        isinstance(block, TextBlock) for block in last.content
+    )
 
 
 def _assistant(blocks: list[Block], number: int) -> dict[str, Any]:
@@ -214,12 +216,12 @@ def _assistant(blocks: list[Block], number: int) -> dict[str, Any]:
         match block:
             case ThinkingBlock(thinking):
                 message["reasoning_content"] = message.get("reasoning_content", "") + thinking
-            case ToolUseBlock(call_id, name, given):
-                function = {"name": name, "arguments": parameters.text_of_arguments(given)}
+            case ToolUseBlock(call_id, name, arguments):
+                function = {"name": name, "arguments": parameters.text_of_arguments(arguments)}
                 call = {"id": call_id, "type": "function", "function": function}
                 message.setdefault("tool_calls", []).append(call)
             case ToolResultBlock():
-                raise _misplaced("a tool_result belongs into a user's message", number)
+                raise _misplaced("a tool_result must be in a message of the user", number)
             case _:
                 texts.append(_readable(block))
     message["content"] = "".join(texts)
@@ -227,35 +229,37 @@ def _assistant(blocks: list[Block], number: int) -> dict[str, Any]:
 
 
 def _user(blocks: list[Block], number: int) -> list[dict[str, Any]]:
-    made: list[dict[str, Any]] = []
+    results: list[dict[str, Any]] = []
     texts: list[str] = []
     for block in blocks:
         match block:
             case ToolResultBlock(call_id, content, is_error):
                 text = _text(content or "")
-                if is_error:  # templates have no word for it
+                if is_error:  # templates have no field for it
                     text = f"Error: {text}" if text else "Error"
-                made.append({"role": "tool", "tool_call_id": call_id, "content": text})
+                results.append({"role": "tool", "tool_call_id": call_id, "content": text})
             case ToolUseBlock() | ThinkingBlock():
-                raise _misplaced("tool_use and thinking belong into an assistant's", number)
+                raise _misplaced(
+                    "tool_use and thinking must be in a message of the assistant", number
+                )
             case _:
                 texts.append(_readable(block))
     text = "".join(texts)
-    return [*made, {"role": "user", "content": text}] if text or not made else made
+    return [*results, {"role": "user", "content": text}] if text or not results else results
 
 
-def _words(blocks: list[Block], number: int) -> str:
-    """Of a system message."""
+def _system(blocks: list[Block], number: int) -> str:
+    """The text of a system message."""
     texts = []
     for block in blocks:
         if isinstance(block, ToolUseBlock | ThinkingBlock | ToolResultBlock):
-            raise _misplaced("a system message is of text", number)
+            raise _misplaced("a system message must consist of text", number)
         texts.append(_readable(block))
     return "".join(texts)
 
 
-def _misplaced(why: str, number: int) -> InvalidBody:
-    return InvalidBody(why, loc=("body", "messages", number, "content"))
+def _misplaced(message: str, number: int) -> InvalidBody:
+    return InvalidBody(message, loc=("body", "messages", number, "content"))
 
 
 def _text(content: str | Sequence[Readable]) -> str:
@@ -270,4 +274,4 @@ def _readable(block: Readable) -> str:
             return f"{title}\n{source}\n{_text(content)}\n"
         case DocumentBlock(source=source):
             text = source.data if isinstance(source, TextSource) else _text(source.content)
-            return "\n".join(one for one in (block.title, block.context, text) if one) + "\n"
+            return "\n".join(filter(None, (block.title, block.context, text))) + "\n"

@@ -1,4 +1,4 @@
-"""Wire types of `/v1/completions`, of tokenizing, and of counting before paying."""
+"""Wire types of `/v1/completions`, `/v1/tokenize`, `/v1/detokenize` and the token count."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from typing import Annotated, Any
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from pinaivu_box.openai import parameters
-from pinaivu_box.openai.fields import Passed
+from pinaivu_box.openai.fields import IgnoredFields
 from pinaivu_box.openai.types import ContextShift, Sampled, Text, TextOrTokens, Usage
 
 Tokens = Annotated[list[Annotated[int, Meta(ge=0, lt=2**31)]], Meta(min_length=1)]
 
 
 class CompletionRequest(Sampled, frozen=True, kw_only=True):
-    """Body of `POST /v1/completions`: a prompt as text or tokens, or a list of such.
+    """Body of `POST /v1/completions`: a prompt as text or tokens, or a list of them.
 
-    `max_tokens` 0 asks for the prompt alone, with `echo`; -1 for as many as there is room for.
+    `max_tokens` 0 (with `echo`) returns the prompt alone; -1 sets no limit but the context.
     """
 
     prompt: TextOrTokens
@@ -26,13 +26,13 @@ class CompletionRequest(Sampled, frozen=True, kw_only=True):
     max_tokens: Annotated[int, Meta(ge=-1, le=2**31 - 1)] | None = None
 
     @staticmethod
-    def prepare(raw: dict[str, Any], passed: Passed) -> None:
-        parameters.completion(raw, passed)
+    def prepare(raw: dict[str, Any], ignored: IgnoredFields) -> None:
+        parameters.completion(raw, ignored)
 
 
 class CompletionLogprobs(Struct, frozen=True):
-    """`text_offset` in characters of the choice's text.  An echoed prompt's first token has no
-    log-probability.  `top_logprobs` also has the token itself."""
+    """`text_offset` counts characters of the choice's text.  `top_logprobs` includes the token
+    itself.  The first token of an echoed prompt has no log-probability."""
 
     tokens: list[str]
     token_logprobs: list[float | None]
@@ -48,7 +48,7 @@ class CompletionChoice(Struct, frozen=True):
 
 
 class Completion(Struct, frozen=True):
-    """Also a chunk of a stream."""
+    """An answer, or a chunk of a stream."""
 
     id: str
     request_id: str
@@ -63,8 +63,8 @@ class Completion(Struct, frozen=True):
 
 
 class TokenizeRequest(Struct, frozen=True, forbid_unknown_fields=True):
-    """Body of `POST /v1/tokenize`; with `special` as a prompt: special tokens in `text` are
-    recognised, and the model's beginning of a text is added."""
+    """Body of `POST /v1/tokenize`.  With `special` the text is read like a prompt: special tokens
+    are recognised, and the model's BOS token is added."""
 
     model: Text
     text: str
@@ -92,7 +92,7 @@ class DetokenizedText(Struct, frozen=True):
 
 
 class InputTokens(Struct, frozen=True):
-    """How many tokens a chat request's prompt has."""
+    """The number of tokens in the prompt of a chat."""
 
     request_id: str
     model: str

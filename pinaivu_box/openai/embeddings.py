@@ -7,12 +7,12 @@ from typing import Annotated, Any, Literal
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from pinaivu_box.openai import parameters
-from pinaivu_box.openai.fields import Passed
+from pinaivu_box.openai.fields import IgnoredFields
 from pinaivu_box.openai.types import Identifier, KeepAlive, Text, TextOrTokens
 
 
 class EmbeddingRequest(Struct, frozen=True, forbid_unknown_fields=True):
-    """Body of `POST /v1/embeddings`: text or tokens, or a list of such."""
+    """Body of `POST /v1/embeddings`: text or tokens, or a list of them."""
 
     model: Text
     input: TextOrTokens
@@ -22,12 +22,12 @@ class EmbeddingRequest(Struct, frozen=True, forbid_unknown_fields=True):
     keep_alive: KeepAlive | None = None
 
     @staticmethod
-    def prepare(raw: dict[str, Any], passed: Passed) -> None:
-        parameters.embedding(raw, passed)
+    def prepare(raw: dict[str, Any], ignored: IgnoredFields) -> None:
+        parameters.embedding(raw, ignored)
 
 
 class OneEmbedding(Struct, frozen=True):
-    """Numbers, or base64 of little-endian float32."""
+    """A list of numbers, or base64 of little-endian float32."""
 
     index: int
     embedding: list[float] | str

@@ -1,7 +1,7 @@
-"""Fields of a body that have no meaning here: passed over, and said, at any depth.
+"""Unknown fields of a body, at any depth: they are ignored, and reported in the answer.
 
-A body is walked beside its wire type.  A name that the type does not know is taken out and noted;
-one that is nearly a known name is refused, since it is a mistake that would change the answer.
+A body is walked beside its wire type.  A name that the type does not know is removed and noted; one
+that resembles a known name is refused, because it is a mistake that would change the answer.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from pinaivu_box.errors import InvalidBody, UnsupportedParameter, quoted
 
 Location = tuple[str | int, ...]
 
-LONGEST_NAME = 100  # characters of a field's name that are looked at, and said again
-MOST_SAID = 64  # names in an answer
-_NEAR = 0.85  # how much of two names must be the same, as difflib counts
+MAX_NAME_CHARACTERS = 100  # of a field's name that are compared and reported
+MAX_NAMES = 64  # reported in an answer
+_MIN_SIMILARITY = 0.85  # of two names, as difflib measures it
 BILLING = "x-anthropic-billing-header"  # stands in Claude Code's system prompt
-# Names that programs send and that nothing here stands behind.  They are no misspelling of any.
-KNOWN = frozenset({
+# Names that clients send and that have no meaning here; they are not misspellings of others.
+FOREIGN_NAMES = frozenset({
     BILLING, "anthropic_beta", "betas", "best_of", "cache_control", "caching", "client_metadata",
     "container", "context_management", "conversation_id", "custom_id", "debug", "extra_body",
     "guided_decoding_backend", "guided_whitespace_pattern", "id", "inference_geo", "input_type",
@@ -36,19 +36,19 @@ KNOWN = frozenset({
 })  # fmt: skip
 
 
-class Passed:
-    """What was passed over in one body.  With `strict` it is refused instead."""
+class IgnoredFields:
+    """The ignored fields of one body.  With `strict` they are refused instead."""
 
     def __init__(self, *, strict: bool) -> None:
         self._strict = strict
-        self._said: dict[str, None] = {}
-        self._more = 0
+        self._names: dict[str, None] = {}
+        self._unnamed = 0
 
-    def over(self, *path: str | int) -> None:
-        """Note what stands at that path of the body.  Raises UnsupportedParameter if it is strict,
-        InvalidBody if it is also no name that is known."""
+    def add(self, *path: str | int) -> None:
+        """Note the field at that path of the body.  If strict, raises UnsupportedParameter, or
+        InvalidBody for a name that no client is known to send."""
         name = path[-1]
-        if self._strict and name in KNOWN:
+        if self._strict and name in FOREIGN_NAMES:
             raise UnsupportedParameter(
                 f"'{quoted(str(name))}' has no meaning here: remove it",
                 loc=("body", *path),
@@ -56,36 +56,38 @@ class Passed:
             )
         if self._strict:
             raise _unknown(("body", *path), "")
-        said = ".".join(str(part)[: LONGEST_NAME + 1] for part in path if isinstance(part, str))
-        said = quoted(said, LONGEST_NAME)
-        if len(self._said) < MOST_SAID or said in self._said:
-            self._said[said] = None
+        parts = [str(part)[: MAX_NAME_CHARACTERS + 1] for part in path if isinstance(part, str)]
+        dotted = quoted(".".join(parts), MAX_NAME_CHARACTERS)
+        if len(self._names) < MAX_NAMES or dotted in self._names:
+            self._names[dotted] = None
         else:
-            self._more += 1
+            self._unnamed += 1
 
     @property
     def full(self) -> bool:
-        return len(self._said) >= MOST_SAID
+        return len(self._names) >= MAX_NAMES
 
     @property
-    def said(self) -> list[str]:
-        """The names, with a dot between the levels."""
-        return [*self._said, *([f"… and {self._more} more"] if self._more else [])]
+    def names(self) -> list[str]:
+        """With a dot between the levels."""
+        return [*self._names, *([f"… and {self._unnamed} more"] if self._unnamed else [])]
 
 
-def sift(
-    raw: dict[str, Any], kind: type[msgspec.Struct], passed: Passed, path: Location = ()
+def drop_unknown(
+    raw: dict[str, Any], kind: type[msgspec.Struct], ignored: IgnoredFields, path: Location = ()
 ) -> None:
-    """Take out of `raw`, which stands at that path of the body, what `kind` does not know, and make
-    integers of integral floats where integers are wanted.  Raises what `Passed.over` does, and
-    InvalidBody for a name that is nearly a known one."""
-    _sift(raw, _shape_of(kind), path, passed)
+    """Remove from `raw`, at that path of the body, the fields that `kind` does not know.
+
+    Also makes integers of integral floats where integers are expected.  Raises what
+    `IgnoredFields.add` does, and InvalidBody for a name that resembles a known one.
+    """
+    _drop(raw, _shape_of(kind), path, ignored)
 
 
 @dataclass
 class _Shape:
-    """What may stand at a place: an object with these `fields`, or one of several that a field
-    tells apart; a list of `item`; an object with `values` of any name; an integer."""
+    """What is expected at a place of the body: an object with these `fields`, or one of several
+    that a field tells apart; a list of `item`; an object with `values` of any name; an integer."""
 
     fields: dict[str, _Shape | None] | None = None
     tag: str = ""
@@ -101,59 +103,62 @@ class _Shape:
         )
 
 
-def _sift(value: Any, shape: _Shape, path: Location, passed: Passed) -> Any:
-    """What is to stand there instead."""
+def _drop(value: Any, shape: _Shape, path: Location, ignored: IgnoredFields) -> Any:
+    """Returns the value that replaces `value`."""
     if isinstance(value, dict):
-        _sift_object(value, shape, path, passed)
+        _drop_in_object(value, shape, path, ignored)
     elif isinstance(value, list) and shape.item is not None:
-        _sift_list(value, shape.item, path, passed)
+        _drop_in_list(value, shape.item, path, ignored)
     elif isinstance(value, float) and shape.integral and value.is_integer():
         return int(value)
     return value
 
 
-def _sift_list(values: list[Any], item: _Shape, path: Location, passed: Passed) -> None:
-    for place, one in enumerate(values):
-        if isinstance(one, dict | list | float):
-            values[place] = _sift(one, item, (*path, place), passed)
+def _drop_in_list(values: list[Any], item: _Shape, path: Location, ignored: IgnoredFields) -> None:
+    for index, value in enumerate(values):
+        if isinstance(value, dict | list | float):
+            values[index] = _drop(value, item, (*path, index), ignored)
 
 
-def _sift_object(raw: dict[str, Any], shape: _Shape, path: Location, passed: Passed) -> None:
+def _drop_in_object(
+    raw: dict[str, Any], shape: _Shape, path: Location, ignored: IgnoredFields
+) -> None:
     if shape.tagged:
         tag = raw.get(shape.tag)
-        found = shape.tagged.get(tag) if isinstance(tag, str) else None
-        if found is None:
-            return  # the type says what is wrong
-        shape = found
+        tagged = shape.tagged.get(tag) if isinstance(tag, str) else None
+        if tagged is None:
+            return  # applying the type will say what is wrong
+        shape = tagged
     if shape.fields is None:
         if shape.values is not None:
-            for name, one in raw.items():
-                raw[name] = _sift(one, shape.values, (*path, name), passed)
+            for name, value in raw.items():
+                raw[name] = _drop(value, shape.values, (*path, name), ignored)
         return
     for name in [name for name in raw if name not in shape.fields]:
-        pass_over(raw, name, path, frozenset(shape.fields), passed)
-    for name, one in raw.items():
+        _drop_field(raw, name, path, frozenset(shape.fields), ignored)
+    for name, value in raw.items():
         inner = shape.fields[name]
-        if inner is not None and isinstance(one, dict | list | float):
-            raw[name] = _sift(one, inner, (*path, name), passed)
+        if inner is not None and isinstance(value, dict | list | float):
+            raw[name] = _drop(value, inner, (*path, name), ignored)
 
 
-def pass_over(
-    raw: dict[str, Any], name: str, path: Location, known: frozenset[str], passed: Passed
+def _drop_field(
+    raw: dict[str, Any], name: str, path: Location, known: frozenset[str], ignored: IgnoredFields
 ) -> None:
-    """Take an unknown name out.  Raises InvalidBody if it is nearly one that is known."""
-    # Once so many were said, a body consists of nothing else: no more are compared.
-    if name not in KNOWN and not passed.full and (near := _near(name[:LONGEST_NAME], known)):
-        raise _unknown(("body", *path, name), near)
-    passed.over(*path, name)
+    """Remove an unknown field.  Raises InvalidBody if its name resembles a known one."""
+    # A body with so many unknown fields is no mistake in one name: no more are compared.
+    compared = name not in FOREIGN_NAMES and not ignored.full
+    if compared and (similar := _similar(name[:MAX_NAME_CHARACTERS], known)):
+        raise _unknown(("body", *path, name), similar)
+    ignored.add(*path, name)
     del raw[name]
 
 
-def _near(name: str, known: frozenset[str]) -> str:
-    letters = _letters(name)  # the same ones in another order are two that changed places
-    if same := next((one for one in sorted(known) if _letters(one) == letters), ""):
-        return same
-    return next(iter(difflib.get_close_matches(name, known, 1, _NEAR)), "")
+def _similar(name: str, known: frozenset[str]) -> str:
+    letters = _letters(name)  # equal if letters were swapped
+    if anagram := next((other for other in sorted(known) if _letters(other) == letters), ""):
+        return anagram
+    return next(iter(difflib.get_close_matches(name, known, 1, _MIN_SIMILARITY)), "")
 
 
 @lru_cache(1024)
@@ -161,14 +166,14 @@ def _letters(name: str) -> list[str]:
     return sorted(name.replace("_", "").replace("-", "").lower())
 
 
-def _unknown(loc: Location, near: str) -> InvalidBody:
-    hint = f"did you mean '{near}'?" if near else "remove it or correct its name"
+def _unknown(loc: Location, similar: str) -> InvalidBody:
+    hint = f"did you mean '{similar}'?" if similar else "remove it or correct its name"
     return InvalidBody(
         f"'{quoted(str(loc[-1]))}' is not a field here: {hint}", loc=loc, kind="value_error.extra"
     )
 
 
-# -- shapes, made of the wire types once ---------------------------------------------------------
+# -- shapes, made from the wire types once -------------------------------------------------------
 
 
 @cache
@@ -177,12 +182,13 @@ def _shape_of(kind: type[msgspec.Struct]) -> _Shape:
 
 
 def _shape(info: inspect.Type) -> _Shape | None:
-    """None where nothing is to be looked at."""
+    """None where nothing is checked."""
     match info:
         case inspect.Metadata():
             return _shape(info.type)
         case inspect.StructType():
-            shape = _Shape(fields={one.encode_name: _shape(one.type) for one in info.fields})
+            fields = {field.encode_name: _shape(field.type) for field in info.fields}
+            shape = _Shape(fields=fields)
             if info.tag_field is not None:
                 assert shape.fields is not None
                 shape.fields[info.tag_field] = None
@@ -201,19 +207,19 @@ def _shape(info: inspect.Type) -> _Shape | None:
 
 
 def _union(info: inspect.UnionType) -> _Shape | None:
-    made = _Shape()
-    for one in info.types:
-        shape = _shape(one)
+    union = _Shape()
+    for member in info.types:
+        shape = _shape(member)
         if shape is None:
             continue
-        if isinstance(one, inspect.StructType) and one.tag_field is not None:
-            made.tag = one.tag_field
-            made.tagged[one.tag] = shape
+        if isinstance(member, inspect.StructType) and member.tag_field is not None:
+            union.tag = member.tag_field
+            union.tagged[member.tag] = shape
         elif shape.fields is not None:
-            made.fields = shape.fields
-        made.item = made.item or shape.item
-        made.values = made.values or shape.values
-        made.integral = made.integral or shape.integral
-    if any(isinstance(one, inspect.FloatType) for one in info.types):
-        made.integral = False
-    return None if made.anything else made
+            union.fields = shape.fields
+        union.item = union.item or shape.item
+        union.values = union.values or shape.values
+        union.integral = union.integral or shape.integral
+    if any(isinstance(member, inspect.FloatType) for member in info.types):
+        union.integral = False
+    return None if union.anything else union

@@ -1,8 +1,8 @@
 """Large bodies, decoded in a child process (see `pinaivu_box.sandbox`).
 
-A few megabytes of JSON can take seconds to decode and to validate, and the decoder holds the
-interpreter's lock meanwhile.  The child runs the same `decode` as for small bodies and answers with
-msgpack of the struct, whose number of values is bounded: that is quickly decoded.
+A few megabytes of JSON can take seconds to decode and validate, while the decoder holds the
+interpreter's lock.  The child runs the same `decode` as for small bodies and returns the struct as
+msgpack, which is decoded quickly because its number of values is bounded.
 """
 
 from __future__ import annotations
@@ -39,35 +39,36 @@ Body = TypeVar("Body", bound=Struct)
 
 
 class _Head(Struct, frozen=True, array_like=True):
-    """Comes before the body, and a newline between them."""
+    """The first line of a job; the body follows."""
 
     kind: str
     strict: bool
 
 
 def job(data: bytes, kind: type[Struct], *, strict: bool) -> bytes:
-    """What the child is given."""
+    """The job of decoding a body."""
     return b"".join((msgspec.json.encode(_Head(kind.__name__, strict)), b"\n", data))
 
 
 def result(answer: bytes, kind: type[Body]) -> tuple[Body, list[str]]:
-    """What `decode` has made of it there."""
-    made: tuple[Body, list[str]] = msgspec.msgpack.decode(answer, type=tuple[kind, list[str]])  # type: ignore[valid-type]
-    return made
+    """What `decode` returned in the child."""
+    kinds = tuple[kind, list[str]]  # type: ignore[valid-type]
+    decoded: tuple[Body, list[str]] = msgspec.msgpack.decode(answer, type=kinds)
+    return decoded
 
 
 def history(rows: list[tuple[bytes, bytes]]) -> list[dict[str, Any]]:
-    """The items of stored responses, each given as its input and its body.  Raises BodyTooLarge."""
+    """The items of stored responses, each with its input and body.  Raises BodyTooLarge."""
     items: list[dict[str, Any]] = []
-    for given, body in rows:
-        items += msgspec.json.decode(given)
+    for response_input, body in rows:
+        items += msgspec.json.decode(response_input)
         items += msgspec.json.decode(body)["output"]
         check_number_of_values(items, "The conversation before it")
     return items
 
 
 def history_job(rows: list[tuple[bytes, bytes]]) -> bytes:
-    """What the child is given to call `history`."""
+    """The job of calling `history`."""
     head = msgspec.json.encode(_Head(_HISTORY, False))
     return b"".join((head, b"\n", msgspec.msgpack.encode(rows)))
 
@@ -77,16 +78,17 @@ def history_result(answer: bytes) -> list[dict[str, Any]]:
 
 
 def make(_setup: bytes) -> Callable[[bytes], bytes]:
-    """The child's part.  Its job raises what `decode` does."""
+    """Runs in the child.  A job raises what `decode` does."""
     encoder = msgspec.msgpack.Encoder()
 
     def run(payload: bytes) -> bytes:
         head, _, data = payload.partition(b"\n")
-        asked = msgspec.json.decode(head, type=_Head)
-        if asked.kind == _HISTORY:
+        job_head = msgspec.json.decode(head, type=_Head)
+        if job_head.kind == _HISTORY:
             rows = msgspec.msgpack.decode(data, type=list[tuple[bytes, bytes]])
             return encoder.encode(history(rows))
-        made: tuple[Any, list[str]] = decode(data, _KINDS[asked.kind], strict=asked.strict)
-        return encoder.encode(made)
+        kind = _KINDS[job_head.kind]
+        decoded: tuple[Any, list[str]] = decode(data, kind, strict=job_head.strict)
+        return encoder.encode(decoded)
 
     return run

@@ -1,4 +1,4 @@
-"""How answers of `/v1/completions` name tokens, and the likeliest ones."""
+"""How answers of `/v1/completions` write tokens and their alternatives."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections.abc import Iterable
 
 
 def shown_token(token: bytes) -> str:
-    """Parts of characters as OpenAI writes them here, so that each has a name of its own."""
+    """The text of a token; a part of a character is written as OpenAI does (`bytes:\\xf0`), so that
+    different tokens have different names."""
     try:
         return token.decode()
     except UnicodeDecodeError:
@@ -16,8 +17,8 @@ def shown_token(token: bytes) -> str:
 def shown_likeliest(
     token: bytes, logprob: float, top: Iterable[tuple[bytes, float]]
 ) -> dict[str, float]:
-    """The likeliest ones and the token itself, each once."""
-    found: dict[str, float] = {}
-    for name, value in [*top, (token, logprob)]:
-        found.setdefault(shown_token(name), value)
-    return found
+    """The log-probabilities of the likeliest tokens and the token itself, each once."""
+    by_name: dict[str, float] = {}
+    for other, value in [*top, (token, logprob)]:
+        by_name.setdefault(shown_token(other), value)
+    return by_name

@@ -1,7 +1,7 @@
-"""Finds thoughts and tool calls in the text of an answer, as it comes.
+"""Finds reasoning and tool calls in the text of an answer, while it arrives.
 
-What may be the beginning of a mark waits until it is known; everything else goes out at once, also
-the arguments of a call, so that a stream of deltas is one.
+Text that may be the beginning of a marker is held back until that is known; everything else is
+returned at once, also the arguments of a call, so that deltas can be streamed.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from pinaivu_box.chat_format import THINK, THOUGHT, Style, overlap
-from pinaivu_box.openai.tools import as_input
+from pinaivu_box.openai.tools import custom_input
 from pinaivu_box.text import encodable
 
 
@@ -29,7 +29,7 @@ class Thought:
 
 @dataclass(frozen=True)
 class ParsedCall:
-    """The beginning of a tool call; its arguments follow, or what a custom tool is called with."""
+    """The beginning of a tool call; its arguments follow."""
 
     index: int
     id: str
@@ -39,7 +39,7 @@ class ParsedCall:
 
 @dataclass(frozen=True)
 class Arguments:
-    """More of the JSON text of call `index`'s arguments; of a custom tool's call the whole text."""
+    """More of the arguments of call `index`, as JSON; of a custom tool the whole text."""
 
     index: int
     text: str
@@ -52,31 +52,34 @@ _HEAD = re.compile(
     r'\s*\{\s*(?:"type"\s*:\s*"function"\s*,\s*)?"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,'
     r'\s*"(?:arguments|parameters)"\s*:\s*(?=\{)'
 )
-_LONGEST_HEAD = 4096  # characters; it is looked for at every token
+_MAX_HEAD_CHARACTERS = 4096  # it is matched again at every token
 
 
 class Reader:
-    """Of one answer.  Calls are looked for that `style` writes, of functions with these `names`, of
-    which `customs` are custom tools; with `thinks` also thoughts.  `thinking` says that the text
-    begins in the middle of one."""
+    """Reads one answer.
+
+    `style` is how the model writes calls.  Only calls of the functions `names` count, of which
+    `custom_tools` are custom tools.  With `thinks` reasoning is found too; with `thinking` the text
+    begins inside it.
+    """
 
     def __init__(
         self,
         style: Style | None,
         names: Collection[str] = (),
         *,
-        customs: Collection[str] = (),
+        custom_tools: Collection[str] = (),
         thinks: bool = False,
         thinking: bool = False,
     ) -> None:
         self._style = style
         self._names = names
-        self._customs = customs
-        self._custom: str | None = None  # so far the arguments of a custom tool's call
+        self._custom_tools = custom_tools
+        self._custom: str | None = None  # arguments so far of a call to a custom tool
         self._buffer = ""
         self._calls = 0
-        self._blank = True  # nothing but white space was said since the beginning, or the last call
-        self._held = ""  # the white space before what may be a call
+        self._blank = True  # only white space since the beginning, or since the last call
+        self._held = ""  # the white space before a possible call
         self._depth, self._in_string, self._escaped = 0, False, False
         self._looked_at, self._ended = 0, False
         self._state: Callable[[bool], list[Piece]] = self._text
@@ -97,18 +100,18 @@ class Reader:
         return self._read(end=False)
 
     def end(self) -> list[Piece]:
-        """The answer is complete: what waited goes out."""
+        """The answer is complete: returns what was held back."""
         return self._read(end=True)
 
     def _read(self, *, end: bool) -> list[Piece]:
-        found: list[Piece] = []
+        pieces: list[Piece] = []
         while True:
             state, size = self._state, len(self._buffer)
-            found += state(end)
+            pieces += state(end)
             if self._state == state and len(self._buffer) == size:
-                return found  # no more to be learned from it
+                return pieces  # the rest has to wait
 
-    # -- states: each takes what it can from the buffer --------------------------------------------
+    # -- states: each consumes what it can of the buffer -------------------------------------------
 
     def _before_thought(self, end: bool) -> list[Piece]:
         start = self._buffer.lstrip()
@@ -120,14 +123,15 @@ class Reader:
         return []
 
     def _thought(self, end: bool) -> list[Piece]:
-        said, found, rest = self._buffer.partition(THOUGHT)
-        if found:
+        thought, marker, rest = self._buffer.partition(THOUGHT)
+        if marker:
             self._buffer = rest
             self._state = self._after_thought
         else:
-            keep = 0 if end else overlap(said, THOUGHT)
-            said, self._buffer = said[: len(said) - keep], said[len(said) - keep :]
-        return [Thought(said)] if said else []
+            keep = 0 if end else overlap(thought, THOUGHT)
+            split = len(thought) - keep
+            thought, self._buffer = thought[:split], thought[split:]
+        return [Thought(thought)] if thought else []
 
     def _after_thought(self, end: bool) -> list[Piece]:
         self._buffer = self._buffer.lstrip("\n")
@@ -137,34 +141,34 @@ class Reader:
 
     def _text(self, end: bool) -> list[Piece]:
         style = self._style
-        said, found, keep = self._buffer, "", 0
+        text, trigger, keep = self._buffer, "", 0
         if style is not None and style.trigger:
-            said, found, rest = self._buffer.partition(style.trigger)
-            keep = 0 if end or found else overlap(said, style.trigger)
-        elif style is not None and self._blank and said.lstrip().startswith("{"):
+            text, trigger, rest = self._buffer.partition(style.trigger)
+            keep = 0 if end or trigger else overlap(text, style.trigger)
+        elif style is not None and self._blank and text.lstrip().startswith("{"):
             self._state = self._head
             return []
-        said, kept = said[: len(said) - keep], said[len(said) - keep :]
-        if style is not None and self._blank and not said.strip():
-            # White space before a call, or between two, is nobody's; before text it belongs to it.
-            if not found and not end:
+        text, kept = text[: len(text) - keep], text[len(text) - keep :]
+        if style is not None and self._blank and not text.strip():
+            # White space before a call, or between two, is dropped; before text it is part of it.
+            if not trigger and not end:
                 return []
-            self._held = said if found and not self._calls else ""
-            said = "" if found or self._calls else said
-        self._buffer = rest if found else kept
-        if found:
+            self._held = text if trigger and not self._calls else ""
+            text = "" if trigger or self._calls else text
+        self._buffer = rest if trigger else kept
+        if trigger:
             self._state = self._head
-        if not said:
+        if not text:
             return []
         self._blank = False
-        return [Text(said)]
+        return [Text(text)]
 
     def _head(self, end: bool) -> list[Piece]:
         trigger = self._style.trigger if self._style else ""
         opening = self._style.opening.removeprefix(trigger) if self._style else ""
         rest = self._buffer.lstrip().removeprefix(opening)
-        head = _HEAD.match(rest[:_LONGEST_HEAD])
-        # Decoded once it is complete: at every token that would take as long as all before it.
+        head = _HEAD.match(rest[:_MAX_HEAD_CHARACTERS])
+        # Decoded once it is complete: decoding at every token would take quadratic time.
         whole = _object(rest) if head is None and self._has_ended(rest) else None
         if head is not None and (name := _string(head[1])) in self._names:
             self._buffer = rest[head.end() :]
@@ -175,18 +179,18 @@ class Reader:
             name, arguments, size = whole
             self._buffer, self._state = rest[size:], self._tail
             self._forget_value()
-            return [self._call(name), *self._argued(arguments, end=True)]
+            return [self._call(name), *self._arguments_of_call(arguments, end=True)]
         if head or whole or end or not (rest == "" or rest.startswith(("{", "["))):
-            # It is no call after all.
-            said, self._buffer, self._held = self._held + trigger + self._buffer, "", ""
+            # It is not a call.
+            text, self._buffer, self._held = self._held + trigger + self._buffer, "", ""
             self._blank, self._state = False, self._text
             self._forget_value()
-            return [Text(said)]
+            return [Text(text)]
         return []
 
     def _has_ended(self, value: str) -> bool:
-        """Whether the JSON object or list that `value` begins with ends in what has come since the
-        last call."""
+        """Whether the JSON object or list at the beginning of `value` ends in what was added since
+        the last call of this method."""
         if self._ended or not value.startswith(("{", "[")):
             return False
         self._ended = self._value_ends(value[self._looked_at :]) is not None
@@ -201,22 +205,22 @@ class Reader:
         size = self._value_ends(self._buffer)
         if size is not None:
             self._state = self._closing_brace
-        said, self._buffer = self._buffer[:size], self._buffer[size or len(self._buffer) :]
-        return self._argued(said, end=end or size is not None)
+        text, self._buffer = self._buffer[:size], self._buffer[size or len(self._buffer) :]
+        return self._arguments_of_call(text, end=end or size is not None)
 
-    def _argued(self, said: str, *, end: bool) -> list[Piece]:
-        """More arguments of the last call; with `end` there are no more."""
+    def _arguments_of_call(self, text: str, *, end: bool) -> list[Piece]:
+        """More arguments of the last call; with `end` they are complete."""
         if self._custom is None:
-            return [Arguments(self._calls - 1, said)] if said else []
-        self._custom += said
+            return [Arguments(self._calls - 1, text)] if text else []
+        self._custom += text
         if not end:
             return []
-        text, self._custom = as_input(self._custom), None
+        text, self._custom = custom_input(self._custom), None
         return [Arguments(self._calls - 1, text, custom=True)] if text else []
 
     def _value_ends(self, text: str) -> int | None:
-        """Where in `text` the JSON value ends that it goes on with, if it does."""
-        for at, character in enumerate(text):
+        """The position in `text` where the current JSON value ends; None if it does not."""
+        for position, character in enumerate(text):
             if self._escaped:
                 self._escaped = False
             elif self._in_string:
@@ -229,7 +233,7 @@ class Reader:
             elif character in "}]":
                 self._depth -= 1
                 if self._depth == 0:
-                    return at + 1
+                    return position + 1
         return None
 
     def _closing_brace(self, end: bool) -> list[Piece]:
@@ -241,12 +245,12 @@ class Reader:
         return []
 
     def _tail(self, end: bool) -> list[Piece]:
-        """After a call: its end mark, the next of a list, or the end of the list."""
+        """After a call: its end marker, the next call of a list, or the end of the list."""
         rest = self._buffer.lstrip()
         after = self._style.after.strip() if self._style else ""
         if after:
             if after.startswith(rest) and rest != after:
-                # At the end it is a mark that was cut off, which is nobody's text.
+                # At the end of the answer it is a truncated marker, which is not text.
                 self._buffer = "" if end else self._buffer
                 return []
             self._buffer = rest.removeprefix(after)
@@ -261,14 +265,14 @@ class Reader:
     def _call(self, name: str) -> ParsedCall:
         self._calls += 1
         self._held = ""
-        self._blank = bool(self._style and self._style.trigger)  # without one there is one call
-        custom = name in self._customs
+        self._blank = bool(self._style and self._style.trigger)  # without a trigger: one call
+        custom = name in self._custom_tools
         self._custom = "" if custom else None
         return ParsedCall(self._calls - 1, f"call_{secrets.token_hex(12)}", name, custom)
 
 
 def _string(text: str) -> str:
-    """The string that is written so in JSON; without one an empty one, which names no function."""
+    """A JSON string decoded; "" if it is invalid."""
     try:
         return str(json.loads(text))
     except ValueError:
@@ -276,14 +280,15 @@ def _string(text: str) -> str:
 
 
 def _object(text: str) -> tuple[str, str, int] | None:
-    """The name in the JSON object that `text` begins with, its arguments as text, and its length;
-    None if it is not complete."""
+    """The name in the JSON object at the beginning of `text`, its arguments as JSON and its length;
+    None if there is none."""
     try:
         value, end = json.JSONDecoder().raw_decode(text)
         if not isinstance(value, dict):
             return None
-        given = value.get("arguments", value.get("parameters", {}))
-        arguments = given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)
+        arguments = value.get("arguments", value.get("parameters", {}))
+        if not isinstance(arguments, str):
+            arguments = json.dumps(arguments, ensure_ascii=False)
     except (ValueError, RecursionError):
         return None
     name = value.get("name")

@@ -6,22 +6,22 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pinaivu_box.openai.reader import Arguments, ParsedCall, Piece, Text, Thought
-from pinaivu_box.openai.tools import Called
+from pinaivu_box.openai.tools import ClientTool
 
 Event = dict[str, Any]
 _NO_LOGPROBS: dict[str, Any] = {"logprobs": []}
 
 
 class ResponseItems:
-    """`items` is the output so far; what is added gives the events that tell of it.
+    """`items` is the output so far; adding to it returns the events of the stream.
 
-    `suffix` makes the ids of the items unique to their response.  `called` says how the client
-    knows the functions of the model's calls.
+    `suffix` makes the ids of the items unique to their response.  `tools` are the
+    client's tools by the names that the model calls.
     """
 
-    def __init__(self, suffix: str, called: Mapping[str, Called]) -> None:
+    def __init__(self, suffix: str, tools: Mapping[str, ClientTool]) -> None:
         self.items: list[dict[str, Any]] = []
-        self._called = called
+        self._tools = tools
         self._suffix = suffix
         self._open: str = ""  # type of the last item, if it may still grow
 
@@ -46,14 +46,14 @@ class ResponseItems:
         return events
 
     def settled(self, status: str) -> list[dict[str, Any]]:
-        """The items as they are once the last has been closed."""
+        """The items as they will be once the last is closed."""
         items = [dict(item) for item in self.items]
         if self._open:
             items[-1]["status"] = status
         return items
 
     def close(self, status: str = "completed") -> list[Event]:
-        """The last item is complete."""
+        """Complete the last item."""
         if not self._open:
             return []
         kind, self._open = self._open, ""
@@ -73,10 +73,10 @@ class ResponseItems:
             more = _NO_LOGPROBS if part["type"] == "output_text" else {}
             events.append(self._event(done, content_index=0, text=part["text"], **more))
             events.append(self._event("response.content_part.done", content_index=0, part=part))
-        where = len(self.items) - 1
+        index = len(self.items) - 1
         return [
             *events,
-            {"type": "response.output_item.done", "output_index": where, "item": dict(item)},
+            {"type": "response.output_item.done", "output_index": index, "item": dict(item)},
         ]
 
     def _grow(self, kind: str, part_type: str, text: str) -> list[Event]:
@@ -97,26 +97,26 @@ class ResponseItems:
             item = {"summary": [], "content": []}
         added = self._append(kind, "msg" if kind == "message" else "rs", item)
         self.items[-1]["content"] = [part]
-        begun = self._event("response.content_part.added", content_index=0, part=dict(part))
-        return [added, begun]
+        start = self._event("response.content_part.added", content_index=0, part=dict(part))
+        return [added, start]
 
     def _begin_call(self, call_id: str, name: str) -> Event:
-        called = self._called.get(name, Called(name))
-        item = {"call_id": call_id, "name": called.name}
-        if called.namespace:
-            item["namespace"] = called.namespace
-        if called.custom:
+        tool = self._tools.get(name, ClientTool(name))
+        item = {"call_id": call_id, "name": tool.name}
+        if tool.namespace:
+            item["namespace"] = tool.namespace
+        if tool.custom:
             return self._append("custom_tool_call", "ctc", {**item, "input": ""})
         return self._append("function_call", "fc", {**item, "arguments": ""})
 
     def _append(self, kind: str, prefix: str, item: dict[str, Any]) -> Event:
-        where = len(self.items)
-        made = {"id": f"{prefix}_{self._suffix}_{where}", "type": kind, **item}
+        index = len(self.items)
+        head = {"id": f"{prefix}_{self._suffix}_{index}", "type": kind}
         self._open = kind
-        self.items.append(made | {"status": "in_progress"})
-        told = dict(self.items[-1])
-        return {"type": "response.output_item.added", "output_index": where, "item": told}
+        self.items.append({**head, **item, "status": "in_progress"})
+        snapshot = dict(self.items[-1])
+        return {"type": "response.output_item.added", "output_index": index, "item": snapshot}
 
     def _event(self, kind: str, **more: Any) -> Event:
-        where = len(self.items) - 1
-        return {"type": kind, "item_id": self.items[-1]["id"], "output_index": where, **more}
+        index = len(self.items) - 1
+        return {"type": kind, "item_id": self.items[-1]["id"], "output_index": index, **more}

@@ -1,4 +1,4 @@
-"""Wire types of `/v1/responses`: the request, and its items as messages of a chat."""
+"""Wire types of `/v1/responses`, and its items as messages of a chat."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from msgspec import Meta, Struct
 
 from pinaivu_box.errors import InvalidBody, quoted
 from pinaivu_box.openai import parameters
-from pinaivu_box.openai.fields import Passed, sift
+from pinaivu_box.openai.fields import IgnoredFields, drop_unknown
 from pinaivu_box.openai.request import from_validation
 from pinaivu_box.openai.tools import (
-    Called,
+    ClientTool,
     ResponseCustom,
     ResponseFunction,
     ResponseTool,
-    all_names_of,
-    as_arguments,
-    named,
-    names_of,
+    all_model_names,
+    custom_arguments,
+    model_name,
+    model_names,
 )
 from pinaivu_box.openai.types import (
-    MOST_TOOLS,
+    MAX_TOOLS,
     AllowedSet,
     AllowedTools,
     Effort,
@@ -46,7 +46,7 @@ from pinaivu_box.openai.types import (
 )
 
 _Id = Annotated[str, Meta(min_length=1, max_length=256)]
-_MOST_ITEMS = 16384  # of one request, as many as messages that go to a peer
+_MAX_ITEMS = 16384  # of one request: as many as the messages that a peer accepts
 
 
 class ChosenFunction(
@@ -63,7 +63,7 @@ class ChosenSet(
     Struct, frozen=True, forbid_unknown_fields=True, tag="allowed_tools", tag_field="type"
 ):
     mode: Literal["auto", "required"]
-    tools: Annotated[list[ResponseFunction | ResponseCustom], Meta(max_length=MOST_TOOLS)]
+    tools: Annotated[list[ResponseFunction | ResponseCustom], Meta(max_length=MAX_TOOLS)]
 
 
 ResponseChoice = (
@@ -99,13 +99,13 @@ class ResponseRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     """Body of `POST /v1/responses`.  The items of `input` are checked when they are read."""
 
     model: Text
-    input: str | Annotated[list[dict[str, Any]], Meta(max_length=_MOST_ITEMS)]
+    input: str | Annotated[list[dict[str, Any]], Meta(max_length=_MAX_ITEMS)]
     instructions: str | None = None
     max_output_tokens: TokenCount | None = None
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
     top_p: Probability | None = None
     top_logprobs: Literal[0] | None = None
-    tools: Annotated[list[ResponseTool], Meta(max_length=MOST_TOOLS)] | None = None
+    tools: Annotated[list[ResponseTool], Meta(max_length=MAX_TOOLS)] | None = None
     tool_choice: ResponseChoice = None
     parallel_tool_calls: bool | None = None
     previous_response_id: str | None = None
@@ -128,16 +128,16 @@ class ResponseRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     keep_alive: KeepAlive | None = None
 
     @staticmethod
-    def prepare(raw: dict[str, Any], passed: Passed) -> None:
+    def prepare(raw: dict[str, Any], ignored: IgnoredFields) -> None:
         _take_tools(raw)
-        parameters.response(raw, passed)
+        parameters.response(raw, ignored)
         if isinstance(raw.get("input"), list):
-            raw["input"] = _sifted(raw["input"], passed)
+            raw["input"] = _known_items(raw["input"], ignored)
 
 
 class InputDetails(Struct, frozen=True):
     cached_tokens: int
-    cache_write_tokens: int = 0  # as they are not paid apart here
+    cache_write_tokens: int = 0  # they have no price of their own here
 
 
 class OutputDetails(Struct, frozen=True):
@@ -185,8 +185,8 @@ class ResponseObject(Struct, frozen=True, kw_only=True):
 
 
 class Retrieve(Struct, frozen=True):
-    """Query of `GET /v1/responses/{response_id}`.  With `stream` the events of a response that runs
-    in the background come, or has, but for those up to number `starting_after`."""
+    """Query of `GET /v1/responses/{response_id}`.  `stream` asks for the events of a response that
+    was created with background, after number `starting_after`."""
 
     stream: bool = False
     starting_after: Annotated[int, Meta(ge=-1)] = -1
@@ -215,7 +215,7 @@ class _ContentPart(Struct, frozen=True):
     type: Literal["input_text", "output_text", "text", "refusal", "reasoning_text", "summary_text"]
     text: str = ""
     refusal: str = ""
-    annotations: Any = None  # of answers that come back
+    annotations: Any = None  # present in answers that are sent back
     logprobs: Any = None
 
 
@@ -257,9 +257,9 @@ class _ReasoningItem(_Item, frozen=True):
     summary: Any = None
 
 
-_LONGEST_ID = 64  # that a client gives
-_LONGEST_ECHO = 65536  # bytes of JSON: tools, or the format of the text
-_MOST_THOUGHTS = 1000  # items of them in one response: they are only listed
+_MAX_ID_CHARACTERS = 64  # of an id that a client has chosen
+_MAX_ECHO_BYTES = 65536  # of tools, or of the text format, in a stored response
+_MAX_REASONING_ITEMS = 1000  # stored with one response: they are only listed
 _STATUSES = ("in_progress", "completed", "incomplete")
 _ITEMS: dict[str, type[Struct]] = {
     "message": _MessageItem,
@@ -272,7 +272,7 @@ _ITEMS: dict[str, type[Struct]] = {
 
 
 REFERENCE = "item_reference"
-# Items that other servers make of tools which they run themselves.
+# Items about tools that other servers run themselves.
 _SERVER_ITEMS = (
     "web_search_call", "file_search_call", "computer_call", "computer_call_output",
     "code_interpreter_call", "image_generation_call", "mcp_list_tools", "mcp_call",
@@ -282,70 +282,70 @@ _SERVER_ITEMS = (
 
 
 def _take_tools(raw: dict[str, Any]) -> None:
-    """Tools in items of the input, where Codex has them for some models, are the request's.
+    """Move tools in items of the input, where Codex sends them for some models, to the request's.
 
-    A later one replaces an earlier one of its name.
+    A later one replaces an earlier one with the same name.
     """
-    given, tools = raw.get("input"), raw.get("tools")
-    if not isinstance(given, list) or not isinstance(tools, list | None):
+    items, tools = raw.get("input"), raw.get("tools")
+    if not isinstance(items, list) or not isinstance(tools, list | None):
         return
-    kept: list[Any] = []
-    found: list[Any] = []
-    for item in given:
+    other_items: list[Any] = []
+    additional: list[Any] = []
+    for item in items:
         if not isinstance(item, dict) or item.get("type") != "additional_tools":
-            kept.append(item)
+            other_items.append(item)
             continue
         more = item.get("tools")
-        found += more if isinstance(more, list) else [more]
-    if len(kept) < len(given):
-        later = {_identity(tool): tool for tool in found}
-        before = [tool for tool in tools or () if _identity(tool) not in later]
-        raw["input"], raw["tools"] = kept, [*before, *later.values()]
+        additional += more if isinstance(more, list) else [more]
+    if len(other_items) < len(items):
+        replacing = {_identity(tool): tool for tool in additional}
+        before = [tool for tool in tools or () if _identity(tool) not in replacing]
+        raw["input"], raw["tools"] = other_items, [*before, *replacing.values()]
 
 
 def _identity(tool: Any) -> tuple[Any, ...]:
-    """What no two tools of a request share: a namespace may have the name of a function."""
+    """Equal for tools that replace each other; a namespace may have the name of a function."""
     name = tool.get("name") if isinstance(tool, dict) else None
     return (tool.get("type") == "namespace", name) if isinstance(name, str) else (id(tool),)
 
 
-def _sifted(items: list[Any], passed: Passed) -> list[Any]:
-    """Without what means nothing here; `_read` says what is wrong with the rest."""
-    kept = []
-    for place, item in enumerate(items):
+def _known_items(items: list[Any], ignored: IgnoredFields) -> list[Any]:
+    """Without items and fields that have no meaning here; `_typed` checks the rest."""
+    known = []
+    for number, item in enumerate(items):
         if not isinstance(item, dict):
-            kept.append(item)
+            known.append(item)
             continue
         kind = item.get("type") or ("message" if "role" in item else None)
         if kind in _SERVER_ITEMS:
-            passed.over("input", place, str(kind))
+            ignored.add("input", number, str(kind))
             continue
         if kind == "function_call":
             item["arguments"] = parameters.text_of_arguments(item.get("arguments"))
         elif kind in ("function_call_output", "custom_tool_call_output"):
             item["output"] = parameters.text_of_result(item.get("output"))
         if isinstance(kind, str) and kind in _ITEMS:
-            sift(item, _ITEMS[kind], passed, ("input", place))
-        kept.append(item)
-    return kept
+            drop_unknown(item, _ITEMS[kind], ignored, ("input", number))
+        known.append(item)
+    return known
 
 
-def referred(item: dict[str, Any]) -> str | None:
-    """The id of the item that this one stands for."""
+def referenced_id(item: dict[str, Any]) -> str | None:
+    """The id of the item that this one refers to; None if it is no reference."""
     if item.get("type") == REFERENCE or set(item) == {"id"} or set(item) == {"id", "type"}:
-        found = item.get("id") if item.get("type") in (REFERENCE, None) else None
-        return found if isinstance(found, str) else None
+        item_id = item.get("id") if item.get("type") in (REFERENCE, None) else None
+        return item_id if isinstance(item_id, str) else None
     return None
 
 
-def as_items(given: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
+def as_items(items: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
     """`input` as a list of items."""
-    if isinstance(given, str):
-        part = {"type": "input_text", "text": given}
+    if isinstance(items, str):
+        part = {"type": "input_text", "text": items}
         return [{"type": "message", "role": "user", "content": [part]}]
     return [
         {**item, "type": item.get("type") or "message"} if "role" in item else item
-        for item in given
+        for item in items
     ]
 
 
@@ -353,38 +353,39 @@ def as_messages(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Items as the messages of a chat.  Raises InvalidBody."""
     messages: list[dict[str, Any]] = []
     for number, item in enumerate(items):
-        _append(messages, _read(item, number))
+        _append(messages, _typed(item, number))
     return messages
 
 
 def as_stored(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Items with what a later request needs of them, and what names them; all else that a client
-    has sent was ignored, and is not kept.  Raises InvalidBody."""
-    made, thoughts = [], 0
+    """Items with their names and what a later request needs of them; other fields had no effect and
+    are not stored.  Raises InvalidBody."""
+    stored, reasoning_items = [], 0
     for number, item in enumerate(items):
-        read = _read(item, number)
-        thoughts += isinstance(read, _ReasoningItem)
-        if thoughts <= _MOST_THOUGHTS or not isinstance(read, _ReasoningItem):
-            made.append({**_named(item), **_kept(read)})
-    return made
+        typed = _typed(item, number)
+        reasoning_items += isinstance(typed, _ReasoningItem)
+        if reasoning_items <= _MAX_REASONING_ITEMS or not isinstance(typed, _ReasoningItem):
+            stored.append({**_head(item), **_content(typed)})
+    return stored
 
 
 def stored_form(response: ResponseObject) -> ResponseObject:
-    """As it is stored: without tools and schemas that are long, which no later request needs."""
+    """As it is stored: without long tools and schemas, which no later request needs."""
     text = response.text
-    if len(msgspec.json.encode(text)) > _LONGEST_ECHO:
+    if len(msgspec.json.encode(text)) > _MAX_ECHO_BYTES:
         text = {**text, "format": {**text["format"], "schema": {}, "description": None}}
-    tools = response.tools if len(msgspec.json.encode(response.tools)) <= _LONGEST_ECHO else []
+    tools = response.tools if len(msgspec.json.encode(response.tools)) <= _MAX_ECHO_BYTES else []
     return msgspec.structs.replace(response, text=text, tools=tools)
 
 
-def _read(item: dict[str, Any], number: int) -> Struct:
-    called = item.get("type")
-    kind = _ITEMS.get(called) if isinstance(called, str) else None
+def _typed(item: dict[str, Any], number: int) -> Struct:
+    """Raises InvalidBody."""
+    item_type = item.get("type")
+    kind = _ITEMS.get(item_type) if isinstance(item_type, str) else None
     if kind is None:
-        shown = quoted(called) if isinstance(called, str) else None
+        name = quoted(item_type) if isinstance(item_type, str) else None
         raise InvalidBody(
-            f"items of type '{shown}' are not served; {', '.join(_ITEMS)} are",
+            f"items of type '{name}' are not supported; use {', '.join(_ITEMS)}",
             loc=("body", "input", number, "type"),
         )
     try:
@@ -393,46 +394,46 @@ def _read(item: dict[str, Any], number: int) -> Struct:
         raise from_validation(error) from error
 
 
-def _named(item: dict[str, Any]) -> dict[str, Any]:
-    """Its type, and its id and status if they are any."""
-    made = {"type": item["type"]}
-    if isinstance(item.get("id"), str) and len(item["id"]) <= _LONGEST_ID:
-        made["id"] = item["id"]
+def _head(item: dict[str, Any]) -> dict[str, Any]:
+    """Its type, and its id and status if they are valid."""
+    head = {"type": item["type"]}
+    if isinstance(item.get("id"), str) and len(item["id"]) <= _MAX_ID_CHARACTERS:
+        head["id"] = item["id"]
     if item.get("status") in _STATUSES:
-        made["status"] = item["status"]
-    return made
+        head["status"] = item["status"]
+    return head
 
 
-def _kept(item: Struct) -> dict[str, Any]:
+def _content(item: Struct) -> dict[str, Any]:
     match item:
         case _MessageItem(role, content):
             if isinstance(content, str):
                 content = [
                     _ContentPart("output_text" if role == "assistant" else "input_text", content)
                 ]
-            return {"role": role, "content": _kept_content(content)}
+            return {"role": role, "content": _stored_parts(content)}
         case _OutputItem(call_id, output):
-            return {"call_id": call_id, "output": _kept_content(output)}
+            return {"call_id": call_id, "output": _stored_parts(output)}
         case _CallItem(call_id, name, arguments, namespace):
             more = {"namespace": namespace} if namespace else {}
             return {"call_id": call_id, "name": name, "arguments": arguments, **more}
-        case _CustomCallItem(call_id, name, given, namespace):
+        case _CustomCallItem(call_id, name, text, namespace):
             more = {"namespace": namespace} if namespace else {}
-            return {"call_id": call_id, "name": name, "input": given, **more}
-    return {"summary": []}  # thoughts are never read again
+            return {"call_id": call_id, "name": name, "input": text, **more}
+    return {"summary": []}  # reasoning is never read again
 
 
-def _kept_content(content: _Content) -> str | list[dict[str, Any]]:
+def _stored_parts(content: _Content) -> str | list[dict[str, Any]]:
     if isinstance(content, str):
         return content
-    made: list[dict[str, Any]] = []
+    parts: list[dict[str, Any]] = []
     for part in content:
         if not (part.text or part.refusal):
             continue
         name = "refusal" if part.type == "refusal" else "text"
         more: dict[str, Any] = {"annotations": []} if part.type == "output_text" else {}
-        made.append({"type": part.type, name: part.text or part.refusal, **more})
-    return made
+        parts.append({"type": part.type, name: part.text or part.refusal, **more})
+    return parts
 
 
 def _append(messages: list[dict[str, Any]], item: Struct) -> None:
@@ -442,13 +443,13 @@ def _append(messages: list[dict[str, Any]], item: Struct) -> None:
         case _OutputItem(call_id, output):
             messages.append({"role": "tool", "tool_call_id": call_id, "content": _text(output)})
         case _CallItem(call_id, name, arguments, namespace):
-            _append_call(messages, call_id, named(name, namespace), arguments)
-        case _CustomCallItem(call_id, name, given, namespace):
-            _append_call(messages, call_id, named(name, namespace), as_arguments(given))
+            _append_call(messages, call_id, model_name(name, namespace), arguments)
+        case _CustomCallItem(call_id, name, text, namespace):
+            _append_call(messages, call_id, model_name(name, namespace), custom_arguments(text))
 
 
 def _append_call(messages: list[dict[str, Any]], call_id: str, name: str, arguments: str) -> None:
-    """Calls of one turn are one message, also after what was said before them."""
+    """Calls of one turn join one message, also with the text before them."""
     function = {"name": name, "arguments": arguments}
     call = {"id": call_id, "type": "function", "function": function}
     if not messages or messages[-1]["role"] != "assistant":
@@ -462,12 +463,12 @@ def _text(content: _Content) -> str:
     return "".join(part.text or part.refusal for part in content)
 
 
-def chat_choice(choice: ResponseChoice, known: Mapping[str, Called]) -> ToolChoice | None:
-    """The same choice of a chat's tools."""
+def chat_choice(choice: ResponseChoice, tools: Mapping[str, ClientTool]) -> ToolChoice | None:
+    """The same choice among the tools of a chat."""
     match choice:
         case ChosenFunction(name) | ChosenCustom(name):
-            return NamedTool(ToolName(names_of(name, known)[0]))
-        case ChosenSet(mode, tools):
-            names = all_names_of({one.name for one in tools}, known)
+            return NamedTool(ToolName(model_names(name, tools)[0]))
+        case ChosenSet(mode, chosen):
+            names = all_model_names({tool.name for tool in chosen}, tools)
             return AllowedTools(AllowedSet(mode, [Tool(Function(name)) for name in names]))
     return choice

@@ -1,5 +1,5 @@
-"""Tools as functions for a model: also custom ones, which are called with text, and those in the
-namespaces of a response."""
+"""Tools as functions that a model can call: those of a chat, custom tools, which take text, and
+tools in namespaces of the Responses API."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from pinaivu_box.openai.types import (
 )
 from pinaivu_box.text import encodable
 
-_INPUT = "input"  # the one argument of a custom tool
-_ESCAPE = len("\\u0000")  # the longest end of a text that may have to go, if it was cut off
+_INPUT = "input"  # the only argument of a custom tool
+_MAX_ESCAPE_CHARACTERS = len("\\u0000")  # the longest end of a truncated text that is dropped
 
 
 class ResponseFunction(
@@ -60,16 +60,16 @@ class Namespace(Struct, frozen=True, forbid_unknown_fields=True, tag="namespace"
 ResponseTool = ResponseFunction | ResponseCustom | Namespace
 
 
-class Called(Struct, frozen=True):
-    """How the client knows a function of the model's."""
+class ClientTool(Struct, frozen=True):
+    """A tool as its client names it."""
 
     name: str
     namespace: str | None = None
     custom: bool = False
 
 
-def named(name: str, namespace: str | None = None) -> str:
-    """As the model knows a tool."""
+def model_name(name: str, namespace: str | None = None) -> str:
+    """The name by which the model calls a tool."""
     if not namespace:
         return name
     return f"{namespace}{name}" if namespace.endswith("_") else f"{namespace}__{name}"
@@ -79,23 +79,23 @@ def named(name: str, namespace: str | None = None) -> str:
 
 
 def functions(tools: Iterable[Tool | CustomTool]) -> list[Function]:
-    """What the model is told."""
+    """The functions that the model sees."""
     return [tool.function if isinstance(tool, Tool) else _of_custom(tool) for tool in tools]
 
 
-def customs(tools: Iterable[Tool | CustomTool]) -> set[str]:
-    """The names of those that are called with text."""
+def custom_names(tools: Iterable[Tool | CustomTool]) -> set[str]:
+    """The names of the custom tools."""
     return {tool.custom.name for tool in tools if isinstance(tool, CustomTool)}
 
 
-def wanted(choice: ToolChoice | None) -> tuple[str, Set[str] | None]:
-    """ "none", "auto", "required" or the name of the one tool that is to be called; and which tools
-    may be called, None for all."""
+def chosen_tools(choice: ToolChoice | None) -> tuple[str, Set[str] | None]:
+    """The choice ("none", "auto", "required" or the name of the one tool to call), and the names of
+    the tools that may be called; None for all."""
     match choice:
         case NamedTool(function=tool) | NamedCustom(custom=tool):
             return tool.name, {tool.name}
         case AllowedTools(allowed):
-            return allowed.mode, {one.name for one in functions(allowed.tools)}
+            return allowed.mode, {function.name for function in functions(allowed.tools)}
     return choice or "auto", None
 
 
@@ -103,53 +103,58 @@ def wanted(choice: ToolChoice | None) -> tuple[str, Set[str] | None]:
 
 
 def chat_tools(tools: Iterable[ResponseTool]) -> list[Tool | CustomTool]:
-    """The same tools of a chat."""
+    """The same tools as a chat has them."""
     return [_chat_tool(tool, namespace) for tool, namespace in _each(tools)]
 
 
-def called(tools: Iterable[ResponseTool]) -> dict[str, Called]:
-    """Of each name that the model may call, what the client is told."""
+def client_tools(tools: Iterable[ResponseTool]) -> dict[str, ClientTool]:
+    """The tools by the names that the model calls."""
     return {
-        named(tool.name, namespace): Called(tool.name, namespace, isinstance(tool, ResponseCustom))
+        model_name(tool.name, namespace): ClientTool(
+            tool.name, namespace, isinstance(tool, ResponseCustom)
+        )
         for tool, namespace in _each(tools)
     }
 
 
-def names_of(name: str, known: Mapping[str, Called]) -> list[str]:
-    """The model's names of the tools that the client calls so.  What the model calls so is meant
-    before those in namespaces whose own name it is."""
-    if name in known:
+def model_names(name: str, tools: Mapping[str, ClientTool]) -> list[str]:
+    """The model's names of the tools that the client calls `name`.  A tool with exactly that name
+    comes before tools of that name in namespaces."""
+    if name in tools:
         return [name]
-    return [one for one, its in known.items() if its.name == name] or [name]
+    return [full_name for full_name, tool in tools.items() if tool.name == name] or [name]
 
 
-def all_names_of(names: Set[str], known: Mapping[str, Called]) -> list[str]:
-    """The same of several names; each of `known` is looked at once."""
-    found = {
-        one: its.name
-        for one, its in known.items()
-        if one in names or (its.name in names and its.name not in known)
+def all_model_names(names: Set[str], tools: Mapping[str, ClientTool]) -> list[str]:
+    """The same for several names, in one pass over `tools`."""
+    matches = {
+        full_name: tool.name
+        for full_name, tool in tools.items()
+        if full_name in names or (tool.name in names and tool.name not in tools)
     }
-    return [*found, *(names - found.keys() - set(found.values()))]
+    return [*matches, *(names - matches.keys() - set(matches.values()))]
 
 
 # -- calls of custom tools -------------------------------------------------------------------------
 
 
-def as_arguments(text: str) -> str:
+def custom_arguments(text: str) -> str:
     """The arguments of a call to a custom tool."""
     return json.dumps({_INPUT: text}, ensure_ascii=False)
 
 
-def as_input(arguments: str) -> str:
-    """The text that a custom tool is called with; `arguments` may have been cut off."""
-    whole = [arguments, *(arguments[: len(arguments) - cut] + '"}' for cut in range(_ESCAPE))]
-    for one in whole:
+def custom_input(arguments: str) -> str:
+    """The text in the arguments of a call to a custom tool; `arguments` may be truncated."""
+    candidates = [
+        arguments,
+        *(arguments[: len(arguments) - cut] + '"}' for cut in range(_MAX_ESCAPE_CHARACTERS)),
+    ]
+    for candidate in candidates:
         try:
-            given = json.loads(one)
+            value = json.loads(candidate)
         except (ValueError, RecursionError):
             continue
-        text = given.get(_INPUT) if isinstance(given, dict) else None
+        text = value.get(_INPUT) if isinstance(value, dict) else None
         return encodable(text) if isinstance(text, str) else arguments
     return arguments
 
@@ -159,28 +164,29 @@ def _each(
 ) -> Iterable[tuple[ResponseFunction | ResponseCustom, str | None]]:
     for tool in tools:
         if isinstance(tool, Namespace):
-            yield from ((one, tool.name) for one in tool.tools)
+            yield from ((inner, tool.name) for inner in tool.tools)
         else:
             yield tool, None
 
 
 def _chat_tool(tool: ResponseFunction | ResponseCustom, namespace: str | None) -> Tool | CustomTool:
-    name = named(tool.name, namespace)
+    name = model_name(tool.name, namespace)
     if isinstance(tool, ResponseFunction):
         return Tool(Function(name, tool.description, tool.parameters, tool.strict))
-    flat = tool.format
-    form = RuleFormat(flat) if isinstance(flat, FlatRule) else flat
-    return CustomTool(CustomDefinition(name, tool.description, form))
+    rule = tool.format
+    tool_format = RuleFormat(rule) if isinstance(rule, FlatRule) else rule
+    return CustomTool(CustomDefinition(name, tool.description, tool_format))
 
 
 def _of_custom(tool: CustomTool) -> Function:
-    """What a regular expression says is held to, what a grammar says is told: its text stands in a
-    JSON string, where a context-free grammar would have to know of escapes."""
-    its, text = tool.custom, {"type": "string"}
-    told = [its.description or ""]
-    if isinstance(its.format, RuleFormat):
-        rule = its.format.grammar
-        told += [f"The {_INPUT} keeps to this grammar ({rule.syntax}):", rule.definition]
+    """A regular expression is enforced.  A grammar is only described: the text stands in a JSON
+    string, so a context-free grammar would have to know of escapes."""
+    custom, text = tool.custom, {"type": "string"}
+    description = [custom.description or ""]
+    if isinstance(custom.format, RuleFormat):
+        rule = custom.format.grammar
+        # The model reads this sentence: changing it changes the prompt, and so the answers.
+        description += [f"The {_INPUT} keeps to this grammar ({rule.syntax}):", rule.definition]
         if rule.syntax == "regex":
             text["pattern"] = f"^(?:{rule.definition})$"
     parameters = {
@@ -189,4 +195,4 @@ def _of_custom(tool: CustomTool) -> Function:
         "required": [_INPUT],
         "additionalProperties": False,
     }
-    return Function(its.name, "\n".join(one for one in told if one), parameters)
+    return Function(custom.name, "\n".join(filter(None, description)), parameters)

@@ -1,4 +1,4 @@
-"""Wire types of the OpenAI API as this box serves it (requests are checked by msgspec)."""
+"""Wire types of chat completions, and those that other endpoints share."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Annotated, Any, Literal
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from pinaivu_box.openai import parameters
-from pinaivu_box.openai.fields import Passed
+from pinaivu_box.openai.fields import IgnoredFields
 from pinaivu_box.text import TOKEN_ID, whole
 
 Text = Annotated[str, Meta(min_length=1)]
-Identifier = Annotated[str, Meta(max_length=512)]  # of a user, a cache: kept, or said again
+Identifier = Annotated[str, Meta(max_length=512)]  # of a user or a cache; stored or echoed
 
 
 class TextPart(Struct, frozen=True, tag="text", tag_field="type"):
@@ -19,12 +19,12 @@ class TextPart(Struct, frozen=True, tag="text", tag_field="type"):
 
 
 class RefusalPart(Struct, frozen=True, tag="refusal", tag_field="type"):
-    """Of an assistant's message."""
+    """Part of a message of the assistant."""
 
     refusal: str
 
 
-# A field is one plain union, so that msgspec's error carries the path of what is wrong in it.
+# A plain union, so that msgspec's errors carry the path to what is invalid in it.
 Content = str | list[TextPart]
 
 
@@ -45,7 +45,7 @@ class UserMessage(_Message, frozen=True, tag="user"):
 
 
 class CalledFunction(Struct, frozen=True, forbid_unknown_fields=True):
-    """`arguments` is JSON text, but may be whatever a model has written in its place."""
+    """`arguments` is the text of a model, which may be invalid JSON."""
 
     name: str
     arguments: str
@@ -71,7 +71,7 @@ class CustomToolCall(
 
 
 class AssistantMessage(_Message, frozen=True, tag="assistant", kw_only=True):
-    """Fields that are null in our answers may come back in the history."""
+    """Clients send answers back with all their fields, also those that are null."""
 
     content: str | list[TextPart | RefusalPart] | None = None
     tool_calls: list[ToolCall | CustomToolCall] | None = None
@@ -92,7 +92,7 @@ Message = SystemMessage | DeveloperMessage | UserMessage | AssistantMessage | To
 
 class StreamOptions(Struct, frozen=True, forbid_unknown_fields=True):
     include_usage: bool = False
-    include_obfuscation: Literal[False] | None = None  # padding against eavesdroppers: none here
+    include_obfuscation: Literal[False] | None = None  # padding, which this box does not add
 
 
 FunctionName = Annotated[str, Meta(pattern=whole("[a-zA-Z0-9_.:-]{1,128}"))]
@@ -100,7 +100,7 @@ Schema = dict[str, Any]
 
 
 class Function(Struct, frozen=True, forbid_unknown_fields=True):
-    """`parameters` is a JSON schema; with `strict` the whole of it is kept to."""
+    """`parameters` is a JSON schema; with `strict` all of it is enforced."""
 
     name: FunctionName
     description: str | None = None
@@ -117,7 +117,7 @@ class TextFormat(Struct, frozen=True, forbid_unknown_fields=True, tag="text", ta
 
 
 class Rule(Struct, frozen=True, forbid_unknown_fields=True):
-    """A grammar of the text that a custom tool is called with."""
+    """A grammar of the text that a custom tool takes."""
 
     syntax: Literal["lark", "regex"]
     definition: Text
@@ -134,7 +134,7 @@ class CustomDefinition(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class CustomTool(Struct, frozen=True, forbid_unknown_fields=True, tag="custom", tag_field="type"):
-    """It is called with text, not with arguments."""
+    """A tool that takes text, not arguments."""
 
     custom: CustomDefinition
 
@@ -153,13 +153,13 @@ class NamedCustom(Struct, frozen=True, forbid_unknown_fields=True, tag="custom",
 
 class AllowedSet(Struct, frozen=True, forbid_unknown_fields=True):
     mode: Literal["auto", "required"]
-    tools: Annotated[list[Tool | CustomTool], Meta(max_length=MOST_TOOLS)]
+    tools: Annotated[list[Tool | CustomTool], Meta(max_length=MAX_TOOLS)]
 
 
 class AllowedTools(
     Struct, frozen=True, forbid_unknown_fields=True, tag="allowed_tools", tag_field="type"
 ):
-    """The model is told of all tools, and may call these."""
+    """The model sees all tools and may call only these."""
 
     allowed_tools: AllowedSet
 
@@ -190,9 +190,9 @@ class Prediction(Struct, frozen=True, forbid_unknown_fields=True, tag="content",
     content: Content
 
 
-# Each token's text is compared with them.
+# The text of each token is compared with them, so their size is limited.
 StopString = Annotated[str, Meta(min_length=1, max_length=1024)]
-# RFC 8785, in which proofs are written, carries integers below 2^53 only.
+# Proofs are written as RFC 8785, which carries only integers below 2^53.
 TokenCount = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
 TokenId = Annotated[str, Meta(pattern=TOKEN_ID)]
@@ -201,7 +201,7 @@ Seed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 
 
 class Extension(Struct, frozen=True, forbid_unknown_fields=True):
-    """`pinaivu` in a request: what OpenAI's API has no word for.
+    """`pinaivu` in a request: what OpenAI's API has no field for.
 
     `priority` orders the requests of one key among themselves: higher goes first.  A request that
     cannot start within `timeout` seconds is refused.
@@ -211,12 +211,12 @@ class Extension(Struct, frozen=True, forbid_unknown_fields=True):
     timeout: Annotated[float, Meta(gt=0, le=86400)] | None = None
 
 
-# How long the model stays loaded after the request: seconds, or "5m"; below 0 as long as it may.
+# How long the model stays loaded after the request: seconds, or "5m"; negative for no limit.
 KeepAlive = float | Annotated[str, Meta(max_length=40)]
 
 
 class ContextShift(Struct, frozen=True):
-    """In an answer whose beginning was forgotten on the way (`engine.context_shift`)."""
+    """In an answer during which the oldest tokens were dropped (`engine.context_shift`)."""
 
     dropped_tokens: int
 
@@ -224,19 +224,19 @@ class ContextShift(Struct, frozen=True):
 Choices = Annotated[int, Meta(ge=1, le=128)]
 Probability = Annotated[float, Meta(gt=0, le=1)]
 TopK = Annotated[int, Meta(ge=0, le=2**31 - 1)]
-MOST_STOPS = 64
-StopStrings = StopString | Annotated[list[StopString], Meta(max_length=MOST_STOPS)]
-MOST_TOOLS = 1024
+MAX_STOP_STRINGS = 64
+StopStrings = StopString | Annotated[list[StopString], Meta(max_length=MAX_STOP_STRINGS)]
+MAX_TOOLS = 1024
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
 Tier = Literal["auto", "default", "flex", "priority", "scale"]
-# Accepted as OpenAI documents it: sixteen pairs of text.
+# Sixteen pairs of strings, as OpenAI documents it.
 Metadata = Annotated[
     dict[Annotated[str, Meta(max_length=64)], Annotated[str, Meta(max_length=512)]],
     Meta(max_length=16),
 ]
 
 
-# More variables for the model's template; as much of them as a peer takes.
+# Further variables of the model's template; the limits are those of a leg on a peer.
 TemplateVariables = Annotated[
     dict[
         Annotated[str, Meta(max_length=256)],
@@ -247,7 +247,7 @@ TemplateVariables = Annotated[
 
 
 class Sampled(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What a chat and a plain completion have in common."""
+    """The fields that chat and completion requests share."""
 
     model: Text
     n: Choices | None = None
@@ -262,7 +262,7 @@ class Sampled(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     frequency_penalty: Penalty | None = None
     presence_penalty: Penalty | None = None
     logit_bias: Annotated[dict[TokenId, Bias], Meta(max_length=300)] | None = None  # as OpenAI's
-    # Not OpenAI's but llama.cpp's.
+    # llama.cpp's.
     top_k: TopK | None = None
     min_p: Annotated[float, Meta(ge=0, lt=1)] | None = None
     typical_p: Probability | None = None
@@ -275,20 +275,20 @@ class Sampled(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     pinaivu: Extension | None = None
 
     @staticmethod
-    def prepare(raw: dict[str, Any], passed: Passed) -> None:
-        parameters.sampled(raw, passed)
+    def prepare(raw: dict[str, Any], ignored: IgnoredFields) -> None:
+        parameters.sampled(raw, ignored)
 
 
 class ChatRequest(Sampled, frozen=True, kw_only=True):
-    """Body of `POST /v1/chat/completions`.  Names of other servers are read as these fields, and
-    all else is passed over and said."""
+    """Body of `POST /v1/chat/completions`.  Names of other servers are accepted; unknown
+    fields are ignored and reported."""
 
     messages: Annotated[list[Message], Meta(min_length=1)]
     max_completion_tokens: TokenCount | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     response_format: TextFormat | JsonFormat | SchemaFormat | None = None
-    tools: Annotated[list[Tool | CustomTool], Meta(max_length=MOST_TOOLS)] | None = None
+    tools: Annotated[list[Tool | CustomTool], Meta(max_length=MAX_TOOLS)] | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: Effort | None = None
@@ -304,11 +304,11 @@ class ChatRequest(Sampled, frozen=True, kw_only=True):
     continue_final_message: bool | None = None
 
     @staticmethod
-    def prepare(raw: dict[str, Any], passed: Passed) -> None:
-        parameters.chat(raw, passed)
+    def prepare(raw: dict[str, Any], ignored: IgnoredFields) -> None:
+        parameters.chat(raw, ignored)
 
 
-# Text or tokens, or a list of such; msgspec knows one kind of list in a union.
+# Text or tokens, or a list of them; msgspec allows one type of list in a union.
 OneToken = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 TextOrTokens = str | list[str | OneToken | list[OneToken]]
 
@@ -325,8 +325,7 @@ class Usage(Struct, frozen=True):
 
 
 class TopLogprob(Struct, frozen=True):
-    """`token` is the text of `bytes`; of a part of a character, they are written as OpenAI does:
-    `\\xf0`."""
+    """`token` is the text of `bytes`; a part of a character is written as OpenAI does: `\\xf0`."""
 
     token: str
     bytes: list[int]
@@ -342,7 +341,7 @@ class ChoiceLogprobs(Struct, frozen=True):
     refusal: None = None
 
 
-class AnswerMessage(Struct, frozen=True, omit_defaults=True):
+class Answer(Struct, frozen=True, omit_defaults=True):
     """The message of a choice."""
 
     content: str | None
@@ -354,7 +353,7 @@ class AnswerMessage(Struct, frozen=True, omit_defaults=True):
 
 class Choice(Struct, frozen=True):
     index: int
-    message: AnswerMessage
+    message: Answer
     finish_reason: str
     logprobs: ChoiceLogprobs | None = None
 

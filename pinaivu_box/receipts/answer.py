@@ -17,7 +17,7 @@ from pinaivu_box.receipts.commitment import Extras
 NO_VECTORS = hashlib.sha256().hexdigest()
 
 
-class Answer(Struct, frozen=True):
+class ReceivedAnswer(Struct, frozen=True):
     """`text` is None if the answer does not have it as the model wrote it.  The digests are hex,
     None where the answer does not say; `request_id` likewise."""
 
@@ -135,14 +135,14 @@ _body = msgspec.json.Decoder(_Chat | _Completion | _Vectors)
 _bare = msgspec.json.Decoder(list[list[float] | str])
 
 
-def read(data: bytes, *, vectors: bool, echoed: Sequence[str] = ()) -> Answer:
+def read(data: bytes, *, vectors: bool, echoed: Sequence[str] = ()) -> ReceivedAnswer:
     """An answer's text, or the JSON body of a chat, a completion or (with `vectors`) embeddings; of
     these also the list of vectors alone.  `echoed` is what the text of each choice of a completion
     begins with that is not the model's.  Raises NoAnswer."""
     try:
         found = _body.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return _vectors(_bare_list(data)) if vectors else Answer(_text(data))
+        return _vectors(_bare_list(data)) if vectors else ReceivedAnswer(_text(data))
     if isinstance(found, _Vectors):
         _check_order([one.index for one in found.data])
         return _vectors([one.embedding for one in found.data], found.request_id)
@@ -151,7 +151,7 @@ def read(data: bytes, *, vectors: bool, echoed: Sequence[str] = ()) -> Answer:
     if isinstance(found, _Completion) and echoed:
         texts = [_after(*one) for one in zip(found.choices, echoed, strict=False)]
     records = [one.records for one in found.choices]
-    return Answer(
+    return ReceivedAnswer(
         None if None in texts else commitment.output_text([text or "" for text in texts]),
         logprobs_digest(records),
         None,
@@ -175,10 +175,10 @@ def logprobs_digest(choices: Sequence[Sequence[bytes]]) -> str:
     return commitment.of_choices(digests)
 
 
-def _vectors(given: Sequence[list[float] | str], request_id: str | None = None) -> Answer:
+def _vectors(given: Sequence[list[float] | str], request_id: str | None = None) -> ReceivedAnswer:
     extras = Extras()
     extras.add((), [_float32(one) for one in given])
-    return Answer(None, None, extras.vectors.hex(), request_id)
+    return ReceivedAnswer(None, None, extras.vectors.hex(), request_id)
 
 
 def _bare_list(data: bytes) -> list[list[float] | str]:

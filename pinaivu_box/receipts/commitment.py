@@ -75,6 +75,12 @@ class Extras:
     def __init__(self) -> None:
         self._logprobs, self._vectors = hashlib.sha256(), hashlib.sha256()
 
+    def copy(self) -> Extras:
+        """One that goes on from here by itself."""
+        other = Extras()
+        other._logprobs, other._vectors = self._logprobs.copy(), self._vectors.copy()
+        return other
+
     def add(self, records: Iterable[bytes], vectors: Iterable[bytes] = ()) -> None:
         for record in records:
             self._logprobs.update(record)

@@ -42,7 +42,7 @@ Time = Annotated[str, Meta(pattern=TIME)]
 Milliseconds = Annotated[int, Meta(ge=0, lt=2**53)]
 
 
-class EngineInfo(Struct, frozen=True, forbid_unknown_fields=True):
+class EngineBuild(Struct, frozen=True, forbid_unknown_fields=True):
     build: Shown
     device: Shown
 
@@ -77,7 +77,7 @@ class Proof(Struct, frozen=True, forbid_unknown_fields=True):
     node_id: NodeId
     model: Name
     model_digest: Digest
-    engine: EngineInfo
+    engine: EngineBuild
     sampling: dict[str, Any]
     prompt_commitment: Digest
     output_commitment: Digest

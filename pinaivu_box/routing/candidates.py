@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ from pinaivu_box.gossip.adverts import Offer
 from pinaivu_box.models.catalog import Catalog, Model, remote
 from pinaivu_box.models.names import is_model_id
 from pinaivu_box.network.peer import Peer
+from pinaivu_box.routing.changes import Changes
 from pinaivu_box.routing.circuit_breaker import CircuitBreaker
 from pinaivu_box.routing.load import LoadTracker
 from pinaivu_box.routing.reputation import Reputation
@@ -29,6 +31,7 @@ _CHARACTERS_A_TOKEN = 4
 _BUSY = "said lately that it is busy"
 _LONGEST_BUSY = 5.0  # seconds that a refusal is believed
 _FREED_SECONDS = 2.0  # in which a peer knows that what it has served was accepted
+_MOMENT_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,10 @@ class Destination:
 
 
 class Candidates:
-    """Keeps what routing needs beside the offers: conversations, legs under way, who is busy."""
+    """Keeps what routing needs beside the offers: conversations, legs under way, who is busy.
+
+    `changes` tells that somebody may serve now who could not before.
+    """
 
     def __init__(
         self,
@@ -57,10 +63,11 @@ class Candidates:
         peers: Callable[[], Sequence[Peer]],
         resting: CircuitBreaker,
         reputation: Reputation,
-        ceilings: SpendingLimits,
+        spending: SpendingLimits,
     ) -> None:
         self.me = me
-        self.ceilings = ceilings
+        self.spending = spending
+        self.changes = Changes()
         self._catalog, self._prices, self._currency = catalog, prices, currency
         self._load, self._placement, self._peers = load, placement, peers
         self._resting, self._reputation = resting, reputation
@@ -123,15 +130,15 @@ class Candidates:
 
     # -- candidates --------------------------------------------------------------------------------
 
-    def of(self, job: Job, digest: str, made: int) -> list[Candidate]:
-        """Everybody who has the model's name; `digest` is that of the file here, "" if there is
-        none, and `made` tokens are there already."""
+    def of(self, job: Job, digest: str) -> list[Candidate]:
+        """Every box that has a model of that name; `digest` is that of the file here, "" if there
+        is none."""
         warm = self._warm(job)
-        found = [] if job.model.remote else [self._local(job, digest, made, warm)]
+        candidates = [] if job.model.remote else [self._local(job, digest, warm)]
         for peer, offer in self._offers():
             if offer.id == job.model.id and peer.node_id != self.me:
-                found.append(self._peer(job, peer, offer, made, warm))
-        return found
+                candidates.append(self._peer(job, peer, offer, warm))
+        return candidates
 
     def destination(self, job: Job, node_id: str, digest: str) -> Destination:
         """That peer with its offer.  Raises ModelNotFound if it has withdrawn it meanwhile."""
@@ -148,7 +155,7 @@ class Candidates:
                 return float(offer.tokens_per_s)
         return 0.0
 
-    def _local(self, job: Job, digest: str, made: int, warm: str | None) -> Candidate:
+    def _local(self, job: Job, digest: str, warm: str | None) -> Candidate:
         model, load = job.model, self._load
         refuses = None
         if load.queue(model.id) >= load.config.max_queue and load.queue(model.id):
@@ -165,7 +172,7 @@ class Candidates:
             queue=load.queue(model.id),
             ttft_ms=load.ttft_ms(model),
             tokens_per_s=load.tokens_per_s(model.id),
-            cost=_cost(self._prices(model), job, made),
+            cost=_cost(self._prices(model), job),
             currency=self._currency(),
             local=True,
             known=True,
@@ -173,7 +180,7 @@ class Candidates:
             refuses=refuses,
         )
 
-    def _peer(self, job: Job, peer: Peer, offer: Offer, made: int, warm: str | None) -> Candidate:
+    def _peer(self, job: Job, peer: Peer, offer: Offer, warm: str | None) -> Candidate:
         now = peer.loads.get(offer.id)
         load = now.load if now else offer
         heard = now.at if now else peer.advert_at or 0.0
@@ -182,8 +189,8 @@ class Candidates:
         refuses = _BUSY if busy else None
         if job.peers is not None and not {peer.node_id, peer.name} & set(job.peers):
             refuses = "is not among the peers that the key allows"
-        currency, most = peer.advert.currency if peer.advert else "", _most(offer.price, job, made)
-        refuses = refuses or self.ceilings.why_not(peer.node_id, offer.price, currency, most)
+        currency, most = peer.advert.currency if peer.advert else "", _most(offer.price, job)
+        refuses = refuses or self.spending.refusal(peer.node_id, offer.price, currency, most)
         return Candidate(
             node_id=peer.node_id,
             model=offer.id,
@@ -194,7 +201,7 @@ class Candidates:
             queue=load.queue,
             ttft_ms=offer.ttft_ms,
             tokens_per_s=offer.tokens_per_s,
-            cost=_cost(offer.price, job, made),
+            cost=_cost(offer.price, job),
             currency=currency,
             reputation=self._reputation.score(peer.node_id),
             rtt_ms=peer.route.rtt_ms if peer.route else None,
@@ -212,7 +219,7 @@ class Candidates:
     def sent(self, job: Job, node_id: str) -> None:
         """It goes there: the conversation's next request finds a warm cache there."""
         self._under_way.setdefault(node_id, {})[job.id] = time.monotonic()
-        self.ceilings.began(node_id, job.id, self._most_at(node_id, job))
+        self.spending.reserve(node_id, job.id, self._most_at(node_id, job))
         key = _conversation(job)
         self._conversations[key] = (node_id, time.monotonic())
         self._conversations.move_to_end(key)
@@ -221,65 +228,87 @@ class Candidates:
 
     def ended(self, job: Job, node_id: str) -> None:
         self._under_way.get(node_id, {}).pop(job.id, None)
-        self.ceilings.ended(node_id, job.id)
+        self.spending.release(node_id, job.id)
+        self.changes.notify()
 
     def _most_at(self, node_id: str, job: Job) -> int:
         offers = [one for peer, one in self._offers() if peer.node_id == node_id]
-        return max(
-            (_most(one.price, job, 0) for one in offers if one.id == job.model.id), default=0
-        )
+        return max((_most(one.price, job) for one in offers if one.id == job.model.id), default=0)
 
     def refused(self, node_id: str, seconds: float, why: str) -> None:
-        """It has refused a request; others need not ask for a moment."""
-        self.refusals[node_id] = (why, time.monotonic())
-        self._busy[node_id] = time.monotonic() + min(seconds, _LONGEST_BUSY)
+        """It has refused a request; others do not ask it for so long.  Who has just ended one of
+        ours may still be writing that down: it has room in a moment."""
+        now = time.monotonic()
+        self.refusals[node_id] = (why, now)
+        longest = _MOMENT_SECONDS if self._freed_lately(node_id) else _LONGEST_BUSY
+        self._busy[node_id] = now + min(seconds, longest)
 
     def freed(self, node_id: str) -> None:
         """It has served a request of ours to the end, so it has room, or in a moment."""
         self._busy.pop(node_id, None)
         self._freed[node_id] = time.monotonic()
+        self.changes.notify()
 
-    def full_of_ours(self, job: Job) -> bool:
+    def freed_since(self, node_id: str, moment: float) -> bool:
+        """Whether it has served a request of ours to the end after that moment (monotonic)."""
+        return self._freed.get(node_id, -math.inf) > moment
+
+    def busy_no_more(self, node_id: str, moment: float) -> bool:
+        """Whether it has said after that moment that it is busy, and the time for that is over."""
+        _, refused = self.refusals.get(node_id, ("", -math.inf))
+        return refused >= moment and self._busy.get(node_id, 0.0) <= time.monotonic()
+
+    def _freed_lately(self, node_id: str) -> bool:
+        return self.freed_since(node_id, time.monotonic() - _FREED_SECONDS)
+
+    def at_capacity_with_our_requests(self, job: Job) -> bool:
         """Whether a peer that the job may go to has no room for it while it serves others of ours:
         it will have some."""
-        lately = time.monotonic() - _FREED_SECONDS
         return any(
-            self._under_way.get(one.node_id) or self._freed.get(one.node_id, 0.0) > lately
-            for one in self.of(job, "", 0)
+            self._under_way.get(one.node_id) or self._freed_lately(one.node_id)
+            for one in self.of(job, "")
             if one.refuses == _BUSY
         )
+
+    def next_expiry(self) -> float:
+        """When the next peer may be asked again that is busy or failed (monotonic; inf: none)."""
+        now = time.monotonic()
+        ends = [*self._busy.values(), *self._resting.ends()]
+        return min((end for end in ends if end > now), default=math.inf)
 
     def _warm(self, job: Job) -> str | None:
         node_id, since = self._conversations.get(_conversation(job), (None, 0.0))
         return node_id if time.monotonic() - since < _WARM_SECONDS else None
 
 
-def tokens_of(job: Job, made: int) -> tuple[int, int]:
-    """Of the prompt, as far as it is known, and at most of what is still to be made."""
+def tokens_of(job: Job) -> tuple[int, int]:
+    """Of the prompt, as far as it is known, with what earlier legs have made; and at most of what
+    is still to be made."""
     if job.read is not None:
         prompt = len(job.read)
+    elif isinstance(job.prompt, list):
+        prompt = len(job.prompt)
     else:
         text = job.prompt if job.prompt is not None else (job.inputs or job.messages)
-        prompt = len(text) if isinstance(text, list) and job.prompt is not None else (
-            len(str(text)) // _CHARACTERS_A_TOKEN
-        )  # fmt: skip
+        prompt = len(str(text)) // _CHARACTERS_A_TOKEN
     if job.inputs is not None:
         return prompt, 0
+    made = len(job.output)
     most = _TYPICAL_TOKENS if job.max_tokens is None else job.max_tokens - made
     return prompt + made, max(0, most)
 
 
-def _cost(prices: Prices, job: Job, made: int) -> int:
-    return prices.most(*tokens_of(job, made))
+def _cost(prices: Prices, job: Job) -> int:
+    return prices.most(*tokens_of(job))
 
 
-def _most(prices: Prices, job: Job, made: int) -> int:
+def _most(prices: Prices, job: Job) -> int:
     """As `_cost`, but of a prompt that nobody has counted yet as many tokens as it has bytes: with
     what stands around its messages here there are no fewer."""
-    prompt, answer = tokens_of(job, made)
+    prompt, answer = tokens_of(job)
     if job.read is None and not isinstance(job.prompt, list):
         texts = (job.prompt or "", job.inputs or "", job.messages, job.tools or "")
-        prompt = made + sum(len(str(text).encode()) for text in texts)
+        prompt = len(job.output) + sum(len(str(text).encode()) for text in texts)
     return prices.most(prompt, answer)
 
 

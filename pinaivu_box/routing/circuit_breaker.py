@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from random import Random
 
 FIRST_SECONDS = 1.0
@@ -44,6 +44,10 @@ class CircuitBreaker:
         """It answered well: all is forgiven."""
         for kept in (self._failures, self._failed, self._until, self._probing):
             kept.pop(node_id, None)
+
+    def ends(self) -> Collection[float]:
+        """When the boxes that failed may be tried again."""
+        return self._until.values()
 
     def why(self, node_id: str) -> str | None:
         """Why it is left alone now, in a few words, or None."""

@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterator
 from statistics import median
 
 from pinaivu_box.config import EngineConfig
-from pinaivu_box.gateway.metering import LegRecord
 from pinaivu_box.gateway.placement import Placement
+from pinaivu_box.gateway.records import LegRecord
 from pinaivu_box.models.catalog import Model
+from pinaivu_box.settings import LiveSettings
 
 _LATELY = 32  # legs that a median is of
 _TTFT_MS, _TOKENS_PER_S = 200.0, 20.0  # until something was measured
@@ -24,13 +25,17 @@ class LoadTracker:
     `changed` is called with each.
     """
 
-    def __init__(self, placement: Placement, config: EngineConfig) -> None:
-        self.config = config
+    def __init__(self, placement: Placement, settings: LiveSettings) -> None:
+        self._settings = settings
         self.changed: Callable[[], None] = lambda: None
         self._placement = placement
         self._legs: Counter[str] = Counter()
         self._ttft: dict[str, deque[float]] = {}
         self._speed: dict[str, deque[float]] = {}
+
+    @property
+    def config(self) -> EngineConfig:
+        return self._settings.config.engine
 
     @property
     def idle(self) -> bool:

@@ -8,12 +8,12 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from pinaivu_box import __version__, amount
-from pinaivu_box.gateway.admission import Admission
+from pinaivu_box import __version__
 from pinaivu_box.gateway.placement import Digest
 from pinaivu_box.gossip.adverts import MAX_MODELS, Facts, Offer
 from pinaivu_box.models.catalog import Model
 from pinaivu_box.routing.load import LoadTracker
+from pinaivu_box.settings import LiveSettings
 
 _LOOK_SECONDS = 5.0
 
@@ -24,15 +24,22 @@ class Offers:
     """`keep_learning` finds the digests, which can take a minute for a large file that is seen for
     the first time; until then a model is not offered."""
 
-    def __init__(self, admission: Admission, load: LoadTracker, digest: Digest) -> None:
-        self._admission, self._load, self._digest = admission, load, digest
+    def __init__(
+        self,
+        settings: LiveSettings,
+        load: LoadTracker,
+        digest: Digest,
+        draining: Callable[[], bool],
+    ) -> None:
+        self._settings, self._load, self._digest = settings, load, digest
+        self._draining = draining
         self._digests: dict[_File, bytes] = {}
 
     async def keep_learning(self, changed: Callable[[], None]) -> None:
         """Until cancelled; the catalog may be another after a reload."""
         while True:
             # Large files last: nobody waits for what is behind them.
-            for model in sorted(self._admission.catalog.models, key=lambda model: model.size):
+            for model in sorted(self._settings.catalog.models, key=lambda model: model.size):
                 if _file(model) not in self._digests:
                     with suppress(OSError):  # it is gone, and whoever asks for it will hear that
                         self._digests[_file(model)] = bytes.fromhex(await self._digest(model))
@@ -40,19 +47,18 @@ class Offers:
             await asyncio.sleep(_LOOK_SECONDS)
 
     def describe(self) -> Facts:
-        admission = self._admission
-        models = [one for one in admission.catalog.models if _file(one) in self._digests]
+        config, catalog = self._settings.config, self._settings.catalog
+        models = [model for model in catalog.models if _file(model) in self._digests]
         return Facts(
             version=__version__[:32],
             addresses=(),
-            currency=admission.pricing.currency[:16],
+            currency=config.pricing.currency[:16],
             models=tuple(map(self._offer, models[:MAX_MODELS])),
-            draining=admission.draining,
+            draining=self._draining(),
         )
 
     def _offer(self, model: Model) -> Offer:
-        pricing, load = self._admission.pricing, self._load
-        price = amount.prices(pricing.models.get(model.id, pricing.per_1k_tokens))
+        load, price = self._load, self._settings.config.pricing.prices_of(model.id)
         return Offer(
             id=model.id,
             digest=self._digests[_file(model)],

@@ -22,7 +22,7 @@ from msgspec.structs import replace
 
 from pinaivu_box.store import opinions
 from pinaivu_box.store.database import Database
-from pinaivu_box.store.opinions import Opinion
+from pinaivu_box.store.opinions import StoredOpinion
 
 log = logging.getLogger("pinaivu.reputation")
 
@@ -40,10 +40,10 @@ class Reputation:
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
-        self.opinions: dict[str, Opinion] = {}
+        self.opinions: dict[str, StoredOpinion] = {}
         self.changed: set[str] = set()
 
-    def recall(self, kept: Mapping[str, Opinion]) -> None:
+    def recall(self, kept: Mapping[str, StoredOpinion]) -> None:
         """What was thought before we started.  What a clock that was ahead has dated fades from now
         on, or it would do so for none of the time that it was ahead."""
         now = self._clock()
@@ -83,13 +83,13 @@ class Reputation:
         )
         return f"{said}; last trouble: {opinion.last}" if opinion.last else said
 
-    def _think(self, node_id: str, opinion: Opinion) -> None:
+    def _think(self, node_id: str, opinion: StoredOpinion) -> None:
         self.opinions[node_id] = opinion
         self.changed.add(node_id)
 
-    def _now(self, node_id: str) -> Opinion:
+    def _now(self, node_id: str) -> StoredOpinion:
         """With what was forgotten since."""
-        opinion, now = self.opinions.get(node_id, Opinion()), self._clock()
+        opinion, now = self.opinions.get(node_id, StoredOpinion()), self._clock()
         seconds = max(0.0, now - opinion.at)
         left = 0.5 ** (seconds / _WEEK)
         return replace(
@@ -101,7 +101,7 @@ class Reputation:
             at=now,
         )
 
-    def _leg(self, node_id: str) -> Opinion:
+    def _leg(self, node_id: str) -> StoredOpinion:
         """Before what another leg tells."""
         opinion, left = self._now(node_id), 1 - 1 / MEMORY
         return replace(opinion, served=opinion.served * left, failed=opinion.failed * left)
@@ -128,9 +128,9 @@ async def _save(reputation: Reputation, database: Database) -> None:
         log.exception("opinions of peers could not be written; they are written again later")
 
 
-def _reliability(opinion: Opinion) -> float:
+def _reliability(opinion: StoredOpinion) -> float:
     return (opinion.served + _GIVEN) / (opinion.served + opinion.failed + _GIVEN)
 
 
-def _honesty(opinion: Opinion) -> float:
+def _honesty(opinion: StoredOpinion) -> float:
     return float(0.5**opinion.disputes)

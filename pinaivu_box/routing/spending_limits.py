@@ -6,59 +6,56 @@ from collections.abc import Awaitable, Callable, Mapping
 
 from pinaivu_box import amount
 from pinaivu_box.amount import Prices
-from pinaivu_box.config import PeeringConfig
+from pinaivu_box.settings import LiveSettings
 
-Debts = Mapping[str, Mapping[str, int]]  # what we owe, by peer and currency, in 10^-9
+Debts = Mapping[str, Mapping[str, int]]  # what this box owes, by peer and currency, in 10^-9
 
 
 class SpendingLimits:
-    """Counts what runs at peers as what it may cost there at most, so that requests that run side
-    by side do not overstep a limit together."""
+    """Counts what runs at peers as what it may cost there at most, so requests that run side by
+    side do not exceed a limit together."""
 
-    def __init__(self, debts: Callable[[], Awaitable[Debts]], peering: PeeringConfig) -> None:
-        self._debts = debts
+    def __init__(self, debts: Callable[[], Awaitable[Debts]], settings: LiveSettings) -> None:
+        """`debts` reads the ledger."""
+        self._debts, self._settings = debts, settings
         self._owed: Debts = {}
-        self._running: dict[str, dict[str, int]] = {}
-        self.configure(peering)
+        self._running: dict[str, dict[str, int]] = {}  # cost by peer and job
 
-    def configure(self, peering: PeeringConfig) -> None:
-        self._price = amount.per_token(peering.max_price) if peering.max_price else None
-        self._debt = amount.parse(peering.max_debt) if peering.max_debt else None
-        self._said = peering
-
-    async def look(self) -> None:
-        """At the ledger: before `why_not`."""
-        if self._debt is not None:
+    async def read_debts(self) -> None:
+        """Look at the ledger, before `refusal`."""
+        if self._settings.config.peering.max_debt:
             self._owed = await self._debts()
 
     def too_dear(self, prices: Prices) -> bool:
-        if self._price is None:
+        limit = self._settings.config.peering.max_price
+        if not limit:
             return False
         asked = (prices.prompt, prices.completion, prices.cached or "0")
-        return any(amount.per_token(price) > self._price for price in asked)
+        return any(amount.per_token(price) > amount.per_token(limit) for price in asked)
 
-    def why_not(self, peer: str, prices: Prices, currency: str, cost: int) -> str | None:
-        """Why a request that may cost so much is not sent there."""
+    def refusal(self, peer: str, prices: Prices, currency: str, cost: int) -> str | None:
+        """Why a request that may cost so much is not sent there, or None."""
+        peering = self._settings.config.peering
         if self.too_dear(prices):
             return (
                 f"asks {prices.prompt} and {prices.completion} for 1,000 tokens, and this box pays "
-                f"at most {self._said.max_price} (max_price)"
+                f"at most {peering.max_price} (max_price)"
             )
-        if self._debt is None or not cost:
+        if not peering.max_debt or not cost:
             return None
-        owed = self._owed.get(peer, {}).get(currency, 0) + sum(self._running_at(peer).values())
-        if owed + cost <= self._debt:
+        running = sum(self._running.get(peer, {}).values())
+        owed = self._owed.get(peer, {}).get(currency, 0) + running
+        if owed + cost <= amount.parse(peering.max_debt):
             return None
         return (
             f"is owed {amount.to_text(owed)} {currency} by this box, which may owe at most "
-            f"{self._said.max_debt} (max_debt) and would need {amount.to_text(cost)} more"
+            f"{peering.max_debt} (max_debt) and would need {amount.to_text(cost)} more"
         )
 
-    def began(self, peer: str, job: str, cost: int) -> None:
+    def reserve(self, peer: str, job: str, cost: int) -> None:
+        """A job is sent there that may cost so much."""
         self._running.setdefault(peer, {})[job] = cost
 
-    def ended(self, peer: str, job: str) -> None:
-        self._running_at(peer).pop(job, None)
-
-    def _running_at(self, peer: str) -> dict[str, int]:
-        return self._running.get(peer, {})
+    def release(self, peer: str, job: str) -> None:
+        """It has ended: what it cost is in the ledger."""
+        self._running.get(peer, {}).pop(job, None)

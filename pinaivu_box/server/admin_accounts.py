@@ -6,10 +6,10 @@ from typing import Annotated
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 from starlette.requests import Request
-from starlette.responses import Response
 
 from pinaivu_box.admin import accounts
-from pinaivu_box.server.admin import Page, answer, body, box_of, by, query
+from pinaivu_box.server.context import actor_of, box_of
+from pinaivu_box.server.paging import PageQuery
 from pinaivu_box.store.accounts import Role
 from pinaivu_box.store.views import AccountView
 
@@ -17,7 +17,7 @@ Password = Annotated[str, Meta(min_length=8, max_length=1024)]
 
 
 class CreateAccount(Struct, frozen=True):
-    """Without a password nobody can log in to it."""
+    """Nobody can log in to an account without a password."""
 
     name: str
     role: Role = "member"
@@ -25,7 +25,7 @@ class CreateAccount(Struct, frozen=True):
 
 
 class ChangeAccount(Struct, frozen=True):
-    """What is given is changed; null takes the password away."""
+    """Only the fields that are present are changed; null removes the password."""
 
     role: Role | UnsetType = UNSET
     password: Password | UnsetType | None = UNSET
@@ -45,37 +45,31 @@ class RemovedAccount(Struct, frozen=True):
     request_id: str = ""
 
 
-async def ls(request: Request) -> Response:
-    page, database = query(request, Page), box_of(request).database
-    listed = await accounts.ls(database, after=page.after or "", limit=page.limit)
-    return answer(request, AccountList(listed.data, listed.has_more))
+async def list_accounts(request: Request, query: PageQuery) -> AccountList:
+    database = box_of(request).database
+    page = await accounts.ls(database, after=query.after or "", limit=query.limit)
+    return AccountList(page.data, page.has_more)
 
 
-async def create(request: Request) -> Response:
-    given, database = await body(request, CreateAccount), box_of(request).database
-    return answer(
-        request,
-        await accounts.create(database, given.name, given.role, given.password, by(request)),
+async def create_account(request: Request, body: CreateAccount) -> AccountView:
+    database, actor = box_of(request).database, actor_of(request)
+    return await accounts.create(database, body.name, body.role, body.password, actor)
+
+
+async def get_account(request: Request, account: str) -> AccountView:
+    return await accounts.get(box_of(request).database, account)
+
+
+async def change_account(request: Request, account: str, body: ChangeAccount) -> AccountView:
+    return await accounts.change(
+        box_of(request).database,
+        account,
+        actor_of(request),
+        role=body.role,
+        password=body.password,
     )
 
 
-async def get(request: Request) -> Response:
-    return answer(request, await accounts.get(box_of(request).database, _name(request)))
-
-
-async def change(request: Request) -> Response:
-    given, database = await body(request, ChangeAccount), box_of(request).database
-    changed = await accounts.change(
-        database, _name(request), by(request), role=given.role, password=given.password
-    )
-    return answer(request, changed)
-
-
-async def remove(request: Request) -> Response:
-    removed = await accounts.remove(box_of(request).database, _name(request), by(request))
-    return answer(request, RemovedAccount(removed.id, removed.name))
-
-
-def _name(request: Request) -> str:
-    name: str = request.path_params["account"]
-    return name
+async def remove_account(request: Request, account: str) -> RemovedAccount:
+    removed = await accounts.remove(box_of(request).database, account, actor_of(request))
+    return RemovedAccount(removed.id, removed.name)

@@ -6,17 +6,16 @@ from typing import Annotated
 
 from msgspec import Meta, Struct
 from starlette.requests import Request
-from starlette.responses import Response
 
 from pinaivu_box.admin import audit
 from pinaivu_box.errors import InvalidBody
-from pinaivu_box.server.admin import answer, box_of, query
+from pinaivu_box.server.context import box_of
 from pinaivu_box.store.views import AuditEntry, parse_time
 
 
-class AuditPage(Struct, frozen=True, forbid_unknown_fields=True):
-    """`since`: a date, or a date and time.  `target`: a key, an account or a peer, by its id or
-    name."""
+class AuditQuery(Struct, frozen=True, forbid_unknown_fields=True):
+    """`since`: a date, or a date and time.  `target`: the id or name of a key, an account or a
+    peer."""
 
     limit: Annotated[int, Meta(ge=1, le=1000)] = 100
     after: Annotated[int, Meta(ge=0, le=2**63 - 1)] | None = None
@@ -31,17 +30,16 @@ class AuditList(Struct, frozen=True):
     request_id: str = ""
 
 
-async def ls(request: Request) -> Response:
-    page = query(request, AuditPage)
+async def list_audit_entries(request: Request, query: AuditQuery) -> AuditList:
     try:
-        since = 0 if page.since is None else parse_time(page.since)
+        since = 0 if query.since is None else parse_time(query.since)
     except ValueError as error:
         raise InvalidBody(str(error), loc=("query", "since")) from None
-    listed = await audit.ls(
+    page = await audit.ls(
         box_of(request).database,
         since=since,
-        target=page.target,
-        after=page.after,
-        limit=page.limit,
+        target=query.target,
+        after=query.after,
+        limit=query.limit,
     )
-    return answer(request, AuditList(listed.data, listed.has_more))
+    return AuditList(page.data, page.has_more)

@@ -1,15 +1,17 @@
-"""`/v1/admin/keys`: what `pinaivu keys` does, over HTTP."""
+"""`/v1/admin/keys`.
+
+A key is named by its id alone, because names and secrets do not belong in an address.
+"""
 
 from __future__ import annotations
 
 import time
 from datetime import datetime
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 from starlette.requests import Request
-from starlette.responses import Response
 
 from pinaivu_box import policy as policies
 from pinaivu_box.admin import keys as operations
@@ -17,18 +19,21 @@ from pinaivu_box.errors import InvalidBody
 from pinaivu_box.gateway.admission import refusal
 from pinaivu_box.openai.request import from_validation
 from pinaivu_box.policy import LONGEST_LIFE, Policy
-from pinaivu_box.server.admin import Page, answer, body, box_of, by, query
+from pinaivu_box.server.context import actor_of, box_of
+from pinaivu_box.server.paging import PageQuery
 from pinaivu_box.store import keys
 from pinaivu_box.store.keys import OVERLAP, Key
 from pinaivu_box.store.new_keys import Draft
-from pinaivu_box.store.views import KeyView, key_view
+from pinaivu_box.store.views import KeyView, NewKey, key_view
 
+View = TypeVar("View", bound=KeyView)
 Moment = Annotated[datetime, Meta(tz=True)]
 Name = Annotated[str, Meta(max_length=200)]
 
 
 class CreateKey(Struct, frozen=True):
-    """Without an account the key gets one of its own; with the scope `admin`, the owner's."""
+    """Without an `account` a key gets an account of its own, or the owner's if it has the scope
+    `admin`."""
 
     name: Name = ""
     account: str | None = None
@@ -37,8 +42,8 @@ class CreateKey(Struct, frozen=True):
 
 
 class ChangeKey(Struct, frozen=True):
-    """What is given is changed, also in the `policy` (fields of Policy), where null puts a setting
-    back to its default.  `blocked` says why; null unblocks."""
+    """Only the fields that are present are changed, also in `policy` (fields of Policy), where null
+    restores a default.  `blocked` is the reason for blocking the key; null unblocks it."""
 
     name: Name | UnsetType = UNSET
     policy: dict[str, Any] | UnsetType = UNSET
@@ -47,17 +52,20 @@ class ChangeKey(Struct, frozen=True):
 
 
 class RotateKey(Struct, frozen=True):
-    """The secret of now works for so long ("24h"); "0" ends it at once."""
+    """The current secret keeps working for `overlap` ("24h"); "0" revokes it now."""
 
     overlap: str = OVERLAP
 
 
-class KeyPage(Page, frozen=True):
+_DEFAULT_ROTATION = RotateKey()
+
+
+class KeyQuery(PageQuery, frozen=True):
     account: str | None = None
 
 
-class AtOnce(Struct, frozen=True, forbid_unknown_fields=True):
-    """`now`: running requests of the key are stopped too."""
+class StopRunning(Struct, frozen=True, forbid_unknown_fields=True):
+    """`now`: also stop the running requests of the key."""
 
     now: bool = False
 
@@ -69,64 +77,60 @@ class KeyList(Struct, frozen=True):
     request_id: str = ""
 
 
-async def ls(request: Request) -> Response:
-    page, database = query(request, KeyPage), box_of(request).database
-    listed = await operations.ls(database, account=page.account, after=page.after, limit=page.limit)
-    return answer(request, KeyList(listed.data, listed.has_more))
-
-
-async def create(request: Request) -> Response:
-    given, database = await body(request, CreateKey), box_of(request).database
-    expires_at = None if given.expires_at is None else _expiry(given.expires_at)
-    draft = Draft(given.name, given.account, given.policy, expires_at)
-    return answer(request, _warned(request, await operations.create(database, draft, by(request))))
-
-
-async def get(request: Request) -> Response:
-    return answer(request, key_view(await _named(request)))
-
-
-async def change(request: Request) -> Response:
-    given, at_once = await body(request, ChangeKey), query(request, AtOnce)
-    if at_once.now and not given.blocked:
-        raise InvalidBody("now needs a reason in blocked", loc=("query", "now"))
-    key = await _named(request)
-    key = await keys.edit(
-        box_of(request).database,
-        key,
-        by(request),
-        name=None if given.name is UNSET else given.name,
-        policy=None if given.policy is UNSET else _changed(key.policy, given.policy),
-        expires_at=_expiry(moment) if isinstance(moment := given.expires_at, datetime) else moment,
-        blocked=given.blocked,
+async def list_keys(request: Request, query: KeyQuery) -> KeyList:
+    page = await operations.ls(
+        box_of(request).database, account=query.account, after=query.after, limit=query.limit
     )
-    shown = _stopped(request, key) if at_once.now else key_view(key)
-    return answer(request, _warned(request, shown))
+    return KeyList(page.data, page.has_more)
 
 
-async def rotate(request: Request) -> Response:
-    given, database = await body(request, RotateKey, empty=b"{}"), box_of(request).database
+async def create_key(request: Request, body: CreateKey) -> NewKey:
+    expires_at = None if body.expires_at is None else _expiry(body.expires_at)
+    draft = Draft(body.name, body.account, body.policy, expires_at)
+    key = await operations.create(box_of(request).database, draft, actor_of(request))
+    return _with_warning(request, key)
+
+
+async def get_key(request: Request, key_id: str) -> KeyView:
+    return key_view(await keys.get(box_of(request).database, key_id))
+
+
+async def change_key(request: Request, key_id: str, body: ChangeKey, query: StopRunning) -> KeyView:
+    if query.now and not body.blocked:
+        raise InvalidBody("now needs a reason in blocked", loc=("query", "now"))
+    database = box_of(request).database
+    key = await keys.get(database, key_id)
+    key = await keys.edit(
+        database,
+        key,
+        actor_of(request),
+        name=None if body.name is UNSET else body.name,
+        policy=None if body.policy is UNSET else _changed_policy(key.policy, body.policy),
+        expires_at=_expiry(moment) if isinstance(moment := body.expires_at, datetime) else moment,
+        blocked=body.blocked,
+    )
+    view = _stop_requests(request, key) if query.now else key_view(key)
+    return _with_warning(request, view)
+
+
+async def rotate_key(request: Request, key_id: str, body: RotateKey = _DEFAULT_ROTATION) -> NewKey:
     try:
-        overlap = operations.parse_overlap(given.overlap)
+        overlap = operations.parse_overlap(body.overlap)
     except ValueError as error:
         raise InvalidBody(str(error), loc=("body", "overlap")) from None
-    key = await _named(request)
-    return answer(request, await operations.rotate(database, key, overlap, by(request)))
+    database = box_of(request).database
+    key = await keys.get(database, key_id)
+    return await operations.rotate(database, key, overlap, actor_of(request))
 
 
-async def revoke(request: Request) -> Response:
-    at_once = query(request, AtOnce)
-    key = await keys.revoke(box_of(request).database, await _named(request), by(request))
-    return answer(request, _stopped(request, key) if at_once.now else key_view(key))
+async def revoke_key(request: Request, key_id: str, query: StopRunning) -> KeyView:
+    database = box_of(request).database
+    key = await keys.revoke(database, await keys.get(database, key_id), actor_of(request))
+    return _stop_requests(request, key) if query.now else key_view(key)
 
 
-async def _named(request: Request) -> Key:
-    """By its id alone: secrets do not belong into addresses.  Raises NotFound."""
-    return await keys.get(box_of(request).database, request.path_params["key_id"])
-
-
-def _stopped(request: Request, key: Key) -> KeyView:
-    """Stops what runs for a key that is revoked or blocked."""
+def _stop_requests(request: Request, key: Key) -> KeyView:
+    """Stop the running requests of a key that is revoked or blocked."""
     error = refusal(key)
     if error is not None:
         error.ordered = True
@@ -134,24 +138,27 @@ def _stopped(request: Request, key: Key) -> KeyView:
     return msgspec.structs.replace(key_view(key), stopped=stopped)
 
 
-def _warned(request: Request, shown: KeyView) -> KeyView:
-    """With a warning if its budget holds nothing back."""
-    text = operations.warning(shown.policy, box_of(request).config.pricing)
-    return msgspec.structs.replace(shown, warning=UNSET if text is None else text)
+def _with_warning(request: Request, view: View) -> View:
+    """With a warning if the budget limits nothing."""
+    warning = operations.warning(view.policy, box_of(request).config.pricing)
+    return view if warning is None else msgspec.structs.replace(view, warning=warning)
 
 
-def _changed(policy: Policy, changes: dict[str, Any]) -> Policy:
+def _changed_policy(policy: Policy, changes: dict[str, Any]) -> Policy:
+    """Raises InvalidBody."""
     try:
         return policies.changed(policy, changes)
     except msgspec.ValidationError as error:
-        wrong = from_validation(error)
-        loc = ("body", "policy", *wrong.loc[1:])
-        raise InvalidBody(wrong.message, loc=loc, kind=wrong.kind) from error
+        invalid = from_validation(error)
+        loc = ("body", "policy", *invalid.loc[1:])
+        raise InvalidBody(invalid.message, loc=loc, kind=invalid.kind) from error
 
 
 def _expiry(moment: datetime) -> int:
     """Unix milliseconds.  Raises InvalidBody."""
     seconds = moment.timestamp()
     if not 0 < seconds - time.time() <= LONGEST_LIFE:
-        raise InvalidBody("it is in the past, or over 36500d away", loc=("body", "expires_at"))
+        raise InvalidBody(
+            "it must be in the future, and at most 36500d from now", loc=("body", "expires_at")
+        )
     return round(seconds * 1000)

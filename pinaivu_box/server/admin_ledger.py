@@ -1,4 +1,4 @@
-"""`/v1/admin/ledger`: what `pinaivu ledger` does, over HTTP."""
+"""`/v1/admin/ledger`: what this box and its peers owe each other."""
 
 from __future__ import annotations
 
@@ -6,23 +6,24 @@ from typing import Annotated
 
 from msgspec import Meta, Struct
 from starlette.requests import Request
-from starlette.responses import Response
 
 from pinaivu_box.errors import Conflict, PeeringError
 from pinaivu_box.ledger import claims, views
+from pinaivu_box.ledger import entry as ledger_entry
 from pinaivu_box.ledger import statement as ledger_statement
-from pinaivu_box.server.admin import answer, box_of, by, query
+from pinaivu_box.ledger.session import PURPOSE
+from pinaivu_box.server.context import actor_of, box_of
 
 
 class EntryPage(Struct, frozen=True, forbid_unknown_fields=True):
-    """The newest so many; `statement`: only what is in that one."""
+    """The newest `limit` entries; with `statement` only those in that statement."""
 
     limit: Annotated[int, Meta(ge=1, le=1000)] = 100
     statement: str | None = None
 
 
 class StatementQuery(Struct, frozen=True, forbid_unknown_fields=True):
-    """`peer`: a name or an id."""
+    """`peer`: a name or a node id."""
 
     peer: str | None = None
 
@@ -40,8 +41,8 @@ class EntryList(Struct, frozen=True):
 
 
 class ForgivenView(Struct, frozen=True):
-    """So many entries that the peer had not accepted were written off, and what they came to, by
-    currency."""
+    """The number of entries that were written off, none of which the peer had accepted, and their
+    sums by currency."""
 
     entries: int
     amounts: dict[str, str]
@@ -54,61 +55,58 @@ class StatementList(Struct, frozen=True):
     request_id: str = ""
 
 
-async def ls(request: Request) -> Response:
+async def list_balances(request: Request) -> BalanceList:
     box = box_of(request)
-    found = await views.all_balances(box.database, box.config.peering)
-    return answer(request, BalanceList(found))
+    return BalanceList(await views.all_balances(box.database, box.config.peering))
 
 
-async def entries(request: Request) -> Response:
-    page, database = query(request, EntryPage), box_of(request).database
-    peer = await _peer(request, request.path_params["peer"])
-    found = await ledger_statement.of_peer(
-        database, peer, limit=page.limit, statement=page.statement
+async def list_entries(request: Request, peer: str, query: EntryPage) -> EntryList:
+    database = box_of(request).database
+    node_id = await _node_id(request, peer)
+    entries = await ledger_entry.of_peer(
+        database, node_id, limit=query.limit, statement=query.statement
     )
-    return answer(request, EntryList([views.entry_view(one) for one in found]))
+    return EntryList([views.entry_view(entry) for entry in entries])
 
 
-async def all_statements(request: Request) -> Response:
-    asked, database = query(request, StatementQuery), box_of(request).database
-    peer = None if asked.peer is None else await _peer(request, asked.peer)
-    return answer(request, StatementList(await views.all_statements(database, peer)))
+async def list_statements(request: Request, query: StatementQuery) -> StatementList:
+    node_id = None if query.peer is None else await _node_id(request, query.peer)
+    return StatementList(await views.all_statements(box_of(request).database, node_id))
 
 
-async def settle(request: Request) -> Response:
-    """Raises Conflict if the peer cannot be reached, or breaks off."""
+async def settle(request: Request, peer: str) -> views.SettledView:
+    """Raises PeerNotFound, and Conflict if the peer cannot be reached or breaks off."""
     box = box_of(request)
-    peer = await _peer(request, request.path_params["peer"])
+    node_id = await _node_id(request, peer)
     if box.network is None:
         raise Conflict(
-            "Settling needs a link to the peer, and peering is off on this box: start it with "
-            "'pinaivu serve --peering'."
+            "Settling needs a connection to the peer, and peering is off on this box: start it "
+            "with 'pinaivu serve --peering'."
         )
     try:
-        outcome = await box.ledger.settle(
-            peer, await box.network.open(peer, "ledger"), by=by(request)
-        )
+        stream = await box.network.open(node_id, PURPOSE)
+        outcome = await box.ledger.settle(node_id, stream, by=actor_of(request))
     except PeeringError as error:
         raise Conflict(error.message) from error
-    return answer(request, views.settled_view(outcome, await views.names(box.database)))
+    return await views.settled_view(box.database, outcome)
 
 
-async def forgive(request: Request) -> Response:
+async def forgive(request: Request, peer: str) -> ForgivenView:
     database = box_of(request).database
-    peer = await _peer(request, request.path_params["peer"])
-    made = await claims.forgive(database, peer, by(request))
-    return answer(request, ForgivenView(made.entries, made.amounts))
+    node_id = await _node_id(request, peer)
+    forgiven = await claims.forgive(database, node_id, actor_of(request))
+    return ForgivenView(forgiven.entries, forgiven.amounts)
 
 
-async def paid(request: Request) -> Response:
+async def mark_paid(request: Request, statement: str) -> views.StatementView:
     """Raises NotFound."""
-    database, statement = box_of(request).database, request.path_params["statement"]
-    await ledger_statement.pay(database, statement, by(request))
-    found = await views.all_statements(database)
-    return answer(request, next(one for one in found if one.id == statement))
+    database = box_of(request).database
+    await ledger_statement.pay(database, statement, actor_of(request))
+    all_statements = await views.all_statements(database)
+    return next(view for view in all_statements if view.id == statement)
 
 
-async def _peer(request: Request, text: str) -> str:
-    """The node_id of the peer that is named so.  Raises PeerNotFound."""
+async def _node_id(request: Request, name: str) -> str:
+    """The node id of the peer with that name or id.  Raises PeerNotFound."""
     box = box_of(request)
-    return await views.find(box.database, text, box.identity.node_id)
+    return await views.find(box.database, name, box.identity.node_id)

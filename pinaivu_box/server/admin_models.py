@@ -1,21 +1,18 @@
-"""`GET /v1/admin/models`: what is served, and which files are not.  `POST /v1/admin/models/pull`:
-copy a model from other boxes, a line of JSON as it goes on."""
+"""`/v1/admin/models`: the models and their files, and copying a model from other boxes."""
 
 from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, starmap
 from typing import Annotated, Literal
 
-import msgspec
 from msgspec import Meta, Struct, field
 from starlette.requests import Request
-from starlette.responses import Response, StreamingResponse
 
 from pinaivu_box.box import Box, not_served_in
 from pinaivu_box.errors import (
@@ -35,21 +32,24 @@ from pinaivu_box.models.catalog import Model
 from pinaivu_box.models.names import is_model_id, printable
 from pinaivu_box.models.placing import place
 from pinaivu_box.network.network import Network
-from pinaivu_box.server.admin import body, box_of, by
 from pinaivu_box.server.admin_peers import OFF
-from pinaivu_box.server.envelope import JSON
-from pinaivu_box.server.operations import NotServed
+from pinaivu_box.server.admin_reload import NotServed
+from pinaivu_box.server.context import actor_of, box_of, request_id_of
+from pinaivu_box.server.json_response import JsonLines
 from pinaivu_box.store import audit
 from pinaivu_box.store.audit import Actor
 
-_LINE_SECONDS = 0.5
+_PROGRESS_SECONDS = 0.5
 ANY = "any"
+State = Literal["copying", "checking", "done", "failed"]
 
 
 class Pull(Struct, frozen=True):
-    """`from` names a peer, or `any` for all that have it.  `digest` is the beginning of the file's
-    SHA-256 in hex; with it the name is only what the model is called here.  `as` is another name
-    for it here."""
+    """`from` is the name of a peer, or `any` for all that have the model.
+
+    `digest`, the beginning of the file's SHA-256 in hex, selects the file; `model` then only names
+    it on this box.  `as` is another name for it on this box.
+    """
 
     model: Annotated[Name, Meta(min_length=1)]
     from_: str = field(name="from", default=ANY)
@@ -58,7 +58,7 @@ class Pull(Struct, frozen=True):
 
 
 class PullSource(Struct, frozen=True):
-    """`bytes` came from it; `left_out` says why nothing more is asked of it."""
+    """`bytes` came from this peer; `left_out` says why it is not asked for more."""
 
     peer: str
     name: str
@@ -67,10 +67,10 @@ class PullSource(Struct, frozen=True):
 
 
 class PullProgress(Struct, frozen=True):
-    """A line: `bytes` of `size` are here.  The last one is `done`, or `failed` with a `message`;
-    `done` has one too if there was nothing to copy."""
+    """`bytes` of `size` have been copied.  The last line is `done`, or `failed` with a `message`;
+    `done` has a message too if there was nothing to copy."""
 
-    state: Literal["copying", "checking", "done", "failed"]
+    state: State
     model: str
     digest: str
     size: int
@@ -81,8 +81,7 @@ class PullProgress(Struct, frozen=True):
 
 
 class ModelView(Struct, frozen=True):
-    """`size` in bytes, `context` the most tokens of one sequence.  A model in several files has all
-    of them in `files`."""
+    """`size` in bytes, `context` in tokens.  `files` are all files of a model in several parts."""
 
     id: str
     size: int
@@ -93,21 +92,20 @@ class ModelView(Struct, frozen=True):
 
 
 class ModelFiles(Struct, frozen=True):
-    """`not_served` are the files of the models folder that are not, and why."""
+    """`not_served` are the files of the models folder that are not served, and why."""
 
     request_id: str
     data: list[ModelView]
     not_served: list[NotServed]
 
 
-async def ls(request: Request) -> Response:
+async def list_model_files(request: Request) -> ModelFiles:
     box = box_of(request)
-    made = ModelFiles(
-        request.scope["state"]["request_id"],
+    return ModelFiles(
+        request_id_of(request),
         [_view(model, box) for model in box.catalog.models],
         list(starmap(NotServed, not_served_in(box.catalog).items())),
     )
-    return JSON(made)
 
 
 def _view(model: Model, box: Box) -> ModelView:
@@ -122,104 +120,99 @@ def _view(model: Model, box: Box) -> ModelView:
 
 
 @dataclass(frozen=True)
-class _Task:
-    """What is to be called `model` here, and who asked for it."""
+class _PullTask:
+    """`model` is the name that the model gets on this box."""
 
     model: str
     box: Box
     network: Network
     actor: Actor
+    request_id: str
 
 
-async def pull(request: Request) -> Response:
-    given = await body(request, Pull)
+async def pull(request: Request, body: Pull) -> JsonLines[PullProgress]:
+    """Raises Conflict, ModelNotFound, PeerNotFound, InvalidBody."""
     box = box_of(request)
     network = box.network
     if network is None:
         raise Conflict(OFF)
-    model = _name_here(given)
-    task = _Task(model, box, network, by(request))
+    name = _name_here(body)
+    task = _PullTask(name, box, network, actor_of(request), request_id_of(request))
     open_stream = partial(network.open, purpose=PURPOSE)
-    found, without = await _find(open_stream, _sources(network, given), given)
-    have = next(iter(found.values()))
-    here = await _here(box, have.digest)
-    _check_free(task, here)
-    request_id: str = request.scope["state"]["request_id"]
-    if here is not None:
-        said, size = f"This box has that file already, as {here.id}.", have.size
-        if given.as_ is not None and not _is_called(here, task.model):
-            _check_free(task, None)
-            await _name_too(task, here)
-            said = f"{said[:-1]}, and serves it as {task.model} too."
-            here = box.catalog.find(task.model)
-        line = PullProgress("done", here.id, have.digest, size, size, [], said, request_id)
-        return StreamingResponse(iter([_line(line)]), media_type="application/x-ndjson")
-    copy = download.copy_of(open_stream, found, catalog.directory(box.config, box.home), model)
-    copy.left_out.update(without)
-    return StreamingResponse(_lines(task, copy, request_id), media_type="application/x-ndjson")
+    sources, unusable = await _find(open_stream, _sources(network, body), body)
+    have = next(iter(sources.values()))
+    present = await _present(box, have.digest)
+    _check_name_is_free(task, present)
+    if present is not None:
+        rename = body.as_ is not None and not _is_called(present, name)
+        return JsonLines([await _already_present(task, have, present, rename=rename)])
+    copy = download.copy_of(open_stream, sources, catalog.directory(box.config, box.home), name)
+    copy.left_out.update(unusable)
+    return JsonLines(_progress(task, copy))
 
 
-def _name_here(given: Pull) -> str:
-    """With its tag.  Raises InvalidBody."""
-    if given.digest and not re.fullmatch(r"[0-9a-f]{8,64}", given.digest):
+def _name_here(body: Pull) -> str:
+    """The name on this box, with its tag.  Raises InvalidBody."""
+    if body.digest and not re.fullmatch(r"[0-9a-f]{8,64}", body.digest):
         raise InvalidBody(
-            f"'{given.digest}' is no digest: write 8 to 64 hex digits of one.",
+            f"'{body.digest}' is not a digest: write 8 to 64 hex digits of one.",
             loc=("body", "digest"),
         )
-    name, loc = (given.model, "model") if given.as_ is None else (given.as_, "as")
+    name, field_name = (body.model, "model") if body.as_ is None else (body.as_, "as")
+    loc = ("body", field_name)
     if not is_model_id(name if ":" in name else f"{name}:latest"):
-        raise InvalidBody(f"'{name}' is not a model name: write it as name:tag.", loc=("body", loc))
+        raise InvalidBody(f"'{name}' is not a model name: write it as name:tag.", loc=loc)
     if "/" in name:
         raise InvalidBody(
             f"'{name}' cannot be the name of a file: give the model another name here (--as).",
-            loc=("body", loc),
+            loc=loc,
         )
     return name if ":" in name else f"{name}:latest"
 
 
-def _sources(network: Network, given: Pull) -> list[DownloadSource]:
-    """Whom to ask.  Raises PeerNotFound, ModelNotFound."""
-    if given.from_ != ANY:
-        peer = network.peer(given.from_)
+def _sources(network: Network, body: Pull) -> list[DownloadSource]:
+    """The peers to ask.  Raises PeerNotFound, ModelNotFound."""
+    if body.from_ != ANY:
+        peer = network.peer(body.from_)
         return [DownloadSource(peer.node_id, peer.name)]
     offers = {
         peer: peer.advert.models
         for peer in sorted(network.peers(), key=lambda peer: peer.state != "connected")
         if peer.advert is not None and peer.state != "revoked" and not peer.gone
     }
-    fitting = [
+    sources = [
         DownloadSource(peer.node_id, peer.name)
         for peer, models in offers.items()
-        if any(_fits(offer, given) for offer in models)
+        if any(_matches(offer, body) for offer in models)
     ]
-    if not fitting:
+    if not sources:
         ids = {offer.id for models in offers.values() for offer in models}
         offered = ", ".join(sorted(filter(is_model_id, ids)))
         raise ModelNotFound(
-            f"No peer offers {given.model}. Offered: {offered or 'nothing'}.", param="model"
+            f"No peer offers {body.model}. Offered: {offered or 'nothing'}.", param="model"
         )
-    return fitting
+    return sources
 
 
-def _fits(offer: Offer, given: Pull) -> bool:
-    if given.digest:
-        return offer.digest.hex().startswith(given.digest)
-    names = (given.model, f"{given.model}:latest", given.model.removesuffix(":latest"))
+def _matches(offer: Offer, body: Pull) -> bool:
+    if body.digest:
+        return offer.digest.hex().startswith(body.digest)
+    names = (body.model, f"{body.model}:latest", body.model.removesuffix(":latest"))
     return offer.id in names
 
 
 async def _find(
-    open_stream: Open, sources: list[DownloadSource], given: Pull
+    open_stream: Open, sources: list[DownloadSource], body: Pull
 ) -> tuple[dict[DownloadSource, ModelAvailable], dict[DownloadSource, str]]:
-    """Raises Conflict."""
+    """The sources that have the file, and why the others cannot be used.  Raises Conflict."""
     try:
-        return await download.find(open_stream, sources, given.model, given.digest)
+        return await download.find(open_stream, sources, body.model, body.digest)
     except CopyFailed as error:
         raise Conflict(error.message) from error
 
 
-async def _here(box: Box, digest: str) -> Model | None:
-    """The model of that file, if this box has it."""
+async def _present(box: Box, digest: str) -> Model | None:
+    """The model with that file, if this box has it."""
     for model in box.catalog.models:
         with suppress(OSError):  # deleted since
             if await file_store.digest(box.database, model) == digest:
@@ -231,92 +224,99 @@ def _is_called(model: Model, name: str) -> bool:
     return name in (model.id, f"{model.id}:latest")
 
 
-async def _name_too(task: _Task, here: Model) -> None:
-    """Serve a model that is here under the task's name too.  Raises Conflict."""
+async def _already_present(
+    task: _PullTask, have: ModelAvailable, model: Model, *, rename: bool
+) -> PullProgress:
+    """The only line if this box has the file; with `rename` it is served under the task's name as
+    well.  Raises Conflict."""
+    message = f"This box has that file already, as {model.id}."
+    if rename:
+        _check_name_is_free(task, None)
+        await _add_name(task, model)
+        message = f"{message[:-1]}, and serves it as {task.model} too."
+        model = task.box.catalog.find(task.model)
+    size = have.size
+    return PullProgress("done", model.id, have.digest, size, size, [], message, task.request_id)
+
+
+async def _add_name(task: _PullTask, model: Model) -> None:
+    """Serve a model under the task's name as well.  Raises Conflict."""
     box = task.box
     folder = catalog.directory(box.config, box.home)
     try:
-        targets = await asyncio.to_thread(place, here, folder, task.model)
+        targets = await asyncio.to_thread(place, model, folder, task.model)
         await box.look_for_models()
     except OSError as error:
         reason = error.strerror or error
-        raise Conflict(f"{here.id} cannot be called {task.model} too: {reason}.") from error
+        raise Conflict(f"{model.id} cannot be called {task.model} too: {reason}.") from error
     for target in targets:
         if why := box.catalog.not_served.get(target):
-            raise Conflict(f"{printable(str(target))} is here, and it cannot be served: {why}.")
-    digests = await file_store.digests_of_parts(box.database, here)
-    detail = {"digest": await box.digests.of(here), "same_as": here.id}
+            raise Conflict(f"{printable(str(target))} exists, but cannot be served: {why}.")
+    digests = await file_store.digests_of_parts(box.database, model)
+    detail = {"digest": await box.digests.of(model), "same_as": model.id}
     await box.database.write(
         *map(file_store.named, targets, digests),
         audit.record(task.actor, "model.pull", task.model, **detail),
     )
 
 
-def _check_free(task: _Task, here: Model | None) -> None:
-    """Raises Conflict."""
+def _check_name_is_free(task: _PullTask, present: Model | None) -> None:
+    """Raises Conflict if another file has the task's name."""
     names = {model.id for model in task.box.catalog.models}
-    if here is None and names & {task.model, task.model.removesuffix(":latest")}:
+    if present is None and names & {task.model, task.model.removesuffix(":latest")}:
         raise Conflict(
             f"This box serves another file as {task.model}: give the new one another name (--as)."
         )
 
 
-async def _lines(task: _Task, copy: DownloadProgress, request_id: str) -> AsyncIterator[bytes]:
-    """Whoever reads this no more stops the copy; what is here of it stays."""
-    progress: Callable[..., bytes] = partial(_progress, task, copy, request_id)
-    doing = asyncio.create_task(_run(task, copy))
+async def _progress(task: _PullTask, copy: DownloadProgress) -> AsyncIterator[PullProgress]:
+    """If the reader leaves, the copy stops; what has been copied stays."""
+    copying_task = asyncio.create_task(_run(task, copy))
     try:
-        while not doing.done():
-            yield progress("checking" if copy.checking else "copying")
-            await asyncio.wait({doing}, timeout=_LINE_SECONDS)
+        while not copying_task.done():
+            yield _line(task, copy, "checking" if copy.checking else "copying")
+            await asyncio.wait({copying_task}, timeout=_PROGRESS_SECONDS)
         try:
-            doing.result()
+            copying_task.result()
         except PeeringError as error:
-            yield progress("failed", error.message)
+            yield _line(task, copy, "failed", error.message)
         else:
-            yield progress("done")
+            yield _line(task, copy, "done")
     finally:
-        # A file that has got its name is also served, whether somebody still looks on or not.
-        doing.add_done_callback(lambda done: done.cancelled() or done.exception())
+        # A file that has its final name is served, whether the reader is still there or not.
+        copying_task.add_done_callback(lambda done: done.cancelled() or done.exception())
         if not copy.finishing:
-            doing.cancel()
-        await asyncio.wait({doing})
+            copying_task.cancel()
+        await asyncio.wait({copying_task})
 
 
-def _progress(
-    task: _Task,
-    copy: DownloadProgress,
-    request_id: str,
-    state: Literal["copying", "checking", "done", "failed"],
-    message: str = "",
-) -> bytes:
-    known = {*copy.sources, *copy.left_out}
+def _line(task: _PullTask, copy: DownloadProgress, state: State, message: str = "") -> PullProgress:
     sources = [
         PullSource(source.peer, source.name, copy.sent[source], copy.left_out.get(source, ""))
-        for source in sorted(known, key=lambda source: source.name)
+        for source in sorted({*copy.sources, *copy.left_out}, key=lambda source: source.name)
     ]
-    return _line(
-        PullProgress(
-            state, task.model, copy.digest, copy.size, copy.bytes, sources, message, request_id
-        )
+    return PullProgress(
+        state,
+        task.model,
+        copy.digest,
+        copy.size,
+        copy.bytes,
+        sources,
+        message,
+        task.request_id,
     )
 
 
-def _line(progress: PullProgress) -> bytes:
-    return msgspec.json.encode(progress) + b"\n"
-
-
-async def _run(task: _Task, copy: DownloadProgress) -> None:
-    """Copy, and serve what has come.  Raises CopyFailed."""
+async def _run(task: _PullTask, copy: DownloadProgress) -> None:
+    """Copy the model and serve it.  Raises CopyFailed."""
     await copy.run()
     box = task.box
     detail = {"digest": copy.digest, "from": sorted(source.name for source in copy.sent)}
-    known = [file_store.copied(*file) for file in copy.files]
     await box.database.write(
-        *chain.from_iterable(known),
+        *chain.from_iterable(file_store.copied(*file) for file in copy.files),
         audit.record(task.actor, "model.pull", task.model, **detail),
     )
     await box.look_for_models()
     for target, *_ in copy.files:
         if why := box.catalog.not_served.get(target):
-            raise CopyFailed(f"{target} is here, and it cannot be served: {why}.")
+            raise CopyFailed(f"{target} exists, but cannot be served: {why}.")

@@ -1,4 +1,4 @@
-"""`/v1/admin/peers`: what `pinaivu peers` does, over HTTP."""
+"""`/v1/admin/peers`: the boxes that this one is in a network with."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Annotated, TypeVar
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 from starlette.requests import Request
-from starlette.responses import Response
 
 from pinaivu_box import amount
 from pinaivu_box.box import Box
@@ -31,20 +30,20 @@ from pinaivu_box.network.peer import Peer
 from pinaivu_box.network.views import OwnView, PeerView
 from pinaivu_box.policy import LONGEST_LIFE
 from pinaivu_box.receipts.receipt import utc_text
-from pinaivu_box.server.admin import answer, body, box_of, by
+from pinaivu_box.server.context import actor_of, box_of
 from pinaivu_box.store import peer_settings
 from pinaivu_box.store.peer_settings import PeerSettings
 
 T = TypeVar("T")
 OFF = (
     "Peering is off on this box: start it with 'pinaivu serve --peering', or set enabled = true "
-    "under [peering] in its configuration and start it anew."
+    "under [peering] in its configuration and restart it."
 )
 
 
 class Invite(Struct, frozen=True):
-    """`name` is what the newcomer will be called; `expires` is from now ("1h").  `admin`: it may
-    invite and remove others as this box does."""
+    """`name` is the name of the new box; `expires` counts from now ("1h").  An `admin` may invite
+    and remove other boxes."""
 
     name: Name | None = None
     expires: str = "1h"
@@ -63,15 +62,15 @@ class NewInvitation(Struct, frozen=True):
     request_id: str = ""
 
 
-class JoinBody(Struct, frozen=True):
-    """`at`: addresses (HOST:PORT) of the inviter that its ticket does not know."""
+class Join(Struct, frozen=True):
+    """`at`: further addresses (HOST:PORT) of the box that issued the ticket."""
 
     ticket: str
     at: Annotated[tuple[Annotated[str, Meta(max_length=100)], ...], Meta(max_length=4)] = ()
 
 
 class LimitChanges(Struct, frozen=True, forbid_unknown_fields=True):
-    """What this peer may ask of us; null puts a setting back to what `[peering]` says."""
+    """What this peer may use; null restores the setting of `[peering]`."""
 
     max_parallel: Annotated[int, Meta(ge=0)] | UnsetType | None = UNSET
     tokens_per_minute: Annotated[int, Meta(ge=0)] | UnsetType | None = UNSET
@@ -82,20 +81,21 @@ class LimitChanges(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ChangePeer(Struct, frozen=True):
-    """What is given is changed.  `name` is ours alone; null: as its certificate calls it."""
+    """Only the fields that are present are changed.  `name` is used on this box alone; null
+    restores the name in the peer's certificate."""
 
     name: Name | UnsetType | None = UNSET
     limits: LimitChanges = LimitChanges()
 
 
-class RemoveBody(Struct, frozen=True):
-    """All members are told the `reason`."""
+class Remove(Struct, frozen=True):
+    """All members see the `reason`."""
 
     reason: Annotated[str, Meta(max_length=200)] = ""
 
 
 class PeerList(Struct, frozen=True):
-    """`own`: this box as the others see it."""
+    """`own` is this box as the others see it."""
 
     own: OwnView
     data: list[PeerView]
@@ -104,85 +104,95 @@ class PeerList(Struct, frozen=True):
 
 
 class Left(Struct, frozen=True):
-    """The network that this box was in."""
+    """The id of the network that this box was in."""
 
     network: str
     request_id: str = ""
 
 
-async def ls(request: Request) -> Response:
+_DEFAULT_INVITE = Invite()
+_DEFAULT_REMOVAL = Remove()
+
+
+async def list_peers(request: Request) -> PeerList:
     network, box = _network(request), box_of(request)
     own = views.own_view(network, box.offers.describe(), box.config.peering.relay)
-    return answer(request, PeerList(own, await _views(request, network.peers())))
+    return PeerList(own, await _views(request, network.peers()))
 
 
-async def invite(request: Request) -> Response:
-    given = await body(request, Invite, empty=b"{}")
+async def invite(request: Request, body: Invite = _DEFAULT_INVITE) -> NewInvitation:
     network = _network(request)
     try:
-        seconds = parse_span(given.expires)
+        seconds = parse_span(body.expires)
         if not 0 < seconds <= LONGEST_LIFE:
-            raise ValueError("it is more than 0 and at most 36500d")
+            raise ValueError("it must be more than 0 and at most 36500d")
     except ValueError as error:
         raise InvalidBody(str(error), loc=("body", "expires")) from None
-    ticket = await _asked(network.invite(given.name, seconds, given.uses, given.admin, by(request)))
-    ends = utc_text(decode_ticket(ticket).expires_at)
-    return answer(request, NewInvitation(ticket, ends, given.uses, given.name, given.admin))
+    ticket = await _peering(
+        network.invite(body.name, seconds, body.uses, body.admin, actor_of(request))
+    )
+    expires_at = utc_text(decode_ticket(ticket).expires_at)
+    return NewInvitation(ticket, expires_at, body.uses, body.name, body.admin)
 
 
-async def join(request: Request) -> Response:
-    given = await body(request, JoinBody)
+async def join(request: Request, body: Join) -> PeerView:
     network = _network(request)
     try:
-        decode_ticket(given.ticket)
+        decode_ticket(body.ticket)
     except TicketInvalid as error:
         raise InvalidBody(str(error), loc=("body", "ticket")) from None
-    for number, address in enumerate(given.at):
+    for number, address in enumerate(body.at):
         if not is_host_port(address):
             raise InvalidBody(f"'{address}' is not HOST:PORT", loc=("body", "at", number))
-    peer = await _asked(network.join(given.ticket, by(request), given.at))
-    return answer(request, await _view(request, peer))
+    inviter = await _peering(network.join(body.ticket, actor_of(request), body.at))
+    return await _view(request, inviter)
 
 
-async def get(request: Request) -> Response:
-    return answer(request, await _view(request, _named(request)))
+async def get_peer(request: Request, peer: str) -> PeerView:
+    """Raises PeerNotFound."""
+    return await _view(request, _network(request).peer(peer))
 
 
-async def change(request: Request) -> Response:
-    given = await body(request, ChangePeer)
-    box, network, peer = box_of(request), _network(request), _named(request)
-    name = None if given.name is UNSET else given.name or ""
+async def change_peer(request: Request, peer: str, body: ChangePeer) -> PeerView:
+    """Raises PeerNotFound, and Conflict if another peer has the new name."""
+    box, network = box_of(request), _network(request)
+    node_id = network.peer(peer).node_id
+    name = None if body.name is UNSET else body.name or ""
     if name:
-        _check_free(name, peer, network)
+        _check_name_is_free(name, node_id, network)
     changes = {
-        name: value
-        for name, value in msgspec.structs.asdict(given.limits).items()
+        field: value
+        for field, value in msgspec.structs.asdict(body.limits).items()
         if value is not UNSET
     }
     try:
-        await peer_settings.edit(box.database, peer.node_id, by(request), name=name, limits=changes)
+        await peer_settings.edit(
+            box.database, node_id, actor_of(request), name=name, limits=changes
+        )
     except ValueError as error:
         raise InvalidBody(str(error), loc=("body", "limits")) from None
     if box.peer_policies is not None:
         box.peer_policies.changed()
     await network.renamed()
-    return answer(request, await _view(request, network.peer(peer.node_id)))
+    return await _view(request, network.peer(node_id))
 
 
-async def remove(request: Request) -> Response:
-    given = await body(request, RemoveBody, empty=b"{}")
-    network, peer = _network(request), _named(request)
-    gone = await _asked(network.remove(peer.node_id, given.reason, by(request)))
-    return answer(request, await _view(request, gone))
-
-
-async def leave(request: Request) -> Response:
+async def remove_peer(request: Request, peer: str, body: Remove = _DEFAULT_REMOVAL) -> PeerView:
+    """Raises PeerNotFound."""
     network = _network(request)
-    left = network.network_id
-    if left is None:
-        raise Conflict("This box belongs to no network: there is none to leave.")
-    await network.leave(by(request))
-    return answer(request, Left(left))
+    node_id = network.peer(peer).node_id
+    removed = await _peering(network.remove(node_id, body.reason, actor_of(request)))
+    return await _view(request, removed)
+
+
+async def leave(request: Request) -> Left:
+    """Raises Conflict if this box is in no network."""
+    network = _network(request)
+    network_id = network.network_id
+    if network_id is None:
+        raise Conflict("This box is not a member of a network, so it cannot leave one.")
+    await network.leave(actor_of(request))
+    return Left(network_id)
 
 
 def _network(request: Request) -> Network:
@@ -193,21 +203,16 @@ def _network(request: Request) -> Network:
     return network
 
 
-def _named(request: Request) -> Peer:
-    """Raises PeerNotFound."""
-    return _network(request).peer(request.path_params["peer"])
-
-
-def _check_free(name: str, peer: Peer, network: Network) -> None:
-    """Raises Conflict if another is called so."""
-    if any(one.name == name and one.node_id != peer.node_id for one in network.peers()):
+def _check_name_is_free(name: str, node_id: str, network: Network) -> None:
+    """Raises Conflict if a peer other than `node_id` has that name."""
+    if any(peer.name == name and peer.node_id != node_id for peer in network.peers()):
         raise Conflict(f"Another peer is called {name}: choose another name.")
 
 
-async def _asked(doing: Awaitable[T]) -> T:
-    """Raises PeerUnreachable, Conflict."""
+async def _peering(operation: Awaitable[T]) -> T:
+    """The result of an operation of the network.  Raises PeerUnreachable, Conflict."""
     try:
-        return await doing
+        return await operation
     except Unreachable as error:
         raise PeerUnreachable(error.message) from error
     except (PeeringError, ValueError) as error:
@@ -218,19 +223,37 @@ async def _view(request: Request, peer: Peer) -> PeerView:
     return (await _views(request, [peer]))[0]
 
 
-async def _dealings(
-    box: Box, peer: str
-) -> tuple[views.OpinionView, views.UseView, views.RefusalView | None] | tuple[()]:
-    """What we think of a peer, what it has of this box, and what it refused us with."""
+async def _views(request: Request, peers: list[Peer]) -> list[PeerView]:
+    box, network = box_of(request), _network(request)
+    names = {peer.node_id: peer.name for peer in network.peers()} | {network.node_id: "this box"}
+    settings = await peer_settings.ls(box.database)
+    balances = await entry.balances(box.database)
+    return [
+        views.peer_view(
+            peer,
+            names.get(peer.inviter, peer.inviter),
+            settings.get(peer.node_id, PeerSettings()).limits,
+            *await _standing(box, peer.node_id),
+            cost=_cost(box, peer, balances.get(peer.node_id, {})),
+        )
+        for peer in peers
+    ]
+
+
+async def _standing(
+    box: Box, node_id: str
+) -> tuple[views.Opinion, views.UseView, views.RefusalView | None] | tuple[()]:
+    """The peer's reputation here, what it uses of this box, and its last refusal of a request of
+    ours; nothing while no requests are exchanged."""
     if box.pool is None:
         return ()
-    opinion, admission = box.pool.reputation, box.pool.serving.admission
-    policy, quota = await admission.accounts.policy(peer), await admission.quotas.of(peer)
-    debt = await admission.debt(peer, box.config.pricing.currency)
+    reputation, admission = box.pool.reputation, box.pool.serving.admission
+    policy, quota = await admission.policy(node_id), await admission.quotas.of(node_id)
+    debt = await admission.debt(node_id, box.config.pricing.currency)
     credit = policy.credit_limit
-    refused = box.pool.candidates.refusals.get(peer)
+    refusal = box.pool.candidates.refusals.get(node_id)
     return (
-        views.OpinionView(opinion.score(peer), opinion.why(peer)),
+        views.Opinion(reputation.score(node_id), reputation.why(node_id)),
         views.UseView(
             max_parallel=policy.max_parallel,
             running=quota.running,
@@ -244,35 +267,18 @@ async def _dealings(
             hours=policy.hours,
             open=policy.open,
         ),
-        refused and views.RefusalView(refused[0], time.monotonic() - refused[1]),
+        refusal and views.RefusalView(refusal[0], time.monotonic() - refusal[1]),
     )
 
 
 def _cost(box: Box, peer: Peer, balances: dict[str, Balance]) -> views.CostView:
     config = box.config
-    mine = balances.get(config.pricing.currency, Balance())
+    balance = balances.get(config.pricing.currency, Balance())
     offers = peer.advert.models if peer.advert else ()
-    ceilings = None if box.pool is None else box.pool.candidates.ceilings
+    spending = None if box.pool is None else box.pool.candidates.spending
     return views.CostView(
-        received=amount.to_text(mine.received),
-        owes=amount.to_text(mine.owed_to_peer),
+        received=amount.to_text(balance.received),
+        owes=amount.to_text(balance.owed_to_peer),
         max_debt=config.peering.max_debt or None,
-        too_dear=[one.id for one in offers if ceilings and ceilings.too_dear(one.price)],
+        too_dear=[offer.id for offer in offers if spending and spending.too_dear(offer.price)],
     )
-
-
-async def _views(request: Request, shown: list[Peer]) -> list[PeerView]:
-    network = _network(request)
-    names = {one.node_id: one.name for one in network.peers()} | {network.node_id: "this box"}
-    settings = await peer_settings.ls(box_of(request).database)
-    balances = await entry.balances(box_of(request).database)
-    return [
-        views.peer_view(
-            peer,
-            names.get(peer.inviter, peer.inviter),
-            settings.get(peer.node_id, PeerSettings()).limits,
-            *await _dealings(box_of(request), peer.node_id),
-            cost=_cost(box_of(request), peer, balances.get(peer.node_id, {})),
-        )
-        for peer in shown
-    ]

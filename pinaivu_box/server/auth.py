@@ -1,9 +1,10 @@
-"""Who asks?  Pure ASGI: `/v1` needs a key, which ends up in `scope["state"]["key"]`."""
+"""ASGI middleware: finds the API key of a request and checks its scope."""
 
 from __future__ import annotations
 
 import hmac
 import time
+from collections.abc import Callable
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
@@ -13,38 +14,42 @@ from starlette.types import Scope as AsgiScope
 from pinaivu_box.box import Box
 from pinaivu_box.errors import ApiError, Forbidden, Unauthorized
 from pinaivu_box.gateway.admission import refusal
-from pinaivu_box.policy import Policy, Scope
-from pinaivu_box.server import envelope
+from pinaivu_box.policy import Policy
+from pinaivu_box.server import error_responses
 from pinaivu_box.store import keys
 from pinaivu_box.store.keys import Key
 
-# The commands on this home, by the token in its run.json.
+# Commands on this home, which send the token in its run.json.
 LOCAL = Key("local", "", "", "local commands", "", "", Policy(scopes=("admin",)), 0)
-# The scope that a path needs, by its beginning; a key may see the list of models without any.
-_SCOPES: tuple[tuple[str, Scope], ...] = (
-    ("/v1/admin", "admin"),
-    ("/v1/engines", "admin"),
-    ("/v1/usage", "usage"),
-    ("/v1/receipts", "receipts"),
-)
-_FREE = ("/v1/models",)
+_READ_BY_ADMINS = ("usage", "receipts")  # scopes that a key with the scope admin need not have
 
 
 class Authenticate:
-    def __init__(self, app: ASGIApp, box: Box) -> None:
+    """Puts the key of a request into `scope["state"]["key"]`.
+
+    `access_to` says by method and path which scope a request needs; "any key" stands for none,
+    and "public" requests need no key.
+    """
+
+    def __init__(self, app: ASGIApp, box: Box, access_to: Callable[[str, str], str]) -> None:
         self._app = app
         self._box = box
+        self._access_to = access_to
 
     async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"].startswith("/v1"):
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        path = scope["path"]
+        access = self._access_to(scope["method"], path)
+        if access != "public":
             try:
                 key = await self._find(Headers(scope=scope))
-                _check(key, scope)
+                _check(key, access, scope)
             except ApiError as error:
                 self._box.refusals.note("", "", error.code)
-                path = scope["path"]
-                shown = envelope.told(error, self._box.config.server.contact, path)
-                await envelope.response(shown, path)(scope, receive, send)
+                adapted = error_responses.adapted(error, self._box.config.server.contact, path)
+                await error_responses.response(adapted, path)(scope, receive, send)
                 return
             scope["state"]["key"] = key
             if key.policy.rpm is not None or key.policy.tpm is not None:
@@ -66,34 +71,31 @@ class Authenticate:
             return LOCAL
         if not keys.well_formed(secret):
             raise Unauthorized(
-                "The API key is malformed (mistyped or cut off): it is sk-pnv- and "
-                "44 letters and digits, with nothing before or after."
+                "The API key is malformed (mistyped or cut off): it consists of sk-pnv- and "
+                "44 letters and digits."
             )
-        found = await keys.find(self._box.database, secret)
-        if found is None:
+        match = await keys.find(self._box.database, secret)
+        if match is None:
             raise Unauthorized("The API key is unknown to this box: create one with 'keys create'.")
-        key, old = found
+        key, is_old = match
         if (error := refusal(key)) is not None:
             raise error
         now = time.time_ns() // 1_000_000
-        if old and (key.old_until or 0) <= now:
+        if is_old and (key.old_until or 0) <= now:
             raise Unauthorized(f"The API key has been rotated: use {key.prefix}...{key.last_four}.")
         return key
 
 
-def _check(key: Key, scope: AsgiScope) -> None:
+def _check(key: Key, access: str, scope: AsgiScope) -> None:
     """Raises Forbidden."""
     address = scope["client"][0] if scope.get("client") else ""
     if not key.policy.admits(address):
         raise Forbidden(f"The API key {key.prefix}... may not be used from {address}.")
-    path = scope["path"]
-    if path.startswith(_FREE) or key is LOCAL:
+    if access == "any key" or access in key.policy.scopes or key is LOCAL:
         return
-    needed = next((name for start, name in _SCOPES if path.startswith(start)), "inference")
-    reads = needed in ("usage", "receipts") and key.admin
-    if needed not in key.policy.scopes and not reads:
+    if not (access in _READ_BY_ADMINS and key.admin):
         raise Forbidden(
-            f"This needs a key with the scope '{needed}', and {key.prefix}... has only "
+            f"This needs a key with the scope '{access}'; the scopes of {key.prefix}... are: "
             f"{', '.join(key.policy.scopes) or 'none'}."
         )
 
@@ -101,11 +103,11 @@ def _check(key: Key, scope: AsgiScope) -> None:
 def _secret(headers: Headers) -> str:
     value = headers.get("authorization")
     if not value:
-        # Anthropic's clients send it so.
+        # Anthropic's clients send it this way.
         if secret := headers.get("x-api-key"):
             return secret
         raise Unauthorized(
-            "There is no API key: send it as the header 'Authorization: Bearer sk-pnv-...'."
+            "The API key is missing: send it in the header 'Authorization: Bearer sk-pnv-...'."
         )
     scheme, _, secret = value.partition(" ")
     secret = secret.strip(" \t")
@@ -122,6 +124,7 @@ def key_of(request: Request) -> Key:
 
 
 def require_account(request: Request) -> None:
-    """What is served is written to a key's account; the token in run.json has none."""
+    """Raises Forbidden for the token in run.json: inference is recorded in an account, and the
+    token has none."""
     if key_of(request) is LOCAL:
-        raise Forbidden("The token in run.json is for commands: ask the model with an API key.")
+        raise Forbidden("The token in run.json is for commands: use an API key for inference.")

@@ -1,4 +1,4 @@
-"""Bodies that come compressed (`Content-Encoding`, RFC 9110, section 8.4)."""
+"""Compressed bodies (`Content-Encoding`, RFC 9110, section 8.4)."""
 
 from __future__ import annotations
 
@@ -16,38 +16,38 @@ else:
     from backports import zstd
 
 CODINGS = ("gzip", "deflate", "zstd")
-_SLICE = 64 * 1024  # bytes that are decoded between two looks at the event loop
-_MOST_MEMBERS = 1024  # of one body: each begins anew
-_WINDOW_BITS = 23  # of zstd: 8 MB, which RFC 9659 allows, and no more
+_SLICE_BYTES = 64 * 1024  # decompressed before other tasks run
+_MAX_MEMBERS = 1024  # of one body; each starts a new decompressor
+_MAX_WINDOW_BITS = 23  # of zstd: 8 MB, the limit of RFC 9659
 
 
 def coding_of(values: Sequence[str]) -> str:
-    """The coding that the headers name, "" if there is none.  Raises UnsupportedEncoding."""
+    """The coding in the values of the header, "" if there is none.  Raises UnsupportedEncoding."""
     names = [name.strip().lower() for value in values for name in value.split(",")]
     names = [name.removeprefix("x-") for name in names if name not in ("", "identity")]
     if len(names) > 1 or not set(names) <= set(CODINGS):
         raise UnsupportedEncoding(
-            f"The Content-Encoding '{quoted(', '.join(names))}' is not read here: send the body "
-            f"plain, or in one of {', '.join(CODINGS)}."
+            f"The Content-Encoding '{quoted(', '.join(names))}' is not supported: send the body "
+            f"uncompressed, or in one of {', '.join(CODINGS)}."
         )
     return names[0] if names else ""
 
 
 async def decoded(parts: AsyncIterator[bytes], coding: str) -> AsyncIterator[bytes]:
-    """The body in slices of at most 64 kB, with other tasks' turns between them.  Raises
-    BadRequest for what is cut off, or no such data."""
+    """Yields the body in slices of at most 64 kB, and lets other tasks run between them.  Raises
+    BadRequest for data that is truncated or damaged."""
     decoder: _Decoder | None = None
     members = 0
     async for part in parts:
         while part or (decoder is not None and not decoder.needs_input):
             if decoder is None:
-                if members == (1 if coding == "deflate" else _MOST_MEMBERS):
-                    raise _wrong(coding, "goes on after its end")
+                if members == (1 if coding == "deflate" else _MAX_MEMBERS):
+                    raise _invalid(coding, "continues after its end")
                 decoder, members = _decoder(coding, part), members + 1
             try:
-                data = decoder.decompress(part, _SLICE)
+                data = decoder.decompress(part, _SLICE_BYTES)
             except (zlib.error, zstd.ZstdError) as error:
-                raise _wrong(coding, "is damaged, or no such data") from error
+                raise _invalid(coding, "is damaged or in another format") from error
             part = b""
             if decoder.eof:
                 part, decoder = decoder.unused_data, None
@@ -55,15 +55,15 @@ async def decoded(parts: AsyncIterator[bytes], coding: str) -> AsyncIterator[byt
                 yield data
             await asyncio.sleep(0)
     if decoder is not None:
-        raise _wrong(coding, "is cut off")
+        raise _invalid(coding, "is truncated")
 
 
-def _wrong(coding: str, how: str) -> BadRequest:
-    return BadRequest(f"The body's Content-Encoding is {coding}, but it {how}: send it again.")
+def _invalid(coding: str, problem: str) -> BadRequest:
+    return BadRequest(f"The body's Content-Encoding is {coding}, but it {problem}: send it again.")
 
 
 class _Decoder(Protocol):
-    """As those of Python's `bz2`, `lzma` and `compression.zstd`."""
+    """The interface of the decompressors of Python's `bz2`, `lzma` and `compression.zstd`."""
 
     @property
     def eof(self) -> bool: ...
@@ -78,7 +78,7 @@ class _Decoder(Protocol):
 
 
 class _Inflate:
-    """zlib's, which leaves it to its caller to keep what it has not read yet."""
+    """Wraps zlib's, whose caller has to keep the input that was not consumed yet."""
 
     def __init__(self, bits: int) -> None:
         self._inner = zlib.decompressobj(bits)
@@ -93,17 +93,17 @@ class _Inflate:
         return self._inner.unused_data
 
     def decompress(self, data: bytes, max_length: int, /) -> bytes:
-        made = self._inner.decompress(self._inner.unconsumed_tail + data, max_length)
-        self.needs_input = not self._inner.unconsumed_tail and len(made) < max_length
-        return made
+        output = self._inner.decompress(self._inner.unconsumed_tail + data, max_length)
+        self.needs_input = not self._inner.unconsumed_tail and len(output) < max_length
+        return output
 
 
 def _decoder(coding: str, beginning: bytes) -> _Decoder:
     if coding == "zstd":
         return zstd.ZstdDecompressor(
-            options={zstd.DecompressionParameter.window_log_max: _WINDOW_BITS}
+            options={zstd.DecompressionParameter.window_log_max: _MAX_WINDOW_BITS}
         )
     if coding == "gzip":
         return _Inflate(16 + zlib.MAX_WBITS)
-    # Some send what is inside zlib's format without it; zlib's begins with an 8.
+    # Some clients send raw deflate data without zlib's header, which begins with an 8.
     return _Inflate(zlib.MAX_WBITS if beginning[0] & 0x0F == 8 else -zlib.MAX_WBITS)

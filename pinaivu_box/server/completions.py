@@ -1,4 +1,4 @@
-"""`POST /v1/completions`: prompts as they are, without a chat template."""
+"""`POST /v1/completions`: prompts without a chat template."""
 
 from __future__ import annotations
 
@@ -8,15 +8,12 @@ from dataclasses import replace
 
 import msgspec
 from msgspec import UNSET
-from starlette.requests import Request
-from starlette.responses import Response
 
 from pinaivu_box.engine.messages import TokenLogprob
 from pinaivu_box.errors import InvalidBody
 from pinaivu_box.gateway.backend import Job
 from pinaivu_box.gateway.request import ChoiceOutput, ChoiceStarted, Failed, Finished, RequestEvent
 from pinaivu_box.models.catalog import Model
-from pinaivu_box.openai.chunks import DONE, error_event, event
 from pinaivu_box.openai.completions import (
     Completion,
     CompletionChoice,
@@ -27,42 +24,44 @@ from pinaivu_box.openai.logprobs import shown_likeliest, shown_token
 from pinaivu_box.openai.request import check_length, check_stream, texts_or_tokens
 from pinaivu_box.openai.types import ContextShift
 from pinaivu_box.receipts.commitment import new_nonce
-from pinaivu_box.server.envelope import JSON
+from pinaivu_box.server import error_responses
 from pinaivu_box.server.inference import InferenceCall, usage_of
 from pinaivu_box.server.jobs import choices, job_of
+from pinaivu_box.server.sse import DONE, EventStream, encode_event
 
-_DEFAULT_MAX_TOKENS = 16  # OpenAI's, of this endpoint alone
-_MOST_CHOICES = 128
+_DEFAULT_MAX_TOKENS = 16  # as OpenAI's, of this endpoint alone
+_MAX_CHOICES = 128
 
 
-async def completions(request: Request) -> Response:
-    call = InferenceCall(request)
-    body = await call.body(CompletionRequest)
+async def create_completion(
+    call: InferenceCall, body: CompletionRequest
+) -> Completion | EventStream:
     prompts = _prompts(body)
     model = call.admit(body.model)
     jobs = _jobs(body, prompts, model, call)
     running = await call.start(jobs)
-    answer = _CompletionAnswer(body, jobs, Completion(
+    empty = Completion(
         id=call.request_id.replace("req_", "cmpl-"),
         request_id=call.request_id,
         created=call.created_at,
         model=model.id,
         choices=[],
         ignored_parameters=call.ignored or UNSET,
-    ))  # fmt: skip
+    )
+    answer = _CompletionAnswer(body, jobs, empty)
     if body.stream:
         return await call.stream(running, answer.encode)
-    async for happened in call.collect(running):
-        answer.take(happened)
-    return JSON(answer.whole())
+    async for event in call.collect(running):
+        answer.take(event)
+    return answer.completion()
 
 
 def _prompts(body: CompletionRequest) -> list[str | list[int]]:
-    """Raises InvalidBody for what cannot be."""
-    prompts = texts_or_tokens(body.prompt, "prompt", _MOST_CHOICES)
-    if len(prompts) * (body.n or 1) > _MOST_CHOICES:
+    """Raises InvalidBody."""
+    prompts = texts_or_tokens(body.prompt, "prompt", _MAX_CHOICES)
+    if len(prompts) * (body.n or 1) > _MAX_CHOICES:
         raise InvalidBody(
-            f"prompts times n are more than {_MOST_CHOICES} choices", loc=("body", "prompt")
+            f"prompts times n are more than {_MAX_CHOICES} choices", loc=("body", "prompt")
         )
     if body.max_tokens == 0 and not body.echo:
         raise InvalidBody("max_tokens 0 needs echo to be true", loc=("body", "max_tokens"))
@@ -97,14 +96,14 @@ def _jobs(
     return jobs
 
 
-def _max_tokens(asked: int | None) -> int | None:
-    if asked is None:
+def _max_tokens(requested: int | None) -> int | None:
+    if requested is None:
         return _DEFAULT_MAX_TOKENS
-    return None if asked < 0 else asked
+    return None if requested < 0 else requested
 
 
 class _Choice:
-    """One choice as it comes.  With echo it begins with its prompt."""
+    """The output of one choice so far.  With echo it begins with the prompt."""
 
     def __init__(self, job: Job) -> None:
         self.texts: list[str] = []
@@ -113,108 +112,112 @@ class _Choice:
         self._job = job
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._offset = 0  # in the text, of the next token
-        self._first = job.echo  # the next token is a prompt's first
+        self._at_prompt_start = job.echo
 
     def begin(self, prompt: str) -> str:
-        """The beginning of its text; `prompt` is what the model has read."""
+        """The text before the output; `prompt` is the prompt as the model has read it."""
         if not self._job.echo:
             return ""
         text = self._job.prompt if isinstance(self._job.prompt, str) else prompt
-        # What a tokenizer puts before a prompt has no place in the text.
+        # What a tokenizer adds before a prompt is not part of the text.
         self._offset = min(0, len(text) - len(prompt))
         return text
 
-    def show(self, probed: Sequence[TokenLogprob]) -> CompletionLogprobs | None:
-        """The next tokens."""
+    def next_logprobs(self, tokens: Sequence[TokenLogprob]) -> CompletionLogprobs | None:
+        """The log-probabilities of the next tokens, if they were asked for."""
         if self._job.logprobs is None:
             return None
-        shown = CompletionLogprobs([], [], [], [])
-        for one in probed:
-            likeliest = shown_likeliest(one.token, one.logprob, one.top)
-            shown.tokens.append(shown_token(one.token))
-            shown.token_logprobs.append(None if self._first else one.logprob)
-            shown.top_logprobs.append(None if self._first else likeliest)
-            shown.text_offset.append(max(0, self._offset))
-            self._offset += len(self._decoder.decode(one.token))
-            self._first = False
-        return shown
+        logprobs = CompletionLogprobs([], [], [], [])
+        for token in tokens:
+            likeliest = shown_likeliest(token.token, token.logprob, token.top)
+            logprobs.tokens.append(shown_token(token.token))
+            # The first token of a prompt has none.
+            logprobs.token_logprobs.append(None if self._at_prompt_start else token.logprob)
+            logprobs.top_logprobs.append(None if self._at_prompt_start else likeliest)
+            logprobs.text_offset.append(max(0, self._offset))
+            self._offset += len(self._decoder.decode(token.token))
+            self._at_prompt_start = False
+        return logprobs
 
 
 class _CompletionAnswer:
+    """Either `take` all events and get the `completion`, or `encode` them for a stream."""
+
     def __init__(self, body: CompletionRequest, jobs: list[Job], empty: Completion) -> None:
         self._body = body
         self._empty = empty
         self._choices = [_Choice(job) for job in jobs]
         self._end: Finished | None = None
 
-    # -- a whole body ------------------------------------------------------------------------------
-
-    def take(self, happened: RequestEvent) -> None:
-        match happened:
+    def take(self, event: RequestEvent) -> None:
+        match event:
             case ChoiceStarted():
-                self._begin(happened)
-                choice = self._choices[happened.choice]
-                choice.texts.append(choice.begin(happened.prompt))
+                self._begin(event)
+                choice = self._choices[event.choice]
+                choice.texts.append(choice.begin(event.prompt))
             case ChoiceOutput(number, output):
                 choice = self._choices[number]
                 choice.texts.append(output.text)
                 choice.logprobs += output.logprobs
                 choice.finish_reason = output.finish_reason
             case Finished():
-                self._end = happened
+                self._end = event
 
-    def whole(self) -> Completion:
-        found = [
-            CompletionChoice(index, "".join(one.texts), one.finish_reason, one.show(one.logprobs))
-            for index, one in enumerate(self._choices)
+    def completion(self) -> Completion:
+        choices = [
+            CompletionChoice(
+                index,
+                "".join(choice.texts),
+                choice.finish_reason,
+                choice.next_logprobs(choice.logprobs),
+            )
+            for index, choice in enumerate(self._choices)
         ]
-        return self._with_usage(msgspec.structs.replace(self._empty, choices=found))
-
-    def _begin(self, begun: ChoiceStarted) -> None:
-        self._empty = msgspec.structs.replace(self._empty, system_fingerprint=begun.fingerprint)
-
-    def _with_usage(self, answer: Completion) -> Completion:
-        if self._end is None:
-            return answer
-        shifted = self._end.shifted_tokens
-        return msgspec.structs.replace(
-            answer,
-            usage=usage_of(self._end),
-            context_shift=ContextShift(shifted) if shifted else UNSET,
-        )
-
-    # -- a stream ----------------------------------------------------------------------------------
+        return self._with_usage(msgspec.structs.replace(self._empty, choices=choices))
 
     def encode(self, events: Sequence[RequestEvent]) -> bytes:
-        return b"".join(self._chunk(happened) for happened in events)
+        return b"".join(self._encode(event) for event in events)
 
-    def _chunk(self, happened: RequestEvent) -> bytes:
-        match happened:
+    def _encode(self, event: RequestEvent) -> bytes:
+        match event:
             case ChoiceStarted(choice):
-                self._begin(happened)
-                echo = self._choices[choice].begin(happened.prompt)
-                return self._event(CompletionChoice(choice, echo, None)) if echo else b""
+                self._begin(event)
+                echo = self._choices[choice].begin(event.prompt)
+                return self._chunk(CompletionChoice(choice, echo, None)) if echo else b""
             case ChoiceOutput(choice, output):
                 self._choices[choice].finish_reason = output.finish_reason
                 if not output.text and not output.logprobs:
                     return b""
-                probed = self._choices[choice].show(output.logprobs)
-                return self._event(CompletionChoice(choice, output.text, None, probed))
+                logprobs = self._choices[choice].next_logprobs(output.logprobs)
+                return self._chunk(CompletionChoice(choice, output.text, None, logprobs))
             case Finished():
-                self.take(happened)
-                return self._last()
+                self._end = event
+                return self._last_chunks()
             case Failed():
-                return error_event(happened.error)
+                return encode_event(error_responses.event(event.error))
 
-    def _event(self, choice: CompletionChoice) -> bytes:
-        return event(msgspec.structs.replace(self._empty, choices=[choice]))
+    def _begin(self, event: ChoiceStarted) -> None:
+        self._empty = msgspec.structs.replace(self._empty, system_fingerprint=event.fingerprint)
 
-    def _last(self) -> bytes:
+    def _with_usage(self, completion: Completion) -> Completion:
+        if self._end is None:
+            return completion
+        shifted = self._end.shifted_tokens
+        return msgspec.structs.replace(
+            completion,
+            usage=usage_of(self._end),
+            context_shift=ContextShift(shifted) if shifted else UNSET,
+        )
+
+    def _chunk(self, choice: CompletionChoice) -> bytes:
+        return encode_event(msgspec.structs.replace(self._empty, choices=[choice]))
+
+    def _last_chunks(self) -> bytes:
         options = self._body.stream_options
-        parts = [
-            self._event(CompletionChoice(index, "", one.finish_reason))
-            for index, one in enumerate(self._choices)
+        chunks = [
+            self._chunk(CompletionChoice(index, "", choice.finish_reason))
+            for index, choice in enumerate(self._choices)
         ]
         if options is not None and options.include_usage:
-            parts.append(event(self._with_usage(self._empty)))
-        return b"".join([*parts, DONE])
+            chunks.append(encode_event(self._with_usage(self._empty)))
+        return b"".join([*chunks, DONE])

@@ -1,4 +1,4 @@
-"""What the scripts of web pages may do (CORS), also from the internet to a private network."""
+"""CORS: what scripts of web pages may do, also from the internet to a private network."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ _EXPOSED = [
     *("x-request-id", "request-id", "x-pinaivu-route", "x-pinaivu-ignored"),
     *("openai-processing-ms", "Retry-After"),
     *(
-        f"x-ratelimit-{w}-{of}"
-        for w in ("limit", "remaining", "reset")
-        for of in ("requests", "tokens")
+        f"x-ratelimit-{field}-{unit}"
+        for field in ("limit", "remaining", "reset")
+        for unit in ("requests", "tokens")
     ),
 ]
-# What a preflight asks beside the usual when a page from the internet calls a private address.  The
-# second name was used for a while; the permission of today asks the user and sends no header.
+# What a preflight also asks for when a page from the internet calls a private address.  Browsers
+# used the second name for a while; today they ask the user and send no header.
 _NETWORKS = ("Private-Network", "Local-Network")
-_ASKS = {name: f"access-control-request-{name.lower()}" for name in _NETWORKS}
+_REQUEST_HEADERS = {name: f"access-control-request-{name.lower()}" for name in _NETWORKS}
 
 
 class Cors(CORSMiddleware):
-    """Starlette's.  A page may reach from the internet into the network of the box if `origins`
-    names its origin: "*" does not."""
+    """Starlette's middleware.  A page on the internet may reach a box in a private network if
+    `origins` names the origin of the page; "*" does not allow it."""
 
     def __init__(self, app: ASGIApp, origins: tuple[str, ...]) -> None:
         super().__init__(
@@ -34,17 +34,23 @@ class Cors(CORSMiddleware):
             allow_headers=["*"],
             expose_headers=_EXPOSED,
         )
-        self._named = set(origins) - {"*"}
+        self._named_origins = set(origins) - {"*"}
 
     def preflight_response(self, request_headers: Headers) -> Response:
-        asked = [name for name, ask in _ASKS.items() if request_headers.get(ask) == "true"]
-        # Starlette would refuse the whole preflight, also of a browser that only warns.
-        others = [
-            one for one in request_headers.raw if one[0].decode("latin-1") not in _ASKS.values()
+        networks = [
+            name
+            for name, header in _REQUEST_HEADERS.items()
+            if request_headers.get(header) == "true"
         ]
-        answer = super().preflight_response(Headers(raw=others))
-        if asked and request_headers["origin"] in self._named:
-            answer.headers.add_vary_header("Origin")
-            for name in asked:
-                answer.headers[f"Access-Control-Allow-{name}"] = "true"
-        return answer
+        # Starlette would refuse the whole preflight, also of a browser that only warns.
+        other_headers = [
+            (name, value)
+            for name, value in request_headers.raw
+            if name.decode("latin-1") not in _REQUEST_HEADERS.values()
+        ]
+        response = super().preflight_response(Headers(raw=other_headers))
+        if networks and request_headers["origin"] in self._named_origins:
+            response.headers.add_vary_header("Origin")
+            for name in networks:
+                response.headers[f"Access-Control-Allow-{name}"] = "true"
+        return response

@@ -1,5 +1,4 @@
-"""`/health` (alive), `/readyz` (a model can be served, and written down), `/metrics`
-(Prometheus)."""
+"""`/health` (the process runs), `/readyz` (a model can be served) and `/metrics` (Prometheus)."""
 
 from __future__ import annotations
 
@@ -8,9 +7,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from pinaivu_box.box import Box
-from pinaivu_box.server.envelope import JSON
+from pinaivu_box.server.context import box_of
+from pinaivu_box.server.json_response import JSON
 
-_WRITTEN_SECONDS = 5.0  # that a write shows that another will succeed
+_WRITE_CHECK_SECONDS = 5.0  # how long a successful write shows that the next will succeed
 
 
 async def health(_request: Request) -> Response:
@@ -18,9 +18,9 @@ async def health(_request: Request) -> Response:
 
 
 async def readyz(request: Request) -> Response:
-    box: Box = request.app.state.box
+    box = box_of(request)
     reason = not_ready(box)
-    if reason is None and (why := await box.database.why_not_writable(_WRITTEN_SECONDS)):
+    if reason is None and (why := await box.database.why_not_writable(_WRITE_CHECK_SECONDS)):
         reason = f"nothing can be written to the database: {why}"
     if reason is None:
         return JSON({"status": "ready"})
@@ -28,7 +28,7 @@ async def readyz(request: Request) -> Response:
 
 
 def not_ready(box: Box) -> str | None:
-    """Why no model can be served, None if one can."""
+    """Why no model can be served; None if one can."""
     if box.admission.draining:
         return "shutting down"
     if not box.catalog.models:
@@ -38,5 +38,5 @@ def not_ready(box: Box) -> str | None:
 
 
 async def metrics(request: Request) -> Response:
-    box: Box = request.app.state.box
-    return Response(generate_latest(box.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+    registry = box_of(request).metrics.registry
+    return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)

@@ -1,4 +1,4 @@
-"""What all endpoints share that run a model: read the body, admit, start, listen, stream."""
+"""What all endpoints that run a model share: read the body, admit, start, collect or stream."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 
 import msgspec
 from starlette.requests import Request
-from starlette.responses import Response
 from starlette.types import Receive
 
 from pinaivu_box.box import Box
@@ -26,21 +25,24 @@ from pinaivu_box.gateway.request import Request as Running
 from pinaivu_box.gateway.sizes import check_sizes
 from pinaivu_box.models.catalog import Model
 from pinaivu_box.openai.types import Extension, PromptTokensDetails, Usage
-from pinaivu_box.server import envelope
+from pinaivu_box.server import error_responses
 from pinaivu_box.server.auth import key_of, require_account
-from pinaivu_box.server.bodies import Bodies, leave
-from pinaivu_box.server.stream import EventStream
+from pinaivu_box.server.bodies import Bodies, release_body
+from pinaivu_box.server.sse import EventStream
 
-STRICT = "x-pinaivu-strict"
-TIMEOUT = "x-request-timeout"
-_LONGEST_TIMEOUT = 86400.0  # seconds, as in the body
+STRICT_HEADER = "x-pinaivu-strict"
+TIMEOUT_HEADER = "x-request-timeout"
+_MAX_TIMEOUT_SECONDS = 86400.0  # as in the body
 
 Body = TypeVar("Body", bound=msgspec.Struct)
 T = TypeVar("T")
 
 
 class InferenceCall:
-    """One call of the API that runs a model: who asks, and the request once it is started."""
+    """One API call that runs a model: its key and body, and the running request.
+
+    `ignored` names the fields of the body that had no effect.
+    """
 
     def __init__(self, request: Request) -> None:
         require_account(request)
@@ -51,51 +53,51 @@ class InferenceCall:
         self.created_at = int(time.time())
         self._since = time.monotonic()
         self.ignored: list[str] = []
-        self._if_thoughtless = ""
+        self._thinking_field = ""
         self._timeout: float | None = None
         self._keep_alive: float | None = None
-        self._request = request
+        self.request = request
         self._arrival: ArrivedRequest | None = None
         self._watcher: asyncio.Task[None]  # once it is started
 
     async def body(self, kind: type[Body]) -> Body:
-        """The decoded body; `ignored` then names what of it was passed over, and so does the header
-        `x-pinaivu-ignored`.
+        """The decoded body.  Fills `ignored`, which is also the header `x-pinaivu-ignored`.
 
-        From here on the call counts as one of the key's requests.  Raises RateLimited if it has
-        none left, before anything is read, and what `Bodies.receive` does.
+        Counts the call against the key's request limit first.  Raises RateLimited if that is
+        reached, and what `Bodies.receive` does.
         """
-        state, key = self._request.scope["state"], self.key
+        state, key = self.request.scope["state"], self.key
         self._arrival = state["arrival"] = await self.box.admission.arrive(key)
-        strict = self._request.headers.get(STRICT) == "1" or key.policy.strict
-        most = self.box.config.server.max_body_bytes
+        strict = self.request.headers.get(STRICT_HEADER) == "1" or key.policy.strict
+        max_bytes = self.box.config.server.max_body_bytes
         body, self.ignored = await self.bodies.receive(
-            self._request, key.account_id, kind, most, strict=strict
+            self.request, key.account_id, kind, max_bytes, strict=strict
         )
         self._keep_alive = _keep_alive(getattr(body, "keep_alive", None))
         if self._keep_alive is not None and self._keep_alive > self.box.placement.longest:
             if strict:
                 raise InvalidBody(
-                    "it is longer than this box keeps a model loaded ([engine] max_keep_alive)",
+                    "it is longer than [engine] max_keep_alive of this box",
                     loc=("body", "keep_alive"),
                 )
             self.ignored.append("keep_alive")
         state["ignored"] = self.ignored
-        self._timeout = _timeout(self._request, getattr(body, "pinaivu", None))
+        self._timeout = _timeout(self.request, getattr(body, "pinaivu", None))
         return body
 
-    def wants_thoughts(self, field: str) -> None:
-        """That field of the body asks for thoughts: it is passed over if the model has none."""
-        self._if_thoughtless = field
+    def asks_for_thinking(self, field: str) -> None:
+        """Note the field that asks the model to think: it is ignored if the model cannot."""
+        self._thinking_field = field
 
-    async def make_room(self, size: int) -> None:
-        """For so many bytes that are read beside the body; see `Bodies.make_room`."""
-        most = self.box.config.server.max_body_bytes
-        await self.bodies.make_room(self._request, self.key.account_id, size, most)
+    async def reserve_history(self, size: int) -> None:
+        """See `Bodies.reserve_history`."""
+        max_bytes = self.box.config.server.max_body_bytes
+        await self.bodies.reserve_history(self.request, self.key.account_id, size, max_bytes)
 
     def admit(self, model_id: str) -> Model:
+        """The model with that name.  Raises what `Admission.check` does."""
         model = self.box.admission.check(model_id, self.key, self.box.requests.in_flight)
-        self._request.scope["state"]["model"] = model.id
+        self.request.scope["state"]["model"] = model.id
         return model
 
     async def tokenize(
@@ -106,34 +108,34 @@ class InferenceCall:
         plain: bool = False,
         count: bool = False,
     ) -> Tokenized:
-        """See `gateway.local.LocalBackend.tokenize`; raises InvalidBody for what is too large."""
+        """See `gateway.local.LocalBackend.tokenize`.  Raises InvalidBody for what is too large."""
         check_sizes(job.tools, job.constraint, job.stop)
         job = under(self.key, job)
-        return await self._unless_left(
+        return await self._until_disconnected(
             self.box.prompts.tokenize(job, tokens, plain=plain, count=count)
         )
 
     async def read(self, job: Job) -> tuple[Job, int]:
-        """The job with its prompt's tokens, and the context of its model.  Raises as `tokenize`,
-        and ContextOverflow for a prompt that is far too long."""
+        """The job with its prompt's tokens, and the context length of its model.  Raises what
+        `tokenize` does, and ContextOverflow for a prompt that is far too long."""
         check_sizes(job.tools, job.constraint, job.stop)
-        return await self._unless_left(self.box.prompts.read(under(self.key, job)))
+        return await self._until_disconnected(self.box.prompts.read(under(self.key, job)))
 
-    async def _unless_left(self, answer: Coroutine[Any, Any, T]) -> T:
-        reading = asyncio.create_task(answer)
-        leaving = asyncio.create_task(disconnected(self._request.receive))
+    async def _until_disconnected(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        result = asyncio.create_task(coroutine)
+        disconnect = asyncio.create_task(disconnected(self.request.receive))
         try:
-            await asyncio.wait({reading, leaving}, return_when=asyncio.FIRST_COMPLETED)
-            if leaving.done() or not reading.done():  # that it left is told only once
-                raise BadRequest("The connection closed before the answer was there.")
-            return reading.result()
+            await asyncio.wait({result, disconnect}, return_when=asyncio.FIRST_COMPLETED)
+            if disconnect.done() or not result.done():  # a disconnect is reported only once
+                raise BadRequest("The connection closed before the answer was ready.")
+            return result.result()
         finally:
-            reading.cancel()
-            leaving.cancel()
+            result.cancel()
+            disconnect.cancel()
 
     async def start(self, jobs: list[Job], *, background: bool = False) -> Running:
-        """In the `background` it goes on when the client leaves.  Raises what admission does,
-        TooLate, and InvalidBody for what is too large."""
+        """Start the request; in the `background` it goes on when the client disconnects.  Raises
+        what admission does, TooLate, and InvalidBody for what is too large."""
         for job in jobs:
             check_sizes(job.tools, job.constraint, job.stop)
         jobs = [replace(job, keep_alive=self._keep_alive) for job in jobs]
@@ -148,24 +150,24 @@ class InferenceCall:
             raise too_late(waited, self._timeout or waited) from None
         waited = time.monotonic() - began
         running = requests.start(admitted, self._timeout, waited, self._since)
-        self._request.scope["state"]["logged"] = True  # from here on the request logs itself
+        self.request.scope["state"]["logged"] = True  # the request logs itself
         if not background:
-            watching = _cancel_on_disconnect(self._request.receive, running)
-            self._watcher = asyncio.create_task(watching)
+            watch = _cancel_on_disconnect(self.request.receive, running)
+            self._watcher = asyncio.create_task(watch)
         return running
 
     def failed(self, error: ApiError) -> Failed:
-        """Counts an error that ends what has begun to be answered; as the client is told of it."""
-        envelope.note(self._request, error)
-        contact, path = self.box.config.server.contact, self._request.url.path
-        return Failed(envelope.told(error, contact, path))
+        """Count an error that ends an answer that has begun; returns it as the client sees it."""
+        error_responses.count(self.request, error)
+        contact, path = self.box.config.server.contact, self.request.url.path
+        return Failed(error_responses.adapted(error, contact, path))
 
     async def collect(self, running: Running) -> AsyncIterator[RequestEvent]:
-        """All events up to Finished; raises what failed."""
+        """Yields all events up to Finished.  Raises the error of Failed."""
         try:
             while True:
                 for event in await running.events.take():
-                    leave(self._request)
+                    release_body(self.request)
                     if isinstance(event, Failed):
                         raise event.error
                     self.note(event)
@@ -180,30 +182,31 @@ class InferenceCall:
         running: Running,
         encode: Callable[[Sequence[RequestEvent]], bytes],
         settle: Callable[[Finished], Awaitable[None]] | None = None,
-    ) -> Response:
-        """Sends what `encode` makes of the events, as many at a time as have piled up; before the
-        last, `settle` has done what that promises."""
+    ) -> EventStream:
+        """Streams what `encode` makes of the events, as many at a time as have arrived; `settle` is
+        awaited before the last.  Raises the error of a request that fails before its first output.
+        """
         first = asyncio.create_task(_first(running))
-        # A failure before the first token keeps its own status; a long wait (the engine is loading,
-        # or the queue is long) is bridged with comments after the grace.
+        # A failure before the first token keeps its own status.  After the grace period a long wait
+        # (the engine is loading, or the queue is long) is bridged with comments.
         await asyncio.wait({first}, timeout=self.box.config.server.stream_grace_seconds)
         if first.done() and isinstance(event := first.result()[-1], Failed):
             self._watcher.cancel()
             raise event.error
         if first.done():
-            leave(self._request)
+            release_body(self.request)
             self.note(first.result()[0])
         return EventStream(self._chunks(running, first, encode, settle), self._watcher)
 
     def note(self, event: RequestEvent) -> None:
-        """What headers tell of it."""
+        """Set the headers that depend on the first event of a choice."""
         if not isinstance(event, ChoiceStarted):
             return
         if event.route:
-            self._request.scope["state"]["route"] = event.route
-        if self._if_thoughtless and not event.thinks:
-            self.ignored.append(self._if_thoughtless)
-            self._if_thoughtless = ""
+            self.request.scope["state"]["route"] = event.route
+        if self._thinking_field and not event.thinks:
+            self.ignored.append(self._thinking_field)
+            self._thinking_field = ""
 
     async def _chunks(
         self,
@@ -213,7 +216,7 @@ class InferenceCall:
         settle: Callable[[Finished], Awaitable[None]] | None,
     ) -> AsyncIterator[bytes]:
         events = await first
-        leave(self._request)
+        release_body(self.request)
         self.note(events[0])
         while True:
             if settle is not None and isinstance(end := events[-1], Finished):
@@ -231,7 +234,7 @@ class InferenceCall:
 
 
 async def _first(running: Running) -> list[RequestEvent]:
-    """The events up to the first that shows whether it goes well."""
+    """The events up to the first output or failure."""
     events = await running.events.take()
     while isinstance(events[-1], ChoiceStarted):
         events = [*events, *await running.events.take()]
@@ -239,33 +242,34 @@ async def _first(running: Running) -> list[RequestEvent]:
 
 
 def _timeout(request: Request, extension: Extension | None) -> float | None:
-    """Seconds in which the request wants to start; the body's word counts most."""
+    """Seconds within which the request has to start; the body takes precedence over the header.
+    Raises InvalidBody."""
     if extension is not None and extension.timeout is not None:
         return extension.timeout
-    given = request.headers.get(TIMEOUT)
-    if given is None:
+    text = request.headers.get(TIMEOUT_HEADER)
+    if text is None:
         return None
     try:
-        seconds = parse_duration(given)
+        seconds = parse_duration(text)
     except ValueError as error:
-        raise InvalidBody(str(error), loc=("header", TIMEOUT)) from None
-    if not 0 < seconds <= _LONGEST_TIMEOUT:
-        raise InvalidBody("it must be longer than nothing, and at most 1d", loc=("header", TIMEOUT))
+        raise InvalidBody(str(error), loc=("header", TIMEOUT_HEADER)) from None
+    if not 0 < seconds <= _MAX_TIMEOUT_SECONDS:
+        raise InvalidBody("it must be more than 0 and at most 1d", loc=("header", TIMEOUT_HEADER))
     return seconds
 
 
-def _keep_alive(given: float | str | None) -> float | None:
-    """Seconds; what is below 0 has no end.  Raises InvalidBody."""
+def _keep_alive(value: float | str | None) -> float | None:
+    """Seconds; a negative value stands for ever.  Raises InvalidBody."""
     try:
-        if isinstance(given, str):  # Ollama's clients also write 1h30m
-            given = sum(map(parse_duration, re.split("(?<=[a-z])(?=[0-9])", given)))
+        if isinstance(value, str):  # Ollama's clients also write 1h30m
+            value = sum(map(parse_duration, re.split("(?<=[a-z])(?=[0-9])", value)))
     except ValueError as error:
         raise InvalidBody(str(error), loc=("body", "keep_alive")) from None
-    return math.inf if given is not None and given < 0 else given
+    return math.inf if value is not None and value < 0 else value
 
 
 async def disconnected(receive: Receive) -> None:
-    """Returns once the client has left."""
+    """Returns once the client has disconnected."""
     while (await receive())["type"] != "http.disconnect":
         pass
 

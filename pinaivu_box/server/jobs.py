@@ -1,4 +1,4 @@
-"""From a checked body to the jobs that answer it: one for each choice."""
+"""Makes the jobs of a checked body: one for each choice."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pinaivu_box.errors import InvalidBody
 from pinaivu_box.gateway.backend import Job, committed
 from pinaivu_box.models.catalog import Model
 from pinaivu_box.openai.request import max_tokens, normalise, stop_strings, text_of
-from pinaivu_box.openai.tools import functions, wanted
+from pinaivu_box.openai.tools import chosen_tools, functions
 from pinaivu_box.openai.types import (
     ChatRequest,
     Function,
@@ -89,19 +89,19 @@ def grammar(text: str) -> Constraint:
 def _tools(body: ChatRequest) -> Tools | None:
     if not body.tools or body.tool_choice == "none":
         return None
-    choice, callable_ = wanted(body.tool_choice)
-    known = functions(body.tools)
+    choice, allowed = chosen_tools(body.tool_choice)
+    tools = functions(body.tools)
     return Tools(
-        json_text([_function(one) for one in known], "tools"),
-        [one.name for one in known if callable_ is None or one.name in callable_],
+        json_text([_without_nulls(tool) for tool in tools], "tools"),
+        [tool.name for tool in tools if allowed is None or tool.name in allowed],
         choice,
         body.parallel_tool_calls is not False,
     )
 
 
-def _function(function: Function) -> dict[str, Any]:
-    told: dict[str, Any] = msgspec.structs.asdict(function)  # whatever is in it is JSON's already
-    return {name: value for name, value in told.items() if value is not None}
+def _without_nulls(function: Function) -> dict[str, Any]:
+    fields: dict[str, Any] = msgspec.structs.asdict(function)
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 def json_text(value: Any, param: str) -> str:
@@ -113,7 +113,7 @@ def json_text(value: Any, param: str) -> str:
 
 
 def _template(body: ChatRequest) -> dict[str, Any]:
-    """Templates know `enable_thinking` (Qwen) or `reasoning_effort` (gpt-oss)."""
+    """Templates read `enable_thinking` (Qwen) or `reasoning_effort` (gpt-oss)."""
     effort = body.reasoning_effort
     if effort is None:
         return {}
@@ -132,6 +132,6 @@ def _format(body: ChatRequest) -> Constraint | None:
     match body.response_format:
         case JsonFormat():
             return Constraint("json_schema", '{"type":"object"}')
-        case SchemaFormat(json_schema=named):
-            return Constraint("json_schema", json_text(named.schema, "response_format"))
+        case SchemaFormat(json_schema=definition):
+            return Constraint("json_schema", json_text(definition.schema, "response_format"))
     return None

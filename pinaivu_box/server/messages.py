@@ -9,8 +9,6 @@ from typing import Any
 
 import msgspec
 from msgspec import UNSET
-from starlette.requests import Request
-from starlette.responses import Response
 
 from pinaivu_box.chat_format import CONTINUE
 from pinaivu_box.config import SamplingConfig
@@ -28,22 +26,21 @@ from pinaivu_box.openai.anthropic import (
     as_messages,
     continues,
 )
-from pinaivu_box.openai.reader import Arguments, Piece, Text, Thought
-from pinaivu_box.openai.reader import ParsedCall as ToolCall
+from pinaivu_box.openai.reader import Arguments, ParsedCall, Piece, Text, Thought
 from pinaivu_box.openai.types import Sampled
-from pinaivu_box.server import envelope
-from pinaivu_box.server.choices import Choices
-from pinaivu_box.server.envelope import JSON
+from pinaivu_box.server import error_responses
 from pinaivu_box.server.inference import InferenceCall
 from pinaivu_box.server.jobs import job_of, json_text
+from pinaivu_box.server.output_parser import OutputParser
+from pinaivu_box.server.sse import EventStream, encode_event
 from pinaivu_box.text import encodable
 
-_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
+_STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 
 
-async def messages(request: Request) -> Response:
-    call = InferenceCall(request)
-    body = await call.body(MessagesRequest)
+async def create_message(
+    call: InferenceCall, body: MessagesRequest
+) -> AnthropicAnswer | EventStream:
     model = call.admit(body.model)
     job = replace(
         _job(body, model, call),
@@ -52,22 +49,20 @@ async def messages(request: Request) -> Response:
         stop=list(body.stop_sequences or ()),
     )
     if body.thinking and body.thinking.type == "enabled":
-        call.wants_thoughts("thinking")
+        call.asks_for_thinking("thinking")
     running = await call.start([job])
-    answer = _MessageAnswer(call, model.id, Choices([job]))
+    answer = _MessageAnswer(call, model.id, OutputParser([job]))
     if body.stream:
         return await call.stream(running, answer.encode)
     async for event in call.collect(running):
         list(answer.take(event))
-    return JSON(answer.whole())
+    return answer.message()
 
 
-async def count_tokens(request: Request) -> Response:
-    call = InferenceCall(request)
-    body = await call.body(CountTokensRequest)
+async def count_message_tokens(call: InferenceCall, body: CountTokensRequest) -> TokenCountAnswer:
     model = call.admit(body.model)
-    found = await call.tokenize(_job(body, model, call), count=True)
-    return JSON(TokenCountAnswer(call.request_id, found.number, call.ignored or UNSET))
+    result = await call.tokenize(_job(body, model, call), count=True)
+    return TokenCountAnswer(call.request_id, result.number, call.ignored or UNSET)
 
 
 def _job(body: CountTokensRequest, model: Model, call: InferenceCall) -> Job:
@@ -93,124 +88,127 @@ def _tools(body: CountTokensRequest) -> Tools | None:
         {"name": tool.name, "description": tool.description or "", "parameters": tool.input_schema}
         for tool in body.tools
     ]
-    listed, names = json_text(functions, "tools"), [tool.name for tool in body.tools]
+    functions_json, names = json_text(functions, "tools"), [tool.name for tool in body.tools]
     if choice is None:
-        return Tools(listed, names)
-    chosen = {"any": "required", "tool": choice.name or ""}.get(choice.type, "auto")
-    if choice.type == "tool" and chosen not in names:
+        return Tools(functions_json, names)
+    engine_choice = {"any": "required", "tool": choice.name or ""}.get(choice.type, "auto")
+    if choice.type == "tool" and engine_choice not in names:
         raise InvalidBody(
-            f"there is no tool '{quoted(chosen)}'", loc=("body", "tool_choice", "name")
+            f"there is no tool '{quoted(engine_choice)}'", loc=("body", "tool_choice", "name")
         )
-    return Tools(listed, names, chosen, not choice.disable_parallel_tool_use)
+    return Tools(functions_json, names, engine_choice, not choice.disable_parallel_tool_use)
 
 
 class _MessageAnswer:
-    """One message while it is made: `take` events, or `encode` them as a stream's."""
+    """Either `take` all events and get the `message`, or `encode` them for a stream."""
 
-    def __init__(self, call: InferenceCall, model_id: str, choices: Choices) -> None:
+    def __init__(self, call: InferenceCall, model_id: str, parser: OutputParser) -> None:
         self._call = call
         self._model_id = model_id
-        self._choices = choices
+        self._parser = parser
         self._blocks: list[dict[str, Any]] = []
-        self._json: list[str] = []  # of the last block, if it is a call
-        self._open = ""
-        self._reason: str | None = None
+        self._arguments: list[str] = []  # JSON of the last block, if it is a call
+        self._open_block = ""  # type of the last block, if it may still grow
+        self._stop_reason: str | None = None
         self._stop_string: str | None = None
         self._usage = AnthropicUsage(0, 0)
 
-    def whole(self) -> AnthropicAnswer:
+    def message(self) -> AnthropicAnswer:
+        """As it is so far."""
         return AnthropicAnswer(
             id=self._call.request_id.replace("req_", "msg_"),
             request_id=self._call.request_id,
             model=self._model_id,
             content=[*self._blocks],
-            stop_reason=self._reason,
+            stop_reason=self._stop_reason,
             stop_sequence=self._stop_string,
             usage=self._usage,
             ignored_parameters=self._call.ignored or UNSET,
         )
 
     def encode(self, events: Sequence[RequestEvent]) -> bytes:
-        parts = []
-        # Each is encoded when it is made: what it says of the message grows afterwards.
-        for one in (one for event in events for one in self.take(event)):
-            data = msgspec.json.encode({**one, "request_id": self._call.request_id})
-            parts.append(b"event: " + one["type"].encode() + b"\ndata: " + data + b"\n\n")
-        return b"".join(parts)
+        # Each is encoded before the next is made: it contains the message, which grows.
+        return b"".join(
+            encode_event({**data, "request_id": self._call.request_id}, name=data["type"])
+            for event in events
+            for data in self.take(event)
+        )
 
     def take(self, event: RequestEvent) -> Iterable[dict[str, Any]]:
-        """What a stream tells of it; to be read to its end."""
+        """The events of the stream; the caller must iterate over all of them."""
         match event:
             case ChoiceStarted():
-                self._choices.begin(event)
+                self._parser.begin(event)
                 self._usage = AnthropicUsage(event.prompt_tokens, 0)
-                return [{"type": "message_start", "message": self.whole()}]
+                return [{"type": "message_start", "message": self.message()}]
             case ChoiceOutput():
-                part = self._choices.take(event)
+                part = self._parser.parse(event)
                 if part.finish_reason:
-                    self._conclude(part.finish_reason, event.output.stop_string)
-                return (one for piece in part.pieces for one in self._add(piece))
+                    self._stop(part.finish_reason, event.output.stop_string)
+                return (data for piece in part.pieces for data in self._add(piece))
             case Finished():
-                new = event.prompt_tokens - event.cached_tokens
-                self._usage = AnthropicUsage(new, event.completion_tokens, event.cached_tokens)
-                ended = {"stop_reason": self._reason, "stop_sequence": self._stop_string}
-                delta = {"type": "message_delta", "delta": ended, "usage": self._usage}
-                return [*self._close(), delta, {"type": "message_stop"}]
+                uncached = event.prompt_tokens - event.cached_tokens
+                self._usage = AnthropicUsage(uncached, event.completion_tokens, event.cached_tokens)
+                delta = {"stop_reason": self._stop_reason, "stop_sequence": self._stop_string}
+                end = {"type": "message_delta", "delta": delta, "usage": self._usage}
+                return [*self._close(), end, {"type": "message_stop"}]
             case Failed(error):
-                return [envelope.body(error, envelope.ANTHROPIC)]
+                return [error_responses.body(error, error_responses.ANTHROPIC)]
 
-    def _conclude(self, reason: str, stop_string: str | None) -> None:
-        self._reason = "stop_sequence" if stop_string else _REASONS.get(reason, "end_turn")
+    def _stop(self, reason: str, stop_string: str | None) -> None:
+        self._stop_reason = (
+            "stop_sequence" if stop_string else _STOP_REASONS.get(reason, "end_turn")
+        )
         self._stop_string = stop_string
 
     def _add(self, piece: Piece) -> list[dict[str, Any]]:
         match piece:
             case Text(text):
-                begun = self._begin("text", {"text": ""})
+                start = self._begin("text", {"text": ""})
                 self._blocks[-1]["text"] += text
-                return [*begun, self._delta("text_delta", "text", text)]
+                return [*start, self._delta("text_delta", "text", text)]
             case Thought(text):
-                begun = self._begin("thinking", {"thinking": "", "signature": ""})
+                start = self._begin("thinking", {"thinking": "", "signature": ""})
                 self._blocks[-1]["thinking"] += text
-                return [*begun, self._delta("thinking_delta", "thinking", text)]
-            case ToolCall(_, call_id, name):
-                closed = self._close()
+                return [*start, self._delta("thinking_delta", "thinking", text)]
+            case ParsedCall(_, call_id, name):
+                end = self._close()
                 block = {"id": call_id.replace("call_", "toolu_"), "name": name, "input": {}}
-                return [*closed, *self._begin("tool_use", block)]
+                return [*end, *self._begin("tool_use", block)]
             case Arguments(_, text):
-                self._json.append(text)
+                self._arguments.append(text)
                 return [self._delta("input_json_delta", "partial_json", text)]
 
     def _begin(self, kind: str, empty: dict[str, Any]) -> list[dict[str, Any]]:
-        if self._open == kind:
+        if self._open_block == kind:
             return []
-        closed = self._close()
-        self._open = kind
+        end = self._close()
+        self._open_block = kind
         block = {"type": kind, **empty}
         self._blocks.append(block)
-        number = len(self._blocks) - 1
-        started = {"type": "content_block_start", "index": number, "content_block": dict(block)}
-        return [*closed, started]
+        index = len(self._blocks) - 1
+        start = {"type": "content_block_start", "index": index, "content_block": dict(block)}
+        return [*end, start]
 
     def _delta(self, kind: str, field: str, text: str) -> dict[str, Any]:
         delta = {"type": kind, field: text}
         return {"type": "content_block_delta", "index": len(self._blocks) - 1, "delta": delta}
 
     def _close(self) -> list[dict[str, Any]]:
-        if not self._open:
+        if not self._open_block:
             return []
-        if self._open == "tool_use":
-            self._blocks[-1]["input"] = _parsed("".join(self._json))
-            self._json = []
-        self._open = ""
+        if self._open_block == "tool_use":
+            self._blocks[-1]["input"] = _parsed("".join(self._arguments))
+            self._arguments = []
+        self._open_block = ""
         return [{"type": "content_block_stop", "index": len(self._blocks) - 1}]
 
 
 def _parsed(text: str) -> Any:
-    """Arguments as they stand in the answer's JSON; an empty object if they are none."""
+    """Arguments as JSON; an empty object if they are not an object."""
     try:
-        given = json.loads(text)
-        written = json.dumps(given, ensure_ascii=False, allow_nan=False)
+        arguments = json.loads(text)
+        written = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
     except (ValueError, RecursionError):  # cut off by max_tokens, or nested too deeply
         return {}
-    return msgspec.Raw(encodable(written).encode()) if isinstance(given, dict) else {}
+    return msgspec.Raw(encodable(written).encode()) if isinstance(arguments, dict) else {}

@@ -1,4 +1,4 @@
-"""`/v1/models` (also without a running engine) and `/v1/engines` (what `pinaivu ps` shows)."""
+"""`/v1/models`, which needs no running engine, and `/v1/engines`."""
 
 from __future__ import annotations
 
@@ -6,19 +6,17 @@ import time
 
 from msgspec import Struct
 from starlette.requests import Request
-from starlette.responses import Response
 
-from pinaivu_box.box import Box
 from pinaivu_box.errors import ModelNotAllowed
 from pinaivu_box.gateway.engine_process import EngineProcess
 from pinaivu_box.models.catalog import Model
 from pinaivu_box.openai.types import ModelInfo, ModelList
 from pinaivu_box.server.auth import key_of
-from pinaivu_box.server.envelope import JSON
+from pinaivu_box.server.context import box_of, request_id_of
 
 
-class EngineView(Struct, frozen=True):
-    """One engine.  `memory` in bytes, `idle_seconds` null while it works, `kv_*` in tokens."""
+class EngineInfo(Struct, frozen=True):
+    """`memory` in bytes, `kv_*` in tokens; `idle_seconds` is null while requests run."""
 
     model: str
     state: str
@@ -36,7 +34,7 @@ class EngineView(Struct, frozen=True):
 
 class EngineList(Struct, frozen=True):
     request_id: str
-    data: list[EngineView]
+    data: list[EngineInfo]
     object: str = "list"
 
 
@@ -44,42 +42,33 @@ class OneModel(ModelInfo, frozen=True):
     request_id: str = ""
 
 
-async def models(request: Request) -> Response:
-    box: Box = request.app.state.box
+async def list_models(request: Request) -> ModelList:
+    models = box_of(request).models(key_of(request).policy)
+    return ModelList(request_id_of(request), [_info(model) for model in models])
+
+
+async def get_model(request: Request, model: str) -> OneModel:
+    """Raises ModelNotFound, ModelNotAllowed."""
     policy = key_of(request).policy
-    data = [_info(model) for model in box.models(policy)]
-    return JSON(ModelList(request_id=request.scope["state"]["request_id"], data=data))
+    known = box_of(request).model(model, policy)
+    if not policy.serves(known.id):
+        raise ModelNotAllowed(f"This key may not use {known.id}.", param="model")
+    return OneModel(id=known.id, created=known.created, owned_by=known.owner)
 
 
-async def model(request: Request) -> Response:
-    box: Box = request.app.state.box
-    policy = key_of(request).policy
-    found = box.model(request.path_params["model"], policy)
-    if not policy.serves(found.id):
-        raise ModelNotAllowed(f"This key may not use {found.id}.", param="model")
-    return JSON(
-        OneModel(
-            id=found.id,
-            created=found.created,
-            owned_by=found.owner,
-            request_id=request.scope["state"]["request_id"],
-        )
-    )
-
-
-async def engines(request: Request) -> Response:
-    box: Box = request.app.state.box
-    data = [_engine(engine) for engine in box.placement.engines]
-    data += [EngineView(model, "loading") for model in box.placement.starting]
-    return JSON(EngineList(request_id=request.scope["state"]["request_id"], data=data))
+async def list_engines(request: Request) -> EngineList:
+    placement = box_of(request).placement
+    views = [_engine(engine) for engine in placement.engines]
+    views += [EngineInfo(model, "loading") for model in placement.starting]
+    return EngineList(request_id_of(request), views)
 
 
 def _info(model: Model) -> ModelInfo:
     return ModelInfo(id=model.id, created=model.created, owned_by=model.owner)
 
 
-def _engine(engine: EngineProcess) -> EngineView:
-    return EngineView(
+def _engine(engine: EngineProcess) -> EngineInfo:
+    return EngineInfo(
         model=engine.model_id,
         state="running" if engine.users else "idle",
         pid=engine.pid,

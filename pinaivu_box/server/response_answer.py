@@ -1,4 +1,4 @@
-"""A response while it is made: events of a request in, events of its stream and its rows out."""
+"""A response while it is made: its object, its stream and its row in the database."""
 
 from __future__ import annotations
 
@@ -19,46 +19,51 @@ from pinaivu_box.openai.responses import (
     ResponseUsage,
     stored_form,
 )
-from pinaivu_box.openai.tools import called
-from pinaivu_box.server.choices import Choices
+from pinaivu_box.openai.tools import client_tools
 from pinaivu_box.server.inference import InferenceCall
+from pinaivu_box.server.output_parser import OutputParser
+from pinaivu_box.server.sse import encode_event
 from pinaivu_box.store import responses as stored
 from pinaivu_box.store.responses import StoredResponse
 
-# By finish reason; all others complete it.
+# By finish reason; all others mean "completed".
 _STATUS = {"length": "incomplete", "cancelled": "cancelled"}
-# Of an item that may still grow, by the status of its response; all others leave it incomplete.
+# Of an item that may still grow, by the status of its response; all others mean "incomplete".
 _STATUS_OF_ITEM = {"completed": "completed", "in_progress": "in_progress", "queued": "in_progress"}
 
 
 class ResponseAnswer:
-    """`take` the events of its request, or `encode` them.
+    """Either `take` the events of the request, or `encode` them for a stream.
 
-    `asked` are the items of its input, as they are stored.  In the background it is told in its
-    stored form from the beginning, so that it is the same whenever somebody asks.
+    `input_items` are stored with the response.  In the background it is shown in its stored form
+    from the beginning, so that it looks the same whenever it is read.
     """
 
     def __init__(
-        self, call: InferenceCall, body: ResponseRequest, asked: list[dict[str, Any]], job: Job
+        self,
+        call: InferenceCall,
+        body: ResponseRequest,
+        input_items: list[dict[str, Any]],
+        job: Job,
     ) -> None:
         self._call = call
         self._body = body
-        self._asked = asked
+        self._input_items = input_items
         self._model_id = job.model.id
-        known = called(body.tools or ())
-        self._choices = Choices([job], [name for name, its in known.items() if its.custom])
+        tools = client_tools(body.tools or ())
+        self._parser = OutputParser([job], [name for name, tool in tools.items() if tool.custom])
         self._suffix = call.request_id.removeprefix("req_")
-        self._items = ResponseItems(self._suffix, known)
+        self._items = ResponseItems(self._suffix, tools)
         self._background = bool(body.background)
         self._status = "queued" if self._background else "in_progress"
         self._error: dict[str, Any] | None = None
         self._finish_reason = ""
         self._end: Finished | None = None
-        self._numbers = 0
+        self._next_sequence_number = 0
 
     @property
-    def room(self) -> dict[str, int]:
-        """What its key may have stored."""
+    def storage_limits(self) -> dict[str, int]:
+        """The limits of what a key may store."""
         retention = self._call.box.config.retention
         return {
             "most": retention.responses_per_key,
@@ -66,74 +71,74 @@ class ResponseAnswer:
         }
 
     def queue(self) -> list[bytes]:
-        """The first events of a stream of one in the background."""
-        told = self.response()
+        """The first events of a stream in the background."""
+        response = self.response()
         kinds = ("response.created", "response.queued")
-        return self._encoded([{"type": kind, "response": told} for kind in kinds])
+        return self._encode([{"type": kind, "response": response} for kind in kinds])
 
     def take(self, event: RequestEvent) -> list[Event]:
-        """What a stream tells of it."""
+        """The events of the stream."""
         match event:
             case ChoiceStarted():
-                self._choices.begin(event)
+                self._parser.begin(event)
                 self._status = "in_progress"
-                begun = self.response()
+                response = self.response()
                 kinds = ("response.created", "response.in_progress")[self._background :]
-                return [{"type": kind, "response": begun} for kind in kinds]
+                return [{"type": kind, "response": response} for kind in kinds]
             case ChoiceOutput():
-                part = self._choices.take(event)
+                part = self._parser.parse(event)
                 self._finish_reason = part.finish_reason or self._finish_reason
                 return self._items.add(part.pieces)
             case Finished():
                 self._settle(event)
-                return self._last()
+                return self._last_events()
             case Failed(error):
                 self._fail(error)
-                return self._last()
+                return self._last_events()
 
     def stop(self, end: Finished | Failed, error: ApiError | None = None) -> list[bytes]:
-        """Its last events if it was stopped: it is cancelled, or has failed with that error."""
+        """The last events if it was stopped: it is cancelled, or has failed with `error`."""
         self._end = end if isinstance(end, Finished) else None
         self._status = "cancelled"
         if error is not None:
             self._fail(error)
-        return self._encoded(self._last())
+        return self._encode(self._last_events())
 
     def encode(self, events: Sequence[RequestEvent]) -> bytes:
         return b"".join(self.encode_each(events))
 
     def encode_each(self, events: Sequence[RequestEvent]) -> list[bytes]:
-        """An entry for each event of the stream."""
-        # Each is encoded before the next is made: what it says of the response grows afterwards.
-        return [one for event in events for one in self._encoded(self.take(event))]
+        """As `encode`, with an entry for each event of the stream."""
+        # Each is encoded before the next is made: it contains the response, which grows.
+        return [data for event in events for data in self._encode(self.take(event))]
 
     async def keep(self, end: Finished) -> None:
-        """Store it, unless the client does not want that; returns once it is on disk."""
+        """Store it, unless `store` is false; returns once it is on disk."""
         if self._body.store is False:
             return
         self._settle(end)
-        await stored.insert(self._call.box.database, self.row(), **self.room)
+        await stored.insert(self._call.box.database, self.row(), **self.storage_limits)
 
     def row(self) -> StoredResponse:
-        """As it is now."""
+        """As it is so far."""
         response = self.response()
         return StoredResponse(
             response.id,
             self._call.key.account_id,
             response.previous_response_id,
             response.created_at * 1000,
-            msgspec.json.encode(self._asked),
+            msgspec.json.encode(self._input_items),
             msgspec.json.encode(stored_form(response)),
             self._call.key.id,
             response.status,
         )
 
     def response(self) -> ResponseObject:
-        """As it is now.  Encode it before the next event is taken."""
+        """As it is so far.  Encode it before the next event is taken."""
         body, status = self._body, self._status
         text = msgspec.to_builtins(body.text) if body.text else {}
         reasoning = msgspec.to_builtins(body.reasoning) if body.reasoning else {}
-        made = ResponseObject(
+        response = ResponseObject(
             id=f"resp_{self._suffix}",
             request_id=self._call.request_id,
             created_at=self._call.created_at,
@@ -161,7 +166,7 @@ class ResponseAnswer:
             background=self._background,
             ignored_parameters=[name[:100] for name in self._call.ignored[:100]],
         )
-        return stored_form(made) if self._background else made
+        return stored_form(response) if self._background else response
 
     def _fail(self, error: ApiError) -> None:
         self._status = "failed"
@@ -171,19 +176,22 @@ class ResponseAnswer:
         self._end = end
         self._status = _STATUS.get(self._finish_reason, "completed")
 
-    def _last(self) -> list[Event]:
+    def _last_events(self) -> list[Event]:
         status = self._status
-        closed = self._items.close(_STATUS_OF_ITEM.get(status, "incomplete"))
-        return [*closed, {"type": f"response.{status}", "response": self.response()}]
+        item_events = self._items.close(_STATUS_OF_ITEM.get(status, "incomplete"))
+        return [*item_events, {"type": f"response.{status}", "response": self.response()}]
 
-    def _encoded(self, events: Sequence[Event]) -> list[bytes]:
-        made = []
-        for one in events:
-            whole = {**one, "sequence_number": self._numbers, "request_id": self._call.request_id}
-            self._numbers += 1
-            data = msgspec.json.encode(whole)
-            made.append(b"event: " + one["type"].encode() + b"\ndata: " + data + b"\n\n")
-        return made
+    def _encode(self, events: Sequence[Event]) -> list[bytes]:
+        encoded = []
+        for event in events:
+            numbered = {
+                **event,
+                "sequence_number": self._next_sequence_number,
+                "request_id": self._call.request_id,
+            }
+            self._next_sequence_number += 1
+            encoded.append(encode_event(numbered, name=event["type"]))
+        return encoded
 
     def _usage(self) -> ResponseUsage | None:
         end = self._end

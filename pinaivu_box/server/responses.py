@@ -1,18 +1,16 @@
-"""`/v1/responses`: create, also as a stream of events or in the background, get, cancel, list its
-input, delete."""
+"""`/v1/responses`: create one, also streamed or in the background, and what can be done with it."""
 
 from __future__ import annotations
 
 import asyncio
 import re
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
 
 import msgspec
 from starlette.requests import Request
-from starlette.responses import Response
 
-from pinaivu_box.box import Box
 from pinaivu_box.errors import BadRequest, BodyTooLarge, InvalidBody, NotFound, quoted
 from pinaivu_box.gateway.request import Finished
 from pinaivu_box.gateway.request import Request as Running
@@ -22,188 +20,191 @@ from pinaivu_box.openai.responses import (
     DeletedResponse,
     FlatSchemaFormat,
     ItemList,
+    ResponseObject,
     ResponseRequest,
     Retrieve,
     as_items,
     as_messages,
     as_stored,
     chat_choice,
-    referred,
+    referenced_id,
 )
-from pinaivu_box.openai.tools import called, chat_tools
+from pinaivu_box.openai.tools import chat_tools, client_tools
 from pinaivu_box.openai.types import (
     ChatRequest,
     NamedSchema,
     SchemaFormat,
     UserMessage,
 )
-from pinaivu_box.server.admin import query
 from pinaivu_box.server.auth import key_of, require_account
 from pinaivu_box.server.background import Background, BackgroundResponse, replayed
-from pinaivu_box.server.bodies import take_room
-from pinaivu_box.server.envelope import JSON
+from pinaivu_box.server.bodies import keep_body
+from pinaivu_box.server.context import box_of, request_id_of
 from pinaivu_box.server.inference import InferenceCall, disconnected
 from pinaivu_box.server.jobs import chat_job
+from pinaivu_box.server.json_response import JSON
 from pinaivu_box.server.response_answer import ResponseAnswer
-from pinaivu_box.server.stream import EventStream
-from pinaivu_box.server.truncation import fitted
+from pinaivu_box.server.sse import EventStream, encode_event
+from pinaivu_box.server.truncation import truncated
 from pinaivu_box.store import responses as stored
 from pinaivu_box.store.responses import StoredResponse
 
 _ITEM_ID = re.compile(r"(?:[a-z]+_)+?(?P<suffix>[0-9a-z]{26})(?:_in)?_[0-9]{1,6}")
-_MOST_LOOKED_UP = 16
-_EVENTS = "text/event-stream"
+_MAX_REFERENCED_RESPONSES = 16  # of one request
 
 
-class _Stored(msgspec.Struct):
-    """What of a stored body is looked at."""
+class _Head(msgspec.Struct):
+    """The fields of a stored response that are read here."""
 
     status: str
     request_id: str = ""
     background: bool = False
 
 
-async def create(request: Request) -> Response:
-    call = InferenceCall(request)
-    body = await call.body(ResponseRequest)
+async def create_response(
+    call: InferenceCall, body: ResponseRequest
+) -> ResponseObject | EventStream:
     if body.background and body.store is False:
-        why = "background needs store: what is not stored cannot be asked for later"
-        raise InvalidBody(why, loc=("body", "background"))
-    if body.tools:  # the answer shows them in several of its events, called or not
+        message = "background needs store: what is not stored cannot be retrieved later"
+        raise InvalidBody(message, loc=("body", "background"))
+    if body.tools:  # the response contains them in several of its events
         check_tools(len(msgspec.json.encode(body.tools)))
     chat = _as_chat(body)
     check_chat(chat)
-    items = as_items(await _resolved(call, body.input))
+    items = as_items(await _resolve_references(call, body.input))
     messages = as_messages([*await _history(call, body), *items])
     if body.instructions is not None:
         messages.insert(0, {"role": "system", "content": body.instructions})
-    messages = _joined(messages)
+    messages = _join_system_messages(messages)
     model = call.admit(body.model)
     job = replace(chat_job(chat, model, call.request_id, call.key.id), messages=messages)
     if body.reasoning and body.reasoning.effort not in (None, "none", "minimal"):
-        call.wants_thoughts("reasoning.effort")
+        call.asks_for_thinking("reasoning.effort")
     if body.truncation == "auto":
-        job = await fitted(call, job)
+        job = await truncated(call, job)
     running = await call.start([job], background=bool(body.background))
     answer = ResponseAnswer(call, body, as_stored(items), job)
     if body.background:
-        made = await _in_background(request, call, running, answer)
-        return made.follow(request, -1) if body.stream else JSON(made.shown())
+        response = await _start_in_background(call, running, answer)
+        return response.follow(call.request, -1) if body.stream else response.response()
     if body.stream:
         return await call.stream(running, answer.encode, settle=answer.keep)
     async for event in call.collect(running):
         if isinstance(event, Finished):
             await answer.keep(event)
         answer.take(event)
-    return JSON(answer.response())
+    return answer.response()
 
 
-async def _in_background(
-    request: Request, call: InferenceCall, running: Running, answer: ResponseAnswer
+async def _start_in_background(
+    call: InferenceCall, running: Running, answer: ResponseAnswer
 ) -> BackgroundResponse:
-    # Its body is held until it has ended, not until it is answered.
-    leave = take_room(request)
+    # The memory of its body stays reserved until it has ended, not until it is answered.
+    release = keep_body(call.request)
     try:
-        made = BackgroundResponse(call, running, answer, leave)
-        await stored.insert(call.box.database, answer.row(), **answer.room)
+        response = BackgroundResponse(call, running, answer, release)
+        await stored.insert(call.box.database, answer.row(), **answer.storage_limits)
     except BaseException:
         running.cancel()
-        leave()
+        release()
         raise
-    background: Background = request.app.state.background
-    background.start(made)
-    return made
+    _background(call.request).start(response)
+    return response
 
 
-async def get(request: Request) -> Response:
-    asked = query(request, Retrieve)
-    if (running := _running(request)) is not None:
-        if asked.stream:
-            return running.follow(request, asked.starting_after)
-        return JSON(running.shown())
-    found = await _find(request)
-    if not asked.stream:
-        return Response(found.body, media_type="application/json")
-    its = msgspec.json.decode(found.body, type=_Stored)
-    if not its.background:
+async def get_response(
+    request: Request, response_id: str, query: Retrieve
+) -> JSON[ResponseObject] | EventStream:
+    if (running := _running(request, response_id)) is not None:
+        if query.stream:
+            return running.follow(request, query.starting_after)
+        return JSON(running.response())
+    row = await _find(request, response_id)
+    if not query.stream:
+        return JSON(msgspec.Raw(row.body))
+    head = msgspec.json.decode(row.body, type=_Head)
+    if not head.background:
         raise BadRequest(
-            f"The response '{found.id}' was not created with background, and only those are "
-            "streamed again: get it without stream.",
+            f"The response '{row.id}' was not created with background, so it cannot be streamed "
+            "again: get it without stream.",
             param="stream",
         )
-    box: Box = request.app.state.box
-    events = await stored.events_of(box.database, found.id, found.account_id)
+    events = await stored.events_of(box_of(request).database, row.id, row.account_id)
+    watcher = asyncio.create_task(disconnected(request.receive))
     if events is not None:
-        leaving = asyncio.create_task(disconnected(request.receive))
-        return EventStream(replayed(events, asked.starting_after), leaving)
-    # The box was killed: nothing but its end is known.
-    data = {
-        "type": f"response.{its.status}",
-        "response": msgspec.Raw(found.body),
-        "sequence_number": asked.starting_after + 1,
-        "request_id": its.request_id,
+        return EventStream(replayed(events, query.starting_after), watcher)
+    # The box was killed while it ran: only its end is known.
+    return EventStream(_last_event(row, head, query.starting_after + 1), watcher)
+
+
+async def _last_event(
+    row: StoredResponse, head: _Head, sequence_number: int
+) -> AsyncIterator[bytes]:
+    event = {
+        "type": f"response.{head.status}",
+        "response": msgspec.Raw(row.body),
+        "sequence_number": sequence_number,
+        "request_id": head.request_id,
     }
-    said = b"event: response.%b\ndata: %b\n\n" % (its.status.encode(), msgspec.json.encode(data))
-    return Response(said, media_type=_EVENTS)
+    yield encode_event(event, name=f"response.{head.status}")
 
 
-async def cancel(request: Request) -> Response:
-    running = _running(request)
+async def cancel_response(request: Request, response_id: str) -> JSON[ResponseObject]:
+    running = _running(request, response_id)
     if running is not None and not await running.cancel():
-        return JSON(running.shown())
-    found = await _find(request)
-    if not msgspec.json.decode(found.body, type=_Stored).background:
+        return JSON(running.response())
+    row = await _find(request, response_id)
+    if not msgspec.json.decode(row.body, type=_Head).background:
         raise BadRequest(
-            f"The response '{found.id}' was not created with background, and only those can be "
-            "cancelled; to stop another one, close its connection."
+            f"The response '{row.id}' was not created with background, so it cannot be cancelled; "
+            "to stop such a response, close its connection."
         )
-    return Response(found.body, media_type="application/json")
+    return JSON(msgspec.Raw(row.body))
 
 
-async def input_items(request: Request) -> Response:
-    found = await _find(request)
-    items = msgspec.json.decode(found.input)
-    listed = [{"id": f"{found.id}_in_{n}", **item} for n, item in enumerate(items)][::-1]
-    ids = [item["id"] for item in listed]
-    return JSON(
-        ItemList(
-            request_id=request.scope["state"]["request_id"],
-            data=listed,
-            first_id=ids[0] if ids else None,
-            last_id=ids[-1] if ids else None,
-            has_more=False,
-        )
+async def list_input_items(request: Request, response_id: str) -> ItemList:
+    row = await _find(request, response_id)
+    items = msgspec.json.decode(row.input)
+    newest_first = [{"id": f"{row.id}_in_{n}", **item} for n, item in enumerate(items)][::-1]
+    ids = [item["id"] for item in newest_first]
+    return ItemList(
+        request_id=request_id_of(request),
+        data=newest_first,
+        first_id=ids[0] if ids else None,
+        last_id=ids[-1] if ids else None,
+        has_more=False,
     )
 
 
-async def delete(request: Request) -> Response:
-    found = await _find(request)
-    box: Box = request.app.state.box
-    running = _running(request)
-    await stored.delete(box.database, found.id, found.account_id)
+async def delete_response(request: Request, response_id: str) -> DeletedResponse:
+    row = await _find(request, response_id)
+    running = _running(request, response_id)
+    await stored.delete(box_of(request).database, row.id, row.account_id)
     if running is not None:
-        background: Background = request.app.state.background
-        background.forget(running)
+        _background(request).forget(running)
         await running.cancel()
-    return JSON(DeletedResponse(request.scope["state"]["request_id"], found.id))
+    return DeletedResponse(request_id_of(request), row.id)
 
 
-def _running(request: Request) -> BackgroundResponse | None:
-    """The response if it runs in the background.  To be asked before `_find`, or it may end in
-    between."""
-    require_account(request)
+def _background(request: Request) -> Background:
     background: Background = request.app.state.background
-    return background.find(request.path_params["response_id"], key_of(request).account_id)
+    return background
 
 
-async def _find(request: Request) -> StoredResponse:
+def _running(request: Request, response_id: str) -> BackgroundResponse | None:
+    """The response if it runs in the background.  Call it before `_find`, or the response may end
+    in between."""
     require_account(request)
-    box: Box = request.app.state.box
-    response_id = request.path_params["response_id"]
-    found = await stored.find(box.database, response_id, key_of(request).account_id)
-    if found is None:
+    return _background(request).find(response_id, key_of(request).account_id)
+
+
+async def _find(request: Request, response_id: str) -> StoredResponse:
+    """Raises NotFound."""
+    require_account(request)
+    row = await stored.find(box_of(request).database, response_id, key_of(request).account_id)
+    if row is None:
         raise _unknown(response_id)
-    return found
+    return row
 
 
 def _unknown(response_id: str) -> NotFound:
@@ -211,79 +212,85 @@ def _unknown(response_id: str) -> NotFound:
 
 
 async def _history(call: InferenceCall, body: ResponseRequest) -> list[dict[str, Any]]:
+    """The items of the conversation before.  Raises NotFound."""
     previous = body.previous_response_id
     if previous is None:
         return []
-    account, most = call.key.account_id, call.box.config.server.max_body_bytes
-    size = await stored.conversation_size(call.box.database, previous, account, most)
-    await call.make_room(size)
-    found = await stored.conversation(call.box.database, previous, account, most)
-    if not found:
+    account, max_bytes = call.key.account_id, call.box.config.server.max_body_bytes
+    size = await stored.conversation_size(call.box.database, previous, account, max_bytes)
+    await call.reserve_history(size)
+    rows = await stored.conversation(call.box.database, previous, account, max_bytes)
+    if not rows:
         raise _unknown(previous)
-    return await call.bodies.history(account, found)
+    return await call.bodies.history(account, rows)
 
 
-def _joined(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """With one system message at the beginning, where there are several: templates know one."""
+def _join_system_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """With the system messages at the beginning joined: templates accept one."""
     count = 0
     while count < len(messages) and messages[count]["role"] in ("system", "developer"):
         count += 1
     if count < 2:
         return messages
-    text = "\n\n".join(one["content"] for one in messages[:count])
+    text = "\n\n".join(message["content"] for message in messages[:count])
     return [{"role": "system", "content": text}, *messages[count:]]
 
 
-async def _resolved(
-    call: InferenceCall, given: str | list[dict[str, Any]]
+async def _resolve_references(
+    call: InferenceCall, items: str | list[dict[str, Any]]
 ) -> str | list[dict[str, Any]]:
-    """With the items in the place of what refers to them.  Raises NotFound, InvalidBody."""
-    if isinstance(given, str):
-        return given
-    found: dict[str, dict[str, Any]] = {}
-    looked: set[str] = set()
-    made: list[dict[str, Any]] = []
-    room = call.box.config.server.max_body_bytes  # as if they were sent
-    for number, item in enumerate(given):
-        wanted = referred(item)
-        if wanted is None:
-            made.append(item)
+    """Replace references by the stored items that they name.  Raises NotFound, InvalidBody,
+    BodyTooLarge."""
+    if isinstance(items, str):
+        return items
+    known: dict[str, dict[str, Any]] = {}
+    suffixes: set[str] = set()
+    resolved: list[dict[str, Any]] = []
+    remaining_bytes = call.box.config.server.max_body_bytes  # as if they were sent
+    for number, item in enumerate(items):
+        item_id = referenced_id(item)
+        if item_id is None:
+            resolved.append(item)
             continue
-        match = _ITEM_ID.fullmatch(wanted)
-        if match is not None and match["suffix"] not in looked:
-            looked.add(match["suffix"])
-            if len(looked) > _MOST_LOOKED_UP:
+        match = _ITEM_ID.fullmatch(item_id)
+        if match is not None and match["suffix"] not in suffixes:
+            suffixes.add(match["suffix"])
+            if len(suffixes) > _MAX_REFERENCED_RESPONSES:
                 raise InvalidBody(
-                    f"items of more than {_MOST_LOOKED_UP} responses are referred to",
+                    f"items of more than {_MAX_REFERENCED_RESPONSES} responses are referenced",
                     loc=("body", "input", number),
                 )
-            found |= await _items_of(call, f"resp_{match['suffix']}")
-        if wanted not in found:
-            raise NotFound(f"This account has no stored item '{quoted(wanted)}'.")
-        room -= len(msgspec.json.encode(found[wanted]))
-        if room < 0:
-            raise BodyTooLarge("The items that are referred to are larger than a body may be.")
-        made.append(found[wanted])
-    return made
+            known |= await _items_of(call, f"resp_{match['suffix']}")
+        if item_id not in known:
+            raise NotFound(f"This account has no stored item '{quoted(item_id)}'.")
+        remaining_bytes -= len(msgspec.json.encode(known[item_id]))
+        if remaining_bytes < 0:
+            raise BodyTooLarge("The referenced items are larger than a body may be.")
+        resolved.append(known[item_id])
+    return resolved
 
 
 async def _items_of(call: InferenceCall, response_id: str) -> dict[str, dict[str, Any]]:
     """The items of a stored response by their ids."""
     account = call.key.account_id
-    one = await stored.find(call.box.database, response_id, account)
-    if one is None:
+    row = await stored.find(call.box.database, response_id, account)
+    if row is None:
         return {}
-    items = await call.bodies.history(account, [(one.input, one.body)])
+    items = await call.bodies.history(account, [(row.input, row.body)])
     return {item.get("id") or f"{response_id}_in_{n}": item for n, item in enumerate(items)}
 
 
 def _as_chat(body: ResponseRequest) -> ChatRequest:
-    """The same as a chat request, but for its messages."""
-    asked = body.text.format if body.text else None
-    form = (
-        SchemaFormat(NamedSchema(asked.name, asked.schema, asked.description, asked.strict))
-        if isinstance(asked, FlatSchemaFormat)
-        else asked
+    """The same request as a chat, without its messages."""
+    text_format = body.text.format if body.text else None
+    response_format = (
+        SchemaFormat(
+            NamedSchema(
+                text_format.name, text_format.schema, text_format.description, text_format.strict
+            )
+        )
+        if isinstance(text_format, FlatSchemaFormat)
+        else text_format
     )
     tools = body.tools or ()
     return ChatRequest(
@@ -294,8 +301,8 @@ def _as_chat(body: ResponseRequest) -> ChatRequest:
         top_p=body.top_p,
         max_tokens=body.max_output_tokens,
         tools=chat_tools(tools),
-        tool_choice=chat_choice(body.tool_choice, called(tools)),
+        tool_choice=chat_choice(body.tool_choice, client_tools(tools)),
         parallel_tool_calls=body.parallel_tool_calls,
-        response_format=form,
+        response_format=response_format,
         reasoning_effort=body.reasoning.effort if body.reasoning else None,
     )

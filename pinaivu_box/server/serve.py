@@ -1,4 +1,4 @@
-"""Hypercorn around the app: the socket, the signals, the way down."""
+"""Runs the app in Hypercorn: the socket, the signals, the shutdown."""
 
 from __future__ import annotations
 
@@ -25,18 +25,19 @@ from pinaivu_box.server.app import create_app
 
 log = logging.getLogger("pinaivu.serve")
 
-# Seconds.  The executable's loader passes signals on to us: Ctrl-C, which reaches the whole process
-# group, then comes twice.
-_ONE_SIGNAL = 0.3
-_LINGER_SECONDS = 2.0  # that a client may go on sending after our last word
+# The loader of the executable forwards signals: Ctrl-C, which reaches the whole process group, then
+# arrives twice within this time.
+_SAME_SIGNAL_SECONDS = 0.3
+_LINGER_SECONDS = 2.0  # how long a client may go on sending after the end of an answer
 
 
 class _Connection(tcp_server.TCPServer):
-    """Hypercorn's, without the wait for the idle timeout once the client has closed: a thousand
-    short connections would otherwise hold every file descriptor for that long.
+    """Hypercorn's connection with two changes.
 
-    And one that we close is read from until the client has closed it too, or for a moment: closed
-    with something unread it would be reset, and the client might never see our answer.
+    It ends as soon as the client has closed it, not at the idle timeout: many short connections
+    would keep every file descriptor until then.  After the server has closed it, it is read for a
+    moment until the client closes it too: a connection that is closed with unread data is reset,
+    and the client might not receive the answer.
     """
 
     _closing = False
@@ -44,7 +45,7 @@ class _Connection(tcp_server.TCPServer):
 
     async def run(self) -> None:
         self._running = asyncio.current_task()
-        # Cut off when the box stops; before Python 3.12, asyncio prints what leaves here.
+        # Cancelled when the box stops; before Python 3.12, asyncio prints the exception.
         with contextlib.suppress(asyncio.CancelledError):
             await super().run()
 
@@ -72,7 +73,7 @@ hypercorn_run.TCPServer = _Connection  # type: ignore[attr-defined]
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A listening socket; CliError in one sentence if it cannot be had."""
+    """A listening socket.  Raises CliError."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -81,18 +82,18 @@ def bind(host: str, port: int) -> socket.socket:
         listener.listen(1024)
     except (OSError, OverflowError) as error:
         listener.close()
-        raise CliError(_why_not(host, port, error)) from error
+        raise CliError(_bind_error(host, port, error)) from error
     return listener
 
 
-def _why_not(host: str, port: int, error: OSError | OverflowError) -> str:
+def _bind_error(host: str, port: int, error: OSError | OverflowError) -> str:
     code = getattr(error, "errno", None)
     if code == errno.EADDRINUSE:
-        return f"The address {host}:{port} is in use: stop what is there, or choose another --port."
+        return f"{host}:{port} is in use: stop the other program, or choose another --port."
     if code == errno.EACCES:
-        return f"Port {port} needs privileges that this user has not: choose one above 1023."
+        return f"This user may not listen on port {port}: choose a port above 1023."
     reason = getattr(error, "strerror", None) or error
-    return f"The address {host}:{port} cannot be listened on: {reason}."
+    return f"Listening on {host}:{port} failed: {reason}."
 
 
 async def serve(
@@ -103,8 +104,8 @@ async def serve(
 ) -> None:
     """Serve until SIGTERM or SIGINT, then drain.  A second signal ends the process at once.
 
-    `started` is called once it listens, `stopping_with` at the signal, with the number of requests
-    that are waited for.
+    `started` is called once the box serves, and `stopping_with` at the signal, with the number of
+    running requests.
     """
     stopping = asyncio.Event()
     _on_signals(stopping, box)
@@ -120,19 +121,19 @@ async def serve(
     server = asyncio.create_task(
         hypercorn_serve(app, config, shutdown_trigger=drained.wait)  # type: ignore[arg-type]
     )
-    stop = asyncio.create_task(stopping.wait())
+    stop_signal = asyncio.create_task(stopping.wait())
     started()
-    await asyncio.wait({server, stop}, return_when=asyncio.FIRST_COMPLETED)
-    if stop.done():
+    await asyncio.wait({server, stop_signal}, return_when=asyncio.FIRST_COMPLETED)
+    if stop_signal.done():
         stopping_with(box.requests.count)
         # Still listening, so that new requests get a 503 and not a refused connection.
         await box.drain()
         drained.set()
-    stop.cancel()
+    stop_signal.cancel()
     try:
         await server
     finally:
-        await app.state.background.ended()
+        await app.state.background.shut_down()
         app.state.bodies.close()
 
 
@@ -145,26 +146,26 @@ def _on_signals(stopping: asyncio.Event, box: Box) -> None:
         if not stopping.is_set():
             first = loop.time()
             stopping.set()
-        elif loop.time() - first > _ONE_SIGNAL:
+        elif loop.time() - first > _SAME_SIGNAL_SECONDS:
             os._exit(128 + number)
 
     def hang_up() -> None:
         if terminal and not _has_terminal():
-            stop(signal.SIGHUP)  # its window was closed
+            stop(signal.SIGHUP)  # the terminal window was closed
         else:
             task = loop.create_task(_reload(box))
             reloading.add(task)
             task.add_done_callback(reloading.discard)
 
     terminal = _has_terminal()
-    reloading: set[asyncio.Task[None]] = set()  # asyncio itself would forget them
+    reloading: set[asyncio.Task[None]] = set()  # asyncio keeps only weak references
     loop.add_signal_handler(signal.SIGHUP, hang_up)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop, number)
 
 
 def _has_terminal() -> bool:
-    """Whether standard error is one that is still there."""
+    """Whether standard error is a terminal that still exists."""
     try:
         termios.tcgetattr(2)
     except termios.error:
@@ -174,9 +175,9 @@ def _has_terminal() -> bool:
 
 async def _reload(box: Box) -> None:
     try:
-        done = await box.reload()
+        reloaded = await box.reload()
     except CliError as error:
         log.error("not reloaded: %s", error.message)
     else:
-        fields = dataclasses.asdict(done) | {"not_served": len(done.not_served)}
+        fields = dataclasses.asdict(reloaded) | {"not_served": len(reloaded.not_served)}
         log.info("reloaded", extra={"fields": fields})

@@ -1,4 +1,4 @@
-"""`truncation: "auto"` of a response: what is too long for the model loses its oldest messages."""
+"""`truncation: "auto"` of a response: a conversation that is too long loses its oldest messages."""
 
 from __future__ import annotations
 
@@ -11,60 +11,63 @@ from pinaivu_box.errors import ContextOverflow
 from pinaivu_box.gateway.backend import Job
 from pinaivu_box.server.inference import InferenceCall
 
-_MORE = 0.05  # of the messages, since tokens are no characters
+_MARGIN = 0.05  # of the messages, since the size in bytes only estimates that in tokens
 
 Messages = list[dict[str, Any]]
 
 
-async def fitted(call: InferenceCall, job: Job) -> Job:
-    """The job with messages that fit into the model's context, and have room for an answer if some
-    had to go: as long as it may be, or else a quarter of the context, and never over half.  What
-    cannot be made to fit is left as it is.  Raises what `InferenceCall.read` does."""
-    room = 0
+async def truncated(call: InferenceCall, job: Job) -> Job:
+    """The job with messages that fit into the model's context.
+
+    If some had to be removed there is room for the answer too: for `max_tokens`, or else a quarter
+    of the context, and never more than half.  A job that cannot be made to fit is returned as it
+    is.  Raises what `InferenceCall.read` does.
+    """
+    reserved = 0
     while True:
         try:
-            read, context = await call.read(job)
-            tokens = len(read.read or ())
-            if tokens < context - room:
-                return read
-            room = min(job.max_tokens or context // 4, context // 2)
-            left = (context - room) / tokens
+            tokenized, context = await call.read(job)
+            tokens = len(tokenized.read or ())
+            if tokens < context - reserved:
+                return tokenized
+            reserved = min(job.max_tokens or context // 4, context // 2)
+            kept = (context - reserved) / tokens
         except ContextOverflow:
-            left = 0.5
-        shorter = without_oldest(job.messages, 1 - left + _MORE)
+            kept = 0.5
+        shorter = without_oldest(job.messages, 1 - kept + _MARGIN)
         if len(shorter) == len(job.messages):
             return job
         job = replace(job, messages=shorter)
 
 
 def without_oldest(messages: Messages, share: float) -> Messages:
-    """Without the oldest, which make up that share of them or a little more.
+    """Remove the oldest messages: that share of their size, or a little more.
 
-    What stays: system messages at the beginning, the user's last message, the last message of all,
-    and the results of a call together with it.  The first that stays is the user's again.
+    Kept are system messages at the beginning, the user's last message, the last message of all, and
+    results together with their call.  The first message after the system's is the user's again.
     """
-    begin = 0
-    while begin < len(messages) and messages[begin]["role"] in ("system", "developer"):
-        begin += 1
-    groups = _groups(messages[begin:])
+    start = 0
+    while start < len(messages) and messages[start]["role"] in ("system", "developer"):
+        start += 1
+    groups = _groups(messages[start:])
     sizes = [len(msgspec.json.encode(group)) for group in groups]
-    users = [place for place, group in enumerate(groups) if group[0]["role"] == "user"]
+    users = [number for number, group in enumerate(groups) if group[0]["role"] == "user"]
     question = users[-1] if users else None
-    goes, at = share * sum(sizes), 0
-    while at < len(groups) - 1:
-        answered = question is not None and at > question
-        if goes <= 0 and (answered or question is None or at in users):
+    bytes_to_remove, first = share * sum(sizes), 0
+    while first < len(groups) - 1:
+        answered = question is not None and first > question
+        if bytes_to_remove <= 0 and (answered or question is None or first in users):
             break
-        goes -= sizes[at] if at != question else 0
-        at += 1
-    kept = groups[at:]
-    if question is not None and question < at:
+        bytes_to_remove -= sizes[first] if first != question else 0
+        first += 1
+    kept = groups[first:]
+    if question is not None and question < first:
         kept = [groups[question], *kept]
-    return [*messages[:begin], *(message for group in kept for message in group)]
+    return [*messages[:start], *(message for group in kept for message in group)]
 
 
 def _groups(messages: Messages) -> list[Messages]:
-    """Each message with the results that follow it."""
+    """Each message with the tool results that follow it."""
     groups: list[Messages] = []
     for message in messages:
         if message["role"] == "tool" and groups:

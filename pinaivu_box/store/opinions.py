@@ -10,7 +10,7 @@ from msgspec import Struct
 from pinaivu_box.store.database import Database
 
 
-class Opinion(Struct, frozen=True):
+class StoredOpinion(Struct, frozen=True):
     """As it was at `at`, Unix seconds; all of it fades.  `last`: what went wrong last, in words."""
 
     served: float = 0.0
@@ -21,16 +21,16 @@ class Opinion(Struct, frozen=True):
     last: str = ""
 
 
-_COLUMNS = ", ".join(Opinion.__struct_fields__)
+_COLUMNS = ", ".join(StoredOpinion.__struct_fields__)
 
 
-async def load(database: Database) -> dict[str, Opinion]:
+async def load(database: Database) -> dict[str, StoredOpinion]:
     """By node id."""
     rows = await database.read(f"SELECT node_id, {_COLUMNS} FROM peer_opinions")
-    return {row[0]: Opinion(*row[1:]) for row in rows}
+    return {row[0]: StoredOpinion(*row[1:]) for row in rows}
 
 
-async def keep(database: Database, found: Mapping[str, Opinion]) -> None:
+async def keep(database: Database, found: Mapping[str, StoredOpinion]) -> None:
     await database.write(
         *(
             (

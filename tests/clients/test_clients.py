@@ -119,7 +119,7 @@ def test_node(box: Box, node: NodePackage) -> None:
 
 def test_every_client_of_the_page_is_run() -> None:
     # What programs sent is replayed in `test_agents`: they take gigabytes.
-    programs = {program.title for program in PROGRAMS.values()} | {"What was run"}
+    programs = {program.title for program in PROGRAMS.values()} | {"What was tested"}
     assert page.titles() == {*PYTHON, *programs, "llm", "curl", "OpenAI, Node"}
     for program in PROGRAMS.values():
         assert f"| {program.title} | {program.version} |" in page.PAGE

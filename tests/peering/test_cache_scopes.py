@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -117,8 +118,10 @@ async def test_without_cache_prompt_nothing_is_kept_there(
 
 async def test_what_the_operator_names_is_not_for_peers(three: ThreeBoxes) -> None:
     named = "You are the assistant of ACME. "
-    placement, engine = three.ben.box.placement, three.ben.box.config.engine
-    placement.configure(engine, [named.strip()])
+    settings, placement = three.ben.box.settings, three.ben.box.placement
+    before = settings.current
+    settings.current = replace(before, shared_prefixes=(named.strip(),))
+    placement.reloaded()
     try:
         await found(three.ben, named + "One.")
         other = await three.ben.http("POST", "/v1/admin/keys", json={})
@@ -127,7 +130,8 @@ async def test_what_the_operator_names_is_not_for_peers(three: ThreeBoxes) -> No
         key, _ = await key_at(three)
         assert await found(three.anna, named + "Four.", key) == 0
     finally:
-        placement.configure(engine)
+        settings.current = before
+        placement.reloaded()
 
 
 def test_a_peer_of_the_version_before_reads_a_task_with_a_tag() -> None:

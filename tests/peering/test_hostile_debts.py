@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -137,10 +138,11 @@ async def terms(world: ThreeBoxes, **limits: object) -> None:
 @pytest.fixture
 async def strict(world: ThreeBoxes, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[ThreeBoxes]:
     """Beyond its credit limit carl gets nothing from ben, whether he is idle or not."""
-    box = world.ben.box
-    serve = msgspec.structs.replace(box.config.peering.serve, beyond="refuse")
-    peering = msgspec.structs.replace(box.config.peering, serve=serve)
-    monkeypatch.setattr(box, "config", msgspec.structs.replace(box.config, peering=peering))
+    settings = world.ben.box.settings
+    serve = msgspec.structs.replace(settings.config.peering.serve, beyond="refuse")
+    peering = msgspec.structs.replace(settings.config.peering, serve=serve)
+    config = msgspec.structs.replace(settings.config, peering=peering)
+    monkeypatch.setattr(settings, "current", replace(settings.current, config=config))
     yield world
     await terms(world, credit_limit=None, tokens_per_minute=None, max_parallel=None)
 

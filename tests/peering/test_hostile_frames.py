@@ -16,7 +16,7 @@ from pinaivu_box.errors import InvalidBody, ProtocolError
 from pinaivu_box.files import wire as file_wire
 from pinaivu_box.gossip import adverts, frames
 from pinaivu_box.ledger import wire as ledger_wire
-from pinaivu_box.ledger.reconcile import EntryRange, Item
+from pinaivu_box.ledger.reconcile import EntryRange, EntrySummary
 from pinaivu_box.legs import wire as leg_wire
 from pinaivu_box.legs.codec import sampling_of, to_job
 from pinaivu_box.membership import joining, records, tickets
@@ -37,7 +37,7 @@ TASK = leg_wire.Task(
     ["."], DIGEST, read=[1, 2, 3], settled=Sampling(0.8, 0.95, 40, 0.05, 7),
 )  # fmt: skip
 ENTRY = ledger_entries.entry(IDENTITIES[0], IDENTITIES[1])
-WIRE_ENTRY = ledger_wire.WireEntry(
+WIRE_ENTRY = ledger_wire.SignedEntry(
     IDENTITIES[0].node_id,
     1,
     ENTRY.proof,
@@ -48,7 +48,7 @@ WIRE_ENTRY = ledger_wire.WireEntry(
     0,
     "credits",
 )
-ITEM = Item(IDENTITIES[0].node_id, "req_1", 0, 0, "credits", 1, bytes(32))
+ITEM = EntrySummary(IDENTITIES[0].node_id, "req_1", 0, 0, "credits", 1, bytes(32))
 RECORDS = (
     certificate(IDENTITIES[0], IDENTITIES[1]), revocation(IDENTITIES[0], IDENTITIES[1]),
     made_advert(IDENTITIES[0], 1)[1], gone(IDENTITIES[0], IDENTITIES[1], 1)[1],

@@ -116,7 +116,7 @@ async def test_one_plain_error_if_there_is_nobody_else(
     world: ThreeBoxes, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     """Before the first token as an answer, after it in the stream."""
-    monkeypatch.setattr(runner, "_PATIENCE", 0.1)
+    monkeypatch.setattr(runner, "_PATIENCE_SECONDS", 0.1)
     if name in VIOLATIONS:
         world.lie(VIOLATIONS[name][0])
     else:

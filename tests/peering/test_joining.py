@@ -78,6 +78,20 @@ def test_who_joins_one_joins_all_and_who_is_removed_is_cut_off_by_all(member: Ma
     wait_until(lambda: anna.sees("carl") and ben.sees("carl"), "it is let in again")
 
 
+def test_removing_a_box_names_the_boxes_that_only_it_had_invited(member: MakePeerBox) -> None:
+    anna, ben = joined_boxes(member, "anna", "ben")
+    carl = member("carl").start()
+    carl.peers("join", ben.invite("--name", "carl"))
+    wait_until(lambda: anna.sees("carl"), "the third box is a member")
+    removed = pinaivu("peers", "rm", "ben", home=anna.home)
+    assert "no longer members either: carl (node_" in removed.stderr
+    wait_until(lambda: anna.sees("carl", "revoked"), "it fell with the box that had invited it")
+    carl.peers("join", anna.invite("--name", "carl"))
+    wait_until(lambda: anna.sees("carl"), "it is admitted again")
+    removed = pinaivu("peers", "rm", "carl", home=anna.home)
+    assert "no longer members" not in removed.stderr
+
+
 def test_a_box_that_was_away_learns_that_another_was_removed(member: MakePeerBox) -> None:
     anna, ben, carl = joined_boxes(member, "anna", "ben", "carl")
     ben.stop()

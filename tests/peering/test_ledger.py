@@ -25,9 +25,13 @@ from pinaivu_box.ledger import entry as ledger_entry
 from pinaivu_box.ledger import statement as ledger_statement
 from pinaivu_box.ledger import wire as w
 from pinaivu_box.ledger.entry import LedgerEntry
-from pinaivu_box.ledger.reconcile import Compare, EntryTree, Item
-from pinaivu_box.ledger.session import EntrySnapshot, ReconcileSession, item_of
-from pinaivu_box.ledger.settlement import Ledger, SettlementOutcome
+from pinaivu_box.ledger.reconcile import Comparison, EntrySummary, EntryTree
+from pinaivu_box.ledger.session import (
+    EntrySnapshot,
+    Ledger,
+    ReconcileSession,
+    SettlementOutcome,
+)
 from pinaivu_box.receipts.receipt import (
     ACCEPTANCE_DOMAIN,
     Proof,
@@ -144,9 +148,9 @@ async def test_equal_books_are_signed_by_both(pair: Pair) -> None:
     assert (outcome.differences, outcome.taken, outcome.given) == ([], 0, 0)
     (there,) = await ledger_statement.ls(pair.b)
     assert there.signed == made.signed and (there.ours, there.theirs) == (made.theirs, made.ours)
-    assert verify(A.node_id, reconcile.DOMAIN, made.signed, made.ours)
-    assert verify(B.node_id, reconcile.DOMAIN, made.signed, made.theirs)
-    assert reconcile.read(made.signed).entries == 30
+    assert verify(A.node_id, ledger_statement.DOMAIN, made.signed, made.ours)
+    assert verify(B.node_id, ledger_statement.DOMAIN, made.signed, made.theirs)
+    assert ledger_statement.read(made.signed).entries == 30
     assert await pair.sums() == owed  # it is signed, not paid
     assert (await pair.settle()).statements == []  # nothing is left
     for database, peer in ((pair.a, B), (pair.b, A)):
@@ -160,18 +164,20 @@ async def test_statements_follow_each_other_whoever_asks(pair: Pair) -> None:
         assert len((await pair.settle(by=by)).statements) == 1
     ours, theirs = await pair.signed()
     assert ours == theirs and len(ours) == 4
-    read = [reconcile.read(one) for one in reversed(ours)]
+    read = [ledger_statement.read(one) for one in reversed(ours)]
     assert [one.sequence for one in read] == [1, 2, 3, 4]
     for before, after in itertools.pairwise(reversed(ours)):
-        assert reconcile.read(after).previous == sha256(before).hexdigest()
+        assert ledger_statement.read(after).previous == sha256(before).hexdigest()
 
 
 async def test_many_entries_are_signed_in_several_statements(
     pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pinaivu_box.ledger.settlement.MOST", 40)
+    monkeypatch.setattr("pinaivu_box.ledger.session.MAX_STATEMENT_ENTRIES", 40)
     await pair.both(*some(100))
-    assert [reconcile.read(one.signed).entries for one in (await pair.settle()).statements] == [
+    assert [
+        ledger_statement.read(one.signed).entries for one in (await pair.settle()).statements
+    ] == [
         40,
         40,
         20,
@@ -196,7 +202,7 @@ async def test_what_one_side_lost_comes_back(pair: Pair) -> None:
     assert (outcome.taken, outcome.given, outcome.differences) == (1, 1, [])
     assert outcome.accepted == 1
     assert [one.request_id for one in outcome.disputed] == [waiting.request_id]
-    assert reconcile.read(outcome.statements[0].signed).entries == 23
+    assert ledger_statement.read(outcome.statements[0].signed).entries == 23
     ours, theirs = await pair.sums()
     assert ours == theirs
     left = (await ledger_entry.balance(pair.a, B.node_id))["credits"]
@@ -236,21 +242,21 @@ def test_every_difference_is_found(data: st.DataObject) -> None:
     of = st.dictionaries(st.integers(0, 2000), st.integers(0, 2), max_size=400)
     base, ours, theirs = data.draw(st.integers(0, 900)), data.draw(of), data.draw(of)
 
-    def books(changes: dict[int, int]) -> dict[int, Item]:
+    def books(changes: dict[int, int]) -> dict[int, EntrySummary]:
         amounts = {**dict.fromkeys(range(base), 5), **changes}
         return {
-            n: Item(A.node_id, f"req_{n}", 0, 0, "credits", value, bytes(32))
+            n: EntrySummary(A.node_id, f"req_{n}", 0, 0, "credits", value, bytes(32))
             for n, value in amounts.items()
             if value
         }
 
     mine, its = books(ours), books(theirs)
-    compared, there, asked = Compare(EntryTree(mine.values())), EntryTree(its.values()), 0
-    while prefixes := compared.questions(w.ASKED):
+    compared, there, asked = Comparison(EntryTree(mine.values())), EntryTree(its.values()), 0
+    while prefixes := compared.next_prefixes(w.MAX_RANGES):
         asked += len(prefixes)
         for prefix in prefixes:
-            frame = wire.encode(w.RangeHashes([there.part(prefix)]))
-            compared.take(prefix, wire.decode(frame, w.decoder).parts[0])  # type: ignore[union-attr]
+            frame = wire.encode(w.RangeHashes([there.range(prefix)]))
+            compared.compare(prefix, wire.decode(frame, w.decoder).ranges[0])  # type: ignore[union-attr]
 
     def names(entries: Iterable[Any]) -> set[str]:
         return {entry.request_id for entry in entries}
@@ -263,12 +269,14 @@ def test_every_difference_is_found(data: st.DataObject) -> None:
 
 
 def test_one_difference_among_many_takes_few_questions() -> None:
-    items = [Item(A.node_id, f"req_{n}", 0, 0, "credits", 1, bytes(32)) for n in range(50_000)]
-    compared, there, asked = Compare(EntryTree(items)), EntryTree(items[:-1]), 0
-    while prefixes := compared.questions(w.ASKED):
+    items = [
+        EntrySummary(A.node_id, f"req_{n}", 0, 0, "credits", 1, bytes(32)) for n in range(50_000)
+    ]
+    compared, there, asked = Comparison(EntryTree(items)), EntryTree(items[:-1]), 0
+    while prefixes := compared.next_prefixes(w.MAX_RANGES):
         asked += len(prefixes)
         for prefix in prefixes:
-            compared.take(prefix, there.part(prefix))
+            compared.compare(prefix, there.range(prefix))
     assert list(compared.only_ours.values()) == items[-1:] and asked <= 3
 
 
@@ -367,7 +375,7 @@ async def test_it_may_break_off_anywhere(tmp_path: Path, after: bool, again: Ide
             assert (await pair.settle(by=again)).differences == []
             ours, theirs = await pair.signed()
             assert ours == theirs and 1 <= len(ours) <= 2
-            assert sum(reconcile.read(one).entries for one in ours) == 10
+            assert sum(ledger_statement.read(one).entries for one in ours) == 10
             assert len(set(await pair.sums())) == 1
     assert broken > 10
 
@@ -396,7 +404,7 @@ async def test_a_box_that_dies_at_its_statement(
     await pair.settle(by=again)
     ours, theirs = await pair.signed()
     assert ours == theirs
-    assert sum(reconcile.read(one).entries for one in ours) == 10
+    assert sum(ledger_statement.read(one).entries for one in ours) == 10
 
 
 async def test_a_box_that_lost_all_gets_it_back(tmp_path: Path) -> None:
@@ -418,8 +426,8 @@ async def test_a_box_that_lost_all_gets_it_back(tmp_path: Path) -> None:
 # -- a hostile peer --------------------------------------------------------------------------------
 
 
-def wired(one: LedgerEntry, server: Identity, **changes: Any) -> w.WireEntry:
-    made = w.WireEntry(
+def wired(one: LedgerEntry, server: Identity, **changes: Any) -> w.SignedEntry:
+    made = w.SignedEntry(
         server.node_id, one.amount, one.proof, one.signature, one.acceptance,
         one.request_id, one.leg, one.choice, one.currency,
     )  # fmt: skip
@@ -443,7 +451,7 @@ LIES = {
 
 
 @pytest.mark.parametrize("lie", LIES.values(), ids=LIES)
-async def test_nothing_false_is_taken(pair: Pair, lie: w.WireEntry) -> None:
+async def test_nothing_false_is_taken(pair: Pair, lie: w.SignedEntry) -> None:
     """B asks A to take it, and, as the one who answers, has it in its books."""
     await pair.both(*some(4))
     await pair.settle()
@@ -451,9 +459,9 @@ async def test_nothing_false_is_taken(pair: Pair, lie: w.WireEntry) -> None:
     answering = asyncio.create_task(answer_as_a(pair))
     stream = await pair.back.open()
     talk = ReconcileSession(B, pair.b, A.node_id, stream)
-    await talk.ask(w.Begin(1, b""), w.Begin)
-    refused = (await talk.ask(w.TakeEntries([lie]), w.EntriesTaken)).refused
-    assert list(refused) == [item_of(lie).place] and all(refused.values())
+    await talk.call(w.Begin(1, b""), w.Begin)
+    refused = (await talk.call(w.TakeEntries([lie]), w.EntriesTaken)).refused
+    assert list(refused) == [lie.summary.key] and all(refused.values())
     stream.abandon()
     await soon(answering)
 
@@ -465,7 +473,7 @@ async def test_nothing_false_is_taken(pair: Pair, lie: w.WireEntry) -> None:
         answers: dict[type, Any] = {
             w.Unaccepted: w.ClaimEntries([]),
             w.Look: w.LedgerDigest(1),
-            w.AskRanges: w.RangeHashes([reconcile.EntryRange([item_of(lie)])]),
+            w.AskRanges: w.RangeHashes([reconcile.EntryRange([lie.summary])]),
             w.GiveEntries: w.Entries([lie]),
         }
         while (frame := await talk.receive()) is not None:
@@ -487,10 +495,10 @@ async def answer_as_a(pair: Pair) -> None:
 async def a_proposal(pair: Pair, **changes: Any) -> tuple[ReconcileSession, Any]:
     """B has looked at A's books, and what it would honestly propose, changed."""
     talk = ReconcileSession(B, pair.b, A.node_id, await pair.back.open())
-    await talk.ask(w.Begin(0, b""), w.Begin)
-    await talk.ask(w.Look(0), w.LedgerDigest)
-    rows = await ledger_statement.open_items(pair.b, A.node_id, "")
-    talk.shelf = EntrySnapshot(B.node_id, A.node_id, rows)
+    await talk.call(w.Begin(0, b""), w.Begin)
+    await talk.call(w.Look(0), w.LedgerDigest)
+    rows = await ledger_statement.open_entries(pair.b, A.node_id, "")
+    talk.snapshot = EntrySnapshot(B.node_id, A.node_id, rows)
     return talk, msgspec.structs.replace(talk.compose(None, "2026-11-01T00:00:00Z"), **changes)
 
 
@@ -517,7 +525,7 @@ async def test_no_other_statement_is_signed(pair: Pair, changes: dict[str, Any])
     talk, statement = await a_proposal(pair, **changes)
     signed = canonical(statement)
     with pytest.raises(PeeringError):
-        await talk.ask(w.Propose(signed, B.sign(reconcile.DOMAIN, signed)), w.Agreed)
+        await talk.call(w.Propose(signed, B.sign(ledger_statement.DOMAIN, signed)), w.Agreed)
     talk.stream.abandon()
     await soon(answering)
     assert await ledger_statement.ls(pair.a) == []
@@ -525,12 +533,12 @@ async def test_no_other_statement_is_signed(pair: Pair, changes: dict[str, Any])
 
 async def test_a_proposal_must_be_signed_by_its_proposer(pair: Pair) -> None:
     await pair.both(*some(4))
-    for signer, domain in ((C, reconcile.DOMAIN), (B, ACCEPTANCE_DOMAIN)):
+    for signer, domain in ((C, ledger_statement.DOMAIN), (B, ACCEPTANCE_DOMAIN)):
         answering = asyncio.create_task(answer_as_a(pair))
         talk, statement = await a_proposal(pair)
         signed = canonical(statement)
         with pytest.raises(PeeringError, match="signature"):
-            await talk.ask(w.Propose(signed, signer.sign(domain, signed)), w.Agreed)
+            await talk.call(w.Propose(signed, signer.sign(domain, signed)), w.Agreed)
         talk.stream.abandon()
         await soon(answering)
     assert await ledger_statement.ls(pair.a) == []
@@ -555,7 +563,7 @@ async def test_a_frame_that_is_none_ends_it(pair: Pair, frame: bytes) -> None:
     answering = asyncio.create_task(answer_as_a(pair))
     stream = await pair.back.open()
     talk = ReconcileSession(B, pair.b, A.node_id, stream)
-    await talk.ask(w.Begin(0, b""), w.Begin)
+    await talk.call(w.Begin(0, b""), w.Begin)
     await stream.send(frame)
     with pytest.raises(BoxError):
         await soon(talk.receive())
@@ -635,7 +643,7 @@ async def test_both_settle_at_the_same_moment(pair: Pair, head_start: int) -> No
         )
         (made,) = first.statements
         assert [one.signed for one in second.statements] == [made.signed]
-        assert reconcile.read(made.signed).entries == 21
+        assert ledger_statement.read(made.signed).entries == 21
         assert first.differences == second.differences == []
         assert (await soon(a.settle(B.node_id, await pair.link.open()))).statements == []
     ours, theirs = await pair.signed()
@@ -644,10 +652,10 @@ async def test_both_settle_at_the_same_moment(pair: Pair, head_start: int) -> No
 
 async def test_who_waits_hears_that_it_does(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     """A long conversation under way: the other's command waits, and is no failure."""
-    monkeypatch.setattr("pinaivu_box.ledger.settlement._WAIT_SECONDS", 0.01)
+    monkeypatch.setattr("pinaivu_box.ledger.session._WAIT_SECONDS", 0.01)
     await pair.both(*some(20))
     slow, waits, begins, both = asyncio.Event(), 0, 0, asyncio.Barrier(2)
-    real = ReconcileSession.given
+    real = ReconcileSession.entries
 
     async def late(talk: ReconcileSession, places: Any) -> Any:
         await slow.wait()
@@ -664,7 +672,7 @@ async def test_who_waits_hears_that_it_does(pair: Pair, monkeypatch: pytest.Monk
         await send(talk, frame)
 
     send = ReconcileSession.send
-    monkeypatch.setattr(ReconcileSession, "given", late)
+    monkeypatch.setattr(ReconcileSession, "entries", late)
     monkeypatch.setattr(ReconcileSession, "send", counted)
     await ledger_entry.record(pair.a, some(1, start=20)[0])  # to be given
     async with answering(pair) as (a, b):
@@ -687,13 +695,13 @@ async def test_a_leader_that_breaks_off_stops_nobody(pair: Pair) -> None:
     await waiting.expect(w.Begin)
     talk = ReconcileSession(A, pair.a, B.node_id, await pair.link.open())
     handling = asyncio.create_task(b.handle(A.node_id, await pair.back.accept()))
-    await talk.ask(w.Begin(0, b""), w.Begin)
-    await talk.ask(w.Look(0), w.LedgerDigest)
-    talk.shelf = EntrySnapshot(
-        A.node_id, B.node_id, await ledger_statement.open_items(pair.a, B.node_id, "")
+    await talk.call(w.Begin(0, b""), w.Begin)
+    await talk.call(w.Look(0), w.LedgerDigest)
+    talk.snapshot = EntrySnapshot(
+        A.node_id, B.node_id, await ledger_statement.open_entries(pair.a, B.node_id, "")
     )
     signed = canonical(talk.compose(None, "2026-11-01T00:00:00Z"))
-    await talk.ask(w.Propose(signed, A.sign(reconcile.DOMAIN, signed)), w.Agreed)
+    await talk.call(w.Propose(signed, A.sign(ledger_statement.DOMAIN, signed)), w.Agreed)
     await waiting.send(w.Begin(0, b""))
     talk.stream.abandon()
     with pytest.raises(PeeringError, match="settled meanwhile"):
@@ -774,11 +782,9 @@ async def test_what_was_not_accepted_is_accepted_or_disputed_by_name(
     assert "no receipt" in reasons[unknown.request_id]
     assert all(one.served_by == A.node_id for one in outcome.disputed)
     (made,) = outcome.statements
-    assert reconcile.read(made.signed).entries == 2
+    assert ledger_statement.read(made.signed).entries == 2
     assert await waiting_at_a(pair) == lost.amount + other.amount + unknown.amount
-    shown = {
-        one.request_id: one for one in await ledger_statement.of_peer(pair.a, B.node_id, limit=9)
-    }
+    shown = {one.request_id: one for one in await ledger_entry.of_peer(pair.a, B.node_id, limit=9)}
     assert "no receipt" in (shown[unknown.request_id].disputed or "")
     assert shown[known.request_id].disputed is None and shown[known.request_id].acceptance
 
@@ -824,8 +830,8 @@ async def test_no_false_claim_is_accepted(pair: Pair, lie: dict[str, Any]) -> No
     )  # fmt: skip
     heard = asyncio.create_task(answer_as_a(pair))
     talk = ReconcileSession(B, pair.b, A.node_id, await pair.back.open())
-    await talk.ask(w.Begin(0, b""), w.Begin)
-    said = await talk.ask(w.ClaimEntries([one, msgspec.structs.replace(one, **lie)]), w.Judged)
+    await talk.call(w.Begin(0, b""), w.Begin)
+    said = await talk.call(w.ClaimEntries([one, msgspec.structs.replace(one, **lie)]), w.Judged)
     assert list(said.accepted.values()) == [GOOD.acceptance]
     assert len(said.disputed) == 1 and await ledger_entry.balances(pair.a) == before
     talk.stream.abandon()
@@ -839,7 +845,7 @@ async def test_a_false_acceptance_is_none(pair: Pair) -> None:
         talk = ReconcileSession(B, pair.b, A.node_id, await pair.back.accept())
         await talk.send(await talk.expect(w.Begin))
         shown = await talk.expect(w.ClaimEntries)
-        place = reconcile.place(A.node_id, shown.claims[0].request_id, 0, 0)
+        place = reconcile.entry_key(A.node_id, shown.claims[0].request_id, 0, 0)
         await talk.send(w.Judged({place: C.sign(ACCEPTANCE_DOMAIN, shown.claims[0].proof)}, {}))
 
     task = asyncio.create_task(lying())

@@ -68,7 +68,7 @@ def test_all_is_well(tmp_path: Path) -> None:
     found = checks(PEER, tmp_path)
     of_peer = {name: one for name, one in found.items() if name.startswith("ben: ")}
     assert {one.state for one in of_peer.values()} == {"ok"}
-    assert "directly, 10.0.0.2:4002, 3 ms" in of_peer["ben: link"].found
+    assert "direct, 10.0.0.2:4002, round trip 3 ms" in of_peer["ben: link"].found
 
 
 @pytest.mark.parametrize(
@@ -79,36 +79,36 @@ def test_all_is_well(tmp_path: Path) -> None:
         ({**LOST, "why": "Another box than node_bb answers at 10.0.0.2:4002: it has moved, or "
           "somebody is in its place; ask its operator for a new ticket."},
          "key", "failed", "Another box", "new ticket"),
-        ({**LOST, "addresses": []}, "address", "failed", "no address", "ticket"),
+        ({**LOST, "addresses": []}, "address", "failed", "none of its addresses", "ticket"),
         ({**LOST, "addresses": ["https://relay.example"]},
          "relay", "warning", "https://relay.example, but this box uses no relay", "here too"),
         ({"link": None, "state": "connecting"}, "link", "warning", "no answer yet", "wait"),
         ({"link": LinkView(False, "https://relay.example", 80.0)},
          "link", "ok", "by a relay", ""),
-        ({"software": "pinaivu 0.2.0"}, "version", "ok", "here pinaivu 0.1.0", "update"),
+        ({"software": "pinaivu 0.2.0"}, "version", "ok", "this box has pinaivu 0.1.0", "update"),
         ({"clock_ahead": 86400.0}, "clock", "failed", "86400.0 s ahead", "timedatectl"),
         ({"clock_ahead": -10.0}, "clock", "warning", "10.0 s behind", "timedatectl"),
         ({"models": [msgspec.structs.replace(OFFER, digest="cc" * 32)]},
          "models", "warning", "another file there (cccccccc) than here (aaaaaaaa)", "same_name"),
-        ({"models": []}, "models", "warning", "none", "pinaivu ls"),
-        ({"models": [], "advert_age": None}, "models", "warning", "not said lately", "wait"),
+        ({"models": []}, "models", "warning", "no models", "pinaivu ls"),
+        ({"models": [], "advert_age": None}, "models", "warning", "no recent advert", "wait"),
         ({"limits": PeerLimits(blocked="loud")}, "limits", "warning", "loud", "--unblock"),
         ({"draining": True}, "limits", "warning", "stopping", "wait"),
         ({"models": [msgspec.structs.replace(OFFER, sequences_free=0)]},
-         "limits", "warning", "taken", "wait"),
+         "limits", "warning", "busy", "wait"),
         ({"refusal": RefusalView("ben refused it: This box serves others at night.", 7)},
-         "limits", "warning", "7 s ago it refused us: This box serves", "there"),
+         "limits", "warning", "7 s ago it refused a request: This box serves", "there"),
         (using(hours="18:00-08:00", open=False),
-         "limits", "warning", "from 18:00-08:00 only", "peers edit ben --hours"),
+         "limits", "warning", "only from 18:00-08:00", "peers edit ben --hours"),
         (using(models=("other:*",)), "limits", "warning", "may use other:*", "--model"),
-        (using(running=8), "limits", "warning", "8 requests here", "--max-parallel"),
+        (using(running=8), "limits", "warning", "8 requests running here", "--max-parallel"),
         (using(tokens_per_minute=90, tokens=90), "limits", "warning", "90 tokens", "wait"),
         (using(credit_limit="5", owes="5", beyond="refuse"),
          "limits", "warning", "owes 5 of at most 5, and is not served", "ledger settle ben"),
         (using(credit_limit="5", owes="6"), "limits", "warning", "only while this box is idle",
          "--credit-limit"),
         (using(credit_limit="5", owes="4.9", tokens_per_minute=90, tokens=89, running=7),
-         "limits", "ok", "nothing stands", ""),
+         "limits", "ok", "no limit is reached", ""),
     ],
 )  # fmt: skip
 def test_each_cause_is_told_with_what_to_do(
@@ -176,7 +176,7 @@ def test_a_relay_is_asked_whether_it_is_one(
 ) -> None:
     lost = changed(**LOST, addresses=[web], why="It is gone.")
     nobody = "http://127.0.0.1:9/"
-    for url, status, found in ((web, 404, "is no relay (status 404)"), (nobody, 0, "refused")):
+    for url, status, found in ((web, 404, "is not a relay (status 404)"), (nobody, 0, "refused")):
         monkeypatch.setattr(Web, "status", status)
         check = checks(lost, tmp_path, own(relay=url))["relay"]
         assert check.state == "failed" and url in check.found and found in check.found

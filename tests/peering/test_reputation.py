@@ -74,7 +74,7 @@ def test_it_is_written_seldom_and_found_again(
     writes = []
     real = opinions.keep
 
-    async def counted(database: Database, found: dict[str, opinions.Opinion]) -> None:
+    async def counted(database: Database, found: dict[str, opinions.StoredOpinion]) -> None:
         writes.append(len(found))
         await real(database, found)
 

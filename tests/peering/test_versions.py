@@ -16,7 +16,8 @@ import pytest
 
 from pinaivu_box.engine.messages import TokenLogprob
 from pinaivu_box.gateway.backend import Output, Prompt
-from pinaivu_box.gateway.metering import LegRecord, prove
+from pinaivu_box.gateway.metering import prove
+from pinaivu_box.gateway.records import LegRecord
 from pinaivu_box.identity import verify
 from pinaivu_box.legs import wire as leg_wire
 from pinaivu_box.receipts.commitment import RunningCommitment, new_nonce
@@ -109,7 +110,7 @@ class OldEmbedder(ViolatingServer):
         ask = await leg_wire.receive(stream, leg_wire.to_serving)
         assert isinstance(ask, leg_wire.LegRequest)
         job, nonce = job_of(ask), new_nonce()
-        account = LegRecord(started(job, ask.digest, {}, nonce, self.identity.node_id, 1))
+        account = LegRecord(job, started(job, ask.digest, {}, nonce, self.identity.node_id, 1))
         prompt = list("".join(INPUTS).encode())
         vectors = [struct.pack("<257f", *range(k, k + 257)) for k in range(len(INPUTS))]
         ending = leg_wire.Out("", [], "stop", 0.5, vectors=vectors)
@@ -117,7 +118,7 @@ class OldEmbedder(ViolatingServer):
         account.take(Output("", [], "stop", 0.5, vectors=vectors))
         commitment = RunningCommitment(nonce, 1).commitment
         mark = mark_text(job.request_id, job.choice, job.leg, 0, commitment)
-        proof, _ = prove(job, job.leg, account, Price("credits", *CHEAP))
+        proof, _ = prove(account, job.leg, Price("credits", *CHEAP))
         assert proof.output_commitment == commitment
         signed = sign_proof(self.identity, proof)
         for message in (
@@ -232,7 +233,7 @@ async def test_vectors_over_a_link_are_signed_by_who_computed_them(three: ThreeB
 async def test_many_vectors_go_in_several_messages(
     three: ThreeBoxes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pinaivu_box.legs.server._VECTOR_BYTES", 3000)
+    monkeypatch.setattr("pinaivu_box.legs.sign._VECTOR_BYTES", 3000)
     secret = await three.key("ben")
     body = {"model": FAKE, "input": [f"text {n}" for n in range(11)]}
     answer = (await three.anna.http("POST", "/v1/embeddings", json=body, secret=secret)).json()

@@ -20,11 +20,12 @@ from pinaivu_box.engine.messages import TokenLogprob
 from pinaivu_box.errors import ContextOverflow, EngineLost, ModelNotFound, NoNodesAvailable
 from pinaivu_box.gateway.backend import Event, Output, Prompt, Proved, Started
 from pinaivu_box.gateway.engine_process import EngineProcess
-from pinaivu_box.gateway.metering import ChoiceRecord, LegRecord
+from pinaivu_box.gateway.records import ChoiceRecord, LegRecord
 from pinaivu_box.gossip.frames import ModelLoad
 from pinaivu_box.gossip.loads import ReportedLoad
 from pinaivu_box.identity import verify
 from pinaivu_box.legs.client import AcceptedLeg
+from pinaivu_box.legs.runner import LegRun
 from pinaivu_box.legs.server import Served
 from pinaivu_box.models.catalog import Model
 from pinaivu_box.receipts.receipt import ACCEPTANCE_DOMAIN, PROOF_DOMAIN, Proof
@@ -110,7 +111,7 @@ async def test_what_is_the_requests_own_fault_is_told_as_at_home(pair: list[Pool
 
 async def test_a_prompt_is_counted_by_a_peer(pair: list[PoolNode]) -> None:
     asker, _ = pair
-    job, context = await asker.pool.dispatch.read(asker.job())
+    job, context = await asker.pool.prompts.read(asker.job())
     assert job.read and context == 2048
     events = await asker.ask()
     assert isinstance(events[1], Prompt) and events[1].tokens == job.read
@@ -123,18 +124,18 @@ async def test_long_prompts_go_in_several_frames() -> None:
         settings[1], engine=msgspec.structs.replace(settings[1].engine, context=3_000_000)
     )
     async with pools(asker=settings[0], server=settings[1]) as (asker, _):
-        job, _ = await asker.pool.dispatch.read(asker.job(text="ab" * 1_000_000))
+        job, _ = await asker.pool.prompts.read(asker.job(text="ab" * 1_000_000))
         assert len(job.read or ()) > 2_000_000
 
 
 async def test_who_is_cancelled_gets_what_was_made_and_its_proof(pair: list[PoolNode]) -> None:
     asker, server = pair
-    job = asker.job(max_tokens=1500)
-    events: list[Event] = []
-    async for event in asker.pool.dispatch.serve(job, []):
-        events.append(event)
+
+    def cancel(run: LegRun, events: list[Event]) -> None:
         if len(tokens_of(events)) > 10:
-            asker.pool.dispatch.cancel(job)
+            run.cancel()
+
+    events = await asker.serve(ChoiceRecord(asker.job(max_tokens=1500)), cancel)
     assert isinstance(events[-1], Output) and events[-1].finish_reason == "cancelled"
     assert len(tokens_of(events)) < 1500
     assert any(isinstance(event, Proved) for event in events)
@@ -143,11 +144,16 @@ async def test_who_is_cancelled_gets_what_was_made_and_its_proof(pair: list[Pool
 
 async def test_who_leaves_stops_the_engine_there(pair: list[PoolNode]) -> None:
     asker, server = pair
-    stream = asker.pool.dispatch.serve(asker.job(max_tokens=1900), [])
-    async for event in stream:
-        if isinstance(event, Output):
-            break
-    await stream.aclose()
+    began = asyncio.Event()
+
+    def watch(run: LegRun, events: list[Event]) -> None:
+        if isinstance(events[-1], Output):
+            began.set()
+
+    asking = asyncio.create_task(asker.serve(ChoiceRecord(asker.job(max_tokens=1900)), watch))
+    await began.wait()
+    asking.cancel()
+    await asyncio.wait([asking])
     await wait_until(lambda: server.load.idle)
     (engine,) = server.placement.engines
     await wait_until(lambda: engine.load.running == 0)
@@ -219,8 +225,7 @@ async def test_a_file_of_another_digest_is_another_model(pair: list[PoolNode]) -
     job = asker.job()
     other = replace(job.model, recorded_digest="1" * 64)
     with pytest.raises(NoNodesAvailable, match="another file"):
-        async for _ in asker.pool.dispatch.serve(replace(job, model=other), []):
-            pass
+        await asker.serve(ChoiceRecord(replace(job, model=other)))
     with pytest.raises(ModelNotFound):
         asker.pool.candidates.find("unknown:1")
 
@@ -260,7 +265,8 @@ async def test_a_file_that_is_gone_is_served_while_it_is_loaded(
     _, server = pair
     server.placement.release(await server.placement.acquire(server.catalog.find(FAKE)))
     unreadable = replace(server.catalog.find(FAKE), recorded_digest="")
-    server.catalog = server.catalog.and_also([unreadable])
+    catalog = server.catalog.and_also([unreadable])
+    server.settings.current = replace(server.settings.current, catalog=catalog)
     for node in pair:
         assert isinstance((await node.ask())[0], Started)
     await server.placement.close()
@@ -303,9 +309,9 @@ async def test_before_the_first_token_the_next_is_asked() -> None:
 async def test_who_failed_lately_is_asked_rather_than_nobody(pair: list[PoolNode]) -> None:
     """If its link stands: to call a box that is gone would take the client's time."""
     asker, server = pair
-    asker.pool.dispatch._resting.failed(server.node_id)
+    asker.pool.boxes.breaker.failed(server.node_id)
     await asker.ask()
-    asker.pool.dispatch._resting.failed(server.node_id)
+    asker.pool.boxes.breaker.failed(server.node_id)
     server.gone = True
     with pytest.raises(NoNodesAvailable, match="rests"):
         await asker.ask()
@@ -337,21 +343,18 @@ async def test_log_probabilities_of_held_back_text_are_not_lost_at_a_seam(
     """Text that may be the beginning of a stop string waits, and they with it."""
     asker, _ = pair
     job = asker.job(max_tokens=60, logprobs=2, stop=["fox jumps high", "lazy dog?"])
-    serve = asker.pool.dispatch.serve
-    whole = [event async for event in serve(job, [])]
+    whole = await asker.serve(ChoiceRecord(job))
     held = 0
     for end in range(3, len(whole), 2):  # a leg is lost after so many pieces of the output
-        branch = ChoiceRecord(job)
+        # Of another request each time, for a leg is served once.
+        choice = ChoiceRecord(replace(job, request_id=f"req_{ULID()}".lower()))
         for event in whole[:end]:
             if isinstance(event, Started):
-                branch.legs = [LegRecord(event)]
-            elif isinstance(event, Prompt | Output):
-                branch.legs[-1].take(event)
-        # Of another request each time, for a leg is served once.
-        again = replace(branch.next_job(), request_id=f"req_{ULID()}".lower())
-        held += again.unsaid > 0
-        rest = [event async for event in serve(again, branch.made)]
-        events = [*whole[:end], *rest]
+                choice.begin(LegRecord(choice.job, event))
+            else:
+                choice.legs[-1].take(event)
+        held += choice.unsaid > 0
+        events = [*whole[:end], *await asker.serve(choice)]
         assert text_of(events) == text_of(whole) and tokens_of(events) == tokens_of(whole)
         assert logprobs_of(events) == logprobs_of(whole)
     assert held > 2
@@ -404,7 +407,7 @@ async def test_places_are_given_back_however_a_request_ends() -> None:
         peer.told = {FAKE: ReportedLoad(ModelLoad(1, 4096, 0), time.monotonic())}
 
         def idle() -> bool:
-            found = here.pool.candidates.of(here.job(), "", 0)
+            found = here.pool.candidates.of(here.job(), "")
             return here.load.idle and not any(candidate.sent for candidate in found)
 
         assert await asyncio.gather(here.ask(text="a"), here.ask(text="b"))
@@ -471,30 +474,21 @@ async def test_hedging_when_a_box_is_lost() -> None:
             await wait_until(lambda: all(one.load.idle for one in servers))
             for server in servers:
                 server.placement._failures.clear()
-                asker.pool.dispatch._resting.served(server.node_id)
+                asker.pool.boxes.breaker.served(server.node_id)
 
 
-async def test_a_lost_engine_in_mid_stream_is_told_with_its_name(pair: list[PoolNode]) -> None:
+async def test_after_a_lost_engine_another_leg_goes_on_without_a_seam(pair: list[PoolNode]) -> None:
     asker, server = pair
-    events: list[Event] = []
-    with pytest.raises(NoNodesAvailable, match="gave up") as caught:
-        async for event in asker.pool.dispatch.serve(asker.job(max_tokens=1500), []):
-            events.append(event)
-            if len(tokens_of(events)) == 10:
-                (engine,) = server.placement.engines
-                os.kill(engine.pid, signal.SIGKILL)
-    assert caught.value.node_id == server.node_id  # type: ignore[attr-defined]
-    # Another leg goes on after that, without a seam.
-    made = tokens_of(events)
-    first, prompt = events[0], events[1]
-    assert isinstance(first, Started) and isinstance(prompt, Prompt)
-    await asyncio.sleep(0)
-    job = replace(
-        asker.job(max_tokens=len(made) + 30),
-        leg=1,
-        settled=first.sampling,
-        digest=first.model_digest,
-        read=prompt.tokens,
-    )
-    more = [event async for event in asker.pool.dispatch.serve(job, made)]
-    assert text_of(events) + text_of(more) == told(prompt.tokens, len(made) + 30)
+    choice = ChoiceRecord(asker.job(max_tokens=60))
+
+    def kill(run: LegRun, events: list[Event]) -> None:
+        if len(tokens_of(events)) == 10 and isinstance(events[-1], Output):
+            (engine,) = server.placement.engines
+            os.kill(engine.pid, signal.SIGKILL)
+
+    events = await asker.serve(choice, kill)
+    first, second = choice.legs
+    assert choice.lost == (server.node_id,)
+    assert first.finish_reason == "engine_lost" and second.finish_reason == "length"
+    assert len(first.tokens) >= 10 and second.job.output == first.tokens
+    assert text_of(events) == choice.text == told(first.prompt or [], 60)

@@ -15,7 +15,8 @@ from pinaivu_box.engine.chat_template import CHATML, ChatTemplate
 from pinaivu_box.engine.messages import SamplingDefaults
 from pinaivu_box.gateway.backend import Job, Output, Prompt, Started
 from pinaivu_box.gateway.local import resolve
-from pinaivu_box.gateway.metering import LegRecord, prove
+from pinaivu_box.gateway.metering import prove
+from pinaivu_box.gateway.records import LegRecord
 from pinaivu_box.gossip.adverts import Facts
 from pinaivu_box.identity import Identity
 from pinaivu_box.legs import wire as leg_wire
@@ -26,7 +27,7 @@ from pinaivu_box.receipts.commitment import RunningCommitment, new_nonce
 from pinaivu_box.receipts.receipt import (
     MARK_DOMAIN,
     VERSION,
-    EngineInfo,
+    EngineBuild,
     Price,
     Proof,
     mark_text,
@@ -49,7 +50,7 @@ class FakePeer:
         self.handler: Handler | None = None
         self._database = Database(home / f"{name}.db")
         self.network = Network(
-            identity, transport, self._database, PeeringConfig(name=name), self.describe
+            identity, transport, self._database, lambda: PeeringConfig(name=name), self.describe
         )
         self.network.handlers[leg_wire.PURPOSE] = self._handle
 
@@ -140,7 +141,7 @@ class ViolatingServer:
         text = lie.text(text)
         nonce = new_nonce()
         begun = started(job, ask.digest, lie.sampling, nonce, self.identity.node_id, lie.version)
-        account = LegRecord(begun)
+        account = LegRecord(job, begun)
         account.take(Prompt(prompt))
         half = max(1, len(tokens) // 2)
         outputs = [
@@ -154,7 +155,7 @@ class ViolatingServer:
             made += len(one.tokens)
             marked = mark_text(job.request_id, job.choice, job.leg, made, running.commitment)
             marks.append(self.identity.sign(MARK_DOMAIN, marked).hex())
-        proof, _ = prove(job, job.leg, account, Price("credits", *self.price))
+        proof, _ = prove(account, job.leg, Price("credits", *self.price))
         signed = sign_proof(self.identity, lie.proof(proof))
         said_ = [
             lie.began(began(account.started)),
@@ -181,7 +182,7 @@ def started(
 ) -> Started:
     sampling = job.settled or resolve(job, SamplingConfig(), SamplingDefaults())
     sampling = msgspec.structs.replace(sampling, **changes)
-    info = EngineInfo("fake", "none")
+    info = EngineBuild("fake", "none")
     return Started(node_id, digest, info, sampling, "tags", False, nonce=nonce, proof=version)
 
 

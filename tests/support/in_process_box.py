@@ -58,10 +58,10 @@ class InProcessBox:
 
     def forget(self) -> None:
         """What it thinks of others, as if nothing had happened."""
-        dispatch: Any = self.pool.dispatch
+        breaker: Any = self.pool.boxes.breaker
         self.pool.reputation.opinions.clear()
-        for kept in (dispatch._resting._failures, dispatch._resting._until,
-                     dispatch._resting._probing, self.pool.candidates._conversations,
+        for kept in (breaker._failures, breaker._until, breaker._probing,
+                     self.pool.candidates._conversations,
                      self.pool.candidates._busy):  # fmt: skip
             kept.clear()
 

@@ -9,7 +9,6 @@ import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -21,21 +20,24 @@ from pinaivu_box.errors import PeeringError
 from pinaivu_box.gateway.backend import Event, Job
 from pinaivu_box.gateway.local import LocalBackend
 from pinaivu_box.gateway.placement import Placement
+from pinaivu_box.gateway.records import ChoiceRecord
 from pinaivu_box.gossip.adverts import Advert
 from pinaivu_box.gossip.loads import ReportedLoad
 from pinaivu_box.identity import Identity
 from pinaivu_box.ledger.entry import Balance
 from pinaivu_box.legs.client import AcceptedLeg
+from pinaivu_box.legs.runner import LegRun
 from pinaivu_box.legs.server import Served
 from pinaivu_box.legs.wiring import Pool
 from pinaivu_box.membership.signed import key_of
 from pinaivu_box.models import catalog as catalogs
-from pinaivu_box.models.catalog import Model, digest_of
+from pinaivu_box.models.catalog import Catalog, Model, digest_of
 from pinaivu_box.network.peer import Peer
 from pinaivu_box.policy import PeerPolicy
 from pinaivu_box.routing.load import LoadTracker
 from pinaivu_box.routing.offers import Offers
 from pinaivu_box.routing.spending_limits import Debts
+from pinaivu_box.settings import LiveSettings, Settings
 from pinaivu_box.transport.incoming import Handler
 from pinaivu_box.transport.link import PeerLink
 from pinaivu_box.transport.transport import Stream
@@ -137,29 +139,31 @@ class PoolNode:
         self.node_id = self.identity.node_id
         self.transport = MemoryTransport(world, self.node_id)
         self.links = PoolLinks(self.transport, everybody)
-        self.placement = Placement(config.engine, _digest)
-        self.local = LocalBackend(self.placement, self.node_id, config.sampling)
-        self.catalog = catalogs.load(config, Path("/nonexistent"))
+        catalog = catalogs.load(config, Path("/nonexistent"))
+        self.settings = LiveSettings(Settings(config, catalog))
+        self.placement = Placement(self.settings, _digest)
+        self.local = LocalBackend(self.placement, self.node_id, self.settings)
         self.books = Books()
         self.gone = self.silent = False
         self.told: dict[str, ReportedLoad] = {}  # by its neighbours
-        self.load = LoadTracker(self.placement, config.engine)
-        admission = SimpleNamespace(
-            catalog=self.catalog, pricing=config.pricing, engine=config.engine, draining=False
-        )
-        self.offers = Offers(admission, self.load, _digest)  # type: ignore[arg-type]
+        self.load = LoadTracker(self.placement, self.settings)
+        self.offers = Offers(self.settings, self.load, _digest, lambda: False)
         self.pool = Pool(
             self.identity,
-            config,
-            lambda: self.catalog,
+            self.settings,
             self.placement,
             self.local,
             self.load,
             self.links,  # type: ignore[arg-type]
+            self.books.policy,
             self.books,  # type: ignore[arg-type]
             self._writable,
         )
         everybody[self.node_id] = self
+
+    @property
+    def catalog(self) -> Catalog:
+        return self.settings.catalog
 
     @property
     def kept(self) -> list[Served | AcceptedLeg]:
@@ -206,8 +210,23 @@ class PoolNode:
         return replace(base, **more)
 
     async def ask(self, **more: Any) -> list[Event]:
-        job = self.job(**more)
-        return [event async for event in self.pool.dispatch.serve(job, [])]
+        """All events of a job, and of its legs."""
+        return await self.serve(ChoiceRecord(self.job(**more)))
+
+    async def serve(
+        self, choice: ChoiceRecord, watch: Callable[[LegRun, list[Event]], None] | None = None
+    ) -> list[Event]:
+        """All events of a choice; `watch` sees each when it comes."""
+        events: list[Event] = []
+
+        def take(event: Event) -> None:
+            events.append(event)
+            if watch is not None:
+                watch(run, events)
+
+        run = self.pool.runner.start(choice, take)
+        await run.run()
+        return events
 
 
 async def _digest(model: Model) -> str:

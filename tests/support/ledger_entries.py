@@ -8,7 +8,7 @@ from pinaivu_box.identity import Identity
 from pinaivu_box.ledger.entry import LedgerEntry, costs
 from pinaivu_box.receipts.receipt import (
     ACCEPTANCE_DOMAIN,
-    EngineInfo,
+    EngineBuild,
     Price,
     Proof,
     canonical,
@@ -20,7 +20,7 @@ PRICE = Price("credits", "0.5", "0.1", "2")
 
 def proof(server: Identity, request_id: str = "req_1", **more: Any) -> Proof:
     fields: dict[str, Any] = {
-        "leg": 0, "model": "m:1", "model_digest": "00" * 32, "engine": EngineInfo("b1", "cpu"),
+        "leg": 0, "model": "m:1", "model_digest": "00" * 32, "engine": EngineBuild("b1", "cpu"),
         "sampling": {"seed": "7"}, "prompt_commitment": "11" * 32, "output_commitment": "22" * 32,
         "prompt_tokens": 20, "completion_tokens": 10, "cached_tokens": 5, "shifted_tokens": 0,
         "finish_reason": "stop", "started_at": "2026-11-01T00:00:00.000Z", "ttft_ms": 3,

@@ -43,7 +43,7 @@ class Site:
         await self.database.open()
         settings = PeeringConfig(name=self.name)
         self.network = Network(
-            self.identity, self.transport, self.database, settings, self.describe
+            self.identity, self.transport, self.database, lambda: settings, self.describe
         )
         self.network.handlers["echo"] = echo
         await self.network.start()

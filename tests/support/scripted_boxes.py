@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
 from pathlib import Path
 from random import Random
 from types import SimpleNamespace
@@ -17,24 +17,28 @@ from typing import Any, cast
 from ulid import ULID
 
 from pinaivu_box.amount import Prices
-from pinaivu_box.config import EngineConfig, PeeringConfig, SamplingConfig
+from pinaivu_box.config import Config, SamplingConfig
 from pinaivu_box.engine.messages import SamplingDefaults
 from pinaivu_box.errors import ApiError, EngineLost, ModelNotFound, NoNodesAvailable
 from pinaivu_box.gateway.admission import AdmittedRequest
 from pinaivu_box.gateway.backend import Event, Job, Output, Prompt, Proved, Started
 from pinaivu_box.gateway.local import resolve
-from pinaivu_box.gateway.metering import LegRecord, RequestAccount, prove
+from pinaivu_box.gateway.metering import prove
 from pinaivu_box.gateway.quota import Limits, Quota, Reservation
+from pinaivu_box.gateway.records import LegRecord, RequestAccount
 from pinaivu_box.gateway.request import ChoiceOutput, Failed, Finished, Request, RequestEvent
-from pinaivu_box.legs.runner import LegRunner, RoutingSettings
+from pinaivu_box.legs.boxes import Boxes
+from pinaivu_box.legs.runner import LegRunner
 from pinaivu_box.models.catalog import Model, remote
 from pinaivu_box.receipts.commitment import Opening
-from pinaivu_box.receipts.receipt import EngineInfo, Price, sign_proof
-from pinaivu_box.routing.candidates import Candidates
+from pinaivu_box.receipts.receipt import EngineBuild, Price, sign_proof
+from pinaivu_box.routing.candidates import Candidates, Destination
 from pinaivu_box.routing.circuit_breaker import CircuitBreaker
 from pinaivu_box.routing.load import LoadTracker
 from pinaivu_box.routing.reputation import Reputation
+from pinaivu_box.routing.selector import RoutingSettings, Selector
 from pinaivu_box.routing.spending_limits import SpendingLimits
+from pinaivu_box.settings import LiveSettings, Settings
 from tests.support.keys import known_identity
 from tests.support.records import offer
 
@@ -43,22 +47,22 @@ DIGEST = "d" * 64
 TEXT = "The quick brown fox jumps over the lazy dog. " * 4
 PROMPT = [7, 8, 9]
 OWN = known_identity(50)  # the identity of the box that takes the requests
+SETTINGS = LiveSettings(Settings(Config()))  # those of every box
 
 
 class ScriptedLeg:
     """One leg at a box: what it was asked, and what has become of it.  `output` are the tokens that
     earlier legs have made, `pays_prompt` what a peer was told (None: it is no peer)."""
 
-    def __init__(
-        self, box: ScriptedBox, job: Job, output: list[int], pays_prompt: bool | None
-    ) -> None:
-        self.box, self.job, self.output, self.pays_prompt = box, job, list(output), pays_prompt
+    def __init__(self, box: ScriptedBox, job: Job, pays_prompt: bool | None) -> None:
+        self.box, self.job, self.pays_prompt = box, job, pays_prompt
+        self.output = list(job.output)
         self.cancelled, self.ended = asyncio.Event(), asyncio.Event()
 
     def cancel(self) -> None:
         self.cancelled.set()
 
-    async def events(self) -> AsyncIterator[Event]:
+    async def events(self) -> AsyncGenerator[Event]:
         record = None
         try:
             async for event in self.box.script_of(self)(self):
@@ -74,7 +78,7 @@ class ScriptedLeg:
         return recorded(self.job, record, event)
 
     def _proved(self, record: LegRecord) -> Proved:
-        proof, _ = prove(self.job, self.job.leg, record, Price("credits", "0", "0", "0"))
+        proof, _ = prove(record, self.job.leg, Price("credits", "0", "0", "0"))
         return Proved(proof, sign_proof(self.box.identity, proof), Opening("0" * 64, ""), b"")
 
 
@@ -95,8 +99,8 @@ class ScriptedBox:
     def node_id(self) -> str:
         return self.identity.node_id
 
-    def begin(self, job: Job, output: list[int], pays_prompt: bool | None = None) -> ScriptedLeg:
-        leg = ScriptedLeg(self, job, output, pays_prompt)
+    def begin(self, job: Job, pays_prompt: bool | None = None) -> ScriptedLeg:
+        leg = ScriptedLeg(self, job, pays_prompt)
         self.legs.append(leg)
         return leg
 
@@ -173,7 +177,9 @@ def silent() -> Script:
 
 def started(leg: ScriptedLeg) -> Started:
     sampling = leg.job.settled or resolve(leg.job, SamplingConfig(), SamplingDefaults())
-    return Started(leg.box.node_id, DIGEST, EngineInfo("scripted", "none"), sampling, "tags", False)
+    return Started(
+        leg.box.node_id, DIGEST, EngineBuild("scripted", "none"), sampling, "tags", False
+    )
 
 
 def token(at: int, *, first: bool = False, last: bool = False) -> Output:
@@ -297,7 +303,7 @@ def admitted(
 def recorded(of: Job, record: LegRecord | None, event: Event) -> LegRecord | None:
     """The record of a leg with one more event."""
     if isinstance(event, Started):
-        return LegRecord(event)
+        return LegRecord(of, event)
     if record is not None:
         record.take(event)
     return record
@@ -318,29 +324,27 @@ class Network:
         self.own, self.peers = own, peers
         self.ledger = Ledger()
         placement: Any = SimpleNamespace(engines=[], failing=lambda model: None)
-        self.load = LoadTracker(placement, EngineConfig())
+        self.load = LoadTracker(placement, SETTINGS)
         self.reputation = Reputation(lambda: 0.0)
-        self.resting = CircuitBreaker(asyncio.get_running_loop().time, Random(1))
+        self.breaker = CircuitBreaker(asyncio.get_running_loop().time, Random(1))
         self.candidates = Candidates(
             OWN.node_id, self._catalog, lambda model: Prices("0.001", "0.002"), lambda: "credits",
-            self.load, placement, self._peers, self.resting, self.reputation,
-            SpendingLimits(_no_debts, PeeringConfig()),
+            self.load, placement, self._peers, self.breaker, self.reputation,
+            SpendingLimits(_no_debts, SETTINGS),
         )  # fmt: skip
-        policy = routing.pop("policy", "cheapest")
-        self.backend = LegRunner(
-            self.candidates,
-            cast("Any", _Own(self)),
-            cast("Any", _Peers(self)),
-            self.load,
-            self.resting,
-            self.reputation,
-            _digest,
-            lambda: "credits",
-            RoutingSettings(policy=policy, hedge=hedge, **routing),
+        settings = RoutingSettings(**{"policy": "cheapest", "hedge": hedge, **routing})
+        selector = Selector(
+            self.candidates, _digest, lambda: "credits", _ask_loads, lambda: settings
         )
+        local = OwnBackend(own or ScriptedBox(0, peer=False))
+        peers_: Any = _Peers(self)
+        boxes = Boxes(
+            selector, self.candidates, local, peers_, self.load, self.breaker, self.reputation
+        )
+        self.runner = LegRunner(OWN.node_id, local, boxes)
 
     def changed(self) -> None:
-        pass
+        self.candidates.changes.notify()
 
     def job(self, **more: Any) -> Job:
         made = job(**more)
@@ -348,7 +352,7 @@ class Network:
 
     def request(self, *jobs: Job, meter: Any = None, **more: Any) -> Request:
         taken = admitted(*(jobs or [self.job()]), **more)
-        return Request(taken, self.backend, meter or cast("Any", self.ledger))
+        return Request(taken, self.runner, meter or cast("Any", self.ledger))
 
     def ask(self, *jobs: Job, **more: Any) -> Listener:
         return Listener(self.request(*jobs, **more))
@@ -388,55 +392,42 @@ async def _no_debts() -> dict[str, dict[str, int]]:
 
 
 class OwnBackend:
-    """Of a box without peers."""
+    """What a box serves with itself."""
 
     def __init__(self, box: ScriptedBox) -> None:
         self._box = box
 
-    def serve(self, job: Job, made: list[int]) -> AsyncIterator[Event]:
-        return self._box.begin(job, made).events()
-
-    def cancel(self, job: Job) -> None:
-        for leg in self._box.legs:
-            if leg.job.id == job.id:
-                leg.cancel()
+    def start(self, job: Job) -> ScriptedLeg:
+        return self._box.begin(job)
 
 
-class _Own(OwnBackend):
-    def __init__(self, network: Network) -> None:
-        if network.own is not None:
-            super().__init__(network.own)
-        else:
-            self.cancel = lambda job: None  # type: ignore[method-assign]
+class _PeerBackend:
+    def __init__(self, box: ScriptedBox, to: Destination) -> None:
+        self._box, self._to = box, to
+
+    def start(self, job: Job) -> ScriptedLeg:
+        return self._box.begin(job, self._to.pays_prompt)
 
 
 class _Peers:
+    """As `legs.client.PeerClient`."""
+
     def __init__(self, network: Network) -> None:
         self._boxes = {box.node_id: box for box in network.peers}
 
-    async def look(self, model: str) -> None:
-        await asyncio.sleep(0)
-
-    def serve(self, job: Job, made: list[int], to: Any) -> AsyncIterator[Event]:
-        return self._boxes[to.node_id].begin(job, made, to.pays_prompt).events()
-
-    def cancel(self, job: Job, node_id: str | None = None) -> bool:
-        found = [
-            leg
-            for box in self._boxes.values()
-            for leg in box.legs
-            if leg.job.id == job.id and node_id in (None, box.node_id) and not leg.ended.is_set()
-        ]
-        for leg in found:
-            leg.cancel()
-        return bool(found)
+    def backend(self, to: Destination) -> _PeerBackend:
+        return _PeerBackend(self._boxes[to.node_id], to)
 
 
-def alone(box: ScriptedBox) -> OwnBackend:
+async def _ask_loads(model: str) -> None:
+    await asyncio.sleep(0)
+
+
+def alone(box: ScriptedBox) -> LegRunner:
     """What a box without peers serves with."""
-    return OwnBackend(box)
+    return LegRunner(box.node_id, OwnBackend(box))
 
 
 def set_patience(monkeypatch: Any, seconds: float) -> None:
     """How long a begun answer waits for a box that goes on with it."""
-    monkeypatch.setattr("pinaivu_box.legs.runner._PATIENCE", seconds)
+    monkeypatch.setattr("pinaivu_box.legs.runner._PATIENCE_SECONDS", seconds)

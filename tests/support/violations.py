@@ -10,7 +10,7 @@ from msgspec.structs import replace
 from pinaivu_box.engine.messages import TokenLogprob
 from pinaivu_box.identity import Identity
 from pinaivu_box.legs import wire as leg_wire
-from pinaivu_box.receipts.receipt import PROOF_DOMAIN, EngineInfo, Price
+from pinaivu_box.receipts.receipt import PROOF_DOMAIN, EngineBuild, Price
 from pinaivu_box.transport.transport import Stream
 from tests.support.fake_peer import Violation
 from tests.support.keys import known_identity
@@ -104,7 +104,7 @@ VIOLATIONS: dict[str, tuple[Violation, str]] = {
     "more in its cache than there is": (first(cached_tokens=2**30), "more tokens than there are"),
     "another file in the proof": (about(model_digest=ELSE), "another model_digest"),
     "another server": (about(node_id=OTHER.node_id), "another node_id"),
-    "another engine": (about(engine=EngineInfo("better", "H100")), "another engine"),
+    "another engine": (about(engine=EngineBuild("better", "H100")), "another engine"),
     "another seed in the proof": (about(sampling={"seed": "8"}), "another sampling"),
     "another end": (about(finish_reason="stop"), "another finish_reason"),
     "a witness of its own": (about(witness=OTHER.node_id), "another witness"),
@@ -148,7 +148,7 @@ VIOLATIONS: dict[str, tuple[Violation, str]] = {
     "no proof in the proof": (text_of_proof(lambda t: "[]"), NONE),
     "a proof nested too deeply": (text_of_proof(lambda t: "[" * 90_000), NONE),
     "no proof at all": (Violation(proved=lambda _: None), "it gave no proof"),
-    "two proofs": (Violation(proved=lambda p: [p, p]), "out of turn"),
+    "two proofs": (Violation(proved=lambda p: [p, p]), "unexpected message"),
     "another file": (began(digest=ELSE), "another file"),
     "another seed": (Violation(sampling={"seed": 8}), "draws otherwise"),
     "a penalty": (Violation(sampling={"presence_penalty": 1.0}), "draws otherwise"),
@@ -157,16 +157,16 @@ VIOLATIONS: dict[str, tuple[Violation, str]] = {
     "a temperature that is no number": (Violation(began=nan), "draws otherwise"),
     "a top-k that is none": (Violation(sampling={"top_k": -1}), "draws otherwise"),
     "a way of writing calls that is none": (began(tool_style="runes"), "tool"),
-    "two beginnings": (Violation(began=lambda one: [one, one]), "out of turn"),
-    "no beginning": (Violation(began=lambda _: None), "out of turn"),
-    "two prompts": (Violation(read=lambda one: [one, one]), "out of turn"),
-    "no prompt": (Violation(read=lambda _: None), "out of turn"),
+    "two beginnings": (Violation(began=lambda one: [one, one]), "unexpected message"),
+    "no beginning": (Violation(began=lambda _: None), "unexpected message"),
+    "two prompts": (Violation(read=lambda one: [one, one]), "unexpected message"),
+    "no prompt": (Violation(read=lambda _: None), "unexpected message"),
     "a prompt without end": (
         Violation(read=lambda one: replace(one, tokens=[1] * 100_000)), "prompt"
     ),
     "a mark of nothing": (Violation(mark=lambda _: "00" * 64), "mark"),
     "an output that is empty": (
-        Violation(first=lambda one: replace(one, outputs=[])), "out of turn"
+        Violation(first=lambda one: replace(one, outputs=[])), "unexpected message"
     ),
     "more tokens than were asked for": (Violation(count=21), "more tokens"),
     "much more text than tokens": (Violation(text=lambda text: text + "a" * 100_000), "text"),

@@ -1,4 +1,4 @@
-"""The choices of an answer while they come: events in, pieces of text, thoughts and calls out."""
+"""The text of a model, as it comes, to text, thoughts and tool calls for each choice."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pinaivu_box.gateway.request import ChoiceOutput, ChoiceStarted
 from pinaivu_box.openai import reader
 from pinaivu_box.openai.reader import Piece, Reader
 from pinaivu_box.openai.types import (
-    AnswerMessage,
+    Answer,
     CalledCustom,
     CalledFunction,
     Choice,
@@ -28,7 +28,7 @@ from pinaivu_box.openai.types import (
 
 @dataclass(frozen=True)
 class AnswerPart:
-    """What came of one choice; with a finish reason it is complete."""
+    """New output of one choice; with a finish reason it is the last."""
 
     choice: int
     pieces: list[Piece]
@@ -36,12 +36,12 @@ class AnswerPart:
     finish_reason: str | None
 
 
-class Choices:
-    """Of one chat request, of whose tools these are custom ones."""
+class OutputParser:
+    """Of the choices of one request; `custom_tools` are the names of its custom tools."""
 
-    def __init__(self, jobs: Sequence[Job], customs: Collection[str] = ()) -> None:
+    def __init__(self, jobs: Sequence[Job], custom_tools: Collection[str] = ()) -> None:
         self._jobs = jobs
-        self._customs = customs
+        self._custom_tools = custom_tools
         self._readers: dict[int, Reader] = {}
 
     def begin(self, event: ChoiceStarted) -> None:
@@ -49,24 +49,26 @@ class Choices:
         self._readers[event.choice] = Reader(
             STYLES[event.tool_style] if tools else None,
             tools.names if tools else (),
-            customs=self._customs,
+            custom_tools=self._custom_tools,
             thinks=event.thinks,
             thinking=event.thinking,
         )
 
-    def take(self, said: ChoiceOutput) -> AnswerPart:
-        output, its = said.output, self._readers[said.choice]
-        pieces = its.push(output.text) if output.text else []
+    def parse(self, event: ChoiceOutput) -> AnswerPart:
+        output, text_reader = event.output, self._readers[event.choice]
+        pieces = text_reader.push(output.text) if output.text else []
         reason = output.finish_reason
         if reason:
-            pieces += its.end()
-            reason = "tool_calls" if its.called and reason == "stop" else reason
-        return AnswerPart(said.choice, pieces, [_logprobs(one) for one in output.logprobs], reason)
+            pieces += text_reader.end()
+            reason = "tool_calls" if text_reader.called and reason == "stop" else reason
+        return AnswerPart(
+            event.choice, pieces, [_logprobs(token) for token in output.logprobs], reason
+        )
 
 
 @dataclass
-class Whole:
-    """One choice's message, from its parts."""
+class MessageBuilder:
+    """Builds the message of one choice from its parts."""
 
     texts: list[str] = field(default_factory=list)
     thoughts: list[str] = field(default_factory=list)
@@ -89,28 +91,28 @@ class Whole:
         self.finish_reason = part.finish_reason or self.finish_reason
 
     def choice(self, index: int, *, logprobs: bool) -> Choice:
-        calls = [_call(call, "".join(arguments)) for call, arguments in self.calls]
-        answer = AnswerMessage(
+        calls = [_tool_call(call, "".join(arguments)) for call, arguments in self.calls]
+        message = Answer(
             "".join(self.texts) if self.texts or not calls else None,
             "assistant",
             None,
             calls or UNSET,
             "".join(self.thoughts) if self.thoughts else UNSET,
         )
-        held = ChoiceLogprobs(self.logprobs) if logprobs else None
-        return Choice(index, answer, self.finish_reason, held)
+        choice_logprobs = ChoiceLogprobs(self.logprobs) if logprobs else None
+        return Choice(index, message, self.finish_reason, choice_logprobs)
 
 
-def _call(call: reader.ParsedCall, arguments: str) -> ToolCall | CustomToolCall:
+def _tool_call(call: reader.ParsedCall, arguments: str) -> ToolCall | CustomToolCall:
     if call.custom:
         return CustomToolCall(call.id, CalledCustom(call.name, arguments))
     return ToolCall(call.id, CalledFunction(call.name, arguments))
 
 
-def _logprobs(one: TokenLogprob) -> TokenLogprobs:
-    top = [TopLogprob(*_token(token), logprob) for token, logprob in one.top]
-    return TokenLogprobs(*_token(one.token), one.logprob, top)
+def _logprobs(token: TokenLogprob) -> TokenLogprobs:
+    top = [TopLogprob(*_text_and_bytes(other), logprob) for other, logprob in token.top]
+    return TokenLogprobs(*_text_and_bytes(token.token), token.logprob, top)
 
 
-def _token(token: bytes) -> tuple[str, list[int]]:
+def _text_and_bytes(token: bytes) -> tuple[str, list[int]]:
     return token.decode(errors="backslashreplace"), list(token)

@@ -1,4 +1,4 @@
-"""`POST /v1/admin/reload`: what `pinaivu reload` asks for."""
+"""`POST /v1/admin/reload`."""
 
 from __future__ import annotations
 
@@ -6,15 +6,13 @@ from itertools import starmap
 
 from msgspec import Struct
 from starlette.requests import Request
-from starlette.responses import Response
 
-from pinaivu_box.box import Box
 from pinaivu_box.errors import CliError, InvalidBody
-from pinaivu_box.server.envelope import JSON
+from pinaivu_box.server.context import box_of, request_id_of
 
 
 class NotServed(Struct, frozen=True):
-    """`reason` is the end of a sentence."""
+    """A file that is not served; `reason` is the end of a sentence."""
 
     path: str
     reason: str
@@ -31,14 +29,17 @@ class ReloadAnswer(Struct, frozen=True):
     not_served: list[NotServed]
 
 
-async def reload(request: Request) -> Response:
-    box: Box = request.app.state.box
+async def reload(request: Request) -> ReloadAnswer:
+    """Raises InvalidBody if the configuration is invalid."""
     try:
-        done = await box.reload()
+        reloaded = await box_of(request).reload()
     except CliError as error:
         raise InvalidBody(error.message, loc=("configuration",)) from error
-    request_id = request.scope["state"]["request_id"]
-    not_served = list(starmap(NotServed, done.not_served.items()))
-    return JSON(
-        ReloadAnswer(request_id, done.applied, done.engines, done.restart, done.models, not_served)
+    return ReloadAnswer(
+        request_id_of(request),
+        reloaded.applied,
+        reloaded.engines,
+        reloaded.restart,
+        reloaded.models,
+        list(starmap(NotServed, reloaded.not_served.items())),
     )

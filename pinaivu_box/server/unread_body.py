@@ -1,7 +1,7 @@
-"""Pure ASGI around everything: a body that nobody reads, since the answer is known before.
+"""ASGI middleware: answers that are sent before the body of the request was read.
 
-On HTTP/1 the answer then says `Connection: close`: the client need not send the rest, and what it
-sends is not taken for another request.  HTTP/2 forbids that header, and does not need it.
+On HTTP/1 such an answer says `Connection: close`: the client need not send the rest, and what it
+sends is not parsed as another request.  HTTP/2 forbids that header and does not need it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 
-class Unread:
+class UnreadBody:
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
@@ -25,7 +25,7 @@ class Unread:
 
 
 class _Body:
-    """Of one request: whether it has been read when the answer begins."""
+    """The body of one request: whether it has been read when the answer begins."""
 
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._http_1 = scope["http_version"].startswith("1")
@@ -45,8 +45,8 @@ class _Body:
         if message["type"] == "http.response.start" and not self._read:
             if self._http_1:
                 MutableHeaders(scope=message)["connection"] = "close"
-            # The server hands on what comes through a short queue: were it full, not even the end
-            # of the request would get through.
+            # The server passes on what arrives through a short queue: if it were full, not even the
+            # end of the request would get through.
             self._discarding = asyncio.create_task(self._discard())
         await self._send(message)
 

@@ -1,29 +1,37 @@
-"""Server-sent events over ASGI, with comments while there is nothing to say."""
+"""Server-sent events: how one is written, and the answer that streams them."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
 
+import msgspec
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-KEEP_ALIVE = b": waiting\n\n"
+END_OF_EVENT = b"\n\n"
+DONE = b"data: [DONE]" + END_OF_EVENT
+KEEP_ALIVE = b": waiting" + END_OF_EVENT
 KEEP_ALIVE_SECONDS = 5.0
 
 
-class EventStream(Response):
-    """Sends what `chunks` yields; a comment after some silent seconds.
+def encode_event(data: object, name: str = "") -> bytes:
+    """One event with `data` as JSON, under a `name` if it has one."""
+    head = b"event: %b\ndata: " % name.encode() if name else b"data: "
+    return head + msgspec.json.encode(data) + END_OF_EVENT
 
-    Starlette's StreamingResponse is not used: it cancels the producer when the client leaves.
-    Here `watcher` has told the request itself, and the rest of the events go nowhere.
+
+class EventStream(Response):
+    """Sends the encoded events that `chunks` yields, and a comment after some silent seconds.
+
+    Starlette's StreamingResponse is not used, because it cancels the producer when the client
+    leaves.  Here `watcher` notices that and tells the request; what is still sent goes nowhere.
     """
 
+    media_type = "text/event-stream"
+
     def __init__(self, chunks: AsyncIterator[bytes], watcher: asyncio.Task[None]) -> None:
-        super().__init__(
-            media_type="text/event-stream",
-            headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
-        )
+        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._chunks = chunks
         self._watcher = watcher
@@ -33,7 +41,7 @@ class EventStream(Response):
         await send(
             {"type": "http.response.start", "status": 200, "headers": self.raw_headers},
         )
-        # A task of its own: with a timeout at each chunk, chunks would cost twice as much.
+        # A task of its own: a timeout around each chunk would double what a chunk costs.
         keeper = asyncio.create_task(self._keep_alive(send))
         try:
             async for data in self._chunks:
@@ -47,7 +55,7 @@ class EventStream(Response):
 
     async def _keep_alive(self, send: Send) -> None:
         while True:
-            before = self._sent
+            sent_before = self._sent
             await asyncio.sleep(KEEP_ALIVE_SECONDS)
-            if self._sent == before:
+            if self._sent == sent_before:
                 await send({"type": "http.response.body", "body": KEEP_ALIVE, "more_body": True})

@@ -1,4 +1,4 @@
-"""Errors as HTTP answers: OpenAI's `error` object and FastAPI's `detail`, always both."""
+"""Errors as HTTP answers, with OpenAI's `error` object and FastAPI's `detail`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import logging
 import re
 from typing import Any
 
-import msgspec
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
@@ -23,25 +22,17 @@ from pinaivu_box.errors import (
     NotFound,
 )
 from pinaivu_box.server.codings import CODINGS
-from pinaivu_box.server.routes import methods_at, nothing_at
+from pinaivu_box.server.json_response import JSON
+from pinaivu_box.server.paths import methods_at, suggestion
 
 log = logging.getLogger("pinaivu.http")
-
-
-class JSON(Response):
-    """A JSON response of anything that msgspec encodes."""
-
-    media_type = "application/json"
-
-    def render(self, content: Any) -> bytes:
-        return msgspec.json.encode(content)
 
 
 ANTHROPIC = "/v1/messages"
 _OVERFLOW = "This model's maximum context length is"
 _NUMBER = re.compile(r"[0-9]+")
-_ABOUT_OPERATORS = (402, 403, 429, 503)
-# What Anthropic's clients know our errors by, by status.
+_STATUSES_WITH_CONTACT = (402, 403, 429, 503)  # the operator decides about these
+# The error types of Anthropic's API by status.
 _ANTHROPIC_TYPES = {
     401: "authentication_error",
     403: "permission_error",
@@ -56,7 +47,7 @@ def body(error: ApiError, path: str = "") -> dict[str, Any]:
     detail: Any = error.message
     if isinstance(error, InvalidBody):
         detail = [{"loc": list(error.loc), "msg": error.message, "type": error.kind}]
-    made: dict[str, Any] = {
+    content: dict[str, Any] = {
         "error": {
             "message": error.message,
             "type": error.type,
@@ -67,43 +58,50 @@ def body(error: ApiError, path: str = "") -> dict[str, Any]:
     }
     if path.startswith(ANTHROPIC):
         kind = "invalid_request_error" if error.status < 500 else "api_error"
-        made["type"] = "error"
-        made["error"]["type"] = _ANTHROPIC_TYPES.get(error.status, kind)
-    return made
+        content["type"] = "error"
+        content["error"]["type"] = _ANTHROPIC_TYPES.get(error.status, kind)
+    return content
 
 
-def told(error: ApiError, contact: str, path: str) -> ApiError:
-    """The error as it is said at that path: with whom to ask about it where the operator decides
-    whether it passes, and an overflow in the words by which that API's clients know that they have
-    to shorten a conversation."""
+def event(error: ApiError) -> dict[str, Any]:
+    """The data of an event that ends a stream of OpenAI's; SDKs raise it."""
+    fields = {"message": error.message, "type": error.type, "param": None, "code": error.code}
+    return {"error": fields}
+
+
+def adapted(error: ApiError, contact: str, path: str) -> ApiError:
+    """The error as it is worded at that path: with the contact where the operator decides about
+    it, and an overflow in the words by which that API's clients recognise that they have to
+    shorten a conversation."""
     message = error.message
     if isinstance(error, ContextOverflow):
         message = _too_long(message, path)
-    elif contact and error.status in _ABOUT_OPERATORS:
+    elif contact and error.status in _STATUSES_WITH_CONTACT:
         message = f"{message} Contact: {contact}"
     if message == error.message:
         return error
-    made = copy.copy(error)
-    made.message = message
-    return made
+    copied = copy.copy(error)
+    copied.message = message
+    return copied
 
 
 def _too_long(message: str, path: str) -> str:
-    """`message` is `ContextOverflow`'s; a peer may say it in other words, with the same numbers."""
-    counts = [count for one in _NUMBER.findall(message) if (count := int(one))]
-    tokens, most = (max(counts), min(counts)) if len(counts) > 1 else (0, 0)
+    """`message` is `ContextOverflow`'s; a peer may word it otherwise, with the same numbers."""
+    counts = [count for digits in _NUMBER.findall(message) if (count := int(digits))]
+    tokens, context = (max(counts), min(counts)) if len(counts) > 1 else (0, 0)
     if path.startswith(ANTHROPIC):
-        said = f"{tokens} tokens > {most} maximum" if tokens else message
-        return f"prompt is too long: {said}"
+        sizes = f"{tokens} tokens > {context} maximum" if tokens else message
+        return f"prompt is too long: {sizes}"
     if message.startswith(_OVERFLOW):
         return message
-    other = f"{_OVERFLOW} exceeded: {message} ({ContextOverflow.code})"
-    return ContextOverflow.of(tokens, most).message if tokens else other
+    if tokens:
+        return ContextOverflow.of(tokens, context).message
+    return f"{_OVERFLOW} exceeded: {message} ({ContextOverflow.code})"
 
 
-def note(request: Request, error: ApiError) -> None:
-    """Count an error that somebody with a key has got, also as one of the key's requests; not one
-    that the operator has ordered."""
+def count(request: Request, error: ApiError) -> None:
+    """Count an error in the metrics of its key and against the key's request limit, but not one
+    that the operator has caused on purpose."""
     state = request.scope["state"]
     if arrival := state.get("arrival"):
         arrival.refused(error)
@@ -123,31 +121,31 @@ def response(error: ApiError, path: str = "") -> Response:
 
 
 async def on_api_error(request: Request, error: Exception) -> Response:
-    shown = error if isinstance(error, ApiError) else InternalError(str(error))
-    note(request, shown)
+    api_error = error if isinstance(error, ApiError) else InternalError(str(error))
+    count(request, api_error)
     contact = request.app.state.box.config.server.contact
     path = request.url.path
-    return response(told(shown, contact, path), path)
+    return response(adapted(api_error, contact, path), path)
 
 
 async def on_database_error(request: Request, error: Exception) -> Response:
-    """The disk has filled since somebody looked, or the database is in use for too long."""
+    """The disk is full since the last check, or the database was locked for too long."""
     log.exception("the database failed", exc_info=error)
-    why = f"This box cannot read or write its database now: {error}.  Try again later."
-    return await on_api_error(request, NoNodesAvailable(why, retry_after=5))
+    message = f"This box cannot read or write its database now: {error}.  Try again later."
+    return await on_api_error(request, NoNodesAvailable(message, retry_after=5))
 
 
 async def on_http_error(request: Request, error: Exception) -> Response:
-    """Starlette's own refusals: no such route, wrong method."""
+    """Starlette's own errors: unknown path, wrong method."""
     status = error.status_code if isinstance(error, HTTPException) else 500
     path, method = _shortened(request.url.path), request.method
     routes = request.app.routes
     if status == 404:
-        hint = nothing_at(path, routes)
+        hint = suggestion(path, routes)
         return response(NotFound(f"There is no {path} here. {hint}"), request.url.path)
     if status == 405:
         allowed = methods_at(request.url.path, routes)
-        message = f"{path} does not take {method}: it takes {', '.join(allowed)}."
+        message = f"{path} does not accept {method}: use {', '.join(allowed)}."
         refusal = response(MethodNotAllowed(message), request.url.path)
         refusal.headers["Allow"] = ", ".join(allowed)
         return refusal

@@ -1,0 +1,232 @@
+"""What a request has used so far: one record of each leg, of each choice, and of it all.
+
+A leg has one record, whoever wants to know how it went: the receipt, the measured load, a peer's
+reputation.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field, replace
+
+from pinaivu_box.amount import Prices
+from pinaivu_box.gateway.backend import Job, Output, Prompt, Proved, Started
+from pinaivu_box.gateway.logprob_records import records
+from pinaivu_box.receipts.commitment import Extras
+
+ENGINE_LOST = "engine_lost"  # finish reason of a leg whose engine died
+
+
+@dataclass(eq=False)
+class LegRecord:
+    """What one node did of a job.  `began` is monotonic, `started_at` Unix seconds.
+
+    `extras` are those of this leg.  `choice_extras` go on from those of the choice's earlier legs;
+    of a first leg both are the same.
+    """
+
+    job: Job
+    started: Started
+    earlier: Extras | None = None
+    began: float = field(default_factory=time.monotonic)
+    started_at: float = field(default_factory=time.time)
+    prompt: list[int] | None = None
+    tokens: list[int] = field(default_factory=list)
+    text: list[str] = field(default_factory=list)
+    finish_reason: str = ENGINE_LOST
+    ttft_ms: int | None = None
+    duration_ms: int = 0
+    cached_tokens: int = 0
+    shifted_tokens: int = 0
+    logprobs: int = 0
+    begun: bool = False  # the engine has computed something of it
+    queue_ms: float = 0.0
+    mark: str | None = None
+    proved: Proved | None = None
+
+    def __post_init__(self) -> None:
+        self.extras = Extras()
+        self.choice_extras = self.extras if self.earlier is None else self.earlier.copy()
+
+    def take(self, event: Prompt | Output | Proved) -> None:
+        """Record the next event of the leg."""
+        if isinstance(event, Proved):
+            self.proved = event
+            return
+        if isinstance(event, Prompt):
+            self.prompt = event.tokens
+            return
+        self.duration_ms = self._elapsed_ms()
+        if event.tokens:
+            self.tokens += event.tokens
+            if self.ttft_ms is None:
+                self.ttft_ms = self.duration_ms
+        if event.queue_ms is not None:
+            self.begun, self.queue_ms = True, event.queue_ms
+        self.text.append(event.text)
+        self.finish_reason = event.finish_reason or self.finish_reason
+        self.cached_tokens = event.cached_tokens or self.cached_tokens
+        self.shifted_tokens = event.shifted_tokens
+        self.mark = event.mark
+        if event.logprobs or event.vectors:
+            self._take_extras(event)
+
+    def _take_extras(self, event: Output) -> None:
+        shown = records(self.job, event.logprobs, self.job.scored + self.logprobs)
+        self.logprobs += len(event.logprobs)
+        self.extras.add(shown, event.vectors)
+        if self.choice_extras is not self.extras:
+            self.choice_extras.add(shown, event.vectors)
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """The speed after the first token; None if there are too few tokens to say."""
+        if self.ttft_ms is None or len(self.tokens) < 2 or self.duration_ms <= self.ttft_ms:
+            return None
+        return (len(self.tokens) - 1) * 1000 / (self.duration_ms - self.ttft_ms)
+
+    def _elapsed_ms(self) -> int:
+        return round((time.monotonic() - self.began) * 1000)
+
+
+@dataclass
+class ChoiceRecord:
+    """One choice of a request: its job, and the legs that made it.  `lost` are the peers that were
+    lost with a leg of it."""
+
+    job: Job
+    legs: list[LegRecord] = field(default_factory=list)
+    lost: tuple[str, ...] = ()
+    thinking: bool = False  # whether its prompt ends in the model's thoughts
+
+    def begin(self, leg: LegRecord) -> None:
+        """A leg that makes the rest of the choice; one before it that has read nothing is none."""
+        self.legs = [*self.served, leg]
+
+    def lost_at(self, node_id: str) -> None:
+        """A leg was lost there ("": an engine here); those that were not are asked first."""
+        self.lost = (*self.lost, node_id) if node_id else self.lost
+
+    def read(self, prompt: Prompt) -> None:
+        """The prompt of the latest leg.  Texts are read anew in each, and whoever was lost gave
+        nothing: what it made of them is not what is paid for."""
+        self.thinking = prompt.thinking
+        if self.job.inputs is not None:
+            for leg in self.served:
+                leg.prompt = prompt.tokens
+
+    def next_job(self) -> Job:
+        """The job of the next leg: it reads and draws as the first one did."""
+        job = replace(self.job, scored=self.scored, leg=len(self.served), tried=self.lost)
+        if not self.served:
+            return job
+        first = self.served[0]
+        return replace(
+            job,
+            output=self.tokens,
+            settled=first.started.sampling,
+            digest=first.started.model_digest,
+            read=job.read if job.inputs is not None else first.prompt,
+            unsaid=self.unsaid,
+            thinking=self.thinking or job.thinking,
+        )
+
+    @property
+    def served(self) -> list[LegRecord]:
+        """The legs in which a prompt was at least read: those that have a proof."""
+        return [leg for leg in self.legs if leg.prompt is not None]
+
+    @property
+    def tokens(self) -> list[int]:
+        """All tokens of the output so far."""
+        return [token for leg in self.legs for token in leg.tokens]
+
+    @property
+    def scored(self) -> int:
+        """Tokens of its echoed prompt whose log-probabilities have come."""
+        prompt = len(self.served[0].prompt or ()) if self.served else 0
+        return min(prompt, sum(leg.logprobs for leg in self.served))
+
+    @property
+    def unsaid(self) -> int:
+        """The last tokens of the output whose log-probabilities have not come: their text was held
+        back when the leg was lost."""
+        if self.job.logprobs is None:
+            return 0
+        sent = sum(leg.logprobs for leg in self.served) - (self.scored if self.job.echo else 0)
+        return max(0, len(self.tokens) - sent)
+
+    @property
+    def text(self) -> str:
+        return "".join(part for leg in self.served for part in leg.text)
+
+    @property
+    def extras(self) -> Extras:
+        """Log-probabilities and vectors of all its legs."""
+        return self.served[-1].choice_extras if self.served else Extras()
+
+
+@dataclass
+class RequestAccount:
+    """Of one request, from its arrival to its receipt; `jobs` has one for each of its choices.
+
+    `period`: when the period of the key's budget began (see `store.keys.charge`).
+    """
+
+    jobs: list[Job]
+    key_id: str
+    prices: Prices
+    period: int = 0
+    cost: int = 0  # 10^-9 of the currency, once it is settled
+    created: float = field(default_factory=time.time)  # Unix seconds
+    began: float = field(default_factory=time.monotonic)
+    queue_ms: int | None = None
+    ttft_ms: int | None = None
+    total_ms: int = 0
+
+    def __post_init__(self) -> None:
+        self.choices = [ChoiceRecord(job) for job in self.jobs]
+
+    @property
+    def job(self) -> Job:
+        """The first; request id, model and tenant are the same for all."""
+        return self.jobs[0]
+
+    def take(self, output: Output) -> None:
+        """Record when the first choice was begun, and when the first token came."""
+        if output.queue_ms is not None and self.queue_ms is None:
+            self.queue_ms = round(output.queue_ms)
+        if self.ttft_ms is None and output.tokens:
+            self.ttft_ms = self.elapsed_ms()
+
+    @property
+    def served(self) -> list[tuple[ChoiceRecord, LegRecord]]:
+        """The legs that have a proof, in the order of the proofs."""
+        return [(choice, leg) for choice in self.choices for leg in choice.served]
+
+    @property
+    def prompts(self) -> list[tuple[ChoiceRecord, LegRecord]]:
+        """The first leg of each prompt: choices share it, and pay for it once."""
+        first: dict[int, tuple[ChoiceRecord, LegRecord]] = {}
+        for choice, leg in self.served:
+            first.setdefault(choice.job.prompt_number, (choice, leg))
+        return [first[number] for number in sorted(first)]
+
+    @property
+    def prompt_tokens(self) -> int:
+        return sum(len(leg.prompt or ()) for _, leg in self.prompts)
+
+    @property
+    def cached_tokens(self) -> int:
+        return sum(leg.cached_tokens for _, leg in self.prompts)
+
+    @property
+    def shifted_tokens(self) -> int:
+        return sum(leg.shifted_tokens for _, leg in self.served)
+
+    @property
+    def completion_tokens(self) -> int:
+        return sum(len(leg.tokens) for _, leg in self.served)
+
+    def elapsed_ms(self) -> int:
+        return round((time.monotonic() - self.began) * 1000)

@@ -1,0 +1,170 @@
+"""The boxes among which a leg finds its place, and what is learned of them from each leg."""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Collection
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
+
+from pinaivu_box.errors import ApiError, EngineLost, ModelNotFound, NoNodesAvailable, PeerFaulty
+from pinaivu_box.gateway.backend import Backend, Job, Leg
+from pinaivu_box.gateway.records import LegRecord
+from pinaivu_box.legs.client import PeerClient
+from pinaivu_box.routing.candidates import Candidates
+from pinaivu_box.routing.circuit_breaker import CircuitBreaker
+from pinaivu_box.routing.load import LoadTracker
+from pinaivu_box.routing.reputation import Reputation
+from pinaivu_box.routing.router import Decision
+from pinaivu_box.routing.selector import RoutingSettings, Selector
+
+log = logging.getLogger("pinaivu.legs")
+
+_MAX_PAID = 4096  # prompts of which it is remembered that a leg pays for them
+
+
+class Box:
+    """A box that was chosen for one leg of a job: this one, if it has no peers.  `route` is why it
+    was chosen, for the receipt, and `header` for the client."""
+
+    is_peer = False
+    route: dict[str, Any] | None = None
+    header = ""
+
+    def __init__(self, node_id: str, backend: Backend, job: Job) -> None:
+        self.node_id, self.backend, self.job = node_id, backend, job
+
+    def start(self) -> Leg:
+        return self.backend.start(self.job)
+
+    def served(self, record: LegRecord) -> None:
+        """The leg has come to its end."""
+
+    def failed(self, error: ApiError) -> None:
+        """The box has refused the leg, or was lost with it."""
+
+    def release(self, record: LegRecord | None) -> None:
+        """The leg is over, however it has ended; `record` is None if it never began."""
+
+
+class OwnBox(Box):
+    """This one, beside its peers."""
+
+    def __init__(
+        self, boxes: Boxes, backend: Backend, job: Job, decision: Decision, load: LoadTracker
+    ) -> None:
+        super().__init__(boxes.candidates.me, backend, job)
+        self.route, self.header = decision.record(), decision.header()
+        self._load, self._taken = load, ExitStack()
+        # At once, so that of several requests that come together each sees where the others went.
+        self._taken.enter_context(load.taken(job.model.id))
+        boxes.candidates.sent(job, self.node_id)
+        self._taken.callback(boxes.candidates.ended, job, self.node_id)
+
+    def served(self, record: LegRecord) -> None:
+        self._load.measured(self.job.model.id, record)
+
+    def release(self, record: LegRecord | None) -> None:
+        self._taken.close()
+
+
+class PeerBox(Box):
+    """A peer.  Of the legs that share a prompt there the first pays for it: `prompt` is its name
+    if this one does."""
+
+    is_peer = True
+
+    def __init__(
+        self, boxes: Boxes, node_id: str, backend: Backend, job: Job, decision: Decision,
+        prompt: str | None,
+    ) -> None:  # fmt: skip
+        super().__init__(node_id, backend, job)
+        self.route, self.header = decision.record(), decision.header()
+        self._boxes, self._prompt = boxes, prompt
+        boxes.candidates.sent(job, node_id)
+        self._sent = boxes.breaker.sent(node_id)
+
+    def served(self, record: LegRecord) -> None:
+        boxes = self._boxes
+        boxes.breaker.served(self.node_id)
+        boxes.candidates.refusals.pop(self.node_id, None)
+        boxes.candidates.freed(self.node_id)
+        if record.finish_reason != "cancelled":
+            promised = boxes.candidates.promised(self.job, self.node_id)
+            boxes.reputation.served(self.node_id, promised, record.tokens_per_s)
+
+    def failed(self, error: ApiError) -> None:
+        if not isinstance(error, EngineLost):
+            if isinstance(error, NoNodesAvailable):
+                self._boxes.refused(self.node_id, error)
+            return
+        seconds = self._boxes.breaker.failed(self.node_id, self._sent)
+        log.warning("%s is left alone for %.1f s: %s", self.node_id, seconds, error.message)
+        if isinstance(error, PeerFaulty):
+            self._boxes.reputation.disputed(self.node_id, error.message)
+        else:
+            self._boxes.reputation.failed(self.node_id, error.message)
+
+    def release(self, record: LegRecord | None) -> None:
+        if self._prompt is not None and (record is None or record.proved is None):
+            self._boxes.paid.pop(self._prompt, None)  # then the next one pays
+        self._boxes.candidates.ended(self.job, self.node_id)
+
+
+class Boxes:
+    """This box and its peers."""
+
+    def __init__(
+        self,
+        selector: Selector,
+        candidates: Candidates,
+        local: Backend,
+        peers: PeerClient,
+        load: LoadTracker,
+        breaker: CircuitBreaker,
+        reputation: Reputation,
+    ) -> None:
+        self.candidates, self.breaker, self.reputation = candidates, breaker, reputation
+        self.paid: OrderedDict[str, None] = OrderedDict()
+        self._selector, self._local, self._peers, self._load = selector, local, peers, load
+
+    @property
+    def settings(self) -> RoutingSettings:
+        return self._selector.settings()
+
+    async def choose(self, job: Job, tried: Collection[str]) -> Box | NoNodesAvailable:
+        """The box for a leg of the job, none of those that were `tried`; or why there is none."""
+        decision, digest = await self._selector.select(job, tried)
+        node_id = decision.node_id
+        if node_id is None:
+            return nobody(job, decision)
+        if node_id == self.candidates.me:
+            return OwnBox(self, self._local, job, decision, self._load)
+        try:
+            to = self.candidates.destination(job, node_id, digest)
+        except ModelNotFound as error:
+            return NoNodesAvailable(error.message)
+        prompt = f"{job.request_id} {job.prompt_number} {node_id}"
+        pays = self._pays(prompt)
+        backend = self._peers.backend(replace(to, pays_prompt=pays))
+        return PeerBox(self, node_id, backend, job, decision, prompt if pays else None)
+
+    def refused(self, node_id: str, error: NoNodesAvailable) -> None:
+        self.candidates.refused(node_id, error.retry_after or 1, error.message)
+
+    def _pays(self, prompt: str) -> bool:
+        """Whether it is the first leg of its prompt there."""
+        first = prompt not in self.paid
+        self.paid[prompt] = None
+        if len(self.paid) > _MAX_PAID:
+            self.paid.popitem(last=False)
+        return first
+
+
+def nobody(job: Job, decision: Decision) -> NoNodesAvailable:
+    return NoNodesAvailable(
+        f"Nobody can serve {job.model.id} now: {decision.why_nobody()}.  Try again later.",
+        retry_after=2,
+    )

@@ -1,0 +1,152 @@
+"""One leg that is computed here for a peer: the engine's events become messages on its stream."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable
+
+from pinaivu_box.errors import ApiError, InternalError, ModelNotFound, PeeringError, ProtocolError
+from pinaivu_box.gateway.backend import Backend, Event, Job, Output, Prompt, Started, stopped
+from pinaivu_box.gateway.mailbox import Mailbox
+from pinaivu_box.gateway.records import LegRecord
+from pinaivu_box.legs import wire as leg_wire
+from pinaivu_box.legs.sign import LegSigner
+from pinaivu_box.models.catalog import Model
+from pinaivu_box.receipts.receipt import Proof, SignedProof
+from pinaivu_box.transport.transport import Stream
+
+log = logging.getLogger("pinaivu.legs")
+
+ALIVE_SECONDS = 1.0
+_ACCEPT_SECONDS = 10.0
+_MAX_MESSAGE_BYTES = 4096  # of what the peer may send while its leg runs
+_MAX_MESSAGES = 8  # that it may send
+
+
+class ServedLeg:
+    """It runs while this is entered.  `record` is of what was computed, sent or not; None before
+    the engine has begun.  `verdict` is what the peer thinks of the proof, None if it said nothing.
+    """
+
+    def __init__(
+        self, stream: Stream, job: Job, local: Backend, digest: str, signer: LegSigner
+    ) -> None:
+        self.record: LegRecord | None = None
+        self.verdict: leg_wire.Accepted | leg_wire.Disputed | None = None
+        self._stream, self._job, self._digest, self._signer = stream, job, digest, signer
+        self._leg = local.start(job)
+        self._events: Mailbox[Event | ApiError] = Mailbox()
+        self._computing: asyncio.Task[None]
+        self._listening: asyncio.Task[None]
+
+    @property
+    def tokens(self) -> int:
+        """That were computed, those of the prompt included."""
+        record = self.record
+        return len(record.prompt or ()) + len(record.tokens) if record and record.begun else 0
+
+    def proof(self) -> tuple[Proof, SignedProof] | None:
+        """Once the engine has ended it; None if nothing was computed, or if that failed here."""
+        return None if self.record is None else self._signer.prove(self.record)
+
+    async def __aenter__(self) -> ServedLeg:
+        self._computing = asyncio.create_task(self._compute())
+        self._listening = asyncio.create_task(self._listen())
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Whatever has happened: the engine stops, and nobody reads the stream any more."""
+        self._leg.cancel()
+        self._listening.cancel()
+        await asyncio.wait([self._computing, self._listening])
+
+    async def send_all(self, check_paid: Callable[[], None]) -> bool:
+        """Send what the engine says; returns whether there was something to prove.
+
+        `check_paid` is called before the first tokens are sent.  Raises ApiError if that is to be
+        told, LinkLost.
+        """
+        while True:
+            events = await self._next()
+            messages: list[leg_wire.ToCoordinator] = [] if events else [leg_wire.Alive()]
+            messages += self._beginning(events)
+            outputs = [event for event in events if isinstance(event, Output)]
+            ended = bool(outputs) and outputs[-1].finish_reason is not None
+            proof = self.proof() if ended else None
+            if outputs and not self._signer.has_sent_tokens:
+                check_paid()
+            if proof is not None:
+                messages.append(leg_wire.LegProof(proof[1].signed, proof[1].signature))
+            messages += self._signer.outputs(outputs)
+            if messages:
+                await leg_wire.send(self._stream, *messages)
+            if ended:
+                return proof is not None
+            if events and isinstance(events[-1], ApiError):
+                raise events[-1]
+
+    async def hear_verdict(self) -> None:
+        """Wait until the peer has accepted or disputed the proof, but not for long."""
+        await asyncio.wait([self._listening], timeout=_ACCEPT_SECONDS)
+
+    def _beginning(self, events: list[Event | ApiError]) -> list[leg_wire.ToCoordinator]:
+        """Both messages come with the prompt: before that the leg may still be refused."""
+        for event in events:
+            if isinstance(event, Prompt) and self.record is not None:
+                return [self._signer.begin(self.record.started), self._signer.read(event)]
+        return []
+
+    async def _next(self) -> list[Event | ApiError]:
+        """What has come; nothing after a second in which the engine was well but silent."""
+        try:
+            async with asyncio.timeout(ALIVE_SECONDS):
+                return await self._events.take()
+        except TimeoutError:
+            return []
+
+    async def _compute(self) -> None:
+        """Record what the engine says, before anything of it is sent: it is owed, sent or not."""
+        try:
+            async with contextlib.aclosing(self._leg.events()) as events:
+                async for event in events:
+                    if isinstance(event, Started):
+                        if event.model_digest != self._digest:
+                            raise another_file(self._job.model)  # replaced while it was loaded
+                        self.record = self._signer.record(event)
+                    elif self.record is not None:
+                        self.record.take(event)
+                    self._events.put(event)
+            if self.record is None:
+                raise stopped()
+        except ApiError as error:
+            self._events.put(error)
+        except Exception:
+            log.exception("a leg of %s failed", self._job.request_id)
+            self._events.put(InternalError("The box failed on this request; its log says why."))
+
+    async def _listen(self) -> None:
+        """To what the peer says: that it is enough, its verdict on the proof, or nothing more."""
+        for _ in range(_MAX_MESSAGES):
+            try:
+                message = await leg_wire.receive(
+                    self._stream, leg_wire.to_serving, check=_check_size
+                )
+            except PeeringError:
+                message = None
+            if isinstance(message, leg_wire.Accepted | leg_wire.Disputed):
+                self.verdict = message
+                return
+            self._leg.cancel()
+            if not isinstance(message, leg_wire.Stop):
+                return
+
+
+def another_file(model: Model) -> ModelNotFound:
+    return ModelNotFound(f"{model.id} is another file here.", param="model")
+
+
+async def _check_size(body: bytes) -> None:
+    if len(body) > _MAX_MESSAGE_BYTES:
+        raise ProtocolError(f"a message of {len(body)} bytes while the leg is served")

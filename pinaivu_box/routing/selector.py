@@ -1,0 +1,97 @@
+"""Selects the box of a leg: gathers the candidates, asks peers how busy they are, and routes."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Collection
+from dataclasses import dataclass, field, replace
+from random import Random
+
+from pinaivu_box.config import RoutingPolicy
+from pinaivu_box.gateway.backend import Job
+from pinaivu_box.models.catalog import Model
+from pinaivu_box.routing.candidates import Candidates, tokens_of
+from pinaivu_box.routing.router import Candidate, Decision, RoutingRequest, Weights, route, unsure
+
+_MAX_PINNED = 4096  # requests whose file is remembered
+
+
+@dataclass(frozen=True)
+class RoutingSettings:
+    """See `router`.  After `hedge` seconds without a first token a second box is asked as well, and
+    the first to answer serves; 0: never."""
+
+    policy: RoutingPolicy = "prefer-local"
+    same_name: bool = False
+    weights: Weights = field(default_factory=Weights)
+    hedge: float = 0.0
+
+
+class Selector:
+    """`digest` is of the file that a local model runs (see `Placement.digest_of`); `ask_loads` asks
+    the peers how busy they are with a model."""
+
+    def __init__(
+        self,
+        candidates: Candidates,
+        digest: Callable[[Model], Awaitable[str]],
+        currency: Callable[[], str],
+        ask_loads: Callable[[str], Awaitable[None]],
+        settings: Callable[[], RoutingSettings],
+    ) -> None:
+        self.settings = settings
+        self._candidates = candidates
+        self._digest, self._currency, self._ask_loads = digest, currency, ask_loads
+        self._random = Random()  # noqa: S311, it only spreads requests
+        self._pinned: OrderedDict[str, str] = OrderedDict()
+
+    async def select(self, job: Job, tried: Collection[str]) -> tuple[Decision, str]:
+        """The decision, and the digest of the file at the chosen node ("" if there is none).
+        `tried` are nodes that are not to be asked again."""
+        here = "" if job.model.remote else await self._digest(job.model)
+        await self._candidates.spending.read_debts()
+        request = self._request(job, here, tried)
+        candidates = self._candidates.of(job, here)
+        decision = self._route(candidates, request)
+        if unsure(decision, candidates, request):
+            await self._ask_loads(job.model.id)
+            candidates = self._candidates.of(job, here)
+            decision = self._route(candidates, request)
+        if decision.node_id is None:  # rather who failed lately than nobody, if its link stands
+            woken = [one if one.gone else replace(one, resting=None) for one in candidates]
+            decision = self._route(woken, request)
+        return decision, self._pin(job, decision, candidates, request)
+
+    def _request(self, job: Job, here: str, tried: Collection[str]) -> RoutingRequest:
+        settings, pinned = self.settings(), job.digest or self._pinned.get(job.request_id)
+        return RoutingRequest(
+            model=job.model.id,
+            digest=pinned or here or job.model.recorded_digest,
+            tokens=sum(tokens_of(job)),
+            currency=self._currency(),
+            policy=job.routing or settings.policy,
+            same_name=settings.same_name and pinned is None,
+            local_only=job.local_only,
+            tried=tried,
+        )
+
+    def _route(self, candidates: list[Candidate], request: RoutingRequest) -> Decision:
+        return route(candidates, request, self._random, self.settings().weights)
+
+    def _pin(
+        self,
+        job: Job,
+        decision: Decision,
+        candidates: list[Candidate],
+        request: RoutingRequest,
+    ) -> str:
+        """All choices and legs of a request are of one file.  A node may offer several under that
+        name: it is the one that was asked for, or else the first."""
+        digests = [one.digest for one in candidates if one.node_id == decision.node_id]
+        if not digests:
+            return ""
+        digest = request.digest if request.digest in digests else digests[0]
+        self._pinned.setdefault(job.request_id, digest)
+        if len(self._pinned) > _MAX_PINNED:
+            self._pinned.popitem(last=False)
+        return digest

@@ -1,0 +1,14 @@
+"""Lists that are read page by page."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from msgspec import Meta, Struct
+
+
+class PageQuery(Struct, frozen=True, forbid_unknown_fields=True):
+    """`after`: the id (of an account, the name) of the last entry of the page before."""
+
+    limit: Annotated[int, Meta(ge=1, le=1000)] = 100
+    after: str | None = None

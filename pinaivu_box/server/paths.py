@@ -1,0 +1,87 @@
+"""Paths as clients write them: their one form, the prefix of a proxy, and what is near an unknown
+one."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+
+from starlette.datastructures import Headers
+from starlette.routing import BaseRoute, Route
+
+from pinaivu_box.text import END
+
+_ABSOLUTE = re.compile(r"^https?://[^/?#]*", re.IGNORECASE)  # RFC 9112, section 3.2.2
+_REPEATED_VERSION = re.compile(rf"^(?:/v1)+(?=/v1(?:/|{END}))")
+_PREFIX = re.compile(rf"(?:/[A-Za-z0-9._~-]+)+{END}")
+_MAX_PREFIX_CHARACTERS = 200
+_PARAMETER = re.compile(r"{[^}]*}")
+_FOREIGN_BASE = re.compile(rf"^(?:/(?:api|openai|v[0-9]+))*(?=/|{END})")  # of other servers' URLs
+_MIN_SIMILARITY = 0.7
+_MAX_PATHS_NAMED = 8
+_MAX_COMPARED_CHARACTERS = 100
+
+
+def normalise(path: str) -> str:
+    """`/v1/v1/models/` and `//v1/models` are `/v1/models`: base URLs are pasted in every way."""
+    path = re.sub(r"/{2,}", "/", _ABSOLUTE.sub("", path))
+    return _REPEATED_VERSION.sub("", path).rstrip("/") or "/"
+
+
+def forwarded_prefix(headers: Headers) -> str:
+    """The path under which a reverse proxy shows this box, and which it removes; "" for none.
+
+    From `X-Forwarded-Prefix`, to which each proxy of a chain adds its own after a comma.
+    """
+    parts = headers.get("x-forwarded-prefix", "").split(",")
+    prefix = "".join(part.strip().rstrip("/") for part in parts)
+    # It becomes part of addresses: one that began with two slashes would name another host.
+    valid = len(prefix) <= _MAX_PREFIX_CHARACTERS and _PREFIX.match(prefix)
+    return prefix if valid else ""
+
+
+def methods_at(path: str, routes: Iterable[BaseRoute]) -> list[str]:
+    """The methods that the path takes."""
+    methods: set[str] = set()
+    for route in routes:
+        if isinstance(route, Route) and route.path_regex.match(path):
+            methods |= route.methods or set()
+    return sorted(methods - {"HEAD"})
+
+
+def suggestion(path: str, routes: Sequence[BaseRoute]) -> str:
+    """A sentence that names the paths most like an unknown one, or else some that exist."""
+    path = path[:_MAX_COMPARED_CHARACTERS]  # compared on the event loop, also without a key
+    known = [route for route in routes if isinstance(route, Route)]
+    scored = sorted(((_similarity(path, route), n) for n, route in enumerate(known)), reverse=True)
+    threshold = max(_MIN_SIMILARITY, scored[0][0] - 0.1)
+    nearest = [n for score, n in scored if score >= threshold][:3]
+    if nearest:
+        names = list(dict.fromkeys(_name(known[n]) for n in nearest))
+        return f"Did you mean {' or '.join(names)}?"
+    plain = list(dict.fromkeys(route.path for route in known if "{" not in route.path))
+    return f"There are {', '.join(plain[:_MAX_PATHS_NAMED])} and more; /docs describes all of them."
+
+
+def _similarity(path: str, route: Route) -> float:
+    """From 0 to 1; base URLs are pasted with /v1, without it, or with another server's."""
+    short = _FOREIGN_BASE.sub("", path)
+    of_short = _ratio(short, _FOREIGN_BASE.sub("", route.path)) if short else 0.0
+    return max(_ratio(path, route.path), of_short)
+
+
+def _ratio(path: str, template: str) -> float:
+    """Without what stands for parameters, which is like anything."""
+    parts, segments = template.split("/"), path.split("/")
+    literal = [n for n, part in enumerate(parts) if not _PARAMETER.fullmatch(part)]
+    compared = [segment for n, segment in enumerate(segments) if n in literal or n >= len(parts)]
+    if len(segments) < len(parts):
+        compared.append("")  # it lacks one
+    expected = "/".join(parts[n] for n in literal)
+    return difflib.SequenceMatcher(None, "/".join(compared), expected).ratio()
+
+
+def _name(route: Route) -> str:
+    path = _PARAMETER.sub("{id}", route.path)
+    return f"{'/'.join(sorted((route.methods or set()) - {'HEAD'}))} {path}"

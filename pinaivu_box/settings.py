@@ -1,0 +1,84 @@
+"""The settings in force: the configuration, and what was read for it.
+
+They are immutable, and a reload replaces them as a whole.  Whoever needs a setting keeps the
+`LiveSettings` and reads it when it needs it, so nobody has an old one.
+"""
+
+from __future__ import annotations
+
+import stat
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pinaivu_box.config import Config, EngineConfig
+from pinaivu_box.errors import CliError
+from pinaivu_box.models import catalog as catalogs
+from pinaivu_box.models.catalog import Catalog
+from pinaivu_box.models.headers import Headers
+
+MAX_SHARED_PREFIXES_BYTES = 256 * 1024  # of all texts; more than a context holds
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The configuration, the models that are served, and the texts of `[engine] shared_prefixes`.
+
+    The catalog also changes when files come into the models folder or go.
+    """
+
+    config: Config
+    catalog: Catalog = field(default_factory=lambda: Catalog({}))
+    shared_prefixes: tuple[str, ...] = ()
+
+
+class LiveSettings:
+    """The `current` settings."""
+
+    def __init__(self, current: Settings) -> None:
+        self.current = current
+
+    @property
+    def config(self) -> Config:
+        return self.current.config
+
+    @property
+    def catalog(self) -> Catalog:
+        return self.current.catalog
+
+
+def read(config: Config, home: Path, headers: Headers) -> Settings:
+    """Read what the configuration names; model files may take long, so do it in a thread.
+
+    Raises CliError.
+    """
+    catalog = catalogs.load(config, home, headers)
+    return Settings(config, catalog, read_shared_prefixes(config.engine))
+
+
+def read_shared_prefixes(config: EngineConfig) -> tuple[str, ...]:
+    """The texts of `[engine] shared_prefixes`, files read.  Raises CliError."""
+    texts = [_text(entry.file) if entry.file else entry.text for entry in config.shared_prefixes]
+    if sum(len(text.encode()) for text in texts) > MAX_SHARED_PREFIXES_BYTES:
+        raise CliError(
+            f"engine.shared_prefixes: the texts have more than {MAX_SHARED_PREFIXES_BYTES} bytes."
+        )
+    return tuple(text.rstrip() for text in texts)  # a file ends with a newline, a prompt need not
+
+
+def _text(path: str) -> str:
+    try:
+        file = Path(path).expanduser()
+        if not stat.S_ISREG(file.stat().st_mode):  # a pipe would be waited for
+            raise ValueError("it is not a regular file")
+        with file.open("rb") as opened:
+            data = opened.read(MAX_SHARED_PREFIXES_BYTES + 1)
+        if len(data) > MAX_SHARED_PREFIXES_BYTES:
+            raise ValueError(f"it has more than {MAX_SHARED_PREFIXES_BYTES} bytes")
+        text = data.decode()
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: ~ of nobody
+        why = "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else error
+        reason = getattr(error, "strerror", None) or why
+        raise CliError(f"engine.shared_prefixes: {path} cannot be read: {reason}.") from error
+    if not text.strip():
+        raise CliError(f"engine.shared_prefixes: {path} is empty: write the prefix into it.")
+    return text
