@@ -25,8 +25,9 @@ CHECKS = [
     ["ruff", "format", "--check"],
     ["ruff", "check"],
     ["mypy"],
-    # Most tests wait for processes of their own; those of a file share them.
-    ["pytest", "-n", "logical", "--maxprocesses", "4", "--dist", "loadfile", "--durations", "50"],
+    # Those of a file share processes, and wait for them most of the time: four of them keep two
+    # cores busy.  The order of files is that of tests/conftest.py.
+    ["pytest", "-n", "4", "--dist", "loadfile", "--no-loadscope-reorder", "--durations", "50"],
 ]
 
 
