@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from pinaivu_box.errors import Conflict
+from pinaivu_box.errors import RowConflict
 from pinaivu_box.store import accounts
 from pinaivu_box.store.audit import Actor
 from pinaivu_box.store.database import Database
@@ -234,5 +234,5 @@ async def test_a_key_is_not_made_for_an_account_that_has_just_gone(tmp_path: Pat
                 database, account=alice, name="", policy=Policy(), expires_at=None, by=BY
             )
         assert await keys.ls(database) == []
-        with pytest.raises(Conflict):
+        with pytest.raises(RowConflict):
             await accounts.remove(database, await accounts.find(database, "owner"), BY)

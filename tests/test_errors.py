@@ -70,8 +70,8 @@ def changed(key: str) -> str:
 @pytest.mark.parametrize(
     ("authorization", "word"),
     [
-        (lambda key: openai.Omit(), "no API key"),
-        (lambda key: "", "no API key"),
+        (lambda key: openai.Omit(), "The API key is missing"),
+        (lambda key: "", "The API key is missing"),
         (lambda key: "Basic dXNlcjpwYXNz", "malformed"),
         (lambda key: key, "malformed"),
         (lambda key: "Bearer", "malformed"),
@@ -342,7 +342,7 @@ NEUTRAL: dict[str, Any] = {
             "grammar",
             "response_format",
         ),
-        ({"reasoning_effort": "utmost"}, "reasoning_effort", "'utmost' is not a value"),
+        ({"reasoning_effort": "utmost"}, "reasoning_effort", "'utmost' is not a valid value"),
         ({"metadata": {"a": 1}}, "metadata", "str"),
         # Found by tests/fuzz/run: numbers that frames, proofs or SQLite do not carry.
         ({"top_k": 2**54}, "top_k", "<="),

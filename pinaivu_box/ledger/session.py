@@ -35,6 +35,7 @@ from pinaivu_box.ledger.statement import DOMAIN, Statement, StoredStatement
 from pinaivu_box.receipts.receipt import canonical, utc_text
 from pinaivu_box.store.audit import Actor
 from pinaivu_box.store.database import Database, Row
+from pinaivu_box.store.times import now_ms
 from pinaivu_box.transport import wire
 from pinaivu_box.transport.transport import Stream
 
@@ -264,7 +265,7 @@ class ReconcileSession:
             id=ledger_statement.statement_id(signed),
             peer=self.peer,
             sequence=statement.sequence,
-            at=time.time_ns() // 1_000_000,
+            at=now_ms(),
             signed=signed,
             ours=ours,
             theirs=theirs,

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Protocol
+
+from msgspec.structs import asdict
 
 from pinaivu_box import amount
 from pinaivu_box.errors import Conflict
@@ -26,7 +27,12 @@ from pinaivu_box.gateway.quota import (
 )
 from pinaivu_box.ledger.entry import Balance
 from pinaivu_box.policy import PeerPolicy
+from pinaivu_box.routing.changes import Changes
 from pinaivu_box.routing.load import LoadTracker
+from pinaivu_box.settings import LiveSettings
+from pinaivu_box.store import peer_settings
+from pinaivu_box.store.database import Database
+from pinaivu_box.store.peer_settings import PeerLimits
 
 _MAX_RECEIVING = 4  # tasks of a peer that are on their way here, of up to 16 MiB each
 _SIBLING_SECONDS = 5.0  # that a leg waits for another of its request
@@ -35,6 +41,26 @@ _COUNTED_RATIO = 2  # of the tokens a minute that a peer may have counted to tho
 _PRINCIPAL = "Your box"  # as sentences to a peer begin
 
 LegKey = tuple[str, int, int]  # request id, leg, choice
+
+
+class PeerPolicies:
+    """What each peer may have, kept in memory since each request asks for it."""
+
+    def __init__(self, database: Database, settings: LiveSettings) -> None:
+        self._database, self._settings = database, settings
+        self._limits: dict[str, PeerLimits] = {}
+
+    async def of(self, node_id: str) -> PeerPolicy:
+        """`[peering.serve]`, and what is set for that peer instead."""
+        limits = self._limits  # what is read now is of no use after a change
+        if node_id not in limits:
+            limits[node_id] = (await peer_settings.get(self._database, node_id)).limits
+        own = {name: v for name, v in asdict(limits[node_id]).items() if v is not None}
+        return PeerPolicy(**{**asdict(self._settings.config.peering.serve), **own})
+
+    def changed(self) -> None:
+        """The store has other settings now."""
+        self._limits = {}
 
 
 class PeerLedger(Protocol):
@@ -72,20 +98,7 @@ class _PeerLegs:
     running: set[LegKey] = field(default_factory=set)
     served: OrderedDict[Hashable, None] = field(default_factory=OrderedDict)
     paid: OrderedDict[Hashable, None] = field(default_factory=OrderedDict)
-    _changed: asyncio.Event = field(default_factory=asyncio.Event)
-
-    def changed(self) -> None:
-        """A leg has ended, or a prompt is paid for."""
-        self._changed.set()
-        self._changed = asyncio.Event()
-
-    async def until(self, condition: Callable[[], bool]) -> bool:
-        """Wait a moment for the condition; returns whether it holds."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_SIBLING_SECONDS):
-                while not condition():
-                    await self._changed.wait()
-        return condition()
+    changes: Changes = field(default_factory=Changes)  # of `running` and `paid`
 
 
 class LegPermit:
@@ -194,7 +207,7 @@ class LegAdmission:
         try:
             yield reservation
         finally:
-            reservation.end(0)
+            quota.end(reservation, 0)  # what it has cost is in the ledger
             self._running -= 1
             if not self._running:
                 self.idle.set()
@@ -228,12 +241,12 @@ class LegAdmission:
         """Before a prompt is counted that is not run.  Raises RateLimited."""
         if policy.tokens_per_minute:
             limit = _COUNTED_RATIO * policy.tokens_per_minute
-            wait = self._legs_of(peer).counted.wait(time.monotonic(), 1, limit)
+            wait = self._legs_of(peer).counted.wait(1, limit)
             refuse_until(wait, f"{_PRINCIPAL} may count {limit} tokens per minute")
 
     def counted(self, peer: str, tokens: int) -> None:
         """A prompt of so many tokens was counted."""
-        self._legs_of(peer).counted.enter(time.monotonic(), tokens)
+        self._legs_of(peer).counted.enter(tokens)
 
     # -- legs --------------------------------------------------------------------------------------
 
@@ -248,17 +261,19 @@ class LegAdmission:
         if key in legs.served:
             raise _served_already()
         # One whose stream has just broken is about to end.
-        if not await legs.until(lambda: key not in legs.running):
+        if not await legs.changes.until(lambda: key not in legs.running, _SIBLING_SECONDS):
             raise Conflict("This leg of the request is being served already.")
         legs.running.add(key)
         try:
             prompt = _prompt_hash(job)
             # The leg that pays may have been overtaken.
-            if not (pays or await legs.until(lambda: prompt in legs.paid)):
+            if not (
+                pays or await legs.changes.until(lambda: prompt in legs.paid, _SIBLING_SECONDS)
+            ):
                 raise _unpaid()
             paid_before = prompt in legs.paid or not pays
             _remember(legs.paid, prompt)
-            legs.changed()
+            legs.changes.notify()
             permit = LegPermit(peer, key, prompt, legs, self._ledger)
             try:
                 yield permit
@@ -267,7 +282,7 @@ class LegAdmission:
                     legs.paid.pop(prompt, None)
         finally:
             legs.running.discard(key)
-            legs.changed()
+            legs.changes.notify()
 
 
 def _remember(keys: OrderedDict[Hashable, None], key: Hashable) -> None:

@@ -18,7 +18,7 @@ from pinaivu_box.routing.circuit_breaker import CircuitBreaker
 from pinaivu_box.routing.load import LoadTracker
 from pinaivu_box.routing.reputation import Reputation
 from pinaivu_box.routing.router import Decision
-from pinaivu_box.routing.selector import RoutingSettings, Selector
+from pinaivu_box.routing.selector import Selector
 
 log = logging.getLogger("pinaivu.legs")
 
@@ -131,8 +131,8 @@ class Boxes:
         self._selector, self._local, self._peers, self._load = selector, local, peers, load
 
     @property
-    def settings(self) -> RoutingSettings:
-        return self._selector.settings()
+    def hedge_seconds(self) -> float:
+        return self._selector.hedge_seconds
 
     async def choose(self, job: Job, tried: Collection[str]) -> Box | NoNodesAvailable:
         """The box for a leg of the job, none of those that were `tried`; or why there is none."""

@@ -11,7 +11,6 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 
 from pinaivu_box import amount
-from pinaivu_box.amount import Prices
 from pinaivu_box.errors import (
     ApiError,
     Conflict,
@@ -45,6 +44,7 @@ from pinaivu_box.receipts.receipt import (
     cost,
 )
 from pinaivu_box.routing.load import LoadTracker
+from pinaivu_box.settings import LiveSettings
 from pinaivu_box.transport import wire
 from pinaivu_box.transport.transport import Stream
 
@@ -70,17 +70,15 @@ class Served:
 
 
 class LegServer:
-    """`record` keeps each leg; `find` raises ModelNotFound, `digest` (see `Placement.digest_of`)
-    NoNodesAvailable, and `writable` too if nothing could be kept now."""
+    """`record` keeps each leg; `digest` (see `Placement.digest_of`) raises NoNodesAvailable, and
+    `writable` too if nothing could be kept now."""
 
     def __init__(
         self,
         identity: Identity,
         local: LocalBackend,
         load: LoadTracker,
-        find: Callable[[str], Model],
-        prices: Callable[[Model], Prices],
-        currency: Callable[[], str],
+        settings: LiveSettings,
         admission: LegAdmission,
         record: Callable[[Served], Awaitable[None]],
         digest: Callable[[Model], Awaitable[str]],
@@ -89,7 +87,7 @@ class LegServer:
     ) -> None:
         self._large = large
         self._identity, self._local, self._load = identity, local, load
-        self._find, self._prices, self._currency = find, prices, currency
+        self._settings = settings
         self._record, self._digest, self._writable = record, digest, writable
         self.admission = admission
         self._legs = 0
@@ -128,7 +126,7 @@ class LegServer:
         policy = await self.admission.policy(peer)
         job = await self._job(peer, asked.task, asked.digest, policy)
         async with self.admission.place(peer, policy):
-            await self.admission.check(peer, policy, self._currency())
+            await self.admission.check(peer, policy, self._settings.config.pricing.currency)
             self.admission.check_counting(peer, policy)
             found, context = await self._local.ask(job, asked.tokens, plain=asked.plain)
             self.admission.counted(peer, max(len(found.tokens), len(asked.tokens or ())))
@@ -142,7 +140,7 @@ class LegServer:
         await self._writable()
         if not policy.serves(task.model):
             raise ModelNotAllowed(f"This box does not serve {task.model} to yours.", param="model")
-        model = self._find(task.model)
+        model = self._settings.catalog.find(task.model)
         if await self._digest(model) != digest:
             raise another_file(model)
         # Whatever the peer calls it: a name of our own keeps its requests apart from others.
@@ -240,7 +238,8 @@ class LegServer:
 
     def _price(self, model: Model, asked: leg_wire.LegRequest) -> Price:
         """What we ask now, unless that is more than the peer was told."""
-        prices, currency = self._prices(model), self._currency()
+        pricing = self._settings.config.pricing
+        prices, currency = pricing.prices_of(model.id), pricing.currency
         cached = prices.prompt if prices.cached is None else prices.cached
         ours = (prices.prompt, cached, prices.completion)
         try:

@@ -27,8 +27,9 @@ from typing import Annotated, TypeVar
 import msgspec
 from msgspec import Meta, Struct
 
-from pinaivu_box.engine.messages import Constraint, Sampling, TokenLogprob, Tools
+from pinaivu_box.engine.messages import Constraint, Sampling, Tools
 from pinaivu_box.errors import LinkLost, ProtocolError
+from pinaivu_box.gateway.output import Output
 from pinaivu_box.text import DIGEST, NO_CONTROLS, REQUEST_ID, SIGNATURE, TOKEN_ID, whole
 from pinaivu_box.transport.transport import Stream
 from pinaivu_box.transport.wire import MAX_FRAME_BYTES, decode, encode
@@ -206,8 +207,8 @@ class PromptRead(Struct, frozen=True, tag="read"):
     text: Text = ""
 
 
-class Out(Struct, frozen=True, array_like=True):
-    """As `gateway.backend.Output`."""
+class Out(Output, array_like=True, dict=True):
+    """An Output within bounds."""
 
     text: Text
     tokens: Tokens_
@@ -215,9 +216,6 @@ class Out(Struct, frozen=True, array_like=True):
     queue_ms: Annotated[float, Meta(ge=0, le=2**40)] | None = None
     cached_tokens: _Small | None = None
     shifted_tokens: _Small = 0
-    logprobs: list[TokenLogprob] = []
-    stop_string: str | None = None
-    vectors: list[bytes] = []
 
 
 class Outputs(Struct, frozen=True, tag="outputs"):

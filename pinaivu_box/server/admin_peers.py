@@ -258,7 +258,7 @@ async def _standing(
             max_parallel=policy.max_parallel,
             running=quota.running,
             tokens_per_minute=policy.tokens_per_minute or None,
-            tokens=quota.tokens_used,
+            tokens=quota.tokens.used,
             credit_limit=amount.to_text(amount.parse(credit)) if credit else None,
             owes=amount.to_text(debt.total),
             unaccepted=amount.to_text(debt.unaccepted),

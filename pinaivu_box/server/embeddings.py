@@ -8,7 +8,8 @@ from dataclasses import replace
 
 from msgspec import UNSET
 
-from pinaivu_box.gateway.request import ChoiceOutput, Finished
+from pinaivu_box.gateway.output import Output
+from pinaivu_box.gateway.request import Finished
 from pinaivu_box.openai.embeddings import (
     EmbeddingList,
     EmbeddingRequest,
@@ -30,8 +31,8 @@ async def create_embeddings(call: InferenceCall, body: EmbeddingRequest) -> Embe
     running = await call.start([replace(job, inputs=inputs, dimensions=body.dimensions)])
     async for event in call.collect(running):
         match event:
-            case ChoiceOutput():
-                vectors = event.output.vectors
+            case Output():
+                vectors = event.vectors
             case Finished():
                 end = event
     return EmbeddingList(

@@ -15,7 +15,8 @@ from pinaivu_box.config import SamplingConfig
 from pinaivu_box.engine.messages import Tools
 from pinaivu_box.errors import InvalidBody, quoted
 from pinaivu_box.gateway.backend import Job
-from pinaivu_box.gateway.request import ChoiceOutput, ChoiceStarted, Failed, Finished, RequestEvent
+from pinaivu_box.gateway.output import Output
+from pinaivu_box.gateway.request import ChoiceStarted, Failed, Finished, RequestEvent
 from pinaivu_box.models.catalog import Model
 from pinaivu_box.openai.anthropic import (
     AnthropicAnswer,
@@ -141,10 +142,10 @@ class _MessageAnswer:
                 self._parser.begin(event)
                 self._usage = AnthropicUsage(event.prompt_tokens, 0)
                 return [{"type": "message_start", "message": self.message()}]
-            case ChoiceOutput():
+            case Output():
                 part = self._parser.parse(event)
                 if part.finish_reason:
-                    self._stop(part.finish_reason, event.output.stop_string)
+                    self._stop(part.finish_reason, event.stop_string)
                 return (data for piece in part.pieces for data in self._add(piece))
             case Finished():
                 uncached = event.prompt_tokens - event.cached_tokens

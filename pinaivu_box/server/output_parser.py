@@ -10,7 +10,8 @@ from msgspec import UNSET
 from pinaivu_box.chat_format import STYLES
 from pinaivu_box.engine.messages import TokenLogprob
 from pinaivu_box.gateway.backend import Job
-from pinaivu_box.gateway.request import ChoiceOutput, ChoiceStarted
+from pinaivu_box.gateway.output import Output
+from pinaivu_box.gateway.request import ChoiceStarted
 from pinaivu_box.openai import reader
 from pinaivu_box.openai.reader import Piece, Reader
 from pinaivu_box.openai.types import (
@@ -54,15 +55,15 @@ class OutputParser:
             thinking=event.thinking,
         )
 
-    def parse(self, event: ChoiceOutput) -> AnswerPart:
-        output, text_reader = event.output, self._readers[event.choice]
-        pieces = text_reader.push(output.text) if output.text else []
-        reason = output.finish_reason
+    def parse(self, event: Output) -> AnswerPart:
+        text_reader = self._readers[event.choice]
+        pieces = text_reader.push(event.text) if event.text else []
+        reason = event.finish_reason
         if reason:
             pieces += text_reader.end()
             reason = "tool_calls" if text_reader.called and reason == "stop" else reason
         return AnswerPart(
-            event.choice, pieces, [_logprobs(token) for token in output.logprobs], reason
+            event.choice, pieces, [_logprobs(token) for token in event.logprobs], reason
         )
 
 

@@ -16,7 +16,7 @@ from pinaivu_box.amount import parse
 from pinaivu_box.errors import LinkLost, PeeringError
 from pinaivu_box.gateway.quota import Window
 from pinaivu_box.ledger import entry as ledger_entry
-from pinaivu_box.legs import admission, server
+from pinaivu_box.legs import admission, served_leg, server
 from pinaivu_box.legs import wire as leg_wire
 from pinaivu_box.models.catalog import digest_of
 from pinaivu_box.receipts.receipt import ACCEPTANCE_DOMAIN
@@ -56,7 +56,7 @@ async def world(three: ThreeBoxes, caplog: pytest.LogCaptureFixture) -> AsyncIte
 async def test_who_never_accepts_owes_it_all_the_same(
     world: ThreeBoxes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server, "_ACCEPT_SECONDS", 0.1)
+    monkeypatch.setattr(served_leg, "_ACCEPT_SECONDS", 0.1)
     before = await ledger_entry.balance(world.ben.box.database, world.carl.identity.node_id)
     asked = ask(world)
     stream, _ = await served(world, asked)
@@ -239,7 +239,7 @@ async def test_who_waits_for_its_prompt_to_be_counted_hears_that_all_is_well(
         return await read(job)
 
     monkeypatch.setattr(local, "read", slow)
-    monkeypatch.setattr(server, "_ALIVE_SECONDS", 0.01)
+    monkeypatch.setattr(server, "ALIVE_SECONDS", 0.01)
     await terms(world, tokens_per_minute=10_000)
     stream = await opened(world)
     await leg_wire.send(stream, ask(world))

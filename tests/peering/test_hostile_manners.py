@@ -74,7 +74,7 @@ MANNERS: dict[str, tuple[Any, str]] = {
     "deafness": (deaf, "does not take"),
     "no more than a heartbeat": (idle, "nothing but that it is alive"),
     "a flood of heartbeats": (chatter, "too many messages"),
-    "an end without a word": (ends, "without a message"),
+    "an end without a word": (ends, "ended before the leg"),
     "a stream that breaks": (leaves, "abandoned"),
     "no message": (frames(b"\0garbage"), "not what was expected"),
     "half a message": (frames(b"\1garbage"), "stalled"),
@@ -129,9 +129,9 @@ def probed(*values: float, top: int = 0) -> Violation:
 @pytest.mark.parametrize(
     ("lie", "sentence"),
     [
-        (probed(NAN), "that are none"),
-        (probed(float("-inf"), top=1), "that are none"),
-        (probed(*[-1.0] * 30), "nobody wanted"),
+        (probed(NAN), "not finite"),
+        (probed(float("-inf"), top=1), "not finite"),
+        (probed(*[-1.0] * 30), "not requested"),
     ],
 )
 async def test_log_probabilities_are_numbers(
@@ -206,4 +206,4 @@ async def test_what_was_counted_is_what_is_read(world: ThreeBoxes) -> None:
     )
     world.lie(Violation(read=lambda one: replace(one, tokens=[*one.tokens, 65])))
     await right(world, await world.anna.chat("counted", secret=made.json()["key"]))
-    assert "other tokens than it was given" in await world.why()
+    assert "other prompt tokens" in await world.why()
