@@ -29,6 +29,7 @@ from pinaivu_box.home import database_of, identity_of, lock, prepare_home
 from pinaivu_box.identity import Identity
 from pinaivu_box.ledger.session import PURPOSE as LEDGER_PURPOSE
 from pinaivu_box.ledger.session import Ledger
+from pinaivu_box.legs.admission import PeerPolicies
 from pinaivu_box.legs.prompts import PromptReader
 from pinaivu_box.legs.recorder import LedgerRecorder
 from pinaivu_box.legs.runner import LegRunner
@@ -47,16 +48,15 @@ from pinaivu_box.routing.offers import Offers
 from pinaivu_box.settings import LiveSettings, Settings
 from pinaivu_box.store import responses, retention
 from pinaivu_box.store.database import Database
-from pinaivu_box.store.peer_settings import PeerPolicies
 
-# What is read at the start only: the sockets, and what stands before the routes.
-_AT_START = (
+# Read at the start only: the sockets, and what stands before the routes.
+_NEED_RESTART = (
     "server.host", "server.port", "server.cors_origins", "peering.enabled", "peering.host",
     "peering.port", "peering.relay", "peering.name", "peering.announce",
 )  # fmt: skip
-# Of [engine], what holds at once; the rest an engine is told when it starts.
 _SHARED_PREFIXES = "engine.shared_prefixes"
-_OF_THE_BOX = (
+# Of [engine], what applies at once; the rest is given to an engine when it starts.
+_APPLY_AT_ONCE = (
     "engine.max_queue", "engine.keep_alive", "engine.max_keep_alive", "engine.start_seconds",
     _SHARED_PREFIXES,
 )  # fmt: skip
@@ -66,9 +66,11 @@ log = logging.getLogger("pinaivu.box")
 
 @dataclass(frozen=True)
 class Reloaded:
-    """What a new configuration has changed, by the settings' names: `applied` at once, `engines`
-    for engines that start from now on, `restart` not before the box is started anew.  `models` are
-    the ids that are served now, `not_served` the files that are not, and why."""
+    """What a new configuration changes, by the names of settings: `applied` at once, `engines` for
+    engines that start from now on, `restart` when the box is restarted.
+
+    `models` are the ids that are served now, `not_served` the files that are not, and why.
+    """
 
     applied: list[str]
     engines: list[str]
@@ -79,12 +81,15 @@ class Reloaded:
 
 @dataclass
 class Box:
-    """`control_token` lets commands on this home speak to the running server as an admin.
-    `load` reads the configuration again, with the options that the box was started with."""
+    """The services of a box.
+
+    `read_config` reads the configuration again, with the options that the box was started with.
+    `control_token` lets commands on this home use the running server as an admin.
+    """
 
     settings: LiveSettings
-    started: Config  # the one of the start
-    load: Callable[[], Config]
+    first_config: Config  # that of the start
+    read_config: Callable[[], Config]
     home: Path
     identity: Identity
     database: Database
@@ -97,7 +102,7 @@ class Box:
     requests: RunningRequests
     metrics: Metrics
     refusals: Refusals
-    traffic: LoadTracker
+    load: LoadTracker
     offers: Offers
     ledger: Ledger
     control_token: str
@@ -117,36 +122,39 @@ class Box:
 
     @property
     def prompts(self) -> LocalBackend | PromptReader:
-        """Who reads prompts that are not to be run."""
+        """What reads prompts that are not to be run."""
         return self.local if self.pool is None else self.pool.prompts
 
     def models(self, policy: Policy) -> list[Model]:
         """What a key with that policy may use."""
-        found = self.catalog.models
+        models = self.catalog.models
         if self.pool is not None and not policy.local_only:
-            found = [*found, *self.pool.candidates.remote_models()]
-        return [model for model in found if policy.serves(model.id)]
+            models = [*models, *self.pool.candidates.remote_models()]
+        return [model for model in models if policy.serves(model.id)]
 
     def model(self, model_id: str, policy: Policy) -> Model:
-        """Raises ModelNotFound."""
+        """The model of that id for a key with that policy.  Raises ModelNotFound."""
         if self.pool is not None and not policy.local_only:
             return self.pool.candidates.find(model_id)
         return self.catalog.find(model_id)
 
     async def reload(self) -> Reloaded:
-        """Take over the configuration and the models as they are now; requests go on.
+        """Read the configuration and the models again, and use them; running requests go on.
 
-        Raises CliError if they are not valid: then all stays as it was.
+        Raises CliError if they are not valid: then nothing has changed.
         """
         async with self._reading:
-            return self._take_over(await asyncio.to_thread(self._read_settings))
+            new = await asyncio.to_thread(self._read_settings)
+            old = self.settings.current
+            self._replace_settings(new)
+            return self._differences(old, new)
 
     def _read_settings(self) -> Settings:
-        """In a thread: model files may take long to look at.  Raises CliError."""
-        return settings.read(self.load(), self.home, self.headers)
+        """In a thread.  Raises CliError."""
+        return settings.read(self.read_config(), self.home, self.headers)
 
-    def _take_over(self, new: Settings) -> Reloaded:
-        old, self.settings.current = self.settings.current, new
+    def _replace_settings(self, new: Settings) -> None:
+        self.settings.current = new
         self._lingering.clear()
         logs.configure(new.config.log)
         self.placement.reloaded()
@@ -154,18 +162,17 @@ class Box:
         if self.network is not None:
             self.network.changed()
         folder_watch.report_not_served(new.catalog.not_served)
-        return self._reloaded(old, new)
 
-    def _reloaded(self, old: Settings, new: Settings) -> Reloaded:
+    def _differences(self, old: Settings, new: Settings) -> Reloaded:
         changed = configs.differences(old.config, new.config)
         if new.shared_prefixes != old.shared_prefixes and _SHARED_PREFIXES not in changed:
-            changed.append(_SHARED_PREFIXES)  # a file has another text
-        engines = [n for n in changed if n.startswith("engine.") and n not in _OF_THE_BOX]
-        restart = [n for n in configs.differences(self.started, new.config) if n in _AT_START]
+            changed.append(_SHARED_PREFIXES)  # the text of a file
+        engines = [name for name in changed if _is_for_engines(name)]
+        since_start = configs.differences(self.first_config, new.config)
         return Reloaded(
-            applied=[name for name in changed if name not in (*_AT_START, *engines)],
+            applied=[name for name in changed if name not in (*_NEED_RESTART, *engines)],
             engines=engines,
-            restart=restart,
+            restart=[name for name in since_start if name in _NEED_RESTART],
             models=[model.id for model in new.catalog.models],
             not_served=not_served_in(new.catalog),
         )
@@ -176,39 +183,41 @@ class Box:
             await self._read_folder(None)
 
     async def watch_models(self) -> None:
-        """Until cancelled: serve what has come into the models folder once it is written, and no
-        more what has gone from there and is not loaded."""
+        """Until cancelled: serve files that come into the models folder once they are written, and
+        stop serving those that are gone once they are not loaded."""
         watch = folder_watch.FolderWatch()
         while True:
             await asyncio.sleep(watch.seconds)
             try:
                 async with self._reading:
                     folder = catalogs.directory(self.config, self.home)
-                    found = await asyncio.to_thread(watch.look, folder)
-                    if found is not None:
-                        await self._read_folder(found)
+                    files = await asyncio.to_thread(watch.look, folder)
+                    if files is not None:
+                        await self._read_folder(files)
                     elif gone := self._lingering - self.placement.loaded:
                         self._lingering -= gone
                         self._serve(self.catalog.without(gone))
             except Exception:
                 log.exception("the models folder could not be looked at")
 
-    async def _read_folder(self, found: FolderScan | None) -> None:
+    async def _read_folder(self, files: FolderScan | None) -> None:
         names = {entry.name for entry in self.config.model}
         configured = {model.id: model for model in self.catalog.models if model.id in names}
         load = partial(catalogs.load, self.config, self.home, self.headers)
-        catalog = await asyncio.to_thread(load, scan=found, configured=configured)
+        catalog = await asyncio.to_thread(load, scan=files, configured=configured)
         self._lingering.clear()
         self._serve(catalog)
 
     def _serve(self, new: Catalog) -> None:
-        """What is missing in it and loaded goes on until it is unloaded, and what is being written
-        stays what it was."""
+        """Serve this catalog: a model that it lacks stays until it is unloaded, and one that is
+        being written stays what it was."""
         old, loaded = self.catalog, self.placement.loaded
         ids = {model.id for model in new.models}
         missing = [model for model in old.models if model.id not in ids]
         self._lingering |= {model.id for model in missing if model.id in loaded}
-        new = new.and_also(one for one in missing if one.id in loaded or new.is_written(one))
+        new = new.and_also(
+            model for model in missing if model.id in loaded or new.is_written(model)
+        )
         self.settings.current = replace(self.settings.current, catalog=new)
         if folder_watch.report(old, new):
             self.placement.forgive()
@@ -231,22 +240,26 @@ class Box:
             await self.requests.cancel_all()
 
 
+def _is_for_engines(name: str) -> bool:
+    return name.startswith("engine.") and name not in _APPLY_AT_ONCE
+
+
 def not_served_in(catalog: Catalog) -> dict[str, str]:
     """Files that are not served and why, as they are printed."""
     return {printable(str(path)): why for path, why in catalog.not_served.items()}
 
 
 @asynccontextmanager
-async def open_box(load: Callable[[], Config], home: Path) -> AsyncIterator[Box]:
-    """A box on that home, which no other server has at the same time."""
-    held = lock(prepare_home(home))
+async def open_box(read_config: Callable[[], Config], home: Path) -> AsyncIterator[Box]:
+    """A box on that home, which no other server uses at the same time.  Raises CliError."""
+    home_lock = lock(prepare_home(home))
     try:
         async with database_of(home) as database:
             await responses.fail_unfinished(database)
-            config, headers = load(), HeaderReader()
+            config, headers = read_config(), HeaderReader()
             current = await asyncio.to_thread(settings.read, config, home, headers)
-            box = _join(load, current, home, database, headers)
-            beside = [
+            box = _join(read_config, current, home, database, headers)
+            background = [
                 asyncio.create_task(work)
                 for work in (
                     retention.apply_hourly(database, lambda: box.config.retention),
@@ -258,14 +271,14 @@ async def open_box(load: Callable[[], Config], home: Path) -> AsyncIterator[Box]
                     yield box
             finally:
                 headers.stop()
-                for task in beside:
+                for task in background:
                     task.cancel()
-                await asyncio.wait(beside)
+                await asyncio.wait(background)
                 await box.placement.close()
                 await box.digests.close()
                 await box.refusals.flush()
     finally:
-        held.close()
+        home_lock.close()
 
 
 @asynccontextmanager
@@ -275,7 +288,10 @@ async def network_of(
     database: Database,
     describe: Callable[[], Facts],
 ) -> AsyncIterator[Network]:
-    """A network on its transport, started but not yet running.  CliError if it cannot listen."""
+    """A network on its transport, started but not yet running.
+
+    Raises CliError if it cannot listen.
+    """
     try:
         from pinaivu_box.transport.iroh_transport import IrohTransport
     except (ImportError, OSError) as error:
@@ -301,11 +317,11 @@ async def _peering(box: Box) -> AsyncIterator[None]:
         lambda: box.config.peering, box.identity, box.database, box.offers.describe
     ) as network:
         box.network = network
-        policies = PeerPolicies(box.database, lambda: box.config.peering.serve)
-        box.peer_policies = policies
+        policies = box.peer_policies = PeerPolicies(box.database, box.settings)
         pool = _pool(box, network, policies)
 
         async def shared(peer: str) -> Catalog | str:
+            """The models that the peer may copy, or why there are none."""
             if not box.config.peering.share_models:
                 return "this box does not share its models with yours"
             policy = await policies.of(peer)
@@ -316,35 +332,34 @@ async def _peering(box: Box) -> AsyncIterator[None]:
 
         network.handlers[LEDGER_PURPOSE] = box.ledger.handle
         network.handlers["model"] = FileServer(shared, box.database, rate).serve
-        running = [
+        tasks = [
             asyncio.create_task(network.run()),
             asyncio.create_task(box.offers.keep_learning(network.changed)),
             asyncio.create_task(reputation.load_and_save(pool.reputation, box.database)),
         ]
         if box.config.peering.announce:
-            running.append(asyncio.create_task(_announce(network)))
+            tasks.append(asyncio.create_task(_announce(network)))
         try:
             yield
         finally:
-            for task in running[1:]:
+            for task in tasks[1:]:
                 task.cancel()
-            await asyncio.wait(running[1:])
+            await asyncio.wait(tasks[1:])
             await network.close()
             pool.close()
-            for task in running:
+            for task in tasks:
                 task.cancel()
-            await asyncio.wait(running)
+            await asyncio.wait(tasks)
 
 
 def _pool(box: Box, network: Network, policies: PeerPolicies) -> Pool:
-    """From now on requests may go to peers, and theirs are served."""
-
+    """Let requests go to peers from now on, and serve theirs."""
     pool = box.pool = Pool(
         identity=box.identity,
         settings=box.settings,
         placement=box.placement,
         local=box.local,
-        load=box.traffic,
+        load=box.load,
         network=network,
         policy=policies.of,
         recorder=LedgerRecorder(box.database, box.identity.node_id),
@@ -362,7 +377,7 @@ async def _announce(network: Network) -> None:
 
 
 def _join(
-    load: Callable[[], Config],
+    read_config: Callable[[], Config],
     current: Settings,
     home: Path,
     database: Database,
@@ -376,14 +391,14 @@ def _join(
     meter = Meter(identity, database, live)
     metrics = Metrics(placement)
     admission = Admission(live, local, database)
-    traffic = LoadTracker(placement, live)
+    load = LoadTracker(placement, live)
     runner = LegRunner(identity.node_id, local)
     requests = RunningRequests(runner, meter, metrics, live)
     placement.waiting = requests.in_flight
     return Box(
         settings=live,
-        started=current.config,
-        load=load,
+        first_config=current.config,
+        read_config=read_config,
         home=home,
         identity=identity,
         database=database,
@@ -396,8 +411,8 @@ def _join(
         requests=requests,
         metrics=metrics,
         refusals=Refusals(database, metrics),
-        traffic=traffic,
-        offers=Offers(live, traffic, digests.of, lambda: admission.draining),
+        load=load,
+        offers=Offers(live, load, digests.of, lambda: admission.draining),
         ledger=Ledger(identity, database),
         control_token=secrets.token_hex(32),
     )

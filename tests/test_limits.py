@@ -203,18 +203,21 @@ def test_a_window_tells_when_there_is_room(
     arrivals: list[tuple[float, int]], amount: int, limit: int
 ) -> None:
     """Just then it fits, and a moment earlier it did not."""
-    window, now = Window(), 0.0
+    now = 0.0
+    window = Window(lambda: now)
     for gap, entered in arrivals:
         now += gap
-        window.enter(now, entered)
-    wait = window.wait(now, amount, limit)
+        window.enter(entered)
+    wait, moment = window.wait(amount, limit), now
     if amount > limit:
         assert wait == float("inf")
     elif wait:
-        assert window.used(now + wait - 1e-6) + amount > limit
-        assert window.used(now + wait + 1e-6) + amount <= limit
+        now = moment + wait - 1e-6
+        assert window.used + amount > limit
+        now = moment + wait + 1e-6
+        assert window.used + amount <= limit
     else:
-        assert window.used(now) + amount <= limit
+        assert window.used + amount <= limit
 
 
 def test_a_restart_remembers_the_last_minute_and_the_budget() -> None:
@@ -310,10 +313,10 @@ def test_a_request_gets_its_place_before_its_tokens() -> None:
         quota.check(tokens, tokens=21)
     first.use(70)
     quota.check(tokens, tokens=30)
-    first.end(0)
-    assert (quota.running, quota.tokens_used, quota.reserved) == (0, 70, 0)
+    quota.end(first, 0)
+    assert (quota.running, quota.tokens.used, quota.reserved) == (0, 70, 0)
     now = 110.0
-    assert quota.tokens_used == 0
+    assert quota.tokens.used == 0
     quota.reserve(places)
 
 
@@ -343,13 +346,34 @@ async def test_a_quota_in_use_is_not_forgotten(monkeypatch: pytest.MonkeyPatch) 
         return Quota(now=lambda: now)
 
     quotas = Quotas(read)
-    first = {name: await quotas.of(name) for name in ("idle", "runs", "asked", "arrives")}
+    first = {name: await quotas.of(name) for name in ("idle", "runs", "asked", "asked earlier")}
     first["runs"].reserve(Limits("The key"))
-    first["asked"].count_request(Limits("The key"))
+    first["asked earlier"].count_request(Limits("The key"))
     now = 30.0
-    with first["arrives"].kept():
-        await quotas.of("another")
-        assert [name for name in first if await quotas.of(name) is not first[name]] == ["idle"]
+    first["asked"].count_request(Limits("The key"))
+    now = 60.0
+    await quotas.of("another")
+    again = [name for name in first if await quotas.of(name) is not first[name]]
+    assert again == ["idle", "asked earlier"]
+
+
+def test_a_request_that_is_counted_is_not_in_its_own_way() -> None:
+    """It takes its request of the minute when it comes, and counts anew when it is admitted."""
+    now = 0.0
+    quota = Quota(now=lambda: now)
+    limits = Limits("The key", rpm=1)
+    counted = quota.count_request(limits)
+    with pytest.raises(RateLimited, match="try again in 60 s"):
+        quota.count_request(limits)
+    now = 50.0
+    quota.check(limits, counted=counted)
+    with pytest.raises(RateLimited, match="try again in 10 s"):
+        quota.check(limits)
+    quota.reserve(limits, counted=counted)
+    with pytest.raises(RateLimited, match="try again in 60 s"):
+        quota.count_request(limits)
+    now = 110.0
+    quota.count_request(limits)
 
 
 # -- policies ------------------------------------------------------------------------------------

@@ -46,11 +46,11 @@ def permissions(home: Path) -> Iterator[Check]:
     if not home.exists():
         yield Check("home", "warning", f"{home} does not exist", "'pinaivu serve' creates it")
         return
-    found = home.stat()
-    if not stat.S_ISDIR(found.st_mode):
+    status = home.stat()
+    if not stat.S_ISDIR(status.st_mode):
         yield Check("home", "failed", f"{home} is not a directory", "choose another --home")
         return
-    wrong = list(_wrong(home, found))
+    wrong = list(_wrong(home, status))
     yield from wrong
     for name in _LEFT_BEHIND:
         if (home / name).exists():
@@ -65,10 +65,10 @@ def permissions(home: Path) -> Iterator[Check]:
         yield Check("home", "ok", f"{home} is accessible to its owner only")
 
 
-def _wrong(home: Path, found: os.stat_result) -> Iterator[Check]:
-    if found.st_uid != os.geteuid():
+def _wrong(home: Path, status: os.stat_result) -> Iterator[Check]:
+    if status.st_uid != os.geteuid():
         todo = f"run as that user, or chown -R {os.geteuid()} {shlex.quote(str(home))}"
-        yield Check("home", "failed", f"{home} belongs to user {found.st_uid}", todo)
+        yield Check("home", "failed", f"{home} belongs to user {status.st_uid}", todo)
     elif not os.access(home, os.R_OK | os.W_OK | os.X_OK):
         todo = f"chmod 700 {shlex.quote(str(home))}"
         yield Check("home", "failed", f"{home} is not writable", todo)

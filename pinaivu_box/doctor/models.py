@@ -15,8 +15,9 @@ from pinaivu_box.config import Config, EngineConfig
 from pinaivu_box.doctor.check import Check, State
 from pinaivu_box.engine.messages import SamplingParams
 from pinaivu_box.errors import ApiError, CliError
-from pinaivu_box.gateway.backend import Job, Output, Started
+from pinaivu_box.gateway.backend import Job, Started
 from pinaivu_box.gateway.local import LocalBackend
+from pinaivu_box.gateway.output import Output
 from pinaivu_box.gateway.placement import Placement
 from pinaivu_box.models import catalog, gguf, memory
 from pinaivu_box.models.catalog import Catalog, Model
@@ -41,16 +42,16 @@ def find(config: Config, home: Path) -> tuple[Catalog, str]:
         return catalog.load(rest, home), error.message.removesuffix(".")
 
 
-def real(found: Catalog) -> list[Model]:
-    return [model for model in found.models if not model.is_fake]
+def real(listed: Catalog) -> list[Model]:
+    return [model for model in listed.models if not model.is_fake]
 
 
 def files(config: Config, home: Path) -> Iterator[Check]:
     """Check the model files, which are read completely (about 1 GB/s)."""
-    found, missing = find(config, home)
+    listed, missing = find(config, home)
     if missing:
         yield Check("models", "failed", missing, "correct its [[model]] entry, or replace the file")
-    for path, why in found.not_served.items():
+    for path, why in listed.not_served.items():
         # Other programs keep projectors and adapters beside their models.
         state: State = "warning" if gguf.is_no_model(why) else "failed"
         todo = "download the file again, or move it out of the folder"
@@ -62,9 +63,9 @@ def files(config: Config, home: Path) -> Iterator[Check]:
             why, _, todo = why.rpartition(": ")
         yield Check("models", state, f"not served: {printable(str(path))}: {why}", todo)
     remembered = _remembered(home)
-    for model in real(found):
+    for model in real(listed):
         yield _file(model, remembered)
-    if not real(found):
+    if not real(listed):
         yield Check("models", "warning", "no models", f"put a GGUF file into {home / 'models'}")
 
 

@@ -15,7 +15,7 @@ from pinaivu_box.amount import parse
 from pinaivu_box.config import Config
 from pinaivu_box.doctor import machine, relay, udp
 from pinaivu_box.doctor.check import Check, State, of_error
-from pinaivu_box.network.views import OwnView, PeerView, UseView
+from pinaivu_box.network.peer import OwnView, PeerView, UseView
 from pinaivu_box.server.admin_peers import PeerList
 from pinaivu_box.transport.transport import is_relay
 
@@ -44,29 +44,29 @@ _UDP: dict[udp.Answer, tuple[State, str, str]] = {
 
 
 def examine(
-    home: Path, config: Config, found: PeerList | str, peers: list[PeerView]
+    home: Path, config: Config, listed: PeerList | str, peers: list[PeerView]
 ) -> Iterator[Check]:
     """Check this box and `peers`.
 
-    `found` is the list of the running box, or the sentence why there is none; `peers` are some of
+    `listed` is the list of the running box, or the sentence why there is none; `peers` are some of
     that list.
     """
-    if isinstance(found, str):
-        yield of_error("peering", found)
+    if isinstance(listed, str):
+        yield of_error("peering", listed)
         return
-    connected = sum(one.state == "connected" for one in found.data)
-    boxes = "box" if len(found.data) == 1 else "boxes"
-    network = found.own.network[:12] or "no network yet"
-    if found.own.state == "revoked":
+    connected = sum(peer.state == "connected" for peer in listed.data)
+    boxes = "box" if len(listed.data) == 1 else "boxes"
+    network = listed.own.network[:12] or "no network yet"
+    if listed.own.state == "revoked":
         todo = "ask the founder of the network for a new ticket, or leave it: 'pinaivu peers leave'"
-        yield Check("membership", "failed", f"this box is revoked: {found.own.why}", todo)
-    counted = f"{network}: {len(found.data)} other {boxes}, {connected} connected"
-    todo = "" if found.data else "'pinaivu peers invite' here, 'pinaivu peers join' there"
+        yield Check("membership", "failed", f"this box is revoked: {listed.own.why}", todo)
+    counted = f"{network}: {len(listed.data)} other {boxes}, {connected} connected"
+    todo = "" if listed.data else "'pinaivu peers invite' here, 'pinaivu peers join' there"
     yield Check("peering", "ok", counted, todo)
-    yield from _here(found.own, config, all_well=connected == len(found.data))
+    yield from _here(listed.own, config, all_well=connected == len(listed.data))
     yield from machine.clock(home, time.time())
     for peer in peers:
-        for check in _peer(peer, found.own, config):
+        for check in _peer(peer, listed.own, config):
             yield Check(f"{peer.name}: {check.name}", check.state, check.found, check.todo)
 
 
@@ -74,7 +74,7 @@ def _here(own: OwnView, config: Config, *, all_well: bool) -> Iterator[Check]:
     yield Check("key", "ok", f"{own.id}, called {own.name}")
     # Advertised addresses may only be reachable from outside.
     told = config.peering.advertise
-    direct = [one for one in own.addresses if not is_relay(one) and one not in told]
+    direct = [each for each in own.addresses if not is_relay(each) and each not in told]
     answers = {address: udp.ask(address, _UDP_SECONDS) for address in direct[:4]}
     deaf = [address for address, answer in answers.items() if answer != "answers"]
     if deaf:
@@ -241,7 +241,7 @@ def _is_served(peer: PeerView, own: OwnView) -> Iterator[Check]:
         found = f"served only from {use.hours} (local time of this box), not now"
         yield Check("limits", "warning", found, f"wait, or {edit} --hours TIMES")
     if own.models and not any(
-        fnmatchcase(one.id, glob) for one in own.models for glob in use.models
+        fnmatchcase(model.id, glob) for model in own.models for glob in use.models
     ):
         found = f"it may use {', '.join(use.models) or 'no model'}; no model of this box matches"
         yield Check("limits", "warning", found, f"{edit} --model GLOB")

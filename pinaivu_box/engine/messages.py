@@ -20,7 +20,7 @@ _LENGTH = struct.Struct("<I")
 
 Temperature = Annotated[float, Meta(ge=0, le=2)]
 TopP = Annotated[float, Meta(gt=0, le=1)]
-TopK = Annotated[int, Meta(ge=0, lt=2**31)]
+TopK = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 MinP = Annotated[float, Meta(ge=0, lt=1)]
 TypicalP = Annotated[float, Meta(gt=0, le=1)]
 Seed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
@@ -30,7 +30,7 @@ LogitBias = Annotated[
     dict[Annotated[str, Meta(pattern=TOKEN_ID)], Annotated[float, Meta(ge=-100, le=100)]],
     Meta(max_length=300),
 ]
-MinTokens = Annotated[int, Meta(ge=0, lt=2**31)]
+MinTokens = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 
 
 class SamplingParams(Struct, frozen=True):

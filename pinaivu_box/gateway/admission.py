@@ -1,4 +1,4 @@
-"""May this request run now, and how much may it use?  Decided before anything is spent on it."""
+"""Admission: whether a request may run now, and how much it may use, before anything is spent."""
 
 from __future__ import annotations
 
@@ -30,13 +30,14 @@ from pinaivu_box.store import keys
 from pinaivu_box.store.database import Database
 from pinaivu_box.store.keys import Key
 from pinaivu_box.store.requests import between
+from pinaivu_box.tasks import ignore_exception
 
 _WRITTEN_SECONDS = 5.0  # that a write shows that another will succeed
 
 
 @dataclass(frozen=True)
 class AdmittedRequest:
-    """A request that may run: as what, at which prices, and what it has reserved."""
+    """A request that may run, at these prices, with what it has reserved."""
 
     jobs: list[Job]
     key: Key
@@ -45,10 +46,10 @@ class AdmittedRequest:
 
 
 class ArrivedRequest:
-    """A request that has come, of which only the key is known yet.
+    """A request of which only the key is known yet.
 
-    It has taken one of the key's requests per minute (`counted`, None once it is admitted), and
-    gives that back only if its refusal is not the client's doing.
+    It counts as one of the key's requests per minute (`counted`, None once it is admitted), and no
+    longer if it is refused for no fault of the client.
     """
 
     def __init__(self, quota: Quota, counted: Entry) -> None:
@@ -59,9 +60,9 @@ class ArrivedRequest:
         self.counted = None
 
     def refused(self, error: ApiError) -> None:
-        """A client that is told to wait, or that the box cannot serve it, has used up nothing."""
+        """A client that must wait, or that the box cannot serve, has used nothing."""
         if self.counted is not None and (isinstance(error, RateLimited) or error.status >= 500):
-            self._quota.uncount_request(self.counted)
+            self._quota.requests.correct(self.counted, 0)
         self.counted = None
 
 
@@ -80,7 +81,7 @@ def limits_of(key: Key) -> Limits:
 
 
 def refusal(key: Key) -> ApiError | None:
-    """Why nothing can be done with a key, if so."""
+    """Why a key cannot be used now, or None."""
     if key.revoked_at is not None:
         return Unauthorized(f"The API key {key.prefix}... has been revoked.")
     if key.expired(time.time_ns() // 1_000_000):
@@ -91,17 +92,17 @@ def refusal(key: Key) -> ApiError | None:
 
 
 async def check_writable(database: Database) -> None:
-    """What cannot be accounted for is not computed.  Raises NoNodesAvailable."""
+    """Raise NoNodesAvailable if nothing can be recorded: then nothing is computed."""
     if (why := await database.why_not_writable(_WRITTEN_SECONDS)) is not None:
         raise NoNodesAvailable(
-            f"This box cannot write down what it serves, so it serves nothing now: {why}.  Try "
-            "again later.",
+            f"This box cannot record what it serves, so it serves nothing now: {why}.  Try again "
+            "later.",
             retry_after=5,
         )
 
 
 def under(key: Key, job: Job) -> Job:
-    """As the settings of its key want it served."""
+    """The job with the settings of its key."""
     policy = key.policy
     return replace(
         job,
@@ -115,7 +116,7 @@ def under(key: Key, job: Job) -> Job:
 
 
 class PromptCounter(Protocol):
-    """Whoever can count a prompt: this box's engines, or the network of boxes."""
+    """Reads prompts: the engines of this box, or with peers theirs too."""
 
     async def read(self, job: Job) -> tuple[Job, int]: ...
 
@@ -129,6 +130,8 @@ class PeerModels(Protocol):
 
 
 class Admission:
+    """Admits requests: checks the model, its queue and the key, and reserves the key's quota."""
+
     def __init__(self, settings: LiveSettings, reader: PromptCounter, database: Database) -> None:
         self._settings = settings
         self._drain = asyncio.get_running_loop().create_future()
@@ -138,7 +141,7 @@ class Admission:
         self._quotas = Quotas(self._read_quota)
 
     def share(self, reader: PromptCounter, offers: PeerModels) -> None:
-        """There are peers from now on, with models of their own."""
+        """From now on there are peers, with models of their own."""
         self._reader, self._offers = reader, offers
 
     @property
@@ -146,12 +149,12 @@ class Admission:
         return self._drain.done()
 
     def drain(self) -> None:
-        """Refuse what comes from now on, and what is still being counted."""
+        """Refuse requests from now on, and those whose prompt is still being counted."""
         if not self.draining:
             self._drain.set_result(None)
 
     def check(self, model_id: str, key: Key, in_flight: Callable[[str], int]) -> Model:
-        """The model to serve with; `in_flight` counts a model's unfinished requests.
+        """The model that serves the request; `in_flight` counts a model's unfinished requests.
 
         Raises InvalidBody, ModelNotFound, ModelNotAllowed, NoNodesAvailable.
         """
@@ -189,7 +192,7 @@ class Admission:
         return key.policy.prices_of(model.id) or self._settings.config.pricing.prices_of(model.id)
 
     async def arrive(self, key: Key) -> ArrivedRequest:
-        """Before the body of a request is read.  Raises RateLimited."""
+        """Count a request before its body is read.  Raises RateLimited."""
         quota = await self._quotas.of(key.id)
         return ArrivedRequest(quota, quota.count_request(limits_of(key)))
 
@@ -205,23 +208,23 @@ class Admission:
         Raises what `check` and `Quota.reserve` do, and what the engine says if it cannot read the
         prompt.  May be cancelled.
         """
-        quota = await self._quotas.of(key.id)
         counted = None if arrival is None else arrival.counted
-        with quota.kept():
-            await check_writable(self._database)
-            jobs = [under(key, job) for job in jobs]
-            model, context = jobs[0].model, 0
-            least = self.prices(key, model).most(1, 0)
-            quota.check(limits_of(key), cost=least, counted=counted)
-            if key.policy.tpm is not None or key.policy.budget is not None:
-                jobs, context = await self._read(jobs)
-            # Body and prompt took their time: the key may be revoked now, the queue full.
-            key = await keys.get(self._database, key.id)
-            if (error := refusal(key)) is not None:
-                raise error
-            self._check(model, key, in_flight)
-            jobs = [under(key, job) for job in jobs]
-            admitted = self._reserve(key, quota, jobs, context, counted)
+        await check_writable(self._database)
+        jobs = [under(key, job) for job in jobs]
+        model, context = jobs[0].model, 0
+        quota, least = await self._quotas.of(key.id), self.prices(key, model).most(1, 0)
+        quota.check(limits_of(key), cost=least, counted=counted)
+        if key.policy.tpm is not None or key.policy.budget is not None:
+            jobs, context = await self._read(jobs)
+        # Body and prompt took their time: the key may be revoked now, the queue full.
+        key = await keys.get(self._database, key.id)
+        if (error := refusal(key)) is not None:
+            raise error
+        quota = await self._quotas.of(key.id)
+        # From here on nothing is awaited: of requests that come together each sees the others.
+        self._check(model, key, in_flight)
+        jobs = [under(key, job) for job in jobs]
+        admitted = self._reserve(key, quota, jobs, context, counted)
         if arrival is not None:
             arrival.admitted()
         return admitted
@@ -229,7 +232,7 @@ class Admission:
     def _reserve(
         self, key: Key, quota: Quota, jobs: list[Job], context: int, counted: Entry | None
     ) -> AdmittedRequest:
-        """`context` is that of the model if the prompt was read, else 0."""
+        """`context` is the model's if the prompt was read, else 0."""
         prices, limits = self.prices(key, jobs[0].model), limits_of(key)
         explicit, tokens, cost = True, 0, 0
         if context:
@@ -245,35 +248,38 @@ class Admission:
         return AdmittedRequest(jobs, key, prices, reservation)
 
     async def headers(self, key: Key) -> dict[str, str]:
-        """`x-ratelimit-*` for an answer to this key."""
+        """The `x-ratelimit-*` headers of an answer to this key."""
         return (await self._quotas.of(key.id)).headers(limits_of(key))
 
     async def _read(self, jobs: list[Job]) -> tuple[list[Job], int]:
-        """The jobs with their prompts' tokens, and the context of the model.  Ends at once if there
-        is a drain."""
-        reading = asyncio.create_task(self._read_on(jobs))
+        """The jobs with their prompts' tokens, and the context of the model.
+
+        Raises NoNodesAvailable as soon as the box drains.
+        """
+        reading = asyncio.create_task(self._read_prompts(jobs))
         try:
             await asyncio.wait({reading, self._drain}, return_when=asyncio.FIRST_COMPLETED)
             if self.draining:
                 raise _draining()
             return reading.result()
         finally:
-            reading.add_done_callback(lambda done: done.cancelled() or done.exception())
+            reading.add_done_callback(ignore_exception)
             reading.cancel()
 
-    async def _read_on(self, jobs: list[Job]) -> tuple[list[Job], int]:
-        context, made = 0, []
+    async def _read_prompts(self, jobs: list[Job]) -> tuple[list[Job], int]:
+        """Choices share their prompt, which is read once."""
+        context = 0
         prompts: dict[int, Job] = {}
         for job in jobs:
             if job.prompt_number not in prompts:
-                read, context = await self._reader.read(job)
-                prompts[job.prompt_number] = read
-            read = prompts[job.prompt_number]
-            made.append(replace(job, read=read.read, thinking=read.thinking))
-        return made, context
+                prompts[job.prompt_number], context = await self._reader.read(job)
+        return [
+            replace(job, read=(prompt := prompts[job.prompt_number]).read, thinking=prompt.thinking)
+            for job in jobs
+        ], context
 
     def _max_tokens(self, job: Job, context: int) -> int:
-        """Tokens that the answer can have."""
+        """Tokens that the answer can have at most."""
         shifts = self._settings.config.engine.context_shift
         room = math.inf if shifts else context - len(job.read or ())
         return int(max(0, min(job.max_tokens or 0, room)))
@@ -300,7 +306,7 @@ def _capped(
     price = prices.most(0, 1)
     if money is not None and price:
         rooms.append((money - prices.most(prompt, 0)) // (price * len(jobs)))
-    # At least one: what has no room for it is refused with the numbers.
+    # At least one: a request without room for it is refused with the numbers.
     return [replace(job, max_tokens=max(1, min(rooms))) for job in jobs]
 
 

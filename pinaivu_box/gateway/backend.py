@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from pinaivu_box.config import RoutingPolicy
-from pinaivu_box.engine.messages import Constraint, Sampling, SamplingParams, TokenLogprob, Tools
+from pinaivu_box.engine.messages import Constraint, Sampling, SamplingParams, Tools
 from pinaivu_box.errors import NoNodesAvailable
+from pinaivu_box.gateway.output import Output
 from pinaivu_box.models.catalog import Model
 from pinaivu_box.receipts.commitment import Opening, new_nonce
 from pinaivu_box.receipts.receipt import VERSION, EngineBuild, Proof, SignedProof
@@ -115,24 +116,6 @@ class Prompt:
     tokens: list[int]
     thinking: bool = False
     text: str = ""
-
-
-@dataclass(frozen=True)
-class Output:
-    """New text and tokens; the last one has a finish reason.  `queue_ms` and `cached_tokens` (of
-    the prompt) come with the first.  `shifted_tokens` were forgotten so far (context shift).  An
-    echo's `logprobs` are first those of the prompt.  `mark` (hex): see `receipt.mark_text`."""
-
-    text: str
-    tokens: list[int]
-    finish_reason: str | None
-    queue_ms: float | None
-    cached_tokens: int | None = None
-    shifted_tokens: int = 0
-    logprobs: Sequence[TokenLogprob] = ()
-    stop_string: str | None = None
-    vectors: Sequence[bytes] = ()
-    mark: str | None = None
 
 
 @dataclass(frozen=True)

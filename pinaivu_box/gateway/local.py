@@ -21,8 +21,9 @@ from pinaivu_box.engine.messages import (
     Tokenized,
 )
 from pinaivu_box.errors import EngineLost, by_code
-from pinaivu_box.gateway.backend import Event, Job, Output, Prompt, Started
+from pinaivu_box.gateway.backend import Event, Job, Prompt, Started
 from pinaivu_box.gateway.engine_process import EngineProcess, Item
+from pinaivu_box.gateway.output import Output
 from pinaivu_box.gateway.placement import Placement
 from pinaivu_box.models.catalog import Model
 from pinaivu_box.receipts.receipt import EngineBuild

@@ -11,15 +11,14 @@ import asyncio
 import math
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from pinaivu_box import amount
 from pinaivu_box.errors import BudgetExceeded, ExceedsKeyLimit, RateLimited
 from pinaivu_box.policy import Budget
-from pinaivu_box.store.keys import MOST_PERIODS, in_period
+from pinaivu_box.store.keys import MAX_PERIODS, in_period
 
 MINUTE = 60.0  # seconds
 _CREDIT_RETRY_SECONDS = 30
@@ -35,50 +34,59 @@ class Entry:
 
 
 class Window:
-    """The sum of the amounts of the last `seconds`: an exact sliding window.
+    """The sum of the amounts of the last minute: an exact sliding window.
 
-    What is entered at t counts at every moment before t + seconds.
+    What is entered at t counts at every moment before t + 60 s.  `now` is a monotonic clock.
     """
 
-    def __init__(self, seconds: float = MINUTE) -> None:
-        self._seconds = seconds
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+        self._now = now
         self._entries: deque[Entry] = deque()  # oldest first
         self._total = 0
 
-    def used(self, now: float) -> int:
-        while self._entries and self._entries[0].at + self._seconds <= now:
+    @property
+    def used(self) -> int:
+        while self._entries and not self._counts(self._entries[0]):
             self._total -= self._entries.popleft().amount
         return self._total
 
-    def enter(self, now: float, amount: int) -> Entry:
-        """Count `amount` from now on; returns its entry, for `correct`."""
-        self.used(now)
-        entry = Entry(now, amount)
+    def _counts(self, entry: Entry) -> bool:
+        return entry.at + MINUTE > self._now()
+
+    def enter(self, amount: int, *, age: float = 0.0) -> Entry:
+        """Count `amount`, as if it had come `age` seconds ago; returns its entry, for `correct`."""
+        entry = Entry(self._now() - age, amount)
         self._entries.append(entry)
         self._total += amount
         return entry
 
-    def correct(self, entry: Entry, amount: int, now: float) -> None:
+    def correct(self, entry: Entry, amount: int) -> None:
         """Count `amount` instead of what was entered."""
-        if entry.at + self._seconds > now:
+        if self._counts(entry):
             self._total += amount - entry.amount
             entry.amount = amount
 
-    def wait(self, now: float, amount: int, limit: int) -> float:
-        """Seconds until `amount` more stay within the limit; infinite if they never do."""
-        excess = self.used(now) + amount - limit
+    def wait(self, amount: int, limit: int, *, without: Entry | None = None) -> float:
+        """Seconds until `amount` more stay within the limit; infinite if they never do.
+
+        The entry `without` is not counted.
+        """
+        excess, now = self.used + amount - limit, self._now()
+        if without is not None and self._counts(without):
+            excess -= without.amount
         for entry in self._entries:
             if excess <= 0:
                 break
-            excess -= entry.amount
+            if entry is not without:
+                excess -= entry.amount
             if excess <= 0:
-                return min(entry.at + self._seconds - now, self._seconds)
+                return min(entry.at + MINUTE - now, MINUTE)
         return 0.0 if excess <= 0 else math.inf
 
-    def empty_in(self, now: float) -> float:
+    @property
+    def empty_in(self) -> float:
         """Seconds until nothing is left in it."""
-        self.used(now)
-        return self._entries[-1].at + self._seconds - now if self._entries else 0.0
+        return max(0.0, self._entries[-1].at + MINUTE - self._now()) if self._entries else 0.0
 
 
 @dataclass(frozen=True)
@@ -142,16 +150,12 @@ class Reservation:
 
     def use(self, tokens: int) -> None:
         """Count so many tokens instead of those that were reserved."""
-        self.quota.correct_tokens(self.tokens, tokens)
-
-    def end(self, cost: int) -> None:
-        """The request has ended, and has cost so much; the next that waits may run."""
-        self.quota.end(self, cost)
+        self.quota.tokens.correct(self.tokens, tokens)
 
     def settle(self, tokens: int, cost: int) -> None:
         """The request has ended, and has used and cost so much."""
         self.use(tokens)
-        self.end(cost)
+        self.quota.end(self, cost)
 
 
 class Quota:
@@ -175,27 +179,19 @@ class Quota:
         has age (seconds) and tokens of each request of the last minute, the oldest first.  `now`
         is a monotonic clock, `wall` Unix seconds.
         """
-        self.requests = Window()
-        self.tokens = Window()
+        self.requests = Window(now)
+        self.tokens = Window(now)
         self.running = 0
         self.settled = 0  # requests that have ended since this quota was read
-        self._now, self._wall = now, wall
+        self._wall = wall
         self._spending = {begin: Spending(units) for begin, units in (spent or {0: 0}).items()}
         self._max_parallel: int | None = None  # as it was last seen
         self._waiting: deque[Reservation] = deque()
-        self._arriving = 0
-        moment = now()
         for age, tokens in recent:
-            at = moment - max(0.0, age)
-            self.requests.enter(at, 1)
-            self.tokens.enter(at, tokens)
+            self.requests.enter(1, age=max(0.0, age))
+            self.tokens.enter(tokens, age=max(0.0, age))
 
     # -- what is in use ----------------------------------------------------------------------------
-
-    @property
-    def tokens_used(self) -> int:
-        """Tokens of the last minute."""
-        return self.tokens.used(self._now())
 
     @property
     def reserved(self) -> int:
@@ -205,29 +201,17 @@ class Quota:
     @property
     def idle(self) -> bool:
         """Whether the store knows all of it: refused requests of the last minute are in no row."""
-        return not (
-            self.running or self._waiting or self._arriving or self.requests.used(self._now())
-        )
-
-    @contextmanager
-    def kept(self) -> Iterator[None]:
-        """While a request arrives its quota is not forgotten."""
-        self._arriving += 1
-        try:
-            yield
-        finally:
-            self._arriving -= 1
+        return not (self.running or self._waiting or self.requests.used)
 
     def headers(self, limits: Limits) -> dict[str, str]:
         """OpenAI's `x-ratelimit-*` headers, of the limits that there are."""
-        now, headers = self._now(), {}
+        headers = {}
         windows = (("requests", limits.rpm, self.requests), ("tokens", limits.tpm, self.tokens))
         for name, limit, window in windows:
             if limit is not None:
-                remaining = max(0, limit - window.used(now))
                 headers[f"x-ratelimit-limit-{name}"] = str(limit)
-                headers[f"x-ratelimit-remaining-{name}"] = str(remaining)
-                headers[f"x-ratelimit-reset-{name}"] = f"{window.empty_in(now):.3f}s"
+                headers[f"x-ratelimit-remaining-{name}"] = str(max(0, limit - window.used))
+                headers[f"x-ratelimit-reset-{name}"] = f"{window.empty_in:.3f}s"
         return headers
 
     def unreserved(self, limits: Limits) -> int | None:
@@ -245,14 +229,10 @@ class Quota:
     def count_request(self, limits: Limits) -> Entry:
         """Take one request of the minute, before the body is read.
 
-        Pass the entry to `reserve`, or to `uncount_request`.  Raises RateLimited.
+        Pass the entry to `reserve`.  Raises RateLimited.
         """
-        self._check_requests(limits)
-        return self.requests.enter(self._now(), 1)
-
-    def uncount_request(self, entry: Entry) -> None:
-        """The request is not counted after all."""
-        self.requests.correct(entry, 0, self._now())
+        self._check_requests(limits, None)
+        return self.requests.enter(1)
 
     def check(
         self, limits: Limits, *, tokens: int = 1, cost: int = 0, counted: Entry | None = None
@@ -261,8 +241,7 @@ class Quota:
 
         Raises as `reserve` does.
         """
-        with self._without(counted):
-            self._check(limits, tokens, cost, explicit=True)
+        self._check(limits, tokens, cost, counted, explicit=True)
 
     def reserve(
         self,
@@ -279,17 +258,14 @@ class Quota:
         answer.  A request that is `counted` already counts from now on instead.  Raises
         ExceedsKeyLimit, RateLimited if it would fit later, BudgetExceeded if it would not.
         """
-        with self._without(counted):
-            self._check(limits, tokens, cost, explicit=explicit)
-        now = self._now()
+        self._check(limits, tokens, cost, counted, explicit=explicit)
         if counted is not None:
-            self.requests.correct(counted, 0, now)
-        self.requests.enter(now, 1)
+            self.requests.correct(counted, 0)
+        self.requests.enter(1)
         period, _ = self._period(limits)
         spending = self._charged(period)
         spending.reserved += cost
-        entry = self.tokens.enter(now, tokens)
-        reservation = Reservation(self, period, spending, entry, cost)
+        reservation = Reservation(self, period, spending, self.tokens.enter(tokens), cost)
         self._waiting.append(reservation)
         self._let_run()
         reservation.ahead = len(self._waiting)
@@ -299,15 +275,12 @@ class Quota:
         """Reserve more for a request that has its place already.  Raises as `reserve` does."""
         self._check_tokens(limits, tokens)
         self._check_money(limits, cost, explicit=True)
-        reservation.tokens = self.tokens.enter(self._now(), tokens)
+        reservation.tokens = self.tokens.enter(tokens)
         reservation.spending.reserved += cost
         reservation.cost += cost
 
-    def correct_tokens(self, entry: Entry, tokens: int) -> None:
-        self.tokens.correct(entry, tokens, self._now())
-
     def end(self, reservation: Reservation, cost: int) -> None:
-        """See `Reservation.end`."""
+        """The request has ended, and has cost so much; the next that waits may run."""
         reservation.spending.reserved -= reservation.cost
         reservation.spending.spent += cost
         if reservation.turn.is_set():
@@ -325,29 +298,19 @@ class Quota:
 
     # -- checks ------------------------------------------------------------------------------------
 
-    @contextmanager
-    def _without(self, counted: Entry | None) -> Iterator[None]:
-        """A request is not in its own way."""
-        if counted is None:
-            yield
-            return
-        requests = counted.amount
-        self.requests.correct(counted, 0, self._now())
-        try:
-            yield
-        finally:
-            self.requests.correct(counted, requests, self._now())
-
-    def _check(self, limits: Limits, tokens: int, cost: int, *, explicit: bool) -> None:
+    def _check(
+        self, limits: Limits, tokens: int, cost: int, counted: Entry | None, *, explicit: bool
+    ) -> None:
         self._max_parallel = limits.max_parallel
-        self._check_requests(limits)
+        self._check_requests(limits, counted)
         self._check_tokens(limits, tokens)
         self._check_places(limits)
         self._check_money(limits, cost, explicit=explicit)
 
-    def _check_requests(self, limits: Limits) -> None:
+    def _check_requests(self, limits: Limits, counted: Entry | None) -> None:
+        """A request that is counted is not in its own way."""
         if limits.rpm is not None:
-            wait = self.requests.wait(self._now(), 1, limits.rpm)
+            wait = self.requests.wait(1, limits.rpm, without=counted)
             refuse_until(
                 wait, f"{limits.principal} may make {limits.rpm} requests per minute (rpm)"
             )
@@ -355,7 +318,7 @@ class Quota:
     def _check_tokens(self, limits: Limits, tokens: int) -> None:
         if limits.tpm is None:
             return
-        wait = self.tokens.wait(self._now(), tokens, limits.tpm)
+        wait = self.tokens.wait(tokens, limits.tpm)
         if wait == math.inf:
             raise ExceedsKeyLimit(
                 f"{limits.principal} may use {limits.tpm} tokens per minute (tpm), and this "
@@ -434,7 +397,7 @@ class Quota:
     def _charged(self, period: int) -> Spending:
         """Where what a request of that period costs is counted."""
         spending = self._spending.pop(period, Spending())
-        for old in list(self._spending)[: max(0, len(self._spending) - MOST_PERIODS)]:
+        for old in list(self._spending)[: max(0, len(self._spending) - MAX_PERIODS)]:
             if not self._spending[old].reserved:
                 del self._spending[old]
         self._spending[period] = spending  # the latest used come last

@@ -18,10 +18,11 @@ from typing import Protocol
 
 from pinaivu_box.errors import ApiError, InternalError, TooLate
 from pinaivu_box.gateway.admission import AdmittedRequest
-from pinaivu_box.gateway.backend import Event, Output, Prompt, stopped
+from pinaivu_box.gateway.backend import Event, Prompt, stopped
 from pinaivu_box.gateway.mailbox import Mailbox
 from pinaivu_box.gateway.metering import Meter
 from pinaivu_box.gateway.metrics import Metrics
+from pinaivu_box.gateway.output import Output
 from pinaivu_box.gateway.records import ChoiceRecord, RequestAccount
 from pinaivu_box.settings import LiveSettings
 
@@ -45,14 +46,6 @@ class ChoiceStarted:
     prompt: str = ""
     route: str = ""
     prompt_tokens: int = 0
-
-
-@dataclass(frozen=True)
-class ChoiceOutput:
-    """Output of one choice; with a finish reason it is the choice's last."""
-
-    choice: int
-    output: Output
 
 
 @dataclass(frozen=True)
@@ -90,7 +83,8 @@ class Runner(Protocol):
         ...
 
 
-RequestEvent = ChoiceStarted | ChoiceOutput | Finished | Failed
+# An Output with a finish reason is the last of its choice.
+RequestEvent = ChoiceStarted | Output | Finished | Failed
 
 
 class Request:
@@ -196,7 +190,7 @@ class Request:
         """An event of one of its legs."""
         if isinstance(event, Output):
             self.account.take(event)
-            self._say(ChoiceOutput(choice.job.choice, event))
+            self._say(event)
         elif isinstance(event, Prompt) and len(choice.served) == 1:
             self._say(_started(choice, event))
 

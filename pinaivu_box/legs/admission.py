@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-import time
-from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from msgspec.structs import asdict
+
 from pinaivu_box import amount
+from pinaivu_box.bounded import BoundedDict
 from pinaivu_box.errors import Conflict
 from pinaivu_box.gateway.backend import Job
 from pinaivu_box.gateway.metering import asked_text
@@ -26,7 +27,12 @@ from pinaivu_box.gateway.quota import (
 )
 from pinaivu_box.ledger.entry import Balance
 from pinaivu_box.policy import PeerPolicy
+from pinaivu_box.routing.changes import Changes
 from pinaivu_box.routing.load import LoadTracker
+from pinaivu_box.settings import LiveSettings
+from pinaivu_box.store import peer_settings
+from pinaivu_box.store.database import Database
+from pinaivu_box.store.peer_settings import PeerLimits
 
 _MAX_RECEIVING = 4  # tasks of a peer that are on their way here, of up to 16 MiB each
 _SIBLING_SECONDS = 5.0  # that a leg waits for another of its request
@@ -35,6 +41,26 @@ _COUNTED_RATIO = 2  # of the tokens a minute that a peer may have counted to tho
 _PRINCIPAL = "Your box"  # as sentences to a peer begin
 
 LegKey = tuple[str, int, int]  # request id, leg, choice
+
+
+class PeerPolicies:
+    """What each peer may have, kept in memory since each request asks for it."""
+
+    def __init__(self, database: Database, settings: LiveSettings) -> None:
+        self._database, self._settings = database, settings
+        self._limits: dict[str, PeerLimits] = {}
+
+    async def of(self, node_id: str) -> PeerPolicy:
+        """`[peering.serve]`, and what is set for that peer instead."""
+        limits = self._limits  # what is read now is of no use after a change
+        if node_id not in limits:
+            limits[node_id] = (await peer_settings.get(self._database, node_id)).limits
+        own = {name: v for name, v in asdict(limits[node_id]).items() if v is not None}
+        return PeerPolicy(**{**asdict(self._settings.config.peering.serve), **own})
+
+    def changed(self) -> None:
+        """The store has other settings now."""
+        self._limits = {}
 
 
 class PeerLedger(Protocol):
@@ -59,6 +85,10 @@ class PeerDebt:
     unaccepted: int
 
 
+def _remembered() -> BoundedDict[Hashable, None]:
+    return BoundedDict(_MAX_REMEMBERED)
+
+
 @dataclass
 class _PeerLegs:
     """The legs of one peer: those that run, the latest that were served, the prompts that a leg
@@ -70,22 +100,9 @@ class _PeerLegs:
     receiving: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_MAX_RECEIVING))
     counted: Window = field(default_factory=Window)
     running: set[LegKey] = field(default_factory=set)
-    served: OrderedDict[Hashable, None] = field(default_factory=OrderedDict)
-    paid: OrderedDict[Hashable, None] = field(default_factory=OrderedDict)
-    _changed: asyncio.Event = field(default_factory=asyncio.Event)
-
-    def changed(self) -> None:
-        """A leg has ended, or a prompt is paid for."""
-        self._changed.set()
-        self._changed = asyncio.Event()
-
-    async def until(self, condition: Callable[[], bool]) -> bool:
-        """Wait a moment for the condition; returns whether it holds."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_SIBLING_SECONDS):
-                while not condition():
-                    await self._changed.wait()
-        return condition()
+    served: BoundedDict[Hashable, None] = field(default_factory=_remembered)
+    paid: BoundedDict[Hashable, None] = field(default_factory=_remembered)
+    changes: Changes = field(default_factory=Changes)  # of `running` and `paid`
 
 
 class LegPermit:
@@ -117,7 +134,54 @@ class LegPermit:
 
     def served(self) -> None:
         """It is in the ledger."""
-        _remember(self._legs.served, self._leg)
+        self._legs.served[self._leg] = None
+
+
+class PeerRequest:
+    """A request of a peer that has its place among the peer's requests."""
+
+    def __init__(
+        self,
+        admission: LegAdmission,
+        peer: str,
+        policy: PeerPolicy,
+        currency: str,
+        reservation: Reservation,
+    ) -> None:
+        self._admission, self._reservation = admission, reservation
+        self._peer, self._policy, self._currency = peer, policy, currency
+
+    async def check(self) -> None:
+        """Refuse what cannot run before anything is spent on it.  Raises RateLimited."""
+        self._reservation.quota.check(await self._limits())
+
+    async def reserve(self, *, tokens: int, cost: int) -> None:
+        """Reserve what the request may use and cost at most, until it ends.
+
+        Raises RateLimited.
+        """
+        limits = await self._limits()
+        # From here on nothing is awaited: of requests that come together each sees the others.
+        tokens = min(tokens, limits.tpm or tokens)
+        self._reservation.quota.increase(self._reservation, limits, tokens=tokens, cost=cost)
+
+    def use(self, tokens: int) -> None:
+        """Count so many tokens instead of those that were reserved."""
+        self._reservation.use(tokens)
+
+    def check_counting(self) -> None:
+        """Before a prompt is counted that is not run.  Raises RateLimited."""
+        if self._policy.tokens_per_minute:
+            limit = _COUNTED_RATIO * self._policy.tokens_per_minute
+            wait = self._admission.counted(self._peer).wait(1, limit)
+            refuse_until(wait, f"{_PRINCIPAL} may count {limit} tokens per minute")
+
+    def counted(self, tokens: int) -> None:
+        """A prompt of so many tokens was counted."""
+        self._admission.counted(self._peer).enter(tokens)
+
+    async def _limits(self) -> Limits:
+        return await self._admission.limits(self._peer, self._policy, self._currency)
 
 
 class LegAdmission:
@@ -152,11 +216,12 @@ class LegAdmission:
 
     async def debt(self, peer: str, currency: str) -> PeerDebt:
         """As a credit limit counts it."""
-        quota = await self.quotas.of(peer)
-        balance = await self._balance(quota, peer, currency)
-        return PeerDebt(balance.credit_used + quota.reserved, balance.waiting)
+        balance = await self._balance(peer, currency)
+        reserved = (await self.quotas.of(peer)).reserved
+        return PeerDebt(balance.credit_used + reserved, balance.waiting)
 
-    async def _balance(self, quota: Quota, peer: str, currency: str) -> Balance:
+    async def _balance(self, peer: str, currency: str) -> Balance:
+        quota = await self.quotas.of(peer)
         while True:
             settled = quota.settled
             balance = await self._ledger.balance(peer, currency)
@@ -164,11 +229,31 @@ class LegAdmission:
                 return balance
             # A leg that has ended meanwhile may be neither in the balance nor reserved.
 
-    async def _limits(self, quota: Quota, peer: str, policy: PeerPolicy, currency: str) -> Limits:
-        """All but places: a request has one from the beginning."""
+    @contextlib.asynccontextmanager
+    async def request(
+        self, peer: str, policy: PeerPolicy, currency: str
+    ) -> AsyncIterator[PeerRequest]:
+        """A place among the peer's requests, until the request has ended.
+
+        What it cost must be in the ledger by then.  Raises RateLimited.
+        """
+        quota = await self.quotas.of(peer)
+        reservation = quota.reserve(Limits(_PRINCIPAL, max_parallel=policy.max_parallel))
+        self._running += 1
+        self.idle.clear()
+        try:
+            yield PeerRequest(self, peer, policy, currency, reservation)
+        finally:
+            quota.end(reservation, 0)  # what it has cost is in the ledger
+            self._running -= 1
+            if not self._running:
+                self.idle.set()
+
+    async def limits(self, peer: str, policy: PeerPolicy, currency: str) -> Limits:
+        """What a peer may use now, but for places: a request has one from the beginning."""
         credit = None
         if policy.credit_limit:
-            balance = await self._balance(quota, peer, currency)
+            balance = await self._balance(peer, currency)
             if_idle = policy.beyond == "idle"
             credit = Credit(
                 amount.parse(policy.credit_limit),
@@ -180,60 +265,9 @@ class LegAdmission:
             )
         return Limits(_PRINCIPAL, tpm=policy.tokens_per_minute or None, credit=credit)
 
-    @contextlib.asynccontextmanager
-    async def place(self, peer: str, policy: PeerPolicy) -> AsyncIterator[Reservation]:
-        """A place among the peer's requests; what it costs must be in the ledger when it is left.
-
-        Raises RateLimited.
-        """
-        quota = await self.quotas.of(peer)
-        limits = Limits(_PRINCIPAL, max_parallel=policy.max_parallel)
-        reservation = quota.reserve(limits)
-        self._running += 1
-        self.idle.clear()
-        try:
-            yield reservation
-        finally:
-            reservation.end(0)
-            self._running -= 1
-            if not self._running:
-                self.idle.set()
-
-    async def check(self, peer: str, policy: PeerPolicy, currency: str) -> None:
-        """Refuse what cannot run before anything is spent on it.  Raises RateLimited."""
-        quota = await self.quotas.of(peer)
-        quota.check(await self._limits(quota, peer, policy, currency))
-
-    async def reserve(
-        self,
-        reservation: Reservation,
-        peer: str,
-        policy: PeerPolicy,
-        currency: str,
-        *,
-        tokens: int,
-        cost: int,
-    ) -> None:
-        """Reserve what a request may use and cost at most, until its place is left.
-
-        Raises RateLimited.
-        """
-        quota = reservation.quota
-        limits = await self._limits(quota, peer, policy, currency)
-        # From here on nothing is awaited: of requests that come together each sees the others.
-        tokens = min(tokens, limits.tpm or tokens)
-        quota.increase(reservation, limits, tokens=tokens, cost=cost)
-
-    def check_counting(self, peer: str, policy: PeerPolicy) -> None:
-        """Before a prompt is counted that is not run.  Raises RateLimited."""
-        if policy.tokens_per_minute:
-            limit = _COUNTED_RATIO * policy.tokens_per_minute
-            wait = self._legs_of(peer).counted.wait(time.monotonic(), 1, limit)
-            refuse_until(wait, f"{_PRINCIPAL} may count {limit} tokens per minute")
-
-    def counted(self, peer: str, tokens: int) -> None:
-        """A prompt of so many tokens was counted."""
-        self._legs_of(peer).counted.enter(time.monotonic(), tokens)
+    def counted(self, peer: str) -> Window:
+        """The tokens of prompts that were only counted for the peer."""
+        return self._legs_of(peer).counted
 
     # -- legs --------------------------------------------------------------------------------------
 
@@ -248,17 +282,19 @@ class LegAdmission:
         if key in legs.served:
             raise _served_already()
         # One whose stream has just broken is about to end.
-        if not await legs.until(lambda: key not in legs.running):
+        if not await legs.changes.until(lambda: key not in legs.running, _SIBLING_SECONDS):
             raise Conflict("This leg of the request is being served already.")
         legs.running.add(key)
         try:
             prompt = _prompt_hash(job)
             # The leg that pays may have been overtaken.
-            if not (pays or await legs.until(lambda: prompt in legs.paid)):
+            if not (
+                pays or await legs.changes.until(lambda: prompt in legs.paid, _SIBLING_SECONDS)
+            ):
                 raise _unpaid()
             paid_before = prompt in legs.paid or not pays
-            _remember(legs.paid, prompt)
-            legs.changed()
+            legs.paid[prompt] = None
+            legs.changes.notify()
             permit = LegPermit(peer, key, prompt, legs, self._ledger)
             try:
                 yield permit
@@ -267,13 +303,7 @@ class LegAdmission:
                     legs.paid.pop(prompt, None)
         finally:
             legs.running.discard(key)
-            legs.changed()
-
-
-def _remember(keys: OrderedDict[Hashable, None], key: Hashable) -> None:
-    keys[key] = None
-    if len(keys) > _MAX_REMEMBERED:
-        keys.popitem(last=False)
+            legs.changes.notify()
 
 
 def _served_already() -> Conflict:

@@ -20,7 +20,8 @@ from pinaivu_box.errors import (
     ProtocolError,
     by_code,
 )
-from pinaivu_box.gateway.backend import Event, Job, Output, Prompt, Proved, Started
+from pinaivu_box.gateway.backend import Event, Job, Prompt, Proved, Started
+from pinaivu_box.gateway.output import Output
 from pinaivu_box.gateway.scopes import ScopeTags
 from pinaivu_box.identity import Identity
 from pinaivu_box.legs import wire as leg_wire
@@ -34,6 +35,7 @@ from pinaivu_box.receipts.receipt import (
     cost,
 )
 from pinaivu_box.routing.candidates import Destination
+from pinaivu_box.tasks import TaskSet
 from pinaivu_box.transport import wire
 from pinaivu_box.transport.transport import Stream
 
@@ -51,7 +53,7 @@ _FAULTS = (BadRequest, InvalidBody)
 class Opener(Protocol):
     async def open(self, peer: str, purpose: str, timeout: float = ...) -> Stream: ...
 
-    async def look(self, model: str) -> None: ...
+    async def query_load(self, model: str) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ class PeerClient:
         self.identity, self.keep, self.large = identity, keep, large
         self._network = network
         self._tags = ScopeTags()
-        self._stops: set[asyncio.Task[None]] = set()
+        self._stops = TaskSet()
 
     def backend(self, to: Destination) -> PeerBackend:
         return PeerBackend(self, to)
@@ -125,9 +127,7 @@ class PeerClient:
             with contextlib.suppress(PeeringError, ValueError):
                 await leg_wire.send(stream, leg_wire.Stop())
 
-        task = asyncio.create_task(tell())
-        self._stops.add(task)
-        task.add_done_callback(self._stops.discard)
+        self._stops.spawn(tell())
 
 
 class PeerBackend:
@@ -221,7 +221,7 @@ class PeerLeg:
         except TimeoutError:
             raise self._stalled(f"nothing came for {loop.time() - began:.1f} s") from None
         if message is None:
-            raise ProtocolViolation("it ended the leg without a message")
+            raise ProtocolViolation("the stream ended before the leg")
         now = loop.time()
         if isinstance(message, leg_wire.Outputs):
             self._gap += 0.2 * (now - began - self._gap)
@@ -232,7 +232,7 @@ class PeerLeg:
         if now - self._heard > ALIVE_SECONDS:
             raise self._stalled(f"it said nothing but that it is alive for {ALIVE_SECONDS:g} s")
         if self._idle > _IDLE_BURST + _IDLE_RATE * (now - self._since):
-            raise ProtocolViolation("it sends too many messages without content")
+            raise ProtocolViolation("too many messages without content")
         return message
 
     def _begin(self, message: leg_wire.LegStarted) -> Started:
@@ -252,33 +252,25 @@ class PeerLeg:
 
     async def _take(self, stream: Stream, message: leg_wire.Outputs) -> list[Event]:
         self._verifier.take(message)
-        outputs: list[Event] = [self._output(one, message.mark) for one in message.outputs]
+        for output in message.outputs:
+            output.mark = message.mark
+            if self._job.inputs is not None:
+                self._collect_vectors(output)
+        outputs: list[Event] = [*message.outputs]
         reason = message.outputs[-1].finish_reason
         if reason is not None and self._verifier.end(message):
             outputs.insert(-1, await self._accept(stream, reason))
         return outputs
 
-    def _output(self, one: leg_wire.Out, mark: str) -> Output:
-        """Vectors come in several parts, if they are many, and with the end all of them are said;
-        those of a box of version 1 are as long as its model makes them."""
-        self._vectors += one.vectors
-        vectors: list[bytes] = []
-        if one.finish_reason is not None:
-            vectors, size = self._vectors, self._job.dimensions
+    def _collect_vectors(self, output: Output) -> None:
+        """They come in several parts, if they are many, and are all said with the end; those of a
+        box of version 1 are as long as its model makes them."""
+        self._vectors += output.vectors
+        output.vectors = []
+        if output.finish_reason is not None:
+            output.vectors, size = self._vectors, self._job.dimensions
             if size is not None:
-                vectors = [vector_format.shortened(vector, size) for vector in vectors]
-        return Output(
-            one.text,
-            one.tokens,
-            one.finish_reason,
-            one.queue_ms,
-            one.cached_tokens,
-            one.shifted_tokens,
-            one.logprobs,
-            one.stop_string,
-            vectors,
-            mark,
-        )
+                output.vectors = [vector_format.shortened(one, size) for one in self._vectors]
 
     async def _accept(self, stream: Stream, reason: str) -> Proved:
         """Verify the proof, sign that it is accepted, and keep it."""

@@ -16,10 +16,12 @@ from contextlib import aclosing
 from dataclasses import replace
 
 from pinaivu_box.errors import ApiError, EngineLost, NoNodesAvailable
-from pinaivu_box.gateway.backend import Backend, Event, Job, Output, Prompt, Started, stopped
+from pinaivu_box.gateway.backend import Backend, Event, Job, Prompt, Started, stopped
+from pinaivu_box.gateway.output import Output
 from pinaivu_box.gateway.records import ChoiceRecord, LegRecord
 from pinaivu_box.legs.boxes import Box, Boxes
 from pinaivu_box.receipts.commitment import Extras
+from pinaivu_box.tasks import ignore_exception
 
 log = logging.getLogger("pinaivu.legs")
 
@@ -148,7 +150,7 @@ class LegAttempt:
     def begin(self) -> None:
         """Run in a task of its own."""
         self.task = asyncio.create_task(self.run())
-        self.task.add_done_callback(lambda task: task.cancelled() or task.exception())
+        self.task.add_done_callback(ignore_exception)
 
     def deliver_to(self, deliver: Deliver) -> None:
         """What was kept, and what comes."""
@@ -188,6 +190,7 @@ class LegAttempt:
                 if not isinstance(event, Output):
                     self._deliver(record, event)
                     continue
+                event.choice = record.job.choice
                 if event.finish_reason is not None:
                     self.box.served(record)
                 self._deliver(record, event)
@@ -242,7 +245,7 @@ class _Search:
             raise _final(self._error) if self._error else box
 
     async def _answers_in_time(self, attempt: LegAttempt) -> bool:
-        hedge = self._boxes.settings.hedge
+        hedge = self._boxes.hedge_seconds
         if not hedge or self._run.cancelled:
             return True
         done, _ = await asyncio.wait([attempt.outcome], timeout=hedge)

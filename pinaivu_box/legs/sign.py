@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import cast
+
+from msgspec import structs
 
 from pinaivu_box.gateway import logprob_records
-from pinaivu_box.gateway.backend import Job, Output, Prompt, Started
+from pinaivu_box.gateway.backend import Job, Prompt, Started
 from pinaivu_box.gateway.metering import prove
+from pinaivu_box.gateway.output import Output
 from pinaivu_box.gateway.records import ENGINE_LOST, LegRecord
 from pinaivu_box.identity import Identity
 from pinaivu_box.legs import wire as leg_wire
@@ -77,18 +81,18 @@ class LegSigner:
             self._logprobs += len(one.logprobs)
         text = mark_text(job.request_id, job.choice, job.leg, self._tokens, self._sent.commitment)
         mark = self._identity.sign(MARK_DOMAIN, text).hex()
-        return leg_wire.Outputs([_out(one) for one in outputs], mark)
+        # Nothing that an engine here makes is out of bounds.
+        return leg_wire.Outputs(cast("list[leg_wire.Out]", outputs), mark)
 
     def _parts(self, outputs: list[Output]) -> Iterator[Output]:
         """Vectors that are too many for a message go before the output that they belong to; boxes
         whose proofs are of version 1 cannot read that."""
         for one in outputs:
-            vectors = list(one.vectors)
-            fit = max(1, _VECTOR_BYTES // len(vectors[0])) if vectors else 0
-            while len(vectors) > fit and self._sent.version > 1:
-                yield Output("", [], None, None, vectors=vectors[:fit])
-                vectors = vectors[fit:]
-            yield replace(one, vectors=vectors)
+            fit = max(1, _VECTOR_BYTES // len(one.vectors[0])) if one.vectors else 0
+            while len(one.vectors) > fit and self._sent.version > 1:
+                yield Output("", [], vectors=one.vectors[:fit])
+                one = structs.replace(one, vectors=one.vectors[fit:])
+            yield one
 
     def prove(self, record: LegRecord) -> tuple[Proof, SignedProof] | None:
         """The proof, once the engine has ended the leg; None if it has not, or computed nothing."""
@@ -96,17 +100,3 @@ class LegSigner:
             proof, _ = prove(record, self._job.leg, self._price)
             self._proof = proof, sign_proof(self._identity, proof)
         return self._proof
-
-
-def _out(one: Output) -> leg_wire.Out:
-    return leg_wire.Out(
-        one.text,
-        one.tokens,
-        one.finish_reason,
-        one.queue_ms,
-        one.cached_tokens,
-        one.shifted_tokens,
-        list(one.logprobs),
-        one.stop_string,
-        list(one.vectors),
-    )

@@ -1,4 +1,4 @@
-"""What a peer sends of a leg, held against what it was asked for; pure.
+"""Verifies what a peer sends of a leg against what was requested; pure.
 
 Without the model nobody can see whether the tokens are its own, or the text is that of the tokens.
 The proof commits to both, so whoever has the file can show it later.
@@ -38,7 +38,7 @@ _ENDS = ("stop", "length", "cancelled")
 
 
 class ProtocolViolation(Exception):
-    """What is wrong, as the end of the sentence "it broke the rules: ..."."""
+    """What is wrong, as it follows "NAME violated the protocol: "."""
 
 
 class LegVerifier:
@@ -68,13 +68,13 @@ class LegVerifier:
     def begin(self, began: leg_wire.LegStarted) -> None:
         _expect(self._began is None)
         if began.digest != self._to.digest:
-            raise ProtocolViolation("it runs another file than the one that was asked for")
+            raise ProtocolViolation("another file than requested")
         if not _draws_as_asked(began.sampling, self._job):
-            raise ProtocolViolation("it draws otherwise than was asked")
+            raise ProtocolViolation("other sampling parameters than requested")
         if began.tool_style not in STYLES:
-            raise ProtocolViolation("it writes tool calls in a way that nobody knows")
+            raise ProtocolViolation("unknown format of tool calls")
         if began.proof > VERSION:
-            raise ProtocolViolation("it signs proofs of a version that nobody asked for")
+            raise ProtocolViolation("a version of proofs that was not requested")
         self._began, self.output = began, commitment.RunningCommitment(began.nonce, began.proof)
 
     def read(self, read: leg_wire.PromptRead) -> None:
@@ -82,9 +82,9 @@ class LegVerifier:
         self._has_read = True
         job = self._job
         if job.read is not None and job.inputs is None and read.tokens != job.read:
-            raise ProtocolViolation("it read other tokens than it was given")
+            raise ProtocolViolation("other prompt tokens than requested")
         if not _may_have(self._asked, len(read.tokens)):
-            raise ProtocolViolation("it read a prompt of more tokens than it can have")
+            raise ProtocolViolation("more prompt tokens than the prompt can have")
         self._prompt = len(read.tokens)
         self._prompt_commitment, _ = commitment.commit(self._asked, read.tokens, job.nonce)
 
@@ -97,7 +97,7 @@ class LegVerifier:
         _expect(self._has_read and bool(message.outputs))
         self.has_output = True
         if any(one.finish_reason is not None for one in message.outputs[:-1]):
-            raise ProtocolViolation("it went on after the end")
+            raise ProtocolViolation("output after the end")
         for one in message.outputs:
             before = self._job.scored + self._logprobs
             records = logprob_records.records(self._job, one.logprobs, before)
@@ -110,37 +110,37 @@ class LegVerifier:
             self._check_extras(one)
         made = self._before + self._tokens
         if self._tokens > self._most:
-            raise ProtocolViolation("it made more tokens than it was asked for")
+            raise ProtocolViolation("more tokens than requested")
         if self._characters > _LONGEST_TOKEN * made:
-            raise ProtocolViolation("it sent more text than its tokens can have")
+            raise ProtocolViolation("more text than the tokens can have")
         if self._cached > self._prompt or self._shifted > self._prompt + made:
-            raise ProtocolViolation("it found or forgot more tokens than there are")
+            raise ProtocolViolation("more cached or shifted tokens than there are")
 
     def _check_extras(self, one: leg_wire.Out) -> None:
         job = self._job
         if one.stop_string is not None and one.stop_string not in job.stop:
-            raise ProtocolViolation("it ended at a stop string that nobody gave")
+            raise ProtocolViolation("a stop string that was not requested")
         self._logprobs += len(one.logprobs)
         # An earlier leg may have held some back, with their text.
         known = self._before + self._tokens + (self._prompt if job.echo else 0)
         if self._logprobs > (known if job.logprobs is not None else 0):
-            raise ProtocolViolation("it sent log-probabilities that nobody wanted")
+            raise ProtocolViolation("log-probabilities that were not requested")
         if not all(map(_is_logprob, one.logprobs)):
-            raise ProtocolViolation("it sent log-probabilities that are none")
+            raise ProtocolViolation("log-probabilities that are not finite")
         self._vectors += map(len, one.vectors)
         if len(self._vectors) > len(job.inputs or ()):
-            raise ProtocolViolation("it sent vectors that nobody wanted")
+            raise ProtocolViolation("vectors that were not requested")
         if not all(map(_is_vector, one.vectors)):
-            raise ProtocolViolation("it sent vectors that are none")
+            raise ProtocolViolation("malformed vectors")
 
     def end(self, message: leg_wire.Outputs) -> bool:
         """After the one with a finish reason: whether there is something to prove."""
         reason = message.outputs[-1].finish_reason
         if reason not in _ENDS:
-            raise ProtocolViolation("it ended in a way that nobody knows")
+            raise ProtocolViolation("unknown finish reason")
         if reason == "cancelled":
             if not self.stopped:
-                raise ProtocolViolation("it says cancelled, and nobody did that")
+                raise ProtocolViolation("cancelled without being asked to stop")
             if not self._computed:
                 return False  # it only waited
         elif self._job.inputs is not None and (
@@ -148,11 +148,11 @@ class LegVerifier:
             or len(set(self._vectors)) != 1
             or not self._has_dimensions(self._vectors[0] // 4)
         ):
-            raise ProtocolViolation("it sent other vectors than were asked for")
+            raise ProtocolViolation("other vectors than requested")
         job = self._job
         text = mark_text(job.request_id, job.choice, job.leg, self._tokens, self.output.commitment)
         if not verify(self._to.node_id, MARK_DOMAIN, text, bytes.fromhex(message.mark)):
-            raise ProtocolViolation("its mark is not on what it has sent")
+            raise ProtocolViolation("the mark does not match what was sent")
         return True
 
     def _has_dimensions(self, size: int) -> bool:
@@ -165,21 +165,21 @@ class LegVerifier:
     def prove(self, reason: str) -> tuple[Proof, SignedProof]:
         """The proof, which says what has been seen, and not more than was offered."""
         if self._proof is None:
-            raise ProtocolViolation("it gave no proof")
+            raise ProtocolViolation("no proof")
         signed = SignedProof(self._proof.signed, self._proof.signature)
         try:  # as whoever verifies the receipt will
             proof = read_proof(signed)
             written = canonical(proof)
         except ValueError:
-            raise ProtocolViolation("its proof is none, or is not written canonically") from None
+            raise ProtocolViolation("invalid proof, or not in canonical form") from None
         if written != signed.signed.encode():
-            raise ProtocolViolation("its proof is not written canonically")
+            raise ProtocolViolation("the proof is not in canonical form")
         for field, value in self._expected(reason).items():
             if getattr(proof, field) != value:
-                raise ProtocolViolation(f"its proof is about another {field}")
+                raise ProtocolViolation(f"another {field} in the proof")
         self._check_price(proof)
         if not is_signed(proof, signed):
-            raise ProtocolViolation("the signature of its proof is not its own")
+            raise ProtocolViolation("invalid signature of the proof")
         return proof, signed
 
     def _expected(self, reason: str) -> dict[str, object]:
@@ -213,11 +213,11 @@ class LegVerifier:
             asked = [amount.per_token(p) for p in (price.prompt, price.cached, price.completion)]
             told = [amount.per_token(p) for p in self._to.prices]
         except ValueError as error:
-            raise ProtocolViolation(f"a price in its proof is {error}") from None
+            raise ProtocolViolation(f"a price in the proof is {error}") from None
         if price.currency != self._to.currency or any(
             a > t for a, t in zip(asked, told, strict=True)
         ):
-            raise ProtocolViolation("it asks for more than it offered")
+            raise ProtocolViolation("a higher price than offered")
 
 
 def _expect(expected: bool) -> None:

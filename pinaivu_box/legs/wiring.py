@@ -6,7 +6,6 @@ import time
 from collections.abc import Awaitable, Callable
 from random import Random
 
-from pinaivu_box.amount import Prices
 from pinaivu_box.gateway.local import LocalBackend
 from pinaivu_box.gateway.placement import Placement
 from pinaivu_box.identity import Identity
@@ -19,15 +18,13 @@ from pinaivu_box.legs.prompts import PromptReader
 from pinaivu_box.legs.recorder import LedgerRecorder
 from pinaivu_box.legs.runner import LegRunner
 from pinaivu_box.legs.server import LegServer
-from pinaivu_box.models.catalog import Model
 from pinaivu_box.network.network import Network
 from pinaivu_box.policy import PeerPolicy
 from pinaivu_box.routing.candidates import Candidates
 from pinaivu_box.routing.circuit_breaker import CircuitBreaker
 from pinaivu_box.routing.load import LoadTracker
 from pinaivu_box.routing.reputation import Reputation
-from pinaivu_box.routing.router import Weights
-from pinaivu_box.routing.selector import RoutingSettings, Selector
+from pinaivu_box.routing.selector import Selector
 from pinaivu_box.routing.spending_limits import SpendingLimits
 from pinaivu_box.settings import LiveSettings
 
@@ -51,24 +48,19 @@ class Pool:
         # Whoever sets the clock changes no opinion.
         began = time.time() - time.monotonic()
         self.reputation = Reputation(lambda: began + time.monotonic())
-        self._settings = settings
         self._large = LargeMessages()
         breaker = CircuitBreaker(time.monotonic, Random())  # noqa: S311, it only spreads requests
         self.candidates = Candidates(
-            identity.node_id, lambda: settings.catalog, self._prices, self._currency, load,
-            placement, network.peers, breaker, self.reputation,
+            identity.node_id, settings, load, placement, network.peers, breaker, self.reputation,
             SpendingLimits(recorder.debts, settings),
         )  # fmt: skip
-        selector = Selector(
-            self.candidates, placement.digest_of, self._currency, network.look, self._routing
-        )
+        selector = Selector(self.candidates, placement.digest_of, network.query_load, settings)
         peers = PeerClient(identity, network, recorder.keep, self._large)
         self.boxes = Boxes(selector, self.candidates, local, peers, load, breaker, self.reputation)
         self.runner = LegRunner(identity.node_id, local, self.boxes)
         self.prompts = PromptReader(local, peers, self.candidates, selector)
         self.serving = LegServer(
-            identity, local, load, lambda name: settings.catalog.find(name), self._prices,
-            self._currency, LegAdmission(policy, recorder, load), recorder.keep,
+            identity, local, load, settings, LegAdmission(policy, recorder, load), recorder.keep,
             placement.digest_of, writable, self._large,
         )  # fmt: skip
         network.handlers[leg_wire.PURPOSE] = self.serving.handle
@@ -78,14 +70,3 @@ class Pool:
     def close(self) -> None:
         """End the process that looks at large messages."""
         self._large.close()
-
-    def _prices(self, model: Model) -> Prices:
-        return self._settings.config.pricing.prices_of(model.id)
-
-    def _currency(self) -> str:
-        return self._settings.config.pricing.currency
-
-    def _routing(self) -> RoutingSettings:
-        peering = self._settings.config.peering
-        weights = Weights(peering.price_weight, peering.time_weight, peering.reputation_weight)
-        return RoutingSettings(peering.policy, peering.same_name, weights, peering.hedge_ms / 1000)

@@ -5,16 +5,17 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from pinaivu_box.amount import Prices
+from pinaivu_box.bounded import BoundedDict
 from pinaivu_box.errors import ModelNotFound
 from pinaivu_box.gateway.backend import Job
 from pinaivu_box.gateway.placement import Placement
 from pinaivu_box.gossip.adverts import Offer
-from pinaivu_box.models.catalog import Catalog, Model, remote
+from pinaivu_box.models.catalog import Model, remote
 from pinaivu_box.models.names import is_model_id
 from pinaivu_box.network.peer import Peer
 from pinaivu_box.routing.changes import Changes
@@ -23,6 +24,7 @@ from pinaivu_box.routing.load import LoadTracker
 from pinaivu_box.routing.reputation import Reputation
 from pinaivu_box.routing.router import Candidate
 from pinaivu_box.routing.spending_limits import SpendingLimits
+from pinaivu_box.settings import LiveSettings
 
 _WARM_SECONDS = 600.0  # that a conversation's cache is thought to be kept
 _CONVERSATIONS = 4096
@@ -55,9 +57,7 @@ class Candidates:
     def __init__(
         self,
         me: str,
-        catalog: Callable[[], Catalog],
-        prices: Callable[[Model], Prices],
-        currency: Callable[[], str],
+        settings: LiveSettings,
         load: LoadTracker,
         placement: Placement,
         peers: Callable[[], Sequence[Peer]],
@@ -68,10 +68,10 @@ class Candidates:
         self.me = me
         self.spending = spending
         self.changes = Changes()
-        self._catalog, self._prices, self._currency = catalog, prices, currency
+        self._settings = settings
         self._load, self._placement, self._peers = load, placement, peers
         self._resting, self._reputation = resting, reputation
-        self._conversations: OrderedDict[bytes, tuple[str, float]] = OrderedDict()
+        self._conversations: BoundedDict[bytes, tuple[str, float]] = BoundedDict(_CONVERSATIONS)
         self._under_way: dict[str, dict[str, float]] = {}
         self._busy: dict[str, float] = {}
         self.refusals: dict[str, tuple[str, float]] = {}  # a peer's last, and when (monotonic)
@@ -85,7 +85,7 @@ class Candidates:
         """The model here, or else as peers offer it, or did before they fell silent: that nobody
         can serve it now is not the client's mistake.  Raises ModelNotFound."""
         try:
-            return self._catalog().find(model_id)
+            return self._settings.catalog.find(model_id)
         except ModelNotFound:
             offered = [*self.remote_models(), *self._remote(self._unheard())]
             found = {one.id: one for one in reversed(offered)}
@@ -99,7 +99,7 @@ class Candidates:
         return self._remote(self._offers())
 
     def _remote(self, offers: list[tuple[Peer, Offer]]) -> list[Model]:
-        here = {model.id for model in self._catalog().models}
+        here = {model.id for model in self._settings.catalog.models}
         files: dict[str, Counter[str]] = {}
         for _, offer in offers:
             if offer.id not in here:
@@ -172,8 +172,8 @@ class Candidates:
             queue=load.queue(model.id),
             ttft_ms=load.ttft_ms(model),
             tokens_per_s=load.tokens_per_s(model.id),
-            cost=_cost(self._prices(model), job),
-            currency=self._currency(),
+            cost=_cost(self._settings.config.pricing.prices_of(model.id), job),
+            currency=self._settings.config.pricing.currency,
             local=True,
             known=True,
             warm=warm == self.me,
@@ -220,11 +220,7 @@ class Candidates:
         """It goes there: the conversation's next request finds a warm cache there."""
         self._under_way.setdefault(node_id, {})[job.id] = time.monotonic()
         self.spending.reserve(node_id, job.id, self._most_at(node_id, job))
-        key = _conversation(job)
-        self._conversations[key] = (node_id, time.monotonic())
-        self._conversations.move_to_end(key)
-        if len(self._conversations) > _CONVERSATIONS:
-            self._conversations.popitem(last=False)
+        self._conversations[_conversation(job)] = (node_id, time.monotonic())
 
     def ended(self, job: Job, node_id: str) -> None:
         self._under_way.get(node_id, {}).pop(job.id, None)

@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Collection
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from random import Random
 
-from pinaivu_box.config import RoutingPolicy
+from pinaivu_box.bounded import BoundedDict
 from pinaivu_box.gateway.backend import Job
 from pinaivu_box.models.catalog import Model
 from pinaivu_box.routing.candidates import Candidates, tokens_of
 from pinaivu_box.routing.router import Candidate, Decision, RoutingRequest, Weights, route, unsure
+from pinaivu_box.settings import LiveSettings
 
 _MAX_PINNED = 4096  # requests whose file is remembered
-
-
-@dataclass(frozen=True)
-class RoutingSettings:
-    """See `router`.  After `hedge` seconds without a first token a second box is asked as well, and
-    the first to answer serves; 0: never."""
-
-    policy: RoutingPolicy = "prefer-local"
-    same_name: bool = False
-    weights: Weights = field(default_factory=Weights)
-    hedge: float = 0.0
 
 
 class Selector:
@@ -35,15 +24,18 @@ class Selector:
         self,
         candidates: Candidates,
         digest: Callable[[Model], Awaitable[str]],
-        currency: Callable[[], str],
         ask_loads: Callable[[str], Awaitable[None]],
-        settings: Callable[[], RoutingSettings],
+        settings: LiveSettings,
     ) -> None:
-        self.settings = settings
-        self._candidates = candidates
-        self._digest, self._currency, self._ask_loads = digest, currency, ask_loads
+        self._candidates, self._settings = candidates, settings
+        self._digest, self._ask_loads = digest, ask_loads
         self._random = Random()  # noqa: S311, it only spreads requests
-        self._pinned: OrderedDict[str, str] = OrderedDict()
+        self._pinned: BoundedDict[str, str] = BoundedDict(_MAX_PINNED)
+
+    @property
+    def hedge_seconds(self) -> float:
+        """After this time without a first token a second box is asked as well; 0: never."""
+        return self._settings.config.peering.hedge_ms / 1000
 
     async def select(self, job: Job, tried: Collection[str]) -> tuple[Decision, str]:
         """The decision, and the digest of the file at the chosen node ("" if there is none).
@@ -63,20 +55,22 @@ class Selector:
         return decision, self._pin(job, decision, candidates, request)
 
     def _request(self, job: Job, here: str, tried: Collection[str]) -> RoutingRequest:
-        settings, pinned = self.settings(), job.digest or self._pinned.get(job.request_id)
+        config, pinned = self._settings.config, job.digest or self._pinned.get(job.request_id)
         return RoutingRequest(
             model=job.model.id,
             digest=pinned or here or job.model.recorded_digest,
             tokens=sum(tokens_of(job)),
-            currency=self._currency(),
-            policy=job.routing or settings.policy,
-            same_name=settings.same_name and pinned is None,
+            currency=config.pricing.currency,
+            policy=job.routing or config.peering.policy,
+            same_name=config.peering.same_name and pinned is None,
             local_only=job.local_only,
             tried=tried,
         )
 
     def _route(self, candidates: list[Candidate], request: RoutingRequest) -> Decision:
-        return route(candidates, request, self._random, self.settings().weights)
+        peering = self._settings.config.peering
+        weights = Weights(peering.price_weight, peering.time_weight, peering.reputation_weight)
+        return route(candidates, request, self._random, weights)
 
     def _pin(
         self,
@@ -91,7 +85,6 @@ class Selector:
         if not digests:
             return ""
         digest = request.digest if request.digest in digests else digests[0]
-        self._pinned.setdefault(job.request_id, digest)
-        if len(self._pinned) > _MAX_PINNED:
-            self._pinned.popitem(last=False)
+        if job.request_id not in self._pinned:
+            self._pinned[job.request_id] = digest
         return digest

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from msgspec import UNSET
 
-from pinaivu_box.gateway.request import ChoiceOutput, ChoiceStarted, Finished
+from pinaivu_box.gateway.output import Output
+from pinaivu_box.gateway.request import ChoiceStarted, Finished
 from pinaivu_box.openai.request import check_chat
 from pinaivu_box.openai.tools import custom_names
 from pinaivu_box.openai.types import ChatCompletion, ChatRequest, Chunk, ContextShift
@@ -44,7 +45,7 @@ async def create_chat_completion(
             case ChoiceStarted():
                 parser.begin(event)
                 fingerprint = event.fingerprint
-            case ChoiceOutput():
+            case Output():
                 messages[event.choice].add(parser.parse(event))
             case Finished():
                 end = event

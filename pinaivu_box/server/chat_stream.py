@@ -8,7 +8,8 @@ from typing import Any
 import msgspec
 from msgspec import UNSET
 
-from pinaivu_box.gateway.request import ChoiceOutput, ChoiceStarted, Failed, Finished, RequestEvent
+from pinaivu_box.gateway.output import Output
+from pinaivu_box.gateway.request import ChoiceStarted, Failed, Finished, RequestEvent
 from pinaivu_box.openai import reader
 from pinaivu_box.openai.types import (
     ChoiceLogprobs,
@@ -59,7 +60,7 @@ class ChatStream:
             case ChoiceStarted():
                 self._parser.begin(event)
                 return self._begin(event.choice, event.fingerprint)
-            case ChoiceOutput():
+            case Output():
                 part = self._parser.parse(event)
                 if part.finish_reason:
                     self._finish_reasons[part.choice] = part.finish_reason
@@ -119,7 +120,7 @@ def _delta(piece: reader.Piece) -> Delta:
     match piece:
         case reader.Text():
             return Delta(content=piece.text)
-        case reader.Thought():
+        case reader.Reasoning():
             return Delta(reasoning_content=piece.text)
         case reader.ParsedCall():
             called: dict[str, Any] = (

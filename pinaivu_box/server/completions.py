@@ -12,7 +12,8 @@ from msgspec import UNSET
 from pinaivu_box.engine.messages import TokenLogprob
 from pinaivu_box.errors import InvalidBody
 from pinaivu_box.gateway.backend import Job
-from pinaivu_box.gateway.request import ChoiceOutput, ChoiceStarted, Failed, Finished, RequestEvent
+from pinaivu_box.gateway.output import Output
+from pinaivu_box.gateway.request import ChoiceStarted, Failed, Finished, RequestEvent
 from pinaivu_box.models.catalog import Model
 from pinaivu_box.openai.completions import (
     Completion,
@@ -155,11 +156,11 @@ class _CompletionAnswer:
                 self._begin(event)
                 choice = self._choices[event.choice]
                 choice.texts.append(choice.begin(event.prompt))
-            case ChoiceOutput(number, output):
-                choice = self._choices[number]
-                choice.texts.append(output.text)
-                choice.logprobs += output.logprobs
-                choice.finish_reason = output.finish_reason
+            case Output():
+                choice = self._choices[event.choice]
+                choice.texts.append(event.text)
+                choice.logprobs += event.logprobs
+                choice.finish_reason = event.finish_reason
             case Finished():
                 self._end = event
 
@@ -180,16 +181,17 @@ class _CompletionAnswer:
 
     def _encode(self, event: RequestEvent) -> bytes:
         match event:
-            case ChoiceStarted(choice):
+            case ChoiceStarted():
                 self._begin(event)
-                echo = self._choices[choice].begin(event.prompt)
-                return self._chunk(CompletionChoice(choice, echo, None)) if echo else b""
-            case ChoiceOutput(choice, output):
-                self._choices[choice].finish_reason = output.finish_reason
-                if not output.text and not output.logprobs:
+                echo = self._choices[event.choice].begin(event.prompt)
+                return self._chunk(CompletionChoice(event.choice, echo, None)) if echo else b""
+            case Output():
+                choice = self._choices[event.choice]
+                choice.finish_reason = event.finish_reason
+                if not event.text and not event.logprobs:
                     return b""
-                logprobs = self._choices[choice].next_logprobs(output.logprobs)
-                return self._chunk(CompletionChoice(choice, output.text, None, logprobs))
+                logprobs = choice.next_logprobs(event.logprobs)
+                return self._chunk(CompletionChoice(event.choice, event.text, None, logprobs))
             case Finished():
                 self._end = event
                 return self._last_chunks()

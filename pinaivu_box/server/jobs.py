@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import msgspec
+from msgspec import Struct
 
 from pinaivu_box.chat_format import CONTINUE, GENERATE
 from pinaivu_box.engine.messages import Constraint, SamplingParams, Tools
@@ -23,30 +24,39 @@ from pinaivu_box.openai.types import (
     SchemaFormat,
 )
 
-_SEED_BITS = 53  # a seed that we choose also survives in JSON numbers
+_SEED_BITS = 53  # of a random seed, so that it fits into a JSON number
 _SEEDS = 2**63
 
 
-def job_of(body: Sampled, model: Model, request_id: str, tenant: str) -> Job:
-    """What every kind of request says; without a prompt yet."""
+def base_job(body: Struct, model: Model, request_id: str, tenant: str) -> Job:
+    """A job with the sampling parameters of any kind of request, and nothing else of it."""
     return Job(
         request_id=request_id,
         model=model,
         messages=[],
         sampling=_sampling(body),
+        max_tokens=None,
+        stop=[],
+        tenant=tenant,
+    )
+
+
+def job_of(body: Sampled, model: Model, request_id: str, tenant: str) -> Job:
+    """The job of a chat or a completion, without its prompt."""
+    return replace(
+        base_job(body, model, request_id, tenant),
         max_tokens=body.max_tokens,
         stop=stop_strings(body.stop),
-        tenant=tenant,
         priority=body.pinaivu.priority if body.pinaivu else 0,
         constraint=grammar(body.grammar) if body.grammar else None,
         cache=body.cache_prompt is not False,
     )
 
 
-def _sampling(body: Sampled) -> SamplingParams:
-    """The body's values; None is as good as leaving a field out."""
-    values = {name: getattr(body, name) for name in SamplingParams.__struct_fields__}
-    values = {name: value for name, value in values.items() if value is not None}
+def _sampling(body: Struct) -> SamplingParams:
+    """The values of those fields that the body has; null means the default."""
+    names = set(SamplingParams.__struct_fields__).intersection(body.__struct_fields__)
+    values = {name: value for name in names if (value := getattr(body, name)) is not None}
     return SamplingParams(**{"seed": secrets.randbits(_SEED_BITS), **values})
 
 
@@ -66,12 +76,12 @@ def chat_job(body: ChatRequest, model: Model, request_id: str, tenant: str) -> J
 
 
 def asked(body: ChatRequest) -> dict[str, Any]:
-    """What a chat's prompt commitment covers beside messages and stop strings."""
+    """What the prompt commitment of a chat covers beside messages and stop strings."""
     return committed(_tools(body), grammar(body.grammar) if body.grammar else _format(body))
 
 
 def choices(job: Job, n: int) -> list[Job]:
-    """Further choices of a prompt have seeds of their own."""
+    """The jobs of `n` choices of a prompt, each with its own seed."""
     return [
         replace(
             job, choice=job.choice + k, sampling=_with_seed(job.sampling, job.sampling.seed + k)

@@ -1,4 +1,4 @@
-"""The text of a model, as it comes, to text, thoughts and tool calls for each choice."""
+"""Parses the output of a model, as it arrives, into text, reasoning and tool calls."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from msgspec import UNSET
 from pinaivu_box.chat_format import STYLES
 from pinaivu_box.engine.messages import TokenLogprob
 from pinaivu_box.gateway.backend import Job
-from pinaivu_box.gateway.request import ChoiceOutput, ChoiceStarted
+from pinaivu_box.gateway.output import Output
+from pinaivu_box.gateway.request import ChoiceStarted
 from pinaivu_box.openai import reader
 from pinaivu_box.openai.reader import Piece, Reader
 from pinaivu_box.openai.types import (
@@ -54,15 +55,15 @@ class OutputParser:
             thinking=event.thinking,
         )
 
-    def parse(self, event: ChoiceOutput) -> AnswerPart:
-        output, text_reader = event.output, self._readers[event.choice]
-        pieces = text_reader.push(output.text) if output.text else []
-        reason = output.finish_reason
+    def parse(self, event: Output) -> AnswerPart:
+        text_reader = self._readers[event.choice]
+        pieces = text_reader.push(event.text) if event.text else []
+        reason = event.finish_reason
         if reason:
             pieces += text_reader.end()
             reason = "tool_calls" if text_reader.called and reason == "stop" else reason
         return AnswerPart(
-            event.choice, pieces, [_logprobs(token) for token in output.logprobs], reason
+            event.choice, pieces, [_logprobs(token) for token in event.logprobs], reason
         )
 
 
@@ -71,7 +72,7 @@ class MessageBuilder:
     """Builds the message of one choice from its parts."""
 
     texts: list[str] = field(default_factory=list)
-    thoughts: list[str] = field(default_factory=list)
+    reasoning: list[str] = field(default_factory=list)
     calls: list[tuple[reader.ParsedCall, list[str]]] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     finish_reason: str = ""
@@ -81,8 +82,8 @@ class MessageBuilder:
             match piece:
                 case reader.Text():
                     self.texts.append(piece.text)
-                case reader.Thought():
-                    self.thoughts.append(piece.text)
+                case reader.Reasoning():
+                    self.reasoning.append(piece.text)
                 case reader.ParsedCall():
                     self.calls.append((piece, []))
                 case reader.Arguments():
@@ -97,7 +98,7 @@ class MessageBuilder:
             "assistant",
             None,
             calls or UNSET,
-            "".join(self.thoughts) if self.thoughts else UNSET,
+            "".join(self.reasoning) if self.reasoning else UNSET,
         )
         choice_logprobs = ChoiceLogprobs(self.logprobs) if logprobs else None
         return Choice(index, message, self.finish_reason, choice_logprobs)

@@ -9,7 +9,8 @@ import msgspec
 
 from pinaivu_box.errors import ApiError
 from pinaivu_box.gateway.backend import Job
-from pinaivu_box.gateway.request import ChoiceOutput, ChoiceStarted, Failed, Finished, RequestEvent
+from pinaivu_box.gateway.output import Output
+from pinaivu_box.gateway.request import ChoiceStarted, Failed, Finished, RequestEvent
 from pinaivu_box.openai.response_items import Event, ResponseItems
 from pinaivu_box.openai.responses import (
     InputDetails,
@@ -66,8 +67,8 @@ class ResponseAnswer:
         """The limits of what a key may store."""
         retention = self._call.box.config.retention
         return {
-            "most": retention.responses_per_key,
-            "most_bytes": round(retention.responses_mb_per_key * 1e6),
+            "max_count": retention.responses_per_key,
+            "max_bytes": round(retention.responses_mb_per_key * 1e6),
         }
 
     def queue(self) -> list[bytes]:
@@ -85,7 +86,7 @@ class ResponseAnswer:
                 response = self.response()
                 kinds = ("response.created", "response.in_progress")[self._background :]
                 return [{"type": kind, "response": response} for kind in kinds]
-            case ChoiceOutput():
+            case Output():
                 part = self._parser.parse(event)
                 self._finish_reason = part.finish_reason or self._finish_reason
                 return self._items.add(part.pieces)

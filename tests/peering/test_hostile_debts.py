@@ -16,7 +16,7 @@ from pinaivu_box.amount import parse
 from pinaivu_box.errors import LinkLost, PeeringError
 from pinaivu_box.gateway.quota import Window
 from pinaivu_box.ledger import entry as ledger_entry
-from pinaivu_box.legs import admission, server
+from pinaivu_box.legs import admission, served_leg, server
 from pinaivu_box.legs import wire as leg_wire
 from pinaivu_box.models.catalog import digest_of
 from pinaivu_box.receipts.receipt import ACCEPTANCE_DOMAIN
@@ -55,7 +55,7 @@ async def world(three: ThreeBoxes, caplog: pytest.LogCaptureFixture) -> AsyncIte
 async def test_who_never_accepts_owes_it_all_the_same(
     world: ThreeBoxes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server, "_ACCEPT_SECONDS", 0.1)
+    monkeypatch.setattr(served_leg, "_ACCEPT_SECONDS", 0.1)
     before = await ledger_entry.balance(world.ben.box.database, world.carl.identity.node_id)
     asked = ask(world)
     stream, _ = await served(world, asked)
@@ -99,7 +99,7 @@ async def hang_up(world: ThreeBoxes, asked: leg_wire.LegRequest, how: str) -> No
             await leg_wire.send(stream, leg_wire.Stop())
             stream.abandon()
         case "with the link":
-            await world.carl.network._links.held[world.ben.node_id].link.close(400, "enough")
+            await world.carl.network._links.by_peer[world.ben.node_id].link.close(400, "enough")
         case "in dispute":
             await leg_wire.send(stream, leg_wire.Disputed("I have seen nothing"))
             await stream.finish()
@@ -238,7 +238,7 @@ async def test_who_waits_for_its_prompt_to_be_counted_hears_that_all_is_well(
         return await read(job)
 
     monkeypatch.setattr(local, "read", slow)
-    monkeypatch.setattr(server, "_ALIVE_SECONDS", 0.01)
+    monkeypatch.setattr(server, "ALIVE_SECONDS", 0.01)
     await terms(world, tokens_per_minute=10_000)
     stream = await opened(world)
     await leg_wire.send(stream, ask(world))
@@ -545,18 +545,18 @@ async def test_a_message_without_end_ends_the_link(world: ThreeBoxes) -> None:
 async def test_as_many_streams_as_there_may_be(world: ThreeBoxes) -> None:
     """Which say nothing, or what they are for and no more."""
     (await opened(world)).abandon()
-    link = world.carl.network._links.held[world.ben.node_id].link
+    link = world.carl.network._links.by_peer[world.ben.node_id].link
     streams = [await soon(link.open()) for _ in range(100)]
     for number, stream in enumerate(streams):
         if number % 2:
             await stream.send(b"\x82\xa4type\xa4Open\xa7purpose\xa4work")
-    await wait_until(lambda: world.ben.network._incoming.count >= 100)
+    await wait_until(lambda: world.ben.network._router.count >= 100)
     answer = await world.anna.chat("meanwhile", secret=await world.key("ben"))
     told = answer.json()
     assert told["choices"][0]["message"]["content"] == fake_text(told["usage"]["prompt_tokens"], 20)
     for stream in streams:
         stream.abandon()
-    await wait_until(lambda: world.ben.network._incoming.count < 10)
+    await wait_until(lambda: world.ben.network._router.count < 10)
 
 
 async def test_prompts_are_not_counted_without_number(

@@ -11,6 +11,7 @@ import msgspec
 import pytest
 from msgspec.structs import replace
 
+from pinaivu_box.engine.messages import TokenLogprob
 from pinaivu_box.legs import client as peers
 from pinaivu_box.legs import wire as leg_wire
 from pinaivu_box.transport.transport import Stream
@@ -72,7 +73,7 @@ MANNERS: dict[str, tuple[Any, str]] = {
     "deafness": (deaf, "does not take"),
     "no more than a heartbeat": (idle, "nothing but that it is alive"),
     "a flood of heartbeats": (chatter, "too many messages"),
-    "an end without a word": (ends, "without a message"),
+    "an end without a word": (ends, "ended before the leg"),
     "a stream that breaks": (leaves, "abandoned"),
     "no message": (frames(b"\0garbage"), "not what was expected"),
     "half a message": (frames(b"\1garbage"), "stalled"),
@@ -120,16 +121,16 @@ async def test_who_falls_silent_in_the_middle(
 
 
 def probed(*values: float, top: int = 0) -> Violation:
-    found = [leg_wire.TokenLogprob(b"a", one, [(b"b", one)] * top) for one in values]
+    found = [TokenLogprob(b"a", one, [(b"b", one)] * top) for one in values]
     return first(logprobs=found)
 
 
 @pytest.mark.parametrize(
     ("lie", "sentence"),
     [
-        (probed(NAN), "that are none"),
-        (probed(float("-inf"), top=1), "that are none"),
-        (probed(*[-1.0] * 30), "nobody wanted"),
+        (probed(NAN), "not finite"),
+        (probed(float("-inf"), top=1), "not finite"),
+        (probed(*[-1.0] * 30), "not requested"),
     ],
 )
 async def test_log_probabilities_are_numbers(
@@ -204,4 +205,4 @@ async def test_what_was_counted_is_what_is_read(world: ThreeBoxes) -> None:
     )
     world.lie(Violation(read=lambda one: replace(one, tokens=[*one.tokens, 65])))
     await right(world, await world.anna.chat("counted", secret=made.json()["key"]))
-    assert "other tokens than it was given" in await world.why()
+    assert "other prompt tokens" in await world.why()

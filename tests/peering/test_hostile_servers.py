@@ -134,7 +134,7 @@ async def test_without_end_there_is_an_end(
     world.lie(Violation(count=101))
     answer = await world.anna.chat("endless", max_tokens=None, stop=["."])
     assert answer.status_code == 200
-    assert "more tokens than it was asked for" in await world.why()
+    assert "more tokens than requested" in await world.why()
 
 
 FUNCTION = {"name": "f", "parameters": {"type": "object"}}

@@ -14,8 +14,10 @@ from typing import Any
 import msgspec
 import pytest
 
-from pinaivu_box.gateway.backend import Output, Prompt
+from pinaivu_box.engine.messages import TokenLogprob
+from pinaivu_box.gateway.backend import Prompt
 from pinaivu_box.gateway.metering import prove
+from pinaivu_box.gateway.output import Output
 from pinaivu_box.gateway.records import LegRecord
 from pinaivu_box.identity import verify
 from pinaivu_box.legs import wire as leg_wire
@@ -251,7 +253,7 @@ async def test_what_was_changed_on_the_way_is_not_what_was_signed(
     """A serving box whose answer is not the one that it signs for."""
 
     if what == "logprobs":
-        world.lie(last(logprobs=[leg_wire.TokenLogprob(b"a", -1.0, [])]))
+        world.lie(last(logprobs=[TokenLogprob(b"a", -1.0, [])]))
         answer = await world.anna.chat("changed", logprobs=True)
     else:
         vectors = [struct.pack("<8f", *([0.5] * 8))] * 2
@@ -263,4 +265,4 @@ async def test_what_was_changed_on_the_way_is_not_what_was_signed(
     assert answer.status_code == 200, told
     assert (await checked(world, told))["node_id"] == world.ben.node_id
     assert await failed(world, told) == []
-    assert "mark is not on what it has sent" in await world.why()
+    assert "mark does not match what was sent" in await world.why()

@@ -17,16 +17,17 @@ from typing import Any, cast
 from ulid import ULID
 
 from pinaivu_box.amount import Prices
-from pinaivu_box.config import Config, SamplingConfig
+from pinaivu_box.config import Config, PeeringConfig, PricingConfig, SamplingConfig
 from pinaivu_box.engine.messages import SamplingDefaults, SamplingParams
-from pinaivu_box.errors import ApiError, EngineLost, ModelNotFound, NoNodesAvailable
+from pinaivu_box.errors import ApiError, EngineLost, NoNodesAvailable
 from pinaivu_box.gateway.admission import AdmittedRequest
-from pinaivu_box.gateway.backend import Event, Job, Output, Prompt, Proved, Started
+from pinaivu_box.gateway.backend import Event, Job, Prompt, Proved, Started
 from pinaivu_box.gateway.local import resolve
 from pinaivu_box.gateway.metering import prove
+from pinaivu_box.gateway.output import Output
 from pinaivu_box.gateway.quota import Limits, Quota, Reservation
 from pinaivu_box.gateway.records import LegRecord, RequestAccount
-from pinaivu_box.gateway.request import ChoiceOutput, Failed, Finished, Request, RequestEvent
+from pinaivu_box.gateway.request import Failed, Finished, Request, RequestEvent
 from pinaivu_box.legs.boxes import Boxes
 from pinaivu_box.legs.runner import LegRunner
 from pinaivu_box.models.catalog import Model, remote
@@ -36,7 +37,7 @@ from pinaivu_box.routing.candidates import Candidates, Destination
 from pinaivu_box.routing.circuit_breaker import CircuitBreaker
 from pinaivu_box.routing.load import LoadTracker
 from pinaivu_box.routing.reputation import Reputation
-from pinaivu_box.routing.selector import RoutingSettings, Selector
+from pinaivu_box.routing.selector import Selector
 from pinaivu_box.routing.spending_limits import SpendingLimits
 from pinaivu_box.settings import LiveSettings, Settings
 from tests.support.keys import known_identity
@@ -47,7 +48,6 @@ DIGEST = "d" * 64
 TEXT = "The quick brown fox jumps over the lazy dog. " * 4
 PROMPT = [7, 8, 9]
 OWN = known_identity(50)  # the identity of the box that takes the requests
-SETTINGS = LiveSettings(Settings(Config()))  # those of every box
 
 
 class ScriptedLeg:
@@ -310,7 +310,7 @@ def recorded(of: Job, record: LegRecord | None, event: Event) -> LegRecord | Non
 
 def outputs_of(events: Iterable[RequestEvent]) -> list[tuple[int, Output]]:
     """With the number of their choice."""
-    return [(one.choice, one.output) for one in events if isinstance(one, ChoiceOutput)]
+    return [(one.choice, one) for one in events if isinstance(one, Output)]
 
 
 class Network:
@@ -323,18 +323,19 @@ class Network:
         self.own, self.peers = own, peers
         self.ledger = Ledger()
         placement: Any = SimpleNamespace(engines=[], failing=lambda model: None)
-        self.load = LoadTracker(placement, SETTINGS)
+        pricing = PricingConfig(per_1k_tokens=Prices("0.001", "0.002"))
+        peering = PeeringConfig(
+            **{"policy": "cheapest", "hedge_ms": round(hedge * 1000), **routing}
+        )
+        settings = LiveSettings(Settings(Config(pricing=pricing, peering=peering)))
+        self.load = LoadTracker(placement, settings)
         self.reputation = Reputation(lambda: 0.0)
         self.breaker = CircuitBreaker(asyncio.get_running_loop().time, Random(1))
         self.candidates = Candidates(
-            OWN.node_id, self._catalog, lambda model: Prices("0.001", "0.002"), lambda: "credits",
-            self.load, placement, self._peers, self.breaker, self.reputation,
-            SpendingLimits(_no_debts, SETTINGS),
+            OWN.node_id, settings, self.load, placement, self._peers, self.breaker,
+            self.reputation, SpendingLimits(_no_debts, settings),
         )  # fmt: skip
-        settings = RoutingSettings(**{"policy": "cheapest", "hedge": hedge, **routing})
-        selector = Selector(
-            self.candidates, _digest, lambda: "credits", _ask_loads, lambda: settings
-        )
+        selector = Selector(self.candidates, _digest, _ask_loads, settings)
         local = OwnBackend(own or ScriptedBox(0, peer=False))
         peers_: Any = _Peers(self)
         boxes = Boxes(
@@ -355,12 +356,6 @@ class Network:
 
     def ask(self, *jobs: Job, **more: Any) -> Listener:
         return Listener(self.request(*jobs, **more))
-
-    def _catalog(self) -> Any:
-        def find(name: str) -> Model:
-            raise ModelNotFound(name)
-
-        return SimpleNamespace(find=find, models=[])
 
     def _peers(self) -> list[Any]:
         return [_seen(box) for box in self.peers if box.offers]

@@ -7,6 +7,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
+from pinaivu_box.engine.messages import TokenLogprob
 from pinaivu_box.identity import Identity
 from pinaivu_box.legs import wire as leg_wire
 from pinaivu_box.receipts.receipt import PROOF_DOMAIN, EngineBuild, Price
@@ -17,7 +18,7 @@ from tests.support.keys import known_identity
 OTHER = known_identity(77)  # somebody else's key
 NAN = float("nan")
 ELSE = "ab" * 32
-NONE = "its proof is none"
+NONE = "invalid proof"
 
 
 def about(**changes: Any) -> Violation:
@@ -81,12 +82,12 @@ def dearer(*prices: str, currency: str = "credits") -> Violation:
 
 NO = leg_wire.LegRefused("x", "I\x1b[2J\n\nwill not", other=True)
 FAULT = leg_wire.LegRefused("invalid_body", "so there")
-LOGPROB = leg_wire.TokenLogprob(b"a", -1.0, [])
+LOGPROB = TokenLogprob(b"a", -1.0, [])
 # What it does, and how its reputation puts it.
 VIOLATIONS: dict[str, tuple[Violation, str]] = {
-    "a proof that somebody else signed": (signed_by(OTHER), "signature of its proof"),
+    "a proof that somebody else signed": (signed_by(OTHER), "signature of the proof"),
     "a signature that is none": (
-        Violation(proved=lambda p: replace(p, signature="0" * 128)), "signature of its proof"
+        Violation(proved=lambda p: replace(p, signature="0" * 128)), "signature of the proof"
     ),
     "tokens that were not made": (counts("completion_tokens", 1), "another completion_tokens"),
     "fewer tokens than it made": (counts("completion_tokens", -1), "another completion_tokens"),
@@ -100,7 +101,7 @@ VIOLATIONS: dict[str, tuple[Violation, str]] = {
     "another choice": (counts("choice", 1), "another choice"),
     "another model": (about(model="fake:2"), "another model"),
     "a queue without end": (first(queue_ms=float("inf")), "not what was expected"),
-    "more in its cache than there is": (first(cached_tokens=2**30), "more tokens than there are"),
+    "more in its cache than there is": (first(cached_tokens=2**30), "tokens than there are"),
     "another file in the proof": (about(model_digest=ELSE), "another model_digest"),
     "another server": (about(node_id=OTHER.node_id), "another node_id"),
     "another engine": (about(engine=EngineBuild("better", "H100")), "another engine"),
@@ -112,15 +113,15 @@ VIOLATIONS: dict[str, tuple[Violation, str]] = {
     "a newer version": (about(v=3), "another v"),
     "a version that nobody asked for": (began(proof=3), "a version"),
     "the older version, and the newer proof": (began(proof=1), "mark"),
-    "a higher price": (dearer("0.001", "0.001", "0.002"), "more than it offered"),
-    "another currency": (dearer("0", "0", "0", currency="gold"), "more than it offered"),
-    "a price that is none": (dearer("x", "0", "0"), "a price in its proof"),
+    "a higher price": (dearer("0.001", "0.001", "0.002"), "higher price than offered"),
+    "another currency": (dearer("0", "0", "0", currency="gold"), "higher price than offered"),
+    "a price that is none": (dearer("x", "0", "0"), "a price in the proof"),
     "a line break after its signature": (spelled("signature", lambda t: t + "\n"), "expected"),
     "its signature in capitals": (spelled("signature", str.upper), "expected"),
     "spaces in its signature": (spelled("signature", lambda t: f" {t[:-1]}"), "expected"),
     "a line break after its mark": (Violation(mark=lambda t: t + "\n"), "expected"),
     "its mark in capitals": (Violation(mark=str.upper), "expected"),
-    "a line break after its proof": (text_of_proof(lambda t: t + "\n"), "canonically"),
+    "a line break after its proof": (text_of_proof(lambda t: t + "\n"), "canonical form"),
     "a byte order mark before it": (text_of_proof(lambda t: "\ufeff" + t), NONE),
     "a field twice": (text_of_proof(lambda t: t[:-1] + ',"v":1}'), NONE),
     "a digest in capitals": (began(digest=ELSE.upper()), "expected"),
@@ -140,22 +141,22 @@ VIOLATIONS: dict[str, tuple[Violation, str]] = {
     "a time with a line break": (otherwise("started_at", lambda t: t + "\n"), NONE),
     "a time that is none": (about(started_at="=1+1"), NONE),
     "a time before it began": (about(duration_ms=-1), NONE),
-    "a price with a line break": (dearer("0\n", "0", "0"), "a price in its proof"),
-    "a price in other digits": (dearer("\u0660", "0", "0"), "a price in its proof"),
-    "spaces in its proof": (text_of_proof(lambda t: t.replace(",", ", ")), "canonically"),
-    "one more field": (text_of_proof(lambda t: t[:-1] + ',"z":1}'), "canonically"),
+    "a price with a line break": (dearer("0\n", "0", "0"), "a price in the proof"),
+    "a price in other digits": (dearer("\u0660", "0", "0"), "a price in the proof"),
+    "spaces in its proof": (text_of_proof(lambda t: t.replace(",", ", ")), "canonical form"),
+    "one more field": (text_of_proof(lambda t: t[:-1] + ',"z":1}'), NONE),
     "no proof in the proof": (text_of_proof(lambda t: "[]"), NONE),
     "a proof nested too deeply": (text_of_proof(lambda t: "[" * 90_000), NONE),
-    "no proof at all": (Violation(proved=lambda _: None), "it gave no proof"),
+    "no proof at all": (Violation(proved=lambda _: None), "no proof"),
     "two proofs": (Violation(proved=lambda p: [p, p]), "unexpected message"),
     "another file": (began(digest=ELSE), "another file"),
-    "another seed": (Violation(sampling={"seed": 8}), "draws otherwise"),
-    "a penalty": (Violation(sampling={"presence_penalty": 1.0}), "draws otherwise"),
-    "a bias": (Violation(sampling={"logit_bias": {"5": 100.0}}), "draws otherwise"),
+    "another seed": (Violation(sampling={"seed": 8}), "other sampling parameters"),
+    "a penalty": (Violation(sampling={"presence_penalty": 1.0}), "other sampling parameters"),
+    "a bias": (Violation(sampling={"logit_bias": {"5": 100.0}}), "other sampling parameters"),
     "a temperature that is none": (Violation(sampling={"temperature": 9.0}), "expected"),
     "a temperature that is no number": (Violation(began=nan), "expected"),
     "a top-k that is none": (Violation(sampling={"top_k": -1}), "expected"),
-    "a way of writing calls that is none": (began(tool_style="runes"), "tool"),
+    "a way of writing calls that is none": (began(tool_style="runes"), "format of tool calls"),
     "two beginnings": (Violation(began=lambda one: [one, one]), "unexpected message"),
     "no beginning": (Violation(began=lambda _: None), "unexpected message"),
     "two prompts": (Violation(read=lambda one: [one, one]), "unexpected message"),
@@ -169,7 +170,7 @@ VIOLATIONS: dict[str, tuple[Violation, str]] = {
     ),
     "more tokens than were asked for": (Violation(count=21), "more tokens"),
     "much more text than tokens": (Violation(text=lambda text: text + "a" * 100_000), "text"),
-    "an end that is none": (last(finish_reason="because"), "ended"),
+    "an end that is none": (last(finish_reason="because"), "unknown finish reason"),
     "an end that nobody wanted": (Violation(reason="cancelled"), "cancelled"),
     "it goes on after the end": (first(finish_reason="length"), "proof"),
     "an end within": (
