@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from llguidance import LLMatcher
 
+from pinaivu_box.bounded import BoundedDict
 from pinaivu_box.engine.grammar_validation import (
     LIMITS,
     OutputConstraint,
@@ -131,7 +132,8 @@ class GrammarCompiler:
         )
         self._validate: SandboxRun = sandboxes.grammars(msgspec.msgpack.encode(vocabulary))
         self._cache = _GrammarCache()
-        self._budgets: OrderedDict[str, CpuBudget] = OrderedDict()
+        # A budget that is dropped has earned all by now.
+        self._budgets: BoundedDict[str, CpuBudget] = BoundedDict(_MAX_BUDGETS)
         self._lock = threading.Lock()
 
     def compile(
@@ -181,10 +183,7 @@ class GrammarCompiler:
         return matcher, len(text)
 
     def _budget(self, tenant: str) -> CpuBudget:
-        budget = self._budgets.setdefault(tenant, CpuBudget())
-        self._budgets.move_to_end(tenant)
-        if len(self._budgets) > _MAX_BUDGETS:  # the one that is forgotten has earned all by now
-            self._budgets.popitem(last=False)
+        budget = self._budgets[tenant] = self._budgets.get(tenant) or CpuBudget()
         return budget
 
 

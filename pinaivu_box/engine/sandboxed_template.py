@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from pinaivu_box import chat_format
+from pinaivu_box.backoff import delay
 from pinaivu_box.engine.chat_template import CHATML, INSTEAD, Render
 from pinaivu_box.engine.sandboxes import SandboxRun
 from pinaivu_box.errors import ApiError, BadRequest
@@ -121,8 +122,8 @@ class SandboxedTemplate:
 
     def _count_failure(self) -> None:
         self._failures += 1
-        if (more := self._failures - _MAX_FAILURES) >= 0:
-            seconds = min(_SUSPEND_SECONDS * 2 ** min(more, 16), _MAX_SUSPEND_SECONDS)
+        if (failures := self._failures - _MAX_FAILURES + 1) > 0:
+            seconds = delay(failures, _SUSPEND_SECONDS, _MAX_SUSPEND_SECONDS)
             self._suspended_until = time.monotonic() + seconds
 
     def _check(self) -> None:
