@@ -15,8 +15,8 @@ from msgspec import Struct
 
 from pinaivu_box.openai.anthropic import CountTokensRequest, MessagesRequest
 from pinaivu_box.openai.completions import CompletionRequest, DetokenizeRequest, TokenizeRequest
+from pinaivu_box.openai.decoding import check_number_of_values, decode
 from pinaivu_box.openai.embeddings import EmbeddingRequest
-from pinaivu_box.openai.request import check_number_of_values, decode
 from pinaivu_box.openai.responses import ResponseRequest
 from pinaivu_box.openai.types import ChatRequest
 
