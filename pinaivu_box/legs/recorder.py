@@ -14,6 +14,7 @@ from pinaivu_box.ledger.entry import Balance, LedgerEntry
 from pinaivu_box.legs.client import AcceptedLeg
 from pinaivu_box.legs.server import Served
 from pinaivu_box.store.database import Database
+from pinaivu_box.store.times import now_ms
 
 log = logging.getLogger("pinaivu.ledger")
 
@@ -64,7 +65,7 @@ class LedgerRecorder:
             choice=proof.choice,
             amount=leg.amount,
             currency=proof.price.currency,
-            at=time.time_ns() // 1_000_000,
+            at=now_ms(),
             proof=signed.signed.encode(),
             signature=bytes.fromhex(signed.signature),
             acceptance=acceptance,
