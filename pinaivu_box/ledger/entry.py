@@ -195,13 +195,13 @@ async def record(database: Database, entry: LedgerEntry, us: str | None = None) 
         raise _refused(entry, reason) from error
 
 
-async def has(database: Database, peer: str, request_id: str, leg: int, choice: int) -> bool:
+async def has_served(database: Database, peer: str, request_id: str, leg: int, choice: int) -> bool:
     """Whether this box has an entry for that leg, served to the peer."""
     key = (peer, True, request_id, leg, choice)
     return bool(await database.read(f"SELECT 1 FROM ledger_entries WHERE {_KEY}", key))
 
 
-async def lately(database: Database, peer: str, since: int) -> list[tuple[int, int]]:
+async def served_since(database: Database, peer: str, since: int) -> list[tuple[int, int]]:
     """The time and the tokens of each leg that a peer was served since a time, the oldest first.
 
     Looks at the latest entries only, which are all that a rate limit can have let through.
