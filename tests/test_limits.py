@@ -45,7 +45,7 @@ class Reference:
     policy: Policy
     past: list[Past] = field(default_factory=list)
 
-    def served_since(self, now: float) -> list[Past]:
+    def lately(self, now: float) -> list[Past]:
         return [one for one in self.past if one.at + MINUTE > now]
 
     def running(self) -> list[Past]:
@@ -62,7 +62,7 @@ class Reference:
         return int(now // length) * int(length) * 1000
 
     def refusal(self, now: float, tokens: int, cost: int) -> type[ApiError] | None:
-        policy, lately = self.policy, self.served_since(now)
+        policy, lately = self.policy, self.lately(now)
         if policy.rpm is not None and len(lately) + 1 > policy.rpm:
             return RateLimited
         if policy.tpm is not None and tokens > policy.tpm:
@@ -169,7 +169,7 @@ class Schedule:
 
 
 def check_never_more_than_allowed(reference: Reference, now: float) -> None:
-    policy, lately = reference.policy, reference.served_since(now)
+    policy, lately = reference.policy, reference.lately(now)
     assert policy.rpm is None or len(lately) <= policy.rpm
     assert policy.tpm is None or sum(one.tokens for one in lately) <= policy.tpm
     assert policy.max_parallel is None or len(reference.running()) <= policy.max_parallel
