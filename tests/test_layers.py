@@ -17,6 +17,9 @@ ROOT = Path(__file__).parent.parent
 # is everybody's; __main__ stands behind all.
 ROOMS = (
     "errors",
+    "backoff",
+    "bounded",
+    "tasks",
     "text",
     "value_count",
     "child",

@@ -40,9 +40,10 @@ from pinaivu_box.engine.messages import (
     Tools,
     TypicalP,
 )
-from pinaivu_box.errors import LinkLost, ProtocolError
+from pinaivu_box.errors import ProtocolError
 from pinaivu_box.gateway.output import Output
 from pinaivu_box.text import DIGEST, NO_CONTROLS, REQUEST_ID, SIGNATURE, whole
+from pinaivu_box.transport.rpc import send_frames
 from pinaivu_box.transport.transport import Stream
 from pinaivu_box.transport.wire import MAX_FRAME_BYTES, decode, encode
 
@@ -252,11 +253,7 @@ async def send(stream: Stream, *messages: ToServing | ToCoordinator) -> None:
     frames = [frame for message in messages for frame in _frames(message)]
     at_once = sum(map(len, frames)) <= _PIECE
     for batch in [frames] if at_once else [[frame] for frame in frames]:
-        try:
-            async with asyncio.timeout(SEND_SECONDS):
-                await stream.send(*batch)
-        except TimeoutError:
-            raise LinkLost("The peer does not take what it is sent.") from None
+        await send_frames(stream, *batch, seconds=SEND_SECONDS)
 
 
 def _frames(message: ToServing | ToCoordinator) -> list[bytes]:

@@ -20,10 +20,10 @@ from pinaivu_box.ledger.reconcile import EntryRange, EntrySummary
 from pinaivu_box.legs import wire as leg_wire
 from pinaivu_box.legs.codec import to_job
 from pinaivu_box.membership import joining, records, tickets
-from pinaivu_box.membership.signed import Invalid, Record
+from pinaivu_box.membership.records import Invalid, Record
 from pinaivu_box.models.catalog import remote
-from pinaivu_box.receipts.receipt import canonical
-from pinaivu_box.transport import opening, wire
+from pinaivu_box.receipts.receipt import Proof, canonical
+from pinaivu_box.transport import streams, wire
 from tests.support import ledger_entries
 from tests.support.keys import IDENTITIES
 from tests.support.records import advert as made_advert
@@ -77,7 +77,7 @@ def task(data: bytes) -> Any:
 
 
 def proof(data: bytes) -> Any:
-    return canonical(msgspec.json.decode(data, type=ledger_entries.Proof))
+    return canonical(msgspec.json.decode(data, type=Proof))
 
 
 OUT = leg_wire.Out(
@@ -86,10 +86,10 @@ OUT = leg_wire.Out(
 # Who reads it, and what honest boxes say there.
 READERS: dict[str, tuple[Callable[[bytes], Any], list[Struct | bytes]]] = {
     "hello": (wire.decode_hello, [wire.Hello((1, 2), "1.0", 1.5)]),
-    "open": (opening.decode_open, [opening.Open("work"), opening.Open("x" * 32, 9)]),
-    "refusal": (decoded(opening._refusal), [opening.Refusal(426, "no")]),
-    "join": (decoded(joining._join), [joining.JoinRequest(bytes(16), "box")]),
-    "welcome": (decoded(joining._welcome), [joining.Welcome(RECORDS[:2])]),
+    "open": (streams.decode_open, [streams.Open("work"), streams.Open("x" * 32, 9)]),
+    "refusal": (decoded(streams._refusals), [streams.Refusal(426, "no")]),
+    "join": (decoded(joining._join_requests), [joining.JoinRequest(bytes(16), "box")]),
+    "welcome": (decoded(joining._welcomes), [joining.Welcome(RECORDS[:2])]),
     "gossip": (
         frames.decode,
         [
@@ -131,11 +131,11 @@ READERS: dict[str, tuple[Callable[[bytes], Any], list[Struct | bytes]]] = {
         ],
     ),
     "questions": (
-        file_wire.question,
+        decoded(file_wire.questions),
         [file_wire.Find("a", ""), file_wire.List(DIGEST), file_wire.GivePiece(DIGEST, 1)],
     ),
     "files": (
-        file_wire.answer,
+        decoded(file_wire.answers),
         [
             file_wire.ModelAvailable("a", DIGEST, 1), file_wire.Hashes(bytes(32)),
             file_wire.PieceData(b"a"),
