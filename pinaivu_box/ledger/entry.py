@@ -20,7 +20,7 @@ from pinaivu_box.errors import EntryRefused
 from pinaivu_box.identity import verify
 from pinaivu_box.receipts.receipt import ACCEPTANCE_DOMAIN, Proof, SignedProof
 from pinaivu_box.receipts.verify import is_signed, read_proof
-from pinaivu_box.store.database import Database, Statement
+from pinaivu_box.store.database import Database, SqlStatement
 from pinaivu_box.store.times import now_ms
 
 MAX_PROOF_BYTES = 256 * 1024
@@ -154,7 +154,7 @@ def _refused(entry: LedgerEntry, reason: str) -> EntryRefused:
     return EntryRefused(f"The ledger does not take {name}: {reason}.")
 
 
-def recording(entry: LedgerEntry, us: str | None = None) -> tuple[Statement, ...]:
+def recording(entry: LedgerEntry, us: str | None = None) -> tuple[SqlStatement, ...]:
     """The statements that write an entry, or the acceptance that it lacked, for a transaction.
 
     An entry that is there already stays as it is.  If it has other bytes, or another entry of the

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from pinaivu_box.store.database import Database, Statement
+from pinaivu_box.store.database import Database, SqlStatement
 from pinaivu_box.store.times import now_ms
 
 StoredRecord = tuple[bytes, str, bytes, bytes]  # id, kind, body, signature
@@ -57,7 +57,7 @@ async def roster(database: Database) -> list[StoredRecord]:
 
 
 async def enter(
-    database: Database, network_id: str, records: Iterable[StoredRecord], *audit: Statement
+    database: Database, network_id: str, records: Iterable[StoredRecord], *audit: SqlStatement
 ) -> None:
     """Enter a network with its records, and leave the one before; the tickets for that are void."""
     await database.write(
@@ -69,18 +69,18 @@ async def enter(
     )
 
 
-async def leave(database: Database, *audit: Statement) -> None:
+async def leave(database: Database, *audit: SqlStatement) -> None:
     """Leave the network; its tickets are void."""
     await database.write(*_DELETE_RECORDS, _DELETE_NETWORK, *audit)
 
 
 async def add_records(
-    database: Database, records: Iterable[StoredRecord], *audit: Statement
+    database: Database, records: Iterable[StoredRecord], *audit: SqlStatement
 ) -> None:
     await database.write(*map(_inserting, records), *audit)
 
 
-async def add_ticket(database: Database, ticket: Invitation, *audit: Statement) -> None:
+async def add_ticket(database: Database, ticket: Invitation, *audit: SqlStatement) -> None:
     await database.write(
         (
             "INSERT INTO tickets (secret_sha256, name, created_at, expires_at, uses, admin,"
@@ -167,9 +167,12 @@ async def record_seen(
     )
 
 
-_DELETE_RECORDS: tuple[Statement, ...] = (("DELETE FROM roster", ()), ("DELETE FROM tickets", ()))
-_DELETE_NETWORK: Statement = ("DELETE FROM network", ())
+_DELETE_RECORDS: tuple[SqlStatement, ...] = (
+    ("DELETE FROM roster", ()),
+    ("DELETE FROM tickets", ()),
+)
+_DELETE_NETWORK: SqlStatement = ("DELETE FROM network", ())
 
 
-def _inserting(record: StoredRecord) -> Statement:
+def _inserting(record: StoredRecord) -> SqlStatement:
     return "INSERT OR IGNORE INTO roster VALUES (?, ?, ?, ?, ?)", (*record, now_ms())
