@@ -249,7 +249,8 @@ def load(
 
 def _clause(error: ValueError) -> str:
     """What is wrong, after the name of the setting."""
-    message, at, path = str(error).partition(" - at `$.")
+    text = str(error).replace("Object contains unknown field", "unknown setting")
+    message, at, path = text.partition(" - at `$.")
     return f"{path.rstrip('`')}: {message[0].lower()}{message[1:]}" if at else message
 
 
