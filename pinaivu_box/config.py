@@ -247,7 +247,7 @@ def load(
     return config
 
 
-def _clause(error: ValueError) -> str:
+def _clause(error: Exception) -> str:
     """What is wrong, after the name of the setting."""
     text = str(error).replace("Object contains unknown field", "unknown setting")
     message, at, path = text.partition(" - at `$.")
