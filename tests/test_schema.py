@@ -53,9 +53,9 @@ async def test_a_period_of_a_budget_is_taken_up_again(tmp_path: Path) -> None:
 
 async def test_a_ticket_is_the_newest_until_somebody_is_revoked(tmp_path: Path) -> None:
     async with Database(tmp_path / "box.db") as database:
-        await peers.add_ticket(database, peers.TicketRow("before", None, 9, 1, False))
+        await peers.add_ticket(database, peers.Invitation("before", None, 9, 1, False))
         await peers.add_records(database, [(b"1", "revocation", b"", b"")])
-        await peers.add_ticket(database, peers.TicketRow("after", None, 9, 1, False))
+        await peers.add_ticket(database, peers.Invitation("after", None, 9, 1, False))
         tickets = [await peers.ticket(database, name) for name in ("before", "after")]
         assert [ticket and ticket.newest for ticket in tickets] == [False, True]
 

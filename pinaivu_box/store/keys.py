@@ -260,11 +260,11 @@ async def named(database: Database, text: str, account_id: str | None = None) ->
     shown = text[:_SHOWN_CHARACTERS] if text.startswith(PREFIX) else text[:_MAX_TEXT_CHARACTERS]
     if not rows:
         raise RowNotFound(f"No key is called {shown}: 'pinaivu keys ls' lists them.")
-    found = [row for row in rows if row["id"] == text or row["revoked_at"] is None] or rows
-    if len(found) > 1 and found[0]["id"] != text:
-        names = ", ".join(row["id"] for row in found[:3])
+    matches = [row for row in rows if row["id"] == text or row["revoked_at"] is None] or rows
+    if len(matches) > 1 and matches[0]["id"] != text:
+        names = ", ".join(row["id"] for row in matches[:3])
         raise RowNotFound(f"{shown} fits several keys ({names}, ...): say which by its id.")
-    return _key(found[0])
+    return _key(matches[0])
 
 
 async def edit(

@@ -142,8 +142,8 @@ def summed(
     """The statement that sums a table by group."""
     totals, fixed = _TABLES[table]
     level = _level(table, wanted, by)
-    columns = [f"{_label(one, level)} AS by_{one}" for one in by]
-    groups = ", ".join([*(f"by_{one}" for one in by), *fixed])
+    columns = [f"{_label(group, level)} AS by_{group}" for group in by]
+    groups = ", ".join([*(f"by_{group}" for group in by), *fixed])
     selected = ", ".join([*columns, *fixed, *(f"sum({name}) AS {name}" for name in totals)])
     conditions = _conditions(table, wanted, level)
     if only is not None:

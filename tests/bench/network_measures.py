@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pinaivu_box.identity import Identity
+from pinaivu_box.membership.records import network_of
 from pinaivu_box.membership.roster import Roster
-from pinaivu_box.membership.signed import network_of
 from tests.bench.network_world import (
     EPOCH,
     MEAN_TOKENS,
@@ -95,7 +95,8 @@ def simulate(size: int, seed: int = 1, say: Callable[[str], None] = lambda text:
         for why, count in box.cuts.items()
         if why != "too many links" and "revoked" not in why
     )
-    return Figures(size, *steady[:7], *newcomer, *revoked, *steady[7:], *vanished, cuts)
+    figures: tuple[Any, ...] = (*steady[:7], *newcomer, *revoked, *steady[7:], *vanished, cuts)
+    return Figures(size, *figures)
 
 
 def start_requests(world: SimulatedNetwork, boxes: Sequence[SimulatedBox]) -> None:
@@ -153,7 +154,7 @@ def measure_newcomer(
     box = world.box(newcomer, roster)
     box.engine.models = (MODELS[0],)
     begin = world.now
-    inviter.gossip.tell([made])
+    inviter.gossip.spread([made])
     world.connect(box, inviter)
     member = until(world, NEWCOMER, lambda: all(box.id in b.gossip.roster.members() for b in boxes))
     heard = until(world, NEWCOMER, lambda: all(b.gossip.adverts.get(box.id) for b in boxes))
@@ -168,7 +169,7 @@ def measure_revocation(
     begin = world.now
     founder = boxes[0].gossip
     made = founder.roster.revoke(founder._identity, out.id, world.wall())
-    founder.tell([made])
+    founder.spread([made])
     rest = [box for box in world.boxes.values() if box is not out]
     known = until(
         world, REVOKED, lambda: all(out.id not in b.gossip.roster.members() for b in rest)

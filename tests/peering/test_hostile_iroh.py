@@ -18,7 +18,7 @@ from pinaivu_box.legs import wire as leg_wire
 from pinaivu_box.membership import joining, tickets
 from pinaivu_box.transport import wire
 from pinaivu_box.transport.iroh_transport import IrohTransport
-from pinaivu_box.transport.opening import Open
+from pinaivu_box.transport.streams import Open
 from tests.support.keys import new_identity
 from tests.support.process_box import Box, pinaivu_json
 from tests.support.waiting import soon
@@ -161,9 +161,8 @@ async def test_garbage_of_all_kinds(attacker: Attacker) -> None:
         for _ in range(3000):
             plain.sendto(random.randbytes(random.randrange(1, 1400)), (host, int(port)))
     for _ in range(3000):
-        attacker.link._connection._connection.send_datagram(
-            random.randbytes(random.randrange(1000))
-        )
+        connection: Any = attacker.link._connection
+        connection._connection.send_datagram(random.randbytes(random.randrange(1000)))
     for _ in range(20):
         pipe = await soon(attacker.link._connection.open())
         try:
