@@ -84,7 +84,7 @@ def check_name(name: str) -> None:
     """Raises InvalidValue."""
     if not _NAME.fullmatch(name):
         raise InvalidValue(
-            f"'{name}' is no account name: use 1 to 64 of a-z, 0-9, and . _ @ - after the "
+            f"'{name}' is not a valid account name: use 1 to 64 of a-z, 0-9, and . _ @ - after the "
             "first, and not acct_ at the beginning",
             field="name",
         )
