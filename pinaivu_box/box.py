@@ -204,7 +204,7 @@ class Box:
         names = {entry.name for entry in self.config.model}
         configured = {model.id: model for model in self.catalog.models if model.id in names}
         load = partial(catalogs.load, self.config, self.home, self.headers)
-        catalog = await asyncio.to_thread(load, found=files, configured=configured)
+        catalog = await asyncio.to_thread(load, scan=files, configured=configured)
         self._lingering.clear()
         self._serve(catalog)
 

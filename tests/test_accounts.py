@@ -75,8 +75,8 @@ def test_create_ls_passwd_rm(tmp_path: Path) -> None:
     ("command", "code", "word"),
     [
         (("create", "owner"), 1, "already"),
-        (("create", "Bob Smith"), 2, "no account name"),
-        (("create", "acct_owner"), 2, "no account name"),
+        (("create", "Bob Smith"), 2, "not a valid account name"),
+        (("create", "acct_owner"), 2, "not a valid account name"),
         (("create", "carol", "--role", "king"), 2, "king"),
         (("create", "carol", "--password-stdin"), 2, "8 characters"),
         (("create", "carol", "--password"), 2, "--password-stdin"),
