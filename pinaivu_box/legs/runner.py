@@ -13,7 +13,6 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import aclosing
-from dataclasses import replace
 
 from pinaivu_box.errors import ApiError, EngineLost, NoNodesAvailable
 from pinaivu_box.gateway.backend import Backend, Event, Job, Prompt, Started, stopped
@@ -200,8 +199,8 @@ class LegAttempt:
         raise EngineLost("The engine ended this request without an answer; try again.")
 
     def _begun(self, started: Started) -> LegRecord:
-        started = replace(started, route=self.box.route, header=self.box.header)
-        record = LegRecord(self.box.job, started, self._earlier)
+        box = self.box
+        record = LegRecord(box.job, started, self._earlier, box.route, box.header)
         self._deliver(record, started)
         return record
 
