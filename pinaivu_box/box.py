@@ -35,10 +35,10 @@ from pinaivu_box.legs.recorder import LedgerRecorder
 from pinaivu_box.legs.runner import LegRunner
 from pinaivu_box.legs.wiring import Pool
 from pinaivu_box.models import catalog as catalogs
-from pinaivu_box.models import watching
+from pinaivu_box.models import folder_watch
 from pinaivu_box.models.catalog import Catalog, Model
-from pinaivu_box.models.folder import Found
-from pinaivu_box.models.headers import Headers
+from pinaivu_box.models.folder_scan import FolderScan
+from pinaivu_box.models.header_reader import HeaderReader
 from pinaivu_box.models.names import printable
 from pinaivu_box.network.network import Network
 from pinaivu_box.policy import Policy
@@ -93,7 +93,7 @@ class Box:
     home: Path
     identity: Identity
     database: Database
-    headers: Headers
+    headers: HeaderReader
     digests: Digests
     placement: Placement
     admission: Admission
@@ -161,7 +161,7 @@ class Box:
         self.placement.forgive()
         if self.network is not None:
             self.network.changed()
-        watching.report_not_served(new.catalog.not_served)
+        folder_watch.report_not_served(new.catalog.not_served)
 
     def _differences(self, old: Settings, new: Settings) -> Reloaded:
         changed = configs.differences(old.config, new.config)
@@ -185,7 +185,7 @@ class Box:
     async def watch_models(self) -> None:
         """Until cancelled: serve files that come into the models folder once they are written, and
         stop serving those that are gone once they are not loaded."""
-        watch = watching.Watch()
+        watch = folder_watch.FolderWatch()
         while True:
             await asyncio.sleep(watch.seconds)
             try:
@@ -200,7 +200,7 @@ class Box:
             except Exception:
                 log.exception("the models folder could not be looked at")
 
-    async def _read_folder(self, files: Found | None) -> None:
+    async def _read_folder(self, files: FolderScan | None) -> None:
         names = {entry.name for entry in self.config.model}
         configured = {model.id: model for model in self.catalog.models if model.id in names}
         load = partial(catalogs.load, self.config, self.home, self.headers)
@@ -219,7 +219,7 @@ class Box:
             model for model in missing if model.id in loaded or new.is_written(model)
         )
         self.settings.current = replace(self.settings.current, catalog=new)
-        if watching.report(old, new):
+        if folder_watch.report(old, new):
             self.placement.forgive()
             if self.network is not None:
                 self.network.changed()
@@ -256,7 +256,7 @@ async def open_box(read_config: Callable[[], Config], home: Path) -> AsyncIterat
     try:
         async with database_of(home) as database:
             await responses.fail_unfinished(database)
-            config, headers = read_config(), Headers()
+            config, headers = read_config(), HeaderReader()
             current = await asyncio.to_thread(settings.read, config, home, headers)
             box = _join(read_config, current, home, database, headers)
             background = [
@@ -381,7 +381,7 @@ def _join(
     current: Settings,
     home: Path,
     database: Database,
-    headers: Headers,
+    headers: HeaderReader,
 ) -> Box:
     live = LiveSettings(current)
     identity = identity_of(home)

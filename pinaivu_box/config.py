@@ -75,7 +75,7 @@ class SamplingConfig(Section, frozen=True):
 
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Meta(ge=0)] | None = None
+    top_k: Annotated[int, Meta(ge=0, lt=2**31)] | None = None
     min_p: Annotated[float, Meta(ge=0, lt=1)] | None = None
 
 

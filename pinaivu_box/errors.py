@@ -1,14 +1,19 @@
 """All errors that users see, in one tree.
 
 The `message` is a sentence that says what is wrong and what to do about it.  Errors below
-`ApiError` become HTTP answers through `server.error_responses`; errors below `CliError` become one
-line on stderr and an exit code.
+`ApiError` become HTTP answers through `server.error_responses`, which also translates those below
+`StoreError`; errors below `CliError` become one line on stderr and an exit code.
 
     BoxError
     ├── CliError                    exit 1   the command failed
     │   ├── UsageError              exit 2   the command was called wrongly
     │   └── NotRunning              exit 1   the command needs a running box
     ├── StoreError                  exit 1   the database has no such row, or rejects a change
+    │   ├── InvalidValue            exit 1   a value cannot be stored
+    │   ├── RowNotFound             exit 1   nothing has this name or id
+    │   ├── RowConflict             exit 1   what is stored does not allow the change
+    │   ├── ConversationTooLong     exit 1   a stored conversation is over the limit
+    │   ├── ResponseNotCompleted    exit 1   a stored response has not ended, or failed
     │   └── DatabaseUnusable        exit 1   the database file cannot be used
     │       └── SchemaUnsupported   exit 1   it has a schema that is not supported
     ├── PeeringError                exit 1   communication between two boxes failed
@@ -96,6 +101,30 @@ class NotRunning(CliError):
 
 class StoreError(BoxError):
     """The database has no such row, or rejects a change."""
+
+
+class InvalidValue(StoreError):
+    """A value cannot be stored; `field` names it, with dots between its levels."""
+
+    def __init__(self, message: str, *, field: str) -> None:
+        super().__init__(message)
+        self.field = field
+
+
+class RowNotFound(StoreError):
+    """Nothing has this name or id."""
+
+
+class RowConflict(StoreError):
+    """What is stored does not allow the change, or has changed meanwhile."""
+
+
+class ConversationTooLong(StoreError):
+    """A stored conversation has more bytes than is allowed."""
+
+
+class ResponseNotCompleted(StoreError):
+    """A stored response has not ended, or failed: a conversation cannot go on after it."""
 
 
 class DatabaseUnusable(StoreError):

@@ -40,7 +40,7 @@ from pinaivu_box.ledger import session as ledger_session
 from pinaivu_box.ledger import statement as ledger_statement
 from pinaivu_box.ledger import wire as ledger_wire
 from pinaivu_box.legs import wire as leg_wire
-from pinaivu_box.membership import joining, signed, tickets
+from pinaivu_box.membership import joining, tickets
 from pinaivu_box.membership import records as membership_records
 from pinaivu_box.membership.roster import Roster
 from pinaivu_box.network import network
@@ -49,21 +49,21 @@ from pinaivu_box.receipts.verify import Transcript, verify_receipt
 from pinaivu_box.server.app import create_app
 from pinaivu_box.store import keys
 from pinaivu_box.store.database import Database
-from pinaivu_box.transport import opening, wire
+from pinaivu_box.transport import streams, wire
 
 # Each kind of frame and how it is read.
 DECODERS: dict[str, Callable[[bytes], Any]] = {
     "hello": wire.decode_hello,
-    "open": opening.decode_open,
-    "refusal": msgpack.Decoder(opening.Refusal).decode,
+    "open": streams.decode_open,
+    "refusal": msgpack.Decoder(streams.Refusal).decode,
     "join": msgpack.Decoder(joining.JoinRequest).decode,
     "welcome": msgpack.Decoder(joining.Welcome).decode,
     "leg, to the serving box": leg_wire.to_serving.decode,
     "leg, to the coordinator": leg_wire.to_coordinator.decode,
     "gossip": gossip_frames.decode,
     "ledger": ledger_wire.decoder.decode,
-    "model, question": file_wire.question,
-    "model, answer": file_wire.answer,
+    "model, question": file_wire.questions.decode,
+    "model, answer": file_wire.answers.decode,
 }
 CONSTANTS = {
     "alpn": wire.NAME,
@@ -92,11 +92,13 @@ CONSTANTS = {
             receipt.MARK_DOMAIN,
             receipt.RECEIPT_DOMAIN,
             ledger_statement.DOMAIN,
-            *map(signed.domain, ("member", "revocation", "advert", "gone")),
+            membership_records.domain("member"),
+            membership_records.domain("revocation"),
+            membership_records.domain("advert"),
+            membership_records.domain("gone"),
         ]
     ),
 }
-LedgerItem, LedgerItems = reconcile.EntrySummary, reconcile.EntryTree
 
 T = TypeVar("T")
 BEFORE = Path(__file__).with_name("before")
@@ -208,14 +210,14 @@ def test_a_long_message_of_a_leg_is_split_into_the_same_frames() -> None:
 # -- what is signed --------------------------------------------------------------------------------
 
 
-def read_record(record: signed.Record) -> Any:
+def read_record(record: membership_records.Record) -> Any:
     module = membership_records if record.kind in ("member", "revocation") else gossip_adverts
     return module.read(record)
 
 
-def sealed(case: dict[str, Any]) -> signed.Record:
+def sealed(case: dict[str, Any]) -> membership_records.Record:
     body, signature = bytes.fromhex(case["body"]), bytes.fromhex(case["signature"])
-    return signed.Record(case["kind"], body, signature)
+    return membership_records.Record(case["kind"], body, signature)
 
 
 @pytest.mark.parametrize("case", RECORDS["records"], ids=lambda case: case["kind"])
@@ -224,8 +226,8 @@ def test_a_signed_record_is_verified_and_has_the_same_values(case: dict[str, Any
     content = read_record(record)
     assert plain(content) == case["values"]
     assert msgpack.encode(content) == record.body
-    with pytest.raises(signed.Invalid):
-        read_record(signed.Record(record.kind, record.body, record.signature[::-1]))
+    with pytest.raises(membership_records.Invalid):
+        read_record(membership_records.Record(record.kind, record.body, record.signature[::-1]))
 
 
 def test_a_ticket_has_the_same_values_and_the_same_text() -> None:
@@ -251,18 +253,22 @@ def test_records_have_the_same_ids_and_rosters_the_same_digests() -> None:
     assert b"".join(roster.buckets()).hex() == DERIVED["roster buckets"]
 
 
-def test_ledgers_have_the_same_places_hashes_and_statements() -> None:
-    items = [
-        LedgerItem(*fields[:-1], bytes.fromhex(fields[-1].removeprefix("hex:")))
-        for fields in DERIVED["items"]
+def test_ledgers_have_the_same_keys_hashes_and_statements() -> None:
+    entries = [
+        reconcile.EntrySummary(
+            server, request_id, leg, choice, currency, amount, bytes.fromhex(digest[4:])
+        )
+        for server, request_id, leg, choice, currency, amount, digest in DERIVED["items"]
     ]
-    assert [item.key.hex() for item in items] == DERIVED["places"]
-    books = LedgerItems(items)
-    assert books.hash().hex() == DERIVED["hash of three"]
-    assert plain(books.range(b"")) == DERIVED["part of three"]
-    node = items[0].server
-    many = LedgerItems(
-        LedgerItem(node, f"req_{n}", 0, 0, "credits", n, hashlib.sha256(b"%d" % n).digest())
+    assert [entry.key.hex() for entry in entries] == DERIVED["places"]
+    tree = reconcile.EntryTree(entries)
+    assert tree.hash().hex() == DERIVED["hash of three"]
+    assert plain(tree.range(b"")) == DERIVED["part of three"]
+    node = entries[0].server
+    many = reconcile.EntryTree(
+        reconcile.EntrySummary(
+            node, f"req_{n}", 0, 0, "credits", n, hashlib.sha256(b"%d" % n).digest()
+        )
         for n in range(300)
     )
     assert plain(many.range(b"")) == DERIVED["part of 300"]
@@ -273,7 +279,7 @@ def test_ledgers_have_the_same_places_hashes_and_statements() -> None:
     assert receipt.canonical(statement) == text
     assert ledger_statement.statement_id(text) == DERIVED["statement id"]
     again = ledger_statement.compose(
-        books, statement.between[::-1], 2, b"before", statement.upto, statement.at
+        tree, statement.between[::-1], 2, b"before", statement.upto, statement.at
     )
     assert receipt.canonical(again) == text
     assert receipt.mark_text("req_1", 2, 3, 40, "ab" * 32).decode() == DERIVED["mark"]
@@ -326,40 +332,12 @@ def unworded(document: Any, within: str = "") -> Any:
     return document
 
 
-# Schemas in `/openapi.json` are called as classes are.  These were renamed since, so that no two
-# classes of the program are called the same.
-RENAMED_SCHEMAS = {
-    "Answer": "AnswerMessage",
-    "EngineInfo": "EngineView",
-    "Join": "JoinBody",
-    "Opinion": "OpinionView",
-    "Remove": "RemoveBody",
-}
-
-
-def renamed(document: Any, within: str = "") -> Any:
-    """A part of an OpenAPI document of before, with the names of schemas of today."""
-    if isinstance(document, dict):
-        return {
-            RENAMED_SCHEMAS.get(key, key) if within == "schemas" else key: renamed(content, key)
-            for key, content in document.items()
-        }
-    if isinstance(document, list):
-        return [renamed(element) for element in document]
-    if within == "title" and isinstance(document, str):
-        return RENAMED_SCHEMAS.get(document, document)
-    if within == "$ref":
-        path, _, name = document.rpartition("/")
-        return f"{path}/{RENAMED_SCHEMAS.get(name, name)}"
-    return document
-
-
 def test_openapi_json_differs_in_words_and_order_alone(tmp_path: Path) -> None:
     async def ask() -> Any:
         async with in_process(tmp_path / "home") as (_, client):
             return (await client.get("/openapi.json")).json()
 
-    before, today = map(unworded, (renamed(fixture("openapi.json")), asyncio.run(ask())))
+    before, today = map(unworded, (fixture("openapi.json"), asyncio.run(ask())))
     assert today["paths"].keys() == before["paths"].keys()
     for path, operations in before["paths"].items():
         assert today["paths"][path] == operations, path

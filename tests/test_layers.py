@@ -17,6 +17,9 @@ ROOT = Path(__file__).parent.parent
 # is everybody's; __main__ stands behind all.
 ROOMS = (
     "errors",
+    "backoff",
+    "bounded",
+    "tasks",
     "text",
     "value_count",
     "child",
@@ -28,8 +31,8 @@ ROOMS = (
     "policy",
     "identity",
     "logs",
-    "openai",
     "engine.messages",
+    "openai",
     "models",
     "settings",
     "receipts",
@@ -55,7 +58,7 @@ ROOMS = (
 )
 WORKER = "engine.worker"
 # What the engine may import beside itself.
-OF_BOTH_SIDES = ("errors", "sandbox", "chat_format", "vector_format")
+OF_BOTH_SIDES = ("errors", "text", "sandbox", "chat_format", "vector_format")
 # Who starts the child may name its main; nobody else sees the engine but for its messages.
 STARTS_THE_WORKER = "cli.engine"
 

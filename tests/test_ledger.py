@@ -49,7 +49,7 @@ async def test_what_is_recorded_twice_counts_once(database: Database) -> None:
     await ledger_entry.record(
         database, entry(US, PEER, "req_2", price=Price("euro", "1", "1", "1"))
     )
-    assert (await ledger_entry.balance(database, PEER.node_id))["euro"].owed_by_peer == 30_000_000
+    assert (await ledger_entry.balance(database, PEER.node_id))["euro"].net == 30_000_000
     assert (await ledger_entry.balance(database, OTHER.node_id)) == {}
 
 
@@ -57,10 +57,10 @@ async def test_it_counts_once_it_is_accepted(database: Database) -> None:
     served = entry(US, PEER)
     await ledger_entry.record(database, msgspec.structs.replace(served, acceptance=b""))
     waiting = await with_peer(database)
-    assert (waiting.owed_by_peer, waiting.credit_used) == (0, OUTPUT + PROMPT)
+    assert (waiting.net, waiting.credit_used) == (0, OUTPUT + PROMPT)
     await ledger_entry.record(database, served)
     accepted = await with_peer(database)
-    assert (accepted.owed_by_peer, accepted.waiting) == (OUTPUT + PROMPT, 0)
+    assert (accepted.net, accepted.waiting) == (OUTPUT + PROMPT, 0)
     await ledger_entry.record(
         database, msgspec.structs.replace(served, acceptance=b"")
     )  # an old one
@@ -72,7 +72,7 @@ async def test_work_for_a_peer_and_by_it_is_netted(database: Database) -> None:
     for number in range(3):
         await ledger_entry.record(database, entry(US, PEER, f"req_{number}", served_by_us=False))
     found = await with_peer(database)
-    assert (found.owed_by_peer, found.owed_to_peer) == (0, 2 * (OUTPUT + PROMPT))
+    assert (found.net, found.owed_to_peer) == (-2 * (OUTPUT + PROMPT), 2 * (OUTPUT + PROMPT))
     assert found.credit_used == 0
 
 

@@ -160,7 +160,7 @@ def test_no_sum_changes_by_rolling_up(
     """At any moments, in bites of any size, also for requests that end after their day has been
     rolled up; and doing it twice is doing it once."""
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(retention, "BITE", bite)
+        patch.setattr(retention, "MAX_ROWS", bite)
         patch.setattr(retention, "_PAGE", 2)
         path = Path(folder) / "box.db"
         new_database(path)
@@ -227,7 +227,7 @@ def test_each_table_has_a_time_of_its_own(
     new_database(path)
     database = sqlite3.connect(path, isolation_level=None)
     database.execute("BEGIN")
-    for number in range(-2 * retention.BITE - 7, 3):
+    for number in range(-2 * retention.MAX_ROWS - 7, 3):
         put(database, f"row_{number}", MONDAY - 3 * HOUR + number)
     insert_request(database, "req_1", HOUR)
     database.execute("COMMIT")
@@ -306,7 +306,7 @@ def test_what_a_clock_has_dated_that_was_behind_is_as_new_as_it_is(tmp_path: Pat
     path = tmp_path / "box.db"
     new_database(path)
     asyncio.run(look(path, MONDAY))
-    many = retention.BITE + 7
+    many = retention.MAX_ROWS + 7
     with sqlite3.connect(path) as database:
         insert_receipt(database, "old", MONDAY - 3 * DAY + HOUR)
         insert_response(database, "old", MONDAY - 3 * DAY + HOUR)

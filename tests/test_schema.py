@@ -53,9 +53,9 @@ async def test_a_period_of_a_budget_is_taken_up_again(tmp_path: Path) -> None:
 
 async def test_a_ticket_is_the_newest_until_somebody_is_revoked(tmp_path: Path) -> None:
     async with Database(tmp_path / "box.db") as database:
-        await peers.add_ticket(database, peers.TicketRow("before", None, 9, 1, False))
+        await peers.add_ticket(database, peers.Invitation("before", None, 9, 1, False))
         await peers.add_records(database, [(b"1", "revocation", b"", b"")])
-        await peers.add_ticket(database, peers.TicketRow("after", None, 9, 1, False))
+        await peers.add_ticket(database, peers.Invitation("after", None, 9, 1, False))
         tickets = [await peers.ticket(database, name) for name in ("before", "after")]
         assert [ticket and ticket.newest for ticket in tickets] == [False, True]
 
@@ -71,7 +71,7 @@ async def test_responses_of_a_key_are_counted_whatever_becomes_of_them(tmp_path:
             response = responses.StoredResponse(
                 name, "acct_owner", None, 1, b"[]", body, "key_a", status
             )
-            await responses.insert(database, response, most=9, most_bytes=10**9)
+            await responses.insert(database, response, max_count=9, max_bytes=10**9)
         await responses.fail_unfinished(database)
         found = await database.read("SELECT id, status, body FROM responses")
         ended = {row["id"]: (row["body"], row["status"]) for row in found}
@@ -80,7 +80,7 @@ async def test_responses_of_a_key_are_counted_whatever_becomes_of_them(tmp_path:
         one = await responses.find(database, "a", "acct_owner")
         assert one is not None
         for events, most in ((b"e" * 99, 3), (b"e", 1)):
-            await responses.finish(database, one, events, most=most, most_bytes=10**9)
+            await responses.finish(database, one, events, max_count=most, max_bytes=10**9)
             (row,) = await database.read("SELECT * FROM response_sums")
             sums = await database.read("SELECT count(*), sum(bytes) FROM responses")
             assert tuple(row) == ("key_a", *tuple(sums[0])) and row["count"] == most
@@ -98,7 +98,7 @@ async def test_only_the_latest_periods_are_remembered(tmp_path: Path) -> None:
         for period in range(1, 100):
             await database.write(keys.charge("key_a", tokens=1, amount=period, at=0, period=period))
         key = await keys.get(database, "key_a")
-        assert key.periods == {n: n for n in range(99 - keys.MOST_PERIODS, 100)}
+        assert key.periods == {n: n for n in range(99 - keys.MAX_PERIODS, 100)}
 
 
 # -- query plans -----------------------------------------------------------------------------------
@@ -110,7 +110,7 @@ PLANNED = {
     "last minute of a key": requests.SINCE,
     **{f"old {table}": statement for table, statement in retention.OLD_ROWS.items()},
     "responses that ran": responses.FAIL_UNFINISHED,
-    **dict(zip(("receipts anew", "responses anew"), retention.DATED_ANEW, strict=True)),
+    **dict(zip(("receipts anew", "responses anew"), retention.NEW_DATES, strict=True)),
     "hours of usage": retention.HOURS,
     "hours of refusals": retention.HOURS_OF_REFUSALS,
     "days": retention.DAYS,

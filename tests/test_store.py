@@ -22,6 +22,7 @@ from pinaivu_box.policy import SCOPES, Policy
 from pinaivu_box.store import keys
 from pinaivu_box.store.audit import Actor
 from pinaivu_box.store.database import Database
+from pinaivu_box.store.new_keys import Draft, NewKeys
 from pinaivu_box.store.schema import APPLICATION_ID, CURRENT, Schema
 
 ROOT = Path(__file__).parent.parent
@@ -278,6 +279,7 @@ def test_acknowledged_writes_survive_a_kill(tmp_path: Path) -> None:
     code = f"""
 import asyncio, os, pathlib, signal
 from pinaivu_box.store.database import Database
+from pinaivu_box.store.new_keys import Draft, NewKeys
 async def main():
     database = Database(pathlib.Path({str(tmp_path / "box.db")!r}))
     await database.open()
@@ -373,11 +375,10 @@ async def create(
     database: Database, name: str, policy: Policy | None = None
 ) -> tuple[keys.Key, str]:
     """A key as `pinaivu keys create` makes it."""
-    policy = policy or Policy()
-    whose = await keys.account_for(database, None, name, policy, BY)
-    return await keys.create(
-        database, account=whose, name=name, policy=policy, expires_at=None, by=BY
-    )
+    batch = NewKeys(database, BY)
+    await batch.add(Draft(name, None, policy or Policy(), None))
+    (created,) = await batch.write()
+    return created
 
 
 BASE62 = string.digits + string.ascii_uppercase + string.ascii_lowercase

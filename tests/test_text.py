@@ -18,14 +18,13 @@ from msgspec import Meta, Struct
 from msgspec import inspect as types
 
 from pinaivu_box import amount
+from pinaivu_box.admin.usage_report import parse_day
 from pinaivu_box.config import HOURS, parse_duration
-from pinaivu_box.errors import InvalidBody
 from pinaivu_box.identity import Identity, verify
 from pinaivu_box.membership.tickets import TicketInvalid, decode
 from pinaivu_box.server.endpoint import Endpoint
 from pinaivu_box.server.endpoints import ENDPOINTS
 from pinaivu_box.server.openapi import specification
-from pinaivu_box.store.usage_report import parse_day
 from pinaivu_box.text import END, NODE_ID, number, whole
 from tests.support.keys import known_identity
 from tests.support.package_modules import MODULES, ONLY_IN, PACKAGE, in_engine
@@ -215,8 +214,8 @@ def test_a_duration_is_ascii(text: str) -> None:
     "text", ["\uff12\uff10\uff12\uff16-01-01", "2026-01-01\n", "2026-1-1", " 2026-01-01", ""]
 )
 def test_a_day_is_ascii(text: str) -> None:
-    with pytest.raises(InvalidBody):
-        parse_day("start_date", text)
+    with pytest.raises(ValueError, match="not a date"):
+        parse_day(text)
 
 
 def test_a_node_id_has_one_spelling() -> None:

@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
+from pinaivu_box.admin.usage_report import UsageGroup, UsageReport, to_csv
 from pinaivu_box.store.usage import UsageFilter, ranked, summed
-from pinaivu_box.store.usage_report import UsageGroup, UsageReport, to_csv
 from tests.support.process_box import MODEL, Box, on_terminal, pinaivu, pinaivu_json, wait_until
 
 CHEAP, DEAR = "cheap:1", "dear:1"

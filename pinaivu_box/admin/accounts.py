@@ -5,11 +5,11 @@ from __future__ import annotations
 from msgspec import UNSET, UnsetType
 
 from pinaivu_box.admin.page import Page, page_of
+from pinaivu_box.admin.views import AccountView, account_view
 from pinaivu_box.store import accounts
 from pinaivu_box.store.accounts import Role
 from pinaivu_box.store.audit import Actor
 from pinaivu_box.store.database import Database
-from pinaivu_box.store.views import AccountView, account_view
 
 
 async def ls(database: Database, *, after: str = "", limit: int) -> Page[AccountView]:
@@ -19,7 +19,7 @@ async def ls(database: Database, *, after: str = "", limit: int) -> Page[Account
 
 
 async def get(database: Database, name: str) -> AccountView:
-    """Raises NotFound."""
+    """Raises RowNotFound."""
     return account_view(await accounts.find(database, name))
 
 
@@ -40,7 +40,7 @@ async def change(
 ) -> AccountView:
     """Change what is given; without a password nobody can log in.
 
-    Raises NotFound, and what `store.accounts.set_role` and `set_password` raise.
+    Raises RowNotFound, and what `store.accounts.set_role` and `set_password` raise.
     """
     account = await accounts.find(database, name)
     if role is not UNSET:
@@ -53,7 +53,7 @@ async def change(
 async def remove(database: Database, name: str, by: Actor) -> AccountView:
     """Remove an account and revoke its keys; returns the account as it was.
 
-    Raises NotFound, and what `store.accounts.remove` raises.
+    Raises RowNotFound, and what `store.accounts.remove` raises.
     """
     account = await accounts.find(database, name)
     await accounts.remove(database, account, by)

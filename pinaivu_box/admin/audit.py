@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pinaivu_box.admin.page import Page, page_of
+from pinaivu_box.admin.views import AuditEntry, audit_view
 from pinaivu_box.identity import NODE_PREFIX
 from pinaivu_box.membership import peer_names
 from pinaivu_box.store import audit
 from pinaivu_box.store.database import Database
-from pinaivu_box.store.views import AuditEntry, audit_view
 
 
 async def ls(

@@ -3,31 +3,34 @@
 from __future__ import annotations
 
 from pinaivu_box.admin.page import Page, page_of
+from pinaivu_box.admin.views import KeyView, NewKey, key_view, new_key_view
 from pinaivu_box.config import PricingConfig, parse_span
-from pinaivu_box.errors import Conflict
+from pinaivu_box.errors import RowConflict
 from pinaivu_box.policy import LONGEST_LIFE, UNPRICED, Policy, free_of_charge
 from pinaivu_box.store import accounts, keys
 from pinaivu_box.store.audit import Actor
 from pinaivu_box.store.database import Database
 from pinaivu_box.store.keys import Key
 from pinaivu_box.store.new_keys import Draft, NewKeys
-from pinaivu_box.store.views import KeyView, NewKey, key_view, new_key_view
 
 
 async def ls(
     database: Database, *, account: str | None = None, after: str | None = None, limit: int
 ) -> Page[KeyView]:
-    """The newest keys, of an account (by name or id), before the key `after`.  Raises NotFound."""
+    """The newest keys, of an account (by name or id), before the key `after`.
+
+    Raises RowNotFound.
+    """
     account_id = None if account is None else (await accounts.find(database, account)).id
     stored = await keys.ls(database, account_id, after=after, limit=limit + 1)
     return page_of(stored, limit, key_view)
 
 
 async def create(database: Database, draft: Draft, by: Actor) -> NewKey:
-    """Raises InvalidBody, NotFound, Conflict."""
+    """Raises InvalidValue, RowNotFound, RowConflict."""
     try:
         return await _create(database, draft, by)
-    except Conflict:  # the account that it was to get was created meanwhile: it gets another
+    except RowConflict:  # the account that it was to get was created meanwhile: it gets another
         return await _create(database, draft, by)
 
 
@@ -49,7 +52,7 @@ def parse_overlap(text: str) -> float:
 async def rotate(database: Database, key: Key, overlap: float, by: Actor) -> NewKey:
     """Give a key a new secret; the current one stays valid for `overlap` seconds.
 
-    Raises Conflict.
+    Raises RowConflict.
     """
     return new_key_view(*await keys.rotate(database, key, overlap, by))
 

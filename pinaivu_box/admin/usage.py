@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from pinaivu_box.admin.usage_report import UsageReport, report, span
 from pinaivu_box.membership.peer_names import names_of_boxes
 from pinaivu_box.store.database import Database
 from pinaivu_box.store.usage import By, UsageFilter
-from pinaivu_box.store.usage_report import UsageReport, report, span
 
 
 async def usage(

@@ -50,7 +50,7 @@ def audit(
 ) -> None:
     """List the changes of accounts, keys and peers, newest last."""
     from pinaivu_box.admin import audit
-    from pinaivu_box.store.views import parse_time
+    from pinaivu_box.admin.views import parse_time
 
     try:
         start = 0 if since is None else parse_time(since)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pinaivu_box import config as configs
-from pinaivu_box.errors import InvalidBody, UsageError
+from pinaivu_box.errors import InvalidValue, UsageError
 
 T = TypeVar("T")
 
@@ -34,8 +34,8 @@ def with_database(home: Path, work: Callable[[Any], Awaitable[T]]) -> T:
 
     try:
         return asyncio.run(run())
-    except InvalidBody as error:
-        raise UsageError(f"{error.loc[-1]}: {error.message}.") from error
+    except InvalidValue as error:
+        raise UsageError(f"{error.field.rpartition('.')[2]}: {error.message}.") from error
 
 
 def actor() -> Any:

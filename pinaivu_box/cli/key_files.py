@@ -67,7 +67,7 @@ def print_new_keys(keys: list[Any], as_json: bool) -> None:
     if as_json:
         print_json(keys)
         return
-    from pinaivu_box.store.usage_report import cell
+    from pinaivu_box.admin.usage_report import cell
 
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")

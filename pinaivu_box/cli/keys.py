@@ -14,7 +14,7 @@ from pinaivu_box.cli.home import actor, load_config, with_database
 from pinaivu_box.cli.key_options import expiry, policy_options, with_options
 from pinaivu_box.cli.options import NONE, limit_of, standard_options
 from pinaivu_box.cli.render import Column, print_fields, print_json, print_list, time_text
-from pinaivu_box.errors import ApiError, CliError, InvalidBody, NotFound, NotRunning, UsageError
+from pinaivu_box.errors import CliError, InvalidValue, NotRunning, RowNotFound, UsageError
 from pinaivu_box.policy import SCOPES, Policy
 
 _PATH = "/v1/admin/keys"
@@ -126,16 +126,16 @@ def _create(
     home: Path, source: Path | None, numbered: list[tuple[int, Any]], create_account: bool
 ) -> list[Any]:
     """Create the keys of numbered lines, all or none.  Errors name the line of a file."""
+    from pinaivu_box.admin.views import new_key_view
     from pinaivu_box.cli.key_files import at_line
     from pinaivu_box.store.new_keys import NewKeys
-    from pinaivu_box.store.views import new_key_view
 
     async def work(database: Any) -> list[Any]:
         batch = NewKeys(database, actor(), new_accounts=create_account)
         for line, draft in numbered:
             try:
                 await batch.add(draft)
-            except (InvalidBody, NotFound) as error:
+            except (InvalidValue, RowNotFound) as error:
                 if source is None:
                     raise
                 raise at_line(source, line, _reason(error, create_account)) from error
@@ -281,10 +281,10 @@ def revoke(home: Path, as_json: bool, key: str, now: bool) -> None:
         _print_key(revoked, as_json)
 
 
-def _reason(error: ApiError, create_account: bool) -> str:
+def _reason(error: InvalidValue | RowNotFound, create_account: bool) -> str:
     """Why the key of a line cannot be created."""
-    if isinstance(error, InvalidBody):
-        return f"{error.loc[-1]}: {error.message}"
+    if isinstance(error, InvalidValue):
+        return f"{error.field.rpartition('.')[2]}: {error.message}"
     return error.message + ("" if create_account else " --create-account creates it.")
 
 
@@ -312,7 +312,7 @@ def _stop(home: Path, method: str, path: str, body: Any = None) -> None:
 def _print_key(key: Any, as_json: bool) -> None:
     from msgspec import to_builtins
 
-    from pinaivu_box.store.views import key_view
+    from pinaivu_box.admin.views import key_view
 
     view = key_view(key)
     if as_json:

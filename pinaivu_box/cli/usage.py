@@ -53,12 +53,12 @@ def usage(
     A peer (or node) is the box that served a request, which may be this one.
     """
     from pinaivu_box.admin.usage import usage
+    from pinaivu_box.admin.usage_report import UsageReport, parse_day, to_csv
     from pinaivu_box.store import accounts, keys
-    from pinaivu_box.store.usage_report import UsageReport, parse_day, to_csv
 
     currency = load_config(home, config).pricing.currency
     groups = tuple(dict.fromkeys(by)) or (("model",) if as_csv else ())
-    first, last = (day and parse_day("", day.date().isoformat()) for day in (since, until))
+    first, last = (day and parse_day(day.date().isoformat()) for day in (since, until))
 
     async def work(database: Any) -> UsageReport:
         return await usage(
@@ -114,15 +114,15 @@ def _print(report: Any, by: tuple[str, ...], wide: bool) -> None:
 
 def _labels(groups: Any, by: tuple[Any, ...]) -> list[tuple[str, ...]]:
     """Names instead of ids; if several have the same name, with their ids."""
-    from pinaivu_box.store.usage_report import NAMED
+    from pinaivu_box.admin.usage_report import NAME_FIELDS
 
     columns = []
     for kind in by:
         ids = [getattr(group, kind) for group in groups]
-        if kind not in NAMED:
+        if kind not in NAME_FIELDS:
             columns.append([text or UNKNOWN for text in ids])
             continue
-        names = [getattr(group, NAMED[kind]) for group in groups]
+        names = [getattr(group, NAME_FIELDS[kind]) for group in groups]
         pairs = list(zip(names, ids, strict=True))
         uses = Counter(name for name, _ in set(pairs))
         columns.append([_label(name, id_, uses[name]) for name, id_ in pairs])

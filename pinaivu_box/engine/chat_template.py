@@ -1,7 +1,8 @@
 """Messages to a prompt, by the model's own Jinja template.
 
 A template is a program from the model's file.  Jinja's sandbox keeps it from our objects, but
-bounds neither its steps nor its memory: so this runs in a child with limits (see `rendering`).
+bounds neither its steps nor its memory: so this runs in a child with limits (see
+`sandboxed_template`).
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from pinaivu_box import chat_format
-from pinaivu_box.engine import history
-from pinaivu_box.engine.control_tokens import Contents, ControlTokens
-from pinaivu_box.engine.history import Message
+from pinaivu_box.engine import message_forms
+from pinaivu_box.engine.control_tokens import ControlTokens, MarkedContents
+from pinaivu_box.engine.message_forms import Message
 from pinaivu_box.errors import BadRequest, ContextOverflow
 
 _REASON_LENGTH = 500  # of what a template says when it raises
@@ -74,10 +75,10 @@ class ChatTemplate:
         functions: list[dict[str, Any]] | None = None,
         variables: dict[str, Any] | None = None,
         most: int = 1 << 20,
-        contents: Contents | None = None,
+        contents: MarkedContents | None = None,
     ) -> str:
         """The prompt, ending where the assistant begins; BadRequest if the template raises on all
-        forms of the messages (see `history`), ContextOverflow if it is longer than `most`
+        forms of the messages (see `message_forms`), ContextOverflow if it is longer than `most`
         characters.
 
         `functions` are what the model may call, `variables` more of the template's.  All that it is
@@ -94,7 +95,7 @@ class ChatTemplate:
         generate = bool(variables.get(chat_format.GENERATE, True))
         values = {**_defaults(), **more, **self._tokens, chat_format.GENERATE: generate}
         if not self.knows_tools:
-            return self._render(history.in_words(known, functions), [None], values)
+            return self._render(message_forms.in_words(known, functions), [None], values)
         return self._render(known, _as_tools(functions), values)
 
     def _continued(
@@ -118,7 +119,7 @@ class ChatTemplate:
         first: _Raised | None = None
         without: str | None = None
         for told in tools:
-            for form in history.forms(messages):
+            for form in message_forms.forms(messages):
                 try:
                     text = self._try(form, {**values, "tools": told})
                 except _Raised as error:
@@ -140,13 +141,13 @@ class ChatTemplate:
     def _in_parts(self, messages: list[Message], values: dict[str, Any]) -> str:
         """With contents in parts, for a template that knows no others; empty for all others."""
         try:
-            text = self._try(history.in_parts(messages), values)
+            text = self._try(message_forms.in_parts(messages), values)
         except _Raised:
             return ""
-        return text if self._shows(text, messages) and not history.raw(text) else ""
+        return text if self._shows(text, messages) and not message_forms.raw(text) else ""
 
     def _shows(self, text: str, messages: list[Message]) -> bool:
-        return history.shown(self._contents.unmarked(text), messages)
+        return message_forms.shown(self._contents.unmarked(text), messages)
 
     def _try(self, messages: list[Message], values: dict[str, Any]) -> str:
         parts, size = [], 0
@@ -175,7 +176,7 @@ def _as_tools(functions: list[dict[str, Any]] | None) -> list[Any]:
     if not functions:
         return [None, Undefined(name="tools")]
     ways = [functions]
-    if (described := history.described(functions)) != functions:
+    if (described := message_forms.described(functions)) != functions:
         ways.append(described)
     return [[{"type": "function", "function": one} for one in way] for way in ways]
 

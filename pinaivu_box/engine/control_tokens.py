@@ -13,7 +13,7 @@ import secrets
 from collections.abc import Iterable
 from typing import Any
 
-from pinaivu_box.engine.history import CallArguments
+from pinaivu_box.engine.message_forms import CallArguments
 
 _NOTHING = re.compile("((?!))")
 _SHORTEST, _LONGEST = 3, 128  # characters of what is taken for a control token's text
@@ -36,12 +36,12 @@ class ControlTokens:
         self._words = re.compile(f"({_any_of(words)})") if words else _NOTHING
         self._inner = re.compile(_any_of(inner)) if inner else _NOTHING
 
-    def contents(self) -> Contents:
+    def contents(self) -> MarkedContents:
         """For one prompt."""
-        return Contents(self._words, self._inner)
+        return MarkedContents(self._words, self._inner)
 
 
-class Contents:
+class MarkedContents:
     """What one prompt is made of.  Marks are random, so that nobody can write one, and of digits,
     which filters of templates leave alone.  A mark comes after what it marks, so that a template
     finds in a message what it looks for, and says what that is: it may be cut off and stand after

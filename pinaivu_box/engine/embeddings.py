@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pinaivu_box.engine.fairness import FairQueue
-from pinaivu_box.engine.runner import TEXT_BATCH, Batch, Runner, TextRoom
+from pinaivu_box.engine.runner import TEXT_BATCH, Batch, EmbeddingCapacity, Runner
 from pinaivu_box.engine.sequence import State
 from pinaivu_box.vector_format import shortened
 
@@ -24,7 +24,7 @@ _LEAST = 16  # tokens of a part; smaller ones only waste
 
 
 @dataclass(eq=False)
-class Embedding:
+class EmbeddingJob:
     """A request's texts as tokens, and their vectors as far as they are known."""
 
     id: str
@@ -54,7 +54,7 @@ class Embedding:
 class _Text:
     """One that is being computed; `sum` is of its last hidden states so far."""
 
-    of: Embedding
+    of: EmbeddingJob
     number: int
     sequence_id: int
     read: int = 0
@@ -71,15 +71,15 @@ class _TextPart:
     count: int
 
 
-class Embeddings:
+class EmbeddingScheduler:
     """All that are not complete."""
 
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
-        self._queue: FairQueue[Embedding] = FairQueue()  # those that have texts not yet begun
-        self._all: dict[str, Embedding] = {}
+        self._queue: FairQueue[EmbeddingJob] = FairQueue()  # those that have texts not yet begun
+        self._all: dict[str, EmbeddingJob] = {}
         self._texts: list[_Text] = []  # in the order in which they began
-        self._room: TextRoom | None = None
+        self._room: EmbeddingCapacity | None = None
         self._free: list[int] = []
         self._ended: list[int] = []  # sequence ids whose cells are to be freed
         self._arrivals = 0
@@ -88,13 +88,13 @@ class Embeddings:
     def __bool__(self) -> bool:
         return bool(self._all)
 
-    def add(self, embedding: Embedding) -> None:
+    def add(self, embedding: EmbeddingJob) -> None:
         self._all[embedding.id] = embedding
         self._arrivals += 1
         embedding.arrival = self._arrivals
         self._queue.push(embedding)
 
-    def end(self, request_id: str) -> Embedding | None:
+    def end(self, request_id: str) -> EmbeddingJob | None:
         """Forget a request; None if it is not here."""
         found = self._all.pop(request_id, None)
         if found is None:
@@ -107,7 +107,7 @@ class Embeddings:
             self._queue.stop(found)
         return found
 
-    def step(self, most: int) -> tuple[list[Embedding], int]:
+    def step(self, most: int) -> tuple[list[EmbeddingJob], int]:
         """Compute `most` tokens, or one text if it is longer and must be computed whole.
 
         Returns the requests that are complete by that, and how many tokens were computed.  Raises
@@ -127,7 +127,7 @@ class Embeddings:
         return done, sum(part.count for part in parts)
 
     @property
-    def every(self) -> list[Embedding]:
+    def every(self) -> list[EmbeddingJob]:
         return list(self._all.values())
 
     # -- what is computed next -------------------------------------------------------------------
@@ -187,14 +187,14 @@ class Embeddings:
         self._reserved = True
         return None
 
-    def _room_for(self, size: int) -> TextRoom:
+    def _room_for(self, size: int) -> EmbeddingCapacity:
         """It is made for longer texts when one comes, and nothing is under way."""
         if self._room is None or (size > self._room.longest and not self._texts):
             self._room = self._runner.text_room(size)
             self._free, self._ended = list(range(self._room.sequences)), []
         return self._room
 
-    def _fits(self, size: int, room: TextRoom) -> bool:
+    def _fits(self, size: int, room: EmbeddingCapacity) -> bool:
         """Texts that take several steps leave the room of one batch to those that do not."""
         if size > room.longest or not self._free:
             return False
@@ -205,7 +205,7 @@ class Embeddings:
             room.cells - TEXT_BATCH
         )
 
-    def _begin(self, embedding: Embedding) -> _Text:
+    def _begin(self, embedding: EmbeddingJob) -> _Text:
         if embedding.queue_ms is None:
             embedding.queue_ms = (time.monotonic() - embedding.arrived_at) * 1000
         text = _Text(embedding, embedding.started, self._free.pop())

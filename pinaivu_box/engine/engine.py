@@ -1,4 +1,5 @@
-"""The token loop: one step after another.  No I/O and no text: see `intake` and `output`."""
+"""The token loop: one step after another.  It does no I/O and knows no text: see `request_preparer`
+and `output`."""
 
 from __future__ import annotations
 
@@ -11,11 +12,10 @@ import msgspec
 import numpy as np
 
 from pinaivu_box.engine.batches import batch_of
-from pinaivu_box.engine.embeddings import Embedding, Embeddings
+from pinaivu_box.engine.embeddings import EmbeddingJob, EmbeddingScheduler
 from pinaivu_box.engine.logprobs import probe
 from pinaivu_box.engine.messages import EngineLoad, Refused, TokenLogprob
 from pinaivu_box.engine.output import SequenceOutput, StepOutput
-from pinaivu_box.engine.pace import StepCostModel
 from pinaivu_box.engine.runner import TEXT_BATCH, Float32, NoSlot, Runner
 from pinaivu_box.engine.sampling import (
     NO_PAST,
@@ -26,7 +26,8 @@ from pinaivu_box.engine.sampling import (
 )
 from pinaivu_box.engine.scheduler import BatchChunk, CopyCells, Move, RemoveCells, Scheduler
 from pinaivu_box.engine.sequence import Sequence
-from pinaivu_box.engine.steady import SteadySteps
+from pinaivu_box.engine.steady_steps import SteadySteps
+from pinaivu_box.engine.step_cost import StepCostModel
 from pinaivu_box.errors import BadRequest, BoxError, ContextOverflow, NoNodesAvailable
 
 if TYPE_CHECKING:
@@ -57,17 +58,17 @@ class Engine:
         self._steady: SteadySteps | None = None
         self._plain: tuple[list[str], list[int]] = ([], [])
         self._last_load = EngineLoad()
-        self.embeddings = Embeddings(runner)
-        self._said: list[SequenceOutput] = []
+        self.embeddings = EmbeddingScheduler(runner)
+        self._outputs: list[SequenceOutput] = []
         self._refused: list[Refused] = []
 
     @property
     def busy(self) -> bool:
         """Whether a call of `step` has something to do or to report."""
-        return bool(self.scheduler or self.embeddings or self._said or self._refused)
+        return bool(self.scheduler or self.embeddings or self._outputs or self._refused)
 
-    def add(self, sequence: Sequence | Embedding) -> None:
-        if isinstance(sequence, Embedding):
+    def add(self, sequence: Sequence | EmbeddingJob) -> None:
+        if isinstance(sequence, EmbeddingJob):
             self.embeddings.add(sequence)
             return
         self.settle()
@@ -76,7 +77,7 @@ class Engine:
         self.scheduler.add(sequence)
         if sequence.scored == 0:
             alone = TokenLogprob(self._runner.spelled(sequence.tokens[0]), 0.0, [])
-            self._said.append(SequenceOutput(sequence.id, [], scored=[alone]))
+            self._outputs.append(SequenceOutput(sequence.id, [], prompt_logprobs=[alone]))
             sequence.scored = 1
 
     def end(self, request_id: str, finish_reason: str) -> None:
@@ -88,23 +89,24 @@ class Engine:
             self.scheduler.finish(sequence)
             if not sequence.spoken:  # None unless its prompt has begun
                 queue_ms, cached_tokens = sequence.queue_ms, sequence.cached_tokens
-        # Also if it is not here: it had not come yet (see `arrivals`), or `output` knows its end.
-        self._said.append(
+        # Also if it is not here: it has not come yet (see `preparation_queue`), or `output` has
+        # ended it.
+        self._outputs.append(
             SequenceOutput(request_id, [], finish_reason, False, queue_ms, cached_tokens)
         )
 
-    def step(self) -> tuple[list[Refused], StepOutput]:
+    def step(self) -> StepOutput:
         """Compute one batch, if there is one, and return all that happened since the last."""
         if self._steady and self._steady.left and not self.embeddings and self._step_steadily():
-            return [], StepOutput([], self._last_load, self._plain)
+            return StepOutput([], self._last_load, self._plain)
         self.settle()
         self._embed()
         if self.scheduler:
             self._compute()
+        outputs, self._outputs = self._outputs, []
         refused, self._refused = self._refused, []
-        said, self._said = self._said, []
         self._last_load = self._load()
-        return refused, StepOutput(said, self._last_load)
+        return StepOutput(outputs, self._last_load, refused=refused)
 
     def _embed(self) -> None:
         """Texts, as many as the streams and prompts beside them leave time for."""
@@ -123,7 +125,7 @@ class Engine:
             return
         self.pace.observe_texts(tokens, time.perf_counter() - began)
         for one in done:
-            self._said.append(
+            self._outputs.append(
                 SequenceOutput(one.id, [], "stop", queue_ms=one.queue_ms, vectors=one.vectors)
             )
 
@@ -224,7 +226,7 @@ class Engine:
         alone = chunks[0].sequence  # nothing else runs: this is all that it can have
         self.scheduler.finish(alone)
         if len(alone.tokens) > alone.prompt_length:
-            self._said.append(SequenceOutput(alone.id, [], "length"))
+            self._outputs.append(SequenceOutput(alone.id, [], "length"))
             return
         self._refused.append(
             Refused(
@@ -249,7 +251,7 @@ class Engine:
             drawn += range(row, row + chunk.rows)
             row += chunk.rows
             if said:
-                self._said.append(SequenceOutput(sequence.id, [], scored=said))
+                self._outputs.append(SequenceOutput(sequence.id, [], prompt_logprobs=said))
                 sequence.scored = positions.stop + 1
         return logits[drawn]
 
@@ -337,7 +339,7 @@ class Engine:
         finish_reason = "stop" if end_token or complete else None
         if finish_reason is None and self._full(sequence):
             finish_reason = "length"
-        self._said.append(
+        self._outputs.append(
             SequenceOutput(
                 sequence.id,
                 tokens,

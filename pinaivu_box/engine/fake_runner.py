@@ -16,9 +16,9 @@ from pinaivu_box.engine.messages import LoadModel
 from pinaivu_box.engine.runner import (
     TEXT_BATCH,
     Batch,
+    EmbeddingCapacity,
     Float32,
     ModelFacts,
-    TextRoom,
     TooManyTokens,
 )
 
@@ -85,9 +85,9 @@ class FakeRunner:
     def copy(self, source: int, target: int, length: int) -> None:
         return None
 
-    def text_room(self, size: int) -> TextRoom:
+    def text_room(self, size: int) -> EmbeddingCapacity:
         context = self.facts.context
-        return TextRoom(context, _TEXTS, context + TEXT_BATCH)
+        return EmbeddingCapacity(context, _TEXTS, context + TEXT_BATCH)
 
     def embed(self, batch: Batch, ended: Sequence[int]) -> Float32:
         """How often each byte is there."""

@@ -18,9 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from llguidance import LLMatcher
 
-from pinaivu_box.engine.runner import Runner
-from pinaivu_box.engine.sandboxes import Sandboxes, SandboxRun, reached
-from pinaivu_box.engine.trial import (
+from pinaivu_box.engine.grammar_validation import (
     LIMITS,
     OutputConstraint,
     Vocabulary,
@@ -28,6 +26,8 @@ from pinaivu_box.engine.trial import (
     refusal,
     tokenizer_of,
 )
+from pinaivu_box.engine.runner import Runner
+from pinaivu_box.engine.sandboxes import Sandboxes, SandboxRun, reached
 from pinaivu_box.errors import InvalidBody
 from pinaivu_box.sandbox import Cancellation, SandboxLimit
 
@@ -113,7 +113,7 @@ class Grammar:
         return tokens
 
 
-class Grammars:
+class GrammarCompiler:
     """Makes grammars for one model's vocabulary, in any thread.  To be made once: for a large
     vocabulary that takes a second.
 

@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pinaivu_box.engine.llama_batch import BatchBuffer
-from pinaivu_box.engine.runner import TEXT_BATCH, Batch, Float32, TextRoom
+from pinaivu_box.engine.runner import TEXT_BATCH, Batch, EmbeddingCapacity, Float32
 from pinaivu_box.errors import BoxError
 
 _SHORTEST = 2048  # tokens of a text; with less a context is not made
@@ -72,12 +72,12 @@ class Embedder:
         """Asked of each tensor of the graph whether to stop after it, and then whether to go on."""
         return ask and self._name(tensor) == _WANTED
 
-    def _make_room(self, model: llama.llama_model_p, size: int, context: int) -> TextRoom:
+    def _make_room(self, model: llama.llama_model_p, size: int, context: int) -> EmbeddingCapacity:
         longest = min(context, max(_SHORTEST, 1 << (size - 1).bit_length()))
         stateful = llama.llama_model_is_recurrent(model) or llama.llama_model_is_hybrid(model)
         texts = _STATES if stateful else _TEXTS
         cells = max(longest, TEXT_BATCH) if self._pools else longest + TEXT_BATCH
-        return TextRoom(longest, texts, cells, whole=self._pools)
+        return EmbeddingCapacity(longest, texts, cells, whole=self._pools)
 
     @staticmethod
     def _pooling(model: llama.llama_model_p) -> bool:

@@ -26,11 +26,11 @@ from pinaivu_box.engine.llama_embedder import Embedder
 from pinaivu_box.engine.messages import LoadModel, SamplingDefaults
 from pinaivu_box.engine.runner import (
     Batch,
+    EmbeddingCapacity,
     Float32,
     ModelFacts,
     NoSlot,
     ProgressCallback,
-    TextRoom,
     TooManyTokens,
 )
 from pinaivu_box.errors import BoxError
@@ -323,7 +323,7 @@ class LlamaRunner:
         llama.llama_memory_seq_cp(self._memory, source, target, -1, -1)  # streams copy whole
         self.truncate(target, length)
 
-    def text_room(self, size: int) -> TextRoom:
+    def text_room(self, size: int) -> EmbeddingCapacity:
         if self._embedder is not None:
             self._embedder.close()
             self._embedder = None

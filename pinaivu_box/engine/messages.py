@@ -7,43 +7,76 @@ struct.  This is the only module of `engine` that the parent may import.
 from __future__ import annotations
 
 import struct
-from typing import Any, BinaryIO, Literal
+from typing import Annotated, Any, BinaryIO, Literal
 
 import msgspec
-from msgspec import Struct
+from msgspec import Meta, Struct
+
+from pinaivu_box.text import TOKEN_ID
 
 MAX_FRAME_BYTES = 64 * 1024 * 1024
 _LENGTH = struct.Struct("<I")
 
 
-class Sampling(Struct, frozen=True):
-    """How tokens are drawn; recorded in the proof, so that the draw can be repeated.
+Temperature = Annotated[float, Meta(ge=0, le=2)]
+TopP = Annotated[float, Meta(gt=0, le=1)]
+TopK = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+MinP = Annotated[float, Meta(ge=0, lt=1)]
+TypicalP = Annotated[float, Meta(gt=0, le=1)]
+Seed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
+Penalty = Annotated[float, Meta(ge=-2, le=2)]
+RepeatPenalty = Annotated[float, Meta(gt=0, le=10)]
+LogitBias = Annotated[
+    dict[Annotated[str, Meta(pattern=TOKEN_ID)], Annotated[float, Meta(ge=-100, le=100)]],
+    Meta(max_length=300),
+]
+MinTokens = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 
-    `temperature` 0 is greedy.  `top_k` 0, `top_p` 1 and `min_p` 0 switch that truncation off.
-    `seed` is a 64-bit signed integer.  With `ignore_eos` end tokens are never drawn, and none among
-    the first `min_tokens`, in which no stop string ends the output either.  The penalties
-    are OpenAI's, over the tokens of the output; `repeat_penalty` is llama.cpp's, over the last 64
-    tokens, the prompt's included.  `logit_bias` adds to the logits of token ids, which are text
-    because JSON's keys are.
+
+class SamplingParams(Struct, frozen=True):
+    """How the tokens of a request are drawn.  Of the first four, None leaves the value to the
+    configuration, the model's file or llama.cpp's default (see `Sampling`).
+
+    `temperature` 0 is greedy.  `top_k` 0, `top_p` 1, `min_p` 0 and `typical_p` 1 switch that
+    truncation off.  With `ignore_eos` end tokens are never drawn, and none among the first
+    `min_tokens`, in which no stop string ends the output either.  `frequency_penalty` and
+    `presence_penalty` are OpenAI's, over the tokens of the output; `repeat_penalty` is llama.cpp's,
+    over the last 64 tokens, the prompt's included.  `logit_bias` adds to the logits of token ids,
+    which are text because JSON's keys are.
     """
 
-    temperature: float
-    top_p: float
-    top_k: int
-    min_p: float
-    seed: int
+    temperature: Temperature | None = None
+    top_p: TopP | None = None
+    top_k: TopK | None = None
+    min_p: MinP | None = None
+    seed: Seed = 0
     ignore_eos: bool = False
-    frequency_penalty: float = 0.0
-    presence_penalty: float = 0.0
-    logit_bias: dict[str, float] = {}
-    typical_p: float = 1.0
-    repeat_penalty: float = 1.0
-    min_tokens: int = 0
+    frequency_penalty: Penalty = 0.0
+    presence_penalty: Penalty = 0.0
+    logit_bias: LogitBias = {}
+    typical_p: TypicalP = 1.0
+    repeat_penalty: RepeatPenalty = 1.0
+    min_tokens: MinTokens = 0
 
     @property
     def looks_back(self) -> bool:
         """Whether a draw depends on the tokens before it."""
         return bool(self.frequency_penalty or self.presence_penalty or self.repeat_penalty != 1)
+
+
+class Sampling(SamplingParams, frozen=True):
+    """The same with every value known, as an engine draws; recorded in the proof, so that the draw
+    can be repeated.  The defaults are llama.cpp's."""
+
+    temperature: Temperature = 0.8
+    top_p: TopP = 0.95
+    top_k: TopK = 40
+    min_p: MinP = 0.05
+
+    def follows(self, params: SamplingParams) -> bool:
+        """Whether every value that `params` sets is used."""
+        values = msgspec.structs.asdict(params).items()
+        return all(value is None or getattr(self, name) == value for name, value in values)
 
 
 class Constraint(Struct, frozen=True):
@@ -70,12 +103,12 @@ class Tools(Struct, frozen=True):
 
 
 class SamplingDefaults(Struct, frozen=True):
-    """What a model's file or the configuration says; None where it says nothing."""
+    """What a model's file or a box uses where a request sets no value; None where it has none."""
 
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
+    temperature: Temperature | None = None
+    top_p: TopP | None = None
+    top_k: TopK | None = None
+    min_p: MinP | None = None
 
 
 # -- parent to child ---------------------------------------------------------------------------
@@ -255,7 +288,7 @@ class TokenLogprob(Struct, frozen=True, array_like=True):
     top: list[tuple[bytes, float]]
 
 
-class SequenceDelta(Struct, frozen=True, omit_defaults=True):
+class SequenceDelta(Struct, omit_defaults=True):
     """What one step gave one sequence.  `tokens` is every token drawn; `text` may lag behind, and
     `logprobs`, those of the text's tokens, with it.  A prompt's come before all others."""
 

@@ -19,8 +19,8 @@ from datetime import UTC, date, datetime
 from threading import Lock
 from typing import Any
 
-from pinaivu_box.engine.prefix_cache import PRIVATE, Share, common_prefix
-from pinaivu_box.engine.rendering import Rendering
+from pinaivu_box.engine.prefix_cache import PRIVATE, PrefixScope, common_prefix
+from pinaivu_box.engine.sandboxed_template import SandboxedTemplate
 from pinaivu_box.errors import ApiError
 
 _MARK = "\u2063\u2062mark\u2062\u2063"  # nobody's text
@@ -46,25 +46,25 @@ class NamedPrefixes:
     """
 
     def __init__(
-        self, texts: list[str], template: Rendering, tokenize: Callable[[str], list[int]]
+        self, texts: list[str], template: SandboxedTemplate, tokenize: Callable[[str], list[int]]
     ) -> None:
         self._texts, self._template, self._tokenize = texts, template, tokenize
         self._reading = Lock()
         self._day: date | None = None
         self._known: list[tuple[list[int], str]] = []  # with their scopes; the longest first
 
-    def share(self, scope: str, tokens: list[int]) -> Share:
+    def share(self, scope: str, tokens: list[int]) -> PrefixScope:
         """With whom a prompt of that scope shares: also a named beginning with all who have it,
         unless the scope is PRIVATE."""
         if not self._texts or scope == PRIVATE:
-            return Share(scope)
+            return PrefixScope(scope)
         with self._reading:
             if self._day != (today := datetime.now(UTC).date()):
                 self._day, self._known = today, self._read()
         for known, name in self._known:
             if tokens[: len(known)] == known:
-                return Share(scope, len(known), name)
-        return Share(scope)
+                return PrefixScope(scope, len(known), name)
+        return PrefixScope(scope)
 
     def _read(self) -> list[tuple[list[int], str]]:
         until = time.monotonic() + _SECONDS

@@ -23,7 +23,7 @@ from typing import NamedTuple
 PRIVATE = ""
 
 
-class Share(NamedTuple):
+class PrefixScope(NamedTuple):
     """With whom a sequence shares cells: the first `public` ones with those that have as many in
     the scope `common`, the others with `scope`; if that is PRIVATE there are no public ones."""
 
@@ -31,7 +31,7 @@ class Share(NamedTuple):
     public: int = 0
     common: str = PRIVATE
 
-    def in_common(self, other: Share, tokens: list[int], its: list[int]) -> int:
+    def in_common(self, other: PrefixScope, tokens: list[int], its: list[int]) -> int:
         """How many of its first `tokens` a sequence has in common with one that shares so."""
         if PRIVATE in (self.scope, other.scope) or self[1:] != other[1:]:
             return 0
@@ -58,7 +58,7 @@ class PrefixCache:
     def __init__(self) -> None:
         self._root = _Node(None, [], PRIVATE)
         self._leaf: dict[int, _Node] = {}
-        self._shares: dict[int, Share] = {}
+        self._shares: dict[int, PrefixScope] = {}
         self._cached: OrderedDict[int, None] = OrderedDict()  # least recently used first
         self.cells = 0
 
@@ -70,7 +70,7 @@ class PrefixCache:
     def __contains__(self, sequence_id: int) -> bool:
         return sequence_id in self._leaf
 
-    def match(self, tokens: list[int], share: Share) -> tuple[int, int]:
+    def match(self, tokens: list[int], share: PrefixScope) -> tuple[int, int]:
         """Length of the longest prefix of `tokens` that is known to who shares so, and a sequence
         that has it (or -1)."""
         best_length, best = 0, self._root
@@ -95,7 +95,7 @@ class PrefixCache:
                     stack.append((child, before + common))
         return best_length, -1 if best is self._root else self._somebody(best)
 
-    def open(self, sequence_id: int, share: Share, source: int = -1, length: int = 0) -> None:
+    def open(self, sequence_id: int, share: PrefixScope, source: int = -1, length: int = 0) -> None:
         """A new live sequence that shares the first `length` cells of `source`, as matched."""
         node = self._at(source, length) if length else self._root
         node.ends.add(sequence_id)
@@ -144,7 +144,7 @@ class PrefixCache:
         self._cached[sequence_id] = None
         return [other for other in self._cached if self._superfluous(self._leaf[other], other)]
 
-    def reopen(self, sequence_id: int, share: Share, length: int) -> None:
+    def reopen(self, sequence_id: int, share: PrefixScope, length: int) -> None:
         """A cached sequence goes on as another, live one, with the first `length` of its cells, as
         matched."""
         del self._cached[sequence_id]
@@ -227,7 +227,7 @@ class PrefixCache:
                 raise AssertionError("cells are kept that nobody may find")
             self._check_scopes(sequence_id, share)
 
-    def _check_scopes(self, sequence_id: int, share: Share) -> None:
+    def _check_scopes(self, sequence_id: int, share: PrefixScope) -> None:
         node, end = self._leaf[sequence_id], self.length(sequence_id)
         while node.parent is not None:
             start = end - len(node.tokens)

@@ -85,7 +85,7 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class TextRoom:
+class EmbeddingCapacity:
     """How much can be embedded at a time: `sequences` texts of `longest` tokens or less, in batches
     of `TEXT_BATCH`, and `cells` tokens of texts that are not complete.  If `whole`, a text has to
     be in one batch, which then may be as long as it is."""
@@ -143,7 +143,7 @@ class Runner(Protocol):
         """Give the empty sequence `target` the first `length` cells of `source`."""
         ...
 
-    def text_room(self, size: int) -> TextRoom:
+    def text_room(self, size: int) -> EmbeddingCapacity:
         """Make room for texts of `size` tokens and what is shorter; what was computed of others is
         gone.  Raises BoxError."""
         ...

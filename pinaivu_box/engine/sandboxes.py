@@ -26,7 +26,7 @@ class SandboxRun(Protocol):
 @dataclass(frozen=True)
 class Sandboxes:
     """`templates` runs what `chat_template.make` returns, and `trials(vocabulary)` what
-    `trial.make` returns for that."""
+    `grammar_validation.make` returns for that."""
 
     templates: SandboxRun
     trials: Callable[[bytes], SandboxRun]
@@ -40,7 +40,7 @@ def start() -> Sandboxes:
 
 
 def _trials(vocabulary: bytes) -> SandboxRun:
-    return SandboxPool("pinaivu_box.engine.trial:make", vocabulary, limits=LIMITS).run
+    return SandboxPool("pinaivu_box.engine.grammar_validation:make", vocabulary, limits=LIMITS).run
 
 
 def reached(limit: str) -> str:

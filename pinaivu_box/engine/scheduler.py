@@ -17,7 +17,7 @@ from heapq import heappop, heappush
 from typing import Protocol
 
 from pinaivu_box.engine.fairness import FairQueue
-from pinaivu_box.engine.lookup import expected_right
+from pinaivu_box.engine.ngram_drafter import expected_right
 from pinaivu_box.engine.prefix_cache import PRIVATE, PrefixCache
 from pinaivu_box.engine.sequence import Sequence, State
 

@@ -7,9 +7,9 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from pinaivu_box.engine.lookup import Lookup
 from pinaivu_box.engine.messages import Sampling
-from pinaivu_box.engine.prefix_cache import PRIVATE, Share
+from pinaivu_box.engine.ngram_drafter import NgramDrafter
+from pinaivu_box.engine.prefix_cache import PRIVATE, PrefixScope
 
 if TYPE_CHECKING:
     from pinaivu_box.engine.grammar import Grammar  # llguidance is loaded when it is needed
@@ -44,12 +44,12 @@ class Sequence:
     min_length: int = 0
     weight: float = 1.0  # the tenant's share
     priority: int = 0  # among the tenant's own: higher goes first
-    lookup: Lookup | None = None
+    lookup: NgramDrafter | None = None
     grammar: Grammar | None = None
     logprobs: int | None = None  # with each token, of how many of the likeliest ones
     scored: int | None = None  # tokens whose log-probabilities were said, if they are wanted of
     scored_to: int | None = None  # tokens that are given: up to here; None: of the prompt
-    share: Share = field(default_factory=Share)  # with whom it has cells in common
+    share: PrefixScope = field(default_factory=PrefixScope)  # with whom it has cells in common
     arrival: int = 0  # a counter: lower is older
     arrived_at: float = field(default_factory=time.monotonic)
     queue_ms: float | None = None  # waited for its first step; None until then
@@ -88,7 +88,7 @@ class Sequence:
         self.prompt_length = max(kept, self.prompt_length - dropped)
         self.shifted += dropped
         if self.share.public > kept:
-            self.share = Share(self.share.scope)  # it does not begin so any more
+            self.share = PrefixScope(self.share.scope)  # it does not begin so any more
         self.lookup = None  # it knows places that are gone
 
     @property

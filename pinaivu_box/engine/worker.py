@@ -17,11 +17,9 @@ from dataclasses import dataclass
 from typing import BinaryIO
 
 from pinaivu_box.engine import sandboxes
-from pinaivu_box.engine.arrivals import Arrivals
-from pinaivu_box.engine.embeddings import Embedding
+from pinaivu_box.engine.embeddings import EmbeddingJob
 from pinaivu_box.engine.engine import Engine
 from pinaivu_box.engine.fake_runner import SCHEME, FakeRunner
-from pinaivu_box.engine.intake import Intake, PreparedRequest
 from pinaivu_box.engine.messages import (
     Cancel,
     FromEngine,
@@ -36,8 +34,10 @@ from pinaivu_box.engine.messages import (
     read_body,
 )
 from pinaivu_box.engine.output import OutputBuffer, StepOutput
-from pinaivu_box.engine.rendering import Rendering
+from pinaivu_box.engine.preparation_queue import PreparationQueue
+from pinaivu_box.engine.request_preparer import PreparedRequest, RequestPreparer
 from pinaivu_box.engine.runner import ModelFacts, ProgressCallback, Runner
+from pinaivu_box.engine.sandboxed_template import SandboxedTemplate
 from pinaivu_box.engine.scripted_runner import ScriptedRunner
 from pinaivu_box.engine.sequence import Sequence
 from pinaivu_box.errors import BoxError
@@ -50,7 +50,7 @@ class _Stopped:
     id: str
 
 
-Inbox = queue.SimpleQueue[Sequence | Embedding | Cancel | _Stopped]
+Inbox = queue.SimpleQueue[Sequence | EmbeddingJob | Cancel | _Stopped]
 Happening = PreparedRequest | Refused | StepOutput
 Outbox = queue.SimpleQueue[Happening | Tokenized | Progress | Ready | LoadFailed | None]
 
@@ -74,13 +74,13 @@ def main() -> None:
     inbox: Inbox = queue.SimpleQueue()
     writer = threading.Thread(target=_write_frames, args=(frames_out, outbox, inbox), daemon=True)
     writer.start()
-    arrivals: Future[Arrivals] = Future()
+    arrivals: Future[PreparationQueue] = Future()
     # From the beginning: the end of stdin must end us in the middle of loading as well.
     threading.Thread(target=_read_frames, args=(frames_in, arrivals), daemon=True).start()
     children = sandboxes.start()  # while the model loads
     try:
         runner = _make_runner(load, _report_progress(outbox))
-        intake = Intake(
+        intake = RequestPreparer(
             runner,
             children,
             drafting=load.drafting,
@@ -88,7 +88,7 @@ def main() -> None:
             model=load.model,
             parse_special=load.parse_special,
         )
-        arrivals.set_result(Arrivals(intake, outbox.put, inbox.put))
+        arrivals.set_result(PreparationQueue(intake, outbox.put, inbox.put))
         engine = Engine(runner, token_budget=load.token_budget)
     except BoxError as error:
         outbox.put(LoadFailed(error.message))
@@ -111,14 +111,11 @@ def run(engine: Engine, inbox: Inbox, outbox: Outbox) -> None:
             _receive(engine, inbox.get())
         while not inbox.empty():
             _receive(engine, inbox.get())
-        refused, output = engine.step()
-        for one in refused:
-            outbox.put(one)
-        outbox.put(output)
+        outbox.put(engine.step())
 
 
-def _receive(engine: Engine, item: Sequence | Embedding | Cancel | _Stopped) -> None:
-    if isinstance(item, Sequence | Embedding):
+def _receive(engine: Engine, item: Sequence | EmbeddingJob | Cancel | _Stopped) -> None:
+    if isinstance(item, Sequence | EmbeddingJob):
         engine.add(item)
     else:
         engine.end(item.id, "cancelled" if isinstance(item, Cancel) else "stop")
@@ -131,7 +128,7 @@ def _die(failure: threading.ExceptHookArgs) -> None:
     os._exit(1)
 
 
-def _ready(facts: ModelFacts, template: Rendering) -> Ready:
+def _ready(facts: ModelFacts, template: SandboxedTemplate) -> Ready:
     return Ready(
         build=facts.build,
         device=facts.device,
@@ -164,7 +161,7 @@ def _report_progress(outbox: Outbox) -> ProgressCallback:
     return report
 
 
-def _read_frames(stream: BinaryIO, arrivals: Future[Arrivals]) -> None:
+def _read_frames(stream: BinaryIO, arrivals: Future[PreparationQueue]) -> None:
     while (body := read_body(stream)) is not None:
         message = decode_to_engine(body)
         if not isinstance(message, LoadModel):

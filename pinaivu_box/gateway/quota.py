@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from pinaivu_box import amount
 from pinaivu_box.errors import BudgetExceeded, ExceedsKeyLimit, RateLimited
 from pinaivu_box.policy import Budget
-from pinaivu_box.store.keys import MOST_PERIODS, in_period
+from pinaivu_box.store.keys import MAX_PERIODS, in_period
 
 MINUTE = 60.0  # seconds
 _CREDIT_RETRY_SECONDS = 30
@@ -397,7 +397,7 @@ class Quota:
     def _charged(self, period: int) -> Spending:
         """Where what a request of that period costs is counted."""
         spending = self._spending.pop(period, Spending())
-        for old in list(self._spending)[: max(0, len(self._spending) - MOST_PERIODS)]:
+        for old in list(self._spending)[: max(0, len(self._spending) - MAX_PERIODS)]:
             if not self._spending[old].reserved:
                 del self._spending[old]
         self._spending[period] = spending  # the latest used come last

@@ -7,7 +7,6 @@ and the box that served can only write the entry off.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 
 import msgspec
@@ -15,7 +14,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from pinaivu_box import amount
-from pinaivu_box.errors import Conflict, EntryRefused
+from pinaivu_box.errors import EntryRefused, RowConflict
 from pinaivu_box.identity import Identity
 from pinaivu_box.ledger import entry as ledger_entry
 from pinaivu_box.ledger import wire as ledger_wire
@@ -26,6 +25,7 @@ from pinaivu_box.store import audit
 from pinaivu_box.store.audit import Actor
 from pinaivu_box.store.database import Database, Statement
 from pinaivu_box.store.requests import find_receipt
+from pinaivu_box.store.times import now_ms
 from pinaivu_box.transport import wire
 
 _WAITING = "peer = ?1 AND served_by_us AND acceptance = x'' AND forgiven_at IS NULL"
@@ -132,7 +132,7 @@ async def forgive(database: Database, peer: str, by: Actor) -> Forgiven:
     """Write off all that the peer has not accepted: it uses up its credit no longer.  An entry that
     it accepts later counts again.
 
-    Raises Conflict.
+    Raises RowConflict.
     """
     rows = await database.scan(
         f"SELECT rowid, amount, currency FROM ledger_entries WHERE {_WAITING}", (peer,)
@@ -151,7 +151,7 @@ async def forgive(database: Database, peer: str, by: Actor) -> Forgiven:
             (
                 peer,
                 msgspec.json.encode([row[0] for row in rows]).decode(),
-                time.time_ns() // 1_000_000,
+                now_ms(),
                 len(rows),
             ),
         ),
@@ -160,7 +160,7 @@ async def forgive(database: Database, peer: str, by: Actor) -> Forgiven:
         ),
     )
     if not changed:
-        raise Conflict("The peer has accepted some of it meanwhile: look at it, and try again.")
+        raise RowConflict("The peer has accepted some of it meanwhile: look at it, and try again.")
     return forgiven
 
 

@@ -10,7 +10,6 @@ keeps the sums of each peer, so `balance` reads one row of each currency.
 from __future__ import annotations
 
 import sqlite3
-import time
 from collections.abc import Sequence
 from hashlib import sha256
 
@@ -22,6 +21,7 @@ from pinaivu_box.identity import verify
 from pinaivu_box.receipts.receipt import ACCEPTANCE_DOMAIN, Proof, SignedProof
 from pinaivu_box.receipts.verify import is_signed, read_proof
 from pinaivu_box.store.database import Database, Statement
+from pinaivu_box.store.times import now_ms
 
 MAX_PROOF_BYTES = 256 * 1024
 MAX_TEXT_CHARACTERS = 128  # of a request's id, or a currency
@@ -79,10 +79,6 @@ class Balance(Struct, frozen=True):
     def net(self) -> int:
         """What the peer owes this box in total; below 0 what this box owes."""
         return self.open_served - self.open_received + self.carried
-
-    @property
-    def owed_by_peer(self) -> int:
-        return max(self.net, 0)
 
     @property
     def owed_to_peer(self) -> int:
@@ -213,7 +209,7 @@ async def lately(database: Database, peer: str, since: int) -> list[tuple[int, i
     rows = await database.read(
         "SELECT at, proof FROM ledger_entries WHERE peer = ?1 AND served_by_us AND at >= ?2"
         " AND at <= ?3 AND rowid > (SELECT max(rowid) FROM ledger_entries) - ?4 ORDER BY at",
-        (peer, since, time.time_ns() // 1_000_000, _MAX_RECENT_ENTRIES),
+        (peer, since, now_ms(), _MAX_RECENT_ENTRIES),
     )
     proofs = [(at, read_proof(SignedProof(proof.decode(), ""))) for at, proof in rows]
     return [(at, proof.prompt_tokens + proof.completion_tokens) for at, proof in proofs]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sqlite3
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from decimal import Decimal
 from hashlib import sha256
@@ -13,12 +12,13 @@ import msgspec
 import rfc8785
 from msgspec import Meta, Struct
 
-from pinaivu_box.errors import EntryRefused, NotFound, ProtocolError
+from pinaivu_box.errors import EntryRefused, ProtocolError, RowNotFound
 from pinaivu_box.ledger.reconcile import EntryTree
 from pinaivu_box.receipts.receipt import canonical
 from pinaivu_box.store import audit
 from pinaivu_box.store.audit import Actor
 from pinaivu_box.store.database import Database, Row
+from pinaivu_box.store.times import now_ms
 from pinaivu_box.text import TIME, whole
 
 DOMAIN = "pinaivu/statement/v1"
@@ -196,17 +196,17 @@ async def settle(
 async def pay(database: Database, statement: str, by: Actor) -> None:
     """Note that what a statement leaves over was paid; doing it again changes nothing.
 
-    Raises NotFound.
+    Raises RowNotFound.
     """
     await database.write(
         (
             "INSERT INTO ledger_paid SELECT id, ?2 FROM ledger_statements WHERE id = ?1"
             " AND NOT EXISTS (SELECT 1 FROM ledger_paid WHERE statement = ?1)",
-            (statement, time.time_ns() // 1_000_000),
+            (statement, now_ms()),
         ),
         audit.record(by, "ledger.paid", statement),
     )
     if not await database.read("SELECT 1 FROM ledger_paid WHERE statement = ?", (statement,)):
-        raise NotFound(
+        raise RowNotFound(
             f"There is no statement {statement}: 'pinaivu ledger statements' lists them."
         )

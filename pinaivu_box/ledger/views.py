@@ -20,6 +20,7 @@ from pinaivu_box.membership import peer_names
 from pinaivu_box.receipts.receipt import utc_text
 from pinaivu_box.store import peers
 from pinaivu_box.store.database import Database
+from pinaivu_box.store.times import time_text
 from pinaivu_box.transport import wire
 
 
@@ -155,7 +156,7 @@ def entry_view(entry: LedgerEntry) -> EntryView:
         prompt_paid=entry.prompt_paid,
         accepted=bool(entry.acceptance),
         disputed=entry.disputed,
-        forgiven_at=None if entry.forgiven_at is None else utc_text(entry.forgiven_at / 1000),
+        forgiven_at=time_text(entry.forgiven_at),
         statement=entry.statement,
         proof=entry.proof.decode(),
         signature=entry.signature.hex(),
@@ -183,7 +184,7 @@ def statement_view(stored: StoredStatement, names: Mapping[str, str]) -> Stateme
         served=statement.served[us],
         received=statement.served[stored.peer],
         net={currency: _text(int(owed * amount.UNITS)) for currency, owed in net},
-        paid_at=None if stored.paid_at is None else utc_text(stored.paid_at / 1000),
+        paid_at=time_text(stored.paid_at),
         signed=stored.signed.decode(),
         our_signature=stored.ours.hex(),
         their_signature=stored.theirs.hex(),

@@ -20,7 +20,6 @@ The response to any of them may be `Reject`, with a sentence; it ends the sessio
 
 from __future__ import annotations
 
-import time
 from hashlib import sha256
 from typing import Annotated
 
@@ -29,6 +28,7 @@ from msgspec import Meta, Struct
 
 from pinaivu_box.ledger.entry import MAX_PROOF_BYTES, LedgerEntry
 from pinaivu_box.ledger.reconcile import Count, EntryKey, EntryRange, EntrySummary, Name
+from pinaivu_box.store.times import now_ms
 
 MAX_RANGES = 4  # in a frame: of 128 entries, each with three names of 128 characters
 MAX_ENTRIES = 256  # in a frame
@@ -68,7 +68,7 @@ class SignedEntry(Struct, frozen=True, array_like=True):
         """The entry as this box records it now."""
         return LedgerEntry(
             peer, self.server == us, self.request_id, self.leg, self.choice, self.amount,
-            self.currency, time.time_ns() // 1_000_000, self.proof, self.signature, self.acceptance,
+            self.currency, now_ms(), self.proof, self.signature, self.acceptance,
         )  # fmt: skip
 
     @property
@@ -101,7 +101,7 @@ class Claim(Struct, frozen=True, array_like=True):
         """The entry as this box, which asked for the leg, records it now."""
         return LedgerEntry(
             server, False, self.request_id, self.leg, self.choice, self.amount, self.currency,
-            time.time_ns() // 1_000_000, self.proof, self.signature,
+            now_ms(), self.proof, self.signature,
         )  # fmt: skip
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -13,6 +12,7 @@ from typing import Protocol
 from msgspec.structs import asdict
 
 from pinaivu_box import amount
+from pinaivu_box.bounded import BoundedDict
 from pinaivu_box.errors import Conflict
 from pinaivu_box.gateway.backend import Job
 from pinaivu_box.gateway.metering import asked_text
@@ -85,6 +85,10 @@ class PeerDebt:
     unaccepted: int
 
 
+def _remembered() -> BoundedDict[Hashable, None]:
+    return BoundedDict(_MAX_REMEMBERED)
+
+
 @dataclass
 class _PeerLegs:
     """The legs of one peer: those that run, the latest that were served, the prompts that a leg
@@ -96,8 +100,8 @@ class _PeerLegs:
     receiving: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_MAX_RECEIVING))
     counted: Window = field(default_factory=Window)
     running: set[LegKey] = field(default_factory=set)
-    served: OrderedDict[Hashable, None] = field(default_factory=OrderedDict)
-    paid: OrderedDict[Hashable, None] = field(default_factory=OrderedDict)
+    served: BoundedDict[Hashable, None] = field(default_factory=_remembered)
+    paid: BoundedDict[Hashable, None] = field(default_factory=_remembered)
     changes: Changes = field(default_factory=Changes)  # of `running` and `paid`
 
 
@@ -130,7 +134,7 @@ class LegPermit:
 
     def served(self) -> None:
         """It is in the ledger."""
-        _remember(self._legs.served, self._leg)
+        self._legs.served[self._leg] = None
 
 
 class LegAdmission:
@@ -272,7 +276,7 @@ class LegAdmission:
             ):
                 raise _unpaid()
             paid_before = prompt in legs.paid or not pays
-            _remember(legs.paid, prompt)
+            legs.paid[prompt] = None
             legs.changes.notify()
             permit = LegPermit(peer, key, prompt, legs, self._ledger)
             try:
@@ -283,12 +287,6 @@ class LegAdmission:
         finally:
             legs.running.discard(key)
             legs.changes.notify()
-
-
-def _remember(keys: OrderedDict[Hashable, None], key: Hashable) -> None:
-    keys[key] = None
-    if len(keys) > _MAX_REMEMBERED:
-        keys.popitem(last=False)
 
 
 def _served_already() -> Conflict:

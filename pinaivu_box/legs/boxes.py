@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections import OrderedDict
 from collections.abc import Collection
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
+from pinaivu_box.bounded import BoundedDict
 from pinaivu_box.errors import ApiError, EngineLost, ModelNotFound, NoNodesAvailable, PeerFaulty
 from pinaivu_box.gateway.backend import Backend, Job, Leg
 from pinaivu_box.gateway.records import LegRecord
@@ -127,7 +127,7 @@ class Boxes:
         reputation: Reputation,
     ) -> None:
         self.candidates, self.breaker, self.reputation = candidates, breaker, reputation
-        self.paid: OrderedDict[str, None] = OrderedDict()
+        self.paid: BoundedDict[str, None] = BoundedDict(_MAX_PAID)
         self._selector, self._local, self._peers, self._load = selector, local, peers, load
 
     @property
@@ -158,8 +158,6 @@ class Boxes:
         """Whether it is the first leg of its prompt there."""
         first = prompt not in self.paid
         self.paid[prompt] = None
-        if len(self.paid) > _MAX_PAID:
-            self.paid.popitem(last=False)
         return first
 
 

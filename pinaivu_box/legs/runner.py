@@ -20,6 +20,7 @@ from pinaivu_box.gateway.output import Output
 from pinaivu_box.gateway.records import ChoiceRecord, LegRecord
 from pinaivu_box.legs.boxes import Box, Boxes
 from pinaivu_box.receipts.commitment import Extras
+from pinaivu_box.tasks import ignore_exception
 
 log = logging.getLogger("pinaivu.legs")
 
@@ -148,7 +149,7 @@ class LegAttempt:
     def begin(self) -> None:
         """Run in a task of its own."""
         self.task = asyncio.create_task(self.run())
-        self.task.add_done_callback(lambda task: task.cancelled() or task.exception())
+        self.task.add_done_callback(ignore_exception)
 
     def deliver_to(self, deliver: Deliver) -> None:
         """What was kept, and what comes."""

@@ -30,7 +30,7 @@ from pinaivu_box.gateway.scopes import peer_scope
 from pinaivu_box.identity import Identity, verify
 from pinaivu_box.legs import wire as leg_wire
 from pinaivu_box.legs.admission import LegAdmission, LegPermit
-from pinaivu_box.legs.codec import sampling_of, to_job
+from pinaivu_box.legs.codec import to_job
 from pinaivu_box.legs.large_messages import LargeMessages
 from pinaivu_box.legs.served_leg import ALIVE_SECONDS, ServedLeg, another_file
 from pinaivu_box.legs.sign import LegSigner
@@ -45,6 +45,7 @@ from pinaivu_box.receipts.receipt import (
 )
 from pinaivu_box.routing.load import LoadTracker
 from pinaivu_box.settings import LiveSettings
+from pinaivu_box.tasks import ignore_exception
 from pinaivu_box.transport import wire
 from pinaivu_box.transport.transport import Stream
 
@@ -145,9 +146,7 @@ class LegServer:
             raise another_file(model)
         # Whatever the peer calls it: a name of our own keeps its requests apart from others.
         self._legs += 1
-        job = to_job(
-            task, model, sampling_of(task), peer, peer_scope(peer, task.tag, task.request_id)
-        )
+        job = to_job(task, model, peer, peer_scope(peer, task.tag, task.request_id))
         return replace(job, name=f"peer.{self._legs}")
 
     async def _serve(self, peer: str, stream: Stream, asked: leg_wire.LegRequest) -> None:
@@ -177,7 +176,7 @@ class LegServer:
         """With its prompt's tokens, and the context of its model.  That takes long if the model has
         to be loaded; who has left meanwhile does not stop what others may wait for too."""
         reading = asyncio.create_task(self._local.read(job))
-        reading.add_done_callback(lambda done: done.cancelled() or done.exception())
+        reading.add_done_callback(ignore_exception)
         try:
             while not (await asyncio.wait({reading}, timeout=ALIVE_SECONDS))[0]:
                 await leg_wire.send(stream, leg_wire.Alive())

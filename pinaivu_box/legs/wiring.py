@@ -54,7 +54,7 @@ class Pool:
             identity.node_id, settings, load, placement, network.peers, breaker, self.reputation,
             SpendingLimits(recorder.debts, settings),
         )  # fmt: skip
-        selector = Selector(self.candidates, placement.digest_of, network.look, settings)
+        selector = Selector(self.candidates, placement.digest_of, network.query_load, settings)
         peers = PeerClient(identity, network, recorder.keep, self._large)
         self.boxes = Boxes(selector, self.candidates, local, peers, load, breaker, self.reputation)
         self.runner = LegRunner(identity.node_id, local, self.boxes)

@@ -14,12 +14,12 @@ from typing import NamedTuple
 
 from pinaivu_box.config import Config, ModelConfig, SamplingConfig
 from pinaivu_box.errors import CliError, ModelNotFound, quoted
-from pinaivu_box.models import bundled, folder, gguf, splits
-from pinaivu_box.models.files import download_mark, look, open_regular
-from pinaivu_box.models.folder import Found
+from pinaivu_box.models import bundled, folder_scan, gguf, splits
+from pinaivu_box.models.folder_scan import FolderScan
 from pinaivu_box.models.gguf import BadGguf, Header
-from pinaivu_box.models.headers import Headers
+from pinaivu_box.models.header_reader import HeaderReader
 from pinaivu_box.models.names import MAX_NAME, RULE, is_model_id, printable
+from pinaivu_box.models.regular_files import download_mark, look, open_regular
 
 FAKE = "fake:"  # a runner without a model, for tests and load measurements
 _PIECE = 1 << 20
@@ -120,9 +120,9 @@ class Catalog:
 def load(
     config: Config,
     home: Path,
-    headers: Headers | None = None,
+    headers: HeaderReader | None = None,
     *,
-    found: Found | None = None,
+    found: FolderScan | None = None,
     configured: Mapping[str, Model] | None = None,
 ) -> Catalog:
     """The configured models, then the files in the models folder, then the bundled model.
@@ -132,10 +132,10 @@ def load(
     remembers what it has read for the next time.  What was `found` in the folder already, and the
     `configured` models if they are known, are not looked for again.
     """
-    headers = headers or Headers()
+    headers = headers or HeaderReader()
     try:
         models = _of_config(config.model, headers) if configured is None else dict(configured)
-        found = found or folder.find(directory(config, home))
+        found = found or folder_scan.scan(directory(config, home))
         not_served = found.not_served
         for key, files in _grouped(found.files, not_served).items():
             first = min(files)
@@ -201,7 +201,7 @@ class _Set:
     count: int
 
 
-def _of_config(entries: Sequence[ModelConfig], headers: Headers) -> dict[str, Model]:
+def _of_config(entries: Sequence[ModelConfig], headers: HeaderReader) -> dict[str, Model]:
     """Raises CliError."""
     models: dict[str, Model] = {}
     for entry in entries:
@@ -307,7 +307,7 @@ def digest_of(model: Model, stopped: Callable[[], bool] = lambda: False) -> str:
     return digest.hexdigest()
 
 
-def _configured(entry: ModelConfig, headers: Headers) -> Model:
+def _configured(entry: ModelConfig, headers: HeaderReader) -> Model:
     """Raises BadGguf, OSError, ValueError (of a path that none can be)."""
     if entry.path.startswith(FAKE):
         return Model(
@@ -337,7 +337,7 @@ def _configured(entry: ModelConfig, headers: Headers) -> Model:
     return replace(model, context=entry.context, sampling=entry.sampling)
 
 
-def _single(model_id: str, path: Path, headers: Headers) -> Model:
+def _single(model_id: str, path: Path, headers: HeaderReader) -> Model:
     """Raises BadGguf, OSError."""
     header = _header(path, look(path), headers)
     splits.check_single(header)
@@ -345,7 +345,7 @@ def _single(model_id: str, path: Path, headers: Headers) -> Model:
     return _from_file(model_id, path, header)
 
 
-def _split(model_id: str, paths: Sequence[Path], headers: Headers) -> Model:
+def _split(model_id: str, paths: Sequence[Path], headers: HeaderReader) -> Model:
     """Raises BadGguf, OSError."""
     facts, read = [], []
     for number, path in enumerate(paths, 1):
@@ -364,7 +364,7 @@ def _split(model_id: str, paths: Sequence[Path], headers: Headers) -> Model:
     )
 
 
-def _header(path: Path, facts: os.stat_result, headers: Headers) -> Header:
+def _header(path: Path, facts: os.stat_result, headers: HeaderReader) -> Header:
     """Raises BadGguf, OSError."""
     if os.path.lexists(download_mark(path)):
         raise BadGguf("it is incomplete: aria2 has not finished it")

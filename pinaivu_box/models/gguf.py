@@ -15,8 +15,8 @@ from typing import BinaryIO
 
 from msgspec import Struct
 
-from pinaivu_box.models.files import open_regular
 from pinaivu_box.models.names import printable
+from pinaivu_box.models.regular_files import open_regular
 
 Scalar = int | float | bool | str
 

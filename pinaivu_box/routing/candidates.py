@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from pinaivu_box.amount import Prices
+from pinaivu_box.bounded import BoundedDict
 from pinaivu_box.errors import ModelNotFound
 from pinaivu_box.gateway.backend import Job
 from pinaivu_box.gateway.placement import Placement
@@ -70,7 +71,7 @@ class Candidates:
         self._settings = settings
         self._load, self._placement, self._peers = load, placement, peers
         self._resting, self._reputation = resting, reputation
-        self._conversations: OrderedDict[bytes, tuple[str, float]] = OrderedDict()
+        self._conversations: BoundedDict[bytes, tuple[str, float]] = BoundedDict(_CONVERSATIONS)
         self._under_way: dict[str, dict[str, float]] = {}
         self._busy: dict[str, float] = {}
         self.refusals: dict[str, tuple[str, float]] = {}  # a peer's last, and when (monotonic)
@@ -219,11 +220,7 @@ class Candidates:
         """It goes there: the conversation's next request finds a warm cache there."""
         self._under_way.setdefault(node_id, {})[job.id] = time.monotonic()
         self.spending.reserve(node_id, job.id, self._most_at(node_id, job))
-        key = _conversation(job)
-        self._conversations[key] = (node_id, time.monotonic())
-        self._conversations.move_to_end(key)
-        if len(self._conversations) > _CONVERSATIONS:
-            self._conversations.popitem(last=False)
+        self._conversations[_conversation(job)] = (node_id, time.monotonic())
 
     def ended(self, job: Job, node_id: str) -> None:
         self._under_way.get(node_id, {}).pop(job.id, None)

@@ -8,10 +8,10 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 from starlette.requests import Request
 
 from pinaivu_box.admin import accounts
+from pinaivu_box.admin.views import AccountView
 from pinaivu_box.server.context import actor_of, box_of
 from pinaivu_box.server.paging import PageQuery
 from pinaivu_box.store.accounts import Role
-from pinaivu_box.store.views import AccountView
 
 Password = Annotated[str, Meta(min_length=8, max_length=1024)]
 

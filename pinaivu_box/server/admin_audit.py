@@ -8,9 +8,9 @@ from msgspec import Meta, Struct
 from starlette.requests import Request
 
 from pinaivu_box.admin import audit
+from pinaivu_box.admin.views import AuditEntry, parse_time
 from pinaivu_box.errors import InvalidBody
 from pinaivu_box.server.context import box_of
-from pinaivu_box.store.views import AuditEntry, parse_time
 
 
 class AuditQuery(Struct, frozen=True, forbid_unknown_fields=True):

@@ -15,6 +15,7 @@ from starlette.requests import Request
 
 from pinaivu_box import policy as policies
 from pinaivu_box.admin import keys as operations
+from pinaivu_box.admin.views import KeyView, NewKey, key_view
 from pinaivu_box.errors import InvalidBody
 from pinaivu_box.gateway.admission import refusal
 from pinaivu_box.openai.request import from_validation
@@ -24,7 +25,6 @@ from pinaivu_box.server.paging import PageQuery
 from pinaivu_box.store import keys
 from pinaivu_box.store.keys import OVERLAP, Key
 from pinaivu_box.store.new_keys import Draft
-from pinaivu_box.store.views import KeyView, NewKey, key_view
 
 View = TypeVar("View", bound=KeyView)
 Moment = Annotated[datetime, Meta(tz=True)]

@@ -22,12 +22,12 @@ from pinaivu_box.errors import (
 )
 from pinaivu_box.ledger import entry
 from pinaivu_box.ledger.entry import Balance
-from pinaivu_box.membership.tickets import MAX_USES, Name, TicketInvalid
+from pinaivu_box.membership.records import Name
+from pinaivu_box.membership.tickets import MAX_USES, TicketInvalid
 from pinaivu_box.membership.tickets import decode as decode_ticket
-from pinaivu_box.network import views
+from pinaivu_box.network import peer as views
 from pinaivu_box.network.network import Network
-from pinaivu_box.network.peer import Peer
-from pinaivu_box.network.views import OwnView, PeerView
+from pinaivu_box.network.peer import OwnView, Peer, PeerView
 from pinaivu_box.policy import LONGEST_LIFE
 from pinaivu_box.receipts.receipt import utc_text
 from pinaivu_box.server.context import actor_of, box_of
@@ -116,7 +116,7 @@ _DEFAULT_REMOVAL = Remove()
 
 async def list_peers(request: Request) -> PeerList:
     network, box = _network(request), box_of(request)
-    own = views.own_view(network, box.offers.describe(), box.config.peering.relay)
+    own = network.own_view(box.offers.describe().models, box.config.peering.relay)
     return PeerList(own, await _views(request, network.peers()))
 
 

@@ -10,7 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 
 from pinaivu_box.box import Box
-from pinaivu_box.errors import ApiError
+from pinaivu_box.errors import ApiError, StoreError
 from pinaivu_box.server import error_responses
 from pinaivu_box.server.access_log import AccessLog
 from pinaivu_box.server.auth import Authenticate
@@ -33,6 +33,7 @@ def create_app(box: Box) -> Starlette:
         ],
         exception_handlers={
             ApiError: error_responses.on_api_error,
+            StoreError: error_responses.on_store_error,
             HTTPException: error_responses.on_http_error,
             sqlite3.OperationalError: error_responses.on_database_error,
         },

@@ -20,7 +20,7 @@ from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import msgspec
-from msgspec import UNSET, Struct
+from msgspec import Struct
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -109,7 +109,7 @@ def _query(request: Request, kind: type[Kind]) -> Kind:
 
 
 def _json(request: Request, content: Struct) -> Response:
-    if getattr(content, "request_id", None) in ("", UNSET):
+    if not getattr(content, "request_id", True):  # it has the field, and left it empty
         request_id = request.scope["state"]["request_id"]
         content = msgspec.structs.replace(content, request_id=request_id)
     return JSON(content)

@@ -14,12 +14,20 @@ from starlette.responses import Response
 from pinaivu_box.errors import (
     ApiError,
     BadRequest,
+    BodyTooLarge,
+    Conflict,
     ContextOverflow,
+    ConversationTooLong,
     InternalError,
     InvalidBody,
+    InvalidValue,
     MethodNotAllowed,
     NoNodesAvailable,
     NotFound,
+    ResponseNotCompleted,
+    RowConflict,
+    RowNotFound,
+    StoreError,
 )
 from pinaivu_box.server.codings import CODINGS
 from pinaivu_box.server.json_response import JSON
@@ -118,6 +126,27 @@ def response(error: ApiError, path: str = "") -> Response:
     if error.status == 415:
         headers["Accept-Encoding"] = ", ".join(CODINGS)
     return JSON(body(error, path), status_code=error.status, headers=headers)
+
+
+def of_store(error: StoreError) -> ApiError:
+    """The error that a client gets for one of the store's."""
+    match error:
+        case InvalidValue():
+            return InvalidBody(error.message, loc=("body", *error.field.split(".")))
+        case RowNotFound():
+            return NotFound(error.message)
+        case RowConflict():
+            return Conflict(error.message)
+        case ConversationTooLong():
+            return BodyTooLarge(error.message)
+        case ResponseNotCompleted():
+            return BadRequest(error.message, param="previous_response_id")
+    return InternalError(error.message)
+
+
+async def on_store_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, StoreError)
+    return await on_api_error(request, of_store(error))
 
 
 async def on_api_error(request: Request, error: Exception) -> Response:

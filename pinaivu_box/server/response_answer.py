@@ -67,8 +67,8 @@ class ResponseAnswer:
         """The limits of what a key may store."""
         retention = self._call.box.config.retention
         return {
-            "most": retention.responses_per_key,
-            "most_bytes": round(retention.responses_mb_per_key * 1e6),
+            "max_count": retention.responses_per_key,
+            "max_bytes": round(retention.responses_mb_per_key * 1e6),
         }
 
     def queue(self) -> list[bytes]:

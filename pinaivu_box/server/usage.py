@@ -7,13 +7,14 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from pinaivu_box.admin.usage import usage as report
+from pinaivu_box.admin.usage_report import UsageReport, parse_day, to_csv
 from pinaivu_box.box import Box
 from pinaivu_box.errors import Forbidden, InvalidBody
 from pinaivu_box.server.auth import key_of
 from pinaivu_box.server.context import box_of
 from pinaivu_box.store import accounts, keys
 from pinaivu_box.store.keys import Key
-from pinaivu_box.store.usage_report import UsageReport, grouping, parse_day, to_csv
+from pinaivu_box.store.usage import BYS, By
 
 _KEY_ID_CHARACTERS = len("key_") + 26
 
@@ -32,8 +33,8 @@ class UsageQuery(Struct, frozen=True, forbid_unknown_fields=True):
 
 async def get_usage(request: Request, query: UsageQuery) -> UsageReport | Response:
     box = box_of(request)
-    columns = grouping(query.group_by)
-    start, end = parse_day("start_date", query.start_date), parse_day("end_date", query.end_date)
+    columns = _columns(query.group_by)
+    start, end = _day("start_date", query.start_date), _day("end_date", query.end_date)
     if start is not None and end is not None and end < start:
         raise InvalidBody("end_date is before start_date", loc=("query", "end_date"))
     account_id = await _account_id(box, key_of(request), query.account)
@@ -51,6 +52,27 @@ async def get_usage(request: Request, query: UsageQuery) -> UsageReport | Respon
     if "text/csv" in request.headers.get("accept", ""):
         return Response(to_csv(usage, columns), media_type="text/csv")
     return usage
+
+
+def _columns(text: str | None) -> tuple[By, ...]:
+    """`"day,model"` as `("day", "model")`.  Raises InvalidBody."""
+    names = [] if text is None else [part.strip() for part in text.split(",")]
+    known = {name: name for name in BYS}
+    for name in names:
+        if name not in known or names.count(name) > 1:
+            raise InvalidBody(
+                f"'{name[:50]}' is not among {', '.join(BYS)}, or is there twice",
+                loc=("query", "group_by"),
+            )
+    return tuple(known[name] for name in names)  # type: ignore[index]
+
+
+def _day(name: str, text: str | None) -> int | None:
+    """Raises InvalidBody."""
+    try:
+        return None if text is None else parse_day(text)
+    except ValueError as error:
+        raise InvalidBody(str(error), loc=("query", name)) from None
 
 
 async def _account_id(box: Box, key: Key, name: str | None) -> str | None:

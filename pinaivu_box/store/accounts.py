@@ -6,7 +6,6 @@ import asyncio
 import re
 import secrets
 import sqlite3
-import time
 from typing import Literal
 
 import msgspec
@@ -14,22 +13,26 @@ from nacl.exceptions import InvalidkeyError
 from nacl.pwhash import argon2id
 from ulid import ULID
 
-from pinaivu_box.errors import Conflict, InvalidBody, NotFound
+from pinaivu_box.errors import InvalidValue, RowConflict, RowNotFound
 from pinaivu_box.store.audit import Actor, record
 from pinaivu_box.store.database import Database, Statement
+from pinaivu_box.store.times import now_ms
 
-OWNER = "acct_owner"  # is there from the beginning
+OWNER = "acct_owner"  # in every home from the beginning
 Role = Literal["admin", "member"]
-_NAME = re.compile(r"(?!acct_)[a-z0-9][a-z0-9._@-]{0,63}")  # a name is never another's id
-_SHORTEST_PASSWORD = 8
-# What hashing a password takes: a fifth of a second and 64 MiB.
-_WORK = {"opslimit": argon2id.OPSLIMIT_INTERACTIVE, "memlimit": argon2id.MEMLIMIT_INTERACTIVE}
-# As long to check as any; no password is known that it is the hash of.
-_NOBODYS = f"$argon2id$v=19$m=65536,t=2,p=1${'A' * 22}${'A' * 43}"
+_NAME = re.compile(r"(?!acct_)[a-z0-9][a-z0-9._@-]{0,63}")  # no name can be another's id
+_MIN_PASSWORD_CHARACTERS = 8
+# Hashing a password takes a fifth of a second and 64 MiB.
+_HASH_LIMITS = {
+    "opslimit": argon2id.OPSLIMIT_INTERACTIVE,
+    "memlimit": argon2id.MEMLIMIT_INTERACTIVE,
+}
+# A hash of no known password, which takes as long to check as any.
+_UNKNOWN_PASSWORD = f"$argon2id$v=19$m=65536,t=2,p=1${'A' * 22}${'A' * 43}"
 
 
 class Account(msgspec.Struct, frozen=True):
-    """Times in Unix milliseconds; `keys` are those that are not revoked."""
+    """`created_at` in Unix milliseconds; `keys` counts those that are not revoked."""
 
     id: str
     name: str
@@ -47,49 +50,52 @@ _SELECT = """
 
 
 async def ls(database: Database, *, after: str = "", limit: int = 100) -> list[Account]:
-    """The first `limit` by name, of those that come after the name `after`."""
+    """The first `limit` accounts by name, from the one after the name `after`."""
     rows = await database.scan(f"{_SELECT} AND name > ? ORDER BY name LIMIT ?", (after, limit))
     return [msgspec.convert(dict(row), Account, strict=False) for row in rows]
 
 
 async def find(database: Database, name_or_id: str) -> Account:
-    """Raises NotFound."""
+    """Raises RowNotFound."""
     rows = await database.read(f"{_SELECT} AND (name = ? OR id = ?)", (name_or_id, name_or_id))
     if not rows:
-        raise NotFound(f"No account is called {name_or_id}: 'pinaivu accounts ls' lists them.")
+        raise RowNotFound(f"No account is called {name_or_id}: 'pinaivu accounts ls' lists them.")
     return msgspec.convert(dict(rows[0]), Account, strict=False)
 
 
 async def create(
     database: Database, name: str, role: Role, password: str | None, by: Actor
 ) -> Account:
-    """Raises InvalidBody, Conflict."""
+    """Store a new account; without a password nobody can log in to it.
+
+    Raises InvalidValue, RowConflict.
+    """
     check_name(name)
     hashed = None if password is None else await _hash(password)
     account, *statements = new(name, role, hashed, by)
     try:
         await database.write(*statements)
     except sqlite3.IntegrityError as error:
-        raise Conflict(f"There is an account {name} already: choose another name.") from error
+        raise RowConflict(f"There is an account {name} already: choose another name.") from error
     return account
 
 
 def check_name(name: str) -> None:
-    """Raises InvalidBody."""
+    """Raises InvalidValue."""
     if not _NAME.fullmatch(name):
-        raise InvalidBody(
+        raise InvalidValue(
             f"'{name}' is no account name: use 1 to 64 of a-z, 0-9, and . _ @ - after the "
             "first, and not acct_ at the beginning",
-            loc=("body", "name"),
+            field="name",
         )
 
 
 def new(
     name: str, role: Role, hashed: str | None, by: Actor
 ) -> tuple[Account, Statement, Statement]:
-    """A new account, and the statements that store it: sqlite3.IntegrityError if its name is taken
-    by then."""
-    account = Account(f"acct_{ULID()}".lower(), name, role, hashed is not None, _now(), 0)
+    """A new account, and the statements that store it, which fail with sqlite3.IntegrityError if
+    its name is taken."""
+    account = Account(f"acct_{ULID()}".lower(), name, role, hashed is not None, now_ms(), 0)
     return (
         account,
         (
@@ -100,18 +106,8 @@ def new(
     )
 
 
-async def make_for_key(database: Database, key_name: str, by: Actor) -> Account:
-    """A member's account for a key that was given none: keys of different people must not see
-    each other's receipts.  It is called as the key, with something after it if that is taken."""
-    slug, other = names_for_key(key_name)
-    try:
-        return await create(database, slug, "member", None, by)
-    except Conflict:
-        return await create(database, other, "member", None, by)
-
-
 def names_for_key(key_name: str) -> tuple[str, str]:
-    """What the account of a key of that name is called, and what if that is taken."""
+    """The name of the account of a key that was given none, and another if that is taken."""
     slug = re.sub(r"[^a-z0-9._@-]+", "-", key_name.lower()).strip("-._@")[:48] or "key"
     slug = re.sub(r"^acct_", "acct-", slug)
     return slug, f"{slug}-{secrets.token_hex(4)}"
@@ -120,7 +116,7 @@ def names_for_key(key_name: str) -> tuple[str, str]:
 async def set_password(
     database: Database, account: Account, password: str | None, by: Actor
 ) -> None:
-    """Without one nobody can log in to it.  Raises InvalidBody if it is too short."""
+    """Set the password; without one nobody can log in.  Raises InvalidValue if it is too short."""
     hashed = None if password is None else await _hash(password)
     await database.write(
         ("UPDATE accounts SET password = ? WHERE id = ?", (hashed, account.id)),
@@ -129,11 +125,16 @@ async def set_password(
 
 
 async def set_role(database: Database, account: Account, role: Role, by: Actor) -> None:
-    """Raises Conflict for the owner, and if a member would have keys with the scope 'admin'."""
+    """Set the role.
+
+    Raises RowConflict for the owner, and if a member would have keys with the scope 'admin'.
+    """
     if role == account.role:
         return
     if account.id == OWNER:
-        raise Conflict("The account 'owner' stays an admin's: the box would have none without it.")
+        raise RowConflict(
+            "The account 'owner' stays an admin's: the box would have none without it."
+        )
     (changed, _) = await database.write(
         (
             "UPDATE accounts SET role = ?1 WHERE id = ?2 AND (?1 = 'admin' OR NOT EXISTS ("
@@ -144,18 +145,19 @@ async def set_role(database: Database, account: Account, role: Role, by: Actor) 
         record(by, "account.role", account.id, before=account.role, after=role),
     )
     if not changed:
-        raise Conflict(
+        raise RowConflict(
             f"{account.name} has keys with the scope 'admin', which a member's cannot have: revoke "
             "them, or change their scopes."
         )
 
 
 async def check_password(database: Database, name: str, password: str) -> Account | None:
-    """The account, if that is its password; a wrong name takes as long as a wrong password."""
+    """The account with that name and password, or None; a wrong name takes as long as a wrong
+    password."""
     rows = await database.read(
         "SELECT id, password FROM accounts WHERE name = ? AND removed_at IS NULL", (name,)
     )
-    hashed = (rows[0]["password"] if rows else None) or _NOBODYS
+    hashed = (rows[0]["password"] if rows else None) or _UNKNOWN_PASSWORD
     try:
         await asyncio.to_thread(argon2id.verify, hashed.encode(), password.encode())
     except InvalidkeyError:
@@ -164,10 +166,13 @@ async def check_password(database: Database, name: str, password: str) -> Accoun
 
 
 async def remove(database: Database, account: Account, by: Actor) -> None:
-    """Revokes its keys too; what it used stays in the books.  Raises Conflict for the owner."""
+    """Remove an account and revoke its keys; its usage is kept.
+
+    Raises RowConflict for the owner.
+    """
     if account.id == OWNER:
-        raise Conflict("The account 'owner' stays: the box would have no admin without it.")
-    now = _now()
+        raise RowConflict("The account 'owner' stays: the box would have no admin without it.")
+    now = now_ms()
     await database.write(
         (
             "UPDATE accounts SET removed_at = ? WHERE id = ? AND removed_at IS NULL",
@@ -182,13 +187,9 @@ async def remove(database: Database, account: Account, by: Actor) -> None:
 
 
 async def _hash(password: str) -> str:
-    if len(password) < _SHORTEST_PASSWORD:
-        raise InvalidBody(
-            f"a password has at least {_SHORTEST_PASSWORD} characters", loc=("body", "password")
+    if len(password) < _MIN_PASSWORD_CHARACTERS:
+        raise InvalidValue(
+            f"a password has at least {_MIN_PASSWORD_CHARACTERS} characters", field="password"
         )
-    made = await asyncio.to_thread(argon2id.str, password.encode(), **_WORK)
-    return made.decode()
-
-
-def _now() -> int:
-    return time.time_ns() // 1_000_000
+    hashed = await asyncio.to_thread(argon2id.str, password.encode(), **_HASH_LIMITS)
+    return hashed.decode()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Collection, Iterable
 from typing import Any
 
 import msgspec
 
 from pinaivu_box.store.database import Database, Row, Statement
+from pinaivu_box.store.times import now_ms
 
 
 class Actor(msgspec.Struct, frozen=True):
@@ -18,11 +18,11 @@ class Actor(msgspec.Struct, frozen=True):
     source: str
 
 
-BOX = Actor("box", "local")  # nobody has asked it
+BOX = Actor("box", "local")  # of itself
 
 
-class AuditEntry(msgspec.Struct, frozen=True):
-    """`at` in Unix milliseconds; `detail` says what was set."""
+class AuditRow(msgspec.Struct, frozen=True):
+    """`at` in Unix milliseconds; `detail` has what was set."""
 
     id: int
     at: int
@@ -34,13 +34,13 @@ class AuditEntry(msgspec.Struct, frozen=True):
 
 
 def record(by: Actor, action: str, target: str, **detail: Any) -> Statement:
-    """For the transaction of what it tells of, right after that: if the statement before it has
-    changed nothing, there is nothing to tell."""
+    """The statement that records an action, for the transaction of the action and right after it:
+    it records nothing if the statement before it has changed nothing."""
     text = msgspec.json.encode(detail).decode()
     return (
         "INSERT INTO audit (at, actor, source, action, target, detail)"
         " SELECT ?, ?, ?, ?, ?, ? WHERE changes() > 0",
-        (time.time_ns() // 1_000_000, by.name, by.source, action, target, text),
+        (now_ms(), by.name, by.source, action, target, text),
     )
 
 
@@ -51,8 +51,8 @@ async def ls(
     targets: Collection[str] | None = None,
     after: int | None = None,
     limit: int = 100,
-) -> list[AuditEntry]:
-    """The newest `limit` entries since then (and older than entry `after`), newest first; with
+) -> list[AuditRow]:
+    """The newest `limit` entries since a time and before the entry `after`, newest first; with
     `targets`, ids or names of keys and accounts, only what was done to these."""
     named = None if targets is None else msgspec.json.encode(list(targets)).decode()
     them = "(SELECT value FROM json_each(?2))"
@@ -67,8 +67,8 @@ async def ls(
     return [_entry(row) for row in rows]
 
 
-async def names(database: Database, entries: Iterable[AuditEntry]) -> dict[str, str]:
-    """What the keys and accounts in these entries are called, by id."""
+async def names(database: Database, entries: Iterable[AuditRow]) -> dict[str, str]:
+    """The names of the keys and accounts in these entries, by id."""
     ids = {text for entry in entries for text in (entry.actor, entry.target)}
     rows = await database.scan(
         "SELECT id, name FROM keys WHERE id IN (SELECT value FROM json_each(?1)) AND name <> ''"
@@ -78,5 +78,5 @@ async def names(database: Database, entries: Iterable[AuditEntry]) -> dict[str, 
     return {row["id"]: row["name"] for row in rows}
 
 
-def _entry(row: Row) -> AuditEntry:
-    return AuditEntry(**{**dict(row), "detail": msgspec.json.decode(row["detail"])})
+def _entry(row: Row) -> AuditRow:
+    return AuditRow(**{**dict(row), "detail": msgspec.json.decode(row["detail"])})

@@ -1,10 +1,10 @@
 """The box's SQLite file: a writer with group commit, two readers, WAL, `synchronous=FULL`.
 
-A write is acknowledged after its transaction is on disk.  Writes that arrive while a commit is
-under way share the next one, so 64 endings at once cost a few fsyncs and not 64.
+A write returns once its transaction is on disk.  Writes that arrive during a commit share the next
+one, so the ends of 64 requests at once cost a few fsyncs instead of 64.
 
 `why_not_writable` says whether another write would succeed: what cannot be written need not be
-computed either.
+computed.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ _Pending = tuple[Sequence[Statement], "asyncio.Future[list[int]]"]
 log = logging.getLogger("pinaivu.database")
 
 _BUSY_SECONDS = 15.0
-_MOST_PER_COMMIT = 256
-_SLOW_SECONDS = 5.0  # of a commit; it waits for the lock of another program, or for the disk
-_PROBE_SECONDS = 1.0  # from one try to the next, after a failure
+_MAX_WRITES_PER_COMMIT = 256
+_SLOW_SECONDS = 5.0  # of a commit that waits for the lock of another program, or for the disk
+_PROBE_SECONDS = 1.0  # between two attempts after a failure
 _PROBE_BYTES = 65536  # about what the end of a request writes
 _PROBE: Statement = ("REPLACE INTO probe VALUES (1, randomblob(?))", (_PROBE_BYTES,))
-# Of SQLite's errors those that the next write would have too, whatever it writes.
-_CANNOT = {
+# The errors of SQLite that the next write would have too, whatever it writes.
+_PERSISTENT_ERRORS = {
     sqlite3.SQLITE_FULL: "the disk is full",
     sqlite3.SQLITE_IOERR: "the disk fails, or has no room",
     sqlite3.SQLITE_READONLY: "the database is read-only",
@@ -61,14 +61,14 @@ class Database:
         self._scanner: aiosqlite.Connection
         self._queue: asyncio.Queue[_Pending | None] = asyncio.Queue()
         self._committer: asyncio.Task[None]
-        self._failing: str | None = None  # why the last write failed, if all would
-        self._wrote = self._tried = -math.inf  # when one succeeded, or was tried in vain
-        self._committing: float | None = None  # since when
+        self._failure: str | None = None  # why the last write failed, if all would
+        self._succeeded_at = self._failed_at = -math.inf
+        self._committing_since: float | None = None
         self._probing: asyncio.Task[None] | None = None
 
     async def open(self) -> None:
-        """Make the file if it is not there.  Raises DatabaseUnusable."""
-        # Made before SQLite does, for the mode; the WAL files take theirs from it.
+        """Create the file if it does not exist.  Raises DatabaseUnusable."""
+        # Created here for its mode, which SQLite's other files take from it.
         os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
         self._writer = await _connect(self.path)
         try:
@@ -82,7 +82,7 @@ class Database:
         self._committer = asyncio.create_task(self._commit_forever())
 
     async def close(self) -> None:
-        """Write what is queued, then close."""
+        """Write what is waiting, then close."""
         await self._queue.put(None)
         await self._committer
         await self._scanner.close()
@@ -97,92 +97,91 @@ class Database:
         await self.close()
 
     async def read(self, sql: str, parameters: Iterable[Any] = ()) -> list[Row]:
-        """For what requests wait for: rows that an index finds."""
+        """Run a query that an index answers, such as requests wait for."""
         return list(await self._reader.execute_fetchall(sql, parameters))
 
     async def scan(self, sql: str, parameters: Iterable[Any] = ()) -> list[Row]:
-        """As `read`, for reports: nobody else waits while it goes through many rows."""
+        """As `read`, for queries over many rows, which other readers do not wait for."""
         return list(await self._scanner.execute_fetchall(sql, parameters))
 
     async def write(self, *statements: Statement) -> list[int]:
-        """Run the statements in one transaction; returns their row counts once it is on disk.
+        """Run the statements in one transaction; it is on disk on return.
 
-        Cancelling the caller does not cancel the write.
+        Returns their row counts.  Cancelling the caller does not cancel the write.
         """
         future: asyncio.Future[list[int]] = asyncio.get_running_loop().create_future()
         await self._queue.put((statements, future))
         return await asyncio.shield(future)
 
     async def why_not_writable(self, within: float) -> str | None:
-        """Why nothing can be written now, as the end of a sentence; None if it can be.
+        """Why nothing can be written now, as the end of a sentence, or None.
 
-        What was written in the last `within` seconds shows it, or else a write that is made for
-        that, at most one a second.  It does not wait longer than a slow disk may take.
+        If nothing was written in the last `within` seconds, a write is made to find out, at most
+        one a second.  It does not wait longer than a slow disk may take.
         """
         now = time.monotonic()
-        if self._committing is not None and now - self._committing > _SLOW_SECONDS:
-            return f"a write has been waiting for {now - self._committing:.0f} s"
-        if self._failing is None and now - self._wrote < within:
+        if self._committing_since is not None and now - self._committing_since > _SLOW_SECONDS:
+            return f"a write has been waiting for {now - self._committing_since:.0f} s"
+        if self._failure is None and now - self._succeeded_at < within:
             return None
-        if self._failing is not None and now - self._tried < _PROBE_SECONDS:
-            return self._failing
+        if self._failure is not None and now - self._failed_at < _PROBE_SECONDS:
+            return self._failure
         if self._probing is None or self._probing.done():
             self._probing = asyncio.create_task(self._probe())
         await asyncio.wait({self._probing}, timeout=_SLOW_SECONDS)
         if not self._probing.done():
             return f"a write has been waiting for {_SLOW_SECONDS:.0f} s"
-        return self._failing
+        return self._failure
 
     async def _probe(self) -> None:
         with contextlib.suppress(sqlite3.Error):
             await self.write(_PROBE)
 
-    def _note(self, error: sqlite3.Error | None) -> None:
-        """How a commit has ended."""
+    def _note_result(self, error: sqlite3.Error | None) -> None:
         if error is None:
-            self._failing, self._wrote = None, time.monotonic()
-        elif why := _CANNOT.get(_code(error)):
-            if self._failing is None:
+            self._failure, self._succeeded_at = None, time.monotonic()
+        elif why := _PERSISTENT_ERRORS.get(_code(error)):
+            if self._failure is None:
                 log.error("nothing can be written to %s: %s", self.path, error)
-            self._failing, self._tried = f"{why} ({error})", time.monotonic()
+            self._failure, self._failed_at = f"{why} ({error})", time.monotonic()
 
     async def _commit_forever(self) -> None:
         closing = False
         while not closing:
             batch = [await self._queue.get()]
-            while len(batch) < _MOST_PER_COMMIT and not self._queue.empty():
+            while len(batch) < _MAX_WRITES_PER_COMMIT and not self._queue.empty():
                 batch.append(self._queue.get_nowait())
             closing = None in batch
             writes = [pending for pending in batch if pending is not None]
             try:
                 await self._commit(writes)
             except Exception as error:
-                if _code(error) == sqlite3.SQLITE_BUSY:  # for each of them it would be as long
+                if _code(error) == sqlite3.SQLITE_BUSY:  # each alone would wait as long again
                     for _, future in writes:
                         future.set_exception(error)
                     continue
-                # One of them is at fault (or the disk is): alone, each gets its own answer.
+                # One of them failed (or the disk did): alone, each gets its own result.
                 for pending in writes:
                     await self._commit_alone(pending)
 
     async def _commit_alone(self, pending: _Pending) -> None:
         try:
             await self._commit([pending])
-        except Exception as error:  # whatever it is, it is the writer's to hear
+        except Exception as error:  # all of them are for the caller
             pending[1].set_exception(error)
 
     async def _commit(self, writes: list[_Pending]) -> None:
         if not writes:
             return
-        self._committing = time.monotonic()
+        self._committing_since = time.monotonic()
         try:
             counts = await self._commit_now(writes)
         except sqlite3.Error as error:
-            self._note(error)
+            self._note_result(error)
             raise
         finally:
-            self._committing = None
-        self._note(None)
+            self._committing_since = None
+        self._note_result(None)
         for (_, future), count in zip(writes, counts, strict=True):
             future.set_result(count)
 
@@ -203,7 +202,7 @@ class Database:
 
 
 def _code(error: Exception) -> int:
-    """SQLite's, without its details; 0 if it is none."""
+    """SQLite's primary code of an error; 0 if it is another's."""
     return (getattr(error, "sqlite_errorcode", None) or 0) & 0xFF
 
 
@@ -224,8 +223,8 @@ async def _connect(path: Path) -> aiosqlite.Connection:
 
 
 async def _use_wal(connection: aiosqlite.Connection) -> None:
-    # Only the first switch of a new file needs the lock that another opener may hold, and SQLite
-    # does not wait for that one by itself.
+    # The first switch of a new file needs a lock that another process may hold.  SQLite does not
+    # wait for that one by itself.
     deadline = time.monotonic() + _BUSY_SECONDS
     while True:
         try:

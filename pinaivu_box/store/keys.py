@@ -1,4 +1,4 @@
-"""API keys: made, stored as SHA-256, found again, changed, revoked."""
+"""API keys: created, stored as SHA-256, found by their secret, changed, rotated, revoked."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import hashlib
 import secrets
 import sqlite3
 import string
-import time
 import zlib
 from typing import Any
 
@@ -15,29 +14,29 @@ from msgspec import UNSET, UnsetType
 from ulid import ULID
 
 from pinaivu_box import policy as policies
-from pinaivu_box.errors import Conflict, InvalidBody, NotFound
+from pinaivu_box.errors import InvalidValue, RowConflict, RowNotFound
 from pinaivu_box.policy import Policy
-from pinaivu_box.receipts.receipt import utc_text
 from pinaivu_box.store import accounts
 from pinaivu_box.store.accounts import Account
 from pinaivu_box.store.audit import Actor, record
 from pinaivu_box.store.database import Database, Row, Statement
+from pinaivu_box.store.times import now_ms, time_text
 
 PREFIX = "sk-pnv-"
 _ALPHABET = string.digits + string.ascii_uppercase + string.ascii_lowercase
-_RANDOM = 38  # 226 bits
-_CHECKSUM = 6  # CRC-32 in base62
-_SHOWN = len(PREFIX) + 6
+_RANDOM_CHARACTERS = 38  # 226 bits
+_CHECKSUM_CHARACTERS = 6  # CRC-32 in base62
+_SHOWN_CHARACTERS = len(PREFIX) + 6
 
 
 class Key(msgspec.Struct, frozen=True):
-    """A key as it is stored: not the key itself.  Times in Unix milliseconds, amounts in 10^-9 of
-    the currency.
+    """A key as it is stored, without its secret.  Times are Unix milliseconds, amounts 10^-9 of the
+    currency.
 
-    `blocked` says why it is; `spent` is what it used of its budget in the period that began at
-    `spent_since`, and `spent_before` (JSON) the same of the other periods that it was charged in
-    lately: the clock may have been wrong, and in any of them.  `old_until`: till then the secret
-    before the last rotation is good too.
+    `blocked` is the reason, if it is blocked.  `spent` is what it used of its budget in the period
+    that began at `spent_since`, `spent_before` (JSON) the same of the other periods that it was
+    charged in lately: the clock may have been wrong in any of them.  The secret before the last
+    rotation is valid until `old_until`.
     """
 
     id: str
@@ -62,7 +61,7 @@ class Key(msgspec.Struct, frozen=True):
 
     @property
     def periods(self) -> dict[int, int]:
-        """What it spent in each period that is known, by its beginning."""
+        """What it spent in each known period, by the period's beginning."""
         before = msgspec.json.decode(self.spent_before, type=dict[int, int])
         return {**before, self.spent_since: self.spent}
 
@@ -82,22 +81,22 @@ class Key(msgspec.Struct, frozen=True):
         return "expired" if self.expired(now) else "blocked" if self.blocked else "active"
 
 
-_ELSEWHERE = {
+_COMPUTED_COLUMNS = {
     "account": "accounts.name AS account",
     "spent_before": "(SELECT json_group_object(since, spent) FROM spent_before"
     " WHERE key_id = keys.id) AS spent_before",
 }
-_COLUMNS = ", ".join(_ELSEWHERE.get(name, f"keys.{name}") for name in Key.__struct_fields__)
+_COLUMNS = ", ".join(_COMPUTED_COLUMNS.get(name, f"keys.{name}") for name in Key.__struct_fields__)
 _FROM = "FROM keys JOIN accounts ON accounts.id = keys.account_id"
 FIND = f"SELECT {_COLUMNS}, keys.hash <> ?1 AS old {_FROM} WHERE keys.hash = ?1 OR old_hash = ?1"
 _PAGE = "keys.id < ? ORDER BY keys.id DESC LIMIT ?"
 LS = f"SELECT {_COLUMNS} {_FROM} WHERE {_PAGE}"
 LS_OF_ACCOUNT = f"SELECT {_COLUMNS} {_FROM} WHERE keys.account_id = ? AND {_PAGE}"
 _NEWER_THAN_ALL = "l"  # ids begin with key_
-_MOST_TEXT = 200
-MOST_PERIODS = 32  # of a budget, beside the present one, that are remembered of a key
-# By default a rotation is routine, and what still uses the old secret must have time to change: one
-# that has leaked is revoked, or rotated without overlap.
+_MAX_TEXT_CHARACTERS = 200
+MAX_PERIODS = 32  # of a budget that are kept of a key, beside the present one
+# A rotation is routine by default, and programs that use the old secret need time to change.  For a
+# secret that has leaked the overlap is 0.
 OVERLAP = "24h"
 _UNREADABLE = "its settings were written by a newer version, update this program"
 _policies = msgspec.json.Decoder(Policy)
@@ -105,29 +104,29 @@ _policies = msgspec.json.Decoder(Policy)
 
 def generate() -> str:
     """A new secret: `sk-pnv-`, 38 random base62 characters and a 6-character checksum."""
-    body = "".join(secrets.choice(_ALPHABET) for _ in range(_RANDOM))
+    body = "".join(secrets.choice(_ALPHABET) for _ in range(_RANDOM_CHARACTERS))
     return PREFIX + body + _checksum(body)
 
 
 def well_formed(secret: str) -> bool:
-    """Whether the checksum fits: tells a mistyped or truncated key from an unknown one."""
+    """Whether the checksum is right: tells a mistyped or truncated key from an unknown one."""
     body = secret.removeprefix(PREFIX)
-    if len(secret) != len(PREFIX) + _RANDOM + _CHECKSUM or not secret.startswith(PREFIX):
+    if not secret.startswith(PREFIX) or len(body) != _RANDOM_CHARACTERS + _CHECKSUM_CHARACTERS:
         return False
-    return _checksum(body[:-_CHECKSUM]) == body[-_CHECKSUM:]
+    return _checksum(body[:-_CHECKSUM_CHARACTERS]) == body[-_CHECKSUM_CHARACTERS:]
 
 
 def _checksum(body: str) -> str:
     number = zlib.crc32(body.encode())
     digits = []
-    for _ in range(_CHECKSUM):
+    for _ in range(_CHECKSUM_CHARACTERS):
         number, digit = divmod(number, len(_ALPHABET))
         digits.append(_ALPHABET[digit])
     return "".join(reversed(digits))
 
 
 def hash_of(secret: str) -> bytes:
-    # Plain SHA-256 suffices: the secret has 226 random bits, so there is nothing to guess.
+    # Plain SHA-256 suffices: the secret has 226 random bits, which cannot be guessed.
     return hashlib.sha256(secret.encode()).digest()
 
 
@@ -137,24 +136,9 @@ def _key(row: Row) -> Key:
         fields["policy"] = _policies.decode(row["policy"])
         policies.check(fields["policy"])
     except (msgspec.DecodeError, ValueError):
-        # A setting that we do not know may well be a limit: this key waits, others do not.
+        # An unknown setting may be a limit: this key is blocked, and no other.
         fields |= {"policy": Policy(scopes=()), "blocked": _UNREADABLE}
     return Key(**fields)
-
-
-async def account_for(
-    database: Database, given: str | None, name: str, policy: Policy, by: Actor
-) -> Account:
-    """Whose a new key is to be: the account that is given; else the owner's if it is an admin's
-    key; else one of its own, so that keys of different people do not see each other's receipts.
-
-    Raises InvalidBody, NotFound.
-    """
-    _check_text("name", name)
-    _check(policy)
-    if given is None and "admin" not in policy.scopes:
-        return await accounts.make_for_key(database, name, by)
-    return await accounts.find(database, given or accounts.OWNER)
 
 
 async def create(
@@ -166,15 +150,15 @@ async def create(
     expires_at: int | None,
     by: Actor,
 ) -> tuple[Key, str]:
-    """Store a new key; returns it with its secret, which is nowhere else.
+    """Store a new key; returns it with its secret, which is not stored.
 
-    Raises InvalidBody, NotFound if the account has just been removed.
+    Raises InvalidValue, and RowNotFound if the account was just removed.
     """
     key, secret, *statements = new(account, name, policy, expires_at, by)
     try:
         await database.write(*statements)
     except sqlite3.IntegrityError as error:
-        raise NotFound(
+        raise RowNotFound(
             f"The account {account.name} has just been removed: choose another."
         ) from error
     return key, secret
@@ -183,10 +167,10 @@ async def create(
 def new(
     account: Account, name: str, policy: Policy, expires_at: int | None, by: Actor
 ) -> tuple[Key, str, Statement, Statement]:
-    """A new key, its secret, and the statements that store it: sqlite3.IntegrityError if its
-    account has been removed by then.
+    """A new key, its secret, and the statements that store it, which fail with
+    sqlite3.IntegrityError if the account was removed meanwhile.
 
-    Raises InvalidBody.
+    Raises InvalidValue.
     """
     _check_text("name", name)
     _check(policy, account)
@@ -196,10 +180,10 @@ def new(
         account_id=account.id,
         account=account.name,
         name=name,
-        prefix=secret[:_SHOWN],
+        prefix=secret[:_SHOWN_CHARACTERS],
         last_four=secret[-4:],
         policy=policy,
-        created_at=_now(),
+        created_at=now_ms(),
         expires_at=expires_at,
     )
     row = {
@@ -222,12 +206,12 @@ def new(
             " (SELECT id FROM accounts WHERE id = ? AND removed_at IS NULL))",
             (*row.values(), account.id),
         ),
-        record(by, "key.create", key.id, **detail, expires_at=_text(expires_at)),
+        record(by, "key.create", key.id, **detail, expires_at=time_text(expires_at)),
     )
 
 
 async def find(database: Database, secret: str) -> tuple[Key, bool] | None:
-    """The key of a secret, and whether that is its secret from before the last rotation."""
+    """The key with a secret, and whether that is its secret from before the last rotation."""
     rows = await database.read(FIND, (hash_of(secret),))
     return (_key(rows[0]), bool(rows[0]["old"])) if rows else None
 
@@ -239,7 +223,8 @@ async def exist(database: Database) -> bool:
 async def ls(
     database: Database, account_id: str | None = None, *, after: str | None = None, limit: int = 100
 ) -> list[Key]:
-    """The newest `limit` keys (of an account; older than the key `after`), newest first."""
+    """The newest `limit` keys, of an account if one is given, older than the key `after`; newest
+    first."""
     page = (after or _NEWER_THAN_ALL, limit)
     if account_id is None:
         rows = await database.scan(LS, page)
@@ -249,37 +234,37 @@ async def ls(
 
 
 async def get(database: Database, key_id: str) -> Key:
-    """Raises NotFound."""
+    """Raises RowNotFound."""
     rows = await database.read(f"SELECT {_COLUMNS} {_FROM} WHERE keys.id = ?", (key_id,))
     if not rows:
-        raise NotFound("There is no key with this id: list the keys to see theirs.")
+        raise RowNotFound("There is no key with this id: list the keys to see theirs.")
     return _key(rows[0])
 
 
 async def named(database: Database, text: str, account_id: str | None = None) -> Key:
-    """The key with that id or that name, or whose shown prefix begins so, or the secret itself; of
-    that account, if it is given.  Of several with a name, the one that is not revoked.
+    """The key with that id or name, or whose secret is or begins with the text; in an account if
+    one is given.  Of several with the same name, the one that is not revoked.
 
-    Raises NotFound, also if it fits several.
+    Raises RowNotFound, also if several match.
     """
-    last = text[-4:] if len(text) > _SHOWN else ""
+    last = text[-4:] if len(text) > _SHOWN_CHARACTERS else ""
     rows = await database.read(
         f"SELECT {_COLUMNS} {_FROM} WHERE (keys.id = ?1 OR (?1 <> '' AND keys.name = ?1)"
         " OR (?2 <> '' AND keys.prefix >= ?2 AND keys.prefix < ?2 || x'f48fbfbf'"
         "     AND (?3 = '' OR keys.last_four = ?3)))"
         " AND (?4 IS NULL OR account_id = ?4)"
         " ORDER BY keys.id <> ?1, revoked_at IS NOT NULL, keys.id LIMIT 21",
-        (text, text[:_SHOWN] if text.startswith(PREFIX) else "", last, account_id),
+        (text, text[:_SHOWN_CHARACTERS] if text.startswith(PREFIX) else "", last, account_id),
     )
-    # A key's name may be anything, its secret's beginning too: that is not repeated whole.
-    said = text[:_SHOWN] if text.startswith(PREFIX) else text[:_MOST_TEXT]
+    # The text may be a secret: that is not repeated whole.
+    shown = text[:_SHOWN_CHARACTERS] if text.startswith(PREFIX) else text[:_MAX_TEXT_CHARACTERS]
     if not rows:
-        raise NotFound(f"No key is called {said}: 'pinaivu keys ls' lists them.")
-    found = [row for row in rows if row["id"] == text or row["revoked_at"] is None] or rows
-    if len(found) > 1 and found[0]["id"] != text:
-        names = ", ".join(row["id"] for row in found[:3])
-        raise NotFound(f"{said} fits several keys ({names}, ...): say which by its id.")
-    return _key(found[0])
+        raise RowNotFound(f"No key is called {shown}: 'pinaivu keys ls' lists them.")
+    matches = [row for row in rows if row["id"] == text or row["revoked_at"] is None] or rows
+    if len(matches) > 1 and matches[0]["id"] != text:
+        names = ", ".join(row["id"] for row in matches[:3])
+        raise RowNotFound(f"{shown} fits several keys ({names}, ...): say which by its id.")
+    return _key(matches[0])
 
 
 async def edit(
@@ -292,9 +277,9 @@ async def edit(
     expires_at: int | UnsetType | None = UNSET,
     blocked: str | UnsetType | None = UNSET,
 ) -> Key:
-    """Change what is given; it holds for the next request.  `policy` is made of the key's.
+    """Change what is given, from the next request on.  `policy` is derived from the key's.
 
-    Raises InvalidBody, Conflict.
+    Raises InvalidValue, RowConflict.
     """
     changes: dict[str, Any] = {}
     if name is not None:
@@ -317,17 +302,17 @@ async def edit(
     }
     before = {field: getattr(key, field) for field in changes}
     assignments = ", ".join(f"{field} = ?" for field in stored)
-    # Of two who change settings at once, the second must see the first one's.
+    # Of two concurrent changes of the settings, the second fails.
     old = msgspec.json.encode(key.policy).decode() if "policy" in changes else None
     (changed, _) = await database.write(
         (
             f"UPDATE keys SET {assignments} WHERE id = ? AND policy = coalesce(?, policy)",
             (*stored.values(), key.id, old),
         ),
-        record(by, "key.edit", key.id, before=_told(before), after=_told(changes)),
+        record(by, "key.edit", key.id, before=_for_audit(before), after=_for_audit(changes)),
     )
     if not changed:
-        raise Conflict(
+        raise RowConflict(
             f"The settings of {key.id} have changed meanwhile, or were written by a newer version: "
             "look at them, and try again."
         )
@@ -335,30 +320,33 @@ async def edit(
 
 
 async def rotate(database: Database, key: Key, overlap: float, by: Actor) -> tuple[Key, str]:
-    """A new secret for the same key; the one before it stays good for `overlap` seconds, one from
-    before that no longer.  Raises Conflict if no secret would be good."""
-    now = _now()
+    """Give a key a new secret; the present one stays valid for `overlap` seconds, one from before
+    that no longer.
+
+    Raises RowConflict if the key is revoked or expired.
+    """
+    now = now_ms()
     if key.revoked_at is not None or key.expired(now):
-        raise Conflict(f"{key.id} is {key.state(now)}: a new secret would not work either.")
+        raise RowConflict(f"{key.id} is {key.state(now)}: a new secret would not work either.")
     secret = generate()
     until = now + round(overlap * 1000)
     (changed, _) = await database.write(
         (
             "UPDATE keys SET old_hash = hash, old_until = ?, hash = ?, prefix = ?, last_four = ?"
             " WHERE id = ? AND revoked_at IS NULL",
-            (until, hash_of(secret), secret[:_SHOWN], secret[-4:], key.id),
+            (until, hash_of(secret), secret[:_SHOWN_CHARACTERS], secret[-4:], key.id),
         ),
-        record(by, "key.rotate", key.id, old_until=_text(until)),
+        record(by, "key.rotate", key.id, old_until=time_text(until)),
     )
     if not changed:
-        raise Conflict(f"{key.id} has just been revoked: a new secret would not work either.")
-    shown = {"prefix": secret[:_SHOWN], "last_four": secret[-4:], "old_until": until}
+        raise RowConflict(f"{key.id} has just been revoked: a new secret would not work either.")
+    shown = {"prefix": secret[:_SHOWN_CHARACTERS], "last_four": secret[-4:], "old_until": until}
     return msgspec.structs.replace(key, **shown), secret
 
 
 async def revoke(database: Database, key: Key, by: Actor) -> Key:
-    """From its commit on, no request with that key passes."""
-    now = _now()
+    """Revoke a key: no request that comes after the commit is served."""
+    now = now_ms()
     await database.write(
         ("UPDATE keys SET revoked_at = ? WHERE id = ? AND revoked_at IS NULL", (now, key.id)),
         record(by, "key.revoke", key.id),
@@ -367,33 +355,34 @@ async def revoke(database: Database, key: Key, by: Actor) -> Key:
 
 
 def charge(key_id: str, *, tokens: int, amount: int, at: int, period: int) -> Statement:
-    """The key's counters for one request that came `at` a time, for the transaction of its receipt.
+    """The statement that adds a request to the key's counters, for the transaction of its receipt.
 
-    `period`: when the period of its budget began that the request came in, Unix milliseconds.  The
-    one charged before is put by (schema.sql), to be taken up again if the clock goes back to it.
+    `at` is when it came, `period` when the period of the budget began in which it came, both Unix
+    milliseconds.  What was spent in the period charged before is kept (schema.sql), in case the
+    clock goes back to it.
     """
     return (
         "UPDATE keys SET requests = requests + 1, tokens = tokens + ?1, amount = amount + ?2,"
-        # Not the latest ever: that may be of a clock that was ahead.
+        # Not the latest ever: the clock may have been ahead.
         " last_used_at = iif(last_used_at BETWEEN ?3 AND ?6, last_used_at, ?3),"
         " spent = ?2 + iif(?4 = spent_since, spent, coalesce("
         "  (SELECT spent FROM spent_before WHERE key_id = ?5 AND since = ?4), 0)),"
         " spent_since = ?4 WHERE id = ?5",
-        (tokens, amount, at, period, key_id, _now()),
+        (tokens, amount, at, period, key_id, now_ms()),
     )
 
 
 def in_period(since: int, begin: int, end: int | None) -> bool:
-    """Whether what was charged to the period that began at `since` is of that one of the budget."""
+    """Whether the period that began at `since` is the one from `begin` to `end`."""
     return begin <= since and (end is None or since < end)
 
 
 def _check_text(field: str, text: str | None) -> None:
-    """It is printed in lists and sentences."""
-    if text is not None and (len(text) > _MOST_TEXT or not text.isprintable()):
-        raise InvalidBody(
-            f"it must be at most {_MOST_TEXT} printable characters, in one line",
-            loc=("body", field),
+    """Names are printed in lists and sentences.  Raises InvalidValue."""
+    if text is not None and (len(text) > _MAX_TEXT_CHARACTERS or not text.isprintable()):
+        raise InvalidValue(
+            f"it must be at most {_MAX_TEXT_CHARACTERS} printable characters, in one line",
+            field=field,
         )
 
 
@@ -403,24 +392,15 @@ def _check(policy: Policy, account: Account | None = None, before: Policy | None
         if policy.budget is not None and (before is None or policy.budget != before.budget):
             policies.check_new(policy.budget)
     except ValueError as error:
-        raise InvalidBody(str(error), loc=("body", "policy")) from error
+        raise InvalidValue(str(error), field="policy") from error
     if "admin" in policy.scopes and account is not None and account.role != "admin":
-        raise InvalidBody(
+        raise InvalidValue(
             f"{account.name} is a member: only the keys of an admin's account may have the scope "
             "'admin'",
-            loc=("body", "policy", "scopes"),
+            field="policy.scopes",
         )
 
 
-def _told(changes: dict[str, Any]) -> dict[str, Any]:
-    """For the audit trail."""
-    times = {"expires_at": _text(changes["expires_at"])} if "expires_at" in changes else {}
+def _for_audit(changes: dict[str, Any]) -> dict[str, Any]:
+    times = {"expires_at": time_text(changes["expires_at"])} if "expires_at" in changes else {}
     return {**changes, **times}
-
-
-def _text(milliseconds: int | None) -> str | None:
-    return None if milliseconds is None else utc_text(milliseconds / 1000)
-
-
-def _now() -> int:
-    return time.time_ns() // 1_000_000

@@ -1,4 +1,4 @@
-"""Many new keys at once, and the accounts that they need: all of them, or none."""
+"""Creates many keys at once, and the accounts that they need: all of them, or none."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sqlite3
 
 from msgspec import Struct
 
-from pinaivu_box.errors import Conflict, InvalidBody, NotFound
+from pinaivu_box.errors import InvalidValue, RowConflict, RowNotFound
 from pinaivu_box.policy import Policy
 from pinaivu_box.store import accounts, keys
 from pinaivu_box.store.accounts import Account
@@ -16,8 +16,9 @@ from pinaivu_box.store.keys import Key
 
 
 class Draft(Struct, frozen=True):
-    """A key that is wanted; without an account it gets one of its own (with the scope `admin`, the
-    owner's).  `expires_at` in Unix milliseconds."""
+    """A key to be created.  Without an `account` it gets one of its own, so that keys of different
+    people do not see each other's receipts; with the scope `admin` it gets the owner's.
+    `expires_at` in Unix milliseconds."""
 
     name: str
     account: str | None
@@ -29,34 +30,36 @@ class NewKeys:
     """Add each draft, then write: one transaction."""
 
     def __init__(self, database: Database, by: Actor, *, new_accounts: bool = False) -> None:
-        """With `new_accounts`, an account that is not there is made, as a member."""
+        """With `new_accounts`, accounts that do not exist are created, as members."""
         self._database = database
         self._by = by
         self._new_accounts = new_accounts
-        self._accounts: dict[str, Account] = {}  # by the name that they were asked for with
-        self._taken: set[str] = set()  # names of those that are made
+        self._accounts: dict[str, Account] = {}  # by the name or id in the drafts
+        self._taken: set[str] = set()  # names of new accounts
         self._statements: list[Statement] = []
-        self._made: list[tuple[Key, str]] = []
+        self._created: list[tuple[Key, str]] = []
 
     async def add(self, draft: Draft) -> None:
-        """Raises InvalidBody, NotFound."""
+        """Raises InvalidValue, RowNotFound."""
         account = await self._account(draft)
         key, secret, *statements = keys.new(
             account, draft.name, draft.policy, draft.expires_at, self._by
         )
         self._statements += statements
-        self._made.append((key, secret))
+        self._created.append((key, secret))
 
     async def write(self) -> list[tuple[Key, str]]:
-        """The keys with their secrets, which are nowhere else.  Raises Conflict, and none is there
-        then, if an account has come or gone meanwhile."""
+        """Store the keys; returns them with their secrets, which are nowhere else.
+
+        Raises RowConflict, and stores none, if an account was created or removed meanwhile.
+        """
         try:
             await self._database.write(*self._statements)
         except sqlite3.IntegrityError as error:
-            raise Conflict(
+            raise RowConflict(
                 "An account was created or removed meanwhile, and no key was made: try again."
             ) from error
-        return self._made
+        return self._created
 
     async def _account(self, draft: Draft) -> Account:
         if draft.account is None and "admin" not in draft.policy.scopes:
@@ -69,31 +72,31 @@ class NewKeys:
     async def _find(self, name: str) -> Account:
         try:
             return await accounts.find(self._database, name)
-        except NotFound:
+        except RowNotFound:
             if not self._new_accounts:
                 raise
         if name in self._taken:
-            raise InvalidBody(
-                f"{name} is made for another of these keys: name it there too",
-                loc=("body", "account"),
+            raise InvalidValue(
+                f"{name} is created for another of these keys: name it there too",
+                field="account",
             )
         accounts.check_name(name)
-        return self._make(name)
+        return self._create(name)
 
     async def _own(self, key_name: str) -> Account:
         for name in accounts.names_for_key(key_name):
-            if name not in self._taken and not await self._is_there(name):
-                return self._make(name)
-        raise Conflict(f"There is an account for a key {key_name} already: name one.")
+            if name not in self._taken and not await self._exists(name):
+                return self._create(name)
+        raise RowConflict(f"There is an account for a key {key_name} already: name one.")
 
-    async def _is_there(self, name: str) -> bool:
+    async def _exists(self, name: str) -> bool:
         try:
             await accounts.find(self._database, name)
-        except NotFound:
+        except RowNotFound:
             return False
         return True
 
-    def _make(self, name: str) -> Account:
+    def _create(self, name: str) -> Account:
         account, *statements = accounts.new(name, "member", None, self._by)
         self._statements += statements
         self._taken.add(name)

@@ -1,4 +1,4 @@
-"""What this box thinks of its peers (`gateway.reputation`), kept from one start to the next."""
+"""The reputations of peers (`routing.reputation`), kept from one start to the next."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from pinaivu_box.store.database import Database
 
 
 class StoredOpinion(Struct, frozen=True):
-    """As it was at `at`, Unix seconds; all of it fades.  `last`: what went wrong last, in words."""
+    """The numbers as they were at `at`, Unix seconds, for they fade; `last` describes the last
+    failure."""
 
     served: float = 0.0
     failed: float = 0.0
@@ -25,12 +26,12 @@ _COLUMNS = ", ".join(StoredOpinion.__struct_fields__)
 
 
 async def load(database: Database) -> dict[str, StoredOpinion]:
-    """By node id."""
+    """All opinions, by node id."""
     rows = await database.read(f"SELECT node_id, {_COLUMNS} FROM peer_opinions")
     return {row[0]: StoredOpinion(*row[1:]) for row in rows}
 
 
-async def keep(database: Database, found: Mapping[str, StoredOpinion]) -> None:
+async def keep(database: Database, opinions: Mapping[str, StoredOpinion]) -> None:
     await database.write(
         *(
             (
@@ -38,6 +39,6 @@ async def keep(database: Database, found: Mapping[str, StoredOpinion]) -> None:
                 " VALUES (?, ?, ?, ?, ?, ?, ?)",
                 (node_id, *msgspec.structs.astuple(opinion)),
             )
-            for node_id, opinion in found.items()
+            for node_id, opinion in opinions.items()
         )
     )

@@ -1,4 +1,4 @@
-"""What the operator has set for single peers: names, and limits instead of [peering.serve]."""
+"""What the operator has set for single peers: names, and limits instead of `[peering.serve]`."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from pinaivu_box.store.database import Database, Row
 
 
 class PeerLimits(Struct, frozen=True, forbid_unknown_fields=True):
-    """What a peer may ask of us; None is what `[peering.serve]` says.  `tokens_per_minute` 0, and
-    an empty `credit_limit` (decimal text) or `hours`, are no limit.  `blocked`: why."""
+    """The limits of a peer; None stands for the one of `[peering.serve]`.  `tokens_per_minute` 0
+    and an empty `credit_limit` (decimal text) or `hours` are no limit.  `blocked` is the reason, if
+    it is blocked."""
 
     max_parallel: Annotated[int, Meta(ge=1, le=2**31)] | None = None
     tokens_per_minute: Annotated[int, Meta(ge=0, le=2**53)] | None = None
@@ -26,20 +27,20 @@ class PeerLimits(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class PeerSettings(Struct, frozen=True):
-    """`name` "": as its certificate calls it."""
+    """`name` is "" if the peer has the name in its certificate."""
 
     name: str = ""
     limits: PeerLimits = PeerLimits()
 
 
 async def get(database: Database, node_id: str) -> PeerSettings:
-    """For each request of a peer."""
+    """The settings of a peer."""
     rows = await database.read(f"{_SELECT} WHERE node_id = ?", (node_id,))
     return _settings(rows[0]) if rows else PeerSettings()
 
 
 async def ls(database: Database) -> dict[str, PeerSettings]:
-    """By node id."""
+    """The settings of all peers that have some, by node id."""
     return {row["node_id"]: _settings(row) for row in await database.scan(_SELECT)}
 
 
@@ -51,14 +52,14 @@ async def edit(
     name: str | None = None,
     limits: dict[str, Any],
 ) -> PeerSettings:
-    """Change what is given; None puts a limit back to that of `[peering.serve]`.
+    """Change what is given; a limit of None is reset to that of `[peering.serve]`.
 
-    Raises msgspec.ValidationError, ValueError in one sentence.
+    Raises msgspec.ValidationError, ValueError.
     """
     check(msgspec.convert(limits, PeerLimits))
     patch = msgspec.json.encode(limits).decode()
     await database.write(
-        # Merged in the database: of two who change different limits at once, neither loses.
+        # Merged in the database: of two concurrent changes of different limits, none is lost.
         (
             "INSERT INTO peers (node_id, name, policy) VALUES (?1, ?2, json_patch('{}', ?3))"
             " ON CONFLICT DO UPDATE SET name = coalesce(?4, name), policy = json_patch(policy, ?3)",
@@ -70,7 +71,7 @@ async def edit(
 
 
 def check(limits: PeerLimits) -> None:
-    """What its types do not say.  Raises ValueError."""
+    """Check what the types do not.  Raises ValueError."""
     if limits.hours and not HOURS.fullmatch(limits.hours):
         raise ValueError(f"hours: '{limits.hours}' is not like 18:00-08:00")
     if limits.credit_limit:

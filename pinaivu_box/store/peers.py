@@ -17,9 +17,10 @@ StoredRecord = tuple[bytes, str, bytes, bytes]  # id, kind, body, signature
 _REVOCATIONS = "(SELECT count(*) FROM roster WHERE kind = 'revocation')"  # they only grow
 
 
-class TicketRow(NamedTuple):
-    """`expires_at` in Unix seconds; `used_by`: node ids.  `newest`: no revocation of anybody has
-    come since it was made, at `made_at` (Unix milliseconds)."""
+class Invitation(NamedTuple):
+    """What the inviter keeps of a ticket.  `name`: what the newcomer will be called; `admin`: it
+    may invite and revoke as an admin does.  `expires_at` in Unix seconds; `used_by`: node ids.
+    `newest`: nobody was revoked since it was made, at `made_at` (Unix milliseconds)."""
 
     secret_sha256: str
     name: str | None
@@ -81,7 +82,7 @@ async def add_records(
     await database.write(*map(_adding, records), *told)
 
 
-async def add_ticket(database: Database, ticket: TicketRow, *told: Statement) -> None:
+async def add_ticket(database: Database, ticket: Invitation, *told: Statement) -> None:
     await database.write(
         (
             "INSERT INTO tickets (secret_sha256, name, created_at, expires_at, uses, admin,"
@@ -99,7 +100,7 @@ async def add_ticket(database: Database, ticket: TicketRow, *told: Statement) ->
     )
 
 
-async def ticket(database: Database, secret_sha256: str) -> TicketRow | None:
+async def ticket(database: Database, secret_sha256: str) -> Invitation | None:
     rows = await database.read(
         f"SELECT *, revocations = {_REVOCATIONS} AS newest FROM tickets WHERE secret_sha256 = ?",
         (secret_sha256,),
@@ -110,7 +111,7 @@ async def ticket(database: Database, secret_sha256: str) -> TicketRow | None:
         "SELECT node_id FROM ticket_uses WHERE secret_sha256 = ?", (secret_sha256,)
     )
     (row,) = rows
-    return TicketRow(
+    return Invitation(
         secret_sha256,
         row["name"],
         row["expires_at"],

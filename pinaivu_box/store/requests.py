@@ -9,7 +9,7 @@ from pinaivu_box.store.database import Database, Statement
 
 
 class RequestRow(msgspec.Struct, frozen=True):
-    """What one request used.  Times in milliseconds, `amount` in 10^-9 of the currency."""
+    """What a request used.  Times in milliseconds, `amount` in 10^-9 of the currency."""
 
     request_id: str
     key_id: str
@@ -37,9 +37,10 @@ class StoredReceipt(msgspec.Struct, frozen=True):
 async def settle(
     database: Database, row: RequestRow, receipt: StoredReceipt, period: int = 0
 ) -> None:
-    """Usage row, receipt and key's counters in one transaction; returns once it is on disk.
+    """Store the usage row and the receipt of a request and add it to its key's counters, in one
+    transaction; it is on disk on return.
 
-    The sums of usage are the database's own work (schema.sql).  `period`: see `keys.charge`.
+    Triggers add it to the sums of usage (schema.sql).  `period` is as in `keys.charge`.
     """
     tokens = row.prompt_tokens + row.completion_tokens
     fields = row.__struct_fields__
@@ -64,7 +65,7 @@ async def settle(
 async def find_receipt(
     database: Database, request_id: str, *, account_id: str | None
 ) -> StoredReceipt | None:
-    """The receipt, if it belongs to that account (None: whoever's)."""
+    """The receipt of a request, if it is of that account; of any account if that is None."""
     rows = await database.read(
         "SELECT signed, signature, opening FROM receipts JOIN keys ON keys.id = key_id"
         " WHERE request_id = ? AND (? IS NULL OR keys.account_id = ?)",
@@ -74,7 +75,7 @@ async def find_receipt(
 
 
 class ListedReceipt(msgspec.Struct, frozen=True):
-    """A receipt with its key; `key_name` may be empty."""
+    """A receipt in a list; `key_name` may be empty."""
 
     key_id: str
     key_name: str
@@ -82,7 +83,7 @@ class ListedReceipt(msgspec.Struct, frozen=True):
     signature: bytes
 
 
-_AFTER_ALL = "s"  # ids begin with req_
+_AFTER_ALL_IDS = "s"  # ids begin with req_
 
 
 def listing(
@@ -93,12 +94,12 @@ def listing(
     if key_id is not None:
         conditions["key_id = ?"] = key_id
     if account_id is not None:
-        # A key's own index reads less than its account's: the + keeps SQLite from that one.
+        # The + keeps SQLite from the account's index: it would read more of it than of the key's.
         conditions["account_id = ?" if key_id is None else "+account_id = ?"] = account_id
     if model is not None:
         alone = key_id is None and account_id is None
         conditions["model = ?" if alone else "+model = ?"] = model
-    conditions["request_id < ?"] = after or _AFTER_ALL
+    conditions["request_id < ?"] = after or _AFTER_ALL_IDS
     return (
         "SELECT key_id, (SELECT name FROM keys WHERE id = key_id) AS key_name, signed, signature"
         f" FROM receipts WHERE {' AND '.join(conditions)} ORDER BY request_id DESC LIMIT ?",
@@ -115,8 +116,8 @@ async def list_receipts(
     after: str | None = None,
     limit: int = 100,
 ) -> list[ListedReceipt]:
-    """The newest `limit` receipts (older than that of the request `after`), newest first: of an
-    account, a key and a model, where they are given."""
+    """The newest `limit` receipts before that of the request `after`, newest first; of an account,
+    a key and a model where they are given."""
     rows = await database.scan(*listing(account_id, key_id, model, after, limit))
     return [ListedReceipt(*row) for row in rows]
 
@@ -128,6 +129,6 @@ SINCE = (
 
 
 async def between(database: Database, key_id: str, then: int, until: int) -> list[tuple[int, int]]:
-    """When a key's requests came after one moment and up to another (Unix milliseconds), and their
-    tokens."""
+    """The time and the tokens of each request of a key after `then` and up to `until` (Unix
+    milliseconds)."""
     return [tuple(row) for row in await database.read(SINCE, (key_id, then, until))]

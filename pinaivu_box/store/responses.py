@@ -1,26 +1,26 @@
-"""Responses that were stored (`/v1/responses` with `store`), each under its account.
+"""Stored responses (`/v1/responses` with `store`), each of an account.
 
-A key has room for so many of them: where it is full, its oldest go.  They also go when they are old
-(`retention`).  A conversation that has lost a part in one of these ways is not gone on with; one of
-which somebody has deleted a part begins after that.
+A key has room for a number of them: beyond that its oldest are deleted, as are those that are old
+(`retention`).  A conversation that has lost a part in one of these ways cannot go on; one of which
+a user has deleted a part begins after it.
 """
 
 from __future__ import annotations
 
 import msgspec
 
-from pinaivu_box.errors import BadRequest, BodyTooLarge, NotFound
+from pinaivu_box.errors import ConversationTooLong, ResponseNotCompleted, RowNotFound
 from pinaivu_box.store.database import Database, Statement
 
 QUEUED = "queued"
 STOPPED = "The box was stopped before this response was complete: send the request again."
-_AT_ONCE = 500  # rows that are deleted in one transaction
+_MAX_DELETED_ROWS = 500  # in one transaction
 
 
 class StoredResponse(msgspec.Struct, frozen=True):
-    """`input` and `body` are JSON: the items that were asked, and the whole answer, which says its
-    `status` too.  One that runs in the background is QUEUED until it has ended.  `stored_by` is the
-    key's id; "" in rows of an earlier schema."""
+    """`input` and `body` are JSON: the items that were sent, and the whole answer, which contains
+    its `status` too.  A background response is QUEUED until it has ended.  `stored_by` is the key's
+    id."""
 
     id: str
     account_id: str
@@ -32,15 +32,15 @@ class StoredResponse(msgspec.Struct, frozen=True):
     status: str
 
 
-_NOT_GONE_ON_WITH = {
+_CANNOT_GO_ON = {
     QUEUED: "has not ended yet: go on with it once it is completed",
     "failed": "has failed: go on with the one before it, or send its messages again",
 }
 _COLUMNS = ", ".join(StoredResponse.__struct_fields__)
 
 
-# The oldest of a key that are too many, or too much; never the newest, which is being stored, nor
-# what still runs.
+# The oldest of a key that are over its limits; never the one that is being stored, nor one that is
+# still running.
 _EVICT = """
     DELETE FROM responses WHERE rowid IN (
         SELECT rowid FROM (
@@ -68,64 +68,69 @@ FAIL_ONE = f"{FAIL_UNFINISHED} AND id = ?3"
 
 
 async def insert(
-    database: Database, response: StoredResponse, *, most: int, most_bytes: int
+    database: Database, response: StoredResponse, *, max_count: int, max_bytes: int
 ) -> None:
-    """Returns once it is on disk, and the key has no more than that stored."""
+    """Store a response and delete the key's oldest beyond its limits; it is on disk on return."""
     marks = ", ".join("?" * len(StoredResponse.__struct_fields__))
     sql = f"INSERT INTO responses ({_COLUMNS}) VALUES ({marks})"
     statement = sql, msgspec.structs.astuple(response)
-    await _write_and_evict(database, statement, response, most, most_bytes)
+    await _write_and_evict(database, statement, response, max_count, max_bytes)
 
 
 async def finish(
-    database: Database, response: StoredResponse, events: bytes, *, most: int, most_bytes: int
+    database: Database, response: StoredResponse, events: bytes, *, max_count: int, max_bytes: int
 ) -> None:
-    """What became of one that was QUEUED, with the events of its stream (zlib); nothing is kept of
-    one that was deleted meanwhile.  Returns as `insert` does."""
+    """Store the end of a QUEUED response and the events of its stream (zlib), as `insert` does;
+    nothing if it was deleted meanwhile."""
     statement = (
         "UPDATE responses SET status = ?, body = ?, events = ? WHERE id = ?",
         (response.status, response.body, events, response.id),
     )
-    await _write_and_evict(database, statement, response, most, most_bytes)
+    await _write_and_evict(database, statement, response, max_count, max_bytes)
 
 
 async def fail_unfinished(database: Database) -> None:
-    """To be called when a box starts: what is QUEUED ended with the box before."""
+    """Mark what is QUEUED as failed: when a box starts, the process that ran it is gone."""
     await database.write((FAIL_UNFINISHED, ("server_error", STOPPED)))
 
 
 async def fail(database: Database, response_id: str, why: str) -> None:
-    """The end of one that is QUEUED and whose answer cannot be written."""
+    """Mark a QUEUED response, whose answer cannot be written, as failed."""
     await database.write((FAIL_ONE, ("server_error", why, response_id)))
 
 
 async def events_of(database: Database, response_id: str, account_id: str) -> bytes | None:
-    """See `finish`; None if none were kept."""
+    """The events of a response's stream (zlib); None if it has none."""
     sql = "SELECT events FROM responses WHERE id = ? AND account_id = ?"
     rows = await database.read(sql, (response_id, account_id))
     return rows[0]["events"] if rows else None
 
 
 async def _write_and_evict(
-    database: Database, statement: Statement, response: StoredResponse, most: int, most_bytes: int
+    database: Database,
+    statement: Statement,
+    response: StoredResponse,
+    max_count: int,
+    max_bytes: int,
 ) -> None:
-    evict = (_EVICT, (response.stored_by, response.id, most, most_bytes, _AT_ONCE))
+    evict = (_EVICT, (response.stored_by, response.id, max_count, max_bytes, _MAX_DELETED_ROWS))
     _, gone = await database.write(statement, evict)
-    while gone == _AT_ONCE:
+    while gone == _MAX_DELETED_ROWS:
         (gone,) = await database.write(evict)
 
 
 async def find(database: Database, response_id: str, account_id: str) -> StoredResponse | None:
-    """A response of that account."""
+    """The response with that id, if it is of that account."""
     sql = f"SELECT {_COLUMNS} FROM responses WHERE id = ? AND account_id = ?"
     rows = await database.read(sql, (response_id, account_id))
     return StoredResponse(*rows[0]) if rows else None
 
 
 async def conversation_size(
-    database: Database, response_id: str, account_id: str, most: int
+    database: Database, response_id: str, account_id: str, max_bytes: int
 ) -> int:
-    """How many bytes `conversation` would read, at most a response more than `most`."""
+    """The bytes that `conversation` would read; it counts no further than one response beyond
+    `max_bytes`."""
     rows = await database.read(
         """
         WITH RECURSIVE chain (previous_id, size) AS (
@@ -138,19 +143,19 @@ async def conversation_size(
         )
         SELECT coalesce(max(size), 0) AS size FROM chain
         """,
-        (response_id, account_id, most),
+        (response_id, account_id, max_bytes),
     )
     return int(rows[0]["size"])
 
 
 async def conversation(
-    database: Database, response_id: str, account_id: str, most: int
+    database: Database, response_id: str, account_id: str, max_bytes: int
 ) -> list[tuple[bytes, bytes]]:
-    """Input and body of all responses that led to a response, and its own, oldest first; empty if
-    it is not there.
+    """The input and the body of a response and of all before it in its conversation, oldest first;
+    empty if there is no such response.
 
-    Raises NotFound if its beginning is not stored any more, BodyTooLarge if they have more than
-    `most` bytes, BadRequest if the response has not ended, or failed.
+    Raises RowNotFound if the beginning is not stored any more, ConversationTooLong if they have
+    more than `max_bytes`, ResponseNotCompleted if the response has not ended, or failed.
     """
     rows = await database.read(
         """
@@ -165,26 +170,26 @@ async def conversation(
         )
         SELECT previous_id, input, body, status, size FROM chain ORDER BY depth DESC
         """,
-        (response_id, account_id, most),
+        (response_id, account_id, max_bytes),
     )
-    if rows and rows[0]["size"] > most:
-        raise BodyTooLarge(
-            f"The conversation so far has over {most} bytes, which is all that is accepted: begin "
-            "a new one."
+    if rows and rows[0]["size"] > max_bytes:
+        raise ConversationTooLong(
+            f"The conversation so far has over {max_bytes} bytes, which is all that is accepted: "
+            "begin a new one."
         )
     if rows and rows[0]["previous_id"] is not None:
-        raise NotFound(
+        raise RowNotFound(
             f"The conversation that led to '{response_id}' is not stored from its beginning any "
             f"more ('{rows[0]['previous_id']}' is gone): send its messages, or begin a new one."
         )
-    if rows and (why := _NOT_GONE_ON_WITH.get(rows[-1]["status"])):
-        raise BadRequest(f"The response '{response_id}' {why}.", param="previous_response_id")
+    if rows and (why := _CANNOT_GO_ON.get(rows[-1]["status"])):
+        raise ResponseNotCompleted(f"The response '{response_id}' {why}.")
     return [(bytes(row["input"]), bytes(row["body"])) for row in rows]
 
 
 async def delete(database: Database, response_id: str, account_id: str) -> bool:
-    """False if there is no such response of that account.  A conversation that went on after it
-    then begins there."""
+    """Delete a response; False if there is no such one of that account.  A conversation that went
+    on after it then begins there."""
     changed, _ = await database.write(
         ("DELETE FROM responses WHERE id = ?1 AND account_id = ?2", (response_id, account_id)),
         (

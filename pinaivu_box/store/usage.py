@@ -1,4 +1,4 @@
-"""What was used: sums, latencies and errors, from what the database keeps by hour and by day."""
+"""Usage by groups: sums, latencies and errors, from the sums of hours and days in the database."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ _ROWS: dict[Level, str] = {
 
 
 class UsageFilter(msgspec.Struct, frozen=True):
-    """Which usage: of what began in [since, until), Unix milliseconds; None is everything.  A day
-    that was rolled up counts as its first hour."""
+    """Which usage is wanted; None is all.  `since` and `until`, which is excluded, are Unix
+    milliseconds; a day that was rolled up counts as its first hour."""
 
     account_id: str | None = None
     key_id: str | None = None
@@ -44,8 +44,8 @@ class UsageFilter(msgspec.Struct, frozen=True):
 
 
 class Sums(msgspec.Struct):
-    """Of one group.  `amount` in 10^-9 of the currency; `ttft_ms` and `total_ms` say how many
-    requests took at most so many milliseconds; `errors` are counted by code."""
+    """The sums of a group.  `amount` in 10^-9 of the currency; `ttft_ms` and `total_ms` count the
+    requests that took at most that many milliseconds, `errors` the errors by code."""
 
     requests: int = 0
     prompt_tokens: int = 0
@@ -64,45 +64,45 @@ class Sums(msgspec.Struct):
 async def usage(
     database: Database, wanted: UsageFilter, by: tuple[By, ...], only: list[str] | None = None
 ) -> dict[Labels, Sums]:
-    """By group, in the order of their labels; of the keys (by account: of the accounts) `only`, if
-    they are given."""
-    used = await database.scan(*summed("usage", wanted, by, only))
-    waited: list[Row] = []
+    """The sums of each group, in the order of their labels; with `only`, of these keys, or of these
+    accounts if it is grouped by account and not by key."""
+    usage_rows = await database.scan(*summed("usage", wanted, by, only))
+    latencies: list[Row] = []
     if "hour" not in by:  # they are kept by day
-        waited = await database.scan(*summed("latencies", wanted, by, only))
+        latencies = await database.scan(*summed("latencies", wanted, by, only))
     errors: list[Row] = []
-    if not {"node", "peer"} & set(by):  # nobody has served what was refused
+    if not {"node", "peer"} & set(by):  # no box has served a refused request
         errors = await database.scan(*summed("refusals", wanted, by, only))
-    # In a thread: there may be a hundred thousand rows, and streams go on meanwhile.
-    return await asyncio.to_thread(_groups, used, waited, errors, len(by))
+    # In a thread: with a hundred thousand rows, streams would stall.
+    return await asyncio.to_thread(_groups, usage_rows, latencies, errors, len(by))
 
 
 def _groups(
-    used: list[Row], waited: list[Row], errors: list[Row], labels: int
+    usage_rows: list[Row], latencies: list[Row], errors: list[Row], labels: int
 ) -> dict[Labels, Sums]:
-    found: dict[Labels, Sums] = {}
+    groups: dict[Labels, Sums] = {}
 
     def group(row: Row) -> Sums:
-        return found.setdefault(tuple(row[:labels]), Sums())
+        return groups.setdefault(tuple(row[:labels]), Sums())
 
-    for row in used:
+    for row in usage_rows:
         total = group(row)
         for name in _TOTALS:
             setattr(total, name, row[name])
-    for row in waited:
+    for row in latencies:
         getattr(group(row), f"{row['kind']}_ms")[row["ms"]] += row["count"]
     for row in errors:
         group(row).errors[row["code"]] += row["count"]
-    return dict(sorted(found.items()))
+    return dict(sorted(groups.items()))
 
 
 async def busiest(database: Database, wanted: UsageFilter, who: Who, limit: int) -> list[str]:
-    """Keys or accounts ('' for requests that had none), those that used most first."""
+    """The ids of the keys or accounts with the most tokens, '' for requests without a key."""
     return [row[0] for row in await database.scan(*ranked(wanted, who, limit))]
 
 
 def ranked(wanted: UsageFilter, who: Who, limit: int) -> Statement:
-    """The statement that finds them."""
+    """The statement of `busiest`."""
     level: Level = "key" if wanted.key_id is not None else who
     used, refused = _conditions("usage", wanted, level), _conditions("refusals", wanted, "key")
     return (
@@ -114,10 +114,22 @@ def ranked(wanted: UsageFilter, who: Who, limit: int) -> Statement:
     )
 
 
+async def names_of(database: Database, kind: Who, ids: set[str]) -> dict[str, str]:
+    """The names of keys or accounts, also of revoked and removed ones."""
+    name = "coalesce(nullif(name, ''), prefix || '...' || last_four)" if kind == "key" else "name"
+    rows = await database.scan(
+        f"SELECT id, {name} FROM {kind}s WHERE id IN (SELECT value FROM json_each(?))",
+        (msgspec.json.encode(sorted(ids)).decode(),),
+    )
+    return {row[0]: row[1] for row in rows}
+
+
 _TOTALS = ("requests", "prompt_tokens", "cached_tokens", "completion_tokens", "amount")
 
 
-_TABLES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # what is summed, and by what else
+_TABLES: dict[
+    str, tuple[tuple[str, ...], tuple[str, ...]]
+] = {  # the columns to sum, and those to group by as well
     "usage": (_TOTALS, ()),
     "latencies": (("count",), ("kind", "ms")),
     "refusals": (("count",), ("code",)),
@@ -127,25 +139,25 @@ _TABLES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # what is summe
 def summed(
     table: str, wanted: UsageFilter, by: tuple[By, ...], only: list[str] | None
 ) -> Statement:
-    """The statement that sums a table."""
-    totals, also = _TABLES[table]
+    """The statement that sums a table by group."""
+    totals, fixed = _TABLES[table]
     level = _level(table, wanted, by)
-    columns = [f"{_label(one, level)} AS by_{one}" for one in by]
-    groups = ", ".join([*(f"by_{one}" for one in by), *also])
-    selected = ", ".join([*columns, *also, *(f"sum({name}) AS {name}" for name in totals)])
+    columns = [f"{_label(group, level)} AS by_{group}" for group in by]
+    groups = ", ".join([*(f"by_{group}" for group in by), *fixed])
+    selected = ", ".join([*columns, *fixed, *(f"sum({name}) AS {name}" for name in totals)])
     conditions = _conditions(table, wanted, level)
     if only is not None:
         name = _label("key" if "key" in by else "account", level)
         encoded = msgspec.json.encode(only).decode()
         conditions = [(f"{name} IN (SELECT value FROM json_each(?))", (encoded,)), *conditions]
     grouped = f" GROUP BY {groups}" if groups else ""
-    having = "" if groups else " HAVING count(*) > 0"  # sums of nothing are no row
+    having = "" if groups else " HAVING count(*) > 0"  # without it, no rows would give one row
     sql = f"SELECT {selected} FROM {table}{_where(conditions)}{grouped}{having}"
     return sql, _values(conditions)
 
 
 def _level(table: str, wanted: UsageFilter, by: tuple[By, ...]) -> Level:
-    """The rows that tell apart what is asked for, and no more of them than that needs."""
+    """The coarsest level whose rows tell apart what is asked for."""
     if table == "refusals" or "key" in by or wanted.key_id is not None:
         return "key"
     return "account" if "account" in by or wanted.account_id is not None else "box"
@@ -159,16 +171,16 @@ _Condition = tuple[str, tuple[Any, ...]]  # with its values
 
 
 def _conditions(table: str, wanted: UsageFilter, level: Level) -> list[_Condition]:
-    """Of the rows of one level: each request is in the sums of its key, of its account and of the
-    box, and whoever added these up would count it three times."""
-    found: list[_Condition] = []
+    """The conditions for the rows of one level: each request is in the sums of its key, of its
+    account and of the box, so a report that reads several levels would count it several times."""
+    conditions: list[_Condition] = []
     if wanted.account_id is not None and level == "key":
-        whose = "key_id IN (SELECT id FROM keys WHERE account_id = ?)"
-        found.append((whose, (wanted.account_id,)))
+        of_account = "key_id IN (SELECT id FROM keys WHERE account_id = ?)"
+        conditions.append((of_account, (wanted.account_id,)))
     elif wanted.account_id is not None:
-        found.append(("key_id = ?", (wanted.account_id,)))
-    elif table != "refusals" or wanted.key_id is not None:  # there, '' is who had no key
-        found.append((_ROWS[level], ()))
+        conditions.append(("key_id = ?", (wanted.account_id,)))
+    elif table != "refusals" or wanted.key_id is not None:  # in which '' stands for no key
+        conditions.append((_ROWS[level], ()))
     for text, value in (
         ("key_id = ?", wanted.key_id),
         ("model = ?", wanted.model),
@@ -176,8 +188,8 @@ def _conditions(table: str, wanted: UsageFilter, level: Level) -> list[_Conditio
         ("since < ?", wanted.until),
     ):
         if value is not None:
-            found.append((text, (value,)))
-    return found
+            conditions.append((text, (value,)))
+    return conditions
 
 
 def _where(conditions: list[_Condition]) -> str:

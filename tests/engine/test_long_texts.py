@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from pinaivu_box.engine.fake_runner import FakeRunner
-from pinaivu_box.engine.intake import Intake
 from pinaivu_box.engine.messages import Embed, Refused, Tokenize, Tokenized
+from pinaivu_box.engine.request_preparer import RequestPreparer
 from pinaivu_box.engine.runner import TooManyTokens
 from pinaivu_box.errors import ContextOverflow
 from tests.support.engine_harness import add, in_this_process, load
@@ -28,11 +28,11 @@ def runner() -> Counted:
 
 
 @pytest.fixture
-def intake(runner: Counted) -> Intake:
-    return Intake(runner, in_this_process(), drafting=True, context_shift=False)
+def intake(runner: Counted) -> RequestPreparer:
+    return RequestPreparer(runner, in_this_process(), drafting=True, context_shift=False)
 
 
-def test_what_cannot_fit_is_not_tokenized(runner: Counted, intake: Intake) -> None:
+def test_what_cannot_fit_is_not_tokenized(runner: Counted, intake: RequestPreparer) -> None:
     text = "a" * 5_000_000
     for message in (
         add("r", prompt=text),
@@ -52,7 +52,7 @@ def test_what_cannot_fit_is_not_tokenized(runner: Counted, intake: Intake) -> No
         runner.tokenize(text, 1000)
 
 
-def test_a_count_has_no_bound(intake: Intake) -> None:
+def test_a_count_has_no_bound(intake: RequestPreparer) -> None:
     text = "a" * 5_000_000
     asked = Tokenize(add("r", prompt=text), count=True)
     assert intake.tokenize(asked) == Tokenized("r", [], count=len(text))
@@ -61,7 +61,7 @@ def test_a_count_has_no_bound(intake: Intake) -> None:
     assert isinstance(counted, Tokenized) and (counted.number, counted.tokens) == (3, [])
 
 
-def test_tokens_are_spelled_as_one_text(intake: Intake) -> None:
+def test_tokens_are_spelled_as_one_text(intake: RequestPreparer) -> None:
     tokens = [*"é😀a".encode(), 256, 255]
     spelled = intake.tokenize(Tokenize(add("r"), tokens))
     assert isinstance(spelled, Tokenized) and spelled.text == "é😀a\ufffd"

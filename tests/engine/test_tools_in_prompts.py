@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from pinaivu_box import chat_format
-from pinaivu_box.engine.intake import Intake, PreparedRequest
 from pinaivu_box.engine.messages import Constraint, Refused, Tools
+from pinaivu_box.engine.request_preparer import PreparedRequest, RequestPreparer
 from tests.support.engine_harness import StrictRunner, Template, add, in_this_process, load
 
 FUNCTION = {"name": "f", "description": "It does.", "parameters": {"type": "object"}}
@@ -104,9 +104,9 @@ class Known(StrictRunner):
 
 
 def prepare(runner: StrictRunner, **more: Any) -> PreparedRequest | Refused:
-    arrival = Intake(runner, in_this_process(), drafting=False, context_shift=False).prepare(
-        add(**more)
-    )
+    arrival = RequestPreparer(
+        runner, in_this_process(), drafting=False, context_shift=False
+    ).prepare(add(**more))
     if isinstance(arrival, PreparedRequest) and arrival.compile is not None:
         return arrival.compile() or arrival
     return arrival

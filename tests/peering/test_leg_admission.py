@@ -12,6 +12,7 @@ import msgspec
 import pytest
 
 from pinaivu_box.config import SamplingConfig
+from pinaivu_box.engine.messages import SamplingParams
 from pinaivu_box.errors import Conflict, RateLimited
 from pinaivu_box.gateway.backend import Job
 from pinaivu_box.ledger.entry import Balance
@@ -76,7 +77,7 @@ async def running(
 def job(request_id: str = "req_1", text: str = "Hello", **more: Any) -> Job:
     model = Model("fake:1", Path("fake:0"), 0, 0, 0, "", cast("Any", None), 0, SamplingConfig())
     messages = [{"role": "user", "content": text}]
-    return Job(request_id, model, messages, SamplingConfig(), 0, None, [], PEER, **more)
+    return Job(request_id, model, messages, SamplingParams(), None, [], PEER, **more)
 
 
 def leg(admission: LegAdmission, job: Job, *, pays: bool = True) -> Any:

@@ -21,7 +21,7 @@ from pinaivu_box.gateway.backend import Event, Prompt, Proved, Started
 from pinaivu_box.gateway.engine_process import EngineProcess
 from pinaivu_box.gateway.output import Output
 from pinaivu_box.gateway.records import ChoiceRecord, LegRecord
-from pinaivu_box.gossip.frames import ModelLoad
+from pinaivu_box.gossip.adverts import ModelLoad
 from pinaivu_box.gossip.loads import ReportedLoad
 from pinaivu_box.identity import verify
 from pinaivu_box.legs.client import AcceptedLeg

@@ -14,14 +14,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pinaivu_box.engine import chat_template, messages, trial
+from pinaivu_box.engine import chat_template, grammar_validation, messages
 from pinaivu_box.engine import engine as engines
 from pinaivu_box.engine.fake_runner import END, N_VOCAB, FakeRunner
-from pinaivu_box.engine.intake import Intake, PreparedRequest
 from pinaivu_box.engine.messages import Add, Cancel, Embed, LoadModel, Named, Sampling, StepFrame
 from pinaivu_box.engine.output import OutputBuffer
-from pinaivu_box.engine.rendering import Rendering
+from pinaivu_box.engine.request_preparer import PreparedRequest, RequestPreparer
 from pinaivu_box.engine.runner import Batch, NoSlot, Runner
+from pinaivu_box.engine.sandboxed_template import SandboxedTemplate
 from pinaivu_box.engine.sandboxes import Sandboxes, SandboxRun
 from pinaivu_box.engine.scheduler import CopyCells, Move, RemoveCells
 
@@ -205,10 +205,12 @@ def here(job: Callable[[bytes], bytes]) -> SandboxRun:
 
 
 def in_this_process() -> Sandboxes:
-    return Sandboxes(here(chat_template.make(b"")), lambda setup: here(trial.trials(setup)))
+    return Sandboxes(
+        here(chat_template.make(b"")), lambda setup: here(grammar_validation.validator(setup))
+    )
 
 
-class Template(Rendering):
+class Template(SandboxedTemplate):
     """A chat template that is run here; functions may also be a list."""
 
     def __init__(
@@ -232,7 +234,7 @@ class Template(Rendering):
 
 
 class Engine:
-    """Intake, engine and output as the worker joins them, without its threads.
+    """Preparation, engine and output as the worker joins them, without its threads.
 
     `policy` None leaves the pace that the engine learns.
     """
@@ -248,7 +250,7 @@ class Engine:
         parse_special: bool = False,
     ) -> None:
         drafting = policy is None or policy.draft > 0
-        self._intake = Intake(
+        self._intake = RequestPreparer(
             runner,
             sandboxes or in_this_process(),
             drafting=drafting,
@@ -284,10 +286,8 @@ class Engine:
             self._engine.add(prepared.sequence)
 
     def step(self) -> StepFrame:
-        refused, output = self._engine.step()
+        output = self._engine.step()
         self._engine.check_integrity()
-        for one in refused:
-            self._output.take(one)
         for stopped in self._output.take(output):
             self._engine.end(stopped, "stop")
         self._unsaid = False

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from pinaivu_box.engine.lookup import Lookup
 from pinaivu_box.engine.messages import Sampling
-from pinaivu_box.engine.prefix_cache import Share
+from pinaivu_box.engine.ngram_drafter import NgramDrafter
+from pinaivu_box.engine.prefix_cache import PrefixScope
 from pinaivu_box.engine.scheduler import (
     BatchChunk,
     CopyCells,
@@ -50,10 +50,10 @@ def sequence(
         sampling=GREEDY,
         weight=weight,
         priority=priority,
-        lookup=Lookup() if lookup else None,
-        share=Share(scope, public, f"named {tokens[:public]}")
+        lookup=NgramDrafter() if lookup else None,
+        share=PrefixScope(scope, public, f"named {tokens[:public]}")
         if public and scope
-        else Share(scope),
+        else PrefixScope(scope),
         arrival=arrival,
         arrived_at=0.0,
     )

@@ -8,11 +8,11 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from pinaivu_box.models import folder, gguf
+from pinaivu_box.models import folder_scan, gguf
 from pinaivu_box.models.catalog import Catalog
-from pinaivu_box.models.files import download_mark
-from pinaivu_box.models.folder import Found
+from pinaivu_box.models.folder_scan import FolderScan
 from pinaivu_box.models.names import printable
+from pinaivu_box.models.regular_files import download_mark
 
 log = logging.getLogger("pinaivu.models")
 
@@ -24,7 +24,7 @@ _Facts = tuple[int, ...]
 _State = tuple[dict[Path, _Facts], dict[Path, str]]
 
 
-class Watch:
+class FolderWatch:
     """For one thread at a time.  `seconds` is how long to wait before the next look."""
 
     def __init__(self) -> None:
@@ -32,11 +32,11 @@ class Watch:
         self._before: dict[Path, _Facts] | None = None  # in the look before
         self._taken: _State = {}, {}  # what was returned last
 
-    def look(self, path: Path) -> Found | None:
+    def look(self, path: Path) -> FolderScan | None:
         """What is in the folder if that has changed, else None.  A file that is not as it was in
         the look before is not among its files: it is being written."""
         began = time.monotonic()
-        found = folder.find(path)
+        found = folder_scan.scan(path)
         now = {file: _facts(file) for file in found.files}
         before, self._before = self._before, now
         self.seconds = max(_SECONDS, _SHARE * (time.monotonic() - began))

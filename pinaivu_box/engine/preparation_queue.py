@@ -10,9 +10,9 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
-from pinaivu_box.engine.embeddings import Embedding
-from pinaivu_box.engine.intake import Intake, PreparedRequest
+from pinaivu_box.engine.embeddings import EmbeddingJob
 from pinaivu_box.engine.messages import Add, Cancel, Embed, Named, Refused, Tokenize, Tokenized
+from pinaivu_box.engine.request_preparer import PreparedRequest, RequestPreparer
 from pinaivu_box.engine.sequence import Sequence
 from pinaivu_box.engine.turns import Turns
 from pinaivu_box.errors import BadRequest
@@ -32,15 +32,15 @@ class _Request(Cancellation):
         self.admitted = False
 
 
-class Arrivals:
+class PreparationQueue:
     """`say` is told first of whatever `schedule` gets.  `take` is called by one thread; it never
     blocks."""
 
     def __init__(
         self,
-        intake: Intake,
+        intake: RequestPreparer,
         say: Callable[[PreparedRequest | Refused | Tokenized], None],
-        schedule: Callable[[Sequence | Embedding | Cancel], None],
+        schedule: Callable[[Sequence | EmbeddingJob | Cancel], None],
     ) -> None:
         self._intake = intake
         self._say = say

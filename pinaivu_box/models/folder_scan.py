@@ -14,7 +14,7 @@ MAX_FILES = 10_000  # that are named like models
 
 
 @dataclass
-class Found:
+class FolderScan:
     """`files` are those above others first, then by name.  `not_served` says why what is not among
     them is left out."""
 
@@ -22,11 +22,11 @@ class Found:
     not_served: dict[Path, str] = field(default_factory=dict)
 
 
-def find(folder: Path) -> Found:
+def scan(folder: Path) -> FolderScan:
     """Everything that is named like a model.  Folders whose names begin with a dot are passed over,
     and a folder that is reached twice (by links) is looked at once.  A link that leads upwards, to
     what holds the folder that it lies in (as `/` does), is not followed."""
-    found = Found()
+    found = FolderScan()
     if not os.path.lexists(folder):
         return found
     seen: set[tuple[int, int]] = set()

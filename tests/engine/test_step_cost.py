@@ -6,7 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pinaivu_box.engine.pace import LEAST_PROMPT, LONGEST, PROMPT_STRETCH, SHORTEST, StepCostModel
+from pinaivu_box.engine.step_cost import (
+    LEAST_PROMPT,
+    LONGEST,
+    PROMPT_STRETCH,
+    SHORTEST,
+    StepCostModel,
+)
 
 TOLERANCE = 1.001
 

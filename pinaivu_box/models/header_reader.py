@@ -11,11 +11,11 @@ import msgspec
 from msgspec import Struct
 
 from pinaivu_box.errors import BoxError
-from pinaivu_box.models.files import NotAFile
 from pinaivu_box.models.gguf import BadGguf, Header, read_header
+from pinaivu_box.models.regular_files import NotAFile
 from pinaivu_box.sandbox import Sandbox, SandboxLimit, SandboxLimits
 
-_ENTRY = "pinaivu_box.models.headers:make"
+_ENTRY = "pinaivu_box.models.header_reader:make"
 _LIMITS = SandboxLimits(cpu_seconds=10.0, memory_bytes=768 * 1024 * 1024, wall_seconds=60.0)
 _ALL_SECONDS = 120.0  # that one look may take for the headers of all files together
 
@@ -30,7 +30,7 @@ class _HeaderResult(Struct, array_like=True):
     error: str = ""
 
 
-class Headers:
+class HeaderReader:
     """For one thread at a time.  `finish` after each look at all files."""
 
     def __init__(self) -> None:

@@ -7,13 +7,13 @@ from contextlib import suppress
 from pathlib import Path
 
 from pinaivu_box.models.catalog import Model
-from pinaivu_box.models.files import open_regular
+from pinaivu_box.models.regular_files import open_regular
 from pinaivu_box.models.splits import PartName
 
 _COPY_BYTES = 1 << 20
 
 
-def place(model: Model, folder: Path, name: str) -> list[Path]:
+def copy_model(model: Model, folder: Path, name: str) -> list[Path]:
     """The model's files as those of `name` in that folder, all of them or none: links where that
     can be, else copies.  Returns them in their order.  Raises OSError, FileExistsError among them.
     """

@@ -32,7 +32,7 @@ def expected_right(chance: float, count: int) -> float:
     return count if chance == 1 else chance * (1 - chance**count) / (1 - chance)
 
 
-class Lookup:
+class NgramDrafter:
     """Of one sequence: `match`, then perhaps `draft`.
 
     Whether a draft is checked or not: the next `match` sees what came, and learns from that.

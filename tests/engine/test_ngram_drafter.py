@@ -5,12 +5,12 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pinaivu_box.engine.lookup import NGRAM, DraftStatistics, Lookup
+from pinaivu_box.engine.ngram_drafter import NGRAM, DraftStatistics, NgramDrafter
 
 
 def draft(tokens: list[int], count: int) -> list[int]:
     """Of one that has not seen the tokens before."""
-    lookup = Lookup()
+    lookup = NgramDrafter()
     return lookup.draft(tokens, count) if lookup.match(tokens) else []
 
 
@@ -32,10 +32,10 @@ def test_what_goes_round_and_round_is_proposed_to_go_on() -> None:
 
 
 def test_what_has_not_come_before_proposes_nothing() -> None:
-    assert Lookup().match([1, 2, 3, 4, 5, 6]) == 0
-    assert Lookup().match([1, 2, 9, 2, 1, 2]) == 0  # two alike are too few
-    assert Lookup().match([1, 2]) == 0
-    assert Lookup().match([]) == 0
+    assert NgramDrafter().match([1, 2, 3, 4, 5, 6]) == 0
+    assert NgramDrafter().match([1, 2, 9, 2, 1, 2]) == 0  # two alike are too few
+    assert NgramDrafter().match([1, 2]) == 0
+    assert NgramDrafter().match([]) == 0
 
 
 def plain(tokens: list[int], count: int) -> list[int]:
@@ -55,7 +55,7 @@ def test_one_that_follows_its_sequence_proposes_what_a_fresh_one_would(
     tokens: list[int], asked: list[tuple[int, int]]
 ) -> None:
     """It looks at new tokens only, however many came since it was last asked."""
-    lookup, length = Lookup(), 0
+    lookup, length = NgramDrafter(), 0
     for more, most in asked:
         length = min(len(tokens), length + more)
         so_far = tokens[:length]
@@ -65,13 +65,13 @@ def test_one_that_follows_its_sequence_proposes_what_a_fresh_one_would(
 
 def test_the_longer_the_match_the_better_the_chance() -> None:
     again = [*range(20), 99]
-    chances = [Lookup().match([*again, *range(19 - length, 19)]) for length in range(3, 13)]
+    chances = [NgramDrafter().match([*again, *range(19 - length, 19)]) for length in range(3, 13)]
     assert chances == sorted(chances)
     assert 0 < chances[0] < chances[-1] < 1
 
 
 def test_the_chance_follows_what_happens_whether_it_was_drafted_or_not() -> None:
-    lookup, tokens = Lookup(), list(range(40))
+    lookup, tokens = NgramDrafter(), list(range(40))
     tokens += [100, *range(12)]
     before = lookup.match(tokens)
     for token in (12, 13, 14):  # as in the text
@@ -89,7 +89,7 @@ def test_the_chance_follows_what_happens_whether_it_was_drafted_or_not() -> None
 
 
 def test_what_never_comes_true_is_not_believed_for_long() -> None:
-    lookup, chance = Lookup(), 1.0
+    lookup, chance = NgramDrafter(), 1.0
     tokens = [1, 2, 3, 4]
     for number in range(100, 120):
         tokens += [1, 2, 3]
@@ -103,20 +103,20 @@ def test_the_next_sequence_begins_with_what_others_learned() -> None:
     """Where drafts are mostly wrong fewer are made, from the first token on; and the reverse."""
     bad, good = DraftStatistics(), DraftStatistics()
     for n in range(60):
-        wrong, right = Lookup(bad), Lookup(good)
+        wrong, right = NgramDrafter(bad), NgramDrafter(good)
         start = [1, 2, 3, 4, 5, 6, 9, 1, 2, 3]
         for lookup, after in ((wrong, 100 + n), (right, 4)):
             lookup.match(start)
             lookup.match([*start, after])
-    fresh = Lookup().match(start)
-    assert Lookup(bad).match(start) < fresh / 2
-    assert Lookup(good).match(start) > fresh
+    fresh = NgramDrafter().match(start)
+    assert NgramDrafter(bad).match(start) < fresh / 2
+    assert NgramDrafter(good).match(start) > fresh
     # Who gives a prediction is believed at first.
-    assert Lookup(bad, [7]).match(start) == fresh
+    assert NgramDrafter(bad, [7]).match(start) == fresh
 
 
 def test_a_prediction_is_text_that_may_come() -> None:
-    lookup = Lookup(None, [5, 6, 7, 8, 9, 10])
+    lookup = NgramDrafter(None, [5, 6, 7, 8, 9, 10])
     assert lookup.match([1, 2, 5, 6, 7]) > 0
     assert lookup.draft([1, 2, 5, 6, 7], 3) == [8, 9, 10]
-    assert Lookup().match([1, 2, 5, 6, 7]) == 0
+    assert NgramDrafter().match([1, 2, 5, 6, 7]) == 0

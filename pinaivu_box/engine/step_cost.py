@@ -6,7 +6,7 @@ it, how many tokens of texts that are embedded, and whether it pays to check a d
 
 from __future__ import annotations
 
-from pinaivu_box.engine.lookup import expected_right
+from pinaivu_box.engine.ngram_drafter import expected_right
 
 # While streams run, prompts get at most 6/7 of the time: a stream's gap grows at most sevenfold,
 # and a long prompt takes at most 7/6 of the time that it would take alone.  Smaller chunks would

@@ -5,7 +5,6 @@ Times are RFC 3339 in UTC, amounts decimal text.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
@@ -15,18 +14,18 @@ from msgspec import UNSET, Struct, UnsetType
 
 from pinaivu_box.amount import to_text
 from pinaivu_box.policy import Policy
-from pinaivu_box.receipts.receipt import utc_text
 from pinaivu_box.store import audit
 from pinaivu_box.store.accounts import Account, Role
 from pinaivu_box.store.keys import Key
+from pinaivu_box.store.times import now_ms, time_text
 
 
 class Settings(Policy, frozen=True, omit_defaults=False):
-    """A policy with every setting in it."""
+    """A policy with all its settings, also those with default values."""
 
 
 class AccountView(Struct, frozen=True):
-    """`keys` are those that are not revoked."""
+    """`keys` counts those that are not revoked."""
 
     id: str
     name: str
@@ -38,8 +37,8 @@ class AccountView(Struct, frozen=True):
 
 
 class KeyView(Struct, frozen=True):
-    """`old_until`: till then the secret before the last rotation works too.  `spent` is of the
-    budget, in its present period."""
+    """The secret before the last rotation is valid until `old_until`.  `spent` is of the budget, in
+    its present period."""
 
     id: str
     account: str
@@ -59,20 +58,20 @@ class KeyView(Struct, frozen=True):
     tokens: int
     amount: str
     spent: str | None
-    stopped: int | UnsetType = UNSET  # running requests, if that was asked for
-    warning: str | UnsetType = UNSET  # of settings that do not do what they seem to
+    stopped: int | UnsetType = UNSET  # running requests, with now=true
+    warning: str | UnsetType = UNSET  # of settings without effect
     request_id: str | UnsetType = UNSET
 
 
 class NewKey(KeyView, frozen=True, kw_only=True):
-    """`key` is the secret: it is shown only now."""
+    """`key` is the secret, which is shown only here."""
 
     key: str
 
 
 class AuditEntry(Struct, frozen=True):
-    """Who (`actor`: a key's id, or cli:USER) did what from where; `detail` says what was set.
-    `actor_name` and `target_name`: what they are called today, null if they have no names."""
+    """An action of `actor` (a key's id, or cli:USER); `detail` has what was set.  `actor_name` and
+    `target_name` are their present names, null if they have none."""
 
     id: int
     at: str
@@ -87,7 +86,7 @@ class AuditEntry(Struct, frozen=True):
 
 def account_view(account: Account) -> AccountView:
     fields = msgspec.structs.asdict(account)
-    return AccountView(**{**fields, "created_at": _text(account.created_at)})
+    return AccountView(**{**fields, "created_at": time_text(account.created_at)})
 
 
 def key_view(key: Key) -> KeyView:
@@ -98,17 +97,17 @@ def new_key_view(key: Key, secret: str) -> NewKey:
     return NewKey(**_fields(key), key=secret)
 
 
-def audit_view(entry: audit.AuditEntry, names: Mapping[str, str]) -> AuditEntry:
+def audit_view(entry: audit.AuditRow, names: Mapping[str, str]) -> AuditEntry:
     """`names` of keys, accounts and peers, by id."""
     return AuditEntry(
-        **{**msgspec.structs.asdict(entry), "at": _text(entry.at)},
+        **{**msgspec.structs.asdict(entry), "at": time_text(entry.at)},
         actor_name=names.get(entry.actor),
         target_name=names.get(entry.target),
     )
 
 
 def parse_time(text: str) -> int:
-    """A date, or a date and time (UTC unless it says otherwise), as Unix milliseconds.
+    """A date, or a date and time, as Unix milliseconds; in UTC unless it has an offset.
 
     Raises ValueError.
     """
@@ -123,10 +122,10 @@ def parse_time(text: str) -> int:
 
 
 def _fields(key: Key) -> dict[str, Any]:
-    now = time.time_ns() // 1_000_000
+    now = now_ms()
     fields = {name: getattr(key, name) for name in KeyView.__struct_fields__ if hasattr(key, name)}
     for name in ("created_at", "expires_at", "revoked_at", "old_until", "last_used_at"):
-        fields[name] = _text(fields[name])
+        fields[name] = time_text(fields[name])
     budget, spent = key.policy.budget, None
     if budget is not None:
         spent = to_text(key.spent_in(*budget.window(key.created_at, now)))
@@ -137,7 +136,3 @@ def _fields(key: Key) -> dict[str, Any]:
         "amount": to_text(key.amount),
         "spent": spent,
     }
-
-
-def _text(milliseconds: int | None) -> str | None:
-    return None if milliseconds is None else utc_text(milliseconds / 1000)

@@ -112,12 +112,12 @@ class _Wrapped:
 
 
 def make(setup: bytes) -> Callable[[bytes], bytes]:
-    """In the child (see `sandbox`): the function of `trials`.  The steps go before it."""
+    """In the child (see `sandbox`): the function of `validator`.  The steps go before it."""
     os.nice(_NICE)
-    return trials(setup)
+    return validator(setup)
 
 
-def trials(setup: bytes) -> Callable[[bytes], bytes]:
+def validator(setup: bytes) -> Callable[[bytes], bytes]:
     """For a `Vocabulary` the function that makes of an `OutputConstraint` the text of its grammar;
     empty if everything is allowed.  It raises InvalidBody."""
     tokenizer = tokenizer_of(msgspec.msgpack.decode(setup, type=Vocabulary))

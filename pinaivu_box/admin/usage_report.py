@@ -1,4 +1,4 @@
-"""The body of `GET /v1/usage`, also what `pinaivu usage` prints: JSON or CSV."""
+"""The report of `GET /v1/usage` and `pinaivu usage`, as JSON or CSV."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import asyncio
 import csv
 import io
 import re
-import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -15,24 +14,24 @@ import msgspec
 from msgspec import UNSET, Struct, UnsetType
 
 from pinaivu_box.amount import to_text
-from pinaivu_box.errors import InvalidBody
 from pinaivu_box.store.database import Database
-from pinaivu_box.store.usage import BYS, By, Labels, Sums, UsageFilter, Who, busiest, usage
+from pinaivu_box.store.times import now_ms
+from pinaivu_box.store.usage import By, Labels, Sums, UsageFilter, Who, busiest, names_of, usage
 
 DAY_MS = 86_400_000
 _DAY = re.compile("[0-9]{4}-[0-9]{2}-[0-9]{2}")
 _NUMBER = re.compile(r"[+-]?[0-9]+(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?")
-# Spaces before it do not help, line ends may be dropped, and some take the full-width forms too.
+# Spreadsheets skip spaces before it, may drop line ends, and some accept the full-width forms too.
 _FORMULA = re.compile(r"\s*[=+@\-\uff1d\uff0b\uff20\uff0d]|[\t\r\n]")
-MOST_KEYS = 1000  # or accounts, that a report tells apart
-# What is grouped by ids -> where their names stand.
-NAMED: dict[By, str] = {
+MAX_KEYS = 1000  # or accounts, in a report
+# Grouping by ids -> the field with their names.
+NAME_FIELDS: dict[By, str] = {
     "account": "account_name", "key": "key_name", "node": "node_name", "peer": "peer_name"
 }  # fmt: skip
 
 
 class Percentiles(Struct, frozen=True):
-    """Milliseconds: so long, to within a tenth, took half, nine tenths, 99 hundredths at most."""
+    """The milliseconds that 50, 90 and 99 of 100 requests took at most, to within a tenth."""
 
     p50: int
     p90: int
@@ -40,13 +39,13 @@ class Percentiles(Struct, frozen=True):
 
 
 class UsageGroup(Struct, frozen=True, omit_defaults=True):
-    """`cost` is a decimal number in text, in the report's currency.  `ttft_ms` (to the first token)
-    and `total_ms` are of requests that were answered, but not told by the hour; `errors` counts by
-    code those that were not.
+    """`cost` is decimal text in the report's currency.  `ttft_ms` (time to the first token) and
+    `total_ms` are of the requests that were answered, and null if it is grouped by hour; `errors`
+    counts the others by code.
 
     Of `day`, `hour`, `account`, `key`, `model`, `node` and `peer` (the box that served it) those
-    are there that it was grouped by, and beside each id its name: of a key without one what is
-    shown of its secret, of a box what it is called here; "" if nothing is known of it.
+    are present that it is grouped by, and for each id its name: of a key without a name the
+    beginning and the end of its secret, of a box its name here; "" if it is unknown.
     """
 
     requests: int
@@ -72,8 +71,8 @@ class UsageGroup(Struct, frozen=True, omit_defaults=True):
 
 
 class UsageReport(Struct, frozen=True, omit_defaults=True):
-    """`data` has the groups that were asked for with `group_by`.  With `more_keys` it is only about
-    the keys (by account: the accounts) that used most; the sums beside it are of all."""
+    """`data` has the groups of `group_by`.  With `more_keys` it has only the keys (or accounts)
+    with the most tokens; the sums beside it are of all."""
 
     total_requests: int
     total_tokens: int
@@ -98,34 +97,24 @@ async def report(
     currency: str,
     boxes: Mapping[str, str] | None = None,
 ) -> UsageReport:
-    """`boxes`: what they are called, by node id."""
+    """The report on the usage that is `wanted`; `boxes` has the names of boxes by node id."""
     groups = models = await usage(database, wanted, ("model",))
     only = None
     who: Who | None = "key" if "key" in by else "account" if "account" in by else None
     if who is not None and wanted.key_id is None:
-        only = await busiest(database, wanted, who, MOST_KEYS + 1)
+        only = await busiest(database, wanted, who, MAX_KEYS + 1)
     if by and by != ("model",):
-        groups = await usage(database, wanted, by, only and only[:MOST_KEYS])
+        groups = await usage(database, wanted, by, only and only[:MAX_KEYS])
     names: dict[By, Mapping[str, str]] = {"node": boxes or {}, "peer": boxes or {}}
     for kind in ("key", "account"):
         if kind in by:
-            place = by.index(kind)
-            names[kind] = await _names(database, kind, {labels[place] for labels in groups})
-    more = len(only or ()) > MOST_KEYS
-    return await asyncio.to_thread(_made, models, groups, by, names, more, currency)
+            position = by.index(kind)
+            names[kind] = await names_of(database, kind, {labels[position] for labels in groups})
+    more = len(only or ()) > MAX_KEYS
+    return await asyncio.to_thread(_report, models, groups, by, names, more, currency)
 
 
-async def _names(database: Database, kind: Who, ids: set[str]) -> dict[str, str]:
-    """Those of keys or accounts, also of such as are revoked or removed."""
-    name = "coalesce(nullif(name, ''), prefix || '...' || last_four)" if kind == "key" else "name"
-    rows = await database.scan(
-        f"SELECT id, {name} FROM {kind}s WHERE id IN (SELECT value FROM json_each(?))",
-        (msgspec.json.encode(sorted(ids)).decode(),),
-    )
-    return {row[0]: row[1] for row in rows}
-
-
-def _made(
+def _report(
     models: dict[Labels, Sums],
     groups: dict[Labels, Sums],
     by: tuple[By, ...],
@@ -171,65 +160,51 @@ def _group(
         total_ms=_percentiles(sums.total_ms),
         errors=dict(sorted(sums.errors.items())),
         **ids,
-        **{field: names[one].get(ids[one], "") for one, field in NAMED.items() if one in ids},
+        **{
+            f: names[column].get(ids[column], "")
+            for column, f in NAME_FIELDS.items()
+            if column in ids
+        },
     )
 
 
 def _percentiles(counts: Counter[int]) -> Percentiles | None:
-    """Nearest rank: the smallest bound that so many of a hundred stay within."""
-    total, below, found = counts.total(), 0, []
+    """By nearest rank: the smallest bound that a share of the requests stays within."""
+    total, below, percentiles = counts.total(), 0, []
     ranks = [50, 90, 99]
     for bound, count in sorted(counts.items()):
         below += count
         while ranks and below * 100 >= ranks[0] * total:
-            found.append(bound)
+            percentiles.append(bound)
             ranks.pop(0)
-    return Percentiles(*found) if found else None
+    return Percentiles(*percentiles) if percentiles else None
 
 
-def grouping(text: str | None) -> tuple[By, ...]:
-    """`"day,model"` -> `("day", "model")`.  Raises InvalidBody."""
-    asked = [] if text is None else [part.strip() for part in text.split(",")]
-    known = {name: name for name in BYS}
-    for name in asked:
-        if name not in known or asked.count(name) > 1:
-            raise InvalidBody(
-                f"'{name[:50]}' is not among {', '.join(BYS)}, or is there twice",
-                loc=("query", "group_by"),
-            )
-    return tuple(known[name] for name in asked)  # type: ignore[index]
-
-
-def parse_day(name: str, text: str | None) -> int | None:
-    """`YYYY-MM-DD`, midnight UTC, as Unix milliseconds; None stays None.  Raises InvalidBody."""
-    if text is None:
-        return None
+def parse_day(text: str) -> int:
+    """`YYYY-MM-DD` as the Unix milliseconds of its midnight in UTC.  Raises ValueError."""
     try:
-        if not _DAY.fullmatch(text):  # strptime takes digits of every script
+        if not _DAY.fullmatch(text):  # strptime accepts digits of every script
             raise ValueError
         moment = datetime.strptime(text, "%Y-%m-%d").replace(tzinfo=UTC)
     except ValueError:
-        raise InvalidBody(
-            f"'{text[:50]}' is not a date: write it as YYYY-MM-DD", loc=("query", name)
-        ) from None
+        raise ValueError(f"'{text[:50]}' is not a date: write it as YYYY-MM-DD") from None
     return int(moment.timestamp() * 1000)
 
 
 def span(first: int | None, last: int | None) -> tuple[int | None, int | None]:
-    """From the beginning of a day to the end of another, as `UsageFilter` has it.
+    """The `since` and `until` of a `UsageFilter` from one day to another, which is included.
 
-    With a first day only it ends now: what lies in the future was written when the clock was ahead,
-    and is not of the last days.
+    Without a last day it ends now: rows of the future were written when the clock was ahead.
     """
     if last is not None:
         return first, last + DAY_MS
-    return first, None if first is None else max(first, time.time_ns() // 1_000_000) + 1
+    return first, None if first is None else max(first, now_ms()) + 1
 
 
-def to_csv(made: UsageReport, by: tuple[By, ...]) -> str:
-    """RFC 4180: a line for each group, or one for all that was asked.  Names come last."""
+def to_csv(report: UsageReport, by: tuple[By, ...]) -> str:
+    """RFC 4180: a line for each group, or one for the whole report.  Names come last."""
     file = io.StringIO()
-    lines = csv.writer(file)  # its lines end as the RFC wants
+    lines = csv.writer(file)  # ends lines as the RFC requires
 
     def write(row: Sequence[str | int]) -> None:
         lines.writerow([cell(value) if isinstance(value, str) else value for value in row])
@@ -237,19 +212,19 @@ def to_csv(made: UsageReport, by: tuple[By, ...]) -> str:
     sums = ("requests", "tokens", "prompt_tokens", "cached_tokens", "completion_tokens", "cost")
     kinds = ("ttft_ms", "total_ms")
     percentiles = [f"{kind}_{p}" for kind in kinds for p in Percentiles.__struct_fields__]
-    named = [field for one, field in NAMED.items() if one in by]
+    named = [field for column, field in NAME_FIELDS.items() if column in by]
     write([*by, *sums, "currency", *percentiles, "errors", *named])
-    for group in [_whole(made)] if made.data is UNSET else made.data:
-        waits: list[int | str] = []
+    for group in [_whole(report)] if report.data is UNSET else report.data:
+        latencies: list[int | str] = []
         for kind in kinds:
-            found = getattr(group, kind)
-            waits += ["", "", ""] if found is None else msgspec.structs.astuple(found)
+            values = getattr(group, kind)
+            latencies += ["", "", ""] if values is None else msgspec.structs.astuple(values)
         write(
             [
                 *(getattr(group, name) for name in by),
                 *(getattr(group, name) for name in sums),
-                made.currency,
-                *waits,
+                report.currency,
+                *latencies,
                 sum(group.errors.values()),
                 *(getattr(group, name) for name in named),
             ]
@@ -257,15 +232,14 @@ def to_csv(made: UsageReport, by: tuple[By, ...]) -> str:
     return file.getvalue()
 
 
-def _whole(made: UsageReport) -> UsageGroup:
-    same = {
-        name: getattr(made, name) for name in UsageGroup.__struct_fields__ if hasattr(made, name)
-    }
-    return UsageGroup(**same, requests=made.total_requests, tokens=made.total_tokens)
+def _whole(report: UsageReport) -> UsageGroup:
+    shared = set(UsageGroup.__struct_fields__) & set(UsageReport.__struct_fields__)
+    values = {name: getattr(report, name) for name in shared}
+    return UsageGroup(**values, requests=report.total_requests, tokens=report.total_tokens)
 
 
 def cell(text: str) -> str:
-    """What a spreadsheet would run as a formula stays text, and a number a number."""
+    """Text that a spreadsheet would run as a formula is quoted; numbers stay numbers."""
     if _NUMBER.fullmatch(text) or not _FORMULA.match(text):
         return text
     return f"'{text}"

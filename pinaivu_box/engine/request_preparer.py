@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING
 
 from pinaivu_box import chat_format
 from pinaivu_box.engine.detokenizer import Detokenizer, text_of
-from pinaivu_box.engine.embeddings import Embedding
-from pinaivu_box.engine.lookup import DraftStatistics, Lookup
+from pinaivu_box.engine.embeddings import EmbeddingJob
 from pinaivu_box.engine.messages import (
     MAX_FRAME_BYTES,
     Add,
@@ -26,16 +25,17 @@ from pinaivu_box.engine.messages import (
     Tokenized,
 )
 from pinaivu_box.engine.named_prefixes import NamedPrefixes
-from pinaivu_box.engine.prefix_cache import Share
-from pinaivu_box.engine.rendering import Rendering
+from pinaivu_box.engine.ngram_drafter import DraftStatistics, NgramDrafter
+from pinaivu_box.engine.prefix_cache import PrefixScope
 from pinaivu_box.engine.runner import Runner, TooManyTokens
+from pinaivu_box.engine.sandboxed_template import SandboxedTemplate
 from pinaivu_box.engine.sandboxes import Sandboxes
 from pinaivu_box.engine.sequence import Sequence
 from pinaivu_box.errors import ApiError, ContextOverflow, InternalError, InvalidBody
 from pinaivu_box.sandbox import Cancellation
 
 if TYPE_CHECKING:
-    from pinaivu_box.engine.grammar import Grammars
+    from pinaivu_box.engine.grammar import GrammarCompiler
 
 
 _CHARACTERS = 8  # of a token, at most on average
@@ -53,11 +53,11 @@ class PreparedRequest:
 
     admitted: Admitted
     detokenizer: Detokenizer
-    sequence: Sequence | Embedding
+    sequence: Sequence | EmbeddingJob
     compile: Callable[[], Refused | None] | None = None
 
 
-class Intake:
+class RequestPreparer:
     """Uses only what is safe beside `decode`: the runner's tokenizer and its facts.
 
     Used by several threads.
@@ -80,11 +80,11 @@ class Intake:
         self._context_shift = context_shift
         self._parse_special = parse_special
         self._drafting = drafting and facts.sharing
-        self._grammars: Grammars | None = None
+        self._grammars: GrammarCompiler | None = None
         self._first_grammar = Lock()
         self._experience = DraftStatistics()
         self._sandboxes = sandboxes
-        self.template = Rendering(
+        self.template = SandboxedTemplate(
             sandboxes.templates,
             facts.chat_template,
             bos=facts.bos,
@@ -179,7 +179,7 @@ class Intake:
             lookup=self._lookup(add) if self._drafting and limit <= room else None,
             logprobs=add.logprobs,
             scored=add.scored if add.echo and add.logprobs is not None else None,
-            share=self._named.share(add.scope, prompt) if add.named else Share(add.scope),
+            share=self._named.share(add.scope, prompt) if add.named else PrefixScope(add.scope),
         )
         for token in add.output:  # it may have shifted, as it did in that leg
             sequence.tokens.append(token)
@@ -214,7 +214,7 @@ class Intake:
         return PreparedRequest(
             Admitted(embed.id, together),
             Detokenizer(self._runner.piece, []),
-            Embedding(
+            EmbeddingJob(
                 embed.id,
                 inputs,
                 tenant=embed.tenant,
@@ -316,11 +316,11 @@ class Intake:
         before, after = (self._read(text, most, tokenize) for text in (prefix, suffix))
         return [marks[0], *before, marks[1], *after, marks[2]]
 
-    def _lookup(self, add: Add) -> Lookup:
+    def _lookup(self, add: Add) -> NgramDrafter:
         # What cannot come within the context would only cost time in the steps.
         text = add.prediction[: self._context * _CHARACTERS]
         prediction = self._runner.tokenize_text(text)[: self._context] if text else ()
-        return Lookup(self._experience, prediction)
+        return NgramDrafter(self._experience, prediction)
 
     # -- what the output must be -------------------------------------------------------------------
 
@@ -329,12 +329,12 @@ class Intake:
     ) -> Refused | None:
         try:
             # Most engines never need it, nor what it imports.
-            from pinaivu_box.engine.grammar import Grammars
-            from pinaivu_box.engine.trial import OutputConstraint
+            from pinaivu_box.engine.grammar import GrammarCompiler
+            from pinaivu_box.engine.grammar_validation import OutputConstraint
 
             with self._first_grammar:
                 if self._grammars is None:
-                    self._grammars = Grammars(self._runner, self._sandboxes)
+                    self._grammars = GrammarCompiler(self._runner, self._sandboxes)
             style = self.template.style
             trigger = self._spell(style.trigger) if add.tools and style.trigger else ""
             wanted = OutputConstraint(add.constraint, add.tools, style.name, trigger, thinking)

@@ -23,7 +23,7 @@ _STRIKES = 3
 _REST_SECONDS, _LONGEST_REST = 30.0, 3600.0
 
 
-class Rendering:
+class SandboxedTemplate:
     """`source` is the template of the GGUF file, None if it has none.
 
     `style` and `thinks` say how the model writes (see `chat_format`), `model` names it in errors.

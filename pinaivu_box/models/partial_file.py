@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from pinaivu_box.models.catalog import Model
-from pinaivu_box.models.files import open_regular
+from pinaivu_box.models.regular_files import open_regular
 
 PIECE_BYTES = 4 * 1024 * 1024
 HASH_BYTES = 32
@@ -120,7 +120,7 @@ def _partial(folder: Path, digest: str) -> Path:
     return folder / ".partial" / digest
 
 
-class Partial:
+class PartialFile:
     """An unfinished copy, which nobody else can open meanwhile.  Its methods wait for the disk, and
     are for threads; after `close` they do nothing.  All raise OSError."""
 
