@@ -284,7 +284,7 @@ class _Search:
         has begun for any box, for some time.  False: there is nothing to wait for.
         """
         candidates, now = self._boxes.candidates, time.monotonic()
-        if self._forget_tried(candidates.freed_since):
+        if self._forget_tried(candidates.has_served_since):
             return True
         if candidates.at_capacity_with_our_requests(self._job):
             until = math.inf
@@ -303,8 +303,8 @@ class _Search:
         candidates = self._boxes.candidates
         return (
             time.monotonic() >= tried + _RETRY_SECONDS
-            or candidates.freed_since(node_id, tried)
-            or candidates.busy_no_more(node_id, tried)
+            or candidates.has_served_since(node_id, tried)
+            or candidates.is_no_longer_busy(node_id, tried)
         )
 
     def _forget_tried(self, may_retry: Callable[[str, float], bool]) -> bool:
