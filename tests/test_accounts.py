@@ -43,7 +43,7 @@ def ask(box: Box, key: str) -> str:
     answer = box.client_with(key).chat.completions.create(
         model="fake:1", messages=[{"role": "user", "content": "hi"}], max_tokens=3
     )
-    return str(answer.request_id)  # type: ignore[attr-defined]
+    return str(answer.request_id)
 
 
 def status(box: Box, path: str, key: str) -> int:

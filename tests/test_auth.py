@@ -297,10 +297,11 @@ def test_a_rotation_without_overlap_ends_the_old_secret_at_once(box: Box) -> Non
 
 
 def test_a_day_is_the_overlap_where_nothing_is_said(box: Box) -> None:
-    for rotate in (
+    rotations: tuple[Callable[[str], Any], ...] = (
         lambda key_id: box.http("POST", f"/v1/admin/keys/{key_id}/rotate").json(),
         lambda key_id: pinaivu_json("keys", "rotate", key_id, home=box.home),
-    ):
+    )
+    for rotate in rotations:
         made = key(box)
         new = rotate(made["id"])
         assert made["created_at"] < new["old_until"]

@@ -122,7 +122,7 @@ def test_a_backup_under_load_is_the_same_box_elsewhere(
     with contextlib.closing(sqlite3.connect(copy.home / "pinaivu.db")) as connection:
         kept = {row[0] for row in connection.execute("SELECT request_id FROM receipts")}
     assert set(before) <= kept
-    for request_id in before[::10]:
+    for request_id in (before[0], before[len(before) // 2], before[-1]):
         pinaivu("receipts", "verify", request_id, "--node-key", facts["node_id"], home=copy.home)
     copy.key = box.key
     try:

@@ -54,7 +54,9 @@ def settings(struct: type[msgspec.Struct], at: tuple[str, ...] = ()) -> Iterator
     """The path of every setting below a struct; tables of tables are walked."""
     for field in msgspec.structs.fields(struct):
         path = (*at, field.name)
-        inner = {"model": ModelConfig}.get(field.name) if not at else None
+        inner: type[msgspec.Struct] | None = None
+        if not at and field.name == "model":
+            inner = ModelConfig
         if isinstance(field.default, msgspec.Struct):
             inner = type(field.default)
         if inner and path != ("model", "sampling"):  # as [sampling], which is walked itself

@@ -254,7 +254,7 @@ def test_the_node_key_is_what_receipts_are_verified_with(fresh: Box, tmp_path: P
     file = tmp_path / "receipt.json"
     file.write_text(fresh.http("GET", f"/v1/receipts/{ask(fresh).json()['request_id']}").text)
 
-    def verify(key: str) -> subprocess.CompletedProcess:
+    def verify(key: str) -> subprocess.CompletedProcess[str]:
         return pinaivu(
             "receipts", "verify", str(file), "--node-key", key, home=tmp_path / "no", check=False
         )

@@ -275,7 +275,8 @@ NAMES = {
 }
 
 
-def put_things(models: Path) -> Iterator[socket.socket]:
+@contextlib.contextmanager
+def things_that_are_no_files(models: Path) -> Iterator[None]:
     """Everything that can be called `x.gguf` and is no file."""
     os.mkfifo(models / "pipe.gguf")
     (models / "directory.gguf").mkdir()
@@ -286,7 +287,7 @@ def put_things(models: Path) -> Iterator[socket.socket]:
     with socket.socket(socket.AF_UNIX) as listening:
         with contextlib.chdir(models):
             listening.bind("socket.gguf")  # a longer path would have no room in its address
-        yield listening
+        yield
 
 
 THINGS = {
@@ -311,8 +312,11 @@ def test_names_and_things_that_are_no_models_are_listed_and_nowhere_else(
     (deep / "studio.Q4_K_M.gguf").write_bytes(valid())
     (models / os.fsdecode(b"\xe9")).mkdir()
     (models / os.fsdecode(b"\xe9") / "latin.gguf").write_bytes(valid())
-    things = put_things(models)
-    next(things)
+    with things_that_are_no_files(models):
+        check_that_they_are_listed_and_nowhere_else(models)
+
+
+def check_that_they_are_listed_and_nowhere_else(models: Path) -> None:
     home = models.parent
     named = {*NAMES.values(), *THINGS, "latin.gguf"}
     served = ["LOUD:latest", "studio.Q4_K_M:latest", MODEL]
@@ -349,7 +353,6 @@ def test_names_and_things_that_are_no_models_are_listed_and_nowhere_else(
         assert box.stop() == 0
     finally:
         box.end()
-        things.close()
 
 
 def test_of_two_files_with_one_id_the_first_is_served_and_the_other_named(models: Path) -> None:
@@ -433,7 +436,11 @@ def test_a_folder_is_looked_at_within_bounds(models: Path, monkeypatch: pytest.M
     (elsewhere / "inner").mkdir(parents=True)
     (elsewhere / "inner" / "linked.gguf").touch()
     (models / "more").symlink_to(elsewhere / "inner")
-    upwards = {models / "root": "/", models / "home": models.parent, models / "d" / "up": ".."}
+    upwards: dict[Path, str | Path] = {
+        models / "root": "/",
+        models / "home": models.parent,
+        models / "d" / "up": "..",
+    }
     for link, target in upwards.items():
         link.symlink_to(target)
     (elsewhere / "inner" / "out").symlink_to(elsewhere)
@@ -482,7 +489,7 @@ def test_another_tenants_stream_goes_on_while_files_are_looked_at(
     box = Box(models.parent, "--model", f"{FAKE}=fake:20").start()
     try:
         other = pinaivu_json("keys", "create", home=box.home)["key"]
-        options = {"model": FAKE, "messages": [{"role": "user", "content": "hi"}]}
+        options: Any = {"model": FAKE, "messages": [{"role": "user", "content": "hi"}]}
         with box.client_with(other).chat.completions.create(
             stream=True, max_tokens=3000, **options
         ) as stream:
@@ -646,13 +653,14 @@ def test_sets_that_are_not_what_they_say(models: Path) -> None:
     for name, words in said.items():
         assert words in reasons[name], name
     config = models.parent / "config.toml"
-    for path, words in (
+    refusals: list[tuple[Path | str, str]] = [
         (models / part_name("good", 2, 2), "give the path of part 1"),
         (gap[0], "are missing"),
         ("a\\u0000b.gguf", "null byte"),
         ("~nobody-of-that-name/x.gguf", "No such file"),
-    ):
-        config.write_text(f'[[model]]\nname = "a:1"\npath = "{path}"\n')
+    ]
+    for configured, words in refusals:
+        config.write_text(f'[[model]]\nname = "a:1"\npath = "{configured}"\n')
         refused = pinaivu("ls", home=models.parent, check=False)
         assert refused.returncode == 1 and words in refused.stderr
         assert refused.stderr.count("\n") == 1

@@ -51,6 +51,12 @@ CALL_F = '{"name": "f", "arguments": {"a": "}\\"{[", "b": [1, {"c": 2}]}}'
 CALL_G = '{"name": "g", "arguments": {}}'
 ARGUMENTS = '{"a": "}\\"{[", "b": [1, {"c": 2}]}'
 F, G = ("call", "f", ARGUMENTS), ("call", "g", "{}")
+
+
+def whole_text(text: str) -> Read:
+    return [("text", text)]
+
+
 CASES: list[tuple[str, Style | None, dict[str, Any], Read]] = [
     (f"<tool_call>\n{CALL_F}\n</tool_call>", TAGS, {}, [F]),
     (
@@ -120,7 +126,7 @@ CASES: list[tuple[str, Style | None, dict[str, Any], Read]] = [
     ('{"name": "f", "parameters": "\\ud83d."}', LLAMA, {}, [("call", "f", ".")]),
     ('{"parameters": {"é": "\\ud83d."}, "name": "f"}', LLAMA, {}, [("call", "f", '{"é": "."}')]),
     *(
-        (text, LLAMA, {}, [("text", text)])
+        (text, LLAMA, dict[str, Any](), whole_text(text))
         for name in ('"\\_"', '"f\n"', '["f"]')
         for text in (f'{{"name": {name}, "parameters": {{}}}}',)
     ),
@@ -187,7 +193,11 @@ def test_a_long_object_is_not_decoded_again_at_every_token(
             matched.append(len(given_text))
             return pattern.match(given_text)
 
-    monkeypatch.setattr(reader_module, "_object", lambda text: decoded.append(text) or decode(text))
+    def decode_and_count(text: str) -> Any:
+        decoded.append(text)
+        return decode(text)
+
+    monkeypatch.setattr(reader_module, "_object", decode_and_count)
     monkeypatch.setattr(reader_module, "_HEAD", Pattern)
     whole = style.trigger + text + " and more" * 200
     assert read(whole, style, range(0, len(whole), 3)) == ([("text", whole)], False)

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import pytest
@@ -103,7 +103,7 @@ async def new_key(database: Database, **policy: Any) -> Key:
 def start(box: ScriptedBox, *jobs: Job, meter: Any = None, **more: Any) -> Listener:
     """On a box without peers."""
     taken = admitted(*(jobs or [job()]), **more)
-    return Listener(Request(taken, alone(box), meter or Ledger()))
+    return Listener(Request(taken, alone(box), cast(Any, meter or Ledger())))
 
 
 def own(*scripts: Any) -> ScriptedBox:
@@ -123,7 +123,7 @@ async def test_the_receipt_is_on_disk_before_the_last_event(books: Books) -> Non
         on_disk.append((event, asked.request_id in books.receipts()))
         put(event)
 
-    listener.request.events.put = spy  # type: ignore[method-assign]
+    listener.request.events.put = spy  # type: ignore[method-assign, assignment]
     end = await listener.end()
     assert end == Finished("length", len(PROMPT), 12, 0)
     assert listener.text() == TEXT[:12]

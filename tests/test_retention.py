@@ -107,7 +107,7 @@ def insert_response(database: sqlite3.Connection, name: str, at: int) -> None:
 def apply(path: Path, now: int, **policy: str) -> None:
     async def run() -> None:
         async with Database(path) as database:
-            kept = {"requests": "-1", "receipts": "-1", "responses": "-1", **policy}
+            kept: dict[str, Any] = {"requests": "-1", "receipts": "-1", "responses": "-1", **policy}
             await retention.apply(database, RetentionConfig(**kept), now)
 
     asyncio.run(run())

@@ -44,7 +44,7 @@ class Reader(FakeRunner):
         self.batches.append(batch)
         for sequence_id in ended:
             self._kv.remove(sequence_id)
-        sums = {}
+        sums: dict[int, Any] = {}
         for token, position, one in zip(
             batch.tokens.tolist(),
             batch.positions.tolist(),
@@ -76,7 +76,7 @@ def run(reader: Reader, *requests: EmbeddingJob, most: int = TEXT_BATCH) -> dict
     embeddings = EmbeddingScheduler(reader)
     for one in requests:
         embeddings.add(one)
-    found = {}
+    found: dict[str, Any] = {}
     for _ in range(5000):
         if not embeddings:
             return found

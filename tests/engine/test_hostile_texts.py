@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from pinaivu_box.engine import chat_template, grammar, grammar_validation, sandboxed_template
+from pinaivu_box.engine import chat_template, grammar, grammar_validation
 from pinaivu_box.engine import sandboxes as engine_sandboxes
 from pinaivu_box.engine.fake_runner import FakeRunner
 from pinaivu_box.engine.messages import Cancel, Constraint, Embed, Refused, Tools
@@ -426,7 +426,7 @@ def test_a_template_that_always_reaches_its_limits_is_left_alone_for_a_while(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     now, runs = [1000.0], []
-    monkeypatch.setattr(sandboxed_template.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr("pinaivu_box.engine.sandboxed_template.time.monotonic", lambda: now[0])
     job = here(chat_template.make(b""))
 
     def limit(payload: bytes, **more: Any) -> bytes:

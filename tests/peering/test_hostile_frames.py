@@ -22,7 +22,7 @@ from pinaivu_box.legs.codec import to_job
 from pinaivu_box.membership import joining, records, tickets
 from pinaivu_box.membership.records import Invalid, Record
 from pinaivu_box.models.catalog import remote
-from pinaivu_box.receipts.receipt import canonical
+from pinaivu_box.receipts.receipt import Proof, canonical
 from pinaivu_box.transport import streams, wire
 from tests.support import ledger_entries
 from tests.support.keys import IDENTITIES
@@ -77,7 +77,7 @@ def task(data: bytes) -> Any:
 
 
 def proof(data: bytes) -> Any:
-    return canonical(msgspec.json.decode(data, type=ledger_entries.Proof))
+    return canonical(msgspec.json.decode(data, type=Proof))
 
 
 OUT = leg_wire.Out(

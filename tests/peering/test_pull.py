@@ -15,6 +15,7 @@ from pinaivu_box.box import Box as OpenBox
 from pinaivu_box.box import open_box
 from pinaivu_box.config import Config
 from pinaivu_box.errors import PeerNotFound
+from pinaivu_box.files.upload import FileServer
 from pinaivu_box.gossip.adverts import Advert
 from pinaivu_box.models import catalog
 from pinaivu_box.models.model_copy import copy_model
@@ -82,8 +83,8 @@ class Puller:
 
     def __init__(self, box: OpenBox, world: CopyNetwork) -> None:
         self.box, self.world = box, world
-        self.network: Any = Network(world)
-        self.box.network = self.network
+        network: Any = Network(world)
+        self.network = box.network = network
         self.http = httpx.AsyncClient(
             transport=httpx.ASGITransport(create_app(box)),
             base_url="http://box",
@@ -91,7 +92,7 @@ class Puller:
         )
 
     async def giver(self, data: bytes, kind: Any = None, name: str = "anna") -> Any:
-        made = await self.world.giver(data, *([kind] if kind else []), name=name)
+        made = await self.world.giver(data, kind or FileServer, name)
         self.network.meet(made.source, made_up=data)
         return made
 

@@ -148,7 +148,7 @@ def test_local_first_when_local_can_start_at_once() -> None:
     full = replace(HOME, kv_free=TOKENS - 1)
     assert route([full, better], ASK, Random(1)).node_id == "node_a"
     for stay in ({"policy": "never"}, {"local_only": True}, {"hops": 1}):
-        assert route([BUSY_HOME, better], replace(ASK, **stay), Random(1)).node_id == "node_home"  # type: ignore[arg-type]
+        assert route([BUSY_HOME, better], replace(ASK, **stay), Random(1)).node_id == "node_home"
 
 
 def test_a_model_is_its_file_unless_the_name_is_enough() -> None:

@@ -226,6 +226,9 @@ class Template(SandboxedTemplate):
         more = {"model": model, "controls": controls}
         super().__init__(run, source, bos=bos, eos=eos, context=1000, **more)  # type: ignore[arg-type]
 
+    def render(self, messages: Any, functions: Any = None, variables: Any = None) -> str:
+        return "".join(self.parts(messages, functions, variables))
+
     def parts(
         self, messages: Any, functions: Any = None, variables: Any = None, **_: Any
     ) -> list[str]:

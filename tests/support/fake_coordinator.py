@@ -36,7 +36,8 @@ def ask(world: ThreeBoxes, text: str = "Hello", **more: Any) -> leg_wire.LegRequ
 
 
 async def opened(world: ThreeBoxes) -> Stream:
-    return await soon(world.carl.network.open(world.ben.node_id, leg_wire.PURPOSE))
+    stream: Stream = await soon(world.carl.network.open(world.ben.node_id, leg_wire.PURPOSE))
+    return stream
 
 
 async def heard(stream: Stream) -> list[leg_wire.ToCoordinator]:
