@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests.support import process_box
 from tests.support.process_box import Box
 
 # The same examples in every run, however slow the machine: a run that finds something new by chance
@@ -28,12 +30,26 @@ LONGEST = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Orders files by LONGEST, and marks tests as `in_process` whose files start no box."""
     places = {file: place for place, file in enumerate(LONGEST)}
 
     def place(item: pytest.Item) -> int:
         return places.get(item.nodeid.partition("::")[0], len(places))
 
     items.sort(key=place)
+    for item in items:
+        if isinstance(item, pytest.Function) and not starts_boxes(item.module):
+            item.add_marker(pytest.mark.in_process)
+
+
+def starts_boxes(module: ModuleType) -> bool:
+    """Whether a test file knows a box or a command in a process of its own."""
+    commands = (process_box.pinaivu, process_box.pinaivu_json, process_box.environment)
+    return any(
+        value in commands or (isinstance(value, type) and issubclass(value, Box))
+        for value in vars(module).values()
+        if callable(value)
+    )
 
 
 @pytest.fixture(scope="session")

@@ -361,7 +361,7 @@ async def test_one_whose_answer_cannot_be_written_has_failed(tmp_path: Path) -> 
         row = stored.StoredResponse(
             "resp_1", "acct_owner", None, 0, b"[]", body, "key", stored.QUEUED
         )
-        await stored.insert(database, row, most=9, most_bytes=9**9)
+        await stored.insert(database, row, max_count=9, max_bytes=9**9)
         key = type("Key", (), {"account_id": "acct_owner"})
         box = type("Box", (), {"database": database})
         call = type("Call", (), {"key": key, "box": box, "note": lambda *_: None,
