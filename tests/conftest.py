@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from tests.support import process_box
-from tests.support.process_box import Box
+from tests.support.process_box import Box, StartBox
 
 # The same examples in every run, however slow the machine: a run that finds something new by chance
 # is for `tests/fuzz`, not for who submits something else.
@@ -58,6 +58,30 @@ def box(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Box]:
     started = Box(tmp_path_factory.mktemp("shared") / "home").start()
     yield started
     started.end()
+
+
+@pytest.fixture(scope="module")
+def module_box(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartBox]:
+    """`module_box(*serve_args, config="...")`: a running box that the tests of a file share."""
+    boxes: list[Box] = []
+
+    def start(*args: str, config: str = "") -> Box:
+        folder = tmp_path_factory.mktemp("shared")
+        if config:
+            (folder / "box.toml").write_text(config)
+            args = ("--config", str(folder / "box.toml"), *args)
+        boxes.append(Box(folder / "home", *args))
+        return boxes[-1].start()
+
+    yield start
+    for box in boxes:
+        box.end()
+
+
+@pytest.fixture(scope="module")
+def fake_box(module_box: StartBox) -> Box:
+    """A box that also has the model `fake:1`, which takes a millisecond for a token."""
+    return module_box("--model", "fake:1=fake:1")
 
 
 @pytest.fixture
