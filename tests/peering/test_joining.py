@@ -206,7 +206,9 @@ def test_the_doctor_says_why_a_peer_is_not_served(member: MakePeerBox) -> None:
     assert [one["state"] for one in told] == ["warning"] * 2
     assert "00:00-00:00" in told[0]["found"] and "owes 0 of at most 0" in told[1]["found"]
     (refused,) = [one for one in anna.peers("doctor", "ben") if one["name"] == "ben: limits"]
-    assert "it refused a request: This box serves its peers from 00:00-00:00 only" in refused["found"]
+    assert (
+        "it refused a request: This box serves its peers from 00:00-00:00 only" in refused["found"]
+    )
     assert "00:00-00:00" in pinaivu("peers", "ls", "--why", home=anna.home).stdout
     ben.peers("edit", "anna", "--hours", "none", "--credit-limit", "none")
     wait_until(
