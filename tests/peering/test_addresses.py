@@ -34,7 +34,9 @@ async def test_who_is_lost_is_remembered_though_its_link_was_young_and_by_a_rela
     said = two.own_addresses()
     await group.sites[1].kill()
     await wait_until(lambda: states(one)["two"] != "connected")
-    await wait_until(lambda: set(said) <= set(one._address_book.known[two.node_id].addresses))
+    book = one._address_book
+    await wait_until(lambda: two.node_id in book.known)
+    await wait_until(lambda: set(said) <= set(book.known[two.node_id].addresses))
     await group.sites[0].kill()
     one = await group.sites[0].open()
     assert set(one.peer("two").addresses) == {*said, RELAY}
