@@ -15,7 +15,7 @@ from ulid import ULID
 
 from pinaivu_box.errors import InvalidValue, RowConflict, RowNotFound
 from pinaivu_box.store.audit import Actor, record
-from pinaivu_box.store.database import Database, Statement
+from pinaivu_box.store.database import Database, SqlStatement
 from pinaivu_box.store.times import now_ms
 
 OWNER = "acct_owner"  # in every home from the beginning
@@ -92,7 +92,7 @@ def check_name(name: str) -> None:
 
 def new(
     name: str, role: Role, hashed: str | None, by: Actor
-) -> tuple[Account, Statement, Statement]:
+) -> tuple[Account, SqlStatement, SqlStatement]:
     """A new account, and the statements that store it, which fail with sqlite3.IntegrityError if
     its name is taken."""
     account = Account(f"acct_{ULID()}".lower(), name, role, hashed is not None, now_ms(), 0)
