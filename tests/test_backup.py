@@ -298,8 +298,8 @@ def hostile(plain: bytes, sealed: bytes, file: Path) -> dict[str, tuple[bytes, s
         "a cut sealed one": (sealed[:-20], "truncated"),
         "one chunk less": (sealed[: 17 + 16 + 16 + 24 + 65536 + 17], "truncated"),
         "only the beginning": (sealed[:30], "truncated"),
-        "a longer sealed one": (sealed + b"\0", "changed"),
-        "costly limits": (sealed[:33] + (2**40).to_bytes(8, "little") + sealed[41:], "work"),
+        "a longer sealed one": (sealed + b"\0", "modified"),
+        "costly limits": (sealed[:33] + (2**40).to_bytes(8, "little") + sealed[41:], "exceeds"),
         "no limits": (sealed[:33] + bytes(16) + sealed[49:], "key cannot be computed"),
     }
 
