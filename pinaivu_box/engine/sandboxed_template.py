@@ -1,4 +1,4 @@
-"""The model's chat template, run in a sandbox; what it may cost, and when it is left alone."""
+"""The model's chat template, run in a sandbox: what it may cost, and when it is suspended."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ from typing import Any
 import msgspec
 
 from pinaivu_box import chat_format
+from pinaivu_box.backoff import delay
 from pinaivu_box.engine.chat_template import CHATML, INSTEAD, Render
-from pinaivu_box.engine.sandboxes import SandboxRun, reached
+from pinaivu_box.engine.sandboxes import SandboxRun
 from pinaivu_box.errors import ApiError, BadRequest
 from pinaivu_box.sandbox import Cancellation, SandboxLimit
 
-_LONGEST_SOURCE = 256 * 1024  # characters; the largest of known models have 20,000
-_LONGEST_PIECE = 256  # bytes of a token; the longest are runs of spaces
-_LONGEST_PROMPT = 32 << 20
-# A template that reaches its limits on so little is at fault itself, and not who sends messages.
-_SMALL = 64 * 1024  # bytes
-_STRIKES = 3
-_REST_SECONDS, _LONGEST_REST = 30.0, 3600.0
+_MAX_SOURCE_CHARACTERS = 256 * 1024  # the largest of known models have 20,000
+_MAX_TOKEN_BYTES = 256  # the longest are runs of spaces
+_MAX_PROMPT_CHARACTERS = 32 << 20
+# A template that reaches its limits on so little is at fault itself, not the messages.
+_SMALL_REQUEST_BYTES = 64 * 1024
+_MAX_FAILURES = 3
+_SUSPEND_SECONDS, _MAX_SUSPEND_SECONDS = 30.0, 3600.0
 
 
 class SandboxedTemplate:
@@ -45,26 +46,33 @@ class SandboxedTemplate:
         trusted = source is None
         source = source or CHATML
         self._run = run
-        self._whose = f"model '{model}'" if model else "the model's file"
-        most = min(context * _LONGEST_PIECE, _LONGEST_PROMPT)
-        self._asked = Render(
-            source, bos, eos, most=most, whose=self._whose, controls=list(controls)
+        self._model = f"model '{model}'" if model else "the model's file"
+        max_characters = min(context * _MAX_TOKEN_BYTES, _MAX_PROMPT_CHARACTERS)
+        self._job = Render(
+            source,
+            bos,
+            eos,
+            max_characters=max_characters,
+            model=self._model,
+            controls=list(controls),
         )
-        self._size = len(msgspec.msgpack.encode(self._asked))
-        self._strikes = 0
-        self._rests_until = 0.0
+        self._size = len(msgspec.msgpack.encode(self._job))
+        self._failures = 0
+        self._suspended_until = 0.0
         self._unusable = ""
         self.style = chat_format.TAGS
         self.thinks = False
         if trusted:
-            return  # it knows no tools, and nobody waits until that is asked
-        if len(source) > _LONGEST_SOURCE:
-            self._unusable = self._sentence(f"is longer than {_LONGEST_SOURCE} characters{INSTEAD}")
+            return  # it knows no tools: the sandbox need not say so
+        if len(source) > _MAX_SOURCE_CHARACTERS:
+            self._unusable = self._sentence(
+                f"is longer than {_MAX_SOURCE_CHARACTERS} characters{INSTEAD}"
+            )
             return
         try:
-            knows_tools = bool(run(msgspec.msgpack.encode(self._asked)))
+            knows_tools = bool(run(msgspec.msgpack.encode(self._job)))
         except SandboxLimit as error:
-            self._unusable = self._sentence(f"{reached(error.limit)} to be read{INSTEAD}")
+            self._unusable = self._sentence(f"{error.reason} to be read{INSTEAD}")
             return
         except ApiError as error:
             self._unusable = error.message
@@ -92,40 +100,40 @@ class SandboxedTemplate:
         cancellation: Cancellation | None = None,
     ) -> list[str]:
         """The prompt in parts: every other one, from the second on, is plain text.  `functions` is
-        JSON text of a list.  Raises BadRequest if the template objects, or cannot be used;
+        JSON text of a list.  Raises BadRequest if the template raises, or cannot be used;
         ContextOverflow if it has more characters than the context has room for,
         SandboxCancelled."""
         self._check()
-        asked = msgspec.structs.replace(
-            self._asked, messages=messages, functions=functions, variables=variables or {}
+        job = msgspec.structs.replace(
+            self._job, messages=messages, functions=functions, variables=variables or {}
         )
-        payload = msgspec.msgpack.encode(asked)
+        payload = msgspec.msgpack.encode(job)
         try:
-            made = self._run(payload, tenant=tenant, cancellation=cancellation)
+            parts = self._run(payload, tenant=tenant, cancellation=cancellation)
         except SandboxLimit as error:
-            if len(payload) - self._size < _SMALL:
-                self._strike()
+            if len(payload) - self._size < _SMALL_REQUEST_BYTES:
+                self._count_failure()
             raise BadRequest(
-                self._sentence(f"{reached(error.limit)} for these messages: shorten them"),
+                self._sentence(f"{error.reason} for these messages: shorten them"),
                 param="messages",
             ) from None
-        self._strikes = 0
-        return msgspec.msgpack.decode(made, type=list[str])
+        self._failures = 0
+        return msgspec.msgpack.decode(parts, type=list[str])
 
-    def _strike(self) -> None:
-        self._strikes += 1
-        if (more := self._strikes - _STRIKES) >= 0:
-            rest = min(_REST_SECONDS * 2 ** min(more, 16), _LONGEST_REST)
-            self._rests_until = time.monotonic() + rest
+    def _count_failure(self) -> None:
+        self._failures += 1
+        if (failures := self._failures - _MAX_FAILURES + 1) > 0:
+            seconds = delay(failures, _SUSPEND_SECONDS, _MAX_SUSPEND_SECONDS)
+            self._suspended_until = time.monotonic() + seconds
 
     def _check(self) -> None:
         if self._unusable:
             raise BadRequest(self._unusable, param="messages")
-        rest = self._rests_until - time.monotonic()
-        if rest > 0:
-            times = f"has reached its limits {self._strikes} times in a row"
-            why = self._sentence(f"{times} and is not run for the next {rest:.0f} s{INSTEAD}")
+        seconds = self._suspended_until - time.monotonic()
+        if seconds > 0:
+            times = f"has reached its limits {self._failures} times in a row"
+            why = self._sentence(f"{times} and is not run for the next {seconds:.0f} s{INSTEAD}")
             raise BadRequest(why, param="messages")
 
     def _sentence(self, what: str) -> str:
-        return f"The chat template of {self._whose} {what}."
+        return f"The chat template of {self._model} {what}."

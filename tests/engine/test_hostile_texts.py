@@ -75,8 +75,10 @@ class Door:
             return pool.run
 
         sandboxes = Sandboxes(self.templates.run, tried)
-        intake = RequestPreparer(Templated(source), sandboxes, drafting=False, context_shift=False)
-        self.take = PreparationQueue(intake, self.said.put, self.scheduled.put).take
+        preparer = RequestPreparer(
+            Templated(source), sandboxes, drafting=False, context_shift=False
+        )
+        self.take = PreparationQueue(preparer, self.said.put, self.scheduled.put).take
 
     def hears(self) -> Any:
         return self.said.get(timeout=PATIENCE)
@@ -414,11 +416,11 @@ UNUSABLE = {
 @pytest.mark.parametrize("name", UNUSABLE)
 def test_a_template_that_cannot_be_used_refuses_chats_alone(limited: Sandboxes, name: str) -> None:
     runner: Runner = Templated(UNUSABLE[name])
-    intake = RequestPreparer(runner, limited, drafting=False, context_shift=False)
-    refused = intake.prepare(add("r"))
+    preparer = RequestPreparer(runner, limited, drafting=False, context_shift=False)
+    refused = preparer.prepare(add("r"))
     assert isinstance(refused, Refused) and refused.code == "invalid_request"
     assert "chat template of the model's file" in refused.message and len(refused.message) < 1000
-    arrival = intake.prepare(add("r", prompt="text"))
+    arrival = preparer.prepare(add("r", prompt="text"))
     assert isinstance(arrival, PreparedRequest) and isinstance(arrival.sequence, Sequence)
 
 
@@ -432,7 +434,7 @@ def test_a_template_that_always_reaches_its_limits_is_left_alone_for_a_while(
     def limit(payload: bytes, **more: Any) -> bytes:
         if b"loop" in payload:
             runs.append(payload)
-            raise SandboxLimit("time")
+            raise SandboxLimit("time", engine_sandboxes.LIMITS)
         return job(payload, **more)
 
     made = SandboxedTemplate(limit, ROLES, bos="", eos="", context=1000)

@@ -114,7 +114,7 @@ class Model(RuleBasedStateMachine):
             assert self.cache.is_cached(sequence) == (sequence in self.finished)
         for spared in self.finished:
             oldest = next((one for one in self.finished if one != spared), None)
-            assert self.cache.oldest(but=spared) == oldest
+            assert self.cache.oldest(excluding=spared) == oldest
 
     def distinct(self, sequences: Iterable[int]) -> int:
         return len({cell for sequence in sequences for _, cell in self.cells[sequence]})

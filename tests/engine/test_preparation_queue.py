@@ -31,23 +31,23 @@ class Door:
     """A queue whose prompts and grammars named in `ready` wait for those events."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, threads: int = 1) -> None:
-        monkeypatch.setattr(preparation_queue, "_COMPILING", threads)
+        monkeypatch.setattr(preparation_queue, "_COMPILING_THREADS", threads)
         self.ready: dict[str, threading.Event] = {}
         self.said: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.scheduled: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.runner = FakeRunner(load())
-        intake = RequestPreparer(
+        preparer = RequestPreparer(
             self.runner, in_this_process(), drafting=False, context_shift=False
         )
-        self.take = PreparationQueue(intake, self.said.put, self.scheduled.put).take
-        make = grammar.GrammarCompiler.make
+        self.take = PreparationQueue(preparer, self.said.put, self.scheduled.put).take
+        make = grammar.GrammarCompiler.compile
 
         def held_up(its: Any, wanted: Any, **options: Any) -> Any:
             event = self.ready.get(wanted.constraint.text)
             assert event is None or event.wait(PATIENCE)
             return make(its, wanted, **options)
 
-        monkeypatch.setattr(grammar.GrammarCompiler, "make", held_up)
+        monkeypatch.setattr(grammar.GrammarCompiler, "compile", held_up)
         tokenize = self.runner.tokenize
 
         def held_up_too(text: str, **options: Any) -> list[int]:

@@ -94,7 +94,7 @@ class Known(StrictRunner):
             self.facts, chat_template=self.TEMPLATE, infill=self.INFILL
         )
 
-    def tokenize(self, text: str, most: int | None = None, *, special: bool = False) -> list[int]:
+    def tokenize(self, text: str, limit: int | None = None, *, special: bool = False) -> list[int]:
         found: list[int] = []
         for number, part in enumerate(text.split("[TOOL_CALLS]")):
             found += ([255] if number else []) + list(part.encode())

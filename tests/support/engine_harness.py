@@ -23,7 +23,7 @@ from pinaivu_box.engine.request_preparer import PreparedRequest, RequestPreparer
 from pinaivu_box.engine.runner import Batch, NoSlot, Runner
 from pinaivu_box.engine.sandboxed_template import SandboxedTemplate
 from pinaivu_box.engine.sandboxes import Sandboxes, SandboxRun
-from pinaivu_box.engine.scheduler import CopyCells, Move, RemoveCells
+from pinaivu_box.engine.scheduler import CellOperation, CopyCells, RemoveCells
 
 BUDGET = 32
 MOST_STEPS = 20_000
@@ -35,11 +35,11 @@ class Fixed:
 
     draft: int = 0
 
-    def prompt_budget(self, rows: int, most: int) -> int:
-        return most
+    def prompt_budget(self, rows: int, max_tokens: int) -> int:
+        return max_tokens
 
-    def draft_length(self, rows: int, expected: float, acceptance: float, most: int) -> int:
-        return min(self.draft, most)
+    def draft_length(self, rows: int, expected: float, rate: float, max_tokens: int) -> int:
+        return min(self.draft, max_tokens)
 
 
 class Cell:
@@ -82,7 +82,7 @@ class KVCells:
         assert 0 < length <= len(self.of[source])
         self.of[target] = self.of[source][:length]
 
-    def make(self, move: Move) -> None:
+    def make(self, move: CellOperation) -> None:
         if isinstance(move, RemoveCells):
             self.remove(move.sequence_id)
         elif isinstance(move, CopyCells):
@@ -253,7 +253,7 @@ class Engine:
         parse_special: bool = False,
     ) -> None:
         drafting = policy is None or policy.draft > 0
-        self._intake = RequestPreparer(
+        self._preparer = RequestPreparer(
             runner,
             sandboxes or in_this_process(),
             drafting=drafting,
@@ -265,8 +265,11 @@ class Engine:
         self._unsaid = False
         self.scheduler = self._engine.scheduler
         if policy is not None:
-            pace: Any = self._engine.pace
-            pace.prompt_budget, pace.draft_length = policy.prompt_budget, policy.draft_length
+            step_cost: Any = self._engine.step_cost
+            step_cost.prompt_budget, step_cost.draft_length = (
+                policy.prompt_budget,
+                policy.draft_length,
+            )
 
     @property
     def busy(self) -> bool:
@@ -274,12 +277,12 @@ class Engine:
 
     def receive(self, message: Add | Embed | Cancel | Named) -> None:
         if isinstance(message, Named):
-            self._intake.name(message)
+            self._preparer.set_named_prefixes(message.texts)
             return
         if isinstance(message, Cancel):
             self._engine.end(message.id, "cancelled")
             return
-        prepared = self._intake.prepare(message)
+        prepared = self._preparer.prepare(message)
         self._output.take(prepared)
         self._unsaid = True
         if isinstance(prepared, PreparedRequest):
