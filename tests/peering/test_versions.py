@@ -234,7 +234,7 @@ async def test_vectors_over_a_link_are_signed_by_who_computed_them(three: ThreeB
 async def test_many_vectors_go_in_several_messages(
     three: ThreeBoxes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pinaivu_box.legs.sign._VECTOR_BYTES", 3000)
+    monkeypatch.setattr("pinaivu_box.legs.sign._MAX_VECTOR_BYTES", 3000)
     secret = await three.key("ben")
     body = {"model": FAKE, "input": [f"text {n}" for n in range(11)]}
     answer = (await three.anna.http("POST", "/v1/embeddings", json=body, secret=secret)).json()
