@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pinaivu_box.engine.fake_runner import SENTENCE
-from pinaivu_box.engine.scheduler import WORTH_WAITING
+from pinaivu_box.engine.scheduler import MIN_AWAITED_TOKENS
 from pinaivu_box.receipts.verify import Transcript, verify_receipt
 from tests.support.process_box import MODEL, Box, pinaivu, wait_until
 
@@ -83,7 +83,7 @@ def test_choices_differ_and_share_their_prompt(box: Box) -> None:
     assert len({proof["sampling"]["seed"] for proof in proofs}) == 4
     # One of them has computed the prompt, the others but its end: nobody waits for a short rest.
     cached = sorted(proof["cached_tokens"] for proof in proofs)
-    assert cached[1] >= alone.usage.prompt_tokens - 1 - WORTH_WAITING > 0
+    assert cached[1] >= alone.usage.prompt_tokens - 1 - MIN_AWAITED_TOKENS > 0
 
 
 def test_choices_of_a_stream(fake_box: Box) -> None:

@@ -194,6 +194,23 @@ def test_a_key_may_also_come_as_x_api_key(box: Box) -> None:
     refused(box.http("GET", "/v1/models", key="", headers=wrong), 401, "invalid_api_key")
 
 
+def test_every_list_names_its_request(box: Box) -> None:
+    answered = set()
+    for endpoint in ENDPOINTS:
+        if endpoint.method == "GET" and endpoint.summary and not endpoint.path_parameters:
+            answer = box.http("GET", endpoint.path)
+            if answer.status_code == 200:
+                answered.add(endpoint.path)
+                assert answer.json()["request_id"] == answer.headers["x-request-id"], endpoint.path
+    assert {"/v1/models", "/v1/engines", "/v1/receipts", "/v1/usage"} <= answered
+    assert {
+        "/v1/admin/keys",
+        "/v1/admin/accounts",
+        "/v1/admin/audit",
+        "/v1/admin/models",
+    } <= answered
+
+
 # -- models ----------------------------------------------------------------------------------------
 
 

@@ -287,7 +287,7 @@ def hostile(plain: bytes, sealed: bytes, file: Path) -> dict[str, tuple[bytes, s
         "a path in a part": (traversal, "damaged"),
         "a path in the manifest": (rewritten(file, part(0, name="../evil")), "../evil"),
         "a huge manifest": (tar_of({"manifest.json": b" " * 99999}), "not created by"),
-        "a huge part": (rewritten(file, part(2, size=10**18)), "would need"),
+        "a huge part": (rewritten(file, part(2, size=10**18)), " needs "),
         "a negative part": (rewritten(file, part(2, size=-1)), "manifest"),
         "too short a part": (rewritten(file, part(2, size=512)), "damaged"),
         "a part of another digest": (rewritten(file, part(0, sha256="0" * 64)), "identity.key"),

@@ -40,7 +40,7 @@ from pinaivu_box.ledger import session as ledger_session
 from pinaivu_box.ledger import statement as ledger_statement
 from pinaivu_box.ledger import wire as ledger_wire
 from pinaivu_box.legs import wire as leg_wire
-from pinaivu_box.membership import joining, signed, tickets
+from pinaivu_box.membership import joining, tickets
 from pinaivu_box.membership import records as membership_records
 from pinaivu_box.membership.roster import Roster
 from pinaivu_box.network import network
@@ -49,21 +49,21 @@ from pinaivu_box.receipts.verify import Transcript, verify_receipt
 from pinaivu_box.server.app import create_app
 from pinaivu_box.store import keys
 from pinaivu_box.store.database import Database
-from pinaivu_box.transport import opening, wire
+from pinaivu_box.transport import streams, wire
 
 # Each kind of frame and how it is read.
 DECODERS: dict[str, Callable[[bytes], Any]] = {
     "hello": wire.decode_hello,
-    "open": opening.decode_open,
-    "refusal": msgpack.Decoder(opening.Refusal).decode,
+    "open": streams.decode_open,
+    "refusal": msgpack.Decoder(streams.Refusal).decode,
     "join": msgpack.Decoder(joining.JoinRequest).decode,
     "welcome": msgpack.Decoder(joining.Welcome).decode,
     "leg, to the serving box": leg_wire.to_serving.decode,
     "leg, to the coordinator": leg_wire.to_coordinator.decode,
     "gossip": gossip_frames.decode,
     "ledger": ledger_wire.decoder.decode,
-    "model, question": file_wire.question,
-    "model, answer": file_wire.answer,
+    "model, question": file_wire.questions.decode,
+    "model, answer": file_wire.answers.decode,
 }
 CONSTANTS = {
     "alpn": wire.NAME,
@@ -92,10 +92,10 @@ CONSTANTS = {
             receipt.MARK_DOMAIN,
             receipt.RECEIPT_DOMAIN,
             ledger_statement.DOMAIN,
-            signed.domain("member"),
-            signed.domain("revocation"),
-            signed.domain("advert"),
-            signed.domain("gone"),
+            membership_records.domain("member"),
+            membership_records.domain("revocation"),
+            membership_records.domain("advert"),
+            membership_records.domain("gone"),
         ]
     ),
 }
@@ -210,14 +210,14 @@ def test_a_long_message_of_a_leg_is_split_into_the_same_frames() -> None:
 # -- what is signed --------------------------------------------------------------------------------
 
 
-def read_record(record: signed.Record) -> Any:
+def read_record(record: membership_records.Record) -> Any:
     module = membership_records if record.kind in ("member", "revocation") else gossip_adverts
     return module.read(record)
 
 
-def sealed(case: dict[str, Any]) -> signed.Record:
+def sealed(case: dict[str, Any]) -> membership_records.Record:
     body, signature = bytes.fromhex(case["body"]), bytes.fromhex(case["signature"])
-    return signed.Record(case["kind"], body, signature)
+    return membership_records.Record(case["kind"], body, signature)
 
 
 @pytest.mark.parametrize("case", RECORDS["records"], ids=lambda case: case["kind"])
@@ -226,8 +226,8 @@ def test_a_signed_record_is_verified_and_has_the_same_values(case: dict[str, Any
     content = read_record(record)
     assert plain(content) == case["values"]
     assert msgpack.encode(content) == record.body
-    with pytest.raises(signed.Invalid):
-        read_record(signed.Record(record.kind, record.body, record.signature[::-1]))
+    with pytest.raises(membership_records.Invalid):
+        read_record(membership_records.Record(record.kind, record.body, record.signature[::-1]))
 
 
 def test_a_ticket_has_the_same_values_and_the_same_text() -> None:

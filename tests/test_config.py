@@ -23,8 +23,8 @@ from pinaivu_box.config import (
     load,
     parse_duration,
 )
+from pinaivu_box.engine.messages import Sampling
 from pinaivu_box.errors import CliError
-from pinaivu_box.gateway.local import FALLBACK
 from tests.support.process_box import Box
 
 SAMPLE = Path(__file__).parent.parent / "sample.toml"
@@ -78,9 +78,10 @@ def test_every_setting_is_in_the_sample() -> None:
 
 
 def test_what_the_sample_has_commented_out_is_valid_and_says_the_defaults(tmp_path: Path) -> None:
-    assert uncommented()["sampling"] == FALLBACK
+    defaults = {name: getattr(Sampling(), name) for name in SamplingConfig.__struct_fields__}
+    assert uncommented()["sampling"] == defaults
     config = load(written(tmp_path, COMMENTED.sub(r"\1", SAMPLE.read_text())), environ={})
-    assert config.sampling == SamplingConfig(**FALLBACK)  # type: ignore[arg-type]
+    assert config.sampling == SamplingConfig(**defaults)
     (model,) = config.model
     assert model.context == ModelConfig(name="", path="").context
     assert config.pricing.models

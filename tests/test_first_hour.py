@@ -297,7 +297,7 @@ def test_a_mistyped_command_names_the_nearest(command: list[str], hint: str) -> 
     done = subprocess.run([*PINAIVU, *command], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert f"No such command '{command[-1]}'." in done.stderr and hint in done.stderr
-    assert hint or "There are: " in done.stderr
+    assert hint or "The commands are: " in done.stderr
 
 
 @pytest.mark.parametrize(

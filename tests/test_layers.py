@@ -17,9 +17,13 @@ ROOT = Path(__file__).parent.parent
 # is everybody's; __main__ stands behind all.
 ROOMS = (
     "errors",
+    "backoff",
+    "bounded",
+    "tasks",
     "text",
     "value_count",
     "child",
+    "fair_threads",
     "sandbox",
     "chat_format",
     "vector_format",
@@ -28,8 +32,8 @@ ROOMS = (
     "policy",
     "identity",
     "logs",
-    "openai",
     "engine.messages",
+    "openai",
     "models",
     "settings",
     "receipts",
@@ -55,7 +59,16 @@ ROOMS = (
 )
 WORKER = "engine.worker"
 # What the engine may import beside itself.
-OF_BOTH_SIDES = ("errors", "sandbox", "chat_format", "vector_format")
+OF_BOTH_SIDES = (
+    "errors",
+    "backoff",
+    "bounded",
+    "text",
+    "fair_threads",
+    "sandbox",
+    "chat_format",
+    "vector_format",
+)
 # Who starts the child may name its main; nobody else sees the engine but for its messages.
 STARTS_THE_WORKER = "cli.engine"
 

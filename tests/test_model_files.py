@@ -26,7 +26,7 @@ import pytest
 
 from pinaivu_box.config import Config
 from pinaivu_box.doctor import models as doctor
-from pinaivu_box.models import folder as folders
+from pinaivu_box.models import folder_scan as folders
 from pinaivu_box.models import gguf
 from pinaivu_box.models.gguf import BadGguf, read_header
 from pinaivu_box.sandbox import Sandbox, SandboxLimits
@@ -188,7 +188,7 @@ def test_mutated_headers_never_harm_the_reader(tmp_path: Path) -> None:
     file = tmp_path / "model.gguf"
     counts: dict[str, int] = {}
     limits = SandboxLimits(cpu_seconds=20.0, memory_bytes=256 * 1024 * 1024, wall_seconds=300.0)
-    sandbox = Sandbox("pinaivu_box.models.headers:make", limits=limits)
+    sandbox = Sandbox("pinaivu_box.models.header_reader:make", limits=limits)
     # Most bytes of a header are words of the vocabulary: what counts and lengths say is elsewhere.
     begin = end - 6000
     try:
@@ -429,7 +429,7 @@ def test_a_folder_is_looked_at_within_bounds(models: Path, monkeypatch: pytest.M
     (deepest.parent / "high.gguf").touch()
     (models / ".partial").mkdir()
     (models / ".partial" / "unfinished.gguf").touch()
-    found = folders.find(models)
+    found = folders.scan(models)
     assert [path.name for path in found.files] == ["high.gguf"]
     assert f"more than {folders.MAX_DEPTH} deep" in found.not_served[models]
     elsewhere = models.parent / "elsewhere"
@@ -444,17 +444,17 @@ def test_a_folder_is_looked_at_within_bounds(models: Path, monkeypatch: pytest.M
     for link, target in upwards.items():
         link.symlink_to(target)
     (elsewhere / "inner" / "out").symlink_to(elsewhere)
-    found = folders.find(models)
+    found = folders.scan(models)
     assert {path.name for path in found.files} == {"high.gguf", "linked.gguf"}
     links = {path for path, why in found.not_served.items() if "a link to a folder above" in why}
     assert links == {models / "root", models / "home", models / "more" / "out"}
     for number in range(30):
         (models / f"m{number:02}.gguf").touch()
     monkeypatch.setattr(folders, "MAX_FILES", 20)
-    found = folders.find(models)
+    found = folders.scan(models)
     assert len(found.files) == 21 and "20 model files" in found.not_served[models]
     monkeypatch.setattr(folders, "MAX_ENTRIES", 10)
-    found = folders.find(models)
+    found = folders.scan(models)
     assert len(found.files) <= 10 and "10 entries" in found.not_served[models]
 
 

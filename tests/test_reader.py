@@ -1,4 +1,4 @@
-"""Thoughts and calls are found in the text of an answer, however it is cut into pieces."""
+"""Reasoning and calls are found in the text of an answer, however it is cut into pieces."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from pinaivu_box.chat_format import LLAMA, MISTRAL, TAGS, Style, style_of, thinks
 from pinaivu_box.openai import reader as reader_module
-from pinaivu_box.openai.reader import Arguments, ParsedCall, Piece, Reader, Text, Thought
+from pinaivu_box.openai.reader import Arguments, ParsedCall, Piece, Reader, Reasoning, Text
 
 NAMES = {"f", "g"}
 Read = list[tuple[str, ...]]
@@ -32,7 +32,7 @@ def read(
     found: Read = []
     for piece in pieces:
         match piece:
-            case Text(said) | Thought(said):
+            case Text(said) | Reasoning(said):
                 kind = type(piece).__name__.lower()
                 if found and found[-1][0] == kind:
                     said = found.pop()[1] + said
@@ -132,14 +132,14 @@ CASES: list[tuple[str, Style | None, dict[str, Any], Read]] = [
     ),
     ('So: {"name": "f"}', LLAMA, {}, [("text", 'So: {"name": "f"}')]),
     ("<think>\nhm < 3</think>\n\nYes.", None, {"thinks": True}, [
-        ("thought", "\nhm < 3"), ("text", "Yes.")
+        ("reasoning", "\nhm < 3"), ("text", "Yes.")
     ]),
     (f"hm</think>\n<tool_call>{CALL_G}</tool_call>", TAGS, {"thinks": True, "thinking": True}, [
-        ("thought", "hm"), G
+        ("reasoning", "hm"), G
     ]),
     ("no thoughts", None, {"thinks": True}, [("text", "no thoughts")]),
     ("<thin", None, {"thinks": True}, [("text", "<thin")]),
-    ("<think>never ends </thi", None, {"thinks": True}, [("thought", "never ends </thi")]),
+    ("<think>never ends </thi", None, {"thinks": True}, [("reasoning", "never ends </thi")]),
     (f"{CALL_F} <tool_call> <think>", None, {}, [("text", f"{CALL_F} <tool_call> <think>")]),
     ("", TAGS, {}, []),
 ]  # fmt: skip

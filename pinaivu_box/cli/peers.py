@@ -275,7 +275,7 @@ def doctor(home: Path, config: Path | None, as_json: bool, peer: str | None) -> 
 
     from pinaivu_box.cli.doctor import report
     from pinaivu_box.doctor.peers import examine
-    from pinaivu_box.network.views import PeerView
+    from pinaivu_box.network.peer import PeerView
     from pinaivu_box.server.admin_peers import PeerList
 
     listed: PeerList | str

@@ -15,7 +15,7 @@ from pinaivu_box.amount import parse
 from pinaivu_box.config import Config
 from pinaivu_box.doctor import machine, relay, udp
 from pinaivu_box.doctor.check import Check, State, of_error
-from pinaivu_box.network.views import OwnView, PeerView, UseView
+from pinaivu_box.network.peer import OwnView, PeerView, UseView
 from pinaivu_box.server.admin_peers import PeerList
 from pinaivu_box.transport.transport import is_relay
 

@@ -1,4 +1,4 @@
-"""Digests of model files, remembered: reading 40 GB at every start would take a minute."""
+"""Digests of model files, kept in the database: reading 40 GB at each start would take a minute."""
 
 from __future__ import annotations
 
@@ -8,21 +8,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from pinaivu_box.models import pieces
+from pinaivu_box.models import partial_file
 from pinaivu_box.models.catalog import Model, digest_of
-from pinaivu_box.models.files import look
+from pinaivu_box.models.regular_files import look
 from pinaivu_box.models.splits import digest_of_parts
-from pinaivu_box.store.database import Database, Statement
+from pinaivu_box.store.database import Database, SqlStatement
+from pinaivu_box.tasks import ignore_exception
 
-_AT_A_TIME = 3  # files that are read for the same box: others of its threads have work, too
+_MAX_READS = 3  # files read at a time: other work needs threads, too
 
 T = TypeVar("T")
 _Facts = tuple[str, int, int]
 
 
 async def digest(database: Database, model: Model) -> str:
-    """Its digest in hex (see `models.catalog.digest_of`), from memory while size and time of its
-    files are unchanged.  Raises OSError."""
+    """Return a model's digest in hex (see `models.catalog.digest_of`), from the database while size
+    and time of its files are unchanged.  Raises OSError."""
     if model.recorded_digest:
         return model.recorded_digest
     if model.parts:
@@ -33,48 +34,48 @@ async def digest(database: Database, model: Model) -> str:
     )
     if rows:
         return str(rows[0]["digest"])
-    found = await _in_thread(lambda stopped: digest_of(model, stopped))
+    computed = await _in_thread(lambda stopped: digest_of(model, stopped))
     await database.write(
-        ("INSERT OR REPLACE INTO model_files VALUES (?, ?, ?, ?)", (*facts, found)),
+        ("INSERT OR REPLACE INTO model_files VALUES (?, ?, ?, ?)", (*facts, computed)),
     )
-    return found
+    return computed
 
 
 async def digests_of_parts(database: Database, model: Model) -> list[str]:
-    """SHA-256 in hex of each of its files.  Raises OSError."""
+    """Return the SHA-256 in hex of each of its files.  Raises OSError."""
     return [await digest(database, file) for file in model.files]
 
 
 class Digests:
-    """The same, for what asks at each request: without the database once it is known, and once for
-    all who ask at the same time."""
+    """The same with a cache in memory, for use at each request.  Callers that ask at the same time
+    share one read."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
         self._known: dict[tuple[_Facts, ...], str] = {}
         self._running: dict[tuple[_Facts, ...], asyncio.Task[str]] = {}
-        self._places = asyncio.Semaphore(_AT_A_TIME)
+        self._reads = asyncio.Semaphore(_MAX_READS)
 
     async def of(self, model: Model) -> str:
-        """Raises OSError."""
+        """Return the model's digest.  Raises OSError."""
         if model.recorded_digest:
             return model.recorded_digest
         facts = tuple(_facts(file.path) for file in model.files)
         if facts not in self._known:
-            self._known[facts] = await self._find(facts, model)
+            self._known[facts] = await self._read_once(facts, model)
         return self._known[facts]
 
-    async def _find(self, facts: tuple[_Facts, ...], model: Model) -> str:
-        """Whoever gives up waiting stops nothing that others wait for."""
+    async def _read_once(self, facts: tuple[_Facts, ...], model: Model) -> str:
+        """Read the files; a caller that is cancelled does not cancel it for the others."""
         task = self._running.get(facts)
         if task is None:
             task = self._running[facts] = asyncio.create_task(self._read(model))
             task.add_done_callback(lambda _: self._running.pop(facts, None))
-            task.add_done_callback(lambda done: done.cancelled() or done.exception())
+            task.add_done_callback(ignore_exception)
         return await asyncio.shield(task)
 
     async def _read(self, model: Model) -> str:
-        async with self._places:
+        async with self._reads:
             return await digest(self._database, model)
 
     async def close(self) -> None:
@@ -86,29 +87,32 @@ class Digests:
 
 
 async def hashes(database: Database, model: Model, digest: str) -> bytes:
-    """The SHA-256 of each of its pieces (`models.pieces`), reckoned once for that digest; of a
-    model in one file."""
+    """Return the SHA-256 of each piece (`models.partial_file`) of a model in one file.
+
+    They are computed once for that digest.
+    """
     rows = await database.read("SELECT hashes FROM model_pieces WHERE digest = ?", (digest,))
     if rows:
         return bytes(rows[0]["hashes"])
-    found = await _in_thread(lambda stopped: pieces.hashes(model, stopped))
-    await database.write(_keep(digest, found))
-    return found
+    computed = await _in_thread(lambda stopped: partial_file.hashes(model, stopped))
+    await database.write(_insert_hashes(digest, computed))
+    return computed
 
 
-def copied(path: Path, digest: str, hashes: bytes) -> tuple[Statement, Statement]:
-    """What is known of a file that was checked as it came: it need not be read again."""
-    return _keep(digest, hashes), named(path, digest)
+def copied(path: Path, digest: str, hashes: bytes) -> tuple[SqlStatement, SqlStatement]:
+    """Return statements that store what is known of a downloaded file, so that it is not read
+    again."""
+    return _insert_hashes(digest, hashes), named(path, digest)
 
 
-def named(path: Path, digest: str) -> Statement:
-    """The same of another name of a file that is known."""
+def named(path: Path, digest: str) -> SqlStatement:
+    """Return the statement that stores the digest of a file under another name."""
     return ("INSERT OR REPLACE INTO model_files VALUES (?, ?, ?, ?)", (*_facts(path), digest))
 
 
 async def _in_thread(work: Callable[[Callable[[], bool]], T]) -> T:
-    """Do it beside the event loop; it is told when nobody waits for it any more, so that a large
-    file does not hold up the end of the program."""
+    """Run work in a thread.  It can ask whether it should stop, since nobody waits for it any more:
+    so a large file does not delay the end of the program."""
     stop = threading.Event()
     try:
         return await asyncio.to_thread(work, stop.is_set)
@@ -117,11 +121,11 @@ async def _in_thread(work: Callable[[Callable[[], bool]], T]) -> T:
 
 
 def _facts(path: Path) -> _Facts:
-    """A file that has changed has others.  Raises OSError, also if it is no regular file."""
-    found = look(path)
+    """Return what changes with a file.  Raises OSError, also if it is not a regular file."""
+    status = look(path)
     # SQLite's integers end in the year 2262, file systems' later.
-    return str(path), found.st_size, found.st_mtime_ns % 2**63
+    return str(path), status.st_size, status.st_mtime_ns % 2**63
 
 
-def _keep(digest: str, hashes: bytes) -> Statement:
+def _insert_hashes(digest: str, hashes: bytes) -> SqlStatement:
     return ("INSERT OR REPLACE INTO model_pieces VALUES (?, ?)", (digest, hashes))

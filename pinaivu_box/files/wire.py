@@ -1,15 +1,15 @@
-"""What two boxes say about model files: the frames of a stream with the purpose `model`.
+"""The frames about model files, on a stream with the purpose `model`.
 
-Who opened it asks, as often as it likes, one thing at a time; then it finishes, and so does the
-other.  `FileRefused` may be the answer to anything; `Working` says that the answer needs a while.
+Who opened it asks any number of questions, one at a time; then it finishes, and so does the other.
+`FileRefused` may be the answer to any question; `Working` comes while an answer takes time.
 
-    Find(model, digest, parts)   Have(model, digest, size, parts)
-    List(digest)                 Hashes, so many that all pieces have one
-    Give(digest, number)         Part, so many that the piece is whole
+    Find(model, digest, parts)   ModelAvailable(model, digest, size, parts)
+    List(digest)                 Hashes, until each piece has one
+    GivePiece(digest, number)    PieceData, until the piece is complete
 
 A model in several files is found by the digest of the whole; `parts` of the answer are its files,
-and each of them is listed and given by its own digest.  A box that can copy such a model says so
-in its question (`parts`); older ones do not know of it, and are refused with a sentence.
+and each of them is listed and sent by its own digest.  A box that can copy such a model says so in
+its question (`parts`); older ones cannot, and are refused with a sentence.
 """
 
 from __future__ import annotations
@@ -20,22 +20,21 @@ from msgspec import Meta, Struct, msgpack
 
 from pinaivu_box.models.splits import MAX_PARTS
 from pinaivu_box.text import DIGEST, whole
-from pinaivu_box.transport import wire
 
 PURPOSE = "model"
-PART_BYTES = 256 * 1024  # of a piece, or of the list of hashes, in a frame
+MAX_DATA_BYTES = 256 * 1024  # of a piece, or of the list of hashes, in a frame
 MAX_FILE_BYTES = 512 * 1024**3
 MAX_MODEL_BYTES = 16 * MAX_FILE_BYTES  # of all its files
-WORKING_SECONDS = 5.0  # between two frames of who answers, at most
+WORKING_SECONDS = 5.0  # between two frames of an answer, at most
 
 Name = Annotated[str, Meta(max_length=128)]
 Digest = Annotated[str, Meta(pattern=DIGEST)]
 Size = Annotated[int, Meta(ge=1, le=MAX_FILE_BYTES)]
-Data = Annotated[bytes, Meta(min_length=1, max_length=PART_BYTES)]
+Data = Annotated[bytes, Meta(min_length=1, max_length=MAX_DATA_BYTES)]
 
 
 class Find(Struct, frozen=True, tag="Find"):
-    """`digest` is the beginning of one, or empty; with one, the name does not matter."""
+    """Asks for a model by the beginning of its `digest`, or, if that is empty, by its name."""
 
     model: Name
     digest: Annotated[str, Meta(pattern=whole("([0-9a-f]{8,64})?"))]
@@ -43,16 +42,20 @@ class Find(Struct, frozen=True, tag="Find"):
 
 
 class List(Struct, frozen=True, tag="List"):
+    """Asks for the hashes of a file's pieces."""
+
     digest: Digest
 
 
 class GivePiece(Struct, frozen=True, tag="Give"):
+    """Asks for a piece of a file."""
+
     digest: Digest
     number: Annotated[int, Meta(ge=0, le=2**31)]
 
 
 class File(Struct, frozen=True):
-    """One of a model's; `digest` is the SHA-256 of its `size` bytes in hex."""
+    """One of a model's files; `digest` is the SHA-256 of its `size` bytes in hex."""
 
     digest: Digest
     size: Size
@@ -69,21 +72,23 @@ class ModelAvailable(Struct, frozen=True, tag="Have"):
 
 
 class Hashes(Struct, frozen=True, tag="Hashes"):
-    """SHA-256 of pieces of `models.pieces.PIECE_BYTES` each, one after the other."""
+    """SHA-256 of pieces of `models.partial_file.PIECE_BYTES` each, one after the other."""
 
     data: Data
 
 
 class PieceData(Struct, frozen=True, tag="Part"):
+    """The next bytes of a piece."""
+
     data: Data
 
 
 class Working(Struct, frozen=True, tag="Working"):
-    pass
+    """The answer takes time."""
 
 
 class FileRefused(Struct, frozen=True, tag="Refused"):
-    """A sentence for the other's operator."""
+    """A sentence for the operator of who has asked."""
 
     message: Annotated[str, Meta(max_length=500)]
 
@@ -91,15 +96,5 @@ class FileRefused(Struct, frozen=True, tag="Refused"):
 Question = Find | List | GivePiece
 Answer = ModelAvailable | Hashes | PieceData | Working | FileRefused
 
-_questions: msgpack.Decoder[Question] = msgpack.Decoder(Question)
-_answers: msgpack.Decoder[Answer] = msgpack.Decoder(Answer)
-
-
-def question(frame: bytes) -> Question:
-    """Raises ProtocolError."""
-    return wire.decode(frame, _questions)
-
-
-def answer(frame: bytes) -> Answer:
-    """Raises ProtocolError."""
-    return wire.decode(frame, _answers)
+questions: msgpack.Decoder[Question] = msgpack.Decoder(Question)
+answers: msgpack.Decoder[Answer] = msgpack.Decoder(Answer)

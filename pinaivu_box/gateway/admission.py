@@ -30,6 +30,7 @@ from pinaivu_box.store import keys
 from pinaivu_box.store.database import Database
 from pinaivu_box.store.keys import Key
 from pinaivu_box.store.requests import between
+from pinaivu_box.tasks import ignore_exception
 
 _WRITTEN_SECONDS = 5.0  # that a write shows that another will succeed
 
@@ -262,7 +263,7 @@ class Admission:
                 raise _draining()
             return reading.result()
         finally:
-            reading.add_done_callback(lambda done: done.cancelled() or done.exception())
+            reading.add_done_callback(ignore_exception)
             reading.cancel()
 
     async def _read_prompts(self, jobs: list[Job]) -> tuple[list[Job], int]:

@@ -1,13 +1,12 @@
-"""Adverts: what each box says of itself, how long that counts, and who is believed to be gone.
+"""Adverts: what each box says of itself, how long that is valid, and which boxes are reported gone.
 
-No clock of another box is trusted.  An advert lives for `life` seconds from when it was sent,
-which everybody reckons from when it came and from the age that whoever passed it on says it had.
-`at`, the sender's clock, serves to show the difference to ours.  `serial` grows with every advert
-of a box; the highest seen is remembered for as long as the box is a member, so an old one cannot
-be played again.
+No clock of another box is trusted.  An advert is valid for `life` seconds from when it was sent,
+which each box computes from its arrival and the age that the forwarding peer gives.  `at`, the
+sender's clock, serves to show the difference to ours.  `serial` grows with every advert of a box;
+the highest is remembered for as long as the box is a member, so an old one cannot be replayed.
 
-How often a box speaks depends on how many there are: every box hears about `ADVERTS_PER_SECOND`,
-however large the network.  Up to 125 boxes that is every 5 s; of 1,000 each speaks every 40 s.
+How often a box sends adverts depends on the size of the network: every box receives about
+`ADVERTS_PER_SECOND`.  Up to 125 boxes each sends one every 5 s, of 1,000 one every 40 s.
 """
 
 from __future__ import annotations
@@ -19,26 +18,27 @@ from msgspec import Meta, Struct
 
 from pinaivu_box import amount
 from pinaivu_box.amount import Prices
-from pinaivu_box.membership.signed import (
+from pinaivu_box.membership.records import (
     Counter,
     Invalid,
     Key,
     NetworkKey,
     Record,
-    hashed,
     node_of,
+    truncated_hash,
     unseal,
 )
 from pinaivu_box.membership.tickets import Address
 from pinaivu_box.text import NO_CONTROLS
 
 ADVERTS_PER_SECOND = 25
-SHORTEST_PERIOD = 5.0  # seconds
-LIVES = 3  # periods that an advert lives
-MAX_LIFE = 600
+MIN_PERIOD_SECONDS = 5.0
+PERIODS_PER_LIFE = 3
+MAX_LIFE_SECONDS = 600
 MAX_MODELS = 64
-_BURST = 6.0  # adverts of one member at once
-_GONE_BURST = 24.0  # members whom one member may call gone at once
+_MAX_PERIOD_SECONDS = MAX_LIFE_SECONDS / PERIODS_PER_LIFE
+_ADVERT_BURST = 6.0  # of one member
+_GONE_BURST = 24.0  # reports of one member
 _GONE_PER_SECOND = 0.5
 
 Small = Annotated[int, Meta(ge=0, le=2**31)]
@@ -46,10 +46,19 @@ Digest = Annotated[bytes, Meta(min_length=32, max_length=32)]
 Price = Annotated[str, Meta(max_length=16)]
 
 
+class ModelLoad(Struct, frozen=True, array_like=True):
+    """What of an `Offer` changes with every request: `sequences_free` more would start at once,
+    `kv_free` tokens of the cache are free, `queue` requests wait."""
+
+    sequences_free: Small
+    kv_free: Small
+    queue: Small
+
+
 class Offer(Struct, frozen=True, array_like=True):
-    """One model.  `sequences` run at most at a time, `sequences_free` more would start at once,
-    `queue` wait; `kv_free` tokens of cache.  `ttft_ms` and `tokens_per_s` (of one stream) are the
-    medians measured lately.  Prices of 1,000 tokens, decimal text: prompt, cached, completion."""
+    """One model.  At most `sequences` run at a time; for the rest of its load see `ModelLoad`.
+    `ttft_ms` and `tokens_per_s` (of one stream) are medians of the latest requests.  Prices of
+    1,000 tokens, decimal text: prompt, cached, completion."""
 
     id: Annotated[str, Meta(min_length=1, max_length=128, pattern=NO_CONTROLS)]
     digest: Digest
@@ -66,6 +75,10 @@ class Offer(Struct, frozen=True, array_like=True):
         prompt, cached, completion = self.prices
         return Prices(prompt, completion, cached)
 
+    @property
+    def load(self) -> ModelLoad:
+        return ModelLoad(self.sequences_free, self.kv_free, self.queue)
+
 
 class Facts(Struct, frozen=True):
     """What a box says of itself; see `Advert`."""
@@ -77,10 +90,16 @@ class Facts(Struct, frozen=True):
     draining: bool = False
 
     def gist(self) -> tuple[object, ...]:
-        """What is worth an advert when it changes: all but small moves of load."""
+        """Return what is worth an advert when it changes: all but small changes of load."""
         load = tuple(
-            (o.id, o.digest, o.prices, o.sequences_free > 0, o.queue.bit_length())
-            for o in self.models
+            (
+                offer.id,
+                offer.digest,
+                offer.prices,
+                offer.sequences_free > 0,
+                offer.queue.bit_length(),
+            )
+            for offer in self.models
         )
         return self.addresses, self.draining, load
 
@@ -92,7 +111,7 @@ class Advert(Struct, frozen=True, array_like=True):
     node: Key
     serial: Counter
     at: Counter
-    life: Annotated[int, Meta(ge=1, le=MAX_LIFE)]
+    life: Annotated[int, Meta(ge=1, le=MAX_LIFE_SECONDS)]
     version: Annotated[str, Meta(max_length=32, pattern=NO_CONTROLS)]
     addresses: Annotated[tuple[Address, ...], Meta(max_length=8)]
     currency: Annotated[str, Meta(max_length=16, pattern=NO_CONTROLS)]
@@ -107,8 +126,8 @@ class Advert(Struct, frozen=True, array_like=True):
 class GoneReport(Struct, frozen=True, array_like=True):
     """`reporter` lost its link to `node`, whose last advert it knows is `serial`.
 
-    A hint: whoever is called gone is asked last, until an advert of a higher serial says otherwise,
-    and it sends one as soon as it hears of it.  So a lie costs its victim seconds.
+    A hint, like a suspicion in SWIM: a box that is reported gone is asked last until its next
+    advert, which it sends as soon as it receives the report.  So a false report costs seconds.
     """
 
     network: NetworkKey
@@ -118,11 +137,11 @@ class GoneReport(Struct, frozen=True, array_like=True):
 
 
 def read(record: Record) -> Advert | GoneReport:
-    """Checks form, prices and signature.  Raises Invalid."""
+    """Return what a record says, its form, prices and signature checked.  Raises Invalid."""
     if record.kind == "gone":
         return unseal(record, GoneReport, "reporter")
     if record.kind != "advert":
-        raise Invalid(f"a {record.kind} is no advert")
+        raise Invalid(f"a {record.kind}, which is not an advert")
     advert = unseal(record, Advert, "node")
     try:
         for offer in advert.models:
@@ -133,164 +152,176 @@ def read(record: Record) -> Advert | GoneReport:
 
 
 def record_id(record: Record, content: Advert | GoneReport) -> bytes:
-    """8 bytes.  One report that somebody is gone is as good as another's."""
+    """Return 8 bytes; all reports that a box is gone have the same id."""
     if isinstance(content, GoneReport):
         return gone_id(content.node, content.serial)
-    return hashed(b"advert\n", record.body, size=8)
+    return truncated_hash(b"advert\n", record.body, size=8)
 
 
 def signer_of(content: Advert | GoneReport) -> str:
+    """Return the node id of who signed it."""
     return node_of(content.reporter if isinstance(content, GoneReport) else content.node)
 
 
 def gone_id(node: bytes, serial: int) -> bytes:
-    return hashed(b"gone\n", node, serial.to_bytes(8, "big"), size=8)
+    """Return the id of the reports that the box with that last advert is gone."""
+    return truncated_hash(b"gone\n", node, serial.to_bytes(8, "big"), size=8)
 
 
 def period(members: int) -> float:
-    """Seconds between two adverts of a box in a network of so many."""
-    return min(max(SHORTEST_PERIOD, members / ADVERTS_PER_SECOND), MAX_LIFE / LIVES)
+    """Return the seconds between two adverts of a box in a network of so many members."""
+    return min(
+        max(MIN_PERIOD_SECONDS, members / ADVERTS_PER_SECOND), MAX_LIFE_SECONDS / PERIODS_PER_LIFE
+    )
 
 
-def gap(members: int) -> float:
-    """Seconds that a box should leave between adverts even if much changes."""
-    return min(max(1.0, members / ADVERTS_PER_SECOND), MAX_LIFE / LIVES)
+def min_gap(members: int) -> float:
+    """Return the fewest seconds between two adverts of a box, however much changes."""
+    return min(max(1.0, members / ADVERTS_PER_SECOND), _MAX_PERIOD_SECONDS)
 
 
 class TokenBucket:
-    """A bucket of `burst` that fills by `rate` a second."""
+    """A rate limit: `burst` tokens at most, filled at a `rate`."""
 
-    __slots__ = ("_at", "_burst", "_left")
+    __slots__ = ("_burst", "_tokens", "_updated_at")
 
     def __init__(self, burst: float) -> None:
-        self._burst = self._left = burst
-        self._at: float | None = None
+        self._burst = self._tokens = burst
+        self._updated_at: float | None = None
 
     def take(self, rate: float, now: float, amount: float = 1.0) -> bool:
-        if self._at is not None:
-            self._left = min(self._burst, self._left + rate * (now - self._at))
-        self._at = now
-        if self._left < amount:
+        """Take so many tokens at `now` (monotonic), after the bucket was filled at `rate` a second;
+        returns False if there are fewer."""
+        if self._updated_at is not None:
+            elapsed = now - self._updated_at
+            self._tokens = min(self._burst, self._tokens + rate * elapsed)
+        self._updated_at = now
+        if self._tokens < amount:
             return False
-        self._left -= amount
+        self._tokens -= amount
         return True
 
 
 class HeldAdvert(NamedTuple):
-    """`sent_at` and `until` on our own monotonic clock, seconds.  `clock_difference_ms`: theirs
-    minus ours, more or less; it is shown, and decides nothing."""
+    """`sent_at` and `expires_at` on our monotonic clock, in seconds.  `clock_difference_ms`: about
+    their clock minus ours; it is shown, and decides nothing."""
 
     advert: Advert
     id: bytes
     sent_at: float
-    until: float
+    expires_at: float
     clock_difference_ms: int
 
 
 class Adverts:
-    """The newest advert of each member, and the reports that some are gone.
+    """The newest advert of each member, and the reports that members are gone.
 
-    The caller asks the roster first; what comes here is by a member.
+    The caller has checked that what comes here is from a member.
     """
 
     def __init__(self) -> None:
-        self._held: dict[str, HeldAdvert] = {}
-        self._whose = 0  # all their keys, one upon the other
+        self._adverts: dict[str, HeldAdvert] = {}
+        self._senders_xor = 0  # the beginnings of their keys, combined
         self._serials: dict[str, int] = {}
         self._newest: dict[str, tuple[Record, float]] = {}
         self._gone: dict[str, bytes] = {}  # ids of the reports
-        self._ids: dict[bytes, tuple[Record, float]] = {}
-        self._allowed: dict[str, TokenBucket] = {}
-        self._reports: dict[str, TokenBucket] = {}
+        self._records: dict[bytes, tuple[Record, float]] = {}
+        self._advert_limits: dict[str, TokenBucket] = {}
+        self._report_limits: dict[str, TokenBucket] = {}
 
     def accept(
         self, advert: Advert, record: Record, age: float, now: float, wall_ms: int, members: int
     ) -> str | None:
-        """Why it does not count, or None.  `age` in seconds is how old it was when it came."""
+        """Keep an advert that was `age` seconds old when it came; returns why not, or None if it is
+        kept."""
         node = advert.node_id
         if advert.serial <= self._serials.get(node, -1):
-            return "older than one that is known"
+            return "older than the newest one"
         if age >= advert.life:
             return "expired"
-        bucket = self._allowed.setdefault(node, TokenBucket(_BURST))
-        if not bucket.take(2 / gap(members), now):
+        bucket = self._advert_limits.setdefault(node, TokenBucket(_ADVERT_BURST))
+        if not bucket.take(2 / min_gap(members), now):
             return "more adverts than a member may send"
         sent = now - age
         difference = advert.at - (wall_ms - round(age * 1000))
         self._drop(node)
-        number = record_id(record, advert)
+        key = record_id(record, advert)
         self._serials[node] = advert.serial
         self._newest[node] = (record, sent)
-        self._held[node] = HeldAdvert(advert, number, sent, sent + advert.life, difference)
-        self._whose ^= int.from_bytes(advert.node[:16])
-        self._ids[number] = (record, sent)
+        self._adverts[node] = HeldAdvert(advert, key, sent, sent + advert.life, difference)
+        self._senders_xor ^= int.from_bytes(advert.node[:16])
+        self._records[key] = (record, sent)
         return None
 
     def report(self, gone: GoneReport, record: Record, now: float) -> str | None:
-        """Why the report does not count, or None."""
+        """Keep a report that a box is gone; returns why not, or None if it is kept."""
         node = node_of(gone.node)
-        held = self._held.get(node)
-        if held is None or held.advert.serial != gone.serial:
+        entry = self._adverts.get(node)
+        if entry is None or entry.advert.serial != gone.serial:
             return "not about its last advert"
         if node in self._gone:
             return "known"
-        bucket = self._reports.setdefault(node_of(gone.reporter), TokenBucket(_GONE_BURST))
+        bucket = self._report_limits.setdefault(node_of(gone.reporter), TokenBucket(_GONE_BURST))
         if not bucket.take(_GONE_PER_SECOND, now):
             return "more reports than a member may send"
-        self._gone[node] = number = record_id(record, gone)
-        self._ids[number] = (record, now)
+        self._gone[node] = key = record_id(record, gone)
+        self._records[key] = (record, now)
         return None
 
     def fresh(self, now: float) -> Iterator[HeldAdvert]:
-        return (held for held in self._held.values() if held.until > now)
+        """Return the adverts that have not expired."""
+        return (entry for entry in self._adverts.values() if entry.expires_at > now)
 
     def get(self, node_id: str) -> HeldAdvert | None:
-        """The newest, perhaps expired."""
-        return self._held.get(node_id)
+        """Return the newest advert of a box, which may have expired; None if there is none."""
+        return self._adverts.get(node_id)
 
     def newer(self, advert: Advert) -> tuple[Record, float] | None:
-        """A newer one of the same box, though it may have expired, and when that was sent, on our
-        clock."""
+        """Return a newer advert of the same box, which may have expired, and when it was sent, on
+        our clock; None if there is none."""
         if advert.serial >= self._serials.get(advert.node_id, -1):
             return None
         return self._newest[advert.node_id]
 
     def gone(self, node_id: str) -> bool:
+        """Whether the box was reported gone since its last advert."""
         return node_id in self._gone
 
     def ids(self) -> list[bytes]:
-        """Of all adverts and reports."""
-        return list(self._ids)
+        """Return the ids of all adverts and reports."""
+        return list(self._records)
 
     def digest(self) -> bytes:
-        """16 bytes: of whom there are adverts."""
-        return self._whose.to_bytes(16)
+        """Return 16 bytes that depend on which boxes there are adverts of."""
+        return self._senders_xor.to_bytes(16)
 
-    def find(self, number: bytes) -> tuple[Record, float] | None:
-        """The advert or report of that id and when it was sent, on our clock."""
-        return self._ids.get(number)
+    def find(self, key: bytes) -> tuple[Record, float] | None:
+        """Return the advert or report of that id and when it was sent, on our clock."""
+        return self._records.get(key)
 
     def forget(self, now: float, members: Container[str]) -> list[bytes]:
-        """Drop what expired and who is no member; returns the ids of what went."""
+        """Drop what has expired and what is not of members; returns the ids of what was dropped."""
         kinds: tuple[dict[str, Any], ...] = (
-            self._serials, self._newest, self._allowed, self._reports
+            self._serials, self._newest, self._advert_limits, self._report_limits
         )  # fmt: skip
-        for kept in kinds:
-            for node in [node for node in kept if node not in members]:
-                del kept[node]
-        ended = [
-            node for node, held in self._held.items() if held.until <= now or node not in members
+        for by_node in kinds:
+            for node in [node for node in by_node if node not in members]:
+                del by_node[node]
+        expired = [
+            node
+            for node, entry in self._adverts.items()
+            if entry.expires_at <= now or node not in members
         ]
-        return [number for node in ended for number in self._drop(node)]
+        return [key for node in expired for key in self._drop(node)]
 
     def _drop(self, node: str) -> list[bytes]:
-        """The advert of a box, and with it any report that it is gone."""
-        held, gone = self._held.pop(node, None), self._gone.pop(node, None)
-        dropped = [held.id] if held else []
-        if held:
-            self._whose ^= int.from_bytes(held.advert.node[:16])
+        """Drop the advert of a box and any report that it is gone; returns their ids."""
+        entry, gone = self._adverts.pop(node, None), self._gone.pop(node, None)
+        dropped = [entry.id] if entry else []
+        if entry:
+            self._senders_xor ^= int.from_bytes(entry.advert.node[:16])
         if gone:
             dropped.append(gone)
-        for number in dropped:
-            del self._ids[number]
+        for key in dropped:
+            del self._records[key]
         return dropped

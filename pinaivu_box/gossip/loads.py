@@ -1,11 +1,12 @@
-"""How busy boxes are at this moment, as they tell each other over the links that they have anyway.
+"""The load of boxes at this moment, as they report it over the links that they have anyway.
 
-An advert is as old as the network is large.  So each box tells those that it is linked with of
-every request that begins or ends there, and whoever is about to send one away asks them what they
-know of each other: with ten links each that is a hundred boxes, a round trip old.
+An advert is older the larger the network is.  So each box reports to its neighbours every request
+that begins or ends there, and a box that is about to send a request away asks its neighbours what
+they know of theirs: with ten links each that is a hundred boxes, a round trip old.
 
-What a box says of itself counts while its link stands.  What it says of others is a hint: it is
-heard only if it was asked for, and forgotten after `TOLD_SECONDS`, so that a lie costs a try.
+What a box reports of itself is valid while its link exists.  What it reports of others is a hint:
+it is accepted only if it was asked for, and forgotten after `REPORT_SECONDS`: a false report costs
+one attempt.
 """
 
 from __future__ import annotations
@@ -13,106 +14,113 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple
 
-from pinaivu_box.gossip.adverts import Offer, TokenBucket
-from pinaivu_box.gossip.frames import MAX_TOLD, LoadQuery, LoadReport, LoadUpdate, ModelLoad
-from pinaivu_box.membership.signed import key_of, node_of
+from pinaivu_box.bounded import BoundedDict
+from pinaivu_box.gossip.adverts import ModelLoad, Offer, TokenBucket
+from pinaivu_box.gossip.frames import MAX_LOADS, LoadQuery, LoadReport, LoadUpdate
+from pinaivu_box.membership.records import key_of, node_of
 
-TOLD_SECONDS = 2.0
-_BURST, _PER_SECOND = 8.0, 4.0  # Busy frames to each link
+REPORT_SECONDS = 2.0
+_UPDATE_BURST, _UPDATES_PER_SECOND = 8.0, 4.0  # to each link
 
 
 class ReportedLoad(NamedTuple):
-    """`at`: when, on our monotonic clock, seconds."""
+    """`at`: when it was received, on our monotonic clock, in seconds."""
 
     load: ModelLoad
     at: float
 
 
 class Loads:
+    """What this box knows of the load of others; `on_report` is called when a neighbour has
+    answered a query."""
+
     def __init__(self, clock: Callable[[], float]) -> None:
-        self.answered: Callable[[], None] = lambda: None  # called when somebody has
+        self.on_report: Callable[[], None] = lambda: None
         self._clock = clock
         self._own: dict[str, ModelLoad] = {}
-        self._speech = TokenBucket(_BURST)
-        self._linked: dict[str, dict[str, ReportedLoad]] = {}
-        self._told: dict[str, dict[str, ReportedLoad]] = {}
-        self._asked: dict[str, set[str]] = {}  # who has not answered, by model
+        self._updates = TokenBucket(_UPDATE_BURST)
+        self._neighbours: dict[str, BoundedDict[str, ReportedLoad]] = {}  # by model
+        self._others: dict[str, dict[str, ReportedLoad]] = {}  # by model
+        self._unanswered: dict[str, set[str]] = {}  # neighbours that have not answered, by model
 
-    def linked(self, peer: str) -> LoadUpdate | None:
-        """It understands us, and hears this first; None if it has."""
-        if peer in self._linked:
+    def link_up(self, peer: str) -> LoadUpdate | None:
+        """Take up a neighbour that understands these frames.  Returns what it has to be sent first,
+        None if it has been sent."""
+        if peer in self._neighbours:
             return None
-        self._linked[peer] = {}
+        self._neighbours[peer] = BoundedDict(MAX_LOADS)
         return LoadUpdate(tuple(self._own.items()))
 
-    def ended(self, peer: str) -> None:
-        self._linked.pop(peer, None)
-        for silent in self._asked.values():
-            silent.discard(peer)
+    def link_down(self, peer: str) -> None:
+        """Forget a neighbour."""
+        self._neighbours.pop(peer, None)
+        for peers in self._unanswered.values():
+            peers.discard(peer)
 
-    def changed(self, offers: Sequence[Offer]) -> LoadUpdate | None:
-        """What is to be told to all `listeners` now; None if nothing, or if it must wait."""
-        now = {one.id: ModelLoad(one.sequences_free, one.kv_free, one.queue) for one in offers}
-        new = {
+    def update(self, offers: Sequence[Offer]) -> LoadUpdate | None:
+        """Take over our own load.  Returns what all `neighbours` have to be sent now; None if
+        nothing has changed, or if it must wait."""
+        loads = {offer.id: offer.load for offer in offers}
+        changed = {
             model: load
-            for model, load in now.items()
-            if (was := self._own.get(model)) is None or _gist(was) != _gist(load)
+            for model, load in loads.items()
+            if (before := self._own.get(model)) is None or _gist(before) != _gist(load)
         }
-        if not new or not self._speech.take(_PER_SECOND, self._clock()):
+        if not changed or not self._updates.take(_UPDATES_PER_SECOND, self._clock()):
             return None
-        self._own = now
-        return LoadUpdate(tuple(new.items()))
+        self._own = loads
+        return LoadUpdate(tuple(changed.items()))
 
     @property
-    def listeners(self) -> Collection[str]:
-        return self._linked.keys()
+    def neighbours(self) -> Collection[str]:
+        return self._neighbours.keys()
 
-    def ask(self, model: str) -> LoadQuery:
-        """For all `listeners`."""
-        old = self._clock() - TOLD_SECONDS
-        for node, told in list(self._told.items()):
-            if all(heard.at < old for heard in told.values()):
-                del self._told[node]
-        self._asked[model] = set(self._linked)
+    def query(self, model: str) -> LoadQuery:
+        """Return the query for all `neighbours`, and wait for their answers from now on."""
+        oldest = self._clock() - REPORT_SECONDS
+        for node, loads in list(self._others.items()):
+            if all(reported.at < oldest for reported in loads.values()):
+                del self._others[node]
+        self._unanswered[model] = set(self._neighbours)
         return LoadQuery(model)
 
     def waiting(self, model: str) -> bool:
-        """Whether more than a quarter of those that were asked have not answered."""
-        return 4 * len(self._asked.get(model, ())) > len(self._linked)
+        """Whether more than a quarter of the neighbours that were asked have not answered."""
+        return 4 * len(self._unanswered.get(model, ())) > len(self._neighbours)
 
-    def hear(self, peer: str, said: LoadUpdate | LoadQuery | LoadReport) -> LoadReport | None:
-        """The answer, if it wants one."""
+    def receive(self, peer: str, frame: LoadUpdate | LoadQuery | LoadReport) -> LoadReport | None:
+        """Take over a neighbour's frame, and return the answer, if it needs one."""
         now = self._clock()
-        if isinstance(said, LoadUpdate):
-            if (heard := self._linked.get(peer)) is not None:
-                heard |= {model: ReportedLoad(load, now) for model, load in said.models}
-                while len(heard) > MAX_TOLD:
-                    del heard[next(iter(heard))]
-        elif isinstance(said, LoadQuery):
-            return self._answer(peer, said.model)
-        elif peer in self._asked.get(said.model, ()):
-            self._asked[said.model].discard(peer)
-            for key, load in said.boxes:
-                self._told.setdefault(node_of(key), {})[said.model] = ReportedLoad(load, now)
-            self.answered()
+        if isinstance(frame, LoadUpdate):
+            if (loads := self._neighbours.get(peer)) is not None:
+                for model, load in frame.models:
+                    loads[model] = ReportedLoad(load, now)
+        elif isinstance(frame, LoadQuery):
+            return self._answer(peer, frame.model)
+        elif peer in self._unanswered.get(frame.model, ()):
+            self._unanswered[frame.model].discard(peer)
+            for key, load in frame.boxes:
+                self._others.setdefault(node_of(key), {})[frame.model] = ReportedLoad(load, now)
+            self.on_report()
         return None
 
     def _answer(self, peer: str, model: str) -> LoadReport:
-        found = [
+        boxes = [
             (key_of(node), loads[model].load)
-            for node, loads in self._linked.items()
+            for node, loads in self._neighbours.items()
             if model in loads and node != peer
         ]
-        return LoadReport(model, tuple(found[:MAX_TOLD]))
+        return LoadReport(model, tuple(boxes[:MAX_LOADS]))
 
     def of(self, node_id: str) -> Mapping[str, ReportedLoad]:
-        """By model, as far as it is known now: by its own word, else by that of others."""
-        if (own := self._linked.get(node_id)) is not None:
+        """Return the loads of a box by model, as far as they are known now: as it reported them
+        itself, or else as others did."""
+        if (own := self._neighbours.get(node_id)) is not None:
             return own
-        old, told = self._clock() - TOLD_SECONDS, self._told.get(node_id, {})
-        return {model: heard for model, heard in told.items() if heard.at >= old}
+        oldest, loads = self._clock() - REPORT_SECONDS, self._others.get(node_id, {})
+        return {model: reported for model, reported in loads.items() if reported.at >= oldest}
 
 
 def _gist(load: ModelLoad) -> tuple[int, int, int]:
-    """What is worth telling: all but small moves of the cache."""
+    """Return what is worth an update when it changes: all but small changes of the cache."""
     return load.sequences_free, load.queue, load.kv_free.bit_length()

@@ -1,23 +1,26 @@
-"""Who tells whom what and when.  No I/O: clock, randomness and sending are given.
+"""The gossip protocol: what is sent to which peer, and when.  No I/O: the caller provides clock,
+randomness and sending.
 
-- Membership is pushed: a new certificate or revocation goes to every link at once, and every 10 s
-  one link, drawn at random, is asked whether the rosters agree; where not, the parts that differ.
-- Adverts are announced by id once a second and sent to whoever lacks them; our own go out whole.
-- Every request that begins or ends is told to the links, who tell it to those that ask (`loads`).
-- A link that broke is reported, so that others need not find out by failing (see `advert.Gone`).
-- A link speaks for a member.  A stranger may show the certificates that make it one, and no more.
-- Whoever sends what no honest box passes on, or too much, is cut off.
+- Membership is pushed: a new certificate or revocation goes to every link at once.  Every 10 s one
+  link, drawn at random, is asked whether the rosters agree; if not, the differing parts are sent.
+- Adverts are announced by id once a second and sent to peers that lack them; our own go out whole.
+- Load is reported to the links at once, and by them to those that ask (`loads`).
+- A lost link is reported, so that others need not find out by failing (`adverts.GoneReport`).
+- A link is accepted if the peer is a member.  Until then it may send the certificates that make it
+  one, and no more.
+- A peer that sends what no honest box passes on, or too much, is disconnected.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Container, Iterable
 from random import Random
 from typing import Any, NamedTuple, Protocol
 
 from msgspec.structs import asdict
 
+from pinaivu_box.bounded import BoundedDict
 from pinaivu_box.gossip import adverts
 from pinaivu_box.gossip.adverts import Advert, Adverts, Facts, GoneReport, TokenBucket
 from pinaivu_box.gossip.frames import (
@@ -41,49 +44,109 @@ from pinaivu_box.gossip.frames import (
     ids,
 )
 from pinaivu_box.gossip.loads import Loads
-from pinaivu_box.gossip.requests import RecordRequests
 from pinaivu_box.identity import Identity
 from pinaivu_box.membership import records as membership_records
+from pinaivu_box.membership.records import MAX_COUNTER, Invalid, Record, key_of, node_of, seal
 from pinaivu_box.membership.roster import BUCKETS, MAX_PROOF, Roster
-from pinaivu_box.membership.signed import MAX_COUNTER, Invalid, Record, key_of, node_of, seal
 
-TICK = 1.0  # seconds between two calls of `tick`, better not all boxes at the same moment
+TICK_SECONDS = 1.0  # between two calls of `tick`, better not in all boxes at the same moment
 _COMPARE_SECONDS = 10.0
-_STRANGER_SECONDS = 5.0
-_LINK_BURST, _LINK_RATE = 8_000_000.0, 256_000.0  # bytes, bytes a second
+_CERTIFICATE_SECONDS = 5.0  # for a new link to show that the peer is a member
+_LINK_BURST_BYTES, _LINK_BYTES_PER_SECOND = 8_000_000.0, 256_000.0
 _MEMBERSHIP = ("member", "revocation")
-_REMEMBERED = 16384  # ids of what came and does not count
+_MAX_REJECTED_IDS = 16384  # of records that came and were not kept
+_ANSWER_SECONDS = 3.0  # for a record that was asked for
+_MAX_OTHER_PEERS = 32  # remembered as having offered the same record
 
 
 class Effects(Protocol):
+    """What the gossip has its caller do."""
+
     def send(self, peer: str, frame: bytes) -> None: ...
 
-    def cut(self, peer: str, why: str) -> None:
-        """End the link; `unlinked` is not called for it."""
+    def disconnect(self, peer: str, why: str) -> None:
+        """Close the link; `link_down` is not called for it."""
 
-    def changed(self) -> None:
-        """The roster has changed; what is new of it should be stored."""
+    def roster_changed(self) -> None:
+        """The roster has new records, which should be stored."""
+
+
+class _PendingRecord:
+    """A record that `peer` was asked for; `others` have offered it as well."""
+
+    __slots__ = ("deadline", "others", "peer")
+
+    def __init__(self, peer: str, deadline: float) -> None:
+        self.peer, self.deadline = peer, deadline
+        self.others: list[str] = []
+
+
+class RecordRequests:
+    """Records that others have offered and this box lacks: one peer is asked for each at a time,
+    and the next one if it does not answer."""
+
+    def __init__(self) -> None:
+        self._pending: dict[bytes, _PendingRecord] = {}
+        self._count: Counter[str] = Counter()  # of the records that a peer was asked for
+
+    def offered(self, peer: str, key: bytes, now: float) -> bool:
+        """Note that a peer has a record; returns whether to ask it for that now."""
+        if pending := self._pending.get(key):
+            if len(pending.others) < _MAX_OTHER_PEERS:
+                pending.others.append(peer)
+            return False
+        if self._count[peer] >= MAX_IDS:
+            return False
+        self._count[peer] += 1
+        self._pending[key] = _PendingRecord(peer, now + _ANSWER_SECONDS)
+        return True
+
+    def answered(self, key: bytes) -> Iterable[str]:
+        """Note that a record has come; returns which other peers have offered it."""
+        pending = self._pending.pop(key, None)
+        if pending is None:
+            return ()
+        self._count[pending.peer] -= 1
+        if self._count[pending.peer] <= 0:
+            del self._count[pending.peer]
+        return pending.others
+
+    def retry(self, now: float, linked: Container[str]) -> dict[str, list[bytes]]:
+        """Return whom to ask now for the records that others did not send in time."""
+        retries: dict[str, list[bytes]] = {}
+        for key, pending in list(self._pending.items()):
+            if pending.deadline > now and pending.peer in linked:
+                continue
+            self.answered(key)
+            others = [peer for peer in pending.others if peer in linked]
+            if others and self.offered(others[0], key, now):
+                self._pending[key].others = others[1:]
+                retries.setdefault(others[0], []).append(key)
+        return retries
 
 
 class _GossipLink:
+    """`accepted`: the peer is a member; `accepted_by_peer`: it takes this box for one.
+    `early_digest` came before it was accepted.  `announce`: ids that it is to be told."""
+
     def __init__(self, now: float) -> None:
-        self.since = now
-        self.greeted = False  # by us, who take it for a member
-        self.welcomed = False  # by it, which takes us for one
-        self.early: RosterDigest | None = None  # it said this when we did not know it yet
+        self.opened_at = now
+        self.accepted = self.accepted_by_peer = False
+        self.early_digest: RosterDigest | None = None
         self.announce: dict[bytes, None] = {}
-        self.allowed = TokenBucket(_LINK_BURST)
+        self.limit = TokenBucket(_LINK_BURST_BYTES)
 
 
 class RecordReaders(NamedTuple):
-    """How records are checked; the simulation remembers what was checked."""
+    """How records are read and checked; the simulation caches that."""
 
     member: Callable[[Record], membership_records.Statement] = membership_records.read
     news: Callable[[Record], Advert | GoneReport] = adverts.read
 
 
 class Gossip:
-    """`clock`: monotonic seconds; `wall`: Unix seconds, only said, never believed."""
+    """The state of one box.  `clock`: monotonic seconds; `wall`: Unix seconds, which are only sent.
+    `facts`: what this box offers, set by the caller."""
 
     def __init__(
         self,
@@ -104,325 +167,328 @@ class Gossip:
         self.facts: Facts | None = None
         self._identity, self._effects, self._readers = identity, effects, readers
         self._clock, self._wall, self._random = clock, wall, random
-        self._asking = RecordRequests()
-        self._ignored: OrderedDict[bytes, None] = OrderedDict()
-        self._lost: dict[str, float] = {}
+        self._requests = RecordRequests()
+        self._rejected: BoundedDict[bytes, None] = BoundedDict(_MAX_REJECTED_IDS)
+        self._lost_links: dict[str, float] = {}  # when
         self._serial = 0
-        self._due = clock()
-        self._said: tuple[object, ...] = ()
-        self._speech = TokenBucket(2.0)
-        self._compared = clock() + random.uniform(0, _COMPARE_SECONDS)
+        self._advert_due = clock()
+        self._advertised: tuple[object, ...] = ()  # the gist of the last advert
+        self._advert_limit = TokenBucket(2.0)
+        self._compare_at = clock() + random.uniform(0, _COMPARE_SECONDS)
 
-    # What happens to us
+    # Events
 
-    def linked(self, peer: str) -> None:
-        """A link stands; the handshake has proven who it is."""
+    def link_up(self, peer: str) -> None:
+        """There is a link; the handshake has proven to whom."""
         self.links[peer] = _GossipLink(self._clock())
-        self._lost.pop(peer, None)
+        self._lost_links.pop(peer, None)
         self._give([peer], [GivenRecord(record) for record in self.roster.proof(self.me)])
         if peer in self.roster.members():
-            self._greet(peer)
+            self._accept(peer)
 
-    def unlinked(self, peer: str, *, lost: bool) -> None:
-        """`lost`: it broke; nobody said goodbye."""
-        self.loads.ended(peer)
+    def link_down(self, peer: str, *, lost: bool) -> None:
+        """The link has ended; `lost`: without being closed by either side."""
+        self.loads.link_down(peer)
         if self.links.pop(peer, None) and lost:
-            self._lost[peer] = self._clock()
+            self._lost_links[peer] = self._clock()
 
-    def received(self, peer: str, frame: bytes) -> None:
+    def receive(self, peer: str, frame: bytes) -> None:
+        """Process a frame that has come over the link to a peer."""
         link = self.links.get(peer)
         if link is None:
-            return  # what was under way when it was cut
-        if not link.allowed.take(_LINK_RATE, self._clock(), len(frame)):
-            self._cut(peer, "it sends too much")
+            return  # it was on its way when the peer was disconnected
+        if not link.limit.take(_LINK_BYTES_PER_SECOND, self._clock(), len(frame)):
+            self._disconnect(peer, "it sends too much")
             return
         try:
-            found = decode(frame)
-            link.welcomed |= isinstance(found, RosterDigest)  # others hear no more than who we are
-            if not link.greeted:
-                self._stranger(peer, found)
-            elif isinstance(found, HaveRecords):
-                self._have(peer, link, found)
-            elif isinstance(found, WantRecords):
-                self._want(peer, found)
-            elif isinstance(found, GiveRecords):
-                self._take(peer, found)
-            elif isinstance(found, LoadUpdate | LoadQuery | LoadReport):
-                if answer := self.loads.hear(peer, found):
-                    self._send(peer, answer)
-            else:
-                self._compare(peer, found)
+            self._process(peer, link, decode(frame))
         except Invalid as error:
-            self._cut(peer, f"it sent {error}")
+            self._disconnect(peer, f"it sent {error}")
 
-    def welcomed(self, peer: str) -> bool:
-        """Whether it is linked, and takes us for a member."""
-        return peer in self.links and self.links[peer].welcomed
+    def _process(self, peer: str, link: _GossipLink, message: Frame) -> None:
+        # A peer that does not take this box for a member sends certificates, and no digest.
+        link.accepted_by_peer |= isinstance(message, RosterDigest)
+        if not link.accepted:
+            self._receive_unaccepted(peer, message)
+            return
+        match message:
+            case HaveRecords():
+                self._receive_have(peer, link, message)
+            case WantRecords():
+                self._receive_want(peer, message)
+            case GiveRecords():
+                self._receive_records(peer, message)
+            case LoadUpdate() | LoadQuery() | LoadReport():
+                if answer := self.loads.receive(peer, message):
+                    self._send(peer, answer)
+            case _:
+                self._compare(peer, message)
 
-    def add(self, records: Iterable[Record]) -> None:
-        """Records that came with a ticket, or from the store: keep them and tell everybody."""
+    def accepted_by(self, peer: str) -> bool:
+        """Whether a peer is linked and takes this box for a member."""
+        return peer in self.links and self.links[peer].accepted_by_peer
+
+    def admit(self, records: Iterable[Record]) -> None:
+        """Keep records of the roster that came another way, and send the new ones to the links."""
         self._admit("", list(records))
 
-    def tell(self, records: Iterable[Record]) -> None:
-        """The roster's own new records, which we have just signed."""
+    def spread(self, records: Iterable[Record]) -> None:
+        """Send records to the links that this box has just signed and admitted."""
         self._spread("", list(records))
 
     def tick(self) -> None:
-        """What time brings: adverts due, announcements, questions unanswered, comparisons."""
+        """Do what is due by time: adverts, reports, announcements, retries, comparisons."""
         now = self._clock()
-        self.push()
-        self._speak(now)
-        self._report(now)
-        for peer, numbers in self._asking.again(now, self.links).items():
-            self._ask(peer, numbers)
+        self.push_load()
+        self._send_advert(now)
+        self._report_lost(now)
+        for peer, keys in self._requests.retry(now, self.links).items():
+            self._request(peer, keys)
         for peer, link in list(self.links.items()):
-            if not link.greeted and now - link.since > _STRANGER_SECONDS:
-                self._cut(peer, self.roster.member(peer).why)
+            if not link.accepted and now - link.opened_at > _CERTIFICATE_SECONDS:
+                self._disconnect(peer, self.roster.member(peer).why)
             self._announce(peer, list(link.announce))
             link.announce.clear()
-        if now >= self._compared:
-            self._compared = now + _COMPARE_SECONDS
-            if greeted := [peer for peer, link in self.links.items() if link.greeted]:
-                self._send(self._random.choice(greeted), self._digest())
-            for number in self.adverts.forget(now, self.roster.members()):
-                self._ignore(number)
+        if now >= self._compare_at:
+            self._compare_at = now + _COMPARE_SECONDS
+            if accepted := self._accepted_peers():
+                self._send(self._random.choice(accepted), self._digest())
+            for key in self.adverts.forget(now, self.roster.members()):
+                self._rejected[key] = None
 
-    def push(self) -> None:
-        """Tell the links at once how busy we are, if that has changed."""
-        if self.facts and (busy := self.loads.changed(self.facts.models)):
-            self._tell_links(busy)
+    def push_load(self) -> None:
+        """Report our own load to the links, if it has changed."""
+        if self.facts and (update := self.loads.update(self.facts.models)):
+            self._send_to_neighbours(update)
 
-    def ask(self, model: str) -> None:
-        """The links, how busy those are that they are linked with."""
-        self._tell_links(self.loads.ask(model))
+    def query_load(self, model: str) -> None:
+        """Ask the links for the loads that they know."""
+        self._send_to_neighbours(self.loads.query(model))
 
-    def _tell_links(self, frame: LoadUpdate | LoadQuery) -> None:
-        for peer in self.loads.listeners:
+    def _send_to_neighbours(self, frame: LoadUpdate | LoadQuery) -> None:
+        for peer in self.loads.neighbours:
             self._send(peer, frame)
 
     # Membership
 
-    def _stranger(self, peer: str, found: object) -> None:
-        """It may show that it belongs; all else waits until it does, and is asked for again."""
-        if isinstance(found, GiveRecords) and len(found.records) <= MAX_PROOF:
-            shown = [one.record for one in found.records]
-            self._admit(peer, [one for one in shown if one.kind in _MEMBERSHIP])
-        elif isinstance(found, RosterDigest):
-            self.links[peer].early = found
+    def _receive_unaccepted(self, peer: str, message: Frame) -> None:
+        """The peer may show that it is a member; all else has to wait, and is asked for again."""
+        if isinstance(message, GiveRecords) and len(message.records) <= MAX_PROOF:
+            records = [given.record for given in message.records]
+            self._admit(peer, [record for record in records if record.kind in _MEMBERSHIP])
+        elif isinstance(message, RosterDigest):
+            self.links[peer].early_digest = message
 
-    def _greet(self, peer: str) -> None:
+    def _accept(self, peer: str) -> None:
         link = self.links[peer]
-        link.greeted = True
+        link.accepted = True
         self._send(peer, self._digest())
-        # Digests say only whose adverts there are: what we said while no link stood is newer.
+        # Digests only say whose adverts there are: one that we sent before the link may be newer.
         if own := self.adverts.get(self.me):
             self._give([peer], self._news([own.id]))
-        if link.early is not None:
-            self._compare(peer, link.early)
+        if link.early_digest is not None:
+            self._compare(peer, link.early_digest)
 
     def _digest(self) -> RosterDigest:
         return RosterDigest(self.roster.digest(), self.adverts.digest())
 
-    def _announce(self, peer: str, numbers: list[bytes]) -> None:
-        for at in range(0, len(numbers), MAX_IDS):
-            self._send(peer, HaveRecords(news=b"".join(numbers[at : at + MAX_IDS])))
+    def _announce(self, peer: str, keys: list[bytes]) -> None:
+        for start in range(0, len(keys), MAX_IDS):
+            self._send(peer, HaveRecords(news=b"".join(keys[start : start + MAX_IDS])))
 
     def _admit(self, peer: str, records: list[Record]) -> None:
-        done = self.roster.admit(records, self._readers.member)
-        if done.new:
-            self._spread(peer, done.new)
-        for _, why in done.forged:
+        update = self.roster.admit(records, self._readers.member)
+        if update.new:
+            self._spread(peer, update.new)
+        for _, why in update.forged:
             raise Invalid(why)
 
     def _spread(self, peer: str, new: list[Record]) -> None:
-        others = [one for one, link in self.links.items() if link.greeted and one != peer]
+        others = [other for other in self._accepted_peers() if other != peer]
         self._give(others, [GivenRecord(record) for record in new])
         self._check_links()
-        self._effects.changed()
+        self._effects.roster_changed()
 
     def _check_links(self) -> None:
         members = self.roster.members()
         for peer, link in list(self.links.items()):
-            if link.greeted and peer not in members:
-                self._cut(peer, self.roster.member(peer).why)
-            elif not link.greeted and peer in members:
-                self._greet(peer)
+            if link.accepted and peer not in members:
+                self._disconnect(peer, self.roster.member(peer).why)
+            elif not link.accepted and peer in members:
+                self._accept(peer)
 
-    def _compare(self, peer: str, found: RosterDigest | BucketHashes) -> None:
-        if isinstance(found, RosterDigest):
-            if found.digest != self.roster.digest():
+    def _compare(self, peer: str, message: RosterDigest | BucketHashes) -> None:
+        if isinstance(message, RosterDigest):
+            if message.digest != self.roster.digest():
                 self._send(peer, BucketHashes(b"".join(self.roster.buckets())))
-            if found.news != self.adverts.digest():
+            if message.news != self.adverts.digest():
                 self._announce(peer, self.adverts.ids())
-            if found.news and (busy := self.loads.linked(peer)):
-                self._send(peer, busy)
+            if message.news and (update := self.loads.link_up(peer)):
+                self._send(peer, update)
             return
-        theirs, ours = ids(found.parts, 8), self.roster.buckets()
-        differ = [number for number in range(BUCKETS) if theirs[number] != ours[number]]
-        mine = [one for number in differ for one in self.roster.in_bucket(number)]
-        for at in range(0, len(mine), MAX_IDS):
-            self._send(peer, HaveRecords(members=b"".join(mine[at : at + MAX_IDS])))
-        if differ and not found.answer:
+        theirs, ours = ids(message.parts, 8), self.roster.buckets()
+        differing = [bucket for bucket in range(BUCKETS) if theirs[bucket] != ours[bucket]]
+        keys = [key for bucket in differing for key in self.roster.in_bucket(bucket)]
+        for start in range(0, len(keys), MAX_IDS):
+            self._send(peer, HaveRecords(members=b"".join(keys[start : start + MAX_IDS])))
+        if differing and not message.answer:
             self._send(peer, BucketHashes(b"".join(ours), answer=True))
 
     # Adverts and reports
 
-    def _speak(self, now: float) -> None:
-        """Send an advert if one is due: on a change, else once a period."""
+    def _send_advert(self, now: float) -> None:
+        """Send an advert if one is due: after a change, else once a period."""
         members = len(self.roster.members())
         if self.facts is None or self.me not in self.roster.members():
             return
         gist = self.facts.gist()
-        if gist == self._said and now < self._due:
+        if gist == self._advertised and now < self._advert_due:
             return
-        if not self._speech.take(1 / adverts.gap(members), now):
+        if not self._advert_limit.take(1 / adverts.min_gap(members), now):
             return
-        # Boxes that started together, after a power cut, should not speak together for ever.
-        self._due = now + adverts.period(members) * self._random.uniform(0.75, 1.0)
-        self._said = gist
+        # Boxes that started together, after a power cut, should not send together for ever.
+        self._advert_due = now + adverts.period(members) * self._random.uniform(0.75, 1.0)
+        self._advertised = gist
         wall_ms = round(self._wall() * 1000)
         self._serial = min(max(self._serial + 1, wall_ms), MAX_COUNTER)
-        life = round(adverts.LIVES * adverts.period(members))
+        life = round(adverts.PERIODS_PER_LIFE * adverts.period(members))
         network, key = self.roster.network_key, key_of(self.me)
-        own: dict[str, Any] = asdict(self.facts)
-        made = Advert(network, key, self._serial, wall_ms, life, **own)
-        record = seal(self._identity, "advert", made)
-        self.adverts.accept(made, record, 0.0, now, wall_ms, members)
+        facts: dict[str, Any] = asdict(self.facts)
+        advert = Advert(network, key, self._serial, wall_ms, life, **facts)
+        record = seal(self._identity, "advert", advert)
+        self.adverts.accept(advert, record, 0.0, now, wall_ms, members)
         self._give_all(GivenRecord(record))
 
-    def _report(self, now: float) -> None:
-        """Call lost ones gone, unless it rather seems that we are."""
-        waited = [peer for peer, at in self._lost.items() if now - at >= TICK]
-        if len(self._lost) <= len(self.links):
-            for peer in waited:
-                held = self.adverts.get(peer)
-                if held is not None and not self.adverts.gone(peer):
-                    gone = GoneReport(self.roster.network_key, key_of(peer), held.advert.serial,
-                                key_of(self.me))  # fmt: skip
-                    record = seal(self._identity, "gone", gone)
-                    if self.adverts.report(gone, record, now) is None:
-                        self._give_all(GivenRecord(record))
-        for peer in waited:
-            del self._lost[peer]
+    def _report_lost(self, now: float) -> None:
+        """Report boxes gone whose links were lost, unless so many are that it rather seems to be
+        our own network."""
+        overdue = [peer for peer, at in self._lost_links.items() if now - at >= TICK_SECONDS]
+        if len(self._lost_links) <= len(self.links):
+            for peer in overdue:
+                entry = self.adverts.get(peer)
+                if entry is not None and not self.adverts.gone(peer):
+                    self._report_gone(peer, entry.advert.serial, now)
+        for peer in overdue:
+            del self._lost_links[peer]
 
-    def _take(self, peer: str, give: GiveRecords) -> None:
-        members = [one.record for one in give.records if one.record.kind in _MEMBERSHIP]
-        if members:
+    def _report_gone(self, peer: str, serial: int, now: float) -> None:
+        report = GoneReport(self.roster.network_key, key_of(peer), serial, key_of(self.me))
+        record = seal(self._identity, "gone", report)
+        if self.adverts.report(report, record, now) is None:
+            self._give_all(GivenRecord(record))
+
+    def _receive_records(self, peer: str, give: GiveRecords) -> None:
+        records = [given.record for given in give.records]
+        if members := [record for record in records if record.kind in _MEMBERSHIP]:
             for record in members:
-                self._asking.answered(membership_records.record_id(record))
+                self._requests.answered(membership_records.record_id(record))
             self._admit(peer, members)
         for given in give.records:
             if given.record.kind not in _MEMBERSHIP:
-                self._hear(peer, given)
+                self._receive_news(peer, given)
 
-    def _hear(self, peer: str, given: GivenRecord) -> None:
+    def _receive_news(self, peer: str, given: GivenRecord) -> None:
         content = self._readers.news(given.record)
         if content.network != self.roster.network_key:
             raise Invalid("a record of another network")
-        number = adverts.record_id(given.record, content)
-        has = {peer, *self._asking.answered(number)}
-        if self.adverts.find(number) or number in self._ignored:
+        key = adverts.record_id(given.record, content)
+        holders = {peer, *self._requests.answered(key)}
+        if self.adverts.find(key) or key in self._rejected:
             return
-        if self._counts(content, given):
+        if self._keep_news(content, given):
             for other, link in self.links.items():
-                if link.greeted and other not in has:
-                    link.announce[number] = None
+                if link.accepted and other not in holders:
+                    link.announce[key] = None
         elif adverts.signer_of(content) in self.roster.members():
-            self._ignore(number)  # of others we may yet learn that they belong
-            self._remind(peer, content)
+            self._rejected[key] = None  # others may yet turn out to be members
+            self._return_newer(peer, content)
 
-    def _remind(self, peer: str, content: Advert | GoneReport) -> None:
-        """A box that says of itself what is older than its last word, which may have expired: its
-        clock was ahead then, and is right now.  With that it knows from where to go on."""
+    def _return_newer(self, peer: str, content: Advert | GoneReport) -> None:
+        """Send a box its newest advert, expired or not, if it sends an older one of itself: its
+        clock was ahead and is right now, and it continues from that serial."""
         if not isinstance(content, Advert) or content.node_id != peer:
             return
         if (newer := self.adverts.newer(content)) is not None:
-            record, sent = newer
-            age = round((self._clock() - sent) * 1000)
-            self._give([peer], [GivenRecord(record, min(max(0, age), MAX_AGE_MS))])
+            record, sent_at = newer
+            age_ms = round((self._clock() - sent_at) * 1000)
+            self._give([peer], [GivenRecord(record, min(max(0, age_ms), MAX_AGE_MS))])
 
-    def _counts(self, content: Advert | GoneReport, given: GivenRecord) -> bool:
+    def _keep_news(self, content: Advert | GoneReport, given: GivenRecord) -> bool:
+        """Keep an advert or report; returns whether it was kept."""
         now, members = self._clock(), self.roster.members()
         if isinstance(content, GoneReport):
             node = node_of(content.node)
             if node == self.me and content.serial == self._serial:
-                self._said = ()  # speak again
+                self._advertised = ()  # refute it by a new advert
             if node == self.me or node in self.links or node_of(content.reporter) not in members:
                 return False
             return self.adverts.report(content, given.record, now) is None
         if content.node_id == self.me:
-            if content.serial > self._serial:  # from before our clock went back
-                self._serial, self._said = content.serial, ()
+            if content.serial > self._serial:  # from before our clock was set back
+                self._serial, self._advertised = content.serial, ()
             return False
         if content.node_id not in members:
             return False
-        was = self.adverts.get(content.node_id)
+        before = self.adverts.get(content.node_id)
         wall_ms = round(self._wall() * 1000)
-        refused = self.adverts.accept(
+        rejected = self.adverts.accept(
             content, given.record, given.age_ms / 1000, now, wall_ms, len(members)
         )
-        if refused is None and was is not None:
-            self._ignore(was.id)
-        return refused is None
+        if rejected is None and before is not None:
+            self._rejected[before.id] = None
+        return rejected is None
 
-    # Asking and giving
+    # Requesting and sending records
 
-    def _have(self, peer: str, link: _GossipLink, have: HaveRecords) -> None:
+    def _receive_have(self, peer: str, link: _GossipLink, have: HaveRecords) -> None:
         now = self._clock()
         offered = [*ids(have.members, MEMBER_ID), *ids(have.news, NEWS_ID)]
-        for number in offered:
-            link.announce.pop(number, None)
-        self._ask(
-            peer,
-            [
-                number
-                for number in offered
-                if not (
-                    self.adverts.find(number) or number in self._ignored or number in self.roster
-                )
-                and self._asking.offered(peer, number, now)
-            ],
-        )
+        for key in offered:
+            link.announce.pop(key, None)
+        missing = [key for key in offered if not self._has(key)]
+        self._request(peer, [key for key in missing if self._requests.offered(peer, key, now)])
 
-    def _ask(self, peer: str, numbers: list[bytes]) -> None:
-        members = b"".join(number for number in numbers if len(number) == MEMBER_ID)
-        news = b"".join(number for number in numbers if len(number) == NEWS_ID)
+    def _has(self, key: bytes) -> bool:
+        known = self.adverts.find(key) is not None or key in self._rejected
+        return known or key in self.roster
+
+    def _request(self, peer: str, keys: list[bytes]) -> None:
+        members = b"".join(key for key in keys if len(key) == MEMBER_ID)
+        news = b"".join(key for key in keys if len(key) == NEWS_ID)
         if members or news:
             self._send(peer, WantRecords(members, news))
 
-    def _want(self, peer: str, want: WantRecords) -> None:
-        found = [
+    def _receive_want(self, peer: str, want: WantRecords) -> None:
+        members = [
             GivenRecord(record)
-            for number in ids(want.members, MEMBER_ID)
-            if (record := self.roster.get(number))
+            for key in ids(want.members, MEMBER_ID)
+            if (record := self.roster.get(key))
         ]
-        self._give([peer], [*found, *self._news(ids(want.news, NEWS_ID))])
+        self._give([peer], [*members, *self._news(ids(want.news, NEWS_ID))])
 
-    def _news(self, numbers: Iterable[bytes]) -> list[GivenRecord]:
-        """Those of the adverts and reports that we hold, with how old they are."""
-        held, now = map(self.adverts.find, numbers), self._clock()
+    def _news(self, keys: Iterable[bytes]) -> list[GivenRecord]:
+        """Return those of the adverts and reports that this box has, with their age."""
+        records, now = map(self.adverts.find, keys), self._clock()
         return [
             GivenRecord(record, max(0, round((now - sent_at) * 1000)))
-            for record, sent_at in filter(None, held)
+            for record, sent_at in filter(None, records)
         ]
 
-    def _give(self, peers: Iterable[str], given: list[GivenRecord]) -> None:
-        for frame in map(encode, batches(given)):
+    def _give(self, peers: Iterable[str], records: list[GivenRecord]) -> None:
+        for frame in map(encode, batches(records)):
             for peer in peers:
                 self._effects.send(peer, frame)
 
-    def _give_all(self, given: GivenRecord) -> None:
-        self._give([peer for peer, link in self.links.items() if link.greeted], [given])
+    def _give_all(self, record: GivenRecord) -> None:
+        self._give(self._accepted_peers(), [record])
+
+    def _accepted_peers(self) -> list[str]:
+        return [peer for peer, link in self.links.items() if link.accepted]
 
     def _send(self, peer: str, frame: Frame) -> None:
         self._effects.send(peer, encode(frame))
 
-    def _cut(self, peer: str, why: str) -> None:
-        self.loads.ended(peer)
+    def _disconnect(self, peer: str, why: str) -> None:
+        self.loads.link_down(peer)
         if self.links.pop(peer, None):
-            self._effects.cut(peer, why)
-
-    def _ignore(self, number: bytes) -> None:
-        self._ignored[number] = None
-        if len(self._ignored) > _REMEMBERED:
-            self._ignored.popitem(last=False)
+            self._effects.disconnect(peer, why)

@@ -17,7 +17,6 @@ from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager, suppress
 from hashlib import sha256
-from typing import TypeVar
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -37,6 +36,7 @@ from pinaivu_box.store.audit import Actor
 from pinaivu_box.store.database import Database, Row
 from pinaivu_box.store.times import now_ms
 from pinaivu_box.transport import wire
+from pinaivu_box.transport.rpc import MessageStream
 from pinaivu_box.transport.transport import Stream
 
 PURPOSE = "ledger"
@@ -49,7 +49,6 @@ _WAIT_SECONDS = 10.0  # until a peer that waits for another session hears that i
 _MAX_SESSIONS = 8  # with one peer, nearly all of them waiting
 
 log = logging.getLogger("pinaivu.ledger")
-T = TypeVar("T", bound="w.Frame")
 
 
 class Difference(Struct, frozen=True):
@@ -91,59 +90,28 @@ class EntrySnapshot:
             self.rowids[summary.key] = row["rowid"]
 
 
-class ReconcileSession:
+class ReconcileSession(MessageStream[w.Frame, w.Frame]):
     """One side of a session: messages there and back, and the response to each request."""
 
     def __init__(self, identity: Identity, database: Database, peer: str, stream: Stream) -> None:
-        self.us, self.peer = identity.node_id, peer
+        super().__init__(
+            peer,
+            stream,
+            w.decoder,
+            receive_seconds=FRAME_SECONDS,
+            send_seconds=FRAME_SECONDS,
+            max_messages=MAX_FRAMES,
+            rejection=w.Reject,
+        )
+        self.us = identity.node_id
         self.identity, self.database = identity, database
-        self.stream = stream
         self.by = Actor(peer, "peering")  # who settles, for the audit trail
         self.snapshot = EntrySnapshot(self.us, peer, ())
         self.claims = ClaimsExchange(identity, database, peer)
-        self._frames = 0
-
-    # -- messages ----------------------------------------------------------------------------------
-
-    async def call(self, request: w.Frame, kind: type[T]) -> T:
-        """Send a request and return its response.  Raises PeeringError with the peer's sentence if
-        that is a rejection."""
-        await self.send(request)
-        return await self.expect(kind)
-
-    async def send(self, frame: w.Frame) -> None:
-        async with asyncio.timeout(FRAME_SECONDS):
-            await self.stream.send(wire.encode(frame))
-
-    async def expect(self, kind: type[T], seconds: float | None = None) -> T:
-        frame = await self.receive(seconds)
-        if isinstance(frame, kind):
-            return frame
-        raise ProtocolError(f"{wire.short(self.peer)} did not send {kind.__name__}.")
-
-    async def receive(self, seconds: float | None = None) -> w.Frame | None:
-        """The next message, None once the peer has finished.  Raises PeeringError, TimeoutError."""
-        self._frames += 1
-        if self._frames > MAX_FRAMES:
-            raise ProtocolError(f"{wire.short(self.peer)} sent over {MAX_FRAMES} messages.")
-        async with asyncio.timeout(seconds or FRAME_SECONDS):
-            data = await self.stream.receive()
-        if data is None:
-            return None
-        frame = wire.decode(data, w.decoder)
-        if isinstance(frame, w.Reject):
-            reason = wire.printable(frame.message)
-            raise PeeringError(f"{wire.short(self.peer)} does not agree: {reason}")
-        return frame
 
     async def reject(self, reason: str) -> None:
-        """End the session with a sentence, and wait until the peer has read it: what is sent before
-        a stream is abandoned may be lost."""
-        with suppress(PeeringError, TimeoutError):
-            await self.send(w.Reject(reason[: w.MAX_REASON_CHARACTERS]))
-            await self.stream.finish()
-            while await self.receive() is not None:
-                pass
+        """End the session with a sentence."""
+        await self.end_with(w.Reject(reason[: w.MAX_REASON_CHARACTERS]))
 
     # -- responses ---------------------------------------------------------------------------------
 
@@ -361,17 +329,14 @@ class Ledger:
         session = ReconcileSession(self._identity, self._database, peer, stream)
         self._sessions[peer] += 1
         try:
-            if self._sessions[peer] > _MAX_SESSIONS:
-                await session.reject("too many wait to settle, try again")
-                raise PeeringError("Too many wait to settle with this peer: try again.")
-            async with asyncio.timeout(SESSION_SECONDS):
-                yield session
+            async with session:
+                if self._sessions[peer] > _MAX_SESSIONS:
+                    await session.reject("too many wait to settle, try again")
+                    raise PeeringError("Too many wait to settle with this peer: try again.")
+                async with asyncio.timeout(SESSION_SECONDS):
+                    yield session
         except TimeoutError:
-            stream.abandon()
             raise LinkLost(f"{wire.short(peer)} took too long: settle again.") from None
-        except BaseException:
-            stream.abandon()
-            raise
         finally:
             self._sessions[peer] -= 1
 

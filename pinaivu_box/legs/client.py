@@ -35,6 +35,7 @@ from pinaivu_box.receipts.receipt import (
     cost,
 )
 from pinaivu_box.routing.candidates import Destination
+from pinaivu_box.tasks import TaskSet
 from pinaivu_box.transport import wire
 from pinaivu_box.transport.transport import Stream
 
@@ -52,7 +53,7 @@ _FAULTS = (BadRequest, InvalidBody)
 class Opener(Protocol):
     async def open(self, peer: str, purpose: str, timeout: float = ...) -> Stream: ...
 
-    async def look(self, model: str) -> None: ...
+    async def query_load(self, model: str) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class PeerClient:
         self.identity, self.keep, self.large = identity, keep, large
         self._network = network
         self._tags = ScopeTags()
-        self._stops: set[asyncio.Task[None]] = set()
+        self._stops = TaskSet()
 
     def backend(self, to: Destination) -> PeerBackend:
         return PeerBackend(self, to)
@@ -126,9 +127,7 @@ class PeerClient:
             with contextlib.suppress(PeeringError, ValueError):
                 await leg_wire.send(stream, leg_wire.Stop())
 
-        task = asyncio.create_task(tell())
-        self._stops.add(task)
-        task.add_done_callback(self._stops.discard)
+        self._stops.spawn(tell())
 
 
 class PeerBackend:
@@ -237,7 +236,7 @@ class PeerLeg:
         return message
 
     def _begin(self, message: leg_wire.LegStarted) -> Started:
-        if self._job.min_tokens and not message.sampling.min_tokens:
+        if self._job.sampling.min_tokens and not message.sampling.min_tokens:
             raise NoNodesAvailable(f"{self._to.name} runs a version that knows no min_tokens")
         self._verifier.begin(message)
         return Started(

@@ -1,4 +1,4 @@
-"""The conversation `join`: a newcomer shows a ticket's secret and gets its certificate."""
+"""The protocol `join`: a newcomer shows a ticket's secret and gets its certificate."""
 
 from __future__ import annotations
 
@@ -6,19 +6,16 @@ import asyncio
 import secrets
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import Annotated
 
 from msgspec import Meta, Struct, convert, msgpack
 
 from pinaivu_box.errors import LinkLost, NotJoined, PeeringError, ProtocolError, Unreachable
 from pinaivu_box.identity import Identity
+from pinaivu_box.membership.records import Name, Record, network_of
 from pinaivu_box.membership.roster import Roster
-from pinaivu_box.membership.signed import Record, network_of
 from pinaivu_box.membership.store import MembershipStore
 from pinaivu_box.membership.tickets import (
-    Invitation,
-    Name,
     Secret,
     Ticket,
     TicketInvalid,
@@ -32,17 +29,18 @@ from pinaivu_box.receipts.receipt import utc_text
 from pinaivu_box.store import peers as store
 from pinaivu_box.store.audit import Actor, record
 from pinaivu_box.store.database import Database
-from pinaivu_box.store.peers import TicketRow
-from pinaivu_box.transport import opening, wire
+from pinaivu_box.transport import streams, wire
 from pinaivu_box.transport.connections import DIAL_SECONDS
-from pinaivu_box.transport.opening import Open, OpenedStream
+from pinaivu_box.transport.rpc import MessageStream
+from pinaivu_box.transport.streams import Open, OpenedStream
 from pinaivu_box.transport.transport import Link, Stream, Transport
 from pinaivu_box.transport.wire import Code
 
 PURPOSE = "join"
+MAX_WELCOME_RECORDS = 500  # of a roster that goes to a newcomer at once, about 200 kB
 _JOIN_SECONDS = 20.0
-_AGAIN_SECONDS = 0.5
-_WHOLE = 500  # records of a roster that goes to a newcomer at once, about 200 kB
+_RETRY_SECONDS = 0.5
+_ATTEMPTS = 3
 
 
 class JoinRequest(Struct, frozen=True, tag="Join"):
@@ -53,45 +51,50 @@ class JoinRequest(Struct, frozen=True, tag="Join"):
 
 
 class Welcome(Struct, frozen=True, tag="Welcome"):
-    """The roster, or of a large one what shows that the newcomer is a member."""
+    """The roster; of a large one the certificates that make the newcomer a member."""
 
-    records: Annotated[tuple[Record, ...], Meta(max_length=_WHOLE)]
-
-
-_join = msgpack.Decoder(JoinRequest)
-_welcome = msgpack.Decoder(Welcome)
+    records: Annotated[tuple[Record, ...], Meta(max_length=MAX_WELCOME_RECORDS)]
 
 
-async def ask(transport: Transport, ticket: Ticket, name: str) -> tuple[Link, Roster]:
-    """The link to the inviter, and the roster of the network that it has let us into.
+_join_requests = msgpack.Decoder(JoinRequest)
+_welcomes = msgpack.Decoder(Welcome)
 
-    Unreachable, WrongPeer; PeerRefused with the inviter's sentence; LinkLost, ProtocolError.
+
+async def redeem_at_inviter(transport: Transport, ticket: Ticket, name: str) -> tuple[Link, Roster]:
+    """Join the network that a ticket is for.
+
+    Returns the link to the inviter and the network's roster.  Raises Unreachable, WrongPeer,
+    PeerRefused with the inviter's sentence, LinkLost, ProtocolError.
     """
-    for last in (False, False, True):
+    for attempt in range(1, _ATTEMPTS + 1):
         link = await transport.connect(ticket.node_id, ticket.addresses, DIAL_SECONDS)
         try:
             async with asyncio.timeout(_JOIN_SECONDS):
-                return link, await _ask(link, transport.node_id, ticket, name)
+                return link, await _request_certificate(link, transport.node_id, ticket, name)
         except TimeoutError as error:
             await link.close(Code.SILENT, "it did not answer a newcomer")
             raise Unreachable("The inviter does not answer: try again.") from error
         except PeeringError as error:
             await link.close(Code.SHUTDOWN, "it is not joining")
-            # To the inviter, who asks again may be a member that it calls at the same time.
-            if last or not (isinstance(error, LinkLost) and error.code == Code.SECOND):
+            # To the inviter, who asks again may be a member that it is dialing at the same time.
+            second = isinstance(error, LinkLost) and error.code == Code.SECOND
+            if attempt == _ATTEMPTS or not second:
                 raise
-        await asyncio.sleep(_AGAIN_SECONDS)
-    raise AssertionError("the last try has ended")
+        await asyncio.sleep(_RETRY_SECONDS)
+    raise AssertionError("the last attempt returns or raises")
 
 
-async def _ask(link: Link, me: str, ticket: Ticket, name: str) -> Roster:
+async def _request_certificate(link: Link, me: str, ticket: Ticket, name: str) -> Roster:
     stream = OpenedStream(link.peer, await link.open(), Open(PURPOSE))
-    await stream.send(wire.encode(JoinRequest(ticket.secret, name)))
-    await stream.finish()
-    answer = wire.decode(await stream.receive() or b"", _welcome)
-    await stream.receive()
+    messages = MessageStream[JoinRequest, Welcome](
+        link.peer, stream, _welcomes, receive_seconds=_JOIN_SECONDS
+    )
+    async with messages:
+        await messages.send(JoinRequest(ticket.secret, name))
+    welcome = await messages.expect(Welcome)
+    await messages.receive()  # its end
     roster = Roster(ticket.network_id)
-    if roster.admit(answer.records).forged or not {me, link.peer} <= roster.members().keys():
+    if roster.admit(welcome.records).forged or not {me, link.peer} <= roster.members().keys():
         raise ProtocolError(
             f"{wire.short(link.peer)} sent a certificate that does not make this box a member: "
             "ask for a new ticket, or another box for one."
@@ -100,35 +103,35 @@ async def _ask(link: Link, me: str, ticket: Ticket, name: str) -> Roster:
 
 
 class JoinHandler:
-    """Lets others into the network of this box, or puts them out; founds one with the first ticket.
+    """Lets newcomers into the network of this box and revokes members; founds a network.
 
-    What it returns is on disk, and for the caller to spread.
+    The records that it returns are on disk, and for the caller to spread.
     """
 
-    def __init__(self, identity: Identity, standing: MembershipStore, database: Database) -> None:
-        self._identity, self._standing, self._database = identity, standing, database
+    def __init__(self, identity: Identity, membership: MembershipStore, database: Database) -> None:
+        self._identity, self._membership, self._database = identity, membership, database
         self._me = identity.node_id
-        self._one = asyncio.Lock()  # newcomer at a time: uses are counted
+        self._redeeming = asyncio.Lock()  # one newcomer at a time: uses are counted
 
-    async def found(self, name: str) -> None:
-        """A network of this box alone; its own certificate tells others its name."""
+    async def found_network(self, name: str) -> None:
+        """Found a network of this box alone; its own certificate tells others its name."""
         roster = Roster(network_of(self._me, secrets.token_bytes(4)))
         roster.certify(self._identity, self._me, name, time.time(), admin=True)
-        await self._standing.enter(roster)
+        await self._membership.enter(roster)
 
-    def read(self, text: str) -> Ticket:
-        """A ticket that this box may redeem.  NotJoined."""
+    def read_ticket(self, text: str) -> Ticket:
+        """Read a ticket that this box may redeem.  Raises NotJoined."""
         try:
             ticket = decode(text)
         except TicketInvalid as error:
             raise NotJoined(str(error)) from error
         if ticket.node_id == self._me:
-            raise NotJoined("This ticket is of this box itself: redeem it on another one.")
-        standing, roster = self._standing, self._standing.roster
+            raise NotJoined("This box made the ticket itself: redeem it on another one.")
+        membership, roster = self._membership, self._membership.roster
         if (
             roster is not None
             and roster.network != ticket.network_id
-            and standing.has(self._me)
+            and membership.is_member(self._me)
             and len(roster.members()) > 1
         ):
             raise NotJoined(
@@ -146,88 +149,81 @@ class JoinHandler:
         admin: bool,
         by: Actor,
     ) -> str:
-        """A ticket's text.  NotJoined."""
-        roster = self._standing.roster
+        """Make a ticket and return its text.  Raises NotJoined if this box may not."""
+        roster = self._membership.roster
         assert roster is not None
         if (why := roster.may_invite(self._me, admin=admin)) is not None:
             raise NotJoined(_sentence(why))
         try:
             if name is not None:
                 convert(name, Name)
-            text, kept = invite(
+            text, invitation = invite(
                 self._me, roster.network, addresses, now=time.time(), seconds=seconds, uses=uses,
                 name=name, admin=admin,
             )  # fmt: skip
         except ValueError as error:
             raise NotJoined(_sentence(str(error))) from error
-        row = TicketRow(kept.secret_sha256, name, kept.expires_at, uses, admin)
-        told = {"name": name, "expires_at": utc_text(kept.expires_at), "uses": uses, "admin": admin}
+        expires = utc_text(invitation.expires_at)
+        entry = {"name": name, "expires_at": expires, "uses": uses, "admin": admin}
         await store.add_ticket(
-            self._database, row, record(by, "peer.invite", roster.network, **told)
+            self._database, invitation, record(by, "peer.invite", roster.network, **entry)
         )
         return text
 
-    async def welcome(self, newcomer: str, stream: Stream) -> list[Record]:
-        """The inviter's side of the conversation; returns what is new to the roster.
-        LinkLost, ProtocolError, TimeoutError."""
-        async with asyncio.timeout(_JOIN_SECONDS):
-            asked = wire.decode(await stream.receive() or b"", _join)
+    async def handle(self, newcomer: str, stream: Stream) -> list[Record]:
+        """Answer a newcomer, and return what is new to the roster.  Raises LinkLost,
+        ProtocolError, TimeoutError."""
+        messages = MessageStream[Welcome, JoinRequest](
+            newcomer, stream, _join_requests, receive_seconds=_JOIN_SECONDS
+        )
+        request = await messages.expect(JoinRequest)
         try:
-            async with self._one:
-                answer, new = await self._certify(newcomer, asked)
+            async with self._redeeming:
+                welcome, new = await self._certify(newcomer, request)
         except TicketRefused as error:
-            await opening.refuse(stream, Code.FORBIDDEN, str(error))
+            await streams.refuse(stream, Code.FORBIDDEN, str(error))
             return []
-        with suppress(LinkLost):  # it is a member all the same, and may ask again
-            await stream.send(wire.encode(answer))
-            await stream.finish()
-            await opening.drain(stream)
+        await messages.end_with(welcome)  # if that is lost, it is a member and may ask again
         return new
 
-    async def _certify(self, newcomer: str, asked: JoinRequest) -> tuple[Welcome, list[Record]]:
-        """Raises Refused."""
-        digest, now = secret_hash(asked.secret), time.time()
-        row = await store.ticket(self._database, digest)
-        invitation = redeem(row and _invitation(row), asked.secret, newcomer, now)
-        roster = self._standing.roster
+    async def _certify(self, newcomer: str, request: JoinRequest) -> tuple[Welcome, list[Record]]:
+        """Make a newcomer a member.  Raises TicketRefused."""
+        digest, now = secret_hash(request.secret), time.time()
+        invitation = await store.ticket(self._database, digest)
+        redeemed = redeem(invitation, request.secret, newcomer, now)
+        roster = self._membership.roster
         assert roster is not None  # there are no tickets without one
         # A ticket that it had before must not bring it back.
-        if roster.revoked(newcomer) and not (self._me == roster.founder and row and row.newest):
+        if roster.revoked(newcomer) and not (self._me == roster.founder and redeemed.newest):
             raise TicketRefused(
-                f"This box was put out of the network ({roster.member(newcomer).why}): only a new "
-                "ticket of the network's founder brings it back."
+                f"This box was removed from the network ({roster.member(newcomer).why}): only a "
+                "new ticket of the network's founder brings it back."
             )
-        # Before the certificate: if we stop here, it asks again, and that is no second use.
+        # Before the certificate: if this box stops here, the newcomer's next request is no second
+        # use.
         await store.use_ticket(self._database, digest, newcomer)
         new: list[Record] = []
         if newcomer not in roster.members():
-            name, admin = invitation.name or asked.name, invitation.admin
+            name, admin = redeemed.name or request.name, redeemed.admin
             try:
                 new.append(roster.certify(self._identity, newcomer, name, now, admin=admin))
             except ValueError as error:
                 raise TicketRefused(f"The inviter cannot let this box in: {error}.") from error
-            await self._standing.keep()
-        whole = len(roster) <= _WHOLE
-        return Welcome(tuple(roster.records() if whole else roster.proof(newcomer))), new
+            await self._membership.save()
+        fits = len(roster) <= MAX_WELCOME_RECORDS
+        return Welcome(tuple(roster.records() if fits else roster.proof(newcomer))), new
 
     async def revoke(self, node_id: str, name: str, reason: str, by: Actor) -> list[Record]:
-        """NotJoined if this box may not."""
-        roster = self._standing.roster
+        """Revoke a box.  Raises NotJoined if this box may not."""
+        roster = self._membership.roster
         assert roster is not None
         try:
-            made = roster.revoke(self._identity, node_id, time.time(), reason)
+            revocation = roster.revoke(self._identity, node_id, time.time(), reason)
         except ValueError as error:
             raise NotJoined(_sentence(str(error))) from error
-        await self._standing.keep(record(by, "peer.revoke", node_id, name=name, reason=reason))
-        return [made]
+        await self._membership.save(record(by, "peer.revoke", node_id, name=name, reason=reason))
+        return [revocation]
 
 
 def _sentence(text: str) -> str:
     return f"{text[:1].upper()}{text[1:].rstrip('.')}."
-
-
-def _invitation(row: TicketRow) -> Invitation:
-    return Invitation(
-        row.secret_sha256, row.name, row.expires_at, row.uses, row.used_by, row.admin,
-        row.made_at / 1000,
-    )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Where this box belongs, kept: the network's roster in memory and, record by record, on disk."""
+"""Who is a member: the network's roster in memory and, record by record, on disk."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ import asyncio
 from contextlib import suppress
 
 from pinaivu_box.errors import CliError
-from pinaivu_box.membership.records import record_id
+from pinaivu_box.membership.records import Record, record_id
 from pinaivu_box.membership.roster import Roster
-from pinaivu_box.membership.signed import Record
 from pinaivu_box.store import peers as store
-from pinaivu_box.store.database import Database, Statement
+from pinaivu_box.store.database import Database, SqlStatement
 from pinaivu_box.transport.wire import Code
 
-_BELONG_SECONDS = 5.0  # how long a stream waits until its peer's certificate has come
+_CERTIFICATE_SECONDS = 5.0  # how long a stream waits until its peer's certificate has come
 
 
 class MembershipStore:
@@ -22,76 +21,87 @@ class MembershipStore:
     def __init__(self, database: Database) -> None:
         self.roster: Roster | None = None
         self._database = database
-        self._kept = 0  # a roster only grows, at its end: so many of its records are on disk
-        self._told: list[Statement] = []  # of those that are not, for the audit trail
-        self._keeping, self._news = asyncio.Lock(), asyncio.Event()
+        self._saved_records = 0  # a roster only grows, at its end
+        self._unsaved_audit: list[
+            SqlStatement
+        ] = []  # audit entries of the records that are not saved
+        self._saving, self._changed = asyncio.Lock(), asyncio.Event()
 
-    def has(self, node_id: str) -> bool:
-        """Whether that box is a member."""
+    def is_member(self, node_id: str) -> bool:
         return self.roster is not None and node_id in self.roster.members()
 
     def why_not(self, node_id: str) -> str:
-        """Why it is none."""
+        """Return why a box is not a member, for a sentence."""
         if self.roster is None:
             return "this box belongs to no network"
         verdict = self.roster.member(node_id)
-        return "it said nothing" if verdict.ok else f"it is no member of the network: {verdict.why}"
+        return (
+            "it did not begin the gossip"
+            if verdict.ok
+            else f"it is not a member of the network: {verdict.why}"
+        )
 
-    def code(self, node_id: str) -> Code:
-        """With which a link to who is no member is closed."""
+    def rejection_code(self, node_id: str) -> Code:
+        """Return the code with which a link to a box that is not a member is closed."""
         known = self.roster is not None and self.roster.certificate(node_id) is not None
-        return Code.REVOKED if known and not self.has(node_id) else Code.FORBIDDEN
+        return Code.REVOKED if known and not self.is_member(node_id) else Code.FORBIDDEN
 
-    async def shut_out(self, node_id: str) -> str | None:
-        """Why it may open nothing, or None if it is a member; its certificate may be under way."""
+    async def rejection_reason(self, node_id: str) -> str | None:
+        """Return why a box may open no stream, or None if it is a member.  Its certificate may be
+        on its way: waits for it for a while."""
         with suppress(TimeoutError):
-            async with asyncio.timeout(_BELONG_SECONDS):
-                while not self.has(node_id):
-                    await self._news.wait()
-        return None if self.has(node_id) else self.why_not(node_id)
+            async with asyncio.timeout(_CERTIFICATE_SECONDS):
+                while not self.is_member(node_id):
+                    await self._changed.wait()
+        return None if self.is_member(node_id) else self.why_not(node_id)
 
-    def changed(self) -> None:
-        """The roster has: whoever waits to be a member of it may be one now."""
-        self._news.set()
-        self._news = asyncio.Event()
+    def roster_changed(self) -> None:
+        """Wake up whoever waits for a certificate."""
+        self._changed.set()
+        self._changed = asyncio.Event()
 
     async def load(self) -> None:
+        """Read the roster from disk.  Raises CliError if it is damaged."""
         network = await store.network(self._database)
         if network is None:
             return
-        found = await store.roster(self._database)
+        rows = await store.roster(self._database)
         roster = Roster(network)
-        # They were checked when they came, but a disk can lie.
-        done = roster.admit(Record(kind, body, signed) for _, kind, body, signed in found)  # type: ignore[arg-type]
-        if done.forged or done.refused:
+        # The records were checked when they came, but a disk can be wrong.
+        update = roster.admit(Record(kind, body, signature) for _, kind, body, signature in rows)  # type: ignore[arg-type]
+        if update.forged or update.refused:
             raise CliError(
                 "The database's list of the network's members is damaged: see 'pinaivu doctor', "
                 "and restore a backup."
             )
-        self.roster, self._kept = roster, len(roster)
+        self.roster, self._saved_records = roster, len(roster)
 
-    async def enter(self, roster: Roster, *told: Statement) -> None:
-        """Belong to its network from now on, and to no other."""
+    async def enter(self, roster: Roster, *audit: SqlStatement) -> None:
+        """Belong to that roster's network from now on, and to no other."""
         rows = list(map(_row, roster.records()))
-        await store.enter(self._database, roster.network, rows, *told)
-        self.roster, self._kept, self._told = roster, len(rows), []
+        await store.enter(self._database, roster.network, rows, *audit)
+        self.roster, self._saved_records, self._unsaved_audit = roster, len(rows), []
 
-    async def leave(self, *told: Statement) -> None:
-        await store.leave(self._database, *told)
-        self.roster, self._kept, self._told = None, 0, []
+    async def leave(self, *audit: SqlStatement) -> None:
+        """Belong to no network from now on."""
+        await store.leave(self._database, *audit)
+        self.roster, self._saved_records, self._unsaved_audit = None, 0, []
 
-    async def keep(self, *told: Statement) -> None:
-        """Returns when every record of the roster is on disk.  Call it as soon as a record is
-        there: whoever comes first writes it, together with what is `told` of it."""
-        self._told += told
-        async with self._keeping:
+    async def save(self, *audit: SqlStatement) -> None:
+        """Return when every record of the roster is on disk, together with its audit entries.
+
+        Call it as soon as a record is in the roster: the first caller writes it.
+        """
+        self._unsaved_audit += audit
+        async with self._saving:
             if self.roster is None:
                 return
-            new, notes = self.roster.records()[self._kept :], tuple(self._told)
-            if new:
-                await store.add_records(self._database, map(_row, new), *notes)
-                self._kept += len(new)
-                del self._told[: len(notes)]
+            records = self.roster.records()[self._saved_records :]
+            entries = tuple(self._unsaved_audit)
+            if records:
+                await store.add_records(self._database, map(_row, records), *entries)
+                self._saved_records += len(records)
+                del self._unsaved_audit[: len(entries)]
 
 
 def _row(record: Record) -> store.StoredRecord:

@@ -6,10 +6,9 @@ import asyncio
 import logging
 import socket
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from random import Random
-from typing import Any
 
 from msgspec import msgpack
 from msgspec.structs import replace
@@ -17,43 +16,55 @@ from msgspec.structs import replace
 from pinaivu_box.config import PeeringConfig
 from pinaivu_box.errors import LinkLost, PeeringError, Unreachable
 from pinaivu_box.gossip import topology
-from pinaivu_box.gossip.adverts import Facts
-from pinaivu_box.gossip.protocol import TICK, Gossip
+from pinaivu_box.gossip.adverts import Facts, Offer
+from pinaivu_box.gossip.channel import NOT_READING, GossipChannel
+from pinaivu_box.gossip.protocol import TICK_SECONDS, Gossip
 from pinaivu_box.identity import Identity
-from pinaivu_box.membership import joining
+from pinaivu_box.membership import joining, peer_names
 from pinaivu_box.membership.address_book import AddressBook
 from pinaivu_box.membership.joining import JoinHandler
+from pinaivu_box.membership.records import MAX_BODY_BYTES
 from pinaivu_box.membership.roster import Roster
-from pinaivu_box.membership.signed import MAX_BODY_BYTES
 from pinaivu_box.membership.store import MembershipStore
 from pinaivu_box.membership.tickets import MAX_ADDRESSES, Ticket
 from pinaivu_box.network import peer
-from pinaivu_box.network.peer import Peer
+from pinaivu_box.network.peer import OwnView, Peer
 from pinaivu_box.store.audit import BOX, Actor, record
 from pinaivu_box.store.database import Database
+from pinaivu_box.tasks import TaskSet
 from pinaivu_box.transport import wire
-from pinaivu_box.transport.connections import Links, OpenLink
-from pinaivu_box.transport.gossip_channel import DEAF, GossipChannel
-from pinaivu_box.transport.incoming import Handler, Incoming, OwnHandler
-from pinaivu_box.transport.opening import Open, OpenedStream
+from pinaivu_box.transport.connections import LinkManager, OpenLink
+from pinaivu_box.transport.streams import (
+    LinkHandler,
+    Open,
+    OpenedStream,
+    StreamHandler,
+    StreamRouter,
+)
 from pinaivu_box.transport.transport import Stream, Transport
 from pinaivu_box.transport.wire import Code
 
 GOSSIP = "gossip"
-MAX_STRANGERS = 64  # links of those who are no members (yet)
-STRANGER_SECONDS = 10.0  # in which a new link must show that a member made it
-LOOK_SECONDS = 0.2  # for what the links say of the loads of others
-_GOODBYE_SECONDS = 1.0
-_MOMENT_SECONDS = 0.005
-_REMEMBER_SECONDS = 30.0
-_LOST = (None, Code.DROPPED, Code.SILENT)  # nobody said goodbye
+MAX_STRANGERS = 64  # links to boxes that are not members (yet)
+GOSSIP_START_SECONDS = 10.0  # for a new link, after which a member has begun the gossip
+LOAD_QUERY_SECONDS = 0.2
+_FLUSH_SECONDS = 1.0  # at the end
+_CHANGE_DELAY_SECONDS = 0.005
+_SAVE_SECONDS = 30.0  # between two writes of the address book
+_MAX_NAME_CHARACTERS = 64
+_ADVERT_OVERHEAD_BYTES = 256  # of what an advert has beside the facts
+_NOT_CLOSED = (None, Code.DROPPED, Code.SILENT)  # codes of links that were lost
 
 log = logging.getLogger("pinaivu.peering")
 
 
 class Network:
-    """`describe` says what this box offers; its addresses are filled in here.  `handlers` by
-    purpose are set by others before `run`.  `start` before anything else."""
+    """Owns the links and drives the gossip: implements `connections.LinkOwner` and
+    `gossip.protocol.Effects`.
+
+    `describe` returns what this box offers; its addresses are filled in here.  `handlers` by
+    purpose are set by others before `run`.  `start` comes before anything else.
+    """
 
     def __init__(
         self,
@@ -65,336 +76,365 @@ class Network:
         random: Random | None = None,
     ) -> None:
         self.node_id = identity.node_id
-        self.name = _name(settings().name or socket.gethostname())
+        self.name = _certificate_name(settings().name or socket.gethostname())
         self._settings = settings
-        self.handlers: dict[str, Handler] = {}
-        # Called when `peers` may tell something else: as a link is made, and with each tick.
+        self.handlers: dict[str, StreamHandler] = {}
+        # Called when `peers` may return something else: when a link is made, and with each tick.
         self.peers_changed: Callable[[], None] = lambda: None
         self.gossip: Gossip | None = None
         self._identity, self._transport, self._database = identity, transport, database
-        self._describe, self._random = describe, random or Random()  # noqa: S311 - to spread load, not to hide anything
-        self._standing = MembershipStore(database)
-        self._gate = JoinHandler(identity, self._standing, database)
-        self._links = Links(transport, self, self._random)
-        self._book = AddressBook(database)
-        self._tasks: set[asyncio.Task[None]] = set()
-        own: dict[str, OwnHandler] = {GOSSIP: self._talk, joining.PURPOSE: self._welcome}
-        self._incoming = Incoming(own, self.handlers, self._standing.shut_out, self._standing.code)
+        self._describe, self._random = describe, random or Random()  # noqa: S311, it only spreads load
+        self._membership = MembershipStore(database)
+        self._join_handler = JoinHandler(identity, self._membership, database)
+        self._links = LinkManager(transport, self, self._random)
+        self._channels: dict[OpenLink, GossipChannel] = {}
+        self._address_book = AddressBook(database)
+        self._tasks = TaskSet()
+        self.spawn = self._tasks.spawn
+        link_handlers: dict[str, LinkHandler] = {
+            GOSSIP: self._run_gossip,
+            joining.PURPOSE: self._handle_join,
+        }
+        self._router = StreamRouter(
+            link_handlers,
+            self.handlers,
+            self._membership.rejection_reason,
+            self._membership.rejection_code,
+        )
         self._joining = asyncio.Lock()
-        self._wake, self._news, self._told = asyncio.Event(), asyncio.Event(), asyncio.Event()
-        self._remembered = time.monotonic()
-        self._seen: list[Peer] | None = None  # None: something has happened since
-        self._closing = self._stirred = False
-        self._put_out: dict[str, str] = {}  # why a member does not take this box for one
+        self._tick_now, self._load_reported = asyncio.Event(), asyncio.Event()
+        self._saved_at = time.monotonic()
+        self._peers: list[Peer] | None = None  # None: something has changed since
+        self._closing = self._change_pending = False
+        self._rejected_by: dict[str, str] = {}  # members that revoked this box, and why
 
     @property
     def roster(self) -> Roster | None:
-        return self._standing.roster
+        return self._membership.roster
 
     @property
     def network_id(self) -> str | None:
-        """None until this box has founded or joined one."""
+        """None until this box has founded or joined a network."""
         return self.roster.network if self.roster is not None else None
 
     @property
     def revoked(self) -> str:
-        """Why this box is no member of its network any more, "" if it is one.  It may never see
-        the revocation: then what members answer counts, while none takes it for a member."""
+        """Why this box is not a member of its network any more, "" if it is one.  It may never
+        receive the revocation: then what members answer counts, while none takes it for a
+        member."""
         if self.roster is None or self.gossip is None:
             return ""
         verdict = self.roster.member(self.node_id, time.time())
         if not verdict.ok:
             return verdict.why
-        if not self._put_out or any(map(self.gossip.welcomed, self.gossip.links)):
+        if not self._rejected_by or any(map(self.gossip.accepted_by, self.gossip.links)):
             return ""
-        peer, why = next(reversed(self._put_out.items()))
-        name = self.peer(peer).name
-        return why or f"{name} says that it is no member of the network"
+        node_id, why = next(reversed(self._rejected_by.items()))
+        return why or f"{self.peer(node_id).name} does not take it for a member of the network"
 
-    # From start to end
+    # Start and end
 
     async def start(self) -> None:
-        """Take up what the store says."""
-        await self._standing.load()
-        await self._book.load()
-        self._gossip_anew()
+        """Load the roster and the address book."""
+        await self._membership.load()
+        await self._address_book.load()
+        self._restart_gossip()
 
     async def run(self) -> None:
-        """Accept, connect, reconnect and gossip until cancelled."""
-        await asyncio.gather(self._links.accept(), self._tick_forever())
+        """Accept and make links and gossip over them, until cancelled."""
+        await asyncio.gather(self._links.accept_links(), self._tick_forever())
 
     async def close(self) -> None:
-        """Say goodbye, then close the links and the transport."""
+        """Send the last adverts, then close the links and the transport."""
         self._closing = True
         self._tick()
-        talks = [held.talk.said() for held in self._links.held.values() if held.talk]
         with suppress(TimeoutError):
-            async with asyncio.timeout(_GOODBYE_SECONDS):
-                await asyncio.gather(*talks)
-        await self._remember()
+            async with asyncio.timeout(_FLUSH_SECONDS):
+                await asyncio.gather(*[channel.flush() for channel in self._channels.values()])
+        await self._save_addresses()
         await self._transport.close()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-
-    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        await self._tasks.cancel()
 
     def changed(self) -> None:
-        """`describe` says something else: the links hear it, and all if it is worth an advert.
-        After a moment: whoever says so has more urgent things to do."""
-        if not self._stirred:
-            self._stirred = True
-            asyncio.get_running_loop().call_later(_MOMENT_SECONDS, self._tell_change)
+        """Note that `describe` returns something else: the links are told, and all members if it
+        is worth an advert.  With a short delay: the caller has more urgent things to do."""
+        if not self._change_pending:
+            self._change_pending = True
+            asyncio.get_running_loop().call_later(_CHANGE_DELAY_SECONDS, self._send_change)
 
-    def _tell_change(self) -> None:
-        self._stirred = False
-        if self.gossip is None or (was := self.gossip.facts) is None:
+    def _send_change(self) -> None:
+        self._change_pending = False
+        if self.gossip is None or (before := self.gossip.facts) is None:
             return
         self.gossip.facts = self._facts()
-        self.gossip.push()
-        if self.gossip.facts.gist() != was.gist():
-            self._wake.set()
+        self.gossip.push_load()
+        if self.gossip.facts.gist() != before.gist():
+            self._tick_now.set()
 
-    async def look(self, model: str) -> None:
-        """Ask the links who is busy with it; `peers` then knows.  Takes a round trip."""
+    async def query_load(self, model: str) -> None:
+        """Ask the links for the load of the boxes that have a model, so that `peers` has it.  Takes
+        a round trip."""
         if self.gossip is None:
             return
-        self.gossip.ask(model)
+        self.gossip.query_load(model)
         with suppress(TimeoutError):
-            async with asyncio.timeout(LOOK_SECONDS):
+            async with asyncio.timeout(LOAD_QUERY_SECONDS):
                 while self.gossip.loads.waiting(model):
-                    await self._told.wait()
+                    await self._load_reported.wait()
 
     async def _tick_forever(self) -> None:
         while True:
             self._tick()
             with suppress(TimeoutError):
-                async with asyncio.timeout(TICK * self._random.uniform(0.9, 1.1)):
-                    await self._wake.wait()
-                    await asyncio.sleep(TICK / 20)  # what changes now often changes again
-            self._wake.clear()
-            if time.monotonic() - self._remembered > _REMEMBER_SECONDS:
-                await self._remember()
+                async with asyncio.timeout(TICK_SECONDS * self._random.uniform(0.9, 1.1)):
+                    await self._tick_now.wait()
+                    await asyncio.sleep(TICK_SECONDS / 20)  # more changes may follow at once
+            self._tick_now.clear()
+            if time.monotonic() - self._saved_at > _SAVE_SECONDS:
+                await self._save_addresses()
 
     def _tick(self) -> None:
-        self._seen = None
+        self._peers = None
         self.peers_changed()
         try:
             if self.gossip is not None:
                 self.gossip.facts = self._facts()
                 self.gossip.tick()
                 if not self._closing:
-                    self._mind_neighbours(self.gossip.roster.members())
-        except Exception:  # a mistake of ours must not end the links
+                    self._maintain_links(self.gossip.roster.members())
+        except Exception:  # a bug here must not end the links
             log.exception("a round of gossip failed")
 
     def _facts(self) -> Facts:
+        """What this box offers; as many models as fit into an advert."""
         facts = self._describe()
         facts = replace(
             facts,
             addresses=tuple(self.own_addresses()),
             draining=facts.draining or self._closing,
         )
-        while len(msgpack.encode(facts)) > MAX_BODY_BYTES - 256:
+        while len(msgpack.encode(facts)) > MAX_BODY_BYTES - _ADVERT_OVERHEAD_BYTES:
             facts = replace(facts, models=facts.models[:-1])
         return facts
 
-    def _mind_neighbours(self, members: dict[str, int]) -> None:
+    def _maintain_links(self, members: dict[str, int]) -> None:
         if self.node_id not in members:
             return
-        links = self._links
-        for one in topology.to_dial(self.node_id, members, links.busy(), len(links), self._random):
-            links.dial(one)
-        idle = [held.peer for held in links.held.values() if held.idle]
-        for one in topology.to_drop(members, idle, len(links.held), self._random):
-            self._cut(links.held[one], Code.BUSY, "this box has links enough")
+        links, random = self._links, self._random
+        for node_id in topology.to_dial(
+            self.node_id, members, links.not_to_dial(), len(links), random
+        ):
+            links.dial(node_id)
+        idle = [link.peer for link in links.by_peer.values() if link.idle]
+        for node_id in topology.to_drop(members, idle, len(links.by_peer), random):
+            self._close_link(links.by_peer[node_id], Code.BUSY, "this box has enough links")
 
-    async def _remember(self) -> None:
-        """Where members were found, for the next start."""
-        self._remembered = time.monotonic()
+    async def _save_addresses(self) -> None:
+        """Write where members are, for the next start."""
+        self._saved_at = time.monotonic()
         members = set() if self.roster is None else self.roster.members().keys() - {self.node_id}
-        linked = members & self._links.held.keys()
-        await self._book.keep({one: self.addresses(one) for one in members}, linked)
+        linked = members & self._links.by_peer.keys()
+        await self._address_book.save(
+            {node_id: self.addresses(node_id) for node_id in members}, linked
+        )
 
-    # Links; `Links` calls these
+    # Links: `connections.LinkOwner`
 
     def own_addresses(self) -> list[str]:
-        """What others are told: what the operator says, then what is found.  The last one may be a
-        relay, which leads here when none does."""
-        found = list(dict.fromkeys([*self._settings().advertise, *self._transport.addresses()]))
-        return found if len(found) <= MAX_ADDRESSES else [*found[: MAX_ADDRESSES - 1], found[-1]]
+        """Return the addresses that others are told: what the operator has configured, then what
+        was found.  The last one may be a relay, which is reachable when no other is."""
+        addresses = list(dict.fromkeys([*self._settings().advertise, *self._transport.addresses()]))
+        if len(addresses) <= MAX_ADDRESSES:
+            return addresses
+        return [*addresses[: MAX_ADDRESSES - 1], addresses[-1]]
 
-    def addresses(self, node_id: str) -> tuple[str, ...]:
-        """Where it may be, the most likely first."""
-        held = self._links.held.get(node_id)
-        advert = self.gossip.adverts.get(node_id) if self.gossip else None
-        route = held.link.facts().route if held else None
-        return self._book.find(node_id, route, advert.advert.addresses if advert else ())
+    def addresses(self, peer: str) -> tuple[str, ...]:
+        link = self._links.by_peer.get(peer)
+        entry = self.gossip.adverts.get(peer) if self.gossip else None
+        route = link.link.facts().route if link else None
+        return self._address_book.addresses_of(peer, route, entry.advert.addresses if entry else ())
 
-    def began(self, held: OpenLink) -> None:
-        self._seen = None
-        strangers = sum(not self._standing.has(one) for one in self._links.held)
+    def link_opened(self, link: OpenLink) -> None:
+        self._peers = None
+        strangers = sum(not self._membership.is_member(peer) for peer in self._links.by_peer)
         if strangers > MAX_STRANGERS:
-            self._cut(held, Code.BUSY, "too many strangers call: try again")
+            self._close_link(link, Code.BUSY, "too many boxes that are not members: try again")
             return
-        if held.dialed:
-            self.spawn(self._begin_talk(held))
+        if link.dialed:
+            self.spawn(self._start_gossip(link))
         else:
-            self.spawn(self._doubt(held))
+            self.spawn(self._close_without_gossip(link))
 
-    def ended(self, held: OpenLink, why: LinkLost) -> None:
-        self._seen = None
-        if self.gossip and held.talk:
-            self.gossip.unlinked(held.peer, lost=why.code in _LOST)
-        self._remembered = 0.0  # where it was: its advert is forgotten soon
-        if why.code == Code.REVOKED and self._standing.has(held.peer):
-            self._put_out[held.peer] = why.reason
-            log.warning("%s takes this box for no member: %s", wire.short(held.peer), why.reason)
-        log.info("link to %s ended: %s", wire.short(held.peer), why.message)
+    def link_closed(self, link: OpenLink, why: LinkLost) -> None:
+        self._peers = None
+        if self._channels.pop(link, None) and self.gossip:
+            self.gossip.link_down(link.peer, lost=why.code in _NOT_CLOSED)
+        self._saved_at = 0.0  # save where the peer was: its advert is forgotten soon
+        if why.code == Code.REVOKED and self._membership.is_member(link.peer):
+            self._rejected_by[link.peer] = why.reason
+            name = wire.short(link.peer)
+            log.warning("%s does not take this box for a member: %s", name, why.reason)
+        log.info("link to %s ended: %s", wire.short(link.peer), why.message)
 
-    def _cut(self, held: OpenLink, code: Code, why: str) -> None:
-        self.spawn(held.link.close(code, why))
+    def _close_link(self, link: OpenLink, code: Code, why: str) -> None:
+        self.spawn(link.link.close(code, why))
 
-    async def _doubt(self, held: OpenLink) -> None:
-        await asyncio.sleep(STRANGER_SECONDS)
-        if held.talk is None:
-            self._cut(held, self._standing.code(held.peer), self._standing.why_not(held.peer))
+    async def _close_without_gossip(self, link: OpenLink) -> None:
+        await asyncio.sleep(GOSSIP_START_SECONDS)
+        if link not in self._channels:
+            self._reject(link)
+
+    def _reject(self, link: OpenLink) -> None:
+        code = self._membership.rejection_code(link.peer)
+        self._close_link(link, code, self._membership.why_not(link.peer))
 
     # Gossip, and its `Effects`
 
-    def _gossip_anew(self) -> None:
-        self._seen = None
+    def _restart_gossip(self) -> None:
+        self._peers = None
         if self.roster is None:
             self.gossip = None
             return
-        effects, random = _Effects(self), self._random
         self.gossip = Gossip(
-            self._identity, self.roster, effects, clock=time.monotonic, wall=time.time,
-            random=random,
+            self._identity, self.roster, self, clock=time.monotonic, wall=time.time,
+            random=self._random,
         )  # fmt: skip
-        self.gossip.loads.answered = self._answered
+        self.gossip.loads.on_report = self._on_load_report
 
-    def _answered(self) -> None:
-        self._told.set()
-        self._told = asyncio.Event()
+    def _on_load_report(self) -> None:
+        self._load_reported.set()
+        self._load_reported = asyncio.Event()
 
-    async def _begin_talk(self, held: OpenLink) -> None:
+    async def _start_gossip(self, link: OpenLink) -> None:
         try:
-            stream = await held.link.open()
+            stream = await link.link.open()
             await stream.send(wire.encode(Open(GOSSIP)))
         except PeeringError:
-            return  # the link has ended, and its watcher says why
-        await self._talk(held, stream)
+            return  # the link has ended, and is reported elsewhere
+        await self._run_gossip(link, stream)
 
-    async def _talk(self, held: OpenLink, stream: Stream) -> None:
+    async def _run_gossip(self, link: OpenLink, stream: Stream) -> None:
         gossip = self.gossip
-        if self._links.held.get(held.peer) is not held:
-            await held.link.closed()  # another one took its place, as the peer is about to see
+        if self._links.by_peer.get(link.peer) is not link:
+            await link.link.closed()  # it is replaced by another one, as the peer is about to see
             return
-        if held.talk or gossip is None:
-            why = "one gossip is enough" if held.talk else self._standing.why_not(held.peer)
-            self._cut(held, self._standing.code(held.peer), why)
+        if link in self._channels:
+            code = self._membership.rejection_code(link.peer)
+            self._close_link(link, code, "a link has one gossip stream")
             return
-        held.talk = talk = GossipChannel(stream)
-        log.info("link to %s stands", wire.short(held.peer))
-        self._remembered = 0.0  # with the next round
-        gossip.linked(held.peer)
-        self._seen = None
+        if gossip is None:
+            self._reject(link)
+            return
+        channel = self._channels[link] = GossipChannel(stream)
+        log.info("link to %s is up", wire.short(link.peer))
+        self._saved_at = 0.0  # save the address with the next tick
+        gossip.link_up(link.peer)
+        self._peers = None
         self.peers_changed()
 
-        def hear(frame: bytes) -> None:
-            self._seen = None
-            gossip.received(held.peer, frame)
-            if self._put_out and gossip.welcomed(held.peer):
-                self._put_out.pop(held.peer, None)
+        def on_frame(frame: bytes) -> None:
+            self._peers = None
+            gossip.receive(link.peer, frame)
+            if self._rejected_by and gossip.accepted_by(link.peer):
+                self._rejected_by.pop(link.peer, None)
 
-        end = await talk.run(hear)
-        if self._links.held.get(held.peer) is held:
-            self._cut(held, Code.PROTOCOL, end.reason or "the gossip has ended")
+        end = await channel.run(on_frame)
+        if self._links.by_peer.get(link.peer) is link:
+            self._close_link(link, Code.PROTOCOL, end.reason or "the gossip has ended")
 
-    def say(self, node_id: str, frame: bytes) -> None:
-        held = self._links.held.get(node_id)
-        if held and held.talk and not held.talk.say(frame):
-            self._cut(held, Code.PROTOCOL, DEAF)
+    def send(self, peer: str, frame: bytes) -> None:
+        """Queue a frame of the gossip; a peer that does not read is disconnected."""
+        link = self._links.by_peer.get(peer)
+        channel = self._channels.get(link) if link else None
+        if link and channel and not channel.send(frame):
+            self._close_link(link, Code.PROTOCOL, NOT_READING)
 
-    def cut(self, node_id: str, why: str) -> None:
-        code = Code.PROTOCOL if self._standing.has(node_id) else self._standing.code(node_id)
-        for held in self._links.of(node_id):
-            self._cut(held, code, why)
+    def disconnect(self, peer: str, why: str) -> None:
+        member = self._membership.is_member(peer)
+        code = Code.PROTOCOL if member else self._membership.rejection_code(peer)
+        for link in self._links.all_to(peer):
+            self._close_link(link, code, why)
 
     def roster_changed(self) -> None:
-        self._seen = None
-        self._standing.changed()
-        self._wake.set()
-        self.spawn(self._standing.keep())
+        self._peers = None
+        self._membership.roster_changed()
+        self._tick_now.set()
+        self.spawn(self._membership.save())
 
     # Streams
 
     async def open(self, peer: str, purpose: str, timeout: float = 5.0) -> Stream:
-        """A stream to a member, connecting if there is no link.  Unreachable, WrongPeer, LinkLost;
-        if it is refused, the first `receive` raises PeerRefused."""
-        if not self._standing.has(peer):
-            raise Unreachable(f"{wire.short(peer)}: {self._standing.why_not(peer)}.")
+        """Open a stream to a member, over a new link if there is none.  Raises Unreachable,
+        WrongPeer, LinkLost; if the peer refuses it, the first `receive` raises PeerRefused."""
+        if not self._membership.is_member(peer):
+            raise Unreachable(f"{wire.short(peer)}: {self._membership.why_not(peer)}.")
         try:
             async with asyncio.timeout(timeout):
                 while True:
-                    held = await self._links.get(peer)
+                    link = await self._links.get(peer)
                     try:
-                        stream = await held.link.open()
+                        stream = await link.link.open()
                     except LinkLost:
-                        if self._links.held.get(peer) in (held, None):
+                        if self._links.by_peer.get(peer) in (link, None):
                             raise
-                        continue  # it was replaced by a second one
+                        continue  # it was replaced by another one
                     opened = OpenedStream(peer, stream, Open(purpose))
-                    held.opened.add(opened)
+                    link.outbound_streams.add(opened)
                     return opened
         except TimeoutError as error:
             raise Unreachable(f"{wire.short(peer)} did not answer within {timeout:g} s.") from error
 
-    def serve(self, held: OpenLink) -> None:
-        self.spawn(self._serve(held))
+    def serve_streams(self, link: OpenLink) -> None:
+        self.spawn(self._serve_streams(link))
 
-    async def _serve(self, held: OpenLink) -> None:
+    async def _serve_streams(self, link: OpenLink) -> None:
         """Until the link ends."""
         with suppress(PeeringError):
             while True:
-                self.spawn(self._incoming.take(held, await held.link.accept()))
+                self.spawn(self._router.handle(link, await link.link.accept()))
 
-    # Who is there, who comes and who goes
+    # Peers
 
     def peers(self) -> list[Peer]:
-        """Every member but us, and who was revoked, by name."""
-        if self._seen is None:
-            self._seen = self._look()
-        return self._seen
+        """Return every other member, and who was revoked, by name."""
+        if self._peers is None:
+            self._peers = self._look_up_peers()
+        return self._peers
 
-    def _look(self) -> list[Peer]:
+    def _look_up_peers(self) -> list[Peer]:
         if self.gossip is None:
             return []
         roster = self.gossip.roster
-        scene = peer.NetworkState(
-            roster, self.gossip, self._links, self._book.known, time.monotonic()
+        state = peer.NetworkState(
+            roster, self.gossip, self._links, self._address_book.known, time.monotonic()
         )
-        found = [
-            peer.view(one, self.addresses(one), scene)
-            for one in roster.known()
-            if one != self.node_id
+        peers = [
+            peer.view(node_id, self.addresses(node_id), state)
+            for node_id in roster.known()
+            if node_id != self.node_id
         ]
-        return sorted(found, key=lambda one: (one.name, one.node_id))
+        return sorted(peers, key=lambda peer: (peer.name, peer.node_id))
 
     def peer(self, text: str) -> Peer:
-        """By node_id, the beginning of one, or name.  PeerNotFound."""
-        return peer.find(self.peers(), text)
+        """Return a peer by its node id, the beginning of that, or its name.  Raises
+        PeerNotFound."""
+        peers = {peer.node_id: peer for peer in self.peers()}
+        names = {node_id: peer.name for node_id, peer in peers.items()}
+        return peers[peer_names.find(text, names)]
+
+    def own_view(self, offers: Sequence[Offer], relay: str) -> OwnView:
+        """Return this box as its peers see it."""
+        return peer.own_view(
+            self.node_id, self.name, self.network_id, self.own_addresses(), self.revoked,
+            offers=offers, relay=relay,
+        )  # fmt: skip
 
     async def renamed(self) -> None:
-        """The store has other names for peers now."""
-        await self._book.load()
-        self._seen = None
+        """Note that the store has other names for peers."""
+        await self._address_book.load()
+        self._peers = None
 
-    # What operators do; `by` is for the audit trail, which tells of it in the same transaction
+    # Operations; `by` is for the audit trail, which gets its entry in the same transaction
 
     async def invite(
         self,
@@ -404,77 +444,75 @@ class Network:
         admin: bool = False,
         by: Actor = BOX,
     ) -> str:
-        """A ticket's text, shown once; `expires` in seconds from now.  The first founds a network.
-        NotJoined if this box may not invite, or the numbers make no sense."""
+        """Return a ticket's text, shown once, that expires in so many seconds.  The first one
+        founds a network.  Raises NotJoined if this box may not invite."""
         async with self._joining:
             if self.roster is None:
-                await self._gate.found(self.name)
-                self._gossip_anew()
-            await self._transport.settle()
-            return await self._gate.invite(self.own_addresses(), name, expires, uses, admin, by)
+                await self._join_handler.found_network(self.name)
+                self._restart_gossip()
+            await self._transport.wait_for_addresses()
+            return await self._join_handler.invite(
+                self.own_addresses(), name, expires, uses, admin, by
+            )
 
     async def join(self, ticket: str, by: Actor = BOX, at: Sequence[str] = ()) -> Peer:
-        """Redeem a ticket; returns the inviter.  PeeringError says what is wrong with it.
+        """Redeem a ticket and return the inviter.  Raises PeeringError.
 
-        `at`: addresses of the inviter that its ticket does not know; they are tried too.  A box
-        that is alone in its network may join another one, and its own is no more.
+        `at`: addresses of the inviter that its ticket does not have; they are tried first.  A box
+        that is alone in its network may join another one, and gives up its own.
         """
         async with self._joining:
-            found = self._gate.read(ticket)
-            places = tuple(dict.fromkeys([*at, *found.addresses]))
-            found = replace(found, addresses=places[:MAX_ADDRESSES])
-            belongs = self.network_id == found.network_id and self._standing.has(self.node_id)
-            # Without any link it may have been put out and not have heard of it: ask.
-            if not (belongs and any(peer.state == "connected" for peer in self.peers())):
-                await self._join(found, by)
-        return self.peer(found.node_id)
+            read = self._join_handler.read_ticket(ticket)
+            addresses = tuple(dict.fromkeys([*at, *read.addresses]))
+            read = replace(read, addresses=addresses[:MAX_ADDRESSES])
+            member = self.network_id == read.network_id and self._membership.is_member(self.node_id)
+            # Without any link it may have been revoked and not know: ask the inviter.
+            if not (member and any(peer.state == "connected" for peer in self.peers())):
+                await self._join(read, by)
+        return self.peer(read.node_id)
 
     async def _join(self, ticket: Ticket, by: Actor) -> None:
-        link, roster = await joining.ask(self._transport, ticket, self.name)
-        self._part()
-        told = record(by, "peer.join", roster.network, inviter=ticket.node_id)
-        await self._standing.enter(roster, told)
-        self._links.forget()
-        self._put_out.clear()
-        self._gossip_anew()
-        await self._book.keep({ticket.node_id: ticket.addresses}, {ticket.node_id})
+        link, roster = await joining.redeem_at_inviter(self._transport, ticket, self.name)
+        self._close_all_links()
+        entry = record(by, "peer.join", roster.network, inviter=ticket.node_id)
+        await self._membership.enter(roster, entry)
+        self._links.reset_backoff()
+        self._rejected_by.clear()
+        self._restart_gossip()
+        await self._address_book.save({ticket.node_id: ticket.addresses}, {ticket.node_id})
         self._links.add(link, dialed=True)
-        self._wake.set()
+        self._tick_now.set()
 
-    def _part(self) -> None:
-        for one in list(self._links.held):
-            for held in self._links.of(one):
-                self._cut(held, Code.SHUTDOWN, "it belongs to another network now")
+    def _close_all_links(self) -> None:
+        for node_id in list(self._links.by_peer):
+            for link in self._links.all_to(node_id):
+                self._close_link(link, Code.SHUTDOWN, "it belongs to another network now")
 
     async def leave(self, by: Actor = BOX) -> None:
         """Belong to no network any more; its members only see that this box is gone."""
         async with self._joining:
-            self._part()
-            await self._standing.leave(record(by, "peer.leave", self.network_id or ""))
-            self._links.forget()
-            self._put_out.clear()
-            self._gossip_anew()
+            self._close_all_links()
+            await self._membership.leave(record(by, "peer.leave", self.network_id or ""))
+            self._links.reset_backoff()
+            self._rejected_by.clear()
+            self._restart_gossip()
 
     async def remove(self, text: str, reason: str = "", by: Actor = BOX) -> Peer:
-        """Revoke a peer, for ever and everywhere.  PeerNotFound, NotJoined."""
-        found = self.peer(text)
+        """Revoke a peer, for ever and everywhere, and return it.  Raises PeerNotFound,
+        NotJoined."""
+        revoked = self.peer(text)
         assert self.gossip is not None  # else there are no peers
-        self.gossip.tell(await self._gate.revoke(found.node_id, found.name, reason, by))
-        return self.peer(found.node_id)
+        records = await self._join_handler.revoke(revoked.node_id, revoked.name, reason, by)
+        self.gossip.spread(records)
+        return self.peer(revoked.node_id)
 
-    async def _welcome(self, held: OpenLink, stream: Stream) -> None:
-        new = await self._gate.welcome(held.peer, stream)
-        if new and self.gossip is not None:
-            self.gossip.tell(new)
-
-
-class _Effects:
-    """What the gossip wants done."""
-
-    def __init__(self, network: Network) -> None:
-        self.send, self.cut, self.changed = network.say, network.cut, network.roster_changed
+    async def _handle_join(self, link: OpenLink, stream: Stream) -> None:
+        records = await self._join_handler.handle(link.peer, stream)
+        if records and self.gossip is not None:
+            self.gossip.spread(records)
 
 
-def _name(text: str) -> str:
-    """As a certificate can have it."""
-    return "".join(one for one in text if one.isprintable())[:64] or "box"
+def _certificate_name(text: str) -> str:
+    """Return a name that a certificate can have."""
+    printable = "".join(letter for letter in text if letter.isprintable())
+    return printable[:_MAX_NAME_CHARACTERS] or "box"

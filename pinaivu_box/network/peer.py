@@ -1,38 +1,45 @@
-"""A member as this box sees it now, and how one is found by name."""
+"""Peers as this box sees them now, and as the admin API and `pinaivu peers --json` show them.
+
+In views, times are RFC 3339 in UTC, durations seconds unless their name says otherwise, prices
+decimal text.
+"""
 
 from __future__ import annotations
 
-import difflib
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Literal, NamedTuple
 
-from pinaivu_box.errors import PeerNotFound, quoted
-from pinaivu_box.gossip.adverts import Advert
+from msgspec import UNSET, Struct, UnsetType
+
+from pinaivu_box import __version__
+from pinaivu_box.amount import Prices
+from pinaivu_box.gossip.adverts import Advert, Offer
 from pinaivu_box.gossip.loads import ReportedLoad
 from pinaivu_box.gossip.protocol import Gossip
+from pinaivu_box.membership.records import node_of
 from pinaivu_box.membership.roster import Roster, Verdict
-from pinaivu_box.membership.signed import node_of
-from pinaivu_box.store.peers import Known
+from pinaivu_box.receipts.receipt import utc_text
+from pinaivu_box.store.peer_settings import PeerLimits
+from pinaivu_box.store.peers import KnownPeer
 from pinaivu_box.transport import wire
-from pinaivu_box.transport.connections import Links
+from pinaivu_box.transport.connections import LinkManager
 from pinaivu_box.transport.transport import LinkFacts, LinkRoute
 
 State = Literal["connected", "connecting", "unreachable", "revoked"]
-_NO_NEED = "There is no link yet: one is made when it is needed."
-_SHORTEST_PREFIX = 9  # node_ and 4 digits
+_NOT_NEEDED = "There is no link yet: one is made when it is needed."
 
 
 @dataclass(frozen=True)
 class Peer:
     """`why` is a sentence about its `state`.
 
-    `advert` is its newest while it lives, made at `advert_at` of our monotonic clock; `gone`: a
-    member says that it lost its link to it.  `since` is when its link began, in Unix seconds.
+    `advert` is its newest until that expires, sent at `advert_at` of our monotonic clock; `gone`: a
+    member reports that it lost its link to it.  `since` is when its link began, in Unix seconds.
     `software`, `clock_ahead` (in seconds) and `route` are known while it is connected.  From its
-    certificate: `inviter` (a node_id), `admin`, `issued_at` (Unix seconds by the inviter's clock).
-    `loads`: of its models, as far as more is known than its advert says.
+    certificate: `inviter` (a node id), `admin`, `issued_at` (Unix seconds by the inviter's clock).
+    `loads`: of its models, as far as they are newer than its advert.
     """
 
     node_id: str
@@ -58,74 +65,234 @@ class Peer:
 
 
 class NetworkState(NamedTuple):
-    """What is looked at; `now` is monotonic."""
+    """What a peer is looked up in; `now` is monotonic."""
 
     roster: Roster
     gossip: Gossip
-    links: Links
-    known: Mapping[str, Known]
+    links: LinkManager
+    known: Mapping[str, KnownPeer]
     now: float
 
 
-def view(node_id: str, addresses: tuple[str, ...], scene: NetworkState) -> Peer:
-    verdict = scene.roster.member(node_id, time.time())
-    certificate = scene.roster.certificate(node_id)
-    advert = scene.gossip.adverts.get(node_id)
-    fresh = advert if advert and advert.until > scene.now else None
-    held = scene.links.held.get(node_id) if node_id in scene.gossip.links else None
-    link = held.link.facts() if held else None
-    called = node_id in scene.known and scene.known[node_id].name
-    state, why = _state(verdict, link, scene.links, node_id)
+def view(node_id: str, addresses: tuple[str, ...], state: NetworkState) -> Peer:
+    """Return a peer as it is now."""
+    verdict = state.roster.member(node_id, time.time())
+    certificate = state.roster.certificate(node_id)
+    advert = state.gossip.adverts.get(node_id)
+    valid = advert if advert and advert.expires_at > state.now else None
+    link = state.links.by_peer.get(node_id) if node_id in state.gossip.links else None
+    facts = link.link.facts() if link else None
+    own_name = node_id in state.known and state.known[node_id].name
+    peer_state, why = _state(verdict, facts, state.links, node_id)
     return Peer(
         node_id=node_id,
-        name=called or verdict.name or wire.short(node_id),
-        state=state,
+        name=own_name or verdict.name or wire.short(node_id),
+        state=peer_state,
         why=why,
         addresses=addresses,
-        route=link.route if link else None,
-        software=link.software if link else "",
-        clock_ahead=link.clock_ahead if link else None,
-        since=held.since if held else None,
-        advert=fresh.advert if fresh else None,
-        advert_at=fresh.sent_at if fresh else None,
-        gone=held is None and scene.gossip.adverts.gone(node_id),
+        route=facts.route if facts else None,
+        software=facts.software if facts else "",
+        clock_ahead=facts.clock_ahead if facts else None,
+        since=link.since if link else None,
+        advert=valid.advert if valid else None,
+        advert_at=valid.sent_at if valid else None,
+        gone=link is None and state.gossip.adverts.gone(node_id),
         inviter=node_of(certificate.inviter) if certificate else "",
         admin=verdict.admin,
         issued_at=certificate.issued_at / 1000 if certificate else None,
-        loads=scene.gossip.loads.of(node_id),
+        loads=state.gossip.loads.of(node_id),
     )
 
 
 def _state(
-    verdict: Verdict, link: LinkFacts | None, links: Links, node_id: str
+    verdict: Verdict, link: LinkFacts | None, links: LinkManager, node_id: str
 ) -> tuple[State, str]:
     if not verdict.ok:
         return "revoked", f"{verdict.why[:1].upper()}{verdict.why[1:]}."
     if link is not None:
         way = "directly" if link.route.direct else "by a relay"
         return "connected", f"Linked {way} ({link.route.address})."
-    if (why := links.why(node_id)) and not links.dialing(node_id):
+    if (why := links.last_error(node_id)) and not links.is_dialing(node_id):
         return "unreachable", why
-    return "connecting", "It is being called." if links.dialing(node_id) else _NO_NEED
+    return "connecting", "It is being dialed." if links.is_dialing(node_id) else _NOT_NEEDED
 
 
-def find(peers: Sequence[Peer], text: str) -> Peer:
-    """By node_id, the beginning of one, or name.  PeerNotFound."""
-    found = [peer for peer in peers if peer.node_id == text] or [
-        peer
-        for peer in peers
-        if peer.name == text or (len(text) >= _SHORTEST_PREFIX and peer.node_id.startswith(text))
-    ]
-    if len(found) == 1:
-        return found[0]
-    if found:
-        ids = " or ".join(peer.node_id[:17] for peer in found)
-        raise PeerNotFound(
-            f"{len(found)} peers are called '{quoted(text)}': say {ids}.", param="peer"
-        )
-    near = difflib.get_close_matches(text[:100], [peer.name for peer in peers], n=3, cutoff=0.5)
-    hint = f" Did you mean {' or '.join(near)}?" if near else ""
-    raise PeerNotFound(
-        f"There is no peer '{quoted(text)}'.{hint} See 'pinaivu peers ls' for all of them.",
-        param="peer",
+class LinkView(Struct, frozen=True):
+    """`direct`: without a relay.  `rtt_ms`: the latest round trip, if there was one."""
+
+    direct: bool
+    address: str
+    rtt_ms: float | None
+
+
+class OfferView(Struct, frozen=True):
+    """A model that it offers, with the load of now; `ttft_ms` and `tokens_per_s` as it measured
+    them.  `price` is of 1,000 tokens."""
+
+    id: str
+    digest: str
+    sequences: int
+    sequences_free: int
+    kv_free: int
+    queue: int
+    ttft_ms: int
+    tokens_per_s: int
+    price: Prices
+
+
+class Opinion(Struct, frozen=True):
+    """This box's own, of 0 to 1, and what it rests on."""
+
+    value: float
+    why: str
+
+
+class UseView(Struct, frozen=True):
+    """What a peer may have of this box, by its own `limits` or else `[peering.serve]`, and what it
+    has: requests that are `running`, `tokens` of the last minute, and what it `owes` with what runs
+    and what it has not accepted, which is also told as `unaccepted`.  null: no limit.  `open`:
+    within its `hours` now."""
+
+    max_parallel: int
+    running: int
+    tokens_per_minute: int | None
+    tokens: int
+    credit_limit: str | None
+    owes: str
+    beyond: str
+    models: tuple[str, ...]
+    hours: str
+    open: bool
+    unaccepted: str = "0"
+
+
+class CostView(Struct, frozen=True):
+    """What this box pays a peer: all that it `received` ever cost, what of that it `owes`, and the
+    most it may owe (`max_debt`), null for no limit.  `too_dear`: models that it does not use there,
+    for their price is over `[peering] max_price`."""
+
+    received: str
+    owes: str
+    max_debt: str | None
+    too_dear: list[str]
+
+
+class RefusalView(Struct, frozen=True):
+    """What a peer answered instead of serving us, `age` seconds ago."""
+
+    message: str
+    age: float
+
+
+class PeerView(Struct, frozen=True):
+    """`why` explains the state.  `clock_ahead`: of ours, when the link began.  `advert_age`: since
+    it last said what it offers; without one, `models` is empty.  `gone`: others have lost it.
+    `refusal`: its last, if it has not served us since."""
+
+    id: str
+    name: str
+    state: str
+    why: str
+    link: LinkView | None
+    software: str
+    clock_ahead: float | None
+    addresses: list[str]
+    models: list[OfferView]
+    currency: str
+    draining: bool
+    gone: bool
+    advert_age: float | None
+    reputation: Opinion | None
+    admin: bool
+    invited_by: str
+    member_since: str | None
+    limits: PeerLimits
+    use: UseView | None = None
+    refusal: RefusalView | None = None
+    cost: CostView | None = None
+    request_id: str | UnsetType = UNSET
+
+
+class OwnModel(Struct, frozen=True):
+    id: str
+    digest: str
+
+
+class OwnView(Struct, frozen=True):
+    """This box as its peers see it.  `state`: "alone" in no network, a "member" of one, or
+    "revoked", and `why`."""
+
+    id: str
+    name: str
+    network: str
+    software: str
+    addresses: list[str]
+    relay: str
+    models: list[OwnModel]
+    state: Literal["alone", "member", "revoked"] = "member"
+    why: str = ""
+
+
+def peer_view(
+    peer: Peer,
+    inviter: str,
+    limits: PeerLimits,
+    reputation: Opinion | None = None,
+    use: UseView | None = None,
+    refusal: RefusalView | None = None,
+    *,
+    cost: CostView | None = None,
+) -> PeerView:
+    advert = peer.advert
+    return PeerView(
+        id=peer.node_id,
+        name=peer.name,
+        state=peer.state,
+        why=peer.why,
+        link=None if peer.route is None else LinkView(**asdict(peer.route)),
+        software=peer.software,
+        clock_ahead=peer.clock_ahead,
+        addresses=list(peer.addresses),
+        models=[] if advert is None else [_offer_view(offer) for offer in advert.models],
+        currency="" if advert is None else advert.currency,
+        draining=advert is not None and advert.draining,
+        gone=peer.gone,
+        advert_age=peer.advert_age_s,
+        reputation=reputation,
+        admin=peer.admin,
+        invited_by=inviter,
+        member_since=None if peer.issued_at is None else utc_text(peer.issued_at),
+        limits=limits,
+        use=use,
+        refusal=refusal,
+        cost=cost,
     )
+
+
+def own_view(
+    node_id: str,
+    name: str,
+    network_id: str | None,
+    addresses: list[str],
+    revoked: str,
+    *,
+    offers: Sequence[Offer],
+    relay: str,
+) -> OwnView:
+    """This box, which is `revoked` for that reason, or "" if it is not."""
+    return OwnView(
+        id=node_id,
+        name=name,
+        network=network_id or "",
+        software=__version__,
+        addresses=addresses,
+        relay=relay,
+        models=[OwnModel(offer.id, offer.digest.hex()) for offer in offers],
+        state="revoked" if revoked else "member" if network_id else "alone",
+        why=revoked,
+    )
+
+
+def _offer_view(offer: Offer) -> OfferView:
+    fields = {name: getattr(offer, name) for name in OfferView.__struct_fields__}
+    return OfferView(**{**fields, "digest": offer.digest.hex()})

@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable, Collection
 from random import Random
 
+from pinaivu_box import backoff
+
 FIRST_SECONDS = 1.0
 LONGEST_SECONDS = 300.0
 _PROBE_SECONDS = 30.0  # a probe that says nothing by then is forgotten
@@ -28,8 +30,7 @@ class CircuitBreaker:
             return max(0.0, self._until[node_id] - now)
         self._failed[node_id] = now
         failures = self._failures[node_id] = self._failures.get(node_id, 0) + 1
-        seconds = min(LONGEST_SECONDS, FIRST_SECONDS * 2.0 ** min(failures - 1, 16))
-        seconds *= self._random.uniform(0.5, 1.5)
+        seconds = backoff.delay(failures, FIRST_SECONDS, LONGEST_SECONDS, self._random)
         self._until[node_id] = now + seconds
         self._probing.pop(node_id, None)
         return seconds

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Collection
 from dataclasses import replace
 from random import Random
 
+from pinaivu_box.bounded import BoundedDict
 from pinaivu_box.gateway.backend import Job
 from pinaivu_box.models.catalog import Model
 from pinaivu_box.routing.candidates import Candidates, tokens_of
@@ -30,7 +30,7 @@ class Selector:
         self._candidates, self._settings = candidates, settings
         self._digest, self._ask_loads = digest, ask_loads
         self._random = Random()  # noqa: S311, it only spreads requests
-        self._pinned: OrderedDict[str, str] = OrderedDict()
+        self._pinned: BoundedDict[str, str] = BoundedDict(_MAX_PINNED)
 
     @property
     def hedge_seconds(self) -> float:
@@ -85,7 +85,6 @@ class Selector:
         if not digests:
             return ""
         digest = request.digest if request.digest in digests else digests[0]
-        self._pinned.setdefault(job.request_id, digest)
-        if len(self._pinned) > _MAX_PINNED:
-            self._pinned.popitem(last=False)
+        if job.request_id not in self._pinned:
+            self._pinned[job.request_id] = digest
         return digest

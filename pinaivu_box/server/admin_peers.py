@@ -22,12 +22,12 @@ from pinaivu_box.errors import (
 )
 from pinaivu_box.ledger import entry
 from pinaivu_box.ledger.entry import Balance
-from pinaivu_box.membership.tickets import MAX_USES, Name, TicketInvalid
+from pinaivu_box.membership.records import Name
+from pinaivu_box.membership.tickets import MAX_USES, TicketInvalid
 from pinaivu_box.membership.tickets import decode as decode_ticket
-from pinaivu_box.network import views
+from pinaivu_box.network import peer as views
 from pinaivu_box.network.network import Network
-from pinaivu_box.network.peer import Peer
-from pinaivu_box.network.views import OwnView, PeerView
+from pinaivu_box.network.peer import OwnView, Peer, PeerView
 from pinaivu_box.policy import LONGEST_LIFE
 from pinaivu_box.receipts.receipt import utc_text
 from pinaivu_box.server.context import actor_of, box_of
@@ -116,7 +116,7 @@ _DEFAULT_REMOVAL = Remove()
 
 async def list_peers(request: Request) -> PeerList:
     network, box = _network(request), box_of(request)
-    own = views.own_view(network, box.offers.describe(), box.config.peering.relay)
+    own = network.own_view(box.offers.describe().models, box.config.peering.relay)
     return PeerList(own, await _views(request, network.peers()))
 
 
@@ -245,13 +245,13 @@ async def _standing(
 ) -> tuple[views.Opinion, views.UseView, views.RefusalView | None] | tuple[()]:
     """The peer's reputation here, what it uses of this box, and its last refusal of a request of
     ours; nothing while no requests are exchanged."""
-    if box.pool is None:
+    if box.peer_services is None:
         return ()
-    reputation, admission = box.pool.reputation, box.pool.serving.admission
+    reputation, admission = box.peer_services.reputation, box.peer_services.serving.admission
     policy, quota = await admission.policy(node_id), await admission.quotas.of(node_id)
     debt = await admission.debt(node_id, box.config.pricing.currency)
     credit = policy.credit_limit
-    refusal = box.pool.candidates.refusals.get(node_id)
+    refusal = box.peer_services.candidates.refusals.get(node_id)
     return (
         views.Opinion(reputation.score(node_id), reputation.why(node_id)),
         views.UseView(
@@ -275,7 +275,7 @@ def _cost(box: Box, peer: Peer, balances: dict[str, Balance]) -> views.CostView:
     config = box.config
     balance = balances.get(config.pricing.currency, Balance())
     offers = peer.advert.models if peer.advert else ()
-    spending = None if box.pool is None else box.pool.candidates.spending
+    spending = None if box.peer_services is None else box.peer_services.candidates.spending
     return views.CostView(
         received=amount.to_text(balance.received),
         owes=amount.to_text(balance.owed_to_peer),

@@ -1,4 +1,4 @@
-"""The links that stand and those that are being made: one to a peer, however many wish for it."""
+"""The links of this box and those being made: one to each peer, however many callers ask for it."""
 
 from __future__ import annotations
 
@@ -10,105 +10,112 @@ from random import Random
 from typing import Any, Protocol
 from weakref import WeakSet
 
+from pinaivu_box import backoff
 from pinaivu_box.errors import LinkLost, PeeringError, WrongPeer
-from pinaivu_box.transport.gossip_channel import GossipChannel
-from pinaivu_box.transport.opening import OpenedStream
-from pinaivu_box.transport.transport import Link, Transport
+from pinaivu_box.tasks import ignore_exception
+from pinaivu_box.transport.transport import Link, Stream, Transport
 from pinaivu_box.transport.wire import REFUSED, Code
 
 DIAL_SECONDS = 10.0
-_SHORTEST, _LONGEST = 1.0, 60.0  # seconds until the next try
-_POINTLESS = 300.0  # the same after a refusal
-_YOUNG = 10.0  # seconds; two links as young as that were made at once
-_SUCCESSION = 1.0  # seconds in which the peer has chosen between the two as well
+_FIRST_BACKOFF_SECONDS, _MAX_BACKOFF_SECONDS = 1.0, 60.0
+_REFUSED_BACKOFF_SECONDS = 300.0
+_SIMULTANEOUS_SECONDS = 10.0  # two links no older than that were made at the same time
+_RETIRE_SECONDS = 1.0  # in which the peer has chosen between the two as well
 
 log = logging.getLogger(__name__)
 
 
 class OpenLink:
-    """A link and what runs over it beside the gossip: `streams` of the peer's that are in use, and
-    those that we have `opened` and not let go.  `since` in Unix seconds."""
+    """A link and the streams over it: `inbound_streams` that the peer has opened, and those
+    that we have opened and that are still referenced.  `since` in Unix seconds, `opened_at` on the
+    monotonic clock; `dialed`: by this box."""
 
     def __init__(self, link: Link, dialed: bool) -> None:
         self.link, self.dialed = link, dialed
         self.peer = link.peer
-        self.since, self.began = time.time(), time.monotonic()
-        self.talk: GossipChannel | None = None
-        self.streams = 0
-        self.opened: WeakSet[OpenedStream] = WeakSet()
+        self.since, self.opened_at = time.time(), time.monotonic()
+        self.inbound_streams = 0
+        self.outbound_streams: WeakSet[Stream] = WeakSet()
 
     @property
     def idle(self) -> bool:
-        return not self.streams and not self.opened
+        return not self.inbound_streams and not self.outbound_streams
 
 
 class LinkOwner(Protocol):
-    def serve(self, held: OpenLink) -> None:
-        """Take the streams that the peer opens."""
+    """What the owner of the links is told and asked."""
 
-    def began(self, held: OpenLink) -> None: ...
+    def serve_streams(self, link: OpenLink) -> None:
+        """Serve the streams that the peer opens."""
 
-    def ended(self, held: OpenLink, why: LinkLost) -> None: ...
+    def link_opened(self, link: OpenLink) -> None: ...
 
-    def addresses(self, peer: str) -> Sequence[str]: ...
+    def link_closed(self, link: OpenLink, why: LinkLost) -> None: ...
 
-    def spawn(self, work: Coroutine[Any, Any, None]) -> None: ...
+    def addresses(self, peer: str) -> Sequence[str]:
+        """Return where the peer may be, the most likely first."""
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> object:
+        """Run something in the background."""
 
 
-class _LinkAttempt:
-    """`until`, on the monotonic clock, is when a next try makes sense; `why` the last failed."""
+class _DialState:
+    """`failures` in a row, the last of them because of `error`; `retry_at` on the monotonic
+    clock."""
 
     def __init__(self) -> None:
-        self.failures, self.until, self.why = 0, 0.0, ""
+        self.failures, self.retry_at, self.error = 0, 0.0, ""
 
 
-class Links:
+class LinkManager:
+    """`by_peer`: the links of this box, by node id."""
+
     def __init__(self, transport: Transport, owner: LinkOwner, random: Random) -> None:
-        self.held: dict[str, OpenLink] = {}
+        self.by_peer: dict[str, OpenLink] = {}
         self._transport, self._owner, self._random = transport, owner, random
         self._dialing: dict[str, asyncio.Task[OpenLink]] = {}
-        self._tried: dict[str, _LinkAttempt] = {}
+        self._dial_states: dict[str, _DialState] = {}
         self._retiring: dict[str, OpenLink] = {}
 
     def __len__(self) -> int:
-        return len(self.held.keys() | self._dialing.keys())
+        return len(self.by_peer.keys() | self._dialing.keys())
 
-    def of(self, peer: str) -> list[OpenLink]:
-        """Every one that stands, also if it is about to end."""
-        found = (self.held.get(peer), self._retiring.get(peer))
-        return [held for held in found if held is not None]
+    def all_to(self, peer: str) -> list[OpenLink]:
+        """Return every link to a peer, also one that is about to end."""
+        links = (self.by_peer.get(peer), self._retiring.get(peer))
+        return [link for link in links if link is not None]
 
-    def busy(self) -> set[str]:
-        """Linked, being called, or not to be called yet."""
+    def not_to_dial(self) -> set[str]:
+        """Return the peers that are linked, being dialed, or not to be dialed yet."""
         now = time.monotonic()
-        resting = {peer for peer, tried in self._tried.items() if tried.until > now}
-        return self.held.keys() | self._dialing.keys() | resting
+        waiting = {peer for peer, state in self._dial_states.items() if state.retry_at > now}
+        return self.by_peer.keys() | self._dialing.keys() | waiting
 
-    def dialing(self, peer: str) -> bool:
+    def is_dialing(self, peer: str) -> bool:
         return peer in self._dialing
 
-    def why(self, peer: str) -> str:
-        """Why there is no link, as far as it is known."""
-        tried = self._tried.get(peer)
-        return tried.why if tried else ""
+    def last_error(self, peer: str) -> str:
+        """Return why there is no link, as far as it is known."""
+        state = self._dial_states.get(peer)
+        return state.error if state else ""
 
     async def get(self, peer: str) -> OpenLink:
-        """The link to it, made if need be.  Unreachable, WrongPeer, LinkLost."""
-        if held := self.held.get(peer):
-            return held
+        """Return the link to a peer, made if need be.  Raises Unreachable, WrongPeer, LinkLost."""
+        if link := self.by_peer.get(peer):
+            return link
         try:
             return await asyncio.shield(self.dial(peer))
         except PeeringError:
-            if held := self.held.get(peer):  # it has called us meanwhile
-                return held
+            if link := self.by_peer.get(peer):  # it has dialed us meanwhile
+                return link
             raise
 
     def dial(self, peer: str) -> asyncio.Task[OpenLink]:
-        """Whoever wants a link while one is made waits for the same."""
+        """Return the task that makes a link; all who want it while it is made get the same."""
         if peer not in self._dialing:
             task = asyncio.create_task(self._dial(peer))
             self._dialing[peer] = task
-            task.add_done_callback(_look_at)
+            task.add_done_callback(ignore_exception)
         return self._dialing[peer]
 
     async def _dial(self, peer: str) -> OpenLink:
@@ -116,15 +123,14 @@ class Links:
             addresses = self._owner.addresses(peer)
             link = await self._transport.connect(peer, addresses, DIAL_SECONDS)
         except PeeringError as error:
-            pointless = isinstance(error, WrongPeer) or _refused(error)
-            self._rest(peer, error.message, pointless=pointless)
+            self._back_off(peer, error, refused=isinstance(error, WrongPeer) or _is_refusal(error))
             raise
         finally:
             self._dialing.pop(peer, None)
         return self.add(link, dialed=True)
 
-    async def accept(self) -> None:
-        """Take links until the transport is closed."""
+    async def accept_links(self) -> None:
+        """Accept links until the transport is closed."""
         while True:
             try:
                 link = await self._transport.accept()
@@ -133,77 +139,83 @@ class Links:
             self.add(link, dialed=False)
 
     def add(self, link: Link, *, dialed: bool) -> OpenLink:
-        """The link that is kept, of this one and one that may stand already."""
-        new, old = OpenLink(link, dialed), self.held.get(link.peer)
+        """Add a link, and return the one that is kept of this and an older one to the peer."""
+        new, old = OpenLink(link, dialed), self.by_peer.get(link.peer)
         if old is None:
-            return self._hold(new)
-        both = old.dialed != new.dialed and time.monotonic() - old.began <= _YOUNG
-        if both and new.dialed != (self._transport.node_id < new.peer):
-            self._owner.serve(new)
+            return self._install(new)
+        age = time.monotonic() - old.opened_at
+        simultaneous = old.dialed != new.dialed and age <= _SIMULTANEOUS_SECONDS
+        if simultaneous and new.dialed != (self._transport.node_id < new.peer):
+            self._owner.serve_streams(new)
             self._owner.spawn(self._retire(new, "there is another link between the two"))
             return old
-        self._end(old, LinkLost("Another link took its place.", code=Code.SECOND))
-        if both:
-            self._owner.spawn(self._retire(old, "another link took its place"))
-        else:  # the peer was restarted, and this one leads nowhere
-            self._owner.spawn(old.link.close(Code.SECOND, "another link took its place"))
-        return self._hold(new)
+        self._remove(old, LinkLost("Another link took its place.", code=Code.SECOND))
+        reason = "another link took its place"
+        if simultaneous:
+            self._owner.spawn(self._retire(old, reason))
+        else:  # the peer was restarted, and the old link leads nowhere
+            self._owner.spawn(old.link.close(Code.SECOND, reason))
+        return self._install(new)
 
-    def _hold(self, new: OpenLink) -> OpenLink:
-        self.held[new.peer] = new
-        self._owner.spawn(self._watch(new))
-        self._owner.serve(new)
-        self._owner.began(new)
-        return new
+    def _install(self, link: OpenLink) -> OpenLink:
+        self.by_peer[link.peer] = link
+        self._owner.spawn(self._watch(link))
+        self._owner.serve_streams(link)
+        self._owner.link_opened(link)
+        return link
 
-    async def _retire(self, held: OpenLink, why: str) -> None:
-        """Both called at once, and both keep the link that the smaller id made.  The other one ends
-        when the peer has had time to see that, and what runs over it has ended.  One at a time for
-        each peer: else calling again and again would make many."""
-        if held.peer not in self._retiring:
-            self._retiring[held.peer] = held
-            ended = asyncio.ensure_future(held.link.closed())
+    async def _retire(self, link: OpenLink, reason: str) -> None:
+        """Close the second of two links that were made at the same time (both sides keep the one
+        that the smaller node id made), as soon as the peer has had time to see that and no stream
+        runs over it any more.  One at a time for each peer: else dialing again and again would make
+        many."""
+        if link.peer not in self._retiring:
+            self._retiring[link.peer] = link
+            closed = asyncio.ensure_future(link.link.closed())
             try:
-                await asyncio.wait([ended], timeout=_SUCCESSION)
-                while not (held.idle or ended.done()):
-                    await asyncio.wait([ended], timeout=_SUCCESSION)
+                await asyncio.wait([closed], timeout=_RETIRE_SECONDS)
+                while not (link.idle or closed.done()):
+                    await asyncio.wait([closed], timeout=_RETIRE_SECONDS)
             finally:
-                del self._retiring[held.peer]
-                ended.cancel()
-        await held.link.close(Code.SECOND, why)
+                del self._retiring[link.peer]
+                closed.cancel()
+        await link.link.close(Code.SECOND, reason)
 
-    async def _watch(self, held: OpenLink) -> None:
-        why = await held.link.closed()
-        if self.held.get(held.peer) is held:
-            self._end(held, why)
-            short = time.monotonic() - held.began < _YOUNG
-            if held.dialed and why.code != Code.SECOND:
-                self._rest(held.peer, why.message, pointless=_refused(why), fresh=not short)
+    async def _watch(self, link: OpenLink) -> None:
+        why = await link.link.closed()
+        if self.by_peer.get(link.peer) is link:
+            self._remove(link, why)
+            if link.dialed and why.code != Code.SECOND:
+                was_stable = time.monotonic() - link.opened_at >= _SIMULTANEOUS_SECONDS
+                self._back_off(link.peer, why, refused=_is_refusal(why), restart=was_stable)
 
-    def _end(self, held: OpenLink, why: LinkLost) -> None:
-        del self.held[held.peer]
-        self._owner.ended(held, why)
+    def _remove(self, link: OpenLink, why: LinkLost) -> None:
+        del self.by_peer[link.peer]
+        self._owner.link_closed(link, why)
 
-    def _rest(self, peer: str, why: str, *, pointless: bool = False, fresh: bool = False) -> None:
-        tried = self._tried.setdefault(peer, _LinkAttempt())
-        seconds = min(_LONGEST, _SHORTEST * 2**tried.failures) if not fresh else _SHORTEST
-        tried.failures = 0 if fresh else min(tried.failures + 1, 10)
-        seconds = _POINTLESS if pointless else seconds
-        # Boxes that lost each other together should not call each other together.
-        tried.until = time.monotonic() + seconds * self._random.uniform(0.5, 1.5)
-        tried.why = why
-        log.debug("no link to %s: %s", peer, why)
+    def _back_off(
+        self, peer: str, error: PeeringError, *, refused: bool, restart: bool = False
+    ) -> None:
+        """Do not dial a peer for a time that grows with its failures in a row; `restart` counting
+        them anew."""
+        state = self._dial_states.setdefault(peer, _DialState())
+        failures = 0 if restart else state.failures
+        first, longest = (
+            (_REFUSED_BACKOFF_SECONDS, _REFUSED_BACKOFF_SECONDS)
+            if refused
+            else (_FIRST_BACKOFF_SECONDS, _MAX_BACKOFF_SECONDS)
+        )
+        state.retry_at = time.monotonic() + backoff.delay(
+            failures + 1, first, longest, self._random
+        )
+        state.failures = 0 if restart else failures + 1
+        state.error = error.message
+        log.debug("no link to %s: %s", peer, error.message)
 
-    def forget(self) -> None:
-        """Nobody is to be left alone any more."""
-        self._tried.clear()
+    def reset_backoff(self) -> None:
+        """Every peer may be dialed at once."""
+        self._dial_states.clear()
 
 
-def _refused(error: PeeringError) -> bool:
+def _is_refusal(error: PeeringError) -> bool:
     return isinstance(error, LinkLost) and error.code in REFUSED
-
-
-def _look_at(task: asyncio.Task[OpenLink]) -> None:
-    """Nobody may wait for it, and asyncio would complain."""
-    if not task.cancelled():
-        task.exception()

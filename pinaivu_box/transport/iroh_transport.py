@@ -1,6 +1,6 @@
 """Links over QUIC by iroh 1.2.0.  Import this only where links are made: its library is 18 MB.
 
-Nothing that iroh does is waited for without a bound, but for what ends with the link.
+Nothing that iroh does is waited for without a time limit, but for what ends with the link.
 """
 
 from __future__ import annotations
@@ -10,20 +10,19 @@ import ipaddress
 import logging
 import re
 import socket
-from collections.abc import Coroutine, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Any
 
 import iroh
 from iroh import IrohError
 
 from pinaivu_box.errors import CliError, LinkLost, Unreachable, WrongPeer
 from pinaivu_box.identity import NODE_PREFIX, Identity
+from pinaivu_box.tasks import TaskSet, ignore_exception
 from pinaivu_box.text import END, number
 from pinaivu_box.transport import iroh_bindings, wire
-from pinaivu_box.transport.handshake import Handshake
-from pinaivu_box.transport.link import PeerLink
+from pinaivu_box.transport.link import Handshake, PeerLink
 from pinaivu_box.transport.transport import LinkRoute, is_relay
 
 READ_BYTES = 128 * 1024
@@ -31,14 +30,14 @@ READ_BYTES = 128 * 1024
 _CLOSED_BY_PEER = re.compile(
     r"closed by peer: (?:(.*) \(code ([0-9]{1,18})\)|([0-9]{1,18}))", re.DOTALL
 )
-_IROH_SECONDS = 30.0  # after which it gives up by itself
-_BINDING_SECONDS = 10.0
-_CLOSING_SECONDS = 5.0  # it waits until the peers have confirmed, and some may be gone
-_CHOOSING_SECONDS = 5.0  # of several relays, the nearest; if none answers, never
-_OTHER_KEY = "invalid peer certificate"
+_IROH_DIAL_SECONDS = 30.0  # after which it gives up by itself
+_BIND_SECONDS = 10.0
+_CLOSE_SECONDS = 5.0  # it waits until the peers have acknowledged, and some may be gone
+_RELAY_CHOICE_SECONDS = 5.0  # for iroh to choose the nearest of several relays
+_WRONG_KEY = "invalid peer certificate"
 
 log = logging.getLogger(__name__)
-iroh_bindings.mend()
+iroh_bindings.apply_fixes()
 
 
 class IrohPipe:
@@ -82,21 +81,17 @@ class IrohConnection:
         self.peer = NODE_PREFIX + connection.remote_id().to_bytes().hex()
         self._connection = connection
         self._why: LinkLost | None = None
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = TaskSet()
+        self.spawn = self._tasks.spawn
         self._end: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._spare: asyncio.Future[iroh.BiStream] | None = None
-        # Windows stay as they are: that of the whole link is endless, and cannot be made smaller.
+        # Windows stay as they are: that of the whole link is unlimited, and cannot be made smaller.
         connection.set_max_concurrent_bi_streams(wire.MAX_STREAMS)
         connection.set_max_concurrent_uni_streams(0)
         self.spawn(self._watch())
 
-    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
     async def open(self) -> IrohPipe:
-        if (lost := self._ending()) is not None:
+        if (lost := self._close_reason()) is not None:
             raise lost
         spare, self._spare = self._spare or self._open(), None
         try:
@@ -110,10 +105,10 @@ class IrohConnection:
         return pipe
 
     def _open(self) -> asyncio.Future[iroh.BiStream]:
-        """Of the next one, ahead of time: the peer sees it with its first byte."""
+        """Open the next stream ahead of time: the peer sees it with its first byte."""
         opening: asyncio.Future[iroh.BiStream]
         opening = asyncio.ensure_future(self._connection.open_bi())
-        opening.add_done_callback(_look_at)
+        opening.add_done_callback(ignore_exception)
         return opening
 
     async def accept(self) -> IrohPipe:
@@ -122,38 +117,38 @@ class IrohConnection:
         except IrohError as error:
             raise self.lost() from error
 
-    def beat(self) -> None:
+    def send_heartbeat(self) -> None:
         try:
             self._connection.send_datagram(wire.BEAT)
         except IrohError as error:
-            self._complain("sent to", error)
+            self._log_failed_heartbeat("sent to", error)
 
-    async def heard(self) -> None:
+    async def receive_heartbeat(self) -> None:
         try:
             await self._connection.read_datagram()
         except IrohError as error:
-            self._complain("read from", error)
+            self._log_failed_heartbeat("read from", error)
             raise self.lost() from error
 
-    def _complain(self, done: str, error: IrohError) -> None:
-        if self._ending() is None:  # else `closed` says why
+    def _log_failed_heartbeat(self, action: str, error: IrohError) -> None:
+        if self._close_reason() is None:  # else `closed` says why
             name = wire.short(self.peer)
-            log.warning("no heartbeat could be %s %s: %s", done, name, error.message())
+            log.warning("no heartbeat could be %s %s: %s", action, name, error.message())
 
-    def received(self) -> int:
+    def received_bytes(self) -> int:
         return self._connection.stats().udp_rx_bytes  # type: ignore[no-any-return]
 
     def close(self, why: LinkLost) -> None:
-        if self._ending() is None:
+        if self._close_reason() is None:
             self._why = why
             self._connection.close(int(why.code or 0), wire.cut(why.reason))
-            self._ended()
+            self._set_end()
 
     async def _watch(self) -> None:
         await self._connection.closed()
-        self._ended()
+        self._set_end()
 
-    def _ended(self) -> None:
+    def _set_end(self) -> None:
         if not self._end.done():
             self._end.set_result(None)
 
@@ -168,42 +163,36 @@ class IrohConnection:
         return LinkRoute(direct=False, address="", rtt_ms=None)
 
     def lost(self) -> LinkLost:
-        """Why a call failed: the link has ended, or else the stream alone."""
+        """Return why a call failed: the link has ended, or else the stream alone."""
         message = f"{wire.short(self.peer)} abandoned the stream."
-        return self._ending() or LinkLost(message)
+        return self._close_reason() or LinkLost(message)
 
-    def _ending(self) -> LinkLost | None:
+    def _close_reason(self) -> LinkLost | None:
         if self._why is None and (text := self._connection.close_reason()) is not None:
-            self._why = _explain(self.peer, text)
+            self._why = _link_lost(self.peer, text)
         return self._why
 
 
-def _look_at(opening: asyncio.Future[iroh.BiStream]) -> None:
-    """Nobody may be left to ask how it ended, and asyncio would complain."""
-    if not opening.cancelled():
-        opening.exception()
-
-
-def _explain(peer: str, text: str) -> LinkLost:
+def _link_lost(peer: str, text: str) -> LinkLost:
     if match := _CLOSED_BY_PEER.fullmatch(text):
         code, reason = int(match[2] or match[3]), wire.printable(match[1] or "")
-        said = reason or f"it gave no reason (code {code})"
+        sentence = reason or f"it gave no reason (code {code})"
         return LinkLost(
-            f"{wire.short(peer)} closed the link: {said.rstrip('.')}.", code=code, reason=reason
+            f"{wire.short(peer)} closed the link: {sentence.rstrip('.')}.", code=code, reason=reason
         )
     return LinkLost(f"The link to {wire.short(peer)} is lost: {text}.")
 
 
 class IrohTransport:
-    """`await IrohTransport.bind(...)` makes one."""
+    """A `transport.Transport` over QUIC; made by `await IrohTransport.bind(...)`."""
 
     def __init__(
-        self, endpoint: iroh.Endpoint, reception: Handshake, relays: Sequence[str] = ()
+        self, endpoint: iroh.Endpoint, handshake: Handshake, relays: Sequence[str] = ()
     ) -> None:
         """`relays`: URLs, of which iroh chooses one."""
         self.node_id = NODE_PREFIX + endpoint.id().to_bytes().hex()
         self._endpoint = endpoint
-        self._reception = reception
+        self._handshake = handshake
         self._relays = relays
         self._listening = asyncio.create_task(self._listen())
 
@@ -214,10 +203,10 @@ class IrohTransport:
         host: str,
         port: int,
         relay: str = "none",
-        reception: Handshake | None = None,
+        handshake: Handshake | None = None,
     ) -> IrohTransport:
-        """`host` is an IP address of this machine, `port` 0 any free one, `relay` "none", "n0" (the
-        public ones of iroh's makers) or a relay's URL.  CliError if they cannot be had."""
+        """Listen on an IP address of this machine; `port` 0 is any free one, `relay` "none", "n0"
+        (the public ones of iroh's makers) or a relay's URL.  Raises CliError if that fails."""
         relays = _relay_mode(relay)
         builder = iroh.EndpointBuilder()
         builder.apply_minimal()  # other presets publish our address to a public DNS
@@ -227,14 +216,14 @@ class IrohTransport:
         try:
             for address in _sockets(host, port):
                 builder.bind_addr(address)
-            endpoint = await asyncio.wait_for(builder.bind(), _BINDING_SECONDS)
+            endpoint = await asyncio.wait_for(builder.bind(), _BIND_SECONDS)
         except (IrohError, TimeoutError) as error:
             why = error.message() if isinstance(error, IrohError) else "no answer"
             raise CliError(
                 f"Peering cannot use UDP port {port} of {host} ({why}): another program may have "
                 "it, or the address is not this machine's; choose others."
             ) from error
-        return cls(endpoint, reception or Handshake(), relays.relay_map().urls())
+        return cls(endpoint, handshake or Handshake(), relays.relay_map().urls())
 
     def addresses(self) -> list[str]:
         here = self._endpoint.addr()
@@ -244,10 +233,10 @@ class IrohTransport:
         elsewhere = [address for address in direct if not _is_loopback(address)]
         return [*(elsewhere or direct), *([relay] if relay else [])]
 
-    async def settle(self) -> None:
+    async def wait_for_addresses(self) -> None:
         if len(self._relays) > 1:
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._endpoint.online(), _CHOOSING_SECONDS)
+                await asyncio.wait_for(self._endpoint.online(), _RELAY_CHOICE_SECONDS)
 
     async def connect(self, node_id: str, addresses: Sequence[str], timeout: float) -> PeerLink:
         if node_id == self.node_id:
@@ -255,16 +244,18 @@ class IrohTransport:
         try:
             async with asyncio.timeout(timeout):
                 connection = await self.dial(node_id, addresses)
-                return await self._reception.join(connection)
+                return await self._handshake.upgrade_outbound(connection)
         except TimeoutError as error:
             raise _no_answer(node_id, addresses, timeout) from error
 
     async def dial(self, node_id: str, addresses: Sequence[str]) -> IrohConnection:
-        """A connection without a Hello.  Unreachable, WrongPeer."""
+        """Make a connection without a Hello.  Raises Unreachable, WrongPeer."""
         try:
             key = iroh.EndpointId.from_bytes(bytes.fromhex(node_id.removeprefix(NODE_PREFIX)))
         except (ValueError, IrohError) as error:
-            raise Unreachable(f"'{node_id}' is no node id: compare it with the ticket.") from error
+            raise Unreachable(
+                f"'{node_id}' is not a node id: compare it with the ticket."
+            ) from error
         relay, direct = await _resolve(addresses)
         if not direct and not self._relays:
             raise Unreachable(
@@ -279,32 +270,32 @@ class IrohTransport:
 
     async def _listen(self) -> None:
         while (incoming := await self._endpoint.accept_next()) is not None:
-            if self._reception.full:
+            if self._handshake.at_capacity():
                 with suppress(IrohError, TimeoutError):
-                    await asyncio.wait_for(incoming.refuse(), _CLOSING_SECONDS)
+                    await asyncio.wait_for(incoming.refuse(), _CLOSE_SECONDS)
             else:
-                self._reception.receive(partial(self._shake_hands, incoming))
+                self._handshake.upgrade_inbound(partial(self._accept_connection, incoming))
 
-    async def _shake_hands(self, incoming: iroh.Incoming) -> IrohConnection:
+    async def _accept_connection(self, incoming: iroh.Incoming) -> IrohConnection:
         try:
             return IrohConnection(await (await incoming.accept()).connect())
         except IrohError as error:
             raise Unreachable(f"A handshake failed: {_last_line(error.message())}.") from error
 
     async def accept(self) -> PeerLink:
-        return await self._reception.accept()
+        return await self._handshake.accept()
 
     async def close(self) -> None:
-        await self._reception.close()
+        await self._handshake.close()
         with suppress(IrohError, TimeoutError):
-            async with asyncio.timeout(_CLOSING_SECONDS):
+            async with asyncio.timeout(_CLOSE_SECONDS):
                 await self._endpoint.close()
                 await self._listening
         self._listening.cancel()
 
 
 def _relay_mode(relay: str) -> iroh.RelayMode:
-    """CliError."""
+    """Return iroh's setting for `[peering] relay`.  Raises CliError."""
     if relay == "none":
         return iroh.RelayMode.disabled()
     if relay == "n0":
@@ -313,29 +304,29 @@ def _relay_mode(relay: str) -> iroh.RelayMode:
         return iroh.RelayMode.custom_from_urls([relay])
     except IrohError as error:
         raise CliError(
-            f"[peering] relay is '{relay}', which is no URL: write https://HOST or "
+            f"[peering] relay is '{relay}', which is not a URL: write https://HOST or "
             "https://HOST:PORT."
         ) from error
 
 
 def _sockets(host: str, port: int) -> list[str]:
-    """What to bind: the host, and its counterpart of the other kind.
+    """Return the addresses to bind: the host, and one of the other IP version.
 
-    iroh opens all addresses of a kind that is not bound, on any port: the counterpart of one
-    address is loopback, where it does no harm.
+    iroh binds all addresses of a version that is not bound, on any port: so that of the other
+    version is loopback, where it does no harm.
     """
     address = ipaddress.ip_address(host)
-    everywhere = address.is_unspecified
+    unspecified = address.is_unspecified
     if address.version == 6:
-        return [f"[{host}]:{port}", f"{'0.0.0.0' if everywhere else '127.0.0.1'}:{port}"]  # noqa: S104
-    return [f"{host}:{port}", *([f"[{'::' if everywhere else '::1'}]:{port}"] * has_ipv6())]
+        return [f"[{host}]:{port}", f"{'0.0.0.0' if unspecified else '127.0.0.1'}:{port}"]  # noqa: S104
+    return [f"{host}:{port}", *([f"[{'::' if unspecified else '::1'}]:{port}"] * has_ipv6())]
 
 
 def has_ipv6() -> bool:
-    """Whether this machine has a loopback address of that kind."""
+    """Whether this machine has an IPv6 loopback address."""
     try:
-        with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as trial:
-            trial.bind(("::1", 0))
+        with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as probe:
+            probe.bind(("::1", 0))
     except OSError:
         return False
     return True
@@ -346,17 +337,17 @@ def _is_loopback(address: str) -> bool:
 
 
 def _split(address: str) -> tuple[str, int]:
-    """`HOST:PORT` or `[V6]:PORT`.  ValueError."""
+    """Split `HOST:PORT` or `[V6]:PORT`.  Raises ValueError."""
     host, _, port = address.rpartition(":")
     if not host:
-        raise ValueError(f"'{address}' is no address: write HOST:PORT")
-    if (found := number(port)) is None:
-        raise ValueError(f"'{address}' is no address: '{port}' is no port")
-    return host.strip("[]"), found
+        raise ValueError(f"'{address}' is not an address: write HOST:PORT")
+    if (port_number := number(port)) is None:
+        raise ValueError(f"'{address}' is not an address: '{port}' is not a port")
+    return host.strip("[]"), port_number
 
 
 async def _resolve(addresses: Sequence[str]) -> tuple[str | None, list[str]]:
-    """The first relay's URL and the numeric addresses among them; names are looked up.
+    """Return the first relay's URL and the numeric addresses; names are looked up.  Raises
     Unreachable."""
     relay: str | None = None
     direct: list[str] = []
@@ -367,15 +358,15 @@ async def _resolve(addresses: Sequence[str]) -> tuple[str | None, list[str]]:
             continue
         try:
             host, port = _split(address)
-            found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_DGRAM)
+            infos = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_DGRAM)
         except (ValueError, OSError) as error:
             failures.append(f"{address}: {error}")
             continue
-        for family, *_, place in found:
-            text = str(place[0])
+        for family, *_, sockaddr in infos:
+            text = str(sockaddr[0])
             direct.append(f"[{text}]:{port}" if family == socket.AF_INET6 else f"{text}:{port}")
     if relay is None and not direct:
-        why = "; ".join(failures) or "none is given"
+        why = "; ".join(failures) or "none is known"
         raise Unreachable(f"There is no address to connect to ({why}).")
     return relay, list(dict.fromkeys(direct))
 
@@ -393,7 +384,7 @@ def _explain_failure(
     node_id: str, addresses: Sequence[str], message: str
 ) -> Unreachable | WrongPeer:
     name, where, why = wire.short(node_id), ", ".join(addresses), _last_line(message)
-    if _OTHER_KEY in why and "aborted by peer" not in why:
+    if _WRONG_KEY in why and "aborted by peer" not in why:
         return WrongPeer(
             f"Another box than {name} answers at {where}: it has moved, or somebody is in its "
             "place; ask its operator for a new ticket."
@@ -404,10 +395,10 @@ def _explain_failure(
             "two boxes."
         )
     if why == "timed out":
-        return _no_answer(node_id, addresses, _IROH_SECONDS)
+        return _no_answer(node_id, addresses, _IROH_DIAL_SECONDS)
     return Unreachable(f"{name} cannot be reached at {where}: {why}.")
 
 
 def _last_line(message: str) -> str:
-    """What a message of iroh's says at last, without where in its source that is from."""
+    """Return the last line of a message of iroh's, without the place in its source."""
     return re.sub(rf" \(/\S+\){END}", "", message.strip().splitlines()[-1].strip()).rstrip(".")

@@ -1,37 +1,51 @@
-"""Links and streams as `transport` promises them, made of a plain encrypted connection."""
+"""Links and streams as `transport` defines them, made of a plain encrypted connection: handshake,
+framing, heartbeats."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import logging
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
-from pinaivu_box.errors import LinkLost, ProtocolError
+from pinaivu_box import __version__
+from pinaivu_box.errors import LinkLost, PeeringError, ProtocolError
+from pinaivu_box.tasks import ignore_exception
 from pinaivu_box.transport import wire
 from pinaivu_box.transport.transport import LinkFacts, LinkRoute
 from pinaivu_box.transport.wire import Code, Hello
 
+HANDSHAKE_SECONDS = 10.0
+MAX_INBOUND_HANDSHAKES = 32  # with strangers, at a time
+MAX_UNACCEPTED_LINKS = 64
+_EVICTION_SECONDS = 1.0  # a handshake that takes longer makes room for others
+SHUTDOWN_REASON = "the box is shutting down"
+
+log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
 class Pipe(Protocol):
-    """One stream of bytes, both ways; all raise LinkLost."""
+    """One stream of bytes, both ways.  All methods raise LinkLost."""
 
     async def read(self) -> bytes:
-        """What has come, but not much over 100 kB; b"" once the peer has finished."""
+        """Return what has come, not much over 100 kB; b"" once the peer has finished."""
 
     async def write(self, data: bytes) -> None:
-        """Wait until all of it is in the sending window."""
+        """Wait until all of it is in the send window."""
 
     async def finish(self) -> None: ...
 
     def reset(self) -> None:
-        """Stop both ways, at once."""
+        """Stop both directions at once."""
 
 
 class Connection(Protocol):
-    """Pipes and heartbeats to a peer that has proven its key; all that wait raise LinkLost."""
+    """Pipes and heartbeats to a peer that has proven its key.  All methods that wait raise
+    LinkLost."""
 
     peer: str
 
@@ -39,17 +53,17 @@ class Connection(Protocol):
 
     async def accept(self) -> Pipe: ...
 
-    def beat(self) -> None:
+    def send_heartbeat(self) -> None:
         """Send a heartbeat, which may get lost."""
 
-    async def heard(self) -> None:
-        """The peer's next heartbeat."""
+    async def receive_heartbeat(self) -> None:
+        """Wait for the peer's next heartbeat."""
 
-    def received(self) -> int:
-        """How much has come so far, of any kind: it only grows."""
+    def received_bytes(self) -> int:
+        """Return how many bytes of any kind have come so far; it only grows."""
 
     def close(self, why: LinkLost) -> None:
-        """At once; the peer gets `why.code` and `why.reason`, our own side raises `why`."""
+        """Close at once: the peer gets `why.code` and `why.reason`, our own side raises `why`."""
 
     async def closed(self) -> LinkLost:
         """Wait for the end, which after `close` has come."""
@@ -59,19 +73,20 @@ class Connection(Protocol):
 
 @dataclass(frozen=True)
 class HeartbeatTiming:
-    """Seconds between heartbeats; after how many of ours it is over if nothing at all has come
-    (`patience`), and if the peer's machine answers, but its program says nothing (`stuck`).
+    """`interval`: seconds between two heartbeats.  The link is lost after `max_silent` beats of
+    ours in which nothing at all came, and after `max_stuck` in which the peer's machine answered,
+    but its program sent nothing.
 
-    Counted in beats, not in seconds: a process that was stopped itself gives its peers time.
+    Beats are counted, not seconds: a process that was stopped itself gives its peers time.
     """
 
-    beat: float = 1.0
-    patience: int = 4
-    stuck: int = 30
+    interval: float = 1.0
+    max_silent: int = 4
+    max_stuck: int = 30
 
 
 class SharedCall(Generic[T]):
-    """A call that goes on when its caller is cancelled: the next caller gets what it gave.
+    """A call that goes on when its caller is cancelled: the next caller gets its result.
 
     Cancelled itself, a call to iroh can lose what it was about to return.
     """
@@ -83,7 +98,7 @@ class SharedCall(Generic[T]):
     async def __call__(self) -> T:
         if self._task is None:
             self._task = asyncio.ensure_future(self._call())
-            self._task.add_done_callback(_look_at)
+            self._task.add_done_callback(ignore_exception)
         result = await asyncio.shield(self._task)
         self._task = None
         return result
@@ -93,22 +108,18 @@ class SharedCall(Generic[T]):
             self._task.cancel()
 
 
-def _look_at(task: asyncio.Future[T]) -> None:
-    """Nobody may be left to ask how it ended, and asyncio would complain."""
-    if not task.cancelled():
-        task.exception()
-
-
 class FramedStream:
-    def __init__(self, link: PeerLink, pipe: Pipe, limit: int) -> None:
+    """A `transport.Stream` over a pipe, whose frames have at most `max_bytes`."""
+
+    def __init__(self, link: PeerLink, pipe: Pipe, max_bytes: int) -> None:
         self._link = link
         self._pipe = pipe
-        self._limit = limit
+        self._max_bytes = max_bytes
         self._read = SharedCall(pipe.read)
-        self._inbox = bytearray()
+        self._buffer = bytearray()
         self._sending = asyncio.Lock()
-        self._said_end = self._heard_end = False
-        self._broken: LinkLost | ProtocolError | None = None
+        self._end_sent = self._end_received = False
+        self._error: LinkLost | ProtocolError | None = None
 
     async def send(self, *frames: bytes) -> None:
         for frame in frames:
@@ -117,21 +128,21 @@ class FramedStream:
         await self._write(b"".join(wire.LENGTH.pack(len(frame)) + frame for frame in frames))
 
     async def finish(self) -> None:
-        if not self._said_end:
+        if not self._end_sent:
             await self._write(wire.END_FRAME)
-            self._said_end = True
+            self._end_sent = True
             await self._pipe.finish()
 
     async def _write(self, data: bytes) -> None:
         async with self._sending:
-            if self._broken:
-                raise self._broken
-            if self._said_end:
+            if self._error:
+                raise self._error
+            if self._end_sent:
                 raise ValueError("nothing is sent after the end")
             try:
                 await self._pipe.write(data)
             except LinkLost as lost:
-                self._break(lost)
+                self._fail(lost)
                 raise
             except asyncio.CancelledError:
                 self.abandon()
@@ -139,104 +150,113 @@ class FramedStream:
 
     async def receive(self) -> bytes | None:
         while True:
-            if self._broken:
-                raise self._broken
-            if (frame := self._next_frame()) is not None or self._heard_end:
+            if self._error:
+                raise self._error
+            if (frame := self._next_frame()) is not None or self._end_received:
                 return frame
-            chunk = await self._read_on()
-            self._link.mute = 0
-            if not chunk:
-                self._break(LinkLost(f"{wire.short(self._link.peer)} abandoned the stream."))
-            self._inbox += chunk
+            data = await self._read_pipe()
+            self._link.stuck_beats = 0
+            if not data:
+                self._fail(LinkLost(f"{wire.short(self._link.peer)} abandoned the stream."))
+            self._buffer += data
 
-    async def _read_on(self) -> bytes:
+    async def _read_pipe(self) -> bytes:
         try:
             return await self._read()
         except LinkLost as lost:
-            self._break(lost)
+            self._fail(lost)
             raise
         except asyncio.CancelledError:
             task = asyncio.current_task()
-            if self._broken and task and not task.cancelling():
-                raise self._broken from None  # only the read was cancelled, by our abandoning
+            if self._error and task and not task.cancelling():
+                raise self._error from None  # `abandon` has cancelled the read alone
             raise
 
     def _next_frame(self) -> bytes | None:
         start = wire.LENGTH.size
-        if self._heard_end or len(self._inbox) < start:
+        if self._end_received or len(self._buffer) < start:
             return None
-        (length,) = wire.LENGTH.unpack_from(self._inbox)
+        (length,) = wire.LENGTH.unpack_from(self._buffer)
         if length == 0:
-            self._heard_end = True
+            self._end_received = True
             return None
-        if length > self._limit:
-            sentence = f"a frame of {length} bytes was announced, and {self._limit} are allowed"
-            self._broken = self._link.accuse(sentence)
-            raise self._broken
-        if len(self._inbox) < start + length:
+        if length > self._max_bytes:
+            sentence = f"a frame of {length} bytes was announced, and {self._max_bytes} are allowed"
+            self._error = self._link.close_for_violation(sentence)
+            raise self._error
+        if len(self._buffer) < start + length:
             return None
-        frame = bytes(self._inbox[start : start + length])
-        del self._inbox[: start + length]
+        frame = bytes(self._buffer[start : start + length])
+        del self._buffer[: start + length]
         return frame
 
     def abandon(self) -> None:
-        if not self._broken and not (self._said_end and self._heard_end):
-            self._break(LinkLost("This side abandoned the stream."))
+        if not self._error and not (self._end_sent and self._end_received):
+            self._fail(LinkLost("This side abandoned the stream."))
 
-    def _break(self, why: LinkLost) -> None:
-        self._broken = self._broken or why
+    def _fail(self, error: LinkLost) -> None:
+        self._error = self._error or error
         self._read.cancel()
-        self._inbox.clear()
+        self._buffer.clear()
         self._pipe.reset()
 
 
 class PeerLink:
-    """`ended` is called once, when it is over.  After the constructor it must be greeted."""
+    """A `transport.Link`.  `on_closed` is called once, when it is over.  After the constructor
+    comes `exchange_hello`."""
 
     def __init__(
-        self, connection: Connection, pace: HeartbeatTiming, ended: Callable[[PeerLink], None]
+        self,
+        connection: Connection,
+        heartbeats: HeartbeatTiming,
+        on_closed: Callable[[PeerLink], None],
     ) -> None:
         self.peer = connection.peer
-        self.mute = 0  # beats since the peer's program said anything
+        self.stuck_beats = 0  # beats since the peer's program sent anything
         self._connection = connection
-        self._pace = pace
+        self._heartbeats = heartbeats
         self._accept = SharedCall(connection.accept)
         self._hello = Hello(versions=(0,), software="", clock=0.0)
         self._version = 0
         self._clock_ahead = 0.0
-        self._tasks = [asyncio.create_task(self._beat()), asyncio.create_task(self._listen())]
-        self._end = asyncio.create_task(self._wait_for_the_end(ended))
+        self._tasks = [
+            asyncio.create_task(self._send_heartbeats()),
+            asyncio.create_task(self._receive_heartbeats()),
+        ]
+        self._end = asyncio.create_task(self._wait_until_closed(on_closed))
 
-    async def greet(self, ours: Hello, clock: Callable[[], float], *, first: bool) -> None:
-        """Exchange Hellos; `first` is who made the connection.  LinkLost, ProtocolError."""
-        pipe = await (self._connection.open() if first else self._connection.accept())
+    async def exchange_hello(
+        self, ours: Hello, clock: Callable[[], float], *, initiator: bool
+    ) -> None:
+        """Exchange Hellos and agree on a version; the `initiator` made the connection.  Raises
+        LinkLost, ProtocolError."""
+        pipe = await (self._connection.open() if initiator else self._connection.accept())
         stream = FramedStream(self, pipe, wire.MAX_HELLO_BYTES)
-        if first:
+        if initiator:
             await stream.send(wire.encode(ours))
             await stream.finish()
         try:
             self._hello = wire.decode_hello(await stream.receive() or b"")
         except ProtocolError as error:
-            raise self.accuse(f"the first frame is no Hello: {error.message}") from error
+            sentence = f"the first frame is not a Hello: {error.message}"
+            raise self.close_for_violation(sentence) from error
         self._clock_ahead = self._hello.clock - clock()
-        self._agree(ours)
-        if not first:
+        self._agree_on_version(ours)
+        if not initiator:
             await stream.send(wire.encode(ours))
             await stream.finish()
         if await stream.receive() is not None:
-            raise self.accuse("a Hello is one frame, and there were two")
+            raise self.close_for_violation("a Hello is one frame, and there were two")
 
-    def _agree(self, ours: Hello) -> None:
-        common = set(ours.versions) & set(self._hello.versions)
+    def _agree_on_version(self, ours: Hello) -> None:
+        theirs = self._hello
+        common = set(ours.versions) & set(theirs.versions)
         if not common:
-            spoken, heard = (
-                f"{versions} of the protocol (software {software})"
-                for versions, software in (
-                    (", ".join(map(str, one.versions)), one.software) for one in (ours, self._hello)
-                )
+            raise self._close(
+                Code.VERSION,
+                f"this box speaks version {_versions(ours)}, yours {_versions(theirs)}: update the "
+                "older of the two",
             )
-            reason = f"this box speaks version {spoken}, yours {heard}: update the older of the two"
-            raise self._close(Code.VERSION, reason)
         self._version = max(common)
 
     async def open(self) -> FramedStream:
@@ -249,8 +269,8 @@ class PeerLink:
         self._close(code, reason)
         await self.closed()
 
-    def accuse(self, sentence: str) -> ProtocolError:
-        """Close because of what the peer sent; returns what is to be raised."""
+    def close_for_violation(self, sentence: str) -> ProtocolError:
+        """Close because of what the peer sent, and return the error to raise."""
         self._close(Code.PROTOCOL, sentence)
         return ProtocolError(f"{wire.short(self.peer)} broke the protocol: {sentence}.")
 
@@ -268,38 +288,136 @@ class PeerLink:
             self._connection.route(), self._version, self._hello.software, self._clock_ahead
         )
 
-    async def _beat(self) -> None:
-        pace, now = self._pace, asyncio.get_running_loop().time
-        quiet = received = 0
-        while quiet < pace.patience and self.mute < pace.stuck:
-            self._connection.beat()
-            due = now() + pace.beat
-            await asyncio.sleep(pace.beat)
-            quiet, self.mute = quiet + 1, self.mute + 1
-            before, received = received, self._connection.received()
-            if received != before:
-                quiet = 0
-            if now() > due + pace.beat:  # we stood still ourselves: what came may not be read yet
-                quiet = self.mute = 0
-        if quiet < pace.patience:
-            seconds = pace.beat * pace.stuck
+    async def _send_heartbeats(self) -> None:
+        """Send heartbeats until the peer is silent or stuck for too long; then close."""
+        timing, now = self._heartbeats, asyncio.get_running_loop().time
+        silent_beats = received_bytes = 0
+        while silent_beats < timing.max_silent and self.stuck_beats < timing.max_stuck:
+            self._connection.send_heartbeat()
+            due = now() + timing.interval
+            await asyncio.sleep(timing.interval)
+            silent_beats, self.stuck_beats = silent_beats + 1, self.stuck_beats + 1
+            before, received_bytes = received_bytes, self._connection.received_bytes()
+            if received_bytes != before:
+                silent_beats = 0
+            # This process stood still itself: what came meanwhile may not be read yet.
+            if now() > due + timing.interval:
+                silent_beats = self.stuck_beats = 0
+        if silent_beats < timing.max_silent:
+            seconds = timing.interval * timing.max_stuck
             self._close(Code.SILENT, f"its machine answers, but not its program for {seconds:g} s")
         else:
-            seconds = pace.beat * pace.patience
+            seconds = timing.interval * timing.max_silent
             self._close(Code.SILENT, f"nothing was heard from it for {seconds:g} s")
 
-    async def _listen(self) -> None:
+    async def _receive_heartbeats(self) -> None:
         """Until cancelled, at the link's end: an error alone is not that."""
         while True:
             try:
-                await self._connection.heard()
-                self.mute = 0
+                await self._connection.receive_heartbeat()
+                self.stuck_beats = 0
             except LinkLost:
-                await asyncio.sleep(self._pace.beat)
+                await asyncio.sleep(self._heartbeats.interval)
 
-    async def _wait_for_the_end(self, ended: Callable[[PeerLink], None]) -> LinkLost:
+    async def _wait_until_closed(self, on_closed: Callable[[PeerLink], None]) -> LinkLost:
         why = await self._connection.closed()
         for task in self._tasks:
             task.cancel()
-        ended(self)
+        on_closed(self)
         return why
+
+
+def _versions(hello: Hello) -> str:
+    versions = ", ".join(map(str, hello.versions))
+    return f"{versions} of the protocol (software {hello.software})"
+
+
+class Handshake:
+    """Upgrades connections, of whatever carrier, to links and keeps these until they end."""
+
+    def __init__(
+        self,
+        *,
+        versions: Sequence[int] = wire.VERSIONS,
+        heartbeats: HeartbeatTiming | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """`versions` of the protocol, the timing of `heartbeats` and the wall `clock` are for tests
+        and simulations to choose."""
+        self._versions = tuple(versions)
+        self._heartbeats = heartbeats or HeartbeatTiming()
+        self._clock = clock
+        self._inbound: dict[asyncio.Task[None], float] = {}  # begun when, the oldest first
+        self._unaccepted: deque[PeerLink] = deque()
+        self._arrived = asyncio.Event()
+        # A connection without a reference is closed by the garbage collector.
+        self._links: set[PeerLink] = set()
+        self._closed = False
+
+    def at_capacity(self) -> bool:
+        """Whether no further handshake can begin now.  The oldest one gives way if it has had
+        enough time: else a few silent strangers could keep members out."""
+        while len(self._inbound) >= MAX_INBOUND_HANDSHAKES:
+            oldest, began = next(iter(self._inbound.items()))
+            if time.monotonic() - began < _EVICTION_SECONDS:
+                return True
+            del self._inbound[oldest]
+            oldest.cancel()
+        return self._closed
+
+    def upgrade_inbound(self, connect: Callable[[], Awaitable[Connection]]) -> None:
+        """Make a link of a connection that a peer begins, in a task; not if `at_capacity`."""
+        task = asyncio.create_task(self._upgrade_inbound(connect))
+        self._inbound[task] = time.monotonic()
+        task.add_done_callback(lambda task: self._inbound.pop(task, None))
+
+    async def _upgrade_inbound(self, connect: Callable[[], Awaitable[Connection]]) -> None:
+        try:
+            async with asyncio.timeout(HANDSHAKE_SECONDS):
+                link = await self._upgrade(await connect(), initiator=False)
+        except (PeeringError, TimeoutError) as error:
+            log.debug("an inbound handshake failed: %s", error)
+            return
+        if len(self._unaccepted) >= MAX_UNACCEPTED_LINKS:
+            await link.close(Code.BUSY, "this box has too many new links: try again")
+            return
+        self._unaccepted.append(link)
+        self._arrived.set()
+
+    async def upgrade_outbound(self, connection: Connection) -> PeerLink:
+        """Make a link of a connection that we have begun.  Raises LinkLost, ProtocolError."""
+        return await self._upgrade(connection, initiator=True)
+
+    async def _upgrade(self, connection: Connection, *, initiator: bool) -> PeerLink:
+        link = PeerLink(connection, self._heartbeats, self._links.discard)
+        self._links.add(link)
+        hello = Hello(self._versions, __version__, self._clock())
+        try:
+            await link.exchange_hello(hello, self._clock, initiator=initiator)
+        except BaseException:
+            # Only the first closing counts: if there was a better reason, the peer has it.
+            code, reason = Code.SILENT, f"the handshake took over {HANDSHAKE_SECONDS:g} s"
+            if self._closed:
+                code, reason = Code.SHUTDOWN, SHUTDOWN_REASON
+            connection.close(LinkLost(reason, code=code, reason=reason))
+            raise
+        return link
+
+    async def accept(self) -> PeerLink:
+        """Wait for the next inbound link.  Raises LinkLost once the transport is closed."""
+        while not self._unaccepted:
+            if self._closed:
+                raise LinkLost("The transport is closed.", code=Code.SHUTDOWN)
+            self._arrived.clear()
+            await self._arrived.wait()
+        return self._unaccepted.popleft()
+
+    async def close(self) -> None:
+        """End all handshakes and links."""
+        self._closed = True
+        self._arrived.set()
+        for task in tuple(self._inbound):
+            task.cancel()
+        links = tuple(self._links)
+        await asyncio.gather(*[link.close(Code.SHUTDOWN, SHUTDOWN_REASON) for link in links])
+        self._unaccepted.clear()

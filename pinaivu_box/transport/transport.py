@@ -1,8 +1,9 @@
-"""The seam between boxes and the network: transports make links, links carry streams of frames.
+"""The interface between boxes and the network: transports make links, links carry streams of
+frames.
 
-`iroh_transport` is the real one, `memory_transport` joins boxes of one process; `link` makes links
-of either.  All errors are `errors.PeeringError`s.  Whether a peer may be linked to at all is for
-the caller to decide once it has the link, with `close(Code.FORBIDDEN, ...)` if not.
+`iroh_transport` implements it over QUIC; `link` has what does not depend on the carrier.  All
+errors are `errors.PeeringError`s.  Whether a peer may have a link at all is for the caller to
+decide once it has the link, with `close(Code.FORBIDDEN, ...)` if not.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ def is_relay(address: str) -> bool:
 
 @dataclass(frozen=True)
 class LinkRoute:
-    """How a peer is reached: directly or by a relay, and the address at its end."""
+    """How a peer is reached: directly or by a relay, and at which address."""
 
     direct: bool
     address: str
@@ -30,8 +31,8 @@ class LinkRoute:
 
 @dataclass(frozen=True)
 class LinkFacts:
-    """`version` is of the protocol as agreed, `software` what the peer says to run, and
-    `clock_ahead` by how many seconds its clock was before ours when the link began."""
+    """`version`: the agreed one of the protocol.  `software`: what the peer says that it runs.
+    `clock_ahead`: by how many seconds its clock was ahead of ours when the link began."""
 
     route: LinkRoute
     version: int
@@ -40,47 +41,49 @@ class LinkFacts:
 
 
 class Stream(Protocol):
-    """Frames both ways, in order: one request, or one conversation.
+    """Frames both ways, in order: one conversation.
 
-    It must be ended: by `finish` here and None from there, or by `abandon`.  One task may send
-    while another receives.  A receive that is cancelled loses nothing; a send that is cancelled
-    abandons the stream, since half of its frame may have gone out.
+    It must be ended: by `finish` on both sides, or by `abandon`.  One task may send while another
+    receives.  A receive that is cancelled loses nothing; a send that is cancelled abandons the
+    stream, since a part of its frame may have gone out.
     """
 
     async def send(self, *frames: bytes) -> None:
-        """Wait until they are on their way.  ValueError if one is empty or over
-        `wire.MAX_FRAME_BYTES`; LinkLost."""
+        """Wait until the frames are on their way.  Raises LinkLost; ValueError if one is empty or
+        over `wire.MAX_FRAME_BYTES`."""
 
     async def receive(self) -> bytes | None:
-        """The next frame; None once the peer has finished.  LinkLost if it has not and nothing
-        more will come; ProtocolError if what came is no frame (then the link is closed)."""
+        """Wait for the next frame; returns None once the peer has finished.  Raises LinkLost if
+        nothing more will come, and ProtocolError if what came is not a frame (then the link is
+        closed)."""
 
     async def finish(self) -> None:
-        """Our side says no more.  LinkLost."""
+        """Send no more; the peer may go on.  Raises LinkLost."""
 
     def abandon(self) -> None:
-        """Stop here, both ways; the peer sees LinkLost.  What is still under way may be lost."""
+        """Stop both directions at once; the peer sees LinkLost.  What is on its way may be lost."""
 
 
 class Link(Protocol):
-    """To one peer, which has proven its key.  The peer sees a stream with its first frame."""
+    """A link to one peer, which has proven its key."""
 
     @property
     def peer(self) -> str:
-        """Its node_id."""
+        """Its node id."""
 
     async def open(self) -> Stream:
-        """A new stream.  Waits while `wire.MAX_STREAMS` of ours are open, or a few less: the peer
-        tells of those that have ended in eighths of that.  LinkLost."""
+        """Open a stream, which the peer sees with its first frame.  Waits while `wire.MAX_STREAMS`
+        of ours are open, or a few less: the peer reports those that have ended in eighths of that.
+        Raises LinkLost."""
 
     async def accept(self) -> Stream:
-        """The next stream that the peer opened.  LinkLost."""
+        """Wait for the next stream that the peer opens.  Raises LinkLost."""
 
     async def close(self, code: int, reason: str) -> None:
-        """End all streams.  The peer gets both, the reason cut at `wire.MAX_REASON_BYTES`."""
+        """End all streams.  The peer gets code and reason, this cut at `wire.MAX_REASON_BYTES`."""
 
     async def closed(self) -> LinkLost:
-        """Wait for the end; says why."""
+        """Wait for the end; returns why."""
 
     def facts(self) -> LinkFacts: ...
 
@@ -90,17 +93,17 @@ class Transport(Protocol):
     def node_id(self) -> str: ...
 
     def addresses(self) -> list[str]:
-        """How others may reach us, nearest first: HOST:PORT, then a relay's URL."""
+        """Return how others may reach this box, nearest first: HOST:PORT, then a relay's URL."""
 
-    async def settle(self) -> None:
-        """Wait until `addresses` are whole: a relay is chosen, if there are several.  Not for long,
-        for perhaps none of them answers."""
+    async def wait_for_addresses(self) -> None:
+        """Wait until `addresses` are complete: a relay is chosen, if there are several.  Not for
+        long, since perhaps none of them answers."""
 
     async def connect(self, node_id: str, addresses: Sequence[str], timeout: float) -> Link:
-        """Unreachable (says why), WrongPeer, or LinkLost if the peer refused us (`code`)."""
+        """Make a link.  Raises Unreachable, WrongPeer; LinkLost if the peer refused (`code`)."""
 
     async def accept(self) -> Link:
-        """The next link that somebody made to us.  LinkLost once the transport is closed."""
+        """Wait for the next inbound link.  Raises LinkLost once the transport is closed."""
 
     async def close(self) -> None:
         """Close every link (`Code.SHUTDOWN`) and wait until the peers have been told."""

@@ -2,30 +2,30 @@
 
 **Connection.**  QUIC by iroh (UDP; TLS 1.3 with raw Ed25519 keys, RFC 7250).  The key of either
 side is its box's identity: `node_` and 64 hex digits in our texts.  The ALPN `pinaivu/box/1` stands
-for everything on this page; it changes only if this page can no longer be kept.  What is said in
-the frames is agreed on in the Hello.
+for everything on this page; it changes only if this page no longer holds.  The version of the
+frames' contents is agreed on in the Hello.
 
 **Streams.**  Bidirectional QUIC streams, opened by either side, at most `MAX_STREAMS` of each side
-at a time.  A stream's receive window is QUIC's usual 1.25 MB: so much per stream may wait for its
-reader.  Nothing else is used but datagrams for heartbeats.
+at a time.  A stream's receive window is QUIC's usual 1.25 MB.  Nothing else is used but datagrams
+for heartbeats.
 
 **Frames.**  A stream is, each way, a sequence of frames: 4 bytes of length, little-endian, then so
-many bytes, 1 to `MAX_FRAME_BYTES`.  Length 0 is the end frame: its sender says no more, and
+many bytes, 1 to `MAX_FRAME_BYTES`.  Length 0 is the end frame: its sender sends no more, and
 finishes its half of the QUIC stream.  Who abandons a stream sends RESET_STREAM and STOP_SENDING; a
-half that is finished without an end frame was abandoned as well.  A frame whose length is over the
-limit is not read: it closes the link.
+half that is finished without an end frame was abandoned as well.  A frame that is announced as
+longer is not read: it closes the link.
 
 **Hello.**  Who made the connection opens a stream and sends a `Hello`; the other side answers with
-its own, and both finish.  The highest version that both have is spoken from then on.  If there is
+its own, and both finish.  The highest version that both support is used from then on.  If there is
 none, the side that sees it closes with `Code.VERSION` and a sentence for the other's operator.  A
 Hello has at most `MAX_HELLO_BYTES`, and 10 s to arrive.  Fields that a reader does not know are
 skipped, so it can grow.
 
 **Heartbeats.**  Each side sends a datagram of one byte, 0, each second, which the other's QUIC
-confirms.  Whoever has received nothing whatever for four beats of its own, or for 30 of them no
-word of the other's program, neither datagram nor stream, closes with `Code.SILENT`.  A beat of
-one's own that came late starts both anew.  They are datagrams because streams wait for their
-readers.
+acknowledges.  A side that has received nothing at all for four heartbeats of its own, or for 30 of
+them nothing from the other's program, neither datagram nor stream, closes with `Code.SILENT`.  A
+heartbeat of its own that was late starts both counts anew.  Heartbeats are datagrams because
+streams wait for their readers.
 
 **End.**  CONNECTION_CLOSE with a `Code` and a reason: one sentence in UTF-8, at most
 `MAX_REASON_BYTES`, written for an operator to read.
@@ -54,21 +54,21 @@ BEAT = b"\0"
 MAX_FRAME_BYTES = 1024 * 1024
 MAX_HELLO_BYTES = 4096
 MAX_REASON_BYTES = 500
-MAX_STREAMS = 128  # that one side may have open at a time on a link
+MAX_STREAMS = 128  # open at a time, of each side of a link
 
 T = TypeVar("T")
 
 
 class Code(IntEnum):
-    """Why a link was closed.  After REFUSED it is pointless to try again soon."""
+    """Why a link was closed.  After one of `REFUSED` it is useless to try again soon."""
 
-    DROPPED = 0  # QUIC's own: the process let go of it without a word
+    DROPPED = 0  # QUIC's own: the process dropped the connection without closing it
     SHUTDOWN = 1
     PROTOCOL = 400
     FORBIDDEN = 403
     SILENT = 408
-    SECOND = 409  # both called at once, or one was restarted: there is another link
-    REVOKED = 410  # FORBIDDEN, to a box that was a member once
+    SECOND = 409  # both dialed at once, or one was restarted: there is another link
+    REVOKED = 410  # as FORBIDDEN, to a box that was a member
     VERSION = 426
     BUSY = 429
 
@@ -89,11 +89,12 @@ _hello = msgspec.msgpack.Decoder(Hello)
 
 
 def encode(message: Struct) -> bytes:
+    """Return the message as the content of a frame."""
     return _encoder.encode(message)
 
 
 def decode(frame: bytes, decoder: msgspec.msgpack.Decoder[T]) -> T:
-    """Read a frame, of a conversation whose union the decoder is for.  Raises ProtocolError."""
+    """Read a frame.  Raises ProtocolError if it is none of the decoder's messages."""
     try:
         return decoder.decode(frame)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -101,20 +102,21 @@ def decode(frame: bytes, decoder: msgspec.msgpack.Decoder[T]) -> T:
 
 
 def decode_hello(frame: bytes) -> Hello:
+    """Read a Hello.  Raises ProtocolError."""
     return decode(frame, _hello)
 
 
 def short(node_id: str) -> str:
-    """For sentences; the whole of it is for machines."""
+    """Return the beginning of a node id, for sentences."""
     return node_id[:13]
 
 
-def printable(said: str) -> str:
-    """What a peer said, for an operator's eyes: in one line, and nothing that moves a cursor."""
-    return "".join(letter if letter.isprintable() else " " for letter in said)
+def printable(text: str) -> str:
+    """Return a peer's text as an operator may see it: one line, and nothing that moves a cursor."""
+    return "".join(letter if letter.isprintable() else " " for letter in text)
 
 
 def cut(reason: str) -> bytes:
-    """A reason as it is sent: UTF-8, no longer than allowed, no half character."""
+    """Return a reason as it is sent: UTF-8, no longer than allowed, no half character."""
     encoded = reason.encode(errors="replace")
     return encoded[:MAX_REASON_BYTES].decode(errors="ignore").encode()

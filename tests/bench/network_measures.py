@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from pinaivu_box.identity import Identity
+from pinaivu_box.membership.records import network_of
 from pinaivu_box.membership.roster import Roster
-from pinaivu_box.membership.signed import network_of
 from tests.bench.network_world import (
     EPOCH,
     MEAN_TOKENS,
@@ -154,7 +154,7 @@ def measure_newcomer(
     box = world.box(newcomer, roster)
     box.engine.models = (MODELS[0],)
     begin = world.now
-    inviter.gossip.tell([made])
+    inviter.gossip.spread([made])
     world.connect(box, inviter)
     member = until(world, NEWCOMER, lambda: all(box.id in b.gossip.roster.members() for b in boxes))
     heard = until(world, NEWCOMER, lambda: all(b.gossip.adverts.get(box.id) for b in boxes))
@@ -169,7 +169,7 @@ def measure_revocation(
     begin = world.now
     founder = boxes[0].gossip
     made = founder.roster.revoke(founder._identity, out.id, world.wall())
-    founder.tell([made])
+    founder.spread([made])
     rest = [box for box in world.boxes.values() if box is not out]
     known = until(
         world, REVOKED, lambda: all(out.id not in b.gossip.roster.members() for b in rest)

@@ -18,14 +18,13 @@ from nacl.signing import SigningKey
 
 from pinaivu_box.amount import Prices
 from pinaivu_box.gossip import adverts, topology
-from pinaivu_box.gossip.adverts import Facts, Offer
-from pinaivu_box.gossip.frames import ModelLoad
+from pinaivu_box.gossip.adverts import Facts, ModelLoad, Offer
 from pinaivu_box.gossip.protocol import Gossip, RecordReaders
 from pinaivu_box.identity import Identity
 from pinaivu_box.membership import records
+from pinaivu_box.membership.records import key_of
 from pinaivu_box.membership.roster import Roster
-from pinaivu_box.membership.signed import key_of
-from pinaivu_box.network.network import LOOK_SECONDS
+from pinaivu_box.network.network import LOAD_QUERY_SECONDS
 from pinaivu_box.routing.circuit_breaker import CircuitBreaker
 from pinaivu_box.routing.router import Candidate, Decision, RoutingRequest, route, unsure
 
@@ -110,14 +109,14 @@ class SimulatedBox:
     def send(self, peer: str, frame: bytes) -> None:
         self.world.transmit(self, self.world.boxes[peer], frame)
 
-    def cut(self, peer: str, why: str) -> None:
+    def disconnect(self, peer: str, why: str) -> None:
         self.cuts[why] += 1
         other = self.world.boxes[peer]
         self.world.after(
-            self.world.latency(self, other), other.gossip.unlinked, self.id, lost=False
+            self.world.latency(self, other), other.gossip.link_down, self.id, lost=False
         )
 
-    def changed(self) -> None:
+    def roster_changed(self) -> None:
         self.world.on_change(self)
 
     # Life
@@ -139,11 +138,11 @@ class SimulatedBox:
     def busy(self) -> None:
         """A request has begun or ended here."""
         self.gossip.facts = self.facts()
-        self.gossip.push()
+        self.gossip.push_load()
 
     def dial(self) -> None:
         now, members, links = self.world.now, self.gossip.roster.members(), self.gossip.links
-        if self.id not in members or topology.FEWEST <= len(links) <= topology.MOST:
+        if self.id not in members or topology.MIN_LINKS <= len(links) <= topology.MAX_LINKS:
             return
         busy = {*links, *(node for node, until in self.not_yet.items() if until > now)}
         busy |= {node for node in members if self.gossip.adverts.gone(node)}
@@ -152,8 +151,8 @@ class SimulatedBox:
             self.world.connect(self, self.world.boxes[node])
         idle = [node for node in links if not self.in_use[node]]
         for node in topology.to_drop(members, idle, len(links), self.random):
-            self.gossip.unlinked(node, lost=False)
-            self.cut(node, "too many links")
+            self.gossip.link_down(node, lost=False)
+            self.disconnect(node, "too many links")
 
     # Requests
 
@@ -213,8 +212,8 @@ class SimulatedBox:
 
     def look(self, request: Request) -> None:
         """As `Network.look`: until most links have said what they know."""
-        self.gossip.ask(request.model)
-        end = self.world.now + LOOK_SECONDS
+        self.gossip.query_load(request.model)
+        end = self.world.now + LOAD_QUERY_SECONDS
 
         def enough() -> None:
             if not self.gossip.loads.waiting(request.model) or self.world.now >= end:
@@ -277,18 +276,18 @@ def candidate(
     of: SimulatedBox,
     offer: Offer,
     seen_by: SimulatedBox | None = None,
-    load: ModelLoad | Offer | None = None,
+    load: ModelLoad | None = None,
     **more: Any,
 ) -> Candidate:
     """As `seen_by` sees it, who knows the round trip where there is a link; None: it is local."""
     rtt: float | None = 0.0
-    load = load or offer
+    load = load or offer.load
     if seen_by is not None:
         linked = of.id in seen_by.gossip.links
         rtt = 2000 * of.world.latency(of, seen_by) if linked else None
     return Candidate(
-        of.id, offer.id, offer.digest.hex(), offer.sequences, load.sequences_free, load.kv_free,
-        load.queue, offer.ttft_ms, offer.tokens_per_s, cost(offer.prices), "credits",
+        of.id, offer.id, offer.digest.hex(), offer.sequences, load, offer.ttft_ms,
+        offer.tokens_per_s, cost(offer.prices), "credits",
         rtt_ms=rtt, local=seen_by is None, **more,
     )  # fmt: skip
 
@@ -350,8 +349,8 @@ class SimulatedNetwork:
 
         def stand() -> None:
             if one.alive and other.alive and other.id not in one.gossip.links:
-                one.gossip.linked(other.id)
-                other.gossip.linked(one.id)
+                one.gossip.link_up(other.id)
+                other.gossip.link_up(one.id)
 
         self.after(3 * self.latency(one, other), stand)
 
@@ -362,7 +361,7 @@ class SimulatedNetwork:
         def arrive() -> None:
             if other.alive and one.id in other.gossip.links:
                 other.bytes_in += len(frame) + OVERHEAD_BYTES
-                other.gossip.received(one.id, frame)
+                other.gossip.receive(one.id, frame)
 
         self.after(self.latency(one, other), arrive)
 
@@ -370,7 +369,7 @@ class SimulatedNetwork:
         box.alive = False
         for node in list(box.gossip.links):
             delay = NOTICED_SECONDS - self.random.random()
-            self.after(delay, self.boxes[node].gossip.unlinked, box.id, lost=True)
+            self.after(delay, self.boxes[node].gossip.link_down, box.id, lost=True)
 
     def arrivals(self, box: SimulatedBox, per_second: float) -> None:
         """Requests come to a box for ever, at random moments."""

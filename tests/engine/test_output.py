@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 
 from pinaivu_box.engine.detokenizer import Detokenizer
 from pinaivu_box.engine.fake_runner import END
-from pinaivu_box.engine.intake import PreparedRequest
 from pinaivu_box.engine.messages import Admitted, EngineLoad, Refused, SequenceDelta, StepFrame
 from pinaivu_box.engine.output import OutputBuffer, SequenceOutput, StepOutput
+from pinaivu_box.engine.request_preparer import PreparedRequest
 from tests.support.engine_harness import add, make
 from tests.support.scheduler_driver import sequence
 

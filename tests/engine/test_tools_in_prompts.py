@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from pinaivu_box import chat_format
-from pinaivu_box.engine.intake import Intake, PreparedRequest
 from pinaivu_box.engine.messages import Constraint, Refused, Tools
+from pinaivu_box.engine.request_preparer import PreparedRequest, RequestPreparer
 from pinaivu_box.engine.sequence import Sequence
 from tests.support.engine_harness import StrictRunner, Template, add, in_this_process, load
 
@@ -94,7 +94,7 @@ class Known(StrictRunner):
             self.facts, chat_template=self.TEMPLATE, infill=self.INFILL
         )
 
-    def tokenize(self, text: str, most: int | None = None, *, special: bool = False) -> list[int]:
+    def tokenize(self, text: str, limit: int | None = None, *, special: bool = False) -> list[int]:
         found: list[int] = []
         for number, part in enumerate(text.split("[TOOL_CALLS]")):
             found += ([255] if number else []) + list(part.encode())
@@ -105,9 +105,9 @@ class Known(StrictRunner):
 
 
 def prepare(runner: StrictRunner, **more: Any) -> PreparedRequest | Refused:
-    arrival = Intake(runner, in_this_process(), drafting=False, context_shift=False).prepare(
-        add(**more)
-    )
+    arrival = RequestPreparer(
+        runner, in_this_process(), drafting=False, context_shift=False
+    ).prepare(add(**more))
     if isinstance(arrival, PreparedRequest) and arrival.compile is not None:
         return arrival.compile() or arrival
     return arrival

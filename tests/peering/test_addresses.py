@@ -34,7 +34,7 @@ async def test_the_addresses_of_a_lost_box_are_kept_after_a_short_link_by_a_rela
     said = two.own_addresses()
     await group.sites[1].kill()
     await wait_until(lambda: states(one)["two"] != "connected")
-    await wait_until(lambda: set(said) <= set(one._book.known[two.node_id].addresses))
+    await wait_until(lambda: set(said) <= set(one._address_book.known[two.node_id].addresses))
     await group.sites[0].kill()
     one = await group.sites[0].open()
     assert set(one.peer("two").addresses) == {*said, RELAY}

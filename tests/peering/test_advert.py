@@ -9,7 +9,7 @@ from msgspec.structs import replace
 
 from pinaivu_box.gossip import adverts
 from pinaivu_box.gossip.adverts import Advert, Adverts
-from pinaivu_box.membership.signed import Invalid, Record, seal
+from pinaivu_box.membership.records import Invalid, Record, seal
 from tests.support.keys import IDENTITIES
 from tests.support.records import NOW, advert, gone, offer
 
@@ -28,8 +28,8 @@ def fresh(book: Adverts, now: float) -> list[int]:
 def test_the_newest_counts_until_it_has_lived() -> None:
     book = Adverts()
     assert hear(book, advert(A, 5), 100.0) is None
-    assert hear(book, advert(A, 5), 101.0) == "older than one that is known"
-    assert hear(book, advert(A, 4), 101.0) == "older than one that is known"
+    assert hear(book, advert(A, 5), 101.0) == "older than the newest one"
+    assert hear(book, advert(A, 4), 101.0) == "older than the newest one"
     assert hear(book, advert(A, 6), 102.0) is None
     assert fresh(book, 116.9) == [6] and fresh(book, 117.0) == []
 
@@ -38,8 +38,8 @@ def test_an_old_one_is_not_played_again_after_the_new_one_expired() -> None:
     book = Adverts()
     hear(book, advert(A, 6), 0.0)
     book.forget(100.0, {A.node_id: 1})
-    assert hear(book, advert(A, 5), 100.0) == "older than one that is known"
-    assert hear(book, advert(A, 6), 100.0) == "older than one that is known"
+    assert hear(book, advert(A, 5), 100.0) == "older than the newest one"
+    assert hear(book, advert(A, 6), 100.0) == "older than the newest one"
 
 
 def test_age_counts_on_the_way() -> None:
@@ -155,4 +155,4 @@ def test_one_member_cannot_call_everybody_gone() -> None:
 def test_every_box_hears_the_same_however_many_there_are() -> None:
     assert adverts.period(2) == adverts.period(125) == 5.0
     assert adverts.period(1000) == 40.0
-    assert adverts.LIVES * adverts.period(10**6) <= adverts.MAX_LIFE
+    assert adverts.PERIODS_PER_LIFE * adverts.period(10**6) <= adverts.MAX_LIFE_SECONDS

@@ -30,10 +30,9 @@ from pinaivu_box.files.wire import (
     PieceData,
     Working,
 )
-from pinaivu_box.models import pieces
-from pinaivu_box.models.pieces import PIECE_BYTES
+from pinaivu_box.models import partial_file
+from pinaivu_box.models.partial_file import PIECE_BYTES
 from pinaivu_box.transport import wire
-from pinaivu_box.transport.transport import Stream
 from tests.support.model_copies import (
     NAME,
     SIZE,
@@ -43,6 +42,7 @@ from tests.support.model_copies import (
     asked,
     digest_of,
     made_up,
+    read_answer,
 )
 from tests.support.paths import ROOT
 from tests.support.process_box import environment
@@ -51,7 +51,7 @@ from tests.support.waiting import soon, wait_until
 pytestmark = pytest.mark.anyio
 DATA = made_up(1)
 DIGEST = digest_of(DATA)
-COUNT = pieces.count(SIZE)
+COUNT = partial_file.count(SIZE)
 
 
 @pytest.fixture
@@ -76,18 +76,18 @@ class AnotherFile(FileServer):
 
 
 class TooMuch(FileServer):
-    async def _give(self, stream: Stream, model: Any, number: int) -> None:
-        for _ in range(1 + PIECE_BYTES // file_wire.PART_BYTES):
-            await stream.send(wire.encode(PieceData(b"\1" * (file_wire.PART_BYTES - 1))))
+    async def _send_piece(self, conversation: Any, model: Any, number: int) -> None:
+        for _ in range(1 + PIECE_BYTES // file_wire.MAX_DATA_BYTES):
+            await conversation.send(PieceData(b"\1" * (file_wire.MAX_DATA_BYTES - 1)))
 
 
 class Garbage(FileServer):
-    async def _give(self, stream: Stream, model: Any, number: int) -> None:
-        await stream.send(os.urandom(1000))
+    async def _send_piece(self, conversation: Any, model: Any, number: int) -> None:
+        await conversation.stream.send(os.urandom(1000))
 
 
 class Silent(FileServer):
-    async def _give(self, stream: Stream, model: Any, number: int) -> None:
+    async def _send_piece(self, conversation: Any, model: Any, number: int) -> None:
         await asyncio.Event().wait()
 
 
@@ -102,11 +102,11 @@ class Dies(FileServer):
     given = 0
     giver: SharingBox
 
-    async def _give(self, stream: Stream, model: Any, number: int) -> None:
+    async def _send_piece(self, conversation: Any, model: Any, number: int) -> None:
         self.given += 1
         if self.given > 2:
             await self.giver.leave()
-        await super()._give(stream, model, number)
+        await super()._send_piece(conversation, model, number)
 
 
 # -- what is copied is what was asked for ----------------------------------------------------------
@@ -220,7 +220,7 @@ async def test_a_silent_one_does_not_hold_up_the_others(
     world: CopyNetwork, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(download, "STALL_SECONDS", 2.0)
-    monkeypatch.setattr(download, "ATTEMPTS", 1)
+    monkeypatch.setattr(download, "MAX_FAILURES", 1)
     monkeypatch.setattr(upload, "WORKING_SECONDS", 0.2)  # the honest one says that it works
     await world.giver(DATA)
     silent = await world.giver(DATA, Silent)
@@ -349,7 +349,7 @@ async def test_a_disk_that_fills_up_keeps_what_has_come(
 
 async def test_one_copy_at_a_time_and_nothing_is_written_over(world: CopyNetwork) -> None:
     await world.giver(DATA)
-    held = pieces.Partial(world.target.parent, DIGEST, SIZE, b"")
+    held = partial_file.PartialFile(world.target.parent, DIGEST, SIZE, b"")
     with pytest.raises(CopyFailed, match="already"):
         await soon(world.copy())
     held.close()
@@ -397,7 +397,7 @@ async def test_pieces_that_are_none_and_garbage(world: CopyNetwork) -> None:
     with pytest.raises(LinkLost):
         await soon(stream.receive())
     with pytest.raises(ProtocolError):
-        file_wire.question(wire.encode(Find("m", "../../x")))
+        wire.decode(wire.encode(Find("m", "../../x")), file_wire.questions)
 
 
 async def test_a_peer_has_so_many_conversations_and_no_more(world: CopyNetwork) -> None:
@@ -406,7 +406,7 @@ async def test_a_peer_has_so_many_conversations_and_no_more(world: CopyNetwork) 
     answers = []
     for stream in streams:
         await stream.send(wire.encode(Find(NAME, "")))
-        answers.append(file_wire.answer(await soon(stream.receive())))
+        answers.append(read_answer(await soon(stream.receive())))
     assert [type(one) for one in answers] == [ModelAvailable] * upload.MAX_CONVERSATIONS + [
         FileRefused
     ]
@@ -454,7 +454,7 @@ async def test_all_copies_share_the_bytes_of_a_second(
     giver = await world.giver(DATA)
     giver.rate = 1e6
     await soon(world.copy())
-    assert SIZE - file_wire.PART_BYTES <= round(clock.now * 1e6) <= SIZE
+    assert SIZE - file_wire.MAX_DATA_BYTES <= round(clock.now * 1e6) <= SIZE
     world.target.unlink()
     giver.rate, clock.now = 0.0, 0.0
     await soon(world.copy())
@@ -484,12 +484,12 @@ async def test_under_a_low_limit_pieces_go_out_one_after_the_other(
     for number in (1, 2):
         await streams[number].send(wire.encode(GivePiece(DIGEST, number)))
         for _ in range(9):
-            assert isinstance(file_wire.answer(await soon(streams[number].receive())), Working)
+            assert isinstance(read_answer(await soon(streams[number].receive())), Working)
     streams[1].abandon()
     go_on.set()
     for number in (0, 2):
-        left = pieces.length(number, SIZE)
+        left = partial_file.length(number, SIZE)
         while left:
-            said = file_wire.answer(await soon(streams[number].receive()))
+            said = read_answer(await soon(streams[number].receive()))
             left -= len(said.data) if isinstance(said, PieceData) else 0
             assert isinstance(said, PieceData | Working)

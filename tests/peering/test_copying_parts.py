@@ -18,8 +18,8 @@ from pinaivu_box.files import wire as file_wire
 from pinaivu_box.files.upload import FileServer
 from pinaivu_box.files.wire import File, FileRefused, Find, GivePiece, List, ModelAvailable
 from pinaivu_box.models import catalog as catalogs
-from pinaivu_box.models import pieces
-from pinaivu_box.models.pieces import PIECE_BYTES
+from pinaivu_box.models import partial_file
+from pinaivu_box.models.partial_file import PIECE_BYTES
 from pinaivu_box.models.splits import digest_of_parts
 from pinaivu_box.transport import wire
 from tests.support import gguf_files
@@ -100,12 +100,12 @@ class Dies(FileServer):
 
     giver: SharingBox
 
-    async def _give(self, stream: Any, model: Any, number: int) -> None:
+    async def _send_piece(self, conversation: Any, model: Any, number: int) -> None:
         if model.size == SIZES[1] and number > 0:
             path = self.giver.folder.parent.parent / "ours" / "models" / ".partial" / DIGESTS[1]
             await wait_until(lambda: path.stat().st_blocks * 512 >= PIECE_BYTES)
             await self.giver.leave()
-        await super()._give(stream, model, number)
+        await super()._send_piece(conversation, model, number)
 
 
 async def test_what_was_cut_off_goes_on_in_the_middle_of_a_part(world: CopyNetwork) -> None:
@@ -154,7 +154,7 @@ async def test_room_for_all_is_looked_for_before_anything_is_asked(
 
 async def test_one_copy_at_a_time(world: CopyNetwork) -> None:
     await giver(world)
-    with pieces.claimed(folder(world), DIGEST), pytest.raises(CopyFailed, match="already"):
+    with partial_file.claimed(folder(world), DIGEST), pytest.raises(CopyFailed, match="already"):
         await soon(copied(world))
     await soon(copied(world))
 
@@ -225,6 +225,6 @@ async def test_a_box_that_knows_of_no_parts_hears_why_it_gets_none(world: CopyNe
     assert have == ModelAvailable("single", digest_of(single), len(single))
     old = msgspec.msgpack.Decoder(OldHave).decode(wire.encode(have))
     assert old == OldHave("single", digest_of(single), len(single))
-    assert file_wire.answer(wire.encode(old)) == have
+    assert wire.decode(wire.encode(old), file_wire.answers) == have
     old_question = msgspec.msgpack.Decoder(OldFind).decode(wire.encode(Find("m", "", parts=True)))
     assert old_question == OldFind("m", "")

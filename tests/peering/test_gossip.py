@@ -25,9 +25,8 @@ from pinaivu_box.gossip.frames import (
     decode,
     encode,
 )
-from pinaivu_box.gossip.protocol import Gossip
-from pinaivu_box.gossip.requests import RecordRequests
-from pinaivu_box.membership.signed import Invalid, key_of
+from pinaivu_box.gossip.protocol import Gossip, RecordRequests
+from pinaivu_box.membership.records import Invalid, key_of
 from tests.support.gossip_net import FACTS, GossipNet, chain, heard_by
 from tests.support.keys import FOUNDER, IDENTITIES, known_identity
 from tests.support.records import NOW, advert, certificate, gone, offer, revocation
@@ -47,8 +46,8 @@ def test_a_link_that_stands_again_brings_what_was_said_meanwhile() -> None:
     """It does not wait until that is said anew, when the old may have expired."""
     net, row = chain(2)
     one, other = row
-    one.unlinked(other.me, lost=True)
-    other.unlinked(one.me, lost=True)
+    one.link_down(other.me, lost=True)
+    other.link_down(one.me, lost=True)
     net.run(6)
     assert serials(one, row) != serials(other, row)
     net.link(one, other)
@@ -78,7 +77,7 @@ def test_a_newcomer_shows_its_certificate_and_is_known_to_all() -> None:
 def test_a_revoked_box_is_cut_off_by_all_and_stays_out() -> None:
     net, row = chain(5)
     out = row[2]
-    row[0].tell([row[0].roster.revoke(FOUNDER, out.me, NOW, "sold")])
+    row[0].spread([row[0].roster.revoke(FOUNDER, out.me, NOW, "sold")])
     net.settle()
     assert row[1].me not in out.links and out.me not in row[1].links
     assert (row[1].me, out.me) in [cut[:2] for cut in net.cuts]
@@ -98,8 +97,8 @@ def test_a_stranger_is_told_nothing_and_cut_after_a_while() -> None:
     stranger = net.box(IDENTITIES[7])
     net.sent.clear()
     net.link(stranger, row[1])
-    row[1].received(stranger.me, encode(RosterDigest(b"0" * 16)))
-    row[1].received(stranger.me, encode(WantRecords(news=b"".join(row[1].adverts.ids()))))
+    row[1].receive(stranger.me, encode(RosterDigest(b"0" * 16)))
+    row[1].receive(stranger.me, encode(WantRecords(news=b"".join(row[1].adverts.ids()))))
     net.settle()
     told = [decode(frame) for source, target, frame in net.sent if target == stranger.me]
     # It gets the certificates of whom it called, and no adverts, digests or other members.
@@ -111,11 +110,11 @@ def test_a_stranger_is_told_nothing_and_cut_after_a_while() -> None:
 @pytest.mark.parametrize(
     ("frame", "why"),
     [
-        (b"", "a frame that is none"),
-        (b"\xff" * 100, "a frame that is none"),
-        (b"\x91" * 100_000, "a frame that is none"),
+        (b"", "an invalid frame"),
+        (b"\xff" * 100, "an invalid frame"),
+        (b"\x91" * 100_000, "an invalid frame"),
         (encode(HaveRecords(news=b"1234567")), "half an id"),
-        (msgpack.encode(["have", b"", b"1" * 8 * (MAX_IDS + 1)]), "a frame that is none"),
+        (msgpack.encode(["have", b"", b"1" * 8 * (MAX_IDS + 1)]), "an invalid frame"),
         (
             encode(
                 GiveRecords(
@@ -140,7 +139,7 @@ def test_a_stranger_is_told_nothing_and_cut_after_a_while() -> None:
 )
 def test_what_no_honest_box_sends_ends_the_link(frame: bytes, why: str) -> None:
     net, (one, other) = chain(2)
-    one.received(other.me, frame)
+    one.receive(other.me, frame)
     assert other.me not in one.links and why in net.cuts[0][2]
 
 
@@ -155,7 +154,7 @@ def test_a_peer_that_sends_too_much_is_cut_off() -> None:
     net, (one, other) = chain(2)
     frame = encode(HaveRecords(news=b"12345678" * MAX_IDS))
     for _ in range(300):
-        one.received(other.me, frame)
+        one.receive(other.me, frame)
     assert net.cuts[0] == (one.me, other.me, "it sends too much")
 
 
@@ -164,7 +163,7 @@ def test_one_link_cannot_make_us_remember_without_end() -> None:
     took = sum(
         asking.offered("a", number.to_bytes(8, "big"), 0.0) for number in range(10 * MAX_IDS)
     )
-    assert took == MAX_IDS and len(asking._open) == MAX_IDS
+    assert took == MAX_IDS and len(asking._pending) == MAX_IDS
     assert asking.offered("b", b"another!", 0.0)
 
 
@@ -172,16 +171,16 @@ def test_a_peer_that_does_not_answer_is_not_waited_for() -> None:
     asking = RecordRequests()
     assert asking.offered("a", b"1", 0.0)
     assert not asking.offered("b", b"1", 0.1) and not asking.offered("c", b"1", 0.2)
-    assert asking.again(2.9, {"a", "b", "c"}) == {}
-    assert asking.again(3.1, {"a", "c"}) == {"c": [b"1"]}  # b's link is gone
+    assert asking.retry(2.9, {"a", "b", "c"}) == {}
+    assert asking.retry(3.1, {"a", "c"}) == {"c": [b"1"]}  # b's link is gone
     assert list(asking.answered(b"1")) == []
     asking.offered("a", b"2", 10.0)
-    assert asking.again(20.0, {"a"}) == {} and not asking._open and not asking._of
+    assert asking.retry(20.0, {"a"}) == {} and not asking._pending and not asking._count
 
 
 def test_what_was_lost_on_the_way_is_found_by_comparing() -> None:
     net, row = chain(3)
-    row[0].tell([row[0].roster.certify(FOUNDER, known_identity(50).node_id, "x", NOW)])
+    row[0].spread([row[0].roster.certify(FOUNDER, known_identity(50).node_id, "x", NOW)])
     net.settle(lose=True)
     assert len(row[1].roster) < len(row[0].roster)
     net.run(25)
@@ -191,9 +190,9 @@ def test_what_was_lost_on_the_way_is_found_by_comparing() -> None:
 def test_records_of_unknown_signers_wait_for_their_certificate() -> None:
     net, row = chain(2)
     early = certificate(IDENTITIES[5], IDENTITIES[6])
-    row[1].received(row[0].me, encode(GiveRecords((GivenRecord(early),))))
+    row[1].receive(row[0].me, encode(GiveRecords((GivenRecord(early),))))
     assert not net.cuts and len(row[1].roster) == 1
-    row[1].received(
+    row[1].receive(
         row[0].me,
         encode(GiveRecords((GivenRecord(early), GivenRecord(certificate(FOUNDER, IDENTITIES[5]))))),
     )
@@ -202,7 +201,7 @@ def test_records_of_unknown_signers_wait_for_their_certificate() -> None:
 
 def test_changes_are_told_at_once_and_not_without_end() -> None:
     net, row = chain(2)
-    row[0].add([certificate(FOUNDER, known_identity(200 + number)) for number in range(98)])
+    row[0].admit([certificate(FOUNDER, known_identity(200 + number)) for number in range(98)])
     net.settle()
     net.run(20)
     serials = set()
@@ -228,14 +227,14 @@ def test_a_broken_link_is_told_and_a_box_that_lives_says_so() -> None:
     net, row = chain(4)
     middle = row[2]
     for other in (row[1], row[3]):
-        other.unlinked(middle.me, lost=True)
+        other.link_down(middle.me, lost=True)
     net.boxes.pop(middle.me)
     net.run(3)
     assert row[0].adverts.gone(middle.me)
     # It was only its links; it comes back.
     net.boxes[middle.me] = middle
     for other in (row[1], row[3]):
-        middle.unlinked(other.me, lost=False)
+        middle.link_down(other.me, lost=False)
     net.link(middle, row[3])
     net.link(middle, row[1])
     net.run(6)
@@ -248,15 +247,15 @@ def test_a_false_report_of_a_lost_box_delays_it_by_seconds() -> None:
     held = row[0].adverts.get(row[3].me)
     assert held is not None
     lie = gone(IDENTITIES[1], IDENTITIES[3], held.advert.serial)[1]
-    row[0].received(row[1].me, encode(GiveRecords((GivenRecord(lie),))))
+    row[0].receive(row[1].me, encode(GiveRecords((GivenRecord(lie),))))
     assert row[0].adverts.gone(row[3].me)
-    row[4].received(row[3].me, encode(GiveRecords((GivenRecord(lie),))))
+    row[4].receive(row[3].me, encode(GiveRecords((GivenRecord(lie),))))
     assert not row[4].adverts.gone(row[3].me)  # it has a link with it and knows better
-    row[3].received(row[4].me, encode(GiveRecords((GivenRecord(lie),))))
+    row[3].receive(row[4].me, encode(GiveRecords((GivenRecord(lie),))))
     net.run(5)
     assert not row[0].adverts.gone(row[3].me)
     far = gone(IDENTITIES[1], IDENTITIES[3], 2**53 - 1)[1]
-    row[3].received(row[4].me, encode(GiveRecords((GivenRecord(far),))))
+    row[3].receive(row[4].me, encode(GiveRecords((GivenRecord(far),))))
     assert row[3]._serial < 2**53 - 1  # nobody can use up its serials
 
 
@@ -264,7 +263,7 @@ def test_a_box_that_lost_all_its_links_reports_no_box_as_gone() -> None:
     net, row = chain(3)
     middle = row[1]
     for other in (row[0], row[2]):
-        middle.unlinked(other.me, lost=True)
+        middle.link_down(other.me, lost=True)
     middle.tick()
     net.now += 2
     middle.tick()
@@ -276,7 +275,7 @@ def test_a_box_whose_clock_went_back_a_day_is_heard_again() -> None:
     net, row = chain(3)
     old = row[0]
     for other in (row[1],):
-        other.unlinked(old.me, lost=False)
+        other.link_down(old.me, lost=False)
     again = net.box(FOUNDER, *old.roster.records(), wall=NOW - 86400)
     net.link(again, row[1])
     net.run(8)
@@ -299,7 +298,7 @@ def test_a_box_whose_clock_was_a_year_ahead_is_heard_again() -> None:
     assert all(ahead.me in heard_by(box) for box in others)
     for box in (ahead, others[0]):
         other = others[0] if box is ahead else ahead
-        box.unlinked(other.me, lost=False)
+        box.link_down(other.me, lost=False)
     del net.boxes[ahead.me]
     net.run(700)
     assert all(box.adverts.get(ahead.me) is None for box in others)
@@ -321,16 +320,16 @@ def test_records_go_in_frames_that_fit() -> None:
 def test_a_revocation_that_comes_before_its_certificate_counts() -> None:
     _, row = chain(2)
     for record in (revocation(FOUNDER, IDENTITIES[5]), certificate(FOUNDER, IDENTITIES[5])):
-        row[1].received(row[0].me, encode(GiveRecords((GivenRecord(record),))))
+        row[1].receive(row[0].me, encode(GiveRecords((GivenRecord(record),))))
     assert IDENTITIES[5].node_id not in row[1].roster.members() and len(row[1].roster) == 3
 
 
 def test_few_are_all_linked_and_many_keep_a_handful() -> None:
-    few = [f"n{number}" for number in range(topology.ALL_LINKED)]
+    few = [f"n{number}" for number in range(topology.MAX_FULL_MESH)]
     many = [f"n{number}" for number in range(1000)]
     assert topology.to_dial("n0", few, ["n1"], 1, Random(1)) == sorted(set(few) - {"n0", "n1"})
     dialled = topology.to_dial("n0", many, ["n1", "n2"], 2, Random(1))
-    assert len(dialled) == topology.FEWEST - 2 and not {"n0", "n1", "n2"} & set(dialled)
-    assert topology.to_dial("n0", many, [], topology.FEWEST, Random(1)) == []
-    assert len(topology.to_drop(many, many[:30], 30, Random(1))) == 30 - topology.MOST
+    assert len(dialled) == topology.MIN_LINKS - 2 and not {"n0", "n1", "n2"} & set(dialled)
+    assert topology.to_dial("n0", many, [], topology.MIN_LINKS, Random(1)) == []
+    assert len(topology.to_drop(many, many[:30], 30, Random(1))) == 30 - topology.MAX_LINKS
     assert topology.to_drop(few, few, 30, Random(1)) == []

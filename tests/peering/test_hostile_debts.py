@@ -100,7 +100,7 @@ async def hang_up(world: ThreeBoxes, asked: leg_wire.LegRequest, how: str) -> No
             await leg_wire.send(stream, leg_wire.Stop())
             stream.abandon()
         case "with the link":
-            await world.carl.network._links.held[world.ben.node_id].link.close(400, "enough")
+            await world.carl.network._links.by_peer[world.ben.node_id].link.close(400, "enough")
         case "in dispute":
             await leg_wire.send(stream, leg_wire.Disputed("I have seen nothing"))
             await stream.finish()
@@ -546,18 +546,18 @@ async def test_a_message_without_end_ends_the_link(world: ThreeBoxes) -> None:
 async def test_as_many_streams_as_there_may_be(world: ThreeBoxes) -> None:
     """Which say nothing, or what they are for and no more."""
     (await opened(world)).abandon()
-    link = world.carl.network._links.held[world.ben.node_id].link
+    link = world.carl.network._links.by_peer[world.ben.node_id].link
     streams = [await soon(link.open()) for _ in range(100)]
     for number, stream in enumerate(streams):
         if number % 2:
             await stream.send(b"\x82\xa4type\xa4Open\xa7purpose\xa4work")
-    await wait_until(lambda: world.ben.network._incoming.count >= 100)
+    await wait_until(lambda: world.ben.network._router.count >= 100)
     answer = await world.anna.chat("meanwhile", secret=await world.key("ben"))
     told = answer.json()
     assert told["choices"][0]["message"]["content"] == fake_text(told["usage"]["prompt_tokens"], 20)
     for stream in streams:
         stream.abandon()
-    await wait_until(lambda: world.ben.network._incoming.count < 10)
+    await wait_until(lambda: world.ben.network._router.count < 10)
 
 
 async def test_prompts_are_not_counted_without_number(

@@ -11,19 +11,19 @@ import msgspec
 import pytest
 from msgspec import Struct
 
-from pinaivu_box.engine.messages import Sampling, TokenLogprob
+from pinaivu_box.engine.messages import Sampling, SamplingDefaults, TokenLogprob
 from pinaivu_box.errors import InvalidBody, ProtocolError
 from pinaivu_box.files import wire as file_wire
 from pinaivu_box.gossip import adverts, frames
 from pinaivu_box.ledger import wire as ledger_wire
 from pinaivu_box.ledger.reconcile import EntryRange, EntrySummary
 from pinaivu_box.legs import wire as leg_wire
-from pinaivu_box.legs.codec import sampling_of, to_job
+from pinaivu_box.legs.codec import to_job
 from pinaivu_box.membership import joining, records, tickets
-from pinaivu_box.membership.signed import Invalid, Record
+from pinaivu_box.membership.records import Invalid, Record
 from pinaivu_box.models.catalog import remote
 from pinaivu_box.receipts.receipt import Proof, canonical
-from pinaivu_box.transport import opening, wire
+from pinaivu_box.transport import streams, wire
 from tests.support import ledger_entries
 from tests.support.keys import IDENTITIES
 from tests.support.records import advert as made_advert
@@ -33,8 +33,9 @@ FEW = 1000  # mutations of each frame
 SEED = 20261125
 DIGEST = "ab" * 32
 TASK = leg_wire.Task(
-    "req_" + "0" * 26, "fake:1", [{"role": "user", "content": "Hello"}], leg_wire.Asked(0.5), 7, 20,
-    ["."], DIGEST, read=[1, 2, 3], settled=Sampling(0.8, 0.95, 40, 0.05, 7),
+    "req_" + "0" * 26, "fake:1", [{"role": "user", "content": "Hello"}],
+    SamplingDefaults(0.5), 7, 20, ["."], DIGEST, read=[1, 2, 3],
+    settled=Sampling(0.5, 0.95, 40, 0.05, 7),
 )  # fmt: skip
 ENTRY = ledger_entries.entry(IDENTITIES[0], IDENTITIES[1])
 WIRE_ENTRY = ledger_wire.SignedEntry(
@@ -71,7 +72,7 @@ def task(data: bytes) -> Any:
     """And the job that it becomes, with what the proof says of it."""
     asked = wire.decode(data, leg_wire.to_serving)
     if isinstance(asked, leg_wire.LegRequest | leg_wire.Count):
-        return to_job(asked.task, remote("fake:1", DIGEST), sampling_of(asked.task), "peer")
+        return to_job(asked.task, remote("fake:1", DIGEST), "peer")
     return asked
 
 
@@ -85,10 +86,10 @@ OUT = leg_wire.Out(
 # Who reads it, and what honest boxes say there.
 READERS: dict[str, tuple[Callable[[bytes], Any], list[Struct | bytes]]] = {
     "hello": (wire.decode_hello, [wire.Hello((1, 2), "1.0", 1.5)]),
-    "open": (opening.decode_open, [opening.Open("work"), opening.Open("x" * 32, 9)]),
-    "refusal": (decoded(opening._refusal), [opening.Refusal(426, "no")]),
-    "join": (decoded(joining._join), [joining.JoinRequest(bytes(16), "box")]),
-    "welcome": (decoded(joining._welcome), [joining.Welcome(RECORDS[:2])]),
+    "open": (streams.decode_open, [streams.Open("work"), streams.Open("x" * 32, 9)]),
+    "refusal": (decoded(streams._refusals), [streams.Refusal(426, "no")]),
+    "join": (decoded(joining._join_requests), [joining.JoinRequest(bytes(16), "box")]),
+    "welcome": (decoded(joining._welcomes), [joining.Welcome(RECORDS[:2])]),
     "gossip": (
         frames.decode,
         [
@@ -130,11 +131,11 @@ READERS: dict[str, tuple[Callable[[bytes], Any], list[Struct | bytes]]] = {
         ],
     ),
     "questions": (
-        file_wire.question,
+        decoded(file_wire.questions),
         [file_wire.Find("a", ""), file_wire.List(DIGEST), file_wire.GivePiece(DIGEST, 1)],
     ),
     "files": (
-        file_wire.answer,
+        decoded(file_wire.answers),
         [
             file_wire.ModelAvailable("a", DIGEST, 1), file_wire.Hashes(bytes(32)),
             file_wire.PieceData(b"a"),

@@ -19,12 +19,18 @@ from pinaivu_box.gossip.adverts import Advert, GoneReport
 from pinaivu_box.gossip.frames import GivenRecord, GiveRecords, encode
 from pinaivu_box.identity import Identity
 from pinaivu_box.membership import joining
-from pinaivu_box.membership.records import Certificate, Revocation
-from pinaivu_box.membership.signed import Record, key_of, network_key, seal
+from pinaivu_box.membership.records import (
+    Certificate,
+    Record,
+    Revocation,
+    key_of,
+    network_key,
+    seal,
+)
 from pinaivu_box.network.network import Network
 from pinaivu_box.transport import wire
-from pinaivu_box.transport.handshake import Handshake
-from pinaivu_box.transport.opening import Open
+from pinaivu_box.transport.link import Handshake
+from pinaivu_box.transport.streams import Open
 from pinaivu_box.transport.transport import Link, Stream
 from pinaivu_box.transport.wire import Code
 from tests.support.fake_model import CHEAP, FAKE
@@ -85,11 +91,11 @@ def advert(world: ThreeBoxes, of: str, by: Identity, **changes: Any) -> Record:
 
 
 def tell(member: FakePeer, to: str, *records: Record) -> None:
-    member.network.say(to, encode(GiveRecords(tuple(GivenRecord(one) for one in records))))
+    member.network.send(to, encode(GiveRecords(tuple(GivenRecord(one) for one in records))))
 
 
 async def end_of(member: FakePeer, to: str) -> PeeringError:
-    lost: PeeringError = await soon(member.network._links.held[to].link.closed())
+    lost: PeeringError = await soon(member.network._links.by_peer[to].link.closed())
     return lost
 
 
@@ -99,12 +105,12 @@ async def end_of(member: FakePeer, to: str) -> PeeringError:
 async def test_the_certificate_of_a_removed_box_is_not_accepted(
     world: ThreeBoxes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(protocol, "_STRANGER_SECONDS", 0.1)
+    monkeypatch.setattr(protocol, "_CERTIFICATE_SECONDS", 0.1)
     async with newcomer(world, tmp_path, "dora", 81) as dora:
         assert dora.network.roster is not None
         old = dora.network.roster.proof(dora.identity.node_id)
         await world.anna.network.remove("dora", "sold")
-        await wait_until(lambda: not dora.network._links.held)
+        await wait_until(lambda: not dora.network._links.by_peer)
     # Another member passes it on, as if it had missed that.
     for box in (world.anna, world.ben):
         tell(world.carl, box.node_id, *old)
@@ -279,13 +285,13 @@ async def test_a_revocation_without_the_right_revokes_no_box(
 async def test_a_flooding_peer_is_cut_off(
     world: ThreeBoxes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(protocol, "_LINK_BURST", 500_000.0)
+    monkeypatch.setattr(protocol, "_LINK_BURST_BYTES", 500_000.0)
     async with newcomer(world, tmp_path, "loud", 122) as loud:
         stale = [advert(world, loud.identity.node_id, loud.identity, serial=n) for n in range(50)]
-        held = loud.network._links.held[world.anna.node_id]
-        assert held.talk is not None
+        held = loud.network._links.by_peer[world.anna.node_id]
+        frame = encode(GiveRecords(tuple(map(GivenRecord, stale * 8))))
         for _ in range(20):
-            held.talk.say(encode(GiveRecords(tuple(map(GivenRecord, stale * 8)))))
+            loud.network.send(world.anna.node_id, frame)
             await asyncio.sleep(0)
         lost: Any = await soon(held.link.closed())
         assert lost.code == Code.PROTOCOL and "too much" in lost.reason
@@ -307,7 +313,7 @@ async def test_a_greeting_that_is_none(world: ThreeBoxes, hello: wire.Hello) -> 
     frame = wire.encode(hello)
     await pipe.write(wire.LENGTH.pack(len(frame)) + frame + wire.END_FRAME)
     lost = await soon(connection.closed())
-    assert lost.code == Code.PROTOCOL and "no Hello" in lost.reason
+    assert lost.code == Code.PROTOCOL and "not a Hello" in lost.reason
     await bare.close()
 
 
@@ -316,7 +322,7 @@ async def test_a_newcomer_that_says_nothing_is_not_waited_for(
 ) -> None:
     monkeypatch.setattr(joining, "_JOIN_SECONDS", 0.2)
     async with newcomer(world, tmp_path, "mute", 124) as mute:
-        stream = await mute.network._links.held[world.anna.node_id].link.open()
+        stream = await mute.network._links.by_peer[world.anna.node_id].link.open()
         await stream.send(wire.encode(Open("join")))
         with pytest.raises(PeeringError):
             await soon(stream.receive())

@@ -17,9 +17,8 @@ import pytest
 
 from pinaivu_box.errors import CliError, Unreachable
 from pinaivu_box.transport import iroh_bindings
-from pinaivu_box.transport.handshake import Handshake
 from pinaivu_box.transport.iroh_transport import IrohTransport
-from pinaivu_box.transport.link import HeartbeatTiming
+from pinaivu_box.transport.link import Handshake, HeartbeatTiming
 from pinaivu_box.transport.wire import Code
 from tests.support.keys import new_identity
 from tests.support.ports import free_port
@@ -82,7 +81,7 @@ async def test_what_cannot_be_bound_or_called_says_why() -> None:
         with pytest.raises(Unreachable, match="no address to connect to"):
             await ours.connect(new_identity().node_id, [address], DEADLINE)
     for node_id in ("node_12", "node_" + "0" * 63 + "1", "somebody"):
-        with pytest.raises(Unreachable, match="is no node id"):
+        with pytest.raises(Unreachable, match="is not a node id"):
             await ours.connect(node_id, ["127.0.0.1:9"], DEADLINE)
     await ours.close()
 
@@ -154,8 +153,8 @@ async def test_a_peer_whose_program_stands_still_is_borne_for_a_while(
     peers: Callable[..., PeerProcess],
 ) -> None:
     here = await peers().event("listening")
-    reception = Handshake(pace=HeartbeatTiming(beat=0.5, patience=4, stuck=10))
-    ours = await IrohTransport.bind(new_identity(), "127.0.0.1", 0, reception=reception)
+    reception = Handshake(heartbeats=HeartbeatTiming(interval=0.5, max_silent=4, max_stuck=10))
+    ours = await IrohTransport.bind(new_identity(), "127.0.0.1", 0, handshake=reception)
     link = await ours.connect(here["node_id"], here["addresses"], DEADLINE)
     stream = await converse(link, "block 3")
     assert await soon(stream.receive()) is None
@@ -171,8 +170,8 @@ async def test_a_box_that_was_suspended_reports_no_box_as_gone(
     peers: Callable[..., PeerProcess],
 ) -> None:
     here = await peers().event("listening")
-    reception = Handshake(pace=HeartbeatTiming(beat=0.2, patience=2))
-    ours = await IrohTransport.bind(new_identity(), "127.0.0.1", 0, reception=reception)
+    reception = Handshake(heartbeats=HeartbeatTiming(interval=0.2, max_silent=2))
+    ours = await IrohTransport.bind(new_identity(), "127.0.0.1", 0, handshake=reception)
     link = await ours.connect(here["node_id"], here["addresses"], DEADLINE)
     time.sleep(2)  # noqa: ASYNC251
     await echo(link)
@@ -181,7 +180,7 @@ async def test_a_box_that_was_suspended_reports_no_box_as_gone(
 
 async def test_bindings_that_are_not_those_we_know_stay_as_they_are() -> None:
     known = vars(iroh.iroh_ffi._UniffiFfiConverterBytes)["lower"]
-    assert isinstance(known, staticmethod)  # ours: the mend was done, and it carries this suite
+    assert isinstance(known, staticmethod)  # ours: the fix is applied, and this suite runs on it
 
     def bindings(**more: Any) -> Any:
         stock = type("Bytes", (), {"lower": "stock"})
@@ -189,7 +188,7 @@ async def test_bindings_that_are_not_those_we_know_stay_as_they_are() -> None:
         return SimpleNamespace(**{**names, **more})
 
     good = bindings()
-    assert iroh_bindings.mend_copying(good)
+    assert iroh_bindings.fix_copying(good)
     made = good._UniffiFfiConverterBytes.lower(b"abc" * 1000)
     assert made.data[: made.len] == (3000).to_bytes(4, "big") + b"abc" * 1000
     made.free()
@@ -200,7 +199,7 @@ async def test_bindings_that_are_not_those_we_know_stay_as_they_are() -> None:
         (bindings(_UniffiRustBuffer=strange_fields), None),
         (bindings(_UniffiFfiConverterBytes=None), None),
     ):
-        assert not iroh_bindings.mend_copying(ffi, version)
+        assert not iroh_bindings.fix_copying(ffi, version)
         assert getattr(ffi._UniffiFfiConverterBytes, "lower", "stock") == "stock"
 
 

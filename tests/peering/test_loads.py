@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from msgspec.structs import replace
 
+from pinaivu_box.gossip.adverts import ModelLoad
 from pinaivu_box.gossip.frames import (
-    MAX_TOLD,
+    MAX_LOADS,
     HaveRecords,
     LoadQuery,
     LoadReport,
     LoadUpdate,
-    ModelLoad,
     RosterDigest,
     decode,
     encode,
 )
-from pinaivu_box.gossip.loads import TOLD_SECONDS
+from pinaivu_box.gossip.loads import REPORT_SECONDS
 from pinaivu_box.gossip.protocol import Gossip
-from pinaivu_box.membership.signed import key_of
+from pinaivu_box.membership.records import key_of
 from tests.support.gossip_net import FACTS, GossipNet, chain, heard_by
 from tests.support.keys import FOUNDER, IDENTITIES
 from tests.support.records import certificate
@@ -30,7 +30,7 @@ def fill(net: GossipNet, box: Gossip, queue: int = 3) -> None:
     box.facts = replace(
         FACTS, models=(replace(FACTS.models[0], sequences_free=0, kv_free=0, queue=queue),)
     )
-    box.push()
+    box.push_load()
     net.settle()
 
 
@@ -45,7 +45,7 @@ def test_a_neighbour_hears_at_once_and_others_when_they_ask() -> None:
     fill(net, row[2])
     assert knows(row[1], row[2]) == knows(row[3], row[2]) == FULL
     assert knows(row[0], row[2]) is None
-    row[0].ask(MODEL)
+    row[0].query_load(MODEL)
     assert row[0].loads.waiting(MODEL)
     net.settle()
     assert not row[0].loads.waiting(MODEL)
@@ -58,12 +58,12 @@ def test_a_neighbour_hears_at_once_and_others_when_they_ask() -> None:
 def test_what_others_said_is_soon_forgotten_and_what_a_link_said_ends_with_it() -> None:
     net, row = chain(3)
     fill(net, row[2])
-    row[0].ask(MODEL)
+    row[0].query_load(MODEL)
     net.settle()
-    net.now += TOLD_SECONDS + 0.1
+    net.now += REPORT_SECONDS + 0.1
     assert knows(row[0], row[2]) is None
     assert knows(row[1], row[2]) == FULL
-    row[1].unlinked(row[2].me, lost=True)
+    row[1].link_down(row[2].me, lost=True)
     assert knows(row[1], row[2]) is None
 
 
@@ -71,7 +71,7 @@ def test_a_new_link_begins_with_the_load_as_it_is() -> None:
     net, row = chain(2)
     fill(net, row[1])
     new = net.box(IDENTITIES[5], certificate(FOUNDER, IDENTITIES[5], name="n"))
-    row[0].add([certificate(FOUNDER, IDENTITIES[5], name="n")])
+    row[0].admit([certificate(FOUNDER, IDENTITIES[5], name="n")])
     net.link(new, row[1])
     assert knows(new, row[1]) == FULL
 
@@ -89,11 +89,11 @@ def test_a_crowd_of_requests_makes_no_crowd_of_frames() -> None:
 def test_an_answer_that_nobody_asked_for_is_not_heard() -> None:
     net, row = chain(3)
     lie = encode(LoadReport(MODEL, ((key_of(row[2].me), FULL),)))
-    row[0].received(row[1].me, lie)
+    row[0].receive(row[1].me, lie)
     assert knows(row[0], row[2]) is None
-    row[0].ask(MODEL)
+    row[0].query_load(MODEL)
     net.settle()
-    row[0].received(row[1].me, lie)  # it has answered already
+    row[0].receive(row[1].me, lie)  # it has answered already
     assert knows(row[0], row[2]) == ModelLoad(
         FACTS.models[0].sequences_free, FACTS.models[0].kv_free, FACTS.models[0].queue
     )
@@ -102,21 +102,21 @@ def test_an_answer_that_nobody_asked_for_is_not_heard() -> None:
 def test_the_number_of_models_of_a_peer_is_bounded() -> None:
     _, row = chain(2)
     for number in range(20):
-        named = tuple((f"m{number}:{n}", FULL) for n in range(MAX_TOLD))
-        row[0].received(row[1].me, encode(LoadUpdate(named)))
-    assert len(row[0].loads.of(row[1].me)) == MAX_TOLD
+        named = tuple((f"m{number}:{n}", FULL) for n in range(MAX_LOADS))
+        row[0].receive(row[1].me, encode(LoadUpdate(named)))
+    assert len(row[0].loads.of(row[1].me)) == MAX_LOADS
 
 
 def test_a_box_that_knows_no_loads_gets_none_and_all_else() -> None:
     """Its Digest has nothing after the roster's."""
     net, row = chain(2)
     old = net.box(IDENTITIES[6], certificate(FOUNDER, IDENTITIES[6], name="n"))
-    row[0].add([certificate(FOUNDER, IDENTITIES[6], name="n")])
+    row[0].admit([certificate(FOUNDER, IDENTITIES[6], name="n")])
     old._digest = lambda: RosterDigest(old.roster.digest())  # type: ignore[method-assign]
     net.link(old, row[0])
     net.run(8)
     fill(net, row[0])
-    row[0].ask(MODEL)
+    row[0].query_load(MODEL)
     net.settle()
     told = [decode(frame) for _, target, frame in net.sent if target == old.me]
     assert heard_by(old) >= {one.me for one in row}

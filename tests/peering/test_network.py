@@ -15,6 +15,7 @@ import msgspec
 import pytest
 
 from pinaivu_box.errors import LinkLost, NotJoined, PeeringError, PeerNotFound, PeerRefused
+from pinaivu_box.gossip import channel
 from pinaivu_box.ledger import views as ledger_views
 from pinaivu_box.membership import joining as joining_protocol
 from pinaivu_box.membership import store as membership_store
@@ -24,9 +25,9 @@ from pinaivu_box.network import network
 from pinaivu_box.network.network import Network
 from pinaivu_box.store import audit, peer_settings
 from pinaivu_box.store.audit import BOX, Actor
-from pinaivu_box.transport import gossip_channel, incoming, wire
-from pinaivu_box.transport.connections import Links
-from pinaivu_box.transport.opening import Open, OpenedStream
+from pinaivu_box.transport import streams, wire
+from pinaivu_box.transport.connections import LinkManager
+from pinaivu_box.transport.streams import Open, OpenedStream
 from pinaivu_box.transport.transport import Stream
 from pinaivu_box.transport.wire import Code
 from tests.support.keys import IDENTITIES
@@ -198,7 +199,7 @@ async def test_what_is_no_ticket_or_no_longer_one(group: SiteGroup) -> None:
     ticket = await one.invite()
     with pytest.raises(NotJoined, match="begins with pnv1"):
         await two.join("hello")
-    with pytest.raises(NotJoined, match="this box itself"):
+    with pytest.raises(NotJoined, match="made the ticket itself"):
         await one.join(ticket)
     found = tickets.decode(ticket)
     forged = tickets.encode(
@@ -246,7 +247,7 @@ async def test_a_revoked_box_is_cut_off_everywhere_and_stays_out(group: SiteGrou
     gone = await one.remove("three", "sold")
     assert gone.state == "revoked" and "sold" in gone.why
     await wait_until(lambda: states(two) == {"one": "connected", "three": "revoked"})
-    await wait_until(lambda: not three._links.held)
+    await wait_until(lambda: not three._links.by_peer)
     with pytest.raises(PeeringError):
         await soon(two.open(three.node_id, "echo"))
     with suppress(PeeringError):  # whether it knows or not
@@ -281,7 +282,9 @@ async def test_a_box_that_was_killed_comes_back_by_itself(group: SiteGroup) -> N
 
 async def test_all_restarted_at_once_find_each_other(group: SiteGroup) -> None:
     await group.joined("one", "two", "three")
-    await wait_until(lambda: all(len(site.network._book.known) == 2 for site in group.sites))
+    await wait_until(
+        lambda: all(len(site.network._address_book.known) == 2 for site in group.sites)
+    )
     for site in group.sites:
         await site.close()
     boxes = [await site.open() for site in group.sites]
@@ -292,13 +295,13 @@ async def test_both_call_at_once_and_one_link_stays(
     group: SiteGroup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And what has begun over the other one comes to its end."""
-    monkeypatch.setattr("pinaivu_box.transport.connections._SUCCESSION", 0.1)
+    monkeypatch.setattr("pinaivu_box.transport.connections._RETIRE_SECONDS", 0.1)
     one, two = await group.joined("one", "two")
     for _ in range(5):
         for site in group.sites:
-            for held in list(site.network._links.held.values()):
+            for held in list(site.network._links.by_peer.values()):
                 await held.link.close(Code.SHUTDOWN, "again")
-            site.network._links.forget()
+            site.network._links.reset_backoff()
         streams = await asyncio.gather(one.open(two.node_id, "echo"), two.open(one.node_id, "echo"))
         await wait_until(lambda: whole(one, 2) and whole(two, 2))
         assert len(group.sites[0].transport.connections) == 2
@@ -335,23 +338,23 @@ async def test_both_sides_keep_the_same_of_two_links(
     first_at_one: bool, first_at_two: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In whatever order the two links come up on either side."""
-    monkeypatch.setattr("pinaivu_box.transport.connections._SUCCESSION", 0.05)
+    monkeypatch.setattr("pinaivu_box.transport.connections._RETIRE_SECONDS", 0.05)
     ids = sorted(one.node_id for one in IDENTITIES[:2])
     kept = []
     for me, peer, first in ((ids[0], ids[1], first_at_one), (ids[1], ids[0], first_at_two)):
         owner: Any = Mock(spawn=asyncio.ensure_future)
-        links = Links(Mock(node_id=me), owner, Random(0))
+        links = LinkManager(Mock(node_id=me), owner, Random(0))
         made: Any
         for ours in (first, not first):
             made = BareLink(peer)
             links.add(made, dialed=ours)
-        held = links.held[peer]
+        held = links.by_peer[peer]
         kept.append(me if held.dialed else peer)
         await asyncio.sleep(0)
         assert not held.link.over.is_set()  # type: ignore[attr-defined]
-        other = next(one for one in links.of(peer) if one is not held)
+        other = next(one for one in links.all_to(peer) if one is not held)
         await wait_until(other.link.over.is_set)  # type: ignore[attr-defined]
-        assert owner.ended.call_count == owner.began.call_count - 1
+        assert owner.link_closed.call_count == owner.link_opened.call_count - 1
     assert kept == [ids[0], ids[0]]
 
 
@@ -376,7 +379,7 @@ async def test_a_request_that_begins_is_known_to_the_links_before_any_advert(
     two.changed()
     await wait_until(lambda: one.peer("two").loads[model].load.sequences_free == fewer)
     assert one.peer("two").advert == advert
-    await soon(one.look(model))  # and nobody else is there to tell
+    await soon(one.query_load(model))  # and nobody else is there to tell
 
 
 # -- bad company ---------------------------------------------------------------------------------
@@ -411,7 +414,7 @@ async def test_garbage_closes_the_link(group: SiteGroup, first: bytes) -> None:
 async def test_a_stranger_gets_nothing_and_is_shown_the_door(
     group: SiteGroup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(membership_store, "_BELONG_SECONDS", 0.1)
+    monkeypatch.setattr(membership_store, "_CERTIFICATE_SECONDS", 0.1)
     one, _ = await group.joined("one", "two")
     served: list[str] = []
 
@@ -424,7 +427,7 @@ async def test_a_stranger_gets_nothing_and_is_shown_the_door(
         lost = await reason(link)
     assert not served
     assert lost.code == Code.FORBIDDEN and "no member has certified it" in lost.reason
-    monkeypatch.setattr(network, "STRANGER_SECONDS", 0.1)
+    monkeypatch.setattr(network, "GOSSIP_START_SECONDS", 0.1)
     async with called(group, 6, one) as link:  # says nothing at all
         assert (await reason(link)).code == Code.FORBIDDEN
     assert states(one) == {"two": "connected"}
@@ -442,12 +445,12 @@ async def test_what_we_do_not_know_is_refused_and_the_link_stays(
     group: SiteGroup, opened: Open
 ) -> None:
     one, two = await group.joined("one", "two")
-    link = one._links.held[two.node_id].link
+    link = one._links.by_peer[two.node_id].link
     stream = OpenedStream(two.node_id, await link.open(), opened)
     with pytest.raises(PeerRefused, match="update the older") as refused:
         await soon(stream.receive())
     assert refused.value.code == Code.VERSION
-    assert one._links.held[two.node_id].link is link
+    assert one._links.by_peer[two.node_id].link is link
     await asked(one, two)
 
 
@@ -458,7 +461,7 @@ async def test_streams_are_not_without_number(
     stream = await soon(one.open(two.node_id, "echo"))
     await stream.send(b"x")
     assert await soon(stream.receive()) == b"x"
-    monkeypatch.setattr(incoming, "MAX_INCOMING", two._incoming.count)
+    monkeypatch.setattr(streams, "MAX_INBOUND_STREAMS", two._router.count)
     refused = await soon(one.open(two.node_id, "echo"))
     with pytest.raises(PeerRefused, match="too many"):
         await soon(refused.receive())
@@ -483,16 +486,16 @@ async def test_a_peer_that_does_not_read_is_cut_off(
 ) -> None:
     one, two = await group.joined("one", "two")
     if limit == "bytes":
-        monkeypatch.setattr(gossip_channel, "MAX_WAITING_BYTES", 2_000_000)
+        monkeypatch.setattr(channel, "MAX_QUEUED_BYTES", 2_000_000)
     else:
-        monkeypatch.setattr(gossip_channel, "SEND_SECONDS", 0.2)
+        monkeypatch.setattr(channel, "SEND_SECONDS", 0.2)
     # A box with two's key and certificate that takes a link and reads nothing of it.
     await group.sites[1].close()
     transport = MemoryTransport(group.net, two.node_id, None, "at:two")
     link = await soon(transport.accept())
     await soon(link.accept())
     for _ in range(40):
-        one.say(two.node_id, bytes(100_000))
+        one.send(two.node_id, bytes(100_000))
     lost = await reason(link)
     assert lost.code == Code.PROTOCOL and "does not read" in lost.reason
     await transport.close()

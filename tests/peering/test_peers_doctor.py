@@ -17,7 +17,7 @@ from pinaivu_box.config import Config, PeeringConfig
 from pinaivu_box.doctor import udp
 from pinaivu_box.doctor.check import Check
 from pinaivu_box.doctor.peers import examine
-from pinaivu_box.network.views import (
+from pinaivu_box.network.peer import (
     LinkView,
     OfferView,
     OwnModel,

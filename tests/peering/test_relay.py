@@ -93,7 +93,7 @@ async def test_of_several_relays_one_is_waited_for(
     assert here.addresses()[-1] == relay.url
     nobody = iroh.RelayMode.custom_from_urls([DEAD, "http://127.0.0.1:19/"])
     monkeypatch.setattr(iroh.RelayMode, "default_mode", lambda: nobody)
-    monkeypatch.setattr(iroh_transport, "_CHOOSING_SECONDS", 0.5)
+    monkeypatch.setattr(iroh_transport, "_RELAY_CHOICE_SECONDS", 0.5)
     here = await bound("n0")
     await soon(here.settle())  # but not for ever
     assert not any(one.startswith("http") for one in here.addresses())

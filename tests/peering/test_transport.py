@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from pinaivu_box.errors import LinkLost, ProtocolError, Unreachable, WrongPeer
-from pinaivu_box.transport import handshake, wire
+from pinaivu_box.transport import link as link_module
+from pinaivu_box.transport import wire
 from pinaivu_box.transport.link import Connection, FramedStream, PeerLink
 from pinaivu_box.transport.wire import LENGTH, MAX_FRAME_BYTES, MAX_STREAMS, Code, Hello
 from tests.support.keys import new_identity
@@ -351,7 +352,7 @@ async def test_no_server_at_the_address(world: World) -> None:
         await world.ours.connect(new_identity().node_id, ["127.0.0.1:9"], 0.5)
     with pytest.raises(Unreachable, match="no address"):
         await world.ours.connect(world.node_id, [], DEADLINE)
-    with pytest.raises(Unreachable, match="this box itself"):
+    with pytest.raises(Unreachable, match="made the ticket itself"):
         await world.ours.connect(world.ours.node_id, world.addresses, DEADLINE)
 
 
@@ -401,7 +402,7 @@ async def greeted(connection: Any) -> None:
         pass
 
 
-NO_HELLO = "the first frame is no Hello"
+NO_HELLO = "the first frame is not a Hello"
 GARBAGE = {
     "2 GB announced": (b"\xff\xff\xff\x7f", "a frame of 2147483647 bytes was announced"),
     "HTTP": (b"GET / HTTP/1.1\r\n\r\n", "a frame of 542393671 bytes was announced"),
@@ -437,7 +438,7 @@ async def test_an_oversized_frame_closes_the_link(world: World) -> None:
 
 
 async def test_a_silent_connection_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(handshake, "GREETING_SECONDS", 0.2)
+    monkeypatch.setattr(link_module, "HANDSHAKE_SECONDS", 0.2)
     world = MemoryPair()
     await world.start()
     connection = await world.ours.dial(world.node_id, world.addresses)
@@ -459,7 +460,8 @@ async def test_strangers_at_the_door_are_counted() -> None:
     world = MemoryPair()
     await world.start()
     at_the_door = [await world.ours.dial(world.node_id, world.addresses) for _ in range(70)]
-    assert [one.why is None for one in at_the_door].count(True) == handshake.MAX_GREETINGS
+    still_open = [one.why is None for one in at_the_door]
+    assert still_open.count(True) == link_module.MAX_INBOUND_HANDSHAKES
     await world.end()
 
 

@@ -9,7 +9,7 @@ from random import Random
 from pinaivu_box.gossip.adverts import Facts
 from pinaivu_box.gossip.protocol import Gossip
 from pinaivu_box.identity import Identity
-from pinaivu_box.membership.signed import Record
+from pinaivu_box.membership.records import Record
 from tests.support.keys import FOUNDER, IDENTITIES
 from tests.support.records import NOW, certificate, offer, roster
 
@@ -25,12 +25,12 @@ class CarriedEffects:
     def send(self, peer: str, frame: bytes) -> None:
         self.net.waiting.append((self.me, peer, frame))
 
-    def cut(self, peer: str, why: str) -> None:
+    def disconnect(self, peer: str, why: str) -> None:
         self.net.cuts.append((self.me, peer, why))
         if other := self.net.boxes.get(peer):
-            other.unlinked(self.me, lost=False)
+            other.link_down(self.me, lost=False)
 
-    def changed(self) -> None:
+    def roster_changed(self) -> None:
         self.net.changes += 1
 
 
@@ -53,8 +53,8 @@ class GossipNet:
         return made
 
     def link(self, one: Gossip, other: Gossip) -> None:
-        one.linked(other.me)
-        other.linked(one.me)
+        one.link_up(other.me)
+        other.link_up(one.me)
         self.settle()
 
     def settle(self, lose: bool = False) -> None:
@@ -62,7 +62,7 @@ class GossipNet:
             source, target, frame = self.waiting.popleft()
             self.sent.append((source, target, frame))
             if not lose and target in self.boxes:
-                self.boxes[target].received(source, frame)
+                self.boxes[target].receive(source, frame)
 
     def run(self, seconds: int) -> None:
         for _ in range(seconds):

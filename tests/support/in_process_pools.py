@@ -15,7 +15,8 @@ import msgspec
 from nacl.signing import SigningKey
 from ulid import ULID
 
-from pinaivu_box.config import Config, EngineConfig, ModelConfig, PeeringConfig, SamplingConfig
+from pinaivu_box.config import Config, EngineConfig, ModelConfig, PeeringConfig
+from pinaivu_box.engine.messages import SamplingParams
 from pinaivu_box.errors import PeeringError
 from pinaivu_box.gateway.backend import Event, Job
 from pinaivu_box.gateway.local import LocalBackend
@@ -28,8 +29,8 @@ from pinaivu_box.ledger.entry import Balance
 from pinaivu_box.legs.client import AcceptedLeg
 from pinaivu_box.legs.runner import LegRun
 from pinaivu_box.legs.server import Served
-from pinaivu_box.legs.wiring import Pool
-from pinaivu_box.membership.signed import key_of
+from pinaivu_box.legs.wiring import PeerServices
+from pinaivu_box.membership.records import key_of
 from pinaivu_box.models import catalog as catalogs
 from pinaivu_box.models.catalog import Catalog, Model, digest_of
 from pinaivu_box.network.peer import Peer
@@ -38,8 +39,8 @@ from pinaivu_box.routing.load import LoadTracker
 from pinaivu_box.routing.offers import Offers
 from pinaivu_box.routing.spending_limits import Debts
 from pinaivu_box.settings import LiveSettings, Settings
-from pinaivu_box.transport.incoming import Handler
 from pinaivu_box.transport.link import PeerLink
+from pinaivu_box.transport.streams import StreamHandler
 from pinaivu_box.transport.transport import Stream
 from tests.support.memory_transport import MemoryNetwork, MemoryTransport
 
@@ -51,7 +52,7 @@ class PoolLinks:
     """As `peering.network.Network`, among the pools of one process."""
 
     def __init__(self, transport: MemoryTransport, everybody: dict[str, PoolNode]) -> None:
-        self.handlers: dict[str, Handler] = {}
+        self.handlers: dict[str, StreamHandler] = {}
         self.others: list[str] = []
         self.looked: Callable[[], None] | None = None
         self.looks = 0
@@ -65,7 +66,7 @@ class PoolLinks:
     def changed(self) -> None:
         pass
 
-    async def look(self, model: str) -> None:
+    async def query_load(self, model: str) -> None:
         self.looks += 1
         if self.looked is not None:
             self.looked()
@@ -148,7 +149,7 @@ class PoolNode:
         self.told: dict[str, ReportedLoad] = {}  # by its neighbours
         self.load = LoadTracker(self.placement, self.settings)
         self.offers = Offers(self.settings, self.load, _digest, lambda: False)
-        self.pool = Pool(
+        self.pool = PeerServices(
             self.identity,
             self.settings,
             self.placement,
@@ -201,8 +202,7 @@ class PoolNode:
             request_id=f"req_{ULID()}".lower(),
             model=model,
             messages=[{"role": "user", "content": text}],
-            asked=SamplingConfig(),
-            seed=7,
+            sampling=SamplingParams(seed=7),
             max_tokens=20,
             stop=[],
             tenant="key_1",

@@ -7,7 +7,7 @@ import hashlib
 from nacl.signing import SigningKey
 
 from pinaivu_box.identity import Identity
-from pinaivu_box.membership.signed import network_of
+from pinaivu_box.membership.records import network_of
 
 
 def known_identity(number: int) -> Identity:

@@ -8,8 +8,7 @@ from collections.abc import Callable, Sequence
 
 from pinaivu_box.errors import LinkLost, Unreachable, WrongPeer
 from pinaivu_box.transport import wire
-from pinaivu_box.transport.handshake import Handshake
-from pinaivu_box.transport.link import PeerLink
+from pinaivu_box.transport.link import Handshake, PeerLink
 from pinaivu_box.transport.transport import LinkRoute
 from pinaivu_box.transport.wire import Code
 
@@ -152,7 +151,7 @@ class MemoryConnection:
         await self._until(lambda: bool(self._arrived))
         return self._arrived.popleft()
 
-    def beat(self) -> None:
+    def send_heartbeat(self) -> None:
         if not self.silent:
             self.other._beats += 1
             self.arrive(1)
@@ -162,10 +161,10 @@ class MemoryConnection:
         """So many bytes reach the peer."""
         self.other._received += size
 
-    def received(self) -> int:
+    def received_bytes(self) -> int:
         return self._received
 
-    async def heard(self) -> None:
+    async def receive_heartbeat(self) -> None:
         await self._until(lambda: self._beats > 0)
         self._beats = 0
 
@@ -229,7 +228,7 @@ class MemoryTransport:
     def addresses(self) -> list[str]:
         return [self.address]
 
-    async def settle(self) -> None:
+    async def wait_for_addresses(self) -> None:
         pass
 
     async def connect(self, node_id: str, addresses: Sequence[str], timeout: float) -> PeerLink:
@@ -240,7 +239,7 @@ class MemoryTransport:
             raise Unreachable("There is no address to connect to (none is given).")
         try:
             async with asyncio.timeout(timeout):
-                return await self._reception.join(await self.dial(node_id, addresses))
+                return await self._reception.upgrade_outbound(await self.dial(node_id, addresses))
         except TimeoutError as error:
             raise Unreachable(f"{name} did not answer at {where} within {timeout:g} s.") from error
 
@@ -256,10 +255,10 @@ class MemoryTransport:
         here = MemoryConnection(self._network, self, peer)
         there = MemoryConnection(self._network, peer, self)
         here.other, there.other = there, here
-        if peer._reception.full:
+        if peer._reception.at_capacity():
             here.close(LinkLost("The peer is busy.", code=Code.BUSY))
         else:
-            peer._reception.receive(there.itself)
+            peer._reception.upgrade_inbound(there.itself)
         return here
 
     async def accept(self) -> PeerLink:

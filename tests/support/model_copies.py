@@ -22,7 +22,7 @@ from pinaivu_box.files.upload import FileServer
 from pinaivu_box.files.wire import PieceData
 from pinaivu_box.models import catalog as catalogs
 from pinaivu_box.models.catalog import Catalog
-from pinaivu_box.models.pieces import PIECE_BYTES
+from pinaivu_box.models.partial_file import PIECE_BYTES
 from pinaivu_box.store.database import Database
 from pinaivu_box.transport import wire
 from pinaivu_box.transport.transport import Link, Stream
@@ -163,23 +163,28 @@ class CopyNetwork:
 class WrongPieces(FileServer):
     """Has the right list, and gives something else."""
 
-    async def _give(self, stream: Stream, model: Any, number: int) -> None:
-        for _ in range(PIECE_BYTES // file_wire.PART_BYTES):
-            await stream.send(wire.encode(PieceData(os.urandom(file_wire.PART_BYTES))))
+    async def _send_piece(self, conversation: Any, model: Any, number: int) -> None:
+        for _ in range(PIECE_BYTES // file_wire.MAX_DATA_BYTES):
+            await conversation.send(PieceData(os.urandom(file_wire.MAX_DATA_BYTES)))
+
+
+def read_answer(frame: bytes | None) -> file_wire.Answer:
+    """What a box with model files answers."""
+    return wire.decode(frame or b"", file_wire.answers)
 
 
 async def asked(world: CopyNetwork, *questions: Any) -> Any:
     stream = await soon(world.open(world.sources[0].peer))
     for question in questions:
         await stream.send(wire.encode(question))
-        answer = file_wire.answer(await soon(stream.receive()))
+        answer = read_answer(await soon(stream.receive()))
     return answer
 
 
 class Slow(FileServer):
-    async def _give(self, stream: Stream, model: Any, number: int) -> None:
+    async def _send_piece(self, conversation: Any, model: Any, number: int) -> None:
         await asyncio.sleep(0.1)
-        await super()._give(stream, model, number)
+        await super()._send_piece(conversation, model, number)
 
 
 async def main(source: str, home: str, digest: str) -> None:

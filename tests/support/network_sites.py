@@ -10,8 +10,7 @@ from pinaivu_box.gossip.adverts import Facts, Offer
 from pinaivu_box.identity import Identity
 from pinaivu_box.network.network import Network
 from pinaivu_box.store.database import Database
-from pinaivu_box.transport.handshake import Handshake
-from pinaivu_box.transport.link import HeartbeatTiming
+from pinaivu_box.transport.link import Handshake, HeartbeatTiming
 from pinaivu_box.transport.transport import Stream
 from tests.support.keys import IDENTITIES
 from tests.support.memory_transport import MemoryNetwork, MemoryTransport
@@ -33,10 +32,10 @@ class Site:
         self.database = Database(home / f"{name}.db")
         self.network: Network
         self.offers: tuple[Offer, ...] = (offer(),)
-        self.pace = HeartbeatTiming(beat=0.05, patience=40)
+        self.pace = HeartbeatTiming(interval=0.05, max_silent=40)
 
     async def open(self) -> Network:
-        reception = Handshake(pace=self.pace)
+        reception = Handshake(heartbeats=self.pace)
         self.transport = MemoryTransport(
             self.group.net, self.identity.node_id, reception, f"at:{self.name}"
         )
@@ -67,8 +66,7 @@ class Site:
     async def _end(self) -> None:
         self.running.cancel()
         await asyncio.wait([self.running])
-        for task in tuple(self.network._tasks):
-            task.cancel()
+        await self.network._tasks.cancel()
         await self.database.close()
 
 

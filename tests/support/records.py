@@ -6,9 +6,15 @@ import hashlib
 
 from pinaivu_box.gossip.adverts import Advert, GoneReport, Offer
 from pinaivu_box.identity import Identity
-from pinaivu_box.membership.records import Certificate, Revocation
+from pinaivu_box.membership.records import (
+    Certificate,
+    Record,
+    Revocation,
+    key_of,
+    network_key,
+    seal,
+)
 from pinaivu_box.membership.roster import Roster
-from pinaivu_box.membership.signed import Record, key_of, network_key, seal
 from tests.support.keys import NETWORK
 
 NOW = 1_800_000_000.0  # Unix seconds

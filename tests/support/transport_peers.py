@@ -16,9 +16,8 @@ from typing import Any, ClassVar
 
 from nacl.signing import SigningKey
 
-from pinaivu_box.transport.handshake import Handshake
 from pinaivu_box.transport.iroh_transport import IrohTransport
-from pinaivu_box.transport.link import FramedStream, HeartbeatTiming, PeerLink
+from pinaivu_box.transport.link import FramedStream, Handshake, HeartbeatTiming, PeerLink
 from tests.support import echo_peer
 from tests.support.keys import new_identity
 from tests.support.memory_transport import MemoryNetwork, MemoryTransport
@@ -110,7 +109,7 @@ class PeerProcess:
 class IrohPair:
     """Peers that have come to no harm are used again: it takes a second to start one."""
 
-    pace = HeartbeatTiming(beat=0.5, patience=5)
+    pace = HeartbeatTiming(interval=0.5, max_silent=5)
     patience = 2.5  # seconds of silence that are borne
     spare: ClassVar[list[tuple[PeerProcess, dict[str, Any]]]] = []
 
@@ -126,8 +125,8 @@ class IrohPair:
         self.ours = await self.transport()
 
     async def transport(self, **reception: Any) -> IrohTransport:
-        made = Handshake(**{"pace": self.pace, **reception})
-        bound = await IrohTransport.bind(new_identity(), "127.0.0.1", 0, reception=made)
+        made = Handshake(**{"heartbeats": self.pace, **reception})
+        bound = await IrohTransport.bind(new_identity(), "127.0.0.1", 0, handshake=made)
         self.us.add(bound.node_id)
         return bound
 
@@ -165,7 +164,7 @@ class IrohPair:
 
 
 class MemoryPair:
-    pace = HeartbeatTiming(beat=0.1)
+    pace = HeartbeatTiming(interval=0.1)
     patience = 0.4
 
     async def start(self) -> None:
@@ -181,7 +180,7 @@ class MemoryPair:
         self._seen.append({"event": event, **more})
 
     async def transport(self, **reception: Any) -> MemoryTransport:
-        made = Handshake(**{"pace": self.pace, **reception})
+        made = Handshake(**{"heartbeats": self.pace, **reception})
         return MemoryTransport(self.network, new_identity().node_id, made)
 
     async def connect(self) -> PeerLink:

@@ -1,0 +1,38 @@
+"""Background tasks: asyncio holds no reference to them, so somebody else has to."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any
+
+
+class TaskSet:
+    """Tasks that run beside their caller; each is forgotten when it ends."""
+
+    def __init__(self) -> None:
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Start it, and return its task."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def cancel(self) -> None:
+        """Cancel all of them and wait until they have ended."""
+        tasks = tuple(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def ignore_exception(task: asyncio.Future[Any]) -> None:
+    """A done callback for a task whose outcome nobody may be left to ask for: asyncio logs
+    exceptions that nobody has retrieved."""
+    if not task.cancelled():
+        task.exception()
