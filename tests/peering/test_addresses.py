@@ -25,7 +25,7 @@ async def test_the_relay_is_told_however_many_addresses_there_are(
     assert list(decode(await box.invite()).addresses) == told
 
 
-async def test_who_is_lost_is_remembered_though_its_link_was_young_and_by_a_relay(
+async def test_the_addresses_of_a_lost_box_are_kept_after_a_short_link_by_a_relay(
     group: SiteGroup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its advert is forgotten soon, and then it could not be called any more."""

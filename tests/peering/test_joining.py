@@ -60,7 +60,9 @@ def test_a_box_that_does_not_run_invites(member: MakePeerBox) -> None:
     wait_until(lambda: anna.sees("ben") and ben.sees("anna"), "both are connected")
 
 
-def test_who_joins_one_joins_all_and_who_is_removed_is_cut_off_by_all(member: MakePeerBox) -> None:
+def test_a_box_joins_all_by_joining_one_and_is_cut_off_by_all_when_removed(
+    member: MakePeerBox,
+) -> None:
     anna, ben, carl = joined_boxes(member, "anna", "ben", "carl")
     assert carl.refused("rm", "ben")[0] == 1  # it neither is an admin nor has invited it
     anna.peers("rm", "carl", "--reason", "sold")
