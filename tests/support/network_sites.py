@@ -66,8 +66,7 @@ class Site:
     async def _end(self) -> None:
         self.running.cancel()
         await asyncio.wait([self.running])
-        for task in tuple(self.network._tasks):
-            task.cancel()
+        await self.network._tasks.cancel()
         await self.database.close()
 
 
