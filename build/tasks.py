@@ -24,9 +24,10 @@ MODEL_FOOTER = 64  # pinaivu_box.models.bundled ends the file with this many byt
 CHECKS = [
     ["ruff", "format", "--check"],
     ["ruff", "check"],
-    ["mypy", "pinaivu_box"],
-    # Most tests wait for processes of their own; those of a file share them.
-    ["pytest", "-n", "logical", "--maxprocesses", "4", "--dist", "loadfile", "--durations", "50"],
+    ["mypy"],
+    # Those of a file share processes, and wait for them most of the time: four of them keep two
+    # cores busy.  The order of files is that of tests/conftest.py.
+    ["pytest", "-n", "4", "--dist", "loadfile", "--no-loadscope-reorder", "--durations", "50"],
 ]
 
 

@@ -33,12 +33,12 @@ from pinaivu_box.legs.admission import PeerPolicies
 from pinaivu_box.legs.prompts import PromptReader
 from pinaivu_box.legs.recorder import LedgerRecorder
 from pinaivu_box.legs.runner import LegRunner
-from pinaivu_box.legs.wiring import Pool
+from pinaivu_box.legs.wiring import PeerServices
 from pinaivu_box.models import catalog as catalogs
-from pinaivu_box.models import watching
+from pinaivu_box.models import folder_watch
 from pinaivu_box.models.catalog import Catalog, Model
-from pinaivu_box.models.folder import Found
-from pinaivu_box.models.headers import Headers
+from pinaivu_box.models.folder_scan import FolderScan
+from pinaivu_box.models.header_reader import HeaderReader
 from pinaivu_box.models.names import printable
 from pinaivu_box.network.network import Network
 from pinaivu_box.policy import Policy
@@ -93,7 +93,7 @@ class Box:
     home: Path
     identity: Identity
     database: Database
-    headers: Headers
+    headers: HeaderReader
     digests: Digests
     placement: Placement
     admission: Admission
@@ -108,7 +108,7 @@ class Box:
     control_token: str
     network: Network | None = None  # all None without [peering]
     peer_policies: PeerPolicies | None = None
-    pool: Pool | None = None
+    peer_services: PeerServices | None = None
     _reading: asyncio.Lock = field(default_factory=asyncio.Lock)  # one look at the files at a time
     _lingering: set[str] = field(default_factory=set)  # models that are served until unloaded
 
@@ -121,21 +121,21 @@ class Box:
         return self.settings.catalog
 
     @property
-    def prompts(self) -> LocalBackend | PromptReader:
+    def prompt_reader(self) -> LocalBackend | PromptReader:
         """What reads prompts that are not to be run."""
-        return self.local if self.pool is None else self.pool.prompts
+        return self.local if self.peer_services is None else self.peer_services.prompts
 
     def models(self, policy: Policy) -> list[Model]:
         """What a key with that policy may use."""
         models = self.catalog.models
-        if self.pool is not None and not policy.local_only:
-            models = [*models, *self.pool.candidates.remote_models()]
+        if self.peer_services is not None and not policy.local_only:
+            models = [*models, *self.peer_services.candidates.remote_models()]
         return [model for model in models if policy.serves(model.id)]
 
     def model(self, model_id: str, policy: Policy) -> Model:
         """The model of that id for a key with that policy.  Raises ModelNotFound."""
-        if self.pool is not None and not policy.local_only:
-            return self.pool.candidates.find(model_id)
+        if self.peer_services is not None and not policy.local_only:
+            return self.peer_services.candidates.find(model_id)
         return self.catalog.find(model_id)
 
     async def reload(self) -> Reloaded:
@@ -161,7 +161,7 @@ class Box:
         self.placement.forgive()
         if self.network is not None:
             self.network.changed()
-        watching.report_not_served(new.catalog.not_served)
+        folder_watch.report_not_served(new.catalog.not_served)
 
     def _differences(self, old: Settings, new: Settings) -> Reloaded:
         changed = configs.differences(old.config, new.config)
@@ -185,7 +185,7 @@ class Box:
     async def watch_models(self) -> None:
         """Until cancelled: serve files that come into the models folder once they are written, and
         stop serving those that are gone once they are not loaded."""
-        watch = watching.Watch()
+        watch = folder_watch.FolderWatch()
         while True:
             await asyncio.sleep(watch.seconds)
             try:
@@ -200,11 +200,11 @@ class Box:
             except Exception:
                 log.exception("the models folder could not be looked at")
 
-    async def _read_folder(self, files: Found | None) -> None:
+    async def _read_folder(self, files: FolderScan | None) -> None:
         names = {entry.name for entry in self.config.model}
         configured = {model.id: model for model in self.catalog.models if model.id in names}
         load = partial(catalogs.load, self.config, self.home, self.headers)
-        catalog = await asyncio.to_thread(load, found=files, configured=configured)
+        catalog = await asyncio.to_thread(load, scan=files, configured=configured)
         self._lingering.clear()
         self._serve(catalog)
 
@@ -219,7 +219,7 @@ class Box:
             model for model in missing if model.id in loaded or new.is_written(model)
         )
         self.settings.current = replace(self.settings.current, catalog=new)
-        if watching.report(old, new):
+        if folder_watch.report(old, new):
             self.placement.forgive()
             if self.network is not None:
                 self.network.changed()
@@ -227,15 +227,15 @@ class Box:
     async def drain(self) -> None:
         """Refuse new work and finish the old, up to the configured time; then cancel the rest."""
         self.admission.drain()
-        if self.pool is not None:
-            self.pool.serving.draining = True
+        if self.peer_services is not None:
+            self.peer_services.serving.draining = True
         if self.network is not None:
             self.network.changed()
         try:
             async with asyncio.timeout(self.config.server.drain_seconds):
                 await self.requests.drained()
-                if self.pool is not None:
-                    await self.pool.serving.drained()
+                if self.peer_services is not None:
+                    await self.peer_services.serving.drained()
         except TimeoutError:
             await self.requests.cancel_all()
 
@@ -256,7 +256,7 @@ async def open_box(read_config: Callable[[], Config], home: Path) -> AsyncIterat
     try:
         async with database_of(home) as database:
             await responses.fail_unfinished(database)
-            config, headers = read_config(), Headers()
+            config, headers = read_config(), HeaderReader()
             current = await asyncio.to_thread(settings.read, config, home, headers)
             box = _join(read_config, current, home, database, headers)
             background = [
@@ -318,7 +318,7 @@ async def _peering(box: Box) -> AsyncIterator[None]:
     ) as network:
         box.network = network
         policies = box.peer_policies = PeerPolicies(box.database, box.settings)
-        pool = _pool(box, network, policies)
+        services = _peer_services(box, network, policies)
 
         async def shared(peer: str) -> Catalog | str:
             """The models that the peer may copy, or why there are none."""
@@ -335,7 +335,7 @@ async def _peering(box: Box) -> AsyncIterator[None]:
         tasks = [
             asyncio.create_task(network.run()),
             asyncio.create_task(box.offers.keep_learning(network.changed)),
-            asyncio.create_task(reputation.load_and_save(pool.reputation, box.database)),
+            asyncio.create_task(reputation.load_and_save(services.reputation, box.database)),
         ]
         if box.config.peering.announce:
             tasks.append(asyncio.create_task(_announce(network)))
@@ -346,15 +346,15 @@ async def _peering(box: Box) -> AsyncIterator[None]:
                 task.cancel()
             await asyncio.wait(tasks[1:])
             await network.close()
-            pool.close()
+            services.close()
             for task in tasks:
                 task.cancel()
             await asyncio.wait(tasks)
 
 
-def _pool(box: Box, network: Network, policies: PeerPolicies) -> Pool:
+def _peer_services(box: Box, network: Network, policies: PeerPolicies) -> PeerServices:
     """Let requests go to peers from now on, and serve theirs."""
-    pool = box.pool = Pool(
+    services = box.peer_services = PeerServices(
         identity=box.identity,
         settings=box.settings,
         placement=box.placement,
@@ -365,9 +365,9 @@ def _pool(box: Box, network: Network, policies: PeerPolicies) -> Pool:
         recorder=LedgerRecorder(box.database, box.identity.node_id),
         writable=lambda: check_writable(box.database),
     )
-    box.admission.share(pool.prompts, pool.candidates)
-    box.requests.use(pool.runner, pool.candidates.offered)
-    return pool
+    box.admission.share(services.prompts, services.candidates)
+    box.requests.use(services.runner, services.candidates.offered)
+    return services
 
 
 async def _announce(network: Network) -> None:
@@ -381,7 +381,7 @@ def _join(
     current: Settings,
     home: Path,
     database: Database,
-    headers: Headers,
+    headers: HeaderReader,
 ) -> Box:
     live = LiveSettings(current)
     identity = identity_of(home)

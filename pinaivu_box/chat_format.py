@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-# Variables and functions that chat templates find without anybody's asking.
+# Variables and functions that chat templates always have.
 TEMPLATE_OWN = frozenset({
     "messages", "tools", "add_generation_prompt", "continue_final_message", "bos_token",
     "eos_token", "unk_token", "pad_token", "raise_exception", "strftime_now", "range", "dict",
@@ -120,7 +120,7 @@ def call_grammar(
     if free and not style.trigger and schema is None:
         return None  # a text may begin with a brace and still be no call
     names = [f"call_{number}" for number in range(len(functions))]
-    rules = [_call(style, name, one) for name, one in zip(names, functions, strict=True)]
+    rules = [_call(style, name, each) for name, each in zip(names, functions, strict=True)]
     rules.append(f"call: {' | '.join(names)}")
     begin = style.opening + style.before
     again = _string(style.separator + style.before)

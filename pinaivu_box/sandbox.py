@@ -25,18 +25,20 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import BinaryIO, Literal, TypeVar
 
 import msgspec
 
 from pinaivu_box import child
 from pinaivu_box.errors import ApiError, BoxError, InvalidBody, by_code
+from pinaivu_box.fair_threads import FairThreads
 
 Job = Callable[[bytes], bytes]
+Result = TypeVar("Result")
 Limit = Literal["time", "memory", "crash"]
 
 _LENGTH = struct.Struct("<Q")
@@ -61,17 +63,18 @@ class SandboxLimits:
 class SandboxLimit(BoxError):
     """The job was ended: it reached the limit on `limit`, or its process crashed.
 
-    Who runs the job knows what its user should be told; this message is for logs.
+    `reason` says so of whatever the job was about: "takes more than 2 s of CPU time".  The message
+    is for logs: who runs the job knows what its user should be told.
     """
 
-    def __init__(self, limit: Limit) -> None:
-        what = {
-            "time": "took more time than it may",
-            "memory": "took more memory than it may",
-            "crash": "crashed",
-        }
-        super().__init__(f"the job {what[limit]} and was ended")
+    def __init__(self, limit: Limit, limits: SandboxLimits) -> None:
         self.limit = limit
+        self.reason = {
+            "time": f"takes more than {limits.cpu_seconds:g} s of CPU time",
+            "memory": f"takes more than {limits.memory_bytes >> 20} MB of memory",
+            "crash": "takes more memory or deeper recursion than is allowed",
+        }[limit]
+        super().__init__(f"the job {self.reason} and was ended")
 
 
 class SandboxCancelled(BoxError):
@@ -104,7 +107,7 @@ class Cancellation:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._stop: Callable[[], None] | None = None
+        self._stops: list[Callable[[], object]] = []
         self._cancelled = False
 
     @property
@@ -112,18 +115,23 @@ class Cancellation:
         return self._cancelled
 
     def cancel(self) -> None:
-        with self._lock:
+        with self._lock:  # so that nothing is stopped that has ended, and may have begun anew
             self._cancelled = True
-            if self._stop is not None:
-                self._stop()
+            for stop in self._stops:
+                stop()
 
-    def _watch(self, stop: Callable[[], None] | None) -> None:
-        """From now on `stop` is what cancelling does.  Raises SandboxCancelled if it was."""
+    @contextlib.contextmanager
+    def calling(self, stop: Callable[[], object]) -> Iterator[None]:
+        """While this lasts, cancelling calls `stop`.  Raises SandboxCancelled if it has been."""
         with self._lock:
-            self._stop = stop
-            if self._cancelled and stop is not None:
-                self._stop = None
+            if self._cancelled:
                 raise SandboxCancelled
+            self._stops.append(stop)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._stops.remove(stop)
 
 
 class Sandbox:
@@ -159,13 +167,10 @@ class Sandbox:
         with self._lock:
             process = self._running()
             self._cancelled = False
-            if cancellation is not None:
-                cancellation._watch(self._cancel)
             try:
-                reply = self._exchange(process, payload, self._limits.wall_seconds)
+                with (cancellation or Cancellation()).calling(self._cancel):
+                    reply = self._exchange(process, payload, self._limits.wall_seconds)
             finally:
-                if cancellation is not None:
-                    cancellation._watch(None)
                 if self._cancelled:  # perhaps after the reply: this child takes no other job
                     self._discard()
         if reply.code:
@@ -217,13 +222,13 @@ class Sandbox:
             return msgspec.msgpack.decode(_read(stdout.fileno(), length, deadline), type=_Reply)
         except TimeoutError:
             self._discard()
-            raise SandboxLimit("time") from None
+            raise SandboxLimit("time", self._limits) from None
         except (EOFError, BrokenPipeError):
             process.wait()
             self._discard()
             if self._cancelled:
                 raise SandboxCancelled from None
-            raise SandboxLimit(_limit_of(process.returncode)) from None
+            raise SandboxLimit(_limit_of(process.returncode), self._limits) from None
 
     def _discard(self) -> None:
         process, self._process = self._process, None
@@ -236,29 +241,17 @@ class Sandbox:
                 pipe.close()
 
 
-class _Waiting:
-    """A job that waits for a sandbox."""
-
-    def __init__(self, tenant: str) -> None:
-        self.tenant = tenant
-        self.sandbox: Future[Sandbox] = Future()
-
-
 class SandboxPool:
-    """Up to `size` sandboxes for the same kind of job, shared fairly: of a tenant one job runs at a
-    time, and whoever was served longest ago is next."""
+    """Up to `size` sandboxes for the same kind of job, which tenants share fairly (see
+    `fair_threads`)."""
 
     def __init__(
         self, entry: str, setup: bytes = b"", *, limits: SandboxLimits, size: int = 2
     ) -> None:
-        self._idle = [Sandbox(entry, setup, limits=limits) for _ in range(size)]
-        self._all = list(self._idle)
-        self._lock = threading.Lock()
-        self._waiting: list[_Waiting] = []
-        self._running: set[str] = set()
-        self._served: dict[str, int] = {}  # of tenants that wait or run: when last, as a count
-        self._count = 0
-        self._threads = ThreadPoolExecutor(size, thread_name_prefix="sandbox")
+        self._all = [Sandbox(entry, setup, limits=limits) for _ in range(size)]
+        self._idle = list(self._all)
+        self._threads = FairThreads(size, "sandbox")
+        self._closed = False
 
     @property
     def pids(self) -> list[int]:
@@ -267,96 +260,60 @@ class SandboxPool:
 
     def start(self) -> None:
         """Start one child, so that the first job need not wait for it; does not block."""
-        self._threads.submit(self._all[-1].start)  # the one that the first job gets
+        self._submit("", Sandbox.start)
 
     def run(
         self, payload: bytes, *, tenant: str = "", cancellation: Cancellation | None = None
     ) -> bytes:
         """As `Sandbox.run`; blocks while no sandbox is free for that tenant."""
-        waiting = self._enter(tenant)
-        try:
-            if cancellation is not None:
-                cancellation._watch(lambda: self._withdraw(waiting))
-            sandbox = waiting.sandbox.result()
-        except BaseException:  # also that of a future that was cancelled
-            self._leave(waiting)
-            if cancellation is not None and cancellation.cancelled:
+        cancellation = cancellation or Cancellation()
+        future = self._submit(tenant, lambda sandbox: sandbox.run(payload, cancellation))
+        with cancellation.calling(future.cancel):
+            try:
+                return future.result()
+            except CancelledError:
                 raise SandboxCancelled from None
-            raise
-        try:
-            return sandbox.run(payload, cancellation)
-        finally:
-            self._release(tenant, sandbox)
 
     async def run_async(self, payload: bytes, *, tenant: str = "") -> bytes:
         """As `run`, for the event loop; cancelling the task ends the job."""
-        waiting = self._enter(tenant)
-        try:
-            sandbox = await asyncio.wrap_future(waiting.sandbox)
-        except BaseException:
-            self._leave(waiting)
-            raise
         cancellation = Cancellation()
-        loop = asyncio.get_running_loop()
-        running = loop.run_in_executor(self._threads, sandbox.run, payload, cancellation)
+        future = self._submit(tenant, lambda sandbox: sandbox.run(payload, cancellation))
         try:
-            return await asyncio.shield(running)
+            return await asyncio.wrap_future(future)
         except asyncio.CancelledError:
             cancellation.cancel()
-            with contextlib.suppress(BoxError):
-                await running
             raise
-        finally:
-            self._release(tenant, sandbox)
 
     def close(self) -> None:
-        """End all children."""
+        """End all children; jobs that wait are cancelled."""
+        self._closed = True
         for sandbox in self._all:
             sandbox.close()
-        self._threads.shutdown(wait=False)
+        self._threads.close()
 
-    def _enter(self, tenant: str) -> _Waiting:
-        waiting = _Waiting(tenant)
-        with self._lock:
-            self._waiting.append(waiting)
-            self._serve()
-        return waiting
+    def _submit(self, tenant: str, work: Callable[[Sandbox], Result]) -> Future[Result]:
+        future: Future[Result] = Future()
+        # A job that is cancelled waits on, but need not keep its payload.
+        waiting = [work]
+        future.add_done_callback(lambda _: waiting.clear())
 
-    def _withdraw(self, waiting: _Waiting) -> None:
-        """It waits no longer; nothing if it has its sandbox."""
-        with self._lock:
-            if waiting in self._waiting:
-                self._waiting.remove(waiting)
-                waiting.sandbox.cancel()
-
-    def _leave(self, waiting: _Waiting) -> None:
-        """Its job will not run: it waits no longer, and a sandbox that it has got is free again."""
-        self._withdraw(waiting)
-        if waiting.sandbox.done() and not waiting.sandbox.cancelled():
-            self._release(waiting.tenant, waiting.sandbox.result())
-
-    def _release(self, tenant: str, sandbox: Sandbox) -> None:
-        with self._lock:
-            self._idle.append(sandbox)
-            self._running.discard(tenant)
-            known = {waiting.tenant for waiting in self._waiting} | self._running
-            self._served = {name: when for name, when in self._served.items() if name in known}
-            self._serve()
-
-    def _serve(self) -> None:
-        while self._idle:
-            ready = [one for one in self._waiting if one.tenant not in self._running]
-            if not ready:
+        def job() -> None:
+            if not future.set_running_or_notify_cancel():
                 return
-            # min() keeps the order of arrival among tenants that were served equally long ago.
-            chosen = min(ready, key=lambda one: self._served.get(one.tenant, 0))
-            self._waiting.remove(chosen)
-            if not chosen.sandbox.set_running_or_notify_cancel():
-                continue
-            self._count += 1
-            self._served[chosen.tenant] = self._count
-            self._running.add(chosen.tenant)
-            chosen.sandbox.set_result(self._idle.pop())
+            sandbox = self._idle.pop()  # there are as many as threads
+            try:
+                if self._closed:
+                    raise SandboxCancelled
+                result = waiting[0](sandbox)
+            except BaseException as error:
+                future.set_exception(error)
+            else:
+                future.set_result(result)
+            finally:
+                self._idle.append(sandbox)
+
+        self._threads.put(tenant, job)
+        return future
 
 
 def _error(reply: _Reply) -> ApiError:

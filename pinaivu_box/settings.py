@@ -14,7 +14,7 @@ from pinaivu_box.config import Config, EngineConfig
 from pinaivu_box.errors import CliError
 from pinaivu_box.models import catalog as catalogs
 from pinaivu_box.models.catalog import Catalog
-from pinaivu_box.models.headers import Headers
+from pinaivu_box.models.header_reader import HeaderReader
 
 MAX_SHARED_PREFIXES_BYTES = 256 * 1024  # of all texts; more than a context holds
 
@@ -46,7 +46,7 @@ class LiveSettings:
         return self.current.catalog
 
 
-def read(config: Config, home: Path, headers: Headers) -> Settings:
+def read(config: Config, home: Path, headers: HeaderReader) -> Settings:
     """Read what the configuration names; model files may take long, so do it in a thread.
 
     Raises CliError.

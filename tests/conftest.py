@@ -18,6 +18,24 @@ settings.register_profile(
 settings.load_profile("steady")
 
 
+# Files that take longest, longest first: whoever begins with them last ends last.
+LONGEST = (
+    "tests/test_binary.py", "tests/test_crash.py", "tests/test_backup.py",
+    "tests/peering/test_joining.py", "tests/peering/test_relay.py", "tests/peering/test_pulling.py",
+    "tests/peering/test_failover.py", "tests/test_serve.py", "tests/test_model_files.py",
+    "tests/test_errors.py", "tests/test_limits_served.py", "tests/test_fuzz.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {file: place for place, file in enumerate(LONGEST)}
+
+    def place(item: pytest.Item) -> int:
+        return places.get(item.nodeid.partition("::")[0], len(places))
+
+    items.sort(key=place)
+
+
 @pytest.fixture(scope="session")
 def box(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Box]:
     """A running box with the real model.  Do not stop it, kill it or revoke its key."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from pinaivu_box.errors import RowConflict
+from pinaivu_box.errors import RowConflict, RowNotFound
 from pinaivu_box.store import accounts
 from pinaivu_box.store.audit import Actor
 from pinaivu_box.store.database import Database
@@ -43,7 +43,7 @@ def ask(box: Box, key: str) -> str:
     answer = box.client_with(key).chat.completions.create(
         model="fake:1", messages=[{"role": "user", "content": "hi"}], max_tokens=3
     )
-    return str(answer.request_id)  # type: ignore[attr-defined]
+    return str(answer.request_id)
 
 
 def status(box: Box, path: str, key: str) -> int:
@@ -75,8 +75,8 @@ def test_create_ls_passwd_rm(tmp_path: Path) -> None:
     ("command", "code", "word"),
     [
         (("create", "owner"), 1, "already"),
-        (("create", "Bob Smith"), 2, "no account name"),
-        (("create", "acct_owner"), 2, "no account name"),
+        (("create", "Bob Smith"), 2, "not a valid account name"),
+        (("create", "acct_owner"), 2, "not a valid account name"),
         (("create", "carol", "--role", "king"), 2, "king"),
         (("create", "carol", "--password-stdin"), 2, "8 characters"),
         (("create", "carol", "--password"), 2, "--password-stdin"),
@@ -222,14 +222,13 @@ async def test_a_password_is_right_or_not(tmp_path: Path) -> None:
 
 @pytest.mark.anyio
 async def test_a_key_is_not_made_for_an_account_that_has_just_gone(tmp_path: Path) -> None:
-    from pinaivu_box.errors import NotFound
     from pinaivu_box.policy import Policy
     from pinaivu_box.store import keys
 
     async with Database(tmp_path / "box.db") as database:
         alice = await accounts.create(database, "alice", "member", None, BY)
         await accounts.remove(database, alice, BY)
-        with pytest.raises(NotFound):
+        with pytest.raises(RowNotFound):
             await keys.create(
                 database, account=alice, name="", policy=Policy(), expires_at=None, by=BY
             )

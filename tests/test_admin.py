@@ -14,7 +14,7 @@ import pytest
 from tests.support.process_box import UNDRAFTED, Box, pinaivu, pinaivu_json, wait_until
 
 FAKE = ("--model", "fake:1=fake:0", "--model", "slow:1=fake:20")
-DEFAULTS = {
+DEFAULTS: dict[str, Any] = {
     "scopes": ["inference", "usage", "receipts"], "models": [], "networks": [], "rpm": None,
     "tpm": None, "max_parallel": None, "max_queue": 0, "budget": None, "weight": 1.0,
     "lenient": False, "strict": False, "peers": [], "routing": None, "prices": {},

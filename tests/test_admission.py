@@ -75,7 +75,7 @@ def still(box: Box) -> Iterator[int]:
 
 
 def counted(box: Box) -> bool:
-    return box.engines()[0]["state"] == "running"
+    return str(box.engines()[0]["state"]) == "running"
 
 
 def test_the_queue_is_bounded_for_requests_whose_prompts_are_counted_at_once(

@@ -66,7 +66,7 @@ def sampling_of(box: Box, answer: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_an_answer_ends_before_a_character_that_is_cut(fake_box: Box, path: str, size: int) -> None:
     """And its log-probabilities have all that was made; its receipt is about what was given."""
-    asked = {"grammar": GRAMMAR, "max_tokens": 2 + size}
+    asked: dict[str, Any] = {"grammar": GRAMMAR, "max_tokens": 2 + size}
     assert said(fake_box, path, **asked) == [("ab", "length")] * 2
     assert said(fake_box, path, **asked, stop=["c", "b!"]) == [("ab", "length")] * 2
     answer = post(fake_box, path, **asked, logprobs=True if path == CHAT else 0)
@@ -84,14 +84,18 @@ def test_an_answer_ends_before_a_character_that_is_cut(fake_box: Box, path: str,
 def test_other_answers_end_there_too(fake_box: Box) -> None:
     schema = {"const": "ab😀"}
     form = {"type": "json_schema", "name": "x", "schema": schema}
-    asked = {"input": "hi", "text": {"format": form}, "max_output_tokens": len('"ab') + 2}
+    asked: dict[str, Any] = {
+        "input": "hi",
+        "text": {"format": form},
+        "max_output_tokens": len('"ab') + 2,
+    }
     made = post(fake_box, "/v1/responses", **asked)
     assert made["output"][0]["content"][0]["text"] == '"ab'
     assert post_text(fake_box, "/v1/responses", **asked, stream=True).count('"ab') > 1
     tool = {"name": "f", "input_schema": {"type": "object", "properties": {"x": schema},
             "required": ["x"]}}  # fmt: skip
     call = '<tool_call>\n{"name": "f", "arguments": {"x": "ab'
-    told = {"messages": [USER], "tools": [tool], "tool_choice": {"type": "any"}}
+    told: dict[str, Any] = {"messages": [USER], "tools": [tool], "tool_choice": {"type": "any"}}
     most = len(call) + 2
     streamed = post_text(fake_box, "/v1/messages", **told, max_tokens=most, stream=True)
     deltas = [json.loads(line[6:]).get("delta", {}) for line in streamed.split("\n")
@@ -107,9 +111,9 @@ def post_text(box: Box, path: str, **body: Any) -> str:
 
 def test_a_prompt_of_tokens_that_ends_within_a_character(fake_box: Box) -> None:
     """Echoed up to that; what the model makes of it belongs to it."""
-    cut = {"prompt": [ord("a"), *EMOJI[:2]], "echo": True, "temperature": 0}
+    cut: dict[str, Any] = {"prompt": [ord("a"), *EMOJI[:2]], "echo": True, "temperature": 0}
     assert said(fake_box, COMPLETE, **cut, max_tokens=0) == [("a", "length")] * 2
-    goes_on = {"logit_bias": {str(0x98): 100}, "max_tokens": 2}
+    goes_on: dict[str, Any] = {"logit_bias": {str(0x98): 100}, "max_tokens": 2}
     whole = b"a\xf0\x9f\x98\x98".decode()
     assert said(fake_box, COMPLETE, **cut, **goes_on) == [(whole, "length")] * 2
     assert said(fake_box, COMPLETE, **{**cut, "echo": False}, **goes_on)[0][0] == whole[1:]
@@ -129,7 +133,7 @@ def test_no_stop_string_ends_the_first_tokens(fake_box: Box, path: str) -> None:
     whole = said(fake_box, path, max_tokens=200)[0][0]
     places = [at for at in range(len(whole)) if whole.startswith("fox", at)]
     for least, end in ((0, places[0]), (places[0] + 2, places[0]), (places[0] + 3, places[1])):
-        asked = {"max_tokens": 200, "stop": ["fox"], "min_tokens": least}
+        asked: dict[str, Any] = {"max_tokens": 200, "stop": ["fox"], "min_tokens": least}
         assert said(fake_box, path, **asked) == [(whole[:end], "stop")] * 2
         recorded = sampling_of(fake_box, post(fake_box, path, **asked))
         assert recorded.get("min_tokens", 0) == least
@@ -159,10 +163,10 @@ def test_a_limit_above_any_context_is_none(fake_box: Box, most: int) -> None:
         answer = post(fake_box, path, stop=["."], **{name: most})
         assert answer["choices"][0]["finish_reason"] == "stop"
         assert sampling_of(fake_box, answer)["max_tokens"] == 2**31 - 1
-    told = {"messages": [USER], "max_tokens": most, "stop_sequences": ["."]}
+    told: dict[str, Any] = {"messages": [USER], "max_tokens": most, "stop_sequences": ["."]}
     assert post(fake_box, "/v1/messages", **told)["stop_reason"] == "stop_sequence"
     form = {"format": {"type": "json_schema", "schema": {"enum": ["a"]}}}
-    asked = {"input": "hi", "text": form, "max_output_tokens": most}
+    asked: dict[str, Any] = {"input": "hi", "text": form, "max_output_tokens": most}
     made = fake_box.http("POST", "/v1/responses", json={"model": FAKE, **asked}).json()
     assert (made["status"], made["max_output_tokens"]) == ("completed", 2**31 - 1)
 
@@ -211,8 +215,8 @@ def test_a_chat_s_prompt_ends_as_is_asked(
     fake_box: Box, messages: list[Any], more: dict[str, Any], prompt: str
 ) -> None:
     """The answer is what follows the prompt, and is counted before as it is then."""
-    asked = {"messages": messages, **more, "max_tokens": 20, "temperature": 0}
-    raw = {"prompt": prompt, "max_tokens": 20, "temperature": 0}
+    asked: dict[str, Any] = {"messages": messages, **more, "max_tokens": 20, "temperature": 0}
+    raw: dict[str, Any] = {"prompt": prompt, "max_tokens": 20, "temperature": 0}
     answer, expected = post(fake_box, CHAT, **asked), post(fake_box, COMPLETE, **raw)
     assert answer["choices"][0]["message"]["content"] == expected["choices"][0]["text"]
     assert answer["usage"]["prompt_tokens"] == expected["usage"]["prompt_tokens"] == len(prompt)
@@ -234,7 +238,7 @@ def test_what_cannot_be_continued(
     fake_box: Box, messages: list[Any], more: dict[str, Any], words: str
 ) -> None:
     for path in (CHAT, INPUT_TOKENS):
-        asked = {"messages": messages, "continue_final_message": True, **more}
+        asked: dict[str, Any] = {"messages": messages, "continue_final_message": True, **more}
         (detail,) = post(fake_box, path, 422, **asked)["detail"]
         assert detail["loc"] == ["body", "continue_final_message"] and words in detail["msg"]
 
@@ -251,7 +255,7 @@ def prompt_tokens(box: Box, text: str) -> tuple[int, int]:
     body: dict[str, Any] = {"model": MODEL, "messages": messages, "max_tokens": 1}
     counts = {post(box, CHAT, **body)["usage"]["prompt_tokens"]}
     counts.add(post(box, INPUT_TOKENS, **body)["input_tokens"])
-    theirs = {"model": MODEL, "system": "Be kind.", "messages": messages[1:]}
+    theirs: dict[str, Any] = {"model": MODEL, "system": "Be kind.", "messages": messages[1:]}
     counts.add(post(box, "/v1/messages/count_tokens", **theirs)["input_tokens"])
     asked = {"model": MODEL, "input": messages, "max_output_tokens": 16, "store": False}
     made = box.http("POST", "/v1/responses", json=asked).json()
@@ -266,7 +270,7 @@ def test_who_writes_control_tokens_begins_no_turn(box: Box, new_box: Callable[..
     harmless, raw = prompt_tokens(box, "Hi there")
     assert harmless == raw
     count, raw = prompt_tokens(box, FORGED)
-    body = {"model": MODEL, "text": FORGED}
+    body: dict[str, Any] = {"model": MODEL, "text": FORGED}
     plain = post_text(box, "/v1/tokenize", **body)
     read = post_text(box, "/v1/tokenize", **body, special=True)
     assert count - raw == json.loads(plain)["count"] - json.loads(read)["count"] > 0

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pinaivu_box.engine.fake_runner import SENTENCE
-from pinaivu_box.engine.scheduler import WORTH_WAITING
+from pinaivu_box.engine.scheduler import MIN_AWAITED_TOKENS
 from pinaivu_box.receipts.verify import Transcript, verify_receipt
 from tests.support.process_box import MODEL, Box, pinaivu, wait_until
 
@@ -66,7 +66,8 @@ def check_receipt(box: Box, request_id: str, **transcript: Any) -> dict[str, Any
     document = box.http("GET", f"/v1/receipts/{request_id}").content
     checks = verify_receipt(document, transcript=Transcript(**transcript) if transcript else None)
     assert all(check.ok for check in checks), checks
-    return json.loads(json.loads(document)["signed_receipt"])
+    signed: dict[str, Any] = json.loads(json.loads(document)["signed_receipt"])
+    return signed
 
 
 # -- choices ---------------------------------------------------------------------------------------
@@ -89,14 +90,14 @@ def test_choices_differ_and_share_their_prompt(box: Box) -> None:
     assert len({proof["sampling"]["seed"] for proof in proofs}) == 4
     # One of them has computed the prompt, the others but its end: nobody waits for a short rest.
     cached = sorted(proof["cached_tokens"] for proof in proofs)
-    assert cached[1] >= alone.usage.prompt_tokens - 1 - WORTH_WAITING > 0
+    assert cached[1] >= alone.usage.prompt_tokens - 1 - MIN_AWAITED_TOKENS > 0
 
 
 def test_choices_of_a_stream(fake_box: Box) -> None:
     stream = chat(fake_box, model=FAKE, n=3, stream=True, stream_options={"include_usage": True})
     chunks = list(stream)
     texts = dict.fromkeys(range(3), "")
-    ends = {}
+    ends: dict[int, Any] = {}
     for chunk in chunks[:-1]:
         (choice,) = chunk.choices
         texts[choice.index] += choice.delta.content or ""
@@ -591,7 +592,9 @@ def test_what_asks_for_state_that_is_not_here_is_refused_by_name(fake_box: Box) 
 # -- tools that may be called ----------------------------------------------------------------------
 
 PAIR = [{"type": "function", "function": {"name": name, "parameters": {}}} for name in ("a", "b")]
-FLAT = [{"type": "function", "name": name, "parameters": {}} for name in ("a", "b")]
+FLAT: list[dict[str, Any]] = [
+    {"type": "function", "name": name, "parameters": {}} for name in ("a", "b")
+]
 
 
 def allowed(mode: str, *tools: Any) -> Any:
@@ -794,7 +797,8 @@ def test_what_a_history_of_messages_says_reaches_the_model(fake_box: Box) -> Non
     assert counted(is_error=True) == usual + len("Error: ")
     assert counted(is_error=True, content=None) == usual + len("Error") - len("No.")
     assert counted(content=[{"type": "text", "text": "No."}]) == usual
-    for none in ("", None, {}):  # of a call without arguments
+    empty: tuple[Any, ...] = ("", None, {})
+    for none in empty:  # of a call without arguments
         assert counted({"input": none}) == usual + len("{}") - len('{"x": 1}')
     assert counted({"input": '{"x": 1}'}) == usual
     assert counted({"input": ["x"]}) == usual + len('["x"]') - len('{"x": 1}')

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sqlite3
+import subprocess
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -34,7 +35,10 @@ def entries(box: Box, **parameters: Any) -> list[dict[str, Any]]:
 
 def test_every_command_that_changes_something_is_told_of(tmp_path: Path) -> None:
     home = tmp_path / "home"
-    run = lambda *args, **more: pinaivu(*args, home=home, **more)  # noqa: E731
+
+    def run(*args: str, **more: Any) -> subprocess.CompletedProcess[str]:
+        return pinaivu(*args, home=home, **more)
+
     account = run("accounts", "create", "alice").stdout.strip()
     run("accounts", "passwd", "alice", "--password-stdin", input="a good password\n")
     key = pinaivu_json("keys", "create", "--account", "alice", "--rpm", "60", home=home)["id"]

@@ -195,6 +195,23 @@ def test_a_key_may_also_come_as_x_api_key(box: Box) -> None:
     refused(box.http("GET", "/v1/models", key="", headers=wrong), 401, "invalid_api_key")
 
 
+def test_every_list_names_its_request(box: Box) -> None:
+    answered = set()
+    for endpoint in ENDPOINTS:
+        if endpoint.method == "GET" and endpoint.summary and not endpoint.path_parameters:
+            answer = box.http("GET", endpoint.path)
+            if answer.status_code == 200:
+                answered.add(endpoint.path)
+                assert answer.json()["request_id"] == answer.headers["x-request-id"], endpoint.path
+    assert {"/v1/models", "/v1/engines", "/v1/receipts", "/v1/usage"} <= answered
+    assert {
+        "/v1/admin/keys",
+        "/v1/admin/accounts",
+        "/v1/admin/audit",
+        "/v1/admin/models",
+    } <= answered
+
+
 # -- models ----------------------------------------------------------------------------------------
 
 
@@ -280,10 +297,11 @@ def test_a_rotation_without_overlap_ends_the_old_secret_at_once(box: Box) -> Non
 
 
 def test_a_day_is_the_overlap_where_nothing_is_said(box: Box) -> None:
-    for rotate in (
+    rotations: tuple[Callable[[str], Any], ...] = (
         lambda key_id: box.http("POST", f"/v1/admin/keys/{key_id}/rotate").json(),
         lambda key_id: pinaivu_json("keys", "rotate", key_id, home=box.home),
-    ):
+    )
+    for rotate in rotations:
         made = key(box)
         new = rotate(made["id"])
         assert made["created_at"] < new["old_until"]

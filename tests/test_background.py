@@ -46,20 +46,20 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Box]:
 
 
 @pytest.fixture
-def client(here: Box) -> openai.OpenAI:
+def client(here: Box) -> Any:
     return client_with_new_key(here)
 
 
-def begin(client: openai.OpenAI, **more: Any) -> Any:
+def begin(client: Any, **more: Any) -> Any:
     options = {"model": SLOW, "input": "hi", "max_output_tokens": 3500, **more}
     return client.responses.create(background=True, **options)
 
 
-def status(client: openai.OpenAI, made: Any) -> str:
+def status(client: Any, made: Any) -> str:
     return str(client.responses.retrieve(made.id).status)
 
 
-def wait_for(client: openai.OpenAI, made: Any, *wanted: str) -> Any:
+def wait_for(client: Any, made: Any, *wanted: str) -> Any:
     def there() -> Any:
         found = client.responses.retrieve(made.id)
         return found if found.status in wanted else None
@@ -67,11 +67,11 @@ def wait_for(client: openai.OpenAI, made: Any, *wanted: str) -> Any:
     return wait_until(there, f"one of {wanted}")
 
 
-def speaking(client: openai.OpenAI, made: Any) -> None:
+def speaking(client: Any, made: Any) -> None:
     wait_until(lambda: client.responses.retrieve(made.id).output_text, "the first words")
 
 
-def ended(client: openai.OpenAI, made: Any) -> Any:
+def ended(client: Any, made: Any) -> Any:
     """Once it is on disk."""
 
     def there() -> Any:
@@ -88,7 +88,7 @@ def receipt(here: Box, made: Any) -> dict[str, Any]:
 
 
 def test_it_is_polled_until_it_is_what_it_would_be_in_the_foreground(
-    here: Box, client: openai.OpenAI
+    here: Box, client: Any
 ) -> None:
     options = {"model": FAST, "input": "hi", "max_output_tokens": 40, "metadata": {"a": "b"}}
     made = begin(client, **options)
@@ -108,7 +108,7 @@ def test_it_is_polled_until_it_is_what_it_would_be_in_the_foreground(
     assert after[0].usage.input_tokens == after[1].usage.input_tokens > done.usage.input_tokens
 
 
-def test_it_is_cancelled_as_often_as_you_like(here: Box, client: openai.OpenAI) -> None:
+def test_it_is_cancelled_as_often_as_you_like(here: Box, client: Any) -> None:
     made = begin(client)
     speaking(client, made)
     with pytest.raises(openai.BadRequestError, match="has not ended yet"):
@@ -122,7 +122,7 @@ def test_it_is_cancelled_as_often_as_you_like(here: Box, client: openai.OpenAI) 
     assert receipt(here, found)["finish_reason"] == "cancelled"
 
 
-def test_what_cannot_be_cancelled(here: Box, client: openai.OpenAI) -> None:
+def test_what_cannot_be_cancelled(here: Box, client: Any) -> None:
     done = begin(client, model=FAST, max_output_tokens=4)
     wait_for(client, done, "incomplete")
     assert client.responses.cancel(done.id).status == "incomplete"
@@ -140,7 +140,7 @@ def test_what_cannot_be_cancelled(here: Box, client: openai.OpenAI) -> None:
     client.responses.cancel(running.id)
 
 
-def test_what_is_not_stored_cannot_run_so(client: openai.OpenAI) -> None:
+def test_what_is_not_stored_cannot_run_so(client: Any) -> None:
     with pytest.raises(openai.UnprocessableEntityError, match="background needs store"):
         begin(client, store=False)
 
@@ -156,7 +156,7 @@ def said(events: list[Any]) -> str:
     return "".join(one.delta for one in events if one.type == "response.output_text.delta")
 
 
-def test_a_stream_is_gone_on_with_where_it_broke_off(client: openai.OpenAI) -> None:
+def test_a_stream_is_gone_on_with_where_it_broke_off(client: Any) -> None:
     stream = begin(client, max_output_tokens=60, stream=True)
     first = [next(stream) for _ in range(12)]
     stream.close()
@@ -184,7 +184,7 @@ def test_a_stream_is_gone_on_with_where_it_broke_off(client: openai.OpenAI) -> N
         client.responses.retrieve(plain.id, stream=True)
 
 
-def test_a_stream_tells_of_what_comes(client: openai.OpenAI) -> None:
+def test_a_stream_tells_of_what_comes(client: Any) -> None:
     made = begin(client)
     stream = client.responses.retrieve(made.id, stream=True)
     seen = [next(stream) for _ in range(20)]
@@ -196,7 +196,7 @@ def test_a_stream_tells_of_what_comes(client: openai.OpenAI) -> None:
     assert said(seen) == client.responses.retrieve(made.id).output_text
 
 
-def test_what_is_deleted_stops(here: Box, client: openai.OpenAI) -> None:
+def test_what_is_deleted_stops(here: Box, client: Any) -> None:
     made = begin(client)
     stream = client.responses.retrieve(made.id, stream=True)
     next(stream)
@@ -222,7 +222,7 @@ def test_it_holds_the_place_of_its_key(here: Box) -> None:
     begin(client, model=FAST, max_output_tokens=1)
 
 
-def test_a_key_that_is_revoked_at_once_ends_it(here: Box, client: openai.OpenAI) -> None:
+def test_a_key_that_is_revoked_at_once_ends_it(here: Box, client: Any) -> None:
     made = here.http("POST", "/v1/admin/keys", json={"account": "owner"}).json()
     running = begin(here.client_with(made["key"]))
     speaking(client, running)
@@ -233,9 +233,7 @@ def test_a_key_that_is_revoked_at_once_ends_it(here: Box, client: openai.OpenAI)
     assert receipt(here, running)["finish_reason"] == "cancelled"
 
 
-def test_what_runs_counts_as_stored_and_is_not_the_oldest_that_goes(
-    here: Box, client: openai.OpenAI
-) -> None:
+def test_what_runs_counts_as_stored_and_is_not_the_oldest_that_goes(here: Box, client: Any) -> None:
     running = begin(client)
     speaking(client, running)
     plain = [
@@ -253,7 +251,7 @@ def test_what_runs_counts_as_stored_and_is_not_the_oldest_that_goes(
 # -- ends ------------------------------------------------------------------------------------------
 
 
-def test_one_that_fails_says_why_and_is_not_gone_on_with(client: openai.OpenAI) -> None:
+def test_one_that_fails_says_why_and_is_not_gone_on_with(client: Any) -> None:
     made = begin(client, model=FAST, input="x" * 10_000)
     found = wait_for(client, made, "failed")
     assert found.error.code == "context_length_exceeded" and found.error.message
@@ -306,7 +304,7 @@ def test_large_ones_hold_the_room_of_their_bodies_until_they_have_ended(here: Bo
         client.responses.cancel(one.id)
 
 
-def test_streams_of_one_response_are_bounded(here: Box, client: openai.OpenAI) -> None:
+def test_streams_of_one_response_are_bounded(here: Box, client: Any) -> None:
     made = begin(client)
     url = f"{here.url}/v1/responses/{made.id}?stream=true"
     headers = {"Authorization": f"Bearer {client.api_key}"}
@@ -363,7 +361,7 @@ async def test_one_whose_answer_cannot_be_written_has_failed(tmp_path: Path) -> 
         row = stored.StoredResponse(
             "resp_1", "acct_owner", None, 0, b"[]", body, "key", stored.QUEUED
         )
-        await stored.insert(database, row, most=9, most_bytes=9**9)
+        await stored.insert(database, row, max_count=9, max_bytes=9**9)
         key = type("Key", (), {"account_id": "acct_owner"})
         box = type("Box", (), {"database": database})
         call = type("Call", (), {"key": key, "box": box, "note": lambda *_: None,

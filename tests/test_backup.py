@@ -122,7 +122,7 @@ def test_a_backup_under_load_is_the_same_box_elsewhere(
     with contextlib.closing(sqlite3.connect(copy.home / "pinaivu.db")) as connection:
         kept = {row[0] for row in connection.execute("SELECT request_id FROM receipts")}
     assert set(before) <= kept
-    for request_id in before[::10]:
+    for request_id in (before[0], before[len(before) // 2], before[-1]):
         pinaivu("receipts", "verify", request_id, "--node-key", facts["node_id"], home=copy.home)
     copy.key = box.key
     try:
@@ -284,7 +284,7 @@ def hostile(plain: bytes, sealed: bytes, file: Path) -> dict[str, tuple[bytes, s
         "a path in a part": (traversal, "damaged"),
         "a path in the manifest": (rewritten(file, part(0, name="../evil")), "../evil"),
         "a huge manifest": (tar_of({"manifest.json": b" " * 99999}), "not created by"),
-        "a huge part": (rewritten(file, part(2, size=10**18)), "would need"),
+        "a huge part": (rewritten(file, part(2, size=10**18)), " needs "),
         "a negative part": (rewritten(file, part(2, size=-1)), "manifest"),
         "too short a part": (rewritten(file, part(2, size=512)), "damaged"),
         "a part of another digest": (rewritten(file, part(0, sha256="0" * 64)), "identity.key"),

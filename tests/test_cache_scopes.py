@@ -165,7 +165,8 @@ def test_what_runs_is_not_found_either(box: Box) -> None:
 
 def test_choices_and_prompts_of_a_request_share(box: Box) -> None:
     person, prompt = Person(box), KNOWN * 5
-    for more in ({"n": 3}, {"prompt": [prompt + "!", prompt + "?", prompt]}):
+    bodies: list[dict[str, Any]] = [{"n": 3}, {"prompt": [prompt + "!", prompt + "?", prompt]}]
+    for more in bodies:
         answer = person.again().ask(**{"prompt": prompt, **more})
         path = f"/v1/receipts/{answer['request_id']}"
         receipt = json.loads(box.http("GET", path, key=person.key).json()["signed_receipt"])

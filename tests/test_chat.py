@@ -330,7 +330,7 @@ def test_a_function_has_a_name_that_others_can_say(box: Box, name: str) -> None:
     function = {"name": name, "parameters": {"type": "object"}}
     user = [{"role": "user", "content": "x"}]
     model = {"model": MODEL}
-    asked = [
+    asked: list[tuple[str, dict[str, Any]]] = [
         ("chat/completions", {"messages": user, "tools": [
             {"type": "function", "function": function}]}),
         ("chat/completions", {"messages": user, "tool_choice": {
@@ -368,7 +368,7 @@ def test_an_answer_that_outgrows_its_context_says_so_if_shifting_is_on(
     config = tmp_path / "shift.toml"
     config.write_text("[engine]\ncontext = 128\ncontext_shift = true\n")
     box = new_box("--model", "fake:1=fake:0", "--config", str(config))
-    asked = {"model": "fake:1", "max_tokens": 200}
+    asked: dict[str, Any] = {"model": "fake:1", "max_tokens": 200}
     plain = ask(box, **asked)
     assert plain.choices[0].finish_reason == "length"
     assert plain.usage.completion_tokens == 200
@@ -399,7 +399,8 @@ def test_a_prompt_longer_than_the_context_is_refused_with_its_numbers(box: Box) 
         with pytest.raises(openai.BadRequestError) as caught:
             ask(box, "hello " * 9000, stream=stream)
         assert caught.value.code == "context_length_exceeded"
-        message = caught.value.body["message"]
+        body: Any = caught.value.body
+        message = body["message"]
         assert "n_prompt_tokens" in message
         assert "n_ctx" in message
         numbers = [int(word) for word in message.replace(",", " ").split() if word.isdigit()]
@@ -419,7 +420,8 @@ def test_a_prompt_that_leaves_room_for_one_token_is_served(fake_box: Box) -> Non
     assert answer.choices[0].finish_reason == "length"
     with pytest.raises(openai.BadRequestError) as caught:
         ask(fake_box, longest + "x", model=SMALL, max_tokens=9)
-    assert str(SMALL_CONTEXT) in caught.value.body["message"]
+    body: Any = caught.value.body
+    assert str(SMALL_CONTEXT) in body["message"]
 
 
 # -- many at once --------------------------------------------------------------------------------

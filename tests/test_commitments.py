@@ -224,7 +224,7 @@ WRONG_VECTORS: dict[str, Change] = {
     "one vector less": lambda vectors: vectors.pop(),
     "one vector more": lambda vectors: vectors.append(vectors[0]),
     "none": lambda vectors: vectors.clear(),
-    "in another order": lambda vectors: vectors.reverse() or vectors.insert(0, vectors.pop()),
+    "in another order": lambda vectors: vectors.insert(0, vectors.pop()),
     "cut elsewhere": lambda vectors: vectors[1].insert(0, vectors[0].pop()),
     "a number that is no float32": lambda vectors: vectors.__setitem__(0, [0.1, *vectors[0][1:]]),
     "a number beyond float32": lambda vectors: vectors[0].__setitem__(0, 1e39),

@@ -23,8 +23,8 @@ from pinaivu_box.config import (
     load,
     parse_duration,
 )
+from pinaivu_box.engine.messages import Sampling
 from pinaivu_box.errors import CliError
-from pinaivu_box.gateway.local import FALLBACK
 from tests.support.process_box import Box
 
 SAMPLE = Path(__file__).parent.parent / "sample.toml"
@@ -54,7 +54,9 @@ def settings(struct: type[msgspec.Struct], at: tuple[str, ...] = ()) -> Iterator
     """The path of every setting below a struct; tables of tables are walked."""
     for field in msgspec.structs.fields(struct):
         path = (*at, field.name)
-        inner = {"model": ModelConfig}.get(field.name) if not at else None
+        inner: type[msgspec.Struct] | None = None
+        if not at and field.name == "model":
+            inner = ModelConfig
         if isinstance(field.default, msgspec.Struct):
             inner = type(field.default)
         if inner and path != ("model", "sampling"):  # as [sampling], which is walked itself
@@ -76,9 +78,10 @@ def test_every_setting_is_in_the_sample() -> None:
 
 
 def test_what_the_sample_has_commented_out_is_valid_and_says_the_defaults(tmp_path: Path) -> None:
-    assert uncommented()["sampling"] == FALLBACK
+    defaults = {name: getattr(Sampling(), name) for name in SamplingConfig.__struct_fields__}
+    assert uncommented()["sampling"] == defaults
     config = load(written(tmp_path, COMMENTED.sub(r"\1", SAMPLE.read_text())), environ={})
-    assert config.sampling == SamplingConfig(**FALLBACK)  # type: ignore[arg-type]
+    assert config.sampling == SamplingConfig(**defaults)
     (model,) = config.model
     assert model.context == ModelConfig(name="", path="").context
     assert config.pricing.models

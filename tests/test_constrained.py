@@ -42,7 +42,7 @@ def answer(box: Box, **options: Any) -> Any:
 )
 def test_a_number_ends(box: Box, number: dict[str, Any]) -> None:
     # Without other properties, of which the digits that it likes could be the names.
-    schema = {"type": "object", "properties": {"n": number}, "required": ["n"]}
+    schema: dict[str, Any] = {"type": "object", "properties": {"n": number}, "required": ["n"]}
     schema |= {"additionalProperties": False}
     form = {"type": "json_schema", "json_schema": {"name": "count", "schema": schema}}
     choice = answer(box, response_format=form, logit_bias=liking(box, "0123456789.-"), seed=1)

@@ -11,6 +11,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,17 @@ from tests.support.process_box import (
     pinaivu_json,
     wait_until,
 )
+from tests.support.spending import spent
 from tests.support.streamed_chat import URL, StreamedChat, body, http_client
 
 MakeBox = Callable[..., Box]
 FAKE = "fake:1"
 CLIENTS = 16
 ROUNDS = 20
+PRICES = """
+[pricing]
+per_1k_tokens = { prompt = "1", cached = "0.5", completion = "4" }
+"""
 REAL_ROUNDS = {3, 9, 16}  # with the real model; its weights take longer to load
 
 
@@ -105,11 +111,17 @@ class Swarm:
 
 @pytest.mark.timeout(600)
 def test_every_answer_that_was_seen_whole_has_its_receipt_after_a_kill(tmp_path: Path) -> None:
-    """kill -9 of the server while 16 clients' answers end, 20 times on one home."""
+    """kill -9 of the server while 16 clients spend a budget, 20 times on one home; all accounts of
+    what they have spent agree."""
     dice = random.Random(2)
-    box = Box(tmp_path / "home", "--model", f"{FAKE}=fake:2")
+    (tmp_path / "box.toml").write_text(PRICES)
+    options = ("--config", str(tmp_path / "box.toml"), "--model", f"{FAKE}=fake:2")
+    box = Box(tmp_path / "home", *options)
+    key = pinaivu_json("keys", "create", "--budget", "1000", home=box.home)
+    box.key = key["key"]
     completed: list[str] = []
     cut_off = 0
+    total = Decimal(0)
     try:
         for number in range(ROUNDS):
             box.start()
@@ -124,8 +136,14 @@ def test_every_answer_that_was_seen_whole_has_its_receipt_after_a_kill(tmp_path:
             swarm.join()
             completed += swarm.completed
             cut_off += swarm.cut_off
+            spending = spent(box.home, key["id"])
+            assert len(set(spending.values())) == 1, spending
+            assert spending["receipts"] > total
+            total = spending["receipts"]
         box.start()
         check_survivors(box.home, completed)
+        usage = box.http("GET", "/v1/usage").json()
+        assert Decimal(usage["cost"]) == spent(box.home, key["id"])["receipts"] == total <= 1000
         assert len(set(completed)) == len(completed) >= 5 * ROUNDS
         assert cut_off >= 10 * ROUNDS  # the kills met requests under way
         for request_id in (completed[0], completed[-1]):

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import openai
 import pytest
 
@@ -32,13 +31,13 @@ SERVED = {
 
 def failure(box: Box, path: str, body: Any, **headers: Any) -> openai.APIStatusError:
     """What the SDK raises for a POST; `headers` are set as they are, `openai.Omit()` removes."""
-    options = {"headers": {name.replace("_", "-"): value for name, value in headers.items()}}
+    options: Any = {"headers": {name.replace("_", "-"): value for name, value in headers.items()}}
     with pytest.raises(openai.APIStatusError) as caught:
         box.client.post(path, body=body, cast_to=object, options=options)
     return caught.value
 
 
-def check_envelope(response: httpx.Response, status: int, code: str) -> dict[str, Any]:
+def check_envelope(response: Any, status: int, code: str) -> dict[str, Any]:
     """The shape that every error has; returns the body."""
     assert response.status_code == status, response.text
     assert response.headers["content-type"] == "application/json"
@@ -554,7 +553,7 @@ def test_the_template_s_own_names_are_not_for_clients(box: Box) -> None:
         assert f"'{name}'" in check_envelope(answer, 422, "invalid_body")["error"]["message"]
 
 
-WRITTEN = [
+WRITTEN: list[tuple[dict[str, Any], dict[str, Any], Any]] = [
     ({"id": "call_1_0", "type": "function"}, {"tool_call_id": "call_1_0"}, '{"x": 1}'),
     ({}, {}, '{"x": 1}'),
     ({"id": None, "type": None}, {"tool_call_id": None}, {"x": 1}),
@@ -709,7 +708,7 @@ def test_a_body_of_no_announced_size_is_counted_too(strict_box: Box) -> None:
 # -- 503 -----------------------------------------------------------------------------------------
 
 
-def check_unavailable(response: httpx.Response) -> str:
+def check_unavailable(response: Any) -> str:
     body = check_envelope(response, 503, "no_nodes_available")
     assert int(response.headers["retry-after"]) >= 1
     message: str = body["error"]["message"]
@@ -718,7 +717,7 @@ def check_unavailable(response: httpx.Response) -> str:
 
 def test_a_full_queue_is_503_with_retry_after_until_there_is_room(strict_box: Box) -> None:
     client = strict_box.client
-    ask = {"model": "slow:1", "messages": [USER]}
+    ask: Any = {"model": "slow:1", "messages": [USER]}
     with client.chat.completions.create(**ask, stream=True, max_tokens=4000) as running:
         next(iter(running))
         for stream in (False, True):

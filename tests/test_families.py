@@ -89,7 +89,11 @@ def only_a_head(choice: Any) -> bool:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("parallel", [False, True])
 def test_a_call_that_must_be_made_is_valid(families: Box, family: str, parallel: bool) -> None:
-    options = {"tools": TOOLS, "tool_choice": "required", "parallel_tool_calls": parallel}
+    options: dict[str, Any] = {
+        "tools": TOOLS,
+        "tool_choice": "required",
+        "parallel_tool_calls": parallel,
+    }
     for seed in (1, 2):
         (choice,) = chat(
             families, family, seed=seed, temperature=1.2, reasoning_effort="none", **options
@@ -105,7 +109,7 @@ def test_a_call_that_must_be_made_is_valid(families: Box, family: str, parallel:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_named_call_is_streamed_as_deltas(families: Box, family: str) -> None:
-    options = {"tools": TOOLS, "tool_choice": NAMED, "parallel_tool_calls": False}
+    options: dict[str, Any] = {"tools": TOOLS, "tool_choice": NAMED, "parallel_tool_calls": False}
     chunks = list(chat(families, family, stream=True, reasoning_effort="none", seed=3, **options))
     choices = [chunk.choices[0] for chunk in chunks]
     deltas = [delta for choice in choices for delta in choice.delta.tool_calls or ()]

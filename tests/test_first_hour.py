@@ -254,7 +254,7 @@ def test_the_node_key_is_what_receipts_are_verified_with(fresh: Box, tmp_path: P
     file = tmp_path / "receipt.json"
     file.write_text(fresh.http("GET", f"/v1/receipts/{ask(fresh).json()['request_id']}").text)
 
-    def verify(key: str) -> subprocess.CompletedProcess:
+    def verify(key: str) -> subprocess.CompletedProcess[str]:
         return pinaivu(
             "receipts", "verify", str(file), "--node-key", key, home=tmp_path / "no", check=False
         )
@@ -297,7 +297,7 @@ def test_a_mistyped_command_names_the_nearest(command: list[str], hint: str) -> 
     done = subprocess.run([*PINAIVU, *command], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert f"No such command '{command[-1]}'." in done.stderr and hint in done.stderr
-    assert hint or "There are: " in done.stderr
+    assert hint or "The commands are: " in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import gzip
 import json
+import sys
 import zlib
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -16,9 +17,14 @@ import httpx
 import pytest
 
 from pinaivu_box import __version__
-from pinaivu_box.server.codings import decoded, zstd
+from pinaivu_box.server.codings import decoded
 from pinaivu_box.server.endpoints import ENDPOINTS
 from tests.support.process_box import Box
+
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
 
 FAKE = "fake:1"
 LIMIT = 300_000
@@ -93,14 +99,14 @@ def test_a_compressed_body_is_what_it_was(here: Box, name: str) -> None:
 def test_another_coding_is_refused_with_those_that_are_read(here: Box, coding: str) -> None:
     for path in ("/v1/chat/completions", "/v1/messages", "/v1/admin/keys"):
         headers = {"Content-Encoding": coding.encode("latin-1")}
-        answer = here.http("POST", path, content=chat_of(10), headers=headers)  # type: ignore[arg-type]
+        answer = here.http("POST", path, content=chat_of(10), headers=headers)
         assert answer.status_code == 415, answer.text
         assert answer.headers["accept-encoding"] == "gzip, deflate, zstd"
         error = answer.json()["error"]
         assert error["code"] == "unsupported_encoding" and "gzip, deflate, zstd" in error["message"]
 
 
-CHECKED = {zstd.CompressionParameter.checksum_flag: 1}
+CHECKED: dict[int, int] = {zstd.CompressionParameter.checksum_flag: 1}
 CODERS: dict[str, Callable[[bytes], bytes]] = {
     "gzip": gzip.compress,
     "deflate": zlib.compress,
@@ -170,7 +176,7 @@ def test_what_comes_to_nothing_is_bounded_too(here: Box) -> None:
 
 
 def test_a_window_of_zstd_is_bounded() -> None:
-    wide = {zstd.CompressionParameter.window_log: 27}
+    wide: dict[int, int] = {zstd.CompressionParameter.window_log: 27}
     maker = zstd.ZstdCompressor(options=wide)
     data = maker.compress(b"x" * 1000) + maker.flush()
     with pytest.raises(Exception, match="damaged or in another format"):

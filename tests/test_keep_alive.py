@@ -18,7 +18,7 @@ from pinaivu_box.gateway.placement import Placement
 from pinaivu_box.models import catalog, memory
 from pinaivu_box.models.catalog import digest_of
 from pinaivu_box.settings import LiveSettings, Settings
-from tests.support import transport_peers
+from tests.support import waiting
 from tests.support.process_box import Box, pinaivu_json, wait_until
 
 CONFIG = """
@@ -83,7 +83,7 @@ def new_key(box: Box, *options: str) -> str:
     return str(pinaivu_json("keys", "create", *options, home=box.home)["key"])
 
 
-ENDPOINTS = {
+ENDPOINTS: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": {"messages": HELLO, "max_tokens": 2},
     "/v1/completions": {"prompt": "Say hello.", "max_tokens": 2},
     "/v1/responses": {"input": "Say hello.", "max_output_tokens": 2},
@@ -191,8 +191,8 @@ def test_longer_is_up_to_the_most_and_said_beyond(brief: Box) -> None:
     ask(brief, "two:1")
     await_unloaded(brief, "two:1")
     assert "one:1" in loaded(brief)
-    for given in (-1, "-1", "3h", 1e300):
-        answer = ask(brief, "one:1", keep_alive=given)
+    for seconds in (-1, "-1", "3h", 1e300):
+        answer = ask(brief, "one:1", keep_alive=seconds)
         assert answer.headers["x-pinaivu-ignored"] == "keep_alive"
         assert answer.json()["ignored_parameters"] == ["keep_alive"]
     strict = {"x-pinaivu-strict": "1"}
@@ -240,7 +240,7 @@ async def test_memory_that_an_unloaded_model_still_holds_is_waited_for(
         monkeypatch.setattr(memory, "available", lambda: 0 if left.alive else 2**40)
         os.kill(left.pid, signal.SIGSTOP)  # it takes its time to end
         placement.release(left, keep_alive=0)
-        await transport_peers.wait_until(lambda: "left:1" not in placement.loaded)
+        await waiting.wait_until(lambda: "left:1" not in placement.loaded)
         acquiring = asyncio.create_task(placement.acquire(models.find("next:1")))
         await asyncio.sleep(0)
         os.kill(left.pid, signal.SIGCONT)

@@ -257,7 +257,10 @@ def test_edit_changes_what_is_given_and_none_clears_it(tmp_path: Path) -> None:
         "--expires", "1d", "--price", "a:*=0.5", "--scope", "usage", "--policy", "balance",
         home=home,
     )  # fmt: skip
-    edit = lambda *options: pinaivu_json("keys", "edit", made["id"], *options, home=home)  # noqa: E731
+
+    def edit(*options: str) -> Any:
+        return pinaivu_json("keys", "edit", made["id"], *options, home=home)
+
     edited = edit("--tpm", "100", "--model", "c:*", "--name", "new", "--lenient")
     policy = {**made["policy"], "tpm": 100, "models": ["c:*"], "lenient": True}
     assert edited["policy"] == policy

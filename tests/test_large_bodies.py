@@ -27,8 +27,8 @@ from pinaivu_box.errors import (
 from pinaivu_box.openai import large_bodies
 from pinaivu_box.openai.anthropic import CountTokensRequest, MessagesRequest
 from pinaivu_box.openai.completions import CompletionRequest, DetokenizeRequest, TokenizeRequest
+from pinaivu_box.openai.decoding import MAX_NUMBERS, MAX_VALUES, SMALL_BODY_BYTES, decode
 from pinaivu_box.openai.embeddings import EmbeddingRequest
-from pinaivu_box.openai.request import MAX_NUMBERS, MAX_VALUES, SMALL_BODY_BYTES, decode
 from pinaivu_box.openai.responses import ResponseRequest, as_messages
 from pinaivu_box.openai.types import ChatRequest
 from pinaivu_box.receipts.commitment import output_text, prompt_text
@@ -127,12 +127,14 @@ def test_the_number_of_levels_is_bounded(small: bool) -> None:
 
 
 def test_names_are_cut_before_they_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
-    from pinaivu_box.openai import fields
 
-    compared = []
-    monkeypatch.setattr(
-        fields.difflib, "get_close_matches", lambda name, *_: compared.append(name) or []
-    )
+    compared: list[str] = []
+
+    def compare(name: str, *_: Any) -> list[str]:
+        compared.append(name)
+        return []
+
+    monkeypatch.setattr("pinaivu_box.openai.fields.difflib.get_close_matches", compare)
     with pytest.raises(InvalidBody) as caught:
         decode(json.dumps({"x\n" * 500_000: 1}).encode(), ChatRequest)
     assert [len(name) for name in compared] == [100]
@@ -182,7 +184,7 @@ def test_commitments_are_over_canonical_json(
     messages: list[dict[str, Any]], stop: list[str]
 ) -> None:
     """RFC 8785, by another implementation of it."""
-    more = {"tools": "[]", "input": ["a", [1, 2**53 - 1]]}
+    more: dict[str, Any] = {"tools": "[]", "input": ["a", [1, 2**53 - 1]]}
     canonical = rfc8785.dumps({"messages": messages, "stop": stop, **more}).decode()
     assert prompt_text(messages, stop, **more) == canonical
     assert output_text(["", *stop, ""]) == rfc8785.dumps(["", *stop, ""]).decode()
@@ -255,7 +257,7 @@ def test_a_length_beside_chunks_says_nothing_of_the_room() -> None:
             taken.append(size)
             return await reserve(account, size, most)
 
-        both._memory.reserve = seen  # type: ignore[method-assign]
+        both._memory.reserve = seen  # type: ignore[method-assign, assignment]
         try:
             with pytest.raises(InvalidJson):
                 await both.receive(request, "acct", TokenizeRequest, 2**20, strict=False)
@@ -360,7 +362,7 @@ def test_who_has_too_much_waits_and_nobody_else() -> None:
         more[1].cancel()
         await settled()
         held[1]()
-        assert await memory.reserve("a", 10, 10)
+        (await memory.reserve("a", 10, 10))()
 
     asyncio.run(run())
 

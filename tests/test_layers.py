@@ -23,6 +23,7 @@ ROOMS = (
     "text",
     "value_count",
     "child",
+    "fair_threads",
     "sandbox",
     "chat_format",
     "vector_format",
@@ -31,8 +32,8 @@ ROOMS = (
     "policy",
     "identity",
     "logs",
-    "openai",
     "engine.messages",
+    "openai",
     "models",
     "settings",
     "receipts",
@@ -58,7 +59,16 @@ ROOMS = (
 )
 WORKER = "engine.worker"
 # What the engine may import beside itself.
-OF_BOTH_SIDES = ("errors", "sandbox", "chat_format", "vector_format")
+OF_BOTH_SIDES = (
+    "errors",
+    "backoff",
+    "bounded",
+    "text",
+    "fair_threads",
+    "sandbox",
+    "chat_format",
+    "vector_format",
+)
 # Who starts the child may name its main; nobody else sees the engine but for its messages.
 STARTS_THE_WORKER = "cli.engine"
 

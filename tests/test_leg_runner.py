@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import pytest
 
+from pinaivu_box.engine.messages import SamplingParams
 from pinaivu_box.errors import (
     ContextOverflow,
     EngineLost,
@@ -274,7 +275,7 @@ async def test_a_cancellation_that_comes_while_a_box_is_looked_for_starts_none_t
 async def test_another_box_goes_on_where_one_was_lost() -> None:
     first, second = peer(1, answer(until=5, error=lost)), peer(2)
     network = Network(None, first, second)
-    asked = network.job(seed=3)
+    asked = network.job(sampling=SamplingParams(seed=3))
     await whole(network.ask(asked))
     assert served_by(network) == [first.node_id, second.node_id]
     leg = second.legs[0]

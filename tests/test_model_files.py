@@ -26,7 +26,7 @@ import pytest
 
 from pinaivu_box.config import Config
 from pinaivu_box.doctor import models as doctor
-from pinaivu_box.models import folder as folders
+from pinaivu_box.models import folder_scan as folders
 from pinaivu_box.models import gguf
 from pinaivu_box.models.gguf import BadGguf, read_header
 from pinaivu_box.sandbox import Sandbox, SandboxLimits
@@ -188,7 +188,7 @@ def test_mutated_headers_never_harm_the_reader(tmp_path: Path) -> None:
     file = tmp_path / "model.gguf"
     counts: dict[str, int] = {}
     limits = SandboxLimits(cpu_seconds=20.0, memory_bytes=256 * 1024 * 1024, wall_seconds=300.0)
-    sandbox = Sandbox("pinaivu_box.models.headers:make", limits=limits)
+    sandbox = Sandbox("pinaivu_box.models.header_reader:make", limits=limits)
     # Most bytes of a header are words of the vocabulary: what counts and lengths say is elsewhere.
     begin = end - 6000
     try:
@@ -275,7 +275,8 @@ NAMES = {
 }
 
 
-def put_things(models: Path) -> Iterator[socket.socket]:
+@contextlib.contextmanager
+def things_that_are_no_files(models: Path) -> Iterator[None]:
     """Everything that can be called `x.gguf` and is no file."""
     os.mkfifo(models / "pipe.gguf")
     (models / "directory.gguf").mkdir()
@@ -286,7 +287,7 @@ def put_things(models: Path) -> Iterator[socket.socket]:
     with socket.socket(socket.AF_UNIX) as listening:
         with contextlib.chdir(models):
             listening.bind("socket.gguf")  # a longer path would have no room in its address
-        yield listening
+        yield
 
 
 THINGS = {
@@ -311,8 +312,11 @@ def test_names_and_things_that_are_no_models_are_listed_and_nowhere_else(
     (deep / "studio.Q4_K_M.gguf").write_bytes(valid())
     (models / os.fsdecode(b"\xe9")).mkdir()
     (models / os.fsdecode(b"\xe9") / "latin.gguf").write_bytes(valid())
-    things = put_things(models)
-    next(things)
+    with things_that_are_no_files(models):
+        check_that_they_are_listed_and_nowhere_else(models)
+
+
+def check_that_they_are_listed_and_nowhere_else(models: Path) -> None:
     home = models.parent
     named = {*NAMES.values(), *THINGS, "latin.gguf"}
     served = ["LOUD:latest", "studio.Q4_K_M:latest", MODEL]
@@ -349,7 +353,6 @@ def test_names_and_things_that_are_no_models_are_listed_and_nowhere_else(
         assert box.stop() == 0
     finally:
         box.end()
-        things.close()
 
 
 def test_of_two_files_with_one_id_the_first_is_served_and_the_other_named(models: Path) -> None:
@@ -426,28 +429,32 @@ def test_a_folder_is_looked_at_within_bounds(models: Path, monkeypatch: pytest.M
     (deepest.parent / "high.gguf").touch()
     (models / ".partial").mkdir()
     (models / ".partial" / "unfinished.gguf").touch()
-    found = folders.find(models)
+    found = folders.scan(models)
     assert [path.name for path in found.files] == ["high.gguf"]
     assert f"more than {folders.MAX_DEPTH} deep" in found.not_served[models]
     elsewhere = models.parent / "elsewhere"
     (elsewhere / "inner").mkdir(parents=True)
     (elsewhere / "inner" / "linked.gguf").touch()
     (models / "more").symlink_to(elsewhere / "inner")
-    upwards = {models / "root": "/", models / "home": models.parent, models / "d" / "up": ".."}
+    upwards: dict[Path, str | Path] = {
+        models / "root": "/",
+        models / "home": models.parent,
+        models / "d" / "up": "..",
+    }
     for link, target in upwards.items():
         link.symlink_to(target)
     (elsewhere / "inner" / "out").symlink_to(elsewhere)
-    found = folders.find(models)
+    found = folders.scan(models)
     assert {path.name for path in found.files} == {"high.gguf", "linked.gguf"}
     links = {path for path, why in found.not_served.items() if "a link to a folder above" in why}
     assert links == {models / "root", models / "home", models / "more" / "out"}
     for number in range(30):
         (models / f"m{number:02}.gguf").touch()
     monkeypatch.setattr(folders, "MAX_FILES", 20)
-    found = folders.find(models)
+    found = folders.scan(models)
     assert len(found.files) == 21 and "20 model files" in found.not_served[models]
     monkeypatch.setattr(folders, "MAX_ENTRIES", 10)
-    found = folders.find(models)
+    found = folders.scan(models)
     assert len(found.files) <= 10 and "10 entries" in found.not_served[models]
 
 
@@ -482,7 +489,7 @@ def test_another_tenants_stream_goes_on_while_files_are_looked_at(
     box = Box(models.parent, "--model", f"{FAKE}=fake:20").start()
     try:
         other = pinaivu_json("keys", "create", home=box.home)["key"]
-        options = {"model": FAKE, "messages": [{"role": "user", "content": "hi"}]}
+        options: Any = {"model": FAKE, "messages": [{"role": "user", "content": "hi"}]}
         with box.client_with(other).chat.completions.create(
             stream=True, max_tokens=3000, **options
         ) as stream:
@@ -646,13 +653,14 @@ def test_sets_that_are_not_what_they_say(models: Path) -> None:
     for name, words in said.items():
         assert words in reasons[name], name
     config = models.parent / "config.toml"
-    for path, words in (
+    refusals: list[tuple[Path | str, str]] = [
         (models / part_name("good", 2, 2), "give the path of part 1"),
         (gap[0], "are missing"),
         ("a\\u0000b.gguf", "null byte"),
         ("~nobody-of-that-name/x.gguf", "No such file"),
-    ):
-        config.write_text(f'[[model]]\nname = "a:1"\npath = "{path}"\n')
+    ]
+    for configured, words in refusals:
+        config.write_text(f'[[model]]\nname = "a:1"\npath = "{configured}"\n')
         refused = pinaivu("ls", home=models.parent, check=False)
         assert refused.returncode == 1 and words in refused.stderr
         assert refused.stderr.count("\n") == 1

@@ -13,8 +13,8 @@ from types import SimpleNamespace
 import pytest
 
 from pinaivu_box.cli.serve import banner
-from pinaivu_box.models import bundled, watching
-from pinaivu_box.models.watching import Watch
+from pinaivu_box.models import bundled, folder_watch
+from pinaivu_box.models.folder_watch import FolderWatch
 from tests.support.gguf_files import part, put_split, valid
 from tests.support.process_box import Box, pinaivu, pinaivu_json, wait_until
 
@@ -207,7 +207,7 @@ def test_only_the_folder_is_read_again(box: Box, place: Path) -> None:
 def test_a_watch_tells_of_changes_alone(tmp_path: Path) -> None:
     """And a file that was written to since the look before is not among them."""
     (tmp_path / "a.gguf").write_bytes(valid())
-    watch = Watch()
+    watch = FolderWatch()
     assert watch.look(tmp_path) is None
     first = watch.look(tmp_path)
     assert first is not None and [one.name for one in first.files] == ["a.gguf"]
@@ -226,9 +226,9 @@ def test_a_watch_tells_of_changes_alone(tmp_path: Path) -> None:
 def test_a_large_folder_takes_a_small_part_of_the_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    watch = Watch()
+    watch = FolderWatch()
     clock = SimpleNamespace(monotonic=iter((100.0, 101.0)).__next__)
-    monkeypatch.setattr(watching, "time", clock)
+    monkeypatch.setattr(folder_watch, "time", clock)
     watch.look(tmp_path)
     assert watch.seconds >= 100
 

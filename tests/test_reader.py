@@ -1,4 +1,4 @@
-"""Thoughts and calls are found in the text of an answer, however it is cut into pieces."""
+"""Reasoning and calls are found in the text of an answer, however it is cut into pieces."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from pinaivu_box.chat_format import LLAMA, MISTRAL, TAGS, Style, style_of, thinks
 from pinaivu_box.openai import reader as reader_module
-from pinaivu_box.openai.reader import Arguments, ParsedCall, Piece, Reader, Text, Thought
+from pinaivu_box.openai.reader import Arguments, ParsedCall, Piece, Reader, Reasoning, Text
 
 NAMES = {"f", "g"}
 Read = list[tuple[str, ...]]
@@ -32,7 +32,7 @@ def read(
     found: Read = []
     for piece in pieces:
         match piece:
-            case Text(said) | Thought(said):
+            case Text(said) | Reasoning(said):
                 kind = type(piece).__name__.lower()
                 if found and found[-1][0] == kind:
                     said = found.pop()[1] + said
@@ -51,6 +51,12 @@ CALL_F = '{"name": "f", "arguments": {"a": "}\\"{[", "b": [1, {"c": 2}]}}'
 CALL_G = '{"name": "g", "arguments": {}}'
 ARGUMENTS = '{"a": "}\\"{[", "b": [1, {"c": 2}]}'
 F, G = ("call", "f", ARGUMENTS), ("call", "g", "{}")
+
+
+def whole_text(text: str) -> Read:
+    return [("text", text)]
+
+
 CASES: list[tuple[str, Style | None, dict[str, Any], Read]] = [
     (f"<tool_call>\n{CALL_F}\n</tool_call>", TAGS, {}, [F]),
     (
@@ -120,20 +126,20 @@ CASES: list[tuple[str, Style | None, dict[str, Any], Read]] = [
     ('{"name": "f", "parameters": "\\ud83d."}', LLAMA, {}, [("call", "f", ".")]),
     ('{"parameters": {"é": "\\ud83d."}, "name": "f"}', LLAMA, {}, [("call", "f", '{"é": "."}')]),
     *(
-        (text, LLAMA, {}, [("text", text)])
+        (text, LLAMA, dict[str, Any](), whole_text(text))
         for name in ('"\\_"', '"f\n"', '["f"]')
         for text in (f'{{"name": {name}, "parameters": {{}}}}',)
     ),
     ('So: {"name": "f"}', LLAMA, {}, [("text", 'So: {"name": "f"}')]),
     ("<think>\nhm < 3</think>\n\nYes.", None, {"thinks": True}, [
-        ("thought", "\nhm < 3"), ("text", "Yes.")
+        ("reasoning", "\nhm < 3"), ("text", "Yes.")
     ]),
     (f"hm</think>\n<tool_call>{CALL_G}</tool_call>", TAGS, {"thinks": True, "thinking": True}, [
-        ("thought", "hm"), G
+        ("reasoning", "hm"), G
     ]),
     ("no thoughts", None, {"thinks": True}, [("text", "no thoughts")]),
     ("<thin", None, {"thinks": True}, [("text", "<thin")]),
-    ("<think>never ends </thi", None, {"thinks": True}, [("thought", "never ends </thi")]),
+    ("<think>never ends </thi", None, {"thinks": True}, [("reasoning", "never ends </thi")]),
     (f"{CALL_F} <tool_call> <think>", None, {}, [("text", f"{CALL_F} <tool_call> <think>")]),
     ("", TAGS, {}, []),
 ]  # fmt: skip
@@ -187,7 +193,11 @@ def test_a_long_object_is_not_decoded_again_at_every_token(
             matched.append(len(given_text))
             return pattern.match(given_text)
 
-    monkeypatch.setattr(reader_module, "_object", lambda text: decoded.append(text) or decode(text))
+    def decode_and_count(text: str) -> Any:
+        decoded.append(text)
+        return decode(text)
+
+    monkeypatch.setattr(reader_module, "_object", decode_and_count)
     monkeypatch.setattr(reader_module, "_HEAD", Pattern)
     whole = style.trigger + text + " and more" * 200
     assert read(whole, style, range(0, len(whole), 3)) == ([("text", whole)], False)

@@ -276,8 +276,11 @@ def test_request_and_answer_are_compared_with_the_commitments(case: Case, tmp_pa
 def test_a_missing_or_broken_opening_fails_only_what_needs_it(case: Case, tmp_path: Path) -> None:
     answer = tmp_path / "answer.txt"
     answer.write_text(case.text)
-    for opening in (None, {}, {"output": {}}, {"output": "x"}, {"output": {"nonce": "zz"}},
-                    {"output": {"nonce": "zz", "tokens_sha256": "zz"}}):  # fmt: skip
+    openings: list[Any] = [
+        None, {}, {"output": {}}, {"output": "x"}, {"output": {"nonce": "zz"}},
+        {"output": {"nonce": "zz", "tokens_sha256": "zz"}},
+    ]  # fmt: skip
+    for opening in openings:
         document = json.dumps({**case.shown, "opening": opening}).encode()
         assert run(case, tmp_path, document=document).returncode == 0
         done = run(case, tmp_path, "--answer", str(answer), document=document)

@@ -8,12 +8,13 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import pytest
 
 from pinaivu_box.config import Config, EngineConfig, PricingConfig
+from pinaivu_box.engine.messages import SamplingParams
 from pinaivu_box.errors import (
     BudgetExceeded,
     InvalidBody,
@@ -102,7 +103,7 @@ async def new_key(database: Database, **policy: Any) -> Key:
 def start(box: ScriptedBox, *jobs: Job, meter: Any = None, **more: Any) -> Listener:
     """On a box without peers."""
     taken = admitted(*(jobs or [job()]), **more)
-    return Listener(Request(taken, alone(box), meter or Ledger()))
+    return Listener(Request(taken, alone(box), cast(Any, meter or Ledger())))
 
 
 def own(*scripts: Any) -> ScriptedBox:
@@ -122,7 +123,7 @@ async def test_the_receipt_is_on_disk_before_the_last_event(books: Books) -> Non
         on_disk.append((event, asked.request_id in books.receipts()))
         put(event)
 
-    listener.request.events.put = spy  # type: ignore[method-assign]
+    listener.request.events.put = spy  # type: ignore[method-assign, assignment]
     end = await listener.end()
     assert end == Finished("length", len(PROMPT), 12, 0)
     assert listener.text() == TEXT[:12]
@@ -207,7 +208,7 @@ async def test_what_was_taken_is_given_back_however_it_ends() -> None:
 
 
 async def test_a_second_leg_goes_on_with_the_same_seed_and_position(books: Books) -> None:
-    asked = job(seed=5)
+    asked = job(sampling=SamplingParams(seed=5))
     box = own(answer(until=7, error=lost), answer())
     listener = start(box, asked, meter=books.meter, key=books.key)
     assert await listener.end() == Finished("length", len(PROMPT), 12, 0)
@@ -235,7 +236,9 @@ async def test_an_engine_that_dies_before_it_says_anything_is_asked_again() -> N
 async def test_choices_run_side_by_side_and_share_a_prompt() -> None:
     first = job()
     box, ledger = own(), Ledger()
-    listener = start(box, first, replace(first, choice=1, seed=12), meter=ledger)
+    listener = start(
+        box, first, replace(first, choice=1, sampling=SamplingParams(seed=12)), meter=ledger
+    )
     assert await listener.end() == Finished("length", len(PROMPT), 24, 0)
     assert [listener.text(choice) for choice in (0, 1)] == [TEXT[:12]] * 2
     ((account, reason),) = ledger.settled

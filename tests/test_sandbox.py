@@ -164,9 +164,9 @@ def test_who_was_served_longest_ago_is_next() -> None:
 
 def test_no_child_outlives_who_started_it() -> None:
     code = f"""
-from pinaivu_box.sandbox import Limits, Sandbox
+from pinaivu_box.sandbox import Sandbox, SandboxLimits
 import os, signal
-sandbox = Sandbox({ENTRY!r}, limits=Limits(5, 1 << 28))
+sandbox = Sandbox({ENTRY!r}, limits=SandboxLimits(5, 1 << 28))
 print(sandbox.run(b"pid").decode(), flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """

@@ -160,7 +160,11 @@ def _group(
         total_ms=_percentiles(sums.total_ms),
         errors=dict(sorted(sums.errors.items())),
         **ids,
-        **{field: names[one].get(ids[one], "") for one, field in NAME_FIELDS.items() if one in ids},
+        **{
+            f: names[column].get(ids[column], "")
+            for column, f in NAME_FIELDS.items()
+            if column in ids
+        },
     )
 
 
@@ -208,7 +212,7 @@ def to_csv(report: UsageReport, by: tuple[By, ...]) -> str:
     sums = ("requests", "tokens", "prompt_tokens", "cached_tokens", "completion_tokens", "cost")
     kinds = ("ttft_ms", "total_ms")
     percentiles = [f"{kind}_{p}" for kind in kinds for p in Percentiles.__struct_fields__]
-    named = [field for one, field in NAME_FIELDS.items() if one in by]
+    named = [field for column, field in NAME_FIELDS.items() if column in by]
     write([*by, *sums, "currency", *percentiles, "errors", *named])
     for group in [_whole(report)] if report.data is UNSET else report.data:
         latencies: list[int | str] = []

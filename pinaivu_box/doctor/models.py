@@ -11,8 +11,9 @@ from pathlib import Path
 
 import msgspec
 
-from pinaivu_box.config import Config, EngineConfig, SamplingConfig
+from pinaivu_box.config import Config, EngineConfig
 from pinaivu_box.doctor.check import Check, State
+from pinaivu_box.engine.messages import SamplingParams
 from pinaivu_box.errors import ApiError, CliError
 from pinaivu_box.gateway.backend import Job, Started
 from pinaivu_box.gateway.local import LocalBackend
@@ -20,8 +21,8 @@ from pinaivu_box.gateway.output import Output
 from pinaivu_box.gateway.placement import Placement
 from pinaivu_box.models import catalog, gguf, memory
 from pinaivu_box.models.catalog import Catalog, Model
-from pinaivu_box.models.files import look, open_regular
 from pinaivu_box.models.names import printable
+from pinaivu_box.models.regular_files import look, open_regular
 from pinaivu_box.models.splits import digest_of_parts
 from pinaivu_box.settings import LiveSettings, Settings
 from pinaivu_box.store import integrity
@@ -191,8 +192,7 @@ async def _one_token(model: Model, config: EngineConfig) -> str:
         request_id="doctor",
         model=model,
         messages=[{"role": "user", "content": "Hello!"}],
-        asked=SamplingConfig(),
-        seed=0,
+        sampling=SamplingParams(),
         max_tokens=1,
         stop=[],
         tenant="doctor",

@@ -1,7 +1,8 @@
 """Messages to a prompt, by the model's own Jinja template.
 
 A template is a program from the model's file.  Jinja's sandbox keeps it from our objects, but
-bounds neither its steps nor its memory: so this runs in a child with limits (see `rendering`).
+bounds neither its steps nor its memory: so this runs in a child with limits (see
+`sandboxed_template`).
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from pinaivu_box import chat_format
-from pinaivu_box.engine import history
-from pinaivu_box.engine.control_tokens import Contents, ControlTokens
-from pinaivu_box.engine.history import Message
+from pinaivu_box.engine import message_forms
+from pinaivu_box.engine.control_tokens import ControlTokens, MarkedContents
+from pinaivu_box.engine.message_forms import Message
 from pinaivu_box.errors import BadRequest, ContextOverflow
 
-_REASON_LENGTH = 500  # of what a template says when it raises
+_MAX_REASON_CHARACTERS = 500  # of what a template says when it raises
 INSTEAD = ": serve another file of this model, or use completions, which need no template"
 
 # For files without a template; the format that llama.cpp also falls back to.
@@ -43,11 +44,11 @@ class _Raised(Exception):
 class ChatTemplate:
     """A template as transformers' `apply_chat_template` and llama.cpp run it.
 
-    `source` is the template of the GGUF file, `whose` names the model in errors; `knows_tools` says
+    `source` is the template of the GGUF file, `model` names the model in errors; `knows_tools` says
     whether it has a place for functions.  Raises BadRequest if it is no template.
     """
 
-    def __init__(self, source: str, *, bos: str, eos: str, whose: str = "the model's file") -> None:
+    def __init__(self, source: str, *, bos: str, eos: str, model: str = "the model's file") -> None:
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True,
             lstrip_blocks=True,
@@ -55,7 +56,7 @@ class ChatTemplate:
         )
         environment.filters["tojson"] = _tojson
         environment.globals.update(raise_exception=_raise, strftime_now=_now)
-        self._whose = whose
+        self._model = model
         try:
             self._template = environment.from_string(source)
             self.knows_tools = "tools" in find_undeclared_variables(environment.parse(source))
@@ -65,7 +66,7 @@ class ChatTemplate:
             why = _reason(str(error))
             raise self._refusal(f"is not valid Jinja ({why}){INSTEAD}") from error
         self._tokens = {"bos_token": bos, "eos_token": eos}
-        self._most = 0
+        self._max_characters = 0
         self._contents = ControlTokens(()).contents()
 
     def render(
@@ -73,17 +74,17 @@ class ChatTemplate:
         messages: list[Message],
         functions: list[dict[str, Any]] | None = None,
         variables: dict[str, Any] | None = None,
-        most: int = 1 << 20,
-        contents: Contents | None = None,
+        max_characters: int = 1 << 20,
+        contents: MarkedContents | None = None,
     ) -> str:
-        """The prompt, ending where the assistant begins; BadRequest if the template raises on all
-        forms of the messages (see `history`), ContextOverflow if it is longer than `most`
-        characters.
+        """The prompt, ending where the assistant begins.
 
-        `functions` are what the model may call, `variables` more of the template's.  All that it is
-        made of is marked in it as `contents` does.
+        `functions` are what the model may call, `variables` more of the template's.  Everything
+        that it is made of is marked in it as `contents` does.  Raises BadRequest if the template
+        raises on all forms of the messages (see `message_forms`), ContextOverflow if the prompt is
+        longer than `max_characters`.
         """
-        self._most = most
+        self._max_characters = max_characters
         self._contents = contents or ControlTokens(()).contents()
         variables = variables or {}
         if variables.get(chat_format.CONTINUE) and messages and messages[-1]["role"] == "assistant":
@@ -94,7 +95,7 @@ class ChatTemplate:
         generate = bool(variables.get(chat_format.GENERATE, True))
         values = {**_defaults(), **more, **self._tokens, chat_format.GENERATE: generate}
         if not self.knows_tools:
-            return self._render(history.in_words(known, functions), [None], values)
+            return self._render(message_forms.in_words(known, functions), [None], values)
         return self._render(known, _as_tools(functions), values)
 
     def _continued(
@@ -106,21 +107,21 @@ class ChatTemplate:
         """The prompt up to the end of the last message's text, which is the assistant's."""
         own = (chat_format.CONTINUE, chat_format.GENERATE)
         others = {k: v for k, v in variables.items() if k not in own}
-        before = self.render(messages[:-1], functions, others, self._most, self._contents)
+        before = self.render(messages[:-1], functions, others, self._max_characters, self._contents)
         last = messages[-1]
         if before.rstrip().endswith(chat_format.THINK):  # the text begins after the thoughts
             before = f"{before.rstrip()}\n\n{chat_format.THOUGHT}\n\n"
         return before + str(self._contents.marked(last["content"]) or "")
 
     def _render(self, messages: list[Message], tools: list[Any], values: dict[str, Any]) -> str:
-        """Of the first of the messages' forms, and of the tools', that the template takes: it
-        neither raises nor passes over what was said."""
+        """The prompt of the first forms of messages and tools that the template accepts: it neither
+        raises nor leaves out a message."""
         first: _Raised | None = None
         without: str | None = None
-        for told in tools:
-            for form in history.forms(messages):
+        for functions in tools:
+            for form in message_forms.forms(messages):
                 try:
-                    text = self._try(form, {**values, "tools": told})
+                    text = self._try(form, {**values, "tools": functions})
                 except _Raised as error:
                     first = first or error
                     continue
@@ -140,48 +141,48 @@ class ChatTemplate:
     def _in_parts(self, messages: list[Message], values: dict[str, Any]) -> str:
         """With contents in parts, for a template that knows no others; empty for all others."""
         try:
-            text = self._try(history.in_parts(messages), values)
+            text = self._try(message_forms.in_parts(messages), values)
         except _Raised:
             return ""
-        return text if self._shows(text, messages) and not history.raw(text) else ""
+        return text if self._shows(text, messages) and not message_forms.raw(text) else ""
 
     def _shows(self, text: str, messages: list[Message]) -> bool:
-        return history.shown(self._contents.unmarked(text), messages)
+        return message_forms.shown(self._contents.unmarked(text), messages)
 
     def _try(self, messages: list[Message], values: dict[str, Any]) -> str:
         parts, size = [], 0
         try:
-            given = self._contents.marked({**values, "messages": messages})
-            for part in self._template.generate({**given, **self._tokens}):
+            marked = self._contents.marked({**values, "messages": messages})
+            for part in self._template.generate({**marked, **self._tokens}):
                 parts.append(part)
                 size += len(part)
-                if size > self._most:
+                if size > self._max_characters:
                     break
         except MemoryError:
             raise
         except Exception as error:
             raise _Raised(_reason(self._contents.unmarked(str(error)))) from error
-        if size > self._most:
-            raise ContextOverflow(f"The prompt has more than {self._most} characters.")
+        if size > self._max_characters:
+            raise ContextOverflow(f"The prompt has more than {self._max_characters} characters.")
         return "".join(parts)
 
     def _refusal(self, what: str) -> BadRequest:
-        return BadRequest(f"The chat template of {self._whose} {what}.", param="messages")
+        return BadRequest(f"The chat template of {self._model} {what}.", param="messages")
 
 
 def _as_tools(functions: list[dict[str, Any]] | None) -> list[Any]:
-    """What `tools` can be: without functions None as in transformers, or undefined as in
-    llama.cpp."""
+    """The values that `tools` may have: without functions None as in transformers, or undefined as
+    in llama.cpp."""
     if not functions:
         return [None, Undefined(name="tools")]
-    ways = [functions]
-    if (described := history.described(functions)) != functions:
-        ways.append(described)
-    return [[{"type": "function", "function": one} for one in way] for way in ways]
+    forms = [functions]
+    if (described := message_forms.described(functions)) != functions:
+        forms.append(described)
+    return [[{"type": "function", "function": function} for function in form] for form in forms]
 
 
-def _reason(said: str) -> str:
-    return said[:_REASON_LENGTH].rstrip(".")
+def _reason(message: str) -> str:
+    return message[:_MAX_REASON_CHARACTERS].rstrip(".")
 
 
 # -- what templates find ---------------------------------------------------------------------------
@@ -240,9 +241,8 @@ def _null(value: Any) -> None:
 class Render(msgspec.Struct, array_like=True, frozen=True):
     """A job: what `messages` become.  Without any, whether `source` knows tools: b"1" or b"".
 
-    `functions` is JSON text of a list, `most` is in characters, `whose` as in ChatTemplate, and
-    `controls` are the texts of control tokens that are nothing but text where they are not the
-    template's own.
+    `functions` is JSON text of a list, `model` is as in ChatTemplate, and `controls` are the texts
+    of control tokens that are nothing but text where they are not the template's own.
     """
 
     source: str
@@ -251,8 +251,8 @@ class Render(msgspec.Struct, array_like=True, frozen=True):
     messages: list[dict[str, Any]] | None = None
     functions: str | None = None
     variables: dict[str, Any] = {}
-    most: int = 0
-    whose: str = "the model's file"
+    max_characters: int = 0
+    model: str = "the model's file"
     controls: list[str] = []
 
 
@@ -260,23 +260,23 @@ def make(_: bytes) -> Callable[[bytes], bytes]:
     """The jobs' function (see `sandbox`): a `Render` to msgpack of the prompt's parts (see
     `control_tokens`)."""
     decoder = msgspec.msgpack.Decoder(Render)
-    kept: dict[str, tuple[ChatTemplate, ControlTokens]] = {}  # an engine has one
+    loaded: dict[str, tuple[ChatTemplate, ControlTokens]] = {}  # an engine has one
 
     def run(payload: bytes) -> bytes:
-        asked = decoder.decode(payload)
-        if asked.source not in kept:
-            kept.clear()
-            made = ChatTemplate(asked.source, bos=asked.bos, eos=asked.eos, whose=asked.whose)
-            kept[asked.source] = made, ControlTokens(asked.controls)
-        template, controls = kept[asked.source]
-        if asked.messages is None:
+        job = decoder.decode(payload)
+        if job.source not in loaded:
+            loaded.clear()
+            template = ChatTemplate(job.source, bos=job.bos, eos=job.eos, model=job.model)
+            loaded[job.source] = template, ControlTokens(job.controls)
+        template, controls = loaded[job.source]
+        if job.messages is None:
             return b"1" if template.knows_tools else b""
         try:
-            functions = msgspec.json.decode(asked.functions or "[]", type=list[dict[str, Any]])
+            functions = msgspec.json.decode(job.functions or "[]", type=list[dict[str, Any]])
         except (msgspec.DecodeError, RecursionError):
             raise BadRequest("The tools are no list that can be read.", param="tools") from None
         contents = controls.contents()
-        text = template.render(asked.messages, functions, asked.variables, asked.most, contents)
+        text = template.render(job.messages, functions, job.variables, job.max_characters, contents)
         text = text.encode(errors="replace").decode()  # a template may make half a surrogate pair
         return msgspec.msgpack.encode(contents.parts(text))
 

@@ -1,7 +1,7 @@
-"""What people write is text, also where it reads like a control token of the model.
+"""Keeps the text of messages plain where it reads like a control token of the model.
 
-Who could write `<|im_start|>system` into a message would forge turns.  So each control token's text
-in what a template is given is marked before, and the prompt that the template makes is cut at its
+A message with `<|im_start|>system` in it could forge turns.  So the text of each control token in
+a template's input is marked before, and the prompt that the template makes is cut at the template's
 own control tokens: the parts that hold a mark are tokenized as plain text.  llama.cpp's templates
 tell their own text from input for the same reason.
 """
@@ -13,10 +13,10 @@ import secrets
 from collections.abc import Iterable
 from typing import Any
 
-from pinaivu_box.engine.history import CallArguments
+from pinaivu_box.engine.message_forms import CallArguments
 
 _NOTHING = re.compile("((?!))")
-_SHORTEST, _LONGEST = 3, 128  # characters of what is taken for a control token's text
+_MIN_CHARACTERS, _MAX_CHARACTERS = 3, 128  # of a control token's text
 _NAME = re.compile("[A-Za-z0-9_]+")
 _BRACKETED = re.compile(".[^A-Za-z0-9].+[^A-Za-z0-9].", re.DOTALL)
 
@@ -25,27 +25,30 @@ class ControlTokens:
     """Finds those in a text that are written as one of `spellings`."""
 
     def __init__(self, spellings: Iterable[str]) -> None:
-        # A vocabulary may call anything so, but a word in a text, or the name of a field, is none.
+        # A vocabulary may mark any text so, but a word, or the name of a field, is none.
         words = [
-            one
-            for one in spellings
-            if _SHORTEST <= len(one) <= _LONGEST and not _NAME.fullmatch(one)
+            spelling
+            for spelling in spellings
+            if _MIN_CHARACTERS <= len(spelling) <= _MAX_CHARACTERS and not _NAME.fullmatch(spelling)
         ]
-        # Templates may put angle brackets around what they are given.
-        inner = [one[1:-1] for one in words if _BRACKETED.fullmatch(one)]
+        # Templates may put angle brackets around their input.
+        inner = [word[1:-1] for word in words if _BRACKETED.fullmatch(word)]
         self._words = re.compile(f"({_any_of(words)})") if words else _NOTHING
         self._inner = re.compile(_any_of(inner)) if inner else _NOTHING
 
-    def contents(self) -> Contents:
+    def contents(self) -> MarkedContents:
         """For one prompt."""
-        return Contents(self._words, self._inner)
+        return MarkedContents(self._words, self._inner)
 
 
-class Contents:
-    """What one prompt is made of.  Marks are random, so that nobody can write one, and of digits,
-    which filters of templates leave alone.  A mark comes after what it marks, so that a template
-    finds in a message what it looks for, and says what that is: it may be cut off and stand after
-    a token of the template's own."""
+class MarkedContents:
+    """The input of one prompt, with marks.
+
+    Marks are random, so that no message can hold one, and of digits, which filters of templates
+    leave alone.  A mark follows what it marks, so that a template still finds in a message what it
+    looks for; and it tells what that is, since it may be cut off and stand after a token of the
+    template's own.
+    """
 
     def __init__(self, words: re.Pattern[str], inner: re.Pattern[str]) -> None:
         self._words, self._inner = words, inner
@@ -54,25 +57,23 @@ class Contents:
         self._numbers: dict[str, int] = {}
 
     def marked(self, value: Any) -> Any:
-        """The same with marks in its texts, at any depth."""
+        """The value with marks in its texts, at any depth."""
         if isinstance(value, str):
             pieces = self._words.split(value)  # every other one is a control token
-            pieces[::2] = [one and self._inner.sub(self._with_mark, one) for one in pieces[::2]]
-            pieces[1::2] = [one + self._mark_of(one) for one in pieces[1::2]]
+            pieces[::2] = [text and self._inner.sub(self._with_mark, text) for text in pieces[::2]]
+            pieces[1::2] = [word + self._mark_of(word) for word in pieces[1::2]]
             return "".join(pieces)
         if isinstance(value, list):
-            return [self.marked(one) for one in value]
+            return [self.marked(item) for item in value]
         if isinstance(value, dict):
-            made = {self.marked(name): self.marked(one) for name, one in value.items()}
-            return (
-                CallArguments(made, self.marked(str(value)))
-                if isinstance(value, CallArguments)
-                else made
-            )
+            marked = {self.marked(name): self.marked(item) for name, item in value.items()}
+            if isinstance(value, CallArguments):
+                return CallArguments(marked, self.marked(str(value)))
+            return marked
         return value
 
-    def _with_mark(self, found: re.Match[str]) -> str:
-        return found[0] + self._mark_of(found[0])
+    def _with_mark(self, match: re.Match[str]) -> str:
+        return match[0] + self._mark_of(match[0])
 
     def _mark_of(self, word: str) -> str:
         return f"{self._mark}{self._numbers.setdefault(word, len(self._numbers)):06d}"
@@ -86,16 +87,16 @@ class Contents:
         if self._mark not in prompt:
             return [prompt]
         parts: list[str] = []
-        begin = at = 0  # of the part, and after the last control token
-        for found in self._words.finditer(prompt):
-            if prompt.startswith(self._mark_of(found[0]), found.end()):
+        begin = end = 0  # of the part; after the last control token
+        for match in self._words.finditer(prompt):
+            if prompt.startswith(self._mark_of(match[0]), match.end()):
                 continue
-            if prompt.find(self._mark, at, found.start()) >= 0:
-                parts += [prompt[begin:at], self.unmarked(prompt[at : found.start()])]
-                begin = found.start()
-            at = found.end()
-        if prompt.find(self._mark, at) >= 0:
-            return [*parts, prompt[begin:at], self.unmarked(prompt[at:])]
+            if prompt.find(self._mark, end, match.start()) >= 0:
+                parts += [prompt[begin:end], self.unmarked(prompt[end : match.start()])]
+                begin = match.start()
+            end = match.end()
+        if prompt.find(self._mark, end) >= 0:
+            return [*parts, prompt[begin:end], self.unmarked(prompt[end:])]
         return [*parts, prompt[begin:]]
 
 

@@ -20,9 +20,9 @@ class Detokenizer:
         self._piece = piece
         self._stop = stop
         self._decoder = _decoder()
-        self._held = ""
-        self._early = min_tokens  # tokens that no stop string ends
-        self._exempt = 0  # characters of what is held that such tokens have completed
+        self._withheld = ""
+        self._min_tokens = min_tokens  # still to come
+        self._exempt = 0  # characters of the withheld text that such tokens have completed
         self._begun = b""  # of a character, by the prompt
         self.stop_string: str | None = None
 
@@ -34,7 +34,7 @@ class Detokenizer:
     @property
     def holds(self) -> bool:
         """Whether text or bytes wait for more."""
-        return bool(self._held or self._decoder.getstate()[0])
+        return bool(self._withheld or self._decoder.getstate()[0])
 
     def follow(self, prompt: bytes) -> None:
         """The end of the prompt: the first token may finish a character that it has begun."""
@@ -52,32 +52,32 @@ class Detokenizer:
         text = self._decoder.decode(piece)
         if not self._stop or self.stopped:
             return "" if self.stopped else text
-        early = self._early > 0
-        self._early -= early
+        early = self._min_tokens > 0
+        self._min_tokens -= early
         return self._take(text, early=early)
 
     def flush(self) -> str:
-        """The sequence has ended otherwise: all text that was held back."""
-        held, self._held = self._held, ""
-        return held
+        """The text that was withheld: the sequence has ended, and not by a stop string."""
+        text, self._withheld = self._withheld, ""
+        return text
 
     def _take(self, text: str, *, early: bool) -> str:
-        held = self._held + text
-        exempt = len(held) if early else self._exempt
+        text = self._withheld + text
+        exempt = len(text) if early else self._exempt
         # The stop string that is complete first ends the text, however the tokens cut it.
-        found = [
-            (at + len(stop), at, stop)
+        stops = [
+            (start + len(stop), start, stop)
             for stop in self._stop
-            if (at := held.find(stop, max(0, exempt - len(stop) + 1))) >= 0
+            if (start := text.find(stop, max(0, exempt - len(stop) + 1))) >= 0
         ]
-        if found:
-            _, at, self.stop_string = min(found)
-            self._held = ""
-            return held[:at]
-        keep = max(overlap(held, stop) for stop in self._stop)
-        said, self._held = held[: len(held) - keep], held[len(held) - keep :]
-        self._exempt = max(0, exempt - len(said))
-        return said
+        if stops:
+            _, start, self.stop_string = min(stops)
+            self._withheld = ""
+            return text[:start]
+        certain = len(text) - max(overlap(text, stop) for stop in self._stop)
+        self._withheld = text[certain:]
+        self._exempt = max(0, exempt - certain)
+        return text[:certain]
 
 
 def text_of(data: bytes) -> str:

@@ -16,15 +16,15 @@ import numpy as np
 import numpy.typing as npt
 
 from pinaivu_box.engine.fairness import FairQueue
-from pinaivu_box.engine.runner import TEXT_BATCH, Batch, Runner, TextRoom
+from pinaivu_box.engine.runner import TEXT_BATCH, Batch, EmbeddingCapacity, Runner
 from pinaivu_box.engine.sequence import State
 from pinaivu_box.vector_format import shortened
 
-_LEAST = 16  # tokens of a part; smaller ones only waste
+_MIN_PART_TOKENS = 16  # tokens of a part; smaller ones only waste
 
 
 @dataclass(eq=False)
-class Embedding:
+class EmbeddingJob:
     """A request's texts as tokens, and their vectors as far as they are known."""
 
     id: str
@@ -38,7 +38,7 @@ class Embedding:
     queue_ms: float | None = None  # waited for its first step; None until then
     state: State = State.WAITING
     started: int = 0  # texts
-    known: dict[int, bytes] = field(default_factory=dict)
+    computed: dict[int, bytes] = field(default_factory=dict)
 
     @property
     def pending(self) -> int:
@@ -47,14 +47,14 @@ class Embedding:
 
     @property
     def vectors(self) -> list[bytes]:
-        return [self.known[number] for number in sorted(self.known)]
+        return [self.computed[number] for number in sorted(self.computed)]
 
 
 @dataclass(eq=False)
-class _Text:
-    """One that is being computed; `sum` is of its last hidden states so far."""
+class _RunningText:
+    """A text that is being computed; `sum` is of its last hidden states so far."""
 
-    of: Embedding
+    job: EmbeddingJob
     number: int
     sequence_id: int
     read: int = 0
@@ -62,82 +62,82 @@ class _Text:
 
     @property
     def tokens(self) -> list[int]:
-        return self.of.inputs[self.number]
+        return self.job.inputs[self.number]
 
 
 @dataclass(frozen=True)
 class _TextPart:
-    text: _Text
+    text: _RunningText
     count: int
 
 
-class Embeddings:
-    """All that are not complete."""
+class EmbeddingScheduler:
+    """Computes the texts of all jobs that are not complete."""
 
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
-        self._queue: FairQueue[Embedding] = FairQueue()  # those that have texts not yet begun
-        self._all: dict[str, Embedding] = {}
-        self._texts: list[_Text] = []  # in the order in which they began
-        self._room: TextRoom | None = None
+        self._queue: FairQueue[EmbeddingJob] = FairQueue()  # those that have texts not yet begun
+        self._all: dict[str, EmbeddingJob] = {}
+        self._texts: list[_RunningText] = []  # in the order in which they began
+        self._capacity: EmbeddingCapacity | None = None
         self._free: list[int] = []
         self._ended: list[int] = []  # sequence ids whose cells are to be freed
         self._arrivals = 0
-        self._reserved = False  # whoever has had least waits for room
+        self._reserved = False  # the tenant that has had least waits for room
 
     def __bool__(self) -> bool:
         return bool(self._all)
 
-    def add(self, embedding: Embedding) -> None:
+    def add(self, embedding: EmbeddingJob) -> None:
         self._all[embedding.id] = embedding
         self._arrivals += 1
         embedding.arrival = self._arrivals
         self._queue.push(embedding)
 
-    def end(self, request_id: str) -> Embedding | None:
+    def end(self, request_id: str) -> EmbeddingJob | None:
         """Forget a request; None if it is not here."""
-        found = self._all.pop(request_id, None)
-        if found is None:
+        job = self._all.pop(request_id, None)
+        if job is None:
             return None
-        for text in [text for text in self._texts if text.of is found]:
+        for text in [text for text in self._texts if text.job is job]:
             self._leave(text)
-        if found.started < len(found.inputs):
-            self._queue.remove(found)
+        if job.started < len(job.inputs):
+            self._queue.remove(job)
         else:
-            self._queue.stop(found)
-        return found
+            self._queue.stop(job)
+        return job
 
-    def step(self, most: int) -> tuple[list[Embedding], int]:
-        """Compute `most` tokens, or one text if it is longer and must be computed whole.
+    def step(self, max_tokens: int) -> tuple[list[EmbeddingJob], int]:
+        """Compute `max_tokens` tokens, or one text if it is longer and must be computed whole.
 
         Returns the requests that are complete by that, and how many tokens were computed.  Raises
         BoxError if the model cannot be used for this: end what is here then.
         """
-        parts = list(self._plan(most))
+        parts = list(self._plan(max_tokens))
         if not parts:
             return [], 0
         ended, self._ended = self._ended, []
         sums = self._runner.embed(_batch(parts), ended)
         for part, of_part in zip(parts, sums, strict=True):
             self._take(part, of_part.astype(np.float64))
-        touched = dict.fromkeys(part.text.of for part in parts)
-        done = [one for one in touched if len(one.known) == len(one.inputs)]
-        for one in done:
-            self.end(one.id)
+        touched = dict.fromkeys(part.text.job for part in parts)
+        done = [job for job in touched if len(job.computed) == len(job.inputs)]
+        for job in done:
+            self.end(job.id)
         return done, sum(part.count for part in parts)
 
     @property
-    def every(self) -> list[Embedding]:
+    def jobs(self) -> list[EmbeddingJob]:
         return list(self._all.values())
 
     # -- what is computed next -------------------------------------------------------------------
 
-    def _plan(self, most: int) -> Iterator[_TextPart]:
-        """Parts in the order of sequences; whoever has had least is next."""
-        planned: dict[_Text, int] = {}
+    def _plan(self, max_tokens: int) -> Iterator[_TextPart]:
+        """Parts in the order of sequences; the tenant that has had least is next."""
+        planned: dict[_RunningText, int] = {}
         blocked: set[str] = set()
         self._reserved = False
-        left = most
+        left = max_tokens
         while left > 0:
             tenants = [name for name in self._tenants() if name not in blocked]
             if not tenants:
@@ -149,12 +149,12 @@ class Embeddings:
                 continue
             rest = len(text.tokens) - text.read - planned.get(text, 0)
             count = rest
-            if self._room is None or not self._room.whole:
-                share = left if self._reserved else max(_LEAST, left // len(tenants))
+            if self._capacity is None or not self._capacity.whole:
+                share = left if self._reserved else max(_MIN_PART_TOKENS, left // len(tenants))
                 count = min(rest, left, share)
                 # Alone, a text that fits the next step waits for it: attention is computed over
                 # all the cells that are held, also by the beginning of a text.
-                if count < rest <= most and planned and len(tenants) == 1:
+                if count < rest <= max_tokens and planned and len(tenants) == 1:
                     break
             planned[text] = planned.get(text, 0) + count
             left -= count
@@ -165,50 +165,52 @@ class Embeddings:
 
     def _tenants(self) -> list[str]:
         """Those that have anything to compute."""
-        return list(dict.fromkeys(one.tenant for one in self._all.values()))
+        return list(dict.fromkeys(job.tenant for job in self._all.values()))
 
-    def _next(self, tenant: str, planned: dict[_Text, int], left: int) -> _Text | None:
+    def _next(
+        self, tenant: str, planned: dict[_RunningText, int], left: int
+    ) -> _RunningText | None:
         """The tenant's text that is next: one that has begun, or a new one if there is room.
 
         If there is not, those who have had more only begin what this step completes: else they
         could take the room for ever, text after text.
         """
         for text in self._texts:
-            if text.of.tenant == tenant and text.read + planned.get(text, 0) < len(text.tokens):
+            if text.job.tenant == tenant and text.read + planned.get(text, 0) < len(text.tokens):
                 return text
         waiting = self._queue.first(tenant)
         if waiting is None or (self._reserved and waiting.pending > left):
             return None
-        room = self._room_for(waiting.pending)
-        if room.whole and planned and waiting.pending > left:
+        capacity = self._capacity_for(waiting.pending)
+        if capacity.whole and planned and waiting.pending > left:
             return None  # the next step begins with it
-        if self._fits(waiting.pending, room):
+        if self._fits(waiting.pending, capacity):
             return self._begin(waiting)
         self._reserved = True
         return None
 
-    def _room_for(self, size: int) -> TextRoom:
-        """It is made for longer texts when one comes, and nothing is under way."""
-        if self._room is None or (size > self._room.longest and not self._texts):
-            self._room = self._runner.text_room(size)
-            self._free, self._ended = list(range(self._room.sequences)), []
-        return self._room
+    def _capacity_for(self, size: int) -> EmbeddingCapacity:
+        """The capacity, which is made for longer texts when one comes and no text is running."""
+        if self._capacity is None or (size > self._capacity.longest and not self._texts):
+            self._capacity = self._runner.prepare_embedding(size)
+            self._free, self._ended = list(range(self._capacity.sequences)), []
+        return self._capacity
 
-    def _fits(self, size: int, room: TextRoom) -> bool:
+    def _fits(self, size: int, capacity: EmbeddingCapacity) -> bool:
         """Texts that take several steps leave the room of one batch to those that do not."""
-        if size > room.longest or not self._free:
+        if size > capacity.longest or not self._free:
             return False
-        held = [len(text.tokens) for text in self._texts]
-        if room.whole or size <= TEXT_BATCH:
-            return room.whole or sum(held) + size <= room.cells
-        return sum(length for length in held if length > TEXT_BATCH) + size <= (
-            room.cells - TEXT_BATCH
+        lengths = [len(text.tokens) for text in self._texts]
+        if capacity.whole or size <= TEXT_BATCH:
+            return capacity.whole or sum(lengths) + size <= capacity.cells
+        return sum(length for length in lengths if length > TEXT_BATCH) + size <= (
+            capacity.cells - TEXT_BATCH
         )
 
-    def _begin(self, embedding: Embedding) -> _Text:
+    def _begin(self, embedding: EmbeddingJob) -> _RunningText:
         if embedding.queue_ms is None:
             embedding.queue_ms = (time.monotonic() - embedding.arrived_at) * 1000
-        text = _Text(embedding, embedding.started, self._free.pop())
+        text = _RunningText(embedding, embedding.started, self._free.pop())
         self._texts.append(text)
         embedding.started += 1
         if embedding.started == len(embedding.inputs):
@@ -229,11 +231,11 @@ class Embeddings:
         length = max(float(np.linalg.norm(text.sum)), 1e-12)
         # Zero has one sign: whoever writes numbers down anew may not keep the other.
         vector = (text.sum / length + 0.0).astype("<f4").tobytes()
-        size = text.of.dimensions
-        text.of.known[text.number] = vector if size is None else shortened(vector, size)
+        size = text.job.dimensions
+        text.job.computed[text.number] = vector if size is None else shortened(vector, size)
         self._leave(text)
 
-    def _leave(self, text: _Text) -> None:
+    def _leave(self, text: _RunningText) -> None:
         self._texts.remove(text)
         self._free.append(text.sequence_id)
         if text.read:

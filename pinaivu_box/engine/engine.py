@@ -1,32 +1,39 @@
-"""The token loop: one step after another.  No I/O and no text: see `intake` and `output`."""
+"""The token loop: one step after another.  It does no I/O and knows no text: see `request_preparer`
+and `output`."""
 
 from __future__ import annotations
 
 import time
+from collections import abc
 from collections.abc import Iterator
-from collections.abc import Sequence as Sequences
 from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
 
 from pinaivu_box.engine.batches import batch_of
-from pinaivu_box.engine.embeddings import Embedding, Embeddings
-from pinaivu_box.engine.logprobs import probe
+from pinaivu_box.engine.embeddings import EmbeddingJob, EmbeddingScheduler
+from pinaivu_box.engine.logprobs import token_logprob
 from pinaivu_box.engine.messages import EngineLoad, Refused, TokenLogprob
 from pinaivu_box.engine.output import SequenceOutput, StepOutput
-from pinaivu_box.engine.pace import StepCostModel
 from pinaivu_box.engine.runner import TEXT_BATCH, Float32, NoSlot, Runner
 from pinaivu_box.engine.sampling import (
-    NO_PAST,
+    NO_WINDOW,
     Draw,
     PenaltyWindow,
-    draw_again,
     draw_rows,
+    redraw,
 )
-from pinaivu_box.engine.scheduler import BatchChunk, CopyCells, Move, RemoveCells, Scheduler
+from pinaivu_box.engine.scheduler import (
+    BatchChunk,
+    CellOperation,
+    CopyCells,
+    RemoveCells,
+    Scheduler,
+)
 from pinaivu_box.engine.sequence import Sequence
-from pinaivu_box.engine.steady import SteadySteps
+from pinaivu_box.engine.steady_steps import SteadySteps
+from pinaivu_box.engine.step_cost import StepCostModel
 from pinaivu_box.errors import BadRequest, BoxError, ContextOverflow, NoNodesAvailable
 
 if TYPE_CHECKING:
@@ -40,12 +47,12 @@ class Engine:
         facts = runner.facts
         self._runner = runner
         self._facts = facts
-        self.pace = StepCostModel()
+        self.step_cost = StepCostModel()
         self.scheduler = Scheduler(
             kv_tokens=facts.kv_tokens,
             max_sequences=facts.max_sequences,
             token_budget=token_budget,
-            policy=self.pace,
+            policy=self.step_cost,
             ids=facts.sequence_ids,
             sharing=facts.sharing,
         )
@@ -57,85 +64,86 @@ class Engine:
         self._steady: SteadySteps | None = None
         self._plain: tuple[list[str], list[int]] = ([], [])
         self._last_load = EngineLoad()
-        self.embeddings = Embeddings(runner)
-        self._said: list[SequenceOutput] = []
+        self.embeddings = EmbeddingScheduler(runner)
+        self._outputs: list[SequenceOutput] = []
         self._refused: list[Refused] = []
 
     @property
     def busy(self) -> bool:
-        """Whether a call of `step` has something to do or to report."""
-        return bool(self.scheduler or self.embeddings or self._said or self._refused)
+        """Whether `step` has something to do or to report."""
+        return bool(self.scheduler or self.embeddings or self._outputs or self._refused)
 
-    def add(self, sequence: Sequence | Embedding) -> None:
-        if isinstance(sequence, Embedding):
+    def add(self, sequence: Sequence | EmbeddingJob) -> None:
+        if isinstance(sequence, EmbeddingJob):
             self.embeddings.add(sequence)
             return
-        self.settle()
+        self.catch_up()
         self._arrivals += 1
         sequence.arrival = self._arrivals
         self.scheduler.add(sequence)
         if sequence.scored == 0:
-            alone = TokenLogprob(self._runner.spelled(sequence.tokens[0]), 0.0, [])
-            self._said.append(SequenceOutput(sequence.id, [], scored=[alone]))
+            first = TokenLogprob(self._runner.spelling(sequence.tokens[0]), 0.0, [])
+            self._outputs.append(SequenceOutput(sequence.id, [], prompt_logprobs=[first]))
             sequence.scored = 1
 
     def end(self, request_id: str, finish_reason: str) -> None:
         """Stop a sequence (the client left, or a stop string came); free its cells."""
-        self.settle()
+        self.catch_up()
         sequence, embedding = self.scheduler.find(request_id), self.embeddings.end(request_id)
         queue_ms, cached_tokens = embedding.queue_ms if embedding else None, None
         if sequence is not None:
             self.scheduler.finish(sequence)
-            if not sequence.spoken:  # None unless its prompt has begun
+            if not sequence.reported:  # None unless its prompt has begun
                 queue_ms, cached_tokens = sequence.queue_ms, sequence.cached_tokens
-        # Also if it is not here: it had not come yet (see `arrivals`), or `output` knows its end.
-        self._said.append(
+        # Also if it is not here: it has not come yet (see `preparation_queue`), or `output` has
+        # ended it.
+        self._outputs.append(
             SequenceOutput(request_id, [], finish_reason, False, queue_ms, cached_tokens)
         )
 
-    def step(self) -> tuple[list[Refused], StepOutput]:
-        """Compute one batch, if there is one, and return all that happened since the last."""
+    def step(self) -> StepOutput:
+        """Compute one batch, if there is one.  Returns all that happened since the last step."""
         if self._steady and self._steady.left and not self.embeddings and self._step_steadily():
-            return [], StepOutput([], self._last_load, self._plain)
-        self.settle()
+            return StepOutput([], self._last_load, self._plain)
+        self.catch_up()
         self._embed()
         if self.scheduler:
             self._compute()
+        outputs, self._outputs = self._outputs, []
         refused, self._refused = self._refused, []
-        said, self._said = self._said, []
         self._last_load = self._load()
-        return refused, StepOutput(said, self._last_load)
+        return StepOutput(outputs, self._last_load, refused=refused)
 
     def _embed(self) -> None:
-        """Texts, as many as the streams and prompts beside them leave time for."""
+        """Compute texts, as many as the streams and prompts beside them leave time for."""
         if not self.embeddings:
-            self.pace.observe_texts(0, 0.0)
+            self.step_cost.observe_texts(0, 0.0)
             return
-        streams, reading = self.scheduler.streams, self.scheduler.reading
-        most = self.pace.text_budget(streams, TEXT_BATCH, prompts=reading)
+        streams, prompts = self.scheduler.streams, self.scheduler.has_prompts
+        budget = self.step_cost.text_budget(streams, TEXT_BATCH, prompts=prompts)
         began = time.perf_counter()
         try:
-            done, tokens = self.embeddings.step(most)
+            done, tokens = self.embeddings.step(budget)
         except BoxError as error:
-            for one in self.embeddings.every:
-                self.embeddings.end(one.id)
-                self._refused.append(Refused(one.id, NoNodesAvailable.code, error.message))
+            for job in self.embeddings.jobs:
+                self.embeddings.end(job.id)
+                self._refused.append(Refused(job.id, NoNodesAvailable.code, error.message))
             return
-        self.pace.observe_texts(tokens, time.perf_counter() - began)
-        for one in done:
-            self._said.append(
-                SequenceOutput(one.id, [], "stop", queue_ms=one.queue_ms, vectors=one.vectors)
+        self.step_cost.observe_texts(tokens, time.perf_counter() - began)
+        for job in done:
+            self._outputs.append(
+                SequenceOutput(job.id, [], "stop", queue_ms=job.queue_ms, vectors=job.vectors)
             )
 
     def check_integrity(self) -> None:
-        """Raises AssertionError if the books do not agree; between steady steps they lag behind."""
+        """Raises AssertionError if an invariant is broken.  In steady steps the scheduler lags."""
         if self._steady is None or not self._steady.steps:
             self.scheduler.check_integrity()
 
-    def settle(self) -> None:
-        """Bring the scheduler's books up to date; the next step is planned."""
+    def catch_up(self) -> None:
+        """Bring the scheduler up to date; the next step is planned."""
         if self._steady is not None:
-            self.scheduler.settle(self._steady.sequences, self._steady.steps)
+            self.scheduler.catch_up(self._steady.sequences, self._steady.steps)
             self._steady = None
 
     # -- a step --------------------------------------------------------------------------------
@@ -146,17 +154,17 @@ class Engine:
             plan = self.scheduler.plan(drafting=drafting)
             if self._facts.streams:
                 plan.chunks.sort(key=lambda chunk: chunk.sequence.sequence_id)
-            for move in plan.moves:
-                self._move(move)
+            for operation in plan.operations:
+                self._apply(operation)
             _note_start(plan.chunks)
             began = time.perf_counter()
             try:
                 logits = self._runner.decode(batch_of(plan.chunks))
             except NoSlot:
                 if drafting and any(chunk.draft for chunk in plan.chunks):
-                    drafting = False  # the draft was not worth anybody's cells
+                    drafting = False  # a draft is not worth another sequence's cells
                 else:
-                    self._relieve(plan.chunks)
+                    self._reclaim(plan.chunks)
                 continue
             self._observe(plan.chunks, time.perf_counter() - began)
             self.scheduler.commit(plan.chunks)
@@ -165,7 +173,7 @@ class Engine:
                 logits = self._score(plan.chunks, logits)
             self._sample([chunk for chunk in plan.chunks if chunk.rows], logits)
             if steady > 1 and len(self.scheduler.running) == len(plan.chunks):
-                by_id = sorted(self.scheduler.running, key=lambda one: one.sequence_id)
+                by_id = sorted(self.scheduler.running, key=lambda each: each.sequence_id)
                 self._steady = SteadySteps(by_id, steady, self._end_tokens)
             return
 
@@ -176,11 +184,11 @@ class Engine:
             return False
         began = time.perf_counter()
         try:
-            logits = self._runner.decode(steady.batch())
+            logits = self._runner.decode(steady.batch)
         except NoSlot:
             return False
         rows = len(steady.sequences)
-        self.pace.observe(rows, 0, time.perf_counter() - began)
+        self.step_cost.observe(rows, 0, time.perf_counter() - began)
         self._steps += 1
         self._tokens_computed += rows
         drawn = steady.draw(logits)
@@ -196,35 +204,37 @@ class Engine:
                 tokens_computed=self._tokens_computed,
             )
             return True
-        self.settle()
+        self.catch_up()
         for sequence, token in zip(steady.sequences, drawn, strict=True):
             self._conclude(sequence, [token], first=False)
         return False
 
-    def _move(self, move: Move) -> None:
-        if isinstance(move, RemoveCells):
-            self._runner.remove(move.sequence_id)
-        elif isinstance(move, CopyCells):
-            self._runner.copy(move.source, move.target, move.length)
+    def _apply(self, operation: CellOperation) -> None:
+        if isinstance(operation, RemoveCells):
+            self._runner.remove(operation.sequence_id)
+        elif isinstance(operation, CopyCells):
+            self._runner.copy(operation.source, operation.target, operation.length)
         else:
-            self._runner.truncate(move.sequence_id, move.length)
+            self._runner.truncate(operation.sequence_id, operation.length)
 
     def _observe(self, chunks: list[BatchChunk], seconds: float) -> None:
         rows = sum(chunk.rows for chunk in chunks if chunk.count == 1)
         tokens = sum(chunk.count + len(chunk.draft) for chunk in chunks)
-        self.pace.observe(rows, tokens - rows, seconds)
+        self.step_cost.observe(rows, tokens - rows, seconds)
         self._steps += 1
         self._tokens_computed += tokens
 
-    def _relieve(self, chunks: list[BatchChunk]) -> None:
-        """The cache has fewer cells than it said (padding, a window): believe it, make room."""
-        cells = self.scheduler.shrink(sum(chunk.count + len(chunk.draft) for chunk in chunks))
-        if self.scheduler.relieve():
+    def _reclaim(self, chunks: list[BatchChunk]) -> None:
+        """Make room: the cache has fewer cells than it said (padding, a window)."""
+        cells = self.scheduler.lower_capacity(
+            sum(chunk.count + len(chunk.draft) for chunk in chunks)
+        )
+        if self.scheduler.reclaim():
             return
         alone = chunks[0].sequence  # nothing else runs: this is all that it can have
         self.scheduler.finish(alone)
         if len(alone.tokens) > alone.prompt_length:
-            self._said.append(SequenceOutput(alone.id, [], "length"))
+            self._outputs.append(SequenceOutput(alone.id, [], "length"))
             return
         self._refused.append(
             Refused(
@@ -235,34 +245,36 @@ class Engine:
         )
 
     def _score(self, chunks: list[BatchChunk], logits: Float32) -> Float32:
-        """Says the log-probabilities of prompts' tokens; returns the rows that are drawn from."""
+        """Report log-probabilities of prompts' tokens.  Returns the rows that are drawn from."""
         row = 0
         drawn: list[int] = []
-        spelled = self._runner.spelled
+        spelling = self._runner.spelling
         for chunk in chunks:
             sequence, positions = chunk.sequence, chunk.scored
-            said = [
-                probe(logits[row + n], sequence.tokens[at + 1], sequence.logprobs or 0, spelled)
+            scored = [
+                token_logprob(
+                    logits[row + n], sequence.tokens[at + 1], sequence.logprobs or 0, spelling
+                )
                 for n, at in enumerate(positions)
             ]
-            row += len(said)
+            row += len(scored)
             drawn += range(row, row + chunk.rows)
             row += chunk.rows
-            if said:
-                self._said.append(SequenceOutput(sequence.id, [], scored=said))
+            if scored:
+                self._outputs.append(SequenceOutput(sequence.id, [], prompt_logprobs=scored))
                 sequence.scored = positions.stop + 1
         return logits[drawn]
 
     def _sample(self, chunks: list[BatchChunk], logits: Float32) -> None:
         draws = list(_draws(chunks))
         # Log-probabilities are the model's own: of the logits before they are adjusted.
-        raw = {row: logits[row].copy() for row in _probed(chunks)}
+        raw = {row: logits[row].copy() for row in _logprob_rows(chunks)}
         drawn = draw_rows(logits, draws, self._end_tokens)
         row = 0
         for chunk in chunks:
             here = slice(row, row + chunk.rows)
             tokens = drawn[here]
-            if not chunk.sequence.spoken and chunk.sequence.silent:
+            if not chunk.sequence.reported and chunk.sequence.wants_no_output:
                 row = here.stop
                 self._conclude(chunk.sequence, [], first=True)
                 continue
@@ -275,10 +287,10 @@ class Engine:
                     break
                 accepted += 1
             tokens = tokens[: accepted + 1]
-            probed = []
+            logprobs: list[TokenLogprob] = []
             if chunk.sequence.logprobs is not None:
-                probed = [
-                    probe(
+                logprobs = [
+                    token_logprob(
                         raw[here.start + number],
                         token,
                         chunk.sequence.logprobs,
@@ -287,7 +299,7 @@ class Engine:
                     for number, token in enumerate(tokens)
                 ]
             row = here.stop  # before its tokens are appended: then the chunk wants no logits
-            self._take(chunk, tokens, accepted, probed)
+            self._take(chunk, tokens, accepted, logprobs)
 
     def _follow(
         self, chunk: BatchChunk, grammar: Grammar, drawn: list[int], logits: Float32
@@ -300,7 +312,7 @@ class Engine:
             if not grammar.allows(token):
                 row = logits[number]
                 grammar.mask(row)
-                token = draw_again(row, chunk.sequence.sampling, _position(chunk, number))
+                token = redraw(row, chunk.sequence.sampling, _position(chunk, number))
             tokens.append(token)
             if token in self._facts.end_tokens:
                 break
@@ -310,13 +322,13 @@ class Engine:
         return tokens
 
     def _take(
-        self, chunk: BatchChunk, tokens: list[int], accepted: int, probed: list[TokenLogprob]
+        self, chunk: BatchChunk, tokens: list[int], accepted: int, logprobs: list[TokenLogprob]
     ) -> None:
         sequence = chunk.sequence
-        first, sequence.spoken = not sequence.spoken, True
+        first, sequence.reported = not sequence.reported, True
         sequence.tokens += tokens
         self.scheduler.accept(chunk, accepted)
-        self._conclude(sequence, tokens, first=first, probed=probed)
+        self._conclude(sequence, tokens, first=first, logprobs=logprobs)
 
     def _conclude(
         self,
@@ -324,20 +336,20 @@ class Engine:
         tokens: list[int],
         *,
         first: bool,
-        probed: Sequences[TokenLogprob] = (),
+        logprobs: abc.Sequence[TokenLogprob] = (),
     ) -> None:
-        """Say its new tokens (none, if it is silent), and end it if they do."""
+        """Report its new tokens, if it wants any, and end it if they do."""
         if sequence.grammar is not None and sequence.grammar.broken:
             self.scheduler.finish(sequence)
-            why = "The schema or grammar became too complex to follow: simplify it."
-            self._refused.append(Refused(sequence.id, BadRequest.code, why))
+            message = "The schema or grammar became too complex to follow: simplify it."
+            self._refused.append(Refused(sequence.id, BadRequest.code, message))
             return
         end_token = bool(tokens) and tokens[-1] in self._facts.end_tokens
         complete = sequence.grammar is not None and sequence.grammar.done
         finish_reason = "stop" if end_token or complete else None
         if finish_reason is None and self._full(sequence):
             finish_reason = "length"
-        self._said.append(
+        self._outputs.append(
             SequenceOutput(
                 sequence.id,
                 tokens,
@@ -346,7 +358,7 @@ class Engine:
                 sequence.queue_ms if first else None,
                 sequence.cached_tokens if first else None,
                 sequence.shifted,
-                probed,
+                logprobs,
             )
         )
         if first:
@@ -357,7 +369,7 @@ class Engine:
     def _full(self, sequence: Sequence) -> bool:
         """Whether it may not go on.  Context shift, if it is on, makes room where the context is
         full: it forgets half of what comes after the beginning, and the rest is computed anew."""
-        if sequence.silent:
+        if sequence.wants_no_output:
             return True
         if len(sequence.tokens) < sequence.context:
             return False
@@ -390,24 +402,24 @@ def _draws(chunks: list[BatchChunk]) -> Iterator[Draw]:
     for chunk in chunks:
         sequence = chunk.sequence
         for number in range(chunk.rows):
-            past = NO_PAST
+            window = NO_WINDOW
             if sequence.sampling.looks_back:
-                past = PenaltyWindow(
+                window = PenaltyWindow(
                     [*sequence.tokens, *chunk.draft[:number]], sequence.prompt_length
                 )
             sampling, position = sequence.sampling, _position(chunk, number)
             if position < sequence.min_length:
                 sampling = msgspec.structs.replace(sampling, ignore_eos=True)
-            yield Draw(sampling, position, past)
+            yield Draw(sampling, position, window)
 
 
 def _position(chunk: BatchChunk, number: int) -> int:
-    """Of the token that the chunk's row of that number gives."""
+    """The position of the token that the chunk's row of that number gives."""
     return chunk.sequence.length + number
 
 
-def _probed(chunks: list[BatchChunk]) -> Iterator[int]:
-    """Rows whose log-probabilities are wanted."""
+def _logprob_rows(chunks: list[BatchChunk]) -> Iterator[int]:
+    """The rows whose log-probabilities are wanted."""
     row = 0
     for chunk in chunks:
         if chunk.sequence.logprobs is not None:

@@ -14,12 +14,12 @@ from typing import Generic, Protocol, TypeVar
 
 from pinaivu_box.engine.sequence import State
 
-_MOST_LEFT = 1000  # tenants that are remembered, but for those that it would change nothing for
+_MAX_DEPARTED_TENANTS = 1000  # that are remembered, if their counters make a difference
 PROMPT_COST, OUTPUT_COST = 1.0, 2.0  # as in the paper
 
 
 class Waiting(Protocol):
-    """What a sequence, or a request for vectors, has to say of itself."""
+    """What the queue needs to know of a sequence or an embedding job."""
 
     arrival: int
 
@@ -59,7 +59,7 @@ class FairQueue(Generic[W]):
 
     def __init__(self) -> None:
         self._tenants: dict[str, _Tenant[W]] = {}  # those that have something waiting or running
-        self._left: dict[str, float] = {}  # counters of those that had
+        self._departed: dict[str, float] = {}  # counters of those that had
         self._floor = 0.0  # of whoever was the last to wait
         self._count = 0
 
@@ -73,9 +73,11 @@ class FairQueue(Generic[W]):
     def push(self, sequence: W) -> None:
         tenant = self._tenants.get(sequence.tenant)
         if tenant is None:
-            tenant = self._tenants[sequence.tenant] = _Tenant(self._left.pop(sequence.tenant, 0.0))
+            tenant = self._tenants[sequence.tenant] = _Tenant(
+                self._departed.pop(sequence.tenant, 0.0)
+            )
         if not tenant.waiting and sequence.state is State.WAITING:
-            # It asked for nothing until now: neither credit for that nor pardon of what it had.
+            # It was idle: that earns no credit, and what it had before still counts.
             others = [other for other in self._tenants.values() if other is not tenant]
             counters = [other.counter for other in others if other.waiting]
             counters = counters or [other.counter for other in others]
@@ -90,19 +92,19 @@ class FairQueue(Generic[W]):
         self._forget_idle(sequence.tenant)
 
     def first(self, name: str) -> W | None:
-        """What is next of that tenant's own."""
+        """The tenant's own that is next."""
         waiting = self._tenants[name].waiting
         return waiting[0] if waiting else None
 
     def later(self, sequence: W, arrival: int) -> None:
-        """It waits on, as one that has arrived then."""
+        """Let it wait on, as if it had arrived then."""
         waiting = self._tenants[sequence.tenant].waiting
         waiting.remove(sequence)
         sequence.arrival = arrival
         insort(waiting, sequence, key=_rank)
 
     def start(self, sequence: W) -> None:
-        """It leaves the queue and runs."""
+        """Take it out of the queue: it runs."""
         tenant = self._tenants[sequence.tenant]
         tenant.waiting.remove(sequence)
         tenant.running += 1
@@ -111,7 +113,7 @@ class FairQueue(Generic[W]):
             self._floor = tenant.counter
 
     def stop(self, sequence: W) -> None:
-        """It no longer runs."""
+        """Note that it no longer runs."""
         self._tenants[sequence.tenant].running -= 1
         self._forget_idle(sequence.tenant)
 
@@ -144,10 +146,12 @@ class FairQueue(Generic[W]):
         """The tenant that runs the most for its weight, if one of its places would be better with
         tenant `name`: so that after the change it still has no less than `name`."""
         asking = self._tenants[name]
-        most = max(self._tenants, key=lambda n: self._tenants[n].running / self._tenants[n].weight)
-        holder = self._tenants[most]
+        largest = max(
+            self._tenants, key=lambda n: self._tenants[n].running / self._tenants[n].weight
+        )
+        holder = self._tenants[largest]
         fair = (holder.running - 1) / holder.weight >= (asking.running + 1) / asking.weight
-        return most if most != name and fair else None
+        return largest if largest != name and fair else None
 
     def _forget_idle(self, name: str) -> None:
         tenant = self._tenants[name]
@@ -155,9 +159,11 @@ class FairQueue(Generic[W]):
             self._floor = tenant.counter
             if not tenant.running:
                 del self._tenants[name]
-                self._left[name] = tenant.counter
-                if len(self._left) > _MOST_LEFT:
-                    self._left = {who: had for who, had in self._left.items() if had > self._floor}
+                self._departed[name] = tenant.counter
+                if len(self._departed) > _MAX_DEPARTED_TENANTS:
+                    self._departed = {
+                        who: had for who, had in self._departed.items() if had > self._floor
+                    }
 
 
 def _rank(sequence: Waiting) -> tuple[int, int]:

@@ -16,9 +16,9 @@ from pinaivu_box.engine.messages import LoadModel
 from pinaivu_box.engine.runner import (
     TEXT_BATCH,
     Batch,
+    EmbeddingCapacity,
     Float32,
     ModelFacts,
-    TextRoom,
     TooManyTokens,
 )
 
@@ -26,7 +26,7 @@ SCHEME = "fake:"
 SENTENCE = b"The quick brown fox jumps over the lazy dog. "
 END = 256
 N_VOCAB = 257
-_TEXTS = 64  # at a time
+_MAX_TEXTS = 64  # at a time
 _SENTENCE = np.frombuffer(SENTENCE, np.uint8)
 UNLIKELY = np.linspace(-30, -31, N_VOCAB, dtype=np.float32)
 
@@ -48,24 +48,24 @@ class FakeRunner:
             end_tokens=frozenset({END}),
         )
 
-    def tokenize(self, text: str, most: int | None = None, *, special: bool = True) -> list[int]:
-        return self.tokenize_text(text, most, special=special)
+    def tokenize(self, text: str, limit: int | None = None, *, special: bool = True) -> list[int]:
+        return self.tokenize_text(text, limit, special=special)
 
     def tokenize_text(
-        self, text: str, most: int | None = None, *, special: bool = False
+        self, text: str, limit: int | None = None, *, special: bool = False
     ) -> list[int]:
         data = text.encode()
-        if most is not None and len(data) > most:
+        if limit is not None and len(data) > limit:
             raise TooManyTokens(len(data))
         return list(data)
 
-    def fewest_tokens(self, text: str) -> int:
+    def min_token_count(self, text: str) -> int:
         return len(text.encode())
 
     def piece(self, token: int) -> bytes:
         return bytes([token]) if token < END else b""
 
-    def spelled(self, token: int) -> bytes:
+    def spelling(self, token: int) -> bytes:
         return self.piece(token)
 
     def decode(self, batch: Batch) -> Float32:
@@ -85,17 +85,17 @@ class FakeRunner:
     def copy(self, source: int, target: int, length: int) -> None:
         return None
 
-    def text_room(self, size: int) -> TextRoom:
+    def prepare_embedding(self, size: int) -> EmbeddingCapacity:
         context = self.facts.context
-        return TextRoom(context, _TEXTS, context + TEXT_BATCH)
+        return EmbeddingCapacity(context, _MAX_TEXTS, context + TEXT_BATCH)
 
     def embed(self, batch: Batch, ended: Sequence[int]) -> Float32:
         """How often each byte is there."""
         if self._step_seconds:
             time.sleep(self._step_seconds)
         sums = [
-            np.bincount(batch.tokens[batch.sequence_ids == one], minlength=N_VOCAB)
-            for one in dict.fromkeys(batch.sequence_ids.tolist())
+            np.bincount(batch.tokens[batch.sequence_ids == sequence_id], minlength=N_VOCAB)
+            for sequence_id in dict.fromkeys(batch.sequence_ids.tolist())
         ]
         return np.array(sums, np.float32)
 

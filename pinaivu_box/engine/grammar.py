@@ -18,60 +18,61 @@ import numpy as np
 import numpy.typing as npt
 from llguidance import LLMatcher
 
-from pinaivu_box.engine.runner import Runner
-from pinaivu_box.engine.sandboxes import Sandboxes, SandboxRun, reached
-from pinaivu_box.engine.trial import (
+from pinaivu_box.bounded import BoundedDict
+from pinaivu_box.engine.grammar_validation import (
     LIMITS,
     OutputConstraint,
     Vocabulary,
-    begin,
+    compute_first_mask,
     refusal,
     tokenizer_of,
 )
+from pinaivu_box.engine.runner import Runner
+from pinaivu_box.engine.sandboxes import Sandboxes, SandboxRun
 from pinaivu_box.errors import InvalidBody
 from pinaivu_box.sandbox import Cancellation, SandboxLimit
 
-# What a tenant's grammars may take of the steps' CPU time: each token earns some, and time some
-# more (a share of it).  Most tokens take less than a tenth of that.
-_PER_TOKEN_SECONDS = 0.005
-_SHARE = 0.02
-_SAVED_SECONDS = 0.2
+# What a tenant's grammars may take of the steps' CPU time: each token earns some, and each second
+# some more.  Most tokens take less than a tenth of that.
+_EARNED_PER_TOKEN_SECONDS = 0.005
+_EARNED_PER_SECOND = 0.02
+_MAX_SAVED_SECONDS = 0.2
 
-_TENANTS = 1000  # whose allowances are kept
+_MAX_BUDGETS = 1000  # tenants whose budgets are kept
 
 # Of compiled grammars, by the length of their text; in memory they are a hundred times larger.
-_KEPT_BYTES, _KEPT_OF_TENANT = 2 << 20, 1 << 20
-_KEPT_AT_LEAST = 64 << 10  # what a short one counts
+_MAX_CACHE_BYTES, _MAX_TENANT_BYTES = 2 << 20, 1 << 20
+_MIN_ENTRY_BYTES = 64 << 10  # a shorter one counts as much
 
 
 class CpuBudget:
     """CPU time that a tenant's grammars may still take of the steps."""
 
     def __init__(self) -> None:
-        self._left = _SAVED_SECONDS
+        self._left = _MAX_SAVED_SECONDS
         self._since = time.monotonic()
 
     @property
-    def used_up(self) -> bool:
+    def exhausted(self) -> bool:
         return self._left <= 0
 
     def spend(self, seconds: float) -> None:
         now = time.monotonic()
-        earned = (now - self._since) * _SHARE
+        earned = (now - self._since) * _EARNED_PER_SECOND
         self._since = now
-        self._left = min(_SAVED_SECONDS, self._left + earned - seconds)
+        self._left = min(_MAX_SAVED_SECONDS, self._left + earned - seconds)
 
     def earn(self) -> None:
-        self._left = min(_SAVED_SECONDS, self._left + _PER_TOKEN_SECONDS)
+        self._left = min(_MAX_SAVED_SECONDS, self._left + _EARNED_PER_TOKEN_SECONDS)
 
 
 class Grammar:
-    """One sequence's place in its grammar.  Its tenant's grammars share an `allowance`: a few that
+    """One sequence's place in its grammar.  Its tenant's grammars share an `budget`: a few that
     are each just cheap enough would hold up all others' steps as well."""
 
-    def __init__(self, matcher: LLMatcher, allowance: CpuBudget) -> None:
+    def __init__(self, matcher: LLMatcher, budget: CpuBudget) -> None:
         self._matcher = matcher
-        self._allowance = allowance
+        self._budget = budget
 
     @property
     def done(self) -> bool:
@@ -81,27 +82,27 @@ class Grammar:
     @property
     def broken(self) -> bool:
         """It was too complex for its limits, or takes too long."""
-        return self._allowance.used_up or self._matcher.is_error()
+        return self._budget.exhausted or self._matcher.is_error()
 
     def allows(self, token: int) -> bool:
         began = time.thread_time()
         allowed = self._matcher.validate_tokens([token]) == 1
-        self._allowance.spend(time.thread_time() - began)
+        self._budget.spend(time.thread_time() - began)
         return allowed
 
     def mask(self, row: npt.NDArray[np.float32]) -> None:
         """Ban what is not allowed, in place."""
         began = time.thread_time()
         packed = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
-        self._allowance.spend(time.thread_time() - began)
+        self._budget.spend(time.thread_time() - began)
         allowed = np.unpackbits(packed, count=len(row), bitorder="little")
         row[allowed == 0] = -np.inf
 
     def take(self, token: int) -> None:
         began = time.thread_time()
         self._matcher.consume_token(token)
-        self._allowance.spend(time.thread_time() - began)
-        self._allowance.earn()
+        self._budget.spend(time.thread_time() - began)
+        self._budget.earn()
 
     def forced(self) -> list[int]:
         """Tokens that must come next; often there are none."""
@@ -109,16 +110,16 @@ class Grammar:
             return []
         began = time.thread_time()
         tokens = list(self._matcher.compute_ff_tokens())
-        self._allowance.spend(time.thread_time() - began)
+        self._budget.spend(time.thread_time() - began)
         return tokens
 
 
-class Grammars:
-    """Makes grammars for one model's vocabulary, in any thread.  To be made once: for a large
+class GrammarCompiler:
+    """Compiles grammars for one model's vocabulary, in any thread.  To be made once: for a large
     vocabulary that takes a second.
 
-    A grammar is tried in a sandbox before it is compiled here.  A tenant's last ones are kept, also
-    what they were refused for; never another tenant's, which would tell who has sent what before.
+    A grammar is validated in a sandbox before it is compiled here.  A tenant's last ones are
+    cached, with the refusals; never another tenant's, which would tell who has sent what before.
     """
 
     def __init__(self, runner: Runner, sandboxes: Sandboxes) -> None:
@@ -129,69 +130,68 @@ class Grammars:
                 text.decode(errors="replace") if isinstance(text, bytes) else text
             ),
         )
-        self._try: SandboxRun = sandboxes.trials(msgspec.msgpack.encode(vocabulary))
-        self._kept = _Kept()
-        self._allowances: dict[str, CpuBudget] = {}
+        self._validate: SandboxRun = sandboxes.grammars(msgspec.msgpack.encode(vocabulary))
+        self._cache = _GrammarCache()
+        # A budget that is dropped has earned all by now.
+        self._budgets: BoundedDict[str, CpuBudget] = BoundedDict(_MAX_BUDGETS)
         self._lock = threading.Lock()
 
-    def make(
+    def compile(
         self,
-        wanted: OutputConstraint,
+        constraint: OutputConstraint,
         *,
         tenant: str = "",
         cancellation: Cancellation | None = None,
     ) -> Grammar | None:
-        """None if everything is allowed.  Raises InvalidBody for what is no grammar, or none that
-        can be followed within the limits; SandboxCancelled."""
-        payload = msgspec.msgpack.encode(wanted)
+        """Returns None if everything is allowed.  Raises InvalidBody for what is no grammar, or
+        none that can be followed within the limits; SandboxCancelled."""
+        payload = msgspec.msgpack.encode(constraint)
         key = _Key(tenant, hashlib.sha256(payload).digest())
         with self._lock:
-            found = self._kept.get(key)
-        if found is None:
-            found, size = self._compile(wanted, payload, tenant, cancellation)
+            compiled = self._cache.get(key)
+        if compiled is None:
+            compiled, size = self._compile(constraint, payload, tenant, cancellation)
             with self._lock:
-                self._kept.put(key, found, size)
-        if isinstance(found, InvalidBody):
-            raise InvalidBody(found.message, loc=found.loc, kind=found.kind)
-        if isinstance(found, _Anything):
+                self._cache.put(key, compiled, size)
+        if isinstance(compiled, InvalidBody):
+            raise InvalidBody(compiled.message, loc=compiled.loc, kind=compiled.kind)
+        if isinstance(compiled, _Unrestricted):
             return None
-        with self._lock:  # a copy is of what nobody changes meanwhile
-            return Grammar(found.deep_copy(), self._allowance(tenant))
+        with self._lock:  # the cached matcher must not be copied twice at the same time
+            return Grammar(compiled.deep_copy(), self._budget(tenant))
 
     def _compile(
         self,
-        wanted: OutputConstraint,
+        constraint: OutputConstraint,
         payload: bytes,
         tenant: str,
         cancellation: Cancellation | None,
-    ) -> tuple[_Made, int]:
+    ) -> tuple[_Compiled, int]:
+        """The grammar or refusal, and the length of its text."""
         try:
-            text = self._try(payload, tenant=tenant, cancellation=cancellation).decode()
+            text = self._validate(payload, tenant=tenant, cancellation=cancellation).decode()
         except SandboxLimit as error:
-            return refusal(wanted, f"{reached(error.limit)} to compile: make it smaller"), 0
+            return refusal(constraint, f"{error.reason} to compile: make it smaller"), 0
         except InvalidBody as error:
             return error, 0
         if not text:
-            return _Anything(), 0
+            return _Unrestricted(), 0
         matcher = LLMatcher(self._tokenizer, text, log_level=0, limits=LIMITS)
-        begin(matcher)
+        compute_first_mask(matcher)
         if matcher.is_error():
-            return refusal(wanted, "is too complex to follow: simplify it"), 0
+            return refusal(constraint, "is too complex to follow: simplify it"), 0
         return matcher, len(text)
 
-    def _allowance(self, tenant: str) -> CpuBudget:
-        found = self._allowances.pop(tenant, None) or CpuBudget()
-        self._allowances[tenant] = found
-        if len(self._allowances) > _TENANTS:  # whose last use is so long ago has all of it again
-            del self._allowances[next(iter(self._allowances))]
-        return found
+    def _budget(self, tenant: str) -> CpuBudget:
+        budget = self._budgets[tenant] = self._budgets.get(tenant) or CpuBudget()
+        return budget
 
 
-class _Anything:
-    """There is nothing to hold."""
+class _Unrestricted:
+    """Everything is allowed."""
 
 
-_Made = LLMatcher | _Anything | InvalidBody
+_Compiled = LLMatcher | _Unrestricted | InvalidBody
 
 
 class _Key(NamedTuple):
@@ -199,32 +199,29 @@ class _Key(NamedTuple):
     digest: bytes
 
 
-class _Kept:
-    """The last used; whose are the largest loses its oldest."""
+class _GrammarCache:
+    """The last used ones; the tenant with the largest share loses its oldest first."""
 
     def __init__(self) -> None:
-        self._kept: OrderedDict[_Key, tuple[_Made, int]] = OrderedDict()
+        self._entries: OrderedDict[_Key, tuple[_Compiled, int]] = OrderedDict()
 
-    def get(self, key: _Key) -> _Made | None:
-        found = self._kept.get(key)
-        if found is None:
+    def get(self, key: _Key) -> _Compiled | None:
+        if key not in self._entries:
             return None
-        self._kept.move_to_end(key)
-        return found[0]
+        self._entries.move_to_end(key)
+        return self._entries[key][0]
 
-    def put(self, key: _Key, made: _Made, size: int) -> None:
-        self._kept[key] = made, size + _KEPT_AT_LEAST
-        self._kept.move_to_end(key)
-        while True:
+    def put(self, key: _Key, compiled: _Compiled, size: int) -> None:
+        self._entries[key] = compiled, size + _MIN_ENTRY_BYTES
+        self._entries.move_to_end(key)
+        while self._entries:
             sizes: Counter[str] = Counter()
-            for one, (_, bytes_) in self._kept.items():
-                sizes[one.tenant] += bytes_
+            for entry, (_, bytes_) in self._entries.items():
+                sizes[entry.tenant] += bytes_
             tenant, largest = sizes.most_common(1)[0]
-            if largest <= _KEPT_OF_TENANT and sizes.total() <= _KEPT_BYTES:
+            if largest <= _MAX_TENANT_BYTES and sizes.total() <= _MAX_CACHE_BYTES:
                 return
-            del self._kept[next(one for one in self._kept if one.tenant == tenant)]
-            if not self._kept:
-                return
+            del self._entries[next(entry for entry in self._entries if entry.tenant == tenant)]
 
 
 def _vocabulary(runner: Runner) -> Vocabulary:

@@ -23,14 +23,18 @@ import numpy as np
 import numpy.typing as npt
 
 from pinaivu_box.engine.llama_batch import BatchBuffer
-from pinaivu_box.engine.runner import TEXT_BATCH, Batch, Float32, TextRoom
+from pinaivu_box.engine.runner import TEXT_BATCH, Batch, EmbeddingCapacity, Float32
 from pinaivu_box.errors import BoxError
 
-_SHORTEST = 2048  # tokens of a text; with less a context is not made
-_TEXTS = 64
-_PLAIN = 2048  # tokens of the longest text for which attention is computed as a whole matrix
-_WANTED = b"result_embd_pooled"  # llama.cpp's name for what is wanted, also if nothing is pooled
-_STATES = 4  # recurrent models have a whole state for each sequence
+_MIN_CONTEXT_TOKENS = 2048
+_MAX_TEXTS = 64
+_MAX_UNFUSED_TOKENS = (
+    2048  # tokens of the longest text for which attention is computed as a whole matrix
+)
+_RESULT_TENSOR = (
+    b"result_embd_pooled"  # llama.cpp's name for what is wanted, also if nothing is pooled
+)
+_MAX_STATEFUL_TEXTS = 4  # recurrent models have a whole state for each sequence
 
 
 class Embedder:
@@ -41,43 +45,42 @@ class Embedder:
 
     def __init__(self, model: llama.llama_model_p, size: int, context: int, threads: int) -> None:
         self._pools = self._pooling(model)
-        self.room = self._make_room(model, size, context)
+        self.capacity = self._capacity(model, size, context)
         params = llama.llama_context_default_params()
-        params.n_ctx = self.room.cells
-        params.n_batch = params.n_ubatch = self.room.cells if self._pools else TEXT_BATCH
-        params.n_seq_max = self.room.sequences
+        params.n_ctx = self.capacity.cells
+        params.n_batch = params.n_ubatch = self.capacity.cells if self._pools else TEXT_BATCH
+        params.n_seq_max = self.capacity.sequences
         params.kv_unified = True  # so that a long text may have what many short ones do not need
         params.n_threads = params.n_threads_batch = threads
         params.embeddings = True
         params.no_perf = True
         if not self._pools:
             params.pooling_type = llama.LLAMA_POOLING_TYPE_NONE
-        if not self._pools or self.room.longest <= _PLAIN:
+        if not self._pools or self.capacity.longest <= _MAX_UNFUSED_TOKENS:
             params.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
         self._name = _names()
         self._callback = llama.ggml_backend_sched_eval_callback(self._stops)
         params.cb_eval = self._callback
-        made = llama.llama_init_from_model(model, params)
-        if not made:
+        self._context = llama.llama_init_from_model(model, params)
+        if not self._context:
             raise BoxError(
-                f"There is not enough memory to embed texts of {self.room.longest} tokens: unload "
-                "a model, or lower engine.context."
+                f"There is not enough memory to embed texts of {self.capacity.longest} tokens: "
+                "unload a model, or lower engine.context."
             )
-        self._context = made
-        self._memory = llama.llama_get_memory(made)
+        self._memory = llama.llama_get_memory(self._context)
         self._size = llama.llama_model_n_embd(model)
         self._buffer = BatchBuffer(params.n_batch)
 
     def _stops(self, tensor: int, ask: bool, _user_data: object) -> bool:
         """Asked of each tensor of the graph whether to stop after it, and then whether to go on."""
-        return ask and self._name(tensor) == _WANTED
+        return ask and self._name(tensor) == _RESULT_TENSOR
 
-    def _make_room(self, model: llama.llama_model_p, size: int, context: int) -> TextRoom:
-        longest = min(context, max(_SHORTEST, 1 << (size - 1).bit_length()))
+    def _capacity(self, model: llama.llama_model_p, size: int, context: int) -> EmbeddingCapacity:
+        longest = min(context, max(_MIN_CONTEXT_TOKENS, 1 << (size - 1).bit_length()))
         stateful = llama.llama_model_is_recurrent(model) or llama.llama_model_is_hybrid(model)
-        texts = _STATES if stateful else _TEXTS
+        texts = _MAX_STATEFUL_TEXTS if stateful else _MAX_TEXTS
         cells = max(longest, TEXT_BATCH) if self._pools else longest + TEXT_BATCH
-        return TextRoom(longest, texts, cells, whole=self._pools)
+        return EmbeddingCapacity(longest, texts, cells, whole=self._pools)
 
     @staticmethod
     def _pooling(model: llama.llama_model_p) -> bool:
@@ -90,14 +93,18 @@ class Embedder:
         starts = np.flatnonzero(np.diff(batch.sequence_ids, prepend=-1))
         ids = batch.sequence_ids[starts].tolist()
         if self._memory:
-            new = [one for one, at in zip(ids, starts, strict=True) if batch.positions[at] == 0]
+            new = [
+                each for each, start in zip(ids, starts, strict=True) if batch.positions[start] == 0
+            ]
             for sequence_id in {*ended, *new}:
                 llama.llama_memory_seq_rm(self._memory, sequence_id, -1, -1)
         if llama.llama_decode(self._context, self._buffer.fill(batch)) != 0:
             raise BoxError("llama.cpp could not compute an embedding.")
         if self._pools:
-            pooled = [llama.llama_get_embeddings_seq(self._context, one) for one in ids]
-            return np.stack([_array(one, (self._size,)) for one in pooled])
+            pooled = [
+                llama.llama_get_embeddings_seq(self._context, sequence_id) for sequence_id in ids
+            ]
+            return np.stack([_array(vector, (self._size,)) for vector in pooled])
         states = _array(llama.llama_get_embeddings(self._context), (count, self._size))
         return np.add.reduceat(states, starts, axis=0, dtype=np.float64).astype(np.float32)
 

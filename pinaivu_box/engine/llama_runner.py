@@ -26,20 +26,20 @@ from pinaivu_box.engine.llama_embedder import Embedder
 from pinaivu_box.engine.messages import LoadModel, SamplingDefaults
 from pinaivu_box.engine.runner import (
     Batch,
+    EmbeddingCapacity,
     Float32,
     ModelFacts,
     NoSlot,
     ProgressCallback,
-    TextRoom,
     TooManyTokens,
 )
 from pinaivu_box.errors import BoxError
 
 _LOG_LEVELS = {3: "warning", 4: "error"}  # ggml_log_level; lower ones are chatter
 _LOAD_FAILED = "failed to load model"
-_MOST_IDS = 256  # LLAMA_MAX_SEQ
-_TILE = 64  # GGML_FA_TILE_Q
-_MOST_TOP_K = 2**31 - 1
+_MAX_SEQUENCE_IDS = 256  # LLAMA_MAX_SEQ
+_TILE_TOKENS = 64  # GGML_FA_TILE_Q
+_MAX_TOP_K = 2**31 - 1
 _SPELLED_OUT = (1, 2)  # LLAMA_VOCAB_TYPE_SPM, _BPE: the tokens' bytes are the text's
 _IF_TOOLS = "{% if tools or messages | selectattr('role', 'equalto', 'tool') | list %}"
 _NO_SLOT = 1  # llama_decode: could not find a KV slot for the batch
@@ -68,7 +68,7 @@ class LlamaRunner:
         self._batch = BatchBuffer(llama.llama_n_batch(self._context))
         self._pieces: dict[int, bytes] = {}
         self._threads = load.threads or physical_cores()
-        self._embedder: Embedder | None = None  # made when somebody asks for it
+        self._embedder: Embedder | None = None  # made when texts are to be embedded
         self.facts = self._read_facts(load)
 
     # -- loading -------------------------------------------------------------------------------
@@ -102,22 +102,22 @@ class LlamaRunner:
         params.n_batch = max(load.token_budget, load.max_sequences)
         params.n_ubatch = min(params.n_batch, 512)
         # In the pool an id costs nothing, and those that nobody runs under keep finished prefixes.
-        params.n_seq_max = _MOST_IDS if self._unified else load.max_sequences
+        params.n_seq_max = _MAX_SEQUENCE_IDS if self._unified else load.max_sequences
         params.n_threads = params.n_threads_batch = load.threads or physical_cores()
         params.kv_unified = self._unified
         params.no_perf = True
         if self._exact:
             params.type_k = params.type_v = llama.GGML_TYPE_F32
             params.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        made = llama.llama_init_from_model(self._model, params)
-        if not made:
+        context = llama.llama_init_from_model(self._model, params)
+        if not context:
             raise LoadError(
                 f"llama.cpp cannot make a context of {params.n_ctx} tokens: "
                 f"{self._log.last or 'no reason given'}; lower engine.kv_tokens"
             )
         self._ids = params.n_seq_max
-        self._max_length = min(load.context, llama.llama_n_ctx_seq(made))
-        return made
+        self._max_length = min(load.context, llama.llama_n_ctx_seq(context))
+        return context
 
     def _read_facts(self, load: LoadModel) -> ModelFacts:
         vocab = self._vocab
@@ -148,11 +148,13 @@ class LlamaRunner:
         )
 
     def _chat_template(self) -> str | None:
-        """Command R and Hermes have one of their own for tools."""
-        found = [llama.llama_model_chat_template(self._model, name) for name in (None, b"tool_use")]
+        """The file's template; Command R and Hermes have another for tools."""
+        names = (None, b"tool_use")
+        sources = [llama.llama_model_chat_template(self._model, name) for name in names]
         # For some files llama.cpp names one of its own formats, which is no template.
         plain, for_tools = (
-            one.decode(errors="replace") if one and b"{" in one else None for one in found
+            source.decode(errors="replace") if source and b"{" in source else None
+            for source in sources
         )
         if plain is None or for_tools is None:
             return for_tools or plain
@@ -178,20 +180,20 @@ class LlamaRunner:
         )
 
     def _sampling_defaults(self) -> SamplingDefaults:
-        """What the file says, where a request could say so: the rest was not said."""
+        """The file's own defaults; values that no request could have count as absent."""
 
-        def value(key: str, least: float, most: float) -> float | None:
+        def value(key: str, minimum: float, maximum: float) -> float | None:
             buffer = ctypes.create_string_buffer(64)
             name = f"general.sampling.{key}".encode()
             if llama.llama_model_meta_val_str(self._model, name, buffer, len(buffer)) <= 0:
                 return None
             try:
-                found = float(buffer.value)
+                number = float(buffer.value)
             except ValueError:
                 return None
-            return found if least <= found <= most else None  # also None for NaN
+            return number if minimum <= number <= maximum else None  # also None for NaN
 
-        top_k = value("top_k", 0, _MOST_TOP_K)
+        top_k = value("top_k", 0, _MAX_TOP_K)
         top_p = value("top_p", 0, 1)
         min_p = value("min_p", 0, 1)
         return SamplingDefaults(
@@ -208,18 +210,18 @@ class LlamaRunner:
 
     # -- the protocol --------------------------------------------------------------------------
 
-    def tokenize(self, text: str, most: int | None = None, *, special: bool = True) -> list[int]:
+    def tokenize(self, text: str, limit: int | None = None, *, special: bool = True) -> list[int]:
         # Many templates write the BOS token themselves; a second one would harm the model.
         bos = self.facts.bos
         has_bos = special and bool(bos) and text.startswith(bos)
-        return self._tokenize(text, most, add_special=not has_bos, special=special)
+        return self._tokenize(text, limit, add_special=not has_bos, special=special)
 
     def tokenize_text(
-        self, text: str, most: int | None = None, *, special: bool = False
+        self, text: str, limit: int | None = None, *, special: bool = False
     ) -> list[int]:
-        return self._tokenize(text, most, add_special=False, special=special)
+        return self._tokenize(text, limit, add_special=False, special=special)
 
-    def fewest_tokens(self, text: str) -> int:
+    def min_token_count(self, text: str) -> int:
         # Other kinds of vocabularies drop spaces, or have one token for a word that they do not
         # know, however long it is.
         if llama.llama_vocab_type(self._vocab) not in _SPELLED_OUT:
@@ -232,10 +234,10 @@ class LlamaRunner:
         return max(1, *(len(self._read_piece(n, special=True)) for n in range(self._n_vocab)))
 
     def _tokenize(
-        self, text: str, most: int | None, *, add_special: bool, special: bool
+        self, text: str, limit: int | None, *, add_special: bool, special: bool
     ) -> list[int]:
         data = text.encode()
-        room = len(data) + 8 if most is None else min(len(data) + 8, most)
+        room = len(data) + 8 if limit is None else min(len(data) + 8, limit)
         while True:
             buffer = (llama.llama_token * room)()
             count = llama.llama_tokenize(
@@ -244,7 +246,7 @@ class LlamaRunner:
             if count >= 0:
                 return list(buffer[:count])
             room = -count
-            if most is not None and room > most:
+            if limit is not None and room > limit:
                 raise TooManyTokens(room)
 
     def piece(self, token: int) -> bytes:
@@ -253,7 +255,7 @@ class LlamaRunner:
             piece = self._pieces[token] = self._read_piece(token)
         return piece
 
-    def spelled(self, token: int) -> bytes:
+    def spelling(self, token: int) -> bytes:
         return self.piece(token) or self._read_piece(token, special=True)
 
     def _read_piece(self, token: int, *, special: bool = False) -> bytes:
@@ -266,28 +268,28 @@ class LlamaRunner:
             room = -length
 
     def decode(self, batch: Batch) -> Float32:
-        pieces = self._pieces_of(batch)
-        if len(pieces) == 1:
+        parts = self._parts(batch)
+        if len(parts) == 1:
             return self._decode(batch)
         logits = []
-        for number, piece in enumerate(pieces):
+        for number, part in enumerate(parts):
             try:
-                logits.append(self._decode(piece).copy())
+                logits.append(self._decode(part).copy())
             except NoSlot:
-                for done in pieces[:number]:
+                for done in parts[:number]:
                     self._take_back(done)
                 raise
         return np.concatenate(logits)
 
-    def _pieces_of(self, batch: Batch) -> list[Batch]:
+    def _parts(self, batch: Batch) -> list[Batch]:
         """llama.cpp's CPU attention works in tiles from 64 tokens on.  That is fast for a prompt;
-        with the next tokens of many sequences in one pool it computes everybody's attention to
-        everybody's cells and throws nearly all of it away."""
+        with the next tokens of many sequences in one pool it computes the attention of each to
+        the cells of all, and throws nearly all of it away."""
         size, single = len(batch.tokens), batch.single
-        if not self._unified or size < _TILE or single == 0:
+        if not self._unified or size < _TILE_TOKENS or single == 0:
             return [batch]
-        cuts = [*range(0, single, _TILE - 1), single]
-        if size - single < _TILE - (single - cuts[-2]):
+        cuts = [*range(0, single, _TILE_TOKENS - 1), single]
+        if size - single < _TILE_TOKENS - (single - cuts[-2]):
             cuts.pop()  # the rest is so short that it goes with the last of them
         return [batch.part(a, b) for a, b in pairwise([*cuts, size]) if a < b]
 
@@ -323,16 +325,16 @@ class LlamaRunner:
         llama.llama_memory_seq_cp(self._memory, source, target, -1, -1)  # streams copy whole
         self.truncate(target, length)
 
-    def text_room(self, size: int) -> TextRoom:
+    def prepare_embedding(self, size: int) -> EmbeddingCapacity:
         if self._embedder is not None:
             self._embedder.close()
             self._embedder = None
         self._embedder = Embedder(self._model, size, self._max_length, self._threads)
-        return self._embedder.room
+        return self._embedder.capacity
 
     def embed(self, batch: Batch, ended: Sequence[int]) -> Float32:
         if self._embedder is None:
-            raise BoxError("There is no room for texts: text_room comes first.")
+            raise BoxError("There is no room for texts: prepare_embedding comes first.")
         return self._embedder.embed(batch, ended)
 
     def close(self) -> None:

@@ -14,14 +14,17 @@ from pinaivu_box.engine.sampling import Float64, Ids, top_k
 _NONE: Ids = np.empty(0, np.intp)
 
 
-def probe(row: Float32, token: int, count: int, written: Callable[[int], bytes]) -> TokenLogprob:
-    """Of a token and of the `count` likeliest ones, which are `written` so."""
+def token_logprob(
+    row: Float32, token: int, count: int, spelling: Callable[[int], bytes]
+) -> TokenLogprob:
+    """The log-probability of `token` and those of the `count` likeliest ones, from a position's
+    logits, shape (n_vocab,).  `spelling` gives the bytes of a token."""
     values, top = log_probabilities(row, [token], count)
     likeliest = zip(top.tolist(), values[1:].tolist(), strict=True)
     return TokenLogprob(
-        written(token),
+        spelling(token),
         float(values[0]),
-        [(written(one), logprob) for one, logprob in likeliest],
+        [(spelling(other), logprob) for other, logprob in likeliest],
     )
 
 

@@ -1,4 +1,4 @@
-"""What crosses the pipe between the box and an engine child: msgpack frames with a length.
+"""The frames on the pipe between the box and an engine child: msgpack with a length.
 
 A frame is a 4-byte little-endian length and a msgpack body: one `ToEngine` or `FromEngine`
 struct.  This is the only module of `engine` that the parent may import.
@@ -7,43 +7,76 @@ struct.  This is the only module of `engine` that the parent may import.
 from __future__ import annotations
 
 import struct
-from typing import Any, BinaryIO, Literal
+from typing import Annotated, Any, BinaryIO, Literal
 
 import msgspec
-from msgspec import Struct
+from msgspec import Meta, Struct
+
+from pinaivu_box.text import TOKEN_ID
 
 MAX_FRAME_BYTES = 64 * 1024 * 1024
 _LENGTH = struct.Struct("<I")
 
 
-class Sampling(Struct, frozen=True):
-    """How tokens are drawn; recorded in the proof, so that the draw can be repeated.
+Temperature = Annotated[float, Meta(ge=0, le=2)]
+TopP = Annotated[float, Meta(gt=0, le=1)]
+TopK = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+MinP = Annotated[float, Meta(ge=0, lt=1)]
+TypicalP = Annotated[float, Meta(gt=0, le=1)]
+Seed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
+Penalty = Annotated[float, Meta(ge=-2, le=2)]
+RepeatPenalty = Annotated[float, Meta(gt=0, le=10)]
+LogitBias = Annotated[
+    dict[Annotated[str, Meta(pattern=TOKEN_ID)], Annotated[float, Meta(ge=-100, le=100)]],
+    Meta(max_length=300),
+]
+MinTokens = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 
-    `temperature` 0 is greedy.  `top_k` 0, `top_p` 1 and `min_p` 0 switch that truncation off.
-    `seed` is a 64-bit signed integer.  With `ignore_eos` end tokens are never drawn, and none among
-    the first `min_tokens`, in which no stop string ends the output either.  The penalties
-    are OpenAI's, over the tokens of the output; `repeat_penalty` is llama.cpp's, over the last 64
-    tokens, the prompt's included.  `logit_bias` adds to the logits of token ids, which are text
-    because JSON's keys are.
+
+class SamplingParams(Struct, frozen=True):
+    """How the tokens of a request are drawn.  Of the first four, None leaves the value to the
+    configuration, the model's file or llama.cpp's default (see `Sampling`).
+
+    `temperature` 0 is greedy.  `top_k` 0, `top_p` 1, `min_p` 0 and `typical_p` 1 switch that
+    truncation off.  With `ignore_eos` end tokens are never drawn, and none among the first
+    `min_tokens`, in which no stop string ends the output either.  `frequency_penalty` and
+    `presence_penalty` are OpenAI's, over the tokens of the output; `repeat_penalty` is llama.cpp's,
+    over the last 64 tokens, the prompt's included.  `logit_bias` adds to the logits of token ids,
+    which are text because JSON's keys are.
     """
 
-    temperature: float
-    top_p: float
-    top_k: int
-    min_p: float
-    seed: int
+    temperature: Temperature | None = None
+    top_p: TopP | None = None
+    top_k: TopK | None = None
+    min_p: MinP | None = None
+    seed: Seed = 0
     ignore_eos: bool = False
-    frequency_penalty: float = 0.0
-    presence_penalty: float = 0.0
-    logit_bias: dict[str, float] = {}
-    typical_p: float = 1.0
-    repeat_penalty: float = 1.0
-    min_tokens: int = 0
+    frequency_penalty: Penalty = 0.0
+    presence_penalty: Penalty = 0.0
+    logit_bias: LogitBias = {}
+    typical_p: TypicalP = 1.0
+    repeat_penalty: RepeatPenalty = 1.0
+    min_tokens: MinTokens = 0
 
     @property
     def looks_back(self) -> bool:
         """Whether a draw depends on the tokens before it."""
         return bool(self.frequency_penalty or self.presence_penalty or self.repeat_penalty != 1)
+
+
+class Sampling(SamplingParams, frozen=True):
+    """The same with every value known, as an engine draws; recorded in the proof, so that the draw
+    can be repeated.  The defaults are llama.cpp's."""
+
+    temperature: Temperature = 0.8
+    top_p: TopP = 0.95
+    top_k: TopK = 40
+    min_p: MinP = 0.05
+
+    def follows(self, params: SamplingParams) -> bool:
+        """Whether every value that `params` sets is used."""
+        values = msgspec.structs.asdict(params).items()
+        return all(value is None or getattr(self, name) == value for name, value in values)
 
 
 class Constraint(Struct, frozen=True):
@@ -55,12 +88,12 @@ class Constraint(Struct, frozen=True):
 
 
 class Tools(Struct, frozen=True):
-    """The functions that the model is told of: JSON text of a list of OpenAI's `function` objects
-    (frames do not carry every number that a schema may have), and the names of those that it may
-    call.
+    """The functions that are described to the model: JSON text of a list of OpenAI's `function`
+    objects (frames do not carry every number that a schema may have), and the names of those that
+    it may call.
 
-    `choice` is "auto", "required", or the name of the one that is called, once; with `parallel` the
-    others may be several calls.
+    `choice` is "auto", "required", or the name of the function that is called, once; with
+    `parallel`, "auto" and "required" allow several calls.
     """
 
     functions: str
@@ -70,12 +103,12 @@ class Tools(Struct, frozen=True):
 
 
 class SamplingDefaults(Struct, frozen=True):
-    """What a model's file or the configuration says; None where it says nothing."""
+    """What a model's file or a box uses where a request sets no value; None where it has none."""
 
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
+    temperature: Temperature | None = None
+    top_p: TopP | None = None
+    top_k: TopK | None = None
+    min_p: MinP | None = None
 
 
 # -- parent to child ---------------------------------------------------------------------------
@@ -106,18 +139,18 @@ class LoadModel(Struct, frozen=True, tag=True):
 class Add(Struct, frozen=True, tag=True):
     """Start a sequence: `messages` for the model's template, or a raw `prompt` (text or tokens).
 
-    `output` holds the tokens that another leg of this request has already made: the sequence
-    goes on after them and sends only what comes next.  `max_tokens` counts them too.  `weight` is
-    the tenant's share among tenants, `priority` orders the tenant's own (higher goes first).
+    `output` holds the tokens that earlier legs of this request have made: the sequence goes on
+    after them and sends only what comes next.  `max_tokens` counts them too.  `weight` is the
+    tenant's share among tenants, `priority` orders the tenant's own (higher goes first).
     `template` holds more variables for the template.  With `logprobs` each token comes with its
     log-probability and that many of the likeliest ones.  `prediction` is text that the output may
     repeat: it feeds the drafts.  Cached prefixes are shared with the sequences of the same `scope`,
-    and with none if it is empty; with `named` also those of Named, with all that say so.  With a
-    `suffix` the output is what stands between `prompt` and it.  With `echo` the prompt's text comes
-    back, and if there are `logprobs` then also those of the prompt's tokens, before the output's,
-    but for the first `scored` ones: another leg has said those.  Of the last `unsaid` tokens of
-    `output` it has not, as their text was held back.  `read`, if the prompt was counted
-    before, are its tokens, and `thinking` says how they end (see Admitted).
+    and with none if it is empty; with `named` those of Named are shared with all that have it set.
+    With a `suffix` the output is what stands between `prompt` and it.  With `echo` the prompt's
+    text comes back and, with `logprobs`, those of the prompt's tokens before the output's, except
+    the first `scored` ones, which an earlier leg has sent.  Of the last `unsaid` tokens of `output`
+    it has not sent them, since their text was withheld.  `read`, if the prompt was counted before,
+    are its tokens, and `thinking` says how they end (see Admitted).
     """
 
     id: str
@@ -150,7 +183,7 @@ class Cancel(Struct, frozen=True, tag=True):
 
 
 class Embed(Struct, frozen=True, tag=True):
-    """Vectors of texts (or tokens), each of its first `dimensions` numbers if that is said.  The
+    """Compute vectors of texts (or tokens), each cut to `dimensions` numbers if that is set.  The
     rest is as in Add."""
 
     id: str
@@ -162,9 +195,9 @@ class Embed(Struct, frozen=True, tag=True):
 
 
 class Tokenize(Struct, frozen=True, tag=True):
-    """Tokens of a prompt that is not to be run, or the text of `tokens`.  With `plain` the prompt
-    is a piece of text in which nothing is special.  `inputs` are those of an Embed.  With `count`
-    it is only wanted how many there are."""
+    """Return the tokens of a prompt that is not run, or the text of `tokens`.  With `plain` the
+    prompt is a piece of text without special tokens.  `inputs` are those of an Embed.  With `count`
+    only the number of tokens is wanted."""
 
     add: Add
     tokens: list[int] | None = None
@@ -174,8 +207,8 @@ class Tokenize(Struct, frozen=True, tag=True):
 
 
 class Named(Struct, frozen=True, tag=True):
-    """From now on prompts that begin with one of these texts share that beginning with each other
-    if they are `named`, whatever their scope.  They replace those of an earlier Named."""
+    """From now on, prompts that begin with one of these texts share that beginning with each other
+    if they are `named`, whatever their scope.  The texts replace those of an earlier Named."""
 
     texts: list[str]
 
@@ -212,7 +245,7 @@ class LoadFailed(Struct, frozen=True, tag=True):
 
 
 class Tokenized(Struct, frozen=True, tag=True):
-    """The answer to Tokenize; `thinking` as in Admitted.  `count` is set if only that was asked."""
+    """The answer to Tokenize; `thinking` as in Admitted.  `count` is set if only that is wanted."""
 
     id: str
     tokens: list[int]
@@ -222,7 +255,7 @@ class Tokenized(Struct, frozen=True, tag=True):
 
     @property
     def number(self) -> int:
-        """Of tokens."""
+        """How many tokens there are."""
         return len(self.tokens) if self.count is None else self.count
 
 
@@ -238,7 +271,7 @@ class Admitted(Struct, frozen=True):
 
 class Refused(Struct, frozen=True):
     """The request cannot run here; `code` is that of a class in `pinaivu_box.errors`, `param` the
-    field to blame."""
+    field that is wrong."""
 
     id: str
     code: str
@@ -248,16 +281,17 @@ class Refused(Struct, frozen=True):
 
 class TokenLogprob(Struct, frozen=True, array_like=True):
     """A token's bytes, its natural log-probability before any truncation or bias, and the same of
-    the likeliest ones.  The first of a prompt has none: 0, and no others."""
+    the likeliest ones.  The first token of a prompt has none: 0, and no others."""
 
     token: bytes
     logprob: float
     top: list[tuple[bytes, float]]
 
 
-class SequenceDelta(Struct, frozen=True, omit_defaults=True):
-    """What one step gave one sequence.  `tokens` is every token drawn; `text` may lag behind, and
-    `logprobs`, those of the text's tokens, with it.  A prompt's come before all others."""
+class SequenceDelta(Struct, omit_defaults=True):
+    """What a sequence gave since its last delta.  `tokens` is every token drawn; `text` may lag
+    behind, and `logprobs`, those of the text's tokens, with it.  A prompt's come before all others.
+    """
 
     id: str
     text: str = ""
@@ -265,15 +299,15 @@ class SequenceDelta(Struct, frozen=True, omit_defaults=True):
     finish_reason: str | None = None  # "stop", "length", "cancelled"
     queue_ms: float | None = None  # waited before its first step; on the first delta only
     cached_tokens: int | None = None  # of the prompt, found in the cache; on the first delta only
-    shifted_tokens: int = 0  # forgotten so far by context shifts
+    shifted_tokens: int = 0  # dropped so far by context shifts
     logprobs: list[TokenLogprob] = []
-    stop_string: str | None = None  # what has ended it
-    vectors: list[bytes] = []  # little-endian float32; of an Embed, all at its end
+    stop_string: str | None = None  # that has ended it
+    vectors: list[bytes] = []  # little-endian float32; of an Embed, all with its end
 
 
 class EngineLoad(Struct, frozen=True):
     """How busy the engine is, after a step.  `kv_used` (by running sequences) and `kv_cached` (left
-    by finished ones, had for the asking) in tokens."""
+    by finished ones, and free when needed) in tokens."""
 
     waiting: int = 0
     running: int = 0
@@ -286,7 +320,7 @@ class EngineLoad(Struct, frozen=True):
 
 
 class StepFrame(Struct, frozen=True, tag=True):
-    """Everything that one step, and the arrivals before it, have to say."""
+    """All that has happened since the last frame."""
 
     admitted: list[Admitted]
     refused: list[Refused]
@@ -320,7 +354,7 @@ LENGTH_BYTES = _LENGTH.size
 
 
 def body_length(header: bytes) -> int:
-    """Length of the frame that `header` announces; ValueError if no honest side sends that."""
+    """The length of the frame after `header`.  Raises ValueError if it is too large."""
     (length,) = _LENGTH.unpack(header)
     if length > MAX_FRAME_BYTES:
         raise ValueError(f"a frame of {length} bytes is larger than {MAX_FRAME_BYTES}")
@@ -328,7 +362,7 @@ def body_length(header: bytes) -> int:
 
 
 def read_body(stream: BinaryIO) -> bytes | None:
-    """Next frame's body from a blocking stream, None at its end (also in mid-frame)."""
+    """The next frame's body from a blocking stream; None at its end (also in mid-frame)."""
     header = stream.read(LENGTH_BYTES)
     if len(header) < LENGTH_BYTES:
         return None

@@ -19,15 +19,15 @@ from datetime import UTC, date, datetime
 from threading import Lock
 from typing import Any
 
-from pinaivu_box.engine.prefix_cache import PRIVATE, Share, common_prefix
-from pinaivu_box.engine.rendering import Rendering
+from pinaivu_box.engine.prefix_cache import PRIVATE, PrefixScope, common_prefix
+from pinaivu_box.engine.sandboxed_template import SandboxedTemplate
 from pinaivu_box.errors import ApiError
 
-_MARK = "\u2063\u2062mark\u2062\u2063"  # nobody's text
+_MARK = "\u2063\u2062mark\u2062\u2063"  # in no text
 # A prompt's next characters may change a text's last tokens: only those count that these leave.
-_NEXT = ("", "\n", "\n\n", " ", " a", "a", "1", ".", ",", ")", '"', "<", "\t")
-_TAIL = 256  # characters
-_SECONDS = 5.0  # for templates that take their time: what is not read by then is not recognised
+_CONTINUATIONS = ("", "\n", "\n\n", " ", " a", "a", "1", ".", ",", ")", '"', "<", "\t")
+_TAIL_CHARACTERS = 256
+_MAX_READ_SECONDS = 5.0  # what is not read by then is not recognised
 _TOOLS = json.dumps(
     [{"name": _MARK, "description": _MARK, "parameters": {"type": "object", "properties": {}}}]
 )
@@ -35,7 +35,10 @@ _TOOLS = json.dumps(
 _VARIABLES: tuple[dict[str, Any], ...] = (
     {},
     {"enable_thinking": False, "reasoning_effort": "low"},
-    *({"enable_thinking": True, "reasoning_effort": one} for one in ("low", "medium", "high")),
+    *(
+        {"enable_thinking": True, "reasoning_effort": effort}
+        for effort in ("low", "medium", "high")
+    ),
 )
 
 
@@ -46,34 +49,34 @@ class NamedPrefixes:
     """
 
     def __init__(
-        self, texts: list[str], template: Rendering, tokenize: Callable[[str], list[int]]
+        self, texts: list[str], template: SandboxedTemplate, tokenize: Callable[[str], list[int]]
     ) -> None:
         self._texts, self._template, self._tokenize = texts, template, tokenize
         self._reading = Lock()
         self._day: date | None = None
         self._known: list[tuple[list[int], str]] = []  # with their scopes; the longest first
 
-    def share(self, scope: str, tokens: list[int]) -> Share:
+    def share(self, scope: str, tokens: list[int]) -> PrefixScope:
         """With whom a prompt of that scope shares: also a named beginning with all who have it,
         unless the scope is PRIVATE."""
         if not self._texts or scope == PRIVATE:
-            return Share(scope)
+            return PrefixScope(scope)
         with self._reading:
             if self._day != (today := datetime.now(UTC).date()):
                 self._day, self._known = today, self._read()
         for known, name in self._known:
             if tokens[: len(known)] == known:
-                return Share(scope, len(known), name)
-        return Share(scope)
+                return PrefixScope(scope, len(known), name)
+        return PrefixScope(scope)
 
     def _read(self) -> list[tuple[list[int], str]]:
-        until = time.monotonic() + _SECONDS
-        written = {one for text in self._texts for one in self._written(text, until)}
-        found = {tuple(self._tokens(one)) for one in written}
-        longest = sorted((list(one) for one in found if one), key=len, reverse=True)
-        return [(one, f"named {_digest(one)}") for one in longest]
+        until = time.monotonic() + _MAX_READ_SECONDS
+        prompts = {prompt for text in self._texts for prompt in self._prompts(text, until)}
+        prefixes = {tuple(self._tokens(prompt)) for prompt in prompts}
+        longest_first = sorted(map(list, filter(None, prefixes)), key=len, reverse=True)
+        return [(prefix, f"named {_digest(prefix)}") for prefix in longest_first]
 
-    def _written(self, text: str, until: float) -> Iterator[str]:
+    def _prompts(self, text: str, until: float) -> Iterator[str]:
         """The prompts, up to the end of the text, that begin with it."""
         yield text
         system = {"role": "system", "content": text + _MARK}
@@ -91,10 +94,10 @@ class NamedPrefixes:
                     yield before
 
     def _tokens(self, text: str) -> list[int]:
-        """Those of the text, whatever comes after it."""
-        end = text[-_TAIL:]  # what comes next changes nothing before that
+        """The tokens of the text that no continuation changes."""
+        end = text[-_TAIL_CHARACTERS:]  # what comes next changes nothing before that
         whole = kept = self._tokenize(end)
-        for more in _NEXT:
+        for more in _CONTINUATIONS:
             kept = kept[: common_prefix(kept, self._tokenize(end + more))]
         tokens = self._tokenize(text)
         return tokens[: len(tokens) - (len(whole) - len(kept))]

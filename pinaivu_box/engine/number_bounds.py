@@ -10,18 +10,21 @@ from __future__ import annotations
 from typing import Any
 
 _VALUES = ("const", "enum", "default", "examples")  # keywords that hold no schemas
-_WIDEST, _NARROWEST = 1e6, 1e-3  # between such bounds nine decimals lose nothing that is asked for
-_LARGEST = 2**53 - 1  # what every JSON parser reads exactly (RFC 8259, section 6)
+_MAX_BOUND, _MIN_RANGE = (
+    1e6,
+    1e-3,
+)  # nine decimals lose nothing between such
+_MAX_INTEGER = 2**53 - 1  # what every JSON parser reads exactly (RFC 8259, section 6)
 
 
 def with_an_end(schema: Any) -> Any:
     """The same schema, but an integer without a bound has one of 2^53 - 1, and a number between two
     bounds has nine decimals at most.  A number without bounds may need its exponent: it is left."""
     if isinstance(schema, list):
-        return [with_an_end(one) for one in schema]
+        return [with_an_end(item) for item in schema]
     if not isinstance(schema, dict):
         return schema
-    made = {
+    bounded = {
         name: inner if name in _VALUES else with_an_end(inner) for name, inner in schema.items()
     }
     low = _bound(schema, "minimum", "exclusiveMinimum")
@@ -29,19 +32,18 @@ def with_an_end(schema: Any) -> Any:
     kinds = schema.get("type")
     kinds = kinds if isinstance(kinds, list) else [kinds]
     if "integer" in kinds and "number" not in kinds:
-        if low is None and (high is None or high > -_LARGEST):
-            made["minimum"] = -_LARGEST
-        if high is None and (low is None or low < _LARGEST):
-            made["maximum"] = _LARGEST
+        if low is None and (high is None or high > -_MAX_INTEGER):
+            bounded["minimum"] = -_MAX_INTEGER
+        if high is None and (low is None or low < _MAX_INTEGER):
+            bounded["maximum"] = _MAX_INTEGER
     if "number" in kinds and low is not None and high is not None and _fits_nine(low, high):
-        made.setdefault("multipleOf", 1e-9)
-    return made
+        bounded.setdefault("multipleOf", 1e-9)
+    return bounded
 
 
 def _bound(schema: dict[str, Any], *names: str) -> float | None:
-    found = [schema[name] for name in names if type(schema.get(name)) in (int, float)]
-    return found[0] if found else None
+    return next((schema[name] for name in names if type(schema.get(name)) in (int, float)), None)
 
 
 def _fits_nine(low: float, high: float) -> bool:
-    return -_WIDEST <= low < high <= _WIDEST and high - low >= _NARROWEST
+    return -_MAX_BOUND <= low < high <= _MAX_BOUND and high - low >= _MIN_RANGE

@@ -1,7 +1,7 @@
-"""Tokens on their way out: text, stop strings, frames.  Runs beside the steps, in its own thread.
+"""Text and frames from what the steps gave.  Runs in its own thread, beside the steps.
 
-A frame holds all that was said since the last one, so that a slow reader gets fewer and larger
-frames, and never slows a step.
+A frame holds all output since the last one: a slow reader gets fewer and larger frames, and never
+slows a step.
 """
 
 from __future__ import annotations
@@ -10,22 +10,27 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from pinaivu_box.engine.detokenizer import Detokenizer
-from pinaivu_box.engine.intake import PreparedRequest
 from pinaivu_box.engine.messages import (
+    Admitted,
     EngineLoad,
     Refused,
     SequenceDelta,
     StepFrame,
     TokenLogprob,
 )
+from pinaivu_box.engine.request_preparer import PreparedRequest
 
-_LARGE = 1 << 14  # log-probabilities
+_MAX_FRAME_LOGPROBS = 1 << 14  # about 6 MB
 
 
 @dataclass(frozen=True)
 class SequenceOutput:
-    """What a step gave one sequence.  `queue_ms` and `cached_tokens` come with its first token, or
-    its end if it has begun and has none; `scored` are tokens of its prompt."""
+    """What one step gave one sequence.
+
+    `queue_ms` and `cached_tokens` come with its first token, or with its end if it has begun and
+    has no token.  `logprobs` are those of `tokens`, `prompt_logprobs` those of tokens that were
+    given: of its prompt, or of the output of an earlier leg.
+    """
 
     id: str
     tokens: list[int]
@@ -36,152 +41,141 @@ class SequenceOutput:
     shifted_tokens: int = 0
     logprobs: Sequence[TokenLogprob] = ()
     vectors: list[bytes] = field(default_factory=list)
-    scored: Sequence[TokenLogprob] = ()
+    prompt_logprobs: Sequence[TokenLogprob] = ()
 
 
 @dataclass(frozen=True)
 class StepOutput:
-    """`plain`, in a steady step: the ids and one token each, which is no end."""
+    """What a step gave, and what happened since the one before.
 
-    said: list[SequenceOutput]
+    `plain` is the output of a step without a plan: ids, and one token for each, none of which ends
+    its sequence.
+    """
+
+    sequences: Sequence[SequenceOutput]
     load: EngineLoad
     plain: tuple[list[str], list[int]] = ([], [])
+    refused: Sequence[Refused] = ()
 
 
 @dataclass
-class _Pending:
-    text: list[str] = field(default_factory=list)
-    tokens: list[int] = field(default_factory=list)
-    finish_reason: str | None = None
-    queue_ms: float | None = None
-    cached_tokens: int | None = None
-    logprobs: list[TokenLogprob] = field(default_factory=list)
-    stop_string: str | None = None
-    vectors: list[bytes] = field(default_factory=list)
+class _OpenSequence:
+    """One that is admitted and has not ended.  `withheld` are the log-probabilities of tokens whose
+    text may be the beginning of a stop string."""
+
+    detokenizer: Detokenizer
+    shifted_tokens: int = 0
+    withheld: list[TokenLogprob] = field(default_factory=list)
 
 
 class OutputBuffer:
-    """`take` what happened, then `frame` it."""
+    """`take` events, then `frame` them."""
 
     def __init__(self) -> None:
-        self._detokenizers: dict[str, Detokenizer] = {}
-        self._frame = StepFrame([], [], [], EngineLoad())
-        self._pending: dict[str, _Pending] = {}
-        self._shifted: dict[str, int] = {}  # tokens that a sequence has forgotten, if it has
-        # Of tokens whose text is held back, as it may be the beginning of a stop string.
-        self._held: dict[str, list[TokenLogprob]] = {}
+        self._open: dict[str, _OpenSequence] = {}
+        self._admitted: list[Admitted] = []
+        self._refused: list[Refused] = []
+        self._deltas: dict[str, SequenceDelta] = {}
+        self._load = EngineLoad()
 
     @property
     def large(self) -> bool:
-        """Whether the next frame should go out before more is taken (about 6 MB)."""
-        return sum(len(one.logprobs) for one in self._pending.values()) > _LARGE
+        """Whether the next frame should go out before more is taken."""
+        return sum(len(delta.logprobs) for delta in self._deltas.values()) > _MAX_FRAME_LOGPROBS
 
     def take(self, event: PreparedRequest | Refused | StepOutput) -> list[str]:
-        """Returns the ids of sequences that a stop string has just ended."""
+        """Add an event.  Returns the ids of sequences that a stop string has just ended."""
         if isinstance(event, Refused):
-            self._frame.refused.append(event)
-            self._detokenizers.pop(event.id, None)
-            self._held.pop(event.id, None)
+            self._refuse(event)
             return []
         if isinstance(event, PreparedRequest):
-            self._frame.admitted.append(event.admitted)
-            self._detokenizers[event.admitted.id] = event.detokenizer
+            self._admitted.append(event.admitted)
+            self._open[event.admitted.id] = _OpenSequence(event.detokenizer)
             return []
-        self._frame = StepFrame(self._frame.admitted, self._frame.refused, [], event.load)
-        stopped = [said.id for said in event.said if self._say(said)]
+        self._load = event.load
+        for refused in event.refused:
+            self._refuse(refused)
+        stopped = [output.id for output in event.sequences if self._add(output)]
         for request_id, token in zip(*event.plain, strict=True):
-            if self._say_plain(request_id, token):
+            if self._add_token(request_id, token):
                 stopped.append(request_id)
         return stopped
 
     def frame(self) -> StepFrame:
-        """All that was taken since the last one."""
-        frame = self._frame
-        for request_id, pending in self._pending.items():
-            frame.deltas.append(
-                SequenceDelta(
-                    request_id,
-                    "".join(pending.text),
-                    pending.tokens,
-                    pending.finish_reason,
-                    pending.queue_ms,
-                    pending.cached_tokens,
-                    self._shifted.get(request_id, 0),
-                    pending.logprobs,
-                    pending.stop_string,
-                    pending.vectors,
-                )
-            )
-            if pending.finish_reason:
-                self._shifted.pop(request_id, None)
-        self._pending = {}
-        self._frame = StepFrame([], [], [], frame.load)
+        """All that was taken since the last frame."""
+        deltas = list(self._deltas.values())
+        frame = StepFrame(self._admitted, self._refused, deltas, self._load)
+        self._admitted, self._refused, self._deltas = [], [], {}
         return frame
 
-    def _say_plain(self, request_id: str, token: int) -> bool:
-        detokenizer = self._detokenizers.get(request_id)
-        if detokenizer is None:
+    def _refuse(self, refused: Refused) -> None:
+        self._refused.append(refused)
+        self._open.pop(refused.id, None)
+
+    def _delta(self, request_id: str, sequence: _OpenSequence) -> SequenceDelta:
+        delta = self._deltas.get(request_id)
+        if delta is None:
+            delta = SequenceDelta(request_id, shifted_tokens=sequence.shifted_tokens)
+            self._deltas[request_id] = delta
+        return delta
+
+    def _add_token(self, request_id: str, token: int) -> bool:
+        """Returns whether a stop string has ended the sequence."""
+        sequence = self._open.get(request_id)
+        if sequence is None:
             return False
-        pending = self._pending.get(request_id)
-        if pending is None:
-            pending = self._pending[request_id] = _Pending()
-        pending.tokens.append(token)
-        pending.text.append(detokenizer.push(token))
+        delta, detokenizer = self._delta(request_id, sequence), sequence.detokenizer
+        delta.tokens.append(token)
+        delta.text += detokenizer.push(token)
         if detokenizer.stopped:
-            pending.finish_reason = "stop"
-            pending.stop_string = detokenizer.stop_string
-            del self._detokenizers[request_id]
+            delta.finish_reason = "stop"
+            delta.stop_string = detokenizer.stop_string
+            del self._open[request_id]
         return detokenizer.stopped
 
-    def _say(self, said: SequenceOutput) -> bool:
-        """Returns whether a stop string has ended it."""
-        detokenizer = self._detokenizers.get(said.id)
-        if detokenizer is None:
+    def _add(self, output: SequenceOutput) -> bool:
+        """Returns whether a stop string has ended the sequence."""
+        sequence = self._open.get(output.id)
+        if sequence is None:
             return False  # a stop string had ended it before the engine knew
-        pending = self._pending.setdefault(said.id, _Pending())
-        # Those of an earlier leg's tokens wait with their text, if they are no prompt's.
-        waiting = self._held.setdefault(said.id, []) if detokenizer.holds else pending.logprobs
-        waiting += said.scored
-        finish_reason = said.finish_reason
-        text_tokens = len(said.tokens) - said.end_token
-        for number, token in enumerate(said.tokens):
-            pending.tokens.append(token)
+        delta, detokenizer = self._delta(output.id, sequence), sequence.detokenizer
+        # Those of an earlier leg's output wait with its text.
+        waiting = sequence.withheld if detokenizer.holds else delta.logprobs
+        waiting += output.prompt_logprobs
+        finish_reason = output.finish_reason
+        text_tokens = len(output.tokens) - output.end_token
+        for number, token in enumerate(output.tokens):
+            delta.tokens.append(token)
             if number < text_tokens:
                 text = detokenizer.push(token)
-                pending.text.append(text)
-                if said.logprobs:
-                    self._release(said.id, said.logprobs[number], text, detokenizer, pending)
+                delta.text += text
+                if output.logprobs:
+                    sequence.withheld.append(output.logprobs[number])
+                    _release(sequence, text, delta)
                 if detokenizer.stopped:
                     finish_reason = "stop"
                     break
+        if output.queue_ms is not None:
+            delta.queue_ms, delta.cached_tokens = output.queue_ms, output.cached_tokens
+        if output.shifted_tokens:
+            delta.shifted_tokens = sequence.shifted_tokens = output.shifted_tokens
         if finish_reason:
-            pending.text.append(detokenizer.flush())
-            pending.logprobs += self._held.pop(said.id, [])
-            pending.finish_reason = finish_reason
-            pending.stop_string = detokenizer.stop_string
-            pending.vectors = said.vectors
-            del self._detokenizers[said.id]
-        if said.queue_ms is not None:
-            pending.queue_ms, pending.cached_tokens = said.queue_ms, said.cached_tokens
-        if said.shifted_tokens:
-            self._shifted[said.id] = said.shifted_tokens
+            delta.text += detokenizer.flush()
+            delta.logprobs += sequence.withheld
+            delta.finish_reason = finish_reason
+            delta.stop_string = detokenizer.stop_string
+            delta.vectors = output.vectors
+            del self._open[output.id]
         return detokenizer.stopped
 
-    def _release(
-        self,
-        request_id: str,
-        logprob: TokenLogprob,
-        text: str,
-        detokenizer: Detokenizer,
-        pending: _Pending,
-    ) -> None:
-        """Log-probabilities come with their text, and those of a stop string never."""
-        held = self._held.setdefault(request_id, [])
-        held.append(logprob)
-        if detokenizer.stopped:
-            # The stop string's tokens are the last; one that also holds text before it counts.
-            pending.logprobs += held if text else []
-            held.clear()
-        elif not detokenizer.holds:
-            pending.logprobs += held
-            held.clear()
+
+def _release(sequence: _OpenSequence, text: str, delta: SequenceDelta) -> None:
+    """Log-probabilities come with their text, and those of a stop string never."""
+    detokenizer = sequence.detokenizer
+    if detokenizer.stopped:
+        # The stop string's tokens are the last; one that also holds text before it counts.
+        delta.logprobs += sequence.withheld if text else []
+        sequence.withheld.clear()
+    elif not detokenizer.holds:
+        delta.logprobs += sequence.withheld
+        sequence.withheld.clear()

@@ -9,9 +9,9 @@ prompt is found by walking down.  Pure bookkeeping: the caller moves the cells.
 A sequence is *live* while it runs.  Once it has finished it may stay as *cached*, to be copied
 from, until it is evicted, the least recently used first.
 
-Who finds a prefix learns that somebody had the same text, so a node has a *scope*: only sequences
-of that scope find it, and what is PRIVATE nobody finds.  The first tokens of a sequence may be in
-another scope than those after them.
+Finding a prefix reveals that another request had the same text, so a node has a *scope*: only
+sequences of that scope find it, and none finds what is PRIVATE.  The first tokens of a sequence
+may be in another scope than those after them.
 """
 
 from __future__ import annotations
@@ -23,16 +23,17 @@ from typing import NamedTuple
 PRIVATE = ""
 
 
-class Share(NamedTuple):
-    """With whom a sequence shares cells: the first `public` ones with those that have as many in
-    the scope `common`, the others with `scope`; if that is PRIVATE there are no public ones."""
+class PrefixScope(NamedTuple):
+    """Which sequences share cells: the first `public` ones are shared with those that have as many
+    in the scope `common`, the others with those of `scope`; if that is PRIVATE none is public."""
 
     scope: str = PRIVATE
     public: int = 0
     common: str = PRIVATE
 
-    def in_common(self, other: Share, tokens: list[int], its: list[int]) -> int:
-        """How many of its first `tokens` a sequence has in common with one that shares so."""
+    def in_common(self, other: PrefixScope, tokens: list[int], its: list[int]) -> int:
+        """How many of its first `tokens` a sequence may share with another, which has `its` tokens
+        and the scope `other`."""
         if PRIVATE in (self.scope, other.scope) or self[1:] != other[1:]:
             return 0
         if self.scope != other.scope and not self.public:
@@ -58,7 +59,7 @@ class PrefixCache:
     def __init__(self) -> None:
         self._root = _Node(None, [], PRIVATE)
         self._leaf: dict[int, _Node] = {}
-        self._shares: dict[int, Share] = {}
+        self._shares: dict[int, PrefixScope] = {}
         self._cached: OrderedDict[int, None] = OrderedDict()  # least recently used first
         self.cells = 0
 
@@ -70,9 +71,9 @@ class PrefixCache:
     def __contains__(self, sequence_id: int) -> bool:
         return sequence_id in self._leaf
 
-    def match(self, tokens: list[int], share: Share) -> tuple[int, int]:
-        """Length of the longest prefix of `tokens` that is known to who shares so, and a sequence
-        that has it (or -1)."""
+    def match(self, tokens: list[int], share: PrefixScope) -> tuple[int, int]:
+        """The length of the longest prefix of `tokens` that `share` may find, and a sequence that
+        has it (or -1)."""
         best_length, best = 0, self._root
         if share.scope == PRIVATE:
             return 0, -1
@@ -93,10 +94,10 @@ class PrefixCache:
                     best_length, best = before + common, child
                 if common == len(child.tokens):
                     stack.append((child, before + common))
-        return best_length, -1 if best is self._root else self._somebody(best)
+        return best_length, -1 if best is self._root else self._any_sequence(best)
 
-    def open(self, sequence_id: int, share: Share, source: int = -1, length: int = 0) -> None:
-        """A new live sequence that shares the first `length` cells of `source`, as matched."""
+    def open(self, sequence_id: int, share: PrefixScope, source: int = -1, length: int = 0) -> None:
+        """Add a live sequence that shares the first `length` cells of `source`, as matched."""
         node = self._at(source, length) if length else self._root
         node.ends.add(sequence_id)
         self._leaf[sequence_id] = node
@@ -105,7 +106,7 @@ class PrefixCache:
             self._cached.move_to_end(source)
 
     def extend(self, sequence_id: int, tokens: Sequence[int]) -> None:
-        """`tokens` of the sequence were computed into new cells."""
+        """Note that `tokens` of the sequence were computed into new cells."""
         share, scope = self._shares[sequence_id], self._leaf[sequence_id].scope
         if share.public and scope != share.scope:
             left = max(0, share.public - self.length(sequence_id))
@@ -128,7 +129,8 @@ class PrefixCache:
         self.cells += len(tokens)
 
     def truncate(self, sequence_id: int, count: int) -> None:
-        """The sequence's last `count` cells, which it shares with nobody, were removed."""
+        """Note that the sequence's last `count` cells, which it shares with no other, were
+        removed."""
         node = self._leaf[sequence_id]
         if count and (len(node.ends) > 1 or node.children or len(node.tokens) < count):
             raise ValueError(f"sequence {sequence_id} shares its last {count} cells")
@@ -137,15 +139,13 @@ class PrefixCache:
             self.cells -= count
 
     def keep(self, sequence_id: int) -> list[int]:
-        """The sequence has finished: cache it.  Returns sequences that are now superfluous.
-
-        Those are finished ones whose whole path others share; their cells stay with the others.
-        """
+        """Cache a sequence that has finished.  Returns the cached sequences that are now redundant:
+        others share their whole path, and keep its cells."""
         self._cached[sequence_id] = None
-        return [other for other in self._cached if self._superfluous(self._leaf[other], other)]
+        return [other for other in self._cached if self._redundant(self._leaf[other], other)]
 
-    def reopen(self, sequence_id: int, share: Share, length: int) -> None:
-        """A cached sequence goes on as another, live one, with the first `length` of its cells, as
+    def reopen(self, sequence_id: int, share: PrefixScope, length: int) -> None:
+        """Turn a cached sequence into another, live one with the first `length` of its cells, as
         matched."""
         del self._cached[sequence_id]
         self._shares[sequence_id] = share
@@ -157,7 +157,7 @@ class PrefixCache:
             self._prune(old, sequence_id)
 
     def release(self, sequence_id: int) -> None:
-        """The sequence was removed from the cache; cells that nobody else shares are free."""
+        """Note that the sequence was removed; cells that no other shares are free."""
         self._cached.pop(sequence_id, None)
         del self._shares[sequence_id]
         self._prune(self._leaf.pop(sequence_id), sequence_id)
@@ -174,9 +174,9 @@ class PrefixCache:
     def is_cached(self, sequence_id: int) -> bool:
         return sequence_id in self._cached
 
-    def oldest(self, *, but: int = -1) -> int | None:
-        """The cached sequence to evict next, None if there is none (other than `but`)."""
-        return next((one for one in self._cached if one != but), None)
+    def oldest(self, *, excluding: int = -1) -> int | None:
+        """The cached sequence to evict next, None if there is none (other than `excluding`)."""
+        return next((cached for cached in self._cached if cached != excluding), None)
 
     def length(self, sequence_id: int) -> int:
         """How many cells the sequence has, shared ones included."""
@@ -187,14 +187,14 @@ class PrefixCache:
             node = node.parent
         return length
 
-    def live_cells(self, *, but: int = -1) -> int:
-        """Cells of live sequences (other than `but`); the others can be had by evicting."""
-        if not self._cached and but < 0:
+    def live_cells(self, *, excluding: int = -1) -> int:
+        """Cells of live sequences (other than `excluding`); the others can be had by evicting."""
+        if not self._cached and excluding < 0:
             return self.cells
         seen: set[int] = set()
         cells = 0
         for sequence_id, leaf in self._leaf.items():
-            live = sequence_id not in self._cached and sequence_id != but
+            live = sequence_id not in self._cached and sequence_id != excluding
             node: _Node | None = leaf if live else None
             while node is not None and id(node) not in seen:
                 seen.add(id(node))
@@ -213,7 +213,7 @@ class PrefixCache:
                 ends[sequence_id] = node
             if node.parent is not None:
                 if not node.children and not node.ends:
-                    raise AssertionError("a node belongs to nobody")
+                    raise AssertionError("a node belongs to no sequence")
                 if any(child.parent is not node for child in node.children):
                     raise AssertionError("a child has another parent")
         if cells != self.cells:
@@ -224,10 +224,10 @@ class PrefixCache:
             raise AssertionError("the sequences and their scopes disagree")
         for sequence_id, share in self._shares.items():
             if share.scope == PRIVATE and sequence_id in self._cached:
-                raise AssertionError("cells are kept that nobody may find")
+                raise AssertionError("cells are kept that no sequence may find")
             self._check_scopes(sequence_id, share)
 
-    def _check_scopes(self, sequence_id: int, share: Share) -> None:
+    def _check_scopes(self, sequence_id: int, share: PrefixScope) -> None:
         node, end = self._leaf[sequence_id], self.length(sequence_id)
         while node.parent is not None:
             start = end - len(node.tokens)
@@ -268,13 +268,13 @@ class PrefixCache:
         child.parent = node.parent
         node.parent.children[node.parent.children.index(node)] = child
 
-    def _superfluous(self, node: _Node, sequence_id: int) -> bool:
+    def _redundant(self, node: _Node, sequence_id: int) -> bool:
         return bool(node.children) or any(
             other != sequence_id and (other not in self._cached or other > sequence_id)
             for other in node.ends
         )
 
-    def _somebody(self, node: _Node) -> int:
+    def _any_sequence(self, node: _Node) -> int:
         while not node.ends:
             node = node.children[0]
         return next(iter(node.ends))

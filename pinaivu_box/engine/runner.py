@@ -13,7 +13,7 @@ from pinaivu_box.engine.messages import SamplingDefaults
 
 Int32 = npt.NDArray[np.int32]
 Float32 = npt.NDArray[np.float32]
-TEXT_BATCH = 256  # tokens of texts that are embedded at a time
+TEXT_BATCH = 256  # max tokens of texts that are embedded at a time
 
 
 class NoSlot(Exception):
@@ -21,7 +21,7 @@ class NoSlot(Exception):
 
 
 class TooManyTokens(Exception):
-    """A text has `count` tokens (unless `exact`: or more), and so many are not wanted."""
+    """A text has more tokens than the caller allows: `count`, or, unless `exact`, at least that."""
 
     def __init__(self, count: int, *, exact: bool = True) -> None:
         super().__init__(f"{count} tokens" if exact else f"at least {count} tokens")
@@ -33,7 +33,7 @@ class TooManyTokens(Exception):
 class ModelFacts:
     """What the scheduler and the prompt need to know of a loaded model.
 
-    `context` is the most tokens one sequence may have, `kv_tokens` the cells of the whole cache,
+    `context` is the max tokens of one sequence, `kv_tokens` the cells of the whole cache,
     `sequence_ids` how many ids it knows.  Without `sharing` (recurrent models) cells can neither be
     copied nor cut.  With `streams` (see `llama_runner`) a batch is best in order of sequence ids.
     `controls` are the texts of control tokens, which only a template or a raw prompt can write.
@@ -85,7 +85,7 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class TextRoom:
+class EmbeddingCapacity:
     """How much can be embedded at a time: `sequences` texts of `longest` tokens or less, in batches
     of `TEXT_BATCH`, and `cells` tokens of texts that are not complete.  If `whole`, a text has to
     be in one batch, which then may be as long as it is."""
@@ -100,19 +100,19 @@ class Runner(Protocol):
     @property
     def facts(self) -> ModelFacts: ...
 
-    def tokenize(self, text: str, most: int | None = None, *, special: bool = True) -> list[int]:
+    def tokenize(self, text: str, limit: int | None = None, *, special: bool = True) -> list[int]:
         """Tokens of a prompt, with those that the vocabulary puts around one; unless it is not
         `special`, control tokens in it are recognised.  Raises TooManyTokens for more than
-        `most`."""
+        `limit`."""
         ...
 
     def tokenize_text(
-        self, text: str, most: int | None = None, *, special: bool = False
+        self, text: str, limit: int | None = None, *, special: bool = False
     ) -> list[int]:
         """Tokens of a piece of text alone.  Raises TooManyTokens."""
         ...
 
-    def fewest_tokens(self, text: str) -> int:
+    def min_token_count(self, text: str) -> int:
         """A number of tokens that the text has at least, without tokenizing it."""
         ...
 
@@ -120,7 +120,7 @@ class Runner(Protocol):
         """Bytes of a token as text; empty for control tokens."""
         ...
 
-    def spelled(self, token: int) -> bytes:
+    def spelling(self, token: int) -> bytes:
         """The same, but control tokens as a prompt has them."""
         ...
 
@@ -143,7 +143,7 @@ class Runner(Protocol):
         """Give the empty sequence `target` the first `length` cells of `source`."""
         ...
 
-    def text_room(self, size: int) -> TextRoom:
+    def prepare_embedding(self, size: int) -> EmbeddingCapacity:
         """Make room for texts of `size` tokens and what is shorter; what was computed of others is
         gone.  Raises BoxError."""
         ...

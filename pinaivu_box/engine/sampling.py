@@ -35,14 +35,16 @@ Positions = Sequence[int] | Int32
 
 _NONE: Ids = np.empty(0, np.intp)
 _GREEDY, _TYPICAL = -1, -2  # kinds of rows beside their top-k
-_REPEAT_LAST = 64  # llama.cpp's default of penalty_last_n
-_MOST_TOGETHER = 256  # a larger top-k is worked off row by row
+_REPEAT_LAST_TOKENS = 64  # llama.cpp's default of penalty_last_n
+_MAX_BATCHED_TOP_K = 256  # a larger top-k is drawn row by row
 # Tokens are looked at in columns of so many first: only columns whose best token is good enough are
 # looked into.  One pass over the vocabulary, then almost nothing.
 _COLUMN = 32
-_FIRST_DEPTH = 6.0  # in logits; e^-6 of the best one
-_WORTH_A_THREAD = 1 << 20  # logits; half a millisecond's work or more
-_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+_INITIAL_DEPTH = 6.0  # in logits; e^-6 of the best one
+_MIN_LOGITS_PER_THREAD = 1 << 20  # logits; half a millisecond's work or more
+_MAX_THREADS = (
+    len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+)
 
 # SplitMix64 (Steele, Lea, Flood: "Fast Splittable Pseudorandom Number Generators", OOPSLA 2014).
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -96,13 +98,14 @@ def _noise(keys: UInt64, ids: Ids) -> Float64:
 
 @dataclass(frozen=True)
 class PenaltyWindow:
-    """The tokens before a position, where penalties need them; the first `prompt` were given."""
+    """The tokens before a position, where penalties need them; the first `prompt_length` are the
+    prompt's."""
 
     tokens: Sequence[int] = ()
-    prompt: int = 0
+    prompt_length: int = 0
 
 
-NO_PAST = PenaltyWindow()
+NO_WINDOW = PenaltyWindow()
 
 
 @dataclass(frozen=True)
@@ -111,13 +114,14 @@ class Draw:
 
     sampling: Sampling
     position: int
-    past: PenaltyWindow = NO_PAST
+    window: PenaltyWindow = NO_WINDOW
 
 
 def draw_rows(logits: Float32, draws: Sequence[Draw], end_tokens: Ids = _NONE) -> list[int]:
     """One token for each row of `logits`, shape (rows, n_vocab), which may be changed."""
-    sampler = Sampler([one.sampling for one in draws], end_tokens)
-    return sampler.draw(logits, [one.position for one in draws], [one.past for one in draws])
+    sampler = Sampler([each.sampling for each in draws], end_tokens)
+    positions, windows = [each.position for each in draws], [each.window for each in draws]
+    return sampler.draw(logits, positions, windows)
 
 
 def draw(logits: Float32, sampling: Sampling, position: int) -> int:
@@ -125,8 +129,8 @@ def draw(logits: Float32, sampling: Sampling, position: int) -> int:
     return draw_rows(logits[np.newaxis].copy(), [Draw(sampling, position)])[0]
 
 
-def draw_again(row: Float32, sampling: Sampling, position: int) -> int:
-    """From a row that `draw_rows` has already drawn from, and so adjusted."""
+def redraw(row: Float32, sampling: Sampling, position: int) -> int:
+    """A token from a row that `draw_rows` has already drawn from, and so adjusted."""
     adjusted = msgspec.structs.replace(
         sampling,
         frequency_penalty=0.0,
@@ -149,33 +153,33 @@ class Sampler:
         self._samplings = samplings
         self._end_tokens = end_tokens
         self._adjusted = [
-            row for row, one in enumerate(samplings)
-            if one.ignore_eos or one.logit_bias or one.looks_back
+            row for row, sampling in enumerate(samplings)
+            if sampling.ignore_eos or sampling.logit_bias or sampling.looks_back
         ]  # fmt: skip
         kinds: dict[int, list[int]] = {}
-        for row, one in enumerate(samplings):
-            kinds.setdefault(_kind(one), []).append(row)
+        for row, sampling in enumerate(samplings):
+            kinds.setdefault(_kind(sampling), []).append(row)
         self._kinds = kinds
         self._groups: list[_Group] = []
 
     def draw(
-        self, logits: Float32, positions: Positions, pasts: Sequence[PenaltyWindow] = ()
+        self, logits: Float32, positions: Positions, windows: Sequence[PenaltyWindow] = ()
     ) -> list[int]:
         """Tokens of the rows of `logits`, which may be changed, at these positions."""
         for row in self._adjusted:
-            past = pasts[row] if self._samplings[row].looks_back else NO_PAST
-            _adjust(logits[row], self._samplings[row], past, self._end_tokens)
+            window = windows[row] if self._samplings[row].looks_back else NO_WINDOW
+            _adjust(logits[row], self._samplings[row], window, self._end_tokens)
         if not self._groups:
             self._groups = self._grouped(logits.shape[1])
         positions = np.asarray(positions)
         if len(self._groups) == 1:
             return self._groups[0].draw(logits, positions)
         # Most of it is done outside the interpreter's lock.
-        run = map if logits.size <= 2 * _WORTH_A_THREAD else _threads().map
+        run = map if logits.size <= 2 * _MIN_LOGITS_PER_THREAD else _threads().map
         tokens = [0] * len(self._samplings)
         drawn = run(lambda group: group.draw(logits, positions), self._groups)
-        for group, found in zip(self._groups, drawn, strict=True):
-            for row, token in zip(group.rows, found, strict=True):
+        for group, of_group in zip(self._groups, drawn, strict=True):
+            for row, token in zip(group.rows, of_group, strict=True):
                 tokens[row] = token
         return tokens
 
@@ -183,7 +187,7 @@ class Sampler:
         """Rows of a kind, in parts that are worth a thread each."""
         groups = []
         for kind, rows in self._kinds.items():
-            parts = max(1, min(_CORES, len(rows) * n_vocab // _WORTH_A_THREAD))
+            parts = max(1, min(_MAX_THREADS, len(rows) * n_vocab // _MIN_LOGITS_PER_THREAD))
             size = -(-len(rows) // parts)
             for start in range(0, len(rows), size):
                 groups.append(_Group(kind, rows[start : start + size], self._samplings))
@@ -192,24 +196,23 @@ class Sampler:
 
 @cache
 def _threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(_CORES, "sampling")
+    return ThreadPoolExecutor(_MAX_THREADS, "sampling")
 
 
 class _Group:
     """Rows with the same kind of truncation, and their parameters in columns."""
 
     def __init__(self, kind: int, rows: list[int], samplings: Sequence[Sampling]) -> None:
-        mine = [samplings[row] for row in rows]
         self.rows = rows
         self._kind = kind
         # The logits of all rows are many megabytes: do not copy them without need.
-        together = rows[-1] - rows[0] == len(rows) - 1
-        self._index = slice(rows[0], rows[-1] + 1) if together else np.array(rows)
-        self.samplings = mine
-        self.temperature = np.array([[one.temperature] for one in mine])
-        self.top_p = np.array([[one.top_p] for one in mine])
-        self.min_p = np.array([[one.min_p] for one in mine])
-        self.seeds = np.array([one.seed & _MASK for one in mine], np.uint64)
+        contiguous = rows[-1] - rows[0] == len(rows) - 1
+        self._index = slice(rows[0], rows[-1] + 1) if contiguous else np.array(rows)
+        self.samplings = [samplings[row] for row in rows]
+        self.temperature = np.array([[each.temperature] for each in self.samplings])
+        self.top_p = np.array([[each.top_p] for each in self.samplings])
+        self.min_p = np.array([[each.min_p] for each in self.samplings])
+        self.seeds = np.array([each.seed & _MASK for each in self.samplings], np.uint64)
         self.truncates = bool((self.top_p < 1).any())
 
     def draw(self, logits: Float32, positions: Int32) -> list[int]:
@@ -218,7 +221,7 @@ class _Group:
         if self._kind == _GREEDY:
             greedy: list[int] = logits.argmax(axis=1).tolist()
             return greedy
-        if 0 < self._kind <= _MOST_TOGETHER:
+        if 0 < self._kind <= _MAX_BATCHED_TOP_K:
             return _draw_top_k(logits, self, positions, self._kind)
         return [
             _draw_one(row, sampling, int(position))
@@ -236,14 +239,14 @@ def _kind(sampling: Sampling) -> int:
     return _TYPICAL if sampling.typical_p < 1 else sampling.top_k
 
 
-def _adjust(row: Float32, sampling: Sampling, past: PenaltyWindow, end_tokens: Ids) -> None:
-    """Penalties and biases touch only the tokens that they name."""
-    if sampling.repeat_penalty != 1 and len(past.tokens):
-        ids = np.unique(np.array(past.tokens[-_REPEAT_LAST:], np.intp))
+def _adjust(row: Float32, sampling: Sampling, window: PenaltyWindow, end_tokens: Ids) -> None:
+    """Apply penalties and biases, in place."""
+    if sampling.repeat_penalty != 1 and len(window.tokens):
+        ids = np.unique(np.array(window.tokens[-_REPEAT_LAST_TOKENS:], np.intp))
         penalty = np.float32(sampling.repeat_penalty)
         row[ids] = np.where(row[ids] > 0, row[ids] / penalty, row[ids] * penalty)
-    if len(past.tokens) > past.prompt:
-        output = np.array(past.tokens[past.prompt :], np.intp)
+    if len(window.tokens) > window.prompt_length:
+        output = np.array(window.tokens[window.prompt_length :], np.intp)
         ids, counts = np.unique(output, return_counts=True)
         subtracted = counts * sampling.frequency_penalty + sampling.presence_penalty
         row[ids] -= subtracted.astype(np.float32)
@@ -258,12 +261,12 @@ def _adjust(row: Float32, sampling: Sampling, past: PenaltyWindow, end_tokens: I
 
 def _draw_top_k(logits: Float32, group: _Group, positions: Int32, k: int) -> list[int]:
     ids, values = top_k(logits, k)
-    likely = np.exp((values - values[:, :1]).astype(np.float64))
-    dropped = likely < group.min_p
+    weights = np.exp((values - values[:, :1]).astype(np.float64))
+    dropped = weights < group.min_p
     if group.truncates:
-        reached = likely.cumsum(axis=1)
+        mass = weights.cumsum(axis=1)
         # The first token that reaches the mass is the last one kept.
-        beyond = reached[:, :-1] >= reached[:, -1:] * group.top_p
+        beyond = mass[:, :-1] >= mass[:, -1:] * group.top_p
         dropped[:, 1:] |= beyond & (group.top_p < 1)
     scores = values / group.temperature
     scores += _noise(group.keys(positions), ids)
@@ -306,9 +309,9 @@ def _largest(logits: Float32, candidates: Ids, k: int) -> tuple[Ids, Float32]:
     if size > 2 * k:
         best = values.argpartition(size - k, axis=1)[:, size - k :]
         kth = values[row, best[:, :1]]
-        most = int((values >= kth).sum(axis=1).max())
-        if most > k:  # equals of the k-th that were left out may have lower ids
-            best = values.argpartition(size - most, axis=1)[:, size - most :]
+        ties = int((values >= kth).sum(axis=1).max())
+        if ties > k:  # equals of the k-th that were left out may have lower ids
+            best = values.argpartition(size - ties, axis=1)[:, size - ties :]
         candidates, values = candidates[row, best], values[row, best]
     order = np.lexsort((candidates, -values), axis=1)[:, :k]
     return candidates[row, order], values[row, order]
@@ -338,7 +341,7 @@ def survivors(logits: Float32, sampling: Sampling) -> Ids:
             ids = _top_p(logits, ids, best, sampling.top_p)
         return np.asarray(ids[logits[ids] >= floor])
     if sampling.top_p < 1:
-        ids = _most_likely(logits, best, sampling.top_p)
+        ids = _nucleus(logits, best, sampling.top_p)
         return np.asarray(ids[logits[ids] >= floor])
     return np.flatnonzero(logits >= np.float32(floor))
 
@@ -352,10 +355,11 @@ def _typical(logits: Float32, sampling: Sampling) -> Ids:
     ids = np.argsort(-logits, kind="stable")[:k]
     ids = ids[logits[ids] > -np.inf]
     surprise = -_log_softmax(logits[ids])
-    likely = np.exp(-surprise)
-    closest = np.argsort(np.abs(surprise - (likely * surprise).sum()), kind="stable")
-    reached = np.cumsum(likely[closest])
-    kept = closest[: int(np.searchsorted(reached, sampling.typical_p)) + 1]
+    probabilities = np.exp(-surprise)
+    entropy = (probabilities * surprise).sum()
+    closest = np.argsort(np.abs(surprise - entropy), kind="stable")
+    mass = np.cumsum(probabilities[closest])
+    kept = closest[: int(np.searchsorted(mass, sampling.typical_p)) + 1]
     ids = ids[np.sort(kept)]  # best first again
     best = float(logits[ids[0]])
     if sampling.top_p < 1:
@@ -372,23 +376,23 @@ def _log_softmax(values: Float32) -> Float64:
 
 
 def _top_p(logits: Float32, ids: Ids, best: float, top_p: float) -> Ids:
-    reached = np.cumsum(np.exp(logits[ids].astype(np.float64) - best))
-    return ids[: int(np.searchsorted(reached, reached[-1] * top_p)) + 1]
+    mass = np.cumsum(np.exp(logits[ids].astype(np.float64) - best))
+    return ids[: int(np.searchsorted(mass, mass[-1] * top_p)) + 1]
 
 
-def _most_likely(logits: Float32, best: float, top_p: float) -> Ids:
+def _nucleus(logits: Float32, best: float, top_p: float) -> Ids:
     """The fewest most likely ids whose probabilities reach `top_p`, best first.
 
     Only the upper part of the vocabulary is sorted, as much of it as holds that mass.
     """
     mass = float(np.exp(logits - np.float32(best)).sum(dtype=np.float64)) * top_p
-    depth = _FIRST_DEPTH
+    depth = _INITIAL_DEPTH
     while True:
         ids = np.flatnonzero(logits >= np.float32(best - depth))
-        likely = np.exp(logits[ids].astype(np.float64) - best)
-        if likely.sum() >= mass or len(ids) == len(logits):
+        weights = np.exp(logits[ids].astype(np.float64) - best)
+        if weights.sum() >= mass or len(ids) == len(logits):
             break
         depth *= 2
     order = np.argsort(-logits[ids], kind="stable")
-    reached = np.cumsum(likely[order])
+    reached = np.cumsum(weights[order])
     return ids[order[: int(np.searchsorted(reached, mass)) + 1]]

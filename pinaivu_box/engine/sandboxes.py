@@ -1,6 +1,7 @@
-"""The engine's sandboxes: where a template is run and a grammar tried (see `pinaivu_box.sandbox`).
+"""The engine's sandboxes, in which templates run and grammars are validated.
 
-They are children of the engine, and end with it.  Tests put functions of their own process here.
+They (see `pinaivu_box.sandbox`) are children of the engine, and end with it.  Tests put functions
+of their own process here.
 """
 
 from __future__ import annotations
@@ -25,28 +26,19 @@ class SandboxRun(Protocol):
 
 @dataclass(frozen=True)
 class Sandboxes:
-    """`templates` runs what `chat_template.make` returns, and `trials(vocabulary)` what
-    `trial.make` returns for that."""
+    """`templates` runs what `chat_template.make` returns, and `grammars(vocabulary)` what
+    `grammar_validation.make` returns for that."""
 
     templates: SandboxRun
-    trials: Callable[[bytes], SandboxRun]
+    grammars: Callable[[bytes], SandboxRun]
 
 
 def start() -> Sandboxes:
     """A child for templates starts now, those for grammars with the first grammar."""
     templates = SandboxPool("pinaivu_box.engine.chat_template:make", limits=LIMITS)
     templates.start()
-    return Sandboxes(templates.run, _trials)
+    return Sandboxes(templates.run, _grammars)
 
 
-def _trials(vocabulary: bytes) -> SandboxRun:
-    return SandboxPool("pinaivu_box.engine.trial:make", vocabulary, limits=LIMITS).run
-
-
-def reached(limit: str) -> str:
-    """A limit in words."""
-    if limit == "time":
-        return f"takes more than {LIMITS.cpu_seconds:g} s of CPU time"
-    if limit == "memory":
-        return f"takes more than {LIMITS.memory_bytes >> 20} MB of memory"
-    return "takes more memory or deeper recursion than is allowed"
+def _grammars(vocabulary: bytes) -> SandboxRun:
+    return SandboxPool("pinaivu_box.engine.grammar_validation:make", vocabulary, limits=LIMITS).run

@@ -11,21 +11,21 @@ recomputed from its tokens: position-keyed sampling makes it go on as if nothing
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Many
+from collections import abc
 from dataclasses import dataclass
 from heapq import heappop, heappush
 from typing import Protocol
 
 from pinaivu_box.engine.fairness import FairQueue
-from pinaivu_box.engine.lookup import expected_right
+from pinaivu_box.engine.ngram_drafter import expected_accepted
 from pinaivu_box.engine.prefix_cache import PRIVATE, PrefixCache
 from pinaivu_box.engine.sequence import Sequence, State
 
-_MOST_STEADY = 64
-MOST_DRAFTED = 63  # a step of 64 rows is as long as anybody should wait for one token
-WORTH_WAITING = 32  # tokens of a prefix that is being computed
+_MAX_STEADY_STEPS = 64
+MAX_DRAFT_TOKENS = 63  # a step of 64 rows is as long as anybody should wait for one token
+MIN_AWAITED_TOKENS = 32  # of a prefix that another sequence is computing
 # Positions of prompts that give logits in one step: of a vocabulary of 260,000 that is 130 MB.
-MOST_SCORED = 128
+MAX_SCORED_POSITIONS = 128
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class BatchChunk:
     sequence: Sequence
     start: int
     count: int
-    draft: Many[int] = ()
+    draft: abc.Sequence[int] = ()
 
     @property
     def wants_logits(self) -> bool:
@@ -47,16 +47,16 @@ class BatchChunk:
 
     @property
     def rows(self) -> int:
-        """That are drawn from."""
+        """How many of its logits are drawn from."""
         return 1 + len(self.draft) if self.wants_logits else 0
 
     @property
     def scored(self) -> range:
-        wanted = self.sequence.unscored
-        if not wanted:
-            return wanted
+        unscored = self.sequence.unscored
+        if not unscored:
+            return unscored
         start, end = self.start, self.start + self.count
-        return range(max(start, wanted.start), min(end, wanted.stop))
+        return range(max(start, unscored.start), min(end, unscored.stop))
 
 
 @dataclass(frozen=True)
@@ -83,23 +83,23 @@ class CopyCells:
     length: int
 
 
-Move = RemoveCells | TruncateCells | CopyCells
+CellOperation = RemoveCells | TruncateCells | CopyCells
 
 
 @dataclass(frozen=True)
 class StepPlan:
-    """Make the moves, in order, then compute the chunks."""
+    """Apply the operations, in order, then compute the chunks."""
 
     chunks: list[BatchChunk]
-    moves: list[Move]
+    operations: list[CellOperation]
 
 
 class StepPolicy(Protocol):
     """How much to put into a step (see `pace.Pace`)."""
 
-    def prompt_budget(self, rows: int, most: int) -> int: ...
+    def prompt_budget(self, rows: int, max_tokens: int) -> int: ...
 
-    def draft_length(self, rows: int, expected: float, chance: float, most: int) -> int: ...
+    def draft_length(self, rows: int, expected: float, rate: float, max_tokens: int) -> int: ...
 
 
 class Scheduler:
@@ -132,7 +132,7 @@ class Scheduler:
         self._capacity = kv_tokens  # less while the cache has shown that it holds less
         # A heap: with streams, ids without gaps between them are computed together.
         self._free_ids = list(range(max(ids, max_sequences)))
-        self._moves: list[Move] = []
+        self._operations: list[CellOperation] = []
         self._awaited: dict[Sequence, tuple[Sequence, int]] = {}
 
     @property
@@ -152,11 +152,11 @@ class Scheduler:
         self.waiting.push(sequence)
 
     def find(self, request_id: str) -> Sequence | None:
-        everybody: tuple[Sequence, ...] = (*self.running, *self.waiting)
-        return next((one for one in everybody if one.id == request_id), None)
+        sequences: tuple[Sequence, ...] = (*self.running, *self.waiting)
+        return next((each for each in sequences if each.id == request_id), None)
 
     def finish(self, sequence: Sequence) -> None:
-        """It has ended; its cells stay for others of its scope until they are needed."""
+        """End a sequence; its cells stay for others of its scope until they are needed."""
         self._capacity = self.kv_tokens
         self._awaited.pop(sequence, None)
         if sequence.state is not State.RUNNING:
@@ -166,14 +166,14 @@ class Scheduler:
         self.waiting.stop(sequence)
 
     def plan(self, *, drafting: bool = True) -> StepPlan:
-        """The next step.  Nothing of it counts as computed before `commit`."""
-        self._give_place()
+        """Returns the next step.  Nothing of it counts as computed before `commit`."""
+        self._yield_to_fair_share()
         self._make_room(len(self.running))
         decoding = [s for s in self.running if s.pending == 1]
         chunks = [BatchChunk(s, s.computed, 1) for s in decoding[: max(0, self._room())]]
         planned = len(chunks)
         budget = self._policy.prompt_budget(planned, self.token_budget - planned)
-        prompts = sorted((s for s in self.running if s.pending > 1), key=self._turn)
+        prompts = sorted((s for s in self.running if s.pending > 1), key=self._prompt_order)
         for sequence in prompts:
             count = self._add_chunk(chunks, sequence, planned, budget)
             planned, budget = planned + count, budget - count
@@ -183,13 +183,13 @@ class Scheduler:
             planned, budget = planned + count, budget - count
         if drafting and all(chunk.wants_logits and chunk.count == 1 for chunk in chunks):
             chunks = self._with_drafts(chunks)
-        moves, self._moves = self._moves, []
-        return StepPlan(chunks, moves)
+        operations, self._operations = self._operations, []
+        return StepPlan(chunks, operations)
 
     def steady_steps(self, chunks: list[BatchChunk]) -> int:
         """How many steps may follow that are like these chunks' one, without another plan.
 
-        `settle` has to be called before anything else is.
+        `catch_up` has to be called before anything else is.
         """
         plain = all(
             c.count == 1 and c.wants_logits and not c.draft and c.sequence.plain for c in chunks
@@ -197,23 +197,23 @@ class Scheduler:
         if not plain or len(chunks) != len(self.running):
             return 0
         if self.waiting and len(self.running) < self.max_sequences:
-            return 0  # somebody may soon find a place
+            return 0  # one of those may soon start
         # Each gets one more token from this step, and none may reach its end in those that follow.
         left = min(min(s.max_length - s.shifted, s.context) - len(s.tokens) for s in self.running)
-        return max(0, min(left - 2, self._room() // len(chunks), _MOST_STEADY))
+        return max(0, min(left - 2, self._room() // len(chunks), _MAX_STEADY_STEPS))
 
     def wants_draft(self) -> bool:
         """Whether it pays to check a draft in the next step, if all that runs decodes."""
         rows = len(self.running)
-        drafting = [(s.lookup, s.tokens) for s in self.running if s.lookup is not None]
-        if not drafting or not self._policy.draft_length(rows, float(rows), 1.0, MOST_DRAFTED):
-            return False  # however good it is
+        drafting = [(s.drafter, s.tokens) for s in self.running if s.drafter is not None]
+        if not drafting or not self._policy.draft_length(rows, float(rows), 1.0, MAX_DRAFT_TOKENS):
+            return False  # however good it were
         return any(
-            self._policy.draft_length(rows, float(rows), lookup.match(tokens), MOST_DRAFTED)
-            for lookup, tokens in drafting
+            self._policy.draft_length(rows, float(rows), drafter.match(tokens), MAX_DRAFT_TOKENS)
+            for drafter, tokens in drafting
         )
 
-    def settle(self, sequences: list[Sequence], steps: int) -> None:
+    def catch_up(self, sequences: list[Sequence], steps: int) -> None:
         """After so many steady steps: each sequence has computed one token in each."""
         for sequence in sequences:
             end = sequence.computed
@@ -223,15 +223,15 @@ class Scheduler:
     @property
     def streams(self) -> int:
         """Sequences of which each step computes the next token."""
-        return sum(one.pending == 1 for one in self.running)
+        return sum(sequence.pending == 1 for sequence in self.running)
 
     @property
-    def reading(self) -> bool:
+    def has_prompts(self) -> bool:
         """Whether there are prompts to be computed."""
-        return bool(self.waiting) or any(one.pending > 1 for one in self.running)
+        return bool(self.waiting) or any(sequence.pending > 1 for sequence in self.running)
 
     def commit(self, chunks: list[BatchChunk]) -> None:
-        """The step was computed: its known tokens are in the KV cache."""
+        """Note that the step was computed: its known tokens are in the KV cache."""
         for chunk in chunks:
             sequence, end = chunk.sequence, chunk.start + chunk.count
             self.prefixes.extend(sequence.sequence_id, sequence.tokens[chunk.start : end])
@@ -240,7 +240,7 @@ class Scheduler:
             self.waiting.charge(sequence.tenant, prompt, chunk.count - prompt)
 
     def accept(self, chunk: BatchChunk, count: int) -> None:
-        """The first `count` of the chunk's draft were right; they are in `tokens` by now."""
+        """Note that the first `count` drafted tokens were right; they are in `tokens` by now."""
         sequence = chunk.sequence
         if count:
             end = sequence.computed + count
@@ -248,9 +248,9 @@ class Scheduler:
             sequence.computed = end
             self.waiting.charge(sequence.tenant, 0, count)
         if count < len(chunk.draft):
-            self._moves.append(TruncateCells(sequence.sequence_id, sequence.computed))
+            self._operations.append(TruncateCells(sequence.sequence_id, sequence.computed))
 
-    def shrink(self, planned: int) -> int:
+    def lower_capacity(self, planned: int) -> int:
         """A step of `planned` tokens found no room: count on fewer cells until something ends.
         Returns on how many."""
         self._capacity = min(self._capacity, self.prefixes.cells + planned - 1)
@@ -258,10 +258,11 @@ class Scheduler:
 
     def restart(self, sequence: Sequence) -> None:
         """Its tokens were changed from within: compute them anew."""
-        self._step_back(sequence, keep=False)
+        self._requeue(sequence, keep=False)
 
-    def relieve(self) -> bool:
-        """Free cells: evict what is kept, or preempt the youngest; False if one is alone."""
+    def reclaim(self) -> bool:
+        """Free cells: evict a kept prefix, or preempt the youngest sequence.  Returns False if
+        only one runs."""
         if (oldest := self.prefixes.oldest()) is not None:
             self._evict(oldest)
             return True
@@ -271,7 +272,7 @@ class Scheduler:
         return True
 
     def check_integrity(self) -> None:
-        """Raises AssertionError if the books do not agree.  For idle times and tests."""
+        """Raises AssertionError if an invariant is broken.  For idle times and tests."""
         self.prefixes.check_integrity()
         live = {s.sequence_id: s for s in self.running}
         if len(live) != len(self.running) or len(self.running) > self.max_sequences:
@@ -286,14 +287,14 @@ class Scheduler:
 
     # -- what a step holds -----------------------------------------------------------------------
 
-    def _turn(self, sequence: Sequence) -> tuple[float, int]:
+    def _prompt_order(self, sequence: Sequence) -> tuple[float, int]:
         return (self.waiting.counter(sequence.tenant), sequence.arrival)
 
     def _add_chunk(
         self, chunks: list[BatchChunk], sequence: Sequence, planned: int, budget: int
     ) -> int:
         if sequence.unscored:
-            budget = min(budget, MOST_SCORED - sum(len(chunk.scored) for chunk in chunks))
+            budget = min(budget, MAX_SCORED_POSITIONS - sum(len(chunk.scored) for chunk in chunks))
         count = self._fit(planned, min(sequence.pending, budget))
         if count:
             chunks.append(BatchChunk(sequence, sequence.computed, count))
@@ -302,57 +303,57 @@ class Scheduler:
     def _with_drafts(self, chunks: list[BatchChunk]) -> list[BatchChunk]:
         rows, expected = len(chunks), float(len(chunks))
         room = min(self.token_budget, self._room()) - rows
-        made = []
+        drafted = []
         for chunk in chunks:
-            sequence, lookup = chunk.sequence, chunk.sequence.lookup
+            sequence, drafter = chunk.sequence, chunk.sequence.drafter
             left = min(room, sequence.max_length - len(sequence.tokens) - 1)
             draft: list[int] = []
             if sequence.grammar is not None and left > 0:
-                draft = sequence.grammar.forced()[: min(left, MOST_DRAFTED)]
+                draft = sequence.grammar.forced()[: min(left, MAX_DRAFT_TOKENS)]
                 rows, room, expected = rows + len(draft), room - len(draft), expected + len(draft)
-            if lookup is not None and left > 0 and not draft:
-                chance = lookup.match(sequence.tokens)
-                most = min(left, MOST_DRAFTED)
-                count = self._policy.draft_length(rows, expected, chance, most)
-                draft = lookup.draft(sequence.tokens, count)
+            if drafter is not None and left > 0 and not draft:
+                rate = drafter.match(sequence.tokens)
+                max_tokens = min(left, MAX_DRAFT_TOKENS)
+                count = self._policy.draft_length(rows, expected, rate, max_tokens)
+                draft = drafter.draft(sequence.tokens, count)
                 rows, room = rows + count, room - count
-                expected += expected_right(chance, count)
-            made.append(BatchChunk(sequence, chunk.start, 1, draft) if draft else chunk)
-        return made
+                expected += expected_accepted(rate, count)
+            drafted.append(BatchChunk(sequence, chunk.start, 1, draft) if draft else chunk)
+        return drafted
 
     # -- starting --------------------------------------------------------------------------------
 
     def _startable(self, budget: int) -> list[Sequence]:
-        """What may start now, in order; stops at the first that has no place."""
+        """Sequences that may start now, in order, up to the first that has no room."""
         if not self.waiting or budget <= 0 or len(self.running) >= self.max_sequences:
             return []
         free = self.max_sequences - len(self.running)
         # Admit only what can be computed whole beside what runs, with one more cell for each: else
         # two half-computed prompts could starve each other.
         cells = self.prefixes.live_cells() + sum(s.pending + 1 for s in self.running)
-        found: list[Sequence] = []
+        starting: list[Sequence] = []
         for sequence in self.waiting.order():
-            if len(found) >= free or budget <= 0:
+            if len(starting) >= free or budget <= 0:
                 break
-            if self._waits_for_prefix(sequence, found):
+            if self._waits_for_prefix(sequence, starting):
                 continue
             known, source = self._match(sequence)
             need = self._cells_for(sequence, known, source)
-            if (self.running or found) and cells + need > self._capacity:
+            if (self.running or starting) and cells + need > self._capacity:
                 break
             cells += need
             budget -= sequence.pending - known
-            found.append(sequence)
-        return found
+            starting.append(sequence)
+        return starting
 
     def _waits_for_prefix(self, sequence: Sequence, starting: list[Sequence]) -> bool:
-        """Whether somebody is computing a prefix of it that is worth waiting for."""
-        if not self._sharing or sequence.most_shared < WORTH_WAITING:
+        """Whether another sequence is computing a prefix of it that is worth waiting for."""
+        if not self._sharing or sequence.max_shared_tokens < MIN_AWAITED_TOKENS:
             return False
         awaited = self._awaited.get(sequence)
         if awaited is None:
             have, _ = self.prefixes.match(sequence.tokens, sequence.share)
-            best, source = have + WORTH_WAITING, None
+            best, source = have + MIN_AWAITED_TOKENS, None
             for other in (*self.running, *starting):
                 if other.pending > 1:
                     common = sequence.share.in_common(other.share, sequence.tokens, other.tokens)
@@ -362,18 +363,18 @@ class Scheduler:
                 return False
             awaited = self._awaited[sequence] = (source, best)
         source, length = awaited
-        # It is there, or whoever computed it has gone: the cache says what there is.
-        there = source.sequence_id >= 0 or source in starting
-        if there and source.computed < min(length, len(source.tokens)):
+        # Once it is computed, or its sequence has gone, the cache says what there is.
+        running = source.sequence_id >= 0 or source in starting
+        if running and source.computed < min(length, len(source.tokens)):
             return True
         del self._awaited[sequence]
         return False
 
     def _match(self, sequence: Sequence) -> tuple[int, int]:
-        if not self._sharing or not sequence.most_shared:
+        if not self._sharing or not sequence.max_shared_tokens:
             return 0, -1
         length, source = self.prefixes.match(sequence.tokens, sequence.share)
-        length = min(length, sequence.most_shared)
+        length = min(length, sequence.max_shared_tokens)
         return (length, source) if length > 0 else (0, -1)
 
     def _cells_for(self, sequence: Sequence, known: int, source: int, leaves: int = -1) -> int:
@@ -384,42 +385,43 @@ class Scheduler:
     def _start(self, sequence: Sequence) -> None:
         self.waiting.start(sequence)
         length, source = self._match(sequence)
-        self._take_id(sequence, length, source)
+        self._assign_id(sequence, length, source)
         sequence.computed = length
         if sequence.state is State.WAITING:
             sequence.cached_tokens = min(length, sequence.prompt_length)
         sequence.state = State.RUNNING
         self.running.append(sequence)
 
-    def _take_id(self, sequence: Sequence, length: int, source: int) -> None:
+    def _assign_id(self, sequence: Sequence, length: int, source: int) -> None:
         """An id with the first `length` cells of `source`: `source` itself, if it is only kept and
         that loses little, else a free one."""
-        if self._takes_over(source, length):
+        if self._reuses(source, length):
             sequence.sequence_id = source
             self.prefixes.reopen(source, sequence.share, length)
-            self._moves.append(TruncateCells(source, length))
+            self._operations.append(TruncateCells(source, length))
             return
         if not self._free_ids:
-            oldest = self.prefixes.oldest(but=source)
+            oldest = self.prefixes.oldest(excluding=source)
             if oldest is None:
                 raise AssertionError("more sequences run than there are ids")
             self._evict(oldest)
         sequence.sequence_id = heappop(self._free_ids)
         self.prefixes.open(sequence.sequence_id, sequence.share, source, length)
         if length:
-            self._moves.append(CopyCells(source, sequence.sequence_id, length))
+            self._operations.append(CopyCells(source, sequence.sequence_id, length))
 
-    def _takes_over(self, source: int, length: int) -> bool:
+    def _reuses(self, source: int, length: int) -> bool:
         if source < 0 or not self.prefixes.is_cached(source):
             return False
         whole = self.prefixes.length(source)
         if self._free_ids:
             return length == whole
-        return 2 * length >= whole or self.prefixes.oldest(but=source) is None
+        return 2 * length >= whole or self.prefixes.oldest(excluding=source) is None
 
-    def _give_place(self) -> None:
-        """If who is next finds all places taken by a tenant that has more than its share, it gets
-        one of those; the cells of who steps back are kept while there is room: it loses little."""
+    def _yield_to_fair_share(self) -> None:
+        """If all places are taken, the tenant that has more than its share gives one to the
+        sequence that is next.  The preempted one's cells are kept while there is room, so that it
+        loses little."""
         if not self.waiting or len(self.running) < self.max_sequences:
             return
         first = next(self.waiting.order())
@@ -427,48 +429,48 @@ class Scheduler:
         if holder is None or self._waits_for_prefix(first, []):
             return
         youngest = max((s for s in self.running if s.tenant == holder), key=lambda s: s.arrival)
-        # Only if it is of use: the one that is next has to find cells as well.
+        # Only if that helps: the one that is next has to find cells as well.
         leaves = youngest.sequence_id
-        cells = self.prefixes.live_cells(but=leaves)
+        cells = self.prefixes.live_cells(excluding=leaves)
         cells += sum(s.pending + 1 for s in self.running if s is not youngest)
         cells += self._cells_for(first, *self._match(first), leaves)
         if cells <= self._capacity:
             self._preempt(youngest, keep=True)
-            self._start(first)  # now: who stepped back may be the next in order
+            self._start(first)  # now: the preempted one may be the next in order
 
     # -- cells -----------------------------------------------------------------------------------
 
     def _room(self) -> int:
-        """Cells for the next step.  Who is alone may try for all there is: nobody else can make
-        room for it."""
+        """Cells for the next step.  A sequence that runs alone may try for all there are: no other
+        can make room for it."""
         capacity = self._capacity if len(self.running) > 1 else self.kv_tokens
         return capacity - self.prefixes.cells
 
-    def _fit(self, planned: int, wanted: int) -> int:
-        """How many of `wanted` tokens find cells beside `planned` ones; evicts what is kept."""
-        while self._room() - planned < wanted:
+    def _fit(self, planned: int, tokens: int) -> int:
+        """How many of so many tokens find cells beside `planned` ones; evicts kept prefixes."""
+        while self._room() - planned < tokens:
             oldest = self.prefixes.oldest()
             if oldest is None:
                 break
             self._evict(oldest)
-        return max(0, min(wanted, self._room() - planned))
+        return max(0, min(tokens, self._room() - planned))
 
     def _make_room(self, needed: int) -> None:
         while self.prefixes.cells + needed > self._capacity:
-            if not self.relieve():
+            if not self.reclaim():
                 return
             needed = len(self.running)
 
     def _evict(self, sequence_id: int) -> None:
         self.prefixes.release(sequence_id)
-        self._moves.append(RemoveCells(sequence_id))
+        self._operations.append(RemoveCells(sequence_id))
         heappush(self._free_ids, sequence_id)
 
     def _preempt(self, sequence: Sequence, *, keep: bool) -> None:
-        self._step_back(sequence, keep=keep)
+        self._requeue(sequence, keep=keep)
         self.preemptions += 1
 
-    def _step_back(self, sequence: Sequence, *, keep: bool) -> None:
+    def _requeue(self, sequence: Sequence, *, keep: bool) -> None:
         """From running to waiting."""
         self._free(sequence, keep=keep)
         sequence.state = State.PREEMPTED
@@ -479,8 +481,8 @@ class Scheduler:
         self.running.remove(sequence)
         sequence_id, sequence.sequence_id = sequence.sequence_id, -1
         if keep and self._sharing and sequence.computed and sequence.share.scope != PRIVATE:
-            for superfluous in self.prefixes.keep(sequence_id):
-                self._evict(superfluous)
+            for redundant in self.prefixes.keep(sequence_id):
+                self._evict(redundant)
         else:
             self._evict(sequence_id)
         sequence.computed = 0

@@ -35,14 +35,16 @@ class ScriptedRunner(FakeRunner):
             lines = msgspec.json.decode(Path(path).read_bytes(), type=list[_ScriptLine])
         except (OSError, msgspec.MsgspecError) as error:
             raise BoxError(f"The script {path} of a fake model cannot be read: {error}.") from error
-        self._lines = [([text.encode() for text in one.when], one.say.encode()) for one in lines]
+        self._lines = [([text.encode() for text in line.when], line.say.encode()) for line in lines]
         self._written: dict[int, bytearray] = {}  # by sequence id
 
     def decode(self, batch: Batch) -> Float32:
         drawn = []
         arrays = (batch.tokens, batch.positions, batch.sequence_ids, batch.outputs)
-        for token, position, one, output in zip(*(array.tolist() for array in arrays), strict=True):
-            written = self._written.setdefault(one, bytearray())
+        for token, position, sequence_id, output in zip(
+            *(array.tolist() for array in arrays), strict=True
+        ):
+            written = self._written.setdefault(sequence_id, bytearray())
             written[position:] = self.piece(token) or b"\0"
             if output:
                 drawn.append(self._next(written))
@@ -54,8 +56,8 @@ class ScriptedRunner(FakeRunner):
         self._written[target] = self._written[source][:length]
 
     def _next(self, written: bytearray) -> int:
-        prompt, _, said = written.rpartition(_TURN)
+        prompt, _, answer = written.rpartition(_TURN)
         for when, say in self._lines:
             if all(text in prompt for text in when):
-                return say[len(said)] if len(said) < len(say) else END
+                return say[len(answer)] if len(answer) < len(say) else END
         return END

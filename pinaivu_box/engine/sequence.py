@@ -7,18 +7,18 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from pinaivu_box.engine.lookup import Lookup
 from pinaivu_box.engine.messages import Sampling
-from pinaivu_box.engine.prefix_cache import PRIVATE, Share
+from pinaivu_box.engine.ngram_drafter import NgramDrafter
+from pinaivu_box.engine.prefix_cache import PRIVATE, PrefixScope
 
 if TYPE_CHECKING:
     from pinaivu_box.engine.grammar import Grammar  # llguidance is loaded when it is needed
 
-_KEPT_BY_A_SHIFT = 4  # at most a quarter of the context stays from the beginning
+_SHIFT_KEEP_DIVISOR = 4  # at most a quarter of the context stays from the beginning
 
 
 class State(enum.Enum):
-    """WAITING → RUNNING → gone; RUNNING → PREEMPTED → RUNNING when somebody needed its place."""
+    """WAITING → RUNNING → gone; RUNNING → PREEMPTED → RUNNING if another needed its place."""
 
     WAITING = "waiting"
     RUNNING = "running"
@@ -39,17 +39,19 @@ class Sequence:
     tokens: list[int]
     prompt_length: int
     max_length: int
-    context: int  # the most tokens that it may have at a time
+    context: int  # max tokens at a time
     sampling: Sampling
     min_length: int = 0
     weight: float = 1.0  # the tenant's share
     priority: int = 0  # among the tenant's own: higher goes first
-    lookup: Lookup | None = None
+    drafter: NgramDrafter | None = None
     grammar: Grammar | None = None
     logprobs: int | None = None  # with each token, of how many of the likeliest ones
-    scored: int | None = None  # tokens whose log-probabilities were said, if they are wanted of
-    scored_to: int | None = None  # tokens that are given: up to here; None: of the prompt
-    share: Share = field(default_factory=Share)  # with whom it has cells in common
+    # Given tokens whose log-probabilities are wanted: the first `scored` were reported, and those
+    # up to `scored_to` (None: of the prompt) are still to be; None if none are wanted.
+    scored: int | None = None
+    scored_to: int | None = None
+    share: PrefixScope = field(default_factory=PrefixScope)  # with whom it has cells in common
     arrival: int = 0  # a counter: lower is older
     arrived_at: float = field(default_factory=time.monotonic)
     queue_ms: float | None = None  # waited for its first step; None until then
@@ -58,7 +60,7 @@ class Sequence:
     sequence_id: int = -1  # in the KV cache; -1 while not running
     computed: int = 0
     shifted: int = 0
-    spoken: bool = False  # its first token here was said
+    reported: bool = False  # whether its first token here was
 
     @property
     def pending(self) -> int:
@@ -67,14 +69,14 @@ class Sequence:
 
     @property
     def unscored(self) -> range:
-        """Positions before those given tokens whose log-probabilities are still to be said."""
+        """Positions before those given tokens whose log-probabilities are still to be reported."""
         if self.scored is None:
             return range(0)
         end = self.prompt_length if self.scored_to is None else self.scored_to
         return range(self.scored - 1, end - 1)
 
     @property
-    def most_shared(self) -> int:
+    def max_shared_tokens(self) -> int:
         """How many cells of others it may begin with: the positions after them give logits."""
         if self.share.scope == PRIVATE:
             return 0
@@ -82,23 +84,23 @@ class Sequence:
 
     def shift(self) -> None:
         """Context shift: forget half of what comes after the beginning."""
-        kept = min(self.prompt_length, self.context // _KEPT_BY_A_SHIFT)
+        kept = min(self.prompt_length, self.context // _SHIFT_KEEP_DIVISOR)
         dropped = (len(self.tokens) - kept) // 2
         del self.tokens[kept : kept + dropped]
         self.prompt_length = max(kept, self.prompt_length - dropped)
         self.shifted += dropped
         if self.share.public > kept:
-            self.share = Share(self.share.scope)  # it does not begin so any more
-        self.lookup = None  # it knows places that are gone
+            self.share = PrefixScope(self.share.scope)  # it no longer begins with that text
+        self.drafter = None  # it knows positions that are gone
 
     @property
     def length(self) -> int:
-        """Of its text: the position of the next token."""
+        """The position of the next token in its text."""
         return len(self.tokens) + self.shifted
 
     @property
-    def silent(self) -> bool:
-        """Whether it has no more to say: what was asked for is its prompt."""
+    def wants_no_output(self) -> bool:
+        """Whether only its prompt was asked for."""
         return self.length >= self.max_length
 
     @property

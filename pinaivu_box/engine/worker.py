@@ -17,11 +17,9 @@ from dataclasses import dataclass
 from typing import BinaryIO
 
 from pinaivu_box.engine import sandboxes
-from pinaivu_box.engine.arrivals import Arrivals
-from pinaivu_box.engine.embeddings import Embedding
+from pinaivu_box.engine.embeddings import EmbeddingJob
 from pinaivu_box.engine.engine import Engine
 from pinaivu_box.engine.fake_runner import SCHEME, FakeRunner
-from pinaivu_box.engine.intake import Intake, PreparedRequest
 from pinaivu_box.engine.messages import (
     Cancel,
     FromEngine,
@@ -36,23 +34,25 @@ from pinaivu_box.engine.messages import (
     read_body,
 )
 from pinaivu_box.engine.output import OutputBuffer, StepOutput
-from pinaivu_box.engine.rendering import Rendering
+from pinaivu_box.engine.preparation_queue import PreparationQueue
+from pinaivu_box.engine.request_preparer import PreparedRequest, RequestPreparer
 from pinaivu_box.engine.runner import ModelFacts, ProgressCallback, Runner
+from pinaivu_box.engine.sandboxed_template import SandboxedTemplate
 from pinaivu_box.engine.scripted_runner import ScriptedRunner
 from pinaivu_box.engine.sequence import Sequence
 from pinaivu_box.errors import BoxError
 
 
 @dataclass(frozen=True)
-class _Stopped:
-    """A stop string has ended that sequence."""
+class _StopStringFound:
+    """A stop string has ended the sequence of that id."""
 
     id: str
 
 
-Inbox = queue.SimpleQueue[Sequence | Embedding | Cancel | _Stopped]
-Happening = PreparedRequest | Refused | StepOutput
-Outbox = queue.SimpleQueue[Happening | Tokenized | Progress | Ready | LoadFailed | None]
+Inbox = queue.SimpleQueue[Sequence | EmbeddingJob | Cancel | _StopStringFound]
+OutputEvent = PreparedRequest | Refused | StepOutput
+Outbox = queue.SimpleQueue[OutputEvent | Tokenized | Progress | Ready | LoadFailed | None]
 
 
 def main() -> None:
@@ -74,21 +74,21 @@ def main() -> None:
     inbox: Inbox = queue.SimpleQueue()
     writer = threading.Thread(target=_write_frames, args=(frames_out, outbox, inbox), daemon=True)
     writer.start()
-    arrivals: Future[Arrivals] = Future()
+    queue_ready: Future[PreparationQueue] = Future()
     # From the beginning: the end of stdin must end us in the middle of loading as well.
-    threading.Thread(target=_read_frames, args=(frames_in, arrivals), daemon=True).start()
-    children = sandboxes.start()  # while the model loads
+    threading.Thread(target=_read_frames, args=(frames_in, queue_ready), daemon=True).start()
+    processes = sandboxes.start()  # while the model loads
     try:
         runner = _make_runner(load, _report_progress(outbox))
-        intake = Intake(
+        preparer = RequestPreparer(
             runner,
-            children,
+            processes,
             drafting=load.drafting,
             context_shift=load.context_shift,
             model=load.model,
             parse_special=load.parse_special,
         )
-        arrivals.set_result(Arrivals(intake, outbox.put, inbox.put))
+        queue_ready.set_result(PreparationQueue(preparer, outbox.put, inbox.put))
         engine = Engine(runner, token_budget=load.token_budget)
     except BoxError as error:
         outbox.put(LoadFailed(error.message))
@@ -96,7 +96,7 @@ def main() -> None:
         writer.join()
         # At a usual exit Python would wait for the thread that reads stdin.
         os._exit(0)
-    outbox.put(_ready(runner.facts, intake.template))
+    outbox.put(_ready(runner.facts, preparer.template))
     run(engine, inbox, outbox)
 
 
@@ -111,27 +111,24 @@ def run(engine: Engine, inbox: Inbox, outbox: Outbox) -> None:
             _receive(engine, inbox.get())
         while not inbox.empty():
             _receive(engine, inbox.get())
-        refused, output = engine.step()
-        for one in refused:
-            outbox.put(one)
-        outbox.put(output)
+        outbox.put(engine.step())
 
 
-def _receive(engine: Engine, item: Sequence | Embedding | Cancel | _Stopped) -> None:
-    if isinstance(item, Sequence | Embedding):
+def _receive(engine: Engine, item: Sequence | EmbeddingJob | Cancel | _StopStringFound) -> None:
+    if isinstance(item, Sequence | EmbeddingJob):
         engine.add(item)
     else:
         engine.end(item.id, "cancelled" if isinstance(item, Cancel) else "stop")
 
 
 def _die(failure: threading.ExceptHookArgs) -> None:
-    # An engine that has lost one of its threads would hang: the box starts a new one.
+    # An engine that has lost a thread would hang: end it, and the box starts a new one.
     traceback.print_exception(failure.exc_value)
     sys.stderr.flush()
     os._exit(1)
 
 
-def _ready(facts: ModelFacts, template: Rendering) -> Ready:
+def _ready(facts: ModelFacts, template: SandboxedTemplate) -> Ready:
     return Ready(
         build=facts.build,
         device=facts.device,
@@ -164,27 +161,27 @@ def _report_progress(outbox: Outbox) -> ProgressCallback:
     return report
 
 
-def _read_frames(stream: BinaryIO, arrivals: Future[Arrivals]) -> None:
+def _read_frames(stream: BinaryIO, queue_ready: Future[PreparationQueue]) -> None:
     while (body := read_body(stream)) is not None:
         message = decode_to_engine(body)
         if not isinstance(message, LoadModel):
-            arrivals.result().take(message)
+            queue_ready.result().take(message)
     os._exit(0)
 
 
 def _write_frames(stream: BinaryIO, outbox: Outbox, inbox: Inbox) -> None:
-    # A full pipe (a busy parent) holds up this thread, not the steps: what they say meanwhile goes
+    # A full pipe (a busy parent) blocks this thread, not the steps: what they give meanwhile goes
     # into one frame.
     output = OutputBuffer()
     try:
         while (event := outbox.get()) is not None:
-            if not isinstance(event, Happening):
+            if not isinstance(event, OutputEvent):
                 _write(stream, event)
                 continue
             _take(output, event, inbox)
             others: list[FromEngine] = []
             while not (output.large or outbox.empty()) and (more := outbox.get()) is not None:
-                if isinstance(more, Happening):
+                if isinstance(more, OutputEvent):
                     _take(output, more, inbox)
                 else:
                     others.append(more)
@@ -195,9 +192,9 @@ def _write_frames(stream: BinaryIO, outbox: Outbox, inbox: Inbox) -> None:
         os._exit(0)
 
 
-def _take(output: OutputBuffer, event: Happening, inbox: Inbox) -> None:
+def _take(output: OutputBuffer, event: OutputEvent, inbox: Inbox) -> None:
     for request_id in output.take(event):
-        inbox.put(_Stopped(request_id))
+        inbox.put(_StopStringFound(request_id))
 
 
 def _write(stream: BinaryIO, frame: FromEngine) -> None:

@@ -30,8 +30,8 @@ from pinaivu_box.files.wire import (
     PieceData,
     Working,
 )
-from pinaivu_box.models import pieces
-from pinaivu_box.models.pieces import HASH_BYTES, CopyInProgress, NoRoom, Partial
+from pinaivu_box.models import partial_file
+from pinaivu_box.models.partial_file import HASH_BYTES, CopyInProgress, NoRoom, PartialFile
 from pinaivu_box.models.splits import PartName, digest_of_parts
 from pinaivu_box.transport.rpc import MessageStream, RequestRejected, UnexpectedMessage
 from pinaivu_box.transport.transport import Stream
@@ -195,7 +195,7 @@ class Download:
         self.sent: Counter[DownloadSource] = Counter()
         self.left_out: dict[DownloadSource, str] = {}
         self.hashes = b""
-        self._partial: Partial
+        self._partial: PartialFile
         self._pending: asyncio.Queue[int]
 
     @property
@@ -250,7 +250,7 @@ class Download:
         return [(size, hashes, sources) for (size, hashes), sources in by_count]
 
     async def _request_hashes(self, source: DownloadSource, offer: ModelAvailable) -> bytes:
-        size = pieces.count(offer.size) * HASH_BYTES
+        size = partial_file.count(offer.size) * HASH_BYTES
         hashes = bytearray()
         async with _conversation(self._open, source) as conversation:
             async with asyncio.timeout(ANSWER_SECONDS):
@@ -265,12 +265,13 @@ class Download:
         """Download from sources with the same list; returns whether the file is the one that was
         asked for.  Raises CopyFailed, OSError."""
         self._partial = await asyncio.to_thread(
-            Partial, self._target.parent, self.digest, self.size, self.hashes
+            PartialFile, self._target.parent, self.digest, self.size, self.hashes
         )
         try:
             self.checking, self.bytes = True, 0
             missing = await asyncio.to_thread(self._partial.missing)
-            self.bytes = self.size - sum(pieces.length(number, self.size) for number in missing)
+            lengths = (partial_file.length(number, self.size) for number in missing)
+            self.bytes = self.size - sum(lengths)
             self.checking = False
             await self._fetch(sources, missing)
             self.checking = True
@@ -344,7 +345,7 @@ class Download:
             self._pending.task_done()
 
     async def _receive_piece(self, conversation: Conversation, number: int) -> bytes:
-        size = pieces.length(number, self.size)
+        size = partial_file.length(number, self.size)
         question = GivePiece(self.digest, number)
         data = bytearray((await conversation.call(question, PieceData)).data)
         while len(data) < size:
@@ -398,7 +399,7 @@ class MultiFileDownload:
     async def run(self) -> None:
         """Download it.  Raises CopyFailed; what has come is kept for another attempt."""
         try:
-            with pieces.claimed(self._folder, self.digest):
+            with partial_file.claimed(self._folder, self.digest):
                 await self._check_folder()
                 for number in range(len(self._parts)):
                     if not self._targets[number].exists():
@@ -406,7 +407,9 @@ class MultiFileDownload:
                 self.finishing = True
                 for part, target in zip(self._parts, self._targets, strict=True):
                     if not target.exists():
-                        await asyncio.to_thread(pieces.settle, self._folder, part.digest, target)
+                        await asyncio.to_thread(
+                            partial_file.settle, self._folder, part.digest, target
+                        )
         except OSError as error:
             raise _disk_error(error, self._targets[0]) from error
 
@@ -417,11 +420,11 @@ class MultiFileDownload:
         for part, target in zip(self._parts, self._targets, strict=True):
             if not target.exists():
                 missing.append((part.digest, part.size))
-            elif await asyncio.to_thread(pieces.digest, target) != part.digest:
+            elif await asyncio.to_thread(partial_file.digest, target) != part.digest:
                 raise FileExistsError(f"{target} exists already")
             else:
                 self._finished_bytes += part.size
-        await asyncio.to_thread(pieces.check_room, self._folder, missing)
+        await asyncio.to_thread(partial_file.check_room, self._folder, missing)
 
     async def _download_part(self, number: int) -> None:
         """Raises CopyFailed."""

@@ -27,7 +27,7 @@ from pinaivu_box.files.wire import (
     PieceData,
     Working,
 )
-from pinaivu_box.models import pieces
+from pinaivu_box.models import partial_file
 from pinaivu_box.models.catalog import Catalog, Model
 from pinaivu_box.store.database import Database
 from pinaivu_box.transport import wire
@@ -58,7 +58,7 @@ class _RateLimit:
 
     def __init__(self, rate: float) -> None:
         self.rate = rate
-        count = max(1, int(rate * _PIECE_SECONDS / pieces.PIECE_BYTES))
+        count = max(1, int(rate * _PIECE_SECONDS / partial_file.PIECE_BYTES))
         self.pieces = asyncio.Semaphore(count)
         self._free_at = 0.0
 
@@ -138,15 +138,15 @@ class FileServer:
                 await self._send_piece(conversation, model, question.number)
 
     async def _send_piece(self, conversation: Conversation, model: Model, number: int) -> None:
-        if number >= pieces.count(model.size):
+        if number >= partial_file.count(model.size):
             raise _Refusal(f"the model has no piece {number}")
-        start = number * pieces.PIECE_BYTES
-        end = start + pieces.length(number, model.size)
+        start = number * partial_file.PIECE_BYTES
+        end = start + partial_file.length(number, model.size)
         async with self._rate_limited(conversation) as limit:
             while start < end:
                 size = min(MAX_DATA_BYTES, end - start)
                 async with self._reads:
-                    data = await asyncio.to_thread(pieces.read, model, start, size)
+                    data = await asyncio.to_thread(partial_file.read, model, start, size)
                 if limit is not None:
                     await limit.wait(size)
                 await conversation.send(PieceData(data))

@@ -72,7 +72,7 @@ class ModelAvailable(Struct, frozen=True, tag="Have"):
 
 
 class Hashes(Struct, frozen=True, tag="Hashes"):
-    """SHA-256 of pieces of `models.pieces.PIECE_BYTES` each, one after the other."""
+    """SHA-256 of pieces of `models.partial_file.PIECE_BYTES` each, one after the other."""
 
     data: Data
 

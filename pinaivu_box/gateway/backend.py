@@ -6,8 +6,8 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from pinaivu_box.config import RoutingPolicy, SamplingConfig
-from pinaivu_box.engine.messages import Constraint, Sampling, Tools
+from pinaivu_box.config import RoutingPolicy
+from pinaivu_box.engine.messages import Constraint, Sampling, SamplingParams, Tools
 from pinaivu_box.errors import NoNodesAvailable
 from pinaivu_box.gateway.output import Output
 from pinaivu_box.models.catalog import Model
@@ -19,7 +19,7 @@ from pinaivu_box.receipts.receipt import VERSION, EngineBuild, Proof, SignedProo
 class Job:
     """One answer to be made; a request has one for each of its choices.
 
-    `asked` is what the client said of sampling.  `prompt_number` tells its prompt from others of
+    `sampling` is what the client said of it.  `prompt_number` tells its prompt from others of
     the request, and `nonce` is of the commitment to it, in hex.  `leg` is the number of this leg,
     `output` are the tokens that earlier ones have made, `tried` the nodes that were lost, and
     `settled` is how an earlier leg drew, with the file of that `digest`: this one has to draw
@@ -34,20 +34,12 @@ class Job:
     request_id: str
     model: Model
     messages: list[dict[str, Any]]
-    asked: SamplingConfig
-    seed: int
+    sampling: SamplingParams
     max_tokens: int | None
     stop: list[str]
     tenant: str
     choice: int = 0
     prompt_number: int = 0
-    ignore_eos: bool = False
-    frequency_penalty: float = 0.0
-    presence_penalty: float = 0.0
-    repeat_penalty: float = 1.0
-    typical_p: float = 1.0
-    min_tokens: int = 0
-    logit_bias: dict[str, float] = field(default_factory=dict)
     priority: int = 0
     prompt: str | list[int] | None = None
     tools: Tools | None = None

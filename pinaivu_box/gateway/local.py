@@ -29,9 +29,6 @@ from pinaivu_box.models.catalog import Model
 from pinaivu_box.receipts.receipt import EngineBuild
 from pinaivu_box.settings import LiveSettings
 
-# Where neither request, configuration nor file says anything: llama.cpp's own defaults.
-FALLBACK = {"temperature": 0.8, "top_p": 0.95, "top_k": 40, "min_p": 0.05}
-
 
 class LocalBackend:
     def __init__(self, placement: Placement, node_id: str, settings: LiveSettings) -> None:
@@ -220,24 +217,10 @@ def resolve(job: Job, box: SamplingConfig, file: SamplingDefaults) -> Sampling:
     A client that sets `top_p` truncates as OpenAI's API does, by top-p alone: the top-k and min-p
     defaults, which it does not know of, are off then.
     """
-    chosen = dict(FALLBACK)
-    for layer in (file, box, job.model.sampling, job.asked):
-        values = msgspec.structs.asdict(layer)
-        chosen.update({name: value for name, value in values.items() if value is not None})
-    if job.asked.top_p is not None:
-        chosen["top_k"] = job.asked.top_k or 0
-        chosen["min_p"] = job.asked.min_p or 0.0
-    return Sampling(
-        temperature=float(chosen["temperature"]),
-        top_p=float(chosen["top_p"]),
-        top_k=int(chosen["top_k"]),
-        min_p=float(chosen["min_p"]),
-        seed=job.seed,
-        ignore_eos=job.ignore_eos,
-        frequency_penalty=job.frequency_penalty,
-        presence_penalty=job.presence_penalty,
-        logit_bias=job.logit_bias,
-        typical_p=job.typical_p,
-        repeat_penalty=job.repeat_penalty,
-        min_tokens=job.min_tokens,
-    )
+    layers = (file, box, job.model.sampling, job.sampling)
+    said = [item for layer in layers for item in msgspec.structs.asdict(layer).items()]
+    values = {name: value for name, value in said if value is not None}
+    if job.sampling.top_p is not None:
+        values["top_k"] = job.sampling.top_k or 0
+        values["min_p"] = job.sampling.min_p or 0.0
+    return Sampling(**values)

@@ -233,8 +233,9 @@ class Placement:
     def _wanted(self, engine: EngineProcess) -> float:
         """For how many seconds somebody still wants it to stay."""
         now, left = time.monotonic(), 0.0
+        usual, longest = _duration(self._config.keep_alive), self.longest
         for tenant, (since, asked) in list(engine.uses.items()):
-            keep = _duration(self._config.keep_alive) if asked is None else min(asked, self.longest)
+            keep = usual if asked is None else min(asked, longest)
             if since + keep <= now:
                 del engine.uses[tenant]
             left = max(left, since + keep - now)

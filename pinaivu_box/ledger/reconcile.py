@@ -129,18 +129,20 @@ class Comparison:
         if theirs.hashes:
             self._compare_hashes(prefix, theirs)
             return
-        given = {entry.key: entry for entry in theirs.entries}
-        if not all(key.startswith(prefix) for key in given):
+        their_entries = {entry.key: entry for entry in theirs.entries}
+        if not all(key.startswith(prefix) for key in their_entries):
             raise ProtocolError("a range of the ledger has entries of another range")
         ours = self._ours.within(prefix)
-        self.only_ours |= {key: ours[key] for key in ours.keys() - given.keys()}
-        self.only_theirs |= {key: given[key] for key in given.keys() - ours.keys()}
+        self.only_ours |= {key: ours[key] for key in ours.keys() - their_entries.keys()}
+        self.only_theirs |= {key: their_entries[key] for key in their_entries.keys() - ours.keys()}
         if len(self.only_theirs) > MAX_MISSING_ENTRIES:
             raise ProtocolError(
                 f"the peer's ledger has over {MAX_MISSING_ENTRIES} entries that are not here"
             )
-        changed = (key for key in ours.keys() & given.keys() if ours[key] != given[key])
-        self.different |= {key: (ours[key], given[key]) for key in changed}
+        changed = (
+            key for key in ours.keys() & their_entries.keys() if ours[key] != their_entries[key]
+        )
+        self.different |= {key: (ours[key], their_entries[key]) for key in changed}
 
     def _compare_hashes(self, prefix: bytes, theirs: EntryRange) -> None:
         if (

@@ -137,6 +137,53 @@ class LegPermit:
         self._legs.served[self._leg] = None
 
 
+class PeerRequest:
+    """A request of a peer that has its place among the peer's requests."""
+
+    def __init__(
+        self,
+        admission: LegAdmission,
+        peer: str,
+        policy: PeerPolicy,
+        currency: str,
+        reservation: Reservation,
+    ) -> None:
+        self._admission, self._reservation = admission, reservation
+        self._peer, self._policy, self._currency = peer, policy, currency
+
+    async def check(self) -> None:
+        """Refuse what cannot run before anything is spent on it.  Raises RateLimited."""
+        self._reservation.quota.check(await self._limits())
+
+    async def reserve(self, *, tokens: int, cost: int) -> None:
+        """Reserve what the request may use and cost at most, until it ends.
+
+        Raises RateLimited.
+        """
+        limits = await self._limits()
+        # From here on nothing is awaited: of requests that come together each sees the others.
+        tokens = min(tokens, limits.tpm or tokens)
+        self._reservation.quota.increase(self._reservation, limits, tokens=tokens, cost=cost)
+
+    def use(self, tokens: int) -> None:
+        """Count so many tokens instead of those that were reserved."""
+        self._reservation.use(tokens)
+
+    def check_counting(self) -> None:
+        """Before a prompt is counted that is not run.  Raises RateLimited."""
+        if self._policy.tokens_per_minute:
+            limit = _COUNTED_RATIO * self._policy.tokens_per_minute
+            wait = self._admission.counted(self._peer).wait(1, limit)
+            refuse_until(wait, f"{_PRINCIPAL} may count {limit} tokens per minute")
+
+    def counted(self, tokens: int) -> None:
+        """A prompt of so many tokens was counted."""
+        self._admission.counted(self._peer).enter(tokens)
+
+    async def _limits(self) -> Limits:
+        return await self._admission.limits(self._peer, self._policy, self._currency)
+
+
 class LegAdmission:
     """Decides which legs of peers are served, and counts what peers use."""
 
@@ -169,11 +216,12 @@ class LegAdmission:
 
     async def debt(self, peer: str, currency: str) -> PeerDebt:
         """As a credit limit counts it."""
-        quota = await self.quotas.of(peer)
-        balance = await self._balance(quota, peer, currency)
-        return PeerDebt(balance.credit_used + quota.reserved, balance.waiting)
+        balance = await self._balance(peer, currency)
+        reserved = (await self.quotas.of(peer)).reserved
+        return PeerDebt(balance.credit_used + reserved, balance.waiting)
 
-    async def _balance(self, quota: Quota, peer: str, currency: str) -> Balance:
+    async def _balance(self, peer: str, currency: str) -> Balance:
+        quota = await self.quotas.of(peer)
         while True:
             settled = quota.settled
             balance = await self._ledger.balance(peer, currency)
@@ -181,11 +229,31 @@ class LegAdmission:
                 return balance
             # A leg that has ended meanwhile may be neither in the balance nor reserved.
 
-    async def _limits(self, quota: Quota, peer: str, policy: PeerPolicy, currency: str) -> Limits:
-        """All but places: a request has one from the beginning."""
+    @contextlib.asynccontextmanager
+    async def request(
+        self, peer: str, policy: PeerPolicy, currency: str
+    ) -> AsyncIterator[PeerRequest]:
+        """A place among the peer's requests, until the request has ended.
+
+        What it cost must be in the ledger by then.  Raises RateLimited.
+        """
+        quota = await self.quotas.of(peer)
+        reservation = quota.reserve(Limits(_PRINCIPAL, max_parallel=policy.max_parallel))
+        self._running += 1
+        self.idle.clear()
+        try:
+            yield PeerRequest(self, peer, policy, currency, reservation)
+        finally:
+            quota.end(reservation, 0)  # what it has cost is in the ledger
+            self._running -= 1
+            if not self._running:
+                self.idle.set()
+
+    async def limits(self, peer: str, policy: PeerPolicy, currency: str) -> Limits:
+        """What a peer may use now, but for places: a request has one from the beginning."""
         credit = None
         if policy.credit_limit:
-            balance = await self._balance(quota, peer, currency)
+            balance = await self._balance(peer, currency)
             if_idle = policy.beyond == "idle"
             credit = Credit(
                 amount.parse(policy.credit_limit),
@@ -197,60 +265,9 @@ class LegAdmission:
             )
         return Limits(_PRINCIPAL, tpm=policy.tokens_per_minute or None, credit=credit)
 
-    @contextlib.asynccontextmanager
-    async def place(self, peer: str, policy: PeerPolicy) -> AsyncIterator[Reservation]:
-        """A place among the peer's requests; what it costs must be in the ledger when it is left.
-
-        Raises RateLimited.
-        """
-        quota = await self.quotas.of(peer)
-        limits = Limits(_PRINCIPAL, max_parallel=policy.max_parallel)
-        reservation = quota.reserve(limits)
-        self._running += 1
-        self.idle.clear()
-        try:
-            yield reservation
-        finally:
-            quota.end(reservation, 0)  # what it has cost is in the ledger
-            self._running -= 1
-            if not self._running:
-                self.idle.set()
-
-    async def check(self, peer: str, policy: PeerPolicy, currency: str) -> None:
-        """Refuse what cannot run before anything is spent on it.  Raises RateLimited."""
-        quota = await self.quotas.of(peer)
-        quota.check(await self._limits(quota, peer, policy, currency))
-
-    async def reserve(
-        self,
-        reservation: Reservation,
-        peer: str,
-        policy: PeerPolicy,
-        currency: str,
-        *,
-        tokens: int,
-        cost: int,
-    ) -> None:
-        """Reserve what a request may use and cost at most, until its place is left.
-
-        Raises RateLimited.
-        """
-        quota = reservation.quota
-        limits = await self._limits(quota, peer, policy, currency)
-        # From here on nothing is awaited: of requests that come together each sees the others.
-        tokens = min(tokens, limits.tpm or tokens)
-        quota.increase(reservation, limits, tokens=tokens, cost=cost)
-
-    def check_counting(self, peer: str, policy: PeerPolicy) -> None:
-        """Before a prompt is counted that is not run.  Raises RateLimited."""
-        if policy.tokens_per_minute:
-            limit = _COUNTED_RATIO * policy.tokens_per_minute
-            wait = self._legs_of(peer).counted.wait(1, limit)
-            refuse_until(wait, f"{_PRINCIPAL} may count {limit} tokens per minute")
-
-    def counted(self, peer: str, tokens: int) -> None:
-        """A prompt of so many tokens was counted."""
-        self._legs_of(peer).counted.enter(tokens)
+    def counted(self, peer: str) -> Window:
+        """The tokens of prompts that were only counted for the peer."""
+        return self._legs_of(peer).counted
 
     # -- legs --------------------------------------------------------------------------------------
 

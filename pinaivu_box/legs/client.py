@@ -236,7 +236,7 @@ class PeerLeg:
         return message
 
     def _begin(self, message: leg_wire.LegStarted) -> Started:
-        if self._job.min_tokens and not message.sampling.min_tokens:
+        if self._job.sampling.min_tokens and not message.sampling.min_tokens:
             raise NoNodesAvailable(f"{self._to.name} runs a version that knows no min_tokens")
         self._verifier.begin(message)
         return Started(

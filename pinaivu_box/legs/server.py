@@ -25,12 +25,11 @@ from pinaivu_box.errors import (
 )
 from pinaivu_box.gateway.backend import Job
 from pinaivu_box.gateway.local import LocalBackend
-from pinaivu_box.gateway.quota import Reservation
 from pinaivu_box.gateway.scopes import peer_scope
 from pinaivu_box.identity import Identity, verify
 from pinaivu_box.legs import wire as leg_wire
-from pinaivu_box.legs.admission import LegAdmission, LegPermit
-from pinaivu_box.legs.codec import sampling_of, to_job
+from pinaivu_box.legs.admission import LegAdmission, LegPermit, PeerRequest
+from pinaivu_box.legs.codec import to_job
 from pinaivu_box.legs.large_messages import LargeMessages
 from pinaivu_box.legs.served_leg import ALIVE_SECONDS, ServedLeg, another_file
 from pinaivu_box.legs.sign import LegSigner
@@ -126,11 +125,12 @@ class LegServer:
     async def _count(self, peer: str, asked: leg_wire.Count) -> leg_wire.Tokens:
         policy = await self.admission.policy(peer)
         job = await self._job(peer, asked.task, asked.digest, policy)
-        async with self.admission.place(peer, policy):
-            await self.admission.check(peer, policy, self._settings.config.pricing.currency)
-            self.admission.check_counting(peer, policy)
+        currency = self._settings.config.pricing.currency
+        async with self.admission.request(peer, policy, currency) as request:
+            await request.check()
+            request.check_counting()
             found, context = await self._local.ask(job, asked.tokens, plain=asked.plain)
-            self.admission.counted(peer, max(len(found.tokens), len(asked.tokens or ())))
+            request.counted(max(len(found.tokens), len(asked.tokens or ())))
         return leg_wire.Tokens(found.tokens, found.text, found.thinking, context)
 
     async def _job(self, peer: str, task: leg_wire.Task, digest: str, policy: PeerPolicy) -> Job:
@@ -146,9 +146,7 @@ class LegServer:
             raise another_file(model)
         # Whatever the peer calls it: a name of our own keeps its requests apart from others.
         self._legs += 1
-        job = to_job(
-            task, model, sampling_of(task), peer, peer_scope(peer, task.tag, task.request_id)
-        )
+        job = to_job(task, model, peer, peer_scope(peer, task.tag, task.request_id))
         return replace(job, name=f"peer.{self._legs}")
 
     async def _serve(self, peer: str, stream: Stream, asked: leg_wire.LegRequest) -> None:
@@ -156,23 +154,17 @@ class LegServer:
         job = await self._job(peer, asked.task, asked.digest, policy)
         job = replace(job, output=asked.made)
         price = self._price(job.model, asked)
-        async with admission.place(peer, policy) as reservation:
+        async with admission.request(peer, policy, price.currency) as request:
             context = 0
             if policy.limited:
-                await admission.check(peer, policy, price.currency)
+                await request.check()
                 job, context = await self._read(stream, job)
             prompt, answer = self._most_tokens(job, context)
-            await admission.reserve(
-                reservation,
-                peer,
-                policy,
-                price.currency,
-                tokens=prompt + len(job.output) + answer,
-                cost=price.prices.most(prompt, answer),
-            )
+            tokens = prompt + len(job.output) + answer
+            await request.reserve(tokens=tokens, cost=price.prices.most(prompt, answer))
             with self._load.taken(job.model.id):
                 async with admission.leg(peer, job, pays=asked.pays_prompt) as permit:
-                    await self._run(peer, stream, job, price, asked, permit, reservation)
+                    await self._run(peer, stream, job, price, asked, permit, request)
 
     async def _read(self, stream: Stream, job: Job) -> tuple[Job, int]:
         """With its prompt's tokens, and the context of its model.  That takes long if the model has
@@ -195,7 +187,7 @@ class LegServer:
         price: Price,
         asked: leg_wire.LegRequest,
         permit: LegPermit,
-        reservation: Reservation,
+        request: PeerRequest,
     ) -> None:
         signer = LegSigner(self._identity, job, price, asked.proof)
         leg = ServedLeg(stream, job, self._local, asked.digest, signer)
@@ -214,7 +206,7 @@ class LegServer:
         finally:
             # Whatever the peer has done meanwhile, and wherever it hung up.  What other legs have
             # made is computed here too, like a prompt, though nobody pays for it again.
-            reservation.use(leg.tokens + len(job.output) if owed and leg.tokens else 0)
+            request.use(leg.tokens + len(job.output) if owed and leg.tokens else 0)
             proven = leg.proof() if owed else None
             if proven is not None and self._is_owed(proven[0]):
                 await self._settle(peer, leg, *proven, pays_prompt=asked.pays_prompt)

@@ -9,8 +9,6 @@ from __future__ import annotations
 import math
 from array import array
 
-import msgspec
-
 from pinaivu_box import amount
 from pinaivu_box.chat_format import STYLES
 from pinaivu_box.engine.messages import Sampling, TokenLogprob
@@ -252,11 +250,4 @@ def _draws_as_asked(sampling: Sampling, job: Job) -> bool:
     so that others can go on with it."""
     if job.settled is not None:
         return sampling == job.settled
-    same = ("seed", "ignore_eos", "frequency_penalty", "presence_penalty", "repeat_penalty",
-            "typical_p", "logit_bias", "min_tokens")  # fmt: skip
-    asked = msgspec.structs.asdict(job.asked)
-    return (
-        leg_wire.may_draw(sampling)
-        and all(getattr(sampling, name) == getattr(job, name) for name in same)
-        and all(value is None or getattr(sampling, name) == value for name, value in asked.items())
-    )
+    return sampling.follows(job.sampling)

@@ -27,10 +27,22 @@ from typing import Annotated, TypeVar
 import msgspec
 from msgspec import Meta, Struct
 
-from pinaivu_box.engine.messages import Constraint, Sampling, Tools
+from pinaivu_box.engine.messages import (
+    Constraint,
+    LogitBias,
+    MinTokens,
+    Penalty,
+    RepeatPenalty,
+    Sampling,
+    SamplingDefaults,
+    SamplingParams,
+    Seed,
+    Tools,
+    TypicalP,
+)
 from pinaivu_box.errors import ProtocolError
 from pinaivu_box.gateway.output import Output
-from pinaivu_box.text import DIGEST, NO_CONTROLS, REQUEST_ID, SIGNATURE, TOKEN_ID, whole
+from pinaivu_box.text import DIGEST, NO_CONTROLS, REQUEST_ID, SIGNATURE, whole
 from pinaivu_box.transport.rpc import send_frames
 from pinaivu_box.transport.transport import Stream
 from pinaivu_box.transport.wire import MAX_FRAME_BYTES, decode, encode
@@ -57,31 +69,15 @@ Tag = Annotated[str, Meta(pattern=whole("[0-9a-f]{32}"))]
 Price = Annotated[str, Meta(max_length=32)]
 Version = Annotated[int, Meta(ge=1, lt=2**31)]
 _Small = Annotated[int, Meta(ge=0, lt=2**31)]
-_Penalty = Annotated[float, Meta(ge=-2, le=2)]
-_Repeat = Annotated[float, Meta(gt=0, le=10)]
-_Typical = Annotated[float, Meta(gt=0, le=1)]
-_Bias = Annotated[
-    dict[Annotated[str, Meta(pattern=TOKEN_ID)], Annotated[float, Meta(ge=-100, le=100)]],
-    Meta(max_length=300),
-]
-_Seed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 # As `openai.request.normalise` makes them; all else would take the room of a thousand times more.
 _Call = Annotated[dict[Short, Text | dict[Short, Text]], Meta(max_length=8)]
 _Calls = Annotated[list[_Call], Meta(max_length=MAX_CALLS)]
 _Message = Annotated[dict[Short, Text | _Calls | None], Meta(max_length=16)]
 
 
-class Asked(Struct, frozen=True):
-    """How tokens are to be drawn; where it says nothing, the serving box's configuration does."""
-
-    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Meta(ge=0, lt=2**31)] | None = None
-    min_p: Annotated[float, Meta(ge=0, lt=1)] | None = None
-
-
 class Task(Struct, frozen=True, omit_defaults=True):
-    """The fields of `gateway.backend.Job` that a peer needs; see there.
+    """The fields of `gateway.backend.Job` that a peer needs; see there.  Those of its `sampling`
+    are on the wire beside the others, and in `asked`.
 
     Tasks of one peer with the same `tag` may share cached prefixes, and others may not; those
     without one only share within their request.
@@ -90,8 +86,8 @@ class Task(Struct, frozen=True, omit_defaults=True):
     request_id: Annotated[str, Meta(pattern=REQUEST_ID)]
     model: Annotated[str, Meta(min_length=1, max_length=128)]
     messages: Annotated[list[_Message], Meta(max_length=MAX_MESSAGES)]
-    asked: Asked
-    seed: _Seed
+    asked: SamplingDefaults
+    seed: Seed
     max_tokens: Annotated[int, Meta(ge=0, lt=2**53)] | None  # as RFC 8785 can write it
     stop: Annotated[list[Annotated[str, Meta(min_length=1)]], Meta(max_length=64)]
     nonce: Hex32
@@ -99,12 +95,12 @@ class Task(Struct, frozen=True, omit_defaults=True):
     prompt_number: _Small = 0
     leg: Annotated[int, Meta(ge=0, le=64)] = 0
     ignore_eos: bool = False
-    frequency_penalty: _Penalty = 0.0
-    presence_penalty: _Penalty = 0.0
-    repeat_penalty: _Repeat = 1.0
-    typical_p: _Typical = 1.0
-    min_tokens: _Small = 0
-    logit_bias: _Bias = {}
+    frequency_penalty: Penalty = 0.0
+    presence_penalty: Penalty = 0.0
+    repeat_penalty: RepeatPenalty = 1.0
+    typical_p: TypicalP = 1.0
+    min_tokens: MinTokens = 0
+    logit_bias: LogitBias = {}
     priority: Annotated[int, Meta(ge=-100, le=100)] = 0
     prompt: Text | Tokens_ | None = None
     tools: Tools | None = None
@@ -124,17 +120,14 @@ class Task(Struct, frozen=True, omit_defaults=True):
     settled: Sampling | None = None
     tag: Tag | None = None
 
+    @property
+    def sampling(self) -> SamplingParams:
+        beside = {name: getattr(self, name) for name in SAMPLING_FIELDS}
+        return SamplingParams(**msgspec.structs.asdict(self.asked), **beside)
 
-class _Drawn(Asked, frozen=True, kw_only=True):
-    """The bounds of a `Sampling`."""
 
-    seed: _Seed
-    frequency_penalty: _Penalty
-    presence_penalty: _Penalty
-    typical_p: _Typical
-    repeat_penalty: _Repeat
-    logit_bias: _Bias
-    min_tokens: _Small
+# The fields of a task that are those of its `sampling`; the others of that are in `asked`.
+SAMPLING_FIELDS = tuple(set(Task.__struct_fields__) & set(SamplingParams.__struct_fields__))
 
 
 class LegRequest(Struct, frozen=True, tag="ask"):
@@ -252,15 +245,6 @@ to_serving: msgspec.msgpack.Decoder[ToServing] = msgspec.msgpack.Decoder(ToServi
 to_coordinator: msgspec.msgpack.Decoder[ToCoordinator] = msgspec.msgpack.Decoder(ToCoordinator)
 T = TypeVar("T")
 Check = Callable[[bytes], Awaitable[None]]
-
-
-def may_draw(sampling: Sampling) -> bool:
-    """Whether its numbers are within the bounds of `Asked` and `Task`."""
-    try:
-        msgspec.convert(msgspec.structs.asdict(sampling), _Drawn)
-    except msgspec.ValidationError:
-        return False
-    return True
 
 
 async def send(stream: Stream, *messages: ToServing | ToCoordinator) -> None:

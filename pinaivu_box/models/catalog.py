@@ -14,16 +14,16 @@ from typing import NamedTuple
 
 from pinaivu_box.config import Config, ModelConfig, SamplingConfig
 from pinaivu_box.errors import CliError, ModelNotFound, quoted
-from pinaivu_box.models import bundled, folder, gguf, splits
-from pinaivu_box.models.files import download_mark, look, open_regular
-from pinaivu_box.models.folder import Found
+from pinaivu_box.models import bundled, folder_scan, gguf, splits
+from pinaivu_box.models.folder_scan import FolderScan
 from pinaivu_box.models.gguf import BadGguf, Header
-from pinaivu_box.models.headers import Headers
+from pinaivu_box.models.header_reader import HeaderReader
 from pinaivu_box.models.names import MAX_NAME, RULE, is_model_id, printable
+from pinaivu_box.models.regular_files import download_mark, look, open_regular
 
 FAKE = "fake:"  # a runner without a model, for tests and load measurements
-_PIECE = 1 << 20
-_MOMENT = 60.0  # seconds in which a file that is incomplete is taken for one that is being written
+_READ_BYTES = 1 << 20
+_RECENT_SECONDS = 60.0  # a file that changed since may still be written to
 
 
 class ModelPart(NamedTuple):
@@ -120,24 +120,24 @@ class Catalog:
 def load(
     config: Config,
     home: Path,
-    headers: Headers | None = None,
+    headers: HeaderReader | None = None,
     *,
-    found: Found | None = None,
+    scan: FolderScan | None = None,
     configured: Mapping[str, Model] | None = None,
 ) -> Catalog:
     """The configured models, then the files in the models folder, then the bundled model.
 
     A configured file that cannot be served is the operator's mistake (CliError); one in the folder
     is noted, and stops no other.  This reads files: it is no work for an event loop.  `headers`
-    remembers what it has read for the next time.  What was `found` in the folder already, and the
-    `configured` models if they are known, are not looked for again.
+    remembers what it has read for the next time.  A `scan` of the folder that was made, and the
+    `configured` models if they are known, are not read again.
     """
-    headers = headers or Headers()
+    headers = headers or HeaderReader()
     try:
         models = _of_config(config.model, headers) if configured is None else dict(configured)
-        found = found or folder.find(directory(config, home))
-        not_served = found.not_served
-        for key, files in _grouped(found.files, not_served).items():
+        scan = scan or folder_scan.scan(directory(config, home))
+        not_served = scan.not_served
+        for key, files in _grouped(scan.files, not_served).items():
             first = min(files)
             path = files[first]
             try:
@@ -172,7 +172,7 @@ def _why_not(path: Path, why: str) -> str:
     if not gguf.is_unfinished(why) or why == gguf.BEING_WRITTEN:
         return why
     try:
-        young = abs(time.time() - path.stat().st_mtime) < _MOMENT
+        young = abs(time.time() - path.stat().st_mtime) < _RECENT_SECONDS
     except OSError:
         return why
     return f"{why}; {gguf.BEING_WRITTEN}" if young else why
@@ -193,7 +193,7 @@ def _bundled(location: bundled.Location) -> Model:
 
 
 @dataclass(frozen=True)
-class _Set:
+class _SplitModel:
     """The files of one model."""
 
     folder: Path
@@ -201,7 +201,7 @@ class _Set:
     count: int
 
 
-def _of_config(entries: Sequence[ModelConfig], headers: Headers) -> dict[str, Model]:
+def _of_config(entries: Sequence[ModelConfig], headers: HeaderReader) -> dict[str, Model]:
     """Raises CliError."""
     models: dict[str, Model] = {}
     for entry in entries:
@@ -219,16 +219,16 @@ def _of_config(entries: Sequence[ModelConfig], headers: Headers) -> dict[str, Mo
 
 def _grouped(
     files: Sequence[Path], not_served: dict[Path, str]
-) -> dict[Path | _Set, dict[int, Path]]:
+) -> dict[Path | _SplitModel, dict[int, Path]]:
     """What belongs together, by the number of the part; a file of its own is number 1."""
-    groups: dict[Path | _Set, dict[int, Path]] = {}
+    groups: dict[Path | _SplitModel, dict[int, Path]] = {}
     for path in files:
         try:
             part = splits.parse(path.name)
             if part is None:
                 groups[path] = {1: path}
                 continue
-            group = groups.setdefault(_Set(path.parent, part.stem, part.count), {})
+            group = groups.setdefault(_SplitModel(path.parent, part.stem, part.count), {})
             if part.number in group:
                 raise BadGguf(f"{printable(group[part.number].name)} is the same part: rename it")
             group[part.number] = path
@@ -250,9 +250,9 @@ def _id_of(path: Path) -> str:
     return model_id
 
 
-def _same_file(one: Path, other: Path) -> bool:
+def _same_file(path: Path, other: Path) -> bool:
     try:
-        return one.samefile(other)
+        return path.samefile(other)
     except OSError:
         return False
 
@@ -300,14 +300,14 @@ def digest_of(model: Model, stopped: Callable[[], bool] = lambda: False) -> str:
         return splits.digest_of_parts([digest_of(file, stopped) for file in model.files])
     digest = hashlib.sha256()
     with open_regular(model.path, buffering=0) as file:
-        while piece := file.read(_PIECE):
+        while piece := file.read(_READ_BYTES):
             if stopped():
                 raise InterruptedError(0, "nobody waits for its digest", str(model.path))
             digest.update(piece)
     return digest.hexdigest()
 
 
-def _configured(entry: ModelConfig, headers: Headers) -> Model:
+def _configured(entry: ModelConfig, headers: HeaderReader) -> Model:
     """Raises BadGguf, OSError, ValueError (of a path that none can be)."""
     if entry.path.startswith(FAKE):
         return Model(
@@ -331,13 +331,13 @@ def _configured(entry: ModelConfig, headers: Headers) -> Model:
         raise BadGguf(f"it is part {part.number} of {part.count}: give the path of part 1")
     else:
         paths = splits.siblings(path, part)
-        there = [number for number, one in enumerate(paths, 1) if os.path.lexists(one)]
-        splits.check_complete(part.count, there)
+        present = [number for number, each in enumerate(paths, 1) if os.path.lexists(each)]
+        splits.check_complete(part.count, present)
         model = _split(entry.name, paths, headers)
     return replace(model, context=entry.context, sampling=entry.sampling)
 
 
-def _single(model_id: str, path: Path, headers: Headers) -> Model:
+def _single(model_id: str, path: Path, headers: HeaderReader) -> Model:
     """Raises BadGguf, OSError."""
     header = _header(path, look(path), headers)
     splits.check_single(header)
@@ -345,7 +345,7 @@ def _single(model_id: str, path: Path, headers: Headers) -> Model:
     return _from_file(model_id, path, header)
 
 
-def _split(model_id: str, paths: Sequence[Path], headers: Headers) -> Model:
+def _split(model_id: str, paths: Sequence[Path], headers: HeaderReader) -> Model:
     """Raises BadGguf, OSError."""
     facts, read = [], []
     for number, path in enumerate(paths, 1):
@@ -358,13 +358,13 @@ def _split(model_id: str, paths: Sequence[Path], headers: Headers) -> Model:
     gguf.check_whole(read[0], tensors)
     return replace(
         _from_file(model_id, paths[0], read[0]),
-        size=sum(one.st_size for one in facts),
-        created=max(int(one.st_mtime) for one in facts),
-        parts=tuple(ModelPart(path, one.st_size) for path, one in zip(paths, facts, strict=True)),
+        size=sum(file.st_size for file in facts),
+        created=max(int(file.st_mtime) for file in facts),
+        parts=tuple(ModelPart(path, file.st_size) for path, file in zip(paths, facts, strict=True)),
     )
 
 
-def _header(path: Path, facts: os.stat_result, headers: Headers) -> Header:
+def _header(path: Path, facts: os.stat_result, headers: HeaderReader) -> Header:
     """Raises BadGguf, OSError."""
     if os.path.lexists(download_mark(path)):
         raise BadGguf("it is incomplete: aria2 has not finished it")

@@ -1,8 +1,8 @@
 """The facts in a GGUF file's header, read without llama.cpp (which the parent never loads).
 
 Format: ggml/docs/gguf.md.  A file is hostile until it is read: whatever its counts and lengths say,
-reading takes at most `_MAX_ITEMS` steps and `_MAX_HEADER` bytes of the file, and keeps only the
-values that are asked for.  Arrays (vocabularies, merges) are passed over.
+reading takes at most `_MAX_ITEMS` steps and `_MAX_HEADER_BYTES` of the file, and keeps only the
+values that the box needs.  Arrays (vocabularies, merges) are passed over.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import BinaryIO
 
 from msgspec import Struct
 
-from pinaivu_box.models.files import open_regular
 from pinaivu_box.models.names import printable
+from pinaivu_box.models.regular_files import open_regular
 
 Scalar = int | float | bool | str
 
@@ -25,14 +25,14 @@ _SCALARS = {
     7: "<?", 10: "<Q", 11: "<q", 12: "<d",
 }  # fmt: skip
 _STRING, _ARRAY = 8, 9
-_MAX_STRING = 16 * 1024 * 1024
-_MAX_KEPT = 256  # bytes of a value that is kept
-_MAX_NAME = 4096  # of keys and tensors; the format would allow 65,535
+_MAX_STRING_BYTES = 16 * 1024 * 1024
+_MAX_VALUE_BYTES = 256  # of a string that is kept
+_MAX_NAME_BYTES = 4096  # of keys and tensors; the format allows 65,535
 _MAX_KEYS = 65_536
 _MAX_TENSORS = 131_072
 _MAX_ITEMS = 4_000_000  # keys, tensors and strings of arrays; the largest vocabularies have 800,000
-_MAX_HEADER = 256 * 1024 * 1024
-_WINDOW = 1024 * 1024
+_MAX_HEADER_BYTES = 256 * 1024 * 1024
+_WINDOW_BYTES = 1024 * 1024
 _EMPTY = "it is empty"
 _INCOMPLETE = "it is incomplete"
 _CUT_OFF = f"{_INCOMPLETE}: it ends in the middle of its header"
@@ -113,7 +113,7 @@ def is_unfinished(why: str) -> bool:
 
 
 class _Reader:
-    """Goes through the file in windows, within its bounds.  Raises BadGguf."""
+    """Reads the file in windows, within its bounds.  Raises BadGguf."""
 
     def __init__(self, file: BinaryIO, offset: int, size: int) -> None:
         self._file, self._offset, self.size = file, offset, size
@@ -138,8 +138,8 @@ class _Reader:
         if size > self.size - self.at:
             raise BadGguf(_CUT_OFF)
         self.at += size
-        if self.at > _MAX_HEADER:
-            raise BadGguf(f"its header has more than {_MAX_HEADER >> 20} MiB")
+        if self.at > _MAX_HEADER_BYTES:
+            raise BadGguf(f"its header has more than {_MAX_HEADER_BYTES >> 20} MiB")
 
     def skip_strings(self, count: int) -> None:
         """`count` lengths, each with so many bytes after it."""
@@ -155,14 +155,14 @@ class _Reader:
                 count -= 1
             self.skip(at)
 
-    def _fill(self, least: int) -> None:
-        """Let the window begin here, with at least so many bytes if the file has them."""
-        wanted = min(max(least, _WINDOW), max(self.size - self.at, 0))
+    def _fill(self, size: int) -> None:
+        """Move the window here, with at least so many bytes.  Raises BadGguf if the file ends."""
+        wanted = min(max(size, _WINDOW_BYTES), max(self.size - self.at, 0))
         self._file.seek(self._offset + self.at)
         data = bytearray()
         while len(data) < wanted and (more := self._file.read(wanted - len(data))):
             data += more
-        if len(data) < least:
+        if len(data) < size:
             raise BadGguf(_CUT_OFF)
         self._window, self._begin = bytes(data), self.at
 
@@ -178,16 +178,16 @@ class _Reader:
     def name(self) -> str:
         """Of a key or a tensor."""
         length = self.number("<Q")
-        if length > _MAX_NAME:
+        if length > _MAX_NAME_BYTES:
             raise BadGguf(f"it has a name of {length} bytes")
         return self.take(length).decode(errors="replace")
 
     def text(self) -> str | None:
-        """A value, None where it is longer than what is kept (a chat template, say)."""
+        """A string value; None if it is longer than the box needs (a chat template, say)."""
         length = self.number("<Q")
-        if length > _MAX_STRING:
+        if length > _MAX_STRING_BYTES:
             raise BadGguf(f"it has a string of {length} bytes")
-        if length <= _MAX_KEPT:
+        if length <= _MAX_VALUE_BYTES:
             return self.take(length).decode(errors="replace")
         self.skip(length)
         return None
@@ -281,7 +281,7 @@ def _tensors_end(file: _Reader, count: int, alignment: int) -> int:
 
 @dataclass(frozen=True)
 class _Values:
-    """The metadata, of which only what is plausible is given on."""
+    """The metadata; what is not plausible raises BadGguf."""
 
     metadata: dict[str, Scalar]
 
@@ -312,17 +312,16 @@ class _Values:
         value = self._of_architecture("attention.value_length", per_head, 0, 2**24)
         return self._of_architecture("block_count", 0, 0, 65_536) * kv_heads * (key + value) * 2
 
-    def _of_architecture(self, key: str, default: int, least: int, most: int) -> int:
+    def _of_architecture(self, key: str, default: int, minimum: int, maximum: int) -> int:
         """`context_length` of `llama.context_length`, say."""
-        return self._whole(f"{self._text('general.architecture')}.{key}", default, least, most)
+        return self._whole(f"{self._text('general.architecture')}.{key}", default, minimum, maximum)
 
-    def _whole(self, key: str, default: int, least: int, most: int) -> int:
+    def _whole(self, key: str, default: int, minimum: int, maximum: int) -> int:
         value = self.metadata.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-            said = printable(repr(value), 40)
-            raise BadGguf(
-                f"its {printable(key, 80)} is {said}, not a whole number from {least} to {most}"
-            )
+        if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= maximum:
+            shown = printable(repr(value), 40)
+            bounds = f"a whole number from {minimum} to {maximum}"
+            raise BadGguf(f"its {printable(key, 80)} is {shown}, not {bounds}")
         return value
 
     def _text(self, key: str) -> str:

@@ -54,9 +54,9 @@ def stem_of(name: str) -> str:
     return match["stem"] if match else name[: -len(".gguf")]
 
 
-def check_complete(count: int, there: Sequence[int]) -> None:
+def check_complete(count: int, present: Sequence[int]) -> None:
     """Whether all parts are there.  Raises BadGguf."""
-    missing = sorted(set(range(1, count + 1)) - set(there))
+    missing = sorted(set(range(1, count + 1)) - set(present))
     if missing:
         named = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
         which = (
@@ -70,12 +70,12 @@ def check_consistent(headers: Sequence[Header]) -> int:
     all.  Raises BadGguf."""
     for number, header in enumerate(headers, 1):
         if (header.part, header.parts) != (number, len(headers)):
-            said = (
+            claim = (
                 f"says that it is part {header.part} of {header.parts}"
                 if header.parts
                 else "does not say that it is a part of a model"
             )
-            raise BadGguf(f"part {number} of {len(headers)} {said}")
+            raise BadGguf(f"part {number} of {len(headers)} {claim}")
     tensors = sum(header.tensors for header in headers)
     if headers[0].all_tensors not in (0, tensors):
         raise BadGguf(f"its parts have {tensors} tensors, not {headers[0].all_tensors}")

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 
+from pinaivu_box.engine.messages import TopK, TopP
 from pinaivu_box.errors import InvalidBody
 from pinaivu_box.openai import parameters
 from pinaivu_box.openai.fields import IgnoredFields
@@ -16,12 +17,10 @@ from pinaivu_box.openai.types import (
     FunctionName,
     Identifier,
     KeepAlive,
-    Probability,
     Schema,
     StopString,
     Text,
     TokenCount,
-    TopK,
 )
 
 
@@ -123,7 +122,7 @@ class MessagesRequest(CountTokensRequest, frozen=True, kw_only=True):
     stream: bool = False
     stop_sequences: Annotated[list[StopString], Meta(max_length=MAX_STOP_STRINGS)] | None = None
     temperature: Annotated[float, Meta(ge=0, le=1)] | None = None
-    top_p: Probability | None = None
+    top_p: TopP | None = None
     top_k: TopK | None = None
     metadata: Owner | None = None
     service_tier: Literal["auto", "standard_only"] | None = None

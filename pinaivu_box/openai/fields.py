@@ -21,7 +21,7 @@ Location = tuple[str | int, ...]
 MAX_NAME_CHARACTERS = 100  # of a field's name that are compared and reported
 MAX_NAMES = 64  # reported in an answer
 _MIN_SIMILARITY = 0.85  # of two names, as difflib measures it
-BILLING = "x-anthropic-billing-header"  # stands in Claude Code's system prompt
+BILLING = "x-anthropic-billing-header"  # begins a line of Claude Code's system prompt
 # Names that clients send and that have no meaning here; they are not misspellings of others.
 FOREIGN_NAMES = frozenset({
     BILLING, "anthropic_beta", "betas", "best_of", "cache_control", "caching", "client_metadata",
@@ -146,7 +146,7 @@ def _drop_field(
     raw: dict[str, Any], name: str, path: Location, known: frozenset[str], ignored: IgnoredFields
 ) -> None:
     """Remove an unknown field.  Raises InvalidBody if its name resembles a known one."""
-    # A body with so many unknown fields is no mistake in one name: no more are compared.
+    # After so many unknown fields misspellings are not the cause: no more names are compared.
     compared = name not in FOREIGN_NAMES and not ignored.full
     if compared and (similar := _similar(name[:MAX_NAME_CHARACTERS], known)):
         raise _unknown(("body", *path, name), similar)

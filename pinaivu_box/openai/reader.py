@@ -23,7 +23,7 @@ class Text:
 
 
 @dataclass(frozen=True)
-class Thought:
+class Reasoning:
     text: str
 
 
@@ -46,7 +46,7 @@ class Arguments:
     custom: bool = False
 
 
-Piece = Text | Thought | ParsedCall | Arguments
+Piece = Text | Reasoning | ParsedCall | Arguments
 
 _HEAD = re.compile(
     r'\s*\{\s*(?:"type"\s*:\s*"function"\s*,\s*)?"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,'
@@ -84,9 +84,9 @@ class Reader:
         self._looked_at, self._ended = 0, False
         self._state: Callable[[bool], list[Piece]] = self._text
         if thinking:
-            self._state = self._thought
+            self._state = self._reasoning
         elif thinks:
-            self._state = self._before_thought
+            self._state = self._before_reasoning
 
     @property
     def called(self) -> bool:
@@ -113,27 +113,27 @@ class Reader:
 
     # -- states: each consumes what it can of the buffer -------------------------------------------
 
-    def _before_thought(self, end: bool) -> list[Piece]:
+    def _before_reasoning(self, end: bool) -> list[Piece]:
         start = self._buffer.lstrip()
         if start.startswith(THINK):
             self._buffer = start.removeprefix(THINK)
-            self._state = self._thought
+            self._state = self._reasoning
         elif end or not THINK.startswith(start):
             self._state = self._text
         return []
 
-    def _thought(self, end: bool) -> list[Piece]:
-        thought, marker, rest = self._buffer.partition(THOUGHT)
+    def _reasoning(self, end: bool) -> list[Piece]:
+        reasoning, marker, rest = self._buffer.partition(THOUGHT)
         if marker:
             self._buffer = rest
-            self._state = self._after_thought
+            self._state = self._after_reasoning
         else:
-            keep = 0 if end else overlap(thought, THOUGHT)
-            split = len(thought) - keep
-            thought, self._buffer = thought[:split], thought[split:]
-        return [Thought(thought)] if thought else []
+            keep = 0 if end else overlap(reasoning, THOUGHT)
+            split = len(reasoning) - keep
+            reasoning, self._buffer = reasoning[:split], reasoning[split:]
+        return [Reasoning(reasoning)] if reasoning else []
 
-    def _after_thought(self, end: bool) -> list[Piece]:
+    def _after_reasoning(self, end: bool) -> list[Piece]:
         self._buffer = self._buffer.lstrip("\n")
         if self._buffer or end:
             self._state = self._text

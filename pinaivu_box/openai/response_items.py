@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pinaivu_box.openai.reader import Arguments, ParsedCall, Piece, Text, Thought
+from pinaivu_box.openai.reader import Arguments, ParsedCall, Piece, Reasoning, Text
 from pinaivu_box.openai.tools import ClientTool
 
 Event = dict[str, Any]
@@ -31,7 +31,7 @@ class ResponseItems:
             match piece:
                 case Text(text):
                     events += self._grow("message", "output_text", text)
-                case Thought(text):
+                case Reasoning(text):
                     events += self._grow("reasoning", "reasoning_text", text)
                 case ParsedCall(_, call_id, name):
                     events += [*self.close(), self._begin_call(call_id, name)]

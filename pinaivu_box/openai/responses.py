@@ -8,10 +8,11 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta, Struct
 
+from pinaivu_box.engine.messages import Temperature, TopP
 from pinaivu_box.errors import InvalidBody, quoted
 from pinaivu_box.openai import parameters
+from pinaivu_box.openai.decoding import from_validation
 from pinaivu_box.openai.fields import IgnoredFields, drop_unknown
-from pinaivu_box.openai.request import from_validation
 from pinaivu_box.openai.tools import (
     ClientTool,
     ResponseCustom,
@@ -34,7 +35,6 @@ from pinaivu_box.openai.types import (
     KeepAlive,
     Metadata,
     NamedTool,
-    Probability,
     Schema,
     Text,
     TextFormat,
@@ -102,8 +102,8 @@ class ResponseRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     input: str | Annotated[list[dict[str, Any]], Meta(max_length=_MAX_ITEMS)]
     instructions: str | None = None
     max_output_tokens: TokenCount | None = None
-    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
-    top_p: Probability | None = None
+    temperature: Temperature | None = None
+    top_p: TopP | None = None
     top_logprobs: Literal[0] | None = None
     tools: Annotated[list[ResponseTool], Meta(max_length=MAX_TOOLS)] | None = None
     tool_choice: ResponseChoice = None

@@ -179,7 +179,7 @@ def _chat_tool(tool: ResponseFunction | ResponseCustom, namespace: str | None) -
 
 
 def _of_custom(tool: CustomTool) -> Function:
-    """A regular expression is enforced.  A grammar is only described: the text stands in a JSON
+    """A regular expression is enforced.  A grammar is only described: the text is inside a JSON
     string, so a context-free grammar would have to know of escapes."""
     custom, text = tool.custom, {"type": "string"}
     description = [custom.description or ""]

@@ -6,9 +6,21 @@ from typing import Annotated, Any, Literal
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 
+from pinaivu_box.engine.messages import (
+    LogitBias,
+    MinP,
+    MinTokens,
+    Penalty,
+    RepeatPenalty,
+    Seed,
+    Temperature,
+    TopK,
+    TopP,
+    TypicalP,
+)
 from pinaivu_box.openai import parameters
 from pinaivu_box.openai.fields import IgnoredFields
-from pinaivu_box.text import TOKEN_ID, whole
+from pinaivu_box.text import whole
 
 Text = Annotated[str, Meta(min_length=1)]
 Identifier = Annotated[str, Meta(max_length=512)]  # of a user or a cache; stored or echoed
@@ -194,10 +206,6 @@ class Prediction(Struct, frozen=True, forbid_unknown_fields=True, tag="content",
 StopString = Annotated[str, Meta(min_length=1, max_length=1024)]
 # Proofs are written as RFC 8785, which carries only integers below 2^53.
 TokenCount = Annotated[int, Meta(ge=1, le=2**31 - 1)]
-Penalty = Annotated[float, Meta(ge=-2, le=2)]
-TokenId = Annotated[str, Meta(pattern=TOKEN_ID)]
-Bias = Annotated[float, Meta(ge=-100, le=100)]
-Seed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 
 
 class Extension(Struct, frozen=True, forbid_unknown_fields=True):
@@ -222,8 +230,6 @@ class ContextShift(Struct, frozen=True):
 
 
 Choices = Annotated[int, Meta(ge=1, le=128)]
-Probability = Annotated[float, Meta(gt=0, le=1)]
-TopK = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 MAX_STOP_STRINGS = 64
 StopStrings = StopString | Annotated[list[StopString], Meta(max_length=MAX_STOP_STRINGS)]
 MAX_TOOLS = 1024
@@ -247,29 +253,30 @@ TemplateVariables = Annotated[
 
 
 class Sampled(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """The fields that chat and completion requests share."""
+    """The fields that chat and completion requests share; those of `SamplingParams` have its names
+    and bounds."""
 
     model: Text
     n: Choices | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
-    top_p: Probability | None = None
+    temperature: Temperature | None = None
+    top_p: TopP | None = None
     max_tokens: TokenCount | None = None
     stop: StopStrings | None = None
     seed: Seed | None = None
     user: Identifier | None = None
     frequency_penalty: Penalty | None = None
     presence_penalty: Penalty | None = None
-    logit_bias: Annotated[dict[TokenId, Bias], Meta(max_length=300)] | None = None  # as OpenAI's
+    logit_bias: LogitBias | None = None
     # llama.cpp's.
     top_k: TopK | None = None
-    min_p: Annotated[float, Meta(ge=0, lt=1)] | None = None
-    typical_p: Probability | None = None
-    repeat_penalty: Annotated[float, Meta(gt=0, le=10)] | None = None
+    min_p: MinP | None = None
+    typical_p: TypicalP | None = None
+    repeat_penalty: RepeatPenalty | None = None
     grammar: Text | None = None  # GBNF, or Lark as llguidance reads it
     ignore_eos: bool | None = None
-    min_tokens: Annotated[int, Meta(ge=0, le=2**31 - 1)] | None = None  # as vLLM's
+    min_tokens: MinTokens | None = None  # vLLM's
     cache_prompt: bool | None = None
     keep_alive: KeepAlive | None = None  # Ollama's
     pinaivu: Extension | None = None

@@ -1,4 +1,4 @@
-"""What an answer that its owner kept says, in the form that a receipt commits to; pure."""
+"""Reads an answer that its owner kept, in the form that a receipt commits to; pure."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class _Token(_Likely, frozen=True, kw_only=True):
 
     @property
     def record(self) -> bytes:
-        top = [(one.spelled, one.logprob) for one in self.top_logprobs]
+        top = [(likely.spelled, likely.logprob) for likely in self.top_logprobs]
         return commitment.logprob_record(self.spelled, self.logprob, top)
 
 
@@ -80,7 +80,7 @@ class _ChatChoice(Struct, frozen=True):
 
     @property
     def records(self) -> list[bytes]:
-        return [one.record for one in (self.logprobs and self.logprobs.content) or ()]
+        return [token.record for token in (self.logprobs and self.logprobs.content) or ()]
 
 
 class _NamedLogprobs(Struct, frozen=True):
@@ -91,7 +91,7 @@ class _NamedLogprobs(Struct, frozen=True):
     @property
     def records(self) -> list[bytes]:
         lists = (self.token_logprobs, self.top_logprobs)
-        if {len(one) for one in lists} != {len(self.tokens)}:
+        if {len(values) for values in lists} != {len(self.tokens)}:
             raise NoAnswer("has another number of tokens than of log-probabilities")
         if any((logprob is None) != (top is None) for logprob, top in zip(*lists, strict=True)):
             raise NoAnswer("has a token with a log-probability and no others, or the reverse")
@@ -140,22 +140,23 @@ def read(data: bytes, *, vectors: bool, echoed: Sequence[str] = ()) -> ReceivedA
     these also the list of vectors alone.  `echoed` is what the text of each choice of a completion
     begins with that is not the model's.  Raises NoAnswer."""
     try:
-        found = _body.decode(data)
+        body = _body.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return _vectors(_bare_list(data)) if vectors else ReceivedAnswer(_text(data))
-    if isinstance(found, _Vectors):
-        _check_order([one.index for one in found.data])
-        return _vectors([one.embedding for one in found.data], found.request_id)
-    _check_order([one.index for one in found.choices])
-    texts = [one.text for one in found.choices]
-    if isinstance(found, _Completion) and echoed:
-        texts = [_after(*one) for one in zip(found.choices, echoed, strict=False)]
-    records = [one.records for one in found.choices]
+    if isinstance(body, _Vectors):
+        _check_order([vector.index for vector in body.data])
+        return _vectors([vector.embedding for vector in body.data], body.request_id)
+    _check_order([choice.index for choice in body.choices])
+    texts = [choice.text for choice in body.choices]
+    if isinstance(body, _Completion) and echoed:
+        pairs = zip(body.choices, echoed, strict=False)
+        texts = [_after(choice, prompt) for choice, prompt in pairs]
+    records = [choice.records for choice in body.choices]
     return ReceivedAnswer(
         None if None in texts else commitment.output_text([text or "" for text in texts]),
         logprobs_digest(records),
         None,
-        found.request_id,
+        body.request_id,
         any(records),
     )
 
@@ -175,9 +176,9 @@ def logprobs_digest(choices: Sequence[Sequence[bytes]]) -> str:
     return commitment.of_choices(digests)
 
 
-def _vectors(given: Sequence[list[float] | str], request_id: str | None = None) -> ReceivedAnswer:
+def _vectors(vectors: Sequence[list[float] | str], request_id: str | None = None) -> ReceivedAnswer:
     extras = Extras()
-    extras.add((), [_float32(one) for one in given])
+    extras.add((), [_float32(vector) for vector in vectors])
     return ReceivedAnswer(None, None, extras.vectors.hex(), request_id)
 
 
@@ -189,7 +190,7 @@ def _bare_list(data: bytes) -> list[list[float] | str]:
 
 
 def _float32(vector: list[float] | str) -> bytes:
-    """As the box sent it: base64 of little-endian float32, or its numbers."""
+    """The vector as the box sent it: from base64 of little-endian float32, or from its numbers."""
     if isinstance(vector, str):
         try:
             data = base64.b64decode(vector, validate=True)
@@ -227,9 +228,9 @@ def _text(data: bytes) -> str:
         raise NoAnswer("is no text in UTF-8") from None
 
 
-def _bytes(given: list[int]) -> bytes:
+def _bytes(numbers: list[int]) -> bytes:
     try:
-        return bytes(given)
+        return bytes(numbers)
     except ValueError:
         raise NoAnswer("has a token with a byte that is none") from None
 

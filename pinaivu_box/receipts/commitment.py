@@ -64,13 +64,13 @@ def of_several(commitments: Sequence[str]) -> str:
     """One commitment stands for itself."""
     if len(commitments) == 1:
         return commitments[0]
-    joined = b"".join(bytes.fromhex(one) for one in commitments)
+    joined = b"".join(map(bytes.fromhex, commitments))
     return hashlib.sha256(_LIST_DOMAIN + joined).hexdigest()
 
 
 class Extras:
-    """What an answer holds beside text and tokens, while it comes: the log-probabilities of one
-    choice (`logprob_record` of each token) and the vectors (little-endian float32)."""
+    """Digests of what an answer holds beside text and tokens, while it comes: the log-probabilities
+    of one choice (`logprob_record` of each token) and the vectors (little-endian float32)."""
 
     def __init__(self) -> None:
         self._logprobs, self._vectors = hashlib.sha256(), hashlib.sha256()
@@ -143,7 +143,7 @@ def _opening(nonce: str, text: bytes, tokens: str, choices: Sequence[Extras]) ->
         nonce,
         tokens,
         text.hex(),
-        of_choices([one.logprobs for one in choices]),
+        of_choices([choice.logprobs for choice in choices]),
         # Only a request for vectors has any, and it has one choice.
         choices[0].vectors.hex(),
     )

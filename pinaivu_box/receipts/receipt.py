@@ -25,7 +25,6 @@ from pinaivu_box.identity import Identity
 from pinaivu_box.text import DIGEST, NAME, NO_CONTROLS, NODE_ID, SIGNATURE, TIME, whole
 
 PROOF_DOMAIN = "pinaivu/proof/v1"
-ACCEPTANCE_DOMAIN = "pinaivu/acceptance/v1"
 MARK_DOMAIN = "pinaivu/mark/v1"
 RECEIPT_DOMAIN = "pinaivu/receipt/v1"
 ACCEPTANCE_DOMAIN = "pinaivu/acceptance/v1"  # a coordinator's, over the bytes of a proof
@@ -48,7 +47,7 @@ class EngineBuild(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Price(Struct, frozen=True, forbid_unknown_fields=True):
-    """Of 1,000 tokens: prompt tokens anew, prompt tokens found in the cache, and those made."""
+    """Of 1,000 tokens: computed prompt tokens, cached prompt tokens, and completion tokens."""
 
     currency: Shown
     prompt: str
@@ -61,7 +60,7 @@ class Price(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Proof(Struct, frozen=True, forbid_unknown_fields=True):
-    """What the serving node says of one leg.  Milliseconds; commitments and digest in hex.
+    """What the serving node signs of one leg.  Milliseconds; commitments and digest in hex.
 
     `leg` numbers those of one choice.  `cached_tokens` of the prompt were not computed anew;
     `shifted_tokens` were forgotten on the way (context shift).  `sampling` holds every parameter
@@ -115,7 +114,7 @@ class TokenUsage(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Receipt(Struct, frozen=True, forbid_unknown_fields=True):
-    """What the coordinator says of the whole request; `node_id` served (the last leg of) it.
+    """What the coordinator signs of the whole request; `node_id` served (the last leg of) it.
 
     `price` is what its client pays.  What a node that served for it is owed is in its proof.
     """
@@ -202,7 +201,7 @@ def view(signed: bytes, signature: bytes, opening: bytes | None) -> ReceiptView:
 
 
 def prompts_of(proofs: Sequence[Proof]) -> list[Proof]:
-    """The first proof of each prompt: whoever made more of the same prompt is not paid for it."""
+    """The first proof of each prompt: a prompt is paid once."""
     first: dict[int, Proof] = {}
     for proof in proofs:
         first.setdefault(proof.prompt, proof)
@@ -210,14 +209,13 @@ def prompts_of(proofs: Sequence[Proof]) -> list[Proof]:
 
 
 def total_tokens(proofs: Sequence[Proof]) -> int:
-    """Tokens that are paid for: each prompt once, and what every leg made."""
-    made = sum(proof.completion_tokens for proof in proofs)
-    return made + sum(proof.prompt_tokens for proof in prompts_of(proofs))
+    """Tokens that are paid for: each prompt once, and the completion tokens of every leg."""
+    completion = sum(proof.completion_tokens for proof in proofs)
+    return completion + sum(proof.prompt_tokens for proof in prompts_of(proofs))
 
 
 def total_cost(proofs: Sequence[Proof], price: Price | None = None) -> int:
-    """Of these tokens at that price, or each at the price of the leg that it is from, in 10^-9 of
-    the currency.
+    """The cost of these tokens in 10^-9 of the currency: at `price`, or each leg's at its own.
 
     Raises ValueError if a price is none.
     """
@@ -226,7 +224,7 @@ def total_cost(proofs: Sequence[Proof], price: Price | None = None) -> int:
 
 
 def cost(proof: Proof, pays_prompt: bool, price: Price | None = None) -> int:
-    """Of one leg, in 10^-9 of the currency.  Raises ValueError."""
+    """The cost of one leg in 10^-9 of the currency.  Raises ValueError."""
     prices = (price or proof.price).prices
     prompt = (proof.prompt_tokens, proof.cached_tokens) if pays_prompt else (0, 0)
     return prices.cost(*prompt, proof.completion_tokens)

@@ -139,11 +139,11 @@ def _check_opening(view: ReceiptView) -> None:
     """Raises ValueError if there is anything in it but what opens commitments."""
     if view.object != "receipt":
         raise ValueError("its `object` is not `receipt`")
-    for name, given in (view.opening or {}).items():
+    for name, value in (view.opening or {}).items():
         if name not in ("prompt", "output", "legs", "prompts"):
             raise ValueError(f"its opening contains unknown field `{name[:100]}`")
-        for one in given if isinstance(given, list) else [given]:
-            for field in one if isinstance(one, dict) else ():
+        for opening in value if isinstance(value, list) else [value]:
+            for field in opening if isinstance(opening, dict) else ():
                 if field not in commitment.Opening.__struct_fields__:
                     raise ValueError(f"its opening contains unknown field `{field[:100]}`")
 
@@ -211,7 +211,7 @@ def _proof(
 
 
 def _witnessed(name: str, proof: Proof, receipt: Receipt, what: str) -> VerificationCheck:
-    """Of a node that was lost: what it had said by then."""
+    """The check of a node that was lost: what it had sent by then."""
     if proof.witness != receipt.coordinator_id:
         return VerificationCheck(
             name, False, f"its witness {proof.witness} did not coordinate this request"
@@ -227,8 +227,8 @@ def _witnessed(name: str, proof: Proof, receipt: Receipt, what: str) -> Verifica
         proof.output_commitment,
     )
     ok = verify(proof.node_id, MARK_DOMAIN, text, _hex(proof.mark))
-    said = "it had signed the output by then" if ok else "the mark on its output is not its own"
-    return VerificationCheck(name, ok, f"{lost}; {said}; the coordinator says that {what}")
+    mark = "it had signed the output by then" if ok else "the mark on its output is not its own"
+    return VerificationCheck(name, ok, f"{lost}; {mark}; the coordinator says that {what}")
 
 
 def _order(receipt: Receipt, proofs: list[Proof]) -> VerificationCheck:
@@ -325,12 +325,14 @@ def _transcript(
 
 
 def _prompts(view: ReceiptView, receipt: Receipt, prompts: list[str]) -> VerificationCheck:
-    held = view.opening or {}
+    opening = view.opening or {}
     try:
-        openings = held["prompts"] if "prompts" in held else [held["prompt"]]
-        given = [_read_opening(one) for one in openings]
-        each = [commitment.recompute(*one) for one in zip(prompts, given, strict=True)]
-        ok = commitment.of_several(each) == receipt.prompt_commitment
+        values = opening["prompts"] if "prompts" in opening else [opening["prompt"]]
+        pairs = zip(prompts, map(_read_opening, values), strict=True)
+        commitments = [
+            commitment.recompute(prompt, prompt_opening) for prompt, prompt_opening in pairs
+        ]
+        ok = commitment.of_several(commitments) == receipt.prompt_commitment
     except (KeyError, TypeError, ValueError):
         meaning = "the receipt has no opening for its prompt: ask the key's owner"
         return VerificationCheck("prompt commitment", False, meaning)
@@ -346,7 +348,7 @@ _NO_OPENING = VerificationCheck(
 
 
 def _opening(view: ReceiptView, receipt: Receipt) -> Opening | None:
-    """Of the output, if it is one of the receipt's version."""
+    """The output's opening, if it is of the receipt's version."""
     try:
         opening = _read_opening((view.opening or {})["output"])
         commitment.recompute("", opening)  # its hex
@@ -357,9 +359,9 @@ def _opening(view: ReceiptView, receipt: Receipt) -> Opening | None:
     return opening if bool(opening.vectors_sha256) == (receipt.v > 1) else None
 
 
-def _read_opening(given: Any) -> Opening:
+def _read_opening(value: Any) -> Opening:
     """Raises ValueError."""
-    opening = msgspec.convert(given, Opening)
+    opening = msgspec.convert(value, Opening)
     if not all(_HEX.fullmatch(text) for text in msgspec.structs.astuple(opening)):
         raise ValueError("another spelling")
     return opening
@@ -381,26 +383,26 @@ def _answer(
         return
     vectors = opening.vectors_sha256 not in ("", answer.NO_VECTORS)
     try:
-        found = answer.read(data, vectors=vectors, echoed=echoed)
+        received = answer.read(data, vectors=vectors, echoed=echoed)
     except answer.NoAnswer as error:
         yield VerificationCheck("answer", False, f"the answer {error}")
         return
-    if found.request_id is not None:
-        same = found.request_id == receipt.request_id
-        meaning = f"the answer is that of {found.request_id}"
+    if received.request_id is not None:
+        same = received.request_id == receipt.request_id
+        meaning = f"the answer is that of {received.request_id}"
         yield VerificationCheck(
             "answer", same, meaning if same else f"{meaning}, not {receipt.request_id}"
         )
-    if found.text is not None:
-        yield _text(receipt, opening, found.text)
-    elif found.vectors is None:
+    if received.text is not None:
+        yield _text(receipt, opening, received.text)
+    elif received.vectors is None:
         meaning = (
             "the answer has calls or thoughts, and the model's own text, which is committed to, "
             "cannot be had from them"
         )
         yield VerificationCheck("output commitment", False, meaning)
     if receipt.v == 1:
-        if found.vectors is not None or found.has_logprobs:
+        if received.vectors is not None or received.has_logprobs:
             meaning = (
                 "a receipt of version 1 commits to text and tokens only, and nothing in it says "
                 "whether the answer's log-probabilities or vectors are the ones that were sent"
@@ -408,13 +410,13 @@ def _answer(
             yield VerificationCheck("answer", False, meaning)
         return
     bound = commitment.reopen(opening) == receipt.output_commitment
-    if found.logprobs is not None:
-        ok = bound and found.logprobs == opening.logprobs_sha256
+    if received.logprobs is not None:
+        ok = bound and received.logprobs == opening.logprobs_sha256
         what = "log-probabilities"
         meaning = f"the {what} of the answer are {'' if ok else 'not '}the ones committed to"
         yield VerificationCheck(f"{what} commitment", ok, meaning)
-    if found.vectors is not None:
-        ok = bound and found.vectors == opening.vectors_sha256
+    if received.vectors is not None:
+        ok = bound and received.vectors == opening.vectors_sha256
         meaning = f"the vectors of the answer are {'' if ok else 'not '}the ones committed to"
         yield VerificationCheck("vectors commitment", ok, meaning)
 

@@ -158,7 +158,8 @@ class Candidates:
     def _local(self, job: Job, digest: str, warm: str | None) -> Candidate:
         model, load = job.model, self._load
         refuses = None
-        if load.queue(model.id) >= load.config.max_queue and load.queue(model.id):
+        now = load.of(model.id)
+        if now.queue and now.queue >= load.config.max_queue:
             refuses = "has a full queue"
         elif (why := self._placement.failing(model)) is not None:
             refuses = f"has an engine that failed: {why}"
@@ -167,9 +168,7 @@ class Candidates:
             model=model.id,
             digest=digest,
             sequences=load.config.max_sequences,
-            sequences_free=load.free(model.id),
-            kv_free=load.kv_free(model.id),
-            queue=load.queue(model.id),
+            load=now,
             ttft_ms=load.ttft_ms(model),
             tokens_per_s=load.tokens_per_s(model.id),
             cost=_cost(self._settings.config.pricing.prices_of(model.id), job),
@@ -182,7 +181,6 @@ class Candidates:
 
     def _peer(self, job: Job, peer: Peer, offer: Offer, warm: str | None) -> Candidate:
         now = peer.loads.get(offer.id)
-        load = now.load if now else offer
         heard = now.at if now else peer.advert_at or 0.0
         under_way = self._under_way.get(peer.node_id, {})
         busy = self._busy.get(peer.node_id, 0.0) > time.monotonic()
@@ -196,9 +194,7 @@ class Candidates:
             model=offer.id,
             digest=offer.digest.hex(),
             sequences=offer.sequences,
-            sequences_free=load.sequences_free,
-            kv_free=load.kv_free,
-            queue=load.queue,
+            load=now.load if now else offer.load,
             ttft_ms=offer.ttft_ms,
             tokens_per_s=offer.tokens_per_s,
             cost=_cost(offer.price, job),

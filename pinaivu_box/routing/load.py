@@ -10,6 +10,7 @@ from statistics import median
 from pinaivu_box.config import EngineConfig
 from pinaivu_box.gateway.placement import Placement
 from pinaivu_box.gateway.records import LegRecord
+from pinaivu_box.gossip.adverts import ModelLoad
 from pinaivu_box.models.catalog import Model
 from pinaivu_box.settings import LiveSettings
 
@@ -78,16 +79,11 @@ class LoadTracker:
         kept = self._speed.get(model_id)
         return median(kept) if kept else _TOKENS_PER_S
 
-    def free(self, model_id: str) -> int:
-        return max(0, self.config.max_sequences - self._legs[model_id])
-
-    def queue(self, model_id: str) -> int:
-        return max(0, self._legs[model_id] - self.config.max_sequences)
-
-    def kv_free(self, model_id: str) -> int:
-        """Cells that no running sequence has; what an engine would have if none runs is not known
-        before it does."""
+    def of(self, model_id: str) -> ModelLoad:
+        """The load of this moment.  What cache an engine would have is not known before it runs."""
+        legs, places = self._legs[model_id], self.config.max_sequences
+        kv_free = 2**20
         for engine in self._placement.engines:
             if engine.model_id == model_id:
-                return max(0, engine.ready.kv_tokens - engine.load.kv_used)
-        return 2**20
+                kv_free = max(0, engine.ready.kv_tokens - engine.load.kv_used)
+        return ModelLoad(max(0, places - legs), kv_free, max(0, legs - places))

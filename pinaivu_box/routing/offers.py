@@ -59,13 +59,14 @@ class Offers:
 
     def _offer(self, model: Model) -> Offer:
         load, price = self._load, self._settings.config.pricing.prices_of(model.id)
+        now = load.of(model.id)
         return Offer(
             id=model.id,
             digest=self._digests[_file(model)],
             sequences=load.config.max_sequences,
-            sequences_free=load.free(model.id),
-            kv_free=load.kv_free(model.id),
-            queue=load.queue(model.id),
+            sequences_free=now.sequences_free,
+            kv_free=now.kv_free,
+            queue=now.queue,
             ttft_ms=math.ceil(load.ttft_ms(model)),
             tokens_per_s=round(load.tokens_per_s(model.id)),
             prices=(price.prompt, price.cached or price.prompt, price.completion),

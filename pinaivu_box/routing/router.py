@@ -35,6 +35,7 @@ from typing import Any
 from msgspec import Struct
 
 from pinaivu_box.config import RoutingPolicy
+from pinaivu_box.gossip.adverts import ModelLoad
 
 FLOOR_MS = 100.0
 TYPICAL_TOKENS = 256
@@ -72,9 +73,7 @@ class Candidate:
     model: str
     digest: str
     sequences: int
-    sequences_free: int
-    kv_free: int
-    queue: int
+    load: ModelLoad
     ttft_ms: float
     tokens_per_s: float
     cost: int
@@ -93,19 +92,20 @@ class Candidate:
 
     def starts_at_once(self, tokens: int) -> bool:
         """Whether a request of so many tokens (prompt and answer) would not wait."""
-        return self.sequences_free > self.sent and self.queue == 0 and self.kv_free >= tokens
+        load = self.load
+        return load.sequences_free > self.sent and load.queue == 0 and load.kv_free >= tokens
 
     @property
     def idle(self) -> float:
         """The share of its sequences that are free."""
-        return max(0, self.sequences_free - self.sent) / max(1, self.sequences)
+        return max(0, self.load.sequences_free - self.sent) / max(1, self.sequences)
 
     def expected_ms(self, tokens: int) -> float:
         """To the first token."""
         rtt = _UNKNOWN_RTT_MS if self.rtt_ms is None else self.rtt_ms
         if self.starts_at_once(tokens):
             return rtt + self.ttft_ms
-        ahead = max(1, self.queue + 1 + self.sent - self.sequences_free)
+        ahead = max(1, self.load.queue + 1 + self.sent - self.load.sequences_free)
         turn_ms = 1000 * TYPICAL_TOKENS / max(1.0, self.tokens_per_s)
         return rtt + self.ttft_ms + ahead * turn_ms / max(1, self.sequences)
 

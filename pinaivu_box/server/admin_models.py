@@ -29,8 +29,8 @@ from pinaivu_box.files.wire import PURPOSE, ModelAvailable, Name
 from pinaivu_box.gossip.adverts import Offer
 from pinaivu_box.models import catalog, memory
 from pinaivu_box.models.catalog import Model
+from pinaivu_box.models.model_copy import copy_model
 from pinaivu_box.models.names import is_model_id, printable
-from pinaivu_box.models.placing import place
 from pinaivu_box.network.network import Network
 from pinaivu_box.server.admin_peers import OFF
 from pinaivu_box.server.admin_reload import NotServed
@@ -244,7 +244,7 @@ async def _add_name(task: _PullTask, model: Model) -> None:
     box = task.box
     folder = catalog.directory(box.config, box.home)
     try:
-        targets = await asyncio.to_thread(place, model, folder, task.model)
+        targets = await asyncio.to_thread(copy_model, model, folder, task.model)
         await box.look_for_models()
     except OSError as error:
         reason = error.strerror or error

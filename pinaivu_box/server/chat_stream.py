@@ -120,7 +120,7 @@ def _delta(piece: reader.Piece) -> Delta:
     match piece:
         case reader.Text():
             return Delta(content=piece.text)
-        case reader.Thought():
+        case reader.Reasoning():
             return Delta(reasoning_content=piece.text)
         case reader.ParsedCall():
             called: dict[str, Any] = (

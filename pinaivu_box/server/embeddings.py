@@ -17,9 +17,8 @@ from pinaivu_box.openai.embeddings import (
     OneEmbedding,
 )
 from pinaivu_box.openai.request import texts_or_tokens
-from pinaivu_box.openai.types import Sampled
 from pinaivu_box.server.inference import InferenceCall
-from pinaivu_box.server.jobs import job_of
+from pinaivu_box.server.jobs import base_job
 
 _MAX_INPUTS = 2048  # OpenAI's limit
 
@@ -27,7 +26,7 @@ _MAX_INPUTS = 2048  # OpenAI's limit
 async def create_embeddings(call: InferenceCall, body: EmbeddingRequest) -> EmbeddingList:
     inputs = texts_or_tokens(body.input, "input", _MAX_INPUTS)
     model = call.admit(body.model)
-    job = job_of(Sampled(model=model.id), model, call.request_id, call.key.id)
+    job = base_job(body, model, call.request_id, call.key.id)
     running = await call.start([replace(job, inputs=inputs, dimensions=body.dimensions)])
     async for event in call.collect(running):
         match event:

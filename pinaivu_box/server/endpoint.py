@@ -20,12 +20,12 @@ from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import msgspec
-from msgspec import UNSET, Struct
+from msgspec import Struct
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from pinaivu_box.openai.request import SMALL_BODY_BYTES, decode, from_validation
+from pinaivu_box.openai.decoding import SMALL_BODY_BYTES, decode, from_validation
 from pinaivu_box.policy import Scope
 from pinaivu_box.server.bodies import read
 from pinaivu_box.server.inference import InferenceCall
@@ -109,7 +109,7 @@ def _query(request: Request, kind: type[Kind]) -> Kind:
 
 
 def _json(request: Request, content: Struct) -> Response:
-    if getattr(content, "request_id", None) in ("", UNSET):
+    if not getattr(content, "request_id", True):  # it has the field, and left it empty
         request_id = request.scope["state"]["request_id"]
         content = msgspec.structs.replace(content, request_id=request_id)
     return JSON(content)

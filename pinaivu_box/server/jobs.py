@@ -7,10 +7,10 @@ from dataclasses import replace
 from typing import Any
 
 import msgspec
+from msgspec import Struct
 
 from pinaivu_box.chat_format import CONTINUE, GENERATE
-from pinaivu_box.config import SamplingConfig
-from pinaivu_box.engine.messages import Constraint, Tools
+from pinaivu_box.engine.messages import Constraint, SamplingParams, Tools
 from pinaivu_box.errors import InvalidBody
 from pinaivu_box.gateway.backend import Job, committed
 from pinaivu_box.models.catalog import Model
@@ -24,34 +24,40 @@ from pinaivu_box.openai.types import (
     SchemaFormat,
 )
 
-_SEED_BITS = 53  # a seed that we choose also survives in JSON numbers
+_SEED_BITS = 53  # of a random seed, so that it fits into a JSON number
 _SEEDS = 2**63
 
 
-def job_of(body: Sampled, model: Model, request_id: str, tenant: str) -> Job:
-    """What every kind of request says; without a prompt yet."""
+def base_job(body: Struct, model: Model, request_id: str, tenant: str) -> Job:
+    """A job with the sampling parameters of any kind of request, and nothing else of it."""
     return Job(
         request_id=request_id,
         model=model,
         messages=[],
-        asked=SamplingConfig(
-            temperature=body.temperature, top_p=body.top_p, top_k=body.top_k, min_p=body.min_p
-        ),
-        seed=secrets.randbits(_SEED_BITS) if body.seed is None else body.seed,
+        sampling=_sampling(body),
+        max_tokens=None,
+        stop=[],
+        tenant=tenant,
+    )
+
+
+def job_of(body: Sampled, model: Model, request_id: str, tenant: str) -> Job:
+    """The job of a chat or a completion, without its prompt."""
+    return replace(
+        base_job(body, model, request_id, tenant),
         max_tokens=body.max_tokens,
         stop=stop_strings(body.stop),
-        tenant=tenant,
-        ignore_eos=bool(body.ignore_eos),
-        frequency_penalty=body.frequency_penalty or 0.0,
-        presence_penalty=body.presence_penalty or 0.0,
-        repeat_penalty=body.repeat_penalty or 1.0,
-        typical_p=body.typical_p or 1.0,
-        min_tokens=body.min_tokens or 0,
-        logit_bias=body.logit_bias or {},
         priority=body.pinaivu.priority if body.pinaivu else 0,
         constraint=grammar(body.grammar) if body.grammar else None,
         cache=body.cache_prompt is not False,
     )
+
+
+def _sampling(body: Struct) -> SamplingParams:
+    """The values of those fields that the body has; null means the default."""
+    names = set(SamplingParams.__struct_fields__).intersection(body.__struct_fields__)
+    values = {name: value for name in names if (value := getattr(body, name)) is not None}
+    return SamplingParams(**{"seed": secrets.randbits(_SEED_BITS), **values})
 
 
 def chat_job(body: ChatRequest, model: Model, request_id: str, tenant: str) -> Job:
@@ -70,16 +76,22 @@ def chat_job(body: ChatRequest, model: Model, request_id: str, tenant: str) -> J
 
 
 def asked(body: ChatRequest) -> dict[str, Any]:
-    """What a chat's prompt commitment covers beside messages and stop strings."""
+    """What the prompt commitment of a chat covers beside messages and stop strings."""
     return committed(_tools(body), grammar(body.grammar) if body.grammar else _format(body))
 
 
 def choices(job: Job, n: int) -> list[Job]:
-    """Further choices of a prompt have seeds of their own."""
+    """The jobs of `n` choices of a prompt, each with its own seed."""
     return [
-        replace(job, choice=job.choice + k, seed=(job.seed + k + _SEEDS) % (2 * _SEEDS) - _SEEDS)
+        replace(
+            job, choice=job.choice + k, sampling=_with_seed(job.sampling, job.sampling.seed + k)
+        )
         for k in range(n)
     ]
+
+
+def _with_seed(sampling: SamplingParams, seed: int) -> SamplingParams:
+    return msgspec.structs.replace(sampling, seed=(seed + _SEEDS) % (2 * _SEEDS) - _SEEDS)
 
 
 def grammar(text: str) -> Constraint:

@@ -11,7 +11,6 @@ import msgspec
 from msgspec import UNSET
 
 from pinaivu_box.chat_format import CONTINUE
-from pinaivu_box.config import SamplingConfig
 from pinaivu_box.engine.messages import Tools
 from pinaivu_box.errors import InvalidBody, quoted
 from pinaivu_box.gateway.backend import Job
@@ -27,11 +26,10 @@ from pinaivu_box.openai.anthropic import (
     as_messages,
     continues,
 )
-from pinaivu_box.openai.reader import Arguments, ParsedCall, Piece, Text, Thought
-from pinaivu_box.openai.types import Sampled
+from pinaivu_box.openai.reader import Arguments, ParsedCall, Piece, Reasoning, Text
 from pinaivu_box.server import error_responses
 from pinaivu_box.server.inference import InferenceCall
-from pinaivu_box.server.jobs import job_of, json_text
+from pinaivu_box.server.jobs import base_job, json_text
 from pinaivu_box.server.output_parser import OutputParser
 from pinaivu_box.server.sse import EventStream, encode_event
 from pinaivu_box.text import encodable
@@ -45,7 +43,6 @@ async def create_message(
     model = call.admit(body.model)
     job = replace(
         _job(body, model, call),
-        asked=SamplingConfig(temperature=body.temperature, top_p=body.top_p, top_k=body.top_k),
         max_tokens=body.max_tokens,
         stop=list(body.stop_sequences or ()),
     )
@@ -69,7 +66,7 @@ async def count_message_tokens(call: InferenceCall, body: CountTokensRequest) ->
 def _job(body: CountTokensRequest, model: Model, call: InferenceCall) -> Job:
     thinking = body.thinking
     return replace(
-        job_of(Sampled(model=body.model), model, call.request_id, call.key.id),
+        base_job(body, model, call.request_id, call.key.id),
         messages=as_messages(body),
         tools=_tools(body),
         template={
@@ -168,7 +165,7 @@ class _MessageAnswer:
                 start = self._begin("text", {"text": ""})
                 self._blocks[-1]["text"] += text
                 return [*start, self._delta("text_delta", "text", text)]
-            case Thought(text):
+            case Reasoning(text):
                 start = self._begin("thinking", {"thinking": "", "signature": ""})
                 self._blocks[-1]["thinking"] += text
                 return [*start, self._delta("thinking_delta", "thinking", text)]

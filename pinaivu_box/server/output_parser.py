@@ -1,4 +1,4 @@
-"""The text of a model, as it comes, to text, thoughts and tool calls for each choice."""
+"""Parses the output of a model, as it arrives, into text, reasoning and tool calls."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class MessageBuilder:
     """Builds the message of one choice from its parts."""
 
     texts: list[str] = field(default_factory=list)
-    thoughts: list[str] = field(default_factory=list)
+    reasoning: list[str] = field(default_factory=list)
     calls: list[tuple[reader.ParsedCall, list[str]]] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     finish_reason: str = ""
@@ -82,8 +82,8 @@ class MessageBuilder:
             match piece:
                 case reader.Text():
                     self.texts.append(piece.text)
-                case reader.Thought():
-                    self.thoughts.append(piece.text)
+                case reader.Reasoning():
+                    self.reasoning.append(piece.text)
                 case reader.ParsedCall():
                     self.calls.append((piece, []))
                 case reader.Arguments():
@@ -98,7 +98,7 @@ class MessageBuilder:
             "assistant",
             None,
             calls or UNSET,
-            "".join(self.thoughts) if self.thoughts else UNSET,
+            "".join(self.reasoning) if self.reasoning else UNSET,
         )
         choice_logprobs = ChoiceLogprobs(self.logprobs) if logprobs else None
         return Choice(index, message, self.finish_reason, choice_logprobs)

@@ -6,8 +6,6 @@ from dataclasses import replace
 
 from msgspec import UNSET
 
-from pinaivu_box.gateway.backend import Job
-from pinaivu_box.models.catalog import Model
 from pinaivu_box.openai.completions import (
     DetokenizedText,
     DetokenizeRequest,
@@ -16,15 +14,15 @@ from pinaivu_box.openai.completions import (
     TokenList,
 )
 from pinaivu_box.openai.request import check_chat
-from pinaivu_box.openai.types import ChatRequest, Sampled
+from pinaivu_box.openai.types import ChatRequest
 from pinaivu_box.server.inference import InferenceCall
-from pinaivu_box.server.jobs import chat_job, job_of
+from pinaivu_box.server.jobs import base_job, chat_job
 
 
 async def tokenize(call: InferenceCall, body: TokenizeRequest) -> TokenList:
     model = call.admit(body.model)
-    job = replace(_job(model, call), prompt=body.text)
-    result = await call.tokenize(job, plain=not body.special)
+    job = base_job(body, model, call.request_id, call.key.id)
+    result = await call.tokenize(replace(job, prompt=body.text), plain=not body.special)
     return TokenList(
         call.request_id, model.id, result.tokens, len(result.tokens), call.ignored or UNSET
     )
@@ -32,7 +30,8 @@ async def tokenize(call: InferenceCall, body: TokenizeRequest) -> TokenList:
 
 async def detokenize(call: InferenceCall, body: DetokenizeRequest) -> DetokenizedText:
     model = call.admit(body.model)
-    result = await call.tokenize(_job(model, call), body.tokens, count=True)
+    job = base_job(body, model, call.request_id, call.key.id)
+    result = await call.tokenize(job, body.tokens, count=True)
     return DetokenizedText(call.request_id, model.id, result.text, call.ignored or UNSET)
 
 
@@ -45,7 +44,3 @@ async def count_chat_tokens(call: InferenceCall, body: ChatRequest) -> InputToke
     return InputTokens(
         call.request_id, model.id, result.number, ignored_parameters=call.ignored or UNSET
     )
-
-
-def _job(model: Model, call: InferenceCall) -> Job:
-    return job_of(Sampled(model=model.id), model, call.request_id, call.key.id)

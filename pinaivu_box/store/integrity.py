@@ -35,13 +35,13 @@ def check(path: Path, name: str, *, alone: bool = False) -> int:
     try:
         with reading(path, alone=alone) as connection:
             version = _version(connection, name)
-            found = [row[0] for row in connection.execute("PRAGMA integrity_check(10)")]
+            problems = [row[0] for row in connection.execute("PRAGMA integrity_check(10)")]
             strays = connection.execute("PRAGMA foreign_key_check").fetchmany(10)
     except sqlite3.Error as error:
         raise DatabaseUnusable(f"{name} is damaged or cannot be read: {error}.") from error
-    if found != ["ok"]:
+    if problems != ["ok"]:
         # The first is sometimes a heading of several lines.
-        words = " ".join(" ".join(found).split())
+        words = " ".join(" ".join(problems).split())
         raise DatabaseUnusable(f"{name} is damaged: {words[:200]}.")
     if strays:
         raise DatabaseUnusable(

@@ -19,7 +19,7 @@ from pinaivu_box.policy import Policy
 from pinaivu_box.store import accounts
 from pinaivu_box.store.accounts import Account
 from pinaivu_box.store.audit import Actor, record
-from pinaivu_box.store.database import Database, Row, Statement
+from pinaivu_box.store.database import Database, Row, SqlStatement
 from pinaivu_box.store.times import now_ms, time_text
 
 PREFIX = "sk-pnv-"
@@ -166,7 +166,7 @@ async def create(
 
 def new(
     account: Account, name: str, policy: Policy, expires_at: int | None, by: Actor
-) -> tuple[Key, str, Statement, Statement]:
+) -> tuple[Key, str, SqlStatement, SqlStatement]:
     """A new key, its secret, and the statements that store it, which fail with
     sqlite3.IntegrityError if the account was removed meanwhile.
 
@@ -260,11 +260,11 @@ async def named(database: Database, text: str, account_id: str | None = None) ->
     shown = text[:_SHOWN_CHARACTERS] if text.startswith(PREFIX) else text[:_MAX_TEXT_CHARACTERS]
     if not rows:
         raise RowNotFound(f"No key is called {shown}: 'pinaivu keys ls' lists them.")
-    found = [row for row in rows if row["id"] == text or row["revoked_at"] is None] or rows
-    if len(found) > 1 and found[0]["id"] != text:
-        names = ", ".join(row["id"] for row in found[:3])
+    matches = [row for row in rows if row["id"] == text or row["revoked_at"] is None] or rows
+    if len(matches) > 1 and matches[0]["id"] != text:
+        names = ", ".join(row["id"] for row in matches[:3])
         raise RowNotFound(f"{shown} fits several keys ({names}, ...): say which by its id.")
-    return _key(found[0])
+    return _key(matches[0])
 
 
 async def edit(
@@ -354,7 +354,7 @@ async def revoke(database: Database, key: Key, by: Actor) -> Key:
     return msgspec.structs.replace(key, revoked_at=key.revoked_at or now)
 
 
-def charge(key_id: str, *, tokens: int, amount: int, at: int, period: int) -> Statement:
+def charge(key_id: str, *, tokens: int, amount: int, at: int, period: int) -> SqlStatement:
     """The statement that adds a request to the key's counters, for the transaction of its receipt.
 
     `at` is when it came, `period` when the period of the budget began in which it came, both Unix

@@ -128,12 +128,12 @@ async def believed(database: Database, now: int) -> int:
 async def apply(database: Database, policy: RetentionConfig, now: int) -> None:
     """Delete what is too old at `now` (Unix milliseconds), and roll up the days before."""
     for table, statement in OLD_ROWS.items():
-        kept = parse_duration(getattr(policy, table)) * 1000
-        if kept >= 0:
-            await _repeat(database, statement, now - round(kept))
-    kept = parse_duration(policy.requests) * 1000
-    if kept >= 0:
-        before = now - round(kept)
+        kept_ms = parse_duration(getattr(policy, table)) * 1000
+        if kept_ms >= 0:
+            await _repeat(database, statement, now - round(kept_ms))
+    kept_ms = parse_duration(policy.requests) * 1000
+    if kept_ms >= 0:
+        before = now - round(kept_ms)
         await _roll_up(database, before - before % _DAY_MS)
 
 

@@ -173,7 +173,7 @@ class Auditor:
         self._template = ChatTemplate(facts.chat_template or CHATML, bos=facts.bos, eos=facts.eos)
         self._ids: dict[bytes, int] = {}
         for token in range(facts.n_vocab):
-            self._ids.setdefault(self._runner.spelled(token), token)
+            self._ids.setdefault(self._runner.spelling(token), token)
 
     def tokens(self, pieces: list[bytes]) -> list[int]:
         """By their bytes, which is what clients see of them; -1 for what is none."""

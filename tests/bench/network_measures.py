@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pinaivu_box.identity import Identity
 from pinaivu_box.membership.records import network_of
@@ -95,7 +95,8 @@ def simulate(size: int, seed: int = 1, say: Callable[[str], None] = lambda text:
         for why, count in box.cuts.items()
         if why != "too many links" and "revoked" not in why
     )
-    return Figures(size, *steady[:7], *newcomer, *revoked, *steady[7:], *vanished, cuts)
+    figures: tuple[Any, ...] = (*steady[:7], *newcomer, *revoked, *steady[7:], *vanished, cuts)
+    return Figures(size, *figures)
 
 
 def start_requests(world: SimulatedNetwork, boxes: Sequence[SimulatedBox]) -> None:

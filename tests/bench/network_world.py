@@ -276,18 +276,18 @@ def candidate(
     of: SimulatedBox,
     offer: Offer,
     seen_by: SimulatedBox | None = None,
-    load: ModelLoad | Offer | None = None,
+    load: ModelLoad | None = None,
     **more: Any,
 ) -> Candidate:
     """As `seen_by` sees it, who knows the round trip where there is a link; None: it is local."""
     rtt: float | None = 0.0
-    load = load or offer
+    load = load or offer.load
     if seen_by is not None:
         linked = of.id in seen_by.gossip.links
         rtt = 2000 * of.world.latency(of, seen_by) if linked else None
     return Candidate(
-        of.id, offer.id, offer.digest.hex(), offer.sequences, load.sequences_free, load.kv_free,
-        load.queue, offer.ttft_ms, offer.tokens_per_s, cost(offer.prices), "credits",
+        of.id, offer.id, offer.digest.hex(), offer.sequences, load, offer.ttft_ms,
+        offer.tokens_per_s, cost(offer.prices), "credits",
         rtt_ms=rtt, local=seen_by is None, **more,
     )  # fmt: skip
 

@@ -129,14 +129,20 @@ class Program:
             made = Path(scratch) / "made"
             made.mkdir()
             if "==" in wanted:
-                pip = [made / "bin/python", "-m", "pip", "install", "--disable-pip-version-check"]
+                pip = [
+                    str(made / "bin/python"),
+                    "-m",
+                    "pip",
+                    "install",
+                    "--disable-pip-version-check",
+                ]
                 _run(["python3", "-m", "venv", made])
                 _run([*pip, *self.pins])
                 for script in (made / "bin").iterdir():  # whose first line names the folder
                     if script.is_file() and script.read_bytes().startswith(b"#!" + bytes(made)):
                         script.write_text(script.read_text().replace(str(made), str(folder), 1))
             else:
-                npm = ["npm", "install", "--no-audit", "--no-fund", "--prefix", made]
+                npm = ["npm", "install", "--no-audit", "--no-fund", "--prefix", str(made)]
                 _run([*npm, *self.pins])
             (made / "pins").write_text(wanted)
             shutil.rmtree(folder, ignore_errors=True)

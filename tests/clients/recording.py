@@ -168,8 +168,9 @@ def compact(
         made.append(request)
         ids |= {text: f"<ID {number}.{n}>" for n, text in enumerate(one.ids)}
     common = dict(set.intersection(*(set(one["headers"].items()) for one in made)))
-    for one in made:
-        one["headers"] = {k: v for k, v in one["headers"].items() if k not in common}
+    for request in made:
+        own = {k: v for k, v in request["headers"].items() if k not in common}
+        request["headers"] = own
     return {"headers": dict(sorted(common.items())), "requests": made}
 
 

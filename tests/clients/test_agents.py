@@ -304,7 +304,7 @@ def test_arguments_that_an_answer_cannot_hold(here: Box, asked: str, given: Any)
     """As text they come as they are; as an object without what JSON cannot carry."""
     user = {"role": "user", "content": asked}
     tool = {"name": "f", "input_schema": {"type": "object"}}
-    more = {"model": SCRIPTED, "max_tokens": 9000, "tools": [tool]}
+    more: dict[str, Any] = {"model": SCRIPTED, "max_tokens": 9000, "tools": [tool]}
     (block,) = messages(here, user, **more)["content"]
     assert (block["name"], block["input"]) == ("f", given)
     streamed = ask(here, "/v1/messages", {**more, "messages": [user], "stream": True}).text

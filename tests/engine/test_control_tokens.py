@@ -60,7 +60,7 @@ def test_nothing_in_a_request_begins_a_turn(path: Path) -> None:
         function = {"name": "f", "arguments": f'{{"{escaped}": "{escaped}"}}'}
         call = {"id": "call12345", "type": "function", "function": function}
         schema = {"type": "object", "properties": {text: {"enum": [text]}}}
-        said = [
+        said: list[dict[str, Any]] = [
             {"role": "system", "content": text},
             {"role": "user", "content": text, "name": text},
             {"role": "assistant", "content": text},

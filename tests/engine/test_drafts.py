@@ -37,7 +37,7 @@ class Repeating(StrictRunner):
     are right, some wrong.  "$" in a prompt is an end token.
     """
 
-    def tokenize(self, text: str, most: int | None = None, *, special: bool = True) -> list[int]:
+    def tokenize(self, text: str, limit: int | None = None, *, special: bool = True) -> list[int]:
         return [END if token == ord("$") else token for token in super().tokenize(text)]
 
     def logits(self, cells: list[int]) -> npt.NDArray[np.float32]:
@@ -113,7 +113,7 @@ def test_drafts_begin_where_the_text_begins_to_repeat_itself() -> None:
             return logits
 
         def tokenize(
-            self, text: str, most: int | None = None, *, special: bool = True
+            self, text: str, limit: int | None = None, *, special: bool = True
         ) -> list[int]:
             tokens = super().tokenize(text)
             self.prompt = len(tokens)
@@ -130,7 +130,7 @@ def test_nothing_is_said_after_an_end_token_that_was_drafted() -> None:
 
     class Copies(Repeating):
         def tokenize(
-            self, text: str, most: int | None = None, *, special: bool = True
+            self, text: str, limit: int | None = None, *, special: bool = True
         ) -> list[int]:
             return super().tokenize(text.split("user\n")[1].split("<|im_end|>")[0])
 

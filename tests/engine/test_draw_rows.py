@@ -96,7 +96,7 @@ def test_a_sampler_draws_the_same_step_after_step(
 
 
 def plain_top_k(logits: Float32, k: int) -> list[int]:
-    return np.argsort(-logits, kind="stable")[:k].tolist()
+    return [int(index) for index in np.argsort(-logits, kind="stable")[:k]]
 
 
 @settings(max_examples=200)

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pinaivu_box.engine.embeddings import Embedding, Embeddings
+from pinaivu_box.engine.embeddings import EmbeddingJob, EmbeddingScheduler
 from pinaivu_box.engine.fake_runner import N_VOCAB, FakeRunner
 from pinaivu_box.engine.llama_runner import LlamaRunner
 from pinaivu_box.engine.messages import Cancel, Embed
-from pinaivu_box.engine.runner import TEXT_BATCH, Batch, Float32, TextRoom
+from pinaivu_box.engine.runner import TEXT_BATCH, Batch, EmbeddingCapacity, Float32
 from pinaivu_box.errors import BoxError
 from tests.support.engine_harness import Heard, KVCells, StrictRunner, add, finish, load, make
 from tests.support.real_runner import real_runner
@@ -32,9 +32,9 @@ class Reader(FakeRunner):
         self.batches: list[Batch] = []
         self.rooms: list[int] = []
         self._kv = KVCells()
-        self._room = TextRoom(0, sequences, CELLS, whole)
+        self._room = EmbeddingCapacity(0, sequences, CELLS, whole)
 
-    def text_room(self, size: int) -> TextRoom:
+    def prepare_embedding(self, size: int) -> EmbeddingCapacity:
         assert self._kv.used == 0 or not self.rooms or size > self.rooms[-1]
         self._kv = KVCells()
         self.rooms.append(max(size, 100))
@@ -44,7 +44,7 @@ class Reader(FakeRunner):
         self.batches.append(batch)
         for sequence_id in ended:
             self._kv.remove(sequence_id)
-        sums = {}
+        sums: dict[int, Any] = {}
         for token, position, one in zip(
             batch.tokens.tolist(),
             batch.positions.tolist(),
@@ -67,20 +67,22 @@ def texts(*lengths: int, first: int = 1) -> list[list[int]]:
     return [[(first + 3 * n + k) % 250 for k in range(size)] for n, size in enumerate(lengths)]
 
 
-def embed(name: str, inputs: list[list[int]], **more: Any) -> Embedding:
-    return Embedding(name, inputs, **{"tenant": "t", **more})
+def embed(name: str, inputs: list[list[int]], **more: Any) -> EmbeddingJob:
+    return EmbeddingJob(name, inputs, **{"tenant": "t", **more})
 
 
-def run(reader: Reader, *requests: Embedding, most: int = TEXT_BATCH) -> dict[str, list[bytes]]:
+def run(
+    reader: Reader, *requests: EmbeddingJob, max_tokens: int = TEXT_BATCH
+) -> dict[str, list[bytes]]:
     """All of them at once; in the order in which they are complete."""
-    embeddings = Embeddings(reader)
+    embeddings = EmbeddingScheduler(reader)
     for one in requests:
         embeddings.add(one)
-    found = {}
+    found: dict[str, Any] = {}
     for _ in range(5000):
         if not embeddings:
             return found
-        done, tokens = embeddings.step(most)
+        done, tokens = embeddings.step(max_tokens)
         assert tokens > 0
         found |= {one.id: one.vectors for one in done}
     raise AssertionError("it does not come to an end")
@@ -93,13 +95,13 @@ def sizes(reader: Reader) -> list[int]:
 LENGTHS = (5, 1, 70, 600, 3, 255, 256, 257, 90, 600, 2)
 
 
-@pytest.mark.parametrize("most", [3, 16, 50, TEXT_BATCH])
-def test_each_text_has_the_vector_that_it_has_alone(most: int) -> None:
+@pytest.mark.parametrize("max_tokens", [3, 16, 50, TEXT_BATCH])
+def test_each_text_has_the_vector_that_it_has_alone(max_tokens: int) -> None:
     inputs = texts(*LENGTHS)
     alone = [run(Reader(), embed("one", [tokens]))["one"][0] for tokens in inputs]
     reader = Reader()
-    assert run(reader, embed("all", inputs), most=most)["all"] == alone
-    assert max(sizes(reader)) <= most
+    assert run(reader, embed("all", inputs), max_tokens=max_tokens)["all"] == alone
+    assert max(sizes(reader)) <= max_tokens
     norms = [np.linalg.norm(np.frombuffer(one, "<f4")) for one in alone]
     assert norms == pytest.approx([1] * len(norms), abs=1e-6)
 
@@ -128,7 +130,7 @@ def test_more_texts_than_sequences_wait_for_one() -> None:
 def test_a_model_that_reads_texts_whole_gets_them_whole() -> None:
     reader = Reader(whole=True)
     alone = [run(Reader(whole=True), embed("one", [one]))["one"][0] for one in texts(*LENGTHS)]
-    assert run(reader, embed("all", texts(*LENGTHS)), most=64)["all"] == alone
+    assert run(reader, embed("all", texts(*LENGTHS)), max_tokens=64)["all"] == alone
     for batch in reader.batches:
         for one in set(batch.sequence_ids.tolist()):
             assert batch.positions[batch.sequence_ids == one][0] == 0
@@ -140,7 +142,7 @@ def test_room_for_longer_texts_is_made_when_one_comes_and_nothing_is_lost() -> N
     reader = Reader()
     lengths = (90, 80, 500, 30, 600)
     alone = [run(Reader(), embed("one", [tokens]))["one"][0] for tokens in texts(*lengths)]
-    assert run(reader, embed("all", texts(*lengths)), most=40)["all"] == alone
+    assert run(reader, embed("all", texts(*lengths)), max_tokens=40)["all"] == alone
     assert reader.rooms == [100, 500, 600]
 
 
@@ -150,13 +152,13 @@ def test_room_for_longer_texts_is_made_when_one_comes_and_nothing_is_lost() -> N
 def test_tenants_share_each_batch() -> None:
     """Who comes later with one text does not wait for the 200 of another, nor for a long one."""
     reader = Reader()
-    embeddings = Embeddings(reader)
+    embeddings = EmbeddingScheduler(reader)
     embeddings.add(embed("many", texts(*[50] * 200), tenant="a"))
     embeddings.add(embed("long", texts(600), tenant="b"))
     embeddings.step(64)
     embeddings.add(embed("one", texts(12), tenant="c"))
     steps = 0
-    done: list[Embedding] = []
+    done: list[EmbeddingJob] = []
     while not done:
         done, _ = embeddings.step(64)
         steps += 1
@@ -167,7 +169,7 @@ def test_tenants_share_each_batch() -> None:
 def test_who_has_had_less_is_not_held_up_by_texts_that_take_the_room() -> None:
     """A text of 600 tokens needs nearly all of it; others keep coming with 500."""
     reader = Reader()
-    embeddings = Embeddings(reader)
+    embeddings = EmbeddingScheduler(reader)
     embeddings.add(embed("many", texts(*[500] * 40), tenant="a"))
     embeddings.step(TEXT_BATCH)
     embeddings.add(embed("long", texts(600), tenant="b"))
@@ -184,19 +186,19 @@ def test_requests_of_one_tenant_take_turns_and_priority_goes_first() -> None:
         embed("many", texts(*[60] * 20)),
         embed("few", texts(*[60] * 2)),
         embed("urgent", texts(*[60] * 3), priority=5),
-        most=60,
+        max_tokens=60,
     )
     assert list(first) == ["urgent", "few", "many"]
 
 
 def test_a_tenants_weight_is_its_share() -> None:
     reader = Reader()
-    embeddings = Embeddings(reader)
+    embeddings = EmbeddingScheduler(reader)
     embeddings.add(embed("heavy", texts(*[10] * 100, first=1), tenant="a", weight=3.0))
     embeddings.add(embed("light", texts(*[10] * 100, first=9), tenant="b"))
     for _ in range(10):
         embeddings.step(40)
-    heavy, light = (len(one.known) for one in embeddings.every)
+    heavy, light = (len(one.computed) for one in embeddings.jobs)
     assert heavy == pytest.approx(3 * light, abs=4)
 
 
@@ -208,10 +210,10 @@ def test_who_leaves_in_the_middle_takes_only_its_own_away(steps: int) -> None:
     reader = Reader()
     inputs = texts(300, 5, 40)
     alone = [run(Reader(), embed("one", [tokens]))["one"][0] for tokens in inputs]
-    embeddings = Embeddings(reader)
+    embeddings = EmbeddingScheduler(reader)
     embeddings.add(embed("leaves", texts(*[200] * 8, first=7), tenant="a"))
     embeddings.add(embed("stays", inputs, tenant="b"))
-    done: list[Embedding] = []
+    done: list[EmbeddingJob] = []
     for _ in range(steps):
         done += embeddings.step(64)[0]
     left = embeddings.end("leaves")
@@ -268,7 +270,7 @@ def test_streams_go_on_while_texts_are_embedded() -> None:
 
 
 class NoRoom(StrictRunner):
-    def text_room(self, size: int) -> TextRoom:
+    def prepare_embedding(self, size: int) -> EmbeddingCapacity:
         raise BoxError("There is not enough memory to embed texts.")
 
 
@@ -303,18 +305,18 @@ def test_real_texts_do_not_depend_on_what_is_beside_them(llama: LlamaRunner) -> 
     inputs = [llama.tokenize(words[7 * n : 7 * n + size])
               for n, size in enumerate((12, 30, 60, 90, 400, 20, 8, 650))]  # fmt: skip
 
-    def vectors(*requests: Embedding, most: int = TEXT_BATCH) -> dict[str, Any]:
-        embeddings, found = Embeddings(llama), {}
+    def vectors(*requests: EmbeddingJob, max_tokens: int = TEXT_BATCH) -> dict[str, Any]:
+        embeddings, found = EmbeddingScheduler(llama), {}
         for one in requests:
             embeddings.add(one)
         while embeddings:
-            for done in embeddings.step(most)[0]:
+            for done in embeddings.step(max_tokens)[0]:
                 found[done.id] = np.array([np.frombuffer(v, "<f4") for v in done.vectors], float)
         return found
 
     together = vectors(embed("all", inputs))["all"]
     alone = np.concatenate([vectors(embed("one", [one]))["one"] for one in inputs])
-    parts = vectors(embed("all", inputs), most=48)["all"]
+    parts = vectors(embed("all", inputs), max_tokens=48)["all"]
     assert (together * together).sum(axis=1) == pytest.approx(1, abs=1e-5)
     for other in (alone, parts):
         assert (together * other).sum(axis=1).min() > 0.9999

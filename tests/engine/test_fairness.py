@@ -232,9 +232,9 @@ def test_long_requests_do_not_earn_more_than_short_ones() -> None:
 # -- counters --------------------------------------------------------------------------------------
 
 
-def queue_of(*tenants_: str) -> tuple[FairQueue, dict[str, Sequence]]:
+def queue_of(*tenants_: str) -> tuple[FairQueue[Sequence], dict[str, Sequence]]:
     """Each tenant has one that runs."""
-    queue = FairQueue()
+    queue: FairQueue[Sequence] = FairQueue()
     running = {name: sequence(n, 1, 1, tenant=name) for n, name in enumerate(tenants_)}
     for one in running.values():
         queue.push(one)
@@ -243,7 +243,7 @@ def queue_of(*tenants_: str) -> tuple[FairQueue, dict[str, Sequence]]:
     return queue, running
 
 
-def next_tenants(queue: FairQueue, count: int) -> list[str]:
+def next_tenants(queue: FairQueue[Sequence], count: int) -> list[str]:
     return [one.tenant for one, _ in zip(queue.order(), range(count), strict=False)]
 
 

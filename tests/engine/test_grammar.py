@@ -191,7 +191,7 @@ def test_deeply_nested_schemas_are_refused_or_followed() -> None:
 
 # -- tools ---------------------------------------------------------------------------------------
 
-FUNCTIONS = [
+FUNCTIONS: list[dict[str, Any]] = [
     {
         "name": "weather",
         "parameters": {
@@ -207,7 +207,7 @@ FUNCTIONS = [
 @pytest.mark.parametrize("choice", ["required", "weather", "now"])
 @pytest.mark.parametrize("parallel", [False, True])
 def test_a_call_that_must_be_made_is_valid(choice: str, parallel: bool) -> None:
-    tools = Tools(json.dumps(FUNCTIONS), [f["name"] for f in FUNCTIONS], choice, parallel)  # type: ignore[misc]
+    tools = Tools(json.dumps(FUNCTIONS), [f["name"] for f in FUNCTIONS], choice, parallel)
     adds = [add(f"r{n}", "x", 120, seed=n, tools=tools) for n in range(6)]
     heard = run(make(Talker, context=900, kv_tokens=9000)[0], adds)
     for one in adds:

@@ -14,14 +14,14 @@ from typing import Any
 
 import pytest
 
-from pinaivu_box.engine import chat_template, grammar, rendering, trial
+from pinaivu_box.engine import chat_template, grammar, grammar_validation
 from pinaivu_box.engine import sandboxes as engine_sandboxes
-from pinaivu_box.engine.arrivals import Arrivals
 from pinaivu_box.engine.fake_runner import FakeRunner
-from pinaivu_box.engine.intake import Intake, PreparedRequest
 from pinaivu_box.engine.messages import Cancel, Constraint, Embed, Refused, Tools
-from pinaivu_box.engine.rendering import Rendering
+from pinaivu_box.engine.preparation_queue import PreparationQueue
+from pinaivu_box.engine.request_preparer import PreparedRequest, RequestPreparer
 from pinaivu_box.engine.runner import Runner
+from pinaivu_box.engine.sandboxed_template import SandboxedTemplate
 from pinaivu_box.engine.sandboxes import Sandboxes
 from pinaivu_box.engine.sequence import Sequence
 from pinaivu_box.errors import BadRequest
@@ -58,7 +58,7 @@ class Templated(FakeRunner):
 
 
 class Door:
-    """Arrivals with sandboxes of their own."""
+    """A request preparer with sandboxes of their own."""
 
     def __init__(self, limits: SandboxLimits) -> None:
         self.templates = SandboxPool("pinaivu_box.engine.chat_template:make", limits=limits)
@@ -68,13 +68,17 @@ class Door:
         source = "{% if messages[0].content == 'loop' %}" + LOOP + "{% endif %}" + ROLES
 
         def tried(vocabulary: bytes) -> Any:
-            pool = SandboxPool("pinaivu_box.engine.trial:make", vocabulary, limits=limits)
+            pool = SandboxPool(
+                "pinaivu_box.engine.grammar_validation:make", vocabulary, limits=limits
+            )
             self.trials.append(pool)
             return pool.run
 
         sandboxes = Sandboxes(self.templates.run, tried)
-        intake = Intake(Templated(source), sandboxes, drafting=False, context_shift=False)
-        self.take = Arrivals(intake, self.said.put, self.scheduled.put).take
+        preparer = RequestPreparer(
+            Templated(source), sandboxes, drafting=False, context_shift=False
+        )
+        self.take = PreparationQueue(preparer, self.said.put, self.scheduled.put).take
 
     def hears(self) -> Any:
         return self.said.get(timeout=PATIENCE)
@@ -277,7 +281,7 @@ def test_what_was_compiled_or_refused_is_kept_for_its_tenant_alone() -> None:
     shared = in_this_process()
 
     def trials(vocabulary: bytes) -> Any:
-        job = trial.trials(vocabulary)
+        job = grammar_validation.validator(vocabulary)
 
         def counted(payload: bytes, **_: Any) -> bytes:
             tried.append(payload)
@@ -336,7 +340,7 @@ def test_a_tenant_whose_grammars_take_too_long_in_the_steps_loses_them(
     slow = grammar.CpuBudget()
     monkeypatch.setattr(grammar.Grammar, "allows", slowly)
     monkeypatch.setattr(
-        grammar.Grammars,
+        grammar.GrammarCompiler,
         "_allowance",
         lambda its, tenant: slow if tenant == "slow" else grammar.CpuBudget(),
     )
@@ -374,7 +378,7 @@ TOO_MUCH = {
 
 
 def rendered(limited: Sandboxes, source: str | None, messages: Any, context: int = 1000) -> str:
-    made = Rendering(limited.templates, source, bos="", eos="", context=context)
+    made = SandboxedTemplate(limited.templates, source, bos="", eos="", context=context)
     return "".join(made.parts(messages, tenant="t"))
 
 
@@ -412,11 +416,11 @@ UNUSABLE = {
 @pytest.mark.parametrize("name", UNUSABLE)
 def test_a_template_that_cannot_be_used_refuses_chats_alone(limited: Sandboxes, name: str) -> None:
     runner: Runner = Templated(UNUSABLE[name])
-    intake = Intake(runner, limited, drafting=False, context_shift=False)
-    refused = intake.prepare(add("r"))
+    preparer = RequestPreparer(runner, limited, drafting=False, context_shift=False)
+    refused = preparer.prepare(add("r"))
     assert isinstance(refused, Refused) and refused.code == "invalid_request"
     assert "chat template of the model's file" in refused.message and len(refused.message) < 1000
-    arrival = intake.prepare(add("r", prompt="text"))
+    arrival = preparer.prepare(add("r", prompt="text"))
     assert isinstance(arrival, PreparedRequest) and isinstance(arrival.sequence, Sequence)
 
 
@@ -424,16 +428,16 @@ def test_a_template_that_always_reaches_its_limits_is_left_alone_for_a_while(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     now, runs = [1000.0], []
-    monkeypatch.setattr(rendering.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr("pinaivu_box.engine.sandboxed_template.time.monotonic", lambda: now[0])
     job = here(chat_template.make(b""))
 
     def limit(payload: bytes, **more: Any) -> bytes:
         if b"loop" in payload:
             runs.append(payload)
-            raise SandboxLimit("time")
+            raise SandboxLimit("time", engine_sandboxes.LIMITS)
         return job(payload, **more)
 
-    made = Rendering(limit, ROLES, bos="", eos="", context=1000)
+    made = SandboxedTemplate(limit, ROLES, bos="", eos="", context=1000)
 
     def chat(text: str) -> str:
         with pytest.raises(BadRequest) as caught:

@@ -138,7 +138,7 @@ def test_a_named_text_is_cut_at_a_real_token(llama: LlamaRunner, text: str) -> N
         prompt = template.render([system, {"role": "user", "content": "Hi"}])
         tokens = llama.tokenize(prompt)
         share = known.share("s", tokens)
-        said = b"".join(map(llama.spelled, tokens[: share.public])).decode(errors="ignore")
+        said = b"".join(map(llama.spelling, tokens[: share.public])).decode(errors="ignore")
         end = prompt.index(text.rstrip()) + len(text.rstrip())
         assert prompt[:end].startswith(said) and said.count(" ") >= prompt[:end].count(" ") - 1
         assert known.share("s", llama.tokenize(prompt.replace(text[:3], "No!"))).public == 0
@@ -160,7 +160,7 @@ def test_control_tokens_that_are_written_are_text(llama: LlamaRunner) -> None:
     assert [heard.prompts["chat"].count(one) for one in (start, end)] == [3, 2]
     assert start in heard.prompts["raw"]
     assert not {start, end} & set(heard.prompts["text"])
-    text = b"".join(map(llama.spelled, heard.prompts["chat"])).decode()
+    text = b"".join(map(llama.spelling, heard.prompts["chat"])).decode()
     assert text.endswith(f"user\n{forged}<|im_end|>\n<|im_start|>assistant\n")
     clear(llama)
     read = run(Engine(llama, token_budget=256, parse_special=True), [*adds, embed])

@@ -99,7 +99,7 @@ def test_they_agree_with_a_separate_prefill(exact: Callable[..., LlamaRunner]) -
             assert (first.logprob, first.top) == (0, [])
             assert_alike(own, prompt[1:], rows[: len(prompt) - 1])
             assert [entry.token for entry in entries[: len(prompt)]] == [
-                runner.spelled(token) for token in prompt
+                runner.spelling(token) for token in prompt
             ]
         output = entries[len(prompt) * one.echo :]
         assert_alike(output, said, rows[len(prompt) - 1 :][: len(said)])

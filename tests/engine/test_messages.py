@@ -15,20 +15,26 @@ from pinaivu_box.engine.messages import Add, Cancel, LoadModel, Sampling, StepFr
 TEXT = st.text(max_size=20)
 IDS = st.lists(st.integers(0, 2**31 - 1), max_size=5)
 FLOATS = st.floats(allow_nan=False, allow_infinity=False)
-IDS_AS_TEXT = st.integers(0, 2**31 - 1).map(str)
+IDS_AS_TEXT = st.integers(0, 10**9 - 1).map(str)
+TRUNCATION = {
+    "temperature": st.floats(0, 2),
+    "top_p": st.floats(0, 1, exclude_min=True),
+    "top_k": st.integers(0, 2**31 - 1),
+    "min_p": st.floats(0, 1, exclude_max=True),
+}
 SAMPLINGS = st.builds(
     Sampling,
-    temperature=FLOATS,
-    top_p=FLOATS,
-    top_k=st.integers(0, 2**31),
-    min_p=FLOATS,
+    **TRUNCATION,
     seed=st.integers(-(2**63), 2**63 - 1),
     ignore_eos=st.booleans(),
-    frequency_penalty=FLOATS,
-    presence_penalty=FLOATS,
-    logit_bias=st.dictionaries(IDS_AS_TEXT, FLOATS, max_size=3),
+    frequency_penalty=st.floats(-2, 2),
+    presence_penalty=st.floats(-2, 2),
+    logit_bias=st.dictionaries(IDS_AS_TEXT, st.floats(-100, 100), max_size=3),
 )
-DEFAULTS = st.builds(messages.SamplingDefaults, temperature=st.none() | FLOATS)
+DEFAULTS = st.builds(
+    messages.SamplingDefaults,
+    **{name: st.none() | values for name, values in TRUNCATION.items()},
+)
 CHATS = st.lists(st.fixed_dictionaries({"role": TEXT, "content": TEXT}), max_size=3)
 SIZES = st.integers(0, 2**63)
 SWITCHES = dict.fromkeys(("drafting", "context_shift", "parse_special"), st.booleans())

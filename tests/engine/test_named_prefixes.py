@@ -111,14 +111,14 @@ def test_a_template_that_writes_the_date_is_read_anew_each_day(
         day = 1
 
         @classmethod
-        def now(cls, tz: Any = None) -> datetime:
+        def now(cls, tz: Any = None) -> Any:
             return datetime(2026, 5, cls.day, tzinfo=tz or UTC)
 
     monkeypatch.setattr(named_prefixes, "datetime", Clock)
     monkeypatch.setattr("pinaivu_box.engine.chat_template.datetime", Clock)
     made = template(DATED)
     known = NamedPrefixes([TEXT], made, letters)
-    for Clock.day in (1, 2, 3):  # type: ignore[misc]
+    for Clock.day in (1, 2, 3):
         prompt = made.render(says(TEXT))
         assert length(known, letters(prompt)) == end_of(prompt, TEXT)
 

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 
 from pinaivu_box.engine.detokenizer import Detokenizer
 from pinaivu_box.engine.fake_runner import END
-from pinaivu_box.engine.intake import PreparedRequest
 from pinaivu_box.engine.messages import Admitted, EngineLoad, Refused, SequenceDelta, StepFrame
 from pinaivu_box.engine.output import OutputBuffer, SequenceOutput, StepOutput
+from pinaivu_box.engine.request_preparer import PreparedRequest
 from tests.support.engine_harness import add, make
 from tests.support.scheduler_driver import sequence
 
@@ -87,7 +87,8 @@ def test_frames_together_say_the_same_however_many_steps_each_holds(
 
     def listen(often: list[bool]) -> tuple[dict[str, str], dict[str, list[int]], dict[str, str]]:
         output = admitted("a", "b", "c", stop=stop)
-        text, tokens, ends = dict.fromkeys("abc", ""), {name: [] for name in "abc"}, {}
+        text, ends = dict.fromkeys("abc", ""), dict[str, str]()
+        tokens: dict[str, list[int]] = {name: [] for name in "abc"}
         for number, (name, words) in enumerate(spoken):
             output.take(step(say(name, words)))
             if often[number % len(often)] or number == len(spoken) - 1:

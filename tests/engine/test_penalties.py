@@ -51,7 +51,7 @@ def test_draws_are_those_of_the_formula(
     data: st.DataObject,
 ) -> None:
     """Also in company, which stays as it is."""
-    cuts = data.draw(
+    cuts: dict[str, Any] = data.draw(
         st.sampled_from([{"top_k": 0}, {"top_k": 4}, {"top_p": 0.5}, {"min_p": 0.2, "top_k": 0}])
     )
     plain = sampling(temperature, **cuts)

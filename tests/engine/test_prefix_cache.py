@@ -10,19 +10,19 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from pinaivu_box.engine.prefix_cache import PRIVATE, PrefixCache, Share
+from pinaivu_box.engine.prefix_cache import PRIVATE, PrefixCache, PrefixScope
 
 TOKENS = st.lists(st.integers(0, 2), min_size=1, max_size=6)
 PROMPTS = st.lists(st.integers(0, 2), max_size=10)
 SCOPES = st.sampled_from(["a", "b", PRIVATE])
 NAMED = [[0], [0, 1, 2], [1, 1]]  # beginnings that are public
-OURS = Share("us")
+OURS = PrefixScope("us")
 
 
-def share_of(prompt: list[int], scope: str) -> Share:
+def share_of(prompt: list[int], scope: str) -> PrefixScope:
     named = [one for one in NAMED if prompt[: len(one)] == one and scope != PRIVATE]
     longest = max(named, key=len, default=[])
-    return Share(scope, len(longest), str(longest) if longest else PRIVATE)
+    return PrefixScope(scope, len(longest), str(longest) if longest else PRIVATE)
 
 
 class Model(RuleBasedStateMachine):
@@ -32,7 +32,7 @@ class Model(RuleBasedStateMachine):
         super().__init__()
         self.cache = PrefixCache()
         self.cells: dict[int, list[tuple[int, int]]] = {}
-        self.shares: dict[int, Share] = {}
+        self.shares: dict[int, PrefixScope] = {}
         self.finished: list[int] = []  # the least recently used first
         self.new_cell = itertools.count()
         self.new_id = itertools.count()
@@ -114,7 +114,7 @@ class Model(RuleBasedStateMachine):
             assert self.cache.is_cached(sequence) == (sequence in self.finished)
         for spared in self.finished:
             oldest = next((one for one in self.finished if one != spared), None)
-            assert self.cache.oldest(but=spared) == oldest
+            assert self.cache.oldest(excluding=spared) == oldest
 
     def distinct(self, sequences: Iterable[int]) -> int:
         return len({cell for sequence in sequences for _, cell in self.cells[sequence]})
@@ -129,7 +129,7 @@ class Model(RuleBasedStateMachine):
         if sequence in self.finished:
             self.finished.remove(sequence)
 
-    def common(self, prompt: list[int], share: Share, sequence: int) -> int:
+    def common(self, prompt: list[int], share: PrefixScope, sequence: int) -> int:
         """How many of its first tokens the sequence has as well, in a scope that it may see."""
         tokens, its = [token for token, _ in self.cells[sequence]], self.shares[sequence]
         if PRIVATE in (share.scope, its.scope):
@@ -142,7 +142,7 @@ class Model(RuleBasedStateMachine):
         return sum(1 for _ in itertools.takewhile(bool, alike))
 
 
-def scope_at(share: Share, at: int) -> str:
+def scope_at(share: PrefixScope, at: int) -> str:
     return share.common if at < share.public else share.scope
 
 
@@ -180,7 +180,7 @@ def test_truncating_shared_cells_is_refused() -> None:
 # -- who finds what --------------------------------------------------------------------------------
 
 
-def filled(tokens: list[int], share: Share) -> PrefixCache:
+def filled(tokens: list[int], share: PrefixScope) -> PrefixCache:
     cache = PrefixCache()
     cache.open(0, share)
     cache.extend(0, tokens)
@@ -189,21 +189,27 @@ def filled(tokens: list[int], share: Share) -> PrefixCache:
 
 @pytest.mark.parametrize("kept", [False, True], ids=["running", "kept"])
 def test_a_scope_finds_its_own_and_nothing_else(kept: bool) -> None:
-    cache = filled([1, 2, 3], Share("a"))
+    cache = filled([1, 2, 3], PrefixScope("a"))
     if kept:
         cache.keep(0)
-    assert cache.match([1, 2, 3, 4], Share("a")) == (3, 0)
-    for other in (Share("b"), Share("aa"), Share(), public("b", 2), public("a", 2)):
+    assert cache.match([1, 2, 3, 4], PrefixScope("a")) == (3, 0)
+    for other in (
+        PrefixScope("b"),
+        PrefixScope("aa"),
+        PrefixScope(),
+        public("b", 2),
+        public("a", 2),
+    ):
         assert cache.match([1, 2, 3, 4], other) == (0, -1)
 
 
-def public(scope: str, length: int, name: str = "named") -> Share:
-    return Share(scope, length, name)
+def public(scope: str, length: int, name: str = "named") -> PrefixScope:
+    return PrefixScope(scope, length, name)
 
 
 def test_what_is_private_is_found_by_nobody() -> None:
-    cache = filled([1, 2, 3], Share())
-    for share in (Share(), Share("a"), public("a", 2)):
+    cache = filled([1, 2, 3], PrefixScope())
+    for share in (PrefixScope(), PrefixScope("a"), public("a", 2)):
         assert cache.match([1, 2, 3], share) == (0, -1)
 
 
@@ -212,11 +218,11 @@ def test_of_what_is_named_others_find_so_much_and_no_more() -> None:
     cache = filled([1, 2, 3, 4, 5], public("a", 3))
     assert cache.match([1, 2, 3, 4, 5], public("a", 3)) == (5, 0)
     assert cache.match([1, 2, 3, 4, 5], public("b", 3)) == (3, 0)
-    assert cache.match([1, 2, 3, 4, 5], Share("b")) == (0, -1)
-    assert cache.match([1, 2, 3, 4, 5], Share("a")) == (0, -1)
+    assert cache.match([1, 2, 3, 4, 5], PrefixScope("b")) == (0, -1)
+    assert cache.match([1, 2, 3, 4, 5], PrefixScope("a")) == (0, -1)
     assert cache.match([1, 2, 9, 4, 5], public("b", 2, "another")) == (0, -1)
     # Who begins otherwise is not found by the part that it has in common with what is named.
-    assert filled([1, 2, 9], Share("a")).match([1, 2, 3, 4], public("b", 3)) == (0, -1)
+    assert filled([1, 2, 9], PrefixScope("a")).match([1, 2, 3, 4], public("b", 3)) == (0, -1)
 
 
 def test_what_is_named_may_come_piece_by_piece() -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pinaivu_box.engine.messages import Add
-from pinaivu_box.engine.scheduler import MOST_SCORED
+from pinaivu_box.engine.scheduler import MAX_SCORED_POSITIONS
 from tests.support.engine_harness import (
     Engine,
     Heard,
@@ -145,7 +145,7 @@ def test_a_step_scores_so_many_positions_at_most() -> None:
     driven.add(*long, sequence(2, 300, 3))
     while driven.scheduler:
         plan = driven.plan()
-        assert sum(len(chunk.scored) for chunk in plan.chunks) <= MOST_SCORED
+        assert sum(len(chunk.scored) for chunk in plan.chunks) <= MAX_SCORED_POSITIONS
         driven.compute(plan)
         for chunk in plan.chunks:
             if chunk.scored:

@@ -46,7 +46,7 @@ def arrivals(draw: st.DrawFn, kv: int, *, alike: bool, drafting: bool) -> list[A
             tenant=draw(st.sampled_from("abc")),
             weight=draw(st.sampled_from([1.0, 1.0, 3.0])),
             priority=draw(st.integers(-1, 1)),
-            lookup=drafting,
+            drafter=drafting,
             scope=draw(st.sampled_from(["a", "a", "b", ""])),
             public=draw(st.sampled_from([0, len(begin)])),
         )
@@ -207,7 +207,7 @@ def test_a_sequence_alone_is_never_preempted() -> None:
     driven = SchedulerDriver(kv=30)
     driven.add(sequence(0, 8, 20))
     driven.step()
-    assert not driven.scheduler.relieve()
+    assert not driven.scheduler.reclaim()
     assert len(driven.scheduler.running) == 1 and driven.scheduler.preemptions == 0
 
 
@@ -218,9 +218,9 @@ def test_what_is_kept_goes_before_anybody_who_runs() -> None:
     driven.add(sequence(1, 8, 20), sequence(2, 8, 20))
     driven.step()
     assert driven.scheduler.kv_cached > 0
-    assert driven.scheduler.relieve()
+    assert driven.scheduler.reclaim()
     assert driven.scheduler.kv_cached == 0 and driven.scheduler.preemptions == 0
-    assert driven.scheduler.relieve()
+    assert driven.scheduler.reclaim()
     assert driven.scheduler.preemptions == 1
 
 

@@ -32,7 +32,7 @@ def test_the_prefix_of_a_running_sequence_is_copied() -> None:
     driven.step()
     driven.add(second)
     plan = driven.plan()
-    assert plan.moves == [CopyCells(first.sequence_id, second.sequence_id, 200)]
+    assert plan.operations == [CopyCells(first.sequence_id, second.sequence_id, 200)]
     assert second.cached_tokens == 200 and first.cached_tokens == 0
     assert [c.count for c in plan.chunks if c.sequence is second] == [2]  # only what is its own
     driven.compute(plan)
@@ -52,7 +52,7 @@ def test_a_conversation_that_goes_on_takes_over_its_cells() -> None:
     driven.add(second)
     driven.step()
     assert second.sequence_id == its_id and second.cached_tokens == 109
-    assert not any(isinstance(move, CopyCells) for move in driven.moves)
+    assert not any(isinstance(move, CopyCells) for move in driven.operations)
     assert driven.computed["r1"] == 4  # the last token that the first one said, and the new ones
     driven.run()
 
@@ -64,7 +64,9 @@ def test_a_part_of_what_is_kept_is_copied_while_there_are_ids() -> None:
     second = sequence(1, [*LONG[:150], 1002], 5)
     driven.add(second)
     driven.step()
-    assert second.cached_tokens == 150 and [type(move) for move in driven.moves] == [CopyCells]
+    assert second.cached_tokens == 150 and [type(operation) for operation in driven.operations] == [
+        CopyCells
+    ]
     driven.run()
     third = sequence(2, [*LONG, 1003], 5)  # the first one's cells are still all there
     driven.add(third)
@@ -73,19 +75,21 @@ def test_a_part_of_what_is_kept_is_copied_while_there_are_ids() -> None:
 
 
 @pytest.mark.parametrize(
-    ("shared", "moves"), [(150, [TruncateCells]), (20, [RemoveCells, CopyCells])]
+    ("shared", "operations"), [(150, [TruncateCells]), (20, [RemoveCells, CopyCells])]
 )
-def test_without_a_free_id_what_is_kept_is_cut_or_given_up(shared: int, moves: list[type]) -> None:
+def test_without_a_free_id_what_is_kept_is_cut_or_given_up(
+    shared: int, operations: list[type]
+) -> None:
     """It is cut if half of it is used; else another one gives its id, and the part is copied."""
     driven = SchedulerDriver(budget=300, sequences=2, ids=2)
     driven.add(sequence(0, 10, 5), sequence(1, [*LONG, 1001], 5))
     driven.run()
-    del driven.moves[:]
+    del driven.operations[:]
     second = sequence(2, [*LONG[:shared], 1002], 5)
     driven.add(second)
     driven.step()
     assert second.cached_tokens == shared
-    assert [type(move) for move in driven.moves] == moves
+    assert [type(operation) for operation in driven.operations] == operations
     driven.run()
 
 
@@ -220,7 +224,7 @@ def test_nothing_is_shared_beyond_a_scope(whose: str, when: str) -> None:
     assert second in driven.started and driven.computed["r1"] == 200
     driven.run()
     assert first.cached_tokens == second.cached_tokens == 0
-    assert not any(isinstance(move, CopyCells) for move in driven.moves)
+    assert not any(isinstance(move, CopyCells) for move in driven.operations)
     driven.add(third)  # within a scope it goes on as ever
     driven.run()
     assert third.cached_tokens == (199 if SCOPES[whose] else 0)
@@ -372,7 +376,7 @@ def test_without_sharing_nothing_is_kept_copied_or_cut(
     while driven.scheduler:
         driven.step()
         assert driven.scheduler.kv_cached == 0
-    assert all(isinstance(move, RemoveCells) for move in driven.moves)
+    assert all(isinstance(move, RemoveCells) for move in driven.operations)
     assert all(one.cached_tokens == 0 for one in family)
     assert driven.cells.used - driven.scheduler.kv_used in range(200)
     assert len(driven.ended) == len(family)

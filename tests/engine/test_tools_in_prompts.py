@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from pinaivu_box import chat_format
-from pinaivu_box.engine.intake import Intake, PreparedRequest
 from pinaivu_box.engine.messages import Constraint, Refused, Tools
+from pinaivu_box.engine.request_preparer import PreparedRequest, RequestPreparer
+from pinaivu_box.engine.sequence import Sequence
 from tests.support.engine_harness import StrictRunner, Template, add, in_this_process, load
 
 FUNCTION = {"name": "f", "description": "It does.", "parameters": {"type": "object"}}
@@ -93,7 +94,7 @@ class Known(StrictRunner):
             self.facts, chat_template=self.TEMPLATE, infill=self.INFILL
         )
 
-    def tokenize(self, text: str, most: int | None = None) -> list[int]:
+    def tokenize(self, text: str, limit: int | None = None, *, special: bool = False) -> list[int]:
         found: list[int] = []
         for number, part in enumerate(text.split("[TOOL_CALLS]")):
             found += ([255] if number else []) + list(part.encode())
@@ -104,9 +105,9 @@ class Known(StrictRunner):
 
 
 def prepare(runner: StrictRunner, **more: Any) -> PreparedRequest | Refused:
-    arrival = Intake(runner, in_this_process(), drafting=False, context_shift=False).prepare(
-        add(**more)
-    )
+    arrival = RequestPreparer(
+        runner, in_this_process(), drafting=False, context_shift=False
+    ).prepare(add(**more))
     if isinstance(arrival, PreparedRequest) and arrival.compile is not None:
         return arrival.compile() or arrival
     return arrival
@@ -119,11 +120,12 @@ def test_a_mark_that_is_a_control_token_is_one_in_grammar_and_text() -> None:
     runner = Mistral()
     tools = Tools('[{"name": "f"}]', ["f"], "required", False)
     arrival = prepare(runner, tools=tools)
-    assert isinstance(arrival, PreparedRequest)
-    grammar = arrival.sequence.grammar  # type: ignore[union-attr]
-    said = []
+    assert isinstance(arrival, PreparedRequest) and isinstance(arrival.sequence, Sequence)
+    grammar = arrival.sequence.grammar
+    assert grammar is not None
+    said: list[int] = []
     for token in [255, *b'[{"name": "f", "arguments": {}}]']:
-        assert grammar is not None and grammar.allows(token), bytes(said)
+        assert grammar.allows(token), bytes(said)
         grammar.take(token)
         said.append(token)
     assert grammar.done and not grammar.broken
@@ -138,8 +140,8 @@ def test_a_tool_that_is_told_and_not_allowed_is_not_called() -> None:
     for style, names in (("auto", ["g"]), ("required", ["g"]), ("auto", [])):
         tools = Tools('[{"name": "f"}, {"name": "g"}]', names, style, False)
         arrival = prepare(Tagged(), tools=tools)
-        assert isinstance(arrival, PreparedRequest)
-        grammar = arrival.sequence.grammar  # type: ignore[union-attr]
+        assert isinstance(arrival, PreparedRequest) and isinstance(arrival.sequence, Sequence)
+        grammar = arrival.sequence.grammar
         if not names:
             assert grammar is None
             continue
@@ -170,7 +172,8 @@ def test_after_thoughts_an_answer_keeps_to_what_it_must_be(asked: Any, wanted: s
 
     arrival = prepare(Thinker(), **asked)
     assert isinstance(arrival, PreparedRequest) and arrival.admitted.thinking
-    grammar = arrival.sequence.grammar  # type: ignore[union-attr]
+    assert isinstance(arrival.sequence, Sequence)
+    grammar = arrival.sequence.grammar
     assert grammar is not None
     for token in b"well, 8?</think>\n\n":
         assert grammar.allows(token)

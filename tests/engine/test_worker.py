@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import io
 import json
 import os
 import signal
@@ -14,6 +15,7 @@ import time
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 
@@ -47,6 +49,8 @@ class Child:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
         )
+        assert isinstance(self.process.stdout, io.BufferedReader)
+        self.output: BinaryIO = self.process.stdout
         if given_load is not None:
             self.send(given_load)
 
@@ -58,8 +62,7 @@ class Child:
 
     def read(self) -> FromEngine | None:
         """The next frame, None at the end."""
-        assert self.process.stdout
-        body = read_body(self.process.stdout)
+        body = read_body(self.output)
         return None if body is None else decode_from_engine(body)
 
     def ready(self) -> Ready:
@@ -233,9 +236,10 @@ def test_cancels_and_stop_strings_end_requests_of_a_child(children: list[Child])
             child.send(Cancel("cancelled"), add("ends", max_tokens=200))
     assert heard.ends == {"stops": "stop", "cancelled": "cancelled", "ends": "length"}
     assert heard.text["stops"].endswith("the ")
-    while frame.load.running or frame.load.waiting:  # of a stop string the engine hears later
+    while heard.load.running or heard.load.waiting:  # of a stop string the engine hears later
         frame = child.read()
         assert isinstance(frame, StepFrame)
+        heard.take(frame)
 
 
 def test_a_child_ends_what_is_cancelled_while_its_grammar_compiles(children: list[Child]) -> None:

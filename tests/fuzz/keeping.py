@@ -26,7 +26,7 @@ def keep(box: Box, schemas: Iterable[int], seeds: Iterable[int]) -> tuple[int, i
             answer = client.chat.completions.create(
                 model=MODEL,
                 messages=[{"role": "user", "content": f"Make up an example, number {seed}."}],
-                response_format=form,  # type: ignore[arg-type]
+                response_format=form,
                 temperature=1,
                 seed=seed,
                 max_tokens=1500,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from typing import Any
 
 Schema = dict[str, Any]
@@ -33,7 +34,14 @@ def _object(draw: random.Random, depth: int) -> Schema:
 
 
 def _any(draw: random.Random, depth: int) -> Schema:
-    kinds = [_string, _integer, _number, _enum, _constant, _simple]
+    kinds: list[Callable[[random.Random, int], Schema]] = [
+        _string,
+        _integer,
+        _number,
+        _enum,
+        _constant,
+        _simple,
+    ]
     if depth > 0:
         kinds += [_object_in, _array, _union]
     return draw.choice(kinds)(draw, depth)

@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from pinaivu_box.engine.messages import SamplingDefaults
 from pinaivu_box.gateway import scopes
 from pinaivu_box.legs import server
 from pinaivu_box.legs import wire as leg_wire
@@ -146,7 +147,7 @@ def test_a_peer_of_the_version_before_reads_a_task_with_a_tag() -> None:
         ],
     )
     task = leg_wire.Task(
-        "req_" + "0" * 26, FAKE, [], leg_wire.Asked(), 7, 20, [], "0" * 64, tag="0" * 32
+        "req_" + "0" * 26, FAKE, [], SamplingDefaults(), 7, 20, [], "0" * 64, tag="0" * 32
     )
-    read = msgspec.msgpack.decode(msgspec.msgpack.encode(task), type=before)
+    read: Any = msgspec.msgpack.decode(msgspec.msgpack.encode(task), type=before)
     assert read.request_id == task.request_id and not hasattr(read, "tag")

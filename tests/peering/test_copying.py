@@ -30,8 +30,8 @@ from pinaivu_box.files.wire import (
     PieceData,
     Working,
 )
-from pinaivu_box.models import pieces
-from pinaivu_box.models.pieces import PIECE_BYTES
+from pinaivu_box.models import partial_file
+from pinaivu_box.models.partial_file import PIECE_BYTES
 from pinaivu_box.transport import wire
 from tests.support.model_copies import (
     NAME,
@@ -51,7 +51,7 @@ from tests.support.waiting import soon, wait_until
 pytestmark = pytest.mark.anyio
 DATA = made_up(1)
 DIGEST = digest_of(DATA)
-COUNT = pieces.count(SIZE)
+COUNT = partial_file.count(SIZE)
 
 
 @pytest.fixture
@@ -345,7 +345,7 @@ async def test_a_disk_that_fills_up_keeps_what_has_come(
 
 async def test_one_copy_at_a_time_and_nothing_is_written_over(world: CopyNetwork) -> None:
     await world.giver(DATA)
-    held = pieces.Partial(world.target.parent, DIGEST, SIZE, b"")
+    held = partial_file.PartialFile(world.target.parent, DIGEST, SIZE, b"")
     with pytest.raises(CopyFailed, match="already"):
         await soon(world.copy())
     held.close()
@@ -484,7 +484,7 @@ async def test_under_a_low_limit_pieces_go_out_one_after_the_other(
     streams[1].abandon()
     go_on.set()
     for number in (0, 2):
-        left = pieces.length(number, SIZE)
+        left = partial_file.length(number, SIZE)
         while left:
             said = read_answer(await soon(streams[number].receive()))
             left -= len(said.data) if isinstance(said, PieceData) else 0

@@ -18,8 +18,8 @@ from pinaivu_box.files import wire as file_wire
 from pinaivu_box.files.upload import FileServer
 from pinaivu_box.files.wire import File, FileRefused, Find, GivePiece, List, ModelAvailable
 from pinaivu_box.models import catalog as catalogs
-from pinaivu_box.models import pieces
-from pinaivu_box.models.pieces import PIECE_BYTES
+from pinaivu_box.models import partial_file
+from pinaivu_box.models.partial_file import PIECE_BYTES
 from pinaivu_box.models.splits import digest_of_parts
 from pinaivu_box.transport import wire
 from tests.support import gguf_files
@@ -154,7 +154,7 @@ async def test_room_for_all_is_looked_for_before_anything_is_asked(
 
 async def test_one_copy_at_a_time(world: CopyNetwork) -> None:
     await giver(world)
-    with pieces.claimed(folder(world), DIGEST), pytest.raises(CopyFailed, match="already"):
+    with partial_file.claimed(folder(world), DIGEST), pytest.raises(CopyFailed, match="already"):
         await soon(copied(world))
     await soon(copied(world))
 

@@ -144,7 +144,7 @@ def test_calls_schemas_and_choices_go_on_as_well(boxes: Fleet) -> None:
               "additionalProperties": False}  # fmt: skip
     function = {"type": "function", "function": {"name": "add", "parameters": schema}}
     form = {"type": "json_schema", "json_schema": {"name": "numbers", "schema": schema}}
-    more = {"temperature": 1, "seed": 3, "ignore_eos": False}
+    more: dict[str, Any] = {"temperature": 1, "seed": 3, "ignore_eos": False}
     formed = StreamedChat(boxes.anna, REAL, 200, response_format=form, logprobs=True, **more)
     called = StreamedChat(boxes.anna, REAL, 200, tools=[function], tool_choice="required", **more)
     several = StreamedChat(boxes.anna, REAL, 60, n=2, logprobs=True, seed=3, temperature=1)

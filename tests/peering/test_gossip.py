@@ -312,7 +312,8 @@ def test_a_box_whose_clock_was_a_year_ahead_is_heard_again() -> None:
 def test_records_go_in_frames_that_fit() -> None:
     record = advert(IDENTITIES[1], 1)[1]
     frames = [encode(frame) for frame in batches([GivenRecord(record)] * 3000)]
-    assert sum(len(decode(frame).records) for frame in frames) == 3000  # type: ignore[union-attr]
+    given = [decode(frame) for frame in frames]
+    assert sum(len(one.records) for one in given if isinstance(one, GiveRecords)) == 3000
     assert len(frames) > 1 and max(map(len, frames)) < 2 * MAX_GIVE_BYTES
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from pinaivu_box.errors import LinkLost
 from pinaivu_box.legs import wire as leg_wire
+from pinaivu_box.transport import wire
 from tests.support.fake_coordinator import accept, ask, entry, heard, opened, served, sign
 from tests.support.three_boxes import ThreeBoxes
 
@@ -195,7 +196,7 @@ async def test_a_large_message_is_not_decoded_before_it_was_looked_at(
 ) -> None:
     """Nothing of it is decoded in this process, so nobody waits for that."""
     sizes: list[int] = []
-    decode = leg_wire.decode
+    decode = wire.decode
 
     def decoded(frame: bytes, decoder: Any) -> Any:
         sizes.append(len(frame))

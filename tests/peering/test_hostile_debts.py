@@ -21,6 +21,7 @@ from pinaivu_box.legs import wire as leg_wire
 from pinaivu_box.models.catalog import digest_of
 from pinaivu_box.receipts.receipt import ACCEPTANCE_DOMAIN
 from pinaivu_box.transport.transport import Stream
+from pinaivu_box.transport.wire import MAX_FRAME_BYTES
 from tests.support import memory_transport
 from tests.support.fake_coordinator import (
     accept,
@@ -537,7 +538,7 @@ async def test_a_message_without_end_ends_the_link(world: ThreeBoxes) -> None:
     stream = await opened(world)
     with pytest.raises(LinkLost, match="longer than is allowed") as lost:
         for _ in range(40):
-            await stream.send(b"\1" + bytes(leg_wire.MAX_FRAME_BYTES - 1))
+            await stream.send(b"\1" + bytes(MAX_FRAME_BYTES - 1))
         await soon(stream.receive())
     assert lost.value.code == 400
 

@@ -11,18 +11,18 @@ import msgspec
 import pytest
 from msgspec import Struct
 
-from pinaivu_box.engine.messages import Sampling, TokenLogprob
+from pinaivu_box.engine.messages import Sampling, SamplingDefaults, TokenLogprob
 from pinaivu_box.errors import InvalidBody, ProtocolError
 from pinaivu_box.files import wire as file_wire
 from pinaivu_box.gossip import adverts, frames
 from pinaivu_box.ledger import wire as ledger_wire
 from pinaivu_box.ledger.reconcile import EntryRange, EntrySummary
 from pinaivu_box.legs import wire as leg_wire
-from pinaivu_box.legs.codec import sampling_of, to_job
+from pinaivu_box.legs.codec import to_job
 from pinaivu_box.membership import joining, records, tickets
 from pinaivu_box.membership.records import Invalid, Record
 from pinaivu_box.models.catalog import remote
-from pinaivu_box.receipts.receipt import canonical
+from pinaivu_box.receipts.receipt import Proof, canonical
 from pinaivu_box.transport import streams, wire
 from tests.support import ledger_entries
 from tests.support.keys import IDENTITIES
@@ -33,8 +33,9 @@ FEW = 1000  # mutations of each frame
 SEED = 20261125
 DIGEST = "ab" * 32
 TASK = leg_wire.Task(
-    "req_" + "0" * 26, "fake:1", [{"role": "user", "content": "Hello"}], leg_wire.Asked(0.5), 7, 20,
-    ["."], DIGEST, read=[1, 2, 3], settled=Sampling(0.8, 0.95, 40, 0.05, 7),
+    "req_" + "0" * 26, "fake:1", [{"role": "user", "content": "Hello"}],
+    SamplingDefaults(0.5), 7, 20, ["."], DIGEST, read=[1, 2, 3],
+    settled=Sampling(0.5, 0.95, 40, 0.05, 7),
 )  # fmt: skip
 ENTRY = ledger_entries.entry(IDENTITIES[0], IDENTITIES[1])
 WIRE_ENTRY = ledger_wire.SignedEntry(
@@ -71,12 +72,12 @@ def task(data: bytes) -> Any:
     """And the job that it becomes, with what the proof says of it."""
     asked = wire.decode(data, leg_wire.to_serving)
     if isinstance(asked, leg_wire.LegRequest | leg_wire.Count):
-        return to_job(asked.task, remote("fake:1", DIGEST), sampling_of(asked.task), "peer")
+        return to_job(asked.task, remote("fake:1", DIGEST), "peer")
     return asked
 
 
 def proof(data: bytes) -> Any:
-    return canonical(msgspec.json.decode(data, type=ledger_entries.Proof))
+    return canonical(msgspec.json.decode(data, type=Proof))
 
 
 OUT = leg_wire.Out(

@@ -161,9 +161,8 @@ async def test_garbage_of_all_kinds(attacker: Attacker) -> None:
         for _ in range(3000):
             plain.sendto(random.randbytes(random.randrange(1, 1400)), (host, int(port)))
     for _ in range(3000):
-        attacker.link._connection._connection.send_datagram(
-            random.randbytes(random.randrange(1000))
-        )
+        connection: Any = attacker.link._connection
+        connection._connection.send_datagram(random.randbytes(random.randrange(1000)))
     for _ in range(20):
         pipe = await soon(attacker.link._connection.open())
         try:

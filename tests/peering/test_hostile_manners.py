@@ -15,6 +15,7 @@ from pinaivu_box.engine.messages import TokenLogprob
 from pinaivu_box.legs import client as peers
 from pinaivu_box.legs import wire as leg_wire
 from pinaivu_box.transport.transport import Stream
+from pinaivu_box.transport.wire import MAX_FRAME_BYTES
 from tests.support import memory_transport
 from tests.support.fake_model import FAKE
 from tests.support.fake_peer import Violation
@@ -67,7 +68,7 @@ async def leaves(peer: str, stream: Stream) -> None:
     stream.abandon()
 
 
-MEGABYTE = leg_wire.MAX_FRAME_BYTES
+MEGABYTE = MAX_FRAME_BYTES
 MANNERS: dict[str, tuple[Any, str]] = {
     "silence": (frames(), "stalled: nothing came"),
     "deafness": (deaf, "does not take"),

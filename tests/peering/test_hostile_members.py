@@ -95,7 +95,8 @@ def tell(member: FakePeer, to: str, *records: Record) -> None:
 
 
 async def end_of(member: FakePeer, to: str) -> PeeringError:
-    return await soon(member.network._links.by_peer[to].link.closed())
+    lost: PeeringError = await soon(member.network._links.by_peer[to].link.closed())
+    return lost
 
 
 # -- who was put out -----------------------------------------------------------------------------

@@ -97,7 +97,12 @@ async def test_an_old_proof_is_no_new_one(world: ThreeBoxes) -> None:
     liar = world.lie(Violation())
     liar.identity = world.carl.identity
     kept: list[leg_wire.LegProof] = []
-    world.lie(Violation(proved=lambda one: kept.append(one) or one))
+
+    def keep(proof: leg_wire.LegProof) -> leg_wire.LegProof:
+        kept.append(proof)
+        return proof
+
+    world.lie(Violation(proved=keep))
     assert (await world.anna.chat("the first")).status_code == 200
     before = await world.entries()
     world.lie(Violation(proved=lambda _: kept[0]))

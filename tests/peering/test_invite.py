@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 from pathlib import Path
 
 import pytest
@@ -77,7 +78,7 @@ def test_any_other_text_is_refused_in_a_sentence(text: str) -> None:
 
 @given(st.binary(max_size=200))
 def test_content_with_a_right_checksum_that_makes_no_sense(body: bytes) -> None:
-    text = tickets.PREFIX + tickets.base64.b32encode(tickets._checksum(body) + body).decode()
+    text = tickets.PREFIX + base64.b32encode(tickets._checksum(body) + body).decode()
     with pytest.raises(TicketInvalid):
         tickets.decode(text)
 
@@ -124,7 +125,7 @@ def test_expired_withdrawn_and_guessed_tickets() -> None:
     secret, who = tickets.decode(text).secret, IDENTITIES[1].node_id
     with pytest.raises(TicketRefused, match="expired"):
         tickets.redeem(invitation, secret, who, NOW + 3600)
-    ahead = invitation._replace(made_at=(NOW + 86400) * 1000)  # for an hour, as its clock said
+    ahead = invitation._replace(made_at=round(NOW + 86400) * 1000)  # for an hour, as its clock said
     with pytest.raises(TicketRefused, match="from the future"):
         tickets.redeem(ahead, secret, who, NOW)
     with pytest.raises(TicketRefused, match="no such ticket"):

@@ -250,7 +250,12 @@ def test_a_key_says_who_may_serve_it(member: MakePeerBox) -> None:
     body = {"policy": {"routing": "dearest"}}
     assert anna.http("PATCH", f"/v1/admin/keys/{id_}", json=body).status_code == 422
     wait_until(lambda: len(pinaivu_json("ledger", "show", "ben", home=anna.home)) == 2, "both")
-    for options in (("--policy", "never"), ("--scope", "local-only"), ("--peer", "carl")):
+    choices: list[tuple[str, str]] = [
+        ("--policy", "never"),
+        ("--scope", "local-only"),
+        ("--peer", "carl"),
+    ]
+    for options in choices:
         _, private = key(*options)
         status, served = ask(private)
         assert (status, served.split()[0]) == (200, "anna")

@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import sqlite3
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from hashlib import sha256
@@ -82,9 +82,9 @@ class Pair:
         answering = asyncio.create_task(answer())
         try:
             stream = await soon(link.open())
-            return await soon(
-                Ledger(by, mine).settle(peer.node_id, wrap(stream) if wrap else stream)
-            )
+            settling = Ledger(by, mine).settle(peer.node_id, wrap(stream) if wrap else stream)
+            outcome: SettlementOutcome = await soon(settling)
+            return outcome
         finally:
             await soon(asyncio.wait([answering]))
             answering.result()
@@ -257,7 +257,10 @@ def test_every_difference_is_found(data: st.DataObject) -> None:
         for prefix in prefixes:
             frame = wire.encode(w.RangeHashes([there.range(prefix)]))
             compared.compare(prefix, wire.decode(frame, w.decoder).ranges[0])  # type: ignore[union-attr]
-    names = lambda found: {one.request_id for one in found}  # noqa: E731
+
+    def names(entries: Iterable[Any]) -> set[str]:
+        return {entry.request_id for entry in entries}
+
     assert names(compared.only_ours.values()) == {f"req_{n}" for n in mine.keys() - its.keys()}
     assert names(compared.only_theirs.values()) == {f"req_{n}" for n in its.keys() - mine.keys()}
     changed = {n for n in mine.keys() & its.keys() if mine[n] != its[n]}
@@ -467,7 +470,7 @@ async def test_nothing_false_is_taken(pair: Pair, lie: w.SignedEntry) -> None:
         talk = ReconcileSession(B, pair.b, A.node_id, stream)
         began = await talk.expect(w.Begin)
         await talk.send(began)
-        answers = {
+        answers: dict[type, Any] = {
             w.Unaccepted: w.ClaimEntries([]),
             w.Look: w.LedgerDigest(1),
             w.AskRanges: w.RangeHashes([reconcile.EntryRange([lie.summary])]),

@@ -12,6 +12,7 @@ import msgspec
 import pytest
 
 from pinaivu_box.config import SamplingConfig
+from pinaivu_box.engine.messages import SamplingParams
 from pinaivu_box.errors import Conflict, RateLimited
 from pinaivu_box.gateway.backend import Job
 from pinaivu_box.ledger.entry import Balance
@@ -67,16 +68,20 @@ def admission_with(**policy: Any) -> tuple[LegAdmission, Accounts]:
 async def running(
     admission: LegAdmission, accounts: Accounts, *, cost: int = 0, tokens: int = 0
 ) -> AsyncIterator[None]:
-    policy = accounts.peer_policy
-    async with admission.place(PEER, policy) as reservation:
-        await admission.reserve(reservation, PEER, policy, "credits", tokens=tokens, cost=cost)
+    async with admission.request(PEER, accounts.peer_policy, "credits") as request:
+        await request.reserve(tokens=tokens, cost=cost)
         yield
+
+
+async def check(admission: LegAdmission, accounts: Accounts) -> None:
+    async with admission.request(PEER, accounts.peer_policy, "credits") as request:
+        await request.check()
 
 
 def job(request_id: str = "req_1", text: str = "Hello", **more: Any) -> Job:
     model = Model("fake:1", Path("fake:0"), 0, 0, 0, "", cast("Any", None), 0, SamplingConfig())
     messages = [{"role": "user", "content": text}]
-    return Job(request_id, model, messages, SamplingConfig(), 0, None, [], PEER, **more)
+    return Job(request_id, model, messages, SamplingParams(), None, [], PEER, **more)
 
 
 def leg(admission: LegAdmission, job: Job, *, pays: bool = True) -> Any:
@@ -122,7 +127,7 @@ async def test_a_leg_that_ends_while_the_balance_is_read_still_counts() -> None:
     admission, accounts = admission_with(credit_limit="10", beyond="refuse")
     async with running(admission, accounts, cost=10 * UNITS):
         accounts.reading.clear()
-        asking = asyncio.create_task(admission.check(PEER, accounts.peer_policy, "credits"))
+        asking = asyncio.create_task(check(admission, accounts))
         await settled()
         accounts.owed = 10 * UNITS  # it is recorded, then its reservation ends
     accounts.reading.set()
@@ -145,7 +150,7 @@ async def test_a_request_larger_than_the_limit_of_a_minute_takes_all_of_it() -> 
     async with running(admission, accounts, tokens=5000):
         pass
     with pytest.raises(RateLimited):
-        await admission.check(PEER, accounts.peer_policy, "credits")
+        await check(admission, accounts)
 
 
 async def test_places_are_given_back_whatever_happens() -> None:
@@ -155,8 +160,7 @@ async def test_places_are_given_back_whatever_happens() -> None:
             async with running(admission, accounts, cost=1):
                 assert not admission.idle.is_set()
                 with pytest.raises(RateLimited, match="1 requests at a time"):
-                    async with admission.place(PEER, accounts.peer_policy):
-                        pass
+                    await check(admission, accounts)
                 raise ZeroDivisionError
         assert admission.idle.is_set()
 

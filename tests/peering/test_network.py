@@ -17,6 +17,7 @@ import pytest
 from pinaivu_box.errors import LinkLost, NotJoined, PeeringError, PeerNotFound, PeerRefused
 from pinaivu_box.gossip import channel
 from pinaivu_box.ledger import views as ledger_views
+from pinaivu_box.membership import joining as joining_protocol
 from pinaivu_box.membership import store as membership_store
 from pinaivu_box.membership import tickets
 from pinaivu_box.membership.roster import Roster
@@ -26,7 +27,7 @@ from pinaivu_box.store import audit, peer_settings
 from pinaivu_box.store.audit import BOX, Actor
 from pinaivu_box.transport import streams, wire
 from pinaivu_box.transport.connections import LinkManager
-from pinaivu_box.transport.streams import Open
+from pinaivu_box.transport.streams import Open, OpenedStream
 from pinaivu_box.transport.transport import Stream
 from pinaivu_box.transport.wire import Code
 from tests.support.keys import IDENTITIES
@@ -445,7 +446,7 @@ async def test_what_we_do_not_know_is_refused_and_the_link_stays(
 ) -> None:
     one, two = await group.joined("one", "two")
     link = one._links.by_peer[two.node_id].link
-    stream = network.OpenedStream(two.node_id, await link.open(), opened)
+    stream = OpenedStream(two.node_id, await link.open(), opened)
     with pytest.raises(PeerRefused, match="update the older") as refused:
         await soon(stream.receive())
     assert refused.value.code == Code.VERSION
@@ -509,7 +510,7 @@ async def test_a_certificate_that_makes_no_member_is_seen(group: SiteGroup) -> N
     joining = asyncio.create_task(two.join(ticket))
     stream = await soon((await soon(bad.accept())).accept())
     await soon(stream.receive())
-    await stream.send(wire.encode(network.joining.Welcome(())))
+    await stream.send(wire.encode(joining_protocol.Welcome(())))
     await stream.finish()
     with pytest.raises(PeeringError, match="does not make this box a member"):
         await soon(joining)

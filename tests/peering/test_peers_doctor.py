@@ -183,9 +183,9 @@ def test_a_relay_is_asked_whether_it_is_one(
         assert checks(PEER, tmp_path, own(relay=url))["relay"].state == "warning"  # all are linked
     monkeypatch.setattr(Web, "status", 101)
     for mine in (own(relay=web), own("10.0.0.1:1", web, relay="n0")):
-        found = checks(lost, tmp_path, mine)
-        assert found["relay"].state == found["ben: relay"].state == "ok", found
-        assert web in found["relay"].found and web in found["ben: relay"].found
+        done = checks(lost, tmp_path, mine)
+        assert done["relay"].state == done["ben: relay"].state == "ok", done
+        assert web in done["relay"].found and web in done["ben: relay"].found
     monkeypatch.setattr(Web, "status", 404)
     assert checks(lost, tmp_path, own(relay=web))["ben: relay"].state == "failed"
 

@@ -15,9 +15,10 @@ from pinaivu_box.box import Box as OpenBox
 from pinaivu_box.box import open_box
 from pinaivu_box.config import Config
 from pinaivu_box.errors import PeerNotFound
+from pinaivu_box.files.upload import FileServer
 from pinaivu_box.gossip.adverts import Advert
 from pinaivu_box.models import catalog
-from pinaivu_box.models.placing import place
+from pinaivu_box.models.model_copy import copy_model
 from pinaivu_box.models.splits import digest_of_parts
 from pinaivu_box.server.app import create_app
 from pinaivu_box.store import audit
@@ -82,8 +83,8 @@ class Puller:
 
     def __init__(self, box: OpenBox, world: CopyNetwork) -> None:
         self.box, self.world = box, world
-        self.network: Any = Network(world)
-        self.box.network = self.network
+        network: Any = Network(world)
+        self.network = box.network = network
         self.http = httpx.AsyncClient(
             transport=httpx.ASGITransport(create_app(box)),
             base_url="http://box",
@@ -91,7 +92,7 @@ class Puller:
         )
 
     async def giver(self, data: bytes, kind: Any = None, name: str = "anna") -> Any:
-        made = await self.world.giver(data, *([kind] if kind else []), name=name)
+        made = await self.world.giver(data, kind or FileServer, name)
         self.network.meet(made.source, made_up=data)
         return made
 
@@ -222,11 +223,12 @@ def test_a_model_inside_a_larger_file_is_copied_out_of_it(tmp_path: Path) -> Non
     whole.write_bytes(b"before" + DATA + b"after")
     inside = catalog.remote("inside:1", DIGEST)
     inside = replace(inside, path=whole, offset=6, size=len(DATA), remote=False)
-    assert place(inside, tmp_path / "models", "out:1") == [tmp_path / "models" / "out:1.gguf"]
-    assert digest_of((tmp_path / "models" / "out:1.gguf").read_bytes()) == DIGEST
+    folder = tmp_path / "models"
+    assert copy_model(inside, folder, "out:1") == [folder / "out:1.gguf"]
+    assert digest_of((folder / "out:1.gguf").read_bytes()) == DIGEST
     with pytest.raises(FileExistsError):
-        assert place(inside, tmp_path / "models", "out:1") == [tmp_path / "models" / "out:1.gguf"]
-    assert [path.name for path in (tmp_path / "models").iterdir()] == ["out:1.gguf"]
+        copy_model(inside, folder, "out:1")
+    assert [path.name for path in folder.iterdir()] == ["out:1.gguf"]
 
 
 async def test_who_lies_is_named_in_the_last_line(puller: Puller) -> None:

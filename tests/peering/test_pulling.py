@@ -133,7 +133,7 @@ def test_what_a_peer_may_not_have(member: MakePeerBox) -> None:
     def refused() -> str:
         done = pinaivu("pull", NAME, "--from", "anna", home=ben.home, check=False)
         assert done.returncode == 1 and done.stderr.count("\n") == 1
-        return done.stderr
+        return str(done.stderr)
 
     anna.peers("edit", "ben", "--model", "fake:*")
     assert "is not served here" in refused()

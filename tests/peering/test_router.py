@@ -6,11 +6,13 @@ import json
 from dataclasses import replace
 from random import Random
 
+import msgspec
 import pytest
 import rfc8785
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pinaivu_box.gossip.adverts import ModelLoad
 from pinaivu_box.routing.circuit_breaker import LONGEST_SECONDS, CircuitBreaker
 from pinaivu_box.routing.router import (
     DRAWN,
@@ -26,11 +28,17 @@ from pinaivu_box.routing.router import (
 TOKENS = 500
 ASK = RoutingRequest("m:1", "d1", TOKENS, "credits")
 PEER = Candidate(
-    node_id="node_a", model="m:1", digest="d1", sequences=4, sequences_free=2, kv_free=9000,
-    queue=0, ttft_ms=100.0, tokens_per_s=50.0, cost=1000, currency="credits", rtt_ms=10.0,
+    node_id="node_a", model="m:1", digest="d1", sequences=4, load=ModelLoad(2, 9000, 0),
+    ttft_ms=100.0, tokens_per_s=50.0, cost=1000, currency="credits", rtt_ms=10.0,
 )  # fmt: skip
 HOME = replace(PEER, node_id="node_home", local=True, rtt_ms=0.0)
-BUSY_HOME = replace(HOME, sequences_free=0, queue=3)
+
+
+def loaded(candidate: Candidate, **load: int) -> Candidate:
+    return replace(candidate, load=msgspec.structs.replace(candidate.load, **load))
+
+
+BUSY_HOME = loaded(HOME, sequences_free=0, queue=3)
 
 # Fields with the direction in which they are better.
 BETTER = {
@@ -45,9 +53,7 @@ candidates = st.lists(
         model=st.sampled_from(["m:1", "m:1", "m:1", "x:1"]),
         digest=st.sampled_from(["d1", "d1", "d1", "d2"]),
         sequences=st.integers(1, 64),
-        sequences_free=st.integers(0, 8),
-        kv_free=st.integers(0, 2000),
-        queue=st.integers(0, 20),
+        load=st.builds(ModelLoad, st.integers(0, 8), st.integers(0, 2000), st.integers(0, 20)),
         ttft_ms=st.floats(0, 10_000),
         tokens_per_s=st.floats(0, 500),
         cost=st.integers(0, 10**12),
@@ -118,13 +124,15 @@ def test_whoever_gets_better_in_anything_never_falls_behind(
     if not may:
         return
     at = data.draw(st.integers(0, len(may) - 1))
-    value = getattr(may[at], field)
+    of_load = field in ModelLoad.__struct_fields__
+    value = getattr(may[at].load if of_load else may[at], field)
     if value is None:
         return
     most = 1.0 if field == "reputation" else float("inf")
     improved = min(most, max(0, value + BETTER[field] * by))
     before = [one.score for one in scores(may, ask, Weights())]
-    may[at] = replace(may[at], **{field: improved})
+    change = loaded if of_load else replace
+    may[at] = change(may[at], **{field: improved})
     after = [one.score for one in scores(may, ask, Weights())]
     assert after[at] >= before[at] - 1e-12
     for other in range(len(may)):
@@ -136,7 +144,7 @@ def test_the_score_is_what_its_docstring_says() -> None:
     first, second = scores([PEER, dear], ASK, Weights())
     assert first.score == pytest.approx(0.4 + 0.3 * 110 / 210 + 0.3)
     assert second.score == pytest.approx(0.4 / 4 + 0.3 + 0.3 * 0.5)
-    waits = replace(PEER, sequences_free=0, queue=3)  # 4 ahead, 4 places, 256 tokens at 50/s
+    waits = loaded(PEER, sequences_free=0, queue=3)  # 4 ahead, 4 places, 256 tokens at 50/s
     assert waits.expected_ms(TOKENS) == pytest.approx(110 + 4 * 5120 / 4)
 
 
@@ -145,10 +153,10 @@ def test_local_first_when_local_can_start_at_once() -> None:
     assert route([HOME, better], ASK, Random(1)).reason == "local"
     assert route([BUSY_HOME, better], ASK, Random(1)).node_id == "node_a"
     assert route([HOME, better], replace(ASK, policy="balance"), Random(1)).node_id == "node_a"
-    full = replace(HOME, kv_free=TOKENS - 1)
+    full = loaded(HOME, kv_free=TOKENS - 1)
     assert route([full, better], ASK, Random(1)).node_id == "node_a"
     for stay in ({"policy": "never"}, {"local_only": True}, {"hops": 1}):
-        assert route([BUSY_HOME, better], replace(ASK, **stay), Random(1)).node_id == "node_home"  # type: ignore[arg-type]
+        assert route([BUSY_HOME, better], replace(ASK, **stay), Random(1)).node_id == "node_home"
 
 
 def test_a_model_is_its_file_unless_the_name_is_enough() -> None:
@@ -171,7 +179,7 @@ def test_a_conversation_stays_where_its_cache_is_warm_while_that_can_start() -> 
     crowd = [replace(PEER, node_id=f"node_{n}") for n in range(20)]
     crowd[7] = replace(crowd[7], warm=True, ttft_ms=150.0)
     assert {route([BUSY_HOME, *crowd], ASK, Random(n)).node_id for n in range(20)} == {"node_7"}
-    crowd[7] = replace(crowd[7], sequences_free=0)
+    crowd[7] = loaded(crowd[7], sequences_free=0)
     assert "node_7" not in {route(crowd, ASK, Random(n)).node_id for n in range(50)}
 
 
@@ -185,7 +193,7 @@ def test_many_routers_with_one_view_do_not_all_take_the_same_box() -> None:
 
 
 def test_of_two_that_are_about_as_good_the_idler_is_taken() -> None:
-    idle = replace(PEER, node_id="node_z", sequences_free=4, cost=1100)
+    idle = loaded(replace(PEER, node_id="node_z", cost=1100), sequences_free=4)
     assert {route([PEER, idle], ASK, Random(n)).node_id for n in range(20)} == {"node_z"}
     sent = replace(idle, sent=3)  # what we sent since it said so counts
     assert {route([PEER, sent], ASK, Random(n)).node_id for n in range(20)} == {"node_a"}

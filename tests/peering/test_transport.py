@@ -14,7 +14,7 @@ import pytest
 from pinaivu_box.errors import LinkLost, ProtocolError, Unreachable, WrongPeer
 from pinaivu_box.transport import link as link_module
 from pinaivu_box.transport import wire
-from pinaivu_box.transport.link import FramedStream, PeerLink
+from pinaivu_box.transport.link import Connection, FramedStream, PeerLink
 from pinaivu_box.transport.wire import LENGTH, MAX_FRAME_BYTES, MAX_STREAMS, Code, Hello
 from tests.support.keys import new_identity
 from tests.support.transport_peers import IrohPair, MemoryPair, converse, echo
@@ -240,7 +240,7 @@ async def test_the_peer_sees_that_we_left(world: World, link: PeerLink) -> None:
 
 
 async def test_bytes_that_end_without_an_end_frame_are_an_abandoned_stream(world: World) -> None:
-    connection = await soon(world.ours.dial(world.node_id, world.addresses))
+    connection: Connection = await soon(world.ours.dial(world.node_id, world.addresses))
     await greeted(connection)
     pipe = await connection.open()
     await pipe.write(LENGTH.pack(4) + b"echo" + LENGTH.pack(100) + b"half")
@@ -415,7 +415,7 @@ GARBAGE = {
 @pytest.mark.parametrize("garbage", GARBAGE)
 async def test_garbage_instead_of_a_hello_closes_the_link(world: World, garbage: str) -> None:
     sent, sentence = GARBAGE[garbage]
-    connection = await soon(world.ours.dial(world.node_id, world.addresses))
+    connection: Connection = await soon(world.ours.dial(world.node_id, world.addresses))
     pipe = await connection.open()
     await pipe.write(sent)
     lost = await soon(connection.closed())
@@ -425,7 +425,7 @@ async def test_garbage_instead_of_a_hello_closes_the_link(world: World, garbage:
 
 
 async def test_an_oversized_frame_closes_the_link(world: World) -> None:
-    connection = await soon(world.ours.dial(world.node_id, world.addresses))
+    connection: Connection = await soon(world.ours.dial(world.node_id, world.addresses))
     await greeted(connection)
     pipe = await connection.open()
     await pipe.write(LENGTH.pack(4) + b"echo" + LENGTH.pack(MAX_FRAME_BYTES + 1))

@@ -91,7 +91,7 @@ async def test_a_proof_of_version_1_is_accepted(world: ThreeBoxes) -> None:
 async def test_an_older_box_is_left_that_knows_no_least_length(world: ThreeBoxes) -> None:
     """Whoever knows it serves, and it has done nothing wrong; without one it serves as before."""
     liar = world.lie(Violation(sampling={"min_tokens": 0}))
-    body = {"min_tokens": 3, "max_tokens": 8}
+    body: dict[str, Any] = {"min_tokens": 3, "max_tokens": 8}
     answer = (await world.anna.chat("at least three", **body)).json()
     receipt = await checked(world, answer)
     assert liar.asked == 1 and receipt["node_id"] == world.ben.node_id

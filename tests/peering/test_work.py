@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from functools import partial
 
 import msgspec
 import pytest
@@ -453,6 +454,10 @@ async def test_hedging_asks_a_second_box() -> None:
         assert owed == {one.signed.signed for one in served}
 
 
+def all_busy(nodes: list[PoolNode]) -> bool:
+    return all(not node.load.idle for node in nodes)
+
+
 async def test_hedging_when_a_box_is_lost() -> None:
     """Whichever of the two it is, and whether the other one has spoken or not."""
     slow = config(f"{FAKE}=1500")
@@ -461,7 +466,7 @@ async def test_hedging_when_a_box_is_lost() -> None:
             await asker.ask(peers=(server.name,), max_tokens=1)
         for lost, asked in itertools.product(servers, (servers, servers[:1])):
             asking = asyncio.create_task(asker.ask(max_tokens=1))
-            await wait_until(lambda a=asked: all(not one.load.idle for one in a))
+            await wait_until(partial(all_busy, asked))
             for engine in lost.placement.engines:
                 os.kill(engine.pid, signal.SIGKILL)
             events = await asking

@@ -14,16 +14,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pinaivu_box.engine import chat_template, messages, trial
+from pinaivu_box.engine import chat_template, grammar_validation, messages
 from pinaivu_box.engine import engine as engines
 from pinaivu_box.engine.fake_runner import END, N_VOCAB, FakeRunner
-from pinaivu_box.engine.intake import Intake, PreparedRequest
 from pinaivu_box.engine.messages import Add, Cancel, Embed, LoadModel, Named, Sampling, StepFrame
 from pinaivu_box.engine.output import OutputBuffer
-from pinaivu_box.engine.rendering import Rendering
+from pinaivu_box.engine.request_preparer import PreparedRequest, RequestPreparer
 from pinaivu_box.engine.runner import Batch, NoSlot, Runner
+from pinaivu_box.engine.sandboxed_template import SandboxedTemplate
 from pinaivu_box.engine.sandboxes import Sandboxes, SandboxRun
-from pinaivu_box.engine.scheduler import CopyCells, Move, RemoveCells
+from pinaivu_box.engine.scheduler import CellOperation, CopyCells, RemoveCells
 
 BUDGET = 32
 MOST_STEPS = 20_000
@@ -35,11 +35,11 @@ class Fixed:
 
     draft: int = 0
 
-    def prompt_budget(self, rows: int, most: int) -> int:
-        return most
+    def prompt_budget(self, rows: int, max_tokens: int) -> int:
+        return max_tokens
 
-    def draft_length(self, rows: int, expected: float, acceptance: float, most: int) -> int:
-        return min(self.draft, most)
+    def draft_length(self, rows: int, expected: float, rate: float, max_tokens: int) -> int:
+        return min(self.draft, max_tokens)
 
 
 class Cell:
@@ -82,7 +82,7 @@ class KVCells:
         assert 0 < length <= len(self.of[source])
         self.of[target] = self.of[source][:length]
 
-    def make(self, move: Move) -> None:
+    def make(self, move: CellOperation) -> None:
         if isinstance(move, RemoveCells):
             self.remove(move.sequence_id)
         elif isinstance(move, CopyCells):
@@ -205,10 +205,12 @@ def here(job: Callable[[bytes], bytes]) -> SandboxRun:
 
 
 def in_this_process() -> Sandboxes:
-    return Sandboxes(here(chat_template.make(b"")), lambda setup: here(trial.trials(setup)))
+    return Sandboxes(
+        here(chat_template.make(b"")), lambda setup: here(grammar_validation.validator(setup))
+    )
 
 
-class Template(Rendering):
+class Template(SandboxedTemplate):
     """A chat template that is run here; functions may also be a list."""
 
     def __init__(
@@ -224,6 +226,9 @@ class Template(Rendering):
         more = {"model": model, "controls": controls}
         super().__init__(run, source, bos=bos, eos=eos, context=1000, **more)  # type: ignore[arg-type]
 
+    def render(self, messages: Any, functions: Any = None, variables: Any = None) -> str:
+        return "".join(self.parts(messages, functions, variables))
+
     def parts(
         self, messages: Any, functions: Any = None, variables: Any = None, **_: Any
     ) -> list[str]:
@@ -232,7 +237,7 @@ class Template(Rendering):
 
 
 class Engine:
-    """Intake, engine and output as the worker joins them, without its threads.
+    """Preparation, engine and output as the worker joins them, without its threads.
 
     `policy` None leaves the pace that the engine learns.
     """
@@ -248,7 +253,7 @@ class Engine:
         parse_special: bool = False,
     ) -> None:
         drafting = policy is None or policy.draft > 0
-        self._intake = Intake(
+        self._preparer = RequestPreparer(
             runner,
             sandboxes or in_this_process(),
             drafting=drafting,
@@ -260,8 +265,11 @@ class Engine:
         self._unsaid = False
         self.scheduler = self._engine.scheduler
         if policy is not None:
-            pace: Any = self._engine.pace
-            pace.prompt_budget, pace.draft_length = policy.prompt_budget, policy.draft_length
+            step_cost: Any = self._engine.step_cost
+            step_cost.prompt_budget, step_cost.draft_length = (
+                policy.prompt_budget,
+                policy.draft_length,
+            )
 
     @property
     def busy(self) -> bool:
@@ -269,12 +277,12 @@ class Engine:
 
     def receive(self, message: Add | Embed | Cancel | Named) -> None:
         if isinstance(message, Named):
-            self._intake.name(message)
+            self._preparer.set_named_prefixes(message.texts)
             return
         if isinstance(message, Cancel):
             self._engine.end(message.id, "cancelled")
             return
-        prepared = self._intake.prepare(message)
+        prepared = self._preparer.prepare(message)
         self._output.take(prepared)
         self._unsaid = True
         if isinstance(prepared, PreparedRequest):
@@ -284,10 +292,8 @@ class Engine:
             self._engine.add(prepared.sequence)
 
     def step(self) -> StepFrame:
-        refused, output = self._engine.step()
+        output = self._engine.step()
         self._engine.check_integrity()
-        for one in refused:
-            self._output.take(one)
         for stopped in self._output.take(output):
             self._engine.end(stopped, "stop")
         self._unsaid = False

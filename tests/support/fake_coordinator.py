@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 from ulid import ULID
 
-from pinaivu_box.config import SamplingConfig
+from pinaivu_box.engine.messages import SamplingParams
 from pinaivu_box.gateway.backend import Job
 from pinaivu_box.legs import wire as leg_wire
 from pinaivu_box.legs.codec import to_task
@@ -25,7 +25,7 @@ def task(world: ThreeBoxes, text: str = "Hello", **more: Any) -> leg_wire.Task:
     digest = world.carl.models[0].digest.hex()
     job = Job(
         f"req_{ULID()}".lower(), remote(FAKE, digest), [{"role": "user", "content": text}],
-        SamplingConfig(), 7, 20, [], "",
+        SamplingParams(seed=7), 20, [], "",
     )  # fmt: skip
     return msgspec.structs.replace(to_task(job), **more)
 
@@ -36,7 +36,8 @@ def ask(world: ThreeBoxes, text: str = "Hello", **more: Any) -> leg_wire.LegRequ
 
 
 async def opened(world: ThreeBoxes) -> Stream:
-    return await soon(world.carl.network.open(world.ben.node_id, leg_wire.PURPOSE))
+    stream: Stream = await soon(world.carl.network.open(world.ben.node_id, leg_wire.PURPOSE))
+    return stream
 
 
 async def heard(stream: Stream) -> list[leg_wire.ToCoordinator]:

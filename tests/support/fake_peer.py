@@ -21,7 +21,7 @@ from pinaivu_box.gateway.records import LegRecord
 from pinaivu_box.gossip.adverts import Facts
 from pinaivu_box.identity import Identity
 from pinaivu_box.legs import wire as leg_wire
-from pinaivu_box.legs.codec import sampling_of, to_job
+from pinaivu_box.legs.codec import to_job
 from pinaivu_box.models.catalog import remote
 from pinaivu_box.network.network import Network
 from pinaivu_box.receipts.commitment import RunningCommitment, new_nonce
@@ -169,7 +169,7 @@ class ViolatingServer:
 
 
 def job_of(ask: leg_wire.LegRequest | leg_wire.Count) -> Job:
-    return to_job(ask.task, remote(FAKE, ask.digest), sampling_of(ask.task), "peer")
+    return to_job(ask.task, remote(FAKE, ask.digest), "peer")
 
 
 def prompt_of(job: Job) -> list[int]:

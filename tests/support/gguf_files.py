@@ -186,7 +186,7 @@ def _after_value(data: bytes, at: int, kind: int) -> int:
         return at + 8 + int(struct.unpack_from("<Q", data, at)[0])
     if kind != ARRAY:
         return at + _SIZES[kind]
-    kind, count = struct.unpack_from("<IQ", data, at)
+    kind, count = map(int, struct.unpack_from("<IQ", data, at))
     at += 12
     if kind != STRING:
         return at + _SIZES[kind] * count

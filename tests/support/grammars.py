@@ -1,4 +1,4 @@
-"""Grammars that are expensive to compile."""
+"""GrammarCompiler that are expensive to compile."""
 
 from __future__ import annotations
 

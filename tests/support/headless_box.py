@@ -11,13 +11,14 @@ import json
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from pinaivu_box import config
 from pinaivu_box.box import open_box
 from pinaivu_box.network.network import Network
 from pinaivu_box.network.peer import Peer
 
-SETTINGS = {
+SETTINGS: dict[tuple[str, ...], Any] = {
     ("peering", "enabled"): True,
     ("peering", "host"): "127.0.0.1",
     ("peering", "port"): 0,

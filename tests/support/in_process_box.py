@@ -30,8 +30,8 @@ class InProcessBox:
 
     def __init__(self, box: Box, secret: str) -> None:
         self.box, self.secret = box, secret
-        assert box.pool is not None and box.network is not None
-        self.pool, self.network, self.node_id = box.pool, box.network, box.identity.node_id
+        assert box.peer_services is not None and box.network is not None
+        self.pool, self.network, self.node_id = box.peer_services, box.network, box.identity.node_id
         self._app = httpx.ASGITransport(create_app(box))
 
     async def http(self, method: str, path: str, **more: Any) -> httpx.Response:
@@ -75,8 +75,11 @@ async def in_process_box(
     async def bind(identity: Identity, *_: object) -> Transport:
         return MemoryTransport(net, identity.node_id, None, f"at:{home.name}")
 
-    overrides = {("peering", "enabled"): True, ("peering", "name"): home.name}
-    overrides |= {tuple(name.split("__")): value for name, value in settings.items()}  # type: ignore[misc]
+    overrides: dict[tuple[str, ...], Any] = {
+        ("peering", "enabled"): True,
+        ("peering", "name"): home.name,
+    }
+    overrides |= {tuple(name.split("__")): value for name, value in settings.items()}
     extra = [config.ModelConfig(name=name, path="fake:1") for name in models]
     load = partial(config.load, None, environ={}, overrides=overrides, extra_models=extra)
     with patch.object(IrohTransport, "bind", bind):

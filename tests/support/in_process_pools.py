@@ -15,7 +15,8 @@ import msgspec
 from nacl.signing import SigningKey
 from ulid import ULID
 
-from pinaivu_box.config import Config, EngineConfig, ModelConfig, PeeringConfig, SamplingConfig
+from pinaivu_box.config import Config, EngineConfig, ModelConfig, PeeringConfig
+from pinaivu_box.engine.messages import SamplingParams
 from pinaivu_box.errors import PeeringError
 from pinaivu_box.gateway.backend import Event, Job
 from pinaivu_box.gateway.local import LocalBackend
@@ -28,7 +29,7 @@ from pinaivu_box.ledger.entry import Balance
 from pinaivu_box.legs.client import AcceptedLeg
 from pinaivu_box.legs.runner import LegRun
 from pinaivu_box.legs.server import Served
-from pinaivu_box.legs.wiring import Pool
+from pinaivu_box.legs.wiring import PeerServices
 from pinaivu_box.membership.records import key_of
 from pinaivu_box.models import catalog as catalogs
 from pinaivu_box.models.catalog import Catalog, Model, digest_of
@@ -148,7 +149,7 @@ class PoolNode:
         self.told: dict[str, ReportedLoad] = {}  # by its neighbours
         self.load = LoadTracker(self.placement, self.settings)
         self.offers = Offers(self.settings, self.load, _digest, lambda: False)
-        self.pool = Pool(
+        self.pool = PeerServices(
             self.identity,
             self.settings,
             self.placement,
@@ -201,8 +202,7 @@ class PoolNode:
             request_id=f"req_{ULID()}".lower(),
             model=model,
             messages=[{"role": "user", "content": text}],
-            asked=SamplingConfig(),
-            seed=7,
+            sampling=SamplingParams(seed=7),
             max_tokens=20,
             stop=[],
             tenant="key_1",

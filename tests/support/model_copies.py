@@ -22,7 +22,7 @@ from pinaivu_box.files.upload import FileServer
 from pinaivu_box.files.wire import PieceData
 from pinaivu_box.models import catalog as catalogs
 from pinaivu_box.models.catalog import Catalog
-from pinaivu_box.models.pieces import PIECE_BYTES
+from pinaivu_box.models.partial_file import PIECE_BYTES
 from pinaivu_box.store.database import Database
 from pinaivu_box.transport import wire
 from pinaivu_box.transport.transport import Link, Stream

@@ -6,7 +6,7 @@ import asyncio
 from pathlib import Path
 
 from pinaivu_box.config import PeeringConfig
-from pinaivu_box.gossip.adverts import Facts
+from pinaivu_box.gossip.adverts import Facts, Offer
 from pinaivu_box.identity import Identity
 from pinaivu_box.network.network import Network
 from pinaivu_box.store.database import Database
@@ -31,7 +31,7 @@ class Site:
         self.group, self.identity, self.name = group, identity, name
         self.database = Database(home / f"{name}.db")
         self.network: Network
-        self.offers = (offer(),)
+        self.offers: tuple[Offer, ...] = (offer(),)
         self.pace = HeartbeatTiming(interval=0.05, max_silent=40)
 
     async def open(self) -> Network:

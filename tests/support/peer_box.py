@@ -56,7 +56,7 @@ MakePeerBox = Callable[..., PeerBox]
 
 def joined_boxes(member: MakePeerBox, *names: str) -> list[PeerBox]:
     """Running boxes; the first has invited the others, and all are connected to all."""
-    boxes = [member(name).start() for name in names]  # type: ignore[func-returns-value]
+    boxes = [member(name).start() for name in names]
     for box in boxes[1:]:
         box.peers("join", boxes[0].invite("--name", box.name))
     for box in boxes:

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from pinaivu_box.engine.lookup import Lookup
 from pinaivu_box.engine.messages import Sampling
-from pinaivu_box.engine.prefix_cache import Share
+from pinaivu_box.engine.ngram_drafter import NgramDrafter
+from pinaivu_box.engine.prefix_cache import PrefixScope
 from pinaivu_box.engine.scheduler import (
     BatchChunk,
     CopyCells,
@@ -33,7 +33,7 @@ def sequence(
     tenant: str = "t",
     weight: float = 1.0,
     priority: int = 0,
-    lookup: bool = False,
+    drafter: bool = False,
     scope: str = "s",
     public: int = 0,
 ) -> Sequence:
@@ -50,10 +50,10 @@ def sequence(
         sampling=GREEDY,
         weight=weight,
         priority=priority,
-        lookup=Lookup() if lookup else None,
-        share=Share(scope, public, f"named {tokens[:public]}")
+        drafter=NgramDrafter() if drafter else None,
+        share=PrefixScope(scope, public, f"named {tokens[:public]}")
         if public and scope
-        else Share(scope),
+        else PrefixScope(scope),
         arrival=arrival,
         arrived_at=0.0,
     )
@@ -93,7 +93,7 @@ class SchedulerDriver:
         self.ids = max(ids, sequences)
         self.sharing = sharing
         self.cells = KVCells()
-        self.moves: list[CopyCells | RemoveCells | TruncateCells] = []  # all that were made
+        self.operations: list[CopyCells | RemoveCells | TruncateCells] = []  # all that were made
         self.steps = 0
         self.computed: dict[str, int] = {}  # tokens, by sequence
         self.started: list[Sequence] = []  # in order of the first chunk
@@ -155,8 +155,8 @@ class SchedulerDriver:
 
     def no_slot(self, plan: StepPlan) -> bool:
         """The runner had no room for the plan; says whether room could be made."""
-        self.scheduler.shrink(sum(chunk.count + len(chunk.draft) for chunk in plan.chunks))
-        relieved = self.scheduler.relieve()
+        self.scheduler.lower_capacity(sum(chunk.count + len(chunk.draft) for chunk in plan.chunks))
+        relieved = self.scheduler.reclaim()
         self.scheduler.check_integrity()
         return relieved
 
@@ -177,15 +177,15 @@ class SchedulerDriver:
                 self.computed[one.id] += 1
                 assert len(one.tokens) < one.max_length, "a steady step was the last one"
         self.steps += steps
-        self.scheduler.settle(running, steps)
+        self.scheduler.catch_up(running, steps)
 
     # -- what a step must be ---------------------------------------------------------------------
 
     def _make(self, plan: StepPlan) -> None:
-        for move in plan.moves:
+        for move in plan.operations:
             assert self.sharing or isinstance(move, RemoveCells)
             self.cells.make(move)
-        self.moves += plan.moves
+        self.operations += plan.operations
 
     def _check_chunks(self, chunks: list[BatchChunk]) -> None:
         scheduler = self.scheduler

@@ -18,7 +18,7 @@ from ulid import ULID
 
 from pinaivu_box.amount import Prices
 from pinaivu_box.config import Config, PeeringConfig, PricingConfig, SamplingConfig
-from pinaivu_box.engine.messages import SamplingDefaults
+from pinaivu_box.engine.messages import SamplingDefaults, SamplingParams
 from pinaivu_box.errors import ApiError, EngineLost, NoNodesAvailable
 from pinaivu_box.gateway.admission import AdmittedRequest
 from pinaivu_box.gateway.backend import Event, Job, Prompt, Proved, Started
@@ -264,8 +264,7 @@ def job(**more: Any) -> Job:
         request_id=f"req_{ULID()}".lower(),
         model=model,
         messages=[{"role": "user", "content": "Go."}],
-        asked=SamplingConfig(temperature=0.7),
-        seed=11,
+        sampling=SamplingParams(temperature=0.7, seed=11),
         max_tokens=12,
         stop=[],
         tenant="key_1",

@@ -6,12 +6,10 @@ import sqlite3
 from contextlib import closing
 from typing import Any
 
-import openai
-
 from tests.support.process_box import Box
 
 
-def client_with_new_key(here: Box) -> openai.OpenAI:
+def client_with_new_key(here: Box) -> Any:
     made = here.http("POST", "/v1/admin/keys", json={"account": "owner"}).json()
     return here.client_with(made["key"])
 

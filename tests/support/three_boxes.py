@@ -92,9 +92,9 @@ class ThreeBoxes:
 @contextlib.asynccontextmanager
 async def three_boxes(home: Path) -> AsyncIterator[ThreeBoxes]:
     net, identity = MemoryNetwork(), known_identity(66)
-    cheapest = {"peering__price_weight": 1.0, "peering__time_weight": 0.0,
+    cheapest: dict[str, Any] = {"peering__price_weight": 1.0, "peering__time_weight": 0.0,
                 "peering__reputation_weight": 0.0}  # fmt: skip
-    dear = {"pricing__per_1k_tokens": DEAR}
+    dear: dict[str, Any] = {"pricing__per_1k_tokens": DEAR}
     transport = MemoryTransport(net, identity.node_id, None, "at:carl")
     async with (
         in_process_box(net, home / "anna", **cheapest) as anna,

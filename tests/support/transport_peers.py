@@ -27,7 +27,7 @@ from tests.support.waiting import DEADLINE, soon
 
 
 async def converse(link: PeerLink, command: str) -> FramedStream:
-    stream = await soon(link.open())
+    stream: FramedStream = await soon(link.open())
     await stream.send(command.encode())
     return stream
 

@@ -153,11 +153,9 @@ VIOLATIONS: dict[str, tuple[Violation, str]] = {
     "another seed": (Violation(sampling={"seed": 8}), "other sampling parameters"),
     "a penalty": (Violation(sampling={"presence_penalty": 1.0}), "other sampling parameters"),
     "a bias": (Violation(sampling={"logit_bias": {"5": 100.0}}), "other sampling parameters"),
-    "a temperature that is none": (
-        Violation(sampling={"temperature": 9.0}), "other sampling parameters"
-    ),
-    "a temperature that is no number": (Violation(began=nan), "other sampling parameters"),
-    "a top-k that is none": (Violation(sampling={"top_k": -1}), "other sampling parameters"),
+    "a temperature that is none": (Violation(sampling={"temperature": 9.0}), "expected"),
+    "a temperature that is no number": (Violation(began=nan), "expected"),
+    "a top-k that is none": (Violation(sampling={"top_k": -1}), "expected"),
     "a way of writing calls that is none": (began(tool_style="runes"), "format of tool calls"),
     "two beginnings": (Violation(began=lambda one: [one, one]), "unexpected message"),
     "no beginning": (Violation(began=lambda _: None), "unexpected message"),

@@ -13,7 +13,7 @@ async def soon(work: Awaitable[Any]) -> Any:
     return await asyncio.wait_for(work, DEADLINE)
 
 
-async def wait_until(condition: Callable[[], bool]) -> None:
+async def wait_until(condition: Callable[[], object]) -> None:
     async with asyncio.timeout(DEADLINE):
         while not condition():  # noqa: ASYNC110
             await asyncio.sleep(0.02)

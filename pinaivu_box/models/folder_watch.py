@@ -1,4 +1,4 @@
-"""Notices what changes in the models folder, and what of it is still being written."""
+"""Notices changes in the models folder, and files that are still being written."""
 
 from __future__ import annotations
 
@@ -8,38 +8,38 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from pinaivu_box.models import folder, gguf
+from pinaivu_box.models import folder_scan, gguf
 from pinaivu_box.models.catalog import Catalog
-from pinaivu_box.models.files import download_mark
-from pinaivu_box.models.folder import Found
+from pinaivu_box.models.folder_scan import FolderScan
 from pinaivu_box.models.names import printable
+from pinaivu_box.models.regular_files import download_mark
 
 log = logging.getLogger("pinaivu.models")
 
-_MOST_LOGGED = 20  # files that are not served; `pinaivu ls` tells all
-_SECONDS = 1.0  # from one look to the next
-_SHARE = 100  # looks take at most the hundredth part of the time, however large the folder is
+_MAX_LOGGED_FILES = 20  # files that are not served; `pinaivu ls` tells all
+_LOOK_SECONDS = 1.0  # from one look to the next
+_MIN_PAUSE_FACTOR = 100  # a look takes at most a hundredth of the time, however large the folder is
 
 _Facts = tuple[int, ...]
 _State = tuple[dict[Path, _Facts], dict[Path, str]]
 
 
-class Watch:
-    """For one thread at a time.  `seconds` is how long to wait before the next look."""
+class FolderWatch:
+    """For one thread at a time.  `seconds` is the pause before the next look."""
 
     def __init__(self) -> None:
-        self.seconds = _SECONDS
+        self.seconds = _LOOK_SECONDS
         self._before: dict[Path, _Facts] | None = None  # in the look before
         self._taken: _State = {}, {}  # what was returned last
 
-    def look(self, path: Path) -> Found | None:
+    def look(self, path: Path) -> FolderScan | None:
         """What is in the folder if that has changed, else None.  A file that is not as it was in
         the look before is not among its files: it is being written."""
         began = time.monotonic()
-        found = folder.find(path)
-        now = {file: _facts(file) for file in found.files}
+        scan = folder_scan.scan(path)
+        now = {file: _facts(file) for file in scan.files}
         before, self._before = self._before, now
-        self.seconds = max(_SECONDS, _SHARE * (time.monotonic() - began))
+        self.seconds = max(_LOOK_SECONDS, _MIN_PAUSE_FACTOR * (time.monotonic() - began))
         if before is None:
             return None
         taken, _ = self._taken
@@ -48,13 +48,13 @@ class Watch:
             if facts in (before.get(file), taken.get(file)):
                 settled[file] = facts
                 continue
-            found.not_served[file] = gguf.BEING_WRITTEN
-        found.files = [file for file in found.files if file in settled]
-        state = settled, dict(found.not_served)
+            scan.not_served[file] = gguf.BEING_WRITTEN
+        scan.files = [file for file in scan.files if file in settled]
+        state = settled, dict(scan.not_served)
         if state == self._taken:
             return None
         self._taken = state
-        return found
+        return scan
 
 
 def _facts(file: Path) -> _Facts:
@@ -69,7 +69,7 @@ def _facts(file: Path) -> _Facts:
 def report(old: Catalog, new: Catalog) -> bool:
     """Log what is served since then, what is gone, and what cannot be served though it is whole.
     Returns whether other models are served."""
-    before, now = ({model.id: model for model in one.models} for one in (old, new))
+    before, now = ({model.id: model for model in catalog.models} for catalog in (old, new))
     changed = [model_id for model_id in now if before.get(model_id) != now[model_id]]
     gone = [model_id for model_id in before if model_id not in now]
     for model_id in changed:
@@ -86,5 +86,5 @@ def report(old: Catalog, new: Catalog) -> bool:
 
 
 def report_not_served(not_served: Mapping[Path, str]) -> None:
-    for path, why in list(not_served.items())[:_MOST_LOGGED]:
+    for path, why in list(not_served.items())[:_MAX_LOGGED_FILES]:
         log.warning("not served: %s: %s", printable(str(path)), why)

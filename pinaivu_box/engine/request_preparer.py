@@ -1,4 +1,4 @@
-"""A request on its way in: template, tokens, limits.  Runs beside the steps, in threads."""
+"""Prepares requests for the engine: template, tokens, limits.  Runs in threads beside the steps."""
 
 from __future__ import annotations
 
@@ -13,54 +13,52 @@ from typing import TYPE_CHECKING
 
 from pinaivu_box import chat_format
 from pinaivu_box.engine.detokenizer import Detokenizer, text_of
-from pinaivu_box.engine.embeddings import Embedding
-from pinaivu_box.engine.lookup import DraftStatistics, Lookup
+from pinaivu_box.engine.embeddings import EmbeddingJob
 from pinaivu_box.engine.messages import (
     MAX_FRAME_BYTES,
     Add,
     Admitted,
     Embed,
-    Named,
     Refused,
     Tokenize,
     Tokenized,
 )
 from pinaivu_box.engine.named_prefixes import NamedPrefixes
-from pinaivu_box.engine.prefix_cache import Share
-from pinaivu_box.engine.rendering import Rendering
+from pinaivu_box.engine.ngram_drafter import DraftStatistics, NgramDrafter
+from pinaivu_box.engine.prefix_cache import PrefixScope
 from pinaivu_box.engine.runner import Runner, TooManyTokens
+from pinaivu_box.engine.sandboxed_template import SandboxedTemplate
 from pinaivu_box.engine.sandboxes import Sandboxes
 from pinaivu_box.engine.sequence import Sequence
 from pinaivu_box.errors import ApiError, ContextOverflow, InternalError, InvalidBody
 from pinaivu_box.sandbox import Cancellation
 
 if TYPE_CHECKING:
-    from pinaivu_box.engine.grammar import Grammars
+    from pinaivu_box.engine.grammar import GrammarCompiler
 
 
-_CHARACTERS = 8  # of a token, at most on average
-_CHARACTER = 4  # bytes, and so tokens, at most
+_MAX_MEAN_TOKEN_CHARACTERS = 8
+_MAX_CHARACTER_BYTES = 4  # and so tokens
 
-_MOST_VECTOR_BYTES = MAX_FRAME_BYTES // 2  # of one request: they go in one frame
-_MOST_TOKENS = 2**18  # that an answer has which is only tokens
-_SHORT = 16_384  # characters, which are read in a moment, whatever can be done with them
+_MAX_VECTOR_BYTES = MAX_FRAME_BYTES // 2  # of one request: they are sent in one frame
+_MAX_ANSWER_TOKENS = 2**18  # of an answer that is nothing but tokens
+_SHORT_CHARACTERS = 16_384  # so many are tokenized at once, whatever they are
 
 
 @dataclass(frozen=True)
 class PreparedRequest:
-    """What the output has to know (`admitted`, `detokenizer`), and what is to be scheduled: after
-    `compile`, if there is something to compile.  That may take seconds, and end in a refusal."""
+    """What the output buffer needs (`admitted`, `detokenizer`), and what is scheduled: after
+    `compile`, if there is a grammar to compile.  That may take seconds, and end in a refusal."""
 
     admitted: Admitted
     detokenizer: Detokenizer
-    sequence: Sequence | Embedding
+    sequence: Sequence | EmbeddingJob
     compile: Callable[[], Refused | None] | None = None
 
 
-class Intake:
-    """Uses only what is safe beside `decode`: the runner's tokenizer and its facts.
-
-    Used by several threads.
+class RequestPreparer:
+    """Uses only what is safe beside `decode`: the runner's tokenizer and its facts.  For several
+    threads.
     """
 
     def __init__(
@@ -80,11 +78,11 @@ class Intake:
         self._context_shift = context_shift
         self._parse_special = parse_special
         self._drafting = drafting and facts.sharing
-        self._grammars: Grammars | None = None
+        self._grammars: GrammarCompiler | None = None
         self._first_grammar = Lock()
-        self._experience = DraftStatistics()
+        self._statistics = DraftStatistics()
         self._sandboxes = sandboxes
-        self.template = Rendering(
+        self.template = SandboxedTemplate(
             sandboxes.templates,
             facts.chat_template,
             bos=facts.bos,
@@ -95,50 +93,53 @@ class Intake:
         )
         self._named = NamedPrefixes([], self.template, runner.tokenize)
 
-    def name(self, told: Named) -> None:
-        self._named = NamedPrefixes(told.texts, self.template, self._runner.tokenize)
+    def set_named_prefixes(self, texts: list[str]) -> None:
+        self._named = NamedPrefixes(texts, self.template, self._runner.tokenize)
 
     def prepare(
         self, add: Add | Embed, cancellation: Cancellation | None = None
     ) -> PreparedRequest | Refused:
-        """What `cancellation` ends is refused."""
+        """Returns what is to be scheduled, or why the request is refused; it is if `cancellation`
+        ends it."""
         try:
             if isinstance(add, Embed):
                 return self._prepare_texts(add)
             return self._prepare(add, cancellation)
         except TooManyTokens as error:
-            whose = "input" if isinstance(add, Embed) else _whose(add)
-            return _refusal(add.id, self._overflow(error, whose))
+            param = "input" if isinstance(add, Embed) else _prompt_param(add)
+            return _refusal(add.id, self._overflow(error, param))
         except Exception as error:  # of one request; the others' engine goes on
             return _refusal(add.id, error)
 
     def tokenize(
-        self, asked: Tokenize, cancellation: Cancellation | None = None
+        self, request: Tokenize, cancellation: Cancellation | None = None
     ) -> Tokenized | Refused:
-        name = asked.add.id
+        name = request.add.id
         try:
-            if asked.tokens is not None:
-                self._check_tokens(asked.tokens, "tokens")
-                text = text_of(b"".join(map(self._runner.piece, asked.tokens)))
-                return Tokenized(name, [] if asked.count else asked.tokens, text)
-            if asked.plain and isinstance(asked.add.prompt, str):
-                tokens = self._read(asked.add.prompt, _MOST_TOKENS, self._runner.tokenize_text)
+            if request.tokens is not None:
+                self._check_tokens(request.tokens, "tokens")
+                text = text_of(b"".join(map(self._runner.piece, request.tokens)))
+                return Tokenized(name, [] if request.count else request.tokens, text)
+            if request.plain and isinstance(request.add.prompt, str):
+                tokens = self._read(
+                    request.add.prompt, _MAX_ANSWER_TOKENS, self._runner.tokenize_text
+                )
                 return Tokenized(name, tokens)
-            if asked.inputs is not None:
-                inputs = [self._text_tokens(text) for text in asked.inputs]
+            if request.inputs is not None:
+                inputs = [self._text_tokens(text) for text in request.inputs]
                 return Tokenized(name, [token for tokens in inputs for token in tokens])
-            most = max(self._context, _MOST_TOKENS)
-            tokens, thinking = self._prompt(asked.add, most, cancellation, exact=asked.count)
-            if asked.count:
+            limit = max(self._context, _MAX_ANSWER_TOKENS)
+            tokens, thinking = self._prompt(request.add, limit, cancellation, exact=request.count)
+            if request.count:
                 return Tokenized(name, [], thinking=thinking, count=len(tokens))
             return Tokenized(name, tokens, thinking=thinking)
         except TooManyTokens as error:
-            if asked.count:
+            if request.count:
                 return Tokenized(name, [], count=error.count)
-            if asked.plain:
+            if request.plain:
                 return _refusal(name, _too_long(error))
-            whose = _whose(asked.add) if asked.inputs is None else "input"
-            return _refusal(name, self._overflow(error, whose))
+            param = _prompt_param(request.add) if request.inputs is None else "input"
+            return _refusal(name, self._overflow(error, param))
         except Exception as error:
             return _refusal(name, error)
 
@@ -155,10 +156,10 @@ class Intake:
                 raise InvalidBody(why, loc=("body", "logit_bias"))
         text = ""
         if add.echo:
-            text = text_of(b"".join(map(self._runner.spelled, prompt)))
+            text = text_of(b"".join(map(self._runner.spelling, prompt)))
         detokenizer = Detokenizer(self._piece_of(add), add.stop, add.sampling.min_tokens)
         if isinstance(add.prompt, list):
-            detokenizer.follow(b"".join(map(self._runner.spelled, prompt[-_CHARACTER:])))
+            detokenizer.follow(b"".join(map(self._runner.spelling, prompt[-_MAX_CHARACTER_BYTES:])))
         for token in add.output:
             detokenizer.push(token)  # said by an earlier leg
         room = self._context - len(prompt)
@@ -176,10 +177,10 @@ class Intake:
             sampling=add.sampling,
             weight=add.weight,
             priority=add.priority,
-            lookup=self._lookup(add) if self._drafting and limit <= room else None,
+            drafter=self._make_drafter(add) if self._drafting and limit <= room else None,
             logprobs=add.logprobs,
             scored=add.scored if add.echo and add.logprobs is not None else None,
-            share=self._named.share(add.scope, prompt) if add.named else Share(add.scope),
+            share=self._named.share(add.scope, prompt) if add.named else PrefixScope(add.scope),
         )
         for token in add.output:  # it may have shifted, as it did in that leg
             sequence.tokens.append(token)
@@ -202,19 +203,19 @@ class Intake:
             why = f"this model's vectors have {size} dimensions"
             raise InvalidBody(why, loc=("body", "dimensions"))
         numbers = len(embed.inputs) * (embed.dimensions or size)
-        if 4 * numbers > _MOST_VECTOR_BYTES:
-            most = _MOST_VECTOR_BYTES // (4 * (embed.dimensions or size))
-            why = f"vectors of this size can be had of {most} texts at a time"
+        if 4 * numbers > _MAX_VECTOR_BYTES:
+            texts = _MAX_VECTOR_BYTES // (4 * (embed.dimensions or size))
+            why = f"vectors of this size can be had of {texts} texts at a time"
             raise InvalidBody(why, loc=("body", "input"))
         inputs = [self._text_tokens(text) for text in embed.inputs]
         longest = max(len(tokens) for tokens in inputs)
         if longest > self._context:
             raise TooManyTokens(longest)
-        together = [token for tokens in inputs for token in tokens]
+        tokens = [token for text in inputs for token in text]
         return PreparedRequest(
-            Admitted(embed.id, together),
+            Admitted(embed.id, tokens),
             Detokenizer(self._runner.piece, []),
-            Embedding(
+            EmbeddingJob(
                 embed.id,
                 inputs,
                 tenant=embed.tenant,
@@ -239,49 +240,47 @@ class Intake:
     def _read(
         self,
         text: str,
-        most: int,
+        limit: int,
         tokenize: Callable[..., list[int]] | None = None,
         *,
         exact: bool = False,
     ) -> list[int]:
-        """Its tokens, as a prompt or as `tokenize` says.  Raises TooManyTokens for more than
-        `most`; unless the number must be `exact`, a text that has more for certain is not
+        """The tokens of a text, as a prompt or as `tokenize` gives them.  Raises TooManyTokens for
+        more than `limit`; unless the number must be `exact`, a text that certainly has more is not
         tokenized."""
         tokenize = tokenize or self._runner.tokenize
-        if len(text) <= _SHORT:
+        if len(text) <= _SHORT_CHARACTERS:
             return tokenize(text)
-        if not exact and (fewest := self._runner.fewest_tokens(text)) > most:
+        if not exact and (fewest := self._runner.min_token_count(text)) > limit:
             raise TooManyTokens(fewest, exact=False)
-        return tokenize(text, most)
+        return tokenize(text, limit)
 
-    def _read_parts(self, parts: list[str], most: int, *, exact: bool) -> list[int]:
+    def _read_parts(self, parts: list[str], limit: int, *, exact: bool) -> list[int]:
         """The same of a prompt in parts (see `control_tokens`)."""
         if len(parts) == 1:
-            return self._read(parts[0], most, exact=exact)
+            return self._read(parts[0], limit, exact=exact)
         tokens: list[int] = []
-        count = 0
+        unread = 0  # tokens of parts that are too long
         for number, part in enumerate(parts):
             tokenize = partial(self._runner.tokenize_text, special=number % 2 == 0)
             try:
-                found = self._read(part, most, tokenize if number else None, exact=exact)
+                tokens += self._read(part, limit, tokenize if number else None, exact=exact)
             except TooManyTokens as error:
-                count += error.count
+                unread += error.count
                 if not exact:
-                    raise TooManyTokens(count, exact=False) from None
-            else:
-                count += len(found)
-                tokens += found
-        if count > most:
-            raise TooManyTokens(count)
+                    raise TooManyTokens(len(tokens) + unread, exact=False) from None
+        if len(tokens) + unread > limit:
+            raise TooManyTokens(len(tokens) + unread)
         return tokens
 
-    def _overflow(self, found: TooManyTokens, whose: str | None) -> ContextOverflow:
-        return ContextOverflow.of(found.count, self._context, exact=found.exact, param=whose)
+    def _overflow(self, error: TooManyTokens, param: str | None) -> ContextOverflow:
+        return ContextOverflow.of(error.count, self._context, exact=error.exact, param=param)
 
     def _prompt(
-        self, add: Add, most: int, cancellation: Cancellation | None, *, exact: bool = False
+        self, add: Add, limit: int, cancellation: Cancellation | None, *, exact: bool = False
     ) -> tuple[list[int], bool]:
-        """The tokens, and whether they end inside the model's thoughts.  Raises TooManyTokens."""
+        """The tokens of the prompt, and whether they end inside the model's thoughts.  Raises
+        TooManyTokens."""
         if add.read is not None:
             self._check_tokens(add.read, "messages")
             return add.read, add.thinking
@@ -289,9 +288,9 @@ class Intake:
             self._check_tokens(add.prompt, "prompt")
             return add.prompt, False
         if add.suffix:
-            return self._infill(add.prompt or "", add.suffix, most), False
+            return self._infill(add.prompt or "", add.suffix, limit), False
         if add.prompt is not None:
-            return self._read(add.prompt, most, exact=exact), False
+            return self._read(add.prompt, limit, exact=exact), False
         try:
             parts = self.template.parts(
                 add.messages,
@@ -300,46 +299,46 @@ class Intake:
                 tenant=add.tenant,
                 cancellation=cancellation,
             )
-        except ContextOverflow:  # found by its characters, of which a token has only so many
+        except ContextOverflow:  # by its characters, of which a token has only so many
             raise self._overflow(TooManyTokens(self._context + 1, exact=False), None) from None
         text = "".join(parts)
         thinking = self.template.thinks and text.rstrip().endswith(chat_format.THINK)
-        return self._read_parts(parts, most, exact=exact), thinking
+        return self._read_parts(parts, limit, exact=exact), thinking
 
-    def _infill(self, prefix: str, suffix: str, most: int) -> list[int]:
+    def _infill(self, prefix: str, suffix: str, limit: int) -> list[int]:
         """In the order that models were trained with: prefix, suffix, then what is between."""
         marks = self._runner.facts.infill
         if marks is None:
             why = "suffix needs a model with infill tokens, and this one has none"
             raise InvalidBody(why, loc=("body", "suffix"))
         tokenize = self._runner.tokenize_text
-        before, after = (self._read(text, most, tokenize) for text in (prefix, suffix))
+        before, after = (self._read(text, limit, tokenize) for text in (prefix, suffix))
         return [marks[0], *before, marks[1], *after, marks[2]]
 
-    def _lookup(self, add: Add) -> Lookup:
+    def _make_drafter(self, add: Add) -> NgramDrafter:
         # What cannot come within the context would only cost time in the steps.
-        text = add.prediction[: self._context * _CHARACTERS]
+        text = add.prediction[: self._context * _MAX_MEAN_TOKEN_CHARACTERS]
         prediction = self._runner.tokenize_text(text)[: self._context] if text else ()
-        return Lookup(self._experience, prediction)
+        return NgramDrafter(self._statistics, prediction)
 
-    # -- what the output must be -------------------------------------------------------------------
+    # -- grammars ----------------------------------------------------------------------------------
 
     def _compile(
         self, add: Add, sequence: Sequence, thinking: bool, cancellation: Cancellation | None
     ) -> Refused | None:
         try:
             # Most engines never need it, nor what it imports.
-            from pinaivu_box.engine.grammar import Grammars
-            from pinaivu_box.engine.trial import OutputConstraint
+            from pinaivu_box.engine.grammar import GrammarCompiler
+            from pinaivu_box.engine.grammar_validation import OutputConstraint
 
             with self._first_grammar:
                 if self._grammars is None:
-                    self._grammars = Grammars(self._runner, self._sandboxes)
+                    self._grammars = GrammarCompiler(self._runner, self._sandboxes)
             style = self.template.style
             trigger = self._spell(style.trigger) if add.tools and style.trigger else ""
-            wanted = OutputConstraint(add.constraint, add.tools, style.name, trigger, thinking)
-            sequence.grammar = grammar = self._grammars.make(
-                wanted, tenant=add.tenant, cancellation=cancellation
+            constraint = OutputConstraint(add.constraint, add.tools, style.name, trigger, thinking)
+            sequence.grammar = grammar = self._grammars.compile(
+                constraint, tenant=add.tenant, cancellation=cancellation
             )
             if grammar is not None:
                 for token in add.output:
@@ -349,7 +348,7 @@ class Intake:
         return None
 
     def _control(self, text: str) -> int | None:
-        """The control token that is written so, if there is one."""
+        """The control token that is spelled so, if there is one."""
         tokens = self._runner.tokenize(text)
         plain = self._runner.tokenize_text(text)
         new = [token for token in tokens if token not in plain]
@@ -367,16 +366,16 @@ class Intake:
         token = self._control(trigger) if add.tools is not None and trigger else None
         if token is None:
             return piece
-        return lambda one: trigger.encode() if one == token else piece(one)
+        return lambda other: trigger.encode() if other == token else piece(other)
 
 
-def _whose(add: Add) -> str | None:
-    """The field that its prompt is in, None for messages."""
+def _prompt_param(add: Add) -> str | None:
+    """The request's field that holds the prompt, None for messages."""
     return None if add.prompt is None else "prompt"
 
 
 def _too_long(error: TooManyTokens) -> InvalidBody:
-    why = f"it has {error}, and an answer at most {_MOST_TOKENS}: send it in parts"
+    why = f"it has {error}, and an answer at most {_MAX_ANSWER_TOKENS}: send it in parts"
     return InvalidBody(why, loc=("body", "text"))
 
 

@@ -11,13 +11,13 @@ import msgspec
 from msgspec import Struct
 
 from pinaivu_box.errors import BoxError
-from pinaivu_box.models.files import NotAFile
 from pinaivu_box.models.gguf import BadGguf, Header, read_header
+from pinaivu_box.models.regular_files import NotAFile
 from pinaivu_box.sandbox import Sandbox, SandboxLimit, SandboxLimits
 
-_ENTRY = "pinaivu_box.models.headers:make"
+_ENTRY = "pinaivu_box.models.header_reader:make"
 _LIMITS = SandboxLimits(cpu_seconds=10.0, memory_bytes=768 * 1024 * 1024, wall_seconds=60.0)
-_ALL_SECONDS = 120.0  # that one look may take for the headers of all files together
+_MAX_LOOK_SECONDS = 120.0  # that one look may take for the headers of all files together
 
 _Facts = tuple[str, int, int, int, int, int]
 
@@ -30,7 +30,7 @@ class _HeaderResult(Struct, array_like=True):
     error: str = ""
 
 
-class Headers:
+class HeaderReader:
     """For one thread at a time.  `finish` after each look at all files."""
 
     def __init__(self) -> None:
@@ -51,7 +51,7 @@ class Headers:
             facts.st_mtime_ns,
             facts.st_ctime_ns,
         )
-        answer = self._seen.get(key) or self._known.get(key) or self._ask(path)
+        answer = self._seen.get(key) or self._known.get(key) or self._read_file(path)
         self._seen[key] = answer
         if answer.header is None:
             raise BadGguf(answer.bad)
@@ -67,25 +67,20 @@ class Headers:
         self._stopped = True
         self._sandbox.close()
 
-    def _ask(self, path: Path) -> _HeaderResult:
+    def _read_file(self, path: Path) -> _HeaderResult:
         """What the bytes say.  What says nothing about them is not remembered: it is raised."""
-        self._ends = self._ends or time.monotonic() + _ALL_SECONDS
+        self._ends = self._ends or time.monotonic() + _MAX_LOOK_SECONDS
         if self._stopped:
             raise BadGguf("the box stops")
         if time.monotonic() > self._ends:
             raise BadGguf("reading the files before it took too long: reload to go on")
         try:
-            made = self._sandbox.run(os.fsencode(path))
+            reply = self._sandbox.run(os.fsencode(path))
         except SandboxLimit as error:
-            what = {
-                "time": "takes more time than it may",
-                "memory": "takes more memory than it may",
-            }
-            why = what.get(error.limit, "crashes the reader")
-            raise BadGguf(f"reading its header {why}") from error
+            raise BadGguf(f"reading its header {error.reason}") from error
         except BoxError as error:
             raise BadGguf(f"its header cannot be read: {error.message.rstrip('.')}") from error
-        answer = msgspec.msgpack.decode(made, type=_HeaderResult)
+        answer = msgspec.msgpack.decode(reply, type=_HeaderResult)
         if answer.error:
             raise NotAFile(0, answer.error, str(path))
         return answer

@@ -1,5 +1,4 @@
-"""Threads that tenants share fairly: of a tenant one job runs at a time, in the order of arrival,
-and the tenant that has waited longest for a turn is next."""
+"""Threads that tenants share fairly: round robin among tenants, one job of a tenant at a time."""
 
 from __future__ import annotations
 
@@ -10,13 +9,17 @@ from collections.abc import Callable
 Job = Callable[[], None]
 
 
-class Turns:
-    """`put` never blocks.  A job must not raise: that ends the process (see `worker`)."""
+class FairThreads:
+    """`put` never blocks.  A tenant's jobs run in the order of arrival.
+
+    A job must not raise: what it raises goes to `threading.excepthook`, and ends its thread.
+    """
 
     def __init__(self, threads: int, name: str) -> None:
         self._jobs: dict[str, deque[Job]] = {}  # of tenants that wait or run
         self._ready: deque[str] = deque()  # tenants that wait and have no job running
         self._changed = threading.Condition()
+        self._closed = False
         for _ in range(threads):
             threading.Thread(target=self._work, name=name, daemon=True).start()
 
@@ -30,13 +33,21 @@ class Turns:
             self._ready.append(tenant)
             self._changed.notify()
 
+    def close(self) -> None:
+        """End the threads once no job is left."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
     def _work(self) -> None:
         while True:
             with self._changed:
                 while not self._ready:
+                    if self._closed:
+                        return
                     self._changed.wait()
                 tenant = self._ready.popleft()
-                job = self._jobs[tenant][0]  # the others see by it that one runs
+                job = self._jobs[tenant][0]  # it stays there while it runs
             job()
             with self._changed:
                 jobs = self._jobs[tenant]

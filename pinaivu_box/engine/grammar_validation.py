@@ -1,4 +1,4 @@
-"""What an output must be, as a grammar for llguidance; and whether that can be followed.
+"""Turns what an output must be into a grammar for llguidance, and checks that it can be followed.
 
 Schemas, regular expressions and grammars are tenants' texts, and a short one can take minutes to
 compile.  So this runs in a child with limits first (see `grammar`), and only what has passed is
@@ -37,8 +37,8 @@ LIMITS = LLParserLimits(
 # that what passes here does not overflow there.
 _STACK_BYTES = 1 << 20
 _NICE = 5
-_FORCED = 16  # how often the trial goes on with what can only come next
-_REASON_LENGTH = 1000
+_MAX_FORCED_RUNS = 16  # how often a validation goes on with the tokens that are forced
+_MAX_REASON_CHARACTERS = 1000
 _LARK = "lark_grammar"
 
 
@@ -65,7 +65,7 @@ class OutputConstraint(msgspec.Struct, array_like=True, frozen=True):
 
     @property
     def param(self) -> str:
-        """The field of the request that says so."""
+        """The field of the request that sets it."""
         if self.tools is not None:
             return "tools"
         schema = self.constraint is not None and self.constraint.kind == "json_schema"
@@ -73,6 +73,7 @@ class OutputConstraint(msgspec.Struct, array_like=True, frozen=True):
 
     @property
     def name(self) -> str:
+        """What it is called in errors."""
         names = {"tools": "grammar of these tools", "response_format": "JSON schema"}
         return names.get(self.param, "grammar")
 
@@ -80,17 +81,17 @@ class OutputConstraint(msgspec.Struct, array_like=True, frozen=True):
 def tokenizer_of(
     vocabulary: Vocabulary, tokenize: Callable[[bytes | str], list[int]] | None = None
 ) -> LLTokenizer:
-    """For a large vocabulary that takes a second.  Without `tokenize`, a text's tokens are the
-    longest that fit."""
+    """Takes a second for a large vocabulary.  Without `tokenize`, a text's tokens are the longest
+    that fit."""
     wrapper = TokenizerWrapper(_Wrapped(vocabulary, tokenize))
-    made = LLTokenizer(wrapper, n_vocab=len(vocabulary.tokens), eos_token=vocabulary.ends)
+    tokenizer = LLTokenizer(wrapper, n_vocab=len(vocabulary.tokens), eos_token=vocabulary.ends)
     if tokenize is None:
-        wrapper._gtokenizer.greedy = made.greedy_tokenize
-    return made
+        wrapper._gtokenizer.greedy = tokenizer.greedy_tokenize
+    return tokenizer
 
 
 class _Wrapped:
-    """What llguidance wants to know."""
+    """What llguidance's wrapper needs of a tokenizer."""
 
     bos_token_id = None
 
@@ -112,50 +113,50 @@ class _Wrapped:
 
 
 def make(setup: bytes) -> Callable[[bytes], bytes]:
-    """In the child (see `sandbox`): the function of `trials`.  The steps go before it."""
+    """The child's part (see `sandbox`): a `validator` that yields to the engine's steps."""
     os.nice(_NICE)
-    return trials(setup)
+    return validator(setup)
 
 
-def trials(setup: bytes) -> Callable[[bytes], bytes]:
-    """For a `Vocabulary` the function that makes of an `OutputConstraint` the text of its grammar;
-    empty if everything is allowed.  It raises InvalidBody."""
+def validator(setup: bytes) -> Callable[[bytes], bytes]:
+    """For a `Vocabulary`, the function that turns an `OutputConstraint` into the text of its
+    grammar; empty if everything is allowed.  It raises InvalidBody."""
     tokenizer = tokenizer_of(msgspec.msgpack.decode(setup, type=Vocabulary))
     decoder = msgspec.msgpack.Decoder(OutputConstraint)
 
     def run(payload: bytes) -> bytes:
-        wanted = decoder.decode(payload)
-        text = _text_of(wanted)
+        output = decoder.decode(payload)
+        text = _grammar_text(output)
         if text is None:
             return b""
         matcher = LLMatcher(tokenizer, text, log_level=0, limits=LIMITS)
-        _check(matcher, wanted)
-        for _ in range(_FORCED):
-            begin(matcher)
-            _check(matcher, wanted)
+        _check(matcher, output)
+        for _ in range(_MAX_FORCED_RUNS):
+            compute_first_mask(matcher)
+            _check(matcher, output)
             forced = matcher.compute_ff_tokens()
             if not forced or matcher.is_stopped() or not matcher.consume_tokens(forced):
                 break
-        _check(matcher, wanted)
+        _check(matcher, output)
         return text.encode()
 
     return lambda payload: _with_stack(run, payload)
 
 
-def begin(matcher: LLMatcher) -> None:
+def compute_first_mask(matcher: LLMatcher) -> None:
     """The first mask is the most expensive: much of the lexer is only made with it."""
     if not matcher.is_error():
         matcher.compute_bitmask()
 
 
-def refusal(wanted: OutputConstraint, reason: str) -> InvalidBody:
-    return InvalidBody(f"this {wanted.name} {reason}", loc=("body", wanted.param))
+def refusal(output: OutputConstraint, reason: str) -> InvalidBody:
+    return InvalidBody(f"this {output.name} {reason}", loc=("body", output.param))
 
 
-def _check(matcher: LLMatcher, wanted: OutputConstraint) -> None:
+def _check(matcher: LLMatcher, output: OutputConstraint) -> None:
     if matcher.is_error():
-        reason = matcher.get_error().replace("<non-verbose/>", "").strip()[:_REASON_LENGTH]
-        raise refusal(wanted, f"cannot be followed: {reason}")
+        reason = matcher.get_error().replace("<non-verbose/>", "").strip()
+        raise refusal(output, f"cannot be followed: {reason[:_MAX_REASON_CHARACTERS]}")
 
 
 def _with_stack(run: Callable[[bytes], bytes], payload: bytes) -> bytes:
@@ -181,48 +182,48 @@ def _with_stack(run: Callable[[bytes], bytes], payload: bytes) -> bytes:
 # -- the text of a grammar -------------------------------------------------------------------------
 
 
-def _text_of(wanted: OutputConstraint) -> str | None:
-    """None if everything is allowed.  Raises InvalidBody."""
+def _grammar_text(output: OutputConstraint) -> str | None:
+    """Returns None if everything is allowed.  Raises InvalidBody."""
     try:
-        constraint = wanted.constraint
-        if wanted.tools is not None:
-            constraint = _of_calls(wanted.tools, wanted)
+        constraint = output.constraint
+        if output.tools is not None:
+            constraint = _call_constraint(output.tools, output)
         if constraint is None:
             return None
         text = _converted(constraint)
-        return _after_thoughts(constraint.kind, text) if wanted.thinking else text
+        return _after_thoughts(constraint.kind, text) if output.thinking else text
     except MemoryError:
         raise
     except RecursionError:
-        raise refusal(wanted, "cannot be followed: it is nested too deeply") from None
+        raise refusal(output, "cannot be followed: it is nested too deeply") from None
     except Exception as error:  # the converter of GBNF raises nothing more special
-        reason = str(error).strip()[:_REASON_LENGTH]
-        raise refusal(wanted, f"cannot be followed: {reason}") from None
+        reason = str(error).strip()[:_MAX_REASON_CHARACTERS]
+        raise refusal(output, f"cannot be followed: {reason}") from None
 
 
-def _of_calls(tools: Tools, wanted: OutputConstraint) -> Constraint | None:
+def _call_constraint(tools: Tools, output: OutputConstraint) -> Constraint | None:
     callable_ = set(tools.names)
     functions = [
-        {**one, "parameters": with_an_end(one.get("parameters"))}
-        for one in json.loads(tools.functions)
-        if one["name"] in callable_
+        {**function, "parameters": with_an_end(function.get("parameters"))}
+        for function in json.loads(tools.functions)
+        if function["name"] in callable_
     ]
     if not functions:
-        return wanted.constraint
+        return output.constraint
     free = tools.choice == "auto"
     named = not free and tools.choice != "required"
     if named:
-        functions = [one for one in functions if one["name"] == tools.choice]
+        functions = [function for function in functions if function["name"] == tools.choice]
     schema = None
-    if wanted.constraint is not None:
-        options = {**with_an_end(json.loads(wanted.constraint.text)), "x-guidance": ONE_LINE}
+    if output.constraint is not None:
+        options = {**with_an_end(json.loads(output.constraint.text)), "x-guidance": ONE_LINE}
         schema = json.dumps(options)
     grammar = chat_format.call_grammar(
-        chat_format.STYLES[wanted.style],
+        chat_format.STYLES[output.style],
         functions,
         several=tools.parallel and not named,
         free=free,
-        spell=lambda _: wanted.trigger,
+        spell=lambda _: output.trigger,
         schema=schema,
     )
     return None if grammar is None else Constraint("lark", grammar)
@@ -244,7 +245,7 @@ def _converted(constraint: Constraint) -> str:
 def _after_thoughts(kind: str, grammar: str) -> str:
     # llguidance leaves Lark as it is, and makes JSON of all else.
     plain = kind in ("lark", "gbnf")
-    made = {_LARK: grammar} if plain else json.loads(grammar)["grammars"][0]
-    answer = {**made, "name": "answer"}
+    rules = {_LARK: grammar} if plain else json.loads(grammar)["grammars"][0]
+    answer = {**rules, "name": "answer"}
     free = f'start: thoughts /\\n{{0,2}}/ @answer\nthoughts[lazy]: /(.|\\n)*/ "{THOUGHT}"'
     return json.dumps({"grammars": [{_LARK: free}, answer]})

@@ -1,4 +1,4 @@
-"""Gives a model that is here another name: files of its own in the models folder."""
+"""Copies a model of this box under another name, into the models folder."""
 
 from __future__ import annotations
 
@@ -7,29 +7,29 @@ from contextlib import suppress
 from pathlib import Path
 
 from pinaivu_box.models.catalog import Model
-from pinaivu_box.models.files import open_regular
+from pinaivu_box.models.regular_files import open_regular
 from pinaivu_box.models.splits import PartName
 
 _COPY_BYTES = 1 << 20
 
 
-def place(model: Model, folder: Path, name: str) -> list[Path]:
-    """The model's files as those of `name` in that folder, all of them or none: links where that
-    can be, else copies.  Returns them in their order.  Raises OSError, FileExistsError among them.
-    """
+def copy_model(model: Model, folder: Path, name: str) -> list[Path]:
+    """Create the model's files as those of `name` in that folder, all of them or none: hard links
+    where possible, else copies.  Returns them in their order.  Raises OSError, such as
+    FileExistsError."""
     if model.is_fake:
         raise OSError("it has no file")
     folder.mkdir(parents=True, exist_ok=True)
-    made: list[Path] = []
+    copies: list[Path] = []
     try:
         for file, target in zip(model.files, _targets(model, folder, name), strict=True):
-            _place(file, target)
-            made.append(target)
+            _copy_file(file, target)
+            copies.append(target)
     except BaseException:
-        for target in made:
+        for target in copies:
             target.unlink(missing_ok=True)
         raise
-    return made
+    return copies
 
 
 def _targets(model: Model, folder: Path, name: str) -> list[Path]:
@@ -40,25 +40,25 @@ def _targets(model: Model, folder: Path, name: str) -> list[Path]:
     return [folder / part.sibling(number) for number in range(1, count + 1)]
 
 
-def _place(file: Model, target: Path) -> None:
+def _copy_file(file: Model, target: Path) -> None:
     if file.offset == 0 and file.path.stat().st_size == file.size:
         with suppress(OSError):  # on another file system, or of another user
             os.link(file.path.resolve(), target)
             return
     temporary = target.with_name(f".{target.name}.new")
     try:
-        _copy(file, temporary)
+        _copy_bytes(file, temporary)
         os.link(temporary, target)  # unlike a rename it replaces nothing
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _copy(file: Model, target: Path) -> None:
+def _copy_bytes(file: Model, target: Path) -> None:
     left = file.size
-    with open_regular(file.path) as source, target.open("wb") as made:
+    with open_regular(file.path) as source, target.open("wb") as copy:
         source.seek(file.offset)
         while left and (data := source.read(min(left, _COPY_BYTES))):
-            made.write(data)
+            copy.write(data)
             left -= len(data)
-        made.flush()
-        os.fsync(made.fileno())
+        copy.flush()
+        os.fsync(copy.fileno())

@@ -1,4 +1,4 @@
-"""Steps that go on as the last one did: the same sequences, each with its next token.
+"""Decode steps that go on as the last one did: the same sequences, each with its next token.
 
 Most steps are like that, and on a fast device the Python of a whole plan would cost more than the
 step.  Here a step is: the drawn tokens in, positions plus one, decode, draw.
@@ -16,7 +16,7 @@ from pinaivu_box.engine.sequence import Sequence
 class SteadySteps:
     """`left` is how many steps may still follow without a plan.
 
-    The sequences themselves are kept up to date; the scheduler's books are behind by `steps`.
+    The sequences are kept up to date; the scheduler is behind by `steps` until it catches up.
     """
 
     def __init__(self, sequences: list[Sequence], left: int, end_tokens: Ids) -> None:
@@ -24,31 +24,28 @@ class SteadySteps:
         self.ids = [sequence.id for sequence in sequences]
         self.left = left
         self.steps = 0
-        self._lists = [sequence.tokens for sequence in sequences]
+        self._tokens = [sequence.tokens for sequence in sequences]
         self._sampler = Sampler([sequence.sampling for sequence in sequences], end_tokens)
         self._looks_back = any(sequence.sampling.looks_back for sequence in sequences)
         self._shifted = np.array([sequence.shifted for sequence in sequences], np.int32)
-        self._batch = Batch(
-            np.array([tokens[-1] for tokens in self._lists], np.int32),
+        self.batch = Batch(
+            np.array([tokens[-1] for tokens in self._tokens], np.int32),
             np.array([sequence.computed for sequence in sequences], np.int32),
             np.array([sequence.sequence_id for sequence in sequences], np.int32),
             np.ones(len(sequences), np.int8),
             len(sequences),
         )
 
-    def batch(self) -> Batch:
-        return self._batch
-
     def draw(self, logits: Float32) -> list[int]:
-        """The step was computed: its tokens' successors, which are also appended."""
-        batch, sequences = self._batch, self.sequences
-        pasts: list[PenaltyWindow] = []
+        """Append and return each sequence's next token, drawn from the logits of `batch`."""
+        batch, sequences = self.batch, self.sequences
+        windows: list[PenaltyWindow] = []
         if self._looks_back:
-            pasts = [PenaltyWindow(one.tokens, one.prompt_length) for one in sequences]
+            windows = [PenaltyWindow(each.tokens, each.prompt_length) for each in sequences]
         batch.positions[:] += 1
-        drawn = self._sampler.draw(logits, batch.positions + self._shifted, pasts)
+        drawn = self._sampler.draw(logits, batch.positions + self._shifted, windows)
         batch.tokens[:] = drawn
-        for sequence, tokens, token in zip(sequences, self._lists, drawn, strict=True):
+        for sequence, tokens, token in zip(sequences, self._tokens, drawn, strict=True):
             tokens.append(token)
             sequence.computed += 1
         self.steps += 1

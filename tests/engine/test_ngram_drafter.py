@@ -1,17 +1,17 @@
-"""Prompt lookup: what is proposed, and how the chance that it is right is learned."""
+"""Prompt lookup: what is proposed, and how the rate that it is right is learned."""
 
 from __future__ import annotations
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pinaivu_box.engine.lookup import NGRAM, DraftStatistics, Lookup
+from pinaivu_box.engine.ngram_drafter import NGRAM, DraftStatistics, NgramDrafter
 
 
 def draft(tokens: list[int], count: int) -> list[int]:
     """Of one that has not seen the tokens before."""
-    lookup = Lookup()
-    return lookup.draft(tokens, count) if lookup.match(tokens) else []
+    drafter = NgramDrafter()
+    return drafter.draft(tokens, count) if drafter.match(tokens) else []
 
 
 def test_what_followed_the_last_time_is_proposed() -> None:
@@ -32,10 +32,10 @@ def test_what_goes_round_and_round_is_proposed_to_go_on() -> None:
 
 
 def test_what_has_not_come_before_proposes_nothing() -> None:
-    assert Lookup().match([1, 2, 3, 4, 5, 6]) == 0
-    assert Lookup().match([1, 2, 9, 2, 1, 2]) == 0  # two alike are too few
-    assert Lookup().match([1, 2]) == 0
-    assert Lookup().match([]) == 0
+    assert NgramDrafter().match([1, 2, 3, 4, 5, 6]) == 0
+    assert NgramDrafter().match([1, 2, 9, 2, 1, 2]) == 0  # two alike are too few
+    assert NgramDrafter().match([1, 2]) == 0
+    assert NgramDrafter().match([]) == 0
 
 
 def plain(tokens: list[int], count: int) -> list[int]:
@@ -55,68 +55,68 @@ def test_one_that_follows_its_sequence_proposes_what_a_fresh_one_would(
     tokens: list[int], asked: list[tuple[int, int]]
 ) -> None:
     """It looks at new tokens only, however many came since it was last asked."""
-    lookup, length = Lookup(), 0
+    drafter, length = NgramDrafter(), 0
     for more, most in asked:
         length = min(len(tokens), length + more)
         so_far = tokens[:length]
-        made = lookup.draft(so_far, most) if lookup.match(so_far) else []
+        made = drafter.draft(so_far, most) if drafter.match(so_far) else []
         assert made == plain(so_far, most)
 
 
 def test_the_longer_the_match_the_better_the_chance() -> None:
     again = [*range(20), 99]
-    chances = [Lookup().match([*again, *range(19 - length, 19)]) for length in range(3, 13)]
+    chances = [NgramDrafter().match([*again, *range(19 - length, 19)]) for length in range(3, 13)]
     assert chances == sorted(chances)
     assert 0 < chances[0] < chances[-1] < 1
 
 
 def test_the_chance_follows_what_happens_whether_it_was_drafted_or_not() -> None:
-    lookup, tokens = Lookup(), list(range(40))
+    drafter, tokens = NgramDrafter(), list(range(40))
     tokens += [100, *range(12)]
-    before = lookup.match(tokens)
+    before = drafter.match(tokens)
     for token in (12, 13, 14):  # as in the text
         tokens.append(token)
-        better = lookup.match(tokens)
+        better = drafter.match(tokens)
         assert before < better < 1
         before = better
     tokens += [15, 16, 17]  # several at once
-    best = lookup.match(tokens)
+    best = drafter.match(tokens)
     assert best > before
     tokens += [18, 99, 20, 21, 22]  # one was wrong; what came after it says nothing
-    assert lookup.match(tokens) > 0  # a short match, of another kind
+    assert drafter.match(tokens) > 0  # a short match, of another kind
     tokens += range(23, 33)
-    assert best - 0.3 < lookup.match(tokens) < best
+    assert best - 0.3 < drafter.match(tokens) < best
 
 
 def test_what_never_comes_true_is_not_believed_for_long() -> None:
-    lookup, chance = Lookup(), 1.0
+    drafter, rate = NgramDrafter(), 1.0
     tokens = [1, 2, 3, 4]
     for number in range(100, 120):
         tokens += [1, 2, 3]
-        chance = lookup.match(tokens)
+        rate = drafter.match(tokens)
         tokens.append(number)
-        lookup.match(tokens)
-    assert 0 < chance < 0.05
+        drafter.match(tokens)
+    assert 0 < rate < 0.05
 
 
 def test_the_next_sequence_begins_with_what_others_learned() -> None:
     """Where drafts are mostly wrong fewer are made, from the first token on; and the reverse."""
     bad, good = DraftStatistics(), DraftStatistics()
     for n in range(60):
-        wrong, right = Lookup(bad), Lookup(good)
+        wrong, right = NgramDrafter(bad), NgramDrafter(good)
         start = [1, 2, 3, 4, 5, 6, 9, 1, 2, 3]
-        for lookup, after in ((wrong, 100 + n), (right, 4)):
-            lookup.match(start)
-            lookup.match([*start, after])
-    fresh = Lookup().match(start)
-    assert Lookup(bad).match(start) < fresh / 2
-    assert Lookup(good).match(start) > fresh
+        for drafter, after in ((wrong, 100 + n), (right, 4)):
+            drafter.match(start)
+            drafter.match([*start, after])
+    fresh = NgramDrafter().match(start)
+    assert NgramDrafter(bad).match(start) < fresh / 2
+    assert NgramDrafter(good).match(start) > fresh
     # Who gives a prediction is believed at first.
-    assert Lookup(bad, [7]).match(start) == fresh
+    assert NgramDrafter(bad, [7]).match(start) == fresh
 
 
 def test_a_prediction_is_text_that_may_come() -> None:
-    lookup = Lookup(None, [5, 6, 7, 8, 9, 10])
-    assert lookup.match([1, 2, 5, 6, 7]) > 0
-    assert lookup.draft([1, 2, 5, 6, 7], 3) == [8, 9, 10]
-    assert Lookup().match([1, 2, 5, 6, 7]) == 0
+    drafter = NgramDrafter(None, [5, 6, 7, 8, 9, 10])
+    assert drafter.match([1, 2, 5, 6, 7]) > 0
+    assert drafter.draft([1, 2, 5, 6, 7], 3) == [8, 9, 10]
+    assert NgramDrafter().match([1, 2, 5, 6, 7]) == 0

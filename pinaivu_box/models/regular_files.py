@@ -30,14 +30,14 @@ def why_not(mode: int) -> str | None:
 def look(path: Path) -> os.stat_result:
     """The facts of a regular file, or of the one that a link leads to.  Raises OSError."""
     try:
-        found = path.stat()
+        facts = path.stat()
     except FileNotFoundError:
         if path.is_symlink():
             raise NotAFile(0, "it is a link to a file that does not exist", str(path)) from None
         raise
-    if (why := why_not(found.st_mode)) is not None:
+    if (why := why_not(facts.st_mode)) is not None:
         raise NotAFile(0, why, str(path))
-    return found
+    return facts
 
 
 def download_mark(path: Path) -> Path:

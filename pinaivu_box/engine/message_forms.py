@@ -1,10 +1,10 @@
 """The messages of a chat in the forms that chat templates take.
 
 A template is written for the histories that its authors had in mind, and raises on others: another
-order of roles, ids of another length, arguments that are no JSON object.  What was said once stays
-in a chat, so every later request would be refused too.  llama.cpp (`common/chat.cpp`) and vLLM
-(`_postprocess_messages`) rewrite some of that; here it is what a template needs, and nothing that
-was said is left out.
+order of roles, ids of another length, arguments that are no JSON object.  A message stays in its
+chat, so every later request would be refused too.  llama.cpp (`common/chat.cpp`) and vLLM
+(`_postprocess_messages`) rewrite some of that; here it is what a template needs, and no message is
+left out.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from pinaivu_box import chat_format
 
 Message = dict[str, Any]
 
-_ID_LENGTH = 9
-_WRAPPED = "arguments"  # the one member of an object that stands for what is none
-_SILENCE = "..."  # of a turn in which nothing was said
+_ID_CHARACTERS = 9
+_WRAPPED = "arguments"  # the only member of an object that stands for a value that is none
+_EMPTY_TURN = "..."
 
 
 class CallArguments(dict[str, Any]):
@@ -45,8 +45,8 @@ class CallArguments(dict[str, Any]):
 
 
 def forms(messages: list[Message]) -> Iterator[list[Message]]:
-    """`messages` as a template should see them, and then in other ways that it might take, each
-    further from what was sent.  None comes twice."""
+    """`messages` as a template should see them, and then in other forms that it may accept, each
+    further from what was sent.  No form comes twice."""
     seen: list[list[Message]] = []
     for shape in _shapes(messages):
         if shape not in seen:
@@ -59,47 +59,50 @@ def in_words(
     messages: list[Message], functions: list[dict[str, Any]] | None = None
 ) -> list[Message]:
     """Functions, calls and their results as text, for a template that knows none of them."""
-    said: list[Message] = []
-    turn = ""
+    texts: list[Message] = []
+    role = ""
     for message in messages:
-        words = _one_in_words(message)
-        if turn == "tool" and words["role"] == "user":  # one turn, which templates insist on
-            words["content"] = f"{said.pop()['content']}\n{words['content']}"
-        said.append(words)
-        turn = message["role"]
+        text = _in_words(message)
+        if role == "tool" and text["role"] == "user":  # one turn, which templates insist on
+            text["content"] = f"{texts.pop()['content']}\n{text['content']}"
+        texts.append(text)
+        role = message["role"]
     if functions:
-        told = chat_format.instructions(functions)
-        if said and said[0]["role"] == "system":
-            told = f"{said.pop(0)['content']}\n\n{told}"
-        said.insert(0, {"role": "system", "content": told})
-    return said
+        system = chat_format.instructions(functions)
+        if texts and texts[0]["role"] == "system":
+            system = f"{texts.pop(0)['content']}\n\n{system}"
+        texts.insert(0, {"role": "system", "content": system})
+    return texts
 
 
 def in_parts(messages: list[Message]) -> list[Message]:
     """With contents as lists of parts, which some templates of models that see insist on."""
-    return [{**one, "content": [{"type": "text", "text": one["content"]}]} for one in messages]
+    return [
+        {**message, "content": [{"type": "text", "text": message["content"]}]}
+        for message in messages
+    ]
 
 
 def shown(text: str, messages: list[Message]) -> bool:
-    """Whether a prompt holds what was said: the longest of the user's messages, or of all."""
-    said = [one for one in messages if one["role"] == "user"] or messages
-    return max((str(one["content"]).strip() for one in said), key=len, default="") in text
+    """Whether a prompt holds the longest of the user's messages, or of all."""
+    messages = [each for each in messages if each["role"] == "user"] or messages
+    return max((str(each["content"]).strip() for each in messages), key=len, default="") in text
 
 
 def raw(text: str) -> bool:
-    """Whether parts were written into a prompt as they are, and not read."""
+    """Whether a prompt holds content parts as they are, unread."""
     return "'type': 'text'" in text or '"type": "text"' in text
 
 
 def described(functions: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """With what OpenAI's API lets a function leave out."""
-    made = []
-    for one in functions:
-        given = one.get("parameters")
-        given = given if isinstance(given, dict) else {}
-        parameters = {"type": "object", "properties": {}, **given}
-        made.append({"description": "", **one, "parameters": parameters})
-    return made
+    """The functions with all that OpenAI's API lets one leave out."""
+    whole = []
+    for function in functions:
+        parameters = function.get("parameters")
+        parameters = parameters if isinstance(parameters, dict) else {}
+        parameters = {"type": "object", "properties": {}, **parameters}
+        whole.append({"description": "", **function, "parameters": parameters})
+    return whole
 
 
 # -- arguments -------------------------------------------------------------------------------------
@@ -145,13 +148,13 @@ def _read(text: str) -> CallArguments | None:
 
 
 def _object(text: str) -> CallArguments:
-    found = _read(text)
-    return CallArguments({_WRAPPED: text}, text) if found is None else found
+    arguments = _read(text)
+    return CallArguments({_WRAPPED: text}, text) if arguments is None else arguments
 
 
 def _object_or_text(text: str) -> CallArguments | str:
-    found = _read(text)
-    return text if found is None else found
+    arguments = _read(text)
+    return text if arguments is None else arguments
 
 
 def _text(text: str) -> str:
@@ -164,36 +167,36 @@ def _text(text: str) -> str:
 def _shapes(messages: list[Message]) -> Iterator[list[Message]]:
     yield messages
     # One of these is mostly enough; together they take one another's results.
-    changes = (_with_short_ids, _answering, _taking_turns, _one_call_each, _without_system)
+    changes = (_with_short_ids, _answering, _alternating, _one_call_each, _without_system)
     for change in changes:
         yield change(messages)
     shape = messages
     for change in changes:
         shape = change(shape)
         yield shape
-    shape = _taking_turns(in_words(messages))
+    shape = _alternating(in_words(messages))
     yield shape
     yield _without_system(shape)
 
 
 def _with_short_ids(messages: list[Message]) -> list[Message]:
     """Mistral's templates insist on ids of nine letters and digits."""
-    made = []
+    changed = []
     for message in messages:
         if message.get("tool_calls"):
-            calls = [{**one, "id": _short(one.get("id"))} for one in message["tool_calls"]]
+            calls = [{**call, "id": _short(call.get("id"))} for call in message["tool_calls"]]
             message = {**message, "tool_calls": calls}
         elif message["role"] == "tool":
             message = {**message, "tool_call_id": _short(message.get("tool_call_id"))}
-        made.append(message)
-    return made
+        changed.append(message)
+    return changed
 
 
-def _short(given: Any) -> str:
-    name = str(given or "")
-    if re.fullmatch(f"[a-zA-Z0-9]{{{_ID_LENGTH}}}", name):
+def _short(call_id: Any) -> str:
+    name = str(call_id or "")
+    if re.fullmatch(f"[a-zA-Z0-9]{{{_ID_CHARACTERS}}}", name):
         return name
-    return hashlib.sha256(name.encode(errors="replace")).hexdigest()[:_ID_LENGTH]
+    return hashlib.sha256(name.encode(errors="replace")).hexdigest()[:_ID_CHARACTERS]
 
 
 def _one_call_each(messages: list[Message]) -> list[Message]:
@@ -203,7 +206,7 @@ def _one_call_each(messages: list[Message]) -> list[Message]:
         if message["role"] != "tool":
             turns.append([])
         turns[-1].append(message)
-    return [one for turn in turns for one in _call_by_call(turn)]
+    return [message for turn in turns for message in _call_by_call(turn)]
 
 
 def _call_by_call(turn: list[Message]) -> Iterator[Message]:
@@ -215,7 +218,8 @@ def _call_by_call(turn: list[Message]) -> Iterator[Message]:
     for call in calls:
         yield {**message, "tool_calls": [call]}
         message = {"role": "assistant", "content": ""}
-        for result in [one for one in results if one.get("tool_call_id") == call.get("id")][:1]:
+        own = [each for each in results if each.get("tool_call_id") == call.get("id")]
+        for result in own[:1]:
             results.remove(result)
             yield result
     yield from results
@@ -223,46 +227,46 @@ def _call_by_call(turn: list[Message]) -> Iterator[Message]:
 
 def _answering(messages: list[Message]) -> list[Message]:
     """Results that answer no call before them are a user's words (gpt-oss, Command R)."""
-    made: list[Message] = []
+    answering: list[Message] = []
     waiting: list[Any] = []  # ids of calls without a result
     for message in messages:
         if message["role"] != "tool":
             waiting = [call.get("id") for call in message.get("tool_calls") or ()]
         elif not waiting:
-            message = _one_in_words(message)
+            message = _in_words(message)
         else:
-            its = message.get("tool_call_id")
-            its = its if its in waiting else waiting[0]
-            waiting.remove(its)
-            message = {**message, "tool_call_id": its}
-        made.append(message)
-    return made
+            call_id = message.get("tool_call_id")
+            call_id = call_id if call_id in waiting else waiting[0]
+            waiting.remove(call_id)
+            message = {**message, "tool_call_id": call_id}
+        answering.append(message)
+    return answering
 
 
-def _taking_turns(messages: list[Message]) -> list[Message]:
+def _alternating(messages: list[Message]) -> list[Message]:
     """One system message, at the beginning; then user and assistant in turns, the user first.
 
     Neighbours of one role become one message, and later system messages a user's words.  An empty
     answer is none.  A call and its results are no turn, as Mistral's templates count.
     """
-    made: list[Message] = []
+    turns: list[Message] = []
     for message in messages:
-        if message["role"] == "system" and made and made[-1]["role"] != "system":
+        if message["role"] == "system" and turns and turns[-1]["role"] != "system":
             message = {**message, "role": "user"}
         role, calls = message["role"], message.get("tool_calls")
         if role == "assistant" and not message["content"] and not calls:
             continue
-        last: Message = made[-1] if made else {"role": ""}
+        last: Message = turns[-1] if turns else {"role": ""}
         if role == last["role"] != "tool" and not (calls and last.get("tool_calls")):
             content = _joined(last["content"], message["content"])
-            made[-1] = {**last, **message, "content": content}
+            turns[-1] = {**last, **message, "content": content}
             continue
         if role in ("assistant", "tool") and last["role"] in ("", "system"):
-            made.append({"role": "user", "content": _SILENCE})
+            turns.append({"role": "user", "content": _EMPTY_TURN})
         elif role == "user" and (last["role"] == "tool" or last.get("tool_calls")):
-            made.append({"role": "assistant", "content": _SILENCE})
-        made.append(message)
-    return made or [{"role": "user", "content": _SILENCE}]
+            turns.append({"role": "assistant", "content": _EMPTY_TURN})
+        turns.append(message)
+    return turns or [{"role": "user", "content": _EMPTY_TURN}]
 
 
 def _without_system(messages: list[Message]) -> list[Message]:
@@ -280,7 +284,7 @@ def _joined(before: str, after: str) -> str:
     return f"{before}\n\n{after}" if before and after else before or after
 
 
-def _one_in_words(message: Message) -> Message:
+def _in_words(message: Message) -> Message:
     if message["role"] == "tool":
         content = f"<tool_response>\n{message['content']}\n</tool_response>"
         return {"role": "user", "content": content}

@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 
-from pinaivu_box.engine import arrivals, engine, grammar
-from pinaivu_box.engine.arrivals import Arrivals
-from pinaivu_box.engine.embeddings import Embedding
+from pinaivu_box.engine import engine, grammar, preparation_queue
+from pinaivu_box.engine.embeddings import EmbeddingJob
 from pinaivu_box.engine.fake_runner import FakeRunner
-from pinaivu_box.engine.intake import Intake, PreparedRequest
 from pinaivu_box.engine.messages import Cancel, Constraint, Embed, Refused, Tokenize
 from pinaivu_box.engine.output import OutputBuffer
+from pinaivu_box.engine.preparation_queue import PreparationQueue
+from pinaivu_box.engine.request_preparer import PreparedRequest, RequestPreparer
 from pinaivu_box.engine.sequence import Sequence
 from tests.support.engine_harness import add, in_this_process, load
 
@@ -28,24 +28,26 @@ LETTERS = Constraint("regex", "[ab]{3}")
 
 
 class Door:
-    """Arrivals whose prompts and grammars named in `ready` are held up until those events come."""
+    """A queue whose prompts and grammars named in `ready` wait for those events."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, threads: int = 1) -> None:
-        monkeypatch.setattr(arrivals, "_COMPILING", threads)
+        monkeypatch.setattr(preparation_queue, "_COMPILING_THREADS", threads)
         self.ready: dict[str, threading.Event] = {}
         self.said: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.scheduled: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.runner = FakeRunner(load())
-        intake = Intake(self.runner, in_this_process(), drafting=False, context_shift=False)
-        self.take = Arrivals(intake, self.said.put, self.scheduled.put).take
-        make = grammar.Grammars.make
+        preparer = RequestPreparer(
+            self.runner, in_this_process(), drafting=False, context_shift=False
+        )
+        self.take = PreparationQueue(preparer, self.said.put, self.scheduled.put).take
+        make = grammar.GrammarCompiler.compile
 
         def held_up(its: Any, wanted: Any, **options: Any) -> Any:
             event = self.ready.get(wanted.constraint.text)
             assert event is None or event.wait(PATIENCE)
             return make(its, wanted, **options)
 
-        monkeypatch.setattr(grammar.Grammars, "make", held_up)
+        monkeypatch.setattr(grammar.GrammarCompiler, "compile", held_up)
         tokenize = self.runner.tokenize
 
         def held_up_too(text: str, **options: Any) -> list[int]:
@@ -90,7 +92,7 @@ def test_nobody_waits_for_another_s_grammar(door: Door) -> None:
     assert {name_of(one) for one in door.hears(4)} == {"slow", "quick", "vectors", "tokens"}
     door.take(Cancel("quick"))
     passed = door.schedules(3)
-    assert {type(one) for one in passed} == {Sequence, Embedding, Cancel}
+    assert {type(one) for one in passed} == {Sequence, EmbeddingJob, Cancel}
     assert isinstance(passed[2], Cancel)
     assert door.scheduled.empty() and door.said.empty()
     release()
@@ -170,7 +172,7 @@ def test_who_is_cancelled_before_its_grammar_is_there_never_runs(
         assert not isinstance(item, Refused)
         output.take(item)
     assert door.said.empty()
-    output.take(driven.step()[1])
+    output.take(driven.step())
     (delta,) = output.frame().deltas
     assert (delta.id, delta.finish_reason, delta.tokens) == ("gone", "cancelled", [])
 

@@ -17,11 +17,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from pinaivu_box.models.catalog import Model
-from pinaivu_box.models.files import open_regular
+from pinaivu_box.models.regular_files import open_regular
 
 PIECE_BYTES = 4 * 1024 * 1024
 HASH_BYTES = 32
-_SPARE_BYTES = 100 * 1000 * 1000  # of the disk, for the database and whoever else
+_MIN_SPARE_BYTES = 100 * 1000 * 1000  # of the disk, for the database and whoever else
 
 
 class CopyInProgress(OSError):
@@ -46,14 +46,14 @@ def length(number: int, size: int) -> int:
 def hashes(model: Model, stopped: Callable[[], bool] = lambda: False) -> bytes:
     """The SHA-256 of each piece of a GGUF in one file, one after the other.  Raises OSError, also
     if it is `stopped`."""
-    made = bytearray()
+    hashes_ = bytearray()
     with open_regular(model.path) as file:
         for number in range(count(model.size)):
             file.seek(model.offset + number * PIECE_BYTES)
-            made += hashlib.sha256(file.read(length(number, model.size))).digest()
+            hashes_ += hashlib.sha256(file.read(length(number, model.size))).digest()
             if stopped():
                 raise InterruptedError(0, "nobody waits for its hashes", str(model.path))
-    return bytes(made)
+    return bytes(hashes_)
 
 
 def read(model: Model, begin: int, size: int) -> bytes:
@@ -68,18 +68,18 @@ def read(model: Model, begin: int, size: int) -> bytes:
 
 def digest(path: Path) -> str:
     """SHA-256 of a whole file in hex.  Raises OSError."""
-    found = hashlib.sha256()
+    digest_ = hashlib.sha256()
     with open_regular(path) as file:
         while data := file.read(PIECE_BYTES):
-            found.update(data)
-    return found.hexdigest()
+            digest_.update(data)
+    return digest_.hexdigest()
 
 
 def check_room(folder: Path, files: Iterable[tuple[str, int]]) -> None:
     """Whether copies of files with these digests and sizes have room in that folder, beside what is
     there of them.  Raises NoRoom, OSError."""
     folder.mkdir(parents=True, exist_ok=True)
-    needed = _SPARE_BYTES
+    needed = _MIN_SPARE_BYTES
     for digest, size in files:
         partial = _partial(folder, digest)
         needed += size - (partial.stat().st_blocks * 512 if partial.exists() else 0)
@@ -120,7 +120,7 @@ def _partial(folder: Path, digest: str) -> Path:
     return folder / ".partial" / digest
 
 
-class Partial:
+class PartialFile:
     """An unfinished copy, which nobody else can open meanwhile.  Its methods wait for the disk, and
     are for threads; after `close` they do nothing.  All raise OSError."""
 
@@ -136,17 +136,17 @@ class Partial:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
-            self._take()
+            self._lock()
         except BaseException:
             self.close()
             raise
 
-    def _take(self) -> None:
+    def _lock(self) -> None:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise CopyInProgress("it is being copied already") from None
-        needed = self.size - os.fstat(self._file).st_blocks * 512 + _SPARE_BYTES
+        needed = self.size - os.fstat(self._file).st_blocks * 512 + _MIN_SPARE_BYTES
         if needed > (free := shutil.disk_usage(self.path.parent).free):
             raise NoRoom(needed, free)
         os.ftruncate(self._file, self.size)
