@@ -236,7 +236,7 @@ class MemoryTransport:
         if node_id == self.node_id:
             raise Unreachable("That is this box itself: a box does not link to itself.")
         if not addresses:
-            raise Unreachable("There is no address to connect to (none is given).")
+            raise Unreachable("There is no address to connect to (none is known).")
         try:
             async with asyncio.timeout(timeout):
                 return await self._reception.upgrade_outbound(await self.dial(node_id, addresses))
