@@ -28,7 +28,7 @@ from pinaivu_box.bench.target import Target
 from pinaivu_box.bench.wire import EventParser, ResponseParser, WireError
 from pinaivu_box.bench.workload import Lengths, Scale, Workload, WorkloadRequest, arrivals
 from pinaivu_box.errors import UsageError
-from tests.support.process_box import PINAIVU, Box, environment
+from tests.support.process_box import PINAIVU, Box, StartBox, environment
 
 MODEL = "fake:1"  # 2 ms a step
 HELLO = WorkloadRequest([{"role": "user", "content": "Hello"}], 4)
@@ -460,11 +460,8 @@ def test_the_plot_is_well_formed_for_any_values(values: list[float]) -> None:
 
 
 @pytest.fixture(scope="module")
-def fake_box(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Box]:
-    home = tmp_path_factory.mktemp("bench") / "home"
-    started = Box(home, "--model", f"{MODEL}=fake:2").start()
-    yield started
-    started.end()
+def fake_box(module_box: StartBox) -> Box:
+    return module_box("--model", f"{MODEL}=fake:2")
 
 
 def bench(*args: str, key: str = "") -> subprocess.CompletedProcess[str]:
