@@ -1,25 +1,25 @@
-"""Who belongs to the network: certificates and revocations, and the one verdict that they lead to.
+"""Who is a member of the network: certificates and revocations, and the verdict about each box.
 
 A roster is two sets that only grow, so merging is a union: order, repetition and loss do not
-matter, and whoever holds the same records says the same of everybody.  No clock decides anything:
-`issued_at` is what the signer's clock said, and is only shown.
+matter, and all boxes with the same records reach the same verdicts.  No clock decides anything:
+`issued_at` is what the signer's clock showed, and is only displayed.
 
-Who may do what:
+Permissions:
 
 - The founder (its key is in the network's id) is the root.  It cannot be revoked.
-- An admin may invite anybody, admins too, and revoke anybody but the founder.
+- An admin may invite any box, also as an admin, and revoke any box but the founder.
 - Another member may invite, if an admin invited it, and revoke those it invited.  These may not
   invite in turn: so one hostile member brings in `MAX_INVITED` strangers and no more.
 
-A revocation is of the box and not of one certificate: other members' certificates, old or new, do
-not bring it back.  It holds for ever, also after its signer was revoked; else revoking somebody
-could let others back in.  What that costs: an admin whose key was stolen can revoke many.  The
-cure is the founder, who alone can readmit (a certificate of a higher `epoch`, void only by the
-founder's word).
+A revocation is of the box and not of one certificate: certificates of other members, old or new,
+do not bring it back.  It is permanent, and stays valid after its signer was revoked; else revoking
+one box could let others back in.  The price: an admin whose key was stolen can revoke many.  The
+remedy is the founder, who alone can readmit (by a certificate of a higher `epoch`, which only the
+founder can void).
 
-Whoever was certified only by a revoked box falls with it: a stolen key could have certified
-anybody and dated it back.  `orphans` names those boxes, so that the revoker can certify the ones
-that it knows anew.
+A box that was certified only by a revoked box is not a member any more: a stolen key could have
+certified any box and backdated it.  `orphans` names those boxes, so that the revoker can certify
+the ones that it knows anew.
 """
 
 from __future__ import annotations
