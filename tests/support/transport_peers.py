@@ -102,8 +102,10 @@ class PeerProcess:
         self.process.send_signal(number)
 
     def end(self) -> None:
+        assert self.process.stdout is not None
         self.process.kill()
         self.process.wait()
+        self.process.stdout.close()
 
 
 class IrohPair:
