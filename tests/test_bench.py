@@ -442,7 +442,7 @@ def test_rows_have_a_column_for_each_server_and_one_for_the_ratio() -> None:
 def test_a_busy_client_is_said() -> None:
     busy = Measured([outcome(1.0)], None, 0.0, 1.0, 0.95)
     run = BenchRun(0, 0, summarise(busy, plan()), [1.0], [])
-    assert any("may be the limit" in note for note in notes(TARGETS[:1], [run]))
+    assert any("may be the bottleneck" in note for note in notes(TARGETS[:1], [run]))
 
 
 @pytest.mark.parametrize("values", [[], [0.0], [1e-7, 3000.0], [0.004] * 9])
