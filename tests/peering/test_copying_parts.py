@@ -135,7 +135,7 @@ async def test_a_file_that_is_another_is_not_written_over(world: CopyNetwork) ->
     await giver(world)
     folder(world).mkdir(parents=True)
     targets(world)[2].write_bytes(b"mine")
-    with pytest.raises(CopyFailed, match=r"00003-of-00003.gguf is there already.*--as"):
+    with pytest.raises(CopyFailed, match=r"00003-of-00003.gguf exists already.*--as"):
         await soon(copied(world))
     assert targets(world)[2].read_bytes() == b"mine" and not targets(world)[0].exists()
     assert not any((folder(world) / ".partial").iterdir())  # nothing was asked for

@@ -277,7 +277,7 @@ async def test_names_that_are_paths(puller: Puller, name: str) -> None:
     [
         ({"from": "nobody"}, 404, "There is no peer nobody"),
         ({"model": "other:1"}, 404, "No peer offers other:1. Offered: made:up."),
-        ({"model": "other:1", "from": "anna"}, 409, "Nobody gives other:1 (anna: The model"),
+        ({"model": "other:1", "from": "anna"}, 409, "No peer provides other:1 (anna: The model"),
         ({"digest": "abc"}, 422, "8 to 64"),
         ({"digest": "0" * 64}, 404, "No peer offers"),
         ({"model": ""}, 422, "length"),

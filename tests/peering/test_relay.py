@@ -133,7 +133,7 @@ async def test_a_box_without_a_relay_contacts_none(relay: Relay, bound: Transpor
 @pytest.mark.anyio
 @pytest.mark.parametrize("url", ["https://", "https://a b", "https://relay.example:99999"])
 async def test_what_is_no_url_is_not_taken_for_a_port_that_is_taken(url: str) -> None:
-    with pytest.raises(CliError, match=r"relay is 'https://.*which is no URL"):
+    with pytest.raises(CliError, match=r"relay is 'https://.*which is not a URL"):
         await IrohTransport.bind(new_identity(), "127.0.0.1", 0, url)
 
 

@@ -352,7 +352,7 @@ async def test_no_server_at_the_address(world: World) -> None:
         await world.ours.connect(new_identity().node_id, ["127.0.0.1:9"], 0.5)
     with pytest.raises(Unreachable, match="no address"):
         await world.ours.connect(world.node_id, [], DEADLINE)
-    with pytest.raises(Unreachable, match="made the ticket itself"):
+    with pytest.raises(Unreachable, match="this box itself"):
         await world.ours.connect(world.ours.node_id, world.addresses, DEADLINE)
 
 
@@ -442,7 +442,7 @@ async def test_a_silent_connection_is_closed(monkeypatch: pytest.MonkeyPatch) ->
     world = MemoryPair()
     await world.start()
     connection = await world.ours.dial(world.node_id, world.addresses)
-    assert "greeting was not over" in (await soon(connection.closed())).reason
+    assert "the handshake took over" in (await soon(connection.closed())).reason
     await world.end()
 
 
