@@ -34,6 +34,7 @@ from tests.support.scripted_boxes import (
     answer,
     busy,
     lost,
+    never_retry,
     refuse,
     set_patience,
     silent,
@@ -292,17 +293,21 @@ async def test_a_box_that_has_lost_one_leg_is_asked_last_for_the_next() -> None:
     assert served_by(network) == [first.node_id, third.node_id] and len(first.legs) == 1
 
 
-async def test_a_begun_answer_waits_for_a_box_that_appears() -> None:
+async def test_a_begun_answer_waits_for_a_box_that_appears(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """It is told of it, and does not look time and again."""
-    first, second = peer(1, answer(until=5, error=lost), refuse(busy)), peer(2)
+    first, second = peer(1, answer(until=5, error=lost)), peer(2)
     second.offers = False
     network = Network(None, first, second)
+    never_retry(monkeypatch, network)
     listener = network.ask()
     await listener.hear(5)
     await asyncio.sleep(0.1)
     second.offers = True
     network.changed()
-    await whole(listener)
+    async with asyncio.timeout(10):  # which is less than its patience
+        await whole(listener)
     assert served_by(network) == [first.node_id, second.node_id]
 
 
