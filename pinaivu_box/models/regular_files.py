@@ -17,7 +17,7 @@ _KINDS = {
 
 
 class NotAFile(OSError):
-    """It is something else than a regular file; `strerror` says what."""
+    """It is not a regular file; `strerror` is what it is."""
 
 
 def why_not(mode: int) -> str | None:
