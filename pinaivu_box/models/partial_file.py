@@ -121,7 +121,7 @@ def _partial(folder: Path, digest: str) -> Path:
 
 
 class PartialFile:
-    """An unfinished copy, which no other process can open meanwhile.  Its methods wait for the disk,
+    """An unfinished copy, which no other process can open meanwhile.  Its methods block on disk,
     and are for threads; after `close` they do nothing.  All raise OSError."""
 
     def __init__(self, folder: Path, digest: str, size: int, expected: bytes) -> None:

@@ -148,7 +148,7 @@ def limited() -> Iterator[Sandboxes]:
     pools: list[SandboxPool] = []
 
     def pool(*setup: bytes) -> SandboxPool:
-        entry = "trial" if setup else "chat_template"
+        entry = "grammar_validation" if setup else "chat_template"
         pools.append(SandboxPool(f"pinaivu_box.engine.{entry}:make", *setup, limits=SHORT))
         return pools[-1]
 
