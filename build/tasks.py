@@ -21,20 +21,27 @@ COOKIE_MAGIC = b"MEI\014\013\012\013\016"
 CUDA_ARCHITECTURES = "75-real;80-real;86-real;89-real;90"
 MODEL_FOOTER = 64  # pinaivu_box.models.bundled ends the file with this many bytes of its own
 
+# Tests of a file share processes, and wait for them most of the time: four workers keep two cores
+# busy.  The order of files is that of tests/conftest.py.
+PYTEST = ["pytest", "-n", "4", "--dist", "loadfile", "--no-loadscope-reorder"]
 CHECKS = [
     ["ruff", "format", "--check"],
     ["ruff", "check"],
     ["mypy"],
-    # Those of a file share processes, and wait for them most of the time: four of them keep two
-    # cores busy.  The order of files is that of tests/conftest.py.
-    ["pytest", "-n", "4", "--dist", "loadfile", "--no-loadscope-reorder", "--durations", "50"],
+    [*PYTEST, "--durations", "50"],
 ]
+# Branches of the package, by tests that start no box: tracing makes those more than twice as slow,
+# and would do the same to each of thousands of child processes.
+COVERAGE = [*PYTEST, "-m", "in_process", "--cov", "--cov-report", "term"]
 
 
 def test(arguments: list[str]) -> None:
-    """All checks, even after one failed; with arguments only pytest, which gets them."""
+    """All checks, even after one failed; with arguments only pytest, which gets them.
+    `--coverage` alone: the tests that start no box, and how many branches they take."""
     set_up_clients()
     checks = [["pytest", *arguments]] if arguments else CHECKS
+    if arguments == ["--coverage"]:
+        checks = [COVERAGE]
     failed = []
     for check in checks:
         say(" ".join(check))

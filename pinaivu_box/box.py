@@ -33,7 +33,7 @@ from pinaivu_box.legs.admission import PeerPolicies
 from pinaivu_box.legs.prompts import PromptReader
 from pinaivu_box.legs.recorder import LedgerRecorder
 from pinaivu_box.legs.runner import LegRunner
-from pinaivu_box.legs.wiring import Pool
+from pinaivu_box.legs.wiring import PeerServices
 from pinaivu_box.models import catalog as catalogs
 from pinaivu_box.models import folder_watch
 from pinaivu_box.models.catalog import Catalog, Model
@@ -108,7 +108,7 @@ class Box:
     control_token: str
     network: Network | None = None  # all None without [peering]
     peer_policies: PeerPolicies | None = None
-    pool: Pool | None = None
+    peer_services: PeerServices | None = None
     _reading: asyncio.Lock = field(default_factory=asyncio.Lock)  # one look at the files at a time
     _lingering: set[str] = field(default_factory=set)  # models that are served until unloaded
 
@@ -121,21 +121,21 @@ class Box:
         return self.settings.catalog
 
     @property
-    def prompts(self) -> LocalBackend | PromptReader:
+    def prompt_reader(self) -> LocalBackend | PromptReader:
         """What reads prompts that are not to be run."""
-        return self.local if self.pool is None else self.pool.prompts
+        return self.local if self.peer_services is None else self.peer_services.prompts
 
     def models(self, policy: Policy) -> list[Model]:
         """What a key with that policy may use."""
         models = self.catalog.models
-        if self.pool is not None and not policy.local_only:
-            models = [*models, *self.pool.candidates.remote_models()]
+        if self.peer_services is not None and not policy.local_only:
+            models = [*models, *self.peer_services.candidates.remote_models()]
         return [model for model in models if policy.serves(model.id)]
 
     def model(self, model_id: str, policy: Policy) -> Model:
         """The model of that id for a key with that policy.  Raises ModelNotFound."""
-        if self.pool is not None and not policy.local_only:
-            return self.pool.candidates.find(model_id)
+        if self.peer_services is not None and not policy.local_only:
+            return self.peer_services.candidates.find(model_id)
         return self.catalog.find(model_id)
 
     async def reload(self) -> Reloaded:
@@ -227,15 +227,15 @@ class Box:
     async def drain(self) -> None:
         """Refuse new work and finish the old, up to the configured time; then cancel the rest."""
         self.admission.drain()
-        if self.pool is not None:
-            self.pool.serving.draining = True
+        if self.peer_services is not None:
+            self.peer_services.serving.draining = True
         if self.network is not None:
             self.network.changed()
         try:
             async with asyncio.timeout(self.config.server.drain_seconds):
                 await self.requests.drained()
-                if self.pool is not None:
-                    await self.pool.serving.drained()
+                if self.peer_services is not None:
+                    await self.peer_services.serving.drained()
         except TimeoutError:
             await self.requests.cancel_all()
 
@@ -318,7 +318,7 @@ async def _peering(box: Box) -> AsyncIterator[None]:
     ) as network:
         box.network = network
         policies = box.peer_policies = PeerPolicies(box.database, box.settings)
-        pool = _pool(box, network, policies)
+        services = _peer_services(box, network, policies)
 
         async def shared(peer: str) -> Catalog | str:
             """The models that the peer may copy, or why there are none."""
@@ -335,7 +335,7 @@ async def _peering(box: Box) -> AsyncIterator[None]:
         tasks = [
             asyncio.create_task(network.run()),
             asyncio.create_task(box.offers.keep_learning(network.changed)),
-            asyncio.create_task(reputation.load_and_save(pool.reputation, box.database)),
+            asyncio.create_task(reputation.load_and_save(services.reputation, box.database)),
         ]
         if box.config.peering.announce:
             tasks.append(asyncio.create_task(_announce(network)))
@@ -346,15 +346,15 @@ async def _peering(box: Box) -> AsyncIterator[None]:
                 task.cancel()
             await asyncio.wait(tasks[1:])
             await network.close()
-            pool.close()
+            services.close()
             for task in tasks:
                 task.cancel()
             await asyncio.wait(tasks)
 
 
-def _pool(box: Box, network: Network, policies: PeerPolicies) -> Pool:
+def _peer_services(box: Box, network: Network, policies: PeerPolicies) -> PeerServices:
     """Let requests go to peers from now on, and serve theirs."""
-    pool = box.pool = Pool(
+    services = box.peer_services = PeerServices(
         identity=box.identity,
         settings=box.settings,
         placement=box.placement,
@@ -365,9 +365,9 @@ def _pool(box: Box, network: Network, policies: PeerPolicies) -> Pool:
         recorder=LedgerRecorder(box.database, box.identity.node_id),
         writable=lambda: check_writable(box.database),
     )
-    box.admission.share(pool.prompts, pool.candidates)
-    box.requests.use(pool.runner, pool.candidates.offered)
-    return pool
+    box.admission.share(services.prompts, services.candidates)
+    box.requests.use(services.runner, services.candidates.offered)
+    return services
 
 
 async def _announce(network: Network) -> None:

@@ -243,8 +243,15 @@ def load(
         _check_finite(config, "")
         _check(config)
     except (msgspec.ValidationError, ValueError) as error:
-        raise CliError(f"{where} is not valid: {error}.") from error
+        raise CliError(f"{where} is not valid: {_clause(error)}.") from error
     return config
+
+
+def _clause(error: Exception) -> str:
+    """What is wrong, after the name of the setting."""
+    text = str(error).replace("Object contains unknown field", "unknown setting")
+    message, at, path = text.partition(" - at `$.")
+    return f"{path.rstrip('`')}: {message[0].lower()}{message[1:]}" if at else message
 
 
 def differences(old: Struct, new: Struct, path: str = "") -> list[str]:

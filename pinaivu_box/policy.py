@@ -180,6 +180,9 @@ def check(policy: Policy) -> None:
 def _check_budget(budget: Budget) -> None:
     try:
         amount.parse(budget.amount)
+    except ValueError as error:
+        raise ValueError(f"budget: its amount is {error}") from None
+    try:
         period = 1.0 if budget.period is None else parse_duration(budget.period)
     except ValueError as error:
         raise ValueError(f"budget: {error}") from None

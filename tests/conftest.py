@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from hypothesis import HealthCheck, settings
 
-from tests.support.process_box import Box
+from tests.support import process_box
+from tests.support.process_box import Box, StartBox
 
 # The same examples in every run, however slow the machine: a run that finds something new by chance
 # is for `tests/fuzz`, not for who submits something else.
@@ -28,12 +30,26 @@ LONGEST = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Orders files by LONGEST, and marks tests as `in_process` whose files start no box."""
     places = {file: place for place, file in enumerate(LONGEST)}
 
     def place(item: pytest.Item) -> int:
         return places.get(item.nodeid.partition("::")[0], len(places))
 
     items.sort(key=place)
+    for item in items:
+        if isinstance(item, pytest.Function) and not starts_boxes(item.module):
+            item.add_marker(pytest.mark.in_process)
+
+
+def starts_boxes(module: ModuleType) -> bool:
+    """Whether a test file knows a box or a command in a process of its own."""
+    commands = (process_box.pinaivu, process_box.pinaivu_json, process_box.environment)
+    return any(
+        value in commands or (isinstance(value, type) and issubclass(value, Box))
+        for value in vars(module).values()
+        if callable(value)
+    )
 
 
 @pytest.fixture(scope="session")
@@ -42,6 +58,30 @@ def box(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Box]:
     started = Box(tmp_path_factory.mktemp("shared") / "home").start()
     yield started
     started.end()
+
+
+@pytest.fixture(scope="module")
+def module_box(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartBox]:
+    """`module_box(*serve_args, config="...")`: a running box that the tests of a file share."""
+    boxes: list[Box] = []
+
+    def start(*args: str, config: str = "") -> Box:
+        folder = tmp_path_factory.mktemp("shared")
+        if config:
+            (folder / "box.toml").write_text(config)
+            args = ("--config", str(folder / "box.toml"), *args)
+        boxes.append(Box(folder / "home", *args))
+        return boxes[-1].start()
+
+    yield start
+    for box in boxes:
+        box.end()
+
+
+@pytest.fixture(scope="module")
+def fake_box(module_box: StartBox) -> Box:
+    """A box that also has the model `fake:1`, which takes a millisecond for a token."""
+    return module_box("--model", "fake:1=fake:1")
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import sqlite3
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from pinaivu_box.errors import RowConflict, RowNotFound
 from pinaivu_box.store import accounts
 from pinaivu_box.store.audit import Actor
 from pinaivu_box.store.database import Database
-from tests.support.process_box import Box, pinaivu, pinaivu_json
+from tests.support.process_box import Box, StartBox, pinaivu, pinaivu_json
 
 FAKE = ("--model", "fake:1=fake:0")
 ARGON2ID = re.compile(r"\$argon2id\$v=19\$m=65536,t=2,p=1\$[A-Za-z0-9+/]{22}\$[A-Za-z0-9+/]{43}")
@@ -28,10 +27,8 @@ def anyio_backend() -> str:
 
 
 @pytest.fixture(scope="module")
-def box(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Box]:
-    started = Box(tmp_path_factory.mktemp("accounts") / "home", *FAKE).start()
-    yield started
-    started.end()
+def box(module_box: StartBox) -> Box:
+    return module_box(*FAKE)
 
 
 def names(home: Path) -> dict[str, Any]:
@@ -75,8 +72,8 @@ def test_create_ls_passwd_rm(tmp_path: Path) -> None:
     ("command", "code", "word"),
     [
         (("create", "owner"), 1, "already"),
-        (("create", "Bob Smith"), 2, "no account name"),
-        (("create", "acct_owner"), 2, "no account name"),
+        (("create", "Bob Smith"), 2, "not a valid account name"),
+        (("create", "acct_owner"), 2, "not a valid account name"),
         (("create", "carol", "--role", "king"), 2, "king"),
         (("create", "carol", "--password-stdin"), 2, "8 characters"),
         (("create", "carol", "--password"), 2, "--password-stdin"),

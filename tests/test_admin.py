@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import httpx
 import pytest
 
-from tests.support.process_box import UNDRAFTED, Box, pinaivu, pinaivu_json, wait_until
+from tests.support.process_box import UNDRAFTED, Box, StartBox, pinaivu, pinaivu_json, wait_until
 
 FAKE = ("--model", "fake:1=fake:0", "--model", "slow:1=fake:20")
 DEFAULTS: dict[str, Any] = {
@@ -22,12 +21,8 @@ DEFAULTS: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def box(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Box]:
-    folder = tmp_path_factory.mktemp("admin")
-    (folder / "box.toml").write_text(UNDRAFTED)
-    started = Box(folder / "home", "--config", str(folder / "box.toml"), *FAKE).start()
-    yield started
-    started.end()
+def box(module_box: StartBox) -> Box:
+    return module_box(*FAKE, config=UNDRAFTED)
 
 
 def call(box: Box, method: str, path: str, body: Any = None, **more: Any) -> httpx.Response:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,13 +18,6 @@ INPUT_TOKENS = "/v1/chat/completions/input_tokens"
 USER = {"role": "user", "content": "Say hello."}
 EMOJI = "😀".encode()
 GRAMMAR = 'start: "ab😀c"'
-
-
-@pytest.fixture(scope="module")
-def fake_box(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Box]:
-    started = Box(tmp_path_factory.mktemp("answers") / "home", "--model", f"{FAKE}=fake:1").start()
-    yield started
-    started.end()
 
 
 def post(box: Box, path: str, status: int = 200, **body: Any) -> Any:

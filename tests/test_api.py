@@ -45,13 +45,6 @@ WEATHER = {
 }
 
 
-@pytest.fixture(scope="module")
-def fake_box(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Box]:
-    started = Box(tmp_path_factory.mktemp("api") / "home", "--model", f"{FAKE}=fake:1").start()
-    yield started
-    started.end()
-
-
 def user(text: str) -> list[Any]:
     return [{"role": "user", "content": text}]
 

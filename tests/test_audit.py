@@ -6,24 +6,21 @@ import json
 import re
 import sqlite3
 import subprocess
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.support.process_box import Box, pinaivu, pinaivu_json
+from tests.support.process_box import Box, StartBox, pinaivu, pinaivu_json
 
 FAKE = ("--model", "fake:1=fake:0")
 HASH = re.compile(r"argon2|sk-pnv-[0-9A-Za-z]{7}|[0-9a-f]{64}")
 
 
 @pytest.fixture(scope="module")
-def box(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Box]:
-    started = Box(tmp_path_factory.mktemp("audit") / "home", *FAKE).start()
-    yield started
-    started.end()
+def box(module_box: StartBox) -> Box:
+    return module_box(*FAKE)
 
 
 def entries(box: Box, **parameters: Any) -> list[dict[str, Any]]:

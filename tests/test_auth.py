@@ -7,7 +7,7 @@ import inspect
 import json
 import pkgutil
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, get_type_hints
 
 import httpx
@@ -19,7 +19,7 @@ from pinaivu_box import server
 from pinaivu_box.server.endpoint import Endpoint
 from pinaivu_box.server.endpoints import ENDPOINTS, access_to
 from pinaivu_box.server.inference import InferenceCall
-from tests.support.process_box import Box, pinaivu, pinaivu_json
+from tests.support.process_box import Box, StartBox, pinaivu, pinaivu_json
 
 FAKE = ("--model", "fake:1=fake:0", "--model", "other:1=fake:0")
 CHAT = {"model": "fake:1", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
@@ -49,10 +49,8 @@ READS = {
 
 
 @pytest.fixture(scope="module")
-def box(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Box]:
-    started = Box(tmp_path_factory.mktemp("auth") / "home", *FAKE).start()
-    yield started
-    started.end()
+def box(module_box: StartBox) -> Box:
+    return module_box(*FAKE)
 
 
 def key(box: Box, **policy: Any) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -21,7 +21,7 @@ from pinaivu_box.gateway.request import Failed, RequestEvent
 from pinaivu_box.server.background import Background, BackgroundResponse, replayed
 from pinaivu_box.store import responses as stored
 from pinaivu_box.store.database import Database
-from tests.support.process_box import UNDRAFTED, Box, wait_until
+from tests.support.process_box import UNDRAFTED, Box, StartBox, wait_until
 from tests.support.stored_responses import client_with_new_key, stored_rows
 
 FAST, SLOW = "fast:1", "slow:1"  # the slow one says 3,500 tokens in three minutes
@@ -36,13 +36,8 @@ def anyio_backend() -> str:
 
 
 @pytest.fixture(scope="module")
-def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Box]:
-    home = tmp_path_factory.mktemp("background") / "home"
-    file = home.with_name("box.toml")
-    file.write_text(CONFIG)
-    started = Box(home, "--config", str(file), *MODELS).start()
-    yield started
-    started.end()
+def here(module_box: StartBox) -> Box:
+    return module_box(*MODELS, config=CONFIG)
 
 
 @pytest.fixture

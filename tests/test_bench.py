@@ -28,7 +28,7 @@ from pinaivu_box.bench.target import Target
 from pinaivu_box.bench.wire import EventParser, ResponseParser, WireError
 from pinaivu_box.bench.workload import Lengths, Scale, Workload, WorkloadRequest, arrivals
 from pinaivu_box.errors import UsageError
-from tests.support.process_box import PINAIVU, Box, environment
+from tests.support.process_box import PINAIVU, Box, StartBox, environment
 
 MODEL = "fake:1"  # 2 ms a step
 HELLO = WorkloadRequest([{"role": "user", "content": "Hello"}], 4)
@@ -442,7 +442,7 @@ def test_rows_have_a_column_for_each_server_and_one_for_the_ratio() -> None:
 def test_a_busy_client_is_said() -> None:
     busy = Measured([outcome(1.0)], None, 0.0, 1.0, 0.95)
     run = BenchRun(0, 0, summarise(busy, plan()), [1.0], [])
-    assert any("may be the limit" in note for note in notes(TARGETS[:1], [run]))
+    assert any("may be the bottleneck" in note for note in notes(TARGETS[:1], [run]))
 
 
 @pytest.mark.parametrize("values", [[], [0.0], [1e-7, 3000.0], [0.004] * 9])
@@ -460,11 +460,8 @@ def test_the_plot_is_well_formed_for_any_values(values: list[float]) -> None:
 
 
 @pytest.fixture(scope="module")
-def fake_box(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Box]:
-    home = tmp_path_factory.mktemp("bench") / "home"
-    started = Box(home, "--model", f"{MODEL}=fake:2").start()
-    yield started
-    started.end()
+def fake_box(module_box: StartBox) -> Box:
+    return module_box("--model", f"{MODEL}=fake:2")
 
 
 def bench(*args: str, key: str = "") -> subprocess.CompletedProcess[str]:

@@ -6,7 +6,6 @@ The fake model says one sentence over and over, by position: its text is known b
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import pytest
 
 from pinaivu_box.engine.fake_runner import SENTENCE
 from pinaivu_box.receipts.verify import Transcript, verify_receipt
-from tests.support.process_box import MODEL, Box
+from tests.support.process_box import MODEL, UNDRAFTED, Box, StartBox
 
 FAKE = "fake:1"
 SLOW = "slow:1"  # 20 ms a step
@@ -27,15 +26,10 @@ HELLO = [{"role": "user", "content": "Say hello."}]
 
 
 @pytest.fixture(scope="module")
-def fake_box(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Box]:
-    home = tmp_path_factory.mktemp("chat") / "home"
-    home.mkdir()
-    (home / "config.toml").write_text(
-        f'[[model]]\nname = "{SMALL}"\npath = "fake:0"\ncontext = {SMALL_CONTEXT}\n'
-    )
-    started = Box(home, "--model", f"{FAKE}=fake:1", "--model", f"{SLOW}=fake:20").start()
-    yield started
-    started.end()
+def fake_box(module_box: StartBox) -> Box:
+    models = ("--model", f"{FAKE}=fake:1", "--model", f"{SLOW}=fake:20")
+    config = f'[[model]]\nname = "{SMALL}"\npath = "fake:0"\ncontext = {SMALL_CONTEXT}\n'
+    return module_box(*models, config=config)
 
 
 def ask(box: Box, text: str = "Say hello.", **more: Any) -> Any:
@@ -247,17 +241,13 @@ def test_the_limit_of_tokens_is_exact(
 
 
 @pytest.fixture(scope="module")
-def plain_box(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Box]:
+def plain_box(module_box: StartBox) -> Box:
     """Without drafts, which change how many tokens are computed at a time, and with a warm cache:
     kernels for one token and for many round differently, and a close call may then go either way.
     """
-    home = tmp_path_factory.mktemp("plain") / "home"
-    home.mkdir()
-    (home / "config.toml").write_text("[engine]\ndrafting = false\n")
-    started = Box(home).start()
+    started = module_box(config=UNDRAFTED)
     ask(started, SEA)
-    yield started
-    started.end()
+    return started
 
 
 def test_greedy_is_the_same_each_time(plain_box: Box) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import openai
@@ -16,13 +16,6 @@ from tests.support.process_box import MODEL, Box, wait_until
 
 FAKE = "fake:1"
 TEXT = "Once upon a time there was a 😀 in a wood."
-
-
-@pytest.fixture(scope="module")
-def fake_box(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Box]:
-    started = Box(tmp_path_factory.mktemp("echo") / "home", "--model", f"{FAKE}=fake:1").start()
-    yield started
-    started.end()
 
 
 def create(box: Box, prompt: Any = TEXT, **more: Any) -> Any:

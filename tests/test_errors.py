@@ -14,7 +14,7 @@ import pytest
 
 from pinaivu_box.store.keys import generate
 from tests.support import gguf_files
-from tests.support.process_box import MODEL, Box, pinaivu, pinaivu_json, wait_until
+from tests.support.process_box import MODEL, Box, StartBox, pinaivu, pinaivu_json, wait_until
 
 CHAT = "/chat/completions"
 USER = {"role": "user", "content": "Say hello."}
@@ -666,17 +666,10 @@ def test_a_body_that_is_no_request(box: Box, body: bytes, status: int, code: str
 
 
 @pytest.fixture(scope="module")
-def strict_box(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Box]:
+def strict_box(module_box: StartBox) -> Box:
     """Bodies up to 2,000 bytes, one sequence, no queue; `slow:1` takes 50 ms a token."""
-    folder = tmp_path_factory.mktemp("strict")
-    config = folder / "strict.toml"
-    config.write_text(
-        "[server]\nmax_body_bytes = 2000\n[engine]\nmax_sequences = 1\nmax_queue = 0\n"
-    )
-    models = ("--model", "slow:1=fake:50", "--model", "fast:1=fake:0")
-    started = Box(folder / "home", "--config", str(config), *models).start()
-    yield started
-    started.end()
+    config = "[server]\nmax_body_bytes = 2000\n[engine]\nmax_sequences = 1\nmax_queue = 0\n"
+    return module_box("--model", "slow:1=fake:50", "--model", "fast:1=fake:0", config=config)
 
 
 def padded(size: int) -> bytes:

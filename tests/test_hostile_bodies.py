@@ -20,7 +20,7 @@ import httpx
 import pytest
 
 from tests.support.expensive_bodies import BODIES, CHAT, EMBEDDINGS, Body
-from tests.support.process_box import Box, wait_until
+from tests.support.process_box import Box, StartBox, wait_until
 
 MODEL = "slow:1"
 CONFIG = f"""
@@ -36,12 +36,8 @@ CHUNKS = 10  # that somebody else gets meanwhile
 
 
 @pytest.fixture(scope="module")
-def box(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Box]:
-    folder = tmp_path_factory.mktemp("hostile")
-    (folder / "box.toml").write_text(CONFIG)
-    started = Box(folder / "home", "--config", str(folder / "box.toml")).start()
-    yield started
-    started.end()
+def box(module_box: StartBox) -> Box:
+    return module_box(config=CONFIG)
 
 
 def make_key(box: Box, **policy: int) -> str:

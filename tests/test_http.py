@@ -8,7 +8,7 @@ import gzip
 import json
 import sys
 import zlib
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import urljoin
@@ -19,7 +19,7 @@ import pytest
 from pinaivu_box import __version__
 from pinaivu_box.server.codings import decoded
 from pinaivu_box.server.endpoints import ENDPOINTS
-from tests.support.process_box import Box
+from tests.support.process_box import Box, StartBox
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -32,17 +32,12 @@ APP = "https://app.example"
 
 
 @pytest.fixture(scope="module")
-def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Box]:
-    home = tmp_path_factory.mktemp("http") / "home"
-    home.mkdir()
-    (home / "config.toml").write_text(
-        f'[server]\nmax_body_bytes = {LIMIT}\ncors_origins = ["*", "{APP}"]\n'
+def here(module_box: StartBox) -> Box:
+    return module_box(
+        config=f'[server]\nmax_body_bytes = {LIMIT}\ncors_origins = ["*", "{APP}"]\n'
         f'[[model]]\nname = "{FAKE}"\npath = "fake:0"\ncontext = 200000\n'
         "[engine]\nkv_tokens = 200000\n"
     )
-    started = Box(home).start()
-    yield started
-    started.end()
 
 
 # -- compressed bodies -----------------------------------------------------------------------------

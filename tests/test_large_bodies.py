@@ -27,8 +27,8 @@ from pinaivu_box.errors import (
 from pinaivu_box.openai import large_bodies
 from pinaivu_box.openai.anthropic import CountTokensRequest, MessagesRequest
 from pinaivu_box.openai.completions import CompletionRequest, DetokenizeRequest, TokenizeRequest
+from pinaivu_box.openai.decoding import MAX_NUMBERS, MAX_VALUES, SMALL_BODY_BYTES, decode
 from pinaivu_box.openai.embeddings import EmbeddingRequest
-from pinaivu_box.openai.request import MAX_NUMBERS, MAX_VALUES, SMALL_BODY_BYTES, decode
 from pinaivu_box.openai.responses import ResponseRequest, as_messages
 from pinaivu_box.openai.types import ChatRequest
 from pinaivu_box.receipts.commitment import output_text, prompt_text

@@ -78,8 +78,8 @@ async def test_the_cheapest_box_serves_and_the_receipt_says_why() -> None:
     assert served_by(network) == [first.node_id] and second.legs == []
     ((account, _),) = network.ledger.settled
     ((_, leg),) = account.served
-    assert leg.started.route is not None
-    assert leg.started.route["chosen"] == first.node_id and leg.started.header
+    assert leg.route is not None
+    assert leg.route["chosen"] == first.node_id and leg.header
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sqlite3
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
 from pathlib import Path
@@ -14,7 +13,7 @@ import httpx
 import openai
 import pytest
 
-from tests.support.process_box import Box, pinaivu, pinaivu_json, wait_until
+from tests.support.process_box import Box, StartBox, pinaivu, pinaivu_json, wait_until
 from tests.support.spending import spent
 
 USER = [{"role": "user", "content": "hi"}]
@@ -35,12 +34,8 @@ context = 4096
 
 
 @pytest.fixture(scope="module")
-def box(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Box]:
-    folder = tmp_path_factory.mktemp("limits")
-    (folder / "box.toml").write_text(CONFIG)
-    started = Box(folder / "home", "--config", str(folder / "box.toml")).start()
-    yield started
-    started.end()
+def box(module_box: StartBox) -> Box:
+    return module_box(config=CONFIG)
 
 
 def make_key(box: Box, *options: str) -> tuple[str, str]:
@@ -244,14 +239,9 @@ def test_who_leaves_the_queue_gives_its_place_away(box: Box) -> None:
 
 
 @pytest.fixture(scope="module")
-def narrow_box(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Box]:
+def narrow_box(module_box: StartBox) -> Box:
     """One sequence at a time."""
-    folder = tmp_path_factory.mktemp("narrow")
-    config = CONFIG.replace("[engine]\n", "[engine]\nmax_sequences = 1\n")
-    (folder / "box.toml").write_text(config)
-    started = Box(folder / "home", "--config", str(folder / "box.toml")).start()
-    yield started
-    started.end()
+    return module_box(config=CONFIG.replace("[engine]\n", "[engine]\nmax_sequences = 1\n"))
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import openai
@@ -13,7 +13,7 @@ import pytest
 
 from pinaivu_box.errors import by_code
 from pinaivu_box.server.error_responses import adapted
-from tests.support.process_box import Box
+from tests.support.process_box import Box, StartBox
 
 FAKE = "fake:1"  # of which every byte is a token
 CONTEXT = 256
@@ -63,17 +63,12 @@ def _user(text: str) -> list[dict[str, str]]:
 
 
 @pytest.fixture(scope="module")
-def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Box]:
+def here(module_box: StartBox) -> Box:
     """Its streams begin at once: what goes wrong is then an event."""
-    home = tmp_path_factory.mktemp("overflow") / "home"
-    home.mkdir()
-    (home / "config.toml").write_text(
-        "[server]\nstream_grace_seconds = 0\n"
+    return module_box(
+        config="[server]\nstream_grace_seconds = 0\n"
         f'[[model]]\nname = "{FAKE}"\npath = "fake:0"\ncontext = {CONTEXT}\n'
     )
-    started = Box(home).start()
-    yield started
-    started.end()
 
 
 @pytest.fixture(scope="module")

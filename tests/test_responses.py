@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import openai
 import pytest
 
 from pinaivu_box import config
-from tests.support.process_box import Box
+from tests.support.process_box import Box, StartBox
 from tests.support.stored_responses import client_with_new_key, stored_rows
 
 MOST, MB = 6, 0.06
@@ -18,13 +17,8 @@ JUNK = "x" * 2_000_000
 
 
 @pytest.fixture(scope="module")
-def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Box]:
-    home = tmp_path_factory.mktemp("responses") / "home"
-    file = home.with_name("box.toml")
-    file.write_text(LIMITS)
-    started = Box(home, "--config", str(file), "--model", "fake:1=fake:0").start()
-    yield started
-    started.end()
+def here(module_box: StartBox) -> Box:
+    return module_box("--model", "fake:1=fake:0", config=LIMITS)
 
 
 @pytest.fixture

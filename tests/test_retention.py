@@ -161,7 +161,7 @@ def test_no_sum_changes_by_rolling_up(
     rolled up; and doing it twice is doing it once."""
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr(retention, "MAX_ROWS", bite)
-        patch.setattr(retention, "_PAGE", 2)
+        patch.setattr(retention, "_OWNERS_PER_PAGE", 2)
         path = Path(folder) / "box.db"
         new_database(path)
         database = sqlite3.connect(path, isolation_level=None)
@@ -430,7 +430,7 @@ def test_what_goes_wrong_is_logged_and_tried_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The policy is asked for each time, so that a new configuration counts."""
-    monkeypatch.setattr(retention, "_EVERY_SECONDS", 0.001)
+    monkeypatch.setattr(retention, "_INTERVAL_SECONDS", 0.001)
     path = tmp_path / "box.db"
     new_database(path)
     database = sqlite3.connect(path, isolation_level=None)

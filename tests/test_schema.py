@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pinaivu_box.store import keys, peers, requests, responses, retention
+from pinaivu_box.store import keys, requests, responses, retention
 from pinaivu_box.store.database import Database, Row
 
 pytestmark = pytest.mark.anyio
@@ -22,7 +22,7 @@ def anyio_backend() -> str:
     return "asyncio"
 
 
-# -- periods of budgets, tickets, sums of responses ------------------------------------------------
+# -- periods of budgets, sums of responses ------------------------------------------------
 
 
 async def test_a_period_of_a_budget_is_taken_up_again(tmp_path: Path) -> None:
@@ -49,15 +49,6 @@ async def test_a_period_of_a_budget_is_taken_up_again(tmp_path: Path) -> None:
             )
         key = await keys.get(database, "key_a")
         assert key.periods == {MONDAY: 5, MONDAY + 390 * day: 8}
-
-
-async def test_a_ticket_is_the_newest_until_somebody_is_revoked(tmp_path: Path) -> None:
-    async with Database(tmp_path / "box.db") as database:
-        await peers.add_ticket(database, peers.Invitation("before", None, 9, 1, False))
-        await peers.add_records(database, [(b"1", "revocation", b"", b"")])
-        await peers.add_ticket(database, peers.Invitation("after", None, 9, 1, False))
-        tickets = [await peers.ticket(database, name) for name in ("before", "after")]
-        assert [ticket and ticket.newest for ticket in tickets] == [False, True]
 
 
 async def test_responses_of_a_key_are_counted_whatever_becomes_of_them(tmp_path: Path) -> None:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import socket
-from collections.abc import Iterator
 from pathlib import Path
 
 import h2.connection
 import h2.events
 import pytest
 
-from tests.support.process_box import Box, pinaivu_json
+from tests.support.process_box import Box, StartBox, pinaivu_json
 
 LARGE = 9_000_000
 LIMIT = "[server]\nmax_body_bytes = 1000000\n"
@@ -19,13 +18,8 @@ SMUGGLED = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 2\
 
 
 @pytest.fixture(scope="module")
-def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Box]:
-    home = tmp_path_factory.mktemp("unread") / "home"
-    file = home.with_name("box.toml")
-    file.write_text(LIMIT)
-    started = Box(home, "--config", str(file), "--model", "fake:1=fake:0").start()
-    yield started
-    started.end()
+def here(module_box: StartBox) -> Box:
+    return module_box("--model", "fake:1=fake:0", config=LIMIT)
 
 
 def connected(box: Box) -> socket.socket:

@@ -14,22 +14,18 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.support.process_box import UNDRAFTED, Box, wait_until
+from tests.support.process_box import UNDRAFTED, Box, StartBox, wait_until
 
 CHAT = "/v1/chat/completions"
 
 
 @pytest.fixture(scope="module")
-def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Box]:
-    home = tmp_path_factory.mktemp("unwritable") / "home"
-    file = home.with_name("box.toml")
-    file.write_text(UNDRAFTED)
+def here(module_box: StartBox) -> Box:
     models = ("--model", "fake:1=fake:0", "--model", "slow:1=fake:10")
-    started = Box(home, "--config", str(file), *models).start()
+    started = module_box(*models, config=UNDRAFTED)
     for model in ("fake:1", "slow:1"):  # their engines run
         assert ask(started, model=model).status_code == 200
-    yield started
-    started.end()
+    return started
 
 
 def ask(box: Box, **more: Any) -> httpx.Response:

@@ -130,6 +130,16 @@ def test_a_key_that_asked_nothing_has_used_nothing(used: Used) -> None:
     assert Decimal(report["cost"]) == 0
 
 
+def without_errors(report: Any) -> Any:
+    """A report but for its own id and the errors, which are written a second later."""
+    if isinstance(report, list):
+        return [without_errors(part) for part in report]
+    if isinstance(report, dict):
+        names = report.keys() - {"request_id", "errors"}
+        return {name: without_errors(report[name]) for name in names}
+    return report
+
+
 def test_a_refused_request_costs_nothing(used: Used) -> None:
     before = used.report(used.alice)
     bad = {"model": CHEAP, "messages": [{"role": "user", "content": "x" * 9000}]}
@@ -137,8 +147,7 @@ def test_a_refused_request_costs_nothing(used: Used) -> None:
         response = used.box.http("POST", "/v1/chat/completions", key=used.alice, json=body)
         assert response.status_code >= 400
     after = used.report(used.alice)
-    same = {"request_id": "", "errors": {}}
-    assert {**after, **same} == {**before, **same}
+    assert without_errors(after) == without_errors(before)
     found = wait_until(
         lambda: (told := used.report(used.alice)["errors"]).get("model_not_found") and told,
         "the errors to be counted",

@@ -117,7 +117,7 @@ def parse_time(text: str) -> int:
         return round(moment.timestamp() * 1000)
     except (ValueError, OverflowError):
         raise ValueError(
-            f"'{text[:40]}' is no time: write it as 2026-11-01 or 2026-11-01T12:00:00Z"
+            f"'{text[:40]}' is not a time: write it as 2026-11-01 or 2026-11-01T12:00:00Z"
         ) from None
 
 

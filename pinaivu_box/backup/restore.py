@@ -63,7 +63,9 @@ def restore(file: Path, home: Path, passphrase: Callable[[], str], *, force: boo
     except BadBackup as error:
         raise CliError(f"{file} cannot be restored: {error}.") from error
     except OSError as error:
-        where = f" ({error.filename})" if error.filename else ""
+        where = (
+            f" ({error.filename})" if error.filename and str(error.filename) != str(file) else ""
+        )
         raise CliError(f"{file} cannot be restored: {error.strerror}{where}.") from error
 
 

@@ -142,8 +142,9 @@ def _transcript(request_file: Path | None, answer: Path | None) -> Any:
 def _request(data: bytes) -> Any:
     """The transcript of a request's body, without an answer."""
     from pinaivu_box.openai.completions import CompletionRequest
+    from pinaivu_box.openai.decoding import decode
     from pinaivu_box.openai.embeddings import EmbeddingRequest
-    from pinaivu_box.openai.request import decode, normalise, stop_strings, texts_or_tokens
+    from pinaivu_box.openai.request import normalise, stop_strings, texts_or_tokens
     from pinaivu_box.openai.types import ChatRequest
     from pinaivu_box.receipts.commitment import prompt_text
     from pinaivu_box.receipts.verify import Transcript

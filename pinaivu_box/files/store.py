@@ -12,7 +12,7 @@ from pinaivu_box.models import partial_file
 from pinaivu_box.models.catalog import Model, digest_of
 from pinaivu_box.models.regular_files import look
 from pinaivu_box.models.splits import digest_of_parts
-from pinaivu_box.store.database import Database, Statement
+from pinaivu_box.store.database import Database, SqlStatement
 from pinaivu_box.tasks import ignore_exception
 
 _MAX_READS = 3  # files read at a time: other work needs threads, too
@@ -99,13 +99,13 @@ async def hashes(database: Database, model: Model, digest: str) -> bytes:
     return computed
 
 
-def copied(path: Path, digest: str, hashes: bytes) -> tuple[Statement, Statement]:
+def copied(path: Path, digest: str, hashes: bytes) -> tuple[SqlStatement, SqlStatement]:
     """Return statements that store what is known of a downloaded file, so that it is not read
     again."""
     return _insert_hashes(digest, hashes), named(path, digest)
 
 
-def named(path: Path, digest: str) -> Statement:
+def named(path: Path, digest: str) -> SqlStatement:
     """Return the statement that stores the digest of a file under another name."""
     return ("INSERT OR REPLACE INTO model_files VALUES (?, ?, ?, ?)", (*_facts(path), digest))
 
@@ -127,5 +127,5 @@ def _facts(path: Path) -> _Facts:
     return str(path), status.st_size, status.st_mtime_ns % 2**63
 
 
-def _insert_hashes(digest: str, hashes: bytes) -> Statement:
+def _insert_hashes(digest: str, hashes: bytes) -> SqlStatement:
     return ("INSERT OR REPLACE INTO model_pieces VALUES (?, ?)", (digest, hashes))

@@ -91,10 +91,12 @@ def committed(tools: Tools | None, constraint: Constraint | None) -> dict[str, A
 
 @dataclass(frozen=True)
 class Started:
-    """A backend has taken the job: who it is and what it will use.  `tool_style` and `thinks` say
-    how the model writes (see `chat_format`).  `route` says why it was this one, for the receipt,
-    and `header` for the client.  Of a peer, `nonce` (hex) is of its commitment to the output, and
-    `proof` the version of its proof (see `receipts.receipt`)."""
+    """A backend has taken the job: who it is and what it will use.
+
+    `tool_style` and `thinks` say how the model writes (see `chat_format`).  Of a peer, `nonce`
+    (hex) is of its commitment to the output, and `proof` the version of its proof (see
+    `receipts.receipt`).
+    """
 
     node_id: str
     model_digest: str
@@ -102,8 +104,6 @@ class Started:
     sampling: Sampling
     tool_style: str
     thinks: bool
-    route: dict[str, Any] | None = None
-    header: str = ""
     nonce: str | None = None
     proof: int = VERSION
 

@@ -177,7 +177,7 @@ def _prompt(choice: ChoiceRecord, leg: LegRecord) -> tuple[str, commitment.Openi
 
 def _routing(account: RequestAccount) -> dict[str, Any]:
     """How the first leg found its node; of the others, where they went and why."""
-    routes = [leg.started.route for _, leg in account.served]
+    routes = [leg.route for _, leg in account.served]
     first = routes[0] or {"policy": "local", "chosen": account.served[0][1].started.node_id}
     return {**first, "legs": [one for one in routes[1:] if one]} if any(routes[1:]) else first
 

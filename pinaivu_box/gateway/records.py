@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from pinaivu_box.amount import Prices
 from pinaivu_box.gateway.backend import Job, Prompt, Proved, Started
@@ -20,7 +21,8 @@ ENGINE_LOST = "engine_lost"  # finish reason of a leg whose engine died
 
 @dataclass(eq=False)
 class LegRecord:
-    """What one node did of a job.  `began` is monotonic, `started_at` Unix seconds.
+    """What one node did of a job.  `route` is why it was this one, for the receipt, and `header`
+    for the client.  `began` is monotonic, `started_at` Unix seconds.
 
     `extras` are those of this leg.  `choice_extras` go on from those of the choice's earlier legs;
     of a first leg both are the same.
@@ -29,6 +31,8 @@ class LegRecord:
     job: Job
     started: Started
     earlier: Extras | None = None
+    route: dict[str, Any] | None = None
+    header: str = ""
     began: float = field(default_factory=time.monotonic)
     started_at: float = field(default_factory=time.time)
     prompt: list[int] | None = None

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections import Counter
 
 from pinaivu_box.gateway.metrics import Metrics
 from pinaivu_box.store.database import Database
+from pinaivu_box.store.times import now_ms
 
 _HOUR_MS = 3_600_000
 _FLUSH_SECONDS = 1.0
@@ -24,7 +24,7 @@ class Refusals:
 
     def note(self, key_id: str, model: str, code: str) -> None:
         self._metrics.refuse(code)
-        now = time.time_ns() // 1_000_000
+        now = now_ms()
         self._counts[(key_id, now - now % _HOUR_MS, model, code)] += 1
         if self._flushing is None:
             self._flushing = asyncio.create_task(self._flush_later())

@@ -209,7 +209,8 @@ class Request:
 
 
 def _started(choice: ChoiceRecord, prompt: Prompt) -> ChoiceStarted:
-    started = choice.legs[-1].started
+    leg = choice.legs[-1]
+    started = leg.started
     system = f"{started.model_digest} {started.engine.build}".encode()
     return ChoiceStarted(
         choice=choice.job.choice,
@@ -218,7 +219,7 @@ def _started(choice: ChoiceRecord, prompt: Prompt) -> ChoiceStarted:
         thinks=started.thinks,
         thinking=prompt.thinking,
         prompt=prompt.text,
-        route=started.header,
+        route=leg.header,
         prompt_tokens=len(prompt.tokens),
     )
 

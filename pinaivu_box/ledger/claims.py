@@ -23,7 +23,7 @@ from pinaivu_box.ledger.reconcile import entry_key
 from pinaivu_box.receipts.receipt import ACCEPTANCE_DOMAIN, Proof, Receipt
 from pinaivu_box.store import audit
 from pinaivu_box.store.audit import Actor
-from pinaivu_box.store.database import Database, Statement
+from pinaivu_box.store.database import Database, SqlStatement
 from pinaivu_box.store.requests import find_receipt
 from pinaivu_box.store.times import now_ms
 from pinaivu_box.transport import wire
@@ -120,7 +120,7 @@ async def dispute(database: Database, reasons: Mapping[LedgerEntry, str]) -> Non
         await database.write(*(_disputing(entry, reason) for entry, reason in reasons.items()))
 
 
-def _disputing(entry: LedgerEntry, reason: str) -> Statement:
+def _disputing(entry: LedgerEntry, reason: str) -> SqlStatement:
     return (
         f"UPDATE ledger_entries SET disputed = ?2 WHERE {_WAITING} AND request_id = ?3"
         " AND leg = ?4 AND choice = ?5",

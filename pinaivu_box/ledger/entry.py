@@ -20,7 +20,7 @@ from pinaivu_box.errors import EntryRefused
 from pinaivu_box.identity import verify
 from pinaivu_box.receipts.receipt import ACCEPTANCE_DOMAIN, Proof, SignedProof
 from pinaivu_box.receipts.verify import is_signed, read_proof
-from pinaivu_box.store.database import Database, Statement
+from pinaivu_box.store.database import Database, SqlStatement
 from pinaivu_box.store.times import now_ms
 
 MAX_PROOF_BYTES = 256 * 1024
@@ -154,7 +154,7 @@ def _refused(entry: LedgerEntry, reason: str) -> EntryRefused:
     return EntryRefused(f"The ledger does not take {name}: {reason}.")
 
 
-def recording(entry: LedgerEntry, us: str | None = None) -> tuple[Statement, ...]:
+def recording(entry: LedgerEntry, us: str | None = None) -> tuple[SqlStatement, ...]:
     """The statements that write an entry, or the acceptance that it lacked, for a transaction.
 
     An entry that is there already stays as it is.  If it has other bytes, or another entry of the
@@ -195,13 +195,13 @@ async def record(database: Database, entry: LedgerEntry, us: str | None = None) 
         raise _refused(entry, reason) from error
 
 
-async def has(database: Database, peer: str, request_id: str, leg: int, choice: int) -> bool:
+async def has_served(database: Database, peer: str, request_id: str, leg: int, choice: int) -> bool:
     """Whether this box has an entry for that leg, served to the peer."""
     key = (peer, True, request_id, leg, choice)
     return bool(await database.read(f"SELECT 1 FROM ledger_entries WHERE {_KEY}", key))
 
 
-async def lately(database: Database, peer: str, since: int) -> list[tuple[int, int]]:
+async def served_since(database: Database, peer: str, since: int) -> list[tuple[int, int]]:
     """The time and the tokens of each leg that a peer was served since a time, the oldest first.
 
     Looks at the latest entries only, which are all that a rate limit can have let through.

@@ -55,13 +55,13 @@ class OwnBox(Box):
     def __init__(
         self, boxes: Boxes, backend: Backend, job: Job, decision: Decision, load: LoadTracker
     ) -> None:
-        super().__init__(boxes.candidates.me, backend, job)
+        super().__init__(boxes.candidates.node_id, backend, job)
         self.route, self.header = decision.record(), decision.header()
         self._load, self._taken = load, ExitStack()
         # At once, so that of several requests that come together each sees where the others went.
         self._taken.enter_context(load.taken(job.model.id))
-        boxes.candidates.sent(job, self.node_id)
-        self._taken.callback(boxes.candidates.ended, job, self.node_id)
+        boxes.candidates.leg_sent(job, self.node_id)
+        self._taken.callback(boxes.candidates.leg_ended, job, self.node_id)
 
     def served(self, record: LegRecord) -> None:
         self._load.measured(self.job.model.id, record)
@@ -83,17 +83,17 @@ class PeerBox(Box):
         super().__init__(node_id, backend, job)
         self.route, self.header = decision.record(), decision.header()
         self._boxes, self._prompt = boxes, prompt
-        boxes.candidates.sent(job, node_id)
+        boxes.candidates.leg_sent(job, node_id)
         self._sent = boxes.breaker.sent(node_id)
 
     def served(self, record: LegRecord) -> None:
         boxes = self._boxes
         boxes.breaker.served(self.node_id)
         boxes.candidates.refusals.pop(self.node_id, None)
-        boxes.candidates.freed(self.node_id)
+        boxes.candidates.leg_served(self.node_id)
         if record.finish_reason != "cancelled":
-            promised = boxes.candidates.promised(self.job, self.node_id)
-            boxes.reputation.served(self.node_id, promised, record.tokens_per_s)
+            offered = boxes.candidates.offered_speed(self.job, self.node_id)
+            boxes.reputation.served(self.node_id, offered, record.tokens_per_s)
 
     def failed(self, error: ApiError) -> None:
         if not isinstance(error, EngineLost):
@@ -110,7 +110,7 @@ class PeerBox(Box):
     def release(self, record: LegRecord | None) -> None:
         if self._prompt is not None and (record is None or record.proved is None):
             self._boxes.paid.pop(self._prompt, None)  # then the next one pays
-        self._boxes.candidates.ended(self.job, self.node_id)
+        self._boxes.candidates.leg_ended(self.job, self.node_id)
 
 
 class Boxes:
@@ -140,7 +140,7 @@ class Boxes:
         node_id = decision.node_id
         if node_id is None:
             return nobody(job, decision)
-        if node_id == self.candidates.me:
+        if node_id == self.candidates.node_id:
             return OwnBox(self, self._local, job, decision, self._load)
         try:
             to = self.candidates.destination(job, node_id, digest)
@@ -152,7 +152,7 @@ class Boxes:
         return PeerBox(self, node_id, backend, job, decision, prompt if pays else None)
 
     def refused(self, node_id: str, error: NoNodesAvailable) -> None:
-        self.candidates.refused(node_id, error.retry_after or 1, error.message)
+        self.candidates.leg_refused(node_id, error.retry_after or 1, error.message)
 
     def _pays(self, prompt: str) -> bool:
         """Whether it is the first leg of its prompt there."""

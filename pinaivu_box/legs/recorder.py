@@ -14,6 +14,7 @@ from pinaivu_box.ledger.entry import Balance, LedgerEntry
 from pinaivu_box.legs.client import AcceptedLeg
 from pinaivu_box.legs.server import Served
 from pinaivu_box.store.database import Database
+from pinaivu_box.store.times import now_ms
 
 log = logging.getLogger("pinaivu.ledger")
 
@@ -31,7 +32,7 @@ class LedgerRecorder:
     async def recent(self, peer: str) -> list[tuple[float, int]]:
         """Age in seconds and tokens of each leg that a peer was served in the last minute."""
         since = round((time.time() - MINUTE) * 1000)
-        legs = await ledger_entry.lately(self._database, peer, since)
+        legs = await ledger_entry.served_since(self._database, peer, since)
         now = time.time()
         return [(now - at / 1000, tokens) for at, tokens in legs]
 
@@ -45,7 +46,7 @@ class LedgerRecorder:
 
     async def served(self, peer: str, request_id: str, leg: int, choice: int) -> bool:
         """Whether that leg is in the ledger, accepted or not."""
-        return await ledger_entry.has(self._database, peer, request_id, leg, choice)
+        return await ledger_entry.has_served(self._database, peer, request_id, leg, choice)
 
     async def keep(self, leg: Served | AcceptedLeg) -> None:
         """On disk when it returns.  What the ledger refuses is nobody's debt, and is logged."""
@@ -64,7 +65,7 @@ class LedgerRecorder:
             choice=proof.choice,
             amount=leg.amount,
             currency=proof.price.currency,
-            at=time.time_ns() // 1_000_000,
+            at=now_ms(),
             proof=signed.signed.encode(),
             signature=bytes.fromhex(signed.signature),
             acceptance=acceptance,

@@ -13,7 +13,6 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import aclosing
-from dataclasses import replace
 
 from pinaivu_box.errors import ApiError, EngineLost, NoNodesAvailable
 from pinaivu_box.gateway.backend import Backend, Event, Job, Prompt, Started, stopped
@@ -201,8 +200,8 @@ class LegAttempt:
         raise EngineLost("The engine ended this request without an answer; try again.")
 
     def _begun(self, started: Started) -> LegRecord:
-        started = replace(started, route=self.box.route, header=self.box.header)
-        record = LegRecord(self.box.job, started, self._earlier)
+        box = self.box
+        record = LegRecord(box.job, started, self._earlier, box.route, box.header)
         self._deliver(record, started)
         return record
 
@@ -285,7 +284,7 @@ class _Search:
         has begun for any box, for some time.  False: there is nothing to wait for.
         """
         candidates, now = self._boxes.candidates, time.monotonic()
-        if self._forget_tried(candidates.freed_since):
+        if self._forget_tried(candidates.has_served_since):
             return True
         if candidates.at_capacity_with_our_requests(self._job):
             until = math.inf
@@ -304,8 +303,8 @@ class _Search:
         candidates = self._boxes.candidates
         return (
             time.monotonic() >= tried + _RETRY_SECONDS
-            or candidates.freed_since(node_id, tried)
-            or candidates.busy_no_more(node_id, tried)
+            or candidates.has_served_since(node_id, tried)
+            or candidates.is_no_longer_busy(node_id, tried)
         )
 
     def _forget_tried(self, may_retry: Callable[[str, float], bool]) -> bool:

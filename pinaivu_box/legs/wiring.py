@@ -1,4 +1,4 @@
-"""What a box with peers has beside one without: whom to send requests to, and what to serve."""
+"""The services that only a box with peers has: they send legs to peers, and serve theirs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from pinaivu_box.routing.spending_limits import SpendingLimits
 from pinaivu_box.settings import LiveSettings
 
 
-class Pool:
+class PeerServices:
     """`policy` says what a peer may have, `recorder` gets every leg that was served for a peer or
     by one, and `writable` raises NoNodesAvailable if nothing can be written now."""
 

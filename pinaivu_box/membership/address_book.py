@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pinaivu_box.membership.tickets import MAX_ADDRESSES
 from pinaivu_box.store import peers as store
 from pinaivu_box.store.database import Database
-from pinaivu_box.store.peers import Known
+from pinaivu_box.store.peers import KnownPeer
 from pinaivu_box.transport.transport import LinkRoute
 
 
@@ -15,7 +15,7 @@ class AddressBook:
     """`known` peers by node id, as they are on disk."""
 
     def __init__(self, database: Database) -> None:
-        self.known: dict[str, Known] = {}
+        self.known: dict[str, KnownPeer] = {}
         self._database = database
 
     async def load(self) -> None:
@@ -39,5 +39,5 @@ class AddressBook:
             or (addresses and addresses != self.addresses_of(node_id, None, ()))
         }
         if changed:
-            await store.seen(self._database, changed, linked=linked)
+            await store.record_seen(self._database, changed, linked=linked)
             await self.load()

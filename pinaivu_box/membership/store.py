@@ -9,7 +9,7 @@ from pinaivu_box.errors import CliError
 from pinaivu_box.membership.records import Record, record_id
 from pinaivu_box.membership.roster import Roster
 from pinaivu_box.store import peers as store
-from pinaivu_box.store.database import Database, Statement
+from pinaivu_box.store.database import Database, SqlStatement
 from pinaivu_box.transport.wire import Code
 
 _CERTIFICATE_SECONDS = 5.0  # how long a stream waits until its peer's certificate has come
@@ -22,7 +22,9 @@ class MembershipStore:
         self.roster: Roster | None = None
         self._database = database
         self._saved_records = 0  # a roster only grows, at its end
-        self._unsaved_audit: list[Statement] = []  # audit entries of the records that are not saved
+        self._unsaved_audit: list[
+            SqlStatement
+        ] = []  # audit entries of the records that are not saved
         self._saving, self._changed = asyncio.Lock(), asyncio.Event()
 
     def is_member(self, node_id: str) -> bool:
@@ -74,18 +76,18 @@ class MembershipStore:
             )
         self.roster, self._saved_records = roster, len(roster)
 
-    async def enter(self, roster: Roster, *audit: Statement) -> None:
+    async def enter(self, roster: Roster, *audit: SqlStatement) -> None:
         """Belong to that roster's network from now on, and to no other."""
         rows = list(map(_row, roster.records()))
         await store.enter(self._database, roster.network, rows, *audit)
         self.roster, self._saved_records, self._unsaved_audit = roster, len(rows), []
 
-    async def leave(self, *audit: Statement) -> None:
+    async def leave(self, *audit: SqlStatement) -> None:
         """Belong to no network from now on."""
         await store.leave(self._database, *audit)
         self.roster, self._saved_records, self._unsaved_audit = None, 0, []
 
-    async def save(self, *audit: Statement) -> None:
+    async def save(self, *audit: SqlStatement) -> None:
         """Return when every record of the roster is on disk, together with its audit entries.
 
         Call it as soon as a record is in the roster: the first caller writes it.

@@ -22,7 +22,7 @@ from pinaivu_box.membership.records import node_of
 from pinaivu_box.membership.roster import Roster, Verdict
 from pinaivu_box.receipts.receipt import utc_text
 from pinaivu_box.store.peer_settings import PeerLimits
-from pinaivu_box.store.peers import Known
+from pinaivu_box.store.peers import KnownPeer
 from pinaivu_box.transport import wire
 from pinaivu_box.transport.connections import LinkManager
 from pinaivu_box.transport.transport import LinkFacts, LinkRoute
@@ -70,7 +70,7 @@ class NetworkState(NamedTuple):
     roster: Roster
     gossip: Gossip
     links: LinkManager
-    known: Mapping[str, Known]
+    known: Mapping[str, KnownPeer]
     now: float
 
 

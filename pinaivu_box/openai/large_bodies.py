@@ -15,8 +15,8 @@ from msgspec import Struct
 
 from pinaivu_box.openai.anthropic import CountTokensRequest, MessagesRequest
 from pinaivu_box.openai.completions import CompletionRequest, DetokenizeRequest, TokenizeRequest
+from pinaivu_box.openai.decoding import check_number_of_values, decode
 from pinaivu_box.openai.embeddings import EmbeddingRequest
-from pinaivu_box.openai.request import check_number_of_values, decode
 from pinaivu_box.openai.responses import ResponseRequest
 from pinaivu_box.openai.types import ChatRequest
 
@@ -38,7 +38,7 @@ _HISTORY = "history"
 Body = TypeVar("Body", bound=Struct)
 
 
-class _Head(Struct, frozen=True, array_like=True):
+class _JobHead(Struct, frozen=True, array_like=True):
     """The first line of a job; the body follows."""
 
     kind: str
@@ -47,7 +47,7 @@ class _Head(Struct, frozen=True, array_like=True):
 
 def job(data: bytes, kind: type[Struct], *, strict: bool) -> bytes:
     """The job of decoding a body."""
-    return b"".join((msgspec.json.encode(_Head(kind.__name__, strict)), b"\n", data))
+    return b"".join((msgspec.json.encode(_JobHead(kind.__name__, strict)), b"\n", data))
 
 
 def result(answer: bytes, kind: type[Body]) -> tuple[Body, list[str]]:
@@ -69,7 +69,7 @@ def history(rows: list[tuple[bytes, bytes]]) -> list[dict[str, Any]]:
 
 def history_job(rows: list[tuple[bytes, bytes]]) -> bytes:
     """The job of calling `history`."""
-    head = msgspec.json.encode(_Head(_HISTORY, False))
+    head = msgspec.json.encode(_JobHead(_HISTORY, False))
     return b"".join((head, b"\n", msgspec.msgpack.encode(rows)))
 
 
@@ -83,7 +83,7 @@ def make(_setup: bytes) -> Callable[[bytes], bytes]:
 
     def run(payload: bytes) -> bytes:
         head, _, data = payload.partition(b"\n")
-        job_head = msgspec.json.decode(head, type=_Head)
+        job_head = msgspec.json.decode(head, type=_JobHead)
         if job_head.kind == _HISTORY:
             rows = msgspec.msgpack.decode(data, type=list[tuple[bytes, bytes]])
             return encoder.encode(history(rows))

@@ -11,8 +11,8 @@ from msgspec import Meta, Struct
 from pinaivu_box.engine.messages import Temperature, TopP
 from pinaivu_box.errors import InvalidBody, quoted
 from pinaivu_box.openai import parameters
+from pinaivu_box.openai.decoding import from_validation
 from pinaivu_box.openai.fields import IgnoredFields, drop_unknown
-from pinaivu_box.openai.request import from_validation
 from pinaivu_box.openai.tools import (
     ClientTool,
     ResponseCustom,

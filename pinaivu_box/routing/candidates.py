@@ -1,4 +1,4 @@
-"""Who may serve a job: the engine here and what peers offer, as the router wants to see them."""
+"""The candidates for a leg: the engine here and what peers offer, as the router compares them."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ from pinaivu_box.routing.spending_limits import SpendingLimits
 from pinaivu_box.settings import LiveSettings
 
 _WARM_SECONDS = 600.0  # that a conversation's cache is thought to be kept
-_CONVERSATIONS = 4096
+_MAX_CONVERSATIONS = 4096
 _TYPICAL_TOKENS = 256
-_CHARACTERS_A_TOKEN = 4
+_CHARACTERS_PER_TOKEN = 4
 _BUSY = "said lately that it is busy"
-_LONGEST_BUSY = 5.0  # seconds that a refusal is believed
-_FREED_SECONDS = 2.0  # in which a peer knows that what it has served was accepted
-_MOMENT_SECONDS = 0.1
+_MAX_BUSY_SECONDS = 5.0  # that a refusal is believed
+_ACCEPTED_SECONDS = 2.0  # in which a peer has settled a leg that it has served
+_SETTLING_SECONDS = 0.1  # that a refusal is believed meanwhile
 
 
 @dataclass(frozen=True)
 class Destination:
-    """A peer, and what it has offered: prices of 1,000 tokens (prompt, cached, completion)."""
+    """A peer and its offer of a model; `prices` of 1,000 tokens (prompt, cached, completion)."""
 
     node_id: str
     name: str
@@ -49,35 +49,36 @@ class Destination:
 
 
 class Candidates:
-    """Keeps what routing needs beside the offers: conversations, legs under way, who is busy.
+    """Knows what routing needs beside the offers: conversations, legs under way, busy peers.
 
-    `changes` tells that somebody may serve now who could not before.
+    `changes` is notified when a box may serve that could not before.
     """
 
     def __init__(
         self,
-        me: str,
+        node_id: str,
         settings: LiveSettings,
         load: LoadTracker,
         placement: Placement,
         peers: Callable[[], Sequence[Peer]],
-        resting: CircuitBreaker,
+        breaker: CircuitBreaker,
         reputation: Reputation,
         spending: SpendingLimits,
     ) -> None:
-        self.me = me
+        self.node_id = node_id
         self.spending = spending
         self.changes = Changes()
         self._settings = settings
         self._load, self._placement, self._peers = load, placement, peers
-        self._resting, self._reputation = resting, reputation
-        self._conversations: BoundedDict[bytes, tuple[str, float]] = BoundedDict(_CONVERSATIONS)
-        self._under_way: dict[str, dict[str, float]] = {}
-        self._busy: dict[str, float] = {}
-        self.refusals: dict[str, tuple[str, float]] = {}  # a peer's last, and when (monotonic)
-        self._freed: dict[str, float] = {}
-        self._last: dict[str, Sequence[Offer]] = {}  # that each peer has made
-        self._said: dict[str, Sequence[Offer]] = {}  # as its advert has them
+        self._breaker, self._reputation = breaker, reputation
+        self._conversations: BoundedDict[bytes, tuple[str, float]] = BoundedDict(_MAX_CONVERSATIONS)
+        # By node id; all times are monotonic.
+        self._under_way: dict[str, dict[str, float]] = {}  # jobs that it serves, and since when
+        self._busy: dict[str, float] = {}  # until when
+        self.refusals: dict[str, tuple[str, float]] = {}  # the last of each peer, and when
+        self._served: dict[str, float] = {}  # when each peer last served a leg
+        self._last_offers: dict[str, Sequence[Offer]] = {}  # of each peer, those that count
+        self._advertised: dict[str, Sequence[Offer]] = {}  # all in the advert that they are from
 
     # -- models ------------------------------------------------------------------------------------
 
@@ -87,11 +88,11 @@ class Candidates:
         try:
             return self._settings.catalog.find(model_id)
         except ModelNotFound:
-            offered = [*self.remote_models(), *self._remote(self._unheard())]
-            found = {one.id: one for one in reversed(offered)}
+            models = [*self.remote_models(), *self._remote(self._expired_offers())]
+            by_id = {model.id: model for model in reversed(models)}
             for name in (model_id, f"{model_id}:latest", model_id.removesuffix(":latest")):
-                if name in found:
-                    return found[name]
+                if name in by_id:
+                    return by_id[name]
             raise
 
     def remote_models(self) -> list[Model]:
@@ -105,7 +106,7 @@ class Candidates:
             if offer.id not in here:
                 files.setdefault(offer.id, Counter())[offer.digest.hex()] += 1
         return [
-            remote(name, max(sorted(digests), key=lambda one: digests[one]))
+            remote(name, max(sorted(digests), key=lambda digest: digests[digest]))
             for name, digests in sorted(files.items())
         ]
 
@@ -114,19 +115,24 @@ class Candidates:
         return any(offer.id == model_id for _, offer in self._offers())
 
     def _offers(self) -> list[tuple[Peer, Offer]]:
-        heard = [one for one in self._peers() if one.advert and one.state != "revoked"]
-        for one in heard:
-            if one.advert and one.advert.models is not self._said.get(one.node_id):
-                self._said[one.node_id] = one.advert.models
-                # A name that nobody can ask for is no model: in no list, and in nobody's way.
-                named = [offer for offer in one.advert.models if is_model_id(offer.id)]
-                self._last[one.node_id] = named
-        return [(one, offer) for one in heard for offer in self._last[one.node_id]]
+        """Of all members whose adverts are valid."""
+        peers = [peer for peer in self._peers() if peer.advert and peer.state != "revoked"]
+        for peer in peers:
+            if peer.advert and peer.advert.models is not self._advertised.get(peer.node_id):
+                self._advertised[peer.node_id] = peer.advert.models
+                # A name that no request can contain is no model, and in no list.
+                offers = [offer for offer in peer.advert.models if is_model_id(offer.id)]
+                self._last_offers[peer.node_id] = offers
+        return [(peer, offer) for peer in peers for offer in self._last_offers[peer.node_id]]
 
-    def _unheard(self) -> list[tuple[Peer, Offer]]:
+    def _expired_offers(self) -> list[tuple[Peer, Offer]]:
         """The last offers of members whose adverts have expired."""
-        silent = [one for one in self._peers() if not one.advert and one.state != "revoked"]
-        return [(one, offer) for one in silent for offer in self._last.get(one.node_id, ())]
+        return [
+            (peer, offer)
+            for peer in self._peers()
+            if not peer.advert and peer.state != "revoked"
+            for offer in self._last_offers.get(peer.node_id, ())
+        ]
 
     # -- candidates --------------------------------------------------------------------------------
 
@@ -136,7 +142,7 @@ class Candidates:
         warm = self._warm(job)
         candidates = [] if job.model.remote else [self._local(job, digest, warm)]
         for peer, offer in self._offers():
-            if offer.id == job.model.id and peer.node_id != self.me:
+            if offer.id == job.model.id and peer.node_id != self.node_id:
                 candidates.append(self._peer(job, peer, offer, warm))
         return candidates
 
@@ -148,8 +154,8 @@ class Candidates:
                 return Destination(node_id, peer.name, digest, offer.prices, currency)
         raise ModelNotFound(f"{job.model.id} is not offered any more.", param="model")
 
-    def promised(self, job: Job, node_id: str) -> float:
-        """Tokens a second of one stream."""
+    def offered_speed(self, job: Job, node_id: str) -> float:
+        """Tokens per second of one stream, as the peer has advertised it."""
         for peer, offer in self._offers():
             if (peer.node_id, offer.id) == (node_id, job.model.id):
                 return float(offer.tokens_per_s)
@@ -164,108 +170,114 @@ class Candidates:
         elif (why := self._placement.failing(model)) is not None:
             refuses = f"has an engine that failed: {why}"
         return Candidate(
-            node_id=self.me,
+            node_id=self.node_id,
             model=model.id,
             digest=digest,
             sequences=load.config.max_sequences,
             load=now,
             ttft_ms=load.ttft_ms(model),
             tokens_per_s=load.tokens_per_s(model.id),
-            cost=_cost(self._settings.config.pricing.prices_of(model.id), job),
+            cost=_expected_cost(self._settings.config.pricing.prices_of(model.id), job),
             currency=self._settings.config.pricing.currency,
             local=True,
             known=True,
-            warm=warm == self.me,
+            warm=warm == self.node_id,
             refuses=refuses,
         )
 
     def _peer(self, job: Job, peer: Peer, offer: Offer, warm: str | None) -> Candidate:
-        now = peer.loads.get(offer.id)
-        heard = now.at if now else peer.advert_at or 0.0
+        reported = peer.loads.get(offer.id)
+        heard = reported.at if reported else peer.advert_at or 0.0
         under_way = self._under_way.get(peer.node_id, {})
         busy = self._busy.get(peer.node_id, 0.0) > time.monotonic()
         refuses = _BUSY if busy else None
         if job.peers is not None and not {peer.node_id, peer.name} & set(job.peers):
             refuses = "is not among the peers that the key allows"
-        currency, most = peer.advert.currency if peer.advert else "", _most(offer.price, job)
-        refuses = refuses or self.spending.refusal(peer.node_id, offer.price, currency, most)
+        currency = peer.advert.currency if peer.advert else ""
+        refuses = refuses or self.spending.refusal(
+            peer.node_id, offer.price, currency, _max_cost(offer.price, job)
+        )
         return Candidate(
             node_id=peer.node_id,
             model=offer.id,
             digest=offer.digest.hex(),
             sequences=offer.sequences,
-            load=now.load if now else offer.load,
+            load=reported.load if reported else offer.load,
             ttft_ms=offer.ttft_ms,
             tokens_per_s=offer.tokens_per_s,
-            cost=_cost(offer.price, job),
+            cost=_expected_cost(offer.price, job),
             currency=currency,
             reputation=self._reputation.score(peer.node_id),
             rtt_ms=peer.route.rtt_ms if peer.route else None,
             sent=sum(began > heard for began in under_way.values()),
             warm=warm == peer.node_id,
             draining=peer.advert is not None and peer.advert.draining,
-            known=now is not None,
-            gone=peer.gone or (peer.state != "connected" and now is None),
-            resting=self._resting.why(peer.node_id),
+            known=reported is not None,
+            gone=peer.gone or (peer.state != "connected" and reported is None),
+            resting=self._breaker.why(peer.node_id),
             refuses=refuses,
         )
 
     # -- what happens to legs ----------------------------------------------------------------------
 
-    def sent(self, job: Job, node_id: str) -> None:
-        """It goes there: the conversation's next request finds a warm cache there."""
+    def leg_sent(self, job: Job, node_id: str) -> None:
+        """A leg of the job goes there, and the conversation's next request finds a warm cache."""
         self._under_way.setdefault(node_id, {})[job.id] = time.monotonic()
-        self.spending.reserve(node_id, job.id, self._most_at(node_id, job))
+        self.spending.reserve(node_id, job.id, self._max_cost_at(node_id, job))
         self._conversations[_conversation(job)] = (node_id, time.monotonic())
 
-    def ended(self, job: Job, node_id: str) -> None:
+    def leg_ended(self, job: Job, node_id: str) -> None:
+        """However it has ended."""
         self._under_way.get(node_id, {}).pop(job.id, None)
         self.spending.release(node_id, job.id)
         self.changes.notify()
 
-    def _most_at(self, node_id: str, job: Job) -> int:
-        offers = [one for peer, one in self._offers() if peer.node_id == node_id]
-        return max((_most(one.price, job) for one in offers if one.id == job.model.id), default=0)
+    def _max_cost_at(self, node_id: str, job: Job) -> int:
+        offers = [offer for peer, offer in self._offers() if peer.node_id == node_id]
+        costs = [_max_cost(offer.price, job) for offer in offers if offer.id == job.model.id]
+        return max(costs, default=0)
 
-    def refused(self, node_id: str, seconds: float, why: str) -> None:
-        """It has refused a request; others do not ask it for so long.  Who has just ended one of
-        ours may still be writing that down: it has room in a moment."""
+    def leg_refused(self, node_id: str, seconds: float, reason: str) -> None:
+        """A peer has refused a leg: it is not asked for so long.  If it has just served one of ours
+        it may still be settling that, and will have room at once."""
         now = time.monotonic()
-        self.refusals[node_id] = (why, now)
-        longest = _MOMENT_SECONDS if self._freed_lately(node_id) else _LONGEST_BUSY
-        self._busy[node_id] = now + min(seconds, longest)
+        self.refusals[node_id] = (reason, now)
+        limit = _SETTLING_SECONDS if self._served_lately(node_id) else _MAX_BUSY_SECONDS
+        self._busy[node_id] = now + min(seconds, limit)
 
-    def freed(self, node_id: str) -> None:
-        """It has served a request of ours to the end, so it has room, or in a moment."""
+    def leg_served(self, node_id: str) -> None:
+        """A peer has served a leg to its end, so it has room."""
         self._busy.pop(node_id, None)
-        self._freed[node_id] = time.monotonic()
+        self._served[node_id] = time.monotonic()
         self.changes.notify()
 
-    def freed_since(self, node_id: str, moment: float) -> bool:
-        """Whether it has served a request of ours to the end after that moment (monotonic)."""
-        return self._freed.get(node_id, -math.inf) > moment
+    def has_served_since(self, node_id: str, moment: float) -> bool:
+        """Whether the peer has served a leg to its end after that moment (monotonic)."""
+        return self._served.get(node_id, -math.inf) > moment
 
-    def busy_no_more(self, node_id: str, moment: float) -> bool:
-        """Whether it has said after that moment that it is busy, and the time for that is over."""
+    def is_no_longer_busy(self, node_id: str, moment: float) -> bool:
+        """Whether the peer has refused a leg after that moment, and the time is over for which it
+        is not asked."""
         _, refused = self.refusals.get(node_id, ("", -math.inf))
         return refused >= moment and self._busy.get(node_id, 0.0) <= time.monotonic()
 
-    def _freed_lately(self, node_id: str) -> bool:
-        return self.freed_since(node_id, time.monotonic() - _FREED_SECONDS)
+    def _served_lately(self, node_id: str) -> bool:
+        return self.has_served_since(node_id, time.monotonic() - _ACCEPTED_SECONDS)
 
     def at_capacity_with_our_requests(self, job: Job) -> bool:
-        """Whether a peer that the job may go to has no room for it while it serves others of ours:
-        it will have some."""
+        """Whether a peer that may serve the job has no room for it while it serves other jobs of
+        this box: it will have room when one of them ends."""
         return any(
-            self._under_way.get(one.node_id) or self._freed_lately(one.node_id)
-            for one in self.of(job, "")
-            if one.refuses == _BUSY
+            self._under_way.get(candidate.node_id) or self._served_lately(candidate.node_id)
+            for candidate in self.of(job, "")
+            if candidate.refuses == _BUSY
         )
 
     def next_expiry(self) -> float:
-        """When the next peer may be asked again that is busy or failed (monotonic; inf: none)."""
+        """The monotonic time at which the next peer that is busy or has failed may be asked again;
+        infinite if there is none."""
         now = time.monotonic()
-        ends = [*self._busy.values(), *self._resting.ends()]
+        ends = [*self._busy.values(), *self._breaker.ends()]
         return min((end for end in ends if end > now), default=math.inf)
 
     def _warm(self, job: Job) -> str | None:
@@ -282,7 +294,7 @@ def tokens_of(job: Job) -> tuple[int, int]:
         prompt = len(job.prompt)
     else:
         text = job.prompt if job.prompt is not None else (job.inputs or job.messages)
-        prompt = len(str(text)) // _CHARACTERS_A_TOKEN
+        prompt = len(str(text)) // _CHARACTERS_PER_TOKEN
     if job.inputs is not None:
         return prompt, 0
     made = len(job.output)
@@ -290,13 +302,13 @@ def tokens_of(job: Job) -> tuple[int, int]:
     return prompt + made, max(0, most)
 
 
-def _cost(prices: Prices, job: Job) -> int:
+def _expected_cost(prices: Prices, job: Job) -> int:
     return prices.most(*tokens_of(job))
 
 
-def _most(prices: Prices, job: Job) -> int:
-    """As `_cost`, but of a prompt that nobody has counted yet as many tokens as it has bytes: with
-    what stands around its messages here there are no fewer."""
+def _max_cost(prices: Prices, job: Job) -> int:
+    """As `_expected_cost`, but with an upper bound for a prompt that was not counted yet: as many
+    tokens as what the client sent has bytes."""
     prompt, answer = tokens_of(job)
     if job.read is None and not isinstance(job.prompt, list):
         texts = (job.prompt or "", job.inputs or "", job.messages, job.tools or "")

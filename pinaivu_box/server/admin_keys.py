@@ -18,7 +18,7 @@ from pinaivu_box.admin import keys as operations
 from pinaivu_box.admin.views import KeyView, NewKey, key_view
 from pinaivu_box.errors import InvalidBody
 from pinaivu_box.gateway.admission import refusal
-from pinaivu_box.openai.request import from_validation
+from pinaivu_box.openai.decoding import from_validation
 from pinaivu_box.policy import LONGEST_LIFE, Policy
 from pinaivu_box.server.context import actor_of, box_of
 from pinaivu_box.server.paging import PageQuery

@@ -15,7 +15,7 @@ from pinaivu_box.ledger.session import PURPOSE
 from pinaivu_box.server.context import actor_of, box_of
 
 
-class EntryPage(Struct, frozen=True, forbid_unknown_fields=True):
+class EntryQuery(Struct, frozen=True, forbid_unknown_fields=True):
     """The newest `limit` entries; with `statement` only those in that statement."""
 
     limit: Annotated[int, Meta(ge=1, le=1000)] = 100
@@ -60,7 +60,7 @@ async def list_balances(request: Request) -> BalanceList:
     return BalanceList(await views.all_balances(box.database, box.config.peering))
 
 
-async def list_entries(request: Request, peer: str, query: EntryPage) -> EntryList:
+async def list_entries(request: Request, peer: str, query: EntryQuery) -> EntryList:
     database = box_of(request).database
     node_id = await _node_id(request, peer)
     entries = await ledger_entry.of_peer(

@@ -245,13 +245,13 @@ async def _standing(
 ) -> tuple[views.Opinion, views.UseView, views.RefusalView | None] | tuple[()]:
     """The peer's reputation here, what it uses of this box, and its last refusal of a request of
     ours; nothing while no requests are exchanged."""
-    if box.pool is None:
+    if box.peer_services is None:
         return ()
-    reputation, admission = box.pool.reputation, box.pool.serving.admission
+    reputation, admission = box.peer_services.reputation, box.peer_services.serving.admission
     policy, quota = await admission.policy(node_id), await admission.quotas.of(node_id)
     debt = await admission.debt(node_id, box.config.pricing.currency)
     credit = policy.credit_limit
-    refusal = box.pool.candidates.refusals.get(node_id)
+    refusal = box.peer_services.candidates.refusals.get(node_id)
     return (
         views.Opinion(reputation.score(node_id), reputation.why(node_id)),
         views.UseView(
@@ -275,7 +275,7 @@ def _cost(box: Box, peer: Peer, balances: dict[str, Balance]) -> views.CostView:
     config = box.config
     balance = balances.get(config.pricing.currency, Balance())
     offers = peer.advert.models if peer.advert else ()
-    spending = None if box.pool is None else box.pool.candidates.spending
+    spending = None if box.peer_services is None else box.peer_services.candidates.spending
     return views.CostView(
         received=amount.to_text(balance.received),
         owes=amount.to_text(balance.owed_to_peer),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hmac
-import time
 from collections.abc import Callable
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -18,6 +17,7 @@ from pinaivu_box.policy import Policy
 from pinaivu_box.server import error_responses
 from pinaivu_box.store import keys
 from pinaivu_box.store.keys import Key
+from pinaivu_box.store.times import now_ms
 
 # Commands on this home, which send the token in its run.json.
 LOCAL = Key("local", "", "", "local commands", "", "", Policy(scopes=("admin",)), 0)
@@ -80,7 +80,7 @@ class Authenticate:
         key, is_old = match
         if (error := refusal(key)) is not None:
             raise error
-        now = time.time_ns() // 1_000_000
+        now = now_ms()
         if is_old and (key.old_until or 0) <= now:
             raise Unauthorized(f"The API key has been rotated: use {key.prefix}...{key.last_four}.")
         return key

@@ -18,7 +18,7 @@ from pinaivu_box.errors import (
     RequestTimeout,
 )
 from pinaivu_box.openai import large_bodies
-from pinaivu_box.openai.request import SMALL_BODY_BYTES, decode
+from pinaivu_box.openai.decoding import SMALL_BODY_BYTES, decode
 from pinaivu_box.sandbox import SandboxLimit, SandboxLimits, SandboxPool
 from pinaivu_box.server.codings import coding_of, decoded
 from pinaivu_box.text import number

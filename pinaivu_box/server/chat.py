@@ -12,7 +12,7 @@ from pinaivu_box.openai.types import ChatCompletion, ChatRequest, Chunk, Context
 from pinaivu_box.server.chat_stream import ChatStream
 from pinaivu_box.server.inference import InferenceCall, usage_of
 from pinaivu_box.server.jobs import chat_job, choices
-from pinaivu_box.server.output_parser import MessageBuilder, OutputParser
+from pinaivu_box.server.output_parser import MessageBuilder, OutputParser, logprobs_of
 from pinaivu_box.server.sse import EventStream
 
 
@@ -46,7 +46,8 @@ async def create_chat_completion(
                 parser.begin(event)
                 fingerprint = event.fingerprint
             case Output():
-                messages[event.choice].add(parser.parse(event))
+                pieces, reason = parser.parse(event)
+                messages[event.choice].add(pieces, logprobs_of(event), reason)
             case Finished():
                 end = event
     return ChatCompletion(

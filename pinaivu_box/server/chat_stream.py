@@ -25,7 +25,7 @@ from pinaivu_box.openai.types import (
 )
 from pinaivu_box.server import error_responses
 from pinaivu_box.server.inference import usage_of
-from pinaivu_box.server.output_parser import AnswerPart, OutputParser
+from pinaivu_box.server.output_parser import OutputParser, logprobs_of
 from pinaivu_box.server.sse import DONE, encode_event
 
 _PLACEHOLDER = "\x00"  # encoded as \u0000, which nothing else in a chunk can contain
@@ -61,10 +61,10 @@ class ChatStream:
                 self._parser.begin(event)
                 return self._begin(event.choice, event.fingerprint)
             case Output():
-                part = self._parser.parse(event)
-                if part.finish_reason:
-                    self._finish_reasons[part.choice] = part.finish_reason
-                return self._pieces(part)
+                pieces, reason = self._parser.parse(event)
+                if reason:
+                    self._finish_reasons[event.choice] = reason
+                return self._pieces(event.choice, pieces, logprobs_of(event))
             case Finished():
                 return self._finish(event)
             case Failed():
@@ -79,18 +79,20 @@ class ChatStream:
         self._around_text[choice] = before, after
         return self._chunk(ChunkChoice(Delta(role="assistant", content=""), index=choice))
 
-    def _pieces(self, part: AnswerPart) -> bytes:
+    def _pieces(
+        self, choice: int, pieces: list[reader.Piece], logprobs: list[TokenLogprobs]
+    ) -> bytes:
         """A chunk for each piece; the log-probabilities come with the first."""
-        chunks, logprobs = [], part.logprobs
-        for piece in part.pieces:
+        chunks = []
+        for piece in pieces:
             if isinstance(piece, reader.Text) and not logprobs:
-                before, after = self._around_text[part.choice]
+                before, after = self._around_text[choice]
                 chunks.append(before + msgspec.json.encode(piece.text) + after)
                 continue
-            chunks.append(self._chunk(_chunk_choice(part.choice, _delta(piece), logprobs)))
+            chunks.append(self._chunk(_chunk_choice(choice, _delta(piece), logprobs)))
             logprobs = []
         if logprobs:
-            chunks.append(self._chunk(_chunk_choice(part.choice, Delta(content=""), logprobs)))
+            chunks.append(self._chunk(_chunk_choice(choice, Delta(content=""), logprobs)))
         return b"".join(chunks)
 
     def _finish(self, event: Finished) -> bytes:

@@ -25,7 +25,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from pinaivu_box.openai.request import SMALL_BODY_BYTES, decode, from_validation
+from pinaivu_box.openai.decoding import SMALL_BODY_BYTES, decode, from_validation
 from pinaivu_box.policy import Scope
 from pinaivu_box.server.bodies import read
 from pinaivu_box.server.inference import InferenceCall

@@ -112,14 +112,14 @@ class InferenceCall:
         check_sizes(job.tools, job.constraint, job.stop)
         job = under(self.key, job)
         return await self._until_disconnected(
-            self.box.prompts.tokenize(job, tokens, plain=plain, count=count)
+            self.box.prompt_reader.tokenize(job, tokens, plain=plain, count=count)
         )
 
     async def read(self, job: Job) -> tuple[Job, int]:
         """The job with its prompt's tokens, and the context length of its model.  Raises what
         `tokenize` does, and ContextOverflow for a prompt that is far too long."""
         check_sizes(job.tools, job.constraint, job.stop)
-        return await self._until_disconnected(self.box.prompts.read(under(self.key, job)))
+        return await self._until_disconnected(self.box.prompt_reader.read(under(self.key, job)))
 
     async def _until_disconnected(self, coroutine: Coroutine[Any, Any, T]) -> T:
         result = asyncio.create_task(coroutine)

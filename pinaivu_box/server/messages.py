@@ -140,10 +140,10 @@ class _MessageAnswer:
                 self._usage = AnthropicUsage(event.prompt_tokens, 0)
                 return [{"type": "message_start", "message": self.message()}]
             case Output():
-                part = self._parser.parse(event)
-                if part.finish_reason:
-                    self._stop(part.finish_reason, event.stop_string)
-                return (data for piece in part.pieces for data in self._add(piece))
+                pieces, reason = self._parser.parse(event)
+                if reason:
+                    self._stop(reason, event.stop_string)
+                return (data for piece in pieces for data in self._add(piece))
             case Finished():
                 uncached = event.prompt_tokens - event.cached_tokens
                 self._usage = AnthropicUsage(uncached, event.completion_tokens, event.cached_tokens)

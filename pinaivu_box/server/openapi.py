@@ -10,6 +10,8 @@ from msgspec import Struct
 
 from pinaivu_box import __version__
 from pinaivu_box.server.endpoint import Endpoint
+from pinaivu_box.server.json_response import JSON
+from pinaivu_box.server.sse import EventStream
 
 
 class OpenAIError(Struct, frozen=True):
@@ -68,13 +70,13 @@ def _operation(endpoint: Endpoint) -> dict[str, Any]:
     assert endpoint.response is not None
     response = _schema(endpoint.response)
     content = {
-        kind: {"schema": {"type": "string"}} if kind == "text/event-stream" else response
+        kind: {"schema": {"type": "string"}} if kind == EventStream.media_type else response
         for kind in endpoint.media_types
     }
     query = endpoint.query.__struct_fields__ if endpoint.query else ()
     parameters = [_parameter(name, "path", required=True) for name in endpoint.path_parameters]
     parameters += [_parameter(name, "query", required=False) for name in query]
-    error = {"application/json": _schema(ErrorBody)}
+    error = {JSON.media_type: _schema(ErrorBody)}
     operation: dict[str, Any] = {
         "summary": endpoint.summary,
         "operationId": _operation_id(endpoint),
@@ -85,7 +87,7 @@ def _operation(endpoint: Endpoint) -> dict[str, Any]:
         },
     }
     if endpoint.body is not None:
-        body = {"application/json": _schema(endpoint.body)}
+        body = {JSON.media_type: _schema(endpoint.body)}
         operation["requestBody"] = {"required": True, "content": body}
     return operation
 

@@ -27,16 +27,6 @@ from pinaivu_box.openai.types import (
 )
 
 
-@dataclass(frozen=True)
-class AnswerPart:
-    """New output of one choice; with a finish reason it is the last."""
-
-    choice: int
-    pieces: list[Piece]
-    logprobs: list[TokenLogprobs]
-    finish_reason: str | None
-
-
 class OutputParser:
     """Of the choices of one request; `custom_tools` are the names of its custom tools."""
 
@@ -55,21 +45,20 @@ class OutputParser:
             thinking=event.thinking,
         )
 
-    def parse(self, event: Output) -> AnswerPart:
+    def parse(self, event: Output) -> tuple[list[Piece], str | None]:
+        """What is new of a choice, and its finish reason if that was all."""
         text_reader = self._readers[event.choice]
         pieces = text_reader.push(event.text) if event.text else []
         reason = event.finish_reason
         if reason:
             pieces += text_reader.end()
             reason = "tool_calls" if text_reader.called and reason == "stop" else reason
-        return AnswerPart(
-            event.choice, pieces, [_logprobs(token) for token in event.logprobs], reason
-        )
+        return pieces, reason
 
 
 @dataclass
 class MessageBuilder:
-    """Builds the message of one choice from its parts."""
+    """Builds the message of one choice."""
 
     texts: list[str] = field(default_factory=list)
     reasoning: list[str] = field(default_factory=list)
@@ -77,8 +66,10 @@ class MessageBuilder:
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     finish_reason: str = ""
 
-    def add(self, part: AnswerPart) -> None:
-        for piece in part.pieces:
+    def add(
+        self, pieces: list[Piece], logprobs: list[TokenLogprobs], finish_reason: str | None
+    ) -> None:
+        for piece in pieces:
             match piece:
                 case reader.Text():
                     self.texts.append(piece.text)
@@ -88,8 +79,8 @@ class MessageBuilder:
                     self.calls.append((piece, []))
                 case reader.Arguments():
                     self.calls[piece.index][1].append(piece.text)
-        self.logprobs += part.logprobs
-        self.finish_reason = part.finish_reason or self.finish_reason
+        self.logprobs += logprobs
+        self.finish_reason = finish_reason or self.finish_reason
 
     def choice(self, index: int, *, logprobs: bool) -> Choice:
         calls = [_tool_call(call, "".join(arguments)) for call, arguments in self.calls]
@@ -108,6 +99,11 @@ def _tool_call(call: reader.ParsedCall, arguments: str) -> ToolCall | CustomTool
     if call.custom:
         return CustomToolCall(call.id, CalledCustom(call.name, arguments))
     return ToolCall(call.id, CalledFunction(call.name, arguments))
+
+
+def logprobs_of(event: Output) -> list[TokenLogprobs]:
+    """As chat completions show them."""
+    return [_logprobs(token) for token in event.logprobs]
 
 
 def _logprobs(token: TokenLogprob) -> TokenLogprobs:

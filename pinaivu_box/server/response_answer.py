@@ -87,9 +87,9 @@ class ResponseAnswer:
                 kinds = ("response.created", "response.in_progress")[self._background :]
                 return [{"type": kind, "response": response} for kind in kinds]
             case Output():
-                part = self._parser.parse(event)
-                self._finish_reason = part.finish_reason or self._finish_reason
-                return self._items.add(part.pieces)
+                pieces, reason = self._parser.parse(event)
+                self._finish_reason = reason or self._finish_reason
+                return self._items.add(pieces)
             case Finished():
                 self._settle(event)
                 return self._last_events()

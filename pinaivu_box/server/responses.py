@@ -53,7 +53,7 @@ _ITEM_ID = re.compile(r"(?:[a-z]+_)+?(?P<suffix>[0-9a-z]{26})(?:_in)?_[0-9]{1,6}
 _MAX_REFERENCED_RESPONSES = 16  # of one request
 
 
-class _Head(msgspec.Struct):
+class _StoredFields(msgspec.Struct):
     """The fields of a stored response that are read here."""
 
     status: str
@@ -122,7 +122,7 @@ async def get_response(
     row = await _find(request, response_id)
     if not query.stream:
         return JSON(msgspec.Raw(row.body))
-    head = msgspec.json.decode(row.body, type=_Head)
+    head = msgspec.json.decode(row.body, type=_StoredFields)
     if not head.background:
         raise BadRequest(
             f"The response '{row.id}' was not created with background, so it cannot be streamed "
@@ -138,7 +138,7 @@ async def get_response(
 
 
 async def _last_event(
-    row: StoredResponse, head: _Head, sequence_number: int
+    row: StoredResponse, head: _StoredFields, sequence_number: int
 ) -> AsyncIterator[bytes]:
     event = {
         "type": f"response.{head.status}",
@@ -154,7 +154,7 @@ async def cancel_response(request: Request, response_id: str) -> JSON[ResponseOb
     if running is not None and not await running.cancel():
         return JSON(running.response())
     row = await _find(request, response_id)
-    if not msgspec.json.decode(row.body, type=_Head).background:
+    if not msgspec.json.decode(row.body, type=_StoredFields).background:
         raise BadRequest(
             f"The response '{row.id}' was not created with background, so it cannot be cancelled; "
             "to stop such a response, close its connection."

@@ -15,7 +15,7 @@ from ulid import ULID
 
 from pinaivu_box.errors import InvalidValue, RowConflict, RowNotFound
 from pinaivu_box.store.audit import Actor, record
-from pinaivu_box.store.database import Database, Statement
+from pinaivu_box.store.database import Database, SqlStatement
 from pinaivu_box.store.times import now_ms
 
 OWNER = "acct_owner"  # in every home from the beginning
@@ -84,7 +84,7 @@ def check_name(name: str) -> None:
     """Raises InvalidValue."""
     if not _NAME.fullmatch(name):
         raise InvalidValue(
-            f"'{name}' is no account name: use 1 to 64 of a-z, 0-9, and . _ @ - after the "
+            f"'{name}' is not a valid account name: use 1 to 64 of a-z, 0-9, and . _ @ - after the "
             "first, and not acct_ at the beginning",
             field="name",
         )
@@ -92,7 +92,7 @@ def check_name(name: str) -> None:
 
 def new(
     name: str, role: Role, hashed: str | None, by: Actor
-) -> tuple[Account, Statement, Statement]:
+) -> tuple[Account, SqlStatement, SqlStatement]:
     """A new account, and the statements that store it, which fail with sqlite3.IntegrityError if
     its name is taken."""
     account = Account(f"acct_{ULID()}".lower(), name, role, hashed is not None, now_ms(), 0)

@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from pinaivu_box.store.database import Database, Row, Statement
+from pinaivu_box.store.database import Database, Row, SqlStatement
 from pinaivu_box.store.times import now_ms
 
 
@@ -33,7 +33,7 @@ class AuditRow(msgspec.Struct, frozen=True):
     detail: dict[str, Any]
 
 
-def record(by: Actor, action: str, target: str, **detail: Any) -> Statement:
+def record(by: Actor, action: str, target: str, **detail: Any) -> SqlStatement:
     """The statement that records an action, for the transaction of the action and right after it:
     it records nothing if the statement before it has changed nothing."""
     text = msgspec.json.encode(detail).decode()

@@ -25,9 +25,9 @@ import aiosqlite
 from pinaivu_box.errors import DatabaseUnusable
 from pinaivu_box.store.schema import CURRENT, Schema, prepare, refuse_foreign
 
-Statement = tuple[str, Sequence[Any]]
+SqlStatement = tuple[str, Sequence[Any]]
 Row = sqlite3.Row
-_Pending = tuple[Sequence[Statement], "asyncio.Future[list[int]]"]
+_Pending = tuple[Sequence[SqlStatement], "asyncio.Future[list[int]]"]
 
 log = logging.getLogger("pinaivu.database")
 
@@ -36,7 +36,7 @@ _MAX_WRITES_PER_COMMIT = 256
 _SLOW_SECONDS = 5.0  # of a commit that waits for the lock of another program, or for the disk
 _PROBE_SECONDS = 1.0  # between two attempts after a failure
 _PROBE_BYTES = 65536  # about what the end of a request writes
-_PROBE: Statement = ("REPLACE INTO probe VALUES (1, randomblob(?))", (_PROBE_BYTES,))
+_PROBE: SqlStatement = ("REPLACE INTO probe VALUES (1, randomblob(?))", (_PROBE_BYTES,))
 # The errors of SQLite that the next write would have too, whatever it writes.
 _PERSISTENT_ERRORS = {
     sqlite3.SQLITE_FULL: "the disk is full",
@@ -104,7 +104,7 @@ class Database:
         """As `read`, for queries over many rows, which other readers do not wait for."""
         return list(await self._scanner.execute_fetchall(sql, parameters))
 
-    async def write(self, *statements: Statement) -> list[int]:
+    async def write(self, *statements: SqlStatement) -> list[int]:
         """Run the statements in one transaction; it is on disk on return.
 
         Returns their row counts.  Cancelling the caller does not cancel the write.

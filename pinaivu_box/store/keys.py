@@ -19,7 +19,7 @@ from pinaivu_box.policy import Policy
 from pinaivu_box.store import accounts
 from pinaivu_box.store.accounts import Account
 from pinaivu_box.store.audit import Actor, record
-from pinaivu_box.store.database import Database, Row, Statement
+from pinaivu_box.store.database import Database, Row, SqlStatement
 from pinaivu_box.store.times import now_ms, time_text
 
 PREFIX = "sk-pnv-"
@@ -166,7 +166,7 @@ async def create(
 
 def new(
     account: Account, name: str, policy: Policy, expires_at: int | None, by: Actor
-) -> tuple[Key, str, Statement, Statement]:
+) -> tuple[Key, str, SqlStatement, SqlStatement]:
     """A new key, its secret, and the statements that store it, which fail with
     sqlite3.IntegrityError if the account was removed meanwhile.
 
@@ -354,7 +354,7 @@ async def revoke(database: Database, key: Key, by: Actor) -> Key:
     return msgspec.structs.replace(key, revoked_at=key.revoked_at or now)
 
 
-def charge(key_id: str, *, tokens: int, amount: int, at: int, period: int) -> Statement:
+def charge(key_id: str, *, tokens: int, amount: int, at: int, period: int) -> SqlStatement:
     """The statement that adds a request to the key's counters, for the transaction of its receipt.
 
     `at` is when it came, `period` when the period of the budget began in which it came, both Unix

@@ -11,7 +11,7 @@ from pinaivu_box.policy import Policy
 from pinaivu_box.store import accounts, keys
 from pinaivu_box.store.accounts import Account
 from pinaivu_box.store.audit import Actor
-from pinaivu_box.store.database import Database, Statement
+from pinaivu_box.store.database import Database, SqlStatement
 from pinaivu_box.store.keys import Key
 
 
@@ -36,7 +36,7 @@ class NewKeys:
         self._new_accounts = new_accounts
         self._accounts: dict[str, Account] = {}  # by the name or id in the drafts
         self._taken: set[str] = set()  # names of new accounts
-        self._statements: list[Statement] = []
+        self._statements: list[SqlStatement] = []
         self._created: list[tuple[Key, str]] = []
 
     async def add(self, draft: Draft) -> None:

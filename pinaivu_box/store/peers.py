@@ -1,26 +1,26 @@
-"""What peering keeps: the network and its roster, tickets and their uses, what is known of peers.
+"""The rows of `membership`: the network and its roster, tickets and their uses, known peers.
 
-Rows only: what they mean is `peering`'s to know.  Times are Unix milliseconds.  `told` is what the
-audit trail says of it, in the same transaction.
+Times are Unix milliseconds unless said otherwise.  `audit` are statements that record a change in
+the audit trail, for its transaction.
 """
 
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from pinaivu_box.store.database import Database, Statement
+from pinaivu_box.store.database import Database, SqlStatement
+from pinaivu_box.store.times import now_ms
 
 StoredRecord = tuple[bytes, str, bytes, bytes]  # id, kind, body, signature
 _REVOCATIONS = "(SELECT count(*) FROM roster WHERE kind = 'revocation')"  # they only grow
 
 
 class Invitation(NamedTuple):
-    """What the inviter keeps of a ticket.  `name`: what the newcomer will be called; `admin`: it
-    may invite and revoke as an admin does.  `expires_at` in Unix seconds; `used_by`: node ids.
-    `newest`: nobody was revoked since it was made, at `made_at` (Unix milliseconds)."""
+    """What the inviter keeps of a ticket.  `name` is the newcomer's, None if it chooses one; with
+    `admin` it may invite and revoke as an admin does.  `expires_at` in Unix seconds.  `used_by` are
+    node ids.  `newest`: no box was revoked since the ticket was made."""
 
     secret_sha256: str
     name: str | None
@@ -32,9 +32,9 @@ class Invitation(NamedTuple):
     made_at: int = 0
 
 
-class Known(NamedTuple):
-    """`name` is what this box calls it, "" if as its certificate does; `policy` has the settings
-    of [peering.serve] that are others for this peer."""
+class KnownPeer(NamedTuple):
+    """`name` is the one given here, "" if it has that of its certificate; `policy` has its limits
+    that differ from `[peering.serve]`."""
 
     node_id: str
     name: str
@@ -44,10 +44,6 @@ class Known(NamedTuple):
     policy: dict[str, Any]
 
 
-def now_ms() -> int:
-    return round(time.time() * 1000)
-
-
 async def network(database: Database) -> str | None:
     """The id of the network that this box belongs to."""
     rows = await database.read("SELECT network FROM network")
@@ -55,34 +51,36 @@ async def network(database: Database) -> str | None:
 
 
 async def roster(database: Database) -> list[StoredRecord]:
+    """All records of the roster."""
     rows = await database.read("SELECT id, kind, body, signature FROM roster")
     return [(row["id"], row["kind"], row["body"], row["signature"]) for row in rows]
 
 
 async def enter(
-    database: Database, network_id: str, records: Iterable[StoredRecord], *told: Statement
+    database: Database, network_id: str, records: Iterable[StoredRecord], *audit: SqlStatement
 ) -> None:
-    """Belong to that network from now on, and no other; tickets for the old one are void."""
+    """Enter a network with its records, and leave the one before; the tickets for that are void."""
     await database.write(
-        *_FORGETTING,
-        _LEAVING,
+        *_DELETE_RECORDS,
+        _DELETE_NETWORK,
         ("INSERT INTO network VALUES (1, ?, ?)", (network_id, now_ms())),
-        *told,
-        *map(_adding, records),
+        *audit,
+        *map(_inserting, records),
     )
 
 
-async def leave(database: Database, *told: Statement) -> None:
-    await database.write(*_FORGETTING, _LEAVING, *told)
+async def leave(database: Database, *audit: SqlStatement) -> None:
+    """Leave the network; its tickets are void."""
+    await database.write(*_DELETE_RECORDS, _DELETE_NETWORK, *audit)
 
 
 async def add_records(
-    database: Database, records: Iterable[StoredRecord], *told: Statement
+    database: Database, records: Iterable[StoredRecord], *audit: SqlStatement
 ) -> None:
-    await database.write(*map(_adding, records), *told)
+    await database.write(*map(_inserting, records), *audit)
 
 
-async def add_ticket(database: Database, ticket: Invitation, *told: Statement) -> None:
+async def add_ticket(database: Database, ticket: Invitation, *audit: SqlStatement) -> None:
     await database.write(
         (
             "INSERT INTO tickets (secret_sha256, name, created_at, expires_at, uses, admin,"
@@ -96,18 +94,19 @@ async def add_ticket(database: Database, ticket: Invitation, *told: Statement) -
                 ticket.admin,
             ),
         ),
-        *told,
+        *audit,
     )
 
 
 async def ticket(database: Database, secret_sha256: str) -> Invitation | None:
+    """The ticket whose secret has that hash."""
     rows = await database.read(
         f"SELECT *, revocations = {_REVOCATIONS} AS newest FROM tickets WHERE secret_sha256 = ?",
         (secret_sha256,),
     )
     if not rows:
         return None
-    used = await database.read(
+    uses = await database.read(
         "SELECT node_id FROM ticket_uses WHERE secret_sha256 = ?", (secret_sha256,)
     )
     (row,) = rows
@@ -117,22 +116,23 @@ async def ticket(database: Database, secret_sha256: str) -> Invitation | None:
         row["expires_at"],
         row["uses"],
         bool(row["admin"]),
-        tuple(one["node_id"] for one in used),
+        tuple(use["node_id"] for use in uses),
         bool(row["newest"]),
         row["created_at"],
     )
 
 
 async def use_ticket(database: Database, secret_sha256: str, node_id: str) -> None:
-    """Whether it still may is for the caller to know; doing it again changes nothing."""
+    """Record that a box used a ticket, which the caller has checked; again changes nothing."""
     await database.write(
         ("INSERT OR IGNORE INTO ticket_uses VALUES (?, ?, ?)", (secret_sha256, node_id, now_ms()))
     )
 
 
-async def known(database: Database) -> dict[str, Known]:
+async def known(database: Database) -> dict[str, KnownPeer]:
+    """All peers that this box has met or has settings for, by node id."""
     return {
-        row["node_id"]: Known(
+        row["node_id"]: KnownPeer(
             row["node_id"],
             row["name"],
             tuple(json.loads(row["addresses"])),
@@ -144,8 +144,10 @@ async def known(database: Database) -> dict[str, Known]:
     }
 
 
-async def seen(database: Database, found: Mapping[str, Sequence[str]], *, linked: set[str]) -> None:
-    """Addresses of peers; those `linked` are seen now."""
+async def record_seen(
+    database: Database, addresses_of: Mapping[str, Sequence[str]], *, linked: set[str]
+) -> None:
+    """Store the addresses of peers; those that are `linked` are seen now."""
     now = now_ms()
     await database.write(
         *(
@@ -160,14 +162,17 @@ async def seen(database: Database, found: Mapping[str, Sequence[str]], *, linked
                     *((now, now) if node_id in linked else (None, None)),
                 ),
             )
-            for node_id, addresses in found.items()
+            for node_id, addresses in addresses_of.items()
         )
     )
 
 
-_FORGETTING: tuple[Statement, ...] = (("DELETE FROM roster", ()), ("DELETE FROM tickets", ()))
-_LEAVING: Statement = ("DELETE FROM network", ())
+_DELETE_RECORDS: tuple[SqlStatement, ...] = (
+    ("DELETE FROM roster", ()),
+    ("DELETE FROM tickets", ()),
+)
+_DELETE_NETWORK: SqlStatement = ("DELETE FROM network", ())
 
 
-def _adding(record: StoredRecord) -> Statement:
+def _inserting(record: StoredRecord) -> SqlStatement:
     return "INSERT OR IGNORE INTO roster VALUES (?, ?, ?, ?, ?)", (*record, now_ms())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from pinaivu_box.store import keys
-from pinaivu_box.store.database import Database, Statement
+from pinaivu_box.store.database import Database, SqlStatement
 
 
 class RequestRow(msgspec.Struct, frozen=True):
@@ -88,7 +88,7 @@ _AFTER_ALL_IDS = "s"  # ids begin with req_
 
 def listing(
     account_id: str | None, key_id: str | None, model: str | None, after: str | None, limit: int
-) -> Statement:
+) -> SqlStatement:
     """The statement that finds a page of receipts, the newest first."""
     conditions: dict[str, str] = {}
     if key_id is not None:

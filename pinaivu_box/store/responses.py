@@ -10,7 +10,7 @@ from __future__ import annotations
 import msgspec
 
 from pinaivu_box.errors import ConversationTooLong, ResponseNotCompleted, RowNotFound
-from pinaivu_box.store.database import Database, Statement
+from pinaivu_box.store.database import Database, SqlStatement
 
 QUEUED = "queued"
 STOPPED = "The box was stopped before this response was complete: send the request again."
@@ -108,7 +108,7 @@ async def events_of(database: Database, response_id: str, account_id: str) -> by
 
 async def _write_and_evict(
     database: Database,
-    statement: Statement,
+    statement: SqlStatement,
     response: StoredResponse,
     max_count: int,
     max_bytes: int,

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from pinaivu_box.store.database import Database, Row, Statement
+from pinaivu_box.store.database import Database, Row, SqlStatement
 
 By = Literal["day", "hour", "account", "key", "model", "node", "peer"]
 BYS: tuple[By, ...] = ("day", "hour", "account", "key", "model", "node", "peer")
@@ -101,7 +101,7 @@ async def busiest(database: Database, wanted: UsageFilter, who: Who, limit: int)
     return [row[0] for row in await database.scan(*ranked(wanted, who, limit))]
 
 
-def ranked(wanted: UsageFilter, who: Who, limit: int) -> Statement:
+def ranked(wanted: UsageFilter, who: Who, limit: int) -> SqlStatement:
     """The statement of `busiest`."""
     level: Level = "key" if wanted.key_id is not None else who
     used, refused = _conditions("usage", wanted, level), _conditions("refusals", wanted, "key")
@@ -138,7 +138,7 @@ _TABLES: dict[
 
 def summed(
     table: str, wanted: UsageFilter, by: tuple[By, ...], only: list[str] | None
-) -> Statement:
+) -> SqlStatement:
     """The statement that sums a table by group."""
     totals, fixed = _TABLES[table]
     level = _level(table, wanted, by)

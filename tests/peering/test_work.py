@@ -63,11 +63,13 @@ def told(prompt: list[int], count: int) -> str:
 
 async def test_a_peer_serves_what_is_not_here(pair: list[PoolNode]) -> None:
     asker, server = pair
-    events = await asker.ask()
+    choice = ChoiceRecord(asker.job())
+    events = await asker.serve(choice)
     started, prompt = events[0], events[1]
     assert isinstance(started, Started) and isinstance(prompt, Prompt)
     assert started.node_id == server.node_id
-    assert started.route is not None and started.route["chosen"] == server.node_id
+    (leg,) = choice.legs
+    assert leg.route is not None and leg.route["chosen"] == server.node_id
     assert text_of(events) == told(prompt.tokens, 20)
     assert bytes(tokens_of(events)).decode() == text_of(events)
     assert isinstance(events[-1], Output) and events[-1].finish_reason == "length"

@@ -30,8 +30,8 @@ class InProcessBox:
 
     def __init__(self, box: Box, secret: str) -> None:
         self.box, self.secret = box, secret
-        assert box.pool is not None and box.network is not None
-        self.pool, self.network, self.node_id = box.pool, box.network, box.identity.node_id
+        assert box.peer_services is not None and box.network is not None
+        self.pool, self.network, self.node_id = box.peer_services, box.network, box.identity.node_id
         self._app = httpx.ASGITransport(create_app(box))
 
     async def http(self, method: str, path: str, **more: Any) -> httpx.Response:

@@ -29,7 +29,7 @@ from pinaivu_box.ledger.entry import Balance
 from pinaivu_box.legs.client import AcceptedLeg
 from pinaivu_box.legs.runner import LegRun
 from pinaivu_box.legs.server import Served
-from pinaivu_box.legs.wiring import Pool
+from pinaivu_box.legs.wiring import PeerServices
 from pinaivu_box.membership.records import key_of
 from pinaivu_box.models import catalog as catalogs
 from pinaivu_box.models.catalog import Catalog, Model, digest_of
@@ -149,7 +149,7 @@ class PoolNode:
         self.told: dict[str, ReportedLoad] = {}  # by its neighbours
         self.load = LoadTracker(self.placement, self.settings)
         self.offers = Offers(self.settings, self.load, _digest, lambda: False)
-        self.pool = Pool(
+        self.pool = PeerServices(
             self.identity,
             self.settings,
             self.placement,

@@ -15,7 +15,7 @@ import sys
 import termios
 import time
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import httpx
 import openai
@@ -177,6 +177,12 @@ class Box:
     def engines(self) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = self.http("GET", "/v1/engines").json()["data"]
         return found
+
+
+class StartBox(Protocol):
+    """Starts a box with these arguments of `serve`, the configuration in `config`."""
+
+    def __call__(self, *args: str, config: str = "") -> Box: ...
 
 
 def wait_until(condition: Any, what: str, seconds: float = 180) -> Any:
