@@ -156,7 +156,7 @@ def test_draining_sends_away_whose_prompt_is_still_counted(
     assert box.process.wait(30) == 0
 
 
-def test_who_is_refused_or_leaves_before_it_began_pays_nothing(
+def test_a_request_refused_or_left_before_it_began_costs_nothing(
     box: Box, threads: ThreadPoolExecutor
 ) -> None:
     key, name = make_key(box, "--tpm", "5000")

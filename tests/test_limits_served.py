@@ -212,7 +212,7 @@ def test_places_of_a_key_and_its_queue(box: Box) -> None:
     assert shown["id"] == name
 
 
-def test_who_leaves_the_queue_gives_its_place_away(box: Box) -> None:
+def test_leaving_the_queue_frees_the_place(box: Box) -> None:
     key, _ = make_key(box, "--max-parallel", "1", "--max-queue", "1")
     with ThreadPoolExecutor(1) as threads:
         body = {"model": "slow:1", "messages": USER, "max_tokens": 80}
