@@ -268,7 +268,7 @@ async def test_a_file_that_is_gone_is_served_while_it_is_loaded(
     _, server = pair
     server.placement.release(await server.placement.acquire(server.catalog.find(FAKE)))
     unreadable = replace(server.catalog.find(FAKE), recorded_digest="")
-    catalog = server.catalog.and_also([unreadable])
+    catalog = server.catalog.with_models([unreadable])
     server.settings.current = replace(server.settings.current, catalog=catalog)
     for node in pair:
         assert isinstance((await node.ask())[0], Started)
