@@ -93,6 +93,7 @@ class Box:
         self.prefix: tuple[str, ...] = ()  # of its command: where it is to live
         self.key = ""
         self.process: subprocess.Popen[str]
+        self._clients: dict[tuple[str, str], openai.OpenAI] = {}
         self._output = home.with_name(home.name + ".out")
         self._errors = home.with_name(home.name + ".err")
 
@@ -150,6 +151,9 @@ class Box:
     def end(self) -> None:
         if self.process.poll() is None:
             self.kill()
+        for client in self._clients.values():
+            client.close()
+        self._clients.clear()
 
     @property
     def client(self) -> Any:
@@ -157,7 +161,12 @@ class Box:
         return self.client_with(self.key)
 
     def client_with(self, key: str) -> Any:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=300)
+        base_url = f"{self.url}/v1"
+        if (base_url, key) not in self._clients:
+            self._clients[base_url, key] = openai.OpenAI(
+                base_url=base_url, api_key=key, max_retries=0, timeout=300
+            )
+        return self._clients[base_url, key]
 
     def http(
         self, method: str, path: str, *, key: str | None = None, **more: Any
