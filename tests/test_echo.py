@@ -12,7 +12,7 @@ import openai
 import pytest
 
 from pinaivu_box.engine.fake_runner import N_VOCAB, SENTENCE
-from tests.support.process_box import MODEL, Box, wait_until
+from tests.support.process_box import MODEL, UNDRAFTED, Box, wait_until
 
 FAKE = "fake:1"
 TEXT = "Once upon a time there was a 😀 in a wood."
@@ -152,7 +152,7 @@ def test_a_long_prompt_is_scored_whole(fake_box: Box) -> None:
 
 def test_a_prompt_is_said_once_though_its_engine_is_killed(new_box: Callable[..., Box]) -> None:
     """While it is read, and while the answer comes."""
-    box = new_box("--model", f"{FAKE}=fake:40")
+    box = new_box("--model", f"{FAKE}=fake:40", config=UNDRAFTED)  # with drafts it ends at once
     prompt = SENTENCE.decode() * 25
     stream = create(box, prompt, model=FAKE, max_tokens=100, logprobs=1, stream=True)
     chunks = [next(stream), next(stream)]

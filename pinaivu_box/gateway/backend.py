@@ -81,12 +81,12 @@ class Job:
 
 def committed(tools: Tools | None, constraint: Constraint | None) -> dict[str, Any]:
     """What a chat's prompt commitment covers beside messages and stop strings."""
-    made: dict[str, Any] = {}
+    parts: dict[str, Any] = {}
     if tools is not None:
-        made["tools"] = tools.functions
+        parts["tools"] = tools.functions
     if constraint is not None:
-        made["constraint"] = constraint.text
-    return made
+        parts["constraint"] = constraint.text
+    return parts
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""An engine child seen from the parent: start it, talk frames with it, notice when it dies."""
+"""An engine process, seen from the parent: starts it, exchanges frames with it, notices its end."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ log = logging.getLogger("pinaivu.engine")
 # What a request's mailbox carries; None says that the engine is gone.
 Item = Admitted | Refused | SequenceDelta | Tokenized | None
 _STOP_SECONDS = 5.0
-_LONGEST_WORDS = 1000  # characters of a line that the child prints
+_MAX_LINE_CHARACTERS = 1000  # of what the child prints
 _HUNG_SECONDS = 15.0  # with work, and neither a frame nor a tick of processor time
 
 
@@ -53,7 +53,7 @@ class StartFailed(BoxError):
 
 
 class EngineProcess:
-    """One child.  `queues` has one queue per request that it holds."""
+    """One engine process.  Each request that it has got has a mailbox."""
 
     def __init__(self, model_id: str, model_digest: str, load: LoadModel) -> None:
         self.model_id = model_id
@@ -69,7 +69,7 @@ class EngineProcess:
         self.progress = 0.0
         self.closed = asyncio.Event()
         self._load_frame = load
-        self._boxes: dict[str, Mailbox[Item]] = {}
+        self._mailboxes: dict[str, Mailbox[Item]] = {}
         self._messages = 0  # sent and received
         self._last_words: deque[str] = deque(maxlen=20)
         self._process: asyncio.subprocess.Process
@@ -118,19 +118,19 @@ class EngineProcess:
 
     def submit(self, add: Add | Embed) -> Mailbox[Item]:
         """Hand over a request; EngineLost if the child is gone."""
-        return self._hand_over(add, add.id)
+        return self._register(add, add.id)
 
     def ask(self, question: Tokenize) -> Mailbox[Item]:
         """As `submit`; the one answer is Tokenized or Refused."""
-        return self._hand_over(question, question.add.id)
+        return self._register(question, question.add.id)
 
-    def _hand_over(self, message: Add | Embed | Tokenize, name: str) -> Mailbox[Item]:
+    def _register(self, message: Add | Embed | Tokenize, name: str) -> Mailbox[Item]:
         if not self.alive:
             raise EngineLost("The engine stopped before it could take the request; try again.")
-        box: Mailbox[Item] = Mailbox()
-        self._boxes[name] = box
+        mailbox: Mailbox[Item] = Mailbox()
+        self._mailboxes[name] = mailbox
         self._send(message)
-        return box
+        return mailbox
 
     def name_prefixes(self, texts: Sequence[str]) -> None:
         """Beginnings of prompts that are shared from now on; see `engine.messages.Named`."""
@@ -138,11 +138,11 @@ class EngineProcess:
             self._send(Named(list(texts)))
 
     def cancel(self, request_id: str) -> None:
-        if self.alive and request_id in self._boxes:
+        if self.alive and request_id in self._mailboxes:
             self._send(Cancel(request_id))
 
     def forget(self, request_id: str) -> None:
-        self._boxes.pop(request_id, None)
+        self._mailboxes.pop(request_id, None)
 
     async def stop(self) -> None:
         """Close its stdin, which ends it; kill it if it does not go."""
@@ -179,7 +179,7 @@ class EngineProcess:
             log.exception("unreadable frame from the engine of %s; stopping it", self.model_id)
             self._process.kill()
         await self._process.wait()
-        self._bury(loaded)
+        self._close(loaded)
 
     def _handle(self, frame: FromEngine, loaded: asyncio.Future[Ready]) -> None:
         self._messages += 1
@@ -205,11 +205,11 @@ class EngineProcess:
                 loaded.set_exception(StartFailed(f"the model could not be loaded: {why}"))
 
     def _deliver(self, item: Admitted | Refused | SequenceDelta | Tokenized) -> None:
-        box = self._boxes.get(item.id)
-        if box is not None:
-            box.put(item)
+        mailbox = self._mailboxes.get(item.id)
+        if mailbox is not None:
+            mailbox.put(item)
 
-    def _bury(self, loaded: asyncio.Future[Ready]) -> None:
+    def _close(self, loaded: asyncio.Future[Ready]) -> None:
         self.closed.set()
         if not loaded.done():
             words = self._last_words[-1] if self._last_words else "it said nothing"
@@ -218,9 +218,9 @@ class EngineProcess:
             loaded.set_exception(
                 StartFailed(f"the model could not be loaded, the engine {how}: {words}")
             )
-        for box in self._boxes.values():
-            box.put(None)
-        self._boxes.clear()
+        for mailbox in self._mailboxes.values():
+            mailbox.put(None)
+        self._mailboxes.clear()
 
     async def _kill_if_hung(self) -> None:
         """A step may take long on a slow machine; but then it computes."""
@@ -229,7 +229,7 @@ class EngineProcess:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.closed.wait(), _HUNG_SECONDS)
             ticks = cpu_ticks(self.pid)
-            now = None if ticks is None or not self._boxes else (self._messages, ticks)
+            now = None if ticks is None or not self._mailboxes else (self._messages, ticks)
             if now is not None and now == seen:
                 log.error("the engine of %s hangs; ending it", self.model_id)
                 self._process.kill()
@@ -238,7 +238,7 @@ class EngineProcess:
     async def _read_stderr(self) -> None:
         stream = self._process.stderr
         while stream is not None and (line := await _line(stream)):
-            text = printable(line.decode(errors="replace").rstrip(), _LONGEST_WORDS)
+            text = printable(line.decode(errors="replace").rstrip(), _MAX_LINE_CHARACTERS)
             if text:
                 self._last_words.append(text)
                 log.debug("%s: %s", self.model_id, text)

@@ -17,12 +17,12 @@ from pinaivu_box.receipts.commitment import logprob_record, named_record
 def records(job: Job, logprobs: Sequence[TokenLogprob], before: int) -> list[bytes]:
     """Of the next tokens of a choice of which so many were said `before`, in all its legs."""
     if job.prompt is None:
-        return [logprob_record(one.token, one.logprob, one.top) for one in logprobs]
-    return [_named(one, job.echo and before + at == 0) for at, one in enumerate(logprobs)]
+        return [logprob_record(token.token, token.logprob, token.top) for token in logprobs]
+    return [_named(token, job.echo and before + at == 0) for at, token in enumerate(logprobs)]
 
 
-def _named(one: TokenLogprob, first: bool) -> bytes:
-    name = shown_token(one.token)
+def _named(token: TokenLogprob, first: bool) -> bytes:
+    name = shown_token(token.token)
     if first:
         return named_record(name, None, {})
-    return named_record(name, one.logprob, shown_likeliest(one.token, one.logprob, one.top))
+    return named_record(name, token.logprob, shown_likeliest(token.token, token.logprob, token.top))

@@ -27,7 +27,7 @@ from pinaivu_box.identity import Identity
 from pinaivu_box.legs import wire as leg_wire
 from pinaivu_box.legs.codec import to_task
 from pinaivu_box.legs.large_messages import LargeMessages
-from pinaivu_box.legs.verify import LegVerifier, ProtocolViolation, counts
+from pinaivu_box.legs.verify import LegVerifier, ProtocolViolation, may_answer
 from pinaivu_box.receipts.receipt import (
     ACCEPTANCE_DOMAIN,
     VERSION,
@@ -42,10 +42,10 @@ from pinaivu_box.transport.transport import Stream
 OPEN_SECONDS = 5.0
 STALL_SECONDS = 4.0  # a serving box says at least every second that it is alive
 _GAPS = 10.0  # times its usual gap that a stream may be silent, if that is longer
-_LONGEST_GAP = 30.0  # but no longer: else who gets slower step by step is borne for ever
+_MAX_GAP_SECONDS = 30.0  # but no longer: else a peer could become slower step by step for ever
 ALIVE_SECONDS = 300.0  # that it may say no more than that: a model is loaded, or a queue long
 _IDLE_BURST, _IDLE_RATE = 20, 4.0  # messages that say nothing, and a second
-_LONGEST_WAIT = 60  # seconds that a refusal may ask a client to wait
+_MAX_RETRY_SECONDS = 60  # that a refusal may ask a client to wait
 # What a peer may find wrong with a request itself.
 _FAULTS = (BadRequest, InvalidBody)
 
@@ -98,7 +98,7 @@ class PeerClient:
             stream.abandon()
         if isinstance(answer, leg_wire.LegRefused):
             raise refusal(answer, to)
-        if not isinstance(answer, leg_wire.Tokens) or not counts(answer, job, tokens):
+        if not isinstance(answer, leg_wire.Tokens) or not may_answer(answer, job, tokens):
             raise PeerFaulty(f"{to.name} did not answer a count", node_id=to.node_id)
         return answer
 
@@ -216,7 +216,7 @@ class PeerLeg:
         loop = asyncio.get_running_loop()
         began = loop.time()
         try:
-            patience = max(STALL_SECONDS, min(_LONGEST_GAP, _GAPS * self._gap))
+            patience = max(STALL_SECONDS, min(_MAX_GAP_SECONDS, _GAPS * self._gap))
             message = await leg_wire.receive(stream, leg_wire.to_coordinator, patience, self._check)
         except TimeoutError:
             raise self._stalled(f"nothing came for {loop.time() - began:.1f} s") from None
@@ -225,7 +225,7 @@ class PeerLeg:
         now = loop.time()
         if isinstance(message, leg_wire.Outputs):
             self._gap += 0.2 * (now - began - self._gap)
-        if _says_something(message):
+        if _has_content(message):
             self._heard, self._idle = now, 0
             return message
         self._idle += 1
@@ -314,12 +314,12 @@ async def _conclude(stream: Stream, message: leg_wire.Accepted | leg_wire.Disput
         await stream.finish()
 
 
-def refusal(said: leg_wire.LegRefused, to: Destination) -> ApiError:
-    """Of the peer, if somebody else may serve the request; else of the request."""
-    message = wire.printable(said.message)
-    error = by_code(said.code, message, wire.printable(said.param) if said.param else None)
-    if said.other or not isinstance(error, _FAULTS):
-        wait = min(said.retry_after or 1, _LONGEST_WAIT)
+def refusal(refused: leg_wire.LegRefused, to: Destination) -> ApiError:
+    """NoNodesAvailable if another box may serve the request, else what is wrong with it."""
+    message = wire.printable(refused.message)
+    error = by_code(refused.code, message, wire.printable(refused.param) if refused.param else None)
+    if refused.other or not isinstance(error, _FAULTS):
+        wait = min(refused.retry_after or 1, _MAX_RETRY_SECONDS)
         return NoNodesAvailable(f"{to.name} refused it: {message}", retry_after=wait)
     return error
 
@@ -330,10 +330,10 @@ def _lost(to: Destination, error: BaseException) -> EngineLost:
     return kind(f"{to.name} was lost: {wire.printable(why)}", node_id=to.node_id)
 
 
-def _says_something(message: leg_wire.ToCoordinator) -> bool:
+def _has_content(message: leg_wire.ToCoordinator) -> bool:
     if isinstance(message, leg_wire.Outputs):
         return any(
-            one.tokens or one.finish_reason or one.logprobs or one.vectors
-            for one in message.outputs
+            output.tokens or output.finish_reason or output.logprobs or output.vectors
+            for output in message.outputs
         )
     return not isinstance(message, leg_wire.Alive)

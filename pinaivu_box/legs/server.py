@@ -129,9 +129,9 @@ class LegServer:
         async with self.admission.request(peer, policy, currency) as request:
             await request.check()
             request.check_counting()
-            found, context = await self._local.ask(job, asked.tokens, plain=asked.plain)
-            request.counted(max(len(found.tokens), len(asked.tokens or ())))
-        return leg_wire.Tokens(found.tokens, found.text, found.thinking, context)
+            prompt, context = await self._local.ask(job, asked.tokens, plain=asked.plain)
+            request.counted(max(len(prompt.tokens), len(asked.tokens or ())))
+        return leg_wire.Tokens(prompt.tokens, prompt.text, prompt.thinking, context)
 
     async def _job(self, peer: str, task: leg_wire.Task, digest: str, policy: PeerPolicy) -> Job:
         if self.draining:
@@ -206,7 +206,7 @@ class LegServer:
         finally:
             # Whatever the peer has done meanwhile, and wherever it hung up.  What other legs have
             # made is computed here too, like a prompt, though nobody pays for it again.
-            request.use(leg.tokens + len(job.output) if owed and leg.tokens else 0)
+            request.reservation.use(leg.tokens + len(job.output) if owed and leg.tokens else 0)
             proven = leg.proof() if owed else None
             if proven is not None and self._is_owed(proven[0]):
                 await self._settle(peer, leg, *proven, pays_prompt=asked.pays_prompt)
@@ -222,12 +222,12 @@ class LegServer:
         prompt = len(job.read or ()) or (0 if context else _TYPICAL_TOKENS)
         if job.inputs is not None:
             return prompt, 0
-        asked = None if job.max_tokens is None else max(0, job.max_tokens - len(job.output))
+        limit = None if job.max_tokens is None else max(0, job.max_tokens - len(job.output))
         if not context:
-            return prompt, _TYPICAL_TOKENS if asked is None else asked
+            return prompt, _TYPICAL_TOKENS if limit is None else limit
         room = leg_wire.MOST_TOKENS if self._load.config.context_shift else context
-        most = max(0, room - prompt - len(job.output))
-        return prompt, most if asked is None else min(asked, most)
+        room = max(0, room - prompt - len(job.output))
+        return prompt, room if limit is None else min(limit, room)
 
     def _price(self, model: Model, asked: leg_wire.LegRequest) -> Price:
         """What we ask now, unless that is more than the peer was told."""
@@ -236,11 +236,11 @@ class LegServer:
         cached = prices.prompt if prices.cached is None else prices.cached
         ours = (prices.prompt, cached, prices.completion)
         try:
-            told = [amount.per_token(price) for price in asked.prices]
+            offered = [amount.per_token(price) for price in asked.prices]
         except ValueError as error:
             raise InvalidBody(f"a price is {error}") from None
         if currency != asked.currency or any(
-            amount.per_token(own) > most for own, most in zip(ours, told, strict=True)
+            amount.per_token(own) > offer for own, offer in zip(ours, offered, strict=True)
         ):
             raise Conflict(f"The price of {model.id} here is {' / '.join(ours)} {currency} now.")
         return Price(currency, *ours)

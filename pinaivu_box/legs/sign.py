@@ -26,7 +26,7 @@ from pinaivu_box.receipts.receipt import (
     sign_proof,
 )
 
-_VECTOR_BYTES = leg_wire.MAX_MESSAGE_BYTES // 2  # of vectors in one message
+_MAX_VECTOR_BYTES = leg_wire.MAX_MESSAGE_BYTES // 2  # of vectors in one message
 
 
 class LegSigner:
@@ -73,12 +73,12 @@ class LegSigner:
 
     def _marked(self, outputs: list[Output]) -> leg_wire.Outputs:
         job = self._job
-        for one in outputs:
+        for output in outputs:
             before = job.scored + self._logprobs
-            records = logprob_records.records(job, one.logprobs, before)
-            self._sent.add(one.text, one.tokens, records, one.vectors)
-            self._tokens += len(one.tokens)
-            self._logprobs += len(one.logprobs)
+            records = logprob_records.records(job, output.logprobs, before)
+            self._sent.add(output.text, output.tokens, records, output.vectors)
+            self._tokens += len(output.tokens)
+            self._logprobs += len(output.logprobs)
         text = mark_text(job.request_id, job.choice, job.leg, self._tokens, self._sent.commitment)
         mark = self._identity.sign(MARK_DOMAIN, text).hex()
         # Nothing that an engine here makes is out of bounds.
@@ -87,12 +87,13 @@ class LegSigner:
     def _parts(self, outputs: list[Output]) -> Iterator[Output]:
         """Vectors that are too many for a message go before the output that they belong to; boxes
         whose proofs are of version 1 cannot read that."""
-        for one in outputs:
-            fit = max(1, _VECTOR_BYTES // len(one.vectors[0])) if one.vectors else 0
-            while len(one.vectors) > fit and self._sent.version > 1:
-                yield Output("", [], vectors=one.vectors[:fit])
-                one = structs.replace(one, vectors=one.vectors[fit:])
-            yield one
+        for output in outputs:
+            vectors = output.vectors
+            fit = max(1, _MAX_VECTOR_BYTES // len(vectors[0])) if vectors else 0
+            while len(vectors) > fit and self._sent.version > 1:
+                yield Output("", [], vectors=vectors[:fit])
+                vectors = vectors[fit:]
+            yield output if vectors is output.vectors else structs.replace(output, vectors=vectors)
 
     def prove(self, record: LegRecord) -> tuple[Proof, SignedProof] | None:
         """The proof, once the engine has ended the leg; None if it has not, or computed nothing."""

@@ -31,10 +31,10 @@ from pinaivu_box.receipts.receipt import (
 from pinaivu_box.receipts.verify import is_signed, read_proof
 from pinaivu_box.routing.candidates import Destination
 
-_LONGEST_TOKEN = 1024  # characters; vocabularies have runs of 256 spaces
+_MAX_TOKEN_CHARACTERS = 1024  # vocabularies have runs of 256 spaces
 # A token has at least a byte, but a template says something of its own, and may repeat its tools.
 _TEMPLATE_TOKENS, _REPEATS = 8192, 2
-_ENDS = ("stop", "length", "cancelled")
+_FINISH_REASONS = ("stop", "length", "cancelled")
 
 
 class ProtocolViolation(Exception):
@@ -49,12 +49,12 @@ class LegVerifier:
         self.output: commitment.RunningCommitment
         self.has_output = False
         self._job, self._to = job, to
-        self._before = len(job.output)
-        self._most = leg_wire.MOST_TOKENS
+        self._earlier_tokens = len(job.output)
+        self._max_tokens = leg_wire.MOST_TOKENS
         if job.inputs is not None:
-            self._most = 0
+            self._max_tokens = 0
         elif job.max_tokens is not None:
-            self._most = min(self._most, max(0, job.max_tokens - len(job.output)))
+            self._max_tokens = min(self._max_tokens, max(0, job.max_tokens - len(job.output)))
         self._asked = asked_text(job)
         self._began: leg_wire.LegStarted | None = None
         self._has_read = False
@@ -69,7 +69,7 @@ class LegVerifier:
         _expect(self._began is None)
         if began.digest != self._to.digest:
             raise ProtocolViolation("another file than requested")
-        if not _draws_as_asked(began.sampling, self._job):
+        if not _samples_as_requested(began.sampling, self._job):
             raise ProtocolViolation("other sampling parameters than requested")
         if began.tool_style not in STYLES:
             raise ProtocolViolation("unknown format of tool calls")
@@ -96,47 +96,47 @@ class LegVerifier:
     def take(self, message: leg_wire.Outputs) -> None:
         _expect(self._has_read and bool(message.outputs))
         self.has_output = True
-        if any(one.finish_reason is not None for one in message.outputs[:-1]):
+        if any(output.finish_reason is not None for output in message.outputs[:-1]):
             raise ProtocolViolation("output after the end")
-        for one in message.outputs:
+        for output in message.outputs:
             before = self._job.scored + self._logprobs
-            records = logprob_records.records(self._job, one.logprobs, before)
-            self.output.add(one.text, one.tokens, records, one.vectors)
-            self._tokens += len(one.tokens)
-            self._characters += len(one.text)
-            self._cached = one.cached_tokens or self._cached
-            self._shifted = one.shifted_tokens
-            self._computed |= one.queue_ms is not None
-            self._check_extras(one)
-        made = self._before + self._tokens
-        if self._tokens > self._most:
+            records = logprob_records.records(self._job, output.logprobs, before)
+            self.output.add(output.text, output.tokens, records, output.vectors)
+            self._tokens += len(output.tokens)
+            self._characters += len(output.text)
+            self._cached = output.cached_tokens or self._cached
+            self._shifted = output.shifted_tokens
+            self._computed |= output.queue_ms is not None
+            self._check_extras(output)
+        all_tokens = self._earlier_tokens + self._tokens
+        if self._tokens > self._max_tokens:
             raise ProtocolViolation("more tokens than requested")
-        if self._characters > _LONGEST_TOKEN * made:
+        if self._characters > _MAX_TOKEN_CHARACTERS * all_tokens:
             raise ProtocolViolation("more text than the tokens can have")
-        if self._cached > self._prompt or self._shifted > self._prompt + made:
+        if self._cached > self._prompt or self._shifted > self._prompt + all_tokens:
             raise ProtocolViolation("more cached or shifted tokens than there are")
 
-    def _check_extras(self, one: leg_wire.Out) -> None:
+    def _check_extras(self, output: leg_wire.Out) -> None:
         job = self._job
-        if one.stop_string is not None and one.stop_string not in job.stop:
+        if output.stop_string is not None and output.stop_string not in job.stop:
             raise ProtocolViolation("a stop string that was not requested")
-        self._logprobs += len(one.logprobs)
+        self._logprobs += len(output.logprobs)
         # An earlier leg may have held some back, with their text.
-        known = self._before + self._tokens + (self._prompt if job.echo else 0)
+        known = self._earlier_tokens + self._tokens + (self._prompt if job.echo else 0)
         if self._logprobs > (known if job.logprobs is not None else 0):
             raise ProtocolViolation("log-probabilities that were not requested")
-        if not all(map(_is_logprob, one.logprobs)):
+        if not all(map(_is_logprob, output.logprobs)):
             raise ProtocolViolation("log-probabilities that are not finite")
-        self._vectors += map(len, one.vectors)
+        self._vectors += map(len, output.vectors)
         if len(self._vectors) > len(job.inputs or ()):
             raise ProtocolViolation("vectors that were not requested")
-        if not all(map(_is_vector, one.vectors)):
+        if not all(map(_is_vector, output.vectors)):
             raise ProtocolViolation("malformed vectors")
 
     def end(self, message: leg_wire.Outputs) -> bool:
         """After the one with a finish reason: whether there is something to prove."""
         reason = message.outputs[-1].finish_reason
-        if reason not in _ENDS:
+        if reason not in _FINISH_REASONS:
             raise ProtocolViolation("unknown finish reason")
         if reason == "cancelled":
             if not self.stopped:
@@ -211,11 +211,11 @@ class LegVerifier:
         price = proof.price
         try:
             asked = [amount.per_token(p) for p in (price.prompt, price.cached, price.completion)]
-            told = [amount.per_token(p) for p in self._to.prices]
+            offered = [amount.per_token(p) for p in self._to.prices]
         except ValueError as error:
             raise ProtocolViolation(f"a price in the proof is {error}") from None
         if price.currency != self._to.currency or any(
-            a > t for a, t in zip(asked, told, strict=True)
+            a > o for a, o in zip(asked, offered, strict=True)
         ):
             raise ProtocolViolation("a higher price than offered")
 
@@ -225,11 +225,12 @@ def _expect(expected: bool) -> None:
         raise ProtocolViolation("unexpected message")
 
 
-def counts(said: leg_wire.Tokens, job: Job, tokens: list[int] | None) -> bool:
-    """Whether that may be the answer to a question for a prompt's tokens, or the text of some."""
+def may_answer(answer: leg_wire.Tokens, job: Job, tokens: list[int] | None) -> bool:
+    """Whether that may be the answer to a request for a prompt's tokens, or for the text of
+    `tokens`."""
     if tokens is not None:
-        return len(said.text) <= _LONGEST_TOKEN * len(tokens)
-    return said.context > 0 and _may_have(asked_text(job), len(said.tokens))
+        return len(answer.text) <= _MAX_TOKEN_CHARACTERS * len(tokens)
+    return answer.context > 0 and _may_have(asked_text(job), len(answer.tokens))
 
 
 def _may_have(asked: str, tokens: int) -> bool:
@@ -245,9 +246,9 @@ def _is_vector(data: bytes) -> bool:
     return len(data) % 4 == 0 and math.isfinite(sum(array("f", data)))
 
 
-def _draws_as_asked(sampling: Sampling, job: Job) -> bool:
-    """With the same seed and penalties; and where the request says nothing, as the peer likes, but
-    so that others can go on with it."""
+def _samples_as_requested(sampling: Sampling, job: Job) -> bool:
+    """Whether seed and penalties are the request's; what it does not say the peer chooses, within
+    bounds, so that others can go on with it."""
     if job.settled is not None:
         return sampling == job.settled
     return sampling.follows(job.sampling)

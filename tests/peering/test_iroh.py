@@ -166,7 +166,9 @@ async def test_a_peer_whose_program_stands_still_is_borne_for_a_while(
     await ours.close()
 
 
-async def test_who_stood_still_itself_accuses_nobody(peers: Callable[..., PeerProcess]) -> None:
+async def test_a_box_that_was_suspended_reports_no_box_as_gone(
+    peers: Callable[..., PeerProcess],
+) -> None:
     here = await peers().event("listening")
     handshake = Handshake(heartbeats=HeartbeatTiming(interval=0.2, max_silent=2))
     ours = await IrohTransport.bind(new_identity(), "127.0.0.1", 0, handshake=handshake)

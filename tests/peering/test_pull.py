@@ -231,7 +231,7 @@ def test_a_model_inside_a_larger_file_is_copied_out_of_it(tmp_path: Path) -> Non
     assert [path.name for path in folder.iterdir()] == ["out:1.gguf"]
 
 
-async def test_who_lies_is_named_in_the_last_line(puller: Puller) -> None:
+async def test_a_source_with_wrong_data_is_named_in_the_last_line(puller: Puller) -> None:
     await puller.giver(DATA)
     await puller.giver(DATA, WrongPieces, name="eve")
     done = await puller.pull()

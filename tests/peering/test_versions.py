@@ -169,7 +169,7 @@ async def answered(
     [{}, {"logprobs": 2}, {"inputs": INPUTS, "dimensions": 8}],
     ids=["text", "logprobs", "vectors"],
 )
-async def test_who_does_not_say_what_it_reads_gets_version_1(
+async def test_a_coordinator_that_names_no_version_gets_version_1(
     three: ThreeBoxes, more: dict[str, Any]
 ) -> None:
     """Commitment and mark are what the older box computes: over text and tokens alone."""
@@ -234,7 +234,7 @@ async def test_vectors_over_a_link_are_signed_by_who_computed_them(three: ThreeB
 async def test_many_vectors_go_in_several_messages(
     three: ThreeBoxes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pinaivu_box.legs.sign._VECTOR_BYTES", 3000)
+    monkeypatch.setattr("pinaivu_box.legs.sign._MAX_VECTOR_BYTES", 3000)
     secret = await three.key("ben")
     body = {"model": FAKE, "input": [f"text {n}" for n in range(11)]}
     answer = (await three.anna.http("POST", "/v1/embeddings", json=body, secret=secret)).json()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import math
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
 from pathlib import Path
 from random import Random
@@ -425,3 +426,9 @@ def alone(box: ScriptedBox) -> LegRunner:
 def set_patience(monkeypatch: Any, seconds: float) -> None:
     """How long a begun answer waits for a box that goes on with it."""
     monkeypatch.setattr("pinaivu_box.legs.runner._PATIENCE_SECONDS", seconds)
+
+
+def never_retry(monkeypatch: Any, network: Network) -> None:
+    """No box that did not serve is asked again only because time has passed."""
+    monkeypatch.setattr("pinaivu_box.legs.runner._RETRY_SECONDS", math.inf)
+    monkeypatch.setattr(network.candidates, "next_expiry", lambda: math.inf)
