@@ -215,7 +215,7 @@ class Box:
         ids = {model.id for model in new.models}
         missing = [model for model in old.models if model.id not in ids]
         self._lingering |= {model.id for model in missing if model.id in loaded}
-        new = new.and_also(
+        new = new.with_models(
             model for model in missing if model.id in loaded or new.is_written(model)
         )
         self.settings.current = replace(self.settings.current, catalog=new)
@@ -325,7 +325,7 @@ async def _peering(box: Box) -> AsyncIterator[None]:
             if not box.config.peering.share_models:
                 return "this box does not share its models with yours"
             policy = await policies.of(peer)
-            return policy.refusal or box.catalog.only(policy.models)
+            return policy.refusal or box.catalog.matching(policy.models)
 
         def rate() -> float:
             return box.config.peering.serve.copy_mb_per_s * 1e6

@@ -20,8 +20,8 @@ TEMPLATE_OWN = frozenset({
     "lipsum", "cycler", "joiner", "namespace", "self", "loop", "caller", "varargs", "kwargs",
 })  # fmt: skip
 
-# The variables by which a request says that the answer goes on with its last message, or that the
-# prompt ends with that and no assistant's turn is begun.
+# The variables with which a request makes the answer continue its last message, or ends the prompt
+# with that without beginning an assistant's turn.
 CONTINUE = "continue_final_message"
 GENERATE = "add_generation_prompt"
 
@@ -47,7 +47,7 @@ class Style:
     arguments_key: str = "arguments"
 
 
-# Hermes and Qwen; also what models get to be told whose template knows no tools.
+# Hermes and Qwen; also for models whose template knows no tools.
 TAGS = Style(
     "tags",
     trigger="<tool_call>",
@@ -152,7 +152,7 @@ def _call(style: Style, rule: str, function: dict[str, Any]) -> str:
     head = _string(f'{{"name": {name}, "{style.arguments_key}": ')
     schema = dict(function.get("parameters") or {"type": "object", "properties": {}})
     if "properties" in schema:
-        # Whoever listed the arguments wants those; a small model would go on inventing more.
+        # The listed arguments are the wanted ones; a small model would go on inventing more.
         schema.setdefault("additionalProperties", False)
     schema.setdefault("type", "object")
     # Other keywords of a schema are advice unless it was called strict.

@@ -63,8 +63,8 @@ class SandboxLimits:
 class SandboxLimit(BoxError):
     """The job was ended: it reached the limit on `limit`, or its process crashed.
 
-    `reason` says so of whatever the job was about: "takes more than 2 s of CPU time".  The message
-    is for logs: who runs the job knows what its user should be told.
+    `reason` is the predicate of a sentence for the user: "takes more than 2 s of CPU time".  The
+    message is for logs.
     """
 
     def __init__(self, limit: Limit, limits: SandboxLimits) -> None:
@@ -92,7 +92,7 @@ class _Start(msgspec.Struct, array_like=True):
 
 
 class _Reply(msgspec.Struct, array_like=True):
-    """`result`, or what an ApiError says: see `errors.by_code` and `errors.InvalidBody`."""
+    """`result`, or the fields of an ApiError: see `errors.by_code` and `errors.InvalidBody`."""
 
     result: bytes = b""
     code: str = ""

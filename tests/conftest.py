@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 
@@ -42,6 +43,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.in_process)
 
 
+@cache
 def starts_boxes(module: ModuleType) -> bool:
     """Whether a test file knows a box or a command in a process of its own."""
     commands = (process_box.pinaivu, process_box.pinaivu_json, process_box.environment)

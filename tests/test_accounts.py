@@ -13,7 +13,8 @@ from pinaivu_box.errors import RowConflict, RowNotFound
 from pinaivu_box.store import accounts
 from pinaivu_box.store.audit import Actor
 from pinaivu_box.store.database import Database
-from tests.support.process_box import Box, StartBox, pinaivu, pinaivu_json
+from tests.support.in_process_command import run_command, run_command_json
+from tests.support.process_box import Box, StartBox
 
 FAKE = ("--model", "fake:1=fake:0")
 ARGON2ID = re.compile(r"\$argon2id\$v=19\$m=65536,t=2,p=1\$[A-Za-z0-9+/]{22}\$[A-Za-z0-9+/]{43}")
@@ -32,7 +33,7 @@ def box(module_box: StartBox) -> Box:
 
 
 def names(home: Path) -> dict[str, Any]:
-    return {one["name"]: one for one in pinaivu_json("accounts", "ls", home=home)}
+    return {one["name"]: one for one in run_command_json("accounts", "ls", home=home)}
 
 
 def ask(box: Box, key: str) -> str:
@@ -53,19 +54,19 @@ def status(box: Box, path: str, key: str) -> int:
 def test_create_ls_passwd_rm(tmp_path: Path) -> None:
     home = tmp_path / "home"
     assert set(names(home)) == {"owner"}
-    made = pinaivu_json("accounts", "create", "alice", "--role", "admin", home=home)
+    made = run_command_json("accounts", "create", "alice", "--role", "admin", home=home)
     assert (made["name"], made["role"], made["has_password"]) == ("alice", "admin", False)
-    bob = pinaivu("accounts", "create", "bob", home=home).stdout.strip()
+    bob = run_command("accounts", "create", "bob", home=home).stdout.strip()
     assert names(home)["bob"]["id"] == bob
     assert names(home)["bob"]["role"] == "member"
-    pinaivu("accounts", "passwd", "bob", "--password-stdin", home=home, input=PASSWORD + "\n")
+    run_command("accounts", "passwd", "bob", "--password-stdin", home=home, input=PASSWORD + "\n")
     assert names(home)["bob"]["has_password"] is True
-    table = pinaivu("accounts", "ls", home=home).stdout
+    table = run_command("accounts", "ls", home=home).stdout
     assert "alice" in table and bob in table
-    pinaivu("accounts", "rm", bob, home=home)
+    run_command("accounts", "rm", bob, home=home)
     assert set(names(home)) == {"alice", "owner"}
     # The name is free again, for somebody else.
-    assert pinaivu("accounts", "create", "bob", home=home).stdout.strip() != bob
+    assert run_command("accounts", "create", "bob", home=home).stdout.strip() != bob
 
 
 @pytest.mark.parametrize(
@@ -89,12 +90,12 @@ def test_what_cannot_be_is_one_sentence(
 ) -> None:
     home = tmp_path / "home"
     before = names(home)
-    done = pinaivu("accounts", *command, home=home, check=False, input="short\n")
+    done = run_command("accounts", *command, home=home, check=False, input="short\n")
     assert done.returncode == code
     assert word in done.stderr
     assert "Traceback" not in done.stderr
     assert names(home) == before
-    assert pinaivu_json("audit", home=home) == []
+    assert run_command_json("audit", home=home) == []
 
 
 def test_a_long_list_ends_at_100(tmp_path: Path) -> None:
@@ -106,8 +107,8 @@ def test_a_long_list_ends_at_100(tmp_path: Path) -> None:
             [(f"acct_{n:04}", f"n{n:04}") for n in range(150)],
         )
     assert list(names(home)) == [f"n{n:04}" for n in range(100)]
-    assert "--all" in pinaivu("accounts", "ls", home=home).stderr
-    assert len(pinaivu_json("accounts", "ls", "--all", home=home)) == 151
+    assert "--all" in run_command("accounts", "ls", home=home).stderr
+    assert len(run_command_json("accounts", "ls", "--all", home=home)) == 151
 
 
 # -- whose keys ------------------------------------------------------------------------------------
@@ -116,39 +117,39 @@ def test_a_long_list_ends_at_100(tmp_path: Path) -> None:
 def test_a_key_without_an_account_gets_one_of_its_own(tmp_path: Path) -> None:
     home = tmp_path / "home"
     for name in ("laptop", "laptop", "Zoë's phone!", "", "acct_owner"):
-        pinaivu("keys", "create", "--name", name, home=home)
-    whose = [key["account"] for key in pinaivu_json("keys", "ls", home=home)]
+        run_command("keys", "create", "--name", name, home=home)
+    whose = [key["account"] for key in run_command_json("keys", "ls", home=home)]
     assert len(set(whose)) == 5 and "owner" not in whose
     assert whose[0] == "laptop" and whose[1].startswith("laptop-")
     assert all(names(home)[name]["role"] == "member" for name in whose)
     assert all(names(home)[name]["keys"] == 1 for name in whose)
-    admin = pinaivu_json("keys", "create", "--admin", home=home)
+    admin = run_command_json("keys", "create", "--admin", home=home)
     assert admin["account"] == "owner"
 
 
 def test_only_keys_of_an_admins_account_may_have_the_scope_admin(tmp_path: Path) -> None:
     home = tmp_path / "home"
-    pinaivu("accounts", "create", "bob", home=home)
-    pinaivu("accounts", "create", "alice", "--role", "admin", home=home)
+    run_command("accounts", "create", "bob", home=home)
+    run_command("accounts", "create", "alice", "--role", "admin", home=home)
     for admin in (("--admin",), ("--scope", "admin")):
-        done = pinaivu("keys", "create", "--account", "bob", *admin, home=home, check=False)
+        done = run_command("keys", "create", "--account", "bob", *admin, home=home, check=False)
         assert done.returncode == 2
         assert "bob is a member" in done.stderr
-        made = pinaivu_json("keys", "create", "--account", "alice", *admin, home=home)
+        made = run_command_json("keys", "create", "--account", "alice", *admin, home=home)
         assert made["admin"] is True
-    plain = pinaivu_json("keys", "create", "--account", "bob", home=home)
-    done = pinaivu("keys", "edit", plain["id"], "--scope", "admin", home=home, check=False)
+    plain = run_command_json("keys", "create", "--account", "bob", home=home)
+    done = run_command("keys", "edit", plain["id"], "--scope", "admin", home=home, check=False)
     assert done.returncode == 2
-    assert pinaivu_json("keys", "show", plain["id"], home=home)["admin"] is False
+    assert run_command_json("keys", "show", plain["id"], home=home)["admin"] is False
 
 
 def test_keys_share_their_accounts_receipts_and_nobody_elses(box: Box) -> None:
-    pinaivu("accounts", "create", "family", home=box.home)
+    run_command("accounts", "create", "family", home=box.home)
     mine, ours = (
-        pinaivu_json("keys", "create", "--account", "family", home=box.home)["key"]
+        run_command_json("keys", "create", "--account", "family", home=box.home)["key"]
         for _ in range(2)
     )
-    others = pinaivu_json("keys", "create", home=box.home)["key"]
+    others = run_command_json("keys", "create", home=box.home)["key"]
     request_id = ask(box, mine)
     receipt = f"/v1/receipts/{request_id}"
     assert status(box, receipt, mine) == status(box, receipt, ours) == 200
@@ -158,20 +159,22 @@ def test_keys_share_their_accounts_receipts_and_nobody_elses(box: Box) -> None:
 
 
 def test_removing_an_account_revokes_its_keys_and_keeps_its_books(box: Box) -> None:
-    pinaivu("accounts", "create", "leaver", home=box.home)
-    made = [pinaivu_json("keys", "create", "--account", "leaver", home=box.home) for _ in range(2)]
-    other = pinaivu_json("keys", "create", home=box.home)["key"]
+    run_command("accounts", "create", "leaver", home=box.home)
+    made = [
+        run_command_json("keys", "create", "--account", "leaver", home=box.home) for _ in range(2)
+    ]
+    other = run_command_json("keys", "create", home=box.home)["key"]
     request_id = ask(box, made[0]["key"])
-    done = pinaivu("accounts", "rm", "leaver", home=box.home)
+    done = run_command("accounts", "rm", "leaver", home=box.home)
     assert "2 keys" in done.stderr
     for key in made:
         refused = box.http("GET", "/v1/models", key=key["key"])
         assert refused.status_code == 401
         assert "revoked" in refused.json()["error"]["message"]
-        assert pinaivu_json("keys", "show", key["id"], home=box.home)["state"] == "revoked"
+        assert run_command_json("keys", "show", key["id"], home=box.home)["state"] == "revoked"
     assert status(box, "/v1/models", other) == 200
     assert status(box, f"/v1/receipts/{request_id}", box.key) == 200
-    done = pinaivu("keys", "create", "--account", "leaver", home=box.home, check=False)
+    done = run_command("keys", "create", "--account", "leaver", home=box.home, check=False)
     assert done.returncode == 1
 
 
@@ -180,13 +183,13 @@ def test_removing_an_account_revokes_its_keys_and_keeps_its_books(box: Box) -> N
 
 def test_a_password_is_kept_as_argon2id_and_nowhere_else(tmp_path: Path) -> None:
     home = tmp_path / "home"
-    pinaivu("accounts", "create", "alice", "--password-stdin", home=home, input=PASSWORD + "\n")
+    run_command("accounts", "create", "alice", "--password-stdin", home=home, input=PASSWORD + "\n")
     with sqlite3.connect(home / "pinaivu.db") as database:
         kept = database.execute("SELECT password FROM accounts WHERE name = 'alice'").fetchone()[0]
     assert ARGON2ID.fullmatch(kept)
     on_disk = b"".join(path.read_bytes() for path in home.iterdir() if path.is_file())
     assert b"alice" in on_disk and PASSWORD.encode() not in on_disk
-    said = str(pinaivu_json("audit", home=home)) + str(names(home))
+    said = str(run_command_json("audit", home=home)) + str(names(home))
     assert PASSWORD not in said and "argon2" not in said
 
 

@@ -10,7 +10,8 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.support.process_box import UNDRAFTED, Box, StartBox, pinaivu, pinaivu_json, wait_until
+from tests.support.in_process_command import run_command, run_command_json
+from tests.support.process_box import UNDRAFTED, Box, StartBox, wait_until
 
 FAKE = ("--model", "fake:1=fake:0", "--model", "slow:1=fake:20")
 DEFAULTS: dict[str, Any] = {
@@ -60,7 +61,7 @@ def test_the_life_of_an_account(box: Box) -> None:
     assert removed["deleted"] is True and removed["id"] == made["id"]
     assert call(box, "GET", "accounts", key=key["key"]).status_code == 401
     assert call(box, "GET", "accounts/alice").status_code == 404
-    names = [one["name"] for one in pinaivu_json("accounts", "ls", home=box.home)]
+    names = [one["name"] for one in run_command_json("accounts", "ls", home=box.home)]
     assert "alice" not in names
 
 
@@ -92,7 +93,7 @@ def test_a_key_is_made_with_all_that_the_command_can_say(box: Box) -> None:
     assert made["spent"] == "0"
     expiry = datetime.fromisoformat(made["expires_at"])
     assert abs(expiry - datetime.fromisoformat(expires)) < timedelta(milliseconds=2)
-    by_command = pinaivu_json(
+    by_command = run_command_json(
         "keys", "create", "--name", "n", "--scope", "inference", "--scope", "usage",
         "--model", "fake:*", "--network", "127.0.0.0/8", "--rpm", "60", "--tpm", "9000",
         "--max-parallel", "2", "--max-queue", "5", "--budget", "10 per 30d", "--weight", "2",
@@ -106,7 +107,7 @@ def test_a_key_is_made_with_all_that_the_command_can_say(box: Box) -> None:
     shown = ask(box, "GET", f"keys/{made['id']}")
     del shown["request_id"]
     assert shown == {k: v for k, v in made.items() if k not in ("key", "request_id")}
-    assert pinaivu_json("keys", "show", made["id"], home=box.home) == shown
+    assert run_command_json("keys", "show", made["id"], home=box.home) == shown
     assert shown in ask(box, "GET", "keys")["data"]
     assert made["key"] not in json.dumps(ask(box, "GET", "keys"))
     assert ask(box, "POST", "keys", {})["policy"] == DEFAULTS
@@ -317,7 +318,7 @@ def revoke_by_http(box: Box, key_id: str) -> None:
 
 
 def revoke_by_command(box: Box, key_id: str) -> None:
-    done = pinaivu("keys", "revoke", key_id, "--now", home=box.home)
+    done = run_command("keys", "revoke", key_id, "--now", home=box.home)
     assert "1 running" in done.stderr
 
 
@@ -327,7 +328,7 @@ def block_by_http(box: Box, key_id: str) -> None:
 
 
 def block_by_command(box: Box, key_id: str) -> None:
-    done = pinaivu("keys", "edit", key_id, "--block", "unpaid", "--now", home=box.home)
+    done = run_command("keys", "edit", key_id, "--block", "unpaid", "--now", home=box.home)
     assert "1 running" in done.stderr
 
 
@@ -348,7 +349,7 @@ def test_now_stops_the_running_streams_of_that_key_alone(box: Box, stop: Any, co
     no_error_is_counted(box, made, code)
     before = len(others.lines)
     wait_until(lambda: len(others.lines) > before + 8, "the other key's stream to go on")
-    told = pinaivu_json("audit", "--target", made["id"], home=box.home)
+    told = run_command_json("audit", "--target", made["id"], home=box.home)
     assert len(told) == 2  # made, and stopped once
     ask(box, "POST", f"keys/{other['id']}/revoke", params={"now": "true"})
     others.end()

@@ -15,7 +15,8 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.support.process_box import Box, pinaivu, pinaivu_json, wait_until
+from tests.support.in_process_command import run_command, run_command_json
+from tests.support.process_box import Box, wait_until
 
 CONFIG = """
 [engine]
@@ -46,7 +47,7 @@ def threads() -> Iterator[ThreadPoolExecutor]:
 
 def make_key(box: Box, *options: str) -> tuple[str, str]:
     """The secret and the id; with `--tpm` its prompts are counted before they are admitted."""
-    made = pinaivu_json("keys", "create", *options, home=box.home)
+    made = run_command_json("keys", "create", *options, home=box.home)
     return made["key"], made["id"]
 
 
@@ -124,7 +125,7 @@ def test_a_key_that_is_stopped_while_its_prompt_is_counted(
     with still(box):
         asked = threads.submit(ask, box, key)
         wait_until(lambda: counted(box), "a prompt to be counted")
-        pinaivu("keys", *command, name, "--now", home=box.home)
+        run_command("keys", *command, name, "--now", home=box.home)
     assert asked.result().status_code in (401, 403)
 
 
@@ -138,7 +139,7 @@ def test_a_key_that_is_revoked_while_the_body_comes(box: Box) -> None:
         connection.sendall(head.encode())
         assert b"100" in connection.recv(100)  # the key has been found, the body is awaited
         connection.sendall(body[:9])
-        pinaivu("keys", "revoke", name, home=box.home)
+        run_command("keys", "revoke", name, home=box.home)
         connection.sendall(body[9:])
         assert b" 401 " in connection.recv(1000).splitlines()[0]
 
@@ -156,7 +157,7 @@ def test_draining_sends_away_whose_prompt_is_still_counted(
     assert box.process.wait(30) == 0
 
 
-def test_who_is_refused_or_leaves_before_it_began_pays_nothing(
+def test_a_request_refused_or_left_before_it_began_costs_nothing(
     box: Box, threads: ThreadPoolExecutor
 ) -> None:
     key, name = make_key(box, "--tpm", "5000")
@@ -172,7 +173,7 @@ def test_who_is_refused_or_leaves_before_it_began_pays_nothing(
         wait_until(lambda: box.engines()[0]["waiting"], "it waits for its turn")
     wait_until(lambda: "status=499" in box.errors, "the box to see that it left")
     assert not running.done()
-    told = pinaivu_json("keys", "show", name, home=box.home)
+    told = run_command_json("keys", "show", name, home=box.home)
     assert (told["requests"], told["tokens"]) == (0, 0)
     listed = box.http("GET", "/v1/models", key=key)
     assert listed.headers["x-ratelimit-remaining-tokens"] == "5000"

@@ -259,7 +259,7 @@ def prompt_tokens(box: Box, text: str) -> tuple[int, int]:
     return count, told["usage"]["prompt_tokens"]
 
 
-def test_who_writes_control_tokens_begins_no_turn(box: Box, new_box: Callable[..., Box]) -> None:
+def test_control_tokens_in_content_begin_no_turn(box: Box, new_box: Callable[..., Box]) -> None:
     harmless, raw = prompt_tokens(box, "Hi there")
     assert harmless == raw
     count, raw = prompt_tokens(box, FORGED)

@@ -327,7 +327,7 @@ def test_body_and_header_say_the_same(
     assert (told.get("ignored_parameters") or []) == said
 
 
-def test_who_asks_to_be_strict_is_told_that_nothing_is_stored(fake_box: Box) -> None:
+def test_a_strict_request_is_told_that_nothing_is_stored(fake_box: Box) -> None:
     for change, status in ({"store": True}, 422), ({"metadata": {"a": "b"}}, 422), ({}, 200):
         answer = fake_box.http(
             "POST",

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from tests.support.process_box import Box, StartBox, pinaivu, pinaivu_json
+from tests.support.in_process_command import run_command, run_command_json
+from tests.support.process_box import Box, StartBox
 
 FAKE = ("--model", "fake:1=fake:0")
 HASH = re.compile(r"argon2|sk-pnv-[0-9A-Za-z]{7}|[0-9a-f]{64}")
@@ -34,11 +35,11 @@ def test_every_command_that_changes_something_is_told_of(tmp_path: Path) -> None
     home = tmp_path / "home"
 
     def run(*args: str, **more: Any) -> subprocess.CompletedProcess[str]:
-        return pinaivu(*args, home=home, **more)
+        return run_command(*args, home=home, **more)
 
     account = run("accounts", "create", "alice").stdout.strip()
     run("accounts", "passwd", "alice", "--password-stdin", input="a good password\n")
-    key = pinaivu_json("keys", "create", "--account", "alice", "--rpm", "60", home=home)["id"]
+    key = run_command_json("keys", "create", "--account", "alice", "--rpm", "60", home=home)["id"]
     run("keys", "edit", key, "--rpm", "5", "--block", "unpaid", "--expires", "1d")
     run("keys", "edit", key, "--rpm", "5")  # changes nothing
     run("keys", "rotate", key, "--overlap", "1h")
@@ -47,7 +48,7 @@ def test_every_command_that_changes_something_is_told_of(tmp_path: Path) -> None
     run("accounts", "rm", "alice")
     for reading in (("keys", "ls"), ("keys", "show", key), ("accounts", "ls"), ("audit",)):
         run(*reading)
-    told = pinaivu_json("audit", home=home)
+    told = run_command_json("audit", home=home)
     assert [(one["action"], one["target"]) for one in told] == [
         ("account.create", account),
         ("account.passwd", account),
@@ -128,9 +129,9 @@ def test_a_page_a_target_and_a_time(box: Box) -> None:
     assert entries(box, since=only["at"]) == [one for one in whole if one["at"] >= only["at"]]
     tomorrow = (datetime.now(UTC) + timedelta(days=1)).date().isoformat()
     assert entries(box, since=tomorrow) == []
-    assert pinaivu_json("audit", "--since", tomorrow, home=box.home) == []
-    assert pinaivu_json("audit", "--target", made[1], home=box.home) == [only]
-    assert pinaivu_json("audit", "--limit", "2", home=box.home) == list(reversed(whole[:2]))
+    assert run_command_json("audit", "--since", tomorrow, home=box.home) == []
+    assert run_command_json("audit", "--target", made[1], home=box.home) == [only]
+    assert run_command_json("audit", "--limit", "2", home=box.home) == list(reversed(whole[:2]))
 
 
 @pytest.mark.parametrize(
@@ -148,7 +149,7 @@ def test_a_parameter_that_is_none_is_422(box: Box, name: str, value: str) -> Non
 
 def test_a_wrong_call_of_the_command_is_exit_2(tmp_path: Path) -> None:
     for wrong in (("--since", "yesterday"), ("--limit", "0")):
-        done = pinaivu("audit", *wrong, home=tmp_path / "home", check=False)
+        done = run_command("audit", *wrong, home=tmp_path / "home", check=False)
         assert done.returncode == 2 and wrong[0] in done.stderr
 
 
@@ -164,28 +165,28 @@ def test_a_wrong_call_of_the_command_is_exit_2(tmp_path: Path) -> None:
 )
 def test_the_database_refuses_to_change_the_trail(tmp_path: Path, statement: str) -> None:
     home = tmp_path / "home"
-    pinaivu("keys", "create", home=home)
-    before = pinaivu_json("audit", home=home)
+    run_command("keys", "create", home=home)
+    before = run_command_json("audit", home=home)
     assert len(before) == 2
     database = sqlite3.connect(home / "pinaivu.db")
     with database, pytest.raises(sqlite3.DatabaseError, match="append-only"):
         database.execute(statement)
     database.close()
-    assert pinaivu_json("audit", home=home) == before
+    assert run_command_json("audit", home=home) == before
 
 
 def test_who_and_what_have_names_beside_their_ids(tmp_path: Path) -> None:
     home = tmp_path / "home"
-    key = pinaivu_json("keys", "create", "--name", "ann's laptop", home=home)
-    told = pinaivu_json("audit", home=home)
+    key = run_command_json("keys", "create", "--name", "ann's laptop", home=home)
+    told = run_command_json("audit", home=home)
     named = {(one["action"], one["target_name"]) for one in told}
     assert named == {("account.create", "ann-s-laptop"), ("key.create", "ann's laptop")}
     assert {one["actor_name"] for one in told} == {None}
     for target in ("ann's laptop", key["id"]):
-        (one,) = pinaivu_json("audit", "--target", target, home=home)
+        (one,) = run_command_json("audit", "--target", target, home=home)
         assert one["target"] == key["id"]
-    (one,) = pinaivu_json("audit", "--target", "ann-s-laptop", home=home)
+    (one,) = run_command_json("audit", "--target", "ann-s-laptop", home=home)
     assert one["action"] == "account.create"
-    assert pinaivu_json("audit", "--target", "nobody", home=home) == []
-    table = pinaivu("audit", home=home).stdout
+    assert run_command_json("audit", "--target", "nobody", home=home) == []
+    table = run_command("audit", home=home).stdout
     assert "ann's laptop" in table and key["id"] not in table.replace("detail", "")

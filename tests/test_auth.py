@@ -19,7 +19,8 @@ from pinaivu_box import server
 from pinaivu_box.server.endpoint import Endpoint
 from pinaivu_box.server.endpoints import ENDPOINTS, access_to
 from pinaivu_box.server.inference import InferenceCall
-from tests.support.process_box import Box, StartBox, pinaivu, pinaivu_json
+from tests.support.in_process_command import run_command, run_command_json
+from tests.support.process_box import Box, StartBox
 
 FAKE = ("--model", "fake:1=fake:0", "--model", "other:1=fake:0")
 CHAT = {"model": "fake:1", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
@@ -273,7 +274,7 @@ def test_an_ipv4_client_of_an_ipv6_socket_is_of_its_ipv4_network(new_box: Any) -
 def test_the_old_secret_works_during_the_overlap_and_on_the_same_limits(box: Box) -> None:
     made = key(box, rpm=4)
     old = made["key"]
-    new = pinaivu_json("keys", "rotate", made["id"], "--overlap", "1h", home=box.home)
+    new = run_command_json("keys", "rotate", made["id"], "--overlap", "1h", home=box.home)
     assert new["id"] == made["id"] and new["key"] != old
     assert [chat(box, secret).status_code for secret in (old, new["key"]) * 2] == [200] * 4
     for secret in (old, new["key"]):
@@ -297,7 +298,7 @@ def test_a_rotation_without_overlap_ends_the_old_secret_at_once(box: Box) -> Non
 def test_a_day_is_the_overlap_where_nothing_is_said(box: Box) -> None:
     rotations: tuple[Callable[[str], Any], ...] = (
         lambda key_id: box.http("POST", f"/v1/admin/keys/{key_id}/rotate").json(),
-        lambda key_id: pinaivu_json("keys", "rotate", key_id, home=box.home),
+        lambda key_id: run_command_json("keys", "rotate", key_id, home=box.home),
     )
     for rotate in rotations:
         made = key(box)
@@ -311,9 +312,9 @@ def test_a_day_is_the_overlap_where_nothing_is_said(box: Box) -> None:
 
 def test_a_blocked_key_says_why_until_it_is_unblocked(box: Box) -> None:
     made = key(box)
-    pinaivu("keys", "edit", made["id"], "--block", "the bill is open", home=box.home)
+    run_command("keys", "edit", made["id"], "--block", "the bill is open", home=box.home)
     assert "the bill is open" in refused(chat(box, made["key"]), 403, "key_blocked")
-    pinaivu("keys", "edit", made["id"], "--unblock", home=box.home)
+    run_command("keys", "edit", made["id"], "--unblock", home=box.home)
     assert chat(box, made["key"]).status_code == 200
 
 
@@ -325,14 +326,14 @@ def test_a_setting_that_nobody_here_knows_stops_that_key_alone(box: Box) -> None
         database.execute("UPDATE keys SET policy = ? WHERE id = ?", (policy, made["id"]))
     assert "newer version" in refused(chat(box, made["key"]), 403, "key_blocked")
     assert chat(box, other["key"]).status_code == 200
-    states = {one["id"]: one["state"] for one in pinaivu_json("keys", "ls", home=box.home)}
+    states = {one["id"]: one["state"] for one in run_command_json("keys", "ls", home=box.home)}
     assert (states[made["id"]], states[other["id"]]) == ("blocked", "active")
     # A change must not drop what it cannot read.
     for change in (("--rpm", "5"), ("--unblock",)):
-        pinaivu("keys", "edit", made["id"], *change, home=box.home, check=False)
+        run_command("keys", "edit", made["id"], *change, home=box.home, check=False)
     with sqlite3.connect(box.home / "pinaivu.db") as database:
         kept = database.execute("SELECT policy FROM keys WHERE id = ?", (made["id"],)).fetchone()
     assert kept == (policy,)
     refused(chat(box, made["key"]), 403, "key_blocked")
-    pinaivu("keys", "revoke", made["id"], home=box.home)
+    run_command("keys", "revoke", made["id"], home=box.home)
     refused(chat(box, made["key"]), 401, "invalid_api_key")

@@ -334,7 +334,7 @@ async def test_one_whose_answer_cannot_be_written_has_failed(tmp_path: Path) -> 
     class Answer:
         """Of a model that says what no encoder takes."""
 
-        storage_limits = {"most": 9, "most_bytes": 9**9}  # noqa: RUF012
+        storage_limits = {"max_count": 9, "max_bytes": 9**9}  # noqa: RUF012
 
         def queue(self) -> list[bytes]:
             return []

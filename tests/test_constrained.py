@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from tests.support.grammars import chain
-from tests.support.process_box import MODEL, Box, pinaivu_json, wait_until
+from tests.support.in_process_command import run_command_json
+from tests.support.process_box import MODEL, Box, wait_until
 
 
 def liking(box: Box, text: str) -> dict[str, int]:
@@ -98,7 +99,7 @@ class Stream:
 
 
 def other_key(box: Box) -> str:
-    return str(pinaivu_json("keys", "create", home=box.home)["key"])
+    return str(run_command_json("keys", "create", home=box.home)["key"])
 
 
 def test_a_grammar_that_takes_too_long_is_refused_while_others_stream(box: Box) -> None:

@@ -19,15 +19,8 @@ import httpx
 import pytest
 
 from tests.support import gguf_files
-from tests.support.process_box import (
-    MODEL,
-    UNDRAFTED,
-    Box,
-    alive,
-    pinaivu,
-    pinaivu_json,
-    wait_until,
-)
+from tests.support.in_process_command import run_command, run_command_json
+from tests.support.process_box import MODEL, UNDRAFTED, Box, alive, wait_until
 from tests.support.spending import spent
 from tests.support.streamed_chat import URL, StreamedChat, body, http_client
 
@@ -49,9 +42,9 @@ def rows(home: Path, sql: str) -> list[tuple[Any, ...]]:
 
 def receipt_of(box: Box, request_id: str) -> dict[str, Any]:
     shown: dict[str, Any] = json.loads(
-        pinaivu("receipts", "show", request_id, home=box.home).stdout
+        run_command("receipts", "show", request_id, home=box.home).stdout
     )
-    pinaivu("receipts", "verify", request_id, home=box.home)  # fails unless every check holds
+    run_command("receipts", "verify", request_id, home=box.home)  # fails unless every check holds
     return shown
 
 
@@ -117,7 +110,7 @@ def test_every_answer_that_was_seen_whole_has_its_receipt_after_a_kill(tmp_path:
     (tmp_path / "box.toml").write_text(PRICES)
     options = ("--config", str(tmp_path / "box.toml"), "--model", f"{FAKE}=fake:2")
     box = Box(tmp_path / "home", *options)
-    key = pinaivu_json("keys", "create", "--budget", "1000", home=box.home)
+    key = run_command_json("keys", "create", "--budget", "1000", home=box.home)
     box.key = key["key"]
     completed: list[str] = []
     cut_off = 0
@@ -398,7 +391,7 @@ def check_cancelled(box: Box, max_tokens: int) -> dict[str, Any]:
         return not (engine["running"] or engine["waiting"] or engine["kv_used"])
 
     wait_until(empty, "the engine to be empty")
-    (usage,) = pinaivu_json("usage", home=box.home)["by_model"]
+    (usage,) = run_command_json("usage", home=box.home)["by_model"]
     assert usage["completion_tokens"] == receipt["usage"]["completion_tokens"]
     return receipt
 

@@ -190,7 +190,7 @@ def test_a_home_that_is_a_file_or_unreadable_is_told_without_a_traceback(tmp_pat
     assert "broke" not in json.dumps(found)
 
 
-def test_somebody_elses_home(home: Path) -> None:
+def test_a_home_of_another_user(home: Path) -> None:
     if os.geteuid() != 0:
         pytest.skip("only root can give a home away")
     os.chown(home, 12345, 12345)

@@ -14,7 +14,8 @@ import pytest
 
 from pinaivu_box.store.keys import generate
 from tests.support import gguf_files
-from tests.support.process_box import MODEL, Box, StartBox, pinaivu, pinaivu_json, wait_until
+from tests.support.in_process_command import run_command, run_command_json
+from tests.support.process_box import MODEL, Box, StartBox, wait_until
 
 CHAT = "/chat/completions"
 USER = {"role": "user", "content": "Say hello."}
@@ -106,16 +107,16 @@ def test_bytes_that_are_no_text_in_the_key_are_401(box: Box) -> None:
 
 
 def test_a_revoked_key_is_401(box: Box) -> None:
-    made = pinaivu_json("keys", "create", home=box.home)
+    made = run_command_json("keys", "create", home=box.home)
     assert box.http("GET", "/v1/models", key=made["key"]).status_code == 200
-    pinaivu("keys", "revoke", made["id"], home=box.home)
+    run_command("keys", "revoke", made["id"], home=box.home)
     response = box.http("GET", "/v1/models", key=made["key"])
     assert "revoked" in check_envelope(response, 401, "invalid_api_key")["error"]["message"]
     assert response.headers["www-authenticate"] == "Bearer"
 
 
 def test_an_expired_key_is_401(box: Box) -> None:
-    made = pinaivu_json("keys", "create", "--expires", "1ms", home=box.home)
+    made = run_command_json("keys", "create", "--expires", "1ms", home=box.home)
     response = box.http("GET", "/v1/models", key=made["key"])
     assert "expired" in check_envelope(response, 401, "invalid_api_key")["error"]["message"]
     assert response.headers["www-authenticate"] == "Bearer"
@@ -134,8 +135,8 @@ def test_the_scheme_may_be_written_in_any_case(box: Box) -> None:
 
 
 def test_what_is_for_admins_is_403_for_others(box: Box) -> None:
-    plain = pinaivu_json("keys", "create", home=box.home)["key"]
-    admin = pinaivu_json("keys", "create", "--admin", home=box.home)["key"]
+    plain = run_command_json("keys", "create", home=box.home)["key"]
+    admin = run_command_json("keys", "create", "--admin", home=box.home)["key"]
     response = box.http("GET", "/v1/engines", key=plain)
     check_envelope(response, 403, "permission_denied")
     with pytest.raises(openai.PermissionDeniedError):
@@ -441,11 +442,11 @@ def test_names_that_a_header_cannot_carry_are_escaped(box: Box) -> None:
 
 
 def test_a_key_can_be_strict(box: Box) -> None:
-    key = pinaivu_json("keys", "create", "--strict", home=box.home)["key"]
+    key = run_command_json("keys", "create", "--strict", home=box.home)["key"]
     url, body = "/v1/chat/completions", {**GOOD, "colour": "red"}
     refused = box.http("POST", url, json=body, key=key)
     assert "colour" in check_envelope(refused, 422, "invalid_body")["error"]["message"]
-    lenient = pinaivu_json("keys", "create", "--lenient", home=box.home)["key"]
+    lenient = run_command_json("keys", "create", "--lenient", home=box.home)["key"]
     assert box.http("POST", url, json=body, key=lenient).status_code == 200
 
 

@@ -232,7 +232,7 @@ def test_what_only_reads_counts_as_a_request(box: Box, path: str, body: dict[str
     assert ask(box, key).status_code == 429
 
 
-def test_who_is_told_to_wait_has_used_nothing(box: Box) -> None:
+def test_a_request_that_is_told_to_wait_has_used_nothing(box: Box) -> None:
     """A request that its tokens per minute stop takes none of the requests."""
     key = make_key(box, rpm=5, tpm=200)
     assert ask(box, key, max_tokens=100).status_code == 200

@@ -136,7 +136,7 @@ def test_the_last_word_counts(box: Box) -> None:
     await_unloaded(box, "one:1")
 
 
-def test_nobody_unloads_what_another_uses(box: Box) -> None:
+def test_a_model_in_use_by_another_tenant_is_not_unloaded(box: Box) -> None:
     """Who asks for it over and over makes nobody load it again, for as long as models are kept."""
     other = new_key(box)
     assert ask(box, "one:1", key=other).status_code == 200

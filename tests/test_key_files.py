@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.process_box import pinaivu, pinaivu_json
+from tests.support.in_process_command import run_command, run_command_json
 
 CLASS = """name,account,rpm,budget,model,expires
 Ann Lee,ann,60,10 per 30d,llama*; qwen*,90d
@@ -25,7 +25,7 @@ def create(
 ) -> Any:
     file = home.parent / name
     file.write_bytes(text.encode() if isinstance(text, str) else text)
-    return pinaivu("keys", "create", "--from", str(file), *options, home=home, check=check)
+    return run_command("keys", "create", "--from", str(file), *options, home=home, check=check)
 
 
 def counts(home: Path) -> tuple[int, ...]:
@@ -46,7 +46,7 @@ def home(tmp_path: Path) -> Path:
 def with_ann(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A home in which nothing changes but by a mistake."""
     made = tmp_path_factory.mktemp("ann") / "home"
-    pinaivu("accounts", "create", "ann", home=made)
+    run_command("accounts", "create", "ann", home=made)
     return made
 
 
@@ -56,7 +56,7 @@ def test_a_key_for_every_line(home: Path) -> None:
     assert [row["name"] for row in rows] == ["Ann Lee", "Bob, the second", "Eve"]
     assert [row["account"] for row in rows] == ["ann", "bob", "ann"]
     assert all(row["key"].startswith("sk-pnv-") for row in rows)
-    listed = {key["id"]: key for key in pinaivu_json("keys", "ls", home=home)}
+    listed = {key["id"]: key for key in run_command_json("keys", "ls", home=home)}
     first, *others = (listed[row["id"]] for row in rows)
     assert (first["policy"]["rpm"], first["policy"]["tpm"]) == (60, 9000)
     assert first["policy"]["budget"] == {"amount": "10", "period": "30d"}
@@ -112,7 +112,7 @@ def test_what_spreadsheets_write_is_read(home: Path) -> None:
     text = "\ufeffName;Account;RPM\r\nJürgen;j;7\r\n"
     done = create(home, text.encode(), "--create-account", "--json")
     assert '"name": "Jürgen"' in done.stdout
-    (key,) = pinaivu_json("keys", "ls", home=home)
+    (key,) = run_command_json("keys", "ls", home=home)
     assert (key["account"], key["policy"]["rpm"]) == ("j", 7)
     latin = create(home, "name\nJürgen\n".encode("latin-1"), check=False)
     assert latin.returncode == 2 and "UTF-8" in latin.stderr
@@ -122,8 +122,8 @@ def test_what_spreadsheets_write_is_read(home: Path) -> None:
 
 def test_limits_may_be_in_one_column_and_a_file_on_standard_input(home: Path) -> None:
     text = "name,limits\na,rpm=60; budget=10 per 30d; model=a:* b:*\nb,\n"
-    pinaivu("keys", "create", "--from", "-", home=home, input=text)
-    first, second = pinaivu_json("keys", "ls", home=home)
+    run_command("keys", "create", "--from", "-", home=home, input=text)
+    first, second = run_command_json("keys", "ls", home=home)
     assert first["policy"]["rpm"] == 60 and first["policy"]["models"] == ["a:*", "b:*"]
     assert first["policy"]["budget"]["period"] == "30d" and second["policy"]["rpm"] is None
     # Without accounts each key has one of its own.
@@ -132,24 +132,24 @@ def test_limits_may_be_in_one_column_and_a_file_on_standard_input(home: Path) ->
 
 def test_accounts_of_keys_without_one_are_told_apart(home: Path) -> None:
     create(home, "name,account\nann,\nann,\n")
-    accounts = {key["account"] for key in pinaivu_json("keys", "ls", home=home)}
+    accounts = {key["account"] for key in run_command_json("keys", "ls", home=home)}
     assert len(accounts) == 2 and "ann" in accounts
     taken = create(home, "name,account\nbob,\nbob,bob\n", "--create-account", check=False)
     assert taken.returncode == 2 and "line 3" in taken.stderr
 
 
 def test_one_key_with_its_account(home: Path) -> None:
-    refused = pinaivu("keys", "create", "--account", "zoe", home=home, check=False)
+    refused = run_command("keys", "create", "--account", "zoe", home=home, check=False)
     assert refused.returncode == 1 and counts(home) == (0, 1, 0)
-    made = pinaivu_json("keys", "create", "--account", "zoe", "--create-account", home=home)
-    again = pinaivu_json("keys", "create", "--account", "zoe", "--create-account", home=home)
+    made = run_command_json("keys", "create", "--account", "zoe", "--create-account", home=home)
+    again = run_command_json("keys", "create", "--account", "zoe", "--create-account", home=home)
     assert made["account"] == again["account"] == "zoe"
-    (zoe,) = [one for one in pinaivu_json("accounts", "ls", home=home) if one["name"] == "zoe"]
+    (zoe,) = [one for one in run_command_json("accounts", "ls", home=home) if one["name"] == "zoe"]
     assert (zoe["role"], zoe["keys"]) == ("member", 2)
     for wrong in (
         ("--create-account",), ("--create-account", "--account", "No Name"),
         ("--create-account", "--account", "new", "--admin"), ("--from", "x.csv", "--name", "y"),
     ):  # fmt: skip
         before = counts(home)
-        done = pinaivu("keys", "create", *wrong, home=home, check=False)
+        done = run_command("keys", "create", *wrong, home=home, check=False)
         assert done.returncode == 2 and counts(home) == before

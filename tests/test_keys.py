@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from pinaivu_box.store.keys import LS, LS_OF_ACCOUNT
-from tests.support.process_box import PINAIVU, Box, environment, pinaivu, pinaivu_json, wait_until
+from tests.support.in_process_command import run_command, run_command_json
+from tests.support.process_box import PINAIVU, Box, environment, wait_until
 
 SECRET = re.compile(r"sk-pnv-[0-9A-Za-z]{40,}")
 FAKE = ("--model", "fake:1=fake:0")
@@ -34,33 +35,33 @@ def ask_fake(box: Box, key: str) -> Any:
 
 
 def states(home: Path) -> dict[str, str]:
-    return {key["id"]: key["state"] for key in pinaivu_json("keys", "ls", home=home)}
+    return {key["id"]: key["state"] for key in run_command_json("keys", "ls", home=home)}
 
 
 # -- create --------------------------------------------------------------------------------------
 
 
 def test_create_prints_the_documented_json(tmp_path: Path) -> None:
-    made = pinaivu_json("keys", "create", "--name", "laptop", home=tmp_path / "home")
+    made = run_command_json("keys", "create", "--name", "laptop", home=tmp_path / "home")
     assert {"id", "key", "name", "prefix", "expires_at"} <= set(made)
     assert SECRET.fullmatch(made["key"])
     assert made["key"].startswith(made["prefix"])
     assert len("sk-pnv-") < len(made["prefix"]) < 16
     assert made["name"] == "laptop"
     assert made["expires_at"] is None
-    assert pinaivu_json("keys", "create", home=tmp_path / "home")["key"] != made["key"]
+    assert run_command_json("keys", "create", home=tmp_path / "home")["key"] != made["key"]
 
 
 def test_create_without_json_prints_the_key_alone(tmp_path: Path) -> None:
     """So that `KEY=$(pinaivu keys create)` works; what is to be said is on stderr."""
-    done = pinaivu("keys", "create", home=tmp_path / "home")
+    done = run_command("keys", "create", home=tmp_path / "home")
     assert SECRET.fullmatch(done.stdout.strip())
     assert done.stdout.strip() not in done.stderr
 
 
 def test_expires_is_from_now(tmp_path: Path) -> None:
     before = datetime.now(UTC) - timedelta(seconds=2)
-    made = pinaivu_json("keys", "create", "--expires", "30d", home=tmp_path / "home")
+    made = run_command_json("keys", "create", "--expires", "30d", home=tmp_path / "home")
     after = datetime.now(UTC)
     expiry = datetime.fromisoformat(made["expires_at"])
     assert before + timedelta(days=30) <= expiry <= after + timedelta(days=30)
@@ -69,7 +70,7 @@ def test_expires_is_from_now(tmp_path: Path) -> None:
 @pytest.mark.parametrize("duration", ["0", "-1d", "soon", "", "5 weeks", "1e3s", "99999999999d"])
 def test_an_expiry_that_is_none_is_a_wrong_call(tmp_path: Path, duration: str) -> None:
     home = tmp_path / "home"
-    done = pinaivu("keys", "create", f"--expires={duration}", home=home, check=False)
+    done = run_command("keys", "create", f"--expires={duration}", home=home, check=False)
     assert done.returncode == 2
     assert done.stdout == ""
     assert "Traceback" not in done.stderr
@@ -80,7 +81,7 @@ def test_an_expiry_that_is_none_is_a_wrong_call(tmp_path: Path, duration: str) -
 def test_a_key_made_before_the_first_start_is_the_first_key(tmp_path: Path) -> None:
     """The server then makes and prints none of its own."""
     home = tmp_path / "home"
-    made = pinaivu_json("keys", "create", home=home)
+    made = run_command_json("keys", "create", home=home)
     box = Box(home).start()
     try:
         assert not SECRET.search(box.output)
@@ -92,7 +93,7 @@ def test_a_key_made_before_the_first_start_is_the_first_key(tmp_path: Path) -> N
 
 def test_a_key_made_while_the_server_runs_works_at_once(new_box: Any) -> None:
     box = new_box()
-    made = pinaivu_json("keys", "create", home=box.home)
+    made = run_command_json("keys", "create", home=box.home)
     assert works(box, made["key"])
     assert works(box, box.key)
 
@@ -102,16 +103,16 @@ def test_a_key_made_while_the_server_runs_works_at_once(new_box: Any) -> None:
 
 def test_ls_tells_what_each_key_has_done_but_no_secret(new_box: Any) -> None:
     box = new_box(*FAKE)
-    made = pinaivu_json("keys", "create", "--name", "phone", home=box.home)
+    made = run_command_json("keys", "create", "--name", "phone", home=box.home)
     usages = [ask_fake(box, made["key"]).usage.total_tokens for _ in range(3)]
     for listing in (
-        pinaivu("keys", "ls", "--json", home=box.home),
-        pinaivu("keys", "ls", home=box.home),
+        run_command("keys", "ls", "--json", home=box.home),
+        run_command("keys", "ls", home=box.home),
     ):
         assert not SECRET.search(listing.stdout + listing.stderr)
         assert made["id"] in listing.stdout
         assert "phone" in listing.stdout
-    by_id = {key["id"]: key for key in pinaivu_json("keys", "ls", home=box.home)}
+    by_id = {key["id"]: key for key in run_command_json("keys", "ls", home=box.home)}
     assert len(by_id) == 2
     phone = by_id[made["id"]]
     assert phone["prefix"] == made["prefix"]
@@ -130,10 +131,10 @@ def test_ls_tells_what_each_key_has_done_but_no_secret(new_box: Any) -> None:
 @pytest.mark.parametrize("name_it_by", ["id", "prefix", "key"])
 def test_a_revocation_holds_for_the_next_request(new_box: Any, name_it_by: str) -> None:
     box = new_box()
-    made = pinaivu_json("keys", "create", home=box.home)
-    other = pinaivu_json("keys", "create", home=box.home)
+    made = run_command_json("keys", "create", home=box.home)
+    other = run_command_json("keys", "create", home=box.home)
     assert works(box, made["key"])
-    pinaivu("keys", "revoke", made[name_it_by], home=box.home)
+    run_command("keys", "revoke", made[name_it_by], home=box.home)
     assert not works(box, made["key"])
     assert works(box, other["key"])
     assert states(box.home)[made["id"]] == "revoked"
@@ -142,8 +143,8 @@ def test_a_revocation_holds_for_the_next_request(new_box: Any, name_it_by: str) 
 
 def test_a_revocation_without_a_server_holds_when_it_starts(tmp_path: Path) -> None:
     home = tmp_path / "home"
-    good, bad = (pinaivu_json("keys", "create", home=home) for _ in range(2))
-    pinaivu("keys", "revoke", bad["id"], home=home)
+    good, bad = (run_command_json("keys", "create", home=home) for _ in range(2))
+    run_command("keys", "revoke", bad["id"], home=home)
     box = Box(home).start()
     try:
         assert works(box, good["key"])
@@ -156,8 +157,8 @@ def test_a_revocation_without_a_server_holds_when_it_starts(tmp_path: Path) -> N
 def test_a_name_that_fits_none_or_several_revokes_none(tmp_path: Path, name: str) -> None:
     home = tmp_path / "home"
     for _ in range(2):
-        pinaivu("keys", "create", home=home)
-    done = pinaivu("keys", "revoke", name, home=home, check=False)
+        run_command("keys", "create", home=home)
+    done = run_command("keys", "revoke", name, home=home, check=False)
     assert done.returncode == 1
     assert len(done.stderr.splitlines()) == 1
     assert set(states(home).values()) == {"active"}
@@ -165,11 +166,11 @@ def test_a_name_that_fits_none_or_several_revokes_none(tmp_path: Path, name: str
 
 def test_revoking_twice_keeps_the_first_time(tmp_path: Path) -> None:
     home = tmp_path / "home"
-    made = pinaivu_json("keys", "create", home=home)
-    pinaivu("keys", "revoke", made["id"], home=home)
-    (once,) = pinaivu_json("keys", "ls", home=home)
-    pinaivu("keys", "revoke", made["id"], home=home)
-    assert pinaivu_json("keys", "ls", home=home) == [once]
+    made = run_command_json("keys", "create", home=home)
+    run_command("keys", "revoke", made["id"], home=home)
+    (once,) = run_command_json("keys", "ls", home=home)
+    run_command("keys", "revoke", made["id"], home=home)
+    assert run_command_json("keys", "ls", home=home) == [once]
 
 
 # -- expiry --------------------------------------------------------------------------------------
@@ -177,7 +178,7 @@ def test_revoking_twice_keeps_the_first_time(tmp_path: Path) -> None:
 
 def test_a_key_works_until_it_expires(new_box: Any) -> None:
     box = new_box()
-    made = pinaivu_json("keys", "create", "--expires", "10s", home=box.home)
+    made = run_command_json("keys", "create", "--expires", "10s", home=box.home)
     assert works(box, made["key"])
     wait_until(lambda: not works(box, made["key"]), "the key to expire")
     assert states(box.home)[made["id"]] == "expired"
@@ -189,7 +190,7 @@ def test_a_key_works_until_it_expires(new_box: Any) -> None:
 def test_no_secret_is_on_disk_only_its_hash(new_box: Any) -> None:
     """Every byte of every file in the home, while the server runs and after it ended."""
     box = new_box(*FAKE, "--log-level", "debug")
-    secret = pinaivu_json("keys", "create", "--name", "findable-name", home=box.home)["key"]
+    secret = run_command_json("keys", "create", "--name", "findable-name", home=box.home)["key"]
     ask_fake(box, secret)
 
     def on_disk() -> bytes:
@@ -216,7 +217,7 @@ def test_the_home_is_for_its_owner_alone(tmp_path: Path) -> None:
     try:
         box.start()
         ask_fake(box, box.key)
-        pinaivu("keys", "create", home=home)
+        run_command("keys", "create", home=home)
         modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in home.iterdir()}
         for name in ("identity.key", "pinaivu.db", "pinaivu.db-wal", "run.json"):
             assert modes[name] == 0o600, name
@@ -243,23 +244,25 @@ def test_the_home_is_for_its_owner_alone(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_a_setting_that_is_none_is_a_wrong_call(tmp_path: Path, wrong: tuple[str, ...]) -> None:
     home = tmp_path / "home"
-    done = pinaivu("keys", "create", *wrong, home=home, check=False)
+    done = run_command("keys", "create", *wrong, home=home, check=False)
     assert done.returncode == 2
     assert done.stdout == "" and "Traceback" not in done.stderr
     assert states(home) == {}
-    assert pinaivu_json("accounts", "ls", home=home)[0]["name"] == "owner"  # none was made for it
+    assert (
+        run_command_json("accounts", "ls", home=home)[0]["name"] == "owner"
+    )  # none was made for it
 
 
 def test_edit_changes_what_is_given_and_none_clears_it(tmp_path: Path) -> None:
     home = tmp_path / "home"
-    made = pinaivu_json(
+    made = run_command_json(
         "keys", "create", "--rpm", "60", "--model", "a:*", "--model", "b:*", "--budget", "5",
         "--expires", "1d", "--price", "a:*=0.5", "--scope", "usage", "--policy", "balance",
         home=home,
     )  # fmt: skip
 
     def edit(*options: str) -> Any:
-        return pinaivu_json("keys", "edit", made["id"], *options, home=home)
+        return run_command_json("keys", "edit", made["id"], *options, home=home)
 
     edited = edit("--tpm", "100", "--model", "c:*", "--name", "new", "--lenient")
     policy = {**made["policy"], "tpm": 100, "models": ["c:*"], "lenient": True}
@@ -269,34 +272,36 @@ def test_edit_changes_what_is_given_and_none_clears_it(tmp_path: Path) -> None:
         "--rpm", "none", "--tpm", "none", "--model", "none", "--budget", "none", "--price", "none",
         "--scope", "none", "--expires", "none", "--no-lenient", "--policy", "none",
     )  # fmt: skip
-    plain = pinaivu_json("keys", "create", home=home)
+    plain = run_command_json("keys", "create", home=home)
     assert cleared["policy"] == plain["policy"] and cleared["expires_at"] is None
-    assert cleared == pinaivu_json("keys", "show", made["prefix"], home=home)
+    assert cleared == run_command_json("keys", "show", made["prefix"], home=home)
     for wrong in (("--block", " "), ("--block", "x", "--unblock"), ("--now",), ("--rpm", "0")):
-        done = pinaivu("keys", "edit", made["id"], *wrong, home=home, check=False)
+        done = run_command("keys", "edit", made["id"], *wrong, home=home, check=False)
         assert done.returncode == 2
     assert edit() == cleared
 
 
 def test_rotate_prints_a_new_secret_alone_and_only_of_a_key_that_works(tmp_path: Path) -> None:
     home = tmp_path / "home"
-    made = pinaivu_json("keys", "create", home=home)
-    done = pinaivu("keys", "rotate", made["id"], home=home)
+    made = run_command_json("keys", "create", home=home)
+    done = run_command("keys", "rotate", made["id"], home=home)
     assert SECRET.fullmatch(done.stdout.strip()) and done.stdout.strip() != made["key"]
     assert done.stdout.strip() not in done.stderr
     assert "until" in done.stderr
     for wrong in ("-1h", "soon", "99999999999d"):
-        done = pinaivu("keys", "rotate", made["id"], f"--overlap={wrong}", home=home, check=False)
+        done = run_command(
+            "keys", "rotate", made["id"], f"--overlap={wrong}", home=home, check=False
+        )
         assert done.returncode == 2 and "--overlap" in done.stderr
-    pinaivu("keys", "revoke", made["id"], "--now", home=home)
-    done = pinaivu("keys", "rotate", made["id"], home=home, check=False)
+    run_command("keys", "revoke", made["id"], "--now", home=home)
+    done = run_command("keys", "rotate", made["id"], home=home, check=False)
     assert (done.returncode, done.stdout) == (1, "")
 
 
 def test_revoke_now_without_a_server_says_that_there_was_nothing_to_stop(tmp_path: Path) -> None:
     home = tmp_path / "home"
-    made = pinaivu_json("keys", "create", home=home)
-    done = pinaivu("keys", "revoke", made["id"], "--now", home=home)
+    made = run_command_json("keys", "create", home=home)
+    done = run_command("keys", "revoke", made["id"], "--now", home=home)
     assert done.returncode == 0
     assert "No box is running" in done.stderr
     assert states(home)[made["id"]] == "revoked"
@@ -304,7 +309,7 @@ def test_revoke_now_without_a_server_says_that_there_was_nothing_to_stop(tmp_pat
 
 def test_ls_shows_the_newest_100_of_many_and_their_limits(tmp_path: Path) -> None:
     home = tmp_path / "home"
-    pinaivu("keys", "create", "--name", "old", home=home)
+    run_command("keys", "create", "--name", "old", home=home)
     with sqlite3.connect(home / "pinaivu.db") as database:
         database.execute(
             "WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 100000)"
@@ -314,24 +319,24 @@ def test_ls_shows_the_newest_100_of_many_and_their_limits(tmp_path: Path) -> Non
         )
     database.close()
     limits = ("--rpm", "60", "--max-parallel", "2", "--budget", "10 per 30d")
-    newest = pinaivu_json("keys", "create", "--name", "newest", *limits, home=home)
-    listed = pinaivu_json("keys", "ls", home=home)
+    newest = run_command_json("keys", "create", "--name", "newest", *limits, home=home)
+    listed = run_command_json("keys", "ls", home=home)
     assert len(listed) == 100
     assert [one["name"] for one in listed[-3:]] == ["many 100000", "old", "newest"]
-    table = pinaivu("keys", "ls", home=home)
+    table = run_command("keys", "ls", home=home)
     (row,) = [line for line in table.stdout.splitlines() if newest["id"] in line]
     assert "60 rpm, 2 parallel, 0 of 10 per 30d" in row
     assert "--all" in table.stderr
-    whole = pinaivu_json("keys", "ls", "--all", home=home)
+    whole = run_command_json("keys", "ls", "--all", home=home)
     assert len(whole) == 100_002
-    (only,) = pinaivu_json("keys", "ls", "--account", "newest", home=home)
+    (only,) = run_command_json("keys", "ls", "--account", "newest", home=home)
     assert only["id"] == newest["id"]
-    assert pinaivu("keys", "ls", "--account", "nobody", home=home, check=False).returncode == 1
+    assert run_command("keys", "ls", "--account", "nobody", home=home, check=False).returncode == 1
 
 
 def test_lists_of_keys_are_found_by_an_index(tmp_path: Path) -> None:
     home = tmp_path / "home"
-    pinaivu("keys", "create", home=home)
+    run_command("keys", "create", home=home)
     with sqlite3.connect(home / "pinaivu.db") as database:
         for statement, values in ((LS, ("l", 100)), (LS_OF_ACCOUNT, ("acct_owner", "l", 100))):
             plan = [row[3] for row in database.execute(f"EXPLAIN QUERY PLAN {statement}", values)]
@@ -344,8 +349,8 @@ def test_lists_of_keys_are_found_by_an_index(tmp_path: Path) -> None:
 def test_a_name_is_printed_as_it_is(tmp_path: Path) -> None:
     """Not as markup of whatever draws the table."""
     home = tmp_path / "home"
-    pinaivu("keys", "create", "--name", "[/red] [bold]x[/]", home=home)
-    assert "[/red] [bold]x[/]" in pinaivu("keys", "ls", home=home).stdout
+    run_command("keys", "create", "--name", "[/red] [bold]x[/]", home=home)
+    assert "[/red] [bold]x[/]" in run_command("keys", "ls", home=home).stdout
 
 
 @pytest.mark.parametrize(
@@ -365,14 +370,14 @@ def test_settings_that_cannot_be_understood_block_their_key_alone(
 ) -> None:
     """A newer version may have written them: what cannot be read may be a limit."""
     box = new_box("--model", "fake:1=fake:0")
-    made = pinaivu_json("keys", "create", home=box.home)
+    made = run_command_json("keys", "create", home=box.home)
     with sqlite3.connect(box.home / "pinaivu.db") as database:
         database.execute("UPDATE keys SET policy = ? WHERE id = ?", (policy, made["id"]))
     refused = box.http("GET", "/v1/models", key=made["key"])
     assert refused.status_code == 403 and "newer version" in refused.json()["detail"]
     listed = states(box.home)
     assert listed.pop(made["id"]) == "blocked" and set(listed.values()) == {"active"}
-    edited = pinaivu("keys", "edit", made["id"], "--rpm", "3", home=box.home, check=False)
+    edited = run_command("keys", "edit", made["id"], "--rpm", "3", home=box.home, check=False)
     assert edited.returncode == 1 and "newer version" in edited.stderr
     assert box.http("GET", "/v1/models").status_code == 200
 
@@ -384,5 +389,5 @@ def test_the_audit_trail_names_who_ran_the_command_not_who_they_say_they_are(
     home = tmp_path / "home"
     command = [*PINAIVU, "keys", "create", "--home", str(home)]
     subprocess.run(command, env=forged, check=True, capture_output=True)
-    actors = {entry["actor"] for entry in pinaivu_json("audit", home=home)}
+    actors = {entry["actor"] for entry in run_command_json("audit", home=home)}
     assert len(actors) == 1 and actors != {"cli:mallory"}

@@ -347,7 +347,7 @@ async def settled() -> None:
         await asyncio.sleep(0)
 
 
-def test_who_has_too_much_waits_and_nobody_else() -> None:
+def test_an_account_over_its_share_waits_and_no_other() -> None:
     async def run() -> None:
         memory = BodyMemory()
         held = [await memory.reserve("a", 10, 10) for _ in range(4)]

@@ -164,7 +164,9 @@ async def test_one_that_is_refused_takes_no_other_with_it(database: Database) ->
         "UPDATE ledger_entries SET statement = 'stmt_1'",  # there is none
     ],
 )
-async def test_nobody_changes_an_entry(database: Database, tmp_path: Path, statement: str) -> None:
+async def test_a_stored_entry_cannot_be_changed(
+    database: Database, tmp_path: Path, statement: str
+) -> None:
     await ledger_entry.record(database, entry(US, PEER))
     with pytest.raises(sqlite3.IntegrityError):
         await database.write((statement, ()))

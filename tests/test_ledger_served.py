@@ -14,8 +14,9 @@ import pytest
 from pinaivu_box.home import database_of, identity_of
 from pinaivu_box.ledger import entry as ledger_entry
 from pinaivu_box.ledger.entry import LedgerEntry
+from tests.support.in_process_command import run_command, run_command_json
 from tests.support.ledger_entries import entry
-from tests.support.process_box import Box, pinaivu, pinaivu_json, wait_until
+from tests.support.process_box import Box, wait_until
 
 SETTINGS = '[peering]\nhost = "127.0.0.1"\nport = 0\nname = "{}"\n\n[peering.serve]\n'
 LIMIT = 'credit_limit = "5"\n\n[pricing]\nper_1k_tokens = "0.5"\n'
@@ -37,7 +38,7 @@ def write(box: Box, *entries: LedgerEntry) -> None:
 
 
 def settle(box: Box, peer: str) -> tuple[int, Any]:
-    done = pinaivu("ledger", "settle", peer, "--json", home=box.home, check=False)
+    done = run_command("ledger", "settle", peer, "--json", home=box.home, check=False)
     assert "Traceback" not in done.stderr
     return done.returncode, json.loads(done.stdout)
 
@@ -51,8 +52,8 @@ def pair(tmp_path: Path) -> Iterator[tuple[Box, Box]]:
         (home / "config.toml").write_text(SETTINGS.format(name) + LIMIT)
         made.append(Box(home, "--model", f"{name}:1=fake:0", "--peering").start())
     anna, ben = made
-    ticket = pinaivu_json("peers", "invite", "--name", "ben", home=anna.home)["ticket"]
-    pinaivu("peers", "join", ticket, home=ben.home)
+    ticket = run_command_json("peers", "invite", "--name", "ben", home=anna.home)["ticket"]
+    run_command("peers", "join", ticket, home=ben.home)
     for box in made:
         wait_until(
             lambda box=box: any(
@@ -71,7 +72,7 @@ def test_two_operators_settle(pair: tuple[Box, Box]) -> None:
     write(anna, of(anna, ben, "req_1"), of(anna, ben, "req_2", served_by_us=False))
     write(anna, of(anna, ben, "req_3"))  # which ben has lost
     write(ben, of(ben, anna, "req_1", served_by_us=False), of(ben, anna, "req_2"))
-    (owed,) = pinaivu_json("ledger", home=anna.home)
+    (owed,) = run_command_json("ledger", home=anna.home)
     assert (owed["name"], owed["served"], owed["received"]) == ("ben", "0.056", "0.028")
     assert (owed["balance"], owed["credit_limit"]) == ("0.028", "5")
 
@@ -80,23 +81,23 @@ def test_two_operators_settle(pair: tuple[Box, Box]) -> None:
     (made,) = done["statements"]
     assert (made["entries"], made["net"]) == (3, {"credits": "0.028"})
     for box, net in ((anna, "0.028"), (ben, "-0.028")):
-        (kept,) = pinaivu_json("ledger", "statements", home=box.home)
+        (kept,) = run_command_json("ledger", "statements", home=box.home)
         assert (kept["id"], kept["net"], kept["signed"]) == (
             made["id"],
             {"credits": net},
             made["signed"],
         )
-        (owed,) = pinaivu_json("ledger", home=box.home)
+        (owed,) = run_command_json("ledger", home=box.home)
         assert (owed["balance"], owed["carried"]) == (net, net)
 
-    pinaivu("ledger", "paid", made["id"], home=anna.home)
-    assert pinaivu_json("ledger", home=anna.home)[0]["balance"] == "0"
+    run_command("ledger", "paid", made["id"], home=anna.home)
+    assert run_command_json("ledger", home=anna.home)[0]["balance"] == "0"
     # The other box keeps a note of its own.
-    assert pinaivu_json("ledger", home=ben.home)[0]["balance"] == "-0.028"
+    assert run_command_json("ledger", home=ben.home)[0]["balance"] == "-0.028"
     paid = ben.http("POST", f"/v1/admin/ledger/statements/{made['id']}/paid").json()
     (owes,) = ben.http("GET", "/v1/admin/ledger").json()["data"]
     assert paid["paid_at"] and owes["balance"] == "0"
-    told = [one["action"] for one in pinaivu_json("audit", home=anna.home)]
+    told = [one["action"] for one in run_command_json("audit", home=anna.home)]
     assert told[-2:] == ["ledger.settle", "ledger.paid"]
     code, again = settle(ben, "anna")
     assert (code, again["statements"], again["differences"]) == (0, [], [])
@@ -112,7 +113,7 @@ def test_what_was_served_is_what_is_settled(pair: tuple[Box, Box]) -> None:
         body = {**asked, "messages": [{"role": "user", "content": "hello"}]}
         answer = anna.http("POST", "/v1/chat/completions", json=body)
         tokens += answer.json()["usage"]["total_tokens"]
-    wait_until(lambda: len(pinaivu_json("ledger", "show", "anna", home=ben.home)) == 4, "all")
+    wait_until(lambda: len(run_command_json("ledger", "show", "anna", home=ben.home)) == 4, "all")
     code, done = settle(ben, "anna")
     assert (code, done["taken"], done["given"]) == (0, 0, 0)
     (made,) = done["statements"]
@@ -127,14 +128,14 @@ def test_a_restart_forgets_nothing_of_what_a_peer_did(pair: tuple[Box, Box]) -> 
         assert anna.http("POST", "/v1/chat/completions", json=body).status_code == 200
 
     def why() -> str:
-        shown: str = pinaivu_json("peers", "show", "ben", home=anna.home)["reputation"]["why"]
+        shown: str = run_command_json("peers", "show", "ben", home=anna.home)["reputation"]["why"]
         return shown
 
     assert "3 served and 0 failed" in why()
     anna.stop()
     anna.start()
     assert "3 served and 0 failed" in why()
-    assert "3 served" in pinaivu("peers", "ls", "--why", home=anna.home).stdout
+    assert "3 served" in run_command("peers", "ls", "--why", home=anna.home).stdout
 
 
 def test_they_differ_and_are_told_where(pair: tuple[Box, Box]) -> None:
@@ -150,7 +151,7 @@ def test_they_differ_and_are_told_where(pair: tuple[Box, Box]) -> None:
         (told,) = done["differences"]
         assert code == 1 and done["statements"] == []
         assert (told["request_id"], told["ours"], told["theirs"]) == ("req_2", *values)
-        shown = pinaivu_json("ledger", "show", peer, home=box.home)
+        shown = run_command_json("ledger", "show", peer, home=box.home)
         assert {one["request_id"] for one in shown} == {"req_1", "req_2"}
         assert {one["statement"] for one in shown} == {None}
 
@@ -167,26 +168,30 @@ def test_both_operators_settle_at_the_same_moment(pair: tuple[Box, Box]) -> None
     assert [one.status_code for one in done] == [200, 200], done
     # One of the two may have come when all was done.
     (made,) = {one["id"] for answer in done for one in answer.json()["statements"]}
-    assert all(pinaivu_json("ledger", "statements", home=box.home)[0]["id"] == made for box in pair)
+    assert all(
+        run_command_json("ledger", "statements", home=box.home)[0]["id"] == made for box in pair
+    )
 
 
 def test_what_a_peer_does_not_accept_is_shown_apart_and_written_off(pair: tuple[Box, Box]) -> None:
     anna, ben = pair
     write(anna, of(anna, ben, "req_1", accepted=False))
-    (owed,) = pinaivu_json("ledger", home=anna.home)
+    (owed,) = run_command_json("ledger", home=anna.home)
     assert (owed["balance"], owed["waiting"]) == ("0", "0.028")
     code, done = settle(anna, "ben")
     assert (code, done["statements"], done["accepted"]) == (0, [], 0)
     (told,) = done["disputed"]
     assert told["request_id"] == "req_1" and "no receipt of that request" in told["why"]
-    shown = pinaivu("ledger", "show", "ben", home=anna.home)
+    shown = run_command("ledger", "show", "ben", home=anna.home)
     assert "disputed" in shown.stdout and "no receipt" in shown.stderr
-    assert "'ledger forgive'" in pinaivu("ledger", home=anna.home).stderr
-    said = pinaivu("ledger", "forgive", "ben", home=anna.home).stdout
+    assert "'ledger forgive'" in run_command("ledger", home=anna.home).stderr
+    said = run_command("ledger", "forgive", "ben", home=anna.home).stdout
     assert said == "1 entries were written off: 0.028 credits.\n"
-    assert pinaivu_json("ledger", home=anna.home)[0]["waiting"] == "0"
-    assert "forgiven" in pinaivu("ledger", "show", "ben", home=anna.home).stdout
-    (noted,) = [one for one in pinaivu_json("audit", home=anna.home) if "forgive" in one["action"]]
+    assert run_command_json("ledger", home=anna.home)[0]["waiting"] == "0"
+    assert "forgiven" in run_command("ledger", "show", "ben", home=anna.home).stdout
+    (noted,) = [
+        one for one in run_command_json("audit", home=anna.home) if "forgive" in one["action"]
+    ]
     assert noted["detail"] == {"entries": 1, "amounts": {"credits": "0.028"}}
     again = anna.http("POST", "/v1/admin/ledger/ben/forgive").json()
     assert (again["entries"], again["amounts"]) == (0, {})
@@ -194,19 +199,19 @@ def test_what_a_peer_does_not_accept_is_shown_apart_and_written_off(pair: tuple[
 
 def test_settling_with_nobody_is_one_sentence(pair: tuple[Box, Box]) -> None:
     anna, ben = pair
-    gone = pinaivu("ledger", "settle", "bne", home=anna.home, check=False)
+    gone = run_command("ledger", "settle", "bne", home=anna.home, check=False)
     assert gone.returncode == 1 and "Did you mean ben?" in gone.stderr
     ben.kill()
-    dead = pinaivu("ledger", "settle", "ben", home=anna.home, check=False)
+    dead = run_command("ledger", "settle", "ben", home=anna.home, check=False)
     assert dead.returncode == 1 and dead.stderr.count("\n") == 1 and "Traceback" not in dead.stderr
-    unknown = pinaivu("ledger", "paid", "stmt_1", home=anna.home, check=False)
+    unknown = run_command("ledger", "paid", "stmt_1", home=anna.home, check=False)
     assert unknown.returncode == 1 and "no statement stmt_1" in unknown.stderr
 
 
 def test_the_ledger_needs_an_admins_key_and_a_running_box(tmp_path: Path) -> None:
     box = Box(tmp_path / "home", "--model", "fake:1=fake:0").start()
     try:
-        key = pinaivu_json("keys", "create", "--name", "a", home=box.home)["key"]
+        key = run_command_json("keys", "create", "--name", "a", home=box.home)["key"]
         assert box.http("GET", "/v1/admin/ledger", key=key).status_code == 403
         assert box.http("GET", "/v1/admin/ledger").json()["data"] == []
         peer = identity_of(tmp_path / "other").node_id
@@ -215,6 +220,6 @@ def test_the_ledger_needs_an_admins_key_and_a_running_box(tmp_path: Path) -> Non
         assert off.status_code == 409 and "--peering" in off.json()["error"]["message"]
     finally:
         box.end()
-    assert pinaivu_json("ledger", home=box.home)[0]["balance"] == "0.028"
-    stopped = pinaivu("ledger", "settle", peer, home=box.home, check=False)
+    assert run_command_json("ledger", home=box.home)[0]["balance"] == "0.028"
+    stopped = run_command("ledger", "settle", peer, home=box.home, check=False)
     assert stopped.returncode == 1 and "pinaivu serve" in stopped.stderr

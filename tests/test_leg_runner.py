@@ -94,7 +94,7 @@ async def test_the_cheapest_box_serves_and_the_receipt_says_why() -> None:
     ],
     ids=["busy", "limited", "lost", "faulty", "fault"],
 )
-async def test_who_does_not_serve_is_replaced_before_the_first_output(error: object) -> None:
+async def test_a_box_that_refuses_is_replaced_before_the_first_output(error: object) -> None:
     first, second = peer(1, refuse(error)), peer(2)  # type: ignore[arg-type]
     network = Network(None, first, second)
     await whole(network.ask())
@@ -103,7 +103,7 @@ async def test_who_does_not_serve_is_replaced_before_the_first_output(error: obj
     assert second.legs[0].job.leg == 0 and second.legs[0].output == []
 
 
-async def test_who_has_begun_and_said_no_token_is_replaced_without_a_trace() -> None:
+async def test_a_leg_without_tokens_is_replaced_and_leaves_no_proof() -> None:
     first, second = peer(1, answer(until=0, error=lost)), peer(2)
     network = Network(None, first, second)
     await whole(network.ask())
@@ -127,7 +127,7 @@ async def test_what_one_peer_finds_wrong_with_a_request_a_second_one_has_to_say_
     assert [len(box.legs) for box in boxes] == [1, 1, 0]
 
 
-async def test_who_refused_lately_is_not_asked_by_the_next_request() -> None:
+async def test_a_box_that_refused_recently_is_not_asked_by_the_next_request() -> None:
     first, second = peer(1, refuse(busy), answer()), peer(2)
     network = Network(None, first, second)
     await whole(network.ask())
@@ -136,7 +136,7 @@ async def test_who_refused_lately_is_not_asked_by_the_next_request() -> None:
     assert network.reputation.score(first.node_id) == 1.0  # it may say no
 
 
-async def test_who_was_lost_is_thought_worse_of_and_left_alone() -> None:
+async def test_a_lost_box_loses_reputation_and_is_not_asked() -> None:
     first, second = peer(1, answer(until=0, error=lost), answer()), peer(2)
     network = Network(None, first, second)
     await whole(network.ask())
@@ -145,7 +145,7 @@ async def test_who_was_lost_is_thought_worse_of_and_left_alone() -> None:
     assert (len(first.legs), len(second.legs)) == (1, 2)
 
 
-async def test_nobody_is_asked_twice_for_one_answer_that_has_not_begun() -> None:
+async def test_a_box_is_asked_once_for_an_answer_that_has_not_begun() -> None:
     """All have been asked: the loss of the last one is no reason for another leg."""
     boxes = [peer(n, answer(until=0, error=lost)) for n in (1, 2)]
     network = Network(None, *boxes)
@@ -217,7 +217,7 @@ async def test_the_first_to_speak_serves_also_if_it_was_asked_first() -> None:
     assert second.legs[0].cancelled.is_set()
 
 
-async def test_who_hedges_needs_no_second_box() -> None:
+async def test_hedging_works_without_a_second_box() -> None:
     go_on = asyncio.Event()
     first = peer(1, answer(until=0, hold=go_on))
     network = Network(None, first, hedge=0.02)

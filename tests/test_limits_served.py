@@ -13,7 +13,8 @@ import httpx
 import openai
 import pytest
 
-from tests.support.process_box import Box, StartBox, pinaivu, pinaivu_json, wait_until
+from tests.support.in_process_command import run_command, run_command_json
+from tests.support.process_box import Box, StartBox, wait_until
 from tests.support.spending import spent
 
 USER = [{"role": "user", "content": "hi"}]
@@ -40,7 +41,7 @@ def box(module_box: StartBox) -> Box:
 
 def make_key(box: Box, *options: str) -> tuple[str, str]:
     """The secret and the id."""
-    made = pinaivu_json("keys", "create", *options, home=box.home)
+    made = run_command_json("keys", "create", *options, home=box.home)
     return made["key"], made["id"]
 
 
@@ -160,7 +161,7 @@ def test_a_limit_that_is_changed_holds_for_the_next_request(box: Box) -> None:
     key, name = make_key(box, "--rpm", "1")
     assert post(box, key).status_code == 200
     error(post(box, key), 429, "rate_limit_exceeded")
-    pinaivu("keys", "edit", name, "--rpm", "2", home=box.home)
+    run_command("keys", "edit", name, "--rpm", "2", home=box.home)
     assert post(box, key).status_code == 200
     error(post(box, key), 429, "rate_limit_exceeded")
 
@@ -208,11 +209,11 @@ def test_places_of_a_key_and_its_queue(box: Box) -> None:
         assert [one.result().status_code for one in running] == [200, 200]
         assert sorted(one.result().status_code for one in more) == [200, 429]
     assert post(box, key).status_code == 200
-    shown = pinaivu_json("keys", "show", name, home=box.home)
+    shown = run_command_json("keys", "show", name, home=box.home)
     assert shown["id"] == name
 
 
-def test_who_leaves_the_queue_gives_its_place_away(box: Box) -> None:
+def test_leaving_the_queue_frees_the_place(box: Box) -> None:
     key, _ = make_key(box, "--max-parallel", "1", "--max-queue", "1")
     with ThreadPoolExecutor(1) as threads:
         body = {"model": "slow:1", "messages": USER, "max_tokens": 80}
@@ -294,7 +295,7 @@ def test_a_budget_holds_under_50_parallel_requests(box: Box) -> None:
     with pytest.raises(openai.APIStatusError) as caught:
         box.client_with(key).chat.completions.create(model="fast:1", messages=USER)
     assert caught.value.status_code == 402
-    pinaivu("keys", "edit", name, "--budget", "2 per 30d", home=box.home)
+    run_command("keys", "edit", name, "--budget", "2 per 30d", home=box.home)
     assert post(box, key).status_code == 200
 
 
@@ -324,5 +325,5 @@ def test_kinds_of_tokens_have_prices_of_their_own_and_keys_too(box: Box) -> None
             assert Decimal(receipt.json()["payment_amount"]) == due / 1000
             file = box.home.parent / "receipt.json"
             file.write_bytes(receipt.content)
-            pinaivu("receipts", "verify", str(file), home=box.home)
+            run_command("receipts", "verify", str(file), home=box.home)
     assert found > 0  # or the price of cached tokens was not looked at

@@ -27,7 +27,8 @@ from pinaivu_box.receipts.receipt import (
     view,
 )
 from pinaivu_box.receipts.verify import Transcript, VerificationCheck, verify_receipt
-from tests.support.process_box import MODEL, Box, pinaivu, pinaivu_json
+from tests.support.in_process_command import run_command, run_command_json
+from tests.support.process_box import MODEL, Box
 from tests.support.receipt_verifier import verify_offline
 
 PARTS = [{"type": "text", "text": "Say hello"}, {"type": "text", "text": "."}]
@@ -72,7 +73,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
     home.mkdir()
     (home / "config.toml").write_text('[pricing]\ncurrency = "EUR"\nper_1k_tokens = "0.5"\n')
     box = Box(home).start()
-    owner, other = (pinaivu_json("keys", "create", home=home)["key"] for _ in range(2))
+    owner, other = (run_command_json("keys", "create", home=home)["key"] for _ in range(2))
     request = {
         "model": MODEL, "messages": MESSAGES, "max_tokens": 12, "seed": 2**53 + 1,
         "temperature": 0.7, "stop": ["zebra", "lion"],
@@ -228,7 +229,7 @@ def test_verify_reads_standard_input_and_the_database(case: Case, tmp_path: Path
     assert (
         verify_offline("-", home=home, stdin=case.document.replace(b"EUR", b"USD")).returncode == 1
     )
-    done = pinaivu("receipts", "verify", case.request_id, home=case.box.home)
+    done = run_command("receipts", "verify", case.request_id, home=case.box.home)
     assert "coordinator signature" in done.stdout
 
 
@@ -305,14 +306,14 @@ def test_a_streamed_answer_verifies_by_its_concatenated_text(case: Case) -> None
 
 def test_show_prints_the_receipt(case: Case, tmp_path: Path) -> None:
     """With --json as the API serves it; without, unfolded for people."""
-    as_json = pinaivu("receipts", "show", case.request_id, "--json", home=case.box.home).stdout
+    as_json = run_command("receipts", "show", case.request_id, "--json", home=case.box.home).stdout
     assert json.loads(as_json) == case.shown
     assert run(case, tmp_path, document=as_json.encode()).returncode == 0
-    shown = json.loads(pinaivu("receipts", "show", case.request_id, home=case.box.home).stdout)
+    shown = json.loads(run_command("receipts", "show", case.request_id, home=case.box.home).stdout)
     assert shown["coordinator_signature"] == case.shown["coordinator_signature"]
     assert shown["request_id"] == case.request_id
     assert shown["proofs"][0]["sampling"]["seed"] == str(2**53 + 1)
-    missing = pinaivu("receipts", "show", "req_nothing", home=case.box.home, check=False)
+    missing = run_command("receipts", "show", "req_nothing", home=case.box.home, check=False)
     assert missing.returncode == 1
     assert len(missing.stderr.splitlines()) == 1
 

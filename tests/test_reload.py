@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from tests.support.process_box import Box, pinaivu, pinaivu_json, wait_until
+from tests.support.in_process_command import run_command, run_command_json
+from tests.support.process_box import Box, wait_until
 
 USER = [{"role": "user", "content": "hi"}]
 FIRST = '[pricing]\nper_1k_tokens = "1"\n[[model]]\nname = "slow:1"\npath = "fake:20"\n'
@@ -51,7 +52,7 @@ def test_what_holds_at_once_what_later_and_what_not(box: Box) -> None:
             )
             + '[[model]]\nname = "new:1"\npath = "fake:0"\n',
         )
-        done = pinaivu_json("reload", home=box.home)
+        done = run_command_json("reload", home=box.home)
         assert set(done["applied"]) == {"pricing.per_1k_tokens", "engine.max_queue", "model"}
         assert done["engines"] == ["engine.token_budget"]
         assert done["restart"] == []  # --port 0 of the command line is what counts
@@ -61,14 +62,14 @@ def test_what_holds_at_once_what_later_and_what_not(box: Box) -> None:
     assert chunks[-1].choices[0].finish_reason == "length"
     assert price(box, ask(box)) == "2"
     assert ask(box, model="new:1").choices
-    assert pinaivu("reload", home=box.home).stdout.startswith("no setting has changed")
+    assert run_command("reload", home=box.home).stdout.startswith("no setting has changed")
 
 
 def test_a_setting_of_the_socket_is_named_as_not_changed(box: Box) -> None:
     configure(box, '[server]\nhost = "127.0.0.2"\ncors_origins = ["https://a.example"]\n' + FIRST)
-    done = pinaivu_json("reload", home=box.home)
+    done = run_command_json("reload", home=box.home)
     assert set(done["restart"]) == {"server.host", "server.cors_origins"}
-    printed = pinaivu("reload", home=box.home).stdout  # it stays said until it is done
+    printed = run_command("reload", home=box.home).stdout  # it stays said until it is done
     assert "server.host takes effect when the box is restarted" in printed
     assert ask(box).choices
 
@@ -85,7 +86,7 @@ def test_a_setting_of_the_socket_is_named_as_not_changed(box: Box) -> None:
 )
 def test_a_configuration_that_is_not_valid_changes_nothing(box: Box, wrong: str) -> None:
     configure(box, wrong)
-    done = pinaivu("reload", home=box.home, check=False)
+    done = run_command("reload", home=box.home, check=False)
     assert done.returncode == 1
     assert len(done.stderr.splitlines()) == 1 and "Traceback" not in done.stderr
     assert price(box, ask(box)) == "1"
@@ -102,11 +103,11 @@ def test_sighup_does_the_same(box: Box) -> None:
 
 
 def test_a_command_without_a_server_says_so(tmp_path: Path) -> None:
-    done = pinaivu("reload", home=tmp_path / "home", check=False)
+    done = run_command("reload", home=tmp_path / "home", check=False)
     assert done.returncode == 1 and "No box is running" in done.stderr
 
 
 def test_only_an_admin_may(box: Box) -> None:
-    plain = pinaivu_json("keys", "create", home=box.home)["key"]
+    plain = run_command_json("keys", "create", home=box.home)["key"]
     assert box.http("POST", "/v1/admin/reload", key=plain).status_code == 403
     assert box.http("POST", "/v1/admin/reload").json()["restart"] == []

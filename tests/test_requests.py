@@ -364,7 +364,7 @@ async def test_a_deadline_that_cannot_be_kept_refuses_at_once() -> None:
     assert (held.status, patient.status) == (499, 200)
 
 
-async def test_who_has_not_begun_by_its_deadline_is_refused() -> None:
+async def test_a_request_that_has_not_begun_by_its_deadline_is_refused() -> None:
     box = own(silent())
     running = Running(box)
     request = running.start(timeout=0.05)
@@ -374,7 +374,7 @@ async def test_who_has_not_begun_by_its_deadline_is_refused() -> None:
     assert isinstance(events[-1], Failed) and isinstance(events[-1].error, TooLate)
 
 
-async def test_who_has_begun_by_its_deadline_is_served_to_its_end() -> None:
+async def test_a_request_that_began_before_its_deadline_is_completed() -> None:
     go_on = asyncio.Event()
     box = own(answer(until=3, hold=go_on))
     running = Running(box)

@@ -146,7 +146,7 @@ def test_of_a_tenant_one_job_runs_at_a_time_and_others_do_not_wait_for_it(
     asyncio.run(main())
 
 
-def test_who_was_served_longest_ago_is_next() -> None:
+def test_the_tenant_served_longest_ago_is_next() -> None:
     pool = SandboxPool(ENTRY, limits=PATIENT, size=1)
     order: list[str] = []
 

@@ -90,7 +90,7 @@ def test_a_path_is_the_first_to_be_shortened(tmp_path: Path) -> None:
     assert status == 0 and line.endswith("smollm2-135m.gguf") and "bundled" in line
 
 
-def test_who_has_no_room_for_a_column_is_told_how_to_see_it(long: Box) -> None:
+def test_a_narrow_terminal_is_told_how_to_see_the_dropped_columns(long: Box) -> None:
     _, shown = on_terminal("keys", "ls", home=long.home)
     left_out = " ".join(shown.partition("with --wide also: ")[2].split()).split(", ")
     assert left_out[:1] == ["ID"]

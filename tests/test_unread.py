@@ -78,7 +78,7 @@ CASES = {
 
 @pytest.mark.parametrize("chunked", [False, True], ids=["length", "chunked"])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_who_is_refused_hears_it_and_that_the_connection_ends(
+def test_a_refused_client_gets_the_error_and_connection_close(
     here: Box, case: tuple[int, str, str, str], chunked: bool
 ) -> None:
     status, method, path, key = case
@@ -94,7 +94,7 @@ def test_who_is_refused_hears_it_and_that_the_connection_ends(
     assert found[0] == status and found[1]["connection"] == "close"
 
 
-def test_who_waits_with_its_body_is_answered(here: Box) -> None:
+def test_a_client_that_never_sends_its_body_is_answered(here: Box) -> None:
     """Nothing of it ever comes; the connection has an end all the same."""
     with connected(here) as client:
         client.sendall(head("POST", "/v1/chat/completions", f"Content-Length: {LARGE}"))

@@ -17,7 +17,8 @@ import pytest
 
 from pinaivu_box.admin.usage_report import UsageGroup, UsageReport, to_csv
 from pinaivu_box.store.usage import UsageFilter, ranked, summed
-from tests.support.process_box import MODEL, Box, on_terminal, pinaivu, pinaivu_json, wait_until
+from tests.support.in_process_command import run_command, run_command_json
+from tests.support.process_box import MODEL, Box, on_terminal, wait_until
 
 CHEAP, DEAR = "cheap:1", "dear:1"
 PRICES = {MODEL: Decimal("0.0123"), CHEAP: Decimal("0.000001"), DEAR: Decimal("1234.5")}
@@ -64,7 +65,7 @@ def used(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Used]:
     home.mkdir()
     (home / "config.toml").write_text(CONFIG)
     box = Box(home, "--model", f"{CHEAP}=fake:0", "--model", f"{DEAR}=fake:0").start()
-    alice, bob = (pinaivu_json("keys", "create", home=home)["key"] for _ in range(2))
+    alice, bob = (run_command_json("keys", "create", home=home)["key"] for _ in range(2))
     answers = []
     for key, model, tokens in [
         (alice, MODEL, 5), (alice, CHEAP, 9), (alice, DEAR, 1), (alice, DEAR, 3),
@@ -123,7 +124,7 @@ def test_an_admin_key_sees_everybodys_usage(used: Used) -> None:
 
 
 def test_a_key_that_asked_nothing_has_used_nothing(used: Used) -> None:
-    fresh = pinaivu_json("keys", "create", home=used.box.home)["key"]
+    fresh = run_command_json("keys", "create", home=used.box.home)["key"]
     report = used.report(fresh)
     assert (report["total_requests"], report["total_tokens"]) == (0, 0)
     assert report["by_model"] == []
@@ -183,7 +184,7 @@ def test_cost_is_the_exact_sum_of_the_receipts(used: Used) -> None:
 
 def test_the_key_counts_what_the_report_says(used: Used) -> None:
     report = used.report(used.bob)
-    listed = pinaivu_json("keys", "ls", home=used.box.home)
+    listed = run_command_json("keys", "ls", home=used.box.home)
     (bob,) = [key for key in listed if used.bob.startswith(key["prefix"])]
     assert bob["requests"] == report["total_requests"]
     assert bob["tokens"] == report["total_tokens"]
@@ -194,7 +195,7 @@ def test_the_key_counts_what_the_report_says(used: Used) -> None:
 
 def key_of(used: Used, secret: str) -> dict[str, Any]:
     """As it is listed."""
-    listed = pinaivu_json("keys", "ls", home=used.box.home)
+    listed = run_command_json("keys", "ls", home=used.box.home)
     (found,) = [key for key in listed if secret.startswith(key["prefix"])]
     return dict(found)
 
@@ -223,7 +224,7 @@ def test_groups_add_up_to_the_whole(used: Used, by: str) -> None:
 @pytest.mark.parametrize(
     "by", ["key", "account", "key,model", "account,day", "account,key", "hour,key"]
 )
-def test_who_had_no_key_is_in_nobodys_sums(used: Used, by: str) -> None:
+def test_requests_without_a_key_count_for_no_key(used: Used, by: str) -> None:
     """Requests without a key have errors of their own, and no tokens of others."""
     used.box.http("GET", "/v1/usage", key="sk-pnv-nobody")
     wait_until(
@@ -237,7 +238,7 @@ def test_who_had_no_key_is_in_nobodys_sums(used: Used, by: str) -> None:
     for group in nobody if by in ("key", "account") else ():
         assert (group["tokens"], group["cost"], group["total_ms"]) == (0, "0", None)
         assert group["errors"]["invalid_api_key"] >= 1
-    printed = pinaivu(
+    printed = run_command(
         "usage", "--csv", *(f"--by={one}" for one in by.split(",")), home=used.box.home
     )
     rows = list(csv.DictReader(io.StringIO(printed.stdout)))
@@ -246,13 +247,13 @@ def test_who_had_no_key_is_in_nobodys_sums(used: Used, by: str) -> None:
 
 def test_groups_have_names_beside_their_ids(used: Used) -> None:
     home = used.box.home
-    made = pinaivu_json("keys", "create", "--name", "ann's laptop", home=home)
+    made = run_command_json("keys", "create", "--name", "ann's laptop", home=home)
     used.answers.append(ask(used.box, made["key"], CHEAP, 1, False))
     (mine,) = used.report(made["key"], group_by="key,account,node,peer")["data"]
     assert (mine["key"], mine["key_name"]) == (made["id"], "ann's laptop")
     assert mine["account_name"] == made["account"] == "ann-s-laptop"
     assert mine["account"].startswith("acct_")
-    assert mine["node"] == mine["peer"] == f"node_{pinaivu_json('id', home=home)['node_key']}"
+    assert mine["node"] == mine["peer"] == f"node_{run_command_json('id', home=home)['node_key']}"
     assert mine["node_name"] == mine["peer_name"] == "this box"
     # A key without a name is told by what is shown of its secret.
     alice = key_of(used, used.alice)
@@ -263,26 +264,26 @@ def test_groups_have_names_beside_their_ids(used: Used) -> None:
     for name in ("ann's laptop", made["id"]):
         assert used.report(used.box.key, key=name)["total_requests"] == 1
         assert used.report(made["key"], key=name)["total_requests"] == 1
-        assert pinaivu_json("usage", "--key", name, home=home)["total_requests"] == 1
+        assert run_command_json("usage", "--key", name, home=home)["total_requests"] == 1
     for name in ("ann-s-laptop", mine["account"]):
         assert used.report(used.box.key, account=name)["total_requests"] == 1
-        assert pinaivu_json("usage", "--account", name, home=home)["total_requests"] == 1
+        assert run_command_json("usage", "--account", name, home=home)["total_requests"] == 1
     assert used.box.http("GET", "/v1/usage", params={"key": "bob's"}).status_code == 404
     # Of another account not even the name is known.
     others = used.box.http("GET", "/v1/usage", key=used.alice, params={"key": "ann's laptop"})
     assert others.status_code == 404
-    table = pinaivu("usage", "--by", "key", "--by", "account", "--by", "peer", home=home).stdout
+    table = run_command("usage", "--by", "key", "--by", "account", "--by", "peer", home=home).stdout
     (line,) = [line for line in table.splitlines() if "ann's laptop" in line]
     assert "ann-s-laptop" in line and "this box" in line
     assert made["id"] not in table and "acct_" not in table and "node_" not in table
-    printed = pinaivu("usage", "--csv", "--by", "key", home=home).stdout
+    printed = run_command("usage", "--csv", "--by", "key", home=home).stdout
     rows = list(csv.DictReader(io.StringIO(printed)))
     assert {row["key"]: row["key_name"] for row in rows}[made["id"]] == "ann's laptop"
 
 
 def test_of_two_keys_with_one_name_the_table_shows_the_ids(tmp_path: Path) -> None:
     home = tmp_path / "home"
-    ids = [pinaivu_json("keys", "create", "--name", "same", home=home)["id"] for _ in range(2)]
+    ids = [run_command_json("keys", "create", "--name", "same", home=home)["id"] for _ in range(2)]
     with sqlite3.connect(home / "pinaivu.db") as database:
         for number, key in enumerate(ids):
             database.execute(
@@ -291,13 +292,13 @@ def test_of_two_keys_with_one_name_the_table_shows_the_ids(tmp_path: Path) -> No
                 (f"req_{number}", key),
             )
     database.close()
-    table = pinaivu("usage", "--by", "key", home=home).stdout
+    table = run_command("usage", "--by", "key", home=home).stdout
     assert all(f"same ({key})" in table for key in ids)
-    both = pinaivu("usage", "--key", "same", home=home, check=False)
+    both = run_command("usage", "--key", "same", home=home, check=False)
     assert both.returncode == 1 and all(key in both.stderr for key in ids)
-    pinaivu("keys", "revoke", ids[0], home=home)
+    run_command("keys", "revoke", ids[0], home=home)
     # One that is revoked does not stand in the way of the one that took its name.
-    assert pinaivu_json("usage", "--key", "same", home=home)["total_requests"] == 1
+    assert run_command_json("usage", "--key", "same", home=home)["total_requests"] == 1
 
 
 def test_keys_are_told_apart_and_those_of_others_are_not_told(used: Used) -> None:
@@ -318,10 +319,10 @@ def test_keys_are_told_apart_and_those_of_others_are_not_told(used: Used) -> Non
 
 def test_an_account_sees_all_of_its_keys(used: Used) -> None:
     home, alice = used.box.home, key_of(used, used.alice)
-    second = pinaivu_json("keys", "create", "--account", alice["account"], home=home)["key"]
+    second = run_command_json("keys", "create", "--account", alice["account"], home=home)["key"]
     check_report(used.report(second), used.of(key=used.alice))
     check_report(used.report(used.box.key, account=alice["account"]), used.of(key=used.alice))
-    table = pinaivu("usage", "--account", alice["account"], "--by", "key", home=home).stdout
+    table = run_command("usage", "--account", alice["account"], "--by", "key", home=home).stdout
     assert f"{alice['prefix']}...{alice['last_four']}" in table and alice["id"] not in table
 
 
@@ -350,7 +351,9 @@ def test_csv_is_what_a_spreadsheet_reads(used: Used) -> None:
     ]
     made = sum(answer.prompt + answer.completion for answer in used.answers)
     assert sum(int(row["tokens"]) for row in rows) == made
-    printed = pinaivu("usage", "--csv", "--by", "key", "--by", "model", home=used.box.home).stdout
+    printed = run_command(
+        "usage", "--csv", "--by", "key", "--by", "model", home=used.box.home
+    ).stdout
     both = [
         [line for line in text.splitlines() if ",," not in line]
         for text in (printed, response.text)
@@ -413,14 +416,14 @@ def test_no_cell_is_a_formula(tmp_path: Path) -> None:
     box = Box(home, "--model", "fake:1=fake:0").start()
     try:
         ask(box, box.key, "fake:1", 1, False)
-        assert ",'=1+1," in pinaivu("usage", "--csv", home=home).stdout
+        assert ",'=1+1," in run_command("usage", "--csv", home=home).stdout
     finally:
         box.end()
 
 
 def test_of_very_many_keys_those_that_used_most_are_told_apart(tmp_path: Path) -> None:
     home, count = tmp_path / "home", 1001
-    pinaivu("keys", "create", home=home)
+    run_command("keys", "create", home=home)
     with sqlite3.connect(home / "pinaivu.db") as database:
         numbers = [(f"key_{n:04}", n) for n in range(1, count + 1)]
         database.executemany(
@@ -436,14 +439,14 @@ def test_of_very_many_keys_those_that_used_most_are_told_apart(tmp_path: Path) -
         database.execute("INSERT INTO refusals VALUES ('', 0, '', 'invalid_api_key', 3)")
     database.close()
     for one in ((), ("--account", "owner"), ("--until", "1970-01-01")):
-        report = pinaivu_json("usage", "--by", "key", *one, home=home)
+        report = run_command_json("usage", "--by", "key", *one, home=home)
         assert report["more_keys"]
         # Those that used least are not there, and none whose requests had no key.
         assert [group["key"] for group in report["data"]] == [name for name, _ in numbers[1:]]
         assert report["total_requests"] == count
         assert report["prompt_tokens"] == sum(n for _, n in numbers)
-    assert "more_keys" not in pinaivu_json("usage", home=home)
-    assert "--account" in pinaivu("usage", "--by", "key", home=home).stdout.splitlines()[-2]
+    assert "more_keys" not in run_command_json("usage", home=home)
+    assert "--account" in run_command("usage", "--by", "key", home=home).stdout.splitlines()[-2]
 
 
 @pytest.mark.parametrize("by", ["", "week", "day,day", "day,", "key_id"])
@@ -458,18 +461,18 @@ def test_a_grouping_that_is_none_is_422(used: Used, by: str) -> None:
 
 def test_the_command_reports_the_whole_box(used: Used) -> None:
     home = used.box.home
-    check_report(pinaivu_json("usage", home=home), used.answers)
-    check_report(pinaivu_json("usage", "--model", DEAR, home=home), used.of(model=DEAR))
-    table = pinaivu("usage", home=home).stdout
+    check_report(run_command_json("usage", home=home), used.answers)
+    check_report(run_command_json("usage", "--model", DEAR, home=home), used.of(model=DEAR))
+    table = run_command("usage", home=home).stdout
     total = f"{sum(a.prompt + a.completion for a in used.answers):,}"
-    for text in (MODEL, CHEAP, DEAR, total, "EUR", pinaivu_json("usage", home=home)["cost"]):
+    for text in (MODEL, CHEAP, DEAR, total, "EUR", run_command_json("usage", home=home)["cost"]):
         assert text in table
 
 
 @pytest.mark.parametrize("width", [70, 80, 100, 120, 160])
 def test_a_terminal_shows_whole_numbers_or_none(tmp_path: Path, width: int) -> None:
     home = tmp_path / "home"
-    pinaivu("keys", "create", home=home)
+    run_command("keys", "create", home=home)
     with sqlite3.connect(home / "pinaivu.db") as database:
         database.executemany(
             "INSERT INTO requests SELECT ?, id, ?, 'fake:1', 'node_1', 'stop', 8167596803, 0, 1,"
@@ -547,7 +550,7 @@ def test_both_dates_are_included(
     assert response.status_code == 200, response.text
     assert response.json()["total_requests"] == expected
     options = [f"--since={start}"] * bool(start) + [f"--until={end}"] * bool(end)
-    assert pinaivu_json("usage", *options, home=dated.home)["total_requests"] == expected
+    assert run_command_json("usage", *options, home=dated.home)["total_requests"] == expected
 
 
 def test_todays_requests_are_todays(used: Used) -> None:

@@ -22,7 +22,7 @@ from pinaivu_box.gateway.placement import Placement
 from pinaivu_box.models import catalog, gguf, memory
 from pinaivu_box.models.catalog import Catalog, Model
 from pinaivu_box.models.names import printable
-from pinaivu_box.models.regular_files import look, open_regular
+from pinaivu_box.models.regular_files import open_regular, stat_regular
 from pinaivu_box.models.splits import digest_of_parts
 from pinaivu_box.settings import LiveSettings, Settings
 from pinaivu_box.store import integrity
@@ -88,7 +88,7 @@ def _file(model: Model, remembered: _Remembered) -> Check:
             name = f"{model.id} ({printable(str(file.path))})"
         try:
             digest = _digest(file)
-            facts = look(file.path)
+            facts = stat_regular(file.path)
         except OSError as error:
             reason = error.strerror or error
             return Check("models", "failed", f"{name} cannot be read: {reason}", again)

@@ -25,7 +25,7 @@ from pinaivu_box.engine.control_tokens import ControlTokens, MarkedContents
 from pinaivu_box.engine.message_forms import Message
 from pinaivu_box.errors import BadRequest, ContextOverflow
 
-_MAX_REASON_CHARACTERS = 500  # of what a template says when it raises
+_MAX_REASON_CHARACTERS = 500  # of a template's own error
 INSTEAD = ": serve another file of this model, or use completions, which need no template"
 
 # For files without a template; the format that llama.cpp also falls back to.
@@ -38,14 +38,14 @@ CHATML = (
 
 
 class _Raised(Exception):
-    """The template has raised; the text says why."""
+    """The template raised; the text is its message."""
 
 
 class ChatTemplate:
     """A template as transformers' `apply_chat_template` and llama.cpp run it.
 
-    `source` is the template of the GGUF file, `model` names the model in errors; `knows_tools` says
-    whether it has a place for functions.  Raises BadRequest if it is no template.
+    `source` is the template of the GGUF file, `model` names the model in errors; `knows_tools` is
+    whether it can describe functions.  Raises BadRequest if it is no template.
     """
 
     def __init__(self, source: str, *, bos: str, eos: str, model: str = "the model's file") -> None:
@@ -62,7 +62,7 @@ class ChatTemplate:
             self.knows_tools = "tools" in find_undeclared_variables(environment.parse(source))
         except MemoryError:
             raise
-        except Exception as error:  # also what Python says of the code that Jinja makes of it
+        except Exception as error:  # also Python's, of the code that Jinja generates
             why = _reason(str(error))
             raise self._refusal(f"is not valid Jinja ({why}){INSTEAD}") from error
         self._tokens = {"bos_token": bos, "eos_token": eos}
@@ -189,7 +189,7 @@ def _reason(message: str) -> str:
 
 
 class _Generation(Extension):
-    """transformers' tag around what an assistant has said: it marks that for training."""
+    """transformers' tag around an assistant's text, which marks it for training."""
 
     tags = {"generation"}  # noqa: RUF012
 

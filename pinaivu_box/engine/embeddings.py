@@ -229,7 +229,7 @@ class EmbeddingScheduler:
         if text.read < len(text.tokens):
             return
         length = max(float(np.linalg.norm(text.sum)), 1e-12)
-        # Zero has one sign: whoever writes numbers down anew may not keep the other.
+        # Adding 0.0 makes -0.0 positive: JSON writers do not all keep the sign.
         vector = (text.sum / length + 0.0).astype("<f4").tobytes()
         size = text.job.dimensions
         text.job.computed[text.number] = vector if size is None else shortened(vector, size)

@@ -225,7 +225,7 @@ class Engine:
         self._tokens_computed += tokens
 
     def _reclaim(self, chunks: list[BatchChunk]) -> None:
-        """Make room: the cache has fewer cells than it said (padding, a window)."""
+        """Make room: the cache has fewer cells than it reported (padding, a window)."""
         cells = self.scheduler.lower_capacity(
             sum(chunk.count + len(chunk.draft) for chunk in chunks)
         )

@@ -60,7 +60,7 @@ class FairQueue(Generic[W]):
     def __init__(self) -> None:
         self._tenants: dict[str, _Tenant[W]] = {}  # those that have something waiting or running
         self._departed: dict[str, float] = {}  # counters of those that had
-        self._floor = 0.0  # of whoever was the last to wait
+        self._floor = 0.0  # counter of the tenant that was the last to wait
         self._count = 0
 
     def __len__(self) -> int:

@@ -31,7 +31,7 @@ LIMITS = LLParserLimits(
     step_lexer_fuel=50_000,
     step_max_items=10_000,
     max_lexer_states=20_000,
-    verbose_errors=False,  # an error must not quote what somebody asked
+    verbose_errors=False,  # an error must not quote a request
 )
 # llguidance recurses over nested grammars.  The engine's threads have more than twice of this, so
 # that what passes here does not overflow there.

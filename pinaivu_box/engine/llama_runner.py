@@ -101,7 +101,7 @@ class LlamaRunner:
         params.n_ctx = load.kv_tokens if self._unified else load.max_sequences * load.context
         params.n_batch = max(load.token_budget, load.max_sequences)
         params.n_ubatch = min(params.n_batch, 512)
-        # In the pool an id costs nothing, and those that nobody runs under keep finished prefixes.
+        # In the pool an id costs nothing, and those of no running sequence keep finished prefixes.
         params.n_seq_max = _MAX_SEQUENCE_IDS if self._unified else load.max_sequences
         params.n_threads = params.n_threads_batch = load.threads or physical_cores()
         params.kv_unified = self._unified
@@ -171,7 +171,7 @@ class LlamaRunner:
         return None if min(tokens) < 0 else tokens
 
     def _controls(self) -> tuple[str, ...]:
-        """What llama.cpp takes for a token only where special tokens are parsed."""
+        """Texts that llama.cpp reads as a token only where special tokens are parsed."""
         special = llama.LLAMA_TOKEN_ATTR_CONTROL | llama.LLAMA_TOKEN_ATTR_UNKNOWN
         return tuple(
             self._token_text(token)
@@ -384,7 +384,7 @@ def _load_from_offset(
 
 class _Log:
     """Keeps llama.cpp's last error for our messages, and forwards warnings to stderr.  The line
-    that ends a failed load says only that: the reason is in the line before."""
+    that ends a failed load does not give the reason, which is in the line before."""
 
     def __init__(self) -> None:
         self.last = ""

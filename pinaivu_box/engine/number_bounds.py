@@ -1,4 +1,4 @@
-"""JSON schemas whose numbers come to an end.
+"""Bounds numbers in JSON schemas, so that they end.
 
 A small model goes on with digits until its tokens are used up, and what is cut off there does not
 parse.  llama.cpp's converter (`json-schema-to-grammar.cpp`) has limits for the same reason: sixteen

@@ -161,11 +161,11 @@ class RequestPreparer:
         if isinstance(add.prompt, list):
             detokenizer.follow(b"".join(map(self._runner.spelling, prompt[-_MAX_CHARACTER_BYTES:])))
         for token in add.output:
-            detokenizer.push(token)  # said by an earlier leg
+            detokenizer.push(token)  # sent by an earlier leg
         room = self._context - len(prompt)
         # Without a limit of its own a request never needs a context shift: it would never end.
-        asked = room if add.max_tokens is None else add.max_tokens
-        limit = asked if self._context_shift else min(asked, room)
+        wanted = room if add.max_tokens is None else add.max_tokens
+        limit = wanted if self._context_shift else min(wanted, room)
         sequence = Sequence(
             id=add.id,
             tenant=add.tenant,

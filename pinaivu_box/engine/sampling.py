@@ -381,7 +381,7 @@ def _top_p(logits: Float32, ids: Ids, best: float, top_p: float) -> Ids:
 
 
 def _nucleus(logits: Float32, best: float, top_p: float) -> Ids:
-    """The fewest most likely ids whose probabilities reach `top_p`, best first.
+    """The smallest set of most likely ids whose probabilities reach `top_p`, best first.
 
     Only the upper part of the vocabulary is sorted, as much of it as holds that mass.
     """

@@ -28,7 +28,7 @@ class SandboxedTemplate:
     """`source` is the template of the GGUF file, None if it has none.
 
     `style` and `thinks` say how the model writes (see `chat_format`), `model` names it in errors.
-    `controls` are the control tokens that nobody but the template can write (see `control_tokens`).
+    `controls` are the control tokens that only the template can write (see `control_tokens`).
     A template that cannot be used refuses chats; all else that the model can do works.
     """
 
@@ -63,7 +63,7 @@ class SandboxedTemplate:
         self.style = chat_format.TAGS
         self.thinks = False
         if trusted:
-            return  # it knows no tools: the sandbox need not say so
+            return  # it knows no tools: the sandbox need not be asked
         if len(source) > _MAX_SOURCE_CHARACTERS:
             self._unusable = self._sentence(
                 f"is longer than {_MAX_SOURCE_CHARACTERS} characters{INSTEAD}"

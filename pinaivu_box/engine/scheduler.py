@@ -22,7 +22,7 @@ from pinaivu_box.engine.prefix_cache import PRIVATE, PrefixCache
 from pinaivu_box.engine.sequence import Sequence, State
 
 _MAX_STEADY_STEPS = 64
-MAX_DRAFT_TOKENS = 63  # a step of 64 rows is as long as anybody should wait for one token
+MAX_DRAFT_TOKENS = 63  # a step of 64 rows is as long as one token should take
 MIN_AWAITED_TOKENS = 32  # of a prefix that another sequence is computing
 # Positions of prompts that give logits in one step: of a vocabulary of 260,000 that is 130 MB.
 MAX_SCORED_POSITIONS = 128

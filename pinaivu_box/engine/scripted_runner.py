@@ -1,4 +1,4 @@
-"""A fake model that says what a script says, so that programs can be watched that call tools.
+"""A fake model with scripted answers, to test programs that call tools.
 
 A model whose path is `fake:/FOLDER/SCRIPT.json` is served by it.  The script is a JSON list of
 objects with `when` (a list of texts) and `say` (a text): an answer is the `say` of the first object

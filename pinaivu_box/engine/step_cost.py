@@ -12,7 +12,7 @@ from pinaivu_box.engine.ngram_drafter import expected_accepted
 # and a long prompt takes at most 7/6 of the time that it would take alone.  Smaller chunks would
 # cost more than they save: measured in tests/bench/results.
 MAX_GAP_STRETCH = 7.0
-MIN_STEP_SECONDS = 0.1  # a gap that nobody minds, however fast the model
+MIN_STEP_SECONDS = 0.1  # so long a gap is always acceptable, however fast the model
 MAX_STEP_SECONDS = 0.8  # also without streams: a new request waits for the end of a step
 MIN_PROMPT_TOKENS = 16  # smaller chunks only waste
 _LEARNING_RATE = 0.25

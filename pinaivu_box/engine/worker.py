@@ -69,26 +69,26 @@ def main() -> None:
         return
     load = decode_to_engine(body)
     if not isinstance(load, LoadModel):
-        raise BoxError("The first frame of an engine must be Load.")
+        raise BoxError("The first frame of an engine must be LoadModel.")
     outbox: Outbox = queue.SimpleQueue()
     inbox: Inbox = queue.SimpleQueue()
     writer = threading.Thread(target=_write_frames, args=(frames_out, outbox, inbox), daemon=True)
     writer.start()
-    queue_ready: Future[PreparationQueue] = Future()
+    preparation: Future[PreparationQueue] = Future()
     # From the beginning: the end of stdin must end us in the middle of loading as well.
-    threading.Thread(target=_read_frames, args=(frames_in, queue_ready), daemon=True).start()
-    processes = sandboxes.start()  # while the model loads
+    threading.Thread(target=_read_frames, args=(frames_in, preparation), daemon=True).start()
+    children = sandboxes.start()  # while the model loads
     try:
         runner = _make_runner(load, _report_progress(outbox))
         preparer = RequestPreparer(
             runner,
-            processes,
+            children,
             drafting=load.drafting,
             context_shift=load.context_shift,
             model=load.model,
             parse_special=load.parse_special,
         )
-        queue_ready.set_result(PreparationQueue(preparer, outbox.put, inbox.put))
+        preparation.set_result(PreparationQueue(preparer, outbox.put, inbox.put))
         engine = Engine(runner, token_budget=load.token_budget)
     except BoxError as error:
         outbox.put(LoadFailed(error.message))
@@ -161,11 +161,11 @@ def _report_progress(outbox: Outbox) -> ProgressCallback:
     return report
 
 
-def _read_frames(stream: BinaryIO, queue_ready: Future[PreparationQueue]) -> None:
+def _read_frames(stream: BinaryIO, preparation: Future[PreparationQueue]) -> None:
     while (body := read_body(stream)) is not None:
         message = decode_to_engine(body)
         if not isinstance(message, LoadModel):
-            queue_ready.result().take(message)
+            preparation.result().take(message)
     os._exit(0)
 
 

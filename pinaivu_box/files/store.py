@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from pinaivu_box.models import partial_file
 from pinaivu_box.models.catalog import Model, digest_of
-from pinaivu_box.models.regular_files import look
+from pinaivu_box.models.regular_files import stat_regular
 from pinaivu_box.models.splits import digest_of_parts
 from pinaivu_box.store.database import Database, SqlStatement
 from pinaivu_box.tasks import ignore_exception
@@ -122,7 +122,7 @@ async def _in_thread(work: Callable[[Callable[[], bool]], T]) -> T:
 
 def _facts(path: Path) -> _Facts:
     """Return what changes with a file.  Raises OSError, also if it is not a regular file."""
-    status = look(path)
+    status = stat_regular(path)
     # SQLite's integers end in the year 2262, file systems' later.
     return str(path), status.st_size, status.st_mtime_ns % 2**63
 

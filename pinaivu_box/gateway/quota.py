@@ -13,11 +13,11 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 
 from pinaivu_box import amount
 from pinaivu_box.errors import BudgetExceeded, ExceedsKeyLimit, RateLimited
 from pinaivu_box.policy import Budget
+from pinaivu_box.receipts.receipt import utc_text
 from pinaivu_box.store.keys import MAX_PERIODS, in_period
 
 MINUTE = 60.0  # seconds
@@ -235,13 +235,20 @@ class Quota:
         return self.requests.enter(1)
 
     def check(
-        self, limits: Limits, *, tokens: int = 1, cost: int = 0, counted: Entry | None = None
+        self,
+        limits: Limits,
+        *,
+        tokens: int = 1,
+        cost: int = 0,
+        explicit: bool = True,
+        counted: Entry | None = None,
     ) -> None:
-        """Refuse what cannot run whatever its size; `tokens` and `cost` are the least it may use.
-
-        Raises as `reserve` does.
-        """
-        self._check(limits, tokens, cost, counted, explicit=True)
+        """Refuse a request that cannot run now; the parameters are those of `reserve`."""
+        self._max_parallel = limits.max_parallel
+        self._check_requests(limits, counted)
+        self._check_tokens(limits, tokens)
+        self._check_places(limits)
+        self._check_money(limits, cost, explicit=explicit)
 
     def reserve(
         self,
@@ -258,7 +265,7 @@ class Quota:
         answer.  A request that is `counted` already counts from now on instead.  Raises
         ExceedsKeyLimit, RateLimited if it would fit later, BudgetExceeded if it would not.
         """
-        self._check(limits, tokens, cost, counted, explicit=explicit)
+        self.check(limits, tokens=tokens, cost=cost, explicit=explicit, counted=counted)
         if counted is not None:
             self.requests.correct(counted, 0)
         self.requests.enter(1)
@@ -297,15 +304,6 @@ class Quota:
             self._waiting.popleft().turn.set()
 
     # -- checks ------------------------------------------------------------------------------------
-
-    def _check(
-        self, limits: Limits, tokens: int, cost: int, counted: Entry | None, *, explicit: bool
-    ) -> None:
-        self._max_parallel = limits.max_parallel
-        self._check_requests(limits, counted)
-        self._check_tokens(limits, tokens)
-        self._check_places(limits)
-        self._check_money(limits, cost, explicit=explicit)
 
     def _check_requests(self, limits: Limits, counted: Entry | None) -> None:
         """A request that is counted is not in its own way."""
@@ -348,7 +346,11 @@ class Quota:
         spending = self._spending_of(begin, end)
         left = budget.units - spending.spent
         if cost > left and (explicit or not spending.reserved):
-            when = "raise the budget" if end is None else f"wait until {_utc(end)}"
+            when = (
+                "raise the budget"
+                if end is None
+                else f"wait until {utc_text(math.ceil(end / 1000))}"
+            )
             period = f" per {budget.period}" if budget.period else ""
             raise BudgetExceeded(
                 f"{limits.principal} has a budget of {budget.amount}{period}, of which "
@@ -432,8 +434,3 @@ def refuse_until(wait: float, limit: str) -> None:
     if wait > 0:
         seconds = max(1, math.ceil(wait))
         raise RateLimited(f"{limit}: try again in {seconds} s.", retry_after=seconds)
-
-
-def _utc(milliseconds: int) -> str:
-    moment = datetime.fromtimestamp(math.ceil(milliseconds / 1000), UTC)
-    return moment.isoformat().replace("+00:00", "Z")

@@ -140,7 +140,7 @@ class _GossipLink:
 class RecordReaders(NamedTuple):
     """How records are read and checked; the simulation caches that."""
 
-    member: Callable[[Record], membership_records.Statement] = membership_records.read
+    member: Callable[[Record], membership_records.RosterContent] = membership_records.read
     news: Callable[[Record], Advert | GoneReport] = adverts.read
 
 

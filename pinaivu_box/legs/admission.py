@@ -105,22 +105,23 @@ class _PeerLegs:
     changes: Changes = field(default_factory=Changes)  # of `running` and `paid`
 
 
+@dataclass
 class LegPermit:
-    """Permission to serve one leg, while it lasts."""
+    """Permission to serve one leg, while it lasts.  `proven`: the peer has its proof."""
 
-    def __init__(
-        self, peer: str, leg: LegKey, prompt: bytes, legs: _PeerLegs, ledger: PeerLedger
-    ) -> None:
-        self.proven = False  # whether the peer has its proof
-        self._peer, self._leg, self._prompt = peer, leg, prompt
-        self._legs, self._ledger = legs, ledger
+    peer: str
+    key: LegKey
+    prompt: bytes
+    legs: _PeerLegs
+    ledger: PeerLedger
+    proven: bool = False
 
     async def check_new(self) -> None:
         """Nothing may be sent before this, but the engine need not wait for it.
 
         Raises Conflict if the leg was served already.
         """
-        if await self._ledger.served(self._peer, *self._leg):
+        if await self.ledger.served(self.peer, *self.key):
             self.served()  # the next time nothing begins
             raise _served_already()
 
@@ -129,59 +130,49 @@ class LegPermit:
 
         Raises Conflict if no leg pays for the prompt any more.
         """
-        if self._prompt not in self._legs.paid:
+        if self.prompt not in self.legs.paid:
             raise _unpaid()
 
     def served(self) -> None:
         """It is in the ledger."""
-        self._legs.served[self._leg] = None
+        self.legs.served[self.key] = None
 
 
+@dataclass(frozen=True)
 class PeerRequest:
     """A request of a peer that has its place among the peer's requests."""
 
-    def __init__(
-        self,
-        admission: LegAdmission,
-        peer: str,
-        policy: PeerPolicy,
-        currency: str,
-        reservation: Reservation,
-    ) -> None:
-        self._admission, self._reservation = admission, reservation
-        self._peer, self._policy, self._currency = peer, policy, currency
+    admission: LegAdmission
+    peer: str
+    policy: PeerPolicy
+    currency: str
+    reservation: Reservation
 
     async def check(self) -> None:
         """Refuse what cannot run before anything is spent on it.  Raises RateLimited."""
-        self._reservation.quota.check(await self._limits())
+        limits = await self.admission.limits(self.peer, self.policy, self.currency)
+        self.reservation.quota.check(limits)
 
     async def reserve(self, *, tokens: int, cost: int) -> None:
         """Reserve what the request may use and cost at most, until it ends.
 
         Raises RateLimited.
         """
-        limits = await self._limits()
+        limits = await self.admission.limits(self.peer, self.policy, self.currency)
         # From here on nothing is awaited: of requests that come together each sees the others.
         tokens = min(tokens, limits.tpm or tokens)
-        self._reservation.quota.increase(self._reservation, limits, tokens=tokens, cost=cost)
-
-    def use(self, tokens: int) -> None:
-        """Count so many tokens instead of those that were reserved."""
-        self._reservation.use(tokens)
+        self.reservation.quota.increase(self.reservation, limits, tokens=tokens, cost=cost)
 
     def check_counting(self) -> None:
         """Before a prompt is counted that is not run.  Raises RateLimited."""
-        if self._policy.tokens_per_minute:
-            limit = _COUNTED_RATIO * self._policy.tokens_per_minute
-            wait = self._admission.counted(self._peer).wait(1, limit)
+        if self.policy.tokens_per_minute:
+            limit = _COUNTED_RATIO * self.policy.tokens_per_minute
+            wait = self.admission.counted(self.peer).wait(1, limit)
             refuse_until(wait, f"{_PRINCIPAL} may count {limit} tokens per minute")
 
     def counted(self, tokens: int) -> None:
         """A prompt of so many tokens was counted."""
-        self._admission.counted(self._peer).enter(tokens)
-
-    async def _limits(self) -> Limits:
-        return await self._admission.limits(self._peer, self._policy, self._currency)
+        self.admission.counted(self.peer).enter(tokens)
 
 
 class LegAdmission:

@@ -206,7 +206,7 @@ class LegServer:
         finally:
             # Whatever the peer has done meanwhile, and wherever it hung up.  What other legs have
             # made is computed here too, like a prompt, though nobody pays for it again.
-            request.use(leg.tokens + len(job.output) if owed and leg.tokens else 0)
+            request.reservation.use(leg.tokens + len(job.output) if owed and leg.tokens else 0)
             proven = leg.proof() if owed else None
             if proven is not None and self._is_owed(proven[0]):
                 await self._settle(peer, leg, *proven, pays_prompt=asked.pays_prompt)

@@ -63,7 +63,7 @@ class Revocation(Struct, frozen=True, array_like=True):
     epoch: Counter = 0
 
 
-Statement = Certificate | Revocation
+RosterContent = Certificate | Revocation
 
 
 class Invalid(ValueError):
@@ -135,7 +135,7 @@ def unseal(record: Record, content_type: type[Content], signer: str) -> Content:
     return content
 
 
-def read(record: Record) -> Statement:
+def read(record: Record) -> RosterContent:
     """Return what a roster's record says, its form and signature checked.  Raises Invalid."""
     if record.kind == "member":
         return unseal(record, Certificate, "inviter")
@@ -150,9 +150,9 @@ def record_id(record: Record) -> bytes:
     return truncated_hash(record.kind.encode(), b"\n", record.body, size=16)
 
 
-def signer_of(statement: Statement) -> str:
+def signer_of(content: RosterContent) -> str:
     """Return the node id of who signed it."""
-    return node_of(statement.inviter if isinstance(statement, Certificate) else statement.signer)
+    return node_of(content.inviter if isinstance(content, Certificate) else content.signer)
 
 
 def truncated_hash(*parts: bytes, size: int) -> bytes:

@@ -1,25 +1,25 @@
-"""Who belongs to the network: certificates and revocations, and the one verdict that they lead to.
+"""Who is a member of the network: certificates and revocations, and the verdict about each box.
 
 A roster is two sets that only grow, so merging is a union: order, repetition and loss do not
-matter, and whoever holds the same records says the same of everybody.  No clock decides anything:
-`issued_at` is what the signer's clock said, and is only shown.
+matter, and all boxes with the same records reach the same verdicts.  No clock decides anything:
+`issued_at` is what the signer's clock showed, and is only displayed.
 
-Who may do what:
+Permissions:
 
 - The founder (its key is in the network's id) is the root.  It cannot be revoked.
-- An admin may invite anybody, admins too, and revoke anybody but the founder.
+- An admin may invite any box, also as an admin, and revoke any box but the founder.
 - Another member may invite, if an admin invited it, and revoke those it invited.  These may not
   invite in turn: so one hostile member brings in `MAX_INVITED` strangers and no more.
 
-A revocation is of the box and not of one certificate: other members' certificates, old or new, do
-not bring it back.  It holds for ever, also after its signer was revoked; else revoking somebody
-could let others back in.  What that costs: an admin whose key was stolen can revoke many.  The
-cure is the founder, who alone can readmit (a certificate of a higher `epoch`, void only by the
-founder's word).
+A revocation is of the box and not of one certificate: certificates of other members, old or new,
+do not bring it back.  It is permanent, and stays valid after its signer was revoked; else revoking
+one box could let others back in.  The price: an admin whose key was stolen can revoke many.  The
+remedy is the founder, who alone can readmit (by a certificate of a higher `epoch`, which only the
+founder can void).
 
-Whoever was certified only by a revoked box falls with it: a stolen key could have certified
-anybody and dated it back.  `orphans` names those boxes, so that the revoker can certify the ones
-that it knows anew.
+A box that was certified only by a revoked box is not a member any more: a stolen key could have
+certified any box and backdated it.  `orphans` names those boxes, so that the revoker can certify
+the ones that it knows anew.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from pinaivu_box.membership.records import (
     Invalid,
     Record,
     Revocation,
-    Statement,
+    RosterContent,
     founder_of,
     key_of,
     network_key,
@@ -56,7 +56,7 @@ _ADMIN, _LAST = 0, 2  # levels: admins, those they invited, those whom these inv
 _CLOCK_TOLERANCE_MS = 300_000
 
 
-Reader = Callable[[Record], Statement]
+Reader = Callable[[Record], RosterContent]
 Check = Callable[[Certificate], bool]
 
 
@@ -115,56 +115,56 @@ class Roster:
     def admit(self, records: Iterable[Record], read_record: Reader = read) -> RosterUpdate:
         """Keep the records that a member has signed; they may come in any order."""
         update = RosterUpdate([], [], [], [])
-        pending: dict[bytes, tuple[Record, Statement]] = {}
+        pending: dict[bytes, tuple[Record, RosterContent]] = {}
         for record in records:
             try:
-                statement = read_record(record)
-                if statement.network != self.network_key:
+                content = read_record(record)
+                if content.network != self.network_key:
                     raise Invalid("a record of another network")
             except Invalid as error:
                 update.forged.append((record, str(error)))
                 continue
             if (key := record_id(record)) not in self._records:
-                pending[key] = (record, statement)
+                pending[key] = (record, content)
         before = -1
         while before != len(update.new):  # one may make another's signer known
             before = len(update.new)
-            for key, (record, statement) in list(pending.items()):
-                full = len(self._records) >= MAX_RECORDS and signer_of(statement) != self.founder
-                if self._has_room(statement) and not full:  # the founder can always revoke a box
+            for key, (record, content) in list(pending.items()):
+                full = len(self._records) >= MAX_RECORDS and signer_of(content) != self.founder
+                if self._has_room(content) and not full:  # the founder can always revoke a box
                     del pending[key]
-                    self._keep(key, record, statement)
+                    self._keep(key, record, content)
                     update.new.append(record)
-        for record, statement in pending.values():
-            if signer_of(statement) in self._ever_levels():
+        for record, content in pending.values():
+            if signer_of(content) in self._ever_levels():
                 update.refused.append((record, "its signer has signed as much as it may"))
             else:
                 update.waiting.append(record)
         return update
 
-    def _has_room(self, statement: Statement) -> bool:
+    def _has_room(self, content: RosterContent) -> bool:
         """Whether its signer is known and may sign one more.
 
         Nothing is ever dropped to make room: that would let a signer undo its own revocations.
         """
-        signer = signer_of(statement)
+        signer = signer_of(content)
         level = self._ever_levels().get(signer, _LAST)
         limit = MAX_BY_ADMIN if level == _ADMIN else MAX_INVITED if level < _LAST else 0
-        if isinstance(statement, Certificate):
+        if isinstance(content, Certificate):
             return len(self._issued[signer]) < limit
         return self._revocation_count[signer] < limit
 
-    def _keep(self, key: bytes, record: Record, statement: Statement) -> None:
+    def _keep(self, key: bytes, record: Record, content: RosterContent) -> None:
         self._records[key] = record
-        node = node_of(statement.node)
-        if isinstance(statement, Certificate):
-            self._certificates[node].append(statement)
-            self._ids[statement] = key
-            self._issued[node_of(statement.inviter)].append(statement)
+        node = node_of(content.node)
+        if isinstance(content, Certificate):
+            self._certificates[node].append(content)
+            self._ids[content] = key
+            self._issued[node_of(content.inviter)].append(content)
             self._levels_ever = None
         else:
-            self._revocations[node].append(statement)
-            self._revocation_count[node_of(statement.signer)] += 1
+            self._revocations[node].append(content)
+            self._revocation_count[node_of(content.signer)] += 1
         self._levels_now = self._buckets = None
         self.version += 1
 

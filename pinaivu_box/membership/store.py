@@ -22,9 +22,7 @@ class MembershipStore:
         self.roster: Roster | None = None
         self._database = database
         self._saved_records = 0  # a roster only grows, at its end
-        self._unsaved_audit: list[
-            SqlStatement
-        ] = []  # audit entries of the records that are not saved
+        self._unsaved_audit: list[SqlStatement] = []  # of the records that are not saved
         self._saving, self._changed = asyncio.Lock(), asyncio.Event()
 
     def is_member(self, node_id: str) -> bool:

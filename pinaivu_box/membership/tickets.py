@@ -1,8 +1,8 @@
 """Tickets: what an operator carries from one box to another so that the two find each other.
 
-A ticket is `pnv1` and lower-case base32 of msgpack with a checksum before it.  It names the
-inviter's key, so whoever answers at its addresses must prove to be that box; and it holds a
-one-time secret, so that box must be shown it.  Of the secret the inviter keeps the hash alone.
+A ticket is `pnv1` and lower-case base32 of msgpack with a checksum before it.  It contains the
+inviter's key, so a box that answers at its addresses has to prove that it is the inviter; and a
+one-time secret, which gives the newcomer the right to join.  The inviter keeps the secret's hash.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ Secret = Annotated[bytes, Meta(min_length=_SECRET_BYTES, max_length=_SECRET_BYTE
 
 
 class TicketInvalid(ValueError):
-    """A text that is not a ticket; says why, in a sentence for whoever pasted it."""
+    """A text that is not a ticket; says why, in a sentence for who has pasted it."""
 
 
 class Ticket(Struct, frozen=True, array_like=True):

@@ -19,7 +19,7 @@ from pinaivu_box.models.folder_scan import FolderScan
 from pinaivu_box.models.gguf import BadGguf, Header
 from pinaivu_box.models.header_reader import HeaderReader
 from pinaivu_box.models.names import MAX_NAME, RULE, is_model_id, printable
-from pinaivu_box.models.regular_files import download_mark, look, open_regular
+from pinaivu_box.models.regular_files import download_mark, open_regular, stat_regular
 
 FAKE = "fake:"  # a runner without a model, for tests and load measurements
 _READ_BYTES = 1 << 20
@@ -76,12 +76,12 @@ class Catalog:
 
     @property
     def not_served(self) -> dict[Path, str]:
-        """The files in the models folder that are not, each with the end of a sentence that says
-        why, and whether it may still be being written."""
+        """The files in the models folder that are not, each with the reason as the end of a
+        sentence, and whether it may still be being written."""
         return {path: _why_not(path, why) for path, why in self._not_served.items()}
 
-    def only(self, globs: Sequence[str]) -> Catalog:
-        """The models whose ids fit one of them."""
+    def matching(self, globs: Sequence[str]) -> Catalog:
+        """The models whose ids match one of the globs."""
         fits = {
             model.id: model
             for model in self.models
@@ -90,12 +90,12 @@ class Catalog:
         return Catalog(fits)
 
     def without(self, ids: set[str]) -> Catalog:
-        """The other models."""
+        """A catalog without those models."""
         left = {model.id: model for model in self.models if model.id not in ids}
         return Catalog(left, self._not_served)
 
-    def and_also(self, more: Iterable[Model]) -> Catalog:
-        """With those too."""
+    def with_models(self, more: Iterable[Model]) -> Catalog:
+        """A catalog with those models too."""
         return Catalog(self._models | {model.id: model for model in more}, self._not_served)
 
     def is_written(self, model: Model) -> bool:
@@ -302,7 +302,7 @@ def digest_of(model: Model, stopped: Callable[[], bool] = lambda: False) -> str:
     with open_regular(model.path, buffering=0) as file:
         while piece := file.read(_READ_BYTES):
             if stopped():
-                raise InterruptedError(0, "nobody waits for its digest", str(model.path))
+                raise InterruptedError(0, "its digest is no longer needed", str(model.path))
             digest.update(piece)
     return digest.hexdigest()
 
@@ -323,7 +323,7 @@ def _configured(entry: ModelConfig, headers: HeaderReader) -> Model:
             recorded_digest=hashlib.sha256(b"fake").hexdigest(),
         )
     path = _expanded(entry.path).absolute()
-    str(path).encode()  # the engine is told in UTF-8
+    str(path).encode()  # it is sent to the engine in UTF-8
     part = splits.parse(path.name)
     if part is None:
         model = _single(entry.name, Path(os.path.realpath(path)), headers)
@@ -339,7 +339,7 @@ def _configured(entry: ModelConfig, headers: HeaderReader) -> Model:
 
 def _single(model_id: str, path: Path, headers: HeaderReader) -> Model:
     """Raises BadGguf, OSError."""
-    header = _header(path, look(path), headers)
+    header = _header(path, stat_regular(path), headers)
     splits.check_single(header)
     gguf.check_whole(header, header.tensors)
     return _from_file(model_id, path, header)
@@ -350,7 +350,7 @@ def _split(model_id: str, paths: Sequence[Path], headers: HeaderReader) -> Model
     facts, read = [], []
     for number, path in enumerate(paths, 1):
         try:
-            facts.append(look(path))
+            facts.append(stat_regular(path))
             read.append(_header(path, facts[-1], headers))
         except (BadGguf, OSError) as error:
             raise BadGguf(f"part {number} of {len(paths)}: {_reason(error)}") from error
@@ -382,7 +382,7 @@ def _from_file(
     owner: str = "local",
 ) -> Model:
     """Raises OSError."""
-    facts = look(path)
+    facts = stat_regular(path)
     return Model(
         id=model_id,
         path=path,

@@ -15,8 +15,8 @@ MAX_FILES = 10_000  # named like models
 
 @dataclass
 class FolderScan:
-    """`files` are those above others first, then by name.  `not_served` says why what is not among
-    them is left out."""
+    """`files` are those above others first, then by name.  `not_served` holds the reasons for
+    those that are left out."""
 
     files: list[Path] = field(default_factory=list)
     not_served: dict[Path, str] = field(default_factory=dict)
@@ -84,7 +84,7 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a loop of links: who reads it will say so
+    except OSError:  # a loop of links: reading it reports that
         return False
 
 

@@ -205,9 +205,9 @@ def _read(file: _Reader) -> Header:
         raise BadGguf(f"it is of GGUF version {version}; 2 and 3 are known")
     tensors, keys = file.number("<Q"), file.number("<Q")
     if keys > _MAX_KEYS:
-        raise BadGguf(f"it says that it has {keys} keys")
+        raise BadGguf(f"its header claims {keys} keys")
     if tensors > _MAX_TENSORS:
-        raise BadGguf(f"it says that it has {tensors} tensors")
+        raise BadGguf(f"its header claims {tensors} tensors")
     values = _Values(_metadata(file, keys))
     needed = _tensors_end(file, tensors, values.alignment())
     if needed > file.size:

@@ -1,4 +1,4 @@
-"""Reads the headers of model files in a child with limits, and remembers what they say."""
+"""Reads the headers of model files in a child with limits, and remembers the results."""
 
 from __future__ import annotations
 
@@ -63,12 +63,13 @@ class HeaderReader:
         self._sandbox.close()
 
     def stop(self) -> None:
-        """From another thread: read no more, so that whoever looks at files is done soon."""
+        """From another thread: read no more, so that a scan in progress ends soon."""
         self._stopped = True
         self._sandbox.close()
 
     def _read_file(self, path: Path) -> _HeaderResult:
-        """What the bytes say.  What says nothing about them is not remembered: it is raised."""
+        """The result of reading the file.  Errors that are not about its bytes are raised, so that
+        they are not remembered."""
         self._ends = self._ends or time.monotonic() + _MAX_LOOK_SECONDS
         if self._stopped:
             raise BadGguf("the box stops")

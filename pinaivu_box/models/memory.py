@@ -77,7 +77,7 @@ def cpu_ticks(pid: int) -> int | None:
 
 def _children(pid: int) -> list[int]:
     children: list[int] = []
-    with contextlib.suppress(OSError):  # it has ended, or this kernel does not say
+    with contextlib.suppress(OSError):  # it has ended, or this kernel does not list them
         for thread in Path(f"/proc/{pid}/task").iterdir():
             with contextlib.suppress(OSError):
                 children += map(int, (thread / "children").read_text().split())

@@ -21,11 +21,11 @@ from pinaivu_box.models.regular_files import open_regular
 
 PIECE_BYTES = 4 * 1024 * 1024
 HASH_BYTES = 32
-_MIN_SPARE_BYTES = 100 * 1000 * 1000  # of the disk, for the database and whoever else
+_MIN_SPARE_BYTES = 100 * 1000 * 1000  # of the disk, for the database and other programs
 
 
 class CopyInProgress(OSError):
-    """Somebody else is making this copy."""
+    """Another process is making this copy."""
 
 
 class NoRoom(OSError):
@@ -52,7 +52,7 @@ def hashes(model: Model, stopped: Callable[[], bool] = lambda: False) -> bytes:
             file.seek(model.offset + number * PIECE_BYTES)
             hashes_ += hashlib.sha256(file.read(length(number, model.size))).digest()
             if stopped():
-                raise InterruptedError(0, "nobody waits for its hashes", str(model.path))
+                raise InterruptedError(0, "its hashes are no longer needed", str(model.path))
     return bytes(hashes_)
 
 
@@ -89,8 +89,8 @@ def check_room(folder: Path, files: Iterable[tuple[str, int]]) -> None:
 
 @contextmanager
 def claimed(folder: Path, digest: str) -> Iterator[None]:
-    """While this lasts nobody else copies the files of the model with that digest.  Raises Busy,
-    OSError."""
+    """While this lasts no other process copies the files of the model with that digest.  Raises
+    CopyInProgress, OSError."""
     path = _partial(folder, f"{digest}.lock")
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
@@ -121,11 +121,11 @@ def _partial(folder: Path, digest: str) -> Path:
 
 
 class PartialFile:
-    """An unfinished copy, which nobody else can open meanwhile.  Its methods wait for the disk, and
-    are for threads; after `close` they do nothing.  All raise OSError."""
+    """An unfinished copy, which no other process can open meanwhile.  Its methods block on disk,
+    and are for threads; after `close` they do nothing.  All raise OSError."""
 
     def __init__(self, folder: Path, digest: str, size: int, expected: bytes) -> None:
-        """`expected` are the hashes of the pieces.  Raises Busy, NoRoom, OSError."""
+        """`expected` are the hashes of the pieces.  Raises CopyInProgress, NoRoom, OSError."""
         self.path = _partial(folder, digest)
         self._folder = folder
         self.size = size

@@ -17,7 +17,7 @@ _KINDS = {
 
 
 class NotAFile(OSError):
-    """It is something else than a regular file; `strerror` says what."""
+    """It is not a regular file; `strerror` is what it is."""
 
 
 def why_not(mode: int) -> str | None:
@@ -27,7 +27,7 @@ def why_not(mode: int) -> str | None:
     return f"it is {_KINDS.get(stat.S_IFMT(mode), 'no file')}, not a regular file"
 
 
-def look(path: Path) -> os.stat_result:
+def stat_regular(path: Path) -> os.stat_result:
     """The facts of a regular file, or of the one that a link leads to.  Raises OSError."""
     try:
         facts = path.stat()

@@ -55,7 +55,7 @@ def stem_of(name: str) -> str:
 
 
 def check_complete(count: int, present: Sequence[int]) -> None:
-    """Whether all parts are there.  Raises BadGguf."""
+    """Check that all parts are present.  Raises BadGguf."""
     missing = sorted(set(range(1, count + 1)) - set(present))
     if missing:
         named = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
@@ -66,7 +66,7 @@ def check_complete(count: int, present: Sequence[int]) -> None:
 
 
 def check_consistent(headers: Sequence[Header]) -> int:
-    """Whether what the parts say of themselves is what their names say; the number of tensors in
+    """Check that the headers of the parts agree with their names.  Returns the number of tensors in
     all.  Raises BadGguf."""
     for number, header in enumerate(headers, 1):
         if (header.part, header.parts) != (number, len(headers)):
@@ -83,7 +83,7 @@ def check_consistent(headers: Sequence[Header]) -> int:
 
 
 def check_single(header: Header) -> None:
-    """Whether a file whose name is not that of a part is a whole model.  Raises BadGguf."""
+    """Check that a file whose name is not that of a part is a whole model.  Raises BadGguf."""
     if header.parts > 1:
         raise BadGguf(
             f"it is part {header.part} of {header.parts} of a model, and its name does not say so: "

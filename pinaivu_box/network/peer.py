@@ -118,7 +118,7 @@ def _state(
 
 
 class LinkView(Struct, frozen=True):
-    """`direct`: without a relay.  `rtt_ms`: the latest round trip, if there was one."""
+    """`direct`: not by a relay.  `rtt_ms`: the latest round-trip time, null if there is none."""
 
     direct: bool
     address: str
@@ -126,8 +126,8 @@ class LinkView(Struct, frozen=True):
 
 
 class OfferView(Struct, frozen=True):
-    """A model that it offers, with the load of now; `ttft_ms` and `tokens_per_s` as it measured
-    them.  `price` is of 1,000 tokens."""
+    """A model that a peer offers, with its load as of its latest advert; `ttft_ms` and
+    `tokens_per_s` as the peer measured them.  `price` is for 1,000 tokens."""
 
     id: str
     digest: str
@@ -141,17 +141,17 @@ class OfferView(Struct, frozen=True):
 
 
 class Opinion(Struct, frozen=True):
-    """This box's own, of 0 to 1, and what it rests on."""
+    """This box's own opinion of a peer, from 0 to 1, and what it is based on."""
 
     value: float
     why: str
 
 
 class UseView(Struct, frozen=True):
-    """What a peer may have of this box, by its own `limits` or else `[peering.serve]`, and what it
-    has: requests that are `running`, `tokens` of the last minute, and what it `owes` with what runs
-    and what it has not accepted, which is also told as `unaccepted`.  null: no limit.  `open`:
-    within its `hours` now."""
+    """What a peer may use of this box, by its own `limits` or else by `[peering.serve]`, and what
+    it uses: `running` requests, `tokens` of the last minute, and what it `owes`, including the
+    running requests and what it has not accepted, which is `unaccepted`.  null: no limit.
+    `open`: the current time is within its `hours`."""
 
     max_parallel: int
     running: int
@@ -167,9 +167,9 @@ class UseView(Struct, frozen=True):
 
 
 class CostView(Struct, frozen=True):
-    """What this box pays a peer: all that it `received` ever cost, what of that it `owes`, and the
-    most it may owe (`max_debt`), null for no limit.  `too_dear`: models that it does not use there,
-    for their price is over `[peering] max_price`."""
+    """What this box pays a peer: `received` is the price of all that it ever received, of which it
+    `owes` a part; `max_debt` is the most it may owe, null for no limit.  `too_dear`: models of the
+    peer that this box does not use because their price is over `[peering] max_price`."""
 
     received: str
     owes: str
@@ -178,16 +178,17 @@ class CostView(Struct, frozen=True):
 
 
 class RefusalView(Struct, frozen=True):
-    """What a peer answered instead of serving us, `age` seconds ago."""
+    """The peer's latest refusal of a request of this box, `age` seconds ago."""
 
     message: str
     age: float
 
 
 class PeerView(Struct, frozen=True):
-    """`why` explains the state.  `clock_ahead`: of ours, when the link began.  `advert_age`: since
-    it last said what it offers; without one, `models` is empty.  `gone`: others have lost it.
-    `refusal`: its last, if it has not served us since."""
+    """A peer.  `why` explains its `state`.  `clock_ahead`: by how much its clock was ahead of ours
+    when the link began.  `advert_age`: the age of its latest advert; null if there is none, and
+    then `models` is empty.  `gone`: other members report that they lost it.  `refusal`: its
+    latest, if it has not served a request of this box since."""
 
     id: str
     name: str
@@ -214,13 +215,15 @@ class PeerView(Struct, frozen=True):
 
 
 class OwnModel(Struct, frozen=True):
+    """A model that this box offers."""
+
     id: str
     digest: str
 
 
 class OwnView(Struct, frozen=True):
-    """This box as its peers see it.  `state`: "alone" in no network, a "member" of one, or
-    "revoked", and `why`."""
+    """This box as its peers see it.  `state`: "alone" (in no network), "member" or "revoked", which
+    `why` explains."""
 
     id: str
     name: str

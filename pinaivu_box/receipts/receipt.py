@@ -156,7 +156,7 @@ class ReceiptView(Struct, frozen=True, omit_defaults=True, forbid_unknown_fields
 
 def sampling_record(sampling: Sampling, max_tokens: int | None) -> dict[str, Any]:
     record: dict[str, Any] = msgspec.to_builtins(sampling)
-    if not sampling.min_tokens:  # boxes that do not know it check that nothing else is said
+    if not sampling.min_tokens:  # boxes that do not know it refuse a record with it
         del record["min_tokens"]
     return {**record, "seed": str(sampling.seed), "max_tokens": max_tokens}
 
@@ -186,7 +186,7 @@ class _Documented(Struct, frozen=True):
 
 
 def view(signed: bytes, signature: bytes, opening: bytes | None) -> ReceiptView:
-    """What is stored is shown as it is; whether it is right is for `verify` to say."""
+    """The view of a stored receipt, unchecked: `verify` checks it."""
     receipt = msgspec.json.decode(signed, type=_Documented)
     return ReceiptView(
         request_id=receipt.request_id,

@@ -99,10 +99,10 @@ def verify_receipt(
 
 
 def read_proof(signed: SignedProof) -> Proof:
-    """What the text of a proof says; `is_signed` says whether its signer does.  Raises ValueError.
+    """Parse the text of a proof; `is_signed` checks its signature.  Raises ValueError.
 
-    Whoever takes a proof from another box reads it with these two, before anything is signed,
-    billed or stored: what they refuse would be in a receipt that nobody can verify.
+    A proof from another box is read with these two before anything is signed, billed or stored:
+    what they refuse would be in a receipt that cannot be verified.
     """
     try:
         check_json(signed.signed)

@@ -1,6 +1,8 @@
 """The table of endpoints.  Routes, `/openapi.json` and the check of scopes are made from it.
 
-To add an endpoint, write a handler (see `endpoint`) and add its line here.
+To add an endpoint, write a handler and add its line here.  The types of its request and response
+are those that the handler declares (see `endpoint`); the statuses of errors are the same for all
+(see `openapi`).  Of two endpoints with the same path, the first that has the method serves.
 """
 
 from __future__ import annotations
@@ -117,6 +119,12 @@ ENDPOINTS: tuple[Endpoint, ...] = (
     Endpoint("GET", "/metrics", "public", health.metrics),
 )
 # fmt: on
+# The access of a resource by the first two segments of its paths, as /v1/admin.
+_RESOURCES = [
+    ("/".join(endpoint.path.split("/")[:3]), endpoint.access)
+    for endpoint in ENDPOINTS
+    if endpoint.access != "public"
+]
 
 
 def access_to(method: str, path: str) -> Access:
@@ -131,11 +139,3 @@ def access_to(method: str, path: str) -> Access:
     if not path.startswith("/v1"):
         return "public"
     return next((access for prefix, access in _RESOURCES if path.startswith(prefix)), "inference")
-
-
-# The first two segments of paths, as /v1/admin.
-_RESOURCES = [
-    ("/".join(endpoint.path.split("/")[:3]), endpoint.access)
-    for endpoint in ENDPOINTS
-    if endpoint.access != "public"
-]

@@ -270,11 +270,11 @@ class IrohTransport:
 
     async def _listen(self) -> None:
         while (incoming := await self._endpoint.accept_next()) is not None:
-            if self._handshake.at_capacity():
+            if self._handshake.make_room():
+                self._handshake.upgrade_inbound(partial(self._accept_connection, incoming))
+            else:
                 with suppress(IrohError, TimeoutError):
                     await asyncio.wait_for(incoming.refuse(), _CLOSE_SECONDS)
-            else:
-                self._handshake.upgrade_inbound(partial(self._accept_connection, incoming))
 
     async def _accept_connection(self, incoming: iroh.Incoming) -> IrohConnection:
         try:

@@ -354,19 +354,19 @@ class Handshake:
         self._links: set[PeerLink] = set()
         self._closed = False
 
-    def at_capacity(self) -> bool:
-        """Whether no further handshake can begin now.  The oldest one gives way if it has had
-        enough time: else a few silent strangers could keep members out."""
+    def make_room(self) -> bool:
+        """Return whether a handshake can begin now.  If there are too many, the oldest one is
+        cancelled if it has had enough time: else a few silent strangers could keep members out."""
         while len(self._inbound) >= MAX_INBOUND_HANDSHAKES:
             oldest, began = next(iter(self._inbound.items()))
             if time.monotonic() - began < _EVICTION_SECONDS:
-                return True
+                return False
             del self._inbound[oldest]
             oldest.cancel()
-        return self._closed
+        return not self._closed
 
     def upgrade_inbound(self, connect: Callable[[], Awaitable[Connection]]) -> None:
-        """Make a link of a connection that a peer begins, in a task; not if `at_capacity`."""
+        """Make a link of a connection that a peer begins, in a task; after `make_room`."""
         task = asyncio.create_task(self._upgrade_inbound(connect))
         self._inbound[task] = time.monotonic()
         task.add_done_callback(lambda task: self._inbound.pop(task, None))

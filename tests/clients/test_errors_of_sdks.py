@@ -183,16 +183,17 @@ def test_node(strict: Box, keys: dict[str, str], node: NodePackage, tmp_path: Pa
     guard = threading.Timer(200, script.kill)  # against hanging
     guard.start()
     deaths = iter([row["deaths"] for row in TABLE if "deaths" in row])
-    said = {}
-    assert script.stdout
-    for line in script.stdout:
-        if line == "begun\n":
-            kill_engines(strict, DYING["node"], next(deaths))
-        else:
-            one = json.loads(line)
-            said[one["name"]] = one
+    answers = {}
+    with script:
+        assert script.stdout
+        for line in script.stdout:
+            if line == "begun\n":
+                kill_engines(strict, DYING["node"], next(deaths))
+            else:
+                answer = json.loads(line)
+                answers[answer["name"]] = answer
     guard.cancel()
-    assert script.wait() == 0
-    assert list(said) == [row["name"] for row in TABLE]
+    assert script.returncode == 0
+    assert list(answers) == [row["name"] for row in TABLE]
     for row in TABLE:
-        check(row, "node", said[row["name"]])
+        check(row, "node", answers[row["name"]])

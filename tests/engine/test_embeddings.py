@@ -166,7 +166,7 @@ def test_tenants_share_each_batch() -> None:
     assert steps <= 2
 
 
-def test_who_has_had_less_is_not_held_up_by_texts_that_take_the_room() -> None:
+def test_a_tenant_with_less_service_is_not_delayed_by_large_texts() -> None:
     """A text of 600 tokens needs nearly all of it; others keep coming with 500."""
     reader = Reader()
     embeddings = EmbeddingScheduler(reader)
@@ -206,7 +206,7 @@ def test_a_tenants_weight_is_its_share() -> None:
 
 
 @pytest.mark.parametrize("steps", [0, 1, 3])
-def test_who_leaves_in_the_middle_takes_only_its_own_away(steps: int) -> None:
+def test_a_client_that_disconnects_cancels_its_own_request_only(steps: int) -> None:
     reader = Reader()
     inputs = texts(300, 5, 40)
     alone = [run(Reader(), embed("one", [tokens]))["one"][0] for tokens in inputs]

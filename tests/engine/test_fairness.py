@@ -76,7 +76,7 @@ def test_one_request_starts_at_once_beside_a_hundred_of_another_tenant(places: i
     assert len(driven.ended) == 101
 
 
-def test_who_steps_back_loses_nothing_while_there_is_room() -> None:
+def test_a_preempted_sequence_keeps_its_cells_while_there_is_room() -> None:
     driven = SchedulerDriver(kv=20_000, sequences=4, ids=64, budget=256)
     arrivals = Arrivals(driven, prompt=100, output=50)
     arrivals.add("many", 20)
@@ -128,7 +128,7 @@ def test_places_change_hands_also_among_those_that_share_a_prefix() -> None:
 
 
 @pytest.mark.parametrize("had_before", [1, 600])
-def test_nobody_oscillates(had_before: int) -> None:
+def test_routing_does_not_oscillate(had_before: int) -> None:
     """Also if who asks has had more so far than who holds all the places."""
     driven = SchedulerDriver(kv=20_000, sequences=5, budget=64)
     driven.add(sequence(0, had_before, 2, tenant="asks"))
@@ -278,7 +278,7 @@ def test_an_empty_engine_neither_pardons_nor_gives_credit() -> None:
     assert [queue.counter(name) for name in ("new", "b", "a")] == [10, 10, 1000]
 
 
-def test_who_runs_one_stream_saves_nothing_up_for_a_burst() -> None:
+def test_one_running_stream_saves_no_credit_for_a_burst() -> None:
     """It could have had more all the time: nobody waits for it to catch up."""
     driven = SchedulerDriver(kv=50_000, sequences=8, budget=64)
     driven.add(sequence(100_000, 5, 5000, tenant="one"))

@@ -148,7 +148,7 @@ def limited() -> Iterator[Sandboxes]:
     pools: list[SandboxPool] = []
 
     def pool(*setup: bytes) -> SandboxPool:
-        entry = "trial" if setup else "chat_template"
+        entry = "grammar_validation" if setup else "chat_template"
         pools.append(SandboxPool(f"pinaivu_box.engine.{entry}:make", *setup, limits=SHORT))
         return pools[-1]
 
@@ -333,7 +333,7 @@ def test_a_tenant_whose_grammars_take_too_long_in_the_steps_loses_them(
     allows = grammar.Grammar.allows
 
     def slowly(its: Any, token: int) -> bool:
-        if its._allowance is slow:
+        if its._budget is slow:
             slow.spend(0.05)
         return allows(its, token)
 
@@ -341,7 +341,7 @@ def test_a_tenant_whose_grammars_take_too_long_in_the_steps_loses_them(
     monkeypatch.setattr(grammar.Grammar, "allows", slowly)
     monkeypatch.setattr(
         grammar.GrammarCompiler,
-        "_allowance",
+        "_budget",
         lambda its, tenant: slow if tenant == "slow" else grammar.CpuBudget(),
     )
     letters = Constraint("regex", "[ab]{30}")

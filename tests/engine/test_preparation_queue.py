@@ -82,7 +82,7 @@ def name_of(item: Any) -> str:
     return item.admitted.id if isinstance(item, PreparedRequest) else item.id
 
 
-def test_nobody_waits_for_another_s_grammar(door: Door) -> None:
+def test_a_request_does_not_wait_for_the_grammar_of_another(door: Door) -> None:
     """Beginnings, embeddings, tokens and cancellations go past it."""
     release = door.hold(LETTERS)
     door.take(add("slow", constraint=LETTERS))
@@ -114,7 +114,7 @@ def test_a_small_grammar_passes_a_large_one(monkeypatch: pytest.MonkeyPatch) -> 
     assert [one.id for one in door.schedules(2)] == ["large", "waits"]
 
 
-def test_nobody_waits_for_another_tenant_s_prompt(door: Door) -> None:
+def test_a_tenant_does_not_wait_for_the_prompt_of_another(door: Door) -> None:
     """Of one tenant one is prepared at a time, in their order; others' go past them."""
     release = door.hold("long")
     for name in ("first", "second", "third"):
@@ -128,7 +128,7 @@ def test_nobody_waits_for_another_tenant_s_prompt(door: Door) -> None:
 
 
 @pytest.mark.parametrize("begun", [True, False])
-def test_who_is_cancelled_while_it_is_prepared_is_told_so_at_once(door: Door, begun: bool) -> None:
+def test_a_request_cancelled_during_preparation_ends_at_once(door: Door, begun: bool) -> None:
     release = door.hold("long")
     door.take(add("before", prompt="long"))
     assert door.begun.get(timeout=PATIENCE)
@@ -146,7 +146,7 @@ def test_who_is_cancelled_while_it_is_prepared_is_told_so_at_once(door: Door, be
 
 @pytest.mark.parametrize("constraint", [LETTERS, Constraint("regex", "(?=a)b")])
 @pytest.mark.parametrize("started", [True, False])
-def test_who_is_cancelled_before_its_grammar_is_there_never_runs(
+def test_a_request_cancelled_before_its_grammar_is_compiled_never_runs(
     door: Door, constraint: Constraint, started: bool
 ) -> None:
     """Nor is it refused: it was cancelled, whether its grammar was begun or not."""

@@ -84,7 +84,7 @@ def test_what_others_have_computed_is_not_taken() -> None:
 
 
 @pytest.mark.parametrize("steps", [1, 3, 6, 9])
-def test_who_steps_back_in_the_middle_says_nothing_twice(steps: int) -> None:
+def test_a_preempted_sequence_repeats_no_output(steps: int) -> None:
     """With and without others' cells to begin with when it comes back."""
     for warm in (False, True):
         engine, runner = make(token_budget=20, context=400)

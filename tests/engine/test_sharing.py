@@ -141,7 +141,7 @@ def test_the_same_long_prompt_is_computed_once(budget: int, own: int, output: in
 
 
 @pytest.mark.parametrize("cancelled", [True, False])
-def test_who_waits_for_a_prefix_starts_after_its_source_has_ended(cancelled: bool) -> None:
+def test_a_sequence_that_waits_for_a_prefix_starts_after_its_source_ends(cancelled: bool) -> None:
     """Ended in the same step in which it had computed the prefix, or before."""
     driven = SchedulerDriver(kv=3000, budget=300)
     first, second = sequence(0, LONG, 20 if cancelled else 1), sequence(1, LONG, 20)
@@ -154,14 +154,14 @@ def test_who_waits_for_a_prefix_starts_after_its_source_has_ended(cancelled: boo
     assert second in driven.ended and second.cached_tokens == 199
 
 
-def test_nobody_waits_for_a_short_prefix() -> None:
+def test_a_sequence_does_not_wait_for_a_short_prefix() -> None:
     driven = SchedulerDriver(budget=64)
     driven.add(sequence(0, [*LONG[:20], 1001], 5), sequence(1, [*LONG[:20], 1002], 5))
     driven.step()
     assert len(driven.started) == 2
 
 
-def test_who_waits_for_a_prefix_does_not_hold_up_the_others() -> None:
+def test_a_sequence_that_waits_for_a_prefix_delays_no_other() -> None:
     driven = SchedulerDriver(budget=300)
     other = sequence(2, 10, 5)
     driven.add(sequence(0, LONG, 5), sequence(1, LONG, 5), other)

@@ -120,7 +120,7 @@ def test_one_member_cannot_flood_and_does_not_silence_others() -> None:
     assert hear(book, advert(A, 101), 101.0) is None
 
 
-def test_who_is_no_member_any_more_is_forgotten() -> None:
+def test_a_box_that_left_the_network_is_forgotten() -> None:
     book = Adverts()
     hear(book, advert(A, 1), 0.0)
     hear(book, advert(B, 1), 0.0)

@@ -196,7 +196,9 @@ async def test_a_box_that_has_the_file_under_another_name_helps_by_digest(
     ("kind", "said"),
     [(WrongPieces, "wrong piece"), (TooMuch, "more than piece"), (ShortList, "does not fit")],
 )
-async def test_who_lies_is_named_and_left_out(world: CopyNetwork, kind: Any, said: str) -> None:
+async def test_a_source_with_wrong_data_is_named_and_left_out(
+    world: CopyNetwork, kind: Any, said: str
+) -> None:
     honest, liar = await world.giver(DATA), await world.giver(DATA, kind)
     done = await soon(world.copy())
     assert digest_of(world.target.read_bytes()) == DIGEST
@@ -205,7 +207,9 @@ async def test_who_lies_is_named_and_left_out(world: CopyNetwork, kind: Any, sai
 
 
 @pytest.mark.parametrize("kind", [WrongPieces, TooMuch, ShortList, Garbage])
-async def test_a_liar_alone_gives_nothing(world: CopyNetwork, kind: Any) -> None:
+async def test_a_copy_fails_when_its_only_source_sends_wrong_data(
+    world: CopyNetwork, kind: Any
+) -> None:
     await world.giver(DATA, kind, name="eve")
     with pytest.raises(CopyFailed, match="eve"):
         await soon(world.copy())
@@ -411,7 +415,7 @@ async def test_a_peer_has_so_many_conversations_and_no_more(world: CopyNetwork) 
     assert isinstance(await asked(world, Find(NAME, "")), ModelAvailable)
 
 
-async def test_who_waits_for_a_hash_hears_that_it_is_made(
+async def test_a_source_reports_that_a_hash_is_being_computed(
     world: CopyNetwork, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Longer than anybody bears silence."""

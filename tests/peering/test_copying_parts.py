@@ -135,7 +135,7 @@ async def test_a_file_that_is_another_is_not_written_over(world: CopyNetwork) ->
     await giver(world)
     folder(world).mkdir(parents=True)
     targets(world)[2].write_bytes(b"mine")
-    with pytest.raises(CopyFailed, match=r"00003-of-00003.gguf is there already.*--as"):
+    with pytest.raises(CopyFailed, match=r"00003-of-00003.gguf exists already.*--as"):
         await soon(copied(world))
     assert targets(world)[2].read_bytes() == b"mine" and not targets(world)[0].exists()
     assert not any((folder(world) / ".partial").iterdir())  # nothing was asked for
@@ -172,7 +172,7 @@ class OtherParts(FileServer):
 
 
 @pytest.mark.parametrize("kind", [SaysOneFile, OtherParts, WrongPieces])
-async def test_who_lies_about_the_parts_is_left_out(
+async def test_a_source_with_wrong_parts_is_left_out(
     world: CopyNetwork, kind: type[FileServer]
 ) -> None:
     await giver(world, kind, "eve")
@@ -185,7 +185,9 @@ async def test_who_lies_about_the_parts_is_left_out(
     assert named == {"eve"}
 
 
-async def test_nobody_else_is_asked_if_the_only_one_lies(world: CopyNetwork) -> None:
+async def test_no_other_box_is_asked_when_the_only_source_sends_wrong_data(
+    world: CopyNetwork,
+) -> None:
     await giver(world, OtherParts, "eve")
     with pytest.raises(CopyFailed, match="eve: the files that it offers are not those"):
         await soon(begun(world))

@@ -150,7 +150,7 @@ def test_garbage_is_invalid_and_nothing_else(frame: bytes) -> None:
         decode(frame)
 
 
-def test_who_sends_too_much_is_cut() -> None:
+def test_a_peer_that_sends_too_much_is_cut_off() -> None:
     net, (one, other) = chain(2)
     frame = encode(HaveRecords(news=b"12345678" * MAX_IDS))
     for _ in range(300):
@@ -167,7 +167,7 @@ def test_one_link_cannot_make_us_remember_without_end() -> None:
     assert asking.offered("b", b"another!", 0.0)
 
 
-def test_who_does_not_answer_is_not_waited_for() -> None:
+def test_a_peer_that_does_not_answer_is_not_waited_for() -> None:
     asking = RecordRequests()
     assert asking.offered("a", b"1", 0.0)
     assert not asking.offered("b", b"1", 0.1) and not asking.offered("c", b"1", 0.2)
@@ -241,7 +241,7 @@ def test_a_broken_link_is_told_and_a_box_that_lives_says_so() -> None:
     assert not row[0].adverts.gone(middle.me)
 
 
-def test_a_lie_about_somebody_alive_costs_seconds() -> None:
+def test_a_false_report_of_a_lost_box_delays_it_by_seconds() -> None:
     net, row = chain(5)
     net.run(3)
     held = row[0].adverts.get(row[3].me)
@@ -259,7 +259,7 @@ def test_a_lie_about_somebody_alive_costs_seconds() -> None:
     assert row[3]._serial < 2**53 - 1  # nobody can use up its serials
 
 
-def test_who_lost_all_its_links_blames_nobody() -> None:
+def test_a_box_that_lost_all_its_links_reports_no_box_as_gone() -> None:
     net, row = chain(3)
     middle = row[1]
     for other in (row[0], row[2]):

@@ -25,7 +25,7 @@ async def world(three: ThreeBoxes, caplog: pytest.LogCaptureFixture) -> AsyncIte
         yield three
 
 
-async def test_who_pays_is_served(world: ThreeBoxes) -> None:
+async def test_a_peer_that_pays_is_served(world: ThreeBoxes) -> None:
     asked = ask(world)
     stream, proved = await served(world, asked)
     await accept(stream, sign(world, proved))

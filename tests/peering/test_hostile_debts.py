@@ -53,7 +53,7 @@ async def world(three: ThreeBoxes, caplog: pytest.LogCaptureFixture) -> AsyncIte
 # -- what is owed --------------------------------------------------------------------------------
 
 
-async def test_who_never_accepts_owes_it_all_the_same(
+async def test_a_peer_that_never_accepts_owes_the_entry(
     world: ThreeBoxes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(served_leg, "_ACCEPT_SECONDS", 0.1)
@@ -115,7 +115,7 @@ async def waits(world: ThreeBoxes) -> int:
 
 
 @pytest.mark.parametrize("how", HANGUPS)
-async def test_who_hangs_up_owes_what_was_computed(world: ThreeBoxes, how: str) -> None:
+async def test_a_peer_that_disconnects_owes_what_was_computed(world: ThreeBoxes, how: str) -> None:
     before, asked = await waits(world), ask(world, max_tokens=60)
     await hang_up(world, asked, how)
     found = await entry(world, asked)
@@ -226,7 +226,7 @@ async def test_what_runs_is_reserved(strict: ThreeBoxes) -> None:
     assert await owes(world) == computed["credits"].credit_used < limit + 10**9
 
 
-async def test_who_waits_for_its_prompt_to_be_counted_hears_that_all_is_well(
+async def test_a_peer_gets_keepalives_while_its_prompt_is_counted(
     strict: ThreeBoxes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As while a model is loaded: who hears nothing for 4 s takes a box for lost."""
@@ -349,7 +349,7 @@ async def test_debts_outlive_a_restart_and_are_accepted_later(tmp_path: Path) ->
             assert (await anna.chat()).status_code == 200
 
 
-async def test_who_pays_for_a_prompt_once_more_owes_that(world: ThreeBoxes) -> None:
+async def test_a_second_payment_for_a_prompt_is_owed(world: ThreeBoxes) -> None:
     """The ledger takes one payment for a prompt: what a second is for is not served for nothing,
     neither one after the other nor at once."""
     before = await owes(world)
@@ -501,7 +501,7 @@ async def test_a_storm_of_cancellations_is_one(world: ThreeBoxes) -> None:
     stream.abandon()
 
 
-async def test_who_does_not_read_is_not_waited_for(
+async def test_a_peer_that_does_not_read_is_not_waited_for(
     world: ThreeBoxes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(memory_transport, "WINDOW_BYTES", 500)
@@ -517,7 +517,7 @@ async def test_who_does_not_read_is_not_waited_for(
                 pass
 
 
-async def test_who_never_comes_to_an_end_holds_up_only_itself(
+async def test_an_endless_request_delays_no_other(
     world: ThreeBoxes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Tasks of up to 16 MiB: four at a time of a peer are waited for."""

@@ -95,7 +95,7 @@ MANNERS: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("name", MANNERS)
-async def test_who_has_no_manners_is_left(
+async def test_a_peer_that_breaks_the_protocol_is_replaced(
     world: ThreeBoxes, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     handler, sentence = MANNERS[name]
@@ -112,7 +112,7 @@ async def test_who_has_no_manners_is_left(
     assert sentence in why and why.isprintable(), why
 
 
-async def test_who_falls_silent_in_the_middle(
+async def test_a_box_that_goes_silent_in_mid_stream_is_replaced(
     world: ThreeBoxes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(peers, "STALL_SECONDS", 2.0)

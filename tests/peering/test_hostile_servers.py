@@ -31,7 +31,7 @@ async def world(three: ThreeBoxes, caplog: pytest.LogCaptureFixture) -> AsyncIte
         yield three
 
 
-async def test_who_tells_the_truth_is_believed(world: ThreeBoxes) -> None:
+async def test_an_honest_box_serves_without_a_dispute(world: ThreeBoxes) -> None:
     """So that the lies below fail for their own reasons."""
     liar = world.lie(Violation())
     answer = (await world.anna.chat()).json()
@@ -44,7 +44,7 @@ async def test_who_tells_the_truth_is_believed(world: ThreeBoxes) -> None:
 
 
 @pytest.mark.parametrize("name", VIOLATIONS)
-async def test_a_lie_is_found_out_and_somebody_else_serves(world: ThreeBoxes, name: str) -> None:
+async def test_a_violation_is_found_and_another_box_serves(world: ThreeBoxes, name: str) -> None:
     lie, sentence = VIOLATIONS[name]
     liar, before = world.lie(lie), len(await world.entries())
     # A text of its own each time: warm caches decide nothing here.

@@ -153,8 +153,8 @@ async def test_a_peer_whose_program_stands_still_is_borne_for_a_while(
     peers: Callable[..., PeerProcess],
 ) -> None:
     here = await peers().event("listening")
-    reception = Handshake(heartbeats=HeartbeatTiming(interval=0.5, max_silent=4, max_stuck=10))
-    ours = await IrohTransport.bind(new_identity(), "127.0.0.1", 0, handshake=reception)
+    handshake = Handshake(heartbeats=HeartbeatTiming(interval=0.5, max_silent=4, max_stuck=10))
+    ours = await IrohTransport.bind(new_identity(), "127.0.0.1", 0, handshake=handshake)
     link = await ours.connect(here["node_id"], here["addresses"], DEADLINE)
     stream = await converse(link, "block 3")
     assert await soon(stream.receive()) is None
@@ -166,10 +166,12 @@ async def test_a_peer_whose_program_stands_still_is_borne_for_a_while(
     await ours.close()
 
 
-async def test_who_stood_still_itself_accuses_nobody(peers: Callable[..., PeerProcess]) -> None:
+async def test_a_box_that_was_suspended_reports_no_box_as_gone(
+    peers: Callable[..., PeerProcess],
+) -> None:
     here = await peers().event("listening")
-    reception = Handshake(heartbeats=HeartbeatTiming(interval=0.2, max_silent=2))
-    ours = await IrohTransport.bind(new_identity(), "127.0.0.1", 0, handshake=reception)
+    handshake = Handshake(heartbeats=HeartbeatTiming(interval=0.2, max_silent=2))
+    ours = await IrohTransport.bind(new_identity(), "127.0.0.1", 0, handshake=handshake)
     link = await ours.connect(here["node_id"], here["addresses"], DEADLINE)
     time.sleep(2)  # noqa: ASYNC251
     await echo(link)

@@ -60,7 +60,9 @@ def test_a_box_that_does_not_run_invites(member: MakePeerBox) -> None:
     wait_until(lambda: anna.sees("ben") and ben.sees("anna"), "both are connected")
 
 
-def test_who_joins_one_joins_all_and_who_is_removed_is_cut_off_by_all(member: MakePeerBox) -> None:
+def test_a_box_joins_all_by_joining_one_and_is_cut_off_by_all_when_removed(
+    member: MakePeerBox,
+) -> None:
     anna, ben, carl = joined_boxes(member, "anna", "ben", "carl")
     assert carl.refused("rm", "ben")[0] == 1  # it neither is an admin nor has invited it
     anna.peers("rm", "carl", "--reason", "sold")
@@ -188,7 +190,7 @@ def test_the_doctor_says_why_a_peer_cannot_be_reached(member: MakePeerBox) -> No
     assert done.returncode == 1
     checks = {one["name"]: one for one in json.loads(done.stdout)}
     assert checks["ben: link"]["state"] == "failed" and checks["ben: link"]["todo"]
-    assert "no program has that UDP port" in checks["ben: address"]["found"]
+    assert "no program listens on that UDP port" in checks["ben: address"]["found"]
     anna.stop()
     done = pinaivu("peers", "doctor", "--json", home=anna.home, check=False)
     assert done.returncode == 1 and "No box is running" in done.stdout
@@ -206,7 +208,7 @@ def test_the_doctor_says_why_a_peer_is_not_served(member: MakePeerBox) -> None:
     assert [one["state"] for one in told] == ["warning"] * 2
     assert "00:00-00:00" in told[0]["found"] and "owes 0 of at most 0" in told[1]["found"]
     (refused,) = [one for one in anna.peers("doctor", "ben") if one["name"] == "ben: limits"]
-    assert "refused us: This box serves others from 00:00-00:00 only" in refused["found"]
+    assert "This box serves its peers from 00:00-00:00 only" in refused["found"]
     assert "00:00-00:00" in pinaivu("peers", "ls", "--why", home=anna.home).stdout
     ben.peers("edit", "anna", "--hours", "none", "--credit-limit", "none")
     wait_until(

@@ -650,7 +650,7 @@ async def test_both_settle_at_the_same_moment(pair: Pair, head_start: int) -> No
     assert ours == theirs == [made.signed]
 
 
-async def test_who_waits_hears_that_it_does(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_waiting_peer_gets_keepalives(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     """A long conversation under way: the other's command waits, and is no failure."""
     monkeypatch.setattr("pinaivu_box.ledger.session._WAIT_SECONDS", 0.01)
     await pair.both(*some(20))

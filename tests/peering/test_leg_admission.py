@@ -253,7 +253,7 @@ async def test_a_leg_that_does_not_pay_waits_for_the_one_that_does() -> None:
     await waiting
 
 
-async def test_who_pays_and_gives_no_proof_has_paid_nothing(
+async def test_a_prompt_counts_as_paid_only_with_a_proof(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Nothing that was computed for the others may be sent then."""

@@ -99,7 +99,7 @@ def test_an_answer_that_nobody_asked_for_is_not_heard() -> None:
     )
 
 
-def test_nobody_fills_our_memory_with_models() -> None:
+def test_the_number_of_models_of_a_peer_is_bounded() -> None:
     _, row = chain(2)
     for number in range(20):
         named = tuple((f"m{number}:{n}", FULL) for n in range(MAX_LOADS))
@@ -123,7 +123,7 @@ def test_a_box_that_knows_no_loads_gets_none_and_all_else() -> None:
     assert not [one for one in told if isinstance(one, LoadUpdate | LoadQuery)]
 
 
-def test_who_holds_the_same_adverts_need_not_be_told_them() -> None:
+def test_equal_adverts_are_not_sent() -> None:
     net, row = chain(5)
     net.sent.clear()
     net.link(row[0], row[4])

@@ -146,7 +146,7 @@ async def test_a_ticket_is_for_so_many_boxes_however_they_come(group: SiteGroup)
     assert late.network_id is None and late.peers() == []
 
 
-async def test_who_asks_again_with_its_ticket_uses_it_once(group: SiteGroup) -> None:
+async def test_a_repeated_join_uses_its_ticket_once(group: SiteGroup) -> None:
     one, two, three = [await group.box(name) for name in ("one", "two", "three")]
     ticket = await one.invite()
     await two.join(ticket)
@@ -226,7 +226,7 @@ async def test_a_box_with_company_must_leave_before_it_joins_elsewhere(group: Si
     await wait_until(lambda: states(one) == {"two": "unreachable"})
 
 
-async def test_who_may_not_invite_is_told(group: SiteGroup) -> None:
+async def test_a_member_that_may_not_invite_gets_the_reason(group: SiteGroup) -> None:
     one, two, three = [await group.box(name) for name in ("one", "two", "three")]
     await two.join(await one.invite())
     with pytest.raises(NotJoined, match="Only an admin"):
@@ -261,7 +261,7 @@ async def test_a_revoked_box_is_cut_off_everywhere_and_stays_out(group: SiteGrou
     await wait_until(lambda: whole(two, 3))
 
 
-async def test_who_says_goodbye_is_not_called_gone(group: SiteGroup) -> None:
+async def test_a_box_that_says_goodbye_is_not_reported_gone(group: SiteGroup) -> None:
     one, *_ = await group.joined("one", "two", "three")
     await group.sites[2].close()
     await wait_until(lambda: states(one)["three"] != "connected")
@@ -481,7 +481,7 @@ async def test_a_handler_that_fails_takes_only_its_stream(group: SiteGroup) -> N
 
 
 @pytest.mark.parametrize("limit", ["bytes", "seconds"])
-async def test_who_does_not_read_is_cut(
+async def test_a_peer_that_does_not_read_is_cut_off(
     group: SiteGroup, monkeypatch: pytest.MonkeyPatch, limit: str
 ) -> None:
     one, two = await group.joined("one", "two")

@@ -231,7 +231,7 @@ def test_a_model_inside_a_larger_file_is_copied_out_of_it(tmp_path: Path) -> Non
     assert [path.name for path in folder.iterdir()] == ["out:1.gguf"]
 
 
-async def test_who_lies_is_named_in_the_last_line(puller: Puller) -> None:
+async def test_a_source_with_wrong_data_is_named_in_the_last_line(puller: Puller) -> None:
     await puller.giver(DATA)
     await puller.giver(DATA, WrongPieces, name="eve")
     done = await puller.pull()
@@ -277,7 +277,7 @@ async def test_names_that_are_paths(puller: Puller, name: str) -> None:
     [
         ({"from": "nobody"}, 404, "There is no peer nobody"),
         ({"model": "other:1"}, 404, "No peer offers other:1. Offered: made:up."),
-        ({"model": "other:1", "from": "anna"}, 409, "Nobody gives other:1 (anna: The model"),
+        ({"model": "other:1", "from": "anna"}, 409, "No peer provides other:1 (anna: The model"),
         ({"digest": "abc"}, 422, "8 to 64"),
         ({"digest": "0" * 64}, 404, "No peer offers"),
         ({"model": ""}, 422, "length"),

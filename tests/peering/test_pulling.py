@@ -94,7 +94,7 @@ def test_a_box_that_is_killed_in_the_middle_goes_on(member: MakePeerBox) -> None
     wait_until(lambda: begun(ben), "the copy has begun")
     ben.kill()
     out, error = first.communicate(timeout=300)
-    assert first.returncode == 1 and "has stopped" in error and '"done"' not in out
+    assert first.returncode == 1 and "The box stopped" in error and '"done"' not in out
     ben.start()
     wait_until(lambda: ben.sees("anna") and offers(ben, "anna", NAME), "they met again")
     pinaivu("pull", NAME, "--from", "any", home=ben.home)
@@ -138,9 +138,9 @@ def test_what_a_peer_may_not_have(member: MakePeerBox) -> None:
     anna.peers("edit", "ben", "--model", "fake:*")
     assert "is not served here" in refused()
     anna.peers("edit", "ben", "--model", "none", "--block", "unpaid")
-    assert "serves yours nothing now: unpaid" in refused()
+    assert "serves nothing to your box: unpaid" in refused()
     anna.peers("edit", "ben", "--unblock", "--hours", "00:00-00:00")
-    assert "serves others from 00:00-00:00 only" in refused()
+    assert "serves its peers from 00:00-00:00 only" in refused()
     anna.peers("edit", "ben", "--hours", "none")
     config = anna.home / "config.toml"
     config.write_text(config.read_text() + "share_models = false\n")

@@ -61,7 +61,7 @@ async def said(ours: PeerLink, there: IrohTransport, frame: bytes) -> None:
 
 
 @pytest.mark.anyio
-async def test_who_is_known_by_a_relay_alone_is_found_and_then_linked_to_directly(
+async def test_a_box_known_by_its_relay_is_found_and_linked_directly(
     relay: Relay, bound: Transports
 ) -> None:
     ours, theirs = await bound(relay.url), await bound(relay.url)
@@ -109,7 +109,7 @@ async def test_the_first_of_several_relays_is_the_one_to_ask(
 
 
 @pytest.mark.anyio
-async def test_whose_own_relay_is_dead_goes_by_that_of_its_peer(
+async def test_a_box_whose_relay_is_dead_uses_the_relay_of_its_peer(
     relay: Relay, bound: Transports
 ) -> None:
     ours, theirs = await bound(DEAD), await bound(relay.url)
@@ -118,7 +118,7 @@ async def test_whose_own_relay_is_dead_goes_by_that_of_its_peer(
 
 
 @pytest.mark.anyio
-async def test_who_uses_no_relay_contacts_none(relay: Relay, bound: Transports) -> None:
+async def test_a_box_without_a_relay_contacts_none(relay: Relay, bound: Transports) -> None:
     ours, theirs = await bound("none"), await bound(relay.url)
     await until(lambda: len(relay.clients) == 1)
     with pytest.raises(Unreachable, match=r"this box uses none: set \[peering\] relay"):
@@ -133,7 +133,7 @@ async def test_who_uses_no_relay_contacts_none(relay: Relay, bound: Transports) 
 @pytest.mark.anyio
 @pytest.mark.parametrize("url", ["https://", "https://a b", "https://relay.example:99999"])
 async def test_what_is_no_url_is_not_taken_for_a_port_that_is_taken(url: str) -> None:
-    with pytest.raises(CliError, match=r"relay is 'https://.*which is no URL"):
+    with pytest.raises(CliError, match=r"relay is 'https://.*which is not a URL"):
         await IrohTransport.bind(new_identity(), "127.0.0.1", 0, url)
 
 

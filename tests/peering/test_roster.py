@@ -67,7 +67,7 @@ def test_the_order_in_which_records_come_does_not_matter(
 
 @settings(max_examples=100)
 @given(histories, histories, st.integers(1, 7))
-def test_who_was_revoked_never_returns(before: list[Record], after: list[Record], out: int) -> None:
+def test_a_revoked_box_never_returns(before: list[Record], after: list[Record], out: int) -> None:
     """Whatever is said before or after, by whomever but the founder."""
     revoked = IDENTITIES[out]
     known = roster(certificate(FOUNDER, revoked), *before)
@@ -119,7 +119,7 @@ def test_admins_invite_and_whom_they_invite_may_and_those_may_not() -> None:
         known.certify(plain, stranger.node_id, "stranger", NOW, admin=True)
 
 
-def test_who_may_revoke_whom() -> None:
+def test_the_right_to_revoke() -> None:
     admin, plain, guest, other = IDENTITIES[1:5]
     known = roster(
         certificate(FOUNDER, admin, admin=True),
@@ -139,7 +139,7 @@ def test_who_may_revoke_whom() -> None:
     assert not known.member(other.node_id).ok
 
 
-def test_whom_a_revoked_one_invited_falls_unless_vouched_for_anew() -> None:
+def test_members_invited_by_a_revoked_box_fall_unless_certified_again() -> None:
     plain, guest, second = IDENTITIES[1:4]
     known = roster(
         certificate(FOUNDER, plain), certificate(plain, guest, name="g"), certificate(plain, second)
@@ -206,7 +206,7 @@ def test_one_member_cannot_fill_the_roster_and_loses_no_revocation_by_trying() -
     assert not known.member(guest.node_id).ok
 
 
-def test_whoever_fills_it_can_still_be_put_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_member_that_fills_the_roster_can_be_revoked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rosters, "MAX_RECORDS", 20)
     admin = IDENTITIES[1]
     known = roster(certificate(FOUNDER, admin, admin=True))

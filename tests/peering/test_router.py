@@ -117,7 +117,7 @@ def test_the_same_source_of_chance_gives_the_same_decision(
 
 @settings(max_examples=100)
 @given(candidates, asks, st.sampled_from(sorted(BETTER)), st.integers(1, 500), st.data())
-def test_whoever_gets_better_in_anything_never_falls_behind(
+def test_an_improved_candidate_never_ranks_lower(
     given_: list[Candidate], ask: RoutingRequest, field: str, by: int, data: st.DataObject
 ) -> None:
     may = [one for one in given_ if why_not(one, ask) is None]
@@ -208,7 +208,7 @@ def test_of_many_a_few_are_drawn_and_the_cheapest_is_looked_for_among_all() -> N
     assert route(crowd, replace(ASK, policy="cheapest"), Random(1)).node_id == "node_150"
 
 
-def test_whoever_is_known_is_compared_and_one_of_the_best_taken() -> None:
+def test_known_candidates_are_compared_and_one_of_the_best_is_chosen() -> None:
     crowd = [
         replace(PEER, node_id=f"node_{n:03}", known=True, cost=1000 + n // 4 * 50)
         for n in range(200)
@@ -233,7 +233,7 @@ def test_when_to_ask_around() -> None:
     assert not ask_around(home, replace(PEER, warm=True))  # and its cache decides
 
 
-def test_who_is_called_gone_is_asked_last() -> None:
+def test_a_box_that_is_reported_gone_is_asked_last() -> None:
     gone = replace(PEER, node_id="node_gone", gone=True, cost=0)
     assert route([PEER, gone], ASK, Random(1)).node_id == "node_a"
     assert route([gone], ASK, Random(1)).node_id == "node_gone"
@@ -267,7 +267,7 @@ def test_all_weights_zero_is_no_crash() -> None:
     assert route([PEER], ASK, Random(1), Weights(0, 0, 0)).node_id == "node_a"
 
 
-def test_who_fails_rests_longer_each_time_and_is_probed_with_one_request() -> None:
+def test_each_failure_doubles_the_backoff_and_one_request_probes() -> None:
     now = [0.0]
     resting = CircuitBreaker(lambda: now[0], Random(1))
     rests = [resting.failed("node_a") for _ in range(40)]

@@ -182,7 +182,7 @@ async def test_a_peer_opens_so_many_streams_and_no_more(link: PeerLink) -> None:
         stream.abandon()
 
 
-async def test_who_does_not_read_stops_the_sender_but_nobody_else(
+async def test_a_stream_that_is_not_read_blocks_its_own_sender_only(
     world: World, link: PeerLink
 ) -> None:
     """Also the heartbeats go on when all that a link may hold is full."""
@@ -299,7 +299,9 @@ async def test_a_dead_or_frozen_peer_is_noticed(world: World, link: PeerLink, ho
             await soon(waiting)
 
 
-async def test_who_was_frozen_is_told_and_may_come_back(world: World, link: PeerLink) -> None:
+async def test_a_box_that_was_suspended_is_told_and_may_return(
+    world: World, link: PeerLink
+) -> None:
     world.stop()
     await soon(link.closed())
     world.go_on()
@@ -345,16 +347,16 @@ async def test_a_box_that_shuts_down_says_so(world: World, link: PeerLink) -> No
 # -- who is there --------------------------------------------------------------------------------
 
 
-async def test_nobody_there(world: World) -> None:
+async def test_no_server_at_the_address(world: World) -> None:
     with pytest.raises(Unreachable, match=r"did not answer at 127\.0\.0\.1:9 within"):
         await world.ours.connect(new_identity().node_id, ["127.0.0.1:9"], 0.5)
     with pytest.raises(Unreachable, match="no address"):
         await world.ours.connect(world.node_id, [], DEADLINE)
-    with pytest.raises(Unreachable, match="made the ticket itself"):
+    with pytest.raises(Unreachable, match="this box itself"):
         await world.ours.connect(world.ours.node_id, world.addresses, DEADLINE)
 
 
-async def test_somebody_else_there(world: World) -> None:
+async def test_another_server_at_the_address(world: World) -> None:
     with pytest.raises(WrongPeer, match="Another box than node_"):
         await world.ours.connect(new_identity().node_id, world.addresses, DEADLINE)
     await echo(await world.connect())
@@ -435,16 +437,16 @@ async def test_an_oversized_frame_closes_the_link(world: World) -> None:
     assert (await world.event("stream"))["kind"] == "ProtocolError"
 
 
-async def test_who_says_nothing_is_shown_out(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_silent_connection_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(link_module, "HANDSHAKE_SECONDS", 0.2)
     world = MemoryPair()
     await world.start()
     connection = await world.ours.dial(world.node_id, world.addresses)
-    assert "greeting was not over" in (await soon(connection.closed())).reason
+    assert "the handshake took over" in (await soon(connection.closed())).reason
     await world.end()
 
 
-async def test_who_is_at_the_door_of_a_box_that_shuts_down_is_told_so() -> None:
+async def test_a_connection_to_a_box_that_shuts_down_is_refused_with_a_reason() -> None:
     world = MemoryPair()
     await world.start()
     connection = await world.ours.dial(world.node_id, world.addresses)

@@ -169,7 +169,7 @@ async def answered(
     [{}, {"logprobs": 2}, {"inputs": INPUTS, "dimensions": 8}],
     ids=["text", "logprobs", "vectors"],
 )
-async def test_who_does_not_say_what_it_reads_gets_version_1(
+async def test_a_coordinator_that_names_no_version_gets_version_1(
     three: ThreeBoxes, more: dict[str, Any]
 ) -> None:
     """Commitment and mark are what the older box computes: over text and tokens alone."""

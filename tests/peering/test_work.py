@@ -131,7 +131,7 @@ async def test_long_prompts_go_in_several_frames() -> None:
         assert len(job.read or ()) > 2_000_000
 
 
-async def test_who_is_cancelled_gets_what_was_made_and_its_proof(pair: list[PoolNode]) -> None:
+async def test_a_cancelled_leg_returns_its_output_and_proof(pair: list[PoolNode]) -> None:
     asker, server = pair
 
     def cancel(run: LegRun, events: list[Event]) -> None:
@@ -145,7 +145,7 @@ async def test_who_is_cancelled_gets_what_was_made_and_its_proof(pair: list[Pool
     await wait_until(lambda: server.load.idle)
 
 
-async def test_who_leaves_stops_the_engine_there(pair: list[PoolNode]) -> None:
+async def test_a_client_that_disconnects_stops_the_engine_of_the_peer(pair: list[PoolNode]) -> None:
     asker, server = pair
     began = asyncio.Event()
 
@@ -268,7 +268,7 @@ async def test_a_file_that_is_gone_is_served_while_it_is_loaded(
     _, server = pair
     server.placement.release(await server.placement.acquire(server.catalog.find(FAKE)))
     unreadable = replace(server.catalog.find(FAKE), recorded_digest="")
-    catalog = server.catalog.and_also([unreadable])
+    catalog = server.catalog.with_models([unreadable])
     server.settings.current = replace(server.settings.current, catalog=catalog)
     for node in pair:
         assert isinstance((await node.ask())[0], Started)
@@ -309,7 +309,9 @@ async def test_before_the_first_token_the_next_is_asked() -> None:
         assert len([one for one in events if isinstance(one, Started)]) == 1
 
 
-async def test_who_failed_lately_is_asked_rather_than_nobody(pair: list[PoolNode]) -> None:
+async def test_a_box_that_failed_recently_is_asked_when_there_is_no_other(
+    pair: list[PoolNode],
+) -> None:
     """If its link stands: to call a box that is gone would take the client's time."""
     asker, server = pair
     asker.pool.boxes.breaker.failed(server.node_id)

@@ -215,14 +215,14 @@ class MemoryTransport:
         self,
         network: MemoryNetwork,
         node_id: str,
-        reception: Handshake | None = None,
+        handshake: Handshake | None = None,
         address: str | None = None,
     ) -> None:
         self.node_id = node_id
         self.address = address or f"memory:{len(network.transports) + 1}"
         self.connections: set[MemoryConnection] = set()
         self._network = network
-        self._reception = reception or Handshake()
+        self._handshake = handshake or Handshake()
         network.transports[self.address] = self
 
     def addresses(self) -> list[str]:
@@ -236,10 +236,10 @@ class MemoryTransport:
         if node_id == self.node_id:
             raise Unreachable("That is this box itself: a box does not link to itself.")
         if not addresses:
-            raise Unreachable("There is no address to connect to (none is given).")
+            raise Unreachable("There is no address to connect to (none is known).")
         try:
             async with asyncio.timeout(timeout):
-                return await self._reception.upgrade_outbound(await self.dial(node_id, addresses))
+                return await self._handshake.upgrade_outbound(await self.dial(node_id, addresses))
         except TimeoutError as error:
             raise Unreachable(f"{name} did not answer at {where} within {timeout:g} s.") from error
 
@@ -255,15 +255,15 @@ class MemoryTransport:
         here = MemoryConnection(self._network, self, peer)
         there = MemoryConnection(self._network, peer, self)
         here.other, there.other = there, here
-        if peer._reception.at_capacity():
-            here.close(LinkLost("The peer is busy.", code=Code.BUSY))
+        if peer._handshake.make_room():
+            peer._handshake.upgrade_inbound(there.itself)
         else:
-            peer._reception.upgrade_inbound(there.itself)
+            here.close(LinkLost("The peer is busy.", code=Code.BUSY))
         return here
 
     async def accept(self) -> PeerLink:
-        return await self._reception.accept()
+        return await self._handshake.accept()
 
     async def close(self) -> None:
         self._network.transports.pop(self.address, None)
-        await self._reception.close()
+        await self._handshake.close()

@@ -35,9 +35,9 @@ class Site:
         self.pace = HeartbeatTiming(interval=0.05, max_silent=40)
 
     async def open(self) -> Network:
-        reception = Handshake(heartbeats=self.pace)
+        handshake = Handshake(heartbeats=self.pace)
         self.transport = MemoryTransport(
-            self.group.net, self.identity.node_id, reception, f"at:{self.name}"
+            self.group.net, self.identity.node_id, handshake, f"at:{self.name}"
         )
         await self.database.open()
         settings = PeeringConfig(name=self.name)

@@ -102,8 +102,10 @@ class PeerProcess:
         self.process.send_signal(number)
 
     def end(self) -> None:
+        assert self.process.stdout is not None
         self.process.kill()
         self.process.wait()
+        self.process.stdout.close()
 
 
 class IrohPair:
@@ -124,8 +126,8 @@ class IrohPair:
         self._unharmed = True
         self.ours = await self.transport()
 
-    async def transport(self, **reception: Any) -> IrohTransport:
-        made = Handshake(**{"heartbeats": self.pace, **reception})
+    async def transport(self, **handshake: Any) -> IrohTransport:
+        made = Handshake(**{"heartbeats": self.pace, **handshake})
         bound = await IrohTransport.bind(new_identity(), "127.0.0.1", 0, handshake=made)
         self.us.add(bound.node_id)
         return bound
@@ -179,8 +181,8 @@ class MemoryPair:
     def _tell(self, event: str, **more: Any) -> None:
         self._seen.append({"event": event, **more})
 
-    async def transport(self, **reception: Any) -> MemoryTransport:
-        made = Handshake(**{"heartbeats": self.pace, **reception})
+    async def transport(self, **handshake: Any) -> MemoryTransport:
+        made = Handshake(**{"heartbeats": self.pace, **handshake})
         return MemoryTransport(self.network, new_identity().node_id, made)
 
     async def connect(self) -> PeerLink:
