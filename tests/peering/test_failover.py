@@ -151,6 +151,7 @@ def test_calls_schemas_and_choices_go_on_as_well(boxes: Fleet) -> None:
     streams = (formed, called, several)  # of one conversation: they go to the same box
     for stream in streams:
         wait_until(lambda s=stream: len(s.chunks) > 5 or s.error, "a stream has begun")
+    assert not any(s.error for s in streams), [s.error for s in streams]
     lost = boxes.name_of(formed.route)
     boxes.lose(lost, signal.SIGKILL)
     legs = []
