@@ -332,17 +332,19 @@ def unworded(document: Any, within: str = "") -> Any:
     return document
 
 
-def test_openapi_json_differs_in_words_and_order_alone(tmp_path: Path) -> None:
+def test_openapi_json_keeps_all_that_it_had(tmp_path: Path) -> None:
     async def ask() -> Any:
         async with in_process(tmp_path / "home") as (_, client):
             return (await client.get("/openapi.json")).json()
 
     before, today = map(unworded, (fixture("openapi.json"), asyncio.run(ask())))
-    assert today["paths"].keys() == before["paths"].keys()
     for path, operations in before["paths"].items():
-        assert today["paths"][path] == operations, path
+        for method, operation in operations.items():
+            assert today["paths"][path].get(method) == operation, f"{method} {path}"
     for name, schema in before["components"]["schemas"].items():
         assert today["components"]["schemas"].get(name) == schema, name
+    for document in (before, today):
+        del document["paths"], document["components"]["schemas"]
     assert today == before
 
 

@@ -95,7 +95,7 @@ class StepPlan:
 
 
 class StepPolicy(Protocol):
-    """How much to put into a step (see `pace.Pace`)."""
+    """How much to put into a step (see `step_cost.StepCostModel`)."""
 
     def prompt_budget(self, rows: int, max_tokens: int) -> int: ...
 

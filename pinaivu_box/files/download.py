@@ -183,7 +183,7 @@ class Download:
         named_later: bool = False,
     ) -> None:
         """`target` is the file's path; its folder may not exist yet.  With `named_later` the file
-        stays among the partial ones, until `models.pieces.settle` gives it its name."""
+        stays among the partial ones, until `models.partial_file.settle` gives it its name."""
         self._open = open_stream
         offer = next(iter(offers.values()))
         self.digest, self.size = offer.digest, offer.size

@@ -10,7 +10,7 @@ import msgspec
 from pinaivu_box import amount
 from pinaivu_box.amount import Prices
 from pinaivu_box.gateway.backend import Job, committed
-from pinaivu_box.gateway.records import ChoiceRecord, LegRecord, RequestAccount
+from pinaivu_box.gateway.records import ChoiceRecord, LegRecord, RequestRecord
 from pinaivu_box.identity import Identity, verify
 from pinaivu_box.receipts import commitment
 from pinaivu_box.receipts.receipt import (
@@ -38,7 +38,7 @@ class Meter:
         self._identity = identity
         self._database = database
 
-    async def settle(self, account: RequestAccount, finish_reason: str) -> None:
+    async def settle(self, account: RequestRecord, finish_reason: str) -> None:
         """Sign and write; returns when usage, receipt and the key's counters are on disk."""
         account.total_ms = account.elapsed_ms()
         job, last = account.job, account.served[-1][1].started
@@ -86,7 +86,7 @@ class Meter:
         return Price(currency, prices.prompt, cached, prices.completion)
 
     async def _prove(
-        self, account: RequestAccount, price: Price
+        self, account: RequestRecord, price: Price
     ) -> tuple[list[tuple[Proof, SignedProof]], list[commitment.Opening]]:
         proofs, openings = [], []
         for leg, number in _numbered(account):
@@ -104,7 +104,7 @@ class Meter:
             openings.append(opening)
         return proofs, openings
 
-    def _row(self, account: RequestAccount, receipt: Receipt) -> RequestRow:
+    def _row(self, account: RequestRecord, receipt: Receipt) -> RequestRow:
         return RequestRow(
             request_id=receipt.request_id,
             key_id=account.key_id,
@@ -166,7 +166,7 @@ def _is_mark(proof: Proof, mark: str | None) -> bool:
     return mark is not None and verify(proof.node_id, MARK_DOMAIN, text, bytes.fromhex(mark))
 
 
-def _numbered(account: RequestAccount) -> list[tuple[LegRecord, int]]:
+def _numbered(account: RequestRecord) -> list[tuple[LegRecord, int]]:
     """The legs that have a proof, with their numbers within a choice."""
     return [(leg, number) for choice in account.choices for number, leg in enumerate(choice.served)]
 
@@ -175,7 +175,7 @@ def _prompt(choice: ChoiceRecord, leg: LegRecord) -> tuple[str, commitment.Openi
     return commitment.commit(asked_text(choice.job), leg.prompt or [], choice.job.nonce)
 
 
-def _routing(account: RequestAccount) -> dict[str, Any]:
+def _routing(account: RequestRecord) -> dict[str, Any]:
     """How the first leg found its node; of the others, where they went and why."""
     routes = [leg.route for _, leg in account.served]
     first = routes[0] or {"policy": "local", "chosen": account.served[0][1].started.node_id}

@@ -8,7 +8,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import GaugeMetricFamily, Metric
 
 from pinaivu_box.gateway.placement import Placement
-from pinaivu_box.gateway.records import RequestAccount
+from pinaivu_box.gateway.records import RequestRecord
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
@@ -52,7 +52,7 @@ class Metrics:
         )
         self.registry.register(_Engines(placement))
 
-    def observe(self, account: RequestAccount, status: int) -> None:
+    def observe(self, account: RequestRecord, status: int) -> None:
         model = account.job.model.id
         self._requests.labels(model, status).inc()
         self._tokens.labels(model, "prompt").inc(account.prompt_tokens)

@@ -172,7 +172,7 @@ class ChoiceRecord:
 
 
 @dataclass
-class RequestAccount:
+class RequestRecord:
     """Of one request, from its arrival to its receipt; `jobs` has one for each of its choices.
 
     `period`: when the period of the key's budget began (see `store.keys.charge`).

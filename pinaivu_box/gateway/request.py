@@ -23,7 +23,7 @@ from pinaivu_box.gateway.mailbox import Mailbox
 from pinaivu_box.gateway.metering import Meter
 from pinaivu_box.gateway.metrics import Metrics
 from pinaivu_box.gateway.output import Output
-from pinaivu_box.gateway.records import ChoiceRecord, RequestAccount
+from pinaivu_box.gateway.records import ChoiceRecord, RequestRecord
 from pinaivu_box.settings import LiveSettings
 
 log = logging.getLogger("pinaivu.request")
@@ -92,7 +92,7 @@ class Request:
 
     def __init__(self, admitted: AdmittedRequest, runner: Runner, meter: Meter) -> None:
         reservation = admitted.reservation
-        self.account = RequestAccount(
+        self.account = RequestRecord(
             admitted.jobs, admitted.key.id, admitted.prices, reservation.period
         )
         self.events: Mailbox[RequestEvent] = Mailbox()
@@ -230,7 +230,7 @@ def _status(last: RequestEvent, *, left: bool) -> int:
     return 499 if isinstance(last, Finished) and last.finish_reason == "cancelled" else 200
 
 
-def _log(account: RequestAccount, status: int) -> None:
+def _log(account: RequestRecord, status: int) -> None:
     log.info(
         "request",
         extra={

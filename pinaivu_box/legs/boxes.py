@@ -25,7 +25,7 @@ log = logging.getLogger("pinaivu.legs")
 _MAX_PAID = 4096  # prompts of which it is remembered that a leg pays for them
 
 
-class Box:
+class ChosenBox:
     """A box that was chosen for one leg of a job: this one, if it has no peers.  `route` is why it
     was chosen, for the receipt, and `header` for the client."""
 
@@ -49,7 +49,7 @@ class Box:
         """The leg is over, however it has ended; `record` is None if it never began."""
 
 
-class OwnBox(Box):
+class OwnBox(ChosenBox):
     """This one, beside its peers."""
 
     def __init__(
@@ -70,7 +70,7 @@ class OwnBox(Box):
         self._taken.close()
 
 
-class PeerBox(Box):
+class PeerBox(ChosenBox):
     """A peer.  Of the legs that share a prompt there the first pays for it: `prompt` is its name
     if this one does."""
 
@@ -134,7 +134,7 @@ class Boxes:
     def hedge_seconds(self) -> float:
         return self._selector.hedge_seconds
 
-    async def choose(self, job: Job, tried: Collection[str]) -> Box | NoNodesAvailable:
+    async def choose(self, job: Job, tried: Collection[str]) -> ChosenBox | NoNodesAvailable:
         """The box for a leg of the job, none of those that were `tried`; or why there is none."""
         decision, digest = await self._selector.select(job, tried)
         node_id = decision.node_id

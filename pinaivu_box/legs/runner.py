@@ -18,7 +18,7 @@ from pinaivu_box.errors import ApiError, EngineLost, NoNodesAvailable
 from pinaivu_box.gateway.backend import Backend, Event, Job, Prompt, Started, stopped
 from pinaivu_box.gateway.output import Output
 from pinaivu_box.gateway.records import ChoiceRecord, LegRecord
-from pinaivu_box.legs.boxes import Box, Boxes
+from pinaivu_box.legs.boxes import Boxes, ChosenBox
 from pinaivu_box.receipts.commitment import Extras
 from pinaivu_box.tasks import ignore_exception
 
@@ -77,7 +77,7 @@ class LegRun:
         """Returns the finish reason.  Raises EngineLost if another leg may go on."""
         boxes = self._runner.boxes
         if boxes is None:  # nobody else could take over: nothing need be held back
-            attempt = self.attempt(Box(self._runner.node_id, self._runner.local, job))
+            attempt = self.attempt(ChosenBox(self._runner.node_id, self._runner.local, job))
             attempt.deliver_to(self._deliver)
             try:
                 return await attempt.run()
@@ -95,7 +95,7 @@ class LegRun:
             await self._leave_all_but(chosen)
             self.attempts.clear()
 
-    def attempt(self, box: Box) -> LegAttempt:
+    def attempt(self, box: ChosenBox) -> LegAttempt:
         """Have that box serve the leg."""
         choice = self._choice
         attempt = LegAttempt(box, choice.extras if choice.served else None)
@@ -135,7 +135,7 @@ class LegAttempt:
     `outcome` is None at its first output, and before that the error that ended it.
     """
 
-    def __init__(self, box: Box, earlier: Extras | None) -> None:
+    def __init__(self, box: ChosenBox, earlier: Extras | None) -> None:
         self.box, self.leg = box, box.start()
         self.outcome: asyncio.Future[BaseException | None] = (
             asyncio.get_running_loop().create_future()
@@ -238,7 +238,7 @@ class _Search:
             raise _final(self._error) if self._error else stopped()
         changes = self._boxes.candidates.changes.count
         box = await self._boxes.choose(self._job, self._tried)
-        if isinstance(box, Box):
+        if isinstance(box, ChosenBox):
             self._ask(box)
         elif not await self._wait(changes):
             raise _final(self._error) if self._error else box
@@ -252,13 +252,13 @@ class _Search:
 
     async def _ask_second(self, first: LegAttempt) -> None:
         box = await self._boxes.choose(self._job, self._tried)
-        if isinstance(box, Box):
+        if isinstance(box, ChosenBox):
             if first.outcome.done():
                 box.release(None)
             else:
                 self._ask(box)
 
-    def _ask(self, box: Box) -> None:
+    def _ask(self, box: ChosenBox) -> None:
         self._tried[box.node_id] = time.monotonic()
         self._run.attempt(box).begin()
 

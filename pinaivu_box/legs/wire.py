@@ -1,19 +1,19 @@
 """What two boxes say about one leg of a request, on a stream of its own (purpose `work`).
 
     coordinator                             serving box
-    Ask, or Count                ->
-                                 <-         Refused, and that is all; or Tokens, the answer to Count
-                                 <-         Began, Read, Outputs ..., Alive while nothing else comes
+    LegRequest, or Count         ->
+                                 <-         LegRefused, and that is all; or Tokens, to a Count
+                                 <-         LegStarted, PromptRead, Outputs ..., Alive while idle
     Stop, at any time            ->
-                                 <-         Proved, before the Outputs that has the finish reason
-    Accepted                     ->
+                                 <-         LegProof, before the Outputs with the finish reason
+    Accepted, or Disputed        ->
 
 The serving box signs every Outputs with a mark: what has been sent is proven even if it dies before
 its proof.  The coordinator signs the proof in turn, after it has compared it with what it saw: then
 both hold the same account of the leg, signed by both.
 
-Ask says which version of proofs the coordinator reads, and Began which one it gets.  Who does not
-say so is of version 1: its proofs cover neither log-probabilities nor vectors.
+LegRequest says which version of proofs the coordinator reads, and LegStarted which one it gets.  A
+box that does not say so is of version 1: its proofs cover neither log-probabilities nor vectors.
 
 A message is 1 to 64 frames, each with a byte before it: 1 if more of it follows, 0 if not.
 """

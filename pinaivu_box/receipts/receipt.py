@@ -5,8 +5,9 @@ bytes are kept and served as they were signed; nobody re-serialises them before 
 
 `v` is the version of what is said, in a proof and in a receipt: in 2, the commitment to the output
 also covers log-probabilities and vectors (`commitment`).  Boxes of either version work together:
-who asks names the highest version that it reads, and gets proofs of that or a lower one.  A field
-that comes with a later version is UNSET, and so not written, in the proofs before it.
+the box that asks names the highest version that it reads, and gets proofs of that or a lower one.
+To add a field, raise `VERSION`, keep the old one in `VERSIONS`, and leave the field out of what is
+signed in the versions before it, as `sampling_record` does with `min_tokens`.
 """
 
 from __future__ import annotations

@@ -85,7 +85,6 @@ class Candidate:
     known: bool = False
     warm: bool = False
     draining: bool = False
-    stale: bool = False
     gone: bool = False
     resting: str | None = None
     refuses: str | None = None
@@ -112,10 +111,10 @@ class Candidate:
 
 @dataclass(frozen=True)
 class RoutingRequest:
-    """What is to be served.  `digest` None: the model is not here, so whoever first has the name.
+    """What is to be served.
 
-    `hops`: 1 if it came from a peer; it then stays here.  `local_only`: its key may not leave the
-    box.  `peers`: node ids that may serve it, None for all.  `tried`: who has failed it already.
+    With `digest` None the model is not here, so any file with its name will do.  `local_only`: it
+    may not leave the box.  `tried`: node ids that have failed it already.
     """
 
     model: str
@@ -125,8 +124,6 @@ class RoutingRequest:
     policy: RoutingPolicy = "prefer-local"
     same_name: bool = False
     local_only: bool = False
-    hops: int = 0
-    peers: frozenset[str] | None = None
     tried: Collection[str] = ()
 
 
@@ -215,12 +212,6 @@ def why_not(one: Candidate, ask: RoutingRequest) -> str | None:
         return "is not this box, and the key is for this box only"
     if ask.policy == "never":
         return "is not this box, and the policy is never to send"
-    if ask.hops > 0:
-        return "would be a second hop"
-    if ask.peers is not None and one.node_id not in ask.peers:
-        return "is not among the peers that the key allows"
-    if one.stale:
-        return "has said nothing lately"
     if one.resting:
         return one.resting
     if one.currency != ask.currency:

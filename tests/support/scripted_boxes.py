@@ -27,7 +27,7 @@ from pinaivu_box.gateway.local import resolve
 from pinaivu_box.gateway.metering import prove
 from pinaivu_box.gateway.output import Output
 from pinaivu_box.gateway.quota import Limits, Quota, Reservation
-from pinaivu_box.gateway.records import LegRecord, RequestAccount
+from pinaivu_box.gateway.records import LegRecord, RequestRecord
 from pinaivu_box.gateway.request import Failed, Finished, Request, RequestEvent
 from pinaivu_box.legs.boxes import Boxes
 from pinaivu_box.legs.runner import LegRunner
@@ -250,9 +250,9 @@ class Ledger:
     """In place of a meter: what was settled, and how it ended."""
 
     def __init__(self) -> None:
-        self.settled: list[tuple[RequestAccount, str]] = []
+        self.settled: list[tuple[RequestRecord, str]] = []
 
-    async def settle(self, account: RequestAccount, finish_reason: str) -> None:
+    async def settle(self, account: RequestRecord, finish_reason: str) -> None:
         await asyncio.sleep(0)
         self.settled.append((account, finish_reason))
 
