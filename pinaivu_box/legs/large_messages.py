@@ -19,8 +19,8 @@ from pinaivu_box.value_count import exceeds
 
 ENTRY = "pinaivu_box.legs.large_messages:make"
 LARGE = 256 * 1024  # bytes; a smaller one is decoded within some milliseconds
-MOST_VALUES = 262_144  # log-probabilities have many
-MOST_NUMBERS = leg_wire.MOST_TOKENS + 65_536  # one long prompt, decoded in 60 ms
+MAX_VALUES = 262_144  # log-probabilities have many
+MAX_NUMBERS = leg_wire.MAX_TOKENS + 65_536  # one long prompt, decoded in 60 ms
 _LIMITS = SandboxLimits(cpu_seconds=20.0, memory_bytes=1024 * 1024 * 1024, wall_seconds=60.0)
 _DECODERS: dict[bytes, msgspec.msgpack.Decoder[Any]] = {
     b"S": leg_wire.to_serving,
@@ -63,7 +63,7 @@ def make(_setup: bytes) -> Callable[[bytes], bytes]:
         try:
             raw = msgspec.msgpack.decode(body)
             # The names in an object are the peer's own.
-            if exceeds(raw, MOST_VALUES, MOST_NUMBERS, count_names=True):
+            if exceeds(raw, MAX_VALUES, MAX_NUMBERS, count_names=True):
                 return b"it has too many values"
             _DECODERS[kind].decode(body)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:

@@ -225,7 +225,7 @@ class LegServer:
         limit = None if job.max_tokens is None else max(0, job.max_tokens - len(job.output))
         if not context:
             return prompt, _TYPICAL_TOKENS if limit is None else limit
-        room = leg_wire.MOST_TOKENS if self._load.config.context_shift else context
+        room = leg_wire.MAX_TOKENS if self._load.config.context_shift else context
         room = max(0, room - prompt - len(job.output))
         return prompt, room if limit is None else min(limit, room)
 

@@ -66,7 +66,7 @@ class LegSigner:
 
     def outputs(self, outputs: list[Output]) -> Iterator[leg_wire.Outputs]:
         """Vectors are large: of those, one output to a message."""
-        most = leg_wire.MOST_OUTPUTS if self._job.inputs is None else 1
+        most = leg_wire.MAX_OUTPUTS if self._job.inputs is None else 1
         parts = list(self._parts(outputs))
         for at in range(0, len(parts), most):
             yield self._marked(parts[at : at + most])

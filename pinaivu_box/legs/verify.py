@@ -50,7 +50,7 @@ class LegVerifier:
         self.has_output = False
         self._job, self._to = job, to
         self._earlier_tokens = len(job.output)
-        self._max_tokens = leg_wire.MOST_TOKENS
+        self._max_tokens = leg_wire.MAX_TOKENS
         if job.inputs is not None:
             self._max_tokens = 0
         elif job.max_tokens is not None:

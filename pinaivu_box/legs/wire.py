@@ -51,15 +51,15 @@ PURPOSE = "work"
 MAX_MESSAGE_BYTES = 16 * 1024 * 1024
 MAX_PIECES = 64  # of a message
 _PIECE = MAX_FRAME_BYTES - 1
-MOST_TOKENS = 2**21  # of a prompt, or an answer
-MOST_OUTPUTS = 1024  # in a message
+MAX_TOKENS = 2**21  # of a prompt, or an answer
+MAX_OUTPUTS = 1024  # in a message
 SEND_SECONDS = 30.0  # for one frame
 
 MAX_MESSAGES = 16384  # of a conversation
 MAX_CALLS = 256  # of a message
 
 Token = Annotated[int, Meta(ge=0, lt=2**31)]
-Tokens_ = Annotated[list[Token], Meta(max_length=MOST_TOKENS)]
+Tokens_ = Annotated[list[Token], Meta(max_length=MAX_TOKENS)]
 Text = Annotated[str, Meta(max_length=MAX_MESSAGE_BYTES)]
 Short = Annotated[str, Meta(max_length=256)]
 Shown = Annotated[str, Meta(max_length=256, pattern=NO_CONTROLS)]
@@ -215,7 +215,7 @@ class Out(Output, array_like=True, dict=True):
 class Outputs(Struct, frozen=True, tag="outputs"):
     """`mark`: the serving box's signature over `receipt.mark_text` of all that it has sent."""
 
-    outputs: Annotated[list[Out], Meta(max_length=MOST_OUTPUTS)]
+    outputs: Annotated[list[Out], Meta(max_length=MAX_OUTPUTS)]
     mark: Hex64
 
 

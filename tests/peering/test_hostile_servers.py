@@ -135,7 +135,7 @@ async def test_without_end_there_is_an_end(
     world: ThreeBoxes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of an answer that nobody has limited."""
-    monkeypatch.setattr(leg_wire, "MOST_TOKENS", 100)
+    monkeypatch.setattr(leg_wire, "MAX_TOKENS", 100)
     world.lie(Violation(count=101))
     answer = await world.anna.chat("endless", max_tokens=None, stop=["."])
     assert answer.status_code == 200
