@@ -152,7 +152,9 @@ def test_the_weights_are_mapped_from_the_executable_itself(box: Box, executable:
         files = [path for path in folder.rglob("*") if path.is_file()]
         assert files
         assert all(path.stat().st_size < model.size / 2 for path in files)
-        assert not any(path.open("rb").read(4) == b"GGUF" for path in files)
+        for path in files:
+            with path.open("rb") as file:
+                assert file.read(4) != b"GGUF", path
 
 
 def test_it_leaves_nothing_unpacked(box: Box) -> None:
