@@ -78,7 +78,7 @@ async def test_addresses_have_the_relay_from_the_start(relay: Relay, bound: Tran
     for url in (relay.url, relay.url.removesuffix("/"), DEAD):
         here = await bound(url)
         assert here.addresses()[-1].removesuffix("/") == url.removesuffix("/")
-        await asyncio.wait_for(here.settle(), DEADLINE)
+        await asyncio.wait_for(here.wait_for_addresses(), DEADLINE)
     assert not any(one.startswith("http") for one in (await bound("none")).addresses())
 
 
@@ -89,13 +89,13 @@ async def test_of_several_relays_one_is_waited_for(
     several = iroh.RelayMode.custom_from_urls([DEAD, relay.url])
     monkeypatch.setattr(iroh.RelayMode, "default_mode", lambda: several)
     here = await bound("n0")
-    await soon(here.settle())
+    await soon(here.wait_for_addresses())
     assert here.addresses()[-1] == relay.url
     nobody = iroh.RelayMode.custom_from_urls([DEAD, "http://127.0.0.1:19/"])
     monkeypatch.setattr(iroh.RelayMode, "default_mode", lambda: nobody)
     monkeypatch.setattr(iroh_transport, "_RELAY_CHOICE_SECONDS", 0.5)
     here = await bound("n0")
-    await soon(here.settle())  # but not for ever
+    await soon(here.wait_for_addresses())  # but not for ever
     assert not any(one.startswith("http") for one in here.addresses())
 
 
