@@ -32,7 +32,7 @@ async def relay() -> AsyncIterator[Relay]:
     made = Relay()
     await made.serve("127.0.0.1", 0)
     yield made
-    made.close()
+    await made.close()
 
 
 Transports = Callable[[str], Any]

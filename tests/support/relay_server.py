@@ -94,15 +94,29 @@ class Relay:
         self.relayed = bytearray()  # with the keys of who sent it, and to whom
         self._known_to: defaultdict[bytes, set[bytes]] = defaultdict(set)
         self._dice = random.Random(1)
+        self._visits: set[asyncio.Task[None]] = set()
 
     async def serve(self, host: str, port: int) -> None:
         self._server = await asyncio.start_server(self._visited, host, port)
         self.url = f"http://{host}:{self._server.sockets[0].getsockname()[1]}/"
 
-    def close(self) -> None:
+    async def close(self) -> None:
         self._server.close()
+        for visit in self._visits:
+            visit.cancel()
+        await asyncio.gather(*self._visits, return_exceptions=True)
 
     async def _visited(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        visit = asyncio.current_task()
+        assert visit is not None
+        self._visits.add(visit)
+        visit.add_done_callback(self._visits.discard)
+        try:
+            await self._visit(reader, writer)
+        finally:
+            writer.transport.abort()
+
+    async def _visit(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         client = Client(self, writer)
         with suppress(OSError, EOFError, RemoteProtocolError):
             head = await reader.readuntil(b"\r\n\r\n")
@@ -113,7 +127,9 @@ class Relay:
                 length = f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
                 writer.write(b"HTTP/1.1 200 OK\r\n" + length.encode() + body)
                 await writer.drain()
-        writer.close()
+        with suppress(OSError):  # what was written arrives before the connection is aborted
+            writer.close()
+            await writer.wait_closed()
         if self.clients.get(client.key) is client:
             del self.clients[client.key]
             for one in self._known_to.pop(client.key, set()) & self.clients.keys():

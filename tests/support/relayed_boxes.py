@@ -61,8 +61,8 @@ class RelayOnlyNetwork:
 
     def close_relay(self) -> None:
         if self.relay is not None:
-            self.relay.kill()
-            self.relay.wait()
+            with self.relay:  # it closes the pipe
+                self.relay.kill()
             self.relay = None
 
     def ask(self, path: str) -> httpx.Response:
