@@ -63,12 +63,13 @@ _MAX_QUOTED_CHARS = 100
 _MAX_MESSAGE_CHARS = 2000
 
 
-def quoted(text: str, most: int = _MAX_QUOTED_CHARS) -> str:
-    """Text from outside, for a message: at most `most` characters, those not printable escaped."""
-    cut = text[:most]
+def quoted(text: str, max_chars: int = _MAX_QUOTED_CHARS) -> str:
+    """Text from outside, for a message: at most `max_chars` characters, those not printable
+    escaped."""
+    cut = text[:max_chars]
     if not cut.isprintable():
         cut = "".join(char if char.isprintable() else _escaped(char) for char in cut)
-    return cut if len(text) <= most else f"{cut}…"
+    return cut if len(text) <= max_chars else f"{cut}…"
 
 
 def _escaped(char: str) -> str:

@@ -13,6 +13,6 @@ def shortened(vector: bytes, size: int) -> bytes:
     """
     if len(vector) <= 4 * size:
         return vector
-    kept = struct.unpack(f"<{size}f", vector[: 4 * size])
-    length = math.sqrt(sum(number * number for number in kept)) or 1.0
-    return struct.pack(f"<{size}f", *(number / length for number in kept))
+    numbers = struct.unpack(f"<{size}f", vector[: 4 * size])
+    length = math.sqrt(sum(number * number for number in numbers)) or 1.0
+    return struct.pack(f"<{size}f", *(number / length for number in numbers))

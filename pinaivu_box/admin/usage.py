@@ -25,8 +25,8 @@ async def usage(
     `node_id` is this box's.
     """
     since, until = span(first_day, last_day)
-    wanted = UsageFilter(
+    selection = UsageFilter(
         account_id=account_id, key_id=key_id, model=model, since=since, until=until
     )
     names = await names_of_boxes(database, node_id) if {"node", "peer"} & set(by) else {}
-    return await report(database, wanted, by, currency, names)
+    return await report(database, selection, by, currency, names)

@@ -92,19 +92,19 @@ class UsageReport(Struct, frozen=True, omit_defaults=True):
 
 async def report(
     database: Database,
-    wanted: UsageFilter,
+    selection: UsageFilter,
     by: tuple[By, ...],
     currency: str,
     boxes: Mapping[str, str] | None = None,
 ) -> UsageReport:
-    """The report on the usage that is `wanted`; `boxes` has the names of boxes by node id."""
-    groups = models = await usage(database, wanted, ("model",))
+    """The report on the usage of a `selection`; `boxes` has the names of boxes by node id."""
+    groups = models = await usage(database, selection, ("model",))
     only = None
-    who: Who | None = "key" if "key" in by else "account" if "account" in by else None
-    if who is not None and wanted.key_id is None:
-        only = await busiest(database, wanted, who, MAX_KEYS + 1)
+    owner_kind: Who | None = "key" if "key" in by else "account" if "account" in by else None
+    if owner_kind is not None and selection.key_id is None:
+        only = await busiest(database, selection, owner_kind, MAX_KEYS + 1)
     if by and by != ("model",):
-        groups = await usage(database, wanted, by, only and only[:MAX_KEYS])
+        groups = await usage(database, selection, by, only and only[:MAX_KEYS])
     names: dict[By, Mapping[str, str]] = {"node": boxes or {}, "peer": boxes or {}}
     for kind in ("key", "account"):
         if kind in by:

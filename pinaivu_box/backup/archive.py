@@ -135,6 +135,6 @@ def _exactly(source: ByteSource, size: int) -> bytes:
     return data
 
 
-def _expect(source: ByteSource, wanted: bytes) -> None:
-    if _exactly(source, len(wanted)) != wanted:
+def _expect(source: ByteSource, expected: bytes) -> None:
+    if _exactly(source, len(expected)) != expected:
         raise BadBackup("it is damaged between its parts")

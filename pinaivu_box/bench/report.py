@@ -110,8 +110,8 @@ def _counts(targets: int, runs: list[BenchRun]) -> Iterator[list[str]]:
 def _mean(summaries: list[Any], name: str) -> str:
     """The mean per request; "-" for what the server does not report."""
     requests = sum(summary.requests for summary in summaries)
-    told = name == "completion_tokens" or any(summary.prompt_tokens for summary in summaries)
-    if not requests or not told:
+    reported = name == "completion_tokens" or any(summary.prompt_tokens for summary in summaries)
+    if not requests or not reported:
         return "-"
     return f"{sum(getattr(summary, name) for summary in summaries) / requests:,.1f}"
 

@@ -48,10 +48,10 @@ class Lengths(msgspec.Struct, frozen=True):
             ) from None
         return lengths
 
-    def _check(self, given: int) -> None:
+    def _check(self, count: int) -> None:
         finite = math.isfinite(self.first) and math.isfinite(self.second)
         ordered = self.kind != "uniform" or self.first <= self.second
-        if given != 1 + (self.kind != "fixed") or not finite or not ordered:
+        if count != 1 + (self.kind != "fixed") or not finite or not ordered:
             raise ValueError
         if self.first < 1 or self.second < 0:
             raise ValueError

@@ -73,8 +73,8 @@ def _route(link: dict[str, Any] | None) -> str:
 def _models(peer: dict[str, Any]) -> str:
     names = [model["id"] for model in peer["models"]]
     more = len(names) - _MAX_NAMED_MODELS
-    shown = ", ".join(names[:_MAX_NAMED_MODELS]) + (f" +{more}" if more > 0 else "")
-    return shown or UNKNOWN
+    text = ", ".join(names[:_MAX_NAMED_MODELS]) + (f" +{more}" if more > 0 else "")
+    return text or UNKNOWN
 
 
 def _load(peer: dict[str, Any]) -> str:

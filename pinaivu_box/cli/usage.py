@@ -84,12 +84,12 @@ def usage(
 
 def _print(report: Any, by: tuple[str, ...], wide: bool) -> None:
     groups = report.data or report.by_model
-    most = max((group.tokens for group in groups), default=0)
+    max_tokens = max((group.tokens for group in groups), default=0)
     rows = [
         [
             *labels,
             *_sums(group, group.requests, group.tokens),
-            _bar(group.tokens / most) if most else "",
+            _bar(group.tokens / max_tokens) if max_tokens else "",
         ]
         for labels, group in zip(_labels(groups, by), groups, strict=True)
     ]

@@ -20,5 +20,5 @@ class Check(Struct, frozen=True):
 
 def of_error(name: str, message: str) -> Check:
     """A failed check; `message` says what is wrong and, after a colon, what to do."""
-    found, _, todo = message.removesuffix(".").rpartition(": ")
-    return Check(name, "failed", found, todo) if found else Check(name, "failed", todo)
+    finding, _, todo = message.removesuffix(".").rpartition(": ")
+    return Check(name, "failed", finding, todo) if finding else Check(name, "failed", todo)

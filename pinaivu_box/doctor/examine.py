@@ -58,11 +58,11 @@ def _configuration(load: Callable[[], Config]) -> tuple[Config, Check]:
         read_shared_prefixes(config.engine)
         return config, Check(name, "ok", "valid")
     except CliError as error:
-        found = error.message.removesuffix(".")
-        return config, Check(name, "failed", found, "sample.toml documents all settings")
+        finding = error.message.removesuffix(".")
+        return config, Check(name, "failed", finding, "sample.toml documents all settings")
     except OSError as error:
-        found = f"the file cannot be read: {error.strerror}"
-        return Config(), Check(name, "failed", found, "check the permissions of the home")
+        finding = f"the file cannot be read: {error.strerror}"
+        return Config(), Check(name, "failed", finding, "check the permissions of the home")
 
 
 def _guarded(name: str, examiner: Examiner) -> Iterator[Check]:
@@ -76,5 +76,5 @@ def _guarded(name: str, examiner: Examiner) -> Iterator[Check]:
             name, "failed", f"{where}{error.strerror}", "check the permissions and the owner"
         )
     except Exception as error:
-        found = f"the check itself failed: {type(error).__name__}: {error}"
-        yield Check(name, "failed", found, "please report it")
+        finding = f"the check itself failed: {type(error).__name__}: {error}"
+        yield Check(name, "failed", finding, "please report it")

@@ -100,8 +100,8 @@ def identity(home: Path) -> Iterator[Check]:
         if newest is None:
             yield Check("identity", "ok", "none yet: the first start creates it")
             return
-        found = f"{path} is missing, but {newest[0].coordinator_id} has signed receipts"
-        yield Check("identity", "failed", found, f"copy the file back, or {_RESTORE}")
+        finding = f"{path} is missing, but {newest[0].coordinator_id} has signed receipts"
+        yield Check("identity", "failed", finding, f"copy the file back, or {_RESTORE}")
         return
     node_id = identities.load_or_create(path).node_id
     if newest is None:
@@ -109,11 +109,11 @@ def identity(home: Path) -> Iterator[Check]:
         return
     receipt, signed, signature = newest
     if receipt.coordinator_id != node_id:
-        found = f"{path} is {node_id}, but receipts are signed by {receipt.coordinator_id}"
-        yield Check("identity", "failed", found, "copy the identity.key of this box back")
+        finding = f"{path} is {node_id}, but receipts are signed by {receipt.coordinator_id}"
+        yield Check("identity", "failed", finding, "copy the identity.key of this box back")
     elif not identities.verify(node_id, RECEIPT_DOMAIN, signed, signature):
-        found = f"the signature of the newest receipt ({receipt.request_id}) is not {node_id}'s"
-        yield Check("identity", "failed", found, f"the database was changed: {_RESTORE}")
+        finding = f"the signature of the newest receipt ({receipt.request_id}) is not {node_id}'s"
+        yield Check("identity", "failed", finding, f"the database was changed: {_RESTORE}")
     else:
         yield Check("identity", "ok", f"{node_id}, as in the newest receipt")
 

@@ -38,16 +38,16 @@ def disk(home: Path, models: Path) -> Iterator[Check]:
         ("models", models, 0, 1e9),
         ("TMPDIR", Path(tempfile.gettempdir()), _UNPACKED if frozen else 0, 2 * _UNPACKED),
     ]
-    for what, path, least, comfortable in places:
+    for purpose, path, least, comfortable in places:
         there = next(parent for parent in (path, *path.parents) if parent.exists())
-        yield space(what, path, shutil.disk_usage(there).free, least, comfortable)
+        yield space(purpose, path, shutil.disk_usage(there).free, least, comfortable)
 
 
-def space(what: str, path: Path, free: int, least: float, comfortable: float) -> Check:
+def space(purpose: str, path: Path, free: int, least: float, comfortable: float) -> Check:
     """The check of one path; sizes in bytes.  Below `least` the box does not work."""
     state: State = "failed" if free < least else "warning" if free < comfortable else "ok"
-    todo = "" if state == "ok" else f"free some space there, or move {what} to another disk"
-    return Check("disk", state, f"{megabytes(free)} free for {what} ({path})", todo)
+    todo = "" if state == "ok" else f"free some space there, or move {purpose} to another disk"
+    return Check("disk", state, f"{megabytes(free)} free for {purpose} ({path})", todo)
 
 
 def clock(home: Path, now: float) -> Iterator[Check]:
@@ -56,13 +56,13 @@ def clock(home: Path, now: float) -> Iterator[Check]:
     if newest:
         last = datetime.fromisoformat(newest[0].timestamp).timestamp()
         if last > now + _CLOCK_SLACK:
-            found = f"it is {utc_text(now)}, but the newest receipt is from {newest[0].timestamp}"
+            finding = f"it is {utc_text(now)}, but the newest receipt is from {newest[0].timestamp}"
             todo = "set the clock, which receipts and the expiry of keys depend on ('timedatectl')"
-            yield Check("clock", "failed", found, todo)
+            yield Check("clock", "failed", finding, todo)
             return
     if (known := synchronised()) is False:
-        found = f"{utc_text(now)}, not synchronised"
-        yield Check("clock", "warning", found, "turn on NTP: 'timedatectl set-ntp true'")
+        finding = f"{utc_text(now)}, not synchronised"
+        yield Check("clock", "warning", finding, "turn on NTP: 'timedatectl set-ntp true'")
     else:
         how = "synchronised" if known else "whether it is synchronised is unknown"
         yield Check("clock", "ok", f"{utc_text(now)}, {how}")
@@ -115,8 +115,8 @@ def _server(home: Path) -> Check:
         url = str(run["url"])
         httpx.get(f"{url}/health", timeout=10, trust_env=False).raise_for_status()
     except (OSError, KeyError, ValueError, httpx.HTTPError, msgspec.DecodeError) as error:
-        found = f"the server on {home} does not answer ({error or type(error).__name__})"
-        return Check("port", "failed", found, "if it is starting, wait; otherwise restart it")
+        finding = f"the server on {home} does not answer ({error or type(error).__name__})"
+        return Check("port", "failed", finding, "if it is starting, wait; otherwise restart it")
     return Check("port", "ok", f"in use by this box, which answers at {url}")
 
 
@@ -125,8 +125,8 @@ def links() -> Iterator[Check]:
     try:
         asyncio.run(_bind_and_close())
     except (ImportError, OSError) as error:  # its library does not fit the system's
-        found = f"links to other boxes are not possible here ({error})"
-        yield Check("peering", "warning", found, "update the system if this box is to have peers")
+        finding = f"links to other boxes are not possible here ({error})"
+        yield Check("peering", "warning", finding, "update the system if this box is to have peers")
     else:
         yield Check("peering", "ok", "links to other boxes are possible")
 
@@ -149,15 +149,15 @@ def gpu(root: Path = Path("/")) -> Iterator[Check]:
     if not (cards or driver or devices):
         yield Check("GPU", "ok", "no NVIDIA GPU: models run on the CPU")
     elif not driver:
-        found = "there is an NVIDIA GPU but no driver: models run on the CPU"
-        yield Check("GPU", "warning", found, "to use it, install the NVIDIA driver")
+        finding = "there is an NVIDIA GPU but no driver: models run on the CPU"
+        yield Check("GPU", "warning", finding, "to use it, install the NVIDIA driver")
     elif not devices:
-        found = "there is an NVIDIA driver but no /dev/nvidia*: models run on the CPU"
+        finding = "there is an NVIDIA driver but no /dev/nvidia*: models run on the CPU"
         todo = "in a container, add the GPU (--gpus all); otherwise run 'nvidia-modprobe'"
-        yield Check("GPU", "warning", found, todo)
+        yield Check("GPU", "warning", finding, todo)
     elif not _has_libcuda(root):
-        found = "there is an NVIDIA driver but no libcuda.so.1: models run on the CPU"
-        yield Check("GPU", "warning", found, "install the driver's CUDA library (libcuda1)")
+        finding = "there is an NVIDIA driver but no libcuda.so.1: models run on the CPU"
+        yield Check("GPU", "warning", finding, "install the driver's CUDA library (libcuda1)")
     else:
         yield Check("GPU", "ok", f"{len(devices)} NVIDIA GPU, {_driver_version(driver)}")
 

@@ -103,23 +103,23 @@ def _file(model: Model, remembered: _Remembered) -> Check:
     digest = digest_of_parts(digests) if model.parts else digests[0]
     files = f" in {len(model.parts)} files" if model.parts else ""
     how = "not served yet" if unseen else "as served before"
-    found = f"{megabytes(model.size)}{files}, sha256 {digest[:16]}…, {how}"
-    return Check("models", "ok", f"{model.id} ({printable(str(model.path))}): {found}")
+    finding = f"{megabytes(model.size)}{files}, sha256 {digest[:16]}…, {how}"
+    return Check("models", "ok", f"{model.id} ({printable(str(model.path))}): {finding}")
 
 
 def _changed(name: str, digest: str, known: str, unchanged: bool) -> Check:
     """A file with another digest; `unchanged`: it has the same size and time as before."""
     if not unchanged:
-        found = (
+        finding = (
             f"{name} was replaced after it was last served: {digest[:16]}…, before {known[:16]}…"
         )
-        return Check("models", "warning", found, "nothing, if you replaced it")
-    found = f"the content of {name} is not what was served: {digest[:16]}…, not {known[:16]}…"
+        return Check("models", "warning", finding, "nothing, if you replaced it")
+    finding = f"the content of {name} is not what was served: {digest[:16]}…, not {known[:16]}…"
     todo = (
         "download the file again; if you replaced it, 'touch' it, so that receipts name the new "
         "digest"
     )
-    return Check("models", "failed", found, todo)
+    return Check("models", "failed", finding, todo)
 
 
 def _digest(file: Model) -> str:
@@ -146,38 +146,38 @@ def room(config: Config, home: Path) -> Iterator[Check]:
 
 def fits(model_id: str, need: int, total: int, available: int) -> Check:
     """The check of one model; sizes in bytes."""
-    found = f"{model_id} needs {megabytes(need)} of {megabytes(available)} available"
+    finding = f"{model_id} needs {megabytes(need)} of {megabytes(available)} available"
     if need > total:
-        found = f"{model_id} needs {megabytes(need)}, and the machine has {megabytes(total)}"
-        return Check("memory", "failed", found, "set a smaller context, or use a smaller model")
+        finding = f"{model_id} needs {megabytes(need)}, and the machine has {megabytes(total)}"
+        return Check("memory", "failed", finding, "set a smaller context, or use a smaller model")
     if need > available:
-        return Check("memory", "warning", found, "close other programs, or set a smaller context")
-    return Check("memory", "ok", found)
+        return Check("memory", "warning", finding, "close other programs, or set a smaller context")
+    return Check("memory", "ok", finding)
 
 
 def engine(config: Config, home: Path) -> Iterator[Check]:
     """Load the smallest model as a server would, and generate one token."""
     models = real(find(config, home)[0])
     if not models:
-        found = "no model to start an engine with"
-        yield Check("engine", "warning", found, "see models, above")
+        finding = "no model to start an engine with"
+        yield Check("engine", "warning", finding, "see models, above")
         return
     smallest = min(models, key=lambda model: model.size)
     small = msgspec.structs.replace(
         config.engine, context=_CONTEXT_TOKENS, kv_tokens=_CONTEXT_TOKENS, max_sequences=1
     )
     try:
-        found = asyncio.run(
+        finding = asyncio.run(
             _one_token(dataclasses.replace(smallest, context=_CONTEXT_TOKENS), small)
         )
     except ApiError as error:
         todo = "'pinaivu serve --log-level debug' shows the log of the engine"
         yield Check("engine", "failed", error.message.removesuffix("."), todo)
     except TimeoutError:
-        found = f"{smallest.id} generated no token in {small.start_seconds:g} s"
-        yield Check("engine", "failed", found, "check whether the machine is overloaded")
+        finding = f"{smallest.id} generated no token in {small.start_seconds:g} s"
+        yield Check("engine", "failed", finding, "check whether the machine is overloaded")
     else:
-        yield Check("engine", "ok", f"{smallest.id} {found}")
+        yield Check("engine", "ok", f"{smallest.id} {finding}")
 
 
 async def _one_token(model: Model, config: EngineConfig) -> str:

@@ -73,8 +73,8 @@ def examine(
 def _here(own: OwnView, config: Config, *, all_well: bool) -> Iterator[Check]:
     yield Check("key", "ok", f"{own.id}, called {own.name}")
     # Advertised addresses may only be reachable from outside.
-    told = config.peering.advertise
-    direct = [each for each in own.addresses if not is_relay(each) and each not in told]
+    advertised = config.peering.advertise
+    direct = [each for each in own.addresses if not is_relay(each) and each not in advertised]
     answers = {address: udp.ask(address, _UDP_SECONDS) for address in direct[:4]}
     deaf = [address for address, answer in answers.items() if answer != "answers"]
     if deaf:
@@ -82,33 +82,33 @@ def _here(own: OwnView, config: Config, *, all_well: bool) -> Iterator[Check]:
         yield Check("port", "failed", f"no answer at {', '.join(deaf)}", todo)
     else:
         yield Check("port", "ok", f"this box answers at {', '.join(direct) or 'no address'}")
-    if told:
-        yield Check("NAT", "ok", f"this box advertises {', '.join(told)}")
+    if advertised:
+        yield Check("NAT", "ok", f"this box advertises {', '.join(advertised)}")
     elif all(_reach(address) == "loopback" for address in direct) and own.relay == "none":
-        found, todo = (
+        finding, todo = (
             "only this machine can reach this box",
             'set host = "0.0.0.0" in [peering]',
         )
-        yield Check("NAT", "warning", found, todo)
+        yield Check("NAT", "warning", finding, todo)
     elif own.relay != "none":
         yield _relay(own, "warning" if all_well else "failed")
     elif any(_reach(address) == "public" for address in direct):
         yield Check("NAT", "ok", "this box has a public address; no relay is used")
     else:
-        found = "this box has LAN addresses only, and no relay is used"
+        finding = "this box has LAN addresses only, and no relay is used"
         todo = (
             f"for boxes elsewhere: forward UDP port {config.peering.port} to this box and set that "
             "address as advertise, or set a relay"
         )
-        yield Check("NAT", "ok" if all_well else "warning", found, "" if all_well else todo)
+        yield Check("NAT", "ok" if all_well else "warning", finding, "" if all_well else todo)
 
 
 def _relay(own: OwnView, bad: State) -> Check:
     chosen = own.relay if own.relay != "n0" else next(filter(is_relay, own.addresses), None)
     if chosen is None:
-        found = "none of the public relays has answered yet"
+        finding = "none of the public relays has answered yet"
         todo = "wait half a minute; then check that HTTPS and UDP are allowed, or set another URL"
-        return Check("relay", bad, found, f"{todo} as [peering] relay")
+        return Check("relay", bad, finding, f"{todo} as [peering] relay")
     return relay.own(chosen, bad)
 
 
@@ -148,34 +148,34 @@ def _membership(peer: PeerView) -> Check:
 
 def _link(peer: PeerView) -> Check:
     if peer.link is not None:
-        way = "direct" if peer.link.direct else "by a relay"
+        route = "direct" if peer.link.direct else "by a relay"
         rtt = "" if peer.link.rtt_ms is None else f", round trip {peer.link.rtt_ms:.0f} ms"
-        return Check("link", "ok", f"{way}, {peer.link.address}{rtt}")
+        return Check("link", "ok", f"{route}, {peer.link.address}{rtt}")
     if peer.state == "connecting" and not peer.why:
         return Check("link", "warning", "no answer yet", "wait a few seconds")
     name = "key" if peer.why.startswith("Another box") else "link"
-    found = of_error(name, peer.why or "there is none")
-    return found if found.todo else Check(name, "failed", found.found, "see its addresses below")
+    check = of_error(name, peer.why or "there is none")
+    return check if check.todo else Check(name, "failed", check.found, "see its addresses below")
 
 
 def _ways(peer: PeerView, own: OwnView) -> Iterator[Check]:
     """The checks of its addresses; a machine that answers at one of them is reachable."""
     if not peer.addresses:
-        found = "none of its addresses is known"
-        yield Check("address", "failed", found, "ask its operator for a ticket, and join again")
+        finding = "none of its addresses is known"
+        yield Check("address", "failed", finding, "ask its operator for a ticket, and join again")
     for address in peer.addresses:
         if is_relay(address):
             yield _way_by_relay(address, own)
             continue
         answer = udp.ask(address, _UDP_SECONDS)
-        state, found, todo = _UDP[answer]
-        yield Check("address", state, f"{address}: {found}", todo)
+        state, finding, todo = _UDP[answer]
+        yield Check("address", state, f"{address}: {finding}", todo)
 
 
 def _way_by_relay(url: str, own: OwnView) -> Check:
     if own.relay == "none":
-        found = f"reachable through {url}, but this box uses no relay"
-        return Check("relay", "warning", found, "set [peering] relay here too")
+        finding = f"reachable through {url}, but this box uses no relay"
+        return Check("relay", "warning", finding, "set [peering] relay here too")
     if why := relay.why_not(url):
         return Check("relay", "failed", why, relay.TODO)
     return Check("relay", "ok", f"reachable through {url} while the peer is online")
@@ -190,18 +190,18 @@ def _version(peer: PeerView, own: OwnView) -> Check:
 
 def _clock(peer: PeerView) -> Check:
     ahead = peer.clock_ahead or 0.0
-    found = f"{abs(ahead):.1f} s {'ahead of' if ahead >= 0 else 'behind'} this box"
+    finding = f"{abs(ahead):.1f} s {'ahead of' if ahead >= 0 else 'behind'} this box"
     if abs(ahead) <= _CLOCK_WARNING_SECONDS:
-        return Check("clock", "ok", found)
+        return Check("clock", "ok", finding)
     state: State = "failed" if abs(ahead) > _MAX_CLOCK_SECONDS else "warning"
-    return Check("clock", state, found, "set the clock of the box that is wrong: 'timedatectl'")
+    return Check("clock", state, finding, "set the clock of the box that is wrong: 'timedatectl'")
 
 
 def _models(peer: PeerView, own: OwnView, config: Config) -> Iterator[Check]:
     ours = {model.id: model.digest for model in own.models}
     if peer.advert_age is None:
-        found = "no recent advert"
-        yield Check("models", "warning", found, "wait half a minute; then check that box")
+        finding = "no recent advert"
+        yield Check("models", "warning", finding, "wait half a minute; then check that box")
         return
     if not peer.models:
         yield Check("models", "warning", "it offers no models", "run 'pinaivu ls' there")
@@ -211,9 +211,10 @@ def _models(peer: PeerView, own: OwnView, config: Config) -> Iterator[Check]:
             same = "" if here is None else ", the same file as on this box" * (here == model.digest)
             yield Check("models", "ok", f"{model.id}{same}")
         else:
-            found = f"{model.id} is another file there ({model.digest[:8]}) than here ({here[:8]})"
+            digests = f"there ({model.digest[:8]}) than here ({here[:8]})"
+            finding = f"{model.id} is another file {digests}"
             todo = "copy one of them, or set same_name = true in [peering]"
-            yield Check("models", "warning", found, todo)
+            yield Check("models", "warning", finding, todo)
 
 
 def _serves_us(peer: PeerView) -> Iterator[Check]:
@@ -223,34 +224,34 @@ def _serves_us(peer: PeerView) -> Iterator[Check]:
     if peer.models and not any(model.sequences_free for model in peer.models):
         yield Check("limits", "warning", "it is busy", "wait: requests are queued")
     if peer.refusal is not None and peer.refusal.age < _MAX_REFUSAL_AGE:
-        said = peer.refusal.message.partition(" refused it: ")[2] or peer.refusal.message
-        found = f"{peer.refusal.age:.0f} s ago it refused a request: {said.rstrip('.')}"
+        reason = peer.refusal.message.partition(" refused it: ")[2] or peer.refusal.message
+        finding = f"{peer.refusal.age:.0f} s ago it refused a request: {reason.rstrip('.')}"
         todo = "its operator can change this: 'pinaivu peers edit' or [peering.serve] there"
-        yield Check("limits", "warning", found, todo)
+        yield Check("limits", "warning", finding, todo)
 
 
 def _is_served(peer: PeerView, own: OwnView) -> Iterator[Check]:
     """Reasons why this box does not serve its requests."""
     edit = f"pinaivu peers edit {peer.name}"
     if peer.limits.blocked:
-        found = f"blocked on this box: {peer.limits.blocked}"
-        yield Check("limits", "warning", found, f"{edit} --unblock")
+        finding = f"blocked on this box: {peer.limits.blocked}"
+        yield Check("limits", "warning", finding, f"{edit} --unblock")
     if (use := peer.use) is None:
         return
     if not use.open:
-        found = f"served only from {use.hours} (local time of this box), not now"
-        yield Check("limits", "warning", found, f"wait, or {edit} --hours TIMES")
+        finding = f"served only from {use.hours} (local time of this box), not now"
+        yield Check("limits", "warning", finding, f"wait, or {edit} --hours TIMES")
     if own.models and not any(
         fnmatchcase(model.id, glob) for model in own.models for glob in use.models
     ):
-        found = f"it may use {', '.join(use.models) or 'no model'}; no model of this box matches"
-        yield Check("limits", "warning", found, f"{edit} --model GLOB")
+        finding = f"it may use {', '.join(use.models) or 'no model'}; no model of this box matches"
+        yield Check("limits", "warning", finding, f"{edit} --model GLOB")
     if use.running >= use.max_parallel:
-        found = f"it has {use.running} requests running here, the maximum"
-        yield Check("limits", "warning", found, f"wait, or {edit} --max-parallel N")
+        finding = f"it has {use.running} requests running here, the maximum"
+        yield Check("limits", "warning", finding, f"wait, or {edit} --max-parallel N")
     if use.tokens_per_minute is not None and use.tokens >= use.tokens_per_minute:
-        found = f"it used {use.tokens} tokens in the last minute, of {use.tokens_per_minute}"
-        yield Check("limits", "warning", found, f"wait, or {edit} --tokens-per-minute N")
+        finding = f"it used {use.tokens} tokens in the last minute, of {use.tokens_per_minute}"
+        yield Check("limits", "warning", finding, f"wait, or {edit} --tokens-per-minute N")
     yield from _credit(peer, use)
 
 
@@ -259,9 +260,9 @@ def _credit(peer: PeerView, use: UseView) -> Iterator[Check]:
         return
     least = "served only while this box is idle" if use.beyond == "idle" else "not served"
     waits = f" ({use.unaccepted} of it not accepted)" if use.unaccepted != "0" else ""
-    found = f"it owes {use.owes} of at most {use.credit_limit}{waits}, and is {least}"
+    finding = f"it owes {use.owes} of at most {use.credit_limit}{waits}, and is {least}"
     todo = (
         f"'pinaivu ledger settle {peer.name}', and 'ledger paid' or 'ledger forgive'; or "
         f"pinaivu peers edit {peer.name} --credit-limit AMOUNT"
     )
-    yield Check("limits", "warning", found, todo)
+    yield Check("limits", "warning", finding, todo)

@@ -28,10 +28,10 @@ def batch_of(chunks: list[BatchChunk]) -> Batch:
         tokens += chunk.draft
         positions += range(start, start + size)
         ids += [sequence.sequence_id] * size
-        wanted = [0] * (size - chunk.rows) + [1] * chunk.rows
+        output_flags = [0] * (size - chunk.rows) + [1] * chunk.rows
         for position in chunk.scored:
-            wanted[position - start] = 1
-        outputs += wanted
+            output_flags[position - start] = 1
+        outputs += output_flags
     return Batch(
         np.array(tokens, np.int32),
         np.array(positions, np.int32),

@@ -166,8 +166,8 @@ class ChatTemplate:
             raise ContextOverflow(f"The prompt has more than {self._max_characters} characters.")
         return "".join(parts)
 
-    def _refusal(self, what: str) -> BadRequest:
-        return BadRequest(f"The chat template of {self._model} {what}.", param="messages")
+    def _refusal(self, predicate: str) -> BadRequest:
+        return BadRequest(f"The chat template of {self._model} {predicate}.", param="messages")
 
 
 def _as_tools(functions: list[dict[str, Any]] | None) -> list[Any]:

@@ -121,10 +121,10 @@ class EmbeddingScheduler:
         for part, of_part in zip(parts, sums, strict=True):
             self._take(part, of_part.astype(np.float64))
         touched = dict.fromkeys(part.text.job for part in parts)
-        done = [job for job in touched if len(job.computed) == len(job.inputs)]
-        for job in done:
+        complete_jobs = [job for job in touched if len(job.computed) == len(job.inputs)]
+        for job in complete_jobs:
             self.end(job.id)
-        return done, sum(part.count for part in parts)
+        return complete_jobs, sum(part.count for part in parts)
 
     @property
     def jobs(self) -> list[EmbeddingJob]:

@@ -123,14 +123,14 @@ class Engine:
         budget = self.step_cost.text_budget(streams, TEXT_BATCH, prompts=prompts)
         began = time.perf_counter()
         try:
-            done, tokens = self.embeddings.step(budget)
+            complete_jobs, tokens = self.embeddings.step(budget)
         except BoxError as error:
             for job in self.embeddings.jobs:
                 self.embeddings.end(job.id)
                 self._refused.append(Refused(job.id, NoNodesAvailable.code, error.message))
             return
         self.step_cost.observe_texts(tokens, time.perf_counter() - began)
-        for job in done:
+        for job in complete_jobs:
             self._outputs.append(
                 SequenceOutput(job.id, [], "stop", queue_ms=job.queue_ms, vectors=job.vectors)
             )

@@ -162,7 +162,9 @@ class FairQueue(Generic[W]):
                 self._departed[name] = tenant.counter
                 if len(self._departed) > _MAX_DEPARTED_TENANTS:
                     self._departed = {
-                        who: had for who, had in self._departed.items() if had > self._floor
+                        departed: counter
+                        for departed, counter in self._departed.items()
+                        if counter > self._floor
                     }
 
 

@@ -276,8 +276,8 @@ class LlamaRunner:
             try:
                 logits.append(self._decode(part).copy())
             except NoSlot:
-                for done in parts[:number]:
-                    self._take_back(done)
+                for earlier in parts[:number]:
+                    self._take_back(earlier)
                 raise
         return np.concatenate(logits)
 

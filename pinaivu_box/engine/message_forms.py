@@ -51,8 +51,8 @@ def forms(messages: list[Message]) -> Iterator[list[Message]]:
     for shape in _shapes(messages):
         if shape not in seen:
             seen.append(shape)
-            for way in _ways(shape):
-                yield [_with_arguments(message, way) for message in shape]
+            for form in _argument_forms(shape):
+                yield [_with_arguments(message, form) for message in shape]
 
 
 def in_words(
@@ -108,7 +108,7 @@ def described(functions: list[dict[str, Any]]) -> list[dict[str, Any]]:
 # -- arguments -------------------------------------------------------------------------------------
 
 
-def _ways(messages: list[Message]) -> list[Callable[[str], Any]]:
+def _argument_forms(messages: list[Message]) -> list[Callable[[str], Any]]:
     """What arguments may be given as: what is no object as text or wrapped, and all as text."""
     calls = [call for message in messages for call in message.get("tool_calls") or ()]
     if not calls:
@@ -118,13 +118,13 @@ def _ways(messages: list[Message]) -> list[Callable[[str], Any]]:
     return [_object_or_text, _object, _text]
 
 
-def _with_arguments(message: Message, way: Callable[[str], Any]) -> Message:
+def _with_arguments(message: Message, form: Callable[[str], Any]) -> Message:
     if not message.get("tool_calls"):
         return message
     calls = []
     for call in message["tool_calls"]:
         function = call["function"]
-        calls.append({**call, "function": {**function, "arguments": way(function["arguments"])}})
+        calls.append({**call, "function": {**function, "arguments": form(function["arguments"])}})
     return {**message, "tool_calls": calls}
 
 

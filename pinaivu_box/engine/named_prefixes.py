@@ -96,11 +96,11 @@ class NamedPrefixes:
     def _tokens(self, text: str) -> list[int]:
         """The tokens of the text that no continuation changes."""
         end = text[-_TAIL_CHARACTERS:]  # what comes next changes nothing before that
-        whole = kept = self._tokenize(end)
+        whole = common = self._tokenize(end)
         for more in _CONTINUATIONS:
-            kept = kept[: common_prefix(kept, self._tokenize(end + more))]
+            common = common[: common_prefix(common, self._tokenize(end + more))]
         tokens = self._tokenize(text)
-        return tokens[: len(tokens) - (len(whole) - len(kept))]
+        return tokens[: len(tokens) - (len(whole) - len(common))]
 
 
 def _digest(tokens: list[int]) -> str:

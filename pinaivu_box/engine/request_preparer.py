@@ -164,8 +164,8 @@ class RequestPreparer:
             detokenizer.push(token)  # sent by an earlier leg
         room = self._context - len(prompt)
         # Without a limit of its own a request never needs a context shift: it would never end.
-        wanted = room if add.max_tokens is None else add.max_tokens
-        limit = wanted if self._context_shift else min(wanted, room)
+        max_tokens = room if add.max_tokens is None else add.max_tokens
+        limit = max_tokens if self._context_shift else min(max_tokens, room)
         sequence = Sequence(
             id=add.id,
             tenant=add.tenant,

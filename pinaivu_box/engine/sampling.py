@@ -359,8 +359,8 @@ def _typical(logits: Float32, sampling: Sampling) -> Ids:
     entropy = (probabilities * surprise).sum()
     closest = np.argsort(np.abs(surprise - entropy), kind="stable")
     mass = np.cumsum(probabilities[closest])
-    kept = closest[: int(np.searchsorted(mass, sampling.typical_p)) + 1]
-    ids = ids[np.sort(kept)]  # best first again
+    typical = closest[: int(np.searchsorted(mass, sampling.typical_p)) + 1]
+    ids = ids[np.sort(typical)]  # best first again
     best = float(logits[ids[0]])
     if sampling.top_p < 1:
         ids = _top_p(logits, ids, best, sampling.top_p)

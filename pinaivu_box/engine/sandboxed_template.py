@@ -135,5 +135,5 @@ class SandboxedTemplate:
             why = self._sentence(f"{times} and is not run for the next {seconds:.0f} s{INSTEAD}")
             raise BadRequest(why, param="messages")
 
-    def _sentence(self, what: str) -> str:
-        return f"The chat template of {self._model} {what}."
+    def _sentence(self, predicate: str) -> str:
+        return f"The chat template of {self._model} {predicate}."

@@ -84,12 +84,12 @@ class Sequence:
 
     def shift(self) -> None:
         """Context shift: forget half of what comes after the beginning."""
-        kept = min(self.prompt_length, self.context // _SHIFT_KEEP_DIVISOR)
-        dropped = (len(self.tokens) - kept) // 2
-        del self.tokens[kept : kept + dropped]
-        self.prompt_length = max(kept, self.prompt_length - dropped)
+        beginning = min(self.prompt_length, self.context // _SHIFT_KEEP_DIVISOR)
+        dropped = (len(self.tokens) - beginning) // 2
+        del self.tokens[beginning : beginning + dropped]
+        self.prompt_length = max(beginning, self.prompt_length - dropped)
         self.shifted += dropped
-        if self.share.public > kept:
+        if self.share.public > beginning:
             self.share = PrefixScope(self.share.scope)  # it no longer begins with that text
         self.drafter = None  # it knows positions that are gone
 

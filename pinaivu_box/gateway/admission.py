@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -30,6 +29,7 @@ from pinaivu_box.store import keys
 from pinaivu_box.store.database import Database
 from pinaivu_box.store.keys import Key
 from pinaivu_box.store.requests import between
+from pinaivu_box.store.times import now_ms
 from pinaivu_box.tasks import ignore_exception
 
 _WRITTEN_SECONDS = 5.0  # that a write shows that another will succeed
@@ -84,7 +84,7 @@ def refusal(key: Key) -> ApiError | None:
     """Why a key cannot be used now, or None."""
     if key.revoked_at is not None:
         return Unauthorized(f"The API key {key.prefix}... has been revoked.")
-    if key.expired(time.time_ns() // 1_000_000):
+    if key.expired(now_ms()):
         return Unauthorized(f"The API key {key.prefix}... has expired.")
     if key.blocked is not None:
         return KeyBlocked(f"The API key {key.prefix}... is blocked: {key.blocked}.")
@@ -286,14 +286,13 @@ class Admission:
 
     async def _read_quota(self, key_id: str) -> Quota:
         """With the last minute's rows, so that limits outlive a restart."""
-        now = time.time()
+        now = now_ms()
         # Not those of the future: the clock was ahead when they were written.
-        span = (int((now - MINUTE) * 1000), int(now * 1000))
-        rows = await between(self._database, key_id, *span)
+        rows = await between(self._database, key_id, now - int(MINUTE * 1000), now)
         # As it is now: since the key was found, its last request may have ended.
         key = await keys.get(self._database, key_id)
-        now = time.time()
-        return Quota(key.periods, [(now - at / 1000, tokens) for at, tokens in rows])
+        now = now_ms()
+        return Quota(key.periods, [((now - at) / 1000, tokens) for at, tokens in rows])
 
 
 def _capped(

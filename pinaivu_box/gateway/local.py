@@ -218,8 +218,8 @@ def resolve(job: Job, box: SamplingConfig, file: SamplingDefaults) -> Sampling:
     defaults, which it does not know of, are off then.
     """
     layers = (file, box, job.model.sampling, job.sampling)
-    said = [item for layer in layers for item in msgspec.structs.asdict(layer).items()]
-    values = {name: value for name, value in said if value is not None}
+    fields = [item for layer in layers for item in msgspec.structs.asdict(layer).items()]
+    values = {name: value for name, value in fields if value is not None}
     if job.sampling.top_p is not None:
         values["top_k"] = job.sampling.top_k or 0
         values["min_p"] = job.sampling.min_p or 0.0

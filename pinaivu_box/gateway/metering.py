@@ -72,7 +72,7 @@ class Meter:
         signed, signature = sign_receipt(self._identity, receipt)
         opening = {"prompt": prompts[0][1], "output": opened, "legs": openings}
         if len(prompts) > 1:
-            opening["prompts"] = [one for _, one in prompts]
+            opening["prompts"] = [prompt_opening for _, prompt_opening in prompts]
         await settle(
             self._database,
             self._row(account, receipt),
@@ -179,7 +179,7 @@ def _routing(account: RequestRecord) -> dict[str, Any]:
     """How the first leg found its node; of the others, where they went and why."""
     routes = [leg.route for _, leg in account.served]
     first = routes[0] or {"policy": "local", "chosen": account.served[0][1].started.node_id}
-    return {**first, "legs": [one for one in routes[1:] if one]} if any(routes[1:]) else first
+    return {**first, "legs": [route for route in routes[1:] if route]} if any(routes[1:]) else first
 
 
 def asked_text(job: Job) -> str:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
+from pinaivu_box import backoff
 from pinaivu_box.config import EngineConfig, parse_duration
 from pinaivu_box.engine.messages import LoadModel
 from pinaivu_box.errors import NoNodesAvailable
@@ -16,12 +17,13 @@ from pinaivu_box.gateway.engine_process import EngineProcess, StartFailed
 from pinaivu_box.models import memory
 from pinaivu_box.models.catalog import Model
 from pinaivu_box.settings import LiveSettings
+from pinaivu_box.tasks import TaskSet
 
 log = logging.getLogger("pinaivu.placement")
 
 Digest = Callable[[Model], Awaitable[str]]
 _RESERVE_BYTES = 256 * 1024 * 1024  # left to the rest of the machine
-_LONGEST_BACKOFF = 60.0
+_FIRST_BACKOFF, _LONGEST_BACKOFF = 1.0, 60.0  # seconds
 _WORTH_WAITING = 5.0  # seconds of backoff that a request waits out instead of being refused
 _LEAST_IDLE = 0.2  # seconds in which whoever had to wait for the request before takes its place
 _FORGIVEN_AFTER = 300.0  # seconds that an engine must have lived for its end to be no pattern
@@ -43,8 +45,8 @@ class Placement:
         self._locks: dict[str, asyncio.Lock] = {}
         self._failures: dict[str, _Failures] = {}
         self._starting: set[str] = set()
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._stops: set[asyncio.Task[None]] = set()  # of engines whose memory is not free yet
+        self._tasks = TaskSet()
+        self._stops = TaskSet()  # of engines whose memory is not free yet
         self.waiting: Callable[[str], int] = lambda _: 0  # requests for a model, by its id
 
     @property
@@ -126,8 +128,7 @@ class Placement:
         for engine in self.engines:
             if engine.unloading is not None:
                 engine.unloading.cancel()
-        for task in self._tasks:
-            task.cancel()
+        await self._tasks.cancel()
         await asyncio.gather(*self._stops, *(engine.stop() for engine in self._engines.values()))
 
     # -- starting ------------------------------------------------------------------------------
@@ -161,7 +162,7 @@ class Placement:
             engine.name_prefixes(prefixes)
         log.info("engine of %s ready in %.1f s", model.id, time.monotonic() - began)
         self._engines[model.id] = engine
-        self._spawn(self._watch(engine))
+        self._tasks.spawn(self._watch(engine))
         return engine
 
     async def _fit(self, model: Model) -> LoadModel:
@@ -217,9 +218,9 @@ class Placement:
         failures = self._failures.setdefault(model_id, _Failures())
         failures.count += 1
         failures.reason = reason
-        exponent = failures.count - (2 if first_free else 1)
-        delay = 0.0 if exponent < 0 else min(2.0**exponent, _LONGEST_BACKOFF)
-        failures.until = time.monotonic() + delay
+        counted = failures.count - first_free
+        seconds = backoff.delay(counted, _FIRST_BACKOFF, _LONGEST_BACKOFF) if counted else 0.0
+        failures.until = time.monotonic() + seconds
 
     def _unload_later(self, engine: EngineProcess) -> None:
         """Once no tenant wants it to stay any more, unless it is used again."""
@@ -227,15 +228,15 @@ class Placement:
             engine.unloading.cancel()
         if engine.users == 0 and (left := self._wanted(engine)) < math.inf:
             engine.unloading = asyncio.get_running_loop().call_later(
-                max(left, _LEAST_IDLE), lambda: self._spawn(self._unload_if_idle(engine))
+                max(left, _LEAST_IDLE), lambda: self._tasks.spawn(self._unload_if_idle(engine))
             )
 
     def _wanted(self, engine: EngineProcess) -> float:
         """For how many seconds somebody still wants it to stay."""
         now, left = time.monotonic(), 0.0
         usual, longest = _duration(self._config.keep_alive), self.longest
-        for tenant, (since, asked) in list(engine.uses.items()):
-            keep = usual if asked is None else min(asked, longest)
+        for tenant, (since, keep_alive) in list(engine.uses.items()):
+            keep = usual if keep_alive is None else min(keep_alive, longest)
             if since + keep <= now:
                 del engine.uses[tenant]
             left = max(left, since + keep - now)
@@ -255,15 +256,8 @@ class Placement:
     async def _unload(self, engine: EngineProcess) -> None:
         if self._engines.get(engine.model_id) is engine:
             del self._engines[engine.model_id]
-            stop = asyncio.create_task(engine.stop())
-            self._stops.add(stop)
-            stop.add_done_callback(self._stops.discard)
+            stop = self._stops.spawn(engine.stop())
             await asyncio.shield(stop)  # it goes on if the request that needs the memory is gone
-
-    def _spawn(self, work: Awaitable[None]) -> None:
-        task = asyncio.ensure_future(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
 
 
 def _duration(text: str) -> float:

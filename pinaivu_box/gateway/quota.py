@@ -326,13 +326,17 @@ class Quota:
         refuse_until(wait, f"{limits.principal} may use {limits.tpm} tokens per minute ({size})")
 
     def _check_places(self, limits: Limits) -> None:
-        most = limits.max_parallel
-        if most is None or self.running < most or len(self._waiting) < limits.max_queue:
+        max_parallel = limits.max_parallel
+        if (
+            max_parallel is None
+            or self.running < max_parallel
+            or len(self._waiting) < limits.max_queue
+        ):
             return
         queue = f" and {limits.max_queue} that wait (max_queue)" if limits.max_queue else ""
         raise RateLimited(
-            f"{limits.principal} may have {most} requests at a time (max_parallel){queue}: try "
-            "again when one has ended."
+            f"{limits.principal} may have {max_parallel} requests at a time (max_parallel){queue}: "
+            "try again when one has ended."
         )
 
     def _check_money(self, limits: Limits, cost: int, *, explicit: bool) -> None:

@@ -77,11 +77,11 @@ class LegRecord:
             self._take_extras(event)
 
     def _take_extras(self, event: Output) -> None:
-        shown = records(self.job, event.logprobs, self.job.scored + self.logprobs)
+        logprob_records = records(self.job, event.logprobs, self.job.scored + self.logprobs)
         self.logprobs += len(event.logprobs)
-        self.extras.add(shown, event.vectors)
+        self.extras.add(logprob_records, event.vectors)
         if self.choice_extras is not self.extras:
-            self.choice_extras.add(shown, event.vectors)
+            self.choice_extras.add(logprob_records, event.vectors)
 
     @property
     def tokens_per_s(self) -> float | None:

@@ -38,9 +38,9 @@ class Refusals:
                         "INSERT INTO refusals (key_id, since, model, code, count)"
                         " VALUES (?, ?, ?, ?, ?)"
                         " ON CONFLICT DO UPDATE SET count = count + excluded.count",
-                        (*what, count),
+                        (*key, count),
                     )
-                    for what, count in counts.items()
+                    for key, count in counts.items()
                 )
             )
 

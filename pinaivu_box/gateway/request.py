@@ -323,7 +323,9 @@ class RunningRequests:
     def stop_key(self, key_id: str, error: ApiError) -> int:
         """Refuse what runs for a key, and what has come and is not admitted yet; how many run."""
         self._stopped[key_id] = time.monotonic(), error
-        requests = [one for one in self._running.values() if one.account.key_id == key_id]
+        requests = [
+            request for request in self._running.values() if request.account.key_id == key_id
+        ]
         for request in requests:
             request.refuse(error)
         return len(requests)

@@ -26,8 +26,8 @@ def check_sizes(tools: Tools | None, constraint: Constraint | None, stop: list[s
         check_tools(len(tools.functions))
         if len(tools.names) > MAX_FUNCTIONS:
             raise InvalidBody(f"there are more than {MAX_FUNCTIONS} tools", loc=("body", "tools"))
-    for one in stop:
-        _check(len(one), MAX_STOP, "a stop string", "stop")
+    for text in stop:
+        _check(len(text), MAX_STOP, "a stop string", "stop")
 
 
 def check_tools(size: int) -> None:
@@ -36,7 +36,7 @@ def check_tools(size: int) -> None:
     _check(size, MAX_TOOLS, "the JSON text of the tools", "tools")
 
 
-def _check(size: int, most: int, what: str, param: str) -> None:
-    if size > most:
-        why = f"{what} has {size} characters, and {most} are the most: make it smaller"
+def _check(size: int, max_chars: int, subject: str, param: str) -> None:
+    if size > max_chars:
+        why = f"{subject} has {size} characters, and {max_chars} are the most: make it smaller"
         raise InvalidBody(why, loc=("body", param))

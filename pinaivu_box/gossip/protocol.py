@@ -274,7 +274,7 @@ class Gossip:
     def _receive_unaccepted(self, peer: str, message: Frame) -> None:
         """The peer may show that it is a member; all else has to wait, and is asked for again."""
         if isinstance(message, GiveRecords) and len(message.records) <= MAX_PROOF:
-            records = [given.record for given in message.records]
+            records = [given_record.record for given_record in message.records]
             self._admit(peer, [record for record in records if record.kind in _MEMBERSHIP])
         elif isinstance(message, RosterDigest):
             self.links[peer].early_digest = message
@@ -378,24 +378,24 @@ class Gossip:
             self._give_all(GivenRecord(record))
 
     def _receive_records(self, peer: str, give: GiveRecords) -> None:
-        records = [given.record for given in give.records]
+        records = [given_record.record for given_record in give.records]
         if members := [record for record in records if record.kind in _MEMBERSHIP]:
             for record in members:
                 self._requests.answered(membership_records.record_id(record))
             self._admit(peer, members)
-        for given in give.records:
-            if given.record.kind not in _MEMBERSHIP:
-                self._receive_news(peer, given)
+        for given_record in give.records:
+            if given_record.record.kind not in _MEMBERSHIP:
+                self._receive_news(peer, given_record)
 
-    def _receive_news(self, peer: str, given: GivenRecord) -> None:
-        content = self._readers.news(given.record)
+    def _receive_news(self, peer: str, given_record: GivenRecord) -> None:
+        content = self._readers.news(given_record.record)
         if content.network != self.roster.network_key:
             raise Invalid("a record of another network")
-        key = adverts.record_id(given.record, content)
+        key = adverts.record_id(given_record.record, content)
         holders = {peer, *self._requests.answered(key)}
         if self.adverts.find(key) or key in self._rejected:
             return
-        if self._keep_news(content, given):
+        if self._keep_news(content, given_record):
             for other, link in self.links.items():
                 if link.accepted and other not in holders:
                     link.announce[key] = None
@@ -413,7 +413,7 @@ class Gossip:
             age_ms = round((self._clock() - sent_at) * 1000)
             self._give([peer], [GivenRecord(record, min(max(0, age_ms), MAX_AGE_MS))])
 
-    def _keep_news(self, content: Advert | GoneReport, given: GivenRecord) -> bool:
+    def _keep_news(self, content: Advert | GoneReport, given_record: GivenRecord) -> bool:
         """Keep an advert or report; returns whether it was kept."""
         now, members = self._clock(), self.roster.members()
         if isinstance(content, GoneReport):
@@ -422,7 +422,7 @@ class Gossip:
                 self._advertised = ()  # refute it by a new advert
             if node == self.me or node in self.links or node_of(content.reporter) not in members:
                 return False
-            return self.adverts.report(content, given.record, now) is None
+            return self.adverts.report(content, given_record.record, now) is None
         if content.node_id == self.me:
             if content.serial > self._serial:  # from before our clock was set back
                 self._serial, self._advertised = content.serial, ()
@@ -432,7 +432,7 @@ class Gossip:
         before = self.adverts.get(content.node_id)
         wall_ms = round(self._wall() * 1000)
         rejected = self.adverts.accept(
-            content, given.record, given.age_ms / 1000, now, wall_ms, len(members)
+            content, given_record.record, given_record.age_ms / 1000, now, wall_ms, len(members)
         )
         if rejected is None and before is not None:
             self._rejected[before.id] = None

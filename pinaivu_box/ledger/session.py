@@ -17,6 +17,7 @@ from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager, suppress
 from hashlib import sha256
+from operator import attrgetter
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -388,10 +389,10 @@ async def _propose_all(session: ReconcileSession) -> SettlementOutcome:
         taken += len(comparison.only_theirs) - len(refused)
         given += len(comparison.only_ours) - len(declined)
         differences = _differences(comparison, refused, declined)
-        done = bool(differences) or not session.snapshot.tree.entries
-        if not done:
+        final = bool(differences) or not session.snapshot.tree.entries
+        if not final:
             await _propose(session)
-        if done or not upto:
+        if final or not upto:
             claims = session.claims
             disputed = [_disputed(session.us, *claim) for claim in claims.disputed.items()]
             return SettlementOutcome(
@@ -401,8 +402,8 @@ async def _propose_all(session: ReconcileSession) -> SettlementOutcome:
 
 async def _exchange_claims(session: ReconcileSession) -> None:
     """Show the peer what it has not accepted, and judge what this box has not."""
-    if (shown := await session.claims.show()).claims:
-        await session.claims.take_judgement(await session.call(shown, w.Judged))
+    if (own_claims := await session.claims.show()).claims:
+        await session.claims.take_judgement(await session.call(own_claims, w.Judged))
     if (claims := await session.call(w.Unaccepted(), w.ClaimEntries)).claims:
         await session.call(await session.claims.judge(claims), w.EntriesTaken)
 
@@ -471,8 +472,8 @@ def _differences(
         ours = comparison.only_ours[key]
         why = f"only we have it, and the peer says: {wire.printable(reason)}"
         differences.append(_difference(ours, None, why))
-    in_order = sorted(differences, key=lambda one: (one.request_id, one.leg, one.choice))
-    return in_order[:MAX_DIFFERENCES]
+    differences.sort(key=attrgetter("request_id", "leg", "choice"))
+    return differences[:MAX_DIFFERENCES]
 
 
 def _difference(ours: EntrySummary | None, theirs: EntrySummary | None, why: str) -> Difference:
@@ -491,10 +492,10 @@ def _difference(ours: EntrySummary | None, theirs: EntrySummary | None, why: str
 
 def _disputed(us: str, entry: LedgerEntry, reason: str) -> Difference:
     price = f"{amount.to_text(entry.amount)} {entry.currency}"
-    server, ours, theirs, who = (
+    server, ours, theirs, refuser = (
         (us, price, None, "the peer")
         if entry.served_by_us
         else (entry.peer, None, price, "this box")
     )
-    why = f"{who} does not accept it: {reason}"
+    why = f"{refuser} does not accept it: {reason}"
     return Difference(entry.request_id, entry.leg, entry.choice, server, ours, theirs, why)

@@ -167,7 +167,9 @@ def entry_view(entry: LedgerEntry) -> EntryView:
 async def all_statements(database: Database, peer: str | None = None) -> list[StatementView]:
     """All statements, or those with a peer, the newest first."""
     names = await peer_names.names(database)
-    return [statement_view(one, names) for one in await ledger_statement.ls(database, peer)]
+    return [
+        statement_view(statement, names) for statement in await ledger_statement.ls(database, peer)
+    ]
 
 
 def statement_view(stored: StoredStatement, names: Mapping[str, str]) -> StatementView:
@@ -193,7 +195,7 @@ def statement_view(stored: StoredStatement, names: Mapping[str, str]) -> Stateme
 
 async def settled_view(database: Database, outcome: SettlementOutcome) -> SettledView:
     names = await peer_names.names(database)
-    statements = [statement_view(one, names) for one in outcome.statements]
+    statements = [statement_view(statement, names) for statement in outcome.statements]
     rest = {name: getattr(outcome, name) for name in SettlementOutcome.__struct_fields__[1:]}
     return SettledView(statements, **rest)
 

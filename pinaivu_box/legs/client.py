@@ -270,7 +270,7 @@ class PeerLeg:
         if output.finish_reason is not None:
             output.vectors, size = self._vectors, self._job.dimensions
             if size is not None:
-                output.vectors = [vector_format.shortened(one, size) for one in self._vectors]
+                output.vectors = [vector_format.shortened(vector, size) for vector in self._vectors]
 
     async def _accept(self, stream: Stream, reason: str) -> Proved:
         """Verify the proof, sign that it is accepted, and keep it."""

@@ -20,7 +20,7 @@ from pinaivu_box.gateway.output import Output
 from pinaivu_box.gateway.records import ChoiceRecord, LegRecord
 from pinaivu_box.legs.boxes import Boxes, ChosenBox
 from pinaivu_box.receipts.commitment import Extras
-from pinaivu_box.tasks import ignore_exception
+from pinaivu_box.tasks import TaskSet, ignore_exception
 
 log = logging.getLogger("pinaivu.legs")
 
@@ -37,7 +37,7 @@ class LegRunner:
 
     def __init__(self, node_id: str, local: Backend, boxes: Boxes | None = None) -> None:
         self.node_id, self.local, self.boxes = node_id, local, boxes
-        self.leaving: set[asyncio.Task[str]] = set()  # legs of which another box was quicker
+        self.leaving = TaskSet()  # legs of which another box was quicker
 
     def start(self, choice: ChoiceRecord, take: Callable[[Event], None]) -> LegRun:
         """See `gateway.request.Runner`."""
@@ -124,7 +124,6 @@ class LegRun:
             if attempt.box.is_peer:
                 attempt.leg.cancel()
                 self._runner.leaving.add(attempt.task)
-                attempt.task.add_done_callback(self._runner.leaving.discard)
             else:
                 await attempt.close()
 
@@ -228,7 +227,7 @@ class _Search:
                 await self._ask_second(attempts[0])
             outcomes = [attempt.outcome for attempt in attempts]
             await asyncio.wait(outcomes, return_when=asyncio.FIRST_COMPLETED)
-            attempt = next(one for one in attempts if one.outcome.done())
+            attempt = next(attempt for attempt in attempts if attempt.outcome.done())
             if self._answers(attempt):
                 return attempt
             attempts.remove(attempt)
@@ -247,8 +246,8 @@ class _Search:
         hedge = self._boxes.hedge_seconds
         if not hedge or self._run.cancelled:
             return True
-        done, _ = await asyncio.wait([attempt.outcome], timeout=hedge)
-        return bool(done)
+        await asyncio.wait([attempt.outcome], timeout=hedge)
+        return attempt.outcome.done()
 
     async def _ask_second(self, first: LegAttempt) -> None:
         box = await self._boxes.choose(self._job, self._tried)

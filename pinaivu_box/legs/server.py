@@ -102,12 +102,12 @@ class LegServer:
         rules."""
         async with asyncio.timeout(_ASK_SECONDS), self.admission.receiving(peer):
             check = self._large.to_serving(peer)
-            asked = await leg_wire.receive(stream, leg_wire.to_serving, check=check)
+            message = await leg_wire.receive(stream, leg_wire.to_serving, check=check)
         try:
-            if isinstance(asked, leg_wire.Count):
-                await leg_wire.send(stream, await self._count(peer, asked))
-            elif isinstance(asked, leg_wire.LegRequest):
-                await self._serve(peer, stream, asked)
+            if isinstance(message, leg_wire.Count):
+                await leg_wire.send(stream, await self._count(peer, message))
+            elif isinstance(message, leg_wire.LegRequest):
+                await self._serve(peer, stream, message)
             else:
                 raise ProtocolError("unexpected message")
         except ApiError as error:
@@ -122,15 +122,15 @@ class LegServer:
         async with asyncio.timeout(leg_wire.SEND_SECONDS):
             await stream.finish()
 
-    async def _count(self, peer: str, asked: leg_wire.Count) -> leg_wire.Tokens:
+    async def _count(self, peer: str, count: leg_wire.Count) -> leg_wire.Tokens:
         policy = await self.admission.policy(peer)
-        job = await self._job(peer, asked.task, asked.digest, policy)
+        job = await self._job(peer, count.task, count.digest, policy)
         currency = self._settings.config.pricing.currency
         async with self.admission.request(peer, policy, currency) as request:
             await request.check()
             request.check_counting()
-            prompt, context = await self._local.ask(job, asked.tokens, plain=asked.plain)
-            request.counted(max(len(prompt.tokens), len(asked.tokens or ())))
+            prompt, context = await self._local.ask(job, count.tokens, plain=count.plain)
+            request.counted(max(len(prompt.tokens), len(count.tokens or ())))
         return leg_wire.Tokens(prompt.tokens, prompt.text, prompt.thinking, context)
 
     async def _job(self, peer: str, task: leg_wire.Task, digest: str, policy: PeerPolicy) -> Job:
@@ -149,11 +149,11 @@ class LegServer:
         job = to_job(task, model, peer, peer_scope(peer, task.tag, task.request_id))
         return replace(job, name=f"peer.{self._legs}")
 
-    async def _serve(self, peer: str, stream: Stream, asked: leg_wire.LegRequest) -> None:
+    async def _serve(self, peer: str, stream: Stream, leg_request: leg_wire.LegRequest) -> None:
         admission, policy = self.admission, await self.admission.policy(peer)
-        job = await self._job(peer, asked.task, asked.digest, policy)
-        job = replace(job, output=asked.made)
-        price = self._price(job.model, asked)
+        job = await self._job(peer, leg_request.task, leg_request.digest, policy)
+        job = replace(job, output=leg_request.made)
+        price = self._price(job.model, leg_request)
         async with admission.request(peer, policy, price.currency) as request:
             context = 0
             if policy.limited:
@@ -163,8 +163,8 @@ class LegServer:
             tokens = prompt + len(job.output) + answer
             await request.reserve(tokens=tokens, cost=price.prices.most(prompt, answer))
             with self._load.taken(job.model.id):
-                async with admission.leg(peer, job, pays=asked.pays_prompt) as permit:
-                    await self._run(peer, stream, job, price, asked, permit, request)
+                async with admission.leg(peer, job, pays=leg_request.pays_prompt) as permit:
+                    await self._run(peer, stream, job, price, leg_request, permit, request)
 
     async def _read(self, stream: Stream, job: Job) -> tuple[Job, int]:
         """With its prompt's tokens, and the context of its model.  That takes long if the model has
@@ -185,12 +185,12 @@ class LegServer:
         stream: Stream,
         job: Job,
         price: Price,
-        asked: leg_wire.LegRequest,
+        leg_request: leg_wire.LegRequest,
         permit: LegPermit,
         request: PeerRequest,
     ) -> None:
-        signer = LegSigner(self._identity, job, price, asked.proof)
-        leg = ServedLeg(stream, job, self._local, asked.digest, signer)
+        signer = LegSigner(self._identity, job, price, leg_request.proof)
+        leg = ServedLeg(stream, job, self._local, leg_request.digest, signer)
         owed = False
         try:
             async with leg:
@@ -209,7 +209,7 @@ class LegServer:
             request.reservation.use(leg.tokens + len(job.output) if owed and leg.tokens else 0)
             proven = leg.proof() if owed else None
             if proven is not None and self._is_owed(proven[0]):
-                await self._settle(peer, leg, *proven, pays_prompt=asked.pays_prompt)
+                await self._settle(peer, leg, *proven, pays_prompt=leg_request.pays_prompt)
                 permit.served()
 
     def _is_owed(self, proof: Proof) -> bool:
@@ -229,17 +229,17 @@ class LegServer:
         room = max(0, room - prompt - len(job.output))
         return prompt, room if limit is None else min(limit, room)
 
-    def _price(self, model: Model, asked: leg_wire.LegRequest) -> Price:
+    def _price(self, model: Model, leg_request: leg_wire.LegRequest) -> Price:
         """What we ask now, unless that is more than the peer was told."""
         pricing = self._settings.config.pricing
         prices, currency = pricing.prices_of(model.id), pricing.currency
         cached = prices.prompt if prices.cached is None else prices.cached
         ours = (prices.prompt, cached, prices.completion)
         try:
-            offered = [amount.per_token(price) for price in asked.prices]
+            offered = [amount.per_token(price) for price in leg_request.prices]
         except ValueError as error:
             raise InvalidBody(f"a price is {error}") from None
-        if currency != asked.currency or any(
+        if currency != leg_request.currency or any(
             amount.per_token(own) > offer for own, offer in zip(ours, offered, strict=True)
         ):
             raise Conflict(f"The price of {model.id} here is {' / '.join(ours)} {currency} now.")

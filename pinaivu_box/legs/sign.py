@@ -66,10 +66,10 @@ class LegSigner:
 
     def outputs(self, outputs: list[Output]) -> Iterator[leg_wire.Outputs]:
         """Vectors are large: of those, one output to a message."""
-        most = leg_wire.MAX_OUTPUTS if self._job.inputs is None else 1
+        max_outputs = leg_wire.MAX_OUTPUTS if self._job.inputs is None else 1
         parts = list(self._parts(outputs))
-        for at in range(0, len(parts), most):
-            yield self._marked(parts[at : at + most])
+        for at in range(0, len(parts), max_outputs):
+            yield self._marked(parts[at : at + max_outputs])
 
     def _marked(self, outputs: list[Output]) -> leg_wire.Outputs:
         job = self._job

@@ -157,10 +157,10 @@ class LegVerifier:
 
     def _has_dimensions(self, size: int) -> bool:
         """Boxes whose proofs are of version 1 leave it to the coordinator to shorten vectors."""
-        wanted = self._job.dimensions
-        if wanted is None or self.output.version == 1:
-            return size >= (wanted or 1)
-        return size == wanted
+        dimensions = self._job.dimensions
+        if dimensions is None or self.output.version == 1:
+            return size >= (dimensions or 1)
+        return size == dimensions
 
     def prove(self, reason: str) -> tuple[Proof, SignedProof]:
         """The proof, which says what has been seen, and not more than was offered."""
@@ -210,12 +210,12 @@ class LegVerifier:
     def _check_price(self, proof: Proof) -> None:
         price = proof.price
         try:
-            asked = [amount.per_token(p) for p in (price.prompt, price.cached, price.completion)]
+            prices = [amount.per_token(p) for p in (price.prompt, price.cached, price.completion)]
             offered = [amount.per_token(p) for p in self._to.prices]
         except ValueError as error:
             raise ProtocolViolation(f"a price in the proof is {error}") from None
         if price.currency != self._to.currency or any(
-            a > o for a, o in zip(asked, offered, strict=True)
+            a > o for a, o in zip(prices, offered, strict=True)
         ):
             raise ProtocolViolation("a higher price than offered")
 
@@ -233,12 +233,12 @@ def may_answer(answer: leg_wire.Tokens, job: Job, tokens: list[int] | None) -> b
     return answer.context > 0 and _may_have(asked_text(job), len(answer.tokens))
 
 
-def _may_have(asked: str, tokens: int) -> bool:
-    return tokens <= _TEMPLATE_TOKENS + _REPEATS * len(asked.encode())
+def _may_have(text: str, tokens: int) -> bool:
+    return tokens <= _TEMPLATE_TOKENS + _REPEATS * len(text.encode())
 
 
-def _is_logprob(one: TokenLogprob) -> bool:
-    return all(map(math.isfinite, (one.logprob, *(value for _, value in one.top))))
+def _is_logprob(token: TokenLogprob) -> bool:
+    return all(map(math.isfinite, (token.logprob, *(value for _, value in token.top))))
 
 
 def _is_vector(data: bytes) -> bool:

@@ -20,8 +20,10 @@ async def names(database: Database) -> dict[str, str]:
     await membership.load()
     roster = membership.roster
     certified = {node: roster.member(node).name for node in roster.known()} if roster else {}
-    given = {node: peer.name for node, peer in (await peers.known(database)).items() if peer.name}
-    return {node: name for node, name in (certified | given).items() if name}
+    local_names = {
+        node: peer.name for node, peer in (await peers.known(database)).items() if peer.name
+    }
+    return {node: name for node, name in (certified | local_names).items() if name}
 
 
 async def names_of_boxes(database: Database, own: str) -> dict[str, str]:

@@ -157,10 +157,10 @@ class _Reader:
 
     def _fill(self, size: int) -> None:
         """Move the window here, with at least so many bytes.  Raises BadGguf if the file ends."""
-        wanted = min(max(size, _WINDOW_BYTES), max(self.size - self.at, 0))
+        read_size = min(max(size, _WINDOW_BYTES), max(self.size - self.at, 0))
         self._file.seek(self._offset + self.at)
         data = bytearray()
-        while len(data) < wanted and (more := self._file.read(wanted - len(data))):
+        while len(data) < read_size and (more := self._file.read(read_size - len(data))):
             data += more
         if len(data) < size:
             raise BadGguf(_CUT_OFF)
@@ -319,9 +319,9 @@ class _Values:
     def _whole(self, key: str, default: int, minimum: int, maximum: int) -> int:
         value = self.metadata.get(key, default)
         if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= maximum:
-            shown = printable(repr(value), 40)
+            text = printable(repr(value), 40)
             bounds = f"a whole number from {minimum} to {maximum}"
-            raise BadGguf(f"its {printable(key, 80)} is {shown}, not {bounds}")
+            raise BadGguf(f"its {printable(key, 80)} is {text}, not {bounds}")
         return value
 
     def _text(self, key: str) -> str:

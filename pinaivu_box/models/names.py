@@ -15,10 +15,10 @@ def is_model_id(text: str) -> bool:
     return len(text) <= MAX_NAME and WELL_FORMED.fullmatch(text) is not None
 
 
-def printable(text: str, most: int = 400) -> str:
+def printable(text: str, max_chars: int = 400) -> str:
     """The text in one line for a terminal, a log or JSON: what is not printable is escaped, as are
-    the bytes of a file name that are not UTF-8, and what is longer than `most` is cut."""
-    cut = text if len(text) <= most else f"{text[:most]}…"
+    the bytes of a file name that are not UTF-8, and what is longer than `max_chars` is cut."""
+    cut = text if len(text) <= max_chars else f"{text[:max_chars]}…"
     return "".join(letter if letter.isprintable() else _escaped(letter) for letter in cut)
 
 

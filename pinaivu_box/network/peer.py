@@ -110,8 +110,8 @@ def _state(
     if not verdict.ok:
         return "revoked", f"{verdict.why[:1].upper()}{verdict.why[1:]}."
     if link is not None:
-        way = "directly" if link.route.direct else "by a relay"
-        return "connected", f"Linked {way} ({link.route.address})."
+        route = "directly" if link.route.direct else "by a relay"
+        return "connected", f"Linked {route} ({link.route.address})."
     if (why := links.last_error(node_id)) and not links.is_dialing(node_id):
         return "unreachable", why
     return "connecting", "It is being dialed." if links.is_dialing(node_id) else _NOT_NEEDED

@@ -369,7 +369,7 @@ def _without_billing(raw: Raw, name: str, ignored: IgnoredFields, *path: str | i
 
 def _reasoning(raw: Raw, ignored: IgnoredFields) -> None:
     """Other names of the fields that control reasoning; `chat_template_kwargs` takes precedence."""
-    wanted: Any = None
+    setting: Any = None
     for name in _REASONING_FIELDS:
         value = raw.pop(name, None)
         if isinstance(value, dict):  # {"type": "enabled", "budget_tokens": 1024}
@@ -385,7 +385,7 @@ def _reasoning(raw: Raw, ignored: IgnoredFields) -> None:
             raise InvalidBody(
                 f"it must be true, false or one of {', '.join(_EFFORTS)}", loc=("body", name)
             )
-        wanted = value
+        setting = value
     reasoning = raw.get("reasoning")
     if isinstance(reasoning, dict):  # OpenRouter's
         del raw["reasoning"]
@@ -393,17 +393,17 @@ def _reasoning(raw: Raw, ignored: IgnoredFields) -> None:
         for more in reasoning:
             if more not in ("effort", "enabled"):
                 ignored.add("reasoning", more)
-        wanted = effort if isinstance(effort, str) else enabled
-    if isinstance(wanted, str):
+        setting = effort if isinstance(effort, str) else enabled
+    if isinstance(setting, str):
         if raw.get("reasoning_effort") is None:
-            raw["reasoning_effort"] = wanted
-    elif isinstance(wanted, bool):
+            raw["reasoning_effort"] = setting
+    elif isinstance(setting, bool):
         variables = raw.get("chat_template_kwargs")
         if variables is None:
             variables = raw["chat_template_kwargs"] = {}
         if isinstance(variables, dict):
-            variables.setdefault("enable_thinking", wanted)
-            variables.setdefault("thinking", wanted)
+            variables.setdefault("enable_thinking", setting)
+            variables.setdefault("thinking", setting)
 
 
 def _template(raw: Raw, ignored: IgnoredFields) -> None:

@@ -148,14 +148,14 @@ class Reader:
         elif style is not None and self._blank and text.lstrip().startswith("{"):
             self._state = self._head
             return []
-        text, kept = text[: len(text) - keep], text[len(text) - keep :]
+        text, tail = text[: len(text) - keep], text[len(text) - keep :]
         if style is not None and self._blank and not text.strip():
             # White space before a call, or between two, is dropped; before text it is part of it.
             if not trigger and not end:
                 return []
             self._held = text if trigger and not self._calls else ""
             text = "" if trigger or self._calls else text
-        self._buffer = rest if trigger else kept
+        self._buffer = rest if trigger else tail
         if trigger:
             self._state = self._head
         if not text:

@@ -61,17 +61,17 @@ class ResponseItems:
         item["status"] = status
         events: list[Event] = []
         if kind == "function_call":
-            done = "response.function_call_arguments.done"
+            event_type = "response.function_call_arguments.done"
             name, arguments = item["name"], item["arguments"]
-            events.append(self._event(done, name=name, arguments=arguments))
+            events.append(self._event(event_type, name=name, arguments=arguments))
         elif kind == "custom_tool_call":
-            done = "response.custom_tool_call_input.done"
-            events.append(self._event(done, input=item["input"]))
+            event_type = "response.custom_tool_call_input.done"
+            events.append(self._event(event_type, input=item["input"]))
         else:
             part = item["content"][0]
-            done = f"response.{part['type']}.done"
+            event_type = f"response.{part['type']}.done"
             more = _NO_LOGPROBS if part["type"] == "output_text" else {}
-            events.append(self._event(done, content_index=0, text=part["text"], **more))
+            events.append(self._event(event_type, content_index=0, text=part["text"], **more))
             events.append(self._event("response.content_part.done", content_index=0, part=part))
         index = len(self.items) - 1
         return [

@@ -42,7 +42,8 @@ class _Likely(Struct, frozen=True):
         """Its bytes, which the token's text has to be of."""
         data = _bytes(self.numbers or [])
         # Older boxes wrote a part of a character as U+FFFD.
-        if self.token not in (data.decode(errors=way) for way in ("backslashreplace", "replace")):
+        spellings = (data.decode(errors=handler) for handler in ("backslashreplace", "replace"))
+        if self.token not in spellings:
             raise NoAnswer("has a token whose bytes are not its text's")
         return data
 
@@ -204,21 +205,21 @@ def _float32(vector: list[float] | str) -> bytes:
         data = struct.pack(f"<{len(vector)}f", *vector)
     except OverflowError:
         raise NoAnswer("has a number that is no float32") from None
-    for number, kept in zip(vector, struct.unpack(f"<{len(vector)}f", data), strict=True):
-        if number not in (kept, _shortest(kept, number)):
+    for number, single in zip(vector, struct.unpack(f"<{len(vector)}f", data), strict=True):
+        if number not in (single, _shortest(single, number)):
             raise NoAnswer("has a number that is no float32")
     return data
 
 
-def _shortest(kept: float, number: float) -> float:
+def _shortest(single: float, number: float) -> float:
     """The shortest decimal that stands for this float32: some clients write that."""
-    if kept == number:
-        return kept
+    if single == number:
+        return single
     for digits in range(6, 10):
-        text = float(f"{kept:.{digits}g}")
-        if struct.pack("<f", text) == struct.pack("<f", kept):
+        text = float(f"{single:.{digits}g}")
+        if struct.pack("<f", text) == struct.pack("<f", single):
             return text
-    return kept
+    return single
 
 
 def _text(data: bytes) -> str:

@@ -201,16 +201,16 @@ def _proof(
             return VerificationCheck(
                 name, False, f"it is about another {field}: {getattr(proof, field)}"
             ), None
-    what = (
+    claim = (
         f"it ran {proof.model} (file sha256 {proof.model_digest}) and made "
         f"{proof.completion_tokens} tokens"
     )
     if proof.witness is not None:
-        return _witnessed(name, proof, receipt, what), proof
-    return VerificationCheck(name, True, f"{proof.node_id} signed that {what}"), proof
+        return _witnessed(name, proof, receipt, claim), proof
+    return VerificationCheck(name, True, f"{proof.node_id} signed that {claim}"), proof
 
 
-def _witnessed(name: str, proof: Proof, receipt: Receipt, what: str) -> VerificationCheck:
+def _witnessed(name: str, proof: Proof, receipt: Receipt, claim: str) -> VerificationCheck:
     """The check of a node that was lost: what it had sent by then."""
     if proof.witness != receipt.coordinator_id:
         return VerificationCheck(
@@ -218,7 +218,7 @@ def _witnessed(name: str, proof: Proof, receipt: Receipt, what: str) -> Verifica
         )
     lost = f"{proof.node_id} was lost before its proof ({proof.finish_reason})"
     if proof.mark is None:
-        return VerificationCheck(name, True, f"{lost}; the coordinator says that {what}")
+        return VerificationCheck(name, True, f"{lost}; the coordinator says that {claim}")
     text = mark_text(
         proof.request_id,
         proof.choice,
@@ -228,7 +228,7 @@ def _witnessed(name: str, proof: Proof, receipt: Receipt, what: str) -> Verifica
     )
     ok = verify(proof.node_id, MARK_DOMAIN, text, _hex(proof.mark))
     mark = "it had signed the output by then" if ok else "the mark on its output is not its own"
-    return VerificationCheck(name, ok, f"{lost}; {mark}; the coordinator says that {what}")
+    return VerificationCheck(name, ok, f"{lost}; {mark}; the coordinator says that {claim}")
 
 
 def _order(receipt: Receipt, proofs: list[Proof]) -> VerificationCheck:
@@ -412,9 +412,9 @@ def _answer(
     bound = commitment.reopen(opening) == receipt.output_commitment
     if received.logprobs is not None:
         ok = bound and received.logprobs == opening.logprobs_sha256
-        what = "log-probabilities"
-        meaning = f"the {what} of the answer are {'' if ok else 'not '}the ones committed to"
-        yield VerificationCheck(f"{what} commitment", ok, meaning)
+        subject = "log-probabilities"
+        meaning = f"the {subject} of the answer are {'' if ok else 'not '}the ones committed to"
+        yield VerificationCheck(f"{subject} commitment", ok, meaning)
     if received.vectors is not None:
         ok = bound and received.vectors == opening.vectors_sha256
         meaning = f"the vectors of the answer are {'' if ok else 'not '}the ones committed to"

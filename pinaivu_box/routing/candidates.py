@@ -297,9 +297,9 @@ def tokens_of(job: Job) -> tuple[int, int]:
         prompt = len(str(text)) // _CHARACTERS_PER_TOKEN
     if job.inputs is not None:
         return prompt, 0
-    made = len(job.output)
-    most = _TYPICAL_TOKENS if job.max_tokens is None else job.max_tokens - made
-    return prompt + made, max(0, most)
+    output = len(job.output)
+    answer = _TYPICAL_TOKENS if job.max_tokens is None else job.max_tokens - output
+    return prompt + output, max(0, answer)
 
 
 def _expected_cost(prices: Prices, job: Job) -> int:
@@ -322,8 +322,8 @@ def _conversation(job: Job) -> bytes:
         job.prompt[:512]
         if job.prompt is not None
         else [
-            (one.get("role"), len(text := one.get("content") or ""), text[:4096])
-            for one in job.messages[:2]
+            (message.get("role"), len(text := message.get("content") or ""), text[:4096])
+            for message in job.messages[:2]
         ]
     )
     return hashlib.sha256(f"{job.model.id}\n{job.tenant}\n{begin}".encode()).digest()

@@ -43,8 +43,8 @@ class CircuitBreaker:
 
     def served(self, node_id: str) -> None:
         """It answered well: all is forgiven."""
-        for kept in (self._failures, self._failed, self._until, self._probing):
-            kept.pop(node_id, None)
+        for state in (self._failures, self._failed, self._until, self._probing):
+            state.pop(node_id, None)
 
     def ends(self) -> Collection[float]:
         """When the boxes that failed may be tried again."""

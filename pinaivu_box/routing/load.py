@@ -61,8 +61,8 @@ class LoadTracker:
         """A leg has ended.  What it waited in the queue says nothing about how fast we are."""
         if leg.ttft_ms is None:
             return
-        kept = self._ttft.setdefault(model_id, deque(maxlen=_LATELY))
-        kept.append(max(0.0, leg.ttft_ms - leg.queue_ms))
+        times = self._ttft.setdefault(model_id, deque(maxlen=_LATELY))
+        times.append(max(0.0, leg.ttft_ms - leg.queue_ms))
         if (speed := leg.tokens_per_s) is not None:
             self._speed.setdefault(model_id, deque(maxlen=_LATELY)).append(speed)
 
@@ -70,14 +70,14 @@ class LoadTracker:
         """The median of lately, and about what loading takes if no engine has the model.  If that
         were thought to take long, nobody would ever send to a box that has not begun."""
         loaded = any(engine.model_id == model.id for engine in self._placement.engines)
-        kept = self._ttft.get(model.id)
+        times = self._ttft.get(model.id)
         loading = 0.0 if loaded else _STARTING_MS + model.size / _BYTES_A_MS
-        return (median(kept) if kept else _TTFT_MS) + loading
+        return (median(times) if times else _TTFT_MS) + loading
 
     def tokens_per_s(self, model_id: str) -> float:
         """Of one stream."""
-        kept = self._speed.get(model_id)
-        return median(kept) if kept else _TOKENS_PER_S
+        speeds = self._speed.get(model_id)
+        return median(speeds) if speeds else _TOKENS_PER_S
 
     def of(self, model_id: str) -> ModelLoad:
         """The load of this moment.  What cache an engine would have is not known before it runs."""

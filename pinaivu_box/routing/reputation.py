@@ -43,19 +43,20 @@ class Reputation:
         self.opinions: dict[str, StoredOpinion] = {}
         self.changed: set[str] = set()
 
-    def recall(self, kept: Mapping[str, StoredOpinion]) -> None:
+    def recall(self, stored: Mapping[str, StoredOpinion]) -> None:
         """What was thought before we started.  What a clock that was ahead has dated fades from now
         on, or it would do so for none of the time that it was ahead."""
         now = self._clock()
-        found = {node: replace(one, at=min(one.at, now)) for node, one in kept.items()}
-        self.opinions = found | self.opinions
+        self.opinions = {
+            node: replace(opinion, at=min(opinion.at, now)) for node, opinion in stored.items()
+        } | self.opinions
 
-    def served(self, node_id: str, promised: float, made: float | None) -> None:
+    def served(self, node_id: str, promised: float, tokens_per_s: float | None) -> None:
         """A leg came to its end; tokens a second, None if it was too short to say."""
         opinion = self._leg(node_id)
         speed = opinion.speed
-        if made is not None and promised > 0:
-            speed += _NEWEST * (min(1.0, made / promised) - speed)
+        if tokens_per_s is not None and promised > 0:
+            speed += _NEWEST * (min(1.0, tokens_per_s / promised) - speed)
         self._think(node_id, replace(opinion, served=opinion.served + 1, speed=speed))
 
     def failed(self, node_id: str, why: str) -> None:
@@ -75,13 +76,13 @@ class Reputation:
         if node_id not in self.opinions:
             return "1.00: it has not served anything for us yet"
         opinion = self._now(node_id)
-        said = (
+        sentence = (
             f"{self.score(node_id):.2f}: reliability {_reliability(opinion):.2f} (of the latest, "
             f"{opinion.served:.0f} served and {opinion.failed:.0f} failed), speed "
             f"{opinion.speed:.2f} of what it promised, honesty {_honesty(opinion):.2f} "
             f"({opinion.disputes:.1f} disputes)"
         )
-        return f"{said}; last trouble: {opinion.last}" if opinion.last else said
+        return f"{sentence}; last trouble: {opinion.last}" if opinion.last else sentence
 
     def _think(self, node_id: str, opinion: StoredOpinion) -> None:
         self.opinions[node_id] = opinion

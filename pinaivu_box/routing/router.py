@@ -157,27 +157,30 @@ class Decision(Struct, frozen=True):
 
     @property
     def eligible(self) -> int:
-        return sum(one.why_not is None for one in self.candidates)
+        return sum(candidate.why_not is None for candidate in self.candidates)
 
     def record(self) -> dict[str, Any]:
         """For the receipt's `routing`: JSON.  At most `SHOWN` candidates, the chosen one among
         them; the others are counted by why they were not eligible."""
-        ranked = sorted(self.candidates, key=lambda one: one.node_id != self.node_id)
-        best = {one.node_id for one in ranked[:SHOWN]}
-        shown = [one for one in self.candidates if one.node_id in best]
-        others = [one for one in self.candidates if one.node_id not in best]
+        ranked = sorted(self.candidates, key=lambda candidate: candidate.node_id != self.node_id)
+        best = {candidate.node_id for candidate in ranked[:SHOWN]}
+        top = [candidate for candidate in self.candidates if candidate.node_id in best]
+        others = [candidate for candidate in self.candidates if candidate.node_id not in best]
         return {
             "chosen": self.node_id,
             "reason": self.reason,
             "policy": self.policy,
             "eligible": self.eligible,
-            "candidates": [one.record() for one in shown],
-            "left_out": dict(Counter(one.why_not or "scored less" for one in others)),
+            "candidates": [candidate.record() for candidate in top],
+            "left_out": dict(Counter(candidate.why_not or "scored less" for candidate in others)),
         }
 
     def header(self) -> str:
         """For `x-pinaivu-route`: ASCII, at most `MAX_HEADER` characters."""
-        score = next((one.score for one in self.candidates if one.node_id == self.node_id), 0.0)
+        scores_there = (
+            candidate.score for candidate in self.candidates if candidate.node_id == self.node_id
+        )
+        score = next(scores_there, 0.0)
         return (
             f"{self.node_id or 'none'}; reason={self.reason}; score={score:.4f}; "
             f"eligible={self.eligible}; policy={self.policy}"
@@ -185,37 +188,39 @@ class Decision(Struct, frozen=True):
 
     def why_nobody(self) -> str:
         """For a 503: how many boxes cannot, for which reason, the most frequent first."""
-        reasons = Counter(one.why_not for one in self.candidates if one.why_not)
-        said = [f"{count} {why}" for why, count in reasons.most_common()]
-        return "of those that were considered " + "; ".join(said) if said else "no box offers it"
+        reasons = Counter(candidate.why_not for candidate in self.candidates if candidate.why_not)
+        phrases = [f"{count} {why}" for why, count in reasons.most_common()]
+        if not phrases:
+            return "no box offers it"
+        return "of those that were considered " + "; ".join(phrases)
 
 
 _Pair = tuple[ScoredCandidate, Candidate]
 _Judged = tuple[Candidate, str | None]  # and why it may not serve the request
 
 
-def why_not(one: Candidate, ask: RoutingRequest) -> str | None:
+def why_not(candidate: Candidate, ask: RoutingRequest) -> str | None:
     """Why a candidate may not serve the request, in a few words; None if it may."""
-    if one.model != ask.model:
+    if candidate.model != ask.model:
         return "has another model"
-    if ask.digest is not None and one.digest != ask.digest and not ask.same_name:
+    if ask.digest is not None and candidate.digest != ask.digest and not ask.same_name:
         return "has another file under that name"
-    if one.node_id in ask.tried:
+    if candidate.node_id in ask.tried:
         return "was tried already"
-    if one.draining:
+    if candidate.draining:
         return "is draining"
-    if one.refuses:
-        return one.refuses
-    if one.local:
+    if candidate.refuses:
+        return candidate.refuses
+    if candidate.local:
         return None
     if ask.local_only:
         return "is not this box, and the key is for this box only"
     if ask.policy == "never":
         return "is not this box, and the policy is never to send"
-    if one.resting:
-        return one.resting
-    if one.currency != ask.currency:
-        return f"asks for {one.currency}, not {ask.currency}"
+    if candidate.resting:
+        return candidate.resting
+    if candidate.currency != ask.currency:
+        return f"asks for {candidate.currency}, not {ask.currency}"
     return None
 
 
@@ -225,21 +230,20 @@ def scores(
     """In the order given."""
     if not eligible:
         return []
-    times = [one.expected_ms(ask.tokens) for one in eligible]
-    cheapest, fastest = min(one.cost for one in eligible), min(times) + FLOOR_MS
+    times = [candidate.expected_ms(ask.tokens) for candidate in eligible]
+    cheapest, fastest = min(candidate.cost for candidate in eligible), min(times) + FLOOR_MS
     total = weights.price + weights.time + weights.reputation
-    made = []
-    for one, ms in zip(eligible, times, strict=True):
-        price = 1.0 if one.cost == cheapest else cheapest / one.cost
+    scored = []
+    for candidate, ms in zip(eligible, times, strict=True):
+        price = 1.0 if candidate.cost == cheapest else cheapest / candidate.cost
         weighed = (
             weights.price * price
             + weights.time * fastest / (ms + FLOOR_MS)
-            + weights.reputation * min(1.0, max(0.0, one.reputation))
+            + weights.reputation * min(1.0, max(0.0, candidate.reputation))
         )
-        made.append(
-            ScoredCandidate(one.node_id, weighed / total if total else 1.0, one.cost, round(ms))
-        )
-    return made
+        score = weighed / total if total else 1.0
+        scored.append(ScoredCandidate(candidate.node_id, score, candidate.cost, round(ms)))
+    return scored
 
 
 def route(
@@ -249,10 +253,14 @@ def route(
     weights: Weights = _DEFAULT,
 ) -> Decision:
     """The same candidates, request and state of `random` give the same decision."""
-    ordered = sorted(candidates, key=lambda one: (one.node_id, one.digest))
-    judged = _draw([(one, why_not(one, ask)) for one in ordered], ask, random)
-    eligible = [one for one, why in judged if why is None]
-    refused = [ScoredCandidate(one.node_id, why_not=why) for one, why in judged if why is not None]
+    ordered = sorted(candidates, key=lambda candidate: (candidate.node_id, candidate.digest))
+    judged = _draw([(candidate, why_not(candidate, ask)) for candidate in ordered], ask, random)
+    eligible = [candidate for candidate, why in judged if why is None]
+    refused = [
+        ScoredCandidate(candidate.node_id, why_not=why)
+        for candidate, why in judged
+        if why is not None
+    ]
     scored = scores(eligible, ask, weights)
     pairs = sorted(zip(scored, eligible, strict=True), key=lambda pair: -pair[0].score)
     chosen, reason = _choose(pairs, ask, random)
@@ -264,19 +272,30 @@ def unsure(decision: Decision, candidates: Sequence[Candidate], ask: RoutingRequ
     """Whether to ask around and decide anew: it would leave this box or wait, and of somebody who
     may serve it only an offer is known."""
     return decision.reason not in ("local", "warm") and any(
-        not one.known and why_not(one, ask) is None for one in candidates
+        not candidate.known and why_not(candidate, ask) is None for candidate in candidates
     )
 
 
 def _draw(judged: list[_Judged], ask: RoutingRequest, random: Random) -> list[_Judged]:
     """The same, where most of many peers are not considered.  Those that are called gone go first,
     and who is known or warm stays."""
-    stay = {one.node_id for one, _ in judged if one.local or one.warm or one.known}
-    peers = [one for one, why in judged if not (why or one.gone or one.node_id in stay)]
+    stay = {
+        candidate.node_id
+        for candidate, _ in judged
+        if candidate.local or candidate.warm or candidate.known
+    }
+    peers = [
+        candidate
+        for candidate, why in judged
+        if not (why or candidate.gone or candidate.node_id in stay)
+    ]
     if len(peers) <= DRAWN or ask.policy == "cheapest":
         return judged
-    stay |= {one.node_id for one in random.sample(peers, DRAWN)}
-    return [(one, why or (None if one.node_id in stay else "was not drawn")) for one, why in judged]
+    stay |= {candidate.node_id for candidate in random.sample(peers, DRAWN)}
+    return [
+        (candidate, why or (None if candidate.node_id in stay else "was not drawn"))
+        for candidate, why in judged
+    ]
 
 
 def _choose(pairs: list[_Pair], ask: RoutingRequest, random: Random) -> tuple[str | None, str]:
@@ -284,17 +303,18 @@ def _choose(pairs: list[_Pair], ask: RoutingRequest, random: Random) -> tuple[st
     if not pairs:
         return None, "nobody"
     if ask.policy == "prefer-local":
-        for _, one in pairs:
-            if one.local and one.starts_at_once(ask.tokens):
-                return one.node_id, "local"
+        for _, candidate in pairs:
+            if candidate.local and candidate.starts_at_once(ask.tokens):
+                return candidate.node_id, "local"
     pool = [pair for pair in pairs if not pair[1].gone] or pairs
     if ask.policy == "cheapest":
-        cheapest = min(one.cost for _, one in pool)
+        cheapest = min(candidate.cost for _, candidate in pool)
         pool = [pair for pair in pool if pair[1].cost == cheapest]
     best = pool[0][0].score
-    for score, one in pool:
-        if one.warm and one.starts_at_once(ask.tokens) and score.score >= AFFINITY_BAND * best:
-            return one.node_id, "warm"
+    for score, candidate in pool:
+        affine = candidate.warm and score.score >= AFFINITY_BAND * best
+        if affine and candidate.starts_at_once(ask.tokens):
+            return candidate.node_id, "warm"
     near = KNOWN_BAND if pool[0][1].known else BAND
     band = [pair for pair in pool if pair[0].score >= near * best]
     if len(band) == 1:

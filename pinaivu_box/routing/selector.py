@@ -50,7 +50,10 @@ class Selector:
             candidates = self._candidates.of(job, here)
             decision = self._route(candidates, request)
         if decision.node_id is None:  # rather who failed lately than nobody, if its link stands
-            woken = [one if one.gone else replace(one, resting=None) for one in candidates]
+            woken = [
+                candidate if candidate.gone else replace(candidate, resting=None)
+                for candidate in candidates
+            ]
             decision = self._route(woken, request)
         return decision, self._pin(job, decision, candidates, request)
 
@@ -81,7 +84,9 @@ class Selector:
     ) -> str:
         """All choices and legs of a request are of one file.  A node may offer several under that
         name: it is the one that was asked for, or else the first."""
-        digests = [one.digest for one in candidates if one.node_id == decision.node_id]
+        digests = [
+            candidate.digest for candidate in candidates if candidate.node_id == decision.node_id
+        ]
         if not digests:
             return ""
         digest = request.digest if request.digest in digests else digests[0]

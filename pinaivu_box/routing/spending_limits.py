@@ -30,8 +30,8 @@ class SpendingLimits:
         limit = self._settings.config.peering.max_price
         if not limit:
             return False
-        asked = (prices.prompt, prices.completion, prices.cached or "0")
-        return any(amount.per_token(price) > amount.per_token(limit) for price in asked)
+        asking_prices = (prices.prompt, prices.completion, prices.cached or "0")
+        return any(amount.per_token(price) > amount.per_token(limit) for price in asking_prices)
 
     def refusal(self, peer: str, prices: Prices, currency: str, cost: int) -> str | None:
         """Why a request that may cost so much is not sent there, or None."""

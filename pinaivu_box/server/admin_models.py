@@ -38,6 +38,7 @@ from pinaivu_box.server.context import actor_of, box_of, request_id_of
 from pinaivu_box.server.json_response import JsonLines
 from pinaivu_box.store import audit
 from pinaivu_box.store.audit import Actor
+from pinaivu_box.tasks import ignore_exception
 
 _PROGRESS_SECONDS = 0.5
 ANY = "any"
@@ -284,7 +285,7 @@ async def _progress(task: _PullTask, copy: DownloadProgress) -> AsyncIterator[Pu
             yield _line(task, copy, "done")
     finally:
         # A file that has its final name is served, whether the reader is still there or not.
-        copying_task.add_done_callback(lambda done: done.cancelled() or done.exception())
+        copying_task.add_done_callback(ignore_exception)
         if not copy.finishing:
             copying_task.cancel()
         await asyncio.wait({copying_task})

@@ -24,6 +24,7 @@ from pinaivu_box.server.inference import InferenceCall, disconnected
 from pinaivu_box.server.response_answer import ResponseAnswer
 from pinaivu_box.server.sse import END_OF_EVENT, EventStream
 from pinaivu_box.store import responses as stored
+from pinaivu_box.tasks import TaskSet
 
 log = logging.getLogger("pinaivu.background")
 
@@ -210,14 +211,12 @@ class Background:
 
     def __init__(self) -> None:
         self._running: dict[str, BackgroundResponse] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = TaskSet()
 
     def start(self, response: BackgroundResponse) -> None:
         """Start a response whose row is on disk."""
         self._running[response.id] = response
-        response.task = asyncio.create_task(self._run(response))
-        self._tasks.add(response.task)
-        response.task.add_done_callback(self._tasks.discard)
+        response.task = self._tasks.spawn(self._run(response))
 
     def find(self, response_id: str, account_id: str) -> BackgroundResponse | None:
         """A running response of that account; all others have ended and are on disk, or never

@@ -22,6 +22,7 @@ from hypercorn.events import Closed, Event, RawData
 from pinaivu_box.box import Box
 from pinaivu_box.errors import CliError
 from pinaivu_box.server.app import create_app
+from pinaivu_box.tasks import TaskSet
 
 log = logging.getLogger("pinaivu.serve")
 
@@ -153,12 +154,10 @@ def _on_signals(stopping: asyncio.Event, box: Box) -> None:
         if terminal and not _has_terminal():
             stop(signal.SIGHUP)  # the terminal window was closed
         else:
-            task = loop.create_task(_reload(box))
-            reloading.add(task)
-            task.add_done_callback(reloading.discard)
+            reloading.spawn(_reload(box))
 
     terminal = _has_terminal()
-    reloading: set[asyncio.Task[None]] = set()  # asyncio keeps only weak references
+    reloading = TaskSet()
     loop.add_signal_handler(signal.SIGHUP, hang_up)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop, number)

@@ -31,10 +31,10 @@ async def truncated(call: InferenceCall, job: Job) -> Job:
             if tokens < context - reserved:
                 return tokenized
             reserved = min(job.max_tokens or context // 4, context // 2)
-            kept = (context - reserved) / tokens
+            fitting_share = (context - reserved) / tokens
         except ContextOverflow:
-            kept = 0.5
-        shorter = without_oldest(job.messages, 1 - kept + _MARGIN)
+            fitting_share = 0.5
+        shorter = without_oldest(job.messages, 1 - fitting_share + _MARGIN)
         if len(shorter) == len(job.messages):
             return job
         job = replace(job, messages=shorter)
@@ -60,10 +60,10 @@ def without_oldest(messages: Messages, share: float) -> Messages:
             break
         bytes_to_remove -= sizes[first] if first != question else 0
         first += 1
-    kept = groups[first:]
+    remaining = groups[first:]
     if question is not None and question < first:
-        kept = [groups[question], *kept]
-    return [*messages[:start], *(message for group in kept for message in group)]
+        remaining = [groups[question], *remaining]
+    return [*messages[:start], *(message for group in remaining for message in group)]
 
 
 def _groups(messages: Messages) -> list[Messages]:

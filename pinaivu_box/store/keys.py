@@ -257,13 +257,13 @@ async def named(database: Database, text: str, account_id: str | None = None) ->
         (text, text[:_SHOWN_CHARACTERS] if text.startswith(PREFIX) else "", last, account_id),
     )
     # The text may be a secret: that is not repeated whole.
-    shown = text[:_SHOWN_CHARACTERS] if text.startswith(PREFIX) else text[:_MAX_TEXT_CHARACTERS]
+    label = text[:_SHOWN_CHARACTERS] if text.startswith(PREFIX) else text[:_MAX_TEXT_CHARACTERS]
     if not rows:
-        raise RowNotFound(f"No key is called {shown}: 'pinaivu keys ls' lists them.")
+        raise RowNotFound(f"No key is called {label}: 'pinaivu keys ls' lists them.")
     matches = [row for row in rows if row["id"] == text or row["revoked_at"] is None] or rows
     if len(matches) > 1 and matches[0]["id"] != text:
         names = ", ".join(row["id"] for row in matches[:3])
-        raise RowNotFound(f"{shown} fits several keys ({names}, ...): say which by its id.")
+        raise RowNotFound(f"{label} fits several keys ({names}, ...): say which by its id.")
     return _key(matches[0])
 
 
@@ -340,8 +340,8 @@ async def rotate(database: Database, key: Key, overlap: float, by: Actor) -> tup
     )
     if not changed:
         raise RowConflict(f"{key.id} has just been revoked: a new secret would not work either.")
-    shown = {"prefix": secret[:_SHOWN_CHARACTERS], "last_four": secret[-4:], "old_until": until}
-    return msgspec.structs.replace(key, **shown), secret
+    fields = {"prefix": secret[:_SHOWN_CHARACTERS], "last_four": secret[-4:], "old_until": until}
+    return msgspec.structs.replace(key, **fields), secret
 
 
 async def revoke(database: Database, key: Key, by: Actor) -> Key:

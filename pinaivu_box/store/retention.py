@@ -156,8 +156,8 @@ async def _pages_of_owners(database: Database) -> AsyncIterator[list[str]]:
 
 async def _repeat(database: Database, statement: str, *parameters: Any) -> None:
     """Run a statement until there is nothing left for it to do."""
-    done = MAX_ROWS
-    while done == MAX_ROWS:
+    row_count = MAX_ROWS
+    while row_count == MAX_ROWS:
         began = time.monotonic()
-        (done,) = await database.write((statement, (MAX_ROWS, *parameters)))
+        (row_count,) = await database.write((statement, (MAX_ROWS, *parameters)))
         await asyncio.sleep(time.monotonic() - began)

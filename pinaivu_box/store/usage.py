@@ -62,17 +62,17 @@ class Sums(msgspec.Struct):
 
 
 async def usage(
-    database: Database, wanted: UsageFilter, by: tuple[By, ...], only: list[str] | None = None
+    database: Database, selection: UsageFilter, by: tuple[By, ...], only: list[str] | None = None
 ) -> dict[Labels, Sums]:
     """The sums of each group, in the order of their labels; with `only`, of these keys, or of these
     accounts if it is grouped by account and not by key."""
-    usage_rows = await database.scan(*summed("usage", wanted, by, only))
+    usage_rows = await database.scan(*summed("usage", selection, by, only))
     latencies: list[Row] = []
     if "hour" not in by:  # they are kept by day
-        latencies = await database.scan(*summed("latencies", wanted, by, only))
+        latencies = await database.scan(*summed("latencies", selection, by, only))
     errors: list[Row] = []
     if not {"node", "peer"} & set(by):  # no box has served a refused request
-        errors = await database.scan(*summed("refusals", wanted, by, only))
+        errors = await database.scan(*summed("refusals", selection, by, only))
     # In a thread: with a hundred thousand rows, streams would stall.
     return await asyncio.to_thread(_groups, usage_rows, latencies, errors, len(by))
 
@@ -96,19 +96,22 @@ def _groups(
     return dict(sorted(groups.items()))
 
 
-async def busiest(database: Database, wanted: UsageFilter, who: Who, limit: int) -> list[str]:
+async def busiest(database: Database, selection: UsageFilter, kind: Who, limit: int) -> list[str]:
     """The ids of the keys or accounts with the most tokens, '' for requests without a key."""
-    return [row[0] for row in await database.scan(*ranked(wanted, who, limit))]
+    return [row[0] for row in await database.scan(*ranked(selection, kind, limit))]
 
 
-def ranked(wanted: UsageFilter, who: Who, limit: int) -> SqlStatement:
+def ranked(selection: UsageFilter, kind: Who, limit: int) -> SqlStatement:
     """The statement of `busiest`."""
-    level: Level = "key" if wanted.key_id is not None else who
-    used, refused = _conditions("usage", wanted, level), _conditions("refusals", wanted, "key")
+    level: Level = "key" if selection.key_id is not None else kind
+    used, refused = (
+        _conditions("usage", selection, level),
+        _conditions("refusals", selection, "key"),
+    )
     return (
-        f"SELECT who FROM (SELECT {_label(who, level)} AS who,"
+        f"SELECT who FROM (SELECT {_label(kind, level)} AS who,"
         f" prompt_tokens + completion_tokens AS tokens FROM usage{_where(used)}"
-        f" UNION ALL SELECT {_label(who, 'key')}, 0 FROM refusals{_where(refused)})"
+        f" UNION ALL SELECT {_label(kind, 'key')}, 0 FROM refusals{_where(refused)})"
         " GROUP BY who ORDER BY sum(tokens) DESC, who LIMIT ?",
         (*_values(used), *_values(refused), limit),
     )
@@ -137,15 +140,15 @@ _TABLES: dict[
 
 
 def summed(
-    table: str, wanted: UsageFilter, by: tuple[By, ...], only: list[str] | None
+    table: str, selection: UsageFilter, by: tuple[By, ...], only: list[str] | None
 ) -> SqlStatement:
     """The statement that sums a table by group."""
     totals, fixed = _TABLES[table]
-    level = _level(table, wanted, by)
+    level = _level(table, selection, by)
     columns = [f"{_label(group, level)} AS by_{group}" for group in by]
     groups = ", ".join([*(f"by_{group}" for group in by), *fixed])
     selected = ", ".join([*columns, *fixed, *(f"sum({name}) AS {name}" for name in totals)])
-    conditions = _conditions(table, wanted, level)
+    conditions = _conditions(table, selection, level)
     if only is not None:
         name = _label("key" if "key" in by else "account", level)
         encoded = msgspec.json.encode(only).decode()
@@ -156,11 +159,11 @@ def summed(
     return sql, _values(conditions)
 
 
-def _level(table: str, wanted: UsageFilter, by: tuple[By, ...]) -> Level:
+def _level(table: str, selection: UsageFilter, by: tuple[By, ...]) -> Level:
     """The coarsest level whose rows tell apart what is asked for."""
-    if table == "refusals" or "key" in by or wanted.key_id is not None:
+    if table == "refusals" or "key" in by or selection.key_id is not None:
         return "key"
-    return "account" if "account" in by or wanted.account_id is not None else "box"
+    return "account" if "account" in by or selection.account_id is not None else "box"
 
 
 def _label(by: By, level: Level) -> str:
@@ -170,22 +173,22 @@ def _label(by: By, level: Level) -> str:
 _Condition = tuple[str, tuple[Any, ...]]  # with its values
 
 
-def _conditions(table: str, wanted: UsageFilter, level: Level) -> list[_Condition]:
+def _conditions(table: str, selection: UsageFilter, level: Level) -> list[_Condition]:
     """The conditions for the rows of one level: each request is in the sums of its key, of its
     account and of the box, so a report that reads several levels would count it several times."""
     conditions: list[_Condition] = []
-    if wanted.account_id is not None and level == "key":
+    if selection.account_id is not None and level == "key":
         of_account = "key_id IN (SELECT id FROM keys WHERE account_id = ?)"
-        conditions.append((of_account, (wanted.account_id,)))
-    elif wanted.account_id is not None:
-        conditions.append(("key_id = ?", (wanted.account_id,)))
-    elif table != "refusals" or wanted.key_id is not None:  # in which '' stands for no key
+        conditions.append((of_account, (selection.account_id,)))
+    elif selection.account_id is not None:
+        conditions.append(("key_id = ?", (selection.account_id,)))
+    elif table != "refusals" or selection.key_id is not None:  # in which '' stands for no key
         conditions.append((_ROWS[level], ()))
     for text, value in (
-        ("key_id = ?", wanted.key_id),
-        ("model = ?", wanted.model),
-        ("since >= ?", wanted.since),
-        ("since < ?", wanted.until),
+        ("key_id = ?", selection.key_id),
+        ("model = ?", selection.model),
+        ("since >= ?", selection.since),
+        ("since < ?", selection.until),
     ):
         if value is not None:
             conditions.append((text, (value,)))
