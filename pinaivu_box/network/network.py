@@ -466,8 +466,10 @@ class Network:
             addresses = tuple(dict.fromkeys([*at, *read.addresses]))
             read = replace(read, addresses=addresses[:MAX_ADDRESSES])
             member = self.network_id == read.network_id and self._membership.is_member(self.node_id)
-            # Without any link it may have been revoked and not know: ask the inviter.
-            if not (member and any(peer.state == "connected" for peer in self.peers())):
+            # Without any link, or rejected by the inviter, it may have been revoked and not know:
+            # so ask the inviter.  Those to which it still has links may not know it either.
+            linked = any(peer.state == "connected" for peer in self.peers())
+            if not (member and linked) or read.node_id in self._rejected_by:
                 await self._join(read, by)
         return self.peer(read.node_id)
 
