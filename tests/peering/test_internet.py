@@ -123,7 +123,7 @@ def test_peers_are_not_used_beyond_what_they_may_charge(joined: tuple[PeerBox, P
         refused = ask(ben)
         assert refused.status_code == 503 and "max_price" in refused.json()["error"]["message"]
         assert {FAR, "fake:1"} <= set(ben.listed()["anna"]["cost"]["too_dear"])
-        assert "too dear" in pinaivu("peers", "show", "anna", home=ben.home).stdout
+        assert "above max_price" in pinaivu("peers", "show", "anna", home=ben.home).stdout
         file.write_text(plain)
         with_settings(ben, 'max_price = "1"\nmax_debt = "0.5"')
         pinaivu("reload", home=ben.home)
