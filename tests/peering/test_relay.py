@@ -290,7 +290,7 @@ def test_the_relay_dies(valley: RelayOnlyNetwork, boxes: dict[str, NamespaceBox]
     doctor = checks(refused(anna, "peers", "doctor", "ben", "--json"))
     assert doctor["relay"]["state"] == doctor["ben: relay"]["state"] == "failed"
     assert f"{URL} does not answer" in doctor["relay"]["found"]
-    assert "see that it runs" in doctor["relay"]["todo"]
+    assert "check that it runs" in doctor["relay"]["todo"]
     valley.open_relay()
     wait_until(lambda: anna.sees("ben"), "it is linked again", seconds=180)
     assert link(anna, "ben")["direct"] is False
