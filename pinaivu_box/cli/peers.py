@@ -198,7 +198,7 @@ def edit(
 def rm(home: Path, config: Path | None, as_json: bool, peer: str, reason: str) -> None:
     """Remove a box from the network permanently.
 
-    All members refuse it from then on, and the boxes that only it has invited.  Only the founder of
+    From then on all members refuse it and the boxes that only it has invited.  Only the founder of
     the network can admit it again, with a new ticket.
     """
     body = {"reason": reason}

@@ -27,7 +27,10 @@ def receipts() -> None:
 @standard_options()
 @click.argument("request_id")
 def show(home: Path, as_json: bool, request_id: str) -> None:
-    """Print a receipt; --json prints it as the API does, for 'receipts verify'."""
+    """Print a receipt.
+
+    With --json it is printed as the API returns it, which is what 'receipts verify' reads.
+    """
     document = _from_database(home, request_id)
     if as_json:
         click.echo(document.decode())

@@ -76,7 +76,7 @@ class ChoiceRun(Protocol):
         ...
 
 
-class Runner(Protocol):
+class ChoiceRunner(Protocol):
     def start(self, choice: ChoiceRecord, take: Callable[[Event], None]) -> ChoiceRun:
         """What runs the legs of that choice and records them in it.  `take` gets every event of
         those legs."""
@@ -90,7 +90,7 @@ RequestEvent = ChoiceStarted | Output | Finished | Failed
 class Request:
     """One running request.  `events` ends with Finished or Failed."""
 
-    def __init__(self, admitted: AdmittedRequest, runner: Runner, meter: Meter) -> None:
+    def __init__(self, admitted: AdmittedRequest, runner: ChoiceRunner, meter: Meter) -> None:
         reservation = admitted.reservation
         self.account = RequestRecord(
             admitted.jobs, admitted.key.id, admitted.prices, reservation.period
@@ -103,7 +103,7 @@ class Request:
         self._wake = asyncio.Event()
         self._runs = [self._run_of(choice, runner) for choice in self.account.choices]
 
-    def _run_of(self, choice: ChoiceRecord, runner: Runner) -> ChoiceRun:
+    def _run_of(self, choice: ChoiceRecord, runner: ChoiceRunner) -> ChoiceRun:
         return runner.start(choice, lambda event: self._take(choice, event))
 
     def cancel(self) -> None:
@@ -265,7 +265,7 @@ class RunningRequests:
 
     def __init__(
         self,
-        runner: Runner,
+        runner: ChoiceRunner,
         meter: Meter,
         metrics: Metrics,
         settings: LiveSettings,
@@ -278,7 +278,7 @@ class RunningRequests:
         self._by_model: Counter[str] = Counter()
         self._service: dict[str, float] = {}  # seconds that a model's request runs, on average
 
-    def use(self, runner: Runner, elsewhere: Callable[[str], bool]) -> None:
+    def use(self, runner: ChoiceRunner, elsewhere: Callable[[str], bool]) -> None:
         """Run legs with that runner from now on; `elsewhere` tells whether peers have a model."""
         self._runner, self._elsewhere = runner, elsewhere
 

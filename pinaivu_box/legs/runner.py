@@ -40,7 +40,7 @@ class LegRunner:
         self.leaving = TaskSet()  # legs of which another box was quicker
 
     def start(self, choice: ChoiceRecord, take: Callable[[Event], None]) -> LegRun:
-        """See `gateway.request.Runner`."""
+        """See `gateway.request.ChoiceRunner`."""
         return LegRun(self, choice, take)
 
 
