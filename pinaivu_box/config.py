@@ -135,6 +135,13 @@ class PeeringConfig(Section, frozen=True):
     serve: PeeringServeConfig = PeeringServeConfig()
 
 
+class RegistryConfig(Section, frozen=True):
+    """Base URLs of the registries behind short names."""
+
+    ollama: str = "https://registry.ollama.ai"
+    hub: str = "https://huggingface.co"
+
+
 class LogConfig(Section, frozen=True):
     level: str = "info"
     format: str = "text"

@@ -16,6 +16,7 @@ The `message` is a sentence that says what is wrong and what to do about it.  Er
     │   ├── ResponseNotCompleted    exit 1   a stored response has not ended, or failed
     │   └── DatabaseUnusable        exit 1   the database file cannot be used
     │       └── SchemaUnsupported   exit 1   it has a schema that is not supported
+    ├── PullFailed                  exit 1   a model could not be had from a registry
     ├── PeeringError                exit 1   communication between two boxes failed
     │   ├── Unreachable             exit 1   no box answers at the address
     │   ├── WrongPeer               exit 1   another box answers at the address
@@ -134,6 +135,11 @@ class DatabaseUnusable(StoreError):
 
 class SchemaUnsupported(DatabaseUnusable):
     """The database file has a schema that this program does not support."""
+
+
+class PullFailed(BoxError):
+    """A model could not be had from a registry or a URL; what arrived is kept for another attempt
+    unless it is wrong."""
 
 
 class PeeringError(BoxError):

@@ -124,7 +124,7 @@ class PartialFile:
     """An unfinished copy, which no other process can open meanwhile.  Its methods block on disk,
     and are for threads; after `close` they do nothing.  All raise OSError."""
 
-    def __init__(self, folder: Path, digest: str, size: int, expected: bytes) -> None:
+    def __init__(self, folder: Path, digest: str, size: int, expected: bytes | memoryview) -> None:
         """`expected` are the hashes of the pieces.  Raises CopyInProgress, NoRoom, OSError."""
         self.path = _partial(folder, digest)
         self._folder = folder

@@ -1,0 +1,266 @@
+"""What a registry has under a name: the files of a model, and what it says about them."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta, Struct, field
+
+from pinaivu_box.config import SamplingConfig
+from pinaivu_box.errors import PullFailed, quoted
+from pinaivu_box.models import splits
+from pinaivu_box.models.gguf import BadGguf
+from pinaivu_box.registry.client import HttpStatus, RegistryClient
+from pinaivu_box.registry.reference import HubModel, RegistryModel, UrlModel
+from pinaivu_box.text import whole
+
+MAX_LICENSE_BYTES = 256 * 1024
+_MAX_FILES = splits.MAX_PARTS
+_MANIFEST = "application/vnd.docker.distribution.manifest.v2+json"
+_OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
+_OLLAMA = "application/vnd.ollama.image."
+_DEFAULT_QUANTS = ("Q4_K_M", "Q4_K_S", "Q4_0", "Q5_K_M", "Q8_0")  # the first that there is
+
+StopString = Annotated[str, Meta(min_length=1, max_length=256)]
+Size = Annotated[int, Meta(ge=1, le=2**50)]
+
+
+class Layer(Struct):
+    """A part of a manifest."""
+
+    media_type: str = field(name="mediaType")
+    digest: Annotated[str, Meta(pattern=whole("sha256:[0-9a-f]{64}"))]
+    size: Size
+
+
+class Manifest(Struct):
+    """An image manifest, version 2, as Docker's registry and Ollama's have them."""
+
+    layers: Annotated[list[Layer], Meta(max_length=1024)]
+
+
+class LargeFile(Struct):
+    """How the Hub describes a file that is too large for Git."""
+
+    sha256: Annotated[str, Meta(pattern=whole("[0-9a-f]{64}"))]
+    size: Size
+
+
+class Sibling(Struct):
+    """A file of a repository of the Hub."""
+
+    rfilename: str
+    lfs: LargeFile | None = None
+
+
+class CardData(Struct):
+    license: Any = None
+    license_name: Any = None
+
+
+class Repository(Struct):
+    """A repository of the Hub at one commit."""
+
+    sha: Annotated[str, Meta(pattern=whole("[0-9a-f]{40,64}"))]
+    siblings: Annotated[list[Sibling], Meta(max_length=100_000)]
+    card: CardData | None = field(name="cardData", default=None)
+
+
+class Parameters(Struct, frozen=True):
+    """Ollama's parameters of a model, as far as they mean something here; others are left out."""
+
+    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Meta(ge=0, lt=2**31)] | None = None
+    min_p: Annotated[float, Meta(ge=0, lt=1)] | None = None
+    num_ctx: Annotated[int, Meta(ge=1, lt=2**31)] | None = None
+    stop: Annotated[tuple[StopString, ...], Meta(max_length=64)] = ()
+
+    @property
+    def sampling(self) -> SamplingConfig:
+        return SamplingConfig(self.temperature, self.top_p, self.top_k, self.min_p)
+
+
+_NO_PARAMETERS = Parameters()
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """A file of `size` bytes; None where only a request for it tells.  `digest` is its SHA-256 in
+    hex, None where nobody tells it beforehand."""
+
+    url: str
+    size: int | None
+    digest: str | None
+
+
+@dataclass(frozen=True)
+class Listing:
+    """A model as a registry has it: its files in the order of its parts.  `source` is where they
+    come from, for people, and `license` the licence's name or text."""
+
+    id: str
+    source: str
+    files: tuple[RemoteFile, ...]
+    license: str = ""
+    system: str = ""
+    parameters: Parameters = _NO_PARAMETERS
+
+
+async def of_registry(client: RegistryClient, model: RegistryModel) -> Listing:
+    """Read a manifest and the small layers of it that count here.  Raises PullFailed."""
+    base = f"{model.base}/v2/{model.repository}"
+    try:
+        manifest, _ = await client.document(
+            f"{base}/manifests/{model.tag}", Manifest, accept=f"{_MANIFEST}, {_OCI_MANIFEST}"
+        )
+    except HttpStatus as error:
+        raise _explained(error, model.id) from error
+    layers: dict[str, list[Layer]] = {}
+    for layer in manifest.layers:
+        layers.setdefault(layer.media_type.removeprefix(_OLLAMA), []).append(layer)
+    if "projector" in layers:
+        raise PullFailed(
+            f"{model.id} reads images, which this box does not: choose a model for text alone."
+        )
+    if "adapter" in layers:
+        raise PullFailed(f"{model.id} is an adapter (LoRA) for another model: choose that one.")
+    weights = layers.get("model", [])
+    if len(weights) != 1:
+        raise PullFailed(f"{model.id} has no weights as GGUF there: choose another name.")
+
+    async def text_of(kind: str) -> str:
+        parts = [await _blob(client, base, layer) for layer in layers.get(kind, [])]
+        return b"\n\n".join(parts).decode("utf-8", "replace")
+
+    return Listing(
+        model.id,
+        f"{model.base.partition('://')[2]}/{model.repository}:{model.tag}",
+        tuple(RemoteFile(f"{base}/blobs/{w.digest}", w.size, w.digest[7:]) for w in weights),
+        await text_of("license"),
+        await text_of("system"),
+        _parameters(await text_of("params")),
+    )
+
+
+async def _blob(client: RegistryClient, base: str, layer: Layer) -> bytes:
+    """Raises PullFailed, also if it is not what its digest says."""
+    if layer.size > MAX_LICENSE_BYTES:
+        raise PullFailed(f"A part of the description has {layer.size:,} bytes: that is too long.")
+    url = f"{base}/blobs/{layer.digest}"
+    data = await client.download(url, max_bytes=MAX_LICENSE_BYTES)
+    if f"sha256:{hashlib.sha256(data).hexdigest()}" != layer.digest:
+        raise PullFailed(f"A part of the description from {url} is not what its digest says.")
+    return data
+
+
+def _parameters(text: str) -> Parameters:
+    """Each parameter that is valid; a server that has others is newer than this, not wrong."""
+    try:
+        raw = msgspec.json.decode(text or "{}", type=dict[str, Any])
+    except msgspec.DecodeError:
+        return Parameters()
+    kept = {}
+    for name in Parameters.__struct_fields__:
+        if name in raw:
+            try:
+                msgspec.convert({name: raw[name]}, Parameters)
+            except msgspec.ValidationError:
+                continue
+            kept[name] = raw[name]
+    return msgspec.convert(kept, Parameters)
+
+
+async def of_hub(client: RegistryClient, model: HubModel) -> Listing:
+    """Choose files of a repository.  Raises PullFailed."""
+    url = f"{model.base}/api/models/{model.repository}?blobs=true"
+    try:
+        repository, _ = await client.document(url, Repository)
+    except HttpStatus as error:
+        if error.status in (401, 403):
+            raise PullFailed(
+                f"{model.repository} is private or needs its terms accepted: accept them on "
+                f"{model.base}/{model.repository}, and set HF_TOKEN for the box."
+            ) from error
+        raise _explained(error, model.id) from error
+    large = {s.rfilename: s.lfs for s in repository.siblings if s.lfs is not None}
+    names = choose(list(large), model.choice)
+    if not names:
+        raise PullFailed(_no_such_file(model, list(large)))
+    files = tuple(
+        RemoteFile(
+            f"{model.base}/{model.repository}/resolve/{repository.sha}/{name}",
+            large[name].size,
+            large[name].sha256,
+        )
+        for name in names
+    )
+    card = repository.card or CardData()
+    license_ = card.license_name or card.license
+    return Listing(
+        model.id,
+        f"{model.base.partition('://')[2]}/{model.repository}@{repository.sha[:12]}/{names[0]}",
+        files,
+        license_ if isinstance(license_, str) else "",
+    )
+
+
+def of_url(model: UrlModel) -> Listing:
+    return Listing(model.id, model.url, (RemoteFile(model.url, None, None),))
+
+
+def choose(names: list[str], choice: str) -> list[str]:
+    """The GGUF files of a repository that are the model: all parts of it, in order.
+
+    `choice` is the name of a file (of any part), with or without its ending, or a quantisation;
+    empty for the usual one.
+    """
+    models: dict[str, dict[int, str]] = {}
+    for name in names:
+        file = name.rpartition("/")[2]
+        if not file.lower().endswith(".gguf") or file.lower().startswith("mmproj"):
+            continue
+        try:
+            part = splits.parse(file)
+        except BadGguf:
+            continue
+        stem = name.removesuffix(file) + (part.stem if part else file[: -len(".gguf")])
+        models.setdefault(stem, {})[part.number if part else 1] = name
+    for wanted in (choice,) if choice else _DEFAULT_QUANTS:
+        for stem in sorted(models, key=lambda stem: (stem.count("/"), len(stem), stem)):
+            if _is_called(stem, wanted):
+                return [models[stem][number] for number in sorted(models[stem])]
+    if not choice and models:
+        stem = min(models)
+        return [models[stem][number] for number in sorted(models[stem])]
+    return []
+
+
+def _is_called(stem: str, wanted: str) -> bool:
+    """Whether a file's name is `wanted`, or ends in it as its quantisation."""
+    file = stem.rpartition("/")[2].lower()
+    wanted = splits.stem_of(wanted).lower() if wanted.lower().endswith(".gguf") else wanted.lower()
+    return file == wanted or re.search(rf"(?:^|[^a-z0-9]){re.escape(wanted)}$", file) is not None
+
+
+def _no_such_file(model: HubModel, names: list[str]) -> str:
+    ggufs = sorted(name for name in names if name.lower().endswith(".gguf"))
+    if not ggufs:
+        return (
+            f"{model.repository} has no GGUF files: look for a repository of the same model that "
+            "has some (its name often ends in -GGUF)."
+        )
+    shown = ", ".join(quoted(name) for name in ggufs[:12])
+    return f"{model.repository} has no file for '{quoted(model.choice)}'. It has: {shown}."
+
+
+def _explained(error: HttpStatus, model_id: str) -> PullFailed:
+    if error.status == 404:
+        return PullFailed(f"{error.host} has no model {model_id}: check its name and tag.")
+    if error.status in (401, 403):
+        return PullFailed(f"{error.host} does not give {model_id} to everybody, or has no such.")
+    return error
