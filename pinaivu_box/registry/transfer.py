@@ -56,8 +56,8 @@ class _Stopped(Exception):
 
 
 class Transfer:
-    """The download of a listing into a folder.  `received` of `size` bytes are here; `checking` while the
-    whole is compared with its digest."""
+    """The download of a listing into a folder.  `received` of `size` bytes are here; `checking`
+    while the whole is compared with its digest."""
 
     def __init__(self, client: RegistryClient, listing: Listing, folder: Path) -> None:
         self.listing = listing

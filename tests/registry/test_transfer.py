@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
+import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,6 @@ import pytest
 
 from pinaivu_box.config import RegistryConfig
 from pinaivu_box.errors import PullFailed
-from pinaivu_box.models import partial_file
 from pinaivu_box.models.partial_file import PIECE_BYTES
 from pinaivu_box.registry import manifest, transfer
 from pinaivu_box.registry.client import RegistryClient
@@ -21,6 +21,7 @@ from pinaivu_box.registry.manifest import Listing, Parameters, choose
 from pinaivu_box.registry.reference import HubModel, RegistryModel, UrlModel, parse
 from pinaivu_box.registry.transfer import FetchedFile, Transfer
 from tests.support.registry_server import RegistryServer, registry_server
+from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.anyio
 WEIGHTS = os.urandom(PIECE_BYTES * 9 + 12_345)
@@ -115,7 +116,7 @@ async def test_a_hub_repository_is_pinned_to_its_commit(
     assert "0123456789ab" in listing.source
     (file,) = await pull(server, "hf.co/ann/tiny-GGUF:Q8_0", tmp_path)
     assert content(tmp_path, file) == WEIGHTS
-    with pytest.raises(PullFailed, match="It has: tiny-Q8_0.gguf"):
+    with pytest.raises(PullFailed, match=r"It has: tiny-Q8_0\.gguf"):
         await look_up(server, "hf.co/ann/tiny-GGUF:Q2_K")
 
 
@@ -169,8 +170,7 @@ async def test_a_download_that_was_given_up_goes_on_where_it_was(
     async with RegistryClient(server.url) as client:
         first = Transfer(client, listing, tmp_path)
         running = asyncio.create_task(first.run())
-        while first.received < 4 * PIECE_BYTES:
-            await asyncio.sleep(0.01)
+        await wait_until(lambda: first.received >= 4 * PIECE_BYTES)
         running.cancel()
         with pytest.raises(asyncio.CancelledError):
             await running
@@ -277,8 +277,8 @@ async def test_a_full_disk_is_said_before_anything_comes(
     server: RegistryServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server.add_ollama("library/tiny:1b", WEIGHTS)
-    monkeypatch.setattr(partial_file.shutil, "disk_usage", lambda _: type("", (), {"free": 1000}))
-    with pytest.raises(PullFailed, match="no room .* MB are free"):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: type("", (), {"free": 1000}))
+    with pytest.raises(PullFailed, match=r"no room .* MB are free"):
         await pull(server, "tiny:1b", tmp_path)
     assert server.ranges == []
 
@@ -287,8 +287,7 @@ async def test_two_processes_do_not_write_one_file(server: RegistryServer, tmp_p
     server.add_ollama("library/tiny:1b", WEIGHTS)
     server.faults.pause = threading.Event()
     first = asyncio.create_task(pull(server, "tiny:1b", tmp_path))
-    while not server.ranges:
-        await asyncio.sleep(0.01)
+    await wait_until(lambda: bool(server.ranges))
     with pytest.raises(PullFailed, match="another process"):
         await pull(server, "tiny:1b", tmp_path)
     server.faults.pause.set()
