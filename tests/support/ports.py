@@ -1,4 +1,4 @@
-"""UDP ports that are free."""
+"""Ports that are free."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from pinaivu_box.transport.iroh_transport import has_ipv6
 _ports = itertools.count()
 
 
-def free_port() -> int:
-    """Of UDP; one that stays, so that who starts again is found there: none that the kernel gives
+def free_port(kind: socket.SocketKind = socket.SOCK_DGRAM) -> int:
+    """Of UDP unless another kind is asked for; one that stays, so that who starts again is found there: none that the kernel gives
     to whoever asks for any, nor another worker's of the tests."""
     worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
     while True:
@@ -22,6 +22,6 @@ def free_port() -> int:
             for family, host in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")):
                 if family == socket.AF_INET6 and not has_ipv6():
                     continue
-                with socket.socket(family, socket.SOCK_DGRAM) as trial:
+                with socket.socket(family, kind) as trial:
                     trial.bind((host, port))
             return port
