@@ -94,7 +94,7 @@ def test_errors_for_a_user_arrive_whole_and_others_without_their_text(sandbox: S
     assert sandbox.run(b"echo on") == b"setup, on"
 
 
-def test_what_a_job_prints_is_no_reply(sandbox: Sandbox) -> None:
+def test_the_printed_output_of_a_job_is_no_reply(sandbox: Sandbox) -> None:
     assert sandbox.run(b"print reply") == b"reply"
 
 
@@ -104,7 +104,7 @@ def test_a_cancelled_job_ends_with_its_process(pool: SandboxPool, tmp_path: Path
 
     def run() -> None:
         try:
-            pool.run(b"wait %s" % bytes(begun), tenant="a", cancellation=cancellation)
+            pool.run(b"wait %s" % bytes(begun), cancellation)
         except BaseException as error:
             raised.append(error)
 
@@ -116,10 +116,10 @@ def test_a_cancelled_job_ends_with_its_process(pool: SandboxPool, tmp_path: Path
     thread.join()
     assert [type(error) for error in raised] == [SandboxCancelled]
     assert not alive(pid)
-    assert pool.run(b"echo next", tenant="a") == b"next"
+    assert pool.run(b"echo next") == b"next"
     with pytest.raises(SandboxCancelled):
-        pool.run(b"echo never", tenant="a", cancellation=cancellation)
-    assert pool.run(b"echo last", tenant="a") == b"last"
+        pool.run(b"echo never", cancellation)
+    assert pool.run(b"echo last") == b"last"
 
 
 def test_of_a_tenant_one_job_runs_at_a_time_and_others_do_not_wait_for_it(

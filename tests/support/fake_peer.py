@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from pinaivu_box.config import PeeringConfig, SamplingConfig
-from pinaivu_box.engine.chat_template import CHATML, ChatTemplate
+from pinaivu_box.engine.chat_template import CHATML, ChatTemplate, TemplateSetup
 from pinaivu_box.engine.messages import SamplingDefaults
 from pinaivu_box.gateway.backend import Job, Prompt, Started
 from pinaivu_box.gateway.local import resolve
@@ -175,7 +175,8 @@ def job_of(ask: leg_wire.LegRequest | leg_wire.Count) -> Job:
 def prompt_of(job: Job) -> list[int]:
     if job.read is not None:
         return job.read
-    return list(ChatTemplate(CHATML, bos="", eos="").render(job.messages).encode())
+    template = ChatTemplate(TemplateSetup(CHATML, bos="", eos=""))
+    return list("".join(template.parts(job.messages, [], {})).encode())
 
 
 def started(
