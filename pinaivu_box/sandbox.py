@@ -140,12 +140,6 @@ class Sandbox:
         self._process: subprocess.Popen[bytes] | None = None
         self._cancelled = False
 
-    @property
-    def pid(self) -> int | None:
-        """The child's, None while there is none."""
-        process = self._process
-        return None if process is None else process.pid
-
     def start(self) -> None:
         """Start the child now, so that the first job need not wait for it."""
         with self._lock:
@@ -231,11 +225,6 @@ class SandboxPool:
             self._idle.put(sandbox)
         self._threads = FairThreads(size, "sandbox")
         self._closed = False
-
-    @property
-    def pids(self) -> list[int]:
-        """Of the children that there are."""
-        return [pid for sandbox in self._all if (pid := sandbox.pid) is not None]
 
     def start(self) -> None:
         """Start one child, so that the first job need not wait for it; does not block."""

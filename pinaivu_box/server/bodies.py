@@ -45,11 +45,6 @@ class Bodies:
         # Apart, because a request that waits for this holds the memory of its body.
         self._history_memory = BodyMemory()
 
-    @property
-    def pids(self) -> list[int]:
-        """The processes that decode."""
-        return self._pool.pids
-
     async def receive(
         self, request: Request, account: str, kind: type[Body], max_bytes: int, *, strict: bool
     ) -> tuple[Body, list[str]]:

@@ -40,6 +40,7 @@ from tests.support.engine_harness import (
 )
 from tests.support.grammars import chain
 from tests.support.process_box import alive, wait_until
+from tests.support.sandbox_jobs import pids_of
 
 PATIENCE = 100  # seconds until a test gives up; nothing is measured
 FOR_EVER = SandboxLimits(cpu_seconds=3600, memory_bytes=1 << 30, wall_seconds=3600)
@@ -99,7 +100,7 @@ def test_others_pass_a_grammar_that_compiles_for_ever_and_its_cancellation_ends_
 ) -> None:
     door.take(add("hostile", constraint=Constraint("gbnf", chain(20_000)), tenant="a"))
     assert name_of(door.hears()) == "hostile"
-    (pid,) = wait_until(lambda: door.trials and door.trials[0].pids, "its trial")
+    (pid,) = wait_until(lambda: door.trials and pids_of(door.trials[0]), "its trial")
     door.take(add("second", constraint=LETTERS, tenant="a"))
     door.take(add("structured", constraint=LETTERS, tenant="b"))
     assert door.schedules().id == "structured"
@@ -117,7 +118,7 @@ def test_others_pass_a_grammar_that_compiles_for_ever_and_its_cancellation_ends_
 def test_others_pass_a_template_that_runs_for_ever_and_its_cancellation_ends_it(
     door: Door,
 ) -> None:
-    pids = door.templates.pids  # it has been asked whether it knows tools
+    pids = pids_of(door.templates)  # it has been asked whether it knows tools
     door.take(add("hostile", "loop", tenant="a"))
     door.take(add("second", "hi", tenant="a"))
     for number in range(2):  # the second in a child that a loop cannot be in

@@ -1,4 +1,4 @@
-"""What `test_sandbox` runs in sandboxes."""
+"""Jobs for sandboxes, and the children that run them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pinaivu_box.errors import BadRequest, InvalidBody
+from pinaivu_box.sandbox import SandboxPool
+
+
+def pids_of(pool: SandboxPool) -> list[int]:
+    """Of the children that there are."""
+    return [sandbox._process.pid for sandbox in pool._all if sandbox._process is not None]
 
 
 def make(setup: bytes) -> Callable[[bytes], bytes]:
