@@ -37,7 +37,7 @@ from pinaivu_box.receipts.receipt import (
 from pinaivu_box.routing.candidates import Destination
 from pinaivu_box.tasks import TaskSet
 from pinaivu_box.transport import wire
-from pinaivu_box.transport.transport import Stream
+from pinaivu_box.transport.link import Stream
 
 OPEN_SECONDS = 5.0
 STALL_SECONDS = 4.0  # a serving box says at least every second that it is alive

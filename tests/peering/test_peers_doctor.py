@@ -18,7 +18,6 @@ from pinaivu_box.doctor import udp
 from pinaivu_box.doctor.check import Check
 from pinaivu_box.doctor.peers import examine
 from pinaivu_box.network.peer import (
-    LinkView,
     OfferView,
     OwnModel,
     OwnView,
@@ -28,6 +27,7 @@ from pinaivu_box.network.peer import (
 )
 from pinaivu_box.server.admin_peers import PeerList
 from pinaivu_box.store.peer_settings import PeerLimits
+from pinaivu_box.transport.link import LinkView
 
 OFFER = OfferView("m:1", "aa" * 32, 8, 8, 1000, 0, 5, 50, Prices("0", "0"))
 USE = UseView(8, 0, None, 0, None, "0", "idle", ("*",), "", open=True)
