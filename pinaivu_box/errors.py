@@ -1,5 +1,6 @@
-"""All errors that users see, in one tree.
+"""All errors that users see, in one tree below BoxError.
 
+<<<<<<< HEAD
 The `message` is a sentence that says what is wrong and what to do about it.  Errors below
 `ApiError` become HTTP answers through `server.error_responses`, which also translates those below
 `StoreError`; errors below `CliError` become one line on stderr and an exit code.
@@ -54,6 +55,11 @@ The `message` is a sentence that says what is wrong and what to do about it.  Er
             │   └── PeerFaulty      503      no_nodes_available
             ├── TooLate             503      deadline_exceeded
             └── PeerUnreachable     503      peer_unreachable
+=======
+The `message` is a sentence that says what is wrong and what to do about it.  A command that fails
+prints it as one line on stderr and exits with the `exit_code`.  Errors below `ApiError` become HTTP
+answers through `server.error_responses`, which also translates those below `StoreError`.
+>>>>>>> main
 """
 
 from __future__ import annotations
@@ -69,12 +75,10 @@ def quoted(text: str, max_chars: int = _MAX_QUOTED_CHARS) -> str:
     escaped."""
     cut = text[:max_chars]
     if not cut.isprintable():
-        cut = "".join(char if char.isprintable() else _escaped(char) for char in cut)
+        cut = "".join(
+            char if char.isprintable() else char.encode("unicode_escape").decode() for char in cut
+        )
     return cut if len(text) <= max_chars else f"{cut}…"
-
-
-def _escaped(char: str) -> str:
-    return char.encode("unicode_escape").decode()
 
 
 class BoxError(Exception):
@@ -153,6 +157,8 @@ class Unreachable(PeeringError):
 class WrongPeer(PeeringError):
     """Another box answers at the address; another attempt does not help."""
 
+    beginning: ClassVar[str] = "Another box than "  # of each message
+
 
 class ProtocolError(PeeringError):
     """The peer violated the protocol; its link is closed."""
@@ -194,13 +200,15 @@ class CopyFailed(PeeringError):
 class ApiError(BoxError):
     """An error with an HTTP status, OpenAI's `type` and a `code`.
 
-    `param` names the field of the request that is wrong.  `retry_after` is in whole seconds.  An
-    error that the operator `ordered`, by revoking a key for example, is not counted as one.
+    `param` names the field of the request that is wrong.  After `retry_after` whole seconds it may
+    be tried again.  An error that the operator `ordered`, by revoking a key for example, is not
+    counted as one.
     """
 
-    status: ClassVar[int] = 500
-    type: ClassVar[str] = "server_error"
-    code: ClassVar[str] = "internal_error"
+    status: ClassVar[int]
+    type: ClassVar[str]
+    code: ClassVar[str]
+    retry_after: int | None = None
 
     def __init__(
         self, message: str, *, param: str | None = None, retry_after: int | None = None
@@ -209,8 +217,9 @@ class ApiError(BoxError):
             message if len(message) <= _MAX_MESSAGE_CHARS else f"{message[:_MAX_MESSAGE_CHARS]}…"
         )
         self.param = param
-        self.retry_after = retry_after
         self.ordered = False
+        if retry_after is not None:
+            self.retry_after = retry_after
 
 
 class BadRequest(ApiError):
@@ -343,30 +352,26 @@ class UnsupportedParameter(InvalidBody):
 
 
 class RateLimited(ApiError):
-    """`retry_after`: the whole seconds after which the limit allows the request."""
+    """The limit allows the request after `retry_after` seconds."""
 
     status, type, code = 429, "rate_limit_error", "rate_limit_exceeded"
-
-    def __init__(self, message: str, *, retry_after: int = 1) -> None:
-        super().__init__(message, retry_after=retry_after)
+    retry_after = 1
 
 
 class InternalError(ApiError):
-    pass
+    status, type, code = 500, "server_error", "internal_error"
 
 
 class NoNodesAvailable(ApiError):
     status, type, code = 503, "server_error", "no_nodes_available"
-
-    def __init__(self, message: str, *, retry_after: int = 1) -> None:
-        super().__init__(message, retry_after=retry_after)
+    retry_after = 1
 
 
 class EngineLost(NoNodesAvailable):
     """The engine or peer (`node_id`) that served the request was lost; another may serve it."""
 
-    def __init__(self, message: str, *, node_id: str = "", retry_after: int = 1) -> None:
-        super().__init__(message, retry_after=retry_after)
+    def __init__(self, message: str, *, node_id: str = "") -> None:
+        super().__init__(message)
         self.node_id = node_id
 
 
@@ -386,20 +391,12 @@ class PeerUnreachable(NoNodesAvailable):
     code = "peer_unreachable"
 
 
-def _descendants(root: type[ApiError]) -> list[type[ApiError]]:
-    kinds = [root]
-    for child in root.__subclasses__():
-        kinds += _descendants(child)
-    return kinds
-
-
 def by_code(code: str, message: str, param: str | None = None) -> ApiError:
     """The error with a `code`, as frames of the engine carry it."""
-    for kind in _descendants(ApiError):
-        if kind.code == code:
-            if issubclass(kind, InvalidBody):
-                return kind(message, loc=("body", *(param.split(".") if param else ())))
-            error = kind(message)
-            error.param = param
-            return error
-    return InternalError(message)
+    kinds: list[type[ApiError]] = [ApiError]
+    for kind in kinds:  # those added to it as well
+        kinds += kind.__subclasses__()
+    kind = next((kind for kind in kinds[1:] if kind.code == code), InternalError)
+    if issubclass(kind, InvalidBody):
+        return kind(message, loc=("body", *(param.split(".") if param else ())))
+    return kind(message, param=param)

@@ -13,8 +13,8 @@ _ports = itertools.count()
 
 
 def free_port(kind: socket.SocketKind = socket.SOCK_DGRAM) -> int:
-    """Of UDP unless another kind is asked for; one that stays, so that who starts again is found there: none that the kernel gives
-    to whoever asks for any, nor another worker's of the tests."""
+    """Of UDP unless another kind is asked for; one that stays, so that who starts again is found
+    there: none that the kernel gives to whoever asks for any, nor another worker's of the tests."""
     worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
     while True:
         port = 20_000 + 1_000 * (worker % 12) + next(_ports) % 1_000
