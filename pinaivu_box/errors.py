@@ -1,65 +1,8 @@
 """All errors that users see, in one tree below BoxError.
 
-<<<<<<< HEAD
-The `message` is a sentence that says what is wrong and what to do about it.  Errors below
-`ApiError` become HTTP answers through `server.error_responses`, which also translates those below
-`StoreError`; errors below `CliError` become one line on stderr and an exit code.
-
-    BoxError
-    ├── CliError                    exit 1   the command failed
-    │   ├── UsageError              exit 2   the command was called wrongly
-    │   └── NotRunning              exit 1   the command needs a running box
-    ├── StoreError                  exit 1   the database has no such row, or rejects a change
-    │   ├── InvalidValue            exit 1   a value cannot be stored
-    │   ├── RowNotFound             exit 1   nothing has this name or id
-    │   ├── RowConflict             exit 1   what is stored does not allow the change
-    │   ├── ConversationTooLong     exit 1   a stored conversation is over the limit
-    │   ├── ResponseNotCompleted    exit 1   a stored response has not ended, or failed
-    │   └── DatabaseUnusable        exit 1   the database file cannot be used
-    │       └── SchemaUnsupported   exit 1   it has a schema that is not supported
-    ├── PullFailed                  exit 1   a model could not be had from a registry
-    ├── PeeringError                exit 1   communication between two boxes failed
-    │   ├── Unreachable             exit 1   no box answers at the address
-    │   ├── WrongPeer               exit 1   another box answers at the address
-    │   ├── ProtocolError           exit 1   the peer violated the protocol
-    │   ├── LinkLost                exit 1   a link or a stream ended
-    │   ├── PeerRefused             exit 1   the peer refused
-    │   ├── NotJoined               exit 1   the network does not allow it
-    │   ├── EntryRefused            exit 1   the ledger rejects an entry
-    │   └── CopyFailed              exit 1   a model could not be copied
-    └── ApiError                    status   code
-        ├── BadRequest              400      invalid_request
-        │   ├── InvalidJson         400      invalid_json
-        │   ├── ContextOverflow     400      context_length_exceeded
-        │   └── ExceedsKeyLimit     400      exceeds_key_limit
-        ├── Unauthorized            401      invalid_api_key
-        ├── BudgetExceeded          402      budget_exceeded
-        ├── Forbidden               403      permission_denied
-        │   ├── KeyBlocked          403      key_blocked
-        │   └── ModelNotAllowed     403      model_not_allowed
-        ├── NotFound                404      not_found
-        │   ├── ModelNotFound       404      model_not_found
-        │   ├── ReceiptNotFound     404      receipt_not_found
-        │   └── PeerNotFound        404      peer_not_found
-        ├── MethodNotAllowed        405      method_not_allowed
-        ├── RequestTimeout          408      request_timeout
-        ├── Conflict                409      conflict
-        ├── BodyTooLarge            413      request_too_large
-        ├── UnsupportedEncoding     415      unsupported_encoding
-        ├── InvalidBody             422      invalid_body
-        │   └── UnsupportedParameter 422     unsupported_parameter
-        ├── RateLimited             429      rate_limit_exceeded
-        ├── InternalError           500      internal_error
-        └── NoNodesAvailable        503      no_nodes_available
-            ├── EngineLost          503      no_nodes_available
-            │   └── PeerFaulty      503      no_nodes_available
-            ├── TooLate             503      deadline_exceeded
-            └── PeerUnreachable     503      peer_unreachable
-=======
 The `message` is a sentence that says what is wrong and what to do about it.  A command that fails
 prints it as one line on stderr and exits with the `exit_code`.  Errors below `ApiError` become HTTP
 answers through `server.error_responses`, which also translates those below `StoreError`.
->>>>>>> main
 """
 
 from __future__ import annotations
