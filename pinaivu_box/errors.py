@@ -95,6 +95,8 @@ class Unreachable(PeeringError):
 class WrongPeer(PeeringError):
     """Another box answers at the address; another attempt does not help."""
 
+    beginning: ClassVar[str] = "Another box than "  # of each message
+
 
 class ProtocolError(PeeringError):
     """The peer violated the protocol; its link is closed."""

@@ -307,7 +307,7 @@ def test_a_penalty_makes_the_real_model_repeat_itself_less(box: Box) -> None:
         ({"extra_body": {"pinaivu": {"priorty": 1}}}, "priorty"),
     ],
 )
-def test_what_is_out_of_range_is_refused_by_name(box: Box, more: Any, field: str) -> None:
+def test_a_value_out_of_range_is_refused_by_name(box: Box, more: Any, field: str) -> None:
     with pytest.raises(openai.UnprocessableEntityError) as caught:
         ask(box, **more)
     assert field in caught.value.response.text

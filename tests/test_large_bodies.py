@@ -156,7 +156,7 @@ def test_paths_are_cut_before_they_are_compared(monkeypatch: pytest.MonkeyPatch)
     assert longest and max(longest) <= 100
 
 
-def test_what_is_ignored_is_named_in_few_letters() -> None:
+def test_names_of_ignored_fields_are_few_and_short() -> None:
     many = {f"field {n}": 1 for n in range(3000)}
     data = json.dumps({"model": "a", "text": "b", "x" * 50_000: 1, **many}).encode()
     _, ignored = decode(data, TokenizeRequest)
@@ -165,7 +165,7 @@ def test_what_is_ignored_is_named_in_few_letters() -> None:
 
 
 @given(st.text(), st.integers(1, 200))
-def test_what_is_quoted_is_short_and_moves_no_cursor(text: str, most: int) -> None:
+def test_a_quoted_text_is_short_and_printable(text: str, most: int) -> None:
     shown = quoted(text * 50, most)
     assert shown.isprintable()
     assert text.isprintable() <= (len(shown) <= most + 1)
@@ -336,7 +336,7 @@ def test_a_long_conversation_is_decoded_elsewhere(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("kind", [["message"], {}, 3, None, "x" * 1000])
-def test_items_of_a_kind_that_is_none(kind: Any) -> None:
+def test_an_item_of_an_invalid_type_is_refused_briefly(kind: Any) -> None:
     with pytest.raises(InvalidBody) as caught:
         as_messages([{"type": kind}])
     assert len(caught.value.message) < 250

@@ -19,6 +19,7 @@ ROOMS = (
     "errors",
     "backoff",
     "bounded",
+    "changes",
     "tasks",
     "text",
     "value_count",

@@ -28,7 +28,7 @@ def read(
     pieces: list[Piece] = []
     for start, end in pairwise(places):
         pieces += reader.push(text[start:end])
-    pieces += reader.end()
+    pieces += reader.take("", "stop")
     found: Read = []
     for piece in pieces:
         match piece:
@@ -44,7 +44,7 @@ def read(
             case Arguments(_, more_text):
                 _, name, arguments = found.pop()
                 found.append(("call", name, arguments + more_text))
-    return found, reader.called
+    return found, reader.finish_reason == "tool_calls"
 
 
 CALL_F = '{"name": "f", "arguments": {"a": "}\\"{[", "b": [1, {"c": 2}]}}'

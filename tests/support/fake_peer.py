@@ -35,7 +35,8 @@ from pinaivu_box.receipts.receipt import (
     sign_proof,
 )
 from pinaivu_box.store.database import Database
-from pinaivu_box.transport.transport import Stream, Transport
+from pinaivu_box.transport.link import Stream
+from pinaivu_box.transport.transport import Transport
 from tests.support.fake_model import CHEAP, FAKE, fake_text
 from tests.support.records import offer
 
