@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from pinaivu_box.engine.fake_runner import SENTENCE
 from pinaivu_box.engine.scheduler import MIN_AWAITED_TOKENS
+from pinaivu_box.receipts.commitment import prompt_text
 from pinaivu_box.receipts.verify import Transcript, verify_receipt
 from tests.support.process_box import MODEL, Box, pinaivu, wait_until
 
@@ -158,7 +159,9 @@ def test_an_answer_keeps_to_its_schema(box: Box, temperature: float, stream: boo
         assert answer.choices[0].finish_reason == "stop"
         more = {"constraint": json.dumps(PERSON, separators=(",", ":"))}
         asked = [{"role": "user", "content": "Who are you?"}]
-        check_receipt(box, answer.request_id, messages=asked, output=text, more=more)
+        check_receipt(
+            box, answer.request_id, prompts=[prompt_text(asked, [], **more)], answer=text.encode()
+        )
     jsonschema.validate(json.loads(text), PERSON)
 
 

@@ -14,6 +14,7 @@ import openai
 import pytest
 
 from pinaivu_box.engine.fake_runner import SENTENCE
+from pinaivu_box.receipts.commitment import prompt_text
 from pinaivu_box.receipts.verify import Transcript, verify_receipt
 from tests.support.process_box import MODEL, UNDRAFTED, Box, StartBox
 
@@ -446,7 +447,8 @@ def test_32_at_once_all_complete_each_with_its_own_answer(fake_box: Box, model: 
         if model == FAKE:
             assert text == sentence(usage.prompt_tokens, 8 + number % 5)
         document = fake_box.http("GET", f"/v1/receipts/{request_id}").content
-        asked = Transcript(messages=[{"role": "user", "content": prompt}], output=text)
+        question = prompt_text([{"role": "user", "content": prompt}], [])
+        asked = Transcript([question], answer=text.encode())
         failed = [c for c in verify_receipt(document, transcript=asked) if not c.ok]
         assert not failed
         signed = json.loads(json.loads(document)["signed_receipt"])

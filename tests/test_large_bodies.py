@@ -37,6 +37,7 @@ from pinaivu_box.server.bodies import Bodies, BodyMemory
 from pinaivu_box.server.endpoints import ENDPOINTS
 from pinaivu_box.server.inference import InferenceCall
 from pinaivu_box.store import responses as stored_responses
+from tests.support.sandbox_jobs import pids_of
 
 LONG = "word " * 20_000
 USER = {"role": "user", "content": LONG}
@@ -232,9 +233,9 @@ def test_only_small_bodies_are_decoded_by_the_loop(
 
     async def run() -> None:
         assert (await receive("short")).text == "short"
-        assert threads == [threading.get_ident()] and not both._pool.pids
+        assert threads == [threading.get_ident()] and not pids_of(both._pool)
         assert (await receive(LONG)).text == LONG
-        assert len(threads) == 1 and len(both._pool.pids) == 1
+        assert len(threads) == 1 and len(pids_of(both._pool)) == 1
 
     both = Bodies()
     try:
@@ -317,7 +318,9 @@ def test_a_long_conversation_is_decoded_elsewhere(monkeypatch: pytest.MonkeyPatc
 
     async def run() -> None:
         short = await both.history("acct", [stored("a"), stored("b")])
-        assert [one.get("said") for one in short] == [None, "a", None, "b"] and not both._pool.pids
+        assert [one.get("said") for one in short] == [None, "a", None, "b"] and not pids_of(
+            both._pool
+        )
         monkeypatch.setattr(large_bodies, "history", None)
         long = await both.history("acct", [stored(LONG), stored("b")])
         assert long[0]["content"] == long[1]["said"] == LONG and len(long) == 4
