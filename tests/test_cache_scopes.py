@@ -149,7 +149,7 @@ def tokens_found(usage: dict[str, Any]) -> int:
     return int(usage["cache_read_input_tokens"])
 
 
-def test_what_runs_is_not_found_either(box: Box) -> None:
+def test_prompts_of_running_requests_are_not_found_either(box: Box) -> None:
     """Nor is it waited for: the guesser has its answer while the victim's goes on."""
     victim, guesser = Person(box), Person(box)
     prompt = KNOWN * 5
