@@ -12,14 +12,11 @@ Debts = Mapping[str, Mapping[str, int]]  # what this box owes, by peer and curre
 
 
 class SpendingLimits:
-    """Counts what runs at peers as what it may cost there at most, so requests that run side by
-    side do not exceed a limit together."""
+    """`debts` reads the ledger."""
 
     def __init__(self, debts: Callable[[], Awaitable[Debts]], settings: LiveSettings) -> None:
-        """`debts` reads the ledger."""
         self._debts, self._settings = debts, settings
         self._owed: Debts = {}
-        self._running: dict[str, dict[str, int]] = {}  # cost by peer and job
 
     async def read_debts(self) -> None:
         """Look at the ledger, before `refusal`."""
@@ -33,8 +30,11 @@ class SpendingLimits:
         asking_prices = (prices.prompt, prices.completion, prices.cached or "0")
         return any(amount.per_token(price) > amount.per_token(limit) for price in asking_prices)
 
-    def refusal(self, peer: str, prices: Prices, currency: str, cost: int) -> str | None:
-        """Why a request that may cost so much is not sent there, or None."""
+    def refusal(
+        self, peer: str, prices: Prices, currency: str, cost: int, *, running: int
+    ) -> str | None:
+        """Why a request that may cost so much is not sent there, or None.  What runs there counts
+        as what it may cost at most, so requests side by side do not exceed a limit together."""
         peering = self._settings.config.peering
         if self.too_dear(prices):
             return (
@@ -43,7 +43,6 @@ class SpendingLimits:
             )
         if not peering.max_debt or not cost:
             return None
-        running = sum(self._running.get(peer, {}).values())
         owed = self._owed.get(peer, {}).get(currency, 0) + running
         if owed + cost <= amount.parse(peering.max_debt):
             return None
@@ -51,11 +50,3 @@ class SpendingLimits:
             f"is owed {amount.to_text(owed)} {currency} by this box, which may owe at most "
             f"{peering.max_debt} (max_debt) and would need {amount.to_text(cost)} more"
         )
-
-    def reserve(self, peer: str, job: str, cost: int) -> None:
-        """A job is sent there that may cost so much."""
-        self._running.setdefault(peer, {})[job] = cost
-
-    def release(self, peer: str, job: str) -> None:
-        """It has ended: what it cost is in the ledger."""
-        self._running.get(peer, {}).pop(job, None)

@@ -251,7 +251,7 @@ async def _standing(
     policy, quota = await admission.policy(node_id), await admission.quotas.of(node_id)
     debt = await admission.debt(node_id, box.config.pricing.currency)
     credit = policy.credit_limit
-    refusal = box.peer_services.candidates.refusals.get(node_id)
+    refusal = box.peer_services.candidates.last_refusal(node_id)
     return (
         views.Opinion(reputation.score(node_id), reputation.why(node_id)),
         views.UseView(
