@@ -74,8 +74,7 @@ class LegSigner:
     def _marked(self, outputs: list[Output]) -> leg_wire.Outputs:
         job = self._job
         for output in outputs:
-            before = job.scored + self._logprobs
-            records = logprob_records.records(job, output.logprobs, before)
+            records = logprob_records.records(job, output.logprobs, self._logprobs)
             self._sent.add(output.text, output.tokens, records, output.vectors)
             self._tokens += len(output.tokens)
             self._logprobs += len(output.logprobs)

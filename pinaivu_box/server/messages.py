@@ -59,7 +59,7 @@ async def create_message(
 
 async def count_message_tokens(call: InferenceCall, body: CountTokensRequest) -> TokenCountAnswer:
     model = call.admit(body.model)
-    result = await call.tokenize(_job(body, model, call), count=True)
+    result, _ = await call.tokenize(_job(body, model, call), count=True)
     return TokenCountAnswer(call.request_id, result.number, call.ignored or UNSET)
 
 

@@ -22,7 +22,7 @@ from pinaivu_box.server.jobs import base_job, chat_job
 async def tokenize(call: InferenceCall, body: TokenizeRequest) -> TokenList:
     model = call.admit(body.model)
     job = base_job(body, model, call.request_id, call.key.id)
-    result = await call.tokenize(replace(job, prompt=body.text), plain=not body.special)
+    result, _ = await call.tokenize(replace(job, prompt=body.text), plain=not body.special)
     return TokenList(
         call.request_id, model.id, result.tokens, len(result.tokens), call.ignored or UNSET
     )
@@ -31,7 +31,7 @@ async def tokenize(call: InferenceCall, body: TokenizeRequest) -> TokenList:
 async def detokenize(call: InferenceCall, body: DetokenizeRequest) -> DetokenizedText:
     model = call.admit(body.model)
     job = base_job(body, model, call.request_id, call.key.id)
-    result = await call.tokenize(job, body.tokens, count=True)
+    result, _ = await call.tokenize(job, body.tokens, count=True)
     return DetokenizedText(call.request_id, model.id, result.text, call.ignored or UNSET)
 
 
@@ -40,7 +40,7 @@ async def count_chat_tokens(call: InferenceCall, body: ChatRequest) -> InputToke
     check_chat(body)
     model = call.admit(body.model)
     job = chat_job(body, model, call.request_id, call.key.id)
-    result = await call.tokenize(job, count=True)
+    result, _ = await call.tokenize(job, count=True)
     return InputTokens(
         call.request_id, model.id, result.number, ignored_parameters=call.ignored or UNSET
     )

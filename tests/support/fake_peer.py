@@ -173,15 +173,15 @@ def job_of(ask: leg_wire.LegRequest | leg_wire.Count) -> Job:
 
 
 def prompt_of(job: Job) -> list[int]:
-    if job.read is not None:
-        return job.read
+    if job.prompt_tokens is not None:
+        return job.prompt_tokens
     return list(ChatTemplate(CHATML, bos="", eos="").render(job.messages).encode())
 
 
 def started(
     job: Job, digest: str, changes: dict[str, Any], nonce: str, node_id: str, version: int
 ) -> Started:
-    sampling = job.settled or resolve(job, SamplingConfig(), SamplingDefaults())
+    sampling = job.drawn_with or resolve(job, SamplingConfig(), SamplingDefaults())
     sampling = msgspec.structs.replace(sampling, **changes)
     info = EngineBuild("fake", "none")
     return Started(node_id, digest, info, sampling, "tags", False, nonce=nonce, proof=version)
