@@ -82,17 +82,15 @@ class Meter:
     async def _prove(
         self, record: RequestRecord, price: Price
     ) -> tuple[list[tuple[Proof, SignedProof]], list[commitment.Opening]]:
-        """Of the legs that have a proof, those of a choice numbered."""
         proofs, openings = [], []
-        numbered = [leg for choice in record.choices for leg in enumerate(choice.served)]
-        for number, leg in numbered:
+        for _, leg in record.served:
             await asyncio.sleep(0)  # there may be many, each of a long prompt: others go between
             if leg.proved is not None:
                 proofs.append((leg.proved.proof, leg.proved.signed))
                 openings.append(leg.proved.opening)
                 continue
             # Of a peer that was lost: its price is not known to be owed, nor its word given.
-            proof, opening = prove(leg, number, price)
+            proof, opening = prove(leg, price)
             if leg.started.node_id != self._identity.node_id:
                 mark = leg.mark if _is_mark(proof, leg.mark) else None
                 proof = msgspec.structs.replace(proof, witness=self._identity.node_id, mark=mark)
@@ -119,8 +117,8 @@ def _row(record: RequestRecord, receipt: Receipt, total_ms: int) -> RequestRow:
     )
 
 
-def prove(leg: LegRecord, number: int, price: Price) -> tuple[Proof, commitment.Opening]:
-    """What there is to sign of a leg, the one of that number in its choice."""
+def prove(leg: LegRecord, price: Price) -> tuple[Proof, commitment.Opening]:
+    """What there is to sign of a leg."""
     job = leg.job
     prompt, _ = commitment.commit(asked_text(job), leg.prompt or [], job.nonce)
     nonce = leg.started.nonce or commitment.new_nonce()
@@ -131,7 +129,7 @@ def prove(leg: LegRecord, number: int, price: Price) -> tuple[Proof, commitment.
         output, opening = commitment.commit_output(text, leg.tokens, [leg.extras], nonce)
     proof = Proof(
         request_id=job.request_id,
-        leg=number,
+        leg=job.leg,
         choice=job.choice,
         prompt=job.prompt_number,
         node_id=leg.started.node_id,

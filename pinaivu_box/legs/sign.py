@@ -97,6 +97,6 @@ class LegSigner:
     def prove(self, record: LegRecord) -> tuple[Proof, SignedProof] | None:
         """The proof, once the engine has ended the leg; None if it has not, or computed nothing."""
         if self._proof is None and record.begun and record.finish_reason != ENGINE_LOST:
-            proof, _ = prove(record, self._job.leg, self._price)
+            proof, _ = prove(record, self._price)
             self._proof = proof, sign_proof(self._identity, proof)
         return self._proof

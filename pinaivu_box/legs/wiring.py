@@ -24,7 +24,6 @@ from pinaivu_box.routing.candidates import Candidates
 from pinaivu_box.routing.circuit_breaker import CircuitBreaker
 from pinaivu_box.routing.load import LoadTracker
 from pinaivu_box.routing.reputation import Reputation
-from pinaivu_box.routing.spending_limits import SpendingLimits
 from pinaivu_box.settings import LiveSettings
 
 
@@ -51,7 +50,7 @@ class PeerServices:
         breaker = CircuitBreaker(time.monotonic, Random())  # noqa: S311, it only spreads requests
         self.candidates = Candidates(
             identity.node_id, settings, load, placement, network.peers, network.query_load,
-            breaker, self.reputation, SpendingLimits(recorder.debts, settings),
+            breaker, self.reputation, recorder.debts,
         )  # fmt: skip
         peers = PeerClient(identity, network, recorder.keep, self._large)
         self.boxes = Boxes(self.candidates, local, peers, load, breaker, self.reputation)

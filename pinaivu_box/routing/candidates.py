@@ -7,7 +7,7 @@ import hashlib
 import math
 import time
 from collections import Counter, defaultdict
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from random import Random
 
@@ -19,6 +19,7 @@ from pinaivu_box.gossip.adverts import Offer
 from pinaivu_box.models.catalog import Model, remote
 from pinaivu_box.models.names import is_model_id
 from pinaivu_box.network.peer import Peer
+from pinaivu_box.routing import spending_limits
 from pinaivu_box.routing.changes import Changes
 from pinaivu_box.routing.circuit_breaker import CircuitBreaker
 from pinaivu_box.routing.load import LoadTracker
@@ -31,7 +32,6 @@ from pinaivu_box.routing.router import (
     route,
     unsure,
 )
-from pinaivu_box.routing.spending_limits import SpendingLimits
 from pinaivu_box.settings import LiveSettings
 
 _WARM_SECONDS = 600.0  # that a conversation's cache is thought to be kept
@@ -45,6 +45,7 @@ _ACCEPTED_SECONDS = 2.0  # in which a peer has accepted a leg that it has served
 _ACCEPTING_SECONDS = 0.1  # that a refusal is believed meanwhile
 
 _Tokens = tuple[int, int]  # of a prompt and its answer
+Debts = Mapping[str, Mapping[str, int]]  # what this box owes, by peer and currency, in 10^-9
 
 
 @dataclass
@@ -63,7 +64,7 @@ class Candidates:
     """Knows what routing needs beside the offers: conversations, legs that run, busy peers.
 
     `changes` is notified when a box may serve that could not before.  `ask_loads` asks the peers
-    how busy they are with a model.
+    how busy they are with a model, and `debts` reads the ledger.
     """
 
     def __init__(
@@ -76,15 +77,15 @@ class Candidates:
         ask_loads: Callable[[str], Awaitable[None]],
         breaker: CircuitBreaker,
         reputation: Reputation,
-        spending: SpendingLimits,
+        debts: Callable[[], Awaitable[Debts]],
     ) -> None:
         self.node_id = node_id
-        self.spending = spending
         self.changes = Changes()
         self._settings = settings
         self._load, self._placement = load, placement
         self._peers, self._ask_loads = peers, ask_loads
-        self._breaker, self._reputation = breaker, reputation
+        self._breaker, self._reputation, self._debts = breaker, reputation, debts
+        self._owed: Debts = {}
         self._random = Random()  # noqa: S311, it only spreads requests
         self._pinned: BoundedDict[str, str] = BoundedDict(_MAX_PINNED)
         self._conversations: BoundedDict[bytes, tuple[str, float]] = BoundedDict(_MAX_CONVERSATIONS)
@@ -191,9 +192,11 @@ class Candidates:
         elif state.busy_until > time.monotonic():
             refuses = _BUSY
         else:
-            running = sum(cost for _, cost in state.running.values())
-            refuses = self.spending.refusal(
-                peer.node_id, offer.price, currency, max_cost, running=running
+            # What runs there counts too, so requests side by side do not exceed a limit together.
+            owed = self._owed.get(peer.node_id, {}).get(currency, 0)
+            owed += sum(cost for _, cost in state.running.values())
+            refuses = spending_limits.refusal(
+                offer.price, self._settings.config.peering, currency, owed=owed, cost=max_cost
             )
         return Candidate(
             node_id=peer.node_id,
@@ -230,7 +233,8 @@ class Candidates:
     async def select(self, job: Job, tried: Collection[str]) -> Decision:
         """Select the box of a leg, none of those that were `tried`."""
         here = "" if job.model.remote else await self._placement.digest_of(job.model)
-        await self.spending.read_debts()
+        if self._settings.config.peering.max_debt:
+            self._owed = await self._debts()
         request = self._request(job, here, tried)
         candidates = self.of(job, here)
         decision = route(candidates, request, self._random)

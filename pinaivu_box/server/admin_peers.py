@@ -30,6 +30,7 @@ from pinaivu_box.network.network import Network
 from pinaivu_box.network.peer import OwnView, Peer, PeerView
 from pinaivu_box.policy import LONGEST_LIFE
 from pinaivu_box.receipts.receipt import utc_text
+from pinaivu_box.routing.spending_limits import too_dear
 from pinaivu_box.server.context import actor_of, box_of
 from pinaivu_box.store import peer_settings
 from pinaivu_box.store.peer_settings import PeerSettings
@@ -275,10 +276,9 @@ def _cost(box: Box, peer: Peer, balances: dict[str, Balance]) -> views.CostView:
     config = box.config
     balance = balances.get(config.pricing.currency, Balance())
     offers = peer.advert.models if peer.advert else ()
-    spending = None if box.peer_services is None else box.peer_services.candidates.spending
     return views.CostView(
         received=amount.to_text(balance.received),
         owes=amount.to_text(balance.owed_to_peer),
         max_debt=config.peering.max_debt or None,
-        too_dear=[offer.id for offer in offers if spending and spending.too_dear(offer.price)],
+        too_dear=[offer.id for offer in offers if too_dear(offer.price, config.peering)],
     )

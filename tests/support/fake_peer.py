@@ -156,7 +156,7 @@ class ViolatingServer:
             made += len(one.tokens)
             marked = mark_text(job.request_id, job.choice, job.leg, made, running.commitment)
             marks.append(self.identity.sign(MARK_DOMAIN, marked).hex())
-        proof, _ = prove(account, job.leg, Price("credits", *self.price))
+        proof, _ = prove(account, Price("credits", *self.price))
         signed = sign_proof(self.identity, lie.proof(proof))
         said_ = [
             lie.began(began(account.started)),

@@ -39,7 +39,6 @@ from pinaivu_box.routing.circuit_breaker import CircuitBreaker
 from pinaivu_box.routing.load import LoadTracker
 from pinaivu_box.routing.reputation import Reputation
 from pinaivu_box.routing.router import Destination
-from pinaivu_box.routing.spending_limits import SpendingLimits
 from pinaivu_box.settings import LiveSettings, Settings
 from tests.support.keys import known_identity
 from tests.support.records import offer
@@ -79,7 +78,7 @@ class ScriptedLeg:
         return recorded(self.job, record, event)
 
     def _proved(self, record: LegRecord) -> Proved:
-        proof, _ = prove(record, self.job.leg, Price("credits", "0", "0", "0"))
+        proof, _ = prove(record, Price("credits", "0", "0", "0"))
         return Proved(proof, sign_proof(self.box.identity, proof), Opening("0" * 64, ""), b"")
 
 
@@ -334,7 +333,7 @@ class Network:
         self.breaker = CircuitBreaker(asyncio.get_running_loop().time, Random(1))
         self.candidates = Candidates(
             OWN.node_id, settings, self.load, placement, self._peers, _ask_loads, self.breaker,
-            self.reputation, SpendingLimits(_no_debts, settings),
+            self.reputation, _no_debts,
         )  # fmt: skip
         local = OwnBackend(own or ScriptedBox(0, peer=False))
         peers_: Any = _Peers(self)
