@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from random import Random
 
 from pinaivu_box.bounded import BoundedDict
+from pinaivu_box.changes import Changes
 from pinaivu_box.errors import ModelNotFound, NoNodesAvailable
 from pinaivu_box.gateway.backend import Job
 from pinaivu_box.gateway.placement import Placement
@@ -20,7 +21,6 @@ from pinaivu_box.models.catalog import Model, remote
 from pinaivu_box.models.names import is_model_id
 from pinaivu_box.network.peer import Peer
 from pinaivu_box.routing import spending_limits
-from pinaivu_box.routing.changes import Changes
 from pinaivu_box.routing.circuit_breaker import CircuitBreaker
 from pinaivu_box.routing.load import LoadTracker
 from pinaivu_box.routing.reputation import Reputation

@@ -16,7 +16,6 @@ import pytest
 
 from pinaivu_box.engine import chat_template, grammar, grammar_validation
 from pinaivu_box.engine import sandboxes as engine_sandboxes
-from pinaivu_box.engine.fake_runner import FakeRunner
 from pinaivu_box.engine.messages import Cancel, Constraint, Embed, Refused, Tools
 from pinaivu_box.engine.preparation_queue import PreparationQueue
 from pinaivu_box.engine.request_preparer import PreparedRequest, RequestPreparer
@@ -28,9 +27,10 @@ from pinaivu_box.errors import BadRequest
 from pinaivu_box.sandbox import SandboxLimit, SandboxLimits, SandboxPool
 from tests.support.engine_harness import (
     BUDGET,
+    EndingRunner,
     Engine,
     Heard,
-    StrictRunner,
+    TemplatedRunner,
     add,
     here,
     in_this_process,
@@ -40,6 +40,7 @@ from tests.support.engine_harness import (
 )
 from tests.support.grammars import chain
 from tests.support.process_box import alive, wait_until
+from tests.support.sandbox_jobs import pids_of
 
 PATIENCE = 100  # seconds until a test gives up; nothing is measured
 FOR_EVER = SandboxLimits(cpu_seconds=3600, memory_bytes=1 << 30, wall_seconds=3600)
@@ -49,12 +50,6 @@ TOO_LONG = "takes more than 0.3 s of CPU time"
 ROLES = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
 LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
 LETTERS = Constraint("regex", "[ab]{3}")
-
-
-class Templated(FakeRunner):
-    def __init__(self, source: str | None) -> None:
-        super().__init__(load())
-        self.facts = replace(self.facts, chat_template=source)
 
 
 class Door:
@@ -75,9 +70,7 @@ class Door:
             return pool.run
 
         sandboxes = Sandboxes(self.templates.run, tried)
-        preparer = RequestPreparer(
-            Templated(source), sandboxes, drafting=False, context_shift=False
-        )
+        preparer = RequestPreparer(TemplatedRunner(source), sandboxes, load(drafting=False))
         self.take = PreparationQueue(preparer, self.said.put, self.scheduled.put).take
 
     def hears(self) -> Any:
@@ -107,7 +100,7 @@ def test_others_pass_a_grammar_that_compiles_for_ever_and_its_cancellation_ends_
 ) -> None:
     door.take(add("hostile", constraint=Constraint("gbnf", chain(20_000)), tenant="a"))
     assert name_of(door.hears()) == "hostile"
-    (pid,) = wait_until(lambda: door.trials and door.trials[0].pids, "its trial")
+    (pid,) = wait_until(lambda: door.trials and pids_of(door.trials[0]), "its trial")
     door.take(add("second", constraint=LETTERS, tenant="a"))
     door.take(add("structured", constraint=LETTERS, tenant="b"))
     assert door.schedules().id == "structured"
@@ -125,7 +118,7 @@ def test_others_pass_a_grammar_that_compiles_for_ever_and_its_cancellation_ends_
 def test_others_pass_a_template_that_runs_for_ever_and_its_cancellation_ends_it(
     door: Door,
 ) -> None:
-    pids = door.templates.pids  # it has been asked whether it knows tools
+    pids = pids_of(door.templates)  # it has been asked whether it knows tools
     door.take(add("hostile", "loop", tenant="a"))
     door.take(add("second", "hi", tenant="a"))
     for number in range(2):  # the second in a child that a loop cannot be in
@@ -164,11 +157,6 @@ def limited() -> Iterator[Sandboxes]:
         yield Sandboxes(pool().run, trials)
     for one in pools:
         one.close()
-
-
-class Talker(StrictRunner):
-    def __init__(self, *args: Any, **more: Any) -> None:
-        super().__init__(*args, **{"can_end": True, **more})
 
 
 def schema(value: Any) -> Constraint:
@@ -235,7 +223,7 @@ FOLLOWED = {
 
 def served(sandboxes: Sandboxes, **asked: Any) -> Heard:
     """One that asks so, of an engine that serves another one as well."""
-    runner = Talker(load(context=600, kv_tokens=6000))
+    runner = EndingRunner(load(context=600, kv_tokens=6000))
     engine = Engine(runner, token_budget=BUDGET, sandboxes=sandboxes)
     heard = run(engine, [add("r", max_tokens=8, **asked), add("other", max_tokens=20)])
     assert heard.ends["other"] in ("length", "stop")
@@ -276,20 +264,20 @@ def test_tools_beyond_their_limits_are_refused(limited: Sandboxes, functions: st
     assert refused.code == "invalid_body" and refused.param == "tools"
 
 
-def test_what_was_compiled_or_refused_is_kept_for_its_tenant_alone() -> None:
+def test_grammars_and_refusals_are_cached_for_their_tenant_alone() -> None:
     tried: list[bytes] = []
     shared = in_this_process()
 
     def trials(vocabulary: bytes) -> Any:
         job = grammar_validation.validator(vocabulary)
 
-        def counted(payload: bytes, **_: Any) -> bytes:
+        def counted(payload: bytes, _: Any) -> bytes:
             tried.append(payload)
             return job(payload)
 
         return counted
 
-    runner = Talker(load(context=600, kv_tokens=6000))
+    runner = EndingRunner(load(context=600, kv_tokens=6000))
     engine = Engine(runner, token_budget=BUDGET, sandboxes=Sandboxes(shared.templates, trials))
     wrong = Constraint("regex", "(?=a)b")
     adds = [
@@ -350,7 +338,7 @@ def test_a_tenant_whose_grammars_take_too_long_in_the_steps_loses_them(
         for n in range(2)
         for tenant in ("slow", "other")
     ]
-    heard = run(make(Talker, context=600, kv_tokens=6000)[0], adds)
+    heard = run(make(EndingRunner, context=600, kv_tokens=6000)[0], adds)
     assert set(heard.refused) == {"slow0", "slow1"}
     assert set(heard.ends) == {"other0", "other1"}
 
@@ -378,8 +366,9 @@ TOO_MUCH = {
 
 
 def rendered(limited: Sandboxes, source: str | None, messages: Any, context: int = 1000) -> str:
-    made = SandboxedTemplate(limited.templates, source, bos="", eos="", context=context)
-    return "".join(made.parts(messages, tenant="t"))
+    facts = replace(TemplatedRunner(source).facts, context=context)
+    made = SandboxedTemplate(limited.templates, facts, load())
+    return "".join(made.parts(messages, None, {}))
 
 
 @pytest.mark.parametrize("name", TOO_MUCH)
@@ -415,8 +404,8 @@ UNUSABLE = {
 
 @pytest.mark.parametrize("name", UNUSABLE)
 def test_a_template_that_cannot_be_used_refuses_chats_alone(limited: Sandboxes, name: str) -> None:
-    runner: Runner = Templated(UNUSABLE[name])
-    preparer = RequestPreparer(runner, limited, drafting=False, context_shift=False)
+    runner: Runner = TemplatedRunner(UNUSABLE[name])
+    preparer = RequestPreparer(runner, limited, load(drafting=False))
     refused = preparer.prepare(add("r"))
     assert isinstance(refused, Refused) and refused.code == "invalid_request"
     assert "chat template of the model's file" in refused.message and len(refused.message) < 1000
@@ -431,22 +420,22 @@ def test_a_template_that_always_reaches_its_limits_is_left_alone_for_a_while(
     monkeypatch.setattr("pinaivu_box.engine.sandboxed_template.time.monotonic", lambda: now[0])
     job = here(chat_template.make(b""))
 
-    def limit(payload: bytes, **more: Any) -> bytes:
+    def limit(payload: bytes, cancellation: Any) -> bytes:
         if b"loop" in payload:
             runs.append(payload)
             raise SandboxLimit("time", engine_sandboxes.LIMITS)
-        return job(payload, **more)
+        return job(payload, cancellation)
 
-    made = SandboxedTemplate(limit, ROLES, bos="", eos="", context=1000)
+    made = SandboxedTemplate(limit, TemplatedRunner(ROLES).facts, load())
 
     def chat(text: str) -> str:
         with pytest.raises(BadRequest) as caught:
-            made.render([{"role": "user", "content": text}])
+            made.parts([{"role": "user", "content": text}], None, {})
         return caught.value.message
 
     for _ in range(9):  # whoever sends that much may be at fault himself
         assert "CPU time" in chat("loop" * 50_000)
-    made.render([{"role": "user", "content": "hi"}])
+    made.parts([{"role": "user", "content": "hi"}], None, {})
     runs.clear()
     for _ in range(3):
         assert "CPU time" in chat("loop")
@@ -457,5 +446,5 @@ def test_a_template_that_always_reaches_its_limits_is_left_alone_for_a_while(
         assert "CPU time" in chat("loop")
         assert len(runs) == 1
     now[0] += 10_000
-    made.render([{"role": "user", "content": "hi"}])
+    made.parts([{"role": "user", "content": "hi"}], None, {})
     assert "CPU time" in chat("loop") and "CPU time" in chat("loop")

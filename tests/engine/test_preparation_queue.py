@@ -36,16 +36,14 @@ class Door:
         self.said: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.scheduled: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.runner = FakeRunner(load())
-        preparer = RequestPreparer(
-            self.runner, in_this_process(), drafting=False, context_shift=False
-        )
+        preparer = RequestPreparer(self.runner, in_this_process(), load(drafting=False))
         self.take = PreparationQueue(preparer, self.said.put, self.scheduled.put).take
         make = grammar.GrammarCompiler.compile
 
-        def held_up(its: Any, wanted: Any, **options: Any) -> Any:
+        def held_up(its: Any, wanted: Any, *more: Any) -> Any:
             event = self.ready.get(wanted.constraint.text)
             assert event is None or event.wait(PATIENCE)
-            return make(its, wanted, **options)
+            return make(its, wanted, *more)
 
         monkeypatch.setattr(grammar.GrammarCompiler, "compile", held_up)
         tokenize = self.runner.tokenize
