@@ -11,11 +11,12 @@ from typing import Any
 import click
 import msgspec
 
+from pinaivu_box.cli.call import Call
 from pinaivu_box.cli.client import request, stream
-from pinaivu_box.cli.home import load_config
 from pinaivu_box.cli.options import home_option, standard_options
-from pinaivu_box.cli.render import Column, print_json, print_list, print_table
+from pinaivu_box.cli.render import Column, print_json, print_table
 from pinaivu_box.errors import CliError
+from pinaivu_box.models.names import printable
 from pinaivu_box.text import megabytes
 
 # Another box may have to read a large file twice before it answers.
@@ -23,8 +24,6 @@ _PULL_SECONDS = 660.0
 
 
 def _files(model: Any) -> str:
-    from pinaivu_box.models.names import printable
-
     more = f" and {len(model.parts) - 1} more" if model.parts else ""
     return printable(str(model.path)) + more
 
@@ -56,16 +55,15 @@ _ENGINE_COLUMNS = (
 
 @click.command()
 @standard_options(config=True, wide=True)
-def ls(home: Path, as_json: bool, wide: bool, config: Path | None) -> None:
+def ls(call: Call) -> None:
     """List the models that a box on this home serves."""
     from pinaivu_box.models import catalog
-    from pinaivu_box.models.names import printable
 
-    listed = catalog.load(load_config(home, config), home)
-    if as_json:
+    listed = catalog.load(call.config(), call.home)
+    if call.as_json:
         print_json([_model(model) for model in listed.models])
     else:
-        print_table(listed.models, _MODEL_COLUMNS, wide=wide)
+        print_table(listed.models, _MODEL_COLUMNS, wide=call.wide)
     for path, reason in listed.not_served.items():
         click.echo(f"not served: {printable(str(path))}: {reason}", err=True)
 
@@ -82,10 +80,9 @@ def _model(model: Any) -> dict[str, Any]:
 
 @click.command()
 @standard_options(wide=True)
-def ps(home: Path, as_json: bool, wide: bool) -> None:
+def ps(call: Call) -> None:
     """List the engines of the running box, with their memory and load."""
-    engines = request(home, "/v1/engines")["data"]
-    print_list(engines, _ENGINE_COLUMNS, as_json=as_json, wide=wide)
+    call.print_list(request(call.home, "/v1/engines")["data"], _ENGINE_COLUMNS)
 
 
 @click.command()

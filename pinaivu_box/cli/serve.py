@@ -7,14 +7,15 @@ import contextlib
 import os
 import textwrap
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
 from pinaivu_box import __version__
+from pinaivu_box.cli.call import Call
 from pinaivu_box.cli.client import Running, write_running
-from pinaivu_box.cli.home import load_config
 from pinaivu_box.cli.options import config_option, home_option
 from pinaivu_box.config import LOG_FORMATS, LOG_LEVELS, Config, ModelConfig
 from pinaivu_box.errors import UsageError
@@ -59,14 +60,11 @@ def serve(
         ("log", "level"): log_level,
         ("log", "format"): log_format,
     }
+    config_file = None if config is None else config.absolute()
+    call = Call(home.expanduser().absolute(), config_file)
     extra = [_model(text) for text in models]
-    path = None if config is None else config.absolute()
-    home = home.expanduser().absolute()
-
-    def load() -> Config:
-        return load_config(home, path, overrides=overrides, extra_models=extra)
-
-    asyncio.run(_serve(load, home))
+    load = partial(call.config, overrides=overrides, extra_models=extra)
+    asyncio.run(_serve(load, call.home))
 
 
 def _model(text: str) -> ModelConfig:
