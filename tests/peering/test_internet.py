@@ -70,7 +70,7 @@ def ask(box: PeerBox, tokens: int = 10) -> Any:
 # -- addresses -------------------------------------------------------------------------------------
 
 
-def test_what_is_advertised_is_in_tickets_and_adverts(joined: tuple[PeerBox, PeerBox]) -> None:
+def test_the_advertised_address_is_in_tickets_and_adverts(joined: tuple[PeerBox, PeerBox]) -> None:
     anna, ben = joined
     where = reachable_at(anna)
     assert decode(anna.invite()).addresses[0] == where
