@@ -19,7 +19,8 @@ from pinaivu_box.bench.report import document, notes, rows
 from pinaivu_box.bench.run import RunPlan, Tenant
 from pinaivu_box.bench.target import Target, measure_scale, named
 from pinaivu_box.bench.workload import Lengths, Workload
-from pinaivu_box.cli.options import json_option
+from pinaivu_box.cli.call import Call
+from pinaivu_box.cli.options import standard_options
 from pinaivu_box.cli.render import Column, print_json, print_table
 from pinaivu_box.errors import CliError, UsageError
 from pinaivu_box.text import number
@@ -35,7 +36,7 @@ _PAIRS = 5
 
 @click.command(context_settings={"show_default": True})
 @click.argument("urls", nargs=-1, required=True, metavar="URL [URL]")
-@json_option
+@standard_options(home=False)
 @click.option("--plot", type=_FILE, help="Write the distributions to this file, as SVG.")
 @click.option("--clients", type=_ONE, help="Closed loop: number of clients.  [default: 1]")
 @click.option("--rate", type=_POSITIVE, help="Open loop: requests per second, a Poisson process.")
@@ -62,7 +63,7 @@ _PAIRS = 5
 @click.option("--pairs", type=_ONE, help=f"Runs against each of two servers.  [default: {_PAIRS}]")
 @click.option("--seed", default="0", help="Seed of the prompts.")
 @click.option("--timeout", type=_POSITIVE, default=600.0, help="Seconds per request.")
-def bench(urls: tuple[str, ...], as_json: bool, plot: Path | None, **options: Any) -> None:
+def bench(call: Call, urls: tuple[str, ...], plot: Path | None, **options: Any) -> None:
     """Measure any OpenAI-compatible server with streamed chat requests, or compare two.
 
     URL is http://host:port or http://host:port/v1.  LENGTH is a number of tokens: 128,
@@ -82,7 +83,7 @@ def bench(urls: tuple[str, ...], as_json: bool, plot: Path | None, **options: An
     targets, plan, runs = asyncio.run(_measure(_targets(urls, options), plan, pairs))
     if plot:
         _write_plot(plot, targets, runs)
-    _print(targets, plan, runs, started_at if as_json else None)
+    _print(targets, plan, runs, started_at if call.as_json else None)
     if not any(run.summary.requests for run in runs):
         raise CliError("No request succeeded.")
 

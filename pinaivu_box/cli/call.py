@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from pinaivu_box import config as configs
-from pinaivu_box.cli.render import Column, print_json, print_list
+from pinaivu_box.cli.render import Column, print_json, print_table
 from pinaivu_box.errors import InvalidValue, UsageError
 
 T = TypeVar("T")
@@ -61,7 +61,7 @@ class Call(NamedTuple):
 
     def print_list(self, items: Sequence[Any], columns: Sequence[Column]) -> None:
         """Print items as JSON or, without --json, as a table."""
-        print_list(items, columns, as_json=self.as_json, wide=self.wide)
+        self.print(items, lambda items: print_table(items, columns, wide=self.wide))
 
 
 def actor() -> Any:

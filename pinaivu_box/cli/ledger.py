@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from operator import attrgetter
-from pathlib import Path
 from typing import Any
 
 import click
@@ -12,7 +11,7 @@ import click
 from pinaivu_box.cli.call import Call, actor
 from pinaivu_box.cli.client import path_of, request
 from pinaivu_box.cli.group import Group
-from pinaivu_box.cli.options import home_option, limit_option, standard_options
+from pinaivu_box.cli.options import limit_option, standard_options
 from pinaivu_box.cli.render import UNKNOWN, Column, money, time_text
 
 _PATH = "/v1/admin/ledger"
@@ -166,16 +165,16 @@ def statements(call: Call, peer: str | None) -> None:
 
 
 @ledger.command()
-@home_option
+@standard_options(json=False)
 @click.argument("statement")
-def paid(home: Path, statement: str) -> None:
+def paid(call: Call, statement: str) -> None:
     """Mark a STATEMENT as paid.
 
     Its amount leaves the balance on this box.  The other box is not told: it keeps its own record.
     """
     from pinaivu_box.ledger import statement as store
 
-    Call(home).in_database(lambda database: store.pay(database, statement, actor()))
+    call.in_database(lambda database: store.pay(database, statement, actor()))
 
 
 def _print_outcome(outcome: dict[str, Any]) -> None:

@@ -36,7 +36,7 @@ def _complete_restore(_context: click.Context, _parameter: click.Parameter, home
     return home
 
 
-home_option: Decorator = click.option(
+_home_option: Decorator = click.option(
     "--home",
     type=click.Path(path_type=Path, file_okay=False),
     default=default_home,
@@ -44,13 +44,13 @@ home_option: Decorator = click.option(
     callback=_complete_restore,
     help="Data directory.  [env: PINAIVU_HOME]",
 )
-config_option: Decorator = click.option(
+_config_option: Decorator = click.option(
     "--config",
     type=click.Path(path_type=Path, dir_okay=False),
     help="Configuration file.  [default: HOME/config.toml]",
 )
-json_option: Decorator = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-wide_option: Decorator = click.option("--wide", is_flag=True, help="Print all columns in full.")
+_json_option: Decorator = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+_wide_option: Decorator = click.option("--wide", is_flag=True, help="Print all columns in full.")
 limit_option: Decorator = click.option(
     "--limit",
     type=click.IntRange(1, _MAX_LIMIT),
@@ -67,23 +67,32 @@ def all_option(text: str) -> Decorator:
     )
 
 
-def standard_options(*, config: bool = False, wide: bool = False) -> Decorator:
-    """Add --home and --json, and if requested --config and --wide, which arrive as a `Call`."""
+def standard_options(
+    *, home: bool = True, json: bool = True, config: bool = False, wide: bool = False
+) -> Decorator:
+    """Add --home, --json, --config and --wide, or those requested; they arrive as a `Call`."""
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(command)
         def called(
             *arguments: Any,
-            home: Path,
-            as_json: bool,
+            home: Path = Path(),
             config: Path | None = None,
+            as_json: bool = False,
             wide: bool = False,
             **values: Any,
         ) -> Any:
             return command(*arguments, Call(home, config, as_json, wide), **values)
 
-        with_json = json_option(wide_option(called) if wide else called)
-        return home_option(config_option(with_json) if config else with_json)
+        decorated: Callable[..., Any] = called
+        for wanted, option in (
+            (wide, _wide_option),
+            (json, _json_option),
+            (config, _config_option),
+            (home, _home_option),
+        ):
+            decorated = option(decorated) if wanted else decorated
+        return decorated
 
     return decorate
 

@@ -13,16 +13,8 @@ from msgspec import convert
 from pinaivu_box.cli.call import Call
 from pinaivu_box.cli.client import path_of, request, request_or_open
 from pinaivu_box.cli.group import Group
-from pinaivu_box.cli.options import (
-    NONE,
-    json_option,
-    settings,
-    span,
-    standard_options,
-    whole_number,
-    wide_option,
-)
-from pinaivu_box.cli.render import Column, print_json, print_list
+from pinaivu_box.cli.options import NONE, settings, span, standard_options, whole_number
+from pinaivu_box.cli.render import Column, print_json
 from pinaivu_box.config import is_host_port
 from pinaivu_box.errors import CliError, NotRunning, UsageError
 
@@ -206,8 +198,7 @@ def leave(call: Call) -> None:
 
 
 @peers.command()
-@json_option
-@wide_option
+@standard_options(home=False, wide=True)
 @click.option(
     "--seconds",
     type=click.FloatRange(0.1, 60),
@@ -215,7 +206,7 @@ def leave(call: Call) -> None:
     show_default=True,
     help="How long to listen.",
 )
-def discover(as_json: bool, wide: bool, seconds: float) -> None:
+def discover(call: Call, seconds: float) -> None:
     """List the boxes on the LAN that announce themselves.
 
     A box does so with announce = true under [peering].
@@ -223,8 +214,8 @@ def discover(as_json: bool, wide: bool, seconds: float) -> None:
     from pinaivu_box.transport.lan import nearby
 
     boxes = asyncio.run(nearby(seconds))
-    print_list(boxes, _FOUND_COLUMNS, as_json=as_json, wide=wide)
-    if not boxes and not as_json:
+    call.print_list(boxes, _FOUND_COLUMNS)
+    if not boxes and not call.as_json:
         click.echo("no box announces itself here: see announce under [peering]", err=True)
 
 

@@ -39,16 +39,6 @@ def print_json(value: Any) -> None:
     click.echo(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())
 
 
-def print_list(
-    items: Sequence[Any], columns: Sequence[Column], *, as_json: bool, wide: bool
-) -> None:
-    """Print items as JSON or as a table."""
-    if as_json:
-        print_json(items)
-    else:
-        print_table(items, columns, wide=wide)
-
-
 def print_table(
     items: Iterable[Any],
     columns: Sequence[Column],

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tests.support.in_process_command import run_command, run_command_json
 from tests.support.ports import free_port
-from tests.support.process_box import Box, pinaivu, pinaivu_json, wait_until
+from tests.support.process_box import Box, wait_until
 
 SETTINGS = '[peering]\nhost = "127.0.0.1"\nport = {}\nname = "{}"\n'
 FAKE = ("--model", "fake:1=fake:0", "--peering")
@@ -23,11 +24,11 @@ class PeerBox(Box):
         (home / "config.toml").write_text(SETTINGS.format(free_port(), name) + more)
 
     def peers(self, *args: str) -> Any:
-        return pinaivu_json("peers", *args, home=self.home)
+        return run_command_json("peers", *args, home=self.home)
 
     def refused(self, *args: str) -> tuple[int, str]:
         """The exit code and the one line of a command that does not work."""
-        done = pinaivu("peers", *args, home=self.home, check=False)
+        done = run_command("peers", *args, home=self.home, check=False)
         assert done.returncode != 0, done.stdout
         assert "Traceback" not in done.stderr and done.stderr.count("\n") == 1, done.stderr
         return done.returncode, done.stderr
