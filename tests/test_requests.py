@@ -29,10 +29,11 @@ from pinaivu_box.gateway.metering import Meter
 from pinaivu_box.gateway.request import Failed, Finished, Request, RunningRequests
 from pinaivu_box.policy import Budget, Policy
 from pinaivu_box.settings import LiveSettings, Settings
-from pinaivu_box.store import accounts, keys
+from pinaivu_box.store import accounts
 from pinaivu_box.store.audit import Actor
 from pinaivu_box.store.database import Database
 from pinaivu_box.store.keys import Key
+from pinaivu_box.store.new_keys import Draft, create
 from tests.support.scripted_boxes import (
     OWN,
     PROMPT,
@@ -92,11 +93,8 @@ async def books(tmp_path: Path) -> AsyncIterator[Books]:
 
 
 async def new_key(database: Database, **policy: Any) -> Key:
-    account = await accounts.find(database, accounts.OWNER)
-    key, _ = await keys.create(
-        database, account=account, name="one", policy=Policy(**policy), expires_at=None,
-        by=Actor("test", "local"),
-    )  # fmt: skip
+    draft = Draft("one", accounts.OWNER, Policy(**policy))
+    key, _ = await create(database, draft, Actor("test", "local"))
     return key
 
 

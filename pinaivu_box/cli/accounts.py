@@ -49,13 +49,14 @@ def accounts() -> None:
 @stdin_option
 def create(call: Call, name: str, role: Any, password: bool, password_stdin: bool) -> None:
     """Create an account."""
-    from pinaivu_box.admin import accounts
+    from pinaivu_box.admin.views import account_view
+    from pinaivu_box.store import accounts
 
     secret = _password(password_stdin) if password or password_stdin else None
     created = call.in_database(
         lambda database: accounts.create(database, name, role, secret, actor())
     )
-    call.print(created, lambda account: click.echo(account.id))
+    call.print(account_view(created), lambda account: click.echo(account.id))
 
 
 @accounts.command()
@@ -63,9 +64,9 @@ def create(call: Call, name: str, role: Any, password: bool, password_stdin: boo
 @all_option("List all accounts, not only the first 100.")
 def ls(call: Call, limit: int) -> None:
     """List the accounts by name."""
-    from pinaivu_box.admin import accounts
+    from pinaivu_box.admin.lists import list_accounts
 
-    page = call.in_database(lambda database: accounts.ls(database, limit=limit))
+    page = call.in_database(lambda database: list_accounts(database, limit=limit))
     call.print_list(page.data, _COLUMNS)
     if page.has_more:
         click.echo("There are more accounts: --all lists them too.", err=True)
@@ -77,16 +78,20 @@ def ls(call: Call, limit: int) -> None:
 @stdin_option
 def passwd(call: Call, name: str, password_stdin: bool) -> None:
     """Set the password of an account."""
-    from pinaivu_box.admin import accounts
+    from pinaivu_box.admin.views import account_view
+    from pinaivu_box.store import accounts
 
-    account = call.in_database(lambda database: accounts.get(database, name))
+    account = call.in_database(lambda database: accounts.find(database, name))
     secret = _password(password_stdin)
-    changed = call.in_database(
-        lambda database: accounts.change(database, account.id, actor(), password=secret)
-    )
+
+    async def work(database: Any) -> accounts.Account:
+        await accounts.set_password(database, account, secret, actor())
+        return await accounts.find(database, account.id)
+
+    changed = call.in_database(work)
     click.echo(f"{changed.name} has a new password.", err=True)
     if call.as_json:
-        print_json(changed)
+        print_json(account_view(changed))
 
 
 @accounts.command()
@@ -94,9 +99,14 @@ def passwd(call: Call, name: str, password_stdin: bool) -> None:
 @click.argument("name")
 def rm(call: Call, name: str) -> None:
     """Remove an account and revoke its keys; its usage stays on record."""
-    from pinaivu_box.admin import accounts
+    from pinaivu_box.store import accounts
 
-    removed = call.in_database(lambda database: accounts.remove(database, name, actor()))
+    async def work(database: Any) -> accounts.Account:
+        account = await accounts.find(database, name)
+        await accounts.remove(database, account, actor())
+        return account
+
+    removed = call.in_database(work)
     click.echo(f"{removed.name} was removed, and its {removed.keys} keys were revoked.", err=True)
     if call.as_json:
         print_json({"id": removed.id, "name": removed.name, "deleted": True})

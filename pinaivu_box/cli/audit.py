@@ -39,7 +39,7 @@ _COLUMNS = (
 @limit_option
 def audit(call: Call, since: str | None, target: str | None, limit: int) -> None:
     """List the changes of accounts, keys and peers, newest last."""
-    from pinaivu_box.admin import audit
+    from pinaivu_box.admin.lists import list_audit_entries
     from pinaivu_box.admin.views import parse_time
 
     try:
@@ -47,6 +47,6 @@ def audit(call: Call, since: str | None, target: str | None, limit: int) -> None
     except ValueError as error:
         raise UsageError(f"--since: {error}.") from error
     page = call.in_database(
-        lambda database: audit.ls(database, since=start, target=target, limit=limit)
+        lambda database: list_audit_entries(database, since=start, target=target, limit=limit)
     )
     call.print_list(page.data[::-1], _COLUMNS)

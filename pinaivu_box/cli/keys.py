@@ -150,9 +150,9 @@ def _reason(error: InvalidValue | RowNotFound, create_account: bool) -> str:
 @all_option("List all keys, not only the newest 100.")
 def ls(call: Call, account: str | None, limit: int) -> None:
     """List the keys, newest last, without their secrets."""
-    from pinaivu_box.admin import keys
+    from pinaivu_box.admin.lists import list_keys
 
-    page = call.in_database(lambda database: keys.ls(database, account=account, limit=limit))
+    page = call.in_database(lambda database: list_keys(database, account=account, limit=limit))
     call.print_list(page.data[::-1], _COLUMNS)
     if page.has_more:
         click.echo("There are older keys: --all lists them too.", err=True)
@@ -233,18 +233,18 @@ def rotate(call: Call, key: str, overlap: str | None) -> None:
     Settings, limits and usage stay.  If the overlap of an earlier rotation has not ended, the
     secret from before that rotation stops working now.
     """
-    from pinaivu_box.admin import keys
-    from pinaivu_box.store.keys import OVERLAP, named
+    from pinaivu_box.admin.views import new_key_view
+    from pinaivu_box.store import keys
 
     try:
-        seconds = keys.parse_overlap(OVERLAP if overlap is None else overlap)
+        seconds = keys.parse_overlap(keys.OVERLAP if overlap is None else overlap)
     except ValueError as error:
         raise UsageError(f"--overlap: {error}.") from error
 
-    async def work(database: Any) -> Any:
-        return await keys.rotate(database, await named(database, key), seconds, actor())
+    async def work(database: Any) -> tuple[keys.Key, str]:
+        return await keys.rotate(database, await keys.named(database, key), seconds, actor())
 
-    rotated = call.in_database(work)
+    rotated = new_key_view(*call.in_database(work))
     state = f"works until {rotated.old_until}" if seconds else "no longer works"
     text = f"{rotated.id}: store the new key now, it is not shown again; the old one {state}."
     _print_secret(call, rotated, text)
@@ -270,7 +270,7 @@ def revoke(call: Call, key: str, now: bool) -> None:
 
 
 def _warn(call: Call, *policies: Policy) -> None:
-    from pinaivu_box.admin.keys import warning
+    from pinaivu_box.admin.views import warning
 
     try:
         pricing = call.config().pricing

@@ -170,4 +170,6 @@ def _request(data: bytes) -> Any:
         echoed = [text for text in texts for _ in range(completion.n or 1)]
         return Transcript(prompts=prompts, echoed=echoed)
     chat, _ = decode(data, ChatRequest)
-    return Transcript(normalise(chat.messages), stop_strings(chat.stop), more=asked(chat))
+    return Transcript(
+        [prompt_text(normalise(chat.messages), stop_strings(chat.stop), **asked(chat))]
+    )

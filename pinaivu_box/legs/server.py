@@ -45,8 +45,8 @@ from pinaivu_box.receipts.receipt import (
 from pinaivu_box.routing.load import LoadTracker
 from pinaivu_box.settings import LiveSettings
 from pinaivu_box.tasks import ignore_exception
-from pinaivu_box.transport import wire
-from pinaivu_box.transport.transport import Stream
+from pinaivu_box.transport import rpc, wire
+from pinaivu_box.transport.link import Stream
 
 log = logging.getLogger("pinaivu.serving")
 
@@ -119,7 +119,7 @@ class LegServer:
             await leg_wire.send(
                 stream, _refused(InternalError("The box failed; its log says why."))
             )
-        async with asyncio.timeout(leg_wire.SEND_SECONDS):
+        async with asyncio.timeout(rpc.SEND_SECONDS):
             await stream.finish()
 
     async def _count(self, peer: str, count: leg_wire.Count) -> leg_wire.Tokens:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, cast
 
 from pinaivu_box.errors import InvalidBody, quoted
-from pinaivu_box.openai.tools import chosen_tools, custom_arguments, functions
+from pinaivu_box.openai.tools import chosen_tools, custom_arguments, function_call, functions
 from pinaivu_box.openai.types import (
     AssistantMessage,
     ChatRequest,
@@ -75,11 +75,8 @@ def _message(message: Message) -> dict[str, Any]:
 
 def _call(call: ToolCall | CustomToolCall) -> dict[str, Any]:
     if isinstance(call, ToolCall):
-        name, arguments = call.function.name, call.function.arguments
-    else:
-        name, arguments = call.custom.name, custom_arguments(call.custom.input)
-    function = {"name": name, "arguments": arguments}
-    return {"id": call.id, "type": "function", "function": function}
+        return function_call(call.id, call.function.name, call.function.arguments)
+    return function_call(call.id, call.custom.name, custom_arguments(call.custom.input))
 
 
 def check_stream(body: Sampled) -> None:

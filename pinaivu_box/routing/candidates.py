@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from pinaivu_box.amount import Prices
 from pinaivu_box.bounded import BoundedDict
+from pinaivu_box.changes import Changes
 from pinaivu_box.errors import ModelNotFound
 from pinaivu_box.gateway.backend import Job
 from pinaivu_box.gateway.placement import Placement
@@ -18,7 +19,6 @@ from pinaivu_box.gossip.adverts import Offer
 from pinaivu_box.models.catalog import Model, remote
 from pinaivu_box.models.names import is_model_id
 from pinaivu_box.network.peer import Peer
-from pinaivu_box.routing.changes import Changes
 from pinaivu_box.routing.circuit_breaker import CircuitBreaker
 from pinaivu_box.routing.load import LoadTracker
 from pinaivu_box.routing.reputation import Reputation

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import takewhile
 from typing import Any
 
 import msgspec
@@ -11,6 +12,7 @@ from pinaivu_box.errors import ContextOverflow
 from pinaivu_box.gateway.backend import Job
 from pinaivu_box.server.inference import InferenceCall
 
+_SYSTEM = ("system", "developer")
 _MARGIN = 0.05  # of the messages, since the size in bytes only estimates that in tokens
 
 Messages = list[dict[str, Any]]
@@ -46,9 +48,7 @@ def without_oldest(messages: Messages, share: float) -> Messages:
     Kept are system messages at the beginning, the user's last message, the last message of all, and
     results together with their call.  The first message after the system's is the user's again.
     """
-    start = 0
-    while start < len(messages) and messages[start]["role"] in ("system", "developer"):
-        start += 1
+    start = leading_system(messages)
     groups = _groups(messages[start:])
     sizes = [len(msgspec.json.encode(group)) for group in groups]
     users = [number for number, group in enumerate(groups) if group[0]["role"] == "user"]
@@ -64,6 +64,11 @@ def without_oldest(messages: Messages, share: float) -> Messages:
     if question is not None and question < first:
         remaining = [groups[question], *remaining]
     return [*messages[:start], *(message for group in remaining for message in group)]
+
+
+def leading_system(messages: Messages) -> int:
+    """The number of system messages at the beginning."""
+    return sum(1 for _ in takewhile(lambda message: message["role"] in _SYSTEM, messages))
 
 
 def _groups(messages: Messages) -> list[Messages]:

@@ -137,7 +137,7 @@ class Database:
         with contextlib.suppress(sqlite3.Error):
             await self.write(_PROBE)
 
-    def _note_result(self, error: sqlite3.Error | None) -> None:
+    def _note_result(self, error: Exception | None) -> None:
         if error is None:
             self._failure, self._succeeded_at = None, time.monotonic()
         elif why := _PERSISTENT_ERRORS.get(_code(error)):
@@ -152,40 +152,31 @@ class Database:
             while len(batch) < _MAX_WRITES_PER_COMMIT and not self._queue.empty():
                 batch.append(self._queue.get_nowait())
             closing = None in batch
-            writes = [pending for pending in batch if pending is not None]
-            try:
+            if writes := [pending for pending in batch if pending is not None]:
                 await self._commit(writes)
-            except Exception as error:
-                if _code(error) == sqlite3.SQLITE_BUSY:  # each alone would wait as long again
-                    for _, future in writes:
-                        future.set_exception(error)
-                    continue
-                # One of them failed (or the disk did): alone, each gets its own result.
-                for pending in writes:
-                    await self._commit_alone(pending)
-
-    async def _commit_alone(self, pending: _Pending) -> None:
-        try:
-            await self._commit([pending])
-        except Exception as error:  # all of them are for the caller
-            pending[1].set_exception(error)
 
     async def _commit(self, writes: list[_Pending]) -> None:
-        if not writes:
-            return
         self._committing_since = time.monotonic()
         try:
-            counts = await self._commit_now(writes)
-        except sqlite3.Error as error:
+            counts = await self._run(writes)
+        except Exception as error:  # all of them are for the callers
             self._note_result(error)
-            raise
+            if len(writes) > 1 and _code(error) != sqlite3.SQLITE_BUSY:
+                # One of them failed (or the disk did): alone, each gets its own result.
+                for pending in writes:
+                    await self._commit([pending])
+            else:  # of a locked database, each alone would wait as long again
+                for _, future in writes:
+                    future.set_exception(error)
+        else:
+            self._note_result(None)
+            for (_, future), count in zip(writes, counts, strict=True):
+                future.set_result(count)
         finally:
             self._committing_since = None
-        self._note_result(None)
-        for (_, future), count in zip(writes, counts, strict=True):
-            future.set_result(count)
 
-    async def _commit_now(self, writes: list[_Pending]) -> list[list[int]]:
+    async def _run(self, writes: list[_Pending]) -> list[list[int]]:
+        """The row counts of each write's statements, in one transaction."""
         counts: list[list[int]] = []
         await self._writer.execute("BEGIN IMMEDIATE")
         try:

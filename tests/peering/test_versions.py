@@ -31,7 +31,7 @@ from pinaivu_box.receipts.receipt import (
 )
 from pinaivu_box.receipts.verify import Transcript, verify_receipt
 from pinaivu_box.transport import wire
-from pinaivu_box.transport.transport import Stream
+from pinaivu_box.transport.link import Stream
 from tests.support.fake_coordinator import accept, ask, entry, heard, opened, sign
 from tests.support.fake_model import CHEAP, FAKE
 from tests.support.fake_peer import ViolatingServer, Violation, began, job_of, started
