@@ -73,7 +73,7 @@ class LocalBackend:
         try:
             sampling = resolve(job, self._settings.config.sampling, engine.ready.defaults)
             add = to_add(job, sampling)
-            mailbox = engine.ask(Tokenize(add, tokens, plain, job.inputs, count))
+            mailbox = engine.submit(Tokenize(add, tokens, plain, job.inputs, count))
             (item,) = await mailbox.take()
             answered = True
             if isinstance(item, Tokenized):
