@@ -114,7 +114,7 @@ def test_its_values_are_seconds_or_times_with_a_unit(box: Box, value: Any) -> No
 @pytest.mark.parametrize(
     "value", ["soon", "", "5 weeks", True, [], {}, "1e3", "5m" * 30, "9999999d"]
 )
-def test_a_keep_alive_that_is_no_time_is_refused(box: Box, value: Any) -> None:
+def test_an_invalid_time_is_refused(box: Box, value: Any) -> None:
     for name in ("keep_alive", "ttl"):
         answer = ask(box, "one:1", **{name: value})
         assert answer.status_code == 422, answer.text

@@ -52,14 +52,15 @@ def create(
     home: Path, as_json: bool, name: str, role: Any, password: bool, password_stdin: bool
 ) -> None:
     """Create an account."""
-    from pinaivu_box.admin import accounts
+    from pinaivu_box.admin.views import account_view
+    from pinaivu_box.store import accounts
 
     secret = _password(password_stdin) if password or password_stdin else None
     created = with_database(
         home, lambda database: accounts.create(database, name, role, secret, actor())
     )
     if as_json:
-        print_json(created)
+        print_json(account_view(created))
     else:
         click.echo(created.id)
 
@@ -69,9 +70,9 @@ def create(
 @click.option("--all", "all_", is_flag=True, help="List all accounts, not only the first 100.")
 def ls(home: Path, as_json: bool, wide: bool, all_: bool) -> None:
     """List the accounts by name."""
-    from pinaivu_box.admin import accounts
+    from pinaivu_box.admin.lists import list_accounts
 
-    page = with_database(home, lambda database: accounts.ls(database, limit=limit_of(all_)))
+    page = with_database(home, lambda database: list_accounts(database, limit=limit_of(all_)))
     print_list(page.data, _COLUMNS, as_json=as_json, wide=wide)
     if page.has_more:
         click.echo("There are more accounts: --all lists them too.", err=True)
@@ -83,16 +84,20 @@ def ls(home: Path, as_json: bool, wide: bool, all_: bool) -> None:
 @stdin_option
 def passwd(home: Path, as_json: bool, name: str, password_stdin: bool) -> None:
     """Set the password of an account."""
-    from pinaivu_box.admin import accounts
+    from pinaivu_box.admin.views import account_view
+    from pinaivu_box.store import accounts
 
-    account = with_database(home, lambda database: accounts.get(database, name))
+    account = with_database(home, lambda database: accounts.find(database, name))
     secret = _password(password_stdin)
-    changed = with_database(
-        home, lambda database: accounts.change(database, account.id, actor(), password=secret)
-    )
+
+    async def work(database: Any) -> accounts.Account:
+        await accounts.set_password(database, account, secret, actor())
+        return await accounts.find(database, account.id)
+
+    changed = with_database(home, work)
     click.echo(f"{changed.name} has a new password.", err=True)
     if as_json:
-        print_json(changed)
+        print_json(account_view(changed))
 
 
 @accounts.command()
@@ -100,9 +105,14 @@ def passwd(home: Path, as_json: bool, name: str, password_stdin: bool) -> None:
 @click.argument("name")
 def rm(home: Path, as_json: bool, name: str) -> None:
     """Remove an account and revoke its keys; its usage stays on record."""
-    from pinaivu_box.admin import accounts
+    from pinaivu_box.store import accounts
 
-    removed = with_database(home, lambda database: accounts.remove(database, name, actor()))
+    async def work(database: Any) -> accounts.Account:
+        account = await accounts.find(database, name)
+        await accounts.remove(database, account, actor())
+        return account
+
+    removed = with_database(home, work)
     click.echo(f"{removed.name} was removed, and its {removed.keys} keys were revoked.", err=True)
     if as_json:
         print_json({"id": removed.id, "name": removed.name, "deleted": True})

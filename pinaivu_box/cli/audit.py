@@ -49,7 +49,7 @@ def audit(
     home: Path, as_json: bool, wide: bool, since: str | None, target: str | None, limit: int
 ) -> None:
     """List the changes of accounts, keys and peers, newest last."""
-    from pinaivu_box.admin import audit
+    from pinaivu_box.admin.lists import list_audit_entries
     from pinaivu_box.admin.views import parse_time
 
     try:
@@ -57,6 +57,7 @@ def audit(
     except ValueError as error:
         raise UsageError(f"--since: {error}.") from error
     page = with_database(
-        home, lambda database: audit.ls(database, since=start, target=target, limit=limit)
+        home,
+        lambda database: list_audit_entries(database, since=start, target=target, limit=limit),
     )
     print_list(page.data[::-1], _COLUMNS, as_json=as_json, wide=wide)

@@ -150,10 +150,10 @@ def _create(
 @click.option("--all", "all_", is_flag=True, help="List all keys, not only the newest 100.")
 def ls(home: Path, as_json: bool, wide: bool, account: str | None, all_: bool) -> None:
     """List the keys, newest last, without their secrets."""
-    from pinaivu_box.admin import keys
+    from pinaivu_box.admin.lists import list_keys
 
     page = with_database(
-        home, lambda database: keys.ls(database, account=account, limit=limit_of(all_))
+        home, lambda database: list_keys(database, account=account, limit=limit_of(all_))
     )
     print_list(page.data[::-1], _COLUMNS, as_json=as_json, wide=wide)
     if page.has_more:
@@ -239,18 +239,18 @@ def rotate(home: Path, as_json: bool, key: str, overlap: str | None) -> None:
     Settings, limits and usage stay.  If the overlap of an earlier rotation has not ended, the
     secret from before that rotation stops working now.
     """
-    from pinaivu_box.admin import keys
-    from pinaivu_box.store.keys import OVERLAP, named
+    from pinaivu_box.admin.views import new_key_view
+    from pinaivu_box.store import keys
 
     try:
-        seconds = keys.parse_overlap(OVERLAP if overlap is None else overlap)
+        seconds = keys.parse_overlap(keys.OVERLAP if overlap is None else overlap)
     except ValueError as error:
         raise UsageError(f"--overlap: {error}.") from error
 
-    async def work(database: Any) -> Any:
-        return await keys.rotate(database, await named(database, key), seconds, actor())
+    async def work(database: Any) -> tuple[keys.Key, str]:
+        return await keys.rotate(database, await keys.named(database, key), seconds, actor())
 
-    rotated = with_database(home, work)
+    rotated = new_key_view(*with_database(home, work))
     if as_json:
         print_json(rotated)
         return
@@ -289,7 +289,7 @@ def _reason(error: InvalidValue | RowNotFound, create_account: bool) -> str:
 
 
 def _warn(home: Path, config: Path | None, policies: list[Policy]) -> None:
-    from pinaivu_box.admin.keys import warning
+    from pinaivu_box.admin.views import warning
 
     try:
         pricing = load_config(home, config).pricing

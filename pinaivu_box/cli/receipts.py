@@ -172,4 +172,6 @@ def _request(data: bytes) -> Any:
         ]
         return Transcript(prompts=texts_, echoed=echoed if completion.echo else [])
     chat, _ = decode(data, ChatRequest)
-    return Transcript(normalise(chat.messages), stop_strings(chat.stop), more=asked(chat))
+    return Transcript(
+        [prompt_text(normalise(chat.messages), stop_strings(chat.stop), **asked(chat))]
+    )

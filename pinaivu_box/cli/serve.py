@@ -130,19 +130,13 @@ def _say(text: str) -> None:
 
 async def _first_key(database: Any) -> str | None:
     from pinaivu_box.policy import SCOPES, Policy
-    from pinaivu_box.store import accounts, keys
+    from pinaivu_box.store import accounts, keys, new_keys
     from pinaivu_box.store.audit import Actor
 
     if await keys.exist(database):
         return None
-    _, secret = await keys.create(
-        database,
-        account=await accounts.find(database, accounts.OWNER),
-        name="first key",
-        policy=Policy(scopes=SCOPES),
-        expires_at=None,
-        by=Actor("first start", "local"),
-    )
+    draft = new_keys.Draft("first key", accounts.OWNER, Policy(scopes=SCOPES))
+    _, secret = await new_keys.create(database, draft, Actor("first start", "local"))
     return secret
 
 

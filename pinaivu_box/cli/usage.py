@@ -52,8 +52,7 @@ def usage(
 
     A peer (or node) is the box that served a request, which may be this one.
     """
-    from pinaivu_box.admin.usage import usage
-    from pinaivu_box.admin.usage_report import UsageReport, parse_day, to_csv
+    from pinaivu_box.admin.usage_report import UsageReport, parse_day, to_csv, usage_report
     from pinaivu_box.store import accounts, keys
 
     currency = load_config(home, config).pricing.currency
@@ -61,7 +60,7 @@ def usage(
     first, last = (day and parse_day(day.date().isoformat()) for day in (since, until))
 
     async def work(database: Any) -> UsageReport:
-        return await usage(
+        return await usage_report(
             database,
             own_node(home),
             currency,

@@ -79,14 +79,7 @@ def main() -> None:
     children = sandboxes.start()  # while the model loads
     try:
         runner = _make_runner(load)
-        preparer = RequestPreparer(
-            runner,
-            children,
-            drafting=load.drafting,
-            context_shift=load.context_shift,
-            model=load.model,
-            parse_special=load.parse_special,
-        )
+        preparer = RequestPreparer(runner, children, load)
         preparation.set_result(PreparationQueue(preparer, outbox.put, inbox.put))
         engine = Engine(runner, token_budget=load.token_budget)
     except BoxError as error:

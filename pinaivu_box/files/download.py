@@ -34,8 +34,8 @@ from pinaivu_box.models import partial_file
 from pinaivu_box.models.partial_file import HASH_BYTES, CopyInProgress, NoRoom, PartialFile
 from pinaivu_box.models.regular_files import sha256
 from pinaivu_box.models.splits import PartName, digest_of_parts
+from pinaivu_box.transport.link import Stream
 from pinaivu_box.transport.rpc import MessageStream, RequestRejected, UnexpectedMessage
-from pinaivu_box.transport.transport import Stream
 
 MAX_SOURCES = 16
 STREAMS_PER_SOURCE = 2  # while one waits for an answer, the other receives

@@ -16,7 +16,7 @@ from pinaivu_box.legs import wire as leg_wire
 from pinaivu_box.legs.sign import LegSigner
 from pinaivu_box.models.catalog import Model
 from pinaivu_box.receipts.receipt import Proof, SignedProof
-from pinaivu_box.transport.transport import Stream
+from pinaivu_box.transport.link import Stream
 
 log = logging.getLogger("pinaivu.legs")
 

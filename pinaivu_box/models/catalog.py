@@ -23,6 +23,7 @@ from pinaivu_box.models.regular_files import download_mark, sha256, stat_regular
 
 FAKE = "fake:"  # a runner without a model, for tests and load measurements
 _FAKE_DIGEST = hashlib.sha256(b"fake").hexdigest()
+RENAME_IT, RENAME_ONE = ": rename it", ": rename one of them"  # ends of reasons
 _RECENT_SECONDS = 60.0  # a file that changed since may still be written to
 
 
@@ -146,7 +147,7 @@ def load(
                         continue  # this very file: the configuration names it, or a link leads here
                     raise BadGguf(
                         f"another file is served as {model_id} already "
-                        f"({printable(str(other.path))}): rename one of them"
+                        f"({printable(str(other.path))}){RENAME_ONE}"
                     )
                 splits.check_complete(count, list(files))
                 models[model_id] = _from_files(model_id, paths, headers)
@@ -218,7 +219,7 @@ def _grouped(
                 continue
             group = groups.setdefault((path.with_name(part.stem), part.count), {})
             if part.number in group:
-                raise BadGguf(f"{printable(group[part.number].name)} is the same part: rename it")
+                raise BadGguf(f"{printable(group[part.number].name)} is the same part{RENAME_IT}")
             group[part.number] = path
         except BadGguf as error:
             not_served[path] = str(error)
@@ -230,11 +231,11 @@ def _id_of(path: Path) -> str:
     stem = splits.stem_of(path.name)
     model_id = stem if ":" in stem else f"{stem}:latest"
     if not is_model_id(model_id):
-        raise BadGguf(f"its name is no model id ({RULE}): rename it")
+        raise BadGguf(f"its name is no model id ({RULE}){RENAME_IT}")
     try:
         str(path).encode()
     except UnicodeEncodeError:
-        raise BadGguf("the name of its folder is not UTF-8: rename it") from None
+        raise BadGguf(f"the name of its folder is not UTF-8{RENAME_IT}") from None
     return model_id
 
 

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from pinaivu_box.errors import BodyTooLarge, InvalidBody, InvalidJson, quoted
-from pinaivu_box.openai.fields import IgnoredFields, drop_unknown
+from pinaivu_box.openai.fields import IgnoredFields, drop_unknown, unknown_field
 from pinaivu_box.text import number
 from pinaivu_box.value_count import exceeds
 
@@ -119,11 +119,7 @@ def from_validation(error: msgspec.ValidationError, *, root: str = "body") -> In
     if missing := _MISSING.fullmatch(message):
         return InvalidBody("field required", loc=(*loc, missing[1]), kind="value_error.missing")
     if unknown := _UNKNOWN.fullmatch(message):
-        return InvalidBody(
-            f"'{quoted(unknown[1])}' is not a field here: remove it or correct its name",
-            loc=(*loc, unknown[1]),
-            kind="value_error.extra",
-        )
+        return unknown_field((*loc, unknown[1]))
     if invalid := _INVALID_VALUE.fullmatch(message):
         value = _JSON_OF.get(invalid[1], invalid[1])
         return InvalidBody(

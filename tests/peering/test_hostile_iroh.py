@@ -18,7 +18,7 @@ from pinaivu_box.legs import wire as leg_wire
 from pinaivu_box.membership import joining, tickets
 from pinaivu_box.transport import wire
 from pinaivu_box.transport.iroh_transport import IrohTransport
-from pinaivu_box.transport.streams import Open
+from pinaivu_box.transport.wire import Open
 from tests.support.keys import new_identity
 from tests.support.process_box import Box, pinaivu_json
 from tests.support.waiting import soon

@@ -170,6 +170,21 @@ class StrictRunner(FakeRunner):
         self.kv.copy(source, target, length)
 
 
+class EndingRunner(StrictRunner):
+    """Says any ASCII, and may end at any time."""
+
+    def __init__(self, given_load: LoadModel, **more: Any) -> None:
+        super().__init__(given_load, **{"can_end": True, **more})
+
+
+class TemplatedRunner(FakeRunner):
+    """A fake model with that chat template."""
+
+    def __init__(self, source: str | None) -> None:
+        super().__init__(load())
+        self.facts = replace(self.facts, chat_template=source)
+
+
 def load(path: str = "fake:0", **more: Any) -> LoadModel:
     sizes = {"context": 200, "kv_tokens": 2000, "max_sequences": 16, "token_budget": BUDGET}
     return LoadModel(path=path, offset=0, threads=0, **{**sizes, **more})
@@ -197,7 +212,7 @@ def add(
 
 def here(job: Callable[[bytes], bytes]) -> SandboxRun:
     """A sandbox's job, run in this process and without limits."""
-    return lambda payload, **_: job(payload)
+    return lambda payload, _: job(payload)
 
 
 def in_this_process() -> Sandboxes:
@@ -218,18 +233,21 @@ class Template(SandboxedTemplate):
         model: str = "",
         controls: Sequence[str] = (),
     ) -> None:
-        run = here(chat_template.make(b""))
-        more = {"model": model, "controls": controls}
-        super().__init__(run, source, bos=bos, eos=eos, context=1000, **more)  # type: ignore[arg-type]
+        facts = FakeRunner(load()).facts
+        facts = replace(
+            facts, chat_template=source, bos=bos, eos=eos, controls=tuple(controls), context=1000
+        )
+        super().__init__(here(chat_template.make(b"")), facts, load(model=model))
 
     def render(self, messages: Any, functions: Any = None, variables: Any = None) -> str:
         return "".join(self.parts(messages, functions, variables))
 
     def parts(
-        self, messages: Any, functions: Any = None, variables: Any = None, **_: Any
+        self, messages: Any, functions: Any = None, variables: Any = None, _: Any = None
     ) -> list[str]:
         told = json.dumps(functions) if isinstance(functions, list) and functions else None
-        return super().parts(messages, functions if isinstance(functions, str) else told, variables)
+        told = functions if isinstance(functions, str) else told
+        return super().parts(messages, told, variables or {})
 
 
 class Engine:
@@ -252,9 +270,7 @@ class Engine:
         self._preparer = RequestPreparer(
             runner,
             sandboxes or in_this_process(),
-            drafting=drafting,
-            context_shift=shift,
-            parse_special=parse_special,
+            load(drafting=drafting, context_shift=shift, parse_special=parse_special),
         )
         self._engine = engines.Engine(runner, token_budget=token_budget)
         self._output = OutputBuffer()
