@@ -60,9 +60,9 @@ class Job:
     drawn_with: Sampling | None = None
     digest: str | None = None
     tried: tuple[str, ...] = ()
-    # Routing: which peers may serve it (names or node ids; None: any), and instead of which policy.
+    # Routing: the peers that may serve it (names or node ids; none: any), and the key's own policy.
     local_only: bool = False
-    peers: tuple[str, ...] | None = None
+    peers: tuple[str, ...] = ()
     routing: RoutingPolicy | None = None
     name: str = ""  # that this box gave a peer's job
 

@@ -170,12 +170,12 @@ class ChoiceRecord:
 
 @dataclass
 class RequestRecord:
-    """Of one request, from its arrival to its receipt; `jobs` has one for each of its choices.
+    """Of one request, from its arrival to its receipt.
 
     `period`: when the period of the key's budget began (see `store.keys.charge`).
     """
 
-    jobs: list[Job]
+    choices: list[ChoiceRecord]
     key_id: str
     prices: Prices
     period: int = 0
@@ -185,13 +185,10 @@ class RequestRecord:
     queue_ms: int | None = None
     ttft_ms: int | None = None
 
-    def __post_init__(self) -> None:
-        self.choices = [ChoiceRecord(job) for job in self.jobs]
-
     @property
     def job(self) -> Job:
         """The first; request id, model and tenant are the same for all."""
-        return self.jobs[0]
+        return self.choices[0].job
 
     def take(self, output: Output) -> None:
         """Record when the first choice was begun, and when the first token came."""

@@ -16,12 +16,12 @@ It is exact about what was said: integers in, doubles out.  But an offer is up t
 the wait is an estimate, and nobody promises anything: a box that is full says so, and the next is
 tried.
 
-What is `known` is a round trip old, and those that are known are compared first (`unsure` says when
-to ask).  Everybody sees much the same offers, some seconds old.  If everybody took the best of
-them, all would go to the same box and wait there, so chance has a part (Mitzenmacher, "How Useful
-Is Old Information?", 2000): of many peers `DRAWN` are compared, and of those within `BAND` of the
-best (`KNOWN_BAND` if it is known) two are drawn, of which the one with the larger share of its
-sequences free is taken.  `cheapest` compares all.
+What is `known` is a round trip old, and those that are known are compared first; `Decision.unsure`
+says when to ask.  Everybody sees much the same offers, some seconds old.  If everybody took the
+best of them, all would go to the same box and wait there, so chance has a part (Mitzenmacher, "How
+Useful Is Old Information?", 2000): of many peers `DRAWN` are compared, and of those within `BAND`
+of the best (`KNOWN_BAND` if it is known) two are drawn, of which the one with the larger share of
+its sequences free is taken.  `cheapest` compares all.
 """
 
 from __future__ import annotations
@@ -178,6 +178,14 @@ class Decision:
     def eligible(self) -> int:
         return sum(scored.why_not is None for scored in self.candidates)
 
+    @property
+    def unsure(self) -> bool:
+        """Whether to ask around and decide anew: the request would leave this box or wait, and of
+        somebody who may serve it only an offer is known."""
+        return self.reason not in ("local", "warm") and any(
+            scored.why_not is None and not scored.candidate.known for scored in self.candidates
+        )
+
     def record(self) -> dict[str, Any]:
         """For the receipt's `routing`: JSON.  At most `SHOWN` candidates, the chosen one among
         them; the others are counted by why they were not eligible."""
@@ -267,14 +275,6 @@ def route(candidates: Sequence[Candidate], ask: RoutingRequest, random: Random) 
     refused = [ScoredCandidate(c, why_not=why) for c, why in reasons.items() if why is not None]
     chosen, reason = _choose(ranked, ask, random)
     return Decision(chosen, reason, ask.policy, (*ranked, *refused))
-
-
-def unsure(decision: Decision, candidates: Sequence[Candidate], ask: RoutingRequest) -> bool:
-    """Whether to ask around and decide anew: it would leave this box or wait, and of somebody who
-    may serve it only an offer is known."""
-    return decision.reason not in ("local", "warm") and any(
-        not candidate.known and why_not(candidate, ask) is None for candidate in candidates
-    )
 
 
 def _not_drawn(eligible: list[Candidate], ask: RoutingRequest, random: Random) -> list[Candidate]:

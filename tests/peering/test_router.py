@@ -20,7 +20,6 @@ from pinaivu_box.routing.router import (
     RoutingRequest,
     route,
     scores,
-    unsure,
     why_not,
 )
 
@@ -218,7 +217,7 @@ def test_known_candidates_are_compared_and_one_of_the_best_is_chosen() -> None:
 
 def test_loads_are_asked_for_if_only_an_offer_is_known() -> None:
     def ask_around(*given: Candidate, ask: RoutingRequest = ASK) -> bool:
-        return unsure(route(given, ask, Random(1)), given, ask)
+        return route(given, ask, Random(1)).unsure
 
     known, home = replace(PEER, known=True), replace(BUSY_HOME, known=True)
     assert ask_around(home, PEER) and ask_around(PEER, replace(known, node_id="node_b"))
