@@ -29,16 +29,30 @@ async def digest(database: Database, model: Model) -> str:
     if model.parts:
         return digest_of_parts(await digests_of_parts(database, model))
     facts = _facts(model.path)
-    rows = await database.read(
-        "SELECT digest FROM model_files WHERE path = ? AND size = ? AND mtime_ns = ?", facts
-    )
-    if rows:
-        return str(rows[0]["digest"])
+    if stored := await _stored(database, facts):
+        return stored
     computed = await _in_thread(lambda stopped: digest_of(model, stopped))
     await database.write(
         ("INSERT OR REPLACE INTO model_files VALUES (?, ?, ?, ?)", (*facts, computed)),
     )
     return computed
+
+
+async def known_digest(database: Database, model: Model) -> str:
+    """Return a model's digest if no file has to be read for it, else ""."""
+    if model.recorded_digest:
+        return model.recorded_digest
+    digests = [await _stored(database, _facts(file.path)) for file in model.files]
+    if not all(digests):
+        return ""
+    return digest_of_parts(digests) if model.parts else digests[0]
+
+
+async def _stored(database: Database, facts: _Facts) -> str:
+    rows = await database.read(
+        "SELECT digest FROM model_files WHERE path = ? AND size = ? AND mtime_ns = ?", facts
+    )
+    return str(rows[0]["digest"]) if rows else ""
 
 
 async def digests_of_parts(database: Database, model: Model) -> list[str]:

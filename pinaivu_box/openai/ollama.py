@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 import msgspec
-from msgspec import UNSET, Meta, Struct, UnsetType
+from msgspec import UNSET, Meta, Struct, UnsetType, field
 
 from pinaivu_box.engine.messages import (
     MinP,
@@ -28,7 +28,7 @@ from pinaivu_box.openai.types import (
     AssistantMessage,
     CalledFunction,
     ChatRequest,
-    Content,
+    CustomTool,
     Effort,
     JsonFormat,
     KeepAlive,
@@ -51,7 +51,7 @@ _MAX_INPUTS = 2048
 
 
 def without_unknown_limits(raw: dict[str, Any], ignored: IgnoredFields) -> None:
-    """Convert values that mean "no limit" or "nothing", as other servers' are (see `parameters`)."""
+    """Convert values that mean "no limit" or "nothing", as `parameters` does for others."""
     options = raw.get("options")
     if isinstance(options, dict):
         limit = options.get("num_predict")
@@ -89,7 +89,7 @@ class Options(Strict, frozen=True):
 
 class OllamaFunction(Strict, frozen=True):
     name: str
-    arguments: dict[str, Any] = {}
+    arguments: dict[str, Any] = field(default_factory=dict)
 
 
 class OllamaCall(Strict, frozen=True):
@@ -119,7 +119,9 @@ class _OllamaRequest(ModelRequest, frozen=True, kw_only=True):
     think: Think | None = None
     prepare = staticmethod(without_unknown_limits)
 
-    def chat(self, messages: list[Message], tools: list[Tool] | None = None) -> ChatRequest:
+    def chat(
+        self, messages: list[Message], tools: list[Tool | CustomTool] | None = None
+    ) -> ChatRequest:
         """The request as one of OpenAI's."""
         options = msgspec.structs.asdict(self.options or Options())
         max_tokens = options.pop("num_predict")
@@ -146,7 +148,7 @@ class _OllamaRequest(ModelRequest, frozen=True, kw_only=True):
 class OllamaChatRequest(_OllamaRequest, frozen=True, kw_only=True):
     """Body of `POST /api/chat`."""
 
-    messages: list[OllamaMessage] = []
+    messages: list[OllamaMessage] = field(default_factory=list)
     tools: Annotated[list[Tool], Meta(max_length=MAX_TOOLS)] | None = None
 
     def as_chat(self) -> ChatRequest:
@@ -155,7 +157,7 @@ class OllamaChatRequest(_OllamaRequest, frozen=True, kw_only=True):
         messages = [
             _message(number, message, names) for number, message in enumerate(self.messages)
         ]
-        return self.chat(messages, self.tools)
+        return self.chat(messages, None if self.tools is None else [*self.tools])
 
 
 class GenerateRequest(_OllamaRequest, frozen=True, kw_only=True):
@@ -201,7 +203,7 @@ class ShowRequest(Struct, frozen=True, kw_only=True):
 def _message(number: int, message: OllamaMessage, names: dict[str, str]) -> Message:
     """Raises InvalidBody, UnsupportedParameter."""
     _refuse_images(message.images, "messages", number, "images")
-    content: Content = message.content
+    content = message.content
     match message.role:
         case "system":
             return SystemMessage(content=content)
@@ -242,11 +244,23 @@ def _refuse_images(images: list[str] | None, *path: str | int) -> None:
 # -- answers -------------------------------------------------------------------------------------
 
 
+class AnsweredFunction(Struct, frozen=True):
+    """`arguments` is the JSON of an object."""
+
+    name: str
+    arguments: msgspec.Raw | dict[str, Any]
+
+
+class AnsweredCall(Struct, frozen=True):
+    id: str
+    function: AnsweredFunction
+
+
 class AnsweredMessage(Struct, frozen=True):
     role: str
     content: str
     thinking: str | UnsetType = UNSET
-    tool_calls: list[OllamaCall] | UnsetType = UNSET
+    tool_calls: list[AnsweredCall] | UnsetType = UNSET
 
 
 class OllamaAnswer(Struct, frozen=True, kw_only=True):

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterable, Mapping, Set
 from typing import Annotated, Any
 
+import msgspec
 from msgspec import Meta, Struct
 
 from pinaivu_box.openai.types import (
@@ -187,3 +188,13 @@ def _of_custom(tool: CustomTool) -> Function:
         "additionalProperties": False,
     }
     return Function(custom.name, "\n".join(filter(None, description)), parameters)
+
+
+def parsed_arguments(text: str) -> Any:
+    """Arguments as JSON; an empty object if they are not an object."""
+    try:
+        arguments = json.loads(text)
+        written = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+    except (ValueError, RecursionError):  # cut off by max_tokens, or nested too deeply
+        return {}
+    return msgspec.Raw(encodable(written).encode()) if isinstance(arguments, dict) else {}

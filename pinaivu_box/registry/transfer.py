@@ -21,6 +21,7 @@ from pinaivu_box import backoff
 from pinaivu_box.errors import PullFailed, quoted
 from pinaivu_box.models import partial_file
 from pinaivu_box.models.partial_file import PIECE_BYTES, CopyInProgress, NoRoom
+from pinaivu_box.models.regular_files import sha256
 from pinaivu_box.registry.client import HttpStatus, RegistryClient, host_of, unreachable
 from pinaivu_box.registry.manifest import Listing, RemoteFile
 from pinaivu_box.registry.unhashed_file import UnhashedFile
@@ -125,7 +126,7 @@ class Transfer:
             self._arrived[file.url] = set(range(partial_file.count(size))) - set(missing)
             await self._fill(file, partial, missing)
             self.checking = True
-            digest = await asyncio.to_thread(partial_file.digest, partial.path)
+            digest = await asyncio.to_thread(sha256, partial.path)
             if file.digest not in (None, digest):
                 await asyncio.to_thread(partial.discard)
                 raise PullFailed(

@@ -38,6 +38,7 @@ from pinaivu_box.server.paths import methods_at, suggestion
 log = logging.getLogger("pinaivu.http")
 
 ANTHROPIC = "/v1/messages"
+OLLAMA = "/api/"
 _OVERFLOW = "This model's maximum context length is"
 _NUMBER = re.compile(r"[0-9]+")
 _STATUSES_WITH_CONTACT = (402, 403, 429, 503)  # the operator decides about these
@@ -65,6 +66,8 @@ def body(error: ApiError, path: str = "") -> dict[str, Any]:
         },
         "detail": detail,
     }
+    if path.startswith(OLLAMA):
+        return {**content, "error": error.message, "code": error.code}
     if path.startswith(ANTHROPIC):
         kind = "invalid_request_error" if error.status < 500 else "api_error"
         content["type"] = "error"

@@ -39,6 +39,7 @@ _MAX_TIMEOUT_SECONDS = 86400.0  # as in the body
 
 Body = TypeVar("Body", bound=msgspec.Struct)
 T = TypeVar("T")
+Stream = TypeVar("Stream", bound=EventStream)
 T_co = TypeVar("T_co", covariant=True)
 
 
@@ -198,8 +199,9 @@ class InferenceCall:
         builder: AnswerBuilder[T],
         *,
         stream: bool | None,
+        stream_type: type[Stream] = EventStream,  # type: ignore[assignment]
         settle: Callable[[Finished], Awaitable[None]] | None = None,
-    ) -> T | EventStream:
+    ) -> T | Stream:
         """The answer, whole or as a stream; `settle` is awaited before the last event is taken.
         Raises the error of Failed, in a stream only before its first output."""
         if not stream:
@@ -215,7 +217,7 @@ class InferenceCall:
         if first.done() and isinstance(last := first.result()[-1], Failed):
             self._watcher.cancel()
             raise last.error
-        return EventStream(self._chunks(first, builder.encode, settle), self._watcher)
+        return stream_type(self._chunks(first, builder.encode, settle), self._watcher)
 
     async def _first(self) -> list[RequestEvent]:
         """The events up to the first output or failure."""

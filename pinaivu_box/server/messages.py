@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from typing import Any
 
-import msgspec
 from msgspec import UNSET
 
 from pinaivu_box.chat_format import CONTINUE
@@ -26,11 +24,11 @@ from pinaivu_box.openai.anthropic import (
     continues,
 )
 from pinaivu_box.openai.reader import Arguments, ParsedCall, Piece, Reader, Reasoning, Text
+from pinaivu_box.openai.tools import parsed_arguments
 from pinaivu_box.server import error_responses
 from pinaivu_box.server.inference import InferenceCall, reader_of
 from pinaivu_box.server.jobs import json_text
 from pinaivu_box.server.sse import EventStream, encode_event
-from pinaivu_box.text import encodable
 
 _STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 
@@ -177,17 +175,7 @@ class _MessageAnswer:
         if not self._open_block:
             return []
         if self._open_block == "tool_use":
-            self._blocks[-1]["input"] = _parsed("".join(self._arguments))
+            self._blocks[-1]["input"] = parsed_arguments("".join(self._arguments))
             self._arguments = []
         self._open_block = ""
         return [{"type": "content_block_stop", "index": len(self._blocks) - 1}]
-
-
-def _parsed(text: str) -> Any:
-    """Arguments as JSON; an empty object if they are not an object."""
-    try:
-        arguments = json.loads(text)
-        written = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
-    except (ValueError, RecursionError):  # cut off by max_tokens, or nested too deeply
-        return {}
-    return msgspec.Raw(encodable(written).encode()) if isinstance(arguments, dict) else {}

@@ -6,17 +6,21 @@ import struct
 import time
 from dataclasses import replace
 from datetime import UTC, datetime
+from typing import Any
 
 from msgspec import UNSET
 from starlette.requests import Request
 
 from pinaivu_box.errors import ModelNotAllowed
+from pinaivu_box.files import store as file_store
 from pinaivu_box.gateway.backend import Job
 from pinaivu_box.gateway.output import Output
 from pinaivu_box.gateway.request import ChoiceStarted, Failed, Finished, RequestEvent
 from pinaivu_box.models import memory
 from pinaivu_box.models.catalog import Model
 from pinaivu_box.openai.ollama import (
+    AnsweredCall,
+    AnsweredFunction,
     AnsweredMessage,
     EmbedAnswer,
     EmbeddingsAnswer,
@@ -27,12 +31,10 @@ from pinaivu_box.openai.ollama import (
     LoadedModels,
     ModelDetails,
     OllamaAnswer,
-    OllamaCall,
     OllamaChatRequest,
-    OllamaFunction,
     OllamaVersion,
-    ShowRequest,
     ShownModel,
+    ShowRequest,
     TaggedModel,
     Tags,
 )
@@ -47,6 +49,7 @@ from pinaivu_box.server.jobs import chat_job
 from pinaivu_box.server.sse import LineStream, encode_line
 
 _VERSION = "0.12.0"  # of Ollama, whose API this is
+_MAX_TIME = 253_402_300_799  # Unix seconds of the last one of the year 9999
 _NANOSECONDS = 1_000_000_000
 
 
@@ -60,7 +63,7 @@ async def chat(call: InferenceCall, body: OllamaChatRequest) -> OllamaAnswer | L
         call.thinking_field = "think"
     await call.start([job])
     return await call.answer(
-        _Answer(call, job, is_chat=True), stream=body.stream is not False, lines=True
+        _Answer(call, job, is_chat=True), stream=body.stream is not False, stream_type=LineStream
     )
 
 
@@ -75,7 +78,7 @@ async def generate(call: InferenceCall, body: GenerateRequest) -> OllamaAnswer |
         call.thinking_field = "think"
     await call.start([job])
     return await call.answer(
-        _Answer(call, job, is_chat=False), stream=body.stream is not False, lines=True
+        _Answer(call, job, is_chat=False), stream=body.stream is not False, stream_type=LineStream
     )
 
 
@@ -129,7 +132,9 @@ async def version(request: Request) -> OllamaVersion:
 
 async def tags(request: Request) -> Tags:
     box = box_of(request)
-    return Tags([await _tagged(request, model) for model in box.models(key_of(request).policy)])
+    return Tags(
+        [await _tagged(request, model) for model in box.admission.models(key_of(request).policy)]
+    )
 
 
 async def _tagged(request: Request, model: Model) -> TaggedModel:
@@ -141,7 +146,7 @@ async def _tagged(request: Request, model: Model) -> TaggedModel:
 async def show(request: Request, body: ShowRequest) -> ShownModel:
     """Raises ModelNotFound, ModelNotAllowed."""
     policy = key_of(request).policy
-    model = box_of(request).model(body.model or body.name, policy)
+    model = box_of(request).admission.find(body.model or body.name, policy)
     if not policy.serves(model.id):
         raise ModelNotAllowed(f"This key may not use {model.id}.", param="model")
     architecture = model.header.architecture
@@ -152,7 +157,7 @@ async def show(request: Request, body: ShowRequest) -> ShownModel:
 
 async def ps(request: Request) -> LoadedModels:
     box, policy = box_of(request), key_of(request).policy
-    served = {model.id: model for model in box.models(policy)}
+    served = {model.id: model for model in box.admission.models(policy)}
     return LoadedModels(
         [
             LoadedModel(
@@ -161,7 +166,7 @@ async def ps(request: Request) -> LoadedModels:
                 engine.memory or 0,
                 await _digest(request, model),
                 _details(model),
-                _time(time.time() + box.placement.longest),
+                _time(time.time() + box.placement.max_keep_alive),
                 0,
                 engine.ready.context,
             )
@@ -169,3 +174,118 @@ async def ps(request: Request) -> LoadedModels:
             if (model := served.get(engine.model_id)) is not None
         ]
     )
+
+
+async def _digest(request: Request, model: Model) -> str:
+    """Of the model's file, where it is known without reading it now."""
+    return await file_store.known_digest(box_of(request).database, model)
+
+
+def _details(model: Model) -> ModelDetails:
+    family = model.header.architecture
+    return ModelDetails("", "gguf", family, [family], "", "")
+
+
+def _time(seconds: float) -> str:
+    time_ = datetime.fromtimestamp(min(seconds, _MAX_TIME), UTC)
+    return time_.isoformat().replace("+00:00", "Z")
+
+
+# -- answers -------------------------------------------------------------------------------------
+
+
+class _Answer:
+    """See `inference.AnswerBuilder`.  Calls are sent whole, as Ollama does."""
+
+    def __init__(self, call: InferenceCall, job: Job, *, is_chat: bool) -> None:
+        self._call, self._job, self._is_chat = call, job, is_chat
+        self._reader = Reader(None)  # until it is started
+        self._began = self._started = self._first = time.monotonic()
+        self._text, self._thinking = "", ""
+        self._calls: list[AnsweredCall] = []
+        self._name, self._call_id = "", ""
+        self._arguments: list[str] = []
+        self._end: Finished
+
+    def loaded(self) -> OllamaAnswer:
+        """The answer to a request that only loads the model."""
+        return self._line("", done=True, done_reason="load")
+
+    def whole(self) -> OllamaAnswer:
+        return self._last(self._text, self._thinking, self._calls)
+
+    def encode(self, event: RequestEvent) -> bytes:
+        if isinstance(event, Failed):
+            return encode_line(error_responses.body(event.error, error_responses.OLLAMA))
+        before = len(self._text), len(self._thinking), len(self._calls)
+        self.take(event)
+        text, thinking = self._text[before[0] :], self._thinking[before[1] :]
+        calls = self._calls[before[2] :]
+        lines = [self._line(text, thinking, calls)] if text or thinking or calls else []
+        if isinstance(event, Finished):
+            lines.append(self._last("", "", []))
+        return b"".join(map(encode_line, lines))
+
+    def take(self, event: RequestEvent) -> None:
+        match event:
+            case ChoiceStarted():
+                self._reader = reader_of(self._job, event)
+                self._started = self._first = time.monotonic()
+            case Output():
+                if self._first == self._started:
+                    self._first = time.monotonic()
+                for piece in self._reader.take(event.text, event.finish_reason):
+                    self._add(piece)
+            case Finished():
+                self._close_call()
+                self._end = event
+
+    def _add(self, piece: Piece) -> None:
+        match piece:
+            case Text(text):
+                self._text += text
+            case Reasoning(text):
+                self._thinking += text
+            case ParsedCall(_, call_id, name):
+                self._close_call()
+                self._call_id, self._name = call_id, name
+            case Arguments(_, text):
+                self._arguments.append(text)
+
+    def _close_call(self) -> None:
+        if self._name:
+            arguments = parsed_arguments("".join(self._arguments))
+            function = AnsweredFunction(self._name, arguments)
+            self._calls.append(AnsweredCall(self._call_id, function))
+        self._name, self._arguments = "", []
+
+    def _last(self, text: str, thinking: str, calls: list[AnsweredCall]) -> OllamaAnswer:
+        now = time.monotonic()
+        return self._line(
+            text,
+            thinking,
+            calls,
+            done=True,
+            done_reason="length" if self._reader.finish_reason == "length" else "stop",
+            total_duration=_nanoseconds(now - self._began),
+            load_duration=_nanoseconds(self._started - self._began),
+            prompt_eval_count=self._end.prompt_tokens,
+            prompt_eval_duration=_nanoseconds(self._first - self._started),
+            eval_count=self._end.completion_tokens,
+            eval_duration=_nanoseconds(now - self._first),
+            request_id=self._call.request_id,
+        )
+
+    def _line(
+        self, text: str, thinking: str = "", calls: list[AnsweredCall] | None = None, **more: Any
+    ) -> OllamaAnswer:
+        content: dict[str, Any] = {"response": text, "thinking": thinking or UNSET}
+        if self._is_chat:
+            message = AnsweredMessage("assistant", text, thinking or UNSET, calls or UNSET)
+            content = {"message": message}
+        created_at = _time(time.time())
+        return OllamaAnswer(model=self._job.model.id, created_at=created_at, **content, **more)
+
+
+def _nanoseconds(seconds: float) -> int:
+    return round(seconds * _NANOSECONDS)

@@ -21,6 +21,11 @@ def encode_event(data: object, name: str = "") -> bytes:
     return head + msgspec.json.encode(data) + END_OF_EVENT
 
 
+def encode_line(data: object) -> bytes:
+    """A line of JSON, for a `LineStream`."""
+    return msgspec.json.encode(data) + b"\n"
+
+
 class EventStream(Response):
     """Sends the encoded events that `chunks` yields, and a comment after some silent seconds.
 
@@ -29,6 +34,7 @@ class EventStream(Response):
     """
 
     media_type = "text/event-stream"
+    keep_alive = KEEP_ALIVE
 
     def __init__(self, chunks: AsyncIterator[bytes], watcher: asyncio.Task[None]) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
@@ -57,5 +63,13 @@ class EventStream(Response):
         while True:
             sent_before = self._sent
             await asyncio.sleep(KEEP_ALIVE_SECONDS)
-            if self._sent == sent_before:
-                await send({"type": "http.response.body", "body": KEEP_ALIVE, "more_body": True})
+            if self._sent == sent_before and self.keep_alive:
+                data = self.keep_alive
+                await send({"type": "http.response.body", "body": data, "more_body": True})
+
+
+class LineStream(EventStream):
+    """The same as lines of JSON, in which there are no comments."""
+
+    media_type = "application/x-ndjson"
+    keep_alive = b""
