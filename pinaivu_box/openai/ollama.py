@@ -193,11 +193,13 @@ class EmbeddingsRequest(ModelRequest, frozen=True, kw_only=True):
 
 
 class ShowRequest(Struct, frozen=True, kw_only=True):
-    """Body of `POST /api/show`; `name` is an older spelling of `model`."""
+    """Body of `POST /api/show`; `name` is an older spelling of `model`, the others have no effect."""
 
     model: str = ""
     name: str = ""
     verbose: bool | None = None
+    stream: bool | None = None
+    options: dict[str, Any] | None = None
 
 
 def _message(number: int, message: OllamaMessage, names: dict[str, str]) -> Message:
