@@ -117,7 +117,11 @@ def test_a_call_comes_whole_and_its_result_goes_back(box: Box) -> None:
         {"role": "assistant", "content": "", "tool_calls": [call]},
         {"role": "tool", "tool_name": "weather", "content": "sunny"},
     ]
-    body = {"model": MODEL, "tools": [tool], "options": {"num_predict": 40, "seed": 2}}
+    body: dict[str, Any] = {
+        "model": MODEL,
+        "tools": [tool],
+        "options": {"num_predict": 40, "seed": 2},
+    }
     answer = post(box, "chat", messages=messages, **body)
     assert answer["done"]
     for line in lines(box, "chat", messages=messages[:1], **body):
@@ -146,7 +150,8 @@ def test_the_models_are_listed_and_described(box: Box) -> None:
     family = shown["details"]["family"]
     assert shown["model_info"]["general.architecture"] == family
     assert shown["model_info"][f"{family}.context_length"] > 0
-    assert post(box, "show", name=MODEL)["details"] == shown["details"]
+    named = box.http("POST", "/api/show", json={"name": MODEL}).json()
+    assert named["details"] == shown["details"]
     assert box.http("GET", "/api/version", key="").json()["version"]
 
 

@@ -193,12 +193,12 @@ class EmbeddingsRequest(ModelRequest, frozen=True, kw_only=True):
 
 
 class ShowRequest(Struct, frozen=True, kw_only=True):
-    """Body of `POST /api/show`; `name` is an older spelling of `model`, the others have no effect."""
+    """Body of `POST /api/show`; `name` is an older spelling of `model`."""
 
     model: str = ""
     name: str = ""
     verbose: bool | None = None
-    stream: bool | None = None
+    stream: bool | None = None  # this and the next have no effect
     options: dict[str, Any] | None = None
 
 
