@@ -56,11 +56,10 @@ class Bodies:
         """
         reader = BodyReader(request, max_bytes)
         data = await reader.up_to(SMALL_BODY_BYTES)
-        if data is not None:
-            return decode(data, kind, strict=strict)
-        release = await self._memory.reserve(account, reader.max_size, max_bytes)
-        request.scope["state"]["release_body"] = release
-        data = await reader.whole()
+        if data is None:
+            release = await self._memory.reserve(account, reader.max_size, max_bytes)
+            request.scope["state"]["release_body"] = release
+            data = await reader.whole()
         if len(data) <= SMALL_BODY_BYTES:
             return decode(data, kind, strict=strict)
         payload = large_bodies.job(data, kind, strict=strict)

@@ -65,7 +65,7 @@ async def create_response(
         check_tools(len(msgspec.json.encode(body.tools)))
     chat = _as_chat(body)
     check_chat(chat)
-    items = as_items(await _resolve_references(call, body.input))
+    items = await _resolve_references(call, as_items(body.input))
     messages = as_messages([*await _history(call, body), *items])
     if body.instructions is not None:
         messages.insert(0, {"role": "system", "content": body.instructions})
@@ -222,12 +222,10 @@ def _join_system_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]
 
 
 async def _resolve_references(
-    call: InferenceCall, items: str | list[dict[str, Any]]
-) -> str | list[dict[str, Any]]:
+    call: InferenceCall, items: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
     """Replace references by the stored items that they name.  Raises NotFound, InvalidBody,
     BodyTooLarge."""
-    if isinstance(items, str):
-        return items
     known: dict[str, dict[str, Any]] = {}
     suffixes: set[str] = set()
     resolved: list[dict[str, Any]] = []
