@@ -26,7 +26,13 @@ from pinaivu_box.gateway.request import ChoiceStarted, Failed, Finished, Request
 from pinaivu_box.gateway.request import Request as Running
 from pinaivu_box.gateway.sizes import check_sizes
 from pinaivu_box.openai.reader import Reader
-from pinaivu_box.openai.types import Extension, ModelRequest, PromptTokensDetails, Usage
+from pinaivu_box.openai.types import (
+    ContextShift,
+    Extension,
+    ModelRequest,
+    PromptTokensDetails,
+    Usage,
+)
 from pinaivu_box.server import error_responses
 from pinaivu_box.server.auth import key_of, require_account
 from pinaivu_box.server.bodies import Bodies, release_body
@@ -119,6 +125,18 @@ class InferenceCall:
             stop=[],
             tenant=self.key.id,
         )
+
+    def first_fields(self, id_prefix: str, kind: str, job: Job) -> dict[str, Any]:
+        """The fields of a chat or completion, and of its chunks, that are known at its beginning;
+        `kind` is its `object`."""
+        return {
+            "id": self.request_id.replace("req_", id_prefix),
+            "request_id": self.request_id,
+            "created": self.created_at,
+            "model": job.model.id,
+            "choices": [],
+            "object": kind,
+        }
 
     async def tokenize(
         self,
@@ -303,10 +321,13 @@ async def disconnected(receive: Receive) -> None:
         pass
 
 
-def usage_of(end: Finished) -> Usage:
-    return Usage(
+def last_fields(end: Finished) -> dict[str, Any]:
+    """The fields of a chat or completion that are known at its end."""
+    usage = Usage(
         prompt_tokens=end.prompt_tokens,
         completion_tokens=end.completion_tokens,
         total_tokens=end.prompt_tokens + end.completion_tokens,
         prompt_tokens_details=PromptTokensDetails(end.cached_tokens),
     )
+    shift = {"context_shift": ContextShift(end.shifted_tokens)} if end.shifted_tokens else {}
+    return {"usage": usage, **shift}
