@@ -83,7 +83,7 @@ class InferenceCall:
         self._keep_alive: float | None = None
         self.request = request
         self._counted: Entry | None = None  # as one of the key's requests per minute
-        self._running: Running  # once it is started
+        self.running: Running  # once it is started
         self._watcher: asyncio.Task[None]
 
     async def body(self, kind: type[Body]) -> Body:
@@ -166,7 +166,7 @@ class InferenceCall:
             result.cancel()
             disconnect.cancel()
 
-    async def start(self, jobs: list[Job], *, background: bool = False) -> Running:
+    async def start(self, jobs: list[Job], *, background: bool = False) -> None:
         """Start the request; in the `background` it goes on when the client disconnects.  Raises
         what admission does, TooLate, and InvalidBody for what is too large."""
         for job in jobs:
@@ -180,15 +180,14 @@ class InferenceCall:
             waited = time.monotonic() - began
             raise too_late(waited, self._timeout or waited) from None
         waited = time.monotonic() - began
-        self._running = self.box.requests.start(admitted, self._timeout, waited, self._since)
+        self.running = self.box.requests.start(admitted, self._timeout, waited, self._since)
         self.request.scope["state"]["logged"] = True  # the request logs itself
         if not background:
             self._watcher = asyncio.create_task(self._cancel_on_disconnect())
-        return self._running
 
     async def _cancel_on_disconnect(self) -> None:
         await disconnected(self.request.receive)
-        self._running.cancel()
+        self.running.cancel()
 
     def failed(self, error: ApiError) -> Failed:
         """Count an error that ends an answer that has begun; returns it as the client sees it."""
@@ -200,7 +199,7 @@ class InferenceCall:
         """Yields all events up to Finished.  Raises the error of Failed."""
         try:
             while True:
-                for event in await self._running.events.take():
+                for event in await self.running.events.take():
                     release_body(self.request)
                     if isinstance(event, Failed):
                         raise event.error
@@ -237,9 +236,9 @@ class InferenceCall:
 
     async def _first(self) -> list[RequestEvent]:
         """The events up to the first output or failure."""
-        events = await self._running.events.take()
+        events = await self.running.events.take()
         while isinstance(events[-1], ChoiceStarted):
-            events = [*events, *await self._running.events.take()]
+            events = [*events, *await self.running.events.take()]
         release_body(self.request)
         self.note(events[0])
         return events
@@ -264,7 +263,7 @@ class InferenceCall:
                 yield data
             if isinstance(events[-1], Finished | Failed):
                 return
-            events = await self._running.events.take()
+            events = await self.running.events.take()
 
     def note(self, event: RequestEvent) -> None:
         """Set the headers that depend on the first event of a choice."""
