@@ -85,7 +85,7 @@ class Bodies:
         if sum(len(items) + len(body) for items, body in rows) <= SMALL_BODY_BYTES:
             return large_bodies.history(rows)
         answer = await self._run(large_bodies.history_job(rows), account)
-        return large_bodies.history_result(answer)
+        return msgspec.msgpack.decode(answer, type=list[dict[str, Any]])
 
     async def _run(self, payload: bytes, account: str) -> bytes:
         try:
