@@ -135,7 +135,7 @@ class Box:
         self._lingering.clear()
         logs.configure(new.config.log)
         self.placement.reloaded()
-        self.placement.forgive()
+        self.placement.forget_failures()
         if self.network is not None:
             self.network.changed()
         folder_watch.report_not_served(new.catalog.not_served)
@@ -199,7 +199,7 @@ class Box:
         )
         self.settings.current = replace(self.settings.current, catalog=new)
         if folder_watch.report(old, new):
-            self.placement.forgive()
+            self.placement.forget_failures()
             if self.network is not None:
                 self.network.changed()
 

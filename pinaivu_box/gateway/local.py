@@ -63,7 +63,7 @@ class LocalBackend:
         answered = False
         try:
             add = to_add(job, self.sampling(job, engine))
-            mailbox = engine.ask(Tokenize(add, tokens, plain, job.inputs, count))
+            mailbox = engine.submit(Tokenize(add, tokens, plain, job.inputs, count))
             (item,) = await mailbox.take()
             answered = True
             if isinstance(item, Tokenized):

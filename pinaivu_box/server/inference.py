@@ -94,7 +94,7 @@ class InferenceCall:
             self.request, key.account_id, kind, max_bytes, strict=strict
         )
         self._keep_alive = _keep_alive(getattr(body, "keep_alive", None))
-        if self._keep_alive is not None and self._keep_alive > self.box.placement.longest:
+        if self._keep_alive is not None and self._keep_alive > self.box.placement.max_keep_alive:
             if strict:
                 raise InvalidBody(
                     "it is longer than [engine] max_keep_alive of this box",

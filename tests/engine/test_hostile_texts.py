@@ -7,7 +7,6 @@ nothing depends on time.
 from __future__ import annotations
 
 import json
-import queue
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -17,7 +16,6 @@ import pytest
 from pinaivu_box.engine import chat_template, grammar, grammar_validation
 from pinaivu_box.engine import sandboxes as engine_sandboxes
 from pinaivu_box.engine.messages import Cancel, Constraint, Embed, Refused, Tools
-from pinaivu_box.engine.preparation_queue import PreparationQueue
 from pinaivu_box.engine.request_preparer import PreparedRequest, RequestPreparer
 from pinaivu_box.engine.runner import Runner
 from pinaivu_box.engine.sandboxed_template import SandboxedTemplate
@@ -39,10 +37,10 @@ from tests.support.engine_harness import (
     run,
 )
 from tests.support.grammars import chain
+from tests.support.preparation_driver import PreparationDriver, name_of
 from tests.support.process_box import alive, wait_until
 from tests.support.sandbox_jobs import pids_of
 
-PATIENCE = 100  # seconds until a test gives up; nothing is measured
 FOR_EVER = SandboxLimits(cpu_seconds=3600, memory_bytes=1 << 30, wall_seconds=3600)
 SHORT = SandboxLimits(cpu_seconds=0.3, memory_bytes=512 << 20)
 TOO_LONG = "takes more than 0.3 s of CPU time"
@@ -52,83 +50,72 @@ LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% end
 LETTERS = Constraint("regex", "[ab]{3}")
 
 
-class Door:
-    """A request preparer with sandboxes of their own."""
+class SandboxedDriver(PreparationDriver):
+    """Prepares requests in sandboxes of its own."""
 
     def __init__(self, limits: SandboxLimits) -> None:
         self.templates = SandboxPool("pinaivu_box.engine.chat_template:make", limits=limits)
-        self.trials: list[SandboxPool] = []
-        self.said: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self.scheduled: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self.validations: list[SandboxPool] = []
         source = "{% if messages[0].content == 'loop' %}" + LOOP + "{% endif %}" + ROLES
 
-        def tried(vocabulary: bytes) -> Any:
+        def validation(vocabulary: bytes) -> Any:
             pool = SandboxPool(
                 "pinaivu_box.engine.grammar_validation:make", vocabulary, limits=limits
             )
-            self.trials.append(pool)
+            self.validations.append(pool)
             return pool.run
 
-        sandboxes = Sandboxes(self.templates.run, tried)
-        preparer = RequestPreparer(TemplatedRunner(source), sandboxes, load(drafting=False))
-        self.take = PreparationQueue(preparer, self.said.put, self.scheduled.put).take
-
-    def hears(self) -> Any:
-        return self.said.get(timeout=PATIENCE)
-
-    def schedules(self) -> Any:
-        return self.scheduled.get(timeout=PATIENCE)
+        sandboxes = Sandboxes(self.templates.run, validation)
+        super().__init__(RequestPreparer(TemplatedRunner(source), sandboxes, load(drafting=False)))
 
     def close(self) -> None:
-        for pool in [self.templates, *self.trials]:
+        for pool in [self.templates, *self.validations]:
             pool.close()
 
 
 @pytest.fixture
-def door() -> Iterator[Door]:
-    made = Door(FOR_EVER)
+def driver() -> Iterator[SandboxedDriver]:
+    made = SandboxedDriver(FOR_EVER)
     yield made
     made.close()
 
 
-def name_of(item: Any) -> str:
-    return str(item.admitted.id if isinstance(item, PreparedRequest) else item.id)
-
-
 def test_others_pass_a_grammar_that_compiles_for_ever_and_its_cancellation_ends_it(
-    door: Door,
+    driver: SandboxedDriver,
 ) -> None:
-    door.take(add("hostile", constraint=Constraint("gbnf", chain(20_000)), tenant="a"))
-    assert name_of(door.hears()) == "hostile"
-    (pid,) = wait_until(lambda: door.trials and pids_of(door.trials[0]), "its trial")
-    door.take(add("second", constraint=LETTERS, tenant="a"))
-    door.take(add("structured", constraint=LETTERS, tenant="b"))
-    assert door.schedules().id == "structured"
-    door.take(add("stream", tenant="b"))
-    assert door.schedules().id == "stream"
-    assert alive(pid) and door.scheduled.empty()  # of one tenant one compiles at a time
-    door.take(Cancel("hostile"))
-    assert isinstance(door.schedules(), Cancel)
-    wait_until(lambda: not alive(pid), "the end of its trial")
-    assert door.schedules().id == "second"
-    while not door.said.empty():
-        assert not isinstance(door.said.get(), Refused)
+    driver.take(add("hostile", constraint=Constraint("gbnf", chain(20_000)), tenant="a"))
+    assert name_of(driver.next_reported()) == "hostile"
+    (pid,) = wait_until(
+        lambda: driver.validations and pids_of(driver.validations[0]), "its validation"
+    )
+    driver.take(add("second", constraint=LETTERS, tenant="a"))
+    driver.take(add("structured", constraint=LETTERS, tenant="b"))
+    assert driver.next_scheduled().id == "structured"
+    driver.take(add("stream", tenant="b"))
+    assert driver.next_scheduled().id == "stream"
+    assert alive(pid) and driver.scheduled.empty()  # of one tenant one compiles at a time
+    driver.take(Cancel("hostile"))
+    assert isinstance(driver.next_scheduled(), Cancel)
+    wait_until(lambda: not alive(pid), "the end of its validation")
+    assert driver.next_scheduled().id == "second"
+    while not driver.reported.empty():
+        assert not isinstance(driver.reported.get(), Refused)
 
 
 def test_others_pass_a_template_that_runs_for_ever_and_its_cancellation_ends_it(
-    door: Door,
+    driver: SandboxedDriver,
 ) -> None:
-    pids = pids_of(door.templates)  # it has been asked whether it knows tools
-    door.take(add("hostile", "loop", tenant="a"))
-    door.take(add("second", "hi", tenant="a"))
+    pids = pids_of(driver.templates)  # it has been asked whether it knows tools
+    driver.take(add("hostile", "loop", tenant="a"))
+    driver.take(add("second", "hi", tenant="a"))
     for number in range(2):  # the second in a child that a loop cannot be in
-        door.take(add(f"chat{number}", "hi", tenant="b"))
-        assert name_of(door.hears()) == door.schedules().id == f"chat{number}"
-    door.take(Embed("vectors", ["text"], tenant="b"))
-    assert name_of(door.hears()) == door.schedules().id == "vectors"
-    door.take(Cancel("hostile"))
-    assert isinstance(refused := door.hears(), Refused) and refused.id == "hostile"
-    assert name_of(door.hears()) == door.schedules().id == "second"
+        driver.take(add(f"chat{number}", "hi", tenant="b"))
+        assert name_of(driver.next_reported()) == driver.next_scheduled().id == f"chat{number}"
+    driver.take(Embed("vectors", ["text"], tenant="b"))
+    assert name_of(driver.next_reported()) == driver.next_scheduled().id == "vectors"
+    driver.take(Cancel("hostile"))
+    assert isinstance(refused := driver.next_reported(), Refused) and refused.id == "hostile"
+    assert name_of(driver.next_reported()) == driver.next_scheduled().id == "second"
     wait_until(lambda: not all(alive(pid) for pid in pids), "the end of its child")
 
 
