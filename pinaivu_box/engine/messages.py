@@ -222,12 +222,6 @@ ToEngine = LoadModel | Add | Cancel | Tokenize | Embed | Named
 # -- child to parent ---------------------------------------------------------------------------
 
 
-class Progress(Struct, frozen=True, tag=True):
-    """The model is still loading; `fraction` is of its tensors."""
-
-    fraction: float
-
-
 class Ready(Struct, frozen=True, tag=True):
     """The model is loaded.  `build` names the llama.cpp version, `device` what computes.
 
@@ -345,7 +339,7 @@ class StepFrame(Struct, frozen=True, tag=True):
     load: EngineLoad
 
 
-FromEngine = Progress | Ready | LoadFailed | StepFrame | Tokenized
+FromEngine = Ready | LoadFailed | StepFrame | Tokenized
 
 _encoder = msgspec.msgpack.Encoder()
 # Of a frame's body.

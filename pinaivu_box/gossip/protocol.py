@@ -291,7 +291,7 @@ class Gossip:
         update = self.roster.admit(records)
         if update.new:
             self.spread(update.new, peer)
-        for _, why in update.forged:
+        for why in update.forged:
             raise Invalid(why)
 
     def _check_links(self) -> None:

@@ -34,7 +34,7 @@ from pinaivu_box.receipts.receipt import (
     EngineBuild,
     cost,
 )
-from pinaivu_box.routing.candidates import Destination
+from pinaivu_box.routing.router import Destination
 from pinaivu_box.tasks import TaskSet
 from pinaivu_box.transport import wire
 from pinaivu_box.transport.link import Stream

@@ -209,7 +209,7 @@ class Network:
             self.node_id, members, links.not_to_dial(), len(links), random
         ):
             links.dial(node_id)
-        idle = [link.peer for link in links.by_peer.values() if link.idle]
+        idle = [peer for peer, link in links.by_peer.items() if not link.streams]
         for node_id in topology.to_drop(members, idle, len(links.by_peer), random):
             self._close_link(links.by_peer[node_id], Code.BUSY, "this box has enough links")
 
@@ -472,8 +472,8 @@ class Network:
         NotJoined."""
         revoked = self.peer(text)
         assert self.gossip is not None  # else there are no peers
-        records = await self._join_handler.revoke(revoked.node_id, revoked.name, reason, by)
-        self.gossip.spread(records)
+        revocation = await self._join_handler.revoke(revoked.node_id, revoked.name, reason, by)
+        self.gossip.spread([revocation])
         return self.peer(revoked.node_id)
 
     async def _handle_join(self, peer: str, stream: Stream) -> None:

@@ -55,7 +55,7 @@ class IgnoredFields:
                 kind="value_error.unsupported",
             )
         if self._strict:
-            raise _unknown(("body", *path), "")
+            raise unknown_field(("body", *path))
         parts = [str(part)[: MAX_NAME_CHARACTERS + 1] for part in path if isinstance(part, str)]
         dotted = quoted(".".join(parts), MAX_NAME_CHARACTERS)
         if len(self._names) < MAX_NAMES or dotted in self._names:
@@ -136,7 +136,7 @@ def _drop_field(
     # After so many unknown fields misspellings are not the cause: no more names are compared.
     compared = name not in FOREIGN_NAMES and not ignored.full
     if compared and (similar := _similar(name[:MAX_NAME_CHARACTERS], known)):
-        raise _unknown(("body", *path, name), similar)
+        raise unknown_field(("body", *path, name), similar)
     ignored.add(*path, name)
     del raw[name]
 
@@ -153,7 +153,7 @@ def _letters(name: str) -> list[str]:
     return sorted(name.replace("_", "").replace("-", "").lower())
 
 
-def _unknown(loc: Location, similar: str) -> InvalidBody:
+def unknown_field(loc: Location, similar: str = "") -> InvalidBody:
     hint = f"did you mean '{similar}'?" if similar else "remove it or correct its name"
     return InvalidBody(
         f"'{quoted(str(loc[-1]))}' is not a field here: {hint}", loc=loc, kind="value_error.extra"

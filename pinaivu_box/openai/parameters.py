@@ -146,9 +146,7 @@ def response(raw: Raw, ignored: IgnoredFields) -> None:
         del raw["top_logprobs"]
     text = raw.get("text")
     if isinstance(text, dict):
-        if _asks(text, "verbosity", ("medium",)):
-            ignored.add("text", "verbosity")
-        text.pop("verbosity", None)
+        _drop(text, "verbosity", ("medium",), ignored, "text")
         text_format = text.get("format")
         if isinstance(text_format, dict) and text_format.get("type") == "json_schema":
             text_format.setdefault("name", _SCHEMA_NAME)
@@ -214,15 +212,21 @@ def _refuse(raw: Raw, names: dict[str, tuple[Any, ...]]) -> None:
 
 def _ignore(raw: Raw, ignored: IgnoredFields, *, except_for: str = "") -> None:
     for name, neutral in _WITHOUT_EFFECT.items():
-        if name == except_for:
-            continue
-        if _asks(raw, name, neutral):
-            ignored.add(name)
-        raw.pop(name, None)
+        if name != except_for:
+            _drop(raw, name, neutral, ignored)
     tier = raw.get("service_tier")
     if isinstance(tier, str) and tier not in _TIERS:
         ignored.add("service_tier")
         del raw["service_tier"]
+
+
+def _drop(
+    raw: Raw, name: str, neutral: Iterable[Any], ignored: IgnoredFields, *path: str | int
+) -> None:
+    """Remove a field that has no meaning here; `raw` is at that path of the body."""
+    if _asks(raw, name, neutral):
+        ignored.add(*path, name)
+        del raw[name]
 
 
 def _asks(raw: Raw, name: str, neutral: Iterable[Any]) -> bool:
@@ -444,9 +448,7 @@ def _history(messages: list[Any], ignored: IgnoredFields) -> None:
             _without_billing(message, "content", ignored, "messages", index)
         elif message.get("role") == "assistant":
             for name in ("audio", "function_call"):
-                if _asks(message, name, ()):
-                    ignored.add("messages", index, name)
-                    del message[name]
+                _drop(message, name, (), ignored, "messages", index)
             tool_calls = message.get("tool_calls")
             calls = tool_calls if isinstance(tool_calls, list) else []
             for number, call in enumerate(call for call in calls if isinstance(call, dict)):

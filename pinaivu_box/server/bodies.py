@@ -193,8 +193,8 @@ class BodyMemory:
 
     def __init__(self) -> None:
         self._reserved: Counter[str] = Counter()
-        self._waiting: defaultdict[str, deque[object]] = defaultdict(deque)
-        self._changed = asyncio.Event()  # wakes those who wait
+        # What wakes those who wait, in their order; only the first of an account is woken.
+        self._waiting: defaultdict[str, deque[asyncio.Event]] = defaultdict(deque)
 
     async def reserve(self, account: str, size: int, max_bytes: int) -> Callable[[], None]:
         """Reserve `size` bytes for a body that may have `max_bytes`.
@@ -202,7 +202,7 @@ class BodyMemory:
         Returns the function that releases them, which may be called more than once.  Raises
         RateLimited, NoNodesAvailable.
         """
-        turns, turn = self._waiting[account], object()
+        turns, turn = self._waiting[account], asyncio.Event()
         if len(turns) >= _MAX_WAITING_PER_ACCOUNT:
             raise RateLimited(
                 f"{_MAX_WAITING_PER_ACCOUNT} large bodies of your account are waiting already: "
@@ -212,7 +212,8 @@ class BodyMemory:
         try:
             async with asyncio.timeout(_WAIT_SECONDS):
                 while turns[0] is not turn or not self._fits(account, size, max_bytes):
-                    await self._changed.wait()
+                    turn.clear()
+                    await turn.wait()
             self._reserved[account] += size
         except TimeoutError:
             raise NoNodesAvailable(
@@ -239,5 +240,5 @@ class BodyMemory:
         self._wake()
 
     def _wake(self) -> None:
-        self._changed.set()
-        self._changed.clear()
+        for turns in self._waiting.values():
+            turns[0].set()

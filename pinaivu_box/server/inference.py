@@ -19,8 +19,9 @@ from pinaivu_box.chat_format import STYLES
 from pinaivu_box.config import parse_duration
 from pinaivu_box.engine.messages import Tokenized
 from pinaivu_box.errors import ApiError, BadRequest, InvalidBody
-from pinaivu_box.gateway.admission import ArrivedRequest, under
+from pinaivu_box.gateway.admission import under
 from pinaivu_box.gateway.backend import Job
+from pinaivu_box.gateway.quota import Entry
 from pinaivu_box.gateway.request import ChoiceStarted, Failed, Finished, RequestEvent, too_late
 from pinaivu_box.gateway.request import Request as Running
 from pinaivu_box.gateway.sizes import check_sizes
@@ -75,7 +76,7 @@ class InferenceCall:
         self._timeout: float | None = None
         self._keep_alive: float | None = None
         self.request = request
-        self._arrival: ArrivedRequest | None = None
+        self._counted: Entry | None = None  # as one of the key's requests per minute
         self._running: Running  # once it is started
         self._watcher: asyncio.Task[None]
 
@@ -86,14 +87,14 @@ class InferenceCall:
         reached, and what `Bodies.receive` does.
         """
         state, key = self.request.scope["state"], self.key
-        self._arrival = state["arrival"] = await self.box.admission.arrive(key)
+        self._counted = state["counted"] = await self.box.admission.count_request(key)
         strict = self.request.headers.get(STRICT_HEADER) == "1" or key.policy.strict
         max_bytes = self.box.config.server.max_body_bytes
         body, self.ignored = await self.bodies.receive(
             self.request, key.account_id, kind, max_bytes, strict=strict
         )
         self._keep_alive = _keep_alive(getattr(body, "keep_alive", None))
-        if self._keep_alive is not None and self._keep_alive > self.box.placement.longest:
+        if self._keep_alive is not None and self._keep_alive > self.box.placement.max_keep_alive:
             if strict:
                 raise InvalidBody(
                     "it is longer than [engine] max_keep_alive of this box",
@@ -107,7 +108,7 @@ class InferenceCall:
     def job(self, body: ModelRequest) -> Job:
         """A job of the model that the body names, with its sampling parameters and nothing else of
         it.  Raises what `Admission.check` does."""
-        model = self.box.admission.check(body.model, self.key, self.box.requests.in_flight)
+        model = self.box.admission.check(body.model, self.key)
         self.request.scope["state"]["model"] = model.id
         return Job(
             request_id=self.request_id,
@@ -126,19 +127,14 @@ class InferenceCall:
         *,
         plain: bool = False,
         count: bool = False,
-    ) -> Tokenized:
-        """See `gateway.local.LocalBackend.tokenize`.  Raises InvalidBody for what is too large."""
+    ) -> tuple[Tokenized, int]:
+        """See `gateway.backend.Tokenizer`.  Raises InvalidBody for what is too large, and
+        ContextOverflow for a prompt that is far too long."""
         check_sizes(job.tools, job.constraint, job.stop)
         job = under(self.key, job)
         return await self._until_disconnected(
-            self.box.prompt_reader.tokenize(job, tokens, plain=plain, count=count)
+            self.box.admission.tokenizer.tokenize(job, tokens, plain=plain, count=count)
         )
-
-    async def read(self, job: Job) -> tuple[Job, int]:
-        """The job with its prompt's tokens, and the context length of its model.  Raises what
-        `tokenize` does, and ContextOverflow for a prompt that is far too long."""
-        check_sizes(job.tools, job.constraint, job.stop)
-        return await self._until_disconnected(self.box.prompt_reader.read(under(self.key, job)))
 
     async def _until_disconnected(self, coroutine: Coroutine[Any, Any, T]) -> T:
         result = asyncio.create_task(coroutine)
@@ -158,17 +154,15 @@ class InferenceCall:
         for job in jobs:
             check_sizes(job.tools, job.constraint, job.stop)
         jobs = [replace(job, keep_alive=self._keep_alive) for job in jobs]
-        requests, began = self.box.requests, time.monotonic()
+        began = time.monotonic()
         try:
             async with asyncio.timeout(self._timeout):
-                admitted = await self.box.admission.admit(
-                    self.key, jobs, requests.in_flight, self._arrival
-                )
+                admitted = await self.box.admission.admit(self.key, jobs, self._counted)
         except TimeoutError:
             waited = time.monotonic() - began
             raise too_late(waited, self._timeout or waited) from None
         waited = time.monotonic() - began
-        self._running = requests.start(admitted, self._timeout, waited, self._since)
+        self._running = self.box.requests.start(admitted, self._timeout, waited, self._since)
         self.request.scope["state"]["logged"] = True  # the request logs itself
         if not background:
             self._watcher = asyncio.create_task(self._cancel_on_disconnect())

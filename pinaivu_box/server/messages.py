@@ -47,7 +47,7 @@ async def create_message(
 
 
 async def count_message_tokens(call: InferenceCall, body: CountTokensRequest) -> TokenCountAnswer:
-    result = await call.tokenize(_job(call, body), count=True)
+    result, _ = await call.tokenize(_job(call, body), count=True)
     return TokenCountAnswer(call.request_id, result.number, call.ignored or UNSET)
 
 

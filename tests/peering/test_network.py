@@ -320,7 +320,7 @@ async def test_boxes_that_dial_each_other_at_once_keep_one_link(
 
 
 class BareLink:
-    idle = True
+    streams = ()
 
     def __init__(self, peer: str, *, dialed: bool) -> None:
         self.peer, self.dialed, self.opened_at = peer, dialed, time.monotonic()
