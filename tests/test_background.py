@@ -117,7 +117,7 @@ def test_it_is_cancelled_as_often_as_you_like(here: Box, client: Any) -> None:
     assert receipt(here, found)["finish_reason"] == "cancelled"
 
 
-def test_what_cannot_be_cancelled(here: Box, client: Any) -> None:
+def test_ended_foreground_and_foreign_responses_cannot_be_cancelled(here: Box, client: Any) -> None:
     done = begin(client, model=FAST, max_output_tokens=4)
     wait_for(client, done, "incomplete")
     assert client.responses.cancel(done.id).status == "incomplete"
@@ -135,7 +135,7 @@ def test_what_cannot_be_cancelled(here: Box, client: Any) -> None:
     client.responses.cancel(running.id)
 
 
-def test_what_is_not_stored_cannot_run_so(client: Any) -> None:
+def test_background_needs_store(client: Any) -> None:
     with pytest.raises(openai.UnprocessableEntityError, match="background needs store"):
         begin(client, store=False)
 
@@ -191,7 +191,7 @@ def test_a_stream_tells_of_what_comes(client: Any) -> None:
     assert said(seen) == client.responses.retrieve(made.id).output_text
 
 
-def test_what_is_deleted_stops(here: Box, client: Any) -> None:
+def test_deleting_a_running_response_stops_it(here: Box, client: Any) -> None:
     made = begin(client)
     stream = client.responses.retrieve(made.id, stream=True)
     next(stream)
@@ -228,7 +228,7 @@ def test_a_key_that_is_revoked_at_once_ends_it(here: Box, client: Any) -> None:
     assert receipt(here, running)["finish_reason"] == "cancelled"
 
 
-def test_what_runs_counts_as_stored_and_is_not_the_oldest_that_goes(here: Box, client: Any) -> None:
+def test_a_running_response_counts_as_stored_and_is_not_evicted(here: Box, client: Any) -> None:
     running = begin(client)
     speaking(client, running)
     plain = [
@@ -339,7 +339,7 @@ async def test_one_whose_answer_cannot_be_written_has_failed(tmp_path: Path) -> 
         def queue(self) -> list[bytes]:
             return []
 
-        def response(self) -> Any:
+        def whole(self) -> Any:
             return type("Response", (), {"id": "resp_1"})
 
         def encode_each(self, _events: Any) -> list[bytes]:

@@ -88,7 +88,7 @@ def test_an_address_that_is_none_names_the_nearest(fresh: Box, path: str, near: 
 @pytest.mark.parametrize(
     "path", ["/v1/zzzz", "/wp-login.php", "/v1/a/b/c/d/e/f/g", "/v1/admin/nothing"]
 )
-def test_where_nothing_is_near_it_says_what_there_is(fresh: Box, path: str) -> None:
+def test_an_unknown_path_without_a_near_one_names_some_paths(fresh: Box, path: str) -> None:
     message = fresh.http("GET", path).json()["error"]["message"]
     assert "/v1/chat/completions" in message and "/docs" in message
 

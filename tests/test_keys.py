@@ -68,7 +68,7 @@ def test_expires_is_from_now(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("duration", ["0", "-1d", "soon", "", "5 weeks", "1e3s", "99999999999d"])
-def test_an_expiry_that_is_none_is_a_wrong_call(tmp_path: Path, duration: str) -> None:
+def test_an_invalid_expiry_is_a_usage_error(tmp_path: Path, duration: str) -> None:
     home = tmp_path / "home"
     done = run_command("keys", "create", f"--expires={duration}", home=home, check=False)
     assert done.returncode == 2
@@ -242,7 +242,7 @@ def test_the_home_is_for_its_owner_alone(tmp_path: Path) -> None:
         ("--admin", "--scope", "usage"), ("--name", "two\nlines"),
     ],
 )  # fmt: skip
-def test_a_setting_that_is_none_is_a_wrong_call(tmp_path: Path, wrong: tuple[str, ...]) -> None:
+def test_an_invalid_setting_is_a_usage_error(tmp_path: Path, wrong: tuple[str, ...]) -> None:
     home = tmp_path / "home"
     done = run_command("keys", "create", *wrong, home=home, check=False)
     assert done.returncode == 2

@@ -622,7 +622,7 @@ def test_the_log_is_text_unless_told(new_box: NewBox) -> None:
     assert not line.startswith("{")
 
 
-def test_what_clients_write_is_one_line_of_the_log(new_box: NewBox) -> None:
+def test_a_request_is_one_line_of_the_log_whatever_its_path(new_box: NewBox) -> None:
     """Also of who has no key: no line and no field is made up, and no terminal told anything."""
     box = new_box(*FAKE)
     forged = "2026-01-01T00:00:00.000Z info    http status=200"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -22,7 +21,6 @@ from pinaivu_box.engine.messages import (
     LoadFailed,
     LoadModel,
     Named,
-    Progress,
     Ready,
     Refused,
     SequenceDelta,
@@ -66,12 +64,11 @@ class EngineProcess:
         self.uses: dict[str, tuple[float, float | None]] = {}
         self.unloading: asyncio.TimerHandle | None = None
         self.started_at = time.monotonic()
-        self.progress = 0.0
         self.closed = asyncio.Event()
         self._load_frame = load
         self._mailboxes: dict[str, Mailbox[Item]] = {}
         self._messages = 0  # sent and received
-        self._last_words: deque[str] = deque(maxlen=20)
+        self._last_lines: deque[str] = deque(maxlen=20)
         self._process: asyncio.subprocess.Process
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -98,7 +95,6 @@ class EngineProcess:
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
-            env=_environment(),
         )
         loaded: asyncio.Future[Ready] = asyncio.get_running_loop().create_future()
         self._tasks = [
@@ -116,19 +112,13 @@ class EngineProcess:
             await self.stop()
             raise
 
-    def submit(self, add: Add | Embed) -> Mailbox[Item]:
-        """Hand over a request; EngineLost if the child is gone."""
-        return self._register(add, add.id)
-
-    def ask(self, question: Tokenize) -> Mailbox[Item]:
-        """As `submit`; the one answer is Tokenized or Refused."""
-        return self._register(question, question.add.id)
-
-    def _register(self, message: Add | Embed | Tokenize, name: str) -> Mailbox[Item]:
+    def submit(self, message: Add | Embed | Tokenize) -> Mailbox[Item]:
+        """Hand over a request; the one answer to a Tokenize is Tokenized or Refused.  Raises
+        EngineLost if the child is gone."""
         if not self.alive:
             raise EngineLost("The engine stopped before it could take the request; try again.")
         mailbox: Mailbox[Item] = Mailbox()
-        self._mailboxes[name] = mailbox
+        self._mailboxes[message.add.id if isinstance(message, Tokenize) else message.id] = mailbox
         self._send(message)
         return mailbox
 
@@ -186,17 +176,11 @@ class EngineProcess:
         match frame:
             case StepFrame():
                 self.load = frame.load
-                items: list[Admitted | Refused | SequenceDelta] = [
-                    *frame.admitted,
-                    *frame.refused,
-                    *frame.deltas,
-                ]
-                for item in items:
-                    self._deliver(item)
+                for items in (frame.admitted, frame.refused, frame.deltas):
+                    for item in items:
+                        self._deliver(item)
             case Tokenized():
                 self._deliver(frame)
-            case Progress():
-                self.progress = frame.fraction
             case Ready() if not loaded.done():
                 loaded.set_result(frame)
             case LoadFailed() if not loaded.done():
@@ -212,11 +196,11 @@ class EngineProcess:
     def _close(self, loaded: asyncio.Future[Ready]) -> None:
         self.closed.set()
         if not loaded.done():
-            words = self._last_words[-1] if self._last_words else "it said nothing"
+            printed = self._last_lines[-1] if self._last_lines else "it printed nothing"
             code = self._process.returncode or 0
             how = f"crashed with signal {-code}" if code < 0 else f"ended with status {code}"
             loaded.set_exception(
-                StartFailed(f"the model could not be loaded, the engine {how}: {words}")
+                StartFailed(f"the model could not be loaded, the engine {how}: {printed}")
             )
         for mailbox in self._mailboxes.values():
             mailbox.put(None)
@@ -240,12 +224,12 @@ class EngineProcess:
         while stream is not None and (line := await _line(stream)):
             text = printable(line.decode(errors="replace").rstrip(), _MAX_LINE_CHARACTERS)
             if text:
-                self._last_words.append(text)
+                self._last_lines.append(text)
                 log.debug("%s: %s", self.model_id, text)
 
     @property
-    def last_words(self) -> str:
-        return "\n".join(self._last_words)
+    def last_lines(self) -> str:
+        return "\n".join(self._last_lines)
 
 
 async def _line(stream: asyncio.StreamReader) -> bytes:
@@ -253,7 +237,3 @@ async def _line(stream: asyncio.StreamReader) -> bytes:
         return await stream.readline()
     except ValueError:  # longer than the reader's limit: the reader has dropped it
         return b"(a line too long to keep)\n"
-
-
-def _environment() -> dict[str, str]:
-    return dict(os.environ)

@@ -18,8 +18,9 @@ from pinaivu_box.ledger.session import Difference, SettlementOutcome
 from pinaivu_box.ledger.statement import StoredStatement
 from pinaivu_box.membership import peer_names
 from pinaivu_box.receipts.receipt import utc_text
-from pinaivu_box.store import peers
+from pinaivu_box.store import peer_settings
 from pinaivu_box.store.database import Database
+from pinaivu_box.store.peer_settings import PeerLimits
 from pinaivu_box.store.times import time_text
 from pinaivu_box.transport import wire
 
@@ -115,10 +116,10 @@ async def find(database: Database, text: str, own: str) -> str:
 
 async def all_balances(database: Database, peering: PeeringConfig) -> list[BalanceView]:
     """The balances with all peers; `peering` has the limits of peers without their own."""
-    names, known = await peer_names.names(database), await peers.known(database)
+    names, limits = await peer_names.names(database), await peer_settings.all_limits(database)
     views = []
     for peer, balances in (await ledger_entry.balances(database)).items():
-        own = known[peer].policy.get("credit_limit") if peer in known else None
+        own = limits.get(peer, PeerLimits()).credit_limit
         limit = peering.serve.credit_limit if own is None else own
         for currency, balance in balances.items():
             view = _balance_view(peer, _name(names, peer), currency, balance)

@@ -54,7 +54,7 @@ class PeerPolicies:
         """`[peering.serve]`, and what is set for that peer instead."""
         limits = self._limits  # what is read now is of no use after a change
         if node_id not in limits:
-            limits[node_id] = (await peer_settings.get(self._database, node_id)).limits
+            limits[node_id] = await peer_settings.limits_of(self._database, node_id)
         own = {name: v for name, v in asdict(limits[node_id]).items() if v is not None}
         return PeerPolicy(**{**asdict(self._settings.config.peering.serve), **own})
 
@@ -214,9 +214,9 @@ class LegAdmission:
     async def _balance(self, peer: str, currency: str) -> Balance:
         quota = await self.quotas.of(peer)
         while True:
-            settled = quota.settled
+            ended = quota.ended
             balance = await self._ledger.balance(peer, currency)
-            if quota.settled == settled:
+            if quota.ended == ended:
                 return balance
             # A leg that has ended meanwhile may be neither in the balance nor reserved.
 

@@ -243,7 +243,7 @@ class _Search:
             raise _final(self._error) if self._error else box
 
     async def _answers_in_time(self, attempt: LegAttempt) -> bool:
-        hedge = self._boxes.hedge_seconds
+        hedge = self._boxes.candidates.hedge_seconds
         if not hedge or self._run.cancelled:
             return True
         await asyncio.wait([attempt.outcome], timeout=hedge)

@@ -72,6 +72,7 @@ class Reader:
         thinks: bool = False,
         thinking: bool = False,
     ) -> None:
+        self.finish_reason = ""  # once the answer has ended
         self._style = style
         self._names = names
         self._custom_tools = custom_tools
@@ -88,10 +89,14 @@ class Reader:
         elif thinks:
             self._state = self._before_reasoning
 
-    @property
-    def called(self) -> bool:
-        """Whether there was a call."""
-        return self._calls > 0
+    def take(self, text: str, finish_reason: str | None) -> list[Piece]:
+        """More of the answer, the end of it if there is a finish reason; returns what is new."""
+        pieces = self.push(text) if text else []
+        if finish_reason:
+            pieces += self.end()
+            called = self._calls > 0 and finish_reason == "stop"
+            self.finish_reason = "tool_calls" if called else finish_reason
+        return pieces
 
     def push(self, text: str) -> list[Piece]:
         if self._style is None and not self._buffer and self._state == self._text:

@@ -14,7 +14,6 @@ from pinaivu_box.errors import InvalidBody
 from pinaivu_box.gateway.backend import Job
 from pinaivu_box.gateway.output import Output
 from pinaivu_box.gateway.request import ChoiceStarted, Failed, Finished, RequestEvent
-from pinaivu_box.models.catalog import Model
 from pinaivu_box.openai.completions import (
     Completion,
     CompletionChoice,
@@ -38,23 +37,9 @@ async def create_completion(
     call: InferenceCall, body: CompletionRequest
 ) -> Completion | EventStream:
     prompts = _prompts(body)
-    model = call.admit(body.model)
-    jobs = _jobs(body, prompts, model, call)
-    running = await call.start(jobs)
-    empty = Completion(
-        id=call.request_id.replace("req_", "cmpl-"),
-        request_id=call.request_id,
-        created=call.created_at,
-        model=model.id,
-        choices=[],
-        ignored_parameters=call.ignored or UNSET,
-    )
-    answer = _CompletionAnswer(body, jobs, empty)
-    if body.stream:
-        return await call.stream(running, answer.encode)
-    async for event in call.collect(running):
-        answer.take(event)
-    return answer.completion()
+    jobs = _jobs(body, prompts, call.job(body))
+    await call.start(jobs)
+    return await call.answer(_CompletionAnswer(call, body, jobs), stream=body.stream)
 
 
 def _prompts(body: CompletionRequest) -> list[str | list[int]]:
@@ -77,11 +62,9 @@ def _prompts(body: CompletionRequest) -> list[str | list[int]]:
     return prompts
 
 
-def _jobs(
-    body: CompletionRequest, prompts: list[str | list[int]], model: Model, call: InferenceCall
-) -> list[Job]:
+def _jobs(body: CompletionRequest, prompts: list[str | list[int]], job: Job) -> list[Job]:
     common = replace(
-        job_of(body, model, call.request_id, call.key.id),
+        job_of(body, job),
         max_tokens=_max_tokens(body.max_tokens),
         logprobs=body.logprobs,
         echo=bool(body.echo),
@@ -142,20 +125,25 @@ class _Choice:
 
 
 class _CompletionAnswer:
-    """Either `take` all events and get the `completion`, or `encode` them for a stream."""
+    """See `inference.AnswerBuilder`."""
 
-    def __init__(self, body: CompletionRequest, jobs: list[Job], empty: Completion) -> None:
-        self._body = body
-        self._empty = empty
+    def __init__(self, call: InferenceCall, body: CompletionRequest, jobs: list[Job]) -> None:
+        self._with_usage = bool(body.stream_options and body.stream_options.include_usage)
         self._choices = [_Choice(job) for job in jobs]
-        self._end: Finished | None = None
+        self._empty = Completion(
+            id=call.request_id.replace("req_", "cmpl-"),
+            request_id=call.request_id,
+            created=call.created_at,
+            model=jobs[0].model.id,
+            choices=[],
+            ignored_parameters=call.ignored or UNSET,
+        )
+        self._end: Finished
 
     def take(self, event: RequestEvent) -> None:
         match event:
             case ChoiceStarted():
-                self._begin(event)
-                choice = self._choices[event.choice]
-                choice.texts.append(choice.begin(event.prompt))
+                self._choices[event.choice].texts.append(self._begin(event))
             case Output():
                 choice = self._choices[event.choice]
                 choice.texts.append(event.text)
@@ -164,7 +152,7 @@ class _CompletionAnswer:
             case Finished():
                 self._end = event
 
-    def completion(self) -> Completion:
+    def whole(self) -> Completion:
         choices = [
             CompletionChoice(
                 index,
@@ -174,16 +162,12 @@ class _CompletionAnswer:
             )
             for index, choice in enumerate(self._choices)
         ]
-        return self._with_usage(msgspec.structs.replace(self._empty, choices=choices))
+        return self._completion(choices)
 
-    def encode(self, events: Sequence[RequestEvent]) -> bytes:
-        return b"".join(self._encode(event) for event in events)
-
-    def _encode(self, event: RequestEvent) -> bytes:
+    def encode(self, event: RequestEvent) -> bytes:
         match event:
             case ChoiceStarted():
-                self._begin(event)
-                echo = self._choices[event.choice].begin(event.prompt)
+                echo = self._begin(event)
                 return self._chunk(CompletionChoice(event.choice, echo, None)) if echo else b""
             case Output():
                 choice = self._choices[event.choice]
@@ -195,18 +179,20 @@ class _CompletionAnswer:
             case Finished():
                 self._end = event
                 return self._last_chunks()
-            case Failed():
-                return encode_event(error_responses.event(event.error))
+            case Failed(error):
+                return encode_event(error_responses.event(error))
 
-    def _begin(self, event: ChoiceStarted) -> None:
+    def _begin(self, event: ChoiceStarted) -> str:
+        """Returns the text before the output of the choice."""
         self._empty = msgspec.structs.replace(self._empty, system_fingerprint=event.fingerprint)
+        return self._choices[event.choice].begin(event.prompt)
 
-    def _with_usage(self, completion: Completion) -> Completion:
-        if self._end is None:
-            return completion
+    def _completion(self, choices: list[CompletionChoice]) -> Completion:
+        """With the usage."""
         shifted = self._end.shifted_tokens
         return msgspec.structs.replace(
-            completion,
+            self._empty,
+            choices=choices,
             usage=usage_of(self._end),
             context_shift=ContextShift(shifted) if shifted else UNSET,
         )
@@ -215,11 +201,10 @@ class _CompletionAnswer:
         return encode_event(msgspec.structs.replace(self._empty, choices=[choice]))
 
     def _last_chunks(self) -> bytes:
-        options = self._body.stream_options
         chunks = [
             self._chunk(CompletionChoice(index, "", choice.finish_reason))
             for index, choice in enumerate(self._choices)
         ]
-        if options is not None and options.include_usage:
-            chunks.append(encode_event(self._with_usage(self._empty)))
+        if self._with_usage:
+            chunks.append(encode_event(self._completion([])))
         return b"".join([*chunks, DONE])

@@ -12,7 +12,6 @@ import msgspec
 from starlette.requests import Request
 
 from pinaivu_box.errors import BadRequest, BodyTooLarge, InvalidBody, NotFound, quoted
-from pinaivu_box.gateway.request import Finished
 from pinaivu_box.gateway.request import Request as Running
 from pinaivu_box.gateway.sizes import check_tools
 from pinaivu_box.openai.request import check_chat
@@ -30,12 +29,7 @@ from pinaivu_box.openai.responses import (
     referenced_id,
 )
 from pinaivu_box.openai.tools import chat_tools, client_tools
-from pinaivu_box.openai.types import (
-    ChatRequest,
-    NamedSchema,
-    SchemaFormat,
-    UserMessage,
-)
+from pinaivu_box.openai.types import ChatRequest, SchemaFormat, UserMessage
 from pinaivu_box.server.auth import key_of, require_account
 from pinaivu_box.server.background import Background, BackgroundResponse, replayed
 from pinaivu_box.server.bodies import keep_body
@@ -45,7 +39,7 @@ from pinaivu_box.server.jobs import chat_job
 from pinaivu_box.server.json_response import JSON
 from pinaivu_box.server.response_answer import ResponseAnswer
 from pinaivu_box.server.sse import EventStream, encode_event
-from pinaivu_box.server.truncation import truncated
+from pinaivu_box.server.truncation import leading_system, truncated
 from pinaivu_box.store import responses as stored
 from pinaivu_box.store.responses import StoredResponse
 
@@ -76,24 +70,17 @@ async def create_response(
     if body.instructions is not None:
         messages.insert(0, {"role": "system", "content": body.instructions})
     messages = _join_system_messages(messages)
-    model = call.admit(body.model)
-    job = replace(chat_job(chat, model, call.request_id, call.key.id), messages=messages)
+    job = replace(chat_job(chat, call.job(chat)), messages=messages)
     if body.reasoning and body.reasoning.effort not in (None, "none", "minimal"):
-        call.asks_for_thinking("reasoning.effort")
+        call.thinking_field = "reasoning.effort"
     if body.truncation == "auto":
         job = await truncated(call, job)
     running = await call.start([job], background=bool(body.background))
     answer = ResponseAnswer(call, body, as_stored(items), job)
-    if body.background:
-        response = await _start_in_background(call, running, answer)
-        return response.follow(call.request, -1) if body.stream else response.response()
-    if body.stream:
-        return await call.stream(running, answer.encode, settle=answer.keep)
-    async for event in call.collect(running):
-        if isinstance(event, Finished):
-            await answer.keep(event)
-        answer.take(event)
-    return answer.response()
+    if not body.background:
+        return await call.answer(answer, stream=body.stream, settle=answer.keep)
+    response = await _start_in_background(call, running, answer)
+    return response.follow(call.request, -1) if body.stream else response.response()
 
 
 async def _start_in_background(
@@ -103,7 +90,7 @@ async def _start_in_background(
     release = keep_body(call.request)
     try:
         response = BackgroundResponse(call, running, answer, release)
-        await stored.insert(call.box.database, answer.row(), **answer.storage_limits)
+        await answer.insert()
     except BaseException:
         running.cancel()
         release()
@@ -218,7 +205,7 @@ async def _history(call: InferenceCall, body: ResponseRequest) -> list[dict[str,
         return []
     account, max_bytes = call.key.account_id, call.box.config.server.max_body_bytes
     size = await stored.conversation_size(call.box.database, previous, account, max_bytes)
-    await call.reserve_history(size)
+    await call.bodies.reserve_history(call.request, account, size, max_bytes)
     rows = await stored.conversation(call.box.database, previous, account, max_bytes)
     if not rows:
         raise _unknown(previous)
@@ -227,9 +214,7 @@ async def _history(call: InferenceCall, body: ResponseRequest) -> list[dict[str,
 
 def _join_system_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """With the system messages at the beginning joined: templates accept one."""
-    count = 0
-    while count < len(messages) and messages[count]["role"] in ("system", "developer"):
-        count += 1
+    count = leading_system(messages)
     if count < 2:
         return messages
     text = "\n\n".join(message["content"] for message in messages[:count])
@@ -284,13 +269,7 @@ def _as_chat(body: ResponseRequest) -> ChatRequest:
     """The same request as a chat, without its messages."""
     text_format = body.text.format if body.text else None
     response_format = (
-        SchemaFormat(
-            NamedSchema(
-                text_format.name, text_format.schema, text_format.description, text_format.strict
-            )
-        )
-        if isinstance(text_format, FlatSchemaFormat)
-        else text_format
+        SchemaFormat(text_format) if isinstance(text_format, FlatSchemaFormat) else text_format
     )
     tools = body.tools or ()
     return ChatRequest(

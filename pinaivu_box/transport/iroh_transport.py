@@ -347,7 +347,7 @@ def _explain_failure(
     name, where, why = wire.short(node_id), ", ".join(addresses), _last_line(message)
     if _WRONG_KEY in why and "aborted by peer" not in why:
         return WrongPeer(
-            f"Another box than {name} answers at {where}: it has moved, or somebody is in its "
+            f"{WrongPeer.beginning}{name} answers at {where}: it has moved, or somebody is in its "
             "place; ask its operator for a new ticket."
         )
     if "known protocol" in why:

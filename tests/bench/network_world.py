@@ -25,7 +25,7 @@ from pinaivu_box.membership.records import key_of
 from pinaivu_box.membership.roster import Roster
 from pinaivu_box.network.network import LOAD_QUERY_SECONDS
 from pinaivu_box.routing.circuit_breaker import CircuitBreaker
-from pinaivu_box.routing.router import Candidate, Decision, RoutingRequest, route, unsure
+from pinaivu_box.routing.router import Candidate, Decision, RoutingRequest, route
 from tests.support.gossip_net import fresh_adverts
 
 OVERHEAD_BYTES = 60  # UDP, IP and QUIC around a frame
@@ -182,7 +182,7 @@ class SimulatedBox:
         )
         found = self.candidates(request.model)
         decision = route(found, wanted, self.random)
-        if not looked and unsure(decision, found, wanted):
+        if not looked and decision.unsure:
             self.look(request)
             return
         if not tried:

@@ -242,7 +242,7 @@ def test_cancel_right_after_add_is_reported_with_the_prompt() -> None:
     assert runner.calls == 0 and not engine.busy
 
 
-def test_cancel_of_what_has_ended_or_never_was_is_ignored() -> None:
+def test_cancelling_an_ended_or_unknown_request_is_ignored() -> None:
     engine, runner = make()
     run(engine, [add("r")])
     calls = runner.calls
@@ -290,7 +290,7 @@ def test_length_ends_at_max_tokens_or_at_the_context(asked: int | None, made: in
     assert heard.ends == {"r": "length"} and len(heard.tokens["r"]) == made
 
 
-def test_max_tokens_counts_what_an_earlier_leg_made() -> None:
+def test_max_tokens_counts_the_tokens_of_an_earlier_leg() -> None:
     heard = run(make()[0], [add("r", max_tokens=10, output=[65] * 7)])
     assert len(heard.tokens["r"]) == 3 and heard.ends == {"r": "length"}
 

@@ -38,7 +38,7 @@ def exact(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Ll
     def runner(**sizes: int) -> LlamaRunner:
         given = load(str(file), **{"context": 256, "kv_tokens": 2048, **sizes})
         given = msgspec.structs.replace(given, threads=1)
-        made.append(LlamaRunner(given, lambda fraction: None, exact=True))
+        made.append(LlamaRunner(given, exact=True))
         return made[-1]
 
     yield runner

@@ -61,7 +61,6 @@ TO_ENGINE = st.one_of(
     st.builds(Cancel, id=TEXT),
 )
 FROM_ENGINE = st.one_of(
-    st.builds(messages.Progress, fraction=FLOATS),
     st.builds(messages.Ready, build=TEXT, device=TEXT, defaults=DEFAULTS, **READY),
     st.builds(messages.LoadFailed, message=TEXT),
     st.builds(

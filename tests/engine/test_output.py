@@ -139,7 +139,7 @@ def test_an_end_token_has_no_text() -> None:
     assert output.frame().deltas == [SequenceDelta("a", "hi", [*b"hi", END], "stop")]
 
 
-def test_what_was_held_back_comes_with_the_end() -> None:
+def test_withheld_text_comes_with_the_end() -> None:
     """The beginning of a stop string; a character that was never finished is no text."""
     output = admitted("a", "b", stop=["yz!"])
     output.take(step(say("a", "xyz"), SequenceOutput("b", [ord("x"), 0xC3])))

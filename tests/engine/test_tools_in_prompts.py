@@ -77,7 +77,7 @@ def test_results_and_what_is_said_after_them_are_one_turn() -> None:
 
 def test_variables_reach_the_template() -> None:
     source = "{% if enable_thinking %}<think>{% else %}</think>{% endif %}"
-    assert Template(source).thinks
+    assert Template(source).thinks and not Template("{{ messages }}").thinks
     assert Template(source).render([], None, {"enable_thinking": True}) == "<think>"
     assert Template(source).render([], None, {"enable_thinking": False}) == "</think>"
 
@@ -105,9 +105,7 @@ class Known(StrictRunner):
 
 
 def prepare(runner: StrictRunner, **more: Any) -> PreparedRequest | Refused:
-    arrival = RequestPreparer(
-        runner, in_this_process(), drafting=False, context_shift=False
-    ).prepare(add(**more))
+    arrival = RequestPreparer(runner, in_this_process(), load(drafting=False)).prepare(add(**more))
     if isinstance(arrival, PreparedRequest) and arrival.compile is not None:
         return arrival.compile() or arrival
     return arrival

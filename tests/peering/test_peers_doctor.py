@@ -124,7 +124,7 @@ def test_the_same_name_may_be_enough(tmp_path: Path) -> None:
     assert checks(peer, tmp_path, same_name=True)["ben: models"].state == "ok"
 
 
-def test_what_others_find_of_this_box(tmp_path: Path) -> None:
+def test_addresses_of_this_box_are_checked(tmp_path: Path) -> None:
     lost = changed(**LOST, addresses=[], why="It is gone.")
     assert "this machine" in checks(lost, tmp_path, own("127.0.0.1:9"))["NAT"].found
     behind = checks(lost, tmp_path, own("192.168.255.1:9"), port=4321)["NAT"]

@@ -119,7 +119,7 @@ class OldEmbedder(ViolatingServer):
         account.take(Output("", [], "stop", 0.5, vectors=vectors))
         commitment = RunningCommitment(nonce, 1).commitment
         mark = mark_text(job.request_id, job.choice, job.leg, 0, commitment)
-        proof, _ = prove(account, job.leg, Price("credits", *CHEAP))
+        proof, _ = prove(account, Price("credits", *CHEAP))
         assert proof.output_commitment == commitment
         signed = sign_proof(self.identity, proof)
         for message in (

@@ -114,10 +114,10 @@ async def test_what_is_the_requests_own_fault_is_told_as_at_home(pair: list[Pool
 
 async def test_a_prompt_is_counted_by_a_peer(pair: list[PoolNode]) -> None:
     asker, _ = pair
-    job, context = await asker.pool.prompts.read(asker.job())
-    assert job.read and context == 2048
+    prompt, context = await asker.pool.tokenizer.tokenize(asker.job())
+    assert prompt.tokens and context == 2048
     events = await asker.ask()
-    assert isinstance(events[1], Prompt) and events[1].tokens == job.read
+    assert isinstance(events[1], Prompt) and events[1].tokens == prompt.tokens
 
 
 async def test_long_prompts_go_in_several_frames() -> None:
@@ -127,8 +127,8 @@ async def test_long_prompts_go_in_several_frames() -> None:
         settings[1], engine=msgspec.structs.replace(settings[1].engine, context=3_000_000)
     )
     async with pools(asker=settings[0], server=settings[1]) as (asker, _):
-        job, _ = await asker.pool.prompts.read(asker.job(text="ab" * 1_000_000))
-        assert len(job.read or ()) > 2_000_000
+        prompt, _ = await asker.pool.tokenizer.tokenize(asker.job(text="ab" * 1_000_000))
+        assert len(prompt.tokens) > 2_000_000
 
 
 async def test_a_cancelled_leg_returns_its_output_and_proof(pair: list[PoolNode]) -> None:

@@ -240,7 +240,7 @@ class MemoryTransport(Transport):
             await asyncio.Event().wait()
         peer = next((at for at in heard if at.node_id == node_id), None)
         if peer is None:
-            raise WrongPeer(f"Another box than {wire.short(node_id)} answers there.")
+            raise WrongPeer(f"{WrongPeer.beginning}{wire.short(node_id)} answers there.")
         here = MemoryConnection(self._network, self, peer)
         there = MemoryConnection(self._network, peer, self)
         here.other, there.other = there, here
