@@ -65,7 +65,7 @@ class Candidate:
     `cost` of this request in 10^-9 of `currency`, `max_cost` its upper bound.  `rtt_ms` None: there
     is no link yet.  `sent`: requests of ours that it has not answered and that its offer did not
     count.  `known`: its load is of this moment, not of its advert.  `warm`: it served this
-    conversation lately.  `resting`: why it is left alone for now.  `gone`: others lost their links
+    conversation lately.  `tripped`: why it is left alone for now.  `gone`: others lost their links
     to it, or there is none and nobody linked with it is known, so it is asked last.  `refuses`:
     what else speaks against it.
     """
@@ -87,7 +87,7 @@ class Candidate:
     warm: bool = False
     draining: bool = False
     gone: bool = False
-    resting: str | None = None
+    tripped: str | None = None
     refuses: str | None = None
     max_cost: int = 0
     destination: Destination | None = None  # of a peer
@@ -235,8 +235,8 @@ def why_not(candidate: Candidate, ask: RoutingRequest) -> str | None:
         return "is not this box, and the key is for this box only"
     if ask.policy == "never":
         return "is not this box, and the policy is never to send"
-    if candidate.resting:
-        return candidate.resting
+    if candidate.tripped:
+        return candidate.tripped
     if candidate.currency != ask.currency:
         return f"asks for {candidate.currency}, not {ask.currency}"
     return None
