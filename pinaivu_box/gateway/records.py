@@ -11,9 +11,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pinaivu_box.amount import Prices
+from pinaivu_box.engine.messages import Output
 from pinaivu_box.gateway.backend import Job, Prompt, Proved, Started
 from pinaivu_box.gateway.logprob_records import records
-from pinaivu_box.gateway.output import Output
 from pinaivu_box.receipts.commitment import Extras
 
 ENGINE_LOST = "engine_lost"  # finish reason of a leg whose engine died

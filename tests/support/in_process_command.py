@@ -23,12 +23,12 @@ _one_at_a_time = threading.Lock()  # standard streams and environment are the wh
 
 
 def run_command(
-    *args: str, home: Path, check: bool = True, input: str = ""
+    *args: str, home: Path | None, check: bool = True, input: str = ""
 ) -> subprocess.CompletedProcess[str]:
     """As `process_box.pinaivu`, which it is where the executable is tested."""
     if "PINAIVU_BINARY" in os.environ:
         return process_box.pinaivu(*args, home=home, check=check, input=input)
-    argv = ["pinaivu", *args, "--home", str(home)]
+    argv = ["pinaivu", *args, *(["--home", str(home)] if home else [])]
     out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8") for _ in range(2))
     stdin = io.TextIOWrapper(io.BytesIO(input.encode()), encoding="utf-8")
     with (
