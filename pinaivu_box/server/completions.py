@@ -6,10 +6,9 @@ import codecs
 from collections.abc import Sequence
 from dataclasses import replace
 
-from pinaivu_box.engine.messages import TokenLogprob
+from pinaivu_box.engine.messages import Output, TokenLogprob
 from pinaivu_box.errors import InvalidBody
 from pinaivu_box.gateway.backend import Job
-from pinaivu_box.gateway.output import Output
 from pinaivu_box.gateway.request import ChoiceStarted, Failed, Finished, RequestEvent
 from pinaivu_box.openai.completions import (
     Completion,
