@@ -41,8 +41,7 @@ async def create_chat_completion(
     check_chat(body)
     jobs = choices(chat_job(body, call.job(body)), body.n or 1)
     call.thinking_field = _thinking_field(body)
-    await call.start(jobs)
-    return await call.answer(_ChatAnswer(call, body, jobs), stream=body.stream)
+    return await call.answer(jobs, _ChatAnswer(call, body, jobs), stream=body.stream)
 
 
 def _thinking_field(body: ChatRequest) -> str:

@@ -33,8 +33,7 @@ async def create_completion(
 ) -> Completion | EventStream:
     prompts = _prompts(body)
     jobs = _jobs(body, prompts, call.job(body))
-    await call.start(jobs)
-    return await call.answer(_CompletionAnswer(call, body, jobs), stream=body.stream)
+    return await call.answer(jobs, _CompletionAnswer(call, body, jobs), stream=body.stream)
 
 
 def _prompts(body: CompletionRequest) -> list[str | list[int]]:

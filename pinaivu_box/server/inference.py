@@ -212,13 +212,16 @@ class InferenceCall:
 
     async def answer(
         self,
+        jobs: list[Job],
         builder: AnswerBuilder[T],
         *,
         stream: bool | None,
         settle: Callable[[Finished], Awaitable[None]] | None = None,
     ) -> T | EventStream:
-        """The answer, whole or as a stream; `settle` is awaited before the last event is taken.
-        Raises the error of Failed, in a stream only before its first output."""
+        """Start the request and answer it, whole or as a stream; `settle` is awaited before the
+        last event is taken.  Raises what `start` does, and the error of Failed, in a stream only
+        before its first output."""
+        await self.start(jobs)
         if not stream:
             async for event in self.collect():
                 if settle is not None and isinstance(event, Finished):

@@ -73,10 +73,10 @@ async def create_response(
         call.thinking_field = "reasoning.effort"
     if body.truncation == "auto":
         job = await truncated(call, job)
-    await call.start([job], background=bool(body.background))
     answer = ResponseAnswer(call, body, as_stored(items), job)
     if not body.background:
-        return await call.answer(answer, stream=body.stream, settle=answer.keep)
+        return await call.answer([job], answer, stream=body.stream, settle=answer.keep)
+    await call.start([job], background=True)
     response = await _background(call.request).start(call, answer)
     return response.follow(call.request, -1) if body.stream else response.response()
 
