@@ -92,7 +92,7 @@ def under(key: Key, job: Job) -> Job:
         shared_prefixes=not policy.local_only,
         weight=policy.weight,
         local_only=policy.local_only,
-        peers=policy.peers or None,
+        peers=policy.peers,
         routing=policy.routing,
     )
 

@@ -7,9 +7,15 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from pinaivu_box.config import RoutingPolicy
-from pinaivu_box.engine.messages import Constraint, Sampling, SamplingParams, Tokenized, Tools
+from pinaivu_box.engine.messages import (
+    Constraint,
+    Output,
+    Sampling,
+    SamplingParams,
+    Tokenized,
+    Tools,
+)
 from pinaivu_box.errors import NoNodesAvailable
-from pinaivu_box.gateway.output import Output
 from pinaivu_box.models.catalog import Model
 from pinaivu_box.receipts.commitment import Opening, new_nonce
 from pinaivu_box.receipts.receipt import VERSION, EngineBuild, Proof, SignedProof
@@ -60,9 +66,9 @@ class Job:
     drawn_with: Sampling | None = None
     digest: str | None = None
     tried: tuple[str, ...] = ()
-    # Routing: which peers may serve it (names or node ids; None: any), and instead of which policy.
+    # Routing: the peers that may serve it (names or node ids; none: any), and the key's own policy.
     local_only: bool = False
-    peers: tuple[str, ...] | None = None
+    peers: tuple[str, ...] = ()
     routing: RoutingPolicy | None = None
     name: str = ""  # that this box gave a peer's job
 

@@ -17,13 +17,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
+from pinaivu_box.engine.messages import Output
 from pinaivu_box.errors import ApiError, InternalError, TooLate
 from pinaivu_box.gateway.admission import AdmittedRequest
 from pinaivu_box.gateway.backend import Event, Prompt, stopped
 from pinaivu_box.gateway.mailbox import Mailbox
 from pinaivu_box.gateway.metering import Meter
 from pinaivu_box.gateway.metrics import Metrics
-from pinaivu_box.gateway.output import Output
 from pinaivu_box.gateway.records import ChoiceRecord, RequestRecord
 from pinaivu_box.settings import LiveSettings
 
@@ -93,18 +93,15 @@ class Request:
 
     def __init__(self, admitted: AdmittedRequest, runner: ChoiceRunner, meter: Meter) -> None:
         reservation = admitted.reservation
-        self.record = RequestRecord(
-            admitted.jobs, admitted.key.id, admitted.prices, reservation.period
-        )
+        choices = [ChoiceRecord(job) for job in admitted.jobs]
+        self.record = RequestRecord(choices, admitted.key.id, admitted.prices, reservation.period)
         self.events: Mailbox[RequestEvent] = Mailbox()
         self.cancelled = False
         self.status = 0  # HTTP's, set when it ends
         self._reservation, self._meter = reservation, meter
         self._refused: ApiError | None = None
         self._wake = asyncio.Event()
-        self._runs = [
-            runner.start(choice, partial(self._take, choice)) for choice in self.record.choices
-        ]
+        self._runs = [runner.start(choice, partial(self._take, choice)) for choice in choices]
 
     def cancel(self) -> None:
         """The client is gone: stop within a step, and write the receipt of what was made."""
@@ -334,7 +331,7 @@ class RunningRequests:
         request = self._running.pop(task)
         record = request.record
         model_id = record.job.model.id
-        self._by_model[model_id] -= len(record.jobs)
+        self._by_model[model_id] -= len(record.choices)
         if record.queue_ms is not None:
             ran = (record.elapsed_ms() - record.queue_ms) / 1000
             before = self._service.get(model_id, ran)

@@ -107,13 +107,13 @@ _JSON_OF = {"True": "true", "False": "false", "None": "null"}
 _UNKNOWN = re.compile(r"Object contains unknown field `(.*)`", re.DOTALL)
 
 
-def from_validation(error: msgspec.ValidationError, *, root: str = "body") -> InvalidBody:
+def from_validation(error: msgspec.ValidationError, *root: str) -> InvalidBody:
     """As InvalidBody, with the path in msgspec's message ("Expected `str`, got `int` - at
-    `$.messages[0].role`") as its `loc`."""
+    `$.messages[0].role`") as its `loc`, below `root` (the body, if there is none)."""
     text = _shortened(str(error))
     match = _AT.fullmatch(text)
     message, path = (match["message"], match["path"] or "") if match else (text, "")
-    loc: list[str | int] = [root]
+    loc: list[str | int] = [*(root or ("body",))]
     for name, index in _PART.findall(path):
         loc.append(name or (index if (position := number(index)) is None else position))
     if missing := _MISSING.fullmatch(message):

@@ -24,14 +24,7 @@ from pinaivu_box.routing import spending_limits
 from pinaivu_box.routing.circuit_breaker import CircuitBreaker
 from pinaivu_box.routing.load import LoadTracker
 from pinaivu_box.routing.reputation import Reputation
-from pinaivu_box.routing.router import (
-    Candidate,
-    Decision,
-    Destination,
-    RoutingRequest,
-    route,
-    unsure,
-)
+from pinaivu_box.routing.router import Candidate, Decision, Destination, RoutingRequest, route
 from pinaivu_box.settings import LiveSettings
 
 _WARM_SECONDS = 600.0  # that a conversation's cache is thought to be kept
@@ -187,7 +180,7 @@ class Candidates:
         heard = reported.at if reported else peer.advert_at or 0.0
         currency = peer.advert.currency if peer.advert else ""
         max_cost = offer.price.most(*max_tokens)
-        if job.peers is not None and not {peer.node_id, peer.name} & set(job.peers):
+        if job.peers and not {peer.node_id, peer.name} & set(job.peers):
             refuses: str | None = "is not among the peers that the key allows"
         elif state.busy_until > time.monotonic():
             refuses = _BUSY
@@ -215,7 +208,7 @@ class Candidates:
             draining=peer.advert is not None and peer.advert.draining,
             known=reported is not None,
             gone=peer.gone or (peer.state != "connected" and reported is None),
-            resting=self._breaker.why(peer.node_id),
+            tripped=self._breaker.why(peer.node_id),
             refuses=refuses,
             max_cost=max_cost,
             destination=Destination(
@@ -238,16 +231,16 @@ class Candidates:
         request = self._request(job, here, tried)
         candidates = self.of(job, here)
         decision = route(candidates, request, self._random)
-        if unsure(decision, candidates, request):
+        if decision.unsure:
             await self._ask_loads(job.model.id)
             candidates = self.of(job, here)
             decision = route(candidates, request, self._random)
         if decision.chosen is None:  # rather who failed lately than nobody, if its link stands
-            woken = [
-                candidate if candidate.gone else replace(candidate, resting=None)
+            untripped = [
+                candidate if candidate.gone else replace(candidate, tripped=None)
                 for candidate in candidates
             ]
-            decision = route(woken, request, self._random)
+            decision = route(untripped, request, self._random)
         if decision.chosen is not None:  # all choices and legs of a request are of one file
             self._pinned.setdefault(job.request_id, decision.chosen.digest)
         return decision

@@ -16,12 +16,12 @@ It is exact about what was said: integers in, doubles out.  But an offer is up t
 the wait is an estimate, and nobody promises anything: a box that is full says so, and the next is
 tried.
 
-What is `known` is a round trip old, and those that are known are compared first (`unsure` says when
-to ask).  Everybody sees much the same offers, some seconds old.  If everybody took the best of
-them, all would go to the same box and wait there, so chance has a part (Mitzenmacher, "How Useful
-Is Old Information?", 2000): of many peers `DRAWN` are compared, and of those within `BAND` of the
-best (`KNOWN_BAND` if it is known) two are drawn, of which the one with the larger share of its
-sequences free is taken.  `cheapest` compares all.
+What is `known` is a round trip old, and those that are known are compared first; `Decision.unsure`
+says when to ask.  Everybody sees much the same offers, some seconds old.  If everybody took the
+best of them, all would go to the same box and wait there, so chance has a part (Mitzenmacher, "How
+Useful Is Old Information?", 2000): of many peers `DRAWN` are compared, and of those within `BAND`
+of the best (`KNOWN_BAND` if it is known) two are drawn, of which the one with the larger share of
+its sequences free is taken.  `cheapest` compares all.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from random import Random
-from typing import Any
+from typing import Any, NamedTuple
 
 from pinaivu_box.config import RoutingPolicy
 from pinaivu_box.gossip.adverts import ModelLoad
@@ -58,14 +58,14 @@ class Destination:
     pays_prompt: bool = True
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # a key of dictionaries: hashing all fields takes long
 class Candidate:
     """An engine here (`local`) or a peer's offer of one model.
 
     `cost` of this request in 10^-9 of `currency`, `max_cost` its upper bound.  `rtt_ms` None: there
     is no link yet.  `sent`: requests of ours that it has not answered and that its offer did not
     count.  `known`: its load is of this moment, not of its advert.  `warm`: it served this
-    conversation lately.  `resting`: why it is left alone for now.  `gone`: others lost their links
+    conversation lately.  `tripped`: why it is left alone for now.  `gone`: others lost their links
     to it, or there is none and nobody linked with it is known, so it is asked last.  `refuses`:
     what else speaks against it.
     """
@@ -87,7 +87,7 @@ class Candidate:
     warm: bool = False
     draining: bool = False
     gone: bool = False
-    resting: str | None = None
+    tripped: str | None = None
     refuses: str | None = None
     max_cost: int = 0
     destination: Destination | None = None  # of a peer
@@ -132,8 +132,7 @@ class RoutingRequest:
     weights: tuple[float, float, float] = (0.4, 0.3, 0.3)
 
 
-@dataclass(frozen=True)
-class ScoredCandidate:
+class ScoredCandidate(NamedTuple):
     """A candidate in a decision.  `why_not` is set if it could not serve the request."""
 
     candidate: Candidate
@@ -177,6 +176,14 @@ class Decision:
     @property
     def eligible(self) -> int:
         return sum(scored.why_not is None for scored in self.candidates)
+
+    @property
+    def unsure(self) -> bool:
+        """Whether to ask around and decide anew: the request would leave this box or wait, and of
+        somebody who may serve it only an offer is known."""
+        return self.reason not in ("local", "warm") and any(
+            scored.why_not is None and not scored.candidate.known for scored in self.candidates
+        )
 
     def record(self) -> dict[str, Any]:
         """For the receipt's `routing`: JSON.  At most `SHOWN` candidates, the chosen one among
@@ -227,8 +234,8 @@ def why_not(candidate: Candidate, ask: RoutingRequest) -> str | None:
         return "is not this box, and the key is for this box only"
     if ask.policy == "never":
         return "is not this box, and the policy is never to send"
-    if candidate.resting:
-        return candidate.resting
+    if candidate.tripped:
+        return candidate.tripped
     if candidate.currency != ask.currency:
         return f"asks for {candidate.currency}, not {ask.currency}"
     return None
@@ -267,14 +274,6 @@ def route(candidates: Sequence[Candidate], ask: RoutingRequest, random: Random) 
     refused = [ScoredCandidate(c, why_not=why) for c, why in reasons.items() if why is not None]
     chosen, reason = _choose(ranked, ask, random)
     return Decision(chosen, reason, ask.policy, (*ranked, *refused))
-
-
-def unsure(decision: Decision, candidates: Sequence[Candidate], ask: RoutingRequest) -> bool:
-    """Whether to ask around and decide anew: it would leave this box or wait, and of somebody who
-    may serve it only an offer is known."""
-    return decision.reason not in ("local", "warm") and any(
-        not candidate.known and why_not(candidate, ask) is None for candidate in candidates
-    )
 
 
 def _not_drawn(eligible: list[Candidate], ask: RoutingRequest, random: Random) -> list[Candidate]:

@@ -123,9 +123,9 @@ async def revoke_key(request: Request, key_id: str, query: StopRunning) -> KeyVi
 def _stop_requests(request: Request, key: Key) -> KeyView:
     """Stop the running requests of a key that is revoked or blocked."""
     error = refusal(key)
-    if error is not None:
-        error.ordered = True
-    stopped = 0 if error is None else box_of(request).requests.stop_key(key.id, error)
+    assert error is not None
+    error.ordered = True
+    stopped = box_of(request).requests.stop_key(key.id, error)
     return msgspec.structs.replace(key_view(key), stopped=stopped)
 
 
@@ -140,9 +140,7 @@ def _changed_policy(policy: Policy, changes: dict[str, Any]) -> Policy:
     try:
         return policies.changed(policy, changes)
     except msgspec.ValidationError as error:
-        invalid = from_validation(error)
-        loc = ("body", "policy", *invalid.loc[1:])
-        raise InvalidBody(invalid.message, loc=loc, kind=invalid.kind) from error
+        raise from_validation(error, "body", "policy") from error
 
 
 def _expiry(moment: datetime) -> int:

@@ -41,11 +41,11 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def pinaivu(
-    *args: str, home: Path, check: bool = True, **more: Any
+    *args: str, home: Path | None, check: bool = True, **more: Any
 ) -> subprocess.CompletedProcess[str]:
-    """Run one command on a home; its output as text."""
+    """Run one command on a home, or one that takes none; its output as text."""
     done = subprocess.run(
-        [*PINAIVU, *args, "--home", str(home)],
+        [*PINAIVU, *args, *(["--home", str(home)] if home else [])],
         capture_output=True,
         text=True,
         timeout=300,
