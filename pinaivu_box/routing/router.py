@@ -30,7 +30,7 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from random import Random
-from typing import Any
+from typing import Any, NamedTuple
 
 from pinaivu_box.config import RoutingPolicy
 from pinaivu_box.gossip.adverts import ModelLoad
@@ -58,7 +58,7 @@ class Destination:
     pays_prompt: bool = True
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # a key of dictionaries: hashing all fields takes long
 class Candidate:
     """An engine here (`local`) or a peer's offer of one model.
 
@@ -132,8 +132,7 @@ class RoutingRequest:
     weights: tuple[float, float, float] = (0.4, 0.3, 0.3)
 
 
-@dataclass(frozen=True)
-class ScoredCandidate:
+class ScoredCandidate(NamedTuple):
     """A candidate in a decision.  `why_not` is set if it could not serve the request."""
 
     candidate: Candidate
