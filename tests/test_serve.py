@@ -114,7 +114,9 @@ def test_without_peering_its_library_is_not_in_memory(started: tuple[Box, str, s
     assert "iroh" not in loaded and "zeroconf" not in loaded
 
 
-def test_what_the_first_start_prints_works_when_pasted(tmp_path: Path, new_box: NewBox) -> None:
+def test_commands_that_the_first_start_prints_work_when_pasted(
+    tmp_path: Path, new_box: NewBox
+) -> None:
     config = tmp_path / "box.toml"
     config.write_text(SMALL_CONTEXT)
     box = new_box("--config", str(config))
@@ -132,7 +134,9 @@ def test_the_second_start_prints_all_but_the_key(started: tuple[Box, str, str]) 
     assert "curl" in second
 
 
-def test_what_the_second_start_prints_works_when_pasted(started: tuple[Box, str, str]) -> None:
+def test_commands_that_the_second_start_prints_work_when_pasted(
+    started: tuple[Box, str, str],
+) -> None:
     """With the key in the environment, as it says."""
     _, first, second = started
     key = SECRET.findall(first)[0]
