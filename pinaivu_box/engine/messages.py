@@ -288,19 +288,28 @@ class TokenLogprob(Struct, frozen=True, array_like=True):
     top: list[tuple[bytes, float]]
 
 
-class SequenceDelta(Struct, omit_defaults=True):
-    """What a sequence gave since its last delta.
+class _Addressed:
+    """What no frame holds; see Output."""
 
-    `tokens` is every token drawn.  `text` may lag behind, and with it `logprobs`, which are those
-    of the text's tokens; those of an echoed prompt come first.
+    choice: int = 0
+    mark: str | None = None
+
+
+class Output(_Addressed, Struct, array_like=True, dict=True):
+    """New text and tokens of a sequence; the last one has a finish reason.
+
+    Frames of an engine and of a peer (see `legs.wire`) hold it as it is, and so it goes on to the
+    client's stream.  `tokens` is every token drawn.  `text` may lag behind, and with it `logprobs`,
+    which are those of the text's tokens; those of an echoed prompt come first.  `mark` (hex) is
+    that of the frame in which a peer has sent it (see `receipt.mark_text`), and `choice`, which the
+    runner sets, tells the choices of a request apart.
     """
 
-    id: str
-    text: str = ""
-    tokens: list[int] = []
+    text: str
+    tokens: list[int]
     finish_reason: str | None = None  # "stop", "length", "cancelled"
-    queue_ms: float | None = None  # waited before its first step; on the first delta only
-    cached_tokens: int | None = None  # of the prompt, found in the cache; on the first delta only
+    queue_ms: float | None = None  # waited before its first step; on the first only
+    cached_tokens: int | None = None  # of the prompt, found in the cache; on the first only
     shifted_tokens: int = 0  # dropped so far by context shifts
     logprobs: list[TokenLogprob] = []
     stop_string: str | None = None  # the one that has ended the sequence
@@ -322,11 +331,11 @@ class EngineLoad(Struct, frozen=True):
 
 
 class StepFrame(Struct, frozen=True, tag=True):
-    """All that has happened since the last frame."""
+    """All that has happened since the last frame; `outputs` are by the id of their sequence."""
 
     admitted: list[Admitted]
     refused: list[Refused]
-    deltas: list[SequenceDelta]
+    outputs: dict[str, Output]
     load: EngineLoad
 
 

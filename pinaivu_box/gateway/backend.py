@@ -7,9 +7,15 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from pinaivu_box.config import RoutingPolicy
-from pinaivu_box.engine.messages import Constraint, Sampling, SamplingParams, Tokenized, Tools
+from pinaivu_box.engine.messages import (
+    Constraint,
+    Output,
+    Sampling,
+    SamplingParams,
+    Tokenized,
+    Tools,
+)
 from pinaivu_box.errors import NoNodesAvailable
-from pinaivu_box.gateway.output import Output
 from pinaivu_box.models.catalog import Model
 from pinaivu_box.receipts.commitment import Opening, new_nonce
 from pinaivu_box.receipts.receipt import VERSION, EngineBuild, Proof, SignedProof

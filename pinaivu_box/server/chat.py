@@ -7,8 +7,8 @@ from typing import Any
 import msgspec
 from msgspec import UNSET
 
+from pinaivu_box.engine.messages import Output
 from pinaivu_box.gateway.backend import Job
-from pinaivu_box.gateway.output import Output
 from pinaivu_box.gateway.request import ChoiceStarted, Failed, Finished, RequestEvent
 from pinaivu_box.openai.reader import Arguments, ParsedCall, Piece, Reader, Reasoning, Text
 from pinaivu_box.openai.request import check_chat

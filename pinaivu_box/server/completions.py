@@ -9,10 +9,9 @@ from dataclasses import replace
 import msgspec
 from msgspec import UNSET
 
-from pinaivu_box.engine.messages import TokenLogprob
+from pinaivu_box.engine.messages import Output, TokenLogprob
 from pinaivu_box.errors import InvalidBody
 from pinaivu_box.gateway.backend import Job
-from pinaivu_box.gateway.output import Output
 from pinaivu_box.gateway.request import ChoiceStarted, Failed, Finished, RequestEvent
 from pinaivu_box.openai.completions import (
     Completion,

@@ -18,7 +18,7 @@ from unittest.mock import patch
 
 from pinaivu_box.cli.main import main
 from tests.support import process_box
-from tests.support.process_box import environment
+from tests.support.process_box import Box, environment
 
 _one_at_a_time = threading.Lock()  # standard streams and environment are the whole process's
 
@@ -54,6 +54,12 @@ def run_command(
 
 def run_command_json(*args: str, home: Path) -> Any:
     return json.loads(run_command(*args, "--json", home=home).stdout)
+
+
+def make_key(box: Box, *options: str) -> tuple[str, str]:
+    """The secret and the id of a new key, with options of `keys create`."""
+    made = run_command_json("keys", "create", *options, home=box.home)
+    return made["key"], made["id"]
 
 
 def _status_of_main() -> int:
