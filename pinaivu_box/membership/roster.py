@@ -9,7 +9,7 @@ Permissions:
 - The founder (its key is in the network's id) is the root.  It cannot be revoked.
 - An admin may invite any box, also as an admin, and revoke any box but the founder.
 - Another member may invite, if an admin invited it, and revoke those it invited.  These may not
-  invite in turn: so one hostile member brings in `MAX_INVITED` strangers and no more.
+  invite in turn: so one hostile member brings in `MAX_INVITED` boxes and no more.
 
 A revocation is of the box and not of one certificate: certificates of other members, old or new,
 do not bring it back.  It is permanent, and stays valid after its signer was revoked; else revoking

@@ -61,10 +61,7 @@ async def chat(call: InferenceCall, body: OllamaChatRequest) -> OllamaAnswer | L
     job = chat_job(asked, call.job(asked))
     if body.think:
         call.thinking_field = "think"
-    await call.start([job])
-    return await call.answer(
-        _Answer(call, job, is_chat=True), stream=body.stream is not False, stream_type=LineStream
-    )
+    return await _answer(call, job, body, is_chat=True)
 
 
 async def generate(call: InferenceCall, body: GenerateRequest) -> OllamaAnswer | LineStream:
@@ -76,9 +73,17 @@ async def generate(call: InferenceCall, body: GenerateRequest) -> OllamaAnswer |
         job = replace(job, messages=[], prompt=body.prompt, suffix=body.suffix)
     elif body.think:
         call.thinking_field = "think"
-    await call.start([job])
+    return await _answer(call, job, body, is_chat=False)
+
+
+async def _answer(
+    call: InferenceCall, job: Job, body: OllamaChatRequest | GenerateRequest, *, is_chat: bool
+) -> OllamaAnswer | LineStream:
     return await call.answer(
-        _Answer(call, job, is_chat=False), stream=body.stream is not False, stream_type=LineStream
+        [job],
+        _Answer(call, job, is_chat=is_chat),
+        stream=body.stream is not False,
+        stream_type=LineStream,
     )
 
 

@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 
 class LinkOwner(Protocol):
-    """What the owner of the links is told and asked."""
+    """Who is notified of links, and knows where peers are."""
 
     def link_opened(self, link: Link) -> None: ...
 

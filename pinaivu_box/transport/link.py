@@ -77,7 +77,7 @@ class Connection(Protocol):
 
 @dataclass(frozen=True)
 class LinkOptions:
-    """`versions` of the protocol that this box speaks, and its wall `clock`, in Unix seconds.
+    """`versions` of the protocol that this box supports, and its wall `clock`, in Unix seconds.
 
     A heartbeat is sent each `beat_seconds`.  The link is lost after `max_silent` beats of ours in
     which nothing at all came, and after `max_stuck` in which the peer's machine answered, but its
