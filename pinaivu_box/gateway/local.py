@@ -175,12 +175,14 @@ def _error(item: Item) -> ApiError:
 
 
 def resolve(job: Job, box: SamplingConfig, file: SamplingDefaults) -> Sampling:
-    """The request's word counts most, then the model's and the box's configuration, the file's.
+    """The request's word counts most, then the model's and the box's configuration, then what
+    the model's publisher recommends, the file's.
 
     A client that sets `top_p` truncates as OpenAI's API does, by top-p alone: the top-k and min-p
     defaults, which it does not know of, are off then.
     """
-    layers = (file, box, job.model.sampling, job.sampling)
+    model = job.model
+    layers = (file, model.parameters.sampling, box, model.sampling, job.sampling)
     fields = [item for layer in layers for item in msgspec.structs.asdict(layer).items()]
     values = {name: value for name, value in fields if value is not None}
     if job.sampling.top_p is not None:

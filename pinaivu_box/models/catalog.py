@@ -15,10 +15,12 @@ from typing import NamedTuple
 from pinaivu_box.config import Config, ModelConfig, SamplingConfig
 from pinaivu_box.errors import CliError, ModelNotFound, quoted
 from pinaivu_box.models import bundled, folder_scan, gguf, splits
+from pinaivu_box.models import record as records
 from pinaivu_box.models.folder_scan import FolderScan
 from pinaivu_box.models.gguf import BadGguf, Header
 from pinaivu_box.models.header_reader import HeaderReader
 from pinaivu_box.models.names import MAX_NAME, RULE, is_model_id, printable
+from pinaivu_box.models.record import NO_PARAMETERS, ModelParameters, ModelRecord
 from pinaivu_box.models.regular_files import download_mark, sha256, stat_regular
 
 FAKE = "fake:"  # a runner without a model, for tests and load measurements
@@ -53,6 +55,12 @@ class Model:
     recorded_digest: str | None = None
     remote: bool = False
     parts: tuple[ModelPart, ...] = ()
+    record: ModelRecord | None = None
+
+    @property
+    def parameters(self) -> ModelParameters:
+        """The defaults that its publisher recommends."""
+        return self.record.parameters if self.record is not None else NO_PARAMETERS
 
     @property
     def files(self) -> list[Model]:
@@ -141,7 +149,8 @@ def load(
         for (_, count), files in _grouped(scan.files, not_served).items():
             paths = [files[number] for number in sorted(files)]
             try:
-                model_id = _id_of(paths[0])
+                record = records.read(paths[0])
+                model_id = record.id if record is not None else _id_of(paths[0])
                 if (other := models.get(model_id)) is not None:
                     if other.owner == "local" and _same_file(paths[0], other.path):
                         continue  # this very file: the configuration names it, or a link leads here
@@ -150,7 +159,8 @@ def load(
                         f"({printable(str(other.path))}){RENAME_ONE}"
                     )
                 splits.check_complete(count, list(files))
-                models[model_id] = _from_files(model_id, paths, headers)
+                model = _from_files(model_id, paths, headers)
+                models[model_id] = replace(model, record=record)
             except (BadGguf, OSError) as error:
                 not_served[paths[0]] = _reason(error)
     finally:

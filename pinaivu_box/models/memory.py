@@ -18,7 +18,8 @@ def context_of(model: Model, configured: int) -> int:
     """Most tokens of one sequence: configured for the model, for the box, or from the file."""
     if model.is_fake:
         return model.context or configured or DEFAULT_CONTEXT
-    return model.context or configured or min(model.header.context_length, DEFAULT_CONTEXT)
+    usual = model.parameters.num_ctx or DEFAULT_CONTEXT
+    return model.context or configured or min(model.header.context_length, usual)
 
 
 def kv_tokens_of(context: int, configured: int) -> int:

@@ -51,6 +51,11 @@ def parse(name: str) -> PartName | None:
     return part if part.count > 1 else None
 
 
+def names(stem: str, count: int) -> list[str]:
+    """What the files of a model in so many files are called."""
+    return [f"{stem}.gguf"] if count == 1 else PartName(stem, 1, count, ".gguf").all_parts
+
+
 def stem_of(name: str) -> str:
     """The name of a model's file, or of any of its parts, without number and suffix."""
     match = _NAME.fullmatch(name)

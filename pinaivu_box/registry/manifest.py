@@ -7,14 +7,13 @@ import re
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-import msgspec
 from msgspec import Meta, Struct, field
 
-from pinaivu_box.config import SamplingConfig
 from pinaivu_box.errors import PullFailed, quoted
 from pinaivu_box.models import splits
 from pinaivu_box.models.gguf import BadGguf
-from pinaivu_box.registry.client import HttpStatus, RegistryClient
+from pinaivu_box.models.record import ModelParameters, ModelRecord
+from pinaivu_box.registry.client import HttpStatus, RegistryClient, host_of
 from pinaivu_box.registry.reference import HubModel, RegistryModel, UrlModel
 from pinaivu_box.text import whole
 
@@ -25,7 +24,6 @@ _OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 _OLLAMA = "application/vnd.ollama.image."
 _DEFAULT_QUANTS = ("Q4_K_M", "Q4_K_S", "Q4_0", "Q5_K_M", "Q8_0")  # the first that there is
 
-StopString = Annotated[str, Meta(min_length=1, max_length=256)]
 Size = Annotated[int, Meta(ge=1, le=2**50)]
 
 
@@ -70,24 +68,6 @@ class Repository(Struct):
     card: CardData | None = field(name="cardData", default=None)
 
 
-class Parameters(Struct, frozen=True):
-    """Ollama's parameters of a model, as far as they mean something here; others are left out."""
-
-    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Meta(ge=0, lt=2**31)] | None = None
-    min_p: Annotated[float, Meta(ge=0, lt=1)] | None = None
-    num_ctx: Annotated[int, Meta(ge=1, lt=2**31)] | None = None
-    stop: Annotated[tuple[StopString, ...], Meta(max_length=64)] = ()
-
-    @property
-    def sampling(self) -> SamplingConfig:
-        return SamplingConfig(self.temperature, self.top_p, self.top_k, self.min_p)
-
-
-_NO_PARAMETERS = Parameters()
-
-
 @dataclass(frozen=True)
 class RemoteFile:
     """A file of `size` bytes; None where only a request for it tells.  `digest` is its SHA-256 in
@@ -100,15 +80,11 @@ class RemoteFile:
 
 @dataclass(frozen=True)
 class Listing:
-    """A model as a registry has it: its files in the order of its parts.  `source` is where they
-    come from, for people, and `license` the licence's name or text."""
+    """A model as a registry has it: its files in the order of its parts, and what is said about
+    it."""
 
-    id: str
-    source: str
     files: tuple[RemoteFile, ...]
-    license: str = ""
-    system: str = ""
-    parameters: Parameters = _NO_PARAMETERS
+    record: ModelRecord
 
 
 async def of_registry(client: RegistryClient, model: RegistryModel) -> Listing:
@@ -137,14 +113,16 @@ async def of_registry(client: RegistryClient, model: RegistryModel) -> Listing:
         parts = [await _blob(client, base, layer) for layer in layers.get(kind, [])]
         return b"\n\n".join(parts).decode("utf-8", "replace")
 
-    return Listing(
+    record = ModelRecord(
         model.id,
-        f"{model.base.partition('://')[2]}/{model.repository}:{model.tag}",
-        tuple(RemoteFile(f"{base}/blobs/{w.digest}", w.size, w.digest[7:]) for w in weights),
+        f"{host_of(base)}/{model.repository}:{model.tag}",
         await text_of("license"),
         await text_of("system"),
-        _parameters(await text_of("params")),
+        ModelParameters.parse(await text_of("params")),
     )
+    (layer,) = weights
+    file = RemoteFile(f"{base}/blobs/{layer.digest}", layer.size, layer.digest[len("sha256:") :])
+    return Listing((file,), record)
 
 
 async def _blob(client: RegistryClient, base: str, layer: Layer) -> bytes:
@@ -156,23 +134,6 @@ async def _blob(client: RegistryClient, base: str, layer: Layer) -> bytes:
     if f"sha256:{hashlib.sha256(data).hexdigest()}" != layer.digest:
         raise PullFailed(f"A part of the description from {url} is not what its digest says.")
     return data
-
-
-def _parameters(text: str) -> Parameters:
-    """Each parameter that is valid; a server that has others is newer than this, not wrong."""
-    try:
-        raw = msgspec.json.decode(text or "{}", type=dict[str, Any])
-    except msgspec.DecodeError:
-        return Parameters()
-    kept = {}
-    for name in Parameters.__struct_fields__:
-        if name in raw:
-            try:
-                msgspec.convert({name: raw[name]}, Parameters)
-            except msgspec.ValidationError:
-                continue
-            kept[name] = raw[name]
-    return msgspec.convert(kept, Parameters)
 
 
 async def of_hub(client: RegistryClient, model: HubModel) -> Listing:
@@ -201,16 +162,14 @@ async def of_hub(client: RegistryClient, model: HubModel) -> Listing:
     )
     card = repository.card or CardData()
     license_ = card.license_name or card.license
+    source = f"{host_of(model.base)}/{model.repository}@{repository.sha[:12]}/{names[0]}"
     return Listing(
-        model.id,
-        f"{model.base.partition('://')[2]}/{model.repository}@{repository.sha[:12]}/{names[0]}",
-        files,
-        license_ if isinstance(license_, str) else "",
+        files, ModelRecord(model.id, source, license_ if isinstance(license_, str) else "")
     )
 
 
 def of_url(model: UrlModel) -> Listing:
-    return Listing(model.id, model.url, (RemoteFile(model.url, None, None),))
+    return Listing((RemoteFile(model.url, None, None),), ModelRecord(model.id, model.url))
 
 
 def choose(names: list[str], choice: str) -> list[str]:

@@ -11,7 +11,6 @@ import hashlib
 import re
 from collections import deque
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
@@ -19,7 +18,7 @@ import httpx
 
 from pinaivu_box import backoff
 from pinaivu_box.errors import PullFailed, quoted
-from pinaivu_box.models import partial_file
+from pinaivu_box.models import partial_file, record, splits
 from pinaivu_box.models.partial_file import PIECE_BYTES, CopyInProgress, NoRoom
 from pinaivu_box.models.regular_files import sha256
 from pinaivu_box.registry.client import HttpStatus, RegistryClient, host_of, unreachable
@@ -32,20 +31,10 @@ _RUN_PIECES = 16  # 64 MiB: what one request asks for
 _MAX_FAILURES = 6  # in a row, of one connection
 _FIRST_RETRY_SECONDS, _MAX_RETRY_SECONDS = 0.5, 15.0
 _MAX_FILE_BYTES = 2**50
-# What the storage behind a registry says when the URL of a redirect has expired.
-_EXPIRED = {401, 403, 404, 410}
-_RETRIED = {408, 429, 500, 502, 503, 504}
+# Statuses of a server that is busy, and of the storage behind a registry when the URL of a redirect
+# has expired.
+_RETRIED = {401, 403, 404, 408, 410, 429, 500, 502, 503, 504}
 _CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18})")
-
-
-@dataclass(frozen=True)
-class FetchedFile:
-    """A whole file that is still among the unfinished ones, under `key`: see
-    `partial_file.settle`.  `digest` is its SHA-256 in hex, `hashes` are those of its pieces."""
-
-    key: str
-    digest: str
-    hashes: bytes
 
 
 class _NoRanges(PullFailed):
@@ -57,145 +46,194 @@ class _Stopped(Exception):
 
 
 class Transfer:
-    """The download of a listing into a folder.  `received` of `size` bytes are here; `checking`
-    while the whole is compared with its digest."""
+    """The download of a listing into a models folder, where it gets its name when all is here.
+
+    `bytes` of `size` are here.  `checking` while nothing is received: files are compared with their
+    digests.  Once it is `finishing` it must not be cancelled.  `files` are those that were
+    downloaded: name, digest and hashes of the pieces.
+    """
 
     def __init__(self, client: RegistryClient, listing: Listing, folder: Path) -> None:
-        self.listing = listing
-        self.checking = False
-        self._client = client
+        self.record = listing.record
+        self.host = host_of(listing.files[0].url)
+        self.finishing = False
+        self.files: list[tuple[Path, str, bytes]] = []
         self._folder = folder
-        self._random = Random()  # noqa: S311, it spreads retries
-        self._sizes: dict[str, int] = {f.url: f.size for f in listing.files if f.size is not None}
-        self._arrived: dict[str, set[int]] = {}  # by URL, the numbers of pieces
+        self._transfers = [_FileTransfer(client, file, folder) for file in listing.files]
+
+    @property
+    def digest(self) -> str:
+        """Of the model; empty while it is not known."""
+        digests = [transfer.digest for transfer in self._transfers]
+        if not all(digests):
+            return ""
+        return digests[0] if len(digests) == 1 else splits.digest_of_parts(digests)
 
     @property
     def size(self) -> int:
         """Of all files together, as far as it is known."""
-        return sum(self._sizes.values())
+        return sum(transfer.size for transfer in self._transfers)
 
     @property
-    def received(self) -> int:
-        """The bytes that have come of all files together."""
-        return sum(
-            partial_file.length(number, self._sizes[url])
-            for url, numbers in self._arrived.items()
-            for number in numbers
-        )
+    def bytes(self) -> int:
+        return sum(transfer.received for transfer in self._transfers)
 
-    async def run(self) -> list[FetchedFile]:
+    @property
+    def checking(self) -> bool:
+        return self.finishing or any(transfer.checking for transfer in self._transfers)
+
+    async def run(self) -> None:
         """Download all files.  Raises PullFailed; what has come is kept for another attempt, unless
         it is wrong."""
-        files = [await self._described(file) for file in self.listing.files]
+        model_id, transfers = self.record.id, self._transfers
         try:
-            wanted = [(_key(file), file.size or 0) for file in files]
+            for transfer in transfers:
+                await transfer.ask_size()
+            wanted = [(transfer.key, transfer.size) for transfer in transfers]
             await asyncio.to_thread(partial_file.check_room, self._folder, wanted)
-            return [await self._fetch(file) for file in files]
+            for transfer in transfers:
+                await transfer.run()
+            self.finishing = True
+            await asyncio.to_thread(self._publish)
         except NoRoom as error:
             raise PullFailed(
-                f"There is no room for {self.listing.id} on the disk of {self._folder}: {error}."
+                f"There is no room for {model_id} on the disk of {self._folder}: {error}."
             ) from error
         except CopyInProgress as error:
-            raise PullFailed(f"{self.listing.id} is being pulled by another process.") from error
+            raise PullFailed(f"{model_id} is being pulled by another process.") from error
         except OSError as error:
             reason = error.strerror or error
             raise PullFailed(f"{self._folder} cannot be written to: {reason}.") from error
 
-    async def _described(self, file: RemoteFile) -> RemoteFile:
-        """The file with its size, which is asked for where it is not known."""
-        if file.size is not None:
-            return file
+    def _publish(self) -> None:
+        """Give the files their names.  Raises OSError."""
+        names = splits.names(self.record.id, len(self._transfers))
+        targets = [self._folder / name for name in names]
+        targets[0].parent.mkdir(parents=True, exist_ok=True)
+        record.write(targets[0], self.record)
+        for target, transfer in zip(targets, self._transfers, strict=True):
+            partial_file.publish(self._folder, transfer.key, target)
+            self.files.append((target, transfer.digest, transfer.hashes))
+
+
+class _FileTransfer:
+    """The download of one file, which stays among the unfinished ones.  `digest` is empty while it
+    is not known; `hashes` are those of its pieces when it has come."""
+
+    def __init__(self, client: RegistryClient, file: RemoteFile, folder: Path) -> None:
+        self.size, self.digest = file.size or 0, file.digest or ""
+        self._expected = self.digest
+        self.hashes = b""
+        self.checking = False
+        self._client, self._url, self._folder = client, file.url, folder
+        self._random = Random()  # noqa: S311, it spreads retries
+        self._arrived: set[int] = set()
+        self._partial: UnhashedFile
+
+    @property
+    def key(self) -> str:
+        """What the unfinished file is called: its digest, or one of where it comes from."""
+        source = f"{self._url}\n{self.size}".encode()
+        return self._expected or hashlib.sha256(source).hexdigest()
+
+    @property
+    def received(self) -> int:
+        """How many of its bytes are here."""
+        return sum(partial_file.length(number, self.size) for number in self._arrived)
+
+    async def ask_size(self) -> None:
+        """Ask for the size if it is not known.  Raises PullFailed."""
+        if self.size:
+            return
         try:
-            async with self._client.open(file.url, {"Range": "bytes=0-0"}) as response:
-                size = _total(response)
+            async with self._client.open(self._url, {"Range": "bytes=0-0"}) as response:
+                self.size = _total(response)
         except HttpStatus as error:
             if error.status == 404:
-                raise PullFailed(f"There is no file at {quoted(file.url)}.") from error
+                raise PullFailed(f"There is no file at {quoted(self._url)}.") from error
             raise
         except httpx.TransportError as error:
-            raise unreachable(file.url, error) from error
-        self._sizes[file.url] = size
-        return RemoteFile(file.url, size, file.digest)
+            raise unreachable(self._url, error) from error
 
-    async def _fetch(self, file: RemoteFile) -> FetchedFile:
-        """Raises PullFailed, OSError."""
-        size, key = file.size or 0, _key(file)
-        partial = await asyncio.to_thread(UnhashedFile, self._folder, key, size)
+    async def run(self) -> None:
+        """Download it.  Raises PullFailed, OSError."""
+        partial = await asyncio.to_thread(UnhashedFile, self._folder, self.key, self.size)
+        self._partial = partial
         try:
             missing = await asyncio.to_thread(partial.missing)
-            self._arrived[file.url] = set(range(partial_file.count(size))) - set(missing)
-            await self._fill(file, partial, missing)
+            self._arrived = set(range(partial_file.count(self.size))) - set(missing)
+            await self._fill(missing)
             self.checking = True
             digest = await asyncio.to_thread(sha256, partial.path)
-            if file.digest not in (None, digest):
+            if self._expected not in ("", digest):
                 await asyncio.to_thread(partial.discard)
                 raise PullFailed(
-                    f"What {host_of(file.url)} sent is another file than its digest "
-                    f"{(file.digest or '')[:12]} says: it was discarded.  Pull it again."
+                    f"What {host_of(self._url)} sent is another file than its digest "
+                    f"{self._expected[:12]} says: it was discarded.  Pull it again."
                 )
             await asyncio.to_thread(partial.finish, None)
-            self.checking = False
-            return FetchedFile(key, digest, partial.hashes)
+            self.digest, self.hashes, self.checking = digest, partial.hashes, False
         finally:
             await asyncio.to_thread(partial.close)
 
-    async def _fill(self, file: RemoteFile, partial: UnhashedFile, missing: list[int]) -> None:
+    async def _fill(self, missing: list[int]) -> None:
         """Raises PullFailed, OSError."""
         runs = _runs(missing)
         try:
             async with asyncio.TaskGroup() as group:
                 for _ in range(min(CONNECTIONS, len(runs))):
-                    group.create_task(self._fill_runs(file, partial, runs))
+                    group.create_task(self._fill_runs(runs))
         except* _NoRanges:
-            everything = deque([list(range(partial_file.count(file.size or 0)))])
-            await self._fill_runs(file, partial, everything)
+            await self._fill_runs(deque([list(range(partial_file.count(self.size)))]))
         except* (PullFailed, OSError) as group_error:
             raise group_error.exceptions[0] from None
 
-    async def _fill_runs(
-        self, file: RemoteFile, partial: UnhashedFile, runs: deque[list[int]]
-    ) -> None:
+    async def _fill_runs(self, runs: deque[list[int]]) -> None:
         """Fill runs of pieces until none is left.  Raises PullFailed, OSError."""
         failures = 0
         while runs:
             run = runs.popleft()
             while run:
                 try:
-                    async for number, data in self._pieces(file, run):
-                        await asyncio.to_thread(partial.put, number, data)
-                        self._arrived[file.url].add(number)
+                    async for number, data in self._pieces(run):
+                        await asyncio.to_thread(self._partial.put, number, data)
+                        self._arrived.add(number)
                         run, failures = run[1:], 0
                 except (_Stopped, HttpStatus, httpx.TransportError) as error:
                     failures += 1
-                    hopeless = isinstance(error, HttpStatus) and error.status not in (
-                        _RETRIED | _EXPIRED
-                    )
+                    hopeless = isinstance(error, HttpStatus) and error.status not in _RETRIED
                     if hopeless or failures == _MAX_FAILURES:
-                        raise _given_up(file, error) from error
-                    await asyncio.sleep(
-                        backoff.delay(
-                            failures, _FIRST_RETRY_SECONDS, _MAX_RETRY_SECONDS, self._random
-                        )
-                    )
+                        raise self._given_up(error) from error
+                    first, longest = _FIRST_RETRY_SECONDS, _MAX_RETRY_SECONDS
+                    await asyncio.sleep(backoff.delay(failures, first, longest, self._random))
 
-    async def _pieces(self, file: RemoteFile, run: list[int]) -> AsyncIterator[tuple[int, bytes]]:
+    async def _pieces(self, run: list[int]) -> AsyncIterator[tuple[int, bytes]]:
         """Request a run of pieces, and return each as it comes.  Raises _NoRanges, _Stopped, and
         what `RegistryClient.open` does."""
-        size = file.size or 0
         begin = run[0] * PIECE_BYTES
-        end = begin + sum(partial_file.length(number, size) for number in run)
-        async with self._client.open(file.url, _range(begin, end)) as response:
-            _check_range(response, begin, size)
+        end = begin + sum(partial_file.length(number, self.size) for number in run)
+        async with self._client.open(self._url, _range(begin, end)) as response:
+            _check_range(response, begin, self.size)
             numbers, data = iter(run), bytearray()
             number = next(numbers)
             async for part in response.aiter_raw():
                 data += part
-                while len(data) >= (length := partial_file.length(number, size)):
+                while len(data) >= (length := partial_file.length(number, self.size)):
                     yield number, bytes(data[:length])
                     del data[:length]
                     if (number := next(numbers, -1)) < 0:
                         return
         raise _Stopped("it ended an answer early")
+
+    def _given_up(self, error: Exception) -> PullFailed:
+        if isinstance(error, HttpStatus):
+            return error
+        if isinstance(error, httpx.TransportError):
+            return unreachable(self._url, error)
+        return PullFailed(
+            f"{host_of(self._url)} does not send {megabytes(self.size)} as it says: {error}.  What "
+            "has come is kept; pull it again."
+        )
 
 
 def _range(begin: int, end: int) -> dict[str, str]:
@@ -233,19 +271,3 @@ def _runs(missing: list[int]) -> deque[list[int]]:
         else:
             runs.append([number])
     return runs
-
-
-def _key(file: RemoteFile) -> str:
-    """What the unfinished file is called: its digest, or one of where it comes from."""
-    return file.digest or hashlib.sha256(f"{file.url}\n{file.size}".encode()).hexdigest()
-
-
-def _given_up(file: RemoteFile, error: Exception) -> PullFailed:
-    if isinstance(error, HttpStatus):
-        return error
-    if isinstance(error, httpx.TransportError):
-        return unreachable(file.url, error)
-    return PullFailed(
-        f"{host_of(file.url)} does not send {megabytes(file.size or 0)} as it says: {error}.  What "
-        "has come is kept; pull it again."
-    )

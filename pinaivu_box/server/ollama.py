@@ -11,10 +11,10 @@ from typing import Any
 from msgspec import UNSET
 from starlette.requests import Request
 
+from pinaivu_box.engine.messages import Output
 from pinaivu_box.errors import ModelNotAllowed
 from pinaivu_box.files import store as file_store
 from pinaivu_box.gateway.backend import Job
-from pinaivu_box.gateway.output import Output
 from pinaivu_box.gateway.request import ChoiceStarted, Failed, Finished, RequestEvent
 from pinaivu_box.models import memory
 from pinaivu_box.models.catalog import Model

@@ -107,6 +107,7 @@ async def test_a_model_comes_from_a_real_registry(registry: str, name: str, tmp_
     assert isinstance(reference, RegistryModel)
     async with RegistryClient(reference.base) as client:
         listing = await manifest.of_registry(client, reference)
-        assert (listing.license, listing.parameters.temperature) == ("Be nice.", 0.25)
-        (file,) = await Transfer(client, listing, tmp_path).run()
-    assert (tmp_path / ".partial" / file.key).read_bytes() == WEIGHTS
+        assert (listing.record.license, listing.record.parameters.temperature) == ("Be nice.", 0.25)
+        transfer = Transfer(client, listing, tmp_path)
+        await transfer.run()
+    assert transfer.files[0][0].read_bytes() == WEIGHTS

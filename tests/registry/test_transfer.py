@@ -15,11 +15,13 @@ import pytest
 from pinaivu_box.config import RegistryConfig
 from pinaivu_box.errors import PullFailed
 from pinaivu_box.models.partial_file import PIECE_BYTES
-from pinaivu_box.registry import manifest, transfer
+from pinaivu_box.models.record import ModelParameters
+from pinaivu_box.registry import manifest
+from pinaivu_box.registry import transfer as transfers
 from pinaivu_box.registry.client import RegistryClient
-from pinaivu_box.registry.manifest import Listing, Parameters, choose
+from pinaivu_box.registry.manifest import Listing, choose
 from pinaivu_box.registry.reference import HubModel, RegistryModel, UrlModel, parse
-from pinaivu_box.registry.transfer import FetchedFile, Transfer
+from pinaivu_box.registry.transfer import Transfer
 from tests.support.registry_server import RegistryServer, registry_server
 from tests.support.waiting import wait_until
 
@@ -30,7 +32,7 @@ DIGEST = hashlib.sha256(WEIGHTS).hexdigest()
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[RegistryServer]:
-    monkeypatch.setattr(transfer, "_FIRST_RETRY_SECONDS", 0.01)
+    monkeypatch.setattr(transfers, "_FIRST_RETRY_SECONDS", 0.01)
     with registry_server() as running:
         yield running
 
@@ -46,16 +48,24 @@ async def look_up(server: RegistryServer, name: str, token: str = "") -> Listing
         return manifest.of_url(reference)
 
 
-async def pull(
-    server: RegistryServer, name: str, folder: Path, token: str = ""
-) -> list[FetchedFile]:
+async def pull(server: RegistryServer, name: str, folder: Path, token: str = "") -> Transfer:
+    """Download it; checks that what stands in the folder is what the transfer says."""
     listing = await look_up(server, name, token)
     async with RegistryClient(server.url, token) as client:
-        return await Transfer(client, listing, folder).run()
+        transfer = Transfer(client, listing, folder)
+        await transfer.run()
+    assert transfer.bytes == transfer.size and transfer.finishing
+    for path, digest, hashes in transfer.files:
+        data = path.read_bytes()
+        assert hashlib.sha256(data).hexdigest() == digest
+        pieces = [data[at : at + PIECE_BYTES] for at in range(0, len(data), PIECE_BYTES)]
+        assert hashes == b"".join(hashlib.sha256(piece).digest() for piece in pieces)
+    assert not list((folder / ".partial").iterdir())
+    return transfer
 
 
-def content(folder: Path, file: FetchedFile) -> bytes:
-    return (folder / ".partial" / file.key).read_bytes()
+def content(transfer: Transfer) -> bytes:
+    return b"".join(path.read_bytes() for path, *_ in transfer.files)
 
 
 # -- which files -----------------------------------------------------------------------------------
@@ -73,10 +83,10 @@ async def test_ollamas_layers_are_files_licence_and_parameters(server: RegistryS
     )
     listing = await look_up(server, "tiny:1b")
     assert [file.digest for file in listing.files] == [DIGEST]
-    assert (listing.license, listing.system) == ("Be nice.", "You are a test.")
+    assert (listing.record.license, listing.record.system) == ("Be nice.", "You are a test.")
     # An unknown one and one that is out of range are left out.
-    expected = Parameters(temperature=0.5, top_k=20, num_ctx=4096, stop=("<|end|>",))
-    assert listing.parameters == expected
+    expected = ModelParameters(temperature=0.5, top_k=20, num_ctx=4096, stop=("<|end|>",))
+    assert listing.record.parameters == expected
 
 
 async def test_a_model_with_a_projector_or_an_adapter_is_refused(server: RegistryServer) -> None:
@@ -112,10 +122,10 @@ async def test_a_hub_repository_is_pinned_to_its_commit(
 ) -> None:
     server.add_hub("ann/tiny-GGUF", {"tiny-Q8_0.gguf": WEIGHTS}, license="mit")
     listing = await look_up(server, "hf.co/ann/tiny-GGUF:Q8_0")
-    assert listing.license == "mit"
-    assert "0123456789ab" in listing.source
-    (file,) = await pull(server, "hf.co/ann/tiny-GGUF:Q8_0", tmp_path)
-    assert content(tmp_path, file) == WEIGHTS
+    assert listing.record.license == "mit"
+    assert "0123456789ab" in listing.record.source
+    transfer = await pull(server, "hf.co/ann/tiny-GGUF:Q8_0", tmp_path)
+    assert content(transfer) == WEIGHTS
     with pytest.raises(PullFailed, match=r"It has: tiny-Q8_0\.gguf"):
         await look_up(server, "hf.co/ann/tiny-GGUF:Q2_K")
 
@@ -141,11 +151,9 @@ async def test_nobody_answers() -> None:
 async def test_a_file_comes_in_several_connections(server: RegistryServer, tmp_path: Path) -> None:
     big = os.urandom(PIECE_BYTES * 40 + 1)
     server.add_ollama("library/big:1b", big)
-    (file,) = await pull(server, "big:1b", tmp_path)
-    assert content(tmp_path, file) == big
-    assert file.digest == file.key == hashlib.sha256(big).hexdigest()
-    pieces = [big[at : at + PIECE_BYTES] for at in range(0, len(big), PIECE_BYTES)]
-    assert file.hashes == b"".join(hashlib.sha256(piece).digest() for piece in pieces)
+    transfer = await pull(server, "big:1b", tmp_path)
+    assert content(transfer) == big
+    assert transfer.files[0][0] == tmp_path / "big:1b.gguf"
     assert len(server.ranges) == 3
 
 
@@ -155,8 +163,8 @@ async def test_connections_that_break_are_made_again(
     server.add_ollama("library/tiny:1b", WEIGHTS)
     server.faults.cuts, server.faults.cut_after = 3, PIECE_BYTES + 100
     server.faults.statuses = [503, 429, 403]
-    (file,) = await pull(server, "tiny:1b", tmp_path)
-    assert content(tmp_path, file) == WEIGHTS
+    transfer = await pull(server, "tiny:1b", tmp_path)
+    assert content(transfer) == WEIGHTS
     # What came before a connection broke is not asked for again.
     assert f"bytes={PIECE_BYTES}-{len(WEIGHTS) - 1}" in server.ranges
 
@@ -170,7 +178,7 @@ async def test_a_download_that_was_given_up_goes_on_where_it_was(
     async with RegistryClient(server.url) as client:
         first = Transfer(client, listing, tmp_path)
         running = asyncio.create_task(first.run())
-        await wait_until(lambda: first.received >= 4 * PIECE_BYTES)
+        await wait_until(lambda: first.bytes >= 4 * PIECE_BYTES)
         running.cancel()
         with pytest.raises(asyncio.CancelledError):
             await running
@@ -181,8 +189,8 @@ async def test_a_download_that_was_given_up_goes_on_where_it_was(
     partial = tmp_path / ".partial" / DIGEST
     with partial.open("r+b") as disk:
         disk.write(b"changed")
-    (file,) = await pull(server, "tiny:1b", tmp_path)
-    assert content(tmp_path, file) == WEIGHTS
+    transfer = await pull(server, "tiny:1b", tmp_path)
+    assert content(transfer) == WEIGHTS
     assert f"bytes=0-{PIECE_BYTES - 1}" in server.ranges
     asked = [tuple(map(int, text.removeprefix("bytes=").split("-"))) for text in server.ranges]
     assert sum(end + 1 - begin for begin, end in asked) <= len(WEIGHTS) - 3 * PIECE_BYTES
@@ -195,17 +203,17 @@ async def test_a_server_without_ranges_sends_it_whole(
     big = os.urandom(PIECE_BYTES * 20)
     server.add_ollama("library/big:1b", big)
     server.faults.without_ranges = True
-    (file,) = await pull(server, "big:1b", tmp_path)
-    assert content(tmp_path, file) == big
+    transfer = await pull(server, "big:1b", tmp_path)
+    assert content(transfer) == big
 
 
 async def test_a_url_tells_size_and_digest_as_it_comes(
     server: RegistryServer, tmp_path: Path
 ) -> None:
     digest = server.add_blob(WEIGHTS)
-    (file,) = await pull(server, f"{server.url}/files/{digest}/tiny.gguf", tmp_path)
-    assert file.digest == digest != file.key
-    assert content(tmp_path, file) == WEIGHTS
+    transfer = await pull(server, f"{server.url}/files/{digest}/tiny.gguf", tmp_path)
+    assert transfer.digest == digest
+    assert content(transfer) == WEIGHTS
     with pytest.raises(PullFailed, match="no file at"):
         await pull(server, f"{server.url}/none/tiny.gguf", tmp_path)
 
@@ -222,8 +230,8 @@ async def test_a_wrong_byte_is_found_and_nothing_of_it_kept(
         await pull(server, "tiny:1b", tmp_path)
     assert not list((tmp_path / ".partial").iterdir())
     server.faults.wrong_bytes = False
-    (file,) = await pull(server, "tiny:1b", tmp_path)
-    assert content(tmp_path, file) == WEIGHTS
+    transfer = await pull(server, "tiny:1b", tmp_path)
+    assert content(transfer) == WEIGHTS
 
 
 @pytest.mark.parametrize("difference", [-PIECE_BYTES, -1, 1, PIECE_BYTES])
@@ -250,8 +258,8 @@ async def test_a_registrys_token_is_fetched_and_stays_with_it(
 ) -> None:
     server.add_ollama("library/tiny:1b", WEIGHTS, license="Be nice.")
     server.faults.token = "oci"
-    (file,) = await pull(server, "tiny:1b", tmp_path)
-    assert content(tmp_path, file) == WEIGHTS
+    transfer = await pull(server, "tiny:1b", tmp_path)
+    assert content(transfer) == WEIGHTS
     sent = {path.split("/")[1]: value for path, value in server.credentials}
     assert sent["v2"] == "Bearer oci"
     assert sent["cas"] == sent["token"] == ""
@@ -264,8 +272,8 @@ async def test_the_hubs_token_is_sent_to_the_hub_alone(
     server.faults.token = "hf_secret"
     with pytest.raises(PullFailed, match="HF_TOKEN"):
         await look_up(server, "hf.co/ann/gated")
-    (file,) = await pull(server, "hf.co/ann/gated", tmp_path, "hf_secret")
-    assert content(tmp_path, file) == WEIGHTS
+    transfer = await pull(server, "hf.co/ann/gated", tmp_path, "hf_secret")
+    assert content(transfer) == WEIGHTS
     sent = {value for path, value in server.credentials if path.startswith("/cas/")}
     assert sent == {""}
 
@@ -291,5 +299,5 @@ async def test_two_processes_do_not_write_one_file(server: RegistryServer, tmp_p
     with pytest.raises(PullFailed, match="another process"):
         await pull(server, "tiny:1b", tmp_path)
     server.faults.pause.set()
-    (file,) = await first
-    assert content(tmp_path, file) == WEIGHTS
+    transfer = await first
+    assert content(transfer) == WEIGHTS
