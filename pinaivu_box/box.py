@@ -29,18 +29,16 @@ from pinaivu_box.identity import Identity
 from pinaivu_box.ledger.session import PURPOSE as LEDGER_PURPOSE
 from pinaivu_box.ledger.session import Ledger
 from pinaivu_box.legs.admission import PeerPolicies
-from pinaivu_box.legs.prompts import PromptReader
 from pinaivu_box.legs.recorder import LedgerRecorder
 from pinaivu_box.legs.runner import LegRunner
 from pinaivu_box.legs.wiring import PeerServices
 from pinaivu_box.models import catalog as catalogs
 from pinaivu_box.models import folder_watch
-from pinaivu_box.models.catalog import Catalog, Model
+from pinaivu_box.models.catalog import Catalog
 from pinaivu_box.models.folder_scan import FolderScan
 from pinaivu_box.models.header_reader import HeaderReader
 from pinaivu_box.models.names import printable
 from pinaivu_box.network.network import Network
-from pinaivu_box.policy import Policy
 from pinaivu_box.routing import reputation
 from pinaivu_box.routing.load import LoadTracker
 from pinaivu_box.routing.offers import Offers
@@ -98,7 +96,6 @@ class Box:
     placement: Placement
     admission: Admission
     local: LocalBackend
-    meter: Meter
     requests: RunningRequests
     metrics: Metrics
     refusals: Refusals
@@ -120,24 +117,6 @@ class Box:
     def catalog(self) -> Catalog:
         return self.settings.catalog
 
-    @property
-    def prompt_reader(self) -> LocalBackend | PromptReader:
-        """What reads prompts that are not to be run."""
-        return self.local if self.peer_services is None else self.peer_services.prompts
-
-    def models(self, policy: Policy) -> list[Model]:
-        """What a key with that policy may use."""
-        models = self.catalog.models
-        if self.peer_services is not None and not policy.local_only:
-            models = [*models, *self.peer_services.candidates.remote_models()]
-        return [model for model in models if policy.serves(model.id)]
-
-    def model(self, model_id: str, policy: Policy) -> Model:
-        """The model of that id for a key with that policy.  Raises ModelNotFound."""
-        if self.peer_services is not None and not policy.local_only:
-            return self.peer_services.candidates.find(model_id)
-        return self.catalog.find(model_id)
-
     async def reload(self) -> Reloaded:
         """Read the configuration and the models again, and use them; running requests go on.
 
@@ -156,7 +135,7 @@ class Box:
         self._lingering.clear()
         logs.configure(new.config.log)
         self.placement.reloaded()
-        self.placement.forgive()
+        self.placement.forget_failures()
         if self.network is not None:
             self.network.changed()
         folder_watch.report_not_served(new.catalog.not_served)
@@ -220,7 +199,7 @@ class Box:
         )
         self.settings.current = replace(self.settings.current, catalog=new)
         if folder_watch.report(old, new):
-            self.placement.forgive()
+            self.placement.forget_failures()
             if self.network is not None:
                 self.network.changed()
 
@@ -342,8 +321,8 @@ def _peer_services(box: Box, network: Network, policies: PeerPolicies) -> PeerSe
         recorder=LedgerRecorder(box.database, box.identity.node_id),
         writable=lambda: check_writable(box.database),
     )
-    box.admission.share(services.prompts, services.candidates)
-    box.requests.use(services.runner, services.candidates.offered)
+    box.admission.tokenizer, box.admission.peer_models = services.tokenizer, services.candidates
+    box.requests.runner = services.runner
     return services
 
 
@@ -365,12 +344,12 @@ def _join(
     digests = Digests(database)
     placement = Placement(live, digests.of)
     local = LocalBackend(placement, identity.node_id, live)
-    meter = Meter(identity, database, live)
     metrics = Metrics(placement)
-    admission = Admission(live, local, database)
     load = LoadTracker(placement, live)
-    runner = LegRunner(identity.node_id, local)
-    requests = RunningRequests(runner, meter, metrics, live)
+    requests = RunningRequests(
+        LegRunner(identity.node_id, local), Meter(identity, database, live), metrics, live
+    )
+    admission = Admission(live, local, database, requests.in_flight)
     placement.waiting = requests.in_flight
     return Box(
         settings=live,
@@ -384,7 +363,6 @@ def _join(
         placement=placement,
         admission=admission,
         local=local,
-        meter=meter,
         requests=requests,
         metrics=metrics,
         refusals=Refusals(database, metrics),

@@ -207,7 +207,7 @@ def test_the_default_holds_beside_a_lower_most(box: Box) -> None:
     assert "x-pinaivu-ignored" not in answer.headers
 
 
-def test_a_reload_shortens_what_is_idle_already(tmp_path: Path) -> None:
+def test_a_reload_shortens_the_time_of_an_idle_model(tmp_path: Path) -> None:
     box = start(tmp_path / "home", "1h", "1h")
     try:
         ask(box, "one:1")

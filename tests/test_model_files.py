@@ -512,7 +512,7 @@ def test_another_tenants_stream_goes_on_while_files_are_looked_at(
         box.end()
 
 
-def test_what_cannot_be_loaded_is_tried_again_when_it_is_another_file(models: Path) -> None:
+def test_a_model_that_cannot_be_loaded_is_tried_again_when_its_file_changes(models: Path) -> None:
     """No engine is started again and again, and others are served meanwhile.  The file that comes
     says odd things of sampling, which would go into the signed proof, where no NaN can be, has a
     template that is not UTF-8, and is of a year that SQLite has no number for."""
@@ -615,7 +615,7 @@ def documented_digest(paths: list[Path]) -> str:
     return str(scope["digest"])
 
 
-def test_sets_that_are_not_what_they_say(models: Path) -> None:
+def test_parts_that_contradict_their_names_are_refused(models: Path) -> None:
     put_split(models, "good", [part(1, 2), part(2, 2)])
     gap = put_split(models, "gap", [part(n, 9, tensors=9) for n in range(1, 10)])
     for path in gap[1:8]:

@@ -216,7 +216,7 @@ def to_csv(report: UsageReport, by: tuple[By, ...]) -> str:
     percentiles = [f"{kind}_{p}" for kind in kinds for p in Percentiles.__struct_fields__]
     named = [field for column, field in NAME_FIELDS.items() if column in by]
     lines.writerow([*by, *sums, "currency", *percentiles, "errors", *named])
-    for group in [_whole(report)] if report.data is UNSET else report.data:
+    for group in [whole(report)] if report.data is UNSET else report.data:
         values = [getattr(group, name) for name in (*by, *sums)]
         values.append(report.currency)
         for latencies in (group.ttft_ms, group.total_ms):
@@ -226,7 +226,8 @@ def to_csv(report: UsageReport, by: tuple[By, ...]) -> str:
     return file.getvalue()
 
 
-def _whole(report: UsageReport) -> UsageGroup:
+def whole(report: UsageReport) -> UsageGroup:
+    """The sums of the report as one group."""
     shared = set(UsageGroup.__struct_fields__) & set(UsageReport.__struct_fields__)
     values = {name: getattr(report, name) for name in shared}
     return UsageGroup(**values, requests=report.total_requests, tokens=report.total_tokens)

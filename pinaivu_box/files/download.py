@@ -32,6 +32,7 @@ from pinaivu_box.files.wire import (
 )
 from pinaivu_box.models import partial_file
 from pinaivu_box.models.partial_file import HASH_BYTES, CopyInProgress, NoRoom, PartialFile
+from pinaivu_box.models.regular_files import sha256
 from pinaivu_box.models.splits import PartName, digest_of_parts
 from pinaivu_box.transport.link import Stream
 from pinaivu_box.transport.rpc import MessageStream, RequestRejected, UnexpectedMessage
@@ -183,7 +184,7 @@ class Download:
         named_later: bool = False,
     ) -> None:
         """`target` is the file's path; its folder may not exist yet.  With `named_later` the file
-        stays among the partial ones, until `models.partial_file.settle` gives it its name."""
+        stays among the partial ones, until `models.partial_file.publish` gives it its name."""
         self._open = open_stream
         offer = next(iter(offers.values()))
         self.digest, self.size = offer.digest, offer.size
@@ -369,11 +370,8 @@ class MultiFileDownload:
         offer = next(iter(offers.values()))
         self.digest, self.size, self._parts = offer.digest, offer.size, offer.parts
         self._open, self._offers, self._folder = open_stream, offers, folder
-        count = len(offer.parts)
-        self._targets = [
-            folder / PartName(name, number, count, ".gguf").sibling(number)
-            for number in range(1, count + 1)
-        ]
+        names = PartName(name, 1, len(offer.parts), ".gguf").all_parts
+        self._targets = [folder / part for part in names]
         self.left_out: dict[DownloadSource, str] = {}
         self.files: list[tuple[Path, str, bytes]] = []
         self.finishing = False
@@ -408,7 +406,7 @@ class MultiFileDownload:
                 for part, target in zip(self._parts, self._targets, strict=True):
                     if not target.exists():
                         await asyncio.to_thread(
-                            partial_file.settle, self._folder, part.digest, target
+                            partial_file.publish, self._folder, part.digest, target
                         )
         except OSError as error:
             raise _disk_error(error, self._targets[0]) from error
@@ -420,7 +418,7 @@ class MultiFileDownload:
         for part, target in zip(self._parts, self._targets, strict=True):
             if not target.exists():
                 missing.append((part.digest, part.size))
-            elif await asyncio.to_thread(partial_file.digest, target) != part.digest:
+            elif await asyncio.to_thread(sha256, target) != part.digest:
                 raise FileExistsError(f"{target} exists already")
             else:
                 self._finished_bytes += part.size

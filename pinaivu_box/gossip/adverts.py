@@ -154,18 +154,13 @@ def read(record: Record) -> Advert | GoneReport:
 def record_id(record: Record, content: Advert | GoneReport) -> bytes:
     """Return 8 bytes; all reports that a box is gone have the same id."""
     if isinstance(content, GoneReport):
-        return gone_id(content.node, content.serial)
+        return truncated_hash(b"gone\n", content.node, content.serial.to_bytes(8, "big"), size=8)
     return truncated_hash(b"advert\n", record.body, size=8)
 
 
 def signer_of(content: Advert | GoneReport) -> str:
     """Return the node id of who signed it."""
     return node_of(content.reporter if isinstance(content, GoneReport) else content.node)
-
-
-def gone_id(node: bytes, serial: int) -> bytes:
-    """Return the id of the reports that the box with that last advert is gone."""
-    return truncated_hash(b"gone\n", node, serial.to_bytes(8, "big"), size=8)
 
 
 def period(members: int) -> float:

@@ -127,7 +127,7 @@ class RecordRequests:
 
 class _GossipLink:
     """`accepted`: the peer is a member; `accepted_by_peer`: it takes this box for one.
-    `early_digest` came before it was accepted.  `announce`: ids that it is to be told."""
+    `early_digest` came before it was accepted.  `announce`: ids to announce to it."""
 
     def __init__(self, now: float) -> None:
         self.opened_at = now
@@ -291,7 +291,7 @@ class Gossip:
         update = self.roster.admit(records)
         if update.new:
             self.spread(update.new, peer)
-        for _, why in update.forged:
+        for why in update.forged:
             raise Invalid(why)
 
     def _check_links(self) -> None:

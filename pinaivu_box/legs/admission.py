@@ -214,9 +214,9 @@ class LegAdmission:
     async def _balance(self, peer: str, currency: str) -> Balance:
         quota = await self.quotas.of(peer)
         while True:
-            settled = quota.settled
+            ended = quota.ended
             balance = await self._ledger.balance(peer, currency)
-            if quota.settled == settled:
+            if quota.ended == ended:
                 return balance
             # A leg that has ended meanwhile may be neither in the balance nor reserved.
 

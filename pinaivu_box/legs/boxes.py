@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from pinaivu_box.bounded import BoundedDict
-from pinaivu_box.errors import ApiError, EngineLost, ModelNotFound, NoNodesAvailable, PeerFaulty
+from pinaivu_box.errors import ApiError, EngineLost, NoNodesAvailable, PeerFaulty
 from pinaivu_box.gateway.backend import Backend, Job, Leg
 from pinaivu_box.gateway.records import LegRecord
 from pinaivu_box.legs.client import PeerClient
@@ -17,8 +17,7 @@ from pinaivu_box.routing.candidates import Candidates
 from pinaivu_box.routing.circuit_breaker import CircuitBreaker
 from pinaivu_box.routing.load import LoadTracker
 from pinaivu_box.routing.reputation import Reputation
-from pinaivu_box.routing.router import Decision
-from pinaivu_box.routing.selector import Selector
+from pinaivu_box.routing.router import Candidate, Decision
 
 log = logging.getLogger("pinaivu.legs")
 
@@ -53,14 +52,15 @@ class OwnBox(ChosenBox):
     """This one, beside its peers."""
 
     def __init__(
-        self, boxes: Boxes, backend: Backend, job: Job, decision: Decision, load: LoadTracker
-    ) -> None:
-        super().__init__(boxes.candidates.node_id, backend, job)
+        self, boxes: Boxes, backend: Backend, job: Job, decision: Decision, chosen: Candidate,
+        load: LoadTracker,
+    ) -> None:  # fmt: skip
+        super().__init__(chosen.node_id, backend, job)
         self.route, self.header = decision.record(), decision.header()
         self._load, self._taken = load, ExitStack()
         # At once, so that of several requests that come together each sees where the others went.
         self._taken.enter_context(load.taken(job.model.id))
-        boxes.candidates.leg_sent(job, self.node_id)
+        boxes.candidates.leg_sent(job, chosen)
         self._taken.callback(boxes.candidates.leg_ended, job, self.node_id)
 
     def served(self, record: LegRecord) -> None:
@@ -77,28 +77,26 @@ class PeerBox(ChosenBox):
     is_peer = True
 
     def __init__(
-        self, boxes: Boxes, node_id: str, backend: Backend, job: Job, decision: Decision,
+        self, boxes: Boxes, backend: Backend, job: Job, decision: Decision, chosen: Candidate,
         prompt: str | None,
     ) -> None:  # fmt: skip
-        super().__init__(node_id, backend, job)
+        super().__init__(chosen.node_id, backend, job)
         self.route, self.header = decision.record(), decision.header()
-        self._boxes, self._prompt = boxes, prompt
-        boxes.candidates.leg_sent(job, node_id)
-        self._sent = boxes.breaker.sent(node_id)
+        self._boxes, self._prompt, self._offered_speed = boxes, prompt, chosen.tokens_per_s
+        boxes.candidates.leg_sent(job, chosen)
+        self._sent = boxes.breaker.sent(chosen.node_id)
 
     def served(self, record: LegRecord) -> None:
         boxes = self._boxes
         boxes.breaker.served(self.node_id)
-        boxes.candidates.refusals.pop(self.node_id, None)
         boxes.candidates.leg_served(self.node_id)
         if record.finish_reason != "cancelled":
-            offered = boxes.candidates.offered_speed(self.job, self.node_id)
-            boxes.reputation.served(self.node_id, offered, record.tokens_per_s)
+            boxes.reputation.served(self.node_id, self._offered_speed, record.tokens_per_s)
 
     def failed(self, error: ApiError) -> None:
         if not isinstance(error, EngineLost):
             if isinstance(error, NoNodesAvailable):
-                self._boxes.refused(self.node_id, error)
+                self._boxes.candidates.leg_refused(self.node_id, error)
             return
         seconds = self._boxes.breaker.failed(self.node_id, self._sent)
         log.warning("%s is left alone for %.1f s: %s", self.node_id, seconds, error.message)
@@ -118,7 +116,6 @@ class Boxes:
 
     def __init__(
         self,
-        selector: Selector,
         candidates: Candidates,
         local: Backend,
         peers: PeerClient,
@@ -128,31 +125,20 @@ class Boxes:
     ) -> None:
         self.candidates, self.breaker, self.reputation = candidates, breaker, reputation
         self.paid: BoundedDict[str, None] = BoundedDict(_MAX_PAID)
-        self._selector, self._local, self._peers, self._load = selector, local, peers, load
-
-    @property
-    def hedge_seconds(self) -> float:
-        return self._selector.hedge_seconds
+        self._local, self._peers, self._load = local, peers, load
 
     async def choose(self, job: Job, tried: Collection[str]) -> ChosenBox | NoNodesAvailable:
         """The box for a leg of the job, none of those that were `tried`; or why there is none."""
-        decision, digest = await self._selector.select(job, tried)
-        node_id = decision.node_id
-        if node_id is None:
+        decision = await self.candidates.select(job, tried)
+        chosen = decision.chosen
+        if chosen is None:
             return nobody(job, decision)
-        if node_id == self.candidates.node_id:
-            return OwnBox(self, self._local, job, decision, self._load)
-        try:
-            to = self.candidates.destination(job, node_id, digest)
-        except ModelNotFound as error:
-            return NoNodesAvailable(error.message)
-        prompt = f"{job.request_id} {job.prompt_number} {node_id}"
+        if chosen.destination is None:
+            return OwnBox(self, self._local, job, decision, chosen, self._load)
+        prompt = f"{job.request_id} {job.prompt_number} {chosen.node_id}"
         pays = self._pays(prompt)
-        backend = self._peers.backend(replace(to, pays_prompt=pays))
-        return PeerBox(self, node_id, backend, job, decision, prompt if pays else None)
-
-    def refused(self, node_id: str, error: NoNodesAvailable) -> None:
-        self.candidates.leg_refused(node_id, error.retry_after or 1, error.message)
+        backend = self._peers.backend(replace(chosen.destination, pays_prompt=pays))
+        return PeerBox(self, backend, job, decision, chosen, prompt if pays else None)
 
     def _pays(self, prompt: str) -> bool:
         """Whether it is the first leg of its prompt there."""

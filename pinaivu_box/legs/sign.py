@@ -8,10 +8,10 @@ from typing import cast
 
 from msgspec import structs
 
+from pinaivu_box.engine.messages import Output, Prompt
 from pinaivu_box.gateway import logprob_records
-from pinaivu_box.gateway.backend import Job, Prompt, Started
+from pinaivu_box.gateway.backend import Job, Started
 from pinaivu_box.gateway.metering import prove
-from pinaivu_box.gateway.output import Output
 from pinaivu_box.gateway.records import ENGINE_LOST, LegRecord
 from pinaivu_box.identity import Identity
 from pinaivu_box.legs import wire as leg_wire
@@ -74,8 +74,7 @@ class LegSigner:
     def _marked(self, outputs: list[Output]) -> leg_wire.Outputs:
         job = self._job
         for output in outputs:
-            before = job.scored + self._logprobs
-            records = logprob_records.records(job, output.logprobs, before)
+            records = logprob_records.records(job, output.logprobs, self._logprobs)
             self._sent.add(output.text, output.tokens, records, output.vectors)
             self._tokens += len(output.tokens)
             self._logprobs += len(output.logprobs)
@@ -98,6 +97,6 @@ class LegSigner:
     def prove(self, record: LegRecord) -> tuple[Proof, SignedProof] | None:
         """The proof, once the engine has ended the leg; None if it has not, or computed nothing."""
         if self._proof is None and record.begun and record.finish_reason != ENGINE_LOST:
-            proof, _ = prove(record, self._job.leg, self._price)
+            proof, _ = prove(record, self._price)
             self._proof = proof, sign_proof(self._identity, proof)
         return self._proof

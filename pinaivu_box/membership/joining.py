@@ -205,7 +205,7 @@ class JoinHandler:
         fits = len(roster) <= MAX_WELCOME_RECORDS
         return Welcome(tuple(roster.records() if fits else roster.proof(newcomer))), new
 
-    async def revoke(self, node_id: str, name: str, reason: str, by: Actor) -> list[Record]:
+    async def revoke(self, node_id: str, name: str, reason: str, by: Actor) -> Record:
         """Revoke a box.  Raises NotJoined if this box may not."""
         roster = self._membership.roster
         assert roster is not None
@@ -214,4 +214,4 @@ class JoinHandler:
         except ValueError as error:
             raise NotJoined(sentence(str(error))) from error
         await self._membership.save(record(by, "peer.revoke", node_id, name=name, reason=reason))
-        return [revocation]
+        return revocation

@@ -9,7 +9,7 @@ Permissions:
 - The founder (its key is in the network's id) is the root.  It cannot be revoked.
 - An admin may invite any box, also as an admin, and revoke any box but the founder.
 - Another member may invite, if an admin invited it, and revoke those it invited.  These may not
-  invite in turn: so one hostile member brings in `MAX_INVITED` strangers and no more.
+  invite in turn: so one hostile member brings in `MAX_INVITED` boxes and no more.
 
 A revocation is of the box and not of one certificate: certificates of other members, old or new,
 do not bring it back.  It is permanent, and stays valid after its signer was revoked; else revoking
@@ -68,12 +68,12 @@ class Verdict(NamedTuple):
 
 
 class RosterUpdate(NamedTuple):
-    """What became of records: `new` ones are kept.  Not kept are those whose signer is not known
-    (yet), those `refused`, with the reason, and `forged` ones, that no honest member passes on."""
+    """What became of records: `new` ones are kept, those whose signer is not known (yet) are not,
+    nor, with the reasons, those `refused` and `forged` ones, that no honest member passes on."""
 
     new: list[Record]
-    refused: list[tuple[Record, str]]
-    forged: list[tuple[Record, str]]
+    refused: list[str]
+    forged: list[str]
 
 
 class Roster:
@@ -117,7 +117,7 @@ class Roster:
                 if content.network != self.network_key:
                     raise Invalid("a record of another network")
             except Invalid as error:
-                update.forged.append((record, str(error)))
+                update.forged.append(str(error))
                 continue
             if (key := record_id(record)) not in self._records:
                 pending[key] = (record, content)
@@ -130,9 +130,9 @@ class Roster:
                     del pending[key]
                     self._keep(key, record, content)
                     update.new.append(record)
-        for record, content in pending.values():
+        for _, content in pending.values():
             if signer_of(content) in self._ever_levels():
-                update.refused.append((record, "its signer has signed as much as it may"))
+                update.refused.append("its signer has signed as much as it may")
         return update
 
     def _has_room(self, content: RosterContent) -> bool:
@@ -391,6 +391,6 @@ class Roster:
 
     def _admit_own(self, record: Record) -> Record:
         update = self.admit([record])
-        for _, why in (*update.forged, *update.refused):
+        for why in (*update.forged, *update.refused):
             raise ValueError(why)
         return record

@@ -34,22 +34,15 @@ class MembershipStore:
     def is_member(self, node_id: str) -> bool:
         return self.roster is not None and node_id in self.roster.members()
 
-    def why_not(self, node_id: str) -> str:
-        """Return why a box is not a member, for a sentence."""
-        if self.roster is None:
-            return "this box belongs to no network"
-        verdict = self.roster.member(node_id)
-        return (
-            "it did not begin the gossip"
-            if verdict.ok
-            else f"it is not a member of the network: {verdict.why}"
-        )
-
     def rejection(self, node_id: str) -> tuple[Code, str]:
         """Return with which code and reason a link to a box that is not a member is closed."""
-        certified = self.roster is not None and self.roster.certificate(node_id) is not None
-        revoked = certified and not self.is_member(node_id)
-        return Code.REVOKED if revoked else Code.FORBIDDEN, self.why_not(node_id)
+        if self.roster is None:
+            return Code.FORBIDDEN, "this box belongs to no network"
+        verdict = self.roster.member(node_id)
+        if verdict.ok:
+            return Code.FORBIDDEN, "it did not begin the gossip"
+        code = Code.FORBIDDEN if self.roster.certificate(node_id) is None else Code.REVOKED
+        return code, f"it is not a member of the network: {verdict.why}"
 
     async def rejected(self, node_id: str) -> tuple[Code, str] | None:
         """Return why a box may open no stream, or None if it is a member.  Its certificate may be

@@ -14,7 +14,6 @@ from msgspec import msgpack
 from msgspec.structs import replace
 
 from pinaivu_box import __version__
-from pinaivu_box.changes import Changes
 from pinaivu_box.config import PeeringConfig
 from pinaivu_box.errors import LinkLost, PeeringError, Unreachable
 from pinaivu_box.gossip import topology
@@ -41,7 +40,7 @@ from pinaivu_box.transport.transport import Transport
 from pinaivu_box.transport.wire import Code, Open
 
 GOSSIP = "gossip"
-MAX_STRANGERS = 64  # links to boxes that are not members (yet)
+MAX_UNCERTIFIED_LINKS = 64  # links to boxes that are not members (yet)
 GOSSIP_START_SECONDS = 10.0  # for a new link, after which a member has begun the gossip
 LOAD_QUERY_SECONDS = 0.2
 _FLUSH_SECONDS = 1.0  # at the end
@@ -89,7 +88,7 @@ class Network:
         self._router = StreamRouter(for_all, self.handlers, self._membership.rejected)
         self._links = LinkManager(transport, self, self._router, self._tasks, self._random)
         self._joining = asyncio.Lock()
-        self._tick_now, self._load_reports = asyncio.Event(), Changes()
+        self._tick_now = asyncio.Event()
         self._saved_at = time.monotonic()
         self._peers: list[Peer] | None = None  # None: something has changed since
         self._closing = self._change_pending = False
@@ -142,8 +141,8 @@ class Network:
         await self._tasks.cancel()
 
     def changed(self) -> None:
-        """Note that `describe` returns something else: the links are told, and all members if it
-        is worth an advert.  With a short delay: the caller has more urgent things to do."""
+        """Note that `describe` returns something else: neighbours are notified, and all members if
+        it is worth an advert.  With a short delay: the caller has more urgent things to do."""
         if not self._change_pending:
             self._change_pending = True
             asyncio.get_running_loop().call_later(_CHANGE_DELAY_SECONDS, self._send_change)
@@ -162,9 +161,8 @@ class Network:
         a round trip."""
         if (gossip := self.gossip) is not None:
             gossip.query_load(model)
-            await self._load_reports.until(
-                lambda: not gossip.loads.waiting(model), LOAD_QUERY_SECONDS
-            )
+            loads = gossip.loads
+            await loads.reports.until(lambda: not loads.waiting(model), LOAD_QUERY_SECONDS)
 
     async def _tick_forever(self) -> None:
         while True:
@@ -209,7 +207,7 @@ class Network:
             self.node_id, members, links.not_to_dial(), len(links), random
         ):
             links.dial(node_id)
-        idle = [link.peer for link in links.by_peer.values() if link.idle]
+        idle = [peer for peer, link in links.by_peer.items() if not link.streams]
         for node_id in topology.to_drop(members, idle, len(links.by_peer), random):
             self._close_link(links.by_peer[node_id], Code.BUSY, "this box has enough links")
 
@@ -225,7 +223,7 @@ class Network:
     # Links: `connections.LinkOwner`
 
     def own_addresses(self) -> list[str]:
-        """Return the addresses that others are told: what the operator has configured, then what
+        """Return the advertised addresses: what the operator has configured, then what
         was found.  The last one may be a relay, which is reachable when no other is."""
         addresses = list(dict.fromkeys([*self._settings().advertise, *self._transport.addresses()]))
         if len(addresses) <= MAX_ADDRESSES:
@@ -233,8 +231,7 @@ class Network:
         return [*addresses[: MAX_ADDRESSES - 1], addresses[-1]]
 
     def addresses(self, peer: str) -> tuple[str, ...]:
-        """Return where a peer may be, the most likely first: where its link leads, where it says
-        that it is, where it was before."""
+        """As `MembershipStore.addresses_of`: where its link leads, and where it says that it is."""
         link = self._links.by_peer.get(peer)
         current = [link.route().address] if link else []
         if self.gossip and (entry := self.gossip.adverts.get(peer)):
@@ -243,8 +240,8 @@ class Network:
 
     def link_opened(self, link: Link) -> None:
         self._peers = None
-        strangers = sum(not self._membership.is_member(peer) for peer in self._links.by_peer)
-        if strangers > MAX_STRANGERS:
+        uncertified = sum(not self._membership.is_member(peer) for peer in self._links.by_peer)
+        if uncertified > MAX_UNCERTIFIED_LINKS:
             self._close_link(link, Code.BUSY, "too many boxes that are not members: try again")
             return
         if link.dialed:
@@ -277,15 +274,16 @@ class Network:
     # Gossip, and its `Effects`
 
     def _restart_gossip(self) -> None:
-        self._peers = None
-        if self.roster is None:
-            self.gossip = None
-            return
-        self.gossip = Gossip(
-            self._identity, self.roster, self, clock=time.monotonic, wall=time.time,
-            random=self._random,
-        )  # fmt: skip
-        self.gossip.loads.on_report = self._load_reports.notify
+        self._peers = self.gossip = None
+        if self.roster is not None:
+            self.gossip = Gossip(
+                self._identity,
+                self.roster,
+                self,
+                clock=time.monotonic,
+                wall=time.time,
+                random=self._random,
+            )
 
     async def _start_gossip(self, link: Link) -> None:
         try:
@@ -348,7 +346,8 @@ class Network:
         """Open a stream to a member, over a new link if there is none.  Raises Unreachable,
         WrongPeer, LinkLost; if the peer refuses it, the first `receive` raises PeerRefused."""
         if not self._membership.is_member(peer):
-            raise Unreachable(f"{wire.short(peer)}: {self._membership.why_not(peer)}.")
+            _, why = self._membership.rejection(peer)
+            raise Unreachable(f"{wire.short(peer)}: {why}.")
         try:
             async with asyncio.timeout(timeout):
                 return await self._links.open(peer, Open(purpose))
@@ -468,12 +467,12 @@ class Network:
         self._restart_gossip()
 
     async def remove(self, text: str, reason: str = "", by: Actor = BOX) -> Peer:
-        """Revoke a peer, for ever and everywhere, and return it.  Raises PeerNotFound,
+        """Revoke a peer, permanently and everywhere, and return it.  Raises PeerNotFound,
         NotJoined."""
         revoked = self.peer(text)
         assert self.gossip is not None  # else there are no peers
-        records = await self._join_handler.revoke(revoked.node_id, revoked.name, reason, by)
-        self.gossip.spread(records)
+        revocation = await self._join_handler.revoke(revoked.node_id, revoked.name, reason, by)
+        self.gossip.spread([revocation])
         return self.peer(revoked.node_id)
 
     async def _handle_join(self, peer: str, stream: Stream) -> None:

@@ -58,10 +58,6 @@ class Peer:
     issued_at: float | None
     loads: Mapping[str, ReportedLoad] = field(default_factory=dict, hash=False)
 
-    @property
-    def advert_age_s(self) -> float | None:
-        return None if self.advert_at is None else time.monotonic() - self.advert_at
-
 
 def view(
     node_id: str,
@@ -247,7 +243,7 @@ def peer_view(
         currency="" if advert is None else advert.currency,
         draining=advert is not None and advert.draining,
         gone=peer.gone,
-        advert_age=peer.advert_age_s,
+        advert_age=None if peer.advert_at is None else time.monotonic() - peer.advert_at,
         reputation=reputation,
         admin=peer.admin,
         invited_by=inviter,

@@ -55,6 +55,11 @@ class Price(Struct, frozen=True, forbid_unknown_fields=True):
     cached: str
     completion: str
 
+    @classmethod
+    def of(cls, prices: Prices, currency: str) -> Price:
+        cached = prices.prompt if prices.cached is None else prices.cached
+        return cls(currency, prices.prompt, cached, prices.completion)
+
     @property
     def prices(self) -> Prices:
         return Prices(self.prompt, self.completion, self.cached)

@@ -11,7 +11,7 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 from starlette.requests import Request
 
 from pinaivu_box import amount
-from pinaivu_box.config import is_host_port, parse_span
+from pinaivu_box.config import PeeringConfig, is_host_port, parse_span
 from pinaivu_box.errors import (
     Conflict,
     InvalidBody,
@@ -30,7 +30,7 @@ from pinaivu_box.network.network import Network
 from pinaivu_box.network.peer import OwnView, Peer, PeerView
 from pinaivu_box.policy import LONGEST_LIFE
 from pinaivu_box.receipts.receipt import utc_text
-from pinaivu_box.routing.spending_limits import SpendingLimits
+from pinaivu_box.routing.spending_limits import too_dear
 from pinaivu_box.server.context import actor_of, box_of, named_field
 from pinaivu_box.store import peer_settings
 from pinaivu_box.store.peer_settings import PeerLimits
@@ -225,7 +225,7 @@ async def _views(request: Request, peers: list[Peer]) -> list[PeerView]:
     found = []
     for peer in peers:
         node_id = peer.node_id
-        refusal = services.candidates.refusals.get(node_id)
+        refusal = services.candidates.last_refusal(node_id)
         balance = balances.get(node_id, {}).get(currency, Balance())
         view = views.peer_view(
             peer,
@@ -234,7 +234,7 @@ async def _views(request: Request, peers: list[Peer]) -> list[PeerView]:
             views.Opinion(services.reputation.score(node_id), services.reputation.why(node_id)),
             await _use(services.serving.admission, node_id, currency),
             refusal and views.RefusalView(refusal[0], time.monotonic() - refusal[1]),
-            cost=_cost(peer, balance, box.config.peering.max_debt, services.candidates.spending),
+            cost=_cost(peer, balance, box.config.peering),
         )
         found.append(view)
     return found
@@ -259,11 +259,11 @@ async def _use(admission: LegAdmission, node_id: str, currency: str) -> views.Us
     )
 
 
-def _cost(peer: Peer, balance: Balance, max_debt: str, spending: SpendingLimits) -> views.CostView:
+def _cost(peer: Peer, balance: Balance, peering: PeeringConfig) -> views.CostView:
     offers = peer.advert.models if peer.advert else ()
     return views.CostView(
         received=amount.to_text(balance.received),
         owes=amount.to_text(balance.owed_to_peer),
-        max_debt=max_debt or None,
-        too_dear=[offer.id for offer in offers if spending.too_dear(offer.price)],
+        max_debt=peering.max_debt or None,
+        too_dear=[offer.id for offer in offers if too_dear(offer.price, peering)],
     )

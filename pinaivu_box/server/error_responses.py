@@ -24,11 +24,13 @@ from pinaivu_box.errors import (
     MethodNotAllowed,
     NoNodesAvailable,
     NotFound,
+    RateLimited,
     ResponseNotCompleted,
     RowConflict,
     RowNotFound,
     quoted,
 )
+from pinaivu_box.gateway.quota import Entry
 from pinaivu_box.server.codings import CODINGS
 from pinaivu_box.server.json_response import JSON
 from pinaivu_box.server.paths import methods_at, suggestion
@@ -110,8 +112,9 @@ def count(request: Request, error: ApiError) -> None:
     """Count an error in the metrics of its key and against the key's request limit, but not one
     that the operator has caused on purpose."""
     state = request.scope["state"]
-    if arrival := state.get("arrival"):
-        arrival.refused(error)
+    counted: Entry | None = state.get("counted")
+    if counted is not None and (isinstance(error, RateLimited) or error.status >= 500):
+        counted.correct(0)  # who must wait, or whom the box cannot serve, has used nothing
     if (key := state.get("key")) and not error.ordered:
         request.app.state.box.refusals.note(key.id, state.get("model", ""), error.code)
 

@@ -42,7 +42,7 @@ class OneModel(ModelInfo, frozen=True):
 
 
 async def list_models(request: Request) -> ModelList:
-    models = box_of(request).models(key_of(request).policy)
+    models = box_of(request).admission.models(key_of(request).policy)
     data = [ModelInfo(model.id, model.created, model.owner) for model in models]
     return ModelList(request_id_of(request), data)
 
@@ -50,7 +50,7 @@ async def list_models(request: Request) -> ModelList:
 async def get_model(request: Request, model: str) -> OneModel:
     """Raises ModelNotFound, ModelNotAllowed."""
     policy = key_of(request).policy
-    known = box_of(request).model(model, policy)
+    known = box_of(request).admission.find(model, policy)
     if not policy.serves(known.id):
         raise ModelNotAllowed(f"This key may not use {known.id}.", param="model")
     return OneModel(known.id, known.created, known.owner)

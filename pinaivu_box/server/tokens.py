@@ -21,7 +21,7 @@ from pinaivu_box.server.jobs import chat_job
 
 async def tokenize(call: InferenceCall, body: TokenizeRequest) -> TokenList:
     job = replace(call.job(body), prompt=body.text)
-    result = await call.tokenize(job, plain=not body.special)
+    result, _ = await call.tokenize(job, plain=not body.special)
     return TokenList(
         call.request_id, job.model.id, result.tokens, len(result.tokens), call.ignored or UNSET
     )
@@ -29,7 +29,7 @@ async def tokenize(call: InferenceCall, body: TokenizeRequest) -> TokenList:
 
 async def detokenize(call: InferenceCall, body: DetokenizeRequest) -> DetokenizedText:
     job = call.job(body)
-    result = await call.tokenize(job, body.tokens, count=True)
+    result, _ = await call.tokenize(job, body.tokens, count=True)
     return DetokenizedText(call.request_id, job.model.id, result.text, call.ignored or UNSET)
 
 
@@ -37,7 +37,7 @@ async def count_chat_tokens(call: InferenceCall, body: ChatRequest) -> InputToke
     """The number of tokens in the prompt of a chat."""
     check_chat(body)
     job = chat_job(body, call.job(body))
-    result = await call.tokenize(job, count=True)
+    result, _ = await call.tokenize(job, count=True)
     return InputTokens(
         call.request_id, job.model.id, result.number, ignored_parameters=call.ignored or UNSET
     )

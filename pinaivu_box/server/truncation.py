@@ -23,17 +23,16 @@ async def truncated(call: InferenceCall, job: Job) -> Job:
 
     If some had to be removed there is room for the answer too: for `max_tokens`, or else a quarter
     of the context, and never more than half.  A job that cannot be made to fit is returned as it
-    is.  Raises what `InferenceCall.read` does.
+    is.  Raises what `InferenceCall.tokenize` does.
     """
     reserved = 0
     while True:
         try:
-            tokenized, context = await call.read(job)
-            tokens = len(tokenized.read or ())
-            if tokens < context - reserved:
-                return tokenized
+            prompt, context = await call.tokenize(job)
+            if prompt.number < context - reserved:
+                return job.with_prompt(prompt)
             reserved = min(job.max_tokens or context // 4, context // 2)
-            fitting_share = (context - reserved) / tokens
+            fitting_share = (context - reserved) / prompt.number
         except ContextOverflow:
             fitting_share = 0.5
         shorter = without_oldest(job.messages, 1 - fitting_share + _MARGIN)

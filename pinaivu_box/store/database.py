@@ -33,7 +33,7 @@ log = logging.getLogger("pinaivu.database")
 
 _BUSY_SECONDS = 15.0
 _MAX_WRITES_PER_COMMIT = 256
-_SLOW_SECONDS = 5.0  # of a commit that waits for the lock of another program, or for the disk
+_SLOW_SECONDS = 5.0  # of a statement that waits for the lock of another program, or for the disk
 _PROBE_SECONDS = 1.0  # between two attempts after a failure
 _PROBE_BYTES = 65536  # about what the end of a request writes
 _PROBE: SqlStatement = ("REPLACE INTO probe VALUES (1, randomblob(?))", (_PROBE_BYTES,))
@@ -63,7 +63,7 @@ class Database:
         self._committer: asyncio.Task[None]
         self._failure: str | None = None  # why the last write failed, if all would
         self._succeeded_at = self._failed_at = -math.inf
-        self._committing_since: float | None = None
+        self._waiting_since: float | None = None  # for the statement that runs
         self._probing: asyncio.Task[None] | None = None
 
     async def open(self) -> None:
@@ -116,8 +116,8 @@ class Database:
         one a second.  It does not wait longer than a slow disk may take.
         """
         now = time.monotonic()
-        if self._committing_since is not None and now - self._committing_since > _SLOW_SECONDS:
-            return f"a write has been waiting for {now - self._committing_since:.0f} s"
+        if self._waiting_since is not None and now - self._waiting_since > _SLOW_SECONDS:
+            return f"a write has been waiting for {now - self._waiting_since:.0f} s"
         if self._failure is None and now - self._succeeded_at < within:
             return None
         if self._failure is not None and now - self._failed_at < _PROBE_SECONDS:
@@ -152,7 +152,6 @@ class Database:
                 await self._commit(writes)
 
     async def _commit(self, writes: list[_Pending]) -> None:
-        self._committing_since = time.monotonic()
         try:
             counts = await self._run(writes)
         except Exception as error:  # all of them are for the callers
@@ -169,23 +168,28 @@ class Database:
             for (_, future), count in zip(writes, counts, strict=True):
                 future.set_result(count)
         finally:
-            self._committing_since = None
+            self._waiting_since = None
 
     async def _run(self, writes: list[_Pending]) -> list[list[int]]:
         """The row counts of each write's statements, in one transaction."""
         counts: list[list[int]] = []
-        await self._writer.execute("BEGIN IMMEDIATE")
+        await self._execute("BEGIN IMMEDIATE")
         try:
             for statements, _ in writes:
                 counts.append(
-                    [(await self._writer.execute(*statement)).rowcount for statement in statements]
+                    [(await self._execute(*statement)).rowcount for statement in statements]
                 )
-            await self._writer.execute("COMMIT")
+            await self._execute("COMMIT")
         except BaseException:
             if self._writer.in_transaction:
                 await self._writer.execute("ROLLBACK")
             raise
         return counts
+
+    async def _execute(self, sql: str, parameters: Sequence[Any] = ()) -> aiosqlite.Cursor:
+        # Of each statement: those of many requests may take long together on a busy machine.
+        self._waiting_since = time.monotonic()
+        return await self._writer.execute(sql, parameters)
 
 
 def _code(error: Exception) -> int:

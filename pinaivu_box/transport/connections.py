@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 
 class LinkOwner(Protocol):
-    """What the owner of the links is told and asked."""
+    """Who is notified of links, and knows where peers are."""
 
     def link_opened(self, link: Link) -> None: ...
 
@@ -184,7 +184,7 @@ class LinkManager:
             closed = asyncio.ensure_future(link.closed())
             try:
                 await asyncio.wait([closed], timeout=_RETIRE_SECONDS)
-                while not (link.idle or closed.done()):
+                while link.streams and not closed.done():
                     await asyncio.wait([closed], timeout=_RETIRE_SECONDS)
             finally:
                 del self._retiring[link.peer]

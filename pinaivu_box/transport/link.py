@@ -77,7 +77,7 @@ class Connection(Protocol):
 
 @dataclass(frozen=True)
 class LinkOptions:
-    """`versions` of the protocol that this box speaks, and its wall `clock`, in Unix seconds.
+    """`versions` of the protocol that this box supports, and its wall `clock`, in Unix seconds.
 
     A heartbeat is sent each `beat_seconds`.  The link is lost after `max_silent` beats of ours in
     which nothing at all came, and after `max_stuck` in which the peer's machine answered, but its
@@ -251,8 +251,8 @@ class Link:
 
     `dialed`: by this box.  `opened_at` is on the monotonic clock.  `version` is the agreed one of
     the protocol, `software` what the peer says that it runs, `clock_ahead` by how many seconds its
-    clock was ahead of ours when the link began.  Of the streams that the peer has opened,
-    `inbound_streams` are being served.
+    clock was ahead of ours when the link began.  `streams` are those of either side that are for a
+    purpose and still referenced.
     """
 
     def __init__(
@@ -267,9 +267,8 @@ class Link:
         self.peer, self.route = connection.peer, connection.route
         self.dialed, self.opened_at = dialed, 0.0
         self.version, self.software, self.clock_ahead = 0, "", 0.0
-        self.inbound_streams = 0
+        self.streams: WeakSet[Stream] = WeakSet()
         self.stuck_beats = 0  # beats since the peer's program sent anything
-        self._outbound_streams: WeakSet[Stream] = WeakSet()  # those that are still referenced
         self._connection, self._options = connection, options
         self._accept = SharedCall(connection.accept)
         self._tasks = [
@@ -277,11 +276,6 @@ class Link:
             asyncio.create_task(self._receive_heartbeats()),
         ]
         self._end = asyncio.create_task(self._wait_until_closed(on_closed))
-
-    @property
-    def idle(self) -> bool:
-        """Whether no stream runs over it but its own: those that were opened for no purpose."""
-        return not self.inbound_streams and not self._outbound_streams
 
     async def exchange_hello(self) -> None:
         """Exchange Hellos and agree on a version.  Raises LinkLost, ProtocolError."""
@@ -321,7 +315,7 @@ class Link:
         in eighths of that.  Raises LinkLost; the stream's first `receive` may raise PeerRefused."""
         stream = Stream(self, await self._connection.open(), opening)
         if opening is not None:
-            self._outbound_streams.add(stream)
+            self.streams.add(stream)
         return stream
 
     async def accept(self) -> Stream:

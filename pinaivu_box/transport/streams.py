@@ -79,22 +79,22 @@ class StreamRouter:
             self.count -= 1
 
     async def _route(self, link: Link, opening: Open, stream: Stream) -> None:
-        for_all = self._for_all.get(opening.purpose)
-        handler = self._handlers.get(opening.purpose)
-        if opening.v != wire.PURPOSE_VERSION or (for_all is None and handler is None):
+        purpose = opening.purpose
+        handler = self._for_all.get(purpose) or self._handlers.get(purpose)
+        if opening.v != wire.PURPOSE_VERSION or handler is None:
             await refuse(
                 stream,
                 Code.VERSION,
-                f"this box (software {__version__}) does not support '{opening.purpose}' version "
+                f"this box (software {__version__}) does not support '{purpose}' version "
                 f"{opening.v}: update the older of the two boxes",
             )
-        elif for_all is not None:
-            await for_all(link.peer, stream)
+        elif purpose in self._for_all:
+            await handler(link.peer, stream)
         elif (rejection := await self._rejected(link.peer)) is not None:
             await link.close(*rejection)
-        elif handler is not None:
-            link.inbound_streams += 1
+        else:
+            link.streams.add(stream)
             try:
                 await handler(link.peer, stream)
             finally:
-                link.inbound_streams -= 1
+                link.streams.discard(stream)

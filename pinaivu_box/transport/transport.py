@@ -18,7 +18,7 @@ from pinaivu_box.transport.link import Connection, Link, LinkOptions
 from pinaivu_box.transport.wire import Code
 
 HANDSHAKE_SECONDS = 10.0
-MAX_INBOUND_HANDSHAKES = 32  # with strangers, at a time
+MAX_INBOUND_HANDSHAKES = 32  # at a time, of boxes that may be no members
 MAX_UNACCEPTED_LINKS = 64
 _EVICTION_SECONDS = 1.0  # a handshake that takes longer makes room for others
 SHUTDOWN_REASON = "the box is shutting down"
@@ -84,7 +84,7 @@ class Transport(ABC):
 
     def make_room(self) -> bool:
         """Return whether a handshake can begin now.  If there are too many, the oldest one is
-        cancelled if it has had enough time: else a few silent strangers could keep members out."""
+        cancelled if it has had enough time: else a few silent boxes could keep members out."""
         while len(self._inbound) >= MAX_INBOUND_HANDSHAKES:
             oldest, began = next(iter(self._inbound.items()))
             if time.monotonic() - began < _EVICTION_SECONDS:
@@ -136,8 +136,7 @@ class Transport(ABC):
         return self._unaccepted.popleft()
 
     async def close(self) -> None:
-        """End all handshakes, close every link (`Code.SHUTDOWN`) and wait until the peers have been
-        told."""
+        """End all handshakes, close every link (`Code.SHUTDOWN`) and wait until the peers know."""
         self._closed = True
         self._arrived.set()
         for task in tuple(self._inbound):

@@ -51,7 +51,7 @@ from pinaivu_box.errors import ProtocolError
 from pinaivu_box.text import NO_CONTROLS
 
 NAME = "pinaivu/box/1"  # the ALPN
-VERSIONS = (1,)  # that this box speaks
+VERSIONS = (1,)  # that this box supports
 PURPOSE_VERSION = 1  # of the frames of every purpose
 LENGTH = struct.Struct("<I")
 END_FRAME = LENGTH.pack(0)

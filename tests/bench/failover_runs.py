@@ -167,7 +167,7 @@ class Auditor:
 
     def __init__(self, path: Path) -> None:
         load = LoadModel(str(path), 0, CONTEXT, CONTEXT, 1, CONTEXT, 1)
-        self._runner = LlamaRunner(load, lambda _: None)
+        self._runner = LlamaRunner(load)
         facts = self._runner.facts
         self._ends = np.array(sorted(facts.end_tokens), np.intp)
         source = facts.chat_template or CHATML

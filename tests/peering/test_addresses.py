@@ -14,7 +14,7 @@ pytestmark = pytest.mark.anyio
 RELAY = "https://relay.example/"
 
 
-async def test_the_relay_is_told_however_many_addresses_there_are(
+async def test_the_relay_is_advertised_however_many_addresses_there_are(
     group: SiteGroup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     many = [f"10.0.0.{number}:4002" for number in range(MAX_ADDRESSES + 3)]

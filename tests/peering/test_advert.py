@@ -150,7 +150,7 @@ def test_one_member_cannot_call_everybody_gone() -> None:
     assert 24 <= said <= 26 < 5 * len(crowd)
 
 
-def test_every_box_hears_the_same_however_many_there_are() -> None:
+def test_the_rate_of_received_adverts_does_not_grow_with_the_network() -> None:
     assert adverts.period(2) == adverts.period(125) == 5.0
     assert adverts.period(1000) == 40.0
     assert adverts.PERIODS_PER_LIFE * adverts.period(10**6) <= adverts.MAX_LIFE_SECONDS

@@ -233,13 +233,13 @@ async def test_a_peer_gets_keepalives_while_its_prompt_is_counted(
     """As while a model is loaded: who hears nothing for 4 s takes a box for lost."""
     world, heard_ = strict, asyncio.Event()
     local = world.ben.box.local
-    read = local.read
+    tokenize = local.tokenize
 
     async def slow(job: Any) -> Any:
         await heard_.wait()
-        return await read(job)
+        return await tokenize(job)
 
-    monkeypatch.setattr(local, "read", slow)
+    monkeypatch.setattr(local, "tokenize", slow)
     monkeypatch.setattr(server, "ALIVE_SECONDS", 0.01)
     await terms(world, tokens_per_minute=10_000)
     stream = await opened(world)

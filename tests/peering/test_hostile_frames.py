@@ -188,7 +188,7 @@ def fuzz(said: Struct | bytes, random: Random) -> Iterator[bytes]:
 
 
 @pytest.mark.parametrize("name", READERS)
-def test_invalid_frames_are_told_apart(name: str) -> None:
+def test_damaged_messages_are_read_or_refused_harmlessly(name: str) -> None:
     read, said = READERS[name]
     random = Random(SEED)
     for one in said:
@@ -209,7 +209,7 @@ def harmless(read: Callable[[bytes], Any], data: bytes) -> None:
         assert read in (record, proof), (error, data[:50])
 
 
-def test_tickets_are_told_apart() -> None:
+def test_damaged_tickets_are_read_or_refused_harmlessly() -> None:
     random = Random(SEED)
     text, _ = tickets.invite(
         IDENTITIES[0].node_id, "net_" + "00" * 36, ["192.0.2.1:4002"], now=0, seconds=60

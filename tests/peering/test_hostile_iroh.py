@@ -172,7 +172,7 @@ async def test_garbage_of_all_kinds(attacker: Attacker) -> None:
             await attacker.link_again()
 
 
-async def test_members_get_in_although_strangers_stand_in_the_door(attacker: Attacker) -> None:
+async def test_members_connect_although_others_hold_all_handshakes(attacker: Attacker) -> None:
     """Who say nothing once they are connected."""
     strangers = [await IrohTransport.bind(new_identity(), "127.0.0.1", 0) for _ in range(4)]
 

@@ -127,7 +127,7 @@ async def test_the_certificate_of_a_removed_box_is_not_accepted(
 # -- names ---------------------------------------------------------------------------------------
 
 
-async def test_a_name_that_is_no_model_id_is_in_no_list_and_in_nobodys_way(
+async def test_a_name_that_is_no_model_id_is_in_no_list_and_hinders_no_other(
     world: ThreeBoxes, tmp_path: Path
 ) -> None:
     """An older box may say such: it stays a member, and what it has beside that is offered."""
@@ -316,7 +316,7 @@ async def test_a_greeting_that_is_none(world: ThreeBoxes, hello: wire.Hello) -> 
     await bare.close()
 
 
-async def test_a_newcomer_that_says_nothing_is_not_waited_for(
+async def test_a_silent_newcomer_is_given_up(
     world: ThreeBoxes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(joining, "_JOIN_SECONDS", 0.2)

@@ -58,7 +58,7 @@ async def test_a_peer_that_starts_again_is_linked_to_again(
     await ours.close()
 
 
-async def test_sigterm_tells_the_peers(peers: Callable[..., PeerProcess]) -> None:
+async def test_sigterm_closes_links_with_a_reason(peers: Callable[..., PeerProcess]) -> None:
     peer = peers()
     here = await peer.event("listening")
     ours = await IrohTransport.bind(new_identity(), "127.0.0.1", 0)
@@ -119,7 +119,7 @@ async def test_a_loopback_host_opens_nothing_else(peers: Callable[..., PeerProce
 
 
 @pytest.mark.parametrize("relay", ["n0", "https://127.0.0.1:9/"])
-async def test_a_relay_that_is_not_there_hinders_nobody(
+async def test_an_unreachable_relay_does_not_hinder_links(
     peers: Callable[..., PeerProcess], relay: str
 ) -> None:
     here = await peers().event("listening")
@@ -128,7 +128,7 @@ async def test_a_relay_that_is_not_there_hinders_nobody(
     await ours.close()
 
 
-async def test_streams_that_are_collected_as_garbage_stop_nobody(
+async def test_streams_that_are_collected_as_garbage_block_no_link(
     peers: Callable[..., PeerProcess],
 ) -> None:
     """Also if that happens in iroh's own thread, which has locks."""

@@ -86,7 +86,7 @@ def test_a_crowd_of_requests_makes_no_crowd_of_frames() -> None:
     assert knows(row[0], row[1]) == ModelLoad(0, 0, 199)
 
 
-def test_an_answer_that_nobody_asked_for_is_not_heard() -> None:
+def test_an_unrequested_load_report_is_ignored() -> None:
     net, row = chain(3)
     lie = encode(LoadReport(MODEL, ((key_of(row[2].me), FULL),)))
     row[0].receive(row[1].me, lie)

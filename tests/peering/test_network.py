@@ -320,7 +320,7 @@ async def test_boxes_that_dial_each_other_at_once_keep_one_link(
 
 
 class BareLink:
-    idle = True
+    streams = ()
 
     def __init__(self, peer: str, *, dialed: bool) -> None:
         self.peer, self.dialed, self.opened_at = peer, dialed, time.monotonic()
@@ -440,7 +440,7 @@ async def test_a_link_of_a_box_that_is_no_member_is_closed_unserved(
 async def test_links_of_boxes_that_are_no_members_are_limited(
     group: SiteGroup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(network, "MAX_STRANGERS", 1)
+    monkeypatch.setattr(network, "MAX_UNCERTIFIED_LINKS", 1)
     one, _ = await group.joined("one", "two")
     async with called(group, 7, one), called(group, 6, one) as link:
         assert (await reason(link)).code == Code.BUSY

@@ -298,7 +298,7 @@ async def test_a_dead_or_frozen_peer_is_noticed(world: World, link: Link, how: s
             await soon(waiting)
 
 
-async def test_a_box_that_was_suspended_is_told_and_may_return(world: World, link: Link) -> None:
+async def test_a_suspended_box_gets_the_reason_and_may_reconnect(world: World, link: Link) -> None:
     world.stop()
     await soon(link.closed())
     world.go_on()
@@ -311,7 +311,7 @@ async def test_an_idle_link_stays(world: World, link: Link) -> None:
     await echo(link)
 
 
-async def test_the_peer_says_why_it_closes(link: Link) -> None:
+async def test_a_close_by_the_peer_has_its_code_and_reason(link: Link) -> None:
     stream = await converse(link, "close 403 you (of all boxes) are no member: ask é for a ticket")
     lost = await soon(link.closed())
     assert lost.code == Code.FORBIDDEN
@@ -323,7 +323,7 @@ async def test_the_peer_says_why_it_closes(link: Link) -> None:
         assert (caught.value.code, caught.value.reason) == (lost.code, lost.reason)
 
 
-async def test_we_say_why_we_close(world: World, link: Link) -> None:
+async def test_a_close_by_this_box_has_its_code_and_reason(world: World, link: Link) -> None:
     stream = await converse(link, "echo")
     await link.close(Code.FORBIDDEN, "ä" * 1000)
     assert await link.closed() is await link.closed()
@@ -333,7 +333,7 @@ async def test_we_say_why_we_close(world: World, link: Link) -> None:
         await stream.receive()
 
 
-async def test_a_box_that_shuts_down_says_so(world: World, link: Link) -> None:
+async def test_a_shutdown_closes_links_with_its_code(world: World, link: Link) -> None:
     await world.ours.close()
     assert (await world.event("closed"))["code"] == Code.SHUTDOWN
     assert (await link.closed()).code == Code.SHUTDOWN
@@ -453,7 +453,7 @@ async def test_a_connection_to_a_box_that_shuts_down_is_refused_with_a_reason() 
     assert (lost.code, lost.reason) == (Code.SHUTDOWN, "the box is shutting down")
 
 
-async def test_strangers_at_the_door_are_counted() -> None:
+async def test_inbound_handshakes_are_limited() -> None:
     world = MemoryPair()
     await world.start()
     at_the_door = [await world.ours.dial(world.node_id, world.addresses) for _ in range(70)]

@@ -61,9 +61,8 @@ class InProcessBox:
         """What it thinks of others, as if nothing had happened."""
         breaker: Any = self.pool.boxes.breaker
         self.pool.reputation.opinions.clear()
-        for kept in (breaker._failures, breaker._until, breaker._probing,
-                     self.pool.candidates._conversations,
-                     self.pool.candidates._busy):  # fmt: skip
+        candidates: Any = self.pool.candidates
+        for kept in (breaker._failures, candidates._conversations, candidates._states):
             kept.clear()
 
 

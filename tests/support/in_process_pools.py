@@ -35,9 +35,9 @@ from pinaivu_box.models import catalog as catalogs
 from pinaivu_box.models.catalog import Catalog, Model, digest_of
 from pinaivu_box.network.peer import Peer
 from pinaivu_box.policy import PeerPolicy
+from pinaivu_box.routing.candidates import Debts
 from pinaivu_box.routing.load import LoadTracker
 from pinaivu_box.routing.offers import Offers
-from pinaivu_box.routing.spending_limits import Debts
 from pinaivu_box.settings import LiveSettings, Settings
 from pinaivu_box.transport.link import Link, Stream
 from pinaivu_box.transport.streams import StreamHandler
