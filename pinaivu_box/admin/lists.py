@@ -52,10 +52,7 @@ async def list_accounts(database: Database, *, after: str = "", limit: int) -> A
 async def list_keys(
     database: Database, *, account: str | None, after: str | None = None, limit: int
 ) -> KeyList:
-    """The newest keys, of an account (by name or id), before the key `after`.
-
-    Raises RowNotFound.
-    """
+    """The newest keys, of an account (name or id), before the key `after`.  Raises RowNotFound."""
     account_id = None if account is None else (await accounts.find(database, account)).id
     stored = await keys.ls(database, account_id, after=after, limit=limit + 1)
     return page_of(KeyList, [key_view(key) for key in stored], limit)
