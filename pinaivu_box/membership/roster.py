@@ -36,7 +36,6 @@ from pinaivu_box.membership.records import (
     Record,
     Revocation,
     RosterContent,
-    founder_of,
     key_of,
     network_key,
     node_of,
@@ -81,8 +80,8 @@ class Roster:
 
     def __init__(self, network: str) -> None:
         self.network = network
-        self.founder = founder_of(network)
         self.network_key = network_key(network)
+        self.founder = node_of(self.network_key[:32])
         self._records: dict[bytes, Record] = {}
         self._certificates: dict[str, list[Certificate]] = defaultdict(list)  # by node
         self._ids: dict[Certificate, bytes] = {}
