@@ -1,4 +1,7 @@
-"""Between a request's arrival and its start: what changes meanwhile counts."""
+"""Between a request's arrival and its start: what changes meanwhile counts.
+
+The prompts of a key with `--tpm` are counted before they are admitted.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.support.in_process_command import run_command, run_command_json
+from tests.support.in_process_command import make_key, run_command, run_command_json
 from tests.support.process_box import Box, wait_until
 
 CONFIG = """
@@ -43,12 +46,6 @@ def box(tmp_path: Path) -> Iterator[Box]:
 def threads() -> Iterator[ThreadPoolExecutor]:
     with ThreadPoolExecutor(32) as pool:
         yield pool
-
-
-def make_key(box: Box, *options: str) -> tuple[str, str]:
-    """The secret and the id; with `--tpm` its prompts are counted before they are admitted."""
-    made = run_command_json("keys", "create", *options, home=box.home)
-    return made["key"], made["id"]
 
 
 def ask(box: Box, key: str, **more: Any) -> httpx.Response:

@@ -29,6 +29,7 @@ from pinaivu_box.bench.target import Target
 from pinaivu_box.bench.wire import EventParser, ResponseParser, WireError
 from pinaivu_box.bench.workload import Lengths, Scale, Workload, WorkloadRequest, arrivals
 from pinaivu_box.errors import UsageError
+from tests.support.in_process_command import run_command
 from tests.support.process_box import PINAIVU, Box, StartBox, environment
 
 MODEL = "fake:1"  # 2 ms a step
@@ -468,14 +469,8 @@ def fake_box(module_box: StartBox) -> Box:
     return module_box("--model", f"{MODEL}=fake:2")
 
 
-def bench(*args: str, key: str = "") -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*PINAIVU, "bench", *args],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=environment(PINAIVU_API_KEY=key),
-    )
+def bench(*args: str, key: str) -> subprocess.CompletedProcess[str]:
+    return run_command("bench", "--key", key, *args, home=None, check=False)
 
 
 def bench_json(box: Box, *args: str) -> Any:
@@ -560,10 +555,14 @@ def test_a_shared_prefix_of_repetitive_text_as_a_table(fake_box: Box) -> None:
         assert label in done.stdout
 
 
-def test_the_model_is_the_first_that_is_listed(fake_box: Box) -> None:
+def test_the_model_is_the_first_and_the_key_is_in_the_environment(fake_box: Box) -> None:
     first = fake_box.http("GET", "/v1/models").json()["data"][0]["id"]
-    done = bench(
-        fake_box.url, "--requests", "1", "--output-tokens", "2", "--json", key=fake_box.key
+    done = subprocess.run(
+        [*PINAIVU, "bench", fake_box.url, "--requests", "1", "--output-tokens", "2", "--json"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=environment(PINAIVU_API_KEY=fake_box.key),
     )
     assert json.loads(done.stdout)["targets"][0]["model"] == first
 

@@ -66,7 +66,7 @@ async def whole(listener: Listener, tokens: int = 12) -> None:
 def served_by(network: Network) -> list[str]:
     """The boxes of the legs in the only receipt, in their order."""
     ((account, _),) = network.ledger.recorded
-    return [leg.started.node_id for _, leg in account.served]
+    return [leg.started.node_id for leg in account.served]
 
 
 # -- before the first output -----------------------------------------------------------------------
@@ -78,7 +78,7 @@ async def test_the_cheapest_box_serves_and_the_receipt_says_why() -> None:
     await whole(network.ask())
     assert served_by(network) == [first.node_id] and second.legs == []
     ((account, _),) = network.ledger.recorded
-    ((_, leg),) = account.served
+    (leg,) = account.served
     assert leg.route is not None
     assert leg.route["chosen"] == first.node_id and leg.header
 

@@ -13,7 +13,7 @@ import httpx
 import openai
 import pytest
 
-from tests.support.in_process_command import run_command, run_command_json
+from tests.support.in_process_command import make_key, run_command, run_command_json
 from tests.support.process_box import Box, StartBox, wait_until
 from tests.support.spending import spent
 
@@ -37,12 +37,6 @@ context = 4096
 @pytest.fixture(scope="module")
 def box(module_box: StartBox) -> Box:
     return module_box(config=CONFIG)
-
-
-def make_key(box: Box, *options: str) -> tuple[str, str]:
-    """The secret and the id."""
-    made = run_command_json("keys", "create", *options, home=box.home)
-    return made["key"], made["id"]
 
 
 def post(box: Box, key: str, **more: Any) -> httpx.Response:

@@ -13,11 +13,10 @@ import msgspec
 
 from pinaivu_box.config import Config, EngineConfig
 from pinaivu_box.doctor.check import Check, State
-from pinaivu_box.engine.messages import SamplingParams
+from pinaivu_box.engine.messages import Output, SamplingParams
 from pinaivu_box.errors import ApiError, CliError
 from pinaivu_box.gateway.backend import Job, Started
 from pinaivu_box.gateway.local import LocalBackend
-from pinaivu_box.gateway.output import Output
 from pinaivu_box.gateway.placement import Placement
 from pinaivu_box.models import catalog, gguf, memory
 from pinaivu_box.models.catalog import Catalog, Model

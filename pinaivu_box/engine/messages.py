@@ -140,7 +140,7 @@ class Add(Struct, frozen=True, tag=True):
     """Start a sequence: `messages` for the model's template, or a raw `prompt` (text or tokens).
 
     * `read`: the prompt's tokens, if it was counted before; `thinking` says how they end (see
-      Admitted).
+      Prompt).
     * `template`: more variables for the template.
     * `suffix`: the output is what stands between `prompt` and this text.
     * `output`: the tokens that earlier legs of this request have made.  The sequence goes on after
@@ -243,7 +243,7 @@ class LoadFailed(Struct, frozen=True, tag=True):
 
 
 class Tokenized(Struct, frozen=True, tag=True):
-    """The answer to Tokenize; `thinking` is as in Admitted.  `count` is set if only the number was
+    """The answer to Tokenize; `thinking` is as in Prompt.  `count` is set if only the number was
     requested; then `tokens` is empty."""
 
     id: str
@@ -258,13 +258,12 @@ class Tokenized(Struct, frozen=True, tag=True):
         return len(self.tokens) if self.count is None else self.count
 
 
-class Admitted(Struct, frozen=True):
+class Prompt(Struct, frozen=True, array_like=True):
     """The prompt was rendered and tokenized; the sequence is waiting.  With `thinking` the prompt
     ends inside the model's thoughts, and so the output begins there.  `text` is the prompt's, if
     `echo` was set."""
 
-    id: str
-    prompt_tokens: list[int]
+    tokens: list[int]
     thinking: bool = False
     text: str = ""
 
@@ -288,19 +287,28 @@ class TokenLogprob(Struct, frozen=True, array_like=True):
     top: list[tuple[bytes, float]]
 
 
-class SequenceDelta(Struct, omit_defaults=True):
-    """What a sequence gave since its last delta.
+class _Addressed:
+    """What no frame holds; see Output."""
 
-    `tokens` is every token drawn.  `text` may lag behind, and with it `logprobs`, which are those
-    of the text's tokens; those of an echoed prompt come first.
+    choice: int = 0
+    mark: str | None = None
+
+
+class Output(_Addressed, Struct, array_like=True, dict=True):
+    """New text and tokens of a sequence; the last one has a finish reason.
+
+    Frames of an engine and of a peer (see `legs.wire`) hold it as it is, and so it goes on to the
+    client's stream.  `tokens` is every token drawn.  `text` may lag behind, and with it `logprobs`,
+    which are those of the text's tokens; those of an echoed prompt come first.  `mark` (hex) is
+    that of the frame in which a peer has sent it (see `receipt.mark_text`), and `choice`, which the
+    runner sets, tells the choices of a request apart.
     """
 
-    id: str
-    text: str = ""
-    tokens: list[int] = []
+    text: str
+    tokens: list[int]
     finish_reason: str | None = None  # "stop", "length", "cancelled"
-    queue_ms: float | None = None  # waited before its first step; on the first delta only
-    cached_tokens: int | None = None  # of the prompt, found in the cache; on the first delta only
+    queue_ms: float | None = None  # waited before its first step; on the first only
+    cached_tokens: int | None = None  # of the prompt, found in the cache; on the first only
     shifted_tokens: int = 0  # dropped so far by context shifts
     logprobs: list[TokenLogprob] = []
     stop_string: str | None = None  # the one that has ended the sequence
@@ -322,11 +330,12 @@ class EngineLoad(Struct, frozen=True):
 
 
 class StepFrame(Struct, frozen=True, tag=True):
-    """All that has happened since the last frame."""
+    """All that has happened since the last frame; `prompts` and `outputs` are by the id of their
+    sequence."""
 
-    admitted: list[Admitted]
+    prompts: dict[str, Prompt]
     refused: list[Refused]
-    deltas: list[SequenceDelta]
+    outputs: dict[str, Output]
     load: EngineLoad
 
 

@@ -7,9 +7,16 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from pinaivu_box.config import RoutingPolicy
-from pinaivu_box.engine.messages import Constraint, Sampling, SamplingParams, Tokenized, Tools
+from pinaivu_box.engine.messages import (
+    Constraint,
+    Output,
+    Prompt,
+    Sampling,
+    SamplingParams,
+    Tokenized,
+    Tools,
+)
 from pinaivu_box.errors import NoNodesAvailable
-from pinaivu_box.gateway.output import Output
 from pinaivu_box.models.catalog import Model
 from pinaivu_box.receipts.commitment import Opening, new_nonce
 from pinaivu_box.receipts.receipt import VERSION, EngineBuild, Proof, SignedProof
@@ -105,16 +112,6 @@ class Started:
     thinks: bool
     nonce: str | None = None
     proof: int = VERSION
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """The prompt was tokenized.  With `thinking` the output begins inside the model's thoughts.
-    `text` is of an echo."""
-
-    tokens: list[int]
-    thinking: bool = False
-    text: str = ""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ from pinaivu_box import child
 from pinaivu_box.engine.messages import (
     LENGTH_BYTES,
     Add,
-    Admitted,
     Cancel,
     Embed,
     EngineLoad,
@@ -21,9 +20,10 @@ from pinaivu_box.engine.messages import (
     LoadFailed,
     LoadModel,
     Named,
+    Output,
+    Prompt,
     Ready,
     Refused,
-    SequenceDelta,
     StepFrame,
     ToEngine,
     Tokenize,
@@ -40,7 +40,7 @@ from pinaivu_box.models.names import printable
 log = logging.getLogger("pinaivu.engine")
 
 # What a request's mailbox carries; None says that the engine is gone.
-Item = Admitted | Refused | SequenceDelta | Tokenized | None
+Item = Prompt | Refused | Output | Tokenized | None
 _STOP_SECONDS = 5.0
 _MAX_LINE_CHARACTERS = 1000  # of what the child prints
 _HUNG_SECONDS = 15.0  # with work, and neither a frame nor a tick of processor time
@@ -176,11 +176,14 @@ class EngineProcess:
         match frame:
             case StepFrame():
                 self.load = frame.load
-                for items in (frame.admitted, frame.refused, frame.deltas):
-                    for item in items:
-                        self._deliver(item)
+                for request_id, prompt in frame.prompts.items():
+                    self._deliver(request_id, prompt)
+                for refused in frame.refused:
+                    self._deliver(refused.id, refused)
+                for request_id, output in frame.outputs.items():
+                    self._deliver(request_id, output)
             case Tokenized():
-                self._deliver(frame)
+                self._deliver(frame.id, frame)
             case Ready() if not loaded.done():
                 loaded.set_result(frame)
             case LoadFailed() if not loaded.done():
@@ -188,8 +191,8 @@ class EngineProcess:
                 why = printable(frame.message)
                 loaded.set_exception(StartFailed(f"the model could not be loaded: {why}"))
 
-    def _deliver(self, item: Admitted | Refused | SequenceDelta | Tokenized) -> None:
-        mailbox = self._mailboxes.get(item.id)
+    def _deliver(self, request_id: str, item: Item) -> None:
+        mailbox = self._mailboxes.get(request_id)
         if mailbox is not None:
             mailbox.put(item)
 

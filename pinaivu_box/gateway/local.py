@@ -11,19 +11,18 @@ import msgspec
 from pinaivu_box.config import SamplingConfig
 from pinaivu_box.engine.messages import (
     Add,
-    Admitted,
     Embed,
+    Output,
+    Prompt,
     Refused,
     Sampling,
     SamplingDefaults,
-    SequenceDelta,
     Tokenize,
     Tokenized,
 )
 from pinaivu_box.errors import ApiError, EngineLost, by_code
-from pinaivu_box.gateway.backend import Event, Job, Prompt, Started
+from pinaivu_box.gateway.backend import Event, Job, Started
 from pinaivu_box.gateway.engine_process import EngineProcess, Item
-from pinaivu_box.gateway.output import Output
 from pinaivu_box.gateway.placement import Placement
 from pinaivu_box.models.catalog import Model
 from pinaivu_box.receipts.receipt import EngineBuild
@@ -129,7 +128,7 @@ class LocalLeg:
             )
             while True:
                 for item in await mailbox.take():
-                    ended = isinstance(item, SequenceDelta) and item.finish_reason is not None
+                    ended = isinstance(item, Output) and item.finish_reason is not None
                     yield _event(item)
                     if ended:
                         return
@@ -163,20 +162,8 @@ def to_add(job: Job, sampling: Sampling) -> Add:
 def _event(item: Item) -> Event:
     """Raises what the engine refused with, EngineLost if it is gone."""
     match item:
-        case SequenceDelta():
-            return Output(
-                item.text,
-                item.tokens,
-                item.finish_reason,
-                item.queue_ms,
-                item.cached_tokens,
-                item.shifted_tokens,
-                item.logprobs,
-                item.stop_string,
-                item.vectors,
-            )
-        case Admitted():
-            return Prompt(item.prompt_tokens, item.thinking, item.text)
+        case Prompt() | Output():
+            return item
         case _:
             raise _error(item)
 

@@ -39,11 +39,11 @@ class Meter:
 
     async def record(self, record: RequestRecord, finish_reason: str) -> None:
         """Sign and write; returns when usage, receipt and the key's counters are on disk."""
-        total_ms, job, last = record.elapsed_ms(), record.job, record.served[-1][1].started
+        total_ms, job, last = record.elapsed_ms(), record.job, record.served[-1].started
         price = Price.of(record.prices, self._settings.config.pricing.currency)
         prompts = [
-            commitment.commit(asked_text(choice.job), leg.prompt or [], choice.job.nonce)
-            for choice, leg in record.prompts
+            commitment.commit(asked_text(leg.job), leg.prompt or [], leg.job.nonce)
+            for leg in record.prompts
         ]
         proofs, openings = await self._prove(record, price)
         tokens = [token for choice in record.choices for token in choice.tokens]
@@ -83,7 +83,7 @@ class Meter:
         self, record: RequestRecord, price: Price
     ) -> tuple[list[tuple[Proof, SignedProof]], list[commitment.Opening]]:
         proofs, openings = [], []
-        for _, leg in record.served:
+        for leg in record.served:
             await asyncio.sleep(0)  # there may be many, each of a long prompt: others go between
             if leg.proved is not None:
                 proofs.append((leg.proved.proof, leg.proved.signed))
@@ -163,9 +163,9 @@ def _is_mark(proof: Proof, mark: str | None) -> bool:
 
 def _routing(record: RequestRecord) -> dict[str, Any]:
     """How the first leg found its node; of the others, where they went and why."""
-    (_, first), *others = record.served
+    first, *others = record.served
     route = first.route or {"policy": "local", "chosen": first.started.node_id}
-    legs = [leg.route for _, leg in others if leg.route]
+    legs = [leg.route for leg in others if leg.route]
     return {**route, "legs": legs} if legs else route
 
 

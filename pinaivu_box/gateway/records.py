@@ -11,9 +11,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pinaivu_box.amount import Prices
-from pinaivu_box.gateway.backend import Job, Prompt, Proved, Started
+from pinaivu_box.engine.messages import Output, Prompt
+from pinaivu_box.gateway.backend import Job, Proved, Started
 from pinaivu_box.gateway.logprob_records import records
-from pinaivu_box.gateway.output import Output
 from pinaivu_box.receipts.commitment import Extras
 
 ENGINE_LOST = "engine_lost"  # finish reason of a leg whose engine died
@@ -198,33 +198,33 @@ class RequestRecord:
             self.ttft_ms = self.elapsed_ms()
 
     @property
-    def served(self) -> list[tuple[ChoiceRecord, LegRecord]]:
+    def served(self) -> list[LegRecord]:
         """The legs that have a proof, in the order of the proofs."""
-        return [(choice, leg) for choice in self.choices for leg in choice.served]
+        return [leg for choice in self.choices for leg in choice.served]
 
     @property
-    def prompts(self) -> list[tuple[ChoiceRecord, LegRecord]]:
+    def prompts(self) -> list[LegRecord]:
         """The first leg of each prompt: choices share it, and pay for it once."""
-        first: dict[int, tuple[ChoiceRecord, LegRecord]] = {}
-        for choice, leg in self.served:
-            first.setdefault(choice.job.prompt_number, (choice, leg))
+        first: dict[int, LegRecord] = {}
+        for leg in self.served:
+            first.setdefault(leg.job.prompt_number, leg)
         return [first[number] for number in sorted(first)]
 
     @property
     def prompt_tokens(self) -> int:
-        return sum(len(leg.prompt or ()) for _, leg in self.prompts)
+        return sum(len(leg.prompt or ()) for leg in self.prompts)
 
     @property
     def cached_tokens(self) -> int:
-        return sum(leg.cached_tokens for _, leg in self.prompts)
+        return sum(leg.cached_tokens for leg in self.prompts)
 
     @property
     def shifted_tokens(self) -> int:
-        return sum(leg.shifted_tokens for _, leg in self.served)
+        return sum(leg.shifted_tokens for leg in self.served)
 
     @property
     def completion_tokens(self) -> int:
-        return sum(len(leg.tokens) for _, leg in self.served)
+        return sum(len(leg.tokens) for leg in self.served)
 
     def elapsed_ms(self) -> int:
         return round((time.monotonic() - self.began) * 1000)

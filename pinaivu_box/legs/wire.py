@@ -31,6 +31,7 @@ from pinaivu_box.engine.messages import (
     Constraint,
     LogitBias,
     MinTokens,
+    Output,
     Penalty,
     RepeatPenalty,
     Sampling,
@@ -41,7 +42,6 @@ from pinaivu_box.engine.messages import (
     TypicalP,
 )
 from pinaivu_box.errors import ProtocolError
-from pinaivu_box.gateway.output import Output
 from pinaivu_box.text import DIGEST, NO_CONTROLS, REQUEST_ID, SIGNATURE, whole
 from pinaivu_box.transport.link import Stream
 from pinaivu_box.transport.rpc import send_frames

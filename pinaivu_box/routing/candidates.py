@@ -208,7 +208,7 @@ class Candidates:
             draining=peer.advert is not None and peer.advert.draining,
             known=reported is not None,
             gone=peer.gone or (peer.state != "connected" and reported is None),
-            resting=self._breaker.why(peer.node_id),
+            tripped=self._breaker.why(peer.node_id),
             refuses=refuses,
             max_cost=max_cost,
             destination=Destination(
@@ -236,11 +236,11 @@ class Candidates:
             candidates = self.of(job, here)
             decision = route(candidates, request, self._random)
         if decision.chosen is None:  # rather who failed lately than nobody, if its link stands
-            woken = [
-                candidate if candidate.gone else replace(candidate, resting=None)
+            untripped = [
+                candidate if candidate.gone else replace(candidate, tripped=None)
                 for candidate in candidates
             ]
-            decision = route(woken, request, self._random)
+            decision = route(untripped, request, self._random)
         if decision.chosen is not None:  # all choices and legs of a request are of one file
             self._pinned.setdefault(job.request_id, decision.chosen.digest)
         return decision

@@ -60,7 +60,7 @@ class CircuitBreaker:
         failures, now = self._failures.get(node_id), self._clock()
         if failures is not None and now < failures.until:
             times = failures.count
-            return f"failed {times} time{'s' * (times > 1)} in a row and rests"
+            return f"failed {times} time{'s' * (times > 1)} in a row and is left alone"
         if failures is not None and now < failures.probing_until:
             return "failed lately and is being tried with one request"
         return None

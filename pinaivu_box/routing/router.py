@@ -30,7 +30,7 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from random import Random
-from typing import Any
+from typing import Any, NamedTuple
 
 from pinaivu_box.config import RoutingPolicy
 from pinaivu_box.gossip.adverts import ModelLoad
@@ -58,14 +58,14 @@ class Destination:
     pays_prompt: bool = True
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # a key of dictionaries: hashing all fields takes long
 class Candidate:
     """An engine here (`local`) or a peer's offer of one model.
 
     `cost` of this request in 10^-9 of `currency`, `max_cost` its upper bound.  `rtt_ms` None: there
     is no link yet.  `sent`: requests of ours that it has not answered and that its offer did not
     count.  `known`: its load is of this moment, not of its advert.  `warm`: it served this
-    conversation lately.  `resting`: why it is left alone for now.  `gone`: others lost their links
+    conversation lately.  `tripped`: why it is left alone for now.  `gone`: others lost their links
     to it, or there is none and nobody linked with it is known, so it is asked last.  `refuses`:
     what else speaks against it.
     """
@@ -87,7 +87,7 @@ class Candidate:
     warm: bool = False
     draining: bool = False
     gone: bool = False
-    resting: str | None = None
+    tripped: str | None = None
     refuses: str | None = None
     max_cost: int = 0
     destination: Destination | None = None  # of a peer
@@ -132,8 +132,7 @@ class RoutingRequest:
     weights: tuple[float, float, float] = (0.4, 0.3, 0.3)
 
 
-@dataclass(frozen=True)
-class ScoredCandidate:
+class ScoredCandidate(NamedTuple):
     """A candidate in a decision.  `why_not` is set if it could not serve the request."""
 
     candidate: Candidate
@@ -235,8 +234,8 @@ def why_not(candidate: Candidate, ask: RoutingRequest) -> str | None:
         return "is not this box, and the key is for this box only"
     if ask.policy == "never":
         return "is not this box, and the policy is never to send"
-    if candidate.resting:
-        return candidate.resting
+    if candidate.tripped:
+        return candidate.tripped
     if candidate.currency != ask.currency:
         return f"asks for {candidate.currency}, not {ask.currency}"
     return None

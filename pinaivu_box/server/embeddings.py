@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from msgspec import UNSET
 
-from pinaivu_box.gateway.output import Output
+from pinaivu_box.engine.messages import Output
 from pinaivu_box.gateway.request import Finished
 from pinaivu_box.openai.embeddings import (
     EmbeddingList,

@@ -10,10 +10,9 @@ import msgspec
 from msgspec import UNSET
 
 from pinaivu_box.chat_format import CONTINUE
-from pinaivu_box.engine.messages import Tools
+from pinaivu_box.engine.messages import Output, Tools
 from pinaivu_box.errors import InvalidBody, quoted
 from pinaivu_box.gateway.backend import Job
-from pinaivu_box.gateway.output import Output
 from pinaivu_box.gateway.request import ChoiceStarted, Failed, Finished, RequestEvent
 from pinaivu_box.openai.anthropic import (
     AnthropicAnswer,
@@ -43,8 +42,7 @@ async def create_message(
     )
     if body.thinking and body.thinking.type == "enabled":
         call.thinking_field = "thinking"
-    await call.start([job])
-    return await call.answer(_MessageAnswer(call, job), stream=body.stream)
+    return await call.answer([job], _MessageAnswer(call, job), stream=body.stream)
 
 
 async def count_message_tokens(call: InferenceCall, body: CountTokensRequest) -> TokenCountAnswer:

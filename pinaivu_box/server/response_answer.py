@@ -7,9 +7,9 @@ from typing import Any
 
 import msgspec
 
+from pinaivu_box.engine.messages import Output
 from pinaivu_box.errors import ApiError
 from pinaivu_box.gateway.backend import Job
-from pinaivu_box.gateway.output import Output
 from pinaivu_box.gateway.request import ChoiceStarted, Failed, Finished, RequestEvent
 from pinaivu_box.openai.reader import Reader
 from pinaivu_box.openai.response_items import Event, ResponseItems

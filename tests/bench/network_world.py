@@ -92,7 +92,7 @@ class SimulatedBox:
         self.gossip = Gossip(
             identity, roster, self, clock=world.clock, wall=world.wall, random=self.random,
         )  # fmt: skip
-        self.resting = CircuitBreaker(world.clock, self.random)
+        self.breaker = CircuitBreaker(world.clock, self.random)
         self.sent: dict[str, list[float]] = {}
         self.not_yet: dict[str, float] = {}  # whom not to call until when
         self.cuts: Counter[str] = Counter()
@@ -168,7 +168,7 @@ class SimulatedBox:
                         "load": now.load if now else offer,
                         "known": now is not None,
                         "sent": sum(at >= heard for at in self.sent.get(node, ())),
-                        "resting": self.resting.why(node),
+                        "tripped": self.breaker.why(node),
                         "gone": not linked and (now is None or self.gossip.adverts.gone(node)),
                     }
                     made.append(candidate(self.world.boxes[node], offer, self, **how))
@@ -194,7 +194,7 @@ class SimulatedBox:
         if other is self:
             self.begin(self, request)
             return
-        self.resting.sent(other.id)
+        self.breaker.sent(other.id)
         self.sent.setdefault(other.id, []).append(self.world.now)
         self.use(other, 1)
         delay = self.world.latency(self, other)
@@ -226,7 +226,7 @@ class SimulatedBox:
 
     def failed(self, other: SimulatedBox, request: Request) -> None:
         self.answered(other)
-        self.resting.failed(other.id)
+        self.breaker.failed(other.id)
         self.ask(request)
 
     def refused(self, other: SimulatedBox, request: Request) -> None:
@@ -262,7 +262,7 @@ class SimulatedBox:
         self.engine.running -= 1
         if by is not self and self.alive:
             by.answered(self)
-            by.resting.served(self.id)
+            by.breaker.served(self.id)
         if self.engine.queue and self.alive:
             self.engine.queue.pop(0)()
         elif self.alive:

@@ -65,12 +65,12 @@ FROM_ENGINE = st.one_of(
     st.builds(messages.LoadFailed, message=TEXT),
     st.builds(
         StepFrame,
-        admitted=st.lists(st.builds(messages.Admitted, id=TEXT, prompt_tokens=IDS), max_size=2),
+        prompts=st.dictionaries(TEXT, st.builds(messages.Prompt, tokens=IDS), max_size=2),
         refused=st.lists(st.builds(messages.Refused, id=TEXT, code=TEXT, message=TEXT), max_size=2),
-        deltas=st.lists(
+        outputs=st.dictionaries(
+            TEXT,
             st.builds(
-                messages.SequenceDelta,
-                id=TEXT,
+                messages.Output,
                 text=TEXT,
                 tokens=IDS,
                 finish_reason=st.sampled_from([None, "stop", "length", "cancelled"]),

@@ -145,7 +145,7 @@ def test_closing_stdin_while_it_runs_ends_it(children: list[Child]) -> None:
     child.ready()
     child.send(*(add(f"r{n}", max_tokens=3000) for n in range(4)))
     frame = child.read()
-    while not (isinstance(frame, StepFrame) and frame.deltas):
+    while not (isinstance(frame, StepFrame) and frame.outputs):
         frame = child.read()
     assert child.hang_up() == 0
 
@@ -291,8 +291,8 @@ def test_a_slow_reader_gets_fewer_and_larger_frames(children: list[Child]) -> No
     assert all(len(tokens) == 600 for tokens in heard.tokens.values())
     at = len(heard.prompts["r0"]) - 1
     assert heard.text["r0"] == (SENTENCE * 20)[at : at + 600].decode()
-    largest = max(frames, key=lambda frame: sum(len(delta.tokens) for delta in frame.deltas))
-    assert min(len(delta.tokens) for delta in largest.deltas) > 20
+    largest = max(frames, key=lambda frame: sum(len(new.tokens) for new in frame.outputs.values()))
+    assert min(len(new.tokens) for new in largest.outputs.values()) > 20
     # A step's worth a frame would be as many frames as steps.
     steps = frames[-1].load.steps
     assert steps >= 600 and len(frames) < steps - 20

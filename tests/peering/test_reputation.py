@@ -61,7 +61,7 @@ def test_opinions_dated_by_a_clock_that_was_ahead_fade_as_well() -> None:
     ahead = Reputation(lambda: clock.now + 400 * DAY)
     ahead.disputed("c", "lied")
     known = Reputation(clock)
-    known.recall(ahead.opinions)
+    known.restore(ahead.opinions)
     assert known.score("c") == pytest.approx(0.5)
     clock.now += DAY
     assert known.score("c") == pytest.approx(0.5**0.5)

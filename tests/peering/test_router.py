@@ -64,7 +64,7 @@ candidates = st.lists(
         warm=st.booleans(),
         draining=st.booleans(),
         gone=st.booleans(),
-        resting=st.none() | st.just("rests"),
+        tripped=st.none() | st.just("failed lately"),
         refuses=st.none() | st.none() | st.just("is full of sand"),
     ),
     max_size=12,
@@ -252,7 +252,7 @@ def test_the_decision_fits_a_receipt_and_a_header() -> None:
 
 def test_a_decision_for_nobody_tells_the_reasons() -> None:
     crowd = [replace(PEER, node_id=f"node_{n}", draining=True) for n in range(3)]
-    decision = route([*crowd, replace(PEER, resting="has failed lately")], ASK, Random(1))
+    decision = route([*crowd, replace(PEER, tripped="has failed lately")], ASK, Random(1))
     assert decision.node_id is None and decision.header().startswith("none; reason=nobody")
     assert decision.why_nobody().endswith("3 is draining; 1 has failed lately")
     assert route([], ASK, Random(1)).why_nobody() == "no box offers it"
@@ -264,27 +264,27 @@ def test_all_weights_zero_is_no_crash() -> None:
 
 def test_each_failure_doubles_the_backoff_and_one_request_probes() -> None:
     now = [0.0]
-    resting = CircuitBreaker(lambda: now[0], Random(1))
-    rests = [resting.failed("node_a") for _ in range(40)]
+    breaker = CircuitBreaker(lambda: now[0], Random(1))
+    rests = [breaker.failed("node_a") for _ in range(40)]
     assert 0.5 <= rests[0] <= 1.5 and 2 <= rests[2] <= 6
     assert max(rests) <= 1.5 * LONGEST_SECONDS and rests[39] >= 0.5 * LONGEST_SECONDS
-    assert resting.why("node_a") == "failed 40 times in a row and rests"
-    assert resting.why("node_b") is None
+    assert breaker.why("node_a") == "failed 40 times in a row and is left alone"
+    assert breaker.why("node_b") is None
     now[0] = 1000.0
-    assert resting.why("node_a") is None
-    resting.sent("node_a")
-    assert "one request" in str(resting.why("node_a"))
-    resting.served("node_a")
-    assert resting.why("node_a") is None
-    assert resting.failed("node_a") <= 1.5
+    assert breaker.why("node_a") is None
+    breaker.sent("node_a")
+    assert "one request" in str(breaker.why("node_a"))
+    breaker.served("node_a")
+    assert breaker.why("node_a") is None
+    assert breaker.failed("node_a") <= 1.5
 
 
 def test_requests_that_fail_with_a_box_count_as_one_failure() -> None:
     now = [0.0]
-    resting = CircuitBreaker(lambda: now[0], Random(1))
-    sent = [resting.sent("node_a") for _ in range(8)]
+    breaker = CircuitBreaker(lambda: now[0], Random(1))
+    sent = [breaker.sent("node_a") for _ in range(8)]
     now[0] = 5.0
     for at in sent:
-        assert resting.failed("node_a", at) <= 1.5
+        assert breaker.failed("node_a", at) <= 1.5
     now[0] = 7.0  # rested; the probe fails as well
-    assert 1 <= resting.failed("node_a", resting.sent("node_a")) <= 3
+    assert 1 <= breaker.failed("node_a", breaker.sent("node_a")) <= 3

@@ -16,11 +16,10 @@ import msgspec
 import pytest
 from ulid import ULID
 
-from pinaivu_box.engine.messages import TokenLogprob
+from pinaivu_box.engine.messages import Output, Prompt, TokenLogprob
 from pinaivu_box.errors import ContextOverflow, EngineLost, ModelNotFound, NoNodesAvailable
-from pinaivu_box.gateway.backend import Event, Prompt, Proved, Started
+from pinaivu_box.gateway.backend import Event, Proved, Started
 from pinaivu_box.gateway.engine_process import EngineProcess
-from pinaivu_box.gateway.output import Output
 from pinaivu_box.gateway.records import ChoiceRecord, LegRecord
 from pinaivu_box.gossip.adverts import ModelLoad
 from pinaivu_box.gossip.loads import ReportedLoad
@@ -318,7 +317,7 @@ async def test_a_box_that_failed_recently_is_asked_when_there_is_no_other(
     await asker.ask()
     asker.pool.boxes.breaker.failed(server.node_id)
     server.gone = True
-    with pytest.raises(NoNodesAvailable, match="rests"):
+    with pytest.raises(NoNodesAvailable, match="left alone"):
         await asker.ask()
 
 

@@ -328,24 +328,24 @@ class Heard:
         self.load = messages.EngineLoad()
 
     def take(self, frame: StepFrame) -> None:
-        for admitted in frame.admitted:
-            assert admitted.id not in self.prompts
-            self.prompts[admitted.id] = admitted.prompt_tokens
+        for name, prompt in frame.prompts.items():
+            assert name not in self.prompts
+            self.prompts[name] = prompt.tokens
         for refused in frame.refused:
             self.refused[refused.id] = refused
-        for delta in frame.deltas:
-            assert delta.id in self.prompts, "a delta before its admission"
-            assert delta.id not in self.ends, "a delta after the end"
-            self.text[delta.id] = self.text.get(delta.id, "") + delta.text
-            self.tokens.setdefault(delta.id, []).extend(delta.tokens)
-            self.shifted.setdefault(delta.id, []).append(delta.shifted_tokens)
-            self.logprobs.setdefault(delta.id, []).extend(delta.logprobs)
-            if delta.queue_ms is not None:
-                self.queue_ms.setdefault(delta.id, []).append(delta.queue_ms)
-            if delta.cached_tokens is not None:
-                self.cached.setdefault(delta.id, []).append(delta.cached_tokens)
-            if delta.finish_reason:
-                self.ends[delta.id] = delta.finish_reason
+        for name, output in frame.outputs.items():
+            assert name in self.prompts, "output before its admission"
+            assert name not in self.ends, "output after the end"
+            self.text[name] = self.text.get(name, "") + output.text
+            self.tokens.setdefault(name, []).extend(output.tokens)
+            self.shifted.setdefault(name, []).append(output.shifted_tokens)
+            self.logprobs.setdefault(name, []).extend(output.logprobs)
+            if output.queue_ms is not None:
+                self.queue_ms.setdefault(name, []).append(output.queue_ms)
+            if output.cached_tokens is not None:
+                self.cached.setdefault(name, []).append(output.cached_tokens)
+            if output.finish_reason:
+                self.ends[name] = output.finish_reason
         self.load = frame.load
 
     def answer(self, name: str) -> tuple[str, list[int], str]:

@@ -12,11 +12,10 @@ import msgspec
 
 from pinaivu_box.config import PeeringConfig, SamplingConfig
 from pinaivu_box.engine.chat_template import CHATML, ChatTemplate, TemplateSetup
-from pinaivu_box.engine.messages import SamplingDefaults
-from pinaivu_box.gateway.backend import Job, Prompt, Started
+from pinaivu_box.engine.messages import Output, Prompt, SamplingDefaults
+from pinaivu_box.gateway.backend import Job, Started
 from pinaivu_box.gateway.local import resolve
 from pinaivu_box.gateway.metering import prove
-from pinaivu_box.gateway.output import Output
 from pinaivu_box.gateway.records import LegRecord
 from pinaivu_box.gossip.adverts import Facts
 from pinaivu_box.identity import Identity
