@@ -8,6 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import httpx
@@ -18,7 +19,7 @@ from pydantic import TypeAdapter
 
 from pinaivu_box.gateway.mailbox import Mailbox
 from pinaivu_box.gateway.request import Failed, RequestEvent
-from pinaivu_box.server.background import Background, BackgroundResponse, replayed
+from pinaivu_box.server.background import Background, replayed
 from pinaivu_box.store import responses as stored
 from pinaivu_box.store.database import Database
 from tests.support.process_box import UNDRAFTED, Box, StartBox, wait_until
@@ -340,38 +341,33 @@ async def test_one_whose_answer_cannot_be_written_has_failed(tmp_path: Path) -> 
             return []
 
         def whole(self) -> Any:
-            return type("Response", (), {"id": "resp_1"})
+            return SimpleNamespace(id="resp_1")
+
+        async def insert(self) -> None:
+            body = json.dumps({"status": "queued", "background": True}).encode()
+            row = stored.StoredResponse(
+                "resp_1", "acct_owner", None, 0, b"[]", body, "key", stored.QUEUED
+            )
+            await stored.insert(database, row, **self.storage_limits)
 
         def encode_each(self, _events: Any) -> list[bytes]:
             return ["\ud83d".encode()]
 
-    class Running:
-        events: Mailbox[RequestEvent] = Mailbox()
-
-        def cancel(self) -> None:
-            pass
-
+    left: list[bool] = []
     async with Database(tmp_path / "box.db") as database:
-        body = json.dumps({"status": "queued", "background": True}).encode()
-        row = stored.StoredResponse(
-            "resp_1", "acct_owner", None, 0, b"[]", body, "key", stored.QUEUED
-        )
-        await stored.insert(database, row, max_count=9, max_bytes=9**9)
-        key = type("Key", (), {"account_id": "acct_owner"})
-        box = type("Box", (), {"database": database})
-        call = type("Call", (), {"key": key, "box": box, "note": lambda *_: None,
-                                 "failed": lambda _, error: Failed(error)})()  # fmt: skip
-        left: list[bool] = []
-        running = Running()
-        made = BackgroundResponse(
-            cast("Any", call),
-            cast("Any", running),
-            cast("Any", Answer()),
-            lambda: left.append(True),
+        events: Mailbox[RequestEvent] = Mailbox()
+        call = SimpleNamespace(
+            key=SimpleNamespace(account_id="acct_owner"),
+            box=SimpleNamespace(database=database),
+            request=SimpleNamespace(scope={"state": {"release_body": lambda: left.append(True)}}),
+            running=SimpleNamespace(events=events, cancel=lambda: None),
+            note=lambda _event: None,
+            failed=Failed,
         )
         background = Background()
-        background.start(made)
-        running.events.put(cast("Any", object()))
+        made = await background.start(cast("Any", call), cast("Any", Answer()))
+        assert background.find("resp_1", "acct_owner") is made and not left
+        events.put(cast("Any", object()))
         await made.task
         found = await stored.find(database, "resp_1", "acct_owner")
         assert found and found.status == "failed" and "its log says why" in found.body.decode()

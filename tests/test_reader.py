@@ -22,13 +22,21 @@ Read = list[tuple[str, ...]]
 def read(
     text: str, style: Style | None, cuts: Iterable[int] = (), **more: Any
 ) -> tuple[Read, bool]:
-    """What was found, joined; and whether there was a call."""
-    reader = Reader(style, NAMES, **more)
+    """What was found, joined; and whether there was a call.  The end may come with the last text or
+    after it."""
     places = [0, *sorted(cut for cut in cuts if cut < len(text)), len(text)]
+    parts = [text[start:end] for start, end in pairwise(places)]
+    found = _read([*parts, ""], style, **more)
+    assert _read(parts, style, **more) == found
+    return found
+
+
+def _read(parts: list[str], style: Style | None, **more: Any) -> tuple[Read, bool]:
+    reader = Reader(style, NAMES, **more)
     pieces: list[Piece] = []
-    for start, end in pairwise(places):
-        pieces += reader.push(text[start:end])
-    pieces += reader.take("", "stop")
+    for part in parts[:-1]:
+        pieces += reader.take(part)
+    pieces += reader.take(parts[-1], "stop")
     found: Read = []
     for piece in pieces:
         match piece:
@@ -200,7 +208,8 @@ def test_a_long_object_is_not_decoded_again_at_every_token(
     monkeypatch.setattr(reader_module, "_object", decode_and_count)
     monkeypatch.setattr(reader_module, "_HEAD", Pattern)
     whole = style.trigger + text + " and more" * 200
-    assert read(whole, style, range(0, len(whole), 3)) == ([("text", whole)], False)
+    parts = [whole[at : at + 3] for at in range(0, len(whole), 3)]
+    assert _read(parts, style) == ([("text", whole)], False)
     assert len(decoded) <= 1 and max(matched, default=0) <= 4096
 
 

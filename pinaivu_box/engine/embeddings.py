@@ -8,6 +8,7 @@ to see the whole of it.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -66,7 +67,7 @@ class EmbeddingScheduler:
         self._capacity: EmbeddingCapacity | None = None
         self._free: list[int] = []
         self._ended: list[int] = []  # sequence ids whose cells are to be freed
-        self._arrivals = 0
+        self._arrivals = itertools.count(1)
         self._reserved = False  # the tenant that has had least waits for room
 
     def __bool__(self) -> bool:
@@ -74,8 +75,7 @@ class EmbeddingScheduler:
 
     def add(self, embedding: EmbeddingJob) -> None:
         self._all[embedding.id] = embedding
-        self._arrivals += 1
-        embedding.arrival = self._arrivals
+        embedding.arrival = next(self._arrivals)
         self._queue.push(embedding)
 
     def end(self, request_id: str) -> EmbeddingJob | None:
@@ -198,8 +198,7 @@ class EmbeddingScheduler:
         if embedding.started == len(embedding.inputs):
             self._queue.start(embedding)
         else:  # the tenant's other requests come before its next text
-            self._arrivals += 1
-            self._queue.later(embedding, self._arrivals)
+            self._queue.later(embedding, next(self._arrivals))
         return text
 
     # -- what came of it -------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from __future__ import annotations
 import time
 from collections import abc
 from collections.abc import Iterator
-from itertools import accumulate
+from itertools import accumulate, count
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -53,7 +53,7 @@ class Engine:
             sharing=facts.sharing,
         )
         self._end_tokens = np.array(sorted(facts.end_tokens), np.intp)
-        self._arrivals = 0
+        self._arrivals = count(1)
         self._steps = 0
         self._tokens_computed = 0
         self._tokens_cached = 0
@@ -73,8 +73,7 @@ class Engine:
             self.embeddings.add(sequence)
             return
         self.catch_up()
-        self._arrivals += 1
-        sequence.arrival = self._arrivals
+        sequence.arrival = next(self._arrivals)
         self.scheduler.add(sequence)
         if sequence.scored == 0:
             first = TokenLogprob(self._runner.spelling(sequence.tokens[0]), 0.0, [])
@@ -267,9 +266,9 @@ class Engine:
             tokens = tokens[: accepted + 1]
             logprobs: list[TokenLogprob] = []
             if scored is not None:
-                count, piece = sequence.logprobs or 0, self._runner.piece
+                likeliest, piece = sequence.logprobs or 0, self._runner.piece
                 of_tokens = zip(scored, tokens, strict=False)
-                logprobs = [token_logprob(row, token, count, piece) for row, token in of_tokens]
+                logprobs = [token_logprob(row, token, likeliest, piece) for row, token in of_tokens]
             sequence.tokens += tokens
             self.scheduler.accept(chunk, accepted)
             self._conclude(sequence, tokens, first=first, logprobs=logprobs)

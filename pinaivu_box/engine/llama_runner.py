@@ -14,7 +14,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import pairwise
 from pathlib import Path
 
@@ -45,15 +45,10 @@ _NO_SLOT = 1  # llama_decode: could not find a KV slot for the batch
 
 
 class LlamaRunner:
-    """One model and one context.  Not thread-safe: one thread drives it.
+    """One model and one context.  Not thread-safe: one thread drives it."""
 
-    If `exact` (for tests, with a file in F32) nothing is rounded to 16 bits: then a batch's shape
-    makes next to no difference.
-    """
-
-    def __init__(self, load: LoadModel, *, exact: bool = False) -> None:
+    def __init__(self, load: LoadModel) -> None:
         _load_backends()
-        self._exact = exact
         self._log = _capture_log()
         self._threads = load.threads or physical_cores()
         self._model = self._load_model(load)
@@ -62,7 +57,7 @@ class LlamaRunner:
         self._memory = llama.llama_get_memory(self._context)
         self._n_vocab = llama.llama_vocab_n_tokens(self._vocab)
         self._batch = BatchBuffer(llama.llama_n_batch(self._context))
-        self._pieces: dict[int, bytes] = {}
+        self.piece = cache(self._read_piece)
         self._embedder: Embedder | None = None  # made when texts are to be embedded
         self.facts = self._read_facts(load)
 
@@ -94,16 +89,12 @@ class LlamaRunner:
         params.n_threads = params.n_threads_batch = self._threads
         params.kv_unified = self._unified
         params.no_perf = True
-        if self._exact:
-            params.type_k = params.type_v = llama.GGML_TYPE_F32
-            params.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
         context = llama.llama_init_from_model(self._model, params)
         if not context:
             raise BoxError(
                 f"llama.cpp cannot make a context of {params.n_ctx} tokens: "
                 f"{self._log.last or 'no reason given'}; lower engine.kv_tokens"
             )
-        self._ids = params.n_seq_max
         self._max_length = min(load.context, llama.llama_n_ctx_seq(context))
         return context
 
@@ -116,7 +107,7 @@ class LlamaRunner:
             context=self._max_length,
             kv_tokens=llama.llama_n_ctx(self._context),
             max_sequences=load.max_sequences,
-            sequence_ids=self._ids,
+            sequence_ids=llama.llama_n_seq_max(self._context),
             # split_equal puts ids into one graph only if each is the one before it plus 1.
             streams=not self._unified,
             # Recurrent and hybrid models keep a state that cannot be cut: nothing to share there.
@@ -232,12 +223,6 @@ class LlamaRunner:
             room = -count
             if limit is not None and room > limit:
                 raise TooManyTokens(room)
-
-    def piece(self, token: int) -> bytes:
-        piece = self._pieces.get(token)
-        if piece is None:
-            piece = self._pieces[token] = self._read_piece(token)
-        return piece
 
     def spelling(self, token: int) -> bytes:
         return self.piece(token) or self._read_piece(token, special=True)
@@ -398,11 +383,10 @@ def _device_name() -> str:
 
 def physical_cores() -> int:
     """Cores that this process may use, hyper-threads counted once (they do not help matmuls)."""
-    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
-    if allowed is None:
+    if not hasattr(os, "sched_getaffinity"):
         return os.cpu_count() or 1
     cores = set()
-    for cpu in allowed:
+    for cpu in os.sched_getaffinity(0):
         siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
         cores.add(siblings.read_text().strip() if siblings.exists() else str(cpu))
     return len(cores)

@@ -140,7 +140,7 @@ class Add(Struct, frozen=True, tag=True):
     """Start a sequence: `messages` for the model's template, or a raw `prompt` (text or tokens).
 
     * `read`: the prompt's tokens, if it was counted before; `thinking` says how they end (see
-      Admitted).
+      Prompt).
     * `template`: more variables for the template.
     * `suffix`: the output is what stands between `prompt` and this text.
     * `output`: the tokens that earlier legs of this request have made.  The sequence goes on after
@@ -243,7 +243,7 @@ class LoadFailed(Struct, frozen=True, tag=True):
 
 
 class Tokenized(Struct, frozen=True, tag=True):
-    """The answer to Tokenize; `thinking` is as in Admitted.  `count` is set if only the number was
+    """The answer to Tokenize; `thinking` is as in Prompt.  `count` is set if only the number was
     requested; then `tokens` is empty."""
 
     id: str
@@ -258,13 +258,12 @@ class Tokenized(Struct, frozen=True, tag=True):
         return len(self.tokens) if self.count is None else self.count
 
 
-class Admitted(Struct, frozen=True):
+class Prompt(Struct, frozen=True, array_like=True):
     """The prompt was rendered and tokenized; the sequence is waiting.  With `thinking` the prompt
     ends inside the model's thoughts, and so the output begins there.  `text` is the prompt's, if
     `echo` was set."""
 
-    id: str
-    prompt_tokens: list[int]
+    tokens: list[int]
     thinking: bool = False
     text: str = ""
 
@@ -331,9 +330,10 @@ class EngineLoad(Struct, frozen=True):
 
 
 class StepFrame(Struct, frozen=True, tag=True):
-    """All that has happened since the last frame; `outputs` are by the id of their sequence."""
+    """All that has happened since the last frame; `prompts` and `outputs` are by the id of their
+    sequence."""
 
-    admitted: list[Admitted]
+    prompts: dict[str, Prompt]
     refused: list[Refused]
     outputs: dict[str, Output]
     load: EngineLoad

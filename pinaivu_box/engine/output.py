@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 
 from pinaivu_box.engine.detokenizer import Detokenizer
 from pinaivu_box.engine.messages import (
-    Admitted,
     EngineLoad,
     Output,
+    Prompt,
     Refused,
     StepFrame,
     TokenLogprob,
@@ -73,7 +73,7 @@ class OutputBuffer:
 
     def __init__(self) -> None:
         self._open: dict[str, _OpenSequence] = {}
-        self._admitted: list[Admitted] = []
+        self._prompts: dict[str, Prompt] = {}
         self._refused: list[Refused] = []
         self._deltas: dict[str, Output] = {}
         self._load = EngineLoad()
@@ -89,8 +89,8 @@ class OutputBuffer:
             self._refuse(event)
             return []
         if isinstance(event, PreparedRequest):
-            self._admitted.append(event.admitted)
-            self._open[event.admitted.id] = _OpenSequence(event.detokenizer)
+            self._prompts[event.sequence.id] = event.prompt
+            self._open[event.sequence.id] = _OpenSequence(event.detokenizer)
             return []
         self._load = event.load
         for refused in event.refused:
@@ -103,8 +103,8 @@ class OutputBuffer:
 
     def frame(self) -> StepFrame:
         """All that was taken since the last frame."""
-        frame = StepFrame(self._admitted, self._refused, self._deltas, self._load)
-        self._admitted, self._refused, self._deltas = [], [], {}
+        frame = StepFrame(self._prompts, self._refused, self._deltas, self._load)
+        self._prompts, self._refused, self._deltas = {}, [], {}
         return frame
 
     def _refuse(self, refused: Refused) -> None:

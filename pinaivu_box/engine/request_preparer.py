@@ -17,9 +17,9 @@ from pinaivu_box.engine.embeddings import EmbeddingJob
 from pinaivu_box.engine.messages import (
     MAX_FRAME_BYTES,
     Add,
-    Admitted,
     Embed,
     LoadModel,
+    Prompt,
     Refused,
     Tokenize,
     Tokenized,
@@ -48,10 +48,10 @@ _SHORT_CHARACTERS = 16_384  # so many are tokenized at once, whatever they are
 
 @dataclass(frozen=True)
 class PreparedRequest:
-    """What the output buffer needs (`admitted`, `detokenizer`), and what is scheduled: after
+    """What the output buffer needs (`prompt`, `detokenizer`), and what is scheduled: after
     `compile`, if there is a grammar to compile.  That may take seconds, and end in a refusal."""
 
-    admitted: Admitted
+    prompt: Prompt
     detokenizer: Detokenizer
     sequence: Sequence | EmbeddingJob
     compile: Callable[[], Refused | None] | None = None
@@ -169,7 +169,7 @@ class RequestPreparer:
             sequence.scored = sequence.scored_to - unsaid
         free = add.constraint is None and add.tools is None
         return PreparedRequest(
-            Admitted(add.id, prompt, thinking, text),
+            Prompt(prompt, thinking, text),
             detokenizer,
             sequence,
             None if free else partial(self._compile, add, sequence, thinking, cancellation),
@@ -190,7 +190,7 @@ class RequestPreparer:
             raise TooManyTokens(longest)
         tokens = [token for text in inputs for token in text]
         return PreparedRequest(
-            Admitted(embed.id, tokens),
+            Prompt(tokens),
             Detokenizer(self._runner.piece, []),
             EmbeddingJob(
                 embed.id,

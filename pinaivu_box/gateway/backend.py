@@ -10,6 +10,7 @@ from pinaivu_box.config import RoutingPolicy
 from pinaivu_box.engine.messages import (
     Constraint,
     Output,
+    Prompt,
     Sampling,
     SamplingParams,
     Tokenized,
@@ -111,16 +112,6 @@ class Started:
     thinks: bool
     nonce: str | None = None
     proof: int = VERSION
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """The prompt was tokenized.  With `thinking` the output begins inside the model's thoughts.
-    `text` is of an echo."""
-
-    tokens: list[int]
-    thinking: bool = False
-    text: str = ""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ from pinaivu_box import child
 from pinaivu_box.engine.messages import (
     LENGTH_BYTES,
     Add,
-    Admitted,
     Cancel,
     Embed,
     EngineLoad,
@@ -22,6 +21,7 @@ from pinaivu_box.engine.messages import (
     LoadModel,
     Named,
     Output,
+    Prompt,
     Ready,
     Refused,
     StepFrame,
@@ -40,7 +40,7 @@ from pinaivu_box.models.names import printable
 log = logging.getLogger("pinaivu.engine")
 
 # What a request's mailbox carries; None says that the engine is gone.
-Item = Admitted | Refused | Output | Tokenized | None
+Item = Prompt | Refused | Output | Tokenized | None
 _STOP_SECONDS = 5.0
 _MAX_LINE_CHARACTERS = 1000  # of what the child prints
 _HUNG_SECONDS = 15.0  # with work, and neither a frame nor a tick of processor time
@@ -176,8 +176,8 @@ class EngineProcess:
         match frame:
             case StepFrame():
                 self.load = frame.load
-                for admitted in frame.admitted:
-                    self._deliver(admitted.id, admitted)
+                for request_id, prompt in frame.prompts.items():
+                    self._deliver(request_id, prompt)
                 for refused in frame.refused:
                     self._deliver(refused.id, refused)
                 for request_id, output in frame.outputs.items():

@@ -11,9 +11,9 @@ import msgspec
 from pinaivu_box.config import SamplingConfig
 from pinaivu_box.engine.messages import (
     Add,
-    Admitted,
     Embed,
     Output,
+    Prompt,
     Refused,
     Sampling,
     SamplingDefaults,
@@ -21,7 +21,7 @@ from pinaivu_box.engine.messages import (
     Tokenized,
 )
 from pinaivu_box.errors import ApiError, EngineLost, by_code
-from pinaivu_box.gateway.backend import Event, Job, Prompt, Started
+from pinaivu_box.gateway.backend import Event, Job, Started
 from pinaivu_box.gateway.engine_process import EngineProcess, Item
 from pinaivu_box.gateway.placement import Placement
 from pinaivu_box.models.catalog import Model
@@ -162,10 +162,8 @@ def to_add(job: Job, sampling: Sampling) -> Add:
 def _event(item: Item) -> Event:
     """Raises what the engine refused with, EngineLost if it is gone."""
     match item:
-        case Output():
+        case Prompt() | Output():
             return item
-        case Admitted():
-            return Prompt(item.prompt_tokens, item.thinking, item.text)
         case _:
             raise _error(item)
 

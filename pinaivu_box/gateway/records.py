@@ -11,8 +11,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pinaivu_box.amount import Prices
-from pinaivu_box.engine.messages import Output
-from pinaivu_box.gateway.backend import Job, Prompt, Proved, Started
+from pinaivu_box.engine.messages import Output, Prompt
+from pinaivu_box.gateway.backend import Job, Proved, Started
 from pinaivu_box.gateway.logprob_records import records
 from pinaivu_box.receipts.commitment import Extras
 

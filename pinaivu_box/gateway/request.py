@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
-from pinaivu_box.engine.messages import Output
+from pinaivu_box.engine.messages import Output, Prompt
 from pinaivu_box.errors import ApiError, InternalError, TooLate
 from pinaivu_box.gateway.admission import AdmittedRequest
-from pinaivu_box.gateway.backend import Event, Prompt, stopped
+from pinaivu_box.gateway.backend import Event, stopped
 from pinaivu_box.gateway.mailbox import Mailbox
 from pinaivu_box.gateway.metering import Meter
 from pinaivu_box.gateway.metrics import Metrics

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from pinaivu_box import vector_format
-from pinaivu_box.engine.messages import Output
+from pinaivu_box.engine.messages import Output, Prompt
 from pinaivu_box.errors import (
     ApiError,
     BadRequest,
@@ -21,7 +21,7 @@ from pinaivu_box.errors import (
     ProtocolError,
     by_code,
 )
-from pinaivu_box.gateway.backend import Event, Job, Prompt, Proved, Started
+from pinaivu_box.gateway.backend import Event, Job, Proved, Started
 from pinaivu_box.gateway.scopes import ScopeTags
 from pinaivu_box.identity import Identity
 from pinaivu_box.legs import wire as leg_wire

@@ -7,9 +7,9 @@ import contextlib
 import logging
 from collections.abc import Callable
 
-from pinaivu_box.engine.messages import Output
+from pinaivu_box.engine.messages import Output, Prompt
 from pinaivu_box.errors import ApiError, InternalError, ModelNotFound, PeeringError, ProtocolError
-from pinaivu_box.gateway.backend import Backend, Event, Job, Prompt, Started, stopped
+from pinaivu_box.gateway.backend import Backend, Event, Job, Started, stopped
 from pinaivu_box.gateway.mailbox import Mailbox
 from pinaivu_box.gateway.records import LegRecord
 from pinaivu_box.legs import wire as leg_wire

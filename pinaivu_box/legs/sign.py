@@ -8,9 +8,9 @@ from typing import cast
 
 from msgspec import structs
 
-from pinaivu_box.engine.messages import Output
+from pinaivu_box.engine.messages import Output, Prompt
 from pinaivu_box.gateway import logprob_records
-from pinaivu_box.gateway.backend import Job, Prompt, Started
+from pinaivu_box.gateway.backend import Job, Started
 from pinaivu_box.gateway.metering import prove
 from pinaivu_box.gateway.records import ENGINE_LOST, LegRecord
 from pinaivu_box.identity import Identity

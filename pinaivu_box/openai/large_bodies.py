@@ -61,12 +61,8 @@ def history(rows: list[tuple[bytes, bytes]]) -> list[dict[str, Any]]:
 
 
 def history_job(rows: list[tuple[bytes, bytes]]) -> bytes:
-    """The job of calling `history`."""
+    """The job of calling `history`; its answer is msgpack."""
     return msgspec.msgpack.encode((_HISTORY, False, rows))
-
-
-def history_result(answer: bytes) -> list[dict[str, Any]]:
-    return msgspec.msgpack.decode(answer, type=list[dict[str, Any]])
 
 
 def make(_setup: bytes) -> Callable[[bytes], bytes]:

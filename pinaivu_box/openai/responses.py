@@ -308,7 +308,9 @@ def _known_items(items: list[Any], ignored: IgnoredFields) -> list[Any]:
         if not isinstance(item, dict):
             known.append(item)
             continue
-        kind = item.get("type") or ("message" if "role" in item else None)
+        if "role" in item and not item.get("type"):
+            item["type"] = "message"
+        kind = item.get("type")
         if kind in _SERVER_ITEMS:
             ignored.add("input", number, str(kind))
             continue
@@ -334,10 +336,7 @@ def as_items(items: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
     if isinstance(items, str):
         part = {"type": "input_text", "text": items}
         return [{"type": "message", "role": "user", "content": [part]}]
-    return [
-        {**item, "type": item.get("type") or "message"} if "role" in item else item
-        for item in items
-    ]
+    return items
 
 
 def as_messages(items: list[dict[str, Any]]) -> list[dict[str, Any]]:

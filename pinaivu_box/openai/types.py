@@ -26,11 +26,11 @@ Identifier = Annotated[str, Meta(max_length=512)]  # of a user or a cache; store
 
 
 class Strict(Struct, frozen=True, forbid_unknown_fields=True):
-    """Base of what has no other fields; `fields` removes those of a body first."""
+    """Base of objects without unknown fields; those of a body are removed first (see `fields`)."""
 
 
 class Typed(Strict, frozen=True, tag_field="type"):
-    """Base of what its `type` tells apart."""
+    """Base of objects that are told apart by their `type`."""
 
 
 class ModelRequest(Strict, frozen=True):

@@ -17,8 +17,8 @@ from starlette.requests import Request
 
 from pinaivu_box.errors import ApiError, BadRequest, InternalError, NoNodesAvailable, RateLimited
 from pinaivu_box.gateway.request import Failed, Finished
-from pinaivu_box.gateway.request import Request as Running
 from pinaivu_box.openai.responses import ResponseObject
+from pinaivu_box.server.bodies import keep_body
 from pinaivu_box.server.inference import InferenceCall, disconnected
 from pinaivu_box.server.response_answer import ResponseAnswer
 from pinaivu_box.server.sse import END_OF_EVENT, EventStream
@@ -37,22 +37,12 @@ _FAILED = "The box failed on this request; its log says why."
 
 
 class BackgroundResponse:
-    """A response that has not ended, or is not on disk yet.  Once it is, `release_body` is called
-    to release the memory of its body."""
+    """A response that has not ended, or is not on disk yet."""
 
-    def __init__(
-        self,
-        call: InferenceCall,
-        running: Running,
-        answer: ResponseAnswer,
-        release_body: Callable[[], None],
-    ) -> None:
+    def __init__(self, call: InferenceCall, answer: ResponseAnswer) -> None:
         self.id = answer.whole().id
         self.account_id = call.key.account_id
-        self.release_body = release_body
-        self._call = call
-        self._running = running
-        self._answer = answer
+        self._call, self._answer = call, answer
         self._events = bytearray()
         self._starts: list[int] = []  # of the events in `_events`, by sequence number
         self._followers = 0
@@ -87,7 +77,7 @@ class BackgroundResponse:
         """Stop it; returns whether it has ended within some seconds."""
         if self._before_end is None:
             self._cancelled = True
-            self._running.cancel()
+            self._call.running.cancel()
         await asyncio.wait({self.task}, timeout=_CANCEL_SECONDS)
         return self.task.done()
 
@@ -97,7 +87,7 @@ class BackgroundResponse:
             last = await self._take_events()
         except Exception:
             log.exception("%s failed", self.id)
-            self._running.cancel()
+            self._call.running.cancel()
             last = Failed(InternalError(_FAILED))
         try:
             await self._end(last)
@@ -109,7 +99,7 @@ class BackgroundResponse:
     async def _take_events(self) -> Finished | Failed:
         """Append all events of the request but the last; returns that."""
         while True:
-            events = await self._running.events.take()
+            events = await self._call.running.events.take()
             self._call.note(events[0])
             if isinstance(last := events[-1], Finished | Failed):
                 self._append(self._answer.encode_each(events[:-1]))
@@ -120,7 +110,7 @@ class BackgroundResponse:
                     f"The response has more than {_MAX_EVENT_BYTES // 1_000_000} MB of events, the "
                     "limit in the background: lower max_output_tokens, or stream it."
                 )
-                self._running.cancel()
+                self._call.running.cancel()
 
     async def _end(self, last: Finished | Failed) -> None:
         self._before_end = self._answer.whole()
@@ -190,10 +180,21 @@ class Background:
         self._running: dict[str, BackgroundResponse] = {}
         self._tasks = TaskSet()
 
-    def start(self, response: BackgroundResponse) -> None:
-        """Start a response whose row is on disk."""
+    async def start(self, call: InferenceCall, answer: ResponseAnswer) -> BackgroundResponse:
+        """Take over a call that has been started.  Returns once the row of its response is on
+        disk."""
+        # The memory of its body stays reserved until it has ended, not until it is answered.
+        release_body = keep_body(call.request)
+        try:
+            response = BackgroundResponse(call, answer)
+            await answer.insert()
+        except BaseException:
+            call.running.cancel()
+            release_body()
+            raise
         self._running[response.id] = response
-        response.task = self._tasks.spawn(self._run(response))
+        response.task = self._tasks.spawn(self._run(response, release_body))
+        return response
 
     def find(self, response_id: str, account_id: str) -> BackgroundResponse | None:
         """A running response of that account; all others have ended and are on disk, or never
@@ -214,13 +215,13 @@ class Background:
             task.cancel()
         await asyncio.gather(*left, return_exceptions=True)
 
-    async def _run(self, response: BackgroundResponse) -> None:
+    async def _run(self, response: BackgroundResponse, release_body: Callable[[], None]) -> None:
         try:
             await response.run()
         finally:
             self.forget(response)
             response.close()
-            response.release_body()
+            release_body()
 
 
 async def replayed(events: bytes, after: int) -> AsyncIterator[bytes]:

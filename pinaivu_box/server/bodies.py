@@ -56,11 +56,10 @@ class Bodies:
         """
         reader = BodyReader(request, max_bytes)
         data = await reader.up_to(SMALL_BODY_BYTES)
-        if data is not None:
-            return decode(data, kind, strict=strict)
-        release = await self._memory.reserve(account, reader.max_size, max_bytes)
-        request.scope["state"]["release_body"] = release
-        data = await reader.whole()
+        if data is None:
+            release = await self._memory.reserve(account, reader.max_size, max_bytes)
+            request.scope["state"]["release_body"] = release
+            data = await reader.whole()
         if len(data) <= SMALL_BODY_BYTES:
             return decode(data, kind, strict=strict)
         payload = large_bodies.job(data, kind, strict=strict)
@@ -86,7 +85,7 @@ class Bodies:
         if sum(len(items) + len(body) for items, body in rows) <= SMALL_BODY_BYTES:
             return large_bodies.history(rows)
         answer = await self._run(large_bodies.history_job(rows), account)
-        return large_bodies.history_result(answer)
+        return msgspec.msgpack.decode(answer, type=list[dict[str, Any]])
 
     async def _run(self, payload: bytes, account: str) -> bytes:
         try:

@@ -21,14 +21,13 @@ from pinaivu_box.openai.types import (
     ChatRequest,
     Choice,
     ChoiceLogprobs,
-    ContextShift,
     CustomToolCall,
     TokenLogprobs,
     ToolCall,
     TopLogprob,
 )
 from pinaivu_box.server import error_responses
-from pinaivu_box.server.inference import InferenceCall, reader_of, usage_of
+from pinaivu_box.server.inference import InferenceCall, last_fields, reader_of
 from pinaivu_box.server.jobs import chat_job, choices
 from pinaivu_box.server.sse import DONE, EventStream, encode_event
 
@@ -42,8 +41,7 @@ async def create_chat_completion(
     check_chat(body)
     jobs = choices(chat_job(body, call.job(body)), body.n or 1)
     call.thinking_field = _thinking_field(body)
-    await call.start(jobs)
-    return await call.answer(_ChatAnswer(call, body, jobs), stream=body.stream)
+    return await call.answer(jobs, _ChatAnswer(call, body, jobs), stream=body.stream)
 
 
 def _thinking_field(body: ChatRequest) -> str:
@@ -100,14 +98,8 @@ class _ChatAnswer:
         self._end: Finished
         # What stands around the text of a chunk, by choice: it is encoded only once.
         self._around_text: dict[int, tuple[bytes, bytes]] = {}
-        self._fields: dict[str, Any] = {  # of the whole answer, or of each chunk
-            "id": call.request_id.replace("req_", "chatcmpl-"),
-            "request_id": call.request_id,
-            "created": call.created_at,
-            "model": jobs[0].model.id,
-            "choices": [],
-            "object": "chat.completion.chunk" if body.stream else "chat.completion",
-        }
+        kind = "chat.completion.chunk" if body.stream else "chat.completion"
+        self._fields = call.first_fields("chatcmpl-", kind, jobs[0])
         if body.service_tier:
             self._fields["service_tier"] = "default"
         self._with_usage = bool(body.stream_options and body.stream_options.include_usage)
@@ -123,12 +115,12 @@ class _ChatAnswer:
                 pieces = choice.reader.take(event.text, event.finish_reason)
                 choice.add(pieces, _logprobs(event))
             case Finished():
-                self._finish(event)
+                self._end = event
 
     def whole(self) -> ChatCompletion:
         logprobs = bool(self._body.logprobs)
         choices = [choice.whole(n, logprobs=logprobs) for n, choice in enumerate(self._choices)]
-        return ChatCompletion(**{**self._fields, "choices": choices, "usage": usage_of(self._end)})
+        return ChatCompletion(**{**self._fields, **last_fields(self._end), "choices": choices})
 
     def encode(self, event: RequestEvent) -> bytes:
         match event:
@@ -143,8 +135,7 @@ class _ChatAnswer:
                 pieces = reader.take(event.text, event.finish_reason)
                 return self._chunks(event.choice, pieces, _logprobs(event))
             case Finished():
-                self._finish(event)
-                return self._last_chunks()
+                return self._last_chunks(event)
             case Failed(error):
                 return encode_event(error_responses.event(error))
 
@@ -154,11 +145,6 @@ class _ChatAnswer:
         self._fields["system_fingerprint"] = event.fingerprint
         if self._ignored:
             self._fields["ignored_parameters"] = self._ignored
-
-    def _finish(self, end: Finished) -> None:
-        self._end = end
-        if end.shifted_tokens:
-            self._fields["context_shift"] = ContextShift(end.shifted_tokens)
 
     def _chunks(self, choice: int, pieces: list[Piece], logprobs: list[TokenLogprobs]) -> bytes:
         """A chunk for each piece; the log-probabilities come with the first."""
@@ -174,16 +160,19 @@ class _ChatAnswer:
             chunks.append(self._chunk(choice, {"content": ""}, logprobs=logprobs))
         return b"".join(chunks)
 
-    def _last_chunks(self) -> bytes:
+    def _last_chunks(self, end: Finished) -> bytes:
         """The last chunk of each choice, which promises that the receipt is on disk; the usage if
         it was asked for, and `[DONE]`."""
+        last = last_fields(end)
+        usage = last.pop("usage")
+        self._fields |= last
         chunks = [
             self._chunk(index, {}, choice.reader.finish_reason)
             for index, choice in enumerate(self._choices)
             if choice.reader.finish_reason
         ]
         if self._with_usage:
-            chunks.append(encode_event({**self._fields, "usage": usage_of(self._end)}))
+            chunks.append(encode_event({**self._fields, "usage": usage}))
         return b"".join([*chunks, DONE])
 
     def _chunk(

@@ -6,9 +6,6 @@ import codecs
 from collections.abc import Sequence
 from dataclasses import replace
 
-import msgspec
-from msgspec import UNSET
-
 from pinaivu_box.engine.messages import Output, TokenLogprob
 from pinaivu_box.errors import InvalidBody
 from pinaivu_box.gateway.backend import Job
@@ -21,10 +18,9 @@ from pinaivu_box.openai.completions import (
 )
 from pinaivu_box.openai.logprobs import shown_likeliest, shown_token
 from pinaivu_box.openai.request import check_length, check_stream, texts_or_tokens
-from pinaivu_box.openai.types import ContextShift
 from pinaivu_box.receipts.commitment import new_nonce
 from pinaivu_box.server import error_responses
-from pinaivu_box.server.inference import InferenceCall, usage_of
+from pinaivu_box.server.inference import InferenceCall, last_fields
 from pinaivu_box.server.jobs import choices, job_of
 from pinaivu_box.server.sse import DONE, EventStream, encode_event
 
@@ -37,8 +33,7 @@ async def create_completion(
 ) -> Completion | EventStream:
     prompts = _prompts(body)
     jobs = _jobs(body, prompts, call.job(body))
-    await call.start(jobs)
-    return await call.answer(_CompletionAnswer(call, body, jobs), stream=body.stream)
+    return await call.answer(jobs, _CompletionAnswer(call, body, jobs), stream=body.stream)
 
 
 def _prompts(body: CompletionRequest) -> list[str | list[int]]:
@@ -129,15 +124,10 @@ class _CompletionAnswer:
     def __init__(self, call: InferenceCall, body: CompletionRequest, jobs: list[Job]) -> None:
         self._with_usage = bool(body.stream_options and body.stream_options.include_usage)
         self._choices = [_Choice(job) for job in jobs]
-        self._empty = Completion(
-            id=call.request_id.replace("req_", "cmpl-"),
-            request_id=call.request_id,
-            created=call.created_at,
-            model=jobs[0].model.id,
-            choices=[],
-            ignored_parameters=call.ignored or UNSET,
-        )
         self._end: Finished
+        self._fields = call.first_fields("cmpl-", "text_completion", jobs[0])
+        if call.ignored:
+            self._fields["ignored_parameters"] = call.ignored
 
     def take(self, event: RequestEvent) -> None:
         match event:
@@ -161,7 +151,7 @@ class _CompletionAnswer:
             )
             for index, choice in enumerate(self._choices)
         ]
-        return self._completion(choices)
+        return Completion(**{**self._fields, **last_fields(self._end), "choices": choices})
 
     def encode(self, event: RequestEvent) -> bytes:
         match event:
@@ -176,34 +166,23 @@ class _CompletionAnswer:
                 logprobs = choice.next_logprobs(event.logprobs)
                 return self._chunk(CompletionChoice(event.choice, event.text, None, logprobs))
             case Finished():
-                self._end = event
-                return self._last_chunks()
+                return self._last_chunks(event)
             case Failed(error):
                 return encode_event(error_responses.event(error))
 
     def _begin(self, event: ChoiceStarted) -> str:
         """Returns the text before the output of the choice."""
-        self._empty = msgspec.structs.replace(self._empty, system_fingerprint=event.fingerprint)
+        self._fields["system_fingerprint"] = event.fingerprint
         return self._choices[event.choice].begin(event.prompt)
 
-    def _completion(self, choices: list[CompletionChoice]) -> Completion:
-        """With the usage."""
-        shifted = self._end.shifted_tokens
-        return msgspec.structs.replace(
-            self._empty,
-            choices=choices,
-            usage=usage_of(self._end),
-            context_shift=ContextShift(shifted) if shifted else UNSET,
-        )
-
     def _chunk(self, choice: CompletionChoice) -> bytes:
-        return encode_event(msgspec.structs.replace(self._empty, choices=[choice]))
+        return encode_event({**self._fields, "choices": [choice]})
 
-    def _last_chunks(self) -> bytes:
+    def _last_chunks(self, end: Finished) -> bytes:
         chunks = [
             self._chunk(CompletionChoice(index, "", choice.finish_reason))
             for index, choice in enumerate(self._choices)
         ]
         if self._with_usage:
-            chunks.append(encode_event(self._completion([])))
+            chunks.append(encode_event({**self._fields, **last_fields(end)}))
         return b"".join([*chunks, DONE])

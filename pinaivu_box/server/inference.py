@@ -26,7 +26,13 @@ from pinaivu_box.gateway.request import ChoiceStarted, Failed, Finished, Request
 from pinaivu_box.gateway.request import Request as Running
 from pinaivu_box.gateway.sizes import check_sizes
 from pinaivu_box.openai.reader import Reader
-from pinaivu_box.openai.types import Extension, ModelRequest, PromptTokensDetails, Usage
+from pinaivu_box.openai.types import (
+    ContextShift,
+    Extension,
+    ModelRequest,
+    PromptTokensDetails,
+    Usage,
+)
 from pinaivu_box.server import error_responses
 from pinaivu_box.server.auth import key_of, require_account
 from pinaivu_box.server.bodies import Bodies, release_body
@@ -77,7 +83,7 @@ class InferenceCall:
         self._keep_alive: float | None = None
         self.request = request
         self._counted: Entry | None = None  # as one of the key's requests per minute
-        self._running: Running  # once it is started
+        self.running: Running  # once it is started
         self._watcher: asyncio.Task[None]
 
     async def body(self, kind: type[Body]) -> Body:
@@ -120,6 +126,18 @@ class InferenceCall:
             tenant=self.key.id,
         )
 
+    def first_fields(self, id_prefix: str, kind: str, job: Job) -> dict[str, Any]:
+        """The fields of a chat or completion, and of its chunks, that are known at its beginning;
+        `kind` is its `object`."""
+        return {
+            "id": self.request_id.replace("req_", id_prefix),
+            "request_id": self.request_id,
+            "created": self.created_at,
+            "model": job.model.id,
+            "choices": [],
+            "object": kind,
+        }
+
     async def tokenize(
         self,
         job: Job,
@@ -148,7 +166,7 @@ class InferenceCall:
             result.cancel()
             disconnect.cancel()
 
-    async def start(self, jobs: list[Job], *, background: bool = False) -> Running:
+    async def start(self, jobs: list[Job], *, background: bool = False) -> None:
         """Start the request; in the `background` it goes on when the client disconnects.  Raises
         what admission does, TooLate, and InvalidBody for what is too large."""
         for job in jobs:
@@ -162,15 +180,14 @@ class InferenceCall:
             waited = time.monotonic() - began
             raise too_late(waited, self._timeout or waited) from None
         waited = time.monotonic() - began
-        self._running = self.box.requests.start(admitted, self._timeout, waited, self._since)
+        self.running = self.box.requests.start(admitted, self._timeout, waited, self._since)
         self.request.scope["state"]["logged"] = True  # the request logs itself
         if not background:
             self._watcher = asyncio.create_task(self._cancel_on_disconnect())
-        return self._running
 
     async def _cancel_on_disconnect(self) -> None:
         await disconnected(self.request.receive)
-        self._running.cancel()
+        self.running.cancel()
 
     def failed(self, error: ApiError) -> Failed:
         """Count an error that ends an answer that has begun; returns it as the client sees it."""
@@ -182,7 +199,7 @@ class InferenceCall:
         """Yields all events up to Finished.  Raises the error of Failed."""
         try:
             while True:
-                for event in await self._running.events.take():
+                for event in await self.running.events.take():
                     release_body(self.request)
                     if isinstance(event, Failed):
                         raise event.error
@@ -195,13 +212,16 @@ class InferenceCall:
 
     async def answer(
         self,
+        jobs: list[Job],
         builder: AnswerBuilder[T],
         *,
         stream: bool | None,
         settle: Callable[[Finished], Awaitable[None]] | None = None,
     ) -> T | EventStream:
-        """The answer, whole or as a stream; `settle` is awaited before the last event is taken.
-        Raises the error of Failed, in a stream only before its first output."""
+        """Start the request and answer it, whole or as a stream; `settle` is awaited before the
+        last event is taken.  Raises what `start` does, and the error of Failed, in a stream only
+        before its first output."""
+        await self.start(jobs)
         if not stream:
             async for event in self.collect():
                 if settle is not None and isinstance(event, Finished):
@@ -219,9 +239,9 @@ class InferenceCall:
 
     async def _first(self) -> list[RequestEvent]:
         """The events up to the first output or failure."""
-        events = await self._running.events.take()
+        events = await self.running.events.take()
         while isinstance(events[-1], ChoiceStarted):
-            events = [*events, *await self._running.events.take()]
+            events = [*events, *await self.running.events.take()]
         release_body(self.request)
         self.note(events[0])
         return events
@@ -246,7 +266,7 @@ class InferenceCall:
                 yield data
             if isinstance(events[-1], Finished | Failed):
                 return
-            events = await self._running.events.take()
+            events = await self.running.events.take()
 
     def note(self, event: RequestEvent) -> None:
         """Set the headers that depend on the first event of a choice."""
@@ -303,10 +323,13 @@ async def disconnected(receive: Receive) -> None:
         pass
 
 
-def usage_of(end: Finished) -> Usage:
-    return Usage(
+def last_fields(end: Finished) -> dict[str, Any]:
+    """The fields of a chat or completion that are known at its end."""
+    usage = Usage(
         prompt_tokens=end.prompt_tokens,
         completion_tokens=end.completion_tokens,
         total_tokens=end.prompt_tokens + end.completion_tokens,
         prompt_tokens_details=PromptTokensDetails(end.cached_tokens),
     )
+    shift = {"context_shift": ContextShift(end.shifted_tokens)} if end.shifted_tokens else {}
+    return {"usage": usage, **shift}

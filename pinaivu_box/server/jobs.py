@@ -69,16 +69,9 @@ def asked(body: ChatRequest) -> dict[str, Any]:
 
 def choices(job: Job, n: int) -> list[Job]:
     """The jobs of `n` choices of a prompt, each with its own seed."""
-    return [
-        replace(
-            job, choice=job.choice + k, sampling=_with_seed(job.sampling, job.sampling.seed + k)
-        )
-        for k in range(n)
-    ]
-
-
-def _with_seed(sampling: SamplingParams, seed: int) -> SamplingParams:
-    return msgspec.structs.replace(sampling, seed=(seed + _SEEDS) % (2 * _SEEDS) - _SEEDS)
+    seeds = [(job.sampling.seed + k + _SEEDS) % (2 * _SEEDS) - _SEEDS for k in range(n)]
+    samplings = [msgspec.structs.replace(job.sampling, seed=seed) for seed in seeds]
+    return [replace(job, choice=job.choice + k, sampling=samplings[k]) for k in range(n)]
 
 
 def grammar(text: str) -> Constraint:

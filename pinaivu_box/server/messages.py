@@ -42,8 +42,7 @@ async def create_message(
     )
     if body.thinking and body.thinking.type == "enabled":
         call.thinking_field = "thinking"
-    await call.start([job])
-    return await call.answer(_MessageAnswer(call, job), stream=body.stream)
+    return await call.answer([job], _MessageAnswer(call, job), stream=body.stream)
 
 
 async def count_message_tokens(call: InferenceCall, body: CountTokensRequest) -> TokenCountAnswer:

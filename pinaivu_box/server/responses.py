@@ -12,7 +12,6 @@ import msgspec
 from starlette.requests import Request
 
 from pinaivu_box.errors import BadRequest, BodyTooLarge, InvalidBody, NotFound, quoted
-from pinaivu_box.gateway.request import Request as Running
 from pinaivu_box.gateway.sizes import check_tools
 from pinaivu_box.openai.request import check_chat
 from pinaivu_box.openai.responses import (
@@ -32,7 +31,6 @@ from pinaivu_box.openai.tools import chat_tools, client_tools
 from pinaivu_box.openai.types import ChatRequest, SchemaFormat, UserMessage
 from pinaivu_box.server.auth import key_of, require_account
 from pinaivu_box.server.background import Background, BackgroundResponse, replayed
-from pinaivu_box.server.bodies import keep_body
 from pinaivu_box.server.context import box_of, request_id_of
 from pinaivu_box.server.inference import InferenceCall, disconnected
 from pinaivu_box.server.jobs import chat_job
@@ -65,7 +63,7 @@ async def create_response(
         check_tools(len(msgspec.json.encode(body.tools)))
     chat = _as_chat(body)
     check_chat(chat)
-    items = as_items(await _resolve_references(call, body.input))
+    items = await _resolve_references(call, as_items(body.input))
     messages = as_messages([*await _history(call, body), *items])
     if body.instructions is not None:
         messages.insert(0, {"role": "system", "content": body.instructions})
@@ -75,28 +73,12 @@ async def create_response(
         call.thinking_field = "reasoning.effort"
     if body.truncation == "auto":
         job = await truncated(call, job)
-    running = await call.start([job], background=bool(body.background))
     answer = ResponseAnswer(call, body, as_stored(items), job)
     if not body.background:
-        return await call.answer(answer, stream=body.stream, settle=answer.keep)
-    response = await _start_in_background(call, running, answer)
+        return await call.answer([job], answer, stream=body.stream, settle=answer.keep)
+    await call.start([job], background=True)
+    response = await _background(call.request).start(call, answer)
     return response.follow(call.request, -1) if body.stream else response.response()
-
-
-async def _start_in_background(
-    call: InferenceCall, running: Running, answer: ResponseAnswer
-) -> BackgroundResponse:
-    # The memory of its body stays reserved until it has ended, not until it is answered.
-    release = keep_body(call.request)
-    try:
-        response = BackgroundResponse(call, running, answer, release)
-        await answer.insert()
-    except BaseException:
-        running.cancel()
-        release()
-        raise
-    _background(call.request).start(response)
-    return response
 
 
 async def get_response(
@@ -222,12 +204,10 @@ def _join_system_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]
 
 
 async def _resolve_references(
-    call: InferenceCall, items: str | list[dict[str, Any]]
-) -> str | list[dict[str, Any]]:
+    call: InferenceCall, items: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
     """Replace references by the stored items that they name.  Raises NotFound, InvalidBody,
     BodyTooLarge."""
-    if isinstance(items, str):
-        return items
     known: dict[str, dict[str, Any]] = {}
     suffixes: set[str] = set()
     resolved: list[dict[str, Any]] = []

@@ -65,7 +65,7 @@ FROM_ENGINE = st.one_of(
     st.builds(messages.LoadFailed, message=TEXT),
     st.builds(
         StepFrame,
-        admitted=st.lists(st.builds(messages.Admitted, id=TEXT, prompt_tokens=IDS), max_size=2),
+        prompts=st.dictionaries(TEXT, st.builds(messages.Prompt, tokens=IDS), max_size=2),
         refused=st.lists(st.builds(messages.Refused, id=TEXT, code=TEXT, message=TEXT), max_size=2),
         outputs=st.dictionaries(
             TEXT,

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from pinaivu_box.engine.detokenizer import Detokenizer
 from pinaivu_box.engine.fake_runner import END
-from pinaivu_box.engine.messages import Admitted, EngineLoad, Output, Refused, StepFrame
+from pinaivu_box.engine.messages import EngineLoad, Output, Prompt, Refused, StepFrame
 from pinaivu_box.engine.output import OutputBuffer, SequenceOutput, StepOutput
 from pinaivu_box.engine.request_preparer import PreparedRequest
 from tests.support.engine_harness import add, make
@@ -20,9 +20,9 @@ def piece(token: int) -> bytes:
 
 
 def arrival(name: str, stop: list[str] | None = None) -> PreparedRequest:
-    return PreparedRequest(
-        Admitted(name, [1, 2]), Detokenizer(piece, stop or []), sequence(0, 2, 9)
-    )
+    scheduled = sequence(0, 2, 9)
+    scheduled.id = name
+    return PreparedRequest(Prompt([1, 2]), Detokenizer(piece, stop or []), scheduled)
 
 
 def step(*said: SequenceOutput, steps: int = 1) -> StepOutput:
@@ -68,8 +68,8 @@ def test_a_frame_says_nothing_twice() -> None:
     output.take(Refused("b", "code", "why"))
     output.take(step(say("a", "x"), steps=7))
     first, second = output.frame(), output.frame()
-    assert (len(first.admitted), len(first.refused), len(first.outputs)) == (1, 1, 1)
-    assert second == StepFrame([], [], {}, EngineLoad(steps=7))  # the load is the last known
+    assert (len(first.prompts), len(first.refused), len(first.outputs)) == (1, 1, 1)
+    assert second == StepFrame({}, [], {}, EngineLoad(steps=7))  # the load is the last known
     output.take(step(say("a", "y")))
     assert output.frame().outputs == {"a": Output("y", list(b"y"))}
 
@@ -156,7 +156,7 @@ def test_a_request_may_be_refused_after_it_was_admitted() -> None:
     output.take(Refused("a", "context_length_exceeded", "too long"))
     output.take(step(say("a", "late")))
     frame = output.frame()
-    assert [one.id for one in frame.admitted] == ["a"]
+    assert list(frame.prompts) == ["a"]
     assert [one.code for one in frame.refused] == ["context_length_exceeded"]
     assert frame.outputs == {}
 
@@ -168,7 +168,7 @@ def test_an_engine_refuses_an_admitted_request_that_does_not_fit() -> None:
     frames = [engine.step()]
     while engine.busy:
         frames.append(engine.step())
-    assert [one.id for frame in frames for one in frame.admitted] == ["large"]
+    assert [name for frame in frames for name in frame.prompts] == ["large"]
     assert [one.code for frame in frames for one in frame.refused] == ["context_length_exceeded"]
     assert [frame.outputs for frame in frames if frame.outputs] == []
     engine.receive(add("small", "x", 3))

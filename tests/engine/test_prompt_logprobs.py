@@ -156,4 +156,4 @@ def test_a_step_scores_so_many_positions_at_most() -> None:
 def test_the_text_of_an_echo_has_the_prompt_as_it_is() -> None:
     engine: Engine = make()[0]
     engine.receive(add("r", prompt="ab", echo=True, max_tokens=1))
-    assert engine.step().admitted[0].text == "ab"
+    assert engine.step().prompts["r"].text == "ab"

@@ -169,7 +169,7 @@ def test_after_thoughts_an_answer_keeps_to_what_it_must_be(asked: Any, wanted: s
         TEMPLATE = "{{ tools }}{{ messages }}</think><tool_call>{{ '<think>' }}"
 
     arrival = prepare(Thinker(), **asked)
-    assert isinstance(arrival, PreparedRequest) and arrival.admitted.thinking
+    assert isinstance(arrival, PreparedRequest) and arrival.prompt.thinking
     assert isinstance(arrival.sequence, Sequence)
     grammar = arrival.sequence.grammar
     assert grammar is not None
@@ -188,7 +188,7 @@ def test_infill_is_prefix_suffix_middle() -> None:
 
     arrival = prepare(Coder(), prompt="def ", suffix="pass")
     assert isinstance(arrival, PreparedRequest)
-    assert arrival.admitted.prompt_tokens == [252, *b"def ", 253, *b"pass", 254]
+    assert arrival.prompt.tokens == [252, *b"def ", 253, *b"pass", 254]
     refused = prepare(Known(), prompt="def ", suffix="pass")
     assert isinstance(refused, Refused) and refused.param == "suffix"
 

@@ -14,8 +14,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from pinaivu_box.engine.messages import Output, TokenLogprob
-from pinaivu_box.gateway.backend import Prompt
+from pinaivu_box.engine.messages import Output, Prompt, TokenLogprob
 from pinaivu_box.gateway.metering import prove
 from pinaivu_box.gateway.records import LegRecord
 from pinaivu_box.identity import verify

@@ -16,9 +16,9 @@ import msgspec
 import pytest
 from ulid import ULID
 
-from pinaivu_box.engine.messages import Output, TokenLogprob
+from pinaivu_box.engine.messages import Output, Prompt, TokenLogprob
 from pinaivu_box.errors import ContextOverflow, EngineLost, ModelNotFound, NoNodesAvailable
-from pinaivu_box.gateway.backend import Event, Prompt, Proved, Started
+from pinaivu_box.gateway.backend import Event, Proved, Started
 from pinaivu_box.gateway.engine_process import EngineProcess
 from pinaivu_box.gateway.records import ChoiceRecord, LegRecord
 from pinaivu_box.gossip.adverts import ModelLoad

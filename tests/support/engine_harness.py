@@ -328,9 +328,9 @@ class Heard:
         self.load = messages.EngineLoad()
 
     def take(self, frame: StepFrame) -> None:
-        for admitted in frame.admitted:
-            assert admitted.id not in self.prompts
-            self.prompts[admitted.id] = admitted.prompt_tokens
+        for name, prompt in frame.prompts.items():
+            assert name not in self.prompts
+            self.prompts[name] = prompt.tokens
         for refused in frame.refused:
             self.refused[refused.id] = refused
         for name, output in frame.outputs.items():

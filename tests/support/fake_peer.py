@@ -12,8 +12,8 @@ import msgspec
 
 from pinaivu_box.config import PeeringConfig, SamplingConfig
 from pinaivu_box.engine.chat_template import CHATML, ChatTemplate, TemplateSetup
-from pinaivu_box.engine.messages import Output, SamplingDefaults
-from pinaivu_box.gateway.backend import Job, Prompt, Started
+from pinaivu_box.engine.messages import Output, Prompt, SamplingDefaults
+from pinaivu_box.gateway.backend import Job, Started
 from pinaivu_box.gateway.local import resolve
 from pinaivu_box.gateway.metering import prove
 from pinaivu_box.gateway.records import LegRecord

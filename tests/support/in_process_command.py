@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import traceback
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,15 @@ _one_at_a_time = threading.Lock()  # standard streams and environment are the wh
 
 
 def run_command(
-    *args: str, home: Path | None, check: bool = True, input: str = ""
+    *args: str,
+    home: Path | None,
+    check: bool = True,
+    input: str = "",
+    env: Mapping[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """As `process_box.pinaivu`, which it is where the executable is tested."""
     if "PINAIVU_BINARY" in os.environ:
-        return process_box.pinaivu(*args, home=home, check=check, input=input)
+        return process_box.pinaivu(*args, home=home, check=check, input=input, env=env)
     argv = ["pinaivu", *args, *(["--home", str(home)] if home else [])]
     out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8") for _ in range(2))
     stdin = io.TextIOWrapper(io.BytesIO(input.encode()), encoding="utf-8")
@@ -37,7 +42,7 @@ def run_command(
         patch.object(sys, "stdin", stdin),
         patch.object(sys, "stdout", out),
         patch.object(sys, "stderr", err),
-        patch.dict(os.environ, environment(), clear=True),
+        patch.dict(os.environ, environment(**(env or {})), clear=True),
         ThreadPoolExecutor(1) as thread,  # without an event loop, where the test may have one
     ):
         status = thread.submit(_status_of_main).result(300)

@@ -26,4 +26,4 @@ class PreparationDriver:
 
 def name_of(item: Any) -> str:
     """The id of the request that was reported."""
-    return str(item.admitted.id if isinstance(item, PreparedRequest) else item.id)
+    return str(item.sequence.id if isinstance(item, PreparedRequest) else item.id)

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import termios
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -41,7 +42,11 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def pinaivu(
-    *args: str, home: Path | None, check: bool = True, **more: Any
+    *args: str,
+    home: Path | None,
+    check: bool = True,
+    env: Mapping[str, str] | None = None,
+    **more: Any,
 ) -> subprocess.CompletedProcess[str]:
     """Run one command on a home, or one that takes none; its output as text."""
     done = subprocess.run(
@@ -49,7 +54,7 @@ def pinaivu(
         capture_output=True,
         text=True,
         timeout=300,
-        env=environment(),
+        env=environment(**(env or {})),
         **more,
     )
     if check and done.returncode != 0:

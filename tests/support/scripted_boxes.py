@@ -19,10 +19,10 @@ from ulid import ULID
 
 from pinaivu_box.amount import Prices
 from pinaivu_box.config import Config, PeeringConfig, PricingConfig, SamplingConfig
-from pinaivu_box.engine.messages import Output, SamplingDefaults, SamplingParams
+from pinaivu_box.engine.messages import Output, Prompt, SamplingDefaults, SamplingParams
 from pinaivu_box.errors import ApiError, EngineLost, NoNodesAvailable
 from pinaivu_box.gateway.admission import AdmittedRequest
-from pinaivu_box.gateway.backend import Event, Job, Prompt, Proved, Started
+from pinaivu_box.gateway.backend import Event, Job, Proved, Started
 from pinaivu_box.gateway.local import resolve
 from pinaivu_box.gateway.metering import prove
 from pinaivu_box.gateway.quota import Limits, Quota, Reservation
