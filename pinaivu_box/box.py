@@ -42,6 +42,7 @@ from pinaivu_box.models.folder_scan import FolderScan
 from pinaivu_box.models.header_reader import HeaderReader
 from pinaivu_box.models.names import printable
 from pinaivu_box.network.network import Network
+from pinaivu_box.registry.pulls import Pulls
 from pinaivu_box.routing import reputation
 from pinaivu_box.routing.load import LoadTracker
 from pinaivu_box.routing.offers import Offers
@@ -112,6 +113,7 @@ class Box:
     offers: Offers
     ledger: Ledger
     control_token: str
+    pulls: Pulls = field(default_factory=Pulls)
     network: Network | None = None  # all None without [peering]
     peer_policies: PeerPolicies | None = None
     peer_services: PeerServices | None = None

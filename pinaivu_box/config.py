@@ -159,6 +159,7 @@ class Config(Section, frozen=True):
     pricing: PricingConfig = PricingConfig()
     retention: RetentionConfig = RetentionConfig()
     peering: PeeringConfig = PeeringConfig()
+    registry: RegistryConfig = RegistryConfig()
     log: LogConfig = LogConfig()
     model: list[ModelConfig] = []
 

@@ -48,6 +48,7 @@ ROOMS = (
     "routing",
     "ledger",
     "files",
+    "registry",
     "legs",
     "admin",
     "box",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from operator import attrgetter, itemgetter
+from pathlib import Path
 from typing import Any
 
 import click
@@ -32,6 +33,13 @@ _MODEL_COLUMNS = (
     Column("SIZE", lambda model: megabytes(model.size)),
     Column("OWNER", attrgetter("owner"), drop=2),
     Column("FILE", _files, drop=1, cut="start"),
+)
+_KNOWN_COLUMNS = (
+    Column("NAME", attrgetter("name")),
+    Column("PURPOSE", attrgetter("purpose"), drop=1),
+    Column("SIZE", lambda model: megabytes(model.size), number=True),
+    Column("MEMORY", lambda model: megabytes(model.memory), number=True),
+    Column("LICENSE", attrgetter("license"), drop=2),
 )
 _ENGINE_COLUMNS = (
     Column("MODEL", itemgetter("model")),
@@ -85,19 +93,43 @@ def ps(call: Call) -> None:
 
 
 @click.command()
+@standard_options(wide=True)
+@click.argument("words", nargs=-1)
+def search(call: Call, words: tuple[str, ...]) -> None:
+    """List models that are known to work, smallest first; WORDS select by name, purpose or licence.
+
+    MEMORY is with a context of 8,192 tokens.  'pinaivu pull NAME' downloads one.
+    """
+    from pinaivu_box.models import known_models
+
+    found = known_models.search(" ".join(words))
+    if call.as_json:
+        print_json([{**msgspec.structs.asdict(model), "memory": model.memory} for model in found])
+    else:
+        print_table(found, _KNOWN_COLUMNS, wide=call.wide)
+
+
+@click.command()
 @standard_options()
 @click.argument("model")
 @click.option(
-    "--from", "source", metavar="PEER|any", required=True, help="The peer; any: all that have it."
+    "--from", "source", metavar="PEER|any", default="", help="Copy it from this peer, or from any."
 )
 @click.option("--digest", default="", help="The beginning of the SHA-256 of the file.")
 @click.option("--as", "name", metavar="NAME", help="Name of the model on this box.")
 def pull(call: Call, model: str, source: str, digest: str, name: str | None) -> None:
-    """Copy MODEL from another box of the network, and serve it.
+    """Download MODEL and serve it.
 
-    An interrupted copy continues where it stopped.  With --json, each line of the output is the
+    MODEL is a name of Ollama's registry (llama3.2:1b, USER/NAME:TAG), a repository of the Hugging
+    Face Hub (hf.co/OWNER/REPO:QUANT), of any OCI registry (HOST/PATH/NAME:TAG), the URL of a .gguf
+    file, or the path of one on this machine, which is served where it is.  With --from it is copied
+    from another box of the network.  'pinaivu search' lists models that are known to work.
+
+    An interrupted download continues where it stopped.  With --json, each line of the output is the
     progress as JSON.
     """
+    if not source and Path(model).suffix == ".gguf" and "://" not in model:
+        model = str(Path(model).absolute())
     body = {"model": model, "from": source, "digest": digest.lower()}
     if name is not None:
         body["as"] = name

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from pinaivu_box.config import Config, ModelConfig, SamplingConfig
 from pinaivu_box.errors import CliError, ModelNotFound, quoted
-from pinaivu_box.models import bundled, folder_scan, gguf, splits
+from pinaivu_box.models import bundled, folder_scan, gguf, known_models, splits
 from pinaivu_box.models import record as records
 from pinaivu_box.models.folder_scan import FolderScan
 from pinaivu_box.models.gguf import BadGguf, Header
@@ -117,6 +117,12 @@ class Catalog:
         for candidate in (model_id, f"{model_id}:latest", model_id.removesuffix(":latest")):
             if candidate in self._models:
                 return self._models[candidate]
+        if (known := known_models.known(model_id)) is not None:
+            raise ModelNotFound(
+                f"The model '{known.name}' is not served here: 'pinaivu pull {known.name}' on the "
+                "box downloads it.",
+                param="model",
+            )
         near = difflib.get_close_matches(model_id[:MAX_NAME], self._models, n=3, cutoff=0.5)
         hint = f" Did you mean {' or '.join(near)}?" if near else ""
         served = ", ".join(sorted(self._models)[:20]) or "no model yet"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import re
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncIterator
 from pathlib import Path
 from random import Random
@@ -18,6 +18,7 @@ import httpx
 
 from pinaivu_box import backoff
 from pinaivu_box.errors import PullFailed, quoted
+from pinaivu_box.files.download import DownloadSource
 from pinaivu_box.models import partial_file, record, splits
 from pinaivu_box.models.partial_file import PIECE_BYTES, CopyInProgress, NoRoom
 from pinaivu_box.models.regular_files import sha256
@@ -55,8 +56,9 @@ class Transfer:
 
     def __init__(self, client: RegistryClient, listing: Listing, folder: Path) -> None:
         self.record = listing.record
-        self.host = host_of(listing.files[0].url)
         self.finishing = False
+        self.sources = [DownloadSource("", host_of(listing.files[0].url))]
+        self.left_out: dict[DownloadSource, str] = {}
         self.files: list[tuple[Path, str, bytes]] = []
         self._folder = folder
         self._transfers = [_FileTransfer(client, file, folder) for file in listing.files]
@@ -77,6 +79,12 @@ class Transfer:
     @property
     def bytes(self) -> int:
         return sum(transfer.received for transfer in self._transfers)
+
+    @property
+    def sent(self) -> Counter[DownloadSource]:
+        """The bytes that came in this attempt, by source."""
+        sent = sum(transfer.sent for transfer in self._transfers)
+        return Counter({self.sources[0]: sent})
 
     @property
     def checking(self) -> bool:
@@ -128,6 +136,7 @@ class _FileTransfer:
         self._client, self._url, self._folder = client, file.url, folder
         self._random = Random()  # noqa: S311, it spreads retries
         self._arrived: set[int] = set()
+        self.sent = 0  # bytes that came in this attempt
         self._partial: UnhashedFile
 
     @property
@@ -198,6 +207,7 @@ class _FileTransfer:
                     async for number, data in self._pieces(run):
                         await asyncio.to_thread(self._partial.put, number, data)
                         self._arrived.add(number)
+                        self.sent += len(data)
                         run, failures = run[1:], 0
                 except (_Stopped, HttpStatus, httpx.TransportError) as error:
                     failures += 1

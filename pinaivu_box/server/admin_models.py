@@ -15,17 +15,29 @@ from msgspec import Meta, Struct, field
 from starlette.requests import Request
 
 from pinaivu_box.box import Box, NotServed, not_served_in
-from pinaivu_box.errors import Conflict, CopyFailed, InvalidBody, ModelNotFound, PeeringError
+from pinaivu_box.errors import (
+    Conflict,
+    CopyFailed,
+    InvalidBody,
+    ModelNotFound,
+    PeeringError,
+    PullFailed,
+)
 from pinaivu_box.files import download
 from pinaivu_box.files import store as file_store
 from pinaivu_box.files.download import DownloadProgress, DownloadSource
-from pinaivu_box.files.wire import PURPOSE, Name
+from pinaivu_box.files.wire import PURPOSE
 from pinaivu_box.gossip.adverts import Offer
 from pinaivu_box.models import catalog, memory
 from pinaivu_box.models.catalog import Model
 from pinaivu_box.models.model_copy import copy_model
 from pinaivu_box.models.names import is_model_id, printable
 from pinaivu_box.network.network import Network
+from pinaivu_box.registry import pulls
+from pinaivu_box.registry.client import RegistryClient
+from pinaivu_box.registry.pulls import RunningPull
+from pinaivu_box.registry.reference import LocalModel, parse
+from pinaivu_box.registry.transfer import Transfer
 from pinaivu_box.server.admin_peers import network_of
 from pinaivu_box.server.context import actor_of, box_of, named_field, request_id_of
 from pinaivu_box.server.json_response import JsonLines
@@ -33,21 +45,24 @@ from pinaivu_box.store import audit
 from pinaivu_box.store.audit import Actor
 from pinaivu_box.store.database import SqlStatement
 from pinaivu_box.tasks import ignore_exception
+from pinaivu_box.text import NO_CONTROLS
 
 _PROGRESS_SECONDS = 0.5
 ANY = "any"
+Reference = Annotated[str, Meta(min_length=1, max_length=2000, pattern=NO_CONTROLS)]
 State = Literal["copying", "checking", "done", "failed"]
 
 
 class Pull(Struct, frozen=True):
-    """`from` is the name of a peer, or `any` for all that have the model.
+    """`from` is the name of a peer, or `any` for all peers that have the model.  Without it `model`
+    says where the model is: see docs/models.md.
 
     `digest`, the beginning of the file's SHA-256 in hex, selects the file; `model` then only names
     it on this box.  `as` is another name for it on this box.
     """
 
-    model: Annotated[Name, Meta(min_length=1)]
-    from_: str = field(name="from", default=ANY)
+    model: Reference
+    from_: str = field(name="from", default="")
     digest: str = ""
     as_: Annotated[str, Meta(min_length=1, max_length=128)] | None = field(name="as", default=None)
 
@@ -117,6 +132,8 @@ def _view(model: Model, box: Box) -> ModelView:
 async def pull(request: Request, body: Pull) -> JsonLines[PullProgress]:
     """Raises Conflict, ModelNotFound, PeerNotFound, InvalidBody."""
     box = box_of(request)
+    if not body.from_:
+        return await _pull_by_name(request, body)
     network = network_of(request)
     name = _name_here(body)
     open_stream = partial(network.open, purpose=PURPOSE)
@@ -140,6 +157,36 @@ async def pull(request: Request, body: Pull) -> JsonLines[PullProgress]:
         message = f"{message[:-1]}, and serves it as {name} too."
     size, request_id = offer.size, task.request_id
     done = PullProgress("done", present.id, offer.digest, size, size, [], message, request_id)
+    return JsonLines(_only(done))
+
+
+async def _pull_by_name(request: Request, body: Pull) -> JsonLines[PullProgress]:
+    """Raises Conflict, InvalidBody."""
+    box = box_of(request)
+    try:
+        reference = parse(body.model, box.config.registry, body.as_)
+    except PullFailed as error:
+        raise InvalidBody(error.message, loc=("body", "model")) from error
+    task = _Pull(box, reference.id, actor_of(request), request_id_of(request))
+    if (running := box.pulls.running(reference.id)) is not None:
+        return JsonLines(task.watch(running))
+    if isinstance(reference, LocalModel):
+        return JsonLines(_only(await task.link(reference)))
+    client = pulls.client_for(reference)
+    try:
+        listing = await pulls.look_up(client, reference)
+    except PullFailed as error:
+        await client.aclose()
+        raise Conflict(error.message) from error
+    copy = Transfer(client, listing, catalog.directory(box.config, box.home))
+    present = await _present(box, copy.digest) if copy.digest else None
+    if present is None or present.id != reference.id:
+        task.check_name_is_free()
+        return JsonLines(task.download(client, copy))
+    await client.aclose()
+    message = f"This box has that file already, as {present.id}."
+    size, request_id = copy.size, task.request_id
+    done = PullProgress("done", present.id, copy.digest, size, size, [], message, request_id)
     return JsonLines(_only(done))
 
 
@@ -245,6 +292,53 @@ class _Pull:
         )
         return box.catalog.find(self.model)
 
+    async def link(self, model: LocalModel) -> PullProgress:
+        """Serve a file of this machine where it is.  Raises Conflict."""
+        self.check_name_is_free()
+        box = self.box
+        try:
+            folder = catalog.directory(box.config, box.home)
+            links = await asyncio.to_thread(pulls.link, model, folder)
+        except (PullFailed, OSError) as error:
+            raise Conflict(getattr(error, "message", None) or f"{error}.") from error
+        await box.look_for_models()
+        for path in links:
+            if why := box.catalog.not_served.get(path):
+                for link in links:
+                    link.unlink()
+                raise Conflict(f"{printable(str(model.path))} cannot be served: {why}.")
+        await box.database.write(self._record(path=str(model.path)))
+        served = box.catalog.find(self.model)
+        message = f"{self.model} is served from {printable(str(model.path))}."
+        size = served.size
+        return PullProgress("done", served.id, "", size, size, [], message, self.request_id)
+
+    async def download(self, client: RegistryClient, copy: Transfer) -> AsyncIterator[PullProgress]:
+        """The progress of a pull by name, which others may watch too."""
+        running = self.box.pulls.running(self.model)
+        if running is None:
+            running = self.box.pulls.start(copy, self._download(client, copy))
+        else:  # somebody was quicker
+            await client.aclose()
+        async for line in self.watch(running):
+            yield line
+
+    async def _download(self, client: RegistryClient, copy: Transfer) -> None:
+        """Raises PullFailed, CopyFailed."""
+        async with client:
+            await self._run(copy)
+
+    async def watch(self, running: RunningPull) -> AsyncIterator[PullProgress]:
+        copy = running.transfer
+        async for _ in running.watch(_PROGRESS_SECONDS):
+            yield self._line(copy, "checking" if copy.checking else "copying")
+        try:
+            running.task.result()
+        except (PeeringError, PullFailed) as error:
+            yield self._line(copy, "failed", error.message)
+        else:
+            yield self._line(copy, "done")
+
     async def progress(self, copy: DownloadProgress) -> AsyncIterator[PullProgress]:
         """If the reader leaves, the copy stops; what has been copied stays."""
         running = asyncio.create_task(self._run(copy))
@@ -265,8 +359,8 @@ class _Pull:
                 running.cancel()
             await asyncio.wait({running})
 
-    async def _run(self, copy: DownloadProgress) -> None:
-        """Copy the model and serve it.  Raises CopyFailed."""
+    async def _run(self, copy: DownloadProgress | Transfer) -> None:
+        """Copy the model and serve it.  Raises CopyFailed, PullFailed."""
         await copy.run()
         box = self.box
         names = sorted(source.name for source in copy.sent)
@@ -279,7 +373,9 @@ class _Pull:
             if why := box.catalog.not_served.get(target):
                 raise CopyFailed(f"{target} exists, but cannot be served: {why}.")
 
-    def _line(self, copy: DownloadProgress, state: State, message: str = "") -> PullProgress:
+    def _line(
+        self, copy: DownloadProgress | Transfer, state: State, message: str = ""
+    ) -> PullProgress:
         sources = [
             PullSource(source.peer, source.name, copy.sent[source], copy.left_out.get(source, ""))
             for source in sorted({*copy.sources, *copy.left_out}, key=lambda source: source.name)
