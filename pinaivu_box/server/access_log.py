@@ -72,6 +72,8 @@ class AccessLog:
                 headers["request-id"] = request_id  # Anthropic's
                 if route := state.get("route"):
                     headers["x-pinaivu-route"] = route
+                if rate_limits := state.get("rate_limits"):  # see `auth`
+                    headers.update(await rate_limits())
                 if ignored := state.get("ignored"):
                     headers["x-pinaivu-ignored"] = _header_list(ignored)
                 headers["openai-processing-ms"] = str(round((time.monotonic() - began) * 1000))
