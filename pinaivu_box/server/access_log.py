@@ -85,6 +85,7 @@ class AccessLog:
             log.exception("request %s failed", request_id)
             if started:
                 raise  # too late for an answer: the connection is closed
+            state.pop("rate_limits", None)  # may be what failed
             error = InternalError("The box failed on this request; its log says why.")
             await error_responses.response(error)(scope, receive, send_with_headers)
         finally:
