@@ -66,14 +66,15 @@ class AccessLog:
         async def send_with_headers(message: Message) -> None:
             nonlocal status, started
             if message["type"] == "http.response.start":
+                rate_limits = state.get("rate_limits")  # see `auth`
+                limits = await rate_limits() if rate_limits else {}
                 status, started = message["status"], True
                 headers = MutableHeaders(scope=message)
+                headers.update(limits)
                 headers["x-request-id"] = request_id
                 headers["request-id"] = request_id  # Anthropic's
                 if route := state.get("route"):
                     headers["x-pinaivu-route"] = route
-                if rate_limits := state.get("rate_limits"):  # see `auth`
-                    headers.update(await rate_limits())
                 if ignored := state.get("ignored"):
                     headers["x-pinaivu-ignored"] = _header_list(ignored)
                 headers["openai-processing-ms"] = str(round((time.monotonic() - began) * 1000))
