@@ -8,7 +8,6 @@ from msgspec import Struct, structs
 
 from pinaivu_box.admin.views import AccountView, KeyView, account_view, key_view
 from pinaivu_box.identity import NODE_PREFIX
-from pinaivu_box.membership import peer_names
 from pinaivu_box.store import accounts, audit, keys
 from pinaivu_box.store.audit import AuditEntry
 from pinaivu_box.store.database import Database
@@ -65,6 +64,9 @@ async def list_audit_entries(
 
     `target` is a key, an account or a peer, by name or id.
     """
+    # Not above: the commands that list keys and accounts start without it.
+    from pinaivu_box.membership import peer_names
+
     targets = None
     if target is not None:
         peers = await peer_names.names(database)
