@@ -250,9 +250,9 @@ async def edit(
 
     Raises InvalidValue, RowConflict.
     """
-    given = {"name": name, "policy": policy, "expires_at": expires_at, "blocked": blocked}
+    values = {"name": name, "policy": policy, "expires_at": expires_at, "blocked": blocked}
     changes: dict[str, Any] = {
-        field: new for field, new in given.items() if new not in (UNSET, getattr(key, field))
+        field: new for field, new in values.items() if new not in (UNSET, getattr(key, field))
     }
     if not changes:
         return key
