@@ -69,6 +69,9 @@ def chat(box: Box, secret: str, **more: Any) -> httpx.Response:
 def refused(answer: httpx.Response, status: int, code: str) -> str:
     assert answer.status_code == status, answer.text
     error = answer.json()["error"]
+    if isinstance(error, str):  # in Ollama's API
+        assert answer.json()["code"] == code
+        return error
     assert error["code"] == code
     return str(error["message"])
 
@@ -114,9 +117,10 @@ def test_without_a_key_only_public_endpoints_answer(box: Box) -> None:
                 assert answer.status_code == 401, (method, endpoint.path, answer.text)
 
 
-def test_everything_below_v1_needs_a_key_and_nothing_else_does() -> None:
+def test_everything_below_v1_and_api_needs_a_key_and_nothing_else_does() -> None:
     assert {one.path for one in ENDPOINTS if one.access == "public"} == {
-        one.path for one in ENDPOINTS if not one.path.startswith("/v1")
+        "/api/version",
+        *(one.path for one in ENDPOINTS if not one.path.startswith(("/v1", "/api"))),
     }
 
 
@@ -131,6 +135,7 @@ def test_everything_below_v1_needs_a_key_and_nothing_else_does() -> None:
         ("DELETE", "/v1/models/fake:1", "any key"),
         ("GET", "/v1", "inference"),
         ("GET", "/v1/nothing", "inference"),
+        ("POST", "/api/nothing", "inference"),
         ("GET", "/nothing", "public"),
     ],
 )

@@ -322,6 +322,7 @@ class TaggedModel(Struct, frozen=True):
 
 class Tags(Struct, frozen=True):
     models: list[TaggedModel]
+    request_id: str = ""
 
 
 class LoadedModel(Struct, frozen=True):
@@ -339,6 +340,7 @@ class LoadedModel(Struct, frozen=True):
 
 class LoadedModels(Struct, frozen=True):
     models: list[LoadedModel]
+    request_id: str = ""
 
 
 class ShownModel(Struct, frozen=True):
@@ -346,9 +348,11 @@ class ShownModel(Struct, frozen=True):
     model_info: dict[str, Any]
     capabilities: list[str]
     modified_at: str
+    request_id: str = ""
 
 
 class OllamaVersion(Struct, frozen=True):
     """The version of Ollama whose API this is; clients compare it."""
 
     version: str
+    request_id: str = ""

@@ -34,7 +34,7 @@ _STALL_SECONDS = 30.0  # without a byte
 _ATTEMPTS = 4  # of a document
 _FIRST_RETRY_SECONDS, _MAX_RETRY_SECONDS = 0.5, 8.0
 _RETRIED = {408, 429, 500, 502, 503, 504}
-_CHALLENGE = re.compile(r'(\w+)="([^"]*)"')
+_CHALLENGE = re.compile(r'([A-Za-z_]+)="([^"]*)"')
 _TOKEN_FILE = Path("~/.cache/huggingface/token")  # where the Hub's own tools keep it
 
 

@@ -15,7 +15,7 @@ from pinaivu_box.models.gguf import BadGguf
 from pinaivu_box.models.record import ModelParameters, ModelRecord
 from pinaivu_box.registry.client import HttpStatus, RegistryClient, host_of
 from pinaivu_box.registry.reference import HubModel, RegistryModel, UrlModel
-from pinaivu_box.text import whole
+from pinaivu_box.text import END, whole
 
 MAX_LICENSE_BYTES = 256 * 1024
 _MAX_FILES = splits.MAX_PARTS
@@ -203,7 +203,9 @@ def _is_called(stem: str, wanted: str) -> bool:
     """Whether a file's name is `wanted`, or ends in it as its quantisation."""
     file = stem.rpartition("/")[2].lower()
     wanted = splits.stem_of(wanted).lower() if wanted.lower().endswith(".gguf") else wanted.lower()
-    return file == wanted or re.search(rf"(?:^|[^a-z0-9]){re.escape(wanted)}$", file) is not None
+    return (
+        file == wanted or re.search(rf"(?:^|[^a-z0-9]){re.escape(wanted)}{END}", file) is not None
+    )
 
 
 def _no_such_file(model: HubModel, names: list[str]) -> str:

@@ -25,7 +25,7 @@ from pinaivu_box.models.regular_files import sha256
 from pinaivu_box.registry.client import HttpStatus, RegistryClient, host_of, unreachable
 from pinaivu_box.registry.manifest import Listing, RemoteFile
 from pinaivu_box.registry.unhashed_file import UnhashedFile
-from pinaivu_box.text import megabytes
+from pinaivu_box.text import megabytes, number
 
 CONNECTIONS = 4
 _RUN_PIECES = 16  # 64 MiB: what one request asks for
@@ -266,7 +266,7 @@ def _total(response: httpx.Response) -> int:
     """The size of a file, from the answer to a request for a range of it.  Raises PullFailed."""
     match = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
     length = response.headers.get("Content-Length", "")
-    size = int(match[3]) if match else int(length) if length.isdecimal() else 0
+    size = int(match[3]) if match else number(length) or 0
     if not 0 < size <= _MAX_FILE_BYTES:
         raise PullFailed(f"{host_of(str(response.url))} does not say how long the file is.")
     return size

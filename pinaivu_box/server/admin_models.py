@@ -31,7 +31,7 @@ from pinaivu_box.gossip.adverts import Offer
 from pinaivu_box.models import catalog, memory
 from pinaivu_box.models.catalog import Model
 from pinaivu_box.models.model_copy import copy_model
-from pinaivu_box.models.names import is_model_id, printable
+from pinaivu_box.models.names import MAX_NAME, is_model_id, printable
 from pinaivu_box.network.network import Network
 from pinaivu_box.registry import pulls
 from pinaivu_box.registry.client import RegistryClient
@@ -136,6 +136,11 @@ async def pull(request: Request, body: Pull) -> JsonLines[PullProgress]:
         return await _pull_by_name(request, body)
     network = network_of(request)
     name = _name_here(body)
+    if len(body.model) > MAX_NAME:
+        raise InvalidBody(
+            f"it has more than {MAX_NAME} characters: no peer has such a model",
+            loc=("body", "model"),
+        )
     open_stream = partial(network.open, purpose=PURPOSE)
     try:
         offers, unusable = await download.find(
