@@ -25,7 +25,8 @@ from pinaivu_box.models.regular_files import sha256
 from pinaivu_box.registry.client import HttpStatus, RegistryClient, host_of, unreachable
 from pinaivu_box.registry.manifest import Listing, RemoteFile
 from pinaivu_box.registry.unhashed_file import UnhashedFile
-from pinaivu_box.text import megabytes, number
+from pinaivu_box.text import megabytes
+from pinaivu_box.text import number as number_of
 
 CONNECTIONS = 4
 _RUN_PIECES = 16  # 64 MiB: what one request asks for
@@ -266,7 +267,7 @@ def _total(response: httpx.Response) -> int:
     """The size of a file, from the answer to a request for a range of it.  Raises PullFailed."""
     match = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
     length = response.headers.get("Content-Length", "")
-    size = int(match[3]) if match else number(length) or 0
+    size = int(match[3]) if match else number_of(length) or 0
     if not 0 < size <= _MAX_FILE_BYTES:
         raise PullFailed(f"{host_of(str(response.url))} does not say how long the file is.")
     return size
@@ -275,9 +276,9 @@ def _total(response: httpx.Response) -> int:
 def _runs(missing: list[int]) -> deque[list[int]]:
     """Runs of neighbouring pieces, of at most _RUN_PIECES."""
     runs: deque[list[int]] = deque()
-    for number in missing:
-        if runs and len(runs[-1]) < _RUN_PIECES and runs[-1][-1] == number - 1:
-            runs[-1].append(number)
+    for piece in missing:
+        if runs and len(runs[-1]) < _RUN_PIECES and runs[-1][-1] == piece - 1:
+            runs[-1].append(piece)
         else:
-            runs.append([number])
+            runs.append([piece])
     return runs
