@@ -331,7 +331,7 @@ async def _peering(box: Box) -> AsyncIterator[None]:
             return box.config.peering.serve.copy_mb_per_s * 1e6
 
         network.handlers[LEDGER_PURPOSE] = box.ledger.handle
-        network.handlers["model"] = FileServer(shared, box.database, rate).serve
+        network.handlers["model"] = FileServer(shared, box.digests, rate).serve
         tasks = [
             asyncio.create_task(network.run()),
             asyncio.create_task(box.offers.keep_learning(network.changed)),

@@ -127,7 +127,6 @@ class PartialFile:
     def __init__(self, folder: Path, digest: str, size: int, expected: bytes) -> None:
         """`expected` are the hashes of the pieces.  Raises CopyInProgress, NoRoom, OSError."""
         self.path = _partial(folder, digest)
-        self._folder = folder
         self.size = size
         self._expected = expected
         self._digest = digest
@@ -198,12 +197,9 @@ class PartialFile:
                 digest.update(data)
         return digest.hexdigest() == self._digest
 
-    def finish(self, target: Path | None) -> None:
-        """See that it is safely on disk, and give it its name if it is to have one now.
-        FileExistsError."""
+    def sync(self) -> None:
+        """See that it is safely on disk; `settle` gives it its name."""
         os.fsync(self._file)
-        if target is not None:
-            settle(self._folder, self._digest, target)
 
     def discard(self) -> None:
         """Delete what has come: it is of no use."""

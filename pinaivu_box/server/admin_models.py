@@ -24,7 +24,7 @@ from pinaivu_box.errors import (
 )
 from pinaivu_box.files import download
 from pinaivu_box.files import store as file_store
-from pinaivu_box.files.download import DownloadProgress, DownloadSource, Open
+from pinaivu_box.files.download import Download, DownloadSource, Open
 from pinaivu_box.files.wire import PURPOSE, ModelAvailable, Name
 from pinaivu_box.gossip.adverts import Offer
 from pinaivu_box.models import catalog, memory
@@ -147,7 +147,7 @@ async def pull(request: Request, body: Pull) -> JsonLines[PullProgress]:
     if present is not None:
         rename = body.as_ is not None and not _is_called(present, name)
         return JsonLines([await _already_present(task, have, present, rename=rename)])
-    copy = download.copy_of(open_stream, sources, catalog.directory(box.config, box.home), name)
+    copy = Download(open_stream, sources, catalog.directory(box.config, box.home), name)
     copy.left_out.update(unusable)
     return JsonLines(_progress(task, copy))
 
@@ -216,7 +216,7 @@ async def _present(box: Box, digest: str) -> Model | None:
     """The model with that file, if this box has it."""
     for model in box.catalog.models:
         with suppress(OSError):  # deleted since
-            if await file_store.digest(box.database, model) == digest:
+            if await box.digests.of(model) == digest:
                 return model
     return None
 
@@ -253,7 +253,7 @@ async def _add_name(task: _PullTask, model: Model) -> None:
     for target in targets:
         if why := box.catalog.not_served.get(target):
             raise Conflict(f"{printable(str(target))} exists, but cannot be served: {why}.")
-    digests = await file_store.digests_of_parts(box.database, model)
+    digests = [await box.digests.of(file) for file in model.files]
     detail = {"digest": await box.digests.of(model), "same_as": model.id}
     await box.database.write(
         *map(file_store.named, targets, digests),
@@ -270,7 +270,7 @@ def _check_name_is_free(task: _PullTask, present: Model | None) -> None:
         )
 
 
-async def _progress(task: _PullTask, copy: DownloadProgress) -> AsyncIterator[PullProgress]:
+async def _progress(task: _PullTask, copy: Download) -> AsyncIterator[PullProgress]:
     """If the reader leaves, the copy stops; what has been copied stays."""
     copying_task = asyncio.create_task(_run(task, copy))
     try:
@@ -291,7 +291,7 @@ async def _progress(task: _PullTask, copy: DownloadProgress) -> AsyncIterator[Pu
         await asyncio.wait({copying_task})
 
 
-def _line(task: _PullTask, copy: DownloadProgress, state: State, message: str = "") -> PullProgress:
+def _line(task: _PullTask, copy: Download, state: State, message: str = "") -> PullProgress:
     sources = [
         PullSource(source.peer, source.name, copy.sent[source], copy.left_out.get(source, ""))
         for source in sorted({*copy.sources, *copy.left_out}, key=lambda source: source.name)
@@ -308,7 +308,7 @@ def _line(task: _PullTask, copy: DownloadProgress, state: State, message: str = 
     )
 
 
-async def _run(task: _PullTask, copy: DownloadProgress) -> None:
+async def _run(task: _PullTask, copy: Download) -> None:
     """Copy the model and serve it.  Raises CopyFailed."""
     await copy.run()
     box = task.box
