@@ -26,18 +26,16 @@ _MAX_PAID = 4096  # prompts of which it is remembered that a leg pays for them
 
 
 class ChosenBox:
-    """A box that was chosen for one leg of a job: this one, if it has no peers.  `route` is why it
-    was chosen, for the receipt, and `header` for the client."""
+    """A box that was chosen for one leg of a job: this one, if it has no peers.  The leg runs once
+    its events are read.  `route` is why the box was chosen, for the receipt, and `header` for the
+    client."""
 
     is_peer = False
     route: dict[str, Any] | None = None
     header = ""
 
-    def __init__(self, node_id: str, backend: Backend, job: Job) -> None:
-        self.node_id, self.backend, self.job = node_id, backend, job
-
-    def start(self) -> Leg:
-        return self.backend.start(self.job)
+    def __init__(self, node_id: str, leg: Leg, job: Job) -> None:
+        self.node_id, self.leg, self.job = node_id, leg, job
 
     def served(self, record: LegRecord) -> None:
         """The leg has come to its end."""
@@ -53,9 +51,9 @@ class OwnBox(ChosenBox):
     """This one, beside its peers."""
 
     def __init__(
-        self, boxes: Boxes, backend: Backend, job: Job, decision: Decision, load: LoadTracker
+        self, boxes: Boxes, leg: Leg, job: Job, decision: Decision, load: LoadTracker
     ) -> None:
-        super().__init__(boxes.candidates.node_id, backend, job)
+        super().__init__(boxes.candidates.node_id, leg, job)
         self.route, self.header = decision.record(), decision.header()
         self._load, self._taken = load, ExitStack()
         # At once, so that of several requests that come together each sees where the others went.
@@ -77,10 +75,10 @@ class PeerBox(ChosenBox):
     is_peer = True
 
     def __init__(
-        self, boxes: Boxes, node_id: str, backend: Backend, job: Job, decision: Decision,
+        self, boxes: Boxes, node_id: str, leg: Leg, job: Job, decision: Decision,
         prompt: str | None,
     ) -> None:  # fmt: skip
-        super().__init__(node_id, backend, job)
+        super().__init__(node_id, leg, job)
         self.route, self.header = decision.record(), decision.header()
         self._boxes, self._prompt = boxes, prompt
         boxes.candidates.leg_sent(job, node_id)
@@ -98,7 +96,7 @@ class PeerBox(ChosenBox):
     def failed(self, error: ApiError) -> None:
         if not isinstance(error, EngineLost):
             if isinstance(error, NoNodesAvailable):
-                self._boxes.refused(self.node_id, error)
+                self._boxes.candidates.leg_refused(self.node_id, error)
             return
         seconds = self._boxes.breaker.failed(self.node_id, self._sent)
         log.warning("%s is left alone for %.1f s: %s", self.node_id, seconds, error.message)
@@ -128,31 +126,25 @@ class Boxes:
     ) -> None:
         self.candidates, self.breaker, self.reputation = candidates, breaker, reputation
         self.paid: BoundedDict[str, None] = BoundedDict(_MAX_PAID)
-        self._selector, self._local, self._peers, self._load = selector, local, peers, load
-
-    @property
-    def hedge_seconds(self) -> float:
-        return self._selector.hedge_seconds
+        self.selector = selector
+        self._local, self._peers, self._load = local, peers, load
 
     async def choose(self, job: Job, tried: Collection[str]) -> ChosenBox | NoNodesAvailable:
         """The box for a leg of the job, none of those that were `tried`; or why there is none."""
-        decision, digest = await self._selector.select(job, tried)
+        decision, digest = await self.selector.select(job, tried)
         node_id = decision.node_id
         if node_id is None:
             return nobody(job, decision)
         if node_id == self.candidates.node_id:
-            return OwnBox(self, self._local, job, decision, self._load)
+            return OwnBox(self, self._local.start(job), job, decision, self._load)
         try:
             to = self.candidates.destination(job, node_id, digest)
         except ModelNotFound as error:
             return NoNodesAvailable(error.message)
         prompt = f"{job.request_id} {job.prompt_number} {node_id}"
         pays = self._pays(prompt)
-        backend = self._peers.backend(replace(to, pays_prompt=pays))
-        return PeerBox(self, node_id, backend, job, decision, prompt if pays else None)
-
-    def refused(self, node_id: str, error: NoNodesAvailable) -> None:
-        self.candidates.leg_refused(node_id, error.retry_after or 1, error.message)
+        leg = self._peers.start(job, replace(to, pays_prompt=pays))
+        return PeerBox(self, node_id, leg, job, decision, prompt if pays else None)
 
     def _pays(self, prompt: str) -> bool:
         """Whether it is the first leg of its prompt there."""

@@ -57,9 +57,7 @@ class PromptReader:
                 return await self._peers.count(job, to, tokens, plain=plain)
             except ApiError as failure:
                 if isinstance(failure, NoNodesAvailable) and not isinstance(failure, EngineLost):
-                    self._candidates.leg_refused(
-                        decision.node_id, failure.retry_after or 1, failure.message
-                    )
+                    self._candidates.leg_refused(decision.node_id, failure)
                 elif error is not None and not isinstance(failure, NoNodesAvailable):
                     raise
                 error = failure

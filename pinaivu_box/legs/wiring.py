@@ -55,12 +55,12 @@ class PeerServices:
             SpendingLimits(recorder.debts, settings),
         )  # fmt: skip
         selector = Selector(self.candidates, placement.digest_of, network.query_load, settings)
-        peers = PeerClient(identity, network, recorder.keep, self._large)
+        peers = PeerClient(identity, network, recorder, self._large)
         self.boxes = Boxes(selector, self.candidates, local, peers, load, breaker, self.reputation)
         self.runner = LegRunner(identity.node_id, local, self.boxes)
         self.prompts = PromptReader(local, peers, self.candidates, selector)
         self.serving = LegServer(
-            identity, local, load, settings, LegAdmission(policy, recorder, load), recorder.keep,
+            identity, local, load, settings, LegAdmission(policy, recorder, load),
             placement.digest_of, writable, self._large,
         )  # fmt: skip
         network.handlers[leg_wire.PURPOSE] = self.serving.handle

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from pinaivu_box.amount import Prices
 from pinaivu_box.bounded import BoundedDict
-from pinaivu_box.errors import ModelNotFound
+from pinaivu_box.errors import ModelNotFound, NoNodesAvailable
 from pinaivu_box.gateway.backend import Job
 from pinaivu_box.gateway.placement import Placement
 from pinaivu_box.gossip.adverts import Offer
@@ -237,13 +237,13 @@ class Candidates:
         costs = [_max_cost(offer.price, job) for offer in offers if offer.id == job.model.id]
         return max(costs, default=0)
 
-    def leg_refused(self, node_id: str, seconds: float, reason: str) -> None:
+    def leg_refused(self, node_id: str, refusal: NoNodesAvailable) -> None:
         """A peer has refused a leg: it is not asked for so long.  If it has just served one of ours
         it may still be settling that, and will have room at once."""
         now = time.monotonic()
-        self.refusals[node_id] = (reason, now)
+        self.refusals[node_id] = (refusal.message, now)
         limit = _SETTLING_SECONDS if self._served_lately(node_id) else _MAX_BUSY_SECONDS
-        self._busy[node_id] = now + min(seconds, limit)
+        self._busy[node_id] = now + min(refusal.retry_after or 1, limit)
 
     def leg_served(self, node_id: str) -> None:
         """A peer has served a leg to its end, so it has room."""

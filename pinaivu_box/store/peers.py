@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from pinaivu_box.store.database import Database, SqlStatement
 from pinaivu_box.store.times import now_ms
@@ -33,15 +33,13 @@ class Invitation(NamedTuple):
 
 
 class KnownPeer(NamedTuple):
-    """`name` is the one given here, "" if it has that of its certificate; `policy` has its limits
-    that differ from `[peering.serve]`."""
+    """`name` is the one given here, "" if it has that of its certificate."""
 
     node_id: str
     name: str
     addresses: tuple[str, ...]
     first_seen: int | None
     last_seen: int | None
-    policy: dict[str, Any]
 
 
 async def network(database: Database) -> str | None:
@@ -138,7 +136,6 @@ async def known(database: Database) -> dict[str, KnownPeer]:
             tuple(json.loads(row["addresses"])),
             row["first_seen"],
             row["last_seen"],
-            json.loads(row["policy"]),
         )
         for row in await database.read("SELECT * FROM peers")
     }

@@ -188,7 +188,7 @@ def fuzz(said: Struct | bytes, random: Random) -> Iterator[bytes]:
 
 
 @pytest.mark.parametrize("name", READERS)
-def test_what_no_box_sends_is_told_apart(name: str) -> None:
+def test_a_message_that_no_box_sends_raises_a_known_error(name: str) -> None:
     read, said = READERS[name]
     random = Random(SEED)
     for one in said:
