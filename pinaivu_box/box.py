@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pinaivu_box import __version__, logs, settings
 from pinaivu_box import config as configs
-from pinaivu_box.config import Config, PeeringConfig
+from pinaivu_box.config import Config
 from pinaivu_box.errors import CliError
 from pinaivu_box.files.store import Digests
 from pinaivu_box.files.upload import FileServer
@@ -24,30 +24,28 @@ from pinaivu_box.gateway.metrics import Metrics
 from pinaivu_box.gateway.placement import Placement
 from pinaivu_box.gateway.refusals import Refusals
 from pinaivu_box.gateway.request import RunningRequests
-from pinaivu_box.gossip.adverts import Facts
 from pinaivu_box.home import database_of, identity_of, lock, prepare_home
 from pinaivu_box.identity import Identity
 from pinaivu_box.ledger.session import PURPOSE as LEDGER_PURPOSE
 from pinaivu_box.ledger.session import Ledger
 from pinaivu_box.legs.admission import PeerPolicies
-from pinaivu_box.legs.prompts import PromptReader
 from pinaivu_box.legs.recorder import LedgerRecorder
 from pinaivu_box.legs.runner import LegRunner
 from pinaivu_box.legs.wiring import PeerServices
 from pinaivu_box.models import catalog as catalogs
 from pinaivu_box.models import folder_watch
-from pinaivu_box.models.catalog import Catalog, Model
+from pinaivu_box.models.catalog import Catalog
 from pinaivu_box.models.folder_scan import FolderScan
 from pinaivu_box.models.header_reader import HeaderReader
 from pinaivu_box.models.names import printable
 from pinaivu_box.network.network import Network
-from pinaivu_box.policy import Policy
 from pinaivu_box.routing import reputation
 from pinaivu_box.routing.load import LoadTracker
 from pinaivu_box.routing.offers import Offers
 from pinaivu_box.settings import LiveSettings, Settings
 from pinaivu_box.store import responses, retention
 from pinaivu_box.store.database import Database
+from pinaivu_box.tasks import TaskSet
 
 # Read at the start only: the sockets, and what stands before the routes.
 _NEED_RESTART = (
@@ -98,7 +96,6 @@ class Box:
     placement: Placement
     admission: Admission
     local: LocalBackend
-    meter: Meter
     requests: RunningRequests
     metrics: Metrics
     refusals: Refusals
@@ -120,45 +117,25 @@ class Box:
     def catalog(self) -> Catalog:
         return self.settings.catalog
 
-    @property
-    def prompt_reader(self) -> LocalBackend | PromptReader:
-        """What reads prompts that are not to be run."""
-        return self.local if self.peer_services is None else self.peer_services.prompts
-
-    def models(self, policy: Policy) -> list[Model]:
-        """What a key with that policy may use."""
-        models = self.catalog.models
-        if self.peer_services is not None and not policy.local_only:
-            models = [*models, *self.peer_services.candidates.remote_models()]
-        return [model for model in models if policy.serves(model.id)]
-
-    def model(self, model_id: str, policy: Policy) -> Model:
-        """The model of that id for a key with that policy.  Raises ModelNotFound."""
-        if self.peer_services is not None and not policy.local_only:
-            return self.peer_services.candidates.find(model_id)
-        return self.catalog.find(model_id)
-
     async def reload(self) -> Reloaded:
         """Read the configuration and the models again, and use them; running requests go on.
 
         Raises CliError if they are not valid: then nothing has changed.
         """
         async with self._reading:
-            new = await asyncio.to_thread(self._read_settings)
+            new = await asyncio.to_thread(
+                lambda: settings.read(self.read_config(), self.home, self.headers)
+            )
             old = self.settings.current
             self._replace_settings(new)
             return self._differences(old, new)
-
-    def _read_settings(self) -> Settings:
-        """In a thread.  Raises CliError."""
-        return settings.read(self.read_config(), self.home, self.headers)
 
     def _replace_settings(self, new: Settings) -> None:
         self.settings.current = new
         self._lingering.clear()
         logs.configure(new.config.log)
         self.placement.reloaded()
-        self.placement.forgive()
+        self.placement.forget_failures()
         if self.network is not None:
             self.network.changed()
         folder_watch.report_not_served(new.catalog.not_served)
@@ -167,7 +144,9 @@ class Box:
         changed = configs.differences(old.config, new.config)
         if new.shared_prefixes != old.shared_prefixes and _SHARED_PREFIXES not in changed:
             changed.append(_SHARED_PREFIXES)  # the text of a file
-        engines = [name for name in changed if _is_for_engines(name)]
+        engines = [
+            name for name in changed if name.startswith("engine.") and name not in _APPLY_AT_ONCE
+        ]
         since_start = configs.differences(self.first_config, new.config)
         return Reloaded(
             applied=[name for name in changed if name not in (*_NEED_RESTART, *engines)],
@@ -220,7 +199,7 @@ class Box:
         )
         self.settings.current = replace(self.settings.current, catalog=new)
         if folder_watch.report(old, new):
-            self.placement.forgive()
+            self.placement.forget_failures()
             if self.network is not None:
                 self.network.changed()
 
@@ -240,10 +219,6 @@ class Box:
             await self.requests.cancel_all()
 
 
-def _is_for_engines(name: str) -> bool:
-    return name.startswith("engine.") and name not in _APPLY_AT_ONCE
-
-
 def not_served_in(catalog: Catalog) -> dict[str, str]:
     """Files that are not served and why, as they are printed."""
     return {printable(str(path)): why for path, why in catalog.not_served.items()}
@@ -252,43 +227,29 @@ def not_served_in(catalog: Catalog) -> dict[str, str]:
 @asynccontextmanager
 async def open_box(read_config: Callable[[], Config], home: Path) -> AsyncIterator[Box]:
     """A box on that home, which no other server uses at the same time.  Raises CliError."""
-    home_lock = lock(prepare_home(home))
-    try:
+    with lock(prepare_home(home)):
         async with database_of(home) as database:
             await responses.fail_unfinished(database)
             config, headers = read_config(), HeaderReader()
             current = await asyncio.to_thread(settings.read, config, home, headers)
             box = _join(read_config, current, home, database, headers)
-            background = [
-                asyncio.create_task(work)
-                for work in (
-                    retention.apply_hourly(database, lambda: box.config.retention),
-                    box.watch_models(),
-                )
-            ]
+            background = TaskSet()
+            background.spawn(retention.apply_hourly(database, lambda: box.config.retention))
+            background.spawn(box.watch_models())
             try:
                 async with _peering(box):
                     yield box
             finally:
                 headers.stop()
-                for task in background:
-                    task.cancel()
-                await asyncio.wait(background)
+                await background.cancel()
                 await box.placement.close()
                 await box.digests.close()
                 await box.refusals.flush()
-    finally:
-        home_lock.close()
 
 
 @asynccontextmanager
-async def network_of(
-    settings: Callable[[], PeeringConfig],
-    identity: Identity,
-    database: Database,
-    describe: Callable[[], Facts],
-) -> AsyncIterator[Network]:
-    """A network on its transport, started but not yet running.
+async def _open_network(box: Box) -> AsyncIterator[Network]:
+    """The network on its transport, started but not yet running.
 
     Raises CliError if it cannot listen.
     """
@@ -298,9 +259,11 @@ async def network_of(
         raise CliError(
             f"Peering is not possible on this machine, for iroh cannot be loaded: {error}."
         ) from error
-    peering = settings()
-    transport = await IrohTransport.bind(identity, peering.host, peering.port, peering.relay)
-    network = Network(identity, transport, database, settings, describe)
+    peering = box.config.peering
+    transport = await IrohTransport.bind(box.identity, peering.host, peering.port, peering.relay)
+    network = Network(
+        box.identity, transport, box.database, lambda: box.config.peering, box.offers.describe
+    )
     try:
         await network.start()
         yield network
@@ -313,9 +276,7 @@ async def _peering(box: Box) -> AsyncIterator[None]:
     if not box.config.peering.enabled:
         yield
         return
-    async with network_of(
-        lambda: box.config.peering, box.identity, box.database, box.offers.describe
-    ) as network:
+    async with _open_network(box) as network:
         box.network = network
         policies = box.peer_policies = PeerPolicies(box.database, box.settings)
         services = _peer_services(box, network, policies)
@@ -332,24 +293,19 @@ async def _peering(box: Box) -> AsyncIterator[None]:
 
         network.handlers[LEDGER_PURPOSE] = box.ledger.handle
         network.handlers["model"] = FileServer(shared, box.digests, rate).serve
-        tasks = [
-            asyncio.create_task(network.run()),
-            asyncio.create_task(box.offers.keep_learning(network.changed)),
-            asyncio.create_task(reputation.load_and_save(services.reputation, box.database)),
-        ]
+        running, background = TaskSet(), TaskSet()
+        running.spawn(network.run())
+        background.spawn(box.offers.keep_learning(network.changed))
+        background.spawn(reputation.load_and_save(services.reputation, box.database))
         if box.config.peering.announce:
-            tasks.append(asyncio.create_task(_announce(network)))
+            background.spawn(_announce(network))
         try:
             yield
         finally:
-            for task in tasks[1:]:
-                task.cancel()
-            await asyncio.wait(tasks[1:])
+            await background.cancel()
             await network.close()
             services.close()
-            for task in tasks:
-                task.cancel()
-            await asyncio.wait(tasks)
+            await running.cancel()
 
 
 def _peer_services(box: Box, network: Network, policies: PeerPolicies) -> PeerServices:
@@ -365,8 +321,8 @@ def _peer_services(box: Box, network: Network, policies: PeerPolicies) -> PeerSe
         recorder=LedgerRecorder(box.database, box.identity.node_id),
         writable=lambda: check_writable(box.database),
     )
-    box.admission.share(services.prompts, services.candidates)
-    box.requests.use(services.runner, services.candidates.offered)
+    box.admission.tokenizer, box.admission.peer_models = services.tokenizer, services.candidates
+    box.requests.runner = services.runner
     return services
 
 
@@ -388,12 +344,12 @@ def _join(
     digests = Digests(database)
     placement = Placement(live, digests.of)
     local = LocalBackend(placement, identity.node_id, live)
-    meter = Meter(identity, database, live)
     metrics = Metrics(placement)
-    admission = Admission(live, local, database)
     load = LoadTracker(placement, live)
-    runner = LegRunner(identity.node_id, local)
-    requests = RunningRequests(runner, meter, metrics, live)
+    requests = RunningRequests(
+        LegRunner(identity.node_id, local), Meter(identity, database, live), metrics, live
+    )
+    admission = Admission(live, local, database, requests.in_flight)
     placement.waiting = requests.in_flight
     return Box(
         settings=live,
@@ -407,7 +363,6 @@ def _join(
         placement=placement,
         admission=admission,
         local=local,
-        meter=meter,
         requests=requests,
         metrics=metrics,
         refusals=Refusals(database, metrics),

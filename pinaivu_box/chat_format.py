@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,10 +70,6 @@ def style_of(template: str) -> Style:
     return TAGS
 
 
-def thinks(template: str) -> bool:
-    return THOUGHT in template
-
-
 def overlap(text: str, mark: str) -> int:
     """Length of the longest end of `text` with which `mark` begins, but not the whole mark."""
     at = max(0, len(text) - len(mark) + 1)
@@ -100,7 +95,6 @@ def instructions(functions: list[dict[str, Any]]) -> str:
 
 # White space is where small models get lost: JSON is written in one way.
 ONE_LINE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-Spell = Callable[[str], str]  # a text as Lark: a string, or a control token's number
 
 
 def call_grammar(
@@ -109,13 +103,14 @@ def call_grammar(
     *,
     several: bool,
     free: bool,
-    spell: Spell,
+    trigger: str,
     schema: str | None = None,
 ) -> str | None:
     """Lark grammar (llguidance's) of calls of these functions; None if there is nothing to hold.
 
-    With `free` any text may stand around calls, or, with a JSON `schema`, in their place what
-    follows that; otherwise there is at least one call, and nothing else.
+    `trigger` is that of the style as Lark: a string, or a control token's number.  With `free` any
+    text may stand around calls, or, with a JSON `schema`, in their place what follows that;
+    otherwise there is at least one call, and nothing else.
     """
     if free and not style.trigger and schema is None:
         return None  # a text may begin with a brace and still be no call
@@ -126,7 +121,6 @@ def call_grammar(
     again = _string(style.separator + style.before)
     after = _string(style.after)
     more = f"({again} call {after})*" if several and style.separator else ""
-    trigger = spell(style.trigger) if style.trigger else ""
     rest = _string(begin.removeprefix(style.trigger))
     calls = f"{rest} call {after} {more} {_string(style.closing)}"
     if free and schema is not None:

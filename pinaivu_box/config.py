@@ -9,9 +9,9 @@ import ipaddress
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
 import msgspec
@@ -20,6 +20,7 @@ from msgspec import Meta, Struct
 
 from pinaivu_box import amount
 from pinaivu_box.amount import Prices
+from pinaivu_box.engine.messages import SamplingDefaults
 from pinaivu_box.errors import CliError
 from pinaivu_box.text import NO_CONTROLS
 
@@ -28,6 +29,7 @@ Tokens = Annotated[int, Meta(ge=0, le=2**31 - 1)]  # llama.cpp counts them in 32
 Port = Annotated[int, Meta(ge=0, le=65535)]
 Weight = Annotated[float, Meta(ge=0)]
 RoutingPolicy = Literal["prefer-local", "never", "balance", "cheapest"]
+_Amount = TypeVar("_Amount", bound=str | Prices)
 
 
 class Section(Struct, frozen=True, forbid_unknown_fields=True):
@@ -70,13 +72,8 @@ class EngineConfig(Section, frozen=True):
     start_seconds: Annotated[float, Meta(gt=0)] = 300.0
 
 
-class SamplingConfig(Section, frozen=True):
+class SamplingConfig(Section, SamplingDefaults, frozen=True):
     """Overrides of the defaults in the model file or in llama.cpp."""
-
-    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Meta(ge=0, lt=2**31)] | None = None
-    min_p: Annotated[float, Meta(ge=0, lt=1)] | None = None
 
 
 class PricingConfig(Section, frozen=True):
@@ -240,7 +237,6 @@ def load(
         # strict=False: values from the environment arrive as text.
         config = msgspec.convert(tree, Config, strict=False)
         config = msgspec.structs.replace(config, model=[*config.model, *(extra_models or [])])
-        _check_finite(config, "")
         _check(config)
     except (msgspec.ValidationError, ValueError) as error:
         raise CliError(f"{where} is not valid: {_clause(error)}.") from error
@@ -254,16 +250,22 @@ def _clause(error: Exception) -> str:
     return f"{path.rstrip('`')}: {message[0].lower()}{message[1:]}" if at else message
 
 
-def differences(old: Struct, new: Struct, path: str = "") -> list[str]:
+def differences(old: Config, new: Config) -> list[str]:
     """The dotted names of the settings in which two configurations differ."""
-    names = []
-    for name in old.__struct_fields__:
-        before, after = getattr(old, name), getattr(new, name)
-        if isinstance(before, Section) and isinstance(after, Section):
-            names += differences(before, after, f"{path}{name}.")
-        elif before != after:
-            names.append(f"{path}{name}")
-    return names
+    before, after = _settings(old), _settings(new)
+    return [name for name, value in before.items() if value != after[name]]
+
+
+def _settings(section: Section, path: str = "") -> dict[str, Any]:
+    """The settings by their dotted names."""
+    settings: dict[str, Any] = {}
+    for name in section.__struct_fields__:
+        value = getattr(section, name)
+        if isinstance(value, Section):
+            settings |= _settings(value, f"{path}{name}.")
+        else:
+            settings[f"{path}{name}"] = value
+    return settings
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -285,17 +287,11 @@ def _put(tree: dict[str, Any], keys: tuple[str, ...], value: Any) -> None:
     tree[keys[-1]] = value
 
 
-def _check_finite(section: Section, path: str) -> None:
-    """Reject `inf` and `nan`, which pass the bounds of a type.  Raises ValueError."""
-    for name in section.__struct_fields__:
-        value = getattr(section, name)
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{path}{name} is {value}, not a finite number")
-        if isinstance(value, Section):
-            _check_finite(value, f"{path}{name}.")
-
-
 def _check(config: Config) -> None:
+    for name, value in _settings(config).items():
+        # These pass the bounds of a type.
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{name} is {value}, not a finite number")
     parse_duration(config.engine.keep_alive)
     parse_duration(config.engine.max_keep_alive)
     for entry in config.engine.shared_prefixes:
@@ -310,32 +306,27 @@ def _check(config: Config) -> None:
             raise ValueError(
                 f"retention.{name} is '{text}': it must be at least 2h, which limits need"
             )
-    if config.log.level not in LOG_LEVELS:
-        raise ValueError(f"log.level is '{config.log.level}', not one of {', '.join(LOG_LEVELS)}")
-    if config.log.format not in LOG_FORMATS:
-        raise ValueError(f"log.format is '{config.log.format}', not one of text, json")
+    for name, choice, choices in (
+        ("log.level", config.log.level, LOG_LEVELS),
+        ("log.format", config.log.format, LOG_FORMATS),
+        ("peering.serve.beyond", config.peering.serve.beyond, _BEYOND),
+    ):
+        if choice not in choices:
+            raise ValueError(f"{name} is '{choice}', not one of {', '.join(choices)}")
     if config.server.contact and not _CONTACT.fullmatch(config.server.contact):
         raise ValueError(
             f"server.contact is '{config.server.contact}': write an email address or a URL"
         )
     _check_peering(config.peering)
-    for name, price in [("per_1k_tokens", config.pricing.per_1k_tokens)] + [
-        (f'models."{model}"', price) for model, price in config.pricing.models.items()
-    ]:
-        try:
-            amount.prices(price)
-        except ValueError as error:
-            raise ValueError(f"pricing.{name} is {error}") from error
+    _check_amount("pricing.per_1k_tokens", config.pricing.per_1k_tokens, amount.prices)
+    for model, price in config.pricing.models.items():
+        _check_amount(f'pricing.models."{model}"', price, amount.prices)
     names = [model.name for model in config.model]
     if doubled := {name for name in names if names.count(name) > 1}:
         raise ValueError(f"the model name {sorted(doubled)[0]} is used twice")
 
 
 def _check_peering(peering: PeeringConfig) -> None:
-    if peering.serve.beyond not in _BEYOND:
-        raise ValueError(
-            f"peering.serve.beyond is '{peering.serve.beyond}', not one of {', '.join(_BEYOND)}"
-        )
     try:
         ipaddress.ip_address(peering.host)
     except ValueError:
@@ -361,16 +352,16 @@ def _check_peering(peering: PeeringConfig) -> None:
         raise ValueError(
             "peering.price_weight, time_weight and reputation_weight must not all be 0"
         )
-    for name, text, read in (
-        ("serve.credit_limit", peering.serve.credit_limit, amount.parse),
-        ("max_debt", peering.max_debt, amount.parse),
-        ("max_price", peering.max_price, amount.per_token),
-    ):
-        try:
-            if text:
-                read(text)
-        except ValueError as error:
-            raise ValueError(f"peering.{name} is {error}") from error
+    _check_amount("peering.serve.credit_limit", peering.serve.credit_limit or "0", amount.parse)
+    _check_amount("peering.max_debt", peering.max_debt or "0", amount.parse)
+    _check_amount("peering.max_price", peering.max_price or "0", amount.per_token)
+
+
+def _check_amount(name: str, value: _Amount, read: Callable[[_Amount], object]) -> None:
+    try:
+        read(value)
+    except ValueError as error:
+        raise ValueError(f"{name} is {error}") from error
 
 
 def is_host_port(text: str) -> bool:

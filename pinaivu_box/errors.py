@@ -1,58 +1,8 @@
-"""All errors that users see, in one tree.
+"""All errors that users see, in one tree below BoxError.
 
-The `message` is a sentence that says what is wrong and what to do about it.  Errors below
-`ApiError` become HTTP answers through `server.error_responses`, which also translates those below
-`StoreError`; errors below `CliError` become one line on stderr and an exit code.
-
-    BoxError
-    ├── CliError                    exit 1   the command failed
-    │   ├── UsageError              exit 2   the command was called wrongly
-    │   └── NotRunning              exit 1   the command needs a running box
-    ├── StoreError                  exit 1   the database has no such row, or rejects a change
-    │   ├── InvalidValue            exit 1   a value cannot be stored
-    │   ├── RowNotFound             exit 1   nothing has this name or id
-    │   ├── RowConflict             exit 1   what is stored does not allow the change
-    │   ├── ConversationTooLong     exit 1   a stored conversation is over the limit
-    │   ├── ResponseNotCompleted    exit 1   a stored response has not ended, or failed
-    │   └── DatabaseUnusable        exit 1   the database file cannot be used
-    │       └── SchemaUnsupported   exit 1   it has a schema that is not supported
-    ├── PeeringError                exit 1   communication between two boxes failed
-    │   ├── Unreachable             exit 1   no box answers at the address
-    │   ├── WrongPeer               exit 1   another box answers at the address
-    │   ├── ProtocolError           exit 1   the peer violated the protocol
-    │   ├── LinkLost                exit 1   a link or a stream ended
-    │   ├── PeerRefused             exit 1   the peer refused
-    │   ├── NotJoined               exit 1   the network does not allow it
-    │   ├── EntryRefused            exit 1   the ledger rejects an entry
-    │   └── CopyFailed              exit 1   a model could not be copied
-    └── ApiError                    status   code
-        ├── BadRequest              400      invalid_request
-        │   ├── InvalidJson         400      invalid_json
-        │   ├── ContextOverflow     400      context_length_exceeded
-        │   └── ExceedsKeyLimit     400      exceeds_key_limit
-        ├── Unauthorized            401      invalid_api_key
-        ├── BudgetExceeded          402      budget_exceeded
-        ├── Forbidden               403      permission_denied
-        │   ├── KeyBlocked          403      key_blocked
-        │   └── ModelNotAllowed     403      model_not_allowed
-        ├── NotFound                404      not_found
-        │   ├── ModelNotFound       404      model_not_found
-        │   ├── ReceiptNotFound     404      receipt_not_found
-        │   └── PeerNotFound        404      peer_not_found
-        ├── MethodNotAllowed        405      method_not_allowed
-        ├── RequestTimeout          408      request_timeout
-        ├── Conflict                409      conflict
-        ├── BodyTooLarge            413      request_too_large
-        ├── UnsupportedEncoding     415      unsupported_encoding
-        ├── InvalidBody             422      invalid_body
-        │   └── UnsupportedParameter 422     unsupported_parameter
-        ├── RateLimited             429      rate_limit_exceeded
-        ├── InternalError           500      internal_error
-        └── NoNodesAvailable        503      no_nodes_available
-            ├── EngineLost          503      no_nodes_available
-            │   └── PeerFaulty      503      no_nodes_available
-            ├── TooLate             503      deadline_exceeded
-            └── PeerUnreachable     503      peer_unreachable
+The `message` is a sentence that says what is wrong and what to do about it.  A command that fails
+prints it as one line on stderr and exits with the `exit_code`.  Errors below `ApiError` become HTTP
+answers through `server.error_responses`, which also translates those below `StoreError`.
 """
 
 from __future__ import annotations
@@ -68,12 +18,10 @@ def quoted(text: str, max_chars: int = _MAX_QUOTED_CHARS) -> str:
     escaped."""
     cut = text[:max_chars]
     if not cut.isprintable():
-        cut = "".join(char if char.isprintable() else _escaped(char) for char in cut)
+        cut = "".join(
+            char if char.isprintable() else char.encode("unicode_escape").decode() for char in cut
+        )
     return cut if len(text) <= max_chars else f"{cut}…"
-
-
-def _escaped(char: str) -> str:
-    return char.encode("unicode_escape").decode()
 
 
 class BoxError(Exception):
@@ -147,6 +95,8 @@ class Unreachable(PeeringError):
 class WrongPeer(PeeringError):
     """Another box answers at the address; another attempt does not help."""
 
+    beginning: ClassVar[str] = "Another box than "  # of each message
+
 
 class ProtocolError(PeeringError):
     """The peer violated the protocol; its link is closed."""
@@ -188,13 +138,15 @@ class CopyFailed(PeeringError):
 class ApiError(BoxError):
     """An error with an HTTP status, OpenAI's `type` and a `code`.
 
-    `param` names the field of the request that is wrong.  `retry_after` is in whole seconds.  An
-    error that the operator `ordered`, by revoking a key for example, is not counted as one.
+    `param` names the field of the request that is wrong.  After `retry_after` whole seconds it may
+    be tried again.  An error that the operator `ordered`, by revoking a key for example, is not
+    counted as one.
     """
 
-    status: ClassVar[int] = 500
-    type: ClassVar[str] = "server_error"
-    code: ClassVar[str] = "internal_error"
+    status: ClassVar[int]
+    type: ClassVar[str]
+    code: ClassVar[str]
+    retry_after: int | None = None
 
     def __init__(
         self, message: str, *, param: str | None = None, retry_after: int | None = None
@@ -203,8 +155,9 @@ class ApiError(BoxError):
             message if len(message) <= _MAX_MESSAGE_CHARS else f"{message[:_MAX_MESSAGE_CHARS]}…"
         )
         self.param = param
-        self.retry_after = retry_after
         self.ordered = False
+        if retry_after is not None:
+            self.retry_after = retry_after
 
 
 class BadRequest(ApiError):
@@ -337,30 +290,26 @@ class UnsupportedParameter(InvalidBody):
 
 
 class RateLimited(ApiError):
-    """`retry_after`: the whole seconds after which the limit allows the request."""
+    """The limit allows the request after `retry_after` seconds."""
 
     status, type, code = 429, "rate_limit_error", "rate_limit_exceeded"
-
-    def __init__(self, message: str, *, retry_after: int = 1) -> None:
-        super().__init__(message, retry_after=retry_after)
+    retry_after = 1
 
 
 class InternalError(ApiError):
-    pass
+    status, type, code = 500, "server_error", "internal_error"
 
 
 class NoNodesAvailable(ApiError):
     status, type, code = 503, "server_error", "no_nodes_available"
-
-    def __init__(self, message: str, *, retry_after: int = 1) -> None:
-        super().__init__(message, retry_after=retry_after)
+    retry_after = 1
 
 
 class EngineLost(NoNodesAvailable):
     """The engine or peer (`node_id`) that served the request was lost; another may serve it."""
 
-    def __init__(self, message: str, *, node_id: str = "", retry_after: int = 1) -> None:
-        super().__init__(message, retry_after=retry_after)
+    def __init__(self, message: str, *, node_id: str = "") -> None:
+        super().__init__(message)
         self.node_id = node_id
 
 
@@ -380,20 +329,12 @@ class PeerUnreachable(NoNodesAvailable):
     code = "peer_unreachable"
 
 
-def _descendants(root: type[ApiError]) -> list[type[ApiError]]:
-    kinds = [root]
-    for child in root.__subclasses__():
-        kinds += _descendants(child)
-    return kinds
-
-
 def by_code(code: str, message: str, param: str | None = None) -> ApiError:
     """The error with a `code`, as frames of the engine carry it."""
-    for kind in _descendants(ApiError):
-        if kind.code == code:
-            if issubclass(kind, InvalidBody):
-                return kind(message, loc=("body", *(param.split(".") if param else ())))
-            error = kind(message)
-            error.param = param
-            return error
-    return InternalError(message)
+    kinds: list[type[ApiError]] = [ApiError]
+    for kind in kinds:  # those added to it as well
+        kinds += kind.__subclasses__()
+    kind = next((kind for kind in kinds[1:] if kind.code == code), InternalError)
+    if issubclass(kind, InvalidBody):
+        return kind(message, loc=("body", *(param.split(".") if param else ())))
+    return kind(message, param=param)

@@ -19,10 +19,8 @@ _MAX_MESSAGE_CHARS = 4000
 
 class _TextFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        fields = _fields(record)
-        pairs = "".join(
-            f" {name}={_shown(value)}" for name, value in fields.items() if value is not None
-        )
+        fields = getattr(record, "fields", {}).items()
+        pairs = "".join(f" {name}={_shown(value)}" for name, value in fields if value is not None)
         message = quoted(record.getMessage(), _MAX_MESSAGE_CHARS)
         line = f"{_time(record)} {record.levelname.lower():7} {message}{pairs}"
         return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
@@ -35,7 +33,7 @@ class _JsonFormatter(logging.Formatter):
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": record.getMessage(),
-            **_fields(record),
+            **getattr(record, "fields", {}),
         }
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
@@ -49,11 +47,6 @@ def _shown(value: Any) -> str:
     if not text.isprintable() or any(mark in text for mark in ' "='):
         text = json.dumps(text, ensure_ascii=False)
     return quoted(text, _MAX_VALUE_CHARS)
-
-
-def _fields(record: logging.LogRecord) -> dict[str, Any]:
-    fields: dict[str, Any] = getattr(record, "fields", {})
-    return fields
 
 
 def _time(record: logging.LogRecord) -> str:

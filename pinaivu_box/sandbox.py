@@ -18,37 +18,31 @@ import contextlib
 import importlib
 import os
 import resource
-import select
 import signal
 import struct
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import CancelledError, Future
-from dataclasses import dataclass
+from concurrent.futures import Future
 from pathlib import Path
-from typing import BinaryIO, Literal, TypeVar
+from queue import LifoQueue
+from typing import IO, Literal
 
 import msgspec
 
 from pinaivu_box import child
-from pinaivu_box.errors import ApiError, BoxError, InvalidBody, by_code
+from pinaivu_box.errors import ApiError, BoxError, InternalError, InvalidBody, by_code
 from pinaivu_box.fair_threads import FairThreads
 
 Job = Callable[[bytes], bytes]
-Result = TypeVar("Result")
 Limit = Literal["time", "memory", "crash"]
 
 _LENGTH = struct.Struct("<Q")
-_SETUP_CPU_SECONDS = 60.0
 _OUT_OF_MEMORY = 3  # exit status of a child
-_READ_BYTES = 1 << 20
 
 
-@dataclass(frozen=True)
-class SandboxLimits:
+class SandboxLimits(msgspec.Struct, array_like=True, frozen=True):
     """What one job may use.
 
     `cpu_seconds` is CPU time of all threads, `memory_bytes` address space beyond what the child has
@@ -58,6 +52,9 @@ class SandboxLimits:
     cpu_seconds: float
     memory_bytes: int
     wall_seconds: float = 120.0
+
+
+_SETUP_LIMITS = SandboxLimits(cpu_seconds=60.0, memory_bytes=0, wall_seconds=600.0)
 
 
 class SandboxLimit(BoxError):
@@ -86,9 +83,8 @@ class SandboxCancelled(BoxError):
 
 class _Start(msgspec.Struct, array_like=True):
     entry: str
-    cpu_seconds: float
-    memory_bytes: int
     setup: bytes
+    limits: SandboxLimits
 
 
 class _Reply(msgspec.Struct, array_like=True):
@@ -107,31 +103,27 @@ class Cancellation:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._stops: list[Callable[[], object]] = []
-        self._cancelled = False
-
-    @property
-    def cancelled(self) -> bool:
-        return self._cancelled
+        self._stop: Callable[[], object] | None = None
+        self.cancelled = False
 
     def cancel(self) -> None:
         with self._lock:  # so that nothing is stopped that has ended, and may have begun anew
-            self._cancelled = True
-            for stop in self._stops:
-                stop()
+            self.cancelled = True
+            if self._stop is not None:
+                self._stop()
 
     @contextlib.contextmanager
     def calling(self, stop: Callable[[], object]) -> Iterator[None]:
         """While this lasts, cancelling calls `stop`.  Raises SandboxCancelled if it has been."""
         with self._lock:
-            if self._cancelled:
+            if self.cancelled:
                 raise SandboxCancelled
-            self._stops.append(stop)
+            self._stop = stop
         try:
             yield
         finally:
             with self._lock:
-                self._stops.remove(stop)
+                self._stop = None
 
 
 class Sandbox:
@@ -142,19 +134,11 @@ class Sandbox:
     """
 
     def __init__(self, entry: str, setup: bytes = b"", *, limits: SandboxLimits) -> None:
-        self._start_frame = msgspec.msgpack.encode(
-            _Start(entry, limits.cpu_seconds, limits.memory_bytes, setup)
-        )
+        self._first = msgspec.msgpack.encode(_Start(entry, setup, limits))
         self._limits = limits
         self._lock = threading.Lock()  # one job at a time
         self._process: subprocess.Popen[bytes] | None = None
         self._cancelled = False
-
-    @property
-    def pid(self) -> int | None:
-        """The child's, None while there is none."""
-        process = self._process
-        return None if process is None else process.pid
 
     def start(self) -> None:
         """Start the child now, so that the first job need not wait for it."""
@@ -166,16 +150,12 @@ class Sandbox:
         the job raised."""
         with self._lock:
             process = self._running()
-            self._cancelled = False
             try:
                 with (cancellation or Cancellation()).calling(self._cancel):
-                    reply = self._exchange(process, payload, self._limits.wall_seconds)
+                    return self._exchange(process, payload)
             finally:
                 if self._cancelled:  # perhaps after the reply: this child takes no other job
                     self._discard()
-        if reply.code:
-            raise _error(reply)
-        return reply.result
 
     def close(self) -> None:
         """End the child, and with it the job that runs."""
@@ -198,86 +178,90 @@ class Sandbox:
         if child.executable_replaced():
             raise BoxError("the executable was replaced since the box started: restart the box")
         # Its standard error could quote what it was given, which belongs in no log.
-        process = subprocess.Popen(
+        self._process = subprocess.Popen(
             child.command("sandbox"),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
         )
-        self._process = process
-        for pipe in _pipes(process):
-            os.set_blocking(pipe.fileno(), False)
-        reply = self._exchange(process, self._start_frame, max(_SETUP_CPU_SECONDS * 10, 600.0))
-        if reply.code:
-            raise _error(reply)
-        return process
+        self._cancelled = False
+        self._exchange(self._process, self._first)
+        return self._process
 
-    def _exchange(self, process: subprocess.Popen[bytes], payload: bytes, seconds: float) -> _Reply:
-        deadline = time.monotonic() + seconds
-        stdin, stdout = _pipes(process)
-        try:
-            _write(stdin.fileno(), _LENGTH.pack(len(payload)), deadline)
-            _write(stdin.fileno(), payload, deadline)
-            (length,) = _LENGTH.unpack(_read(stdout.fileno(), _LENGTH.size, deadline))
-            return msgspec.msgpack.decode(_read(stdout.fileno(), length, deadline), type=_Reply)
-        except TimeoutError:
-            self._discard()
-            raise SandboxLimit("time", self._limits) from None
-        except (EOFError, BrokenPipeError):
-            process.wait()
+    def _exchange(self, process: subprocess.Popen[bytes], payload: bytes) -> bytes:
+        assert process.stdin is not None and process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):
+            _send(process.stdin, payload)
+        data = _receive(process.stdout)
+        if data is None:
+            status = process.wait()
             self._discard()
             if self._cancelled:
-                raise SandboxCancelled from None
-            raise SandboxLimit(_limit_of(process.returncode), self._limits) from None
+                raise SandboxCancelled
+            raise SandboxLimit(_limit_of(status), self._limits)
+        reply = msgspec.msgpack.decode(data, type=_Reply)
+        if reply.code:
+            raise _error(reply)
+        return reply.result
 
     def _discard(self) -> None:
         process, self._process = self._process, None
         if process is None:
             return
-        process.kill()
-        process.wait()
-        for pipe in _pipes(process):
-            with contextlib.suppress(BrokenPipeError):
-                pipe.close()
+        with contextlib.suppress(BrokenPipeError), process:  # which also closes its pipes
+            process.kill()
 
 
 class SandboxPool:
-    """Up to `size` sandboxes for the same kind of job, which tenants share fairly (see
-    `fair_threads`)."""
+    """`size` sandboxes for the same kind of job."""
 
     def __init__(
         self, entry: str, setup: bytes = b"", *, limits: SandboxLimits, size: int = 2
     ) -> None:
         self._all = [Sandbox(entry, setup, limits=limits) for _ in range(size)]
-        self._idle = list(self._all)
+        # The one that was used last goes first: the others need no child until several jobs run.
+        self._idle: LifoQueue[Sandbox] = LifoQueue()
+        for sandbox in self._all:
+            self._idle.put(sandbox)
         self._threads = FairThreads(size, "sandbox")
         self._closed = False
 
-    @property
-    def pids(self) -> list[int]:
-        """Of the children that there are."""
-        return [pid for sandbox in self._all if (pid := sandbox.pid) is not None]
-
     def start(self) -> None:
         """Start one child, so that the first job need not wait for it; does not block."""
-        self._submit("", Sandbox.start)
 
-    def run(
-        self, payload: bytes, *, tenant: str = "", cancellation: Cancellation | None = None
-    ) -> bytes:
-        """As `Sandbox.run`; blocks while no sandbox is free for that tenant."""
-        cancellation = cancellation or Cancellation()
-        future = self._submit(tenant, lambda sandbox: sandbox.run(payload, cancellation))
-        with cancellation.calling(future.cancel):
+        def start() -> None:
+            with contextlib.suppress(BoxError):  # the first job tries again, and tells
+                self._all[-1].start()
+
+        threading.Thread(target=start, daemon=True).start()
+
+    def run(self, payload: bytes, cancellation: Cancellation | None = None) -> bytes:
+        """As `Sandbox.run`; blocks while no sandbox is idle."""
+        sandbox = self._idle.get()
+        try:
+            if self._closed:
+                raise SandboxCancelled
+            return sandbox.run(payload, cancellation)
+        finally:
+            self._idle.put(sandbox)
+
+    async def run_async(self, payload: bytes, *, tenant: str) -> bytes:
+        """As `run`, for the event loop; cancelling the task ends the job.  Tenants share the
+        sandboxes fairly (see `fair_threads`)."""
+        cancellation, future = Cancellation(), Future[bytes]()
+        # A job that is cancelled waits on, but need not keep its payload.
+        waiting = [payload]
+        future.add_done_callback(lambda _: waiting.clear())
+
+        def job() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
             try:
-                return future.result()
-            except CancelledError:
-                raise SandboxCancelled from None
+                future.set_result(self.run(waiting[0], cancellation))
+            except BaseException as error:
+                future.set_exception(error)
 
-    async def run_async(self, payload: bytes, *, tenant: str = "") -> bytes:
-        """As `run`, for the event loop; cancelling the task ends the job."""
-        cancellation = Cancellation()
-        future = self._submit(tenant, lambda sandbox: sandbox.run(payload, cancellation))
+        self._threads.put(tenant, job)
         try:
             return await asyncio.wrap_future(future)
         except asyncio.CancelledError:
@@ -291,30 +275,6 @@ class SandboxPool:
             sandbox.close()
         self._threads.close()
 
-    def _submit(self, tenant: str, work: Callable[[Sandbox], Result]) -> Future[Result]:
-        future: Future[Result] = Future()
-        # A job that is cancelled waits on, but need not keep its payload.
-        waiting = [work]
-        future.add_done_callback(lambda _: waiting.clear())
-
-        def job() -> None:
-            if not future.set_running_or_notify_cancel():
-                return
-            sandbox = self._idle.pop()  # there are as many as threads
-            try:
-                if self._closed:
-                    raise SandboxCancelled
-                result = waiting[0](sandbox)
-            except BaseException as error:
-                future.set_exception(error)
-            else:
-                future.set_result(result)
-            finally:
-                self._idle.append(sandbox)
-
-        self._threads.put(tenant, job)
-        return future
-
 
 def _error(reply: _Reply) -> ApiError:
     error = by_code(reply.code, reply.message, reply.param)
@@ -323,45 +283,29 @@ def _error(reply: _Reply) -> ApiError:
     return error
 
 
-def _limit_of(status: int | None) -> Limit:
-    if status == -signal.SIGPROF:
+def _limit_of(status: int) -> Limit:
+    if status in (-signal.SIGPROF, -signal.SIGALRM):
         return "time"
     return "memory" if status == _OUT_OF_MEMORY else "crash"
 
 
-def _pipes(process: subprocess.Popen[bytes]) -> tuple[BinaryIO, BinaryIO]:
-    if process.stdin is None or process.stdout is None:
-        raise RuntimeError("the sandbox was started without pipes")
-    return process.stdin, process.stdout  # type: ignore[return-value]  # typeshed says IO[bytes]
+# -- frames --------------------------------------------------------------------------------------
 
 
-def _wait(descriptor: int, event: int, deadline: float) -> None:
-    poll = select.poll()
-    poll.register(descriptor, event)
-    if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
-        raise TimeoutError
+def _send(stream: IO[bytes], data: bytes) -> None:
+    stream.write(_LENGTH.pack(len(data)))
+    stream.write(data)
+    stream.flush()
 
 
-def _write(descriptor: int, data: bytes, deadline: float) -> None:
-    rest = memoryview(data)
-    while rest:
-        try:
-            rest = rest[os.write(descriptor, rest) :]
-        except BlockingIOError:
-            _wait(descriptor, select.POLLOUT, deadline)
-
-
-def _read(descriptor: int, length: int, deadline: float) -> bytes:
-    """Raises EOFError, TimeoutError."""
-    parts: list[bytes] = []
-    while length:
-        _wait(descriptor, select.POLLIN, deadline)
-        part = os.read(descriptor, min(length, _READ_BYTES))
-        if not part:
-            raise EOFError
-        parts.append(part)
-        length -= len(part)
-    return b"".join(parts)
+def _receive(stream: IO[bytes]) -> bytes | None:
+    """The next frame; None at the stream's end."""
+    header = stream.read(_LENGTH.size)
+    if len(header) < _LENGTH.size:
+        return None
+    (length,) = _LENGTH.unpack(header)
+    data = stream.read(length)
+    return data if len(data) == length else None
 
 
 # -- the child -----------------------------------------------------------------------------------
@@ -378,18 +322,16 @@ def main() -> None:
     # Libraries print; what they print must not land among the frames.
     frames_out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
-    frames_in = sys.stdin.buffer
     try:
-        _work(frames_in, frames_out)
+        _work(sys.stdin.buffer, frames_out)
     except MemoryError:
         os._exit(_OUT_OF_MEMORY)
 
 
-def _work(frames_in: BinaryIO, frames_out: BinaryIO) -> None:
-    first = _next(frames_in)
-    if first is None:
+def _work(frames_in: IO[bytes], frames_out: IO[bytes]) -> None:
+    if (data := _receive(frames_in)) is None:
         return
-    start = msgspec.msgpack.decode(first, type=_Start)
+    start = msgspec.msgpack.decode(data, type=_Start)
     jobs: list[Job] = []
 
     def set_up(setup: bytes) -> bytes:
@@ -397,30 +339,35 @@ def _work(frames_in: BinaryIO, frames_out: BinaryIO) -> None:
         jobs.append(getattr(importlib.import_module(module), name)(setup))
         return b""
 
-    _limit_memory(start.memory_bytes)
-    _send(frames_out, _run(set_up, start.setup, _SETUP_CPU_SECONDS))
-    _limit_memory(start.memory_bytes)
-    while jobs and (payload := _next(frames_in)) is not None:
-        _send(frames_out, _run(jobs[0], payload, start.cpu_seconds))
+    _limit_memory(start.limits.memory_bytes)
+    _reply(frames_out, set_up, start.setup, _SETUP_LIMITS)
+    _limit_memory(start.limits.memory_bytes)
+    while jobs and (payload := _receive(frames_in)) is not None:
+        _reply(frames_out, jobs[0], payload, start.limits)
 
 
-def _run(job: Job, payload: bytes, cpu_seconds: float) -> _Reply:
-    # The signal's default action ends the process, also in the middle of C code.
-    signal.setitimer(signal.ITIMER_PROF, cpu_seconds)
+def _reply(stream: IO[bytes], job: Job, payload: bytes, limits: SandboxLimits) -> None:
+    _send(stream, msgspec.msgpack.encode(_run(job, payload, limits)))
+
+
+def _run(job: Job, payload: bytes, limits: SandboxLimits) -> _Reply:
+    # The default action of their signals ends the process, also in the middle of C code.
+    signal.setitimer(signal.ITIMER_PROF, limits.cpu_seconds)
+    signal.setitimer(signal.ITIMER_REAL, limits.wall_seconds)
     try:
         return _Reply(job(payload))
     except MemoryError:
         raise
-    except InvalidBody as error:
-        loc, kind = list(error.loc), error.kind
-        return _Reply(b"", error.code, error.message, error.param, loc, kind)
     except ApiError as error:
-        return _Reply(b"", error.code, error.message, error.param)
+        loc, kind = (list(error.loc), error.kind) if isinstance(error, InvalidBody) else ([], "")
+        return _Reply(b"", error.code, error.message, error.param, loc, kind)
     except Exception as error:
         # Only its kind: the text of an exception can quote what it was given.
-        return _Reply(b"", ApiError.code, f"A job of this box failed with {type(error).__name__}.")
+        what = f"A job of this box failed with {type(error).__name__}."
+        return _Reply(b"", InternalError.code, what)
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def _limit_memory(more: int) -> None:
@@ -430,19 +377,3 @@ def _limit_memory(more: int) -> None:
     if hard != resource.RLIM_INFINITY:
         limit = min(limit, hard)
     resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
-
-
-def _next(stream: BinaryIO) -> bytes | None:
-    header = stream.read(_LENGTH.size)
-    if len(header) < _LENGTH.size:
-        return None
-    (length,) = _LENGTH.unpack(header)
-    payload = stream.read(length)
-    return payload if len(payload) == length else None
-
-
-def _send(stream: BinaryIO, reply: _Reply) -> None:
-    data = msgspec.msgpack.encode(reply)
-    stream.write(_LENGTH.pack(len(data)))
-    stream.write(data)
-    stream.flush()

@@ -6,7 +6,6 @@ They are immutable, and a reload replaces them as a whole.  Whoever needs a sett
 
 from __future__ import annotations
 
-import stat
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from pinaivu_box.errors import CliError
 from pinaivu_box.models import catalog as catalogs
 from pinaivu_box.models.catalog import Catalog
 from pinaivu_box.models.header_reader import HeaderReader
+from pinaivu_box.models.regular_files import open_regular
 
 MAX_SHARED_PREFIXES_BYTES = 256 * 1024  # of all texts; more than a context holds
 
@@ -67,11 +67,8 @@ def read_shared_prefixes(config: EngineConfig) -> tuple[str, ...]:
 
 def _text(path: str) -> str:
     try:
-        file = Path(path).expanduser()
-        if not stat.S_ISREG(file.stat().st_mode):  # a pipe would be waited for
-            raise ValueError("it is not a regular file")
-        with file.open("rb") as opened:
-            data = opened.read(MAX_SHARED_PREFIXES_BYTES + 1)
+        with open_regular(Path(path).expanduser()) as file:
+            data = file.read(MAX_SHARED_PREFIXES_BYTES + 1)
         if len(data) > MAX_SHARED_PREFIXES_BYTES:
             raise ValueError(f"it has more than {MAX_SHARED_PREFIXES_BYTES} bytes")
         text = data.decode()

@@ -24,9 +24,24 @@ def number(text: str) -> int | None:
     return int(text) if _DIGITS.fullmatch(text) else None
 
 
+def host_and_port(address: str) -> tuple[str, int]:
+    """Split HOST:PORT or [IPv6]:PORT.  Raises ValueError."""
+    host, _, port = address.rpartition(":")
+    if not host:
+        raise ValueError(f"'{address}' is not an address: write HOST:PORT")
+    if (port_number := number(port)) is None:
+        raise ValueError(f"'{address}' is not an address: '{port}' is not a port")
+    return host.strip("[]"), port_number
+
+
 def encodable(text: str) -> str:
     """Without halves of surrogate pairs, which JSON can spell and UTF-8 cannot."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "ignore")
+
+
+def sentence(text: str) -> str:
+    """The text with a capital at its beginning and a full stop at its end."""
+    return f"{text[:1].upper()}{text[1:].rstrip('.')}."
 
 
 def megabytes(size: float, decimals: int = 0) -> str:

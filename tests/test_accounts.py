@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pinaivu_box.errors import RowConflict, RowNotFound
+from pinaivu_box.errors import RowConflict
 from pinaivu_box.store import accounts
 from pinaivu_box.store.audit import Actor
 from pinaivu_box.store.database import Database
@@ -85,7 +85,7 @@ def test_create_ls_passwd_rm(tmp_path: Path) -> None:
         (("rm", "acct_owner"), 1, "no admin"),
     ],
 )
-def test_what_cannot_be_is_one_sentence(
+def test_an_invalid_change_of_an_account_fails_with_one_sentence(
     tmp_path: Path, command: tuple[str, ...], code: int, word: str
 ) -> None:
     home = tmp_path / "home"
@@ -224,14 +224,15 @@ async def test_a_password_is_right_or_not(tmp_path: Path) -> None:
 async def test_a_key_is_not_made_for_an_account_that_has_just_gone(tmp_path: Path) -> None:
     from pinaivu_box.policy import Policy
     from pinaivu_box.store import keys
+    from pinaivu_box.store.new_keys import Draft, NewKeys
 
     async with Database(tmp_path / "box.db") as database:
         alice = await accounts.create(database, "alice", "member", None, BY)
+        batch = NewKeys(database, BY)
+        await batch.add(Draft("", "alice", Policy()))
         await accounts.remove(database, alice, BY)
-        with pytest.raises(RowNotFound):
-            await keys.create(
-                database, account=alice, name="", policy=Policy(), expires_at=None, by=BY
-            )
+        with pytest.raises(RowConflict):
+            await batch.write()
         assert await keys.ls(database) == []
         with pytest.raises(RowConflict):
             await accounts.remove(database, await accounts.find(database, "owner"), BY)

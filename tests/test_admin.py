@@ -217,7 +217,7 @@ def test_two_who_change_settings_at_once_do_not_lose_a_change(box: Box) -> None:
         ("GET", "nothing", None, 404, None),
     ],
 )
-def test_what_cannot_be_has_the_envelope_of_all_errors(
+def test_an_invalid_admin_request_gets_the_common_error_object(
     box: Box, method: str, path: str, body: Any, status: int, loc: Any
 ) -> None:
     key = ask(box, "GET", "keys", params={"limit": 1})["data"][0]

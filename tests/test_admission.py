@@ -1,4 +1,7 @@
-"""Between a request's arrival and its start: what changes meanwhile counts."""
+"""Between a request's arrival and its start: what changes meanwhile counts.
+
+The prompts of a key with `--tpm` are counted before they are admitted.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.support.in_process_command import run_command, run_command_json
+from tests.support.in_process_command import make_key, run_command, run_command_json
 from tests.support.process_box import Box, wait_until
 
 CONFIG = """
@@ -43,12 +46,6 @@ def box(tmp_path: Path) -> Iterator[Box]:
 def threads() -> Iterator[ThreadPoolExecutor]:
     with ThreadPoolExecutor(32) as pool:
         yield pool
-
-
-def make_key(box: Box, *options: str) -> tuple[str, str]:
-    """The secret and the id; with `--tpm` its prompts are counted before they are admitted."""
-    made = run_command_json("keys", "create", *options, home=box.home)
-    return made["key"], made["id"]
 
 
 def ask(box: Box, key: str, **more: Any) -> httpx.Response:
@@ -106,7 +103,7 @@ def test_a_deadline_holds_while_the_prompt_is_counted(
     assert int(left.headers["x-ratelimit-remaining-tokens"]) == 1000 - taken
 
 
-def test_an_engine_that_dies_over_a_prompt_is_no_client_s_business(
+def test_an_engine_that_dies_while_it_counts_a_prompt_is_replaced(
     box: Box, threads: ThreadPoolExecutor
 ) -> None:
     key, _ = make_key(box, "--tpm", "1000")
@@ -118,7 +115,7 @@ def test_an_engine_that_dies_over_a_prompt_is_no_client_s_business(
 
 
 @pytest.mark.parametrize("command", [["revoke"], ["edit", "--block", "enough"]])
-def test_a_key_that_is_stopped_while_its_prompt_is_counted(
+def test_a_key_that_is_stopped_while_a_prompt_is_counted_is_refused(
     box: Box, threads: ThreadPoolExecutor, command: list[str]
 ) -> None:
     key, name = make_key(box, "--tpm", "1000")
@@ -129,7 +126,7 @@ def test_a_key_that_is_stopped_while_its_prompt_is_counted(
     assert asked.result().status_code in (401, 403)
 
 
-def test_a_key_that_is_revoked_while_the_body_comes(box: Box) -> None:
+def test_a_key_that_is_revoked_while_the_body_arrives_is_refused(box: Box) -> None:
     key, name = make_key(box)
     body = httpx.Request("POST", box.url, json=ASK).content
     host, _, port = box.url.removeprefix("http://").partition(":")
@@ -144,7 +141,7 @@ def test_a_key_that_is_revoked_while_the_body_comes(box: Box) -> None:
         assert b" 401 " in connection.recv(1000).splitlines()[0]
 
 
-def test_draining_sends_away_whose_prompt_is_still_counted(
+def test_draining_refuses_requests_whose_prompt_is_being_counted(
     box: Box, threads: ThreadPoolExecutor
 ) -> None:
     key, _ = make_key(box, "--tpm", "100000")
@@ -180,7 +177,7 @@ def test_a_request_refused_or_left_before_it_began_costs_nothing(
     box.kill()
 
 
-def test_what_is_left_is_said_right_after_a_restart(box: Box) -> None:
+def test_headers_count_the_last_minute_right_after_a_restart(box: Box) -> None:
     key, _ = make_key(box, "--rpm", "5")
     assert ask(box, key).headers["x-ratelimit-remaining-requests"] == "4"
     assert box.stop() == 0

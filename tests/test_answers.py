@@ -227,7 +227,7 @@ def test_a_chat_s_prompt_ends_as_is_asked(
          "without tool calls"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_continued(
+def test_a_message_that_cannot_be_continued_is_refused(
     fake_box: Box, messages: list[Any], more: dict[str, Any], words: str
 ) -> None:
     for path in (CHAT, INPUT_TOKENS):

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from pinaivu_box.engine.fake_runner import SENTENCE
 from pinaivu_box.engine.scheduler import MIN_AWAITED_TOKENS
+from pinaivu_box.receipts.commitment import prompt_text
 from pinaivu_box.receipts.verify import Transcript, verify_receipt
 from tests.support.process_box import MODEL, Box, pinaivu, wait_until
 
@@ -158,7 +159,9 @@ def test_an_answer_keeps_to_its_schema(box: Box, temperature: float, stream: boo
         assert answer.choices[0].finish_reason == "stop"
         more = {"constraint": json.dumps(PERSON, separators=(",", ":"))}
         asked = [{"role": "user", "content": "Who are you?"}]
-        check_receipt(box, answer.request_id, messages=asked, output=text, more=more)
+        check_receipt(
+            box, answer.request_id, prompts=[prompt_text(asked, [], **more)], answer=text.encode()
+        )
     jsonschema.validate(json.loads(text), PERSON)
 
 
@@ -551,7 +554,7 @@ def test_a_response_keeps_to_a_schema(box: Box) -> None:
     jsonschema.validate(json.loads(answer.output_text), PERSON)
 
 
-def test_what_is_too_long_loses_its_oldest_messages_if_it_may(fake_box: Box) -> None:
+def test_truncation_auto_removes_the_oldest_messages(fake_box: Box) -> None:
     turns = [
         {"role": ("user", "assistant")[number % 2], "content": f"{number:03} " * 70}
         for number in range(61)
@@ -576,7 +579,7 @@ def test_what_is_too_long_loses_its_oldest_messages_if_it_may(fake_box: Box) -> 
         respond(fake_box, input="x" * 20_000, truncation="auto", **options)
 
 
-def test_what_asks_for_state_that_is_not_here_is_refused_by_name(fake_box: Box) -> None:
+def test_fields_that_name_state_on_another_server_are_refused_by_name(fake_box: Box) -> None:
     for name, value in (("conversation", "conv_1"), ("prompt", {"id": "pmpt_1"})):
         with pytest.raises(openai.UnprocessableEntityError, match=f"'{name}' is part of OpenAI"):
             respond(fake_box, model=FAKE, input="hi", **{name: value})
@@ -770,7 +773,7 @@ def test_messages_count_and_stop(fake_box: Box) -> None:
     check_receipt(fake_box, answer["request_id"])
 
 
-def test_what_a_history_of_messages_says_reaches_the_model(fake_box: Box) -> None:
+def test_blocks_of_a_history_of_messages_reach_the_model(fake_box: Box) -> None:
     """The fake model's tokens are bytes, so each word that is added is counted."""
     use = {"type": "tool_use", "id": "t", "name": "f", "input": {"x": 1}}
     result = {"type": "tool_result", "tool_use_id": "t", "content": "No."}

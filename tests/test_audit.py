@@ -102,7 +102,7 @@ def test_every_call_that_changes_something_is_told_of_with_its_key_and_address(b
         assert secret not in text
 
 
-def test_what_is_refused_is_not_told_of_as_done(box: Box) -> None:
+def test_a_refused_change_is_not_in_the_audit_trail(box: Box) -> None:
     before = entries(box)
     for method, path, body in [
         ("POST", "accounts", {"name": "owner"}),
@@ -175,7 +175,7 @@ def test_the_database_refuses_to_change_the_trail(tmp_path: Path, statement: str
     assert run_command_json("audit", home=home) == before
 
 
-def test_who_and_what_have_names_beside_their_ids(tmp_path: Path) -> None:
+def test_audit_entries_name_actors_and_targets(tmp_path: Path) -> None:
     home = tmp_path / "home"
     key = run_command_json("keys", "create", "--name", "ann's laptop", home=home)
     told = run_command_json("audit", home=home)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import httpx
@@ -18,7 +19,7 @@ from pydantic import TypeAdapter
 
 from pinaivu_box.gateway.mailbox import Mailbox
 from pinaivu_box.gateway.request import Failed, RequestEvent
-from pinaivu_box.server.background import Background, BackgroundResponse, replayed
+from pinaivu_box.server.background import Background, replayed
 from pinaivu_box.store import responses as stored
 from pinaivu_box.store.database import Database
 from tests.support.process_box import UNDRAFTED, Box, StartBox, wait_until
@@ -117,7 +118,7 @@ def test_it_is_cancelled_as_often_as_you_like(here: Box, client: Any) -> None:
     assert receipt(here, found)["finish_reason"] == "cancelled"
 
 
-def test_what_cannot_be_cancelled(here: Box, client: Any) -> None:
+def test_ended_foreground_and_foreign_responses_cannot_be_cancelled(here: Box, client: Any) -> None:
     done = begin(client, model=FAST, max_output_tokens=4)
     wait_for(client, done, "incomplete")
     assert client.responses.cancel(done.id).status == "incomplete"
@@ -135,7 +136,7 @@ def test_what_cannot_be_cancelled(here: Box, client: Any) -> None:
     client.responses.cancel(running.id)
 
 
-def test_what_is_not_stored_cannot_run_so(client: Any) -> None:
+def test_background_needs_store(client: Any) -> None:
     with pytest.raises(openai.UnprocessableEntityError, match="background needs store"):
         begin(client, store=False)
 
@@ -191,7 +192,7 @@ def test_a_stream_tells_of_what_comes(client: Any) -> None:
     assert said(seen) == client.responses.retrieve(made.id).output_text
 
 
-def test_what_is_deleted_stops(here: Box, client: Any) -> None:
+def test_deleting_a_running_response_stops_it(here: Box, client: Any) -> None:
     made = begin(client)
     stream = client.responses.retrieve(made.id, stream=True)
     next(stream)
@@ -228,7 +229,7 @@ def test_a_key_that_is_revoked_at_once_ends_it(here: Box, client: Any) -> None:
     assert receipt(here, running)["finish_reason"] == "cancelled"
 
 
-def test_what_runs_counts_as_stored_and_is_not_the_oldest_that_goes(here: Box, client: Any) -> None:
+def test_a_running_response_counts_as_stored_and_is_not_evicted(here: Box, client: Any) -> None:
     running = begin(client)
     speaking(client, running)
     plain = [
@@ -339,39 +340,34 @@ async def test_one_whose_answer_cannot_be_written_has_failed(tmp_path: Path) -> 
         def queue(self) -> list[bytes]:
             return []
 
-        def response(self) -> Any:
-            return type("Response", (), {"id": "resp_1"})
+        def whole(self) -> Any:
+            return SimpleNamespace(id="resp_1")
+
+        async def insert(self) -> None:
+            body = json.dumps({"status": "queued", "background": True}).encode()
+            row = stored.StoredResponse(
+                "resp_1", "acct_owner", None, 0, b"[]", body, "key", stored.QUEUED
+            )
+            await stored.insert(database, row, **self.storage_limits)
 
         def encode_each(self, _events: Any) -> list[bytes]:
             return ["\ud83d".encode()]
 
-    class Running:
-        events: Mailbox[RequestEvent] = Mailbox()
-
-        def cancel(self) -> None:
-            pass
-
+    left: list[bool] = []
     async with Database(tmp_path / "box.db") as database:
-        body = json.dumps({"status": "queued", "background": True}).encode()
-        row = stored.StoredResponse(
-            "resp_1", "acct_owner", None, 0, b"[]", body, "key", stored.QUEUED
-        )
-        await stored.insert(database, row, max_count=9, max_bytes=9**9)
-        key = type("Key", (), {"account_id": "acct_owner"})
-        box = type("Box", (), {"database": database})
-        call = type("Call", (), {"key": key, "box": box, "note": lambda *_: None,
-                                 "failed": lambda _, error: Failed(error)})()  # fmt: skip
-        left: list[bool] = []
-        running = Running()
-        made = BackgroundResponse(
-            cast("Any", call),
-            cast("Any", running),
-            cast("Any", Answer()),
-            lambda: left.append(True),
+        events: Mailbox[RequestEvent] = Mailbox()
+        call = SimpleNamespace(
+            key=SimpleNamespace(account_id="acct_owner"),
+            box=SimpleNamespace(database=database),
+            request=SimpleNamespace(scope={"state": {"release_body": lambda: left.append(True)}}),
+            running=SimpleNamespace(events=events, cancel=lambda: None),
+            note=lambda _event: None,
+            failed=Failed,
         )
         background = Background()
-        background.start(made)
-        running.events.put(cast("Any", object()))
+        made = await background.start(cast("Any", call), cast("Any", Answer()))
+        assert background.find("resp_1", "acct_owner") is made and not left
+        events.put(cast("Any", object()))
         await made.task
         found = await stored.find(database, "resp_1", "acct_owner")
         assert found and found.status == "failed" and "its log says why" in found.body.decode()

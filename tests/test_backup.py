@@ -196,7 +196,7 @@ def test_a_file_is_overwritten_only_by_force(made: dict[str, Path], tmp_path: Pa
     run_command("restore", str(file), home=tmp_path / "other")
 
 
-def test_what_cannot_be_backed_up(made: dict[str, Path], tmp_path: Path) -> None:
+def test_a_backup_that_is_not_possible_is_refused(made: dict[str, Path], tmp_path: Path) -> None:
     file, home = tmp_path / "file", tmp_path / "home"
     assert "There is no box" in refused("backup", str(file), home=home)
     assert not home.exists()
@@ -307,7 +307,7 @@ def hostile(plain: bytes, sealed: bytes, file: Path) -> dict[str, tuple[bytes, s
     }
 
 
-def test_what_is_no_good_backup_is_refused_in_a_sentence(
+def test_a_damaged_or_hostile_backup_is_refused_with_a_sentence(
     made: dict[str, Path], tmp_path: Path
 ) -> None:
     home = home_with_a_key(tmp_path / "home", "old")
@@ -400,7 +400,7 @@ def test_a_restore_killed_anywhere_leaves_the_old_box_or_the_new_one(
     assert old is not None and (True, True) in seen and not seen[-1][0]
 
 
-def test_what_a_killed_backup_or_restore_left_does_not_hinder_the_next(
+def test_leftovers_of_a_killed_backup_or_restore_do_not_block_the_next(
     made: dict[str, Path], tmp_path: Path
 ) -> None:
     home, file = tmp_path / "home", tmp_path / "file"

@@ -49,13 +49,13 @@ from pinaivu_box.receipts.verify import Transcript, verify_receipt
 from pinaivu_box.server.app import create_app
 from pinaivu_box.store import keys
 from pinaivu_box.store.database import Database
-from pinaivu_box.transport import streams, wire
+from pinaivu_box.transport import wire
 
 # Each kind of frame and how it is read.
 DECODERS: dict[str, Callable[[bytes], Any]] = {
     "hello": wire.decode_hello,
-    "open": streams.decode_open,
-    "refusal": msgpack.Decoder(streams.Refusal).decode,
+    "open": wire.decode_open,
+    "refusal": msgpack.Decoder(wire.Refusal).decode,
     "join": msgpack.Decoder(joining.JoinRequest).decode,
     "welcome": msgpack.Decoder(joining.Welcome).decode,
     "leg, to the serving box": leg_wire.to_serving.decode,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import math
 import random
 import socket
 import subprocess
@@ -28,6 +29,7 @@ from pinaivu_box.bench.target import Target
 from pinaivu_box.bench.wire import EventParser, ResponseParser, WireError
 from pinaivu_box.bench.workload import Lengths, Scale, Workload, WorkloadRequest, arrivals
 from pinaivu_box.errors import UsageError
+from tests.support.in_process_command import run_command
 from tests.support.process_box import PINAIVU, Box, StartBox, environment
 
 MODEL = "fake:1"  # 2 ms a step
@@ -89,7 +91,7 @@ def test_tokens_are_those_of_the_usage_where_there_is_one() -> None:
     assert found.tokens_from == "deltas and usage"
 
 
-def test_what_comes_after_the_window_does_not_count_into_the_rates() -> None:
+def test_tokens_after_the_duration_do_not_count_towards_the_rates() -> None:
     one = outcome(1.0, 2.0, 3.0, 4.0, usage_tokens=8)
     found = summarise(Measured([one], None, 0.0, 2.0, 0.0), plan())
     assert found.tokens_per_s == 2
@@ -147,11 +149,14 @@ def test_pairs_take_turns_and_their_ratios_are_medians() -> None:
 # -- workloads -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("text", ["128", "uniform:64-256", "lognormal:128,0.6"])
-def test_lengths_have_the_mean_that_they_say_and_the_seed_decides(text: str) -> None:
+@pytest.mark.parametrize(
+    ("text", "mean"),
+    [("128", 128), ("uniform:64-256", 160), ("lognormal:128,0.6", 128 * math.exp(0.18))],
+)
+def test_lengths_have_their_mean_and_depend_on_the_seed(text: str, mean: float) -> None:
     lengths = Lengths.parse(text)
     draws = [lengths.draw(rng) for rng in [random.Random(1)] for _ in range(20_000)]
-    assert sum(draws) / len(draws) == pytest.approx(lengths.mean, rel=0.03)
+    assert sum(draws) / len(draws) == pytest.approx(mean, rel=0.03)
     assert min(draws) >= 1
     again = [lengths.draw(rng) for rng in [random.Random(1)] for _ in range(20_000)]
     assert draws == again
@@ -161,7 +166,7 @@ def test_lengths_have_the_mean_that_they_say_and_the_seed_decides(text: str) -> 
     "text",
     ["", "0", "-4", "x", "1,2", "uniform:5", "uniform:9-3", "normal:3,1", "lognormal:9", "nan"],
 )
-def test_a_length_that_is_none_is_refused(text: str) -> None:
+def test_an_invalid_length_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match="--prompt-tokens cannot be"):
         Lengths.parse(text, "--prompt-tokens")
 
@@ -381,7 +386,7 @@ def test_a_stream_that_ends_without_closing_bytes_is_complete_after_done() -> No
     assert asked(chunked([text("a"), END, DONE])[:-18]).error == ""
 
 
-def test_an_address_without_a_server(closed_port: int) -> None:
+def test_an_address_without_a_server_is_an_error(closed_port: int) -> None:
     async def run() -> RequestOutcome:
         found = RequestOutcome()
         target = Target.parse(f"http://127.0.0.1:{closed_port}", model="m")
@@ -409,14 +414,14 @@ def closed_port() -> Iterator[int]:
         ("https://example.org", ("example.org", 443, "/v1/chat/completions")),
     ],
 )
-def test_urls(url: str, where: tuple[str, int, str]) -> None:
+def test_a_url_has_a_host_a_port_and_a_path(url: str, where: tuple[str, int, str]) -> None:
     target = Target.parse(url)
     assert (target.host, target.port, target.path) == where
     assert (target.tls is not None) == url.startswith("https")
 
 
 @pytest.mark.parametrize("url", ["localhost:4001", "ftp://a", "http://", "http://a:x", "x"])
-def test_what_is_no_url_is_refused(url: str) -> None:
+def test_an_invalid_url_is_refused(url: str) -> None:
     with pytest.raises(UsageError, match="is not a URL"):
         Target.parse(url)
 
@@ -439,7 +444,7 @@ def test_rows_have_a_column_for_each_server_and_one_for_the_ratio() -> None:
     assert ["tokens/s", "10.50", "10.50", "1.00 (1.00 to 1.00)"] in two
 
 
-def test_a_busy_client_is_said() -> None:
+def test_a_busy_client_is_noted() -> None:
     busy = Measured([outcome(1.0)], None, 0.0, 1.0, 0.95)
     run = BenchRun(0, 0, summarise(busy, plan()), [1.0], [])
     assert any("may be the bottleneck" in note for note in notes(TARGETS[:1], [run]))
@@ -464,14 +469,8 @@ def fake_box(module_box: StartBox) -> Box:
     return module_box("--model", f"{MODEL}=fake:2")
 
 
-def bench(*args: str, key: str = "") -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*PINAIVU, "bench", *args],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=environment(PINAIVU_API_KEY=key),
-    )
+def bench(*args: str, key: str) -> subprocess.CompletedProcess[str]:
+    return run_command("bench", "--key", key, *args, home=None, check=False)
 
 
 def bench_json(box: Box, *args: str) -> Any:
@@ -556,10 +555,14 @@ def test_a_shared_prefix_of_repetitive_text_as_a_table(fake_box: Box) -> None:
         assert label in done.stdout
 
 
-def test_the_model_is_the_first_that_is_listed(fake_box: Box) -> None:
+def test_the_model_is_the_first_and_the_key_is_in_the_environment(fake_box: Box) -> None:
     first = fake_box.http("GET", "/v1/models").json()["data"][0]["id"]
-    done = bench(
-        fake_box.url, "--requests", "1", "--output-tokens", "2", "--json", key=fake_box.key
+    done = subprocess.run(
+        [*PINAIVU, "bench", fake_box.url, "--requests", "1", "--output-tokens", "2", "--json"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=environment(PINAIVU_API_KEY=fake_box.key),
     )
     assert json.loads(done.stdout)["targets"][0]["model"] == first
 

@@ -244,7 +244,7 @@ def test_a_signal_to_the_whole_group_drains(
 
 
 @pytest.mark.timeout(900)
-def test_what_the_source_tree_passes(executable: Path, tmp_path: Path) -> None:
+def test_the_executable_passes_tests_of_the_source_tree(executable: Path, tmp_path: Path) -> None:
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     chosen = [f"({Path(file).stem} and ({words}))" for file, words in SOURCE_TESTS.items()]

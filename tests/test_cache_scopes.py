@@ -149,7 +149,7 @@ def tokens_found(usage: dict[str, Any]) -> int:
     return int(usage["cache_read_input_tokens"])
 
 
-def test_what_runs_is_not_found_either(box: Box) -> None:
+def test_a_running_prompt_of_another_scope_is_not_found_either(box: Box) -> None:
     """Nor is it waited for: the guesser has its answer while the victim's goes on."""
     victim, guesser = Person(box), Person(box)
     prompt = KNOWN * 5
@@ -192,7 +192,7 @@ def test_without_cache_prompt_nothing_is_found_kept_or_shared(box: Box) -> None:
     assert {json.loads(one["signed"])["cached_tokens"] for one in receipt["proofs"]} == {0}
 
 
-def test_without_cache_prompt_what_runs_is_not_shared(box: Box) -> None:
+def test_a_running_prompt_is_not_shared_without_cache_prompt(box: Box) -> None:
     person, prompt = Person(box), KNOWN * 5
     client = box.client_with(person.key)
     with client.completions.create(

@@ -14,6 +14,7 @@ import openai
 import pytest
 
 from pinaivu_box.engine.fake_runner import SENTENCE
+from pinaivu_box.receipts.commitment import prompt_text
 from pinaivu_box.receipts.verify import Transcript, verify_receipt
 from tests.support.process_box import MODEL, UNDRAFTED, Box, StartBox
 
@@ -306,7 +307,7 @@ def test_a_penalty_makes_the_real_model_repeat_itself_less(box: Box) -> None:
         ({"extra_body": {"pinaivu": {"priorty": 1}}}, "priorty"),
     ],
 )
-def test_what_is_out_of_range_is_refused_by_name(box: Box, more: Any, field: str) -> None:
+def test_a_value_out_of_range_is_refused_by_name(box: Box, more: Any, field: str) -> None:
     with pytest.raises(openai.UnprocessableEntityError) as caught:
         ask(box, **more)
     assert field in caught.value.response.text
@@ -446,7 +447,8 @@ def test_32_at_once_all_complete_each_with_its_own_answer(fake_box: Box, model: 
         if model == FAKE:
             assert text == sentence(usage.prompt_tokens, 8 + number % 5)
         document = fake_box.http("GET", f"/v1/receipts/{request_id}").content
-        asked = Transcript(messages=[{"role": "user", "content": prompt}], output=text)
+        question = prompt_text([{"role": "user", "content": prompt}], [])
+        asked = Transcript([question], answer=text.encode())
         failed = [c for c in verify_receipt(document, transcript=asked) if not c.ok]
         assert not failed
         signed = json.loads(json.loads(document)["signed_receipt"])

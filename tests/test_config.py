@@ -77,7 +77,7 @@ def test_every_setting_is_in_the_sample() -> None:
             node = node[name]
 
 
-def test_what_the_sample_has_commented_out_is_valid_and_says_the_defaults(tmp_path: Path) -> None:
+def test_the_commented_lines_of_the_sample_are_valid_and_have_the_defaults(tmp_path: Path) -> None:
     defaults = {name: getattr(Sampling(), name) for name in SamplingConfig.__struct_fields__}
     assert uncommented()["sampling"] == defaults
     config = load(written(tmp_path, COMMENTED.sub(r"\1", SAMPLE.read_text())), environ={})
@@ -190,7 +190,7 @@ def test_a_duration_is_number_times_unit(number: int, unit: tuple[str, int]) -> 
     "text",
     ["", " ", "m", "5 weeks", "5m30s", "1e3", "5M", "nan", "inf", "--1", "1.", ".5", "5m\n5"],
 )
-def test_what_is_no_duration_is_refused(text: str) -> None:
+def test_an_invalid_duration_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="not a duration"):
         parse_duration(text)
 
@@ -227,7 +227,7 @@ def test_a_relay_is_none_theirs_or_a_url(tmp_path: Path, relay: str) -> None:
     ["", "relay.example", "https://", "http://:3340", "ftp://relay.example", "https://a b",
      "https://relay.example:99999", "http://[::1", "https://" + "relay." * 20 + "example"],
 )  # fmt: skip
-def test_what_is_no_relay_is_said_in_one_sentence(tmp_path: Path, relay: str) -> None:
+def test_an_invalid_relay_is_refused_in_one_sentence(tmp_path: Path, relay: str) -> None:
     file = tmp_path / "config.toml"
     file.write_text(f'[peering]\nrelay = "{relay}"\n')
     with pytest.raises(CliError) as caught:

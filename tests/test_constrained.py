@@ -67,7 +67,7 @@ def test_a_number_of_a_call_ends_and_a_named_function_is_called_once(box: Box) -
 # -- what grammars cost ----------------------------------------------------------------------------
 
 
-class Stream:
+class RepeatedStream:
     """A stream of another account's key, read in a thread: `chunks` counts what has come."""
 
     def __init__(self, box: Box, key: str) -> None:
@@ -104,7 +104,7 @@ def other_key(box: Box) -> str:
 
 def test_a_grammar_that_takes_too_long_is_refused_while_others_stream(box: Box) -> None:
     key = other_key(box)
-    stream = Stream(box, key)
+    stream = RepeatedStream(box, key)
     try:
         before, answers = stream.chunks, []
 
@@ -153,7 +153,7 @@ def test_a_grammar_that_takes_too_long_is_refused_while_others_stream(box: Box) 
     ],
     ids=["grammar", "schema", "tools", "stop"],
 )
-def test_what_is_too_large_is_refused_with_its_limit(
+def test_a_field_that_is_too_large_is_refused_with_its_limit(
     box: Box, field: str, value: Any, most: int
 ) -> None:
     done = box.chat(**{field: value})

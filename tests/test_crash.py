@@ -358,7 +358,7 @@ def test_a_second_sigterm_ends_it_at_once(new_box: MakeBox) -> None:
     wait_until(lambda: not alive(pid), "the end of the engine")
 
 
-def test_what_outlasts_the_drain_is_cancelled_with_its_receipt(new_box: MakeBox) -> None:
+def test_a_request_that_outlasts_the_drain_is_cancelled_with_its_receipt(new_box: MakeBox) -> None:
     config = "[server]\ndrain_seconds = 0.5\n" + UNDRAFTED
     box = new_box("--model", f"{FAKE}=fake:50", config=config)
     stream = StreamedChat(box, FAKE, 5000)

@@ -199,7 +199,7 @@ def test_a_home_of_another_user(home: Path) -> None:
     os.chown(home, 0, 0)
 
 
-def test_what_a_killed_restore_left(home: Path, tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_restore_are_a_warning(home: Path, tmp_path: Path) -> None:
     pinaivu("backup", str(tmp_path / "file"), home=home)
     command = ("restore", str(tmp_path / "file"), "--force")
     killed = (killed_before(number, *command, home=home) for number in range(1, 10))
@@ -241,7 +241,7 @@ def test_a_clock_that_nothing_keeps(
 ) -> None:
     assert machine.synchronised() in (True, False, None)
     monkeypatch.setattr(machine, "synchronised", lambda: told)
-    assert [check.state for check in machine.clock(home, 4e9)] == [state]
+    assert machine.clock(home, 4e9).state == state
 
 
 def test_a_taken_port(home: Path) -> None:
@@ -402,13 +402,13 @@ DRIVER = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue Mar  5 
     ],
 )
 def test_graphics(tmp_path: Path, there: tuple[str, ...], state: str, words: str) -> None:
-    (check,) = machine.gpu(card(tmp_path, *there))
+    check = machine.gpu(card(tmp_path, *there))
     assert check.state == state and words in check.found
 
 
 def test_graphics_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "_has_libcuda", lambda _: True)
-    (check,) = machine.gpu(card(tmp_path, "card", "driver", "device"))
+    check = machine.gpu(card(tmp_path, "card", "driver", "device"))
     assert check.state == "ok" and "550.54.15" in check.found
 
 

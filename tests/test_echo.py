@@ -59,7 +59,7 @@ def test_scoring_alone(box: Box, as_tokens: bool) -> None:
     assert json.loads(receipt["signed_receipt"])["usage"]["completion_tokens"] == 0
 
 
-def test_what_is_likely_scores_higher(box: Box) -> None:
+def test_likely_text_scores_higher(box: Box) -> None:
     """The second word decides, and the sums say so: this is what an evaluation does."""
     beginning = "The capital of France is"
     sums = []
@@ -70,7 +70,7 @@ def test_what_is_likely_scores_higher(box: Box) -> None:
     assert sums[0] > sums[1] > sums[2]
 
 
-def test_what_the_model_says_itself_has_the_same_values_when_it_is_read(box: Box) -> None:
+def test_logprobs_of_generated_text_are_the_same_in_a_prompt(box: Box) -> None:
     """To within what kernels round: the answer's own log-probabilities, then those of a prompt."""
     prompt = tokens_of(box, "Once upon a time there was a king who")
     said = create(box, prompt, logprobs=2, max_tokens=12).choices[0]
@@ -182,7 +182,7 @@ def test_a_prompt_is_said_once_though_its_engine_is_killed(new_box: Callable[...
         ({"logprobs": 21}, "logprobs"),
     ],
 )
-def test_what_cannot_be_echoed_is_refused(
+def test_an_echo_that_cannot_be_given_is_refused(
     fake_box: Box, change: dict[str, Any], param: str
 ) -> None:
     with pytest.raises(openai.UnprocessableEntityError) as caught:

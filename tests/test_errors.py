@@ -134,7 +134,7 @@ def test_the_scheme_may_be_written_in_any_case(box: Box) -> None:
     assert box.http("GET", "/v1/models", key="", headers=headers).status_code == 200
 
 
-def test_what_is_for_admins_is_403_for_others(box: Box) -> None:
+def test_admin_endpoints_are_403_for_other_keys(box: Box) -> None:
     plain = run_command_json("keys", "create", home=box.home)["key"]
     admin = run_command_json("keys", "create", "--admin", home=box.home)["key"]
     response = box.http("GET", "/v1/engines", key=plain)
@@ -368,7 +368,7 @@ NEUTRAL: dict[str, Any] = {
     ],
     ids=lambda value: json.dumps(value)[:60] if isinstance(value, dict) else "",
 )
-def test_what_cannot_be_asked_is_said_in_a_sentence(
+def test_an_impossible_request_is_422_that_names_the_field(
     box: Box, change: dict[str, Any], param: str, words: str
 ) -> None:
     error = failure(box, CHAT, {**GOOD, **change})
@@ -399,7 +399,7 @@ def test_numbers_that_are_too_large_are_422_everywhere(
     assert answer.json()["error"]["code"] == "invalid_body"
 
 
-def test_what_means_nothing_here_is_passed_over_and_said(box: Box) -> None:
+def test_unknown_fields_are_ignored_and_reported(box: Box) -> None:
     """At any depth, in the answer and in a header; who asks to be strict is refused."""
     change = {
         "colour": "red",

@@ -17,7 +17,8 @@ import pytest
 
 from pinaivu_box.config import load
 from pinaivu_box.errors import CliError
-from tests.support.process_box import PINAIVU, Box, environment, on_terminal, pinaivu, pinaivu_json
+from tests.support.in_process_command import run_command, run_command_json
+from tests.support.process_box import PINAIVU, Box, environment, on_terminal
 
 CONTACT = "help@example.org"
 CONFIG = f"""
@@ -88,7 +89,7 @@ def test_an_address_that_is_none_names_the_nearest(fresh: Box, path: str, near: 
 @pytest.mark.parametrize(
     "path", ["/v1/zzzz", "/wp-login.php", "/v1/a/b/c/d/e/f/g", "/v1/admin/nothing"]
 )
-def test_where_nothing_is_near_it_says_what_there_is(fresh: Box, path: str) -> None:
+def test_an_unknown_path_without_a_near_one_names_some_paths(fresh: Box, path: str) -> None:
     message = fresh.http("GET", path).json()["error"]["message"]
     assert "/v1/chat/completions" in message and "/docs" in message
 
@@ -119,7 +120,7 @@ def test_refusals_of_the_operator_name_whom_to_ask(fresh: Box) -> None:
     home = fresh.home
 
     def key(*options: str) -> str:
-        return str(pinaivu_json("keys", "create", *options, home=home)["key"])
+        return str(run_command_json("keys", "create", *options, home=home)["key"])
 
     narrow, seldom = key("--model", "no*"), key("--rpm", "1")
     ask(fresh, seldom)
@@ -136,8 +137,8 @@ def test_refusals_of_the_operator_name_whom_to_ask(fresh: Box) -> None:
         assert answer.status_code == status, answer.text
         assert answer.json()["error"]["message"].endswith(f" Contact: {CONTACT}")
         assert CONTACT in str(answer.json()["detail"])
-    blocked = pinaivu_json("keys", "create", home=home)
-    pinaivu("keys", "edit", blocked["id"], "--block", "unpaid", home=home)
+    blocked = run_command_json("keys", "create", home=home)
+    run_command("keys", "edit", blocked["id"], "--block", "unpaid", home=home)
     for path in ("/v1/chat/completions", "/v1/messages", "/v1/usage"):
         answer = fresh.http("GET", path, key=blocked["key"])
         assert answer.status_code == 403 and CONTACT in answer.json()["error"]["message"]
@@ -167,7 +168,7 @@ def receipts(fresh: Box) -> dict[str, Any]:
     """Requests of two accounts, one with two keys; by key, the newest first."""
     home = fresh.home
     made = {
-        name: pinaivu_json(
+        name: run_command_json(
             *("keys", "create", "--name", name, "--account", account, "--create-account"), home=home
         )
         for name, account in (("ann 1", "ann"), ("ann 2", "ann"), ("bob", "bob"))
@@ -237,7 +238,7 @@ def test_receipts_come_in_pages(
 
 
 def test_a_list_of_receipts_needs_its_scope_and_known_parameters(fresh: Box) -> None:
-    other = pinaivu_json("keys", "create", "--scope", "inference", home=fresh.home)["key"]
+    other = run_command_json("keys", "create", "--scope", "inference", home=fresh.home)["key"]
     assert fresh.http("GET", "/v1/receipts", key=other).status_code == 403
     for query in ({"modell": "x"}, {"limit": "0"}, {"limit": "1001"}):
         assert fresh.http("GET", "/v1/receipts", params=query).status_code == 422
@@ -247,15 +248,15 @@ def test_a_list_of_receipts_needs_its_scope_and_known_parameters(fresh: Box) -> 
 
 
 def test_the_node_key_is_what_receipts_are_verified_with(fresh: Box, tmp_path: Path) -> None:
-    printed = pinaivu("id", home=fresh.home).stdout.strip()
-    told = pinaivu_json("id", home=fresh.home)
+    printed = run_command("id", home=fresh.home).stdout.strip()
+    told = run_command_json("id", home=fresh.home)
     assert re.fullmatch("[0-9a-f]{64}", printed)
     assert told == {"node_id": f"node_{printed}", "node_key": printed}
     file = tmp_path / "receipt.json"
     file.write_text(fresh.http("GET", f"/v1/receipts/{ask(fresh).json()['request_id']}").text)
 
     def verify(key: str) -> subprocess.CompletedProcess[str]:
-        return pinaivu(
+        return run_command(
             "receipts", "verify", str(file), "--node-key", key, home=tmp_path / "no", check=False
         )
 
@@ -269,7 +270,7 @@ def test_the_node_key_is_what_receipts_are_verified_with(fresh: Box, tmp_path: P
 
 
 def test_a_home_without_a_box_has_no_node_key_and_gets_none(tmp_path: Path) -> None:
-    done = pinaivu("id", home=tmp_path / "home", check=False)
+    done = run_command("id", home=tmp_path / "home", check=False)
     assert done.returncode == 1 and "pinaivu serve" in done.stderr
     assert not (tmp_path / "home").exists()
 
@@ -294,7 +295,7 @@ def test_a_home_without_a_box_has_no_node_key_and_gets_none(tmp_path: Path) -> N
     ],
 )
 def test_a_mistyped_command_names_the_nearest(command: list[str], hint: str) -> None:
-    done = subprocess.run([*PINAIVU, *command], capture_output=True, text=True, check=False)
+    done = run_command(*command, home=None, check=False)
     assert done.returncode == 2
     assert f"No such command '{command[-1]}'." in done.stderr and hint in done.stderr
     assert hint or "The commands are: " in done.stderr
@@ -310,14 +311,14 @@ def test_a_mistyped_command_names_the_nearest(command: list[str], hint: str) -> 
     ],
 )
 def test_a_time_needs_its_unit(tmp_path: Path, command: tuple[str, ...]) -> None:
-    done = pinaivu(*command, home=tmp_path / "home", check=False)
+    done = run_command(*command, home=tmp_path / "home", check=False)
     number = command[-1].split()[-1]
     assert done.returncode == 2
     assert f"'{number}' has no unit" in done.stderr and f"{number}d" in done.stderr
 
 
 def test_the_api_wants_units_too(fresh: Box) -> None:
-    key = pinaivu_json("keys", "create", home=fresh.home)["id"]
+    key = run_command_json("keys", "create", home=fresh.home)["id"]
     for path, body in (
         (f"/v1/admin/keys/{key}/rotate", {"overlap": "24"}),
         ("/v1/admin/keys", {"policy": {"budget": {"amount": "1", "period": "30"}}}),
@@ -331,7 +332,7 @@ def test_a_budget_without_a_price_warns(tmp_path: Path) -> None:
     home.mkdir()
 
     def warned(*options: str) -> bool:
-        return "warning: " in pinaivu("keys", "create", *options, home=home).stderr
+        return "warning: " in run_command("keys", "create", *options, home=home).stderr
 
     budget = ("--budget", "10")
     assert warned(*budget) and not warned()
@@ -341,9 +342,9 @@ def test_a_budget_without_a_price_warns(tmp_path: Path) -> None:
     assert warned(*budget, "--model", "b:*")
     (home / "config.toml").write_text('[pricing]\nper_1k_tokens = "1"\nmodels = { "a:1" = "0" }\n')
     assert not warned(*budget) and warned(*budget, "--model", "a:1")
-    key = pinaivu_json("keys", "create", "--model", "a:1", home=home)["id"]
-    assert "warning: " in pinaivu("keys", "edit", key, *budget, home=home).stderr
-    done = pinaivu("keys", "create", *budget, "--model", "a:1", "--json", home=home)
+    key = run_command_json("keys", "create", "--model", "a:1", home=home)["id"]
+    assert "warning: " in run_command("keys", "edit", key, *budget, home=home).stderr
+    done = run_command("keys", "create", *budget, "--model", "a:1", "--json", home=home)
     assert json.loads(done.stdout)["key"] and "warning: " in done.stderr
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ import pytest
 
 from tests.support.expensive_bodies import BODIES, CHAT, EMBEDDINGS, Body
 from tests.support.process_box import Box, StartBox, wait_until
+from tests.support.streamed_chat import StreamedChat
 
 MODEL = "slow:1"
 CONFIG = f"""
@@ -58,51 +58,21 @@ def ask(box: Box, key: str, text: str = "hi", path: str = CHAT, **more: Any) -> 
     return send(box, key, path, json.dumps({**body, **more}).encode())
 
 
-class Listener:
-    """A second tenant's stream: how many chunks of it have come."""
-
-    def __init__(self, box: Box, key: str) -> None:
-        self.chunks = 0
-        self._box, self._key = box, key
-        self._left = threading.Event()
-        self._thread = threading.Thread(target=self._listen)
-        self._thread.start()
-
-    def _listen(self) -> None:
-        body = {
-            "model": MODEL, "max_tokens": 100_000, "stream": True,
-            "messages": [{"role": "user", "content": "hi"}],
-        }  # fmt: skip
-        with httpx.stream(
-            "POST",
-            self._box.url + CHAT,
-            json=body,
-            headers={"Authorization": f"Bearer {self._key}"},
-            timeout=300,
-            trust_env=False,
-        ) as answer:
-            for line in answer.iter_lines():
-                self.chunks += line.startswith("data: {")
-                if self._left.is_set():
-                    return
-
-    def more(self, refused: Future[httpx.Response] | None = None) -> None:
-        """Wait for CHUNKS more; before `refused` is there."""
-        wanted = self.chunks + CHUNKS
-        wait_until(lambda: self.chunks >= wanted, "chunks of another stream")
-        assert refused is None or not refused.done()
-
-    def leave(self) -> None:
-        self._left.set()
-        self._thread.join()
-
-
 @pytest.fixture(scope="module")
-def listener(box: Box) -> Iterator[Listener]:
-    made = Listener(box, make_key(box))
-    made.more()
-    yield made
-    made.leave()
+def listener(box: Box) -> Iterator[StreamedChat]:
+    """A second tenant's stream."""
+    stream = StreamedChat(box, MODEL, 100_000, key=make_key(box))
+    wait_for_chunks(stream)
+    yield stream
+    stream.leave()
+
+
+def wait_for_chunks(stream: StreamedChat, refused: Future[httpx.Response] | None = None) -> None:
+    """Wait for CHUNKS more of the stream; before `refused` is there."""
+    wanted = len(stream.chunks) + CHUNKS
+    wait_until(lambda: len(stream.chunks) >= wanted, "chunks of another stream")
+    assert not stream.error
+    assert refused is None or not refused.done()
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +113,7 @@ def threads() -> Iterator[ThreadPoolExecutor]:
 
 @pytest.mark.parametrize("body", BODIES, ids=lambda body: body.name)
 def test_others_go_on_while_a_body_is_decoded(
-    box: Box, listener: Listener, hostile: str, threads: ThreadPoolExecutor, body: Body
+    box: Box, listener: StreamedChat, hostile: str, threads: ThreadPoolExecutor, body: Body
 ) -> None:
     """It cannot be answered while the process that decodes stands still, and they are served."""
     content = body.make(MODEL)
@@ -151,7 +121,7 @@ def test_others_go_on_while_a_body_is_decoded(
         assert ask(box, hostile, LARGE).status_code == 200
     with still(box, "sandbox"):
         answer = threads.submit(send, box, hostile, body.path, content)
-        listener.more(answer)
+        wait_for_chunks(listener, answer)
     refused = answer.result()
     assert refused.status_code in body.statuses, refused.text[:500]
     assert len(refused.content) < 3000
@@ -192,7 +162,7 @@ def test_a_tenant_s_large_bodies_do_not_hold_up_another_s(
 # -- requests per minute ---------------------------------------------------------------------------
 
 
-def test_what_is_refused_counts_as_a_request(box: Box) -> None:
+def test_a_refused_request_counts_as_a_request(box: Box) -> None:
     """Also the large ones, before anything is decoded once there are no more."""
     key = make_key(box, rpm=6)
     refused = [
@@ -222,7 +192,7 @@ def test_what_is_refused_counts_as_a_request(box: Box) -> None:
         ("/v1/messages/count_tokens", {"messages": [{"role": "user", "content": "hi"}]}),
     ],
 )
-def test_what_only_reads_counts_as_a_request(box: Box, path: str, body: dict[str, Any]) -> None:
+def test_counting_tokens_counts_as_a_request(box: Box, path: str, body: dict[str, Any]) -> None:
     """But not as tokens."""
     key = make_key(box, rpm=2, tpm=1000)
     data = json.dumps({"model": MODEL, **body}).encode()

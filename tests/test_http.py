@@ -118,7 +118,9 @@ BROKEN: dict[str, Callable[[bytes], bytes]] = {
 
 @pytest.mark.parametrize("how", BROKEN)
 @pytest.mark.parametrize("coding", CODERS)
-def test_what_cannot_be_decompressed_is_one_sentence(here: Box, coding: str, how: str) -> None:
+def test_a_body_that_cannot_be_decompressed_is_refused_in_one_sentence(
+    here: Box, coding: str, how: str
+) -> None:
     for size in (10, 100_000):
         data = BROKEN[how](CODERS[coding](chat_of(size)))
         answer = post(here, "/v1/chat/completions", data, coding)
@@ -159,7 +161,7 @@ def test_a_body_is_bounded_once_it_is_decompressed(here: Box, coding: str) -> No
     assert peak_of(here) - before < 50_000_000
 
 
-def test_what_comes_to_nothing_is_bounded_too(here: Box) -> None:
+def test_bytes_that_decompress_to_nothing_are_bounded_too(here: Box) -> None:
     for coding, compress in (("gzip", gzip.compress), ("zstd", zstd.compress)):
         answer = post(here, "/v1/chat/completions", compress(b"") * 5000, coding)
         assert answer.status_code == 400 and "after its end" in answer.text

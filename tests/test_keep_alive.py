@@ -114,7 +114,7 @@ def test_its_values_are_seconds_or_times_with_a_unit(box: Box, value: Any) -> No
 @pytest.mark.parametrize(
     "value", ["soon", "", "5 weeks", True, [], {}, "1e3", "5m" * 30, "9999999d"]
 )
-def test_what_is_no_time_is_refused(box: Box, value: Any) -> None:
+def test_an_invalid_time_is_refused(box: Box, value: Any) -> None:
     for name in ("keep_alive", "ttl"):
         answer = ask(box, "one:1", **{name: value})
         assert answer.status_code == 422, answer.text
@@ -207,7 +207,7 @@ def test_the_default_holds_beside_a_lower_most(box: Box) -> None:
     assert "x-pinaivu-ignored" not in answer.headers
 
 
-def test_a_reload_shortens_what_is_idle_already(tmp_path: Path) -> None:
+def test_a_reload_shortens_the_time_of_an_idle_model(tmp_path: Path) -> None:
     box = start(tmp_path / "home", "1h", "1h")
     try:
         ask(box, "one:1")

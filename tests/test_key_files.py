@@ -97,7 +97,7 @@ def test_a_key_for_every_line(home: Path) -> None:
         ("name\n" + "x" * 300 + "\n", 2, "name"),
     ],
 )
-def test_a_wrong_line_is_named_and_nothing_is_made(
+def test_an_invalid_line_is_named_and_no_key_is_created(
     with_ann: Path, text: str, line: int, why: str
 ) -> None:
     before = counts(with_ann)
@@ -108,7 +108,7 @@ def test_a_wrong_line_is_named_and_nothing_is_made(
     assert counts(with_ann) == before
 
 
-def test_what_spreadsheets_write_is_read(home: Path) -> None:
+def test_a_csv_file_of_a_spreadsheet_is_read(home: Path) -> None:
     text = "\ufeffName;Account;RPM\r\nJürgen;j;7\r\n"
     done = create(home, text.encode(), "--create-account", "--json")
     assert '"name": "Jürgen"' in done.stdout

@@ -37,6 +37,7 @@ from pinaivu_box.server.bodies import Bodies, BodyMemory
 from pinaivu_box.server.endpoints import ENDPOINTS
 from pinaivu_box.server.inference import InferenceCall
 from pinaivu_box.store import responses as stored_responses
+from tests.support.sandbox_jobs import pids_of
 
 LONG = "word " * 20_000
 USER = {"role": "user", "content": LONG}
@@ -155,7 +156,7 @@ def test_paths_are_cut_before_they_are_compared(monkeypatch: pytest.MonkeyPatch)
     assert longest and max(longest) <= 100
 
 
-def test_what_is_ignored_is_named_in_few_letters() -> None:
+def test_names_of_ignored_fields_are_few_and_short() -> None:
     many = {f"field {n}": 1 for n in range(3000)}
     data = json.dumps({"model": "a", "text": "b", "x" * 50_000: 1, **many}).encode()
     _, ignored = decode(data, TokenizeRequest)
@@ -164,7 +165,7 @@ def test_what_is_ignored_is_named_in_few_letters() -> None:
 
 
 @given(st.text(), st.integers(1, 200))
-def test_what_is_quoted_is_short_and_moves_no_cursor(text: str, most: int) -> None:
+def test_a_quoted_text_is_short_and_printable(text: str, most: int) -> None:
     shown = quoted(text * 50, most)
     assert shown.isprintable()
     assert text.isprintable() <= (len(shown) <= most + 1)
@@ -232,9 +233,9 @@ def test_only_small_bodies_are_decoded_by_the_loop(
 
     async def run() -> None:
         assert (await receive("short")).text == "short"
-        assert threads == [threading.get_ident()] and not both.pids
+        assert threads == [threading.get_ident()] and not pids_of(both._pool)
         assert (await receive(LONG)).text == LONG
-        assert len(threads) == 1 and len(both.pids) == 1
+        assert len(threads) == 1 and len(pids_of(both._pool)) == 1
 
     both = Bodies()
     try:
@@ -317,7 +318,9 @@ def test_a_long_conversation_is_decoded_elsewhere(monkeypatch: pytest.MonkeyPatc
 
     async def run() -> None:
         short = await both.history("acct", [stored("a"), stored("b")])
-        assert [one.get("said") for one in short] == [None, "a", None, "b"] and not both.pids
+        assert [one.get("said") for one in short] == [None, "a", None, "b"] and not pids_of(
+            both._pool
+        )
         monkeypatch.setattr(large_bodies, "history", None)
         long = await both.history("acct", [stored(LONG), stored("b")])
         assert long[0]["content"] == long[1]["said"] == LONG and len(long) == 4
@@ -333,7 +336,7 @@ def test_a_long_conversation_is_decoded_elsewhere(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("kind", [["message"], {}, 3, None, "x" * 1000])
-def test_items_of_a_kind_that_is_none(kind: Any) -> None:
+def test_an_item_of_an_invalid_type_is_refused_briefly(kind: Any) -> None:
     with pytest.raises(InvalidBody) as caught:
         as_messages([{"type": kind}])
     assert len(caught.value.message) < 250

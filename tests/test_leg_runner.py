@@ -65,8 +65,8 @@ async def whole(listener: Listener, tokens: int = 12) -> None:
 
 def served_by(network: Network) -> list[str]:
     """The boxes of the legs in the only receipt, in their order."""
-    ((account, _),) = network.ledger.settled
-    return [leg.started.node_id for _, leg in account.served]
+    ((account, _),) = network.ledger.recorded
+    return [leg.started.node_id for leg in account.served]
 
 
 # -- before the first output -----------------------------------------------------------------------
@@ -77,8 +77,8 @@ async def test_the_cheapest_box_serves_and_the_receipt_says_why() -> None:
     network = Network(own(), second, first)
     await whole(network.ask())
     assert served_by(network) == [first.node_id] and second.legs == []
-    ((account, _),) = network.ledger.settled
-    ((_, leg),) = account.served
+    ((account, _),) = network.ledger.recorded
+    (leg,) = account.served
     assert leg.route is not None
     assert leg.route["chosen"] == first.node_id and leg.header
 
@@ -110,7 +110,7 @@ async def test_a_leg_without_tokens_is_replaced_and_leaves_no_proof() -> None:
     assert served_by(network) == [second.node_id]
 
 
-async def test_what_a_box_here_finds_wrong_with_a_request_is_said_at_once() -> None:
+async def test_an_error_of_the_request_that_this_box_finds_is_final() -> None:
     here, other = own(refuse(lambda: ContextOverflow("Too long."))), peer(1)
     network = Network(here, other, policy="prefer-local")
     listener = network.ask()
@@ -118,7 +118,9 @@ async def test_what_a_box_here_finds_wrong_with_a_request_is_said_at_once() -> N
     assert isinstance(listener.error, ContextOverflow) and other.legs == []
 
 
-async def test_what_one_peer_finds_wrong_with_a_request_a_second_one_has_to_say_too() -> None:
+async def test_an_error_of_the_request_that_a_peer_finds_is_final_once_a_second_confirms_it() -> (
+    None
+):
     boxes = [peer(n, refuse(lambda: ContextOverflow("Too long."))) for n in (1, 2, 3)]
     network = Network(None, *boxes)
     listener = network.ask()
@@ -153,7 +155,7 @@ async def test_a_box_is_asked_once_for_an_answer_that_has_not_begun() -> None:
     await listener.end()
     assert [len(box.legs) for box in boxes] == [1, 1]
     assert type(listener.error) is NoNodesAvailable
-    assert "nobody else" in listener.error.message and network.ledger.settled == []
+    assert "nobody else" in listener.error.message and network.ledger.recorded == []
 
 
 async def test_an_engine_here_that_dies_is_started_anew_if_nobody_else_serves() -> None:
@@ -197,7 +199,7 @@ async def test_a_second_box_is_asked_if_the_first_says_nothing_in_time() -> None
     assert network.candidates.of(network.job(), "")[0].sent == 0
 
 
-async def test_the_first_to_speak_serves_also_if_it_was_asked_first() -> None:
+async def test_the_first_box_to_answer_serves_also_if_it_was_asked_first() -> None:
     said, second_asked = asyncio.Event(), asyncio.Event()
 
     async def asked(leg: ScriptedLeg) -> AsyncIterator[Event]:
@@ -281,8 +283,8 @@ async def test_another_box_goes_on_where_one_was_lost() -> None:
     assert served_by(network) == [first.node_id, second.node_id]
     leg = second.legs[0]
     assert (leg.job.leg, leg.output) == (1, list(TEXT[:5].encode()))
-    assert leg.job.settled is not None and leg.job.settled.seed == 3
-    assert leg.job.read == PROMPT and leg.job.nonce == asked.nonce
+    assert leg.job.drawn_with is not None and leg.job.drawn_with.seed == 3
+    assert leg.job.prompt_tokens == PROMPT and leg.job.nonce == asked.nonce
     assert network.reputation.score(first.node_id) < 1.0
 
 
@@ -325,7 +327,7 @@ async def test_a_begun_answer_does_not_wait_for_ever(monkeypatch: pytest.MonkeyP
     listener = network.ask()
     await listener.end()
     assert type(listener.error) is NoNodesAvailable and listener.text() == TEXT[:5]
-    ((account, reason),) = network.ledger.settled
+    ((account, reason),) = network.ledger.recorded
     assert (account.completion_tokens, reason) == (5, "error")
 
 
@@ -349,7 +351,7 @@ async def test_a_cancellation_ends_the_wait_for_a_box() -> None:
     listener.request.cancel()
     async with asyncio.timeout(5):
         await listener.running
-    ((account, reason),) = network.ledger.settled
+    ((account, reason),) = network.ledger.recorded
     assert (account.completion_tokens, reason) == (5, "cancelled")
 
 
@@ -366,14 +368,14 @@ async def test_legs_come_to_an_end() -> None:
     await listener.end()
     assert isinstance(listener.error, EngineLost)
     assert [len(box.legs) for box in boxes] == [1] * 8 + [0] * 2
-    ((account, reason),) = network.ledger.settled
+    ((account, reason),) = network.ledger.recorded
     assert (len(account.served), account.completion_tokens, reason) == (8, 8, "error")
 
 
 # -- requests of ours that meet --------------------------------------------------------------------
 
 
-async def test_what_finds_a_peer_full_of_our_requests_waits_for_one_to_end() -> None:
+async def test_a_request_waits_for_a_peer_that_is_full_of_our_requests() -> None:
     go_on = asyncio.Event()
     box = peer(1, answer(until=3, hold=go_on), refuse(busy), answer())
     network = Network(None, box)

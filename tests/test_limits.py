@@ -143,7 +143,7 @@ class Schedule:
             return
         which, one = pairs[index % len(pairs)]
         tokens, cost = int(one.tokens * used), int(one.cost * used)
-        one.reservation.settle(tokens, cost)
+        one.reservation.end(tokens, cost)
         one.ended, one.tokens, one.cost = True, tokens, cost
         reference = self.references[which]
         most = reference.policy.max_parallel
@@ -246,7 +246,7 @@ def test_places_that_are_changed_count_for_those_that_wait(before: int, after: i
     reservations.append(quota.reserve(changed[1], tokens=1))
     assert [n for n, one in enumerate(reservations) if one.turn.is_set()] == [0, 1, 2]
     for ended, reservation in enumerate(reservations, 1):
-        reservation.settle(1, 0)
+        reservation.end(1, 0)
         running = sum(one.turn.is_set() for one in reservations[ended:])
         assert running == min(max(before - ended, after), len(reservations) - ended)
 
@@ -258,7 +258,7 @@ def test_an_answer_without_a_limit_gets_what_is_left_once_nobody_else_holds_any(
     assert quota.unreserved(limits) is None
     with pytest.raises(RateLimited, match="try again when one has ended"):
         quota.reserve(limits, cost=500, explicit=False)
-    reservation.settle(0, 30)
+    reservation.end(0, 30)
     assert quota.unreserved(limits) == 70
 
 
@@ -292,7 +292,7 @@ def test_credit_counts_what_runs_until_it_is_owed() -> None:
         quota.check(credit(100, 50))
     assert "0.00000005 of it for running requests" in refused.value.message
     quota.check(credit(100, 50, waived=True))  # while there is nothing else to do
-    first.settle(0, 0)
+    first.end(0, 0)
     quota.check(credit(100, 99))  # what it has cost is in the ledger
     with pytest.raises(RateLimited, match="settle"):
         quota.check(credit(100, 100))
@@ -311,7 +311,7 @@ def test_a_request_gets_its_place_before_its_tokens() -> None:
     now = 109.0
     with pytest.raises(RateLimited, match="100 tokens per minute"):
         quota.check(tokens, tokens=21)
-    first.use(70)
+    first.tokens.correct(70)
     quota.check(tokens, tokens=30)
     quota.end(first, 0)
     assert (quota.running, quota.tokens.used, quota.reserved) == (0, 70, 0)
@@ -407,7 +407,7 @@ def test_a_budget_as_it_is_written(text: str, budget: Budget) -> None:
         "1 per 4000d",
     ],
 )
-def test_a_budget_that_is_none(text: str) -> None:
+def test_an_invalid_budget_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="budget"):
         parse_budget(text)
 
@@ -424,7 +424,7 @@ def test_a_budget_that_is_none(text: str) -> None:
         (Policy(budget=Budget("1", "often")), "budget"),
     ],
 )
-def test_a_policy_that_cannot_be(policy: Policy, word: str) -> None:
+def test_an_invalid_policy_is_refused(policy: Policy, word: str) -> None:
     with pytest.raises(ValueError, match=word):
         check(policy)
 

@@ -13,7 +13,7 @@ import httpx
 import openai
 import pytest
 
-from tests.support.in_process_command import run_command, run_command_json
+from tests.support.in_process_command import make_key, run_command, run_command_json
 from tests.support.process_box import Box, StartBox, wait_until
 from tests.support.spending import spent
 
@@ -37,12 +37,6 @@ context = 4096
 @pytest.fixture(scope="module")
 def box(module_box: StartBox) -> Box:
     return module_box(config=CONFIG)
-
-
-def make_key(box: Box, *options: str) -> tuple[str, str]:
-    """The secret and the id."""
-    made = run_command_json("keys", "create", *options, home=box.home)
-    return made["key"], made["id"]
 
 
 def post(box: Box, key: str, **more: Any) -> httpx.Response:
@@ -116,7 +110,7 @@ def remember(box: Box, key_id: str, moments: list[float]) -> None:
             )
 
 
-def test_tokens_are_reserved_and_then_settled(box: Box) -> None:
+def test_tokens_are_reserved_and_then_corrected(box: Box) -> None:
     """The prompt as the engine counts it, and max_tokens; at the end what was really used."""
     key, _ = make_key(box, "--tpm", "400")
     prompt = post(box, key, max_tokens=1).json()["usage"]["prompt_tokens"]
@@ -133,7 +127,7 @@ def test_tokens_are_reserved_and_then_settled(box: Box) -> None:
         wait_until(lambda: post(box, key, max_tokens=1).status_code == 200, "tokens given back")
 
 
-def test_what_could_never_pass_is_a_400_with_the_numbers(box: Box) -> None:
+def test_a_request_above_a_limit_of_its_key_is_a_400_with_the_numbers(box: Box) -> None:
     key, _ = make_key(box, "--tpm", "100")
     message = error(post(box, key, max_tokens=200), 400, "exceeds_key_limit")
     assert "100 tokens per minute (tpm)" in message and "max_tokens" in message
@@ -247,7 +241,9 @@ def narrow_box(module_box: StartBox) -> Box:
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("how", ["header", "body"])
-def test_what_cannot_start_in_time_is_refused(narrow_box: Box, how: str, stream: bool) -> None:
+def test_a_request_that_cannot_start_in_time_is_refused(
+    narrow_box: Box, how: str, stream: bool
+) -> None:
     long = {"model": "slow:1", "messages": USER, "max_tokens": 100}
     ask: dict[str, Any] = {"model": "slow:1", "max_tokens": 1, "stream": stream}
     ask |= {"headers": {"x-request-timeout": "0.2"}} if how == "header" else {}
@@ -268,7 +264,7 @@ def test_what_cannot_start_in_time_is_refused(narrow_box: Box, how: str, stream:
 
 
 @pytest.mark.parametrize("value", ["soon", "0", "-1", "nan", "1e3", "25h", "9" * 400])
-def test_a_deadline_that_is_none(box: Box, value: str) -> None:
+def test_an_invalid_deadline_is_refused(box: Box, value: str) -> None:
     answer = post(box, box.key, headers={"x-request-timeout": value})
     assert answer.status_code == 422 and "x-request-timeout" in answer.text
 

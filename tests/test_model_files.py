@@ -52,6 +52,7 @@ from tests.support.process_box import (
     pinaivu,
     pinaivu_json,
 )
+from tests.support.sandbox_jobs import pid_of
 
 FAKE = "slow:1"
 CONTEXT = "llama.context_length"
@@ -193,7 +194,7 @@ def test_mutated_headers_never_harm_the_reader(tmp_path: Path) -> None:
     begin = end - 6000
     try:
         sandbox.start()
-        child = sandbox.pid
+        child = pid_of(sandbox)
         for _ in range(200):
             mutated = bytearray(data)
             for _ in range(draw.randint(1, 4)):
@@ -213,7 +214,7 @@ def test_mutated_headers_never_harm_the_reader(tmp_path: Path) -> None:
                 assert 0 <= made["kv_bytes_per_token"] < 2**63
             kind = re.sub(r"[^a-z ]+.*", "", bad)[:30]
             counts[kind] = counts.get(kind, 0) + 1
-        assert sandbox.pid == child
+        assert pid_of(sandbox) == child
     finally:
         sandbox.close()
     assert counts[""] >= 10 and len(counts) >= 8, counts  # they reach all corners of the reader
@@ -511,7 +512,7 @@ def test_another_tenants_stream_goes_on_while_files_are_looked_at(
         box.end()
 
 
-def test_what_cannot_be_loaded_is_tried_again_when_it_is_another_file(models: Path) -> None:
+def test_a_model_that_cannot_be_loaded_is_tried_again_when_its_file_changes(models: Path) -> None:
     """No engine is started again and again, and others are served meanwhile.  The file that comes
     says odd things of sampling, which would go into the signed proof, where no NaN can be, has a
     template that is not UTF-8, and is of a year that SQLite has no number for."""
@@ -614,7 +615,7 @@ def documented_digest(paths: list[Path]) -> str:
     return str(scope["digest"])
 
 
-def test_sets_that_are_not_what_they_say(models: Path) -> None:
+def test_parts_that_contradict_their_names_are_refused(models: Path) -> None:
     put_split(models, "good", [part(1, 2), part(2, 2)])
     gap = put_split(models, "gap", [part(n, 9, tensors=9) for n in range(1, 10)])
     for path in gap[1:8]:

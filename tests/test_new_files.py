@@ -159,7 +159,7 @@ def test_the_parts_of_a_model_are_served_together(box: Box, place: Path) -> None
     wait_until(lambda: "parts:latest" not in served(box), "the model to be gone")
 
 
-def test_what_is_no_file_is_named_and_holds_up_nothing(box: Box, place: Path) -> None:
+def test_an_entry_that_is_no_file_is_named_and_delays_nothing(box: Box, place: Path) -> None:
     os.mkfifo(place / "pipe.gguf")
     (place / "nowhere.gguf").symlink_to(place / "nothing")
     wait_until(lambda: logged(box, "pipe") and logged(box, "nowhere"), "the log to name them")
@@ -234,7 +234,7 @@ def test_a_large_folder_takes_a_small_part_of_the_time(
 
 
 @pytest.mark.parametrize("count", [1, 9, 100, 10_000])
-def test_the_banner_names_what_fits_some_lines(count: int) -> None:
+def test_the_banner_names_the_models_that_fit_some_lines(count: int) -> None:
     names = [f"model-{number}:latest" for number in range(count)]
     shown = banner("127.0.0.1", 4001, Path("/home"), names, None)
     models = shown.split("  Models    ")[1].split("\n  Home")[0]

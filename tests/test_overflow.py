@@ -132,7 +132,7 @@ def test_the_sdk_raises_it_with_its_code(here: Box) -> None:
         list(here.client.chat.completions.create(stream=True, **asked))
 
 
-def test_what_the_context_has_no_room_for_beside_a_prompt_is_cut_off(here: Box) -> None:
+def test_max_tokens_beyond_the_context_are_cut_off(here: Box) -> None:
     """It is no overflow: an answer can always be shorter than it may be."""
     body = {"model": FAKE, "messages": _user("hi"), "max_tokens": 100_000}
     answer = here.http("POST", "/v1/chat/completions", json=body).json()

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pinaivu_box.chat_format import LLAMA, MISTRAL, TAGS, Style, style_of, thinks
+from pinaivu_box.chat_format import LLAMA, MISTRAL, TAGS, Style, style_of
 from pinaivu_box.openai import reader as reader_module
 from pinaivu_box.openai.reader import Arguments, ParsedCall, Piece, Reader, Reasoning, Text
 
@@ -22,13 +22,21 @@ Read = list[tuple[str, ...]]
 def read(
     text: str, style: Style | None, cuts: Iterable[int] = (), **more: Any
 ) -> tuple[Read, bool]:
-    """What was found, joined; and whether there was a call."""
-    reader = Reader(style, NAMES, **more)
+    """What was found, joined; and whether there was a call.  The end may come with the last text or
+    after it."""
     places = [0, *sorted(cut for cut in cuts if cut < len(text)), len(text)]
+    parts = [text[start:end] for start, end in pairwise(places)]
+    found = _read([*parts, ""], style, **more)
+    assert _read(parts, style, **more) == found
+    return found
+
+
+def _read(parts: list[str], style: Style | None, **more: Any) -> tuple[Read, bool]:
+    reader = Reader(style, NAMES, **more)
     pieces: list[Piece] = []
-    for start, end in pairwise(places):
-        pieces += reader.push(text[start:end])
-    pieces += reader.end()
+    for part in parts[:-1]:
+        pieces += reader.take(part)
+    pieces += reader.take(parts[-1], "stop")
     found: Read = []
     for piece in pieces:
         match piece:
@@ -44,7 +52,7 @@ def read(
             case Arguments(_, more_text):
                 _, name, arguments = found.pop()
                 found.append(("call", name, arguments + more_text))
-    return found, reader.called
+    return found, reader.finish_reason == "tool_calls"
 
 
 CALL_F = '{"name": "f", "arguments": {"a": "}\\"{[", "b": [1, {"c": 2}]}}'
@@ -200,7 +208,8 @@ def test_a_long_object_is_not_decoded_again_at_every_token(
     monkeypatch.setattr(reader_module, "_object", decode_and_count)
     monkeypatch.setattr(reader_module, "_HEAD", Pattern)
     whole = style.trigger + text + " and more" * 200
-    assert read(whole, style, range(0, len(whole), 3)) == ([("text", whole)], False)
+    parts = [whole[at : at + 3] for at in range(0, len(whole), 3)]
+    assert _read(parts, style) == ([("text", whole)], False)
     assert len(decoded) <= 1 and max(matched, default=0) <= 4096
 
 
@@ -224,4 +233,3 @@ def test_no_text_is_lost_that_is_no_call(text: str, data: st.DataObject) -> None
 )
 def test_a_family_is_known_by_its_template(template: str, style: Style) -> None:
     assert style_of(template) is style
-    assert thinks(template + "{{ '</think>' }}") and not thinks(template)

@@ -136,7 +136,7 @@ def test_the_commands_of_measuring(box: Box, tmp_path: Path) -> None:
     assert (tmp_path / "gaps.svg").exists()
 
 
-def test_what_is_said_to_be_served_is_what_is_served() -> None:
+def test_the_readme_lists_the_parameters_that_are_served() -> None:
     listed = section("Call it").split("OpenAI's parameters: ")[1].split("Anything else")[0]
     named = set(re.findall(r'[`"](\w+)[`".]', listed))
     assert {field.name for field in msgspec.structs.fields(ChatRequest)} <= named

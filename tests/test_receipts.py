@@ -16,6 +16,7 @@ import rfc8785
 from nacl.signing import SigningKey, VerifyKey
 
 from pinaivu_box.identity import Identity
+from pinaivu_box.receipts.commitment import prompt_text
 from pinaivu_box.receipts.receipt import (
     PROOF_DOMAIN,
     RECEIPT_DOMAIN,
@@ -297,9 +298,9 @@ def test_a_streamed_answer_verifies_by_its_concatenated_text(case: Case) -> None
     )
     text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
     document = case.box.http("GET", f"/v1/receipts/{chunks[0].model_extra['request_id']}").content
-    asked = [{"role": "user", "content": "Hi"}]
-    assert failed(document, transcript=Transcript(asked, output=text)) == []
-    assert failed(document, transcript=Transcript(asked, output=text + " ")) == [
+    asked = [prompt_text([{"role": "user", "content": "Hi"}], [])]
+    assert failed(document, transcript=Transcript(asked, answer=text.encode())) == []
+    assert failed(document, transcript=Transcript(asked, answer=text.encode() + b" ")) == [
         "output commitment"
     ]
 
@@ -386,7 +387,7 @@ def test_a_changed_field_beside_the_signed_text_is_found(
     ],
     ids=lambda document: repr(document[:20]),
 )  # fmt: skip
-def test_what_is_no_receipt_is_refused_without_a_traceback(
+def test_another_document_is_refused_without_a_traceback(
     case: Case, tmp_path: Path, document: bytes
 ) -> None:
     done = run(case, tmp_path, document=document)
@@ -435,7 +436,7 @@ def another(case: Case) -> list[SignedProof]:
     return msgspec.convert(json.loads(shown["signed_receipt"]), Receipt).proofs
 
 
-def test_what_another_coordinator_signs_is_told_by_its_key(case: Case, forger: Forger) -> None:
+def test_a_receipt_of_another_coordinator_fails_the_trusted_key(case: Case, forger: Forger) -> None:
     """Rightly made it passes as the forger's own receipt, and never as the box's."""
     document = forger.document(case)
     assert failed(document) == []
@@ -503,7 +504,7 @@ def test_a_coordinator_that_contradicts_the_node_is_refused(
     """Also where the coordinator signed its own words rightly.  Of an output, each commitment has
     a nonce of its own, so that only the owner, who has the answer, finds the difference."""
     if "output_commitment" in changes:
-        transcript = Transcript(output=case.text)
+        transcript = Transcript(answer=case.text.encode())
         assert failed(forger.document(case, **changes), transcript=transcript) == [
             "output commitment"
         ]
@@ -593,7 +594,8 @@ def test_an_opening_has_one_spelling(case: Case, spelled: Callable[[str], str]) 
         opening = shown["opening"]["output"]
         opening[what] = spelled(opening[what])
         document = json.dumps(shown).encode()
-        assert failed(document, transcript=Transcript(output=case.text)) == ["output commitment"]
+        transcript = Transcript(answer=case.text.encode())
+        assert failed(document, transcript=transcript) == ["output commitment"]
 
 
 @pytest.mark.parametrize("name", BESIDE)
@@ -667,7 +669,7 @@ SPELLINGS: dict[str, Callable[[str], str]] = {
     ["request_id", "coordinator_id", "node_id", "model_digest", "prompt_commitment",
      "output_commitment", "timestamp"],
 )  # fmt: skip
-def test_what_is_signed_has_one_spelling(
+def test_signed_fields_have_one_spelling(
     case: Case, forger: Forger, field: str, spelling: str
 ) -> None:
     other = SPELLINGS[spelling](case.signed[field])

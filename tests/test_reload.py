@@ -40,7 +40,7 @@ def price(box: Box, answer: Any) -> str:
     return made
 
 
-def test_what_holds_at_once_what_later_and_what_not(box: Box) -> None:
+def test_a_reload_reports_which_settings_apply_now_later_or_after_a_restart(box: Box) -> None:
     assert price(box, ask(box)) == "1"
     with ask(box, stream=True, max_tokens=150) as running:
         next(iter(running))

@@ -14,7 +14,7 @@ import msgspec
 import pytest
 
 from pinaivu_box.config import Config, EngineConfig, PricingConfig
-from pinaivu_box.engine.messages import SamplingParams
+from pinaivu_box.engine.messages import SamplingParams, Tokenized
 from pinaivu_box.errors import (
     BudgetExceeded,
     InvalidBody,
@@ -29,10 +29,11 @@ from pinaivu_box.gateway.metering import Meter
 from pinaivu_box.gateway.request import Failed, Finished, Request, RunningRequests
 from pinaivu_box.policy import Budget, Policy
 from pinaivu_box.settings import LiveSettings, Settings
-from pinaivu_box.store import accounts, keys
+from pinaivu_box.store import accounts
 from pinaivu_box.store.audit import Actor
 from pinaivu_box.store.database import Database
 from pinaivu_box.store.keys import Key
+from pinaivu_box.store.new_keys import Draft, create
 from tests.support.scripted_boxes import (
     OWN,
     PROMPT,
@@ -92,11 +93,8 @@ async def books(tmp_path: Path) -> AsyncIterator[Books]:
 
 
 async def new_key(database: Database, **policy: Any) -> Key:
-    account = await accounts.find(database, accounts.OWNER)
-    key, _ = await keys.create(
-        database, account=account, name="one", policy=Policy(**policy), expires_at=None,
-        by=Actor("test", "local"),
-    )  # fmt: skip
+    draft = Draft("one", accounts.OWNER, Policy(**policy))
+    key, _ = await create(database, draft, Actor("test", "local"))
     return key
 
 
@@ -134,7 +132,7 @@ async def test_the_receipt_is_on_disk_before_the_last_event(books: Books) -> Non
     assert proof["completion_tokens"] == 12 and proof["sampling"]["seed"] == "11"
 
 
-async def test_a_client_that_leaves_does_not_take_the_settlement_along(books: Books) -> None:
+async def test_a_client_that_leaves_gets_a_receipt_of_what_was_made(books: Books) -> None:
     asked = job(max_tokens=40)
     box = own(answer(until=20, hold=asyncio.Event()))
     listener = start(box, asked, meter=books.meter, key=books.key)
@@ -147,15 +145,15 @@ async def test_a_client_that_leaves_does_not_take_the_settlement_along(books: Bo
     assert books.proofs(asked.request_id)[0]["completion_tokens"] == 20
 
 
-async def test_a_client_that_leaves_while_it_is_settled_finds_a_receipt(books: Books) -> None:
+async def test_a_client_that_leaves_while_the_receipt_is_written_finds_it(books: Books) -> None:
     asked = job()
     settling, go_on = asyncio.Event(), asyncio.Event()
 
     class Slow:
-        async def settle(self, *account: Any) -> None:
+        async def record(self, *account: Any) -> None:
             settling.set()
             await go_on.wait()
-            await books.meter.settle(*account)
+            await books.meter.record(*account)
 
     listener = start(own(), asked, meter=Slow(), key=books.key)
     await settling.wait()
@@ -165,7 +163,7 @@ async def test_a_client_that_leaves_while_it_is_settled_finds_a_receipt(books: B
     assert asked.request_id in books.receipts()
 
 
-async def test_what_was_made_before_a_failure_is_settled(books: Books) -> None:
+async def test_tokens_made_before_a_failure_are_recorded(books: Books) -> None:
     """An engine that dies with every leg ends the request, and the tokens that were sent count."""
     asked = job()
     box = own(*(answer(until=at, error=lost) for at in (3, 5, 6)), answer())
@@ -177,7 +175,7 @@ async def test_what_was_made_before_a_failure_is_settled(books: Books) -> None:
     assert [proof["completion_tokens"] for proof in books.proofs(asked.request_id)] == [3, 2, 1]
 
 
-async def test_nothing_was_made_and_nothing_is_settled(books: Books) -> None:
+async def test_a_failure_before_the_first_token_leaves_no_receipt(books: Books) -> None:
     asked = job()
     box = own(refuse(lambda: NoNodesAvailable("It does not start.")))
     listener = start(box, asked, meter=books.meter, key=books.key)
@@ -186,14 +184,14 @@ async def test_nothing_was_made_and_nothing_is_settled(books: Books) -> None:
     assert books.receipts() == {}
 
 
-async def test_what_was_taken_is_given_back_however_it_ends() -> None:
+async def test_a_reservation_ends_however_the_request_ends() -> None:
     ended: list[tuple[int, int]] = []
 
     def end(tokens: int, cost: int) -> None:
         ended.append((tokens, cost))
 
     class Broken:
-        async def settle(self, *_: Any) -> None:
+        async def record(self, *_: Any) -> None:
             raise RuntimeError("a mistake of ours")
 
     await start(own(), end=end).end()
@@ -214,10 +212,10 @@ async def test_a_second_leg_goes_on_with_the_same_seed_and_position(books: Books
     assert await listener.end() == Finished("length", len(PROMPT), 12, 0)
     assert listener.text() == TEXT[:12]
     first, second = box.legs
-    assert (first.job.leg, first.output, first.job.settled) == (0, [], None)
+    assert (first.job.leg, first.output, first.job.drawn_with) == (0, [], None)
     assert (second.job.leg, second.output) == (1, list(TEXT[:7].encode()))
-    assert second.job.settled is not None and second.job.settled.seed == 5
-    assert second.job.read == PROMPT and second.job.digest is not None
+    assert second.job.drawn_with is not None and second.job.drawn_with.seed == 5
+    assert second.job.prompt_tokens == PROMPT and second.job.digest is not None
     assert first.job.nonce == second.job.nonce  # one commitment to the prompt
     proofs = books.proofs(asked.request_id)
     assert [(one["leg"], one["completion_tokens"]) for one in proofs] == [(0, 7), (1, 5)]
@@ -241,7 +239,7 @@ async def test_choices_run_side_by_side_and_share_a_prompt() -> None:
     )
     assert await listener.end() == Finished("length", len(PROMPT), 24, 0)
     assert [listener.text(choice) for choice in (0, 1)] == [TEXT[:12]] * 2
-    ((account, reason),) = ledger.settled
+    ((account, reason),) = ledger.recorded
     assert reason == "length" and account.prompt_tokens == len(PROMPT)
 
 
@@ -269,7 +267,7 @@ async def test_a_cancellation_before_the_leg_has_begun_reaches_it() -> None:
     await listener.running
     assert box.legs[0].cancelled.is_set() and box.legs[0].ended.is_set()
     assert listener.request.status == 499
-    assert listener.tokens == [] and ledger.settled == []
+    assert listener.tokens == [] and ledger.recorded == []
 
 
 async def test_a_request_that_waits_for_its_key_s_turn_is_cancelled_at_once() -> None:
@@ -309,7 +307,7 @@ async def test_a_leg_that_is_lost_after_the_cancellation_has_no_successor() -> N
     listener.request.cancel()
     await listener.running
     assert len(box.legs) == 1 and listener.request.status == 499
-    ((account, reason),) = ledger.settled
+    ((account, reason),) = ledger.recorded
     assert (account.completion_tokens, reason) == (4, "cancelled")
 
 
@@ -404,51 +402,63 @@ async def test_requests_of_a_key_that_is_stopped_are_refused_and_so_are_late_one
 # -- what a key may use ----------------------------------------------------------------------------
 
 
-async def test_of_requests_that_come_together_a_budget_takes_what_it_has_room_for(
+class Tokenizer:
+    """Takes a moment for a prompt: meanwhile others come."""
+
+    async def tokenize(self, job: Job, *_: Any, **__: Any) -> tuple[Tokenized, int]:
+        await asyncio.sleep(0.01)
+        return Tokenized(job.id, PROMPT), 2048
+
+
+async def test_requests_that_come_together_do_not_exceed_a_budget(
     books: Books,
 ) -> None:
     """What one may cost at most is reserved in the same moment in which it is found to fit."""
 
-    class Reader:
-        """Counts a prompt, and takes a moment: meanwhile the others come."""
-
-        async def read(self, asked: Job) -> tuple[Job, int]:
-            await asyncio.sleep(0.01)
-            return replace(asked, read=PROMPT), 2048
-
     key = await new_key(books.database, budget=Budget("0.000055"))
     pricing = PricingConfig(per_1k_tokens="0.001")  # each of the requests may cost 0.000015
-    admission = Admission(settings(pricing=pricing), Reader(), books.database)
-    admitting = [admission.admit(key, [job()], lambda model: 0) for _ in range(20)]
+    admission = Admission(settings(pricing=pricing), Tokenizer(), books.database, lambda model: 0)
+    admitting = [admission.admit(key, [job()]) for _ in range(20)]
     found = await asyncio.gather(*admitting, return_exceptions=True)
     taken = [one for one in found if not isinstance(one, BaseException)]
     assert len(taken) == 3
     assert all(isinstance(one, RateLimited) for one in found if one not in taken)
     for one in taken[:2]:
-        one.reservation.settle(15, 5_000)
-    again = await admission.admit(key, [job()], lambda model: 0)
-    again.reservation.settle(15, 15_000)
-    taken[2].reservation.settle(15, 20_000)
+        one.reservation.end(15, 5_000)
+    again = await admission.admit(key, [job()])
+    again.reservation.end(15, 15_000)
+    taken[2].reservation.end(15, 20_000)
     with pytest.raises(BudgetExceeded):
-        await admission.admit(key, [job()], lambda model: 0)
+        await admission.admit(key, [job()])
 
 
-async def test_tokens_of_a_minute_are_taken_before_a_request_runs_and_settled_after(
+async def test_a_request_without_budget_is_refused_for_that_though_nothing_can_be_written(
+    books: Books, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def locked(within: float) -> str:
+        return "another program has locked the database"
+
+    monkeypatch.setattr(books.database, "why_not_writable", locked)
+    pricing = PricingConfig(per_1k_tokens="0.001")
+    admission = Admission(settings(pricing=pricing), Tokenizer(), books.database, lambda model: 0)
+    poor = await new_key(books.database, budget=Budget("0"))
+    with pytest.raises(BudgetExceeded):
+        await admission.admit(poor, [job()])
+    with pytest.raises(NoNodesAvailable, match="another program has locked"):
+        await admission.admit(books.key, [job()])
+
+
+async def test_tokens_per_minute_are_reserved_before_a_request_runs_and_corrected_after(
     books: Books,
 ) -> None:
-    class Reader:
-        async def read(self, asked: Job) -> tuple[Job, int]:
-            await asyncio.sleep(0)
-            return replace(asked, read=PROMPT), 2048
-
     key = await new_key(books.database, tpm=40)
-    admission = Admission(settings(), Reader(), books.database)
-    first = await admission.admit(key, [job()], lambda model: 0)  # 15 tokens at most
-    await admission.admit(key, [job()], lambda model: 0)
+    admission = Admission(settings(), Tokenizer(), books.database, lambda model: 0)
+    first = await admission.admit(key, [job()])  # 15 tokens at most
+    await admission.admit(key, [job()])
     with pytest.raises(RateLimited):
-        await admission.admit(key, [job()], lambda model: 0)
-    first.reservation.settle(5, 0)  # 10 fewer than it might have used
-    await admission.admit(key, [job()], lambda model: 0)
+        await admission.admit(key, [job()])
+    first.reservation.end(5, 0)  # 10 fewer than it might have used
+    await admission.admit(key, [job()])
 
 
 async def test_a_box_without_peers_says_in_the_receipt_that_it_served_itself(books: Books) -> None:

@@ -74,7 +74,9 @@ ITEMS: dict[str, list[dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("items", ITEMS.values(), ids=ITEMS)
-def test_what_was_ignored_is_not_kept(here: Box, client: Any, items: list[dict[str, Any]]) -> None:
+def test_ignored_parts_of_items_are_not_stored(
+    here: Box, client: Any, items: list[dict[str, Any]]
+) -> None:
     made = send(here, client, items)
     assert made["usage"]["input_tokens"] < 300
     assert stored_rows(here)[made["id"]]["bytes"] < 2500
@@ -94,7 +96,9 @@ def test_what_was_ignored_is_not_kept(here: Box, client: Any, items: list[dict[s
     assert more.usage.input_tokens > made["usage"]["input_tokens"]
 
 
-def test_what_no_model_has_read_is_not_kept(here: Box, client: Any) -> None:
+def test_tools_schemas_and_reasoning_that_no_model_has_read_are_not_stored(
+    here: Box, client: Any
+) -> None:
     """Tools that may not be called, what a schema tells to nobody, and thoughts without number."""
     tool = {"type": "function", "name": "f", "parameters": {}, "description": JUNK[:500_000]}
     schema = {
@@ -129,13 +133,13 @@ def test_what_no_model_has_read_is_not_kept(here: Box, client: Any) -> None:
     ],
     ids=["user", "summary", "value", "name", "call_id"],
 )
-def test_what_has_no_room_is_refused(here: Box, given: dict[str, Any]) -> None:
+def test_a_field_that_is_too_long_is_refused_briefly(here: Box, given: dict[str, Any]) -> None:
     body = {"model": "fake:1", "input": "hi", "max_output_tokens": 4, **given}
     refused = here.http("POST", "/v1/responses", json=body)
     assert refused.status_code == 422 and len(refused.text) < 1000
 
 
-def test_ignored_names_are_told_in_short(here: Box) -> None:
+def test_names_of_ignored_fields_are_shortened(here: Box) -> None:
     body = {"model": "fake:1", "input": "hi", "max_output_tokens": 4, "y" * 100_000: 1}
     made = here.http("POST", "/v1/responses", json=body).json()
     assert made["ignored_parameters"] == ["y" * 100]

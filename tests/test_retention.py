@@ -285,7 +285,7 @@ def names(path: Path, table: str) -> list[str]:
         return sorted(row[0] for row in rows_of(database, table))
 
 
-def test_what_is_not_believed_to_be_old_stays(tmp_path: Path) -> None:
+def test_rows_stay_while_the_clock_is_not_trusted(tmp_path: Path) -> None:
     path = tmp_path / "box.db"
     new_database(path)
     with sqlite3.connect(path) as database:
@@ -301,7 +301,7 @@ def test_what_is_not_believed_to_be_old_stays(tmp_path: Path) -> None:
     assert [names(path, table) for table in tables] == [[]] * 3
 
 
-def test_what_a_clock_has_dated_that_was_behind_is_as_new_as_it_is(tmp_path: Path) -> None:
+def test_rows_dated_by_a_clock_that_was_behind_count_as_new(tmp_path: Path) -> None:
     """A machine without a battery begins in 1970, until it has asked what time it is."""
     path = tmp_path / "box.db"
     new_database(path)
@@ -426,7 +426,7 @@ def reports(box: Box) -> dict[str, Any]:
     return {**made, "request_id": ""}
 
 
-def test_what_goes_wrong_is_logged_and_tried_again(
+def test_a_failed_retention_run_is_logged_and_repeated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The policy is asked for each time, so that a new configuration counts."""

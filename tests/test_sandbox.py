@@ -21,6 +21,7 @@ from pinaivu_box.sandbox import (
     SandboxPool,
 )
 from tests.support.process_box import alive, wait_until
+from tests.support.sandbox_jobs import pids_of
 
 ENTRY = "tests.support.sandbox_jobs:make"
 LIMITS = SandboxLimits(cpu_seconds=0.5, memory_bytes=256 << 20)
@@ -43,7 +44,8 @@ def pool() -> Iterator[SandboxPool]:
 
 def test_a_job_gets_the_setup_and_its_payload_and_the_child_stays(sandbox: Sandbox) -> None:
     assert sandbox.run(b"echo payload") == b"setup, payload"
-    assert sandbox.run(b"pid") == sandbox.run(b"pid") == str(sandbox.pid).encode()
+    assert sandbox._process is not None
+    assert sandbox.run(b"pid") == sandbox.run(b"pid") == str(sandbox._process.pid).encode()
 
 
 def test_ten_megabytes_go_in_and_out(sandbox: Sandbox) -> None:
@@ -77,7 +79,7 @@ def test_a_job_that_waits_instead_of_computing_is_ended_too() -> None:
     with pytest.raises(SandboxLimit) as raised:
         sandbox.run(b"wait")
     assert raised.value.limit == "time"
-    assert sandbox.pid is None
+    assert sandbox._process is None
 
 
 def test_errors_for_a_user_arrive_whole_and_others_without_their_text(sandbox: Sandbox) -> None:
@@ -94,7 +96,7 @@ def test_errors_for_a_user_arrive_whole_and_others_without_their_text(sandbox: S
     assert sandbox.run(b"echo on") == b"setup, on"
 
 
-def test_what_a_job_prints_is_no_reply(sandbox: Sandbox) -> None:
+def test_the_printed_output_of_a_job_is_no_reply(sandbox: Sandbox) -> None:
     assert sandbox.run(b"print reply") == b"reply"
 
 
@@ -104,22 +106,22 @@ def test_a_cancelled_job_ends_with_its_process(pool: SandboxPool, tmp_path: Path
 
     def run() -> None:
         try:
-            pool.run(b"wait %s" % bytes(begun), tenant="a", cancellation=cancellation)
+            pool.run(b"wait %s" % bytes(begun), cancellation)
         except BaseException as error:
             raised.append(error)
 
     thread = threading.Thread(target=run)
     thread.start()
     wait_until(begun.exists, "the job")
-    (pid,) = pool.pids
+    (pid,) = pids_of(pool)
     cancellation.cancel()
     thread.join()
     assert [type(error) for error in raised] == [SandboxCancelled]
     assert not alive(pid)
-    assert pool.run(b"echo next", tenant="a") == b"next"
+    assert pool.run(b"echo next") == b"next"
     with pytest.raises(SandboxCancelled):
-        pool.run(b"echo never", tenant="a", cancellation=cancellation)
-    assert pool.run(b"echo last", tenant="a") == b"last"
+        pool.run(b"echo never", cancellation)
+    assert pool.run(b"echo last") == b"last"
 
 
 def test_of_a_tenant_one_job_runs_at_a_time_and_others_do_not_wait_for_it(
@@ -141,7 +143,7 @@ def test_of_a_tenant_one_job_runs_at_a_time_and_others_do_not_wait_for_it(
         both = await asyncio.gather(
             *(pool.run_async(b"pid", tenant=name) for name in ("greedy", "modest"))
         )
-        assert len(set(both) & {str(pid).encode() for pid in pool.pids}) == len(set(both))
+        assert len(set(both) & {str(pid).encode() for pid in pids_of(pool)}) == len(set(both))
 
     asyncio.run(main())
 

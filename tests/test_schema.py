@@ -135,7 +135,7 @@ async def test_nothing_big_is_scanned(tmp_path: Path, statement: str) -> None:
         check_plan(await plan(database, statement))
 
 
-async def test_what_is_deleted_is_found_by_its_whole_key(tmp_path: Path) -> None:
+async def test_rollups_find_rows_by_the_whole_primary_key(tmp_path: Path) -> None:
     async with Database(tmp_path / "box.db") as database:
         for statement in (retention.HOURS, retention.HOURS_OF_REFUSALS):
             (first, *_) = await plan(database, statement)

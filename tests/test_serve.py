@@ -21,6 +21,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from pinaivu_box.models import bundled
 from pinaivu_box.store.keys import generate
+from tests.support.in_process_command import run_command, run_command_json
 from tests.support.process_box import (
     MODEL,
     PINAIVU,
@@ -28,8 +29,6 @@ from tests.support.process_box import (
     Box,
     alive,
     environment,
-    pinaivu,
-    pinaivu_json,
     wait_until,
 )
 
@@ -114,7 +113,9 @@ def test_without_peering_its_library_is_not_in_memory(started: tuple[Box, str, s
     assert "iroh" not in loaded and "zeroconf" not in loaded
 
 
-def test_what_the_first_start_prints_works_when_pasted(tmp_path: Path, new_box: NewBox) -> None:
+def test_commands_that_the_first_start_prints_work_when_pasted(
+    tmp_path: Path, new_box: NewBox
+) -> None:
     config = tmp_path / "box.toml"
     config.write_text(SMALL_CONTEXT)
     box = new_box("--config", str(config))
@@ -132,7 +133,9 @@ def test_the_second_start_prints_all_but_the_key(started: tuple[Box, str, str]) 
     assert "curl" in second
 
 
-def test_what_the_second_start_prints_works_when_pasted(started: tuple[Box, str, str]) -> None:
+def test_commands_that_the_second_start_prints_work_when_pasted(
+    started: tuple[Box, str, str],
+) -> None:
     """With the key in the environment, as it says."""
     _, first, second = started
     key = SECRET.findall(first)[0]
@@ -214,7 +217,7 @@ def test_an_address_in_use(tmp_path: Path) -> None:
         taken.listen()
         port = str(taken.getsockname()[1])
         assert port in refused("--port", port, home=tmp_path / "home")
-    assert pinaivu_json("keys", "ls", home=tmp_path / "home") == []
+    assert run_command_json("keys", "ls", home=tmp_path / "home") == []
 
 
 @pytest.mark.parametrize(
@@ -288,16 +291,13 @@ def test_a_wrong_config_in_the_home_is_refused_too(tmp_path: Path) -> None:
     ],
 )
 def test_a_wrong_environment_is_refused(tmp_path: Path, name: str, value: str) -> None:
-    args = [*PINAIVU, "serve", "--home", str(tmp_path / "home")]
-    done = subprocess.run(
-        args, capture_output=True, text=True, timeout=300, env=environment(**{name: value})
-    )
+    done = run_command("serve", home=tmp_path / "home", check=False, env={name: value})
     assert (done.returncode, done.stdout) == (1, "")
     assert len(done.stderr.splitlines()) == 1
 
 
 def test_a_model_option_that_is_no_pair_is_a_wrong_call(tmp_path: Path) -> None:
-    done = pinaivu("serve", "--model", "tiny", home=tmp_path / "home", check=False)
+    done = run_command("serve", "--model", "tiny", home=tmp_path / "home", check=False)
     assert done.returncode == 2
     assert "NAME=PATH" in done.stderr
 
@@ -305,7 +305,7 @@ def test_a_model_option_that_is_no_pair_is_a_wrong_call(tmp_path: Path) -> None:
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
     """A home that was used before."""
-    pinaivu("keys", "create", home=tmp_path / "home")
+    run_command("keys", "create", home=tmp_path / "home")
     return tmp_path / "home"
 
 
@@ -361,7 +361,7 @@ def test_a_fresh_box_is_alive_ready_and_lists_its_models(new_box: NewBox) -> Non
     listed = [model["id"] for model in box.http("GET", "/v1/models").json()["data"]]
     assert set(listed) == {MODEL, "fake:1"}
     assert box.engines() == []
-    assert pinaivu_json("ps", home=box.home) == []
+    assert run_command_json("ps", home=box.home) == []
 
 
 def metrics(box: Box) -> dict[tuple[str, ...], float]:
@@ -403,20 +403,20 @@ def test_ps_shows_the_engines_of_the_running_box(new_box: NewBox) -> None:
         model="slow:1", messages=[{"role": "user", "content": "hi"}], max_tokens=4000, stream=True
     ) as running:
         next(iter(running))
-        (engine,) = pinaivu_json("ps", home=box.home)
+        (engine,) = run_command_json("ps", home=box.home)
         assert (engine["model"], engine["state"]) == ("slow:1", "running")
         assert engine["running"] + engine["waiting"] == 1
         assert alive(engine["pid"])
         assert engine["memory"] > 1_000_000
         assert 0 <= engine["kv_used"] <= engine["kv_tokens"]
-        table = pinaivu("ps", home=box.home).stdout
+        table = run_command("ps", home=box.home).stdout
         for text in ("slow:1", str(engine["pid"]), "1 running"):
             assert text in table
-    wait_until(lambda: pinaivu_json("ps", home=box.home)[0]["state"] == "idle", "the end of it")
+    wait_until(lambda: run_command_json("ps", home=box.home)[0]["state"] == "idle", "the end of it")
 
 
 def test_ps_without_a_box_is_one_sentence(home: Path) -> None:
-    done = pinaivu("ps", home=home, check=False)
+    done = run_command("ps", home=home, check=False)
     assert (done.returncode, done.stdout) == (1, "")
     assert len(done.stderr.splitlines()) == 1
 
@@ -426,16 +426,16 @@ def test_ls_lists_the_models_with_a_box_or_without(tmp_path: Path, gguf: Path) -
     (home / "models").mkdir(parents=True)
     (home / "models" / "tiny.gguf").symlink_to(gguf)
     (home / "models" / "bad.gguf").write_bytes(b"no")
-    listed = {model["id"]: model for model in pinaivu_json("ls", home=home)}
+    listed = {model["id"]: model for model in run_command_json("ls", home=home)}
     assert set(listed) == {MODEL, "tiny:latest"}
     assert listed["tiny:latest"]["size"] == gguf.stat().st_size
     assert Path(listed["tiny:latest"]["path"]).name == "tiny.gguf"
-    done = pinaivu("ls", home=home)
+    done = run_command("ls", home=home)
     assert "tiny:latest" in done.stdout
     assert "bad.gguf" in done.stderr
     box = Box(home).start()
     try:
-        assert {model["id"] for model in pinaivu_json("ls", home=home)} == set(listed)
+        assert {model["id"] for model in run_command_json("ls", home=home)} == set(listed)
     finally:
         box.end()
 
@@ -622,7 +622,7 @@ def test_the_log_is_text_unless_told(new_box: NewBox) -> None:
     assert not line.startswith("{")
 
 
-def test_what_clients_write_is_one_line_of_the_log(new_box: NewBox) -> None:
+def test_a_request_is_one_line_of_the_log_whatever_its_path(new_box: NewBox) -> None:
     """Also of who has no key: no line and no field is made up, and no terminal told anything."""
     box = new_box(*FAKE)
     forged = "2026-01-01T00:00:00.000Z info    http status=200"

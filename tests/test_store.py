@@ -10,6 +10,7 @@ import sys
 import zlib
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from hypothesis import strategies as st
 from pinaivu_box import amount
 from pinaivu_box.errors import DatabaseUnusable
 from pinaivu_box.policy import SCOPES, Policy
+from pinaivu_box.store import database as database_module
 from pinaivu_box.store import keys
 from pinaivu_box.store.audit import Actor
 from pinaivu_box.store.database import Database
@@ -353,6 +355,28 @@ async def test_a_cancelled_caller_does_not_cancel_its_write(tmp_path: Path) -> N
             await task
         await database.write((INSERT, ("b", 1, 1, "d")))
         assert len(await database.read("SELECT * FROM model_files")) == 2
+
+
+@pytest.mark.parametrize(("seconds", "is_stuck"), [(3.0, False), (6.0, True)])
+async def test_a_write_is_stuck_if_one_of_its_statements_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, is_stuck: bool
+) -> None:
+    """Many statements may take long together on a busy machine."""
+    now, found = 1000.0, []
+    monkeypatch.setattr(database_module, "time", SimpleNamespace(monotonic=lambda: now))
+    async with Database(tmp_path / "a.db") as database:
+        await database.write((INSERT, ("before", 1, 1, "d")))
+        execute = database._writer.execute
+
+        async def slowly(*statement: Any) -> Any:
+            nonlocal now
+            now += seconds
+            found.append(await database.why_not_writable(within=1000))
+            return await execute(*statement)
+
+        monkeypatch.setattr(database._writer, "execute", slowly)
+        await database.write(*((INSERT, (f"{n}", 1, 1, "d")) for n in range(4)))
+    assert len(found) == 6 and all((why is not None) == is_stuck for why in found)
 
 
 async def test_close_writes_what_is_queued(tmp_path: Path) -> None:

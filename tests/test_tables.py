@@ -13,7 +13,8 @@ import pytest
 from rich.cells import cell_len
 
 from pinaivu_box.cli.render import Column, print_table
-from tests.support.process_box import Box, on_terminal, pinaivu, pinaivu_json
+from tests.support.in_process_command import run_command, run_command_json
+from tests.support.process_box import Box, on_terminal
 
 LONG = "the-laptop-of-somebody-with-a-very-long-name-who-is-fond-of-it"  # 62 characters
 ACCOUNT = "an-account-that-is-called-something-long-too"
@@ -28,8 +29,8 @@ def long(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Box]:
     box = Box(home, "--peering")
     box.env = {"PINAIVU_PEERING_PORT": "0"}
     box.start()
-    pinaivu("accounts", "create", ACCOUNT, home=home)
-    key = pinaivu_json(
+    run_command("accounts", "create", ACCOUNT, home=home)
+    key = run_command_json(
         *("keys", "create", "--name", LONG, "--account", ACCOUNT, "--expires", "30d"),
         *("--rpm", "60", "--tpm", "20000", "--budget", "10 per 30d"),
         home=home,
@@ -75,7 +76,7 @@ def _whole(name: str, shown: str) -> bool:
 def test_with_wide_and_into_a_pipe_everything_is_there(long: Box, name: str) -> None:
     command, kept = LISTS[name]
     status, wide = on_terminal(*command, "--wide", home=long.home)
-    piped = pinaivu(*command, home=long.home).stdout
+    piped = run_command(*command, home=long.home).stdout
     assert status == 0
     for text in (wide, piped):
         assert all(one in text for one in kept), text
@@ -100,7 +101,7 @@ def test_a_narrow_terminal_is_told_how_to_see_the_dropped_columns(long: Box) -> 
 
 
 def test_lists_show_when_a_key_expires(long: Box) -> None:
-    listed = pinaivu_json("keys", "ls", home=long.home)
+    listed = run_command_json("keys", "ls", home=long.home)
     ends = {key["name"]: key["expires_at"] for key in listed}
     _, shown = on_terminal("keys", "ls", home=long.home)
     assert str(ends[LONG])[:16].replace("T", " ") in shown and "never" in shown

@@ -102,7 +102,7 @@ def test_a_client_that_never_sends_its_body_is_answered(here: Box) -> None:
     assert (status, headers["connection"]) == (401, "close")
 
 
-def test_what_comes_after_the_last_word_resets_nothing(here: Box) -> None:
+def test_a_body_sent_after_the_answer_resets_nothing(here: Box) -> None:
     """A reset could overtake our answer: what a client was sending meanwhile is taken."""
     with connected(here) as client:
         client.sendall(head("POST", "/v1/responses", f"Content-Length: {LARGE}"))

@@ -100,7 +100,7 @@ def test_it_says_so_and_computes_nothing_until_it_can_be_written_again(
     assert here.http("GET", f"/v1/receipts/{answer.json()['request_id']}").status_code == 200
 
 
-def test_what_was_told_is_complete_has_its_receipt(here: Box) -> None:
+def test_a_completed_answer_has_its_receipt_although_the_disk_was_full(here: Box) -> None:
     """Streams of different lengths, in the middle of which the disk is full."""
     wait_until(lambda: ready(here), "the box to be ready")
     told: list[str] = []
@@ -154,7 +154,7 @@ def test_the_end_of_a_response_in_the_background_waits_until_it_can_be_written(h
     assert list(responses.retrieve(made.id, stream=True))[-1].type == "response.failed"
 
 
-def test_what_cannot_be_deleted_is_no_fault_of_the_box(here: Box) -> None:
+def test_a_deletion_on_a_full_disk_is_503(here: Box) -> None:
     wait_until(lambda: ready(here), "the box to be ready")
     made = here.client.responses.create(model="fake:1", input="hi", max_output_tokens=2)
     path = f"/v1/responses/{made.id}"

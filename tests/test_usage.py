@@ -401,7 +401,7 @@ def test_reports_read_only_what_they_sum(used: Used) -> None:
         ("fast:1", "fast:1"), ("a=b", "a=b"), ("EUR", "EUR"), ("", ""),
     ],
 )  # fmt: skip
-def test_what_a_spreadsheet_would_run_is_text_and_a_number_a_number(text: str, cell: str) -> None:
+def test_csv_quotes_formulas_and_keeps_numbers(text: str, cell: str) -> None:
     """In every column that is not made of our own numbers."""
     group = UsageGroup(1, 2, 1, 0, 1, text, None, None, {}, model=text)
     made = UsageReport(1, 2, 1, 0, 1, "0", text, None, None, {}, [], [group])

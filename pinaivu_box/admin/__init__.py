@@ -1,4 +1,4 @@
-"""Operations on accounts, keys, usage and the audit trail, for the endpoints and the commands.
+"""What endpoints and commands both show of accounts, keys, usage and the audit trail.
 
-They take a database and give views; they know neither HTTP nor the command line.
+It takes a database and gives views; it knows neither HTTP nor the command line.
 """

@@ -7,13 +7,15 @@ import csv
 import io
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from datetime import UTC, datetime
+from typing import Any
 
 import msgspec
 from msgspec import UNSET, Struct, UnsetType
 
 from pinaivu_box.amount import to_text
+from pinaivu_box.membership.peer_names import names_of_boxes
 from pinaivu_box.store.database import Database
 from pinaivu_box.store.times import now_ms
 from pinaivu_box.store.usage import By, Labels, Sums, UsageFilter, Who, busiest, names_of, usage
@@ -90,22 +92,33 @@ class UsageReport(Struct, frozen=True, omit_defaults=True):
     request_id: str | None = None
 
 
-async def report(
+async def usage_report(
     database: Database,
-    selection: UsageFilter,
-    by: tuple[By, ...],
+    node_id: str,
     currency: str,
-    boxes: Mapping[str, str] | None = None,
+    by: tuple[By, ...],
+    *,
+    account_id: str | None = None,
+    key_id: str | None = None,
+    model: str | None = None,
+    first_day: int | None = None,
+    last_day: int | None = None,
 ) -> UsageReport:
-    """The report on the usage of a `selection`; `boxes` has the names of boxes by node id."""
+    """The usage of this box, whose node id is `node_id`, grouped `by`.
+
+    The days are midnights in Unix milliseconds; the last is included.
+    """
+    selection = UsageFilter(account_id, key_id, model, *_span(first_day, last_day))
     groups = models = await usage(database, selection, ("model",))
     only = None
     owner_kind: Who | None = "key" if "key" in by else "account" if "account" in by else None
-    if owner_kind is not None and selection.key_id is None:
+    if owner_kind is not None and key_id is None:
         only = await busiest(database, selection, owner_kind, MAX_KEYS + 1)
     if by and by != ("model",):
         groups = await usage(database, selection, by, only and only[:MAX_KEYS])
-    names: dict[By, Mapping[str, str]] = {"node": boxes or {}, "peer": boxes or {}}
+    names: dict[By, Mapping[str, str]] = {}
+    if {"node", "peer"} & set(by):
+        names["node"] = names["peer"] = await names_of_boxes(database, node_id)
     for kind in ("key", "account"):
         if kind in by:
             position = by.index(kind)
@@ -125,47 +138,40 @@ def _report(
     total = Sums()
     for sums in models.values():
         total.add(sums)
-    whole = _group(total, (), (), {})
     return UsageReport(
-        total_requests=whole.requests,
-        total_tokens=whole.tokens,
-        prompt_tokens=whole.prompt_tokens,
-        cached_tokens=whole.cached_tokens,
-        completion_tokens=whole.completion_tokens,
-        cost=whole.cost,
+        total_requests=total.requests,
+        total_tokens=total.tokens,
         currency=currency,
-        ttft_ms=whole.ttft_ms,
-        total_ms=whole.total_ms,
-        errors=whole.errors,
         by_model=[
             _group(sums, ("model",), labels, {}) for labels, sums in models.items() if labels[0]
         ],
         data=[_group(sums, by, labels, names) for labels, sums in groups.items()] if by else UNSET,
         more_keys=more_keys,
+        **_sums(total),
     )
 
 
 def _group(
     sums: Sums, by: tuple[By, ...], labels: Labels, names: Mapping[By, Mapping[str, str]]
 ) -> UsageGroup:
-    ids = dict(zip(by, labels, strict=True))
-    return UsageGroup(
-        requests=sums.requests,
-        tokens=sums.prompt_tokens + sums.completion_tokens,
-        prompt_tokens=sums.prompt_tokens,
-        cached_tokens=sums.cached_tokens,
-        completion_tokens=sums.completion_tokens,
-        cost=to_text(sums.amount),
-        ttft_ms=_percentiles(sums.ttft_ms),
-        total_ms=_percentiles(sums.total_ms),
-        errors=dict(sorted(sums.errors.items())),
-        **ids,
-        **{
-            f: names[column].get(ids[column], "")
-            for column, f in NAME_FIELDS.items()
-            if column in ids
-        },
-    )
+    fields: dict[str, Any] = dict(zip(by, labels, strict=True))
+    for kind, names_by_id in names.items():
+        if kind in by:
+            fields[NAME_FIELDS[kind]] = names_by_id.get(fields[kind], "")
+    return UsageGroup(requests=sums.requests, tokens=sums.tokens, **_sums(sums), **fields)
+
+
+def _sums(sums: Sums) -> dict[str, Any]:
+    """The fields that a group and the whole report have both."""
+    return {
+        "prompt_tokens": sums.prompt_tokens,
+        "cached_tokens": sums.cached_tokens,
+        "completion_tokens": sums.completion_tokens,
+        "cost": to_text(sums.amount),
+        "ttft_ms": _percentiles(sums.ttft_ms),
+        "total_ms": _percentiles(sums.total_ms),
+        "errors": dict(sorted(sums.errors.items())),
+    }
 
 
 def _percentiles(counts: Counter[int]) -> Percentiles | None:
@@ -191,7 +197,7 @@ def parse_day(text: str) -> int:
     return int(moment.timestamp() * 1000)
 
 
-def span(first: int | None, last: int | None) -> tuple[int | None, int | None]:
+def _span(first: int | None, last: int | None) -> tuple[int | None, int | None]:
     """The `since` and `until` of a `UsageFilter` from one day to another, which is included.
 
     Without a last day it ends now: rows of the future were written when the clock was ahead.
@@ -205,34 +211,23 @@ def to_csv(report: UsageReport, by: tuple[By, ...]) -> str:
     """RFC 4180: a line for each group, or one for the whole report.  Names come last."""
     file = io.StringIO()
     lines = csv.writer(file)  # ends lines as the RFC requires
-
-    def write(row: Sequence[str | int]) -> None:
-        lines.writerow([cell(value) if isinstance(value, str) else value for value in row])
-
     sums = ("requests", "tokens", "prompt_tokens", "cached_tokens", "completion_tokens", "cost")
     kinds = ("ttft_ms", "total_ms")
     percentiles = [f"{kind}_{p}" for kind in kinds for p in Percentiles.__struct_fields__]
     named = [field for column, field in NAME_FIELDS.items() if column in by]
-    write([*by, *sums, "currency", *percentiles, "errors", *named])
-    for group in [_whole(report)] if report.data is UNSET else report.data:
-        latencies: list[int | str] = []
-        for kind in kinds:
-            values = getattr(group, kind)
-            latencies += ["", "", ""] if values is None else msgspec.structs.astuple(values)
-        write(
-            [
-                *(getattr(group, name) for name in by),
-                *(getattr(group, name) for name in sums),
-                report.currency,
-                *latencies,
-                sum(group.errors.values()),
-                *(getattr(group, name) for name in named),
-            ]
-        )
+    lines.writerow([*by, *sums, "currency", *percentiles, "errors", *named])
+    for group in [whole(report)] if report.data is UNSET else report.data:
+        values = [getattr(group, name) for name in (*by, *sums)]
+        values.append(report.currency)
+        for latencies in (group.ttft_ms, group.total_ms):
+            values += ["", "", ""] if latencies is None else msgspec.structs.astuple(latencies)
+        values += [sum(group.errors.values()), *(getattr(group, name) for name in named)]
+        lines.writerow([cell(str(value)) for value in values])
     return file.getvalue()
 
 
-def _whole(report: UsageReport) -> UsageGroup:
+def whole(report: UsageReport) -> UsageGroup:
+    """The sums of the report as one group."""
     shared = set(UsageGroup.__struct_fields__) & set(UsageReport.__struct_fields__)
     values = {name: getattr(report, name) for name in shared}
     return UsageGroup(**values, requests=report.total_requests, tokens=report.total_tokens)
@@ -240,6 +235,5 @@ def _whole(report: UsageReport) -> UsageGroup:
 
 def cell(text: str) -> str:
     """Text that a spreadsheet would run as a formula is quoted; numbers stay numbers."""
-    if _NUMBER.fullmatch(text) or not _FORMULA.match(text):
-        return text
-    return f"'{text}"
+    is_formula = _FORMULA.match(text) and not _NUMBER.fullmatch(text)
+    return f"'{text}" if is_formula else text

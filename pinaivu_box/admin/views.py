@@ -1,11 +1,10 @@
-"""Accounts, keys and the audit trail as the admin API and the commands' --json show them.
+"""Accounts and keys as the admin API and the commands' --json show them.
 
 Times are RFC 3339 in UTC, amounts decimal text.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
@@ -13,8 +12,8 @@ import msgspec
 from msgspec import UNSET, Struct, UnsetType
 
 from pinaivu_box.amount import to_text
-from pinaivu_box.policy import Policy
-from pinaivu_box.store import audit
+from pinaivu_box.config import PricingConfig
+from pinaivu_box.policy import UNPRICED, Policy, free_of_charge
 from pinaivu_box.store.accounts import Account, Role
 from pinaivu_box.store.keys import Key
 from pinaivu_box.store.times import now_ms, time_text
@@ -69,21 +68,6 @@ class NewKey(KeyView, frozen=True, kw_only=True):
     key: str
 
 
-class AuditEntry(Struct, frozen=True):
-    """An action of `actor` (a key's id, or cli:USER); `detail` has what was set.  `actor_name` and
-    `target_name` are their present names, null if they have none."""
-
-    id: int
-    at: str
-    actor: str
-    source: str
-    action: str
-    target: str
-    detail: dict[str, Any]
-    actor_name: str | None = None
-    target_name: str | None = None
-
-
 def account_view(account: Account) -> AccountView:
     fields = msgspec.structs.asdict(account)
     return AccountView(**{**fields, "created_at": time_text(account.created_at)})
@@ -97,13 +81,10 @@ def new_key_view(key: Key, secret: str) -> NewKey:
     return NewKey(**_fields(key), key=secret)
 
 
-def audit_view(entry: audit.AuditRow, names: Mapping[str, str]) -> AuditEntry:
-    """`names` of keys, accounts and peers, by id."""
-    return AuditEntry(
-        **{**msgspec.structs.asdict(entry), "at": time_text(entry.at)},
-        actor_name=names.get(entry.actor),
-        target_name=names.get(entry.target),
-    )
+def warning(policy: Policy, pricing: PricingConfig) -> str | None:
+    """What a key's owner should know of its settings: its budget limits nothing."""
+    without_effect = policy.budget is not None and free_of_charge(policy, pricing)
+    return UNPRICED if without_effect else None
 
 
 def parse_time(text: str) -> int:

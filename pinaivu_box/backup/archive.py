@@ -11,7 +11,7 @@ from typing import Annotated, BinaryIO
 import msgspec
 from msgspec import Meta, Struct
 
-from pinaivu_box.backup.sealed import BadBackup, ByteSource, Sink
+from pinaivu_box.backup.sealed import BadBackup, Sealer, Unsealer
 
 FORMAT = 1
 IDENTITY, CONFIG, DATABASE = "identity.key", "config.toml", "pinaivu.db"
@@ -22,6 +22,7 @@ _MAX_MANIFEST_BYTES = 65536
 _END = bytes(2 * _BLOCK)
 
 OpenFile = BufferedReader | BytesIO
+Source = BinaryIO | Unsealer
 
 
 class ArchivePart(Struct, frozen=True):
@@ -51,7 +52,7 @@ def part_of(name: str, file: OpenFile) -> ArchivePart:
     return ArchivePart(name, size, digest)
 
 
-def write(sink: Sink, manifest: Manifest, files: dict[str, OpenFile]) -> None:
+def write(sink: BinaryIO | Sealer, manifest: Manifest, files: dict[str, OpenFile]) -> None:
     """Write the archive; `files` are the open files of its parts."""
     text = msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n"
     for name, content in ((_MANIFEST, text), (_DIGEST, _digest_line(text))):
@@ -64,7 +65,7 @@ def write(sink: Sink, manifest: Manifest, files: dict[str, OpenFile]) -> None:
     sink.write(_END)
 
 
-def read_manifest(source: ByteSource) -> Manifest:
+def read_manifest(source: Source) -> Manifest:
     """Read the beginning of an archive.  Raises BadBackup, OSError."""
     block = source.read(_BLOCK)
     try:
@@ -79,7 +80,7 @@ def read_manifest(source: ByteSource) -> Manifest:
     _expect(source, _header(_DIGEST, len(line)) + line + _padding(len(line)))
     try:
         manifest = msgspec.json.decode(text, type=Manifest)
-    except (msgspec.DecodeError, ValueError) as error:
+    except ValueError as error:
         raise BadBackup(f"its manifest cannot be read ({error})") from error
     if manifest.format > FORMAT:
         raise BadBackup("it was created by a newer Pinaivu Box: update the program")
@@ -89,9 +90,7 @@ def read_manifest(source: ByteSource) -> Manifest:
     return manifest
 
 
-def read_parts(
-    source: ByteSource, manifest: Manifest, open_part: Callable[[str], BinaryIO]
-) -> None:
+def read_parts(source: Source, manifest: Manifest, open_part: Callable[[str], BinaryIO]) -> None:
     """Check what follows the manifest, and write each part to the file that `open_part` opens.
 
     Raises BadBackup, OSError.
@@ -128,13 +127,13 @@ def _digest_line(text: bytes) -> bytes:
     return f"{hashlib.sha256(text).hexdigest()}  {_MANIFEST}\n".encode()
 
 
-def _exactly(source: ByteSource, size: int) -> bytes:
+def _exactly(source: Source, size: int) -> bytes:
     data = source.read(size)
     if len(data) < size:
         raise BadBackup("it is truncated")
     return data
 
 
-def _expect(source: ByteSource, expected: bytes) -> None:
+def _expect(source: Source, expected: bytes) -> None:
     if _exactly(source, len(expected)) != expected:
         raise BadBackup("it is damaged between its parts")

@@ -12,7 +12,6 @@ before it reads a home; a command that runs already is not stopped.
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 import time
 from collections.abc import Callable
@@ -23,10 +22,10 @@ from msgspec import Struct
 
 from pinaivu_box import identity
 from pinaivu_box.backup import archive
-from pinaivu_box.backup.archive import CONFIG, DATABASE, IDENTITY, Manifest
-from pinaivu_box.backup.make import sync_folder
-from pinaivu_box.backup.sealed import MAGIC, BadBackup, ByteSource, Unsealer
-from pinaivu_box.errors import CliError, DatabaseUnusable, SchemaUnsupported
+from pinaivu_box.backup.archive import CONFIG, DATABASE, IDENTITY, Manifest, Source
+from pinaivu_box.backup.make import sync
+from pinaivu_box.backup.sealed import MAGIC, BadBackup, Unsealer
+from pinaivu_box.errors import CliError, DatabaseUnusable
 from pinaivu_box.home import lock, prepare_home
 from pinaivu_box.store import integrity
 from pinaivu_box.store.schema import CURRENT
@@ -55,13 +54,15 @@ def restore(file: Path, home: Path, passphrase: Callable[[], str], *, force: boo
         with file.open("rb") as opened:
             source = _source(opened, passphrase)
             manifest = archive.read_manifest(source)
-            _refuse_unreadable(manifest)
+            CURRENT.check_version(manifest.schema, "its database")
             with contextlib.closing(lock(prepare_home(home))):
                 _refuse_occupied(home, force)
                 _stage(source, manifest, home)
-                return Restored(manifest, _put_in_place(home))
-    except BadBackup as error:
-        raise CliError(f"{file} cannot be restored: {error}.") from error
+                (home / STAGING).rename(home / READY)
+                sync(home)
+                return Restored(manifest, _finish(home))
+    except (BadBackup, DatabaseUnusable) as error:
+        raise CliError(f"{file} cannot be restored: {str(error).removesuffix('.')}.") from error
     except OSError as error:
         where = (
             f" ({error.filename})" if error.filename and str(error.filename) != str(file) else ""
@@ -88,17 +89,10 @@ def _lock(home: Path) -> IO[str]:
         raise CliError(f"A restore into {home} is running: try again when it is done.") from None
 
 
-def _source(file: BinaryIO, passphrase: Callable[[], str]) -> ByteSource:
+def _source(file: BinaryIO, passphrase: Callable[[], str]) -> Source:
     beginning = file.read(len(MAGIC))
     file.seek(0)
     return Unsealer(file, passphrase()) if beginning == MAGIC else file
-
-
-def _refuse_unreadable(manifest: Manifest) -> None:
-    try:
-        CURRENT.check_version(manifest.schema, "its database")
-    except SchemaUnsupported as error:
-        raise BadBackup(error.message.removesuffix(".")) from error
 
 
 def _refuse_occupied(home: Path, force: bool) -> None:
@@ -110,7 +104,7 @@ def _refuse_occupied(home: Path, force: bool) -> None:
         )
 
 
-def _stage(source: ByteSource, manifest: Manifest, home: Path) -> None:
+def _stage(source: Source, manifest: Manifest, home: Path) -> None:
     """Write the parts into the staging folder, and check them there."""
     folder = home / STAGING
     shutil.rmtree(folder, ignore_errors=True)
@@ -126,11 +120,8 @@ def _stage(source: ByteSource, manifest: Manifest, home: Path) -> None:
         if schema != manifest.schema:
             raise BadBackup(f"its database has schema {schema}, not {manifest.schema}")
         for part in manifest.parts:
-            _sync_file(folder / part.name)
-        sync_folder(folder)
-    except DatabaseUnusable as error:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise BadBackup(error.message.removesuffix(".")) from error
+            sync(folder / part.name)
+        sync(folder)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -141,11 +132,6 @@ def _new_file(path: Path) -> BinaryIO:
     return path.open("wb")
 
 
-def _sync_file(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
 def _check_identity(path: Path, manifest: Manifest) -> None:
     try:
         node_id = identity.load_or_create(path).node_id
@@ -153,12 +139,6 @@ def _check_identity(path: Path, manifest: Manifest) -> None:
         raise BadBackup("its identity.key is damaged") from None
     if node_id != manifest.node_id:
         raise BadBackup("its identity.key does not belong to the node in its manifest")
-
-
-def _put_in_place(home: Path) -> Path | None:
-    (home / STAGING).rename(home / READY)
-    sync_folder(home)
-    return _finish(home)
 
 
 def _finish(home: Path) -> Path | None:
@@ -176,13 +156,13 @@ def _finish(home: Path) -> Path | None:
             if (home / replaced).exists():
                 (home / replaced).rename(old / replaced)
         (ready / name).rename(home / name)
-    sync_folder(home)
+    sync(home)
     aside = None
     if any(old.iterdir()):
         aside = _unused(home / time.strftime("before-restore-%Y%m%dT%H%M%SZ", time.gmtime()))
         old.rename(aside)
     shutil.rmtree(ready)
-    sync_folder(home)
+    sync(home)
     return aside
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import struct
-from typing import BinaryIO, Protocol
+from typing import BinaryIO
 
 from nacl import bindings as sodium
 from nacl.exceptions import CryptoError
@@ -23,16 +23,6 @@ _MAX_OPERATIONS, _MAX_MEMORY_BYTES = 16, 1 << 30
 
 class BadBackup(ValueError):
     """The file is not a valid backup; the message is a clause that says why."""
-
-
-class Sink(Protocol):
-    def write(self, data: bytes, /) -> object: ...
-
-
-class ByteSource(Protocol):
-    def read(self, size: int, /) -> bytes:
-        """Read that many bytes, or fewer at the end.  Raises BadBackup, OSError."""
-        ...
 
 
 class Sealer:
@@ -91,6 +81,7 @@ class Unsealer:
         )
 
     def read(self, size: int) -> bytes:
+        """Read that many bytes, or fewer at the end.  Raises BadBackup, OSError."""
         while len(self._ready) < size and not self._ended:
             self._ready += self._pull()
         data = bytes(self._ready[:size])

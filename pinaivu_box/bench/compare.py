@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from statistics import median
 
 import msgspec
 
 from pinaivu_box.bench.run import RunPlan, measure
-from pinaivu_box.bench.statistics import (
-    Quantiles,
-    Summary,
-    gaps,
-    succeeded,
-    summarise,
-    ttft,
-)
+from pinaivu_box.bench.statistics import Quantiles, Summary, gaps, succeeded, summarise, ttft
 from pinaivu_box.bench.target import Target
+
+_FIGURES = ("tokens_per_s", "requests_per_s", "ttft_ms", "gap_ms", "per_token_ms", "latency_ms")
+_FURTHER_FIGURES = ("jain_per_client", "jain_per_tenant", "tokens_per_arrival", "client_load")
 
 
 class BenchRun(msgspec.Struct):
@@ -27,19 +23,6 @@ class BenchRun(msgspec.Struct):
     summary: Summary
     ttfts: list[float]
     gaps: list[float]
-
-
-class ComparisonProgress:
-    """The progress of the runs; this implementation ignores it."""
-
-    def begins(self, pair: int, target: int) -> None:
-        """A run begins, with its warm-up."""
-
-    def ended(self) -> None:
-        """A request of the run has ended."""
-
-    def done(self, run: BenchRun) -> None:
-        """The run is complete."""
 
 
 class Ratio(msgspec.Struct, frozen=True):
@@ -58,67 +41,56 @@ def turns(targets: int, pairs: int) -> Iterator[tuple[int, int]]:
         yield from ((pair, target) for target in order)
 
 
-async def run_all(
-    targets: list[Target],
+async def run_turn(
+    targets: Sequence[Target],
     plan: RunPlan,
-    pairs: int,
-    progress: ComparisonProgress | None = None,
-) -> list[BenchRun]:
-    """Run all pairs; the runs of a pair send the same requests, other pairs send others."""
-    progress = progress or ComparisonProgress()
-    runs = []
-    for pair, target in turns(len(targets), pairs):
-        plan_now = plan.seeded(f"{plan.workload.seed}/{pair}")
-        progress.begins(pair, target)
-        measured = await measure(targets[target], plan_now, progress.ended)
-        completed = succeeded(measured)
-        run = BenchRun(
-            target=target,
-            pair=pair,
-            summary=summarise(measured, plan_now),
-            ttfts=[ttft(outcome) for outcome in completed if outcome.arrivals],
-            gaps=[gap for outcome in completed for gap in gaps(outcome)],
-        )
-        runs.append(run)
-        progress.done(run)
-    return runs
+    pair: int,
+    target: int,
+    ended: Callable[[], None] = lambda: None,
+) -> BenchRun:
+    """Run the plan against a target; the runs of a pair send the same requests, other pairs others.
+
+    `ended` is called at the end of each measured request.
+    """
+    plan = plan.seeded(f"{plan.workload.seed}/{pair}")
+    measured = await measure(targets[target], plan, ended)
+    completed = succeeded(measured)
+    return BenchRun(
+        target=target,
+        pair=pair,
+        summary=summarise(measured, plan),
+        ttfts=[ttft(outcome) for outcome in completed if outcome.arrivals],
+        gaps=[gap for outcome in completed for gap in gaps(outcome)],
+    )
 
 
 def figures(summary: Summary) -> dict[str, float]:
-    """All figures of a run by dotted names: `ttft_ms.p50`, `tenants.light.tokens`, …"""
-    values: dict[str, float] = {}
-    for name in ("tokens_per_s", "requests_per_s"):
-        values[name] = getattr(summary, name)
-    for name in ("ttft_ms", "gap_ms", "per_token_ms", "latency_ms"):
-        values |= _flat(name, getattr(summary, name))
+    """All figures of a run by dotted names: `ttft_ms.p50`, `tenants.light.tokens_per_client`, …"""
+    values = {name: getattr(summary, name) for name in _FIGURES}
     if summary.intruder:
-        if summary.intruder.ttft_ms is not None:
-            values["intruder.ttft_ms"] = summary.intruder.ttft_ms
-        values |= _flat("intruder.gap_ms", summary.intruder.gap_ms)
+        values["intruder.ttft_ms"] = summary.intruder.ttft_ms
+        values["intruder.gap_ms"] = summary.intruder.gap_ms
     for tenant in summary.tenants:
         values[f"tenants.{tenant.name}.tokens_per_client"] = tenant.tokens_per_client
-        values |= _flat(f"tenants.{tenant.name}.ttft_ms", tenant.ttft_ms)
-    for name in ("jain_per_client", "jain_per_tenant", "tokens_per_arrival"):
-        if (value := getattr(summary, name)) is not None:
-            values[name] = value
-    values["client_load"] = summary.client_load
-    return values
+        values[f"tenants.{tenant.name}.ttft_ms"] = tenant.ttft_ms
+    values |= {name: getattr(summary, name) for name in _FURTHER_FIGURES}
+    return dict(_flat(values))
 
 
-def _flat(name: str, quantiles: Quantiles | None) -> dict[str, float]:
-    if quantiles is None:
-        return {}
-    return {f"{name}.{part}": getattr(quantiles, part) for part in ("p50", "p95", "p99", "max")}
+def _flat(values: dict[str, float | Quantiles | None]) -> Iterator[tuple[str, float]]:
+    for name, value in values.items():
+        if isinstance(value, Quantiles):
+            for part in ("p50", "p95", "p99", "max"):
+                yield f"{name}.{part}", getattr(value, part)
+        elif value is not None:
+            yield name, value
 
 
 def medians(runs: list[BenchRun], target: int) -> dict[str, float]:
     """The median of every figure over the runs of a server."""
-    values_by_name: dict[str, list[float]] = {}
-    for run in runs:
-        if run.target == target:
-            for name, value in figures(run.summary).items():
-                values_by_name.setdefault(name, []).append(value)
-    return {name: median(values) for name, values in values_by_name.items()}
+    of_runs = [figures(run.summary) for run in runs if run.target == target]
+    names = dict.fromkeys(name for of_run in of_runs for name in of_run)
+    return {name: median(each[name] for each in of_runs if name in each) for name in names}
 
 
 def ratios(runs: list[BenchRun]) -> dict[str, Ratio]:

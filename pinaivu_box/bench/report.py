@@ -96,12 +96,9 @@ def _counts(targets: int, runs: list[BenchRun]) -> Iterator[list[str]]:
     empty = [""] if targets > 1 else []
     own = [[run.summary for run in runs if run.target == number] for number in range(targets)]
     yield ["requests", *(f"{sum(summary.requests for summary in each):,}" for each in own), *empty]
-    kinds: list[Counter[str]] = [Counter() for _ in own]
-    for counter, each in zip(kinds, own, strict=True):
-        for summary in each:
-            counter.update(summary.errors)
-    for kind in dict.fromkeys(kind for counter in kinds for kind in counter):
-        yield [f"errors: {kind}", *(f"{counter[kind]:,}" for counter in kinds), *empty]
+    errors = [sum((Counter(summary.errors) for summary in each), Counter()) for each in own]
+    for kind in dict.fromkeys(kind for counter in errors for kind in counter):
+        yield [f"errors: {kind}", *(f"{counter[kind]:,}" for counter in errors), *empty]
     yield ["prompt tokens, mean", *(_mean(each, "prompt_tokens") for each in own), *empty]
     yield ["of these cached", *(_mean(each, "cached_tokens") for each in own), *empty]
     yield ["completion tokens, mean", *(_mean(each, "completion_tokens") for each in own), *empty]

@@ -155,7 +155,11 @@ def summarise(measured: Measured, plan: RunPlan) -> Summary:
         tokens_per_arrival=sum(outcome.tokens for outcome in good) / arrived if arrived else None,
         ttft_ms=quantiles(ttft(outcome) for outcome in good if outcome.arrivals),
         gap_ms=quantiles(gap for outcome in good for gap in gaps(outcome)),
-        per_token_ms=quantiles(_per_token(outcome) for outcome in good if _measures_speed(outcome)),
+        per_token_ms=quantiles(
+            (outcome.arrivals[-1] - outcome.arrivals[0]) / (outcome.tokens - 1)
+            for outcome in good
+            if outcome.tokens > 1 and len(outcome.arrivals) > 1
+        ),
         latency_ms=quantiles(outcome.ended - outcome.started for outcome in good),
         jain_per_client=jain([tenant.tokens_per_client for tenant in tenants]) if several else None,
         jain_per_tenant=jain([tenant.tokens for tenant in tenants]) if several else None,
@@ -168,14 +172,6 @@ def summarise(measured: Measured, plan: RunPlan) -> Summary:
 def _source(good: list[RequestOutcome]) -> str:
     kinds = {"deltas" if outcome.usage_tokens is None else "usage" for outcome in good}
     return " and ".join(sorted(kinds)) or "nothing"
-
-
-def _measures_speed(outcome: RequestOutcome) -> bool:
-    return outcome.tokens > 1 and len(outcome.arrivals) > 1
-
-
-def _per_token(outcome: RequestOutcome) -> float:
-    return (outcome.arrivals[-1] - outcome.arrivals[0]) / (outcome.tokens - 1)
 
 
 def _tenant(number: int, measured: Measured, plan: RunPlan) -> TenantSummary:

@@ -54,6 +54,11 @@ class Target(msgspec.Struct, frozen=True):
             fields=fields or {},
         )
 
+    @property
+    def authority(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{host}:{self.port}"
+
     def message(self, request: WorkloadRequest, key: str | None = None) -> bytes:
         """The HTTP request, head and body; `key` replaces that of the target."""
         body = msgspec.json.encode(
@@ -67,10 +72,9 @@ class Target(msgspec.Struct, frozen=True):
             }
         )
         secret = self.key if key is None else key
-        host = f"[{self.host}]" if ":" in self.host else self.host
         head = [
             f"POST {self.path} HTTP/1.1",
-            f"Host: {host}:{self.port}",
+            f"Host: {self.authority}",
             "Content-Type: application/json",
             "Accept: text/event-stream",
             "Connection: close",
@@ -86,7 +90,8 @@ async def named(target: Target) -> Target:
         return target
     import httpx
 
-    models = _address(target, target.path.removesuffix(CHAT) + "/models")
+    scheme = "https" if target.tls else "http"
+    models = f"{scheme}://{target.authority}{target.path.removesuffix(CHAT)}/models"
     headers = {"Authorization": f"Bearer {target.key}"} if target.key else {}
     try:
         verify = target.tls or False  # False: there is nothing to verify without TLS
@@ -101,11 +106,6 @@ async def named(target: Target) -> Target:
     except (ValueError, LookupError, TypeError):
         raise CliError(f"{models} lists no model: name one with --model.") from None
     return msgspec.structs.replace(target, model=str(model))
-
-
-def _address(target: Target, path: str) -> str:
-    host = f"[{target.host}]" if ":" in target.host else target.host
-    return f"{'https' if target.tls else 'http'}://{host}:{target.port}{path}"
 
 
 async def measure_scale(target: Target, workload: Workload) -> Scale:

@@ -5,7 +5,8 @@ They do little, because the time per chunk limits the number of streams.
 
 from __future__ import annotations
 
-from enum import Enum, auto
+import sys
+from collections.abc import Generator, Iterator
 
 from pinaivu_box.text import number
 
@@ -16,129 +17,100 @@ class WireError(ValueError):
     """The bytes are not an HTTP/1.1 response."""
 
 
-class _ParserState(Enum):
-    HEAD = auto()
-    SIZE = auto()  # the line before a chunk
-    CHUNK = auto()
-    AFTER = auto()  # the line end after a chunk
-    TRAILER = auto()
-    LENGTH = auto()  # a body with a content-length
-    TO_END = auto()  # a body that ends with the connection
-    DONE = auto()
-
-
 class ResponseParser:
-    """Parses one response: `feed` returns bytes of the body; `status` is 0 before the head."""
+    """Parses one response: `feed` returns bytes of the body; `status` is 0 before the head.
+
+    The methods that are generators stop where they need more bytes; `feed` continues them.
+    """
 
     def __init__(self) -> None:
         self.status = 0
         self.headers: dict[str, str] = {}
-        self._part = _ParserState.HEAD
-        self._rest = b""
-        self._left = 0
-
-    @property
-    def done(self) -> bool:
-        return self._part is _ParserState.DONE
+        self.done = False
+        self._data = b""
+        self._at = 0  # what is before it in `_data` is parsed
+        self._body: list[bytes] = []
+        self._ends_with_connection = False
+        self._parsing = self._parse()
 
     def end(self) -> bool:
         """Note the end of the connection; returns whether the response is complete."""
-        if self._part is _ParserState.TO_END:
-            self._part = _ParserState.DONE
+        self.done = self.done or self._ends_with_connection
         return self.done
 
     def feed(self, data: bytes) -> bytes:
         """Parse more bytes; returns those of the body.  Raises WireError."""
-        if self._part is _ParserState.HEAD:
-            data = self._head(data)
-        if self._part is _ParserState.TO_END:
-            return data
-        if self._part is _ParserState.LENGTH:
-            return self._counted(data)
-        if self._part in (_ParserState.HEAD, _ParserState.DONE):
-            return b""
-        return self._chunked(data)
+        self._data, self._at = self._data[self._at :] + data, 0
+        self._body = []
+        next(self._parsing, None)
+        return b"".join(self._body)
 
-    def _head(self, data: bytes) -> bytes:
-        """Parse the head; returns the bytes after it.  Raises WireError."""
-        data = self._rest + data
-        head, end, after = data.partition(b"\r\n\r\n")
-        if not end:
-            if len(data) > _MAX_HEAD_BYTES or not data.startswith(b"HTTP/1."[: len(data)]):
-                raise WireError("no HTTP/1.1 answer")
-            self._rest = data
-            return b""
-        self._rest = b""
-        first, *lines = head.decode("latin-1").split("\r\n")
-        version, _, status = first.partition(" ")
-        if not version.startswith("HTTP/1.") or number(status[:3]) is None:
-            raise WireError("no HTTP/1.1 status line")
-        if status.startswith("1"):  # 100 Continue and others: the response follows
-            return self._head(after)
-        pairs = (line.partition(":") for line in lines)
-        self.headers = {name.strip().lower(): value.strip() for name, _, value in pairs}
-        self.status = int(status[:3])
-        self._begin_body()
-        return after
-
-    def _begin_body(self) -> None:
+    def _parse(self) -> Iterator[None]:
+        status = 100
+        while status < 200:  # 100 Continue and others: the response follows
+            status = yield from self._head()
+        self.status = status
         length = self.headers.get("content-length", "")
         if "chunked" in self.headers.get("transfer-encoding", "").lower():
-            self._part = _ParserState.SIZE
-        elif self.status in (204, 304) or length == "0":
-            self._part = _ParserState.DONE
-        elif length:
-            if (size := number(length)) is None:
+            yield from self._chunks()
+        elif status not in (204, 304):
+            size = number(length) if length else sys.maxsize
+            if size is None:
                 raise WireError(f"a content-length of '{length}'")
-            self._part, self._left = _ParserState.LENGTH, size
-        else:
-            self._part = _ParserState.TO_END
+            self._ends_with_connection = not length
+            yield from self._take(size)
+        self.done = True
 
-    def _counted(self, data: bytes) -> bytes:
-        data = data[: self._left]
-        self._left -= len(data)
-        if not self._left:
-            self._part = _ParserState.DONE
-        return data
+    def _head(self) -> Generator[None, None, int]:
+        """Parse the status line and the headers; returns the status."""
+        while (end := self._data.find(b"\r\n\r\n", self._at)) < 0:
+            start = self._data[self._at : self._at + _MAX_HEAD_BYTES + 1]
+            if len(start) > _MAX_HEAD_BYTES or not start.startswith(b"HTTP/1."[: len(start)]):
+                raise WireError("no HTTP/1.1 answer")
+            yield
+        first, *lines = self._data[self._at : end].decode("latin-1").split("\r\n")
+        self._at = end + 4
+        version, _, rest = first.partition(" ")
+        status = number(rest[:3])
+        if not version.startswith("HTTP/1.") or status is None:
+            raise WireError("no HTTP/1.1 status line")
+        pairs = (line.partition(":") for line in lines)
+        self.headers = {name.strip().lower(): value.strip() for name, _, value in pairs}
+        return status
 
-    def _chunked(self, data: bytes) -> bytes:
-        if self._rest:
-            data, self._rest = self._rest + data, b""
-        pieces: list[bytes] = []
-        at = 0
-        while self._part is not _ParserState.DONE and at < len(data):
-            if self._part is _ParserState.CHUNK:
-                piece = data[at : at + self._left]
-                pieces.append(piece)
-                at += len(piece)
-                self._left -= len(piece)
-                if not self._left:
-                    self._part = _ParserState.AFTER
-                continue
-            end = data.find(b"\n", at)
-            if end < 0:
-                self._rest = data[at:]
-                if len(self._rest) > _MAX_HEAD_BYTES:
-                    raise WireError("a chunk without a size")
-                break
-            self._line(data[at:end].rstrip(b"\r"))
-            at = end + 1
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
-
-    def _line(self, line: bytes) -> None:
-        """Parse a line between chunks: a size, the end of a chunk, or a trailer."""
-        if self._part is _ParserState.AFTER:
-            if line:
+    def _chunks(self) -> Iterator[None]:
+        while size := _chunk_size((yield from self._line())):
+            yield from self._take(size)
+            if (yield from self._line()):
                 raise WireError("a chunk longer than its size")
-            self._part = _ParserState.SIZE
-        elif self._part is _ParserState.TRAILER:
-            self._part = _ParserState.TRAILER if line else _ParserState.DONE
-        else:
-            try:
-                self._left = int(line.partition(b";")[0], 16)
-            except ValueError:
-                raise WireError(f"a chunk size of '{line[:20].decode('latin-1')}'") from None
-            self._part = _ParserState.CHUNK if self._left else _ParserState.TRAILER
+        while (yield from self._line()):  # trailers
+            pass
+
+    def _line(self) -> Generator[None, None, bytes]:
+        while (end := self._data.find(b"\n", self._at)) < 0:
+            if len(self._data) - self._at > _MAX_HEAD_BYTES:
+                raise WireError("a chunk without a size")
+            yield
+        line = self._data[self._at : end]
+        self._at = end + 1
+        return line.rstrip(b"\r")
+
+    def _take(self, size: int) -> Iterator[None]:
+        """Move so many bytes to the body, as they arrive."""
+        while size > 0:
+            piece = self._data[self._at : self._at + size]
+            self._body.append(piece)
+            self._at += len(piece)
+            size -= len(piece)
+            if size > 0:
+                yield
+
+
+def _chunk_size(line: bytes) -> int:
+    try:
+        return int(line.partition(b";")[0], 16)
+    except ValueError:
+        raise WireError(f"a chunk size of '{line[:20].decode('latin-1')}'") from None
 
 
 class EventParser:

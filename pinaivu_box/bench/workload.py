@@ -64,14 +64,6 @@ class Lengths(msgspec.Struct, frozen=True):
             return max(1, round(random.lognormvariate(math.log(self.first), self.second)))
         return int(self.first)
 
-    @property
-    def mean(self) -> float:
-        if self.kind == "uniform":
-            return (self.first + self.second) / 2
-        if self.kind == "lognormal":
-            return self.first * math.exp(self.second**2 / 2)
-        return self.first
-
 
 class Scale(msgspec.Struct, frozen=True):
     """How a server counts tokens: tokens per word, and `overhead`, which its chat template adds."""

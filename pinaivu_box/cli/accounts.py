@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import sys
 from operator import attrgetter
-from pathlib import Path
 from typing import Any
 
 import click
 
+from pinaivu_box.cli.call import Call, actor
 from pinaivu_box.cli.group import Group
-from pinaivu_box.cli.home import actor, with_database
-from pinaivu_box.cli.options import limit_of, standard_options
-from pinaivu_box.cli.render import Column, print_json, print_list
+from pinaivu_box.cli.options import all_option, standard_options
+from pinaivu_box.cli.render import Column, print_json
 from pinaivu_box.errors import UsageError
 
 _COLUMNS = (
@@ -48,31 +47,27 @@ def accounts() -> None:
 )
 @click.option("--password", is_flag=True, help="Ask for a password.  [default: no password]")
 @stdin_option
-def create(
-    home: Path, as_json: bool, name: str, role: Any, password: bool, password_stdin: bool
-) -> None:
+def create(call: Call, name: str, role: Any, password: bool, password_stdin: bool) -> None:
     """Create an account."""
-    from pinaivu_box.admin import accounts
+    from pinaivu_box.admin.views import account_view
+    from pinaivu_box.store import accounts
 
     secret = _password(password_stdin) if password or password_stdin else None
-    created = with_database(
-        home, lambda database: accounts.create(database, name, role, secret, actor())
+    created = call.in_database(
+        lambda database: accounts.create(database, name, role, secret, actor())
     )
-    if as_json:
-        print_json(created)
-    else:
-        click.echo(created.id)
+    call.print(account_view(created), lambda account: click.echo(account.id))
 
 
 @accounts.command()
 @standard_options(wide=True)
-@click.option("--all", "all_", is_flag=True, help="List all accounts, not only the first 100.")
-def ls(home: Path, as_json: bool, wide: bool, all_: bool) -> None:
+@all_option("List all accounts, not only the first 100.")
+def ls(call: Call, limit: int) -> None:
     """List the accounts by name."""
-    from pinaivu_box.admin import accounts
+    from pinaivu_box.admin.lists import list_accounts
 
-    page = with_database(home, lambda database: accounts.ls(database, limit=limit_of(all_)))
-    print_list(page.data, _COLUMNS, as_json=as_json, wide=wide)
+    page = call.in_database(lambda database: list_accounts(database, limit=limit))
+    call.print_list(page.data, _COLUMNS)
     if page.has_more:
         click.echo("There are more accounts: --all lists them too.", err=True)
 
@@ -81,30 +76,39 @@ def ls(home: Path, as_json: bool, wide: bool, all_: bool) -> None:
 @standard_options()
 @click.argument("name")
 @stdin_option
-def passwd(home: Path, as_json: bool, name: str, password_stdin: bool) -> None:
+def passwd(call: Call, name: str, password_stdin: bool) -> None:
     """Set the password of an account."""
-    from pinaivu_box.admin import accounts
+    from pinaivu_box.admin.views import account_view
+    from pinaivu_box.store import accounts
 
-    account = with_database(home, lambda database: accounts.get(database, name))
+    account = call.in_database(lambda database: accounts.find(database, name))
     secret = _password(password_stdin)
-    changed = with_database(
-        home, lambda database: accounts.change(database, account.id, actor(), password=secret)
-    )
+
+    async def work(database: Any) -> accounts.Account:
+        await accounts.set_password(database, account, secret, actor())
+        return await accounts.find(database, account.id)
+
+    changed = call.in_database(work)
     click.echo(f"{changed.name} has a new password.", err=True)
-    if as_json:
-        print_json(changed)
+    if call.as_json:
+        print_json(account_view(changed))
 
 
 @accounts.command()
 @standard_options()
 @click.argument("name")
-def rm(home: Path, as_json: bool, name: str) -> None:
+def rm(call: Call, name: str) -> None:
     """Remove an account and revoke its keys; its usage stays on record."""
-    from pinaivu_box.admin import accounts
+    from pinaivu_box.store import accounts
 
-    removed = with_database(home, lambda database: accounts.remove(database, name, actor()))
+    async def work(database: Any) -> accounts.Account:
+        account = await accounts.find(database, name)
+        await accounts.remove(database, account, actor())
+        return account
+
+    removed = call.in_database(work)
     click.echo(f"{removed.name} was removed, and its {removed.keys} keys were revoked.", err=True)
-    if as_json:
+    if call.as_json:
         print_json({"id": removed.id, "name": removed.name, "deleted": True})
 
 

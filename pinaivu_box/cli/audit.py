@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from operator import attrgetter
-from pathlib import Path
 from typing import Any
 
 import click
+import msgspec
 
-from pinaivu_box.cli.home import with_database
-from pinaivu_box.cli.options import MAX_LIMIT, standard_options
-from pinaivu_box.cli.render import Column, print_list, time_text
+from pinaivu_box.cli.call import Call
+from pinaivu_box.cli.options import limit_option, standard_options
+from pinaivu_box.cli.render import Column, time_text
 from pinaivu_box.errors import UsageError
 
 
 def _detail(entry: Any) -> str:
-    import msgspec
-
     return msgspec.json.encode(entry.detail).decode()
 
 
@@ -38,25 +36,17 @@ _COLUMNS = (
 @click.option(
     "--target", metavar="NAME", help="Only changes of this key, account or peer (name or id)."
 )
-@click.option(
-    "--limit",
-    type=click.IntRange(1, MAX_LIMIT),
-    default=100,
-    show_default=True,
-    help="Maximum number of entries; the newest are listed.",
-)
-def audit(
-    home: Path, as_json: bool, wide: bool, since: str | None, target: str | None, limit: int
-) -> None:
+@limit_option
+def audit(call: Call, since: str | None, target: str | None, limit: int) -> None:
     """List the changes of accounts, keys and peers, newest last."""
-    from pinaivu_box.admin import audit
+    from pinaivu_box.admin.lists import list_audit_entries
     from pinaivu_box.admin.views import parse_time
 
     try:
         start = 0 if since is None else parse_time(since)
     except ValueError as error:
         raise UsageError(f"--since: {error}.") from error
-    page = with_database(
-        home, lambda database: audit.ls(database, since=start, target=target, limit=limit)
+    page = call.in_database(
+        lambda database: list_audit_entries(database, since=start, target=target, limit=limit)
     )
-    print_list(page.data[::-1], _COLUMNS, as_json=as_json, wide=wide)
+    call.print_list(page.data[::-1], _COLUMNS)

@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 import msgspec
 
+from pinaivu_box.cli.call import Call
 from pinaivu_box.cli.options import standard_options
 from pinaivu_box.cli.render import print_json
 from pinaivu_box.errors import CliError
@@ -23,7 +24,7 @@ _file_argument = click.argument("file", type=click.Path(path_type=Path))
 @standard_options()
 @click.option("--encrypt", is_flag=True, help="Encrypt the backup with a passphrase.")
 @click.option("--force", is_flag=True, help="Overwrite FILE.")
-def backup(file: Path, home: Path, as_json: bool, encrypt: bool, force: bool) -> None:
+def backup(call: Call, file: Path, encrypt: bool, force: bool) -> None:
     """Back up the database, the identity and HOME/config.toml into FILE, and verify it.
 
     The server may be running.  Model files are not included.  FILE contains the private key of the
@@ -34,9 +35,9 @@ def backup(file: Path, home: Path, as_json: bool, encrypt: bool, force: bool) ->
     """
     from pinaivu_box.backup.make import make
 
-    manifest = make(home, file, _passphrase(confirm=True) if encrypt else None, force=force)
+    manifest = make(call.home, file, _passphrase(confirm=True) if encrypt else None, force=force)
     size = file.stat().st_size
-    if as_json:
+    if call.as_json:
         facts = {"file": str(file), "size": size, "encrypted": encrypt}
         print_json({**facts, **msgspec.to_builtins(manifest)})
         return
@@ -50,16 +51,17 @@ def backup(file: Path, home: Path, as_json: bool, encrypt: bool, force: bool) ->
 @_file_argument
 @standard_options()
 @click.option("--force", is_flag=True, help="If HOME has a box, move its files aside.")
-def restore(file: Path, home: Path, as_json: bool, force: bool) -> None:
+def restore(call: Call, file: Path, force: bool) -> None:
     """Restore the backup in FILE into HOME: all of it, or nothing if it is damaged.
 
     No server may be running on HOME.  Model files are not included: copy them yourself.
     """
     from pinaivu_box.backup import restore
 
+    home = call.home
     restored = restore.restore(file, home, lambda: _passphrase(confirm=False), force=force)
     manifest = restored.manifest
-    if as_json:
+    if call.as_json:
         aside = str(restored.aside) if restored.aside else None
         print_json({"home": str(home), "aside": aside, **msgspec.to_builtins(manifest)})
         return

@@ -5,24 +5,25 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 import msgspec
 
-from pinaivu_box.cli.options import json_option
+from pinaivu_box.bench.compare import BenchRun, run_turn, turns
+from pinaivu_box.bench.plot import svg
+from pinaivu_box.bench.report import document, notes, rows
+from pinaivu_box.bench.run import RunPlan, Tenant
+from pinaivu_box.bench.target import Target, measure_scale, named
+from pinaivu_box.bench.workload import Lengths, Workload
+from pinaivu_box.cli.call import Call
+from pinaivu_box.cli.options import standard_options
 from pinaivu_box.cli.render import Column, print_json, print_table
 from pinaivu_box.errors import CliError, UsageError
 from pinaivu_box.text import number
-
-if TYPE_CHECKING:
-    from pinaivu_box.bench.compare import BenchRun
-    from pinaivu_box.bench.run import RunPlan, Tenant
-    from pinaivu_box.bench.target import Target
 
 _ONE = click.IntRange(min=1)
 _ZERO = click.IntRange(min=0)
@@ -35,7 +36,7 @@ _PAIRS = 5
 
 @click.command(context_settings={"show_default": True})
 @click.argument("urls", nargs=-1, required=True, metavar="URL [URL]")
-@json_option
+@standard_options(home=False)
 @click.option("--plot", type=_FILE, help="Write the distributions to this file, as SVG.")
 @click.option("--clients", type=_ONE, help="Closed loop: number of clients.  [default: 1]")
 @click.option("--rate", type=_POSITIVE, help="Open loop: requests per second, a Poisson process.")
@@ -62,7 +63,7 @@ _PAIRS = 5
 @click.option("--pairs", type=_ONE, help=f"Runs against each of two servers.  [default: {_PAIRS}]")
 @click.option("--seed", default="0", help="Seed of the prompts.")
 @click.option("--timeout", type=_POSITIVE, default=600.0, help="Seconds per request.")
-def bench(urls: tuple[str, ...], as_json: bool, plot: Path | None, **options: Any) -> None:
+def bench(call: Call, urls: tuple[str, ...], plot: Path | None, **options: Any) -> None:
     """Measure any OpenAI-compatible server with streamed chat requests, or compare two.
 
     URL is http://host:port or http://host:port/v1.  LENGTH is a number of tokens: 128,
@@ -78,39 +79,24 @@ def bench(urls: tuple[str, ...], as_json: bool, plot: Path | None, **options: An
         raise UsageError("--pairs needs two URLs.")
     started_at = datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
     plan = _plan(options)
-    targets, plan, runs = asyncio.run(_measure(_targets(urls, options), plan, options))
+    pairs = (options["pairs"] or _PAIRS) if len(urls) > 1 else 1
+    targets, plan, runs = asyncio.run(_measure(_targets(urls, options), plan, pairs))
     if plot:
         _write_plot(plot, targets, runs)
-    _print(targets, plan, runs, started_at if as_json else None)
+    _print(targets, plan, runs, started_at if call.as_json else None)
     if not any(run.summary.requests for run in runs):
         raise CliError("No request succeeded.")
 
 
 async def _measure(
-    targets: list[Target], plan: RunPlan, options: dict[str, Any]
+    targets: list[Target], plan: RunPlan, pairs: int
 ) -> tuple[list[Target], RunPlan, list[BenchRun]]:
-    from pinaivu_box.bench.compare import run_all
-    from pinaivu_box.bench.target import measure_scale, named
+    """Run the plan; the returned targets and plan are complete with what the servers say.
 
-    pairs = (options["pairs"] or _PAIRS) if len(targets) > 1 else 1
-    with _progress(targets, plan, pairs) as progress:
-        targets = [await named(target) for target in targets]
-        # Every server is asked, so that it has loaded its model; the first one's tokenizer counts.
-        scale, *_ = [await measure_scale(target, plan.workload) for target in targets]
-        plan = msgspec.structs.replace(
-            plan, workload=msgspec.structs.replace(plan.workload, scale=scale)
-        )
-        return targets, plan, await run_all(targets, plan, pairs, progress)
-
-
-def _progress(targets: list[Target], plan: RunPlan, pairs: int) -> Any:
-    """Show the progress on a terminal: the requests of the run, and the speed of completed runs."""
-    from contextlib import contextmanager
-
+    On a terminal, standard error shows the requests of the run and the speed of completed runs.
+    """
     from rich import progress
     from rich.console import Console
-
-    from pinaivu_box.bench.compare import ComparisonProgress
 
     columns = (
         progress.TextColumn("{task.description}", markup=False),
@@ -118,45 +104,33 @@ def _progress(targets: list[Target], plan: RunPlan, pairs: int) -> Any:
         progress.TextColumn("{task.completed:.0f} requests"),
         progress.TimeElapsedColumn(),
     )
-
-    class BarProgress(ComparisonProgress):
-        def __init__(self, bar: Any) -> None:
-            self._bar = bar
-            self._task = bar.add_task("asking the server", total=None)
-
-        def begins(self, pair: int, target: int) -> None:
-            name = f"pair {pair + 1}/{pairs}: {targets[target].url}" if len(targets) > 1 else "run"
-            self._bar.reset(self._task, total=plan.requests, description=name)
-
-        def ended(self) -> None:
-            self._bar.advance(self._task)
-
-        def done(self, run: BenchRun) -> None:
-            if len(targets) > 1:
-                url, speed = targets[run.target].url, run.summary.tokens_per_s
-                self._bar.console.print(f"pair {run.pair + 1}: {url}: {speed:,.1f} tokens/s")
-
-    @contextmanager
-    def progress_bar() -> Iterator[ComparisonProgress]:
-        if not sys.stderr.isatty():
-            yield ComparisonProgress()
-            return
-        console = Console(stderr=True, markup=False, highlight=False)
-        # Drawn rarely: drawing must not disturb the measurement.
-        with progress.Progress(
-            *columns, console=console, refresh_per_second=2, transient=True
-        ) as bar:
-            yield BarProgress(bar)
-
-    return progress_bar()
+    console = Console(stderr=True, markup=False, highlight=False)
+    terminal = sys.stderr.isatty()
+    runs = []
+    # Drawn rarely: drawing must not disturb the measurement.
+    with progress.Progress(
+        *columns, console=console, refresh_per_second=2, transient=True, disable=not terminal
+    ) as bar:
+        task = bar.add_task("asking the server", total=None)
+        targets = [await named(target) for target in targets]
+        # Every server is asked, so that it has loaded its model; the first one's tokenizer counts.
+        scale, *_ = [await measure_scale(target, plan.workload) for target in targets]
+        workload = msgspec.structs.replace(plan.workload, scale=scale)
+        plan = msgspec.structs.replace(plan, workload=workload)
+        for pair, number in turns(len(targets), pairs):
+            name = f"pair {pair + 1}/{pairs}: {targets[number].url}" if len(targets) > 1 else "run"
+            bar.reset(task, total=plan.requests, description=name)
+            run = await run_turn(targets, plan, pair, number, lambda: bar.advance(task))
+            runs.append(run)
+            if len(targets) > 1 and terminal:
+                console.print(f"{name}: {run.summary.tokens_per_s:,.1f} tokens/s")
+    return targets, plan, runs
 
 
 def _print(
     targets: list[Target], plan: RunPlan, runs: list[BenchRun], started_at: str | None
 ) -> None:
     """`started_at` (RFC 3339) is for JSON; without it a table is printed."""
-    from pinaivu_box.bench.report import document, notes, rows
-
     if started_at:
         print_json(document(targets, plan, runs, started_at))
     else:
@@ -169,8 +143,6 @@ def _print(
 
 
 def _write_plot(path: Path, targets: list[Target], runs: list[BenchRun]) -> None:
-    from pinaivu_box.bench.plot import svg
-
     try:
         path.write_text(svg(targets, runs))
     except OSError as error:
@@ -181,9 +153,6 @@ def _write_plot(path: Path, targets: list[Target], runs: list[BenchRun]) -> None
 
 
 def _plan(options: dict[str, Any]) -> RunPlan:
-    from pinaivu_box.bench.run import RunPlan, Tenant
-    from pinaivu_box.bench.workload import Lengths, Workload
-
     closed = options["rate"] is None
     if not closed and (options["clients"] or options["tenants"] or options["intruder"]):
         raise UsageError(
@@ -191,35 +160,25 @@ def _plan(options: dict[str, Any]) -> RunPlan:
         )
     if options["clients"] and options["tenants"]:
         raise UsageError("--tenants already has the number of clients: remove --clients.")
+    tenants: tuple[Tenant, ...] = (Tenant("", options["clients"] or 1),)
+    if options["tenants"]:
+        tenants = tuple(map(_tenant, options["tenants"].split(",")))
+    if len({tenant.name for tenant in tenants}) < len(tenants):
+        raise UsageError("--tenants has a name twice.")
+    requests = options["requests"]
+    if requests is None and options["seconds"] is None:
+        clients = sum(tenant.clients for tenant in tenants)
+        requests = _REQUESTS_PER_CLIENT * clients if closed else _REQUESTS
     workload = Workload(
         prompt=Lengths.parse(options["prompt_tokens"], "--prompt-tokens"),
         output=Lengths.parse(options["output_tokens"], "--output-tokens"),
-        seed=options["seed"],
-        shared_prefix=options["shared_prefix"],
-        repetitive=options["repetitive"],
+        **{name: options[name] for name in ("seed", "shared_prefix", "repetitive")},
     )
-    tenants: tuple[Tenant, ...] = (Tenant("", options["clients"] or 1),)
-    if options["tenants"]:
-        tenants = tuple(_tenant(text) for text in options["tenants"].split(","))
-    if len({tenant.name for tenant in tenants}) < len(tenants):
-        raise UsageError("--tenants has a name twice.")
-    plan = RunPlan(workload, tenants, timeout=options["timeout"])
-    requests = options["requests"]
-    if requests is None and options["seconds"] is None:
-        requests = _REQUESTS_PER_CLIENT * plan.clients if closed else _REQUESTS
-    return msgspec.structs.replace(
-        plan,
-        rate=options["rate"],
-        requests=requests,
-        seconds=options["seconds"],
-        warmup=options["warmup"],
-        intruder=options["intruder"],
-    )
+    others = ("rate", "seconds", "warmup", "intruder", "timeout")
+    return RunPlan(workload, tenants, requests=requests, **{name: options[name] for name in others})
 
 
 def _tenant(text: str) -> Tenant:
-    from pinaivu_box.bench.run import Tenant
-
     name, _, rest = text.partition(":")
     clients, _, key = rest.partition(":")
     if not name or "." in name or not (count := number(clients)):
@@ -230,8 +189,6 @@ def _tenant(text: str) -> Tenant:
 
 
 def _targets(urls: tuple[str, ...], options: dict[str, Any]) -> list[Target]:
-    from pinaivu_box.bench.target import Target
-
     key = options["key"] or os.environ.get("PINAIVU_API_KEY", "")
     keys = (key, key if options["key2"] is None else options["key2"])
     models = (options["model"], options["model2"])

@@ -5,14 +5,19 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 import msgspec
 
-from pinaivu_box.cli.home import load_config
+from pinaivu_box.cli.call import Call
 from pinaivu_box.errors import CliError, NotRunning
+
+if TYPE_CHECKING:
+    import httpx
 
 _CONNECT_SECONDS = 10.0
 # A join may try several addresses.
@@ -47,21 +52,8 @@ def request(
 
     Raises NotRunning, CliError if the server refuses.
     """
-    import httpx
-
-    try:
-        running = _running(home)
-        answer = httpx.request(
-            method,
-            running.url + path,
-            headers=_headers(running.token),
-            json=body,
-            timeout=seconds,
-            trust_env=False,  # the server is on this machine: no proxy
-        )
-    except (OSError, msgspec.DecodeError, httpx.HTTPError) as error:
-        raise _not_running(home) from error
-    return _content(answer)
+    with _client(home, seconds) as client:
+        return _content(client.request(method, path, json=body))
 
 
 def stream(home: Path, path: str, body: Any, seconds: float) -> Iterator[Any]:
@@ -71,84 +63,78 @@ def stream(home: Path, path: str, body: Any, seconds: float) -> Iterator[Any]:
     """
     import httpx
 
-    try:
-        running = _running(home)
-        with httpx.stream(
-            "POST",
-            running.url + path,
-            headers=_headers(running.token),
-            json=body,
-            timeout=httpx.Timeout(_CONNECT_SECONDS, read=seconds),
-            trust_env=False,
-        ) as answer:
-            if answer.is_error:
-                answer.read()
-                _content(answer)
-            yield from map(msgspec.json.decode, answer.iter_lines())
-    except (httpx.ReadError, httpx.ReadTimeout, httpx.RemoteProtocolError) as error:
-        raise CliError("The box stopped or does not answer: run 'pinaivu doctor'.") from error
-    except (OSError, msgspec.DecodeError, httpx.HTTPError) as error:
-        raise _not_running(home) from error
+    with _client(home, seconds) as client:
+        try:
+            with client.stream("POST", path, json=body) as answer:
+                if answer.is_error:
+                    answer.read()
+                    _content(answer)
+                yield from map(msgspec.json.decode, answer.iter_lines())
+        except (httpx.ReadError, httpx.ReadTimeout, httpx.RemoteProtocolError) as error:
+            raise CliError("The box stopped or does not answer: run 'pinaivu doctor'.") from error
 
 
 def request_or_open(
-    home: Path,
-    config: Path | None,
-    path: str,
-    *,
-    method: str,
-    body: Any,
-    needs_peering: str = "",
+    call: Call, path: str, *, method: str, body: Any, needs_peering: str = ""
 ) -> Any:
     """As `request`; if no server runs, the box is opened for this request, with peering on.
 
     `needs_peering` is the error if the configuration has peering off.  Raises CliError.
     """
     try:
-        return request(home, path, method=method, body=body, seconds=_JOIN_SECONDS)
+        return request(call.home, path, method=method, body=body, seconds=_JOIN_SECONDS)
     except NotRunning:
-        if needs_peering and not load_config(home, config).peering.enabled:
+        if needs_peering and not call.config().peering.enabled:
             raise CliError(needs_peering) from None
-        return asyncio.run(_request_opened(home, config, path, method, body))
+        return asyncio.run(_request_opened(call, path, method, body))
 
 
-async def _request_opened(
-    home: Path, config: Path | None, path: str, method: str, body: Any
-) -> Any:
+async def _request_opened(call: Call, path: str, method: str, body: Any) -> Any:
     import httpx
 
     from pinaivu_box.box import open_box
     from pinaivu_box.server.app import create_app
 
-    def load() -> Any:
-        return load_config(home, config, overrides={("peering", "enabled"): True})
-
-    async with open_box(load, home) as box:
-        transport = httpx.ASGITransport(create_app(box))
-        async with httpx.AsyncClient(transport=transport, base_url="http://box") as client:
-            answer = await client.request(
-                method,
-                path,
-                headers=_headers(box.control_token),
-                json=body,
-                timeout=_JOIN_SECONDS,
-            )
-    return _content(answer)
+    load = partial(call.config, overrides={("peering", "enabled"): True})
+    async with (
+        open_box(load, call.home) as box,
+        httpx.AsyncClient(
+            transport=httpx.ASGITransport(create_app(box)),
+            base_url="http://box",
+            headers=_headers(box.control_token),
+            timeout=_JOIN_SECONDS,
+        ) as client,
+    ):
+        return _content(await client.request(method, path, json=body))
 
 
-def _running(home: Path) -> Running:
-    return msgspec.json.decode((home / "run.json").read_bytes(), type=Running)
+@contextmanager
+def _client(home: Path, seconds: float) -> Iterator[httpx.Client]:
+    """A client of the server that runs on this home, which waits so long for an answer.
+
+    Raises NotRunning.
+    """
+    import httpx
+
+    try:
+        running = msgspec.json.decode((home / "run.json").read_bytes(), type=Running)
+        with httpx.Client(
+            base_url=running.url,
+            headers=_headers(running.token),
+            timeout=httpx.Timeout(_CONNECT_SECONDS, read=seconds),
+            trust_env=False,  # the server is on this machine: no proxy
+        ) as client:
+            yield client
+    except (OSError, msgspec.DecodeError, httpx.HTTPError) as error:
+        message = f"No box is running on {home}: start one with 'pinaivu serve'."
+        raise NotRunning(message) from error
 
 
 def _headers(token: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {token}"}
 
 
-def _not_running(home: Path) -> NotRunning:
-    return NotRunning(f"No box is running on {home}: start one with 'pinaivu serve'.")
-
-
-def _content(answer: Any) -> Any:
+def _content(answer: httpx.Response) -> Any:
     """Raises CliError."""
     if answer.is_error:
         raise CliError(answer.json()["error"]["message"])

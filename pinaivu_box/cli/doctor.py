@@ -5,20 +5,18 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Sequence
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import click
 
-from pinaivu_box.cli.home import load_config
+from pinaivu_box.cli.call import Call
 from pinaivu_box.cli.options import standard_options
-from pinaivu_box.cli.render import print_checks, print_json
+from pinaivu_box.cli.render import print_checks
 
 
 @click.command()
 @standard_options(config=True)
-def doctor(home: Path, config: Path | None, as_json: bool) -> None:
+def doctor(call: Call) -> None:
     """Check the box and its machine, and suggest what to do.
 
     The server may be running.  Nothing is changed.  Model files are read completely.  Exits with 1
@@ -30,18 +28,16 @@ def doctor(home: Path, config: Path | None, as_json: bool) -> None:
 
     # The checks say all there is to say.
     logging.getLogger("pinaivu").addHandler(logging.NullHandler())
-    home = home.expanduser().absolute()
-    load = partial(load_config, home, config)
+    call = call._replace(home=call.home.expanduser().absolute())
     with Console(stderr=True).status("") as status:
-        checks = list(examine(home, load, lambda name: status.update(f"checking: {name}")))
-    report(checks, as_json=as_json)
+        checks = list(
+            examine(call.home, call.config, lambda name: status.update(f"checking: {name}"))
+        )
+    report(call, checks)
 
 
-def report(checks: Sequence[Any], *, as_json: bool) -> None:
+def report(call: Call, checks: Sequence[Any]) -> None:
     """Print checks (`doctor.check.Check`); exit with 1 if one failed."""
-    if as_json:
-        print_json(checks)
-    else:
-        print_checks(checks)
+    call.print(checks, print_checks)
     if any(check.state == "failed" for check in checks):
         sys.exit(1)

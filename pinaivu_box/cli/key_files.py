@@ -11,27 +11,16 @@ from typing import Any
 
 import click
 
-from pinaivu_box.cli.key_options import expiry, with_options
-from pinaivu_box.cli.render import print_json
+from pinaivu_box.cli.key_options import OPTIONS, expiry, with_options
 from pinaivu_box.errors import CliError, UsageError
 from pinaivu_box.policy import Policy
 
-# Column -> setting, as the option of `keys create` names it.
+# The settings by the names of their columns, as options of `keys create`.
 _SETTINGS = {
-    "rpm": "rpm",
-    "tpm": "tpm",
-    "max_parallel": "max_parallel",
-    "max_queue": "max_queue",
-    "budget": "budget",
-    "weight": "weight",
-    "scope": "scopes",
-    "model": "models",
-    "network": "networks",
-    "peer": "peers",
-    "policy": "routing",
-    "price": "prices",
+    option.opts[0].removeprefix("--").replace("-", "_"): option
+    for option in OPTIONS
+    if not option.is_flag
 }
-_LISTS = ("scopes", "models", "networks", "peers", "prices")
 _COLUMNS = ("name", "account", "expires", "limits", *_SETTINGS)
 
 
@@ -46,12 +35,11 @@ def drafts(
 
     for line, row in _rows(path):
         try:
-            duration = row.get("expires") or expires
             draft = Draft(
                 name=row.get("name", ""),
                 account=row.get("account") or account,
                 policy=with_options(policy, _settings(row)),
-                expires_at=None if duration is None else expiry(duration),
+                expires_at=expiry(row.get("expires") or expires),
             )
         except UsageError as error:
             raise at_line(path, line, error.message.removeprefix("--")) from error
@@ -62,11 +50,8 @@ def at_line(path: Path, line: int, message: str) -> UsageError:
     return UsageError(f"{path}, line {line}: {message.rstrip('.')}. No key was created.")
 
 
-def print_new_keys(keys: list[Any], as_json: bool) -> None:
-    """Print new keys (`NewKey`) as JSON or as CSV."""
-    if as_json:
-        print_json(keys)
-        return
+def print_csv(keys: list[Any]) -> None:
+    """Print new keys (`NewKey`)."""
     from pinaivu_box.admin.usage_report import cell
 
     file = io.StringIO()
@@ -110,16 +95,16 @@ def _text(path: Path) -> str:
 
 def _check_header(path: Path, header: list[str]) -> None:
     unknown = next((name for name in header if name not in _COLUMNS), None)
-    if unknown is not None or "name" not in header or len(set(header)) < len(header):
-        problem = (
-            f"unknown column '{unknown}'"
-            if unknown is not None
-            else "a column is named twice"
-            if "name" in header
-            else "the column 'name' is missing"
-        )
-        columns = ", ".join(_COLUMNS)
-        raise at_line(path, 1, f"{problem}: the first line names the columns, out of {columns}")
+    if unknown is not None:
+        problem = f"unknown column '{unknown}'"
+    elif "name" not in header:
+        problem = "the column 'name' is missing"
+    elif len(set(header)) < len(header):
+        problem = "a column is named twice"
+    else:
+        return
+    columns = ", ".join(_COLUMNS)
+    raise at_line(path, 1, f"{problem}: the first line names the columns, out of {columns}")
 
 
 def _settings(row: dict[str, str]) -> dict[str, Any]:
@@ -133,6 +118,7 @@ def _settings(row: dict[str, str]) -> dict[str, Any]:
         values[name] = value
     settings: dict[str, Any] = {}
     for name, value in values.items():
-        setting = _SETTINGS[name]
-        settings[setting] = tuple(value.replace(";", " ").split()) if setting in _LISTS else value
+        option = _SETTINGS[name]
+        words = tuple(value.replace(";", " ").split())
+        settings[option.name or ""] = words if option.multiple else value
     return settings

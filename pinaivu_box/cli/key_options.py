@@ -10,85 +10,71 @@ import click
 import msgspec
 
 from pinaivu_box import policy as policies
-from pinaivu_box.cli.options import NONE, settings, span, whole_number
+from pinaivu_box.cli.options import NONE, option_of, settings, span, whole_number
 from pinaivu_box.config import RoutingPolicy
 from pinaivu_box.errors import UsageError
 from pinaivu_box.policy import LOCAL_ONLY, LONGEST_LIFE, SCOPES, Policy
 
-# Setting -> option, where the names differ.
-_OPTIONS = {"scopes": "scope", "models": "model", "networks": "network", "prices": "price",
-            "peers": "peer", "routing": "policy"}  # fmt: skip
+
+def _text(option: str, text: str, metavar: str = "N") -> click.Option:
+    return click.Option([option], metavar=metavar, help=text)
 
 
-def policy_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add an option for each setting; it arrives as a keyword argument named as the setting."""
-    for option in reversed(
-        (
-            click.option(
-                "--scope",
-                "scopes",
-                multiple=True,
-                type=click.Choice((*SCOPES, LOCAL_ONLY, NONE)),
-                help="What the key may do; by default all but admin.  With local-only its requests "
-                "never leave this box.  Repeatable.",
-            ),
-            _repeatable("--model", "models", 'Models that it may use, for example "llama*".'),
-            _repeatable(
-                "--network",
-                "networks",
-                "Client networks that may use it, for example 10.0.0.0/8.",
-                "CIDR",
-            ),
-            _repeatable("--peer", "peers", "Peers that may serve its requests.", "NAME"),
-            click.option(
-                "--policy",
-                "routing",
-                type=click.Choice((*get_args(RoutingPolicy), NONE)),
-                help="Which box serves its requests, instead of [peering] policy; never: this box "
-                "only.",
-            ),
-            _option("--rpm", "Maximum requests in any minute."),
-            _option("--tpm", "Maximum tokens in any minute."),
-            _option("--max-parallel", "Maximum requests that run at the same time."),
-            _option("--max-queue", "Maximum requests that wait beyond these.  [default: 0]"),
-            _option("--budget", 'Spending limit, for example "10 per 30d" or "10".', "AMOUNT"),
-            _option("--weight", "Share of a busy engine relative to other keys.  [default: 1]"),
-            click.option(
-                "--lenient/--no-lenient",
-                default=None,
-                help="Deprecated: has no effect.",
-            ),
-            click.option(
-                "--strict/--no-strict",
-                default=None,
-                help="Reject request fields that are not supported; by default they are ignored "
-                "and named in the answer.",
-            ),
-            _repeatable(
-                "--price",
-                "prices",
-                "Price of 1,000 tokens by model: GLOB=PRICE or GLOB=PROMPT[/CACHED]/COMPLETION.",
-                "GLOB=PRICES",
-            ),
-        )
-    ):
-        command = option(command)
+def _repeatable(option: str, field: str, metavar: str, text: str) -> click.Option:
+    text = f"{text}  Repeatable."
+    return click.Option([option, field], multiple=True, metavar=metavar, help=text)
+
+
+# The argument that each becomes is named as the field of `Policy`.
+OPTIONS = (
+    click.Option(
+        ["--scope", "scopes"],
+        multiple=True,
+        type=click.Choice((*SCOPES, LOCAL_ONLY, NONE)),
+        help="What the key may do; by default all but admin.  With local-only its requests never "
+        "leave this box.  Repeatable.",
+    ),
+    _repeatable("--model", "models", "GLOB", 'Models that it may use, for example "llama*".'),
+    _repeatable(
+        "--network", "networks", "CIDR", "Client networks that may use it, such as 10.0.0.0/8."
+    ),
+    _repeatable("--peer", "peers", "NAME", "Peers that may serve its requests."),
+    click.Option(
+        ["--policy", "routing"],
+        type=click.Choice((*get_args(RoutingPolicy), NONE)),
+        help="Which box serves its requests, instead of [peering] policy; never: this box only.",
+    ),
+    _text("--rpm", "Maximum requests in any minute."),
+    _text("--tpm", "Maximum tokens in any minute."),
+    _text("--max-parallel", "Maximum requests that run at the same time."),
+    _text("--max-queue", "Maximum requests that wait beyond these.  [default: 0]"),
+    _text("--budget", 'Spending limit, for example "10 per 30d" or "10".', "AMOUNT"),
+    _text("--weight", "Share of a busy engine relative to other keys.  [default: 1]"),
+    click.Option(["--lenient/--no-lenient"], default=None, help="Deprecated: has no effect."),
+    click.Option(
+        ["--strict/--no-strict"],
+        default=None,
+        help="Reject request fields that are not supported; by default they are ignored and named "
+        "in the answer.",
+    ),
+    _repeatable(
+        "--price",
+        "prices",
+        "GLOB=PRICES",
+        "Price of 1,000 tokens by model: GLOB=PRICE or GLOB=PROMPT[/CACHED]/COMPLETION.",
+    ),
+)
+
+
+def add_policy_options(command: click.Command) -> click.Command:
+    command.params += OPTIONS
     return command
-
-
-def _option(name: str, text: str, metavar: str = "N") -> Callable[[Any], Any]:
-    return click.option(name, metavar=metavar, help=text)
-
-
-def _repeatable(name: str, field: str, text: str, metavar: str = "GLOB") -> Callable[[Any], Any]:
-    return click.option(name, field, multiple=True, metavar=metavar, help=f"{text}  Repeatable.")
 
 
 def with_options(policy: Policy, values: dict[str, Any]) -> Policy:
     """The policy with the settings of the options; lists are replaced.  Raises UsageError."""
-    changes = settings(values, _PARSERS, option_of)
     try:
-        changed = policies.changed(policy, changes)
+        changed = policies.changed(policy, settings(values, _PARSERS))
         policies.check(changed)
     except msgspec.ValidationError as error:
         message, _, path = str(error).partition(" - at `$.")
@@ -99,13 +85,9 @@ def with_options(policy: Policy, values: dict[str, Any]) -> Policy:
     return changed
 
 
-def option_of(field: str) -> str:
-    return "--" + _OPTIONS.get(field, field).replace("_", "-")
-
-
-def expiry(text: str) -> int | None:
+def expiry(text: str | None) -> int | None:
     """The end of a duration from now, in Unix milliseconds.  Raises UsageError."""
-    if text == NONE:
+    if text is None or text == NONE:
         return None
     seconds = span("--expires", text)
     if seconds <= 0:

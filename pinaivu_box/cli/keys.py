@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import click
+from msgspec import UNSET, to_builtins
 
+from pinaivu_box.cli.call import Call, actor
 from pinaivu_box.cli.client import path_of, request
 from pinaivu_box.cli.group import Group
-from pinaivu_box.cli.home import actor, load_config, with_database
-from pinaivu_box.cli.key_options import expiry, policy_options, with_options
-from pinaivu_box.cli.options import NONE, limit_of, standard_options
-from pinaivu_box.cli.render import Column, print_fields, print_json, print_list, time_text
+from pinaivu_box.cli.key_options import add_policy_options, expiry, with_options
+from pinaivu_box.cli.options import NONE, all_option, standard_options
+from pinaivu_box.cli.render import Column, print_fields, print_json, time_text
 from pinaivu_box.errors import CliError, InvalidValue, NotRunning, RowNotFound, UsageError
 from pinaivu_box.policy import SCOPES, Policy
 
@@ -57,6 +58,7 @@ def keys() -> None:
     """
 
 
+@add_policy_options
 @keys.command()
 @standard_options(config=True)
 @click.option("--name", default="", help="What the key is for.")
@@ -64,7 +66,6 @@ def keys() -> None:
 @click.option("--create-account", is_flag=True, help="Create the account if it does not exist.")
 @click.option("--admin", is_flag=True, help="Grant all scopes; the default account is 'owner'.")
 @click.option("--expires", metavar="DURATION", help="For example 12h or 30d.  [default: never]")
-@policy_options
 @click.option(
     "--from",
     "source",
@@ -73,9 +74,7 @@ def keys() -> None:
     help="Create a key for each line of a CSV file ('-': standard input).",
 )
 def create(
-    home: Path,
-    config: Path | None,
-    as_json: bool,
+    call: Call,
     name: str,
     account: str | None,
     create_account: bool,
@@ -91,7 +90,7 @@ def create(
     column limits ("rpm=60; budget=10 per 30d").  The options stand for empty cells.  Either all
     keys are created or none; they are printed as CSV.
     """
-    from pinaivu_box.cli.key_files import drafts, print_new_keys
+    from pinaivu_box.cli.key_files import drafts, print_csv
     from pinaivu_box.store.new_keys import Draft
 
     if admin and settings["scopes"]:
@@ -102,28 +101,22 @@ def create(
         raise UsageError("--create-account needs --account, which names the account.")
     policy = with_options(Policy(scopes=SCOPES) if admin else Policy(), settings)
     if source is None:
-        expires_at = None if expires is None else expiry(expires)
-        numbered = [(0, Draft(name, account, policy, expires_at))]
+        numbered = [(0, Draft(name, account, policy, expiry(expires)))]
     else:
         numbered = list(drafts(source, policy, account, expires))
-    created = _create(home, source, numbered, create_account)
-    if source is not None:
-        print_new_keys(created, as_json)
-        click.echo(f"{len(created)} keys: store them now, they are not shown again.", err=True)
-    elif as_json:
-        print_json(created[0])
-    else:
+    created = _create(call, source, numbered, create_account)
+    if source is None:
         (key,) = created
-        click.echo(key.key)
-        click.echo(
-            f"{key.id} of account {key.account}: store the key now, it is not shown again.",
-            err=True,
-        )
-    _warn(home, config, [draft.policy for _, draft in numbered])
+        owner = f"{key.id} of account {key.account}"
+        _print_secret(call, key, f"{owner}: store the key now, it is not shown again.")
+    else:
+        call.print(created, print_csv)
+        click.echo(f"{len(created)} keys: store them now, they are not shown again.", err=True)
+    _warn(call, *(draft.policy for _, draft in numbered))
 
 
 def _create(
-    home: Path, source: Path | None, numbered: list[tuple[int, Any]], create_account: bool
+    call: Call, source: Path | None, numbered: list[tuple[int, Any]], create_account: bool
 ) -> list[Any]:
     """Create the keys of numbered lines, all or none.  Errors name the line of a file."""
     from pinaivu_box.admin.views import new_key_view
@@ -141,21 +134,26 @@ def _create(
                 raise at_line(source, line, _reason(error, create_account)) from error
         return [new_key_view(key, secret) for key, secret in await batch.write()]
 
-    return with_database(home, work)
+    return call.in_database(work)
+
+
+def _reason(error: InvalidValue | RowNotFound, create_account: bool) -> str:
+    """Why the key of a line cannot be created."""
+    if isinstance(error, InvalidValue):
+        return f"{error.field.rpartition('.')[2]}: {error.message}"
+    return error.message + ("" if create_account else " --create-account creates it.")
 
 
 @keys.command()
 @standard_options(wide=True)
 @click.option("--account", metavar="NAME", help="Only the keys of this account.")
-@click.option("--all", "all_", is_flag=True, help="List all keys, not only the newest 100.")
-def ls(home: Path, as_json: bool, wide: bool, account: str | None, all_: bool) -> None:
+@all_option("List all keys, not only the newest 100.")
+def ls(call: Call, account: str | None, limit: int) -> None:
     """List the keys, newest last, without their secrets."""
-    from pinaivu_box.admin import keys
+    from pinaivu_box.admin.lists import list_keys
 
-    page = with_database(
-        home, lambda database: keys.ls(database, account=account, limit=limit_of(all_))
-    )
-    print_list(page.data[::-1], _COLUMNS, as_json=as_json, wide=wide)
+    page = call.in_database(lambda database: list_keys(database, account=account, limit=limit))
+    call.print_list(page.data[::-1], _COLUMNS)
     if page.has_more:
         click.echo("There are older keys: --all lists them too.", err=True)
 
@@ -163,26 +161,24 @@ def ls(home: Path, as_json: bool, wide: bool, account: str | None, all_: bool) -
 @keys.command()
 @standard_options()
 @click.argument("key")
-def show(home: Path, as_json: bool, key: str) -> None:
+def show(call: Call, key: str) -> None:
     """Show a key and all its settings, without its secret."""
     from pinaivu_box.store import keys
 
-    _print_key(with_database(home, lambda database: keys.named(database, key)), as_json)
+    _print_key(call, call.in_database(lambda database: keys.named(database, key)))
 
 
+@add_policy_options
 @keys.command()
 @standard_options(config=True)
 @click.argument("key")
 @click.option("--name", help="What the key is for.")
 @click.option("--expires", metavar="DURATION", help="New lifetime from now, for example 30d.")
-@policy_options
 @click.option("--block", metavar="REASON", help="Refuse its requests until --unblock.")
 @click.option("--unblock", is_flag=True, help="Serve its requests again.")
 @click.option("--now", is_flag=True, help="With --block: stop its running requests too.")
 def edit(
-    home: Path,
-    config: Path | None,
-    as_json: bool,
+    call: Call,
     key: str,
     name: str | None,
     expires: str | None,
@@ -196,8 +192,6 @@ def edit(
     The value 'none' resets a setting to its default: --rpm none removes the limit, --model none
     allows all models, --expires none means never.  Repeatable options replace the whole list.
     """
-    from msgspec import UNSET
-
     from pinaivu_box.store import keys
 
     if block is not None and (unblock or not block.strip()):
@@ -218,11 +212,11 @@ def edit(
             **changes,
         )
 
-    edited = with_database(home, work)
+    edited = call.in_database(work)
     if now:
-        _stop(home, "PATCH", f"{path_of(_PATH, edited.id)}?now=true", {"blocked": block})
-    _print_key(edited, as_json)
-    _warn(home, config, [edited.policy])
+        _stop(call, "PATCH", f"{path_of(_PATH, edited.id)}?now=true", {"blocked": block})
+    _print_key(call, edited)
+    _warn(call, edited.policy)
 
 
 @keys.command()
@@ -233,91 +227,85 @@ def edit(
     metavar="DURATION",
     help="How long the current secret keeps working (default 24h; 0 revokes it now).",
 )
-def rotate(home: Path, as_json: bool, key: str, overlap: str | None) -> None:
+def rotate(call: Call, key: str, overlap: str | None) -> None:
     """Give a key a new secret and print it.  It is shown only this once.
 
     Settings, limits and usage stay.  If the overlap of an earlier rotation has not ended, the
     secret from before that rotation stops working now.
     """
-    from pinaivu_box.admin import keys
-    from pinaivu_box.store.keys import OVERLAP, named
+    from pinaivu_box.admin.views import new_key_view
+    from pinaivu_box.store import keys
 
     try:
-        seconds = keys.parse_overlap(OVERLAP if overlap is None else overlap)
+        seconds = keys.parse_overlap(keys.OVERLAP if overlap is None else overlap)
     except ValueError as error:
         raise UsageError(f"--overlap: {error}.") from error
 
-    async def work(database: Any) -> Any:
-        return await keys.rotate(database, await named(database, key), seconds, actor())
+    async def work(database: Any) -> tuple[keys.Key, str]:
+        return await keys.rotate(database, await keys.named(database, key), seconds, actor())
 
-    rotated = with_database(home, work)
-    if as_json:
-        print_json(rotated)
-        return
-    click.echo(rotated.key)
+    rotated = new_key_view(*call.in_database(work))
     state = f"works until {rotated.old_until}" if seconds else "no longer works"
-    click.echo(
-        f"{rotated.id}: store the new key now, it is not shown again; the old one {state}.",
-        err=True,
-    )
+    text = f"{rotated.id}: store the new key now, it is not shown again; the old one {state}."
+    _print_secret(call, rotated, text)
 
 
 @keys.command()
 @standard_options()
 @click.argument("key")
 @click.option("--now", is_flag=True, help="Stop its running requests too.")
-def revoke(home: Path, as_json: bool, key: str, now: bool) -> None:
+def revoke(call: Call, key: str, now: bool) -> None:
     """Revoke a key permanently."""
     from pinaivu_box.store import keys
 
     async def work(database: Any) -> keys.Key:
         return await keys.revoke(database, await keys.named(database, key), actor())
 
-    revoked = with_database(home, work)
+    revoked = call.in_database(work)
     click.echo(f"{revoked.id} is revoked.", err=True)
     if now:
-        _stop(home, "POST", f"{path_of(_PATH, revoked.id)}/revoke?now=true")
-    if as_json:
-        _print_key(revoked, as_json)
+        _stop(call, "POST", f"{path_of(_PATH, revoked.id)}/revoke?now=true")
+    if call.as_json:
+        _print_key(call, revoked)
 
 
-def _reason(error: InvalidValue | RowNotFound, create_account: bool) -> str:
-    """Why the key of a line cannot be created."""
-    if isinstance(error, InvalidValue):
-        return f"{error.field.rpartition('.')[2]}: {error.message}"
-    return error.message + ("" if create_account else " --create-account creates it.")
-
-
-def _warn(home: Path, config: Path | None, policies: list[Policy]) -> None:
-    from pinaivu_box.admin.keys import warning
+def _warn(call: Call, *policies: Policy) -> None:
+    from pinaivu_box.admin.views import warning
 
     try:
-        pricing = load_config(home, config).pricing
+        pricing = call.config().pricing
     except CliError:  # the server will not start with this file either, and says why
         return
     for text in {text for policy in policies if (text := warning(policy, pricing))}:
         click.echo(f"warning: {text}", err=True)
 
 
-def _stop(home: Path, method: str, path: str, body: Any = None) -> None:
+def _stop(call: Call, method: str, path: str, body: Any = None) -> None:
     """Ask the running server for a change that is in the database already, and to stop requests."""
     try:
-        stopped = request(home, path, method=method, body=body)["stopped"]
+        stopped = request(call.home, path, method=method, body=body)["stopped"]
     except NotRunning:
         click.echo("No box is running here, so no request was stopped.", err=True)
     else:
         click.echo(f"{stopped} running requests were stopped.", err=True)
 
 
-def _print_key(key: Any, as_json: bool) -> None:
-    from msgspec import to_builtins
+def _print_secret(call: Call, key: Any, text: str) -> None:
+    """Print a new key (`NewKey`): without --json its secret alone on standard output."""
+    if call.as_json:
+        print_json(key)
+    else:
+        click.echo(key.key)
+        click.echo(text, err=True)
 
+
+def _print_key(call: Call, key: Any) -> None:
     from pinaivu_box.admin.views import key_view
 
-    view = key_view(key)
-    if as_json:
-        print_json(view)
-        return
+    call.print(key_view(key), _print_fields)
+
+
+def _print_fields(view: Any) -> None:
     fields: dict[str, Any] = to_builtins(view)
     fields |= fields.pop("policy")
     print_fields({name: _value(value) for name, value in fields.items()})

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import sys
 from operator import attrgetter
-from pathlib import Path
 from typing import Any
 
 import click
 
+from pinaivu_box.cli.call import Call, actor
 from pinaivu_box.cli.client import path_of, request
 from pinaivu_box.cli.group import Group
-from pinaivu_box.cli.home import actor, load_config, own_node, with_database
-from pinaivu_box.cli.options import MAX_LIMIT, home_option, standard_options
-from pinaivu_box.cli.render import UNKNOWN, Column, money, print_json, print_list, time_text
+from pinaivu_box.cli.options import limit_option, standard_options
+from pinaivu_box.cli.render import UNKNOWN, Column, money, time_text
 
 _PATH = "/v1/admin/ledger"
 _SETTLE_SECONDS = 330.0
@@ -65,9 +64,7 @@ _STATEMENT_COLUMNS = (
 @click.group(cls=Group, invoke_without_command=True)
 @click.pass_context
 @standard_options(config=True, wide=True)
-def ledger(
-    context: click.Context, home: Path, config: Path | None, as_json: bool, wide: bool
-) -> None:
+def ledger(context: click.Context, call: Call) -> None:
     """Show what each peer owes this box; a negative balance is what this box owes.
 
     THEY SERVED is what this box has to pay for; it owes at most MAX DEBT ([peering] max_debt).
@@ -76,10 +73,10 @@ def ledger(
         return
     from pinaivu_box.ledger.views import all_balances
 
-    peering = load_config(home, config).peering
-    balances = with_database(home, lambda database: all_balances(database, peering))
-    print_list(balances, _BALANCE_COLUMNS, as_json=as_json, wide=wide)
-    for balance in () if as_json else balances:
+    peering = call.config().peering
+    balances = call.in_database(lambda database: all_balances(database, peering))
+    call.print_list(balances, _BALANCE_COLUMNS)
+    for balance in () if call.as_json else balances:
         if balance.waiting != "0":
             click.echo(
                 f"{balance.name} has not accepted another {balance.waiting} {balance.currency}: "
@@ -92,16 +89,8 @@ def ledger(
 @standard_options(wide=True)
 @click.argument("peer")
 @click.option("--statement", metavar="ID", help="Only the entries of this statement.")
-@click.option(
-    "--limit",
-    type=click.IntRange(1, MAX_LIMIT),
-    default=100,
-    show_default=True,
-    help="Maximum number of entries; the newest are listed.",
-)
-def show(
-    home: Path, as_json: bool, wide: bool, peer: str, statement: str | None, limit: int
-) -> None:
+@limit_option
+def show(call: Call, peer: str, statement: str | None, limit: int) -> None:
     """List the newest entries with PEER.
 
     --json includes proofs and signatures.
@@ -109,16 +98,14 @@ def show(
     from pinaivu_box.ledger import entry as ledger_entry
     from pinaivu_box.ledger.views import EntryView, entry_view, find
 
-    own = own_node(home)
-
     async def work(database: Any) -> list[EntryView]:
-        node = await find(database, peer, own)
+        node = await find(database, peer, call.node_id())
         stored = await ledger_entry.of_peer(database, node, limit=limit, statement=statement)
         return [entry_view(entry) for entry in stored]
 
-    entries = with_database(home, work)
-    print_list(entries, _ENTRY_COLUMNS, as_json=as_json, wide=wide)
-    for entry in () if as_json else entries:
+    entries = call.in_database(work)
+    call.print_list(entries, _ENTRY_COLUMNS)
+    for entry in () if call.as_json else entries:
         if entry.disputed and not entry.accepted:
             click.echo(f"{entry.request_id}: disputed by the peer: {entry.disputed}", err=True)
 
@@ -126,18 +113,15 @@ def show(
 @ledger.command()
 @standard_options()
 @click.argument("peer")
-def settle(home: Path, as_json: bool, peer: str) -> None:
+def settle(call: Call, peer: str) -> None:
     """Settle with PEER: compare the ledgers, and sign statements.
 
     A statement has the entries that both boxes agree on.  It moves no money: see 'ledger paid'.
     Both boxes must be running.  Exits with 1 if the ledgers differ.
     """
     path = f"{path_of(_PATH, peer)}/settle"
-    outcome = request(home, path, method="POST", seconds=_SETTLE_SECONDS)
-    if as_json:
-        print_json(outcome)
-    else:
-        _print_outcome(outcome)
+    outcome = request(call.home, path, method="POST", seconds=_SETTLE_SECONDS)
+    call.print(outcome, _print_outcome)
     if outcome["differences"]:
         sys.exit(1)
 
@@ -145,7 +129,7 @@ def settle(home: Path, as_json: bool, peer: str) -> None:
 @ledger.command()
 @standard_options()
 @click.argument("peer")
-def forgive(home: Path, as_json: bool, peer: str) -> None:
+def forgive(call: Call, peer: str) -> None:
     """Write off what PEER was served but has not accepted.
 
     It no longer counts towards the credit limit of PEER.  What PEER accepts later counts again.
@@ -154,19 +138,19 @@ def forgive(home: Path, as_json: bool, peer: str) -> None:
     from pinaivu_box.ledger.views import find
 
     async def work(database: Any) -> claims.Forgiven:
-        return await claims.forgive(database, await find(database, peer, own_node(home)), actor())
+        node = await find(database, peer, call.node_id())
+        return await claims.forgive(database, node, actor())
 
-    forgiven = with_database(home, work)
-    if as_json:
-        print_json(forgiven)
-    else:
+    def print_text(forgiven: claims.Forgiven) -> None:
         click.echo(f"{forgiven.entries} entries were written off: {money(forgiven.amounts)}.")
+
+    call.print(call.in_database(work), print_text)
 
 
 @ledger.command()
 @standard_options(wide=True)
 @click.option("--peer", help="Only statements with this peer.")
-def statements(home: Path, as_json: bool, wide: bool, peer: str | None) -> None:
+def statements(call: Call, peer: str | None) -> None:
     """List the statements, newest first.
 
     --json includes the signed texts.
@@ -174,23 +158,23 @@ def statements(home: Path, as_json: bool, wide: bool, peer: str | None) -> None:
     from pinaivu_box.ledger.views import StatementView, all_statements, find
 
     async def work(database: Any) -> list[StatementView]:
-        return await all_statements(database, peer and await find(database, peer, own_node(home)))
+        node = peer and await find(database, peer, call.node_id())
+        return await all_statements(database, node)
 
-    listed = with_database(home, work)
-    print_list(listed, _STATEMENT_COLUMNS, as_json=as_json, wide=wide)
+    call.print_list(call.in_database(work), _STATEMENT_COLUMNS)
 
 
 @ledger.command()
-@home_option
+@standard_options(json=False)
 @click.argument("statement")
-def paid(home: Path, statement: str) -> None:
+def paid(call: Call, statement: str) -> None:
     """Mark a STATEMENT as paid.
 
     Its amount leaves the balance on this box.  The other box is not told: it keeps its own record.
     """
     from pinaivu_box.ledger import statement as store
 
-    with_database(home, lambda database: store.pay(database, statement, actor()))
+    call.in_database(lambda database: store.pay(database, statement, actor()))
 
 
 def _print_outcome(outcome: dict[str, Any]) -> None:

@@ -12,7 +12,8 @@ from pinaivu_box import __version__
 from pinaivu_box.cli.group import Group
 from pinaivu_box.errors import BoxError
 
-# Command -> where it is, and its line in `--help`, which is printed without importing it.
+# Command -> where it is, and its line in `--help`, which is printed without importing it; those
+# without a line are hidden.
 COMMANDS = {
     "serve": ("serve:serve", "Serve the API (the default when started by build/run)."),
     "keys": ("keys:keys", "Create, list, change, rotate and revoke API keys."),
@@ -31,15 +32,14 @@ COMMANDS = {
     "doctor": ("doctor:doctor", "Check the box and its machine."),
     "bench": ("bench:bench", "Measure a server, or compare two."),
     "reload": ("reload:reload", "Let the running box read its configuration again."),
-    "engine": ("engine:engine", ""),
-    "sandbox": ("sandbox:sandbox", ""),
+    "engine": ("children:engine", ""),
+    "sandbox": ("children:sandbox", ""),
 }
-HIDDEN = {"engine", "sandbox"}
 
 
 class LazyGroup(Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return [name for name in COMMANDS if name not in HIDDEN]
+        return [name for name, (_, line) in COMMANDS.items() if line]
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name not in COMMANDS:

@@ -5,17 +5,17 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from operator import attrgetter, itemgetter
-from pathlib import Path
 from typing import Any
 
 import click
 import msgspec
 
+from pinaivu_box.cli.call import Call
 from pinaivu_box.cli.client import request, stream
-from pinaivu_box.cli.home import load_config
-from pinaivu_box.cli.options import home_option, standard_options
-from pinaivu_box.cli.render import Column, print_json, print_list, print_table
+from pinaivu_box.cli.options import standard_options
+from pinaivu_box.cli.render import Column, print_json, print_table
 from pinaivu_box.errors import CliError
+from pinaivu_box.models.names import printable
 from pinaivu_box.text import megabytes
 
 # Another box may have to read a large file twice before it answers.
@@ -23,8 +23,6 @@ _PULL_SECONDS = 660.0
 
 
 def _files(model: Any) -> str:
-    from pinaivu_box.models.names import printable
-
     more = f" and {len(model.parts) - 1} more" if model.parts else ""
     return printable(str(model.path)) + more
 
@@ -56,16 +54,15 @@ _ENGINE_COLUMNS = (
 
 @click.command()
 @standard_options(config=True, wide=True)
-def ls(home: Path, as_json: bool, wide: bool, config: Path | None) -> None:
+def ls(call: Call) -> None:
     """List the models that a box on this home serves."""
     from pinaivu_box.models import catalog
-    from pinaivu_box.models.names import printable
 
-    listed = catalog.load(load_config(home, config), home)
-    if as_json:
+    listed = catalog.load(call.config(), call.home)
+    if call.as_json:
         print_json([_model(model) for model in listed.models])
     else:
-        print_table(listed.models, _MODEL_COLUMNS, wide=wide)
+        print_table(listed.models, _MODEL_COLUMNS, wide=call.wide)
     for path, reason in listed.not_served.items():
         click.echo(f"not served: {printable(str(path))}: {reason}", err=True)
 
@@ -82,47 +79,41 @@ def _model(model: Any) -> dict[str, Any]:
 
 @click.command()
 @standard_options(wide=True)
-def ps(home: Path, as_json: bool, wide: bool) -> None:
+def ps(call: Call) -> None:
     """List the engines of the running box, with their memory and load."""
-    engines = request(home, "/v1/engines")["data"]
-    print_list(engines, _ENGINE_COLUMNS, as_json=as_json, wide=wide)
+    call.print_list(request(call.home, "/v1/engines")["data"], _ENGINE_COLUMNS)
 
 
 @click.command()
-@home_option
+@standard_options()
 @click.argument("model")
 @click.option(
     "--from", "source", metavar="PEER|any", required=True, help="The peer; any: all that have it."
 )
 @click.option("--digest", default="", help="The beginning of the SHA-256 of the file.")
 @click.option("--as", "name", metavar="NAME", help="Name of the model on this box.")
-@click.option("--json", "as_json", is_flag=True, help="Print the progress as lines of JSON.")
-def pull(home: Path, model: str, source: str, digest: str, name: str | None, as_json: bool) -> None:
+def pull(call: Call, model: str, source: str, digest: str, name: str | None) -> None:
     """Copy MODEL from another box of the network, and serve it.
 
-    An interrupted copy continues where it stopped.
+    An interrupted copy continues where it stopped.  With --json, each line of the output is the
+    progress as JSON.
     """
     body = {"model": model, "from": source, "digest": digest.lower()}
     if name is not None:
         body["as"] = name
-    lines = stream(home, "/v1/admin/models/pull", body, _PULL_SECONDS)
-    last = _print_lines(lines) if as_json else _show_progress(lines, model)
+    lines = stream(call.home, "/v1/admin/models/pull", body, _PULL_SECONDS)
+    last: dict[str, Any] = {}
+    for last in lines if call.as_json else _with_bar(lines, model):
+        if call.as_json:
+            click.echo(msgspec.json.encode(last).decode())
     if last.get("state") != "done":
         raise CliError(last.get("message") or "The box stopped: start it, and pull again.")
-    if not as_json:
+    if not call.as_json:
         _print_result(last)
 
 
-def _print_lines(lines: Iterator[Any]) -> dict[str, Any]:
-    """Returns the last line."""
-    last: dict[str, Any] = {}
-    for last in lines:
-        click.echo(msgspec.json.encode(last).decode())
-    return last
-
-
-def _show_progress(lines: Iterator[Any], model: str) -> dict[str, Any]:
-    """Show a bar on a terminal; returns the last line."""
+def _with_bar(lines: Iterator[Any], model: str) -> Iterator[Any]:
+    """The lines, while a bar on a terminal shows what they say."""
     from rich import progress
     from rich.console import Console
 
@@ -133,18 +124,13 @@ def _show_progress(lines: Iterator[Any], model: str) -> dict[str, Any]:
         progress.TransferSpeedColumn(),
         progress.TimeRemainingColumn(),
     )
-    last: dict[str, Any] = {}
     console = Console(stderr=True)
     with progress.Progress(*columns, console=console, disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task(f"{model} asking", total=None)
-        for last in lines:
-            bar.update(
-                task,
-                description=f"{last['model']} {last['state']}",
-                total=last["size"],
-                completed=last["bytes"],
-            )
-    return last
+        for line in lines:
+            name = f"{line['model']} {line['state']}"
+            bar.update(task, description=name, total=line["size"], completed=line["bytes"])
+            yield line
 
 
 def _print_result(last: dict[str, Any]) -> None:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import click
 
+from pinaivu_box.cli.call import Call
 from pinaivu_box.config import default_home, parse_span
 from pinaivu_box.errors import UsageError
 
-MAX_LIMIT = 2**31  # items of a list
+_MAX_LIMIT = 2**31  # items of a list
+_LIMIT = 100
 NONE = "none"  # the value that resets a setting to its default
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -33,7 +36,7 @@ def _complete_restore(_context: click.Context, _parameter: click.Parameter, home
     return home
 
 
-home_option: Decorator = click.option(
+_home_option: Decorator = click.option(
     "--home",
     type=click.Path(path_type=Path, file_okay=False),
     default=default_home,
@@ -41,21 +44,55 @@ home_option: Decorator = click.option(
     callback=_complete_restore,
     help="Data directory.  [env: PINAIVU_HOME]",
 )
-config_option: Decorator = click.option(
+_config_option: Decorator = click.option(
     "--config",
     type=click.Path(path_type=Path, dir_okay=False),
     help="Configuration file.  [default: HOME/config.toml]",
 )
-json_option: Decorator = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-wide_option: Decorator = click.option("--wide", is_flag=True, help="Print all columns in full.")
+_json_option: Decorator = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+_wide_option: Decorator = click.option("--wide", is_flag=True, help="Print all columns in full.")
+limit_option: Decorator = click.option(
+    "--limit",
+    type=click.IntRange(1, _MAX_LIMIT),
+    default=_LIMIT,
+    show_default=True,
+    help="Maximum number of entries; the newest are listed.",
+)
 
 
-def standard_options(*, config: bool = False, wide: bool = False) -> Decorator:
-    """Add --home and --json, and if requested --config and --wide."""
+def all_option(text: str) -> Decorator:
+    """Add --all, which raises the argument `limit`."""
+    return click.option(
+        "--all", "limit", flag_value=_MAX_LIMIT, default=_LIMIT, type=int, help=text
+    )
+
+
+def standard_options(
+    *, home: bool = True, json: bool = True, config: bool = False, wide: bool = False
+) -> Decorator:
+    """Add --home, --json, --config and --wide, or those requested; they arrive as a `Call`."""
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
-        command = json_option(wide_option(command) if wide else command)
-        return home_option(config_option(command) if config else command)
+        @wraps(command)
+        def called(
+            *arguments: Any,
+            home: Path = Path(),
+            config: Path | None = None,
+            as_json: bool = False,
+            wide: bool = False,
+            **values: Any,
+        ) -> Any:
+            return command(*arguments, Call(home, config, as_json, wide), **values)
+
+        decorated: Callable[..., Any] = called
+        for wanted, option in (
+            (wide, _wide_option),
+            (json, _json_option),
+            (config, _config_option),
+            (home, _home_option),
+        ):
+            decorated = option(decorated) if wanted else decorated
+        return decorated
 
     return decorate
 
@@ -68,38 +105,33 @@ def span(option: str, text: str) -> float:
         raise UsageError(f"{option}: {error}.") from error
 
 
+def option_of(name: str) -> str:
+    """The option of the command that runs that becomes the argument `name`."""
+    parameters = click.get_current_context().command.params
+    return next((each.opts[0] for each in parameters if each.name == name), name)
+
+
 def settings(
-    values: Mapping[str, Any],
-    parsers: Mapping[str, Callable[[Any], Any]],
-    option_of: Callable[[str], str],
+    values: Mapping[str, Any], parsers: Mapping[str, Callable[[Any], Any]]
 ) -> dict[str, Any]:
-    """The settings that were given on the command line, as in JSON: null for 'none'.
+    """The settings among the arguments of a command, as in JSON: null for 'none'.
 
     `parsers` read those that are not text; they raise ValueError with a clause.
 
     Raises UsageError.
     """
-    return {
-        name: _setting(name, value, parsers, option_of)
-        for name, value in values.items()
-        if value not in (None, ())
-    }
-
-
-def _setting(
-    name: str,
-    value: Any,
-    parsers: Mapping[str, Callable[[Any], Any]],
-    option_of: Callable[[str], str],
-) -> Any:
-    if value in (NONE, (NONE,)):
-        return None
-    try:
-        if name in parsers:
-            return parsers[name](value)
-    except ValueError as error:
-        raise UsageError(f"{option_of(name)}: {error}.") from error
-    return list(value) if isinstance(value, tuple) else value
+    given: dict[str, Any] = {}
+    for name, value in values.items():
+        if value in (None, ()):
+            continue
+        if value in (NONE, (NONE,)):
+            given[name] = None
+            continue
+        try:
+            given[name] = parsers[name](value) if name in parsers else value
+        except ValueError as error:
+            raise UsageError(f"{option_of(name)}: {error}.") from error
+    return given
 
 
 def whole_number(text: str) -> int:
@@ -108,8 +140,3 @@ def whole_number(text: str) -> int:
         return int(text)
     except ValueError:
         raise ValueError(f"'{text}' is not a whole number") from None
-
-
-def limit_of(all_: bool) -> int:
-    """How many items `ls` lists, with `--all` or without."""
-    return MAX_LIMIT if all_ else 100

@@ -10,8 +10,8 @@ from typing import Any
 import click
 import msgspec
 
+from pinaivu_box.cli.call import Call
 from pinaivu_box.cli.group import Group
-from pinaivu_box.cli.home import with_database
 from pinaivu_box.cli.options import standard_options
 from pinaivu_box.cli.render import print_json
 from pinaivu_box.errors import CliError, UsageError
@@ -26,13 +26,13 @@ def receipts() -> None:
 @receipts.command()
 @standard_options()
 @click.argument("request_id")
-def show(home: Path, as_json: bool, request_id: str) -> None:
+def show(call: Call, request_id: str) -> None:
     """Print a receipt.
 
     With --json it is printed as the API returns it, which is what 'receipts verify' reads.
     """
-    document = _from_database(home, request_id)
-    if as_json:
+    document = _from_database(call, request_id)
+    if call.as_json:
         click.echo(document.decode())
         return
     view = msgspec.json.decode(document)
@@ -63,8 +63,7 @@ def show(home: Path, as_json: bool, request_id: str) -> None:
     "its log probabilities or vectors.",
 )
 def verify(
-    home: Path,
-    as_json: bool,
+    call: Call,
     file_or_id: str,
     node_key: str | None,
     request_file: Path | None,
@@ -79,11 +78,11 @@ def verify(
 
     trusted = None if node_key is None else _node_key(node_key)
     checks = verify_receipt(
-        _document(home, file_or_id),
+        _document(call, file_or_id),
         node_key=trusted,
         transcript=_transcript(request_file, answer),
     )
-    if as_json:
+    if call.as_json:
         print_json(checks)
     else:
         for number, check in enumerate(checks, start=1):
@@ -106,7 +105,7 @@ def _node_key(text: str) -> str:
     return key
 
 
-def _document(home: Path, file_or_id: str) -> bytes:
+def _document(call: Call, file_or_id: str) -> bytes:
     if file_or_id == "-":
         return sys.stdin.buffer.read()
     path = Path(file_or_id)
@@ -114,22 +113,22 @@ def _document(home: Path, file_or_id: str) -> bytes:
         return path.read_bytes()
     if not file_or_id.startswith("req_"):
         raise CliError(f"There is no file {file_or_id}, and request ids begin with req_.")
-    return _from_database(home, file_or_id)
+    return _from_database(call, file_or_id)
 
 
-def _from_database(home: Path, request_id: str) -> bytes:
+def _from_database(call: Call, request_id: str) -> bytes:
     from pinaivu_box.receipts.receipt import view
     from pinaivu_box.store.requests import StoredReceipt, find_receipt
 
-    if not (home / "pinaivu.db").exists():
-        raise CliError(f"There is no box in {home}: choose another --home, or verify a file.")
+    if not (call.home / "pinaivu.db").exists():
+        raise CliError(f"There is no box in {call.home}: choose another --home, or verify a file.")
 
     async def work(database: Any) -> StoredReceipt | None:
         return await find_receipt(database, request_id, account_id=None)
 
-    receipt = with_database(home, work)
+    receipt = call.in_database(work)
     if receipt is None:
-        raise CliError(f"There is no receipt of {request_id} in {home}.")
+        raise CliError(f"There is no receipt of {request_id} in {call.home}.")
     return msgspec.json.encode(view(receipt.signed, receipt.signature, receipt.opening))
 
 
@@ -139,7 +138,7 @@ def _transcript(request_file: Path | None, answer: Path | None) -> Any:
     if request_file is None and answer is None:
         return None
     transcript = Transcript() if request_file is None else _request(request_file.read_bytes())
-    return msgspec.structs.replace(transcript, answer=answer.read_bytes() if answer else None)
+    return msgspec.structs.replace(transcript, answer=answer and answer.read_bytes())
 
 
 def _request(data: bytes) -> Any:
@@ -158,18 +157,19 @@ def _request(data: bytes) -> Any:
     except msgspec.DecodeError:
         fields = {}  # the decoder below says what is wrong
     if "input" in fields and "messages" not in fields:
-        texts, _ = decode(data, EmbeddingRequest)
-        inputs = texts_or_tokens(texts.input, "input", len(data))
+        embedding, _ = decode(data, EmbeddingRequest)
+        inputs = texts_or_tokens(embedding.input, "input", len(data))
         return Transcript(prompts=[prompt_text([], [], input=inputs)])
     if "prompt" in fields and "messages" not in fields:
         completion, _ = decode(data, CompletionRequest)
-        prompts = texts_or_tokens(completion.prompt, "prompt", len(data))
+        asked_for = texts_or_tokens(completion.prompt, "prompt", len(data))
         stop = stop_strings(completion.stop)
         more = {"suffix": completion.suffix} if completion.suffix else {}
-        texts_ = [prompt_text([], stop, prompt=[prompt], **more) for prompt in prompts]
-        echoed = [
-            text for text in prompts if isinstance(text, str) for _ in range(completion.n or 1)
-        ]
-        return Transcript(prompts=texts_, echoed=echoed if completion.echo else [])
+        prompts = [prompt_text([], stop, prompt=[prompt], **more) for prompt in asked_for]
+        texts = [text for text in asked_for if isinstance(text, str)] if completion.echo else []
+        echoed = [text for text in texts for _ in range(completion.n or 1)]
+        return Transcript(prompts=prompts, echoed=echoed)
     chat, _ = decode(data, ChatRequest)
-    return Transcript(normalise(chat.messages), stop_strings(chat.stop), more=asked(chat))
+    return Transcript(
+        [prompt_text(normalise(chat.messages), stop_strings(chat.stop), **asked(chat))]
+    )

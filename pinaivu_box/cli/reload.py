@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import Any
 
 import click
 
+from pinaivu_box.cli.call import Call
 from pinaivu_box.cli.client import request
 from pinaivu_box.cli.options import standard_options
-from pinaivu_box.cli.render import print_json
 
 _SECONDS = 300.0  # many large model files take many seconds to read
 _EFFECTS = {
@@ -20,12 +20,13 @@ _EFFECTS = {
 
 @click.command()
 @standard_options()
-def reload(home: Path, as_json: bool) -> None:
+def reload(call: Call) -> None:
     """Let the running box read its configuration again; no request is interrupted."""
-    answer = request(home, "/v1/admin/reload", method="POST", seconds=_SECONDS)
-    if as_json:
-        print_json(answer)
-        return
+    answer = request(call.home, "/v1/admin/reload", method="POST", seconds=_SECONDS)
+    call.print(answer, _print_changes)
+
+
+def _print_changes(answer: dict[str, Any]) -> None:
     for kind, effect in _EFFECTS.items():
         for name in answer[kind]:
             click.echo(f"{name} {effect}")

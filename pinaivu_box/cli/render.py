@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import click
+import msgspec
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
 UNKNOWN = "-"
 _GAP = 2  # characters between columns
 _MIN_CUT_WIDTH = 12  # characters; with less room a column is left out instead of shortened
-_MIN_FOLDED_WIDTH = 8  # characters
 _UNLIMITED_WIDTH = 100_000  # characters
 _CHECK_COLOURS = {"ok": "green", "warning": "yellow", "failed": "bold red"}
 Cut = Literal["start", "end"]
@@ -36,19 +36,7 @@ class Column(NamedTuple):
 
 
 def print_json(value: Any) -> None:
-    import msgspec
-
     click.echo(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())
-
-
-def print_list(
-    items: Sequence[Any], columns: Sequence[Column], *, as_json: bool, wide: bool
-) -> None:
-    """Print items as JSON or as a table."""
-    if as_json:
-        print_json(items)
-    else:
-        print_table(items, columns, wide=wide)
 
 
 def print_table(
@@ -56,9 +44,9 @@ def print_table(
     columns: Sequence[Column],
     *,
     wide: bool = False,
-    total: Sequence[str] | None = None,
+    total: Any = None,
 ) -> None:
-    """Print a table; `total` is the cells of a last row, set apart.
+    """Print a table; `total` is the item of a last row, set apart.
 
     On a terminal it fits the width: columns are shortened, left out (standard error names them) and
     at last folded.  With `wide`, or when the output is not a terminal, all is printed in full.
@@ -66,24 +54,22 @@ def print_table(
     from rich.table import Table
     from rich.text import Text
 
-    rows = [[_text(column.cell(item)) for column in columns] for item in items]
-    last = [] if total is None else [Text(cell) for cell in total]
+    listed = [*items, total] if total is not None else items
+    rows = [[_text(column.cell(item)) for column in columns] for item in listed]
     console = _console(wide=wide)
     full_widths = [
-        max(cell.cell_len for cell in (Text(column.title), *cells))
-        for column, *cells in zip(columns, *rows, *([last] if last else []), strict=True)
+        max(cell.cell_len for cell in (Text(column.title or " "), *cells))
+        for column, *cells in zip(columns, *rows, strict=True)
     ]
     widths = _fit(columns, full_widths, console.width)
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, _GAP, 0, 0))
-    for n, width in widths.items():
+    for n in widths:
         side: Literal["left", "right"] = "right" if columns[n].number else "left"
-        fits = width == full_widths[n]
-        table.add_column(columns[n].title, justify=side, width=width, no_wrap=fits, overflow="fold")
+        table.add_column(columns[n].title, justify=side, overflow="fold")
     for row in rows:
         table.add_row(*(_shortened(row[n], width, columns[n].cut) for n, width in widths.items()))
-    if last:
-        table.add_section()
-        table.add_row(*(last[n] for n in widths), style="bold")
+    if total is not None:
+        table.rows[-1].style = "bold"
     console.print(table)
     if hidden := [c.title for n, c in enumerate(columns) if c.title and n not in widths]:
         note = f"with --wide also: {', '.join(hidden)}"
@@ -143,9 +129,12 @@ def _text(cell: str | Text) -> Text:
 
 
 def _fit(columns: Sequence[Column], full_widths: Sequence[int], room: int) -> dict[int, int]:
-    """The widths of the columns that are shown, by their numbers."""
+    """The widths of the columns that are shown, by their numbers.
+
+    If that is still too wide although all that may be is left out, rich folds the widest.
+    """
     order = sorted((column.drop, n) for n, column in enumerate(columns) if column.drop is not None)
-    widths, excess = dict(enumerate(full_widths)), 0
+    widths = dict(enumerate(full_widths))
     for count in range(len(order) + 1):
         dropped = {n for _, n in order[:count]}
         widths = {n: width for n, width in enumerate(full_widths) if n not in dropped}
@@ -157,10 +146,7 @@ def _fit(columns: Sequence[Column], full_widths: Sequence[int], room: int) -> di
                 widths[n] -= saved
                 excess -= saved
         if excess <= 0:
-            return widths
-    while excess > 0 and max(widths.values()) > _MIN_FOLDED_WIDTH:
-        widths[max(widths, key=lambda n: widths[n])] -= 1
-        excess -= 1
+            break
     return widths
 
 

@@ -7,15 +7,16 @@ import contextlib
 import os
 import textwrap
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
 from pinaivu_box import __version__
+from pinaivu_box.cli.call import Call
 from pinaivu_box.cli.client import Running, write_running
-from pinaivu_box.cli.home import load_config
-from pinaivu_box.cli.options import config_option, home_option
+from pinaivu_box.cli.options import standard_options
 from pinaivu_box.config import LOG_FORMATS, LOG_LEVELS, Config, ModelConfig
 from pinaivu_box.errors import UsageError
 
@@ -25,10 +26,9 @@ _MAX_MODEL_LINES = 4
 
 
 @click.command()
-@home_option
+@standard_options(json=False, config=True)
 @click.option("--host", help="Listen address; 0.0.0.0 serves the LAN.  [env: PINAIVU_HOST]")
 @click.option("--port", type=int, help="Listen port.  [env: PINAIVU_PORT; default: 4001]")
-@config_option
 @click.option(
     "--model",
     "models",
@@ -41,32 +41,19 @@ _MAX_MODEL_LINES = 4
 )
 @click.option("--log-level", type=click.Choice(LOG_LEVELS), help="[default: info]")
 @click.option("--log-format", type=click.Choice(LOG_FORMATS), help="[default: text]")
-def serve(
-    home: Path,
-    host: str | None,
-    port: int | None,
-    config: Path | None,
-    models: tuple[str, ...],
-    peering: bool | None,
-    log_level: str | None,
-    log_format: str | None,
-) -> None:
+def serve(call: Call, models: tuple[str, ...], **options: Any) -> None:
     """Serve the API until Ctrl-C or SIGTERM."""
     overrides = {
-        ("server", "host"): host,
-        ("server", "port"): port,
-        ("peering", "enabled"): peering,
-        ("log", "level"): log_level,
-        ("log", "format"): log_format,
+        ("server", "host"): options["host"],
+        ("server", "port"): options["port"],
+        ("peering", "enabled"): options["peering"],
+        ("log", "level"): options["log_level"],
+        ("log", "format"): options["log_format"],
     }
+    call = Call(call.home.expanduser().absolute(), call.config_file and call.config_file.absolute())
     extra = [_model(text) for text in models]
-    path = None if config is None else config.absolute()
-    home = home.expanduser().absolute()
-
-    def load() -> Config:
-        return load_config(home, path, overrides=overrides, extra_models=extra)
-
-    asyncio.run(_serve(load, home))
+    load = partial(call.config, overrides=overrides, extra_models=extra)
+    asyncio.run(_serve(load, call.home))
 
 
 def _model(text: str) -> ModelConfig:
@@ -130,19 +117,13 @@ def _say(text: str) -> None:
 
 async def _first_key(database: Any) -> str | None:
     from pinaivu_box.policy import SCOPES, Policy
-    from pinaivu_box.store import accounts, keys
+    from pinaivu_box.store import accounts, keys, new_keys
     from pinaivu_box.store.audit import Actor
 
     if await keys.exist(database):
         return None
-    _, secret = await keys.create(
-        database,
-        account=await accounts.find(database, accounts.OWNER),
-        name="first key",
-        policy=Policy(scopes=SCOPES),
-        expires_at=None,
-        by=Actor("first start", "local"),
-    )
+    draft = new_keys.Draft("first key", accounts.OWNER, Policy(scopes=SCOPES))
+    _, secret = await new_keys.create(database, draft, Actor("first start", "local"))
     return secret
 
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from operator import itemgetter
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import click
 
-from pinaivu_box.cli.home import load_config, own_node, with_database
+from pinaivu_box.cli.call import Call
 from pinaivu_box.cli.options import standard_options
-from pinaivu_box.cli.render import UNKNOWN, Column, print_json, print_table
+from pinaivu_box.cli.render import UNKNOWN, Column, print_table
 
 _DATE = click.DateTime(["%Y-%m-%d"])
 _BY = ("day", "hour", "account", "key", "model", "node", "peer")
@@ -36,10 +35,7 @@ _ID_PREFIX = 17  # characters
 @click.option("--account", metavar="NAME", help="Only this account (name or id).")
 @click.option("--key", metavar="NAME", help="Only this key (name, id or beginning).")
 def usage(
-    home: Path,
-    config: Path | None,
-    as_json: bool,
-    wide: bool,
+    call: Call,
     as_csv: bool,
     by: tuple[Any, ...],
     since: Any,
@@ -52,18 +48,17 @@ def usage(
 
     A peer (or node) is the box that served a request, which may be this one.
     """
-    from pinaivu_box.admin.usage import usage
-    from pinaivu_box.admin.usage_report import UsageReport, parse_day, to_csv
+    from pinaivu_box.admin.usage_report import UsageReport, parse_day, to_csv, usage_report
     from pinaivu_box.store import accounts, keys
 
-    currency = load_config(home, config).pricing.currency
+    currency = call.config().pricing.currency
     groups = tuple(dict.fromkeys(by)) or (("model",) if as_csv else ())
     first, last = (day and parse_day(day.date().isoformat()) for day in (since, until))
 
     async def work(database: Any) -> UsageReport:
-        return await usage(
+        return await usage_report(
             database,
-            own_node(home),
+            call.node_id(),
             currency,
             groups,
             account_id=account and (await accounts.find(database, account)).id,
@@ -73,43 +68,61 @@ def usage(
             last_day=last,
         )
 
-    report = with_database(home, work)
-    if as_json:
-        print_json(report)
-    elif as_csv:
+    report = call.in_database(work)
+    if as_csv and not call.as_json:
         click.echo(to_csv(report, groups), nl=False)
     else:
-        _print(report, groups or ("model",), wide)
+        call.print(report, lambda report: _print(report, groups or ("model",), call.wide))
+
+
+class _Row(NamedTuple):
+    """A group, or the whole report; `share` is its tokens by those of the largest group."""
+
+    labels: tuple[str, ...]
+    group: Any
+    share: float = 0.0
 
 
 def _print(report: Any, by: tuple[str, ...], wide: bool) -> None:
+    from pinaivu_box.admin.usage_report import whole
+
     groups = report.data or report.by_model
-    max_tokens = max((group.tokens for group in groups), default=0)
+    most = max((group.tokens for group in groups), default=0) or 1
     rows = [
-        [
-            *labels,
-            *_sums(group, group.requests, group.tokens),
-            _bar(group.tokens / max_tokens) if max_tokens else "",
-        ]
+        _Row(labels, group, group.tokens / most)
         for labels, group in zip(_labels(groups, by), groups, strict=True)
     ]
-    drops = {"": 1, "CACHED": 2, "PROMPT": 3, "COMPLETION": 4, "ERRORS": 5, "TTFT MS": 6,
-             "TOTAL MS": 7, "REQUESTS": 8}  # fmt: skip
-    numbers = ("REQUESTS", "PROMPT", "CACHED", "COMPLETION", f"COST ({report.currency})",
-               "TTFT MS", "TOTAL MS", "ERRORS", "TOKENS")  # fmt: skip
-    titles = (*(name.upper() for name in by), *numbers, "")
-    columns = [
-        Column(title, itemgetter(n), number=title in numbers, drop=drops.get(title))
-        for n, title in enumerate(titles)
-    ]
-    sums = _sums(report, report.total_requests, report.total_tokens)
-    total = ["total", *[""] * (len(by) - 1), *sums, ""]
-    print_table(rows, columns, wide=wide, total=total if len(groups) > 1 else None)
+    total = _Row(("total", *[""] * (len(by) - 1)), whole(report)) if len(groups) > 1 else None
+    print_table(rows, _columns(by, report.currency), wide=wide, total=total)
     if report.more_keys:
         click.echo("only those that used most: --account or --key shows others")
     if report.errors:
         counts = ", ".join(f"{code} {count:,}" for code, count in report.errors.items())
         click.echo(f"errors: {counts}")
+
+
+def _columns(by: tuple[str, ...], currency: str) -> list[Column]:
+    return [
+        *(Column(name.upper(), _label_at(n)) for n, name in enumerate(by)),
+        Column("REQUESTS", _number("requests"), number=True, drop=8),
+        Column("PROMPT", _number("prompt_tokens"), number=True, drop=3),
+        Column("CACHED", _number("cached_tokens"), number=True, drop=2),
+        Column("COMPLETION", _number("completion_tokens"), number=True, drop=4),
+        Column(f"COST ({currency})", lambda row: row.group.cost, number=True),
+        Column("TTFT MS", lambda row: _latency(row.group.ttft_ms), number=True, drop=6),
+        Column("TOTAL MS", lambda row: _latency(row.group.total_ms), number=True, drop=7),
+        Column("ERRORS", lambda row: f"{sum(row.group.errors.values()):,}", number=True, drop=5),
+        Column("TOKENS", _number("tokens"), number=True),
+        Column("", lambda row: _bar(row.share), drop=1),
+    ]
+
+
+def _label_at(n: int) -> Callable[[_Row], str]:
+    return lambda row: row.labels[n]
+
+
+def _number(field: str) -> Callable[[_Row], str]:
+    return lambda row: f"{getattr(row.group, field):,}"
 
 
 def _labels(groups: Any, by: tuple[Any, ...]) -> list[tuple[str, ...]]:
@@ -134,21 +147,6 @@ def _label(name: str, id_: str, uses: int) -> str:
     if not name:
         return id_[:_ID_PREFIX] or UNKNOWN
     return name if uses == 1 else f"{name} ({id_})"
-
-
-def _sums(group: Any, requests: int, tokens: int) -> list[str]:
-    """The cells of a group, or of the whole report."""
-    return [
-        f"{requests:,}",
-        f"{group.prompt_tokens:,}",
-        f"{group.cached_tokens:,}",
-        f"{group.completion_tokens:,}",
-        group.cost,
-        _latency(group.ttft_ms),
-        _latency(group.total_ms),
-        f"{sum(group.errors.values()):,}",
-        f"{tokens:,}",
-    ]
 
 
 def _latency(percentiles: Any) -> str:

@@ -15,7 +15,7 @@ from pinaivu_box.errors import BoxError, CliError
 from pinaivu_box.models import catalog
 from pinaivu_box.settings import read_shared_prefixes
 
-Examiner = Callable[[], Iterable[Check]]
+Examiner = Callable[[], Check | Iterable[Check]]
 
 
 def examine(
@@ -33,7 +33,7 @@ def examine(
         ("home", partial(homes.permissions, home)),
         ("disk", partial(machine.disk, home, folder)),
         ("clock", partial(machine.clock, home, time.time())),
-        ("configuration", lambda: [check]),
+        ("configuration", lambda: check),
         ("port", partial(machine.port, home, config)),
         ("identity", partial(homes.identity, home)),
         ("database", partial(homes.database, home)),
@@ -67,7 +67,8 @@ def _configuration(load: Callable[[], Config]) -> tuple[Config, Check]:
 
 def _guarded(name: str, examiner: Examiner) -> Iterator[Check]:
     try:
-        yield from examiner()
+        checks = examiner()
+        yield from [checks] if isinstance(checks, Check) else checks
     except BoxError as error:
         yield of_error(name, error.message)
     except OSError as error:

@@ -94,43 +94,36 @@ def newest_receipt(home: Path) -> tuple[Receipt, bytes, bytes] | None:
         return None
 
 
-def identity(home: Path) -> Iterator[Check]:
+def identity(home: Path) -> Check:
     path, newest = home / "identity.key", newest_receipt(home)
     if not path.exists():
         if newest is None:
-            yield Check("identity", "ok", "none yet: the first start creates it")
-            return
+            return Check("identity", "ok", "none yet: the first start creates it")
         finding = f"{path} is missing, but {newest[0].coordinator_id} has signed receipts"
-        yield Check("identity", "failed", finding, f"copy the file back, or {_RESTORE}")
-        return
+        return Check("identity", "failed", finding, f"copy the file back, or {_RESTORE}")
     node_id = identities.load_or_create(path).node_id
     if newest is None:
-        yield Check("identity", "ok", node_id)
-        return
+        return Check("identity", "ok", node_id)
     receipt, signed, signature = newest
     if receipt.coordinator_id != node_id:
         finding = f"{path} is {node_id}, but receipts are signed by {receipt.coordinator_id}"
-        yield Check("identity", "failed", finding, "copy the identity.key of this box back")
-    elif not identities.verify(node_id, RECEIPT_DOMAIN, signed, signature):
+        return Check("identity", "failed", finding, "copy the identity.key of this box back")
+    if not identities.verify(node_id, RECEIPT_DOMAIN, signed, signature):
         finding = f"the signature of the newest receipt ({receipt.request_id}) is not {node_id}'s"
-        yield Check("identity", "failed", finding, f"the database was changed: {_RESTORE}")
-    else:
-        yield Check("identity", "ok", f"{node_id}, as in the newest receipt")
+        return Check("identity", "failed", finding, f"the database was changed: {_RESTORE}")
+    return Check("identity", "ok", f"{node_id}, as in the newest receipt")
 
 
-def database(home: Path) -> Iterator[Check]:
+def database(home: Path) -> Check:
     path = home / "pinaivu.db"
     if not path.exists():
-        yield Check("database", "ok", "none yet: the first start creates it")
-        return
+        return Check("database", "ok", "none yet: the first start creates it")
     try:
         version = integrity.check(path, str(path))
     except SchemaUnsupported as error:
-        yield of_error("database", error.message)
-        return
+        return of_error("database", error.message)
     except DatabaseUnusable as error:
-        yield Check("database", "failed", error.message.removesuffix("."), _RESTORE)
-        return
+        return Check("database", "failed", error.message.removesuffix("."), _RESTORE)
     older = "" if version == CURRENT.version else f"; the next start makes it {CURRENT.version}"
     size = path.stat().st_size / 1e6
-    yield Check("database", "ok", f"{size:,.1f} MB, whole, schema {version}{older}")
+    return Check("database", "ok", f"{size:,.1f} MB, whole, schema {version}{older}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import re
 import shutil
 import subprocess
 import sys
@@ -17,13 +18,12 @@ import msgspec
 from nacl.signing import SigningKey
 
 from pinaivu_box.config import Config
-from pinaivu_box.doctor.check import Check, State, of_error
+from pinaivu_box.doctor.check import Check, State
 from pinaivu_box.doctor.home import is_served, newest_receipt
-from pinaivu_box.errors import CliError
 from pinaivu_box.identity import Identity
 from pinaivu_box.receipts.receipt import utc_text
 from pinaivu_box.server.serve import bind
-from pinaivu_box.text import megabytes, number
+from pinaivu_box.text import megabytes
 
 _UNPACKED = 100e6  # bytes that the executable unpacks in TMPDIR at each start
 _NVIDIA = "0x10de"
@@ -50,7 +50,7 @@ def space(purpose: str, path: Path, free: int, least: float, comfortable: float)
     return Check("disk", state, f"{megabytes(free)} free for {purpose} ({path})", todo)
 
 
-def clock(home: Path, now: float) -> Iterator[Check]:
+def clock(home: Path, now: float) -> Check:
     """Check the clock; `now` is its time in Unix seconds."""
     newest = newest_receipt(home)
     if newest:
@@ -58,14 +58,12 @@ def clock(home: Path, now: float) -> Iterator[Check]:
         if last > now + _CLOCK_SLACK:
             finding = f"it is {utc_text(now)}, but the newest receipt is from {newest[0].timestamp}"
             todo = "set the clock, which receipts and the expiry of keys depend on ('timedatectl')"
-            yield Check("clock", "failed", finding, todo)
-            return
+            return Check("clock", "failed", finding, todo)
     if (known := synchronised()) is False:
         finding = f"{utc_text(now)}, not synchronised"
-        yield Check("clock", "warning", finding, "turn on NTP: 'timedatectl set-ntp true'")
-    else:
-        how = "synchronised" if known else "whether it is synchronised is unknown"
-        yield Check("clock", "ok", f"{utc_text(now)}, {how}")
+        return Check("clock", "warning", finding, "turn on NTP: 'timedatectl set-ntp true'")
+    how = "synchronised" if known else "whether it is synchronised is unknown"
+    return Check("clock", "ok", f"{utc_text(now)}, {how}")
 
 
 class _Timex(ctypes.Structure):
@@ -92,20 +90,14 @@ def synchronised() -> bool | None:
     return None if answer < 0 else not timex.status & _NTP_UNSYNCHRONISED
 
 
-def port(home: Path, config: Config) -> Iterator[Check]:
+def port(home: Path, config: Config) -> Check:
     if is_served(home):
-        yield _server(home)
-        return
+        return _server(home)
     host, number = config.server.host, config.server.port
     if number == 0:
-        yield Check("port", "ok", "any free port is used")
-        return
-    try:
-        bind(host, number).close()
-    except CliError as error:
-        yield of_error("port", error.message)
-    else:
-        yield Check("port", "ok", f"{host}:{number} is free")
+        return Check("port", "ok", "any free port is used")
+    bind(host, number).close()
+    return Check("port", "ok", f"{host}:{number} is free")
 
 
 def _server(home: Path) -> Check:
@@ -114,21 +106,21 @@ def _server(home: Path) -> Check:
         run = msgspec.json.decode((home / "run.json").read_bytes(), type=dict[str, str | int])
         url = str(run["url"])
         httpx.get(f"{url}/health", timeout=10, trust_env=False).raise_for_status()
-    except (OSError, KeyError, ValueError, httpx.HTTPError, msgspec.DecodeError) as error:
+    except (OSError, KeyError, ValueError, httpx.HTTPError) as error:
         finding = f"the server on {home} does not answer ({error or type(error).__name__})"
         return Check("port", "failed", finding, "if it is starting, wait; otherwise restart it")
     return Check("port", "ok", f"in use by this box, which answers at {url}")
 
 
-def links() -> Iterator[Check]:
+def links() -> Check:
     """Check that the library for links can be loaded and can bind a socket."""
     try:
         asyncio.run(_bind_and_close())
     except (ImportError, OSError) as error:  # its library does not fit the system's
         finding = f"links to other boxes are not possible here ({error})"
-        yield Check("peering", "warning", finding, "update the system if this box is to have peers")
-    else:
-        yield Check("peering", "ok", "links to other boxes are possible")
+        todo = "update the system if this box is to have peers"
+        return Check("peering", "warning", finding, todo)
+    return Check("peering", "ok", "links to other boxes are possible")
 
 
 async def _bind_and_close() -> None:
@@ -137,7 +129,7 @@ async def _bind_and_close() -> None:
     await (await IrohTransport.bind(Identity(SigningKey.generate()), "127.0.0.1", 0)).close()
 
 
-def gpu(root: Path = Path("/")) -> Iterator[Check]:
+def gpu(root: Path = Path("/")) -> Check:
     """Check the GPU without NVML: what the kernel shows, and whether the driver library exists."""
     cards = [
         device
@@ -147,19 +139,20 @@ def gpu(root: Path = Path("/")) -> Iterator[Check]:
     driver = _text(root / "proc/driver/nvidia/version").partition("\n")[0]
     devices = sorted((root / "dev").glob("nvidia[0-9]*"))
     if not (cards or driver or devices):
-        yield Check("GPU", "ok", "no NVIDIA GPU: models run on the CPU")
-    elif not driver:
+        return Check("GPU", "ok", "no NVIDIA GPU: models run on the CPU")
+    if not driver:
         finding = "there is an NVIDIA GPU but no driver: models run on the CPU"
-        yield Check("GPU", "warning", finding, "to use it, install the NVIDIA driver")
-    elif not devices:
+        return Check("GPU", "warning", finding, "to use it, install the NVIDIA driver")
+    if not devices:
         finding = "there is an NVIDIA driver but no /dev/nvidia*: models run on the CPU"
         todo = "in a container, add the GPU (--gpus all); otherwise run 'nvidia-modprobe'"
-        yield Check("GPU", "warning", finding, todo)
-    elif not _has_libcuda(root):
+        return Check("GPU", "warning", finding, todo)
+    if not _has_libcuda(root):
         finding = "there is an NVIDIA driver but no libcuda.so.1: models run on the CPU"
-        yield Check("GPU", "warning", finding, "install the driver's CUDA library (libcuda1)")
-    else:
-        yield Check("GPU", "ok", f"{len(devices)} NVIDIA GPU, {_driver_version(driver)}")
+        return Check("GPU", "warning", finding, "install the driver's CUDA library (libcuda1)")
+    version = re.search(r"[0-9]+\.[0-9.]+", driver)
+    number = version[0] if version else "unknown"
+    return Check("GPU", "ok", f"{len(devices)} NVIDIA GPU, driver {number}")
 
 
 def _text(path: Path) -> str:
@@ -167,14 +160,6 @@ def _text(path: Path) -> str:
         return path.read_text().strip()
     except OSError:
         return ""
-
-
-def _driver_version(line: str) -> str:
-    words = line.split()
-    version = next(
-        (word for word in words if number(word[:1]) is not None and "." in word), "unknown"
-    )
-    return f"driver {version}"
 
 
 def _has_libcuda(root: Path) -> bool:

@@ -13,11 +13,10 @@ import msgspec
 
 from pinaivu_box.config import Config, EngineConfig
 from pinaivu_box.doctor.check import Check, State
-from pinaivu_box.engine.messages import SamplingParams
+from pinaivu_box.engine.messages import Output, SamplingParams
 from pinaivu_box.errors import ApiError, CliError
 from pinaivu_box.gateway.backend import Job, Started
 from pinaivu_box.gateway.local import LocalBackend
-from pinaivu_box.gateway.output import Output
 from pinaivu_box.gateway.placement import Placement
 from pinaivu_box.models import catalog, gguf, memory
 from pinaivu_box.models.catalog import Catalog, Model
@@ -59,7 +58,7 @@ def files(config: Config, home: Path) -> Iterator[Check]:
             todo = "nothing, if it belongs to another program"
         if why.endswith(gguf.BEING_WRITTEN):
             state, todo = "warning", "nothing, while it is being written"
-        if why.endswith((": rename it", ": rename one of them")):
+        if why.endswith((catalog.RENAME_IT, catalog.RENAME_ONE)):
             why, _, todo = why.rpartition(": ")
         yield Check("models", state, f"not served: {printable(str(path))}: {why}", todo)
     remembered = _remembered(home)
@@ -155,13 +154,11 @@ def fits(model_id: str, need: int, total: int, available: int) -> Check:
     return Check("memory", "ok", finding)
 
 
-def engine(config: Config, home: Path) -> Iterator[Check]:
+def engine(config: Config, home: Path) -> Check:
     """Load the smallest model as a server would, and generate one token."""
     models = real(find(config, home)[0])
     if not models:
-        finding = "no model to start an engine with"
-        yield Check("engine", "warning", finding, "see models, above")
-        return
+        return Check("engine", "warning", "no model to start an engine with", "see models, above")
     smallest = min(models, key=lambda model: model.size)
     small = msgspec.structs.replace(
         config.engine, context=_CONTEXT_TOKENS, kv_tokens=_CONTEXT_TOKENS, max_sequences=1
@@ -172,12 +169,11 @@ def engine(config: Config, home: Path) -> Iterator[Check]:
         )
     except ApiError as error:
         todo = "'pinaivu serve --log-level debug' shows the log of the engine"
-        yield Check("engine", "failed", error.message.removesuffix("."), todo)
+        return Check("engine", "failed", error.message.removesuffix("."), todo)
     except TimeoutError:
         finding = f"{smallest.id} generated no token in {small.start_seconds:g} s"
-        yield Check("engine", "failed", finding, "check whether the machine is overloaded")
-    else:
-        yield Check("engine", "ok", f"{smallest.id} {finding}")
+        return Check("engine", "failed", finding, "check whether the machine is overloaded")
+    return Check("engine", "ok", f"{smallest.id} {finding}")
 
 
 async def _one_token(model: Model, config: EngineConfig) -> str:

@@ -15,6 +15,8 @@ from pinaivu_box.amount import parse
 from pinaivu_box.config import Config
 from pinaivu_box.doctor import machine, relay, udp
 from pinaivu_box.doctor.check import Check, State, of_error
+from pinaivu_box.errors import WrongPeer
+from pinaivu_box.legs.client import REFUSED
 from pinaivu_box.network.peer import OwnView, PeerView, UseView
 from pinaivu_box.server.admin_peers import PeerList
 from pinaivu_box.transport.transport import is_relay
@@ -64,7 +66,7 @@ def examine(
     todo = "" if listed.data else "'pinaivu peers invite' here, 'pinaivu peers join' there"
     yield Check("peering", "ok", counted, todo)
     yield from _here(listed.own, config, all_well=connected == len(listed.data))
-    yield from machine.clock(home, time.time())
+    yield machine.clock(home, time.time())
     for peer in peers:
         for check in _peer(peer, listed.own, config):
             yield Check(f"{peer.name}: {check.name}", check.state, check.found, check.todo)
@@ -85,11 +87,8 @@ def _here(own: OwnView, config: Config, *, all_well: bool) -> Iterator[Check]:
     if advertised:
         yield Check("NAT", "ok", f"this box advertises {', '.join(advertised)}")
     elif all(_reach(address) == "loopback" for address in direct) and own.relay == "none":
-        finding, todo = (
-            "only this machine can reach this box",
-            'set host = "0.0.0.0" in [peering]',
-        )
-        yield Check("NAT", "warning", finding, todo)
+        finding = "only this machine can reach this box"
+        yield Check("NAT", "warning", finding, 'set host = "0.0.0.0" in [peering]')
     elif own.relay != "none":
         yield _relay(own, "warning" if all_well else "failed")
     elif any(_reach(address) == "public" for address in direct):
@@ -153,7 +152,7 @@ def _link(peer: PeerView) -> Check:
         return Check("link", "ok", f"{route}, {peer.link.address}{rtt}")
     if peer.state == "connecting" and not peer.why:
         return Check("link", "warning", "no answer yet", "wait a few seconds")
-    name = "key" if peer.why.startswith("Another box") else "link"
+    name = "key" if peer.why.startswith(WrongPeer.beginning) else "link"
     check = of_error(name, peer.why or "there is none")
     return check if check.todo else Check(name, "failed", check.found, "see its addresses below")
 
@@ -224,7 +223,7 @@ def _serves_us(peer: PeerView) -> Iterator[Check]:
     if peer.models and not any(model.sequences_free for model in peer.models):
         yield Check("limits", "warning", "it is busy", "wait: requests are queued")
     if peer.refusal is not None and peer.refusal.age < _MAX_REFUSAL_AGE:
-        reason = peer.refusal.message.partition(" refused it: ")[2] or peer.refusal.message
+        reason = peer.refusal.message.partition(REFUSED)[2] or peer.refusal.message
         finding = f"{peer.refusal.age:.0f} s ago it refused a request: {reason.rstrip('.')}"
         todo = "its operator can change this: 'pinaivu peers edit' or [peering.serve] there"
         yield Check("limits", "warning", finding, todo)

@@ -9,7 +9,7 @@ import httpx
 from pinaivu_box.config import Config
 from pinaivu_box.doctor.check import Check, State
 
-SECONDS = 3.0
+_SECONDS = 3.0
 TODO = (
     "check that it runs, that its name is correct and that TCP to it is allowed, or set another "
     "[peering] relay; direct links do not need one"
@@ -23,17 +23,17 @@ _UPGRADE = {
 }
 
 
-def why_not(url: str, seconds: float = SECONDS) -> str:
+def why_not(url: str) -> str:
     """Why the relay cannot be used, as a clause; empty if it answers."""
     try:
         where = httpx.URL(url).join("/relay")
         with httpx.stream(
-            "GET", where, headers=_UPGRADE, timeout=seconds, trust_env=False
+            "GET", where, headers=_UPGRADE, timeout=_SECONDS, trust_env=False
         ) as answer:
             if answer.status_code == httpx.codes.SWITCHING_PROTOCOLS:
                 return ""
     except httpx.TimeoutException:
-        return f"{url} does not answer within {seconds:g} s"
+        return f"{url} does not answer within {_SECONDS:g} s"
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         return f"{url} does not answer ({str(error) or type(error).__name__})"
     return f"what answers at {url} is not a relay (status {answer.status_code})"

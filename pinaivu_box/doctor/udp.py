@@ -11,7 +11,7 @@ import os
 import socket
 from typing import Literal
 
-from pinaivu_box.text import number
+from pinaivu_box.text import host_and_port
 
 Answer = Literal["answers", "closed", "silent", "no route", "unknown name"]
 _VERSION = bytes.fromhex("1a2a3a4a")  # reserved for this (RFC 9000, section 15)
@@ -20,13 +20,9 @@ _MIN_PACKET_BYTES = 1200  # of a first packet
 
 def ask(address: str, seconds: float) -> Answer:
     """Probe HOST:PORT or [IPv6]:PORT.  "closed": the machine answers, but nothing listens."""
-    host, _, text = address.rpartition(":")
-    if (port := number(text)) is None:
-        return "unknown name"
     try:
-        family, kind, _, _, where = socket.getaddrinfo(
-            host.strip("[]"), port, type=socket.SOCK_DGRAM
-        )[0]
+        host, port = host_and_port(address)
+        family, kind, _, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
     except (OSError, ValueError):
         return "unknown name"
     with socket.socket(family, kind) as probe:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from itertools import takewhile
 
-import numpy as np
-
 from pinaivu_box.engine.runner import Batch
 from pinaivu_box.engine.scheduler import BatchChunk
 
@@ -23,7 +21,7 @@ def batch_of(chunks: list[BatchChunk]) -> Batch:
             ids.append(sequence.sequence_id)
             outputs.append(chunk.rows or len(chunk.scored))
             continue
-        size = count + len(chunk.draft)
+        size = chunk.size
         tokens += sequence.tokens[start : start + count]
         tokens += chunk.draft
         positions += range(start, start + size)
@@ -32,14 +30,6 @@ def batch_of(chunks: list[BatchChunk]) -> Batch:
         for position in chunk.scored:
             output_flags[position - start] = 1
         outputs += output_flags
-    return Batch(
-        np.array(tokens, np.int32),
-        np.array(positions, np.int32),
-        np.array(ids, np.int32),
-        np.array(outputs, np.int8),
-        sum(1 + len(chunk.draft) for chunk in takewhile(_decodes, chunks)),
-    )
-
-
-def _decodes(chunk: BatchChunk) -> bool:
-    return chunk.count == 1
+    decoding = takewhile(lambda chunk: chunk.count == 1, chunks)
+    single = sum(chunk.size for chunk in decoding)
+    return Batch.of(tokens, positions, ids, outputs, single)

@@ -21,9 +21,11 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from pinaivu_box import chat_format
 from pinaivu_box.engine import message_forms
-from pinaivu_box.engine.control_tokens import ControlTokens, MarkedContents
+from pinaivu_box.engine.control_tokens import ControlTokens
 from pinaivu_box.engine.message_forms import Message
 from pinaivu_box.errors import BadRequest, ContextOverflow
+
+Functions = list[dict[str, Any]]
 
 _MAX_REASON_CHARACTERS = 500  # of a template's own error
 INSTEAD = ": serve another file of this model, or use completions, which need no template"
@@ -41,14 +43,26 @@ class _Raised(Exception):
     """The template raised; the text is its message."""
 
 
+class TemplateSetup(msgspec.Struct, array_like=True, frozen=True):
+    """`source` is the template of the GGUF file, `model` names the model in errors, a prompt has at
+    most `max_characters`, and `controls` are the control tokens that only the template can write
+    (see `control_tokens`)."""
+
+    source: str
+    bos: str
+    eos: str
+    max_characters: int = 1 << 20
+    model: str = "the model's file"
+    controls: list[str] = []
+
+
 class ChatTemplate:
     """A template as transformers' `apply_chat_template` and llama.cpp run it.
 
-    `source` is the template of the GGUF file, `model` names the model in errors; `knows_tools` is
-    whether it can describe functions.  Raises BadRequest if it is no template.
+    `knows_tools` is whether it can describe functions.  Raises BadRequest if it is no template.
     """
 
-    def __init__(self, source: str, *, bos: str, eos: str, model: str = "the model's file") -> None:
+    def __init__(self, setup: TemplateSetup) -> None:
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True,
             lstrip_blocks=True,
@@ -56,58 +70,54 @@ class ChatTemplate:
         )
         environment.filters["tojson"] = _tojson
         environment.globals.update(raise_exception=_raise, strftime_now=_now)
-        self._model = model
+        self._setup = setup
         try:
-            self._template = environment.from_string(source)
-            self.knows_tools = "tools" in find_undeclared_variables(environment.parse(source))
+            self._template = environment.from_string(setup.source)
+            undeclared = find_undeclared_variables(environment.parse(setup.source))
         except MemoryError:
             raise
         except Exception as error:  # also Python's, of the code that Jinja generates
             why = _reason(str(error))
             raise self._refusal(f"is not valid Jinja ({why}){INSTEAD}") from error
-        self._tokens = {"bos_token": bos, "eos_token": eos}
-        self._max_characters = 0
-        self._contents = ControlTokens(()).contents()
+        self.knows_tools = "tools" in undeclared
+        self._controls = ControlTokens(setup.controls)
+        self._contents = self._controls.contents()
 
-    def render(
-        self,
-        messages: list[Message],
-        functions: list[dict[str, Any]] | None = None,
-        variables: dict[str, Any] | None = None,
-        max_characters: int = 1 << 20,
-        contents: MarkedContents | None = None,
-    ) -> str:
-        """The prompt, ending where the assistant begins.
+    def parts(
+        self, messages: list[Message], functions: Functions, variables: dict[str, Any]
+    ) -> list[str]:
+        """The prompt in parts (see `control_tokens`), ending where the assistant begins.
 
-        `functions` are what the model may call, `variables` more of the template's.  Everything
-        that it is made of is marked in it as `contents` does.  Raises BadRequest if the template
-        raises on all forms of the messages (see `message_forms`), ContextOverflow if the prompt is
-        longer than `max_characters`.
+        `functions` are what the model may call, `variables` more of the template's.  Raises
+        BadRequest if the template raises on all forms of the messages (see `message_forms`),
+        ContextOverflow if the prompt is too long.
         """
-        self._max_characters = max_characters
-        self._contents = contents or ControlTokens(()).contents()
-        variables = variables or {}
+        self._contents = self._controls.contents()
         if variables.get(chat_format.CONTINUE) and messages and messages[-1]["role"] == "assistant":
-            return self._continued(messages, functions, variables)
+            text = self._continued(messages, functions, variables)
+        else:
+            text = self._prompt(messages, functions, variables)
+        # A template may make half a surrogate pair.
+        return self._contents.parts(text.encode(errors="replace").decode())
+
+    def _prompt(
+        self, messages: list[Message], functions: Functions, variables: dict[str, Any]
+    ) -> str:
         # "developer" is OpenAI's newer name of "system"; templates know only the older one.
         known = [{**m, "role": "system"} if m["role"] == "developer" else m for m in messages]
         more = {k: v for k, v in variables.items() if k not in chat_format.TEMPLATE_OWN}
         generate = bool(variables.get(chat_format.GENERATE, True))
-        values = {**_defaults(), **more, **self._tokens, chat_format.GENERATE: generate}
+        values = {**_defaults(), **more, chat_format.GENERATE: generate}
         if not self.knows_tools:
             return self._render(message_forms.in_words(known, functions), [None], values)
         return self._render(known, _as_tools(functions), values)
 
     def _continued(
-        self,
-        messages: list[Message],
-        functions: list[dict[str, Any]] | None,
-        variables: dict[str, Any],
+        self, messages: list[Message], functions: Functions, variables: dict[str, Any]
     ) -> str:
         """The prompt up to the end of the last message's text, which is the assistant's."""
-        own = (chat_format.CONTINUE, chat_format.GENERATE)
-        others = {k: v for k, v in variables.items() if k not in own}
-        before = self.render(messages[:-1], functions, others, self._max_characters, self._contents)
+        others = {k: v for k, v in variables.items() if k != chat_format.GENERATE}
+        before = self._prompt(messages[:-1], functions, others)
         last = messages[-1]
         if before.rstrip().endswith(chat_format.THINK):  # the text begins after the thoughts
             before = f"{before.rstrip()}\n\n{chat_format.THOUGHT}\n\n"
@@ -150,27 +160,30 @@ class ChatTemplate:
         return message_forms.shown(self._contents.unmarked(text), messages)
 
     def _try(self, messages: list[Message], values: dict[str, Any]) -> str:
-        parts, size = [], 0
+        parts, size, limit = [], 0, self._setup.max_characters
         try:
             marked = self._contents.marked({**values, "messages": messages})
-            for part in self._template.generate({**marked, **self._tokens}):
+            tokens = {"bos_token": self._setup.bos, "eos_token": self._setup.eos}
+            for part in self._template.generate({**marked, **tokens}):
                 parts.append(part)
                 size += len(part)
-                if size > self._max_characters:
+                if size > limit:
                     break
         except MemoryError:
             raise
         except Exception as error:
             raise _Raised(_reason(self._contents.unmarked(str(error)))) from error
-        if size > self._max_characters:
-            raise ContextOverflow(f"The prompt has more than {self._max_characters} characters.")
+        if size > limit:
+            raise ContextOverflow(f"The prompt has more than {limit} characters.")
         return "".join(parts)
 
     def _refusal(self, predicate: str) -> BadRequest:
-        return BadRequest(f"The chat template of {self._model} {predicate}.", param="messages")
+        return BadRequest(
+            f"The chat template of {self._setup.model} {predicate}.", param="messages"
+        )
 
 
-def _as_tools(functions: list[dict[str, Any]] | None) -> list[Any]:
+def _as_tools(functions: Functions) -> list[Any]:
     """The values that `tools` may have: without functions None as in transformers, or undefined as
     in llama.cpp."""
     if not functions:
@@ -239,45 +252,34 @@ def _null(value: Any) -> None:
 
 
 class Render(msgspec.Struct, array_like=True, frozen=True):
-    """A job: what `messages` become.  Without any, whether `source` knows tools: b"1" or b"".
+    """A job: the prompt of `messages`.  Without any, whether the template knows tools: b"1" or b"".
 
-    `functions` is JSON text of a list, `model` is as in ChatTemplate, and `controls` are the texts
-    of control tokens that are nothing but text where they are not the template's own.
+    `setup` is a TemplateSetup as msgpack, `functions` JSON text of a list.
     """
 
-    source: str
-    bos: str
-    eos: str
+    setup: bytes
     messages: list[dict[str, Any]] | None = None
     functions: str | None = None
     variables: dict[str, Any] = {}
-    max_characters: int = 0
-    model: str = "the model's file"
-    controls: list[str] = []
 
 
 def make(_: bytes) -> Callable[[bytes], bytes]:
-    """The jobs' function (see `sandbox`): a `Render` to msgpack of the prompt's parts (see
-    `control_tokens`)."""
+    """The jobs' function (see `sandbox`): a `Render` to msgpack of the prompt's parts."""
     decoder = msgspec.msgpack.Decoder(Render)
-    loaded: dict[str, tuple[ChatTemplate, ControlTokens]] = {}  # an engine has one
+    loaded: dict[bytes, ChatTemplate] = {}  # an engine has one
 
     def run(payload: bytes) -> bytes:
         job = decoder.decode(payload)
-        if job.source not in loaded:
+        if job.setup not in loaded:
             loaded.clear()
-            template = ChatTemplate(job.source, bos=job.bos, eos=job.eos, model=job.model)
-            loaded[job.source] = template, ControlTokens(job.controls)
-        template, controls = loaded[job.source]
+            loaded[job.setup] = ChatTemplate(msgspec.msgpack.decode(job.setup, type=TemplateSetup))
+        template = loaded[job.setup]
         if job.messages is None:
             return b"1" if template.knows_tools else b""
         try:
-            functions = msgspec.json.decode(job.functions or "[]", type=list[dict[str, Any]])
+            functions = msgspec.json.decode(job.functions or "[]", type=Functions)
         except (msgspec.DecodeError, RecursionError):
             raise BadRequest("The tools are no list that can be read.", param="tools") from None
-        contents = controls.contents()
-        text = template.render(job.messages, functions, job.variables, job.max_characters, contents)
-        text = text.encode(errors="replace").decode()  # a template may make half a surrogate pair
-        return msgspec.msgpack.encode(contents.parts(text))
+        return msgspec.msgpack.encode(template.parts(job.messages, functions, job.variables))
 
     return run

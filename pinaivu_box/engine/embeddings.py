@@ -8,35 +8,26 @@ to see the whole of it.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
+import itertools
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
-from pinaivu_box.engine.fairness import FairQueue
+from pinaivu_box.engine.fairness import FairQueue, QueuedRequest
 from pinaivu_box.engine.runner import TEXT_BATCH, Batch, EmbeddingCapacity, Runner
-from pinaivu_box.engine.sequence import State
 from pinaivu_box.vector_format import shortened
 
 _MIN_PART_TOKENS = 16  # tokens of a part; smaller ones only waste
 
 
 @dataclass(eq=False)
-class EmbeddingJob:
-    """A request's texts as tokens, and their vectors as far as they are known."""
+class EmbeddingJob(QueuedRequest):
+    """A request's texts as tokens, and their vectors as far as they are known.  Its `arrival` is
+    renewed when the tenant's other requests go before its next text."""
 
-    id: str
     inputs: list[list[int]]
-    tenant: str = ""
-    weight: float = 1.0
-    priority: int = 0
     dimensions: int | None = None
-    arrival: int = 0  # a counter: lower is older, or has waited longer for its next text
-    arrived_at: float = field(default_factory=time.monotonic)
-    queue_ms: float | None = None  # waited for its first step; None until then
-    state: State = State.WAITING
     started: int = 0  # texts
     computed: dict[int, bytes] = field(default_factory=dict)
 
@@ -65,12 +56,6 @@ class _RunningText:
         return self.job.inputs[self.number]
 
 
-@dataclass(frozen=True)
-class _TextPart:
-    text: _RunningText
-    count: int
-
-
 class EmbeddingScheduler:
     """Computes the texts of all jobs that are not complete."""
 
@@ -82,7 +67,7 @@ class EmbeddingScheduler:
         self._capacity: EmbeddingCapacity | None = None
         self._free: list[int] = []
         self._ended: list[int] = []  # sequence ids whose cells are to be freed
-        self._arrivals = 0
+        self._arrivals = itertools.count(1)
         self._reserved = False  # the tenant that has had least waits for room
 
     def __bool__(self) -> bool:
@@ -90,8 +75,7 @@ class EmbeddingScheduler:
 
     def add(self, embedding: EmbeddingJob) -> None:
         self._all[embedding.id] = embedding
-        self._arrivals += 1
-        embedding.arrival = self._arrivals
+        embedding.arrival = next(self._arrivals)
         self._queue.push(embedding)
 
     def end(self, request_id: str) -> EmbeddingJob | None:
@@ -113,18 +97,18 @@ class EmbeddingScheduler:
         Returns the requests that are complete by that, and how many tokens were computed.  Raises
         BoxError if the model cannot be used for this: end what is here then.
         """
-        parts = list(self._plan(max_tokens))
-        if not parts:
+        counts = self._plan(max_tokens)
+        if not counts:
             return [], 0
         ended, self._ended = self._ended, []
-        sums = self._runner.embed(_batch(parts), ended)
-        for part, of_part in zip(parts, sums, strict=True):
-            self._take(part, of_part.astype(np.float64))
-        touched = dict.fromkeys(part.text.job for part in parts)
+        sums = self._runner.embed(_batch(counts), ended)
+        for (text, count), summed in zip(counts.items(), sums, strict=True):
+            self._take(text, count, summed.astype(np.float64))
+        touched = dict.fromkeys(text.job for text in counts)
         complete_jobs = [job for job in touched if len(job.computed) == len(job.inputs)]
         for job in complete_jobs:
             self.end(job.id)
-        return complete_jobs, sum(part.count for part in parts)
+        return complete_jobs, sum(counts.values())
 
     @property
     def jobs(self) -> list[EmbeddingJob]:
@@ -132,8 +116,9 @@ class EmbeddingScheduler:
 
     # -- what is computed next -------------------------------------------------------------------
 
-    def _plan(self, max_tokens: int) -> Iterator[_TextPart]:
-        """Parts in the order of sequences; the tenant that has had least is next."""
+    def _plan(self, max_tokens: int) -> dict[_RunningText, int]:
+        """How many tokens of which texts are next, in the order in which the texts began; the
+        tenant that has had least is served first."""
         planned: dict[_RunningText, int] = {}
         blocked: set[str] = set()
         self._reserved = False
@@ -159,9 +144,7 @@ class EmbeddingScheduler:
             planned[text] = planned.get(text, 0) + count
             left -= count
             self._queue.charge(name, count, 0)
-        for text in self._texts:
-            if text in planned:
-                yield _TextPart(text, planned[text])
+        return {text: planned[text] for text in self._texts if text in planned}
 
     def _tenants(self) -> list[str]:
         """Those that have anything to compute."""
@@ -208,23 +191,20 @@ class EmbeddingScheduler:
         )
 
     def _begin(self, embedding: EmbeddingJob) -> _RunningText:
-        if embedding.queue_ms is None:
-            embedding.queue_ms = (time.monotonic() - embedding.arrived_at) * 1000
+        embedding.note_start()
         text = _RunningText(embedding, embedding.started, self._free.pop())
         self._texts.append(text)
         embedding.started += 1
         if embedding.started == len(embedding.inputs):
             self._queue.start(embedding)
         else:  # the tenant's other requests come before its next text
-            self._arrivals += 1
-            self._queue.later(embedding, self._arrivals)
+            self._queue.later(embedding, next(self._arrivals))
         return text
 
     # -- what came of it -------------------------------------------------------------------------
 
-    def _take(self, part: _TextPart, summed: npt.NDArray[np.float64]) -> None:
-        text = part.text
-        text.read += part.count
+    def _take(self, text: _RunningText, count: int, summed: npt.NDArray[np.float64]) -> None:
+        text.read += count
         text.sum = summed if text.sum is None else text.sum + summed
         if text.read < len(text.tokens):
             return
@@ -242,18 +222,13 @@ class EmbeddingScheduler:
             self._ended.append(text.sequence_id)
 
 
-def _batch(parts: list[_TextPart]) -> Batch:
+def _batch(counts: dict[_RunningText, int]) -> Batch:
     tokens: list[int] = []
     positions: list[int] = []
     ids: list[int] = []
-    for part in parts:
-        start, end = part.text.read, part.text.read + part.count
-        tokens += part.text.tokens[start:end]
+    for text, count in counts.items():
+        start, end = text.read, text.read + count
+        tokens += text.tokens[start:end]
         positions += range(start, end)
-        ids += [part.text.sequence_id] * part.count
-    return Batch(
-        np.array(tokens, np.int32),
-        np.array(positions, np.int32),
-        np.array(ids, np.int32),
-        np.ones(len(tokens), np.int8),
-    )
+        ids += [text.sequence_id] * count
+    return Batch.of(tokens, positions, ids, [1] * len(tokens))

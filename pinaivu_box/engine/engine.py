@@ -6,6 +6,7 @@ from __future__ import annotations
 import time
 from collections import abc
 from collections.abc import Iterator
+from itertools import accumulate, count
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -24,13 +25,7 @@ from pinaivu_box.engine.sampling import (
     draw_rows,
     redraw,
 )
-from pinaivu_box.engine.scheduler import (
-    BatchChunk,
-    CellOperation,
-    CopyCells,
-    RemoveCells,
-    Scheduler,
-)
+from pinaivu_box.engine.scheduler import BatchChunk, Scheduler
 from pinaivu_box.engine.sequence import Sequence
 from pinaivu_box.engine.steady_steps import SteadySteps
 from pinaivu_box.engine.step_cost import StepCostModel
@@ -49,20 +44,20 @@ class Engine:
         self._facts = facts
         self.step_cost = StepCostModel()
         self.scheduler = Scheduler(
+            runner,
             kv_tokens=facts.kv_tokens,
             max_sequences=facts.max_sequences,
             token_budget=token_budget,
-            policy=self.step_cost,
+            step_cost=self.step_cost,
             ids=facts.sequence_ids,
             sharing=facts.sharing,
         )
         self._end_tokens = np.array(sorted(facts.end_tokens), np.intp)
-        self._arrivals = 0
+        self._arrivals = count(1)
         self._steps = 0
         self._tokens_computed = 0
         self._tokens_cached = 0
         self._steady: SteadySteps | None = None
-        self._plain: tuple[list[str], list[int]] = ([], [])
         self._last_load = EngineLoad()
         self.embeddings = EmbeddingScheduler(runner)
         self._outputs: list[SequenceOutput] = []
@@ -78,8 +73,7 @@ class Engine:
             self.embeddings.add(sequence)
             return
         self.catch_up()
-        self._arrivals += 1
-        sequence.arrival = self._arrivals
+        sequence.arrival = next(self._arrivals)
         self.scheduler.add(sequence)
         if sequence.scored == 0:
             first = TokenLogprob(self._runner.spelling(sequence.tokens[0]), 0.0, [])
@@ -103,8 +97,10 @@ class Engine:
 
     def step(self) -> StepOutput:
         """Compute one batch, if there is one.  Returns all that happened since the last step."""
-        if self._steady and self._steady.left and not self.embeddings and self._step_steadily():
-            return StepOutput([], self._last_load, self._plain)
+        if self._steady and self._steady.left and not self.embeddings:
+            output = self._step_steadily(self._steady)
+            if output is not None:
+                return output
         self.catch_up()
         self._embed()
         if self.scheduler:
@@ -151,42 +147,38 @@ class Engine:
     def _compute(self) -> None:
         drafting = True
         while self.scheduler:
-            plan = self.scheduler.plan(drafting=drafting)
+            chunks = self.scheduler.plan(drafting=drafting)
             if self._facts.streams:
-                plan.chunks.sort(key=lambda chunk: chunk.sequence.sequence_id)
-            for operation in plan.operations:
-                self._apply(operation)
-            _note_start(plan.chunks)
+                chunks.sort(key=lambda chunk: chunk.sequence.sequence_id)
+            for chunk in chunks:
+                chunk.sequence.note_start()
             began = time.perf_counter()
             try:
-                logits = self._runner.decode(batch_of(plan.chunks))
+                logits = self._runner.decode(batch_of(chunks))
             except NoSlot:
-                if drafting and any(chunk.draft for chunk in plan.chunks):
+                if drafting and any(chunk.draft for chunk in chunks):
                     drafting = False  # a draft is not worth another sequence's cells
                 else:
-                    self._reclaim(plan.chunks)
+                    self._reclaim(chunks)
                 continue
-            self._observe(plan.chunks, time.perf_counter() - began)
-            self.scheduler.commit(plan.chunks)
-            steady = self.scheduler.steady_steps(plan.chunks)
-            if any(chunk.sequence.scored is not None for chunk in plan.chunks):
-                logits = self._score(plan.chunks, logits)
-            self._sample([chunk for chunk in plan.chunks if chunk.rows], logits)
-            if steady > 1 and len(self.scheduler.running) == len(plan.chunks):
+            self._observe(chunks, time.perf_counter() - began)
+            self.scheduler.commit(chunks)
+            steady = self.scheduler.steady_steps(chunks)
+            if any(chunk.sequence.scored is not None for chunk in chunks):
+                logits = self._score(chunks, logits)
+            self._sample([chunk for chunk in chunks if chunk.rows], logits)
+            if steady > 1 and len(self.scheduler.running) == len(chunks):
                 by_id = sorted(self.scheduler.running, key=lambda each: each.sequence_id)
                 self._steady = SteadySteps(by_id, steady, self._end_tokens)
             return
 
-    def _step_steadily(self) -> bool:
-        """A step without a plan; False if it has to be planned after all."""
-        steady = self._steady
-        if steady is None:
-            return False
+    def _step_steadily(self, steady: SteadySteps) -> StepOutput | None:
+        """A step without a plan; None if it has to be planned after all."""
         began = time.perf_counter()
         try:
             logits = self._runner.decode(steady.batch)
         except NoSlot:
-            return False
+            return None
         rows = len(steady.sequences)
         self.step_cost.observe(rows, 0, time.perf_counter() - began)
         self._steps += 1
@@ -195,40 +187,28 @@ class Engine:
         if self._facts.end_tokens.isdisjoint(drawn):
             if self.scheduler.wants_draft():
                 steady.left = 0
-            self._plain = (steady.ids, drawn)
-            before = self._last_load
             self._last_load = msgspec.structs.replace(
-                before,
-                kv_used=before.kv_used + rows,
+                self._last_load,
+                kv_used=self._last_load.kv_used + rows,
                 steps=self._steps,
                 tokens_computed=self._tokens_computed,
             )
-            return True
+            return StepOutput([], self._last_load, (steady.ids, drawn))
         self.catch_up()
         for sequence, token in zip(steady.sequences, drawn, strict=True):
             self._conclude(sequence, [token], first=False)
-        return False
-
-    def _apply(self, operation: CellOperation) -> None:
-        if isinstance(operation, RemoveCells):
-            self._runner.remove(operation.sequence_id)
-        elif isinstance(operation, CopyCells):
-            self._runner.copy(operation.source, operation.target, operation.length)
-        else:
-            self._runner.truncate(operation.sequence_id, operation.length)
+        return None
 
     def _observe(self, chunks: list[BatchChunk], seconds: float) -> None:
         rows = sum(chunk.rows for chunk in chunks if chunk.count == 1)
-        tokens = sum(chunk.count + len(chunk.draft) for chunk in chunks)
+        tokens = sum(chunk.size for chunk in chunks)
         self.step_cost.observe(rows, tokens - rows, seconds)
         self._steps += 1
         self._tokens_computed += tokens
 
     def _reclaim(self, chunks: list[BatchChunk]) -> None:
         """Make room: the cache has fewer cells than it reported (padding, a window)."""
-        cells = self.scheduler.lower_capacity(
-            sum(chunk.count + len(chunk.draft) for chunk in chunks)
-        )
+        cells = self.scheduler.lower_capacity(sum(chunk.size for chunk in chunks))
         if self.scheduler.reclaim():
             return
         alone = chunks[0].sequence  # nothing else runs: this is all that it can have
@@ -236,13 +216,8 @@ class Engine:
         if len(alone.tokens) > alone.prompt_length:
             self._outputs.append(SequenceOutput(alone.id, [], "length"))
             return
-        self._refused.append(
-            Refused(
-                alone.id,
-                ContextOverflow.code,
-                ContextOverflow.of(alone.prompt_length, cells).message,
-            )
-        )
+        message = ContextOverflow.of(alone.prompt_length, cells).message
+        self._refused.append(Refused(alone.id, ContextOverflow.code, message))
 
     def _score(self, chunks: list[BatchChunk], logits: Float32) -> Float32:
         """Report log-probabilities of prompts' tokens.  Returns the rows that are drawn from."""
@@ -266,20 +241,22 @@ class Engine:
         return logits[drawn]
 
     def _sample(self, chunks: list[BatchChunk], logits: Float32) -> None:
-        draws = list(_draws(chunks))
+        ends = accumulate(chunk.rows for chunk in chunks)
+        rows = [slice(end - chunk.rows, end) for chunk, end in zip(chunks, ends, strict=True)]
         # Log-probabilities are the model's own: of the logits before they are adjusted.
-        raw = {row: logits[row].copy() for row in _logprob_rows(chunks)}
-        drawn = draw_rows(logits, draws, self._end_tokens)
-        row = 0
-        for chunk in chunks:
-            here = slice(row, row + chunk.rows)
-            tokens = drawn[here]
-            if not chunk.sequence.reported and chunk.sequence.wants_no_output:
-                row = here.stop
-                self._conclude(chunk.sequence, [], first=True)
+        unadjusted = [
+            None if chunk.sequence.logprobs is None else logits[here].copy()
+            for chunk, here in zip(chunks, rows, strict=True)
+        ]
+        drawn = draw_rows(logits, list(_draws(chunks)), self._end_tokens)
+        for chunk, here, scored in zip(chunks, rows, unadjusted, strict=True):
+            sequence, tokens = chunk.sequence, drawn[here]
+            first, sequence.reported = not sequence.reported, True
+            if first and sequence.wants_no_output:
+                self._conclude(sequence, [], first=True)
                 continue
-            if chunk.sequence.grammar is not None:
-                tokens = self._follow(chunk, chunk.sequence.grammar, tokens, logits[here])
+            if sequence.grammar is not None:
+                tokens = self._follow(chunk, sequence.grammar, tokens, logits[here])
             # A drafted token is right exactly if it is the draw; the draw after it is right then.
             accepted = 0
             for drafted, token in zip(chunk.draft, tokens, strict=False):
@@ -288,18 +265,13 @@ class Engine:
                 accepted += 1
             tokens = tokens[: accepted + 1]
             logprobs: list[TokenLogprob] = []
-            if chunk.sequence.logprobs is not None:
-                logprobs = [
-                    token_logprob(
-                        raw[here.start + number],
-                        token,
-                        chunk.sequence.logprobs,
-                        self._runner.piece,
-                    )
-                    for number, token in enumerate(tokens)
-                ]
-            row = here.stop  # before its tokens are appended: then the chunk wants no logits
-            self._take(chunk, tokens, accepted, logprobs)
+            if scored is not None:
+                likeliest, piece = sequence.logprobs or 0, self._runner.piece
+                of_tokens = zip(scored, tokens, strict=False)
+                logprobs = [token_logprob(row, token, likeliest, piece) for row, token in of_tokens]
+            sequence.tokens += tokens
+            self.scheduler.accept(chunk, accepted)
+            self._conclude(sequence, tokens, first=first, logprobs=logprobs)
 
     def _follow(
         self, chunk: BatchChunk, grammar: Grammar, drawn: list[int], logits: Float32
@@ -320,15 +292,6 @@ class Engine:
             if grammar.done or [*chunk.draft, -1][number] != token:
                 break
         return tokens
-
-    def _take(
-        self, chunk: BatchChunk, tokens: list[int], accepted: int, logprobs: list[TokenLogprob]
-    ) -> None:
-        sequence = chunk.sequence
-        first, sequence.reported = not sequence.reported, True
-        sequence.tokens += tokens
-        self.scheduler.accept(chunk, accepted)
-        self._conclude(sequence, tokens, first=first, logprobs=logprobs)
 
     def _conclude(
         self,
@@ -390,13 +353,6 @@ class Engine:
         )
 
 
-def _note_start(chunks: list[BatchChunk]) -> None:
-    now = time.monotonic()
-    for sequence in (chunk.sequence for chunk in chunks):
-        if sequence.queue_ms is None:
-            sequence.queue_ms = (now - sequence.arrived_at) * 1000
-
-
 def _draws(chunks: list[BatchChunk]) -> Iterator[Draw]:
     """What decides each row's draw, in batch order."""
     for chunk in chunks:
@@ -416,12 +372,3 @@ def _draws(chunks: list[BatchChunk]) -> Iterator[Draw]:
 def _position(chunk: BatchChunk, number: int) -> int:
     """The position of the token that the chunk's row of that number gives."""
     return chunk.sequence.length + number
-
-
-def _logprob_rows(chunks: list[BatchChunk]) -> Iterator[int]:
-    """The rows whose log-probabilities are wanted."""
-    row = 0
-    for chunk in chunks:
-        if chunk.sequence.logprobs is not None:
-            yield from range(row, row + chunk.rows)
-        row += chunk.rows

@@ -8,57 +8,67 @@ that have: nobody saves up.
 
 from __future__ import annotations
 
+import enum
+import time
 from bisect import insort
 from collections.abc import Iterator
-from typing import Generic, Protocol, TypeVar
-
-from pinaivu_box.engine.sequence import State
+from dataclasses import KW_ONLY, dataclass, field
+from heapq import heapify, heappop, heappush
+from typing import Generic, TypeVar
 
 _MAX_DEPARTED_TENANTS = 1000  # that are remembered, if their counters make a difference
 PROMPT_COST, OUTPUT_COST = 1.0, 2.0  # as in the paper
 
 
-class Waiting(Protocol):
-    """What the queue needs to know of a sequence or an embedding job."""
+class State(enum.Enum):
+    """WAITING → RUNNING → gone; RUNNING → PREEMPTED → RUNNING if another needed its place."""
 
-    arrival: int
+    WAITING = "waiting"
+    RUNNING = "running"
+    PREEMPTED = "preempted"
 
-    @property
-    def tenant(self) -> str: ...
 
-    @property
-    def weight(self) -> float: ...
+@dataclass(eq=False)
+class QueuedRequest:
+    """What tenants take turns with: a sequence or an embedding job."""
 
-    @property
-    def priority(self) -> int: ...
-
-    @property
-    def state(self) -> State: ...
+    id: str
+    _: KW_ONLY
+    tenant: str = ""
+    weight: float = 1.0  # the tenant's share
+    priority: int = 0  # among the tenant's own: higher goes first
+    arrival: int = 0  # a counter: lower is older
+    arrived_at: float = field(default_factory=time.monotonic)
+    queue_ms: float | None = None  # waited for its first step; None until then
+    state: State = State.WAITING
 
     @property
     def pending(self) -> int:
-        """Tokens that are to be computed."""
-        ...
+        """Tokens that are to be computed next."""
+        raise NotImplementedError
+
+    def note_start(self) -> None:
+        """Note that its first step begins, if none has begun before."""
+        if self.queue_ms is None:
+            self.queue_ms = (time.monotonic() - self.arrived_at) * 1000
 
 
-W = TypeVar("W", bound=Waiting)
+R = TypeVar("R", bound=QueuedRequest)
 
 
-class _Tenant(Generic[W]):
-    __slots__ = ("counter", "running", "waiting", "weight")
-
-    def __init__(self, counter: float) -> None:
-        self.counter = counter
-        self.weight = 1.0
-        self.running = 0
-        self.waiting: list[W] = []  # by priority, then age
+@dataclass(slots=True)
+class _Tenant(Generic[R]):
+    counter: float
+    weight: float = 1.0
+    running: int = 0
+    waiting: list[R] = field(default_factory=list)  # by priority, then age
 
 
-class FairQueue(Generic[W]):
+class FairQueue(Generic[R]):
     """What waits, and how much each tenant has had."""
 
     def __init__(self) -> None:
-        self._tenants: dict[str, _Tenant[W]] = {}  # those that have something waiting or running
+        self._tenants: dict[str, _Tenant[R]] = {}  # those that have something waiting or running
         self._departed: dict[str, float] = {}  # counters of those that had
         self._floor = 0.0  # counter of the tenant that was the last to wait
         self._count = 0
@@ -66,56 +76,55 @@ class FairQueue(Generic[W]):
     def __len__(self) -> int:
         return self._count
 
-    def __iter__(self) -> Iterator[W]:
+    def __iter__(self) -> Iterator[R]:
         for tenant in self._tenants.values():
             yield from tenant.waiting
 
-    def push(self, sequence: W) -> None:
-        tenant = self._tenants.get(sequence.tenant)
+    def push(self, request: R) -> None:
+        tenant = self._tenants.get(request.tenant)
         if tenant is None:
-            tenant = self._tenants[sequence.tenant] = _Tenant(
-                self._departed.pop(sequence.tenant, 0.0)
-            )
-        if not tenant.waiting and sequence.state is State.WAITING:
+            tenant = _Tenant(self._departed.pop(request.tenant, 0.0))
+            self._tenants[request.tenant] = tenant
+        if not tenant.waiting and request.state is State.WAITING:
             # It was idle: that earns no credit, and what it had before still counts.
             others = [other for other in self._tenants.values() if other is not tenant]
             counters = [other.counter for other in others if other.waiting]
             counters = counters or [other.counter for other in others]
             tenant.counter = max(tenant.counter, min(counters, default=self._floor))
-        tenant.weight = sequence.weight
-        insort(tenant.waiting, sequence, key=_rank)
+        tenant.weight = request.weight
+        insort(tenant.waiting, request, key=_rank)
         self._count += 1
 
-    def remove(self, sequence: W) -> None:
-        self._tenants[sequence.tenant].waiting.remove(sequence)
+    def remove(self, request: R) -> None:
+        self._tenants[request.tenant].waiting.remove(request)
         self._count -= 1
-        self._forget_idle(sequence.tenant)
+        self._forget_idle(request.tenant)
 
-    def first(self, name: str) -> W | None:
+    def first(self, name: str) -> R | None:
         """The tenant's own that is next."""
         waiting = self._tenants[name].waiting
         return waiting[0] if waiting else None
 
-    def later(self, sequence: W, arrival: int) -> None:
+    def later(self, request: R, arrival: int) -> None:
         """Let it wait on, as if it had arrived then."""
-        waiting = self._tenants[sequence.tenant].waiting
-        waiting.remove(sequence)
-        sequence.arrival = arrival
-        insort(waiting, sequence, key=_rank)
+        waiting = self._tenants[request.tenant].waiting
+        waiting.remove(request)
+        request.arrival = arrival
+        insort(waiting, request, key=_rank)
 
-    def start(self, sequence: W) -> None:
+    def start(self, request: R) -> None:
         """Take it out of the queue: it runs."""
-        tenant = self._tenants[sequence.tenant]
-        tenant.waiting.remove(sequence)
+        tenant = self._tenants[request.tenant]
+        tenant.waiting.remove(request)
         tenant.running += 1
         self._count -= 1
         if not tenant.waiting:
             self._floor = tenant.counter
 
-    def stop(self, sequence: W) -> None:
+    def stop(self, request: R) -> None:
         """Note that it no longer runs."""
-        self._tenants[sequence.tenant].running -= 1
-        self._forget_idle(sequence.tenant)
+        self._tenants[request.tenant].running -= 1
+        self._forget_idle(request.tenant)
 
     def charge(self, name: str, prompt_tokens: int, output_tokens: int) -> None:
         tenant = self._tenants[name]
@@ -125,22 +134,22 @@ class FairQueue(Generic[W]):
     def counter(self, name: str) -> float:
         return self._tenants[name].counter
 
-    def order(self) -> Iterator[W]:
-        """Waiting sequences in the order in which they should start; each tenant's own in turn.
+    def order(self) -> Iterator[R]:
+        """Waiting requests in the order in which they should start; each tenant's own in turn.
 
         As if each one that was taken had cost its tenant its prompt.
         """
-        turns = {name: [t.counter, t.running, 0] for name, t in self._tenants.items() if t.waiting}
+        waiting = [tenant for tenant in self._tenants.values() if tenant.waiting]
+        turns = [(t.counter, t.running, number, 0) for number, t in enumerate(waiting)]
+        heapify(turns)
         while turns:
-            name = min(turns, key=lambda n: (turns[n][0], turns[n][1]))
-            tenant, turn = self._tenants[name], turns[name]
-            sequence: W = tenant.waiting[int(turn[2])]
-            yield sequence
-            turn[0] += PROMPT_COST * sequence.pending / tenant.weight
-            turn[1] += 1
-            turn[2] += 1
-            if turn[2] >= len(tenant.waiting):
-                del turns[name]
+            counter, running, number, index = heappop(turns)
+            tenant = waiting[number]
+            request = tenant.waiting[index]
+            yield request
+            if index + 1 < len(tenant.waiting):
+                counter += PROMPT_COST * request.pending / tenant.weight
+                heappush(turns, (counter, running + 1, number, index + 1))
 
     def over_share(self, name: str) -> str | None:
         """The tenant that runs the most for its weight, if one of its places would be better with
@@ -161,12 +170,9 @@ class FairQueue(Generic[W]):
                 del self._tenants[name]
                 self._departed[name] = tenant.counter
                 if len(self._departed) > _MAX_DEPARTED_TENANTS:
-                    self._departed = {
-                        departed: counter
-                        for departed, counter in self._departed.items()
-                        if counter > self._floor
-                    }
+                    counters = self._departed.items()
+                    self._departed = {who: had for who, had in counters if had > self._floor}
 
 
-def _rank(sequence: Waiting) -> tuple[int, int]:
-    return (-sequence.priority, sequence.arrival)
+def _rank(request: QueuedRequest) -> tuple[int, int]:
+    return (-request.priority, request.arrival)

@@ -98,6 +98,3 @@ class FakeRunner:
             for sequence_id in dict.fromkeys(batch.sequence_ids.tolist())
         ]
         return np.array(sums, np.float32)
-
-    def close(self) -> None:
-        return None

@@ -67,8 +67,8 @@ class CpuBudget:
 
 
 class Grammar:
-    """One sequence's place in its grammar.  Its tenant's grammars share an `budget`: a few that
-    are each just cheap enough would hold up all others' steps as well."""
+    """One sequence's place in its grammar.  Its tenant's grammars share a `budget`: a few that are
+    each just cheap enough would hold up all others' steps as well."""
 
     def __init__(self, matcher: LLMatcher, budget: CpuBudget) -> None:
         self._matcher = matcher
@@ -124,12 +124,7 @@ class GrammarCompiler:
 
     def __init__(self, runner: Runner, sandboxes: Sandboxes) -> None:
         vocabulary = _vocabulary(runner)
-        self._tokenizer = tokenizer_of(
-            vocabulary,
-            lambda text: runner.tokenize_text(
-                text.decode(errors="replace") if isinstance(text, bytes) else text
-            ),
-        )
+        self._tokenizer = tokenizer_of(vocabulary, runner.tokenize_text)
         self._validate: SandboxRun = sandboxes.grammars(msgspec.msgpack.encode(vocabulary))
         self._cache = _GrammarCache()
         # A budget that is dropped has earned all by now.
@@ -137,45 +132,37 @@ class GrammarCompiler:
         self._lock = threading.Lock()
 
     def compile(
-        self,
-        constraint: OutputConstraint,
-        *,
-        tenant: str = "",
-        cancellation: Cancellation | None = None,
+        self, constraint: OutputConstraint, tenant: str, cancellation: Cancellation | None
     ) -> Grammar | None:
         """Returns None if everything is allowed.  Raises InvalidBody for what is no grammar, or
         none that can be followed within the limits; SandboxCancelled."""
         payload = msgspec.msgpack.encode(constraint)
         key = _Key(tenant, hashlib.sha256(payload).digest())
         with self._lock:
-            compiled = self._cache.get(key)
-        if compiled is None:
-            compiled, size = self._compile(constraint, payload, tenant, cancellation)
+            entry = self._cache.get(key)
+        if entry is None:
+            entry = self._compile(constraint, payload, cancellation)
             with self._lock:
-                self._cache.put(key, compiled, size)
+                self._cache.put(key, entry)
+        compiled, _ = entry
         if isinstance(compiled, InvalidBody):
             raise InvalidBody(compiled.message, loc=compiled.loc, kind=compiled.kind)
-        if isinstance(compiled, _Unrestricted):
+        if compiled is None:
             return None
         with self._lock:  # the cached matcher must not be copied twice at the same time
             return Grammar(compiled.deep_copy(), self._budget(tenant))
 
     def _compile(
-        self,
-        constraint: OutputConstraint,
-        payload: bytes,
-        tenant: str,
-        cancellation: Cancellation | None,
-    ) -> tuple[_Compiled, int]:
-        """The grammar or refusal, and the length of its text."""
+        self, constraint: OutputConstraint, payload: bytes, cancellation: Cancellation | None
+    ) -> _Entry:
         try:
-            text = self._validate(payload, tenant=tenant, cancellation=cancellation).decode()
+            text = self._validate(payload, cancellation).decode()
         except SandboxLimit as error:
             return refusal(constraint, f"{error.reason} to compile: make it smaller"), 0
         except InvalidBody as error:
             return error, 0
         if not text:
-            return _Unrestricted(), 0
+            return None, 0
         matcher = LLMatcher(self._tokenizer, text, log_level=0, limits=LIMITS)
         compute_first_mask(matcher)
         if matcher.is_error():
@@ -187,11 +174,8 @@ class GrammarCompiler:
         return budget
 
 
-class _Unrestricted:
-    """Everything is allowed."""
-
-
-_Compiled = LLMatcher | _Unrestricted | InvalidBody
+# A grammar or its refusal, None if everything is allowed; and the length of the grammar's text.
+_Entry = tuple[LLMatcher | InvalidBody | None, int]
 
 
 class _Key(NamedTuple):
@@ -203,25 +187,24 @@ class _GrammarCache:
     """The last used ones; the tenant with the largest share loses its oldest first."""
 
     def __init__(self) -> None:
-        self._entries: OrderedDict[_Key, tuple[_Compiled, int]] = OrderedDict()
+        self._entries: OrderedDict[_Key, _Entry] = OrderedDict()
 
-    def get(self, key: _Key) -> _Compiled | None:
-        if key not in self._entries:
-            return None
-        self._entries.move_to_end(key)
-        return self._entries[key][0]
+    def get(self, key: _Key) -> _Entry | None:
+        if key in self._entries:
+            self._entries.move_to_end(key)
+        return self._entries.get(key)
 
-    def put(self, key: _Key, compiled: _Compiled, size: int) -> None:
-        self._entries[key] = compiled, size + _MIN_ENTRY_BYTES
+    def put(self, key: _Key, entry: _Entry) -> None:
+        self._entries[key] = entry
         self._entries.move_to_end(key)
         while self._entries:
             sizes: Counter[str] = Counter()
-            for entry, (_, bytes_) in self._entries.items():
-                sizes[entry.tenant] += bytes_
+            for (tenant, _), (_, text_bytes) in self._entries.items():
+                sizes[tenant] += text_bytes + _MIN_ENTRY_BYTES
             tenant, largest = sizes.most_common(1)[0]
             if largest <= _MAX_TENANT_BYTES and sizes.total() <= _MAX_CACHE_BYTES:
                 return
-            del self._entries[next(entry for entry in self._entries if entry.tenant == tenant)]
+            del self._entries[next(old for old in self._entries if old.tenant == tenant)]
 
 
 def _vocabulary(runner: Runner) -> Vocabulary:

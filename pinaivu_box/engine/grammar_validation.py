@@ -11,6 +11,7 @@ import json
 import os
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast
 
 import msgspec
@@ -40,6 +41,8 @@ _NICE = 5
 _MAX_FORCED_RUNS = 16  # how often a validation goes on with the tokens that are forced
 _MAX_REASON_CHARACTERS = 1000
 _LARK = "lark_grammar"
+
+Tokenize = Callable[[str], list[int]]
 
 
 class Vocabulary(msgspec.Struct, array_like=True, frozen=True):
@@ -78,15 +81,14 @@ class OutputConstraint(msgspec.Struct, array_like=True, frozen=True):
         return names.get(self.param, "grammar")
 
 
-def tokenizer_of(
-    vocabulary: Vocabulary, tokenize: Callable[[bytes | str], list[int]] | None = None
-) -> LLTokenizer:
+def tokenizer_of(vocabulary: Vocabulary, tokenize: Tokenize | None = None) -> LLTokenizer:
     """Takes a second for a large vocabulary.  Without `tokenize`, a text's tokens are the longest
     that fit."""
-    wrapper = TokenizerWrapper(_Wrapped(vocabulary, tokenize))
-    tokenizer = LLTokenizer(wrapper, n_vocab=len(vocabulary.tokens), eos_token=vocabulary.ends)
-    if tokenize is None:
-        wrapper._gtokenizer.greedy = tokenizer.greedy_tokenize
+    wrapped = _Wrapped(vocabulary, tokenize)
+    tokenizer = LLTokenizer(
+        TokenizerWrapper(wrapped), n_vocab=len(vocabulary.tokens), eos_token=vocabulary.ends
+    )
+    wrapped.tokenize = tokenize or tokenizer.greedy_tokenize
     return tokenizer
 
 
@@ -95,21 +97,16 @@ class _Wrapped:
 
     bos_token_id = None
 
-    def __init__(
-        self, vocabulary: Vocabulary, tokenize: Callable[[bytes | str], list[int]] | None
-    ) -> None:
+    def __init__(self, vocabulary: Vocabulary, tokenize: Tokenize | None) -> None:
         self.eos_token_id = vocabulary.ends[0]
         self.tokens = vocabulary.tokens
         self.special_token_ids = vocabulary.special
-        self.greedy: Callable[[str], list[int]] | None = None
-        self._tokenize = tokenize
+        self.tokenize = tokenize
 
     def __call__(self, text: bytes | str) -> list[int]:
-        if self._tokenize is not None:
-            return self._tokenize(text)
-        if self.greedy is None:
+        if self.tokenize is None:
             return []
-        return self.greedy(text.decode(errors="replace") if isinstance(text, bytes) else text)
+        return self.tokenize(text.decode(errors="replace") if isinstance(text, bytes) else text)
 
 
 def make(setup: bytes) -> Callable[[bytes], bytes]:
@@ -160,23 +157,11 @@ def _check(matcher: LLMatcher, output: OutputConstraint) -> None:
 
 
 def _with_stack(run: Callable[[bytes], bytes], payload: bytes) -> bytes:
-    results: list[bytes] = []
-    failures: list[BaseException] = []
-
-    def work() -> None:
-        try:
-            results.append(run(payload))
-        except BaseException as error:  # raised again below
-            failures.append(error)
-
     before = threading.stack_size(_STACK_BYTES)
-    thread = threading.Thread(target=work)
-    thread.start()
-    threading.stack_size(before)
-    thread.join()
-    if failures:
-        raise failures[0]
-    return results[0]
+    with ThreadPoolExecutor(1) as thread:
+        result = thread.submit(run, payload)  # which starts the thread
+        threading.stack_size(before)
+    return result.result()
 
 
 # -- the text of a grammar -------------------------------------------------------------------------
@@ -223,7 +208,7 @@ def _call_constraint(tools: Tools, output: OutputConstraint) -> Constraint | Non
         functions,
         several=tools.parallel and not named,
         free=free,
-        spell=lambda _: output.trigger,
+        trigger=output.trigger,
         schema=schema,
     )
     return None if grammar is None else Constraint("lark", grammar)

@@ -16,11 +16,10 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from typing import Any
 
 import llama_cpp.llama_cpp as llama
 import numpy as np
-import numpy.typing as npt
+from numpy.ctypeslib import as_array
 
 from pinaivu_box.engine.llama_batch import BatchBuffer
 from pinaivu_box.engine.runner import TEXT_BATCH, Batch, EmbeddingCapacity, Float32
@@ -28,12 +27,10 @@ from pinaivu_box.errors import BoxError
 
 _MIN_CONTEXT_TOKENS = 2048
 _MAX_TEXTS = 64
-_MAX_UNFUSED_TOKENS = (
-    2048  # tokens of the longest text for which attention is computed as a whole matrix
-)
-_RESULT_TENSOR = (
-    b"result_embd_pooled"  # llama.cpp's name for what is wanted, also if nothing is pooled
-)
+# Of the longest text for which attention is computed as a whole matrix.
+_MAX_UNFUSED_TOKENS = 2048
+# llama.cpp's name for what is wanted, also if nothing is pooled.
+_RESULT_TENSOR = b"result_embd_pooled"
 _MAX_STATEFUL_TEXTS = 4  # recurrent models have a whole state for each sequence
 
 
@@ -44,7 +41,8 @@ class Embedder:
     """
 
     def __init__(self, model: llama.llama_model_p, size: int, context: int, threads: int) -> None:
-        self._pools = self._pooling(model)
+        architecture = metadata(model, "general.architecture")
+        self._pools = metadata(model, f"{architecture}.pooling_type") not in ("", "0")
         self.capacity = self._capacity(model, size, context)
         params = llama.llama_context_default_params()
         params.n_ctx = self.capacity.cells
@@ -58,7 +56,8 @@ class Embedder:
             params.pooling_type = llama.LLAMA_POOLING_TYPE_NONE
         if not self._pools or self.capacity.longest <= _MAX_UNFUSED_TOKENS:
             params.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        self._name = _names()
+        self._tensor_name = llama._lib.ggml_get_name
+        self._tensor_name.restype, self._tensor_name.argtypes = ctypes.c_char_p, [ctypes.c_void_p]
         self._callback = llama.ggml_backend_sched_eval_callback(self._stops)
         params.cb_eval = self._callback
         self._context = llama.llama_init_from_model(model, params)
@@ -73,7 +72,7 @@ class Embedder:
 
     def _stops(self, tensor: int, ask: bool, _user_data: object) -> bool:
         """Asked of each tensor of the graph whether to stop after it, and then whether to go on."""
-        return ask and self._name(tensor) == _RESULT_TENSOR
+        return ask and self._tensor_name(tensor) == _RESULT_TENSOR
 
     def _capacity(self, model: llama.llama_model_p, size: int, context: int) -> EmbeddingCapacity:
         longest = min(context, max(_MIN_CONTEXT_TOKENS, 1 << (size - 1).bit_length()))
@@ -82,48 +81,29 @@ class Embedder:
         cells = max(longest, TEXT_BATCH) if self._pools else longest + TEXT_BATCH
         return EmbeddingCapacity(longest, texts, cells, whole=self._pools)
 
-    @staticmethod
-    def _pooling(model: llama.llama_model_p) -> bool:
-        arch = _meta(model, "general.architecture")
-        return _meta(model, f"{arch}.pooling_type") not in ("", "0")
-
     def embed(self, batch: Batch, ended: Sequence[int]) -> Float32:
         """As `runner.Runner.embed`."""
         count = len(batch.tokens)
         starts = np.flatnonzero(np.diff(batch.sequence_ids, prepend=-1))
         ids = batch.sequence_ids[starts].tolist()
         if self._memory:
-            new = [
-                each for each, start in zip(ids, starts, strict=True) if batch.positions[start] == 0
-            ]
+            new = batch.sequence_ids[starts[batch.positions[starts] == 0]].tolist()
             for sequence_id in {*ended, *new}:
                 llama.llama_memory_seq_rm(self._memory, sequence_id, -1, -1)
         if llama.llama_decode(self._context, self._buffer.fill(batch)) != 0:
             raise BoxError("llama.cpp could not compute an embedding.")
         if self._pools:
-            pooled = [
-                llama.llama_get_embeddings_seq(self._context, sequence_id) for sequence_id in ids
-            ]
-            return np.stack([_array(vector, (self._size,)) for vector in pooled])
-        states = _array(llama.llama_get_embeddings(self._context), (count, self._size))
+            pooled = (llama.llama_get_embeddings_seq(self._context, each) for each in ids)
+            return np.stack([as_array(vector, (self._size,)) for vector in pooled])
+        states = as_array(llama.llama_get_embeddings(self._context), (count, self._size))
         return np.add.reduceat(states, starts, axis=0, dtype=np.float64).astype(np.float32)
 
     def close(self) -> None:
         llama.llama_free(self._context)
 
 
-def _array(pointer: Any, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
-    return np.ctypeslib.as_array(pointer, shape=shape)
-
-
-def _names() -> Any:
-    """From a tensor to its name."""
-    function = llama._lib.ggml_get_name
-    function.restype, function.argtypes = ctypes.c_char_p, [ctypes.c_void_p]
-    return function
-
-
-def _meta(model: llama.llama_model_p, key: str) -> str:
+def metadata(model: llama.llama_model_p, key: str) -> str:
+    """A value of the file's header as text; empty if there is none."""
     buffer = ctypes.create_string_buffer(64)
     length = llama.llama_model_meta_val_str(model, key.encode(), buffer, len(buffer))
-    return buffer.value.decode() if length > 0 else ""
+    return buffer.value.decode(errors="replace") if length > 0 else ""

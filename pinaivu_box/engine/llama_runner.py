@@ -14,7 +14,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import pairwise
 from pathlib import Path
 
@@ -22,7 +22,7 @@ import llama_cpp.llama_cpp as llama
 import numpy as np
 
 from pinaivu_box.engine.llama_batch import BatchBuffer
-from pinaivu_box.engine.llama_embedder import Embedder
+from pinaivu_box.engine.llama_embedder import Embedder, metadata
 from pinaivu_box.engine.messages import LoadModel, SamplingDefaults
 from pinaivu_box.engine.runner import (
     Batch,
@@ -30,12 +30,11 @@ from pinaivu_box.engine.runner import (
     Float32,
     ModelFacts,
     NoSlot,
-    ProgressCallback,
     TooManyTokens,
 )
 from pinaivu_box.errors import BoxError
 
-_LOG_LEVELS = {3: "warning", 4: "error"}  # ggml_log_level; lower ones are chatter
+_WARNING, _ERROR, _CONTINUED = 3, 4, 5  # ggml_log_level; lower levels are left out
 _LOAD_FAILED = "failed to load model"
 _MAX_SEQUENCE_IDS = 256  # LLAMA_MAX_SEQ
 _TILE_TOKENS = 64  # GGML_FA_TILE_Q
@@ -45,51 +44,35 @@ _IF_TOOLS = "{% if tools or messages | selectattr('role', 'equalto', 'tool') | l
 _NO_SLOT = 1  # llama_decode: could not find a KV slot for the batch
 
 
-class LoadError(BoxError):
-    """The file cannot be served; the message says why."""
-
-
 class LlamaRunner:
-    """One model and one context.  Not thread-safe: one thread drives it.
+    """One model and one context.  Not thread-safe: one thread drives it."""
 
-    If `exact` (for tests, with a file in F32) nothing is rounded to 16 bits: then a batch's shape
-    makes next to no difference.
-    """
-
-    def __init__(self, load: LoadModel, progress: ProgressCallback, *, exact: bool = False) -> None:
+    def __init__(self, load: LoadModel) -> None:
         _load_backends()
-        self._exact = exact
         self._log = _capture_log()
-        self._model = self._load_model(load, progress)
+        self._threads = load.threads or physical_cores()
+        self._model = self._load_model(load)
         self._vocab = llama.llama_model_get_vocab(self._model)
         self._context = self._make_context(load)
         self._memory = llama.llama_get_memory(self._context)
         self._n_vocab = llama.llama_vocab_n_tokens(self._vocab)
         self._batch = BatchBuffer(llama.llama_n_batch(self._context))
-        self._pieces: dict[int, bytes] = {}
-        self._threads = load.threads or physical_cores()
+        self.piece = cache(self._read_piece)
         self._embedder: Embedder | None = None  # made when texts are to be embedded
         self.facts = self._read_facts(load)
 
     # -- loading -------------------------------------------------------------------------------
 
-    def _load_model(self, load: LoadModel, progress: ProgressCallback) -> llama.llama_model_p:
+    def _load_model(self, load: LoadModel) -> llama.llama_model_p:
         params = llama.llama_model_default_params()
-
-        def report(fraction: float, _user_data: object) -> bool:
-            progress(fraction)
-            return True  # go on loading
-
-        callback = llama.llama_progress_callback(report)
-        params.progress_callback = callback
-        if load.parts:
-            model = _load_from_parts(load.parts, params)
-        elif load.offset:
+        if load.offset:
             model = _load_from_offset(load.path, load.offset, params)
-        else:
-            model = llama.llama_model_load_from_file(os.fsencode(load.path), params)
+        else:  # all parts by name: llama.cpp would look for names that end in lower case
+            paths = load.parts or [load.path]
+            names = (ctypes.c_char_p * len(paths))(*map(os.fsencode, paths))
+            model = llama.llama_model_load_from_splits(names, len(paths), params)
         if not model:
-            raise LoadError(
+            raise BoxError(
                 f"llama.cpp cannot load {Path(load.path).name}: "
                 f"{self._log.last or 'no reason given'}"
             )
@@ -103,19 +86,15 @@ class LlamaRunner:
         params.n_ubatch = min(params.n_batch, 512)
         # In the pool an id costs nothing, and those of no running sequence keep finished prefixes.
         params.n_seq_max = _MAX_SEQUENCE_IDS if self._unified else load.max_sequences
-        params.n_threads = params.n_threads_batch = load.threads or physical_cores()
+        params.n_threads = params.n_threads_batch = self._threads
         params.kv_unified = self._unified
         params.no_perf = True
-        if self._exact:
-            params.type_k = params.type_v = llama.GGML_TYPE_F32
-            params.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
         context = llama.llama_init_from_model(self._model, params)
         if not context:
-            raise LoadError(
+            raise BoxError(
                 f"llama.cpp cannot make a context of {params.n_ctx} tokens: "
                 f"{self._log.last or 'no reason given'}; lower engine.kv_tokens"
             )
-        self._ids = params.n_seq_max
         self._max_length = min(load.context, llama.llama_n_ctx_seq(context))
         return context
 
@@ -128,7 +107,7 @@ class LlamaRunner:
             context=self._max_length,
             kv_tokens=llama.llama_n_ctx(self._context),
             max_sequences=load.max_sequences,
-            sequence_ids=self._ids,
+            sequence_ids=llama.llama_n_seq_max(self._context),
             # split_equal puts ids into one graph only if each is the one before it plus 1.
             streams=not self._unified,
             # Recurrent and hybrid models keep a state that cannot be cut: nothing to share there.
@@ -183,12 +162,8 @@ class LlamaRunner:
         """The file's own defaults; values that no request could have count as absent."""
 
         def value(key: str, minimum: float, maximum: float) -> float | None:
-            buffer = ctypes.create_string_buffer(64)
-            name = f"general.sampling.{key}".encode()
-            if llama.llama_model_meta_val_str(self._model, name, buffer, len(buffer)) <= 0:
-                return None
             try:
-                number = float(buffer.value)
+                number = float(metadata(self._model, f"general.sampling.{key}"))
             except ValueError:
                 return None
             return number if minimum <= number <= maximum else None  # also None for NaN
@@ -248,12 +223,6 @@ class LlamaRunner:
             room = -count
             if limit is not None and room > limit:
                 raise TooManyTokens(room)
-
-    def piece(self, token: int) -> bytes:
-        piece = self._pieces.get(token)
-        if piece is None:
-            piece = self._pieces[token] = self._read_piece(token)
-        return piece
 
     def spelling(self, token: int) -> bytes:
         return self.piece(token) or self._read_piece(token, special=True)
@@ -352,17 +321,6 @@ def _load_backends() -> None:
     llama.llama_backend_init()
 
 
-def _load_from_parts(
-    paths: list[str], params: llama.llama_model_params
-) -> llama.llama_model_p | None:
-    """All parts by name: llama.cpp would look for names that end in lower case."""
-    names = (ctypes.c_char_p * len(paths))(*map(os.fsencode, paths))
-    model: llama.llama_model_p | None = llama.llama_model_load_from_splits(
-        names, len(paths), params
-    )
-    return model
-
-
 def _load_from_offset(
     path: str, offset: int, params: llama.llama_model_params
 ) -> llama.llama_model_p | None:
@@ -373,10 +331,10 @@ def _load_from_offset(
     libc.fclose.argtypes = (ctypes.c_void_p,)
     file = libc.fopen(os.fsencode(path), b"rb")
     if not file:
-        raise LoadError(f"{path} cannot be opened: {os.strerror(ctypes.get_errno())}")
+        raise BoxError(f"{path} cannot be opened: {os.strerror(ctypes.get_errno())}")
     try:
         if libc.fseeko(file, offset, os.SEEK_SET) != 0:
-            raise LoadError(f"{path} is shorter than {offset} bytes")
+            raise BoxError(f"{path} is shorter than {offset} bytes")
         return llama.llama_model_load_from_file_ptr(file, params)
     finally:
         libc.fclose(file)
@@ -391,13 +349,14 @@ class _Log:
         self._level = 0
 
     def __call__(self, level: int, text: bytes, _user_data: object) -> None:
-        # Level 5 (GGML_LOG_LEVEL_CONT) goes on with the line before.
-        self._level = self._level if level == 5 else level
-        if self._level in _LOG_LEVELS:
-            line = text.decode(errors="replace").strip()
-            if self._level == 4 and line and not (self.last and line.endswith(_LOAD_FAILED)):
-                self.last = line
-            os.write(2, text)
+        if level != _CONTINUED:  # else it goes on with the line before
+            self._level = level
+        if self._level not in (_WARNING, _ERROR):
+            return
+        line = text.decode(errors="replace").strip()
+        if self._level == _ERROR and line and not (self.last and line.endswith(_LOAD_FAILED)):
+            self.last = line
+        os.write(2, text)
 
 
 _kept_alive: list[object] = []  # C holds the callback for the life of the process
@@ -413,25 +372,21 @@ def _capture_log() -> _Log:
 
 def _device_name() -> str:
     lib = llama._lib
-    for name in ("ggml_backend_dev_get", "ggml_backend_dev_description"):
-        getattr(lib, name).restype = ctypes.c_void_p if name.endswith("get") else ctypes.c_char_p
-    lib.ggml_backend_dev_get.argtypes = (ctypes.c_size_t,)
-    lib.ggml_backend_dev_description.argtypes = (ctypes.c_void_p,)
     lib.ggml_backend_dev_count.restype = ctypes.c_size_t
-    names = [
-        lib.ggml_backend_dev_description(lib.ggml_backend_dev_get(index)).decode()
-        for index in range(lib.ggml_backend_dev_count())
-    ]
-    return ", ".join(names)
+    lib.ggml_backend_dev_get.argtypes = (ctypes.c_size_t,)
+    lib.ggml_backend_dev_get.restype = ctypes.c_void_p
+    lib.ggml_backend_dev_description.argtypes = (ctypes.c_void_p,)
+    lib.ggml_backend_dev_description.restype = ctypes.c_char_p
+    devices = map(lib.ggml_backend_dev_get, range(lib.ggml_backend_dev_count()))
+    return ", ".join(lib.ggml_backend_dev_description(device).decode() for device in devices)
 
 
 def physical_cores() -> int:
     """Cores that this process may use, hyper-threads counted once (they do not help matmuls)."""
-    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
-    if allowed is None:
+    if not hasattr(os, "sched_getaffinity"):
         return os.cpu_count() or 1
     cores = set()
-    for cpu in allowed:
+    for cpu in os.sched_getaffinity(0):
         siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
         cores.add(siblings.read_text().strip() if siblings.exists() else str(cpu))
     return len(cores)

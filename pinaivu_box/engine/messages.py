@@ -7,6 +7,7 @@ struct.  This is the only module of `engine` that the parent may import.
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from typing import Annotated, Any, BinaryIO, Literal
 
 import msgspec
@@ -33,22 +34,29 @@ LogitBias = Annotated[
 MinTokens = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 
 
-class SamplingParams(Struct, frozen=True):
-    """How the tokens of a request are drawn.  Of the first four, None leaves the value to the
-    configuration, the model's file or llama.cpp's default (see `Sampling`).
+class SamplingDefaults(Struct, frozen=True):
+    """What a model's file or a box uses where a request sets no value; None where it has none.
 
-    `temperature` 0 is greedy.  `top_k` 0, `top_p` 1, `min_p` 0 and `typical_p` 1 switch that
-    truncation off.  With `ignore_eos` end tokens are never drawn, and none among the first
-    `min_tokens`, in which no stop string ends the output either.  `frequency_penalty` and
-    `presence_penalty` are OpenAI's, over the tokens of the output; `repeat_penalty` is llama.cpp's,
-    over the last 64 tokens, the prompt's included.  `logit_bias` adds to the logits of token ids,
-    which are text because JSON's keys are.
+    `temperature` 0 is greedy.  `top_k` 0, `top_p` 1 and `min_p` 0 switch that truncation off.
     """
 
     temperature: Temperature | None = None
     top_p: TopP | None = None
     top_k: TopK | None = None
     min_p: MinP | None = None
+
+
+class SamplingParams(SamplingDefaults, frozen=True):
+    """How the tokens of a request are drawn.  Of the first four, None leaves the value to the
+    configuration, the model's file or llama.cpp's default (see `Sampling`).
+
+    `typical_p` 1 switches that truncation off.  With `ignore_eos` end tokens are never drawn, and
+    none among the first `min_tokens`, in which no stop string ends the output either.
+    `frequency_penalty` and `presence_penalty` are OpenAI's, over the tokens of the output;
+    `repeat_penalty` is llama.cpp's, over the last 64 tokens, the prompt's included.  `logit_bias`
+    adds to the logits of token ids, which are text because JSON's keys are.
+    """
+
     seed: Seed = 0
     ignore_eos: bool = False
     frequency_penalty: Penalty = 0.0
@@ -102,24 +110,16 @@ class Tools(Struct, frozen=True):
     parallel: bool = True
 
 
-class SamplingDefaults(Struct, frozen=True):
-    """What a model's file or a box uses where a request sets no value; None where it has none."""
-
-    temperature: Temperature | None = None
-    top_p: TopP | None = None
-    top_k: TopK | None = None
-    min_p: MinP | None = None
-
-
 # -- parent to child ---------------------------------------------------------------------------
 
 
 class LoadModel(Struct, frozen=True, tag=True):
     """The first frame: which file to load and how; `model` is its id.
 
-    Sizes in tokens; `threads` 0 means all physical cores.  `drafting` allows prompt lookup.  With
-    `parse_special` control tokens are also recognised in messages and in texts to embed.  The
-    `parts` of a model in several files are all of them, `path` being the first.
+    Sizes are in tokens, `offset` is that of the model within the file in bytes, and `threads` 0
+    means all physical cores.  `drafting` allows prompt lookup.  With `parse_special` control tokens
+    are also recognised in messages and in texts to embed.  For a model in several files, `parts`
+    lists all of them; `path` is the first.
     """
 
     path: str
@@ -139,18 +139,22 @@ class LoadModel(Struct, frozen=True, tag=True):
 class Add(Struct, frozen=True, tag=True):
     """Start a sequence: `messages` for the model's template, or a raw `prompt` (text or tokens).
 
-    `output` holds the tokens that earlier legs of this request have made: the sequence goes on
-    after them and sends only what comes next.  `max_tokens` counts them too.  `weight` is the
-    tenant's share among tenants, `priority` orders the tenant's own (higher goes first).
-    `template` holds more variables for the template.  With `logprobs` each token comes with its
-    log-probability and that many of the likeliest ones.  `prediction` is text that the output may
-    repeat: it feeds the drafts.  Cached prefixes are shared with the sequences of the same `scope`,
-    and with none if it is empty; with `named` those of Named are shared with all that have it set.
-    With a `suffix` the output is what stands between `prompt` and it.  With `echo` the prompt's
-    text comes back and, with `logprobs`, those of the prompt's tokens before the output's, except
-    the first `scored` ones, which an earlier leg has sent.  Of the last `unsaid` tokens of `output`
-    it has not sent them, since their text was withheld.  `read`, if the prompt was counted before,
-    are its tokens, and `thinking` says how they end (see Admitted).
+    * `read`: the prompt's tokens, if it was counted before; `thinking` says how they end (see
+      Prompt).
+    * `template`: more variables for the template.
+    * `suffix`: the output is what stands between `prompt` and this text.
+    * `output`: the tokens that earlier legs of this request have made.  The sequence goes on after
+      them and sends only new tokens; `max_tokens` counts all.
+    * `logprobs`: each token comes with its log-probability and that many of the likeliest ones.
+    * `echo`: the prompt's text comes back and, with `logprobs`, the log-probabilities of its tokens
+      before those of the output, except the first `scored` ones, which an earlier leg has sent.
+    * `unsaid`: for so many of the last tokens of `output` the earlier leg has sent no
+      log-probabilities, because it withheld their text.
+    * `prediction`: text that the output may repeat, used for drafts.
+    * `scope`: cached prefixes are shared with the sequences of the same scope, with none if it is
+      empty.  Prefixes that `Named` has named are shared among all sequences with `named`.
+    * `weight`: the tenant's share among tenants; `priority` orders the tenant's own sequences, the
+      highest first.
     """
 
     id: str
@@ -195,9 +199,9 @@ class Embed(Struct, frozen=True, tag=True):
 
 
 class Tokenize(Struct, frozen=True, tag=True):
-    """Return the tokens of a prompt that is not run, or the text of `tokens`.  With `plain` the
-    prompt is a piece of text without special tokens.  `inputs` are those of an Embed.  With `count`
-    only the number of tokens is wanted."""
+    """Return the tokens of a prompt that is not run: that of `add`, or the `inputs` of an Embed.
+    With `plain` the prompt is a piece of text without special tokens; with `count` only the number
+    of tokens is returned.  If `tokens` are set, return their text instead."""
 
     add: Add
     tokens: list[int] | None = None
@@ -216,12 +220,6 @@ class Named(Struct, frozen=True, tag=True):
 ToEngine = LoadModel | Add | Cancel | Tokenize | Embed | Named
 
 # -- child to parent ---------------------------------------------------------------------------
-
-
-class Progress(Struct, frozen=True, tag=True):
-    """The model is still loading; `fraction` is of its tensors."""
-
-    fraction: float
 
 
 class Ready(Struct, frozen=True, tag=True):
@@ -245,7 +243,8 @@ class LoadFailed(Struct, frozen=True, tag=True):
 
 
 class Tokenized(Struct, frozen=True, tag=True):
-    """The answer to Tokenize; `thinking` as in Admitted.  `count` is set if only that is wanted."""
+    """The answer to Tokenize; `thinking` is as in Prompt.  `count` is set if only the number was
+    requested; then `tokens` is empty."""
 
     id: str
     tokens: list[int]
@@ -259,12 +258,12 @@ class Tokenized(Struct, frozen=True, tag=True):
         return len(self.tokens) if self.count is None else self.count
 
 
-class Admitted(Struct, frozen=True):
+class Prompt(Struct, frozen=True, array_like=True):
     """The prompt was rendered and tokenized; the sequence is waiting.  With `thinking` the prompt
-    ends inside the model's thoughts: the output begins there.  `text` is of an `echo`."""
+    ends inside the model's thoughts, and so the output begins there.  `text` is the prompt's, if
+    `echo` was set."""
 
-    id: str
-    prompt_tokens: list[int]
+    tokens: list[int]
     thinking: bool = False
     text: str = ""
 
@@ -288,21 +287,32 @@ class TokenLogprob(Struct, frozen=True, array_like=True):
     top: list[tuple[bytes, float]]
 
 
-class SequenceDelta(Struct, omit_defaults=True):
-    """What a sequence gave since its last delta.  `tokens` is every token drawn; `text` may lag
-    behind, and `logprobs`, those of the text's tokens, with it.  A prompt's come before all others.
+class _Addressed:
+    """What no frame holds; see Output."""
+
+    choice: int = 0
+    mark: str | None = None
+
+
+class Output(_Addressed, Struct, array_like=True, dict=True):
+    """New text and tokens of a sequence; the last one has a finish reason.
+
+    Frames of an engine and of a peer (see `legs.wire`) hold it as it is, and so it goes on to the
+    client's stream.  `tokens` is every token drawn.  `text` may lag behind, and with it `logprobs`,
+    which are those of the text's tokens; those of an echoed prompt come first.  `mark` (hex) is
+    that of the frame in which a peer has sent it (see `receipt.mark_text`), and `choice`, which the
+    runner sets, tells the choices of a request apart.
     """
 
-    id: str
-    text: str = ""
-    tokens: list[int] = []
+    text: str
+    tokens: list[int]
     finish_reason: str | None = None  # "stop", "length", "cancelled"
-    queue_ms: float | None = None  # waited before its first step; on the first delta only
-    cached_tokens: int | None = None  # of the prompt, found in the cache; on the first delta only
+    queue_ms: float | None = None  # waited before its first step; on the first only
+    cached_tokens: int | None = None  # of the prompt, found in the cache; on the first only
     shifted_tokens: int = 0  # dropped so far by context shifts
     logprobs: list[TokenLogprob] = []
-    stop_string: str | None = None  # that has ended it
-    vectors: list[bytes] = []  # little-endian float32; of an Embed, all with its end
+    stop_string: str | None = None  # the one that has ended the sequence
+    vectors: list[bytes] = []  # little-endian float32; all of an Embed's, with its end
 
 
 class EngineLoad(Struct, frozen=True):
@@ -320,34 +330,26 @@ class EngineLoad(Struct, frozen=True):
 
 
 class StepFrame(Struct, frozen=True, tag=True):
-    """All that has happened since the last frame."""
+    """All that has happened since the last frame; `prompts` and `outputs` are by the id of their
+    sequence."""
 
-    admitted: list[Admitted]
+    prompts: dict[str, Prompt]
     refused: list[Refused]
-    deltas: list[SequenceDelta]
+    outputs: dict[str, Output]
     load: EngineLoad
 
 
-FromEngine = Progress | Ready | LoadFailed | StepFrame | Tokenized
+FromEngine = Ready | LoadFailed | StepFrame | Tokenized
 
 _encoder = msgspec.msgpack.Encoder()
-_to_engine = msgspec.msgpack.Decoder(ToEngine)
-_from_engine = msgspec.msgpack.Decoder(FromEngine)
+# Of a frame's body.
+decode_to_engine: Callable[[bytes], ToEngine] = msgspec.msgpack.Decoder(ToEngine).decode
+decode_from_engine: Callable[[bytes], FromEngine] = msgspec.msgpack.Decoder(FromEngine).decode
 
 
 def encode(message: ToEngine | FromEngine) -> bytes:
     body = _encoder.encode(message)
     return _LENGTH.pack(len(body)) + body
-
-
-def decode_to_engine(body: bytes) -> ToEngine:
-    message: ToEngine = _to_engine.decode(body)
-    return message
-
-
-def decode_from_engine(body: bytes) -> FromEngine:
-    message: FromEngine = _from_engine.decode(body)
-    return message
 
 
 LENGTH_BYTES = _LENGTH.size

@@ -88,7 +88,7 @@ class NamedPrefixes:
             if time.monotonic() > until:
                 return
             with suppress(ApiError):  # the template has no such messages
-                prompt = self._template.render(messages, functions, variables)
+                prompt = "".join(self._template.parts(messages, functions, variables))
                 before, mark, _ = prompt.partition(_MARK)
                 if mark and before.endswith(text.strip()):  # else tools come first
                     yield before

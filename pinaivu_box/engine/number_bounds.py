@@ -10,10 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 _VALUES = ("const", "enum", "default", "examples")  # keywords that hold no schemas
-_MAX_BOUND, _MIN_RANGE = (
-    1e6,
-    1e-3,
-)  # nine decimals lose nothing between such
+_MAX_BOUND, _MIN_RANGE = 1e6, 1e-3  # nine decimals lose nothing between such
 _MAX_INTEGER = 2**53 - 1  # what every JSON parser reads exactly (RFC 8259, section 6)
 
 

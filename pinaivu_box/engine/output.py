@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 
 from pinaivu_box.engine.detokenizer import Detokenizer
 from pinaivu_box.engine.messages import (
-    Admitted,
     EngineLoad,
+    Output,
+    Prompt,
     Refused,
-    SequenceDelta,
     StepFrame,
     TokenLogprob,
 )
@@ -73,9 +73,9 @@ class OutputBuffer:
 
     def __init__(self) -> None:
         self._open: dict[str, _OpenSequence] = {}
-        self._admitted: list[Admitted] = []
+        self._prompts: dict[str, Prompt] = {}
         self._refused: list[Refused] = []
-        self._deltas: dict[str, SequenceDelta] = {}
+        self._deltas: dict[str, Output] = {}
         self._load = EngineLoad()
 
     @property
@@ -89,8 +89,8 @@ class OutputBuffer:
             self._refuse(event)
             return []
         if isinstance(event, PreparedRequest):
-            self._admitted.append(event.admitted)
-            self._open[event.admitted.id] = _OpenSequence(event.detokenizer)
+            self._prompts[event.sequence.id] = event.prompt
+            self._open[event.sequence.id] = _OpenSequence(event.detokenizer)
             return []
         self._load = event.load
         for refused in event.refused:
@@ -103,19 +103,18 @@ class OutputBuffer:
 
     def frame(self) -> StepFrame:
         """All that was taken since the last frame."""
-        deltas = list(self._deltas.values())
-        frame = StepFrame(self._admitted, self._refused, deltas, self._load)
-        self._admitted, self._refused, self._deltas = [], [], {}
+        frame = StepFrame(self._prompts, self._refused, self._deltas, self._load)
+        self._prompts, self._refused, self._deltas = {}, [], {}
         return frame
 
     def _refuse(self, refused: Refused) -> None:
         self._refused.append(refused)
         self._open.pop(refused.id, None)
 
-    def _delta(self, request_id: str, sequence: _OpenSequence) -> SequenceDelta:
+    def _delta(self, request_id: str, sequence: _OpenSequence) -> Output:
         delta = self._deltas.get(request_id)
         if delta is None:
-            delta = SequenceDelta(request_id, shifted_tokens=sequence.shifted_tokens)
+            delta = Output("", [], shifted_tokens=sequence.shifted_tokens)
             self._deltas[request_id] = delta
         return delta
 
@@ -169,7 +168,7 @@ class OutputBuffer:
         return detokenizer.stopped
 
 
-def _release(sequence: _OpenSequence, text: str, delta: SequenceDelta) -> None:
+def _release(sequence: _OpenSequence, text: str, delta: Output) -> None:
     """Log-probabilities come with their text, and those of a stop string never."""
     detokenizer = sequence.detokenizer
     if detokenizer.stopped:

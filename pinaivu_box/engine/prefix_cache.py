@@ -63,11 +63,6 @@ class PrefixCache:
         self._cached: OrderedDict[int, None] = OrderedDict()  # least recently used first
         self.cells = 0
 
-    @property
-    def cached(self) -> int:
-        """How many finished sequences are kept."""
-        return len(self._cached)
-
     def __contains__(self, sequence_id: int) -> bool:
         return sequence_id in self._leaf
 
@@ -128,16 +123,6 @@ class PrefixCache:
         node.tokens.extend(tokens)
         self.cells += len(tokens)
 
-    def truncate(self, sequence_id: int, count: int) -> None:
-        """Note that the sequence's last `count` cells, which it shares with no other, were
-        removed."""
-        node = self._leaf[sequence_id]
-        if count and (len(node.ends) > 1 or node.children or len(node.tokens) < count):
-            raise ValueError(f"sequence {sequence_id} shares its last {count} cells")
-        if count:
-            del node.tokens[len(node.tokens) - count :]
-            self.cells -= count
-
     def keep(self, sequence_id: int) -> list[int]:
         """Cache a sequence that has finished.  Returns the cached sequences that are now redundant:
         others share their whole path, and keep its cells."""
@@ -180,26 +165,22 @@ class PrefixCache:
 
     def length(self, sequence_id: int) -> int:
         """How many cells the sequence has, shared ones included."""
-        node: _Node | None = self._leaf[sequence_id]
-        length = 0
-        while node is not None:
-            length += len(node.tokens)
-            node = node.parent
-        return length
+        return sum(len(node.tokens) for node in self._path(sequence_id))
 
     def live_cells(self, *, excluding: int = -1) -> int:
         """Cells of live sequences (other than `excluding`); the others can be had by evicting."""
         if not self._cached and excluding < 0:
             return self.cells
-        seen: set[int] = set()
+        seen: set[_Node] = set()
         cells = 0
-        for sequence_id, leaf in self._leaf.items():
-            live = sequence_id not in self._cached and sequence_id != excluding
-            node: _Node | None = leaf if live else None
-            while node is not None and id(node) not in seen:
-                seen.add(id(node))
+        for sequence_id in self._leaf:
+            if sequence_id in self._cached or sequence_id == excluding:
+                continue
+            for node in self._path(sequence_id):
+                if node in seen:
+                    break
+                seen.add(node)
                 cells += len(node.tokens)
-                node = node.parent
         return cells
 
     def check_integrity(self) -> None:
@@ -228,22 +209,26 @@ class PrefixCache:
             self._check_scopes(sequence_id, share)
 
     def _check_scopes(self, sequence_id: int, share: PrefixScope) -> None:
-        node, end = self._leaf[sequence_id], self.length(sequence_id)
-        while node.parent is not None:
+        end = self.length(sequence_id)
+        for node in self._path(sequence_id):
             start = end - len(node.tokens)
             scope = share.common if start < share.public else share.scope
             if node.scope != scope or start < share.public < end:
                 raise AssertionError(f"cells of sequence {sequence_id} are in another scope")
-            node, end = node.parent, start
+            end = start
 
     # -- the tree ------------------------------------------------------------------------------
 
+    def _path(self, sequence_id: int) -> Iterator[_Node]:
+        """The nodes with the sequence's cells, from its leaf up."""
+        node = self._leaf[sequence_id]
+        while node.parent is not None:
+            yield node
+            node = node.parent
+
     def _at(self, sequence_id: int, length: int) -> _Node:
         """The node at which the first `length` cells of the sequence end, made by a split."""
-        path = [self._leaf[sequence_id]]
-        while path[-1].parent is not None:
-            path.append(path[-1].parent)
-        for node in reversed(path):
+        for node in reversed(list(self._path(sequence_id))):
             if length <= len(node.tokens):
                 return node if length == len(node.tokens) else self._split(node, length)
             length -= len(node.tokens)

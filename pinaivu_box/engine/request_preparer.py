@@ -17,8 +17,9 @@ from pinaivu_box.engine.embeddings import EmbeddingJob
 from pinaivu_box.engine.messages import (
     MAX_FRAME_BYTES,
     Add,
-    Admitted,
     Embed,
+    LoadModel,
+    Prompt,
     Refused,
     Tokenize,
     Tokenized,
@@ -47,10 +48,10 @@ _SHORT_CHARACTERS = 16_384  # so many are tokenized at once, whatever they are
 
 @dataclass(frozen=True)
 class PreparedRequest:
-    """What the output buffer needs (`admitted`, `detokenizer`), and what is scheduled: after
+    """What the output buffer needs (`prompt`, `detokenizer`), and what is scheduled: after
     `compile`, if there is a grammar to compile.  That may take seconds, and end in a refusal."""
 
-    admitted: Admitted
+    prompt: Prompt
     detokenizer: Detokenizer
     sequence: Sequence | EmbeddingJob
     compile: Callable[[], Refused | None] | None = None
@@ -61,36 +62,19 @@ class RequestPreparer:
     threads.
     """
 
-    def __init__(
-        self,
-        runner: Runner,
-        sandboxes: Sandboxes,
-        *,
-        drafting: bool,
-        context_shift: bool,
-        model: str = "",
-        parse_special: bool = False,
-    ) -> None:
+    def __init__(self, runner: Runner, sandboxes: Sandboxes, load: LoadModel) -> None:
         facts = runner.facts
         self._runner = runner
         self._context = facts.context
         self._n_vocab = facts.n_vocab
-        self._context_shift = context_shift
-        self._parse_special = parse_special
-        self._drafting = drafting and facts.sharing
+        self._context_shift = load.context_shift
+        self._parse_special = load.parse_special
+        self._drafting = load.drafting and facts.sharing
         self._grammars: GrammarCompiler | None = None
         self._first_grammar = Lock()
         self._statistics = DraftStatistics()
         self._sandboxes = sandboxes
-        self.template = SandboxedTemplate(
-            sandboxes.templates,
-            facts.chat_template,
-            bos=facts.bos,
-            eos=facts.eos,
-            context=facts.context,
-            model=model,
-            controls=() if parse_special else facts.controls,
-        )
+        self.template = SandboxedTemplate(sandboxes.templates, facts, load)
         self._named = NamedPrefixes([], self.template, runner.tokenize)
 
     def set_named_prefixes(self, texts: list[str]) -> None:
@@ -105,11 +89,8 @@ class RequestPreparer:
             if isinstance(add, Embed):
                 return self._prepare_texts(add)
             return self._prepare(add, cancellation)
-        except TooManyTokens as error:
-            param = "input" if isinstance(add, Embed) else _prompt_param(add)
-            return _refusal(add.id, self._overflow(error, param))
         except Exception as error:  # of one request; the others' engine goes on
-            return _refusal(add.id, error)
+            return self._refused(add.id, error, _prompt_param(add))
 
     def tokenize(
         self, request: Tokenize, cancellation: Cancellation | None = None
@@ -133,30 +114,27 @@ class RequestPreparer:
             if request.count:
                 return Tokenized(name, [], thinking=thinking, count=len(tokens))
             return Tokenized(name, tokens, thinking=thinking)
-        except TooManyTokens as error:
-            if request.count:
-                return Tokenized(name, [], count=error.count)
-            if request.plain:
-                return _refusal(name, _too_long(error))
-            param = _prompt_param(request.add) if request.inputs is None else "input"
-            return _refusal(name, self._overflow(error, param))
         except Exception as error:
-            return _refusal(name, error)
+            if isinstance(error, TooManyTokens) and request.count:
+                return Tokenized(name, [], count=error.count)
+            if isinstance(error, TooManyTokens) and request.plain:
+                most = f"an answer at most {_MAX_ANSWER_TOKENS}: send it in parts"
+                error = _invalid("text", f"it has {error}, and {most}")
+            param = _prompt_param(request.add) if request.inputs is None else "input"
+            return self._refused(name, error, param)
 
     def _prepare(self, add: Add, cancellation: Cancellation | None) -> PreparedRequest:
         prompt, thinking = self._prompt(add, self._context, cancellation)
         self._check_tokens(add.output, "messages")
         if not prompt:
-            raise InvalidBody("the prompt is empty", loc=("body", "prompt"))
+            raise _invalid("prompt", "the prompt is empty")
         if len(prompt) >= self._context:
             raise TooManyTokens(len(prompt))
         for name in add.sampling.logit_bias:
             if int(name) >= self._n_vocab:
                 why = f"logit_bias names token {name}, but there are {self._n_vocab}"
-                raise InvalidBody(why, loc=("body", "logit_bias"))
-        text = ""
-        if add.echo:
-            text = text_of(b"".join(map(self._runner.spelling, prompt)))
+                raise _invalid("logit_bias", why)
+        text = text_of(b"".join(map(self._runner.spelling, prompt))) if add.echo else ""
         detokenizer = Detokenizer(self._piece_of(add), add.stop, add.sampling.min_tokens)
         if isinstance(add.prompt, list):
             detokenizer.follow(b"".join(map(self._runner.spelling, prompt[-_MAX_CHARACTER_BYTES:])))
@@ -191,29 +169,28 @@ class RequestPreparer:
             sequence.scored = sequence.scored_to - unsaid
         free = add.constraint is None and add.tools is None
         return PreparedRequest(
-            Admitted(add.id, prompt, thinking, text),
+            Prompt(prompt, thinking, text),
             detokenizer,
             sequence,
             None if free else partial(self._compile, add, sequence, thinking, cancellation),
         )
 
     def _prepare_texts(self, embed: Embed) -> PreparedRequest:
-        size = self._runner.facts.n_embd
-        if embed.dimensions is not None and embed.dimensions > size:
-            why = f"this model's vectors have {size} dimensions"
-            raise InvalidBody(why, loc=("body", "dimensions"))
-        numbers = len(embed.inputs) * (embed.dimensions or size)
-        if 4 * numbers > _MAX_VECTOR_BYTES:
-            texts = _MAX_VECTOR_BYTES // (4 * (embed.dimensions or size))
-            why = f"vectors of this size can be had of {texts} texts at a time"
-            raise InvalidBody(why, loc=("body", "input"))
+        size = embed.dimensions or self._runner.facts.n_embd
+        if size > self._runner.facts.n_embd:
+            why = f"this model's vectors have {self._runner.facts.n_embd} dimensions"
+            raise _invalid("dimensions", why)
+        if len(embed.inputs) > (max_texts := _MAX_VECTOR_BYTES // (4 * size)):
+            raise _invalid(
+                "input", f"vectors of this size can be had of {max_texts} texts at a time"
+            )
         inputs = [self._text_tokens(text) for text in embed.inputs]
         longest = max(len(tokens) for tokens in inputs)
         if longest > self._context:
             raise TooManyTokens(longest)
         tokens = [token for text in inputs for token in text]
         return PreparedRequest(
-            Admitted(embed.id, tokens),
+            Prompt(tokens),
             Detokenizer(self._runner.piece, []),
             EmbeddingJob(
                 embed.id,
@@ -230,12 +207,12 @@ class RequestPreparer:
         tokens = self._read(text, self._context, tokenize) if isinstance(text, str) else text
         self._check_tokens(tokens, "input")
         if not tokens:
-            raise InvalidBody("the input is empty", loc=("body", "input"))
+            raise _invalid("input", "the input is empty")
         return tokens
 
     def _check_tokens(self, tokens: list[int], param: str) -> None:
         if tokens and not (min(tokens) >= 0 and max(tokens) < self._n_vocab):
-            raise InvalidBody(f"there are tokens 0 to {self._n_vocab - 1}", loc=("body", param))
+            raise _invalid(param, f"there are tokens 0 to {self._n_vocab - 1}")
 
     def _read(
         self,
@@ -273,9 +250,6 @@ class RequestPreparer:
             raise TooManyTokens(len(tokens) + unread)
         return tokens
 
-    def _overflow(self, error: TooManyTokens, param: str | None) -> ContextOverflow:
-        return ContextOverflow.of(error.count, self._context, exact=error.exact, param=param)
-
     def _prompt(
         self, add: Add, limit: int, cancellation: Cancellation | None, *, exact: bool = False
     ) -> tuple[list[int], bool]:
@@ -296,11 +270,10 @@ class RequestPreparer:
                 add.messages,
                 add.tools.functions if add.tools else None,
                 add.template,
-                tenant=add.tenant,
-                cancellation=cancellation,
+                cancellation,
             )
         except ContextOverflow:  # by its characters, of which a token has only so many
-            raise self._overflow(TooManyTokens(self._context + 1, exact=False), None) from None
+            raise ContextOverflow.of(self._context + 1, self._context, exact=False) from None
         text = "".join(parts)
         thinking = self.template.thinks and text.rstrip().endswith(chat_format.THINK)
         return self._read_parts(parts, limit, exact=exact), thinking
@@ -310,7 +283,7 @@ class RequestPreparer:
         marks = self._runner.facts.infill
         if marks is None:
             why = "suffix needs a model with infill tokens, and this one has none"
-            raise InvalidBody(why, loc=("body", "suffix"))
+            raise _invalid("suffix", why)
         tokenize = self._runner.tokenize_text
         before, after = (self._read(text, limit, tokenize) for text in (prefix, suffix))
         return [marks[0], *before, marks[1], *after, marks[2]]
@@ -320,6 +293,22 @@ class RequestPreparer:
         text = add.prediction[: self._context * _MAX_MEAN_TOKEN_CHARACTERS]
         prediction = self._runner.tokenize_text(text)[: self._context] if text else ()
         return NgramDrafter(self._statistics, prediction)
+
+    def _refused(self, request_id: str, error: Exception, prompt_param: str | None) -> Refused:
+        if isinstance(error, TooManyTokens):
+            error = ContextOverflow.of(
+                error.count, self._context, exact=error.exact, param=prompt_param
+            )
+        if isinstance(error, ApiError):
+            return Refused(request_id, error.code, error.message, error.param)
+        if isinstance(error, RecursionError):
+            return Refused(request_id, InvalidBody.code, "The body is nested too deeply.")
+        # A request that our own API has checked does not get here, one of a peer may.  What the
+        # error says may quote the prompt.
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        place = f"{type(error).__name__} in {Path(where.filename).name}, line {where.lineno}"
+        why = f"The engine cannot read this request ({place})."
+        return Refused(request_id, InternalError.code, why)
 
     # -- grammars ----------------------------------------------------------------------------------
 
@@ -338,13 +327,13 @@ class RequestPreparer:
             trigger = self._spell(style.trigger) if add.tools and style.trigger else ""
             constraint = OutputConstraint(add.constraint, add.tools, style.name, trigger, thinking)
             sequence.grammar = grammar = self._grammars.compile(
-                constraint, tenant=add.tenant, cancellation=cancellation
+                constraint, add.tenant, cancellation
             )
             if grammar is not None:
                 for token in add.output:
                     grammar.take(token)
         except Exception as error:
-            return _refusal(add.id, error)
+            return self._refused(add.id, error, None)
         return None
 
     def _control(self, text: str) -> int | None:
@@ -369,23 +358,12 @@ class RequestPreparer:
         return lambda other: trigger.encode() if other == token else piece(other)
 
 
-def _prompt_param(add: Add) -> str | None:
+def _prompt_param(add: Add | Embed) -> str | None:
     """The request's field that holds the prompt, None for messages."""
+    if isinstance(add, Embed):
+        return "input"
     return None if add.prompt is None else "prompt"
 
 
-def _too_long(error: TooManyTokens) -> InvalidBody:
-    why = f"it has {error}, and an answer at most {_MAX_ANSWER_TOKENS}: send it in parts"
-    return InvalidBody(why, loc=("body", "text"))
-
-
-def _refusal(request_id: str, error: Exception) -> Refused:
-    if isinstance(error, ApiError):
-        return Refused(request_id, error.code, error.message, error.param)
-    if isinstance(error, RecursionError):
-        return Refused(request_id, InvalidBody.code, "The body is nested too deeply.")
-    # A request that our own API has checked does not get here, one of a peer may.  What the error
-    # says may quote the prompt.
-    where = traceback.extract_tb(error.__traceback__)[-1]
-    why = f"{type(error).__name__} in {Path(where.filename).name}, line {where.lineno}"
-    return Refused(request_id, InternalError.code, f"The engine cannot read this request ({why}).")
+def _invalid(param: str, why: str) -> InvalidBody:
+    return InvalidBody(why, loc=("body", param))

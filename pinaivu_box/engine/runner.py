@@ -1,8 +1,8 @@
-"""The seam between the scheduler and whatever computes: one protocol, no policy."""
+"""The interface to what computes, a runner, and what passes through it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -72,6 +72,18 @@ class Batch:
     outputs: npt.NDArray[np.int8]
     single: int = 0
 
+    @classmethod
+    def of(
+        cls,
+        tokens: Sequence[int],
+        positions: Sequence[int],
+        sequence_ids: Sequence[int],
+        outputs: Sequence[int],
+        single: int = 0,
+    ) -> Batch:
+        ids, flags = np.array(sequence_ids, np.int32), np.array(outputs, np.int8)
+        return cls(np.array(tokens, np.int32), np.array(positions, np.int32), ids, flags, single)
+
     def part(self, start: int, stop: int) -> Batch:
         """Its tokens from `start` to before `stop`."""
         here = slice(start, stop)
@@ -96,7 +108,23 @@ class EmbeddingCapacity:
     whole: bool = False
 
 
-class Runner(Protocol):
+class KVCells(Protocol):
+    """The cells of the KV cache, by sequence id."""
+
+    def remove(self, sequence_id: int) -> None:
+        """Free every cell of a sequence."""
+        ...
+
+    def truncate(self, sequence_id: int, length: int) -> None:
+        """Free the cells of a sequence from position `length` on."""
+        ...
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Give the empty sequence `target` the first `length` cells of `source`."""
+        ...
+
+
+class Runner(KVCells, Protocol):
     @property
     def facts(self) -> ModelFacts: ...
 
@@ -131,18 +159,6 @@ class Runner(Protocol):
         """
         ...
 
-    def remove(self, sequence_id: int) -> None:
-        """Free every cell of a sequence."""
-        ...
-
-    def truncate(self, sequence_id: int, length: int) -> None:
-        """Free the cells of a sequence from position `length` on."""
-        ...
-
-    def copy(self, source: int, target: int, length: int) -> None:
-        """Give the empty sequence `target` the first `length` cells of `source`."""
-        ...
-
     def prepare_embedding(self, size: int) -> EmbeddingCapacity:
         """Make room for texts of `size` tokens and what is shorter; what was computed of others is
         gone.  Raises BoxError."""
@@ -154,8 +170,3 @@ class Runner(Protocol):
         order; shape (sequences, n_embd).  Before that, free the cells of the sequence ids `ended`.
         Leaves what `decode` computes alone.  Raises BoxError."""
         ...
-
-    def close(self) -> None: ...
-
-
-ProgressCallback = Callable[[float], None]

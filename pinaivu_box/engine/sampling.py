@@ -60,16 +60,8 @@ _NOISE_MIN = -math.log(33 * math.log(2))
 NOISE_SPAN = _NOISE_MAX - _NOISE_MIN
 
 
-def splitmix64(seed: int, n: int) -> int:
-    """The n-th output (from 0) of SplitMix64 started at `seed`."""
-    z = (seed + _GOLDEN * (n + 1)) & _MASK
-    z = ((z ^ (z >> 30)) * _MIX_1) & _MASK
-    z = ((z ^ (z >> 27)) * _MIX_2) & _MASK
-    return z ^ (z >> 31)
-
-
-def _splitmix64(seeds: UInt64, n: UInt64) -> UInt64:
-    """The same of arrays, which are broadcast."""
+def splitmix64(seeds: UInt64, n: UInt64) -> UInt64:
+    """The n-th output (from 0) of SplitMix64 started at each seed; the arrays are broadcast."""
     z = seeds + np.uint64(_GOLDEN) * (n + np.uint64(1))  # array arithmetic wraps around
     z ^= z >> np.uint64(30)
     z *= np.uint64(_MIX_1)
@@ -85,11 +77,12 @@ def gumbel_noise(seed: int, position: int, ids: Ids) -> Float64:
     The uniform of token i is from the i-th output of SplitMix64 started at the position-th output
     of SplitMix64 started at the seed.
     """
-    return _noise(np.array([splitmix64(seed & _MASK, position)], np.uint64), ids)
+    seeds, positions = np.array([seed & _MASK], np.uint64), np.array([position], np.uint64)
+    return _noise(splitmix64(seeds, positions), ids)
 
 
 def _noise(keys: UInt64, ids: Ids) -> Float64:
-    uniform = (_splitmix64(keys, ids.astype(np.uint64)) >> np.uint64(32)).astype(np.float64)
+    uniform = (splitmix64(keys, ids.astype(np.uint64)) >> np.uint64(32)).astype(np.float64)
     uniform += 0.5
     uniform *= 2.0**-32
     noise = -np.log(-np.log(uniform))
@@ -122,11 +115,6 @@ def draw_rows(logits: Float32, draws: Sequence[Draw], end_tokens: Ids = _NONE) -
     sampler = Sampler([each.sampling for each in draws], end_tokens)
     positions, windows = [each.position for each in draws], [each.window for each in draws]
     return sampler.draw(logits, positions, windows)
-
-
-def draw(logits: Float32, sampling: Sampling, position: int) -> int:
-    """The token at `position` given its logits, shape (n_vocab,)."""
-    return draw_rows(logits[np.newaxis].copy(), [Draw(sampling, position)])[0]
 
 
 def redraw(row: Float32, sampling: Sampling, position: int) -> int:
@@ -230,7 +218,7 @@ class _Group:
 
     def keys(self, positions: Int32) -> UInt64:
         """What keys each row's noise, shape (rows, 1)."""
-        return _splitmix64(self.seeds, positions.astype(np.uint64))[:, np.newaxis]
+        return splitmix64(self.seeds, positions.astype(np.uint64))[:, np.newaxis]
 
 
 def _kind(sampling: Sampling) -> int:
@@ -328,26 +316,29 @@ def _draw_one(logits: Float32, sampling: Sampling, position: int) -> int:
 
 def survivors(logits: Float32, sampling: Sampling) -> Ids:
     """Ids that truncation leaves and that the noise can still make the winner."""
-    best = float(logits.max())
-    drawable = best - NOISE_SPAN * sampling.temperature
-    floor = drawable
-    if sampling.min_p > 0:
-        floor = max(floor, best + math.log(sampling.min_p))
     if sampling.typical_p < 1:
-        return _typical(logits, sampling)
-    if sampling.top_k:
+        ids = _typical(logits, sampling)
+    elif sampling.top_k:
         ids = top_k(logits[np.newaxis], sampling.top_k)[0][0]
-        if sampling.top_p < 1:
-            ids = _top_p(logits, ids, best, sampling.top_p)
-        return np.asarray(ids[logits[ids] >= floor])
-    if sampling.top_p < 1:
-        ids = _nucleus(logits, best, sampling.top_p)
-        return np.asarray(ids[logits[ids] >= floor])
-    return np.flatnonzero(logits >= np.float32(floor))
+    elif sampling.top_p < 1:
+        ids = _nucleus(logits, sampling.top_p)
+    else:
+        return np.flatnonzero(logits >= _floor(logits.max(), sampling))
+    if sampling.top_p < 1 and (sampling.typical_p < 1 or sampling.top_k):
+        ids = _top_p(logits[ids], ids, sampling.top_p)
+    return np.asarray(ids[logits[ids] >= _floor(logits[ids[0]], sampling)])
+
+
+def _floor(best: np.float32, sampling: Sampling) -> np.float32:
+    """The logit below which min-p cuts tokens, or the noise cannot make them the winner."""
+    below = -NOISE_SPAN * sampling.temperature
+    if sampling.min_p > 0:
+        below = max(below, math.log(sampling.min_p))
+    return np.float32(float(best) + below)
 
 
 def _typical(logits: Float32, sampling: Sampling) -> Ids:
-    """Locally typical sampling (Meister et al., 2022) after top-k, then top-p and min-p.
+    """Locally typical sampling (Meister et al., 2022) after top-k; best first.
 
     Tokens whose surprise is closest to the expected one are kept until they reach `typical_p`.
     """
@@ -360,13 +351,7 @@ def _typical(logits: Float32, sampling: Sampling) -> Ids:
     closest = np.argsort(np.abs(surprise - entropy), kind="stable")
     mass = np.cumsum(probabilities[closest])
     typical = closest[: int(np.searchsorted(mass, sampling.typical_p)) + 1]
-    ids = ids[np.sort(typical)]  # best first again
-    best = float(logits[ids[0]])
-    if sampling.top_p < 1:
-        ids = _top_p(logits, ids, best, sampling.top_p)
-    if sampling.min_p > 0:
-        ids = ids[logits[ids] >= best + math.log(sampling.min_p)]
-    return np.asarray(ids)
+    return np.asarray(ids[np.sort(typical)])
 
 
 def _log_softmax(values: Float32) -> Float64:
@@ -375,16 +360,18 @@ def _log_softmax(values: Float32) -> Float64:
     return np.asarray(wide - math.log(np.exp(wide).sum()))
 
 
-def _top_p(logits: Float32, ids: Ids, best: float, top_p: float) -> Ids:
-    mass = np.cumsum(np.exp(logits[ids].astype(np.float64) - best))
+def _top_p(values: Float32, ids: Ids, top_p: float) -> Ids:
+    """The first of these ids, best first, whose probabilities reach `top_p`."""
+    mass = np.cumsum(np.exp(values.astype(np.float64) - float(values[0])))
     return ids[: int(np.searchsorted(mass, mass[-1] * top_p)) + 1]
 
 
-def _nucleus(logits: Float32, best: float, top_p: float) -> Ids:
+def _nucleus(logits: Float32, top_p: float) -> Ids:
     """The smallest set of most likely ids whose probabilities reach `top_p`, best first.
 
     Only the upper part of the vocabulary is sorted, as much of it as holds that mass.
     """
+    best = float(logits.max())
     mass = float(np.exp(logits - np.float32(best)).sum(dtype=np.float64)) * top_p
     depth = _INITIAL_DEPTH
     while True:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 
 from pinaivu_box import chat_format
 from pinaivu_box.backoff import delay
-from pinaivu_box.engine.chat_template import CHATML, INSTEAD, Render
+from pinaivu_box.engine.chat_template import CHATML, INSTEAD, Render, TemplateSetup
+from pinaivu_box.engine.messages import LoadModel
+from pinaivu_box.engine.runner import ModelFacts
 from pinaivu_box.engine.sandboxes import SandboxRun
 from pinaivu_box.errors import ApiError, BadRequest
 from pinaivu_box.sandbox import Cancellation, SandboxLimit
@@ -25,78 +26,56 @@ _SUSPEND_SECONDS, _MAX_SUSPEND_SECONDS = 30.0, 3600.0
 
 
 class SandboxedTemplate:
-    """`source` is the template of the GGUF file, None if it has none.
+    """The template of a model's file, or CHATML if it has none.
 
-    `style` and `thinks` say how the model writes (see `chat_format`), `model` names it in errors.
-    `controls` are the control tokens that only the template can write (see `control_tokens`).
-    A template that cannot be used refuses chats; all else that the model can do works.
+    `style` and `thinks` say how the model writes (see `chat_format`).  A template that cannot be
+    used refuses chats; all else that the model can do works.
     """
 
-    def __init__(
-        self,
-        run: SandboxRun,
-        source: str | None,
-        *,
-        bos: str,
-        eos: str,
-        context: int,
-        model: str = "",
-        controls: Sequence[str] = (),
-    ) -> None:
-        trusted = source is None
-        source = source or CHATML
+    def __init__(self, run: SandboxRun, facts: ModelFacts, load: LoadModel) -> None:
         self._run = run
-        self._model = f"model '{model}'" if model else "the model's file"
-        max_characters = min(context * _MAX_TOKEN_BYTES, _MAX_PROMPT_CHARACTERS)
-        self._job = Render(
-            source,
-            bos,
-            eos,
-            max_characters=max_characters,
-            model=self._model,
-            controls=list(controls),
+        self._model = f"model '{load.model}'" if load.model else "the model's file"
+        source = facts.chat_template
+        setup = TemplateSetup(
+            source or CHATML,
+            facts.bos,
+            facts.eos,
+            min(facts.context * _MAX_TOKEN_BYTES, _MAX_PROMPT_CHARACTERS),
+            self._model,
+            [] if load.parse_special else list(facts.controls),
         )
-        self._size = len(msgspec.msgpack.encode(self._job))
+        self._setup = msgspec.msgpack.encode(setup)
         self._failures = 0
         self._suspended_until = 0.0
         self._unusable = ""
         self.style = chat_format.TAGS
         self.thinks = False
-        if trusted:
-            return  # it knows no tools: the sandbox need not be asked
+        if source is not None:  # CHATML knows no tools: the sandbox need not be asked
+            self._examine(source)
+
+    def _examine(self, source: str) -> None:
         if len(source) > _MAX_SOURCE_CHARACTERS:
             self._unusable = self._sentence(
                 f"is longer than {_MAX_SOURCE_CHARACTERS} characters{INSTEAD}"
             )
             return
         try:
-            knows_tools = bool(run(msgspec.msgpack.encode(self._job)))
+            knows_tools = bool(self._run(msgspec.msgpack.encode(Render(self._setup)), None))
         except SandboxLimit as error:
             self._unusable = self._sentence(f"{error.reason} to be read{INSTEAD}")
             return
         except ApiError as error:
             self._unusable = error.message
             return
-        self.thinks = chat_format.thinks(source)
+        self.thinks = chat_format.THOUGHT in source
         if knows_tools:
             self.style = chat_format.style_of(source)
-
-    def render(
-        self,
-        messages: list[dict[str, Any]],
-        functions: str | None = None,
-        variables: dict[str, Any] | None = None,
-    ) -> str:
-        """The prompt; see `parts`."""
-        return "".join(self.parts(messages, functions, variables))
 
     def parts(
         self,
         messages: list[dict[str, Any]],
-        functions: str | None = None,
-        variables: dict[str, Any] | None = None,
-        *,
-        tenant: str = "",
+        functions: str | None,
+        variables: dict[str, Any],
         cancellation: Cancellation | None = None,
     ) -> list[str]:
         """The prompt in parts: every other one, from the second on, is plain text.  `functions` is
@@ -104,14 +83,11 @@ class SandboxedTemplate:
         ContextOverflow if it has more characters than the context has room for,
         SandboxCancelled."""
         self._check()
-        job = msgspec.structs.replace(
-            self._job, messages=messages, functions=functions, variables=variables or {}
-        )
-        payload = msgspec.msgpack.encode(job)
+        payload = msgspec.msgpack.encode(Render(self._setup, messages, functions, variables))
         try:
-            parts = self._run(payload, tenant=tenant, cancellation=cancellation)
+            parts = self._run(payload, cancellation)
         except SandboxLimit as error:
-            if len(payload) - self._size < _SMALL_REQUEST_BYTES:
+            if len(payload) - len(self._setup) < _SMALL_REQUEST_BYTES:
                 self._count_failure()
             raise BadRequest(
                 self._sentence(f"{error.reason} for these messages: shorten them"),

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 from pinaivu_box.sandbox import Cancellation, SandboxLimits, SandboxPool
 
@@ -16,12 +15,8 @@ from pinaivu_box.sandbox import Cancellation, SandboxLimits, SandboxPool
 LIMITS = SandboxLimits(cpu_seconds=2.0, memory_bytes=512 << 20)
 
 
-class SandboxRun(Protocol):
-    def __call__(
-        self, payload: bytes, *, tenant: str = "", cancellation: Cancellation | None = None
-    ) -> bytes:
-        """Raises SandboxLimit, SandboxCancelled, and the ApiError that the job raised."""
-        ...
+# Runs one job, as `SandboxPool.run`.
+SandboxRun = Callable[[bytes, Cancellation | None], bytes]
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The token scheduler: which tokens of which sequences are in the next step.  Pure, no I/O.
+"""The token scheduler: which tokens of which sequences are in the next step.
 
 A step holds every running sequence's next token and, up to a budget, chunks of prompts still to be
 computed (chunked prefill: Agrawal et al., "Sarathi-Serve", OSDI 2024), so that a long prompt does
@@ -14,12 +14,13 @@ from __future__ import annotations
 from collections import abc
 from dataclasses import dataclass
 from heapq import heappop, heappush
-from typing import Protocol
 
-from pinaivu_box.engine.fairness import FairQueue
+from pinaivu_box.engine.fairness import FairQueue, State
 from pinaivu_box.engine.ngram_drafter import expected_accepted
 from pinaivu_box.engine.prefix_cache import PRIVATE, PrefixCache
-from pinaivu_box.engine.sequence import Sequence, State
+from pinaivu_box.engine.runner import KVCells
+from pinaivu_box.engine.sequence import Sequence
+from pinaivu_box.engine.step_cost import StepCostModel
 
 _MAX_STEADY_STEPS = 64
 MAX_DRAFT_TOKENS = 63  # a step of 64 rows is as long as one token should take
@@ -32,14 +33,18 @@ MAX_SCORED_POSITIONS = 128
 class BatchChunk:
     """`count` known tokens of `sequence` from its position `start`, then `draft`.
 
-    The last known one gives logits if nothing comes after it, and each drafted one does; and the
-    positions `scored`, for the log-probabilities of the prompt's tokens after them.
+    Logits come from the last known token if no other follows it, from each drafted one, and from
+    the positions `scored`, for the log-probabilities of the prompt's tokens after them.
     """
 
     sequence: Sequence
     start: int
     count: int
     draft: abc.Sequence[int] = ()
+
+    @property
+    def size(self) -> int:
+        return self.count + len(self.draft)
 
     @property
     def wants_logits(self) -> bool:
@@ -59,63 +64,22 @@ class BatchChunk:
         return range(max(start, unscored.start), min(end, unscored.stop))
 
 
-@dataclass(frozen=True)
-class RemoveCells:
-    """Free every cell of a sequence id."""
-
-    sequence_id: int
-
-
-@dataclass(frozen=True)
-class TruncateCells:
-    """Keep the first `length` cells of a sequence id."""
-
-    sequence_id: int
-    length: int
-
-
-@dataclass(frozen=True)
-class CopyCells:
-    """The sequence id `target`, which is empty, gets the first `length` cells of `source`."""
-
-    source: int
-    target: int
-    length: int
-
-
-CellOperation = RemoveCells | TruncateCells | CopyCells
-
-
-@dataclass(frozen=True)
-class StepPlan:
-    """Apply the operations, in order, then compute the chunks."""
-
-    chunks: list[BatchChunk]
-    operations: list[CellOperation]
-
-
-class StepPolicy(Protocol):
-    """How much to put into a step (see `step_cost.StepCostModel`)."""
-
-    def prompt_budget(self, rows: int, max_tokens: int) -> int: ...
-
-    def draft_length(self, rows: int, expected: float, rate: float, max_tokens: int) -> int: ...
-
-
 class Scheduler:
     """Sizes are in tokens.  `kv_tokens` cells are shared by at most `max_sequences` sequences.
 
-    `ids` sequence ids are in the KV cache: those beyond `max_sequences` can keep finished ones.
-    Without `sharing`, as for recurrent models, no cells are ever shared, kept or cut.
+    It copies and frees `cells` of the KV cache as sequences start and end.  The cache has `ids`
+    sequence ids: those beyond `max_sequences` can keep finished sequences.  Without `sharing`, as
+    for recurrent models, no cells are ever shared, kept or cut.
     """
 
     def __init__(
         self,
+        cells: KVCells,
         *,
         kv_tokens: int,
         max_sequences: int,
         token_budget: int,
-        policy: StepPolicy,
+        step_cost: StepCostModel,
         ids: int = 0,
         sharing: bool = True,
     ) -> None:
@@ -127,12 +91,12 @@ class Scheduler:
         self.running: list[Sequence] = []  # in order of admission
         self.prefixes = PrefixCache()
         self.preemptions = 0
-        self._policy = policy
+        self._cells = cells
+        self._step_cost = step_cost
         self._sharing = sharing
         self._capacity = kv_tokens  # less while the cache has shown that it holds less
         # A heap: with streams, ids without gaps between them are computed together.
         self._free_ids = list(range(max(ids, max_sequences)))
-        self._operations: list[CellOperation] = []
         self._awaited: dict[Sequence, tuple[Sequence, int]] = {}
 
     @property
@@ -165,14 +129,14 @@ class Scheduler:
         self._free(sequence, keep=True)
         self.waiting.stop(sequence)
 
-    def plan(self, *, drafting: bool = True) -> StepPlan:
+    def plan(self, *, drafting: bool = True) -> list[BatchChunk]:
         """Returns the next step.  Nothing of it counts as computed before `commit`."""
         self._yield_to_fair_share()
         self._make_room(len(self.running))
         decoding = [s for s in self.running if s.pending == 1]
         chunks = [BatchChunk(s, s.computed, 1) for s in decoding[: max(0, self._room())]]
         planned = len(chunks)
-        budget = self._policy.prompt_budget(planned, self.token_budget - planned)
+        budget = self._step_cost.prompt_budget(planned, self.token_budget - planned)
         prompts = sorted((s for s in self.running if s.pending > 1), key=self._prompt_order)
         for sequence in prompts:
             count = self._add_chunk(chunks, sequence, planned, budget)
@@ -183,14 +147,11 @@ class Scheduler:
             planned, budget = planned + count, budget - count
         if drafting and all(chunk.wants_logits and chunk.count == 1 for chunk in chunks):
             chunks = self._with_drafts(chunks)
-        operations, self._operations = self._operations, []
-        return StepPlan(chunks, operations)
+        return chunks
 
     def steady_steps(self, chunks: list[BatchChunk]) -> int:
-        """How many steps may follow that are like these chunks' one, without another plan.
-
-        `catch_up` has to be called before anything else is.
-        """
+        """How many steps may follow the one of these chunks without a plan, each with the next
+        token of the same sequences.  `catch_up` has to be called before any other method."""
         plain = all(
             c.count == 1 and c.wants_logits and not c.draft and c.sequence.plain for c in chunks
         )
@@ -204,21 +165,20 @@ class Scheduler:
 
     def wants_draft(self) -> bool:
         """Whether it pays to check a draft in the next step, if all that runs decodes."""
-        rows = len(self.running)
         drafting = [(s.drafter, s.tokens) for s in self.running if s.drafter is not None]
-        if not drafting or not self._policy.draft_length(rows, float(rows), 1.0, MAX_DRAFT_TOKENS):
-            return False  # however good it were
-        return any(
-            self._policy.draft_length(rows, float(rows), drafter.match(tokens), MAX_DRAFT_TOKENS)
-            for drafter, tokens in drafting
-        )
+        if not drafting or not self._pays(1.0):
+            return False  # however good the draft were
+        return any(self._pays(drafter.match(tokens)) for drafter, tokens in drafting)
+
+    def _pays(self, rate: float) -> bool:
+        """Whether it pays to check a draft of that acceptance rate beside all that runs."""
+        rows = len(self.running)
+        return self._step_cost.draft_length(rows, float(rows), rate, MAX_DRAFT_TOKENS) > 0
 
     def catch_up(self, sequences: list[Sequence], steps: int) -> None:
         """After so many steady steps: each sequence has computed one token in each."""
         for sequence in sequences:
-            end = sequence.computed
-            self.prefixes.extend(sequence.sequence_id, sequence.tokens[end - steps : end])
-            self.waiting.charge(sequence.tenant, 0, steps)
+            self._advance(sequence, sequence.computed - steps, sequence.computed)
 
     @property
     def streams(self) -> int:
@@ -233,22 +193,22 @@ class Scheduler:
     def commit(self, chunks: list[BatchChunk]) -> None:
         """Note that the step was computed: its known tokens are in the KV cache."""
         for chunk in chunks:
-            sequence, end = chunk.sequence, chunk.start + chunk.count
-            self.prefixes.extend(sequence.sequence_id, sequence.tokens[chunk.start : end])
-            sequence.computed = end
-            prompt = max(0, min(end, sequence.prompt_length) - chunk.start)
-            self.waiting.charge(sequence.tenant, prompt, chunk.count - prompt)
+            self._advance(chunk.sequence, chunk.start, chunk.start + chunk.count)
 
     def accept(self, chunk: BatchChunk, count: int) -> None:
         """Note that the first `count` drafted tokens were right; they are in `tokens` by now."""
         sequence = chunk.sequence
         if count:
-            end = sequence.computed + count
-            self.prefixes.extend(sequence.sequence_id, sequence.tokens[sequence.computed : end])
-            sequence.computed = end
-            self.waiting.charge(sequence.tenant, 0, count)
+            self._advance(sequence, sequence.computed, sequence.computed + count)
         if count < len(chunk.draft):
-            self._operations.append(TruncateCells(sequence.sequence_id, sequence.computed))
+            self._cells.truncate(sequence.sequence_id, sequence.computed)
+
+    def _advance(self, sequence: Sequence, start: int, end: int) -> None:
+        """Note that its tokens from `start` to before `end` are in the KV cache."""
+        self.prefixes.extend(sequence.sequence_id, sequence.tokens[start:end])
+        sequence.computed = end
+        prompt = max(0, min(end, sequence.prompt_length) - start)
+        self.waiting.charge(sequence.tenant, prompt, end - start - prompt)
 
     def lower_capacity(self, planned: int) -> int:
         """A step of `planned` tokens found no room: count on fewer cells until something ends.
@@ -257,7 +217,7 @@ class Scheduler:
         return self._capacity
 
     def restart(self, sequence: Sequence) -> None:
-        """Its tokens were changed from within: compute them anew."""
+        """Compute a running sequence anew: its tokens are no longer those in its cells."""
         self._requeue(sequence, keep=False)
 
     def reclaim(self) -> bool:
@@ -314,7 +274,7 @@ class Scheduler:
             if drafter is not None and left > 0 and not draft:
                 rate = drafter.match(sequence.tokens)
                 max_tokens = min(left, MAX_DRAFT_TOKENS)
-                count = self._policy.draft_length(rows, expected, rate, max_tokens)
+                count = self._step_cost.draft_length(rows, expected, rate, max_tokens)
                 draft = drafter.draft(sequence.tokens, count)
                 rows, room = rows + count, room - count
                 expected += expected_accepted(rate, count)
@@ -374,12 +334,11 @@ class Scheduler:
         if not self._sharing or not sequence.max_shared_tokens:
             return 0, -1
         length, source = self.prefixes.match(sequence.tokens, sequence.share)
-        length = min(length, sequence.max_shared_tokens)
-        return (length, source) if length > 0 else (0, -1)
+        return min(length, sequence.max_shared_tokens), source
 
     def _cells_for(self, sequence: Sequence, known: int, source: int, leaves: int = -1) -> int:
         """More live cells, with one for the next token.  The id `leaves` is about to be cached."""
-        live = source >= 0 and source != leaves and not self.prefixes.is_cached(source)
+        live = source not in (-1, leaves) and not self.prefixes.is_cached(source)
         return sequence.pending + 1 - (known if live else 0)
 
     def _start(self, sequence: Sequence) -> None:
@@ -398,7 +357,7 @@ class Scheduler:
         if self._reuses(source, length):
             sequence.sequence_id = source
             self.prefixes.reopen(source, sequence.share, length)
-            self._operations.append(TruncateCells(source, length))
+            self._cells.truncate(source, length)
             return
         if not self._free_ids:
             oldest = self.prefixes.oldest(excluding=source)
@@ -408,10 +367,10 @@ class Scheduler:
         sequence.sequence_id = heappop(self._free_ids)
         self.prefixes.open(sequence.sequence_id, sequence.share, source, length)
         if length:
-            self._operations.append(CopyCells(source, sequence.sequence_id, length))
+            self._cells.copy(source, sequence.sequence_id, length)
 
     def _reuses(self, source: int, length: int) -> bool:
-        if source < 0 or not self.prefixes.is_cached(source):
+        if not self.prefixes.is_cached(source):
             return False
         whole = self.prefixes.length(source)
         if self._free_ids:
@@ -463,7 +422,7 @@ class Scheduler:
 
     def _evict(self, sequence_id: int) -> None:
         self.prefixes.release(sequence_id)
-        self._operations.append(RemoveCells(sequence_id))
+        self._cells.remove(sequence_id)
         heappush(self._free_ids, sequence_id)
 
     def _preempt(self, sequence: Sequence, *, keep: bool) -> None:

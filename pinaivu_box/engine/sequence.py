@@ -1,12 +1,11 @@
-"""One request's sequence inside an engine, and the states that it goes through."""
+"""One request's sequence inside an engine."""
 
 from __future__ import annotations
 
-import enum
-import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from pinaivu_box.engine.fairness import QueuedRequest
 from pinaivu_box.engine.messages import Sampling
 from pinaivu_box.engine.ngram_drafter import NgramDrafter
 from pinaivu_box.engine.prefix_cache import PRIVATE, PrefixScope
@@ -17,16 +16,8 @@ if TYPE_CHECKING:
 _SHIFT_KEEP_DIVISOR = 4  # at most a quarter of the context stays from the beginning
 
 
-class State(enum.Enum):
-    """WAITING → RUNNING → gone; RUNNING → PREEMPTED → RUNNING if another needed its place."""
-
-    WAITING = "waiting"
-    RUNNING = "running"
-    PREEMPTED = "preempted"
-
-
 @dataclass(eq=False)
-class Sequence:
+class Sequence(QueuedRequest):
     """`tokens` is prompt then output; the first `computed` of them are in the KV cache.
 
     `shifted` is how many tokens a context shift has taken out of the middle: positions in the text,
@@ -34,16 +25,12 @@ class Sequence:
     end token is drawn.
     """
 
-    id: str
-    tenant: str
     tokens: list[int]
     prompt_length: int
     max_length: int
     context: int  # max tokens at a time
     sampling: Sampling
     min_length: int = 0
-    weight: float = 1.0  # the tenant's share
-    priority: int = 0  # among the tenant's own: higher goes first
     drafter: NgramDrafter | None = None
     grammar: Grammar | None = None
     logprobs: int | None = None  # with each token, of how many of the likeliest ones
@@ -52,11 +39,7 @@ class Sequence:
     scored: int | None = None
     scored_to: int | None = None
     share: PrefixScope = field(default_factory=PrefixScope)  # with whom it has cells in common
-    arrival: int = 0  # a counter: lower is older
-    arrived_at: float = field(default_factory=time.monotonic)
-    queue_ms: float | None = None  # waited for its first step; None until then
     cached_tokens: int = 0  # of the prompt, found in the prefix cache when it first ran
-    state: State = State.WAITING
     sequence_id: int = -1  # in the KV cache; -1 while not running
     computed: int = 0
     shifted: int = 0

@@ -28,12 +28,12 @@ class SteadySteps:
         self._sampler = Sampler([sequence.sampling for sequence in sequences], end_tokens)
         self._looks_back = any(sequence.sampling.looks_back for sequence in sequences)
         self._shifted = np.array([sequence.shifted for sequence in sequences], np.int32)
-        self.batch = Batch(
-            np.array([tokens[-1] for tokens in self._tokens], np.int32),
-            np.array([sequence.computed for sequence in sequences], np.int32),
-            np.array([sequence.sequence_id for sequence in sequences], np.int32),
-            np.ones(len(sequences), np.int8),
-            len(sequences),
+        self.batch = Batch.of(
+            [tokens[-1] for tokens in self._tokens],
+            [sequence.computed for sequence in sequences],
+            [sequence.sequence_id for sequence in sequences],
+            [1] * len(sequences),
+            single=len(sequences),
         )
 
     def draw(self, logits: Float32) -> list[int]:

@@ -62,8 +62,8 @@ class StepCostModel:
         """Prompt tokens for a step beside `rows` decoding ones; at most `max_tokens`."""
         if self._prompt_token is None:
             return max_tokens if not rows else min(max_tokens, 8 * MIN_PROMPT_TOKENS)
-        fitting = int((self._spare_seconds(rows) - self._text_seconds) / self._prompt_token)
-        return max(min(MIN_PROMPT_TOKENS, max_tokens), min(fitting, max_tokens))
+        seconds = self._spare_seconds(rows) - self._text_seconds
+        return _fitting(seconds, self._prompt_token, max_tokens)
 
     def text_budget(self, rows: int, max_tokens: int, *, prompts: bool) -> int:
         """The same for texts that are embedded; if there are `prompts` too, half of the time."""
@@ -71,8 +71,7 @@ class StepCostModel:
         if self._text_token is None:
             return min(max_tokens, 8 * MIN_PROMPT_TOKENS)
         seconds = self._spare_seconds(rows) / (2 if prompts else 1)
-        fitting = int(seconds / self._text_token)
-        return max(min(MIN_PROMPT_TOKENS, max_tokens), min(fitting, max_tokens))
+        return _fitting(seconds, self._text_token, max_tokens)
 
     def observe_texts(self, tokens: int, seconds: float) -> None:
         """Learn that so many tokens of texts took `seconds` of the step."""
@@ -133,6 +132,11 @@ class StepCostModel:
         if self._prompt_token is not None:
             return self._prompt_token
         return 0.25 * min(self._rows.values(), default=0.0)
+
+
+def _fitting(seconds: float, token_seconds: float, max_tokens: int) -> int:
+    """Tokens that fit into so many seconds, but not so few that they only waste."""
+    return min(max_tokens, max(MIN_PROMPT_TOKENS, int(seconds / token_seconds)))
 
 
 def _learned(known: float | None, observed: float) -> float:

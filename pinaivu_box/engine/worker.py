@@ -25,7 +25,6 @@ from pinaivu_box.engine.messages import (
     FromEngine,
     LoadFailed,
     LoadModel,
-    Progress,
     Ready,
     Refused,
     Tokenized,
@@ -36,7 +35,7 @@ from pinaivu_box.engine.messages import (
 from pinaivu_box.engine.output import OutputBuffer, StepOutput
 from pinaivu_box.engine.preparation_queue import PreparationQueue
 from pinaivu_box.engine.request_preparer import PreparedRequest, RequestPreparer
-from pinaivu_box.engine.runner import ModelFacts, ProgressCallback, Runner
+from pinaivu_box.engine.runner import ModelFacts, Runner
 from pinaivu_box.engine.sandboxed_template import SandboxedTemplate
 from pinaivu_box.engine.scripted_runner import ScriptedRunner
 from pinaivu_box.engine.sequence import Sequence
@@ -52,7 +51,7 @@ class _StopStringFound:
 
 Inbox = queue.SimpleQueue[Sequence | EmbeddingJob | Cancel | _StopStringFound]
 OutputEvent = PreparedRequest | Refused | StepOutput
-Outbox = queue.SimpleQueue[OutputEvent | Tokenized | Progress | Ready | LoadFailed | None]
+Outbox = queue.SimpleQueue[OutputEvent | Tokenized | Ready | LoadFailed | None]
 
 
 def main() -> None:
@@ -79,15 +78,8 @@ def main() -> None:
     threading.Thread(target=_read_frames, args=(frames_in, preparation), daemon=True).start()
     children = sandboxes.start()  # while the model loads
     try:
-        runner = _make_runner(load, _report_progress(outbox))
-        preparer = RequestPreparer(
-            runner,
-            children,
-            drafting=load.drafting,
-            context_shift=load.context_shift,
-            model=load.model,
-            parse_special=load.parse_special,
-        )
+        runner = _make_runner(load)
+        preparer = RequestPreparer(runner, children, load)
         preparation.set_result(PreparationQueue(preparer, outbox.put, inbox.put))
         engine = Engine(runner, token_budget=load.token_budget)
     except BoxError as error:
@@ -141,24 +133,12 @@ def _ready(facts: ModelFacts, template: SandboxedTemplate) -> Ready:
     )
 
 
-def _make_runner(load: LoadModel, progress: ProgressCallback) -> Runner:
+def _make_runner(load: LoadModel) -> Runner:
     if load.path.startswith(SCHEME):
         return ScriptedRunner(load) if load.path.endswith(".json") else FakeRunner(load)
     from pinaivu_box.engine.llama_runner import LlamaRunner
 
-    return LlamaRunner(load, progress)
-
-
-def _report_progress(outbox: Outbox) -> ProgressCallback:
-    last = -1.0
-
-    def report(fraction: float) -> None:
-        nonlocal last
-        if fraction - last >= 0.05:
-            last = fraction
-            outbox.put(Progress(fraction))
-
-    return report
+    return LlamaRunner(load)
 
 
 def _read_frames(stream: BinaryIO, preparation: Future[PreparationQueue]) -> None:
@@ -172,29 +152,20 @@ def _read_frames(stream: BinaryIO, preparation: Future[PreparationQueue]) -> Non
 def _write_frames(stream: BinaryIO, outbox: Outbox, inbox: Inbox) -> None:
     # A full pipe (a busy parent) blocks this thread, not the steps: what they give meanwhile goes
     # into one frame.
-    output = OutputBuffer()
+    output, taken = OutputBuffer(), False
     try:
         while (event := outbox.get()) is not None:
-            if not isinstance(event, OutputEvent):
+            if isinstance(event, OutputEvent):
+                taken = True
+                for request_id in output.take(event):
+                    inbox.put(_StopStringFound(request_id))
+            else:
                 _write(stream, event)
-                continue
-            _take(output, event, inbox)
-            others: list[FromEngine] = []
-            while not (output.large or outbox.empty()) and (more := outbox.get()) is not None:
-                if isinstance(more, OutputEvent):
-                    _take(output, more, inbox)
-                else:
-                    others.append(more)
-            _write(stream, output.frame())
-            for other in others:
-                _write(stream, other)
+            if taken and (output.large or outbox.empty()):
+                _write(stream, output.frame())
+                taken = False
     except BrokenPipeError:
         os._exit(0)
-
-
-def _take(output: OutputBuffer, event: OutputEvent, inbox: Inbox) -> None:
-    for request_id in output.take(event):
-        inbox.put(_StopStringFound(request_id))
 
 
 def _write(stream: BinaryIO, frame: FromEngine) -> None:

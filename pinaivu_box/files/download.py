@@ -21,9 +21,10 @@ from pinaivu_box.errors import CopyFailed, PeeringError
 from pinaivu_box.files import wire as file_wire
 from pinaivu_box.models import partial_file
 from pinaivu_box.models.partial_file import HASH_BYTES, CopyInProgress, NoRoom, PartialFile
-from pinaivu_box.models.splits import PartName, digest_of_parts, siblings
+from pinaivu_box.models.regular_files import sha256
+from pinaivu_box.models.splits import PartName, digest_of_parts
+from pinaivu_box.transport.link import Stream
 from pinaivu_box.transport.rpc import MessageStream, RequestRejected, UnexpectedMessage
-from pinaivu_box.transport.transport import Stream
 
 MAX_SOURCES = 16
 STREAMS_PER_SOURCE = 2  # while one waits for an answer, the other receives
@@ -178,7 +179,7 @@ class Download:
                     self.files.append((part.target, part.digest, part.hashes))
                 self.finishing = True
                 for target, digest, _ in self.files:
-                    await asyncio.to_thread(partial_file.settle, self._folder, digest, target)
+                    await asyncio.to_thread(partial_file.publish, self._folder, digest, target)
         except OSError as error:
             raise _disk_error(error, self._folder) from error
 
@@ -186,7 +187,7 @@ class Download:
 def _targets(folder: Path, name: str, parts: int) -> list[Path]:
     if not parts:
         return [folder / f"{name}.gguf"]
-    return siblings(folder / name, PartName(name, 1, parts, ".gguf"))
+    return [folder / file for file in PartName(name, 1, parts, ".gguf").all_parts]
 
 
 class _FileDownload:
@@ -217,7 +218,7 @@ class _FileDownload:
         if not self.target.exists():
             return False
         self.checking = True
-        if await asyncio.to_thread(partial_file.digest, self.target) != self.digest:
+        if await asyncio.to_thread(sha256, self.target) != self.digest:
             raise FileExistsError(f"{self.target} exists already")
         self.bytes, self.checking = self.size, False
         return True

@@ -17,8 +17,8 @@ from pinaivu_box.files.store import Digests
 from pinaivu_box.models import partial_file
 from pinaivu_box.models.catalog import Catalog, Model
 from pinaivu_box.transport import wire
+from pinaivu_box.transport.link import Stream
 from pinaivu_box.transport.rpc import MessageStream
-from pinaivu_box.transport.transport import Stream
 
 MAX_CONVERSATIONS = 8  # of one peer at a time
 MAX_DISK_READS = 4  # at a time

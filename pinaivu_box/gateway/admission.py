@@ -9,21 +9,22 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from pinaivu_box.amount import Prices
+from pinaivu_box.engine.messages import Tokenized
 from pinaivu_box.errors import (
     ApiError,
     InvalidBody,
     KeyBlocked,
     ModelNotAllowed,
     NoNodesAvailable,
-    RateLimited,
     Unauthorized,
     quoted,
 )
-from pinaivu_box.gateway.backend import Job
+from pinaivu_box.gateway.backend import Job, Tokenizer
 from pinaivu_box.gateway.quota import MINUTE, Entry, Limits, Quota, Quotas, Reservation
 from pinaivu_box.gateway.scopes import scope_of
 from pinaivu_box.models.catalog import Model
 from pinaivu_box.models.names import MAX_NAME, is_model_id
+from pinaivu_box.policy import Policy
 from pinaivu_box.settings import LiveSettings
 from pinaivu_box.store import keys
 from pinaivu_box.store.database import Database
@@ -37,33 +38,14 @@ _WRITTEN_SECONDS = 5.0  # that a write shows that another will succeed
 
 @dataclass(frozen=True)
 class AdmittedRequest:
-    """A request that may run, at these prices, with what it has reserved."""
+    """A request that may run, at these prices, with what it has reserved; `elsewhere` says whether
+    peers have its model."""
 
     jobs: list[Job]
     key: Key
     prices: Prices
     reservation: Reservation
-
-
-class ArrivedRequest:
-    """A request of which only the key is known yet.
-
-    It counts as one of the key's requests per minute (`counted`, None once it is admitted), and no
-    longer if it is refused for no fault of the client.
-    """
-
-    def __init__(self, quota: Quota, counted: Entry) -> None:
-        self._quota = quota
-        self.counted: Entry | None = counted
-
-    def admitted(self) -> None:
-        self.counted = None
-
-    def refused(self, error: ApiError) -> None:
-        """A client that must wait, or that the box cannot serve, has used nothing."""
-        if self.counted is not None and (isinstance(error, RateLimited) or error.status >= 500):
-            self._quota.requests.correct(self.counted, 0)
-        self.counted = None
+    elsewhere: bool = False
 
 
 def limits_of(key: Key) -> Limits:
@@ -107,42 +89,49 @@ def under(key: Key, job: Job) -> Job:
     return replace(
         job,
         scope=scope_of(key),
-        named=not policy.local_only,
+        shared_prefixes=not policy.local_only,
         weight=policy.weight,
         local_only=policy.local_only,
-        peers=policy.peers or None,
+        peers=policy.peers,
         routing=policy.routing,
     )
 
 
-class PromptCounter(Protocol):
-    """Reads prompts: the engines of this box, or with peers theirs too."""
-
-    async def read(self, job: Job) -> tuple[Job, int]: ...
-
-
 class PeerModels(Protocol):
-    """Models beyond the catalog: those of peers."""
+    """The models of peers."""
 
-    def find(self, model_id: str) -> Model: ...
+    def find(self, model_id: str) -> Model:
+        """The model here, or else at a peer.  Raises ModelNotFound."""
+        ...
 
-    def offered(self, model_id: str) -> bool: ...
+    def remote_models(self) -> list[Model]:
+        """Those that only peers have."""
+        ...
+
+    def offered(self, model_id: str) -> bool:
+        """Whether any peer has it."""
+        ...
 
 
 class Admission:
-    """Admits requests: checks the model, its queue and the key, and reserves the key's quota."""
+    """Admits requests: checks the model, its queue and the key, and reserves the key's quota.
 
-    def __init__(self, settings: LiveSettings, reader: PromptCounter, database: Database) -> None:
-        self._settings = settings
+    `in_flight` counts the unfinished requests of a model.  `tokenizer` and `peer_models` are
+    replaced by those of a box with peers.
+    """
+
+    def __init__(
+        self,
+        settings: LiveSettings,
+        tokenizer: Tokenizer,
+        database: Database,
+        in_flight: Callable[[str], int],
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.peer_models: PeerModels | None = None
+        self._settings, self._database, self._in_flight = settings, database, in_flight
         self._drain = asyncio.get_running_loop().create_future()
-        self._reader = reader
-        self._offers: PeerModels | None = None
-        self._database = database
         self._quotas = Quotas(self._read_quota)
-
-    def share(self, reader: PromptCounter, offers: PeerModels) -> None:
-        """From now on there are peers, with models of their own."""
-        self._reader, self._offers = reader, offers
 
     @property
     def draining(self) -> bool:
@@ -153,8 +142,8 @@ class Admission:
         if not self.draining:
             self._drain.set_result(None)
 
-    def check(self, model_id: str, key: Key, in_flight: Callable[[str], int]) -> Model:
-        """The model that serves the request; `in_flight` counts a model's unfinished requests.
+    def check(self, model_id: str, key: Key) -> Model:
+        """The model that serves the request.
 
         Raises InvalidBody, ModelNotFound, ModelNotAllowed, NoNodesAvailable.
         """
@@ -164,12 +153,23 @@ class Admission:
                 f"{MAX_NAME} characters.",
                 loc=("body", "model"),
             )
-        offers = None if key.policy.local_only else self._offers
-        model = (offers or self._settings.catalog).find(model_id)
-        self._check(model, key, in_flight)
+        model = self.find(model_id, key.policy)
+        self._check(model, key)
         return model
 
-    def _check(self, model: Model, key: Key, in_flight: Callable[[str], int]) -> None:
+    def find(self, model_id: str, policy: Policy) -> Model:
+        """The model of that id for a key with that policy.  Raises ModelNotFound."""
+        peers = None if policy.local_only else self.peer_models
+        return (peers or self._settings.catalog).find(model_id)
+
+    def models(self, policy: Policy) -> list[Model]:
+        """What a key with that policy may use."""
+        models = self._settings.catalog.models
+        if self.peer_models and not policy.local_only:
+            models = [*models, *self.peer_models.remote_models()]
+        return [model for model in models if policy.serves(model.id)]
+
+    def _check(self, model: Model, key: Key) -> None:
         if self.draining:
             raise _draining()
         if not key.policy.serves(model.id):
@@ -179,41 +179,38 @@ class Admission:
                 param="model",
             )
         engine = self._settings.config.engine
-        full = in_flight(model.id) >= engine.max_sequences + engine.max_queue
-        if full and not (self._offers is not None and self._offers.offered(model.id)):
+        full = self._in_flight(model.id) >= engine.max_sequences + engine.max_queue
+        if full and not self._is_elsewhere(model):
             raise NoNodesAvailable(
                 f"The queue of {model.id} is full ({engine.max_queue} requests wait): try "
                 "again later.",
                 retry_after=2,
             )
 
+    def _is_elsewhere(self, model: Model) -> bool:
+        return self.peer_models is not None and self.peer_models.offered(model.id)
+
     def prices(self, key: Key, model: Model) -> Prices:
         """The key's own, or the model's, or those of all models."""
         return key.policy.prices_of(model.id) or self._settings.config.pricing.prices_of(model.id)
 
-    async def arrive(self, key: Key) -> ArrivedRequest:
-        """Count a request before its body is read.  Raises RateLimited."""
-        quota = await self._quotas.of(key.id)
-        return ArrivedRequest(quota, quota.count_request(limits_of(key)))
+    async def count_request(self, key: Key) -> Entry:
+        """Count a request before its body is read, for `admit`.  Raises RateLimited."""
+        return (await self._quotas.of(key.id)).count_request(limits_of(key))
 
     async def admit(
-        self,
-        key: Key,
-        jobs: list[Job],
-        in_flight: Callable[[str], int],
-        arrival: ArrivedRequest | None = None,
+        self, key: Key, jobs: list[Job], counted: Entry | None = None
     ) -> AdmittedRequest:
         """Reserve what the request may use at most.
 
         Raises what `check` and `Quota.reserve` do, and what the engine says if it cannot read the
         prompt.  May be cancelled.
         """
-        counted = None if arrival is None else arrival.counted
-        await check_writable(self._database)
         jobs = [under(key, job) for job in jobs]
         model, context = jobs[0].model, 0
         quota, least = await self._quotas.of(key.id), self.prices(key, model).most(1, 0)
         quota.check(limits_of(key), cost=least, counted=counted)
+        await check_writable(self._database)
         if key.policy.tpm is not None or key.policy.budget is not None:
             jobs, context = await self._read(jobs)
         # Body and prompt took their time: the key may be revoked now, the queue full.
@@ -222,18 +219,16 @@ class Admission:
             raise error
         quota = await self._quotas.of(key.id)
         # From here on nothing is awaited: of requests that come together each sees the others.
-        self._check(model, key, in_flight)
+        self._check(model, key)
         jobs = [under(key, job) for job in jobs]
-        admitted = self._reserve(key, quota, jobs, context, counted)
-        if arrival is not None:
-            arrival.admitted()
-        return admitted
+        return self._reserve(key, quota, jobs, context, counted)
 
     def _reserve(
         self, key: Key, quota: Quota, jobs: list[Job], context: int, counted: Entry | None
     ) -> AdmittedRequest:
         """`context` is the model's if the prompt was read, else 0."""
-        prices, limits = self.prices(key, jobs[0].model), limits_of(key)
+        model, limits = jobs[0].model, limits_of(key)
+        prices = self.prices(key, model)
         explicit, tokens, cost = True, 0, 0
         if context:
             explicit = jobs[0].max_tokens is not None or jobs[0].inputs is not None
@@ -245,7 +240,7 @@ class Admission:
         reservation = quota.reserve(
             limits, tokens=tokens, cost=cost, explicit=explicit, counted=counted
         )
-        return AdmittedRequest(jobs, key, prices, reservation)
+        return AdmittedRequest(jobs, key, prices, reservation, self._is_elsewhere(model))
 
     async def headers(self, key: Key) -> dict[str, str]:
         """The `x-ratelimit-*` headers of an answer to this key."""
@@ -269,19 +264,16 @@ class Admission:
     async def _read_prompts(self, jobs: list[Job]) -> tuple[list[Job], int]:
         """Choices share their prompt, which is read once."""
         context = 0
-        prompts: dict[int, Job] = {}
+        prompts: dict[int, Tokenized] = {}
         for job in jobs:
             if job.prompt_number not in prompts:
-                prompts[job.prompt_number], context = await self._reader.read(job)
-        return [
-            replace(job, read=(prompt := prompts[job.prompt_number]).read, thinking=prompt.thinking)
-            for job in jobs
-        ], context
+                prompts[job.prompt_number], context = await self.tokenizer.tokenize(job)
+        return [job.with_prompt(prompts[job.prompt_number]) for job in jobs], context
 
     def _max_tokens(self, job: Job, context: int) -> int:
         """Tokens that the answer can have at most."""
         shifts = self._settings.config.engine.context_shift
-        room = math.inf if shifts else context - len(job.read or ())
+        room = math.inf if shifts else context - len(job.prompt_tokens or ())
         return int(max(0, min(job.max_tokens or 0, room)))
 
     async def _read_quota(self, key_id: str) -> Quota:
@@ -299,7 +291,7 @@ def _capped(
     jobs: list[Job], prompt: int, context: int, prices: Prices, limits: Limits, money: int | None
 ) -> list[Job]:
     """With the limit that the client left to the box: what context, tpm and `money` allow."""
-    rooms = [context - max(len(job.read or ()) for job in jobs)]
+    rooms = [context - max(len(job.prompt_tokens or ()) for job in jobs)]
     if limits.tpm is not None:
         rooms.append((limits.tpm - prompt) // len(jobs))
     price = prices.most(0, 1)
@@ -315,4 +307,5 @@ def _draining() -> NoNodesAvailable:
 
 def _prompt_tokens(jobs: Sequence[Job]) -> int:
     """Choices share their prompt, and it is paid once."""
-    return sum(len(read) for read in {job.prompt_number: job.read or [] for job in jobs}.values())
+    prompts = {job.prompt_number: job.prompt_tokens or [] for job in jobs}
+    return sum(map(len, prompts.values()))

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from pinaivu_box.config import RoutingPolicy
-from pinaivu_box.engine.messages import Constraint, Sampling, SamplingParams, Tools
+from pinaivu_box.engine.messages import (
+    Constraint,
+    Output,
+    Prompt,
+    Sampling,
+    SamplingParams,
+    Tokenized,
+    Tools,
+)
 from pinaivu_box.errors import NoNodesAvailable
-from pinaivu_box.gateway.output import Output
 from pinaivu_box.models.catalog import Model
 from pinaivu_box.receipts.commitment import Opening, new_nonce
 from pinaivu_box.receipts.receipt import VERSION, EngineBuild, Proof, SignedProof
@@ -19,27 +26,19 @@ from pinaivu_box.receipts.receipt import VERSION, EngineBuild, Proof, SignedProo
 class Job:
     """One answer to be made; a request has one for each of its choices.
 
-    `sampling` is what the client said of it.  `prompt_number` tells its prompt from others of
-    the request, and `nonce` is of the commitment to it, in hex.  `leg` is the number of this leg,
-    `output` are the tokens that earlier ones have made, `tried` the nodes that were lost, and
-    `settled` is how an earlier leg drew, with the file of that `digest`: this one has to draw
-    likewise.  `local_only` jobs stay on this box, others go to `peers` (names or node ids; None:
-    any) at most, as `routing` says, or else the box's policy.  A peer's job has a `name` that we
-    gave it.  `scope` is with whom cached prefixes are shared (see `scopes`), if `cache` is not
-    False.  `keep_alive` is for how many seconds the client wants the model to stay loaded here.
-
-    The rest is as in `engine.messages.Add`.
+    Fields that are not described here are those of `engine.messages.Add`.
     """
 
     request_id: str
     model: Model
     messages: list[dict[str, Any]]
-    sampling: SamplingParams
+    sampling: SamplingParams  # as the client has set it
     max_tokens: int | None
     stop: list[str]
     tenant: str
-    choice: int = 0
-    prompt_number: int = 0
+    choice: int = 0  # its number in the request
+    prompt_number: int = 0  # choices with the same one share their prompt
+    nonce: str = field(default_factory=new_nonce)  # hex, of the commitment to the prompt
     priority: int = 0
     prompt: str | list[int] | None = None
     tools: Tools | None = None
@@ -47,29 +46,32 @@ class Job:
     constraint: Constraint | None = None
     logprobs: int | None = None
     prediction: str = ""
-    cache: bool = True
-    scope: str = ""
-    named: bool = False
     suffix: str = ""
     echo: bool = False
     scored: int = 0
     unsaid: int = 0
-    inputs: list[str | list[int]] | None = None  # texts whose vectors are wanted, no more
+    inputs: list[str | list[int]] | None = None  # texts whose vectors are wanted, and no answer
     dimensions: int | None = None  # of the vectors
     weight: float = 1.0
-    read: list[int] | None = None
+    prompt_tokens: list[int] | None = None  # if the prompt was tokenized before
     thinking: bool = False
-    nonce: str = field(default_factory=new_nonce)
-    leg: int = 0
+    # Caching: `scope` says with whom prefixes are shared (see `gateway.scopes`), if `cache` is set.
+    cache: bool = True
+    scope: str = ""
+    shared_prefixes: bool = False
+    keep_alive: float | None = None  # seconds that the client wants the model to stay loaded here
+    # Earlier legs: the tokens that they have made, how they drew them, with the file of which
+    # digest (this leg has to draw likewise), and the nodes that were lost.
+    leg: int = 0  # the number of this one
     output: list[int] = field(default_factory=list)
-    tried: tuple[str, ...] = ()
-    settled: Sampling | None = None
+    drawn_with: Sampling | None = None
     digest: str | None = None
+    tried: tuple[str, ...] = ()
+    # Routing: the peers that may serve it (names or node ids; none: any), and the key's own policy.
     local_only: bool = False
-    peers: tuple[str, ...] | None = None
+    peers: tuple[str, ...] = ()
     routing: RoutingPolicy | None = None
-    keep_alive: float | None = None
-    name: str = ""
+    name: str = ""  # that this box gave a peer's job
 
     @property
     def id(self) -> str:
@@ -77,6 +79,10 @@ class Job:
         if self.name:
             return self.name
         return f"{self.request_id}.{self.choice}" if self.choice else self.request_id
+
+    def with_prompt(self, prompt: Tokenized) -> Job:
+        """The job with the tokens of its prompt."""
+        return replace(self, prompt_tokens=prompt.tokens, thinking=prompt.thinking)
 
 
 def committed(tools: Tools | None, constraint: Constraint | None) -> dict[str, Any]:
@@ -106,16 +112,6 @@ class Started:
     thinks: bool
     nonce: str | None = None
     proof: int = VERSION
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """The prompt was tokenized.  With `thinking` the output begins inside the model's thoughts.
-    `text` is of an echo."""
-
-    tokens: list[int]
-    thinking: bool = False
-    text: str = ""
 
 
 @dataclass(frozen=True)
@@ -151,6 +147,20 @@ class Leg(Protocol):
 class Backend(Protocol):
     def start(self, job: Job) -> Leg:
         """A leg of the job, which runs when its events are read."""
+        ...
+
+
+class Tokenizer(Protocol):
+    async def tokenize(
+        self,
+        job: Job,
+        tokens: list[int] | None = None,
+        *,
+        plain: bool = False,
+        count: bool = False,
+    ) -> tuple[Tokenized, int]:
+        """The tokens of the job's prompt, or the text of `tokens` (see `engine.messages.Tokenize`),
+        and the context of its model.  Raises ApiError."""
         ...
 
 

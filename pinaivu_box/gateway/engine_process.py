@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -14,7 +13,6 @@ from pinaivu_box import child
 from pinaivu_box.engine.messages import (
     LENGTH_BYTES,
     Add,
-    Admitted,
     Cancel,
     Embed,
     EngineLoad,
@@ -22,10 +20,10 @@ from pinaivu_box.engine.messages import (
     LoadFailed,
     LoadModel,
     Named,
-    Progress,
+    Output,
+    Prompt,
     Ready,
     Refused,
-    SequenceDelta,
     StepFrame,
     ToEngine,
     Tokenize,
@@ -42,7 +40,7 @@ from pinaivu_box.models.names import printable
 log = logging.getLogger("pinaivu.engine")
 
 # What a request's mailbox carries; None says that the engine is gone.
-Item = Admitted | Refused | SequenceDelta | Tokenized | None
+Item = Prompt | Refused | Output | Tokenized | None
 _STOP_SECONDS = 5.0
 _MAX_LINE_CHARACTERS = 1000  # of what the child prints
 _HUNG_SECONDS = 15.0  # with work, and neither a frame nor a tick of processor time
@@ -66,12 +64,11 @@ class EngineProcess:
         self.uses: dict[str, tuple[float, float | None]] = {}
         self.unloading: asyncio.TimerHandle | None = None
         self.started_at = time.monotonic()
-        self.progress = 0.0
         self.closed = asyncio.Event()
         self._load_frame = load
         self._mailboxes: dict[str, Mailbox[Item]] = {}
         self._messages = 0  # sent and received
-        self._last_words: deque[str] = deque(maxlen=20)
+        self._last_lines: deque[str] = deque(maxlen=20)
         self._process: asyncio.subprocess.Process
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -98,7 +95,6 @@ class EngineProcess:
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
-            env=_environment(),
         )
         loaded: asyncio.Future[Ready] = asyncio.get_running_loop().create_future()
         self._tasks = [
@@ -116,19 +112,13 @@ class EngineProcess:
             await self.stop()
             raise
 
-    def submit(self, add: Add | Embed) -> Mailbox[Item]:
-        """Hand over a request; EngineLost if the child is gone."""
-        return self._register(add, add.id)
-
-    def ask(self, question: Tokenize) -> Mailbox[Item]:
-        """As `submit`; the one answer is Tokenized or Refused."""
-        return self._register(question, question.add.id)
-
-    def _register(self, message: Add | Embed | Tokenize, name: str) -> Mailbox[Item]:
+    def submit(self, message: Add | Embed | Tokenize) -> Mailbox[Item]:
+        """Hand over a request; the one answer to a Tokenize is Tokenized or Refused.  Raises
+        EngineLost if the child is gone."""
         if not self.alive:
             raise EngineLost("The engine stopped before it could take the request; try again.")
         mailbox: Mailbox[Item] = Mailbox()
-        self._mailboxes[name] = mailbox
+        self._mailboxes[message.add.id if isinstance(message, Tokenize) else message.id] = mailbox
         self._send(message)
         return mailbox
 
@@ -186,17 +176,14 @@ class EngineProcess:
         match frame:
             case StepFrame():
                 self.load = frame.load
-                items: list[Admitted | Refused | SequenceDelta] = [
-                    *frame.admitted,
-                    *frame.refused,
-                    *frame.deltas,
-                ]
-                for item in items:
-                    self._deliver(item)
+                for request_id, prompt in frame.prompts.items():
+                    self._deliver(request_id, prompt)
+                for refused in frame.refused:
+                    self._deliver(refused.id, refused)
+                for request_id, output in frame.outputs.items():
+                    self._deliver(request_id, output)
             case Tokenized():
-                self._deliver(frame)
-            case Progress():
-                self.progress = frame.fraction
+                self._deliver(frame.id, frame)
             case Ready() if not loaded.done():
                 loaded.set_result(frame)
             case LoadFailed() if not loaded.done():
@@ -204,19 +191,19 @@ class EngineProcess:
                 why = printable(frame.message)
                 loaded.set_exception(StartFailed(f"the model could not be loaded: {why}"))
 
-    def _deliver(self, item: Admitted | Refused | SequenceDelta | Tokenized) -> None:
-        mailbox = self._mailboxes.get(item.id)
+    def _deliver(self, request_id: str, item: Item) -> None:
+        mailbox = self._mailboxes.get(request_id)
         if mailbox is not None:
             mailbox.put(item)
 
     def _close(self, loaded: asyncio.Future[Ready]) -> None:
         self.closed.set()
         if not loaded.done():
-            words = self._last_words[-1] if self._last_words else "it said nothing"
+            printed = self._last_lines[-1] if self._last_lines else "it printed nothing"
             code = self._process.returncode or 0
             how = f"crashed with signal {-code}" if code < 0 else f"ended with status {code}"
             loaded.set_exception(
-                StartFailed(f"the model could not be loaded, the engine {how}: {words}")
+                StartFailed(f"the model could not be loaded, the engine {how}: {printed}")
             )
         for mailbox in self._mailboxes.values():
             mailbox.put(None)
@@ -240,12 +227,12 @@ class EngineProcess:
         while stream is not None and (line := await _line(stream)):
             text = printable(line.decode(errors="replace").rstrip(), _MAX_LINE_CHARACTERS)
             if text:
-                self._last_words.append(text)
+                self._last_lines.append(text)
                 log.debug("%s: %s", self.model_id, text)
 
     @property
-    def last_words(self) -> str:
-        return "\n".join(self._last_words)
+    def last_lines(self) -> str:
+        return "\n".join(self._last_lines)
 
 
 async def _line(stream: asyncio.StreamReader) -> bytes:
@@ -253,7 +240,3 @@ async def _line(stream: asyncio.StreamReader) -> bytes:
         return await stream.readline()
     except ValueError:  # longer than the reader's limit: the reader has dropped it
         return b"(a line too long to keep)\n"
-
-
-def _environment() -> dict[str, str]:
-    return dict(os.environ)

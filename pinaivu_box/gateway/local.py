@@ -4,26 +4,25 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
-from dataclasses import replace
+from typing import Any
 
 import msgspec
 
 from pinaivu_box.config import SamplingConfig
 from pinaivu_box.engine.messages import (
     Add,
-    Admitted,
     Embed,
+    Output,
+    Prompt,
     Refused,
     Sampling,
     SamplingDefaults,
-    SequenceDelta,
     Tokenize,
     Tokenized,
 )
-from pinaivu_box.errors import EngineLost, by_code
-from pinaivu_box.gateway.backend import Event, Job, Prompt, Started
+from pinaivu_box.errors import ApiError, EngineLost, by_code
+from pinaivu_box.gateway.backend import Event, Job, Started
 from pinaivu_box.gateway.engine_process import EngineProcess, Item
-from pinaivu_box.gateway.output import Output
 from pinaivu_box.gateway.placement import Placement
 from pinaivu_box.models.catalog import Model
 from pinaivu_box.receipts.receipt import EngineBuild
@@ -32,12 +31,14 @@ from pinaivu_box.settings import LiveSettings
 
 class LocalBackend:
     def __init__(self, placement: Placement, node_id: str, settings: LiveSettings) -> None:
-        self._placement = placement
-        self._node_id = node_id
-        self._settings = settings
+        self.placement, self.node_id, self._settings = placement, node_id, settings
 
     def start(self, job: Job) -> LocalLeg:
-        return LocalLeg(job, self._placement, self._node_id, self._settings)
+        return LocalLeg(job, self)
+
+    def sampling(self, job: Job, engine: EngineProcess) -> Sampling:
+        """How that engine draws the job's tokens."""
+        return job.drawn_with or resolve(job, self._settings.config.sampling, engine.ready.defaults)
 
     async def tokenize(
         self,
@@ -46,49 +47,35 @@ class LocalBackend:
         *,
         plain: bool = False,
         count: bool = False,
-    ) -> Tokenized:
-        """The tokens of the job's prompt, or the text of `tokens`; see `engine.messages`."""
-        return (await self.ask(job, tokens, plain=plain, count=count))[0]
-
-    async def read(self, job: Job) -> tuple[Job, int]:
-        """The job with its prompt's tokens, and the context of its model."""
-        try:
-            prompt, context = await self.ask(job)
-        except EngineLost:  # another serves it, as it would a request that runs
-            prompt, context = await self.ask(job)
-        return replace(job, read=prompt.tokens, thinking=prompt.thinking), context
-
-    async def ask(
-        self,
-        job: Job,
-        tokens: list[int] | None = None,
-        *,
-        plain: bool = False,
-        count: bool = False,
     ) -> tuple[Tokenized, int]:
-        """As `tokenize`, and the context of the model.  If it is cancelled, the engine need not go
-        on; but an engine that is starting does, as others may wait for it."""
+        """See `backend.Tokenizer`.  If it is cancelled, the engine need not go on; but an engine
+        that is starting does, as others may wait for it."""
+        try:
+            return await self._tokenize(job, tokens, plain, count)
+        except EngineLost:  # another serves it, as it would a request that runs
+            return await self._tokenize(job, tokens, plain, count)
+
+    async def _tokenize(
+        self, job: Job, tokens: list[int] | None, plain: bool, count: bool
+    ) -> tuple[Tokenized, int]:
         engine = await self._acquired(job.model)
         answered = False
         try:
-            sampling = resolve(job, self._settings.config.sampling, engine.ready.defaults)
-            add = to_add(job, sampling)
-            mailbox = engine.ask(Tokenize(add, tokens, plain, job.inputs, count))
+            add = to_add(job, self.sampling(job, engine))
+            mailbox = engine.submit(Tokenize(add, tokens, plain, job.inputs, count))
             (item,) = await mailbox.take()
             answered = True
             if isinstance(item, Tokenized):
                 return item, engine.ready.context
-            if isinstance(item, Refused):
-                raise by_code(item.code, item.message, item.param)
-            raise EngineLost("The engine died while it worked on this request; try again.")
+            raise _error(item)
         finally:
             if not answered:
                 engine.cancel(job.id)
             engine.forget(job.id)
-            self._placement.release(engine, job.tenant)
+            self.placement.release(engine, job.tenant)
 
     async def _acquired(self, model: Model) -> EngineProcess:
-        acquiring = asyncio.ensure_future(self._placement.acquire(model))
+        acquiring = asyncio.create_task(self.placement.acquire(model))
         try:
             return await asyncio.shield(acquiring)
         except asyncio.CancelledError:
@@ -98,17 +85,14 @@ class LocalBackend:
     def _give_back(self, acquired: asyncio.Future[EngineProcess]) -> None:
         """Nobody waits for that engine any more."""
         if not acquired.cancelled() and acquired.exception() is None:
-            self._placement.release(acquired.result())
+            self.placement.release(acquired.result())
 
 
 class LocalLeg:
     """See `gateway.backend.Leg`."""
 
-    def __init__(
-        self, job: Job, placement: Placement, node_id: str, settings: LiveSettings
-    ) -> None:
-        self._job, self._placement = job, placement
-        self._node_id, self._settings = node_id, settings
+    def __init__(self, job: Job, backend: LocalBackend) -> None:
+        self._job, self._backend = job, backend
         self._engine: EngineProcess | None = None  # once it has the job
         self._cancelled = False
 
@@ -125,18 +109,17 @@ class LocalLeg:
         job = self._job
         if self._is_cancelled():
             return
-        engine = await self._placement.acquire(job.model)
+        placement = self._backend.placement
+        engine = await placement.acquire(job.model)
         ended = False
         try:
-            ready = engine.ready
-            defaults = self._settings.config.sampling
-            sampling = job.settled or resolve(job, defaults, ready.defaults)
+            sampling, ready = self._backend.sampling(job, engine), engine.ready
             mailbox = engine.submit(to_add(job, sampling) if job.inputs is None else to_embed(job))
             self._engine = engine
             if self._is_cancelled():
                 engine.cancel(job.id)
             yield Started(
-                self._node_id,
+                self._backend.node_id,
                 engine.model_digest,
                 EngineBuild(ready.build, ready.device),
                 sampling,
@@ -145,7 +128,7 @@ class LocalLeg:
             )
             while True:
                 for item in await mailbox.take():
-                    ended = isinstance(item, SequenceDelta) and item.finish_reason is not None
+                    ended = isinstance(item, Output) and item.finish_reason is not None
                     yield _event(item)
                     if ended:
                         return
@@ -153,62 +136,42 @@ class LocalLeg:
             if not ended:
                 engine.cancel(job.id)
             engine.forget(job.id)
-            self._placement.release(engine, job.tenant, job.keep_alive)
+            placement.release(engine, job.tenant, job.keep_alive)
 
 
 def to_embed(job: Job) -> Embed:
     return Embed(job.id, job.inputs or [], job.dimensions, job.tenant, job.weight, job.priority)
 
 
+# Fields of an Add that a job has as well.
+_SAME = set(Add.__struct_fields__) - {"id", "sampling", "scope", "named", "read"}
+
+
 def to_add(job: Job, sampling: Sampling) -> Add:
+    same: dict[str, Any] = {name: getattr(job, name) for name in _SAME}
     return Add(
         id=job.id,
-        messages=job.messages,
         sampling=sampling,
-        max_tokens=job.max_tokens,
-        stop=job.stop,
-        tenant=job.tenant,
-        output=job.output,
-        priority=job.priority,
-        prompt=job.prompt,
-        tools=job.tools,
-        template=job.template,
-        constraint=job.constraint,
-        logprobs=job.logprobs,
-        prediction=job.prediction,
         scope=job.scope if job.cache else "",
-        named=job.named,
-        suffix=job.suffix,
-        weight=job.weight,
-        read=job.read,
-        thinking=job.thinking,
-        echo=job.echo,
-        scored=job.scored,
-        unsaid=job.unsaid,
+        named=job.shared_prefixes,
+        read=job.prompt_tokens,
+        **same,
     )
 
 
 def _event(item: Item) -> Event:
     """Raises what the engine refused with, EngineLost if it is gone."""
     match item:
-        case SequenceDelta():
-            return Output(
-                item.text,
-                item.tokens,
-                item.finish_reason,
-                item.queue_ms,
-                item.cached_tokens,
-                item.shifted_tokens,
-                item.logprobs,
-                item.stop_string,
-                item.vectors,
-            )
-        case Admitted():
-            return Prompt(item.prompt_tokens, item.thinking, item.text)
-        case Refused():
-            raise by_code(item.code, item.message, item.param)
+        case Prompt() | Output():
+            return item
         case _:
-            raise EngineLost("The engine died while it worked on this request; try again.")
+            raise _error(item)
+
+
+def _error(item: Item) -> ApiError:
+    if isinstance(item, Refused):
+        return by_code(item.code, item.message, item.param)
+    return EngineLost("The engine died while it worked on this request; try again.")
 
 
 def resolve(job: Job, box: SamplingConfig, file: SamplingDefaults) -> Sampling:

@@ -14,11 +14,12 @@ from pinaivu_box.openai.logprobs import shown_likeliest, shown_token
 from pinaivu_box.receipts.commitment import logprob_record, named_record
 
 
-def records(job: Job, logprobs: Sequence[TokenLogprob], before: int) -> list[bytes]:
-    """Of the next tokens of a choice of which so many were said `before`, in all its legs."""
+def records(job: Job, logprobs: Sequence[TokenLogprob], sent: int) -> list[bytes]:
+    """Of the next tokens of a leg, which has `sent` those of so many."""
     if job.prompt is None:
         return [logprob_record(token.token, token.logprob, token.top) for token in logprobs]
-    return [_named(token, job.echo and before + at == 0) for at, token in enumerate(logprobs)]
+    first = job.scored + sent
+    return [_named(token, job.echo and first + at == 0) for at, token in enumerate(logprobs)]
 
 
 def _named(token: TokenLogprob, first: bool) -> bytes:

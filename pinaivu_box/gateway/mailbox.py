@@ -32,9 +32,5 @@ class Mailbox(Generic[T]):
                 await self._reader
             finally:
                 self._reader = None
-        return self.left()
-
-    def left(self) -> list[T]:
-        """What there is, without waiting."""
         items, self._items = self._items, []
         return items

@@ -8,9 +8,8 @@ from typing import Any
 import msgspec
 
 from pinaivu_box import amount
-from pinaivu_box.amount import Prices
 from pinaivu_box.gateway.backend import Job, committed
-from pinaivu_box.gateway.records import ChoiceRecord, LegRecord, RequestRecord
+from pinaivu_box.gateway.records import LegRecord, RequestRecord
 from pinaivu_box.identity import Identity, verify
 from pinaivu_box.receipts import commitment
 from pinaivu_box.receipts.receipt import (
@@ -29,7 +28,7 @@ from pinaivu_box.receipts.receipt import (
 )
 from pinaivu_box.settings import LiveSettings
 from pinaivu_box.store.database import Database
-from pinaivu_box.store.requests import RequestRow, StoredReceipt, settle
+from pinaivu_box.store.requests import RequestRow, StoredReceipt, store_request
 
 
 class Meter:
@@ -38,65 +37,60 @@ class Meter:
         self._identity = identity
         self._database = database
 
-    async def settle(self, account: RequestRecord, finish_reason: str) -> None:
+    async def record(self, record: RequestRecord, finish_reason: str) -> None:
         """Sign and write; returns when usage, receipt and the key's counters are on disk."""
-        account.total_ms = account.elapsed_ms()
-        job, last = account.job, account.served[-1][1].started
-        price = self._price(account.prices)
-        prompts = [_prompt(choice, leg) for choice, leg in account.prompts]
-        proofs, openings = await self._prove(account, price)
-        tokens = [token for choice in account.choices for token in choice.tokens]
-        text = commitment.output_text([choice.text for choice in account.choices])
-        extras = [choice.extras for choice in account.choices]
+        total_ms, job, last = record.elapsed_ms(), record.job, record.served[-1].started
+        price = Price.of(record.prices, self._settings.config.pricing.currency)
+        prompts = [
+            commitment.commit(asked_text(leg.job), leg.prompt or [], leg.job.nonce)
+            for leg in record.prompts
+        ]
+        proofs, openings = await self._prove(record, price)
+        tokens = [token for choice in record.choices for token in choice.tokens]
+        text = commitment.output_text([choice.text for choice in record.choices])
+        extras = [choice.extras for choice in record.choices]
         output, opened = commitment.commit_output(text, tokens, extras, commitment.new_nonce())
-        account.cost = total_cost([proof for proof, _ in proofs], price)
+        record.cost = total_cost([proof for proof, _ in proofs], price)
         receipt = Receipt(
             request_id=job.request_id,
-            timestamp=utc_text(account.created),
+            timestamp=utc_text(record.created),
             coordinator_id=self._identity.node_id,
             node_id=last.node_id,
             model=job.model.id,
             model_digest=last.model_digest,
-            payment_amount=amount.to_text(account.cost),
+            payment_amount=amount.to_text(record.cost),
             currency=price.currency,
             finish_reason=finish_reason,
-            routing=_routing(account),
+            routing=_routing(record),
             proofs=[signed for _, signed in proofs],
             prompt_commitment=commitment.of_several([prompt for prompt, _ in prompts]),
             output_commitment=output,
-            usage=TokenUsage(
-                account.prompt_tokens, account.completion_tokens, account.cached_tokens
-            ),
+            usage=TokenUsage(record.prompt_tokens, record.completion_tokens, record.cached_tokens),
             price=price,
         )
         signed, signature = sign_receipt(self._identity, receipt)
         opening = {"prompt": prompts[0][1], "output": opened, "legs": openings}
         if len(prompts) > 1:
             opening["prompts"] = [prompt_opening for _, prompt_opening in prompts]
-        await settle(
+        await store_request(
             self._database,
-            self._row(account, receipt),
+            _row(record, receipt, total_ms),
             StoredReceipt(signed, signature, msgspec.json.encode(opening)),
-            account.period,
+            record.period,
         )
 
-    def _price(self, prices: Prices) -> Price:
-        cached = prices.prompt if prices.cached is None else prices.cached
-        currency = self._settings.config.pricing.currency
-        return Price(currency, prices.prompt, cached, prices.completion)
-
     async def _prove(
-        self, account: RequestRecord, price: Price
+        self, record: RequestRecord, price: Price
     ) -> tuple[list[tuple[Proof, SignedProof]], list[commitment.Opening]]:
         proofs, openings = [], []
-        for leg, number in _numbered(account):
+        for leg in record.served:
             await asyncio.sleep(0)  # there may be many, each of a long prompt: others go between
             if leg.proved is not None:
                 proofs.append((leg.proved.proof, leg.proved.signed))
                 openings.append(leg.proved.opening)
                 continue
             # Of a peer that was lost: its price is not known to be owed, nor its word given.
-            proof, opening = prove(leg, number, price)
+            proof, opening = prove(leg, price)
             if leg.started.node_id != self._identity.node_id:
                 mark = leg.mark if _is_mark(proof, leg.mark) else None
                 proof = msgspec.structs.replace(proof, witness=self._identity.node_id, mark=mark)
@@ -104,26 +98,27 @@ class Meter:
             openings.append(opening)
         return proofs, openings
 
-    def _row(self, account: RequestRecord, receipt: Receipt) -> RequestRow:
-        return RequestRow(
-            request_id=receipt.request_id,
-            key_id=account.key_id,
-            created_at=int(account.created * 1000),
-            model=receipt.model,
-            node_id=receipt.node_id,
-            finish_reason=receipt.finish_reason,
-            prompt_tokens=receipt.usage.prompt_tokens,
-            cached_tokens=receipt.usage.cached_tokens,
-            completion_tokens=receipt.usage.completion_tokens,
-            amount=account.cost,
-            queue_ms=account.queue_ms,
-            ttft_ms=account.ttft_ms,
-            total_ms=account.total_ms,
-        )
+
+def _row(record: RequestRecord, receipt: Receipt, total_ms: int) -> RequestRow:
+    return RequestRow(
+        request_id=receipt.request_id,
+        key_id=record.key_id,
+        created_at=int(record.created * 1000),
+        model=receipt.model,
+        node_id=receipt.node_id,
+        finish_reason=receipt.finish_reason,
+        prompt_tokens=receipt.usage.prompt_tokens,
+        cached_tokens=receipt.usage.cached_tokens,
+        completion_tokens=receipt.usage.completion_tokens,
+        amount=record.cost,
+        queue_ms=record.queue_ms,
+        ttft_ms=record.ttft_ms,
+        total_ms=total_ms,
+    )
 
 
-def prove(leg: LegRecord, number: int, price: Price) -> tuple[Proof, commitment.Opening]:
-    """What there is to sign of a leg, the one of that number in its choice."""
+def prove(leg: LegRecord, price: Price) -> tuple[Proof, commitment.Opening]:
+    """What there is to sign of a leg."""
     job = leg.job
     prompt, _ = commitment.commit(asked_text(job), leg.prompt or [], job.nonce)
     nonce = leg.started.nonce or commitment.new_nonce()
@@ -134,7 +129,7 @@ def prove(leg: LegRecord, number: int, price: Price) -> tuple[Proof, commitment.
         output, opening = commitment.commit_output(text, leg.tokens, [leg.extras], nonce)
     proof = Proof(
         request_id=job.request_id,
-        leg=number,
+        leg=job.leg,
         choice=job.choice,
         prompt=job.prompt_number,
         node_id=leg.started.node_id,
@@ -166,20 +161,12 @@ def _is_mark(proof: Proof, mark: str | None) -> bool:
     return mark is not None and verify(proof.node_id, MARK_DOMAIN, text, bytes.fromhex(mark))
 
 
-def _numbered(account: RequestRecord) -> list[tuple[LegRecord, int]]:
-    """The legs that have a proof, with their numbers within a choice."""
-    return [(leg, number) for choice in account.choices for number, leg in enumerate(choice.served)]
-
-
-def _prompt(choice: ChoiceRecord, leg: LegRecord) -> tuple[str, commitment.Opening]:
-    return commitment.commit(asked_text(choice.job), leg.prompt or [], choice.job.nonce)
-
-
-def _routing(account: RequestRecord) -> dict[str, Any]:
+def _routing(record: RequestRecord) -> dict[str, Any]:
     """How the first leg found its node; of the others, where they went and why."""
-    routes = [leg.route for _, leg in account.served]
-    first = routes[0] or {"policy": "local", "chosen": account.served[0][1].started.node_id}
-    return {**first, "legs": [route for route in routes[1:] if route]} if any(routes[1:]) else first
+    first, *others = record.served
+    route = first.route or {"policy": "local", "chosen": first.started.node_id}
+    legs = [leg.route for leg in others if leg.route]
+    return {**route, "legs": legs} if legs else route
 
 
 def asked_text(job: Job) -> str:

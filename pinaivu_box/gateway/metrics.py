@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import GaugeMetricFamily, Metric
@@ -18,48 +19,31 @@ class Metrics:
 
     def __init__(self, placement: Placement) -> None:
         self.registry = CollectorRegistry()
-        self._requests = Counter(
-            "pinaivu_requests",
-            "Inference requests by model and HTTP status.",
-            ["model", "status"],
-            registry=self.registry,
+        counter = partial(Counter, registry=self.registry)
+        seconds = partial(Histogram, labelnames=["model"], buckets=_SECONDS, registry=self.registry)
+        self._requests = counter(
+            "pinaivu_requests", "Inference requests by model and HTTP status.", ["model", "status"]
         )
-        self._refusals = Counter(
-            "pinaivu_errors",
-            "Requests that were answered with an error, by its code.",
-            ["code"],
-            registry=self.registry,
+        self._refusals = counter(
+            "pinaivu_errors", "Requests that were answered with an error, by its code.", ["code"]
         )
-        self._tokens = Counter(
-            "pinaivu_tokens",
-            "Tokens by model and kind.",
-            ["model", "kind"],
-            registry=self.registry,
+        self._tokens = counter("pinaivu_tokens", "Tokens by model and kind.", ["model", "kind"])
+        self._ttft = seconds(
+            "pinaivu_time_to_first_token_seconds", "From the request's arrival to its first token."
         )
-        self._ttft = Histogram(
-            "pinaivu_time_to_first_token_seconds",
-            "From the request's arrival to its first token.",
-            ["model"],
-            buckets=_SECONDS,
-            registry=self.registry,
-        )
-        self._duration = Histogram(
-            "pinaivu_request_seconds",
-            "From the request's arrival to its receipt.",
-            ["model"],
-            buckets=_SECONDS,
-            registry=self.registry,
+        self._duration = seconds(
+            "pinaivu_request_seconds", "From the request's arrival to its receipt."
         )
         self.registry.register(_Engines(placement))
 
-    def observe(self, account: RequestRecord, status: int) -> None:
-        model = account.job.model.id
+    def observe(self, record: RequestRecord, status: int) -> None:
+        model = record.job.model.id
         self._requests.labels(model, status).inc()
-        self._tokens.labels(model, "prompt").inc(account.prompt_tokens)
-        self._tokens.labels(model, "completion").inc(account.completion_tokens)
-        self._duration.labels(model).observe(account.elapsed_ms() / 1000)
-        if account.ttft_ms is not None:
-            self._ttft.labels(model).observe(account.ttft_ms / 1000)
+        self._tokens.labels(model, "prompt").inc(record.prompt_tokens)
+        self._tokens.labels(model, "completion").inc(record.completion_tokens)
+        self._duration.labels(model).observe(record.elapsed_ms() / 1000)
+        if record.ttft_ms is not None:
+            self._ttft.labels(model).observe(record.ttft_ms / 1000)
 
     def refuse(self, code: str) -> None:
         self._refusals.labels(code).inc()

@@ -23,10 +23,10 @@ log = logging.getLogger("pinaivu.placement")
 
 Digest = Callable[[Model], Awaitable[str]]
 _RESERVE_BYTES = 256 * 1024 * 1024  # left to the rest of the machine
-_FIRST_BACKOFF, _LONGEST_BACKOFF = 1.0, 60.0  # seconds
-_WORTH_WAITING = 5.0  # seconds of backoff that a request waits out instead of being refused
-_LEAST_IDLE = 0.2  # seconds in which whoever had to wait for the request before takes its place
-_FORGIVEN_AFTER = 300.0  # seconds that an engine must have lived for its end to be no pattern
+_MIN_BACKOFF_SECONDS, _MAX_BACKOFF_SECONDS = 1.0, 60.0
+_MAX_WAIT_SECONDS = 5.0  # a request waits out a backoff of so long, and is refused for a longer one
+_MIN_IDLE_SECONDS = 0.2  # in which a request that waited for the last one takes its place
+_MIN_STABLE_SECONDS = 300.0  # an engine that ran so long had no part in the failures before it
 
 
 @dataclass
@@ -54,20 +54,20 @@ class Placement:
         return self._settings.config.engine
 
     @property
-    def longest(self) -> float:
-        """Seconds that a request may ask for a model to stay loaded."""
+    def max_keep_alive(self) -> float:
+        """Seconds for which a request may ask a model to stay loaded."""
         config = self._config
         return max(_duration(config.keep_alive), _duration(config.max_keep_alive))
 
     def reloaded(self) -> None:
-        """There are other settings: running engines take over idle time and shared prefixes, those
-        that start from now on the others."""
+        """Apply changed settings: idle times and shared prefixes to running engines, the others to
+        engines that start from now on."""
         for engine in self.engines:
             engine.name_prefixes(self._settings.current.shared_prefixes)
             self._unload_later(engine)
 
-    def forgive(self) -> None:
-        """Try again at once what could not be started: its file may be another one now."""
+    def forget_failures(self) -> None:
+        """Try models that could not be started again at once: their files may have changed."""
         self._failures.clear()
 
     @property
@@ -117,8 +117,9 @@ class Placement:
     def release(
         self, engine: EngineProcess, tenant: str = "", keep_alive: float | None = None
     ) -> None:
-        """`keep_alive` is for how many seconds the tenant wants it to stay loaded from now on, if
-        it says so.  Its last word counts, for itself: what others want stands beside it."""
+        """End a use.  `keep_alive` is for how many seconds from now the tenant wants the model to
+        stay loaded, None for the configured time.  It replaces what this tenant wanted before; the
+        model stays as long as any tenant wants it to."""
         engine.users -= 1
         engine.idle_since = time.monotonic()
         engine.uses[tenant] = engine.idle_since, keep_alive
@@ -136,7 +137,7 @@ class Placement:
     async def _start(self, model: Model) -> EngineProcess:
         failures = self._failures.setdefault(model.id, _Failures())
         wait = failures.until - time.monotonic()
-        if 0 < wait <= _WORTH_WAITING:
+        if 0 < wait <= _MAX_WAIT_SECONDS:
             await asyncio.sleep(wait)
         elif wait > 0:
             raise NoNodesAvailable(
@@ -209,8 +210,8 @@ class Placement:
         await engine.closed.wait()
         if self._engines.get(engine.model_id) is engine:  # else we stopped it ourselves
             del self._engines[engine.model_id]
-            log.error("the engine of %s died; last words:\n%s", engine.model_id, engine.last_words)
-            if time.monotonic() - engine.started_at > _FORGIVEN_AFTER:
+            log.error("the engine of %s died; it printed:\n%s", engine.model_id, engine.last_lines)
+            if time.monotonic() - engine.started_at > _MIN_STABLE_SECONDS:
                 self._failures.pop(engine.model_id, None)
             self._note_failure(engine.model_id, "it died", first_free=True)
 
@@ -218,9 +219,9 @@ class Placement:
         failures = self._failures.setdefault(model_id, _Failures())
         failures.count += 1
         failures.reason = reason
-        counted = failures.count - first_free
-        seconds = backoff.delay(counted, _FIRST_BACKOFF, _LONGEST_BACKOFF) if counted else 0.0
-        failures.until = time.monotonic() + seconds
+        failures.until = time.monotonic()
+        if counted := failures.count - first_free:
+            failures.until += backoff.delay(counted, _MIN_BACKOFF_SECONDS, _MAX_BACKOFF_SECONDS)
 
     def _unload_later(self, engine: EngineProcess) -> None:
         """Once no tenant wants it to stay any more, unless it is used again."""
@@ -228,13 +229,14 @@ class Placement:
             engine.unloading.cancel()
         if engine.users == 0 and (left := self._wanted(engine)) < math.inf:
             engine.unloading = asyncio.get_running_loop().call_later(
-                max(left, _LEAST_IDLE), lambda: self._tasks.spawn(self._unload_if_idle(engine))
+                max(left, _MIN_IDLE_SECONDS),
+                lambda: self._tasks.spawn(self._unload_if_idle(engine)),
             )
 
     def _wanted(self, engine: EngineProcess) -> float:
         """For how many seconds somebody still wants it to stay."""
         now, left = time.monotonic(), 0.0
-        usual, longest = _duration(self._config.keep_alive), self.longest
+        usual, longest = _duration(self._config.keep_alive), self.max_keep_alive
         for tenant, (since, keep_alive) in list(engine.uses.items()):
             keep = usual if keep_alive is None else min(keep_alive, longest)
             if since + keep <= now:

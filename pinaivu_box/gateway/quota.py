@@ -1,7 +1,7 @@
 """Quotas: what whoever pays for requests, a key or another box, may use, and what is in use.
 
 All that a request needs is checked and taken in one call without an await, so requests that come
-together see each other.  What is reserved counts at once, and is settled to what was really used
+together see each other.  What is reserved counts at once, and is corrected to what was really used
 when the request ends.  Pure, but for a clock.
 """
 
@@ -25,12 +25,24 @@ _CREDIT_RETRY_SECONDS = 30
 _MAX_QUOTAS = 10_000  # beyond these, the idle ones are forgotten and read from the store again
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Entry:
     """An amount in a window."""
 
+    window: Window
     at: float
     amount: int
+
+    @property
+    def counts(self) -> bool:
+        """Whether it is of the last minute."""
+        return self.at + MINUTE > self.window.now()
+
+    def correct(self, amount: int) -> None:
+        """Count `amount` instead of what was entered."""
+        if self.counts:
+            self.window.total += amount - self.amount
+            self.amount = amount
 
 
 class Window:
@@ -40,53 +52,38 @@ class Window:
     """
 
     def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
-        self._now = now
+        self.now = now
+        self.total = 0  # of the entries
         self._entries: deque[Entry] = deque()  # oldest first
-        self._total = 0
 
     @property
     def used(self) -> int:
-        while self._entries and not self._counts(self._entries[0]):
-            self._total -= self._entries.popleft().amount
-        return self._total
-
-    def _counts(self, entry: Entry) -> bool:
-        return entry.at + MINUTE > self._now()
+        while self._entries and not self._entries[0].counts:
+            self.total -= self._entries.popleft().amount
+        return self.total
 
     def enter(self, amount: int, *, age: float = 0.0) -> Entry:
-        """Count `amount`, as if it had come `age` seconds ago; returns its entry, for `correct`."""
-        entry = Entry(self._now() - age, amount)
+        """Count `amount`, as if it had come `age` seconds ago."""
+        entry = Entry(self, self.now() - age, amount)
         self._entries.append(entry)
-        self._total += amount
+        self.total += amount
         return entry
 
-    def correct(self, entry: Entry, amount: int) -> None:
-        """Count `amount` instead of what was entered."""
-        if self._counts(entry):
-            self._total += amount - entry.amount
-            entry.amount = amount
-
-    def wait(self, amount: int, limit: int, *, without: Entry | None = None) -> float:
-        """Seconds until `amount` more stay within the limit; infinite if they never do.
-
-        The entry `without` is not counted.
-        """
-        excess, now = self.used + amount - limit, self._now()
-        if without is not None and self._counts(without):
-            excess -= without.amount
+    def wait(self, amount: int, limit: int) -> float:
+        """Seconds until `amount` more stay within the limit; infinite if they never do."""
+        excess = self.used + amount - limit
+        if excess <= 0:
+            return 0.0
         for entry in self._entries:
+            excess -= entry.amount
             if excess <= 0:
-                break
-            if entry is not without:
-                excess -= entry.amount
-            if excess <= 0:
-                return min(entry.at + MINUTE - now, MINUTE)
-        return 0.0 if excess <= 0 else math.inf
+                return min(entry.at + MINUTE - self.now(), MINUTE)
+        return math.inf
 
     @property
     def empty_in(self) -> float:
         """Seconds until nothing is left in it."""
-        return max(0.0, self._entries[-1].at + MINUTE - self._now()) if self._entries else 0.0
+        return max(0.0, self._entries[-1].at + MINUTE - self.now()) if self._entries else 0.0
 
 
 @dataclass(frozen=True)
@@ -137,7 +134,7 @@ class Reservation:
     """What one request has taken of a quota.
 
     It may run once `turn` is set; `ahead` requests wait before it.  `period` is that of the budget,
-    and what the request costs is counted there.  Settle it in any case.
+    and what the request costs is counted there.  `end` it in any case.
     """
 
     quota: Quota
@@ -148,13 +145,9 @@ class Reservation:
     turn: asyncio.Event = field(default_factory=asyncio.Event)
     ahead: int = 0
 
-    def use(self, tokens: int) -> None:
-        """Count so many tokens instead of those that were reserved."""
-        self.quota.tokens.correct(self.tokens, tokens)
-
-    def settle(self, tokens: int, cost: int) -> None:
+    def end(self, tokens: int, cost: int) -> None:
         """The request has ended, and has used and cost so much."""
-        self.use(tokens)
+        self.tokens.correct(tokens)
         self.quota.end(self, cost)
 
 
@@ -182,7 +175,7 @@ class Quota:
         self.requests = Window(now)
         self.tokens = Window(now)
         self.running = 0
-        self.settled = 0  # requests that have ended since this quota was read
+        self.ended = 0  # requests, since this quota was read
         self._wall = wall
         self._spending = {begin: Spending(units) for begin, units in (spent or {0: 0}).items()}
         self._max_parallel: int | None = None  # as it was last seen
@@ -267,7 +260,7 @@ class Quota:
         """
         self.check(limits, tokens=tokens, cost=cost, explicit=explicit, counted=counted)
         if counted is not None:
-            self.requests.correct(counted, 0)
+            counted.correct(0)
         self.requests.enter(1)
         period, _ = self._period(limits)
         spending = self._charged(period)
@@ -294,12 +287,15 @@ class Quota:
             self.running -= 1
         else:
             self._waiting.remove(reservation)
-        self.settled += 1
+        self.ended += 1
         self._let_run()
+
+    def _has_place(self) -> bool:
+        return self._max_parallel is None or self.running < self._max_parallel
 
     def _let_run(self) -> None:
         """Those that wait and have a place now, in the order in which they came."""
-        while self._waiting and (self._max_parallel is None or self.running < self._max_parallel):
+        while self._waiting and self._has_place():
             self.running += 1
             self._waiting.popleft().turn.set()
 
@@ -308,7 +304,8 @@ class Quota:
     def _check_requests(self, limits: Limits, counted: Entry | None) -> None:
         """A request that is counted is not in its own way."""
         if limits.rpm is not None:
-            wait = self.requests.wait(1, limits.rpm, without=counted)
+            more = 0 if counted is not None and counted.counts else 1
+            wait = self.requests.wait(more, limits.rpm)
             refuse_until(
                 wait, f"{limits.principal} may make {limits.rpm} requests per minute (rpm)"
             )
@@ -326,18 +323,12 @@ class Quota:
         refuse_until(wait, f"{limits.principal} may use {limits.tpm} tokens per minute ({size})")
 
     def _check_places(self, limits: Limits) -> None:
-        max_parallel = limits.max_parallel
-        if (
-            max_parallel is None
-            or self.running < max_parallel
-            or len(self._waiting) < limits.max_queue
-        ):
-            return
-        queue = f" and {limits.max_queue} that wait (max_queue)" if limits.max_queue else ""
-        raise RateLimited(
-            f"{limits.principal} may have {max_parallel} requests at a time (max_parallel){queue}: "
-            "try again when one has ended."
-        )
+        if not self._has_place() and len(self._waiting) >= limits.max_queue:
+            queue = f" and {limits.max_queue} that wait (max_queue)" if limits.max_queue else ""
+            raise RateLimited(
+                f"{limits.principal} may have {limits.max_parallel} requests at a time "
+                f"(max_parallel){queue}: try again when one has ended."
+            )
 
     def _check_money(self, limits: Limits, cost: int, *, explicit: bool) -> None:
         if limits.budget is not None:

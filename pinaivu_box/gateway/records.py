@@ -11,9 +11,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pinaivu_box.amount import Prices
-from pinaivu_box.gateway.backend import Job, Prompt, Proved, Started
+from pinaivu_box.engine.messages import Output, Prompt
+from pinaivu_box.gateway.backend import Job, Proved, Started
 from pinaivu_box.gateway.logprob_records import records
-from pinaivu_box.gateway.output import Output
 from pinaivu_box.receipts.commitment import Extras
 
 ENGINE_LOST = "engine_lost"  # finish reason of a leg whose engine died
@@ -61,7 +61,7 @@ class LegRecord:
         if isinstance(event, Prompt):
             self.prompt = event.tokens
             return
-        self.duration_ms = self._elapsed_ms()
+        self.duration_ms = round((time.monotonic() - self.began) * 1000)
         if event.tokens:
             self.tokens += event.tokens
             if self.ttft_ms is None:
@@ -77,7 +77,7 @@ class LegRecord:
             self._take_extras(event)
 
     def _take_extras(self, event: Output) -> None:
-        logprob_records = records(self.job, event.logprobs, self.job.scored + self.logprobs)
+        logprob_records = records(self.job, event.logprobs, self.logprobs)
         self.logprobs += len(event.logprobs)
         self.extras.add(logprob_records, event.vectors)
         if self.choice_extras is not self.extras:
@@ -89,9 +89,6 @@ class LegRecord:
         if self.ttft_ms is None or len(self.tokens) < 2 or self.duration_ms <= self.ttft_ms:
             return None
         return (len(self.tokens) - 1) * 1000 / (self.duration_ms - self.ttft_ms)
-
-    def _elapsed_ms(self) -> int:
-        return round((time.monotonic() - self.began) * 1000)
 
 
 @dataclass
@@ -129,9 +126,9 @@ class ChoiceRecord:
         return replace(
             job,
             output=self.tokens,
-            settled=first.started.sampling,
+            drawn_with=first.started.sampling,
             digest=first.started.model_digest,
-            read=job.read if job.inputs is not None else first.prompt,
+            prompt_tokens=job.prompt_tokens if job.inputs is not None else first.prompt,
             unsaid=self.unsaid,
             thinking=self.thinking or job.thinking,
         )
@@ -173,29 +170,25 @@ class ChoiceRecord:
 
 @dataclass
 class RequestRecord:
-    """Of one request, from its arrival to its receipt; `jobs` has one for each of its choices.
+    """Of one request, from its arrival to its receipt.
 
     `period`: when the period of the key's budget began (see `store.keys.charge`).
     """
 
-    jobs: list[Job]
+    choices: list[ChoiceRecord]
     key_id: str
     prices: Prices
     period: int = 0
-    cost: int = 0  # 10^-9 of the currency, once it is settled
+    cost: int = 0  # 10^-9 of the currency, once there is a receipt
     created: float = field(default_factory=time.time)  # Unix seconds
     began: float = field(default_factory=time.monotonic)
     queue_ms: int | None = None
     ttft_ms: int | None = None
-    total_ms: int = 0
-
-    def __post_init__(self) -> None:
-        self.choices = [ChoiceRecord(job) for job in self.jobs]
 
     @property
     def job(self) -> Job:
         """The first; request id, model and tenant are the same for all."""
-        return self.jobs[0]
+        return self.choices[0].job
 
     def take(self, output: Output) -> None:
         """Record when the first choice was begun, and when the first token came."""
@@ -205,33 +198,33 @@ class RequestRecord:
             self.ttft_ms = self.elapsed_ms()
 
     @property
-    def served(self) -> list[tuple[ChoiceRecord, LegRecord]]:
+    def served(self) -> list[LegRecord]:
         """The legs that have a proof, in the order of the proofs."""
-        return [(choice, leg) for choice in self.choices for leg in choice.served]
+        return [leg for choice in self.choices for leg in choice.served]
 
     @property
-    def prompts(self) -> list[tuple[ChoiceRecord, LegRecord]]:
+    def prompts(self) -> list[LegRecord]:
         """The first leg of each prompt: choices share it, and pay for it once."""
-        first: dict[int, tuple[ChoiceRecord, LegRecord]] = {}
-        for choice, leg in self.served:
-            first.setdefault(choice.job.prompt_number, (choice, leg))
+        first: dict[int, LegRecord] = {}
+        for leg in self.served:
+            first.setdefault(leg.job.prompt_number, leg)
         return [first[number] for number in sorted(first)]
 
     @property
     def prompt_tokens(self) -> int:
-        return sum(len(leg.prompt or ()) for _, leg in self.prompts)
+        return sum(len(leg.prompt or ()) for leg in self.prompts)
 
     @property
     def cached_tokens(self) -> int:
-        return sum(leg.cached_tokens for _, leg in self.prompts)
+        return sum(leg.cached_tokens for leg in self.prompts)
 
     @property
     def shifted_tokens(self) -> int:
-        return sum(leg.shifted_tokens for _, leg in self.served)
+        return sum(leg.shifted_tokens for leg in self.served)
 
     @property
     def completion_tokens(self) -> int:
-        return sum(len(leg.tokens) for _, leg in self.served)
+        return sum(len(leg.tokens) for leg in self.served)
 
     def elapsed_ms(self) -> int:
         return round((time.monotonic() - self.began) * 1000)

@@ -11,6 +11,10 @@ from pinaivu_box.store.times import now_ms
 
 _HOUR_MS = 3_600_000
 _FLUSH_SECONDS = 1.0
+_ADD = (
+    "INSERT INTO refusals (key_id, since, model, code, count) VALUES (?, ?, ?, ?, ?)"
+    " ON CONFLICT DO UPDATE SET count = count + excluded.count"
+)
 
 
 class Refusals:
@@ -32,17 +36,7 @@ class Refusals:
     async def flush(self) -> None:
         counts, self._counts = self._counts, Counter()
         if counts:
-            await self._database.write(
-                *(
-                    (
-                        "INSERT INTO refusals (key_id, since, model, code, count)"
-                        " VALUES (?, ?, ?, ?, ?)"
-                        " ON CONFLICT DO UPDATE SET count = count + excluded.count",
-                        (*key, count),
-                    )
-                    for key, count in counts.items()
-                )
-            )
+            await self._database.write(*((_ADD, (*key, n)) for key, n in counts.items()))
 
     async def _flush_later(self) -> None:
         await asyncio.sleep(_FLUSH_SECONDS)

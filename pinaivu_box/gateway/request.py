@@ -14,15 +14,16 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
+from pinaivu_box.engine.messages import Output, Prompt
 from pinaivu_box.errors import ApiError, InternalError, TooLate
 from pinaivu_box.gateway.admission import AdmittedRequest
-from pinaivu_box.gateway.backend import Event, Prompt, stopped
+from pinaivu_box.gateway.backend import Event, stopped
 from pinaivu_box.gateway.mailbox import Mailbox
 from pinaivu_box.gateway.metering import Meter
 from pinaivu_box.gateway.metrics import Metrics
-from pinaivu_box.gateway.output import Output
 from pinaivu_box.gateway.records import ChoiceRecord, RequestRecord
 from pinaivu_box.settings import LiveSettings
 
@@ -92,19 +93,15 @@ class Request:
 
     def __init__(self, admitted: AdmittedRequest, runner: ChoiceRunner, meter: Meter) -> None:
         reservation = admitted.reservation
-        self.account = RequestRecord(
-            admitted.jobs, admitted.key.id, admitted.prices, reservation.period
-        )
+        choices = [ChoiceRecord(job) for job in admitted.jobs]
+        self.record = RequestRecord(choices, admitted.key.id, admitted.prices, reservation.period)
         self.events: Mailbox[RequestEvent] = Mailbox()
         self.cancelled = False
         self.status = 0  # HTTP's, set when it ends
         self._reservation, self._meter = reservation, meter
         self._refused: ApiError | None = None
         self._wake = asyncio.Event()
-        self._runs = [self._run_of(choice, runner) for choice in self.account.choices]
-
-    def _run_of(self, choice: ChoiceRecord, runner: ChoiceRunner) -> ChoiceRun:
-        return runner.start(choice, lambda event: self._take(choice, event))
+        self._runs = [runner.start(choice, partial(self._take, choice)) for choice in choices]
 
     def cancel(self) -> None:
         """The client is gone: stop within a step, and write the receipt of what was made."""
@@ -122,30 +119,29 @@ class Request:
 
     def refuse_if_late(self, error: ApiError) -> None:
         """Unless it has begun to answer."""
-        if self.account.ttft_ms is None:
+        if self.record.ttft_ms is None:
             self.refuse(error)
 
     async def run(self) -> RequestEvent:
         """Returns the last event, which has also been put into `events`."""
-        last: RequestEvent
+        record = self.record
+        last: Finished | Failed
         try:
             await self._wait_for_turn()
-            last = await self._serve_and_settle()
+            last = await self._serve()
         except ApiError as error:
-            await self._settle_failure()
+            await self._record_failure()
             last = Failed(error)
         except Exception:
-            log.exception("request %s failed", self.account.job.request_id)
+            log.exception("request %s failed", record.job.request_id)
             last = Failed(InternalError("The box failed on this request; its log says why."))
         finally:
-            account = self.account
-            tokens = account.prompt_tokens + account.completion_tokens
-            self._reservation.settle(tokens, account.cost)
+            self._reservation.end(record.prompt_tokens + record.completion_tokens, record.cost)
         if self._refused is not None:
             last = Failed(self._refused)
         self._say(last)
         self.status = _status(last, left=self.cancelled and self._refused is None)
-        _log(self.account, self.status)
+        _log(record, self.status)
         return last
 
     async def _wait_for_turn(self) -> None:
@@ -160,22 +156,22 @@ class Request:
         if self.cancelled:
             raise stopped()
 
-    async def _serve_and_settle(self) -> RequestEvent:
-        account = self.account
-        finish_reason = await (self._run_all() if len(self._runs) > 1 else self._runs[0].run())
-        if not account.served:
+    async def _serve(self) -> Finished:
+        record = self.record
+        finish_reason = await self._run_choices()
+        if not record.served:
             raise stopped()
-        await self._meter.settle(account, finish_reason)
+        await self._meter.record(record, finish_reason)
         return Finished(
             finish_reason,
-            account.prompt_tokens,
-            account.completion_tokens,
-            account.cached_tokens,
-            account.shifted_tokens,
+            record.prompt_tokens,
+            record.completion_tokens,
+            record.cached_tokens,
+            record.shifted_tokens,
         )
 
-    async def _run_all(self) -> str:
-        """All choices side by side; if one fails, all do."""
+    async def _run_choices(self) -> str:
+        """Side by side; if one fails, all do."""
         tasks = [asyncio.create_task(run.run()) for run in self._runs]
         try:
             reasons = await asyncio.gather(*tasks)
@@ -189,7 +185,7 @@ class Request:
     def _take(self, choice: ChoiceRecord, event: Event) -> None:
         """An event of one of its legs."""
         if isinstance(event, Output):
-            self.account.take(event)
+            self.record.take(event)
             self._say(event)
         elif isinstance(event, Prompt) and len(choice.served) == 1:
             self._say(_started(choice, event))
@@ -199,13 +195,13 @@ class Request:
         if self._refused is None:
             self.events.put(event)
 
-    async def _settle_failure(self) -> None:
+    async def _record_failure(self) -> None:
         """Tokens that were made and sent are accounted for, even if the rest never came."""
-        if self.account.completion_tokens:
+        if self.record.completion_tokens:
             try:
-                await self._meter.settle(self.account, "cancelled" if self.cancelled else "error")
+                await self._meter.record(self.record, "cancelled" if self.cancelled else "error")
             except Exception:
-                log.exception("request %s: receipt not written", self.account.job.request_id)
+                log.exception("request %s: receipt not written", self.record.job.request_id)
 
 
 def _started(choice: ChoiceRecord, prompt: Prompt) -> ChoiceStarted:
@@ -230,22 +226,22 @@ def _status(last: RequestEvent, *, left: bool) -> int:
     return 499 if isinstance(last, Finished) and last.finish_reason == "cancelled" else 200
 
 
-def _log(account: RequestRecord, status: int) -> None:
+def _log(record: RequestRecord, status: int) -> None:
     log.info(
         "request",
         extra={
             "fields": {
-                "request_id": account.job.request_id,
-                "key": account.key_id,
-                "model": account.job.model.id,
+                "request_id": record.job.request_id,
+                "key": record.key_id,
+                "model": record.job.model.id,
                 "status": status,
-                "prompt_tokens": account.prompt_tokens,
-                "cached_tokens": account.cached_tokens,
-                "completion_tokens": account.completion_tokens,
-                "legs": len(account.served),
-                "queue_ms": account.queue_ms,
-                "ttft_ms": account.ttft_ms,
-                "total_ms": account.elapsed_ms(),
+                "prompt_tokens": record.prompt_tokens,
+                "cached_tokens": record.cached_tokens,
+                "completion_tokens": record.completion_tokens,
+                "legs": len(record.served),
+                "queue_ms": record.queue_ms,
+                "ttft_ms": record.ttft_ms,
+                "total_ms": record.elapsed_ms(),
             }
         },
     )
@@ -261,26 +257,17 @@ def too_late(wait: float, timeout: float) -> TooLate:
 
 
 class RunningRequests:
-    """All requests of this box that are not finished."""
+    """All requests of this box that are not finished; a box with peers replaces `runner`."""
 
     def __init__(
-        self,
-        runner: ChoiceRunner,
-        meter: Meter,
-        metrics: Metrics,
-        settings: LiveSettings,
+        self, runner: ChoiceRunner, meter: Meter, metrics: Metrics, settings: LiveSettings
     ) -> None:
-        self._settings = settings
-        self._elsewhere: Callable[[str], bool] = lambda _: False
-        self._runner, self._meter, self._metrics = runner, meter, metrics
+        self.runner = runner
+        self._meter, self._metrics, self._settings = meter, metrics, settings
         self._running: dict[asyncio.Task[RequestEvent], Request] = {}
         self._stopped: dict[str, tuple[float, ApiError]] = {}
         self._by_model: Counter[str] = Counter()
         self._service: dict[str, float] = {}  # seconds that a model's request runs, on average
-
-    def use(self, runner: ChoiceRunner, elsewhere: Callable[[str], bool]) -> None:
-        """Run legs with that runner from now on; `elsewhere` tells whether peers have a model."""
-        self._runner, self._elsewhere = runner, elsewhere
 
     @property
     def count(self) -> int:
@@ -301,14 +288,14 @@ class RunningRequests:
         key was stopped with if that was after `since` (monotonic), when the request came."""
         when, error = self._stopped.get(admitted.key.id, (-math.inf, None))
         if error is not None and when >= since:
-            admitted.reservation.settle(0, 0)
+            admitted.reservation.end(0, 0)
             raise error
         model_id, count = admitted.jobs[0].model.id, len(admitted.jobs)
         wait = waited + self._expected_wait(admitted)
         if timeout is not None and wait > timeout:
-            admitted.reservation.settle(0, 0)
+            admitted.reservation.end(0, 0)
             raise too_late(wait, timeout)
-        request = Request(admitted, self._runner, self._meter)
+        request = Request(admitted, self.runner, self._meter)
         task = asyncio.create_task(request.run())
         if timeout is not None:
             late = too_late(max(wait, timeout), timeout)
@@ -324,7 +311,7 @@ class RunningRequests:
         """Refuse what runs for a key, and what has come and is not admitted yet; how many run."""
         self._stopped[key_id] = time.monotonic(), error
         requests = [
-            request for request in self._running.values() if request.account.key_id == key_id
+            request for request in self._running.values() if request.record.key_id == key_id
         ]
         for request in requests:
             request.refuse(error)
@@ -336,21 +323,20 @@ class RunningRequests:
         seconds = self._service.get(model_id, 0.0)
         sequences = self._settings.config.engine.max_sequences  # that run at a time
         before = self._by_model[model_id] + len(admitted.jobs) - sequences
-        if self._elsewhere(model_id):
-            before = 0
-        wait = max(0, before) * seconds / sequences
+        wait = 0.0 if admitted.elsewhere else max(0, before) * seconds / sequences
         ahead, places = admitted.reservation.ahead, admitted.key.policy.max_parallel or 1
         return max(wait, ahead * seconds / places)
 
     def _end(self, task: asyncio.Task[RequestEvent]) -> None:
         request = self._running.pop(task)
-        jobs, model_id = request.account.jobs, request.account.job.model.id
-        self._by_model[model_id] -= len(jobs)
-        if request.account.queue_ms is not None:
-            ran = (request.account.elapsed_ms() - request.account.queue_ms) / 1000
+        record = request.record
+        model_id = record.job.model.id
+        self._by_model[model_id] -= len(record.choices)
+        if record.queue_ms is not None:
+            ran = (record.elapsed_ms() - record.queue_ms) / 1000
             before = self._service.get(model_id, ran)
             self._service[model_id] = before + (ran - before) * _NEWEST
-        self._metrics.observe(request.account, request.status)
+        self._metrics.observe(record, request.status)
 
     async def drained(self) -> None:
         """Wait until none is left."""

@@ -5,7 +5,7 @@ find out by guessing what others' prompts say.  Hence an account shares with nob
 `local-only` key shares with itself alone, so that nothing of it shows elsewhere.  What a peer asks
 is apart from all that is asked here, and from what other peers ask.
 
-What accounts share all the same are the texts that the operator has named.  That somebody asked
+What accounts share all the same are the operator's `[engine] shared_prefixes`.  That somebody asked
 with one of them lately can be seen then, by who knows the whole text: so neither `local-only` keys
 nor peers share those.
 """

@@ -11,7 +11,7 @@ How often a box sends adverts depends on the size of the network: every box rece
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator
+from collections.abc import Container
 from typing import Annotated, Any, NamedTuple
 
 from msgspec import Meta, Struct
@@ -154,7 +154,7 @@ def read(record: Record) -> Advert | GoneReport:
 def record_id(record: Record, content: Advert | GoneReport) -> bytes:
     """Return 8 bytes; all reports that a box is gone have the same id."""
     if isinstance(content, GoneReport):
-        return gone_id(content.node, content.serial)
+        return truncated_hash(b"gone\n", content.node, content.serial.to_bytes(8, "big"), size=8)
     return truncated_hash(b"advert\n", record.body, size=8)
 
 
@@ -163,16 +163,9 @@ def signer_of(content: Advert | GoneReport) -> str:
     return node_of(content.reporter if isinstance(content, GoneReport) else content.node)
 
 
-def gone_id(node: bytes, serial: int) -> bytes:
-    """Return the id of the reports that the box with that last advert is gone."""
-    return truncated_hash(b"gone\n", node, serial.to_bytes(8, "big"), size=8)
-
-
 def period(members: int) -> float:
     """Return the seconds between two adverts of a box in a network of so many members."""
-    return min(
-        max(MIN_PERIOD_SECONDS, members / ADVERTS_PER_SECOND), MAX_LIFE_SECONDS / PERIODS_PER_LIFE
-    )
+    return min(max(MIN_PERIOD_SECONDS, members / ADVERTS_PER_SECOND), _MAX_PERIOD_SECONDS)
 
 
 def min_gap(members: int) -> float:
@@ -203,14 +196,13 @@ class TokenBucket:
 
 
 class HeldAdvert(NamedTuple):
-    """`sent_at` and `expires_at` on our monotonic clock, in seconds.  `clock_difference_ms`: about
-    their clock minus ours; it is shown, and decides nothing."""
+    """`sent_at` and `expires_at` on our monotonic clock, in seconds."""
 
     advert: Advert
+    record: Record
     id: bytes
     sent_at: float
     expires_at: float
-    clock_difference_ms: int
 
 
 class Adverts:
@@ -220,37 +212,34 @@ class Adverts:
     """
 
     def __init__(self) -> None:
-        self._adverts: dict[str, HeldAdvert] = {}
+        self._newest: dict[str, HeldAdvert] = {}  # of each member, also when it has expired
+        self._adverts: dict[str, HeldAdvert] = {}  # those of them that are announced
         self._senders_xor = 0  # the beginnings of their keys, combined
-        self._serials: dict[str, int] = {}
-        self._newest: dict[str, tuple[Record, float]] = {}
         self._gone: dict[str, bytes] = {}  # ids of the reports
         self._records: dict[bytes, tuple[Record, float]] = {}
         self._advert_limits: dict[str, TokenBucket] = {}
         self._report_limits: dict[str, TokenBucket] = {}
 
     def accept(
-        self, advert: Advert, record: Record, age: float, now: float, wall_ms: int, members: int
+        self, advert: Advert, record: Record, age: float, now: float, members: int
     ) -> str | None:
         """Keep an advert that was `age` seconds old when it came; returns why not, or None if it is
         kept."""
         node = advert.node_id
-        if advert.serial <= self._serials.get(node, -1):
+        newest = self._newest.get(node)
+        if newest is not None and advert.serial <= newest.advert.serial:
             return "older than the newest one"
         if age >= advert.life:
             return "expired"
         bucket = self._advert_limits.setdefault(node, TokenBucket(_ADVERT_BURST))
         if not bucket.take(2 / min_gap(members), now):
             return "more adverts than a member may send"
-        sent = now - age
-        difference = advert.at - (wall_ms - round(age * 1000))
         self._drop(node)
-        key = record_id(record, advert)
-        self._serials[node] = advert.serial
-        self._newest[node] = (record, sent)
-        self._adverts[node] = HeldAdvert(advert, key, sent, sent + advert.life, difference)
+        sent_at = now - age
+        held = HeldAdvert(advert, record, record_id(record, advert), sent_at, sent_at + advert.life)
+        self._newest[node] = self._adverts[node] = held
         self._senders_xor ^= int.from_bytes(advert.node[:16])
-        self._records[key] = (record, sent)
+        self._records[held.id] = (record, sent_at)
         return None
 
     def report(self, gone: GoneReport, record: Record, now: float) -> str | None:
@@ -268,20 +257,14 @@ class Adverts:
         self._records[key] = (record, now)
         return None
 
-    def fresh(self, now: float) -> Iterator[HeldAdvert]:
-        """Return the adverts that have not expired."""
-        return (entry for entry in self._adverts.values() if entry.expires_at > now)
-
     def get(self, node_id: str) -> HeldAdvert | None:
         """Return the newest advert of a box, which may have expired; None if there is none."""
         return self._adverts.get(node_id)
 
-    def newer(self, advert: Advert) -> tuple[Record, float] | None:
-        """Return a newer advert of the same box, which may have expired, and when it was sent, on
-        our clock; None if there is none."""
-        if advert.serial >= self._serials.get(advert.node_id, -1):
-            return None
-        return self._newest[advert.node_id]
+    def newer(self, advert: Advert) -> HeldAdvert | None:
+        """Return a newer advert of the same box, which may have expired; None if there is none."""
+        newest = self._newest.get(advert.node_id)
+        return newest if newest is not None and advert.serial < newest.advert.serial else None
 
     def gone(self, node_id: str) -> bool:
         """Whether the box was reported gone since its last advert."""
@@ -301,9 +284,7 @@ class Adverts:
 
     def forget(self, now: float, members: Container[str]) -> list[bytes]:
         """Drop what has expired and what is not of members; returns the ids of what was dropped."""
-        kinds: tuple[dict[str, Any], ...] = (
-            self._serials, self._newest, self._advert_limits, self._report_limits
-        )  # fmt: skip
+        kinds: tuple[dict[str, Any], ...] = self._newest, self._advert_limits, self._report_limits
         for by_node in kinds:
             for node in [node for node in by_node if node not in members]:
                 del by_node[node]

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from collections.abc import Callable
 
 from pinaivu_box.errors import LinkLost
-from pinaivu_box.transport.transport import Stream
-from pinaivu_box.transport.wire import Code
+from pinaivu_box.transport.link import Stream
 
 MAX_QUEUED_BYTES = 8_000_000  # about a whole roster, and the adverts of a thousand boxes
 SEND_SECONDS = 30.0  # for one frame
@@ -20,25 +18,22 @@ class GossipChannel:
 
     def __init__(self, stream: Stream) -> None:
         self._stream = stream
-        self._queue: deque[bytes] = deque()
+        self._queue: asyncio.Queue[bytes] = asyncio.Queue()
         self._queued_bytes = 0
-        self._not_empty, self._empty = asyncio.Event(), asyncio.Event()
-        self._empty.set()
 
     def send(self, frame: bytes) -> bool:
         """Queue a frame; returns False if so much is queued that the peer cannot be reading."""
-        self._queue.append(frame)
+        self._queue.put_nowait(frame)
         self._queued_bytes += len(frame)
-        self._not_empty.set()
-        self._empty.clear()
         return self._queued_bytes <= MAX_QUEUED_BYTES
 
     async def flush(self) -> None:
         """Wait until every queued frame is on its way."""
-        await self._empty.wait()
+        await self._queue.join()
 
-    async def run(self, on_frame: Callable[[bytes], None]) -> LinkLost:
-        """Send and receive until one side ends it; returns why.  Raises what `on_frame` raises."""
+    async def run(self, on_frame: Callable[[bytes], None]) -> str:
+        """Send and receive until one side ends it; returns why, for the peer's operator.  Raises
+        what `on_frame` raises."""
         tasks = [
             asyncio.create_task(self._send_queued()),
             asyncio.create_task(self._receive_all(on_frame)),
@@ -51,22 +46,20 @@ class GossipChannel:
             await asyncio.gather(*tasks, return_exceptions=True)
         error = first.exception()
         if isinstance(error, TimeoutError):
-            return LinkLost("The peer does not read.", code=Code.PROTOCOL, reason=NOT_READING)
+            return NOT_READING
         if isinstance(error, LinkLost):
-            return error
+            return error.reason or "the gossip has ended"
         if error is not None:
             raise error
-        return LinkLost("The peer ended the gossip.", code=Code.PROTOCOL, reason="no more gossip")
+        return "no more gossip"
 
     async def _send_queued(self) -> None:
         while True:
-            while not self._queue:
-                self._empty.set()
-                self._not_empty.clear()
-                await self._not_empty.wait()
+            frame = await self._queue.get()
             async with asyncio.timeout(SEND_SECONDS):
-                await self._stream.send(self._queue[0])
-            self._queued_bytes -= len(self._queue.popleft())
+                await self._stream.send(frame)
+            self._queued_bytes -= len(frame)
+            self._queue.task_done()
 
     async def _receive_all(self, on_frame: Callable[[bytes], None]) -> None:
         while (frame := await self._stream.receive()) is not None:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple
 
 from pinaivu_box.bounded import BoundedDict
+from pinaivu_box.changes import Changes
 from pinaivu_box.gossip.adverts import ModelLoad, Offer, TokenBucket
 from pinaivu_box.gossip.frames import MAX_LOADS, LoadQuery, LoadReport, LoadUpdate
 from pinaivu_box.membership.records import key_of, node_of
@@ -31,11 +32,10 @@ class ReportedLoad(NamedTuple):
 
 
 class Loads:
-    """What this box knows of the load of others; `on_report` is called when a neighbour has
-    answered a query."""
+    """What this box knows of the load of others; `reports` are the answers of neighbours."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
-        self.on_report: Callable[[], None] = lambda: None
+        self.reports = Changes()
         self._clock = clock
         self._own: dict[str, ModelLoad] = {}
         self._updates = TokenBucket(_UPDATE_BURST)
@@ -101,7 +101,7 @@ class Loads:
             self._unanswered[frame.model].discard(peer)
             for key, load in frame.boxes:
                 self._others.setdefault(node_of(key), {})[frame.model] = ReportedLoad(load, now)
-            self.on_report()
+            self.reports.notify()
         return None
 
     def _answer(self, peer: str, model: str) -> LoadReport:

@@ -15,8 +15,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Container, Iterable
+from dataclasses import dataclass, field
 from random import Random
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from msgspec.structs import asdict
 
@@ -71,14 +72,13 @@ class Effects(Protocol):
         """The roster has new records, which should be stored."""
 
 
+@dataclass(slots=True)
 class _PendingRecord:
     """A record that `peer` was asked for; `others` have offered it as well."""
 
-    __slots__ = ("deadline", "others", "peer")
-
-    def __init__(self, peer: str, deadline: float) -> None:
-        self.peer, self.deadline = peer, deadline
-        self.others: list[str] = []
+    peer: str
+    deadline: float
+    others: list[str] = field(default_factory=list)
 
 
 class RecordRequests:
@@ -127,7 +127,7 @@ class RecordRequests:
 
 class _GossipLink:
     """`accepted`: the peer is a member; `accepted_by_peer`: it takes this box for one.
-    `early_digest` came before it was accepted.  `announce`: ids that it is to be told."""
+    `early_digest` came before it was accepted.  `announce`: ids to announce to it."""
 
     def __init__(self, now: float) -> None:
         self.opened_at = now
@@ -135,13 +135,6 @@ class _GossipLink:
         self.early_digest: RosterDigest | None = None
         self.announce: dict[bytes, None] = {}
         self.limit = TokenBucket(_LINK_BURST_BYTES)
-
-
-class RecordReaders(NamedTuple):
-    """How records are read and checked; the simulation caches that."""
-
-    member: Callable[[Record], membership_records.RosterContent] = membership_records.read
-    news: Callable[[Record], Advert | GoneReport] = adverts.read
 
 
 class Gossip:
@@ -157,7 +150,6 @@ class Gossip:
         clock: Callable[[], float],
         wall: Callable[[], float],
         random: Random,
-        readers: RecordReaders = RecordReaders(),  # noqa: B008, it cannot change
     ) -> None:
         self.me = identity.node_id
         self.roster = roster
@@ -165,7 +157,7 @@ class Gossip:
         self.loads = Loads(clock)
         self.links: dict[str, _GossipLink] = {}
         self.facts: Facts | None = None
-        self._identity, self._effects, self._readers = identity, effects, readers
+        self._identity, self._effects = identity, effects
         self._clock, self._wall, self._random = clock, wall, random
         self._requests = RecordRequests()
         self._rejected: BoundedDict[bytes, None] = BoundedDict(_MAX_REJECTED_IDS)
@@ -182,7 +174,7 @@ class Gossip:
         """There is a link; the handshake has proven to whom."""
         self.links[peer] = _GossipLink(self._clock())
         self._lost_links.pop(peer, None)
-        self._give([peer], [GivenRecord(record) for record in self.roster.proof(self.me)])
+        self._give([peer], map(GivenRecord, self.roster.proof(self.me)))
         if peer in self.roster.members():
             self._accept(peer)
 
@@ -228,13 +220,12 @@ class Gossip:
         """Whether a peer is linked and takes this box for a member."""
         return peer in self.links and self.links[peer].accepted_by_peer
 
-    def admit(self, records: Iterable[Record]) -> None:
-        """Keep records of the roster that came another way, and send the new ones to the links."""
-        self._admit("", list(records))
-
-    def spread(self, records: Iterable[Record]) -> None:
-        """Send records to the links that this box has just signed and admitted."""
-        self._spread("", list(records))
+    def spread(self, records: Iterable[Record], source: str = "") -> None:
+        """Send records that are new in the roster to the links, except to their source."""
+        others = [peer for peer in self._accepted_peers() if peer != source]
+        self._give(others, map(GivenRecord, records))
+        self._check_links()
+        self._effects.roster_changed()
 
     def tick(self) -> None:
         """Do what is due by time: adverts, reports, announcements, retries, comparisons."""
@@ -297,17 +288,11 @@ class Gossip:
             self._send(peer, HaveRecords(news=b"".join(keys[start : start + MAX_IDS])))
 
     def _admit(self, peer: str, records: list[Record]) -> None:
-        update = self.roster.admit(records, self._readers.member)
+        update = self.roster.admit(records)
         if update.new:
-            self._spread(peer, update.new)
-        for _, why in update.forged:
+            self.spread(update.new, peer)
+        for why in update.forged:
             raise Invalid(why)
-
-    def _spread(self, peer: str, new: list[Record]) -> None:
-        others = [other for other in self._accepted_peers() if other != peer]
-        self._give(others, [GivenRecord(record) for record in new])
-        self._check_links()
-        self._effects.roster_changed()
 
     def _check_links(self) -> None:
         members = self.roster.members()
@@ -356,7 +341,7 @@ class Gossip:
         facts: dict[str, Any] = asdict(self.facts)
         advert = Advert(network, key, self._serial, wall_ms, life, **facts)
         record = seal(self._identity, "advert", advert)
-        self.adverts.accept(advert, record, 0.0, now, wall_ms, members)
+        self.adverts.accept(advert, record, 0.0, now, members)
         self._give_all(GivenRecord(record))
 
     def _report_lost(self, now: float) -> None:
@@ -388,7 +373,7 @@ class Gossip:
                 self._receive_news(peer, given_record)
 
     def _receive_news(self, peer: str, given_record: GivenRecord) -> None:
-        content = self._readers.news(given_record.record)
+        content = adverts.read(given_record.record)
         if content.network != self.roster.network_key:
             raise Invalid("a record of another network")
         key = adverts.record_id(given_record.record, content)
@@ -409,9 +394,7 @@ class Gossip:
         if not isinstance(content, Advert) or content.node_id != peer:
             return
         if (newer := self.adverts.newer(content)) is not None:
-            record, sent_at = newer
-            age_ms = round((self._clock() - sent_at) * 1000)
-            self._give([peer], [GivenRecord(record, min(max(0, age_ms), MAX_AGE_MS))])
+            self._give([peer], [self._with_age(newer.record, newer.sent_at)])
 
     def _keep_news(self, content: Advert | GoneReport, given_record: GivenRecord) -> bool:
         """Keep an advert or report; returns whether it was kept."""
@@ -430,9 +413,8 @@ class Gossip:
         if content.node_id not in members:
             return False
         before = self.adverts.get(content.node_id)
-        wall_ms = round(self._wall() * 1000)
         rejected = self.adverts.accept(
-            content, given_record.record, given_record.age_ms / 1000, now, wall_ms, len(members)
+            content, given_record.record, given_record.age_ms / 1000, now, len(members)
         )
         if rejected is None and before is not None:
             self._rejected[before.id] = None
@@ -468,13 +450,14 @@ class Gossip:
 
     def _news(self, keys: Iterable[bytes]) -> list[GivenRecord]:
         """Return those of the adverts and reports that this box has, with their age."""
-        records, now = map(self.adverts.find, keys), self._clock()
-        return [
-            GivenRecord(record, max(0, round((now - sent_at) * 1000)))
-            for record, sent_at in filter(None, records)
-        ]
+        found = filter(None, map(self.adverts.find, keys))
+        return [self._with_age(record, sent_at) for record, sent_at in found]
 
-    def _give(self, peers: Iterable[str], records: list[GivenRecord]) -> None:
+    def _with_age(self, record: Record, sent_at: float) -> GivenRecord:
+        age_ms = round((self._clock() - sent_at) * 1000)
+        return GivenRecord(record, min(max(0, age_ms), MAX_AGE_MS))
+
+    def _give(self, peers: Iterable[str], records: Iterable[GivenRecord]) -> None:
         for frame in map(encode, batches(records)):
             for peer in peers:
                 self._effects.send(peer, frame)

@@ -36,8 +36,8 @@ from pinaivu_box.store.audit import Actor
 from pinaivu_box.store.database import Database, Row
 from pinaivu_box.store.times import now_ms
 from pinaivu_box.transport import wire
+from pinaivu_box.transport.link import Stream
 from pinaivu_box.transport.rpc import MessageStream
-from pinaivu_box.transport.transport import Stream
 
 PURPOSE = "ledger"
 MAX_FRAMES = 10_000  # of one session, each way
@@ -99,7 +99,6 @@ class ReconcileSession(MessageStream[w.Frame, w.Frame]):
             stream,
             w.decoder,
             receive_seconds=FRAME_SECONDS,
-            send_seconds=FRAME_SECONDS,
             max_messages=MAX_FRAMES,
             rejection=w.Reject,
         )

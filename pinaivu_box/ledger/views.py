@@ -21,6 +21,7 @@ from pinaivu_box.membership import peer_names
 from pinaivu_box.receipts.receipt import utc_text
 from pinaivu_box.store import peer_settings
 from pinaivu_box.store.database import Database
+from pinaivu_box.store.peer_settings import PeerLimits
 from pinaivu_box.store.times import time_text
 from pinaivu_box.transport import wire
 
@@ -116,10 +117,10 @@ async def find(database: Database, text: str, own: str) -> str:
 
 async def all_balances(database: Database, peering: PeeringConfig) -> list[BalanceView]:
     """The balances with all peers; `peering` has the limits of peers without their own."""
-    names, settings = await peer_names.names(database), await peer_settings.ls(database)
+    names, limits = await peer_names.names(database), await peer_settings.all_limits(database)
     views = []
     for peer, balances in (await ledger_entry.balances(database)).items():
-        own = settings[peer].limits.credit_limit if peer in settings else None
+        own = limits.get(peer, PeerLimits()).credit_limit
         limit = peering.serve.credit_limit if own is None else own
         views += [
             BalanceView(

@@ -14,6 +14,7 @@ from msgspec.structs import asdict
 
 from pinaivu_box import amount
 from pinaivu_box.bounded import BoundedDict
+from pinaivu_box.changes import Changes
 from pinaivu_box.errors import Conflict
 from pinaivu_box.gateway.backend import Job
 from pinaivu_box.gateway.metering import asked_text
@@ -29,7 +30,6 @@ from pinaivu_box.gateway.quota import (
 from pinaivu_box.ledger.entry import Balance
 from pinaivu_box.legs.recorder import LedgerRecorder
 from pinaivu_box.policy import PeerPolicy
-from pinaivu_box.routing.changes import Changes
 from pinaivu_box.routing.load import LoadTracker
 from pinaivu_box.settings import LiveSettings
 from pinaivu_box.store import peer_settings
@@ -58,7 +58,7 @@ class PeerPolicies:
         """`[peering.serve]`, and what is set for that peer instead."""
         limits = self._limits  # what is read now is of no use after a change
         if node_id not in limits:
-            limits[node_id] = (await peer_settings.get(self._database, node_id)).limits
+            limits[node_id] = await peer_settings.limits_of(self._database, node_id)
         own = {name: v for name, v in asdict(limits[node_id]).items() if v is not None}
         return PeerPolicy(**{**asdict(self._settings.config.peering.serve), **own})
 
@@ -211,9 +211,9 @@ class LegAdmission:
         """As the ledger has it when no leg of the peer ends meanwhile."""
         quota = await self.quotas.of(peer)
         while True:
-            settled = quota.settled
+            ended = quota.ended
             balance = await self._ledger.balance(peer, currency)
-            if quota.settled == settled:
+            if quota.ended == ended:
                 return balance
             # A leg that has ended meanwhile may be neither in the balance nor reserved.
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from pinaivu_box.bounded import BoundedDict
-from pinaivu_box.errors import ApiError, EngineLost, ModelNotFound, NoNodesAvailable, PeerFaulty
+from pinaivu_box.errors import ApiError, EngineLost, NoNodesAvailable, PeerFaulty
 from pinaivu_box.gateway.backend import Backend, Job, Leg
 from pinaivu_box.gateway.records import LegRecord
 from pinaivu_box.legs.client import PeerClient
@@ -17,8 +17,7 @@ from pinaivu_box.routing.candidates import Candidates
 from pinaivu_box.routing.circuit_breaker import CircuitBreaker
 from pinaivu_box.routing.load import LoadTracker
 from pinaivu_box.routing.reputation import Reputation
-from pinaivu_box.routing.router import Decision
-from pinaivu_box.routing.selector import Selector
+from pinaivu_box.routing.router import Candidate, Decision
 
 log = logging.getLogger("pinaivu.legs")
 
@@ -51,14 +50,15 @@ class OwnBox(ChosenBox):
     """This one, beside its peers."""
 
     def __init__(
-        self, boxes: Boxes, leg: Leg, job: Job, decision: Decision, load: LoadTracker
-    ) -> None:
-        super().__init__(boxes.candidates.node_id, leg, job)
+        self, boxes: Boxes, leg: Leg, job: Job, decision: Decision, chosen: Candidate,
+        load: LoadTracker,
+    ) -> None:  # fmt: skip
+        super().__init__(chosen.node_id, leg, job)
         self.route, self.header = decision.record(), decision.header()
         self._load, self._taken = load, ExitStack()
         # At once, so that of several requests that come together each sees where the others went.
         self._taken.enter_context(load.taken(job.model.id))
-        boxes.candidates.leg_sent(job, self.node_id)
+        boxes.candidates.leg_sent(job, chosen)
         self._taken.callback(boxes.candidates.leg_ended, job, self.node_id)
 
     def served(self, record: LegRecord) -> None:
@@ -75,23 +75,21 @@ class PeerBox(ChosenBox):
     is_peer = True
 
     def __init__(
-        self, boxes: Boxes, node_id: str, leg: Leg, job: Job, decision: Decision,
+        self, boxes: Boxes, leg: Leg, job: Job, decision: Decision, chosen: Candidate,
         prompt: str | None,
     ) -> None:  # fmt: skip
-        super().__init__(node_id, leg, job)
+        super().__init__(chosen.node_id, leg, job)
         self.route, self.header = decision.record(), decision.header()
-        self._boxes, self._prompt = boxes, prompt
-        boxes.candidates.leg_sent(job, node_id)
-        self._sent = boxes.breaker.sent(node_id)
+        self._boxes, self._prompt, self._offered_speed = boxes, prompt, chosen.tokens_per_s
+        boxes.candidates.leg_sent(job, chosen)
+        self._sent = boxes.breaker.sent(chosen.node_id)
 
     def served(self, record: LegRecord) -> None:
         boxes = self._boxes
         boxes.breaker.served(self.node_id)
-        boxes.candidates.refusals.pop(self.node_id, None)
         boxes.candidates.leg_served(self.node_id)
         if record.finish_reason != "cancelled":
-            offered = boxes.candidates.offered_speed(self.job, self.node_id)
-            boxes.reputation.served(self.node_id, offered, record.tokens_per_s)
+            boxes.reputation.served(self.node_id, self._offered_speed, record.tokens_per_s)
 
     def failed(self, error: ApiError) -> None:
         if not isinstance(error, EngineLost):
@@ -116,7 +114,6 @@ class Boxes:
 
     def __init__(
         self,
-        selector: Selector,
         candidates: Candidates,
         local: Backend,
         peers: PeerClient,
@@ -126,25 +123,20 @@ class Boxes:
     ) -> None:
         self.candidates, self.breaker, self.reputation = candidates, breaker, reputation
         self.paid: BoundedDict[str, None] = BoundedDict(_MAX_PAID)
-        self.selector = selector
         self._local, self._peers, self._load = local, peers, load
 
     async def choose(self, job: Job, tried: Collection[str]) -> ChosenBox | NoNodesAvailable:
         """The box for a leg of the job, none of those that were `tried`; or why there is none."""
-        decision, digest = await self.selector.select(job, tried)
-        node_id = decision.node_id
-        if node_id is None:
+        decision = await self.candidates.select(job, tried)
+        chosen = decision.chosen
+        if chosen is None:
             return nobody(job, decision)
-        if node_id == self.candidates.node_id:
-            return OwnBox(self, self._local.start(job), job, decision, self._load)
-        try:
-            to = self.candidates.destination(job, node_id, digest)
-        except ModelNotFound as error:
-            return NoNodesAvailable(error.message)
-        prompt = f"{job.request_id} {job.prompt_number} {node_id}"
+        if chosen.destination is None:
+            return OwnBox(self, self._local.start(job), job, decision, chosen, self._load)
+        prompt = f"{job.request_id} {job.prompt_number} {chosen.node_id}"
         pays = self._pays(prompt)
-        leg = self._peers.start(job, replace(to, pays_prompt=pays))
-        return PeerBox(self, node_id, leg, job, decision, prompt if pays else None)
+        leg = self._peers.start(job, replace(chosen.destination, pays_prompt=pays))
+        return PeerBox(self, leg, job, decision, chosen, prompt if pays else None)
 
     def _pays(self, prompt: str) -> bool:
         """Whether it is the first leg of its prompt there."""

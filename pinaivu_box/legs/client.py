@@ -7,6 +7,7 @@ import contextlib
 from collections.abc import AsyncGenerator, Sequence
 
 from pinaivu_box import vector_format
+from pinaivu_box.engine.messages import Output, Prompt
 from pinaivu_box.errors import (
     ApiError,
     BadRequest,
@@ -18,8 +19,7 @@ from pinaivu_box.errors import (
     ProtocolError,
     by_code,
 )
-from pinaivu_box.gateway.backend import Event, Job, Prompt, Proved, Started
-from pinaivu_box.gateway.output import Output
+from pinaivu_box.gateway.backend import Event, Job, Proved, Started
 from pinaivu_box.gateway.scopes import ScopeTags
 from pinaivu_box.identity import Identity
 from pinaivu_box.ledger import entry as ledger_entry
@@ -30,10 +30,10 @@ from pinaivu_box.legs.recorder import LedgerRecorder
 from pinaivu_box.legs.verify import LegVerifier, ProtocolViolation, may_answer
 from pinaivu_box.network.network import Network
 from pinaivu_box.receipts.receipt import ACCEPTANCE_DOMAIN, VERSION, EngineBuild
-from pinaivu_box.routing.candidates import Destination
+from pinaivu_box.routing.router import Destination
 from pinaivu_box.tasks import TaskSet
 from pinaivu_box.transport import wire
-from pinaivu_box.transport.transport import Stream
+from pinaivu_box.transport.link import Stream
 
 OPEN_SECONDS = 5.0
 STALL_SECONDS = 4.0  # a serving box says at least every second that it is alive
@@ -41,6 +41,7 @@ _GAPS = 10.0  # times its usual gap that a stream may be silent, if that is long
 _MAX_GAP_SECONDS = 30.0  # but no longer: else a peer could become slower step by step for ever
 ALIVE_SECONDS = 300.0  # that it may say no more than that: a model is loaded, or a queue long
 _IDLE_BURST, _IDLE_RATE = 20, 4.0  # messages that say nothing, and a second
+REFUSED = " refused it: "  # between the peer's name and its reason
 _MAX_RETRY_SECONDS = 60  # that a refusal may ask a client to wait
 # What a peer may find wrong with a request itself.
 _FAULTS = (BadRequest, InvalidBody)
@@ -290,7 +291,7 @@ def refusal(refused: leg_wire.LegRefused, to: Destination) -> ApiError:
     error = by_code(refused.code, message, wire.printable(refused.param) if refused.param else None)
     if refused.other or not isinstance(error, _FAULTS):
         wait = min(refused.retry_after or 1, _MAX_RETRY_SECONDS)
-        return NoNodesAvailable(f"{to.name} refused it: {message}", retry_after=wait)
+        return NoNodesAvailable(f"{to.name}{REFUSED}{message}", retry_after=wait)
     return error
 
 

@@ -14,7 +14,7 @@ from pinaivu_box.models.catalog import Model
 _SAME = tuple(
     name
     for name in Task.__struct_fields__
-    if name not in ("model", "asked", "tag", *SAMPLING_FIELDS)
+    if name not in ("model", "asked", "read", "settled", "tag", *SAMPLING_FIELDS)
 )
 
 
@@ -30,6 +30,8 @@ def to_task(job: Job, tag: str | None = None) -> Task:
         asked=SamplingDefaults(
             sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p
         ),
+        read=job.prompt_tokens,
+        settled=job.drawn_with,
         tag=tag,
         **{name: getattr(sampling, name) for name in SAMPLING_FIELDS},
         **{name: getattr(job, name) for name in _SAME},
@@ -43,4 +45,12 @@ def to_job(task: Task, model: Model, tenant: str, scope: str = "") -> Job:
         raise InvalidBody("how an earlier leg drew is not how this one is asked to")
     check_sizes(task.tools, task.constraint, task.stop)
     same: dict[str, Any] = {name: getattr(task, name) for name in _SAME}
-    return Job(model=model, sampling=sampling, tenant=tenant, scope=scope, **same)
+    return Job(
+        model=model,
+        sampling=sampling,
+        tenant=tenant,
+        scope=scope,
+        prompt_tokens=task.read,
+        drawn_with=task.settled,
+        **same,
+    )

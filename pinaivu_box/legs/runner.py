@@ -14,9 +14,9 @@ import time
 from collections.abc import Callable
 from contextlib import aclosing
 
+from pinaivu_box.engine.messages import Output, Prompt
 from pinaivu_box.errors import ApiError, EngineLost, NoNodesAvailable
-from pinaivu_box.gateway.backend import Backend, Event, Job, Prompt, Started, stopped
-from pinaivu_box.gateway.output import Output
+from pinaivu_box.gateway.backend import Backend, Event, Job, Started, stopped
 from pinaivu_box.gateway.records import ChoiceRecord, LegRecord
 from pinaivu_box.legs.boxes import Boxes, ChosenBox
 from pinaivu_box.receipts.commitment import Extras
@@ -241,7 +241,7 @@ class _Search:
             raise _final(self._error) if self._error else box
 
     async def _answers_in_time(self, attempt: LegAttempt) -> bool:
-        hedge = self._boxes.selector.hedge_seconds
+        hedge = self._boxes.candidates.hedge_seconds
         if not hedge or self._run.cancelled:
             return True
         await asyncio.wait([attempt.outcome], timeout=hedge)

@@ -12,12 +12,12 @@ from typing import cast
 
 from msgspec import structs
 
+from pinaivu_box.engine.messages import Output, Prompt
 from pinaivu_box.errors import ApiError, InternalError, ModelNotFound, PeeringError, ProtocolError
 from pinaivu_box.gateway import logprob_records
-from pinaivu_box.gateway.backend import Backend, Event, Job, Prompt, Started, stopped
+from pinaivu_box.gateway.backend import Backend, Event, Job, Started, stopped
 from pinaivu_box.gateway.mailbox import Mailbox
 from pinaivu_box.gateway.metering import prove
-from pinaivu_box.gateway.output import Output
 from pinaivu_box.gateway.records import ENGINE_LOST, LegRecord
 from pinaivu_box.identity import Identity
 from pinaivu_box.legs import wire as leg_wire
@@ -25,7 +25,7 @@ from pinaivu_box.models.catalog import Model
 from pinaivu_box.receipts import receipt
 from pinaivu_box.receipts.commitment import RunningCommitment, new_nonce
 from pinaivu_box.receipts.receipt import Price, Proof, SignedProof
-from pinaivu_box.transport.transport import Stream
+from pinaivu_box.transport.link import Stream
 
 log = logging.getLogger("pinaivu.legs")
 
@@ -72,7 +72,7 @@ class ServedLeg:
         """Once the engine has ended it; None if nothing was computed, or if that failed here."""
         record = self.record
         if self._proof is None and record and record.begun and record.finish_reason != ENGINE_LOST:
-            proof, _ = prove(record, self._job.leg, self._price)
+            proof, _ = prove(record, self._price)
             self._proof = proof, receipt.sign_proof(self._identity, proof)
         return self._proof
 
@@ -157,8 +157,7 @@ class ServedLeg:
         """The mark of all that has been sent, these outputs included."""
         job = self._job
         for output in outputs:
-            before = job.scored + self._logprobs
-            records = logprob_records.records(job, output.logprobs, before)
+            records = logprob_records.records(job, output.logprobs, self._logprobs)
             self._sent.add(output.text, output.tokens, records, output.vectors)
             self._tokens += len(output.tokens)
             self._logprobs += len(output.logprobs)

@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
 from pinaivu_box import amount
+from pinaivu_box.engine.messages import Tokenized
 from pinaivu_box.errors import (
     ApiError,
     Conflict,
@@ -39,8 +40,8 @@ from pinaivu_box.receipts.receipt import ACCEPTANCE_DOMAIN, Price, Proof, Signed
 from pinaivu_box.routing.load import LoadTracker
 from pinaivu_box.settings import LiveSettings
 from pinaivu_box.tasks import ignore_exception
-from pinaivu_box.transport import wire
-from pinaivu_box.transport.transport import Stream
+from pinaivu_box.transport import rpc, wire
+from pinaivu_box.transport.link import Stream
 
 log = logging.getLogger("pinaivu.serving")
 
@@ -99,7 +100,7 @@ class LegServer:
             await leg_wire.send(
                 stream, _refused(InternalError("The box failed; its log says why."))
             )
-        async with asyncio.timeout(leg_wire.SEND_SECONDS):
+        async with asyncio.timeout(rpc.SEND_SECONDS):
             await stream.finish()
 
     async def _count(self, peer: str, count: leg_wire.Count) -> leg_wire.Tokens:
@@ -109,7 +110,7 @@ class LegServer:
         async with self.admission.request(peer, policy, currency) as request:
             await request.check()
             request.check_counting()
-            prompt, context = await self._local.ask(job, count.tokens, plain=count.plain)
+            prompt, context = await self._local.tokenize(job, count.tokens, plain=count.plain)
             request.counted.enter(max(len(prompt.tokens), len(count.tokens or ())))
         return leg_wire.Tokens(prompt.tokens, prompt.text, prompt.thinking, context)
 
@@ -138,18 +139,21 @@ class LegServer:
             context = 0
             if policy.limited:
                 await request.check()
-                job, context = await self._read(stream, job)
-            prompt, answer = self._most_tokens(job, context)
-            tokens = prompt + len(job.output) + answer
-            await request.reserve(tokens=tokens, cost=price.prices.most(prompt, answer))
+                prompt, context = await self._tokenize(stream, job)
+                job = job.with_prompt(prompt)
+            prompt_tokens, answer = self._most_tokens(job, context)
+            await request.reserve(
+                tokens=prompt_tokens + len(job.output) + answer,
+                cost=price.prices.most(prompt_tokens, answer),
+            )
             with self._load.taken(job.model.id):
                 async with admission.leg(peer, job, pays=leg_request.pays_prompt) as permit:
                     await self._run(stream, job, price, leg_request, permit, request)
 
-    async def _read(self, stream: Stream, job: Job) -> tuple[Job, int]:
-        """With its prompt's tokens, and the context of its model.  That takes long if the model has
+    async def _tokenize(self, stream: Stream, job: Job) -> tuple[Tokenized, int]:
+        """The tokens of its prompt, and the context of its model.  That takes long if the model has
         to be loaded; who has left meanwhile does not stop what others may wait for too."""
-        reading = asyncio.create_task(self._local.read(job))
+        reading = asyncio.create_task(self._local.tokenize(job))
         reading.add_done_callback(ignore_exception)
         try:
             while not (await asyncio.wait({reading}, timeout=ALIVE_SECONDS))[0]:
@@ -184,7 +188,8 @@ class LegServer:
         finally:
             # Whatever the peer has done meanwhile, and wherever it hung up.  What other legs have
             # made is computed here too, like a prompt, though nobody pays for it again.
-            request.reservation.use(leg.tokens + len(job.output) if owed and leg.tokens else 0)
+            used = leg.tokens + len(job.output) if owed and leg.tokens else 0
+            request.reservation.tokens.correct(used)
             proven = leg.proof() if owed else None
             if proven is not None and self._is_owed(proven[0]):
                 await self._settle(permit, leg, *proven, leg_request.pays_prompt)
@@ -196,31 +201,31 @@ class LegServer:
     def _most_tokens(self, job: Job, context: int) -> tuple[int, int]:
         """Of the prompt and of the answer, at most; guessed without a `context`, that is, if the
         prompt was not read."""
-        prompt = len(job.read or ()) or (0 if context else _TYPICAL_TOKENS)
+        prompt = len(job.prompt_tokens or ()) or (0 if context else _TYPICAL_TOKENS)
         if job.inputs is not None:
             return prompt, 0
         limit = None if job.max_tokens is None else max(0, job.max_tokens - len(job.output))
         if not context:
             return prompt, _TYPICAL_TOKENS if limit is None else limit
-        room = leg_wire.MAX_TOKENS if self._load.config.context_shift else context
+        room = leg_wire.MAX_TOKENS if self._settings.config.engine.context_shift else context
         room = max(0, room - prompt - len(job.output))
         return prompt, room if limit is None else min(limit, room)
 
     def _price(self, model: Model, leg_request: leg_wire.LegRequest) -> Price:
         """What we ask now, unless that is more than the peer was told."""
         pricing = self._settings.config.pricing
-        prices, currency = pricing.prices_of(model.id), pricing.currency
-        cached = prices.prompt if prices.cached is None else prices.cached
-        ours = (prices.prompt, cached, prices.completion)
+        price = Price.of(pricing.prices_of(model.id), pricing.currency)
+        ours = (price.prompt, price.cached, price.completion)
         try:
             offered = [amount.per_token(price) for price in leg_request.prices]
         except ValueError as error:
             raise InvalidBody(f"a price is {error}") from None
-        if currency != leg_request.currency or any(
+        if price.currency != leg_request.currency or any(
             amount.per_token(own) > offer for own, offer in zip(ours, offered, strict=True)
         ):
-            raise Conflict(f"The price of {model.id} here is {' / '.join(ours)} {currency} now.")
-        return Price(currency, *ours)
+            listed = " / ".join(ours)
+            raise Conflict(f"The price of {model.id} here is {listed} {price.currency} now.")
+        return price
 
     async def _settle(
         self,

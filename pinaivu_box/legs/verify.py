@@ -29,7 +29,7 @@ from pinaivu_box.receipts.receipt import (
     sampling_record,
 )
 from pinaivu_box.receipts.verify import is_signed, read_proof
-from pinaivu_box.routing.candidates import Destination
+from pinaivu_box.routing.router import Destination
 
 _MAX_TOKEN_CHARACTERS = 1024  # vocabularies have runs of 256 spaces
 # A token has at least a byte, but a template says something of its own, and may repeat its tools.
@@ -81,7 +81,11 @@ class LegVerifier:
         _expect(self._began is not None and not self._has_read)
         self._has_read = True
         job = self._job
-        if job.read is not None and job.inputs is None and read.tokens != job.read:
+        if (
+            job.prompt_tokens is not None
+            and job.inputs is None
+            and read.tokens != job.prompt_tokens
+        ):
             raise ProtocolViolation("other prompt tokens than requested")
         if not _may_have(self._asked, len(read.tokens)):
             raise ProtocolViolation("more prompt tokens than the prompt can have")
@@ -99,8 +103,7 @@ class LegVerifier:
         if any(output.finish_reason is not None for output in message.outputs[:-1]):
             raise ProtocolViolation("output after the end")
         for output in message.outputs:
-            before = self._job.scored + self._logprobs
-            records = logprob_records.records(self._job, output.logprobs, before)
+            records = logprob_records.records(self._job, output.logprobs, self._logprobs)
             self.output.add(output.text, output.tokens, records, output.vectors)
             self._tokens += len(output.tokens)
             self._characters += len(output.text)
@@ -249,6 +252,6 @@ def _is_vector(data: bytes) -> bool:
 def _samples_as_requested(sampling: Sampling, job: Job) -> bool:
     """Whether seed and penalties are the request's; what it does not say the peer chooses, within
     bounds, so that others can go on with it."""
-    if job.settled is not None:
-        return sampling == job.settled
+    if job.drawn_with is not None:
+        return sampling == job.drawn_with
     return sampling.follows(job.sampling)

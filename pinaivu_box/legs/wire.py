@@ -31,6 +31,7 @@ from pinaivu_box.engine.messages import (
     Constraint,
     LogitBias,
     MinTokens,
+    Output,
     Penalty,
     RepeatPenalty,
     Sampling,
@@ -41,10 +42,9 @@ from pinaivu_box.engine.messages import (
     TypicalP,
 )
 from pinaivu_box.errors import ProtocolError
-from pinaivu_box.gateway.output import Output
 from pinaivu_box.text import DIGEST, NO_CONTROLS, REQUEST_ID, SIGNATURE, whole
+from pinaivu_box.transport.link import Stream
 from pinaivu_box.transport.rpc import send_frames
-from pinaivu_box.transport.transport import Stream
 from pinaivu_box.transport.wire import MAX_FRAME_BYTES, decode, encode
 
 PURPOSE = "work"
@@ -53,7 +53,6 @@ MAX_PIECES = 64  # of a message
 _PIECE = MAX_FRAME_BYTES - 1
 MAX_TOKENS = 2**21  # of a prompt, or an answer
 MAX_OUTPUTS = 1024  # in a message
-SEND_SECONDS = 30.0  # for one frame
 
 MAX_MESSAGES = 16384  # of a conversation
 MAX_CALLS = 256  # of a message
@@ -253,7 +252,7 @@ async def send(stream: Stream, *messages: ToServing | ToCoordinator) -> None:
     frames = [frame for message in messages for frame in _frames(message)]
     at_once = sum(map(len, frames)) <= _PIECE
     for batch in [frames] if at_once else [[frame] for frame in frames]:
-        await send_frames(stream, *batch, seconds=SEND_SECONDS)
+        await send_frames(stream, *batch)
 
 
 def _frames(message: ToServing | ToCoordinator) -> list[bytes]:

@@ -14,7 +14,7 @@ from pinaivu_box.legs.admission import LegAdmission
 from pinaivu_box.legs.boxes import Boxes
 from pinaivu_box.legs.client import PeerClient
 from pinaivu_box.legs.large_messages import LargeMessages
-from pinaivu_box.legs.prompts import PromptReader
+from pinaivu_box.legs.prompts import PromptTokenizer
 from pinaivu_box.legs.recorder import LedgerRecorder
 from pinaivu_box.legs.runner import LegRunner
 from pinaivu_box.legs.server import LegServer
@@ -24,8 +24,6 @@ from pinaivu_box.routing.candidates import Candidates
 from pinaivu_box.routing.circuit_breaker import CircuitBreaker
 from pinaivu_box.routing.load import LoadTracker
 from pinaivu_box.routing.reputation import Reputation
-from pinaivu_box.routing.selector import Selector
-from pinaivu_box.routing.spending_limits import SpendingLimits
 from pinaivu_box.settings import LiveSettings
 
 
@@ -51,14 +49,13 @@ class PeerServices:
         self._large = LargeMessages()
         breaker = CircuitBreaker(time.monotonic, Random())  # noqa: S311, it only spreads requests
         self.candidates = Candidates(
-            identity.node_id, settings, load, placement, network.peers, breaker, self.reputation,
-            SpendingLimits(recorder.debts, settings),
+            identity.node_id, settings, load, placement, network.peers, network.query_load,
+            breaker, self.reputation, recorder.debts,
         )  # fmt: skip
-        selector = Selector(self.candidates, placement.digest_of, network.query_load, settings)
         peers = PeerClient(identity, network, recorder, self._large)
-        self.boxes = Boxes(selector, self.candidates, local, peers, load, breaker, self.reputation)
+        self.boxes = Boxes(self.candidates, local, peers, load, breaker, self.reputation)
         self.runner = LegRunner(identity.node_id, local, self.boxes)
-        self.prompts = PromptReader(local, peers, self.candidates, selector)
+        self.tokenizer = PromptTokenizer(local, peers, self.candidates)
         self.serving = LegServer(
             identity, local, load, settings, LegAdmission(policy, recorder, load),
             placement.digest_of, writable, self._large,

@@ -12,29 +12,22 @@ from msgspec import Meta, Struct, convert, msgpack
 
 from pinaivu_box.errors import LinkLost, NotJoined, PeeringError, ProtocolError, Unreachable
 from pinaivu_box.identity import Identity
+from pinaivu_box.membership import tickets
 from pinaivu_box.membership.records import Name, Record, network_of
 from pinaivu_box.membership.roster import Roster
 from pinaivu_box.membership.store import MembershipStore
-from pinaivu_box.membership.tickets import (
-    Secret,
-    Ticket,
-    TicketInvalid,
-    TicketRefused,
-    decode,
-    invite,
-    redeem,
-    secret_hash,
-)
+from pinaivu_box.membership.tickets import Secret, Ticket, TicketInvalid, TicketRefused
 from pinaivu_box.receipts.receipt import utc_text
 from pinaivu_box.store import peers as store
 from pinaivu_box.store.audit import Actor, record
 from pinaivu_box.store.database import Database
+from pinaivu_box.text import sentence
 from pinaivu_box.transport import streams, wire
 from pinaivu_box.transport.connections import DIAL_SECONDS
+from pinaivu_box.transport.link import Link, Stream
 from pinaivu_box.transport.rpc import MessageStream
-from pinaivu_box.transport.streams import Open, OpenedStream
-from pinaivu_box.transport.transport import Link, Stream, Transport
-from pinaivu_box.transport.wire import Code
+from pinaivu_box.transport.transport import Transport
+from pinaivu_box.transport.wire import Code, Open
 
 PURPOSE = "join"
 MAX_WELCOME_RECORDS = 500  # of a roster that goes to a newcomer at once, about 200 kB
@@ -85,7 +78,7 @@ async def redeem_at_inviter(transport: Transport, ticket: Ticket, name: str) -> 
 
 
 async def _request_certificate(link: Link, me: str, ticket: Ticket, name: str) -> Roster:
-    stream = OpenedStream(link.peer, await link.open(), Open(PURPOSE))
+    stream = await link.open(Open(PURPOSE))
     messages = MessageStream[JoinRequest, Welcome](
         link.peer, stream, _welcomes, receive_seconds=_JOIN_SECONDS
     )
@@ -122,7 +115,7 @@ class JoinHandler:
     def read_ticket(self, text: str) -> Ticket:
         """Read a ticket that this box may redeem.  Raises NotJoined."""
         try:
-            ticket = decode(text)
+            ticket = tickets.decode(text)
         except TicketInvalid as error:
             raise NotJoined(str(error)) from error
         if ticket.node_id == self._me:
@@ -152,17 +145,16 @@ class JoinHandler:
         """Make a ticket and return its text.  Raises NotJoined if this box may not."""
         roster = self._membership.roster
         assert roster is not None
-        if (why := roster.may_invite(self._me, admin=admin)) is not None:
-            raise NotJoined(_sentence(why))
         try:
+            roster.check_may_invite(self._me, admin=admin)
             if name is not None:
                 convert(name, Name)
-            text, invitation = invite(
+            text, invitation = tickets.invite(
                 self._me, roster.network, addresses, now=time.time(), seconds=seconds, uses=uses,
                 name=name, admin=admin,
             )  # fmt: skip
         except ValueError as error:
-            raise NotJoined(_sentence(str(error))) from error
+            raise NotJoined(sentence(str(error))) from error
         expires = utc_text(invitation.expires_at)
         entry = {"name": name, "expires_at": expires, "uses": uses, "admin": admin}
         await store.add_ticket(
@@ -188,9 +180,9 @@ class JoinHandler:
 
     async def _certify(self, newcomer: str, request: JoinRequest) -> tuple[Welcome, list[Record]]:
         """Make a newcomer a member.  Raises TicketRefused."""
-        digest, now = secret_hash(request.secret), time.time()
+        digest, now = tickets.secret_hash(request.secret), time.time()
         invitation = await store.ticket(self._database, digest)
-        redeemed = redeem(invitation, request.secret, newcomer, now)
+        redeemed = tickets.redeem(invitation, request.secret, newcomer, now)
         roster = self._membership.roster
         assert roster is not None  # there are no tickets without one
         # A ticket that it had before must not bring it back.
@@ -213,17 +205,13 @@ class JoinHandler:
         fits = len(roster) <= MAX_WELCOME_RECORDS
         return Welcome(tuple(roster.records() if fits else roster.proof(newcomer))), new
 
-    async def revoke(self, node_id: str, name: str, reason: str, by: Actor) -> list[Record]:
+    async def revoke(self, node_id: str, name: str, reason: str, by: Actor) -> Record:
         """Revoke a box.  Raises NotJoined if this box may not."""
         roster = self._membership.roster
         assert roster is not None
         try:
             revocation = roster.revoke(self._identity, node_id, time.time(), reason)
         except ValueError as error:
-            raise NotJoined(_sentence(str(error))) from error
+            raise NotJoined(sentence(str(error))) from error
         await self._membership.save(record(by, "peer.revoke", node_id, name=name, reason=reason))
-        return [revocation]
-
-
-def _sentence(text: str) -> str:
-    return f"{text[:1].upper()}{text[1:].rstrip('.')}."
+        return revocation

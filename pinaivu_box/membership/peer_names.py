@@ -7,7 +7,6 @@ from collections.abc import Mapping
 
 from pinaivu_box.errors import PeerNotFound, quoted
 from pinaivu_box.membership.store import MembershipStore
-from pinaivu_box.store import peers
 from pinaivu_box.store.database import Database
 
 _MIN_PREFIX_CHARACTERS = 9  # node_ and 4 digits
@@ -20,9 +19,7 @@ async def names(database: Database) -> dict[str, str]:
     await membership.load()
     roster = membership.roster
     certified = {node: roster.member(node).name for node in roster.known()} if roster else {}
-    local_names = {
-        node: peer.name for node, peer in (await peers.known(database)).items() if peer.name
-    }
+    local_names = {node: peer.name for node, peer in membership.known.items() if peer.name}
     return {node: name for node, name in (certified | local_names).items() if name}
 
 

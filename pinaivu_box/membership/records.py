@@ -18,7 +18,6 @@ from pinaivu_box.text import NAME, NO_CONTROLS
 
 MAX_BODY_BYTES = 8192
 NETWORK_PREFIX = "net_"
-_NONCE_BYTES = 4
 
 Kind = Literal["member", "revocation", "advert", "gone"]
 Key = Annotated[bytes, Meta(min_length=32, max_length=32)]
@@ -88,10 +87,7 @@ def network_of(founder: str, nonce: bytes) -> str:
     """Return a network's id: `net_`, the founder's key and 4 random bytes, in hex.
 
     The founder is the root of all membership, so the id alone says whose certificates count.
-    Raises ValueError.
     """
-    if len(nonce) != _NONCE_BYTES:
-        raise ValueError(f"a network's nonce has {_NONCE_BYTES} bytes")
     return NETWORK_PREFIX + (key_of(founder) + nonce).hex()
 
 

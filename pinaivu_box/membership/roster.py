@@ -9,7 +9,7 @@ Permissions:
 - The founder (its key is in the network's id) is the root.  It cannot be revoked.
 - An admin may invite any box, also as an admin, and revoke any box but the founder.
 - Another member may invite, if an admin invited it, and revoke those it invited.  These may not
-  invite in turn: so one hostile member brings in `MAX_INVITED` strangers and no more.
+  invite in turn: so one hostile member brings in `MAX_INVITED` boxes and no more.
 
 A revocation is of the box and not of one certificate: certificates of other members, old or new,
 do not bring it back.  It is permanent, and stays valid after its signer was revoked; else revoking
@@ -55,8 +55,6 @@ MAX_PROOF = 64  # certificates that prove one membership
 _ADMIN, _LAST = 0, 2  # levels: admins, those they invited, those whom these invited
 _CLOCK_TOLERANCE_MS = 300_000
 
-
-Reader = Callable[[Record], RosterContent]
 Check = Callable[[Certificate], bool]
 
 
@@ -70,23 +68,20 @@ class Verdict(NamedTuple):
 
 
 class RosterUpdate(NamedTuple):
-    """What became of records: `new` ones are kept.  Not kept are those `waiting`, whose signer is
-    not known (yet), those `refused`, with the reason, and `forged` ones, that no honest member
-    passes on."""
+    """What became of records: `new` ones are kept, those whose signer is not known (yet) are not,
+    nor, with the reasons, those `refused` and `forged` ones, that no honest member passes on."""
 
     new: list[Record]
-    waiting: list[Record]
-    refused: list[tuple[Record, str]]
-    forged: list[tuple[Record, str]]
+    refused: list[str]
+    forged: list[str]
 
 
 class Roster:
-    """The records of one network; `version` grows with every change."""
+    """The records of one network."""
 
     def __init__(self, network: str) -> None:
         self.network = network
         self.founder = founder_of(network)
-        self.version = 0
         self.network_key = network_key(network)
         self._records: dict[bytes, Record] = {}
         self._certificates: dict[str, list[Certificate]] = defaultdict(list)  # by node
@@ -112,17 +107,17 @@ class Roster:
 
     # Admitting records
 
-    def admit(self, records: Iterable[Record], read_record: Reader = read) -> RosterUpdate:
+    def admit(self, records: Iterable[Record]) -> RosterUpdate:
         """Keep the records that a member has signed; they may come in any order."""
-        update = RosterUpdate([], [], [], [])
+        update = RosterUpdate([], [], [])
         pending: dict[bytes, tuple[Record, RosterContent]] = {}
         for record in records:
             try:
-                content = read_record(record)
+                content = read(record)
                 if content.network != self.network_key:
                     raise Invalid("a record of another network")
             except Invalid as error:
-                update.forged.append((record, str(error)))
+                update.forged.append(str(error))
                 continue
             if (key := record_id(record)) not in self._records:
                 pending[key] = (record, content)
@@ -135,11 +130,9 @@ class Roster:
                     del pending[key]
                     self._keep(key, record, content)
                     update.new.append(record)
-        for record, content in pending.values():
+        for _, content in pending.values():
             if signer_of(content) in self._ever_levels():
-                update.refused.append((record, "its signer has signed as much as it may"))
-            else:
-                update.waiting.append(record)
+                update.refused.append("its signer has signed as much as it may")
         return update
 
     def _has_room(self, content: RosterContent) -> bool:
@@ -166,7 +159,6 @@ class Roster:
             self._revocations[node].append(content)
             self._revocation_count[node_of(content.signer)] += 1
         self._levels_now = self._buckets = None
-        self.version += 1
 
     # Verdicts
 
@@ -337,14 +329,13 @@ class Roster:
 
     # Signing
 
-    def may_invite(self, node_id: str, *, admin: bool = False) -> str | None:
-        """Return why a box may not invite, or None if it may."""
+    def check_may_invite(self, node_id: str, *, admin: bool = False) -> None:
+        """Raise ValueError, with a sentence, if a box may not invite."""
         level = self.members().get(node_id, _LAST)
         if level == _LAST:
-            return "this box may not invite: ask an admin of the network to do it"
+            raise ValueError("this box may not invite: ask an admin of the network to do it")
         if admin and level != _ADMIN:
-            return "only an admin of the network can invite an admin"
-        return None
+            raise ValueError("only an admin of the network can invite an admin")
 
     def certify(
         self, identity: Identity, node_id: str, name: str, at: float, *, admin: bool = False
@@ -352,8 +343,7 @@ class Roster:
         """Sign and admit a certificate; `at` in Unix seconds.  Raises ValueError with a sentence if
         this box may not."""
         me = identity.node_id
-        if (why := self.may_invite(me, admin=admin)) is not None:
-            raise ValueError(why)
+        self.check_may_invite(me, admin=admin)
         epoch = self._epoch(node_id)
         if self.revoked(node_id):
             if me != self.founder:
@@ -361,22 +351,17 @@ class Roster:
             epoch += 1
         serial = 1 + max((cert.serial for cert in self._certificates.get(node_id, ())), default=0)
         serial = min(serial, MAX_COUNTER)
-        return self._admit_own(
-            seal(
-                identity,
-                "member",
-                Certificate(
-                    self.network_key,
-                    key_of(node_id),
-                    key_of(me),
-                    name,
-                    round(at * 1000),
-                    serial,
-                    admin,
-                    epoch if me == self.founder else 0,
-                ),
-            )
+        certificate = Certificate(
+            network=self.network_key,
+            node=key_of(node_id),
+            inviter=key_of(me),
+            name=name,
+            issued_at=round(at * 1000),
+            serial=serial,
+            admin=admin,
+            epoch=epoch if me == self.founder else 0,
         )
+        return self._admit_own(seal(identity, "member", certificate))
 
     def revoke(self, identity: Identity, node_id: str, at: float, reason: str = "") -> Record:
         """Sign and admit a revocation; `at` in Unix seconds.  Raises ValueError with a sentence if
@@ -390,15 +375,10 @@ class Roster:
         if self.members().get(me, _LAST) != _ADMIN and not invited:
             raise ValueError("only an admin, or whoever invited a box, can revoke it")
         epoch = self._epoch(node_id) if me == self.founder else 0
-        return self._admit_own(
-            seal(
-                identity,
-                "revocation",
-                Revocation(
-                    self.network_key, key_of(node_id), key_of(me), round(at * 1000), reason, epoch
-                ),
-            )
+        revocation = Revocation(
+            self.network_key, key_of(node_id), key_of(me), round(at * 1000), reason, epoch
         )
+        return self._admit_own(seal(identity, "revocation", revocation))
 
     def _epoch(self, node_id: str) -> int:
         """Return the last epoch that the founder gave the box; those of others do not count."""
@@ -411,6 +391,6 @@ class Roster:
 
     def _admit_own(self, record: Record) -> Record:
         update = self.admit([record])
-        for _, why in (*update.forged, *update.refused):
+        for why in (*update.forged, *update.refused):
             raise ValueError(why)
         return record

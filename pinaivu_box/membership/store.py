@@ -1,65 +1,65 @@
-"""Who is a member: the network's roster in memory and, record by record, on disk."""
+"""Who is a member and where peers were last: the roster and the known peers, as on disk."""
 
 from __future__ import annotations
 
 import asyncio
-from contextlib import suppress
+from collections.abc import Mapping
 
+from pinaivu_box.changes import Changes
 from pinaivu_box.errors import CliError
 from pinaivu_box.membership.records import Record, record_id
 from pinaivu_box.membership.roster import Roster
+from pinaivu_box.membership.tickets import MAX_ADDRESSES
 from pinaivu_box.store import peers as store
 from pinaivu_box.store.database import Database, SqlStatement
+from pinaivu_box.store.peers import KnownPeer
 from pinaivu_box.transport.wire import Code
 
 _CERTIFICATE_SECONDS = 5.0  # how long a stream waits until its peer's certificate has come
 
 
 class MembershipStore:
-    """`roster` is None while this box belongs to no network."""
+    """`roster` is None while this box belongs to no network.  `changes` is to be notified when the
+    roster has new records.  `known`: peers by node id, that a restarted box finds them."""
 
     def __init__(self, database: Database) -> None:
         self.roster: Roster | None = None
+        self.known: dict[str, KnownPeer] = {}
+        self.changes = Changes()
         self._database = database
         self._saved_records = 0  # a roster only grows, at its end
         self._unsaved_audit: list[SqlStatement] = []  # of the records that are not saved
-        self._saving, self._changed = asyncio.Lock(), asyncio.Event()
+        self._saving = asyncio.Lock()
 
     def is_member(self, node_id: str) -> bool:
         return self.roster is not None and node_id in self.roster.members()
 
-    def why_not(self, node_id: str) -> str:
-        """Return why a box is not a member, for a sentence."""
+    def rejection(self, node_id: str) -> tuple[Code, str]:
+        """Return with which code and reason a link to a box that is not a member is closed."""
         if self.roster is None:
-            return "this box belongs to no network"
+            return Code.FORBIDDEN, "this box belongs to no network"
         verdict = self.roster.member(node_id)
-        return (
-            "it did not begin the gossip"
-            if verdict.ok
-            else f"it is not a member of the network: {verdict.why}"
-        )
+        if verdict.ok:
+            return Code.FORBIDDEN, "it did not begin the gossip"
+        code = Code.FORBIDDEN if self.roster.certificate(node_id) is None else Code.REVOKED
+        return code, f"it is not a member of the network: {verdict.why}"
 
-    def rejection_code(self, node_id: str) -> Code:
-        """Return the code with which a link to a box that is not a member is closed."""
-        known = self.roster is not None and self.roster.certificate(node_id) is not None
-        return Code.REVOKED if known and not self.is_member(node_id) else Code.FORBIDDEN
-
-    async def rejection_reason(self, node_id: str) -> str | None:
+    async def rejected(self, node_id: str) -> tuple[Code, str] | None:
         """Return why a box may open no stream, or None if it is a member.  Its certificate may be
         on its way: waits for it for a while."""
-        with suppress(TimeoutError):
-            async with asyncio.timeout(_CERTIFICATE_SECONDS):
-                while not self.is_member(node_id):
-                    await self._changed.wait()
-        return None if self.is_member(node_id) else self.why_not(node_id)
+        if await self.changes.until(lambda: self.is_member(node_id), _CERTIFICATE_SECONDS):
+            return None
+        return self.rejection(node_id)
 
-    def roster_changed(self) -> None:
-        """Wake up whoever waits for a certificate."""
-        self._changed.set()
-        self._changed = asyncio.Event()
+    def addresses_of(self, node_id: str, *current: str) -> tuple[str, ...]:
+        """Return where a peer may be, the most likely first: where it is now, as far as that is
+        known, and where it was before."""
+        before = self.known[node_id].addresses if node_id in self.known else ()
+        return tuple(dict.fromkeys([*current, *before]))[: 2 * MAX_ADDRESSES]
 
     async def load(self) -> None:
-        """Read the roster from disk.  Raises CliError if it is damaged."""
+        """Read the known peers and the roster from disk.  Raises CliError if this is damaged."""
+        await self.load_known()
         network = await store.network(self._database)
         if network is None:
             return
@@ -73,6 +73,20 @@ class MembershipStore:
                 "and restore a backup."
             )
         self.roster, self._saved_records = roster, len(roster)
+
+    async def load_known(self) -> None:
+        self.known = await store.known(self._database)
+
+    async def save_addresses(self, peers: Mapping[str, tuple[str, ...]], linked: set[str]) -> None:
+        """Write the addresses that have changed; those `linked` are seen now."""
+        changed = {
+            node_id: addresses
+            for node_id, addresses in peers.items()
+            if node_id in linked or (addresses and addresses != self.addresses_of(node_id))
+        }
+        if changed:
+            await store.record_seen(self._database, changed, linked=linked)
+            await self.load_known()
 
     async def enter(self, roster: Roster, *audit: SqlStatement) -> None:
         """Belong to that roster's network from now on, and to no other."""

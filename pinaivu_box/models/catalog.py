@@ -7,7 +7,7 @@ import hashlib
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
@@ -19,10 +19,11 @@ from pinaivu_box.models.folder_scan import FolderScan
 from pinaivu_box.models.gguf import BadGguf, Header
 from pinaivu_box.models.header_reader import HeaderReader
 from pinaivu_box.models.names import MAX_NAME, RULE, is_model_id, printable
-from pinaivu_box.models.regular_files import download_mark, open_regular, stat_regular
+from pinaivu_box.models.regular_files import download_mark, sha256, stat_regular
 
 FAKE = "fake:"  # a runner without a model, for tests and load measurements
-_READ_BYTES = 1 << 20
+_FAKE_DIGEST = hashlib.sha256(b"fake").hexdigest()
+RENAME_IT, RENAME_ONE = ": rename it", ": rename one of them"  # ends of reasons
 _RECENT_SECONDS = 60.0  # a file that changed since may still be written to
 
 
@@ -42,13 +43,13 @@ class Model:
 
     id: str
     path: Path
-    offset: int
-    size: int
-    created: int
-    owner: str
-    header: Header
-    context: int
-    sampling: SamplingConfig
+    offset: int = 0
+    size: int = 0
+    created: int = 0
+    owner: str = "local"
+    header: Header = field(default_factory=Header)
+    context: int = 0
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
     recorded_digest: str | None = None
     remote: bool = False
     parts: tuple[ModelPart, ...] = ()
@@ -76,8 +77,8 @@ class Catalog:
 
     @property
     def not_served(self) -> dict[Path, str]:
-        """The files in the models folder that are not, each with the reason as the end of a
-        sentence, and whether it may still be being written."""
+        """The files in the models folder that are not served, each with the reason as the end of a
+        sentence, and whether it may still be written to."""
         return {path: _why_not(path, why) for path, why in self._not_served.items()}
 
     def matching(self, globs: Sequence[str]) -> Catalog:
@@ -99,7 +100,7 @@ class Catalog:
         return Catalog(self._models | {model.id: model for model in more}, self._not_served)
 
     def is_written(self, model: Model) -> bool:
-        """Whether one of the model's files is just being written."""
+        """Whether one of the model's files is being written."""
         whys = [self._not_served.get(file.path) for file in model.files]
         return gguf.BEING_WRITTEN in whys
 
@@ -137,26 +138,21 @@ def load(
         models = _of_config(config.model, headers) if configured is None else dict(configured)
         scan = scan or folder_scan.scan(directory(config, home))
         not_served = scan.not_served
-        for key, files in _grouped(scan.files, not_served).items():
-            first = min(files)
-            path = files[first]
+        for (_, count), files in _grouped(scan.files, not_served).items():
+            paths = [files[number] for number in sorted(files)]
             try:
-                model_id = _id_of(path)
+                model_id = _id_of(paths[0])
                 if (other := models.get(model_id)) is not None:
-                    if other.owner == "local" and _same_file(path, other.path):
+                    if other.owner == "local" and _same_file(paths[0], other.path):
                         continue  # this very file: the configuration names it, or a link leads here
                     raise BadGguf(
                         f"another file is served as {model_id} already "
-                        f"({printable(str(other.path))}): rename one of them"
+                        f"({printable(str(other.path))}){RENAME_ONE}"
                     )
-                if isinstance(key, Path):
-                    models[model_id] = _single(model_id, path, headers)
-                else:
-                    splits.check_complete(key.count, list(files))
-                    paths = [files[number] for number in sorted(files)]
-                    models[model_id] = _split(model_id, paths, headers)
+                splits.check_complete(count, list(files))
+                models[model_id] = _from_files(model_id, paths, headers)
             except (BadGguf, OSError) as error:
-                not_served[path] = _reason(error)
+                not_served[paths[0]] = _reason(error)
     finally:
         headers.finish()
     location = bundled.find()
@@ -181,24 +177,16 @@ def _why_not(path: Path, why: str) -> str:
 def _bundled(location: bundled.Location) -> Model:
     """It belongs to this program: its header is read without the caution that others need.  Raises
     BadGguf, OSError."""
-    return _from_file(
+    return Model(
         bundled.MODEL_ID,
         location.path,
-        gguf.read_header(location.path, location.offset, location.size),
-        offset=location.offset,
-        size=location.size,
-        digest=location.digest,
+        location.offset,
+        location.size,
+        created=int(stat_regular(location.path).st_mtime),
         owner="bundled",
+        header=gguf.read_header(location.path, location.offset, location.size),
+        recorded_digest=location.digest,
     )
-
-
-@dataclass(frozen=True)
-class _SplitModel:
-    """The files of one model."""
-
-    folder: Path
-    stem: str
-    count: int
 
 
 def _of_config(entries: Sequence[ModelConfig], headers: HeaderReader) -> dict[str, Model]:
@@ -219,18 +207,19 @@ def _of_config(entries: Sequence[ModelConfig], headers: HeaderReader) -> dict[st
 
 def _grouped(
     files: Sequence[Path], not_served: dict[Path, str]
-) -> dict[Path | _SplitModel, dict[int, Path]]:
-    """What belongs together, by the number of the part; a file of its own is number 1."""
-    groups: dict[Path | _SplitModel, dict[int, Path]] = {}
+) -> dict[tuple[Path, int], dict[int, Path]]:
+    """The files of each model by the number of the part, by the model's path without numbers and
+    how many parts it has; a file of its own is part 1 of 1."""
+    groups: dict[tuple[Path, int], dict[int, Path]] = {}
     for path in files:
         try:
             part = splits.parse(path.name)
             if part is None:
-                groups[path] = {1: path}
+                groups[path, 1] = {1: path}
                 continue
-            group = groups.setdefault(_SplitModel(path.parent, part.stem, part.count), {})
+            group = groups.setdefault((path.with_name(part.stem), part.count), {})
             if part.number in group:
-                raise BadGguf(f"{printable(group[part.number].name)} is the same part: rename it")
+                raise BadGguf(f"{printable(group[part.number].name)} is the same part{RENAME_IT}")
             group[part.number] = path
         except BadGguf as error:
             not_served[path] = str(error)
@@ -242,11 +231,11 @@ def _id_of(path: Path) -> str:
     stem = splits.stem_of(path.name)
     model_id = stem if ":" in stem else f"{stem}:latest"
     if not is_model_id(model_id):
-        raise BadGguf(f"its name is no model id ({RULE}): rename it")
+        raise BadGguf(f"its name is no model id ({RULE}){RENAME_IT}")
     try:
         str(path).encode()
     except UnicodeEncodeError:
-        raise BadGguf("the name of its folder is not UTF-8: rename it") from None
+        raise BadGguf(f"the name of its folder is not UTF-8{RENAME_IT}") from None
     return model_id
 
 
@@ -263,19 +252,7 @@ def _reason(error: Exception) -> str:
 
 def remote(model_id: str, digest: str) -> Model:
     """A model of that digest which only peers have."""
-    return Model(
-        id=model_id,
-        path=Path(),
-        offset=0,
-        size=0,
-        created=0,
-        owner="peers",
-        header=Header(),
-        context=0,
-        sampling=SamplingConfig(),
-        recorded_digest=digest,
-        remote=True,
-    )
+    return Model(model_id, Path(), owner="peers", recorded_digest=digest, remote=True)
 
 
 def directory(config: Config, home: Path) -> Path:
@@ -296,102 +273,54 @@ def digest_of(model: Model, stopped: Callable[[], bool] = lambda: False) -> str:
     them whole (about 1 GB/s).  Raises OSError, also if it is `stopped`."""
     if model.recorded_digest:
         return model.recorded_digest
-    if model.parts:
-        return splits.digest_of_parts([digest_of(file, stopped) for file in model.files])
-    digest = hashlib.sha256()
-    with open_regular(model.path, buffering=0) as file:
-        while piece := file.read(_READ_BYTES):
-            if stopped():
-                raise InterruptedError(0, "its digest is no longer needed", str(model.path))
-            digest.update(piece)
-    return digest.hexdigest()
+    digests = [sha256(file.path, stopped) for file in model.files]
+    return splits.digest_of_parts(digests) if model.parts else digests[0]
 
 
 def _configured(entry: ModelConfig, headers: HeaderReader) -> Model:
     """Raises BadGguf, OSError, ValueError (of a path that none can be)."""
     if entry.path.startswith(FAKE):
-        return Model(
-            id=entry.name,
-            path=Path(entry.path),
-            offset=0,
-            size=0,
-            created=0,
-            owner="fake",
-            header=Header(),
-            context=entry.context,
-            sampling=entry.sampling,
-            recorded_digest=hashlib.sha256(b"fake").hexdigest(),
-        )
-    path = _expanded(entry.path).absolute()
-    str(path).encode()  # it is sent to the engine in UTF-8
-    part = splits.parse(path.name)
-    if part is None:
-        model = _single(entry.name, Path(os.path.realpath(path)), headers)
-    elif part.number != 1:
-        raise BadGguf(f"it is part {part.number} of {part.count}: give the path of part 1")
+        model = Model(entry.name, Path(entry.path), owner="fake", recorded_digest=_FAKE_DIGEST)
     else:
-        paths = splits.siblings(path, part)
-        present = [number for number, each in enumerate(paths, 1) if os.path.lexists(each)]
-        splits.check_complete(part.count, present)
-        model = _split(entry.name, paths, headers)
+        path = _expanded(entry.path).absolute()
+        str(path).encode()  # it is sent to the engine in UTF-8
+        model = _from_files(entry.name, _parts_from(path), headers)
     return replace(model, context=entry.context, sampling=entry.sampling)
 
 
-def _single(model_id: str, path: Path, headers: HeaderReader) -> Model:
-    """Raises BadGguf, OSError."""
-    header = _header(path, stat_regular(path), headers)
-    splits.check_single(header)
-    gguf.check_whole(header, header.tensors)
-    return _from_file(model_id, path, header)
+def _parts_from(path: Path) -> list[Path]:
+    """The files of the model that begins with this one.  Raises BadGguf."""
+    part = splits.parse(path.name)
+    if part is None:
+        return [Path(os.path.realpath(path))]
+    if part.number != 1:
+        raise BadGguf(f"it is part {part.number} of {part.count}: give the path of part 1")
+    paths = [path.with_name(name) for name in part.all_parts]
+    present = [number for number, each in enumerate(paths, 1) if os.path.lexists(each)]
+    splits.check_complete(part.count, present)
+    return paths
 
 
-def _split(model_id: str, paths: Sequence[Path], headers: HeaderReader) -> Model:
-    """Raises BadGguf, OSError."""
+def _from_files(model_id: str, paths: Sequence[Path], headers: HeaderReader) -> Model:
+    """The model in these files, in the order of its parts.  Raises BadGguf, OSError."""
     facts, read = [], []
     for number, path in enumerate(paths, 1):
         try:
             facts.append(stat_regular(path))
-            read.append(_header(path, facts[-1], headers))
+            if os.path.lexists(download_mark(path)):
+                raise BadGguf("it is incomplete: aria2 has not finished it")
+            read.append(headers.read(path, facts[-1]))
         except (BadGguf, OSError) as error:
+            if len(paths) == 1:
+                raise
             raise BadGguf(f"part {number} of {len(paths)}: {_reason(error)}") from error
-    tensors = splits.check_consistent(read)
-    gguf.check_whole(read[0], tensors)
-    return replace(
-        _from_file(model_id, paths[0], read[0]),
+    gguf.check_whole(read[0], splits.check_consistent(read))
+    parts = tuple(ModelPart(path, file.st_size) for path, file in zip(paths, facts, strict=True))
+    return Model(
+        model_id,
+        paths[0],
         size=sum(file.st_size for file in facts),
         created=max(int(file.st_mtime) for file in facts),
-        parts=tuple(ModelPart(path, file.st_size) for path, file in zip(paths, facts, strict=True)),
-    )
-
-
-def _header(path: Path, facts: os.stat_result, headers: HeaderReader) -> Header:
-    """Raises BadGguf, OSError."""
-    if os.path.lexists(download_mark(path)):
-        raise BadGguf("it is incomplete: aria2 has not finished it")
-    return headers.read(path, facts)
-
-
-def _from_file(
-    model_id: str,
-    path: Path,
-    header: Header,
-    *,
-    offset: int = 0,
-    size: int | None = None,
-    digest: str | None = None,
-    owner: str = "local",
-) -> Model:
-    """Raises OSError."""
-    facts = stat_regular(path)
-    return Model(
-        id=model_id,
-        path=path,
-        offset=offset,
-        size=facts.st_size if size is None else size,
-        created=int(facts.st_mtime),
-        owner=owner,
-        header=header,
-        context=0,
-        sampling=SamplingConfig(),
-        recorded_digest=digest,
+        header=read[0],
+        parts=parts if len(parts) > 1 else (),
     )

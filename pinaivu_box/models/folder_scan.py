@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import deque
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -30,47 +31,44 @@ def scan(folder: Path) -> FolderScan:
     if not os.path.lexists(folder):
         return result
     seen: set[tuple[int, int]] = set()
-    level, entries = [folder], 0
-    for depth in range(MAX_DEPTH + 1):
-        below: list[Path] = []
-        for current in level:
-            try:
-                facts = current.stat()
-                if (facts.st_dev, facts.st_ino) in seen:
-                    continue
-                seen.add((facts.st_dev, facts.st_ino))
-                for entry in _entries(current):
-                    entries += 1
-                    if entries > MAX_ENTRIES or len(result.files) > MAX_FILES:
-                        why = f"it has more than {MAX_FILES:,} model files"
-                        if entries > MAX_ENTRIES:
-                            why = f"it has more than {MAX_ENTRIES:,} entries"
-                        result.not_served[folder] = f"{why}: the rest was not looked at"
-                        return result
-                    is_folder, has_suffix = _is_folder(entry), _has_suffix(entry.name)
-                    if not is_folder and not has_suffix:
-                        continue
-                    path = current / entry.name
-                    if not is_folder:
-                        result.files.append(path)
-                        continue
-                    if has_suffix:
-                        result.not_served[path] = "it is a directory, not a regular file"
-                    if entry.name.startswith("."):
-                        continue
-                    if entry.is_symlink() and _leads_upwards(path, folder):
-                        result.not_served[path] = (
-                            "it is a link to a folder above it: it is not followed"
-                        )
-                    else:
-                        below.append(path)
-            except OSError as error:
-                result.not_served[current] = (
-                    f"this folder cannot be read: {error.strerror or error}"
-                )
-        level = below
-        if level and depth == MAX_DEPTH:
+    folders, entries = deque([(folder, 0)]), 0
+    while folders:
+        current, depth = folders.popleft()
+        if depth > MAX_DEPTH:
             result.not_served[folder] = f"folders more than {MAX_DEPTH} deep were not looked at"
+            break
+        try:
+            facts = current.stat()
+            if (facts.st_dev, facts.st_ino) in seen:
+                continue
+            seen.add((facts.st_dev, facts.st_ino))
+            for entry in _entries(current):
+                entries += 1
+                if entries > MAX_ENTRIES or len(result.files) > MAX_FILES:
+                    why = f"it has more than {MAX_FILES:,} model files"
+                    if entries > MAX_ENTRIES:
+                        why = f"it has more than {MAX_ENTRIES:,} entries"
+                    result.not_served[folder] = f"{why}: the rest was not looked at"
+                    return result
+                is_folder, has_suffix = _is_folder(entry), entry.name.lower().endswith(SUFFIX)
+                if not is_folder and not has_suffix:
+                    continue
+                path = current / entry.name
+                if not is_folder:
+                    result.files.append(path)
+                    continue
+                if has_suffix:
+                    result.not_served[path] = "it is a directory, not a regular file"
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_symlink() and _leads_upwards(path, folder):
+                    why = "it is a link to a folder above it: it is not followed"
+                    result.not_served[path] = why
+                else:
+                    folders.append((path, depth + 1))
+        except OSError as error:
+            why = f"this folder cannot be read: {error.strerror or error}"
+            result.not_served[current] = why
     return result
 
 
@@ -86,10 +84,6 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return entry.is_dir()
     except OSError:  # a loop of links: reading it reports that
         return False
-
-
-def _has_suffix(name: str) -> bool:
-    return name.lower().endswith(SUFFIX)
 
 
 def _leads_upwards(link: Path, folder: Path) -> bool:

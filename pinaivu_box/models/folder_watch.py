@@ -43,14 +43,14 @@ class FolderWatch:
         if before is None:
             return None
         taken, _ = self._taken
-        settled = {}
-        for file, facts in now.items():
-            if facts in (before.get(file), taken.get(file)):
-                settled[file] = facts
-                continue
-            scan.not_served[file] = gguf.BEING_WRITTEN
-        scan.files = [file for file in scan.files if file in settled]
-        state = settled, dict(scan.not_served)
+        unchanged = {
+            file: facts
+            for file, facts in now.items()
+            if facts in (before.get(file), taken.get(file))
+        }
+        scan.not_served |= {file: gguf.BEING_WRITTEN for file in now if file not in unchanged}
+        scan.files = list(unchanged)
+        state = unchanged, dict(scan.not_served)
         if state == self._taken:
             return None
         self._taken = state

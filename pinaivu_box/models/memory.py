@@ -29,41 +29,32 @@ def kv_tokens_of(context: int, configured: int) -> int:
 def estimate(model: Model, kv_tokens: int) -> int:
     """Bytes that an engine for `model` will take, an upper bound for common architectures, unless
     texts of over 2,048 tokens are embedded."""
-    if model.is_fake:
-        return ENGINE_OVERHEAD
     cells = kv_tokens + EMBEDDING_CELLS
     return model.size + model.header.kv_bytes_per_token * cells + ENGINE_OVERHEAD
 
 
 def available() -> int | None:
     """Bytes that can be had without swapping; None where unknown."""
-    return _meminfo("MemAvailable")
+    return _bytes("/proc/meminfo", "MemAvailable")
 
 
 def total() -> int | None:
     """Bytes of this machine; None where unknown."""
-    return _meminfo("MemTotal")
-
-
-def _meminfo(field: str) -> int | None:
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith(f"{field}:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        return None
-    return None
+    return _bytes("/proc/meminfo", "MemTotal")
 
 
 def resident(pid: int) -> int:
     """Bytes of physical memory that a process holds, 0 where unknown."""
-    try:
-        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-            if line.startswith("VmRSS:"):
+    return _bytes(f"/proc/{pid}/status", "VmRSS") or 0
+
+
+def _bytes(path: str, field: str) -> int | None:
+    """What a line `field:   N kB` of a file says; None if it is not there."""
+    with contextlib.suppress(OSError):
+        for line in Path(path).read_text().splitlines():
+            if line.startswith(f"{field}:"):
                 return int(line.split()[1]) * 1024
-    except OSError:
-        return 0
-    return 0
+    return None
 
 
 def cpu_ticks(pid: int) -> int | None:

@@ -20,9 +20,12 @@ def copy_model(model: Model, folder: Path, name: str) -> list[Path]:
     if model.is_fake:
         raise OSError("it has no file")
     folder.mkdir(parents=True, exist_ok=True)
+    names = [f"{name}.gguf"]
+    if model.parts:
+        names = PartName(name, 1, len(model.parts), ".gguf").all_parts
     copies: list[Path] = []
     try:
-        for file, target in zip(model.files, _targets(model, folder, name), strict=True):
+        for file, target in zip(model.files, (folder / each for each in names), strict=True):
             _copy_file(file, target)
             copies.append(target)
     except BaseException:
@@ -30,14 +33,6 @@ def copy_model(model: Model, folder: Path, name: str) -> list[Path]:
             target.unlink(missing_ok=True)
         raise
     return copies
-
-
-def _targets(model: Model, folder: Path, name: str) -> list[Path]:
-    count = len(model.files)
-    if count == 1:
-        return [folder / f"{name}.gguf"]
-    part = PartName(name, 1, count, ".gguf")
-    return [folder / part.sibling(number) for number in range(1, count + 1)]
 
 
 def _copy_file(file: Model, target: Path) -> None:

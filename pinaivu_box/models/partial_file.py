@@ -13,11 +13,11 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pinaivu_box.models.catalog import Model
-from pinaivu_box.models.regular_files import open_regular
+from pinaivu_box.models.regular_files import open_regular, sha256
 
 PIECE_BYTES = 4 * 1024 * 1024
 HASH_BYTES = 32
@@ -66,23 +66,15 @@ def read(model: Model, begin: int, size: int) -> bytes:
     return data
 
 
-def digest(path: Path) -> str:
-    """SHA-256 of a whole file in hex.  Raises OSError."""
-    digest_ = hashlib.sha256()
-    with open_regular(path) as file:
-        while data := file.read(PIECE_BYTES):
-            digest_.update(data)
-    return digest_.hexdigest()
-
-
 def check_room(folder: Path, files: Iterable[tuple[str, int]]) -> None:
     """Whether copies of files with these digests and sizes have room in that folder, beside what is
     there of them.  Raises NoRoom, OSError."""
     folder.mkdir(parents=True, exist_ok=True)
     needed = _MIN_SPARE_BYTES
     for digest, size in files:
-        partial = _partial(folder, digest)
-        needed += size - (partial.stat().st_blocks * 512 if partial.exists() else 0)
+        needed += size
+        with suppress(FileNotFoundError):
+            needed -= _partial(folder, digest).stat().st_blocks * 512
     if needed > (free := shutil.disk_usage(folder).free):
         raise NoRoom(needed, free)
 
@@ -94,17 +86,21 @@ def claimed(folder: Path, digest: str) -> Iterator[None]:
     path = _partial(folder, f"{digest}.lock")
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise CopyInProgress("it is being copied already") from None
+        _lock(file.fileno())
         try:
             yield
         finally:
             path.unlink(missing_ok=True)
 
 
-def settle(folder: Path, digest: str, target: Path) -> None:
+def _lock(file: int) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise CopyInProgress("it is being copied already") from None
+
+
+def publish(folder: Path, digest: str, target: Path) -> None:
     """Give a copy that is whole and on disk its name.  Raises FileExistsError, OSError."""
     if target.exists():
         raise FileExistsError(f"{target} is there already")
@@ -135,20 +131,12 @@ class PartialFile:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
-            self._lock()
+            _lock(self._file)
+            check_room(folder, [(digest, size)])
+            os.ftruncate(self._file, size)
         except BaseException:
             self.close()
             raise
-
-    def _lock(self) -> None:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise CopyInProgress("it is being copied already") from None
-        needed = self.size - os.fstat(self._file).st_blocks * 512 + _MIN_SPARE_BYTES
-        if needed > (free := shutil.disk_usage(self.path.parent).free):
-            raise NoRoom(needed, free)
-        os.ftruncate(self._file, self.size)
 
     def missing(self) -> list[int]:
         """The pieces that have still to come."""
@@ -191,14 +179,10 @@ class PartialFile:
 
     def is_right(self) -> bool:
         """Whether the whole has the digest that was asked for."""
-        digest = hashlib.sha256()
-        with self.path.open("rb") as file:
-            while not self._closed and (data := file.read(PIECE_BYTES)):
-                digest.update(data)
-        return digest.hexdigest() == self._digest
+        return sha256(self.path, lambda: self._closed) == self._digest
 
     def sync(self) -> None:
-        """See that it is safely on disk; `settle` gives it its name."""
+        """See that it is safely on disk; `publish` gives it its name."""
         os.fsync(self._file)
 
     def discard(self) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
+_READ_BYTES = 1 << 20
 _KINDS = {
     stat.S_IFDIR: "a directory",
     stat.S_IFIFO: "a FIFO",
@@ -20,11 +23,10 @@ class NotAFile(OSError):
     """It is not a regular file; `strerror` is what it is."""
 
 
-def why_not(mode: int) -> str | None:
-    """What a thing of that mode is if it is no regular file."""
-    if stat.S_ISREG(mode):
-        return None
-    return f"it is {_KINDS.get(stat.S_IFMT(mode), 'no file')}, not a regular file"
+def _check_mode(mode: int, path: Path) -> None:
+    if not stat.S_ISREG(mode):
+        kind = _KINDS.get(stat.S_IFMT(mode), "no file")
+        raise NotAFile(0, f"it is {kind}, not a regular file", str(path))
 
 
 def stat_regular(path: Path) -> os.stat_result:
@@ -35,8 +37,7 @@ def stat_regular(path: Path) -> os.stat_result:
         if path.is_symlink():
             raise NotAFile(0, "it is a link to a file that does not exist", str(path)) from None
         raise
-    if (why := why_not(facts.st_mode)) is not None:
-        raise NotAFile(0, why, str(path))
+    _check_mode(facts.st_mode, path)
     return facts
 
 
@@ -49,9 +50,19 @@ def open_regular(path: Path, buffering: int = -1) -> BinaryIO:
     """The file, opened for reading.  Raises OSError; a FIFO or a device does not hold this up."""
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
     try:
-        if (why := why_not(os.fstat(handle).st_mode)) is not None:
-            raise NotAFile(0, why, str(path))
+        _check_mode(os.fstat(handle).st_mode, path)
         return os.fdopen(handle, "rb", buffering)
     except BaseException:
         os.close(handle)
         raise
+
+
+def sha256(path: Path, stopped: Callable[[], bool] = lambda: False) -> str:
+    """SHA-256 of a whole file in hex.  Raises OSError, also if it is `stopped`."""
+    digest = hashlib.sha256()
+    with open_regular(path, buffering=0) as file:
+        while data := file.read(_READ_BYTES):
+            if stopped():
+                raise InterruptedError(0, "its digest is no longer needed", str(path))
+            digest.update(data)
+    return digest.hexdigest()

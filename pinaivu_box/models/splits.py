@@ -9,7 +9,6 @@ import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from pinaivu_box.models.gguf import BadGguf, Header
 
@@ -30,9 +29,13 @@ class PartName:
     count: int
     suffix: str
 
-    def sibling(self, number: int) -> str:
-        """The name of another part."""
-        return f"{self.stem}-{number:05}-of-{self.count:05}{self.suffix}"
+    @property
+    def all_parts(self) -> list[str]:
+        """The names of all parts, in their order."""
+        return [
+            f"{self.stem}-{number:05}-of-{self.count:05}{self.suffix}"
+            for number in range(1, self.count + 1)
+        ]
 
 
 def parse(name: str) -> PartName | None:
@@ -66,8 +69,11 @@ def check_complete(count: int, present: Sequence[int]) -> None:
 
 
 def check_consistent(headers: Sequence[Header]) -> int:
-    """Check that the headers of the parts agree with their names.  Returns the number of tensors in
-    all.  Raises BadGguf."""
+    """Check that the headers of a model's files, in the order of their names, agree with those
+    names.  Returns the number of tensors in all.  Raises BadGguf."""
+    if len(headers) == 1:
+        _check_single(headers[0])
+        return headers[0].tensors
     for number, header in enumerate(headers, 1):
         if (header.part, header.parts) != (number, len(headers)):
             claim = (
@@ -82,8 +88,7 @@ def check_consistent(headers: Sequence[Header]) -> int:
     return tensors
 
 
-def check_single(header: Header) -> None:
-    """Check that a file whose name is not that of a part is a whole model.  Raises BadGguf."""
+def _check_single(header: Header) -> None:
     if header.parts > 1:
         raise BadGguf(
             f"it is part {header.part} of {header.parts} of a model, and its name does not say so: "
@@ -97,8 +102,3 @@ def digest_of_parts(digests: Sequence[str]) -> str:
     joined = b"".join(bytes.fromhex(digest) for digest in digests)
     count = len(digests).to_bytes(4, "big")
     return hashlib.sha256(_DIGEST_DOMAIN + count + joined).hexdigest()
-
-
-def siblings(path: Path, part: PartName) -> list[Path]:
-    """Where all parts of that model are, the first one first."""
-    return [path.with_name(part.sibling(number)) for number in range(1, part.count + 1)]

@@ -13,6 +13,7 @@ from random import Random
 from msgspec import msgpack
 from msgspec.structs import replace
 
+from pinaivu_box import __version__
 from pinaivu_box.config import PeeringConfig
 from pinaivu_box.errors import LinkLost, PeeringError, Unreachable
 from pinaivu_box.gossip import topology
@@ -21,31 +22,25 @@ from pinaivu_box.gossip.channel import NOT_READING, GossipChannel
 from pinaivu_box.gossip.protocol import TICK_SECONDS, Gossip
 from pinaivu_box.identity import Identity
 from pinaivu_box.membership import joining, peer_names
-from pinaivu_box.membership.address_book import AddressBook
 from pinaivu_box.membership.joining import JoinHandler
 from pinaivu_box.membership.records import MAX_BODY_BYTES
 from pinaivu_box.membership.roster import Roster
 from pinaivu_box.membership.store import MembershipStore
 from pinaivu_box.membership.tickets import MAX_ADDRESSES, Ticket
 from pinaivu_box.network import peer
-from pinaivu_box.network.peer import OwnView, Peer
+from pinaivu_box.network.peer import OwnModel, OwnView, Peer
 from pinaivu_box.store.audit import BOX, Actor, record
 from pinaivu_box.store.database import Database
 from pinaivu_box.tasks import TaskSet
 from pinaivu_box.transport import wire
-from pinaivu_box.transport.connections import LinkManager, OpenLink
-from pinaivu_box.transport.streams import (
-    LinkHandler,
-    Open,
-    OpenedStream,
-    StreamHandler,
-    StreamRouter,
-)
-from pinaivu_box.transport.transport import Stream, Transport
-from pinaivu_box.transport.wire import Code
+from pinaivu_box.transport.connections import LinkManager
+from pinaivu_box.transport.link import Link, Stream
+from pinaivu_box.transport.streams import StreamHandler, StreamRouter
+from pinaivu_box.transport.transport import Transport
+from pinaivu_box.transport.wire import Code, Open
 
 GOSSIP = "gossip"
-MAX_STRANGERS = 64  # links to boxes that are not members (yet)
+MAX_UNCERTIFIED_LINKS = 64  # links to boxes that are not members (yet)
 GOSSIP_START_SECONDS = 10.0  # for a new link, after which a member has begun the gossip
 LOAD_QUERY_SECONDS = 0.2
 _FLUSH_SECONDS = 1.0  # at the end
@@ -73,36 +68,27 @@ class Network:
         database: Database,
         settings: Callable[[], PeeringConfig],
         describe: Callable[[], Facts],
-        random: Random | None = None,
     ) -> None:
         self.node_id = identity.node_id
-        self.name = _certificate_name(settings().name or socket.gethostname())
+        name = wire.printable(settings().name or socket.gethostname())
+        self.name = name[:_MAX_NAME_CHARACTERS] or "box"  # as a certificate can have it
         self._settings = settings
         self.handlers: dict[str, StreamHandler] = {}
         # Called when `peers` may return something else: when a link is made, and with each tick.
         self.peers_changed: Callable[[], None] = lambda: None
         self.gossip: Gossip | None = None
         self._identity, self._transport, self._database = identity, transport, database
-        self._describe, self._random = describe, random or Random()  # noqa: S311, it only spreads load
+        self._describe, self._random = describe, Random()  # noqa: S311, it only spreads load
         self._membership = MembershipStore(database)
         self._join_handler = JoinHandler(identity, self._membership, database)
-        self._links = LinkManager(transport, self, self._random)
-        self._channels: dict[OpenLink, GossipChannel] = {}
-        self._address_book = AddressBook(database)
+        self._channels: dict[Link, GossipChannel] = {}
         self._tasks = TaskSet()
-        self.spawn = self._tasks.spawn
-        link_handlers: dict[str, LinkHandler] = {
-            GOSSIP: self._run_gossip,
-            joining.PURPOSE: self._handle_join,
-        }
-        self._router = StreamRouter(
-            link_handlers,
-            self.handlers,
-            self._membership.rejection_reason,
-            self._membership.rejection_code,
-        )
+        self._spawn = self._tasks.spawn
+        for_all = {GOSSIP: self._run_gossip, joining.PURPOSE: self._handle_join}
+        self._router = StreamRouter(for_all, self.handlers, self._membership.rejected)
+        self._links = LinkManager(transport, self, self._router, self._tasks, self._random)
         self._joining = asyncio.Lock()
-        self._tick_now, self._load_reported = asyncio.Event(), asyncio.Event()
+        self._tick_now = asyncio.Event()
         self._saved_at = time.monotonic()
         self._peers: list[Peer] | None = None  # None: something has changed since
         self._closing = self._change_pending = False
@@ -135,9 +121,8 @@ class Network:
     # Start and end
 
     async def start(self) -> None:
-        """Load the roster and the address book."""
+        """Load the roster and the known peers."""
         await self._membership.load()
-        await self._address_book.load()
         self._restart_gossip()
 
     async def run(self) -> None:
@@ -156,8 +141,8 @@ class Network:
         await self._tasks.cancel()
 
     def changed(self) -> None:
-        """Note that `describe` returns something else: the links are told, and all members if it
-        is worth an advert.  With a short delay: the caller has more urgent things to do."""
+        """Note that `describe` returns something else: neighbours are notified, and all members if
+        it is worth an advert.  With a short delay: the caller has more urgent things to do."""
         if not self._change_pending:
             self._change_pending = True
             asyncio.get_running_loop().call_later(_CHANGE_DELAY_SECONDS, self._send_change)
@@ -174,13 +159,10 @@ class Network:
     async def query_load(self, model: str) -> None:
         """Ask the links for the load of the boxes that have a model, so that `peers` has it.  Takes
         a round trip."""
-        if self.gossip is None:
-            return
-        self.gossip.query_load(model)
-        with suppress(TimeoutError):
-            async with asyncio.timeout(LOAD_QUERY_SECONDS):
-                while self.gossip.loads.waiting(model):
-                    await self._load_reported.wait()
+        if (gossip := self.gossip) is not None:
+            gossip.query_load(model)
+            loads = gossip.loads
+            await loads.reports.until(lambda: not loads.waiting(model), LOAD_QUERY_SECONDS)
 
     async def _tick_forever(self) -> None:
         while True:
@@ -225,7 +207,7 @@ class Network:
             self.node_id, members, links.not_to_dial(), len(links), random
         ):
             links.dial(node_id)
-        idle = [link.peer for link in links.by_peer.values() if link.idle]
+        idle = [peer for peer, link in links.by_peer.items() if not link.streams]
         for node_id in topology.to_drop(members, idle, len(links.by_peer), random):
             self._close_link(links.by_peer[node_id], Code.BUSY, "this box has enough links")
 
@@ -234,14 +216,14 @@ class Network:
         self._saved_at = time.monotonic()
         members = set() if self.roster is None else self.roster.members().keys() - {self.node_id}
         linked = members & self._links.by_peer.keys()
-        await self._address_book.save(
+        await self._membership.save_addresses(
             {node_id: self.addresses(node_id) for node_id in members}, linked
         )
 
     # Links: `connections.LinkOwner`
 
     def own_addresses(self) -> list[str]:
-        """Return the addresses that others are told: what the operator has configured, then what
+        """Return the advertised addresses: what the operator has configured, then what
         was found.  The last one may be a relay, which is reachable when no other is."""
         addresses = list(dict.fromkeys([*self._settings().advertise, *self._transport.addresses()]))
         if len(addresses) <= MAX_ADDRESSES:
@@ -249,23 +231,25 @@ class Network:
         return [*addresses[: MAX_ADDRESSES - 1], addresses[-1]]
 
     def addresses(self, peer: str) -> tuple[str, ...]:
+        """As `MembershipStore.addresses_of`: where its link leads, and where it says that it is."""
         link = self._links.by_peer.get(peer)
-        entry = self.gossip.adverts.get(peer) if self.gossip else None
-        route = link.link.facts().route if link else None
-        return self._address_book.addresses_of(peer, route, entry.advert.addresses if entry else ())
+        current = [link.route().address] if link else []
+        if self.gossip and (entry := self.gossip.adverts.get(peer)):
+            current += entry.advert.addresses
+        return self._membership.addresses_of(peer, *filter(None, current))
 
-    def link_opened(self, link: OpenLink) -> None:
+    def link_opened(self, link: Link) -> None:
         self._peers = None
-        strangers = sum(not self._membership.is_member(peer) for peer in self._links.by_peer)
-        if strangers > MAX_STRANGERS:
+        uncertified = sum(not self._membership.is_member(peer) for peer in self._links.by_peer)
+        if uncertified > MAX_UNCERTIFIED_LINKS:
             self._close_link(link, Code.BUSY, "too many boxes that are not members: try again")
             return
         if link.dialed:
-            self.spawn(self._start_gossip(link))
+            self._spawn(self._start_gossip(link))
         else:
-            self.spawn(self._close_without_gossip(link))
+            self._spawn(self._close_without_gossip(link))
 
-    def link_closed(self, link: OpenLink, why: LinkLost) -> None:
+    def link_closed(self, link: Link, why: LinkLost) -> None:
         self._peers = None
         if self._channels.pop(link, None) and self.gossip:
             self.gossip.link_down(link.peer, lost=why.code in _NOT_CLOSED)
@@ -276,71 +260,67 @@ class Network:
             log.warning("%s does not take this box for a member: %s", name, why.reason)
         log.info("link to %s ended: %s", wire.short(link.peer), why.message)
 
-    def _close_link(self, link: OpenLink, code: Code, why: str) -> None:
-        self.spawn(link.link.close(code, why))
+    def _close_link(self, link: Link, code: Code, why: str) -> None:
+        self._spawn(link.close(code, why))
 
-    async def _close_without_gossip(self, link: OpenLink) -> None:
+    async def _close_without_gossip(self, link: Link) -> None:
         await asyncio.sleep(GOSSIP_START_SECONDS)
         if link not in self._channels:
             self._reject(link)
 
-    def _reject(self, link: OpenLink) -> None:
-        code = self._membership.rejection_code(link.peer)
-        self._close_link(link, code, self._membership.why_not(link.peer))
+    def _reject(self, link: Link) -> None:
+        self._close_link(link, *self._membership.rejection(link.peer))
 
     # Gossip, and its `Effects`
 
     def _restart_gossip(self) -> None:
-        self._peers = None
-        if self.roster is None:
-            self.gossip = None
-            return
-        self.gossip = Gossip(
-            self._identity, self.roster, self, clock=time.monotonic, wall=time.time,
-            random=self._random,
-        )  # fmt: skip
-        self.gossip.loads.on_report = self._on_load_report
+        self._peers = self.gossip = None
+        if self.roster is not None:
+            self.gossip = Gossip(
+                self._identity,
+                self.roster,
+                self,
+                clock=time.monotonic,
+                wall=time.time,
+                random=self._random,
+            )
 
-    def _on_load_report(self) -> None:
-        self._load_reported.set()
-        self._load_reported = asyncio.Event()
-
-    async def _start_gossip(self, link: OpenLink) -> None:
+    async def _start_gossip(self, link: Link) -> None:
         try:
-            stream = await link.link.open()
+            stream = await link.open()
             await stream.send(wire.encode(Open(GOSSIP)))
         except PeeringError:
             return  # the link has ended, and is reported elsewhere
-        await self._run_gossip(link, stream)
+        await self._run_gossip(link.peer, stream)
 
-    async def _run_gossip(self, link: OpenLink, stream: Stream) -> None:
-        gossip = self.gossip
-        if self._links.by_peer.get(link.peer) is not link:
-            await link.link.closed()  # it is replaced by another one, as the peer is about to see
+    async def _run_gossip(self, peer: str, stream: Stream) -> None:
+        gossip, link = self.gossip, stream.link
+        if self._links.by_peer.get(peer) is not link:
+            await link.closed()  # it is replaced by another one, as the peer is about to see
             return
         if link in self._channels:
-            code = self._membership.rejection_code(link.peer)
+            code, _ = self._membership.rejection(peer)
             self._close_link(link, code, "a link has one gossip stream")
             return
         if gossip is None:
             self._reject(link)
             return
         channel = self._channels[link] = GossipChannel(stream)
-        log.info("link to %s is up", wire.short(link.peer))
+        log.info("link to %s is up", wire.short(peer))
         self._saved_at = 0.0  # save the address with the next tick
-        gossip.link_up(link.peer)
+        gossip.link_up(peer)
         self._peers = None
         self.peers_changed()
 
         def on_frame(frame: bytes) -> None:
             self._peers = None
-            gossip.receive(link.peer, frame)
-            if self._rejected_by and gossip.accepted_by(link.peer):
-                self._rejected_by.pop(link.peer, None)
+            gossip.receive(peer, frame)
+            if self._rejected_by and gossip.accepted_by(peer):
+                self._rejected_by.pop(peer, None)
 
-        end = await channel.run(on_frame)
-        if self._links.by_peer.get(link.peer) is link:
-            self._close_link(link, Code.PROTOCOL, end.reason or "the gossip has ended")
+        why = await channel.run(on_frame)
+        if self._links.by_peer.get(peer) is link:
+            self._close_link(link, Code.PROTOCOL, why)
 
     def send(self, peer: str, frame: bytes) -> None:
         """Queue a frame of the gossip; a peer that does not read is disconnected."""
@@ -351,15 +331,14 @@ class Network:
 
     def disconnect(self, peer: str, why: str) -> None:
         member = self._membership.is_member(peer)
-        code = Code.PROTOCOL if member else self._membership.rejection_code(peer)
-        for link in self._links.all_to(peer):
-            self._close_link(link, code, why)
+        code = Code.PROTOCOL if member else self._membership.rejection(peer)[0]
+        self._links.close(peer, code, why)
 
     def roster_changed(self) -> None:
         self._peers = None
-        self._membership.roster_changed()
+        self._membership.changes.notify()
         self._tick_now.set()
-        self.spawn(self._membership.save())
+        self._spawn(self._membership.save())
 
     # Streams
 
@@ -367,31 +346,13 @@ class Network:
         """Open a stream to a member, over a new link if there is none.  Raises Unreachable,
         WrongPeer, LinkLost; if the peer refuses it, the first `receive` raises PeerRefused."""
         if not self._membership.is_member(peer):
-            raise Unreachable(f"{wire.short(peer)}: {self._membership.why_not(peer)}.")
+            _, why = self._membership.rejection(peer)
+            raise Unreachable(f"{wire.short(peer)}: {why}.")
         try:
             async with asyncio.timeout(timeout):
-                while True:
-                    link = await self._links.get(peer)
-                    try:
-                        stream = await link.link.open()
-                    except LinkLost:
-                        if self._links.by_peer.get(peer) in (link, None):
-                            raise
-                        continue  # it was replaced by another one
-                    opened = OpenedStream(peer, stream, Open(purpose))
-                    link.outbound_streams.add(opened)
-                    return opened
+                return await self._links.open(peer, Open(purpose))
         except TimeoutError as error:
             raise Unreachable(f"{wire.short(peer)} did not answer within {timeout:g} s.") from error
-
-    def serve_streams(self, link: OpenLink) -> None:
-        self.spawn(self._serve_streams(link))
-
-    async def _serve_streams(self, link: OpenLink) -> None:
-        """Until the link ends."""
-        with suppress(PeeringError):
-            while True:
-                self.spawn(self._router.handle(link, await link.link.accept()))
 
     # Peers
 
@@ -404,13 +365,10 @@ class Network:
     def _look_up_peers(self) -> list[Peer]:
         if self.gossip is None:
             return []
-        roster = self.gossip.roster
-        state = peer.NetworkState(
-            roster, self.gossip, self._links, self._address_book.known, time.monotonic()
-        )
+        known = self._membership.known
         peers = [
-            peer.view(node_id, self.addresses(node_id), state)
-            for node_id in roster.known()
+            peer.view(node_id, self.addresses(node_id), self.gossip, self._links, known)
+            for node_id in self.gossip.roster.known()
             if node_id != self.node_id
         ]
         return sorted(peers, key=lambda peer: (peer.name, peer.node_id))
@@ -424,14 +382,22 @@ class Network:
 
     def own_view(self, offers: Sequence[Offer], relay: str) -> OwnView:
         """Return this box as its peers see it."""
-        return peer.own_view(
-            self.node_id, self.name, self.network_id, self.own_addresses(), self.revoked,
-            offers=offers, relay=relay,
-        )  # fmt: skip
+        network_id, revoked = self.network_id, self.revoked
+        return OwnView(
+            id=self.node_id,
+            name=self.name,
+            network=network_id or "",
+            software=__version__,
+            addresses=self.own_addresses(),
+            relay=relay,
+            models=[OwnModel(offer.id, offer.digest.hex()) for offer in offers],
+            state="revoked" if revoked else "member" if network_id else "alone",
+            why=revoked,
+        )
 
     async def renamed(self) -> None:
         """Note that the store has other names for peers."""
-        await self._address_book.load()
+        await self._membership.load_known()
         self._peers = None
 
     # Operations; `by` is for the audit trail, which gets its entry in the same transaction
@@ -478,43 +444,38 @@ class Network:
         self._close_all_links()
         entry = record(by, "peer.join", roster.network, inviter=ticket.node_id)
         await self._membership.enter(roster, entry)
-        self._links.reset_backoff()
-        self._rejected_by.clear()
-        self._restart_gossip()
-        await self._address_book.save({ticket.node_id: ticket.addresses}, {ticket.node_id})
-        self._links.add(link, dialed=True)
+        self._begin_anew()
+        await self._membership.save_addresses({ticket.node_id: ticket.addresses}, {ticket.node_id})
+        self._links.add(link)
         self._tick_now.set()
 
     def _close_all_links(self) -> None:
         for node_id in list(self._links.by_peer):
-            for link in self._links.all_to(node_id):
-                self._close_link(link, Code.SHUTDOWN, "it belongs to another network now")
+            self._links.close(node_id, Code.SHUTDOWN, "it belongs to another network now")
 
     async def leave(self, by: Actor = BOX) -> None:
         """Belong to no network any more; its members only see that this box is gone."""
         async with self._joining:
             self._close_all_links()
             await self._membership.leave(record(by, "peer.leave", self.network_id or ""))
-            self._links.reset_backoff()
-            self._rejected_by.clear()
-            self._restart_gossip()
+            self._begin_anew()
+
+    def _begin_anew(self) -> None:
+        """Forget what concerned the network that this box has left."""
+        self._links.reset_backoff()
+        self._rejected_by.clear()
+        self._restart_gossip()
 
     async def remove(self, text: str, reason: str = "", by: Actor = BOX) -> Peer:
-        """Revoke a peer, for ever and everywhere, and return it.  Raises PeerNotFound,
+        """Revoke a peer, permanently and everywhere, and return it.  Raises PeerNotFound,
         NotJoined."""
         revoked = self.peer(text)
         assert self.gossip is not None  # else there are no peers
-        records = await self._join_handler.revoke(revoked.node_id, revoked.name, reason, by)
-        self.gossip.spread(records)
+        revocation = await self._join_handler.revoke(revoked.node_id, revoked.name, reason, by)
+        self.gossip.spread([revocation])
         return self.peer(revoked.node_id)
 
-    async def _handle_join(self, link: OpenLink, stream: Stream) -> None:
-        records = await self._join_handler.handle(link.peer, stream)
+    async def _handle_join(self, peer: str, stream: Stream) -> None:
+        records = await self._join_handler.handle(peer, stream)
         if records and self.gossip is not None:
             self.gossip.spread(records)
-
-
-def _certificate_name(text: str) -> str:
-    """Return a name that a certificate can have."""
-    printable = "".join(letter for letter in text if letter.isprintable())
-    return printable[:_MAX_NAME_CHARACTERS] or "box"

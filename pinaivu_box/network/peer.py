@@ -7,25 +7,25 @@ decimal text.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Literal, NamedTuple
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
 
 from msgspec import UNSET, Struct, UnsetType
 
-from pinaivu_box import __version__
 from pinaivu_box.amount import Prices
 from pinaivu_box.gossip.adverts import Advert, Offer
 from pinaivu_box.gossip.loads import ReportedLoad
 from pinaivu_box.gossip.protocol import Gossip
 from pinaivu_box.membership.records import node_of
-from pinaivu_box.membership.roster import Roster, Verdict
+from pinaivu_box.membership.roster import Verdict
 from pinaivu_box.receipts.receipt import utc_text
 from pinaivu_box.store.peer_settings import PeerLimits
 from pinaivu_box.store.peers import KnownPeer
+from pinaivu_box.text import sentence
 from pinaivu_box.transport import wire
 from pinaivu_box.transport.connections import LinkManager
-from pinaivu_box.transport.transport import LinkFacts, LinkRoute
+from pinaivu_box.transport.link import LinkView
 
 State = Literal["connected", "connecting", "unreachable", "revoked"]
 _NOT_NEEDED = "There is no link yet: one is made when it is needed."
@@ -36,10 +36,10 @@ class Peer:
     """`why` is a sentence about its `state`.
 
     `advert` is its newest until that expires, sent at `advert_at` of our monotonic clock; `gone`: a
-    member reports that it lost its link to it.  `since` is when its link began, in Unix seconds.
-    `software`, `clock_ahead` (in seconds) and `route` are known while it is connected.  From its
-    certificate: `inviter` (a node id), `admin`, `issued_at` (Unix seconds by the inviter's clock).
-    `loads`: of its models, as far as they are newer than its advert.
+    member reports that it lost its link to it.  `software`, `clock_ahead` (in seconds) and `route`
+    are known while it is connected.  From its certificate: `inviter` (a node id), `admin`,
+    `issued_at` (Unix seconds by the inviter's clock).  `loads`: of its models, as far as they are
+    newer than its advert.
     """
 
     node_id: str
@@ -47,10 +47,9 @@ class Peer:
     state: State
     why: str
     addresses: tuple[str, ...]
-    route: LinkRoute | None
+    route: LinkView | None
     software: str
     clock_ahead: float | None
-    since: float | None
     advert: Advert | None
     advert_at: float | None
     gone: bool
@@ -59,70 +58,54 @@ class Peer:
     issued_at: float | None
     loads: Mapping[str, ReportedLoad] = field(default_factory=dict, hash=False)
 
-    @property
-    def advert_age_s(self) -> float | None:
-        return None if self.advert_at is None else time.monotonic() - self.advert_at
 
-
-class NetworkState(NamedTuple):
-    """What a peer is looked up in; `now` is monotonic."""
-
-    roster: Roster
-    gossip: Gossip
-    links: LinkManager
-    known: Mapping[str, KnownPeer]
-    now: float
-
-
-def view(node_id: str, addresses: tuple[str, ...], state: NetworkState) -> Peer:
+def view(
+    node_id: str,
+    addresses: tuple[str, ...],
+    gossip: Gossip,
+    links: LinkManager,
+    known: Mapping[str, KnownPeer],
+) -> Peer:
     """Return a peer as it is now."""
-    verdict = state.roster.member(node_id, time.time())
-    certificate = state.roster.certificate(node_id)
-    advert = state.gossip.adverts.get(node_id)
-    valid = advert if advert and advert.expires_at > state.now else None
-    link = state.links.by_peer.get(node_id) if node_id in state.gossip.links else None
-    facts = link.link.facts() if link else None
-    own_name = node_id in state.known and state.known[node_id].name
-    peer_state, why = _state(verdict, facts, state.links, node_id)
+    verdict = gossip.roster.member(node_id, time.time())
+    certificate = gossip.roster.certificate(node_id)
+    advert = gossip.adverts.get(node_id)
+    if advert and advert.expires_at <= time.monotonic():
+        advert = None
+    link = links.by_peer.get(node_id) if node_id in gossip.links else None
+    route = link.route() if link else None
+    local_name = node_id in known and known[node_id].name
+    state, why = _state(verdict, route, links, node_id)
     return Peer(
         node_id=node_id,
-        name=own_name or verdict.name or wire.short(node_id),
-        state=peer_state,
+        name=local_name or verdict.name or wire.short(node_id),
+        state=state,
         why=why,
         addresses=addresses,
-        route=facts.route if facts else None,
-        software=facts.software if facts else "",
-        clock_ahead=facts.clock_ahead if facts else None,
-        since=link.since if link else None,
-        advert=valid.advert if valid else None,
-        advert_at=valid.sent_at if valid else None,
-        gone=link is None and state.gossip.adverts.gone(node_id),
+        route=route,
+        software=link.software if link else "",
+        clock_ahead=link.clock_ahead if link else None,
+        advert=advert.advert if advert else None,
+        advert_at=advert.sent_at if advert else None,
+        gone=link is None and gossip.adverts.gone(node_id),
         inviter=node_of(certificate.inviter) if certificate else "",
         admin=verdict.admin,
         issued_at=certificate.issued_at / 1000 if certificate else None,
-        loads=state.gossip.loads.of(node_id),
+        loads=gossip.loads.of(node_id),
     )
 
 
 def _state(
-    verdict: Verdict, link: LinkFacts | None, links: LinkManager, node_id: str
+    verdict: Verdict, route: LinkView | None, links: LinkManager, node_id: str
 ) -> tuple[State, str]:
     if not verdict.ok:
-        return "revoked", f"{verdict.why[:1].upper()}{verdict.why[1:]}."
-    if link is not None:
-        route = "directly" if link.route.direct else "by a relay"
-        return "connected", f"Linked {route} ({link.route.address})."
+        return "revoked", sentence(verdict.why)
+    if route is not None:
+        way = "directly" if route.direct else "by a relay"
+        return "connected", f"Linked {way} ({route.address})."
     if (why := links.last_error(node_id)) and not links.is_dialing(node_id):
         return "unreachable", why
     return "connecting", "It is being dialed." if links.is_dialing(node_id) else _NOT_NEEDED
-
-
-class LinkView(Struct, frozen=True):
-    """`direct`: not by a relay.  `rtt_ms`: the latest round-trip time, null if there is none."""
-
-    direct: bool
-    address: str
-    rtt_ms: float | None
 
 
 class OfferView(Struct, frozen=True):
@@ -252,7 +235,7 @@ def peer_view(
         name=peer.name,
         state=peer.state,
         why=peer.why,
-        link=None if peer.route is None else LinkView(**asdict(peer.route)),
+        link=peer.route,
         software=peer.software,
         clock_ahead=peer.clock_ahead,
         addresses=list(peer.addresses),
@@ -260,7 +243,7 @@ def peer_view(
         currency="" if advert is None else advert.currency,
         draining=advert is not None and advert.draining,
         gone=peer.gone,
-        advert_age=peer.advert_age_s,
+        advert_age=None if peer.advert_at is None else time.monotonic() - peer.advert_at,
         reputation=reputation,
         admin=peer.admin,
         invited_by=inviter,
@@ -269,30 +252,6 @@ def peer_view(
         use=use,
         refusal=refusal,
         cost=cost,
-    )
-
-
-def own_view(
-    node_id: str,
-    name: str,
-    network_id: str | None,
-    addresses: list[str],
-    revoked: str,
-    *,
-    offers: Sequence[Offer],
-    relay: str,
-) -> OwnView:
-    """This box, which is `revoked` for that reason, or "" if it is not."""
-    return OwnView(
-        id=node_id,
-        name=name,
-        network=network_id or "",
-        software=__version__,
-        addresses=addresses,
-        relay=relay,
-        models=[OwnModel(offer.id, offer.digest.hex()) for offer in offers],
-        state="revoked" if revoked else "member" if network_id else "alone",
-        why=revoked,
     )
 
 

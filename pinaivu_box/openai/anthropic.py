@@ -10,16 +10,17 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 from pinaivu_box.engine.messages import TopK, TopP
 from pinaivu_box.errors import InvalidBody
 from pinaivu_box.openai import parameters
-from pinaivu_box.openai.fields import IgnoredFields
+from pinaivu_box.openai.tools import function_call
 from pinaivu_box.openai.types import (
     MAX_STOP_STRINGS,
     MAX_TOOLS,
     FunctionName,
     Identifier,
     KeepAlive,
+    ModelRequest,
     Schema,
     StopString,
-    Text,
+    Strict,
     TokenCount,
 )
 
@@ -72,6 +73,12 @@ class ToolResultBlock(Struct, frozen=True, tag="tool_result", tag_field="type"):
 
 Readable = TextBlock | DocumentBlock | SearchResultBlock
 Block = Readable | ThinkingBlock | ToolUseBlock | ToolResultBlock
+# Which of them a message may contain, by its role.
+_BLOCKS = {
+    "assistant": Readable | ThinkingBlock | ToolUseBlock,
+    "user": Readable | ToolResultBlock,
+    "system": Readable,
+}
 
 
 class AnthropicMessage(Struct, frozen=True):
@@ -86,7 +93,7 @@ class AnthropicTool(Struct, frozen=True):
     type: Literal["custom"] | None = None
 
 
-class AnthropicChoice(Struct, frozen=True, forbid_unknown_fields=True):
+class AnthropicChoice(Strict, frozen=True):
     type: Literal["auto", "any", "tool", "none"]
     name: str | None = None
     disable_parallel_tool_use: bool = False
@@ -100,19 +107,15 @@ class Owner(Struct, frozen=True):
     user_id: Identifier | None = None
 
 
-class CountTokensRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class CountTokensRequest(ModelRequest, frozen=True, kw_only=True):
     """Body of `POST /v1/messages/count_tokens`."""
 
-    model: Text
     messages: Annotated[list[AnthropicMessage], Meta(min_length=1)]
     system: str | list[TextBlock] | None = None
     tools: Annotated[list[AnthropicTool], Meta(max_length=MAX_TOOLS)] | None = None
     tool_choice: AnthropicChoice | None = None
     thinking: Thinking | None = None
-
-    @staticmethod
-    def prepare(raw: dict[str, Any], ignored: IgnoredFields) -> None:
-        parameters.messages(raw, ignored)
+    prepare = staticmethod(parameters.counted_messages)
 
 
 class MessagesRequest(CountTokensRequest, frozen=True, kw_only=True):
@@ -127,11 +130,7 @@ class MessagesRequest(CountTokensRequest, frozen=True, kw_only=True):
     metadata: Owner | None = None
     service_tier: Literal["auto", "standard_only"] | None = None
     keep_alive: KeepAlive | None = None
-
-    @staticmethod
-    def prepare(raw: dict[str, Any], ignored: IgnoredFields) -> None:
-        parameters.keep_alive(raw, ignored)
-        parameters.messages(raw, ignored)
+    prepare = staticmethod(parameters.messages)
 
 
 class AnthropicUsage(Struct, frozen=True):
@@ -178,19 +177,24 @@ def as_messages(body: CountTokensRequest) -> list[dict[str, Any]]:
         blocks: list[Block] = (
             [TextBlock(message.content)] if isinstance(message.content, str) else message.content
         )
+        _check_places(blocks, message.role, number)
+        text = _text([block for block in blocks if isinstance(block, Readable)])
         if message.role == "assistant":
             answered = True
-            messages.append(_assistant(blocks, number))
+            messages.append({"role": "assistant", "content": text, **_answer(blocks)})
         elif message.role == "user":
-            messages += _user(blocks, number)
+            results = [_result(block) for block in blocks if isinstance(block, ToolResultBlock)]
+            messages += results
+            if text or not results:
+                messages.append({"role": "user", "content": text})
         elif answered:
-            text = f"<system>\n{_system(blocks, number)}\n</system>"
+            text = f"<system>\n{text}\n</system>"
             if messages[-1]["role"] == "user":
                 messages[-1]["content"] += f"\n\n{text}"
             else:
                 messages.append({"role": "user", "content": text})
         else:
-            system.append(_system(blocks, number))
+            system.append(text)
     if system:
         messages.insert(0, {"role": "system", "content": "\n\n".join(system)})
     if continues(body):  # models continue badly after white space, and Anthropic refuses it
@@ -208,57 +212,36 @@ def continues(body: CountTokensRequest) -> bool:
     )
 
 
-def _assistant(blocks: list[Block], number: int) -> dict[str, Any]:
-    message: dict[str, Any] = {"role": "assistant", "content": ""}
-    texts: list[str] = []
+def _check_places(blocks: list[Block], role: str, number: int) -> None:
+    """Raises InvalidBody for a block that messages of this role do not have."""
     for block in blocks:
-        match block:
-            case ThinkingBlock(thinking):
-                message["reasoning_content"] = message.get("reasoning_content", "") + thinking
-            case ToolUseBlock(call_id, name, arguments):
-                function = {"name": name, "arguments": parameters.text_of_arguments(arguments)}
-                call = {"id": call_id, "type": "function", "function": function}
-                message.setdefault("tool_calls", []).append(call)
-            case ToolResultBlock():
-                raise _misplaced("a tool_result must be in a message of the user", number)
-            case _:
-                texts.append(_readable(block))
-    message["content"] = "".join(texts)
-    return message
+        if not isinstance(block, _BLOCKS[role]):
+            kind = block.__struct_config__.tag
+            raise InvalidBody(
+                f"a {kind} block may not be in a message of the {role}",
+                loc=("body", "messages", number, "content"),
+            )
 
 
-def _user(blocks: list[Block], number: int) -> list[dict[str, Any]]:
-    results: list[dict[str, Any]] = []
-    texts: list[str] = []
-    for block in blocks:
-        match block:
-            case ToolResultBlock(call_id, content, is_error):
-                text = _text(content or "")
-                if is_error:  # templates have no field for it
-                    text = f"Error: {text}" if text else "Error"
-                results.append({"role": "tool", "tool_call_id": call_id, "content": text})
-            case ToolUseBlock() | ThinkingBlock():
-                raise _misplaced(
-                    "tool_use and thinking must be in a message of the assistant", number
-                )
-            case _:
-                texts.append(_readable(block))
-    text = "".join(texts)
-    return [*results, {"role": "user", "content": text}] if text or not results else results
+def _answer(blocks: list[Block]) -> dict[str, Any]:
+    """The reasoning and the calls of the assistant's message."""
+    thoughts = [block.thinking for block in blocks if isinstance(block, ThinkingBlock)]
+    calls = [
+        function_call(block.id, block.name, parameters.text_of_arguments(block.input))
+        for block in blocks
+        if isinstance(block, ToolUseBlock)
+    ]
+    return {
+        **({"reasoning_content": "".join(thoughts)} if thoughts else {}),
+        **({"tool_calls": calls} if calls else {}),
+    }
 
 
-def _system(blocks: list[Block], number: int) -> str:
-    """The text of a system message."""
-    texts = []
-    for block in blocks:
-        if isinstance(block, ToolUseBlock | ThinkingBlock | ToolResultBlock):
-            raise _misplaced("a system message must consist of text", number)
-        texts.append(_readable(block))
-    return "".join(texts)
-
-
-def _misplaced(message: str, number: int) -> InvalidBody:
-    return InvalidBody(message, loc=("body", "messages", number, "content"))
+def _result(block: ToolResultBlock) -> dict[str, Any]:
+    text = _text(block.content or "")
+    if block.is_error:  # templates have no field for it
+        text = f"Error: {text}" if text else "Error"
+    return {"role": "tool", "tool_call_id": block.tool_use_id, "content": text}
 
 
 def _text(content: str | Sequence[Readable]) -> str:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from pinaivu_box.openai import parameters
-from pinaivu_box.openai.fields import IgnoredFields
-from pinaivu_box.openai.types import ContextShift, Sampled, Text, TextOrTokens, Usage
+from pinaivu_box.openai.types import ContextShift, ModelRequest, Sampled, TextOrTokens, Usage
 
 Tokens = Annotated[list[Annotated[int, Meta(ge=0, lt=2**31)]], Meta(min_length=1)]
 
@@ -24,10 +23,7 @@ class CompletionRequest(Sampled, frozen=True, kw_only=True):
     suffix: str | None = None
     logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     max_tokens: Annotated[int, Meta(ge=-1, le=2**31 - 1)] | None = None
-
-    @staticmethod
-    def prepare(raw: dict[str, Any], ignored: IgnoredFields) -> None:
-        parameters.completion(raw, ignored)
+    prepare = staticmethod(parameters.completion)
 
 
 class CompletionLogprobs(Struct, frozen=True):
@@ -62,17 +58,15 @@ class Completion(Struct, frozen=True):
     ignored_parameters: list[str] | UnsetType = UNSET
 
 
-class TokenizeRequest(Struct, frozen=True, forbid_unknown_fields=True):
+class TokenizeRequest(ModelRequest, frozen=True):
     """Body of `POST /v1/tokenize`.  With `special` the text is read like a prompt: special tokens
     are recognised, and the model's BOS token is added."""
 
-    model: Text
     text: str
     special: bool = False
 
 
-class DetokenizeRequest(Struct, frozen=True, forbid_unknown_fields=True):
-    model: Text
+class DetokenizeRequest(ModelRequest, frozen=True):
     tokens: Tokens
 
 

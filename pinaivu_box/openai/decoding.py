@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from pinaivu_box.errors import BodyTooLarge, InvalidBody, InvalidJson, quoted
-from pinaivu_box.openai.fields import IgnoredFields, drop_unknown
+from pinaivu_box.openai.fields import IgnoredFields, drop_unknown, unknown_field
 from pinaivu_box.text import number
 from pinaivu_box.value_count import exceeds
 
@@ -107,23 +107,19 @@ _JSON_OF = {"True": "true", "False": "false", "None": "null"}
 _UNKNOWN = re.compile(r"Object contains unknown field `(.*)`", re.DOTALL)
 
 
-def from_validation(error: msgspec.ValidationError, *, root: str = "body") -> InvalidBody:
+def from_validation(error: msgspec.ValidationError, *root: str) -> InvalidBody:
     """As InvalidBody, with the path in msgspec's message ("Expected `str`, got `int` - at
-    `$.messages[0].role`") as its `loc`."""
+    `$.messages[0].role`") as its `loc`, below `root` (the body, if there is none)."""
     text = _shortened(str(error))
     match = _AT.fullmatch(text)
     message, path = (match["message"], match["path"] or "") if match else (text, "")
-    loc: list[str | int] = [root]
+    loc: list[str | int] = [*(root or ("body",))]
     for name, index in _PART.findall(path):
         loc.append(name or (index if (position := number(index)) is None else position))
     if missing := _MISSING.fullmatch(message):
         return InvalidBody("field required", loc=(*loc, missing[1]), kind="value_error.missing")
     if unknown := _UNKNOWN.fullmatch(message):
-        return InvalidBody(
-            f"'{quoted(unknown[1])}' is not a field here: remove it or correct its name",
-            loc=(*loc, unknown[1]),
-            kind="value_error.extra",
-        )
+        return unknown_field((*loc, unknown[1]))
     if invalid := _INVALID_VALUE.fullmatch(message):
         value = _JSON_OF.get(invalid[1], invalid[1])
         return InvalidBody(

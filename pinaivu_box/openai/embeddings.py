@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from pinaivu_box.openai import parameters
-from pinaivu_box.openai.fields import IgnoredFields
-from pinaivu_box.openai.types import Identifier, KeepAlive, Text, TextOrTokens
+from pinaivu_box.openai.types import Identifier, KeepAlive, ModelRequest, TextOrTokens
 
 
-class EmbeddingRequest(Struct, frozen=True, forbid_unknown_fields=True):
+class EmbeddingRequest(ModelRequest, frozen=True):
     """Body of `POST /v1/embeddings`: text or tokens, or a list of them."""
 
-    model: Text
     input: TextOrTokens
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: Annotated[int, Meta(ge=1, le=2**31 - 1)] | None = None
     user: Identifier | None = None
     keep_alive: KeepAlive | None = None
-
-    @staticmethod
-    def prepare(raw: dict[str, Any], ignored: IgnoredFields) -> None:
-        parameters.embedding(raw, ignored)
+    prepare = staticmethod(parameters.embedding)
 
 
 class OneEmbedding(Struct, frozen=True):

@@ -55,7 +55,7 @@ class IgnoredFields:
                 kind="value_error.unsupported",
             )
         if self._strict:
-            raise _unknown(("body", *path), "")
+            raise unknown_field(("body", *path))
         parts = [str(part)[: MAX_NAME_CHARACTERS + 1] for part in path if isinstance(part, str)]
         dotted = quoted(".".join(parts), MAX_NAME_CHARACTERS)
         if len(self._names) < MAX_NAMES or dotted in self._names:
@@ -84,23 +84,21 @@ def drop_unknown(
     _drop(raw, _shape_of(kind), path, ignored)
 
 
+# The fields of an object, and what is expected in each.
+_Fields = dict[str, "_Shape | None"]
+
+
 @dataclass
 class _Shape:
-    """What is expected at a place of the body: an object with these `fields`, or one of several
-    that a field tells apart; a list of `item`; an object with `values` of any name; an integer."""
+    """What is expected at a place of the body, as far as it is looked at: `objects` with known
+    fields, by the value of the field `tag` (None where there is none); a list of `item`; an object
+    with `values` of any name; an integer."""
 
-    fields: dict[str, _Shape | None] | None = None
-    tag: str = ""
-    tagged: dict[Any, _Shape] = field(default_factory=dict)
+    objects: dict[Any, _Fields] = field(default_factory=dict)
+    tag: str | None = None
     item: _Shape | None = None
     values: _Shape | None = None
     integral: bool = False
-
-    @property
-    def anything(self) -> bool:
-        return not (self.fields is not None or self.tagged or self.item or self.values) and (
-            not self.integral
-        )
 
 
 def _drop(value: Any, shape: _Shape, path: Location, ignored: IgnoredFields) -> Any:
@@ -108,36 +106,25 @@ def _drop(value: Any, shape: _Shape, path: Location, ignored: IgnoredFields) -> 
     if isinstance(value, dict):
         _drop_in_object(value, shape, path, ignored)
     elif isinstance(value, list) and shape.item is not None:
-        _drop_in_list(value, shape.item, path, ignored)
+        for index, item in enumerate(value):
+            if isinstance(item, dict | list | float):
+                value[index] = _drop(item, shape.item, (*path, index), ignored)
     elif isinstance(value, float) and shape.integral and value.is_integer():
         return int(value)
     return value
 
 
-def _drop_in_list(values: list[Any], item: _Shape, path: Location, ignored: IgnoredFields) -> None:
-    for index, value in enumerate(values):
-        if isinstance(value, dict | list | float):
-            values[index] = _drop(value, item, (*path, index), ignored)
-
-
 def _drop_in_object(
     raw: dict[str, Any], shape: _Shape, path: Location, ignored: IgnoredFields
 ) -> None:
-    if shape.tagged:
-        tag = raw.get(shape.tag)
-        tagged = shape.tagged.get(tag) if isinstance(tag, str) else None
-        if tagged is None:
-            return  # applying the type will say what is wrong
-        shape = tagged
-    if shape.fields is None:
-        if shape.values is not None:
-            for name, value in raw.items():
-                raw[name] = _drop(value, shape.values, (*path, name), ignored)
-        return
-    for name in [name for name in raw if name not in shape.fields]:
-        _drop_field(raw, name, path, frozenset(shape.fields), ignored)
+    tag = None if shape.tag is None else raw.get(shape.tag, "")
+    fields = shape.objects.get(tag) if isinstance(tag, str | None) else None
+    if fields is None:  # of an unknown tag: applying the type will say what is wrong
+        fields = dict.fromkeys(raw, shape.values)
+    for name in [name for name in raw if name not in fields]:
+        _drop_field(raw, name, path, frozenset(fields), ignored)
     for name, value in raw.items():
-        inner = shape.fields[name]
+        inner = fields[name]
         if inner is not None and isinstance(value, dict | list | float):
             raw[name] = _drop(value, inner, (*path, name), ignored)
 
@@ -149,7 +136,7 @@ def _drop_field(
     # After so many unknown fields misspellings are not the cause: no more names are compared.
     compared = name not in FOREIGN_NAMES and not ignored.full
     if compared and (similar := _similar(name[:MAX_NAME_CHARACTERS], known)):
-        raise _unknown(("body", *path, name), similar)
+        raise unknown_field(("body", *path, name), similar)
     ignored.add(*path, name)
     del raw[name]
 
@@ -166,7 +153,7 @@ def _letters(name: str) -> list[str]:
     return sorted(name.replace("_", "").replace("-", "").lower())
 
 
-def _unknown(loc: Location, similar: str) -> InvalidBody:
+def unknown_field(loc: Location, similar: str = "") -> InvalidBody:
     hint = f"did you mean '{similar}'?" if similar else "remove it or correct its name"
     return InvalidBody(
         f"'{quoted(str(loc[-1]))}' is not a field here: {hint}", loc=loc, kind="value_error.extra"
@@ -178,27 +165,25 @@ def _unknown(loc: Location, similar: str) -> InvalidBody:
 
 @cache
 def _shape_of(kind: type[msgspec.Struct]) -> _Shape:
-    return _shape(inspect.type_info(kind)) or _Shape(fields={})
+    return _shape(inspect.type_info(kind)) or _Shape()
 
 
 def _shape(info: inspect.Type) -> _Shape | None:
-    """None where nothing is checked."""
+    """None where nothing is looked at."""
     match info:
         case inspect.Metadata():
             return _shape(info.type)
         case inspect.StructType():
             fields = {field.encode_name: _shape(field.type) for field in info.fields}
-            shape = _Shape(fields=fields)
             if info.tag_field is not None:
-                assert shape.fields is not None
-                shape.fields[info.tag_field] = None
-            return shape
+                fields[info.tag_field] = None
+            return _Shape({info.tag: fields}, info.tag_field)
         case inspect.ListType():
             item = _shape(info.item_type)
-            return None if item is None else _Shape(item=item)
+            return item and _Shape(item=item)
         case inspect.DictType():
             values = _shape(info.value_type)
-            return None if values is None else _Shape(values=values)
+            return values and _Shape(values=values)
         case inspect.IntType():
             return _Shape(integral=True)
         case inspect.UnionType():
@@ -208,18 +193,12 @@ def _shape(info: inspect.Type) -> _Shape | None:
 
 def _union(info: inspect.UnionType) -> _Shape | None:
     union = _Shape()
-    for member in info.types:
-        shape = _shape(member)
-        if shape is None:
-            continue
-        if isinstance(member, inspect.StructType) and member.tag_field is not None:
-            union.tag = member.tag_field
-            union.tagged[member.tag] = shape
-        elif shape.fields is not None:
-            union.fields = shape.fields
+    for shape in filter(None, map(_shape, info.types)):
+        union.objects |= shape.objects
+        union.tag = union.tag or shape.tag
         union.item = union.item or shape.item
         union.values = union.values or shape.values
         union.integral = union.integral or shape.integral
     if any(isinstance(member, inspect.FloatType) for member in info.types):
         union.integral = False
-    return None if union.anything else union
+    return None if union == _Shape() else union

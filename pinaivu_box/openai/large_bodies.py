@@ -38,16 +38,9 @@ _HISTORY = "history"
 Body = TypeVar("Body", bound=Struct)
 
 
-class _JobHead(Struct, frozen=True, array_like=True):
-    """The first line of a job; the body follows."""
-
-    kind: str
-    strict: bool
-
-
 def job(data: bytes, kind: type[Struct], *, strict: bool) -> bytes:
     """The job of decoding a body."""
-    return b"".join((msgspec.json.encode(_JobHead(kind.__name__, strict)), b"\n", data))
+    return msgspec.msgpack.encode((kind.__name__, strict, data))
 
 
 def result(answer: bytes, kind: type[Body]) -> tuple[Body, list[str]]:
@@ -68,27 +61,18 @@ def history(rows: list[tuple[bytes, bytes]]) -> list[dict[str, Any]]:
 
 
 def history_job(rows: list[tuple[bytes, bytes]]) -> bytes:
-    """The job of calling `history`."""
-    head = msgspec.json.encode(_JobHead(_HISTORY, False))
-    return b"".join((head, b"\n", msgspec.msgpack.encode(rows)))
-
-
-def history_result(answer: bytes) -> list[dict[str, Any]]:
-    return msgspec.msgpack.decode(answer, type=list[dict[str, Any]])
+    """The job of calling `history`; its answer is msgpack."""
+    return msgspec.msgpack.encode((_HISTORY, False, rows))
 
 
 def make(_setup: bytes) -> Callable[[bytes], bytes]:
     """Runs in the child.  A job raises what `decode` does."""
-    encoder = msgspec.msgpack.Encoder()
 
     def run(payload: bytes) -> bytes:
-        head, _, data = payload.partition(b"\n")
-        job_head = msgspec.json.decode(head, type=_JobHead)
-        if job_head.kind == _HISTORY:
-            rows = msgspec.msgpack.decode(data, type=list[tuple[bytes, bytes]])
-            return encoder.encode(history(rows))
-        kind = _KINDS[job_head.kind]
-        decoded: tuple[Any, list[str]] = decode(data, kind, strict=job_head.strict)
-        return encoder.encode(decoded)
+        kind, strict, content = msgspec.msgpack.decode(payload)
+        if kind == _HISTORY:
+            return msgspec.msgpack.encode(history(content))
+        decoded: tuple[Any, list[str]] = decode(content, _KINDS[kind], strict=strict)
+        return msgspec.msgpack.encode(decoded)
 
     return run

@@ -9,6 +9,7 @@ unexpected type are left for the wire type to refuse.
 from __future__ import annotations
 
 import json
+import re
 from collections import deque
 from collections.abc import Iterable
 from typing import Any
@@ -58,6 +59,14 @@ _WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
     "max_tool_calls": (),
     "best_of": (1,),
 }
+# vLLM's names of output constraints, and llama.cpp's `json_schema` -> kind.
+_GUIDED = {
+    "guided_json": "json",
+    "guided_regex": "regex",
+    "guided_choice": "choice",
+    "guided_grammar": "grammar",
+    "json_schema": "json",
+}
 _TIERS = ("auto", "default", "flex", "priority", "scale", "standard_only")
 _REASONING_FIELDS = ("think", "thinking", "enable_thinking")
 _EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh")
@@ -104,17 +113,9 @@ def chat(raw: Raw, ignored: IgnoredFields) -> None:
         elif isinstance(named_schema := response_format.get("json_schema"), dict):
             named_schema.setdefault("name", _SCHEMA_NAME)
     _reasoning(raw, ignored)
-    _system(raw, ignored)
+    if isinstance(raw.get("messages"), list):
+        _history(raw["messages"], ignored)
     _template(raw, ignored)
-    messages = raw.get("messages")
-    if isinstance(messages, list):
-        _calls(messages)
-        for index, message in enumerate(messages):
-            if isinstance(message, dict) and message.get("role") == "assistant":
-                for name in ("audio", "function_call"):
-                    if message.get(name) is not None:
-                        ignored.add("messages", index, name)
-                        del message[name]
 
 
 def completion(raw: Raw, ignored: IgnoredFields) -> None:
@@ -132,7 +133,7 @@ def response(raw: Raw, ignored: IgnoredFields) -> None:
     for name in ("max_tokens", "max_completion_tokens", "num_predict"):
         _rename(raw, name, "max_output_tokens", ignored)
     _limit_counts(raw)
-    keep_alive(raw, ignored)
+    _keep_alive(raw, ignored)
     _refuse(raw, _UNSUPPORTED_IN_RESPONSES)
     _ignore(raw, ignored, except_for="truncation")
     _values(raw)
@@ -145,9 +146,7 @@ def response(raw: Raw, ignored: IgnoredFields) -> None:
         del raw["top_logprobs"]
     text = raw.get("text")
     if isinstance(text, dict):
-        if _asks(text, "verbosity", ("medium",)):
-            ignored.add("text", "verbosity")
-        text.pop("verbosity", None)
+        _drop(text, "verbosity", ("medium",), ignored, "text")
         text_format = text.get("format")
         if isinstance(text_format, dict) and text_format.get("type") == "json_schema":
             text_format.setdefault("name", _SCHEMA_NAME)
@@ -159,6 +158,12 @@ def response(raw: Raw, ignored: IgnoredFields) -> None:
 
 def messages(raw: Raw, ignored: IgnoredFields) -> None:
     """Anthropic's Messages API."""
+    _keep_alive(raw, ignored)
+    counted_messages(raw, ignored)
+
+
+def counted_messages(raw: Raw, ignored: IgnoredFields) -> None:
+    """Messages whose tokens are only counted."""
     _limit_counts(raw)
     _without_billing(raw, "system", ignored)
     _ignore(raw, ignored)
@@ -171,16 +176,16 @@ def messages(raw: Raw, ignored: IgnoredFields) -> None:
 
 
 def embedding(raw: Raw, ignored: IgnoredFields) -> None:
-    keep_alive(raw, ignored)
+    _keep_alive(raw, ignored)
     _ignore(raw, ignored)
 
 
-def keep_alive(raw: Raw, ignored: IgnoredFields) -> None:
-    """LM Studio's name of `keep_alive`."""
-    _rename(raw, "ttl", _RENAMED["ttl"], ignored)
-
-
 # -- parts ---------------------------------------------------------------------------------------
+
+
+def _keep_alive(raw: Raw, ignored: IgnoredFields) -> None:
+    """LM Studio's name of `keep_alive`."""
+    _rename(raw, "ttl", "keep_alive", ignored)
 
 
 def _rename(raw: Raw, name: str, here: str, ignored: IgnoredFields) -> None:
@@ -207,15 +212,21 @@ def _refuse(raw: Raw, names: dict[str, tuple[Any, ...]]) -> None:
 
 def _ignore(raw: Raw, ignored: IgnoredFields, *, except_for: str = "") -> None:
     for name, neutral in _WITHOUT_EFFECT.items():
-        if name == except_for:
-            continue
-        if _asks(raw, name, neutral):
-            ignored.add(name)
-        raw.pop(name, None)
+        if name != except_for:
+            _drop(raw, name, neutral, ignored)
     tier = raw.get("service_tier")
     if isinstance(tier, str) and tier not in _TIERS:
         ignored.add("service_tier")
         del raw["service_tier"]
+
+
+def _drop(
+    raw: Raw, name: str, neutral: Iterable[Any], ignored: IgnoredFields, *path: str | int
+) -> None:
+    """Remove a field that has no meaning here; `raw` is at that path of the body."""
+    if _asks(raw, name, neutral):
+        ignored.add(*path, name)
+        del raw[name]
 
 
 def _asks(raw: Raw, name: str, neutral: Iterable[Any]) -> bool:
@@ -271,18 +282,16 @@ def _tools(raw: Raw, supported: tuple[str, ...], ignored: IgnoredFields, *path: 
 
 
 def _guided(raw: Raw, ignored: IgnoredFields) -> None:
-    """vLLM's names of output constraints, and llama.cpp's `json_schema`."""
-    constraints: list[tuple[str, str, Any]] = []
-    for name, kind in (
-        ("guided_json", "json"), ("guided_regex", "regex"), ("guided_choice", "choice"),
-        ("guided_grammar", "grammar"), ("json_schema", "json"),
-    ):  # fmt: skip
-        if (value := raw.pop(name, None)) is not None:
-            constraints.append((name, kind, value))
+    """Output constraints, as the format or the grammar of the answer."""
+    constraints = [
+        (name, kind, value)
+        for name, kind in _GUIDED.items()
+        if (value := raw.pop(name, None)) is not None
+    ]
     structured = raw.get("structured_outputs")
     if isinstance(structured, dict):
         for kind, value in raw.pop("structured_outputs").items():
-            if kind not in ("json", "regex", "choice", "grammar"):
+            if kind not in _GUIDED.values():
                 ignored.add("structured_outputs", kind)
             elif value is not None:
                 constraints.append(("structured_outputs", kind, value))
@@ -291,11 +300,10 @@ def _guided(raw: Raw, ignored: IgnoredFields) -> None:
         target = "response_format" if kind == "json" and is_chat else "grammar"
         if raw.get(target) is not None or len(constraints) > 1:
             raise InvalidBody(f"{name} and another format exclude each other", loc=("body", name))
-        schema = _schema(name, value) if kind == "json" else {}
-        if target == "response_format":
-            raw[target] = _schema_format(schema)
-        else:
-            raw[target] = _grammar(name, kind, schema if kind == "json" else value)
+        if kind == "json":
+            value = _schema(name, value)
+        is_format = target == "response_format"
+        raw[target] = _schema_format(value) if is_format else _grammar(name, kind, value)
 
 
 def _schema(name: str, value: Any) -> Any:
@@ -333,20 +341,10 @@ def _grammar(name: str, kind: str, value: Any) -> str:
 
 def _regex(pattern: str) -> str:
     """As it is written between slashes, where slashes and line breaks have to be escaped."""
-    written, escaped = [], False
-    for character in pattern:
-        replacements = {"/": "/" if escaped else "\\/", "\n": "n" if escaped else "\\n"}
-        written.append(replacements.get(character, character))
-        escaped = character == "\\" and not escaped
-    return "".join(written)
-
-
-def _system(raw: Raw, ignored: IgnoredFields) -> None:
-    """The system message of a chat."""
-    messages = raw.get("messages")
-    first = messages[0] if isinstance(messages, list) and messages else None
-    if isinstance(first, dict) and first.get("role") == "system":
-        _without_billing(first, "content", ignored, "messages", 0)
+    replacements = {"/": r"\/", "\n": r"\n", "\\\n": r"\n"}
+    return re.sub(
+        r"\\.|[/\n]", lambda match: replacements.get(match[0], match[0]), pattern, flags=re.DOTALL
+    )
 
 
 def _without_billing(raw: Raw, name: str, ignored: IgnoredFields, *path: str | int) -> None:
@@ -435,19 +433,28 @@ def text_of_result(result: Any) -> Any:
     return "" if result is None else text_of_arguments(result)
 
 
-def _calls(messages: list[Any]) -> None:
-    """Complete the calls and results of a history, where clients leave fields out or write them
-    otherwise: a refusal would end the chat, since every later request repeats them."""
+def _history(messages: list[Any], ignored: IgnoredFields) -> None:
+    """The messages of a chat.
+
+    Calls and results are completed, where clients leave fields out or write them otherwise: a
+    refusal would end the chat, since every later request repeats them.
+    """
     unanswered: deque[str] = deque()
     answered: set[str] = set()
     for index, message in enumerate(messages):
         if not isinstance(message, dict):
             continue
-        if message.get("role") == "assistant" and isinstance(message.get("tool_calls"), list):
-            calls = [call for call in message["tool_calls"] if isinstance(call, dict)]
-            for number, call in enumerate(calls):
+        if message.get("role") == "system" and index == 0:
+            _without_billing(message, "content", ignored, "messages", index)
+        elif message.get("role") == "assistant":
+            for name in ("audio", "function_call"):
+                _drop(message, name, (), ignored, "messages", index)
+            tool_calls = message.get("tool_calls")
+            calls = tool_calls if isinstance(tool_calls, list) else []
+            for number, call in enumerate(call for call in calls if isinstance(call, dict)):
                 _call(call, f"call_{index}_{number}")
-            unanswered.extend(call["id"] for call in calls if isinstance(call["id"], str))
+                if isinstance(call["id"], str):
+                    unanswered.append(call["id"])
         elif message.get("role") == "tool":
             if message.get("tool_call_id") is None:
                 while unanswered and unanswered[0] in answered:

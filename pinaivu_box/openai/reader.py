@@ -72,6 +72,7 @@ class Reader:
         thinks: bool = False,
         thinking: bool = False,
     ) -> None:
+        self.finish_reason = ""  # once the answer has ended
         self._style = style
         self._names = names
         self._custom_tools = custom_tools
@@ -88,20 +89,17 @@ class Reader:
         elif thinks:
             self._state = self._before_reasoning
 
-    @property
-    def called(self) -> bool:
-        """Whether there was a call."""
-        return self._calls > 0
-
-    def push(self, text: str) -> list[Piece]:
+    def take(self, text: str, finish_reason: str | None = None) -> list[Piece]:
+        """More of the answer, the last of it if there is a finish reason; returns what is new."""
         if self._style is None and not self._buffer and self._state == self._text:
-            return [Text(text)]  # nothing to look for
-        self._buffer += text
-        return self._read(end=False)
-
-    def end(self) -> list[Piece]:
-        """The answer is complete: returns what was held back."""
-        return self._read(end=True)
+            pieces: list[Piece] = [Text(text)] if text else []  # nothing to look for
+        else:
+            self._buffer += text
+            pieces = self._read(end=finish_reason is not None)
+        if finish_reason is not None:
+            called = self._calls > 0 and finish_reason == "stop"
+            self.finish_reason = "tool_calls" if called else finish_reason
+        return pieces
 
     def _read(self, *, end: bool) -> list[Piece]:
         pieces: list[Piece] = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, cast
 
 from pinaivu_box.errors import InvalidBody, quoted
-from pinaivu_box.openai.tools import chosen_tools, custom_arguments, functions
+from pinaivu_box.openai.tools import chosen_tools, custom_arguments, function_call, functions
 from pinaivu_box.openai.types import (
     AssistantMessage,
     ChatRequest,
@@ -75,11 +75,8 @@ def _message(message: Message) -> dict[str, Any]:
 
 def _call(call: ToolCall | CustomToolCall) -> dict[str, Any]:
     if isinstance(call, ToolCall):
-        name, arguments = call.function.name, call.function.arguments
-    else:
-        name, arguments = call.custom.name, custom_arguments(call.custom.input)
-    function = {"name": name, "arguments": arguments}
-    return {"id": call.id, "type": "function", "function": function}
+        return function_call(call.id, call.function.name, call.function.arguments)
+    return function_call(call.id, call.custom.name, custom_arguments(call.custom.input))
 
 
 def check_stream(body: Sampled) -> None:
@@ -121,21 +118,17 @@ def check_chat(body: ChatRequest) -> None:
     for name in allowed or ():
         if name not in names:
             raise InvalidBody(f"there is no tool '{quoted(name)}'", loc=("body", "tool_choice"))
-    formats = body.grammar, isinstance(body.response_format, JsonFormat | SchemaFormat)
-    if all(formats):
-        raise InvalidBody("grammar and response_format exclude each other", loc=("body", "grammar"))
+    if body.grammar and isinstance(body.response_format, JsonFormat | SchemaFormat):
+        raise _excludes("grammar", "response_format")
     if body.grammar and names and body.tool_choice != "none":
-        raise InvalidBody("grammar and tools exclude each other", loc=("body", "grammar"))
+        raise _excludes("grammar", "tools")
 
 
 def _check_ending(body: ChatRequest) -> None:
     if not body.continue_final_message:
         return
     if body.add_generation_prompt:
-        raise InvalidBody(
-            "continue_final_message and add_generation_prompt exclude each other",
-            loc=("body", "continue_final_message"),
-        )
+        raise _excludes("continue_final_message", "add_generation_prompt")
     last = body.messages[-1]
     if not isinstance(last, AssistantMessage) or last.tool_calls:
         raise _needs("continue_final_message", "a last message of the assistant without tool calls")
@@ -143,3 +136,7 @@ def _check_ending(body: ChatRequest) -> None:
 
 def _needs(name: str, condition: str) -> InvalidBody:
     return InvalidBody(f"{name} needs {condition}", loc=("body", name))
+
+
+def _excludes(name: str, other: str) -> InvalidBody:
+    return InvalidBody(f"{name} and {other} exclude each other", loc=("body", name))

@@ -9,6 +9,8 @@ from pinaivu_box.openai.reader import Arguments, ParsedCall, Piece, Reasoning, T
 from pinaivu_box.openai.tools import ClientTool
 
 Event = dict[str, Any]
+# The field that grows of a call, by the type of its item.
+_ARGUMENTS = {"function_call": "arguments", "custom_tool_call": "input"}
 _NO_LOGPROBS: dict[str, Any] = {"logprobs": []}
 
 
@@ -35,14 +37,10 @@ class ResponseItems:
                     events += self._grow("reasoning", "reasoning_text", text)
                 case ParsedCall(_, call_id, name):
                     events += [*self.close(), self._begin_call(call_id, name)]
-                case Arguments(_, text, custom=True):
-                    self.items[-1]["input"] = text
-                    delta = "response.custom_tool_call_input.delta"
-                    events.append(self._event(delta, delta=text))
                 case Arguments(_, text):
-                    self.items[-1]["arguments"] += text
-                    delta = "response.function_call_arguments.delta"
-                    events.append(self._event(delta, delta=text))
+                    field = _ARGUMENTS[self._open]
+                    self.items[-1][field] += text
+                    events.append(self._event(f"response.{self._open}_{field}.delta", delta=text))
         return events
 
     def settled(self, status: str) -> list[dict[str, Any]]:
@@ -60,13 +58,10 @@ class ResponseItems:
         item = self.items[-1]
         item["status"] = status
         events: list[Event] = []
-        if kind == "function_call":
-            event_type = "response.function_call_arguments.done"
-            name, arguments = item["name"], item["arguments"]
-            events.append(self._event(event_type, name=name, arguments=arguments))
-        elif kind == "custom_tool_call":
-            event_type = "response.custom_tool_call_input.done"
-            events.append(self._event(event_type, input=item["input"]))
+        if field := _ARGUMENTS.get(kind):
+            more = {"name": item["name"]} if kind == "function_call" else {}
+            event_type = f"response.{kind}_{field}.done"
+            events.append(self._event(event_type, **more, **{field: item[field]}))
         else:
             part = item["content"][0]
             event_type = f"response.{part['type']}.done"
@@ -74,10 +69,8 @@ class ResponseItems:
             events.append(self._event(event_type, content_index=0, text=part["text"], **more))
             events.append(self._event("response.content_part.done", content_index=0, part=part))
         index = len(self.items) - 1
-        return [
-            *events,
-            {"type": "response.output_item.done", "output_index": index, "item": dict(item)},
-        ]
+        done = {"type": "response.output_item.done", "output_index": index, "item": dict(item)}
+        return [*events, done]
 
     def _grow(self, kind: str, part_type: str, text: str) -> list[Event]:
         events: list[Event] = []
@@ -105,9 +98,8 @@ class ResponseItems:
         item = {"call_id": call_id, "name": tool.name}
         if tool.namespace:
             item["namespace"] = tool.namespace
-        if tool.custom:
-            return self._append("custom_tool_call", "ctc", {**item, "input": ""})
-        return self._append("function_call", "fc", {**item, "arguments": ""})
+        kind, prefix = ("custom_tool_call", "ctc") if tool.custom else ("function_call", "fc")
+        return self._append(kind, prefix, {**item, _ARGUMENTS[kind]: ""})
 
     def _append(self, kind: str, prefix: str, item: dict[str, Any]) -> Event:
         index = len(self.items)

@@ -18,8 +18,8 @@ from pinaivu_box.openai.tools import (
     ResponseCustom,
     ResponseFunction,
     ResponseTool,
-    all_model_names,
     custom_arguments,
+    function_call,
     model_name,
     model_names,
 )
@@ -34,8 +34,10 @@ from pinaivu_box.openai.types import (
     JsonFormat,
     KeepAlive,
     Metadata,
+    ModelRequest,
+    NamedSchema,
     NamedTool,
-    Schema,
+    Strict,
     Text,
     TextFormat,
     Tier,
@@ -43,25 +45,22 @@ from pinaivu_box.openai.types import (
     Tool,
     ToolChoice,
     ToolName,
+    Typed,
 )
 
 _Id = Annotated[str, Meta(min_length=1, max_length=256)]
 _MAX_ITEMS = 16384  # of one request: as many as the messages that a peer accepts
 
 
-class ChosenFunction(
-    Struct, frozen=True, forbid_unknown_fields=True, tag="function", tag_field="type"
-):
+class ChosenFunction(Typed, frozen=True, tag="function"):
     name: FunctionName
 
 
-class ChosenCustom(Struct, frozen=True, forbid_unknown_fields=True, tag="custom", tag_field="type"):
+class ChosenCustom(Typed, frozen=True, tag="custom"):
     name: FunctionName
 
 
-class ChosenSet(
-    Struct, frozen=True, forbid_unknown_fields=True, tag="allowed_tools", tag_field="type"
-):
+class ChosenSet(Typed, frozen=True, tag="allowed_tools"):
     mode: Literal["auto", "required"]
     tools: Annotated[list[ResponseFunction | ResponseCustom], Meta(max_length=MAX_TOOLS)]
 
@@ -71,34 +70,28 @@ ResponseChoice = (
 )
 
 
-class FlatSchemaFormat(
-    Struct, frozen=True, forbid_unknown_fields=True, tag="json_schema", tag_field="type"
-):
-    name: FunctionName
-    schema: Schema
-    description: str | None = None
-    strict: bool | None = None
+class FlatSchemaFormat(NamedSchema, frozen=True, tag="json_schema", tag_field="type"):
+    pass
 
 
-class TextOptions(Struct, frozen=True, forbid_unknown_fields=True):
+class TextOptions(Strict, frozen=True):
     format: TextFormat | JsonFormat | FlatSchemaFormat | None = None
     verbosity: Literal["low", "medium", "high"] | None = None
 
 
-class ReasoningOptions(Struct, frozen=True, forbid_unknown_fields=True):
+class ReasoningOptions(Strict, frozen=True):
     effort: Effort | None = None
     summary: Identifier | None = None
     generate_summary: Identifier | None = None
 
 
-class ResponseStreamOptions(Struct, frozen=True, forbid_unknown_fields=True):
+class ResponseStreamOptions(Strict, frozen=True):
     include_obfuscation: bool | None = None
 
 
-class ResponseRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class ResponseRequest(ModelRequest, frozen=True, kw_only=True):
     """Body of `POST /v1/responses`.  The items of `input` are checked when they are read."""
 
-    model: Text
     input: str | Annotated[list[dict[str, Any]], Meta(max_length=_MAX_ITEMS)]
     instructions: str | None = None
     max_output_tokens: TokenCount | None = None
@@ -271,7 +264,6 @@ _ITEMS: dict[str, type[Struct]] = {
 }
 
 
-REFERENCE = "item_reference"
 # Items about tools that other servers run themselves.
 _SERVER_ITEMS = (
     "web_search_call", "file_search_call", "computer_call", "computer_call_output",
@@ -316,7 +308,9 @@ def _known_items(items: list[Any], ignored: IgnoredFields) -> list[Any]:
         if not isinstance(item, dict):
             known.append(item)
             continue
-        kind = item.get("type") or ("message" if "role" in item else None)
+        if "role" in item and not item.get("type"):
+            item["type"] = "message"
+        kind = item.get("type")
         if kind in _SERVER_ITEMS:
             ignored.add("input", number, str(kind))
             continue
@@ -332,10 +326,9 @@ def _known_items(items: list[Any], ignored: IgnoredFields) -> list[Any]:
 
 def referenced_id(item: dict[str, Any]) -> str | None:
     """The id of the item that this one refers to; None if it is no reference."""
-    if item.get("type") == REFERENCE or set(item) == {"id"} or set(item) == {"id", "type"}:
-        item_id = item.get("id") if item.get("type") in (REFERENCE, None) else None
-        return item_id if isinstance(item_id, str) else None
-    return None
+    untyped = item.get("type") is None and set(item) <= {"id", "type"}
+    item_id = item.get("id") if untyped or item.get("type") == "item_reference" else None
+    return item_id if isinstance(item_id, str) else None
 
 
 def as_items(items: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -343,10 +336,7 @@ def as_items(items: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
     if isinstance(items, str):
         part = {"type": "input_text", "text": items}
         return [{"type": "message", "role": "user", "content": [part]}]
-    return [
-        {**item, "type": item.get("type") or "message"} if "role" in item else item
-        for item in items
-    ]
+    return items
 
 
 def as_messages(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -450,11 +440,9 @@ def _append(messages: list[dict[str, Any]], item: Struct) -> None:
 
 def _append_call(messages: list[dict[str, Any]], call_id: str, name: str, arguments: str) -> None:
     """Calls of one turn join one message, also with the text before them."""
-    function = {"name": name, "arguments": arguments}
-    call = {"id": call_id, "type": "function", "function": function}
     if not messages or messages[-1]["role"] != "assistant":
         messages.append({"role": "assistant", "content": ""})
-    messages[-1].setdefault("tool_calls", []).append(call)
+    messages[-1].setdefault("tool_calls", []).append(function_call(call_id, name, arguments))
 
 
 def _text(content: _Content) -> str:
@@ -467,8 +455,8 @@ def chat_choice(choice: ResponseChoice, tools: Mapping[str, ClientTool]) -> Tool
     """The same choice among the tools of a chat."""
     match choice:
         case ChosenFunction(name) | ChosenCustom(name):
-            return NamedTool(ToolName(model_names(name, tools)[0]))
+            return NamedTool(ToolName(model_names({name}, tools)[0]))
         case ChosenSet(mode, chosen):
-            names = all_model_names({tool.name for tool in chosen}, tools)
+            names = model_names({tool.name for tool in chosen}, tools)
             return AllowedTools(AllowedSet(mode, [Tool(Function(name)) for name in names]))
     return choice

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Set
-from typing import Annotated
+from typing import Annotated, Any
 
 from msgspec import Meta, Struct
 
@@ -19,10 +19,10 @@ from pinaivu_box.openai.types import (
     NamedTool,
     Rule,
     RuleFormat,
-    Schema,
     TextFormat,
     Tool,
     ToolChoice,
+    Typed,
 )
 from pinaivu_box.text import encodable
 
@@ -30,28 +30,21 @@ _INPUT = "input"  # the only argument of a custom tool
 _MAX_ESCAPE_CHARACTERS = len("\\u0000")  # the longest end of a truncated text that is dropped
 
 
-class ResponseFunction(
-    Struct, frozen=True, forbid_unknown_fields=True, tag="function", tag_field="type"
-):
-    name: FunctionName
-    description: str | None = None
-    parameters: Schema | None = None
-    strict: bool | None = None
-
-
-class FlatRule(Rule, frozen=True, forbid_unknown_fields=True, tag="grammar", tag_field="type"):
+class ResponseFunction(Function, frozen=True, tag="function", tag_field="type"):
     pass
 
 
-class ResponseCustom(
-    Struct, frozen=True, forbid_unknown_fields=True, tag="custom", tag_field="type"
-):
+class FlatRule(Rule, frozen=True, tag="grammar", tag_field="type"):
+    pass
+
+
+class ResponseCustom(Typed, frozen=True, tag="custom"):
     name: FunctionName
     description: str | None = None
     format: TextFormat | FlatRule | None = None
 
 
-class Namespace(Struct, frozen=True, forbid_unknown_fields=True, tag="namespace", tag_field="type"):
+class Namespace(Typed, frozen=True, tag="namespace"):
     name: FunctionName
     tools: Annotated[list[ResponseFunction | ResponseCustom], Meta(max_length=1024)]
     description: str | None = None
@@ -117,16 +110,9 @@ def client_tools(tools: Iterable[ResponseTool]) -> dict[str, ClientTool]:
     }
 
 
-def model_names(name: str, tools: Mapping[str, ClientTool]) -> list[str]:
-    """The model's names of the tools that the client calls `name`.  A tool with exactly that name
-    comes before tools of that name in namespaces."""
-    if name in tools:
-        return [name]
-    return [full_name for full_name, tool in tools.items() if tool.name == name] or [name]
-
-
-def all_model_names(names: Set[str], tools: Mapping[str, ClientTool]) -> list[str]:
-    """The same for several names, in one pass over `tools`."""
+def model_names(names: Set[str], tools: Mapping[str, ClientTool]) -> list[str]:
+    """The model's names of the tools that the client calls by these names.  A tool with exactly
+    such a name comes before tools of that name in namespaces."""
     matches = {
         full_name: tool.name
         for full_name, tool in tools.items()
@@ -135,7 +121,12 @@ def all_model_names(names: Set[str], tools: Mapping[str, ClientTool]) -> list[st
     return [*matches, *(names - matches.keys() - set(matches.values()))]
 
 
-# -- calls of custom tools -------------------------------------------------------------------------
+# -- calls -----------------------------------------------------------------------------------------
+
+
+def function_call(call_id: str, name: str, arguments: str) -> dict[str, Any]:
+    """A call in a message of the assistant, in the form that the engine reads."""
+    return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
 def custom_arguments(text: str) -> str:

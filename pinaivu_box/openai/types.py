@@ -19,11 +19,25 @@ from pinaivu_box.engine.messages import (
     TypicalP,
 )
 from pinaivu_box.openai import parameters
-from pinaivu_box.openai.fields import IgnoredFields
 from pinaivu_box.text import whole
 
 Text = Annotated[str, Meta(min_length=1)]
 Identifier = Annotated[str, Meta(max_length=512)]  # of a user or a cache; stored or echoed
+
+
+class Strict(Struct, frozen=True, forbid_unknown_fields=True):
+    """Base of objects without unknown fields; those of a body are removed first (see `fields`)."""
+
+
+class Typed(Strict, frozen=True, tag_field="type"):
+    """Base of objects that are told apart by their `type`."""
+
+
+class ModelRequest(Strict, frozen=True):
+    """Base of the bodies that name a model.  Their `prepare`, if they have one, converts the names
+    and values of other servers (see `parameters`)."""
+
+    model: Text
 
 
 class TextPart(Struct, frozen=True, tag="text", tag_field="type"):
@@ -40,7 +54,7 @@ class RefusalPart(Struct, frozen=True, tag="refusal", tag_field="type"):
 Content = str | list[TextPart]
 
 
-class _Message(Struct, frozen=True, forbid_unknown_fields=True, tag_field="role", kw_only=True):
+class _Message(Strict, frozen=True, tag_field="role", kw_only=True):
     name: str | None = None
 
 
@@ -56,27 +70,25 @@ class UserMessage(_Message, frozen=True, tag="user"):
     content: Content
 
 
-class CalledFunction(Struct, frozen=True, forbid_unknown_fields=True):
+class CalledFunction(Strict, frozen=True):
     """`arguments` is the text of a model, which may be invalid JSON."""
 
     name: str
     arguments: str
 
 
-class CalledCustom(Struct, frozen=True, forbid_unknown_fields=True):
+class CalledCustom(Strict, frozen=True):
     name: Text
     input: str
 
 
-class ToolCall(Struct, frozen=True, forbid_unknown_fields=True, tag="function", tag_field="type"):
+class ToolCall(Typed, frozen=True, tag="function"):
     id: str
     function: CalledFunction
     index: int | UnsetType | None = UNSET  # clients that add up deltas send it back
 
 
-class CustomToolCall(
-    Struct, frozen=True, forbid_unknown_fields=True, tag="custom", tag_field="type"
-):
+class CustomToolCall(Typed, frozen=True, tag="custom"):
     id: str
     custom: CalledCustom
     index: int | UnsetType | None = UNSET
@@ -102,7 +114,7 @@ class ToolMessage(_Message, frozen=True, tag="tool", kw_only=True):
 Message = SystemMessage | DeveloperMessage | UserMessage | AssistantMessage | ToolMessage
 
 
-class StreamOptions(Struct, frozen=True, forbid_unknown_fields=True):
+class StreamOptions(Strict, frozen=True):
     include_usage: bool = False
     include_obfuscation: Literal[False] | None = None  # padding, which this box does not add
 
@@ -111,7 +123,7 @@ FunctionName = Annotated[str, Meta(pattern=whole("[a-zA-Z0-9_.:-]{1,128}"))]
 Schema = dict[str, Any]
 
 
-class Function(Struct, frozen=True, forbid_unknown_fields=True):
+class Function(Strict, frozen=True):
     """`parameters` is a JSON schema; with `strict` all of it is enforced."""
 
     name: FunctionName
@@ -120,57 +132,55 @@ class Function(Struct, frozen=True, forbid_unknown_fields=True):
     strict: bool | None = None
 
 
-class Tool(Struct, frozen=True, forbid_unknown_fields=True, tag="function", tag_field="type"):
+class Tool(Typed, frozen=True, tag="function"):
     function: Function
 
 
-class TextFormat(Struct, frozen=True, forbid_unknown_fields=True, tag="text", tag_field="type"):
+class TextFormat(Typed, frozen=True, tag="text"):
     pass
 
 
-class Rule(Struct, frozen=True, forbid_unknown_fields=True):
+class Rule(Strict, frozen=True):
     """A grammar of the text that a custom tool takes."""
 
     syntax: Literal["lark", "regex"]
     definition: Text
 
 
-class RuleFormat(Struct, frozen=True, forbid_unknown_fields=True, tag="grammar", tag_field="type"):
+class RuleFormat(Typed, frozen=True, tag="grammar"):
     grammar: Rule
 
 
-class CustomDefinition(Struct, frozen=True, forbid_unknown_fields=True):
+class CustomDefinition(Strict, frozen=True):
     name: FunctionName
     description: str | None = None
     format: TextFormat | RuleFormat | None = None
 
 
-class CustomTool(Struct, frozen=True, forbid_unknown_fields=True, tag="custom", tag_field="type"):
+class CustomTool(Typed, frozen=True, tag="custom"):
     """A tool that takes text, not arguments."""
 
     custom: CustomDefinition
 
 
-class ToolName(Struct, frozen=True, forbid_unknown_fields=True):
+class ToolName(Strict, frozen=True):
     name: FunctionName
 
 
-class NamedTool(Struct, frozen=True, forbid_unknown_fields=True, tag="function", tag_field="type"):
+class NamedTool(Typed, frozen=True, tag="function"):
     function: ToolName
 
 
-class NamedCustom(Struct, frozen=True, forbid_unknown_fields=True, tag="custom", tag_field="type"):
+class NamedCustom(Typed, frozen=True, tag="custom"):
     custom: ToolName
 
 
-class AllowedSet(Struct, frozen=True, forbid_unknown_fields=True):
+class AllowedSet(Strict, frozen=True):
     mode: Literal["auto", "required"]
     tools: Annotated[list[Tool | CustomTool], Meta(max_length=MAX_TOOLS)]
 
 
-class AllowedTools(
-    Struct, frozen=True, forbid_unknown_fields=True, tag="allowed_tools", tag_field="type"
-):
+class AllowedTools(Typed, frozen=True, tag="allowed_tools"):
     """The model sees all tools and may call only these."""
 
     allowed_tools: AllowedSet
@@ -179,26 +189,22 @@ class AllowedTools(
 ToolChoice = Literal["none", "auto", "required"] | NamedTool | NamedCustom | AllowedTools
 
 
-class JsonFormat(
-    Struct, frozen=True, forbid_unknown_fields=True, tag="json_object", tag_field="type"
-):
+class JsonFormat(Typed, frozen=True, tag="json_object"):
     pass
 
 
-class NamedSchema(Struct, frozen=True, forbid_unknown_fields=True):
+class NamedSchema(Strict, frozen=True):
     name: FunctionName
     schema: Schema
     description: str | None = None
     strict: bool | None = None
 
 
-class SchemaFormat(
-    Struct, frozen=True, forbid_unknown_fields=True, tag="json_schema", tag_field="type"
-):
+class SchemaFormat(Typed, frozen=True, tag="json_schema"):
     json_schema: NamedSchema
 
 
-class Prediction(Struct, frozen=True, forbid_unknown_fields=True, tag="content", tag_field="type"):
+class Prediction(Typed, frozen=True, tag="content"):
     content: Content
 
 
@@ -208,7 +214,7 @@ StopString = Annotated[str, Meta(min_length=1, max_length=1024)]
 TokenCount = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 
 
-class Extension(Struct, frozen=True, forbid_unknown_fields=True):
+class Extension(Strict, frozen=True):
     """`pinaivu` in a request: what OpenAI's API has no field for.
 
     `priority` orders the requests of one key among themselves: higher goes first.  A request that
@@ -252,11 +258,10 @@ TemplateVariables = Annotated[
 ]
 
 
-class Sampled(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class Sampled(ModelRequest, frozen=True, kw_only=True):
     """The fields that chat and completion requests share; those of `SamplingParams` have its names
     and bounds."""
 
-    model: Text
     n: Choices | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -280,10 +285,6 @@ class Sampled(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     cache_prompt: bool | None = None
     keep_alive: KeepAlive | None = None  # Ollama's
     pinaivu: Extension | None = None
-
-    @staticmethod
-    def prepare(raw: dict[str, Any], ignored: IgnoredFields) -> None:
-        parameters.sampled(raw, ignored)
 
 
 class ChatRequest(Sampled, frozen=True, kw_only=True):
@@ -309,10 +310,7 @@ class ChatRequest(Sampled, frozen=True, kw_only=True):
     chat_template_kwargs: TemplateVariables | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
-
-    @staticmethod
-    def prepare(raw: dict[str, Any], ignored: IgnoredFields) -> None:
-        parameters.chat(raw, ignored)
+    prepare = staticmethod(parameters.chat)
 
 
 # Text or tokens, or a list of them; msgspec allows one type of list in a union.
@@ -390,49 +388,3 @@ class ModelList(Struct, frozen=True):
     request_id: str
     data: list[ModelInfo]
     object: str = "list"
-
-
-class FunctionDelta(Struct, frozen=True, omit_defaults=True):
-    name: str | UnsetType = UNSET
-    arguments: str | UnsetType = UNSET
-
-
-class CustomDelta(Struct, frozen=True, omit_defaults=True):
-    input: str
-    name: str | UnsetType = UNSET
-
-
-class ToolCallDelta(Struct, frozen=True, omit_defaults=True):
-    index: int
-    function: FunctionDelta | UnsetType = UNSET
-    custom: CustomDelta | UnsetType = UNSET
-    id: str | UnsetType = UNSET
-    type: str | UnsetType = UNSET
-
-
-class Delta(Struct, frozen=True, omit_defaults=True):
-    role: str | UnsetType = UNSET
-    content: str | UnsetType | None = UNSET
-    reasoning_content: str | UnsetType = UNSET
-    tool_calls: list[ToolCallDelta] | UnsetType = UNSET
-
-
-class ChunkChoice(Struct, frozen=True):
-    delta: Delta
-    finish_reason: str | None = None
-    index: int = 0
-    logprobs: ChoiceLogprobs | None = None
-
-
-class Chunk(Struct, frozen=True):
-    id: str
-    request_id: str
-    created: int
-    model: str
-    choices: list[ChunkChoice]
-    usage: Usage | UnsetType | None = UNSET
-    object: str = "chat.completion.chunk"
-    system_fingerprint: str | None = None
-    service_tier: str | UnsetType = UNSET
-    context_shift: ContextShift | UnsetType = UNSET
-    ignored_parameters: list[str] | UnsetType = UNSET

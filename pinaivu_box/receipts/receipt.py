@@ -55,6 +55,11 @@ class Price(Struct, frozen=True, forbid_unknown_fields=True):
     cached: str
     completion: str
 
+    @classmethod
+    def of(cls, prices: Prices, currency: str) -> Price:
+        cached = prices.prompt if prices.cached is None else prices.cached
+        return cls(currency, prices.prompt, cached, prices.completion)
+
     @property
     def prices(self) -> Prices:
         return Prices(self.prompt, self.completion, self.cached)
@@ -138,17 +143,22 @@ class Receipt(Struct, frozen=True, forbid_unknown_fields=True):
     v: int = VERSION
 
 
-class ReceiptView(Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
-    """The API's view: the documented fields, and the bytes that were signed.
-
-    `opening` (see `receipts.commitment`) is there for the owner of the key only.
-    """
+class DocumentedFields(Struct, frozen=True):
+    """Fields of the receipt that the API's view shows beside the signed bytes."""
 
     request_id: str
     node_id: str
     model: str
     timestamp: str
     payment_amount: str
+
+
+class ReceiptView(DocumentedFields, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
+    """The API's view: the documented fields, and the bytes that were signed.
+
+    `opening` (see `receipts.commitment`) is there for the owner of the key only.
+    """
+
     coordinator_signature: str
     signed_receipt: str
     object: str = "receipt"
@@ -178,23 +188,11 @@ def sign_receipt(identity: Identity, receipt: Receipt) -> tuple[bytes, bytes]:
     return signed, identity.sign(RECEIPT_DOMAIN, signed)
 
 
-class _Documented(Struct, frozen=True):
-    request_id: str
-    node_id: str
-    model: str
-    timestamp: str
-    payment_amount: str
-
-
 def view(signed: bytes, signature: bytes, opening: bytes | None) -> ReceiptView:
     """The view of a stored receipt, unchecked: `verify` checks it."""
-    receipt = msgspec.json.decode(signed, type=_Documented)
+    documented = msgspec.json.decode(signed, type=DocumentedFields)
     return ReceiptView(
-        request_id=receipt.request_id,
-        node_id=receipt.node_id,
-        model=receipt.model,
-        timestamp=receipt.timestamp,
-        payment_amount=receipt.payment_amount,
+        **msgspec.structs.asdict(documented),
         coordinator_signature=signature.hex(),
         signed_receipt=signed.decode(),
         opening=None if opening is None else msgspec.json.decode(opening),

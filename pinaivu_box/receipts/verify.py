@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,6 +24,7 @@ from pinaivu_box.receipts.receipt import (
     PROOF_DOMAIN,
     RECEIPT_DOMAIN,
     VERSIONS,
+    DocumentedFields,
     Proof,
     Receipt,
     ReceiptView,
@@ -45,16 +47,28 @@ class VerificationCheck(Struct, frozen=True):
     meaning: str
 
 
-class Transcript(Struct, frozen=True):
-    """What the owner may add, to check that the receipt is about this very exchange."""
+def _either(name: str, ok: bool, holds: str, fails: str) -> VerificationCheck:
+    return VerificationCheck(name, ok, holds if ok else fails)
 
-    messages: list[dict[str, Any]] | None = None
-    stop: list[str] = []
-    output: str | None = None  # its text
-    more: dict[str, Any] = {}  # tools and constraint, if the request had any
-    prompts: list[str] | None = None  # instead of messages: see `commitment.prompt_text`
-    echoed: list[str] = []  # what the text of each choice begins with that is not the model's
-    answer: bytes | None = None  # its text or its JSON body; see `answer.read`
+
+def _matches(name: str, ok: bool, subject: str) -> VerificationCheck:
+    """Whether what the verifier gave is what a commitment of the receipt covers."""
+    return VerificationCheck(
+        f"{name} commitment", ok, f"{subject} {'' if ok else 'not '}what was committed to"
+    )
+
+
+class Transcript(Struct, frozen=True):
+    """What the owner may add, to check that the receipt is about this very exchange.
+
+    `prompts` are what was asked (see `commitment.prompt_text`), and `answer` is the text of the
+    answer or its JSON body (see `answer.read`).  The text of each choice begins with the one in
+    `echoed`, which is not the model's.
+    """
+
+    prompts: list[str] | None = None
+    echoed: list[str] = []
+    answer: bytes | None = None
 
 
 def verify_receipt(
@@ -91,10 +105,10 @@ def verify_receipt(
         checks.append(_payment(receipt, proofs))
     if node_key is not None:
         checks.append(_trusted(receipt, node_key))
-    if transcript is not None:
-        checks.extend(_transcript(view, receipt, transcript))
-        if transcript.answer is not None:
-            checks.extend(_answer(view, receipt, transcript.answer, transcript.echoed))
+    if transcript is not None and transcript.prompts is not None:
+        checks.append(_prompts(view, receipt, transcript.prompts))
+    if transcript is not None and transcript.answer is not None:
+        checks.extend(_answer(view, receipt, transcript.answer, transcript.echoed))
     return checks
 
 
@@ -157,24 +171,22 @@ def _format(receipt: Receipt) -> VerificationCheck:
 def _coordinator(view: ReceiptView, receipt: Receipt) -> VerificationCheck:
     signature = _hex(view.coordinator_signature)
     ok = verify(receipt.coordinator_id, RECEIPT_DOMAIN, view.signed_receipt.encode(), signature)
-    return VerificationCheck(
+    return _either(
         "coordinator signature",
         ok,
-        f"{receipt.coordinator_id} signed every byte of this receipt"
-        if ok
-        else f"the signature is not {receipt.coordinator_id}'s: the receipt was altered or forged",
+        f"{receipt.coordinator_id} signed every byte of this receipt",
+        f"the signature is not {receipt.coordinator_id}'s: the receipt was altered or forged",
     )
 
 
 def _shown_fields(view: ReceiptView, receipt: Receipt) -> VerificationCheck:
-    names = ("request_id", "node_id", "model", "timestamp", "payment_amount")
+    names = DocumentedFields.__struct_fields__
     different = [name for name in names if getattr(view, name) != getattr(receipt, name)]
-    return VerificationCheck(
+    return _either(
         "shown fields",
         not different,
-        f"{', '.join(different)} beside the signed receipt say something else than it does"
-        if different
-        else "the fields beside the signed receipt are the ones that were signed",
+        "the fields beside the signed receipt are the ones that were signed",
+        f"{', '.join(different)} beside the signed receipt say something else than it does",
     )
 
 
@@ -191,16 +203,9 @@ def _proof(
     if proof.v not in VERSIONS or proof.v > receipt.v:
         why = f"a proof of version {proof.v} in a receipt of version {receipt.v}"
         return VerificationCheck(name, False, f"{why}; {_KNOWN} are known"), None
-    expected = {
-        "request_id": receipt.request_id,
-        "model": receipt.model,
-        "model_digest": receipt.model_digest,
-    }
-    for field, value in expected.items():
-        if getattr(proof, field) != value:
-            return VerificationCheck(
-                name, False, f"it is about another {field}: {getattr(proof, field)}"
-            ), None
+    for field in ("request_id", "model", "model_digest"):
+        if (value := getattr(proof, field)) != getattr(receipt, field):
+            return VerificationCheck(name, False, f"it is about another {field}: {value}"), None
     claim = (
         f"it ran {proof.model} (file sha256 {proof.model_digest}) and made "
         f"{proof.completion_tokens} tokens"
@@ -233,26 +238,21 @@ def _witnessed(name: str, proof: Proof, receipt: Receipt, claim: str) -> Verific
 
 def _order(receipt: Receipt, proofs: list[Proof]) -> VerificationCheck:
     """Every choice has legs 0, 1, 2, ..., and the prompts are those that were committed to."""
-    legs: dict[int, int] = {}
+    legs: Counter[int] = Counter()
     prompts: dict[int, str] = {}
-    whole = True
+    whole = bool(proofs)
     for proof in proofs:
-        whole &= proof.leg == legs.get(proof.choice, 0)
-        legs[proof.choice] = proof.leg + 1
-        whole &= prompts.setdefault(proof.prompt, proof.prompt_commitment) == (
-            proof.prompt_commitment
-        )
-    try:
-        together = commitment.of_several([prompts[n] for n in sorted(prompts)]) if prompts else ""
-    except ValueError:
-        together = ""
+        whole &= proof.leg == legs[proof.choice]
+        legs[proof.choice] += 1
+        first = prompts.setdefault(proof.prompt, proof.prompt_commitment)
+        whole &= first == proof.prompt_commitment
+    together = commitment.of_several([prompts[number] for number in sorted(prompts)])
     whole &= together == receipt.prompt_commitment
-    return VerificationCheck(
+    return _either(
         "legs",
-        bool(whole),
-        "the proofs are about the prompt of this receipt, and no leg of an answer is missing"
-        if whole
-        else "the proofs are about another prompt, or a leg of an answer is missing or doubled",
+        whole,
+        "the proofs are about the prompt of this receipt, and no leg of an answer is missing",
+        "the proofs are about another prompt, or a leg of an answer is missing or doubled",
     )
 
 
@@ -267,13 +267,12 @@ def _usage(receipt: Receipt, proofs: list[Proof]) -> VerificationCheck:
         and usage.prompt_tokens + usage.completion_tokens == total_tokens(proofs)
         and receipt.node_id == proofs[-1].node_id
     )
-    return VerificationCheck(
+    return _either(
         "usage",
         same,
         f"the tokens that were billed ({usage.prompt_tokens} prompt, {usage.completion_tokens} "
-        "completion) are the ones that the serving nodes signed for"
-        if same
-        else "the receipt counts other tokens or names another node than its proofs do",
+        "completion) are the ones that the serving nodes signed for",
+        "the receipt counts other tokens or names another node than its proofs do",
     )
 
 
@@ -290,38 +289,23 @@ def _payment(receipt: Receipt, proofs: list[Proof]) -> VerificationCheck:
         f"{usage.cached_tokens} cached ones at {price.cached} and {usage.completion_tokens} "
         f"completion tokens at {price.completion} per 1,000"
     )
-    return VerificationCheck(
+    return _either(
         "payment",
         ok,
-        f"{receipt.payment_amount} {receipt.currency} is the price of {sum_text}"
-        if ok
-        else f"{sum_text} cost {due} {price.currency}, the receipt says {receipt.payment_amount}",
+        f"{receipt.payment_amount} {receipt.currency} is the price of {sum_text}",
+        f"{sum_text} cost {due} {price.currency}, the receipt says {receipt.payment_amount}",
     )
 
 
 def _trusted(receipt: Receipt, node_key: str) -> VerificationCheck:
     expected = NODE_PREFIX + node_key.removeprefix(NODE_PREFIX).lower()
     ok = receipt.coordinator_id == expected
-    return VerificationCheck(
+    return _either(
         "trusted key",
         ok,
-        "the signer is the box that you named"
-        if ok
-        else f"signed by {receipt.coordinator_id}, not by {expected}",
+        "the signer is the box that you named",
+        f"signed by {receipt.coordinator_id}, not by {expected}",
     )
-
-
-def _transcript(
-    view: ReceiptView, receipt: Receipt, transcript: Transcript
-) -> Iterator[VerificationCheck]:
-    prompts = transcript.prompts
-    if transcript.messages is not None:
-        prompts = [commitment.prompt_text(transcript.messages, transcript.stop, **transcript.more)]
-    if prompts is not None:
-        yield _prompts(view, receipt, prompts)
-    if transcript.output is not None:
-        opening = _opening(view, receipt)
-        yield _NO_OPENING if opening is None else _text(receipt, opening, transcript.output)
 
 
 def _prompts(view: ReceiptView, receipt: Receipt, prompts: list[str]) -> VerificationCheck:
@@ -336,8 +320,7 @@ def _prompts(view: ReceiptView, receipt: Receipt, prompts: list[str]) -> Verific
     except (KeyError, TypeError, ValueError):
         meaning = "the receipt has no opening for its prompt: ask the key's owner"
         return VerificationCheck("prompt commitment", False, meaning)
-    meaning = f"the prompt you gave is {'' if ok else 'not '}the one committed to"
-    return VerificationCheck("prompt commitment", ok, meaning)
+    return _matches("prompt", ok, "the prompt you gave is")
 
 
 _NO_OPENING = VerificationCheck(
@@ -369,8 +352,7 @@ def _read_opening(value: Any) -> Opening:
 
 def _text(receipt: Receipt, opening: Opening, text: str) -> VerificationCheck:
     ok = commitment.recompute(text, opening) == receipt.output_commitment
-    meaning = f"the output you gave is {'' if ok else 'not '}the one committed to"
-    return VerificationCheck("output commitment", ok, meaning)
+    return _matches("output", ok, "the output you gave is")
 
 
 def _answer(
@@ -388,11 +370,9 @@ def _answer(
         yield VerificationCheck("answer", False, f"the answer {error}")
         return
     if received.request_id is not None:
-        same = received.request_id == receipt.request_id
         meaning = f"the answer is that of {received.request_id}"
-        yield VerificationCheck(
-            "answer", same, meaning if same else f"{meaning}, not {receipt.request_id}"
-        )
+        same = received.request_id == receipt.request_id
+        yield _either("answer", same, meaning, f"{meaning}, not {receipt.request_id}")
     if received.text is not None:
         yield _text(receipt, opening, received.text)
     elif received.vectors is None:
@@ -412,13 +392,10 @@ def _answer(
     bound = commitment.reopen(opening) == receipt.output_commitment
     if received.logprobs is not None:
         ok = bound and received.logprobs == opening.logprobs_sha256
-        subject = "log-probabilities"
-        meaning = f"the {subject} of the answer are {'' if ok else 'not '}the ones committed to"
-        yield VerificationCheck(f"{subject} commitment", ok, meaning)
+        yield _matches("log-probabilities", ok, "the log-probabilities of the answer are")
     if received.vectors is not None:
         ok = bound and received.vectors == opening.vectors_sha256
-        meaning = f"the vectors of the answer are {'' if ok else 'not '}the ones committed to"
-        yield VerificationCheck("vectors commitment", ok, meaning)
+        yield _matches("vectors", ok, "the vectors of the answer are")
 
 
 def _hex(text: str) -> bytes:

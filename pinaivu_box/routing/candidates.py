@@ -1,16 +1,18 @@
-"""The candidates for a leg: the engine here and what peers offer, as the router compares them."""
+"""Selects the box of a leg: gathers the candidates (the engine here and what peers offer), asks how
+busy they are, and has the router compare them."""
 
 from __future__ import annotations
 
 import hashlib
 import math
 import time
-from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from random import Random
 
-from pinaivu_box.amount import Prices
 from pinaivu_box.bounded import BoundedDict
+from pinaivu_box.changes import Changes
 from pinaivu_box.errors import ModelNotFound, NoNodesAvailable
 from pinaivu_box.gateway.backend import Job
 from pinaivu_box.gateway.placement import Placement
@@ -18,40 +20,44 @@ from pinaivu_box.gossip.adverts import Offer
 from pinaivu_box.models.catalog import Model, remote
 from pinaivu_box.models.names import is_model_id
 from pinaivu_box.network.peer import Peer
-from pinaivu_box.routing.changes import Changes
+from pinaivu_box.routing import spending_limits
 from pinaivu_box.routing.circuit_breaker import CircuitBreaker
 from pinaivu_box.routing.load import LoadTracker
 from pinaivu_box.routing.reputation import Reputation
-from pinaivu_box.routing.router import Candidate
-from pinaivu_box.routing.spending_limits import SpendingLimits
+from pinaivu_box.routing.router import Candidate, Decision, Destination, RoutingRequest, route
 from pinaivu_box.settings import LiveSettings
 
 _WARM_SECONDS = 600.0  # that a conversation's cache is thought to be kept
 _MAX_CONVERSATIONS = 4096
+_MAX_PINNED = 4096  # requests whose file is remembered
 _TYPICAL_TOKENS = 256
 _CHARACTERS_PER_TOKEN = 4
 _BUSY = "said lately that it is busy"
 _MAX_BUSY_SECONDS = 5.0  # that a refusal is believed
-_ACCEPTED_SECONDS = 2.0  # in which a peer has settled a leg that it has served
-_SETTLING_SECONDS = 0.1  # that a refusal is believed meanwhile
+_ACCEPTED_SECONDS = 2.0  # in which a peer has accepted a leg that it has served
+_ACCEPTING_SECONDS = 0.1  # that a refusal is believed meanwhile
+
+_Tokens = tuple[int, int]  # of a prompt and its answer
+Debts = Mapping[str, Mapping[str, int]]  # what this box owes, by peer and currency, in 10^-9
 
 
-@dataclass(frozen=True)
-class Destination:
-    """A peer and its offer of a model; `prices` of 1,000 tokens (prompt, cached, completion)."""
+@dataclass
+class _PeerState:
+    """What this box knows of a peer beside its advert.  Times are monotonic."""
 
-    node_id: str
-    name: str
-    digest: str
-    prices: tuple[str, str, str]
-    currency: str
-    pays_prompt: bool = True
+    advertised: Sequence[Offer] = ()  # in its last advert
+    offers: Sequence[Offer] = ()  # those of them that count
+    running: dict[str, tuple[float, int]] = field(default_factory=dict)  # jobs: since when, cost
+    busy_until: float = 0.0
+    refusal: tuple[str, float] | None = None  # the last one, and when, if no leg was served since
+    served_at: float = -math.inf  # its last leg
 
 
 class Candidates:
-    """Knows what routing needs beside the offers: conversations, legs under way, busy peers.
+    """Knows what routing needs beside the offers: conversations, legs that run, busy peers.
 
-    `changes` is notified when a box may serve that could not before.
+    `changes` is notified when a box may serve that could not before.  `ask_loads` asks the peers
+    how busy they are with a model, and `debts` reads the ledger.
     """
 
     def __init__(
@@ -61,24 +67,22 @@ class Candidates:
         load: LoadTracker,
         placement: Placement,
         peers: Callable[[], Sequence[Peer]],
+        ask_loads: Callable[[str], Awaitable[None]],
         breaker: CircuitBreaker,
         reputation: Reputation,
-        spending: SpendingLimits,
+        debts: Callable[[], Awaitable[Debts]],
     ) -> None:
         self.node_id = node_id
-        self.spending = spending
         self.changes = Changes()
         self._settings = settings
-        self._load, self._placement, self._peers = load, placement, peers
-        self._breaker, self._reputation = breaker, reputation
+        self._load, self._placement = load, placement
+        self._peers, self._ask_loads = peers, ask_loads
+        self._breaker, self._reputation, self._debts = breaker, reputation, debts
+        self._owed: Debts = {}
+        self._random = Random()  # noqa: S311, it only spreads requests
+        self._pinned: BoundedDict[str, str] = BoundedDict(_MAX_PINNED)
         self._conversations: BoundedDict[bytes, tuple[str, float]] = BoundedDict(_MAX_CONVERSATIONS)
-        # By node id; all times are monotonic.
-        self._under_way: dict[str, dict[str, float]] = {}  # jobs that it serves, and since when
-        self._busy: dict[str, float] = {}  # until when
-        self.refusals: dict[str, tuple[str, float]] = {}  # the last of each peer, and when
-        self._served: dict[str, float] = {}  # when each peer last served a leg
-        self._last_offers: dict[str, Sequence[Offer]] = {}  # of each peer, those that count
-        self._advertised: dict[str, Sequence[Offer]] = {}  # all in the advert that they are from
+        self._states: defaultdict[str, _PeerState] = defaultdict(_PeerState)  # by node id
 
     # -- models ------------------------------------------------------------------------------------
 
@@ -88,7 +92,7 @@ class Candidates:
         try:
             return self._settings.catalog.find(model_id)
         except ModelNotFound:
-            models = [*self.remote_models(), *self._remote(self._expired_offers())]
+            models = [*self.remote_models(), *self._remote(self._offers(expired=True))]
             by_id = {model.id: model for model in reversed(models)}
             for name in (model_id, f"{model_id}:latest", model_id.removesuffix(":latest")):
                 if name in by_id:
@@ -101,10 +105,10 @@ class Candidates:
 
     def _remote(self, offers: list[tuple[Peer, Offer]]) -> list[Model]:
         here = {model.id for model in self._settings.catalog.models}
-        files: dict[str, Counter[str]] = {}
+        files: defaultdict[str, Counter[str]] = defaultdict(Counter)
         for _, offer in offers:
             if offer.id not in here:
-                files.setdefault(offer.id, Counter())[offer.digest.hex()] += 1
+                files[offer.id][offer.digest.hex()] += 1
         return [
             remote(name, max(sorted(digests), key=lambda digest: digests[digest]))
             for name, digests in sorted(files.items())
@@ -114,58 +118,36 @@ class Candidates:
         """Whether any peer has it."""
         return any(offer.id == model_id for _, offer in self._offers())
 
-    def _offers(self) -> list[tuple[Peer, Offer]]:
-        """Of all members whose adverts are valid."""
-        peers = [peer for peer in self._peers() if peer.advert and peer.state != "revoked"]
-        for peer in peers:
-            if peer.advert and peer.advert.models is not self._advertised.get(peer.node_id):
-                self._advertised[peer.node_id] = peer.advert.models
+    def _offers(self, *, expired: bool = False) -> list[tuple[Peer, Offer]]:
+        """Of all members whose adverts are valid, or the last ones of those whose have expired."""
+        offers: list[tuple[Peer, Offer]] = []
+        for peer in self._peers():
+            state = self._states[peer.node_id]
+            if peer.advert and peer.advert.models is not state.advertised:
+                state.advertised = peer.advert.models
                 # A name that no request can contain is no model, and in no list.
-                offers = [offer for offer in peer.advert.models if is_model_id(offer.id)]
-                self._last_offers[peer.node_id] = offers
-        return [(peer, offer) for peer in peers for offer in self._last_offers[peer.node_id]]
-
-    def _expired_offers(self) -> list[tuple[Peer, Offer]]:
-        """The last offers of members whose adverts have expired."""
-        return [
-            (peer, offer)
-            for peer in self._peers()
-            if not peer.advert and peer.state != "revoked"
-            for offer in self._last_offers.get(peer.node_id, ())
-        ]
+                state.offers = [offer for offer in state.advertised if is_model_id(offer.id)]
+            if peer.state != "revoked" and (peer.advert is None) == expired:
+                offers += [(peer, offer) for offer in state.offers]
+        return offers
 
     # -- candidates --------------------------------------------------------------------------------
 
     def of(self, job: Job, digest: str) -> list[Candidate]:
         """Every box that has a model of that name; `digest` is that of the file here, "" if there
         is none."""
-        warm = self._warm(job)
-        candidates = [] if job.model.remote else [self._local(job, digest, warm)]
+        warm, tokens, max_tokens = self._warm(job), tokens_of(job), _max_tokens_of(job)
+        candidates = [] if job.model.remote else [self._local(job, digest, warm, tokens)]
         for peer, offer in self._offers():
-            if offer.id == job.model.id and peer.node_id != self.node_id:
-                candidates.append(self._peer(job, peer, offer, warm))
+            if offer.id == job.model.id:
+                candidates.append(self._peer(job, peer, offer, warm, tokens, max_tokens))
         return candidates
 
-    def destination(self, job: Job, node_id: str, digest: str) -> Destination:
-        """That peer with its offer.  Raises ModelNotFound if it has withdrawn it meanwhile."""
-        for peer, offer in self._offers():
-            if (peer.node_id, offer.id, offer.digest.hex()) == (node_id, job.model.id, digest):
-                currency = peer.advert.currency if peer.advert else ""
-                return Destination(node_id, peer.name, digest, offer.prices, currency)
-        raise ModelNotFound(f"{job.model.id} is not offered any more.", param="model")
-
-    def offered_speed(self, job: Job, node_id: str) -> float:
-        """Tokens per second of one stream, as the peer has advertised it."""
-        for peer, offer in self._offers():
-            if (peer.node_id, offer.id) == (node_id, job.model.id):
-                return float(offer.tokens_per_s)
-        return 0.0
-
-    def _local(self, job: Job, digest: str, warm: str | None) -> Candidate:
-        model, load = job.model, self._load
+    def _local(self, job: Job, digest: str, warm: str | None, tokens: _Tokens) -> Candidate:
+        model, load, config = job.model, self._load, self._settings.config
         refuses = None
         now = load.of(model.id)
-        if now.queue and now.queue >= load.config.max_queue:
+        if now.queue and now.queue >= config.engine.max_queue:
             refuses = "has a full queue"
         elif (why := self._placement.failing(model)) is not None:
             refuses = f"has an engine that failed: {why}"
@@ -173,30 +155,42 @@ class Candidates:
             node_id=self.node_id,
             model=model.id,
             digest=digest,
-            sequences=load.config.max_sequences,
+            sequences=config.engine.max_sequences,
             load=now,
             ttft_ms=load.ttft_ms(model),
             tokens_per_s=load.tokens_per_s(model.id),
-            cost=_expected_cost(self._settings.config.pricing.prices_of(model.id), job),
-            currency=self._settings.config.pricing.currency,
+            cost=config.pricing.prices_of(model.id).most(*tokens),
+            currency=config.pricing.currency,
             local=True,
             known=True,
             warm=warm == self.node_id,
             refuses=refuses,
         )
 
-    def _peer(self, job: Job, peer: Peer, offer: Offer, warm: str | None) -> Candidate:
-        reported = peer.loads.get(offer.id)
+    def _peer(
+        self,
+        job: Job,
+        peer: Peer,
+        offer: Offer,
+        warm: str | None,
+        tokens: _Tokens,
+        max_tokens: _Tokens,
+    ) -> Candidate:
+        reported, state = peer.loads.get(offer.id), self._states[peer.node_id]
         heard = reported.at if reported else peer.advert_at or 0.0
-        under_way = self._under_way.get(peer.node_id, {})
-        busy = self._busy.get(peer.node_id, 0.0) > time.monotonic()
-        refuses = _BUSY if busy else None
-        if job.peers is not None and not {peer.node_id, peer.name} & set(job.peers):
-            refuses = "is not among the peers that the key allows"
         currency = peer.advert.currency if peer.advert else ""
-        refuses = refuses or self.spending.refusal(
-            peer.node_id, offer.price, currency, _max_cost(offer.price, job)
-        )
+        max_cost = offer.price.most(*max_tokens)
+        if job.peers and not {peer.node_id, peer.name} & set(job.peers):
+            refuses: str | None = "is not among the peers that the key allows"
+        elif state.busy_until > time.monotonic():
+            refuses = _BUSY
+        else:
+            # What runs there counts too, so requests side by side do not exceed a limit together.
+            owed = self._owed.get(peer.node_id, {}).get(currency, 0)
+            owed += sum(cost for _, cost in state.running.values())
+            refuses = spending_limits.refusal(
+                offer.price, self._settings.config.peering, currency, owed=owed, cost=max_cost
+            )
         return Candidate(
             node_id=peer.node_id,
             model=offer.id,
@@ -205,61 +199,108 @@ class Candidates:
             load=reported.load if reported else offer.load,
             ttft_ms=offer.ttft_ms,
             tokens_per_s=offer.tokens_per_s,
-            cost=_expected_cost(offer.price, job),
+            cost=offer.price.most(*tokens),
             currency=currency,
             reputation=self._reputation.score(peer.node_id),
             rtt_ms=peer.route.rtt_ms if peer.route else None,
-            sent=sum(began > heard for began in under_way.values()),
+            sent=sum(began > heard for began, _ in state.running.values()),
             warm=warm == peer.node_id,
             draining=peer.advert is not None and peer.advert.draining,
             known=reported is not None,
             gone=peer.gone or (peer.state != "connected" and reported is None),
-            resting=self._breaker.why(peer.node_id),
+            tripped=self._breaker.why(peer.node_id),
             refuses=refuses,
+            max_cost=max_cost,
+            destination=Destination(
+                peer.node_id, peer.name, offer.digest.hex(), offer.prices, currency
+            ),
+        )
+
+    # -- the choice --------------------------------------------------------------------------------
+
+    @property
+    def hedge_seconds(self) -> float:
+        """After this time without a first token a second box is asked as well; 0: never."""
+        return self._settings.config.peering.hedge_ms / 1000
+
+    async def select(self, job: Job, tried: Collection[str]) -> Decision:
+        """Select the box of a leg, none of those that were `tried`."""
+        here = "" if job.model.remote else await self._placement.digest_of(job.model)
+        if self._settings.config.peering.max_debt:
+            self._owed = await self._debts()
+        request = self._request(job, here, tried)
+        candidates = self.of(job, here)
+        decision = route(candidates, request, self._random)
+        if decision.unsure:
+            await self._ask_loads(job.model.id)
+            candidates = self.of(job, here)
+            decision = route(candidates, request, self._random)
+        if decision.chosen is None:  # rather who failed lately than nobody, if its link stands
+            untripped = [
+                candidate if candidate.gone else replace(candidate, tripped=None)
+                for candidate in candidates
+            ]
+            decision = route(untripped, request, self._random)
+        if decision.chosen is not None:  # all choices and legs of a request are of one file
+            self._pinned.setdefault(job.request_id, decision.chosen.digest)
+        return decision
+
+    def _request(self, job: Job, here: str, tried: Collection[str]) -> RoutingRequest:
+        config, pinned = self._settings.config, job.digest or self._pinned.get(job.request_id)
+        peering = config.peering
+        return RoutingRequest(
+            model=job.model.id,
+            digest=pinned or here or job.model.recorded_digest,
+            tokens=sum(tokens_of(job)),
+            currency=config.pricing.currency,
+            policy=job.routing or peering.policy,
+            same_name=peering.same_name and pinned is None,
+            local_only=job.local_only,
+            tried=tried,
+            weights=(peering.price_weight, peering.time_weight, peering.reputation_weight),
         )
 
     # -- what happens to legs ----------------------------------------------------------------------
 
-    def leg_sent(self, job: Job, node_id: str) -> None:
+    def leg_sent(self, job: Job, to: Candidate) -> None:
         """A leg of the job goes there, and the conversation's next request finds a warm cache."""
-        self._under_way.setdefault(node_id, {})[job.id] = time.monotonic()
-        self.spending.reserve(node_id, job.id, self._max_cost_at(node_id, job))
-        self._conversations[_conversation(job)] = (node_id, time.monotonic())
+        now = time.monotonic()
+        self._states[to.node_id].running[job.id] = (now, to.max_cost)
+        self._conversations[_conversation(job)] = (to.node_id, now)
 
     def leg_ended(self, job: Job, node_id: str) -> None:
         """However it has ended."""
-        self._under_way.get(node_id, {}).pop(job.id, None)
-        self.spending.release(node_id, job.id)
+        self._states[node_id].running.pop(job.id, None)
         self.changes.notify()
 
-    def _max_cost_at(self, node_id: str, job: Job) -> int:
-        offers = [offer for peer, offer in self._offers() if peer.node_id == node_id]
-        costs = [_max_cost(offer.price, job) for offer in offers if offer.id == job.model.id]
-        return max(costs, default=0)
-
-    def leg_refused(self, node_id: str, refusal: NoNodesAvailable) -> None:
-        """A peer has refused a leg: it is not asked for so long.  If it has just served one of ours
-        it may still be settling that, and will have room at once."""
-        now = time.monotonic()
-        self.refusals[node_id] = (refusal.message, now)
-        limit = _SETTLING_SECONDS if self._served_lately(node_id) else _MAX_BUSY_SECONDS
-        self._busy[node_id] = now + min(refusal.retry_after or 1, limit)
+    def leg_refused(self, node_id: str, error: NoNodesAvailable) -> None:
+        """A peer has refused a leg: it is not asked for as long as it says.  If it has just served
+        one of ours it may not have counted its end yet, and will have room at once."""
+        state, now = self._states[node_id], time.monotonic()
+        state.refusal = (error.message, now)
+        limit = _ACCEPTING_SECONDS if self._served_lately(node_id) else _MAX_BUSY_SECONDS
+        state.busy_until = now + min(error.retry_after or 1, limit)
 
     def leg_served(self, node_id: str) -> None:
         """A peer has served a leg to its end, so it has room."""
-        self._busy.pop(node_id, None)
-        self._served[node_id] = time.monotonic()
+        state = self._states[node_id]
+        state.busy_until, state.refusal, state.served_at = 0.0, None, time.monotonic()
         self.changes.notify()
+
+    def last_refusal(self, node_id: str) -> tuple[str, float] | None:
+        """Why the peer has refused a leg, and when (monotonic), if it has served none since."""
+        return self._states[node_id].refusal
 
     def has_served_since(self, node_id: str, moment: float) -> bool:
         """Whether the peer has served a leg to its end after that moment (monotonic)."""
-        return self._served.get(node_id, -math.inf) > moment
+        return self._states[node_id].served_at > moment
 
     def is_no_longer_busy(self, node_id: str, moment: float) -> bool:
         """Whether the peer has refused a leg after that moment, and the time is over for which it
         is not asked."""
-        _, refused = self.refusals.get(node_id, ("", -math.inf))
-        return refused >= moment and self._busy.get(node_id, 0.0) <= time.monotonic()
+        state = self._states[node_id]
+        refused = state.refusal is not None and state.refusal[1] >= moment
+        return refused and state.busy_until <= time.monotonic()
 
     def _served_lately(self, node_id: str) -> bool:
         return self.has_served_since(node_id, time.monotonic() - _ACCEPTED_SECONDS)
@@ -268,7 +309,7 @@ class Candidates:
         """Whether a peer that may serve the job has no room for it while it serves other jobs of
         this box: it will have room when one of them ends."""
         return any(
-            self._under_way.get(candidate.node_id) or self._served_lately(candidate.node_id)
+            self._states[candidate.node_id].running or self._served_lately(candidate.node_id)
             for candidate in self.of(job, "")
             if candidate.refuses == _BUSY
         )
@@ -277,7 +318,7 @@ class Candidates:
         """The monotonic time at which the next peer that is busy or has failed may be asked again;
         infinite if there is none."""
         now = time.monotonic()
-        ends = [*self._busy.values(), *self._breaker.ends()]
+        ends = [*(state.busy_until for state in self._states.values()), *self._breaker.ends()]
         return min((end for end in ends if end > now), default=math.inf)
 
     def _warm(self, job: Job) -> str | None:
@@ -285,11 +326,11 @@ class Candidates:
         return node_id if time.monotonic() - since < _WARM_SECONDS else None
 
 
-def tokens_of(job: Job) -> tuple[int, int]:
+def tokens_of(job: Job) -> _Tokens:
     """Of the prompt, as far as it is known, with what earlier legs have made; and at most of what
     is still to be made."""
-    if job.read is not None:
-        prompt = len(job.read)
+    if job.prompt_tokens is not None:
+        prompt = len(job.prompt_tokens)
     elif isinstance(job.prompt, list):
         prompt = len(job.prompt)
     else:
@@ -302,18 +343,14 @@ def tokens_of(job: Job) -> tuple[int, int]:
     return prompt + output, max(0, answer)
 
 
-def _expected_cost(prices: Prices, job: Job) -> int:
-    return prices.most(*tokens_of(job))
-
-
-def _max_cost(prices: Prices, job: Job) -> int:
-    """As `_expected_cost`, but with an upper bound for a prompt that was not counted yet: as many
-    tokens as what the client sent has bytes."""
+def _max_tokens_of(job: Job) -> _Tokens:
+    """As `tokens_of`, but with an upper bound for a prompt that was not counted yet: as many tokens
+    as what the client sent has bytes."""
     prompt, answer = tokens_of(job)
-    if job.read is None and not isinstance(job.prompt, list):
+    if job.prompt_tokens is None and not isinstance(job.prompt, list):
         texts = (job.prompt or "", job.inputs or "", job.messages, job.tools or "")
         prompt = len(job.output) + sum(len(str(text).encode()) for text in texts)
-    return prices.most(prompt, answer)
+    return prompt, answer
 
 
 def _conversation(job: Job) -> bytes:

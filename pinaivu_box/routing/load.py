@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator
 from statistics import median
 
-from pinaivu_box.config import EngineConfig
 from pinaivu_box.gateway.placement import Placement
 from pinaivu_box.gateway.records import LegRecord
 from pinaivu_box.gossip.adverts import ModelLoad
@@ -27,61 +26,47 @@ class LoadTracker:
     """
 
     def __init__(self, placement: Placement, settings: LiveSettings) -> None:
-        self._settings = settings
         self.changed: Callable[[], None] = lambda: None
-        self._placement = placement
+        self._placement, self._settings = placement, settings
         self._legs: Counter[str] = Counter()
-        self._ttft: dict[str, deque[float]] = {}
-        self._speed: dict[str, deque[float]] = {}
-
-    @property
-    def config(self) -> EngineConfig:
-        return self._settings.config.engine
+        self._ttft: defaultdict[str, deque[float]] = defaultdict(lambda: deque(maxlen=_LATELY))
+        self._speed: defaultdict[str, deque[float]] = defaultdict(lambda: deque(maxlen=_LATELY))
 
     @property
     def idle(self) -> bool:
         return not self._legs.total()
 
-    def legs(self, model_id: str) -> int:
-        return self._legs[model_id]
-
     @contextlib.contextmanager
     def taken(self, model_id: str) -> Iterator[None]:
-        self._add(model_id, 1)
+        self._legs[model_id] += 1
+        self.changed()
         try:
             yield
         finally:
-            self._add(model_id, -1)
-
-    def _add(self, model_id: str, count: int) -> None:
-        self._legs[model_id] += count
-        self.changed()
+            self._legs[model_id] -= 1
+            self.changed()
 
     def measured(self, model_id: str, leg: LegRecord) -> None:
         """A leg has ended.  What it waited in the queue says nothing about how fast we are."""
-        if leg.ttft_ms is None:
-            return
-        times = self._ttft.setdefault(model_id, deque(maxlen=_LATELY))
-        times.append(max(0.0, leg.ttft_ms - leg.queue_ms))
+        if leg.ttft_ms is not None:
+            self._ttft[model_id].append(max(0.0, leg.ttft_ms - leg.queue_ms))
         if (speed := leg.tokens_per_s) is not None:
-            self._speed.setdefault(model_id, deque(maxlen=_LATELY)).append(speed)
+            self._speed[model_id].append(speed)
 
     def ttft_ms(self, model: Model) -> float:
         """The median of lately, and about what loading takes if no engine has the model.  If that
         were thought to take long, nobody would ever send to a box that has not begun."""
         loaded = any(engine.model_id == model.id for engine in self._placement.engines)
-        times = self._ttft.get(model.id)
         loading = 0.0 if loaded else _STARTING_MS + model.size / _BYTES_A_MS
-        return (median(times) if times else _TTFT_MS) + loading
+        return median(self._ttft[model.id] or [_TTFT_MS]) + loading
 
     def tokens_per_s(self, model_id: str) -> float:
         """Of one stream."""
-        speeds = self._speed.get(model_id)
-        return median(speeds) if speeds else _TOKENS_PER_S
+        return median(self._speed[model_id] or [_TOKENS_PER_S])
 
     def of(self, model_id: str) -> ModelLoad:
         """The load of this moment.  What cache an engine would have is not known before it runs."""
-        legs, places = self._legs[model_id], self.config.max_sequences
+        legs, places = self._legs[model_id], self._settings.config.engine.max_sequences
         kv_free = 2**20
         for engine in self._placement.engines:
             if engine.model_id == model_id:

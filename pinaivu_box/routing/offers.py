@@ -58,12 +58,12 @@ class Offers:
         )
 
     def _offer(self, model: Model) -> Offer:
-        load, price = self._load, self._settings.config.pricing.prices_of(model.id)
-        now = load.of(model.id)
+        load, config = self._load, self._settings.config
+        now, price = load.of(model.id), config.pricing.prices_of(model.id)
         return Offer(
             id=model.id,
             digest=self._digests[_file(model)],
-            sequences=load.config.max_sequences,
+            sequences=config.engine.max_sequences,
             sequences_free=now.sequences_free,
             kv_free=now.kv_free,
             queue=now.queue,

@@ -2,8 +2,8 @@
 
     reputation = reliability x speed x honesty, each from 0 to 1
 
-- reliability: the share of legs that it served to the end, of the latest `MEMORY` or so, with two
-  good ones given to everybody on the way.  A refusal is no failure: a busy box may say so.
+- reliability: the share of legs that it served to the end, of the latest fifty or so, and of two
+  more that everybody is assumed to have served.  A refusal is no failure: a busy box may say so.
 - speed: tokens a second that it made, of those that it had promised, on average; 1 if it kept it.
 - honesty: halved by every dispute (a proof or tokens that cannot be).
 
@@ -26,8 +26,8 @@ from pinaivu_box.store.opinions import StoredOpinion
 
 log = logging.getLogger("pinaivu.reputation")
 
-MEMORY = 50.0
-_GIVEN = 2.0
+_REMEMBERED_LEGS = 50.0
+_PRIOR_SERVED = 2.0  # legs, so that a first failure does not decide
 _NEWEST = 0.1  # what the newest leg counts in the average of speeds
 _DAY = 86400.0
 _WEEK = 7 * _DAY
@@ -43,7 +43,7 @@ class Reputation:
         self.opinions: dict[str, StoredOpinion] = {}
         self.changed: set[str] = set()
 
-    def recall(self, stored: Mapping[str, StoredOpinion]) -> None:
+    def restore(self, stored: Mapping[str, StoredOpinion]) -> None:
         """What was thought before we started.  What a clock that was ahead has dated fades from now
         on, or it would do so for none of the time that it was ahead."""
         now = self._clock()
@@ -53,29 +53,29 @@ class Reputation:
 
     def served(self, node_id: str, promised: float, tokens_per_s: float | None) -> None:
         """A leg came to its end; tokens a second, None if it was too short to say."""
-        opinion = self._leg(node_id)
+        opinion = self._before_leg(node_id)
         speed = opinion.speed
         if tokens_per_s is not None and promised > 0:
             speed += _NEWEST * (min(1.0, tokens_per_s / promised) - speed)
-        self._think(node_id, replace(opinion, served=opinion.served + 1, speed=speed))
+        self._set(node_id, replace(opinion, served=opinion.served + 1, speed=speed))
 
     def failed(self, node_id: str, why: str) -> None:
-        opinion = self._leg(node_id)
-        self._think(node_id, replace(opinion, failed=opinion.failed + 1, last=why))
+        opinion = self._before_leg(node_id)
+        self._set(node_id, replace(opinion, failed=opinion.failed + 1, last=why))
 
     def disputed(self, node_id: str, why: str) -> None:
-        opinion = self._now(node_id)
-        self._think(node_id, replace(opinion, disputes=opinion.disputes + 1, last=why))
+        opinion = self._faded(node_id)
+        self._set(node_id, replace(opinion, disputes=opinion.disputes + 1, last=why))
 
     def score(self, node_id: str) -> float:
-        opinion = self._now(node_id)
+        opinion = self._faded(node_id)
         return _reliability(opinion) * opinion.speed * _honesty(opinion)
 
     def why(self, node_id: str) -> str:
         """In one sentence, for an operator."""
         if node_id not in self.opinions:
             return "1.00: it has not served anything for us yet"
-        opinion = self._now(node_id)
+        opinion = self._faded(node_id)
         sentence = (
             f"{self.score(node_id):.2f}: reliability {_reliability(opinion):.2f} (of the latest, "
             f"{opinion.served:.0f} served and {opinion.failed:.0f} failed), speed "
@@ -84,12 +84,12 @@ class Reputation:
         )
         return f"{sentence}; last trouble: {opinion.last}" if opinion.last else sentence
 
-    def _think(self, node_id: str, opinion: StoredOpinion) -> None:
+    def _set(self, node_id: str, opinion: StoredOpinion) -> None:
         self.opinions[node_id] = opinion
         self.changed.add(node_id)
 
-    def _now(self, node_id: str) -> StoredOpinion:
-        """With what was forgotten since."""
+    def _faded(self, node_id: str) -> StoredOpinion:
+        """As it is now: part of it is forgotten."""
         opinion, now = self.opinions.get(node_id, StoredOpinion()), self._clock()
         seconds = max(0.0, now - opinion.at)
         left = 0.5 ** (seconds / _WEEK)
@@ -102,15 +102,15 @@ class Reputation:
             at=now,
         )
 
-    def _leg(self, node_id: str) -> StoredOpinion:
-        """Before what another leg tells."""
-        opinion, left = self._now(node_id), 1 - 1 / MEMORY
+    def _before_leg(self, node_id: str) -> StoredOpinion:
+        """With room for another leg."""
+        opinion, left = self._faded(node_id), 1 - 1 / _REMEMBERED_LEGS
         return replace(opinion, served=opinion.served * left, failed=opinion.failed * left)
 
 
 async def load_and_save(reputation: Reputation, database: Database) -> None:
     """Until cancelled: what is thought of peers is on disk within a minute, and at the end."""
-    reputation.recall(await opinions.load(database))
+    reputation.restore(await opinions.load(database))
     try:
         while True:
             await asyncio.sleep(_SAVE_SECONDS)
@@ -130,7 +130,7 @@ async def _save(reputation: Reputation, database: Database) -> None:
 
 
 def _reliability(opinion: StoredOpinion) -> float:
-    return (opinion.served + _GIVEN) / (opinion.served + opinion.failed + _GIVEN)
+    return (opinion.served + _PRIOR_SERVED) / (opinion.served + opinion.failed + _PRIOR_SERVED)
 
 
 def _honesty(opinion: StoredOpinion) -> float:

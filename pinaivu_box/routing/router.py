@@ -16,12 +16,12 @@ It is exact about what was said: integers in, doubles out.  But an offer is up t
 the wait is an estimate, and nobody promises anything: a box that is full says so, and the next is
 tried.
 
-What is `known` is a round trip old, and those that are known are compared first (`unsure` says when
-to ask).  Everybody sees much the same offers, some seconds old.  If everybody took the best of
-them, all would go to the same box and wait there, so chance has a part (Mitzenmacher, "How Useful
-Is Old Information?", 2000): of many peers `DRAWN` are compared, and of those within `BAND` of the
-best (`KNOWN_BAND` if it is known) two are drawn, of which the one with the larger share of its
-sequences free is taken.  `cheapest` compares all.
+What is `known` is a round trip old, and those that are known are compared first; `Decision.unsure`
+says when to ask.  Everybody sees much the same offers, some seconds old.  If everybody took the
+best of them, all would go to the same box and wait there, so chance has a part (Mitzenmacher, "How
+Useful Is Old Information?", 2000): of many peers `DRAWN` are compared, and of those within `BAND`
+of the best (`KNOWN_BAND` if it is known) two are drawn, of which the one with the larger share of
+its sequences free is taken.  `cheapest` compares all.
 """
 
 from __future__ import annotations
@@ -30,9 +30,7 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from random import Random
-from typing import Any
-
-from msgspec import Struct
+from typing import Any, NamedTuple
 
 from pinaivu_box.config import RoutingPolicy
 from pinaivu_box.gossip.adverts import ModelLoad
@@ -49,24 +47,27 @@ MAX_HEADER = 200  # characters
 
 
 @dataclass(frozen=True)
-class Weights:
-    price: float = 0.4
-    time: float = 0.3
-    reputation: float = 0.3
+class Destination:
+    """A peer and its offer of a model; `prices` of 1,000 tokens (prompt, cached, completion)."""
+
+    node_id: str
+    name: str
+    digest: str
+    prices: tuple[str, str, str]
+    currency: str
+    pays_prompt: bool = True
 
 
-_DEFAULT = Weights()
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # a key of dictionaries: hashing all fields takes long
 class Candidate:
     """An engine here (`local`) or a peer's offer of one model.
 
-    `cost` of this request in 10^-9 of `currency`.  `rtt_ms` None: there is no link yet.  `sent`:
-    requests of ours that it has not answered and that its offer did not count.  `known`: its load
-    is of this moment, not of its advert.  `warm`: it served this conversation lately.  `resting`:
-    why it is left alone for now.  `gone`: others lost their links to it, or there is none and
-    nobody linked with it is known, so it is asked last.  `refuses`: what else speaks against it.
+    `cost` of this request in 10^-9 of `currency`, `max_cost` its upper bound.  `rtt_ms` None: there
+    is no link yet.  `sent`: requests of ours that it has not answered and that its offer did not
+    count.  `known`: its load is of this moment, not of its advert.  `warm`: it served this
+    conversation lately.  `tripped`: why it is left alone for now.  `gone`: others lost their links
+    to it, or there is none and nobody linked with it is known, so it is asked last.  `refuses`:
+    what else speaks against it.
     """
 
     node_id: str
@@ -86,8 +87,10 @@ class Candidate:
     warm: bool = False
     draining: bool = False
     gone: bool = False
-    resting: str | None = None
+    tripped: str | None = None
     refuses: str | None = None
+    max_cost: int = 0
+    destination: Destination | None = None  # of a peer
 
     def starts_at_once(self, tokens: int) -> bool:
         """Whether a request of so many tokens (prompt and answer) would not wait."""
@@ -114,7 +117,8 @@ class RoutingRequest:
     """What is to be served.
 
     With `digest` None the model is not here, so any file with its name will do.  `local_only`: it
-    may not leave the box.  `tried`: node ids that have failed it already.
+    may not leave the box.  `tried`: node ids that have failed it already.  `weights`: of price,
+    time and reputation.
     """
 
     model: str
@@ -125,16 +129,20 @@ class RoutingRequest:
     same_name: bool = False
     local_only: bool = False
     tried: Collection[str] = ()
+    weights: tuple[float, float, float] = (0.4, 0.3, 0.3)
 
 
-class ScoredCandidate(Struct, frozen=True, omit_defaults=True):
+class ScoredCandidate(NamedTuple):
     """A candidate in a decision.  `why_not` is set if it could not serve the request."""
 
-    node_id: str
+    candidate: Candidate
     score: float = 0.0
-    cost: int = 0
     expected_ms: int = 0
     why_not: str | None = None
+
+    @property
+    def node_id(self) -> str:
+        return self.candidate.node_id
 
     def record(self) -> dict[str, Any]:
         if self.why_not:
@@ -142,45 +150,60 @@ class ScoredCandidate(Struct, frozen=True, omit_defaults=True):
         return {
             "node_id": self.node_id,
             "score": round(self.score, 4),
-            "cost": str(self.cost),
+            "cost": str(self.candidate.cost),
             "expected_ms": self.expected_ms,
         }
 
 
-class Decision(Struct, frozen=True):
-    """`node_id` None: nobody can.  All candidates, best first; who is ineligible comes last."""
+@dataclass(frozen=True)
+class Decision:
+    """`chosen` None: nobody can.  All candidates, best first; who is ineligible comes last."""
 
-    node_id: str | None
+    chosen: Candidate | None
     reason: str
     policy: str
     candidates: tuple[ScoredCandidate, ...]
 
     @property
+    def node_id(self) -> str | None:
+        return None if self.chosen is None else self.chosen.node_id
+
+    @property
+    def destination(self) -> Destination | None:
+        """The peer that was chosen, if it is one."""
+        return None if self.chosen is None else self.chosen.destination
+
+    @property
     def eligible(self) -> int:
-        return sum(candidate.why_not is None for candidate in self.candidates)
+        return sum(scored.why_not is None for scored in self.candidates)
+
+    @property
+    def unsure(self) -> bool:
+        """Whether to ask around and decide anew: the request would leave this box or wait, and of
+        somebody who may serve it only an offer is known."""
+        return self.reason not in ("local", "warm") and any(
+            scored.why_not is None and not scored.candidate.known for scored in self.candidates
+        )
 
     def record(self) -> dict[str, Any]:
         """For the receipt's `routing`: JSON.  At most `SHOWN` candidates, the chosen one among
         them; the others are counted by why they were not eligible."""
-        ranked = sorted(self.candidates, key=lambda candidate: candidate.node_id != self.node_id)
-        best = {candidate.node_id for candidate in ranked[:SHOWN]}
-        top = [candidate for candidate in self.candidates if candidate.node_id in best]
-        others = [candidate for candidate in self.candidates if candidate.node_id not in best]
+        ranked = sorted(self.candidates, key=lambda scored: scored.node_id != self.node_id)
+        best = {scored.node_id for scored in ranked[:SHOWN]}
+        top = [scored for scored in self.candidates if scored.node_id in best]
+        others = [scored for scored in self.candidates if scored.node_id not in best]
         return {
             "chosen": self.node_id,
             "reason": self.reason,
             "policy": self.policy,
             "eligible": self.eligible,
-            "candidates": [candidate.record() for candidate in top],
-            "left_out": dict(Counter(candidate.why_not or "scored less" for candidate in others)),
+            "candidates": [scored.record() for scored in top],
+            "left_out": dict(Counter(scored.why_not or "scored less" for scored in others)),
         }
 
     def header(self) -> str:
         """For `x-pinaivu-route`: ASCII, at most `MAX_HEADER` characters."""
-        scores_there = (
-            candidate.score for candidate in self.candidates if candidate.node_id == self.node_id
-        )
-        score = next(scores_there, 0.0)
+        score = next((s.score for s in self.candidates if s.node_id == self.node_id), 0.0)
         return (
             f"{self.node_id or 'none'}; reason={self.reason}; score={score:.4f}; "
             f"eligible={self.eligible}; policy={self.policy}"
@@ -188,15 +211,9 @@ class Decision(Struct, frozen=True):
 
     def why_nobody(self) -> str:
         """For a 503: how many boxes cannot, for which reason, the most frequent first."""
-        reasons = Counter(candidate.why_not for candidate in self.candidates if candidate.why_not)
-        phrases = [f"{count} {why}" for why, count in reasons.most_common()]
-        if not phrases:
-            return "no box offers it"
-        return "of those that were considered " + "; ".join(phrases)
-
-
-_Pair = tuple[ScoredCandidate, Candidate]
-_Judged = tuple[Candidate, str | None]  # and why it may not serve the request
+        reasons = Counter(scored.why_not for scored in self.candidates if scored.why_not)
+        phrases = "; ".join(f"{count} {why}" for why, count in reasons.most_common())
+        return f"of those that were considered {phrases}" if phrases else "no box offers it"
 
 
 def why_not(candidate: Candidate, ask: RoutingRequest) -> str | None:
@@ -217,107 +234,81 @@ def why_not(candidate: Candidate, ask: RoutingRequest) -> str | None:
         return "is not this box, and the key is for this box only"
     if ask.policy == "never":
         return "is not this box, and the policy is never to send"
-    if candidate.resting:
-        return candidate.resting
+    if candidate.tripped:
+        return candidate.tripped
     if candidate.currency != ask.currency:
         return f"asks for {candidate.currency}, not {ask.currency}"
     return None
 
 
-def scores(
-    eligible: Sequence[Candidate], ask: RoutingRequest, weights: Weights
-) -> list[ScoredCandidate]:
+def scores(eligible: Sequence[Candidate], ask: RoutingRequest) -> list[ScoredCandidate]:
     """In the order given."""
     if not eligible:
         return []
     times = [candidate.expected_ms(ask.tokens) for candidate in eligible]
     cheapest, fastest = min(candidate.cost for candidate in eligible), min(times) + FLOOR_MS
-    total = weights.price + weights.time + weights.reputation
+    price_weight, time_weight, reputation_weight = ask.weights
+    total = sum(ask.weights)
     scored = []
     for candidate, ms in zip(eligible, times, strict=True):
         price = 1.0 if candidate.cost == cheapest else cheapest / candidate.cost
         weighed = (
-            weights.price * price
-            + weights.time * fastest / (ms + FLOOR_MS)
-            + weights.reputation * min(1.0, max(0.0, candidate.reputation))
+            price_weight * price
+            + time_weight * fastest / (ms + FLOOR_MS)
+            + reputation_weight * min(1.0, max(0.0, candidate.reputation))
         )
         score = weighed / total if total else 1.0
-        scored.append(ScoredCandidate(candidate.node_id, score, candidate.cost, round(ms)))
+        scored.append(ScoredCandidate(candidate, score, round(ms)))
     return scored
 
 
-def route(
-    candidates: Sequence[Candidate],
-    ask: RoutingRequest,
-    random: Random,
-    weights: Weights = _DEFAULT,
-) -> Decision:
+def route(candidates: Sequence[Candidate], ask: RoutingRequest, random: Random) -> Decision:
     """The same candidates, request and state of `random` give the same decision."""
     ordered = sorted(candidates, key=lambda candidate: (candidate.node_id, candidate.digest))
-    judged = _draw([(candidate, why_not(candidate, ask)) for candidate in ordered], ask, random)
-    eligible = [candidate for candidate, why in judged if why is None]
-    refused = [
-        ScoredCandidate(candidate.node_id, why_not=why)
-        for candidate, why in judged
-        if why is not None
-    ]
-    scored = scores(eligible, ask, weights)
-    pairs = sorted(zip(scored, eligible, strict=True), key=lambda pair: -pair[0].score)
-    chosen, reason = _choose(pairs, ask, random)
-    ranked = (*(score for score, _ in pairs), *refused)
-    return Decision(chosen, reason, ask.policy, ranked)
+    reasons = {candidate: why_not(candidate, ask) for candidate in ordered}
+    eligible = [candidate for candidate, why in reasons.items() if why is None]
+    for candidate in _not_drawn(eligible, ask, random):
+        reasons[candidate] = "was not drawn"
+    compared = [candidate for candidate in eligible if reasons[candidate] is None]
+    ranked = sorted(scores(compared, ask), key=lambda scored: -scored.score)
+    refused = [ScoredCandidate(c, why_not=why) for c, why in reasons.items() if why is not None]
+    chosen, reason = _choose(ranked, ask, random)
+    return Decision(chosen, reason, ask.policy, (*ranked, *refused))
 
 
-def unsure(decision: Decision, candidates: Sequence[Candidate], ask: RoutingRequest) -> bool:
-    """Whether to ask around and decide anew: it would leave this box or wait, and of somebody who
-    may serve it only an offer is known."""
-    return decision.reason not in ("local", "warm") and any(
-        not candidate.known and why_not(candidate, ask) is None for candidate in candidates
-    )
+def _not_drawn(eligible: list[Candidate], ask: RoutingRequest, random: Random) -> list[Candidate]:
+    """Most of many peers, which are not compared.  Those that are called gone go first, and who is
+    known or warm stays."""
+    peers = [c for c in eligible if not (c.local or c.warm or c.known)]
+    reachable = [candidate for candidate in peers if not candidate.gone]
+    if len(reachable) <= DRAWN or ask.policy == "cheapest":
+        return []
+    drawn = set(random.sample(reachable, DRAWN))
+    return [candidate for candidate in peers if candidate not in drawn]
 
 
-def _draw(judged: list[_Judged], ask: RoutingRequest, random: Random) -> list[_Judged]:
-    """The same, where most of many peers are not considered.  Those that are called gone go first,
-    and who is known or warm stays."""
-    stay = {
-        candidate.node_id
-        for candidate, _ in judged
-        if candidate.local or candidate.warm or candidate.known
-    }
-    peers = [
-        candidate
-        for candidate, why in judged
-        if not (why or candidate.gone or candidate.node_id in stay)
-    ]
-    if len(peers) <= DRAWN or ask.policy == "cheapest":
-        return judged
-    stay |= {candidate.node_id for candidate in random.sample(peers, DRAWN)}
-    return [
-        (candidate, why or (None if candidate.node_id in stay else "was not drawn"))
-        for candidate, why in judged
-    ]
-
-
-def _choose(pairs: list[_Pair], ask: RoutingRequest, random: Random) -> tuple[str | None, str]:
-    """`pairs`: who is eligible, best first.  The node, and the reason in one word."""
-    if not pairs:
+def _choose(
+    ranked: list[ScoredCandidate], ask: RoutingRequest, random: Random
+) -> tuple[Candidate | None, str]:
+    """`ranked`: who is eligible, best first.  Returns the one, and the reason in one word."""
+    if not ranked:
         return None, "nobody"
     if ask.policy == "prefer-local":
-        for _, candidate in pairs:
-            if candidate.local and candidate.starts_at_once(ask.tokens):
-                return candidate.node_id, "local"
-    pool = [pair for pair in pairs if not pair[1].gone] or pairs
+        for scored in ranked:
+            if scored.candidate.local and scored.candidate.starts_at_once(ask.tokens):
+                return scored.candidate, "local"
+    pool = [scored for scored in ranked if not scored.candidate.gone] or ranked
     if ask.policy == "cheapest":
-        cheapest = min(candidate.cost for _, candidate in pool)
-        pool = [pair for pair in pool if pair[1].cost == cheapest]
-    best = pool[0][0].score
-    for score, candidate in pool:
-        affine = candidate.warm and score.score >= AFFINITY_BAND * best
-        if affine and candidate.starts_at_once(ask.tokens):
-            return candidate.node_id, "warm"
-    near = KNOWN_BAND if pool[0][1].known else BAND
-    band = [pair for pair in pool if pair[0].score >= near * best]
+        cheapest = min(scored.candidate.cost for scored in pool)
+        pool = [scored for scored in pool if scored.candidate.cost == cheapest]
+    best = pool[0].score
+    for scored in pool:
+        affine = scored.candidate.warm and scored.score >= AFFINITY_BAND * best
+        if affine and scored.candidate.starts_at_once(ask.tokens):
+            return scored.candidate, "warm"
+    near = KNOWN_BAND if pool[0].candidate.known else BAND
+    band = [scored.candidate for scored in pool if scored.score >= near * best]
     if len(band) == 1:
-        return band[0][1].node_id, "best"
+        return band[0], "best"
     drawn = [band[at] for at in sorted(random.sample(range(len(band)), 2))]
-    return max(drawn, key=lambda pair: pair[1].idle)[1].node_id, "two-choices"
+    return max(drawn, key=lambda candidate: candidate.idle), "two-choices"

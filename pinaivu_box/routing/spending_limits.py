@@ -2,60 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
-
 from pinaivu_box import amount
 from pinaivu_box.amount import Prices
-from pinaivu_box.settings import LiveSettings
-
-Debts = Mapping[str, Mapping[str, int]]  # what this box owes, by peer and currency, in 10^-9
+from pinaivu_box.config import PeeringConfig
 
 
-class SpendingLimits:
-    """Counts what runs at peers as what it may cost there at most, so requests that run side by
-    side do not exceed a limit together."""
+def too_dear(prices: Prices, peering: PeeringConfig) -> bool:
+    """Whether one of the prices is above `max_price`."""
+    if not peering.max_price:
+        return False
+    asking_prices = (prices.prompt, prices.completion, prices.cached or "0")
+    return max(map(amount.per_token, asking_prices)) > amount.per_token(peering.max_price)
 
-    def __init__(self, debts: Callable[[], Awaitable[Debts]], settings: LiveSettings) -> None:
-        """`debts` reads the ledger."""
-        self._debts, self._settings = debts, settings
-        self._owed: Debts = {}
-        self._running: dict[str, dict[str, int]] = {}  # cost by peer and job
 
-    async def read_debts(self) -> None:
-        """Look at the ledger, before `refusal`."""
-        if self._settings.config.peering.max_debt:
-            self._owed = await self._debts()
+def refusal(
+    prices: Prices, peering: PeeringConfig, currency: str, *, owed: int, cost: int
+) -> str | None:
+    """Why a request that may cost so much is not sent to a peer with these prices, or None.
 
-    def too_dear(self, prices: Prices) -> bool:
-        limit = self._settings.config.peering.max_price
-        if not limit:
-            return False
-        asking_prices = (prices.prompt, prices.completion, prices.cached or "0")
-        return any(amount.per_token(price) > amount.per_token(limit) for price in asking_prices)
-
-    def refusal(self, peer: str, prices: Prices, currency: str, cost: int) -> str | None:
-        """Why a request that may cost so much is not sent there, or None."""
-        peering = self._settings.config.peering
-        if self.too_dear(prices):
-            return (
-                f"asks {prices.prompt} and {prices.completion} for 1,000 tokens, and this box pays "
-                f"at most {peering.max_price} (max_price)"
-            )
-        if not peering.max_debt or not cost:
-            return None
-        running = sum(self._running.get(peer, {}).values())
-        owed = self._owed.get(peer, {}).get(currency, 0) + running
-        if owed + cost <= amount.parse(peering.max_debt):
-            return None
+    `owed` is what this box owes it, with what runs there (in 10^-9 of the currency).
+    """
+    if too_dear(prices, peering):
         return (
-            f"is owed {amount.to_text(owed)} {currency} by this box, which may owe at most "
-            f"{peering.max_debt} (max_debt) and would need {amount.to_text(cost)} more"
+            f"asks {prices.prompt} and {prices.completion} for 1,000 tokens, and this box pays at "
+            f"most {peering.max_price} (max_price)"
         )
-
-    def reserve(self, peer: str, job: str, cost: int) -> None:
-        """A job is sent there that may cost so much."""
-        self._running.setdefault(peer, {})[job] = cost
-
-    def release(self, peer: str, job: str) -> None:
-        """It has ended: what it cost is in the ledger."""
-        self._running.get(peer, {}).pop(job, None)
+    if not peering.max_debt or not cost or owed + cost <= amount.parse(peering.max_debt):
+        return None
+    return (
+        f"is owed {amount.to_text(owed)} {currency} by this box, which may owe at most "
+        f"{peering.max_debt} (max_debt) and would need {amount.to_text(cost)} more"
+    )

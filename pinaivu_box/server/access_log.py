@@ -68,9 +68,8 @@ class AccessLog:
             if message["type"] == "http.response.start":
                 status, started = message["status"], True
                 headers = MutableHeaders(scope=message)
-                headers["x-request-id"] = headers["request-id"] = (
-                    request_id  # OpenAI's, Anthropic's
-                )
+                headers["x-request-id"] = request_id
+                headers["request-id"] = request_id  # Anthropic's
                 if route := state.get("route"):
                     headers["x-pinaivu-route"] = route
                 if ignored := state.get("ignored"):

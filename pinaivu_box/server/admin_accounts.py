@@ -7,10 +7,12 @@ from typing import Annotated
 from msgspec import UNSET, Meta, Struct, UnsetType
 from starlette.requests import Request
 
-from pinaivu_box.admin import accounts
-from pinaivu_box.admin.views import AccountView
+from pinaivu_box.admin import lists
+from pinaivu_box.admin.lists import AccountList
+from pinaivu_box.admin.views import AccountView, account_view
 from pinaivu_box.server.context import actor_of, box_of
 from pinaivu_box.server.paging import PageQuery
+from pinaivu_box.store import accounts
 from pinaivu_box.store.accounts import Role
 
 Password = Annotated[str, Meta(min_length=8, max_length=1024)]
@@ -31,13 +33,6 @@ class ChangeAccount(Struct, frozen=True):
     password: Password | UnsetType | None = UNSET
 
 
-class AccountList(Struct, frozen=True):
-    data: list[AccountView]
-    has_more: bool
-    object: str = "list"
-    request_id: str = ""
-
-
 class RemovedAccount(Struct, frozen=True):
     id: str
     name: str
@@ -47,29 +42,31 @@ class RemovedAccount(Struct, frozen=True):
 
 async def list_accounts(request: Request, query: PageQuery) -> AccountList:
     database = box_of(request).database
-    page = await accounts.ls(database, after=query.after or "", limit=query.limit)
-    return AccountList(page.data, page.has_more)
+    return await lists.list_accounts(database, after=query.after or "", limit=query.limit)
 
 
 async def create_account(request: Request, body: CreateAccount) -> AccountView:
     database, actor = box_of(request).database, actor_of(request)
-    return await accounts.create(database, body.name, body.role, body.password, actor)
+    account = await accounts.create(database, body.name, body.role, body.password, actor)
+    return account_view(account)
 
 
 async def get_account(request: Request, account: str) -> AccountView:
-    return await accounts.get(box_of(request).database, account)
+    return account_view(await accounts.find(box_of(request).database, account))
 
 
 async def change_account(request: Request, account: str, body: ChangeAccount) -> AccountView:
-    return await accounts.change(
-        box_of(request).database,
-        account,
-        actor_of(request),
-        role=body.role,
-        password=body.password,
-    )
+    database, actor = box_of(request).database, actor_of(request)
+    stored = await accounts.find(database, account)
+    if body.role is not UNSET:
+        await accounts.set_role(database, stored, body.role, actor)
+    if body.password is not UNSET:
+        await accounts.set_password(database, stored, body.password, actor)
+    return account_view(await accounts.find(database, stored.id))
 
 
 async def remove_account(request: Request, account: str) -> RemovedAccount:
-    removed = await accounts.remove(box_of(request).database, account, actor_of(request))
+    database = box_of(request).database
+    removed = await accounts.find(database, account)
+    await accounts.remove(database, removed, actor_of(request))
     return RemovedAccount(removed.id, removed.name)

@@ -7,10 +7,10 @@ from typing import Annotated
 from msgspec import Meta, Struct
 from starlette.requests import Request
 
-from pinaivu_box.admin import audit
-from pinaivu_box.admin.views import AuditEntry, parse_time
-from pinaivu_box.errors import InvalidBody
-from pinaivu_box.server.context import box_of
+from pinaivu_box.admin import lists
+from pinaivu_box.admin.lists import AuditList
+from pinaivu_box.admin.views import parse_time
+from pinaivu_box.server.context import box_of, named_field
 
 
 class AuditQuery(Struct, frozen=True, forbid_unknown_fields=True):
@@ -23,23 +23,13 @@ class AuditQuery(Struct, frozen=True, forbid_unknown_fields=True):
     target: str | None = None
 
 
-class AuditList(Struct, frozen=True):
-    data: list[AuditEntry]
-    has_more: bool
-    object: str = "list"
-    request_id: str = ""
-
-
 async def list_audit_entries(request: Request, query: AuditQuery) -> AuditList:
-    try:
+    with named_field("query", "since"):
         since = 0 if query.since is None else parse_time(query.since)
-    except ValueError as error:
-        raise InvalidBody(str(error), loc=("query", "since")) from None
-    page = await audit.ls(
+    return await lists.list_audit_entries(
         box_of(request).database,
         since=since,
         target=query.target,
         after=query.after,
         limit=query.limit,
     )
-    return AuditList(page.data, page.has_more)

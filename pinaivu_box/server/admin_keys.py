@@ -14,15 +14,16 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 from starlette.requests import Request
 
 from pinaivu_box import policy as policies
-from pinaivu_box.admin import keys as operations
-from pinaivu_box.admin.views import KeyView, NewKey, key_view
+from pinaivu_box.admin import lists
+from pinaivu_box.admin.lists import KeyList
+from pinaivu_box.admin.views import KeyView, NewKey, key_view, new_key_view, warning
 from pinaivu_box.errors import InvalidBody
 from pinaivu_box.gateway.admission import refusal
 from pinaivu_box.openai.decoding import from_validation
 from pinaivu_box.policy import LONGEST_LIFE, Policy
-from pinaivu_box.server.context import actor_of, box_of
+from pinaivu_box.server.context import actor_of, box_of, named_field
 from pinaivu_box.server.paging import PageQuery
-from pinaivu_box.store import keys
+from pinaivu_box.store import keys, new_keys
 from pinaivu_box.store.keys import OVERLAP, Key
 from pinaivu_box.store.new_keys import Draft
 
@@ -70,25 +71,17 @@ class StopRunning(Struct, frozen=True, forbid_unknown_fields=True):
     now: bool = False
 
 
-class KeyList(Struct, frozen=True):
-    data: list[KeyView]
-    has_more: bool
-    object: str = "list"
-    request_id: str = ""
-
-
 async def list_keys(request: Request, query: KeyQuery) -> KeyList:
-    page = await operations.ls(
+    return await lists.list_keys(
         box_of(request).database, account=query.account, after=query.after, limit=query.limit
     )
-    return KeyList(page.data, page.has_more)
 
 
 async def create_key(request: Request, body: CreateKey) -> NewKey:
     expires_at = None if body.expires_at is None else _expiry(body.expires_at)
     draft = Draft(body.name, body.account, body.policy, expires_at)
-    key = await operations.create(box_of(request).database, draft, actor_of(request))
-    return _with_warning(request, key)
+    key, secret = await new_keys.create(box_of(request).database, draft, actor_of(request))
+    return _with_warning(request, new_key_view(key, secret))
 
 
 async def get_key(request: Request, key_id: str) -> KeyView:
@@ -114,13 +107,11 @@ async def change_key(request: Request, key_id: str, body: ChangeKey, query: Stop
 
 
 async def rotate_key(request: Request, key_id: str, body: RotateKey = _DEFAULT_ROTATION) -> NewKey:
-    try:
-        overlap = operations.parse_overlap(body.overlap)
-    except ValueError as error:
-        raise InvalidBody(str(error), loc=("body", "overlap")) from None
+    with named_field("body", "overlap"):
+        overlap = keys.parse_overlap(body.overlap)
     database = box_of(request).database
     key = await keys.get(database, key_id)
-    return await operations.rotate(database, key, overlap, actor_of(request))
+    return new_key_view(*await keys.rotate(database, key, overlap, actor_of(request)))
 
 
 async def revoke_key(request: Request, key_id: str, query: StopRunning) -> KeyView:
@@ -132,16 +123,16 @@ async def revoke_key(request: Request, key_id: str, query: StopRunning) -> KeyVi
 def _stop_requests(request: Request, key: Key) -> KeyView:
     """Stop the running requests of a key that is revoked or blocked."""
     error = refusal(key)
-    if error is not None:
-        error.ordered = True
-    stopped = 0 if error is None else box_of(request).requests.stop_key(key.id, error)
+    assert error is not None
+    error.ordered = True
+    stopped = box_of(request).requests.stop_key(key.id, error)
     return msgspec.structs.replace(key_view(key), stopped=stopped)
 
 
 def _with_warning(request: Request, view: View) -> View:
     """With a warning if the budget limits nothing."""
-    warning = operations.warning(view.policy, box_of(request).config.pricing)
-    return view if warning is None else msgspec.structs.replace(view, warning=warning)
+    text = warning(view.policy, box_of(request).config.pricing)
+    return view if text is None else msgspec.structs.replace(view, warning=text)
 
 
 def _changed_policy(policy: Policy, changes: dict[str, Any]) -> Policy:
@@ -149,9 +140,7 @@ def _changed_policy(policy: Policy, changes: dict[str, Any]) -> Policy:
     try:
         return policies.changed(policy, changes)
     except msgspec.ValidationError as error:
-        invalid = from_validation(error)
-        loc = ("body", "policy", *invalid.loc[1:])
-        raise InvalidBody(invalid.message, loc=loc, kind=invalid.kind) from error
+        raise from_validation(error, "body", "policy") from error
 
 
 def _expiry(moment: datetime) -> int:

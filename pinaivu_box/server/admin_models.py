@@ -9,35 +9,30 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, starmap
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct, field
 from starlette.requests import Request
 
 from pinaivu_box.box import Box, not_served_in
-from pinaivu_box.errors import (
-    Conflict,
-    CopyFailed,
-    InvalidBody,
-    ModelNotFound,
-    PeeringError,
-)
+from pinaivu_box.errors import Conflict, CopyFailed, InvalidBody, ModelNotFound, PeeringError
 from pinaivu_box.files import download
 from pinaivu_box.files import store as file_store
-from pinaivu_box.files.download import Download, DownloadSource, Open
-from pinaivu_box.files.wire import PURPOSE, ModelAvailable, Name
+from pinaivu_box.files.download import Download, DownloadSource
+from pinaivu_box.files.wire import PURPOSE, Name
 from pinaivu_box.gossip.adverts import Offer
 from pinaivu_box.models import catalog, memory
 from pinaivu_box.models.catalog import Model
 from pinaivu_box.models.model_copy import copy_model
 from pinaivu_box.models.names import is_model_id, printable
 from pinaivu_box.network.network import Network
-from pinaivu_box.server.admin_peers import OFF
+from pinaivu_box.server.admin_peers import network_of
 from pinaivu_box.server.admin_reload import NotServed
-from pinaivu_box.server.context import actor_of, box_of, request_id_of
+from pinaivu_box.server.context import actor_of, box_of, named_field, request_id_of
 from pinaivu_box.server.json_response import JsonLines
 from pinaivu_box.store import audit
 from pinaivu_box.store.audit import Actor
+from pinaivu_box.store.database import SqlStatement
 from pinaivu_box.tasks import ignore_exception
 
 _PROGRESS_SECONDS = 0.5
@@ -120,36 +115,37 @@ def _view(model: Model, box: Box) -> ModelView:
     )
 
 
-@dataclass(frozen=True)
-class _PullTask:
-    """`model` is the name that the model gets on this box."""
-
-    model: str
-    box: Box
-    network: Network
-    actor: Actor
-    request_id: str
-
-
 async def pull(request: Request, body: Pull) -> JsonLines[PullProgress]:
     """Raises Conflict, ModelNotFound, PeerNotFound, InvalidBody."""
     box = box_of(request)
-    network = box.network
-    if network is None:
-        raise Conflict(OFF)
+    network = network_of(request)
     name = _name_here(body)
-    task = _PullTask(name, box, network, actor_of(request), request_id_of(request))
     open_stream = partial(network.open, purpose=PURPOSE)
-    sources, unusable = await _find(open_stream, _sources(network, body), body)
-    have = next(iter(sources.values()))
-    present = await _present(box, have.digest)
-    _check_name_is_free(task, present)
-    if present is not None:
-        rename = body.as_ is not None and not _is_called(present, name)
-        return JsonLines([await _already_present(task, have, present, rename=rename)])
-    copy = Download(open_stream, sources, catalog.directory(box.config, box.home), name)
-    copy.left_out.update(unusable)
-    return JsonLines(_progress(task, copy))
+    try:
+        offers, unusable = await download.find(
+            open_stream, _sources(network, body), body.model, body.digest
+        )
+    except CopyFailed as error:
+        raise Conflict(error.message) from error
+    offer = next(iter(offers.values()))
+    present = await _present(box, offer.digest)
+    task = _Pull(box, name, actor_of(request), request_id_of(request))
+    if present is None:
+        task.check_name_is_free()
+        copy = Download(open_stream, offers, catalog.directory(box.config, box.home), name)
+        copy.left_out.update(unusable)
+        return JsonLines(task.progress(copy))
+    message = f"This box has that file already, as {present.id}."
+    if body.as_ is not None and name not in (present.id, f"{present.id}:latest"):
+        present = await task.add_name(present)
+        message = f"{message[:-1]}, and serves it as {name} too."
+    size, request_id = offer.size, task.request_id
+    done = PullProgress("done", present.id, offer.digest, size, size, [], message, request_id)
+    return JsonLines(_only(done))
+
+
+async def _only(line: PullProgress) -> AsyncIterator[PullProgress]:
+    yield line
 
 
 def _name_here(body: Pull) -> str:
@@ -159,16 +155,16 @@ def _name_here(body: Pull) -> str:
             f"'{body.digest}' is not a digest: write 8 to 64 hex digits of one.",
             loc=("body", "digest"),
         )
-    name, field_name = (body.model, "model") if body.as_ is None else (body.as_, "as")
-    loc = ("body", field_name)
-    if not is_model_id(name if ":" in name else f"{name}:latest"):
-        raise InvalidBody(f"'{name}' is not a model name: write it as name:tag.", loc=loc)
-    if "/" in name:
-        raise InvalidBody(
-            f"'{name}' cannot be the name of a file: give the model another name here (--as).",
-            loc=loc,
-        )
-    return name if ":" in name else f"{name}:latest"
+    given, field_name = (body.model, "model") if body.as_ is None else (body.as_, "as")
+    name = given if ":" in given else f"{given}:latest"
+    with named_field("body", field_name):
+        if not is_model_id(name):
+            raise ValueError(f"'{given}' is not a model name: write it as name:tag.")
+        if "/" in name:
+            raise ValueError(
+                f"'{given}' cannot be the name of a file: give the model another name here (--as)."
+            )
+    return name
 
 
 def _sources(network: Network, body: Pull) -> list[DownloadSource]:
@@ -202,16 +198,6 @@ def _matches(offer: Offer, body: Pull) -> bool:
     return offer.id in names
 
 
-async def _find(
-    open_stream: Open, sources: list[DownloadSource], body: Pull
-) -> tuple[dict[DownloadSource, ModelAvailable], dict[DownloadSource, str]]:
-    """The sources that have the file, and why the others cannot be used.  Raises Conflict."""
-    try:
-        return await download.find(open_stream, sources, body.model, body.digest)
-    except CopyFailed as error:
-        raise Conflict(error.message) from error
-
-
 async def _present(box: Box, digest: str) -> Model | None:
     """The model with that file, if this box has it."""
     for model in box.catalog.models:
@@ -221,103 +207,86 @@ async def _present(box: Box, digest: str) -> Model | None:
     return None
 
 
-def _is_called(model: Model, name: str) -> bool:
-    return name in (model.id, f"{model.id}:latest")
+@dataclass(frozen=True)
+class _Pull:
+    """A pull of a file that gets the name `model` on this box."""
 
+    box: Box
+    model: str
+    actor: Actor
+    request_id: str
 
-async def _already_present(
-    task: _PullTask, have: ModelAvailable, model: Model, *, rename: bool
-) -> PullProgress:
-    """The only line if this box has the file; with `rename` it is served under the task's name as
-    well.  Raises Conflict."""
-    message = f"This box has that file already, as {model.id}."
-    if rename:
-        _check_name_is_free(task, None)
-        await _add_name(task, model)
-        message = f"{message[:-1]}, and serves it as {task.model} too."
-        model = task.box.catalog.find(task.model)
-    size = have.size
-    return PullProgress("done", model.id, have.digest, size, size, [], message, task.request_id)
+    def check_name_is_free(self) -> None:
+        """Raises Conflict if another file has the name."""
+        names = {model.id for model in self.box.catalog.models}
+        if names & {self.model, self.model.removesuffix(":latest")}:
+            raise Conflict(
+                f"This box serves another file as {self.model}: give the new one another name "
+                "(--as)."
+            )
 
-
-async def _add_name(task: _PullTask, model: Model) -> None:
-    """Serve a model under the task's name as well.  Raises Conflict."""
-    box = task.box
-    folder = catalog.directory(box.config, box.home)
-    try:
-        targets = await asyncio.to_thread(copy_model, model, folder, task.model)
-        await box.look_for_models()
-    except OSError as error:
-        reason = error.strerror or error
-        raise Conflict(f"{model.id} cannot be called {task.model} too: {reason}.") from error
-    for target in targets:
-        if why := box.catalog.not_served.get(target):
-            raise Conflict(f"{printable(str(target))} exists, but cannot be served: {why}.")
-    digests = [await box.digests.of(file) for file in model.files]
-    detail = {"digest": await box.digests.of(model), "same_as": model.id}
-    await box.database.write(
-        *map(file_store.named, targets, digests),
-        audit.record(task.actor, "model.pull", task.model, **detail),
-    )
-
-
-def _check_name_is_free(task: _PullTask, present: Model | None) -> None:
-    """Raises Conflict if another file has the task's name."""
-    names = {model.id for model in task.box.catalog.models}
-    if present is None and names & {task.model, task.model.removesuffix(":latest")}:
-        raise Conflict(
-            f"This box serves another file as {task.model}: give the new one another name (--as)."
-        )
-
-
-async def _progress(task: _PullTask, copy: Download) -> AsyncIterator[PullProgress]:
-    """If the reader leaves, the copy stops; what has been copied stays."""
-    copying_task = asyncio.create_task(_run(task, copy))
-    try:
-        while not copying_task.done():
-            yield _line(task, copy, "checking" if copy.checking else "copying")
-            await asyncio.wait({copying_task}, timeout=_PROGRESS_SECONDS)
+    async def add_name(self, model: Model) -> Model:
+        """Serve a model of this box under the name as well.  Raises Conflict."""
+        self.check_name_is_free()
+        box = self.box
+        folder = catalog.directory(box.config, box.home)
         try:
-            copying_task.result()
-        except PeeringError as error:
-            yield _line(task, copy, "failed", error.message)
-        else:
-            yield _line(task, copy, "done")
-    finally:
-        # A file that has its final name is served, whether the reader is still there or not.
-        copying_task.add_done_callback(ignore_exception)
-        if not copy.finishing:
-            copying_task.cancel()
-        await asyncio.wait({copying_task})
+            targets = await asyncio.to_thread(copy_model, model, folder, self.model)
+            await box.look_for_models()
+        except OSError as error:
+            reason = error.strerror or error
+            raise Conflict(f"{model.id} cannot be called {self.model} too: {reason}.") from error
+        for target in targets:
+            if why := box.catalog.not_served.get(target):
+                raise Conflict(f"{printable(str(target))} exists, but cannot be served: {why}.")
+        digests = [await box.digests.of(file) for file in model.files]
+        await box.database.write(
+            *map(file_store.named, targets, digests),
+            self._record(digest=await box.digests.of(model), same_as=model.id),
+        )
+        return box.catalog.find(self.model)
 
+    async def progress(self, copy: Download) -> AsyncIterator[PullProgress]:
+        """If the reader leaves, the copy stops; what has been copied stays."""
+        running = asyncio.create_task(self._run(copy))
+        try:
+            while not running.done():
+                yield self._line(copy, "checking" if copy.checking else "copying")
+                await asyncio.wait({running}, timeout=_PROGRESS_SECONDS)
+            try:
+                running.result()
+            except PeeringError as error:
+                yield self._line(copy, "failed", error.message)
+            else:
+                yield self._line(copy, "done")
+        finally:
+            # A file that has its final name is served, whether the reader is still there or not.
+            running.add_done_callback(ignore_exception)
+            if not copy.finishing:
+                running.cancel()
+            await asyncio.wait({running})
 
-def _line(task: _PullTask, copy: Download, state: State, message: str = "") -> PullProgress:
-    sources = [
-        PullSource(source.peer, source.name, copy.sent[source], copy.left_out.get(source, ""))
-        for source in sorted({*copy.sources, *copy.left_out}, key=lambda source: source.name)
-    ]
-    return PullProgress(
-        state,
-        task.model,
-        copy.digest,
-        copy.size,
-        copy.bytes,
-        sources,
-        message,
-        task.request_id,
-    )
+    async def _run(self, copy: Download) -> None:
+        """Copy the model and serve it.  Raises CopyFailed."""
+        await copy.run()
+        box = self.box
+        names = sorted(source.name for source in copy.sent)
+        await box.database.write(
+            *chain.from_iterable(file_store.copied(*file) for file in copy.files),
+            self._record(digest=copy.digest, **{"from": names}),
+        )
+        await box.look_for_models()
+        for target, *_ in copy.files:
+            if why := box.catalog.not_served.get(target):
+                raise CopyFailed(f"{target} exists, but cannot be served: {why}.")
 
+    def _line(self, copy: Download, state: State, message: str = "") -> PullProgress:
+        sources = [
+            PullSource(source.peer, source.name, copy.sent[source], copy.left_out.get(source, ""))
+            for source in sorted({*copy.sources, *copy.left_out}, key=lambda source: source.name)
+        ]
+        copied = (copy.digest, copy.size, copy.bytes)
+        return PullProgress(state, self.model, *copied, sources, message, self.request_id)
 
-async def _run(task: _PullTask, copy: Download) -> None:
-    """Copy the model and serve it.  Raises CopyFailed."""
-    await copy.run()
-    box = task.box
-    detail = {"digest": copy.digest, "from": sorted(source.name for source in copy.sent)}
-    await box.database.write(
-        *chain.from_iterable(file_store.copied(*file) for file in copy.files),
-        audit.record(task.actor, "model.pull", task.model, **detail),
-    )
-    await box.look_for_models()
-    for target, *_ in copy.files:
-        if why := box.catalog.not_served.get(target):
-            raise CopyFailed(f"{target} exists, but cannot be served: {why}.")
+    def _record(self, **detail: Any) -> SqlStatement:
+        return audit.record(self.actor, "model.pull", self.model, **detail)

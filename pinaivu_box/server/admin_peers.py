@@ -11,8 +11,7 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 from starlette.requests import Request
 
 from pinaivu_box import amount
-from pinaivu_box.box import Box
-from pinaivu_box.config import is_host_port, parse_span
+from pinaivu_box.config import PeeringConfig, is_host_port, parse_span
 from pinaivu_box.errors import (
     Conflict,
     InvalidBody,
@@ -22,17 +21,19 @@ from pinaivu_box.errors import (
 )
 from pinaivu_box.ledger import entry
 from pinaivu_box.ledger.entry import Balance
+from pinaivu_box.legs.admission import LegAdmission
 from pinaivu_box.membership.records import Name
-from pinaivu_box.membership.tickets import MAX_USES, TicketInvalid
+from pinaivu_box.membership.tickets import MAX_USES
 from pinaivu_box.membership.tickets import decode as decode_ticket
 from pinaivu_box.network import peer as views
 from pinaivu_box.network.network import Network
 from pinaivu_box.network.peer import OwnView, Peer, PeerView
 from pinaivu_box.policy import LONGEST_LIFE
 from pinaivu_box.receipts.receipt import utc_text
-from pinaivu_box.server.context import actor_of, box_of
+from pinaivu_box.routing.spending_limits import too_dear
+from pinaivu_box.server.context import actor_of, box_of, named_field
 from pinaivu_box.store import peer_settings
-from pinaivu_box.store.peer_settings import PeerSettings
+from pinaivu_box.store.peer_settings import PeerLimits
 
 T = TypeVar("T")
 OFF = (
@@ -115,19 +116,17 @@ _DEFAULT_REMOVAL = Remove()
 
 
 async def list_peers(request: Request) -> PeerList:
-    network, box = _network(request), box_of(request)
+    network, box = network_of(request), box_of(request)
     own = network.own_view(box.offers.describe().models, box.config.peering.relay)
     return PeerList(own, await _views(request, network.peers()))
 
 
 async def invite(request: Request, body: Invite = _DEFAULT_INVITE) -> NewInvitation:
-    network = _network(request)
-    try:
+    network = network_of(request)
+    with named_field("body", "expires"):
         seconds = parse_span(body.expires)
         if not 0 < seconds <= LONGEST_LIFE:
             raise ValueError("it must be more than 0 and at most 36500d")
-    except ValueError as error:
-        raise InvalidBody(str(error), loc=("body", "expires")) from None
     ticket = await _peering(
         network.invite(body.name, seconds, body.uses, body.admin, actor_of(request))
     )
@@ -136,11 +135,9 @@ async def invite(request: Request, body: Invite = _DEFAULT_INVITE) -> NewInvitat
 
 
 async def join(request: Request, body: Join) -> PeerView:
-    network = _network(request)
-    try:
+    network = network_of(request)
+    with named_field("body", "ticket"):
         decode_ticket(body.ticket)
-    except TicketInvalid as error:
-        raise InvalidBody(str(error), loc=("body", "ticket")) from None
     for number, address in enumerate(body.at):
         if not is_host_port(address):
             raise InvalidBody(f"'{address}' is not HOST:PORT", loc=("body", "at", number))
@@ -150,27 +147,21 @@ async def join(request: Request, body: Join) -> PeerView:
 
 async def get_peer(request: Request, peer: str) -> PeerView:
     """Raises PeerNotFound."""
-    return await _view(request, _network(request).peer(peer))
+    return await _view(request, network_of(request).peer(peer))
 
 
 async def change_peer(request: Request, peer: str, body: ChangePeer) -> PeerView:
     """Raises PeerNotFound, and Conflict if another peer has the new name."""
-    box, network = box_of(request), _network(request)
+    box, network = box_of(request), network_of(request)
     node_id = network.peer(peer).node_id
     name = None if body.name is UNSET else body.name or ""
     if name:
         _check_name_is_free(name, node_id, network)
-    changes = {
-        field: value
-        for field, value in msgspec.structs.asdict(body.limits).items()
-        if value is not UNSET
-    }
-    try:
+    changes = msgspec.to_builtins(body.limits)
+    with named_field("body", "limits"):
         await peer_settings.edit(
             box.database, node_id, actor_of(request), name=name, limits=changes
         )
-    except ValueError as error:
-        raise InvalidBody(str(error), loc=("body", "limits")) from None
     if box.peer_policies is not None:
         box.peer_policies.changed()
     await network.renamed()
@@ -179,7 +170,7 @@ async def change_peer(request: Request, peer: str, body: ChangePeer) -> PeerView
 
 async def remove_peer(request: Request, peer: str, body: Remove = _DEFAULT_REMOVAL) -> PeerView:
     """Raises PeerNotFound."""
-    network = _network(request)
+    network = network_of(request)
     node_id = network.peer(peer).node_id
     removed = await _peering(network.remove(node_id, body.reason, actor_of(request)))
     return await _view(request, removed)
@@ -187,7 +178,7 @@ async def remove_peer(request: Request, peer: str, body: Remove = _DEFAULT_REMOV
 
 async def leave(request: Request) -> Left:
     """Raises Conflict if this box is in no network."""
-    network = _network(request)
+    network = network_of(request)
     network_id = network.network_id
     if network_id is None:
         raise Conflict("This box is not a member of a network, so it cannot leave one.")
@@ -195,7 +186,7 @@ async def leave(request: Request) -> Left:
     return Left(network_id)
 
 
-def _network(request: Request) -> Network:
+def network_of(request: Request) -> Network:
     """Raises Conflict."""
     network = box_of(request).network
     if network is None:
@@ -224,61 +215,55 @@ async def _view(request: Request, peer: Peer) -> PeerView:
 
 
 async def _views(request: Request, peers: list[Peer]) -> list[PeerView]:
-    box, network = box_of(request), _network(request)
+    box, network = box_of(request), network_of(request)
+    services = box.peer_services
+    assert services is not None  # as the network
     names = {peer.node_id: peer.name for peer in network.peers()} | {network.node_id: "this box"}
-    settings = await peer_settings.ls(box.database)
+    limits = await peer_settings.all_limits(box.database)
     balances = await entry.balances(box.database)
-    return [
-        views.peer_view(
+    currency = box.config.pricing.currency
+    found = []
+    for peer in peers:
+        node_id = peer.node_id
+        refusal = services.candidates.last_refusal(node_id)
+        balance = balances.get(node_id, {}).get(currency, Balance())
+        view = views.peer_view(
             peer,
             names.get(peer.inviter, peer.inviter),
-            settings.get(peer.node_id, PeerSettings()).limits,
-            *await _standing(box, peer.node_id),
-            cost=_cost(box, peer, balances.get(peer.node_id, {})),
+            limits.get(node_id, PeerLimits()),
+            views.Opinion(services.reputation.score(node_id), services.reputation.why(node_id)),
+            await _use(services.serving.admission, node_id, currency),
+            refusal and views.RefusalView(refusal[0], time.monotonic() - refusal[1]),
+            cost=_cost(peer, balance, box.config.peering),
         )
-        for peer in peers
-    ]
+        found.append(view)
+    return found
 
 
-async def _standing(
-    box: Box, node_id: str
-) -> tuple[views.Opinion, views.UseView, views.RefusalView | None] | tuple[()]:
-    """The peer's reputation here, what it uses of this box, and its last refusal of a request of
-    ours; nothing while no requests are exchanged."""
-    if box.peer_services is None:
-        return ()
-    reputation, admission = box.peer_services.reputation, box.peer_services.serving.admission
+async def _use(admission: LegAdmission, node_id: str, currency: str) -> views.UseView:
     policy, quota = await admission.policy(node_id), await admission.quotas.of(node_id)
-    debt = await admission.debt(node_id, box.config.pricing.currency)
+    debt = await admission.debt(node_id, currency)
     credit = policy.credit_limit
-    refusal = box.peer_services.candidates.refusals.get(node_id)
-    return (
-        views.Opinion(reputation.score(node_id), reputation.why(node_id)),
-        views.UseView(
-            max_parallel=policy.max_parallel,
-            running=quota.running,
-            tokens_per_minute=policy.tokens_per_minute or None,
-            tokens=quota.tokens.used,
-            credit_limit=amount.to_text(amount.parse(credit)) if credit else None,
-            owes=amount.to_text(debt.total),
-            unaccepted=amount.to_text(debt.unaccepted),
-            beyond=policy.beyond,
-            models=policy.models,
-            hours=policy.hours,
-            open=policy.open,
-        ),
-        refusal and views.RefusalView(refusal[0], time.monotonic() - refusal[1]),
+    return views.UseView(
+        max_parallel=policy.max_parallel,
+        running=quota.running,
+        tokens_per_minute=policy.tokens_per_minute or None,
+        tokens=quota.tokens.used,
+        credit_limit=amount.to_text(amount.parse(credit)) if credit else None,
+        owes=amount.to_text(debt.total),
+        unaccepted=amount.to_text(debt.unaccepted),
+        beyond=policy.beyond,
+        models=policy.models,
+        hours=policy.hours,
+        open=policy.open,
     )
 
 
-def _cost(box: Box, peer: Peer, balances: dict[str, Balance]) -> views.CostView:
-    config = box.config
-    balance = balances.get(config.pricing.currency, Balance())
+def _cost(peer: Peer, balance: Balance, peering: PeeringConfig) -> views.CostView:
     offers = peer.advert.models if peer.advert else ()
-    spending = None if box.peer_services is None else box.peer_services.candidates.spending
     return views.CostView(
         received=amount.to_text(balance.received),
         owes=amount.to_text(balance.owed_to_peer),
-        max_debt=config.peering.max_debt or None,
-        too_dear=[offer.id for offer in offers if spending and spending.too_dear(offer.price)],
+        max_debt=peering.max_debt or None,
+        too_dear=[offer.id for offer in offers if too_dear(offer.price, peering)],
     )

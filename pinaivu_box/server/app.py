@@ -32,8 +32,8 @@ def create_app(box: Box) -> Starlette:
             Middleware(Authenticate, box=box, access_to=access_to),
         ],
         exception_handlers={
-            ApiError: error_responses.on_api_error,
-            StoreError: error_responses.on_store_error,
+            ApiError: error_responses.on_error,
+            StoreError: error_responses.on_error,
             HTTPException: error_responses.on_http_error,
             sqlite3.OperationalError: error_responses.on_database_error,
         },

@@ -14,12 +14,11 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 
 import msgspec
 from starlette.requests import Request
-from starlette.types import Receive
 
 from pinaivu_box.errors import ApiError, BadRequest, InternalError, NoNodesAvailable, RateLimited
 from pinaivu_box.gateway.request import Failed, Finished
-from pinaivu_box.gateway.request import Request as Running
 from pinaivu_box.openai.responses import ResponseObject
+from pinaivu_box.server.bodies import keep_body
 from pinaivu_box.server.inference import InferenceCall, disconnected
 from pinaivu_box.server.response_answer import ResponseAnswer
 from pinaivu_box.server.sse import END_OF_EVENT, EventStream
@@ -37,52 +36,18 @@ _SLICE_BYTES = 65536  # passed to a connection at a time
 _FAILED = "The box failed on this request; its log says why."
 
 
-class _Follower:
-    """A client that reads `events`, from number `position` on."""
-
-    def __init__(self, events: list[bytes], position: int) -> None:
-        self.disconnected = False
-        self.wake = asyncio.Event()
-        self._events = events
-        self._position = position
-        self._offset = 0  # bytes of that event which were sent
-
-    def take(self) -> bytes:
-        """The next bytes, at most a slice: for slow or many clients all events are never copied at
-        once."""
-        parts, size = [], 0
-        while self._position < len(self._events) and size < _SLICE_BYTES:
-            event = self._events[self._position]
-            part = event[self._offset : self._offset + _SLICE_BYTES - size]
-            parts.append(part)
-            size += len(part)
-            self._offset += len(part)
-            if self._offset == len(event):
-                self._position, self._offset = self._position + 1, 0
-        return b"".join(parts)
-
-
 class BackgroundResponse:
-    """A response that has not ended, or is not on disk yet.  Once it is, `release_body` is called
-    to release the memory of its body."""
+    """A response that has not ended, or is not on disk yet."""
 
-    def __init__(
-        self,
-        call: InferenceCall,
-        running: Running,
-        answer: ResponseAnswer,
-        release_body: Callable[[], None],
-    ) -> None:
-        self.id = answer.response().id
+    def __init__(self, call: InferenceCall, answer: ResponseAnswer) -> None:
+        self.id = answer.whole().id
         self.account_id = call.key.account_id
-        self.release_body = release_body
-        self._call = call
-        self._running = running
-        self._answer = answer
-        self._events: list[bytes] = []  # by sequence number
-        self._size = 0
-        self._followers: set[_Follower] = set()
+        self._call, self._answer = call, answer
+        self._events = bytearray()
+        self._starts: list[int] = []  # of the events in `_events`, by sequence number
+        self._followers = 0
         self._closed = False
+        self._changed = asyncio.Event()  # wakes the followers
         self._stopped_by: ApiError | None = None
         self._cancelled = False
         self._before_end: ResponseObject | None = None  # set once its request has ended
@@ -91,28 +56,28 @@ class BackgroundResponse:
 
     def response(self) -> ResponseObject:
         """As it is so far.  Encode it before anything else runs."""
-        response = self._before_end or self._answer.response()
+        response = self._before_end or self._answer.whole()
         if self._cancelled:
             response = msgspec.structs.replace(response, status="cancelled")
         return response
 
     def follow(self, request: Request, after: int) -> EventStream:
         """A stream of its events after number `after`.  Raises RateLimited."""
-        if len(self._followers) >= _MAX_FOLLOWERS:
+        if self._followers >= _MAX_FOLLOWERS:
             raise RateLimited(
                 f"{_MAX_FOLLOWERS} streams of the response '{self.id}' are open, which is the "
                 "limit: close one, or get the response without stream."
             )
-        follower = _Follower(self._events, after + 1)
-        self._followers.add(follower)
-        watcher = asyncio.create_task(self._watch(request.receive, follower))
-        return EventStream(self._stream(follower), watcher)
+        self._followers += 1
+        watcher = asyncio.create_task(disconnected(request.receive))
+        watcher.add_done_callback(lambda _: self._wake())
+        return EventStream(self._stream(after + 1, watcher), watcher)
 
     async def cancel(self) -> bool:
         """Stop it; returns whether it has ended within some seconds."""
         if self._before_end is None:
             self._cancelled = True
-            self._running.cancel()
+            self._call.running.cancel()
         await asyncio.wait({self.task}, timeout=_CANCEL_SECONDS)
         return self.task.done()
 
@@ -122,7 +87,7 @@ class BackgroundResponse:
             last = await self._take_events()
         except Exception:
             log.exception("%s failed", self.id)
-            self._running.cancel()
+            self._call.running.cancel()
             last = Failed(InternalError(_FAILED))
         try:
             await self._end(last)
@@ -134,21 +99,21 @@ class BackgroundResponse:
     async def _take_events(self) -> Finished | Failed:
         """Append all events of the request but the last; returns that."""
         while True:
-            events = await self._running.events.take()
+            events = await self._call.running.events.take()
             self._call.note(events[0])
             if isinstance(last := events[-1], Finished | Failed):
                 self._append(self._answer.encode_each(events[:-1]))
                 return last
             self._append(self._answer.encode_each(events))
-            if self._size > _MAX_EVENT_BYTES and self._stopped_by is None:
+            if len(self._events) > _MAX_EVENT_BYTES and self._stopped_by is None:
                 self._stopped_by = BadRequest(
                     f"The response has more than {_MAX_EVENT_BYTES // 1_000_000} MB of events, the "
                     "limit in the background: lower max_output_tokens, or stream it."
                 )
-                self._running.cancel()
+                self._call.running.cancel()
 
     async def _end(self, last: Finished | Failed) -> None:
-        self._before_end = self._answer.response()
+        self._before_end = self._answer.whole()
         stopped = isinstance(last, Failed) or last.finish_reason == "cancelled"
         if stopped and self._cancelled:
             events = self._answer.stop(last)
@@ -159,7 +124,7 @@ class BackgroundResponse:
         else:
             events = self._answer.encode_each([last])
         row, limits = self._answer.row(), self._answer.storage_limits
-        compressed = await asyncio.to_thread(_compress, [*self._events, *events])
+        compressed = await asyncio.to_thread(_compress, [self._events, *events])
         await self._store(lambda: stored.finish(self._call.box.database, row, compressed, **limits))
         self._append(events)
 
@@ -174,8 +139,9 @@ class BackgroundResponse:
                 await asyncio.sleep(_RETRY_SECONDS)
 
     def _append(self, events: list[bytes]) -> None:
-        self._events += events
-        self._size += sum(map(len, events))
+        for event in events:
+            self._starts.append(len(self._events))
+            self._events += event
         self._wake()
 
     def close(self) -> None:
@@ -184,26 +150,27 @@ class BackgroundResponse:
         self._wake()
 
     def _wake(self) -> None:
-        for follower in self._followers:
-            follower.wake.set()
+        self._changed.set()
+        self._changed.clear()
 
-    async def _stream(self, follower: _Follower) -> AsyncIterator[bytes]:
+    async def _stream(self, number: int, watcher: asyncio.Task[None]) -> AsyncIterator[bytes]:
+        """Yields the events from that number on, at most a slice at a time: for slow or many
+        clients all events are never copied at once."""
+        position: int | None = None
         try:
-            while not follower.disconnected:
-                follower.wake.clear()
-                if data := follower.take():
+            while not watcher.done():
+                if position is None and number < len(self._starts):
+                    position = self._starts[number]
+                if position is not None and position < len(self._events):
+                    data = bytes(self._events[position : position + _SLICE_BYTES])
+                    position += len(data)
                     yield data
                 elif self._closed:
                     return
                 else:
-                    await follower.wake.wait()
+                    await self._changed.wait()
         finally:
-            self._followers.discard(follower)
-
-    async def _watch(self, receive: Receive, follower: _Follower) -> None:
-        await disconnected(receive)
-        follower.disconnected = True
-        follower.wake.set()
+            self._followers -= 1
 
 
 class Background:
@@ -213,10 +180,21 @@ class Background:
         self._running: dict[str, BackgroundResponse] = {}
         self._tasks = TaskSet()
 
-    def start(self, response: BackgroundResponse) -> None:
-        """Start a response whose row is on disk."""
+    async def start(self, call: InferenceCall, answer: ResponseAnswer) -> BackgroundResponse:
+        """Take over a call that has been started.  Returns once the row of its response is on
+        disk."""
+        # The memory of its body stays reserved until it has ended, not until it is answered.
+        release_body = keep_body(call.request)
+        try:
+            response = BackgroundResponse(call, answer)
+            await answer.insert()
+        except BaseException:
+            call.running.cancel()
+            release_body()
+            raise
         self._running[response.id] = response
-        response.task = self._tasks.spawn(self._run(response))
+        response.task = self._tasks.spawn(self._run(response, release_body))
+        return response
 
     def find(self, response_id: str, account_id: str) -> BackgroundResponse | None:
         """A running response of that account; all others have ended and are on disk, or never
@@ -237,13 +215,13 @@ class Background:
             task.cancel()
         await asyncio.gather(*left, return_exceptions=True)
 
-    async def _run(self, response: BackgroundResponse) -> None:
+    async def _run(self, response: BackgroundResponse, release_body: Callable[[], None]) -> None:
         try:
             await response.run()
         finally:
             self.forget(response)
             response.close()
-            response.release_body()
+            release_body()
 
 
 async def replayed(events: bytes, after: int) -> AsyncIterator[bytes]:
@@ -263,6 +241,6 @@ async def replayed(events: bytes, after: int) -> AsyncIterator[bytes]:
             yield data[position:]
 
 
-def _compress(events: list[bytes]) -> bytes:
+def _compress(events: list[bytes | bytearray]) -> bytes:
     deflate = zlib.compressobj()
     return b"".join([*map(deflate.compress, events), deflate.flush()])

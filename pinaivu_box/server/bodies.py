@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import AsyncIterator, Callable
+from contextlib import ExitStack
 from typing import Any, TypeVar
 
 import msgspec
@@ -45,11 +46,6 @@ class Bodies:
         # Apart, because a request that waits for this holds the memory of its body.
         self._history_memory = BodyMemory()
 
-    @property
-    def pids(self) -> list[int]:
-        """The processes that decode."""
-        return self._pool.pids
-
     async def receive(
         self, request: Request, account: str, kind: type[Body], max_bytes: int, *, strict: bool
     ) -> tuple[Body, list[str]]:
@@ -60,11 +56,10 @@ class Bodies:
         """
         reader = BodyReader(request, max_bytes)
         data = await reader.up_to(SMALL_BODY_BYTES)
-        if data is not None:
-            return decode(data, kind, strict=strict)
-        release = await self._memory.reserve(account, reader.max_size, max_bytes)
-        request.scope["state"]["release_body"] = release
-        data = await reader.whole()
+        if data is None:
+            release = await self._memory.reserve(account, reader.max_size, max_bytes)
+            request.scope["state"]["release_body"] = release
+            data = await reader.whole()
         if len(data) <= SMALL_BODY_BYTES:
             return decode(data, kind, strict=strict)
         payload = large_bodies.job(data, kind, strict=strict)
@@ -80,22 +75,17 @@ class Bodies:
             return
         size = min(size, max_bytes)
         release_history = await self._history_memory.reserve(account, size, max_bytes)
-        state = request.scope["state"]
-        release = state.get("release_body")
-
-        def release_both() -> None:
-            release_history()
-            if release:
-                release()
-
-        state["release_body"] = release_both
+        both = ExitStack()
+        both.callback(keep_body(request))
+        both.callback(release_history)
+        request.scope["state"]["release_body"] = both.close
 
     async def history(self, account: str, rows: list[tuple[bytes, bytes]]) -> list[dict[str, Any]]:
         """See `large_bodies.history`."""
         if sum(len(items) + len(body) for items, body in rows) <= SMALL_BODY_BYTES:
             return large_bodies.history(rows)
         answer = await self._run(large_bodies.history_job(rows), account)
-        return large_bodies.history_result(answer)
+        return msgspec.msgpack.decode(answer, type=list[dict[str, Any]])
 
     async def _run(self, payload: bytes, account: str) -> bytes:
         try:
@@ -131,37 +121,35 @@ async def read(request: Request, max_bytes: int) -> bytes:
 
 
 class BodyReader:
-    """A body while it is read.  `announced` is its length, 0 if unknown; decompressed it has at
-    most `max_size` bytes."""
+    """A body while it is read; decompressed it has at most `max_size` bytes."""
 
     def __init__(self, request: Request, max_bytes: int) -> None:
         # The HTTP server has refused what is not a number.  Beside chunks a length has no meaning
         # (RFC 9112, section 6.3), and the server lets it pass.
         chunked = "transfer-encoding" in request.headers
         length = "0" if chunked else request.headers.get("content-length", "0")
-        self.announced = number(length) or 0
+        self._announced = number(length) or 0
         self._max_bytes = max_bytes
         coding = coding_of(request.headers.getlist("content-encoding"))
         self._stream: AsyncIterator[bytes] = request.stream()
         if coding:
             self._stream = decoded(self._bounded(self._stream), coding)
-        self.max_size = max_bytes if coding else self.announced or max_bytes
+        self.max_size = max_bytes if coding else self._announced or max_bytes
         self._parts: list[bytes] = []
         self._size = 0
         self._ended = False
         self._deadline = asyncio.get_running_loop().time() + _BODY_SECONDS
+        self._check(self._announced)
 
     async def up_to(self, size: int) -> bytes | None:
         """The body if it is no longer than `size`; else None, and the rest is still to be read."""
-        self._check(self.announced)
-        if self.announced > size:
+        if self._announced > size:
             return None
         while not self._ended and self._size <= size:
             await self._next()
         return b"".join(self._parts) if self._ended and self._size <= size else None
 
     async def whole(self) -> bytes:
-        self._check(self.announced)
         while not self._ended:
             await self._next()
         return b"".join(self._parts)
@@ -204,7 +192,8 @@ class BodyMemory:
 
     def __init__(self) -> None:
         self._reserved: Counter[str] = Counter()
-        self._waiting: deque[tuple[str, int, int, asyncio.Future[None]]] = deque()
+        # What wakes those who wait, in their order; only the first of an account is woken.
+        self._waiting: defaultdict[str, deque[asyncio.Event]] = defaultdict(deque)
 
     async def reserve(self, account: str, size: int, max_bytes: int) -> Callable[[], None]:
         """Reserve `size` bytes for a body that may have `max_bytes`.
@@ -212,61 +201,43 @@ class BodyMemory:
         Returns the function that releases them, which may be called more than once.  Raises
         RateLimited, NoNodesAvailable.
         """
-        waiting = sum(name == account for name, _, _, _ in self._waiting)
-        if waiting >= _MAX_WAITING_PER_ACCOUNT:
+        turns, turn = self._waiting[account], asyncio.Event()
+        if len(turns) >= _MAX_WAITING_PER_ACCOUNT:
             raise RateLimited(
                 f"{_MAX_WAITING_PER_ACCOUNT} large bodies of your account are waiting already: "
                 "send fewer at a time."
             )
-        if waiting or not self._fits(account, size, max_bytes):
-            await self._wait(account, size, max_bytes)
-        else:
+        turns.append(turn)
+        try:
+            async with asyncio.timeout(_WAIT_SECONDS):
+                while turns[0] is not turn or not self._fits(account, size, max_bytes):
+                    turn.clear()
+                    await turn.wait()
             self._reserved[account] += size
-        unreleased = [size]
-
-        def release() -> None:
-            if unreleased:
-                self._release(account, unreleased.pop())
-
-        return release
-
-    def _release(self, account: str, size: int) -> None:
-        self._reserved[account] -= size
-        if not self._reserved[account]:
-            del self._reserved[account]
-        self._admit_waiting()
+        except TimeoutError:
+            raise NoNodesAvailable(
+                "The box is busy with other large bodies: try again later.", retry_after=5
+            ) from None
+        finally:
+            turns.remove(turn)
+            if not turns:
+                del self._waiting[account]
+            self._wake()
+        reserved = ExitStack()
+        reserved.callback(self._release, account, size)
+        return reserved.close
 
     def _fits(self, account: str, size: int, max_bytes: int) -> bool:
         of_account, in_all = self._reserved[account] + size, self._reserved.total() + size
         fits_account = of_account <= _MAX_BODIES_PER_ACCOUNT * max_bytes
         return fits_account and in_all <= _MAX_BODIES * max_bytes
 
-    async def _wait(self, account: str, size: int, max_bytes: int) -> None:
-        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        entry = (account, size, max_bytes, turn)
-        self._waiting.append(entry)
-        try:
-            async with asyncio.timeout(_WAIT_SECONDS):
-                await turn
-        except BaseException as error:
-            if entry in self._waiting:
-                self._waiting.remove(entry)
-            elif not turn.cancelled():  # the memory was granted at the same moment
-                self._release(account, size)
-            if isinstance(error, TimeoutError):
-                raise NoNodesAvailable(
-                    "The box is busy with other large bodies: try again later.", retry_after=5
-                ) from None
-            raise
+    def _release(self, account: str, size: int) -> None:
+        self._reserved[account] -= size
+        if not self._reserved[account]:
+            del self._reserved[account]
+        self._wake()
 
-    def _admit_waiting(self) -> None:
-        still_waiting: set[str] = set()  # the accounts
-        for entry in list(self._waiting):
-            account, size, max_bytes, turn = entry
-            if account in still_waiting or not self._fits(account, size, max_bytes):
-                still_waiting.add(account)
-                continue
-            self._waiting.remove(entry)
-            if not turn.done():
-                self._reserved[account] += size
-                turn.set_result(None)
+    def _wake(self) -> None:
+        for turns in self._waiting.values():
+            turns[0].set()

@@ -6,7 +6,6 @@ import asyncio
 import sys
 import zlib
 from collections.abc import AsyncIterator, Sequence
-from typing import Protocol
 
 from pinaivu_box.errors import BadRequest, UnsupportedEncoding, quoted
 
@@ -36,7 +35,7 @@ def coding_of(values: Sequence[str]) -> str:
 async def decoded(parts: AsyncIterator[bytes], coding: str) -> AsyncIterator[bytes]:
     """Yields the body in slices of at most 64 kB, and lets other tasks run between them.  Raises
     BadRequest for data that is truncated or damaged."""
-    decoder: _Decoder | None = None
+    decoder: zstd.ZstdDecompressor | _Inflate | None = None
     members = 0
     async for part in parts:
         while part or (decoder is not None and not decoder.needs_input):
@@ -62,23 +61,9 @@ def _invalid(coding: str, problem: str) -> BadRequest:
     return BadRequest(f"The body's Content-Encoding is {coding}, but it {problem}: send it again.")
 
 
-class _Decoder(Protocol):
-    """The interface of the decompressors of Python's `bz2`, `lzma` and `compression.zstd`."""
-
-    @property
-    def eof(self) -> bool: ...
-
-    @property
-    def needs_input(self) -> bool: ...
-
-    @property
-    def unused_data(self) -> bytes: ...
-
-    def decompress(self, data: bytes, max_length: int, /) -> bytes: ...
-
-
 class _Inflate:
-    """Wraps zlib's, whose caller has to keep the input that was not consumed yet."""
+    """zlib's decompressor with the interface of `ZstdDecompressor`: it keeps the input that was not
+    consumed yet."""
 
     def __init__(self, bits: int) -> None:
         self._inner = zlib.decompressobj(bits)
@@ -98,7 +83,7 @@ class _Inflate:
         return output
 
 
-def _decoder(coding: str, beginning: bytes) -> _Decoder:
+def _decoder(coding: str, beginning: bytes) -> zstd.ZstdDecompressor | _Inflate:
     if coding == "zstd":
         return zstd.ZstdDecompressor(
             options={zstd.DecompressionParameter.window_log_max: _MAX_WINDOW_BITS}

@@ -6,15 +6,10 @@ import codecs
 from collections.abc import Sequence
 from dataclasses import replace
 
-import msgspec
-from msgspec import UNSET
-
-from pinaivu_box.engine.messages import TokenLogprob
+from pinaivu_box.engine.messages import Output, TokenLogprob
 from pinaivu_box.errors import InvalidBody
 from pinaivu_box.gateway.backend import Job
-from pinaivu_box.gateway.output import Output
 from pinaivu_box.gateway.request import ChoiceStarted, Failed, Finished, RequestEvent
-from pinaivu_box.models.catalog import Model
 from pinaivu_box.openai.completions import (
     Completion,
     CompletionChoice,
@@ -23,10 +18,9 @@ from pinaivu_box.openai.completions import (
 )
 from pinaivu_box.openai.logprobs import shown_likeliest, shown_token
 from pinaivu_box.openai.request import check_length, check_stream, texts_or_tokens
-from pinaivu_box.openai.types import ContextShift
 from pinaivu_box.receipts.commitment import new_nonce
 from pinaivu_box.server import error_responses
-from pinaivu_box.server.inference import InferenceCall, usage_of
+from pinaivu_box.server.inference import InferenceCall, last_fields
 from pinaivu_box.server.jobs import choices, job_of
 from pinaivu_box.server.sse import DONE, EventStream, encode_event
 
@@ -38,23 +32,8 @@ async def create_completion(
     call: InferenceCall, body: CompletionRequest
 ) -> Completion | EventStream:
     prompts = _prompts(body)
-    model = call.admit(body.model)
-    jobs = _jobs(body, prompts, model, call)
-    running = await call.start(jobs)
-    empty = Completion(
-        id=call.request_id.replace("req_", "cmpl-"),
-        request_id=call.request_id,
-        created=call.created_at,
-        model=model.id,
-        choices=[],
-        ignored_parameters=call.ignored or UNSET,
-    )
-    answer = _CompletionAnswer(body, jobs, empty)
-    if body.stream:
-        return await call.stream(running, answer.encode)
-    async for event in call.collect(running):
-        answer.take(event)
-    return answer.completion()
+    jobs = _jobs(body, prompts, call.job(body))
+    return await call.answer(jobs, _CompletionAnswer(call, body, jobs), stream=body.stream)
 
 
 def _prompts(body: CompletionRequest) -> list[str | list[int]]:
@@ -77,11 +56,9 @@ def _prompts(body: CompletionRequest) -> list[str | list[int]]:
     return prompts
 
 
-def _jobs(
-    body: CompletionRequest, prompts: list[str | list[int]], model: Model, call: InferenceCall
-) -> list[Job]:
+def _jobs(body: CompletionRequest, prompts: list[str | list[int]], job: Job) -> list[Job]:
     common = replace(
-        job_of(body, model, call.request_id, call.key.id),
+        job_of(body, job),
         max_tokens=_max_tokens(body.max_tokens),
         logprobs=body.logprobs,
         echo=bool(body.echo),
@@ -142,20 +119,20 @@ class _Choice:
 
 
 class _CompletionAnswer:
-    """Either `take` all events and get the `completion`, or `encode` them for a stream."""
+    """See `inference.AnswerBuilder`."""
 
-    def __init__(self, body: CompletionRequest, jobs: list[Job], empty: Completion) -> None:
-        self._body = body
-        self._empty = empty
+    def __init__(self, call: InferenceCall, body: CompletionRequest, jobs: list[Job]) -> None:
+        self._with_usage = bool(body.stream_options and body.stream_options.include_usage)
         self._choices = [_Choice(job) for job in jobs]
-        self._end: Finished | None = None
+        self._end: Finished
+        self._fields = call.first_fields("cmpl-", "text_completion", jobs[0])
+        if call.ignored:
+            self._fields["ignored_parameters"] = call.ignored
 
     def take(self, event: RequestEvent) -> None:
         match event:
             case ChoiceStarted():
-                self._begin(event)
-                choice = self._choices[event.choice]
-                choice.texts.append(choice.begin(event.prompt))
+                self._choices[event.choice].texts.append(self._begin(event))
             case Output():
                 choice = self._choices[event.choice]
                 choice.texts.append(event.text)
@@ -164,7 +141,7 @@ class _CompletionAnswer:
             case Finished():
                 self._end = event
 
-    def completion(self) -> Completion:
+    def whole(self) -> Completion:
         choices = [
             CompletionChoice(
                 index,
@@ -174,16 +151,12 @@ class _CompletionAnswer:
             )
             for index, choice in enumerate(self._choices)
         ]
-        return self._with_usage(msgspec.structs.replace(self._empty, choices=choices))
+        return Completion(**{**self._fields, **last_fields(self._end), "choices": choices})
 
-    def encode(self, events: Sequence[RequestEvent]) -> bytes:
-        return b"".join(self._encode(event) for event in events)
-
-    def _encode(self, event: RequestEvent) -> bytes:
+    def encode(self, event: RequestEvent) -> bytes:
         match event:
             case ChoiceStarted():
-                self._begin(event)
-                echo = self._choices[event.choice].begin(event.prompt)
+                echo = self._begin(event)
                 return self._chunk(CompletionChoice(event.choice, echo, None)) if echo else b""
             case Output():
                 choice = self._choices[event.choice]
@@ -193,33 +166,23 @@ class _CompletionAnswer:
                 logprobs = choice.next_logprobs(event.logprobs)
                 return self._chunk(CompletionChoice(event.choice, event.text, None, logprobs))
             case Finished():
-                self._end = event
-                return self._last_chunks()
-            case Failed():
-                return encode_event(error_responses.event(event.error))
+                return self._last_chunks(event)
+            case Failed(error):
+                return encode_event(error_responses.event(error))
 
-    def _begin(self, event: ChoiceStarted) -> None:
-        self._empty = msgspec.structs.replace(self._empty, system_fingerprint=event.fingerprint)
-
-    def _with_usage(self, completion: Completion) -> Completion:
-        if self._end is None:
-            return completion
-        shifted = self._end.shifted_tokens
-        return msgspec.structs.replace(
-            completion,
-            usage=usage_of(self._end),
-            context_shift=ContextShift(shifted) if shifted else UNSET,
-        )
+    def _begin(self, event: ChoiceStarted) -> str:
+        """Returns the text before the output of the choice."""
+        self._fields["system_fingerprint"] = event.fingerprint
+        return self._choices[event.choice].begin(event.prompt)
 
     def _chunk(self, choice: CompletionChoice) -> bytes:
-        return encode_event(msgspec.structs.replace(self._empty, choices=[choice]))
+        return encode_event({**self._fields, "choices": [choice]})
 
-    def _last_chunks(self) -> bytes:
-        options = self._body.stream_options
+    def _last_chunks(self, end: Finished) -> bytes:
         chunks = [
             self._chunk(CompletionChoice(index, "", choice.finish_reason))
             for index, choice in enumerate(self._choices)
         ]
-        if options is not None and options.include_usage:
-            chunks.append(encode_event(self._with_usage(self._empty)))
+        if self._with_usage:
+            chunks.append(encode_event({**self._fields, **last_fields(end)}))
         return b"".join([*chunks, DONE])

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from msgspec import UNSET
 
-from pinaivu_box.gateway.output import Output
+from pinaivu_box.engine.messages import Output
 from pinaivu_box.gateway.request import Finished
 from pinaivu_box.openai.embeddings import (
     EmbeddingList,
@@ -18,17 +18,15 @@ from pinaivu_box.openai.embeddings import (
 )
 from pinaivu_box.openai.request import texts_or_tokens
 from pinaivu_box.server.inference import InferenceCall
-from pinaivu_box.server.jobs import base_job
 
 _MAX_INPUTS = 2048  # OpenAI's limit
 
 
 async def create_embeddings(call: InferenceCall, body: EmbeddingRequest) -> EmbeddingList:
     inputs = texts_or_tokens(body.input, "input", _MAX_INPUTS)
-    model = call.admit(body.model)
-    job = base_job(body, model, call.request_id, call.key.id)
-    running = await call.start([replace(job, inputs=inputs, dimensions=body.dimensions)])
-    async for event in call.collect(running):
+    job = replace(call.job(body), inputs=inputs, dimensions=body.dimensions)
+    await call.start([job])
+    async for event in call.collect():
         match event:
             case Output():
                 vectors = event.vectors
@@ -36,7 +34,7 @@ async def create_embeddings(call: InferenceCall, body: EmbeddingRequest) -> Embe
                 end = event
     return EmbeddingList(
         call.request_id,
-        model.id,
+        job.model.id,
         [OneEmbedding(index, _encoded(vector, body)) for index, vector in enumerate(vectors)],
         EmbeddingUsage(end.prompt_tokens, end.prompt_tokens),
         ignored_parameters=call.ignored or UNSET,

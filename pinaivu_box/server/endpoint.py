@@ -105,7 +105,7 @@ def _query(request: Request, kind: type[Kind]) -> Kind:
     try:
         return msgspec.convert(dict(request.query_params), kind, strict=False)
     except msgspec.ValidationError as error:
-        raise from_validation(error, root="query") from error
+        raise from_validation(error, "query") from error
 
 
 def _json(request: Request, content: Struct) -> Response:

@@ -24,17 +24,18 @@ from pinaivu_box.errors import (
     MethodNotAllowed,
     NoNodesAvailable,
     NotFound,
+    RateLimited,
     ResponseNotCompleted,
     RowConflict,
     RowNotFound,
-    StoreError,
+    quoted,
 )
+from pinaivu_box.gateway.quota import Entry
 from pinaivu_box.server.codings import CODINGS
 from pinaivu_box.server.json_response import JSON
 from pinaivu_box.server.paths import methods_at, suggestion
 
 log = logging.getLogger("pinaivu.http")
-
 
 ANTHROPIC = "/v1/messages"
 _OVERFLOW = "This model's maximum context length is"
@@ -111,8 +112,9 @@ def count(request: Request, error: ApiError) -> None:
     """Count an error in the metrics of its key and against the key's request limit, but not one
     that the operator has caused on purpose."""
     state = request.scope["state"]
-    if arrival := state.get("arrival"):
-        arrival.refused(error)
+    counted: Entry | None = state.get("counted")
+    if counted is not None and (isinstance(error, RateLimited) or error.status >= 500):
+        counted.correct(0)  # who must wait, or whom the box cannot serve, has used nothing
     if (key := state.get("key")) and not error.ordered:
         request.app.state.box.refusals.note(key.id, state.get("model", ""), error.code)
 
@@ -128,7 +130,7 @@ def response(error: ApiError, path: str = "") -> Response:
     return JSON(body(error, path), status_code=error.status, headers=headers)
 
 
-def of_store(error: StoreError) -> ApiError:
+def of_store(error: Exception) -> ApiError:
     """The error that a client gets for one of the store's."""
     match error:
         case InvalidValue():
@@ -141,16 +143,11 @@ def of_store(error: StoreError) -> ApiError:
             return BodyTooLarge(error.message)
         case ResponseNotCompleted():
             return BadRequest(error.message, param="previous_response_id")
-    return InternalError(error.message)
+    return InternalError(str(error))
 
 
-async def on_store_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, StoreError)
-    return await on_api_error(request, of_store(error))
-
-
-async def on_api_error(request: Request, error: Exception) -> Response:
-    api_error = error if isinstance(error, ApiError) else InternalError(str(error))
+async def on_error(request: Request, error: Exception) -> Response:
+    api_error = error if isinstance(error, ApiError) else of_store(error)
     count(request, api_error)
     contact = request.app.state.box.config.server.contact
     path = request.url.path
@@ -161,13 +158,13 @@ async def on_database_error(request: Request, error: Exception) -> Response:
     """The disk is full since the last check, or the database was locked for too long."""
     log.exception("the database failed", exc_info=error)
     message = f"This box cannot read or write its database now: {error}.  Try again later."
-    return await on_api_error(request, NoNodesAvailable(message, retry_after=5))
+    return await on_error(request, NoNodesAvailable(message, retry_after=5))
 
 
 async def on_http_error(request: Request, error: Exception) -> Response:
     """Starlette's own errors: unknown path, wrong method."""
     status = error.status_code if isinstance(error, HTTPException) else 500
-    path, method = _shortened(request.url.path), request.method
+    path, method = quoted(request.url.path), request.method
     routes = request.app.routes
     if status == 404:
         hint = suggestion(path, routes)
@@ -179,7 +176,3 @@ async def on_http_error(request: Request, error: Exception) -> Response:
         refusal.headers["Allow"] = ", ".join(allowed)
         return refusal
     return response(BadRequest(f"{method} {path} could not be understood."))
-
-
-def _shortened(path: str) -> str:
-    return path if len(path) <= 100 else f"{path[:100]}…"

@@ -6,28 +6,37 @@ import asyncio
 import math
 import re
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 from starlette.requests import Request
 from starlette.types import Receive
 
 from pinaivu_box.box import Box
+from pinaivu_box.chat_format import STYLES
 from pinaivu_box.config import parse_duration
 from pinaivu_box.engine.messages import Tokenized
 from pinaivu_box.errors import ApiError, BadRequest, InvalidBody
-from pinaivu_box.gateway.admission import ArrivedRequest, under
+from pinaivu_box.gateway.admission import under
 from pinaivu_box.gateway.backend import Job
+from pinaivu_box.gateway.quota import Entry
 from pinaivu_box.gateway.request import ChoiceStarted, Failed, Finished, RequestEvent, too_late
 from pinaivu_box.gateway.request import Request as Running
 from pinaivu_box.gateway.sizes import check_sizes
-from pinaivu_box.models.catalog import Model
-from pinaivu_box.openai.types import Extension, PromptTokensDetails, Usage
+from pinaivu_box.openai.reader import Reader
+from pinaivu_box.openai.types import (
+    ContextShift,
+    Extension,
+    ModelRequest,
+    PromptTokensDetails,
+    Usage,
+)
 from pinaivu_box.server import error_responses
 from pinaivu_box.server.auth import key_of, require_account
 from pinaivu_box.server.bodies import Bodies, release_body
+from pinaivu_box.server.jobs import sampling_of
 from pinaivu_box.server.sse import EventStream
 
 STRICT_HEADER = "x-pinaivu-strict"
@@ -36,12 +45,28 @@ _MAX_TIMEOUT_SECONDS = 86400.0  # as in the body
 
 Body = TypeVar("Body", bound=msgspec.Struct)
 T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
+
+
+class AnswerBuilder(Protocol[T_co]):
+    """Makes an answer of the events of a request: `whole`, or encoded for a stream."""
+
+    def take(self, event: RequestEvent) -> object: ...
+
+    def whole(self) -> T_co:
+        """The answer once all events were taken."""
+        ...
+
+    def encode(self, event: RequestEvent) -> bytes:
+        """Take an event and return what a stream says of it."""
+        ...
 
 
 class InferenceCall:
     """One API call that runs a model: its key and body, and the running request.
 
-    `ignored` names the fields of the body that had no effect.
+    `ignored` names the fields of the body that had no effect; `thinking_field` is the one that asks
+    the model to think, which is ignored if the model cannot.
     """
 
     def __init__(self, request: Request) -> None:
@@ -53,12 +78,13 @@ class InferenceCall:
         self.created_at = int(time.time())
         self._since = time.monotonic()
         self.ignored: list[str] = []
-        self._thinking_field = ""
+        self.thinking_field = ""
         self._timeout: float | None = None
         self._keep_alive: float | None = None
         self.request = request
-        self._arrival: ArrivedRequest | None = None
-        self._watcher: asyncio.Task[None]  # once it is started
+        self._counted: Entry | None = None  # as one of the key's requests per minute
+        self.running: Running  # once it is started
+        self._watcher: asyncio.Task[None]
 
     async def body(self, kind: type[Body]) -> Body:
         """The decoded body.  Fills `ignored`, which is also the header `x-pinaivu-ignored`.
@@ -67,14 +93,14 @@ class InferenceCall:
         reached, and what `Bodies.receive` does.
         """
         state, key = self.request.scope["state"], self.key
-        self._arrival = state["arrival"] = await self.box.admission.arrive(key)
+        self._counted = state["counted"] = await self.box.admission.count_request(key)
         strict = self.request.headers.get(STRICT_HEADER) == "1" or key.policy.strict
         max_bytes = self.box.config.server.max_body_bytes
         body, self.ignored = await self.bodies.receive(
             self.request, key.account_id, kind, max_bytes, strict=strict
         )
         self._keep_alive = _keep_alive(getattr(body, "keep_alive", None))
-        if self._keep_alive is not None and self._keep_alive > self.box.placement.longest:
+        if self._keep_alive is not None and self._keep_alive > self.box.placement.max_keep_alive:
             if strict:
                 raise InvalidBody(
                     "it is longer than [engine] max_keep_alive of this box",
@@ -85,20 +111,32 @@ class InferenceCall:
         self._timeout = _timeout(self.request, getattr(body, "pinaivu", None))
         return body
 
-    def asks_for_thinking(self, field: str) -> None:
-        """Note the field that asks the model to think: it is ignored if the model cannot."""
-        self._thinking_field = field
-
-    async def reserve_history(self, size: int) -> None:
-        """See `Bodies.reserve_history`."""
-        max_bytes = self.box.config.server.max_body_bytes
-        await self.bodies.reserve_history(self.request, self.key.account_id, size, max_bytes)
-
-    def admit(self, model_id: str) -> Model:
-        """The model with that name.  Raises what `Admission.check` does."""
-        model = self.box.admission.check(model_id, self.key, self.box.requests.in_flight)
+    def job(self, body: ModelRequest) -> Job:
+        """A job of the model that the body names, with its sampling parameters and nothing else of
+        it.  Raises what `Admission.check` does."""
+        model = self.box.admission.check(body.model, self.key)
         self.request.scope["state"]["model"] = model.id
-        return model
+        return Job(
+            request_id=self.request_id,
+            model=model,
+            messages=[],
+            sampling=sampling_of(body),
+            max_tokens=None,
+            stop=[],
+            tenant=self.key.id,
+        )
+
+    def first_fields(self, id_prefix: str, kind: str, job: Job) -> dict[str, Any]:
+        """The fields of a chat or completion, and of its chunks, that are known at its beginning;
+        `kind` is its `object`."""
+        return {
+            "id": self.request_id.replace("req_", id_prefix),
+            "request_id": self.request_id,
+            "created": self.created_at,
+            "model": job.model.id,
+            "choices": [],
+            "object": kind,
+        }
 
     async def tokenize(
         self,
@@ -107,19 +145,14 @@ class InferenceCall:
         *,
         plain: bool = False,
         count: bool = False,
-    ) -> Tokenized:
-        """See `gateway.local.LocalBackend.tokenize`.  Raises InvalidBody for what is too large."""
+    ) -> tuple[Tokenized, int]:
+        """See `gateway.backend.Tokenizer`.  Raises InvalidBody for what is too large, and
+        ContextOverflow for a prompt that is far too long."""
         check_sizes(job.tools, job.constraint, job.stop)
         job = under(self.key, job)
         return await self._until_disconnected(
-            self.box.prompt_reader.tokenize(job, tokens, plain=plain, count=count)
+            self.box.admission.tokenizer.tokenize(job, tokens, plain=plain, count=count)
         )
-
-    async def read(self, job: Job) -> tuple[Job, int]:
-        """The job with its prompt's tokens, and the context length of its model.  Raises what
-        `tokenize` does, and ContextOverflow for a prompt that is far too long."""
-        check_sizes(job.tools, job.constraint, job.stop)
-        return await self._until_disconnected(self.box.prompt_reader.read(under(self.key, job)))
 
     async def _until_disconnected(self, coroutine: Coroutine[Any, Any, T]) -> T:
         result = asyncio.create_task(coroutine)
@@ -133,28 +166,28 @@ class InferenceCall:
             result.cancel()
             disconnect.cancel()
 
-    async def start(self, jobs: list[Job], *, background: bool = False) -> Running:
+    async def start(self, jobs: list[Job], *, background: bool = False) -> None:
         """Start the request; in the `background` it goes on when the client disconnects.  Raises
         what admission does, TooLate, and InvalidBody for what is too large."""
         for job in jobs:
             check_sizes(job.tools, job.constraint, job.stop)
         jobs = [replace(job, keep_alive=self._keep_alive) for job in jobs]
-        requests, began = self.box.requests, time.monotonic()
+        began = time.monotonic()
         try:
             async with asyncio.timeout(self._timeout):
-                admitted = await self.box.admission.admit(
-                    self.key, jobs, requests.in_flight, self._arrival
-                )
+                admitted = await self.box.admission.admit(self.key, jobs, self._counted)
         except TimeoutError:
             waited = time.monotonic() - began
             raise too_late(waited, self._timeout or waited) from None
         waited = time.monotonic() - began
-        running = requests.start(admitted, self._timeout, waited, self._since)
+        self.running = self.box.requests.start(admitted, self._timeout, waited, self._since)
         self.request.scope["state"]["logged"] = True  # the request logs itself
         if not background:
-            watch = _cancel_on_disconnect(self.request.receive, running)
-            self._watcher = asyncio.create_task(watch)
-        return running
+            self._watcher = asyncio.create_task(self._cancel_on_disconnect())
+
+    async def _cancel_on_disconnect(self) -> None:
+        await disconnected(self.request.receive)
+        self.running.cancel()
 
     def failed(self, error: ApiError) -> Failed:
         """Count an error that ends an answer that has begun; returns it as the client sees it."""
@@ -162,11 +195,11 @@ class InferenceCall:
         contact, path = self.box.config.server.contact, self.request.url.path
         return Failed(error_responses.adapted(error, contact, path))
 
-    async def collect(self, running: Running) -> AsyncIterator[RequestEvent]:
+    async def collect(self) -> AsyncIterator[RequestEvent]:
         """Yields all events up to Finished.  Raises the error of Failed."""
         try:
             while True:
-                for event in await running.events.take():
+                for event in await self.running.events.take():
                     release_body(self.request)
                     if isinstance(event, Failed):
                         raise event.error
@@ -177,26 +210,63 @@ class InferenceCall:
         finally:
             self._watcher.cancel()
 
-    async def stream(
+    async def answer(
         self,
-        running: Running,
-        encode: Callable[[Sequence[RequestEvent]], bytes],
+        jobs: list[Job],
+        builder: AnswerBuilder[T],
+        *,
+        stream: bool | None,
         settle: Callable[[Finished], Awaitable[None]] | None = None,
-    ) -> EventStream:
-        """Streams what `encode` makes of the events, as many at a time as have arrived; `settle` is
-        awaited before the last.  Raises the error of a request that fails before its first output.
-        """
-        first = asyncio.create_task(_first(running))
+    ) -> T | EventStream:
+        """Start the request and answer it, whole or as a stream; `settle` is awaited before the
+        last event is taken.  Raises what `start` does, and the error of Failed, in a stream only
+        before its first output."""
+        await self.start(jobs)
+        if not stream:
+            async for event in self.collect():
+                if settle is not None and isinstance(event, Finished):
+                    await settle(event)
+                builder.take(event)
+            return builder.whole()
+        first = asyncio.create_task(self._first())
         # A failure before the first token keeps its own status.  After the grace period a long wait
         # (the engine is loading, or the queue is long) is bridged with comments.
         await asyncio.wait({first}, timeout=self.box.config.server.stream_grace_seconds)
-        if first.done() and isinstance(event := first.result()[-1], Failed):
+        if first.done() and isinstance(last := first.result()[-1], Failed):
             self._watcher.cancel()
-            raise event.error
-        if first.done():
-            release_body(self.request)
-            self.note(first.result()[0])
-        return EventStream(self._chunks(running, first, encode, settle), self._watcher)
+            raise last.error
+        return EventStream(self._chunks(first, builder.encode, settle), self._watcher)
+
+    async def _first(self) -> list[RequestEvent]:
+        """The events up to the first output or failure."""
+        events = await self.running.events.take()
+        while isinstance(events[-1], ChoiceStarted):
+            events = [*events, *await self.running.events.take()]
+        release_body(self.request)
+        self.note(events[0])
+        return events
+
+    async def _chunks(
+        self,
+        first: asyncio.Task[list[RequestEvent]],
+        encode: Callable[[RequestEvent], bytes],
+        settle: Callable[[Finished], Awaitable[None]] | None,
+    ) -> AsyncIterator[bytes]:
+        """Yields what `encode` makes of the events, as many at a time as have arrived."""
+        events = await first
+        while True:
+            if settle is not None and isinstance(end := events[-1], Finished):
+                if data := b"".join(map(encode, events[:-1])):
+                    yield data
+                await settle(end)
+                events = [end]
+            if isinstance(last := events[-1], Failed):
+                events[-1] = self.failed(last.error)
+            if data := b"".join(map(encode, events)):
+                yield data
+            if isinstance(events[-1], Finished | Failed):
+                return
+            events = await self.running.events.take()
 
     def note(self, event: RequestEvent) -> None:
         """Set the headers that depend on the first event of a choice."""
@@ -204,41 +274,9 @@ class InferenceCall:
             return
         if event.route:
             self.request.scope["state"]["route"] = event.route
-        if self._thinking_field and not event.thinks:
-            self.ignored.append(self._thinking_field)
-            self._thinking_field = ""
-
-    async def _chunks(
-        self,
-        running: Running,
-        first: asyncio.Task[list[RequestEvent]],
-        encode: Callable[[Sequence[RequestEvent]], bytes],
-        settle: Callable[[Finished], Awaitable[None]] | None,
-    ) -> AsyncIterator[bytes]:
-        events = await first
-        release_body(self.request)
-        self.note(events[0])
-        while True:
-            if settle is not None and isinstance(end := events[-1], Finished):
-                if data := encode(events[:-1]):
-                    yield data
-                await settle(end)
-                events = [end]
-            if isinstance(last := events[-1], Failed):
-                events = [*events[:-1], self.failed(last.error)]
-            if data := encode(events):
-                yield data
-            if isinstance(events[-1], Finished | Failed):
-                return
-            events = await running.events.take()
-
-
-async def _first(running: Running) -> list[RequestEvent]:
-    """The events up to the first output or failure."""
-    events = await running.events.take()
-    while isinstance(events[-1], ChoiceStarted):
-        events = [*events, *await running.events.take()]
-    return events
+        if self.thinking_field and not event.thinks:
+            self.ignored.append(self.thinking_field)
+            self.thinking_field = ""
 
 
 def _timeout(request: Request, extension: Extension | None) -> float | None:
@@ -268,21 +306,30 @@ def _keep_alive(value: float | str | None) -> float | None:
     return math.inf if value is not None and value < 0 else value
 
 
+def reader_of(job: Job, started: ChoiceStarted, custom_tools: Collection[str] = ()) -> Reader:
+    """Reads the output of a choice; `custom_tools` are the names of its custom tools."""
+    return Reader(
+        STYLES[started.tool_style] if job.tools else None,
+        job.tools.names if job.tools else (),
+        custom_tools=custom_tools,
+        thinks=started.thinks,
+        thinking=started.thinking,
+    )
+
+
 async def disconnected(receive: Receive) -> None:
     """Returns once the client has disconnected."""
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
-async def _cancel_on_disconnect(receive: Receive, running: Running) -> None:
-    await disconnected(receive)
-    running.cancel()
-
-
-def usage_of(end: Finished) -> Usage:
-    return Usage(
+def last_fields(end: Finished) -> dict[str, Any]:
+    """The fields of a chat or completion that are known at its end."""
+    usage = Usage(
         prompt_tokens=end.prompt_tokens,
         completion_tokens=end.completion_tokens,
         total_tokens=end.prompt_tokens + end.completion_tokens,
         prompt_tokens_details=PromptTokensDetails(end.cached_tokens),
     )
+    shift = {"context_shift": ContextShift(end.shifted_tokens)} if end.shifted_tokens else {}
+    return {"usage": usage, **shift}

@@ -13,7 +13,6 @@ from pinaivu_box.chat_format import CONTINUE, GENERATE
 from pinaivu_box.engine.messages import Constraint, SamplingParams, Tools
 from pinaivu_box.errors import InvalidBody
 from pinaivu_box.gateway.backend import Job, committed
-from pinaivu_box.models.catalog import Model
 from pinaivu_box.openai.request import max_tokens, normalise, stop_strings, text_of
 from pinaivu_box.openai.tools import chosen_tools, functions
 from pinaivu_box.openai.types import (
@@ -28,23 +27,10 @@ _SEED_BITS = 53  # of a random seed, so that it fits into a JSON number
 _SEEDS = 2**63
 
 
-def base_job(body: Struct, model: Model, request_id: str, tenant: str) -> Job:
-    """A job with the sampling parameters of any kind of request, and nothing else of it."""
-    return Job(
-        request_id=request_id,
-        model=model,
-        messages=[],
-        sampling=_sampling(body),
-        max_tokens=None,
-        stop=[],
-        tenant=tenant,
-    )
-
-
-def job_of(body: Sampled, model: Model, request_id: str, tenant: str) -> Job:
-    """The job of a chat or a completion, without its prompt."""
+def job_of(body: Sampled, job: Job) -> Job:
+    """The job of a chat or a completion without its prompt, made from `InferenceCall.job`."""
     return replace(
-        base_job(body, model, request_id, tenant),
+        job,
         max_tokens=body.max_tokens,
         stop=stop_strings(body.stop),
         priority=body.pinaivu.priority if body.pinaivu else 0,
@@ -53,16 +39,17 @@ def job_of(body: Sampled, model: Model, request_id: str, tenant: str) -> Job:
     )
 
 
-def _sampling(body: Struct) -> SamplingParams:
-    """The values of those fields that the body has; null means the default."""
+def sampling_of(body: Struct) -> SamplingParams:
+    """The sampling parameters of any kind of request: the values of those fields that the body has;
+    null means the default."""
     names = set(SamplingParams.__struct_fields__).intersection(body.__struct_fields__)
     values = {name: value for name in names if (value := getattr(body, name)) is not None}
     return SamplingParams(**{"seed": secrets.randbits(_SEED_BITS), **values})
 
 
-def chat_job(body: ChatRequest, model: Model, request_id: str, tenant: str) -> Job:
-    """Raises InvalidBody."""
-    job = job_of(body, model, request_id, tenant)
+def chat_job(body: ChatRequest, job: Job) -> Job:
+    """The job of a chat, made from `InferenceCall.job`.  Raises InvalidBody."""
+    job = job_of(body, job)
     return replace(
         job,
         messages=normalise(body.messages),
@@ -82,16 +69,9 @@ def asked(body: ChatRequest) -> dict[str, Any]:
 
 def choices(job: Job, n: int) -> list[Job]:
     """The jobs of `n` choices of a prompt, each with its own seed."""
-    return [
-        replace(
-            job, choice=job.choice + k, sampling=_with_seed(job.sampling, job.sampling.seed + k)
-        )
-        for k in range(n)
-    ]
-
-
-def _with_seed(sampling: SamplingParams, seed: int) -> SamplingParams:
-    return msgspec.structs.replace(sampling, seed=(seed + _SEEDS) % (2 * _SEEDS) - _SEEDS)
+    seeds = [(job.sampling.seed + k + _SEEDS) % (2 * _SEEDS) - _SEEDS for k in range(n)]
+    samplings = [msgspec.structs.replace(job.sampling, seed=seed) for seed in seeds]
+    return [replace(job, choice=job.choice + k, sampling=samplings[k]) for k in range(n)]
 
 
 def grammar(text: str) -> Constraint:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterable, Iterable, Mapping
+from collections.abc import AsyncIterable, Mapping
 from typing import Any, Generic, TypeVar
 
 import msgspec
 from starlette.responses import Response, StreamingResponse
-from starlette.types import Send
 
 T = TypeVar("T")
 
@@ -34,18 +33,5 @@ class JsonLines(StreamingResponse, Generic[T]):
 
     media_type = "application/x-ndjson"
 
-    def __init__(self, items: AsyncIterable[T] | Iterable[T]) -> None:
-        super().__init__(items)  # type: ignore[arg-type]
-
-    async def stream_response(self, send: Send) -> None:
-        await send(
-            {
-                "type": "http.response.start",
-                "status": self.status_code,
-                "headers": self.raw_headers,
-            }
-        )
-        async for item in self.body_iterator:
-            line = msgspec.json.encode(item) + b"\n"
-            await send({"type": "http.response.body", "body": line, "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+    def __init__(self, items: AsyncIterable[T]) -> None:
+        super().__init__(msgspec.json.encode(item) + b"\n" async for item in items)

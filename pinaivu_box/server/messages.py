@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,14 +10,13 @@ import msgspec
 from msgspec import UNSET
 
 from pinaivu_box.chat_format import CONTINUE
-from pinaivu_box.engine.messages import Tools
+from pinaivu_box.engine.messages import Output, Tools
 from pinaivu_box.errors import InvalidBody, quoted
 from pinaivu_box.gateway.backend import Job
-from pinaivu_box.gateway.output import Output
 from pinaivu_box.gateway.request import ChoiceStarted, Failed, Finished, RequestEvent
-from pinaivu_box.models.catalog import Model
 from pinaivu_box.openai.anthropic import (
     AnthropicAnswer,
+    AnthropicChoice,
     AnthropicUsage,
     CountTokensRequest,
     MessagesRequest,
@@ -26,11 +24,10 @@ from pinaivu_box.openai.anthropic import (
     as_messages,
     continues,
 )
-from pinaivu_box.openai.reader import Arguments, ParsedCall, Piece, Reasoning, Text
+from pinaivu_box.openai.reader import Arguments, ParsedCall, Piece, Reader, Reasoning, Text
 from pinaivu_box.server import error_responses
-from pinaivu_box.server.inference import InferenceCall
-from pinaivu_box.server.jobs import base_job, json_text
-from pinaivu_box.server.output_parser import OutputParser
+from pinaivu_box.server.inference import InferenceCall, reader_of
+from pinaivu_box.server.jobs import json_text
 from pinaivu_box.server.sse import EventStream, encode_event
 from pinaivu_box.text import encodable
 
@@ -40,33 +37,23 @@ _STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool
 async def create_message(
     call: InferenceCall, body: MessagesRequest
 ) -> AnthropicAnswer | EventStream:
-    model = call.admit(body.model)
     job = replace(
-        _job(body, model, call),
-        max_tokens=body.max_tokens,
-        stop=list(body.stop_sequences or ()),
+        _job(call, body), max_tokens=body.max_tokens, stop=list(body.stop_sequences or ())
     )
     if body.thinking and body.thinking.type == "enabled":
-        call.asks_for_thinking("thinking")
-    running = await call.start([job])
-    answer = _MessageAnswer(call, model.id, OutputParser([job]))
-    if body.stream:
-        return await call.stream(running, answer.encode)
-    async for event in call.collect(running):
-        list(answer.take(event))
-    return answer.message()
+        call.thinking_field = "thinking"
+    return await call.answer([job], _MessageAnswer(call, job), stream=body.stream)
 
 
 async def count_message_tokens(call: InferenceCall, body: CountTokensRequest) -> TokenCountAnswer:
-    model = call.admit(body.model)
-    result = await call.tokenize(_job(body, model, call), count=True)
+    result, _ = await call.tokenize(_job(call, body), count=True)
     return TokenCountAnswer(call.request_id, result.number, call.ignored or UNSET)
 
 
-def _job(body: CountTokensRequest, model: Model, call: InferenceCall) -> Job:
+def _job(call: InferenceCall, body: CountTokensRequest) -> Job:
     thinking = body.thinking
     return replace(
-        base_job(body, model, call.request_id, call.key.id),
+        call.job(body),
         messages=as_messages(body),
         tools=_tools(body),
         template={
@@ -77,33 +64,31 @@ def _job(body: CountTokensRequest, model: Model, call: InferenceCall) -> Job:
 
 
 def _tools(body: CountTokensRequest) -> Tools | None:
-    choice = body.tool_choice
-    if choice is not None and choice.type in ("any", "tool") and not body.tools:
+    choice = body.tool_choice or AnthropicChoice("auto")
+    if choice.type in ("any", "tool") and not body.tools:
         raise InvalidBody("tool_choice needs tools", loc=("body", "tool_choice"))
-    if not body.tools or (choice is not None and choice.type == "none"):
+    if not body.tools or choice.type == "none":
         return None
     functions = [
         {"name": tool.name, "description": tool.description or "", "parameters": tool.input_schema}
         for tool in body.tools
     ]
-    functions_json, names = json_text(functions, "tools"), [tool.name for tool in body.tools]
-    if choice is None:
-        return Tools(functions_json, names)
+    names = [tool.name for tool in body.tools]
     engine_choice = {"any": "required", "tool": choice.name or ""}.get(choice.type, "auto")
     if choice.type == "tool" and engine_choice not in names:
         raise InvalidBody(
             f"there is no tool '{quoted(engine_choice)}'", loc=("body", "tool_choice", "name")
         )
-    return Tools(functions_json, names, engine_choice, not choice.disable_parallel_tool_use)
+    parallel = not choice.disable_parallel_tool_use
+    return Tools(json_text(functions, "tools"), names, engine_choice, parallel)
 
 
 class _MessageAnswer:
-    """Either `take` all events and get the `message`, or `encode` them for a stream."""
+    """See `inference.AnswerBuilder`."""
 
-    def __init__(self, call: InferenceCall, model_id: str, parser: OutputParser) -> None:
-        self._call = call
-        self._model_id = model_id
-        self._parser = parser
+    def __init__(self, call: InferenceCall, job: Job) -> None:
+        self._call, self._job = call, job
+        self._reader = Reader(None)  # until it is started
         self._blocks: list[dict[str, Any]] = []
         self._arguments: list[str] = []  # JSON of the last block, if it is a call
         self._open_block = ""  # type of the last block, if it may still grow
@@ -111,12 +96,12 @@ class _MessageAnswer:
         self._stop_string: str | None = None
         self._usage = AnthropicUsage(0, 0)
 
-    def message(self) -> AnthropicAnswer:
+    def whole(self) -> AnthropicAnswer:
         """As it is so far."""
         return AnthropicAnswer(
             id=self._call.request_id.replace("req_", "msg_"),
             request_id=self._call.request_id,
-            model=self._model_id,
+            model=self._job.model.id,
             content=[*self._blocks],
             stop_reason=self._stop_reason,
             stop_sequence=self._stop_string,
@@ -124,26 +109,26 @@ class _MessageAnswer:
             ignored_parameters=self._call.ignored or UNSET,
         )
 
-    def encode(self, events: Sequence[RequestEvent]) -> bytes:
-        # Each is encoded before the next is made: it contains the message, which grows.
+    def encode(self, event: RequestEvent) -> bytes:
         return b"".join(
             encode_event({**data, "request_id": self._call.request_id}, name=data["type"])
-            for event in events
             for data in self.take(event)
         )
 
-    def take(self, event: RequestEvent) -> Iterable[dict[str, Any]]:
-        """The events of the stream; the caller must iterate over all of them."""
+    def take(self, event: RequestEvent) -> list[dict[str, Any]]:
+        """The events of the stream."""
         match event:
             case ChoiceStarted():
-                self._parser.begin(event)
+                self._reader = reader_of(self._job, event)
                 self._usage = AnthropicUsage(event.prompt_tokens, 0)
-                return [{"type": "message_start", "message": self.message()}]
+                return [{"type": "message_start", "message": self.whole()}]
             case Output():
-                pieces, reason = self._parser.parse(event)
-                if reason:
-                    self._stop(reason, event.stop_string)
-                return (data for piece in pieces for data in self._add(piece))
+                pieces = self._reader.take(event.text, event.finish_reason)
+                if event.finish_reason:
+                    reason = _STOP_REASONS.get(self._reader.finish_reason, "end_turn")
+                    self._stop_reason = "stop_sequence" if event.stop_string else reason
+                    self._stop_string = event.stop_string
+                return [data for piece in pieces for data in self._add(piece)]
             case Finished():
                 uncached = event.prompt_tokens - event.cached_tokens
                 self._usage = AnthropicUsage(uncached, event.completion_tokens, event.cached_tokens)
@@ -152,12 +137,6 @@ class _MessageAnswer:
                 return [*self._close(), end, {"type": "message_stop"}]
             case Failed(error):
                 return [error_responses.body(error, error_responses.ANTHROPIC)]
-
-    def _stop(self, reason: str, stop_string: str | None) -> None:
-        self._stop_reason = (
-            "stop_sequence" if stop_string else _STOP_REASONS.get(reason, "end_turn")
-        )
-        self._stop_string = stop_string
 
     def _add(self, piece: Piece) -> list[dict[str, Any]]:
         match piece:

@@ -43,14 +43,14 @@ class OneModel(ModelInfo, frozen=True):
 
 
 async def list_models(request: Request) -> ModelList:
-    models = box_of(request).models(key_of(request).policy)
+    models = box_of(request).admission.models(key_of(request).policy)
     return ModelList(request_id_of(request), [_info(model) for model in models])
 
 
 async def get_model(request: Request, model: str) -> OneModel:
     """Raises ModelNotFound, ModelNotAllowed."""
     policy = key_of(request).policy
-    known = box_of(request).model(model, policy)
+    known = box_of(request).admission.find(model, policy)
     if not policy.serves(known.id):
         raise ModelNotAllowed(f"This key may not use {known.id}.", param="model")
     return OneModel(id=known.id, created=known.created, owned_by=known.owner)

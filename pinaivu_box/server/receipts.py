@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import msgspec
-from msgspec import Struct
 from starlette.requests import Request
 
+from pinaivu_box.admin.lists import Page, page_of
 from pinaivu_box.errors import ReceiptNotFound
 from pinaivu_box.receipts.receipt import ReceiptView, view
 from pinaivu_box.server.auth import key_of
@@ -32,13 +32,8 @@ class ReceiptOfKey(ReceiptView, frozen=True, kw_only=True):
     key_name: str
 
 
-class ReceiptList(Struct, frozen=True):
+class ReceiptList(Page[ReceiptOfKey], frozen=True):
     """The newest first."""
-
-    data: list[ReceiptOfKey]
-    has_more: bool
-    object: str = "list"
-    request_id: str = ""
 
 
 async def list_receipts(request: Request, query: ReceiptQuery) -> ReceiptList:
@@ -52,7 +47,7 @@ async def list_receipts(request: Request, query: ReceiptQuery) -> ReceiptList:
         after=query.after,
         limit=query.limit + 1,
     )
-    return ReceiptList([_listed(row) for row in rows[: query.limit]], len(rows) > query.limit)
+    return page_of(ReceiptList, [_listed(row) for row in rows], query.limit)
 
 
 async def get_receipt(request: Request, request_id: str) -> ReceiptView:

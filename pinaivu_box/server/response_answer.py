@@ -7,10 +7,11 @@ from typing import Any
 
 import msgspec
 
+from pinaivu_box.engine.messages import Output
 from pinaivu_box.errors import ApiError
 from pinaivu_box.gateway.backend import Job
-from pinaivu_box.gateway.output import Output
 from pinaivu_box.gateway.request import ChoiceStarted, Failed, Finished, RequestEvent
+from pinaivu_box.openai.reader import Reader
 from pinaivu_box.openai.response_items import Event, ResponseItems
 from pinaivu_box.openai.responses import (
     InputDetails,
@@ -21,8 +22,7 @@ from pinaivu_box.openai.responses import (
     stored_form,
 )
 from pinaivu_box.openai.tools import client_tools
-from pinaivu_box.server.inference import InferenceCall
-from pinaivu_box.server.output_parser import OutputParser
+from pinaivu_box.server.inference import InferenceCall, reader_of
 from pinaivu_box.server.sse import encode_event
 from pinaivu_box.store import responses as stored
 from pinaivu_box.store.responses import StoredResponse
@@ -50,15 +50,14 @@ class ResponseAnswer:
         self._call = call
         self._body = body
         self._input_items = input_items
-        self._model_id = job.model.id
-        tools = client_tools(body.tools or ())
-        self._parser = OutputParser([job], [name for name, tool in tools.items() if tool.custom])
+        self._job = job
+        self._tools = client_tools(body.tools or ())
+        self._reader = Reader(None)  # until it is started
         self._suffix = call.request_id.removeprefix("req_")
-        self._items = ResponseItems(self._suffix, tools)
+        self._items = ResponseItems(self._suffix, self._tools)
         self._background = bool(body.background)
         self._status = "queued" if self._background else "in_progress"
         self._error: dict[str, Any] | None = None
-        self._finish_reason = ""
         self._end: Finished | None = None
         self._next_sequence_number = 0
 
@@ -73,7 +72,7 @@ class ResponseAnswer:
 
     def queue(self) -> list[bytes]:
         """The first events of a stream in the background."""
-        response = self.response()
+        response = self.whole()
         kinds = ("response.created", "response.queued")
         return self._encode([{"type": kind, "response": response} for kind in kinds])
 
@@ -81,15 +80,14 @@ class ResponseAnswer:
         """The events of the stream."""
         match event:
             case ChoiceStarted():
-                self._parser.begin(event)
+                custom_tools = [name for name, tool in self._tools.items() if tool.custom]
+                self._reader = reader_of(self._job, event, custom_tools)
                 self._status = "in_progress"
-                response = self.response()
+                response = self.whole()
                 kinds = ("response.created", "response.in_progress")[self._background :]
                 return [{"type": kind, "response": response} for kind in kinds]
             case Output():
-                pieces, reason = self._parser.parse(event)
-                self._finish_reason = reason or self._finish_reason
-                return self._items.add(pieces)
+                return self._items.add(self._reader.take(event.text, event.finish_reason))
             case Finished():
                 self._settle(event)
                 return self._last_events()
@@ -105,24 +103,27 @@ class ResponseAnswer:
             self._fail(error)
         return self._encode(self._last_events())
 
-    def encode(self, events: Sequence[RequestEvent]) -> bytes:
-        return b"".join(self.encode_each(events))
+    def encode(self, event: RequestEvent) -> bytes:
+        return b"".join(self._encode(self.take(event)))
 
     def encode_each(self, events: Sequence[RequestEvent]) -> list[bytes]:
         """As `encode`, with an entry for each event of the stream."""
-        # Each is encoded before the next is made: it contains the response, which grows.
+        # Each is encoded before the next is taken: it contains the response, which grows.
         return [data for event in events for data in self._encode(self.take(event))]
 
     async def keep(self, end: Finished) -> None:
         """Store it, unless `store` is false; returns once it is on disk."""
-        if self._body.store is False:
-            return
-        self._settle(end)
+        if self._body.store is not False:
+            self._settle(end)
+            await self.insert()
+
+    async def insert(self) -> None:
+        """Store it as it is so far; returns once it is on disk."""
         await stored.insert(self._call.box.database, self.row(), **self.storage_limits)
 
     def row(self) -> StoredResponse:
         """As it is so far."""
-        response = self.response()
+        response = self.whole()
         return StoredResponse(
             response.id,
             self._call.key.account_id,
@@ -134,7 +135,7 @@ class ResponseAnswer:
             response.status,
         )
 
-    def response(self) -> ResponseObject:
+    def whole(self) -> ResponseObject:
         """As it is so far.  Encode it before the next event is taken."""
         body, status = self._body, self._status
         text = msgspec.to_builtins(body.text) if body.text else {}
@@ -144,7 +145,7 @@ class ResponseAnswer:
             request_id=self._call.request_id,
             created_at=self._call.created_at,
             status=status,
-            model=self._model_id,
+            model=self._job.model.id,
             output=self._items.settled(_STATUS_OF_ITEM.get(status, "incomplete")),
             usage=self._usage(),
             error=self._error,
@@ -175,12 +176,12 @@ class ResponseAnswer:
 
     def _settle(self, end: Finished) -> None:
         self._end = end
-        self._status = _STATUS.get(self._finish_reason, "completed")
+        self._status = _STATUS.get(self._reader.finish_reason, "completed")
 
     def _last_events(self) -> list[Event]:
         status = self._status
         item_events = self._items.close(_STATUS_OF_ITEM.get(status, "incomplete"))
-        return [*item_events, {"type": f"response.{status}", "response": self.response()}]
+        return [*item_events, {"type": f"response.{status}", "response": self.whole()}]
 
     def _encode(self, events: Sequence[Event]) -> list[bytes]:
         encoded = []

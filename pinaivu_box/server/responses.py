@@ -12,8 +12,6 @@ import msgspec
 from starlette.requests import Request
 
 from pinaivu_box.errors import BadRequest, BodyTooLarge, InvalidBody, NotFound, quoted
-from pinaivu_box.gateway.request import Finished
-from pinaivu_box.gateway.request import Request as Running
 from pinaivu_box.gateway.sizes import check_tools
 from pinaivu_box.openai.request import check_chat
 from pinaivu_box.openai.responses import (
@@ -30,22 +28,16 @@ from pinaivu_box.openai.responses import (
     referenced_id,
 )
 from pinaivu_box.openai.tools import chat_tools, client_tools
-from pinaivu_box.openai.types import (
-    ChatRequest,
-    NamedSchema,
-    SchemaFormat,
-    UserMessage,
-)
+from pinaivu_box.openai.types import ChatRequest, SchemaFormat, UserMessage
 from pinaivu_box.server.auth import key_of, require_account
 from pinaivu_box.server.background import Background, BackgroundResponse, replayed
-from pinaivu_box.server.bodies import keep_body
 from pinaivu_box.server.context import box_of, request_id_of
 from pinaivu_box.server.inference import InferenceCall, disconnected
 from pinaivu_box.server.jobs import chat_job
 from pinaivu_box.server.json_response import JSON
 from pinaivu_box.server.response_answer import ResponseAnswer
 from pinaivu_box.server.sse import EventStream, encode_event
-from pinaivu_box.server.truncation import truncated
+from pinaivu_box.server.truncation import leading_system, truncated
 from pinaivu_box.store import responses as stored
 from pinaivu_box.store.responses import StoredResponse
 
@@ -71,45 +63,22 @@ async def create_response(
         check_tools(len(msgspec.json.encode(body.tools)))
     chat = _as_chat(body)
     check_chat(chat)
-    items = as_items(await _resolve_references(call, body.input))
+    items = await _resolve_references(call, as_items(body.input))
     messages = as_messages([*await _history(call, body), *items])
     if body.instructions is not None:
         messages.insert(0, {"role": "system", "content": body.instructions})
     messages = _join_system_messages(messages)
-    model = call.admit(body.model)
-    job = replace(chat_job(chat, model, call.request_id, call.key.id), messages=messages)
+    job = replace(chat_job(chat, call.job(chat)), messages=messages)
     if body.reasoning and body.reasoning.effort not in (None, "none", "minimal"):
-        call.asks_for_thinking("reasoning.effort")
+        call.thinking_field = "reasoning.effort"
     if body.truncation == "auto":
         job = await truncated(call, job)
-    running = await call.start([job], background=bool(body.background))
     answer = ResponseAnswer(call, body, as_stored(items), job)
-    if body.background:
-        response = await _start_in_background(call, running, answer)
-        return response.follow(call.request, -1) if body.stream else response.response()
-    if body.stream:
-        return await call.stream(running, answer.encode, settle=answer.keep)
-    async for event in call.collect(running):
-        if isinstance(event, Finished):
-            await answer.keep(event)
-        answer.take(event)
-    return answer.response()
-
-
-async def _start_in_background(
-    call: InferenceCall, running: Running, answer: ResponseAnswer
-) -> BackgroundResponse:
-    # The memory of its body stays reserved until it has ended, not until it is answered.
-    release = keep_body(call.request)
-    try:
-        response = BackgroundResponse(call, running, answer, release)
-        await stored.insert(call.box.database, answer.row(), **answer.storage_limits)
-    except BaseException:
-        running.cancel()
-        release()
-        raise
-    _background(call.request).start(response)
-    return response
+    if not body.background:
+        return await call.answer([job], answer, stream=body.stream, settle=answer.keep)
+    await call.start([job], background=True)
+    response = await _background(call.request).start(call, answer)
+    return response.follow(call.request, -1) if body.stream else response.response()
 
 
 async def get_response(
@@ -218,7 +187,7 @@ async def _history(call: InferenceCall, body: ResponseRequest) -> list[dict[str,
         return []
     account, max_bytes = call.key.account_id, call.box.config.server.max_body_bytes
     size = await stored.conversation_size(call.box.database, previous, account, max_bytes)
-    await call.reserve_history(size)
+    await call.bodies.reserve_history(call.request, account, size, max_bytes)
     rows = await stored.conversation(call.box.database, previous, account, max_bytes)
     if not rows:
         raise _unknown(previous)
@@ -227,9 +196,7 @@ async def _history(call: InferenceCall, body: ResponseRequest) -> list[dict[str,
 
 def _join_system_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """With the system messages at the beginning joined: templates accept one."""
-    count = 0
-    while count < len(messages) and messages[count]["role"] in ("system", "developer"):
-        count += 1
+    count = leading_system(messages)
     if count < 2:
         return messages
     text = "\n\n".join(message["content"] for message in messages[:count])
@@ -237,12 +204,10 @@ def _join_system_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]
 
 
 async def _resolve_references(
-    call: InferenceCall, items: str | list[dict[str, Any]]
-) -> str | list[dict[str, Any]]:
+    call: InferenceCall, items: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
     """Replace references by the stored items that they name.  Raises NotFound, InvalidBody,
     BodyTooLarge."""
-    if isinstance(items, str):
-        return items
     known: dict[str, dict[str, Any]] = {}
     suffixes: set[str] = set()
     resolved: list[dict[str, Any]] = []
@@ -284,13 +249,7 @@ def _as_chat(body: ResponseRequest) -> ChatRequest:
     """The same request as a chat, without its messages."""
     text_format = body.text.format if body.text else None
     response_format = (
-        SchemaFormat(
-            NamedSchema(
-                text_format.name, text_format.schema, text_format.description, text_format.strict
-            )
-        )
-        if isinstance(text_format, FlatSchemaFormat)
-        else text_format
+        SchemaFormat(text_format) if isinstance(text_format, FlatSchemaFormat) else text_format
     )
     tools = body.tools or ()
     return ChatRequest(

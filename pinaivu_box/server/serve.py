@@ -101,7 +101,7 @@ async def serve(
     box: Box,
     listener: socket.socket,
     started: Callable[[], None],
-    stopping_with: Callable[[int], None] = lambda running: None,
+    stopping_with: Callable[[int], None],
 ) -> None:
     """Serve until SIGTERM or SIGINT, then drain.  A second signal ends the process at once.
 

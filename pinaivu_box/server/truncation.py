@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import takewhile
 from typing import Any
 
 import msgspec
@@ -11,6 +12,7 @@ from pinaivu_box.errors import ContextOverflow
 from pinaivu_box.gateway.backend import Job
 from pinaivu_box.server.inference import InferenceCall
 
+_SYSTEM = ("system", "developer")
 _MARGIN = 0.05  # of the messages, since the size in bytes only estimates that in tokens
 
 Messages = list[dict[str, Any]]
@@ -21,17 +23,16 @@ async def truncated(call: InferenceCall, job: Job) -> Job:
 
     If some had to be removed there is room for the answer too: for `max_tokens`, or else a quarter
     of the context, and never more than half.  A job that cannot be made to fit is returned as it
-    is.  Raises what `InferenceCall.read` does.
+    is.  Raises what `InferenceCall.tokenize` does.
     """
     reserved = 0
     while True:
         try:
-            tokenized, context = await call.read(job)
-            tokens = len(tokenized.read or ())
-            if tokens < context - reserved:
-                return tokenized
+            prompt, context = await call.tokenize(job)
+            if prompt.number < context - reserved:
+                return job.with_prompt(prompt)
             reserved = min(job.max_tokens or context // 4, context // 2)
-            fitting_share = (context - reserved) / tokens
+            fitting_share = (context - reserved) / prompt.number
         except ContextOverflow:
             fitting_share = 0.5
         shorter = without_oldest(job.messages, 1 - fitting_share + _MARGIN)
@@ -46,9 +47,7 @@ def without_oldest(messages: Messages, share: float) -> Messages:
     Kept are system messages at the beginning, the user's last message, the last message of all, and
     results together with their call.  The first message after the system's is the user's again.
     """
-    start = 0
-    while start < len(messages) and messages[start]["role"] in ("system", "developer"):
-        start += 1
+    start = leading_system(messages)
     groups = _groups(messages[start:])
     sizes = [len(msgspec.json.encode(group)) for group in groups]
     users = [number for number, group in enumerate(groups) if group[0]["role"] == "user"]
@@ -64,6 +63,11 @@ def without_oldest(messages: Messages, share: float) -> Messages:
     if question is not None and question < first:
         remaining = [groups[question], *remaining]
     return [*messages[:start], *(message for group in remaining for message in group)]
+
+
+def leading_system(messages: Messages) -> int:
+    """The number of system messages at the beginning."""
+    return sum(1 for _ in takewhile(lambda message: message["role"] in _SYSTEM, messages))
 
 
 def _groups(messages: Messages) -> list[Messages]:

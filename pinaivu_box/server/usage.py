@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from msgspec import Struct
 from starlette.requests import Request
 from starlette.responses import Response
 
-from pinaivu_box.admin.usage import usage as report
-from pinaivu_box.admin.usage_report import UsageReport, parse_day, to_csv
+from pinaivu_box.admin.usage_report import UsageReport, parse_day, to_csv, usage_report
 from pinaivu_box.box import Box
 from pinaivu_box.errors import Forbidden, InvalidBody
 from pinaivu_box.server.auth import key_of
-from pinaivu_box.server.context import box_of
+from pinaivu_box.server.context import box_of, named_field
 from pinaivu_box.store import accounts, keys
 from pinaivu_box.store.keys import Key
 from pinaivu_box.store.usage import BYS, By
@@ -34,11 +35,14 @@ class UsageQuery(Struct, frozen=True, forbid_unknown_fields=True):
 async def get_usage(request: Request, query: UsageQuery) -> UsageReport | Response:
     box = box_of(request)
     columns = _columns(query.group_by)
-    start, end = _day("start_date", query.start_date), _day("end_date", query.end_date)
+    with named_field("query", "start_date"):
+        start = None if query.start_date is None else parse_day(query.start_date)
+    with named_field("query", "end_date"):
+        end = None if query.end_date is None else parse_day(query.end_date)
     if start is not None and end is not None and end < start:
         raise InvalidBody("end_date is before start_date", loc=("query", "end_date"))
     account_id = await _account_id(box, key_of(request), query.account)
-    usage = await report(
+    report = await usage_report(
         box.database,
         box.identity.node_id,
         box.config.pricing.currency,
@@ -50,29 +54,20 @@ async def get_usage(request: Request, query: UsageQuery) -> UsageReport | Respon
         last_day=end,
     )
     if "text/csv" in request.headers.get("accept", ""):
-        return Response(to_csv(usage, columns), media_type="text/csv")
-    return usage
+        return Response(to_csv(report, columns), media_type="text/csv")
+    return report
 
 
 def _columns(text: str | None) -> tuple[By, ...]:
     """`"day,model"` as `("day", "model")`.  Raises InvalidBody."""
     names = [] if text is None else [part.strip() for part in text.split(",")]
-    known = {name: name for name in BYS}
     for name in names:
-        if name not in known or names.count(name) > 1:
+        if name not in BYS or names.count(name) > 1:
             raise InvalidBody(
                 f"'{name[:50]}' is not among {', '.join(BYS)}, or is there twice",
                 loc=("query", "group_by"),
             )
-    return tuple(known[name] for name in names)  # type: ignore[index]
-
-
-def _day(name: str, text: str | None) -> int | None:
-    """Raises InvalidBody."""
-    try:
-        return None if text is None else parse_day(text)
-    except ValueError as error:
-        raise InvalidBody(str(error), loc=("query", name)) from None
+    return cast(tuple[By, ...], tuple(names))
 
 
 async def _account_id(box: Box, key: Key, name: str | None) -> str | None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from typing import Any
 
 import msgspec
 
-from pinaivu_box.store.database import Database, Row, SqlStatement
-from pinaivu_box.store.times import now_ms
+from pinaivu_box.store.database import Database, SqlStatement
+from pinaivu_box.store.times import now_ms, time_text
 
 
 class Actor(msgspec.Struct, frozen=True):
@@ -21,16 +21,19 @@ class Actor(msgspec.Struct, frozen=True):
 BOX = Actor("box", "local")  # of itself
 
 
-class AuditRow(msgspec.Struct, frozen=True):
-    """`at` in Unix milliseconds; `detail` has what was set."""
+class AuditEntry(msgspec.Struct, frozen=True):
+    """An action of `actor` (a key's id, or cli:USER) at an RFC 3339 time; `detail` has what was
+    set.  `actor_name` and `target_name` are their present names, null if they have none."""
 
     id: int
-    at: int
+    at: str
     actor: str
     source: str
     action: str
     target: str
     detail: dict[str, Any]
+    actor_name: str | None = None
+    target_name: str | None = None
 
 
 def record(by: Actor, action: str, target: str, **detail: Any) -> SqlStatement:
@@ -44,6 +47,14 @@ def record(by: Actor, action: str, target: str, **detail: Any) -> SqlStatement:
     )
 
 
+def _name_of(column: str) -> str:
+    """The present name of a key or an account, in SQL."""
+    return (
+        f"coalesce((SELECT name FROM keys WHERE id = {column} AND name <> ''),"
+        f" (SELECT name FROM accounts WHERE id = {column})) AS {column}_name"
+    )
+
+
 async def ls(
     database: Database,
     *,
@@ -51,32 +62,27 @@ async def ls(
     targets: Collection[str] | None = None,
     after: int | None = None,
     limit: int = 100,
-) -> list[AuditRow]:
+) -> list[AuditEntry]:
     """The newest `limit` entries since a time and before the entry `after`, newest first; with
     `targets`, ids or names of keys and accounts, only what was done to these."""
     named = None if targets is None else msgspec.json.encode(list(targets)).decode()
     them = "(SELECT value FROM json_each(?2))"
     rows = await database.scan(
-        "SELECT id, at, actor, source, action, target, detail FROM audit"
+        "SELECT id, at, actor, source, action, target, detail,"
+        f" {_name_of('actor')}, {_name_of('target')} FROM audit"
         f" WHERE at >= ?1 AND (?2 IS NULL OR target IN {them}"
         f"  OR target IN (SELECT id FROM keys WHERE name IN {them})"
         f"  OR target IN (SELECT id FROM accounts WHERE name IN {them}))"
         " AND (?3 IS NULL OR id < ?3) ORDER BY id DESC LIMIT ?4",
         (since, named, after, limit),
     )
-    return [_entry(row) for row in rows]
-
-
-async def names(database: Database, entries: Iterable[AuditRow]) -> dict[str, str]:
-    """The names of the keys and accounts in these entries, by id."""
-    ids = {text for entry in entries for text in (entry.actor, entry.target)}
-    rows = await database.scan(
-        "SELECT id, name FROM keys WHERE id IN (SELECT value FROM json_each(?1)) AND name <> ''"
-        " UNION ALL SELECT id, name FROM accounts WHERE id IN (SELECT value FROM json_each(?1))",
-        (msgspec.json.encode(sorted(ids)).decode(),),
-    )
-    return {row["id"]: row["name"] for row in rows}
-
-
-def _entry(row: Row) -> AuditRow:
-    return AuditRow(**{**dict(row), "detail": msgspec.json.decode(row["detail"])})
+    return [
+        AuditEntry(
+            **{
+                **dict(row),
+                "at": time_text(row["at"]),
+                "detail": msgspec.json.decode(row["detail"]),
+            }
+        )
+        for row in rows
+    ]

@@ -33,7 +33,7 @@ log = logging.getLogger("pinaivu.database")
 
 _BUSY_SECONDS = 15.0
 _MAX_WRITES_PER_COMMIT = 256
-_SLOW_SECONDS = 5.0  # of a commit that waits for the lock of another program, or for the disk
+_SLOW_SECONDS = 5.0  # of a statement that waits for the lock of another program, or for the disk
 _PROBE_SECONDS = 1.0  # between two attempts after a failure
 _PROBE_BYTES = 65536  # about what the end of a request writes
 _PROBE: SqlStatement = ("REPLACE INTO probe VALUES (1, randomblob(?))", (_PROBE_BYTES,))
@@ -63,7 +63,7 @@ class Database:
         self._committer: asyncio.Task[None]
         self._failure: str | None = None  # why the last write failed, if all would
         self._succeeded_at = self._failed_at = -math.inf
-        self._committing_since: float | None = None
+        self._waiting_since: float | None = None  # for the statement that runs
         self._probing: asyncio.Task[None] | None = None
 
     async def open(self) -> None:
@@ -120,8 +120,8 @@ class Database:
         one a second.  It does not wait longer than a slow disk may take.
         """
         now = time.monotonic()
-        if self._committing_since is not None and now - self._committing_since > _SLOW_SECONDS:
-            return f"a write has been waiting for {now - self._committing_since:.0f} s"
+        if self._waiting_since is not None and now - self._waiting_since > _SLOW_SECONDS:
+            return f"a write has been waiting for {now - self._waiting_since:.0f} s"
         if self._failure is None and now - self._succeeded_at < within:
             return None
         if self._failure is not None and now - self._failed_at < _PROBE_SECONDS:
@@ -137,7 +137,7 @@ class Database:
         with contextlib.suppress(sqlite3.Error):
             await self.write(_PROBE)
 
-    def _note_result(self, error: sqlite3.Error | None) -> None:
+    def _note_result(self, error: Exception | None) -> None:
         if error is None:
             self._failure, self._succeeded_at = None, time.monotonic()
         elif why := _PERSISTENT_ERRORS.get(_code(error)):
@@ -152,53 +152,48 @@ class Database:
             while len(batch) < _MAX_WRITES_PER_COMMIT and not self._queue.empty():
                 batch.append(self._queue.get_nowait())
             closing = None in batch
-            writes = [pending for pending in batch if pending is not None]
-            try:
+            if writes := [pending for pending in batch if pending is not None]:
                 await self._commit(writes)
-            except Exception as error:
-                if _code(error) == sqlite3.SQLITE_BUSY:  # each alone would wait as long again
-                    for _, future in writes:
-                        future.set_exception(error)
-                    continue
-                # One of them failed (or the disk did): alone, each gets its own result.
-                for pending in writes:
-                    await self._commit_alone(pending)
-
-    async def _commit_alone(self, pending: _Pending) -> None:
-        try:
-            await self._commit([pending])
-        except Exception as error:  # all of them are for the caller
-            pending[1].set_exception(error)
 
     async def _commit(self, writes: list[_Pending]) -> None:
-        if not writes:
-            return
-        self._committing_since = time.monotonic()
         try:
-            counts = await self._commit_now(writes)
-        except sqlite3.Error as error:
+            counts = await self._run(writes)
+        except Exception as error:  # all of them are for the callers
             self._note_result(error)
-            raise
+            if len(writes) > 1 and _code(error) != sqlite3.SQLITE_BUSY:
+                # One of them failed (or the disk did): alone, each gets its own result.
+                for pending in writes:
+                    await self._commit([pending])
+            else:  # of a locked database, each alone would wait as long again
+                for _, future in writes:
+                    future.set_exception(error)
+        else:
+            self._note_result(None)
+            for (_, future), count in zip(writes, counts, strict=True):
+                future.set_result(count)
         finally:
-            self._committing_since = None
-        self._note_result(None)
-        for (_, future), count in zip(writes, counts, strict=True):
-            future.set_result(count)
+            self._waiting_since = None
 
-    async def _commit_now(self, writes: list[_Pending]) -> list[list[int]]:
+    async def _run(self, writes: list[_Pending]) -> list[list[int]]:
+        """The row counts of each write's statements, in one transaction."""
         counts: list[list[int]] = []
-        await self._writer.execute("BEGIN IMMEDIATE")
+        await self._execute("BEGIN IMMEDIATE")
         try:
             for statements, _ in writes:
                 counts.append(
-                    [(await self._writer.execute(*statement)).rowcount for statement in statements]
+                    [(await self._execute(*statement)).rowcount for statement in statements]
                 )
-            await self._writer.execute("COMMIT")
+            await self._execute("COMMIT")
         except BaseException:
             if self._writer.in_transaction:
                 await self._writer.execute("ROLLBACK")
             raise
         return counts
+
+    async def _execute(self, sql: str, parameters: Sequence[Any] = ()) -> aiosqlite.Cursor:
+        # Of each statement: those of many requests may take long together on a busy machine.
+        self._waiting_since = time.monotonic()
+        return await self._writer.execute(sql, parameters)
 
 
 def _code(error: Exception) -> int:

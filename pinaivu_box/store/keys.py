@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-import sqlite3
 import string
 import zlib
 from typing import Any
@@ -14,8 +13,9 @@ from msgspec import UNSET, UnsetType
 from ulid import ULID
 
 from pinaivu_box import policy as policies
+from pinaivu_box.config import parse_span
 from pinaivu_box.errors import InvalidValue, RowConflict, RowNotFound
-from pinaivu_box.policy import Policy
+from pinaivu_box.policy import LONGEST_LIFE, Policy
 from pinaivu_box.store import accounts
 from pinaivu_box.store.accounts import Account
 from pinaivu_box.store.audit import Actor, record
@@ -135,33 +135,10 @@ def _key(row: Row) -> Key:
     try:
         fields["policy"] = _policies.decode(row["policy"])
         policies.check(fields["policy"])
-    except (msgspec.DecodeError, ValueError):
+    except ValueError:
         # An unknown setting may be a limit: this key is blocked, and no other.
         fields |= {"policy": Policy(scopes=()), "blocked": _UNREADABLE}
     return Key(**fields)
-
-
-async def create(
-    database: Database,
-    *,
-    account: Account,
-    name: str,
-    policy: Policy,
-    expires_at: int | None,
-    by: Actor,
-) -> tuple[Key, str]:
-    """Store a new key; returns it with its secret, which is not stored.
-
-    Raises InvalidValue, and RowNotFound if the account was just removed.
-    """
-    key, secret, *statements = new(account, name, policy, expires_at, by)
-    try:
-        await database.write(*statements)
-    except sqlite3.IntegrityError as error:
-        raise RowNotFound(
-            f"The account {account.name} has just been removed: choose another."
-        ) from error
-    return key, secret
 
 
 def new(
@@ -186,25 +163,17 @@ def new(
         created_at=now_ms(),
         expires_at=expires_at,
     )
-    row = {
-        "id": key.id,
-        "hash": hash_of(secret),
-        "prefix": key.prefix,
-        "last_four": key.last_four,
-        "name": name,
-        "policy": msgspec.json.encode(policy).decode(),
-        "created_at": key.created_at,
-        "expires_at": expires_at,
-    }
-    marks = ", ".join("?" * len(row))
+    shown = (name, key.prefix, key.last_four)
+    settings = (msgspec.json.encode(policy).decode(), key.created_at, expires_at)
     detail = {"name": name, "account": account.name, "policy": policy}
     return (
         key,
         secret,
         (
-            f"INSERT INTO keys ({', '.join(row)}, account_id) VALUES ({marks},"
+            "INSERT INTO keys (id, hash, name, prefix, last_four, policy, created_at, expires_at,"
+            " account_id) VALUES (?, ?, ?, ?, ?, ?, ?, ?,"
             " (SELECT id FROM accounts WHERE id = ? AND removed_at IS NULL))",
-            (*row.values(), account.id),
+            (key.id, hash_of(secret), *shown, *settings, account.id),
         ),
         record(by, "key.create", key.id, **detail, expires_at=time_text(expires_at)),
     )
@@ -317,6 +286,14 @@ async def edit(
             "look at them, and try again."
         )
     return msgspec.structs.replace(key, **changes)
+
+
+def parse_overlap(text: str) -> float:
+    """The seconds that a replaced secret stays valid.  Raises ValueError."""
+    seconds = parse_span(text)
+    if not 0 <= seconds <= LONGEST_LIFE:
+        raise ValueError("it must be from 0 to 36500d")
+    return seconds
 
 
 async def rotate(database: Database, key: Key, overlap: float, by: Actor) -> tuple[Key, str]:

@@ -1,4 +1,4 @@
-"""Creates many keys at once, and the accounts that they need: all of them, or none."""
+"""Creates keys and the accounts that they need: all of them, or none."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Draft(Struct, frozen=True):
     name: str
     account: str | None
     policy: Policy
-    expires_at: int | None
+    expires_at: int | None = None
 
 
 class NewKeys:
@@ -85,19 +85,30 @@ class NewKeys:
 
     async def _own(self, key_name: str) -> Account:
         for name in accounts.names_for_key(key_name):
-            if name not in self._taken and not await self._exists(name):
-                return self._create(name)
+            try:
+                await accounts.find(self._database, name)
+            except RowNotFound:
+                if name not in self._taken:
+                    return self._create(name)
         raise RowConflict(f"There is an account for a key {key_name} already: name one.")
-
-    async def _exists(self, name: str) -> bool:
-        try:
-            await accounts.find(self._database, name)
-        except RowNotFound:
-            return False
-        return True
 
     def _create(self, name: str) -> Account:
         account, *statements = accounts.new(name, "member", None, self._by)
         self._statements += statements
         self._taken.add(name)
         return account
+
+
+async def create(database: Database, draft: Draft, by: Actor) -> tuple[Key, str]:
+    """Store one key; returns it with its secret.  Raises as `NewKeys.add` and `write` do."""
+    try:
+        return await _create(database, draft, by)
+    except RowConflict:  # the account that it was to get was created meanwhile: it gets another
+        return await _create(database, draft, by)
+
+
+async def _create(database: Database, draft: Draft, by: Actor) -> tuple[Key, str]:
+    batch = NewKeys(database, by)
+    await batch.add(draft)
+    (created,) = await batch.write()
+    return created

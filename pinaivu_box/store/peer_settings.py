@@ -10,7 +10,7 @@ from msgspec import Meta, Struct
 from pinaivu_box import amount
 from pinaivu_box.config import HOURS
 from pinaivu_box.store.audit import Actor, record
-from pinaivu_box.store.database import Database, Row
+from pinaivu_box.store.database import Database
 
 
 class PeerLimits(Struct, frozen=True, forbid_unknown_fields=True):
@@ -26,22 +26,18 @@ class PeerLimits(Struct, frozen=True, forbid_unknown_fields=True):
     blocked: Annotated[str, Meta(min_length=1, max_length=200)] | None = None
 
 
-class PeerSettings(Struct, frozen=True):
-    """`name` is "" if the peer has the name in its certificate."""
-
-    name: str = ""
-    limits: PeerLimits = PeerLimits()
+_limits = msgspec.json.Decoder(PeerLimits)
 
 
-async def get(database: Database, node_id: str) -> PeerSettings:
-    """The settings of a peer."""
-    rows = await database.read(f"{_SELECT} WHERE node_id = ?", (node_id,))
-    return _settings(rows[0]) if rows else PeerSettings()
+async def limits_of(database: Database, node_id: str) -> PeerLimits:
+    rows = await database.read("SELECT policy FROM peers WHERE node_id = ?", (node_id,))
+    return _limits.decode(rows[0]["policy"]) if rows else PeerLimits()
 
 
-async def ls(database: Database) -> dict[str, PeerSettings]:
-    """The settings of all peers that have some, by node id."""
-    return {row["node_id"]: _settings(row) for row in await database.scan(_SELECT)}
+async def all_limits(database: Database) -> dict[str, PeerLimits]:
+    """The limits of all peers that this box has met, by node id."""
+    rows = await database.scan("SELECT node_id, policy FROM peers")
+    return {node_id: _limits.decode(policy) for node_id, policy in rows}
 
 
 async def edit(
@@ -51,10 +47,10 @@ async def edit(
     *,
     name: str | None = None,
     limits: dict[str, Any],
-) -> PeerSettings:
+) -> None:
     """Change what is given; a limit of None is reset to that of `[peering.serve]`.
 
-    Raises msgspec.ValidationError, ValueError.
+    Raises ValueError.
     """
     check(msgspec.convert(limits, PeerLimits))
     patch = msgspec.json.encode(limits).decode()
@@ -67,7 +63,6 @@ async def edit(
         ),
         record(by, "peer.edit", node_id, **({} if name is None else {"name": name}), **limits),
     )
-    return await get(database, node_id)
 
 
 def check(limits: PeerLimits) -> None:
@@ -79,10 +74,3 @@ def check(limits: PeerLimits) -> None:
             amount.parse(limits.credit_limit)
         except ValueError as error:
             raise ValueError(f"credit_limit: {error}") from None
-
-
-_SELECT = "SELECT node_id, name, policy FROM peers"
-
-
-def _settings(row: Row) -> PeerSettings:
-    return PeerSettings(row["name"], msgspec.json.decode(row["policy"], type=PeerLimits))

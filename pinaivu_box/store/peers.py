@@ -14,6 +14,7 @@ from pinaivu_box.store.database import Database, SqlStatement
 from pinaivu_box.store.times import now_ms
 
 StoredRecord = tuple[bytes, str, bytes, bytes]  # id, kind, body, signature
+_LEAVE = [(f"DELETE FROM {table}", ()) for table in ("roster", "tickets", "network")]
 _REVOCATIONS = "(SELECT count(*) FROM roster WHERE kind = 'revocation')"  # they only grow
 
 
@@ -35,11 +36,8 @@ class Invitation(NamedTuple):
 class KnownPeer(NamedTuple):
     """`name` is the one given here, "" if it has that of its certificate."""
 
-    node_id: str
     name: str
     addresses: tuple[str, ...]
-    first_seen: int | None
-    last_seen: int | None
 
 
 async def network(database: Database) -> str | None:
@@ -59,8 +57,7 @@ async def enter(
 ) -> None:
     """Enter a network with its records, and leave the one before; the tickets for that are void."""
     await database.write(
-        *_DELETE_RECORDS,
-        _DELETE_NETWORK,
+        *_LEAVE,
         ("INSERT INTO network VALUES (1, ?, ?)", (network_id, now_ms())),
         *audit,
         *map(_inserting, records),
@@ -69,7 +66,7 @@ async def enter(
 
 async def leave(database: Database, *audit: SqlStatement) -> None:
     """Leave the network; its tickets are void."""
-    await database.write(*_DELETE_RECORDS, _DELETE_NETWORK, *audit)
+    await database.write(*_LEAVE, *audit)
 
 
 async def add_records(
@@ -81,16 +78,9 @@ async def add_records(
 async def add_ticket(database: Database, ticket: Invitation, *audit: SqlStatement) -> None:
     await database.write(
         (
-            "INSERT INTO tickets (secret_sha256, name, created_at, expires_at, uses, admin,"
+            "INSERT INTO tickets (secret_sha256, name, expires_at, uses, admin, created_at,"
             f" revocations) VALUES (?, ?, ?, ?, ?, ?, {_REVOCATIONS})",
-            (
-                ticket.secret_sha256,
-                ticket.name,
-                now_ms(),
-                ticket.expires_at,
-                ticket.uses,
-                ticket.admin,
-            ),
+            (*ticket[:5], now_ms()),  # the fields that the caller sets
         ),
         *audit,
     )
@@ -99,7 +89,8 @@ async def add_ticket(database: Database, ticket: Invitation, *audit: SqlStatemen
 async def ticket(database: Database, secret_sha256: str) -> Invitation | None:
     """The ticket whose secret has that hash."""
     rows = await database.read(
-        f"SELECT *, revocations = {_REVOCATIONS} AS newest FROM tickets WHERE secret_sha256 = ?",
+        f"SELECT name, expires_at, uses, admin, revocations = {_REVOCATIONS}, created_at"
+        " FROM tickets WHERE secret_sha256 = ?",
         (secret_sha256,),
     )
     if not rows:
@@ -107,17 +98,10 @@ async def ticket(database: Database, secret_sha256: str) -> Invitation | None:
     uses = await database.read(
         "SELECT node_id FROM ticket_uses WHERE secret_sha256 = ?", (secret_sha256,)
     )
-    (row,) = rows
-    return Invitation(
-        secret_sha256,
-        row["name"],
-        row["expires_at"],
-        row["uses"],
-        bool(row["admin"]),
-        tuple(use["node_id"] for use in uses),
-        bool(row["newest"]),
-        row["created_at"],
-    )
+    name, expires_at, use_count, admin, newest, made_at = rows[0]
+    used_by = tuple(use["node_id"] for use in uses)
+    terms = (secret_sha256, name, expires_at, use_count, bool(admin))
+    return Invitation(*terms, used_by, bool(newest), made_at)
 
 
 async def use_ticket(database: Database, secret_sha256: str, node_id: str) -> None:
@@ -129,16 +113,8 @@ async def use_ticket(database: Database, secret_sha256: str, node_id: str) -> No
 
 async def known(database: Database) -> dict[str, KnownPeer]:
     """All peers that this box has met or has settings for, by node id."""
-    return {
-        row["node_id"]: KnownPeer(
-            row["node_id"],
-            row["name"],
-            tuple(json.loads(row["addresses"])),
-            row["first_seen"],
-            row["last_seen"],
-        )
-        for row in await database.read("SELECT * FROM peers")
-    }
+    rows = await database.read("SELECT node_id, name, addresses FROM peers")
+    return {node_id: KnownPeer(name, tuple(json.loads(text))) for node_id, name, text in rows}
 
 
 async def record_seen(
@@ -149,26 +125,16 @@ async def record_seen(
     await database.write(
         *(
             (
-                "INSERT INTO peers (node_id, addresses, first_seen, last_seen) VALUES (?, ?, ?, ?)"
+                "INSERT INTO peers (node_id, addresses, first_seen, last_seen)"
+                " VALUES (?1, ?2, ?3, ?3)"
                 " ON CONFLICT DO UPDATE SET addresses = excluded.addresses,"
                 " first_seen = coalesce(first_seen, excluded.first_seen),"
                 " last_seen = coalesce(excluded.last_seen, last_seen)",
-                (
-                    node_id,
-                    json.dumps(list(addresses)),
-                    *((now, now) if node_id in linked else (None, None)),
-                ),
+                (node_id, json.dumps(addresses), now if node_id in linked else None),
             )
             for node_id, addresses in addresses_of.items()
         )
     )
-
-
-_DELETE_RECORDS: tuple[SqlStatement, ...] = (
-    ("DELETE FROM roster", ()),
-    ("DELETE FROM tickets", ()),
-)
-_DELETE_NETWORK: SqlStatement = ("DELETE FROM network", ())
 
 
 def _inserting(record: StoredRecord) -> SqlStatement:

@@ -34,7 +34,7 @@ class StoredReceipt(msgspec.Struct, frozen=True):
     opening: bytes
 
 
-async def settle(
+async def store_request(
     database: Database, row: RequestRow, receipt: StoredReceipt, period: int = 0
 ) -> None:
     """Store the usage row and the receipt of a request and add it to its key's counters, in one

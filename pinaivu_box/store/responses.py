@@ -38,7 +38,19 @@ _CANNOT_GO_ON = {
 }
 _COLUMNS = ", ".join(StoredResponse.__struct_fields__)
 
-
+# A response and those before it in its conversation, of one account (?2), until their size is over
+# a limit (?3); `size` is of all up to that one.
+_CHAIN = """
+    WITH RECURSIVE chain (id, previous_id, depth, size) AS (
+        SELECT id, previous_id, 0, length(input) + length(body)
+        FROM responses WHERE id = ?1 AND account_id = ?2
+        UNION ALL
+        SELECT r.id, r.previous_id, chain.depth + 1,
+               chain.size + length(r.input) + length(r.body)
+        FROM responses AS r JOIN chain ON r.id = chain.previous_id
+        WHERE r.account_id = ?2 AND chain.size <= ?3
+    )
+"""
 # The oldest of a key that are over its limits; never the one that is being stored, nor one that is
 # still running.
 _EVICT = """
@@ -56,8 +68,6 @@ _EVICT = """
         WHERE n <= kept - ?3 OR before < size - ?4
     )
 """
-
-
 FAIL_UNFINISHED = """
     UPDATE responses SET status = 'failed', body = CAST(json_set(
         CAST(body AS TEXT), '$.status', 'failed',
@@ -71,8 +81,7 @@ async def insert(
     database: Database, response: StoredResponse, *, max_count: int, max_bytes: int
 ) -> None:
     """Store a response and delete the key's oldest beyond its limits; it is on disk on return."""
-    marks = ", ".join("?" * len(StoredResponse.__struct_fields__))
-    sql = f"INSERT INTO responses ({_COLUMNS}) VALUES ({marks})"
+    sql = f"INSERT INTO responses ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
     statement = sql, msgspec.structs.astuple(response)
     await _write_and_evict(database, statement, response, max_count, max_bytes)
 
@@ -131,20 +140,8 @@ async def conversation_size(
 ) -> int:
     """The bytes that `conversation` would read; it counts no further than one response beyond
     `max_bytes`."""
-    rows = await database.read(
-        """
-        WITH RECURSIVE chain (previous_id, size) AS (
-            SELECT previous_id, length(input) + length(body)
-            FROM responses WHERE id = ?1 AND account_id = ?2
-            UNION ALL
-            SELECT r.previous_id, chain.size + length(r.input) + length(r.body)
-            FROM responses r JOIN chain ON r.id = chain.previous_id
-            WHERE r.account_id = ?2 AND chain.size <= ?3
-        )
-        SELECT coalesce(max(size), 0) AS size FROM chain
-        """,
-        (response_id, account_id, max_bytes),
-    )
+    sql = f"{_CHAIN} SELECT coalesce(max(size), 0) AS size FROM chain"
+    rows = await database.read(sql, (response_id, account_id, max_bytes))
     return int(rows[0]["size"])
 
 
@@ -158,18 +155,8 @@ async def conversation(
     more than `max_bytes`, ResponseNotCompleted if the response has not ended, or failed.
     """
     rows = await database.read(
-        """
-        WITH RECURSIVE chain (id, previous_id, input, body, status, depth, size) AS (
-            SELECT id, previous_id, input, body, status, 0, length(input) + length(body)
-            FROM responses WHERE id = ?1 AND account_id = ?2
-            UNION ALL
-            SELECT r.id, r.previous_id, r.input, r.body, r.status, chain.depth + 1,
-                   chain.size + length(r.input) + length(r.body)
-            FROM responses r JOIN chain ON r.id = chain.previous_id
-            WHERE r.account_id = ?2 AND chain.size <= ?3
-        )
-        SELECT previous_id, input, body, status, size FROM chain ORDER BY depth DESC
-        """,
+        f"{_CHAIN} SELECT r.previous_id, r.input, r.body, r.status, chain.size"
+        " FROM chain JOIN responses AS r USING (id) ORDER BY depth DESC",
         (response_id, account_id, max_bytes),
     )
     if rows and rows[0]["size"] > max_bytes:

@@ -59,11 +59,10 @@ CURRENT = Schema(
 async def refuse_foreign(connection: aiosqlite.Connection, path: Path) -> None:
     """Raises DatabaseUnusable for a file of another program, before anything in it is changed."""
     # In this order: another process may make the tables, and write the id with them, in between.
-    async with connection.execute("SELECT count(*) FROM sqlite_schema") as cursor:
-        row = await cursor.fetchone()
-    application = await _pragma(connection, "application_id")
+    tables = await _number(connection, "SELECT count(*) FROM sqlite_schema")
+    application = await _number(connection, "PRAGMA application_id")
     # A file that nobody has written to has neither an id nor tables: it will be ours.
-    if application != APPLICATION_ID and (application or (row and row[0])):
+    if application != APPLICATION_ID and (application or tables):
         raise DatabaseUnusable(f"{path} is a database of another program: choose another --home.")
 
 
@@ -75,7 +74,7 @@ async def prepare(connection: aiosqlite.Connection, path: Path, schema: Schema) 
     # IMMEDIATE: of two processes that open a new file at once, the second waits and finds it done.
     await connection.execute("BEGIN IMMEDIATE")
     try:
-        version = await _pragma(connection, "user_version")
+        version = await _number(connection, "PRAGMA user_version")
         if version == 0:
             for statement in _statements(schema.script):
                 await connection.execute(statement)
@@ -112,7 +111,6 @@ def _statements(script: str) -> Iterator[str]:
             statement = ""
 
 
-async def _pragma(connection: aiosqlite.Connection, name: str) -> int:
-    async with connection.execute(f"PRAGMA {name}") as cursor:
-        row = await cursor.fetchone()
-    return int(row[0]) if row else 0
+async def _number(connection: aiosqlite.Connection, query: str) -> int:
+    ((number,),) = await connection.execute_fetchall(query)
+    return int(number)

@@ -56,6 +56,10 @@ class Sums(msgspec.Struct):
     total_ms: Counter[int] = msgspec.field(default_factory=Counter)
     errors: Counter[str] = msgspec.field(default_factory=Counter)
 
+    @property
+    def tokens(self) -> int:
+        return self.prompt_tokens + self.completion_tokens
+
     def add(self, other: Sums) -> None:
         for name in self.__struct_fields__:
             setattr(self, name, getattr(self, name) + getattr(other, name))
@@ -104,16 +108,14 @@ async def busiest(database: Database, selection: UsageFilter, kind: Who, limit: 
 def ranked(selection: UsageFilter, kind: Who, limit: int) -> SqlStatement:
     """The statement of `busiest`."""
     level: Level = "key" if selection.key_id is not None else kind
-    used, refused = (
-        _conditions("usage", selection, level),
-        _conditions("refusals", selection, "key"),
-    )
+    used, used_values = _where(_conditions("usage", selection, level))
+    refused, refused_values = _where(_conditions("refusals", selection, "key"))
     return (
         f"SELECT who FROM (SELECT {_label(kind, level)} AS who,"
-        f" prompt_tokens + completion_tokens AS tokens FROM usage{_where(used)}"
-        f" UNION ALL SELECT {_label(kind, 'key')}, 0 FROM refusals{_where(refused)})"
+        f" prompt_tokens + completion_tokens AS tokens FROM usage{used}"
+        f" UNION ALL SELECT {_label(kind, 'key')}, 0 FROM refusals{refused})"
         " GROUP BY who ORDER BY sum(tokens) DESC, who LIMIT ?",
-        (*_values(used), *_values(refused), limit),
+        (*used_values, *refused_values, limit),
     )
 
 
@@ -128,11 +130,8 @@ async def names_of(database: Database, kind: Who, ids: set[str]) -> dict[str, st
 
 
 _TOTALS = ("requests", "prompt_tokens", "cached_tokens", "completion_tokens", "amount")
-
-
-_TABLES: dict[
-    str, tuple[tuple[str, ...], tuple[str, ...]]
-] = {  # the columns to sum, and those to group by as well
+# The columns to sum, and those to group by as well.
+_TABLES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "usage": (_TOTALS, ()),
     "latencies": (("count",), ("kind", "ms")),
     "refusals": (("count",), ("code",)),
@@ -153,10 +152,10 @@ def summed(
         name = _label("key" if "key" in by else "account", level)
         encoded = msgspec.json.encode(only).decode()
         conditions = [(f"{name} IN (SELECT value FROM json_each(?))", (encoded,)), *conditions]
-    grouped = f" GROUP BY {groups}" if groups else ""
-    having = "" if groups else " HAVING count(*) > 0"  # without it, no rows would give one row
-    sql = f"SELECT {selected} FROM {table}{_where(conditions)}{grouped}{having}"
-    return sql, _values(conditions)
+    # Without HAVING, no rows would give one row.
+    grouped = f" GROUP BY {groups}" if groups else " HAVING count(*) > 0"
+    where, values = _where(conditions)
+    return f"SELECT {selected} FROM {table}{where}{grouped}", values
 
 
 def _level(table: str, selection: UsageFilter, by: tuple[By, ...]) -> Level:
@@ -195,10 +194,8 @@ def _conditions(table: str, selection: UsageFilter, level: Level) -> list[_Condi
     return conditions
 
 
-def _where(conditions: list[_Condition]) -> str:
+def _where(conditions: list[_Condition]) -> _Condition:
+    """The clause of all conditions."""
     text = " AND ".join(condition for condition, _ in conditions)
-    return f" WHERE {text}" if text else ""
-
-
-def _values(conditions: list[_Condition]) -> tuple[Any, ...]:
-    return tuple(value for _, values in conditions for value in values)
+    values = tuple(value for _, values in conditions for value in values)
+    return f" WHERE {text}" if text else "", values

@@ -5,16 +5,18 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from random import Random
-from typing import Any, Protocol
-from weakref import WeakSet
+from typing import Protocol
 
 from pinaivu_box import backoff
 from pinaivu_box.errors import LinkLost, PeeringError, WrongPeer
-from pinaivu_box.tasks import ignore_exception
-from pinaivu_box.transport.transport import Link, Stream, Transport
-from pinaivu_box.transport.wire import REFUSED, Code
+from pinaivu_box.tasks import TaskSet, ignore_exception
+from pinaivu_box.transport.link import Link, Stream
+from pinaivu_box.transport.streams import StreamRouter
+from pinaivu_box.transport.transport import Transport
+from pinaivu_box.transport.wire import REFUSED, Code, Open
 
 DIAL_SECONDS = 10.0
 _FIRST_BACKOFF_SECONDS, _MAX_BACKOFF_SECONDS = 1.0, 60.0
@@ -25,38 +27,15 @@ _RETIRE_SECONDS = 1.0  # in which the peer has chosen between the two as well
 log = logging.getLogger(__name__)
 
 
-class OpenLink:
-    """A link and the streams over it: `inbound_streams` that the peer has opened, and those
-    that we have opened and that are still referenced.  `since` in Unix seconds, `opened_at` on the
-    monotonic clock; `dialed`: by this box."""
-
-    def __init__(self, link: Link, dialed: bool) -> None:
-        self.link, self.dialed = link, dialed
-        self.peer = link.peer
-        self.since, self.opened_at = time.time(), time.monotonic()
-        self.inbound_streams = 0
-        self.outbound_streams: WeakSet[Stream] = WeakSet()
-
-    @property
-    def idle(self) -> bool:
-        return not self.inbound_streams and not self.outbound_streams
-
-
 class LinkOwner(Protocol):
-    """What the owner of the links is told and asked."""
+    """Who is notified of links, and knows where peers are."""
 
-    def serve_streams(self, link: OpenLink) -> None:
-        """Serve the streams that the peer opens."""
+    def link_opened(self, link: Link) -> None: ...
 
-    def link_opened(self, link: OpenLink) -> None: ...
-
-    def link_closed(self, link: OpenLink, why: LinkLost) -> None: ...
+    def link_closed(self, link: Link, why: LinkLost) -> None: ...
 
     def addresses(self, peer: str) -> Sequence[str]:
         """Return where the peer may be, the most likely first."""
-
-    def spawn(self, work: Coroutine[Any, Any, None]) -> object:
-        """Run something in the background."""
 
 
 class _DialState:
@@ -68,22 +47,32 @@ class _DialState:
 
 
 class LinkManager:
-    """`by_peer`: the links of this box, by node id."""
+    """`by_peer`: the links of this box, by node id.  Streams that peers open go to `router`; what
+    runs beside the caller is in `tasks`."""
 
-    def __init__(self, transport: Transport, owner: LinkOwner, random: Random) -> None:
-        self.by_peer: dict[str, OpenLink] = {}
-        self._transport, self._owner, self._random = transport, owner, random
-        self._dialing: dict[str, asyncio.Task[OpenLink]] = {}
+    def __init__(
+        self,
+        transport: Transport,
+        owner: LinkOwner,
+        router: StreamRouter,
+        tasks: TaskSet,
+        random: Random,
+    ) -> None:
+        self.by_peer: dict[str, Link] = {}
+        self._transport, self._owner, self._router = transport, owner, router
+        self._spawn, self._random = tasks.spawn, random
+        self._dialing: dict[str, asyncio.Task[Link]] = {}
         self._dial_states: dict[str, _DialState] = {}
-        self._retiring: dict[str, OpenLink] = {}
+        self._retiring: dict[str, Link] = {}
 
     def __len__(self) -> int:
         return len(self.by_peer.keys() | self._dialing.keys())
 
-    def all_to(self, peer: str) -> list[OpenLink]:
-        """Return every link to a peer, also one that is about to end."""
-        links = (self.by_peer.get(peer), self._retiring.get(peer))
-        return [link for link in links if link is not None]
+    def close(self, peer: str, code: Code, reason: str) -> None:
+        """Close every link to a peer, also one that is about to end."""
+        for links in (self.by_peer, self._retiring):
+            if link := links.get(peer):
+                self._spawn(link.close(code, reason))
 
     def not_to_dial(self) -> set[str]:
         """Return the peers that are linked, being dialed, or not to be dialed yet."""
@@ -99,8 +88,18 @@ class LinkManager:
         state = self._dial_states.get(peer)
         return state.error if state else ""
 
-    async def get(self, peer: str) -> OpenLink:
-        """Return the link to a peer, made if need be.  Raises Unreachable, WrongPeer, LinkLost."""
+    async def open(self, peer: str, opening: Open) -> Stream:
+        """Open a stream to a peer, over a new link if there is none.  Raises Unreachable,
+        WrongPeer, LinkLost."""
+        while True:
+            link = await self._get(peer)
+            try:
+                return await link.open(opening)
+            except LinkLost:
+                if self.by_peer.get(peer) in (link, None):
+                    raise  # else it was replaced by another one
+
+    async def _get(self, peer: str) -> Link:
         if link := self.by_peer.get(peer):
             return link
         try:
@@ -110,7 +109,7 @@ class LinkManager:
                 return link
             raise
 
-    def dial(self, peer: str) -> asyncio.Task[OpenLink]:
+    def dial(self, peer: str) -> asyncio.Task[Link]:
         """Return the task that makes a link; all who want it while it is made get the same."""
         if peer not in self._dialing:
             task = asyncio.create_task(self._dial(peer))
@@ -118,16 +117,16 @@ class LinkManager:
             task.add_done_callback(ignore_exception)
         return self._dialing[peer]
 
-    async def _dial(self, peer: str) -> OpenLink:
+    async def _dial(self, peer: str) -> Link:
         try:
             addresses = self._owner.addresses(peer)
             link = await self._transport.connect(peer, addresses, DIAL_SECONDS)
         except PeeringError as error:
-            self._back_off(peer, error, refused=isinstance(error, WrongPeer) or _is_refusal(error))
+            self._back_off(peer, error)
             raise
         finally:
             self._dialing.pop(peer, None)
-        return self.add(link, dialed=True)
+        return self.add(link)
 
     async def accept_links(self) -> None:
         """Accept links until the transport is closed."""
@@ -136,78 +135,76 @@ class LinkManager:
                 link = await self._transport.accept()
             except LinkLost:
                 return
-            self.add(link, dialed=False)
+            self.add(link)
 
-    def add(self, link: Link, *, dialed: bool) -> OpenLink:
+    def add(self, new: Link) -> Link:
         """Add a link, and return the one that is kept of this and an older one to the peer."""
-        new, old = OpenLink(link, dialed), self.by_peer.get(link.peer)
+        old = self.by_peer.get(new.peer)
         if old is None:
             return self._install(new)
         age = time.monotonic() - old.opened_at
         simultaneous = old.dialed != new.dialed and age <= _SIMULTANEOUS_SECONDS
         if simultaneous and new.dialed != (self._transport.node_id < new.peer):
-            self._owner.serve_streams(new)
-            self._owner.spawn(self._retire(new, "there is another link between the two"))
+            self._spawn(self._serve(new))
+            self._spawn(self._retire(new, "there is another link between the two"))
             return old
         self._remove(old, LinkLost("Another link took its place.", code=Code.SECOND))
         reason = "another link took its place"
         if simultaneous:
-            self._owner.spawn(self._retire(old, reason))
+            self._spawn(self._retire(old, reason))
         else:  # the peer was restarted, and the old link leads nowhere
-            self._owner.spawn(old.link.close(Code.SECOND, reason))
+            self._spawn(old.close(Code.SECOND, reason))
         return self._install(new)
 
-    def _install(self, link: OpenLink) -> OpenLink:
+    def _install(self, link: Link) -> Link:
         self.by_peer[link.peer] = link
-        self._owner.spawn(self._watch(link))
-        self._owner.serve_streams(link)
+        self._spawn(self._serve(link))
         self._owner.link_opened(link)
         return link
 
-    async def _retire(self, link: OpenLink, reason: str) -> None:
+    async def _serve(self, link: Link) -> None:
+        """Serve the streams that the peer opens, until the link ends."""
+        with suppress(LinkLost):
+            while True:
+                self._spawn(self._router.handle(await link.accept()))
+        why = await link.closed()
+        if self.by_peer.get(link.peer) is link:
+            self._remove(link, why)
+            if link.dialed and why.code != Code.SECOND:
+                was_stable = time.monotonic() - link.opened_at >= _SIMULTANEOUS_SECONDS
+                self._back_off(link.peer, why, restart=was_stable)
+
+    async def _retire(self, link: Link, reason: str) -> None:
         """Close the second of two links that were made at the same time (both sides keep the one
         that the smaller node id made), as soon as the peer has had time to see that and no stream
         runs over it any more.  One at a time for each peer: else dialing again and again would make
         many."""
         if link.peer not in self._retiring:
             self._retiring[link.peer] = link
-            closed = asyncio.ensure_future(link.link.closed())
+            closed = asyncio.ensure_future(link.closed())
             try:
                 await asyncio.wait([closed], timeout=_RETIRE_SECONDS)
-                while not (link.idle or closed.done()):
+                while link.streams and not closed.done():
                     await asyncio.wait([closed], timeout=_RETIRE_SECONDS)
             finally:
                 del self._retiring[link.peer]
                 closed.cancel()
-        await link.link.close(Code.SECOND, reason)
+        await link.close(Code.SECOND, reason)
 
-    async def _watch(self, link: OpenLink) -> None:
-        why = await link.link.closed()
-        if self.by_peer.get(link.peer) is link:
-            self._remove(link, why)
-            if link.dialed and why.code != Code.SECOND:
-                was_stable = time.monotonic() - link.opened_at >= _SIMULTANEOUS_SECONDS
-                self._back_off(link.peer, why, refused=_is_refusal(why), restart=was_stable)
-
-    def _remove(self, link: OpenLink, why: LinkLost) -> None:
+    def _remove(self, link: Link, why: LinkLost) -> None:
         del self.by_peer[link.peer]
         self._owner.link_closed(link, why)
 
-    def _back_off(
-        self, peer: str, error: PeeringError, *, refused: bool, restart: bool = False
-    ) -> None:
+    def _back_off(self, peer: str, error: PeeringError, *, restart: bool = False) -> None:
         """Do not dial a peer for a time that grows with its failures in a row; `restart` counting
         them anew."""
         state = self._dial_states.setdefault(peer, _DialState())
         failures = 0 if restart else state.failures
-        first, longest = (
-            (_REFUSED_BACKOFF_SECONDS, _REFUSED_BACKOFF_SECONDS)
-            if refused
-            else (_FIRST_BACKOFF_SECONDS, _MAX_BACKOFF_SECONDS)
-        )
-        state.retry_at = time.monotonic() + backoff.delay(
-            failures + 1, first, longest, self._random
-        )
+        first, longest = _FIRST_BACKOFF_SECONDS, _MAX_BACKOFF_SECONDS
+        if isinstance(error, WrongPeer) or (isinstance(error, LinkLost) and error.code in REFUSED):
+            first = longest = _REFUSED_BACKOFF_SECONDS
+        delay = backoff.delay(failures + 1, first, longest, self._random)
+        state.retry_at = time.monotonic() + delay
         state.failures = 0 if restart else failures + 1
         state.error = error.message
         log.debug("no link to %s: %s", peer, error.message)
@@ -215,7 +212,3 @@ class LinkManager:
     def reset_backoff(self) -> None:
         """Every peer may be dialed at once."""
         self._dial_states.clear()
-
-
-def _is_refusal(error: PeeringError) -> bool:
-    return isinstance(error, LinkLost) and error.code in REFUSED

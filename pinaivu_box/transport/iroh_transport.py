@@ -20,10 +20,10 @@ from iroh import IrohError
 from pinaivu_box.errors import CliError, LinkLost, Unreachable, WrongPeer
 from pinaivu_box.identity import NODE_PREFIX, Identity
 from pinaivu_box.tasks import TaskSet, ignore_exception
-from pinaivu_box.text import END, number
+from pinaivu_box.text import END, host_and_port
 from pinaivu_box.transport import iroh_bindings, wire
-from pinaivu_box.transport.link import Handshake, PeerLink
-from pinaivu_box.transport.transport import LinkRoute, is_relay
+from pinaivu_box.transport.link import LinkOptions, LinkView
+from pinaivu_box.transport.transport import Transport, is_relay, no_answer
 
 READ_BYTES = 128 * 1024
 # iroh gives the end of a connection as text alone.
@@ -83,7 +83,7 @@ class IrohConnection:
         self._why: LinkLost | None = None
         self._tasks = TaskSet()
         self.spawn = self._tasks.spawn
-        self._end: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._ended = asyncio.Event()
         self._spare: asyncio.Future[iroh.BiStream] | None = None
         # Windows stay as they are: that of the whole link is unlimited, and cannot be made smaller.
         connection.set_max_concurrent_bi_streams(wire.MAX_STREAMS)
@@ -142,25 +142,21 @@ class IrohConnection:
         if self._close_reason() is None:
             self._why = why
             self._connection.close(int(why.code or 0), wire.cut(why.reason))
-            self._set_end()
+            self._ended.set()
 
     async def _watch(self) -> None:
         await self._connection.closed()
-        self._set_end()
-
-    def _set_end(self) -> None:
-        if not self._end.done():
-            self._end.set_result(None)
+        self._ended.set()
 
     async def closed(self) -> LinkLost:
-        await asyncio.shield(self._end)
+        await self._ended.wait()
         return self.lost()
 
-    def route(self) -> LinkRoute:
+    def route(self) -> LinkView:
         for path in self._connection.paths():
             if path.is_selected:
-                return LinkRoute(path.is_ip, path.remote_addr, float(path.rtt_ms))
-        return LinkRoute(direct=False, address="", rtt_ms=None)
+                return LinkView(path.is_ip, path.remote_addr, float(path.rtt_ms))
+        return LinkView(direct=False, address="", rtt_ms=None)
 
     def lost(self) -> LinkLost:
         """Return why a call failed: the link has ended, or else the stream alone."""
@@ -183,17 +179,15 @@ def _link_lost(peer: str, text: str) -> LinkLost:
     return LinkLost(f"The link to {wire.short(peer)} is lost: {text}.")
 
 
-class IrohTransport:
-    """A `transport.Transport` over QUIC; made by `await IrohTransport.bind(...)`."""
+class IrohTransport(Transport):
+    """A transport over QUIC; made by `await IrohTransport.bind(...)`."""
 
     def __init__(
-        self, endpoint: iroh.Endpoint, handshake: Handshake, relays: Sequence[str] = ()
+        self, endpoint: iroh.Endpoint, options: LinkOptions | None, relays: Sequence[str]
     ) -> None:
         """`relays`: URLs, of which iroh chooses one."""
-        self.node_id = NODE_PREFIX + endpoint.id().to_bytes().hex()
-        self._endpoint = endpoint
-        self._handshake = handshake
-        self._relays = relays
+        super().__init__(NODE_PREFIX + endpoint.id().to_bytes().hex(), options)
+        self._endpoint, self._relays = endpoint, relays
         self._listening = asyncio.create_task(self._listen())
 
     @classmethod
@@ -203,7 +197,7 @@ class IrohTransport:
         host: str,
         port: int,
         relay: str = "none",
-        handshake: Handshake | None = None,
+        options: LinkOptions | None = None,
     ) -> IrohTransport:
         """Listen on an IP address of this machine; `port` 0 is any free one, `relay` "none", "n0"
         (the public ones of iroh's makers) or a relay's URL.  Raises CliError if that fails."""
@@ -223,7 +217,7 @@ class IrohTransport:
                 f"Peering cannot use UDP port {port} of {host} ({why}): another program may have "
                 "it, or the address is not this machine's; choose others."
             ) from error
-        return cls(endpoint, handshake or Handshake(), relays.relay_map().urls())
+        return cls(endpoint, options, relays.relay_map().urls())
 
     def addresses(self) -> list[str]:
         here = self._endpoint.addr()
@@ -238,18 +232,7 @@ class IrohTransport:
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._endpoint.online(), _RELAY_CHOICE_SECONDS)
 
-    async def connect(self, node_id: str, addresses: Sequence[str], timeout: float) -> PeerLink:
-        if node_id == self.node_id:
-            raise Unreachable("That is this box itself: a box does not link to itself.")
-        try:
-            async with asyncio.timeout(timeout):
-                connection = await self.dial(node_id, addresses)
-                return await self._handshake.upgrade_outbound(connection)
-        except TimeoutError as error:
-            raise _no_answer(node_id, addresses, timeout) from error
-
     async def dial(self, node_id: str, addresses: Sequence[str]) -> IrohConnection:
-        """Make a connection without a Hello.  Raises Unreachable, WrongPeer."""
         try:
             key = iroh.EndpointId.from_bytes(bytes.fromhex(node_id.removeprefix(NODE_PREFIX)))
         except (ValueError, IrohError) as error:
@@ -270,8 +253,8 @@ class IrohTransport:
 
     async def _listen(self) -> None:
         while (incoming := await self._endpoint.accept_next()) is not None:
-            if self._handshake.make_room():
-                self._handshake.upgrade_inbound(partial(self._accept_connection, incoming))
+            if self.make_room():
+                self.upgrade_inbound(partial(self._accept_connection, incoming))
             else:
                 with suppress(IrohError, TimeoutError):
                     await asyncio.wait_for(incoming.refuse(), _CLOSE_SECONDS)
@@ -282,11 +265,8 @@ class IrohTransport:
         except IrohError as error:
             raise Unreachable(f"A handshake failed: {_last_line(error.message())}.") from error
 
-    async def accept(self) -> PeerLink:
-        return await self._handshake.accept()
-
     async def close(self) -> None:
-        await self._handshake.close()
+        await super().close()
         with suppress(IrohError, TimeoutError):
             async with asyncio.timeout(_CLOSE_SECONDS):
                 await self._endpoint.close()
@@ -333,17 +313,7 @@ def has_ipv6() -> bool:
 
 
 def _is_loopback(address: str) -> bool:
-    return ipaddress.ip_address(_split(address)[0]).is_loopback
-
-
-def _split(address: str) -> tuple[str, int]:
-    """Split `HOST:PORT` or `[V6]:PORT`.  Raises ValueError."""
-    host, _, port = address.rpartition(":")
-    if not host:
-        raise ValueError(f"'{address}' is not an address: write HOST:PORT")
-    if (port_number := number(port)) is None:
-        raise ValueError(f"'{address}' is not an address: '{port}' is not a port")
-    return host.strip("[]"), port_number
+    return ipaddress.ip_address(host_and_port(address)[0]).is_loopback
 
 
 async def _resolve(addresses: Sequence[str]) -> tuple[str | None, list[str]]:
@@ -357,7 +327,7 @@ async def _resolve(addresses: Sequence[str]) -> tuple[str | None, list[str]]:
             relay = relay or address
             continue
         try:
-            host, port = _split(address)
+            host, port = host_and_port(address)
             infos = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_DGRAM)
         except (ValueError, OSError) as error:
             failures.append(f"{address}: {error}")
@@ -371,22 +341,13 @@ async def _resolve(addresses: Sequence[str]) -> tuple[str | None, list[str]]:
     return relay, list(dict.fromkeys(direct))
 
 
-def _no_answer(node_id: str, addresses: Sequence[str], seconds: float) -> Unreachable:
-    relayed = any(is_relay(address) for address in addresses)
-    return Unreachable(
-        f"{wire.short(node_id)} did not answer at {', '.join(addresses)} within {seconds:g} s: see "
-        "that it runs with peering on, that the address is right, and that no firewall stops that "
-        f"UDP port{', or that both boxes reach the relay' * relayed}."
-    )
-
-
 def _explain_failure(
     node_id: str, addresses: Sequence[str], message: str
 ) -> Unreachable | WrongPeer:
     name, where, why = wire.short(node_id), ", ".join(addresses), _last_line(message)
     if _WRONG_KEY in why and "aborted by peer" not in why:
         return WrongPeer(
-            f"Another box than {name} answers at {where}: it has moved, or somebody is in its "
+            f"{WrongPeer.beginning}{name} answers at {where}: it has moved, or somebody is in its "
             "place; ask its operator for a new ticket."
         )
     if "known protocol" in why:
@@ -395,7 +356,7 @@ def _explain_failure(
             "two boxes."
         )
     if why == "timed out":
-        return _no_answer(node_id, addresses, _IROH_DIAL_SECONDS)
+        return no_answer(node_id, addresses, _IROH_DIAL_SECONDS)
     return Unreachable(f"{name} cannot be reached at {where}: {why}.")
 
 

@@ -18,7 +18,8 @@ from zeroconf.asyncio import AsyncServiceBrowser, AsyncServiceInfo, AsyncZerocon
 
 from pinaivu_box.errors import CliError
 from pinaivu_box.identity import NODE_PREFIX
-from pinaivu_box.text import number
+from pinaivu_box.text import host_and_port
+from pinaivu_box.transport import wire
 
 TYPE = "_pinaivu._udp.local."
 _MAX_KEY_CHARACTERS = 32  # of the key in a service's name: a DNS label has room for 63
@@ -77,10 +78,9 @@ def _service(
 
 
 def _numeric(address: str) -> tuple[ipaddress.IPv4Address, int] | None:
-    host, _, port = address.rpartition(":")
-    port_number = number(port)
     try:
-        return None if port_number is None else (ipaddress.IPv4Address(host), port_number)
+        host, port = host_and_port(address)
+        return ipaddress.IPv4Address(host), port
     except ValueError:
         return None  # a relay's URL, or IPv6, whose ports may differ
 
@@ -116,5 +116,5 @@ def _box(info: AsyncServiceInfo) -> LanBox | None:
     if not node.startswith(NODE_PREFIX) or port is None:
         return None
     addresses = [f"{ip}:{port}" for ip in info.parsed_addresses(IPVersion.V4Only)]
-    name = "".join(letter for letter in properties.get("name", "") if letter.isprintable())
-    return LanBox(node, name[:64], addresses, properties.get("software", "")[:64])
+    name = wire.printable(properties.get("name", ""))[:64]
+    return LanBox(node, name, addresses, properties.get("software", "")[:64])

@@ -1,31 +1,35 @@
-"""Links and streams as `transport` defines them, made of a plain encrypted connection: handshake,
+"""A link to a peer and the streams over it, made of a plain encrypted connection: handshake,
 framing, heartbeats."""
 
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
-from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
+from weakref import WeakSet
+
+import msgspec
+from msgspec import Struct, msgpack
 
 from pinaivu_box import __version__
-from pinaivu_box.errors import LinkLost, PeeringError, ProtocolError
+from pinaivu_box.errors import LinkLost, PeerRefused, ProtocolError
 from pinaivu_box.tasks import ignore_exception
 from pinaivu_box.transport import wire
-from pinaivu_box.transport.transport import LinkFacts, LinkRoute
-from pinaivu_box.transport.wire import Code, Hello
+from pinaivu_box.transport.wire import Code, Hello, Open, Refusal
 
-HANDSHAKE_SECONDS = 10.0
-MAX_INBOUND_HANDSHAKES = 32  # with strangers, at a time
-MAX_UNACCEPTED_LINKS = 64
-_EVICTION_SECONDS = 1.0  # a handshake that takes longer makes room for others
-SHUTDOWN_REASON = "the box is shutting down"
-
-log = logging.getLogger(__name__)
 T = TypeVar("T")
+_refusals = msgpack.Decoder(Refusal)
+
+
+class LinkView(Struct, frozen=True):
+    """How a peer is reached.  `direct`: not by a relay.  `rtt_ms`: the latest round-trip time, in
+    whole milliseconds, null if there is none."""
+
+    direct: bool
+    address: str
+    rtt_ms: float | None
 
 
 class Pipe(Protocol):
@@ -68,19 +72,22 @@ class Connection(Protocol):
     async def closed(self) -> LinkLost:
         """Wait for the end, which after `close` has come."""
 
-    def route(self) -> LinkRoute: ...
+    def route(self) -> LinkView: ...
 
 
 @dataclass(frozen=True)
-class HeartbeatTiming:
-    """`interval`: seconds between two heartbeats.  The link is lost after `max_silent` beats of
-    ours in which nothing at all came, and after `max_stuck` in which the peer's machine answered,
-    but its program sent nothing.
+class LinkOptions:
+    """`versions` of the protocol that this box supports, and its wall `clock`, in Unix seconds.
 
-    Beats are counted, not seconds: a process that was stopped itself gives its peers time.
+    A heartbeat is sent each `beat_seconds`.  The link is lost after `max_silent` beats of ours in
+    which nothing at all came, and after `max_stuck` in which the peer's machine answered, but its
+    program sent nothing.  Beats are counted, not seconds: a process that was stopped itself gives
+    its peers time.
     """
 
-    interval: float = 1.0
+    versions: tuple[int, ...] = wire.VERSIONS
+    clock: Callable[[], float] = time.time
+    beat_seconds: float = 1.0
     max_silent: int = 4
     max_stuck: int = 30
 
@@ -108,13 +115,28 @@ class SharedCall(Generic[T]):
             self._task.cancel()
 
 
-class FramedStream:
-    """A `transport.Stream` over a pipe, whose frames have at most `max_bytes`."""
+class Stream:
+    """Frames both ways, in order: one conversation.
 
-    def __init__(self, link: PeerLink, pipe: Pipe, max_bytes: int) -> None:
-        self._link = link
+    It must be ended: by `finish` on both sides, or by `abandon`.  One task may send while another
+    receives.  A receive that is cancelled loses nothing; a send that is cancelled abandons the
+    stream, since a part of its frame may have gone out.
+    """
+
+    def __init__(
+        self,
+        link: Link,
+        pipe: Pipe,
+        opening: Open | None = None,
+        max_bytes: int = wire.MAX_FRAME_BYTES,
+    ) -> None:
+        """`opening` is sent together with the first frames; then the first response may be a
+        `Refusal`.  The peer's frames have at most `max_bytes`."""
+        self.link = link
         self._pipe = pipe
         self._max_bytes = max_bytes
+        self._unsent = b"" if opening is None else wire.frame(wire.encode(opening))
+        self._may_be_refused = opening is not None
         self._read = SharedCall(pipe.read)
         self._buffer = bytearray()
         self._sending = asyncio.Lock()
@@ -122,12 +144,15 @@ class FramedStream:
         self._error: LinkLost | ProtocolError | None = None
 
     async def send(self, *frames: bytes) -> None:
+        """Wait until the frames are on their way.  Raises LinkLost; ValueError if one is empty or
+        over `wire.MAX_FRAME_BYTES`."""
         for frame in frames:
             if not 0 < len(frame) <= wire.MAX_FRAME_BYTES:
                 raise ValueError(f"a frame has 1 to {wire.MAX_FRAME_BYTES} bytes, not {len(frame)}")
-        await self._write(b"".join(wire.LENGTH.pack(len(frame)) + frame for frame in frames))
+        await self._write(b"".join(map(wire.frame, frames)))
 
     async def finish(self) -> None:
+        """Send no more; the peer may go on.  Raises LinkLost."""
         if not self._end_sent:
             await self._write(wire.END_FRAME)
             self._end_sent = True
@@ -139,8 +164,9 @@ class FramedStream:
                 raise self._error
             if self._end_sent:
                 raise ValueError("nothing is sent after the end")
+            opening, self._unsent = self._unsent, b""
             try:
-                await self._pipe.write(data)
+                await self._pipe.write(opening + data)
             except LinkLost as lost:
                 self._fail(lost)
                 raise
@@ -149,15 +175,24 @@ class FramedStream:
                 raise
 
     async def receive(self) -> bytes | None:
+        """Wait for the next frame; returns None once the peer has finished.  Raises LinkLost if
+        nothing more will come, PeerRefused if the peer refuses the stream, and ProtocolError if
+        what came is not a frame (then the link is closed)."""
+        if self._unsent:
+            await self._write(b"")
         while True:
             if self._error:
                 raise self._error
-            if (frame := self._next_frame()) is not None or self._end_received:
+            frame = self._next_frame()
+            if frame is not None and self._may_be_refused:
+                self._may_be_refused = False
+                self._raise_if_refused(frame)
+            if frame is not None or self._end_received:
                 return frame
             data = await self._read_pipe()
-            self._link.stuck_beats = 0
+            self.link.stuck_beats = 0
             if not data:
-                self._fail(LinkLost(f"{wire.short(self._link.peer)} abandoned the stream."))
+                self._fail(LinkLost(f"{wire.short(self.link.peer)} abandoned the stream."))
             self._buffer += data
 
     async def _read_pipe(self) -> bytes:
@@ -182,7 +217,7 @@ class FramedStream:
             return None
         if length > self._max_bytes:
             sentence = f"a frame of {length} bytes was announced, and {self._max_bytes} are allowed"
-            self._error = self._link.close_for_violation(sentence)
+            self._error = self.link.close_for_violation(sentence)
             raise self._error
         if len(self._buffer) < start + length:
             return None
@@ -190,7 +225,17 @@ class FramedStream:
         del self._buffer[: start + length]
         return frame
 
+    def _raise_if_refused(self, frame: bytes) -> None:
+        try:
+            refusal = _refusals.decode(frame)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            return
+        self.abandon()
+        reason = wire.printable(refusal.message)
+        raise PeerRefused(f"{wire.short(self.link.peer)} refused: {reason}", code=refusal.code)
+
     def abandon(self) -> None:
+        """Stop both directions at once; the peer sees LinkLost.  What is on its way may be lost."""
         if not self._error and not (self._end_sent and self._end_received):
             self._fail(LinkLost("This side abandoned the stream."))
 
@@ -201,55 +246,60 @@ class FramedStream:
         self._pipe.reset()
 
 
-class PeerLink:
-    """A `transport.Link`.  `on_closed` is called once, when it is over.  After the constructor
-    comes `exchange_hello`."""
+class Link:
+    """A link to one peer, which has proven its key.  After the constructor comes `exchange_hello`.
+
+    `dialed`: by this box.  `opened_at` is on the monotonic clock.  `version` is the agreed one of
+    the protocol, `software` what the peer says that it runs, `clock_ahead` by how many seconds its
+    clock was ahead of ours when the link began.  `streams` are those of either side that are for a
+    purpose and still referenced.
+    """
 
     def __init__(
         self,
         connection: Connection,
-        heartbeats: HeartbeatTiming,
-        on_closed: Callable[[PeerLink], None],
+        options: LinkOptions,
+        on_closed: Callable[[Link], None],
+        *,
+        dialed: bool,
     ) -> None:
-        self.peer = connection.peer
+        """`on_closed` is called once, when it is over."""
+        self.peer, self.route = connection.peer, connection.route
+        self.dialed, self.opened_at = dialed, 0.0
+        self.version, self.software, self.clock_ahead = 0, "", 0.0
+        self.streams: WeakSet[Stream] = WeakSet()
         self.stuck_beats = 0  # beats since the peer's program sent anything
-        self._connection = connection
-        self._heartbeats = heartbeats
+        self._connection, self._options = connection, options
         self._accept = SharedCall(connection.accept)
-        self._hello = Hello(versions=(0,), software="", clock=0.0)
-        self._version = 0
-        self._clock_ahead = 0.0
         self._tasks = [
             asyncio.create_task(self._send_heartbeats()),
             asyncio.create_task(self._receive_heartbeats()),
         ]
         self._end = asyncio.create_task(self._wait_until_closed(on_closed))
 
-    async def exchange_hello(
-        self, ours: Hello, clock: Callable[[], float], *, initiator: bool
-    ) -> None:
-        """Exchange Hellos and agree on a version; the `initiator` made the connection.  Raises
-        LinkLost, ProtocolError."""
-        pipe = await (self._connection.open() if initiator else self._connection.accept())
-        stream = FramedStream(self, pipe, wire.MAX_HELLO_BYTES)
-        if initiator:
+    async def exchange_hello(self) -> None:
+        """Exchange Hellos and agree on a version.  Raises LinkLost, ProtocolError."""
+        ours = Hello(self._options.versions, __version__, self._options.clock())
+        pipe = await (self._connection.open() if self.dialed else self._connection.accept())
+        stream = Stream(self, pipe, max_bytes=wire.MAX_HELLO_BYTES)
+        if self.dialed:
             await stream.send(wire.encode(ours))
             await stream.finish()
         try:
-            self._hello = wire.decode_hello(await stream.receive() or b"")
+            theirs = wire.decode_hello(await stream.receive() or b"")
         except ProtocolError as error:
             sentence = f"the first frame is not a Hello: {error.message}"
             raise self.close_for_violation(sentence) from error
-        self._clock_ahead = self._hello.clock - clock()
-        self._agree_on_version(ours)
-        if not initiator:
+        self.software, self.clock_ahead = theirs.software, theirs.clock - self._options.clock()
+        self.version = self._agree_on_version(ours, theirs)
+        if not self.dialed:
             await stream.send(wire.encode(ours))
             await stream.finish()
         if await stream.receive() is not None:
             raise self.close_for_violation("a Hello is one frame, and there were two")
+        self.opened_at = time.monotonic()
 
-    def _agree_on_version(self, ours: Hello) -> None:
-        theirs = self._hello
+    def _agree_on_version(self, ours: Hello, theirs: Hello) -> int:
         common = set(ours.versions) & set(theirs.versions)
         if not common:
             raise self._close(
@@ -257,15 +307,23 @@ class PeerLink:
                 f"this box speaks version {_versions(ours)}, yours {_versions(theirs)}: update the "
                 "older of the two",
             )
-        self._version = max(common)
+        return max(common)
 
-    async def open(self) -> FramedStream:
-        return FramedStream(self, await self._connection.open(), wire.MAX_FRAME_BYTES)
+    async def open(self, opening: Open | None = None) -> Stream:
+        """Open a stream for a purpose, which the peer sees with its first frame.  Waits while
+        `wire.MAX_STREAMS` of ours are open, or a few less: the peer reports those that have ended
+        in eighths of that.  Raises LinkLost; the stream's first `receive` may raise PeerRefused."""
+        stream = Stream(self, await self._connection.open(), opening)
+        if opening is not None:
+            self.streams.add(stream)
+        return stream
 
-    async def accept(self) -> FramedStream:
-        return FramedStream(self, await self._accept(), wire.MAX_FRAME_BYTES)
+    async def accept(self) -> Stream:
+        """Wait for the next stream that the peer opens.  Raises LinkLost."""
+        return Stream(self, await self._accept())
 
     async def close(self, code: int, reason: str) -> None:
+        """End all streams.  The peer gets code and reason, this cut at `wire.MAX_REASON_BYTES`."""
         self._close(code, reason)
         await self.closed()
 
@@ -281,33 +339,29 @@ class PeerLink:
         return lost
 
     async def closed(self) -> LinkLost:
+        """Wait for the end; returns why."""
         return await asyncio.shield(self._end)
-
-    def facts(self) -> LinkFacts:
-        return LinkFacts(
-            self._connection.route(), self._version, self._hello.software, self._clock_ahead
-        )
 
     async def _send_heartbeats(self) -> None:
         """Send heartbeats until the peer is silent or stuck for too long; then close."""
-        timing, now = self._heartbeats, asyncio.get_running_loop().time
+        options, now = self._options, asyncio.get_running_loop().time
         silent_beats = received_bytes = 0
-        while silent_beats < timing.max_silent and self.stuck_beats < timing.max_stuck:
+        while silent_beats < options.max_silent and self.stuck_beats < options.max_stuck:
             self._connection.send_heartbeat()
-            due = now() + timing.interval
-            await asyncio.sleep(timing.interval)
+            due = now() + options.beat_seconds
+            await asyncio.sleep(options.beat_seconds)
             silent_beats, self.stuck_beats = silent_beats + 1, self.stuck_beats + 1
             before, received_bytes = received_bytes, self._connection.received_bytes()
             if received_bytes != before:
                 silent_beats = 0
             # This process stood still itself: what came meanwhile may not be read yet.
-            if now() > due + timing.interval:
+            if now() > due + options.beat_seconds:
                 silent_beats = self.stuck_beats = 0
-        if silent_beats < timing.max_silent:
-            seconds = timing.interval * timing.max_stuck
+        if silent_beats < options.max_silent:
+            seconds = options.beat_seconds * options.max_stuck
             self._close(Code.SILENT, f"its machine answers, but not its program for {seconds:g} s")
         else:
-            seconds = timing.interval * timing.max_silent
+            seconds = options.beat_seconds * options.max_silent
             self._close(Code.SILENT, f"nothing was heard from it for {seconds:g} s")
 
     async def _receive_heartbeats(self) -> None:
@@ -317,9 +371,9 @@ class PeerLink:
                 await self._connection.receive_heartbeat()
                 self.stuck_beats = 0
             except LinkLost:
-                await asyncio.sleep(self._heartbeats.interval)
+                await asyncio.sleep(self._options.beat_seconds)
 
-    async def _wait_until_closed(self, on_closed: Callable[[PeerLink], None]) -> LinkLost:
+    async def _wait_until_closed(self, on_closed: Callable[[Link], None]) -> LinkLost:
         why = await self._connection.closed()
         for task in self._tasks:
             task.cancel()
@@ -330,94 +384,3 @@ class PeerLink:
 def _versions(hello: Hello) -> str:
     versions = ", ".join(map(str, hello.versions))
     return f"{versions} of the protocol (software {hello.software})"
-
-
-class Handshake:
-    """Upgrades connections, of whatever carrier, to links and keeps these until they end."""
-
-    def __init__(
-        self,
-        *,
-        versions: Sequence[int] = wire.VERSIONS,
-        heartbeats: HeartbeatTiming | None = None,
-        clock: Callable[[], float] = time.time,
-    ) -> None:
-        """`versions` of the protocol, the timing of `heartbeats` and the wall `clock` are for tests
-        and simulations to choose."""
-        self._versions = tuple(versions)
-        self._heartbeats = heartbeats or HeartbeatTiming()
-        self._clock = clock
-        self._inbound: dict[asyncio.Task[None], float] = {}  # begun when, the oldest first
-        self._unaccepted: deque[PeerLink] = deque()
-        self._arrived = asyncio.Event()
-        # A connection without a reference is closed by the garbage collector.
-        self._links: set[PeerLink] = set()
-        self._closed = False
-
-    def make_room(self) -> bool:
-        """Return whether a handshake can begin now.  If there are too many, the oldest one is
-        cancelled if it has had enough time: else a few silent strangers could keep members out."""
-        while len(self._inbound) >= MAX_INBOUND_HANDSHAKES:
-            oldest, began = next(iter(self._inbound.items()))
-            if time.monotonic() - began < _EVICTION_SECONDS:
-                return False
-            del self._inbound[oldest]
-            oldest.cancel()
-        return not self._closed
-
-    def upgrade_inbound(self, connect: Callable[[], Awaitable[Connection]]) -> None:
-        """Make a link of a connection that a peer begins, in a task; after `make_room`."""
-        task = asyncio.create_task(self._upgrade_inbound(connect))
-        self._inbound[task] = time.monotonic()
-        task.add_done_callback(lambda task: self._inbound.pop(task, None))
-
-    async def _upgrade_inbound(self, connect: Callable[[], Awaitable[Connection]]) -> None:
-        try:
-            async with asyncio.timeout(HANDSHAKE_SECONDS):
-                link = await self._upgrade(await connect(), initiator=False)
-        except (PeeringError, TimeoutError) as error:
-            log.debug("an inbound handshake failed: %s", error)
-            return
-        if len(self._unaccepted) >= MAX_UNACCEPTED_LINKS:
-            await link.close(Code.BUSY, "this box has too many new links: try again")
-            return
-        self._unaccepted.append(link)
-        self._arrived.set()
-
-    async def upgrade_outbound(self, connection: Connection) -> PeerLink:
-        """Make a link of a connection that we have begun.  Raises LinkLost, ProtocolError."""
-        return await self._upgrade(connection, initiator=True)
-
-    async def _upgrade(self, connection: Connection, *, initiator: bool) -> PeerLink:
-        link = PeerLink(connection, self._heartbeats, self._links.discard)
-        self._links.add(link)
-        hello = Hello(self._versions, __version__, self._clock())
-        try:
-            await link.exchange_hello(hello, self._clock, initiator=initiator)
-        except BaseException:
-            # Only the first closing counts: if there was a better reason, the peer has it.
-            code, reason = Code.SILENT, f"the handshake took over {HANDSHAKE_SECONDS:g} s"
-            if self._closed:
-                code, reason = Code.SHUTDOWN, SHUTDOWN_REASON
-            connection.close(LinkLost(reason, code=code, reason=reason))
-            raise
-        return link
-
-    async def accept(self) -> PeerLink:
-        """Wait for the next inbound link.  Raises LinkLost once the transport is closed."""
-        while not self._unaccepted:
-            if self._closed:
-                raise LinkLost("The transport is closed.", code=Code.SHUTDOWN)
-            self._arrived.clear()
-            await self._arrived.wait()
-        return self._unaccepted.popleft()
-
-    async def close(self) -> None:
-        """End all handshakes and links."""
-        self._closed = True
-        self._arrived.set()
-        for task in tuple(self._inbound):
-            task.cancel()
-        links = tuple(self._links)
-        await asyncio.gather(*[link.close(Code.SHUTDOWN, SHUTDOWN_REASON) for link in links])
-        self._unaccepted.clear()

@@ -10,14 +10,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable
 from contextlib import suppress
-from types import TracebackType
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 from msgspec import Struct, msgpack
 
 from pinaivu_box.errors import LinkLost, PeeringError, PeerRefused, ProtocolError
 from pinaivu_box.transport import streams, wire
-from pinaivu_box.transport.transport import Stream
+from pinaivu_box.transport.link import Stream
 
 SEND_SECONDS = 30.0  # for the peer to take what is sent at once
 
@@ -25,13 +24,6 @@ Sent = TypeVar("Sent", bound=Struct)
 Received = TypeVar("Received")
 Kind = TypeVar("Kind")
 T = TypeVar("T")
-
-
-class Rejection(Protocol):
-    """A message that answers any request with a sentence instead."""
-
-    @property
-    def message(self) -> str: ...
 
 
 class RequestRejected(PeerRefused):
@@ -46,11 +38,11 @@ class UnexpectedMessage(ProtocolError):
     """A message of a type that does not belong there, or the end of the stream in its place."""
 
 
-async def send_frames(stream: Stream, *frames: bytes, seconds: float = SEND_SECONDS) -> None:
+async def send_frames(stream: Stream, *frames: bytes) -> None:
     """Send frames at once.  Raises LinkLost, also if the peer does not take them in time: then the
     stream is abandoned."""
     try:
-        async with asyncio.timeout(seconds):
+        async with asyncio.timeout(SEND_SECONDS):
             await stream.send(*frames)
     except TimeoutError:
         raise LinkLost("The peer does not take what it is sent.") from None
@@ -67,30 +59,24 @@ class MessageStream(Generic[Sent, Received]):
         decoder: msgpack.Decoder[Received],
         *,
         receive_seconds: float,
-        send_seconds: float = SEND_SECONDS,
         max_messages: int | None = None,
         rejection: type[Any] | None = None,
         keepalive: type[Any] | None = None,
     ) -> None:
-        """`receive_seconds` and `send_seconds` are for each message, `max_messages` for all that
-        the peer may send.  `rejection` is the type of the message that rejects any request, see
-        `Rejection`; `keepalive` the type of the one that says no more than that a response takes
+        """`receive_seconds` are for each message, `max_messages` for all that the peer may send.
+        `rejection` is the type of the message that rejects any request, with a sentence as its
+        `message`; `keepalive` the type of the one that says no more than that a response takes
         time."""
         self.peer, self.stream = peer, stream
         self._decoder = decoder
-        self._receive_seconds, self._send_seconds = receive_seconds, send_seconds
+        self._receive_seconds = receive_seconds
         self._max_messages, self._received = max_messages, 0
         self._rejection, self._keepalive = rejection, keepalive
 
     async def __aenter__(self) -> MessageStream[Sent, Received]:
         return self
 
-    async def __aexit__(
-        self,
-        _type: type[BaseException] | None,
-        error: BaseException | None,
-        _traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, kind: object, error: object, traceback: object) -> None:
         if error is not None:
             self.stream.abandon()
             return
@@ -102,8 +88,7 @@ class MessageStream(Generic[Sent, Received]):
 
     async def send(self, *messages: Sent) -> None:
         """Send messages at once.  Raises LinkLost, also if the peer does not take them in time."""
-        frames = map(wire.encode, messages)
-        await send_frames(self.stream, *frames, seconds=self._send_seconds)
+        await send_frames(self.stream, *map(wire.encode, messages))
 
     async def receive(self, seconds: float | None = None) -> Received | None:
         """Wait for the next message, for `seconds` instead of `receive_seconds` if they are given.

@@ -21,6 +21,10 @@ none, the side that sees it closes with `Code.VERSION` and a sentence for the ot
 Hello has at most `MAX_HELLO_BYTES`, and 10 s to arrive.  Fields that a reader does not know are
 skipped, so it can grow.
 
+**Purposes.**  Every stream after that begins with an `Open`, which says what it is for; the frames
+after it belong to that purpose.  The other side goes on with the conversation, or answers a
+`Refusal` and finishes: the link stays.
+
 **Heartbeats.**  Each side sends a datagram of one byte, 0, each second, which the other's QUIC
 acknowledges.  A side that has received nothing at all for four heartbeats of its own, or for 30 of
 them nothing from the other's program, neither datagram nor stream, closes with `Code.SILENT`.  A
@@ -47,13 +51,15 @@ from pinaivu_box.errors import ProtocolError
 from pinaivu_box.text import NO_CONTROLS
 
 NAME = "pinaivu/box/1"  # the ALPN
-VERSIONS = (1,)  # that this box speaks
+VERSIONS = (1,)  # that this box supports
+PURPOSE_VERSION = 1  # of the frames of every purpose
 LENGTH = struct.Struct("<I")
 END_FRAME = LENGTH.pack(0)
 BEAT = b"\0"
 MAX_FRAME_BYTES = 1024 * 1024
 MAX_HELLO_BYTES = 4096
 MAX_REASON_BYTES = 500
+MAX_OPEN_BYTES = 256  # a purpose is short
 MAX_STREAMS = 128  # open at a time, of each side of a link
 
 T = TypeVar("T")
@@ -84,13 +90,33 @@ class Hello(Struct, frozen=True, tag=True):
     clock: Annotated[float, Meta(ge=0, le=2**53)]
 
 
+class Open(Struct, frozen=True, tag="Open"):
+    """`v` is the version of that purpose's frames."""
+
+    purpose: Annotated[str, Meta(min_length=1, max_length=32)]
+    v: Annotated[int, Meta(ge=1)] = PURPOSE_VERSION
+
+
+class Refusal(Struct, frozen=True, tag="Refusal"):
+    """`code` is a `Code`, `message` a sentence for an operator."""
+
+    code: int
+    message: Annotated[str, Meta(max_length=MAX_REASON_BYTES)]
+
+
 _encoder = msgspec.msgpack.Encoder()
 _hello = msgspec.msgpack.Decoder(Hello)
+_open = msgspec.msgpack.Decoder(Open)
 
 
 def encode(message: Struct) -> bytes:
     """Return the message as the content of a frame."""
     return _encoder.encode(message)
+
+
+def frame(content: bytes) -> bytes:
+    """Return the frame with that content, as it goes over a stream."""
+    return LENGTH.pack(len(content)) + content
 
 
 def decode(frame: bytes, decoder: msgspec.msgpack.Decoder[T]) -> T:
@@ -104,6 +130,11 @@ def decode(frame: bytes, decoder: msgspec.msgpack.Decoder[T]) -> T:
 def decode_hello(frame: bytes) -> Hello:
     """Read a Hello.  Raises ProtocolError."""
     return decode(frame, _hello)
+
+
+def decode_open(frame: bytes | None) -> Open:
+    """Read a stream's first frame; None is the end of the stream.  Raises ProtocolError."""
+    return decode((frame or b"")[: MAX_OPEN_BYTES + 1], _open)
 
 
 def short(node_id: str) -> str:

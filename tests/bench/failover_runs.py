@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import numpy as np
 
-from pinaivu_box.engine.chat_template import CHATML, ChatTemplate
+from pinaivu_box.engine.chat_template import CHATML, ChatTemplate, TemplateSetup
 from pinaivu_box.engine.llama_runner import LlamaRunner
 from pinaivu_box.engine.messages import LoadModel, Sampling
 from pinaivu_box.engine.runner import Batch
@@ -124,7 +124,7 @@ def check(box: Box, stream: Stream, tokens: list[int]) -> tuple[list[Leg], list[
     answer = box.http("GET", f"/v1/receipts/{stream.request_id}")
     if answer.status_code != 200:
         return [], [f"there is no receipt: {answer.status_code}"]
-    checks = verify_receipt(answer.content, transcript=Transcript(output=stream.text))
+    checks = verify_receipt(answer.content, transcript=Transcript(answer=stream.text.encode()))
     wrong = [f"{one.name}: {one.meaning}" for one in checks if not one.ok]
     document = answer.json()
     receipt = json.loads(document["signed_receipt"])
@@ -167,10 +167,11 @@ class Auditor:
 
     def __init__(self, path: Path) -> None:
         load = LoadModel(str(path), 0, CONTEXT, CONTEXT, 1, CONTEXT, 1)
-        self._runner = LlamaRunner(load, lambda _: None)
+        self._runner = LlamaRunner(load)
         facts = self._runner.facts
         self._ends = np.array(sorted(facts.end_tokens), np.intp)
-        self._template = ChatTemplate(facts.chat_template or CHATML, bos=facts.bos, eos=facts.eos)
+        source = facts.chat_template or CHATML
+        self._template = ChatTemplate(TemplateSetup(source, facts.bos, facts.eos))
         self._ids: dict[bytes, int] = {}
         for token in range(facts.n_vocab):
             self._ids.setdefault(self._runner.spelling(token), token)
@@ -181,7 +182,7 @@ class Auditor:
 
     def agrees(self, number: int, sampling: dict[str, Any], tokens: list[int]) -> str:
         """1 for each position that is drawn again, else 0."""
-        prompt = self._runner.tokenize(self._template.render(messages(number), None, {}))
+        prompt = self._runner.tokenize("".join(self._template.parts(messages(number), [], {})))
         known = [*prompt, *tokens[:-1]]
         size, wanted = len(known), len(tokens)
         outputs = np.zeros(size, np.int8)

@@ -17,16 +17,16 @@ from typing import Any
 from nacl.signing import SigningKey
 
 from pinaivu_box.amount import Prices
-from pinaivu_box.gossip import adverts, topology
+from pinaivu_box.gossip import topology
 from pinaivu_box.gossip.adverts import Facts, ModelLoad, Offer
-from pinaivu_box.gossip.protocol import Gossip, RecordReaders
+from pinaivu_box.gossip.protocol import Gossip
 from pinaivu_box.identity import Identity
-from pinaivu_box.membership import records
 from pinaivu_box.membership.records import key_of
 from pinaivu_box.membership.roster import Roster
 from pinaivu_box.network.network import LOAD_QUERY_SECONDS
 from pinaivu_box.routing.circuit_breaker import CircuitBreaker
-from pinaivu_box.routing.router import Candidate, Decision, RoutingRequest, route, unsure
+from pinaivu_box.routing.router import Candidate, Decision, RoutingRequest, route
+from tests.support.gossip_net import fresh_adverts
 
 OVERHEAD_BYTES = 60  # UDP, IP and QUIC around a frame
 # To make a link, each way: as measured with iroh 1.2.0 on loopback (6,700 and 5,585 in 13 and 11
@@ -41,8 +41,6 @@ TOKENS = 1000  # that a request may take, prompt and answer
 MEAN_TOKENS = 600  # that are made
 OWN_MODELS = 0.7  # of requests are for a model that the box has itself
 JUDGED = 0.25  # of requests are compared with what would have been best
-# The same record comes to a thousand boxes; each would check it, and here one does.
-CHECKED = RecordReaders(lru_cache(500_000)(records.read), lru_cache(500_000)(adverts.read))
 
 
 @dataclass
@@ -93,9 +91,8 @@ class SimulatedBox:
         self.random = Random(world.random.random())
         self.gossip = Gossip(
             identity, roster, self, clock=world.clock, wall=world.wall, random=self.random,
-            readers=CHECKED,
         )  # fmt: skip
-        self.resting = CircuitBreaker(world.clock, self.random)
+        self.breaker = CircuitBreaker(world.clock, self.random)
         self.sent: dict[str, list[float]] = {}
         self.not_yet: dict[str, float] = {}  # whom not to call until when
         self.cuts: Counter[str] = Counter()
@@ -161,7 +158,7 @@ class SimulatedBox:
         made = []
         if model in self.engine.models:
             made.append(candidate(self, self.engine.offer(model), known=True))
-        for held in self.gossip.adverts.fresh(self.world.now):
+        for held in fresh_adverts(self.gossip.adverts, self.world.now):
             for offer in held.advert.models:
                 if held.advert.node != self.key and offer.id == model:
                     node = held.advert.node_id
@@ -171,7 +168,7 @@ class SimulatedBox:
                         "load": now.load if now else offer,
                         "known": now is not None,
                         "sent": sum(at >= heard for at in self.sent.get(node, ())),
-                        "resting": self.resting.why(node),
+                        "tripped": self.breaker.why(node),
                         "gone": not linked and (now is None or self.gossip.adverts.gone(node)),
                     }
                     made.append(candidate(self.world.boxes[node], offer, self, **how))
@@ -185,7 +182,7 @@ class SimulatedBox:
         )
         found = self.candidates(request.model)
         decision = route(found, wanted, self.random)
-        if not looked and unsure(decision, found, wanted):
+        if not looked and decision.unsure:
             self.look(request)
             return
         if not tried:
@@ -197,7 +194,7 @@ class SimulatedBox:
         if other is self:
             self.begin(self, request)
             return
-        self.resting.sent(other.id)
+        self.breaker.sent(other.id)
         self.sent.setdefault(other.id, []).append(self.world.now)
         self.use(other, 1)
         delay = self.world.latency(self, other)
@@ -229,7 +226,7 @@ class SimulatedBox:
 
     def failed(self, other: SimulatedBox, request: Request) -> None:
         self.answered(other)
-        self.resting.failed(other.id)
+        self.breaker.failed(other.id)
         self.ask(request)
 
     def refused(self, other: SimulatedBox, request: Request) -> None:
@@ -265,7 +262,7 @@ class SimulatedBox:
         self.engine.running -= 1
         if by is not self and self.alive:
             by.answered(self)
-            by.resting.served(self.id)
+            by.breaker.served(self.id)
         if self.engine.queue and self.alive:
             self.engine.queue.pop(0)()
         elif self.alive:

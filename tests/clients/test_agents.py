@@ -127,7 +127,7 @@ def test_a_session_is_taken_again(here: Box, name: str) -> None:
         assert recording.called(answer.text) == one.get("calls", [])
 
 
-def test_what_open_webui_sends_is_taken(here: Box) -> None:
+def test_requests_of_open_webui_are_accepted(here: Box) -> None:
     """From its source, since it takes gigabytes: a chat with the parameters of a model's settings,
     also those that have Ollama's names, a title, and vectors for a document."""
     who = {f"X-OpenWebUI-{name}": "x" for name in ("User-Name", "User-Id", "User-Role", "Chat-Id")}
@@ -408,7 +408,7 @@ def test_an_item_is_referred_to(here: Box) -> None:
     ask(here, "/v1/responses", body, 404, key=key)
 
 
-def test_what_means_nothing_in_a_response_is_said(here: Box) -> None:
+def test_ignored_parts_of_a_response_are_named(here: Box) -> None:
     made = respond(
         here,
         [

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 from jinja2.defaults import DEFAULT_NAMESPACE
 
-from pinaivu_box.engine.chat_template import CHATML, ChatTemplate
-from pinaivu_box.engine.fake_runner import FakeRunner
-from pinaivu_box.engine.messages import LoadModel
+from pinaivu_box.engine.chat_template import CHATML
 from pinaivu_box.errors import BadRequest
-from tests.support.engine_harness import BUDGET, Engine, add, load, run
+from tests.support.engine_harness import BUDGET, Engine, Template, TemplatedRunner, add, run
 
 ROLES = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
 
 
-def template(source: str) -> ChatTemplate:
-    return ChatTemplate(source, bos="<s>", eos="</s>")
+def template(source: str) -> Template:
+    return Template(source, bos="<s>", eos="</s>")
 
 
 def test_a_developer_message_is_a_system_message_to_the_template() -> None:
@@ -57,13 +53,8 @@ def test_a_template_that_objects_is_a_bad_request(source: str) -> None:
 
 
 def test_a_refusing_template_refuses_its_request_and_no_other() -> None:
-    class Templated(FakeRunner):
-        def __init__(self, given_load: LoadModel) -> None:
-            super().__init__(given_load)
-            refusing = "{% if messages[0].content == 'no' %}{{ raise_exception('not that') }}"
-            self.facts = replace(self.facts, chat_template=refusing + "{% endif %}" + ROLES)
-
-    engine = Engine(Templated(load()), token_budget=BUDGET)
+    refusing = "{% if messages[0].content == 'no' %}{{ raise_exception('not that') }}{% endif %}"
+    engine = Engine(TemplatedRunner(refusing + ROLES), token_budget=BUDGET)
     heard = run(engine, [add("a", "no"), add("b", "yes")])
     assert heard.refused["a"].code == "invalid_request"
     assert "not that" in heard.refused["a"].message
@@ -90,7 +81,7 @@ def test_variables_of_a_peer_do_not_stand_for_the_template_s_own() -> None:
     assert template(source).render(told, None, dict.fromkeys(OWN, "x")) == prompt
 
 
-def test_what_transformers_and_llama_cpp_define_can_be_said_by_a_request() -> None:
+def test_a_request_may_set_the_variables_that_transformers_and_llama_cpp_define() -> None:
     source = "{{ documents is none }}{{ date_string | length }}{{ datetime | length }}{{ level }}"
     assert template(source).render([]) == "True1111"
     assert template(source).render([], None, {"date_string": "now", "level": 7}) == "True3117"

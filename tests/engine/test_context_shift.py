@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 
 from pinaivu_box.engine.messages import Named
-from pinaivu_box.engine.sampling import draw
+from tests.support.draws import draw
 from tests.support.engine_harness import (
     Heard,
     add,
@@ -48,7 +48,7 @@ def test_the_deltas_say_how_many_tokens_were_forgotten() -> None:
     assert steps == {0, (CONTEXT - kept) // 2}
 
 
-def test_what_is_said_after_a_shift_follows_from_what_is_kept() -> None:
+def test_output_after_a_shift_follows_from_the_kept_tokens() -> None:
     """By hand: the beginning and the newest tokens, at positions that go on counting."""
     heard, count = long_answer(), 100
     _, runner = make(context=CONTEXT)

@@ -99,7 +99,7 @@ def test_a_template_does_with_messages_what_it_did() -> None:
     assert parts == ["<s>", text]
 
 
-def test_what_a_template_says_when_it_refuses_has_no_marks() -> None:
+def test_the_refusal_of_a_template_contains_no_marks() -> None:
     refusing = template("{{ raise_exception('not ' + messages[0].content) }}")
     with pytest.raises(BadRequest, match=r"\(not <s></s>\): "):
         refusing.render(user("<s></s>"))

@@ -106,7 +106,7 @@ def test_without_stop_strings_each_character_goes_out_with_its_last_byte(
 
 @settings(max_examples=500)
 @given(pieces(), STOPS)
-def test_only_what_may_become_a_stop_string_is_held_back(
+def test_only_the_beginning_of_a_stop_string_is_withheld(
     parts: list[bytes], stop: list[str]
 ) -> None:
     made = detokenizer(parts, stop)
@@ -134,7 +134,7 @@ def test_a_stop_string_across_tokens_is_held_back_and_cut() -> None:
     assert run(parts, ["<|end|>"]) == ["yes", "", ""]
 
 
-def test_what_looked_like_a_stop_string_is_given_when_it_is_none() -> None:
+def test_withheld_text_is_released_when_it_is_no_stop_string() -> None:
     assert run([b"a<|e", b"xit"], ["<|end|>"]) == ["a", "<|exit", ""]
     assert run([b"a<|e"], ["<|end|>"]) == ["a", "<|e"]
 

@@ -100,8 +100,8 @@ def test_drafts_begin_where_the_text_begins_to_repeat_itself() -> None:
     """Not only where the engine happens to make a plan: most of its steps have none."""
 
     class Hopeful(Fixed):
-        def draft_length(self, rows: int, expected: float, chance: float, most: int) -> int:
-            return min(self.draft, most) if chance else 0
+        def draft_length(self, rows: int, expected: float, rate: float, max_tokens: int) -> int:
+            return min(self.draft, max_tokens) if rate else 0
 
     class Loops(Repeating):
         """An alphabet, then for ever its end."""

@@ -13,11 +13,11 @@ from pinaivu_box.engine.sampling import (
     Draw,
     PenaltyWindow,
     Sampler,
-    draw,
     draw_rows,
     gumbel_noise,
     survivors,
 )
+from tests.support.draws import draw
 
 Float32 = npt.NDArray[np.float32]
 
@@ -49,7 +49,7 @@ def matrices(draw: st.DrawFn, rows: int) -> Float32:
 
 @settings(max_examples=200)
 @given(st.lists(KINDS, min_size=2, max_size=8), st.data())
-def test_a_mixed_batch_draws_what_each_row_draws_alone(
+def test_a_row_draws_the_same_token_in_a_mixed_batch_and_alone(
     kinds: list[Sampling], data: st.DataObject
 ) -> None:
     logits = data.draw(matrices(len(kinds)))
@@ -63,7 +63,7 @@ def test_a_mixed_batch_draws_what_each_row_draws_alone(
 
 
 @pytest.mark.parametrize("mixed", [False, True])
-def test_rows_that_are_drawn_in_threads_draw_what_each_draws_alone(mixed: bool) -> None:
+def test_a_row_draws_the_same_token_in_a_thread_and_alone(mixed: bool) -> None:
     """64 rows of 70,000 tokens are worth four threads."""
     random = np.random.default_rng(0)
     logits = random.normal(0, 3, (64, 70_000)).astype(np.float32)

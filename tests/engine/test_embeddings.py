@@ -300,7 +300,7 @@ def llama() -> Iterator[LlamaRunner]:
     runner.close()
 
 
-def test_real_texts_do_not_depend_on_what_is_beside_them(llama: LlamaRunner) -> None:
+def test_vectors_of_real_texts_do_not_depend_on_the_batch(llama: LlamaRunner) -> None:
     words = "The sea is wide and deep, and the sky above it is blue and full of birds. " * 9
     inputs = [llama.tokenize(words[7 * n : 7 * n + size])
               for n, size in enumerate((12, 30, 60, 90, 400, 20, 8, 650))]  # fmt: skip

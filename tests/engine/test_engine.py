@@ -148,9 +148,9 @@ def test_a_resumed_sequence_goes_on_with_new_text_only(stop: list[str]) -> None:
     said: list[tuple[str, list[int]]] = []
     end = None
     while engine.busy:
-        for delta in engine.step().deltas:
-            said.append((delta.text, delta.tokens))
-            end = delta.finish_reason or end
+        for output in engine.step().outputs.values():
+            said.append((output.text, output.tokens))
+            end = output.finish_reason or end
     tokens = [token for _, made in said for token in made]
     assert len(tokens) > 3
     for cut in range(len(said)):
@@ -170,9 +170,9 @@ def test_a_long_prompt_does_not_hold_up_the_others() -> None:
     engine.step()
     engine.receive(add("long", "b" * 120, max_tokens=2))
     for _ in range(4):
-        deltas = {delta.id for delta in engine.step().deltas}
-        assert "short" in deltas
-    assert "long" not in deltas  # it is still being read
+        outputs = engine.step().outputs
+        assert "short" in outputs
+    assert "long" not in outputs  # it is still being read
 
 
 def test_an_arrival_is_in_the_very_next_step() -> None:
@@ -182,7 +182,7 @@ def test_an_arrival_is_in_the_very_next_step() -> None:
     for number in range(20):
         engine.step()
         engine.receive(add(f"late{number}", str(number), max_tokens=1))
-        assert f"late{number}" in {delta.id for delta in engine.step().deltas}
+        assert f"late{number}" in engine.step().outputs
         for _ in range(number % 3):
             engine.step()
 
@@ -242,13 +242,13 @@ def test_cancel_right_after_add_is_reported_with_the_prompt() -> None:
     assert runner.calls == 0 and not engine.busy
 
 
-def test_cancel_of_what_has_ended_or_never_was_is_ignored() -> None:
+def test_cancelling_an_ended_or_unknown_request_is_ignored() -> None:
     engine, runner = make()
     run(engine, [add("r")])
     calls = runner.calls
     engine.receive(Cancel("r"))
     engine.receive(Cancel("nobody"))
-    assert engine.step().deltas == []
+    assert engine.step().outputs == {}
     assert not engine.busy and runner.calls == calls
 
 
@@ -290,7 +290,7 @@ def test_length_ends_at_max_tokens_or_at_the_context(asked: int | None, made: in
     assert heard.ends == {"r": "length"} and len(heard.tokens["r"]) == made
 
 
-def test_max_tokens_counts_what_an_earlier_leg_made() -> None:
+def test_max_tokens_counts_the_tokens_of_an_earlier_leg() -> None:
     heard = run(make()[0], [add("r", max_tokens=10, output=[65] * 7)])
     assert len(heard.tokens["r"]) == 3 and heard.ends == {"r": "length"}
 

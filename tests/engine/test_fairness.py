@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pinaivu_box.engine.fairness import FairQueue
-from pinaivu_box.engine.sequence import Sequence, State
+from pinaivu_box.engine.fairness import FairQueue, State
+from pinaivu_box.engine.sequence import Sequence
 from tests.support.engine_harness import Heard, add, alone, finish, make
 from tests.support.scheduler_driver import SchedulerDriver, sequence
 

@@ -14,7 +14,7 @@ import pytest
 
 from pinaivu_box.engine.fake_runner import END, N_VOCAB
 from pinaivu_box.engine.messages import Add, Constraint, Tools
-from tests.support.engine_harness import Heard, StrictRunner, add, make, run, sampling
+from tests.support.engine_harness import EndingRunner, Heard, add, make, run, sampling
 
 SCHEMA = {
     "type": "object",
@@ -28,13 +28,6 @@ SCHEMA = {
 }
 
 
-class Talker(StrictRunner):
-    """Says any ASCII, and may end at any time."""
-
-    def __init__(self, *args: Any, **more: Any) -> None:
-        super().__init__(*args, **{"can_end": True, **more})
-
-
 def constrained(name: str, constraint: Constraint | None, **more: Any) -> Add:
     return add(name, f"say {name}", more.pop("max_tokens", 150), constraint=constraint, **more)
 
@@ -44,11 +37,11 @@ def schema(name: str = "r", **more: Any) -> Add:
 
 
 def said(adds: list[Add], **more: Any) -> Heard:
-    return run(make(Talker, context=600, kv_tokens=6000, **more)[0], adds)
+    return run(make(EndingRunner, context=600, kv_tokens=6000, **more)[0], adds)
 
 
 @pytest.mark.parametrize("temperature", [0, 0.8, 2.0])
-def test_what_is_said_follows_the_schema(temperature: float) -> None:
+def test_the_output_follows_the_schema(temperature: float) -> None:
     """Of a model that has no idea of it; many at once, and beside free ones."""
     adds = [schema(f"s{n}", sampling=sampling(temperature, seed=n)) for n in range(8)]
     free = [constrained(f"f{n}", None, seed=n) for n in range(3)]
@@ -109,7 +102,7 @@ def test_penalties_and_biases_hold_inside_a_grammar() -> None:
     assert said([constrained("r", letters, sampling=kind)]).text["r"] == "b" * 40
     kind = sampling(0, frequency_penalty=2.0)
 
-    class Even(Talker):
+    class Even(EndingRunner):
         def logits(self, cells: list[int]) -> npt.NDArray[np.float32]:
             logits = np.full(N_VOCAB, 5, np.float32)
             logits[[ord("a"), ord("b")]] = [0.5, 0.0]
@@ -140,7 +133,9 @@ def test_another_leg_goes_on_in_the_middle() -> None:
     ],
     ids=lambda value: getattr(value, "text", ""),
 )
-def test_what_cannot_be_followed_is_refused(constraint: Constraint, words: str) -> None:
+def test_a_constraint_that_no_output_can_follow_is_refused(
+    constraint: Constraint, words: str
+) -> None:
     heard = said([constrained("r", constraint)])
     assert heard.refused["r"].code == "invalid_body"
     assert words in heard.refused["r"].message
@@ -209,7 +204,7 @@ FUNCTIONS: list[dict[str, Any]] = [
 def test_a_call_that_must_be_made_is_valid(choice: str, parallel: bool) -> None:
     tools = Tools(json.dumps(FUNCTIONS), [f["name"] for f in FUNCTIONS], choice, parallel)
     adds = [add(f"r{n}", "x", 120, seed=n, tools=tools) for n in range(6)]
-    heard = run(make(Talker, context=900, kv_tokens=9000)[0], adds)
+    heard = run(make(EndingRunner, context=900, kv_tokens=9000)[0], adds)
     for one in adds:
         calls = heard.text[one.id].removesuffix("</tool_call>").split("</tool_call>")
         if heard.ends[one.id] == "length":

@@ -7,7 +7,6 @@ nothing depends on time.
 from __future__ import annotations
 
 import json
-import queue
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -16,9 +15,7 @@ import pytest
 
 from pinaivu_box.engine import chat_template, grammar, grammar_validation
 from pinaivu_box.engine import sandboxes as engine_sandboxes
-from pinaivu_box.engine.fake_runner import FakeRunner
 from pinaivu_box.engine.messages import Cancel, Constraint, Embed, Refused, Tools
-from pinaivu_box.engine.preparation_queue import PreparationQueue
 from pinaivu_box.engine.request_preparer import PreparedRequest, RequestPreparer
 from pinaivu_box.engine.runner import Runner
 from pinaivu_box.engine.sandboxed_template import SandboxedTemplate
@@ -28,9 +25,10 @@ from pinaivu_box.errors import BadRequest
 from pinaivu_box.sandbox import SandboxLimit, SandboxLimits, SandboxPool
 from tests.support.engine_harness import (
     BUDGET,
+    EndingRunner,
     Engine,
     Heard,
-    StrictRunner,
+    TemplatedRunner,
     add,
     here,
     in_this_process,
@@ -39,9 +37,10 @@ from tests.support.engine_harness import (
     run,
 )
 from tests.support.grammars import chain
+from tests.support.preparation_driver import PreparationDriver, name_of
 from tests.support.process_box import alive, wait_until
+from tests.support.sandbox_jobs import pids_of
 
-PATIENCE = 100  # seconds until a test gives up; nothing is measured
 FOR_EVER = SandboxLimits(cpu_seconds=3600, memory_bytes=1 << 30, wall_seconds=3600)
 SHORT = SandboxLimits(cpu_seconds=0.3, memory_bytes=512 << 20)
 TOO_LONG = "takes more than 0.3 s of CPU time"
@@ -51,91 +50,72 @@ LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% end
 LETTERS = Constraint("regex", "[ab]{3}")
 
 
-class Templated(FakeRunner):
-    def __init__(self, source: str | None) -> None:
-        super().__init__(load())
-        self.facts = replace(self.facts, chat_template=source)
-
-
-class Door:
-    """A request preparer with sandboxes of their own."""
+class SandboxedDriver(PreparationDriver):
+    """Prepares requests in sandboxes of its own."""
 
     def __init__(self, limits: SandboxLimits) -> None:
         self.templates = SandboxPool("pinaivu_box.engine.chat_template:make", limits=limits)
-        self.trials: list[SandboxPool] = []
-        self.said: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self.scheduled: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self.validations: list[SandboxPool] = []
         source = "{% if messages[0].content == 'loop' %}" + LOOP + "{% endif %}" + ROLES
 
-        def tried(vocabulary: bytes) -> Any:
+        def validation(vocabulary: bytes) -> Any:
             pool = SandboxPool(
                 "pinaivu_box.engine.grammar_validation:make", vocabulary, limits=limits
             )
-            self.trials.append(pool)
+            self.validations.append(pool)
             return pool.run
 
-        sandboxes = Sandboxes(self.templates.run, tried)
-        preparer = RequestPreparer(
-            Templated(source), sandboxes, drafting=False, context_shift=False
-        )
-        self.take = PreparationQueue(preparer, self.said.put, self.scheduled.put).take
-
-    def hears(self) -> Any:
-        return self.said.get(timeout=PATIENCE)
-
-    def schedules(self) -> Any:
-        return self.scheduled.get(timeout=PATIENCE)
+        sandboxes = Sandboxes(self.templates.run, validation)
+        super().__init__(RequestPreparer(TemplatedRunner(source), sandboxes, load(drafting=False)))
 
     def close(self) -> None:
-        for pool in [self.templates, *self.trials]:
+        for pool in [self.templates, *self.validations]:
             pool.close()
 
 
 @pytest.fixture
-def door() -> Iterator[Door]:
-    made = Door(FOR_EVER)
+def driver() -> Iterator[SandboxedDriver]:
+    made = SandboxedDriver(FOR_EVER)
     yield made
     made.close()
 
 
-def name_of(item: Any) -> str:
-    return str(item.admitted.id if isinstance(item, PreparedRequest) else item.id)
-
-
 def test_others_pass_a_grammar_that_compiles_for_ever_and_its_cancellation_ends_it(
-    door: Door,
+    driver: SandboxedDriver,
 ) -> None:
-    door.take(add("hostile", constraint=Constraint("gbnf", chain(20_000)), tenant="a"))
-    assert name_of(door.hears()) == "hostile"
-    (pid,) = wait_until(lambda: door.trials and door.trials[0].pids, "its trial")
-    door.take(add("second", constraint=LETTERS, tenant="a"))
-    door.take(add("structured", constraint=LETTERS, tenant="b"))
-    assert door.schedules().id == "structured"
-    door.take(add("stream", tenant="b"))
-    assert door.schedules().id == "stream"
-    assert alive(pid) and door.scheduled.empty()  # of one tenant one compiles at a time
-    door.take(Cancel("hostile"))
-    assert isinstance(door.schedules(), Cancel)
-    wait_until(lambda: not alive(pid), "the end of its trial")
-    assert door.schedules().id == "second"
-    while not door.said.empty():
-        assert not isinstance(door.said.get(), Refused)
+    driver.take(add("hostile", constraint=Constraint("gbnf", chain(20_000)), tenant="a"))
+    assert name_of(driver.next_reported()) == "hostile"
+    (pid,) = wait_until(
+        lambda: driver.validations and pids_of(driver.validations[0]), "its validation"
+    )
+    driver.take(add("second", constraint=LETTERS, tenant="a"))
+    driver.take(add("structured", constraint=LETTERS, tenant="b"))
+    assert driver.next_scheduled().id == "structured"
+    driver.take(add("stream", tenant="b"))
+    assert driver.next_scheduled().id == "stream"
+    assert alive(pid) and driver.scheduled.empty()  # of one tenant one compiles at a time
+    driver.take(Cancel("hostile"))
+    assert isinstance(driver.next_scheduled(), Cancel)
+    wait_until(lambda: not alive(pid), "the end of its validation")
+    assert driver.next_scheduled().id == "second"
+    while not driver.reported.empty():
+        assert not isinstance(driver.reported.get(), Refused)
 
 
 def test_others_pass_a_template_that_runs_for_ever_and_its_cancellation_ends_it(
-    door: Door,
+    driver: SandboxedDriver,
 ) -> None:
-    pids = door.templates.pids  # it has been asked whether it knows tools
-    door.take(add("hostile", "loop", tenant="a"))
-    door.take(add("second", "hi", tenant="a"))
+    pids = pids_of(driver.templates)  # it has been asked whether it knows tools
+    driver.take(add("hostile", "loop", tenant="a"))
+    driver.take(add("second", "hi", tenant="a"))
     for number in range(2):  # the second in a child that a loop cannot be in
-        door.take(add(f"chat{number}", "hi", tenant="b"))
-        assert name_of(door.hears()) == door.schedules().id == f"chat{number}"
-    door.take(Embed("vectors", ["text"], tenant="b"))
-    assert name_of(door.hears()) == door.schedules().id == "vectors"
-    door.take(Cancel("hostile"))
-    assert isinstance(refused := door.hears(), Refused) and refused.id == "hostile"
-    assert name_of(door.hears()) == door.schedules().id == "second"
+        driver.take(add(f"chat{number}", "hi", tenant="b"))
+        assert name_of(driver.next_reported()) == driver.next_scheduled().id == f"chat{number}"
+    driver.take(Embed("vectors", ["text"], tenant="b"))
+    assert name_of(driver.next_reported()) == driver.next_scheduled().id == "vectors"
+    driver.take(Cancel("hostile"))
+    assert isinstance(refused := driver.next_reported(), Refused) and refused.id == "hostile"
+    assert name_of(driver.next_reported()) == driver.next_scheduled().id == "second"
     wait_until(lambda: not all(alive(pid) for pid in pids), "the end of its child")
 
 
@@ -164,11 +144,6 @@ def limited() -> Iterator[Sandboxes]:
         yield Sandboxes(pool().run, trials)
     for one in pools:
         one.close()
-
-
-class Talker(StrictRunner):
-    def __init__(self, *args: Any, **more: Any) -> None:
-        super().__init__(*args, **{"can_end": True, **more})
 
 
 def schema(value: Any) -> Constraint:
@@ -235,7 +210,7 @@ FOLLOWED = {
 
 def served(sandboxes: Sandboxes, **asked: Any) -> Heard:
     """One that asks so, of an engine that serves another one as well."""
-    runner = Talker(load(context=600, kv_tokens=6000))
+    runner = EndingRunner(load(context=600, kv_tokens=6000))
     engine = Engine(runner, token_budget=BUDGET, sandboxes=sandboxes)
     heard = run(engine, [add("r", max_tokens=8, **asked), add("other", max_tokens=20)])
     assert heard.ends["other"] in ("length", "stop")
@@ -276,20 +251,20 @@ def test_tools_beyond_their_limits_are_refused(limited: Sandboxes, functions: st
     assert refused.code == "invalid_body" and refused.param == "tools"
 
 
-def test_what_was_compiled_or_refused_is_kept_for_its_tenant_alone() -> None:
+def test_grammars_and_refusals_are_cached_for_their_tenant_alone() -> None:
     tried: list[bytes] = []
     shared = in_this_process()
 
     def trials(vocabulary: bytes) -> Any:
         job = grammar_validation.validator(vocabulary)
 
-        def counted(payload: bytes, **_: Any) -> bytes:
+        def counted(payload: bytes, _: Any) -> bytes:
             tried.append(payload)
             return job(payload)
 
         return counted
 
-    runner = Talker(load(context=600, kv_tokens=6000))
+    runner = EndingRunner(load(context=600, kv_tokens=6000))
     engine = Engine(runner, token_budget=BUDGET, sandboxes=Sandboxes(shared.templates, trials))
     wrong = Constraint("regex", "(?=a)b")
     adds = [
@@ -350,7 +325,7 @@ def test_a_tenant_whose_grammars_take_too_long_in_the_steps_loses_them(
         for n in range(2)
         for tenant in ("slow", "other")
     ]
-    heard = run(make(Talker, context=600, kv_tokens=6000)[0], adds)
+    heard = run(make(EndingRunner, context=600, kv_tokens=6000)[0], adds)
     assert set(heard.refused) == {"slow0", "slow1"}
     assert set(heard.ends) == {"other0", "other1"}
 
@@ -378,8 +353,9 @@ TOO_MUCH = {
 
 
 def rendered(limited: Sandboxes, source: str | None, messages: Any, context: int = 1000) -> str:
-    made = SandboxedTemplate(limited.templates, source, bos="", eos="", context=context)
-    return "".join(made.parts(messages, tenant="t"))
+    facts = replace(TemplatedRunner(source).facts, context=context)
+    made = SandboxedTemplate(limited.templates, facts, load())
+    return "".join(made.parts(messages, None, {}))
 
 
 @pytest.mark.parametrize("name", TOO_MUCH)
@@ -415,8 +391,8 @@ UNUSABLE = {
 
 @pytest.mark.parametrize("name", UNUSABLE)
 def test_a_template_that_cannot_be_used_refuses_chats_alone(limited: Sandboxes, name: str) -> None:
-    runner: Runner = Templated(UNUSABLE[name])
-    preparer = RequestPreparer(runner, limited, drafting=False, context_shift=False)
+    runner: Runner = TemplatedRunner(UNUSABLE[name])
+    preparer = RequestPreparer(runner, limited, load(drafting=False))
     refused = preparer.prepare(add("r"))
     assert isinstance(refused, Refused) and refused.code == "invalid_request"
     assert "chat template of the model's file" in refused.message and len(refused.message) < 1000
@@ -431,22 +407,22 @@ def test_a_template_that_always_reaches_its_limits_is_left_alone_for_a_while(
     monkeypatch.setattr("pinaivu_box.engine.sandboxed_template.time.monotonic", lambda: now[0])
     job = here(chat_template.make(b""))
 
-    def limit(payload: bytes, **more: Any) -> bytes:
+    def limit(payload: bytes, cancellation: Any) -> bytes:
         if b"loop" in payload:
             runs.append(payload)
             raise SandboxLimit("time", engine_sandboxes.LIMITS)
-        return job(payload, **more)
+        return job(payload, cancellation)
 
-    made = SandboxedTemplate(limit, ROLES, bos="", eos="", context=1000)
+    made = SandboxedTemplate(limit, TemplatedRunner(ROLES).facts, load())
 
     def chat(text: str) -> str:
         with pytest.raises(BadRequest) as caught:
-            made.render([{"role": "user", "content": text}])
+            made.parts([{"role": "user", "content": text}], None, {})
         return caught.value.message
 
     for _ in range(9):  # whoever sends that much may be at fault himself
         assert "CPU time" in chat("loop" * 50_000)
-    made.render([{"role": "user", "content": "hi"}])
+    made.parts([{"role": "user", "content": "hi"}], None, {})
     runs.clear()
     for _ in range(3):
         assert "CPU time" in chat("loop")
@@ -457,5 +433,5 @@ def test_a_template_that_always_reaches_its_limits_is_left_alone_for_a_while(
         assert "CPU time" in chat("loop")
         assert len(runs) == 1
     now[0] += 10_000
-    made.render([{"role": "user", "content": "hi"}])
+    made.parts([{"role": "user", "content": "hi"}], None, {})
     assert "CPU time" in chat("loop") and "CPU time" in chat("loop")

@@ -13,8 +13,8 @@ from pinaivu_box.engine.llama_runner import LlamaRunner
 from pinaivu_box.engine.messages import Add, Embed
 from pinaivu_box.engine.named_prefixes import NamedPrefixes
 from pinaivu_box.engine.runner import Batch
-from pinaivu_box.engine.sampling import draw
 from pinaivu_box.models import bundled
+from tests.support.draws import draw
 from tests.support.engine_harness import Engine, Fixed, Heard, Template, add, run, sampling
 from tests.support.gguf_files import with_template, with_word
 from tests.support.real_runner import real_runner
@@ -76,7 +76,7 @@ def check_agreement(llama: LlamaRunner, adds: list[Add], heard: Heard) -> None:
 
 
 @pytest.mark.parametrize("temperature", [0, 0.8])
-def test_a_batch_of_real_sequences_draws_what_each_would_alone(
+def test_real_sequences_draw_the_same_tokens_in_a_batch_and_alone(
     llama: LlamaRunner, temperature: float
 ) -> None:
     """Eight prompts with eight seeds share their steps; `check_agreement` says how to tell."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import llama_cpp
+import llama_cpp.llama_cpp as llama
 import msgspec
 import numpy as np
 import pytest
@@ -34,11 +35,20 @@ def exact(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Ll
     params.allow_requantize = True
     assert llama_cpp.llama_model_quantize(bytes(location.path), bytes(file), params) == 0
     made: list[LlamaRunner] = []
+    usual_params = llama.llama_context_default_params
+
+    def context_params() -> llama.llama_context_params:
+        params = usual_params()
+        params.type_k = params.type_v = llama.GGML_TYPE_F32
+        params.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        return params
 
     def runner(**sizes: int) -> LlamaRunner:
         given = load(str(file), **{"context": 256, "kv_tokens": 2048, **sizes})
         given = msgspec.structs.replace(given, threads=1)
-        made.append(LlamaRunner(given, lambda fraction: None, exact=True))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(llama, "llama_context_default_params", context_params)
+            made.append(LlamaRunner(given))
         return made[-1]
 
     yield runner

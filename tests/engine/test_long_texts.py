@@ -29,10 +29,12 @@ def runner() -> Counted:
 
 @pytest.fixture
 def preparer(runner: Counted) -> RequestPreparer:
-    return RequestPreparer(runner, in_this_process(), drafting=True, context_shift=False)
+    return RequestPreparer(runner, in_this_process(), load())
 
 
-def test_what_cannot_fit_is_not_tokenized(runner: Counted, preparer: RequestPreparer) -> None:
+def test_a_text_that_cannot_fit_is_not_tokenized(
+    runner: Counted, preparer: RequestPreparer
+) -> None:
     text = "a" * 5_000_000
     for message in (
         add("r", prompt=text),

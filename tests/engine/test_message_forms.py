@@ -195,7 +195,7 @@ def test_a_template_that_wants_a_user_gets_one() -> None:
     assert template.render(said("sS aA")) == "s:S|u:...|a:A|"
 
 
-def test_what_a_template_passes_over_is_said_in_another_form() -> None:
+def test_a_message_that_a_template_omits_is_given_in_another_form() -> None:
     """As Mistral's, which write a system message with a user's only."""
     source = (
         "{% for m in messages %}{% if m.role == 'user' %}[{{ m.content }}]{% endif %}{% endfor %}"
@@ -205,7 +205,7 @@ def test_what_a_template_passes_over_is_said_in_another_form() -> None:
     assert Template("{{ messages | length }}").render(said("sS uA")) == "2"
 
 
-def test_what_no_form_of_calls_makes_readable_is_told_in_words() -> None:
+def test_calls_that_no_form_makes_readable_are_given_in_words() -> None:
     template = refusing("m.role not in ('user', 'assistant') or m.tool_calls")
     prompt = template.render([*said("sS"), *calling('{"x": 1}'), *said("uB")])
     call = '<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call>'

@@ -61,17 +61,16 @@ TO_ENGINE = st.one_of(
     st.builds(Cancel, id=TEXT),
 )
 FROM_ENGINE = st.one_of(
-    st.builds(messages.Progress, fraction=FLOATS),
     st.builds(messages.Ready, build=TEXT, device=TEXT, defaults=DEFAULTS, **READY),
     st.builds(messages.LoadFailed, message=TEXT),
     st.builds(
         StepFrame,
-        admitted=st.lists(st.builds(messages.Admitted, id=TEXT, prompt_tokens=IDS), max_size=2),
+        prompts=st.dictionaries(TEXT, st.builds(messages.Prompt, tokens=IDS), max_size=2),
         refused=st.lists(st.builds(messages.Refused, id=TEXT, code=TEXT, message=TEXT), max_size=2),
-        deltas=st.lists(
+        outputs=st.dictionaries(
+            TEXT,
             st.builds(
-                messages.SequenceDelta,
-                id=TEXT,
+                messages.Output,
                 text=TEXT,
                 tokens=IDS,
                 finish_reason=st.sampled_from([None, "stop", "length", "cancelled"]),

@@ -14,7 +14,7 @@ def draft(tokens: list[int], count: int) -> list[int]:
     return drafter.draft(tokens, count) if drafter.match(tokens) else []
 
 
-def test_what_followed_the_last_time_is_proposed() -> None:
+def test_a_draft_is_the_text_after_the_last_occurrence() -> None:
     assert draft([1, 2, 3, 4, 5, 6, 9, 1, 2, 3], 2) == [4, 5]
     assert draft([1, 2, 3, 4, 5, 6, 9, 1, 2, 3], 7) == [4, 5, 6, 9, 1, 2, 3]
 
@@ -24,14 +24,14 @@ def test_of_two_times_the_later_one_counts() -> None:
     assert draft(tokens, 3) == [7, 7, 7]
 
 
-def test_what_goes_round_and_round_is_proposed_to_go_on() -> None:
+def test_a_draft_of_a_loop_continues_the_loop() -> None:
     """However short the loop is, a draft may be long."""
     assert draft([9, 5, 5, 5, 5], 6) == [5] * 6
     assert draft([9, 1, 2, 1, 2, 1], 5) == [2, 1, 2, 1, 2]
     assert draft([1, 2, 3, 4, 1, 2, 3], 9) == [4, 1, 2, 3, 4, 1, 2, 3, 4]
 
 
-def test_what_has_not_come_before_proposes_nothing() -> None:
+def test_there_is_no_draft_without_an_earlier_occurrence() -> None:
     assert NgramDrafter().match([1, 2, 3, 4, 5, 6]) == 0
     assert NgramDrafter().match([1, 2, 9, 2, 1, 2]) == 0  # two alike are too few
     assert NgramDrafter().match([1, 2]) == 0
@@ -51,7 +51,7 @@ def plain(tokens: list[int], count: int) -> list[int]:
     st.lists(st.integers(0, 2), max_size=60),
     st.lists(st.tuples(st.integers(1, 4), st.integers(0, 5)), max_size=20),
 )
-def test_one_that_follows_its_sequence_proposes_what_a_fresh_one_would(
+def test_a_drafter_that_follows_its_sequence_drafts_as_a_fresh_one_would(
     tokens: list[int], asked: list[tuple[int, int]]
 ) -> None:
     """It looks at new tokens only, however many came since it was last asked."""
@@ -70,7 +70,7 @@ def test_the_longer_the_match_the_better_the_chance() -> None:
     assert 0 < chances[0] < chances[-1] < 1
 
 
-def test_the_chance_follows_what_happens_whether_it_was_drafted_or_not() -> None:
+def test_the_acceptance_rate_is_learned_also_without_drafts() -> None:
     drafter, tokens = NgramDrafter(), list(range(40))
     tokens += [100, *range(12)]
     before = drafter.match(tokens)
@@ -88,7 +88,7 @@ def test_the_chance_follows_what_happens_whether_it_was_drafted_or_not() -> None
     assert best - 0.3 < drafter.match(tokens) < best
 
 
-def test_what_never_comes_true_is_not_believed_for_long() -> None:
+def test_the_acceptance_rate_falls_fast_if_drafts_are_wrong() -> None:
     drafter, rate = NgramDrafter(), 1.0
     tokens = [1, 2, 3, 4]
     for number in range(100, 120):
@@ -99,7 +99,7 @@ def test_what_never_comes_true_is_not_believed_for_long() -> None:
     assert 0 < rate < 0.05
 
 
-def test_the_next_sequence_begins_with_what_others_learned() -> None:
+def test_a_new_sequence_begins_with_the_shared_acceptance_rates() -> None:
     """Where drafts are mostly wrong fewer are made, from the first token on; and the reverse."""
     bad, good = DraftStatistics(), DraftStatistics()
     for n in range(60):

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from pinaivu_box.engine.detokenizer import Detokenizer
 from pinaivu_box.engine.fake_runner import END
-from pinaivu_box.engine.messages import Admitted, EngineLoad, Refused, SequenceDelta, StepFrame
+from pinaivu_box.engine.messages import EngineLoad, Output, Prompt, Refused, StepFrame
 from pinaivu_box.engine.output import OutputBuffer, SequenceOutput, StepOutput
 from pinaivu_box.engine.request_preparer import PreparedRequest
 from tests.support.engine_harness import add, make
@@ -20,9 +20,9 @@ def piece(token: int) -> bytes:
 
 
 def arrival(name: str, stop: list[str] | None = None) -> PreparedRequest:
-    return PreparedRequest(
-        Admitted(name, [1, 2]), Detokenizer(piece, stop or []), sequence(0, 2, 9)
-    )
+    scheduled = sequence(0, 2, 9)
+    scheduled.id = name
+    return PreparedRequest(Prompt([1, 2]), Detokenizer(piece, stop or []), scheduled)
 
 
 def step(*said: SequenceOutput, steps: int = 1) -> StepOutput:
@@ -55,10 +55,10 @@ def test_several_steps_make_one_delta_for_each_sequence() -> None:
     assert output.take(plain(steps=3, a="!", b="3")) == []
     assert output.take(step(say("b", "4", "length"), steps=4)) == []
     frame = output.frame()
-    assert frame.deltas == [
-        SequenceDelta("a", "xyz!", list(b"xyz!"), None, 5.0, 3),
-        SequenceDelta("b", "1234", list(b"1234"), "length"),
-    ]
+    assert frame.outputs == {
+        "a": Output("xyz!", list(b"xyz!"), None, 5.0, 3),
+        "b": Output("1234", list(b"1234"), "length"),
+    }
     assert frame.load.steps == 4
 
 
@@ -68,10 +68,10 @@ def test_a_frame_says_nothing_twice() -> None:
     output.take(Refused("b", "code", "why"))
     output.take(step(say("a", "x"), steps=7))
     first, second = output.frame(), output.frame()
-    assert (len(first.admitted), len(first.refused), len(first.deltas)) == (1, 1, 1)
-    assert second == StepFrame([], [], [], EngineLoad(steps=7))  # the load is the last known
+    assert (len(first.prompts), len(first.refused), len(first.outputs)) == (1, 1, 1)
+    assert second == StepFrame({}, [], {}, EngineLoad(steps=7))  # the load is the last known
     output.take(step(say("a", "y")))
-    assert output.frame().deltas == [SequenceDelta("a", "y", list(b"y"))]
+    assert output.frame().outputs == {"a": Output("y", list(b"y"))}
 
 
 @settings(max_examples=200)
@@ -92,12 +92,12 @@ def test_frames_together_say_the_same_however_many_steps_each_holds(
         for number, (name, words) in enumerate(spoken):
             output.take(step(say(name, words)))
             if often[number % len(often)] or number == len(spoken) - 1:
-                for delta in output.frame().deltas:
-                    assert delta.id not in ends, "a delta after the end"
-                    text[delta.id] += delta.text
-                    tokens[delta.id] += delta.tokens
-                    if delta.finish_reason:
-                        ends[delta.id] = delta.finish_reason
+                for request_id, new in output.frame().outputs.items():
+                    assert request_id not in ends, "output after the end"
+                    text[request_id] += new.text
+                    tokens[request_id] += new.tokens
+                    if new.finish_reason:
+                        ends[request_id] = new.finish_reason
         return text, tokens, ends
 
     assert listen(framed) == listen([True])
@@ -117,38 +117,36 @@ def test_a_stop_string_ends_a_sequence_before_the_engine_knows(steady: bool) -> 
     assert output.take(second) == ["a"]
     assert output.take(plain(a="!", b="!")) == []
     assert output.take(step(say("a", "!", "length"), say("b", "?", "length"))) == []
-    assert output.frame().deltas == [
-        SequenceDelta("a", "x", list(b"xyz"), "stop", stop_string="yz"),
-        SequenceDelta("b", "xyw!?", list(b"xyw!?"), "length"),
-    ]
-    assert output.take(step(say("a", "!"))) == [] and output.frame().deltas == []
+    assert output.frame().outputs == {
+        "a": Output("x", list(b"xyz"), "stop", stop_string="yz"),
+        "b": Output("xyw!?", list(b"xyw!?"), "length"),
+    }
+    assert output.take(step(say("a", "!"))) == [] and output.frame().outputs == {}
 
 
 def test_a_stop_string_inside_a_step_ends_it_there() -> None:
     """A step with an accepted draft has several tokens: those after the stop were never said."""
     output = admitted("a", stop=["yz"])
     assert output.take(step(SequenceOutput("a", list(b"xyzw"), "length"))) == ["a"]
-    assert output.frame().deltas == [
-        SequenceDelta("a", "x", list(b"xyz"), "stop", stop_string="yz")
-    ]
+    assert output.frame().outputs == {"a": Output("x", list(b"xyz"), "stop", stop_string="yz")}
 
 
 def test_an_end_token_has_no_text() -> None:
     output = admitted("a")
     output.take(step(SequenceOutput("a", [*b"hi", END], "stop", end_token=True)))
-    assert output.frame().deltas == [SequenceDelta("a", "hi", [*b"hi", END], "stop")]
+    assert output.frame().outputs == {"a": Output("hi", [*b"hi", END], "stop")}
 
 
-def test_what_was_held_back_comes_with_the_end() -> None:
+def test_withheld_text_comes_with_the_end() -> None:
     """The beginning of a stop string; a character that was never finished is no text."""
     output = admitted("a", "b", stop=["yz!"])
     output.take(step(say("a", "xyz"), SequenceOutput("b", [ord("x"), 0xC3])))
-    assert [delta.text for delta in output.frame().deltas] == ["x", "x"]
+    assert [new.text for new in output.frame().outputs.values()] == ["x", "x"]
     output.take(step(SequenceOutput("a", [], "cancelled"), SequenceOutput("b", [], "length")))
-    assert output.frame().deltas == [
-        SequenceDelta("a", "yz", [], "cancelled"),
-        SequenceDelta("b", "", [], "length"),
-    ]
+    assert output.frame().outputs == {
+        "a": Output("yz", [], "cancelled"),
+        "b": Output("", [], "length"),
+    }
 
 
 def test_a_request_may_be_refused_after_it_was_admitted() -> None:
@@ -158,9 +156,9 @@ def test_a_request_may_be_refused_after_it_was_admitted() -> None:
     output.take(Refused("a", "context_length_exceeded", "too long"))
     output.take(step(say("a", "late")))
     frame = output.frame()
-    assert [one.id for one in frame.admitted] == ["a"]
+    assert list(frame.prompts) == ["a"]
     assert [one.code for one in frame.refused] == ["context_length_exceeded"]
-    assert frame.deltas == []
+    assert frame.outputs == {}
 
 
 def test_an_engine_refuses_an_admitted_request_that_does_not_fit() -> None:
@@ -170,20 +168,20 @@ def test_an_engine_refuses_an_admitted_request_that_does_not_fit() -> None:
     frames = [engine.step()]
     while engine.busy:
         frames.append(engine.step())
-    assert [one.id for frame in frames for one in frame.admitted] == ["large"]
+    assert [name for frame in frames for name in frame.prompts] == ["large"]
     assert [one.code for frame in frames for one in frame.refused] == ["context_length_exceeded"]
-    assert [delta for frame in frames for delta in frame.deltas] == []
+    assert [frame.outputs for frame in frames if frame.outputs] == []
     engine.receive(add("small", "x", 3))
     while engine.busy:
         frames.append(engine.step())
-    assert [delta.finish_reason for delta in frames[-1].deltas] == ["length"]
+    assert [new.finish_reason for new in frames[-1].outputs.values()] == ["length"]
 
 
 def test_every_delta_says_how_many_tokens_were_forgotten() -> None:
     """Also in steps that forget nothing more."""
     output = admitted("a")
     output.take(step(SequenceOutput("a", [ord("x")], shifted_tokens=30)))
-    assert output.frame().deltas[0].shifted_tokens == 30
+    assert output.frame().outputs["a"].shifted_tokens == 30
     output.take(step(SequenceOutput("a", [ord("y")], shifted_tokens=30)))
     output.take(step(SequenceOutput("a", [ord("z")], shifted_tokens=60)))
-    assert output.frame().deltas[0].shifted_tokens == 60
+    assert output.frame().outputs["a"].shifted_tokens == 60

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from pinaivu_box.engine.fake_runner import END, N_VOCAB
 from pinaivu_box.engine.messages import Sampling
-from pinaivu_box.engine.sampling import Draw, PenaltyWindow, draw, draw_rows
+from pinaivu_box.engine.sampling import Draw, PenaltyWindow, draw_rows
+from tests.support.draws import draw
 from tests.support.engine_harness import add, alone, make, run, sampling
 
 Float32 = npt.NDArray[np.float32]
@@ -105,7 +106,7 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-def test_an_engine_says_what_the_formula_says() -> None:
+def test_an_engine_draws_by_the_formula() -> None:
     """All kinds side by side: most steps are taken without a plan, and the kinds do not mix."""
     kinds = {name: sampling(0.9, seed=n, **more) for n, (name, more) in enumerate(KINDS.items())}
     adds = [add(name, f"tell {name}", 40, sampling=kind) for name, kind in kinds.items()]
@@ -116,7 +117,7 @@ def test_an_engine_says_what_the_formula_says() -> None:
 
 
 @pytest.mark.parametrize("name", ["frequency", "both"])
-def test_penalties_count_what_an_earlier_leg_said(name: str) -> None:
+def test_penalties_count_the_output_of_an_earlier_leg(name: str) -> None:
     kind = sampling(0.9, seed=3, **KINDS[name])
     tokens = by_hand(kind, "go", 30)
     for cut in (1, 7, 29):

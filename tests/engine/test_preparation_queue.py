@@ -16,36 +16,30 @@ import pytest
 from pinaivu_box.engine import engine, grammar, preparation_queue
 from pinaivu_box.engine.embeddings import EmbeddingJob
 from pinaivu_box.engine.fake_runner import FakeRunner
-from pinaivu_box.engine.messages import Cancel, Constraint, Embed, Refused, Tokenize
+from pinaivu_box.engine.messages import Cancel, Constraint, Embed, Output, Refused, Tokenize
 from pinaivu_box.engine.output import OutputBuffer
-from pinaivu_box.engine.preparation_queue import PreparationQueue
 from pinaivu_box.engine.request_preparer import PreparedRequest, RequestPreparer
 from pinaivu_box.engine.sequence import Sequence
 from tests.support.engine_harness import add, in_this_process, load
+from tests.support.preparation_driver import PATIENCE_SECONDS, PreparationDriver, name_of
 
-PATIENCE = 60  # seconds until a test gives up; nothing is measured
 LETTERS = Constraint("regex", "[ab]{3}")
 
 
-class Door:
-    """A queue whose prompts and grammars named in `ready` wait for those events."""
+class HeldDriver(PreparationDriver):
+    """Its prompts and grammars that are named in `ready` wait for those events."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, threads: int = 1) -> None:
         monkeypatch.setattr(preparation_queue, "_COMPILING_THREADS", threads)
         self.ready: dict[str, threading.Event] = {}
-        self.said: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self.scheduled: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.runner = FakeRunner(load())
-        preparer = RequestPreparer(
-            self.runner, in_this_process(), drafting=False, context_shift=False
-        )
-        self.take = PreparationQueue(preparer, self.said.put, self.scheduled.put).take
+        super().__init__(RequestPreparer(self.runner, in_this_process(), load(drafting=False)))
         make = grammar.GrammarCompiler.compile
 
-        def held_up(its: Any, wanted: Any, **options: Any) -> Any:
+        def held_up(its: Any, wanted: Any, *more: Any) -> Any:
             event = self.ready.get(wanted.constraint.text)
-            assert event is None or event.wait(PATIENCE)
-            return make(its, wanted, **options)
+            assert event is None or event.wait(PATIENCE_SECONDS)
+            return make(its, wanted, *more)
 
         monkeypatch.setattr(grammar.GrammarCompiler, "compile", held_up)
         tokenize = self.runner.tokenize
@@ -54,7 +48,7 @@ class Door:
             event = self.ready.get(text)
             if event is not None:
                 self.begun.put(text)
-                assert event.wait(PATIENCE)
+                assert event.wait(PATIENCE_SECONDS)
             return tokenize(text, **options)
 
         monkeypatch.setattr(self.runner, "tokenize", held_up_too)
@@ -66,120 +60,114 @@ class Door:
         event = self.ready[name] = threading.Event()
         return event.set
 
-    def hears(self, count: int) -> list[Any]:
-        return [self.said.get(timeout=PATIENCE) for _ in range(count)]
-
-    def schedules(self, count: int) -> list[Any]:
-        return [self.scheduled.get(timeout=PATIENCE) for _ in range(count)]
+    def next_names(self, count: int) -> list[str]:
+        """Of the requests that are reported next."""
+        return [name_of(self.next_reported()) for _ in range(count)]
 
 
 @pytest.fixture
-def door(monkeypatch: pytest.MonkeyPatch) -> Door:
-    return Door(monkeypatch)
+def driver(monkeypatch: pytest.MonkeyPatch) -> HeldDriver:
+    return HeldDriver(monkeypatch)
 
 
-def name_of(item: Any) -> str:
-    return item.admitted.id if isinstance(item, PreparedRequest) else item.id
-
-
-def test_a_request_does_not_wait_for_the_grammar_of_another(door: Door) -> None:
+def test_a_request_does_not_wait_for_the_grammar_of_another(driver: HeldDriver) -> None:
     """Beginnings, embeddings, tokens and cancellations go past it."""
-    release = door.hold(LETTERS)
-    door.take(add("slow", constraint=LETTERS))
-    door.take(add("quick"))
-    door.take(Embed("vectors", ["text"]))
-    door.take(Tokenize(add("tokens", prompt="text")))
-    assert {name_of(one) for one in door.hears(4)} == {"slow", "quick", "vectors", "tokens"}
-    door.take(Cancel("quick"))
-    passed = door.schedules(3)
+    release = driver.hold(LETTERS)
+    driver.take(add("slow", constraint=LETTERS))
+    driver.take(add("quick"))
+    driver.take(Embed("vectors", ["text"]))
+    driver.take(Tokenize(add("tokens", prompt="text")))
+    assert set(driver.next_names(4)) == {"slow", "quick", "vectors", "tokens"}
+    driver.take(Cancel("quick"))
+    passed = [driver.next_scheduled() for _ in range(3)]
     assert {type(one) for one in passed} == {Sequence, EmbeddingJob, Cancel}
     assert isinstance(passed[2], Cancel)
-    assert door.scheduled.empty() and door.said.empty()
+    assert driver.scheduled.empty() and driver.reported.empty()
     release()
-    slow = door.scheduled.get(timeout=PATIENCE)
+    slow = driver.next_scheduled()
     assert slow.id == "slow" and slow.grammar.allows(ord("a")) and not slow.grammar.allows(ord("c"))
-    assert door.said.empty()
+    assert driver.reported.empty()
 
 
 def test_a_small_grammar_passes_a_large_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    door = Door(monkeypatch, threads=2)
-    release = door.hold(LETTERS)
-    door.take(add("large", constraint=LETTERS))
+    driver = HeldDriver(monkeypatch, threads=2)
+    release = driver.hold(LETTERS)
+    driver.take(add("large", constraint=LETTERS))
     small = Constraint("regex", "[cd]{3}")
-    door.take(add("waits", constraint=small))  # it is of the same tenant
-    door.take(add("small", constraint=small, tenant="another"))
-    assert door.scheduled.get(timeout=PATIENCE).id == "small"
-    assert len(door.hears(3)) == 3 and door.scheduled.empty()
+    driver.take(add("waits", constraint=small))  # it is of the same tenant
+    driver.take(add("small", constraint=small, tenant="another"))
+    assert driver.next_scheduled().id == "small"
+    assert len(driver.next_names(3)) == 3 and driver.scheduled.empty()
     release()
-    assert [one.id for one in door.schedules(2)] == ["large", "waits"]
+    assert [driver.next_scheduled().id for _ in range(2)] == ["large", "waits"]
 
 
-def test_a_tenant_does_not_wait_for_the_prompt_of_another(door: Door) -> None:
+def test_a_tenant_does_not_wait_for_the_prompt_of_another(driver: HeldDriver) -> None:
     """Of one tenant one is prepared at a time, in their order; others' go past them."""
-    release = door.hold("long")
+    release = driver.hold("long")
     for name in ("first", "second", "third"):
-        door.take(add(name, prompt="long", tenant="slow"))
-    door.take(add("quick"))
-    door.take(Embed("vectors", ["text"], tenant="quick"))
-    assert {name_of(one) for one in door.hears(2)} == {"quick", "vectors"}
-    assert door.begun.get(timeout=PATIENCE) and door.begun.empty()
+        driver.take(add(name, prompt="long", tenant="slow"))
+    driver.take(add("quick"))
+    driver.take(Embed("vectors", ["text"], tenant="quick"))
+    assert set(driver.next_names(2)) == {"quick", "vectors"}
+    assert driver.begun.get(timeout=PATIENCE_SECONDS) and driver.begun.empty()
     release()
-    assert [name_of(one) for one in door.hears(3)] == ["first", "second", "third"]
+    assert driver.next_names(3) == ["first", "second", "third"]
 
 
 @pytest.mark.parametrize("begun", [True, False])
-def test_a_request_cancelled_during_preparation_ends_at_once(door: Door, begun: bool) -> None:
-    release = door.hold("long")
-    door.take(add("before", prompt="long"))
-    assert door.begun.get(timeout=PATIENCE)
+def test_a_request_cancelled_during_preparation_ends_at_once(
+    driver: HeldDriver, begun: bool
+) -> None:
+    release = driver.hold("long")
+    driver.take(add("before", prompt="long"))
+    assert driver.begun.get(timeout=PATIENCE_SECONDS)
     gone = "before" if begun else "gone"
-    door.take(add("gone", prompt="text"))
-    door.take(Cancel(gone))
-    (refused,) = door.hears(1)
+    driver.take(add("gone", prompt="text"))
+    driver.take(Cancel(gone))
+    refused = driver.next_reported()
     assert isinstance(refused, Refused) and refused.id == gone
-    assert door.scheduled.empty()
+    assert driver.scheduled.empty()
     release()
     left = "gone" if begun else "before"
-    assert [name_of(one) for one in door.hears(1)] == [left]
-    assert [one.id for one in door.schedules(1)] == [left]
+    assert name_of(driver.next_reported()) == driver.next_scheduled().id == left
 
 
 @pytest.mark.parametrize("constraint", [LETTERS, Constraint("regex", "(?=a)b")])
 @pytest.mark.parametrize("started", [True, False])
 def test_a_request_cancelled_before_its_grammar_is_compiled_never_runs(
-    door: Door, constraint: Constraint, started: bool
+    driver: HeldDriver, constraint: Constraint, started: bool
 ) -> None:
     """Nor is it refused: it was cancelled, whether its grammar was begun or not."""
     before = Constraint("regex", "[xy]")
-    releases = [door.hold(before), door.hold(constraint)]
+    releases = [driver.hold(before), driver.hold(constraint)]
     if not started:
-        door.take(add("before", constraint=before))
-    door.take(add("gone", constraint=constraint))
-    told = door.hears(1 if started else 2)
-    door.take(Cancel("gone"))
-    door.take(add("after", constraint=Constraint("regex", "[ab]{9}")))
+        driver.take(add("before", constraint=before))
+    driver.take(add("gone", constraint=constraint))
+    reported = [driver.next_reported() for _ in range(1 if started else 2)]
+    driver.take(Cancel("gone"))
+    driver.take(add("after", constraint=Constraint("regex", "[ab]{9}")))
     for release in releases:
         release()
-    driven, output = engine.Engine(door.runner, token_budget=32), OutputBuffer()
+    driven, output = engine.Engine(driver.runner, token_budget=32), OutputBuffer()
     arrived = []
     while "after" not in arrived:
-        item = door.scheduled.get(timeout=PATIENCE)
+        item = driver.next_scheduled()
         arrived.append(item.id)
         if isinstance(item, Cancel):
             driven.end(item.id, "cancelled")
     assert arrived == (["gone", "after"] if started else ["gone", "before", "after"])
-    for item in [*told, *door.hears(1)]:
+    for item in [*reported, driver.next_reported()]:
         assert not isinstance(item, Refused)
         output.take(item)
-    assert door.said.empty()
+    assert driver.reported.empty()
     output.take(driven.step())
-    (delta,) = output.frame().deltas
-    assert (delta.id, delta.finish_reason, delta.tokens) == ("gone", "cancelled", [])
+    assert output.frame().outputs == {"gone": Output("", [], "cancelled")}
 
 
-def test_a_grammar_that_is_none_is_refused_after_its_prompt_was_read(door: Door) -> None:
-    door.take(add("r", constraint=Constraint("regex", "(?=a)b")))
-    assert isinstance(door.said.get(timeout=PATIENCE), PreparedRequest)
-    refused = door.said.get(timeout=PATIENCE)
+def test_a_grammar_that_is_none_is_refused_after_its_prompt_was_read(driver: HeldDriver) -> None:
+    driver.take(add("r", constraint=Constraint("regex", "(?=a)b")))
+    assert isinstance(driver.next_reported(), PreparedRequest)
+    refused = driver.next_reported()
     assert isinstance(refused, Refused) and refused.param == "grammar"
-    assert door.scheduled.empty()
+    assert driver.scheduled.empty()

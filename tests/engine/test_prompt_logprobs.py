@@ -72,7 +72,7 @@ def test_a_prompt_alone_can_be_scored(logprobs: int) -> None:
     assert not engine.busy and engine.scheduler.kv_used == 0
 
 
-def test_what_others_have_computed_is_not_taken() -> None:
+def test_cells_of_others_are_not_used_where_log_probabilities_are_wanted() -> None:
     """It gives no logits.  Who comes after may take what was scored."""
     engine, runner = make(context=400)
     heard = run(engine, [add("before", PROMPT)])
@@ -144,10 +144,10 @@ def test_a_step_scores_so_many_positions_at_most() -> None:
         one.logprobs, one.scored = 0, 1
     driven.add(*long, sequence(2, 300, 3))
     while driven.scheduler:
-        plan = driven.plan()
-        assert sum(len(chunk.scored) for chunk in plan.chunks) <= MAX_SCORED_POSITIONS
-        driven.compute(plan)
-        for chunk in plan.chunks:
+        chunks = driven.plan()
+        assert sum(len(chunk.scored) for chunk in chunks) <= MAX_SCORED_POSITIONS
+        driven.compute(chunks)
+        for chunk in chunks:
             if chunk.scored:
                 chunk.sequence.scored = chunk.scored.stop + 1
     assert len(driven.ended) == 3 and all(one.scored == 300 for one in long)
@@ -156,4 +156,4 @@ def test_a_step_scores_so_many_positions_at_most() -> None:
 def test_the_text_of_an_echo_has_the_prompt_as_it_is() -> None:
     engine: Engine = make()[0]
     engine.receive(add("r", prompt="ab", echo=True, max_tokens=1))
-    assert engine.step().admitted[0].text == "ab"
+    assert engine.step().prompts["r"].text == "ab"

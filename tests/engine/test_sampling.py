@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from pinaivu_box.engine.messages import Sampling
 from pinaivu_box.engine.sampling import (
     NOISE_SPAN,
-    draw,
     gumbel_noise,
     splitmix64,
     survivors,
 )
+from tests.support.draws import draw
 
 Float32 = npt.NDArray[np.float32]
 
@@ -35,6 +35,14 @@ def sampling(
     temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0, min_p: float = 0.0, seed: int = 7
 ) -> Sampling:
     return Sampling(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed)
+
+
+def plain_splitmix64(seed: int, n: int) -> int:
+    """The n-th output of SplitMix64, as its authors write it."""
+    z = (seed + 0x9E3779B97F4A7C15 * (n + 1)) % 2**64
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) % 2**64
+    return z ^ (z >> 31)
 
 
 @pytest.mark.parametrize(
@@ -63,7 +71,9 @@ def sampling(
     ],
 )
 def test_splitmix64_gives_the_published_outputs(seed: int, outputs: list[int]) -> None:
-    assert [splitmix64(seed, n) for n in range(5)] == outputs
+    assert [plain_splitmix64(seed, n) for n in range(5)] == outputs
+    vectorised = splitmix64(np.array([seed], np.uint64), np.arange(5, dtype=np.uint64))
+    assert vectorised.tolist() == outputs
 
 
 @given(SEEDS, st.integers(0, 2**20), st.integers(0, 300_000))
@@ -71,7 +81,7 @@ def test_noise_of_a_token_is_splitmix_of_seed_position_and_id(
     seed: int, position: int, token: int
 ) -> None:
     """The vectorised hash is the plain one, so that anybody can recompute a draw."""
-    bits = splitmix64(splitmix64(seed % 2**64, position), token) >> 32
+    bits = plain_splitmix64(plain_splitmix64(seed % 2**64, position), token) >> 32
     expected = -math.log(-math.log((bits + 0.5) / 2**32))
     assert gumbel_noise(seed, position, np.array([token]))[0] == pytest.approx(expected, rel=1e-12)
 
@@ -175,7 +185,7 @@ def whole_vocabulary(logits: Float32, kind: Sampling, position: int, allowed: li
 
 @settings(max_examples=500)
 @given(LOGITS, st.floats(0.05, 2), SEEDS, st.integers(0, 100_000))
-def test_the_cut_of_what_cannot_be_drawn_is_exact(
+def test_the_cut_of_undrawable_tokens_is_exact(
     logits: Float32, temperature: float, seed: int, position: int
 ) -> None:
     kind = sampling(temperature, seed=seed)
@@ -198,7 +208,7 @@ def test_the_cut_is_exact_on_a_large_vocabulary(temperature: float) -> None:
 
 @settings(max_examples=200)
 @given(st.floats(-40, 40, width=32), st.floats(0.05, 2), st.floats(0.001, 5))
-def test_what_is_cut_lies_beyond_any_noise(best: float, temperature: float, margin: float) -> None:
+def test_the_cut_lies_beyond_any_noise(best: float, temperature: float, margin: float) -> None:
     """At the edge: just inside the span survives, just outside does not."""
     edge = best - NOISE_SPAN * temperature
     logits = np.array([best, edge + margin * temperature, edge - margin * temperature], np.float32)

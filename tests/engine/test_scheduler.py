@@ -8,7 +8,8 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pinaivu_box.engine.sequence import Sequence, State
+from pinaivu_box.engine.fairness import State
+from pinaivu_box.engine.sequence import Sequence
 from tests.support.scheduler_driver import SchedulerDriver, own_words, sequence
 
 
@@ -79,7 +80,7 @@ def loads(draw: st.DrawFn) -> Load:
 @settings(max_examples=500)
 @given(loads())
 def test_every_sequence_finishes_within_bounds_whatever_comes(load: Load) -> None:
-    """Random arrivals on a tight cache: `Driven` checks each step, and nobody starves."""
+    """Random arrivals on a tight cache: `SchedulerDriver` checks each step, and nobody starves."""
     driven = SchedulerDriver(**load.sizes)
     scheduler, todo = driven.scheduler, list(load.arrivals)
     ends = {one.id: one.max_length for _, one in todo}
@@ -92,11 +93,11 @@ def test_every_sequence_finishes_within_bounds_whatever_comes(load: Load) -> Non
             ends[gone.id] = len(gone.tokens)
             driven.end(gone)
         if scheduler:
-            plan = driven.plan()
+            chunks = driven.plan()
             if number in load.no_slot and len(scheduler.running) > 1:
-                assert driven.no_slot(plan), "there was somebody to make room"
+                assert driven.no_slot(chunks), "there was somebody to make room"
             else:
-                driven.compute(plan)
+                driven.compute(chunks)
     assert not scheduler and not todo
     assert {one.id: len(one.tokens) for one in driven.ended} == ends
     assert scheduler.kv_used == 0
@@ -136,9 +137,9 @@ def test_only_the_last_chunk_of_a_prompt_gives_logits() -> None:
     driven.add(sequence(0, 25, 1))
     wanted = []
     while driven.scheduler:
-        plan = driven.plan()
-        wanted += [chunk.wants_logits for chunk in plan.chunks]
-        driven.compute(plan)
+        chunks = driven.plan()
+        wanted += [chunk.wants_logits for chunk in chunks]
+        driven.compute(chunks)
     assert wanted == [False, False, True]
 
 
@@ -156,7 +157,7 @@ def test_no_more_run_than_there_are_places_and_they_are_used_again() -> None:
 
 
 def test_steady_steps_end_before_anybody_does_and_before_the_cells() -> None:
-    """The engine computes them without asking again; `Driven` checks each."""
+    """The engine computes them without asking again; `SchedulerDriver` checks each."""
     for kv in (1000, 100):
         driven = SchedulerDriver(kv=kv, sequences=4, steady=True)
         driven.add(sequence(0, 10, 60), sequence(1, 10, 85))
@@ -211,7 +212,7 @@ def test_a_sequence_alone_is_never_preempted() -> None:
     assert len(driven.scheduler.running) == 1 and driven.scheduler.preemptions == 0
 
 
-def test_what_is_kept_goes_before_anybody_who_runs() -> None:
+def test_cached_sequences_are_evicted_before_any_is_preempted() -> None:
     driven = SchedulerDriver()
     driven.add(sequence(0, 8, 2))
     driven.run()
@@ -229,9 +230,9 @@ def test_after_no_slot_less_is_planned_until_something_ends() -> None:
     driven = SchedulerDriver(kv=1000, budget=200)
     first, second, third = (sequence(n, 40, 10) for n in range(3))
     driven.add(first, second, third)
-    plan = driven.plan()
-    assert len(plan.chunks) == 3
-    assert driven.no_slot(plan)
+    chunks = driven.plan()
+    assert len(chunks) == 3
+    assert driven.no_slot(chunks)
     for _ in range(9):
         driven.step()
         assert driven.cells.used < 120  # what did not fit is not tried again

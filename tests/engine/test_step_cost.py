@@ -161,7 +161,7 @@ def test_a_draft_gives_more_tokens_a_second(machine: Machine, rows: int, chance:
         assert max(others) <= 1.06 * rate(0)
 
 
-def test_what_was_never_tried_is_tried_if_it_may_be_good() -> None:
+def test_an_untried_draft_length_is_tried_if_it_may_pay() -> None:
     """Two rows may cost twice as much as one (llama.cpp's kernels), and eight hardly more."""
     cost = StepCostModel()
     cost.observe(1, 0, 0.010)

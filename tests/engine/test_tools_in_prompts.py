@@ -77,7 +77,7 @@ def test_results_and_what_is_said_after_them_are_one_turn() -> None:
 
 def test_variables_reach_the_template() -> None:
     source = "{% if enable_thinking %}<think>{% else %}</think>{% endif %}"
-    assert Template(source).thinks
+    assert Template(source).thinks and not Template("{{ messages }}").thinks
     assert Template(source).render([], None, {"enable_thinking": True}) == "<think>"
     assert Template(source).render([], None, {"enable_thinking": False}) == "</think>"
 
@@ -105,9 +105,7 @@ class Known(StrictRunner):
 
 
 def prepare(runner: StrictRunner, **more: Any) -> PreparedRequest | Refused:
-    arrival = RequestPreparer(
-        runner, in_this_process(), drafting=False, context_shift=False
-    ).prepare(add(**more))
+    arrival = RequestPreparer(runner, in_this_process(), load(drafting=False)).prepare(add(**more))
     if isinstance(arrival, PreparedRequest) and arrival.compile is not None:
         return arrival.compile() or arrival
     return arrival
@@ -171,7 +169,7 @@ def test_after_thoughts_an_answer_keeps_to_what_it_must_be(asked: Any, wanted: s
         TEMPLATE = "{{ tools }}{{ messages }}</think><tool_call>{{ '<think>' }}"
 
     arrival = prepare(Thinker(), **asked)
-    assert isinstance(arrival, PreparedRequest) and arrival.admitted.thinking
+    assert isinstance(arrival, PreparedRequest) and arrival.prompt.thinking
     assert isinstance(arrival.sequence, Sequence)
     grammar = arrival.sequence.grammar
     assert grammar is not None
@@ -190,7 +188,7 @@ def test_infill_is_prefix_suffix_middle() -> None:
 
     arrival = prepare(Coder(), prompt="def ", suffix="pass")
     assert isinstance(arrival, PreparedRequest)
-    assert arrival.admitted.prompt_tokens == [252, *b"def ", 253, *b"pass", 254]
+    assert arrival.prompt.tokens == [252, *b"def ", 253, *b"pass", 254]
     refused = prepare(Known(), prompt="def ", suffix="pass")
     assert isinstance(refused, Refused) and refused.param == "suffix"
 

@@ -145,7 +145,7 @@ def test_closing_stdin_while_it_runs_ends_it(children: list[Child]) -> None:
     child.ready()
     child.send(*(add(f"r{n}", max_tokens=3000) for n in range(4)))
     frame = child.read()
-    while not (isinstance(frame, StepFrame) and frame.deltas):
+    while not (isinstance(frame, StepFrame) and frame.outputs):
         frame = child.read()
     assert child.hang_up() == 0
 
@@ -192,7 +192,7 @@ def test_a_file_that_is_no_model_says_so_and_ends(children: list[Child], tmp_pat
     assert child.process.wait(PATIENCE) == 0
 
 
-def test_a_file_that_llama_cpp_refuses_is_said_to_lack_what_it_lacks(
+def test_the_error_of_a_file_that_llama_cpp_refuses_says_why(
     children: list[Child], tmp_path: Path
 ) -> None:
     """What the reader lets pass, as it does not know what a model of that architecture needs."""
@@ -208,7 +208,7 @@ def test_a_file_that_llama_cpp_refuses_is_said_to_lack_what_it_lacks(
 # -- frames ----------------------------------------------------------------------------------------
 
 
-def test_it_serves_what_comes_in(children: list[Child]) -> None:
+def test_a_child_serves_its_requests(children: list[Child]) -> None:
     child = start(children, fake(max_sequences=4))
     assert child.ready().max_sequences == 4
     child.send(*(add(f"r{n}", "x" * n, max_tokens=20 + n) for n in range(8)))
@@ -242,7 +242,7 @@ def test_cancels_and_stop_strings_end_requests_of_a_child(children: list[Child])
         heard.take(frame)
 
 
-def test_a_child_ends_what_is_cancelled_while_its_grammar_compiles(children: list[Child]) -> None:
+def test_a_request_is_cancelled_while_its_grammar_compiles(children: list[Child]) -> None:
     """However far that is: what comes after is served, and both are heard of."""
     child = start(children, fake())
     child.ready()
@@ -291,8 +291,8 @@ def test_a_slow_reader_gets_fewer_and_larger_frames(children: list[Child]) -> No
     assert all(len(tokens) == 600 for tokens in heard.tokens.values())
     at = len(heard.prompts["r0"]) - 1
     assert heard.text["r0"] == (SENTENCE * 20)[at : at + 600].decode()
-    largest = max(frames, key=lambda frame: sum(len(delta.tokens) for delta in frame.deltas))
-    assert min(len(delta.tokens) for delta in largest.deltas) > 20
+    largest = max(frames, key=lambda frame: sum(len(new.tokens) for new in frame.outputs.values()))
+    assert min(len(new.tokens) for new in largest.outputs.values()) > 20
     # A step's worth a frame would be as many frames as steps.
     steps = frames[-1].load.steps
     assert steps >= 600 and len(frames) < steps - 20

@@ -117,7 +117,7 @@ async def test_without_cache_prompt_nothing_is_kept_there(
     assert [tag is None for tag in tags] == [True, False, True]
 
 
-async def test_shared_prefixes_are_not_shared_with_peers(three: ThreeBoxes) -> None:
+async def test_shared_prefixes_are_not_for_peers(three: ThreeBoxes) -> None:
     named = "You are the assistant of ACME. "
     settings, placement = three.ben.box.settings, three.ben.box.placement
     before = settings.current

@@ -157,16 +157,10 @@ async def test_a_range_of_another_file_is_copied_like_a_file(
 
 
 def catalog_with(path: Path, where: Any) -> Any:
-    from pinaivu_box.models import catalog, gguf
+    from pinaivu_box.models import catalog
 
-    model = catalog._from_file(
-        NAME,
-        path,
-        gguf.Header(),
-        offset=where.offset,
-        size=where.size,
-        digest=where.digest,
-        owner="bundled",
+    model = catalog.Model(
+        NAME, path, where.offset, where.size, owner="bundled", recorded_digest=where.digest
     )
     return catalog.Catalog({NAME: model})
 

@@ -46,7 +46,8 @@ def receipt_of(boxes: Fleet, stream: StreamedChat, text: str | None = None) -> d
     """Of a receipt that holds (for that `text`), with its proofs decoded."""
     path = f"/v1/receipts/{stream.request_id}"
     document = boxes.anna.http("GET", path, key=stream.key)
-    checks = verify_receipt(document.content, transcript=Transcript(output=text))
+    answer = None if text is None else text.encode()
+    checks = verify_receipt(document.content, transcript=Transcript(answer=answer))
     assert all(check.ok for check in checks), checks
     receipt = json.loads(document.json()["signed_receipt"])
     return {**receipt, "proofs": [json.loads(one["signed"]) for one in receipt["proofs"]]}

@@ -20,7 +20,8 @@ from pinaivu_box.legs import admission, served_leg, server
 from pinaivu_box.legs import wire as leg_wire
 from pinaivu_box.models.catalog import digest_of
 from pinaivu_box.receipts.receipt import ACCEPTANCE_DOMAIN
-from pinaivu_box.transport.transport import Stream
+from pinaivu_box.transport import rpc
+from pinaivu_box.transport.link import Stream
 from pinaivu_box.transport.wire import MAX_FRAME_BYTES
 from tests.support import memory_transport
 from tests.support.fake_coordinator import (
@@ -100,7 +101,7 @@ async def hang_up(world: ThreeBoxes, asked: leg_wire.LegRequest, how: str) -> No
             await leg_wire.send(stream, leg_wire.Stop())
             stream.abandon()
         case "with the link":
-            await world.carl.network._links.by_peer[world.ben.node_id].link.close(400, "enough")
+            await world.carl.network._links.by_peer[world.ben.node_id].close(400, "enough")
         case "in dispute":
             await leg_wire.send(stream, leg_wire.Disputed("I have seen nothing"))
             await stream.finish()
@@ -232,13 +233,13 @@ async def test_a_peer_gets_keepalives_while_its_prompt_is_counted(
     """As while a model is loaded: who hears nothing for 4 s takes a box for lost."""
     world, heard_ = strict, asyncio.Event()
     local = world.ben.box.local
-    read = local.read
+    tokenize = local.tokenize
 
     async def slow(job: Any) -> Any:
         await heard_.wait()
-        return await read(job)
+        return await tokenize(job)
 
-    monkeypatch.setattr(local, "read", slow)
+    monkeypatch.setattr(local, "tokenize", slow)
     monkeypatch.setattr(server, "ALIVE_SECONDS", 0.01)
     await terms(world, tokens_per_minute=10_000)
     stream = await opened(world)
@@ -505,7 +506,7 @@ async def test_a_peer_that_does_not_read_is_not_waited_for(
     world: ThreeBoxes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(memory_transport, "WINDOW_BYTES", 500)
-    monkeypatch.setattr(leg_wire, "SEND_SECONDS", 2.0)
+    monkeypatch.setattr(rpc, "SEND_SECONDS", 2.0)
     streams = [await opened(world) for _ in range(8)]
     for stream in streams:
         await leg_wire.send(stream, ask(world, max_tokens=None))
@@ -546,7 +547,7 @@ async def test_a_message_without_end_ends_the_link(world: ThreeBoxes) -> None:
 async def test_as_many_streams_as_there_may_be(world: ThreeBoxes) -> None:
     """Which say nothing, or what they are for and no more."""
     (await opened(world)).abandon()
-    link = world.carl.network._links.by_peer[world.ben.node_id].link
+    link = world.carl.network._links.by_peer[world.ben.node_id]
     streams = [await soon(link.open()) for _ in range(100)]
     for number, stream in enumerate(streams):
         if number % 2:

@@ -18,7 +18,7 @@ from pinaivu_box.legs import wire as leg_wire
 from pinaivu_box.membership import joining, tickets
 from pinaivu_box.transport import wire
 from pinaivu_box.transport.iroh_transport import IrohTransport
-from pinaivu_box.transport.streams import Open
+from pinaivu_box.transport.wire import Open
 from tests.support.keys import new_identity
 from tests.support.process_box import Box, pinaivu_json
 from tests.support.waiting import soon
@@ -172,7 +172,7 @@ async def test_garbage_of_all_kinds(attacker: Attacker) -> None:
             await attacker.link_again()
 
 
-async def test_members_get_in_although_strangers_stand_in_the_door(attacker: Attacker) -> None:
+async def test_members_connect_although_others_hold_all_handshakes(attacker: Attacker) -> None:
     """Who say nothing once they are connected."""
     strangers = [await IrohTransport.bind(new_identity(), "127.0.0.1", 0) for _ in range(4)]
 

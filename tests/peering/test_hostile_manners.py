@@ -14,7 +14,8 @@ from msgspec.structs import replace
 from pinaivu_box.engine.messages import TokenLogprob
 from pinaivu_box.legs import client as peers
 from pinaivu_box.legs import wire as leg_wire
-from pinaivu_box.transport.transport import Stream
+from pinaivu_box.transport import rpc
+from pinaivu_box.transport.link import Stream
 from pinaivu_box.transport.wire import MAX_FRAME_BYTES
 from tests.support import memory_transport
 from tests.support.fake_model import FAKE
@@ -104,7 +105,7 @@ async def test_a_peer_that_breaks_the_protocol_is_replaced(
     monkeypatch.setattr(peers, "ALIVE_SECONDS", 3.0)
     if name == "deafness":
         monkeypatch.setattr(memory_transport, "WINDOW_BYTES", 500)
-        monkeypatch.setattr(leg_wire, "SEND_SECONDS", 2.0)
+        monkeypatch.setattr(rpc, "SEND_SECONDS", 2.0)
     world.carl.handler = handler
     text = name * 100 if handler is deaf else name
     await right(world, await world.anna.chat(text))

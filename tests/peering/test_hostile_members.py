@@ -29,10 +29,8 @@ from pinaivu_box.membership.records import (
 )
 from pinaivu_box.network.network import Network
 from pinaivu_box.transport import wire
-from pinaivu_box.transport.link import Handshake
-from pinaivu_box.transport.streams import Open
-from pinaivu_box.transport.transport import Link, Stream
-from pinaivu_box.transport.wire import Code
+from pinaivu_box.transport.link import Link, LinkOptions, Stream
+from pinaivu_box.transport.wire import Code, Open
 from tests.support.fake_model import CHEAP, FAKE
 from tests.support.fake_peer import FakePeer
 from tests.support.in_process_box import count_offers
@@ -74,7 +72,7 @@ async def newcomer(
 ) -> AsyncIterator[FakePeer]:
     """A member, for one test."""
     identity = known_identity(number)
-    transport = MemoryTransport(world.net, identity.node_id, Handshake(clock=clock), f"at:{name}")
+    transport = MemoryTransport(world.net, identity.node_id, LinkOptions(clock=clock), f"at:{name}")
     async with FakePeer(identity, transport, home, name) as member:
         await soon(member.network.join(await world.anna.network.invite()))
         await wait_until(lambda: world.anna.network.peer(name).state == "connected")
@@ -95,7 +93,7 @@ def tell(member: FakePeer, to: str, *records: Record) -> None:
 
 
 async def end_of(member: FakePeer, to: str) -> PeeringError:
-    lost: PeeringError = await soon(member.network._links.by_peer[to].link.closed())
+    lost: PeeringError = await soon(member.network._links.by_peer[to].closed())
     return lost
 
 
@@ -129,7 +127,7 @@ async def test_the_certificate_of_a_removed_box_is_not_accepted(
 # -- names ---------------------------------------------------------------------------------------
 
 
-async def test_a_name_that_is_no_model_id_is_in_no_list_and_in_nobodys_way(
+async def test_a_name_that_is_no_model_id_is_in_no_list_and_hinders_no_other(
     world: ThreeBoxes, tmp_path: Path
 ) -> None:
     """An older box may say such: it stays a member, and what it has beside that is offered."""
@@ -294,7 +292,7 @@ async def test_a_flooding_peer_is_cut_off(
         for _ in range(20):
             loud.network.send(world.anna.node_id, frame)
             await asyncio.sleep(0)
-        lost: Any = await soon(held.link.closed())
+        lost: Any = await soon(held.closed())
         assert lost.code == Code.PROTOCOL and "too much" in lost.reason
     await world.anna.network.remove("loud")
 
@@ -318,12 +316,12 @@ async def test_a_greeting_that_is_none(world: ThreeBoxes, hello: wire.Hello) -> 
     await bare.close()
 
 
-async def test_a_newcomer_that_says_nothing_is_not_waited_for(
+async def test_a_silent_newcomer_is_given_up(
     world: ThreeBoxes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(joining, "_JOIN_SECONDS", 0.2)
     async with newcomer(world, tmp_path, "mute", 124) as mute:
-        stream = await mute.network._links.by_peer[world.anna.node_id].link.open()
+        stream = await mute.network._links.by_peer[world.anna.node_id].open()
         await stream.send(wire.encode(Open("join")))
         with pytest.raises(PeeringError):
             await soon(stream.receive())

@@ -15,7 +15,7 @@ from msgspec.structs import replace
 
 from pinaivu_box.legs import runner
 from pinaivu_box.legs import wire as leg_wire
-from pinaivu_box.transport.transport import Stream
+from pinaivu_box.transport.link import Stream
 from tests.support.fake_model import FAKE, fake_text
 from tests.support.fake_peer import Violation
 from tests.support.three_boxes import ThreeBoxes, checked, right

@@ -15,8 +15,9 @@ from msgspec.structs import replace
 from pinaivu_box.config import Config, load
 from pinaivu_box.errors import CliError
 from pinaivu_box.membership.tickets import decode, encode
+from tests.support.in_process_command import run_command, run_command_json
 from tests.support.peer_box import PeerBox
-from tests.support.process_box import on_terminal, pinaivu, pinaivu_json, wait_until
+from tests.support.process_box import on_terminal, wait_until
 
 PRICED = '[pricing]\nper_1k_tokens = "1"\n'
 FAR = "far:1"
@@ -70,13 +71,13 @@ def ask(box: PeerBox, tokens: int = 10) -> Any:
 # -- addresses -------------------------------------------------------------------------------------
 
 
-def test_what_is_advertised_is_in_tickets_and_adverts(joined: tuple[PeerBox, PeerBox]) -> None:
+def test_the_advertised_address_is_in_tickets_and_adverts(joined: tuple[PeerBox, PeerBox]) -> None:
     anna, ben = joined
     where = reachable_at(anna)
     assert decode(anna.invite()).addresses[0] == where
     assert anna.admin("GET").json()["own"]["addresses"][0] == where
     wait_until(lambda: where in ben.listed()["anna"]["addresses"], "the advert to say it")
-    checks = {one["name"]: one for one in pinaivu_json("peers", "doctor", home=anna.home)}
+    checks = {one["name"]: one for one in run_command_json("peers", "doctor", home=anna.home)}
     assert where in checks["NAT"]["found"] and checks["NAT"]["state"] == "ok"
 
 
@@ -119,14 +120,14 @@ def test_peers_are_not_used_beyond_what_they_may_charge(joined: tuple[PeerBox, P
     plain = file.read_text()
     try:
         with_settings(ben, 'max_price = "0.999999"')
-        pinaivu("reload", home=ben.home)
+        run_command("reload", home=ben.home)
         refused = ask(ben)
         assert refused.status_code == 503 and "max_price" in refused.json()["error"]["message"]
         assert {FAR, "fake:1"} <= set(ben.listed()["anna"]["cost"]["too_dear"])
-        assert "above max_price" in pinaivu("peers", "show", "anna", home=ben.home).stdout
+        assert "above max_price" in run_command("peers", "show", "anna", home=ben.home).stdout
         file.write_text(plain)
         with_settings(ben, 'max_price = "1"\nmax_debt = "0.5"')
-        pinaivu("reload", home=ben.home)
+        run_command("reload", home=ben.home)
         owed = [Decimal(0)]
         while (answer := ask(ben)).status_code == 200:
             owed.append(Decimal(ben.listed()["anna"]["cost"]["owes"]))
@@ -139,7 +140,7 @@ def test_peers_are_not_used_beyond_what_they_may_charge(joined: tuple[PeerBox, P
         assert cost == {
             "received": str(owed[-1]), "owes": str(owed[-1]), "max_debt": "0.5", "too_dear": [],
         }  # fmt: skip
-        (balance,) = pinaivu_json("ledger", home=ben.home)
+        (balance,) = run_command_json("ledger", home=ben.home)
         assert (balance["balance"], balance["max_debt"]) == (f"-{owed[-1]}", "0.5")
         for command, said in ((("peers", "ls"), f"{owed[-1]}/0.5"), (("ledger",), f"-{owed[-1]}")):
             status, shown = on_terminal(*command, home=ben.home)
@@ -148,11 +149,11 @@ def test_peers_are_not_used_beyond_what_they_may_charge(joined: tuple[PeerBox, P
         # What would cost less than what is left still goes.
         file.write_text(plain)
         with_settings(ben, 'max_debt = "1"')
-        pinaivu("reload", home=ben.home)
+        run_command("reload", home=ben.home)
         assert ask(ben).status_code == 200
     finally:
         file.write_text(plain)
-        pinaivu("reload", home=ben.home)
+        run_command("reload", home=ben.home)
 
 
 @pytest.mark.parametrize("setting", ['max_price = "x"', 'max_debt = "-1"', 'max_price = "1e-9"'])
@@ -186,13 +187,13 @@ def test_a_revoked_box_says_revoked(tmp_path: Path) -> None:
         ben.stop()
         ben.start()
         wait_until(lambda: own()["state"] == "revoked", "ben to be told again")
-        done = pinaivu("peers", "ls", home=ben.home)
+        done = run_command("peers", "ls", home=ben.home)
         assert "This box is revoked" in done.stderr and "sold" in done.stderr
-        doctor = pinaivu("peers", "doctor", home=ben.home, check=False)
+        doctor = run_command("peers", "doctor", home=ben.home, check=False)
         assert doctor.returncode == 1 and "this box is revoked" in doctor.stdout
-        pinaivu("peers", "leave", "--yes", home=ben.home)
+        run_command("peers", "leave", "--yes", home=ben.home)
         assert own()["state"] == "alone"
-        assert "revoked" not in pinaivu("peers", "ls", home=ben.home).stderr
+        assert "revoked" not in run_command("peers", "ls", home=ben.home).stderr
         ben.peers("join", anna.invite())
         wait_until(lambda: ben.sees("anna") and own()["state"] == "member", "it to be let in again")
     finally:

@@ -27,7 +27,7 @@ def made(
     )
 
 
-def test_a_ticket_says_who_and_where_and_its_secret_is_not_kept() -> None:
+def test_a_ticket_has_the_inviters_key_and_addresses_and_its_secret_is_not_kept() -> None:
     text, invitation = made()
     ticket = tickets.decode(text)
     assert ticket.node_id == FOUNDER.node_id
@@ -108,7 +108,7 @@ def test_a_ticket_for_one_serves_one() -> None:
 
 
 @given(st.lists(st.integers(0, 7), max_size=30), st.integers(1, 5))
-def test_it_is_never_used_more_often_than_it_says(who: list[int], uses: int) -> None:
+def test_a_ticket_is_never_used_more_often_than_allowed(who: list[int], uses: int) -> None:
     text, invitation = made(uses)
     secret, let_in = tickets.decode(text).secret, set()
     for number in who:
@@ -141,7 +141,7 @@ def test_an_invitation_that_makes_no_sense(wrong: dict[str, int]) -> None:
         tickets.invite(FOUNDER.node_id, NETWORK, [], **values)  # type: ignore[arg-type]
 
 
-def test_the_newest_ticket_is_told_by_its_order_and_by_no_clock(
+def test_the_newest_ticket_follows_from_its_order_and_no_clock(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A founder whose clock was ahead when it put somebody out can still let it in again."""

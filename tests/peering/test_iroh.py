@@ -18,7 +18,7 @@ import pytest
 from pinaivu_box.errors import CliError, Unreachable
 from pinaivu_box.transport import iroh_bindings
 from pinaivu_box.transport.iroh_transport import IrohTransport
-from pinaivu_box.transport.link import Handshake, HeartbeatTiming
+from pinaivu_box.transport.link import LinkOptions
 from pinaivu_box.transport.wire import Code
 from tests.support.keys import new_identity
 from tests.support.ports import free_port
@@ -58,7 +58,7 @@ async def test_a_peer_that_starts_again_is_linked_to_again(
     await ours.close()
 
 
-async def test_sigterm_tells_the_peers(peers: Callable[..., PeerProcess]) -> None:
+async def test_sigterm_closes_links_with_a_reason(peers: Callable[..., PeerProcess]) -> None:
     peer = peers()
     here = await peer.event("listening")
     ours = await IrohTransport.bind(new_identity(), "127.0.0.1", 0)
@@ -70,7 +70,7 @@ async def test_sigterm_tells_the_peers(peers: Callable[..., PeerProcess]) -> Non
     await ours.close()
 
 
-async def test_what_cannot_be_bound_or_called_says_why() -> None:
+async def test_failures_to_bind_or_dial_say_why() -> None:
     ours = await IrohTransport.bind(new_identity(), "127.0.0.1", 0)
     port = int(ours.addresses()[0].rpartition(":")[2])
     with pytest.raises(CliError, match=f"cannot use UDP port {port} of 127.0.0.1"):
@@ -119,7 +119,7 @@ async def test_a_loopback_host_opens_nothing_else(peers: Callable[..., PeerProce
 
 
 @pytest.mark.parametrize("relay", ["n0", "https://127.0.0.1:9/"])
-async def test_a_relay_that_is_not_there_hinders_nobody(
+async def test_an_unreachable_relay_does_not_hinder_links(
     peers: Callable[..., PeerProcess], relay: str
 ) -> None:
     here = await peers().event("listening")
@@ -128,7 +128,7 @@ async def test_a_relay_that_is_not_there_hinders_nobody(
     await ours.close()
 
 
-async def test_streams_that_are_collected_as_garbage_stop_nobody(
+async def test_streams_that_are_collected_as_garbage_block_no_link(
     peers: Callable[..., PeerProcess],
 ) -> None:
     """Also if that happens in iroh's own thread, which has locks."""
@@ -153,8 +153,8 @@ async def test_a_peer_whose_program_stands_still_is_borne_for_a_while(
     peers: Callable[..., PeerProcess],
 ) -> None:
     here = await peers().event("listening")
-    handshake = Handshake(heartbeats=HeartbeatTiming(interval=0.5, max_silent=4, max_stuck=10))
-    ours = await IrohTransport.bind(new_identity(), "127.0.0.1", 0, handshake=handshake)
+    options = LinkOptions(beat_seconds=0.5, max_silent=4, max_stuck=10)
+    ours = await IrohTransport.bind(new_identity(), "127.0.0.1", 0, options=options)
     link = await ours.connect(here["node_id"], here["addresses"], DEADLINE)
     stream = await converse(link, "block 3")
     assert await soon(stream.receive()) is None
@@ -170,8 +170,8 @@ async def test_a_box_that_was_suspended_reports_no_box_as_gone(
     peers: Callable[..., PeerProcess],
 ) -> None:
     here = await peers().event("listening")
-    handshake = Handshake(heartbeats=HeartbeatTiming(interval=0.2, max_silent=2))
-    ours = await IrohTransport.bind(new_identity(), "127.0.0.1", 0, handshake=handshake)
+    options = LinkOptions(beat_seconds=0.2, max_silent=2)
+    ours = await IrohTransport.bind(new_identity(), "127.0.0.1", 0, options=options)
     link = await ours.connect(here["node_id"], here["addresses"], DEADLINE)
     time.sleep(2)  # noqa: ASYNC251
     await echo(link)

@@ -8,8 +8,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from tests.support.in_process_command import run_command, run_command_json
 from tests.support.peer_box import MakePeerBox, joined_boxes
-from tests.support.process_box import PINAIVU, Box, environment, pinaivu, pinaivu_json, wait_until
+from tests.support.process_box import PINAIVU, Box, environment, wait_until
 
 
 def test_two_running_boxes_join_by_a_ticket(member: MakePeerBox) -> None:
@@ -28,13 +29,13 @@ def test_two_running_boxes_join_by_a_ticket(member: MakePeerBox) -> None:
     assert kitchen["id"] == ben.admin("GET").json()["own"]["id"]
     for name in ("kitchen", kitchen["id"]):
         assert anna.peers("show", name)["id"] == kitchen["id"]
-    table = pinaivu("peers", "ls", "--why", home=anna.home).stdout
+    table = run_command("peers", "ls", "--why", home=anna.home).stdout
     assert "kitchen" in table and "connected" in table and "fake:1" in table
     assert "reputation: " in table
-    told = pinaivu_json("audit", home=anna.home)
+    told = run_command_json("audit", home=anna.home)
     assert "peer.invite" in [entry["action"] for entry in told]
     assert made["ticket"] not in json.dumps(told)
-    assert "peer.join" in [entry["action"] for entry in pinaivu_json("audit", home=ben.home)]
+    assert "peer.join" in [entry["action"] for entry in run_command_json("audit", home=ben.home)]
 
 
 def test_a_box_that_does_not_run_joins_at_once(member: MakePeerBox) -> None:
@@ -85,12 +86,12 @@ def test_removing_a_box_names_the_boxes_that_only_it_had_invited(member: MakePee
     carl = member("carl").start()
     carl.peers("join", ben.invite("--name", "carl"))
     wait_until(lambda: anna.sees("carl"), "the third box is a member")
-    removed = pinaivu("peers", "rm", "ben", home=anna.home)
+    removed = run_command("peers", "rm", "ben", home=anna.home)
     assert "no longer members either: carl (node_" in removed.stderr
     wait_until(lambda: anna.sees("carl", "revoked"), "it fell with the box that had invited it")
     carl.peers("join", anna.invite("--name", "carl"))
     wait_until(lambda: anna.sees("carl"), "it is admitted again")
-    removed = pinaivu("peers", "rm", "carl", home=anna.home)
+    removed = run_command("peers", "rm", "carl", home=anna.home)
     assert "no longer members" not in removed.stderr
 
 
@@ -131,14 +132,14 @@ def test_without_peering_it_is_said_how_to_switch_it_on(tmp_path: Path) -> None:
     box = Box(tmp_path / "home", "--model", "fake:1=fake:0").start()
     try:
         for arguments in (("ls",), ("invite",)):
-            done = pinaivu("peers", *arguments, home=box.home, check=False)
+            done = run_command("peers", *arguments, home=box.home, check=False)
             assert done.returncode == 1 and "pinaivu serve --peering" in done.stderr
         answer = box.http("GET", "/v1/admin/peers")
         assert answer.status_code == 409 and "--peering" in answer.json()["error"]["message"]
         box.stop()
-        done = pinaivu("peers", "invite", home=box.home, check=False)
+        done = run_command("peers", "invite", home=box.home, check=False)
         assert done.returncode == 1 and "pinaivu serve --peering" in done.stderr
-        done = pinaivu("peers", "ls", home=box.home, check=False)
+        done = run_command("peers", "ls", home=box.home, check=False)
         assert done.returncode == 1 and "No box is running" in done.stderr
     finally:
         box.end()
@@ -173,7 +174,7 @@ def test_a_peers_name_and_limits_are_ones_own(member: MakePeerBox) -> None:
         answer = anna.admin("PATCH", "/attic", wrong)
         assert answer.status_code == 422 and loc in answer.text, answer.text
     assert anna.admin("GET", "/nobody").status_code == 404
-    edits = [e for e in pinaivu_json("audit", home=anna.home) if e["action"] == "peer.edit"]
+    edits = [e for e in run_command_json("audit", home=anna.home) if e["action"] == "peer.edit"]
     assert len(edits) == 3 and edits[-1]["target"] == changed["id"]
 
 
@@ -186,13 +187,13 @@ def test_the_doctor_says_why_a_peer_cannot_be_reached(member: MakePeerBox) -> No
     assert checks["port"]["state"] == "ok", checks
     ben.kill()
     wait_until(lambda: anna.sees("ben", "unreachable"), "it is missed")
-    done = pinaivu("peers", "doctor", "--json", home=anna.home, check=False)
+    done = run_command("peers", "doctor", "--json", home=anna.home, check=False)
     assert done.returncode == 1
     checks = {one["name"]: one for one in json.loads(done.stdout)}
     assert checks["ben: link"]["state"] == "failed" and checks["ben: link"]["todo"]
     assert "no program listens on that UDP port" in checks["ben: address"]["found"]
     anna.stop()
-    done = pinaivu("peers", "doctor", "--json", home=anna.home, check=False)
+    done = run_command("peers", "doctor", "--json", home=anna.home, check=False)
     assert done.returncode == 1 and "No box is running" in done.stdout
 
 
@@ -209,7 +210,7 @@ def test_the_doctor_says_why_a_peer_is_not_served(member: MakePeerBox) -> None:
     assert "00:00-00:00" in told[0]["found"] and "owes 0 of at most 0" in told[1]["found"]
     (refused,) = [one for one in anna.peers("doctor", "ben") if one["name"] == "ben: limits"]
     assert "This box serves its peers from 00:00-00:00 only" in refused["found"]
-    assert "00:00-00:00" in pinaivu("peers", "ls", "--why", home=anna.home).stdout
+    assert "00:00-00:00" in run_command("peers", "ls", "--why", home=anna.home).stdout
     ben.peers("edit", "anna", "--hours", "none", "--credit-limit", "none")
     wait_until(
         lambda: anna.http("POST", "/v1/chat/completions", json=body).status_code == 200, "it serves"
@@ -217,7 +218,7 @@ def test_the_doctor_says_why_a_peer_is_not_served(member: MakePeerBox) -> None:
     for box, peer in ((anna, "ben"), (ben, "anna")):
         (well,) = [one for one in box.peers("doctor", peer) if one["name"] == f"{peer}: limits"]
         assert well["state"] == "ok"
-    assert "0 of 8 requests" in pinaivu("peers", "show", "anna", home=ben.home).stdout
+    assert "0 of 8 requests" in run_command("peers", "show", "anna", home=ben.home).stdout
 
 
 def test_a_key_says_who_may_serve_it(member: MakePeerBox) -> None:
@@ -229,7 +230,7 @@ def test_a_key_says_who_may_serve_it(member: MakePeerBox) -> None:
     ids = {box.admin("GET").json()["own"]["id"]: box.name for box in (anna, ben)}
 
     def key(*options: str) -> tuple[str, str]:
-        made = pinaivu_json("keys", "create", *options, home=anna.home)
+        made = run_command_json("keys", "create", *options, home=anna.home)
         return made["id"], made["key"]
 
     def ask(secret: str, model: str = "fake:1") -> tuple[int, str]:
@@ -244,14 +245,14 @@ def test_a_key_says_who_may_serve_it(member: MakePeerBox) -> None:
     assert ask(plain) == (200, "anna prefer-local")
     id_, cheap = key("--policy", "cheapest")
     assert ask(cheap) == (200, "ben cheapest")
-    pinaivu("keys", "edit", id_, "--policy", "none", home=anna.home)
+    run_command("keys", "edit", id_, "--policy", "none", home=anna.home)
     assert ask(cheap) == (200, "anna prefer-local")
     body = {"policy": {"routing": "cheapest"}}
     assert anna.http("PATCH", f"/v1/admin/keys/{id_}", json=body).status_code == 200
     assert ask(cheap) == (200, "ben cheapest")
     body = {"policy": {"routing": "dearest"}}
     assert anna.http("PATCH", f"/v1/admin/keys/{id_}", json=body).status_code == 422
-    wait_until(lambda: len(pinaivu_json("ledger", "show", "ben", home=anna.home)) == 2, "both")
+    wait_until(lambda: len(run_command_json("ledger", "show", "ben", home=anna.home)) == 2, "both")
     choices: list[tuple[str, str]] = [
         ("--policy", "never"),
         ("--scope", "local-only"),
@@ -264,7 +265,7 @@ def test_a_key_says_who_may_serve_it(member: MakePeerBox) -> None:
         assert ask(private, "ben:1")[0] in (404, 503)
         listed = anna.http("GET", "/v1/models", key=private).text
         assert ("ben:1" in listed) is (options[0] == "--peer")
-    assert len(pinaivu_json("ledger", "show", "ben", home=anna.home)) == 2
+    assert len(run_command_json("ledger", "show", "ben", home=anna.home)) == 2
 
 
 def test_a_box_that_announces_itself_is_discovered(member: MakePeerBox) -> None:

@@ -45,7 +45,7 @@ from pinaivu_box.store import audit
 from pinaivu_box.store.audit import Actor
 from pinaivu_box.store.database import Database
 from pinaivu_box.transport import wire
-from pinaivu_box.transport.transport import Link, Stream
+from pinaivu_box.transport.link import Link, Stream
 from tests.support.keys import IDENTITIES
 from tests.support.ledger_entries import entry
 from tests.support.memory_transport import MemoryNetwork, MemoryTransport

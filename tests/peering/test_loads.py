@@ -18,7 +18,7 @@ from pinaivu_box.gossip.frames import (
 from pinaivu_box.gossip.loads import REPORT_SECONDS
 from pinaivu_box.gossip.protocol import Gossip
 from pinaivu_box.membership.records import key_of
-from tests.support.gossip_net import FACTS, GossipNet, chain, heard_by
+from tests.support.gossip_net import FACTS, GossipNet, admit, chain, heard_by
 from tests.support.keys import FOUNDER, IDENTITIES
 from tests.support.records import certificate
 
@@ -39,7 +39,7 @@ def knows(box: Gossip, of: Gossip) -> ModelLoad | None:
     return found.load if found else None
 
 
-def test_a_neighbour_hears_at_once_and_others_when_they_ask() -> None:
+def test_neighbours_get_load_changes_at_once_and_others_on_query() -> None:
     net, row = chain(4)
     serials = [row[0].adverts.get(one.me) for one in row]
     fill(net, row[2])
@@ -55,7 +55,7 @@ def test_a_neighbour_hears_at_once_and_others_when_they_ask() -> None:
     assert not net.cuts
 
 
-def test_what_others_said_is_soon_forgotten_and_what_a_link_said_ends_with_it() -> None:
+def test_reports_of_others_expire_soon_and_those_of_a_neighbour_end_with_its_link() -> None:
     net, row = chain(3)
     fill(net, row[2])
     row[0].query_load(MODEL)
@@ -71,7 +71,7 @@ def test_a_new_link_begins_with_the_load_as_it_is() -> None:
     net, row = chain(2)
     fill(net, row[1])
     new = net.box(IDENTITIES[5], certificate(FOUNDER, IDENTITIES[5], name="n"))
-    row[0].admit([certificate(FOUNDER, IDENTITIES[5], name="n")])
+    admit(row[0], certificate(FOUNDER, IDENTITIES[5], name="n"))
     net.link(new, row[1])
     assert knows(new, row[1]) == FULL
 
@@ -86,7 +86,7 @@ def test_a_crowd_of_requests_makes_no_crowd_of_frames() -> None:
     assert knows(row[0], row[1]) == ModelLoad(0, 0, 199)
 
 
-def test_an_answer_that_nobody_asked_for_is_not_heard() -> None:
+def test_an_unrequested_load_report_is_ignored() -> None:
     net, row = chain(3)
     lie = encode(LoadReport(MODEL, ((key_of(row[2].me), FULL),)))
     row[0].receive(row[1].me, lie)
@@ -111,7 +111,7 @@ def test_a_box_that_knows_no_loads_gets_none_and_all_else() -> None:
     """Its Digest has nothing after the roster's."""
     net, row = chain(2)
     old = net.box(IDENTITIES[6], certificate(FOUNDER, IDENTITIES[6], name="n"))
-    row[0].admit([certificate(FOUNDER, IDENTITIES[6], name="n")])
+    admit(row[0], certificate(FOUNDER, IDENTITIES[6], name="n"))
     old._digest = lambda: RosterDigest(old.roster.digest())  # type: ignore[method-assign]
     net.link(old, row[0])
     net.run(8)

@@ -25,11 +25,11 @@ from pinaivu_box.network import network
 from pinaivu_box.network.network import Network
 from pinaivu_box.store import audit, peer_settings
 from pinaivu_box.store.audit import BOX, Actor
+from pinaivu_box.tasks import TaskSet
 from pinaivu_box.transport import streams, wire
 from pinaivu_box.transport.connections import LinkManager
-from pinaivu_box.transport.streams import Open, OpenedStream
-from pinaivu_box.transport.transport import Stream
-from pinaivu_box.transport.wire import Code
+from pinaivu_box.transport.link import Stream
+from pinaivu_box.transport.wire import Code, Open
 from tests.support.keys import IDENTITIES
 from tests.support.memory_transport import MemoryTransport
 from tests.support.network_sites import Site, SiteGroup, states, whole
@@ -76,7 +76,7 @@ async def test_a_ticket_names_the_newcomer_and_makes_it_an_admin(group: SiteGrou
 
 
 @pytest.mark.parametrize("deed", ["invite", "join", "revoke", "leave"])
-async def test_what_the_audit_trail_cannot_tell_of_is_not_done(group: SiteGroup, deed: str) -> None:
+async def test_a_change_that_cannot_be_audited_is_not_made(group: SiteGroup, deed: str) -> None:
     """A trail that takes no such line stands for a box that dies between the deed and its line."""
     one, two = await group.joined("one", "two")
     three = await group.box("three")
@@ -194,7 +194,7 @@ async def test_the_inviters_clock_alone_decides(
         await soon((await group.box("three")).join(ticket))
 
 
-async def test_what_is_no_ticket_or_no_longer_one(group: SiteGroup) -> None:
+async def test_invalid_and_void_tickets_are_refused(group: SiteGroup) -> None:
     one, two = await group.box("one"), await group.box("two")
     ticket = await one.invite()
     with pytest.raises(NotJoined, match="begins with pnv1"):
@@ -212,7 +212,9 @@ async def test_what_is_no_ticket_or_no_longer_one(group: SiteGroup) -> None:
         await soon(two.join(ticket))
 
 
-async def test_a_box_with_company_must_leave_before_it_joins_elsewhere(group: SiteGroup) -> None:
+async def test_a_box_in_a_network_with_others_must_leave_before_it_joins_elsewhere(
+    group: SiteGroup,
+) -> None:
     one, two, three = [await group.box(name) for name in ("one", "two", "three")]
     await two.invite()  # founds a network of its own, which it gives up
     await soon(two.join(await one.invite()))
@@ -261,7 +263,7 @@ async def test_a_revoked_box_is_cut_off_everywhere_and_stays_out(group: SiteGrou
     await wait_until(lambda: whole(two, 3))
 
 
-async def test_a_box_that_says_goodbye_is_not_reported_gone(group: SiteGroup) -> None:
+async def test_a_box_that_shuts_down_is_not_reported_gone(group: SiteGroup) -> None:
     one, *_ = await group.joined("one", "two", "three")
     await group.sites[2].close()
     await wait_until(lambda: states(one)["three"] != "connected")
@@ -282,16 +284,14 @@ async def test_a_box_that_was_killed_comes_back_by_itself(group: SiteGroup) -> N
 
 async def test_all_restarted_at_once_find_each_other(group: SiteGroup) -> None:
     await group.joined("one", "two", "three")
-    await wait_until(
-        lambda: all(len(site.network._address_book.known) == 2 for site in group.sites)
-    )
+    await wait_until(lambda: all(len(site.network._membership.known) == 2 for site in group.sites))
     for site in group.sites:
         await site.close()
     boxes = [await site.open() for site in group.sites]
     await wait_until(lambda: all(whole(box, 3) for box in boxes))
 
 
-async def test_both_call_at_once_and_one_link_stays(
+async def test_boxes_that_dial_each_other_at_once_keep_one_link(
     group: SiteGroup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And what has begun over the other one comes to its end."""
@@ -300,7 +300,7 @@ async def test_both_call_at_once_and_one_link_stays(
     for _ in range(5):
         for site in group.sites:
             for held in list(site.network._links.by_peer.values()):
-                await held.link.close(Code.SHUTDOWN, "again")
+                await held.close(Code.SHUTDOWN, "again")
             site.network._links.reset_backoff()
         streams = await asyncio.gather(one.open(two.node_id, "echo"), two.open(one.node_id, "echo"))
         await wait_until(lambda: whole(one, 2) and whole(two, 2))
@@ -320,12 +320,17 @@ async def test_both_call_at_once_and_one_link_stays(
 
 
 class BareLink:
-    def __init__(self, peer: str) -> None:
-        self.peer = peer
+    streams = ()
+
+    def __init__(self, peer: str, *, dialed: bool) -> None:
+        self.peer, self.dialed, self.opened_at = peer, dialed, time.monotonic()
         self.over = asyncio.Event()
 
     async def close(self, code: int, reason: str) -> None:
         self.over.set()
+
+    async def accept(self) -> Stream:
+        raise await self.closed()
 
     async def closed(self) -> LinkLost:
         await self.over.wait()
@@ -342,23 +347,22 @@ async def test_both_sides_keep_the_same_of_two_links(
     ids = sorted(one.node_id for one in IDENTITIES[:2])
     kept = []
     for me, peer, first in ((ids[0], ids[1], first_at_one), (ids[1], ids[0], first_at_two)):
-        owner: Any = Mock(spawn=asyncio.ensure_future)
-        links = LinkManager(Mock(node_id=me), owner, Random(0))
-        made: Any
-        for ours in (first, not first):
-            made = BareLink(peer)
-            links.add(made, dialed=ours)
-        held = links.by_peer[peer]
+        owner = Mock()
+        links = LinkManager(Mock(node_id=me), owner, Mock(), TaskSet(), Random(0))
+        made: list[Any] = [BareLink(peer, dialed=ours) for ours in (first, not first)]
+        for link in made:
+            links.add(link)
+        held: Any = links.by_peer[peer]
         kept.append(me if held.dialed else peer)
         await asyncio.sleep(0)
-        assert not held.link.over.is_set()  # type: ignore[attr-defined]
-        other = next(one for one in links.all_to(peer) if one is not held)
-        await wait_until(other.link.over.is_set)  # type: ignore[attr-defined]
+        (other,) = [link for link in made if link is not held]
+        assert not held.over.is_set()
+        await wait_until(other.over.is_set)
         assert owner.link_closed.call_count == owner.link_opened.call_count - 1
     assert kept == [ids[0], ids[0]]
 
 
-async def test_what_changes_is_heard(group: SiteGroup) -> None:
+async def test_changed_offers_reach_peers(group: SiteGroup) -> None:
     one, two = await group.joined("one", "two")
     group.sites[1].offers = ()
     two.changed()
@@ -411,7 +415,7 @@ async def test_garbage_closes_the_link(group: SiteGroup, first: bytes) -> None:
     await asked(one, two)
 
 
-async def test_a_stranger_gets_nothing_and_is_shown_the_door(
+async def test_a_link_of_a_box_that_is_no_member_is_closed_unserved(
     group: SiteGroup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(membership_store, "_CERTIFICATE_SECONDS", 0.1)
@@ -433,28 +437,30 @@ async def test_a_stranger_gets_nothing_and_is_shown_the_door(
     assert states(one) == {"two": "connected"}
 
 
-async def test_strangers_are_not_many(group: SiteGroup, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(network, "MAX_STRANGERS", 1)
+async def test_links_of_boxes_that_are_no_members_are_limited(
+    group: SiteGroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(network, "MAX_UNCERTIFIED_LINKS", 1)
     one, _ = await group.joined("one", "two")
     async with called(group, 7, one), called(group, 6, one) as link:
         assert (await reason(link)).code == Code.BUSY
 
 
 @pytest.mark.parametrize("opened", [Open("poetry"), Open("echo", 2), Open("gossip", 9)])
-async def test_what_we_do_not_know_is_refused_and_the_link_stays(
+async def test_unknown_purposes_and_versions_are_refused_and_the_link_stays(
     group: SiteGroup, opened: Open
 ) -> None:
     one, two = await group.joined("one", "two")
-    link = one._links.by_peer[two.node_id].link
-    stream = OpenedStream(two.node_id, await link.open(), opened)
+    link = one._links.by_peer[two.node_id]
+    stream = await link.open(opened)
     with pytest.raises(PeerRefused, match="update the older") as refused:
         await soon(stream.receive())
     assert refused.value.code == Code.VERSION
-    assert one._links.by_peer[two.node_id].link is link
+    assert one._links.by_peer[two.node_id] is link
     await asked(one, two)
 
 
-async def test_streams_are_not_without_number(
+async def test_inbound_streams_are_limited(
     group: SiteGroup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one, two = await group.joined("one", "two")
@@ -467,7 +473,7 @@ async def test_streams_are_not_without_number(
         await soon(refused.receive())
 
 
-async def test_a_handler_that_fails_takes_only_its_stream(group: SiteGroup) -> None:
+async def test_a_handler_that_fails_ends_only_its_stream(group: SiteGroup) -> None:
     one, two = await group.joined("one", "two")
 
     async def fail(peer: str, stream: Stream) -> None:
@@ -518,7 +524,7 @@ async def test_a_certificate_that_makes_no_member_is_seen(group: SiteGroup) -> N
     await bad.close()
 
 
-async def test_names_are_found_or_the_nearest_are_said(group: SiteGroup) -> None:
+async def test_peers_are_found_by_name_and_near_names_are_suggested(group: SiteGroup) -> None:
     one, two, _ = await group.joined("one", "office", "office")
     with pytest.raises(PeerNotFound, match="2 peers are called"):
         one.peer("office")

@@ -18,7 +18,6 @@ from pinaivu_box.doctor import udp
 from pinaivu_box.doctor.check import Check
 from pinaivu_box.doctor.peers import examine
 from pinaivu_box.network.peer import (
-    LinkView,
     OfferView,
     OwnModel,
     OwnView,
@@ -28,6 +27,7 @@ from pinaivu_box.network.peer import (
 )
 from pinaivu_box.server.admin_peers import PeerList
 from pinaivu_box.store.peer_settings import PeerLimits
+from pinaivu_box.transport.link import LinkView
 
 OFFER = OfferView("m:1", "aa" * 32, 8, 8, 1000, 0, 5, 50, Prices("0", "0"))
 USE = UseView(8, 0, None, 0, None, "0", "idle", ("*",), "", open=True)
@@ -124,7 +124,7 @@ def test_the_same_name_may_be_enough(tmp_path: Path) -> None:
     assert checks(peer, tmp_path, same_name=True)["ben: models"].state == "ok"
 
 
-def test_what_others_find_of_this_box(tmp_path: Path) -> None:
+def test_addresses_of_this_box_are_checked(tmp_path: Path) -> None:
     lost = changed(**LOST, addresses=[], why="It is gone.")
     assert "this machine" in checks(lost, tmp_path, own("127.0.0.1:9"))["NAT"].found
     behind = checks(lost, tmp_path, own("192.168.255.1:9"), port=4321)["NAT"]

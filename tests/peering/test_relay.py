@@ -15,7 +15,7 @@ import pytest
 from pinaivu_box.errors import CliError, Unreachable
 from pinaivu_box.transport import iroh_transport
 from pinaivu_box.transport.iroh_transport import IrohTransport
-from pinaivu_box.transport.link import PeerLink
+from pinaivu_box.transport.link import Link
 from tests.support.keys import new_identity
 from tests.support.network_namespaces import SLOW, TOKENS, NamespaceBox, streamed
 from tests.support.process_box import wait_until
@@ -52,7 +52,7 @@ async def bound() -> AsyncIterator[Transports]:
         await one.close()
 
 
-async def said(ours: PeerLink, there: IrohTransport, frame: bytes) -> None:
+async def said(ours: Link, there: IrohTransport, frame: bytes) -> None:
     """A frame comes to the other side."""
     theirs = await soon(there.accept())
     stream = await ours.open()
@@ -67,8 +67,8 @@ async def test_a_box_known_by_its_relay_is_found_and_linked_directly(
     ours, theirs = await bound(relay.url), await bound(relay.url)
     link = await ours.connect(theirs.node_id, [relay.url], DEADLINE)
     assert relay.relayed, "the relay was not asked"
-    await until(lambda: link.facts().route.direct)
-    assert link.facts().route.address in theirs.addresses()
+    await until(lambda: link.route().direct)
+    assert link.route().address in theirs.addresses()
     assert len(relay.clients) == 2  # it knows the keys of both
     await said(link, theirs, b"open sesame")
 
@@ -126,13 +126,13 @@ async def test_a_box_without_a_relay_contacts_none(relay: Relay, bound: Transpor
     with pytest.raises(Unreachable, match="that both boxes reach the relay"):
         await ours.connect(theirs.node_id, ["127.0.0.1:9", relay.url], 3)
     link = await ours.connect(theirs.node_id, theirs.addresses(), DEADLINE)
-    assert link.facts().route.direct
+    assert link.route().direct
     assert len(relay.clients) == 1 and not relay.relayed
 
 
 @pytest.mark.anyio
 @pytest.mark.parametrize("url", ["https://", "https://a b", "https://relay.example:99999"])
-async def test_what_is_no_url_is_not_taken_for_a_port_that_is_taken(url: str) -> None:
+async def test_an_invalid_relay_url_is_not_reported_as_a_port_in_use(url: str) -> None:
     with pytest.raises(CliError, match=r"relay is 'https://.*which is not a URL"):
         await IrohTransport.bind(new_identity(), "127.0.0.1", 0, url)
 

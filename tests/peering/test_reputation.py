@@ -56,12 +56,12 @@ def test_it_fades_and_a_clock_that_goes_back_does_no_harm() -> None:
     assert all(known.score(node) > 0.99 for node in "abc")
 
 
-def test_what_was_thought_while_the_clock_was_ahead_fades_as_well() -> None:
+def test_opinions_dated_by_a_clock_that_was_ahead_fade_as_well() -> None:
     clock = Clock()
     ahead = Reputation(lambda: clock.now + 400 * DAY)
     ahead.disputed("c", "lied")
     known = Reputation(clock)
-    known.recall(ahead.opinions)
+    known.restore(ahead.opinions)
     assert known.score("c") == pytest.approx(0.5)
     clock.now += DAY
     assert known.score("c") == pytest.approx(0.5**0.5)

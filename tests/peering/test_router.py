@@ -18,10 +18,8 @@ from pinaivu_box.routing.router import (
     DRAWN,
     Candidate,
     RoutingRequest,
-    Weights,
     route,
     scores,
-    unsure,
     why_not,
 )
 
@@ -66,7 +64,7 @@ candidates = st.lists(
         warm=st.booleans(),
         draining=st.booleans(),
         gone=st.booleans(),
-        resting=st.none() | st.just("rests"),
+        tripped=st.none() | st.just("failed lately"),
         refuses=st.none() | st.none() | st.just("is full of sand"),
     ),
     max_size=12,
@@ -86,7 +84,7 @@ asks = st.builds(
 
 @settings(max_examples=100)
 @given(candidates, asks, st.integers())
-def test_it_takes_only_who_may_and_says_why_of_all_others(
+def test_it_selects_an_eligible_candidate_and_says_why_others_are_not(
     given_: list[Candidate], ask: RoutingRequest, seed: int
 ) -> None:
     decision = route(given_, ask, Random(seed))
@@ -127,10 +125,10 @@ def test_an_improved_candidate_never_ranks_lower(
         return
     most = 1.0 if field == "reputation" else float("inf")
     improved = min(most, max(0, value + BETTER[field] * by))
-    before = [one.score for one in scores(may, ask, Weights())]
+    before = [one.score for one in scores(may, ask)]
     change = loaded if of_load else replace
     may[at] = change(may[at], **{field: improved})
-    after = [one.score for one in scores(may, ask, Weights())]
+    after = [one.score for one in scores(may, ask)]
     assert after[at] >= before[at] - 1e-12
     for other in range(len(may)):
         assert after[at] - after[other] >= before[at] - before[other] - 1e-12
@@ -138,7 +136,7 @@ def test_an_improved_candidate_never_ranks_lower(
 
 def test_the_score_is_what_its_docstring_says() -> None:
     dear = replace(PEER, node_id="node_b", cost=4000, ttft_ms=10.0, rtt_ms=0.0, reputation=0.5)
-    first, second = scores([PEER, dear], ASK, Weights())
+    first, second = scores([PEER, dear], ASK)
     assert first.score == pytest.approx(0.4 + 0.3 * 110 / 210 + 0.3)
     assert second.score == pytest.approx(0.4 / 4 + 0.3 + 0.3 * 0.5)
     waits = loaded(PEER, sequences_free=0, queue=3)  # 4 ahead, 4 places, 256 tokens at 50/s
@@ -217,9 +215,9 @@ def test_known_candidates_are_compared_and_one_of_the_best_is_chosen() -> None:
     assert len(taken) > 1 and taken < {f"node_00{n}" for n in range(4)}  # as good as each other
 
 
-def test_when_to_ask_around() -> None:
+def test_loads_are_asked_for_if_only_an_offer_is_known() -> None:
     def ask_around(*given: Candidate, ask: RoutingRequest = ASK) -> bool:
-        return unsure(route(given, ask, Random(1)), given, ask)
+        return route(given, ask, Random(1)).unsure
 
     known, home = replace(PEER, known=True), replace(BUSY_HOME, known=True)
     assert ask_around(home, PEER) and ask_around(PEER, replace(known, node_id="node_b"))
@@ -252,41 +250,41 @@ def test_the_decision_fits_a_receipt_and_a_header() -> None:
     assert "reason=warm" in decision.header()
 
 
-def test_nobody_is_told_with_the_reasons() -> None:
+def test_a_decision_for_nobody_tells_the_reasons() -> None:
     crowd = [replace(PEER, node_id=f"node_{n}", draining=True) for n in range(3)]
-    decision = route([*crowd, replace(PEER, resting="has failed lately")], ASK, Random(1))
+    decision = route([*crowd, replace(PEER, tripped="has failed lately")], ASK, Random(1))
     assert decision.node_id is None and decision.header().startswith("none; reason=nobody")
     assert decision.why_nobody().endswith("3 is draining; 1 has failed lately")
     assert route([], ASK, Random(1)).why_nobody() == "no box offers it"
 
 
 def test_all_weights_zero_is_no_crash() -> None:
-    assert route([PEER], ASK, Random(1), Weights(0, 0, 0)).node_id == "node_a"
+    assert route([PEER], replace(ASK, weights=(0, 0, 0)), Random(1)).node_id == "node_a"
 
 
 def test_each_failure_doubles_the_backoff_and_one_request_probes() -> None:
     now = [0.0]
-    resting = CircuitBreaker(lambda: now[0], Random(1))
-    rests = [resting.failed("node_a") for _ in range(40)]
+    breaker = CircuitBreaker(lambda: now[0], Random(1))
+    rests = [breaker.failed("node_a") for _ in range(40)]
     assert 0.5 <= rests[0] <= 1.5 and 2 <= rests[2] <= 6
     assert max(rests) <= 1.5 * LONGEST_SECONDS and rests[39] >= 0.5 * LONGEST_SECONDS
-    assert resting.why("node_a") == "failed 40 times in a row and rests"
-    assert resting.why("node_b") is None
+    assert breaker.why("node_a") == "failed 40 times in a row and is left alone"
+    assert breaker.why("node_b") is None
     now[0] = 1000.0
-    assert resting.why("node_a") is None
-    resting.sent("node_a")
-    assert "one request" in str(resting.why("node_a"))
-    resting.served("node_a")
-    assert resting.why("node_a") is None
-    assert resting.failed("node_a") <= 1.5
+    assert breaker.why("node_a") is None
+    breaker.sent("node_a")
+    assert "one request" in str(breaker.why("node_a"))
+    breaker.served("node_a")
+    assert breaker.why("node_a") is None
+    assert breaker.failed("node_a") <= 1.5
 
 
-def test_what_was_under_way_when_a_box_died_does_not_count_as_failures_of_its_own() -> None:
+def test_requests_that_fail_with_a_box_count_as_one_failure() -> None:
     now = [0.0]
-    resting = CircuitBreaker(lambda: now[0], Random(1))
-    sent = [resting.sent("node_a") for _ in range(8)]
+    breaker = CircuitBreaker(lambda: now[0], Random(1))
+    sent = [breaker.sent("node_a") for _ in range(8)]
     now[0] = 5.0
     for at in sent:
-        assert resting.failed("node_a", at) <= 1.5
+        assert breaker.failed("node_a", at) <= 1.5
     now[0] = 7.0  # rested; the probe fails as well
-    assert 1 <= resting.failed("node_a", resting.sent("node_a")) <= 3
+    assert 1 <= breaker.failed("node_a", breaker.sent("node_a")) <= 3

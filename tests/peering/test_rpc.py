@@ -8,7 +8,8 @@ import pytest
 from msgspec import Struct, msgpack
 
 from pinaivu_box.errors import LinkLost, PeeringError, ProtocolError
-from pinaivu_box.transport import wire
+from pinaivu_box.transport import rpc, wire
+from pinaivu_box.transport.link import Stream
 from pinaivu_box.transport.rpc import MessageStream, RequestRejected, UnexpectedMessage
 
 pytestmark = pytest.mark.anyio
@@ -35,7 +36,7 @@ Message = Question | Answer | Working | Rejected
 DECODER: msgpack.Decoder[Message] = msgpack.Decoder(Message)
 
 
-class ScriptedStream:
+class ScriptedStream(Stream):
     """A stream whose peer sends what it is given; None is its end."""
 
     def __init__(self, *frames: Message | None, takes: bool = True) -> None:
@@ -68,7 +69,6 @@ def messages(stream: ScriptedStream, **limits: float) -> MessageStream[Message, 
         stream,
         DECODER,
         receive_seconds=limits.get("receive_seconds", 60.0),
-        send_seconds=limits.get("send_seconds", 60.0),
         max_messages=int(limits["max_messages"]) if "max_messages" in limits else None,
         rejection=Rejected,
         keepalive=Working,
@@ -105,9 +105,14 @@ async def test_a_silent_peer_is_a_timeout() -> None:
         await messages(ScriptedStream()).receive(0.01)
 
 
-async def test_a_peer_that_takes_nothing_is_lost() -> None:
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rpc, "SEND_SECONDS", 0.01)
+
+
+async def test_a_peer_that_takes_nothing_is_lost(impatient: None) -> None:
     with pytest.raises(LinkLost, match="does not take"):
-        await messages(ScriptedStream(takes=False), send_seconds=0.01).send(Question("?"))
+        await messages(ScriptedStream(takes=False)).send(Question("?"))
 
 
 async def test_a_peer_may_send_so_many_messages() -> None:
@@ -148,7 +153,7 @@ async def test_a_waiting_peer_hears_that_work_goes_on() -> None:
     assert stream.sent[:3] == [Working()] * 3
 
 
-async def test_work_for_a_peer_that_is_gone_is_cancelled() -> None:
+async def test_work_for_a_peer_that_is_gone_is_cancelled(impatient: None) -> None:
     stream, cancelled = ScriptedStream(takes=False), asyncio.Event()
 
     async def work() -> None:
@@ -158,7 +163,7 @@ async def test_work_for_a_peer_that_is_gone_is_cancelled() -> None:
             cancelled.set()
 
     with pytest.raises(LinkLost):
-        await messages(stream, send_seconds=0.01).wait_for(work(), Working(), 0.001)
+        await messages(stream).wait_for(work(), Working(), 0.001)
     await asyncio.wait_for(cancelled.wait(), 10)
 
 

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from pinaivu_box.errors import LinkLost, ProtocolError, Unreachable, WrongPeer
-from pinaivu_box.transport import link as link_module
+from pinaivu_box.transport import transport as transports
 from pinaivu_box.transport import wire
-from pinaivu_box.transport.link import Connection, FramedStream, PeerLink
+from pinaivu_box.transport.link import Connection, Link, Stream
 from pinaivu_box.transport.wire import LENGTH, MAX_FRAME_BYTES, MAX_STREAMS, Code, Hello
 from tests.support.keys import new_identity
 from tests.support.transport_peers import IrohPair, MemoryPair, converse, echo
@@ -41,25 +41,24 @@ async def world(request: pytest.FixtureRequest) -> AsyncIterator[World]:
 
 
 @pytest.fixture
-async def link(world: World) -> PeerLink:
+async def link(world: World) -> Link:
     return await world.connect()
 
 
 # -- conversations -------------------------------------------------------------------------------
 
 
-async def test_both_sides_know_each_other(world: World, link: PeerLink) -> None:
+async def test_both_sides_know_each_other(world: World, link: Link) -> None:
     assert link.peer == world.node_id
     assert (await world.event("link"))["peer"] == world.ours.node_id
-    facts = link.facts()
-    assert facts.version == 1
-    assert facts.software
-    assert abs(facts.clock_ahead) < DEADLINE
-    assert facts.route.direct
-    assert facts.route.address in world.addresses
+    assert link.version == 1
+    assert link.software
+    assert abs(link.clock_ahead) < DEADLINE
+    assert link.route().direct
+    assert link.route().address in world.addresses
 
 
-async def test_frames_of_any_size_come_back_whole_and_in_order(link: PeerLink) -> None:
+async def test_frames_of_any_size_come_back_whole_and_in_order(link: Link) -> None:
     stream = await converse(link, "echo")
     frames = [bytes([size % 251]) * size for size in (1, 2, 3, 4, 5, 1000, 65535, MAX_FRAME_BYTES)]
     for frame in frames:
@@ -73,7 +72,7 @@ async def test_frames_of_any_size_come_back_whole_and_in_order(link: PeerLink) -
     assert await soon(stream.receive()) is None
 
 
-async def test_64_streams_at_once_do_not_mix(link: PeerLink) -> None:
+async def test_64_streams_at_once_do_not_mix(link: Link) -> None:
     async def talk(number: int) -> None:
         stream = await converse(link, "echo")
         for turn in range(20):
@@ -87,10 +86,10 @@ async def test_64_streams_at_once_do_not_mix(link: PeerLink) -> None:
 
 def streams_in_memory() -> int:
     gc.collect()
-    return sum(isinstance(one, FramedStream) for one in gc.get_objects())
+    return sum(isinstance(one, Stream) for one in gc.get_objects())
 
 
-async def test_1000_streams_one_after_another_leave_nothing(link: PeerLink) -> None:
+async def test_1000_streams_one_after_another_leave_nothing(link: Link) -> None:
     await echo(link)
     before = streams_in_memory()
     for _ in range(1000):  # more than may be open at a time
@@ -98,7 +97,7 @@ async def test_1000_streams_one_after_another_leave_nothing(link: PeerLink) -> N
     assert streams_in_memory() <= before + 10
 
 
-async def test_abandoned_streams_leave_nothing(link: PeerLink) -> None:
+async def test_abandoned_streams_leave_nothing(link: Link) -> None:
     for number in range(MAX_STREAMS * 2):
         stream = await converse(link, "echo")
         if number % 2:
@@ -108,7 +107,7 @@ async def test_abandoned_streams_leave_nothing(link: PeerLink) -> None:
     await echo(link)
 
 
-async def test_50_megabytes_arrive_unharmed_both_ways(link: PeerLink) -> None:
+async def test_50_megabytes_arrive_unharmed_both_ways(link: Link) -> None:
     async def upload() -> None:
         stream = await converse(link, "sink")
         digest = hashlib.sha256()
@@ -131,7 +130,7 @@ async def test_50_megabytes_arrive_unharmed_both_ways(link: PeerLink) -> None:
     await asyncio.gather(upload(), download())
 
 
-async def test_the_peer_opens_streams_as_well(link: PeerLink) -> None:
+async def test_the_peer_opens_streams_as_well(link: Link) -> None:
     asking = await converse(link, "call_back 3")
     for number in range(3):
         back = await soon(link.accept())
@@ -156,7 +155,7 @@ async def test_a_link_lives_as_long_as_a_stream_of_it_is_used(world: World) -> N
 
 @pytest.mark.parametrize("size", [0, MAX_FRAME_BYTES + 1])
 async def test_a_frame_that_is_none_is_refused_and_the_stream_goes_on(
-    link: PeerLink, size: int
+    link: Link, size: int
 ) -> None:
     stream = await converse(link, "echo")
     with pytest.raises(ValueError, match="a frame has 1 to 1048576 bytes"):
@@ -166,7 +165,7 @@ async def test_a_frame_that_is_none_is_refused_and_the_stream_goes_on(
     stream.abandon()
 
 
-async def test_a_peer_opens_so_many_streams_and_no_more(link: PeerLink) -> None:
+async def test_a_peer_opens_so_many_streams_and_no_more(link: Link) -> None:
     opening = [asyncio.create_task(converse(link, "echo")) for _ in range(MAX_STREAMS + 50)]
     most, least = MAX_STREAMS, MAX_STREAMS * 7 // 8
     await wait_until(lambda: sum(one.done() for one in opening) >= least)
@@ -183,7 +182,7 @@ async def test_a_peer_opens_so_many_streams_and_no_more(link: PeerLink) -> None:
 
 
 async def test_a_stream_that_is_not_read_blocks_its_own_sender_only(
-    world: World, link: PeerLink
+    world: World, link: Link
 ) -> None:
     """Also the heartbeats go on when all that a link may hold is full."""
     sent = 0
@@ -208,7 +207,7 @@ async def test_a_stream_that_is_not_read_blocks_its_own_sender_only(
 # -- endings -------------------------------------------------------------------------------------
 
 
-async def test_a_stream_that_is_left_is_not_taken_for_a_finished_one(link: PeerLink) -> None:
+async def test_a_stream_that_is_left_is_not_taken_for_a_finished_one(link: Link) -> None:
     stream = await converse(link, "leave")
     await stream.send(b"the only one")
     assert await soon(stream.receive()) == b"the only one"
@@ -222,7 +221,7 @@ async def test_a_stream_that_is_left_is_not_taken_for_a_finished_one(link: PeerL
     await echo(link)
 
 
-async def test_the_peer_sees_that_we_left(world: World, link: PeerLink) -> None:
+async def test_the_peer_sees_that_we_left(world: World, link: Link) -> None:
     stream = await converse(link, "echo")
     await stream.send(b"hello")
     await soon(stream.receive())
@@ -248,7 +247,7 @@ async def test_bytes_that_end_without_an_end_frame_are_an_abandoned_stream(world
     assert "abandoned the stream" in (await world.event("stream"))["message"]
 
 
-async def test_a_cancelled_receive_or_accept_loses_nothing(link: PeerLink) -> None:
+async def test_a_cancelled_receive_or_accept_loses_nothing(link: Link) -> None:
     async def impatiently(what: Callable[[], Awaitable[Any]]) -> Any:
         while True:
             try:
@@ -270,7 +269,7 @@ async def test_a_cancelled_receive_or_accept_loses_nothing(link: PeerLink) -> No
     await asking.finish()
 
 
-async def test_a_cancelled_send_abandons_the_stream(link: PeerLink) -> None:
+async def test_a_cancelled_send_abandons_the_stream(link: Link) -> None:
     stream = await converse(link, "stall")
 
     async def flood() -> None:
@@ -285,7 +284,7 @@ async def test_a_cancelled_send_abandons_the_stream(link: PeerLink) -> None:
 
 
 @pytest.mark.parametrize("how", ["kill", "stop"])
-async def test_a_dead_or_frozen_peer_is_noticed(world: World, link: PeerLink, how: str) -> None:
+async def test_a_dead_or_frozen_peer_is_noticed(world: World, link: Link, how: str) -> None:
     stream = await converse(link, "echo")
     await stream.send(b"hello")
     await soon(stream.receive())
@@ -299,9 +298,7 @@ async def test_a_dead_or_frozen_peer_is_noticed(world: World, link: PeerLink, ho
             await soon(waiting)
 
 
-async def test_a_box_that_was_suspended_is_told_and_may_return(
-    world: World, link: PeerLink
-) -> None:
+async def test_a_suspended_box_gets_the_reason_and_may_reconnect(world: World, link: Link) -> None:
     world.stop()
     await soon(link.closed())
     world.go_on()
@@ -309,12 +306,12 @@ async def test_a_box_that_was_suspended_is_told_and_may_return(
     await echo(await soon(world.connect()))
 
 
-async def test_an_idle_link_stays(world: World, link: PeerLink) -> None:
+async def test_an_idle_link_stays(world: World, link: Link) -> None:
     await asyncio.sleep(1.5 * world.patience)
     await echo(link)
 
 
-async def test_the_peer_says_why_it_closes(link: PeerLink) -> None:
+async def test_a_close_by_the_peer_has_its_code_and_reason(link: Link) -> None:
     stream = await converse(link, "close 403 you (of all boxes) are no member: ask é for a ticket")
     lost = await soon(link.closed())
     assert lost.code == Code.FORBIDDEN
@@ -326,7 +323,7 @@ async def test_the_peer_says_why_it_closes(link: PeerLink) -> None:
         assert (caught.value.code, caught.value.reason) == (lost.code, lost.reason)
 
 
-async def test_we_say_why_we_close(world: World, link: PeerLink) -> None:
+async def test_a_close_by_this_box_has_its_code_and_reason(world: World, link: Link) -> None:
     stream = await converse(link, "echo")
     await link.close(Code.FORBIDDEN, "ä" * 1000)
     assert await link.closed() is await link.closed()
@@ -336,7 +333,7 @@ async def test_we_say_why_we_close(world: World, link: PeerLink) -> None:
         await stream.receive()
 
 
-async def test_a_box_that_shuts_down_says_so(world: World, link: PeerLink) -> None:
+async def test_a_shutdown_closes_links_with_its_code(world: World, link: Link) -> None:
     await world.ours.close()
     assert (await world.event("closed"))["code"] == Code.SHUTDOWN
     assert (await link.closed()).code == Code.SHUTDOWN
@@ -377,7 +374,7 @@ async def test_an_unknown_version_is_refused_with_a_sentence(world: World) -> No
     assert "update the older of the two" in caught.value.message
     newer = await world.transport(versions=(1, 2))
     link = await newer.connect(world.node_id, world.addresses, DEADLINE)
-    assert link.facts().version == 1
+    assert link.version == 1
     await echo(link)
     await strange.close()
     await newer.close()
@@ -386,7 +383,7 @@ async def test_an_unknown_version_is_refused_with_a_sentence(world: World) -> No
 async def test_the_clocks_difference_is_seen(world: World) -> None:
     behind = await world.transport(clock=lambda: 1000.0)
     link = await behind.connect(world.node_id, world.addresses, DEADLINE)
-    assert link.facts().clock_ahead > 1_000_000_000
+    assert link.clock_ahead > 1_000_000_000
     await behind.close()
 
 
@@ -438,7 +435,7 @@ async def test_an_oversized_frame_closes_the_link(world: World) -> None:
 
 
 async def test_a_silent_connection_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(link_module, "HANDSHAKE_SECONDS", 0.2)
+    monkeypatch.setattr(transports, "HANDSHAKE_SECONDS", 0.2)
     world = MemoryPair()
     await world.start()
     connection = await world.ours.dial(world.node_id, world.addresses)
@@ -456,12 +453,12 @@ async def test_a_connection_to_a_box_that_shuts_down_is_refused_with_a_reason() 
     assert (lost.code, lost.reason) == (Code.SHUTDOWN, "the box is shutting down")
 
 
-async def test_strangers_at_the_door_are_counted() -> None:
+async def test_inbound_handshakes_are_limited() -> None:
     world = MemoryPair()
     await world.start()
     at_the_door = [await world.ours.dial(world.node_id, world.addresses) for _ in range(70)]
     still_open = [one.why is None for one in at_the_door]
-    assert still_open.count(True) == link_module.MAX_INBOUND_HANDSHAKES
+    assert still_open.count(True) == transports.MAX_INBOUND_HANDSHAKES
     await world.end()
 
 

@@ -14,10 +14,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from pinaivu_box.engine.messages import TokenLogprob
-from pinaivu_box.gateway.backend import Prompt
+from pinaivu_box.engine.messages import Output, Prompt, TokenLogprob
 from pinaivu_box.gateway.metering import prove
-from pinaivu_box.gateway.output import Output
 from pinaivu_box.gateway.records import LegRecord
 from pinaivu_box.identity import verify
 from pinaivu_box.legs import wire as leg_wire
@@ -31,7 +29,7 @@ from pinaivu_box.receipts.receipt import (
 )
 from pinaivu_box.receipts.verify import Transcript, verify_receipt
 from pinaivu_box.transport import wire
-from pinaivu_box.transport.transport import Stream
+from pinaivu_box.transport.link import Stream
 from tests.support.fake_coordinator import accept, ask, entry, heard, opened, sign
 from tests.support.fake_model import CHEAP, FAKE
 from tests.support.fake_peer import ViolatingServer, Violation, began, job_of, started
@@ -119,7 +117,7 @@ class OldEmbedder(ViolatingServer):
         account.take(Output("", [], "stop", 0.5, vectors=vectors))
         commitment = RunningCommitment(nonce, 1).commitment
         mark = mark_text(job.request_id, job.choice, job.leg, 0, commitment)
-        proof, _ = prove(account, job.leg, Price("credits", *CHEAP))
+        proof, _ = prove(account, Price("credits", *CHEAP))
         assert proof.output_commitment == commitment
         signed = sign_proof(self.identity, proof)
         for message in (

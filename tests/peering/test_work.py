@@ -16,11 +16,10 @@ import msgspec
 import pytest
 from ulid import ULID
 
-from pinaivu_box.engine.messages import TokenLogprob
+from pinaivu_box.engine.messages import Output, Prompt, TokenLogprob
 from pinaivu_box.errors import ContextOverflow, EngineLost, ModelNotFound, NoNodesAvailable
-from pinaivu_box.gateway.backend import Event, Prompt, Proved, Started
+from pinaivu_box.gateway.backend import Event, Proved, Started
 from pinaivu_box.gateway.engine_process import EngineProcess
-from pinaivu_box.gateway.output import Output
 from pinaivu_box.gateway.records import ChoiceRecord, LegRecord
 from pinaivu_box.gossip.adverts import ModelLoad
 from pinaivu_box.gossip.loads import ReportedLoad
@@ -114,10 +113,10 @@ async def test_a_fault_of_the_request_is_reported_as_by_an_engine_here(
 
 async def test_a_prompt_is_counted_by_a_peer(pair: list[PoolNode]) -> None:
     asker, _ = pair
-    job, context = await asker.pool.prompts.read(asker.job())
-    assert job.read and context == 2048
+    prompt, context = await asker.pool.tokenizer.tokenize(asker.job())
+    assert prompt.tokens and context == 2048
     events = await asker.ask()
-    assert isinstance(events[1], Prompt) and events[1].tokens == job.read
+    assert isinstance(events[1], Prompt) and events[1].tokens == prompt.tokens
 
 
 async def test_long_prompts_go_in_several_frames() -> None:
@@ -127,8 +126,8 @@ async def test_long_prompts_go_in_several_frames() -> None:
         settings[1], engine=msgspec.structs.replace(settings[1].engine, context=3_000_000)
     )
     async with pools(asker=settings[0], server=settings[1]) as (asker, _):
-        job, _ = await asker.pool.prompts.read(asker.job(text="ab" * 1_000_000))
-        assert len(job.read or ()) > 2_000_000
+        prompt, _ = await asker.pool.tokenizer.tokenize(asker.job(text="ab" * 1_000_000))
+        assert len(prompt.tokens) > 2_000_000
 
 
 async def test_a_cancelled_leg_returns_its_output_and_proof(pair: list[PoolNode]) -> None:
@@ -318,7 +317,7 @@ async def test_a_box_that_failed_recently_is_asked_when_there_is_no_other(
     await asker.ask()
     asker.pool.boxes.breaker.failed(server.node_id)
     server.gone = True
-    with pytest.raises(NoNodesAvailable, match="rests"):
+    with pytest.raises(NoNodesAvailable, match="left alone"):
         await asker.ask()
 
 

@@ -21,7 +21,8 @@ from nacl.signing import SigningKey
 from pinaivu_box.errors import PeeringError
 from pinaivu_box.identity import Identity
 from pinaivu_box.transport.iroh_transport import IrohTransport
-from pinaivu_box.transport.transport import Link, Stream, Transport
+from pinaivu_box.transport.link import Link, Stream
+from pinaivu_box.transport.transport import Transport
 
 Tell = Callable[..., None]
 
@@ -32,7 +33,7 @@ async def serve(transport: Transport, tell: Tell) -> None:
             link = await transport.accept()
         except PeeringError:
             return
-        tell("link", peer=link.peer, software=link.facts().software)
+        tell("link", peer=link.peer, software=link.software)
         await spawn(serve_link(link, tell))
 
 
@@ -155,7 +156,7 @@ async def main(host: str, seed: str, port: str, *known: str) -> None:
         tell(
             "echoed",
             text=(await stream.receive() or b"").decode(),
-            route=link.facts().route.address,
+            route=link.route().address,
         )
         await stream.finish()
         await spawn(serve_link(link, tell))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -23,23 +23,27 @@ from pinaivu_box.engine.request_preparer import PreparedRequest, RequestPreparer
 from pinaivu_box.engine.runner import Batch, NoSlot, Runner
 from pinaivu_box.engine.sandboxed_template import SandboxedTemplate
 from pinaivu_box.engine.sandboxes import Sandboxes, SandboxRun
-from pinaivu_box.engine.scheduler import CellOperation, CopyCells, RemoveCells
+from pinaivu_box.engine.step_cost import StepCostModel
 
 BUDGET = 32
-MOST_STEPS = 20_000
+MAX_STEPS = 20_000
 
 
-@dataclass(frozen=True)
-class Fixed:
-    """A policy that depends on nothing: all that fits of prompts, drafts of one length."""
+class Fixed(StepCostModel):
+    """Depends on nothing: all that fits of prompts, drafts of one length."""
 
-    draft: int = 0
+    def __init__(self, draft: int = 0) -> None:
+        super().__init__()
+        self.draft = draft
 
     def prompt_budget(self, rows: int, max_tokens: int) -> int:
         return max_tokens
 
     def draft_length(self, rows: int, expected: float, rate: float, max_tokens: int) -> int:
         return min(self.draft, max_tokens)
+
+
+NO_DRAFTS = Fixed()
 
 
 class Cell:
@@ -82,14 +86,6 @@ class KVCells:
         assert 0 < length <= len(self.of[source])
         self.of[target] = self.of[source][:length]
 
-    def make(self, move: CellOperation) -> None:
-        if isinstance(move, RemoveCells):
-            self.remove(move.sequence_id)
-        elif isinstance(move, CopyCells):
-            self.copy(move.source, move.target, move.length)
-        else:
-            self.truncate(move.sequence_id, move.length)
-
 
 class StrictRunner(FakeRunner):
     """A model whose next token depends on everything before it in its own cells.
@@ -131,7 +127,7 @@ class StrictRunner(FakeRunner):
 
     def decode(self, batch: Batch) -> npt.NDArray[np.float32]:
         self.calls += 1
-        if self.calls > MOST_STEPS:
+        if self.calls > MAX_STEPS:
             raise AssertionError("the engine does not come to an end")
         size = len(batch.tokens)
         assert 1 <= size <= self._most_tokens
@@ -174,6 +170,21 @@ class StrictRunner(FakeRunner):
         self.kv.copy(source, target, length)
 
 
+class EndingRunner(StrictRunner):
+    """Says any ASCII, and may end at any time."""
+
+    def __init__(self, given_load: LoadModel, **more: Any) -> None:
+        super().__init__(given_load, **{"can_end": True, **more})
+
+
+class TemplatedRunner(FakeRunner):
+    """A fake model with that chat template."""
+
+    def __init__(self, source: str | None) -> None:
+        super().__init__(load())
+        self.facts = replace(self.facts, chat_template=source)
+
+
 def load(path: str = "fake:0", **more: Any) -> LoadModel:
     sizes = {"context": 200, "kv_tokens": 2000, "max_sequences": 16, "token_budget": BUDGET}
     return LoadModel(path=path, offset=0, threads=0, **{**sizes, **more})
@@ -201,7 +212,7 @@ def add(
 
 def here(job: Callable[[bytes], bytes]) -> SandboxRun:
     """A sandbox's job, run in this process and without limits."""
-    return lambda payload, **_: job(payload)
+    return lambda payload, _: job(payload)
 
 
 def in_this_process() -> Sandboxes:
@@ -222,18 +233,21 @@ class Template(SandboxedTemplate):
         model: str = "",
         controls: Sequence[str] = (),
     ) -> None:
-        run = here(chat_template.make(b""))
-        more = {"model": model, "controls": controls}
-        super().__init__(run, source, bos=bos, eos=eos, context=1000, **more)  # type: ignore[arg-type]
+        facts = FakeRunner(load()).facts
+        facts = replace(
+            facts, chat_template=source, bos=bos, eos=eos, controls=tuple(controls), context=1000
+        )
+        super().__init__(here(chat_template.make(b"")), facts, load(model=model))
 
     def render(self, messages: Any, functions: Any = None, variables: Any = None) -> str:
         return "".join(self.parts(messages, functions, variables))
 
     def parts(
-        self, messages: Any, functions: Any = None, variables: Any = None, **_: Any
+        self, messages: Any, functions: Any = None, variables: Any = None, _: Any = None
     ) -> list[str]:
         told = json.dumps(functions) if isinstance(functions, list) and functions else None
-        return super().parts(messages, functions if isinstance(functions, str) else told, variables)
+        told = functions if isinstance(functions, str) else told
+        return super().parts(messages, told, variables or {})
 
 
 class Engine:
@@ -247,7 +261,7 @@ class Engine:
         runner: Runner,
         *,
         token_budget: int,
-        policy: Fixed | None = Fixed(),
+        policy: Fixed | None = NO_DRAFTS,
         shift: bool = False,
         sandboxes: Sandboxes | None = None,
         parse_special: bool = False,
@@ -256,9 +270,7 @@ class Engine:
         self._preparer = RequestPreparer(
             runner,
             sandboxes or in_this_process(),
-            drafting=drafting,
-            context_shift=shift,
-            parse_special=parse_special,
+            load(drafting=drafting, context_shift=shift, parse_special=parse_special),
         )
         self._engine = engines.Engine(runner, token_budget=token_budget)
         self._output = OutputBuffer()
@@ -316,24 +328,24 @@ class Heard:
         self.load = messages.EngineLoad()
 
     def take(self, frame: StepFrame) -> None:
-        for admitted in frame.admitted:
-            assert admitted.id not in self.prompts
-            self.prompts[admitted.id] = admitted.prompt_tokens
+        for name, prompt in frame.prompts.items():
+            assert name not in self.prompts
+            self.prompts[name] = prompt.tokens
         for refused in frame.refused:
             self.refused[refused.id] = refused
-        for delta in frame.deltas:
-            assert delta.id in self.prompts, "a delta before its admission"
-            assert delta.id not in self.ends, "a delta after the end"
-            self.text[delta.id] = self.text.get(delta.id, "") + delta.text
-            self.tokens.setdefault(delta.id, []).extend(delta.tokens)
-            self.shifted.setdefault(delta.id, []).append(delta.shifted_tokens)
-            self.logprobs.setdefault(delta.id, []).extend(delta.logprobs)
-            if delta.queue_ms is not None:
-                self.queue_ms.setdefault(delta.id, []).append(delta.queue_ms)
-            if delta.cached_tokens is not None:
-                self.cached.setdefault(delta.id, []).append(delta.cached_tokens)
-            if delta.finish_reason:
-                self.ends[delta.id] = delta.finish_reason
+        for name, output in frame.outputs.items():
+            assert name in self.prompts, "output before its admission"
+            assert name not in self.ends, "output after the end"
+            self.text[name] = self.text.get(name, "") + output.text
+            self.tokens.setdefault(name, []).extend(output.tokens)
+            self.shifted.setdefault(name, []).append(output.shifted_tokens)
+            self.logprobs.setdefault(name, []).extend(output.logprobs)
+            if output.queue_ms is not None:
+                self.queue_ms.setdefault(name, []).append(output.queue_ms)
+            if output.cached_tokens is not None:
+                self.cached.setdefault(name, []).append(output.cached_tokens)
+            if output.finish_reason:
+                self.ends[name] = output.finish_reason
         self.load = frame.load
 
     def answer(self, name: str) -> tuple[str, list[int], str]:
@@ -349,7 +361,7 @@ def run(engine: Engine, received: Iterable[Add | Embed | Cancel]) -> Heard:
 
 def finish(engine: Engine, heard: Heard) -> Heard:
     """Steps until nothing is left to do."""
-    for _ in range(MOST_STEPS):
+    for _ in range(MAX_STEPS):
         if not engine.busy:
             return heard
         heard.take(engine.step())

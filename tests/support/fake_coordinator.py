@@ -13,7 +13,7 @@ from pinaivu_box.legs import wire as leg_wire
 from pinaivu_box.legs.codec import to_task
 from pinaivu_box.models.catalog import remote
 from pinaivu_box.receipts.receipt import ACCEPTANCE_DOMAIN
-from pinaivu_box.transport.transport import Stream
+from pinaivu_box.transport.link import Stream
 from tests.support.fake_model import DEAR, FAKE
 from tests.support.three_boxes import ThreeBoxes
 from tests.support.waiting import soon

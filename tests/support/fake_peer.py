@@ -11,12 +11,11 @@ from typing import Any
 import msgspec
 
 from pinaivu_box.config import PeeringConfig, SamplingConfig
-from pinaivu_box.engine.chat_template import CHATML, ChatTemplate
-from pinaivu_box.engine.messages import SamplingDefaults
-from pinaivu_box.gateway.backend import Job, Prompt, Started
+from pinaivu_box.engine.chat_template import CHATML, ChatTemplate, TemplateSetup
+from pinaivu_box.engine.messages import Output, Prompt, SamplingDefaults
+from pinaivu_box.gateway.backend import Job, Started
 from pinaivu_box.gateway.local import resolve
 from pinaivu_box.gateway.metering import prove
-from pinaivu_box.gateway.output import Output
 from pinaivu_box.gateway.records import LegRecord
 from pinaivu_box.gossip.adverts import Facts
 from pinaivu_box.identity import Identity
@@ -35,7 +34,8 @@ from pinaivu_box.receipts.receipt import (
     sign_proof,
 )
 from pinaivu_box.store.database import Database
-from pinaivu_box.transport.transport import Stream, Transport
+from pinaivu_box.transport.link import Stream
+from pinaivu_box.transport.transport import Transport
 from tests.support.fake_model import CHEAP, FAKE, fake_text
 from tests.support.records import offer
 
@@ -156,7 +156,7 @@ class ViolatingServer:
             made += len(one.tokens)
             marked = mark_text(job.request_id, job.choice, job.leg, made, running.commitment)
             marks.append(self.identity.sign(MARK_DOMAIN, marked).hex())
-        proof, _ = prove(account, job.leg, Price("credits", *self.price))
+        proof, _ = prove(account, Price("credits", *self.price))
         signed = sign_proof(self.identity, lie.proof(proof))
         said_ = [
             lie.began(began(account.started)),
@@ -173,15 +173,16 @@ def job_of(ask: leg_wire.LegRequest | leg_wire.Count) -> Job:
 
 
 def prompt_of(job: Job) -> list[int]:
-    if job.read is not None:
-        return job.read
-    return list(ChatTemplate(CHATML, bos="", eos="").render(job.messages).encode())
+    if job.prompt_tokens is not None:
+        return job.prompt_tokens
+    template = ChatTemplate(TemplateSetup(CHATML, bos="", eos=""))
+    return list("".join(template.parts(job.messages, [], {})).encode())
 
 
 def started(
     job: Job, digest: str, changes: dict[str, Any], nonce: str, node_id: str, version: int
 ) -> Started:
-    sampling = job.settled or resolve(job, SamplingConfig(), SamplingDefaults())
+    sampling = job.drawn_with or resolve(job, SamplingConfig(), SamplingDefaults())
     sampling = msgspec.structs.replace(sampling, **changes)
     info = EngineBuild("fake", "none")
     return Started(node_id, digest, info, sampling, "tags", False, nonce=nonce, proof=version)

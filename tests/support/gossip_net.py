@@ -6,7 +6,7 @@ from collections import deque
 from itertools import pairwise
 from random import Random
 
-from pinaivu_box.gossip.adverts import Facts
+from pinaivu_box.gossip.adverts import Adverts, Facts, HeldAdvert
 from pinaivu_box.gossip.protocol import Gossip
 from pinaivu_box.identity import Identity
 from pinaivu_box.membership.records import Record
@@ -83,5 +83,15 @@ def chain(count: int) -> tuple[GossipNet, list[Gossip]]:
     return net, row
 
 
+def admit(box: Gossip, *records: Record) -> None:
+    """The box learns of these as if it had signed them, and tells its links."""
+    box.spread(box.roster.admit(records).new)
+
+
+def fresh_adverts(adverts: Adverts, now: float) -> list[HeldAdvert]:
+    """Those that have not expired."""
+    return [held for held in adverts._adverts.values() if held.expires_at > now]
+
+
 def heard_by(box: Gossip) -> set[str]:
-    return {held.advert.node_id for held in box.adverts.fresh(box._clock())}
+    return {held.advert.node_id for held in fresh_adverts(box.adverts, box._clock())}

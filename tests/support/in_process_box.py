@@ -16,8 +16,9 @@ from pinaivu_box.box import Box, open_box
 from pinaivu_box.identity import Identity
 from pinaivu_box.policy import SCOPES, Policy
 from pinaivu_box.server.app import create_app
-from pinaivu_box.store import accounts, keys
+from pinaivu_box.store import accounts
 from pinaivu_box.store.audit import Actor
+from pinaivu_box.store.new_keys import Draft, create
 from pinaivu_box.transport.iroh_transport import IrohTransport
 from pinaivu_box.transport.transport import Transport
 from tests.support.fake_model import FAKE
@@ -60,9 +61,8 @@ class InProcessBox:
         """What it thinks of others, as if nothing had happened."""
         breaker: Any = self.pool.boxes.breaker
         self.pool.reputation.opinions.clear()
-        for kept in (breaker._failures, breaker._until, breaker._probing,
-                     self.pool.candidates._conversations,
-                     self.pool.candidates._busy):  # fmt: skip
+        candidates: Any = self.pool.candidates
+        for kept in (breaker._failures, candidates._conversations, candidates._states):
             kept.clear()
 
 
@@ -84,10 +84,8 @@ async def in_process_box(
     load = partial(config.load, None, environ={}, overrides=overrides, extra_models=extra)
     with patch.object(IrohTransport, "bind", bind):
         async with open_box(load, home) as box:
-            _, secret = await keys.create(
-                box.database, account=await accounts.find(box.database, accounts.OWNER), name="one",
-                policy=Policy(scopes=SCOPES), expires_at=None, by=Actor("test", "local"),
-            )  # fmt: skip
+            draft = Draft("one", accounts.OWNER, Policy(scopes=SCOPES))
+            _, secret = await create(box.database, draft, Actor("test", "local"))
             yield InProcessBox(box, secret)
 
 

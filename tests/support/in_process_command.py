@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import traceback
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,18 +18,22 @@ from unittest.mock import patch
 
 from pinaivu_box.cli.main import main
 from tests.support import process_box
-from tests.support.process_box import environment
+from tests.support.process_box import Box, environment
 
 _one_at_a_time = threading.Lock()  # standard streams and environment are the whole process's
 
 
 def run_command(
-    *args: str, home: Path, check: bool = True, input: str = ""
+    *args: str,
+    home: Path | None,
+    check: bool = True,
+    input: str = "",
+    env: Mapping[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """As `process_box.pinaivu`, which it is where the executable is tested."""
     if "PINAIVU_BINARY" in os.environ:
-        return process_box.pinaivu(*args, home=home, check=check, input=input)
-    argv = ["pinaivu", *args, "--home", str(home)]
+        return process_box.pinaivu(*args, home=home, check=check, input=input, env=env)
+    argv = ["pinaivu", *args, *(["--home", str(home)] if home else [])]
     out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8") for _ in range(2))
     stdin = io.TextIOWrapper(io.BytesIO(input.encode()), encoding="utf-8")
     with (
@@ -37,7 +42,7 @@ def run_command(
         patch.object(sys, "stdin", stdin),
         patch.object(sys, "stdout", out),
         patch.object(sys, "stderr", err),
-        patch.dict(os.environ, environment(), clear=True),
+        patch.dict(os.environ, environment(**(env or {})), clear=True),
         ThreadPoolExecutor(1) as thread,  # without an event loop, where the test may have one
     ):
         status = thread.submit(_status_of_main).result(300)
@@ -49,6 +54,12 @@ def run_command(
 
 def run_command_json(*args: str, home: Path) -> Any:
     return json.loads(run_command(*args, "--json", home=home).stdout)
+
+
+def make_key(box: Box, *options: str) -> tuple[str, str]:
+    """The secret and the id of a new key, with options of `keys create`."""
+    made = run_command_json("keys", "create", *options, home=box.home)
+    return made["key"], made["id"]
 
 
 def _status_of_main() -> int:

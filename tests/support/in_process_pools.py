@@ -33,14 +33,13 @@ from pinaivu_box.models import catalog as catalogs
 from pinaivu_box.models.catalog import Catalog, Model, digest_of
 from pinaivu_box.network.peer import Peer
 from pinaivu_box.policy import PeerPolicy
+from pinaivu_box.routing.candidates import Debts
 from pinaivu_box.routing.load import LoadTracker
 from pinaivu_box.routing.offers import Offers
-from pinaivu_box.routing.spending_limits import Debts
 from pinaivu_box.settings import LiveSettings, Settings
 from pinaivu_box.tasks import TaskSet
-from pinaivu_box.transport.link import PeerLink
+from pinaivu_box.transport.link import Link, Stream
 from pinaivu_box.transport.streams import StreamHandler
-from pinaivu_box.transport.transport import Stream
 from tests.support.memory_transport import MemoryNetwork, MemoryTransport
 
 FAKE = "fake:1"
@@ -56,7 +55,7 @@ class PoolLinks:
         self.looked: Callable[[], None] | None = None
         self.looks = 0
         self._transport, self._everybody = transport, everybody
-        self._links: dict[str, PeerLink] = {}
+        self._links: dict[str, Link] = {}
         self._tasks = TaskSet()
 
     def peers(self) -> list[Peer]:
@@ -84,7 +83,7 @@ class PoolLinks:
         while True:
             self._tasks.spawn(self._serve_link(await self._transport.accept()))
 
-    async def _serve_link(self, link: PeerLink) -> None:
+    async def _serve_link(self, link: Link) -> None:
         with contextlib.suppress(PeeringError):
             while True:
                 self._tasks.spawn(self._serve_stream(link.peer, await link.accept()))
@@ -186,7 +185,7 @@ class PoolNode:
             draining=facts.draining,
         )
         return Peer(
-            self.node_id, self.name, "connected", "", (), None, "test", 0.0, 0.0,
+            self.node_id, self.name, "connected", "", (), None, "test", 0.0,
             None if self.silent else advert, time.monotonic(), self.gone, "", False, 0.0, self.told,
         )  # fmt: skip
 

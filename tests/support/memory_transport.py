@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 
 from pinaivu_box.errors import LinkLost, Unreachable, WrongPeer
 from pinaivu_box.transport import wire
-from pinaivu_box.transport.link import Handshake, PeerLink
-from pinaivu_box.transport.transport import LinkRoute
+from pinaivu_box.transport.link import LinkOptions, LinkView
+from pinaivu_box.transport.transport import Transport
 from pinaivu_box.transport.wire import Code
 
 WINDOW_BYTES = 1024 * 1024  # of a stream, each way
@@ -187,8 +187,8 @@ class MemoryConnection:
             await self._changed.wait()
         return self.why
 
-    def route(self) -> LinkRoute:
-        return LinkRoute(direct=True, address=self._address, rtt_ms=0.0)
+    def route(self) -> LinkView:
+        return LinkView(direct=True, address=self._address, rtt_ms=0.0)
 
     def make_room(self) -> None:
         """Forget the streams that are over, at both ends."""
@@ -210,19 +210,18 @@ class MemoryConnection:
             raise self.why
 
 
-class MemoryTransport:
+class MemoryTransport(Transport):
     def __init__(
         self,
         network: MemoryNetwork,
         node_id: str,
-        handshake: Handshake | None = None,
+        options: LinkOptions | None = None,
         address: str | None = None,
     ) -> None:
-        self.node_id = node_id
+        super().__init__(node_id, options)
         self.address = address or f"memory:{len(network.transports) + 1}"
         self.connections: set[MemoryConnection] = set()
         self._network = network
-        self._handshake = handshake or Handshake()
         network.transports[self.address] = self
 
     def addresses(self) -> list[str]:
@@ -231,39 +230,26 @@ class MemoryTransport:
     async def wait_for_addresses(self) -> None:
         pass
 
-    async def connect(self, node_id: str, addresses: Sequence[str], timeout: float) -> PeerLink:
-        name, where = wire.short(node_id), ", ".join(addresses)
-        if node_id == self.node_id:
-            raise Unreachable("That is this box itself: a box does not link to itself.")
+    async def dial(self, node_id: str, addresses: Sequence[str]) -> MemoryConnection:
+        """As `Transport.dial`; waits for ever if no box answers."""
         if not addresses:
             raise Unreachable("There is no address to connect to (none is known).")
-        try:
-            async with asyncio.timeout(timeout):
-                return await self._handshake.upgrade_outbound(await self.dial(node_id, addresses))
-        except TimeoutError as error:
-            raise Unreachable(f"{name} did not answer at {where} within {timeout:g} s.") from error
-
-    async def dial(self, node_id: str, addresses: Sequence[str]) -> MemoryConnection:
-        """A connection without a Hello; waits for ever if nobody answers.  WrongPeer."""
         found = [at for one in addresses if (at := self._network.transports.get(one))]
         heard = [at for at in found if not self._network.silent(at.node_id, self.node_id)]
         if not heard:
             await asyncio.Event().wait()
         peer = next((at for at in heard if at.node_id == node_id), None)
         if peer is None:
-            raise WrongPeer(f"Another box than {wire.short(node_id)} answers there.")
+            raise WrongPeer(f"{WrongPeer.beginning}{wire.short(node_id)} answers there.")
         here = MemoryConnection(self._network, self, peer)
         there = MemoryConnection(self._network, peer, self)
         here.other, there.other = there, here
-        if peer._handshake.make_room():
-            peer._handshake.upgrade_inbound(there.itself)
+        if peer.make_room():
+            peer.upgrade_inbound(there.itself)
         else:
             here.close(LinkLost("The peer is busy.", code=Code.BUSY))
         return here
 
-    async def accept(self) -> PeerLink:
-        return await self._handshake.accept()
-
     async def close(self) -> None:
         self._network.transports.pop(self.address, None)
-        await self._handshake.close()
+        await super().close()

@@ -28,7 +28,7 @@ from pinaivu_box.models.partial_file import PIECE_BYTES
 from pinaivu_box.store.database import Database
 from pinaivu_box.tasks import TaskSet
 from pinaivu_box.transport import wire
-from pinaivu_box.transport.transport import Link, Stream
+from pinaivu_box.transport.link import Link, Stream
 from tests.support import gguf_files
 from tests.support.keys import new_identity
 from tests.support.memory_transport import MemoryNetwork, MemoryTransport

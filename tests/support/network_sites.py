@@ -10,8 +10,7 @@ from pinaivu_box.gossip.adverts import Facts, Offer
 from pinaivu_box.identity import Identity
 from pinaivu_box.network.network import Network
 from pinaivu_box.store.database import Database
-from pinaivu_box.transport.link import Handshake, HeartbeatTiming
-from pinaivu_box.transport.transport import Stream
+from pinaivu_box.transport.link import LinkOptions, Stream
 from tests.support.keys import IDENTITIES
 from tests.support.memory_transport import MemoryNetwork, MemoryTransport
 from tests.support.records import offer
@@ -32,12 +31,11 @@ class Site:
         self.database = Database(home / f"{name}.db")
         self.network: Network
         self.offers: tuple[Offer, ...] = (offer(),)
-        self.pace = HeartbeatTiming(interval=0.05, max_silent=40)
+        self.options = LinkOptions(beat_seconds=0.05, max_silent=40)
 
     async def open(self) -> Network:
-        handshake = Handshake(heartbeats=self.pace)
         self.transport = MemoryTransport(
-            self.group.net, self.identity.node_id, handshake, f"at:{self.name}"
+            self.group.net, self.identity.node_id, self.options, f"at:{self.name}"
         )
         await self.database.open()
         settings = PeeringConfig(name=self.name)

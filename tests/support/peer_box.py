@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tests.support.in_process_command import run_command
 from tests.support.ports import free_port
-from tests.support.process_box import Box, pinaivu, pinaivu_json, wait_until
+from tests.support.process_box import Box, pinaivu, wait_until
 
 SETTINGS = '[peering]\nhost = "127.0.0.1"\nport = {}\nname = "{}"\n'
 FAKE = ("--model", "fake:1=fake:0", "--peering")
@@ -22,12 +25,18 @@ class PeerBox(Box):
         home.mkdir(parents=True)
         (home / "config.toml").write_text(SETTINGS.format(free_port(), name) + more)
 
+    def _run(self, *args: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """In this process if the box runs: one that a command opens keeps its UDP port as long as
+        the process of the command."""
+        runs = hasattr(self, "process") and self.process.poll() is None
+        return (run_command if runs else pinaivu)("peers", *args, home=self.home, check=check)
+
     def peers(self, *args: str) -> Any:
-        return pinaivu_json("peers", *args, home=self.home)
+        return json.loads(self._run(*args, "--json").stdout)
 
     def refused(self, *args: str) -> tuple[int, str]:
         """The exit code and the one line of a command that does not work."""
-        done = pinaivu("peers", *args, home=self.home, check=False)
+        done = self._run(*args, check=False)
         assert done.returncode != 0, done.stdout
         assert "Traceback" not in done.stderr and done.stderr.count("\n") == 1, done.stderr
         return done.returncode, done.stderr

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import termios
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -41,15 +42,19 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def pinaivu(
-    *args: str, home: Path, check: bool = True, **more: Any
+    *args: str,
+    home: Path | None,
+    check: bool = True,
+    env: Mapping[str, str] | None = None,
+    **more: Any,
 ) -> subprocess.CompletedProcess[str]:
-    """Run one command on a home; its output as text."""
+    """Run one command on a home, or one that takes none; its output as text."""
     done = subprocess.run(
-        [*PINAIVU, *args, "--home", str(home)],
+        [*PINAIVU, *args, *(["--home", str(home)] if home else [])],
         capture_output=True,
         text=True,
         timeout=300,
-        env=environment(),
+        env=environment(**(env or {})),
         **more,
     )
     if check and done.returncode != 0:

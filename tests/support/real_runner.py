@@ -22,4 +22,4 @@ def real_runner(path: Path | None = None, **sizes: int) -> LlamaRunner:
     }
     offset = 0 if path else location.offset
     load = LoadModel(path=str(path or location.path), offset=offset, threads=1, **more)
-    return LlamaRunner(load, lambda fraction: None)
+    return LlamaRunner(load)

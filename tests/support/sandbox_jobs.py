@@ -1,4 +1,4 @@
-"""What `test_sandbox` runs in sandboxes."""
+"""Jobs for sandboxes, and the children that run them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pinaivu_box.errors import BadRequest, InvalidBody
+from pinaivu_box.sandbox import Sandbox, SandboxPool
+
+
+def pid_of(sandbox: Sandbox) -> int | None:
+    """Of its child, if there is one."""
+    return None if sandbox._process is None else sandbox._process.pid
+
+
+def pids_of(pool: SandboxPool) -> list[int]:
+    """Of the children that there are."""
+    return [pid for pid in map(pid_of, pool._all) if pid is not None]
 
 
 def make(setup: bytes) -> Callable[[bytes], bytes]:

@@ -7,22 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from pinaivu_box.engine.fairness import State
 from pinaivu_box.engine.messages import Sampling
 from pinaivu_box.engine.ngram_drafter import NgramDrafter
 from pinaivu_box.engine.prefix_cache import PrefixScope
-from pinaivu_box.engine.scheduler import (
-    BatchChunk,
-    CopyCells,
-    RemoveCells,
-    Scheduler,
-    StepPlan,
-    TruncateCells,
-)
-from pinaivu_box.engine.sequence import Sequence, State
+from pinaivu_box.engine.scheduler import BatchChunk, Scheduler
+from pinaivu_box.engine.sequence import Sequence
 from tests.support.engine_harness import Fixed, KVCells
 
 GREEDY = Sampling(temperature=0, top_p=1, top_k=0, min_p=0, seed=0)
-MOST_STEPS = 20_000
+MAX_STEPS = 20_000
 
 
 def sequence(
@@ -64,6 +58,33 @@ def own_words(one: Sequence, position: int) -> int:
     return -1000 * (one.arrival + 1) - position
 
 
+class RecordedCells(KVCells):
+    """Keeps in `moves` what the scheduler did to cells."""
+
+    def __init__(self, sharing: bool) -> None:
+        super().__init__()
+        self.moves: list[tuple[str, *tuple[int, ...]]] = []
+        self._sharing = sharing
+
+    @property
+    def kinds(self) -> list[str]:
+        return [kind for kind, *_ in self.moves]
+
+    def remove(self, sequence_id: int) -> None:
+        super().remove(sequence_id)
+        self.moves.append(("remove", sequence_id))
+
+    def truncate(self, sequence_id: int, length: int) -> None:
+        assert self._sharing
+        super().truncate(sequence_id, length)
+        self.moves.append(("truncate", sequence_id, length))
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        assert self._sharing
+        super().copy(source, target, length)
+        self.moves.append(("copy", source, target, length))
+
+
 class SchedulerDriver:
     """`said` gives the token of a sequence at a position.
 
@@ -82,18 +103,17 @@ class SchedulerDriver:
         steady: bool = False,
         said: Callable[[Sequence, int], int] = own_words,
     ) -> None:
+        self.cells = RecordedCells(sharing)
         self.scheduler = Scheduler(
+            self.cells,
             kv_tokens=kv,
             max_sequences=sequences,
             token_budget=budget,
-            policy=Fixed(draft),
+            step_cost=Fixed(draft),
             ids=ids,
             sharing=sharing,
         )
         self.ids = max(ids, sequences)
-        self.sharing = sharing
-        self.cells = KVCells()
-        self.operations: list[CopyCells | RemoveCells | TruncateCells] = []  # all that were made
         self.steps = 0
         self.computed: dict[str, int] = {}  # tokens, by sequence
         self.started: list[Sequence] = []  # in order of the first chunk
@@ -105,38 +125,37 @@ class SchedulerDriver:
         for one in sequences:
             self.scheduler.add(one)
 
-    def run(self, steps: int = MOST_STEPS) -> None:
+    def run(self, steps: int = MAX_STEPS) -> None:
         """So many steps, or until nothing is left."""
         for _ in range(steps):
             if not self.scheduler:
                 return
             self.step()
-        assert steps < MOST_STEPS, "it does not come to an end"
+        assert steps < MAX_STEPS, "it does not come to an end"
 
     def step(self) -> list[BatchChunk]:
         """Plan, check, compute, commit, draw."""
-        plan = self.plan()
-        self.compute(plan)
-        return plan.chunks
+        chunks = self.plan()
+        self.compute(chunks)
+        return chunks
 
-    def plan(self) -> StepPlan:
-        """The plan, with its moves made, and all that must hold then."""
+    def plan(self) -> list[BatchChunk]:
+        """The plan, and all that must hold then."""
         streams = [one for one in self.scheduler.running if one.pending == 1]
         preemptions = self.scheduler.preemptions
-        plan = self.scheduler.plan()
-        self._make(plan)
-        self._check_chunks(plan.chunks)
+        chunks = self.scheduler.plan()
+        self._check_chunks(chunks)
         if self.scheduler.preemptions == preemptions:  # no stream is left out of a step
-            assert {chunk.sequence for chunk in plan.chunks} >= set(streams)
+            assert {chunk.sequence for chunk in chunks} >= set(streams)
         self._check_cells()
-        size = sum(chunk.count + len(chunk.draft) for chunk in plan.chunks)
+        size = sum(chunk.count + len(chunk.draft) for chunk in chunks)
         assert 1 <= size <= self.scheduler.token_budget
         assert self.cells.used + size <= self.scheduler.kv_tokens
-        return plan
+        return chunks
 
-    def compute(self, plan: StepPlan) -> None:
+    def compute(self, chunks: list[BatchChunk]) -> None:
         self.steps += 1
-        for chunk in plan.chunks:
+        for chunk in chunks:
             one, end = chunk.sequence, chunk.start + chunk.count
             if one.id not in self.computed:
                 self.started.append(one)
@@ -144,18 +163,18 @@ class SchedulerDriver:
             for number, token in enumerate(tokens):
                 self.cells.append(one.sequence_id, chunk.start + number, token)
             self.computed[one.id] = self.computed.get(one.id, 0) + len(tokens)
-        self.scheduler.commit(plan.chunks)
-        steady = self.scheduler.steady_steps(plan.chunks)
-        for chunk in plan.chunks:
+        self.scheduler.commit(chunks)
+        steady = self.scheduler.steady_steps(chunks)
+        for chunk in chunks:
             if chunk.wants_logits:
                 self._draw(chunk)
-        if self._steady and len(self.scheduler.running) == len(plan.chunks):
+        if self._steady and len(self.scheduler.running) == len(chunks):
             self._go_on(steady)
         self.scheduler.check_integrity()
 
-    def no_slot(self, plan: StepPlan) -> bool:
+    def no_slot(self, chunks: list[BatchChunk]) -> bool:
         """The runner had no room for the plan; says whether room could be made."""
-        self.scheduler.lower_capacity(sum(chunk.count + len(chunk.draft) for chunk in plan.chunks))
+        self.scheduler.lower_capacity(sum(chunk.count + len(chunk.draft) for chunk in chunks))
         relieved = self.scheduler.reclaim()
         self.scheduler.check_integrity()
         return relieved
@@ -180,12 +199,6 @@ class SchedulerDriver:
         self.scheduler.catch_up(running, steps)
 
     # -- what a step must be ---------------------------------------------------------------------
-
-    def _make(self, plan: StepPlan) -> None:
-        for move in plan.operations:
-            assert self.sharing or isinstance(move, RemoveCells)
-            self.cells.make(move)
-        self.operations += plan.operations
 
     def _check_chunks(self, chunks: list[BatchChunk]) -> None:
         scheduler = self.scheduler

@@ -19,13 +19,12 @@ from ulid import ULID
 
 from pinaivu_box.amount import Prices
 from pinaivu_box.config import Config, PeeringConfig, PricingConfig, SamplingConfig
-from pinaivu_box.engine.messages import SamplingDefaults, SamplingParams
+from pinaivu_box.engine.messages import Output, Prompt, SamplingDefaults, SamplingParams
 from pinaivu_box.errors import ApiError, EngineLost, NoNodesAvailable
 from pinaivu_box.gateway.admission import AdmittedRequest
-from pinaivu_box.gateway.backend import Event, Job, Prompt, Proved, Started
+from pinaivu_box.gateway.backend import Event, Job, Proved, Started
 from pinaivu_box.gateway.local import resolve
 from pinaivu_box.gateway.metering import prove
-from pinaivu_box.gateway.output import Output
 from pinaivu_box.gateway.quota import Limits, Quota, Reservation
 from pinaivu_box.gateway.records import LegRecord, RequestRecord
 from pinaivu_box.gateway.request import Failed, Finished, Request, RequestEvent
@@ -34,12 +33,11 @@ from pinaivu_box.legs.runner import LegRunner
 from pinaivu_box.models.catalog import Model, remote
 from pinaivu_box.receipts.commitment import Opening
 from pinaivu_box.receipts.receipt import EngineBuild, Price, sign_proof
-from pinaivu_box.routing.candidates import Candidates, Destination
+from pinaivu_box.routing.candidates import Candidates
 from pinaivu_box.routing.circuit_breaker import CircuitBreaker
 from pinaivu_box.routing.load import LoadTracker
 from pinaivu_box.routing.reputation import Reputation
-from pinaivu_box.routing.selector import Selector
-from pinaivu_box.routing.spending_limits import SpendingLimits
+from pinaivu_box.routing.router import Destination
 from pinaivu_box.settings import LiveSettings, Settings
 from tests.support.keys import known_identity
 from tests.support.records import offer
@@ -79,7 +77,7 @@ class ScriptedLeg:
         return recorded(self.job, record, event)
 
     def _proved(self, record: LegRecord) -> Proved:
-        proof, _ = prove(record, self.job.leg, Price("credits", "0", "0", "0"))
+        proof, _ = prove(record, Price("credits", "0", "0", "0"))
         return Proved(proof, sign_proof(self.box.identity, proof), Opening("0" * 64, ""), b"")
 
 
@@ -136,7 +134,7 @@ def answer(
         if before is not None:
             await before.wait()
         yield started(leg)
-        yield Prompt(leg.job.read or PROMPT)
+        yield Prompt(leg.job.prompt_tokens or PROMPT)
         first, end = len(leg.output), leg.job.max_tokens or len(TEXT)
         for at in range(first, end):
             if at == until:
@@ -169,7 +167,7 @@ def silent() -> Script:
 
     async def script(leg: ScriptedLeg) -> AsyncIterator[Event]:
         yield started(leg)
-        yield Prompt(leg.job.read or PROMPT)
+        yield Prompt(leg.job.prompt_tokens or PROMPT)
         await leg.cancelled.wait()
         yield Output("", [], "cancelled", 0.0)
 
@@ -177,7 +175,7 @@ def silent() -> Script:
 
 
 def started(leg: ScriptedLeg) -> Started:
-    sampling = leg.job.settled or resolve(leg.job, SamplingConfig(), SamplingDefaults())
+    sampling = leg.job.drawn_with or resolve(leg.job, SamplingConfig(), SamplingDefaults())
     return Started(
         leg.box.node_id, DIGEST, EngineBuild("scripted", "none"), sampling, "tags", False
     )
@@ -247,14 +245,14 @@ class Listener:
 
 
 class Ledger:
-    """In place of a meter: what was settled, and how it ended."""
+    """In place of a meter: what was recorded, and how it ended."""
 
     def __init__(self) -> None:
-        self.settled: list[tuple[RequestRecord, str]] = []
+        self.recorded: list[tuple[RequestRecord, str]] = []
 
-    async def settle(self, account: RequestRecord, finish_reason: str) -> None:
+    async def record(self, account: RequestRecord, finish_reason: str) -> None:
         await asyncio.sleep(0)
-        self.settled.append((account, finish_reason))
+        self.recorded.append((account, finish_reason))
 
 
 def job(**more: Any) -> Job:
@@ -323,7 +321,7 @@ class Network:
     ) -> None:
         self.own, self.peers = own, peers
         self.ledger = Ledger()
-        placement: Any = SimpleNamespace(engines=[], failing=lambda model: None)
+        placement: Any = SimpleNamespace(engines=[], failing=lambda model: None, digest_of=_digest)
         pricing = PricingConfig(per_1k_tokens=Prices("0.001", "0.002"))
         peering = PeeringConfig(
             **{"policy": "cheapest", "hedge_ms": round(hedge * 1000), **routing}
@@ -333,15 +331,12 @@ class Network:
         self.reputation = Reputation(lambda: 0.0)
         self.breaker = CircuitBreaker(asyncio.get_running_loop().time, Random(1))
         self.candidates = Candidates(
-            OWN.node_id, settings, self.load, placement, self._peers, self.breaker,
-            self.reputation, SpendingLimits(_no_debts, settings),
+            OWN.node_id, settings, self.load, placement, self._peers, _ask_loads, self.breaker,
+            self.reputation, _no_debts,
         )  # fmt: skip
-        selector = Selector(self.candidates, _digest, _ask_loads, settings)
         local = OwnBackend(own or ScriptedBox(0, peer=False))
         peers_: Any = _Peers(self)
-        boxes = Boxes(
-            selector, self.candidates, local, peers_, self.load, self.breaker, self.reputation
-        )
+        boxes = Boxes(self.candidates, local, peers_, self.load, self.breaker, self.reputation)
         self.runner = LegRunner(OWN.node_id, local, boxes)
 
     def changed(self) -> None:

@@ -12,12 +12,13 @@ import signal
 import subprocess
 import sys
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from nacl.signing import SigningKey
 
 from pinaivu_box.transport.iroh_transport import IrohTransport
-from pinaivu_box.transport.link import FramedStream, Handshake, HeartbeatTiming, PeerLink
+from pinaivu_box.transport.link import Link, LinkOptions, Stream
 from tests.support import echo_peer
 from tests.support.keys import new_identity
 from tests.support.memory_transport import MemoryNetwork, MemoryTransport
@@ -26,13 +27,13 @@ from tests.support.process_box import environment
 from tests.support.waiting import DEADLINE, soon
 
 
-async def converse(link: PeerLink, command: str) -> FramedStream:
-    stream: FramedStream = await soon(link.open())
+async def converse(link: Link, command: str) -> Stream:
+    stream: Stream = await soon(link.open())
     await stream.send(command.encode())
     return stream
 
 
-async def echo(link: PeerLink, frame: bytes = b"hello") -> None:
+async def echo(link: Link, frame: bytes = b"hello") -> None:
     stream = await converse(link, "echo")
     await stream.send(frame)
     assert await soon(stream.receive()) == frame
@@ -111,7 +112,7 @@ class PeerProcess:
 class IrohPair:
     """Peers that have come to no harm are used again: it takes a second to start one."""
 
-    pace = HeartbeatTiming(interval=0.5, max_silent=5)
+    options = LinkOptions(beat_seconds=0.5, max_silent=5)
     patience = 2.5  # seconds of silence that are borne
     spare: ClassVar[list[tuple[PeerProcess, dict[str, Any]]]] = []
 
@@ -126,13 +127,13 @@ class IrohPair:
         self._unharmed = True
         self.ours = await self.transport()
 
-    async def transport(self, **handshake: Any) -> IrohTransport:
-        made = Handshake(**{"heartbeats": self.pace, **handshake})
-        bound = await IrohTransport.bind(new_identity(), "127.0.0.1", 0, handshake=made)
+    async def transport(self, **changes: Any) -> IrohTransport:
+        options = replace(self.options, **changes)
+        bound = await IrohTransport.bind(new_identity(), "127.0.0.1", 0, options=options)
         self.us.add(bound.node_id)
         return bound
 
-    async def connect(self) -> PeerLink:
+    async def connect(self) -> Link:
         return await self.ours.connect(self.node_id, self.addresses, DEADLINE)
 
     async def event(self, name: str) -> dict[str, Any]:
@@ -166,7 +167,7 @@ class IrohPair:
 
 
 class MemoryPair:
-    pace = HeartbeatTiming(interval=0.1)
+    options = LinkOptions(beat_seconds=0.1)
     patience = 0.4
 
     async def start(self) -> None:
@@ -181,11 +182,11 @@ class MemoryPair:
     def _tell(self, event: str, **more: Any) -> None:
         self._seen.append({"event": event, **more})
 
-    async def transport(self, **handshake: Any) -> MemoryTransport:
-        made = Handshake(**{"heartbeats": self.pace, **handshake})
-        return MemoryTransport(self.network, new_identity().node_id, made)
+    async def transport(self, **changes: Any) -> MemoryTransport:
+        options = replace(self.options, **changes)
+        return MemoryTransport(self.network, new_identity().node_id, options)
 
-    async def connect(self) -> PeerLink:
+    async def connect(self) -> Link:
         return await self.ours.connect(self.node_id, self.addresses, DEADLINE)
 
     async def event(self, name: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from pinaivu_box.engine.messages import TokenLogprob
 from pinaivu_box.identity import Identity
 from pinaivu_box.legs import wire as leg_wire
 from pinaivu_box.receipts.receipt import PROOF_DOMAIN, EngineBuild, Price
-from pinaivu_box.transport.transport import Stream
+from pinaivu_box.transport.link import Stream
 from tests.support.fake_peer import Violation
 from tests.support.keys import known_identity
 
