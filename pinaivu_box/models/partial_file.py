@@ -117,8 +117,8 @@ def _partial(folder: Path, digest: str) -> Path:
 
 
 class PartialFile:
-    """An unfinished copy, which no other process can open meanwhile.  Its methods block on disk,
-    and are for threads; after `close` they do nothing.  All raise OSError."""
+    """An unfinished copy, which no other process can open meanwhile.  Its methods block on disk
+    and are for threads; those that run stop at `close`.  All raise OSError."""
 
     def __init__(self, folder: Path, digest: str, size: int, expected: bytes) -> None:
         """`expected` are the hashes of the pieces.  Raises CopyInProgress, NoRoom, OSError."""
@@ -182,7 +182,7 @@ class PartialFile:
         return sha256(self.path, lambda: self._closed) == self._digest
 
     def sync(self) -> None:
-        """See that it is safely on disk; `publish` gives it its name."""
+        """Wait until it is safely on disk; `publish` gives it its name."""
         os.fsync(self._file)
 
     def discard(self) -> None:
