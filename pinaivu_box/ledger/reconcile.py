@@ -78,6 +78,11 @@ class EntryTree:
         self._hashes[key] = sha256(msgspec.msgpack.encode(entry)).digest()
         self._sorted = None
 
+    def remove(self, keys: Iterable[bytes]) -> None:
+        for key in keys:
+            self.entries.pop(key, None)
+        self._sorted = None
+
     def range(self, prefix: bytes) -> EntryRange:
         """The range of the keys with that prefix, as a peer gets it."""
         keys = self._keys(prefix)

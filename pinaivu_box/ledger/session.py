@@ -77,16 +77,16 @@ class SettlementOutcome(Struct, frozen=True):
     disputed: list[Difference]
 
 
-class EntrySnapshot:
+class EntrySnapshot(EntryTree):
     """The entries that are compared, up to a request id, and their rows in the database."""
 
     def __init__(self, us: str, peer: str, rows: Iterable[Row], upto: str = "") -> None:
+        super().__init__()
         self.upto = upto
         self.rowids: dict[bytes, int] = {}
-        self.tree = EntryTree()
         for row in rows:
             summary = EntrySummary(us if row["served_by_us"] else peer, *row[2:])
-            self.tree.add(summary)
+            self.add(summary)
             self.rowids[summary.key] = row["rowid"]
 
 
@@ -132,7 +132,7 @@ class ReconcileSession(MessageStream[w.Frame, w.Frame]):
             case w.Look():
                 return await self._look(frame)
             case w.AskRanges():
-                return w.RangeHashes([self.snapshot.tree.range(p) for p in frame.prefixes])
+                return w.RangeHashes([self.snapshot.range(p) for p in frame.prefixes])
             case w.GiveEntries():
                 return w.Entries(await self.entries(frame.keys))
             case w.TakeEntries():
@@ -191,7 +191,7 @@ class ReconcileSession(MessageStream[w.Frame, w.Frame]):
             return error.message[: w.MAX_REASON_CHARACTERS]
         if statement := await ledger_entry.statement_of(self.database, entry):
             return f"it is in {statement} already"
-        self.snapshot.tree.add(entry.summary(self.us))
+        self.snapshot.add(entry.summary(self.us))
         return ""
 
     async def _agree(self, frame: w.Propose) -> w.Agreed:
@@ -218,8 +218,8 @@ class ReconcileSession(MessageStream[w.Frame, w.Frame]):
     async def compose(self, at: str) -> Statement:
         """The statement after the latest one, over the entries of the snapshot."""
         last = await ledger_statement.last(self.database, self.peer)
-        tree, upto = self.snapshot.tree, self.snapshot.upto
-        return ledger_statement.compose(tree, (self.us, self.peer), last, upto, at)
+        between, snapshot = (self.us, self.peer), self.snapshot
+        return ledger_statement.compose(snapshot, between, last, snapshot.upto, at)
 
     async def keep(self, statement: Statement, signed: bytes, ours: bytes, theirs: bytes) -> None:
         """Write a statement with its entries; it is on disk on return.
@@ -237,7 +237,7 @@ class ReconcileSession(MessageStream[w.Frame, w.Frame]):
         )
         rows = await ledger_statement.open_entries(self.database, self.peer, statement.upto)
         rowids = EntrySnapshot(self.us, self.peer, rows).rowids
-        chosen = [rowid for key, rowid in rowids.items() if key in self.snapshot.tree.entries]
+        chosen = [rowid for key, rowid in rowids.items() if key in self.snapshot.entries]
         if len(chosen) != statement.entries:
             raise EntryRefused("An entry of the statement is in another one meanwhile.")
         await ledger_statement.settle(self.database, stored, chosen, self.by)
@@ -362,10 +362,7 @@ async def _take_statement(session: ReconcileSession, sequence: int) -> None:
     await session.look_at_open(statement.upto)
     comparison = await _compare(session)
     refused = await _fetch(session, comparison.only_theirs)
-    snapshot = session.snapshot
-    for key in (*comparison.only_ours, *comparison.different):
-        snapshot.tree.entries.pop(key, None)
-    snapshot.tree = EntryTree(snapshot.tree.entries.values())
+    session.snapshot.remove({*comparison.only_ours, *comparison.different})
     if refused or comparison.different or statement != await session.compose(statement.at):
         raise PeeringError(f"Statement {sequence}, signed by both, does not match the entries.")
     await session.keep(statement, digest.signed, digest.yours, digest.ours)
@@ -384,7 +381,7 @@ async def _propose_all(session: ReconcileSession) -> SettlementOutcome:
         taken += len(comparison.only_theirs) - len(refused)
         given += len(comparison.only_ours) - len(declined)
         differences = _differences(comparison, refused, declined)
-        final = bool(differences) or not session.snapshot.tree.entries
+        final = bool(differences) or not session.snapshot.entries
         if not final:
             await _propose(session)
         if final or not upto:
@@ -414,7 +411,7 @@ async def _propose(session: ReconcileSession) -> None:
 
 
 async def _compare(session: ReconcileSession) -> Comparison:
-    comparison = Comparison(session.snapshot.tree)
+    comparison = Comparison(session.snapshot)
     while prefixes := comparison.next_prefixes(w.MAX_RANGES):
         response = await session.call(w.AskRanges(prefixes), w.RangeHashes)
         if len(response.ranges) != len(prefixes):
@@ -458,12 +455,11 @@ def _differences(
         for ours, theirs in comparison.different.values()
     ]
     for key, reason in refused.items():
-        theirs = comparison.only_theirs[key]
-        differences.append(_difference(None, theirs, f"only the peer has it, and here {reason}"))
+        why = f"only the peer has it, and here {reason}"
+        differences.append(_difference(None, comparison.only_theirs[key], why))
     for key, reason in declined.items():
-        ours = comparison.only_ours[key]
         why = f"only we have it, and the peer says: {wire.printable(reason)}"
-        differences.append(_difference(ours, None, why))
+        differences.append(_difference(comparison.only_ours[key], None, why))
     differences.sort(key=attrgetter("request_id", "leg", "choice"))
     return differences[:MAX_DIFFERENCES]
 
