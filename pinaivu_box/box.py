@@ -329,7 +329,7 @@ def _peer_services(box: Box, network: Network, policies: PeerPolicies) -> PeerSe
         recorder=LedgerRecorder(box.database, box.identity.node_id),
         writable=lambda: check_writable(box.database),
     )
-    box.admission.tokenizer, box.admission.peer_models = services.tokenizer, services.candidates
+    box.admission.tokenizer, box.admission.peer_models = services.boxes, services.candidates
     box.requests.runner = services.runner
     return services
 

@@ -7,8 +7,7 @@ import contextlib
 import hashlib
 from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 
 from msgspec.structs import asdict
 
@@ -75,20 +74,16 @@ class PeerDebt:
     unaccepted: int
 
 
-@dataclass
 class _PeerLegs:
-    """The legs of one peer: those that run, the latest that were served, the prompts that a leg
-    pays for, and the tokens of prompts that were only counted in the last minute.
+    """The legs of one peer, and the tokens of prompts that were only counted."""
 
-    `receiving` is held while a task is read.
-    """
-
-    receiving: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_MAX_RECEIVING))
-    counted: Window = field(default_factory=Window)
-    running: set[LegKey] = field(default_factory=set)
-    served: BoundedDict[LegKey, None] = field(default_factory=partial(BoundedDict, _MAX_REMEMBERED))
-    paid: BoundedDict[bytes, None] = field(default_factory=partial(BoundedDict, _MAX_REMEMBERED))
-    changes: Changes = field(default_factory=Changes)  # of `running` and `paid`
+    def __init__(self) -> None:
+        self.receiving = asyncio.Semaphore(_MAX_RECEIVING)  # held while a task is read
+        self.counted = Window()
+        self.running: set[LegKey] = set()
+        self.served: BoundedDict[LegKey, None] = BoundedDict(_MAX_REMEMBERED)  # the latest
+        self.paid: BoundedDict[bytes, None] = BoundedDict(_MAX_REMEMBERED)  # prompts, by a leg
+        self.changes = Changes()  # of `running` and `paid`
 
 
 @dataclass

@@ -1,4 +1,5 @@
-"""The boxes among which a leg finds its place, and what is learned of them from each leg."""
+"""The boxes among which a leg, or the tokenizing of a prompt, finds its place; and what is learned
+of them from each leg."""
 
 from __future__ import annotations
 
@@ -9,8 +10,10 @@ from dataclasses import replace
 from typing import Any
 
 from pinaivu_box.bounded import BoundedDict
+from pinaivu_box.engine.messages import Tokenized
 from pinaivu_box.errors import ApiError, EngineLost, NoNodesAvailable, PeerFaulty
-from pinaivu_box.gateway.backend import Backend, Job, Leg
+from pinaivu_box.gateway.backend import Job, Leg
+from pinaivu_box.gateway.local import LocalBackend
 from pinaivu_box.gateway.records import LegRecord
 from pinaivu_box.legs.client import PeerClient
 from pinaivu_box.routing.candidates import Candidates
@@ -115,7 +118,7 @@ class Boxes:
     def __init__(
         self,
         candidates: Candidates,
-        local: Backend,
+        local: LocalBackend,
         peers: PeerClient,
         load: LoadTracker,
         breaker: CircuitBreaker,
@@ -130,13 +133,41 @@ class Boxes:
         decision = await self.candidates.select(job, tried)
         chosen = decision.chosen
         if chosen is None:
-            return nobody(job, decision)
+            return _nobody(job, decision)
         if chosen.destination is None:
             return OwnBox(self, self._local.start(job), job, decision, chosen, self._load)
         prompt = f"{job.request_id} {job.prompt_number} {chosen.node_id}"
         pays = self._pays(prompt)
         leg = self._peers.start(job, replace(chosen.destination, pays_prompt=pays))
         return PeerBox(self, leg, job, decision, chosen, prompt if pays else None)
+
+    async def tokenize(
+        self,
+        job: Job,
+        tokens: list[int] | None = None,
+        *,
+        plain: bool = False,
+        count: bool = False,
+    ) -> tuple[Tokenized, int]:
+        """See `gateway.backend.Tokenizer`: with an engine here, or by a peer if the model is only
+        there."""
+        if not job.model.remote:
+            return await self._local.tokenize(job, tokens, plain=plain, count=count)
+        tried: list[str] = []
+        error: ApiError | None = None
+        while True:
+            decision = await self.candidates.select(job, tried)
+            if (to := decision.destination) is None:
+                raise error or _nobody(job, decision)
+            tried.append(to.node_id)
+            try:
+                return await self._peers.tokenize(job, to, tokens, plain=plain)
+            except ApiError as failure:
+                if isinstance(failure, NoNodesAvailable) and not isinstance(failure, EngineLost):
+                    self.candidates.leg_refused(to.node_id, failure)
+                elif error is not None and not isinstance(failure, NoNodesAvailable):
+                    raise
+                error = failure
 
     def _pays(self, prompt: str) -> bool:
         """Whether it is the first leg of its prompt there."""
@@ -145,7 +176,7 @@ class Boxes:
         return first
 
 
-def nobody(job: Job, decision: Decision) -> NoNodesAvailable:
+def _nobody(job: Job, decision: Decision) -> NoNodesAvailable:
     return NoNodesAvailable(
         f"Nobody can serve {job.model.id} now: {decision.why_nobody()}.  Try again later.",
         retry_after=2,

@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import AsyncGenerator, Sequence
 
 from pinaivu_box import vector_format
-from pinaivu_box.engine.messages import Output, Prompt
+from pinaivu_box.engine.messages import Output, Prompt, Tokenized
 from pinaivu_box.errors import (
     ApiError,
     BadRequest,
@@ -62,10 +62,10 @@ class PeerClient:
         """A leg at a peer, which runs when its events are read."""
         return PeerLeg(self, job, to)
 
-    async def count(
-        self, job: Job, to: Destination, tokens: list[int] | None = None, *, plain: bool = False
-    ) -> leg_wire.Tokens:
-        """The prompt's tokens and the context there.  Raises as `PeerLeg.events`."""
+    async def tokenize(
+        self, job: Job, to: Destination, tokens: list[int] | None, *, plain: bool
+    ) -> tuple[Tokenized, int]:
+        """See `gateway.backend.Tokenizer`.  Raises as `PeerLeg.events`."""
         stream = await self.open(to)
         try:
             await send(stream, leg_wire.Count(to_task(job), to.digest, tokens, plain), to)
@@ -80,7 +80,7 @@ class PeerClient:
             raise refusal(answer, to)
         if not isinstance(answer, leg_wire.Tokens) or not may_answer(answer, job, tokens):
             raise PeerFaulty(f"{to.name} did not answer a count", node_id=to.node_id)
-        return answer
+        return Tokenized(job.id, answer.tokens, answer.text, answer.thinking), answer.context
 
     async def open(self, to: Destination) -> Stream:
         try:

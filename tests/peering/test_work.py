@@ -113,7 +113,7 @@ async def test_a_fault_of_the_request_is_reported_as_by_an_engine_here(
 
 async def test_a_prompt_is_counted_by_a_peer(pair: list[PoolNode]) -> None:
     asker, _ = pair
-    prompt, context = await asker.pool.tokenizer.tokenize(asker.job())
+    prompt, context = await asker.pool.boxes.tokenize(asker.job())
     assert prompt.tokens and context == 2048
     events = await asker.ask()
     assert isinstance(events[1], Prompt) and events[1].tokens == prompt.tokens
@@ -126,7 +126,7 @@ async def test_long_prompts_go_in_several_frames() -> None:
         settings[1], engine=msgspec.structs.replace(settings[1].engine, context=3_000_000)
     )
     async with pools(asker=settings[0], server=settings[1]) as (asker, _):
-        prompt, _ = await asker.pool.tokenizer.tokenize(asker.job(text="ab" * 1_000_000))
+        prompt, _ = await asker.pool.boxes.tokenize(asker.job(text="ab" * 1_000_000))
         assert len(prompt.tokens) > 2_000_000
 
 

@@ -334,7 +334,7 @@ class Network:
             OWN.node_id, settings, self.load, placement, self._peers, _ask_loads, self.breaker,
             self.reputation, _no_debts,
         )  # fmt: skip
-        local = OwnBackend(own or ScriptedBox(0, peer=False))
+        local: Any = OwnBackend(own or ScriptedBox(0, peer=False))
         peers_: Any = _Peers(self)
         boxes = Boxes(self.candidates, local, peers_, self.load, self.breaker, self.reputation)
         self.runner = LegRunner(OWN.node_id, local, boxes)
