@@ -15,7 +15,7 @@ import msgspec
 from msgspec import UNSET, Struct, UnsetType
 
 from pinaivu_box.amount import to_text
-from pinaivu_box.membership.peer_names import names_of_boxes
+from pinaivu_box.membership import peer_names
 from pinaivu_box.store.database import Database
 from pinaivu_box.store.times import now_ms
 from pinaivu_box.store.usage import By, Labels, Sums, UsageFilter, Who, busiest, names_of, usage
@@ -118,7 +118,7 @@ async def usage_report(
         groups = await usage(database, selection, by, only and only[:MAX_KEYS])
     names: dict[By, Mapping[str, str]] = {}
     if {"node", "peer"} & set(by):
-        names["node"] = names["peer"] = await names_of_boxes(database, node_id)
+        names["node"] = names["peer"] = {**await peer_names.names(database), node_id: "this box"}
     for kind in ("key", "account"):
         if kind in by:
             position = by.index(kind)

@@ -120,14 +120,13 @@ def ids(joined: bytes, size: int) -> list[bytes]:
 
 def batches(records: Iterable[GivenRecord]) -> list[GiveRecords]:
     """Return the records in as few frames as their size allows."""
-    frames: list[GiveRecords] = []
-    batch: list[GivenRecord] = []
+    batches: list[list[GivenRecord]] = []
     size = 0
     for record in records:
         added = len(record.record.body) + 100
-        if batch and (size + added > MAX_GIVE_BYTES or len(batch) == MAX_IDS):
-            frames.append(GiveRecords(tuple(batch)))
-            batch, size = [], 0
-        batch.append(record)
+        if not batches or size + added > MAX_GIVE_BYTES or len(batches[-1]) == MAX_IDS:
+            batches.append([])
+            size = 0
+        batches[-1].append(record)
         size += added
-    return [*frames, GiveRecords(tuple(batch))] if batch else frames
+    return [GiveRecords(tuple(batch)) for batch in batches]

@@ -352,12 +352,12 @@ class Gossip:
             for peer in overdue:
                 entry = self.adverts.get(peer)
                 if entry is not None and not self.adverts.gone(peer):
-                    self._report_gone(peer, entry.advert.serial, now)
+                    self._report_gone(entry.advert, now)
         for peer in overdue:
             del self._lost_links[peer]
 
-    def _report_gone(self, peer: str, serial: int, now: float) -> None:
-        report = GoneReport(self.roster.network_key, key_of(peer), serial, key_of(self.me))
+    def _report_gone(self, last: Advert, now: float) -> None:
+        report = GoneReport(last.network, last.node, last.serial, key_of(self.me))
         record = seal(self._identity, "gone", report)
         if self.adverts.report(report, record, now) is None:
             self._give_all(GivenRecord(record))

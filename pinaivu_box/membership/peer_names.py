@@ -23,11 +23,6 @@ async def names(database: Database) -> dict[str, str]:
     return {node: name for node, name in (certified | local_names).items() if name}
 
 
-async def names_of_boxes(database: Database, own: str) -> dict[str, str]:
-    """As `names`, and with this box, whose node id is `own`."""
-    return {**await names(database), own: "this box"}
-
-
 def find(text: str, peers: Mapping[str, str]) -> str:
     """The node id of the peer with that name, node id or beginning of a node id; `peers` has their
     names by node id.

@@ -99,11 +99,6 @@ def network_key(network: str) -> bytes:
     return key
 
 
-def founder_of(network: str) -> str:
-    """Return the node id of the network's founder.  Raises ValueError."""
-    return node_of(network_key(network)[:32])
-
-
 def domain(kind: Kind) -> str:
     """Return the domain that signatures over this kind are for."""
     return f"pinaivu/{kind}/v1"

@@ -36,7 +36,6 @@ from pinaivu_box.membership.records import (
     Record,
     Revocation,
     RosterContent,
-    founder_of,
     key_of,
     network_key,
     node_of,
@@ -81,8 +80,8 @@ class Roster:
 
     def __init__(self, network: str) -> None:
         self.network = network
-        self.founder = founder_of(network)
         self.network_key = network_key(network)
+        self.founder = node_of(self.network_key[:32])
         self._records: dict[bytes, Record] = {}
         self._certificates: dict[str, list[Certificate]] = defaultdict(list)  # by node
         self._ids: dict[Certificate, bytes] = {}
@@ -165,9 +164,7 @@ class Roster:
     def members(self) -> dict[str, int]:
         """Return the node ids of all members and how far each is from the admins (0: it is one)."""
         if self._levels_now is None:
-            self._levels_now = self._compute_levels(
-                lambda certificate: not self._is_void(certificate)
-            )
+            self._levels_now = self._compute_levels(self._is_valid)
         return self._levels_now
 
     def member(self, node_id: str, at: float | None = None) -> Verdict:
@@ -198,10 +195,7 @@ class Roster:
         """Return node ids and names of those who are no members any more if that box is revoked."""
         key = key_of(node_id)
         without = self._compute_levels(
-            lambda certificate: (
-                key not in (certificate.node, certificate.inviter)
-                and not self._is_void(certificate)
-            )
+            lambda cert: key not in (cert.node, cert.inviter) and self._is_valid(cert)
         )
         return {
             node: self._name(node)
@@ -219,7 +213,7 @@ class Roster:
             visited.add(node)
             for certificate in self._certificates.get(node, ()):
                 inviter = node_of(certificate.inviter)
-                if inviter in members and not self._is_void(certificate):
+                if inviter in members and self._is_valid(certificate):
                     chain.append(self._records[self._ids[certificate]])
                     pending.append(inviter)
         return chain[:MAX_PROOF]
@@ -249,7 +243,7 @@ class Roster:
         def rank(certificate: Certificate) -> tuple[bool, int, int, bytes, str]:
             inviter = certificate.inviter
             level = members.get(node_of(inviter), _LAST)  # an admin's name counts more
-            valid = not self._is_void(certificate)
+            valid = self._is_valid(certificate)
             return valid, -level, certificate.serial, inviter, certificate.name
 
         return max(self._certificates.get(node_id, ()), key=rank, default=None)
@@ -298,13 +292,14 @@ class Roster:
             or (level < _LAST and revocation.signer in inviters)
         ]
 
-    def _is_void(self, certificate: Certificate) -> bool:
-        return any(
-            certificate.epoch == 0
-            or (
-                node_of(revocation.signer) == self.founder and revocation.epoch >= certificate.epoch
-            )
-            for revocation in self._valid_revocations(node_of(certificate.node))
+    def _is_valid(self, certificate: Certificate) -> bool:
+        revocations = self._valid_revocations(node_of(certificate.node))
+        if certificate.epoch == 0:
+            return not revocations
+        return all(
+            revocation.epoch < certificate.epoch
+            for revocation in revocations
+            if node_of(revocation.signer) == self.founder
         )
 
     # Comparing

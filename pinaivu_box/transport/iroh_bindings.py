@@ -33,14 +33,10 @@ _garbage: SimpleQueue[tuple[Free, Any]] = SimpleQueue()  # `__del__` may put int
 def apply_fixes() -> None:
     """Apply both, once in each process."""
     fix_copying()
-    fix_freeing()
-    threading.Thread(target=_free_forever, name="iroh-free", daemon=True).start()
-
-
-def fix_freeing(ffi: Any = iroh.iroh_ffi) -> None:
-    for kind in vars(ffi).values():
+    for kind in vars(iroh.iroh_ffi).values():
         if isinstance(kind, type) and "__del__" in vars(kind):
             kind.__del__ = _deferred(vars(kind)["__del__"])  # type: ignore[attr-defined]
+    threading.Thread(target=_free_forever, name="iroh-free", daemon=True).start()
 
 
 def _deferred(free: Free) -> Free:

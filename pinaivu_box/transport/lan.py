@@ -45,18 +45,11 @@ async def announce(node_id: str, name: str, software: str, addresses: Sequence[s
         log.warning("not announced on the LAN: peering listens on no IPv4 address")
         return
     try:
-        zeroconf = AsyncZeroconf(ip_version=IPVersion.V4Only)
-    except OSError as error:
-        log.warning("not announced on the LAN: %s", error.strerror or error)
-        return
-    try:
-        await zeroconf.async_register_service(info, allow_name_change=True)
-        await asyncio.Event().wait()
+        async with AsyncZeroconf(ip_version=IPVersion.V4Only) as zeroconf:
+            await zeroconf.async_register_service(info, allow_name_change=True)
+            await asyncio.Event().wait()
     except (OSError, Error) as error:
         log.warning("not announced on the LAN: %s", error or type(error).__name__)
-    finally:
-        await zeroconf.async_unregister_all_services()
-        await zeroconf.async_close()
 
 
 def _service(
@@ -94,17 +87,14 @@ async def nearby(seconds: float) -> list[LanBox]:
         names.add(name)
 
     try:
-        zeroconf = AsyncZeroconf(ip_version=IPVersion.V4Only)
+        async with AsyncZeroconf(ip_version=IPVersion.V4Only) as zeroconf:
+            async with AsyncServiceBrowser(zeroconf.zeroconf, TYPE, handlers=[on_change]):
+                await asyncio.sleep(seconds)
+            infos = [AsyncServiceInfo(TYPE, name) for name in names]
+            requests = [info.async_request(zeroconf.zeroconf, _ANSWER_MS) for info in infos]
+            await asyncio.gather(*requests)
     except OSError as error:
         raise CliError(f"The LAN cannot be queried: {error.strerror or error}.") from error
-    try:
-        browser = AsyncServiceBrowser(zeroconf.zeroconf, TYPE, handlers=[on_change])
-        await asyncio.sleep(seconds)
-        await browser.async_cancel()
-        infos = [AsyncServiceInfo(TYPE, name) for name in names]
-        await asyncio.gather(*(info.async_request(zeroconf.zeroconf, _ANSWER_MS) for info in infos))
-    finally:
-        await zeroconf.async_close()
     boxes = [box for info in infos if (box := _box(info)) is not None]
     return sorted(boxes, key=lambda box: (box.name, box.id))
 

@@ -255,15 +255,7 @@ class Link:
     purpose and still referenced.
     """
 
-    def __init__(
-        self,
-        connection: Connection,
-        options: LinkOptions,
-        on_closed: Callable[[Link], None],
-        *,
-        dialed: bool,
-    ) -> None:
-        """`on_closed` is called once, when it is over."""
+    def __init__(self, connection: Connection, options: LinkOptions, *, dialed: bool) -> None:
         self.peer, self.route = connection.peer, connection.route
         self.dialed, self.opened_at = dialed, 0.0
         self.version, self.software, self.clock_ahead = 0, "", 0.0
@@ -275,7 +267,7 @@ class Link:
             asyncio.create_task(self._send_heartbeats()),
             asyncio.create_task(self._receive_heartbeats()),
         ]
-        self._end = asyncio.create_task(self._wait_until_closed(on_closed))
+        self._end = asyncio.create_task(self._wait_until_closed())
 
     async def exchange_hello(self) -> None:
         """Exchange Hellos and agree on a version.  Raises LinkLost, ProtocolError."""
@@ -373,11 +365,10 @@ class Link:
             except LinkLost:
                 await asyncio.sleep(self._options.beat_seconds)
 
-    async def _wait_until_closed(self, on_closed: Callable[[Link], None]) -> LinkLost:
+    async def _wait_until_closed(self) -> LinkLost:
         why = await self._connection.closed()
         for task in self._tasks:
             task.cancel()
-        on_closed(self)
         return why
 
 

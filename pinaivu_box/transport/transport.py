@@ -11,6 +11,7 @@ import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
+from weakref import WeakSet
 
 from pinaivu_box.errors import LinkLost, PeeringError, Unreachable
 from pinaivu_box.transport import wire
@@ -42,7 +43,7 @@ def no_answer(node_id: str, addresses: Sequence[str], seconds: float) -> Unreach
 
 
 class Transport(ABC):
-    """Makes links over one carrier, and keeps them until they end.
+    """Makes links over one carrier.
 
     Whether a peer may have a link at all is for the caller to decide once it has the link, with
     `close(Code.FORBIDDEN, ...)` if not.
@@ -55,8 +56,7 @@ class Transport(ABC):
         self._inbound: dict[asyncio.Task[None], float] = {}  # begun when, the oldest first
         self._unaccepted: deque[Link] = deque()
         self._arrived = asyncio.Event()
-        # A connection without a reference is closed by the garbage collector.
-        self._links: set[Link] = set()
+        self._links: WeakSet[Link] = WeakSet()  # the heartbeats of a link keep it until its end
         self._closed = False
 
     @abstractmethod
@@ -113,7 +113,7 @@ class Transport(ABC):
         self._arrived.set()
 
     async def _upgrade(self, connection: Connection, *, dialed: bool) -> Link:
-        link = Link(connection, self._options, self._links.discard, dialed=dialed)
+        link = Link(connection, self._options, dialed=dialed)
         self._links.add(link)
         try:
             await link.exchange_hello()

@@ -33,8 +33,9 @@ class HeadlessBox:
 
     def _read(self, process: subprocess.Popen[str], lines: list[Any]) -> None:
         assert process.stdout
-        for line in process.stdout:
-            lines.append(json.loads(line))
+        with process.stdout:
+            for line in process.stdout:
+                lines.append(json.loads(line))
 
     def _talks(self) -> bool:
         assert self.process.poll() is None, "it has ended"
@@ -51,6 +52,12 @@ class HeadlessBox:
             for peer in peers.values()
         )
 
+    def kill(self) -> None:
+        assert self.process.stdin
+        self.process.kill()
+        self.process.wait()
+        self.process.stdin.close()
+
     def stop(self) -> int:
         assert self.process.stdin
         self.process.stdin.close()
@@ -63,8 +70,7 @@ def members(tmp_path: Path) -> Iterator[list[HeadlessBox]]:
     yield made
     for member in made:
         if member.process.poll() is None:
-            member.process.kill()
-            member.process.wait()
+            member.kill()
 
 
 def test_three_boxes_join_and_find_each_other_again(members: list[HeadlessBox]) -> None:
@@ -78,8 +84,7 @@ def test_three_boxes_join_and_find_each_other_again(members: list[HeadlessBox]) 
         return all(member.sees(*(names - {member.home.name})) for member in members)
 
     wait_until(all_see_all, "all to see all")
-    two.process.kill()
-    two.process.wait()
+    two.kill()
     wait_until(lambda: three.states()["two"] != "connected", "three to miss two")
     two.start()
     wait_until(all_see_all, "two to be back")

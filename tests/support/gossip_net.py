@@ -44,13 +44,13 @@ class GossipNet:
 
     def box(self, identity: Identity, *records: Record, wall: float = NOW) -> Gossip:
         me = identity.node_id
-        made = Gossip(
+        box = Gossip(
             identity, roster(*records), CarriedEffects(self, me), clock=lambda: self.now,
             wall=lambda: wall + self.now, random=Random(me),
         )  # fmt: skip
-        made.facts = FACTS
-        self.boxes[me] = made
-        return made
+        box.facts = FACTS
+        self.boxes[me] = box
+        return box
 
     def link(self, one: Gossip, other: Gossip) -> None:
         one.link_up(other.me)
@@ -75,8 +75,8 @@ class GossipNet:
 def chain(count: int) -> tuple[GossipNet, list[Gossip]]:
     """Boxes in a row, each linked with the next, all members."""
     net = GossipNet()
-    records = [certificate(FOUNDER, one, name="n") for one in IDENTITIES[1:count]]
-    row = [net.box(one, *records) for one in IDENTITIES[:count]]
+    records = [certificate(FOUNDER, identity, name="n") for identity in IDENTITIES[1:count]]
+    row = [net.box(identity, *records) for identity in IDENTITIES[:count]]
     for one, other in pairwise(row):
         net.link(one, other)
     net.run(2 * count)

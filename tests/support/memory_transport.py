@@ -16,7 +16,7 @@ WINDOW_BYTES = 1024 * 1024  # of a stream, each way
 
 
 class MemoryNetwork:
-    """Who is where, and who cannot be heard."""
+    """The transports of all boxes, and the boxes that cannot be reached."""
 
     def __init__(self) -> None:
         self.transports: dict[str, MemoryTransport] = {}  # by address
@@ -234,11 +234,15 @@ class MemoryTransport(Transport):
         """As `Transport.dial`; waits for ever if no box answers."""
         if not addresses:
             raise Unreachable("There is no address to connect to (none is known).")
-        found = [at for one in addresses if (at := self._network.transports.get(one))]
-        heard = [at for at in found if not self._network.silent(at.node_id, self.node_id)]
-        if not heard:
+        transports = map(self._network.transports.get, addresses)
+        answering = [
+            transport
+            for transport in transports
+            if transport and not self._network.silent(transport.node_id, self.node_id)
+        ]
+        if not answering:
             await asyncio.Event().wait()
-        peer = next((at for at in heard if at.node_id == node_id), None)
+        peer = next((each for each in answering if each.node_id == node_id), None)
         if peer is None:
             raise WrongPeer(f"{WrongPeer.beginning}{wire.short(node_id)} answers there.")
         here = MemoryConnection(self._network, self, peer)

@@ -92,10 +92,12 @@ class SiteGroup:
 
 
 def whole(box: Network, count: int) -> bool:
-    """Connected to all, and heard of what they offer."""
+    """Connected to all others, and with an advert of each."""
     peers = box.peers()
-    return len(peers) == count - 1 and all(one.state == "connected" and one.advert for one in peers)
+    return len(peers) == count - 1 and all(
+        peer.state == "connected" and peer.advert for peer in peers
+    )
 
 
 def states(box: Network) -> dict[str, str]:
-    return {one.name: one.state for one in box.peers()}
+    return {peer.name: peer.state for peer in box.peers()}
