@@ -10,6 +10,9 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
+
+from msgspec import Struct
 
 from pinaivu_box import __version__, logs, settings
 from pinaivu_box import config as configs
@@ -62,19 +65,25 @@ _APPLY_AT_ONCE = (
 log = logging.getLogger("pinaivu.box")
 
 
-@dataclass(frozen=True)
-class Reloaded:
+class NotServed(Struct, frozen=True):
+    """A file that is not served; `reason` is the end of a sentence."""
+
+    path: str
+    reason: str
+
+
+class Reloaded(NamedTuple):
     """What a new configuration changes, by the names of settings: `applied` at once, `engines` for
     engines that start from now on, `restart` when the box is restarted.
 
-    `models` are the ids that are served now, `not_served` the files that are not, and why.
+    `models` are the ids that are served now.
     """
 
     applied: list[str]
     engines: list[str]
     restart: list[str]
     models: list[str]
-    not_served: dict[str, str]
+    not_served: list[NotServed]
 
 
 @dataclass
@@ -219,9 +228,8 @@ class Box:
             await self.requests.cancel_all()
 
 
-def not_served_in(catalog: Catalog) -> dict[str, str]:
-    """Files that are not served and why, as they are printed."""
-    return {printable(str(path)): why for path, why in catalog.not_served.items()}
+def not_served_in(catalog: Catalog) -> list[NotServed]:
+    return [NotServed(printable(str(path)), why) for path, why in catalog.not_served.items()]
 
 
 @asynccontextmanager

@@ -12,6 +12,7 @@ import pytest
 
 from tests.support.in_process_command import run_command, run_command_json
 from tests.support.process_box import UNDRAFTED, Box, StartBox, wait_until
+from tests.support.streamed_chat import StreamedChat
 
 FAKE = ("--model", "fake:1=fake:0", "--model", "slow:1=fake:20")
 DEFAULTS: dict[str, Any] = {
@@ -253,43 +254,15 @@ def test_only_the_scope_admin_lets_one_in(box: Box) -> None:
 # -- now -------------------------------------------------------------------------------------------
 
 
-class Stream:
-    """A long answer that is being read in a thread; `lines` is what came."""
-
-    def __init__(self, box: Box, key: str, wait: bool = True) -> None:
-        self.lines: list[str] = []
-        self.request_id = ""
-        self._url, self._key = f"{box.url}/v1/chat/completions", key
-        self._thread = threading.Thread(target=self._read)
-        self._thread.start()
-        if wait:
-            self.begun()
-
-    def begun(self) -> None:
-        wait_until(lambda: len(self.lines) > 8, "the stream to begin")
-
-    def _read(self) -> None:
-        body = {
-            "model": "slow:1", "messages": [{"role": "user", "content": "go on"}],
-            "max_tokens": 4000, "stream": True,
-        }  # fmt: skip
-        headers = {"Authorization": f"Bearer {self._key}"}
-        options: dict[str, Any] = {"headers": headers, "timeout": 120, "trust_env": False}
-        with httpx.stream("POST", self._url, json=body, **options) as answer:
-            self.request_id = answer.headers["x-request-id"]
-            self.lines.extend(answer.iter_lines())
-
-    def end(self) -> list[str]:
-        self._thread.join(180)
-        assert not self._thread.is_alive()
-        return [line for line in self.lines if line]
+def running_stream(box: Box, key: str) -> StreamedChat:
+    stream = StreamedChat(box, "slow:1", 4000, key=key)
+    stream.wait_for_text(4)
+    return stream
 
 
-def lines_of_a_stopped_stream(box: Box, stream: Stream, code: str) -> None:
-    lines = stream.end()
-    error = json.loads(lines[-1].removeprefix("data: "))["error"]
-    assert error["code"] == code
-    assert "[DONE]" not in str(lines)
+def check_stopped(box: Box, stream: StreamedChat, code: str) -> None:
+    stream.join()
+    assert stream.error["code"] == code and not stream.done
 
     def receipt() -> Any:
         answer = box.http("GET", f"/v1/receipts/{stream.request_id}")
@@ -343,38 +316,36 @@ def block_by_command(box: Box, key_id: str) -> None:
 )
 def test_now_stops_the_running_streams_of_that_key_alone(box: Box, stop: Any, code: str) -> None:
     made, other = (ask(box, "POST", "keys", {}) for _ in range(2))
-    stream, others = Stream(box, made["key"]), Stream(box, other["key"])
+    stream, others = running_stream(box, made["key"]), running_stream(box, other["key"])
     stop(box, made["id"])
-    lines_of_a_stopped_stream(box, stream, code)
+    check_stopped(box, stream, code)
     no_error_is_counted(box, made, code)
-    before = len(others.lines)
-    wait_until(lambda: len(others.lines) > before + 8, "the other key's stream to go on")
+    others.wait_for_text(len(others.text) + 4)
     told = run_command_json("audit", "--target", made["id"], home=box.home)
     assert len(told) == 2  # made, and stopped once
     ask(box, "POST", f"keys/{other['id']}/revoke", params={"now": "true"})
-    others.end()
+    others.join()
 
 
 def test_without_now_a_running_stream_goes_on(box: Box) -> None:
     made = ask(box, "POST", "keys", {})
-    stream = Stream(box, made["key"])
+    stream = running_stream(box, made["key"])
     assert "stopped" not in ask(box, "POST", f"keys/{made['id']}/revoke")
-    before = len(stream.lines)
-    wait_until(lambda: len(stream.lines) > before + 8, "the stream to go on")
+    stream.wait_for_text(len(stream.text) + 4)
     assert box.http("GET", "/v1/models", key=made["key"]).status_code == 401
     revoke_by_http(box, made["id"])  # it is not too late
-    lines_of_a_stopped_stream(box, stream, "invalid_api_key")
+    check_stopped(box, stream, "invalid_api_key")
 
 
 def test_all_the_streams_of_a_key_end(box: Box) -> None:
     made = ask(box, "POST", "keys", {})
     # Some speak while they are stopped; and none may end before the last has begun.
-    streams = [Stream(box, made["key"], wait=False) for _ in range(16)]
+    streams = [StreamedChat(box, "slow:1", 4000, key=made["key"]) for _ in range(16)]
     for stream in streams:
-        stream.begun()
+        stream.wait_for_text()
     assert ask(box, "POST", f"keys/{made['id']}/revoke?now=true")["stopped"] == 16
     for stream in streams:
-        lines_of_a_stopped_stream(box, stream, "invalid_api_key")
+        check_stopped(box, stream, "invalid_api_key")
 
 
 def test_a_request_whose_prompt_is_still_being_read_is_stopped_too(new_box: Any) -> None:

@@ -22,7 +22,7 @@ from tests.support.process_box import Box, pinaivu
 
 MODEL = "fake:1"
 KNOWN, SECRET = "The launch code of customer A is ", "7391-XQ"
-NAMED = "You are the assistant of ACME.  Never say 7391-XQ."
+SHARED = "You are the assistant of ACME.  Never say 7391-XQ."
 CONFIG = """
 [engine]
 drafting = false
@@ -41,7 +41,7 @@ path = "fake:20"
 @pytest.fixture(scope="module")
 def box(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Box]:
     folder = tmp_path_factory.mktemp("scopes")
-    (folder / "named.txt").write_text(NAMED + "\n")
+    (folder / "named.txt").write_text(SHARED + "\n")
     (folder / "box.toml").write_text(CONFIG.format(folder / "named.txt"))
     started = Box(folder / "home", "--config", str(folder / "box.toml")).start()
     yield started
@@ -222,7 +222,7 @@ def test_a_local_only_key_is_apart_from_its_own_account(box: Box, policy: dict[s
     assert local.found(secret * 2) == len(secret)
 
 
-# -- what the operator names -----------------------------------------------------------------------
+# -- shared prefixes -------------------------------------------------------------------------------
 
 
 def before(system: str, *user: str) -> int:
@@ -233,23 +233,23 @@ def before(system: str, *user: str) -> int:
     return len(text)
 
 
-def test_a_named_prefix_is_shared_by_all_accounts_and_nothing_behind_it(box: Box) -> None:
+def test_a_shared_prefix_is_found_by_all_accounts_and_nothing_behind_it(box: Box) -> None:
     first, second, third, local = Person(box), Person(box), Person(box), Person(box)
-    first.chat(NAMED, KNOWN + SECRET)
-    assert second.chat(NAMED, KNOWN + SECRET) == before(NAMED)
-    assert second.chat(NAMED, KNOWN + "?") == before(NAMED, KNOWN)  # its own
-    assert third.chat(NAMED + " The customer is Bob.", "Hi") == before(NAMED)
-    for almost in (NAMED[:-1], NAMED[:-1] + "?", NAMED.lower()):
+    first.chat(SHARED, KNOWN + SECRET)
+    assert second.chat(SHARED, KNOWN + SECRET) == before(SHARED)
+    assert second.chat(SHARED, KNOWN + "?") == before(SHARED, KNOWN)  # its own
+    assert third.chat(SHARED + " The customer is Bob.", "Hi") == before(SHARED)
+    for almost in (SHARED[:-1], SHARED[:-1] + "?", SHARED.lower()):
         assert Person(box).chat(almost, "Hi") == 0
-    assert Person(box).chat(NAMED, "Hi", cache_prompt=False) == 0
-    assert local.again(scopes=["inference", "local-only"]).chat(NAMED, "Hi") == 0
+    assert Person(box).chat(SHARED, "Hi", cache_prompt=False) == 0
+    assert local.again(scopes=["inference", "local-only"]).chat(SHARED, "Hi") == 0
     # A request whose prompt was counted before comes as tokens.
-    assert Person(box, tpm=10**6).chat(NAMED, "Hi") == before(NAMED)
-    assert Person(box).found(NAMED + " raw") == 0  # nobody has said that without a template
-    assert Person(box).found(NAMED + " too") == len(NAMED)
+    assert Person(box, tpm=10**6).chat(SHARED, "Hi") == before(SHARED)
+    assert Person(box).found(SHARED + " raw") == 0  # nobody has said that without a template
+    assert Person(box).found(SHARED + " too") == len(SHARED)
 
 
-def test_other_names_count_at_once_and_are_gone_at_once(box: Box) -> None:
+def test_changed_shared_prefixes_apply_at_once(box: Box) -> None:
     named = Path(box.args[1]).with_name("named.txt")
     other = "Another company's assistant you are, and a cheerful one."
 
@@ -262,7 +262,7 @@ def test_other_names_count_at_once_and_are_gone_at_once(box: Box) -> None:
         assert (done["applied"], done["engines"]) == (["engine.shared_prefixes"], [])
         assert Person(box).chat(other, "Hi") == 0
         assert Person(box).chat(other, "Hi") == before(other)
-        assert Person(box).chat(NAMED, "Hi") == 0
+        assert Person(box).chat(SHARED, "Hi") == 0
         assert reload()["applied"] == []
         for wrong, why in ((b"", "is empty"), (b"\xff", "UTF-8"), (None, "No such file")):
             named.unlink() if wrong is None else named.write_bytes(wrong)
@@ -270,11 +270,11 @@ def test_other_names_count_at_once_and_are_gone_at_once(box: Box) -> None:
             assert "engine.shared_prefixes" in message and why in message
         assert Person(box).chat(other, "Hi") == before(other)  # as it was
     finally:
-        named.write_text(NAMED)
+        named.write_text(SHARED)
         reload()
 
 
-def test_a_box_whose_named_files_cannot_be_read_does_not_start(tmp_path: Path) -> None:
+def test_a_box_whose_shared_prefix_files_cannot_be_read_does_not_start(tmp_path: Path) -> None:
     config = tmp_path / "box.toml"
     config.write_text(f'[engine]\nshared_prefixes = [{{ file = "{tmp_path}/none.txt" }}]\n')
     told = ("--config", str(config))
@@ -287,7 +287,7 @@ def named(*entries: SharedPrefix) -> tuple[str, ...]:
     return read_shared_prefixes(EngineConfig(shared_prefixes=entries))
 
 
-def test_named_texts_come_from_the_configuration_and_from_files(tmp_path: Path) -> None:
+def test_shared_prefixes_come_from_the_configuration_and_from_files(tmp_path: Path) -> None:
     file = tmp_path / "a.txt"
     file.write_text(" Écrire\nen français.\r\n\n")
     assert named(SharedPrefix(text="a text "), SharedPrefix(file=str(file))) == (
@@ -297,7 +297,7 @@ def test_named_texts_come_from_the_configuration_and_from_files(tmp_path: Path) 
     assert named() == ()
 
 
-def test_the_texts_together_are_no_longer_than_an_engine_can_be_told(tmp_path: Path) -> None:
+def test_shared_prefixes_have_a_limit_together(tmp_path: Path) -> None:
     half = SharedPrefix(text="x" * (128 * 1024))
     assert len(named(half, half)) == 2
     with pytest.raises(CliError, match="shared_prefixes: the texts have more than 262144 bytes"):

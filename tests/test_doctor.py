@@ -22,13 +22,12 @@ from pinaivu_box.models import bundled
 from tests.support import gguf_files
 from tests.support.damage import corrupt_database, killed_before
 from tests.support.fake_model import FAKE, ask_fake_model
+from tests.support.in_process_command import run_command, run_command_json
 from tests.support.process_box import (
     MODEL,
     PINAIVU,
     Box,
     environment,
-    pinaivu,
-    pinaivu_json,
     wait_until,
 )
 
@@ -51,13 +50,18 @@ NAMES = [
 
 def doctor(home: Path, *args: str, prefix: tuple[str, ...] = (), **env: str) -> dict[str, Any]:
     """Check name -> its worst finding; the exit status agrees with the findings."""
-    # So that another test's server does not hold the port.
-    done = subprocess.run(
-        [*prefix, *PINAIVU, "doctor", "--home", str(home), "--json", *args],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=environment(**{"PINAIVU_PORT": "0", **env}),
+    env = {"PINAIVU_PORT": "0", **env}  # so that another test's server does not hold the port
+    command = ("doctor", "--json", *args)
+    done = (
+        subprocess.run(
+            [*prefix, *PINAIVU, *command, "--home", str(home)],
+            capture_output=True,
+            text=True,
+            timeout=300,
+            env=environment(**env),
+        )
+        if prefix
+        else run_command(*command, home=home, check=False, env=env)
     )
     assert done.stderr == ""
     checks = json.loads(done.stdout)
@@ -147,7 +151,7 @@ def test_a_home_that_is_not_there_yet_is_not_made(tmp_path: Path) -> None:
 
 def test_people_get_a_table(home: Path) -> None:
     (home / "identity.key").chmod(0o644)
-    done = pinaivu("doctor", home=home, check=False)
+    done = run_command("doctor", home=home, check=False)
     assert done.returncode == 1
     lines = done.stdout.splitlines()
     where = next(n for n, line in enumerate(lines) if line.startswith("FAILED"))
@@ -155,7 +159,7 @@ def test_people_get_a_table(home: Path) -> None:
     assert lines[where + 1].strip().startswith("→ chmod 600")
     todo = lines[where + 1].partition("→ ")[2]
     subprocess.run(["sh", "-ec", todo], check=True)  # what it says to do helps
-    assert pinaivu("doctor", home=home, check=False).stdout.startswith("ok")
+    assert run_command("doctor", home=home, check=False).stdout.startswith("ok")
 
 
 # -- each fails once -------------------------------------------------------------------------------
@@ -180,7 +184,7 @@ def test_permissions(home: Path, name: str, mode: int, word: str) -> None:
 
 def test_a_home_that_is_a_file_or_unreadable_is_told_without_a_traceback(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    answer = pinaivu("doctor", home=tmp_path / "file", check=False)
+    answer = run_command("doctor", home=tmp_path / "file", check=False)
     assert answer.returncode == 2 and "is a file" in answer.stderr
     for name in ("pinaivu.db", "identity.key", "config.toml", "lock", "run.json", "models"):
         (tmp_path / "home" / name).mkdir(parents=True)  # nothing is what it should be
@@ -200,7 +204,7 @@ def test_a_home_of_another_user(home: Path) -> None:
 
 
 def test_leftovers_of_a_killed_restore_are_a_warning(home: Path, tmp_path: Path) -> None:
-    pinaivu("backup", str(tmp_path / "file"), home=home)
+    run_command("backup", str(tmp_path / "file"), home=home)
     command = ("restore", str(tmp_path / "file"), "--force")
     killed = (killed_before(number, *command, home=home) for number in range(1, 10))
     assert any(was and (home / "restore.new").exists() for was in killed)
@@ -320,7 +324,7 @@ def test_model_files(home: Path, model: Path) -> None:
     found = doctor(home)
     assert failed(found) == []
     box = Box(home)
-    box.key = pinaivu_json("keys", "create", home=home)["key"]
+    box.key = run_command_json("keys", "create", home=home)["key"]
     box.start()
     try:
         assert box.chat(model="mine", max_tokens=1).status_code == 200
@@ -425,7 +429,7 @@ def test_a_check_that_breaks_is_a_check_that_failed(
 
 
 def test_doctor_after_restore_elsewhere(home: Path, tmp_path: Path) -> None:
-    pinaivu("backup", str(tmp_path / "file"), home=home)
-    pinaivu("restore", str(tmp_path / "file"), home=tmp_path / "other")
+    run_command("backup", str(tmp_path / "file"), home=home)
+    run_command("restore", str(tmp_path / "file"), home=tmp_path / "other")
     assert failed(doctor(tmp_path / "other")) == []
-    assert pinaivu_json("keys", "ls", home=tmp_path / "other")
+    assert run_command_json("keys", "ls", home=tmp_path / "other")

@@ -93,7 +93,7 @@ ENDPOINTS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("path", ENDPOINTS)
-def test_every_endpoint_takes_it(box: Box, path: str) -> None:
+def test_every_endpoint_takes_keep_alive(box: Box, path: str) -> None:
     body = {"model": "one:1", **ENDPOINTS[path]}
     first, second = ("keep_alive", "ttl") if "completions" in path else ("ttl", "keep_alive")
     answer = box.http("POST", path, json={**body, first: 60}, headers={"x-pinaivu-strict": "1"})
@@ -122,7 +122,7 @@ def test_an_invalid_time_is_refused(box: Box, value: Any) -> None:
         assert "keep_alive" in error["param"] and error["message"]
 
 
-def test_the_last_word_counts(box: Box) -> None:
+def test_the_latest_keep_alive_of_a_key_counts(box: Box) -> None:
     ask(box, "one:1", keep_alive=0)
     await_unloaded(box, "one:1")
     assert ask(box, "one:1", keep_alive="30m").status_code == 200
@@ -150,7 +150,7 @@ def test_a_model_in_use_by_another_tenant_is_not_unloaded(box: Box) -> None:
     await_unloaded(box, "one:1")
 
 
-def test_a_request_that_waits_keeps_it(box: Box) -> None:
+def test_a_waiting_request_keeps_the_model_loaded(box: Box) -> None:
     """For its key's turn, while another of that key runs elsewhere."""
     key = new_key(box, "--max-parallel", "1", "--max-queue", "1")
     options: Any = {"messages": HELLO, "max_tokens": 4000}
@@ -182,7 +182,7 @@ def test_a_count_before_the_request_does_not_unload(box: Box) -> None:
     assert box.errors.count("engine of two:1 ready") == before + 1
 
 
-def test_longer_is_up_to_the_most_and_said_beyond(brief: Box) -> None:
+def test_a_longer_time_is_cut_to_the_maximum_and_reported(brief: Box) -> None:
     for given in ("1h30m", 3600, "2h", 0):
         answer = ask(brief, "one:1", keep_alive=given)
         assert answer.status_code == 200 and "x-pinaivu-ignored" not in answer.headers
@@ -201,7 +201,7 @@ def test_longer_is_up_to_the_most_and_said_beyond(brief: Box) -> None:
     assert refused.status_code == 422 and "max_keep_alive" in refused.json()["error"]["message"]
 
 
-def test_the_default_holds_beside_a_lower_most(box: Box) -> None:
+def test_the_default_holds_beside_a_lower_maximum(box: Box) -> None:
     """`max_keep_alive` below `keep_alive` shortens nothing."""
     answer = ask(box, "one:1", keep_alive="50m")
     assert "x-pinaivu-ignored" not in answer.headers

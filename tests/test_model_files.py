@@ -43,14 +43,13 @@ from tests.support.gguf_files import (
     valid,
     word,
 )
+from tests.support.in_process_command import run_command, run_command_json
 from tests.support.process_box import (
     MODEL,
     PINAIVU,
     UNDRAFTED,
     Box,
     environment,
-    pinaivu,
-    pinaivu_json,
 )
 from tests.support.sandbox_jobs import pid_of
 
@@ -168,7 +167,7 @@ def test_headers_that_lie_are_named_and_stop_no_other(models: Path) -> None:
         with (models / f"{name}.gguf").open("wb") as file:
             file.write(header([array("a", 8, count)]))
             file.truncate(80_000_000)
-    done = pinaivu("ls", "--json", home=models.parent)
+    done = run_command("ls", "--json", home=models.parent)
     assert [one["id"] for one in json.loads(done.stdout)] == [f"{GOOD}:latest", MODEL]
     reasons = listed(done)
     for name, (_, said) in HOSTILE.items():
@@ -256,7 +255,7 @@ def test_a_configuration_has_finite_numbers(tmp_path: Path, setting: str, value:
     home = tmp_path / "home"
     home.mkdir()
     (home / "config.toml").write_text(setting.format(value))
-    done = pinaivu("ls", home=home, check=False)
+    done = run_command("ls", home=home, check=False)
     assert done.returncode == 1 and done.stderr.count("\n") == 1
     assert "Traceback" not in done.stderr and "not valid" in done.stderr
 
@@ -322,7 +321,7 @@ def check_that_they_are_listed_and_nowhere_else(models: Path) -> None:
     named = {*NAMES.values(), *THINGS, "latin.gguf"}
     served = ["LOUD:latest", "studio.Q4_K_M:latest", MODEL]
 
-    done = pinaivu("ls", home=home)
+    done = run_command("ls", home=home)
     assert set(listed(done)) == named
     for name, said in THINGS.items():
         assert said in listed(done)[name]
@@ -338,7 +337,7 @@ def check_that_they_are_listed_and_nowhere_else(models: Path) -> None:
         assert box.errors.count("not served:") == len(named)
         reloaded = box.http("POST", "/v1/admin/reload").json()
         assert reloaded["not_served"] == answer["not_served"]
-        assert "not served: " in pinaivu("reload", home=home).stderr
+        assert "not served: " in run_command("reload", home=home).stderr
         assert box.http("GET", "/health").status_code == 200
         assert box.http("GET", "/readyz").status_code == 200
         for name in NAMES:
@@ -349,7 +348,7 @@ def check_that_they_are_listed_and_nowhere_else(models: Path) -> None:
         metrics = box.http("GET", "/metrics").text
         assert not any(escaped in metrics for escaped in NAMES.values())
         assert "\x1b" not in box.errors and "Traceback" not in box.errors
-        plain = pinaivu_json("keys", "create", home=home)["key"]
+        plain = run_command_json("keys", "create", home=home)["key"]
         assert box.http("GET", "/v1/admin/models", key=plain).status_code == 403
         assert box.stop() == 0
     finally:
@@ -367,7 +366,7 @@ def test_of_two_files_with_one_id_the_first_is_served_and_the_other_named(models
         path.write_bytes(valid(data=100 + number))
     (models / "bad.gguf").write_bytes(b"what cannot be served takes no name away")
     for _ in range(2):
-        done = pinaivu("ls", "--json", home=models.parent)
+        done = run_command("ls", "--json", home=models.parent)
         served = {one["id"]: Path(one["path"]) for one in json.loads(done.stdout)}
         assert served.pop(MODEL)
         assert served == {
@@ -489,7 +488,7 @@ def test_another_tenants_stream_goes_on_while_files_are_looked_at(
     (models.parent / "config.toml").write_text(UNDRAFTED)
     box = Box(models.parent, "--model", f"{FAKE}=fake:20").start()
     try:
-        other = pinaivu_json("keys", "create", home=box.home)["key"]
+        other = run_command_json("keys", "create", home=box.home)["key"]
         options: Any = {"model": FAKE, "messages": [{"role": "user", "content": "hi"}]}
         with box.client_with(other).chat.completions.create(
             stream=True, max_tokens=3000, **options
@@ -557,7 +556,9 @@ def test_a_split_model_is_one_model(models: Path) -> None:
     (models / "whole.gguf").write_bytes(real.written(real.keys))
     digest = documented_digest(paths)
 
-    (one,) = [one for one in pinaivu_json("ls", home=models.parent) if one["id"] == "split:latest"]
+    (one,) = [
+        one for one in run_command_json("ls", home=models.parent) if one["id"] == "split:latest"
+    ]
     assert one["size"] == sum(path.stat().st_size for path in paths)
     assert one["files"] == [str(path) for path in paths]
     (models.parent / "config.toml").write_text(
@@ -592,7 +593,9 @@ def test_a_split_model_is_one_model(models: Path) -> None:
     finally:
         box.end()
 
-    checks = [one for one in pinaivu_json("doctor", home=models.parent) if one["name"] == "models"]
+    checks = [
+        one for one in run_command_json("doctor", home=models.parent) if one["name"] == "models"
+    ]
     (found,) = [one["found"] for one in checks if one["found"].startswith("split:latest")]
     assert f"in 3 files, sha256 {digest[:16]}" in found and "as served before" in found
     times = paths[2].stat()
@@ -600,7 +603,7 @@ def test_a_split_model_is_one_model(models: Path) -> None:
         file.seek(times.st_size // 2)
         file.write(b"\xff\0\xff\0")
     os.utime(paths[2], ns=(times.st_atime_ns, times.st_mtime_ns))
-    checks = json.loads(pinaivu("doctor", "--json", home=models.parent, check=False).stdout)
+    checks = json.loads(run_command("doctor", "--json", home=models.parent, check=False).stdout)
     (bad,) = [one for one in checks if one["state"] == "failed" and one["name"] == "models"]
     assert paths[2].name in bad["found"] and "is not what was served" in bad["found"]
 
@@ -633,7 +636,7 @@ def test_parts_that_contradict_their_names_are_refused(models: Path) -> None:
     (models / part_name("no name", 1, 2)).write_bytes(part(1, 2))
     put_split(models, "pipe", [part(1, 2), part(2, 2)])[1].unlink()
     os.mkfifo(models / part_name("pipe", 2, 2))
-    done = pinaivu("ls", "--json", home=models.parent)
+    done = run_command("ls", "--json", home=models.parent)
     assert {one["id"] for one in json.loads(done.stdout)} == {"good:latest", "alone:latest", MODEL}
     reasons = {re.sub(r"-0.*", "", name): why for name, why in listed(done).items()}
     said = {
@@ -662,6 +665,6 @@ def test_parts_that_contradict_their_names_are_refused(models: Path) -> None:
     ]
     for configured, words in refusals:
         config.write_text(f'[[model]]\nname = "a:1"\npath = "{configured}"\n')
-        refused = pinaivu("ls", home=models.parent, check=False)
+        refused = run_command("ls", home=models.parent, check=False)
         assert refused.returncode == 1 and words in refused.stderr
         assert refused.stderr.count("\n") == 1

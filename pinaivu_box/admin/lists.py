@@ -8,7 +8,6 @@ from msgspec import Struct, structs
 
 from pinaivu_box.admin.views import AccountView, KeyView, account_view, key_view
 from pinaivu_box.identity import NODE_PREFIX
-from pinaivu_box.membership import peer_names
 from pinaivu_box.store import accounts, audit, keys
 from pinaivu_box.store.audit import AuditEntry
 from pinaivu_box.store.database import Database
@@ -52,10 +51,7 @@ async def list_accounts(database: Database, *, after: str = "", limit: int) -> A
 async def list_keys(
     database: Database, *, account: str | None, after: str | None = None, limit: int
 ) -> KeyList:
-    """The newest keys, of an account (by name or id), before the key `after`.
-
-    Raises RowNotFound.
-    """
+    """The newest keys, of an account (name or id), before the key `after`.  Raises RowNotFound."""
     account_id = None if account is None else (await accounts.find(database, account)).id
     stored = await keys.ls(database, account_id, after=after, limit=limit + 1)
     return page_of(KeyList, [key_view(key) for key in stored], limit)
@@ -68,6 +64,9 @@ async def list_audit_entries(
 
     `target` is a key, an account or a peer, by name or id.
     """
+    # Not above: the commands that list keys and accounts start without it.
+    from pinaivu_box.membership import peer_names
+
     targets = None
     if target is not None:
         peers = await peer_names.names(database)

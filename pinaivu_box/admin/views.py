@@ -88,10 +88,7 @@ def warning(policy: Policy, pricing: PricingConfig) -> str | None:
 
 
 def parse_time(text: str) -> int:
-    """A date, or a date and time, as Unix milliseconds; in UTC unless it has an offset.
-
-    Raises ValueError.
-    """
+    """A date (and time) as Unix milliseconds; UTC unless it has an offset.  Raises ValueError."""
     try:
         moment = datetime.fromisoformat(text)
         moment = moment if moment.tzinfo else moment.replace(tzinfo=UTC)

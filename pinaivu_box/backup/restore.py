@@ -96,11 +96,11 @@ def _source(file: BinaryIO, passphrase: Callable[[], str]) -> Source:
 
 
 def _refuse_occupied(home: Path, force: bool) -> None:
-    there = [name for name in (DATABASE, IDENTITY, CONFIG) if (home / name).exists()]
-    if there and not force:
+    existing = [name for name in (DATABASE, IDENTITY, CONFIG) if (home / name).exists()]
+    if existing and not force:
         raise CliError(
-            f"There is already a box in {home} ({', '.join(there)}): choose another --home, or use "
-            "--force to move its files aside."
+            f"There is already a box in {home} ({', '.join(existing)}): choose another --home, or "
+            "use --force to move its files aside."
         )
 
 

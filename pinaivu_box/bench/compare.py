@@ -9,7 +9,7 @@ import msgspec
 
 from pinaivu_box.bench.run import RunPlan, measure
 from pinaivu_box.bench.statistics import Quantiles, Summary, gaps, succeeded, summarise, ttft
-from pinaivu_box.bench.target import Target
+from pinaivu_box.bench.target import Target, measure_scale, named
 
 _FIGURES = ("tokens_per_s", "requests_per_s", "ttft_ms", "gap_ms", "per_token_ms", "latency_ms")
 _FURTHER_FIGURES = ("jain_per_client", "jain_per_tenant", "tokens_per_arrival", "client_load")
@@ -39,6 +39,17 @@ def turns(targets: int, pairs: int) -> Iterator[tuple[int, int]]:
     for pair in range(pairs):
         order = range(targets) if pair % 2 == 0 else reversed(range(targets))
         yield from ((pair, target) for target in order)
+
+
+async def prepare(targets: Sequence[Target], plan: RunPlan) -> tuple[list[Target], RunPlan]:
+    """The targets with their models, and the plan with the scale of the first one's tokenizer.
+
+    Every server is asked, so that it has loaded its model.  Raises CliError.
+    """
+    complete = [await named(target) for target in targets]
+    scale, *_ = [await measure_scale(target, plan.workload) for target in complete]
+    workload = msgspec.structs.replace(plan.workload, scale=scale)
+    return complete, msgspec.structs.replace(plan, workload=workload)
 
 
 async def run_turn(

@@ -13,11 +13,11 @@ from typing import Any
 import click
 import msgspec
 
-from pinaivu_box.bench.compare import BenchRun, run_turn, turns
+from pinaivu_box.bench.compare import BenchRun, prepare, run_turn, turns
 from pinaivu_box.bench.plot import svg
 from pinaivu_box.bench.report import document, notes, rows
 from pinaivu_box.bench.run import RunPlan, Tenant
-from pinaivu_box.bench.target import Target, measure_scale, named
+from pinaivu_box.bench.target import Target
 from pinaivu_box.bench.workload import Lengths, Workload
 from pinaivu_box.cli.call import Call
 from pinaivu_box.cli.options import standard_options
@@ -112,11 +112,7 @@ async def _measure(
         *columns, console=console, refresh_per_second=2, transient=True, disable=not terminal
     ) as bar:
         task = bar.add_task("asking the server", total=None)
-        targets = [await named(target) for target in targets]
-        # Every server is asked, so that it has loaded its model; the first one's tokenizer counts.
-        scale, *_ = [await measure_scale(target, plan.workload) for target in targets]
-        workload = msgspec.structs.replace(plan.workload, scale=scale)
-        plan = msgspec.structs.replace(plan, workload=workload)
+        targets, plan = await prepare(targets, plan)
         for pair, number in turns(len(targets), pairs):
             name = f"pair {pair + 1}/{pairs}: {targets[number].url}" if len(targets) > 1 else "run"
             bar.reset(task, total=plan.requests, description=name)

@@ -206,7 +206,7 @@ def edit(
             database,
             stored,
             actor(),
-            name=name,
+            name=UNSET if name is None else name,
             policy=with_options(stored.policy, settings),
             blocked=None if unblock else UNSET if block is None else block,
             **changes,

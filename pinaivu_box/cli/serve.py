@@ -81,9 +81,9 @@ async def _serve(load: Callable[[], Config], home: Path) -> None:
             def started() -> None:
                 local = _url(config.server.host, port, to_print=False)
                 write_running(home, Running(os.getpid(), local, box.control_token))
-                not_served = list(not_served_in(box.catalog).items())
-                for path, why in not_served[:_MAX_NOT_SERVED]:
-                    click.echo(f"pinaivu: not served: {path}: {why}.", err=True)
+                not_served = not_served_in(box.catalog)
+                for file in not_served[:_MAX_NOT_SERVED]:
+                    click.echo(f"pinaivu: not served: {file.path}: {file.reason}.", err=True)
                 if (more := len(not_served) - _MAX_NOT_SERVED) > 0:
                     text = f"pinaivu: {more} more files are not served: see 'pinaivu ls'."
                     click.echo(text, err=True)

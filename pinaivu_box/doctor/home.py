@@ -54,13 +54,12 @@ def permissions(home: Path) -> Iterator[Check]:
     yield from wrong
     for name in _LEFT_BEHIND:
         if (home / name).exists():
-            yield Check(
-                "home",
-                "warning",
-                f"{home / name} was left by a {name.split('.')[0]} that was interrupted, or is in "
-                "use by one that is running",
-                f"if none is running: rm -r {shlex.quote(str(home / name))}",
+            process = name.split(".")[0]
+            finding = (
+                f"{home / name} was left by an interrupted {process}, or is used by a running one"
             )
+            todo = f"if none is running: rm -r {shlex.quote(str(home / name))}"
+            yield Check("home", "warning", finding, todo)
     if not wrong:
         yield Check("home", "ok", f"{home} is accessible to its owner only")
 

@@ -39,8 +39,8 @@ def disk(home: Path, models: Path) -> Iterator[Check]:
         ("TMPDIR", Path(tempfile.gettempdir()), _UNPACKED if frozen else 0, 2 * _UNPACKED),
     ]
     for purpose, path, least, comfortable in places:
-        there = next(parent for parent in (path, *path.parents) if parent.exists())
-        yield space(purpose, path, shutil.disk_usage(there).free, least, comfortable)
+        existing = next(parent for parent in (path, *path.parents) if parent.exists())
+        yield space(purpose, path, shutil.disk_usage(existing).free, least, comfortable)
 
 
 def space(purpose: str, path: Path, free: int, least: float, comfortable: float) -> Check:

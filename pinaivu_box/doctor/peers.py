@@ -78,10 +78,10 @@ def _here(own: OwnView, config: Config, *, all_well: bool) -> Iterator[Check]:
     advertised = config.peering.advertise
     direct = [each for each in own.addresses if not is_relay(each) and each not in advertised]
     answers = {address: udp.ask(address, _UDP_SECONDS) for address in direct[:4]}
-    deaf = [address for address, answer in answers.items() if answer != "answers"]
-    if deaf:
+    silent = [address for address, answer in answers.items() if answer != "answers"]
+    if silent:
         todo = "allow UDP in the firewall of this machine"
-        yield Check("port", "failed", f"no answer at {', '.join(deaf)}", todo)
+        yield Check("port", "failed", f"no answer at {', '.join(silent)}", todo)
     else:
         yield Check("port", "ok", f"this box answers at {', '.join(direct) or 'no address'}")
     if advertised:
@@ -257,9 +257,9 @@ def _is_served(peer: PeerView, own: OwnView) -> Iterator[Check]:
 def _credit(peer: PeerView, use: UseView) -> Iterator[Check]:
     if use.credit_limit is None or parse(use.owes) < parse(use.credit_limit):
         return
-    least = "served only while this box is idle" if use.beyond == "idle" else "not served"
+    service = "served only while this box is idle" if use.beyond == "idle" else "not served"
     waits = f" ({use.unaccepted} of it not accepted)" if use.unaccepted != "0" else ""
-    finding = f"it owes {use.owes} of at most {use.credit_limit}{waits}, and is {least}"
+    finding = f"it owes {use.owes} of at most {use.credit_limit}{waits}, and is {service}"
     todo = (
         f"'pinaivu ledger settle {peer.name}', and 'ledger paid' or 'ledger forgive'; or "
         f"pinaivu peers edit {peer.name} --credit-limit AMOUNT"

@@ -69,9 +69,9 @@ class PrefixCache:
     def match(self, tokens: list[int], share: PrefixScope) -> tuple[int, int]:
         """The length of the longest prefix of `tokens` that `share` may find, and a sequence that
         has it (or -1)."""
-        best_length, best = 0, self._root
         if share.scope == PRIVATE:
             return 0, -1
+        best_length, best = 0, self._root
         stack = [(self._root, 0)]
         while stack:
             node, before = stack.pop()

@@ -68,7 +68,7 @@ class EngineProcess:
         self._load_frame = load
         self._mailboxes: dict[str, Mailbox[Item]] = {}
         self._messages = 0  # sent and received
-        self._last_lines: deque[str] = deque(maxlen=20)
+        self.last_lines: deque[str] = deque(maxlen=20)  # that it has printed
         self._process: asyncio.subprocess.Process
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -199,7 +199,7 @@ class EngineProcess:
     def _close(self, loaded: asyncio.Future[Ready]) -> None:
         self.closed.set()
         if not loaded.done():
-            printed = self._last_lines[-1] if self._last_lines else "it printed nothing"
+            printed = self.last_lines[-1] if self.last_lines else "it printed nothing"
             code = self._process.returncode or 0
             how = f"crashed with signal {-code}" if code < 0 else f"ended with status {code}"
             loaded.set_exception(
@@ -227,12 +227,8 @@ class EngineProcess:
         while stream is not None and (line := await _line(stream)):
             text = printable(line.decode(errors="replace").rstrip(), _MAX_LINE_CHARACTERS)
             if text:
-                self._last_lines.append(text)
+                self.last_lines.append(text)
                 log.debug("%s: %s", self.model_id, text)
-
-    @property
-    def last_lines(self) -> str:
-        return "\n".join(self._last_lines)
 
 
 async def _line(stream: asyncio.StreamReader) -> bytes:

@@ -49,7 +49,7 @@ class Meter:
         tokens = [token for choice in record.choices for token in choice.tokens]
         text = commitment.output_text([choice.text for choice in record.choices])
         extras = [choice.extras for choice in record.choices]
-        output, opened = commitment.commit_output(text, tokens, extras, commitment.new_nonce())
+        output, opened = commitment.commit(text, tokens, commitment.new_nonce(), extras)
         record.cost = total_cost([proof for proof, _ in proofs], price)
         receipt = Receipt(
             request_id=job.request_id,
@@ -123,10 +123,8 @@ def prove(leg: LegRecord, price: Price) -> tuple[Proof, commitment.Opening]:
     prompt, _ = commitment.commit(asked_text(job), leg.prompt or [], job.nonce)
     nonce = leg.started.nonce or commitment.new_nonce()
     text = "".join(leg.text)
-    if leg.started.proof == 1:
-        output, opening = commitment.commit(text, leg.tokens, nonce)
-    else:
-        output, opening = commitment.commit_output(text, leg.tokens, [leg.extras], nonce)
+    extras = [leg.extras] if leg.started.proof > 1 else []
+    output, opening = commitment.commit(text, leg.tokens, nonce, extras)
     proof = Proof(
         request_id=job.request_id,
         leg=job.leg,

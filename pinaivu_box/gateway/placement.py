@@ -210,7 +210,8 @@ class Placement:
         await engine.closed.wait()
         if self._engines.get(engine.model_id) is engine:  # else we stopped it ourselves
             del self._engines[engine.model_id]
-            log.error("the engine of %s died; it printed:\n%s", engine.model_id, engine.last_lines)
+            printed = "\n".join(engine.last_lines)
+            log.error("the engine of %s died; it printed:\n%s", engine.model_id, printed)
             if time.monotonic() - engine.started_at > _MIN_STABLE_SECONDS:
                 self._failures.pop(engine.model_id, None)
             self._note_failure(engine.model_id, "it died", first_free=True)

@@ -117,8 +117,8 @@ def _partial(folder: Path, digest: str) -> Path:
 
 
 class PartialFile:
-    """An unfinished copy, which no other process can open meanwhile.  Its methods block on disk,
-    and are for threads; after `close` they do nothing.  All raise OSError."""
+    """An unfinished copy, which no other process can open meanwhile.  Its methods block on disk
+    and are for threads; those that run stop at `close`.  All raise OSError."""
 
     def __init__(self, folder: Path, digest: str, size: int, expected: bytes) -> None:
         """`expected` are the hashes of the pieces.  Raises CopyInProgress, NoRoom, OSError."""
@@ -183,7 +183,7 @@ class PartialFile:
         return sha256(self.path, lambda: self._closed) == self._digest
 
     def finish(self, target: Path | None) -> None:
-        """See that it is safely on disk, and give it its name if it is to have one now.
+        """Wait until it is safely on disk, and give it the name `target`, if any.  Raises
         FileExistsError."""
         os.fsync(self._file)
         if target is not None:

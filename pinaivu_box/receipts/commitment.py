@@ -54,10 +54,14 @@ def new_nonce() -> str:
     return secrets.token_hex(32)
 
 
-def commit(text: str, tokens: Sequence[int], nonce: str) -> tuple[str, Opening]:
-    """The commitment in hex, and its opening."""
-    opening = Opening(nonce, tokens_sha256(tokens))
-    return recompute(text, opening), opening
+def commit(
+    text: str, tokens: Sequence[int], nonce: str, choices: Sequence[Extras] = ()
+) -> tuple[str, Opening]:
+    """The commitment in hex, and its opening.  That to an output in version 2 also covers the
+    extras of its `choices`."""
+    digest = hashlib.sha256(text.encode()).digest()
+    opening = _opening(nonce, digest, tokens_sha256(tokens), choices)
+    return _commitment(opening, digest), opening
 
 
 def of_several(commitments: Sequence[str]) -> str:
@@ -119,26 +123,17 @@ class RunningCommitment:
 
     @property
     def opening(self) -> Opening:
-        tokens = self._tokens.hexdigest()
-        if self.version == 1:
-            return Opening(self.nonce, tokens)
-        return _opening(self.nonce, self._text.digest(), tokens, [self._extras])
+        choices = [self._extras] if self.version > 1 else []
+        return _opening(self.nonce, self._text.digest(), self._tokens.hexdigest(), choices)
 
     @property
     def commitment(self) -> str:
         return _commitment(self.opening, self._text.digest())
 
 
-def commit_output(
-    text: str, tokens: Sequence[int], choices: Sequence[Extras], nonce: str
-) -> tuple[str, Opening]:
-    """The commitment to an output (version 2) of those choices, in hex, and its opening."""
-    digest = hashlib.sha256(text.encode()).digest()
-    opening = _opening(nonce, digest, tokens_sha256(tokens), choices)
-    return _commitment(opening, digest), opening
-
-
 def _opening(nonce: str, text: bytes, tokens: str, choices: Sequence[Extras]) -> Opening:
+    if not choices:
+        return Opening(nonce, tokens)
     return Opening(
         nonce,
         tokens,

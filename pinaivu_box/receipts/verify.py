@@ -93,16 +93,13 @@ def verify_receipt(
     if not all(check.ok for check in checks):
         return checks
     checks.append(_shown_fields(view, receipt))
-    proofs: list[Proof] = []
-    for number, signed in enumerate(receipt.proofs):
-        check, proof = _proof(number, signed, receipt)
-        checks.append(check)
-        proofs += [proof] if proof else []
-    if len(proofs) == len(receipt.proofs):
-        checks.append(_order(receipt, proofs))
-        checks.append(_usage(receipt, proofs))
-    if proofs and len(proofs) == len(receipt.proofs):
-        checks.append(_payment(receipt, proofs))
+    checked = [_proof(number, signed, receipt) for number, signed in enumerate(receipt.proofs)]
+    checks += [check for check, _ in checked]
+    proofs = [proof for _, proof in checked if proof is not None]
+    if len(proofs) == len(checked):
+        checks += [_order(receipt, proofs), _usage(receipt, proofs)]
+        if proofs:
+            checks.append(_payment(receipt, proofs))
     if node_key is not None:
         checks.append(_trusted(receipt, node_key))
     if transcript is not None and transcript.prompts is not None:
@@ -323,13 +320,6 @@ def _prompts(view: ReceiptView, receipt: Receipt, prompts: list[str]) -> Verific
     return _matches("prompt", ok, "the prompt you gave is")
 
 
-_NO_OPENING = VerificationCheck(
-    "output commitment",
-    False,
-    "the receipt has no opening for its output: ask the key's owner",
-)
-
-
 def _opening(view: ReceiptView, receipt: Receipt) -> Opening | None:
     """The output's opening, if it is of the receipt's version."""
     try:
@@ -350,18 +340,14 @@ def _read_opening(value: Any) -> Opening:
     return opening
 
 
-def _text(receipt: Receipt, opening: Opening, text: str) -> VerificationCheck:
-    ok = commitment.recompute(text, opening) == receipt.output_commitment
-    return _matches("output", ok, "the output you gave is")
-
-
 def _answer(
     view: ReceiptView, receipt: Receipt, data: bytes, echoed: list[str]
 ) -> Iterator[VerificationCheck]:
     """Everything that the answer holds: text, log-probabilities, vectors."""
     opening = _opening(view, receipt)
     if opening is None:
-        yield _NO_OPENING
+        meaning = "the receipt has no opening for its output: ask the key's owner"
+        yield VerificationCheck("output commitment", False, meaning)
         return
     vectors = opening.vectors_sha256 not in ("", answer.NO_VECTORS)
     try:
@@ -374,7 +360,8 @@ def _answer(
         same = received.request_id == receipt.request_id
         yield _either("answer", same, meaning, f"{meaning}, not {receipt.request_id}")
     if received.text is not None:
-        yield _text(receipt, opening, received.text)
+        ok = commitment.recompute(received.text, opening) == receipt.output_commitment
+        yield _matches("output", ok, "the output you gave is")
     elif received.vectors is None:
         meaning = (
             "the answer has calls or thoughts, and the model's own text, which is committed to, "

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from msgspec.structs import asdict
+
 from pinaivu_box import __version__
 from pinaivu_box.gateway.placement import Digest
 from pinaivu_box.gossip.adverts import MAX_MODELS, Facts, Offer
@@ -59,14 +61,12 @@ class Offers:
 
     def _offer(self, model: Model) -> Offer:
         load, config = self._load, self._settings.config
-        now, price = load.of(model.id), config.pricing.prices_of(model.id)
+        price = config.pricing.prices_of(model.id)
         return Offer(
             id=model.id,
             digest=self._digests[_file(model)],
             sequences=config.engine.max_sequences,
-            sequences_free=now.sequences_free,
-            kv_free=now.kv_free,
-            queue=now.queue,
+            **asdict(load.of(model.id)),
             ttft_ms=math.ceil(load.ttft_ms(model)),
             tokens_per_s=round(load.tokens_per_s(model.id)),
             prices=(price.prompt, price.cached or price.prompt, price.completion),

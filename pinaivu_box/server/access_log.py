@@ -66,8 +66,11 @@ class AccessLog:
         async def send_with_headers(message: Message) -> None:
             nonlocal status, started
             if message["type"] == "http.response.start":
+                rate_limits = state.get("rate_limits")  # see `auth`
+                limits = await rate_limits() if rate_limits else {}
                 status, started = message["status"], True
                 headers = MutableHeaders(scope=message)
+                headers.update(limits)
                 headers["x-request-id"] = request_id
                 headers["request-id"] = request_id  # Anthropic's
                 if route := state.get("route"):
@@ -83,6 +86,7 @@ class AccessLog:
             log.exception("request %s failed", request_id)
             if started:
                 raise  # too late for an answer: the connection is closed
+            state.pop("rate_limits", None)  # may be what failed
             error = InternalError("The box failed on this request; its log says why.")
             await error_responses.response(error)(scope, receive, send_with_headers)
         finally:

@@ -97,8 +97,8 @@ async def change_key(request: Request, key_id: str, body: ChangeKey, query: Stop
         database,
         key,
         actor_of(request),
-        name=None if body.name is UNSET else body.name,
-        policy=None if body.policy is UNSET else _changed_policy(key.policy, body.policy),
+        name=body.name,
+        policy=UNSET if body.policy is UNSET else _changed_policy(key.policy, body.policy),
         expires_at=_expiry(moment) if isinstance(moment := body.expires_at, datetime) else moment,
         blocked=body.blocked,
     )

@@ -8,13 +8,13 @@ from collections.abc import AsyncIterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, starmap
+from itertools import chain
 from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct, field
 from starlette.requests import Request
 
-from pinaivu_box.box import Box, not_served_in
+from pinaivu_box.box import Box, NotServed, not_served_in
 from pinaivu_box.errors import Conflict, CopyFailed, InvalidBody, ModelNotFound, PeeringError
 from pinaivu_box.files import download
 from pinaivu_box.files import store as file_store
@@ -27,7 +27,6 @@ from pinaivu_box.models.model_copy import copy_model
 from pinaivu_box.models.names import is_model_id, printable
 from pinaivu_box.network.network import Network
 from pinaivu_box.server.admin_peers import network_of
-from pinaivu_box.server.admin_reload import NotServed
 from pinaivu_box.server.context import actor_of, box_of, named_field, request_id_of
 from pinaivu_box.server.json_response import JsonLines
 from pinaivu_box.store import audit
@@ -100,7 +99,7 @@ async def list_model_files(request: Request) -> ModelFiles:
     return ModelFiles(
         request_id_of(request),
         [_view(model, box) for model in box.catalog.models],
-        list(starmap(NotServed, not_served_in(box.catalog).items())),
+        not_served_in(box.catalog),
     )
 
 

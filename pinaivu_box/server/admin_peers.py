@@ -222,7 +222,7 @@ async def _views(request: Request, peers: list[Peer]) -> list[PeerView]:
     limits = await peer_settings.all_limits(box.database)
     balances = await entry.balances(box.database)
     currency = box.config.pricing.currency
-    found = []
+    peer_views = []
     for peer in peers:
         node_id = peer.node_id
         refusal = services.candidates.last_refusal(node_id)
@@ -236,8 +236,8 @@ async def _views(request: Request, peers: list[Peer]) -> list[PeerView]:
             refusal and views.RefusalView(refusal[0], time.monotonic() - refusal[1]),
             cost=_cost(peer, balance, box.config.peering),
         )
-        found.append(view)
-    return found
+        peer_views.append(view)
+    return peer_views
 
 
 async def _use(admission: LegAdmission, node_id: str, currency: str) -> views.UseView:

@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-from itertools import starmap
-
 from msgspec import Struct
 from starlette.requests import Request
 
+from pinaivu_box.box import NotServed
 from pinaivu_box.errors import CliError, InvalidBody
 from pinaivu_box.server.context import box_of, request_id_of
-
-
-class NotServed(Struct, frozen=True):
-    """A file that is not served; `reason` is the end of a sentence."""
-
-    path: str
-    reason: str
 
 
 class ReloadAnswer(Struct, frozen=True):
@@ -32,14 +24,6 @@ class ReloadAnswer(Struct, frozen=True):
 async def reload(request: Request) -> ReloadAnswer:
     """Raises InvalidBody if the configuration is invalid."""
     try:
-        reloaded = await box_of(request).reload()
+        return ReloadAnswer(request_id_of(request), *await box_of(request).reload())
     except CliError as error:
         raise InvalidBody(error.message, loc=("configuration",)) from error
-    return ReloadAnswer(
-        request_id_of(request),
-        reloaded.applied,
-        reloaded.engines,
-        reloaded.restart,
-        reloaded.models,
-        list(starmap(NotServed, reloaded.not_served.items())),
-    )

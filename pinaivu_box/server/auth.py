@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hmac
 from collections.abc import Callable
+from functools import partial
 
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
 from starlette.requests import Request
-from starlette.types import ASGIApp, Message, Receive, Send
+from starlette.types import ASGIApp, Receive, Send
 from starlette.types import Scope as AsgiScope
 
 from pinaivu_box.box import Box
@@ -25,7 +26,8 @@ _READ_BY_ADMINS = ("usage", "receipts")  # scopes that a key with the scope admi
 
 
 class Authenticate:
-    """Puts the key of a request into `scope["state"]["key"]`.
+    """Puts the key of a request into `scope["state"]["key"]`, and if it has limits of requests or
+    tokens, what gives the headers about them into `scope["state"]["rate_limits"]`.
 
     `access_to` says by method and path which scope a request needs; "any key" stands for none,
     and "public" requests need no key.
@@ -53,17 +55,8 @@ class Authenticate:
                 return
             scope["state"]["key"] = key
             if key.policy.rpm is not None or key.policy.tpm is not None:
-                send = self._with_limits(key, send)
+                scope["state"]["rate_limits"] = partial(self._box.admission.headers, key)
         await self._app(scope, receive, send)
-
-    def _with_limits(self, key: Key, send: Send) -> Send:
-        async def send_with_limits(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                headers = MutableHeaders(scope=message)
-                headers.update(await self._box.admission.headers(key))
-            await send(message)
-
-        return send_with_limits
 
     async def _find(self, headers: Headers) -> Key:
         secret = _secret(headers)

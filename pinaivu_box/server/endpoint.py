@@ -17,7 +17,7 @@ import inspect
 import re
 from collections.abc import Awaitable, Callable
 from types import UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import msgspec
 from msgspec import Struct
@@ -33,7 +33,6 @@ from pinaivu_box.server.json_response import JSON, JsonLines
 from pinaivu_box.server.sse import EventStream
 from pinaivu_box.text import END
 
-Kind = TypeVar("Kind", bound=Struct)
 # The scope that a key needs; "any key" needs none, and "public" no key at all.
 Access = Scope | Literal["any key", "public"]
 Method = Literal["GET", "POST", "PATCH", "DELETE"]
@@ -86,7 +85,11 @@ class Endpoint(Route):
         elif self.body is not None:
             arguments["body"] = await self._read_body(request, self.body)
         if self.query is not None:
-            arguments["query"] = _query(request, self.query)
+            parameters = dict(request.query_params)
+            try:
+                arguments["query"] = msgspec.convert(parameters, self.query, strict=False)
+            except msgspec.ValidationError as error:
+                raise from_validation(error, "query") from error
         result = await self.handler(context, **arguments)
         return result if isinstance(result, Response) else _json(request, result)
 
@@ -98,14 +101,6 @@ class Endpoint(Route):
             default: Struct = self._default_body
             return default
         return decode(data, kind, strict=True)[0]
-
-
-def _query(request: Request, kind: type[Kind]) -> Kind:
-    """Raises InvalidBody."""
-    try:
-        return msgspec.convert(dict(request.query_params), kind, strict=False)
-    except msgspec.ValidationError as error:
-        raise from_validation(error, "query") from error
 
 
 def _json(request: Request, content: Struct) -> Response:

@@ -9,7 +9,6 @@ from starlette.requests import Request
 
 from pinaivu_box.errors import ModelNotAllowed
 from pinaivu_box.gateway.engine_process import EngineProcess
-from pinaivu_box.models.catalog import Model
 from pinaivu_box.openai.types import ModelInfo, ModelList
 from pinaivu_box.server.auth import key_of
 from pinaivu_box.server.context import box_of, request_id_of
@@ -44,7 +43,8 @@ class OneModel(ModelInfo, frozen=True):
 
 async def list_models(request: Request) -> ModelList:
     models = box_of(request).admission.models(key_of(request).policy)
-    return ModelList(request_id_of(request), [_info(model) for model in models])
+    data = [ModelInfo(model.id, model.created, model.owner) for model in models]
+    return ModelList(request_id_of(request), data)
 
 
 async def get_model(request: Request, model: str) -> OneModel:
@@ -53,7 +53,7 @@ async def get_model(request: Request, model: str) -> OneModel:
     known = box_of(request).admission.find(model, policy)
     if not policy.serves(known.id):
         raise ModelNotAllowed(f"This key may not use {known.id}.", param="model")
-    return OneModel(id=known.id, created=known.created, owned_by=known.owner)
+    return OneModel(known.id, known.created, known.owner)
 
 
 async def list_engines(request: Request) -> EngineList:
@@ -61,10 +61,6 @@ async def list_engines(request: Request) -> EngineList:
     views = [_engine(engine) for engine in placement.engines]
     views += [EngineInfo(model, "loading") for model in placement.starting]
     return EngineList(request_id_of(request), views)
-
-
-def _info(model: Model) -> ModelInfo:
-    return ModelInfo(id=model.id, created=model.created, owned_by=model.owner)
 
 
 def _engine(engine: EngineProcess) -> EngineInfo:

@@ -6,11 +6,15 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Sequence
+from operator import itemgetter
+from typing import TYPE_CHECKING
 
 from starlette.datastructures import Headers
-from starlette.routing import BaseRoute, Route
 
 from pinaivu_box.text import END
+
+if TYPE_CHECKING:
+    from pinaivu_box.server.endpoint import Endpoint
 
 _ABSOLUTE = re.compile(r"^https?://[^/?#]*", re.IGNORECASE)  # RFC 9112, section 3.2.2
 _REPEATED_VERSION = re.compile(rf"^(?:/v1)+(?=/v1(?:/|{END}))")
@@ -41,34 +45,30 @@ def forwarded_prefix(headers: Headers) -> str:
     return prefix if valid else ""
 
 
-def methods_at(path: str, routes: Iterable[BaseRoute]) -> list[str]:
+def methods_at(path: str, endpoints: Iterable[Endpoint]) -> list[str]:
     """The methods that the path takes."""
-    methods: set[str] = set()
-    for route in routes:
-        if isinstance(route, Route) and route.path_regex.match(path):
-            methods |= route.methods or set()
-    return sorted(methods - {"HEAD"})
+    return sorted({each.method for each in endpoints if each.path_regex.match(path)})
 
 
-def suggestion(path: str, routes: Sequence[BaseRoute]) -> str:
+def suggestion(path: str, endpoints: Sequence[Endpoint]) -> str:
     """A sentence that names the paths most like an unknown one, or else some that exist."""
     path = path[:_MAX_COMPARED_CHARACTERS]  # compared on the event loop, also without a key
-    known = [route for route in routes if isinstance(route, Route)]
-    scored = sorted(((_similarity(path, route), n) for n, route in enumerate(known)), reverse=True)
+    scored = [(_similarity(path, each.path), each) for each in endpoints]
+    scored.sort(key=itemgetter(0), reverse=True)
     threshold = max(_MIN_SIMILARITY, scored[0][0] - 0.1)
-    nearest = [n for score, n in scored if score >= threshold][:3]
+    nearest = [each for score, each in scored if score >= threshold][:3]
     if nearest:
-        names = list(dict.fromkeys(_name(known[n]) for n in nearest))
+        names = [f"{each.method} {_PARAMETER.sub('{id}', each.path)}" for each in nearest]
         return f"Did you mean {' or '.join(names)}?"
-    plain = list(dict.fromkeys(route.path for route in known if "{" not in route.path))
+    plain = list(dict.fromkeys(each.path for each in endpoints if "{" not in each.path))
     return f"There are {', '.join(plain[:_MAX_PATHS_NAMED])} and more; /docs describes all of them."
 
 
-def _similarity(path: str, route: Route) -> float:
+def _similarity(path: str, template: str) -> float:
     """From 0 to 1; base URLs are pasted with /v1, without it, or with another server's."""
     short = _FOREIGN_BASE.sub("", path)
-    of_short = _ratio(short, _FOREIGN_BASE.sub("", route.path)) if short else 0.0
-    return max(_ratio(path, route.path), of_short)
+    of_short = _ratio(short, _FOREIGN_BASE.sub("", template)) if short else 0.0
+    return max(_ratio(path, template), of_short)
 
 
 def _ratio(path: str, template: str) -> float:
@@ -80,8 +80,3 @@ def _ratio(path: str, template: str) -> float:
         compared.append("")  # it lacks one
     expected = "/".join(parts[n] for n in literal)
     return difflib.SequenceMatcher(None, "/".join(compared), expected).ratio()
-
-
-def _name(route: Route) -> str:
-    path = _PARAMETER.sub("{id}", route.path)
-    return f"{'/'.join(sorted((route.methods or set()) - {'HEAD'}))} {path}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import errno
 import logging
 import os
@@ -178,5 +177,5 @@ async def _reload(box: Box) -> None:
     except CliError as error:
         log.error("not reloaded: %s", error.message)
     else:
-        fields = dataclasses.asdict(reloaded) | {"not_served": len(reloaded.not_served)}
+        fields = reloaded._asdict() | {"not_served": len(reloaded.not_served)}
         log.info("reloaded", extra={"fields": fields})

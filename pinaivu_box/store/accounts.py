@@ -66,10 +66,7 @@ async def find(database: Database, name_or_id: str) -> Account:
 async def create(
     database: Database, name: str, role: Role, password: str | None, by: Actor
 ) -> Account:
-    """Store a new account; without a password nobody can log in to it.
-
-    Raises InvalidValue, RowConflict.
-    """
+    """Without a password nobody can log in to it.  Raises InvalidValue, RowConflict."""
     check_name(name)
     hashed = None if password is None else await _hash(password)
     account, *statements = new(name, role, hashed, by)
@@ -125,10 +122,7 @@ async def set_password(
 
 
 async def set_role(database: Database, account: Account, role: Role, by: Actor) -> None:
-    """Set the role.
-
-    Raises RowConflict for the owner, and if a member would have keys with the scope 'admin'.
-    """
+    """Raises RowConflict for the owner, and if a member would have keys with the scope 'admin'."""
     if role == account.role:
         return
     if account.id == OWNER:
@@ -166,10 +160,7 @@ async def check_password(database: Database, name: str, password: str) -> Accoun
 
 
 async def remove(database: Database, account: Account, by: Actor) -> None:
-    """Remove an account and revoke its keys; its usage is kept.
-
-    Raises RowConflict for the owner.
-    """
+    """Revoke its keys too; its usage is kept.  Raises RowConflict for the owner."""
     if account.id == OWNER:
         raise RowConflict("The account 'owner' stays: the box would have no admin without it.")
     now = now_ms()

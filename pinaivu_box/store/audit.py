@@ -66,13 +66,13 @@ async def ls(
     """The newest `limit` entries since a time and before the entry `after`, newest first; with
     `targets`, ids or names of keys and accounts, only what was done to these."""
     named = None if targets is None else msgspec.json.encode(list(targets)).decode()
-    them = "(SELECT value FROM json_each(?2))"
+    wanted = "(SELECT value FROM json_each(?2))"
     rows = await database.scan(
         "SELECT id, at, actor, source, action, target, detail,"
         f" {_name_of('actor')}, {_name_of('target')} FROM audit"
-        f" WHERE at >= ?1 AND (?2 IS NULL OR target IN {them}"
-        f"  OR target IN (SELECT id FROM keys WHERE name IN {them})"
-        f"  OR target IN (SELECT id FROM accounts WHERE name IN {them}))"
+        f" WHERE at >= ?1 AND (?2 IS NULL OR target IN {wanted}"
+        f"  OR target IN (SELECT id FROM keys WHERE name IN {wanted})"
+        f"  OR target IN (SELECT id FROM accounts WHERE name IN {wanted}))"
         " AND (?3 IS NULL OR id < ?3) ORDER BY id DESC LIMIT ?4",
         (since, named, after, limit),
     )

@@ -16,7 +16,7 @@ import math
 import os
 import sqlite3
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,24 +70,20 @@ class Database:
         """Create the file if it does not exist.  Raises DatabaseUnusable."""
         # Created here for its mode, which SQLite's other files take from it.
         os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
-        self._writer = await _connect(self.path)
-        try:
+        async with contextlib.AsyncExitStack() as connections:
+            self._writer = await connections.enter_async_context(_connected(self.path))
             await prepare(self._writer, self.path, self._schema)
             await self._writer.execute("PRAGMA foreign_keys = ON")
-            self._reader = await _connect(self.path)
-            self._scanner = await _connect(self.path)
-        except BaseException:
-            await self._writer.close()
-            raise
+            self._reader = await connections.enter_async_context(_connected(self.path))
+            self._scanner = await connections.enter_async_context(_connected(self.path))
+            self._connections = connections.pop_all()
         self._committer = asyncio.create_task(self._commit_forever())
 
     async def close(self) -> None:
         """Write what is waiting, then close."""
         await self._queue.put(None)
         await self._committer
-        await self._scanner.close()
-        await self._reader.close()
-        await self._writer.close()
+        await self._connections.aclose()
 
     async def __aenter__(self) -> Database:
         await self.open()
@@ -201,20 +197,17 @@ def _code(error: Exception) -> int:
     return (getattr(error, "sqlite_errorcode", None) or 0) & 0xFF
 
 
-async def _connect(path: Path) -> aiosqlite.Connection:
-    connection = await aiosqlite.connect(path, timeout=_BUSY_SECONDS, isolation_level=None)
-    connection.row_factory = sqlite3.Row
-    try:
-        await refuse_foreign(connection, path)  # before anything is changed in the file
-        await _use_wal(connection)
-        await connection.execute("PRAGMA synchronous = FULL")
-    except sqlite3.DatabaseError as error:
-        await connection.close()
-        raise DatabaseUnusable(f"The database {path} cannot be opened: {error}.") from error
-    except BaseException:
-        await connection.close()
-        raise
-    return connection
+@contextlib.asynccontextmanager
+async def _connected(path: Path) -> AsyncIterator[aiosqlite.Connection]:
+    async with aiosqlite.connect(path, timeout=_BUSY_SECONDS, isolation_level=None) as connection:
+        connection.row_factory = sqlite3.Row
+        try:
+            await refuse_foreign(connection, path)  # before anything is changed in the file
+            await _use_wal(connection)
+            await connection.execute("PRAGMA synchronous = FULL")
+        except sqlite3.DatabaseError as error:
+            raise DatabaseUnusable(f"The database {path} cannot be opened: {error}.") from error
+        yield connection
 
 
 async def _use_wal(connection: aiosqlite.Connection) -> None:

@@ -241,8 +241,8 @@ async def edit(
     key: Key,
     by: Actor,
     *,
-    name: str | None = None,
-    policy: Policy | None = None,
+    name: str | UnsetType = UNSET,
+    policy: Policy | UnsetType = UNSET,
     expires_at: int | UnsetType | None = UNSET,
     blocked: str | UnsetType | None = UNSET,
 ) -> Key:
@@ -250,21 +250,16 @@ async def edit(
 
     Raises InvalidValue, RowConflict.
     """
-    changes: dict[str, Any] = {}
-    if name is not None:
-        _check_text("name", name)
-        changes["name"] = name
-    if policy is not None:
-        _check(policy, await accounts.find(database, key.account_id), key.policy)
-        changes["policy"] = policy
-    if expires_at is not UNSET:
-        changes["expires_at"] = expires_at
-    if blocked is not UNSET:
-        _check_text("blocked", blocked)
-        changes["blocked"] = blocked
-    changes = {field: new for field, new in changes.items() if getattr(key, field) != new}
+    values = {"name": name, "policy": policy, "expires_at": expires_at, "blocked": blocked}
+    changes: dict[str, Any] = {
+        field: new for field, new in values.items() if new not in (UNSET, getattr(key, field))
+    }
     if not changes:
         return key
+    for field in ("name", "blocked"):
+        _check_text(field, changes.get(field))
+    if "policy" in changes:
+        _check(changes["policy"], await accounts.find(database, key.account_id), key.policy)
     stored = {
         field: msgspec.json.encode(new).decode() if isinstance(new, Policy) else new
         for field, new in changes.items()

@@ -48,10 +48,7 @@ async def edit(
     name: str | None = None,
     limits: dict[str, Any],
 ) -> None:
-    """Change what is given; a limit of None is reset to that of `[peering.serve]`.
-
-    Raises ValueError.
-    """
+    """A limit of None is reset to that of `[peering.serve]`.  Raises ValueError."""
     check(msgspec.convert(limits, PeerLimits))
     patch = msgspec.json.encode(limits).decode()
     await database.write(

@@ -130,11 +130,10 @@ async def apply(database: Database, policy: RetentionConfig, now: int) -> None:
     for table, statement in OLD_ROWS.items():
         kept_ms = parse_duration(getattr(policy, table)) * 1000
         if kept_ms >= 0:
-            await _repeat(database, statement, now - round(kept_ms))
-    kept_ms = parse_duration(policy.requests) * 1000
-    if kept_ms >= 0:
-        before = now - round(kept_ms)
-        await _roll_up(database, before - before % _DAY_MS)
+            before = now - round(kept_ms)
+            await _repeat(database, statement, before)
+            if table == "requests":
+                await _roll_up(database, before - before % _DAY_MS)
 
 
 async def _roll_up(database: Database, before: int) -> None:

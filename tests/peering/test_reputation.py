@@ -67,7 +67,7 @@ def test_opinions_dated_by_a_clock_that_was_ahead_fade_as_well() -> None:
     assert known.score("c") == pytest.approx(0.5**0.5)
 
 
-def test_it_is_written_seldom_and_found_again(
+def test_opinions_are_written_seldom_and_restored(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A hundred legs are one write; what came after it is written when the box stops."""

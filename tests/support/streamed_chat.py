@@ -68,7 +68,9 @@ class StreamedChat:
             self.error = error
 
     def _take(self, line: str) -> None:
-        if line == "data: [DONE]":
+        if line and self.error:
+            self.error = f"after the error: {line}"
+        elif line == "data: [DONE]":
             self.done = True
         elif line.startswith("data: "):
             chunk = json.loads(line.removeprefix("data: "))
