@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from msgspec import UNSET, Struct, UnsetType
@@ -55,7 +55,7 @@ class Peer:
     inviter: str
     admin: bool
     issued_at: float | None
-    loads: Mapping[str, ReportedLoad] = field(default_factory=dict, hash=False)
+    loads: Mapping[str, ReportedLoad]
 
 
 def view(
