@@ -181,7 +181,7 @@ class _FileTransfer:
                     f"What {host_of(self._url)} sent is another file than its digest "
                     f"{self._expected[:12]} says: it was discarded.  Pull it again."
                 )
-            await asyncio.to_thread(partial.finish, None)
+            await asyncio.to_thread(partial.sync)
             self.digest, self.hashes, self.checking = digest, partial.hashes, False
         finally:
             await asyncio.to_thread(partial.close)

@@ -51,9 +51,9 @@ class UnhashedFile(PartialFile):
                 os.write(self._notes, _RECORD.pack(number, digest))
         return kept
 
-    def finish(self, target: Path | None) -> None:
-        super().finish(target)
-        self._notes_path.unlink(missing_ok=True)
+    def sync(self) -> None:
+        super().sync()
+        self._notes_path.unlink(missing_ok=True)  # it is whole, and compared with its digest
 
     def discard(self) -> None:
         super().discard()

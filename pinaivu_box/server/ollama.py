@@ -13,7 +13,6 @@ from starlette.requests import Request
 
 from pinaivu_box.engine.messages import Output
 from pinaivu_box.errors import ModelNotAllowed
-from pinaivu_box.files import store as file_store
 from pinaivu_box.gateway.backend import Job
 from pinaivu_box.gateway.request import ChoiceStarted, Failed, Finished, RequestEvent
 from pinaivu_box.models import memory
@@ -183,7 +182,7 @@ async def ps(request: Request) -> LoadedModels:
 
 async def _digest(request: Request, model: Model) -> str:
     """Of the model's file, where it is known without reading it now."""
-    return await file_store.known_digest(box_of(request).database, model)
+    return await box_of(request).digests.known(model)
 
 
 def _details(model: Model) -> ModelDetails:
