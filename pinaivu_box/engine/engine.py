@@ -3,27 +3,26 @@ and `output`."""
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import abc
 from collections.abc import Iterator
-from itertools import accumulate, count
 from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
 
-from pinaivu_box.engine.batches import batch_of
 from pinaivu_box.engine.embeddings import EmbeddingJob, EmbeddingScheduler
-from pinaivu_box.engine.logprobs import token_logprob
 from pinaivu_box.engine.messages import EngineLoad, Refused, TokenLogprob
 from pinaivu_box.engine.output import SequenceOutput, StepOutput
-from pinaivu_box.engine.runner import TEXT_BATCH, Float32, NoSlot, Runner
+from pinaivu_box.engine.runner import TEXT_BATCH, Batch, Float32, NoSlot, Runner
 from pinaivu_box.engine.sampling import (
     NO_WINDOW,
     Draw,
     PenaltyWindow,
     draw_rows,
     redraw,
+    token_logprob,
 )
 from pinaivu_box.engine.scheduler import BatchChunk, Scheduler
 from pinaivu_box.engine.sequence import Sequence
@@ -53,7 +52,7 @@ class Engine:
             sharing=facts.sharing,
         )
         self._end_tokens = np.array(sorted(facts.end_tokens), np.intp)
-        self._arrivals = count(1)
+        self._arrivals = itertools.count(1)
         self._steps = 0
         self._tokens_computed = 0
         self._tokens_cached = 0
@@ -154,7 +153,7 @@ class Engine:
                 chunk.sequence.note_start()
             began = time.perf_counter()
             try:
-                logits = self._runner.decode(batch_of(chunks))
+                logits = self._runner.decode(_batch_of(chunks))
             except NoSlot:
                 if drafting and any(chunk.draft for chunk in chunks):
                     drafting = False  # a draft is not worth another sequence's cells
@@ -241,7 +240,7 @@ class Engine:
         return logits[drawn]
 
     def _sample(self, chunks: list[BatchChunk], logits: Float32) -> None:
-        ends = accumulate(chunk.rows for chunk in chunks)
+        ends = itertools.accumulate(chunk.rows for chunk in chunks)
         rows = [slice(end - chunk.rows, end) for chunk, end in zip(chunks, ends, strict=True)]
         # Log-probabilities are the model's own: of the logits before they are adjusted.
         unadjusted = [
@@ -277,6 +276,7 @@ class Engine:
         self, chunk: BatchChunk, grammar: Grammar, drawn: list[int], logits: Float32
     ) -> list[int]:
         """The draws up to the first that shows the draft to be wrong, as the grammar has them."""
+        sequence = chunk.sequence
         tokens: list[int] = []
         for number, token in enumerate(drawn):
             if grammar.broken:
@@ -284,7 +284,7 @@ class Engine:
             if not grammar.allows(token):
                 row = logits[number]
                 grammar.mask(row)
-                token = redraw(row, chunk.sequence.sampling, _position(chunk, number))
+                token = redraw(row, sequence.sampling, sequence.length + number)
             tokens.append(token)
             if token in self._facts.end_tokens:
                 break
@@ -353,6 +353,34 @@ class Engine:
         )
 
 
+def _batch_of(chunks: list[BatchChunk]) -> Batch:
+    """What is computed for the chunks of a step."""
+    tokens: list[int] = []
+    positions: list[int] = []
+    ids: list[int] = []
+    outputs: list[int] = []
+    for chunk in chunks:
+        sequence, start, count = chunk.sequence, chunk.start, chunk.count
+        if count == 1 and not chunk.draft:
+            tokens.append(sequence.tokens[start])
+            positions.append(start)
+            ids.append(sequence.sequence_id)
+            outputs.append(chunk.rows or len(chunk.scored))
+            continue
+        size = chunk.size
+        tokens += sequence.tokens[start : start + count]
+        tokens += chunk.draft
+        positions += range(start, start + size)
+        ids += [sequence.sequence_id] * size
+        output_flags = [0] * (size - chunk.rows) + [1] * chunk.rows
+        for position in chunk.scored:
+            output_flags[position - start] = 1
+        outputs += output_flags
+    decoding = itertools.takewhile(lambda chunk: chunk.count == 1, chunks)
+    single = sum(chunk.size for chunk in decoding)
+    return Batch.of(tokens, positions, ids, outputs, single)
+
+
 def _draws(chunks: list[BatchChunk]) -> Iterator[Draw]:
     """What decides each row's draw, in batch order."""
     for chunk in chunks:
@@ -363,12 +391,7 @@ def _draws(chunks: list[BatchChunk]) -> Iterator[Draw]:
                 window = PenaltyWindow(
                     [*sequence.tokens, *chunk.draft[:number]], sequence.prompt_length
                 )
-            sampling, position = sequence.sampling, _position(chunk, number)
+            sampling, position = sequence.sampling, sequence.length + number
             if position < sequence.min_length:
                 sampling = msgspec.structs.replace(sampling, ignore_eos=True)
             yield Draw(sampling, position, window)
-
-
-def _position(chunk: BatchChunk, number: int) -> int:
-    """The position of the token that the chunk's row of that number gives."""
-    return chunk.sequence.length + number

@@ -1,4 +1,5 @@
-"""Drawing tokens: greedy, or Gumbel-max with noise keyed by (seed, position, token id).
+"""Drawing tokens: greedy, or Gumbel-max with noise keyed by (seed, position, token id); and their
+log-probabilities.
 
 The Gumbel-max trick (Gumbel 1954; Maddison et al., "A* Sampling", 2014): the argmax of
 logit / temperature + Gumbel noise is distributed as the softmax.  The noise of a token at a
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -24,13 +25,12 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from pinaivu_box.engine.messages import Sampling
+from pinaivu_box.engine.messages import Sampling, TokenLogprob
+from pinaivu_box.engine.runner import Float32, Int32
 
-Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
 Ids = npt.NDArray[np.intp]
 UInt64 = npt.NDArray[np.uint64]
-Int32 = npt.NDArray[np.int32]
 Positions = Sequence[int] | Int32
 
 _NONE: Ids = np.empty(0, np.intp)
@@ -383,3 +383,21 @@ def _nucleus(logits: Float32, top_p: float) -> Ids:
     order = np.argsort(-logits[ids], kind="stable")
     reached = np.cumsum(weights[order])
     return ids[order[: int(np.searchsorted(reached, mass)) + 1]]
+
+
+# -- log-probabilities -----------------------------------------------------------------------------
+
+
+def token_logprob(
+    row: Float32, token: int, count: int, spelling: Callable[[int], bytes]
+) -> TokenLogprob:
+    """The natural log-probability of `token` and those of the `count` likeliest ones, at
+    temperature 1, from a position's logits, shape (n_vocab,).  `spelling` gives a token's bytes."""
+    best = float(row.max())
+    total = best + math.log(np.exp(row - np.float32(best)).sum(dtype=np.float64))
+    likeliest = top_k(row[np.newaxis], count)[0][0].tolist() if count else []
+    return TokenLogprob(
+        spelling(token),
+        float(row[token]) - total,
+        [(spelling(other), float(row[other]) - total) for other in likeliest],
+    )

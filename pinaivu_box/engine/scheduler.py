@@ -137,7 +137,8 @@ class Scheduler:
         chunks = [BatchChunk(s, s.computed, 1) for s in decoding[: max(0, self._room())]]
         planned = len(chunks)
         budget = self._step_cost.prompt_budget(planned, self.token_budget - planned)
-        prompts = sorted((s for s in self.running if s.pending > 1), key=self._prompt_order)
+        prompts = [s for s in self.running if s.pending > 1]
+        prompts.sort(key=lambda s: (self.waiting.counter(s.tenant), s.arrival))
         for sequence in prompts:
             count = self._add_chunk(chunks, sequence, planned, budget)
             planned, budget = planned + count, budget - count
@@ -246,9 +247,6 @@ class Scheduler:
             raise AssertionError("a free id is in use")
 
     # -- what a step holds -----------------------------------------------------------------------
-
-    def _prompt_order(self, sequence: Sequence) -> tuple[float, int]:
-        return (self.waiting.counter(sequence.tenant), sequence.arrival)
 
     def _add_chunk(
         self, chunks: list[BatchChunk], sequence: Sequence, planned: int, budget: int

@@ -31,10 +31,11 @@ from pinaivu_box.ledger.claims import ClaimsExchange
 from pinaivu_box.ledger.entry import LedgerEntry
 from pinaivu_box.ledger.reconcile import Comparison, EntrySummary, EntryTree
 from pinaivu_box.ledger.statement import DOMAIN, Statement, StoredStatement
-from pinaivu_box.receipts.receipt import canonical, utc_text
+from pinaivu_box.receipts.receipt import canonical
 from pinaivu_box.store.audit import Actor
 from pinaivu_box.store.database import Database, Row
 from pinaivu_box.store.times import now_ms
+from pinaivu_box.text import utc_text
 from pinaivu_box.transport import wire
 from pinaivu_box.transport.link import Stream
 from pinaivu_box.transport.rpc import MessageStream

@@ -18,11 +18,11 @@ from pinaivu_box.ledger.entry import LedgerEntry
 from pinaivu_box.ledger.session import Difference, SettlementOutcome
 from pinaivu_box.ledger.statement import StoredStatement
 from pinaivu_box.membership import peer_names
-from pinaivu_box.receipts.receipt import utc_text
 from pinaivu_box.store import peer_settings
 from pinaivu_box.store.database import Database
 from pinaivu_box.store.peer_settings import PeerLimits
 from pinaivu_box.store.times import time_text
+from pinaivu_box.text import utc_text
 from pinaivu_box.transport import wire
 
 
