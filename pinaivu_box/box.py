@@ -300,7 +300,7 @@ async def _peering(box: Box) -> AsyncIterator[None]:
             return box.config.peering.serve.copy_mb_per_s * 1e6
 
         network.handlers[LEDGER_PURPOSE] = box.ledger.handle
-        network.handlers["model"] = FileServer(shared, box.database, rate).serve
+        network.handlers["model"] = FileServer(shared, box.digests, rate).serve
         running, background = TaskSet(), TaskSet()
         running.spawn(network.run())
         background.spawn(box.offers.keep_learning(network.changed))
@@ -329,7 +329,7 @@ def _peer_services(box: Box, network: Network, policies: PeerPolicies) -> PeerSe
         recorder=LedgerRecorder(box.database, box.identity.node_id),
         writable=lambda: check_writable(box.database),
     )
-    box.admission.tokenizer, box.admission.peer_models = services.tokenizer, services.candidates
+    box.admission.tokenizer, box.admission.peer_models = services.boxes, services.candidates
     box.requests.runner = services.runner
     return services
 

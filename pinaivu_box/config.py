@@ -318,9 +318,9 @@ def _check(config: Config) -> None:
             f"server.contact is '{config.server.contact}': write an email address or a URL"
         )
     _check_peering(config.peering)
-    _check_amount("pricing.per_1k_tokens", config.pricing.per_1k_tokens, amount.prices)
+    check_amount("pricing.per_1k_tokens", config.pricing.per_1k_tokens, amount.prices)
     for model, price in config.pricing.models.items():
-        _check_amount(f'pricing.models."{model}"', price, amount.prices)
+        check_amount(f'pricing.models."{model}"', price, amount.prices)
     names = [model.name for model in config.model]
     if doubled := {name for name in names if names.count(name) > 1}:
         raise ValueError(f"the model name {sorted(doubled)[0]} is used twice")
@@ -352,12 +352,13 @@ def _check_peering(peering: PeeringConfig) -> None:
         raise ValueError(
             "peering.price_weight, time_weight and reputation_weight must not all be 0"
         )
-    _check_amount("peering.serve.credit_limit", peering.serve.credit_limit or "0", amount.parse)
-    _check_amount("peering.max_debt", peering.max_debt or "0", amount.parse)
-    _check_amount("peering.max_price", peering.max_price or "0", amount.per_token)
+    check_amount("peering.serve.credit_limit", peering.serve.credit_limit or "0", amount.parse)
+    check_amount("peering.max_debt", peering.max_debt or "0", amount.parse)
+    check_amount("peering.max_price", peering.max_price or "0", amount.per_token)
 
 
-def _check_amount(name: str, value: _Amount, read: Callable[[_Amount], object]) -> None:
+def check_amount(name: str, value: _Amount, read: Callable[[_Amount], object]) -> None:
+    """Check that `read` can read the value.  Raises ValueError that begins with the name."""
     try:
         read(value)
     except ValueError as error:

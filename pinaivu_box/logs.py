@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from datetime import UTC, datetime
 from typing import Any
 
 import msgspec
 
 from pinaivu_box.config import LogConfig
 from pinaivu_box.errors import quoted
+from pinaivu_box.text import utc_text
 
 _MAX_VALUE_CHARS = 400
 _MAX_MESSAGE_CHARS = 4000
@@ -22,14 +22,14 @@ class _TextFormatter(logging.Formatter):
         fields = getattr(record, "fields", {}).items()
         pairs = "".join(f" {name}={_shown(value)}" for name, value in fields if value is not None)
         message = quoted(record.getMessage(), _MAX_MESSAGE_CHARS)
-        line = f"{_time(record)} {record.levelname.lower():7} {message}{pairs}"
+        line = f"{utc_text(record.created)} {record.levelname.lower():7} {message}{pairs}"
         return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
 
 
 class _JsonFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         line: dict[str, Any] = {
-            "time": _time(record),
+            "time": utc_text(record.created),
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": record.getMessage(),
@@ -47,11 +47,6 @@ def _shown(value: Any) -> str:
     if not text.isprintable() or any(mark in text for mark in ' "='):
         text = json.dumps(text, ensure_ascii=False)
     return quoted(text, _MAX_VALUE_CHARS)
-
-
-def _time(record: logging.LogRecord) -> str:
-    moment = datetime.fromtimestamp(record.created, UTC)
-    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def configure(config: LogConfig) -> None:

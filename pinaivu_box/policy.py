@@ -16,6 +16,7 @@ from pinaivu_box.config import (
     PeeringServeConfig,
     PricingConfig,
     RoutingPolicy,
+    check_amount,
     parse_duration,
     parse_span,
 )
@@ -171,17 +172,11 @@ def check(policy: Policy) -> None:
     if policy.budget is not None:
         _check_budget(policy.budget)
     for glob, prices in policy.prices.items():
-        try:
-            amount.prices(prices)
-        except ValueError as error:
-            raise ValueError(f'prices."{glob}" is {error}') from None
+        check_amount(f'prices."{glob}"', prices, amount.prices)
 
 
 def _check_budget(budget: Budget) -> None:
-    try:
-        amount.parse(budget.amount)
-    except ValueError as error:
-        raise ValueError(f"budget: its amount is {error}") from None
+    check_amount("budget: its amount", budget.amount, amount.parse)
     try:
         period = 1.0 if budget.period is None else parse_duration(budget.period)
     except ValueError as error:

@@ -5,10 +5,11 @@ for ever or take all memory; a thread cannot be stopped, a process can.  A sandb
 this program that runs one job at a time and stays for the next one.  A job that reaches a limit
 ends with its process, and the next job gets a new one.
 
-The limits hold for a job, not for the child's life.  CPU time is that of all its threads
-(`setitimer(2)`, ITIMER_PROF), so that a busy machine makes no job fail; memory is address space
-(`setrlimit(2)`, RLIMIT_AS).  This bounds what a job uses.  It does not confine what it may do:
-only code of this package runs in it.
+The limits hold for a job, not for the child's life; the child sets them, and the kernel ends it.
+CPU time is that of all its threads (`setitimer(2)`, ITIMER_PROF), so that a busy machine makes no
+job fail; wall time (ITIMER_REAL) ends a job that waits; memory is address space (`setrlimit(2)`,
+RLIMIT_AS).  This bounds what a job uses.  It does not confine what it may do: only code of this
+package runs in it.
 """
 
 from __future__ import annotations

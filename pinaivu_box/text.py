@@ -9,6 +9,7 @@ the digits of every script, so none of them is used on what others have written.
 from __future__ import annotations
 
 import re
+from datetime import UTC, datetime
 
 END = r"(?![\s\S])"
 _DIGITS = re.compile("[0-9]{1,18}")
@@ -44,6 +45,12 @@ def sentence(text: str) -> str:
     return f"{text[:1].upper()}{text[1:].rstrip('.')}."
 
 
+def utc_text(seconds: float) -> str:
+    """A Unix time as RFC 3339 in UTC, with milliseconds."""
+    moment = datetime.fromtimestamp(seconds, UTC)
+    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
 def megabytes(size: float, decimals: int = 0) -> str:
     """A size in bytes as `1,234 MB`."""
     return f"{size / 1e6:,.{decimals}f} MB"
@@ -53,7 +60,7 @@ DIGEST = whole("[0-9a-f]{64}")  # also of a key: 32 bytes in hex, in the one spe
 SIGNATURE = whole("[0-9a-f]{128}")
 NODE_ID = whole("node_[0-9a-f]{64}")
 REQUEST_ID = whole("req_[0-9a-z]{26}")
-TIME = whole(  # UTC, as receipts.utc_text writes it
+TIME = whole(  # UTC, as `utc_text` writes it
     "[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}(?:[.][0-9]{3})?Z"
 )
 NO_CONTROLS = whole(r"[^\x00-\x1f\x7f-\x9f]*")  # what is shown in lists moves no cursor

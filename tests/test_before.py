@@ -278,8 +278,9 @@ def test_ledgers_have_the_same_keys_hashes_and_statements() -> None:
     assert plain(statement) == json.loads(text)
     assert receipt.canonical(statement) == text
     assert ledger_statement.statement_id(text) == DERIVED["statement id"]
+    last = ledger_statement.StoredStatement("", node, 1, 0, b"before", b"", b"")
     again = ledger_statement.compose(
-        tree, statement.between[::-1], 2, b"before", statement.upto, statement.at
+        tree, statement.between[::-1], last, statement.upto, statement.at
     )
     assert receipt.canonical(again) == text
     assert receipt.mark_text("req_1", 2, 3, 40, "ab" * 32).decode() == DERIVED["mark"]

@@ -45,7 +45,7 @@ LIBRARIES = [
 SEAM = Path(__file__).parent / "clock_seam"
 
 
-class Clock:
+class BoxClock:
     """Of the boxes that get its `env`."""
 
     def __init__(self, folder: Path, kind: str) -> None:
@@ -67,16 +67,16 @@ class Clock:
 
 
 @pytest.fixture(params=["seam", "libfaketime"])
-def clock(request: pytest.FixtureRequest, tmp_path: Path) -> Clock:
+def clock(request: pytest.FixtureRequest, tmp_path: Path) -> BoxClock:
     if request.param == "libfaketime" and not LIBRARIES:
         pytest.skip("libfaketime is not installed (apt-get install faketime)")
     if request.param == "seam" and "-m" not in PINAIVU:
         pytest.skip("an executable reads no sitecustomize")
-    return Clock(tmp_path, request.param)
+    return BoxClock(tmp_path, request.param)
 
 
 @pytest.fixture
-def box(tmp_path: Path, clock: Clock) -> Iterator[Box]:
+def box(tmp_path: Path, clock: BoxClock) -> Iterator[Box]:
     (tmp_path / "box.toml").write_text(CONFIG)
     made = Box(tmp_path / "home", "--config", str(tmp_path / "box.toml"), env=clock.env)
     yield made
@@ -127,7 +127,7 @@ def put_ancient(box: Box, key_id: str) -> str:
 
 
 @pytest.mark.parametrize("days", [400, -20_000], ids=["ahead", "behind"])
-def test_when_the_clock_is_right_again_all_goes_on(box: Box, clock: Clock, days: int) -> None:
+def test_when_the_clock_is_right_again_all_goes_on(box: Box, clock: BoxClock, days: int) -> None:
     """Three requests fit into a budget.  One is served by the right clock, three by the wrong one
     (that is another period), and so two more when it is right again.  No receipt goes."""
     box.start()

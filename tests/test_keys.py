@@ -7,7 +7,6 @@ import os
 import re
 import sqlite3
 import stat
-import subprocess
 import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -17,7 +16,7 @@ import pytest
 
 from pinaivu_box.store.keys import LS, LS_OF_ACCOUNT
 from tests.support.in_process_command import run_command, run_command_json
-from tests.support.process_box import PINAIVU, Box, StartBox, environment, wait_until
+from tests.support.process_box import Box, StartBox, wait_until
 
 SECRET = re.compile(r"sk-pnv-[0-9A-Za-z]{40,}")
 FAKE = ("--model", "fake:1=fake:0")
@@ -390,9 +389,7 @@ def test_settings_that_cannot_be_read_block_their_key_alone(keys_box: Box, polic
 def test_the_audit_trail_names_who_ran_the_command_not_who_they_say_they_are(
     tmp_path: Path,
 ) -> None:
-    forged = environment(USER="mallory", LOGNAME="mallory")
     home = tmp_path / "home"
-    command = [*PINAIVU, "keys", "create", "--home", str(home)]
-    subprocess.run(command, env=forged, check=True, capture_output=True)
+    run_command("keys", "create", home=home, env={"USER": "mallory", "LOGNAME": "mallory"})
     actors = {entry["actor"] for entry in run_command_json("audit", home=home)}
     assert len(actors) == 1 and actors != {"cli:mallory"}

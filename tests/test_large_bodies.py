@@ -30,7 +30,7 @@ from pinaivu_box.openai.completions import CompletionRequest, DetokenizeRequest,
 from pinaivu_box.openai.decoding import MAX_NUMBERS, MAX_VALUES, SMALL_BODY_BYTES, decode
 from pinaivu_box.openai.embeddings import EmbeddingRequest
 from pinaivu_box.openai.responses import ResponseRequest, as_messages
-from pinaivu_box.openai.types import ChatRequest
+from pinaivu_box.openai.types import ChatRequest, TextPart
 from pinaivu_box.receipts.commitment import output_text, prompt_text
 from pinaivu_box.server import bodies, paths, responses
 from pinaivu_box.server.bodies import Bodies, BodyMemory
@@ -162,6 +162,15 @@ def test_names_of_ignored_fields_are_few_and_short() -> None:
     _, ignored = decode(data, TokenizeRequest)
     assert len(ignored) == 65 and max(map(len, ignored)) == 101
     assert ignored[-1] == "… and 2937 more"
+
+
+def test_a_part_of_the_only_type_may_leave_its_type_out() -> None:
+    """Its unknown fields are ignored all the same."""
+    part = {"text": "hi", "colour": 1}
+    body = {"model": "a", "messages": [{"role": "user", "content": [part]}]}
+    chat, ignored = decode(json.dumps(body).encode(), ChatRequest)
+    assert ignored == ["messages.content.colour"]
+    assert chat.messages[0].content == [TextPart("hi")]
 
 
 @given(st.text(), st.integers(1, 200))

@@ -29,10 +29,12 @@ def of(ours: Box, theirs: Box, name: str, **more: Any) -> LedgerEntry:
 def write(box: Box, *entries: LedgerEntry) -> None:
     """What the box has served and was served."""
 
+    us = identity_of(box.home).node_id
+
     async def run() -> None:
         async with database_of(box.home) as database:
             for one in entries:
-                await ledger_entry.record(database, one)
+                await ledger_entry.record(database, one, us)
 
     asyncio.run(run())
 
@@ -103,7 +105,7 @@ def test_two_operators_settle(pair: tuple[Box, Box]) -> None:
     assert (code, again["statements"], again["differences"]) == (0, [], [])
 
 
-def test_what_was_served_is_what_is_settled(pair: tuple[Box, Box]) -> None:
+def test_all_legs_that_were_served_are_settled(pair: tuple[Box, Box]) -> None:
     """Requests of one and of three choices, served by the other box."""
     anna, ben = pair
     wait_until(lambda: "ben:1" in anna.http("GET", "/v1/models").text, "ben's model")
@@ -173,7 +175,9 @@ def test_both_operators_settle_at_the_same_moment(pair: tuple[Box, Box]) -> None
     )
 
 
-def test_what_a_peer_does_not_accept_is_shown_apart_and_written_off(pair: tuple[Box, Box]) -> None:
+def test_an_entry_that_a_peer_does_not_accept_is_listed_and_written_off(
+    pair: tuple[Box, Box],
+) -> None:
     anna, ben = pair
     write(anna, of(anna, ben, "req_1", accepted=False))
     (owed,) = run_command_json("ledger", home=anna.home)

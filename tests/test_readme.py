@@ -15,7 +15,8 @@ import msgspec
 import pytest
 
 from pinaivu_box.openai.types import ChatRequest
-from tests.support.process_box import PINAIVU, Box, environment, pinaivu_json
+from tests.support.in_process_command import run_command_json
+from tests.support.process_box import PINAIVU, Box, environment
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -102,16 +103,16 @@ def test_the_curl_example_prints_an_answer(box: Box, tmp_path: Path) -> None:
 
 def test_the_commands_of_keys(box: Box, tmp_path: Path) -> None:
     needs("jq")
-    made = pinaivu_json("keys", "create", home=box.home)
+    made = run_command_json("keys", "create", home=box.home)
     printed = run(filled_in(indented("Keys"), box, **{"key_...": made["id"]}), box, tmp_path)
     first, second, third, *table = printed.splitlines()
     assert all(line.startswith("sk-pnv-") for line in (first, second, third))
     assert any("laptop" in line for line in table)
     assert any("60 rpm" in line for line in table)
     assert "key.rotate" in printed
-    key = pinaivu_json("keys", "show", made["id"], home=box.home)
+    key = run_command_json("keys", "show", made["id"], home=box.home)
     assert (key["state"], key["blocked"], key["policy"]["rpm"]) == ("revoked", "ask Ann first", 120)
-    accounts = pinaivu_json("accounts", "ls", home=box.home)
+    accounts = run_command_json("accounts", "ls", home=box.home)
     assert ("ann", "admin") in {(one["name"], one["role"]) for one in accounts}
 
 

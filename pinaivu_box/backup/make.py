@@ -19,8 +19,8 @@ from pinaivu_box.backup import archive
 from pinaivu_box.backup.archive import CONFIG, DATABASE, IDENTITY, Manifest, OpenFile
 from pinaivu_box.backup.sealed import BadBackup, Sealer, Unsealer
 from pinaivu_box.errors import CliError
-from pinaivu_box.receipts.receipt import utc_text
 from pinaivu_box.store import integrity
+from pinaivu_box.text import utc_text
 
 WORKSPACE = "backup.new"
 

@@ -12,25 +12,25 @@ from pinaivu_box.bench.compare import BenchRun, medians, ratios
 from pinaivu_box.bench.run import RunPlan
 from pinaivu_box.bench.target import Target
 
-_NAMES = {
+# The figures that are shown, with their labels; the others are only in the JSON.
+_LABELS = {
     "tokens_per_s": "tokens/s",
     "requests_per_s": "requests/s",
-    "ttft_ms": "first token",
-    "gap_ms": "gap between tokens",
-    "per_token_ms": "time per token",
-    "latency_ms": "whole request",
+    **{f"ttft_ms.{part}": f"first token, {part}" for part in ("p50", "p95", "p99")},
+    **{f"gap_ms.{part}": f"gap between tokens, {part}" for part in ("p50", "p95", "p99")},
+    "per_token_ms.p50": "time per token, p50",
+    "latency_ms.p50": "whole request, p50",
     "jain_per_client": "Jain's index, tokens per client",
     "jain_per_tenant": "Jain's index, tokens per tenant",
     "tokens_per_arrival": "tokens per arrival",
     "intruder.ttft_ms": "intruder: first token",
-    "intruder.gap_ms": "gap of others meanwhile",
+    **{
+        f"intruder.gap_ms.{part}": f"gap of others meanwhile, {part}"
+        for part in ("p50", "p99", "max")
+    },
     "client_load": "load of this client",
 }
-_SHOWN_PARTS = {
-    "ttft_ms": ("p50", "p95", "p99"),
-    "gap_ms": ("p50", "p95", "p99"),
-    "intruder.gap_ms": ("p50", "p99", "max"),
-}
+_TENANT_LABELS = {"tokens_per_client": "tokens per client", "ttft_ms.p50": "first token, p50"}
 _MAX_CLIENT_LOAD = 0.8  # of a core; above, the client may be the bottleneck
 
 
@@ -114,16 +114,13 @@ def _mean(summaries: list[Any], name: str) -> str:
 
 
 def _label(name: str) -> str | None:
-    """The label of a figure, None if it is only in the JSON."""
-    if name in _NAMES:
-        return _NAMES[name]
-    group, _, part = name.rpartition(".")
-    if group in _NAMES:
-        return f"{_NAMES[group]}, {part}" if part in _SHOWN_PARTS.get(group, ("p50",)) else None
-    _, tenant, *rest = name.split(".")
-    if rest == ["ttft_ms", "p50"]:
-        return f"{tenant}: first token, p50"
-    return f"{tenant}: tokens per client" if rest == ["tokens_per_client"] else None
+    """The label of a figure, None if it is not shown."""
+    group, _, rest = name.partition(".")
+    if group != "tenants":
+        return _LABELS.get(name)
+    tenant, _, figure = rest.partition(".")
+    label = _TENANT_LABELS.get(figure)
+    return label and f"{tenant}: {label}"
 
 
 def _value(name: str, value: float | None) -> str:

@@ -90,10 +90,8 @@ def expiry(text: str | None) -> int | None:
     if text is None or text == NONE:
         return None
     seconds = span("--expires", text)
-    if seconds <= 0:
-        raise UsageError("--expires must be more than 0.")
-    if seconds > LONGEST_LIFE:
-        raise UsageError("--expires must be at most 36500d (100 years).")
+    if not 0 < seconds <= LONGEST_LIFE:
+        raise UsageError("--expires must be more than 0 and at most 36500d (100 years).")
     return int((time.time() + seconds) * 1000)
 
 

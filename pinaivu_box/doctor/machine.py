@@ -21,9 +21,8 @@ from pinaivu_box.config import Config
 from pinaivu_box.doctor.check import Check, State
 from pinaivu_box.doctor.home import is_served, newest_receipt
 from pinaivu_box.identity import Identity
-from pinaivu_box.receipts.receipt import utc_text
 from pinaivu_box.server.serve import bind
-from pinaivu_box.text import megabytes
+from pinaivu_box.text import megabytes, utc_text
 
 _UNPACKED = 100e6  # bytes that the executable unpacks in TMPDIR at each start
 _NVIDIA = "0x10de"

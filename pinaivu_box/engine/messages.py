@@ -199,14 +199,15 @@ class Embed(Struct, frozen=True, tag=True):
 
 
 class Tokenize(Struct, frozen=True, tag=True):
-    """Return the tokens of a prompt that is not run: that of `add`, or the `inputs` of an Embed.
-    With `plain` the prompt is a piece of text without special tokens; with `count` only the number
-    of tokens is returned.  If `tokens` are set, return their text instead."""
+    """Return the tokens of the prompt, or of the inputs, of a request that is not run.
 
-    add: Add
+    With `plain` the prompt is a piece of text without special tokens; with `count` only the number
+    of tokens is returned.  If `tokens` are set, return their text instead.
+    """
+
+    request: Add | Embed
     tokens: list[int] | None = None
     plain: bool = False
-    inputs: list[str | list[int]] | None = None
     count: bool = False
 
 

@@ -57,8 +57,8 @@ class PreparationQueue:
         if isinstance(message, Cancel):
             self._cancel(message)
             return
-        add = message.add if isinstance(message, Tokenize) else message
-        request = _Request(add.id, add.tenant)
+        asked = message.request if isinstance(message, Tokenize) else message
+        request = _Request(asked.id, asked.tenant)
         with self._lock:
             self._open[request.id] = request
         self._preparing.put(request.tenant, lambda: self._prepare(request, message))

@@ -93,35 +93,33 @@ class RequestPreparer:
             return self._refused(add.id, error, _prompt_param(add))
 
     def tokenize(
-        self, request: Tokenize, cancellation: Cancellation | None = None
+        self, message: Tokenize, cancellation: Cancellation | None = None
     ) -> Tokenized | Refused:
-        name = request.add.id
+        request = message.request
+        name = request.id
         try:
-            if request.tokens is not None:
-                self._check_tokens(request.tokens, "tokens")
-                text = text_of(b"".join(map(self._runner.piece, request.tokens)))
-                return Tokenized(name, [] if request.count else request.tokens, text)
-            if request.plain and isinstance(request.add.prompt, str):
-                tokens = self._read(
-                    request.add.prompt, _MAX_ANSWER_TOKENS, self._runner.tokenize_text
-                )
-                return Tokenized(name, tokens)
-            if request.inputs is not None:
+            if message.tokens is not None:
+                self._check_tokens(message.tokens, "tokens")
+                text = text_of(b"".join(map(self._runner.piece, message.tokens)))
+                return Tokenized(name, [] if message.count else message.tokens, text)
+            if isinstance(request, Embed):
                 inputs = [self._text_tokens(text) for text in request.inputs]
                 return Tokenized(name, [token for tokens in inputs for token in tokens])
+            if message.plain and isinstance(request.prompt, str):
+                tokens = self._read(request.prompt, _MAX_ANSWER_TOKENS, self._runner.tokenize_text)
+                return Tokenized(name, tokens)
             limit = max(self._context, _MAX_ANSWER_TOKENS)
-            tokens, thinking = self._prompt(request.add, limit, cancellation, exact=request.count)
-            if request.count:
+            tokens, thinking = self._prompt(request, limit, cancellation, exact=message.count)
+            if message.count:
                 return Tokenized(name, [], thinking=thinking, count=len(tokens))
             return Tokenized(name, tokens, thinking=thinking)
         except Exception as error:
-            if isinstance(error, TooManyTokens) and request.count:
+            if isinstance(error, TooManyTokens) and message.count:
                 return Tokenized(name, [], count=error.count)
-            if isinstance(error, TooManyTokens) and request.plain:
+            if isinstance(error, TooManyTokens) and message.plain:
                 most = f"an answer at most {_MAX_ANSWER_TOKENS}: send it in parts"
                 error = _invalid("text", f"it has {error}, and {most}")
-            param = _prompt_param(request.add) if request.inputs is None else "input"
-            return self._refused(name, error, param)
+            return self._refused(name, error, _prompt_param(request))
 
     def _prepare(self, add: Add, cancellation: Cancellation | None) -> PreparedRequest:
         prompt, thinking = self._prompt(add, self._context, cancellation)

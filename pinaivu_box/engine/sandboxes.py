@@ -14,7 +14,6 @@ from pinaivu_box.sandbox import Cancellation, SandboxLimits, SandboxPool
 # Of one job.  What people send takes some milliseconds, with thousands of properties half a second.
 LIMITS = SandboxLimits(cpu_seconds=2.0, memory_bytes=512 << 20)
 
-
 # Runs one job, as `SandboxPool.run`.
 SandboxRun = Callable[[bytes, Cancellation | None], bytes]
 

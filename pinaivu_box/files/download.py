@@ -10,26 +10,15 @@ detected at once, and its source is left out.
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from pinaivu_box.errors import CopyFailed, PeeringError
 from pinaivu_box.files import wire as file_wire
-from pinaivu_box.files.wire import (
-    FileRefused,
-    Find,
-    GivePiece,
-    Hashes,
-    List,
-    ModelAvailable,
-    PieceData,
-    Working,
-)
 from pinaivu_box.models import partial_file
 from pinaivu_box.models.partial_file import HASH_BYTES, CopyInProgress, NoRoom, PartialFile
 from pinaivu_box.models.regular_files import sha256
@@ -67,21 +56,21 @@ class _SourceUnusable(Exception):
 
 async def find(
     open_stream: Open, sources: Iterable[DownloadSource], model: str, digest: str
-) -> tuple[dict[DownloadSource, ModelAvailable], dict[DownloadSource, str]]:
+) -> tuple[dict[DownloadSource, file_wire.ModelAvailable], dict[DownloadSource, str]]:
     """Ask sources for a model; `digest` may be the beginning of one, or empty.
 
     Returns what those that have it offer, and why the others do not.  Raises CopyFailed if none has
     it, or if it is not the same file everywhere.
     """
-    offers: dict[DownloadSource, ModelAvailable] = {}
+    offers: dict[DownloadSource, file_wire.ModelAvailable] = {}
     without: dict[DownloadSource, str] = {}
 
     async def ask(source: DownloadSource) -> None:
         try:
             async with _conversation(open_stream, source) as conversation:
                 async with asyncio.timeout(ANSWER_SECONDS):
-                    question = Find(model, digest, parts=True)
-                    offer = await conversation.call(question, ModelAvailable)
+                    question = file_wire.Find(model, digest, parts=True)
+                    offer = await conversation.call(question, file_wire.ModelAvailable)
                 if not offer.digest.startswith(digest):
                     raise _SourceUnusable("it offers another file than it was asked for")
                 if offer.parts and not _parts_match(offer):
@@ -107,19 +96,18 @@ async def find(
     return offers, without
 
 
-def _describe_files(offers: dict[DownloadSource, ModelAvailable]) -> str:
-    by_digest = groupby(
-        sorted(offers.items(), key=lambda item: item[1].digest), key=lambda item: item[1].digest
+def _describe_files(offers: dict[DownloadSource, file_wire.ModelAvailable]) -> str:
+    sizes, sources = dict[str, int](), defaultdict[str, list[DownloadSource]](list)
+    for source, offer in offers.items():
+        sizes[offer.digest] = offer.size
+        sources[offer.digest].append(source)
+    return "; ".join(
+        f"{digest[:_NAMED_DIGITS]} ({size / 1e6:,.0f} MB) on {_names(sources[digest])}"
+        for digest, size in sorted(sizes.items())
     )
-    descriptions = []
-    for digest, group in by_digest:
-        items = list(group)
-        megabytes, names = items[0][1].size / 1e6, _names(source for source, _ in items)
-        descriptions.append(f"{digest[:_NAMED_DIGITS]} ({megabytes:,.0f} MB) on {names}")
-    return "; ".join(descriptions)
 
 
-def _parts_match(offer: ModelAvailable) -> bool:
+def _parts_match(offer: file_wire.ModelAvailable) -> bool:
     """Whether its parts are those that its digest is computed of."""
     digests = [part.digest for part in offer.parts]
     return (
@@ -129,86 +117,114 @@ def _parts_match(offer: ModelAvailable) -> bool:
     )
 
 
-class DownloadProgress(Protocol):
-    """A download as its caller sees it: `bytes` of `size` are here, `sent` counts them by source,
-    and `left_out` are the sources that cannot be used, and why.  Once it is `finishing` it must not
-    be cancelled.  `files` are those that it has written: name, digest and hashes of the pieces."""
-
-    digest: str
-    left_out: dict[DownloadSource, str]
-
-    @property
-    def size(self) -> int: ...
-
-    @property
-    def checking(self) -> bool: ...
-
-    @property
-    def finishing(self) -> bool: ...
-
-    @property
-    def sent(self) -> Counter[DownloadSource]: ...
-
-    @property
-    def sources(self) -> list[DownloadSource]: ...
-
-    @property
-    def files(self) -> list[tuple[Path, str, bytes]]: ...
-
-    @property
-    def bytes(self) -> int: ...
-
-    async def run(self) -> None:
-        """Download it.  Raises CopyFailed; what has come is kept for another attempt."""
-
-
-def copy_of(
-    open_stream: Open, offers: dict[DownloadSource, ModelAvailable], folder: Path, name: str
-) -> Download | MultiFileDownload:
-    """Return the download of what `find` has returned, as the model `name` in a folder, which may
-    not exist yet."""
-    if next(iter(offers.values())).parts:
-        return MultiFileDownload(open_stream, offers, folder, name)
-    return Download(open_stream, offers, folder / f"{name}.gguf")
-
-
 class Download:
-    """The download of one file; see `DownloadProgress`."""
+    """The download of a model, whose files come one after the other.  They get their names when all
+    of them are here, so the folder never has half a set.
+
+    `sent` counts bytes by source, and `left_out` has the sources that cannot be used, and why.
+    `files` are those that were downloaded: name, digest and hashes of the pieces.  Once it is
+    `finishing` it must not be cancelled.
+    """
 
     def __init__(
         self,
         open_stream: Open,
-        offers: dict[DownloadSource, ModelAvailable],
-        target: Path,
-        *,
-        named_later: bool = False,
+        offers: dict[DownloadSource, file_wire.ModelAvailable],
+        folder: Path,
+        name: str,
     ) -> None:
-        """`target` is the file's path; its folder may not exist yet.  With `named_later` the file
-        stays among the partial ones, until `models.partial_file.publish` gives it its name."""
-        self._open = open_stream
+        """`offers` is what `find` has returned, `name` that of the model in the folder, which may
+        not exist yet."""
         offer = next(iter(offers.values()))
-        self.digest, self.size = offer.digest, offer.size
-        self._offers = offers
-        self._target = target
-        self._named_later = named_later
-        self.bytes = 0
-        self.checking = self.finishing = False
+        self.digest, self.sources = offer.digest, list(offers)
         self.sent: Counter[DownloadSource] = Counter()
         self.left_out: dict[DownloadSource, str] = {}
-        self.hashes = b""
-        self._partial: PartialFile
-        self._pending: asyncio.Queue[int]
+        self.files: list[tuple[Path, str, bytes]] = []
+        self.finishing = False
+        self._folder = folder
+        self._parts = [
+            _FileDownload(
+                open_stream,
+                {source: offer.files[number] for source, offer in offers.items()},
+                target,
+                self.sent,
+                self.left_out,
+            )
+            for number, target in enumerate(_targets(folder, name, len(offer.parts)))
+        ]
 
     @property
-    def sources(self) -> list[DownloadSource]:
-        return list(self._offers)
+    def size(self) -> int:
+        return sum(part.size for part in self._parts)
 
     @property
-    def files(self) -> list[tuple[Path, str, bytes]]:
-        return [(self._target, self.digest, self.hashes)]
+    def bytes(self) -> int:
+        """How many of them are here."""
+        return sum(part.bytes for part in self._parts)
+
+    @property
+    def checking(self) -> bool:
+        """Whether files are read that are here, and nothing is received."""
+        return self.finishing or any(part.checking for part in self._parts)
 
     async def run(self) -> None:
         """Download it.  Raises CopyFailed; what has come is kept for another attempt."""
+        try:
+            with partial_file.claimed(self._folder, self.digest):
+                missing = [part for part in self._parts if not await part.is_here()]
+                sizes = [(part.digest, part.size) for part in missing]
+                await asyncio.to_thread(partial_file.check_room, self._folder, sizes)
+                for part in missing:
+                    await part.run()
+                    self.files.append((part.target, part.digest, part.hashes))
+                self.finishing = True
+                for target, digest, _ in self.files:
+                    await asyncio.to_thread(partial_file.publish, self._folder, digest, target)
+        except OSError as error:
+            raise _disk_error(error, self._folder) from error
+
+
+def _targets(folder: Path, name: str, parts: int) -> list[Path]:
+    if not parts:
+        return [folder / f"{name}.gguf"]
+    return [folder / file for file in PartName(name, 1, parts, ".gguf").all_parts]
+
+
+class _FileDownload:
+    """The download of one file to `target`; `sent` and `left_out` are those of the whole."""
+
+    def __init__(
+        self,
+        open_stream: Open,
+        offers: dict[DownloadSource, file_wire.File],
+        target: Path,
+        sent: Counter[DownloadSource],
+        left_out: dict[DownloadSource, str],
+    ) -> None:
+        # The digest is the same in all of them, and who is wrong about the size is left out.
+        ((file, _),) = Counter(offers.values()).most_common(1)
+        self.digest, self.size = file.digest, file.size
+        self.target, self.sent, self.left_out = target, sent, left_out
+        self.hashes = b""
+        self.bytes = 0
+        self.checking = False
+        self._open, self._offers = open_stream, offers
+        self._partial: PartialFile
+        self._pending: asyncio.Queue[int]
+
+    async def is_here(self) -> bool:
+        """Whether the folder has it already.  Raises OSError; FileExistsError if another file has
+        that name."""
+        if not self.target.exists():
+            return False
+        self.checking = True
+        if await asyncio.to_thread(sha256, self.target) != self.digest:
+            raise FileExistsError(f"{self.target} exists already")
+        self.bytes, self.checking = self.size, False
+        return True
+
+    async def run(self) -> None:
+        """Download it; it has no name yet.  Raises CopyFailed, OSError."""
         groups = await self._sources_by_list()
         failure = CopyFailed(f"No source is left{_because(self.left_out)}.")
         for size, hashes, sources in groups:
@@ -218,8 +234,6 @@ class Download:
             except CopyFailed as error:
                 failure = error
                 continue
-            except OSError as error:
-                raise _disk_error(error, self._target) from error
             if verified:
                 others = {source for _, _, group in groups for source in group} - set(sources)
                 wrong = "it describes another file than the digest says"
@@ -238,35 +252,36 @@ class Download:
         """Return each size and list of hashes with its sources, those of most sources first."""
         lists: dict[tuple[int, bytes], list[DownloadSource]] = {}
 
-        async def ask(source: DownloadSource, offer: ModelAvailable) -> None:
+        async def ask(source: DownloadSource, size: int) -> None:
             try:
-                hashes = await self._request_hashes(source, offer)
+                hashes = await self._request_hashes(source, size)
             except (PeeringError, TimeoutError, _SourceUnusable) as error:
                 self.left_out[source] = _reason(error)
             else:
-                lists.setdefault((offer.size, hashes), []).append(source)
+                lists.setdefault((size, hashes), []).append(source)
 
-        await asyncio.gather(*(ask(*item) for item in self._offers.items()))
+        # A source that is left out for one file is not asked for the others.
+        asked = [source for source in self._offers if source not in self.left_out]
+        await asyncio.gather(*(ask(source, self._offers[source].size) for source in asked))
         by_count = sorted(lists.items(), key=lambda item: -len(item[1]))
         return [(size, hashes, sources) for (size, hashes), sources in by_count]
 
-    async def _request_hashes(self, source: DownloadSource, offer: ModelAvailable) -> bytes:
-        size = partial_file.count(offer.size) * HASH_BYTES
-        hashes = bytearray()
+    async def _request_hashes(self, source: DownloadSource, file_size: int) -> bytes:
+        size = partial_file.count(file_size) * HASH_BYTES
         async with _conversation(self._open, source) as conversation:
             async with asyncio.timeout(ANSWER_SECONDS):
-                hashes += (await conversation.call(List(offer.digest), Hashes)).data
-                while len(hashes) < size:
-                    hashes += (await conversation.expect(Hashes)).data
+                hashes = await _receive(
+                    conversation, file_wire.List(self.digest), file_wire.Hashes, size
+                )
         if len(hashes) != size:
             raise _SourceUnusable("its list of pieces does not fit the size")
-        return bytes(hashes)
+        return hashes
 
     async def _download_from(self, sources: list[DownloadSource]) -> bool:
         """Download from sources with the same list; returns whether the file is the one that was
         asked for.  Raises CopyFailed, OSError."""
         self._partial = await asyncio.to_thread(
-            PartialFile, self._target.parent, self.digest, self.size, self.hashes
+            PartialFile, self.target.parent, self.digest, self.size, self.hashes
         )
         try:
             self.checking, self.bytes = True, 0
@@ -276,13 +291,12 @@ class Download:
             self.checking = False
             await self._fetch(sources, missing)
             self.checking = True
-            if not await asyncio.to_thread(self._partial.is_right):
-                return False
-            self.finishing = not self._named_later
-            target = None if self._named_later else self._target
-            await asyncio.to_thread(self._partial.finish, target)
-            return True
+            verified = await asyncio.to_thread(self._partial.is_right)
+            if verified:
+                await asyncio.to_thread(self._partial.sync)
+            return verified
         finally:
+            self.checking = False
             self._partial.close()
 
     async def _fetch(self, sources: list[DownloadSource], missing: list[int]) -> None:
@@ -333,7 +347,11 @@ class Download:
         number = await self._pending.get()
         try:
             async with asyncio.timeout(PIECE_SECONDS):
-                data = await self._receive_piece(conversation, number)
+                size = partial_file.length(number, self.size)
+                question = file_wire.GivePiece(self.digest, number)
+                data = await _receive(conversation, question, file_wire.PieceData, size)
+            if len(data) > size:
+                raise _SourceUnusable(f"it sent more than piece {number}")
             if not await asyncio.to_thread(self._partial.put, number, data):
                 raise _SourceUnusable(f"it sent a wrong piece {number}")
         except BaseException:
@@ -345,109 +363,21 @@ class Download:
         finally:
             self._pending.task_done()
 
-    async def _receive_piece(self, conversation: Conversation, number: int) -> bytes:
-        size = partial_file.length(number, self.size)
-        question = GivePiece(self.digest, number)
-        data = bytearray((await conversation.call(question, PieceData)).data)
-        while len(data) < size:
-            data += (await conversation.expect(PieceData)).data
-        if len(data) > size:
-            raise _SourceUnusable(f"it sent more than piece {number}")
-        return bytes(data)
+
+async def _receive(
+    conversation: Conversation,
+    question: file_wire.List | file_wire.GivePiece,
+    kind: type[file_wire.Hashes | file_wire.PieceData],
+    size: int,
+) -> bytes:
+    """Return what is answered, in one message or more, until it has that size."""
+    data = bytearray((await conversation.call(question, kind)).data)
+    while len(data) < size:
+        data += (await conversation.expect(kind)).data
+    return bytes(data)
 
 
-class MultiFileDownload:
-    """The download of a model in several files, one after the other; see `DownloadProgress`.  They
-    get their names when all of them are here, so the folder never has half a set."""
-
-    def __init__(
-        self,
-        open_stream: Open,
-        offers: dict[DownloadSource, ModelAvailable],
-        folder: Path,
-        name: str,
-    ) -> None:
-        offer = next(iter(offers.values()))
-        self.digest, self.size, self._parts = offer.digest, offer.size, offer.parts
-        self._open, self._offers, self._folder = open_stream, offers, folder
-        names = PartName(name, 1, len(offer.parts), ".gguf").all_parts
-        self._targets = [folder / part for part in names]
-        self.left_out: dict[DownloadSource, str] = {}
-        self.files: list[tuple[Path, str, bytes]] = []
-        self.finishing = False
-        self._finished_bytes, self._sent = 0, Counter[DownloadSource]()
-        self._current: Download | None = None
-
-    @property
-    def sources(self) -> list[DownloadSource]:
-        return list(self._offers)
-
-    @property
-    def bytes(self) -> int:
-        return self._finished_bytes + (self._current.bytes if self._current else 0)
-
-    @property
-    def sent(self) -> Counter[DownloadSource]:
-        return self._sent + (self._current.sent if self._current else Counter())
-
-    @property
-    def checking(self) -> bool:
-        return self._current is None or self._current.checking
-
-    async def run(self) -> None:
-        """Download it.  Raises CopyFailed; what has come is kept for another attempt."""
-        try:
-            with partial_file.claimed(self._folder, self.digest):
-                await self._check_folder()
-                for number in range(len(self._parts)):
-                    if not self._targets[number].exists():
-                        await self._download_part(number)
-                self.finishing = True
-                for part, target in zip(self._parts, self._targets, strict=True):
-                    if not target.exists():
-                        await asyncio.to_thread(
-                            partial_file.publish, self._folder, part.digest, target
-                        )
-        except OSError as error:
-            raise _disk_error(error, self._targets[0]) from error
-
-    async def _check_folder(self) -> None:
-        """Check before the download which files are there already, and that there is room for the
-        others.  Raises OSError; FileExistsError if another file has such a name."""
-        missing: list[tuple[str, int]] = []
-        for part, target in zip(self._parts, self._targets, strict=True):
-            if not target.exists():
-                missing.append((part.digest, part.size))
-            elif await asyncio.to_thread(sha256, target) != part.digest:
-                raise FileExistsError(f"{target} exists already")
-            else:
-                self._finished_bytes += part.size
-        await asyncio.to_thread(partial_file.check_room, self._folder, missing)
-
-    async def _download_part(self, number: int) -> None:
-        """Raises CopyFailed."""
-        part, target = self._parts[number], self._targets[number]
-        offers = {
-            source: ModelAvailable(offer.model, part.digest, offer.parts[number].size)
-            for source, offer in self._offers.items()
-            if source not in self.left_out
-        }
-        if not offers:
-            raise CopyFailed(f"No source is left{_because(self.left_out)}.")
-        self._current = download = Download(self._open, offers, target, named_later=True)
-        try:
-            await download.run()
-        finally:
-            # A source that is left out for one file is not asked for the others.
-            self.left_out |= download.left_out
-            self._current = None
-            self._sent += download.sent
-            self._finished_bytes += download.bytes
-        self.files.append((target, part.digest, download.hashes))
-
-
-def _disk_error(error: OSError, target: Path) -> CopyFailed:
-    folder = target.parent
+def _disk_error(error: OSError, folder: Path) -> CopyFailed:
     match error:
         case CopyInProgress():
             return CopyFailed("This model is being copied to this box already.")
@@ -467,8 +397,8 @@ async def _conversation(open_stream: Open, source: DownloadSource) -> AsyncItera
         stream,
         file_wire.answers,
         receive_seconds=STALL_SECONDS,
-        rejection=FileRefused,
-        keepalive=Working,
+        rejection=file_wire.FileRefused,
+        keepalive=file_wire.Working,
     )
     async with conversation:
         yield conversation

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine, Hashable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pinaivu_box.models import partial_file
 from pinaivu_box.models.catalog import Model, digest_of
@@ -21,62 +21,30 @@ T = TypeVar("T")
 _Facts = tuple[str, int, int]
 
 
-async def digest(database: Database, model: Model) -> str:
-    """Return a model's digest in hex (see `models.catalog.digest_of`), from the database while size
-    and time of its files are unchanged.  Raises OSError."""
-    if model.recorded_digest:
-        return model.recorded_digest
-    if model.parts:
-        return digest_of_parts(await digests_of_parts(database, model))
-    facts = _facts(model.path)
-    rows = await database.read(
-        "SELECT digest FROM model_files WHERE path = ? AND size = ? AND mtime_ns = ?", facts
-    )
-    if rows:
-        return str(rows[0]["digest"])
-    computed = await _in_thread(lambda stopped: digest_of(model, stopped))
-    await database.write(
-        ("INSERT OR REPLACE INTO model_files VALUES (?, ?, ?, ?)", (*facts, computed)),
-    )
-    return computed
-
-
-async def digests_of_parts(database: Database, model: Model) -> list[str]:
-    """Return the SHA-256 in hex of each of its files.  Raises OSError."""
-    return [await digest(database, file) for file in model.files]
-
-
 class Digests:
-    """The same with a cache in memory, for use at each request.  Callers that ask at the same time
-    share one read."""
+    """Digests of files and hashes of their pieces.  What is not known is read once, however many
+    callers ask for it at the same time, and then stored."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
         self._known: dict[tuple[_Facts, ...], str] = {}
-        self._running: dict[tuple[_Facts, ...], asyncio.Task[str]] = {}
+        self._running: dict[Hashable, asyncio.Task[Any]] = {}
         self._reads = asyncio.Semaphore(_MAX_READS)
 
     async def of(self, model: Model) -> str:
-        """Return the model's digest.  Raises OSError."""
+        """Return a model's digest in hex (see `models.catalog.digest_of`), which is read again if
+        size or time of its files change.  Raises OSError."""
         if model.recorded_digest:
             return model.recorded_digest
         facts = tuple(_facts(file.path) for file in model.files)
         if facts not in self._known:
-            self._known[facts] = await self._read_once(facts, model)
+            self._known[facts] = await self._read_once(facts, lambda: self._digest(model))
         return self._known[facts]
 
-    async def _read_once(self, facts: tuple[_Facts, ...], model: Model) -> str:
-        """Read the files; a caller that is cancelled does not cancel it for the others."""
-        task = self._running.get(facts)
-        if task is None:
-            task = self._running[facts] = asyncio.create_task(self._read(model))
-            task.add_done_callback(lambda _: self._running.pop(facts, None))
-            task.add_done_callback(ignore_exception)
-        return await asyncio.shield(task)
-
-    async def _read(self, model: Model) -> str:
-        async with self._reads:
-            return await digest(self._database, model)
+    async def hashes(self, model: Model, digest: str) -> bytes:
+        """Return the SHA-256 of each piece (`models.partial_file`) of a model in one file, which
+        are those of that digest.  Raises OSError."""
+        return await self._read_once(digest, lambda: self._hashes(model, digest))
 
     async def close(self) -> None:
         """Stop reading."""
@@ -85,18 +53,42 @@ class Digests:
             task.cancel()
         await asyncio.gather(*running, return_exceptions=True)
 
+    async def _read_once(self, key: Hashable, read: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """A caller that is cancelled does not cancel it for the others."""
 
-async def hashes(database: Database, model: Model, digest: str) -> bytes:
-    """Return the SHA-256 of each piece (`models.partial_file`) of a model in one file.
+        async def bounded() -> T:
+            async with self._reads:
+                return await read()
 
-    They are computed once for that digest.
-    """
-    rows = await database.read("SELECT hashes FROM model_pieces WHERE digest = ?", (digest,))
-    if rows:
-        return bytes(rows[0]["hashes"])
-    computed = await _in_thread(lambda stopped: partial_file.hashes(model, stopped))
-    await database.write(_insert_hashes(digest, computed))
-    return computed
+        task = self._running.get(key)
+        if task is None:
+            task = self._running[key] = asyncio.create_task(bounded())
+            task.add_done_callback(lambda _: self._running.pop(key, None))
+            task.add_done_callback(ignore_exception)
+        return await asyncio.shield(task)
+
+    async def _digest(self, model: Model) -> str:
+        if model.parts:
+            return digest_of_parts([await self._digest(file) for file in model.files])
+        facts = _facts(model.path)
+        rows = await self._database.read(
+            "SELECT digest FROM model_files WHERE path = ? AND size = ? AND mtime_ns = ?", facts
+        )
+        if rows:
+            return str(rows[0]["digest"])
+        computed = await _in_thread(lambda stopped: digest_of(model, stopped))
+        await self._database.write(_insert_digest(facts, computed))
+        return computed
+
+    async def _hashes(self, model: Model, digest: str) -> bytes:
+        rows = await self._database.read(
+            "SELECT hashes FROM model_pieces WHERE digest = ?", (digest,)
+        )
+        if rows:
+            return bytes(rows[0]["hashes"])
+        computed = await _in_thread(lambda stopped: partial_file.hashes(model, stopped))
+        await self._database.write(_insert_hashes(digest, computed))
+        return computed
 
 
 def copied(path: Path, digest: str, hashes: bytes) -> tuple[SqlStatement, SqlStatement]:
@@ -107,7 +99,7 @@ def copied(path: Path, digest: str, hashes: bytes) -> tuple[SqlStatement, SqlSta
 
 def named(path: Path, digest: str) -> SqlStatement:
     """Return the statement that stores the digest of a file under another name."""
-    return ("INSERT OR REPLACE INTO model_files VALUES (?, ?, ?, ?)", (*_facts(path), digest))
+    return _insert_digest(_facts(path), digest)
 
 
 async def _in_thread(work: Callable[[Callable[[], bool]], T]) -> T:
@@ -125,6 +117,10 @@ def _facts(path: Path) -> _Facts:
     status = stat_regular(path)
     # SQLite's integers end in the year 2262, file systems' later.
     return str(path), status.st_size, status.st_mtime_ns % 2**63
+
+
+def _insert_digest(facts: _Facts, digest: str) -> SqlStatement:
+    return ("INSERT OR REPLACE INTO model_files VALUES (?, ?, ?, ?)", (*facts, digest))
 
 
 def _insert_hashes(digest: str, hashes: bytes) -> SqlStatement:

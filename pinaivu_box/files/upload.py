@@ -4,32 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import TypeVar
 
 from pinaivu_box.errors import LinkLost, ModelNotFound
-from pinaivu_box.files import store as file_store
 from pinaivu_box.files import wire as file_wire
-from pinaivu_box.files.wire import (
-    MAX_DATA_BYTES,
-    MAX_FILE_BYTES,
-    WORKING_SECONDS,
-    File,
-    FileRefused,
-    Find,
-    GivePiece,
-    Hashes,
-    List,
-    ModelAvailable,
-    PieceData,
-    Working,
-)
+from pinaivu_box.files.store import Digests
 from pinaivu_box.models import partial_file
 from pinaivu_box.models.catalog import Catalog, Model
-from pinaivu_box.store.database import Database
 from pinaivu_box.transport import wire
 from pinaivu_box.transport.link import Stream
 from pinaivu_box.transport.rpc import MessageStream
@@ -37,6 +23,7 @@ from pinaivu_box.transport.rpc import MessageStream
 MAX_CONVERSATIONS = 8  # of one peer at a time
 MAX_DISK_READS = 4  # at a time
 IDLE_SECONDS = 60.0  # without a question
+_MAX_PIECES = 10_000  # that are sent at a time
 _PIECE_SECONDS = 60.0  # that a piece may take under a rate limit; the peer waits twice as long
 _MAX_REASON_CHARACTERS = 500
 _NAMED_DIGITS = 12  # of a digest, in sentences
@@ -58,8 +45,8 @@ class _RateLimit:
 
     def __init__(self, rate: float) -> None:
         self.rate = rate
-        count = max(1, int(rate * _PIECE_SECONDS / partial_file.PIECE_BYTES))
-        self.pieces = asyncio.Semaphore(count)
+        count = min(rate * _PIECE_SECONDS / partial_file.PIECE_BYTES, _MAX_PIECES)
+        self.pieces = asyncio.Semaphore(max(1, int(count)))
         self._free_at = 0.0
 
     async def wait(self, size: int) -> None:
@@ -75,18 +62,16 @@ class FileServer:
     def __init__(
         self,
         shared: Callable[[str], Awaitable[Catalog | str]],
-        database: Database,
+        digests: Digests,
         rate: Callable[[], float] = lambda: 0.0,
     ) -> None:
         """`shared` returns what a peer may copy now, or in a sentence why nothing; `rate` how many
         bytes a second all peers get together, 0 for no limit."""
         self._shared, self._rate = shared, rate
-        self._rate_limit: _RateLimit | None = None
-        self._database = database
+        self._rate_limit = _RateLimit(math.inf)
+        self._digests = digests
         self._conversations: Counter[str] = Counter()
         self._reads = asyncio.Semaphore(MAX_DISK_READS)
-        self._hashing = asyncio.Lock()
-        self._model_of: dict[str, str] = {}  # digest -> the model to look at first
 
     async def serve(self, peer: str, stream: Stream) -> None:
         """Serve one conversation.  Raises ProtocolError if the peer sends what no box sends."""
@@ -96,7 +81,7 @@ class FileServer:
             async with conversation:
                 if self._conversations[peer] > MAX_CONVERSATIONS:
                     busy = "this box sends no peer more files at a time"
-                    await conversation.send(FileRefused(busy))
+                    await conversation.send(file_wire.FileRefused(busy))
                 else:
                     await self._answer_all(conversation)
         except (LinkLost, TimeoutError) as error:
@@ -112,28 +97,29 @@ class FileServer:
                     raise _Refusal(catalog)
                 await self._answer(conversation, question, catalog)
             except _Refusal as refusal:
-                await conversation.send(FileRefused(str(refusal)[:_MAX_REASON_CHARACTERS]))
+                await conversation.send(
+                    file_wire.FileRefused(str(refusal)[:_MAX_REASON_CHARACTERS])
+                )
             except OSError as error:
                 log.warning("a model could not be sent to a peer: %s", error)
-                await conversation.send(FileRefused("this box cannot read its file"))
+                await conversation.send(file_wire.FileRefused("this box cannot read its file"))
 
     async def _answer(
         self, conversation: Conversation, question: file_wire.Question, catalog: Catalog
     ) -> None:
         match question:
-            case Find():
+            case file_wire.Find():
                 finding = self._find(catalog, question)
-                digest, model = await _keep_informed(conversation, finding)
-                parts = await _keep_informed(conversation, self._parts(model))
-                answer = ModelAvailable(question.model, digest, model.size, parts)
-                await conversation.send(answer)
-            case List():
+                await conversation.send(await _keep_informed(conversation, finding))
+            case file_wire.List():
                 model = await _keep_informed(conversation, self._file(catalog, question.digest))
-                hashing = self._hashes(model, question.digest)
+                hashing = self._digests.hashes(model, question.digest)
                 hashes = await _keep_informed(conversation, hashing)
-                for start in range(0, len(hashes), MAX_DATA_BYTES):
-                    await conversation.send(Hashes(hashes[start : start + MAX_DATA_BYTES]))
-            case GivePiece():
+                for start in range(0, len(hashes), file_wire.MAX_DATA_BYTES):
+                    await conversation.send(
+                        file_wire.Hashes(hashes[start : start + file_wire.MAX_DATA_BYTES])
+                    )
+            case file_wire.GivePiece():
                 model = await _keep_informed(conversation, self._file(catalog, question.digest))
                 await self._send_piece(conversation, model, question.number)
 
@@ -144,22 +130,20 @@ class FileServer:
         end = start + partial_file.length(number, model.size)
         async with self._rate_limited(conversation) as limit:
             while start < end:
-                size = min(MAX_DATA_BYTES, end - start)
+                size = min(file_wire.MAX_DATA_BYTES, end - start)
                 async with self._reads:
                     data = await asyncio.to_thread(partial_file.read, model, start, size)
-                if limit is not None:
-                    await limit.wait(size)
-                await conversation.send(PieceData(data))
+                await limit.wait(size)
+                await conversation.send(file_wire.PieceData(data))
                 start += size
 
     @asynccontextmanager
-    async def _rate_limited(self, conversation: Conversation) -> AsyncIterator[_RateLimit | None]:
-        """Wait, if there is a rate limit, until a piece may be sent."""
-        if (self._rate_limit.rate if self._rate_limit else 0.0) != (rate := self._rate()):
-            self._rate_limit = _RateLimit(rate) if rate else None
-        if (limit := self._rate_limit) is None:
-            yield None
-            return
+    async def _rate_limited(self, conversation: Conversation) -> AsyncIterator[_RateLimit]:
+        """Wait until a piece may be sent."""
+        rate = self._rate() or math.inf
+        if rate != self._rate_limit.rate:
+            self._rate_limit = _RateLimit(rate)
+        limit = self._rate_limit
         acquiring = asyncio.create_task(limit.pieces.acquire())
         try:
             await _keep_informed(conversation, asyncio.shield(acquiring))
@@ -168,10 +152,10 @@ class FileServer:
             if not acquiring.cancel():
                 limit.pieces.release()
 
-    async def _find(self, catalog: Catalog, question: Find) -> tuple[str, Model]:
-        """Return digest and model.  Raises _Refusal."""
+    async def _find(self, catalog: Catalog, question: file_wire.Find) -> file_wire.ModelAvailable:
+        """Raises _Refusal."""
         if question.digest:
-            model = await self._by_digest(catalog, question.digest)
+            model = await self._with_digest(catalog.models, question.digest)
         else:
             try:
                 model = catalog.find(question.model)
@@ -184,52 +168,36 @@ class FileServer:
                 f"{model.id} is in {len(model.parts)} files, which your version of Pinaivu Box "
                 "cannot copy: update it"
             )
-        if any(file.size > MAX_FILE_BYTES for file in model.files):
+        if any(file.size > file_wire.MAX_FILE_BYTES for file in model.files):
             raise _Refusal(f"{model.id} is larger than a file that can be copied")
-        return await self._digest(model), model
+        digest = await self._digests.of(model)
+        return file_wire.ModelAvailable(
+            question.model, digest, model.size, await self._parts(model)
+        )
 
-    async def _parts(self, model: Model) -> tuple[File, ...]:
+    async def _parts(self, model: Model) -> tuple[file_wire.File, ...]:
         """Return the files of a model that has several."""
         if not model.parts:
             return ()
-        return tuple([File(await self._digest(file), file.size) for file in model.files])
-
-    async def _by_digest(self, catalog: Catalog, beginning: str) -> Model:
-        """Return the model whose digest begins so.  Raises _Refusal."""
-        return await self._first(self._ordered(catalog, beginning), beginning)
+        return tuple(
+            [file_wire.File(await self._digests.of(file), file.size) for file in model.files]
+        )
 
     async def _file(self, catalog: Catalog, digest: str) -> Model:
         """Return a file of a model, by its own digest.  Raises _Refusal."""
-        ordered = self._ordered(catalog, digest)
-        return await self._first([file for model in ordered for file in model.files], digest)
+        return await self._with_digest([f for model in catalog.models for f in model.files], digest)
 
-    def _ordered(self, catalog: Catalog, beginning: str) -> list[Model]:
-        """Return the models, first the one that had the digest before."""
-        known = self._model_of.get(beginning)
-        models = [model for model in catalog.models if not model.is_fake]
-        return sorted(models, key=lambda model: model.id != known)
-
-    async def _first(self, models: list[Model], beginning: str) -> Model:
+    async def _with_digest(self, models: list[Model], beginning: str) -> Model:
         """Return the first of the models whose digest begins so.  Raises _Refusal."""
         for model in models:
-            try:
-                digest = await self._digest(model)
-            except OSError:  # deleted meanwhile; the others may not be
+            if model.is_fake:
                 continue
-            if digest.startswith(beginning):
-                self._model_of[digest] = model.id
-                return model
+            with suppress(OSError):  # deleted meanwhile; the others may not be
+                if (await self._digests.of(model)).startswith(beginning):
+                    return model
         raise _Refusal(f"this box has no model with the digest {beginning[:_NAMED_DIGITS]}")
-
-    async def _digest(self, model: Model) -> str:
-        async with self._hashing:  # two questions at once must not read a large file twice
-            return await file_store.digest(self._database, model)
-
-    async def _hashes(self, model: Model, digest: str) -> bytes:
-        async with self._hashing:
-            return await file_store.hashes(self._database, model, digest)
 
 
 async def _keep_informed(conversation: Conversation, work: Awaitable[T]) -> T:
     """Return the result of some work; the peer hears meanwhile that it takes time."""
-    return await conversation.wait_for(work, Working(), WORKING_SECONDS)
+    return await conversation.wait_for(work, file_wire.Working(), file_wire.WORKING_SECONDS)

@@ -70,6 +70,11 @@ class ModelAvailable(Struct, frozen=True, tag="Have"):
     size: Annotated[int, Meta(ge=1, le=MAX_MODEL_BYTES)]
     parts: Annotated[tuple[File, ...], Meta(max_length=MAX_PARTS)] = ()
 
+    @property
+    def files(self) -> tuple[File, ...]:
+        """All files of the model."""
+        return self.parts or (File(self.digest, self.size),)
+
 
 class Hashes(Struct, frozen=True, tag="Hashes"):
     """SHA-256 of pieces of `models.partial_file.PIECE_BYTES` each, one after the other."""

@@ -118,7 +118,9 @@ class EngineProcess:
         if not self.alive:
             raise EngineLost("The engine stopped before it could take the request; try again.")
         mailbox: Mailbox[Item] = Mailbox()
-        self._mailboxes[message.add.id if isinstance(message, Tokenize) else message.id] = mailbox
+        self._mailboxes[message.request.id if isinstance(message, Tokenize) else message.id] = (
+            mailbox
+        )
         self._send(message)
         return mailbox
 

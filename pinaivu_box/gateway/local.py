@@ -61,8 +61,8 @@ class LocalBackend:
         engine = await self._acquired(job.model)
         answered = False
         try:
-            add = to_add(job, self.sampling(job, engine))
-            mailbox = engine.submit(Tokenize(add, tokens, plain, job.inputs, count))
+            request = _request(job, self.sampling(job, engine))
+            mailbox = engine.submit(Tokenize(request, tokens, plain, count))
             (item,) = await mailbox.take()
             answered = True
             if isinstance(item, Tokenized):
@@ -114,7 +114,7 @@ class LocalLeg:
         ended = False
         try:
             sampling, ready = self._backend.sampling(job, engine), engine.ready
-            mailbox = engine.submit(to_add(job, sampling) if job.inputs is None else to_embed(job))
+            mailbox = engine.submit(_request(job, sampling))
             self._engine = engine
             if self._is_cancelled():
                 engine.cancel(job.id)
@@ -139,15 +139,14 @@ class LocalLeg:
             placement.release(engine, job.tenant, job.keep_alive)
 
 
-def to_embed(job: Job) -> Embed:
-    return Embed(job.id, job.inputs or [], job.dimensions, job.tenant, job.weight, job.priority)
-
-
 # Fields of an Add that a job has as well.
 _SAME = set(Add.__struct_fields__) - {"id", "sampling", "scope", "named", "read"}
 
 
-def to_add(job: Job, sampling: Sampling) -> Add:
+def _request(job: Job, sampling: Sampling) -> Add | Embed:
+    """What an engine gets of the job."""
+    if job.inputs is not None:
+        return Embed(job.id, job.inputs, job.dimensions, job.tenant, job.weight, job.priority)
     same: dict[str, Any] = {name: getattr(job, name) for name in _SAME}
     return Add(
         id=job.id,

@@ -24,11 +24,11 @@ from pinaivu_box.receipts.receipt import (
     sign_proof,
     sign_receipt,
     total_cost,
-    utc_text,
 )
 from pinaivu_box.settings import LiveSettings
 from pinaivu_box.store.database import Database
 from pinaivu_box.store.requests import RequestRow, StoredReceipt, store_request
+from pinaivu_box.text import utc_text
 
 
 class Meter:

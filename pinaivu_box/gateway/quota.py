@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from pinaivu_box import amount
 from pinaivu_box.errors import BudgetExceeded, ExceedsKeyLimit, RateLimited
 from pinaivu_box.policy import Budget
-from pinaivu_box.receipts.receipt import utc_text
 from pinaivu_box.store.keys import MAX_PERIODS, in_period
+from pinaivu_box.text import utc_text
 
 MINUTE = 60.0  # seconds
 _CREDIT_RETRY_SECONDS = 30

@@ -7,6 +7,7 @@ and the box that served can only write the entry off.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 
 import msgspec
@@ -18,12 +19,11 @@ from pinaivu_box.errors import EntryRefused, RowConflict
 from pinaivu_box.identity import Identity
 from pinaivu_box.ledger import entry as ledger_entry
 from pinaivu_box.ledger import wire as ledger_wire
-from pinaivu_box.ledger.entry import COLUMNS, LedgerEntry
-from pinaivu_box.ledger.reconcile import entry_key
+from pinaivu_box.ledger.entry import LedgerEntry
 from pinaivu_box.receipts.receipt import ACCEPTANCE_DOMAIN, Proof, Receipt
 from pinaivu_box.store import audit
 from pinaivu_box.store.audit import Actor
-from pinaivu_box.store.database import Database, SqlStatement
+from pinaivu_box.store.database import Database
 from pinaivu_box.store.requests import find_receipt
 from pinaivu_box.store.times import now_ms
 from pinaivu_box.transport import wire
@@ -50,6 +50,7 @@ class ClaimsExchange:
         self.accepted = 0
         self.disputed: dict[LedgerEntry, str] = {}
         self._identity, self._database, self._peer = identity, database, peer
+        self._us = identity.node_id
         self._shown: list[LedgerEntry] = []
 
     async def show(self) -> ledger_wire.ClaimEntries:
@@ -65,10 +66,10 @@ class ClaimsExchange:
         """
         disputed = {}
         for entry in self._shown:
-            key = _key(self._identity.node_id, entry)
+            key = entry.summary(self._us).key
             if (signature := judged.accepted.get(key)) is not None:
                 accepted = replace(entry, acceptance=signature)
-                await ledger_entry.record(self._database, accepted, self._identity.node_id)
+                await ledger_entry.record(self._database, accepted, self._us)
                 self.accepted += 1
             elif (reason := judged.disputed.get(key)) is not None:
                 disputed[entry] = wire.printable(reason)
@@ -81,7 +82,7 @@ class ClaimsExchange:
         judged = ledger_wire.Judged({}, {})
         for claim in claims.claims:
             entry = claim.entry(self._peer)
-            key = _key(self._peer, entry)
+            key = entry.summary(self._us).key
             try:
                 judged.accepted[key] = await self._accept(entry)
                 self.accepted += 1
@@ -96,36 +97,31 @@ class ClaimsExchange:
             raise EntryRefused(reason)
         signature = self._identity.sign(ACCEPTANCE_DOMAIN, entry.proof)
         accepted = replace(entry, acceptance=signature)
-        await ledger_entry.record(self._database, accepted, self._identity.node_id)
+        await ledger_entry.record(self._database, accepted, self._us)
         return signature
-
-
-def _key(server: str, entry: LedgerEntry) -> bytes:
-    return entry_key(server, entry.request_id, entry.leg, entry.choice)
 
 
 async def waiting(database: Database, peer: str, limit: int) -> list[LedgerEntry]:
     """What the peer has not accepted: first what it has said nothing of, of that the oldest."""
-    rows = await database.read(
-        f"SELECT {COLUMNS} FROM ledger_entries WHERE {_WAITING}"
-        " ORDER BY disputed IS NOT NULL, at, rowid LIMIT ?2",
-        (peer, limit),
+    order = "disputed IS NOT NULL, at, rowid"
+    return await ledger_entry.where(
+        database, f"{_WAITING} ORDER BY {order} LIMIT ?2", (peer, limit)
     )
-    return [msgspec.convert(dict(row), LedgerEntry, strict=False) for row in rows]
 
 
 async def dispute(database: Database, reasons: Mapping[LedgerEntry, str]) -> None:
     """Record why the peer does not accept entries."""
     if reasons:
-        await database.write(*(_disputing(entry, reason) for entry, reason in reasons.items()))
-
-
-def _disputing(entry: LedgerEntry, reason: str) -> SqlStatement:
-    return (
-        f"UPDATE ledger_entries SET disputed = ?2 WHERE {_WAITING} AND request_id = ?3"
-        " AND leg = ?4 AND choice = ?5",
-        (entry.peer, reason, entry.request_id, entry.leg, entry.choice),
-    )
+        disputing = (
+            f"UPDATE ledger_entries SET disputed = ?2 WHERE {_WAITING} AND request_id = ?3"
+            " AND leg = ?4 AND choice = ?5"
+        )
+        await database.write(
+            *(
+                (disputing, (entry.peer, reason, entry.request_id, entry.leg, entry.choice))
+                for entry, reason in reasons.items()
+            )
+        )
 
 
 async def forgive(database: Database, peer: str, by: Actor) -> Forgiven:
@@ -137,9 +133,9 @@ async def forgive(database: Database, peer: str, by: Actor) -> Forgiven:
     rows = await database.scan(
         f"SELECT rowid, amount, currency FROM ledger_entries WHERE {_WAITING}", (peer,)
     )
-    sums: dict[str, int] = {}
+    sums: Counter[str] = Counter()
     for _, units, currency in rows:
-        sums[currency] = sums.get(currency, 0) + units
+        sums[currency] += units
     forgiven = Forgiven(len(rows), {name: amount.to_text(units) for name, units in sums.items()})
     if not rows:
         return forgiven
@@ -148,12 +144,7 @@ async def forgive(database: Database, peer: str, by: Actor) -> Forgiven:
         (
             f"UPDATE ledger_entries SET forgiven_at = ?3 WHERE {chosen}"
             f" AND ?4 = (SELECT count(*) FROM ledger_entries WHERE {chosen})",
-            (
-                peer,
-                msgspec.json.encode([row[0] for row in rows]).decode(),
-                now_ms(),
-                len(rows),
-            ),
+            (peer, msgspec.json.encode([row[0] for row in rows]).decode(), now_ms(), len(rows)),
         ),
         audit.record(
             by, "ledger.forgive", peer, entries=forgiven.entries, amounts=forgiven.amounts

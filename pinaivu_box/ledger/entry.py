@@ -10,24 +10,26 @@ keeps the sums of each peer, so `balance` reads one row of each currency.
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from hashlib import sha256
+from typing import Any
 
 import msgspec
 from msgspec import Struct
 
 from pinaivu_box.errors import EntryRefused
 from pinaivu_box.identity import verify
-from pinaivu_box.receipts.receipt import ACCEPTANCE_DOMAIN, Proof, SignedProof
+from pinaivu_box.ledger.reconcile import EntrySummary
+from pinaivu_box.receipts.receipt import ACCEPTANCE_DOMAIN, Proof, SignedProof, cost
 from pinaivu_box.receipts.verify import is_signed, read_proof
-from pinaivu_box.store.database import Database, SqlStatement
+from pinaivu_box.store.database import Database, Row
 from pinaivu_box.store.times import now_ms
 
 MAX_PROOF_BYTES = 256 * 1024
 MAX_TEXT_CHARACTERS = 128  # of a request's id, or a currency
 _MAX_AMOUNT = 2**62  # of one entry; sums of entries fit into 64 bits, or are refused
 _MAX_RECENT_ENTRIES = 10_000  # of all peers
-_KEY = "peer = ? AND served_by_us = ? AND request_id = ? AND leg = ? AND choice = ?"
+_KEY = "peer = ?1 AND served_by_us = ?2 AND request_id = ?3 AND leg = ?4 AND choice = ?5"
 
 
 class LedgerEntry(Struct, frozen=True):
@@ -56,8 +58,25 @@ class LedgerEntry(Struct, frozen=True):
     statement: str | None = None
     forgiven_at: int | None = None
 
+    @property
+    def key(self) -> tuple[str, bool, str, int, int]:
+        """The columns that tell entries apart."""
+        return self.peer, self.served_by_us, self.request_id, self.leg, self.choice
 
-COLUMNS = ", ".join(LedgerEntry.__struct_fields__)
+    def summary(self, us: str) -> EntrySummary:
+        """What is compared of it; `us` is this box's node id."""
+        return EntrySummary(
+            us if self.served_by_us else self.peer,
+            self.request_id,
+            self.leg,
+            self.choice,
+            self.currency,
+            self.amount,
+            sha256(self.proof).digest(),
+        )
+
+
+_COLUMNS = ", ".join(LedgerEntry.__struct_fields__)
 
 
 class Balance(Struct, frozen=True):
@@ -90,12 +109,35 @@ class Balance(Struct, frozen=True):
         return max(self.net + self.waiting, 0)
 
 
-def check(entry: LedgerEntry, us: str | None = None) -> Proof:
-    """Check that everything in an entry follows from its signed bytes; returns its proof.
+def of_leg(
+    peer: str,
+    proof: Proof,
+    signed: SignedProof,
+    pays_prompt: bool,
+    acceptance: bytes,
+    disputed: str | None = None,
+) -> LedgerEntry:
+    """The entry of a leg that has just ended, served for the peer or by it; with `pays_prompt` the
+    amount includes the price of the prompt."""
+    return LedgerEntry(
+        peer=peer,
+        served_by_us=proof.node_id != peer,
+        request_id=proof.request_id,
+        leg=proof.leg,
+        choice=proof.choice,
+        amount=cost(proof, pays_prompt),
+        currency=proof.price.currency,
+        at=now_ms(),
+        proof=signed.signed.encode(),
+        signature=bytes.fromhex(signed.signature),
+        acceptance=acceptance,
+        disputed=disputed,
+    )
 
-    With `us`, this box's node id, the acceptance of what a peer served must be this box's; a caller
-    that has just signed it leaves `us` out.  Raises EntryRefused.
-    """
+
+def check(entry: LedgerEntry, us: str) -> Proof:
+    """Check that everything in an entry follows from its signed bytes; returns its proof.  `us` is
+    this box's node id.  Raises EntryRefused."""
     if len(entry.proof) > MAX_PROOF_BYTES:
         raise _refused(entry, f"its proof has over {MAX_PROOF_BYTES} bytes")
     try:
@@ -128,24 +170,23 @@ def costs(proof: Proof) -> tuple[int, int]:
     return output, prompt
 
 
-def _mismatch(entry: LedgerEntry, proof: Proof, signed: SignedProof, us: str | None) -> str:
+def _mismatch(entry: LedgerEntry, proof: Proof, signed: SignedProof, us: str) -> str:
     """Why the proof is not this entry's, or not signed; "" if it is."""
     stated = (proof.request_id, proof.leg, proof.choice, proof.price.currency)
-    own = proof.node_id if us is None or not entry.served_by_us else us
-    server, coordinator = (own, entry.peer) if entry.served_by_us else (entry.peer, us)
+    server, coordinator = (us, entry.peer) if entry.served_by_us else (entry.peer, us)
     if not all(0 <= number < 2**31 for number in (proof.leg, proof.choice, proof.prompt)):
         return "a number in its proof is out of range"
     if max(len(proof.request_id), len(proof.price.currency)) > MAX_TEXT_CHARACTERS:
         return f"its proof has a name of over {MAX_TEXT_CHARACTERS} characters"
     if stated != (entry.request_id, entry.leg, entry.choice, entry.currency):
         return "its proof is about another request, leg, choice or currency"
-    if proof.node_id != server or (entry.served_by_us and server == entry.peer):
+    if proof.node_id != server:
         return f"its proof is by {proof.node_id}"
     if proof.signer != server or not is_signed(proof, signed):
         return f"the signature of its proof is not {server}'s"
-    if entry.acceptance and coordinator is not None:
-        accepted = verify(coordinator, ACCEPTANCE_DOMAIN, entry.proof, entry.acceptance)
-        return "" if accepted else f"its acceptance is not {coordinator}'s"
+    acceptance = entry.acceptance
+    if acceptance and not verify(coordinator, ACCEPTANCE_DOMAIN, entry.proof, acceptance):
+        return f"its acceptance is not {coordinator}'s"
     return ""
 
 
@@ -154,42 +195,30 @@ def _refused(entry: LedgerEntry, reason: str) -> EntryRefused:
     return EntryRefused(f"The ledger does not take {name}: {reason}.")
 
 
-def recording(entry: LedgerEntry, us: str | None = None) -> tuple[SqlStatement, ...]:
-    """The statements that write an entry, or the acceptance that it lacked, for a transaction.
+async def record(database: Database, entry: LedgerEntry, us: str) -> None:
+    """Write an entry, or the acceptance that it lacked; it is on disk on return.  Recording the
+    same again changes nothing.
 
-    An entry that is there already stays as it is.  If it has other bytes, or another entry of the
-    request has paid for the prompt, the transaction fails (sqlite3.IntegrityError).  Raises as
-    `check` does.
+    Raises EntryRefused if it is not proven (`check`), has other bytes than what is recorded, or is
+    for a prompt that another entry of the request has paid for.
     """
     proof = check(entry, us)
     output, _ = costs(proof)
-    key = (entry.peer, entry.served_by_us, entry.request_id, entry.leg, entry.choice)
-    same = (entry.amount, entry.proof, entry.signature)
-    return (
-        (
-            "INSERT INTO ledger_entries (peer, served_by_us, request_id, leg, choice, prompt,"
-            " prompt_paid, amount, currency, at, proof, proof_sha256, signature, acceptance,"
-            " disputed) SELECT ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ? WHERE NOT EXISTS ("
-            f"SELECT 1 FROM ledger_entries WHERE {_KEY}"
-            " AND amount = ? AND proof = ? AND signature = ?)",
-            (*key, proof.prompt, entry.amount != output, entry.amount, entry.currency, entry.at,
-             entry.proof, sha256(entry.proof).digest(), entry.signature, entry.acceptance,
-             entry.disputed, *key, *same),
-        ),
-        (
-            f"UPDATE ledger_entries SET acceptance = ? WHERE {_KEY} AND acceptance = x''",
-            (entry.acceptance, *key),
-        ),
+    insert = (
+        "INSERT INTO ledger_entries (peer, served_by_us, request_id, leg, choice, amount, proof,"
+        " signature, prompt, prompt_paid, currency, at, proof_sha256, acceptance, disputed)"
+        " SELECT ?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15 WHERE NOT EXISTS"
+        f" (SELECT 1 FROM ledger_entries WHERE {_KEY} AND amount = ?6 AND proof = ?7"
+        " AND signature = ?8)"
+    )
+    values = (
+        *entry.key, entry.amount, entry.proof, entry.signature, proof.prompt,
+        entry.amount != output, entry.currency, entry.at, sha256(entry.proof).digest(),
+        entry.acceptance, entry.disputed,
     )  # fmt: skip
-
-
-async def record(database: Database, entry: LedgerEntry, us: str | None = None) -> None:
-    """Write an entry; it is on disk on return.  Recording the same again changes nothing.
-
-    Raises EntryRefused if it is not proven (`check`), or contradicts what is recorded.
-    """
+    accept = f"UPDATE ledger_entries SET acceptance = ?6 WHERE {_KEY} AND acceptance = x''"
     try:
-        await database.write(*recording(entry, us))
+        await database.write((insert, values), (accept, (*entry.key, entry.acceptance)))
     except sqlite3.IntegrityError as error:
         reason = "the ledger has other bytes for it, or its prompt is paid for already"
         raise _refused(entry, reason) from error
@@ -219,29 +248,37 @@ async def of_peer(
     database: Database, peer: str, *, limit: int, statement: str | None = None
 ) -> list[LedgerEntry]:
     """The newest entries with a peer, or of one statement with it, the newest first."""
-    rows = await database.scan(
-        f"SELECT {COLUMNS} FROM ledger_entries"
-        " WHERE peer = ?1 AND (?2 IS NULL OR statement = ?2) ORDER BY at DESC, rowid DESC LIMIT ?3",
+    return await where(
+        database,
+        "peer = ?1 AND (?2 IS NULL OR statement = ?2) ORDER BY at DESC, rowid DESC LIMIT ?3",
         (peer, statement, limit),
     )
-    return [msgspec.convert(dict(row), LedgerEntry, strict=False) for row in rows]
 
 
-async def by_rowid(database: Database, rowids: Sequence[int]) -> dict[int, LedgerEntry]:
+async def where(database: Database, condition: str, values: Sequence[Any]) -> list[LedgerEntry]:
+    """The entries that an SQL condition selects."""
+    return _entries(
+        await database.scan(f"SELECT {_COLUMNS} FROM ledger_entries WHERE {condition}", values)
+    )
+
+
+async def by_rowid(database: Database, rowids: Sequence[int]) -> list[LedgerEntry]:
+    """The entries of these rows, in that order."""
     rows = await database.read(
-        f"SELECT rowid, {COLUMNS} FROM ledger_entries"
-        " WHERE rowid IN (SELECT value FROM json_each(?))",
+        f"SELECT {_COLUMNS} FROM json_each(?) JOIN ledger_entries ON ledger_entries.rowid = value"
+        " ORDER BY json_each.key",
         (msgspec.json.encode(rowids).decode(),),
     )
-    return {row[0]: msgspec.convert(dict(row), LedgerEntry, strict=False) for row in rows}
+    return _entries(rows)
+
+
+def _entries(rows: Iterable[Row]) -> list[LedgerEntry]:
+    return [msgspec.convert(dict(row), LedgerEntry, strict=False) for row in rows]
 
 
 async def statement_of(database: Database, entry: LedgerEntry) -> str | None:
     """The id of the statement that contains an entry, if one does."""
-    rows = await database.read(
-        f"SELECT statement FROM ledger_entries WHERE {_KEY}",
-        (entry.peer, entry.served_by_us, entry.request_id, entry.leg, entry.choice),
-    )
+    rows = await database.read(f"SELECT statement FROM ledger_entries WHERE {_KEY}", entry.key)
     return rows[0][0] if rows else None
 
 

@@ -9,6 +9,7 @@ compared, down to a few entries: one entry that differs among n is found in log 
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Iterable
 from hashlib import sha256
 from typing import Annotated
@@ -77,6 +78,11 @@ class EntryTree:
         self._hashes[key] = sha256(msgspec.msgpack.encode(entry)).digest()
         self._sorted = None
 
+    def remove(self, keys: Iterable[bytes]) -> None:
+        for key in keys:
+            self.entries.pop(key, None)
+        self._sorted = None
+
     def range(self, prefix: bytes) -> EntryRange:
         """The range of the keys with that prefix, as a peer gets it."""
         keys = self._keys(prefix)
@@ -99,10 +105,9 @@ class EntryTree:
 
     def served(self, between: Iterable[str]) -> dict[str, dict[str, str]]:
         """What each of the two boxes served, by node id and currency, as decimal text."""
-        sums: dict[str, dict[str, int]] = {node: {} for node in between}
+        sums: dict[str, Counter[str]] = {node: Counter() for node in between}
         for entry in self.entries.values():
-            served = sums[entry.server]
-            served[entry.currency] = served.get(entry.currency, 0) + entry.amount
+            sums[entry.server][entry.currency] += entry.amount
         return {
             node: {currency: amount.to_text(total) for currency, total in served.items()}
             for node, served in sums.items()

@@ -22,7 +22,6 @@ from operator import attrgetter
 from msgspec import Struct
 from msgspec.structs import replace
 
-from pinaivu_box import amount
 from pinaivu_box.errors import EntryRefused, LinkLost, PeeringError, ProtocolError
 from pinaivu_box.identity import Identity, verify
 from pinaivu_box.ledger import entry as ledger_entry
@@ -32,10 +31,11 @@ from pinaivu_box.ledger.claims import ClaimsExchange
 from pinaivu_box.ledger.entry import LedgerEntry
 from pinaivu_box.ledger.reconcile import Comparison, EntrySummary, EntryTree
 from pinaivu_box.ledger.statement import DOMAIN, Statement, StoredStatement
-from pinaivu_box.receipts.receipt import canonical, utc_text
+from pinaivu_box.receipts.receipt import canonical
 from pinaivu_box.store.audit import Actor
 from pinaivu_box.store.database import Database, Row
 from pinaivu_box.store.times import now_ms
+from pinaivu_box.text import utc_text
 from pinaivu_box.transport import wire
 from pinaivu_box.transport.link import Stream
 from pinaivu_box.transport.rpc import MessageStream
@@ -78,16 +78,16 @@ class SettlementOutcome(Struct, frozen=True):
     disputed: list[Difference]
 
 
-class EntrySnapshot:
+class EntrySnapshot(EntryTree):
     """The entries that are compared, up to a request id, and their rows in the database."""
 
     def __init__(self, us: str, peer: str, rows: Iterable[Row], upto: str = "") -> None:
+        super().__init__()
         self.upto = upto
         self.rowids: dict[bytes, int] = {}
-        self.tree = EntryTree()
         for row in rows:
             summary = EntrySummary(us if row["served_by_us"] else peer, *row[2:])
-            self.tree.add(summary)
+            self.add(summary)
             self.rowids[summary.key] = row["rowid"]
 
 
@@ -128,16 +128,16 @@ class ReconcileSession(MessageStream[w.Frame, w.Frame]):
                 raise
             await self.send(response)
 
-    async def _respond(self, frame: w.Frame) -> w.Frame:
+    async def _respond(self, frame: w.Frame) -> w.Response:
         match frame:
             case w.Look():
                 return await self._look(frame)
             case w.AskRanges():
-                return w.RangeHashes([self.snapshot.tree.range(p) for p in frame.prefixes])
+                return w.RangeHashes([self.snapshot.range(p) for p in frame.prefixes])
             case w.GiveEntries():
                 return w.Entries(await self.entries(frame.keys))
             case w.TakeEntries():
-                return w.EntriesTaken(await self._take_all(frame.entries))
+                return w.EntriesTaken(await self.take(frame.entries))
             case w.ClaimEntries():
                 return await self.claims.judge(frame)
             case w.Unaccepted():
@@ -168,18 +168,19 @@ class ReconcileSession(MessageStream[w.Frame, w.Frame]):
     async def entries(self, keys: Iterable[bytes]) -> list[w.SignedEntry]:
         """The entries with these keys that are here, the first that fit into a frame."""
         rowids = [self.snapshot.rowids[key] for key in keys if key in self.snapshot.rowids]
-        rows = await ledger_entry.by_rowid(self.database, rowids)
-        return [w.SignedEntry.of(e, self.us) for e in w.fitting([rows[n] for n in rowids])]
+        entries = await ledger_entry.by_rowid(self.database, rowids)
+        return [w.SignedEntry.of(entry, self.us) for entry in w.fitting(entries)]
 
-    async def _take_all(self, entries: list[w.SignedEntry]) -> dict[bytes, str]:
+    async def take(self, entries: Iterable[w.SignedEntry]) -> dict[bytes, str]:
+        """Record entries that this box lacks; returns why some are refused, by their keys."""
         refused = {}
         for entry in entries:
-            if reason := await self.take(entry):
-                refused[entry.summary.key] = reason
+            if reason := await self._take(entry):
+                refused[entry.key] = reason
         return refused
 
-    async def take(self, signed: w.SignedEntry) -> str:
-        """Record an entry that this box lacks, if both signatures are valid; "", or why not."""
+    async def _take(self, signed: w.SignedEntry) -> str:
+        """Record an entry if both signatures are valid; returns "", or why not."""
         if signed.server not in (self.us, self.peer):
             return "it is an entry of another peer"
         if self.snapshot.upto and signed.request_id > self.snapshot.upto:
@@ -191,14 +192,13 @@ class ReconcileSession(MessageStream[w.Frame, w.Frame]):
             return error.message[: w.MAX_REASON_CHARACTERS]
         if statement := await ledger_entry.statement_of(self.database, entry):
             return f"it is in {statement} already"
-        self.snapshot.tree.add(signed.summary)
+        self.snapshot.add(entry.summary(self.us))
         return ""
 
     async def _agree(self, frame: w.Propose) -> w.Agreed:
         """Sign a proposal; the statement is on disk before the peer gets the signature."""
         proposed = ledger_statement.read(frame.signed)
-        last = await ledger_statement.last(self.database, self.peer)
-        if proposed != self.compose(last, proposed.at):
+        if proposed != await self.compose(proposed.at):
             raise PeeringError(
                 "its statement does not match this box's entries: they have changed meanwhile, "
                 "settle again"
@@ -216,13 +216,11 @@ class ReconcileSession(MessageStream[w.Frame, w.Frame]):
         last = await ledger_statement.last(self.database, self.peer)
         return w.Begin(last.sequence, sha256(last.signed).digest()) if last else w.Begin(0, b"")
 
-    def compose(self, last: StoredStatement | None, at: str) -> Statement:
-        """The statement after `last`, over the entries of the snapshot."""
-        sequence, previous = (last.sequence, last.signed) if last else (0, b"")
+    async def compose(self, at: str) -> Statement:
+        """The statement after the latest one, over the entries of the snapshot."""
+        last = await ledger_statement.last(self.database, self.peer)
         between, snapshot = (self.us, self.peer), self.snapshot
-        return ledger_statement.compose(
-            snapshot.tree, between, sequence + 1, previous, snapshot.upto, at
-        )
+        return ledger_statement.compose(snapshot, between, last, snapshot.upto, at)
 
     async def keep(self, statement: Statement, signed: bytes, ours: bytes, theirs: bytes) -> None:
         """Write a statement with its entries; it is on disk on return.
@@ -240,7 +238,7 @@ class ReconcileSession(MessageStream[w.Frame, w.Frame]):
         )
         rows = await ledger_statement.open_entries(self.database, self.peer, statement.upto)
         rowids = EntrySnapshot(self.us, self.peer, rows).rowids
-        chosen = [rowid for key, rowid in rowids.items() if key in self.snapshot.tree.entries]
+        chosen = [rowid for key, rowid in rowids.items() if key in self.snapshot.entries]
         if len(chosen) != statement.entries:
             raise EntryRefused("An entry of the statement is in another one meanwhile.")
         await ledger_statement.settle(self.database, stored, chosen, self.by)
@@ -365,12 +363,8 @@ async def _take_statement(session: ReconcileSession, sequence: int) -> None:
     await session.look_at_open(statement.upto)
     comparison = await _compare(session)
     refused = await _fetch(session, comparison.only_theirs)
-    snapshot = session.snapshot
-    for key in (*comparison.only_ours, *comparison.different):
-        snapshot.tree.entries.pop(key, None)
-    snapshot.tree = EntryTree(snapshot.tree.entries.values())
-    last = await ledger_statement.last(session.database, session.peer)
-    if refused or comparison.different or statement != session.compose(last, statement.at):
+    session.snapshot.remove({*comparison.only_ours, *comparison.different})
+    if refused or comparison.different or statement != await session.compose(statement.at):
         raise PeeringError(f"Statement {sequence}, signed by both, does not match the entries.")
     await session.keep(statement, digest.signed, digest.yours, digest.ours)
 
@@ -388,7 +382,7 @@ async def _propose_all(session: ReconcileSession) -> SettlementOutcome:
         taken += len(comparison.only_theirs) - len(refused)
         given += len(comparison.only_ours) - len(declined)
         differences = _differences(comparison, refused, declined)
-        final = bool(differences) or not session.snapshot.tree.entries
+        final = bool(differences) or not session.snapshot.entries
         if not final:
             await _propose(session)
         if final or not upto:
@@ -408,8 +402,7 @@ async def _exchange_claims(session: ReconcileSession) -> None:
 
 
 async def _propose(session: ReconcileSession) -> None:
-    last = await ledger_statement.last(session.database, session.peer)
-    statement = session.compose(last, utc_text(time.time()))
+    statement = await session.compose(utc_text(time.time()))
     signed = canonical(statement)
     ours = session.identity.sign(DOMAIN, signed)
     agreed = await session.call(w.Propose(signed, ours), w.Agreed)
@@ -419,7 +412,7 @@ async def _propose(session: ReconcileSession) -> None:
 
 
 async def _compare(session: ReconcileSession) -> Comparison:
-    comparison = Comparison(session.snapshot.tree)
+    comparison = Comparison(session.snapshot)
     while prefixes := comparison.next_prefixes(w.MAX_RANGES):
         response = await session.call(w.AskRanges(prefixes), w.RangeHashes)
         if len(response.ranges) != len(prefixes):
@@ -436,12 +429,10 @@ async def _fetch(session: ReconcileSession, missing: Iterable[bytes]) -> dict[by
     while remaining:
         batch = remaining[: w.MAX_ENTRIES]
         response = await session.call(w.GiveEntries(batch), w.Entries)
-        received = {entry.summary.key: entry for entry in response.entries}
-        if not received or not received.keys() <= set(batch):
+        received = {entry.key for entry in response.entries}
+        if not received or not received <= set(batch):
             return refused | dict.fromkeys(remaining, "it is listed and not given")
-        for key, entry in received.items():
-            if reason := await session.take(entry):
-                refused[key] = reason
+        refused |= await session.take(response.entries)
         remaining = [key for key in remaining if key not in received]
     return refused
 
@@ -465,12 +456,11 @@ def _differences(
         for ours, theirs in comparison.different.values()
     ]
     for key, reason in refused.items():
-        theirs = comparison.only_theirs[key]
-        differences.append(_difference(None, theirs, f"only the peer has it, and here {reason}"))
+        why = f"only the peer has it, and here {reason}"
+        differences.append(_difference(None, comparison.only_theirs[key], why))
     for key, reason in declined.items():
-        ours = comparison.only_ours[key]
         why = f"only we have it, and the peer says: {wire.printable(reason)}"
-        differences.append(_difference(ours, None, why))
+        differences.append(_difference(comparison.only_ours[key], None, why))
     differences.sort(key=attrgetter("request_id", "leg", "choice"))
     return differences[:MAX_DIFFERENCES]
 
@@ -490,11 +480,7 @@ def _difference(ours: EntrySummary | None, theirs: EntrySummary | None, why: str
 
 
 def _disputed(us: str, entry: LedgerEntry, reason: str) -> Difference:
-    price = f"{amount.to_text(entry.amount)} {entry.currency}"
-    server, ours, theirs, refuser = (
-        (us, price, None, "the peer")
-        if entry.served_by_us
-        else (entry.peer, None, price, "this box")
-    )
-    why = f"{refuser} does not accept it: {reason}"
-    return Difference(entry.request_id, entry.leg, entry.choice, server, ours, theirs, why)
+    summary = entry.summary(us)
+    if entry.served_by_us:
+        return _difference(summary, None, f"the peer does not accept it: {reason}")
+    return _difference(None, summary, f"this box does not accept it: {reason}")

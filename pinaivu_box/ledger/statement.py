@@ -24,6 +24,10 @@ from pinaivu_box.text import TIME, whole
 DOMAIN = "pinaivu/statement/v1"
 VERSION = 1
 _SUMMARY = "rowid, served_by_us, request_id, leg, choice, currency, amount, proof_sha256"
+_SELECT = (
+    "SELECT id, peer, sequence, ledger_statements.at, signed, ours, theirs, ledger_paid.at"
+    " FROM ledger_statements LEFT JOIN ledger_paid ON statement = id"
+)
 _OPEN = "peer = ?1 AND statement IS NULL AND acceptance <> x''"
 
 
@@ -62,14 +66,13 @@ class StoredStatement(Struct, frozen=True):
 
 
 def compose(
-    tree: EntryTree, between: Iterable[str], sequence: int, previous: bytes, upto: str, at: str
+    tree: EntryTree, between: Iterable[str], last: StoredStatement | None, upto: str, at: str
 ) -> Statement:
-    """The statement over those entries; `previous` are the signed bytes of the one before it, b""
-    if there is none."""
+    """The statement over those entries that follows `last`, if there is one."""
     names = sorted(between)
     return Statement(
-        sequence=sequence,
-        previous=sha256(previous).hexdigest() if previous else "",
+        sequence=last.sequence + 1 if last else 1,
+        previous=sha256(last.signed).hexdigest() if last else "",
         between=names,
         upto=upto,
         entries=len(tree.entries),
@@ -108,28 +111,21 @@ def net(served: dict[str, dict[str, Any]], us: str) -> Iterator[tuple[str, Decim
 async def ls(database: Database, peer: str | None = None) -> list[StoredStatement]:
     """All statements, or those with a peer, the newest first."""
     rows = await database.scan(
-        "SELECT id, peer, sequence, ledger_statements.at, signed, ours, theirs, ledger_paid.at"
-        " FROM ledger_statements LEFT JOIN ledger_paid ON statement = id"
-        " WHERE ?1 IS NULL OR peer = ?1 ORDER BY ledger_statements.at DESC, sequence DESC",
+        f"{_SELECT} WHERE ?1 IS NULL OR peer = ?1 ORDER BY ledger_statements.at DESC,"
+        " sequence DESC",
         (peer,),
     )
     return [StoredStatement(*row) for row in rows]
 
 
 async def get(database: Database, peer: str, sequence: int) -> StoredStatement | None:
-    rows = await database.read(
-        "SELECT id, peer, sequence, at, signed, ours, theirs FROM ledger_statements"
-        " WHERE peer = ? AND sequence = ?",
-        (peer, sequence),
-    )
+    rows = await database.read(f"{_SELECT} WHERE peer = ? AND sequence = ?", (peer, sequence))
     return StoredStatement(*rows[0]) if rows else None
 
 
 async def last(database: Database, peer: str) -> StoredStatement | None:
-    rows = await database.read(
-        "SELECT max(sequence) FROM ledger_statements WHERE peer = ?", (peer,)
-    )
-    return await get(database, peer, rows[0][0] or 0)
+    rows = await database.read(f"{_SELECT} WHERE peer = ? ORDER BY sequence DESC LIMIT 1", (peer,))
+    return StoredStatement(*rows[0]) if rows else None
 
 
 async def cut(database: Database, peer: str, limit: int) -> str:

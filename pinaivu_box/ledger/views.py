@@ -6,22 +6,23 @@ Amounts are decimal text, below 0 what this box owes; times are RFC 3339 in UTC.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from operator import attrgetter
 
-from msgspec import Struct, structs
+from msgspec import Struct
 
 from pinaivu_box import amount
 from pinaivu_box.config import PeeringConfig
 from pinaivu_box.ledger import entry as ledger_entry
 from pinaivu_box.ledger import statement as ledger_statement
-from pinaivu_box.ledger.entry import Balance, LedgerEntry
+from pinaivu_box.ledger.entry import LedgerEntry
 from pinaivu_box.ledger.session import Difference, SettlementOutcome
 from pinaivu_box.ledger.statement import StoredStatement
 from pinaivu_box.membership import peer_names
-from pinaivu_box.receipts.receipt import utc_text
 from pinaivu_box.store import peer_settings
 from pinaivu_box.store.database import Database
 from pinaivu_box.store.peer_settings import PeerLimits
 from pinaivu_box.store.times import time_text
+from pinaivu_box.text import utc_text
 from pinaivu_box.transport import wire
 
 
@@ -121,28 +122,24 @@ async def all_balances(database: Database, peering: PeeringConfig) -> list[Balan
     for peer, balances in (await ledger_entry.balances(database)).items():
         own = limits.get(peer, PeerLimits()).credit_limit
         limit = peering.serve.credit_limit if own is None else own
-        for currency, balance in balances.items():
-            view = _balance_view(peer, _name(names, peer), currency, balance)
-            views.append(
-                structs.replace(view, credit_limit=limit or None, max_debt=peering.max_debt or None)
+        views += [
+            BalanceView(
+                peer=peer,
+                name=_name(names, peer),
+                currency=currency,
+                served=_text(balance.served),
+                received=_text(balance.received),
+                settled_served=_text(balance.served - balance.open_served),
+                settled_received=_text(balance.received - balance.open_received),
+                balance=_text(balance.net),
+                carried=_text(balance.carried),
+                waiting=_text(balance.waiting),
+                credit_limit=limit or None,
+                max_debt=peering.max_debt or None,
             )
-    return sorted(views, key=lambda view: (view.name, view.peer, view.currency))
-
-
-def _balance_view(peer: str, name: str, currency: str, balance: Balance) -> BalanceView:
-    return BalanceView(
-        peer=peer,
-        name=name,
-        currency=currency,
-        served=_text(balance.served),
-        received=_text(balance.received),
-        settled_served=_text(balance.served - balance.open_served),
-        settled_received=_text(balance.received - balance.open_received),
-        balance=_text(balance.net),
-        carried=_text(balance.carried),
-        waiting=_text(balance.waiting),
-        credit_limit=None,
-    )
+            for currency, balance in balances.items()
+        ]
+    return sorted(views, key=attrgetter("name", "peer", "currency"))
 
 
 def entry_view(entry: LedgerEntry) -> EntryView:

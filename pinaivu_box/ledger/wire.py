@@ -20,14 +20,13 @@ The response to any of them may be `Reject`, with a sentence; it ends the sessio
 
 from __future__ import annotations
 
-from hashlib import sha256
 from typing import Annotated
 
 import msgspec
-from msgspec import Meta, Struct
+from msgspec import Meta, Struct, structs
 
 from pinaivu_box.ledger.entry import MAX_PROOF_BYTES, LedgerEntry
-from pinaivu_box.ledger.reconcile import Count, EntryKey, EntryRange, EntrySummary, Name
+from pinaivu_box.ledger.reconcile import Count, EntryKey, EntryRange, Name, entry_key
 from pinaivu_box.store.times import now_ms
 
 MAX_RANGES = 4  # in a frame: of 128 entries, each with three names of 128 characters
@@ -59,24 +58,17 @@ class SignedEntry(Struct, frozen=True, array_like=True):
 
     @classmethod
     def of(cls, entry: LedgerEntry, us: str) -> SignedEntry:
-        return cls(
-            us if entry.served_by_us else entry.peer, entry.amount, entry.proof, entry.signature,
-            entry.acceptance, entry.request_id, entry.leg, entry.choice, entry.currency,
-        )  # fmt: skip
+        server = us if entry.served_by_us else entry.peer
+        return cls(server, *(getattr(entry, name) for name in cls.__struct_fields__[1:]))
+
+    @property
+    def key(self) -> bytes:
+        return entry_key(self.server, self.request_id, self.leg, self.choice)
 
     def entry(self, us: str, peer: str) -> LedgerEntry:
         """The entry as this box records it now."""
-        return LedgerEntry(
-            peer, self.server == us, self.request_id, self.leg, self.choice, self.amount,
-            self.currency, now_ms(), self.proof, self.signature, self.acceptance,
-        )  # fmt: skip
-
-    @property
-    def summary(self) -> EntrySummary:
-        return EntrySummary(
-            self.server, self.request_id, self.leg, self.choice, self.currency, self.amount,
-            sha256(self.proof).digest(),
-        )  # fmt: skip
+        fields = structs.asdict(self)
+        return LedgerEntry(peer, fields.pop("server") == us, at=now_ms(), **fields)
 
 
 class Claim(Struct, frozen=True, array_like=True):
@@ -92,17 +84,11 @@ class Claim(Struct, frozen=True, array_like=True):
 
     @classmethod
     def of(cls, entry: LedgerEntry) -> Claim:
-        return cls(
-            entry.amount, entry.proof, entry.signature, entry.request_id, entry.leg, entry.choice,
-            entry.currency,
-        )  # fmt: skip
+        return cls(*(getattr(entry, name) for name in cls.__struct_fields__))
 
     def entry(self, server: str) -> LedgerEntry:
         """The entry as this box, which asked for the leg, records it now."""
-        return LedgerEntry(
-            server, False, self.request_id, self.leg, self.choice, self.amount, self.currency,
-            now_ms(), self.proof, self.signature,
-        )  # fmt: skip
+        return LedgerEntry(server, False, at=now_ms(), **structs.asdict(self))
 
 
 class Begin(Struct, frozen=True, tag="Begin"):
@@ -187,25 +173,11 @@ class Reject(Struct, frozen=True, tag="Sorry"):
     message: Reason
 
 
-Frame = (
-    Begin
-    | Wait
-    | Look
-    | LedgerDigest
-    | AskRanges
-    | RangeHashes
-    | GiveEntries
-    | Entries
-    | TakeEntries
-    | EntriesTaken
-    | ClaimEntries
-    | Unaccepted
-    | Judged
-    | Propose
-    | Agreed
-    | Done
-    | Reject
+Request = (
+    Look | AskRanges | GiveEntries | TakeEntries | ClaimEntries | Unaccepted | Judged | Propose
 )
+Response = LedgerDigest | RangeHashes | Entries | EntriesTaken | ClaimEntries | Judged | Agreed
+Frame = Begin | Wait | Request | Response | Done | Reject
 decoder: msgspec.msgpack.Decoder[Frame] = msgspec.msgpack.Decoder(Frame)
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Hashable
-from dataclasses import dataclass, field
-from typing import Protocol
+from collections import defaultdict
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
 
 from msgspec.structs import asdict
 
@@ -27,6 +27,7 @@ from pinaivu_box.gateway.quota import (
     refuse_until,
 )
 from pinaivu_box.ledger.entry import Balance
+from pinaivu_box.legs.recorder import LedgerRecorder
 from pinaivu_box.policy import PeerPolicy
 from pinaivu_box.routing.load import LoadTracker
 from pinaivu_box.settings import LiveSettings
@@ -39,6 +40,8 @@ _SIBLING_SECONDS = 5.0  # that a leg waits for another of its request
 _MAX_REMEMBERED = 4096  # prompts of a peer, and legs
 _COUNTED_RATIO = 2  # of the tokens a minute that a peer may have counted to those it may use
 _PRINCIPAL = "Your box"  # as sentences to a peer begin
+_SERVED_ALREADY = "This leg of the request was served already."
+_UNPAID = "No leg of this request pays for its prompt here."
 
 LegKey = tuple[str, int, int]  # request id, leg, choice
 
@@ -63,20 +66,6 @@ class PeerPolicies:
         self._limits = {}
 
 
-class PeerLedger(Protocol):
-    """What the ledger says of a peer."""
-
-    async def balance(self, peer: str, currency: str) -> Balance: ...
-
-    async def recent(self, peer: str) -> list[tuple[float, int]]:
-        """Age in seconds and tokens of each leg that it was served in the last minute."""
-        ...
-
-    async def served(self, peer: str, request_id: str, leg: int, choice: int) -> bool:
-        """Whether that leg is in the ledger."""
-        ...
-
-
 @dataclass(frozen=True)
 class PeerDebt:
     """What a peer owes, in 10^-9 of the currency: with what runs, and what it has not accepted."""
@@ -85,24 +74,16 @@ class PeerDebt:
     unaccepted: int
 
 
-def _remembered() -> BoundedDict[Hashable, None]:
-    return BoundedDict(_MAX_REMEMBERED)
-
-
-@dataclass
 class _PeerLegs:
-    """The legs of one peer: those that run, the latest that were served, the prompts that a leg
-    pays for, and the tokens of prompts that were only counted in the last minute.
+    """The legs of one peer, and the tokens of prompts that were only counted."""
 
-    `receiving` is held while a task is read.
-    """
-
-    receiving: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_MAX_RECEIVING))
-    counted: Window = field(default_factory=Window)
-    running: set[LegKey] = field(default_factory=set)
-    served: BoundedDict[Hashable, None] = field(default_factory=_remembered)
-    paid: BoundedDict[Hashable, None] = field(default_factory=_remembered)
-    changes: Changes = field(default_factory=Changes)  # of `running` and `paid`
+    def __init__(self) -> None:
+        self.receiving = asyncio.Semaphore(_MAX_RECEIVING)  # held while a task is read
+        self.counted = Window()
+        self.running: set[LegKey] = set()
+        self.served: BoundedDict[LegKey, None] = BoundedDict(_MAX_REMEMBERED)  # the latest
+        self.paid: BoundedDict[bytes, None] = BoundedDict(_MAX_REMEMBERED)  # prompts, by a leg
+        self.changes = Changes()  # of `running` and `paid`
 
 
 @dataclass
@@ -113,7 +94,7 @@ class LegPermit:
     key: LegKey
     prompt: bytes
     legs: _PeerLegs
-    ledger: PeerLedger
+    ledger: LedgerRecorder
     proven: bool = False
 
     async def check_new(self) -> None:
@@ -123,7 +104,7 @@ class LegPermit:
         """
         if await self.ledger.served(self.peer, *self.key):
             self.served()  # the next time nothing begins
-            raise _served_already()
+            raise Conflict(_SERVED_ALREADY)
 
     def check_paid(self) -> None:
         """Nothing that was computed may be sent before this.
@@ -131,7 +112,7 @@ class LegPermit:
         Raises Conflict if no leg pays for the prompt any more.
         """
         if self.prompt not in self.legs.paid:
-            raise _unpaid()
+            raise Conflict(_UNPAID)
 
     def served(self) -> None:
         """It is in the ledger."""
@@ -147,18 +128,18 @@ class PeerRequest:
     policy: PeerPolicy
     currency: str
     reservation: Reservation
+    counted: Window  # the tokens of the peer's prompts that were only counted
 
     async def check(self) -> None:
         """Refuse what cannot run before anything is spent on it.  Raises RateLimited."""
-        limits = await self.admission.limits(self.peer, self.policy, self.currency)
-        self.reservation.quota.check(limits)
+        self.reservation.quota.check(await self._limits())
 
     async def reserve(self, *, tokens: int, cost: int) -> None:
         """Reserve what the request may use and cost at most, until it ends.
 
         Raises RateLimited.
         """
-        limits = await self.admission.limits(self.peer, self.policy, self.currency)
+        limits = await self._limits()
         # From here on nothing is awaited: of requests that come together each sees the others.
         tokens = min(tokens, limits.tpm or tokens)
         self.reservation.quota.increase(self.reservation, limits, tokens=tokens, cost=cost)
@@ -167,12 +148,24 @@ class PeerRequest:
         """Before a prompt is counted that is not run.  Raises RateLimited."""
         if self.policy.tokens_per_minute:
             limit = _COUNTED_RATIO * self.policy.tokens_per_minute
-            wait = self.admission.counted(self.peer).wait(1, limit)
+            wait = self.counted.wait(1, limit)
             refuse_until(wait, f"{_PRINCIPAL} may count {limit} tokens per minute")
 
-    def counted(self, tokens: int) -> None:
-        """A prompt of so many tokens was counted."""
-        self.admission.counted(self.peer).enter(tokens)
+    async def _limits(self) -> Limits:
+        """What the peer may use now, but for places: it has one from the beginning."""
+        policy, credit = self.policy, None
+        if policy.credit_limit:
+            balance = await self.admission.balance(self.peer, self.currency)
+            if_idle = policy.beyond == "idle"
+            credit = Credit(
+                amount.parse(policy.credit_limit),
+                balance.credit_used,
+                balance.waiting,
+                self.currency,
+                if_idle,
+                waived=if_idle and self.admission.load.idle,
+            )
+        return Limits(_PRINCIPAL, tpm=policy.tokens_per_minute or None, credit=credit)
 
 
 class LegAdmission:
@@ -181,7 +174,7 @@ class LegAdmission:
     def __init__(
         self,
         policy: Callable[[str], Awaitable[PeerPolicy]],
-        ledger: PeerLedger,
+        ledger: LedgerRecorder,
         load: LoadTracker,
     ) -> None:
         """`policy` says what a peer may have."""
@@ -189,29 +182,28 @@ class LegAdmission:
         self.quotas = Quotas(self._read_quota)
         self.idle = asyncio.Event()  # set while no request of a peer runs
         self.idle.set()
-        self._ledger, self._load = ledger, load
+        self.load = load
+        self._ledger = ledger
         self._running = 0
-        self._legs: dict[str, _PeerLegs] = {}
+        self._legs: defaultdict[str, _PeerLegs] = defaultdict(_PeerLegs)
 
     async def _read_quota(self, peer: str) -> Quota:
         return Quota(recent=await self._ledger.recent(peer))
 
-    def _legs_of(self, peer: str) -> _PeerLegs:
-        return self._legs.setdefault(peer, _PeerLegs())
-
     def receiving(self, peer: str) -> asyncio.Semaphore:
         """Bounds the tasks of a peer that are read at a time."""
-        return self._legs_of(peer).receiving
+        return self._legs[peer].receiving
 
     # -- what a peer may use -----------------------------------------------------------------------
 
     async def debt(self, peer: str, currency: str) -> PeerDebt:
         """As a credit limit counts it."""
-        balance = await self._balance(peer, currency)
+        balance = await self.balance(peer, currency)
         reserved = (await self.quotas.of(peer)).reserved
         return PeerDebt(balance.credit_used + reserved, balance.waiting)
 
-    async def _balance(self, peer: str, currency: str) -> Balance:
+    async def balance(self, peer: str, currency: str) -> Balance:
+        """As the ledger has it when no leg of the peer ends meanwhile."""
         quota = await self.quotas.of(peer)
         while True:
             ended = quota.ended
@@ -233,32 +225,12 @@ class LegAdmission:
         self._running += 1
         self.idle.clear()
         try:
-            yield PeerRequest(self, peer, policy, currency, reservation)
+            yield PeerRequest(self, peer, policy, currency, reservation, self._legs[peer].counted)
         finally:
             quota.end(reservation, 0)  # what it has cost is in the ledger
             self._running -= 1
             if not self._running:
                 self.idle.set()
-
-    async def limits(self, peer: str, policy: PeerPolicy, currency: str) -> Limits:
-        """What a peer may use now, but for places: a request has one from the beginning."""
-        credit = None
-        if policy.credit_limit:
-            balance = await self._balance(peer, currency)
-            if_idle = policy.beyond == "idle"
-            credit = Credit(
-                amount.parse(policy.credit_limit),
-                balance.credit_used,
-                balance.waiting,
-                currency,
-                if_idle,
-                waived=if_idle and self._load.idle,
-            )
-        return Limits(_PRINCIPAL, tpm=policy.tokens_per_minute or None, credit=credit)
-
-    def counted(self, peer: str) -> Window:
-        """The tokens of prompts that were only counted for the peer."""
-        return self._legs_of(peer).counted
 
     # -- legs --------------------------------------------------------------------------------------
 
@@ -269,9 +241,9 @@ class LegAdmission:
 
         Raises Conflict.
         """
-        legs, key = self._legs_of(peer), (job.request_id, job.leg, job.choice)
+        legs, key = self._legs[peer], (job.request_id, job.leg, job.choice)
         if key in legs.served:
-            raise _served_already()
+            raise Conflict(_SERVED_ALREADY)
         # One whose stream has just broken is about to end.
         if not await legs.changes.until(lambda: key not in legs.running, _SIBLING_SECONDS):
             raise Conflict("This leg of the request is being served already.")
@@ -282,7 +254,7 @@ class LegAdmission:
             if not (
                 pays or await legs.changes.until(lambda: prompt in legs.paid, _SIBLING_SECONDS)
             ):
-                raise _unpaid()
+                raise Conflict(_UNPAID)
             paid_before = prompt in legs.paid or not pays
             legs.paid[prompt] = None
             legs.changes.notify()
@@ -295,14 +267,6 @@ class LegAdmission:
         finally:
             legs.running.discard(key)
             legs.changes.notify()
-
-
-def _served_already() -> Conflict:
-    return Conflict("This leg of the request was served already.")
-
-
-def _unpaid() -> Conflict:
-    return Conflict("No leg of this request pays for its prompt here.")
 
 
 def _prompt_hash(job: Job) -> bytes:

@@ -1,4 +1,5 @@
-"""The boxes among which a leg finds its place, and what is learned of them from each leg."""
+"""The boxes among which a leg, or the tokenizing of a prompt, finds its place; and what is learned
+of them from each leg."""
 
 from __future__ import annotations
 
@@ -9,8 +10,10 @@ from dataclasses import replace
 from typing import Any
 
 from pinaivu_box.bounded import BoundedDict
+from pinaivu_box.engine.messages import Tokenized
 from pinaivu_box.errors import ApiError, EngineLost, NoNodesAvailable, PeerFaulty
-from pinaivu_box.gateway.backend import Backend, Job, Leg
+from pinaivu_box.gateway.backend import Job, Leg
+from pinaivu_box.gateway.local import LocalBackend
 from pinaivu_box.gateway.records import LegRecord
 from pinaivu_box.legs.client import PeerClient
 from pinaivu_box.routing.candidates import Candidates
@@ -25,18 +28,16 @@ _MAX_PAID = 4096  # prompts of which it is remembered that a leg pays for them
 
 
 class ChosenBox:
-    """A box that was chosen for one leg of a job: this one, if it has no peers.  `route` is why it
-    was chosen, for the receipt, and `header` for the client."""
+    """A box that was chosen for one leg of a job: this one, if it has no peers.  The leg runs once
+    its events are read.  `route` is why the box was chosen, for the receipt, and `header` for the
+    client."""
 
     is_peer = False
     route: dict[str, Any] | None = None
     header = ""
 
-    def __init__(self, node_id: str, backend: Backend, job: Job) -> None:
-        self.node_id, self.backend, self.job = node_id, backend, job
-
-    def start(self) -> Leg:
-        return self.backend.start(self.job)
+    def __init__(self, node_id: str, leg: Leg, job: Job) -> None:
+        self.node_id, self.leg, self.job = node_id, leg, job
 
     def served(self, record: LegRecord) -> None:
         """The leg has come to its end."""
@@ -52,10 +53,10 @@ class OwnBox(ChosenBox):
     """This one, beside its peers."""
 
     def __init__(
-        self, boxes: Boxes, backend: Backend, job: Job, decision: Decision, chosen: Candidate,
+        self, boxes: Boxes, leg: Leg, job: Job, decision: Decision, chosen: Candidate,
         load: LoadTracker,
     ) -> None:  # fmt: skip
-        super().__init__(chosen.node_id, backend, job)
+        super().__init__(chosen.node_id, leg, job)
         self.route, self.header = decision.record(), decision.header()
         self._load, self._taken = load, ExitStack()
         # At once, so that of several requests that come together each sees where the others went.
@@ -77,10 +78,10 @@ class PeerBox(ChosenBox):
     is_peer = True
 
     def __init__(
-        self, boxes: Boxes, backend: Backend, job: Job, decision: Decision, chosen: Candidate,
+        self, boxes: Boxes, leg: Leg, job: Job, decision: Decision, chosen: Candidate,
         prompt: str | None,
     ) -> None:  # fmt: skip
-        super().__init__(chosen.node_id, backend, job)
+        super().__init__(chosen.node_id, leg, job)
         self.route, self.header = decision.record(), decision.header()
         self._boxes, self._prompt, self._offered_speed = boxes, prompt, chosen.tokens_per_s
         boxes.candidates.leg_sent(job, chosen)
@@ -117,7 +118,7 @@ class Boxes:
     def __init__(
         self,
         candidates: Candidates,
-        local: Backend,
+        local: LocalBackend,
         peers: PeerClient,
         load: LoadTracker,
         breaker: CircuitBreaker,
@@ -132,13 +133,41 @@ class Boxes:
         decision = await self.candidates.select(job, tried)
         chosen = decision.chosen
         if chosen is None:
-            return nobody(job, decision)
+            return _nobody(job, decision)
         if chosen.destination is None:
-            return OwnBox(self, self._local, job, decision, chosen, self._load)
+            return OwnBox(self, self._local.start(job), job, decision, chosen, self._load)
         prompt = f"{job.request_id} {job.prompt_number} {chosen.node_id}"
         pays = self._pays(prompt)
-        backend = self._peers.backend(replace(chosen.destination, pays_prompt=pays))
-        return PeerBox(self, backend, job, decision, chosen, prompt if pays else None)
+        leg = self._peers.start(job, replace(chosen.destination, pays_prompt=pays))
+        return PeerBox(self, leg, job, decision, chosen, prompt if pays else None)
+
+    async def tokenize(
+        self,
+        job: Job,
+        tokens: list[int] | None = None,
+        *,
+        plain: bool = False,
+        count: bool = False,
+    ) -> tuple[Tokenized, int]:
+        """See `gateway.backend.Tokenizer`: with an engine here, or by a peer if the model is only
+        there."""
+        if not job.model.remote:
+            return await self._local.tokenize(job, tokens, plain=plain, count=count)
+        tried: list[str] = []
+        error: ApiError | None = None
+        while True:
+            decision = await self.candidates.select(job, tried)
+            if (to := decision.destination) is None:
+                raise error or _nobody(job, decision)
+            tried.append(to.node_id)
+            try:
+                return await self._peers.tokenize(job, to, tokens, plain=plain)
+            except ApiError as failure:
+                if isinstance(failure, NoNodesAvailable) and not isinstance(failure, EngineLost):
+                    self.candidates.leg_refused(to.node_id, failure)
+                elif error is not None and not isinstance(failure, NoNodesAvailable):
+                    raise
+                error = failure
 
     def _pays(self, prompt: str) -> bool:
         """Whether it is the first leg of its prompt there."""
@@ -147,7 +176,7 @@ class Boxes:
         return first
 
 
-def nobody(job: Job, decision: Decision) -> NoNodesAvailable:
+def _nobody(job: Job, decision: Decision) -> NoNodesAvailable:
     return NoNodesAvailable(
         f"Nobody can serve {job.model.id} now: {decision.why_nobody()}.  Try again later.",
         retry_after=2,

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import AsyncGenerator, Sequence
 
 from pinaivu_box import vector_format
-from pinaivu_box.engine.messages import Output, Prompt
+from pinaivu_box.engine.messages import Output, Prompt, Tokenized
 from pinaivu_box.errors import (
     ApiError,
     BadRequest,
@@ -24,16 +22,14 @@ from pinaivu_box.errors import (
 from pinaivu_box.gateway.backend import Event, Job, Proved, Started
 from pinaivu_box.gateway.scopes import ScopeTags
 from pinaivu_box.identity import Identity
+from pinaivu_box.ledger import entry as ledger_entry
 from pinaivu_box.legs import wire as leg_wire
 from pinaivu_box.legs.codec import to_task
 from pinaivu_box.legs.large_messages import LargeMessages
+from pinaivu_box.legs.recorder import LedgerRecorder
 from pinaivu_box.legs.verify import LegVerifier, ProtocolViolation, may_answer
-from pinaivu_box.receipts.receipt import (
-    ACCEPTANCE_DOMAIN,
-    VERSION,
-    EngineBuild,
-    cost,
-)
+from pinaivu_box.network.network import Network
+from pinaivu_box.receipts.receipt import ACCEPTANCE_DOMAIN, VERSION, EngineBuild
 from pinaivu_box.routing.router import Destination
 from pinaivu_box.tasks import TaskSet
 from pinaivu_box.transport import wire
@@ -51,42 +47,25 @@ _MAX_RETRY_SECONDS = 60  # that a refusal may ask a client to wait
 _FAULTS = (BadRequest, InvalidBody)
 
 
-class Opener(Protocol):
-    async def open(self, peer: str, purpose: str, timeout: float = ...) -> Stream: ...
-
-    async def query_load(self, model: str) -> None: ...
-
-
-@dataclass(frozen=True)
-class AcceptedLeg:
-    """A leg that a peer has served for us, proven and accepted; `amount` in 10^-9."""
-
-    peer: str
-    proved: Proved
-    amount: int
-
-
-Keep = Callable[[AcceptedLeg], Awaitable[None]]
-
-
 class PeerClient:
-    """Asks peers for legs and for tokens of prompts; `keep` gets every leg that was accepted."""
+    """Asks peers for legs and for tokens of prompts; what it accepts is in the ledger then."""
 
     def __init__(
-        self, identity: Identity, network: Opener, keep: Keep, large: LargeMessages
+        self, identity: Identity, network: Network, ledger: LedgerRecorder, large: LargeMessages
     ) -> None:
-        self.identity, self.keep, self.large = identity, keep, large
+        self.identity, self.ledger, self.large = identity, ledger, large
         self._network = network
         self._tags = ScopeTags()
         self._stops = TaskSet()
 
-    def backend(self, to: Destination) -> PeerBackend:
-        return PeerBackend(self, to)
+    def start(self, job: Job, to: Destination) -> PeerLeg:
+        """A leg at a peer, which runs when its events are read."""
+        return PeerLeg(self, job, to)
 
-    async def count(
-        self, job: Job, to: Destination, tokens: list[int] | None = None, *, plain: bool = False
-    ) -> leg_wire.Tokens:
-        """The prompt's tokens and the context there.  Raises as `PeerLeg.events`."""
+    async def tokenize(
+        self, job: Job, to: Destination, tokens: list[int] | None, *, plain: bool
+    ) -> tuple[Tokenized, int]:
+        """See `gateway.backend.Tokenizer`.  Raises as `PeerLeg.events`."""
         stream = await self.open(to)
         try:
             await send(stream, leg_wire.Count(to_task(job), to.digest, tokens, plain), to)
@@ -101,7 +80,7 @@ class PeerClient:
             raise refusal(answer, to)
         if not isinstance(answer, leg_wire.Tokens) or not may_answer(answer, job, tokens):
             raise PeerFaulty(f"{to.name} did not answer a count", node_id=to.node_id)
-        return answer
+        return Tokenized(job.id, answer.tokens, answer.text, answer.thinking), answer.context
 
     async def open(self, to: Destination) -> Stream:
         try:
@@ -129,16 +108,6 @@ class PeerClient:
                 await leg_wire.send(stream, leg_wire.Stop())
 
         self._stops.spawn(tell())
-
-
-class PeerBackend:
-    """One peer, with its offer of one model."""
-
-    def __init__(self, client: PeerClient, to: Destination) -> None:
-        self._client, self._to = client, to
-
-    def start(self, job: Job) -> PeerLeg:
-        return PeerLeg(self._client, job, self._to)
 
 
 class PeerLeg:
@@ -282,12 +251,13 @@ class PeerLeg:
             await _conclude(stream, leg_wire.Disputed(str(violation)[:500]))
             raise
         acceptance = client.identity.sign(ACCEPTANCE_DOMAIN, signed.signed.encode())
-        proved = Proved(proof, signed, self._verifier.output.opening, acceptance)
-        due = cost(proof, self._to.pays_prompt)
-        await client.keep(AcceptedLeg(self._to.node_id, proved, due))
+        to = self._to
+        await client.ledger.keep(
+            ledger_entry.of_leg(to.node_id, proof, signed, to.pays_prompt, acceptance)
+        )
         # If it is lost now, the ledger finds it again.
         await _conclude(stream, leg_wire.Accepted(acceptance.hex()))
-        return proved
+        return Proved(proof, signed, self._verifier.output.opening, acceptance)
 
     def _faulty(self, reason: str) -> PeerFaulty:
         message = f"{self._to.name} violated the protocol: {reason}"

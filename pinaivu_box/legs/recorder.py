@@ -11,10 +11,7 @@ from pinaivu_box.errors import EntryRefused
 from pinaivu_box.gateway.quota import MINUTE
 from pinaivu_box.ledger import entry as ledger_entry
 from pinaivu_box.ledger.entry import Balance, LedgerEntry
-from pinaivu_box.legs.client import AcceptedLeg
-from pinaivu_box.legs.server import Served
 from pinaivu_box.store.database import Database
-from pinaivu_box.store.times import now_ms
 
 log = logging.getLogger("pinaivu.ledger")
 
@@ -48,33 +45,12 @@ class LedgerRecorder:
         """Whether that leg is in the ledger, accepted or not."""
         return await ledger_entry.has_served(self._database, peer, request_id, leg, choice)
 
-    async def keep(self, leg: Served | AcceptedLeg) -> None:
+    async def keep(self, entry: LedgerEntry) -> None:
         """On disk when it returns.  What the ledger refuses is nobody's debt, and is logged."""
-        disputed = None
-        if isinstance(leg, Served):
-            proof, signed, acceptance = leg.proof, leg.signed, leg.acceptance
-            disputed = leg.disputed
-        else:
-            proof, signed = leg.proved.proof, leg.proved.signed
-            acceptance = leg.proved.acceptance
-        entry = LedgerEntry(
-            peer=leg.peer,
-            served_by_us=isinstance(leg, Served),
-            request_id=proof.request_id,
-            leg=proof.leg,
-            choice=proof.choice,
-            amount=leg.amount,
-            currency=proof.price.currency,
-            at=now_ms(),
-            proof=signed.signed.encode(),
-            signature=bytes.fromhex(signed.signature),
-            acceptance=acceptance,
-            disputed=disputed,
-        )
         try:
             await self._record(entry)
         except EntryRefused as error:
-            log.warning("a leg of %s is not in the ledger: %s", proof.request_id, error.message)
+            log.warning("a leg of %s is not in the ledger: %s", entry.request_id, error.message)
 
     async def _record(self, entry: LedgerEntry) -> None:
         """What was served is owed, also if the peer accepts what contradicts the ledger, as that it

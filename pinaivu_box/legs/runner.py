@@ -77,7 +77,8 @@ class LegRun:
         """Returns the finish reason.  Raises EngineLost if another leg may go on."""
         boxes = self._runner.boxes
         if boxes is None:  # nobody else could take over: nothing need be held back
-            attempt = self.attempt(ChosenBox(self._runner.node_id, self._runner.local, job))
+            leg = self._runner.local.start(job)
+            attempt = self.attempt(ChosenBox(self._runner.node_id, leg, job))
             attempt.deliver_to(self._deliver)
             try:
                 return await attempt.run()
@@ -135,7 +136,7 @@ class LegAttempt:
     """
 
     def __init__(self, box: ChosenBox, earlier: Extras | None) -> None:
-        self.box, self.leg = box, box.start()
+        self.box, self.leg = box, box.leg
         self.outcome: asyncio.Future[BaseException | None] = (
             asyncio.get_running_loop().create_future()
         )
@@ -181,7 +182,10 @@ class LegAttempt:
             started = await anext(events, None)
             if not isinstance(started, Started):
                 return "cancelled"
-            record = self.record = self._begun(started)
+            box = self.box
+            record = LegRecord(box.job, started, self._earlier, box.route, box.header)
+            self.record = record
+            self._deliver(record, started)
             async for event in events:
                 if not isinstance(event, Started):
                     record.take(event)
@@ -190,19 +194,13 @@ class LegAttempt:
                     continue
                 event.choice = record.job.choice
                 if event.finish_reason is not None:
-                    self.box.served(record)
+                    box.served(record)
                 self._deliver(record, event)
                 if not self.outcome.done():
                     self.outcome.set_result(None)
                 if event.finish_reason is not None:
                     return event.finish_reason
         raise EngineLost("The engine ended this request without an answer; try again.")
-
-    def _begun(self, started: Started) -> LegRecord:
-        box = self.box
-        record = LegRecord(box.job, started, self._earlier, box.route, box.header)
-        self._deliver(record, started)
-        return record
 
 
 class _Search:

@@ -1,21 +1,30 @@
-"""One leg that is computed here for a peer: the engine's events become messages on its stream."""
+"""One leg that is computed here for a peer: the engine's events become messages on its stream, with
+the marks and the proof that `verify` checks on the other side."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import cast
+
+from msgspec import structs
 
 from pinaivu_box.engine.messages import Output, Prompt
 from pinaivu_box.errors import ApiError, InternalError, ModelNotFound, PeeringError, ProtocolError
+from pinaivu_box.gateway import logprob_records
 from pinaivu_box.gateway.backend import Backend, Event, Job, Started, stopped
 from pinaivu_box.gateway.mailbox import Mailbox
-from pinaivu_box.gateway.records import LegRecord
+from pinaivu_box.gateway.metering import prove
+from pinaivu_box.gateway.records import ENGINE_LOST, LegRecord
+from pinaivu_box.identity import Identity
 from pinaivu_box.legs import wire as leg_wire
-from pinaivu_box.legs.sign import LegSigner
 from pinaivu_box.models.catalog import Model
-from pinaivu_box.receipts.receipt import Proof, SignedProof
+from pinaivu_box.receipts import receipt
+from pinaivu_box.receipts.commitment import RunningCommitment, new_nonce
+from pinaivu_box.receipts.receipt import Price, Proof, SignedProof
 from pinaivu_box.transport.link import Stream
 
 log = logging.getLogger("pinaivu.legs")
@@ -24,6 +33,7 @@ ALIVE_SECONDS = 1.0
 _ACCEPT_SECONDS = 10.0
 _MAX_MESSAGE_BYTES = 4096  # of what the peer may send while its leg runs
 _MAX_MESSAGES = 8  # that it may send
+_MAX_VECTOR_BYTES = leg_wire.MAX_MESSAGE_BYTES // 2  # of vectors in one message
 
 
 class ServedLeg:
@@ -32,13 +42,23 @@ class ServedLeg:
     """
 
     def __init__(
-        self, stream: Stream, job: Job, local: Backend, digest: str, signer: LegSigner
+        self,
+        stream: Stream,
+        leg_request: leg_wire.LegRequest,
+        job: Job,
+        local: Backend,
+        identity: Identity,
+        price: Price,
     ) -> None:
         self.record: LegRecord | None = None
         self.verdict: leg_wire.Accepted | leg_wire.Disputed | None = None
-        self._stream, self._job, self._digest, self._signer = stream, job, digest, signer
+        self._stream, self._job, self._digest = stream, job, leg_request.digest
+        self._identity, self._price = identity, price
         self._leg = local.start(job)
         self._events: Mailbox[Event | ApiError] = Mailbox()
+        self._sent = RunningCommitment(new_nonce(), min(leg_request.proof, receipt.VERSION))
+        self._tokens = self._logprobs = 0  # that have been sent
+        self._proof: tuple[Proof, SignedProof] | None = None
         self._computing: asyncio.Task[None]
         self._listening: asyncio.Task[None]
 
@@ -50,7 +70,11 @@ class ServedLeg:
 
     def proof(self) -> tuple[Proof, SignedProof] | None:
         """Once the engine has ended it; None if nothing was computed, or if that failed here."""
-        return None if self.record is None else self._signer.prove(self.record)
+        record = self.record
+        if self._proof is None and record and record.begun and record.finish_reason != ENGINE_LOST:
+            proof, _ = prove(record, self._price)
+            self._proof = proof, receipt.sign_proof(self._identity, proof)
+        return self._proof
 
     async def __aenter__(self) -> ServedLeg:
         self._computing = asyncio.create_task(self._compute())
@@ -76,11 +100,11 @@ class ServedLeg:
             outputs = [event for event in events if isinstance(event, Output)]
             ended = bool(outputs) and outputs[-1].finish_reason is not None
             proof = self.proof() if ended else None
-            if outputs and not self._signer.has_sent_tokens:
+            if outputs and not self._tokens:
                 check_paid()
             if proof is not None:
                 messages.append(leg_wire.LegProof(proof[1].signed, proof[1].signature))
-            messages += self._signer.outputs(outputs)
+            messages += self._marked(outputs)
             if messages:
                 await leg_wire.send(self._stream, *messages)
             if ended:
@@ -92,13 +116,6 @@ class ServedLeg:
         """Wait until the peer has accepted or disputed the proof, but not for long."""
         await asyncio.wait([self._listening], timeout=_ACCEPT_SECONDS)
 
-    def _beginning(self, events: list[Event | ApiError]) -> list[leg_wire.ToCoordinator]:
-        """Both messages come with the prompt: before that the leg may still be refused."""
-        for event in events:
-            if isinstance(event, Prompt) and self.record is not None:
-                return [self._signer.begin(self.record.started), self._signer.read(event)]
-        return []
-
     async def _next(self) -> list[Event | ApiError]:
         """What has come; nothing after a second in which the engine was well but silent."""
         try:
@@ -106,6 +123,60 @@ class ServedLeg:
                 return await self._events.take()
         except TimeoutError:
             return []
+
+    # -- what is sent ------------------------------------------------------------------------------
+
+    def _beginning(self, events: list[Event | ApiError]) -> list[leg_wire.ToCoordinator]:
+        """Both messages come with the prompt: before that the leg may still be refused."""
+        for event in events:
+            if isinstance(event, Prompt) and self.record is not None:
+                started = self.record.started
+                began = leg_wire.LegStarted(
+                    started.model_digest,
+                    started.engine.build,
+                    started.engine.device,
+                    started.sampling,
+                    started.tool_style,
+                    started.thinks,
+                    self._sent.nonce,
+                    self._sent.version,
+                )
+                return [began, leg_wire.PromptRead(event.tokens, event.thinking, event.text)]
+        return []
+
+    def _marked(self, outputs: list[Output]) -> Iterator[leg_wire.Outputs]:
+        """Vectors are large: of those, one output to a message."""
+        max_outputs = leg_wire.MAX_OUTPUTS if self._job.inputs is None else 1
+        parts = list(self._parts(outputs))
+        for at in range(0, len(parts), max_outputs):
+            batch = parts[at : at + max_outputs]
+            # Nothing that an engine here makes is out of bounds.
+            yield leg_wire.Outputs(cast("list[leg_wire.Out]", batch), self._mark(batch))
+
+    def _mark(self, outputs: list[Output]) -> str:
+        """The mark of all that has been sent, these outputs included."""
+        job = self._job
+        for output in outputs:
+            records = logprob_records.records(job, output.logprobs, self._logprobs)
+            self._sent.add(output.text, output.tokens, records, output.vectors)
+            self._tokens += len(output.tokens)
+            self._logprobs += len(output.logprobs)
+        commitment = self._sent.commitment
+        text = receipt.mark_text(job.request_id, job.choice, job.leg, self._tokens, commitment)
+        return self._identity.sign(receipt.MARK_DOMAIN, text).hex()
+
+    def _parts(self, outputs: list[Output]) -> Iterator[Output]:
+        """Vectors that are too many for a message go before the output that they belong to; boxes
+        whose proofs are of version 1 cannot read that."""
+        for output in outputs:
+            vectors = output.vectors
+            fit = max(1, _MAX_VECTOR_BYTES // len(vectors[0])) if vectors else 0
+            while len(vectors) > fit and self._sent.version > 1:
+                yield Output("", [], vectors=vectors[:fit])
+                vectors = vectors[fit:]
+            yield output if vectors is output.vectors else structs.replace(output, vectors=vectors)
+
+    # -- tasks beside it ---------------------------------------------------------------------------
 
     async def _compute(self) -> None:
         """Record what the engine says, before anything of it is sent: it is owed, sent or not."""
@@ -115,7 +186,8 @@ class ServedLeg:
                     if isinstance(event, Started):
                         if event.model_digest != self._digest:
                             raise another_file(self._job.model)  # replaced while it was loaded
-                        self.record = self._signer.record(event)
+                        started = replace(event, nonce=self._sent.nonce, proof=self._sent.version)
+                        self.record = LegRecord(self._job, started)
                     elif self.record is not None:
                         self.record.take(event)
                     self._events.put(event)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from pinaivu_box import amount
 from pinaivu_box.engine.messages import Tokenized
@@ -28,21 +28,15 @@ from pinaivu_box.gateway.backend import Job
 from pinaivu_box.gateway.local import LocalBackend
 from pinaivu_box.gateway.scopes import peer_scope
 from pinaivu_box.identity import Identity, verify
+from pinaivu_box.ledger import entry as ledger_entry
 from pinaivu_box.legs import wire as leg_wire
 from pinaivu_box.legs.admission import LegAdmission, LegPermit, PeerRequest
 from pinaivu_box.legs.codec import to_job
 from pinaivu_box.legs.large_messages import LargeMessages
 from pinaivu_box.legs.served_leg import ALIVE_SECONDS, ServedLeg, another_file
-from pinaivu_box.legs.sign import LegSigner
 from pinaivu_box.models.catalog import Model
 from pinaivu_box.policy import PeerPolicy
-from pinaivu_box.receipts.receipt import (
-    ACCEPTANCE_DOMAIN,
-    Price,
-    Proof,
-    SignedProof,
-    cost,
-)
+from pinaivu_box.receipts.receipt import ACCEPTANCE_DOMAIN, Price, Proof, SignedProof
 from pinaivu_box.routing.load import LoadTracker
 from pinaivu_box.settings import LiveSettings
 from pinaivu_box.tasks import ignore_exception
@@ -57,22 +51,9 @@ _TYPICAL_TOKENS = 256  # of an answer without a limit, until it is known better
 _OTHERS = (NoNodesAvailable, RateLimited, ModelNotAllowed, ModelNotFound, Conflict, InternalError)
 
 
-@dataclass(frozen=True)
-class Served:
-    """A leg that was served for a peer; `acceptance` is b"" if it has not been accepted, and
-    `disputed` why, if the peer said so."""
-
-    peer: str
-    proof: Proof
-    signed: SignedProof
-    amount: int
-    acceptance: bytes
-    disputed: str | None = None
-
-
 class LegServer:
-    """`record` keeps each leg; `digest` (see `Placement.digest_of`) raises NoNodesAvailable, and
-    `writable` too if nothing could be kept now."""
+    """`digest` (see `Placement.digest_of`) raises NoNodesAvailable, and `writable` too if nothing
+    could be kept now."""
 
     def __init__(
         self,
@@ -81,7 +62,6 @@ class LegServer:
         load: LoadTracker,
         settings: LiveSettings,
         admission: LegAdmission,
-        record: Callable[[Served], Awaitable[None]],
         digest: Callable[[Model], Awaitable[str]],
         writable: Callable[[], Awaitable[None]],
         large: LargeMessages,
@@ -89,7 +69,7 @@ class LegServer:
         self._large = large
         self._identity, self._local, self._load = identity, local, load
         self._settings = settings
-        self._record, self._digest, self._writable = record, digest, writable
+        self._digest, self._writable = digest, writable
         self.admission = admission
         self._legs = 0
         self.draining = False
@@ -131,7 +111,7 @@ class LegServer:
             await request.check()
             request.check_counting()
             prompt, context = await self._local.tokenize(job, count.tokens, plain=count.plain)
-            request.counted(max(len(prompt.tokens), len(count.tokens or ())))
+            request.counted.enter(max(len(prompt.tokens), len(count.tokens or ())))
         return leg_wire.Tokens(prompt.tokens, prompt.text, prompt.thinking, context)
 
     async def _job(self, peer: str, task: leg_wire.Task, digest: str, policy: PeerPolicy) -> Job:
@@ -168,7 +148,7 @@ class LegServer:
             )
             with self._load.taken(job.model.id):
                 async with admission.leg(peer, job, pays=leg_request.pays_prompt) as permit:
-                    await self._run(peer, stream, job, price, leg_request, permit, request)
+                    await self._run(stream, job, price, leg_request, permit, request)
 
     async def _tokenize(self, stream: Stream, job: Job) -> tuple[Tokenized, int]:
         """The tokens of its prompt, and the context of its model.  That takes long if the model has
@@ -185,7 +165,6 @@ class LegServer:
 
     async def _run(
         self,
-        peer: str,
         stream: Stream,
         job: Job,
         price: Price,
@@ -193,8 +172,7 @@ class LegServer:
         permit: LegPermit,
         request: PeerRequest,
     ) -> None:
-        signer = LegSigner(self._identity, job, price, leg_request.proof)
-        leg = ServedLeg(stream, job, self._local, leg_request.digest, signer)
+        leg = ServedLeg(stream, leg_request, job, self._local, self._identity, price)
         owed = False
         try:
             async with leg:
@@ -214,8 +192,7 @@ class LegServer:
             request.reservation.tokens.correct(used)
             proven = leg.proof() if owed else None
             if proven is not None and self._is_owed(proven[0]):
-                await self._settle(peer, leg, *proven, pays_prompt=leg_request.pays_prompt)
-                permit.served()
+                await self._settle(permit, leg, *proven, leg_request.pays_prompt)
 
     def _is_owed(self, proof: Proof) -> bool:
         """A box that stops ends its peers' requests itself, and nobody owes for that."""
@@ -252,18 +229,17 @@ class LegServer:
 
     async def _settle(
         self,
-        peer: str,
+        permit: LegPermit,
         leg: ServedLeg,
         proof: Proof,
         signed: SignedProof,
-        *,
         pays_prompt: bool,
     ) -> None:
         """Into the ledger, also if the peer has not accepted it: then it waits for that there, and
         counts against the peer's credit."""
         if leg.record is not None:
             self._load.measured(proof.model, leg.record)
-        acceptance, disputed, forged, verdict = b"", None, False, leg.verdict
+        peer, acceptance, disputed, forged, verdict = permit.peer, b"", None, False, leg.verdict
         if isinstance(verdict, leg_wire.Accepted):
             acceptance = bytes.fromhex(verdict.signature)
             if not verify(peer, ACCEPTANCE_DOMAIN, signed.signed.encode(), acceptance):
@@ -273,8 +249,10 @@ class LegServer:
             log.warning("%s disputes a leg of %s: %s", peer, proof.request_id, disputed)
         else:
             log.info("%s has not accepted a leg of %s", peer, proof.request_id)
-        due = cost(proof, pays_prompt)
-        await self._record(Served(peer, proof, signed, due, acceptance, disputed))
+        await permit.ledger.keep(
+            ledger_entry.of_leg(peer, proof, signed, pays_prompt, acceptance, disputed)
+        )
+        permit.served()
         if forged:
             raise ProtocolError("it accepted a proof with a signature that is not its own")
 

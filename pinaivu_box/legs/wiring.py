@@ -14,7 +14,6 @@ from pinaivu_box.legs.admission import LegAdmission
 from pinaivu_box.legs.boxes import Boxes
 from pinaivu_box.legs.client import PeerClient
 from pinaivu_box.legs.large_messages import LargeMessages
-from pinaivu_box.legs.prompts import PromptTokenizer
 from pinaivu_box.legs.recorder import LedgerRecorder
 from pinaivu_box.legs.runner import LegRunner
 from pinaivu_box.legs.server import LegServer
@@ -52,12 +51,11 @@ class PeerServices:
             identity.node_id, settings, load, placement, network.peers, network.query_load,
             breaker, self.reputation, recorder.debts,
         )  # fmt: skip
-        peers = PeerClient(identity, network, recorder.keep, self._large)
+        peers = PeerClient(identity, network, recorder, self._large)
         self.boxes = Boxes(self.candidates, local, peers, load, breaker, self.reputation)
         self.runner = LegRunner(identity.node_id, local, self.boxes)
-        self.tokenizer = PromptTokenizer(local, peers, self.candidates)
         self.serving = LegServer(
-            identity, local, load, settings, LegAdmission(policy, recorder, load), recorder.keep,
+            identity, local, load, settings, LegAdmission(policy, recorder, load),
             placement.digest_of, writable, self._large,
         )  # fmt: skip
         network.handlers[leg_wire.PURPOSE] = self.serving.handle

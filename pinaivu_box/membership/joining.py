@@ -17,11 +17,10 @@ from pinaivu_box.membership.records import Name, Record, network_of
 from pinaivu_box.membership.roster import Roster
 from pinaivu_box.membership.store import MembershipStore
 from pinaivu_box.membership.tickets import Secret, Ticket, TicketInvalid, TicketRefused
-from pinaivu_box.receipts.receipt import utc_text
 from pinaivu_box.store import peers as store
 from pinaivu_box.store.audit import Actor, record
 from pinaivu_box.store.database import Database
-from pinaivu_box.text import sentence
+from pinaivu_box.text import sentence, utc_text
 from pinaivu_box.transport import streams, wire
 from pinaivu_box.transport.connections import DIAL_SECONDS
 from pinaivu_box.transport.link import Link, Stream

@@ -123,7 +123,6 @@ class PartialFile:
     def __init__(self, folder: Path, digest: str, size: int, expected: bytes) -> None:
         """`expected` are the hashes of the pieces.  Raises CopyInProgress, NoRoom, OSError."""
         self.path = _partial(folder, digest)
-        self._folder = folder
         self.size = size
         self._expected = expected
         self._digest = digest
@@ -182,12 +181,9 @@ class PartialFile:
         """Whether the whole has the digest that was asked for."""
         return sha256(self.path, lambda: self._closed) == self._digest
 
-    def finish(self, target: Path | None) -> None:
-        """Wait until it is safely on disk, and give it the name `target`, if any.  Raises
-        FileExistsError."""
+    def sync(self) -> None:
+        """Wait until it is safely on disk; `publish` gives it its name."""
         os.fsync(self._file)
-        if target is not None:
-            publish(self._folder, self._digest, target)
 
     def discard(self) -> None:
         """Delete what has come: it is of no use."""

@@ -223,8 +223,8 @@ class Network:
     # Links: `connections.LinkOwner`
 
     def own_addresses(self) -> list[str]:
-        """Return the advertised addresses: what the operator has configured, then what
-        was found.  The last one may be a relay, which is reachable when no other is."""
+        """Return the advertised addresses: what the operator has configured, then what was found.
+        The last one may be a relay, which is reachable when no other is."""
         addresses = list(dict.fromkeys([*self._settings().advertise, *self._transport.addresses()]))
         if len(addresses) <= MAX_ADDRESSES:
             return addresses

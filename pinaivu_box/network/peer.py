@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from msgspec import UNSET, Struct, UnsetType
@@ -19,10 +19,9 @@ from pinaivu_box.gossip.loads import ReportedLoad
 from pinaivu_box.gossip.protocol import Gossip
 from pinaivu_box.membership.records import node_of
 from pinaivu_box.membership.roster import Verdict
-from pinaivu_box.receipts.receipt import utc_text
 from pinaivu_box.store.peer_settings import PeerLimits
 from pinaivu_box.store.peers import KnownPeer
-from pinaivu_box.text import sentence
+from pinaivu_box.text import sentence, utc_text
 from pinaivu_box.transport import wire
 from pinaivu_box.transport.connections import LinkManager
 from pinaivu_box.transport.link import LinkView
@@ -56,7 +55,7 @@ class Peer:
     inviter: str
     admin: bool
     issued_at: float | None
-    loads: Mapping[str, ReportedLoad] = field(default_factory=dict, hash=False)
+    loads: Mapping[str, ReportedLoad]
 
 
 def view(

@@ -177,7 +177,7 @@ def _shape(info: inspect.Type) -> _Shape | None:
             fields = {field.encode_name: _shape(field.type) for field in info.fields}
             if info.tag_field is not None:
                 fields[info.tag_field] = None
-            return _Shape({info.tag: fields}, info.tag_field)
+            return _Shape({None: fields})
         case inspect.ListType():
             item = _shape(info.item_type)
             return item and _Shape(item=item)
@@ -193,9 +193,15 @@ def _shape(info: inspect.Type) -> _Shape | None:
 
 def _union(info: inspect.UnionType) -> _Shape | None:
     union = _Shape()
-    for shape in filter(None, map(_shape, info.types)):
-        union.objects |= shape.objects
-        union.tag = union.tag or shape.tag
+    for member in info.types:
+        shape = _shape(member)
+        if shape is None:
+            continue
+        if isinstance(member, inspect.StructType) and member.tag_field is not None:
+            union.tag = member.tag_field
+            union.objects[member.tag] = shape.objects[None]
+        else:
+            union.objects |= shape.objects
         union.item = union.item or shape.item
         union.values = union.values or shape.values
         union.integral = union.integral or shape.integral

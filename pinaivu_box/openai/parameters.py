@@ -86,10 +86,8 @@ def sampled(raw: Raw, ignored: IgnoredFields) -> None:
             raw[name] = _UNLIMITED
     for name, here in _RENAMED.items():
         _rename(raw, name, here, ignored)
-    _limit_counts(raw)
     _refuse(raw, _UNSUPPORTED)
-    _ignore(raw, ignored)
-    _values(raw, "stop")
+    _common(raw, ignored, stop="stop")
 
 
 def chat(raw: Raw, ignored: IgnoredFields) -> None:
@@ -132,11 +130,9 @@ def response(raw: Raw, ignored: IgnoredFields) -> None:
     _without_billing(raw, "instructions", ignored)
     for name in ("max_tokens", "max_completion_tokens", "num_predict"):
         _rename(raw, name, "max_output_tokens", ignored)
-    _limit_counts(raw)
     _keep_alive(raw, ignored)
     _refuse(raw, _UNSUPPORTED_IN_RESPONSES)
-    _ignore(raw, ignored, except_for="truncation")
-    _values(raw)
+    _common(raw, ignored, except_for="truncation")
     _unlimited(raw, "max_output_tokens")
     _tools(raw, ("function", "custom", "namespace"), ignored)
     if isinstance(choice := raw.get("tool_choice"), dict):
@@ -164,10 +160,8 @@ def messages(raw: Raw, ignored: IgnoredFields) -> None:
 
 def counted_messages(raw: Raw, ignored: IgnoredFields) -> None:
     """Messages whose tokens are only counted."""
-    _limit_counts(raw)
     _without_billing(raw, "system", ignored)
-    _ignore(raw, ignored)
-    _values(raw, "stop_sequences")
+    _common(raw, ignored, stop="stop_sequences")
     _tools(raw, ("custom",), ignored)
     messages = raw.get("messages")
     for index, message in enumerate(messages if isinstance(messages, list) else ()):
@@ -177,7 +171,7 @@ def counted_messages(raw: Raw, ignored: IgnoredFields) -> None:
 
 def embedding(raw: Raw, ignored: IgnoredFields) -> None:
     _keep_alive(raw, ignored)
-    _ignore(raw, ignored)
+    _common(raw, ignored)
 
 
 # -- parts ---------------------------------------------------------------------------------------
@@ -210,7 +204,11 @@ def _refuse(raw: Raw, names: dict[str, tuple[Any, ...]]) -> None:
             )
 
 
-def _ignore(raw: Raw, ignored: IgnoredFields, *, except_for: str = "") -> None:
+def _common(raw: Raw, ignored: IgnoredFields, *, stop: str = "", except_for: str = "") -> None:
+    """Fields that mean the same in all bodies; `stop` is the name of the stop strings."""
+    for name in _COUNTS:
+        if isinstance(value := raw.get(name), int):
+            raw[name] = min(value, _MAX_TOKEN_COUNT)
     for name, neutral in _WITHOUT_EFFECT.items():
         if name != except_for:
             _drop(raw, name, neutral, ignored)
@@ -218,6 +216,16 @@ def _ignore(raw: Raw, ignored: IgnoredFields, *, except_for: str = "") -> None:
     if isinstance(tier, str) and tier not in _TIERS:
         ignored.add("service_tier")
         del raw["service_tier"]
+    # Values by which other samplers switch a setting off, or to its least.
+    if _is(raw.get("top_k"), -1):
+        raw["top_k"] = 0
+    if _is(raw.get("top_p"), 0):
+        raw["top_p"] = _MIN_TOP_P
+    strings = raw.get(stop)
+    if strings == "":
+        del raw[stop]
+    elif isinstance(strings, list) and "" in strings:
+        raw[stop] = [string for string in strings if string != ""]
 
 
 def _drop(
@@ -241,25 +249,6 @@ def _asks(raw: Raw, name: str, neutral: Iterable[Any]) -> bool:
 def _is(value: Any, other: Any) -> bool:
     # True == 1 in Python, not in JSON.
     return bool(value == other) and isinstance(value, bool) == isinstance(other, bool)
-
-
-def _values(raw: Raw, stop: str = "") -> None:
-    """The values by which other samplers switch a setting off, or to its least."""
-    if _is(raw.get("top_k"), -1):
-        raw["top_k"] = 0
-    if _is(raw.get("top_p"), 0):
-        raw["top_p"] = _MIN_TOP_P
-    strings = raw.get(stop)
-    if strings == "":
-        del raw[stop]
-    elif isinstance(strings, list) and "" in strings:
-        raw[stop] = [string for string in strings if string != ""]
-
-
-def _limit_counts(raw: Raw) -> None:
-    for name in _COUNTS:
-        if isinstance(value := raw.get(name), int):
-            raw[name] = min(value, _MAX_TOKEN_COUNT)
 
 
 def _unlimited(raw: Raw, name: str) -> None:

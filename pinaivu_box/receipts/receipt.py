@@ -13,7 +13,6 @@ signed in the versions before it, as `sampling_record` does with `min_tokens`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from typing import Annotated, Any
 
 import msgspec
@@ -232,9 +231,3 @@ def cost(proof: Proof, pays_prompt: bool, price: Price | None = None) -> int:
 def mark_text(request_id: str, choice: int, leg: int, tokens: int, commitment: str) -> bytes:
     """What a serving node signs with each piece of output: the commitment to all of the leg."""
     return f"{request_id} {choice} {leg} {tokens} {commitment}".encode()
-
-
-def utc_text(seconds: float) -> str:
-    """RFC 3339 with milliseconds."""
-    moment = datetime.fromtimestamp(seconds, UTC)
-    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")

@@ -176,20 +176,21 @@ class Candidates:
         tokens: _Tokens,
         max_tokens: _Tokens,
     ) -> Candidate:
-        reported, state = peer.loads.get(offer.id), self._states[peer.node_id]
+        advert, price, state = peer.advert, offer.price, self._states[peer.node_id]
+        assert advert is not None  # or it would offer nothing
+        reported = peer.loads.get(offer.id)
         heard = reported.at if reported else peer.advert_at or 0.0
-        currency = peer.advert.currency if peer.advert else ""
-        max_cost = offer.price.most(*max_tokens)
+        max_cost = price.most(*max_tokens)
         if job.peers and not {peer.node_id, peer.name} & set(job.peers):
             refuses: str | None = "is not among the peers that the key allows"
         elif state.busy_until > time.monotonic():
             refuses = _BUSY
         else:
             # What runs there counts too, so requests side by side do not exceed a limit together.
-            owed = self._owed.get(peer.node_id, {}).get(currency, 0)
+            owed = self._owed.get(peer.node_id, {}).get(advert.currency, 0)
             owed += sum(cost for _, cost in state.running.values())
             refuses = spending_limits.refusal(
-                offer.price, self._settings.config.peering, currency, owed=owed, cost=max_cost
+                price, self._settings.config.peering, advert.currency, owed=owed, cost=max_cost
             )
         return Candidate(
             node_id=peer.node_id,
@@ -199,20 +200,20 @@ class Candidates:
             load=reported.load if reported else offer.load,
             ttft_ms=offer.ttft_ms,
             tokens_per_s=offer.tokens_per_s,
-            cost=offer.price.most(*tokens),
-            currency=currency,
+            cost=price.most(*tokens),
+            currency=advert.currency,
             reputation=self._reputation.score(peer.node_id),
             rtt_ms=peer.route.rtt_ms if peer.route else None,
             sent=sum(began > heard for began, _ in state.running.values()),
             warm=warm == peer.node_id,
-            draining=peer.advert is not None and peer.advert.draining,
+            draining=advert.draining,
             known=reported is not None,
             gone=peer.gone or (peer.state != "connected" and reported is None),
             tripped=self._breaker.why(peer.node_id),
             refuses=refuses,
             max_cost=max_cost,
             destination=Destination(
-                peer.node_id, peer.name, offer.digest.hex(), offer.prices, currency
+                peer.node_id, peer.name, offer.digest.hex(), offer.prices, advert.currency
             ),
         )
 

@@ -18,7 +18,7 @@ from pinaivu_box.box import Box, NotServed, not_served_in
 from pinaivu_box.errors import Conflict, CopyFailed, InvalidBody, ModelNotFound, PeeringError
 from pinaivu_box.files import download
 from pinaivu_box.files import store as file_store
-from pinaivu_box.files.download import DownloadProgress, DownloadSource
+from pinaivu_box.files.download import Download, DownloadSource
 from pinaivu_box.files.wire import PURPOSE, Name
 from pinaivu_box.gossip.adverts import Offer
 from pinaivu_box.models import catalog, memory
@@ -131,7 +131,7 @@ async def pull(request: Request, body: Pull) -> JsonLines[PullProgress]:
     task = _Pull(box, name, actor_of(request), request_id_of(request))
     if present is None:
         task.check_name_is_free()
-        copy = download.copy_of(open_stream, offers, catalog.directory(box.config, box.home), name)
+        copy = Download(open_stream, offers, catalog.directory(box.config, box.home), name)
         copy.left_out.update(unusable)
         return JsonLines(task.progress(copy))
     message = f"This box has that file already, as {present.id}."
@@ -201,7 +201,7 @@ async def _present(box: Box, digest: str) -> Model | None:
     """The model with that file, if this box has it."""
     for model in box.catalog.models:
         with suppress(OSError):  # deleted since
-            if await file_store.digest(box.database, model) == digest:
+            if await box.digests.of(model) == digest:
                 return model
     return None
 
@@ -238,14 +238,14 @@ class _Pull:
         for target in targets:
             if why := box.catalog.not_served.get(target):
                 raise Conflict(f"{printable(str(target))} exists, but cannot be served: {why}.")
-        digests = await file_store.digests_of_parts(box.database, model)
+        digests = [await box.digests.of(file) for file in model.files]
         await box.database.write(
             *map(file_store.named, targets, digests),
             self._record(digest=await box.digests.of(model), same_as=model.id),
         )
         return box.catalog.find(self.model)
 
-    async def progress(self, copy: DownloadProgress) -> AsyncIterator[PullProgress]:
+    async def progress(self, copy: Download) -> AsyncIterator[PullProgress]:
         """If the reader leaves, the copy stops; what has been copied stays."""
         running = asyncio.create_task(self._run(copy))
         try:
@@ -265,7 +265,7 @@ class _Pull:
                 running.cancel()
             await asyncio.wait({running})
 
-    async def _run(self, copy: DownloadProgress) -> None:
+    async def _run(self, copy: Download) -> None:
         """Copy the model and serve it.  Raises CopyFailed."""
         await copy.run()
         box = self.box
@@ -279,7 +279,7 @@ class _Pull:
             if why := box.catalog.not_served.get(target):
                 raise CopyFailed(f"{target} exists, but cannot be served: {why}.")
 
-    def _line(self, copy: DownloadProgress, state: State, message: str = "") -> PullProgress:
+    def _line(self, copy: Download, state: State, message: str = "") -> PullProgress:
         sources = [
             PullSource(source.peer, source.name, copy.sent[source], copy.left_out.get(source, ""))
             for source in sorted({*copy.sources, *copy.left_out}, key=lambda source: source.name)

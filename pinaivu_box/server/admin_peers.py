@@ -29,11 +29,11 @@ from pinaivu_box.network import peer as views
 from pinaivu_box.network.network import Network
 from pinaivu_box.network.peer import OwnView, Peer, PeerView
 from pinaivu_box.policy import LONGEST_LIFE
-from pinaivu_box.receipts.receipt import utc_text
 from pinaivu_box.routing.spending_limits import too_dear
 from pinaivu_box.server.context import actor_of, box_of, named_field
 from pinaivu_box.store import peer_settings
 from pinaivu_box.store.peer_settings import PeerLimits
+from pinaivu_box.text import utc_text
 
 T = TypeVar("T")
 OFF = (

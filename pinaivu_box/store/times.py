@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from pinaivu_box.receipts.receipt import utc_text
+from pinaivu_box.text import utc_text
 
 
 def now_ms() -> int:

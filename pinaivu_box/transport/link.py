@@ -1,5 +1,5 @@
-"""A link to a peer and the streams over it, made of a plain encrypted connection: handshake,
-framing, heartbeats."""
+"""A link to a peer and the streams over it, made of a plain encrypted connection: Hello, framing,
+heartbeats."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from contextlib import suppress
 from pinaivu_box import __version__
 from pinaivu_box.errors import LinkLost, PeeringError, ProtocolError
 from pinaivu_box.transport import wire
-from pinaivu_box.transport.link import Link, Stream
+from pinaivu_box.transport.link import Stream
 from pinaivu_box.transport.wire import Code, Open, Refusal
 
 MAX_INBOUND_STREAMS = 1024  # of all peers
@@ -66,7 +66,7 @@ class StreamRouter:
                 return
             async with asyncio.timeout(FIRST_FRAME_SECONDS):
                 frame = await stream.receive()
-            await self._route(link, wire.decode_open(frame), stream)
+            await self._route(stream, wire.decode_open(frame))
         except ProtocolError as error:
             await link.close(Code.PROTOCOL, error.message)
         except (PeeringError, TimeoutError) as error:
@@ -78,8 +78,8 @@ class StreamRouter:
         finally:
             self.count -= 1
 
-    async def _route(self, link: Link, opening: Open, stream: Stream) -> None:
-        purpose = opening.purpose
+    async def _route(self, stream: Stream, opening: Open) -> None:
+        link, purpose = stream.link, opening.purpose
         handler = self._for_all.get(purpose) or self._handlers.get(purpose)
         if opening.v != wire.PURPOSE_VERSION or handler is None:
             await refuse(

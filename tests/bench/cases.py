@@ -37,7 +37,7 @@ class Goal(msgspec.Struct, frozen=True):
         return ratio >= goal if self.more_is_better else ratio <= goal
 
 
-class Case(msgspec.Struct, frozen=True):
+class BenchCase(msgspec.Struct, frozen=True):
     """`context` is the total of both servers; `ours` and `theirs` are extra fields of the body."""
 
     name: str
@@ -58,8 +58,8 @@ def plan(prompt: int, output: int, clients: int, requests: int, **more: Any) -> 
     return RunPlan(workload, tenants, requests=requests or None, warmup=warmup, **more)
 
 
-def streams(count: int, requests: int, output: int, goals: tuple[Goal, ...]) -> Case:
-    return Case(
+def streams(count: int, requests: int, output: int, goals: tuple[Goal, ...]) -> BenchCase:
+    return BenchCase(
         name=f"streams-{count}",
         title=f"{count} stream{'s' if count > 1 else ''}",
         plan=plan(64, output, count, requests),
@@ -82,7 +82,7 @@ CASES = (
         64,
         (Goal("tokens_per_s", 1.03, 2.0, 1.1), Goal("gap_ms.p99", 0.95, 0.6)),
     ),
-    Case(
+    BenchCase(
         name="top-p",
         title="16 streams, top_p=0.9 without top-k",
         plan=plan(64, 64, 16, 48),
@@ -92,7 +92,7 @@ CASES = (
         ours={"temperature": 1.0, "top_p": 0.9},
         theirs={"temperature": 1.0, "top_p": 0.9, "top_k": 0, "min_p": 0.0},
     ),
-    Case(
+    BenchCase(
         name="shared-prefix",
         title="16 clients share a 1,000-token system prompt, 20 own tokens",
         plan=plan(20, 32, 16, 16, shared_prefix=1000),
@@ -102,7 +102,7 @@ CASES = (
         ours=GREEDY,
         theirs=GREEDY,
     ),
-    Case(
+    BenchCase(
         name="intruder",
         title="8 streams while a 2,000-token prompt arrives",
         plan=plan(32, 160, 8, 8, intruder=2000),
@@ -112,7 +112,7 @@ CASES = (
         ours=GREEDY,
         theirs=GREEDY,
     ),
-    Case(
+    BenchCase(
         name="tenants",
         title="one light tenant beside a heavy one with 50 clients",
         plan=plan(64, 64, 51, 0, seconds=60.0, tenants=(Tenant("heavy", 50), Tenant("light", 1))),
@@ -122,7 +122,7 @@ CASES = (
         ours=GREEDY,
         theirs=GREEDY,
     ),
-    Case(
+    BenchCase(
         name="repetitive",
         title="repetitive text, 1 stream",
         plan=plan(400, 256, 1, 3, repetitive=True),
@@ -135,7 +135,7 @@ CASES = (
 )
 
 
-def quick(case: Case) -> Case:
+def quick(case: BenchCase) -> BenchCase:
     """The same in seconds: shows that everything works, measures nothing."""
     small = case.plan
     workload = msgspec.structs.replace(

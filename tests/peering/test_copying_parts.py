@@ -15,6 +15,7 @@ from pinaivu_box.config import Config
 from pinaivu_box.errors import CopyFailed
 from pinaivu_box.files import download
 from pinaivu_box.files import wire as file_wire
+from pinaivu_box.files.download import Download
 from pinaivu_box.files.upload import FileServer
 from pinaivu_box.files.wire import File, FileRefused, Find, GivePiece, List, ModelAvailable
 from pinaivu_box.models import catalog as catalogs
@@ -69,11 +70,11 @@ def there(world: CopyNetwork) -> list[str]:
     return [digest_of(path.read_bytes()) for path in targets(world)]
 
 
-async def begun(world: CopyNetwork) -> Any:
-    return download.copy_of(world.open, await world.find(), folder(world), NAME)
+async def begun(world: CopyNetwork) -> Download:
+    return Download(world.open, await world.find(), folder(world), NAME)
 
 
-async def copied(world: CopyNetwork) -> Any:
+async def copied(world: CopyNetwork) -> Download:
     made = await begun(world)
     await made.run()
     return made
@@ -108,14 +109,15 @@ class Dies(FileServer):
         await super()._send_piece(conversation, model, number)
 
 
-async def test_what_was_cut_off_goes_on_in_the_middle_of_a_part(world: CopyNetwork) -> None:
+async def test_an_interrupted_copy_goes_on_in_the_middle_of_a_part(world: CopyNetwork) -> None:
     dying = await giver(world, Dies)
     dying.sharing.giver = dying  # type: ignore[attr-defined]
     with pytest.raises(CopyFailed, match=r"No source is left|stopped at"):
         await soon(copied(world))
     # Until all are here, none is in the folder.
     assert not any(path.exists() for path in targets(world))
-    world.givers.clear()
+    world.givers.remove(dying)
+    await dying.end()
     await giver(world, name="again")
     done = await soon(copied(world))
     assert sum(done.sent.values()) == SIZE - SIZES[0] - PIECE_BYTES
@@ -178,7 +180,7 @@ async def test_a_source_with_wrong_parts_is_left_out(
     await giver(world, kind, "eve")
     await giver(world, name="anna")
     found, without = await download.find(world.open, world.sources, NAME, "")
-    copy = download.copy_of(world.open, found, folder(world), NAME)
+    copy = Download(world.open, found, folder(world), NAME)
     await soon(copy.run())
     assert there(world) == DIGESTS
     named = {source.name for source in {**without, **copy.left_out}}

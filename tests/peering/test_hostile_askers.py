@@ -138,7 +138,7 @@ ASKS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", [*TASKS, *ASKS])
-async def test_what_cannot_be_served_is_refused(world: ThreeBoxes, name: str) -> None:
+async def test_a_task_that_cannot_be_served_is_refused(world: ThreeBoxes, name: str) -> None:
     asked = msgspec.to_builtins(ask(world))
     asked |= ASKS.get(name, {})
     asked["task"] |= TASKS.get(name, {})
@@ -164,7 +164,7 @@ async def test_limits_that_are_no_use(world: ThreeBoxes, most: int) -> None:
     assert await entry(world, asked)
 
 
-async def test_what_an_earlier_leg_is_said_to_have_made(world: ThreeBoxes) -> None:
+async def test_more_earlier_tokens_than_the_context_has_end_the_leg(world: ThreeBoxes) -> None:
     """More than the context has."""
     asked = msgspec.structs.replace(ask(world, max_tokens=None), made=[65] * 100_000)
     stream = await opened(world)

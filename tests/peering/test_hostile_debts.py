@@ -200,7 +200,7 @@ async def test_the_credit_limit_binds_who_hangs_up_time_and_again(strict: ThreeB
     await accept(stream, sign(world, proved))
 
 
-async def test_what_runs_is_reserved(strict: ThreeBoxes) -> None:
+async def test_the_credit_of_running_requests_is_reserved(strict: ThreeBoxes) -> None:
     """Of many that come together only those are begun that the credit has room for."""
     world = strict
     limit = await owes(world) + 10**9
@@ -283,7 +283,7 @@ async def test_tokens_a_minute_count_what_was_hung_up_on(strict: ThreeBoxes) -> 
     assert 0 < counted < 20
 
 
-async def test_what_other_legs_have_made_counts_as_tokens_a_minute(strict: ThreeBoxes) -> None:
+async def test_tokens_of_earlier_legs_count_as_tokens_a_minute(strict: ThreeBoxes) -> None:
     """It is computed like a prompt, and nobody pays for it: that must not be without a limit."""
     world = strict
     await forget_tokens(world)

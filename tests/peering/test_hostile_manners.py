@@ -201,7 +201,7 @@ async def test_a_prompt_is_counted_by_somebody_else(world: ThreeBoxes, name: str
     assert answer.json()["error"]["code"] == "exceeds_key_limit", answer.text
 
 
-async def test_what_was_counted_is_what_is_read(world: ThreeBoxes) -> None:
+async def test_a_prompt_must_be_the_one_that_was_counted(world: ThreeBoxes) -> None:
     made = await world.anna.http(
         "POST", "/v1/admin/keys", json={"name": "counted", "policy": {"tpm": 100_000}}
     )

@@ -73,7 +73,7 @@ REFUSALS = [
 
 
 @pytest.mark.parametrize("refused", REFUSALS, ids=lambda one: one.code)
-async def test_what_one_box_has_against_a_request_another_need_not(
+async def test_a_request_that_one_box_refuses_is_served_by_another(
     world: ThreeBoxes, refused: leg_wire.LegRefused
 ) -> None:
     async def refuse(peer: str, stream: Stream) -> None:

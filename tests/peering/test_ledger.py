@@ -186,17 +186,19 @@ async def test_many_entries_are_signed_in_several_statements(
     assert sorted(ours) == sorted(theirs) and len(ours) == 3
 
 
-async def test_what_one_side_lost_comes_back(pair: Pair) -> None:
+async def test_an_entry_that_one_side_lost_comes_back(pair: Pair) -> None:
     """An entry here, one there, and an acceptance that never came."""
     await pair.both(*some(20))
     here, there, waiting = some(3, start=20)
-    await ledger_entry.record(pair.a, here)
-    await ledger_entry.record(pair.b, mirrored(there))
+    await ledger_entry.record(pair.a, here, A.node_id)
+    await ledger_entry.record(pair.b, mirrored(there), B.node_id)
     late = entry(A, B, "req_late", served_by_us=False)
-    await ledger_entry.record(pair.a, late)
-    await ledger_entry.record(pair.b, msgspec.structs.replace(mirrored(late), acceptance=b""))
+    await ledger_entry.record(pair.a, late, A.node_id)
     await ledger_entry.record(
-        pair.a, msgspec.structs.replace(waiting, acceptance=b"")
+        pair.b, msgspec.structs.replace(mirrored(late), acceptance=b""), B.node_id
+    )
+    await ledger_entry.record(
+        pair.a, msgspec.structs.replace(waiting, acceptance=b""), A.node_id
     )  # B has none
     outcome = await pair.settle()
     assert (outcome.taken, outcome.given, outcome.differences) == (1, 1, [])
@@ -211,7 +213,7 @@ async def test_what_one_side_lost_comes_back(pair: Pair) -> None:
 
 async def test_more_than_a_frame_is_given(pair: Pair) -> None:
     for one in some(700):
-        await ledger_entry.record(pair.a, one)
+        await ledger_entry.record(pair.a, one, A.node_id)
     outcome = await pair.settle()
     assert outcome.given == 700 and len(outcome.statements) == 1
     assert (await pair.signed())[0] == (await pair.signed())[1]
@@ -222,9 +224,9 @@ async def test_more_than_a_frame_is_given(pair: Pair) -> None:
 
 async def test_the_request_that_differs_is_named_with_both_values(pair: Pair) -> None:
     await pair.both(*some(300))
-    await ledger_entry.record(pair.a, entry(A, B, "req_x", completion_tokens=10))
+    await ledger_entry.record(pair.a, entry(A, B, "req_x", completion_tokens=10), A.node_id)
     await ledger_entry.record(
-        pair.b, mirrored(entry(A, B, "req_x", completion_tokens=10, prompt_paid=False))
+        pair.b, mirrored(entry(A, B, "req_x", completion_tokens=10, prompt_paid=False)), B.node_id
     )
     for by, values in ((A, ("0.028", "0.02")), (B, ("0.02", "0.028"))):
         outcome = await pair.settle(by=by)
@@ -364,8 +366,8 @@ async def test_it_may_break_off_anywhere(tmp_path: Path, after: bool, again: Ide
         folder.mkdir()
         async with pair_in(folder) as pair:
             await pair.both(*some(6))
-            await ledger_entry.record(pair.a, some(1, start=6)[0])
-            await ledger_entry.record(pair.b, mirrored(some(1, start=7)[0]))
+            await ledger_entry.record(pair.a, some(1, start=6)[0], A.node_id)
+            await ledger_entry.record(pair.b, mirrored(some(1, start=7)[0]), B.node_id)
             try:
                 await pair.settle(wrap=lambda stream, at=at: Breaking(stream, at, after=after))
                 break
@@ -434,6 +436,13 @@ def wired(one: LedgerEntry, server: Identity, **changes: Any) -> w.SignedEntry:
     return msgspec.structs.replace(made, **changes)
 
 
+def summary(one: w.SignedEntry) -> EntrySummary:
+    return EntrySummary(
+        one.server, one.request_id, one.leg, one.choice, one.currency, one.amount,
+        sha256(one.proof).digest(),
+    )  # fmt: skip
+
+
 GOOD = entry(A, B, "req_9", served_by_us=False)  # B served it, A accepted it
 OF_C = entry(A, C, "req_9", served_by_us=False)
 LIES = {
@@ -461,7 +470,7 @@ async def test_nothing_false_is_taken(pair: Pair, lie: w.SignedEntry) -> None:
     talk = ReconcileSession(B, pair.b, A.node_id, stream)
     await talk.call(w.Begin(1, b""), w.Begin)
     refused = (await talk.call(w.TakeEntries([lie]), w.EntriesTaken)).refused
-    assert list(refused) == [lie.summary.key] and all(refused.values())
+    assert list(refused) == [lie.key] and all(refused.values())
     stream.abandon()
     await soon(answering)
 
@@ -473,7 +482,7 @@ async def test_nothing_false_is_taken(pair: Pair, lie: w.SignedEntry) -> None:
         answers: dict[type, Any] = {
             w.Unaccepted: w.ClaimEntries([]),
             w.Look: w.LedgerDigest(1),
-            w.AskRanges: w.RangeHashes([reconcile.EntryRange([lie.summary])]),
+            w.AskRanges: w.RangeHashes([reconcile.EntryRange([summary(lie)])]),
             w.GiveEntries: w.Entries([lie]),
         }
         while (frame := await talk.receive()) is not None:
@@ -499,7 +508,7 @@ async def a_proposal(pair: Pair, **changes: Any) -> tuple[ReconcileSession, Any]
     await talk.call(w.Look(0), w.LedgerDigest)
     rows = await ledger_statement.open_entries(pair.b, A.node_id, "")
     talk.snapshot = EntrySnapshot(B.node_id, A.node_id, rows)
-    return talk, msgspec.structs.replace(talk.compose(None, "2026-11-01T00:00:00Z"), **changes)
+    return talk, msgspec.structs.replace(await talk.compose("2026-11-01T00:00:00Z"), **changes)
 
 
 CHANGED: dict[str, dict[str, Any]] = {
@@ -627,7 +636,7 @@ async def answering(pair: Pair) -> AsyncIterator[tuple[Ledger, Ledger]]:
 async def test_both_settle_at_the_same_moment(pair: Pair, head_start: int) -> None:
     """Of two who begin so many turns of the loop apart, both get the one statement."""
     await pair.both(*some(20))
-    await ledger_entry.record(pair.a, some(1, start=20)[0])
+    await ledger_entry.record(pair.a, some(1, start=20)[0], A.node_id)
 
     async def settle(ledger: Ledger, peer: Identity, link: Link, turns: int) -> SettlementOutcome:
         for _ in range(turns):
@@ -674,7 +683,7 @@ async def test_a_waiting_peer_gets_keepalives(pair: Pair, monkeypatch: pytest.Mo
     send = ReconcileSession.send
     monkeypatch.setattr(ReconcileSession, "entries", late)
     monkeypatch.setattr(ReconcileSession, "send", counted)
-    await ledger_entry.record(pair.a, some(1, start=20)[0])  # to be given
+    await ledger_entry.record(pair.a, some(1, start=20)[0], A.node_id)  # to be given
     async with answering(pair) as (a, b):
         one, two = await soon(
             asyncio.gather(
@@ -700,7 +709,7 @@ async def test_a_leader_that_breaks_off_stops_nobody(pair: Pair) -> None:
     talk.snapshot = EntrySnapshot(
         A.node_id, B.node_id, await ledger_statement.open_entries(pair.a, B.node_id, "")
     )
-    signed = canonical(talk.compose(None, "2026-11-01T00:00:00Z"))
+    signed = canonical(await talk.compose("2026-11-01T00:00:00Z"))
     await talk.call(w.Propose(signed, A.sign(ledger_statement.DOMAIN, signed)), w.Agreed)
     await waiting.send(w.Begin(0, b""))
     talk.stream.abandon()
@@ -760,7 +769,7 @@ async def receipt_at_b(pair: Pair, one: LedgerEntry, **changes: Any) -> None:
 
 
 @pytest.mark.parametrize("by", [A, B], ids=["server asks", "coordinator asks"])
-async def test_what_was_not_accepted_is_accepted_or_disputed_by_name(
+async def test_an_unaccepted_entry_is_accepted_or_disputed_by_name(
     pair: Pair, by: Identity
 ) -> None:
     known, lost, other, unknown, late = (
@@ -769,7 +778,9 @@ async def test_what_was_not_accepted_is_accepted_or_disputed_by_name(
     assert all(one.served_by_us for one in (known, lost, other, unknown, late))
     for one in (known, lost, other, unknown, late):
         await ledger_entry.record(pair.a, unsigned(one), A.node_id)
-    await ledger_entry.record(pair.b, mirrored(late))  # its acceptance was lost on the way
+    await ledger_entry.record(
+        pair.b, mirrored(late), B.node_id
+    )  # its acceptance was lost on the way
     await receipt_at_b(pair, known)
     await receipt_at_b(pair, lost, witness=B.node_id, completion_tokens=1)
     await receipt_at_b(pair, other, ttft_ms=99)
@@ -789,7 +800,7 @@ async def test_what_was_not_accepted_is_accepted_or_disputed_by_name(
     assert shown[known.request_id].disputed is None and shown[known.request_id].acceptance
 
 
-async def test_what_is_written_off_leaves_room_and_counts_if_it_is_accepted_after_all(
+async def test_an_entry_that_is_written_off_uses_no_credit_until_it_is_accepted(
     pair: Pair,
 ) -> None:
     first, second = some(3, start=1)[:2]
@@ -803,7 +814,7 @@ async def test_what_is_written_off_leaves_room_and_counts_if_it_is_accepted_afte
     assert (await claims.forgive(pair.a, B.node_id, Actor("cli:ann", "local"))).entries == 0
     assert len(await audit.ls(pair.a)) == 1
     assert (await pair.settle()).disputed == []  # nobody is asked about it any more
-    await ledger_entry.record(pair.b, mirrored(first))
+    await ledger_entry.record(pair.b, mirrored(first), B.node_id)
     assert (await pair.settle(by=B)).statements[0].signed
     found = (await ledger_entry.balance(pair.a, B.node_id))["credits"]
     assert (found.net, found.waiting) == (first.amount, 0)

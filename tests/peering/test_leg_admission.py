@@ -61,7 +61,7 @@ class Accounts:
 
 def admission_with(**policy: Any) -> tuple[LegAdmission, Accounts]:
     accounts = Accounts(PeerPolicy(**policy))
-    return LegAdmission(accounts.policy, accounts, cast("Any", Load())), accounts
+    return LegAdmission(accounts.policy, cast("Any", accounts), cast("Any", Load())), accounts
 
 
 @asynccontextmanager
@@ -165,7 +165,7 @@ async def test_places_are_given_back_whatever_happens() -> None:
         assert admission.idle.is_set()
 
 
-async def test_what_is_set_for_a_peer_holds_for_its_next_request() -> None:
+async def test_a_new_limit_of_a_peer_holds_for_its_next_request() -> None:
     admission, accounts = admission_with(max_parallel=1)
     async with running(admission, accounts):
         accounts.peer_policy = msgspec.structs.replace(accounts.peer_policy, max_parallel=2)

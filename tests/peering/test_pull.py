@@ -174,7 +174,7 @@ async def test_a_model_in_several_files_is_served_at_once_too(puller: Puller) ->
     assert again["state"] == "done" and "already, as made:up" in again["message"]
 
 
-async def test_what_is_here_is_not_copied_again(puller: Puller) -> None:
+async def test_a_model_that_is_here_is_not_copied_again(puller: Puller) -> None:
     await puller.giver(DATA)
     await puller.pull()
     again = await puller.pull()
@@ -182,7 +182,7 @@ async def test_what_is_here_is_not_copied_again(puller: Puller) -> None:
     assert len(await audit.ls(puller.box.database)) == 1
 
 
-async def test_what_is_here_gets_the_name_that_was_asked_for(puller: Puller) -> None:
+async def test_a_model_that_is_here_gets_the_name_that_was_asked_for(puller: Puller) -> None:
     await puller.giver(DATA)
     first = await puller.pull()
     named = await puller.pull(**{"as": "other:1"})
@@ -283,7 +283,7 @@ async def test_names_that_are_paths(puller: Puller, name: str) -> None:
         ({"model": ""}, 422, "length"),
     ],
 )
-async def test_what_cannot_be_pulled(
+async def test_a_pull_that_is_not_possible_is_refused(
     puller: Puller, body: dict[str, Any], status: int, said: str
 ) -> None:
     await puller.giver(DATA)

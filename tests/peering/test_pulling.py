@@ -125,7 +125,7 @@ def test_ctrl_c_stops_the_copy_and_keeps_what_has_come(member: MakePeerBox) -> N
     assert sum(one["bytes"] for one in last["sources"]) < LARGE
 
 
-def test_what_a_peer_may_not_have(member: MakePeerBox) -> None:
+def test_a_peer_gets_no_model_that_its_limits_exclude(member: MakePeerBox) -> None:
     anna, ben = joined_boxes(member, "anna", "ben")
     put(anna, made_up(1))
     wait_until(lambda: offers(ben, "anna", NAME), "it is offered")

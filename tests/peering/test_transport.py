@@ -311,6 +311,15 @@ async def test_an_idle_link_stays(world: World, link: Link) -> None:
     await echo(link)
 
 
+async def test_a_link_without_a_reference_stays_until_the_transport_closes(world: World) -> None:
+    await world.connect()
+    for _ in range(3):
+        gc.collect()
+        await asyncio.sleep(0.5 * world.patience)
+    await world.ours.close()
+    assert (await world.event("closed"))["code"] == Code.SHUTDOWN
+
+
 async def test_a_close_by_the_peer_has_its_code_and_reason(link: Link) -> None:
     stream = await converse(link, "close 403 you (of all boxes) are no member: ask é for a ticket")
     lost = await soon(link.closed())

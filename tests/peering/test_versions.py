@@ -232,7 +232,7 @@ async def test_vectors_over_a_link_are_signed_by_who_computed_them(three: ThreeB
 async def test_many_vectors_go_in_several_messages(
     three: ThreeBoxes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pinaivu_box.legs.sign._MAX_VECTOR_BYTES", 3000)
+    monkeypatch.setattr("pinaivu_box.legs.served_leg._MAX_VECTOR_BYTES", 3000)
     secret = await three.key("ben")
     body = {"model": FAKE, "input": [f"text {n}" for n in range(11)]}
     answer = (await three.anna.http("POST", "/v1/embeddings", json=body, secret=secret)).json()
@@ -245,7 +245,7 @@ async def test_many_vectors_go_in_several_messages(
 
 
 @pytest.mark.parametrize("what", ["logprobs", "vectors"])
-async def test_what_was_changed_on_the_way_is_not_what_was_signed(
+async def test_an_output_that_differs_from_its_mark_is_a_violation(
     world: ThreeBoxes, what: str
 ) -> None:
     """A serving box whose answer is not the one that it signs for."""

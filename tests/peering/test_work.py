@@ -24,11 +24,9 @@ from pinaivu_box.gateway.records import ChoiceRecord, LegRecord
 from pinaivu_box.gossip.adverts import ModelLoad
 from pinaivu_box.gossip.loads import ReportedLoad
 from pinaivu_box.identity import verify
-from pinaivu_box.legs.client import AcceptedLeg
 from pinaivu_box.legs.runner import LegRun
-from pinaivu_box.legs.server import Served
 from pinaivu_box.models.catalog import Model
-from pinaivu_box.receipts.receipt import ACCEPTANCE_DOMAIN, PROOF_DOMAIN, Proof
+from pinaivu_box.receipts.receipt import ACCEPTANCE_DOMAIN, PROOF_DOMAIN, Proof, cost
 from tests.support.in_process_pools import FAKE, PROMPT, PoolNode, config, pools
 from tests.support.waiting import wait_until
 
@@ -79,7 +77,7 @@ async def test_a_peer_serves_what_is_not_here(pair: list[PoolNode]) -> None:
     assert proved.proof.sampling["seed"] == "7"
 
 
-async def test_what_is_not_loaded_is_promised_for_when_its_size_is_read(
+async def test_the_ttft_of_a_model_that_is_not_loaded_includes_loading_it(
     pair: list[PoolNode],
 ) -> None:
     """Who had to fear a long wait there would queue elsewhere, and it would never be loaded."""
@@ -96,16 +94,18 @@ async def test_both_hold_the_same_account_signed_by_both(pair: list[PoolNode]) -
     await asker.ask()
     await wait_until(lambda: len(server.kept) == 1)
     (taken,), (served,) = asker.kept, server.kept
-    assert isinstance(taken, AcceptedLeg) and isinstance(served, Served)
-    assert taken.proved.signed == served.signed
-    assert taken.proved.acceptance == served.acceptance
-    signed = served.signed.signed.encode()
-    assert verify(asker.node_id, ACCEPTANCE_DOMAIN, signed, served.acceptance)
+    assert served.served_by_us and not taken.served_by_us
     assert (taken.peer, served.peer) == (server.node_id, asker.node_id)
-    assert msgspec.json.decode(signed, type=Proof) == served.proof
+    assert (taken.proof, taken.signature) == (served.proof, served.signature)
+    assert taken.acceptance == served.acceptance
+    assert verify(asker.node_id, ACCEPTANCE_DOMAIN, served.proof, served.acceptance)
+    proof = msgspec.json.decode(served.proof, type=Proof)
+    assert taken.amount == served.amount == cost(proof, pays_prompt=True)
 
 
-async def test_what_is_the_requests_own_fault_is_told_as_at_home(pair: list[PoolNode]) -> None:
+async def test_a_fault_of_the_request_is_reported_as_by_an_engine_here(
+    pair: list[PoolNode],
+) -> None:
     asker, _ = pair
     with pytest.raises(ContextOverflow, match="n_prompt_tokens"):
         await asker.ask(text="x" * 3000)
@@ -113,7 +113,7 @@ async def test_what_is_the_requests_own_fault_is_told_as_at_home(pair: list[Pool
 
 async def test_a_prompt_is_counted_by_a_peer(pair: list[PoolNode]) -> None:
     asker, _ = pair
-    prompt, context = await asker.pool.tokenizer.tokenize(asker.job())
+    prompt, context = await asker.pool.boxes.tokenize(asker.job())
     assert prompt.tokens and context == 2048
     events = await asker.ask()
     assert isinstance(events[1], Prompt) and events[1].tokens == prompt.tokens
@@ -126,7 +126,7 @@ async def test_long_prompts_go_in_several_frames() -> None:
         settings[1], engine=msgspec.structs.replace(settings[1].engine, context=3_000_000)
     )
     async with pools(asker=settings[0], server=settings[1]) as (asker, _):
-        prompt, _ = await asker.pool.tokenizer.tokenize(asker.job(text="ab" * 1_000_000))
+        prompt, _ = await asker.pool.boxes.tokenize(asker.job(text="ab" * 1_000_000))
         assert len(prompt.tokens) > 2_000_000
 
 
@@ -193,7 +193,7 @@ async def test_more_requests_than_a_peer_takes_at_a_time_wait_for_each_other() -
     ],
     ids=str,
 )
-async def test_what_a_peer_may_have(
+async def test_a_peer_is_refused_by_each_of_its_limits(
     pair: list[PoolNode], policy: dict[str, object], why: str | None
 ) -> None:
     asker, server = pair
@@ -449,12 +449,12 @@ async def test_hedging_asks_a_second_box() -> None:
             assert isinstance(events[0], Started) and events[0].node_id == fast_node.node_id
         await wait_until(lambda: slow_node.load.idle)
         # What the slow one had computed until it was told to stop is owed to it, and accepted.
-        served = [one for one in slow_node.kept if isinstance(one, Served)]
+        served = [one for one in slow_node.kept if one.served_by_us]
         assert served and all(one.acceptance for one in served)
-        assert {one.proof.finish_reason for one in served} == {"cancelled"}
-        taken = [one for one in asker.kept if isinstance(one, AcceptedLeg)]
-        owed = {one.proved.signed.signed for one in taken if one.peer == slow_node.node_id}
-        assert owed == {one.signed.signed for one in served}
+        proofs = [msgspec.json.decode(one.proof, type=Proof) for one in served]
+        assert {proof.finish_reason for proof in proofs} == {"cancelled"}
+        owed = {one.proof for one in asker.kept if one.peer == slow_node.node_id}
+        assert owed == {one.proof for one in served}
 
 
 def all_busy(nodes: list[PoolNode]) -> bool:

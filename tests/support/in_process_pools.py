@@ -25,10 +25,8 @@ from pinaivu_box.gateway.records import ChoiceRecord
 from pinaivu_box.gossip.adverts import Advert
 from pinaivu_box.gossip.loads import ReportedLoad
 from pinaivu_box.identity import Identity
-from pinaivu_box.ledger.entry import Balance
-from pinaivu_box.legs.client import AcceptedLeg
+from pinaivu_box.ledger.entry import Balance, LedgerEntry
 from pinaivu_box.legs.runner import LegRun
-from pinaivu_box.legs.server import Served
 from pinaivu_box.legs.wiring import PeerServices
 from pinaivu_box.membership.records import key_of
 from pinaivu_box.models import catalog as catalogs
@@ -39,6 +37,7 @@ from pinaivu_box.routing.candidates import Debts
 from pinaivu_box.routing.load import LoadTracker
 from pinaivu_box.routing.offers import Offers
 from pinaivu_box.settings import LiveSettings, Settings
+from pinaivu_box.tasks import TaskSet
 from pinaivu_box.transport.link import Link, Stream
 from pinaivu_box.transport.streams import StreamHandler
 from tests.support.memory_transport import MemoryNetwork, MemoryTransport
@@ -57,7 +56,7 @@ class PoolLinks:
         self.looks = 0
         self._transport, self._everybody = transport, everybody
         self._links: dict[str, Link] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = TaskSet()
 
     def peers(self) -> list[Peer]:
         return [self._everybody[name].seen() for name in self.others]
@@ -82,23 +81,18 @@ class PoolLinks:
 
     async def serve(self) -> None:
         while True:
-            self._spawn(self._serve_link(await self._transport.accept()))
+            self._tasks.spawn(self._serve_link(await self._transport.accept()))
 
     async def _serve_link(self, link: Link) -> None:
         with contextlib.suppress(PeeringError):
             while True:
-                self._spawn(self._serve_stream(link.peer, await link.accept()))
+                self._tasks.spawn(self._serve_stream(link.peer, await link.accept()))
 
     async def _serve_stream(self, peer: str, stream: Stream) -> None:
         try:
             await self.handlers["work"](peer, stream)
         except (PeeringError, TimeoutError):
             stream.abandon()
-
-    def _spawn(self, work: Any) -> None:
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
 
 
 class Books:
@@ -107,7 +101,7 @@ class Books:
     def __init__(self) -> None:
         self.peer_policy = PeerPolicy()
         self.owed = 0  # by each peer
-        self.kept: list[Served | AcceptedLeg] = []
+        self.kept: list[LedgerEntry] = []
 
     async def policy(self, peer: str) -> PeerPolicy:
         return self.peer_policy
@@ -124,8 +118,8 @@ class Books:
     async def debts(self) -> Debts:
         return {}
 
-    async def keep(self, leg: Served | AcceptedLeg) -> None:
-        self.kept.append(leg)
+    async def keep(self, entry: LedgerEntry) -> None:
+        self.kept.append(entry)
 
 
 class PoolNode:
@@ -166,7 +160,7 @@ class PoolNode:
         return self.settings.catalog
 
     @property
-    def kept(self) -> list[Served | AcceptedLeg]:
+    def kept(self) -> list[LedgerEntry]:
         return self.books.kept
 
     def serves(self, **policy: Any) -> None:

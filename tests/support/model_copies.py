@@ -18,12 +18,15 @@ from pinaivu_box.errors import PeeringError
 from pinaivu_box.files import download
 from pinaivu_box.files import wire as file_wire
 from pinaivu_box.files.download import Download, DownloadSource
+from pinaivu_box.files.store import Digests
 from pinaivu_box.files.upload import FileServer
 from pinaivu_box.files.wire import PieceData
 from pinaivu_box.models import catalog as catalogs
 from pinaivu_box.models.catalog import Catalog
+from pinaivu_box.models.header_reader import HeaderReader
 from pinaivu_box.models.partial_file import PIECE_BYTES
 from pinaivu_box.store.database import Database
+from pinaivu_box.tasks import TaskSet
 from pinaivu_box.transport import wire
 from pinaivu_box.transport.link import Link, Stream
 from tests.support import gguf_files
@@ -54,38 +57,35 @@ class SharingBox:
         self.name = name
         self.kind = kind
         self.shares, self.rate = True, 0.0
+        self.headers = HeaderReader()
         self.links: list[Link] = []
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = TaskSet()
 
     async def start(self, network: MemoryNetwork) -> None:
         self.database = Database(self.folder.parent / "pinaivu.db")
         await self.database.open()
-        self.sharing = self.kind(self.shared, self.database, lambda: self.rate)
+        self.digests = Digests(self.database)
+        self.sharing = self.kind(self.shared, self.digests, lambda: self.rate)
         self.transport = MemoryTransport(network, new_identity().node_id)
         self.source = DownloadSource(self.transport.node_id, self.name)
-        self._spawn(self._accept())
+        self._tasks.spawn(self._accept())
 
     async def shared(self, _peer: str) -> Catalog | str:
         if not self.shares:
             return "this box does not share its models with yours"
-        return catalogs.load(Config(), self.folder.parent)
-
-    def _spawn(self, work: Any) -> None:
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        return catalogs.load(Config(), self.folder.parent, self.headers)
 
     async def _accept(self) -> None:
         with suppress(PeeringError):
             while True:
                 link = await self.transport.accept()
                 self.links.append(link)
-                self._spawn(self._serve(link))
+                self._tasks.spawn(self._serve(link))
 
     async def _serve(self, link: Link) -> None:
         with suppress(PeeringError):
             while True:
-                self._spawn(self._talk(link, await link.accept()))
+                self._tasks.spawn(self._talk(link, await link.accept()))
 
     async def _talk(self, link: Link, stream: Stream) -> None:
         with suppress(PeeringError):
@@ -96,9 +96,9 @@ class SharingBox:
 
     async def end(self) -> None:
         await self.transport.close()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._tasks.cancel()
+        self.headers.stop()
+        await self.digests.close()
         await self.database.close()
 
 
@@ -145,13 +145,14 @@ class CopyNetwork:
         return (await download.find(self.open, self.sources, model, digest))[0]
 
     async def copy(self, digest: str = "") -> Download:
-        made = Download(self.open, await self.find(digest=digest), self.target)
+        made = Download(self.open, await self.find(digest=digest), self.target.parent, NAME)
         await made.run()
         return made
 
     @property
     def partial(self) -> Path:
-        (found,) = (self.target.parent / ".partial").iterdir()
+        folder = self.target.parent / ".partial"
+        (found,) = [path for path in folder.iterdir() if path.suffix != ".lock"]
         return found
 
     async def end(self) -> None:

@@ -334,7 +334,7 @@ class Network:
             OWN.node_id, settings, self.load, placement, self._peers, _ask_loads, self.breaker,
             self.reputation, _no_debts,
         )  # fmt: skip
-        local = OwnBackend(own or ScriptedBox(0, peer=False))
+        local: Any = OwnBackend(own or ScriptedBox(0, peer=False))
         peers_: Any = _Peers(self)
         boxes = Boxes(self.candidates, local, peers_, self.load, self.breaker, self.reputation)
         self.runner = LegRunner(OWN.node_id, local, boxes)
@@ -391,22 +391,14 @@ class OwnBackend:
         return self._box.begin(job)
 
 
-class _PeerBackend:
-    def __init__(self, box: ScriptedBox, to: Destination) -> None:
-        self._box, self._to = box, to
-
-    def start(self, job: Job) -> ScriptedLeg:
-        return self._box.begin(job, self._to.pays_prompt)
-
-
 class _Peers:
     """As `legs.client.PeerClient`."""
 
     def __init__(self, network: Network) -> None:
         self._boxes = {box.node_id: box for box in network.peers}
 
-    def backend(self, to: Destination) -> _PeerBackend:
-        return _PeerBackend(self._boxes[to.node_id], to)
+    def start(self, job: Job, to: Destination) -> ScriptedLeg:
+        return self._boxes[to.node_id].begin(job, to.pays_prompt)
 
 
 async def _ask_loads(model: str) -> None:
