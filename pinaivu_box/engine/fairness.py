@@ -81,6 +81,7 @@ class FairQueue(Generic[R]):
             yield from tenant.waiting
 
     def push(self, request: R) -> None:
+        """Add a request that is new, or that was preempted and still runs."""
         tenant = self._tenants.get(request.tenant)
         if tenant is None:
             tenant = _Tenant(self._departed.pop(request.tenant, 0.0))
@@ -101,19 +102,19 @@ class FairQueue(Generic[R]):
         self._forget_idle(request.tenant)
 
     def first(self, name: str) -> R | None:
-        """The tenant's own that is next."""
+        """The tenant's next waiting request."""
         waiting = self._tenants[name].waiting
         return waiting[0] if waiting else None
 
     def later(self, request: R, arrival: int) -> None:
-        """Let it wait on, as if it had arrived then."""
+        """Keep a request waiting, as if it had arrived at `arrival`."""
         waiting = self._tenants[request.tenant].waiting
         waiting.remove(request)
         request.arrival = arrival
         insort(waiting, request, key=_rank)
 
     def start(self, request: R) -> None:
-        """Take it out of the queue: it runs."""
+        """Take a request out of the queue: it runs."""
         tenant = self._tenants[request.tenant]
         tenant.waiting.remove(request)
         tenant.running += 1
@@ -122,11 +123,12 @@ class FairQueue(Generic[R]):
             self._floor = tenant.counter
 
     def stop(self, request: R) -> None:
-        """Note that it no longer runs."""
+        """Note that a request no longer runs."""
         self._tenants[request.tenant].running -= 1
         self._forget_idle(request.tenant)
 
     def charge(self, name: str, prompt_tokens: int, output_tokens: int) -> None:
+        """Add computed tokens to the counter of tenant `name`."""
         tenant = self._tenants[name]
         cost = PROMPT_COST * prompt_tokens + OUTPUT_COST * output_tokens
         tenant.counter += cost / tenant.weight
@@ -152,8 +154,8 @@ class FairQueue(Generic[R]):
                 heappush(turns, (counter, running + 1, number, index + 1))
 
     def over_share(self, name: str) -> str | None:
-        """The tenant that runs the most for its weight, if one of its places would be better with
-        tenant `name`: so that after the change it still has no less than `name`."""
+        """The tenant that runs the most for its weight, if it should give a place to tenant `name`:
+        after that it must still run no less for its weight than `name`."""
         asking = self._tenants[name]
         largest = max(
             self._tenants, key=lambda n: self._tenants[n].running / self._tenants[n].weight

@@ -71,7 +71,8 @@ class Embedder:
         self._buffer = BatchBuffer(params.n_batch)
 
     def _stops(self, tensor: int, ask: bool, _user_data: object) -> bool:
-        """Asked of each tensor of the graph whether to stop after it, and then whether to go on."""
+        """llama.cpp asks before each tensor of the graph whether to stop after it (`ask`), and
+        after it whether to go on."""
         return ask and self._tensor_name(tensor) == _RESULT_TENSOR
 
     def _capacity(self, model: llama.llama_model_p, size: int, context: int) -> EmbeddingCapacity:

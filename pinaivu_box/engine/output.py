@@ -1,4 +1,4 @@
-"""Text and frames from what the steps gave.  Runs in its own thread, beside the steps.
+"""Turns the output of steps into text and frames, in a thread of its own.
 
 A frame holds all output since the last one: a slow reader gets fewer and larger frames, and never
 slows a step.
@@ -25,7 +25,7 @@ _MAX_FRAME_LOGPROBS = 1 << 14  # about 6 MB
 
 @dataclass(frozen=True)
 class SequenceOutput:
-    """What one step gave one sequence.
+    """The output of one step for one sequence.
 
     `queue_ms` and `cached_tokens` come with its first token, or with its end if it has begun and
     has no token.  `logprobs` are those of `tokens`, `prompt_logprobs` those of tokens that were
@@ -46,7 +46,7 @@ class SequenceOutput:
 
 @dataclass(frozen=True)
 class StepOutput:
-    """What a step gave, and what happened since the one before.
+    """The output of a step, and what has happened since the one before.
 
     `plain` is the output of a step without a plan: ids, and one token for each, none of which ends
     its sequence.
@@ -69,7 +69,7 @@ class _OpenSequence:
 
 
 class OutputBuffer:
-    """`take` events, then `frame` them."""
+    """Collects events (`take`) and makes frames of them (`frame`)."""
 
     def __init__(self) -> None:
         self._open: dict[str, _OpenSequence] = {}

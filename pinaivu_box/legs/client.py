@@ -68,7 +68,7 @@ class PeerClient:
         """See `gateway.backend.Tokenizer`.  Raises as `PeerLeg.events`."""
         stream = await self.open(to)
         try:
-            await send(stream, leg_wire.Count(to_task(job), to.digest, tokens, plain), to)
+            await _send(stream, leg_wire.Count(to_task(job), to.digest, tokens, plain))
             async with asyncio.timeout(OPEN_SECONDS + STALL_SECONDS):
                 check = self.large.to_coordinator(to.node_id)
                 answer = await leg_wire.receive(stream, leg_wire.to_coordinator, check=check)
@@ -77,7 +77,7 @@ class PeerClient:
         finally:
             stream.abandon()
         if isinstance(answer, leg_wire.LegRefused):
-            raise refusal(answer, to)
+            raise _refusal(answer, to)
         if not isinstance(answer, leg_wire.Tokens) or not may_answer(answer, job, tokens):
             raise PeerFaulty(f"{to.name} did not answer a count", node_id=to.node_id)
         return Tokenized(job.id, answer.tokens, answer.text, answer.thinking), answer.context
@@ -144,7 +144,7 @@ class PeerLeg:
         try:
             if self._is_cancelled():
                 return
-            await send(stream, request, self._to)
+            await _send(stream, request)
             self._stream = stream
             if self._is_cancelled():
                 self._client.stop(stream)
@@ -154,7 +154,8 @@ class PeerLeg:
                     ended = isinstance(event, Output) and event.finish_reason is not None
                     yield event
         except ProtocolViolation as violation:
-            raise self._faulty(str(violation)) from None
+            reason = f"{self._to.name} violated the protocol: {violation}"
+            raise PeerFaulty(reason, node_id=self._to.node_id) from None
         except PeeringError as error:
             raise _lost(self._to, error) from error
         finally:
@@ -177,7 +178,7 @@ class PeerLeg:
                 reason = wire.printable(message.message)
                 raise EngineLost(f"{self._to.name} gave up: {reason}", node_id=self._to.node_id)
             case leg_wire.LegRefused():
-                raise refusal(message, self._to)
+                raise _refusal(message, self._to)
             case leg_wire.Tokens():
                 raise ProtocolViolation("unexpected message")
         return ()
@@ -244,14 +245,13 @@ class PeerLeg:
 
     async def _accept(self, stream: Stream, reason: str) -> Proved:
         """Verify the proof, sign that it is accepted, and keep it."""
-        client = self._client
+        client, to = self._client, self._to
         try:
             proof, signed = self._verifier.prove(reason)
         except ProtocolViolation as violation:
             await _conclude(stream, leg_wire.Disputed(str(violation)[:500]))
             raise
         acceptance = client.identity.sign(ACCEPTANCE_DOMAIN, signed.signed.encode())
-        to = self._to
         await client.ledger.keep(
             ledger_entry.of_leg(to.node_id, proof, signed, to.pays_prompt, acceptance)
         )
@@ -259,22 +259,14 @@ class PeerLeg:
         await _conclude(stream, leg_wire.Accepted(acceptance.hex()))
         return Proved(proof, signed, self._verifier.output.opening, acceptance)
 
-    def _faulty(self, reason: str) -> PeerFaulty:
-        message = f"{self._to.name} violated the protocol: {reason}"
-        return PeerFaulty(message, node_id=self._to.node_id)
-
     def _stalled(self, reason: str) -> EngineLost:
         return EngineLost(f"{self._to.name} stalled: {reason}", node_id=self._to.node_id)
 
 
-async def send(
-    stream: Stream, message: leg_wire.LegRequest | leg_wire.Count, to: Destination
-) -> None:
-    """The first message on a stream, which may be too large.  Raises ApiError."""
+async def _send(stream: Stream, message: leg_wire.LegRequest | leg_wire.Count) -> None:
+    """The first message on a stream, which may be too large: then it raises NoNodesAvailable."""
     try:
         await leg_wire.send(stream, message)
-    except PeeringError as error:
-        raise _lost(to, error) from error
     except ValueError as error:
         raise NoNodesAvailable(f"The request is too large for a peer: {error}.") from error
 
@@ -285,7 +277,7 @@ async def _conclude(stream: Stream, message: leg_wire.Accepted | leg_wire.Disput
         await stream.finish()
 
 
-def refusal(refused: leg_wire.LegRefused, to: Destination) -> ApiError:
+def _refusal(refused: leg_wire.LegRefused, to: Destination) -> ApiError:
     """NoNodesAvailable if another box may serve the request, else what is wrong with it."""
     message = wire.printable(refused.message)
     error = by_code(refused.code, message, wire.printable(refused.param) if refused.param else None)

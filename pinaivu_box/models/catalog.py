@@ -1,4 +1,4 @@
-"""Which models this box can serve: names, files, facts and digests."""
+"""The models that this box can serve: names, files, headers and digests."""
 
 from __future__ import annotations
 

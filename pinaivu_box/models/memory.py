@@ -50,7 +50,7 @@ def resident(pid: int) -> int:
 
 
 def _bytes(path: str, field: str) -> int | None:
-    """What a line `field:   N kB` of a file says; None if it is not there."""
+    """N of the line `FIELD:   N kB` of a file in /proc, in bytes; None if there is none."""
     with contextlib.suppress(OSError):
         for line in Path(path).read_text().splitlines():
             if line.startswith(f"{field}:"):

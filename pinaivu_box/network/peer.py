@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from msgspec import UNSET, Struct, UnsetType
@@ -55,7 +55,7 @@ class Peer:
     inviter: str
     admin: bool
     issued_at: float | None
-    loads: Mapping[str, ReportedLoad]
+    loads: Mapping[str, ReportedLoad] = field(hash=False)
 
 
 def view(
