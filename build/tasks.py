@@ -21,9 +21,9 @@ COOKIE_MAGIC = b"MEI\014\013\012\013\016"
 CUDA_ARCHITECTURES = "75-real;80-real;86-real;89-real;90"
 MODEL_FOOTER = 64  # pinaivu_box.models.bundled ends the file with this many bytes of its own
 
-# Tests of a file share processes, and wait for them most of the time: four workers keep two cores
+# Tests of a file share processes, and wait for them most of the time: six workers keep two cores
 # busy.  The order of files is that of tests/conftest.py.
-PYTEST = ["pytest", "-n", "4", "--dist", "loadfile", "--no-loadscope-reorder"]
+PYTEST = ["pytest", "-n", "6", "--dist", "loadfile", "--no-loadscope-reorder"]
 CHECKS = [
     ["ruff", "format", "--check"],
     ["ruff", "check"],
