@@ -117,14 +117,10 @@ class Catalog:
         for candidate in (model_id, f"{model_id}:latest", model_id.removesuffix(":latest")):
             if candidate in self._models:
                 return self._models[candidate]
-        if (known := known_models.known(model_id)) is not None:
-            raise ModelNotFound(
-                f"The model '{known.name}' is not served here: 'pinaivu pull {known.name}' on the "
-                "box downloads it.",
-                param="model",
-            )
         near = difflib.get_close_matches(model_id[:MAX_NAME], self._models, n=3, cutoff=0.5)
         hint = f" Did you mean {' or '.join(near)}?" if near else ""
+        if known_models.known(model_id) is not None:
+            hint = f" Its operator can download it: 'pinaivu pull {model_id}'."
         served = ", ".join(sorted(self._models)[:20]) or "no model yet"
         raise ModelNotFound(
             f"The model '{quoted(model_id)}' is not served here.{hint} Served here: {served}.",

@@ -82,7 +82,7 @@ def test_a_name_leads_to_one_place(text: str, expected: Reference) -> None:
         "https://example.com/%2e%2e%2fx%0a.gguf", "x" * 200, "é:1b",
     ],
 )  # fmt: skip
-def test_what_is_no_name_is_refused_in_one_sentence(text: str) -> None:
+def test_a_text_that_is_no_name_is_refused_in_one_sentence(text: str) -> None:
     with pytest.raises(PullFailed) as caught:
         parse(text, CONFIG)
     assert "\n" not in caught.value.message

@@ -130,7 +130,7 @@ async def test_a_hub_repository_is_pinned_to_its_commit(
         await look_up(server, "hf.co/ann/tiny-GGUF:Q2_K")
 
 
-async def test_what_is_not_there_is_named(server: RegistryServer) -> None:
+async def test_a_model_that_is_not_there_is_named(server: RegistryServer) -> None:
     for name in ("tiny:9b", "hf.co/ann/none"):
         with pytest.raises(PullFailed, match="has no model"):
             await look_up(server, name)
