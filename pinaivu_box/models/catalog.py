@@ -120,7 +120,7 @@ class Catalog:
         near = difflib.get_close_matches(model_id[:MAX_NAME], self._models, n=3, cutoff=0.5)
         hint = f" Did you mean {' or '.join(near)}?" if near else ""
         if known_models.known(model_id) is not None:
-            hint = f" Its operator can download it: 'pinaivu pull {model_id}'."
+            hint = f" The operator of this box can download it: 'pinaivu pull {model_id}'."
         served = ", ".join(sorted(self._models)[:20]) or "no model yet"
         raise ModelNotFound(
             f"The model '{quoted(model_id)}' is not served here.{hint} Served here: {served}.",
