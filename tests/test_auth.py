@@ -135,7 +135,7 @@ def test_everything_below_v1_and_api_needs_a_key_and_nothing_else_does() -> None
         ("DELETE", "/v1/models/fake:1", "any key"),
         ("GET", "/v1", "inference"),
         ("GET", "/v1/nothing", "inference"),
-        ("POST", "/api/nothing", "inference"),
+        ("POST", "/api/nothing", "public"),
         ("GET", "/nothing", "public"),
     ],
 )

@@ -282,7 +282,7 @@ def test_a_home_without_a_box_has_no_node_key_and_gets_none(tmp_path: Path) -> N
     ("command", "hint"),
     [
         (["key"], "Did you mean keys?"),
-        (["serv"], "Did you mean serve?"),
+        (["serv"], "Did you mean serve or search?"),
         (["model"], ""),
         (["Doctor"], "Did you mean doctor?"),
         (["keys", "lst"], "Did you mean ls?"),

@@ -146,6 +146,6 @@ def access_to(method: str, path: str) -> Access:
     for endpoint in ENDPOINTS:
         if endpoint.serves(method, path):
             return endpoint.access
-    if not path.startswith(("/v1", "/api")):
+    if not path.startswith("/v1"):
         return "public"
     return next((access for prefix, access in _RESOURCES if path.startswith(prefix)), "inference")

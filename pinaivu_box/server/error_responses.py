@@ -39,6 +39,7 @@ log = logging.getLogger("pinaivu.http")
 
 ANTHROPIC = "/v1/messages"
 OLLAMA = "/api/"
+_NOT_OLLAMA = "/api/v1/"  # OpenAI's clients with a wrong base URL
 _OVERFLOW = "This model's maximum context length is"
 _NUMBER = re.compile(r"[0-9]+")
 _STATUSES_WITH_CONTACT = (402, 403, 429, 503)  # the operator decides about these
@@ -66,7 +67,7 @@ def body(error: ApiError, path: str = "") -> dict[str, Any]:
         },
         "detail": detail,
     }
-    if path.startswith(OLLAMA):
+    if path.startswith(OLLAMA) and not path.startswith(_NOT_OLLAMA):
         return {**content, "error": error.message, "code": error.code}
     if path.startswith(ANTHROPIC):
         kind = "invalid_request_error" if error.status < 500 else "api_error"
