@@ -386,7 +386,7 @@ CREATE TABLE model_files (
         digest    TEXT NOT NULL
     ) STRICT
     ;
-INSERT INTO "model_files" VALUES('/work/wt/store/.venv/share/pinaivu/models/smollm2-135m.gguf',144811072,1795969039520782525,'7b46609d11703c058397e5cfe4cc6e4b2508cb1eb4c80ddc472a5d421fbdb508');
+INSERT INTO "model_files" VALUES('/usr/share/pinaivu/models/smollm2-135m.gguf',144811072,1795969039520782525,'7b46609d11703c058397e5cfe4cc6e4b2508cb1eb4c80ddc472a5d421fbdb508');
 CREATE TABLE model_pieces (
         digest  TEXT PRIMARY KEY,  -- of the whole
         hashes  BLOB NOT NULL
