@@ -24,6 +24,7 @@ import msgspec
 import pinaivu_box
 from pinaivu_box import backoff
 from pinaivu_box.errors import PullFailed, quoted
+from pinaivu_box.registry.reference import is_loopback
 
 T = TypeVar("T")
 
@@ -74,12 +75,14 @@ class RegistryClient:
 
     def __init__(self, base: str, token: str = "", random: Random | None = None) -> None:
         self._host, self._token = host_of(base), token
+        self._plain = base.startswith("http://")
         self._random = random or Random()  # noqa: S311, it spreads retries
         self._http = httpx.AsyncClient(
             follow_redirects=True,
             max_redirects=_MAX_REDIRECTS,
             timeout=httpx.Timeout(_STALL_SECONDS, connect=_CONNECT_SECONDS),
             headers={"User-Agent": f"pinaivu-box/{pinaivu_box.__version__}"},
+            event_hooks={"request": [self._check_protected]},
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=16),
         )
 
@@ -144,6 +147,13 @@ class RegistryClient:
             yield response
         finally:
             await response.aclose()
+
+    async def _check_protected(self, request: httpx.Request) -> None:
+        """Refuse plain HTTP, also after a redirect, unless the registry itself speaks it or it is
+        this machine.  Raises PullFailed."""
+        host = host_of(str(request.url))
+        if request.url.scheme != "https" and not self._plain and not is_loopback(host):
+            raise PullFailed(f"{host} sends without TLS what {self._host} leads to: not used.")
 
     async def _send(self, url: str, headers: Mapping[str, str]) -> httpx.Response:
         if self._token and host_of(url) == self._host:

@@ -278,6 +278,12 @@ async def test_the_hubs_token_is_sent_to_the_hub_alone(
     assert sent == {""}
 
 
+async def test_a_redirect_to_plain_http_is_not_followed() -> None:
+    async with RegistryClient("https://registry.example") as client:
+        with pytest.raises(PullFailed, match="without TLS"):
+            await client.download("http://192.0.2.1/manifest")
+
+
 # -- where it goes ---------------------------------------------------------------------------------
 
 
