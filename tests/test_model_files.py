@@ -122,6 +122,10 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
         gguf_files.aligned(header([word("general.architecture", "clip")], [tensor("a", 0)])),
         "projector",
     ),
+    "encoder": (
+        gguf_files.aligned(header([LLAMA], [tensor("a", 0), tensor("v.blk.0.ffn_up.weight", 0)])),
+        "encoder for images",
+    ),
     "part-without-its-name": (valid(u32("split.count", 3)), "part 1 of 3"),
 }
 GOOD = "good"

@@ -145,7 +145,9 @@ def test_the_models_are_listed_and_described(box: Box) -> None:
         model for model in box.http("GET", "/api/tags").json()["models"] if model["name"] == MODEL
     ]
     assert model["size"] > 50_000_000 and len(model["digest"]) == 64
-    assert model["details"]["format"] == "gguf"
+    details = model["details"]
+    assert (details["format"], details["quantization_level"]) == ("gguf", "Q8_0")
+    assert details["parameter_size"].startswith("13") and details["parameter_size"].endswith("M")
     shown = post(box, "show", model=MODEL)
     family = shown["details"]["family"]
     assert shown["model_info"]["general.architecture"] == family

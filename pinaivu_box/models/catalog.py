@@ -12,6 +12,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
 
+import msgspec
+
 from pinaivu_box.config import Config, ModelConfig, SamplingConfig
 from pinaivu_box.errors import CliError, ModelNotFound, quoted
 from pinaivu_box.models import bundled, folder_scan, gguf, known_models, splits
@@ -333,6 +335,6 @@ def _from_files(model_id: str, paths: Sequence[Path], headers: HeaderReader) -> 
         paths[0],
         size=sum(file.st_size for file in facts),
         created=max(int(file.st_mtime) for file in facts),
-        header=read[0],
+        header=msgspec.structs.replace(read[0], parameters=sum(each.parameters for each in read)),
         parts=parts if len(parts) > 1 else (),
     )

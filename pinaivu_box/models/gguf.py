@@ -11,9 +11,10 @@ import math
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from pinaivu_box.models.names import printable
 from pinaivu_box.models.regular_files import open_regular
@@ -49,7 +50,20 @@ TENSOR_TYPES = {
 }  # fmt: skip
 
 
+# llama_ftype (llama.h) -> how most of the weights are quantised.
+_QUANTISATIONS = {
+    0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 7: "Q8_0", 8: "Q5_0", 9: "Q5_1", 10: "Q2_K",
+    11: "Q3_K_S", 12: "Q3_K_M", 13: "Q3_K_L", 14: "Q4_K_S", 15: "Q4_K_M", 16: "Q5_K_S",
+    17: "Q5_K_M", 18: "Q6_K", 19: "IQ2_XXS", 20: "IQ2_XS", 21: "Q2_K_S", 22: "IQ3_XS",
+    23: "IQ3_XXS", 24: "IQ1_S", 25: "IQ4_NL", 26: "IQ3_S", 27: "IQ3_M", 28: "IQ2_S", 29: "IQ2_M",
+    30: "IQ4_XS", 31: "IQ1_M", 32: "BF16", 36: "TQ1_0", 37: "TQ2_0", 38: "MXFP4",
+}  # fmt: skip
+_ENCODER_TENSORS = ("v.", "mm.")  # beginnings of names, as in llama.cpp's mtmd
 _PROJECTOR = "it is a projector for images (mmproj), which is no model by itself"
+_ENCODER = (
+    "it holds an encoder for images beside the model, which llama.cpp reads from a file of its "
+    "own: pull the model from the Hub (hf.co/OWNER/REPO), where the two are apart"
+)
 _OTHER_KIND = "it holds no model but "
 
 
@@ -64,7 +78,7 @@ class Header(Struct, frozen=True):
     `kv_bytes_per_token` are the bytes of one cell of an f16 KV cache over all layers (an upper
     bound where a model keeps less, as sliding-window layers do).  A file that is part of a model
     says that it is number `part` (from 1) of `parts` with `all_tensors` in all; otherwise those are
-    0.
+    0.  `parameters` counts the numbers in its tensors; with `has_encoder` some of them read images.
     """
 
     architecture: str = ""
@@ -75,6 +89,9 @@ class Header(Struct, frozen=True):
     part: int = 0
     parts: int = 0
     all_tensors: int = 0
+    parameters: int = 0
+    has_encoder: bool = False
+    quantisation: str = ""
 
 
 def read_header(path: Path, offset: int = 0, size: int | None = None) -> Header:
@@ -97,6 +114,8 @@ def check_whole(header: Header, tensors: int) -> None:
         raise BadGguf("it does not name its architecture (general.architecture)")
     if header.architecture == "clip":
         raise BadGguf(_PROJECTOR)
+    if header.has_encoder:
+        raise BadGguf(_ENCODER)
     if tensors == 0:
         raise BadGguf("it has no tensors")
 
@@ -209,12 +228,12 @@ def _read(file: _Reader) -> Header:
     if tensors > _MAX_TENSORS:
         raise BadGguf(f"its header claims {tensors} tensors")
     values = _Values(_metadata(file, keys))
-    needed = _tensors_end(file, tensors, values.alignment())
-    if needed > file.size:
+    read = _read_tensors(file, tensors, values.alignment())
+    if read.end > file.size:
         raise BadGguf(
-            f"{_INCOMPLETE}: it has {file.size:,} bytes, and its tensors end at {needed:,}"
+            f"{_INCOMPLETE}: it has {file.size:,} bytes, and its tensors end at {read.end:,}"
         )
-    return values.header(tensors)
+    return replace(values.header(tensors), parameters=read.parameters, has_encoder=read.has_encoder)
 
 
 def _metadata(file: _Reader, count: int) -> dict[str, Scalar]:
@@ -256,10 +275,17 @@ def _skip_array(file: _Reader) -> None:
     file.skip(size)
 
 
-def _tensors_end(file: _Reader, count: int, alignment: int) -> int:
-    """How many bytes a file with these tensors has at least."""
+class _Tensors(NamedTuple):
+    """Where the last tensor ends in the file, and see `Header`."""
+
+    end: int
+    parameters: int
+    has_encoder: bool
+
+
+def _read_tensors(file: _Reader, count: int, alignment: int) -> _Tensors:
     names: set[str] = set()
-    end = 0
+    end = parameters = 0
     for _ in range(count):
         file.step()
         name = file.name()
@@ -275,8 +301,10 @@ def _tensors_end(file: _Reader, count: int, alignment: int) -> int:
         if max(elements, offset) >= 2**62:
             raise BadGguf(f"its tensor {printable(name, 80)} is larger than any file")
         end = max(end, offset + elements // block * size)
+        parameters += elements
     begin = -(-file.at // alignment) * alignment
-    return begin + end if count else file.at
+    has_encoder = any(name.startswith(_ENCODER_TENSORS) for name in names)
+    return _Tensors(begin + end if count else file.at, min(parameters, 2**62), has_encoder)
 
 
 @dataclass(frozen=True)
@@ -302,7 +330,12 @@ class _Values:
             part=self._whole("split.no", 0, 0, 65_535) + 1 if parts else 0,
             parts=parts,
             all_tensors=self._whole("split.tensors.count", 0, 0, _MAX_INT) if parts else 0,
+            quantisation=_QUANTISATIONS.get(self._file_type(), ""),
         )
+
+    def _file_type(self) -> int:
+        value = self.metadata.get("general.file_type", -1)
+        return value if isinstance(value, int) else -1  # it is for show: none is wrong
 
     def _kv_bytes(self) -> int:
         heads = max(1, self._of_architecture("attention.head_count", 1, 0, 65_536))

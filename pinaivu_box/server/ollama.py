@@ -155,7 +155,11 @@ async def show(request: Request, body: ShowRequest) -> ShownModel:
         raise ModelNotAllowed(f"This key may not use {model.id}.", param="model")
     architecture = model.header.architecture
     context = memory.context_of(model, box_of(request).config.engine.context)
-    info = {"general.architecture": architecture, f"{architecture}.context_length": context}
+    info = {
+        "general.architecture": architecture,
+        "general.parameter_count": model.header.parameters,
+        f"{architecture}.context_length": context,
+    }
     return ShownModel(_details(model), info, ["completion", "tools"], _time(model.created))
 
 
@@ -186,8 +190,16 @@ async def _digest(request: Request, model: Model) -> str:
 
 
 def _details(model: Model) -> ModelDetails:
-    family = model.header.architecture
-    return ModelDetails("", "gguf", family, [family], "", "")
+    header = model.header
+    family, size = header.architecture, _count(header.parameters)
+    return ModelDetails("", "gguf", family, [family], size, header.quantisation)
+
+
+def _count(parameters: int) -> str:
+    """A number of parameters as Ollama writes it, such as 134.52M or 1.2B."""
+    if parameters >= 10**9:
+        return f"{parameters / 10**9:.1f}B"
+    return f"{parameters / 10**6:.2f}M"
 
 
 def _time(seconds: float) -> str:
