@@ -22,7 +22,7 @@ from pinaivu_box.files import wire as file_wire
 from pinaivu_box.models import partial_file
 from pinaivu_box.models.partial_file import HASH_BYTES, CopyInProgress, NoRoom, PartialFile
 from pinaivu_box.models.regular_files import sha256
-from pinaivu_box.models.splits import PartName, digest_of_parts
+from pinaivu_box.models.splits import digest_of_parts, names
 from pinaivu_box.transport.link import Stream
 from pinaivu_box.transport.rpc import MessageStream, RequestRejected, UnexpectedMessage
 
@@ -150,7 +150,9 @@ class Download:
                 self.sent,
                 self.left_out,
             )
-            for number, target in enumerate(_targets(folder, name, len(offer.parts)))
+            for number, target in enumerate(
+                folder / each for each in names(name, max(1, len(offer.parts)))
+            )
         ]
 
     @property
@@ -182,12 +184,6 @@ class Download:
                     await asyncio.to_thread(partial_file.publish, self._folder, digest, target)
         except OSError as error:
             raise _disk_error(error, self._folder) from error
-
-
-def _targets(folder: Path, name: str, parts: int) -> list[Path]:
-    if not parts:
-        return [folder / f"{name}.gguf"]
-    return [folder / file for file in PartName(name, 1, parts, ".gguf").all_parts]
 
 
 class _FileDownload:

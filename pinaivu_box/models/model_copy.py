@@ -6,26 +6,30 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
+from pinaivu_box.models import record as records
+from pinaivu_box.models import splits
 from pinaivu_box.models.catalog import Model
+from pinaivu_box.models.record import ModelRecord
 from pinaivu_box.models.regular_files import open_regular
-from pinaivu_box.models.splits import PartName
 
 _COPY_BYTES = 1 << 20
 
 
-def copy_model(model: Model, folder: Path, name: str) -> list[Path]:
+def copy_model(
+    model: Model, folder: Path, name: str, record: ModelRecord | None = None
+) -> list[Path]:
     """Create the model's files as those of `name` in that folder, all of them or none: hard links
-    where possible, else copies.  Returns them in their order.  Raises OSError, such as
-    FileExistsError."""
+    where possible, else copies; and its `record`.  Returns them in their order.  Raises OSError,
+    such as FileExistsError."""
     if model.is_fake:
         raise OSError("it has no file")
-    folder.mkdir(parents=True, exist_ok=True)
-    names = [f"{name}.gguf"]
-    if model.parts:
-        names = PartName(name, 1, len(model.parts), ".gguf").all_parts
+    targets = [folder / each for each in splits.names(name, len(model.files))]
+    targets[0].parent.mkdir(parents=True, exist_ok=True)
+    if record is not None:
+        records.write(targets[0], record)
     copies: list[Path] = []
     try:
-        for file, target in zip(model.files, (folder / each for each in names), strict=True):
+        for file, target in zip(model.files, targets, strict=True):
             _copy_file(file, target)
             copies.append(target)
     except BaseException:

@@ -14,7 +14,7 @@ from pinaivu_box.models.gguf import BadGguf
 from pinaivu_box.models.names import is_model_id
 from pinaivu_box.models.regular_files import open_regular
 
-_MAX_BYTES = 1024 * 1024
+_MAX_BYTES = 4 * 1024 * 1024  # more than what `registry.manifest` takes, escaped as JSON
 
 StopString = Annotated[str, Meta(min_length=1, max_length=256)]
 

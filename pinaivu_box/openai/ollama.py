@@ -267,8 +267,8 @@ class AnsweredMessage(Struct, frozen=True):
 
 class OllamaAnswer(Struct, frozen=True, kw_only=True):
     """A line of a streamed answer, or a whole one: `message` in a chat, `response` otherwise.  With
-    the last come counts of tokens and durations in nanoseconds: of all, until the model was ready,
-    of the prompt, and of the answer."""
+    the last come counts of tokens and durations in nanoseconds: of all, in the engine's queue, of
+    the prompt (and of loading the model, the first time), and of the answer."""
 
     model: str
     created_at: str

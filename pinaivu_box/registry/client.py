@@ -39,7 +39,7 @@ _CHALLENGE = re.compile(r'([A-Za-z_]+)="([^"]*)"')
 _TOKEN_FILE = Path("~/.cache/huggingface/token")  # where the Hub's own tools keep it
 
 
-class _Token(msgspec.Struct):
+class _TokenAnswer(msgspec.Struct):
     token: str = ""
     access_token: str = ""
 
@@ -95,13 +95,11 @@ class RegistryClient:
     async def aclose(self) -> None:
         await self._http.aclose()
 
-    async def document(
-        self, url: str, kind: type[T], *, accept: str = "application/json"
-    ) -> tuple[T, bytes]:
-        """Return a JSON document, decoded and as it was sent.  Raises PullFailed (HttpStatus)."""
+    async def document(self, url: str, kind: type[T], *, accept: str = "application/json") -> T:
+        """Return a JSON document.  Raises PullFailed (HttpStatus)."""
         data = await self.download(url, accept=accept)
         try:
-            return msgspec.json.decode(data, type=kind), data
+            return msgspec.json.decode(data, type=kind)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise PullFailed(
                 f"{host_of(url)} answered with something that is no model's description: {error}."
@@ -177,7 +175,7 @@ class RegistryClient:
         if not answer.is_success:
             return False
         try:
-            token = msgspec.json.decode(answer.content, type=_Token)
+            token = msgspec.json.decode(answer.content, type=_TokenAnswer)
         except (msgspec.DecodeError, UnicodeDecodeError):
             return False
         self._token = token.token or token.access_token

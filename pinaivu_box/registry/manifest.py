@@ -6,6 +6,7 @@ import hashlib
 import re
 from dataclasses import dataclass
 from typing import Annotated, Any
+from urllib.parse import quote
 
 from msgspec import Meta, Struct, field
 
@@ -17,8 +18,7 @@ from pinaivu_box.registry.client import HttpStatus, RegistryClient, host_of
 from pinaivu_box.registry.reference import HubModel, RegistryModel, UrlModel
 from pinaivu_box.text import END, whole
 
-MAX_LICENSE_BYTES = 256 * 1024
-_MAX_FILES = splits.MAX_PARTS
+_MAX_TEXT_BYTES = 128 * 1024  # of all layers of a kind, such as the licences
 _MANIFEST = "application/vnd.docker.distribution.manifest.v2+json"
 _OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 _OLLAMA = "application/vnd.ollama.image."
@@ -35,7 +35,7 @@ class Layer(Struct):
     size: Size
 
 
-class Manifest(Struct):
+class ImageManifest(Struct):
     """An image manifest, version 2, as Docker's registry and Ollama's have them."""
 
     layers: Annotated[list[Layer], Meta(max_length=1024)]
@@ -91,8 +91,8 @@ async def of_registry(client: RegistryClient, model: RegistryModel) -> Listing:
     """Read a manifest and the small layers of it that count here.  Raises PullFailed."""
     base = f"{model.base}/v2/{model.repository}"
     try:
-        manifest, _ = await client.document(
-            f"{base}/manifests/{model.tag}", Manifest, accept=f"{_MANIFEST}, {_OCI_MANIFEST}"
+        manifest = await client.document(
+            f"{base}/manifests/{model.tag}", ImageManifest, accept=f"{_MANIFEST}, {_OCI_MANIFEST}"
         )
     except HttpStatus as error:
         raise _explained(error, model.id) from error
@@ -110,7 +110,13 @@ async def of_registry(client: RegistryClient, model: RegistryModel) -> Listing:
         raise PullFailed(f"{model.id} has no weights as GGUF there: choose another name.")
 
     async def text_of(kind: str) -> str:
-        parts = [await _blob(client, base, layer) for layer in layers.get(kind, [])]
+        described = layers.get(kind, [])
+        if sum(layer.size for layer in described) > _MAX_TEXT_BYTES:
+            raise PullFailed(
+                f"{host_of(base)} describes {model.id} by more than {_MAX_TEXT_BYTES:,} bytes of "
+                f"{kind}: that is too much."
+            )
+        parts = [await _blob(client, base, layer) for layer in described]
         return b"\n\n".join(parts).decode("utf-8", "replace")
 
     record = ModelRecord(
@@ -127,10 +133,8 @@ async def of_registry(client: RegistryClient, model: RegistryModel) -> Listing:
 
 async def _blob(client: RegistryClient, base: str, layer: Layer) -> bytes:
     """Raises PullFailed, also if it is not what its digest says."""
-    if layer.size > MAX_LICENSE_BYTES:
-        raise PullFailed(f"A part of the description has {layer.size:,} bytes: that is too long.")
     url = f"{base}/blobs/{layer.digest}"
-    data = await client.download(url, max_bytes=MAX_LICENSE_BYTES)
+    data = await client.download(url, max_bytes=layer.size)
     if f"sha256:{hashlib.sha256(data).hexdigest()}" != layer.digest:
         raise PullFailed(f"A part of the description from {url} is not what its digest says.")
     return data
@@ -140,7 +144,7 @@ async def of_hub(client: RegistryClient, model: HubModel) -> Listing:
     """Choose files of a repository.  Raises PullFailed."""
     url = f"{model.base}/api/models/{model.repository}?blobs=true"
     try:
-        repository, _ = await client.document(url, Repository)
+        repository = await client.document(url, Repository)
     except HttpStatus as error:
         if error.status in (401, 403):
             raise PullFailed(
@@ -152,9 +156,11 @@ async def of_hub(client: RegistryClient, model: HubModel) -> Listing:
     names = choose(list(large), model.choice)
     if not names:
         raise PullFailed(_no_such_file(model, list(large)))
+    if (part := splits.parse(names[0].rpartition("/")[2])) and len(names) < part.count:
+        raise PullFailed(f"{model.repository} lacks some of the {part.count} parts of {names[0]}.")
     files = tuple(
         RemoteFile(
-            f"{model.base}/{model.repository}/resolve/{repository.sha}/{name}",
+            f"{model.base}/{model.repository}/resolve/{repository.sha}/{quote(name)}",
             large[name].size,
             large[name].sha256,
         )

@@ -4,11 +4,12 @@ for it."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncGenerator, Coroutine
 from pathlib import Path
 from typing import Any
 
 from pinaivu_box.errors import PullFailed
+from pinaivu_box.files.download import Download
 from pinaivu_box.models import splits
 from pinaivu_box.models.gguf import BadGguf
 from pinaivu_box.registry import manifest
@@ -63,16 +64,16 @@ def link(model: LocalModel, folder: Path) -> list[Path]:
 
 
 class RunningPull:
-    """A download that several watch.  It is cancelled when nobody does any more, unless it is
-    finishing; what has come is kept."""
+    """A download that one or several watch.  It is cancelled when nobody does any more, unless it
+    is finishing: a file that has its name is served, whether somebody still watches or not."""
 
-    def __init__(self, transfer: Transfer, work: Coroutine[Any, Any, None]) -> None:
-        self.transfer = transfer
+    def __init__(self, copy: Transfer | Download, work: Coroutine[Any, Any, None]) -> None:
+        self.copy = copy
         self.task = asyncio.create_task(work)
         self.task.add_done_callback(ignore_exception)
         self._watchers = 0
 
-    async def watch(self, seconds: float) -> AsyncIterator[None]:
+    async def watch(self, seconds: float) -> AsyncGenerator[None, None]:
         """Return at once, then after so many seconds each, until it has ended; then `task` has the
         result."""
         self._watchers += 1
@@ -82,9 +83,9 @@ class RunningPull:
                 await asyncio.wait({self.task}, timeout=seconds)
         finally:
             self._watchers -= 1
-            if not self._watchers and not self.transfer.finishing:
-                self.task.cancel()
             if not self._watchers:
+                if not self.copy.finishing:
+                    self.task.cancel()
                 await asyncio.wait({self.task})
 
 

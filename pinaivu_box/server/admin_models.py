@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import AsyncIterator
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -32,6 +32,7 @@ from pinaivu_box.models import catalog, memory
 from pinaivu_box.models.catalog import Model
 from pinaivu_box.models.model_copy import copy_model
 from pinaivu_box.models.names import MAX_NAME, is_model_id, printable
+from pinaivu_box.models.record import ModelRecord
 from pinaivu_box.network.network import Network
 from pinaivu_box.registry import pulls
 from pinaivu_box.registry.client import RegistryClient
@@ -44,7 +45,6 @@ from pinaivu_box.server.json_response import JsonLines
 from pinaivu_box.store import audit
 from pinaivu_box.store.audit import Actor
 from pinaivu_box.store.database import SqlStatement
-from pinaivu_box.tasks import ignore_exception
 from pinaivu_box.text import NO_CONTROLS
 
 _PROGRESS_SECONDS = 0.5
@@ -135,6 +135,7 @@ async def pull(request: Request, body: Pull) -> JsonLines[PullProgress]:
     if not body.from_:
         return await _pull_by_name(request, body)
     network = network_of(request)
+    _check_digest(body)
     name = _name_here(body)
     if len(body.model) > MAX_NAME:
         raise InvalidBody(
@@ -149,24 +150,23 @@ async def pull(request: Request, body: Pull) -> JsonLines[PullProgress]:
     except CopyFailed as error:
         raise Conflict(error.message) from error
     offer = next(iter(offers.values()))
-    present = await _present(box, offer.digest)
+    present = await _present(box, offer.digest, offer.size)
     task = _Pull(box, name, actor_of(request), request_id_of(request))
     if present is None:
         task.check_name_is_free()
         copy = Download(open_stream, offers, catalog.directory(box.config, box.home), name)
         copy.left_out.update(unusable)
-        return JsonLines(task.progress(copy))
+        return JsonLines(task.watch(RunningPull(copy, task.run(copy))))
     message = f"This box has that file already, as {present.id}."
     if body.as_ is not None and name not in (present.id, f"{present.id}:latest"):
         present = await task.add_name(present)
         message = f"{message[:-1]}, and serves it as {name} too."
-    size, request_id = offer.size, task.request_id
-    done = PullProgress("done", present.id, offer.digest, size, size, [], message, request_id)
-    return JsonLines(_only(done))
+    return JsonLines(task.done(present, offer.digest, message))
 
 
 async def _pull_by_name(request: Request, body: Pull) -> JsonLines[PullProgress]:
     """Raises Conflict, InvalidBody."""
+    _check_digest(body)
     box = box_of(request)
     try:
         reference = parse(body.model, box.config.registry, body.as_)
@@ -176,7 +176,11 @@ async def _pull_by_name(request: Request, body: Pull) -> JsonLines[PullProgress]
     if (running := box.pulls.running(reference.id)) is not None:
         return JsonLines(task.watch(running))
     if isinstance(reference, LocalModel):
-        return JsonLines(_only(await task.link(reference)))
+        if body.digest:
+            raise InvalidBody(
+                "it chooses among files of registries and peers: remove it", loc=("body", "digest")
+            )
+        return JsonLines(task.done(*await task.link(reference)))
     client = pulls.client_for(reference)
     try:
         listing = await pulls.look_up(client, reference)
@@ -184,28 +188,32 @@ async def _pull_by_name(request: Request, body: Pull) -> JsonLines[PullProgress]
         await client.aclose()
         raise Conflict(error.message) from error
     copy = Transfer(client, listing, catalog.directory(box.config, box.home))
-    present = await _present(box, copy.digest) if copy.digest else None
-    if present is None or present.id != reference.id:
+    if not copy.digest.startswith(body.digest):
+        await client.aclose()
+        raise Conflict(f"{listing.record.source} is another file than --digest says.")
+    present = await _present(box, copy.digest, copy.size) if copy.digest else None
+    if present is None:
         task.check_name_is_free()
         return JsonLines(task.download(client, copy))
     await client.aclose()
     message = f"This box has that file already, as {present.id}."
-    size, request_id = copy.size, task.request_id
-    done = PullProgress("done", present.id, copy.digest, size, size, [], message, request_id)
-    return JsonLines(_only(done))
+    if present.id != reference.id:
+        present = await task.add_name(present, listing.record)
+        message = f"{message[:-1]}, and serves it as {present.id} too."
+    return JsonLines(task.done(present, copy.digest, message))
 
 
-async def _only(line: PullProgress) -> AsyncIterator[PullProgress]:
-    yield line
-
-
-def _name_here(body: Pull) -> str:
-    """The name on this box, with its tag.  Raises InvalidBody."""
+def _check_digest(body: Pull) -> None:
+    """Raises InvalidBody."""
     if body.digest and not re.fullmatch(r"[0-9a-f]{8,64}", body.digest):
         raise InvalidBody(
             f"'{body.digest}' is not a digest: write 8 to 64 hex digits of one.",
             loc=("body", "digest"),
         )
+
+
+def _name_here(body: Pull) -> str:
+    """The name on this box, with its tag.  Raises InvalidBody."""
     given, field_name = (body.model, "model") if body.as_ is None else (body.as_, "as")
     name = given if ":" in given else f"{given}:latest"
     with named_field("body", field_name):
@@ -249,11 +257,11 @@ def _matches(offer: Offer, body: Pull) -> bool:
     return offer.id in names
 
 
-async def _present(box: Box, digest: str) -> Model | None:
-    """The model with that file, if this box has it."""
+async def _present(box: Box, digest: str, size: int) -> Model | None:
+    """The model with that file, if this box has it.  Files of other sizes are not read."""
     for model in box.catalog.models:
         with suppress(OSError):  # deleted since
-            if await box.digests.of(model) == digest:
+            if model.size == size and await box.digests.of(model) == digest:
                 return model
     return None
 
@@ -276,13 +284,14 @@ class _Pull:
                 "(--as)."
             )
 
-    async def add_name(self, model: Model) -> Model:
-        """Serve a model of this box under the name as well.  Raises Conflict."""
+    async def add_name(self, model: Model, record: ModelRecord | None = None) -> Model:
+        """Serve a model of this box under the name as well, with what a registry says about it.
+        Raises Conflict."""
         self.check_name_is_free()
         box = self.box
         folder = catalog.directory(box.config, box.home)
         try:
-            targets = await asyncio.to_thread(copy_model, model, folder, self.model)
+            targets = await asyncio.to_thread(copy_model, model, folder, self.model, record)
             await box.look_for_models()
         except OSError as error:
             reason = error.strerror or error
@@ -297,10 +306,19 @@ class _Pull:
         )
         return box.catalog.find(self.model)
 
-    async def link(self, model: LocalModel) -> PullProgress:
-        """Serve a file of this machine where it is.  Raises Conflict."""
-        self.check_name_is_free()
+    async def done(self, model: Model, digest: str, message: str) -> AsyncIterator[PullProgress]:
+        """The only line of a pull that had nothing to copy."""
+        size = model.size
+        yield PullProgress("done", model.id, digest, size, size, [], message, self.request_id)
+
+    async def link(self, model: LocalModel) -> tuple[Model, str, str]:
+        """Serve a file of this machine where it is.  Returns what `done` says.  Raises Conflict."""
         box = self.box
+        for served in box.catalog.models:
+            with suppress(OSError):
+                if served.id == self.model and served.path.samefile(model.path):
+                    return served, "", f"This box serves that file already, as {served.id}."
+        self.check_name_is_free()
         try:
             folder = catalog.directory(box.config, box.home)
             links = await asyncio.to_thread(pulls.link, model, folder)
@@ -314,9 +332,7 @@ class _Pull:
                 raise Conflict(f"{printable(str(model.path))} cannot be served: {why}.")
         await box.database.write(self._record(path=str(model.path)))
         served = box.catalog.find(self.model)
-        message = f"{self.model} is served from {printable(str(model.path))}."
-        size = served.size
-        return PullProgress("done", served.id, "", size, size, [], message, self.request_id)
+        return served, "", f"{self.model} is served from {printable(str(model.path))}."
 
     async def download(self, client: RegistryClient, copy: Transfer) -> AsyncIterator[PullProgress]:
         """The progress of a pull by name, which others may watch too."""
@@ -331,12 +347,14 @@ class _Pull:
     async def _download(self, client: RegistryClient, copy: Transfer) -> None:
         """Raises PullFailed, CopyFailed."""
         async with client:
-            await self._run(copy)
+            await self.run(copy)
 
     async def watch(self, running: RunningPull) -> AsyncIterator[PullProgress]:
-        copy = running.transfer
-        async for _ in running.watch(_PROGRESS_SECONDS):
-            yield self._line(copy, "checking" if copy.checking else "copying")
+        """Its progress.  If nobody reads it any more, it stops; what has been copied stays."""
+        copy = running.copy
+        async with aclosing(running.watch(_PROGRESS_SECONDS)) as ticks:
+            async for _ in ticks:
+                yield self._line(copy, "checking" if copy.checking else "copying")
         try:
             running.task.result()
         except (PeeringError, PullFailed) as error:
@@ -344,27 +362,7 @@ class _Pull:
         else:
             yield self._line(copy, "done")
 
-    async def progress(self, copy: Download) -> AsyncIterator[PullProgress]:
-        """If the reader leaves, the copy stops; what has been copied stays."""
-        running = asyncio.create_task(self._run(copy))
-        try:
-            while not running.done():
-                yield self._line(copy, "checking" if copy.checking else "copying")
-                await asyncio.wait({running}, timeout=_PROGRESS_SECONDS)
-            try:
-                running.result()
-            except PeeringError as error:
-                yield self._line(copy, "failed", error.message)
-            else:
-                yield self._line(copy, "done")
-        finally:
-            # A file that has its final name is served, whether the reader is still there or not.
-            running.add_done_callback(ignore_exception)
-            if not copy.finishing:
-                running.cancel()
-            await asyncio.wait({running})
-
-    async def _run(self, copy: Download | Transfer) -> None:
+    async def run(self, copy: Download | Transfer) -> None:
         """Copy the model and serve it.  Raises CopyFailed, PullFailed."""
         await copy.run()
         box = self.box

@@ -216,7 +216,9 @@ class _Answer:
     def __init__(self, call: InferenceCall, job: Job, *, is_chat: bool) -> None:
         self._call, self._job, self._is_chat = call, job, is_chat
         self._reader = Reader(None)  # until it is started
-        self._began = self._started = self._first = time.monotonic()
+        self._began = time.monotonic()
+        self._first = 0.0  # when the first output came
+        self._queued = 0.0  # seconds before the engine began
         self._text, self._thinking = "", ""
         self._calls: list[AnsweredCall] = []
         self._name, self._call_id = "", ""
@@ -246,10 +248,9 @@ class _Answer:
         match event:
             case ChoiceStarted():
                 self._reader = reader_of(self._job, event)
-                self._started = self._first = time.monotonic()
             case Output():
-                if self._first == self._started:
-                    self._first = time.monotonic()
+                self._first = self._first or time.monotonic()
+                self._queued = (event.queue_ms or 0.0) / 1000 or self._queued
                 for piece in self._reader.take(event.text, event.finish_reason):
                     self._add(piece)
             case Finished():
@@ -277,6 +278,7 @@ class _Answer:
 
     def _last(self, text: str, thinking: str, calls: list[AnsweredCall]) -> OllamaAnswer:
         now = time.monotonic()
+        first = self._first or now
         return self._line(
             text,
             thinking,
@@ -284,11 +286,11 @@ class _Answer:
             done=True,
             done_reason="length" if self._reader.finish_reason == "length" else "stop",
             total_duration=_nanoseconds(now - self._began),
-            load_duration=_nanoseconds(self._started - self._began),
+            load_duration=_nanoseconds(self._queued),
             prompt_eval_count=self._end.prompt_tokens,
-            prompt_eval_duration=_nanoseconds(self._first - self._started),
+            prompt_eval_duration=_nanoseconds(max(0.0, first - self._began - self._queued)),
             eval_count=self._end.completion_tokens,
-            eval_duration=_nanoseconds(now - self._first),
+            eval_duration=_nanoseconds(now - first),
             request_id=self._call.request_id,
         )
 

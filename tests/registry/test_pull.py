@@ -61,7 +61,7 @@ def test_a_model_that_is_pulled_by_name_answers_with_its_digest_in_the_receipt(
     assert location is not None
     with location.path.open("rb") as file:
         file.seek(location.offset)
-        weights = file.read(location.size)
+        weights = file.read(location.size) + bytes(32)  # another file than the bundled one
     digest = server.add_ollama(
         "library/llama3.2:1b", weights, license="Be nice.", params='{"temperature": 0}'
     )
@@ -128,6 +128,7 @@ def test_a_file_of_this_machine_is_served_where_it_is(pulling_box: Box, tmp_path
     assert "mine:1b" in models(pulling_box)
     (link,) = (pulling_box.home / "models").glob("*.gguf")
     assert link.is_symlink() and link.resolve() == file
+    assert "already" in pull(pulling_box, str(file)).stdout
     damaged = file.with_name("bad.gguf")
     damaged.write_bytes(SMALL[:40])
     done = pull(pulling_box, str(damaged), check=False)
@@ -218,6 +219,34 @@ def test_another_file_does_not_take_a_name(server: RegistryServer, pulling_box: 
     assert done.returncode == 1 and "--as" in done.stderr
     pull(pulling_box, "tiny:1b", "--as", "other:1b")
     assert {"tiny:1b", "other:1b"} <= set(models(pulling_box))
+
+
+def test_a_file_that_is_here_under_another_name_is_not_downloaded_again(
+    server: RegistryServer, pulling_box: Box
+) -> None:
+    server.add_ollama("library/tiny:1b", SMALL)
+    server.add_ollama("ann/copy:1b", SMALL, params='{"num_ctx": 77}')
+    pull(pulling_box, "tiny:1b")
+    server.ranges.clear()
+    assert "serves it as ann/copy:1b too" in pull(pulling_box, "ann/copy:1b").stdout
+    assert not any(server.ranges)  # the parameters were read, whole, and nothing else
+    (model,) = [
+        model
+        for model in pulling_box.http("GET", "/v1/admin/models").json()["data"]
+        if model["id"] == "ann/copy:1b"
+    ]
+    assert model["context"] == 77  # its own record came along
+
+
+def test_a_digest_that_is_not_the_registrys_is_refused(
+    server: RegistryServer, pulling_box: Box
+) -> None:
+    server.add_ollama("library/tiny:1b", SMALL)
+    done = pull(pulling_box, "tiny:1b", "--digest", "0123456789", check=False)
+    assert done.returncode == 1 and "another file than --digest" in done.stderr
+    assert server.ranges == []
+    pull(pulling_box, "tiny:1b", "--digest", SMALL_DIGEST[:12])
+    assert "tiny:1b" in models(pulling_box)
 
 
 def test_models_that_are_known_to_work_can_be_searched(tmp_path: Path) -> None:

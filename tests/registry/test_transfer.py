@@ -278,6 +278,23 @@ async def test_the_hubs_token_is_sent_to_the_hub_alone(
     assert sent == {""}
 
 
+async def test_names_of_files_are_quoted_and_parts_must_be_complete(
+    server: RegistryServer, tmp_path: Path
+) -> None:
+    server.add_hub("ann/odd", {"a folder/tiny #1 Q8_0.gguf": WEIGHTS})
+    listing = await look_up(server, "hf.co/ann/odd:Q8_0")
+    assert listing.files[0].url.endswith("/a%20folder/tiny%20%231%20Q8_0.gguf")
+    server.add_hub("ann/half", {"m-Q8_0-00001-of-00002.gguf": WEIGHTS})
+    with pytest.raises(PullFailed, match="lacks some of the 2 parts"):
+        await look_up(server, "hf.co/ann/half:Q8_0")
+
+
+async def test_a_description_is_bounded_in_all(server: RegistryServer) -> None:
+    server.add_ollama("library/tiny:1b", WEIGHTS, license="x" * 200_000)
+    with pytest.raises(PullFailed, match="license: that is too much"):
+        await look_up(server, "tiny:1b")
+
+
 async def test_a_redirect_to_plain_http_is_not_followed() -> None:
     async with RegistryClient("https://registry.example") as client:
         with pytest.raises(PullFailed, match="without TLS"):
