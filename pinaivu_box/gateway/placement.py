@@ -30,7 +30,7 @@ _MIN_STABLE_SECONDS = 300.0  # an engine that ran so long had no part in the fai
 
 
 @dataclass
-class _Failures:
+class _LoadFailures:
     count: int = 0
     until: float = 0.0
     reason: str = ""
@@ -43,7 +43,7 @@ class Placement:
         self._settings, self._digest = settings, digest
         self._engines: dict[str, EngineProcess] = {}
         self._locks: dict[str, asyncio.Lock] = {}
-        self._failures: dict[str, _Failures] = {}
+        self._failures: dict[str, _LoadFailures] = {}
         self._starting: set[str] = set()
         self._tasks = TaskSet()
         self._stops = TaskSet()  # of engines whose memory is not free yet
@@ -135,7 +135,7 @@ class Placement:
     # -- starting ------------------------------------------------------------------------------
 
     async def _start(self, model: Model) -> EngineProcess:
-        failures = self._failures.setdefault(model.id, _Failures())
+        failures = self._failures.setdefault(model.id, _LoadFailures())
         wait = failures.until - time.monotonic()
         if 0 < wait <= _MAX_WAIT_SECONDS:
             await asyncio.sleep(wait)
@@ -217,7 +217,7 @@ class Placement:
             self._note_failure(engine.model_id, "it died", first_free=True)
 
     def _note_failure(self, model_id: str, reason: str, *, first_free: bool = False) -> None:
-        failures = self._failures.setdefault(model_id, _Failures())
+        failures = self._failures.setdefault(model_id, _LoadFailures())
         failures.count += 1
         failures.reason = reason
         failures.until = time.monotonic()

@@ -15,7 +15,7 @@ _PROBE_SECONDS = 30.0  # a probe that says nothing by then is forgotten
 
 
 @dataclass
-class _Failures:
+class _PeerFailures:
     """Of one box, in a row."""
 
     count: int = 0
@@ -27,17 +27,17 @@ class _Failures:
 class CircuitBreaker:
     def __init__(self, clock: Callable[[], float], random: Random) -> None:
         self._clock, self._random = clock, random
-        self._failures: dict[str, _Failures] = {}  # by node id
+        self._failures: dict[str, _PeerFailures] = {}  # by node id
 
     def failed(self, node_id: str, sent: float = math.inf) -> float:
         """Seconds that it rests now: doubled with every failure in a row, and jittered by a half
         either way so that not all boxes come back to it at once.  What was `sent` before the last
         failure fails with it: a box that dies with eight requests has died once."""
-        now, failures = self._clock(), self._failures.get(node_id, _Failures())
+        now, failures = self._clock(), self._failures.get(node_id, _PeerFailures())
         if sent > failures.latest:
             count = failures.count + 1
             seconds = backoff.delay(count, FIRST_SECONDS, LONGEST_SECONDS, self._random)
-            self._failures[node_id] = failures = _Failures(count, now, now + seconds)
+            self._failures[node_id] = failures = _PeerFailures(count, now, now + seconds)
         return max(0.0, failures.until - now)
 
     def sent(self, node_id: str) -> float:

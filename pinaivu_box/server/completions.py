@@ -80,7 +80,7 @@ def _max_tokens(requested: int | None) -> int | None:
     return None if requested < 0 else requested
 
 
-class _Choice:
+class _CompletedChoice:
     """The output of one choice so far.  With echo it begins with the prompt."""
 
     def __init__(self, job: Job) -> None:
@@ -123,7 +123,7 @@ class _CompletionAnswer:
 
     def __init__(self, call: InferenceCall, body: CompletionRequest, jobs: list[Job]) -> None:
         self._with_usage = bool(body.stream_options and body.stream_options.include_usage)
-        self._choices = [_Choice(job) for job in jobs]
+        self._choices = [_CompletedChoice(job) for job in jobs]
         self._end: Finished
         self._fields = call.first_fields("cmpl-", "text_completion", jobs[0])
         if call.ignored:
